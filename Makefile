@@ -1,0 +1,181 @@
+# PyTorch -> ONNX -> precision -> engine -> Triton -> client -> load test -> verdict. `make` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SECONDARY:
+.PHONY: help demo setup engine serve infer metadata loadtest verdict report bench test lint lock clean distclean FORCE
+
+##@ Variables (make engine MODEL=… PRECISION=…)
+MODEL ?= recommender##            model folder
+MODELS ?= models##              folder of model folders; may lie outside the repository
+DATA ?=##                     a shop's own click log (csv: user,item,timestamp) in place of MovieLens-100K
+PRECISION ?= auto##             auto, fp32, fp16, int8 or fp8
+TARGET ?= auto##             auto, onnxruntime, tensorrt or tensorrt_rtx
+HTTP_PORT ?= 8000##             of the embedded server, and of infer and loadtest
+GRPC_PORT ?= 8001##
+METRICS_PORT ?= 8002##
+PROTOCOL ?= grpc##             grpc or http
+URL ?= 127.0.0.1:$(if $(filter http,$(PROTOCOL)),$(HTTP_PORT),$(GRPC_PORT))## server to call
+RATE ?=##                     requests/s, open loop (default: slo.rate_rps)
+USERS ?=##                     users one after the other, closed loop
+DURATION_S ?= 30##             of a load test
+RUN ?=##                     folder of a load test for verdict and report (default: the latest)
+ROW ?= 0##             which evaluation sample infer sends
+BUILD ?= build##
+REPOSITORY ?= model_repository##
+VENV ?= .venv##
+
+MODEL := $(strip $(MODEL))
+MODELS := $(strip $(MODELS))
+DATA := $(strip $(DATA))
+PRECISION := $(strip $(PRECISION))
+TARGET := $(strip $(TARGET))
+HTTP_PORT := $(strip $(HTTP_PORT))
+GRPC_PORT := $(strip $(GRPC_PORT))
+METRICS_PORT := $(strip $(METRICS_PORT))
+PROTOCOL := $(strip $(PROTOCOL))
+URL := $(strip $(URL))
+BUILD := $(strip $(BUILD))
+REPOSITORY := $(strip $(REPOSITORY))
+VENV := $(strip $(VENV))
+export BUILD DATA HTTP_PORT GRPC_PORT METRICS_PORT
+
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+AUTO_TARGET := $(if $(and $(GPU),$(wildcard $(VENV)/lib/python3*/site-packages/tensorrt)),tensorrt,onnxruntime)
+T := $(if $(filter auto,$(TARGET)),$(AUTO_TARGET),$(TARGET))
+# What is not quantized: ONNX Runtime on a CPU has no fast fp16.
+HIGH := $(if $(filter onnxruntime,$(T)),fp32,fp16)
+PY := $(VENV)/bin/python
+B := $(BUILD)/$(MODEL)
+FOLDER := $(MODELS)/$(MODEL)
+WHICH := --model $(MODEL) --models $(MODELS)
+ENGINE_NAME := $(if $(filter onnxruntime,$(T)),model.onnx,$(T)/model.plan)
+
+##@ The main job
+demo: engine ## from nothing to a verdict: data, train, export, engine, serve, infer, load test, report
+	@$(PY) -m serving.embedded --repository $(REPOSITORY) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
+	    --metrics-port $(METRICS_PORT) -- $(MAKE) --no-print-directory infer loadtest report verdict
+
+engine: $(if $(filter tensorrt_rtx,$(T)),$(B)/choice-$(T).json,$(REPOSITORY)/$(MODEL)/config.pbtxt) ## weights, ONNX, precision, engine, model repository
+	@echo "engine    $< is up to date"
+
+serve: $(VENV)/.ready ## the embedded Triton over the model repository, until Ctrl-C
+	@$(PY) -m serving.embedded --repository $(REPOSITORY) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
+	    --metrics-port $(METRICS_PORT)
+
+infer: $(VENV)/.ready ## send a real sample to the server and show what comes back
+	@$(PY) -m deepseek_client infer $(MODEL) --url $(URL) --protocol $(PROTOCOL) --inputs $(B)/evaluation.npz \
+	    --row $(ROW) --labels $(B)/labels --top 10
+
+metadata: $(VENV)/.ready ## what the server says of the model
+	@$(PY) -m deepseek_client metadata $(MODEL) --url $(URL) --protocol $(PROTOCOL)
+
+##@ Load test
+loadtest: $(VENV)/.ready ## measure the server; leaves a folder in build/<model>/loadtests/
+	@$(PY) -m loadtests.run $(WHICH) --url $(URL) --protocol $(PROTOCOL) --target $(T) --duration-s $(DURATION_S) \
+	    $(if $(strip $(RATE)),--rate $(RATE)) $(if $(strip $(USERS)),--users $(USERS))
+
+verdict: $(VENV)/.ready ## judge a run against deploy.toml
+	@$(PY) -m loadtests.slo $(WHICH) $(if $(strip $(RUN)),--run $(RUN))
+
+report: $(VENV)/.ready ## draw a run as one HTML file
+	@$(PY) -m loadtests.report $(WHICH) $(if $(strip $(RUN)),--run $(RUN))
+
+##@ Development
+setup: $(VENV)/.ready ## the virtual environment, pinned by requirements.lock
+
+test: $(VENV)/.ready-test lint ## everything: lint, types, all tests
+	@$(PY) -m pytest
+
+lint: $(VENV)/.ready-test ## ruff and mypy
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
+bench: $(VENV)/.ready-test ## ratios against the raw runtime, bare tritonclient and perf_analyzer
+	@$(PY) -m tests.bench
+
+lock: $(VENV)/.ready-test ## pin anew what pyproject.toml allows
+	@$(PY) -m pip install -q uv && $(PY) -m uv pip compile -q --upgrade --universal --python-version 3.11 --all-extras \
+	    --no-emit-index-url --no-annotate --no-header pyproject.toml client/pyproject.toml -o $(BUILD)/all.lock
+	@# torch and what it brings (its CUDA, its compiler) stay out: the build of torch is the machine's choice.
+	@grep -vE '^(torch|triton|cuda-|nvidia-(cu|nccl|nvj|nvs|nvt))' $(BUILD)/all.lock >requirements.lock
+
+clean: ## remove what was built for MODEL, and its repository entry
+	rm -rf "$(B)" "$(REPOSITORY)/$(MODEL)"
+
+distclean: ## remove all that was built, and the virtual environment
+	rm -rf "$(BUILD)" "$(VENV)"
+	find "$(REPOSITORY)" -mindepth 1 ! -name README.md -delete
+
+help:
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
+	    /^[a-z_]+:.*## / {printf "  make %-10s %s\n", $$1, $$2} \
+	    /^[A-Z_]+ \?=.*##/ {split($$0, a, "##"); split(a[1], v, " \\?= ?"); gsub(/^ +/, "", a[2]); \
+	        printf "  %-12s %-18s %s\n", v[1], (v[2] ~ /\$$\(/ ? "" : v[2]), a[2]}' $(MAKEFILE_LIST)
+
+# ---- environment -------------------------------------------------------------------------------
+# The first Python that the embedded Triton has a stub for and that can make virtual environments.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+    $$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+# PyTorch's default build for Linux carries CUDA (about 3 GB); its own index has the CPU build.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TRITON_WHEEL := nvidia-pytriton==0.7.0
+HARDWARE := $(if $(GPU),gpu,cpu)
+PIP := $(PY) -m pip install -q --disable-pip-version-check -c requirements.lock
+
+$(VENV)/.ready: pyproject.toml client/pyproject.toml requirements.lock
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 with venv on PATH; e.g.: apt-get install python3-venv (or PYTHON=…)" >&2; exit 2; }
+	@echo "setup     $(VENV) with $$($(PYTHON) --version), for a $(HARDWARE) machine"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(if $(GPU),,$(PY) -c 'import urllib.request as u; u.urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5)' 2>/dev/null \
+	    && $(PIP) --index-url $(TORCH_CPU_INDEX) 'torch>=2.9,<3' || true)
+	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest]' -e ./client
+	@$(PIP) --no-deps $(TRITON_WHEEL)  # its files only: its numpy<2 is for a Python API not used here
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest,rtx,test]'
+	@touch $@
+
+# ---- artifacts ---------------------------------------------------------------------------------
+# A variable's value as a file that changes only when the value does.
+define remember
+$(B)/settings/$(1): FORCE
+	@mkdir -p $$(@D) && { echo '$(2)' | cmp -s - $$@ || echo '$(2)' >$$@; }
+endef
+$(eval $(call remember,data,$(DATA)))
+$(eval $(call remember,high-precision,$(HIGH)))
+$(eval $(call remember,precision,$(PRECISION) $(CANDIDATES)))
+
+MODEL_FILES := $(shell find $(FOLDER) -type f -not -path '*/__pycache__/*' 2>/dev/null)
+STAGES := export/artifact.py deepseek/spec.py
+
+# Which precisions auto compares: deploy.toml's candidates.
+ifneq ($(filter engine demo $(REPOSITORY)/% $(BUILD)/%,$(MAKECMDGOALS)),)
+include $(B)/spec.mk
+endif
+$(B)/spec.mk: $(wildcard $(FOLDER)/deploy.toml) deepseek/spec.py | $(VENV)/.ready
+	@mkdir -p $(@D) && $(PY) -m deepseek.spec --make $(WHICH) >$@.part && mv $@.part $@
+PRECISIONS = $(sort fp32 $(if $(filter auto,$(PRECISION)),$(CANDIDATES),$(PRECISION)))
+
+$(B)/weights: $(filter-out %/deploy.toml,$(MODEL_FILES)) $(addprefix deepseek/,config.py transformer.py training.py) $(B)/settings/data | $(VENV)/.ready
+	@$(PY) -m export.source $(WHICH)
+	@touch $@
+
+$(B)/fp32/model.onnx: $(B)/weights $(MODEL_FILES) export/to_onnx.py export/source.py $(STAGES)
+	@$(PY) -m export.to_onnx $(WHICH)
+
+QUANTIZE := $(B)/fp32/model.onnx export/quantize.py deepseek/quantization.py
+$(B)/fp16/model.onnx: $(QUANTIZE)
+	@$(PY) -m export.quantize $(WHICH) --precision fp16
+$(B)/int8/model.onnx $(B)/fp8/model.onnx: $(B)/%/model.onnx: $(QUANTIZE) $(B)/settings/high-precision
+	@$(PY) -m export.quantize $(WHICH) --precision $* --high-precision $(HIGH)
+
+$(B)/%/$(T)/model.plan: $(B)/%/model.onnx export/to_tensorrt.py
+	@$(PY) -m export.to_tensorrt $(WHICH) --precision $* --target $(T)
+
+.SECONDEXPANSION:
+$(B)/choice-$(T).json: $$(foreach p,$$(PRECISIONS),$(B)/$$p/$(ENGINE_NAME)) $(B)/settings/precision export/compare.py
+	@$(PY) -m export.compare $(WHICH) --target $(T) --precision $(PRECISION)
+
+$(REPOSITORY)/$(MODEL)/config.pbtxt: $(B)/choice-$(T).json export/to_triton.py serving/onnxruntime_backend.py
+	@$(PY) -m export.to_triton $(WHICH) --target $(T) --repository $(REPOSITORY)

@@ -1,0 +1,93 @@
+"""A request for a model out of a file: .npz or .json.
+
+Contract: `read_inputs` returns arrays of the model's own types, or raises InvalidInput with one line.
+- .npz: arrays by input name, all rows of them, or one with `row`; or what a build leaves as `evaluation.npz`: keys
+  "00000/item_ids", "00001/item_ids" and so on, each a batch of one, of which `row` picks one (the first by default).
+- .json: {"item_ids": [[1, 2, 3]]}. Numbers are cast where nothing is lost (1.0 to an integer, 0.1 to the nearest
+  float) and refused elsewhere (1.5 to an integer, 300 to INT8, true to a number).
+"""
+
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepseek_client.errors import InvalidInput
+from deepseek_client.signature import ModelMetadata, TensorSpec
+
+
+def read_inputs(path: Path, metadata: ModelMetadata, row: int | None = None) -> dict[str, np.ndarray]:
+    """The file's arrays, those of `row` where it is given."""
+    if path.suffix not in (".npz", ".json"):
+        raise InvalidInput(f"{path}: unknown kind of file; it must end in .npz or .json")
+    try:
+        return _from_npz(path, row) if path.suffix == ".npz" else _from_json(path, metadata, row)
+    except OSError as error:
+        raise InvalidInput(f"{path}: {error.strerror or error}") from None
+
+
+def _from_npz(path: Path, row: int | None) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            rows: dict[int, dict[str, str]] = {}
+            for key in file.files:
+                if match := re.fullmatch(r"(\d{5,})/(.+)", key):
+                    rows.setdefault(int(match[1]), {})[match[2]] = key
+            if rows:
+                _check_row(path, row or 0, len(rows))
+                return {name: file[key] for name, key in rows[row or 0].items()}
+            return _picked(path, dict(file.items()), row)
+    except (ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise InvalidInput(f"{path}: not an .npz file of plain arrays ({error}); write one with numpy.savez") from None
+
+
+def _from_json(path: Path, metadata: ModelMetadata, row: int | None) -> dict[str, np.ndarray]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidInput(f"{path}: not JSON ({error})") from None
+    specs = {spec.name: spec for spec in metadata.inputs}
+    if not isinstance(values, dict):
+        raise InvalidInput(f'{path}: a {type(values).__name__}; it must be an object: {{"{next(iter(specs))}": [...]}}')
+    arrays = {
+        name: _exactly(f"{path}: {name!r}", value, specs[name]) if name in specs else np.array(None)
+        for name, value in values.items()
+    }  # an unknown name is for ModelMetadata.check to refuse
+    return _picked(path, arrays, row)
+
+
+def _picked(path: Path, arrays: dict[str, np.ndarray], row: int | None) -> dict[str, np.ndarray]:
+    if row is None:
+        return arrays
+    _check_row(path, row, min((len(array) if array.ndim else 1 for array in arrays.values()), default=0))
+    return {name: array[row : row + 1] if array.ndim else array for name, array in arrays.items()}
+
+
+def _check_row(path: Path, row: int, count: int) -> None:
+    if not 0 <= row < count:
+        raise InvalidInput(f"{path}: no row {row}; it has rows 0 to {count - 1}")
+
+
+def _exactly(where: str, value: Any, spec: TensorSpec) -> np.ndarray:
+    """`value` as an array of the tensor's type, with nothing lost but a decimal's last digits."""
+    try:
+        array = np.array(value, dtype=object if spec.datatype == "BYTES" else None)
+    except ValueError:
+        raise InvalidInput(f"{where}: the lists in it differ in length; the model takes {list(spec.shape)}") from None
+    if spec.datatype == "BYTES":
+        return array
+    target = spec.dtype
+    if array.dtype.kind not in "biuf" or (array.dtype.kind == "b") != (spec.datatype == "BOOL"):
+        raise InvalidInput(f"{where}: holds something else than {spec.datatype}: {str(value)[:60]}")
+    with np.errstate(all="ignore"):
+        cast = array.astype(target)
+        if array.dtype.kind == "f" and spec.datatype.startswith(("FP", "BF")):
+            lost = np.isfinite(array) & ~np.isfinite(cast.astype(np.float64))
+        else:
+            lost = (cast.astype(array.dtype) != array) | ((cast < 0) != (array < 0))
+    if lost.any():
+        raise InvalidInput(f"{where}: {array[lost].flat[0]!s} is no {spec.datatype}; the model takes {target.name}")
+    return cast

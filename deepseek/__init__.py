@@ -1,0 +1,32 @@
+"""Take a PyTorch model to a Triton endpoint that proves its SLO.
+
+Light to import: each name is loaded when it is first used, so torch comes only with one that needs it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepseek.config import TransformerConfig as TransformerConfig
+    from deepseek.quantization import QuantConfig as QuantConfig
+    from deepseek.spec import DeploymentSpec as DeploymentSpec
+    from deepseek.training import TrainingConfig as TrainingConfig
+    from deepseek.transformer import Transformer as Transformer
+    from deepseek.transformer import init_weights as init_weights
+
+__version__ = "0.1.0"
+_MODULE_OF = {
+    "DeploymentSpec": "spec",
+    "QuantConfig": "quantization",
+    "TrainingConfig": "training",
+    "Transformer": "transformer",
+    "TransformerConfig": "config",
+    "init_weights": "transformer",
+}
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

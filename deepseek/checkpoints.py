@@ -1,0 +1,118 @@
+"""Checkpoints that a kill cannot break and that no other run picks up.
+
+Contract: a checkpoint is a folder that takes its name only when it is complete; the one before goes
+only then. Each says which run it belongs to (`identity`), and loading it into another is an InputError.
+
+Examples:
+    checkpoints = Checkpoints("build/mine/checkpoints", {"learning_rate": 1e-3, "data": probe(dataset)})
+    resumed = checkpoints.resume(accelerator)
+    checkpoints.save(accelerator)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from deepseek.spec import InputError
+
+COMPLETE, UNFINISHED = "checkpoint-", "writing-"
+PROBED_ROWS = 8
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder of its own; accelerate writes and reads what is in them."""
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, object]) -> None:
+        self.folder = Path(folder)
+        self.identity = json.loads(json.dumps(identity, default=str))  # as it will be read back
+
+    def save(self, accelerator: Accelerator) -> None:
+        """Saves all that the accelerator has prepared or registered, and the random states."""
+        older = self._complete()
+        number = int(older[-1].name.removeprefix(COMPLETE)) + 1 if older else 0
+        unfinished = self.folder / f"{UNFINISHED}{number:06d}"
+        accelerator.save_state(str(unfinished))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (unfinished / "identity.json").write_text(json.dumps(self.identity, indent=2), encoding="utf-8")
+            unfinished.rename(self.folder / f"{COMPLETE}{number:06d}")
+            for folder in older:
+                shutil.rmtree(folder)
+        accelerator.wait_for_everyone()
+
+    def resume(self, accelerator: Accelerator) -> bool:
+        """Loads the last checkpoint; False where there is none. Raises InputError for another run's."""
+        found = self._complete()
+        if accelerator.is_main_process:
+            for stale in (*self.folder.glob(f"{UNFINISHED}*"), *found[:-1]):  # left by a kill
+                shutil.rmtree(stale)
+        if not found:
+            return False
+        last = found[-1]
+        try:
+            theirs = json.loads((last / "identity.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{last}: not a checkpoint of ours ({error}); delete {self.folder}") from None
+        for key in sorted(self.identity.keys() | theirs.keys()):
+            seen, ours = theirs.get(key), self.identity.get(key)
+            if seen != ours:
+                raise InputError(
+                    f"{last} belongs to another run: {key} was {seen!r}, now it is {ours!r}; "
+                    f"delete {self.folder} to begin anew, or name another folder"
+                )
+        accelerator.load_state(str(last))
+        return True
+
+    def _complete(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{COMPLETE}*"))
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file beside its place and renames it, so that a kill leaves no half file."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def probe(data: Any) -> str:
+    """Length and hash of a few rows of a dataset: cheap, and tells most other data apart."""
+    rows = sorted({round(place) for place in np.linspace(0, len(data) - 1, PROBED_ROWS)})
+    return f"{len(data)} rows, {digest([data[row] for row in rows])}"
+
+
+def digest(value: Any) -> str:
+    """Hash of nested lists, dicts, tensors, arrays and plain values."""
+    found = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, torch.Tensor):
+            found.update(f"{part.dtype}{[*part.shape]}".encode())
+            found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(part, np.ndarray):
+            found.update(f"{part.dtype}{part.shape}".encode() + part.tobytes())
+        elif isinstance(part, Mapping):
+            add(list(part.items()))
+        elif isinstance(part, list | tuple):
+            found.update(f"[{len(part)}".encode())
+            for each in part:
+                add(each)
+        elif isinstance(part, str | bytes | int | float | None):
+            found.update(repr(part).encode() + b"|")
+        else:  # its repr may hold an address
+            found.update(type(part).__qualname__.encode() + b"|")
+
+    add(value)
+    return found.hexdigest()[:16]

@@ -1,0 +1,108 @@
+"""`QuantConfig`: how a graph is brought to a lower precision.
+
+Contract: a checked, frozen value; no torch, no ONNX. `export.quantize` is what it is for.
+
+Example:
+    >>> from deepseek.quantization import QuantConfig
+    >>> QuantConfig(weight_bits=8, activation_bits=8, calibration_data="val_dataset.bin")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from deepseek.spec import InputError, Precision
+
+# (weight bits, activation bits, number format) that ModelOpt's ONNX path and TensorRT both carry.
+SUPPORTED: dict[tuple[int, int, str], Precision] = {
+    (8, 8, "int"): "int8",
+    (8, 8, "float"): "fp8",
+    (16, 16, "float"): "fp16",
+}
+Format = Literal["int", "float"]
+Method = Literal["max", "entropy"]
+HighPrecision = Literal["fp16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """Bits of weights and activations, and where the ranges come from.
+
+    Raises:
+        InputError: bits that nothing supports, an unknown method, a calibration file that is not there.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    calibration_data: str | Path | None = None
+    """File of real inputs: `.npz`, `.npy`, or raw records of the signature. Needed at 8 bits."""
+    number_format: Format | None = None
+    """"int" or "float"; by default int at 8 bits, float at 16."""
+    calibration_method: Method = "entropy"
+    """"max" takes the largest magnitude seen, "entropy" the clipping of least KL divergence."""
+    num_samples: int = 512
+    """Calibration samples used at most."""
+    op_types: tuple[str, ...] = ("MatMul", "Gemm", "Conv")
+    """Operators that are quantized; normalisation, softmax and embeddings stay high."""
+    keep_high: tuple[str, ...] = ()
+    """Regular expressions of node names that stay high."""
+    high_precision: HighPrecision = "fp16"
+    """What is not quantized: fp16 for TensorRT; fp32 for ONNX Runtime on a CPU, which has no fast fp16."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits", "num_samples"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise InputError(f"QuantConfig.{name}: seen {value!r}; a whole number is needed")
+        choices = {"number_format": (None, *get_args(Format)), "calibration_method": get_args(Method)}
+        for name, allowed in {**choices, "high_precision": get_args(HighPrecision)}.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"QuantConfig.{name}: seen {getattr(self, name)!r}; allowed: {_listed(allowed)}")
+        if (self.weight_bits, self.activation_bits, self._format) not in SUPPORTED:
+            seen = f"{self.weight_bits}-bit weights with {self.activation_bits}-bit activations"
+            seen += f" as {self.number_format}" if self.number_format else ""
+            known = ", ".join(f"{w}/{a} {kind} ({name})" for (w, a, kind), name in SUPPORTED.items())
+            raise InputError(f"QuantConfig: seen {seen}; supported weights/activations: {known}")
+        if self.num_samples < 2:
+            raise InputError(f"QuantConfig.num_samples: seen {self.num_samples}; at least 2 are needed")
+        for pattern in self.keep_high:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(
+                    f"QuantConfig.keep_high: seen {pattern!r}: not a regular expression ({error})"
+                ) from None
+        if self.calibration_data is not None and not Path(self.calibration_data).is_file():
+            raise InputError(
+                f"QuantConfig.calibration_data: {self.calibration_data}: no such file; "
+                "python -m export.to_onnx writes build/<name>/calibration.npz from the model's own samples"
+            )
+
+    @property
+    def _format(self) -> str:
+        return self.number_format or ("float" if self.weight_bits == 16 else "int")
+
+    @property
+    def precision(self) -> Precision:
+        """The precision that these bits make."""
+        return SUPPORTED[self.weight_bits, self.activation_bits, self._format]
+
+    @classmethod
+    def of_precision(cls, precision: Precision, **settings: object) -> QuantConfig:
+        """The config of a precision by its name; raises InputError for fp32, which is not quantized."""
+        for (weight_bits, activation_bits, number_format), name in SUPPORTED.items():
+            if name == precision:
+                return cls(
+                    weight_bits=weight_bits,
+                    activation_bits=activation_bits,
+                    number_format=number_format,  # type: ignore[arg-type]
+                    **settings,  # type: ignore[arg-type]
+                )
+        raise InputError(f"precision: seen {precision!r}; allowed: {', '.join(SUPPORTED.values())}")
+
+
+def _listed(values: tuple[object, ...]) -> str:
+    return ", ".join(str(value) for value in values if value is not None)

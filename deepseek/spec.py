@@ -1,0 +1,347 @@
+"""What `deploy.toml` says: the one file that drives export, engine, server, load test and verdict.
+
+Contract: `DeploymentSpec` is the only thing of ours that both islands (build and use) import, so
+this module needs pydantic and nothing heavier, and it also holds what every command shares: the
+errors that become exit codes, and `run_command`.
+
+Exit codes: 0 holds, 1 a gate failed, 2 the user's input is wrong, 3 the measurement is invalid.
+
+Examples:
+    python -m deepseek.spec models/recommender
+    python -m deepseek.spec models/recommender --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Precision = Literal["fp32", "fp16", "int8", "fp8"]
+Target = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+# Types that ONNX, TensorRT and Triton all carry; numpy knows each by the same name.
+DType = Literal["bool", "uint8", "int8", "int32", "int64", "float16", "float32"]
+TRITON_DTYPES: Mapping[str, str] = {
+    "bool": "BOOL",
+    "uint8": "UINT8",
+    "int8": "INT8",
+    "int32": "INT32",
+    "int64": "INT64",
+    "float16": "FP16",
+    "float32": "FP32",
+}
+BATCH = "batch"  # the axis that Triton batches over: first in every tensor
+
+
+class InputError(ValueError):
+    """The user's input is wrong: one line that says what, seen, allowed and what to do. Exit 2."""
+
+
+class GateFailed(Exception):
+    """A gate did not hold: accuracy, parity, SLO. Exit 1."""
+
+
+class InvalidMeasurement(Exception):
+    """Nothing can be concluded from what was measured. Exit 3."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Axis(_Table):
+    """Sizes that a named axis takes: the ONNX dynamic dim and the TensorRT profile."""
+
+    min: int = Field(ge=1)
+    opt: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Axis:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"min {self.min}, opt {self.opt}, max {self.max}: min <= opt <= max is needed")
+        return self
+
+
+class TensorSpec(_Table):
+    """Type and shape of one input or output; a dimension is a size or the name of an axis."""
+
+    dtype: DType
+    shape: tuple[int | str, ...]
+
+    @field_validator("shape")
+    @classmethod
+    def _batch_first(cls, shape: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        if not shape or shape[0] != BATCH:
+            raise ValueError(f'seen {list(shape)}; the first dimension must be the axis "{BATCH}"')
+        for dim in shape[1:]:
+            if dim == BATCH or (isinstance(dim, int) and dim < 1):
+                raise ValueError(f'seen {list(shape)}; after "{BATCH}" come sizes >= 1 or names of other axes')
+        return shape
+
+
+class PrecisionSpec(_Table):
+    """The accuracy budget: the fastest of `candidates` that loses at most `max_drop` is served."""
+
+    candidates: tuple[Precision, ...] = Field(("fp16", "int8"), min_length=1)
+    metric: str | None = None
+    """Key of what model.py's evaluate() returns; absent: similarity of the outputs."""
+    max_drop: float = Field(0.01, ge=0, le=1)
+    """Allowed loss relative to fp32 PyTorch."""
+    calibration_method: Literal["max", "entropy"] = "entropy"
+    calibration_samples: int = Field(512, ge=2)
+    keep_high: tuple[str, ...] = ()
+    """Regular expressions of ONNX node names that are never quantized."""
+
+    @field_validator("keep_high")
+    @classmethod
+    def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"seen {pattern!r}: not a regular expression ({error})") from None
+        return patterns
+
+
+class BatchingSpec(_Table):
+    """Dynamic batching and what happens when it cannot keep up; the queue is never unbounded."""
+
+    max_queue_delay_us: int = Field(0, ge=0)
+    """How long a batch waits to fill; 0 still batches what queued up while the model was busy."""
+    max_queue_size: int = Field(512, ge=1)
+    queue_timeout_ms: int = Field(200, ge=1)
+    instances: int = Field(2, ge=1)
+    """Copies of the model that run side by side. With one, Triton's bounded queue can stall: see
+    docs/triton.md."""
+    threads: int | None = Field(None, ge=1)
+    """ONNX Runtime threads of one instance; absent: the cores divided by the instances."""
+
+
+class SloSpec(_Table):
+    """Objectives of the service, judged by `loadtests.slo` at `rate_rps`."""
+
+    p50_ms: float | None = Field(None, gt=0)
+    p95_ms: float | None = Field(None, gt=0)
+    p99_ms: float | None = Field(None, gt=0)
+    rate_rps: float | None = Field(None, gt=0)
+    max_error_rate: float = Field(0.001, ge=0, le=1)
+
+
+class TargetSpec(_Table):
+    """What one target overrides; the same keys as `[batching]` and `[slo]`, each optional."""
+
+    batching: dict[str, Any] = {}
+    slo: dict[str, Any] = {}
+
+
+class DeploymentSpec(_Table):
+    """One deployable model, as its `deploy.toml` has it. Sizes in elements, times as the names say."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    inputs: dict[str, TensorSpec] = Field(min_length=1)
+    outputs: dict[str, TensorSpec] = Field(min_length=1)
+    axes: dict[str, Axis]
+    precision: PrecisionSpec = PrecisionSpec()
+    batching: BatchingSpec = BatchingSpec()
+    slo: SloSpec = SloSpec()
+    targets: dict[Target, TargetSpec] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DeploymentSpec:
+        on_inputs = {dim for tensor in self.inputs.values() for dim in tensor.shape if isinstance(dim, str)}
+        for table, tensors in (("inputs", self.inputs), ("outputs", self.outputs)):
+            for name, tensor in tensors.items():
+                for dim in tensor.shape:
+                    if isinstance(dim, str) and dim not in self.axes:
+                        raise _at(f"{table}.{name}.shape", f"seen {dim!r}; axes are {_listed(self.axes)}")
+                    if isinstance(dim, str) and dim not in on_inputs:
+                        raise _at(
+                            f"{table}.{name}.shape", f"axis {dim!r} is on no input; they have {_listed(on_inputs)}"
+                        )
+        for name in self.axes:
+            if name not in on_inputs:
+                raise _at(f"axes.{name}", f"is on no input; their axes are {_listed(on_inputs)}")
+        for name in self.inputs.keys() & self.outputs.keys():
+            raise _at(f"outputs.{name}", "an input has the same name; each tensor needs its own")
+        for target in self.targets:
+            for part, table_type in (("batching", BatchingSpec), ("slo", SloSpec)):
+                merged = self._merged(target, part)
+                try:
+                    table_type.model_validate(merged)
+                except ValidationError as error:
+                    raise _at(*_first_error(error, table_type, f"targets.{target}.{part}.")) from None
+        return self
+
+    def _merged(self, target: Target, part: str) -> dict[str, Any]:
+        return {**getattr(self, part).model_dump(), **getattr(self.targets[target], part)}
+
+    def for_target(self, target: Target) -> DeploymentSpec:
+        """The same spec with what `[targets.<target>]` overrides put in place."""
+        if target not in self.targets:
+            return self
+        batching = BatchingSpec.model_validate(self._merged(target, "batching"))
+        slo = SloSpec.model_validate(self._merged(target, "slo"))
+        return self.model_copy(update={"batching": batching, "slo": slo})
+
+    def shape(self, tensor: str, corner: Literal["min", "opt", "max"], **sizes: int) -> tuple[int, ...]:
+        """Shape of an input or output with every axis at one corner of the profile, or at `sizes`."""
+        dims = (self.inputs.get(tensor) or self.outputs[tensor]).shape
+        return tuple(dim if isinstance(dim, int) else sizes.get(dim, getattr(self.axes[dim], corner)) for dim in dims)
+
+    @property
+    def max_batch(self) -> int:
+        """Largest batch of the profile, which is Triton's max_batch_size."""
+        return self.axes[BATCH].max
+
+    @classmethod
+    def load(cls, path: str | Path) -> DeploymentSpec:
+        """Reads a `deploy.toml`, or the one in a model folder. Raises InputError in one line."""
+        path = Path(path)
+        path = path / "deploy.toml" if path.is_dir() else path
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file; a model folder holds deploy.toml and model.py") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not valid TOML: {error}") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        try:
+            return cls.model_validate_json(json.dumps(data, default=str))  # JSON: an array may fill a tuple
+        except ValidationError as error:
+            key, message = _first_error(error, cls)
+            raise InputError(f"{path}: {key}: {message}" if key else f"{path}: {message}") from None
+
+    @classmethod
+    def of_model(cls, model: str, models: str | Path = "models") -> DeploymentSpec:
+        """The spec of the model folder `<models>/<model>`; its name must be the folder's."""
+        models = Path(models)
+        if not (models / model / "deploy.toml").is_file():
+            found = sorted(path.parent.name for path in models.glob("*/deploy.toml"))
+            raise InputError(f"no model {model!r} (no {models / model / 'deploy.toml'}); {models} has {_listed(found)}")
+        spec = cls.load(models / model)
+        if spec.name != model:
+            path = models / model / "deploy.toml"
+            raise InputError(f"{path}: name: seen {spec.name!r}; it must be the folder's, {model!r}")
+        return spec
+
+
+def build_dir(name: str) -> Path:
+    """Where a model's intermediate artifacts lie: `$BUILD/<name>`, by default `build/<name>`."""
+    return Path(os.environ.get("BUILD", "build")) / name
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(map(str, sorted(names))) or "none"
+
+
+def _at(key: str, message: str) -> ValueError:
+    return ValueError(f"@{key}@{message}")
+
+
+def _allowed_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Keys that the table at `loc` may have."""
+    node: Any = model
+    for part in loc:
+        if isinstance(node, type) and issubclass(node, BaseModel):
+            node = node.model_fields[str(part)].annotation if part in node.model_fields else None
+        else:  # dict[str, Table]
+            node = get_args(node)[-1] if get_args(node) else None
+    return sorted(node.model_fields) if isinstance(node, type) and issubclass(node, BaseModel) else []
+
+
+def _first_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> tuple[str, str]:
+    """Key and one-line message of the first error that pydantic found."""
+    found = error.errors(include_url=False)  # a misspelt key is also a missing one: say the former
+    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
+    loc = tuple(part for part in first["loc"] if part != "[key]")
+    key = prefix + ".".join(map(str, loc))
+    message = first["msg"].removeprefix("Value error, ")
+    if message.startswith("@"):
+        _, key, message = message.split("@", 2)
+        return key, message
+    if first["type"] in ("extra_forbidden", "missing"):
+        allowed = _allowed_keys(model, loc[:-1])
+        if first["type"] == "missing":
+            return key, "missing; it has to be given"
+        close = difflib.get_close_matches(str(loc[-1]), allowed, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return key, f"unknown key (seen {first['input']!r}); allowed: {', '.join(allowed)}{hint}"
+    if first["type"] == "value_error":
+        return key, message
+    message = message[0].lower() + message[1:].replace("\n", " ")
+    return key, f"seen {first['input']!r}; {message}"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with help from the module's docstring and errors in one line, exit code 2."""
+
+    def __init__(self, doc: str | None, **kwargs: Any) -> None:
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model and --models, as every command that works on one model takes them."""
+    parser.add_argument("--model", default="recommender", help="name of the model folder (default: %(default)s)")
+    parser.add_argument("--models", default="models", help="folder of model folders (default: %(default)s)")
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a command and ends the process with the exit code that its outcome has."""
+    try:
+        code = main() or 0
+    except InputError as error:
+        code = _say(error, 2)
+    except GateFailed as error:
+        code = _say(error, 1)
+    except InvalidMeasurement as error:
+        code = _say(error, 3)
+    except KeyboardInterrupt:
+        code = _say("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def _say(message: object, code: int) -> int:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    """Checks a deploy.toml and prints what it says."""
+    parser = Parser(__doc__, prog="python -m deepseek.spec")
+    parser.add_argument("path", nargs="?", help="deploy.toml or a model folder (default: that of --model)")
+    add_model_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the whole spec, defaults included, as JSON")
+    parser.add_argument("--make", action="store_true", help="print what the Makefile needs, as variables")
+    args = parser.parse_args()
+    spec = DeploymentSpec.load(args.path) if args.path else DeploymentSpec.of_model(args.model, args.models)
+    if args.json:
+        print(spec.model_dump_json(indent=2))
+    elif args.make:
+        print(f"CANDIDATES := {' '.join(spec.precision.candidates)}")
+    else:
+        for kind, tensors in (("input", spec.inputs), ("output", spec.outputs)):
+            for name, tensor in tensors.items():
+                print(f"{kind:<7} {name}: {tensor.dtype} {json.dumps(tensor.shape)}")
+        for name, axis in spec.axes.items():
+            print(f"axis    {name}: {axis.min} / {axis.opt} / {axis.max}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,216 @@
+"""A pre-norm Transformer on `scaled_dot_product_attention`, and weight initialisation for any module.
+
+Contract: `Transformer(config)(ids)` maps ids (B, T) to hidden states (B, T, D). Padding is never
+attended to and never makes a NaN, not even in a row of nothing else. The graph exports through
+`torch.onnx.export(dynamo=True)` with batch and sequence axes dynamic, and holds in fp16: masked
+scores are a finite number that fp16 can carry.
+
+Examples:
+    model = Transformer(TransformerConfig(num_layers=12, hidden_size=768, num_attention_heads=12,
+                                          intermediate_size=3072, vocab_size=30_000, causal=True))
+    hidden = model(ids)                         # padding is where ids == config.padding_id
+    hidden = model(ids, attention_mask)         # or where the mask is 0
+    model.gradient_checkpointing = True         # less memory in training, a third more compute
+    init_weights(torch.nn.LSTM(8, 16))          # any module
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from deepseek.config import TransformerConfig, check_choice
+from deepseek.spec import InputError
+
+# Added to a score that must not count. Finite, and small enough for fp16 (65504) and for ModelOpt's
+# AutoCast, which leaves in fp32 whatever exceeds 512: with -1e4 here no softmax becomes fp16. Exactly
+# nothing leaks through: exp(x) is 0 in fp32 below -104, and attention scores do not differ by 196.
+MASKED = -300.0
+
+Scheme = Literal["auto", "xavier_uniform", "kaiming_uniform"]
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
+_RELUS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU)
+_DENSE = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # (B, T, D), (B, 1, T, T)
+        heads = (x.shape[0], x.shape[1], self.config.num_attention_heads, self.config.head_size)
+        query, key, value = (layer(x).view(heads).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if mask is None else mask.to(query.dtype),
+            dropout_p=self.config.attention_dropout if self.training else 0.0,
+            is_causal=mask is None and self.config.causal,  # no mask to build: the fused kernels take this one
+        )
+        return self.out(attended.transpose(1, 2).reshape(x.shape))
+
+
+class Block(nn.Module):
+    """x + attention, then x + feed-forward, each behind a LayerNorm (pre-norm trains stably when deep)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.hidden_size, config.intermediate_size),
+            ACTIVATIONS[config.activation](),
+            nn.Dropout(config.ffn_dropout),
+            nn.Linear(config.intermediate_size, config.hidden_size),
+            nn.Dropout(config.ffn_dropout),
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # (B, T, D)
+        x = x + self.attention(self.attention_norm(x), mask)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """Encoder (or, with `causal`, decoder) from ids to hidden states."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.padding_id)
+        self.positions = nn.Embedding(config.max_length, config.hidden_size)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        init_weights(self, config.initialization)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D) of ids (B, T); `attention_mask` (B, T) is 0 where there is padding.
+
+        Without a mask, padding is where ids equal `config.padding_id`. What stands at padding is
+        finite and means nothing. Raises InputError for a sequence longer than `config.max_length`.
+        """
+        length = ids.shape[1]
+        if not torch.compiler.is_exporting() and length > self.config.max_length:
+            raise InputError(f"sequence of {length} tokens; the model's max_length is {self.config.max_length}")
+        if attention_mask is None and self.config.padding_id is not None:
+            attention_mask = ids != self.config.padding_id
+        mask = None if attention_mask is None else self._additive(attention_mask)
+        x = self.dropout(self.tokens(ids) + self.positions.weight[:length])  # (B, T, D)
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, mask, use_reentrant=False)
+            else:
+                x = block(x, mask)
+        return self.norm(x)
+
+    def _additive(self, attention_mask: Tensor) -> Tensor:
+        """What is added to the scores (B, 1, T, T): 0 where query may see key, MASKED elsewhere."""
+        steps = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        visible = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+        if self.config.causal:
+            visible = visible & (steps[:, None] >= steps)
+        # Every token sees itself, so that no row of scores is masked throughout: the softmax of such a
+        # row is 0/0. Real tokens lose nothing by it, and nobody sees the padding that does.
+        visible = visible | (steps[:, None] == steps)
+        return torch.where(visible, 0.0, MASKED)
+
+
+def init_weights(module: nn.Module, scheme: Scheme = "auto") -> nn.Module:
+    """Initialises the layers of any module in place and returns it; normalisation layers stay as they are.
+
+    - Linear, convolution, embedding, attention: Xavier uniform; Kaiming uniform where the next
+      activation is a ReLU ("auto" goes by the order in which layers are registered; a ReLU that is only
+      called as a function is not seen: pass "kaiming_uniform"). Biases 0, padding embeddings 0.
+    - LSTM, GRU, RNN and their cells: Xavier uniform for each gate by itself, biases 0, forget bias 1.
+      torch adds two bias vectors, `bias_ih` and `bias_hh`: the 1 stands in `bias_ih` only, so that the
+      sum is 1. A GRU has no forget gate; what keeps the old state is its update gate z, as torch has it
+      (h' = (1 - z) * n + z * h), so z gets the 1: both kinds then remember at the start of training.
+    """
+    check_choice("init_weights", "scheme", scheme, Scheme)
+    kaiming = _layers_before_relu(module) if scheme == "auto" else set()
+    with torch.no_grad():
+        for layer in module.modules():
+            if any(nn.parameter.is_lazy(parameter) for parameter in layer.parameters(recurse=False)):
+                raise InputError(f"init_weights: {type(layer).__name__} has no shape yet; run one forward pass first")
+            if isinstance(layer, _DENSE):
+                _fill(layer.weight, scheme == "kaiming_uniform" or layer in kaiming)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+            elif isinstance(layer, nn.Embedding):
+                nn.init.xavier_uniform_(layer.weight)
+                if layer.padding_idx is not None:
+                    layer.weight[layer.padding_idx].zero_()
+            elif isinstance(layer, nn.MultiheadAttention):
+                _init_multihead(layer)
+            elif isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+                _init_recurrent(layer)
+    return module
+
+
+def _layers_before_relu(module: nn.Module) -> set[nn.Module]:
+    found: set[nn.Module] = set()
+    last: nn.Module | None = None
+    for layer in module.modules():
+        if isinstance(layer, _DENSE):
+            last = layer
+        elif isinstance(layer, _RELUS) and last is not None:
+            found.add(last)
+        elif type(layer).__module__ == nn.GELU.__module__:  # another activation stands between
+            last = None
+    return found
+
+
+def _fill(weight: Tensor, kaiming: bool) -> None:
+    if kaiming:
+        nn.init.kaiming_uniform_(weight, nonlinearity="relu")
+    else:
+        nn.init.xavier_uniform_(weight)
+
+
+def _init_multihead(layer: nn.MultiheadAttention) -> None:
+    """The projections in one packed tensor are three layers; `out_proj` is a Linear of its own."""
+    packed = layer.in_proj_weight
+    weights = packed.chunk(3) if packed is not None else (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+    for weight in weights:
+        nn.init.xavier_uniform_(weight)
+    if layer.in_proj_bias is not None:
+        nn.init.zeros_(layer.in_proj_bias)
+
+
+def _init_recurrent(layer: nn.RNNBase | nn.RNNCellBase) -> None:
+    lstm, gru = isinstance(layer, nn.LSTM | nn.LSTMCell), isinstance(layer, nn.GRU | nn.GRUCell)
+    gates = 4 if lstm else 3 if gru else 1
+    for name, parameter in layer.named_parameters(recurse=False):
+        if name.startswith("weight_hr"):  # an LSTM's projection has no gates
+            nn.init.xavier_uniform_(parameter)
+        elif name.startswith("weight"):
+            for gate in parameter.chunk(gates):
+                nn.init.xavier_uniform_(gate)
+        else:
+            nn.init.zeros_(parameter)
+            if gates > 1 and name.startswith("bias_ih"):
+                # torch orders an LSTM's gates input, FORGET, cell, output and a GRU's reset, UPDATE, new.
+                nn.init.ones_(parameter.chunk(gates)[1])

@@ -1,0 +1,213 @@
+"""Where artifacts lie, how they are written, and what the manifest beside each one says.
+
+Contract: `build/<name>/<precision>/model.onnx` and `build/<name>/<precision>/<target>/model.plan`, each
+with its `manifest.json`; `build/<name>/{calibration,evaluation}.npz` hold real inputs, one row a sample.
+Everything is written beside its place and renamed: a killed build leaves no half file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deepseek.spec import DeploymentSpec, InputError, Precision, Target, build_dir
+
+Row = dict[str, np.ndarray]  # one sample: each input with a batch dimension of 1
+
+# Distributions whose version can change what an artifact holds.
+_TOOLS = (
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "nvidia-modelopt",
+    "tensorrt",
+    "tensorrt-rtx",
+)
+
+
+class Manifest(BaseModel):
+    """What an artifact is and came from; `manifest.json` beside it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    precision: Precision
+    """Asked for; what was found in the artifact is `found`."""
+    target: Target | None = None
+    """None for the ONNX graph itself, which any target takes."""
+    found: dict[str, Any]
+    """Proof of the precision: counted in the graph, or told by the compiled engine."""
+    sources: dict[str, str]
+    """sha256 by source: weights, onnx, calibration."""
+    settings: dict[str, Any] = {}
+    axes: dict[str, dict[str, int]]
+    versions: dict[str, str]
+    compute_capability: str | None = None
+    accuracy: dict[str, Any] | None = None
+    size_bytes: int
+    build_s: float
+
+
+def onnx_path(name: str, precision: str) -> Path:
+    """Where the graph of a precision lies."""
+    return build_dir(name) / precision / "model.onnx"
+
+
+def engine_path(name: str, precision: str, target: Target) -> Path:
+    """What the target runs: the graph itself for ONNX Runtime, else the compiled engine."""
+    return (
+        onnx_path(name, precision) if target == "onnxruntime" else build_dir(name) / precision / target / "model.plan"
+    )
+
+
+def choice_path(name: str, target: Target) -> Path:
+    """Where `export.compare` writes what it measured and chose."""
+    return build_dir(name) / f"choice-{target}.json"
+
+
+def need(path: Path, made_by: str) -> Path:
+    """`path`, or InputError that says which stage makes it."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; make it with: {made_by}")
+    return path
+
+
+@contextlib.contextmanager
+def scratch_in(folder: Path) -> Iterator[Path]:
+    """An empty folder inside `folder`, removed at the end, as are those that killed processes left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".scratch-*"):
+        if not Path("/proc", stale.name.split("-")[1]).exists():
+            shutil.rmtree(stale, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".scratch-{os.getpid()}-", dir=folder))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A path to write a file at; it takes the place of `path` when the block ends well."""
+    with scratch_in(path.parent) as scratch:
+        yield scratch / path.name
+        os.replace(scratch / path.name, path)
+
+
+def publish(files: Path, artifact: Path) -> None:
+    """Moves all of the folder `files` beside `artifact`, which comes last: what Make waits for."""
+    for path in sorted(files.iterdir(), key=lambda path: (path.name == artifact.name, path.name)):
+        os.replace(path, artifact.parent / path.name)
+    os.utime(artifact)  # newer than the rest, whenever it was written
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes a manifest, atomically."""
+    with staged(path) as file:
+        file.write_text(manifest.model_dump_json(indent=2) + "\n")
+
+
+def read_manifest(artifact: Path) -> Manifest:
+    """The manifest beside an artifact; raises InputError where there is none or it is broken."""
+    path = need(artifact.parent / "manifest.json", "make engine")
+    try:
+        return Manifest.model_validate_json(path.read_text())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: {key}: {first['msg']}; build it again: make clean engine") from None
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tool_versions() -> dict[str, str]:
+    """Installed versions of the tools that make artifacts."""
+    versions = {}
+    for tool in _TOOLS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[tool] = importlib.metadata.version(tool)
+    return versions
+
+
+def axes_of(spec: DeploymentSpec) -> dict[str, dict[str, int]]:
+    """The profile as a manifest keeps it."""
+    return {name: axis.model_dump() for name, axis in spec.axes.items()}
+
+
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Rounded to milliseconds."""
+        return round(time.monotonic() - self._start, 3)
+
+
+def save_rows(path: Path, rows: Iterable[Row]) -> int:
+    """Writes rows as `<row>/<input>` arrays; returns how many."""
+    arrays = {f"{row:05d}/{name}": array for row, sample in enumerate(rows) for name, array in sample.items()}
+    with staged(path) as file, file.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)
+    return len({key.split("/")[0] for key in arrays})
+
+
+def load_rows(path: Path) -> list[Row]:
+    """What `save_rows` wrote."""
+    rows: dict[str, Row] = {}
+    with np.load(need(path, "python -m export.to_onnx")) as arrays:
+        for key in arrays.files:
+            row, name = key.split("/", 1)
+            rows.setdefault(row, {})[name] = arrays[key]
+    return list(rows.values())
+
+
+def batches(rows: Iterable[Row], size: int) -> Iterator[tuple[list[int], Row]]:
+    """Rows of equal shapes put together, at most `size` at a time, with their places."""
+    groups: dict[tuple, list[tuple[int, Row]]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault(tuple(array.shape for array in row.values()), []).append((place, row))
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            part = group[start : start + size]
+            yield [place for place, _ in part], join([row for _, row in part])
+
+
+def join(rows: list[Row]) -> Row:
+    """One batch out of rows of equal shapes."""
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def human_bytes(value_bytes: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if value_bytes < 1024:
+            return f"{value_bytes:.0f} {unit}" if unit == "B" else f"{value_bytes:.1f} {unit}"
+        value_bytes /= 1024
+    return f"{value_bytes:.2f} GiB"
+
+
+def row_digests(rows: Iterable[Mapping[str, np.ndarray]]) -> set[bytes]:
+    """One digest a row, to find rows that two sets share."""
+    return {
+        hashlib.sha256(b"".join(name.encode() + row[name].tobytes() for name in sorted(row))).digest() for row in rows
+    }

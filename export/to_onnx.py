@@ -1,0 +1,332 @@
+"""PyTorch to ONNX: the fp32 graph that every later stage starts from.
+
+Contract: reads a model folder; writes `build/<name>/fp32/model.onnx` with the names, types and dynamic
+axes of `deploy.toml`, and the real inputs that later stages need (`calibration.npz`,
+`evaluation.npz`), so that they need neither torch nor model.py. The graph is run in ONNX Runtime
+against PyTorch at the smallest and the largest corner of the profile and one shape between, none of
+them the traced one: a dimension that was baked in is found here.
+
+Examples:
+    python -m export.to_onnx --model recommender
+    python -m export.to_onnx --models /some/dir --model other --json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from deepseek.spec import (
+    BATCH,
+    DeploymentSpec,
+    GateFailed,
+    InputError,
+    Parser,
+    add_model_arguments,
+    build_dir,
+    run_command,
+)
+from export.artifact import (
+    Clock,
+    Manifest,
+    Row,
+    axes_of,
+    human_bytes,
+    onnx_path,
+    publish,
+    row_digests,
+    save_rows,
+    scratch_in,
+    tool_versions,
+    write_manifest,
+)
+from export.source import Source
+
+OPSET = 20  # ModelOpt needs 19 for fp8 scales; at 23 attention becomes one op that TensorRT may not take
+EVALUATION_ROWS = 2000
+TOLERANCE = 1e-3  # of the largest magnitude of an output; both sides are fp32
+INTEGER_AGREEMENT = 0.99  # equal entries of an integer output: ties may fall either way
+
+log = Console(stderr=True)
+
+
+def traced_sizes(spec: DeploymentSpec) -> dict[str, int]:
+    """Sizes that the graph is traced at: opt, but never 1, which torch.export would bake in."""
+    return {name: min(max(axis.opt, 2), axis.max) for name, axis in spec.axes.items()}
+
+
+def checked_sizes(spec: DeploymentSpec) -> list[dict[str, int]]:
+    """Smallest, largest and one between, the traced sizes left out."""
+    traced = traced_sizes(spec)
+    between = {}
+    for name, axis in spec.axes.items():
+        middle = (axis.min + axis.max) // 2
+        between[name] = middle if middle != traced[name] else min(middle + 1, axis.max)
+    corners = [{name: getattr(axis, end) for name, axis in spec.axes.items()} for end in ("min", "max")]
+    return [sizes for sizes in [*corners, between] if sizes != traced]
+
+
+def inputs_at(spec: DeploymentSpec, rows: list[Row], sizes: dict[str, int]) -> Row:
+    """Real inputs brought to `sizes`: rows repeat along the batch, values along the other axes."""
+    inputs = {}
+    for name, tensor in spec.inputs.items():
+        fitted = []
+        for index in range(sizes[BATCH]):
+            array = rows[index % len(rows)][name]
+            for place, dim in enumerate(tensor.shape[1:], start=1):
+                if isinstance(dim, str) and array.shape[place] != sizes[dim]:
+                    array = np.take(array, np.arange(sizes[dim]) % array.shape[place], axis=place)
+            fitted.append(array)
+        inputs[name] = np.concatenate(fitted)
+    return inputs
+
+
+def run_torch(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> Row:
+    """Outputs of the PyTorch model by name; raises InputError where they are not the signature's."""
+    with torch.inference_mode():
+        returned = model(*(torch.from_numpy(inputs[name]) for name in spec.inputs))
+    values = list(returned) if isinstance(returned, tuple | list) else [returned]
+    if len(values) != len(spec.outputs) or not all(isinstance(value, torch.Tensor) for value in values):
+        seen = ", ".join(type(value).__name__ for value in values)
+        raise InputError(
+            f"model.py: forward returned {len(values)} value(s) ({seen}); deploy.toml names the outputs "
+            f"{', '.join(spec.outputs)}: one tensor each, in that order"
+        )
+    outputs = {name: value.numpy() for name, value in zip(spec.outputs, values, strict=True)}
+    for name, tensor in spec.outputs.items():
+        sizes = {
+            dim: size
+            for each in spec.inputs
+            for dim, size in zip(spec.inputs[each].shape, inputs[each].shape, strict=True)
+        }
+        expected = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
+        if outputs[name].shape != expected or outputs[name].dtype != tensor.dtype:
+            raise InputError(
+                f"model.py: output {name!r}: forward returned {outputs[name].dtype} {list(outputs[name].shape)}; "
+                f"deploy.toml says {tensor.dtype} {list(tensor.shape)}, here {list(expected)}"
+            )
+    return outputs
+
+
+def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) -> onnx.ModelProto:
+    """The dynamo exporter's graph with the signature's names and axes."""
+    fixed = {name for name, axis in spec.axes.items() if axis.min == axis.max}
+    dims = {
+        name: torch.export.Dim(name, min=axis.min, max=axis.max)
+        for name, axis in spec.axes.items()
+        if name not in fixed
+    }
+    shapes = tuple(
+        {place: dims[dim] for place, dim in enumerate(tensor.shape) if isinstance(dim, str) and dim in dims}
+        for tensor in spec.inputs.values()
+    )
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the exporter's own insides
+            program = torch.onnx.export(
+                model,
+                tuple(torch.from_numpy(example[name]) for name in spec.inputs),
+                input_names=list(spec.inputs),
+                dynamic_shapes=shapes,
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise InputError(f"model.py: cannot be exported: {_cause(error)}") from error
+    assert program is not None
+    graph = program.model_proto
+    _name_signature(spec, graph, fixed)
+    return graph
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the exception at the bottom, where the exporter's report names its own steps."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines else type(error).__name__
+
+
+def _name_signature(spec: DeploymentSpec, model: onnx.ModelProto, fixed: set[str]) -> None:
+    """Gives outputs their names (inner values that have them make way) and every axis its own."""
+    graph = model.graph
+    if len(graph.output) != len(spec.outputs):
+        raise InputError(
+            f"model.py: the graph has {len(graph.output)} outputs; deploy.toml names {', '.join(spec.outputs)}"
+        )
+    for node in [node for node in graph.node if node.input == node.output]:
+        graph.node.remove(node)  # how the exporter writes an input handed through: no valid graph
+    inputs = {value.name for value in graph.input}
+    wanted = dict(zip([value.name for value in graph.output], spec.outputs, strict=False))
+    renamed = {name: f"{name}__inner" for name in spec.outputs if name not in inputs}
+    renamed |= {old: new for old, new in wanted.items() if old not in inputs}
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    for named in [*graph.initializer, *graph.value_info]:
+        named.name = renamed.get(named.name, named.name)
+    for value, (name, tensor) in zip(graph.output, spec.outputs.items(), strict=True):
+        if renamed.get(value.name) != name:  # an input handed through, or one tensor returned twice
+            graph.node.append(onnx.helper.make_node("Identity", [renamed.get(value.name, value.name)], [name]))
+        value.name = name
+        _name_axes(value, tensor.shape, fixed)
+    for value in graph.input:
+        _name_axes(value, spec.inputs[value.name].shape, fixed)
+
+
+def _name_axes(value: onnx.ValueInfoProto, shape: tuple[int | str, ...], fixed: set[str]) -> None:
+    for dim, name in zip(value.type.tensor_type.shape.dim, shape, strict=True):
+        if isinstance(name, str) and name not in fixed:
+            dim.dim_param = name
+
+
+def check_against_torch(
+    spec: DeploymentSpec, model: torch.nn.Module, path: Path, rows: list[Row]
+) -> list[dict[str, Any]]:
+    """Worst error by output at each checked shape; raises GateFailed past the tolerance."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    checks = []
+    for sizes in checked_sizes(spec):
+        inputs = inputs_at(spec, rows, sizes)
+        expected = run_torch(spec, model, inputs)
+        try:
+            values = session.run(list(spec.outputs), inputs)
+        except Exception as error:
+            raise GateFailed(
+                f"{path.name}: does not run at {_at(sizes)}, though the profile allows it: "
+                f"{' '.join(str(error).split())[:300]}; a size is baked into forward"
+            ) from None
+        worst = {}
+        for name, value in zip(spec.outputs, values, strict=True):
+            reference = expected[name]
+            if value.shape != reference.shape:
+                raise GateFailed(
+                    f"{path.name}: output {name!r} at {_at(sizes)}: shape {value.shape}, PyTorch gives {reference.shape}"
+                )
+            worst[name] = error_of(value, reference)
+            if not worst[name] <= (TOLERANCE if reference.dtype.kind == "f" else 1 - INTEGER_AGREEMENT):
+                raise GateFailed(
+                    f"{path.name}: output {name!r} at {_at(sizes)} is off by {worst[name]:.3g} relative to PyTorch; "
+                    f"allowed {TOLERANCE:g} (floats), {1 - INTEGER_AGREEMENT:.2g} of the entries (integers)"
+                )
+        checks.append({"sizes": sizes, "worst_error": worst})
+    return checks
+
+
+def error_of(value: np.ndarray, reference: np.ndarray) -> float:
+    """Worst error relative to the largest magnitude (floats), or the share of unequal entries.
+
+    NaN and Inf must stand at the same places in both; elsewhere they count as an infinite error.
+    """
+    if reference.dtype.kind != "f":
+        return float(np.mean(value != reference))
+    value, reference = value.astype(np.float64), reference.astype(np.float64)
+    finite = np.isfinite(reference)
+    if not np.array_equal(
+        np.where(finite, 0, reference), np.where(finite & np.isfinite(value), 0, value), equal_nan=True
+    ):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    return float(np.abs(value - reference)[finite].max() / max(np.abs(reference[finite]).max(), 1e-6))
+
+
+def _at(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """sha256 over names, types and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def export_model(source: Source) -> dict[str, Any]:
+    """Runs the stage; returns what it made and measured."""
+    spec, clock = source.spec, Clock()
+    path = onnx_path(spec.name, "fp32")
+    with log.status("reading samples"):
+        evaluation = list(source.rows("evaluation", EVALUATION_ROWS))
+        calibration = list(source.rows("calibration", spec.precision.calibration_samples))
+    shared = row_digests(evaluation) & row_digests(calibration)
+    if shared:
+        raise InputError(
+            f"{source.folder / 'model.py'}: {len(shared)} of {len(calibration)} calibration samples are evaluation "
+            "samples too; the two must be disjoint, or the accuracy budget is judged on what was calibrated on"
+        )
+    model = source.load()
+    example = inputs_at(spec, evaluation, traced_sizes(spec))
+    run_torch(spec, model, example)
+    with scratch_in(path.parent) as scratch:
+        with log.status("exporting with the dynamo exporter"):
+            graph = onnx_from_torch(spec, model, example)
+            onnx.save(
+                graph,
+                scratch / "model.onnx",
+                save_as_external_data=graph.ByteSize() > 1 << 30,
+                location="model.onnx.data",
+            )
+            onnx.checker.check_model(scratch / "model.onnx", full_check=True)
+        with log.status("comparing with PyTorch"):
+            checks = check_against_torch(spec, model, scratch / "model.onnx", evaluation)
+        size = sum(file.stat().st_size for file in scratch.iterdir())
+        manifest = Manifest(
+            model=spec.name,
+            precision="fp32",
+            found={"operators": len(graph.graph.node), "opset": OPSET},
+            sources={"weights": weights_digest(model)},
+            axes=axes_of(spec),
+            versions=tool_versions(),
+            size_bytes=size,
+            build_s=clock.elapsed_s,
+        )
+        save_rows(build_dir(spec.name) / "calibration.npz", calibration)
+        save_rows(build_dir(spec.name) / "evaluation.npz", evaluation)
+        write_manifest(scratch / "manifest.json", manifest)
+        publish(scratch, path)
+    return {
+        "path": str(path),
+        "size_bytes": size,
+        "checks": checks,
+        "rows": {"calibration": len(calibration), "evaluation": len(evaluation)},
+        "build_s": manifest.build_s,
+    }
+
+
+def main() -> None:
+    """Exports one model."""
+    parser = Parser(__doc__, prog="python -m export.to_onnx")
+    add_model_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    args = parser.parse_args()
+    result = export_model(Source(args.model, args.models))
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(f"{result['path']}: {human_bytes(result['size_bytes'])}, as PyTorch at {len(result['checks'])} other shapes")
+    table = Table("checked at", "output", "worst error", box=box.SIMPLE_HEAD)
+    for check in result["checks"]:
+        for name, error in check["worst_error"].items():
+            table.add_row(_at(check["sizes"]), name, f"{error:.2g}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run_command(main)

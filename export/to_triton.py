@@ -1,0 +1,216 @@
+"""An engine to Triton's model repository: the next version directory and `config.pbtxt`.
+
+Contract: takes the precision that `export.compare` chose (or `--precision`); adds
+`<repository>/<name>/<next version>/` and replaces `config.pbtxt`, which is built as Triton's own
+protobuf message and parsed back. Both come into place by a rename, so that a running server never
+sees half of one. Batching, queue and time-out come from `deploy.toml`, the warm-up from real samples.
+
+Examples:
+    python -m export.to_triton --model recommender
+    python -m export.to_triton --model recommender --target tensorrt --precision fp16 --repository /models
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, ModelQueuePolicy
+
+from deepseek.spec import (
+    BATCH,
+    DeploymentSpec,
+    InputError,
+    Parser,
+    Precision,
+    Target,
+    add_model_arguments,
+    build_dir,
+    run_command,
+)
+from export.artifact import Row, choice_path, engine_path, load_rows, need, read_manifest, scratch_in
+
+KEPT_VERSIONS = 3  # the one that is served and two to go back to
+BACKEND_SOURCE = Path(__file__).parent.parent / "serving" / "onnxruntime_backend.py"
+
+
+def model_config(spec: DeploymentSpec, precision: Precision, target: Target, warmup: dict[str, Row]) -> ModelConfig:
+    """Triton's configuration of a model. `warmup` maps a file-name prefix to the row that is there."""
+    spec = spec.for_target(target)
+    config = ModelConfig(name=spec.name, max_batch_size=spec.max_batch)
+    for tensors, added in ((spec.inputs, config.input), (spec.outputs, config.output)):
+        for name, tensor in tensors.items():
+            entry = added.add(name=name, data_type=_data_type(tensor.dtype))
+            entry.dims.extend(_dim(spec, dim) for dim in tensor.shape[1:])
+    group = config.instance_group.add(count=spec.batching.instances)
+    if target == "tensorrt":
+        config.backend = "tensorrt"
+        config.default_model_filename = "model.plan"
+        group.kind = ModelInstanceGroup.KIND_GPU
+    else:
+        config.backend = "python"
+        group.kind = ModelInstanceGroup.KIND_CPU
+        config.parameters["threads"].string_value = str(spec.batching.threads or 0)
+    config.parameters["precision"].string_value = precision
+    batching = config.dynamic_batching
+    batching.max_queue_delay_microseconds = spec.batching.max_queue_delay_us
+    policy = batching.default_queue_policy
+    policy.max_queue_size = spec.batching.max_queue_size
+    policy.timeout_action = ModelQueuePolicy.REJECT
+    policy.default_timeout_microseconds = spec.batching.queue_timeout_ms * 1000
+    policy.allow_timeout_override = True  # a client's shorter deadline counts
+    for prefix, row in warmup.items():
+        for batch in sorted({1, spec.max_batch}):
+            sample = config.model_warmup.add(name=f"{prefix}-batch-{batch}", batch_size=batch)
+            for name, array in row.items():
+                entry = sample.inputs[name]
+                entry.data_type = _data_type(spec.inputs[name].dtype)
+                entry.dims.extend(array.shape[1:])
+                entry.input_data_file = f"{prefix}-{name}"
+    return config
+
+
+def _data_type(dtype: str) -> Any:
+    from tritonclient.grpc import model_config_pb2
+
+    names = {"float16": "TYPE_FP16", "float32": "TYPE_FP32"}
+    return model_config_pb2.DataType.Value(names.get(dtype, f"TYPE_{dtype.upper()}"))
+
+
+def _dim(spec: DeploymentSpec, dim: int | str) -> int:
+    if isinstance(dim, int):
+        return dim
+    axis = spec.axes[dim]
+    return axis.max if axis.min == axis.max else -1
+
+
+def config_text(config: ModelConfig) -> str:
+    """The text form, proved to mean the same when Triton reads it."""
+    text = text_format.MessageToString(config)
+    assert text_format.Parse(text, ModelConfig()) == config
+    return text
+
+
+def check_profile(spec: DeploymentSpec, engine: Path) -> None:
+    """Raises InputError where the engine was built for another profile than deploy.toml now has."""
+    built = read_manifest(engine).axes
+    now = {name: axis.model_dump() for name, axis in spec.axes.items()}
+    if built != now:
+        raise InputError(
+            f"{engine} was built for the axes {json.dumps(built)}, deploy.toml now has {json.dumps(now)}; "
+            "build it again: make engine"
+        )
+
+
+def publish_version(spec: DeploymentSpec, precision: Precision, target: Target, repository: Path) -> dict[str, Any]:
+    """Adds the next version of a model to the repository; returns what it added."""
+    if target == "tensorrt_rtx":
+        raise InputError("target tensorrt_rtx: Triton cannot load such an engine; publish onnxruntime or tensorrt")
+    engine = need(engine_path(spec.name, precision, target), f"make engine MODEL={spec.name} PRECISION={precision}")
+    check_profile(spec, engine)
+    row = load_rows(build_dir(spec.name) / "evaluation.npz")[0]
+    model = repository / spec.name
+    with scratch_in(build_dir(spec.name)) as scratch:
+        version = _stage(scratch, spec, precision, target, engine, row, model)
+        if not model.exists():
+            (scratch / "model").mkdir()
+            for part in (str(version), "warmup", "config.pbtxt"):
+                os.rename(scratch / part, scratch / "model" / part)
+            _rename(scratch / "model", model)
+        else:
+            (model / "warmup").mkdir(exist_ok=True)
+            for file in (scratch / "warmup").iterdir():
+                _rename(file, model / "warmup" / file.name)
+            # The version first: beside the old configuration it is whole, and the server that polls
+            # either loads it or goes on with the one that it has.
+            _rename(scratch / str(version), model / str(version))
+            _rename(scratch / "config.pbtxt", model / "config.pbtxt")
+            _retire(model, version, scratch)
+    return {"path": str(model / str(version)), "version": version, "precision": precision, "target": target}
+
+
+def _stage(
+    scratch: Path, spec: DeploymentSpec, precision: Precision, target: Target, engine: Path, row: Row, model: Path
+) -> int:
+    """Lays out version, warm-up and configuration in `scratch`; returns the version."""
+    version = max((int(path.name) for path in model.glob("[0-9]*") if path.name.isdigit()), default=0) + 1
+    folder = scratch / str(version)
+    folder.mkdir()
+    for file in [*engine.parent.glob(f"{engine.name}*"), engine.parent / "manifest.json"]:
+        shutil.copyfile(file, folder / file.name)
+    if target == "onnxruntime":
+        shutil.copyfile(BACKEND_SOURCE, folder / "model.py")
+    (scratch / "warmup").mkdir()
+    for name, array in row.items():
+        (scratch / "warmup" / f"{version}-{name}").write_bytes(array.tobytes())
+    (scratch / "config.pbtxt").write_text(config_text(model_config(spec, precision, target, {str(version): row})))
+    return version
+
+
+def _rename(source: Path, destination: Path) -> None:
+    """Renames; across file systems copies beside the destination first."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.rename(source, destination)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise InputError(f"{destination} was added by another build meanwhile; run it again") from None
+        if error.errno != errno.EXDEV:
+            raise
+        with scratch_in(destination.parent) as beside:
+            copied = Path(shutil.move(source, beside / source.name))
+            os.rename(copied, destination)
+
+
+def _retire(model: Path, version: int, scratch: Path) -> None:
+    """Takes versions out that are too old to go back to, with their warm-up files."""
+    for old in model.iterdir():
+        if old.name.isdigit() and int(old.name) <= version - KEPT_VERSIONS:
+            _rename(old, scratch / f"retired-{old.name}")
+            for file in (model / "warmup").glob(f"{old.name}-*"):
+                file.unlink()
+
+
+def chosen_precision(name: str, target: Target) -> Precision:
+    """What `export.compare` chose."""
+    path = need(choice_path(name, target), f"python -m export.compare --model {name} --target {target}")
+    return json.loads(path.read_text())["chosen"]
+
+
+def main() -> None:
+    """Publishes one model."""
+    parser = Parser(__doc__, prog="python -m export.to_triton")
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--target", default="onnxruntime", choices=("onnxruntime", "tensorrt"), help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "fp16", "int8", "fp8"), help="(default: what export.compare chose)"
+    )
+    parser.add_argument("--repository", default="model_repository", help="(default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    args = parser.parse_args()
+    spec = DeploymentSpec.of_model(args.model, args.models)
+    precision = args.precision or chosen_precision(spec.name, args.target)
+    if spec.for_target(args.target).batching.instances == 1:
+        print(
+            "warning: batching.instances = 1: Triton can stall requests in a bounded queue, see docs/triton.md",
+            file=sys.stderr,
+        )
+    result = publish_version(spec, precision, args.target, Path(args.repository))
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print(
+            f"{result['path']}: {result['precision']} for {result['target']}, batches of up to {spec.axes[BATCH].max}"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

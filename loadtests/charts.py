@@ -1,0 +1,171 @@
+"""Small SVG charts, drawn as text.
+
+Contract: a chart is one `<figure>`, its legend and an `<svg>`, with no outside resource and no script.
+Colours come from the page: each mark has a class, which the page's CSS gives a colour for light and for
+dark. Charts are small enough (460 units wide) to be read on a phone.
+
+Example:
+    chart = Chart(x=Scale(0, 20), y=Scale(0, 120), label="Answers per second")
+    chart.axes(x_unit=" s", y_unit="/s")
+    chart.line([(0, 99), (1, 101)], "intended")
+    chart.legend("intended", "answers")
+    html = chart.figure()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+WIDTH, HEIGHT = 460, 240
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 22, 26
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values from `low` to `high`, along an axis; logarithmic where so said."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def share(self, value: float) -> float:
+        """Where a value lies between the ends, 0 to 1; what is beyond them lies on them."""
+        low, high = self.low, self.high
+        value = min(max(value, low), high)
+        if self.log:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return (value - low) / (high - low) if high > low else 0.5
+
+    def ticks(self, most: int = 5) -> list[float]:
+        """At most about so many round values: 1, 2 or 5 times a power of ten."""
+        if self.log:
+            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+            for steps in ((1, 2, 5), (1, 3), (1,)):
+                found = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+                found = [value for value in found if self.low <= value <= self.high]
+                if len(found) <= most + 2:
+                    break
+            return found
+        step = 10 ** math.floor(math.log10((self.high - self.low) / most))
+        step = next(step * by for by in (1, 2, 5, 10) if (self.high - self.low) / (step * by) <= most)
+        first = math.ceil(self.low / step)
+        return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def up_to(values: Iterable[float], room: float = 1.08) -> Scale:
+    """From 0 to a bit above the largest of the finite values."""
+    return Scale(0, max((value for value in values if math.isfinite(value)), default=1) * room or 1)
+
+
+def number(value: float) -> str:
+    """A figure for an axis: as short as it is exact."""
+    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
+
+
+@dataclass
+class Chart:
+    """One chart over an x and a y scale; marks are drawn in the order of the calls."""
+
+    x: Scale
+    y: Scale
+    label: str
+    height: int = HEIGHT
+    _parts: list[str] = field(default_factory=list)
+    _legend: list[str] = field(default_factory=list)
+
+    def _at_x(self, value: float) -> float:
+        return LEFT + self.x.share(value) * (WIDTH - LEFT - RIGHT)
+
+    def _at_y(self, value: float) -> float:
+        return self.height - BOTTOM - self.y.share(value) * (self.height - TOP - BOTTOM)
+
+    def _text(self, x: float, y: float, text: str, anchor: str = "middle", css: str = "tick") -> None:
+        self._parts.append(f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
+
+    def axes(self, *, x_unit: str, y_unit: str, x_ticks: Sequence[tuple[float, str]] | None = None) -> None:
+        """Grid lines with their figures; x has its unit at each, y above."""
+        for value in self.y.ticks():
+            y = self._at_y(value)
+            self._parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+            self._text(LEFT - 6, y + 4, number(value), "end")
+        for value, text in x_ticks or [(value, number(value) + x_unit) for value in self.x.ticks(5)]:
+            at_x = self._at_x(value)
+            anchor = "end" if at_x > WIDTH - RIGHT - 16 else "middle"
+            self._text(WIDTH - 1 if anchor == "end" else at_x, self.height - BOTTOM + 16, text, anchor)
+        self._text(0, 11, y_unit, "start")
+        self._parts.append(f'<path class="axis" d="M{LEFT} {self.height - BOTTOM}H{WIDTH - RIGHT}"/>')
+
+    def line(self, points: Sequence[Point], css: str) -> None:
+        """A line through the points; one that is not finite breaks it."""
+        path, pen = [], "M"
+        for x, y in points:
+            if math.isfinite(x) and math.isfinite(y):
+                path.append(f"{pen}{self._at_x(x):.1f} {self._at_y(y):.1f}")
+                pen = "L"
+            else:
+                pen = "M"
+        self._parts.append(f'<path class="line {css}" d="{"".join(path)}"/>')
+
+    def bars(self, edges: Sequence[float], heights: Sequence[float], css: str) -> None:
+        """A bar between each two successive edges, from the x axis up."""
+        base = self.height - BOTTOM
+        path = []
+        for left, right, height in zip(edges[:-1], edges[1:], heights, strict=True):
+            if height > 0:
+                x, y = self._at_x(left), self._at_y(height)
+                path.append(f"M{x:.1f} {base}V{y:.1f}H{max(self._at_x(right) - 0.6, x + 0.6):.1f}V{base}Z")
+        self._parts.append(f'<path class="area {css}" d="{"".join(path)}"/>')
+
+    def outline(self, edges: Sequence[float], heights: Sequence[float], css: str) -> None:
+        """The same as a line over the tops."""
+        steps = zip(edges[:-1], edges[1:], heights, strict=True)
+        self.line([(x, height) for left, right, height in steps for x in (left, right)], css)
+
+    def limit(self, value: float, text: str) -> None:
+        """A horizontal line that is not to be crossed."""
+        y = self._at_y(value)
+        self._parts.append(f'<path class="line limit" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        self._text(WIDTH - RIGHT, y - 5, text, "end", "tick limit-text")
+
+    def mark(self, x: float, y: float, css: str, text: str = "") -> None:
+        """A diamond, with a word above it on the left."""
+        at_x, at_y = self._at_x(x), self._at_y(y)
+        self._parts.append(f'<path class="mark {css}" d="M{at_x:.1f} {at_y - 5.5:.1f}l5.5 5.5l-5.5 5.5l-5.5 -5.5Z"/>')
+        if text:
+            self._text(at_x - 4, at_y - 8, text, "end", f"tick {css}-text")
+
+    def shade(self, left: float, right: float, text: str) -> None:
+        """A stretch of x that does not count."""
+        x, end = self._at_x(left), self._at_x(right)
+        height = self.height - TOP - BOTTOM
+        self._parts.append(f'<rect class="shade" x="{x:.1f}" y="{TOP}" width="{end - x:.1f}" height="{height}"/>')
+        if end - x > 56:
+            self._text((x + end) / 2, TOP + 14, text)
+
+    def legend(self, css: str, text: str) -> None:
+        """A name for a mark."""
+        self._legend.append(f'<span><i class="key {css}"></i>{escape(text)}</span>')
+
+    def figure(self) -> str:
+        """The whole element."""
+        return (
+            f"<figure><figcaption>{''.join(self._legend)}</figcaption>"
+            f'<svg viewBox="0 0 {WIDTH} {self.height}" role="img" aria-label="{escape(self.label)}">'
+            f"{''.join(self._parts)}</svg></figure>"
+        )
+
+
+def stacked_bar(parts: Sequence[tuple[str, float]], label: str) -> str:
+    """One horizontal bar of shares; `parts` are CSS class and size."""
+    total = sum(size for _, size in parts) or 1
+    x, pieces = 0.0, []
+    for css, size in parts:
+        width = size / total * WIDTH
+        pieces.append(f'<rect class="area {css}" x="{x:.1f}" y="0" width="{width:.1f}" height="26"/>')
+        x += width
+    return f'<svg viewBox="0 0 {WIDTH} 26" role="img" aria-label="{escape(label)}">{"".join(pieces)}</svg>'

@@ -1,0 +1,365 @@
+"""What a load test measured: recorded while it runs, kept in one folder, read back to be judged or drawn.
+
+Contract: latencies are whole microseconds in HDR histograms of 3 digits, one for each second of the
+run, so that a reported percentile is at most 0.1 % above the true one. Histograms are added, never
+averaged. Seconds count from the start of the measured window: those below 0 are the warm-up. A
+request belongs to the second it was *planned* in, whenever it was answered.
+
+A run's folder, `build/<name>/loadtests/<time>/`, appears whole or not at all:
+    run.json        settings, machine, versions, the generator's own health, the server's statistics
+    seconds.jsonl   a line a second (and worker): counts, errors by kind, encoded histograms
+
+Examples:
+    run = Run.load(latest_run("recommender"))
+    run.latency("intended").percentile_ms(99)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from hdrh.histogram import HdrHistogram
+
+from deepseek.spec import InputError, Target, build_dir
+
+LONGEST_US = 3_600_000_000  # an hour; no request may take longer (see Settings.timeout_s)
+Latency = Literal["intended", "service", "lag"]
+KINDS: tuple[Latency, ...] = ("intended", "service", "lag")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that decides what a run does; `rate_rps` (open loop) or `users` (closed loop) is given."""
+
+    model: str
+    models: str
+    target: Target
+    protocol: Literal["grpc", "http"]
+    url: str
+    inputs: str
+    """The .npz file of real inputs."""
+    rate_rps: float | None = None
+    users: int | None = None
+    arrivals: Literal["constant", "poisson"] = "poisson"
+    seed: int = 0
+    warmup_s: float = 5.0
+    duration_s: float = 20.0
+    timeout_s: float = 5.0
+    """Deadline of a request; past it, it counts as an error."""
+    max_in_flight: int = 512
+    """Open loop: a request that is due while so many are unanswered is dropped, and counts as an error."""
+
+    @property
+    def open_loop(self) -> bool:
+        """Requests leave on a fixed schedule rather than after an answer."""
+        return self.rate_rps is not None
+
+
+def histogram() -> HdrHistogram:
+    """An empty one, 1 us to 1 h with 3 significant digits."""
+    return HdrHistogram(1, LONGEST_US, 3)
+
+
+class _Second:
+    """What happened to the requests planned in one second (`attempted`, `completed`: what happened in it)."""
+
+    __slots__ = ("attempted", "completed", "dropped", "errors", "latencies", "ok", "planned")
+
+    def __init__(self) -> None:
+        self.planned = self.attempted = self.ok = self.completed = self.dropped = 0
+        self.errors: Counter[str] = Counter()
+        self.latencies: dict[Latency, HdrHistogram] = {}
+
+    def row(self, second: int) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in ("planned", "attempted", "ok", "completed", "dropped")}
+        encoded: dict[str, str] = {kind: latency.encode().decode() for kind, latency in self.latencies.items()}
+        return {"second": second, **counts, "errors": dict(self.errors), **encoded}
+
+
+class Recorder:
+    """Takes note of every request, in a few microseconds each. Times are seconds of the measured window."""
+
+    def __init__(self, planned_s: np.ndarray | None = None) -> None:
+        self.in_flight = 0
+        self._open_loop = planned_s is not None
+        self._seconds: dict[int, _Second] = {}
+        if planned_s is not None:
+            for second, count in zip(*np.unique(np.floor(planned_s), return_counts=True), strict=True):
+                self._at(second).planned = int(count)
+
+    def _at(self, time_s: float) -> _Second:
+        second = math.floor(time_s)
+        found = self._seconds.get(second)
+        if found is None:
+            found = self._seconds[second] = _Second()
+        return found
+
+    def attempt(self, now_s: float) -> None:
+        """The generator takes up a request that is due."""
+        self._at(now_s).attempted += 1
+        self.in_flight += 1
+
+    def drop(self, planned_s: float) -> None:
+        """It cannot be sent: too many are unanswered."""
+        self._at(planned_s).dropped += 1
+        self.in_flight -= 1
+
+    def finish(self, planned_s: float, sent_s: float, finished_s: float, error: str | None) -> None:
+        """It was answered, or failed with an error of this kind."""
+        self.in_flight -= 1
+        second = self._at(planned_s)
+        if error is None:
+            second.ok += 1
+            self._at(finished_s).completed += 1
+            _record(second, "service", finished_s - sent_s)
+        else:
+            second.errors[error] += 1
+        if self._open_loop:
+            _record(second, "lag", sent_s - planned_s)
+            if error is None:
+                _record(second, "intended", finished_s - planned_s)
+
+    def take(self, before_s: float = math.inf) -> Iterator[dict[str, Any]]:
+        """Rows of the seconds before `before_s`, which are then forgotten."""
+        for second in sorted(self._seconds):
+            if second < before_s:
+                yield self._seconds.pop(second).row(second)
+
+    def totals(self, second: int) -> tuple[int, int]:
+        """Answered and failed requests of a second so far, for a progress line."""
+        found = self._seconds.get(second)
+        return (found.completed, found.errors.total() + found.dropped) if found else (0, 0)
+
+
+def _record(second: _Second, kind: Latency, seconds: float) -> None:
+    found = second.latencies.get(kind)
+    if found is None:
+        found = second.latencies[kind] = histogram()
+    found.record_value(min(max(round(seconds * 1e6), 0), LONGEST_US))
+
+
+def _highest_values() -> np.ndarray:
+    """For each count of a histogram, the largest value in microseconds that it stands for."""
+    layout = histogram()
+    index = np.arange(layout.counts_len)
+    bucket = (index >> layout.sub_bucket_half_count_magnitude) - 1
+    sub_bucket = (index & (layout.sub_bucket_half_count - 1)) + layout.sub_bucket_half_count
+    sub_bucket = np.where(bucket < 0, sub_bucket - layout.sub_bucket_half_count, sub_bucket)
+    bucket = np.maximum(bucket, 0)
+    return ((sub_bucket + 1) << bucket) - 1
+
+
+_VALUES_US = _highest_values()
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Latencies of all requests of a stretch of time; those that `failed` are slower than any limit."""
+
+    counts: np.ndarray
+    failed: int = 0
+
+    @property
+    def total(self) -> int:
+        """Requests, the failed ones included."""
+        return int(self.counts.sum()) + self.failed
+
+    def percentile_ms(self, percent: float) -> float:
+        """The latency that `percent` of the requests kept to (nearest rank); inf where they did not, nan of nothing."""
+        if not self.total:
+            return math.nan
+        rank = max(1, math.ceil(percent / 100 * self.total - 1e-9))
+        reached = np.searchsorted(np.cumsum(self.counts), rank)
+        return math.inf if reached == len(self.counts) else float(_VALUES_US[reached]) / 1000
+
+    @property
+    def max_ms(self) -> float:
+        """The slowest answer."""
+        answered = np.flatnonzero(self.counts)
+        return float(_VALUES_US[answered[-1]]) / 1000 if len(answered) else math.nan
+
+    @property
+    def mean_ms(self) -> float:
+        """Mean over the answered requests."""
+        answered = self.counts.sum()
+        return float(self.counts @ _VALUES_US / answered) / 1000 if answered else math.nan
+
+    def density(self, edges_ms: np.ndarray) -> np.ndarray:
+        """Answered requests between successive edges."""
+        cumulated = np.concatenate([[0], np.cumsum(self.counts)])
+        return np.diff(cumulated[np.searchsorted(_VALUES_US, edges_ms * 1000, side="right")])
+
+
+@dataclass
+class Second:
+    """One second of a run, all workers together."""
+
+    second: int
+    planned: int = 0
+    attempted: int = 0
+    ok: int = 0
+    completed: int = 0
+    dropped: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    latencies: dict[Latency, HdrHistogram] = field(default_factory=dict)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Adds what one worker counted."""
+        for name in ("planned", "attempted", "ok", "completed", "dropped"):
+            setattr(self, name, getattr(self, name) + row[name])
+        self.errors.update(row["errors"])
+        for kind in KINDS:
+            if kind in row:
+                self.latencies.setdefault(kind, histogram()).add(HdrHistogram.decode(row[kind]))
+
+    @property
+    def failed(self) -> int:
+        """Errors and drops."""
+        return self.errors.total() + self.dropped
+
+    def latency(self, kind: Latency) -> Distribution:
+        """Latencies of the requests planned in this second."""
+        return _distribution([self], kind, self.failed)
+
+
+def _distribution(seconds: list[Second], kind: Latency, failed: int) -> Distribution:
+    counts = np.zeros(len(_VALUES_US), np.int64)
+    for second in seconds:
+        if kind in second.latencies:
+            counts += np.ctypeslib.as_array(second.latencies[kind].counts).astype(np.int64)
+    return Distribution(counts, failed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run, as its folder has it."""
+
+    folder: Path
+    settings: Settings
+    started_at: str
+    generator: dict[str, Any]
+    server: dict[str, Any]
+    machine: dict[str, Any]
+    seconds: tuple[Second, ...]
+    """In order; the warm-up's are below 0, those after the window (late answers) at `duration_s` and above."""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        """Reads a run's folder; InputError in one line where it is not one."""
+        folder = Path(folder)
+        try:
+            data = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            seconds: dict[int, Second] = {}
+            for line in (folder / "seconds.jsonl").read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                seconds.setdefault(row["second"], Second(row["second"])).add(row)
+            return cls(
+                folder=folder,
+                settings=Settings(**data.pop("settings")),
+                seconds=tuple(seconds[second] for second in sorted(seconds)),
+                **data,
+            )
+        except OSError as error:
+            raise InputError(f"{folder}: not a load test run ({error.strerror}: {error.filename})") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{folder}: the run cannot be read ({error!r}); measure with: make loadtest") from None
+
+    @cached_property
+    def window(self) -> list[Second]:
+        """The seconds that were measured, without warm-up and late answers."""
+        return [second for second in self.seconds if 0 <= second.second < self.settings.duration_s]
+
+    @property
+    def planned(self) -> int:
+        """Requests that the window was to have; in a closed loop those that it had."""
+        return sum(each.planned if self.settings.open_loop else each.ok + each.failed for each in self.window)
+
+    @property
+    def ok(self) -> int:
+        """Requests answered, whenever."""
+        return sum(each.ok for each in self.window)
+
+    @property
+    def failed(self) -> int:
+        """Requests planned and not answered: errors, time-outs, drops."""
+        return sum(each.failed for each in self.window)
+
+    @property
+    def unsent(self) -> int:
+        """Requests of which the generator lost sight: its own failure, not the server's."""
+        return self.planned - self.ok - self.failed
+
+    @property
+    def errors(self) -> Counter[str]:
+        """Failures by kind."""
+        kinds = sum((each.errors for each in self.window), Counter())
+        dropped = sum(each.dropped for each in self.window)
+        return kinds + Counter({"dropped": dropped})
+
+    @property
+    def throughput_rps(self) -> float:
+        """Good answers that came within the window, a second."""
+        return sum(each.completed for each in self.window) / self.settings.duration_s
+
+    @property
+    def attempted_share(self) -> float:
+        """Requests that the generator took up within the window, of those planned in it; 1 in a closed loop."""
+        if not self.settings.open_loop or not self.planned:
+            return 1.0
+        return min(1.0, sum(each.attempted for each in self.window) / self.planned)
+
+    def latency(self, kind: Latency) -> Distribution:
+        """All latencies of the window."""
+        return _distribution(self.window, kind, 0 if kind == "lag" else self.failed)
+
+    @property
+    def judged(self) -> Latency:
+        """What the SLO is about: intended latency, which a closed loop does not have."""
+        return "intended" if self.settings.open_loop else "service"
+
+
+def runs_folder(name: str) -> Path:
+    """Where a model's runs lie."""
+    return build_dir(name) / "loadtests"
+
+
+def latest_run(name: str) -> Path:
+    """The newest complete run of a model."""
+    found = sorted(path.parent for path in runs_folder(name).glob("[!.]*/run.json"))
+    if not found:
+        raise InputError(f"no load test of {name} in {runs_folder(name)}; make one with: make loadtest")
+    return found[-1]
+
+
+@contextmanager
+def new_run(name: str) -> Iterator[Path]:
+    """A draft folder to write a run into; it is gone after the block, unless `publish` took it."""
+    place = runs_folder(name)
+    place.mkdir(parents=True, exist_ok=True)
+    for left in place.glob(".draft-*"):  # of runs that were killed outright
+        if not Path(f"/proc/{left.name.removeprefix('.draft-')}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    draft = place / f".draft-{os.getpid()}"
+    draft.mkdir()
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def publish(draft: Path) -> Path:
+    """Puts a complete draft in its place; the name is the time, so that names sort by age."""
+    name = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")[:-3] + "Z"
+    return draft.rename(draft.parent / name)

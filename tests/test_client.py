@@ -1,0 +1,679 @@
+"""The client against a real Triton, and against servers that are gone, mute, slow or cut off."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from deepseek_client import (
+    AccessDenied,
+    ConnectionLost,
+    DeadlineExceeded,
+    InferenceClient,
+    InferenceError,
+    InvalidInput,
+    ModelMetadata,
+    ModelNotFound,
+    ServerBusy,
+    ServerError,
+    TensorSpec,
+    Unreachable,
+)
+from deepseek_client.__main__ import main
+from deepseek_client.inputs import read_inputs
+from deepseek_client.tables import answer_table
+from deepseek_client.transports import to_bytes, to_numpy
+from rich.console import Console
+
+from serving.embedded import EmbeddedServer
+from tests.conftest import write_add_one
+
+X = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
+both = pytest.mark.parametrize("protocol", ["http", "grpc"])
+Connect = Callable[..., InferenceClient]
+
+
+class Relay:
+    """A TCP relay to the server, ending TLS where `tls` is given, that can lose all its connections."""
+
+    def __init__(self, target: tuple[str, int], tls: ssl.SSLContext | None = None) -> None:
+        self.target, self.tls = target, tls
+        self.open: list[socket.socket] = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.url = f"localhost:{self.port}" if tls else f"127.0.0.1:{self.port}"
+        threading.Thread(target=self.accept, args=(self.listener,), daemon=True).start()
+
+    def accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near = listener.accept()[0]
+                with contextlib.suppress(ssl.SSLError):
+                    near = self.tls.wrap_socket(near, server_side=True) if self.tls else near
+                    far = socket.create_connection(self.target)
+                    self.open += [near, far]
+                    threading.Thread(target=self.pump, args=(near, far), daemon=True).start()
+                    threading.Thread(target=self.pump, args=(far, near), daemon=True).start()
+
+    def pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        self.end(source, sink)
+
+    def end(self, *connections: socket.socket) -> None:
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+
+    def cut(self) -> None:
+        """Loses the connections; new ones are still taken."""
+        self.end(*self.open)
+        self.open.clear()
+
+    def close(self) -> None:
+        """Refuses new connections, too."""
+        self.end(self.listener)
+        self.cut()
+
+    def reopen(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self.accept, args=(self.listener,), daemon=True).start()
+
+
+@contextlib.contextmanager
+def answering(answer: Callable[[socket.socket], Any]) -> Iterator[tuple[str, list[bytes]]]:
+    """A socket server that reads a request's head and its body, then does `answer`; its URL and what it read."""
+    seen: list[bytes] = []
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                with listener.accept()[0] as connection:
+                    seen.append(connection.recv(65536))
+                    with contextlib.suppress(OSError):
+                        answer(connection)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}", seen
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
+
+
+def status(line: str, body: str = "{}") -> Callable[[socket.socket], None]:
+    head = f"HTTP/1.1 {line}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    return lambda connection: connection.sendall((head + body).encode())
+
+
+def mute(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.settimeout(1)
+        while connection.recv(65536):
+            pass
+
+
+def trickle(connection: socket.socket) -> None:
+    for byte in b"HTTP/1.1 200 OK\r\nX-Patience: " + 60 * b"z":
+        connection.sendall(bytes([byte]))
+        time.sleep(0.05)
+
+
+def half_an_answer(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nonly this")
+
+
+@pytest.fixture
+def connect(server: EmbeddedServer) -> Iterator[Connect]:
+    """Makes clients of the real server, or of `url`, and closes them."""
+    with contextlib.ExitStack() as stack:
+
+        def make(protocol: str, url: str = "", **settings: Any) -> InferenceClient:
+            default = server.http_url if protocol == "http" else server.grpc_url
+            return stack.enter_context(InferenceClient(url or default, protocol, **settings))  # type: ignore[arg-type]
+
+        yield make
+
+
+@pytest.fixture
+def relay(server: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[Relay]:
+    port = server.http_port if request.getfixturevalue("protocol") == "http" else server.grpc_port
+    running = Relay((server.address, port))
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def refused_url() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@both
+def test_infer_gives_the_outputs_by_name(connect: Connect, protocol: str) -> None:
+    outputs = connect(protocol).infer("add_one", {"x": X}, request_id="7", version="1")
+    assert list(outputs) == ["y"]
+    np.testing.assert_array_equal(outputs["y"], X + 1)
+
+
+@both
+def test_arrays_that_are_not_contiguous_arrive_in_order(connect: Connect, protocol: str) -> None:
+    x = np.arange(24, dtype=np.float32).reshape(2, 4, 3).transpose(0, 2, 1)[:, ::2]  # (2, 2, 4)
+    np.testing.assert_array_equal(connect(protocol).infer("add_one", {"x": x}, outputs=["y"])["y"], x + 1)
+
+
+@both
+def test_metadata_and_readiness_say_what_the_server_has(connect: Connect, protocol: str) -> None:
+    client = connect(protocol)
+    metadata = client.metadata("add_one")
+    assert metadata.inputs == (TensorSpec(name="x", datatype="FP32", shape=(-1, 2, -1)),)
+    assert (metadata.name, metadata.versions, metadata.max_batch_size) == ("add_one", ("1",), 8)
+    assert client.ready()
+    assert client.ready("add_one")
+    assert not client.ready("absent")
+
+
+@both
+def test_a_prepared_request_can_be_sent_many_times_from_many_threads(connect: Connect, protocol: str) -> None:
+    client = connect(protocol)
+    requests = [client.prepare("add_one", {"x": X + k}) for k in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(client.send, requests * 20))
+    for k, answer in enumerate(answers):
+        np.testing.assert_array_equal(answer["y"], X + k % 8 + 1)
+
+
+@both
+@pytest.mark.parametrize(
+    ("call", "expected", "says"),
+    [
+        pytest.param({"model": "absent"}, ModelNotFound, "'absent' is not found", id="unknown model"),
+        pytest.param({"version": "9"}, ModelNotFound, "version 9 is not found", id="unknown version"),
+        pytest.param({"version": "../x"}, InvalidInput, "version='../x'; it must be a number", id="no version"),
+        pytest.param({"inputs": [X]}, InvalidInput, "inputs is a list; pass a dict", id="no names"),
+        pytest.param({"outputs": "y"}, InvalidInput, r"pass a list of names: \['y'\]", id="one name"),
+        pytest.param({"outputs": ["z"]}, InvalidInput, r"no output 'z'; its outputs are y \(FP32", id="output"),
+        pytest.param({"timeout_s": 0}, InvalidInput, "timeout_s=0; it must be a positive number", id="no time"),
+    ],
+)
+def test_a_wrong_call_is_refused(connect: Connect, protocol: str, call: dict, expected: type, says: str) -> None:
+    with pytest.raises(expected, match=says):
+        connect(protocol).infer(**{"model": "add_one", "inputs": {"x": X}} | call)
+
+
+MODEL = ModelMetadata(
+    name="m",
+    versions=("1",),
+    platform="",
+    inputs=(
+        TensorSpec(name="ids", datatype="INT64", shape=(-1, 3)),
+        TensorSpec(name="text", datatype="BYTES", shape=(-1, 1), optional=True),
+    ),
+    outputs=(),
+    max_batch_size=4,
+)
+IDS = np.ones((2, 3), np.int64)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        pytest.param({}, "input 'ids' is missing; it takes ids (INT64 [-1, 3])", id="missing"),
+        pytest.param({"ids": IDS, "id": IDS}, "m has no input 'id'; its inputs are ids", id="unknown"),
+        pytest.param({"ids": [[1]]}, "is a list; pass a numpy array: np.asarray(..., dtype=np.int64)", id="list"),
+        pytest.param({"ids": IDS.astype(np.int32)}, "is int32, the model takes int64; cast it", id="dtype"),
+        pytest.param({"ids": IDS.astype(">i8")}, "inputs['ids'].astype(np.int64)", id="byte order"),
+        pytest.param({"ids": IDS[0]}, "for a batch of one: inputs['ids'][None]", id="no batch"),
+        pytest.param({"ids": IDS[None]}, "of 3 dimensions; the model takes 2: [-1, 3]", id="rank"),
+        pytest.param({"ids": IDS[:, :2]}, "dimension 1 must be 3, not 2", id="fixed dimension"),
+        pytest.param({"ids": IDS[:0]}, "a batch of 0; from 1 to 4 are allowed", id="empty batch"),
+        pytest.param({"ids": np.ones((40, 3), np.int64)}, "split it into batches of 4", id="large batch"),
+        pytest.param({"ids": IDS, "text": np.array([["a"]])}, "batch sizes disagree (ids 2, text 1)", id="batches"),
+        pytest.param({"ids": IDS, "text": IDS[:, :1]}, "is int64, the model takes strings", id="no strings"),
+        pytest.param({"ids": IDS, "text": np.array([[b"a"], [3]], object)}, "holds 3 (int)", id="a number"),
+    ],
+)
+def test_what_does_not_fit_the_signature_is_refused_in_one_line(inputs: dict, says: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        MODEL.check(inputs)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_hides_its_configuration_decides_by_itself_on_batches_and_missing_inputs() -> None:
+    spec = TensorSpec(name="ids", datatype="INT64", shape=(-1, 3), optional=True)
+    hidden = ModelMetadata(name="m", versions=(), platform="", inputs=(spec,), outputs=(), max_batch_size=None)
+    assert hidden.check({}) == [None]
+    assert hidden.check({"ids": np.ones((40, 3), np.int64)})[0] is not None
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        pytest.param(np.array([["Amélie", "日本"]]), id="text"),
+        pytest.param(np.array([[b"\xff\x00a", b""]], object), id="bytes"),
+        pytest.param(np.empty((0, 2), object), id="none"),
+    ],
+)
+def test_strings_survive_the_wire(array: np.ndarray) -> None:
+    spec = TensorSpec(name="text", datatype="BYTES", shape=(-1, 2))
+    back = to_numpy("BYTES", array.shape, to_bytes(spec, array))
+    assert back.tolist() == [[v.encode() if isinstance(v, str) else v for v in row] for row in array.tolist()]
+
+
+@both
+def test_a_refused_connection_is_unreachable_and_retried_within_the_deadline(
+    connect: Connect, protocol: str, refused_url: str
+) -> None:
+    start = time.monotonic()
+    with pytest.raises(Unreachable, match="Connection refused"):
+        connect(protocol, refused_url, retries=1000, timeout_s=0.5).infer("add_one", {"x": X})
+    assert time.monotonic() - start < 0.7
+
+
+@both
+def test_a_server_that_never_answers_costs_no_more_than_the_deadline(connect: Connect, protocol: str) -> None:
+    with answering(mute) as (url, _):
+        client, start = connect(protocol, url, retries=5), time.monotonic()
+        with pytest.raises(DeadlineExceeded, match=r"did not answer within timeout_s=0\.3"):
+            client.infer("add_one", {"x": X}, timeout_s=0.3)
+        assert 0.29 < time.monotonic() - start < 0.6
+
+
+def test_a_server_that_trickles_bytes_costs_no_more_than_the_deadline(connect: Connect) -> None:
+    with answering(trickle) as (url, _):
+        start = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            connect("http", url, timeout_s=0.3).ready()
+    assert time.monotonic() - start < 1
+
+
+@both
+def test_the_deadline_of_one_call_is_not_that_of_the_next(connect: Connect, protocol: str) -> None:
+    client = connect(protocol)
+    with pytest.raises(DeadlineExceeded):
+        client.infer("slow", {"x": X}, timeout_s=0.05)
+    np.testing.assert_array_equal(client.infer("slow", {"x": X}, timeout_s=5)["y"], X + 1)
+
+
+def executed(server: EmbeddedServer, model: str) -> int:
+    """How many requests the model has run, by Triton's own count."""
+    with urllib.request.urlopen(f"http://{server.http_url}/v2/models/{model}/stats") as answer:
+        return json.load(answer)["model_stats"][0]["inference_count"]
+
+
+@both
+def test_the_server_drops_a_queued_request_whose_deadline_is_over(
+    connect: Connect, protocol: str, server: EmbeddedServer
+) -> None:
+    client = connect(protocol, retries=0)
+    before = executed(server, "slow")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.infer, "slow", {"x": X})
+        time.sleep(0.1)
+        with pytest.raises(InferenceError):
+            client.infer("slow", {"x": X}, timeout_s=0.03)
+        running.result()
+    client.infer("slow", {"x": X})  # the queue is empty after this one
+    assert executed(server, "slow") - before == 2
+
+
+@both
+def test_a_full_queue_is_busy_and_retries_get_through(connect: Connect, protocol: str) -> None:
+    hasty, patient = connect(protocol, retries=0), connect(protocol, retries=30)
+    x = np.repeat(X, 8, axis=0)  # a batch to itself: 0.2 s each
+    with ThreadPoolExecutor(6) as pool:
+        running = [pool.submit(patient.infer, "slow", {"x": x}) for _ in range(6)]
+        time.sleep(0.1)
+        with pytest.raises(ServerBusy, match="Exceeds maximum queue size"):
+            hasty.infer("slow", {"x": x})
+        assert [future.result()["y"].shape for future in running] == 6 * [(8, 2, 3)]
+
+
+@both
+def test_a_connection_lost_in_the_middle_is_not_retried(connect: Connect, protocol: str, relay: Relay) -> None:
+    client = connect(protocol, relay.url)
+    request = client.prepare("slow", {"x": X})
+    threading.Timer(0.1, relay.cut).start()
+    with pytest.raises(ConnectionLost, match="broke before the answer was complete"):
+        client.send(request)
+
+
+@both
+def test_an_idempotent_client_retries_a_connection_lost_in_the_middle(
+    connect: Connect, protocol: str, relay: Relay
+) -> None:
+    client = connect(protocol, relay.url, idempotent=True, retries=10)
+    request = client.prepare("slow", {"x": X})
+    threading.Timer(0.1, relay.cut).start()
+    np.testing.assert_array_equal(client.send(request)["y"], X + 1)
+
+
+@both
+def test_an_idle_connection_that_was_closed_is_replaced(connect: Connect, protocol: str, relay: Relay) -> None:
+    client = connect(protocol, relay.url, retries=0)
+    client.infer("add_one", {"x": X})
+    relay.cut()
+    time.sleep(0.1)
+    np.testing.assert_array_equal(client.infer("add_one", {"x": X})["y"], X + 1)
+
+
+@both
+def test_a_server_that_comes_back_is_found_within_seconds(connect: Connect, protocol: str, relay: Relay) -> None:
+    client = connect(protocol, relay.url, retries=50)
+    client.infer("add_one", {"x": X})
+    relay.close()
+    threading.Timer(1.0, relay.reopen).start()
+    start = time.monotonic()
+    np.testing.assert_array_equal(client.infer("add_one", {"x": X})["y"], X + 1)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("line", "body", "expected", "attempts"),
+    [
+        pytest.param("400 Bad Request", '{"error": "batch-size\\nmust be <= 8"}', InvalidInput, 1, id="400"),
+        pytest.param("401 Unauthorized", "<html>", AccessDenied, 1, id="401"),
+        pytest.param("413 Content Too Large", "<html>", InvalidInput, 1, id="413"),
+        pytest.param("429 Too Many Requests", "", ServerBusy, 3, id="429"),
+        pytest.param("500 Internal Server Error", '{"error": "boom"}', ServerError, 1, id="500"),
+        pytest.param("502 Bad Gateway", "<html>", ConnectionLost, 1, id="502"),
+        pytest.param("503 Service Unavailable", "<html>", ServerBusy, 3, id="503"),
+        pytest.param("200 OK", "<html>", ServerError, 1, id="not Triton"),
+    ],
+)
+def test_a_status_is_one_error_and_only_refusals_are_retried(
+    connect: Connect, line: str, body: str, expected: type, attempts: int
+) -> None:
+    with answering(status(line, body)) as (url, seen), pytest.raises(expected) as caught:
+        connect("http", url, retries=2).metadata("m")
+    assert type(caught.value) is expected
+    assert "\n" not in str(caught.value)
+    assert len(seen) == attempts
+
+
+def test_half_an_answer_is_a_lost_connection(connect: Connect) -> None:
+    with answering(half_an_answer) as (url, _), pytest.raises(ConnectionLost, match="IncompleteRead"):
+        connect("http", url).metadata("m")
+
+
+def test_an_early_refusal_of_a_large_body_is_read(connect: Connect, server: EmbeddedServer) -> None:
+    client = connect("http")
+    request = client.prepare("add_one", {"x": np.zeros((8, 2, 200_000), np.float32)})  # 12.8 MB
+    with answering(status("413 Content Too Large")) as (url, _):
+        other = connect("http", url)
+        with pytest.raises((InvalidInput, ConnectionLost)):  # the second where the reset overtakes the answer
+            other.send(request)
+
+
+def test_the_wrong_port_is_named(connect: Connect, server: EmbeddedServer) -> None:
+    with pytest.raises(ServerError, match="does not speak HTTP; is it Triton's gRPC port"):
+        connect("http", server.grpc_url, timeout_s=3).ready()
+    with pytest.raises(Unreachable, match="correct the url"):
+        connect("grpc", server.http_url, timeout_s=3).ready()
+
+
+@both
+def test_a_new_signature_needs_no_new_client(tmp_path: Path, protocol: str) -> None:
+    write_add_one(tmp_path / "repository")
+    config = tmp_path / "repository" / "add_one" / "config.pbtxt"
+    with EmbeddedServer(
+        tmp_path / "repository", http_port=0, grpc_port=0, metrics_port=0, poll_s=1, log_path=tmp_path / "log"
+    ) as running:
+        url = running.http_url if protocol == "http" else running.grpc_url
+        with InferenceClient(url, protocol) as client, InferenceClient(url, protocol) as watcher:  # type: ignore[arg-type]
+            client.infer("add_one", {"x": X})
+            config.write_text(config.read_text().replace("[2, -1]", "[3, -1]"))
+            wait_until(lambda: watcher.metadata("add_one").inputs[0].shape == (-1, 3, -1))
+            with pytest.raises(InvalidInput):
+                client.infer("add_one", {"x": X})
+            assert client.infer("add_one", {"x": np.ones((1, 3, 1), np.float32)})["y"].tolist() == [[[2], [2], [2]]]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with contextlib.suppress(InferenceError):
+            if condition():
+                return
+        time.sleep(0.1)
+    pytest.fail("waited 20 s in vain")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        pytest.param({"url": "http://h:8000"}, "must be host:port without a scheme", id="scheme"),
+        pytest.param({"url": "h"}, "must be host:port", id="no port"),
+        pytest.param({"url": "h:99999"}, "must be host:port", id="no such port"),
+        pytest.param({"protocol": "rest"}, "'grpc' or 'http'", id="protocol"),
+        pytest.param({"retries": -1}, "0 or more", id="retries"),
+        pytest.param({"timeout_s": float("inf")}, "positive number of seconds", id="time-out"),
+        pytest.param({"ca_cert": "/absent.pem"}, "No such file", id="no certificate"),
+        pytest.param({"ca_cert": __file__}, "must be a PEM file", id="bad certificate"),
+        pytest.param({"api_key": "k"}, "only sent over TLS", id="key in the clear"),
+        pytest.param({"api_key": "k\r\nX: y", "tls": True}, "pass the bare key", id="key with a newline"),
+    ],
+)
+def test_wrong_settings_are_refused_at_once(settings: dict, says: str) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        InferenceClient(**settings)
+
+
+def test_a_closed_client_says_so(server: EmbeddedServer) -> None:
+    client = InferenceClient(server.grpc_url)
+    client.close()
+    with pytest.raises(RuntimeError, match="is closed"):
+        client.ready()
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLContext]:
+    """A self-signed certificate of localhost, and a server's TLS with it."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl, which makes the certificate, is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout key -out ca.crt -days 1"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run([*command.split(), *names], cwd=folder, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "ca.crt", folder / "key")
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    return folder / "ca.crt", context
+
+
+@both
+def test_tls_trusts_the_given_authority_and_no_other(
+    connect: Connect, protocol: str, server: EmbeddedServer, certificate: tuple[Path, ssl.SSLContext]
+) -> None:
+    ca_cert, context = certificate
+    port = server.http_port if protocol == "http" else server.grpc_port
+    relay = Relay((server.address, port), tls=context)
+    client = connect(protocol, relay.url, ca_cert=ca_cert, api_key="secret")
+    for _ in range(3):  # over a connection that is kept
+        np.testing.assert_array_equal(client.infer("add_one", {"x": X})["y"], X + 1)
+    with pytest.raises(Unreachable):
+        connect(protocol, relay.url, tls=True, timeout_s=3, retries=0).ready()
+    relay.close()
+
+
+def test_the_api_key_travels_as_a_bearer_token(
+    connect: Connect, server: EmbeddedServer, certificate: tuple[Path, ssl.SSLContext]
+) -> None:
+    ca_cert, context = certificate
+    with answering(status("200 OK")) as (url, seen):
+        relay = Relay(("127.0.0.1", int(url.split(":")[1])), tls=context)
+        assert connect("http", relay.url, ca_cert=ca_cert, api_key="secret").ready()
+        relay.close()
+    assert b"\r\nAuthorization: Bearer secret\r\n" in seen[0]
+
+
+def test_the_api_key_travels_as_grpc_metadata(connect: Connect, certificate: tuple[Path, ssl.SSLContext]) -> None:
+    ca_cert, _ = certificate
+    headers: dict[str, str | bytes] = {}
+
+    def refuse(request: bytes, context: grpc.ServicerContext) -> bytes:
+        headers.update(context.invocation_metadata())
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "key expired")
+        return b""
+
+    with ThreadPoolExecutor(1) as pool:
+        gateway = grpc.server(pool)
+        call = {"ServerReady": grpc.unary_unary_rpc_method_handler(refuse)}
+        gateway.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("inference.GRPCInferenceService", call),)
+        )
+        key = grpc.ssl_server_credentials([((ca_cert.parent / "key").read_bytes(), ca_cert.read_bytes())])
+        port = gateway.add_secure_port("localhost:0", key)
+        gateway.start()
+        with pytest.raises(AccessDenied, match="key expired"):
+            connect("grpc", f"localhost:{port}", ca_cert=ca_cert, api_key="secret").ready()
+        gateway.stop(None).wait()
+    assert headers["authorization"] == "Bearer secret"
+
+
+def test_the_package_brings_no_torch_no_gevent_and_nothing_of_ours() -> None:
+    code = "import sys, deepseek_client; print(*{'torch', 'gevent', 'deepseek', 'pydantic'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+# The command line
+
+
+@both
+def test_the_command_line_tells_readiness_by_its_exit_code(
+    server: EmbeddedServer, protocol: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = ["--protocol", protocol, "--url", server.http_url if protocol == "http" else server.grpc_url]
+    assert main(["ready", "add_one", *at]) == 0
+    assert main(["ready", "absent", *at, "--json"]) == 1
+    assert capsys.readouterr().out == 'add_one is ready\n{"ready": false}\n'
+
+
+def test_the_command_line_shows_a_signature(server: EmbeddedServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["metadata", "add_one", "--url", server.grpc_url]) == 0
+    assert "add_one, version 1 (python, batches up to 8)" in capsys.readouterr().out
+    assert main(["metadata", "add_one", "--url", server.grpc_url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 2, -1]}]
+
+
+def test_the_command_line_infers_from_a_file_and_writes_the_answer(
+    server: EmbeddedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "request.json").write_text('{"x": [[[0.1, 2], [3, 4]]]}')
+    files = ["--inputs", str(tmp_path / "request.json"), "--output", str(tmp_path / "answer.npz")]
+    assert main(["infer", "add_one", "--url", server.grpc_url, "--json", *files]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    expected = np.array([[[1.1, 3], [4, 5]]], np.float32)
+    np.testing.assert_array_equal(np.array(answer["outputs"]["y"], np.float32), expected)
+    with np.load(tmp_path / "answer.npz") as written:
+        np.testing.assert_array_equal(written["y"], expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        pytest.param("ready --url 127.0.0.1:9", 2, "`make serve` starts one here", id="nothing there"),
+        pytest.param("ready --url nowhere", 2, "must be host:port", id="url"),
+        pytest.param("ready --timeout-s soon", 2, "--timeout-s: invalid float value: 'soon'", id="time-out"),
+        pytest.param("metadata", 2, "required: MODEL", id="no model"),
+        pytest.param("metadata absent --url GRPC", 2, "'absent' is not found", id="unknown model"),
+        pytest.param("infer add_one --url GRPC --inputs x.csv", 2, "must end in .npz or .json", id="kind of file"),
+        pytest.param("infer add_one --url GRPC --inputs absent.npz", 2, "absent.npz: No such file", id="no file"),
+        pytest.param("infer slow --url GRPC --inputs x.json --timeout-s 0.05", 1, "did not answer", id="slow"),
+    ],
+)
+def test_the_command_line_fails_in_one_line(
+    server: EmbeddedServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    code: int,
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.json").write_text('{"x": [[[0], [0]]]}')
+    try:
+        status = main(arguments.replace("GRPC", server.grpc_url).split())
+    except SystemExit as exit:
+        status = int(exit.code or 0)
+    error = capsys.readouterr().err
+    assert (status, error.count("\n")) == (code, 1)
+    assert says in error
+
+
+def test_rows_of_an_evaluation_file_are_picked_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.npz"
+    np.savez(path, **{f"{k:05d}/ids": np.full((1, 3), k) for k in range(3)})  # type: ignore[arg-type]
+    assert read_inputs(path, MODEL)["ids"].tolist() == [[0, 0, 0]]
+    assert read_inputs(path, MODEL, row=2)["ids"].tolist() == [[2, 2, 2]]
+    with pytest.raises(InvalidInput, match="no row 3; it has rows 0 to 2"):
+        read_inputs(path, MODEL, row=3)
+
+
+@pytest.mark.parametrize(
+    ("value", "datatype", "says"),
+    [
+        pytest.param([1.5], "INT64", "1.5 is no INT64", id="fraction"),
+        pytest.param([300], "INT8", "300 is no INT8", id="too large"),
+        pytest.param([-1], "UINT8", "-1 is no UINT8", id="negative"),
+        pytest.param([2**63], "INT64", "9223372036854775808 is no INT64", id="beyond 64 bits"),
+        pytest.param([16777217], "FP32", "16777217 is no FP32", id="inexact integer"),
+        pytest.param([1e39], "FP32", "1e[+]39 is no FP32", id="overflow"),
+        pytest.param([True], "INT64", "something else than INT64", id="truth"),
+        pytest.param([1], "BOOL", "something else than BOOL", id="no truth"),
+        pytest.param(["a"], "FP32", "something else than FP32", id="text"),
+        pytest.param([None], "FP32", "something else than FP32", id="null"),
+        pytest.param([[1], [1, 2]], "FP32", "differ in length", id="ragged"),
+    ],
+)
+def test_a_json_value_that_would_lose_something_is_refused(
+    tmp_path: Path, value: list, datatype: str, says: str
+) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"x": value}))
+    spec = TensorSpec(name="x", datatype=datatype, shape=(-1,))
+    metadata = ModelMetadata(name="m", versions=(), platform="", inputs=(spec,), outputs=(), max_batch_size=0)
+    with pytest.raises(InvalidInput, match=says):
+        read_inputs(tmp_path / "x.json", metadata)
+
+
+def test_titles_and_scores_stay_in_step_where_a_title_is_missing() -> None:
+    outputs = {"items": np.array([[1, 0, 2, 0]]), "scores": np.array([[0.5, 0.25, 0.125, 0]], np.float32)}
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(answer_table(MODEL, {}, outputs, {"items": ["", "first", "third"]}, 10))
+    assert [line.split("│")[1:3] for line in capture.get().splitlines() if "third" in line] == [[" third ", " 0.1250 "]]
+
+
+def test_the_table_puts_the_latest_titles_beside_the_best_ones() -> None:
+    titles = ["", *(f"Film [{k}]" for k in range(1, 9))]
+    inputs = {"ids": np.array([[0, 0, 3, 1, 2]])}
+    outputs = {"items": np.array([[7, 8, 5]]), "scores": np.array([[0.5, 0.25, 1e-9]], np.float32)}
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(answer_table(MODEL, inputs, outputs, {"ids": titles, "items": titles}, 2))
+    lines = [
+        [cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")] for line in capture.get().splitlines()
+    ]
+    assert ["last 2 of 3", "first 2 of 3", "first 2 of 3"] in lines
+    assert ["Film [1]", "Film [7]", "0.5000"] in lines
+    assert ["Film [2]", "Film [8]", "0.2500"] in lines

@@ -1,0 +1,115 @@
+"""Parity, the accuracy budget and the choice."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deepseek.spec import DeploymentSpec, GateFailed
+from export.compare import choose, parity, similarity, time_interleaved, within_batch
+from tests.conftest import run_module
+
+IMAGE = DeploymentSpec.load("tests/models/image")
+
+
+def variant(drop: float, speedup: float) -> dict[str, Any]:
+    return {"drop": drop, "speedup": speedup, "faster": speedup > 1}
+
+
+def test_the_fastest_inside_the_budget_is_chosen() -> None:
+    variants = {"fp32": variant(0, 1), "fp16": variant(0.001, 1.5), "int8": variant(0.009, 2)}
+    assert choose(variants, ["fp16", "int8"], 0.01)[0] == "int8"
+    chosen, reasons = choose(variants, ["fp16", "int8"], 0.005)
+    assert chosen == "fp16"
+    assert reasons["int8"] == "outside the budget: drop 0.90% > 0.50%"
+
+
+def test_a_candidate_that_is_not_faster_is_not_worth_its_loss() -> None:
+    variants = {"fp32": variant(0, 1), "fp16": variant(0, 0.5), "int8": variant(0.2, 3)}
+    chosen, reasons = choose(variants, ["fp16", "int8"], 0.01)
+    assert chosen == "fp32"
+    assert reasons["fp16"] == "inside, but not faster than fp32 (0.50x)"
+
+
+def test_one_asked_for_by_name_needs_only_the_budget() -> None:
+    assert choose({"fp32": variant(0, 1), "int8": variant(0, 0.5)}, ["int8"], 0.01)[0] == "int8"
+
+
+@pytest.mark.parametrize("drop", [0.02, math.inf, math.nan])
+def test_no_candidate_inside_is_a_failed_gate(drop: float) -> None:
+    with pytest.raises(GateFailed, match=r"no candidate is inside max_drop 1.00%"):
+        choose({"fp32": variant(0, 1), "int8": variant(drop, 2)}, ["int8"], 0.01)
+
+
+def outputs(scores: list[float], features: list[float]) -> dict[str, np.ndarray]:
+    return {"scores": np.array(scores, np.float32), "features": np.array(features, np.float32)}
+
+
+def test_parity_tells_errors_cosine_and_top_of_each_output() -> None:
+    reference = [outputs([1, 2], [4, 0]), outputs([2, 1], [0, 4])]
+    report = parity(IMAGE, [outputs([1, 2], [4, 0]), outputs([1, 2], [0, 3])], reference)
+    assert report["scores"]["worst_error"] == pytest.approx(0.5)
+    assert report["scores"]["top_agreement"] == 0.5
+    assert report["features"]["worst_error"] == pytest.approx(0.25)
+    assert report["features"]["cosine"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_number_that_is_none_is_an_infinite_error(bad: float) -> None:
+    report = parity(IMAGE, [outputs([1, bad], [1, 1])], [outputs([1, 2], [1, 1])])
+    assert report["scores"]["worst_error"] == math.inf
+    assert similarity(report) == -1
+
+
+def test_integer_outputs_are_compared_as_lists_of_items() -> None:
+    spec = DeploymentSpec.load("models/recommender")
+    reference = [{"items": np.array([1, 2, 3, 4]), "scores": np.ones(4, np.float32)}]
+    report = parity(spec, [{"items": np.array([2, 1, 3, 9]), "scores": np.ones(4, np.float32)}], reference)
+    assert report["items"] == {"common": 0.75, "top_agreement": 0.0}
+
+
+def test_a_batch_past_the_profile_is_taken_apart() -> None:
+    sizes = []
+
+    def predict(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        sizes.append(len(inputs["x"]))
+        return {"y": inputs["x"] * 2}
+
+    result = within_batch(predict, 4)({"x": np.arange(10)})
+    assert sizes == [4, 4, 2]
+    assert result["y"].tolist() == list(range(0, 20, 2))
+
+
+def test_timing_takes_each_in_turn() -> None:
+    calls: list[str] = []
+    seconds = time_interleaved({name: lambda name=name: calls.append(name) for name in "ab"})
+    assert calls[2:8] == ["a", "b"] * 3
+    assert len(seconds["a"]) == len(seconds["b"]) > 8
+
+
+def test_the_choice_and_each_manifest_hold_the_accuracy(built: Path) -> None:
+    choice = json.loads((built / "build" / "text" / "choice-onnxruntime.json").read_text())
+    assert choice["chosen"] in choice["variants"]
+    assert choice["metric"] == "self_retrieval"
+    for precision in ("fp32", "fp16", "int8"):
+        manifest = json.loads((built / "build" / "text" / precision / "manifest.json").read_text())
+        assert manifest["accuracy"]["metrics"] == choice["variants"][precision]["metrics"]
+
+
+def test_a_variant_past_the_budget_exits_1_and_changes_no_choice(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built / "build" / "image", tmp_path / "build" / "image")
+    shutil.copytree("tests/models/image", tmp_path / "models" / "image")
+    toml = tmp_path / "models" / "image" / "deploy.toml"
+    toml.write_text(toml.read_text().replace("max_drop = 0.05", "max_drop = 0.0"))
+    before = (tmp_path / "build" / "image" / "choice-onnxruntime.json").read_bytes()
+    flags = ("--models", str(tmp_path / "models"), "--model", "image", "--precision", "int8")
+    run = run_module("export.compare", *flags, BUILD=str(tmp_path / "build"))
+    assert run.returncode == 1
+    assert "no candidate is inside max_drop 0.00%" in run.stderr
+    assert (tmp_path / "build" / "image" / "choice-onnxruntime.json").read_bytes() == before

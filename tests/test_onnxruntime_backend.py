@@ -1,0 +1,105 @@
+"""The Python backend that runs ONNX Runtime: whole batches, and a bad request that fails alone."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from tritonclient import grpc as triton
+from tritonclient.utils import InferenceServerException
+
+from export.artifact import load_rows
+from serving.embedded import EmbeddedServer
+
+
+@pytest.fixture(scope="module")
+def models(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """The built models, served."""
+    log = tmp_path_factory.mktemp("log") / "triton.log"
+    with EmbeddedServer(built / "repository", http_port=0, grpc_port=0, metrics_port=0, log_path=log) as running:
+        yield running
+
+
+def infer(
+    server: EmbeddedServer, model: str, inputs: dict[str, np.ndarray], outputs: list[str]
+) -> dict[str, np.ndarray]:
+    """One bare tritonclient call."""
+    kinds = {"int64": "INT64", "float32": "FP32"}
+    tensors = []
+    for name, array in inputs.items():
+        tensors.append(triton.InferInput(name, list(array.shape), kinds[str(array.dtype)]))
+        tensors[-1].set_data_from_numpy(array)
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        result = client.infer(model, tensors)
+    return {name: result.as_numpy(name) for name in outputs}
+
+
+def statistics(server: EmbeddedServer, model: str) -> dict[str, Any]:
+    """Triton's own counts of a model."""
+    with urllib.request.urlopen(f"http://{server.http_url}/v2/models/{model}/stats") as response:
+        return json.load(response)["model_stats"][0]
+
+
+@pytest.mark.parametrize(("model", "outputs"), [("image", ["scores", "features"]), ("text", ["embedding"])])
+def test_what_is_served_is_what_the_graph_gives(
+    models: EmbeddedServer, built: Path, model: str, outputs: list[str]
+) -> None:
+    session = onnxruntime.InferenceSession(built / "repository" / model / "1" / "model.onnx")
+    for row in load_rows(built / "build" / model / "evaluation.npz")[:5]:
+        served = infer(models, model, row, outputs)
+        for name, expected in zip(outputs, session.run(outputs, row), strict=True):
+            np.testing.assert_allclose(served[name], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_requests_of_one_shape_run_as_one_batch(models: EmbeddedServer, built: Path) -> None:
+    row = load_rows(built / "build" / "image" / "evaluation.npz")[0]
+    before = statistics(models, "image")
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: infer(models, "image", row, ["scores"])["scores"], range(160)))
+    after = statistics(models, "image")
+    assert after["inference_count"] - before["inference_count"] == 160
+    assert after["execution_count"] - before["execution_count"] < 160
+    for answer in answers:
+        np.testing.assert_allclose(answer, answers[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_bad_request_fails_alone(models: EmbeddedServer) -> None:
+    def call(token: int) -> str:
+        inputs = {"input_ids": np.full((1, 9), token), "attention_mask": np.ones((1, 9), np.int64)}
+        try:
+            return str(infer(models, "text", inputs, ["embedding"])["embedding"].shape)
+        except InferenceServerException as error:
+            return error.message()
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(call, [3, 99999] * 40))
+    assert set(answers[::2]) == {"(1, 32)"}
+    assert all("inference failed" in answer and "99999" in answer for answer in answers[1::2])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"pixels": np.zeros((9, 3, 32, 32), np.float32)}, "batch-size must be <= 8"),
+        ({"pixels": np.zeros((80, 3, 32, 32), np.float32)}, "batch-size must be <= 8"),
+        ({"pixels": np.zeros((0, 3, 32, 32), np.float32)}, "Expected 12288, got 0"),
+        ({"pixels": np.zeros((1, 3, 32), np.float32)}, "unexpected shape"),
+        ({"pixels": np.zeros((1, 3, 32, 32), np.int64)}, "data-type"),
+        ({"pixel": np.zeros((1, 3, 32, 32), np.float32)}, "pixel"),
+    ],
+    ids=["one too many", "ten times the largest", "empty batch", "rank", "dtype", "name"],
+)
+def test_a_wrong_input_is_refused_and_the_server_goes_on(
+    models: EmbeddedServer, inputs: dict[str, np.ndarray], message: str
+) -> None:
+    with pytest.raises(InferenceServerException, match=message):
+        infer(models, "image", inputs, ["scores"])
+    good = {"pixels": np.zeros((8, 3, 32, 32), np.float32)}
+    assert infer(models, "image", good, ["scores"])["scores"].shape == (8, 10)

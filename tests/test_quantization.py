@@ -1,0 +1,53 @@
+"""QuantConfig: checked where it is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deepseek.quantization import QuantConfig
+from deepseek.spec import InputError
+
+
+def test_the_guides_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("val_dataset.bin").write_bytes(b"x")
+    config = QuantConfig(weight_bits=8, activation_bits=8, calibration_data="val_dataset.bin")
+    assert config.precision == "int8"
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision"),
+    [({}, "int8"), ({"number_format": "float"}, "fp8"), ({"weight_bits": 16, "activation_bits": 16}, "fp16")],
+    ids=["default", "8-bit float", "16 bits"],
+)
+def test_bits_and_format_make_the_precision(settings: dict, precision: str) -> None:
+    assert QuantConfig(**settings).precision == precision
+    assert QuantConfig.of_precision(QuantConfig(**settings).precision).precision == precision
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_bits": 3}, "3-bit weights with 8-bit activations; supported .*8/8 int"),
+        ({"weight_bits": "8"}, "weight_bits: seen '8'; a whole number"),
+        ({"weight_bits": True}, "weight_bits: seen True"),
+        ({"calibration_method": "mean"}, "calibration_method: seen 'mean'; allowed: max, entropy"),
+        ({"num_samples": 1}, "num_samples: seen 1; at least 2"),
+        ({"calibration_data": "nosuch.bin"}, "nosuch.bin: no such file"),
+        ({"keep_high": ("(",)}, "not a regular expression"),
+        ({"high_precision": "fp64"}, "high_precision: seen 'fp64'; allowed: fp16, fp32"),
+        ({"number_format": "float", "weight_bits": 4, "activation_bits": 4}, "4-bit weights .* as float"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_mistake_is_one_clear_error(settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        QuantConfig(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_fp32_is_no_quantization() -> None:
+    with pytest.raises(InputError, match="seen 'fp32'; allowed: int8, fp8, fp16"):
+        QuantConfig.of_precision("fp32")

@@ -1,0 +1,305 @@
+"""The recommender: what of a log is learned from, what the graph promises, and what a wrong log says."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from deepseek.spec import InputError
+from models.recommender import data, model
+from models.recommender.data import HISTORY, TOP, Interactions
+from models.recommender.model import NextItem, Recommender, transformer_config
+
+ITEMS = 90
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small lose more to waiting for a second thread than it does for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def log_lines(users: int = 40, length: int = 14) -> list[str]:
+    """Every user walks through the catalogue in steps of 3: easy to learn."""
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, ITEMS, users)
+    rows = [f"user {u},sku-{(s + 3 * t) % ITEMS},{t},web" for u, s in enumerate(starts) for t in range(length)]
+    return ["user,item,timestamp,page", *rows, *(f"last,sku-{item},{item},web" for item in range(ITEMS))]
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], Path]:
+    """Makes the lines given the log that DATA names, with a build folder of its own."""
+    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+
+    def write(lines: list[str]) -> Path:
+        path = tmp_path / "log.csv"
+        path.write_text("\n".join(lines) + "\n")
+        monkeypatch.setenv("DATA", str(path))
+        return path
+
+    write(log_lines())
+    return write
+
+
+Shop = Callable[[list[str]], Path]
+
+
+@pytest.fixture
+def recommender() -> Recommender:
+    torch.manual_seed(0)
+    made = Recommender(transformer_config(ITEMS)).eval()
+    made.log_popularity.copy_(torch.linspace(-1, 1, ITEMS + 1))  # the last item is the most popular
+    return made
+
+
+@pytest.fixture
+def row() -> Tensor:
+    """Ten items, oldest first, padded on the left."""
+    return torch.cat([torch.zeros(HISTORY - 10, dtype=torch.long), torch.arange(31, 41)])[None]
+
+
+def test_equal_timestamps_keep_the_files_order_and_a_repeated_item_counts_where_it_was_first(shop: Shop) -> None:
+    shop([*log_lines(), "x,sku-5,7,", "x,sku-3,9,", "x,sku-1,9,", "x,sku-5,9,", "x,sku-2,8.5,"])
+    log = data.load()
+    assert [log.item_ids[item] for item in log.histories[-1]] == ["sku-5", "sku-2", "sku-3", "sku-1"]
+
+
+def test_the_last_item_is_the_test_and_the_one_before_the_validation(shop: Shop) -> None:
+    log = data.load()
+    inputs, targets = log.held_out("test")
+    earlier, before = log.held_out("validation")
+    np.testing.assert_array_equal(inputs[:, -1], before)
+    np.testing.assert_array_equal(targets, [history[-1] for history in log.histories])
+    np.testing.assert_array_equal(earlier[0, -12:], log.training[0])
+    assert inputs.shape == (41, HISTORY)
+    assert (inputs[-1] == log.histories[-1][-HISTORY - 1 : -1]).all()
+
+
+def test_users_too_short_to_hold_two_items_out_are_learned_from_and_not_tested(shop: Shop) -> None:
+    shop([*log_lines(), "short,sku-1,1,", "short,sku-2,2,"])
+    log = data.load()
+    assert len(log.tested) == len(log.histories) - 1
+    assert len(log.training[-1]) == 2
+
+
+def interactions(*histories: Sequence[int], times: Sequence[float] | None = None) -> Interactions:
+    """A log of which everything is learned from: two items to hold out are put behind each history."""
+    longer = tuple(np.array([*history, 1, 2]) for history in histories)
+    moments = tuple(np.array([*(times or range(len(history))), 998.0, 999.0]) for history in histories)
+    return Interactions(histories=longer, times=moments, item_ids=(), titles=(), fingerprint="")
+
+
+def test_windows_of_a_long_history_differ_by_epoch_and_the_targets_are_the_next_items() -> None:
+    windows = model.Windows(interactions(range(1, 201), [5], [7, 8]), seed=0, at_least=1)
+    assert len(windows) == 4 + 1
+    seen = set()
+    for epoch in range(5):
+        windows.set_epoch(epoch)
+        inputs, targets = windows[0]
+        assert torch.equal(inputs + 1, targets)
+        seen.add(int(targets[-1]))
+    assert len(seen) > 1
+    assert [part[-2:].tolist() for part in windows[4]] == [[0, 7], [7, 8]]
+
+
+def test_what_was_seen_at_the_same_moment_comes_in_any_order_and_nothing_else_does() -> None:
+    windows = model.Windows(interactions([5, 6, 7, 8], times=[1.0, 2.0, 2.0, 3.0]), seed=0, at_least=1)
+    seen = set()
+    for epoch in range(20):
+        windows.set_epoch(epoch)
+        seen.add(tuple(windows[0][1][-4:].tolist()))
+    assert seen == {(5, 6, 7, 8), (5, 7, 6, 8)}
+
+
+def test_an_epoch_of_a_small_log_goes_through_it_more_than_once() -> None:
+    assert len(model.Windows(interactions([7, 8], [7, 8], [7, 8]), seed=0, at_least=64)) == 66
+
+
+def test_recommended_items_are_never_in_the_input_nor_padding(recommender: Recommender) -> None:
+    ids = torch.randint(0, ITEMS + 1, (64, HISTORY), generator=torch.Generator().manual_seed(0))
+    items, scores = recommender(ids)
+    assert items.shape == scores.shape == (64, TOP)
+    assert (items.dtype, scores.dtype) == (torch.int64, torch.float32)
+    for given, found in zip(ids.tolist(), items.tolist(), strict=True):
+        assert len({*found}) == TOP
+        assert not {*found} & {0, *given}
+    assert bool((scores.diff(dim=1) <= 0).all())
+
+
+@pytest.mark.parametrize("shift", [1, 17, HISTORY - 10], ids=str)
+def test_padding_on_the_right_gives_the_same_answer(shift: int, recommender: Recommender, row: Tensor) -> None:
+    torch.testing.assert_close(recommender(row.roll(-shift, dims=1)), recommender(row))
+
+
+@pytest.mark.parametrize("unknown", [-1, ITEMS + 1, 2**40, -(2**63)], ids=str)
+def test_an_unknown_id_is_as_if_it_were_not_there(unknown: int, recommender: Recommender, row: Tensor) -> None:
+    holes = torch.cat([row[:, 5:], torch.full((1, 5), unknown)], dim=1)
+    holes[0, -4:] = torch.tensor([39, unknown, 40, unknown])
+    holes[0, -7:-4] = torch.tensor([37, 38, unknown])
+    holes[0, -13:-7] = torch.arange(31, 37)
+    holes[0, :-13] = unknown
+    torch.testing.assert_close(recommender(holes), recommender(row))
+
+
+@pytest.mark.parametrize("nothing", [0, -7, ITEMS + 5], ids=["padding", "negative", "unknown"])
+def test_a_row_of_nothing_known_gets_what_is_popular(nothing: int, recommender: Recommender) -> None:
+    items, scores = recommender(torch.full((1, HISTORY), nothing))
+    assert bool(scores.isfinite().all())
+    assert items[0].tolist() == list(range(ITEMS, ITEMS - TOP, -1))
+
+
+def test_a_row_does_not_depend_on_the_others_of_its_batch(recommender: Recommender, row: Tensor) -> None:
+    batch = torch.cat([torch.zeros_like(row), row, row.flip(1)])
+    alone, together = recommender(row), recommender(batch)
+    assert alone[0][0].tolist() == together[0][1].tolist()
+    torch.testing.assert_close(alone[1][0], together[1][1])
+
+
+def test_in_fp16_nothing_of_the_input_comes_back_either(recommender: Recommender, row: Tensor) -> None:
+    items, scores = recommender.half()(row)
+    assert bool(scores.isfinite().all())
+    assert not {*items[0].tolist()} & {0, *row[0].tolist()}
+
+
+def test_every_position_with_a_target_is_asked_in_one_pass(recommender: Recommender, row: Tensor) -> None:
+    targets = row.roll(-1, dims=1)
+    targets[0, -1] = 41
+    logits, asked = NextItem(recommender)(row, targets)
+    assert asked.tolist() == list(range(32, 42))
+    serving = recommender.logits(recommender.transformer(row)[:, -1])
+    torch.testing.assert_close(logits[-1:], serving)
+
+
+def test_metrics_of_known_ranks() -> None:
+    def predict(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"items": np.tile(np.arange(1, TOP + 1), (len(inputs["item_ids"]), 1))}
+
+    metrics = model.ranking_metrics(predict, np.zeros((200, HISTORY), np.int64), np.repeat([1, 3, 10, 11], 50))
+    assert metrics["hr@10"] == 0.75
+    assert metrics["ndcg@10"] == pytest.approx((1 + 1 / 2 + 1 / np.log2(11)) / 4)
+
+
+def test_a_shops_log_is_trained_evaluated_and_labelled_and_beats_popularity(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "MIN_WINDOWS", 128)
+    facts = model.train()
+    assert facts["test"]["ndcg@10"] > 3 * facts["popularity"]["ndcg@10"]
+    assert facts["published"] is None
+    folder = tmp_path / "build" / "recommender"
+    names = (folder / "labels" / "items.txt").read_text().split("\n")
+    assert (names[0], names[1], len(names)) == ("", data.load().item_ids[1], ITEMS + 2)
+    assert json.loads((folder / "training.json").read_text())["seed"] == 0
+    assert not (folder / "checkpoints").exists()
+
+    loaded = model.load()
+    assert model.evaluate(model.predictor(loaded)) == facts["test"]
+    evaluation = [sample["item_ids"] for sample in model.samples("evaluation")]
+    calibration = [sample["item_ids"] for sample in model.samples("calibration")]
+    assert len(evaluation) == 41
+    assert len(calibration) >= 512
+    assert evaluation[0].shape == calibration[0].shape == (1, HISTORY)
+    assert not {each.tobytes() for each in evaluation} & {each.tobytes() for each in calibration}
+
+    shop([*log_lines(), "x,sku-1,1,"])
+    with pytest.raises(InputError, match=r"trained on another log than .*log.csv \(DATA\); train it"):
+        model.load()
+
+
+def test_loading_what_was_never_trained_says_what_to_run(shop: Shop, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no such file; train it: python -m models\.recommender\.model"):
+        model.load()
+    model.weights_path().parent.mkdir(parents=True)
+    model.weights_path().write_bytes(b"half a file")
+    with pytest.raises(InputError, match=r"cannot be read .*; train it"):
+        model.load()
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([], "columns user,item,timestamp are needed; seen: an empty file"),
+        (["user;item;timestamp"], "line 1: .* seen: user;item;timestamp"),
+        (["user,item"], "line 1: .* seen: user, item"),
+        (["user,item,timestamp", "a,b,1", "a,c,noon"], "line 3: timestamp: seen 'noon'; a number is needed"),
+        (["user,item,timestamp", "a,b,nan"], "line 2: timestamp: seen 'nan'"),
+        (["user,item,timestamp", "a,b"], "line 2: 2 fields; the header has 3"),
+        (["user,item,timestamp", "a,,1"], "line 2: item is empty"),
+        (["user,item,timestamp", 'a,"b,1'], "not valid csv: unexpected end of data"),
+        (["user,item,timestamp", "a,b,1"], "1 different items; at least 70 are needed: 20 .* beside an input of 50"),
+        (log_lines(users=3), "4 users with 4 or more different items; at least 10"),
+    ],
+    ids=["empty", "semicolons", "column", "timestamp", "nan", "short", "blank", "quote", "items", "users"],
+)
+def test_a_broken_log_is_one_line_that_says_where(lines: list[str], says: str, shop: Shop) -> None:
+    path = shop(lines)
+    with pytest.raises(InputError, match=says) as error:
+        data.load()
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_log_that_is_no_text_or_no_file_is_one_line(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shop([])
+    path.write_bytes(b"user,item,timestamp\n\xff\xfe,b,1\n")
+    with pytest.raises(InputError, match="not UTF-8 text"):
+        data.load()
+    for odd, says in ((path.parent, "Is a directory"), (path.parent / "none.csv", "No such file")):
+        monkeypatch.setenv("DATA", str(odd))
+        with pytest.raises(InputError, match=says):
+            data.load()
+
+
+def test_what_is_prepared_is_kept_until_the_log_changes_and_made_anew_when_broken(shop: Shop) -> None:
+    first = data.load()
+    written = data.prepared_path().stat().st_mtime_ns
+    assert data.load().item_ids == first.item_ids
+    assert data.prepared_path().stat().st_mtime_ns == written
+    data.prepared_path().write_bytes(b"half a file")
+    assert data.load().item_ids == first.item_ids
+    shop([*log_lines(), "x,sku-new,1,"])
+    assert data.load().num_items == ITEMS + 1
+
+
+def test_a_wheel_with_another_checksum_is_refused(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DATA")
+    wheel = data.prepared_path().with_name(data.WHEEL)
+    wheel.parent.mkdir(parents=True)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("odd", "")
+    with pytest.raises(InputError, match=f"SHA-256 is .*, {data.WHEEL_SHA256} is needed; delete the file"):
+        data.load()
+
+
+def test_no_network_says_so_and_what_else_can_be_done(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DATA")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(InputError, match=r"could not be fetched .* put the file at .* or name your own log: DATA="):
+        data.load()
+    assert not list(data.prepared_path().parent.iterdir())
+
+
+def test_the_data_stage_prints_facts_and_one_line_errors(shop: Shop) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "models.recommender.data", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+
+    facts: dict[str, Any] = json.loads(run("--json").stdout)
+    assert (facts["users"], facts["items"]) == (41, ITEMS)
+    shop(["user"])
+    failed = run()
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
+    assert "Examples:" in run("--help").stdout

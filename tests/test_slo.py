@@ -1,0 +1,143 @@
+"""The verdict on a saved run: what holds, what is violated, and what cannot be said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepseek.spec import SloSpec, run_command
+from loadtests import slo
+from loadtests.results import Settings
+from loadtests.slo import judge, samples_needed, too_short
+from tests.test_results import saved_run, steady
+
+SLO = SloSpec(p99_ms=50, rate_rps=100, max_error_rate=0.001)
+
+
+def test_a_run_within_every_limit_holds_with_its_margins(tmp_path: Path) -> None:
+    judgement = judge(saved_run(tmp_path, steady(0.01)), SLO)
+    margins = {each.name: round(each.margin, 2) for each in judgement.objectives}
+    assert judgement.verdict == "holds"
+    assert margins == {"p99_ms": 0.80, "rate_rps": 0.00, "max_error_rate": 1.00}
+
+
+@pytest.mark.parametrize(
+    ("limits", "violated"),
+    [
+        ({"p99_ms": 5.0}, "p99_ms"),
+        ({"p95_ms": 9.0}, "p95_ms"),
+        ({"p50_ms": 9.99, "p99_ms": 50.0}, "p50_ms"),
+        ({"rate_rps": 99.0}, None),
+        ({"rate_rps": 100.5}, None),
+        ({}, None),
+    ],
+    ids=["p99", "p95", "p50", "rate below", "rate within 1 %", "error rate alone"],
+)
+def test_each_objective_is_judged_by_itself(tmp_path: Path, limits: dict[str, float], violated: str | None) -> None:
+    judgement = judge(saved_run(tmp_path, steady(0.01, lag_s=0)), SloSpec(**limits))
+    assert [each.name for each in judgement.objectives if each.status == "violated"] == ([violated] if violated else [])
+    assert judgement.verdict == ("violated" if violated else "holds")
+
+
+def test_the_judged_latency_counts_from_the_planned_send(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, steady(0.01, lag_s=0.002))
+    seen = {each.name: each.seen for each in judge(run, SLO).objectives}
+    assert seen["p99_ms"] == pytest.approx(12, rel=2e-3)
+
+
+def test_errors_and_drops_count_against_the_slo(tmp_path: Path) -> None:
+    requests = [(p, s, f, {0: "ServerBusy", 50: "dropped"}.get(i % 100)) for i, (p, s, f, _) in enumerate(steady())]
+    judgement = judge(saved_run(tmp_path, requests), SLO)
+    statuses = {each.name: each.status for each in judgement.objectives}
+    assert statuses["max_error_rate"] == statuses["p99_ms"] == statuses["rate_rps"] == "violated"
+    assert "10 ServerBusy" in judgement.objectives[-1].note
+
+
+@pytest.mark.parametrize(("percent", "needed"), [(99, 459), (95, 90), (50, 7)])
+def test_the_samples_that_a_percentile_needs(percent: float, needed: int) -> None:
+    assert samples_needed(percent) == needed
+
+
+def test_too_few_samples_are_inconclusive_and_the_number_needed_is_said(tmp_path: Path) -> None:
+    judgement = judge(saved_run(tmp_path, steady(count=458)), SloSpec(p99_ms=50))
+    assert judgement.verdict == "inconclusive"
+    assert judgement.objectives[0].note == "458 requests, 459 needed"
+
+
+def test_a_short_run_is_announced_before_it_starts() -> None:
+    run = {"model": "m", "models": "", "target": "onnxruntime", "protocol": "grpc", "url": "", "inputs": ""}
+    settings = Settings(**run, rate_rps=20, duration_s=10)  # type: ignore[arg-type]
+    assert list(too_short(settings, SLO)) == ["200 requests cannot prove p99_ms, 459 can: run for 23 s or more"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "lag_s", "problem"),
+    [
+        ({}, 0.003, "sent late"),
+        ({"thread_cpu": 0.95}, 0.0, "95% busy"),
+        ({"duration_s": 9.0}, 1.5, "in time"),
+    ],
+    ids=["late", "busy", "behind"],
+)
+def test_an_unhealthy_generator_makes_the_run_invalid(
+    tmp_path: Path, changes: dict[str, Any], lag_s: float, problem: str
+) -> None:
+    judgement = judge(saved_run(tmp_path, steady(lag_s=lag_s), **changes), SLO)
+    assert judgement.verdict == "invalid"
+    assert any(problem in line for line in judgement.problems)
+    assert {each.status for each in judgement.objectives} == {"inconclusive"}
+
+
+def test_no_samples_are_no_pass(tmp_path: Path) -> None:
+    judgement = judge(saved_run(tmp_path, []), SLO)
+    assert (judgement.verdict, judgement.objectives) == ("invalid", ())
+
+
+def test_a_rate_that_was_never_offered_is_not_judged(tmp_path: Path) -> None:
+    judgement = judge(saved_run(tmp_path, steady(count=500), rate_rps=50.0), SLO)
+    assert judgement.verdict == "inconclusive"
+    assert "only 50/s was offered" in [each.note for each in judgement.objectives]
+
+
+def test_a_closed_loop_is_judged_by_service_latency_and_says_so(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, steady(0.01), rate_rps=None, users=4)
+    judgement = judge(run, SLO)
+    assert judgement.verdict == "holds"
+    assert "coordinated omission" in judgement.notes[0]
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A models folder with `tiny`, whose runs lie under tmp_path."""
+    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    tiny = tmp_path / "models" / "tiny"
+    tiny.mkdir(parents=True)
+    (tiny / "deploy.toml").write_text(
+        'name = "tiny"\n[inputs.x]\ndtype = "float32"\nshape = ["batch", 2]\n[outputs.y]\ndtype = "float32"\n'
+        'shape = ["batch", 2]\n[axes.batch]\nmin = 1\nopt = 2\nmax = 4\n[slo]\np99_ms = 5\n'
+        "[targets.tensorrt.slo]\np99_ms = 50\n"
+    )
+    return tmp_path / "models"
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, models: Path, *arguments: str) -> int | str | None:
+    monkeypatch.setattr("sys.argv", ["slo", "--model", "tiny", "--models", str(models), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run_command(slo.main)
+    return ended.value.code
+
+
+def test_the_exit_code_is_the_verdict(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = saved_run(tmp_path / "run", steady(0.01, lag_s=0), timeout_s=5.0)
+    few = saved_run(tmp_path / "few", steady(0.01, count=20, lag_s=0))
+    assert judged(monkeypatch, model, "--run", str(run.folder), "--json") == 1
+    assert json.loads(capsys.readouterr().out)["objectives"][0]["status"] == "violated"
+    assert judged(monkeypatch, model, "--run", str(run.folder), "--target", "tensorrt") == 0
+    assert judged(monkeypatch, model, "--run", str(few.folder)) == 3
+    assert judged(monkeypatch, model) == 2
+    assert "no load test of tiny" in capsys.readouterr().err

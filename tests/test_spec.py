@@ -1,0 +1,95 @@
+"""deploy.toml: what is read, and the one line that a mistake gets."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepseek.spec import DeploymentSpec, InputError
+
+GOOD = Path("models/recommender/deploy.toml").read_text()
+
+MISTAKES = {
+    "unknown key": ("p99_ms = 50", "p9_ms = 50", "slo.p9_ms: unknown key (seen 50); allowed:", "did you mean p99_ms?"),
+    "unknown table": ("[precision]", "[precison]", "precison: unknown key", "did you mean precision?"),
+    "misspelt required key": ('dtype = "int64"', 'dtipe = "int64"', "inputs.item_ids.dtipe: unknown key", "dtype"),
+    "min above opt": ("min = 1", "min = 17", "axes.batch: min 17, opt 16, max 64", "min <= opt <= max"),
+    "name on no axis": ('["batch", 20]', '["batch", "top"]', "outputs.items.shape: seen 'top'; axes are batch", ""),
+    "axis on no input": ("[precision]", "[axes.time]\nmin = 1\nopt = 1\nmax = 1\n[precision]", "axes.time: is on no input", ""),
+    "batch not first": ('["batch", 50]', '[50, "batch"]', "inputs.item_ids.shape", 'the first dimension must be the axis "batch"'),
+    "dtype": ("int64", "int65", "inputs.item_ids.dtype: seen 'int65'", "'int64'"),
+    "text for a number": ("opt = 16", 'opt = "16"', "axes.batch.opt: seen '16'", "integer"),
+    "true for a number": ("opt = 16", "opt = true", "axes.batch.opt: seen True", "integer"),
+    "precision": ('"fp16"', '"fp12"', "precision.candidates.0: seen 'fp12'", "'fp16'"),
+    "negative override": ("p99_ms = 80", "p99_ms = -1", "targets.onnxruntime.slo.p99_ms: seen -1", "greater than 0"),
+    "unknown override": ("p99_ms = 80", "p98_ms = 80", "targets.onnxruntime.slo.p98_ms: unknown key", "p99_ms"),
+    "unknown target": ("targets.onnxruntime", "targets.onnx", "targets.onnx", "'onnxruntime'"),
+    "unbounded queue": ("max_queue_size = 512", "max_queue_size = 0", "batching.max_queue_size: seen 0", "greater than"),
+    "input named as an output": ("outputs.items", "outputs.item_ids", "outputs.item_ids", "same name"),
+    "no name": ('name = "recommender"', "", "name: missing", ""),
+    "a path for a name": ('name = "recommender"', 'name = "../x"', "name: seen '../x'", ""),
+    "not TOML": ('name = "recommender"', "name = /", "not valid TOML", "line 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "key", "hint"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_line_with_file_key_and_what_is_allowed(
+    tmp_path: Path, old: str, new: str, key: str, hint: str
+) -> None:
+    assert old in GOOD
+    path = tmp_path / "deploy.toml"
+    path.write_text(GOOD.replace(old, new))
+    with pytest.raises(InputError) as caught:
+        DeploymentSpec.load(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert key in message
+    assert hint in message
+    assert "\n" not in message
+
+
+def test_a_target_overrides_only_what_it_names() -> None:
+    spec = DeploymentSpec.load("models/recommender")
+    onnxruntime = spec.for_target("onnxruntime")
+    assert (spec.slo.p99_ms, onnxruntime.slo.p99_ms) == (50, 80)
+    assert onnxruntime.slo.rate_rps == spec.slo.rate_rps == 100
+    assert onnxruntime.batching == spec.batching
+    assert spec.for_target("tensorrt") == spec
+
+
+def test_shapes_come_from_the_corners_of_the_profile() -> None:
+    spec = DeploymentSpec.load("tests/models/text")
+    assert spec.shape("input_ids", "min") == (1, 1)
+    assert spec.shape("input_ids", "max") == (8, 64)
+    assert spec.shape("embedding", "opt") == (4, 32)
+    assert spec.shape("input_ids", "opt", length=5) == (4, 5)
+
+
+def test_a_model_that_is_not_there_names_those_that_are() -> None:
+    with pytest.raises(InputError, match=r"no model 'nosuch' .* tests/models has image, text"):
+        DeploymentSpec.of_model("nosuch", "tests/models")
+
+
+def test_the_name_must_be_the_folders(tmp_path: Path) -> None:
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "deploy.toml").write_text(GOOD)
+    with pytest.raises(InputError, match="name: seen 'recommender'; it must be the folder's, 'shop'"):
+        DeploymentSpec.of_model("shop", tmp_path)
+
+
+def test_importing_the_library_loads_neither_torch_nor_onnx() -> None:
+    code = "import sys, deepseek, deepseek.spec; from deepseek import TransformerConfig, QuantConfig; " + (
+        "sys.exit(bool({'torch', 'onnx', 'onnxruntime', 'numpy'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("module", ["deepseek.spec", "export.compare", "serving.embedded", "loadtests.slo"])
+def test_a_wrong_flag_is_one_line_and_exit_2(module: str) -> None:
+    run = subprocess.run([sys.executable, "-m", module, "--nosuch"], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: ")
+    assert run.stderr.count("\n") == 1

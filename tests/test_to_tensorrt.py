@@ -1,0 +1,82 @@
+"""The graphs through a real TensorRT parser and builder (TensorRT for RTX: ahead of time, no GPU)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from deepseek.spec import DeploymentSpec, GateFailed, InputError
+from export.to_tensorrt import build_engine, engine_from_onnx, prove, tensorrt_module
+from tests.conftest import run_module
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("model", ["image", "text"])
+def test_a_graph_builds_and_runs_in_the_precision_asked(
+    built: Path, tmp_path: Path, model: str, precision: str
+) -> None:
+    shutil.copytree(built / "build" / model, tmp_path / model)
+    flags = (
+        "--models",
+        "tests/models",
+        "--model",
+        model,
+        "--precision",
+        precision,
+        "--target",
+        "tensorrt_rtx",
+        "--json",
+    )
+    run = run_module("export.to_tensorrt", *flags, BUILD=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["found"]["compute_layers"].get(precision, 0) >= 2
+    manifest = json.loads((tmp_path / model / precision / "tensorrt_rtx" / "manifest.json").read_text())
+    assert manifest["target"] == "tensorrt_rtx"
+    assert manifest["size_bytes"] == (tmp_path / model / precision / "tensorrt_rtx" / "model.plan").stat().st_size
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_an_fp32_graph_under_another_name_fails_and_leaves_no_engine(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    shutil.copytree(built / "build" / "text", tmp_path / "text")
+    shutil.copy(tmp_path / "text" / "fp32" / "model.onnx", tmp_path / "text" / precision / "model.onnx")
+    monkeypatch.setenv("BUILD", str(tmp_path))
+    with pytest.raises(GateFailed, match=f"{precision} was asked for, but no compute layer of the network runs in it"):
+        build_engine(DeploymentSpec.load("tests/models/text"), precision, "tensorrt_rtx", None)
+    assert not (tmp_path / "text" / precision / "tensorrt_rtx").exists()
+
+
+def test_a_plan_of_the_size_of_fp32_weights_fails() -> None:
+    found, weights = {"compute_layers": {"fp16": 36}}, 200 << 20
+    prove("fp16", found, weights + (10 << 20), weights)
+    with pytest.raises(GateFailed, match="the size of a wider precision"):
+        prove("fp16", found, 2 * weights, weights)
+
+
+def test_a_truncated_graph_is_one_line(built: Path, tmp_path: Path) -> None:
+    whole = (built / "build" / "image" / "fp32" / "model.onnx").read_bytes()
+    (tmp_path / "model.onnx").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="cannot parse it") as caught:
+        engine_from_onnx(trt, tmp_path / "model.onnx", DeploymentSpec.load("tests/models/image"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_tensorrt_says_what_to_install() -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("TensorRT may be installed on a machine with a GPU")
+    with pytest.raises(InputError, match="pip install tensorrt"):
+        tensorrt_module("tensorrt")
+
+
+def test_an_engine_of_rtx_is_never_published(build: Path) -> None:
+    flags = ("--models", "tests/models", "--model", "image", "--target", "tensorrt_rtx")
+    run = run_module("export.to_triton", *flags)
+    assert run.returncode == 2
+    assert "invalid choice" in run.stderr

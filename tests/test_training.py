@@ -1,0 +1,248 @@
+"""The training recipe: what it learns, its schedule, and that neither a kill nor a NaN costs a run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from deepseek.config import TrainingConfig
+from deepseek.spec import InputError
+from deepseek.training import TrainingDiverged, train_model
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small lose more to waiting for a second thread than it does for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def points(seed: int = 0, rows: int = 64) -> TensorDataset:
+    x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(x, (x[:, :2].sum(dim=1) > 0).long())
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2))
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    inputs, labels = batch
+    return nn.functional.cross_entropy(model(inputs), labels)
+
+
+def settings(**changes: Any) -> TrainingConfig:
+    return TrainingConfig(**({"max_epochs": 6, "batch_size": 16, "learning_rate": 0.02} | changes))
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_it_learns_and_leaves_the_best_weights_in_eval_mode() -> None:
+    model = network()
+    result = train_model(model, points(), points(1), cross_entropy, settings(max_epochs=20))
+    losses = [epoch.validation_loss for epoch in result.epochs]
+    assert result.best_loss == min(losses) < 0.5 * losses[0]
+    assert losses.index(min(losses)) == result.best_epoch
+    with torch.no_grad():
+        assert float(cross_entropy(model, points(1)[:])) == pytest.approx(result.best_loss, rel=1e-5)
+    assert not model.training
+
+
+def test_the_average_of_the_weights_is_what_is_validated_and_kept() -> None:
+    seen: list[Tensor] = []
+
+    def watched(model: nn.Module, batch: Any) -> Tensor:
+        if not model.training:
+            seen.append(next(model.parameters()).detach().clone())
+        return cross_entropy(model, batch)
+
+    model, plain = network(), network()
+    config = settings(max_epochs=1, ema_decay=0.9)
+    train_model(model, points(), points(1, rows=16), watched, config)
+    train_model(plain, points(), points(1), cross_entropy, settings(max_epochs=1))
+    assert torch.equal(next(model.parameters()), seen[0])
+    start, end = (next(each.parameters()) for each in (network(), plain))
+    assert 0 < float((seen[0] - start).detach().norm()) < float((end - start).detach().norm())
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_others() -> None:
+    models = [network() for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        train_model(model, points(), points(1), cross_entropy, settings(seed=seed))
+    assert same(models[0], models[1])
+    assert not same(models[0], models[2])
+
+
+def test_the_learning_rate_rises_linearly_and_falls_on_a_plateau() -> None:
+    def stuck(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model, batch) * 0 + 1
+
+    config = settings(max_epochs=10, warmup_fraction=0.2, learning_rate=0.1, plateau_patience=1)
+    rates = [epoch.learning_rate for epoch in train_model(network(), points(), points(1), stuck, config).epochs]
+    # Two epochs of warm-up (8 steps); the plateau is watched from the end of the second.
+    assert rates == pytest.approx([0.05, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 1e-4, 1e-4])
+
+
+def test_early_stopping_ends_a_run_that_no_longer_gets_better() -> None:
+    def rising(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model, batch) if model.training else model[0].weight.abs().sum()  # type: ignore[index]
+
+    config = settings(max_epochs=50, early_stopping_patience=2)
+    result = train_model(network(), points(), points(1), rising, config)
+    assert len(result.epochs) == result.best_epoch + 3 < 50
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
+    models = [network() for _ in range(2)]
+    for model, (size, steps) in zip(models, ((32, 1), (8, 4)), strict=True):
+        model[2].p = 0.0  # type: ignore[index]
+        config = settings(batch_size=size, accumulation_steps=steps, max_epochs=2)
+        assert train_model(model, points(), points(1), cross_entropy, config).steps == 4
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+class Shifting(Dataset[tuple[Tensor, Tensor]]):
+    """Other rows in every epoch, as the epoch and the index say."""
+
+    def __init__(self) -> None:
+        self.epoch, self.seen = 0, set[int]()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.seen.add(self.epoch)
+        return points(100 * self.epoch + index, rows=1)[0]
+
+
+def test_a_dataset_is_told_the_epoch() -> None:
+    data = Shifting()
+    train_model(network(), data, points(1), cross_entropy, settings(max_epochs=3))
+    assert data.seen == {0, 1, 2}
+
+
+KILLED = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, "tests")
+from test_training import *
+model = network()
+config = settings(max_epochs=12, checkpoint_every_s=0.0, batch_size=4, accumulation_steps=2, ema_decay=0.9)
+train_model(model, Shifting(), points(1), cross_entropy, config, checkpoints=sys.argv[1])
+torch.save(model.state_dict(), sys.argv[2])
+"""
+
+
+def test_a_run_killed_again_and_again_ends_with_the_bits_of_an_unkilled_one(tmp_path: Path) -> None:
+    folder, out = tmp_path / "checkpoints", tmp_path / "weights.pt"
+    command = [sys.executable, "-c", KILLED, str(folder), str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    for _ in range(2):
+        last = _last_number(folder)
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        while _last_number(folder) < last + 12 and process.poll() is None:
+            time.sleep(0.003)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
+    subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+
+    unkilled = network()
+    config = settings(max_epochs=12, batch_size=4, accumulation_steps=2, ema_decay=0.9)
+    train_model(unkilled, Shifting(), points(1), cross_entropy, config)
+    assert all(torch.equal(weight, torch.load(out)[name]) for name, weight in unkilled.state_dict().items())
+
+
+def _last_number(folder: Path) -> int:
+    return max((int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")), default=-1)
+
+
+def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
+    first, again = network(), network(5)
+    done = train_model(first, points(), points(1), cross_entropy, settings(), checkpoints=tmp_path)
+    repeated = train_model(again, points(), points(1), cross_entropy, settings(), checkpoints=tmp_path)
+    assert repeated.resumed_at_step == done.steps
+    assert repeated.epochs == done.epochs
+    assert same(first, again)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"config": settings(learning_rate=0.01)}, "learning_rate was 0.02, now it is 0.01"),
+        ({"data": points(7)}, "train_data was '64 rows"),
+        ({"model": nn.Linear(4, 2)}, "model was"),
+        ({"identity": {"log": "b"}}, "log was 'a', now it is 'b'"),
+    ],
+    ids=["settings", "data", "model", "identity"],
+)
+def test_a_checkpoint_of_another_run_is_refused(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    def run(model: nn.Module, data: TensorDataset, config: TrainingConfig, identity: dict[str, str]) -> None:
+        train_model(model, data, points(1), cross_entropy, config, checkpoints=tmp_path, identity=identity)
+
+    own = {"model": network(), "data": points(), "config": settings(), "identity": {"log": "a"}}
+    run(**own)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=says):
+        run(**(own | change))  # type: ignore[arg-type]
+
+
+def test_a_nan_stops_the_run_with_step_rate_and_norm_and_keeps_the_last_good_weights(tmp_path: Path) -> None:
+    validated: list[dict[str, Tensor]] = []
+
+    def breaking(model: nn.Module, batch: Any) -> Tensor:
+        if not model.training:
+            validated.append({name: weight.clone() for name, weight in model.state_dict().items()})
+        return cross_entropy(model, batch) * (float("nan") if validated and model.training else 1)
+
+    model = network()
+    with pytest.raises(TrainingDiverged, match=r"step 5: loss is nan; .* rate 0\.02, gradient norm nan") as error:
+        train_model(model, points(), points(1), breaking, settings(), checkpoints=tmp_path)
+    assert (error.value.step, error.value.learning_rate) == (5, 0.02)
+    kept = load_file(tmp_path / "last_good.safetensors")
+    for name, weight in model.state_dict().items():
+        assert torch.equal(kept[name], weight)
+        assert torch.equal(kept[name], validated[-1][name])
+
+
+def test_an_infinite_validation_loss_stops_the_run_too() -> None:
+    def breaking(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model, batch) * (1 if model.training else float("inf"))
+
+    with pytest.raises(TrainingDiverged, match="validation loss is inf"):
+        train_model(network(), points(), points(1), breaking, settings())
+
+
+def test_gradient_checkpointing_needs_a_model_that_has_the_switch() -> None:
+    class Switched(nn.Linear):
+        gradient_checkpointing = False
+
+    config = settings(max_epochs=1, gradient_checkpointing=True)
+    model = Switched(4, 2)
+    train_model(model, points(), points(1), cross_entropy, config)
+    assert model.gradient_checkpointing
+    with pytest.raises(InputError, match="Sequential has no module with a gradient_checkpointing switch"):
+        train_model(network(), points(), points(1), cross_entropy, config)
+
+
+def test_an_empty_dataset_is_one_line() -> None:
+    with pytest.raises(InputError, match="validation_data: a dataset with a length of at least 1"):
+        train_model(network(), points(), points(rows=0), cross_entropy, settings())
