@@ -54,7 +54,7 @@ ENGINE_NAME := $(if $(filter onnxruntime,$(T)),model.onnx,$(T)/model.plan)
 ##@ The main job
 demo: engine ## from nothing to a verdict: data, train, export, engine, serve, infer, load test, report
 	@$(PY) -m serving.embedded --repository $(REPOSITORY) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
-	    --metrics-port $(METRICS_PORT) -- $(MAKE) --no-print-directory infer loadtest report verdict
+	    --metrics-port $(METRICS_PORT) -- $(MAKE) --no-print-directory -k infer loadtest report verdict
 
 engine: $(if $(filter tensorrt_rtx,$(T)),$(B)/choice-$(T).json,$(REPOSITORY)/$(MODEL)/config.pbtxt) ## weights, ONNX, precision, engine, model repository
 	@echo "engine    $< is up to date"

@@ -7,10 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deepseek.config import TrainingConfig as TrainingConfig
     from deepseek.config import TransformerConfig as TransformerConfig
     from deepseek.quantization import QuantConfig as QuantConfig
     from deepseek.spec import DeploymentSpec as DeploymentSpec
-    from deepseek.training import TrainingConfig as TrainingConfig
     from deepseek.transformer import Transformer as Transformer
     from deepseek.transformer import init_weights as init_weights
 
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "DeploymentSpec": "spec",
     "QuantConfig": "quantization",
-    "TrainingConfig": "training",
+    "TrainingConfig": "config",
     "Transformer": "transformer",
     "TransformerConfig": "config",
     "init_weights": "transformer",

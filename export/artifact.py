@@ -167,7 +167,7 @@ def save_rows(path: Path, rows: Iterable[Row]) -> int:
     """Writes rows as `<row>/<input>` arrays; returns how many."""
     arrays = {f"{row:05d}/{name}": array for row, sample in enumerate(rows) for name, array in sample.items()}
     with staged(path) as file, file.open("wb") as stream:
-        np.savez_compressed(stream, **arrays)
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
     return len({key.split("/")[0] for key in arrays})
 
 

@@ -22,7 +22,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,8 @@ def tensorrt_runner(spec: DeploymentSpec, path: Path) -> Predict:
         for name, tensor in held.items():
             context.set_input_shape(name, tuple(tensor.shape))
             context.set_tensor_address(name, tensor.data_ptr())
-        for name, tensor in spec.outputs.items():
-            dtype = getattr(torch, tensor.dtype)
+        for name, output in spec.outputs.items():
+            dtype = getattr(torch, output.dtype)
             held[name] = torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device="cuda")
             context.set_tensor_address(name, held[name].data_ptr())
         stream.wait_stream(torch.cuda.current_stream())
@@ -173,7 +173,9 @@ def parity(spec: DeploymentSpec, variant: list[Row], reference: list[Row]) -> di
 
 def _float_parity(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     scale = max((float(np.abs(ref[np.isfinite(ref)]).max(initial=0.0)) for _, ref in pairs), default=0.0) or 1.0
-    worst, total, count, cosines, tops = 0.0, 0.0, 0, [], []
+    worst, total, count = 0.0, 0.0, 0
+    cosines: list[float] = []
+    tops: list[float] = []
     for value, ref in pairs:
         value, ref = value.astype(np.float64).ravel(), ref.astype(np.float64).ravel()
         finite = np.isfinite(ref)
@@ -224,7 +226,9 @@ def time_interleaved(runners: dict[str, Callable[[], object]]) -> dict[str, list
     return seconds
 
 
-def choose(variants: dict[str, dict[str, Any]], candidates: list[str], max_drop: float) -> tuple[str, dict[str, str]]:
+def choose(
+    variants: dict[str, dict[str, Any]], candidates: Sequence[str], max_drop: float
+) -> tuple[str, dict[str, str]]:
     """The precision to serve and, for each variant, why it was taken or not.
 
     A single candidate was asked for by name, and only the budget speaks against it. Raises GateFailed.

@@ -53,7 +53,11 @@ from export.artifact import (
 
 # Of more than one: ModelOpt leaves matrices alone whose batch was 1 in calibration (GEMV).
 CALIBRATION_BATCH = 8
-_FLOAT_TYPES = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
+_FLOAT_TYPES: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "fp32",
+    onnx.TensorProto.FLOAT16: "fp16",
+    onnx.TensorProto.BFLOAT16: "bf16",
+}
 _COMPUTE_OPS = ("MatMul", "Gemm", "Conv")
 
 log = Console(file=sys.stderr)  # bound now: ModelOpt's own output is discarded below
@@ -73,7 +77,7 @@ class Calibration(CalibrationDataReader):
         """The first batch; ModelOpt finds its GEMV shapes with it."""
         return self._batches[0]
 
-    def get_next(self) -> Row | None:  # type: ignore[override]
+    def get_next(self) -> Row | None:
         """The next batch, None at the end."""
         return next(self._rest, None)
 
@@ -241,8 +245,9 @@ def prove(config: QuantConfig, found: dict[str, Any]) -> None:
     counts = found["compute_operators"]
     if counts and not counts.get(config.precision):
         raise GateFailed(
-            f"{config.precision} was asked for, but no {'/'.join(_COMPUTE_OPS)} of the graph runs in it (found: {counts}); "
-            "the layers may be too small to gain (ModelOpt leaves sizes under 16 alone) or all in keep_high"
+            f"{config.precision} was asked for, but no {'/'.join(_COMPUTE_OPS)} of the graph runs in it "
+            f"(found: {counts}); the layers may be too small to gain (ModelOpt leaves sizes under 16 alone), "
+            "or all in keep_high"
         )
 
 

@@ -83,7 +83,8 @@ def check_inputs(spec: DeploymentSpec, sample: Any, where: str) -> int:
             raise InputError(f"{where}[{name!r}]: seen {seen}; deploy.toml says a numpy array of {tensor.dtype}")
         if array.ndim != len(tensor.shape):
             raise InputError(
-                f"{where}[{name!r}]: shape {array.shape}; deploy.toml says {list(tensor.shape)}, batch dimension included"
+                f"{where}[{name!r}]: shape {array.shape}; deploy.toml says {list(tensor.shape)}, "
+                "batch dimension included"
             )
         for dim, size in zip(tensor.shape, array.shape, strict=True):
             expected = dim if isinstance(dim, int) else sizes.setdefault(dim, size)
@@ -108,7 +109,8 @@ def _import_model(folder: Path) -> ModuleType:
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # last: a model's types.py must not hide the standard library's
     spec = importlib.util.spec_from_file_location(f"{package}.model", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -215,7 +215,8 @@ def check_against_torch(
             reference = expected[name]
             if value.shape != reference.shape:
                 raise GateFailed(
-                    f"{path.name}: output {name!r} at {_at(sizes)}: shape {value.shape}, PyTorch gives {reference.shape}"
+                    f"{path.name}: output {name!r} at {_at(sizes)}: shape {value.shape}, "
+                    f"PyTorch gives {reference.shape}"
                 )
             worst[name] = error_of(value, reference)
             if not worst[name] <= (TOLERANCE if reference.dtype.kind == "f" else 1 - INTEGER_AGREEMENT):

@@ -81,7 +81,7 @@ def tensorrt_module(target: CompiledTarget) -> Any:
 def _logger(trt: Any) -> Any:
     """A TensorRT logger that keeps the errors, for the one line that the user is to see."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
@@ -270,9 +270,8 @@ def main() -> None:
         print(json.dumps(result, indent=2))
     else:
         counts = ", ".join(f"{count} in {name}" for name, count in result["found"]["compute_layers"].items())
-        print(
-            f"{result['path']}: {human_bytes(result['size_bytes'])} in {result['build_s']:.1f} s; compute layers: {counts}"
-        )
+        size, seconds = human_bytes(result["size_bytes"]), result["build_s"]
+        print(f"{result['path']}: {size} in {seconds:.1f} s; compute layers: {counts}")
 
 
 if __name__ == "__main__":

@@ -164,7 +164,8 @@ class EmbeddedServer:
                     return
             time.sleep(0.05)
         raise InputError(
-            f"Triton was not ready within {self.timeout_s:g} s; {_load_failures(self.log_path) or 'it is still loading'}; "
+            f"Triton was not ready within {self.timeout_s:g} s; "
+            f"{_load_failures(self.log_path) or 'it is still loading'}; "
             f"see {self.log_path} or give it longer with --timeout-s"
         )
 

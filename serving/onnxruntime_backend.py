@@ -1,10 +1,10 @@
 """Triton Python-backend model that runs `model.onnx` beside it in ONNX Runtime, a whole batch at once.
 
-Contract: `export.to_triton` copies this file into a version directory as `model.py`. Names and types
-come from `config.pbtxt`; `parameters` may hold `threads`, the intra-op threads of one instance; 0 shares the cores out among the instances.
-Triton's batcher has already put requests of equal shape together: they are joined along the first
-axis, run once and split again. A request that fails a batch fails alone: its neighbours are run
-again without it.
+Contract: `export.to_triton` copies this file into a version directory as `model.py`. Names and types come
+from `config.pbtxt`; its parameter `threads` is the intra-op threads of one instance, 0 shares the cores
+out among the instances. Triton's batcher has already put requests of equal shape together: they are
+joined along the first axis, run once and split again. Where a batch fails, its requests are run one by
+one, so that a bad one fails alone.
 
 Tensors cross by DLPack: the embedded server's stub was compiled for numpy 1, and under numpy 2 its
 `as_numpy()` has zero strides and its `Tensor(name, array)` sends zero bytes, both silently.

@@ -88,7 +88,7 @@ def test_a_batch_past_the_profile_is_taken_apart() -> None:
 
 def test_timing_takes_each_in_turn() -> None:
     calls: list[str] = []
-    seconds = time_interleaved({name: lambda name=name: calls.append(name) for name in "ab"})
+    seconds = time_interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")})
     assert calls[2:8] == ["a", "b"] * 3
     assert len(seconds["a"]) == len(seconds["b"]) > 8
 

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +19,7 @@ from deepseek.spec import InputError
 from serving.embedded import EmbeddedServer
 from tests.conftest import write_add_one
 
-FREE = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+FREE: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 FREE_FLAGS = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
 
 
@@ -122,7 +123,7 @@ def test_a_broken_configuration_gives_tritons_reason(tmp_path: Path) -> None:
 
 
 def test_an_empty_repository_says_how_to_fill_it(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no model in it .* make engine"), EmbeddedServer(tmp_path, **FREE):
+    with pytest.raises(InputError, match=r"no model in it .* make engine"), EmbeddedServer(tmp_path, **FREE):
         pass
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek.spec import DeploymentSpec, GateFailed, InputError
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, Precision
 from export.to_tensorrt import build_engine, engine_from_onnx, prove, tensorrt_module
 from tests.conftest import run_module
 
@@ -43,7 +43,7 @@ def test_a_graph_builds_and_runs_in_the_precision_asked(
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_an_fp32_graph_under_another_name_fails_and_leaves_no_engine(
-    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
 ) -> None:
     shutil.copytree(built / "build" / "text", tmp_path / "text")
     shutil.copy(tmp_path / "text" / "fp32" / "model.onnx", tmp_path / "text" / precision / "model.onnx")

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_a_polling_server_serves_on_through_new_versions(build: Path, tmp_path: 
     served: list[str] = []
     failures: list[Exception] = []
     done = threading.Event()
-    ports = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+    ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
     with EmbeddedServer(tmp_path / "repository", poll_s=1, log_path=tmp_path / "triton.log", **ports) as server:
 
         def call() -> None:

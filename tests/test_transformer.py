@@ -136,7 +136,7 @@ def test_the_forget_bias_of_a_recurrent_layer_is_one_in_sum_and_all_others_zero(
     assert len(summed) == (4 if deep else 1)
     for total in summed:
         assert total[5:10].tolist() == [1] * 5  # forget gate of an LSTM, update gate of a GRU
-        assert float(total.sum()) == 5
+        assert float(total.detach().sum()) == 5
 
 
 def test_an_lstm_that_starts_so_keeps_three_quarters_of_its_cell() -> None:

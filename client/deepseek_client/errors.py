@@ -18,8 +18,6 @@
 `str(error)` is one line: what is wrong, the value seen, what is allowed, what to do.
 """
 
-# ruff: noqa: N818  (names that say what happened, as httpx has them: the root alone ends in Error)
-
 from typing import ClassVar
 
 

@@ -1,0 +1,362 @@
+"""The ratios that the README's table shows, each from one run on this machine.
+
+No absolute time is kept: both sides of a ratio are measured in turn, many times, and the median of the
+pairs is printed with its quartiles. Needs a built recommender (`make engine`). Writes `build/bench.json`.
+
+Examples:
+    python -m tests.bench
+    python -m tests.bench --only served --pairs 20
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from deepseek_client import InferenceClient
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tritonclient import grpc as triton_grpc
+from tritonclient import http as triton_http
+
+from deepseek.spec import DeploymentSpec, InputError, Parser, build_dir, run_command
+from export.artifact import Row, batches, choice_path, load_rows, onnx_path
+from serving.embedded import EmbeddedServer
+from tests.conftest import run_module
+
+ENCODER_TOML = """
+name = "encoder"
+[inputs.input_ids]
+dtype = "int64"
+shape = ["batch", 128]
+[outputs.embedding]
+dtype = "float32"
+shape = ["batch", 384]
+[axes.batch]
+min = 1
+opt = 8
+max = 16
+[precision]
+candidates = ["int8"]
+max_drop = 0.1
+calibration_samples = 64
+[batching]
+max_queue_size = 512
+queue_timeout_ms = 10000
+instances = 2
+threads = 1
+[slo]
+p99_ms = 1000
+rate_rps = 10
+"""
+ENCODER_MODEL = """
+import numpy as np
+import torch
+from deepseek import Transformer, TransformerConfig
+
+class Encoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = Transformer(TransformerConfig(num_layers=6, hidden_size=384, num_attention_heads=12,
+            intermediate_size=1536, vocab_size=30522, max_length=128, causal=False))
+
+    def forward(self, input_ids):
+        return torch.nn.functional.normalize(self.body(input_ids).mean(1), dim=-1)
+
+def load():
+    torch.manual_seed(0)
+    return Encoder()
+
+def samples(split):
+    random = np.random.default_rng(len(split))
+    for _ in range(64):
+        yield {"input_ids": random.integers(1, 30522, (1, 128))}
+"""
+SIDE_S = 2.5  # of one side of a pair
+
+log = Console(stderr=True)
+
+
+class Bench:
+    """Both models, served with and without dynamic batching, and what was measured."""
+
+    def __init__(self, folder: Path, pairs: int) -> None:
+        self.folder, self.pairs = folder, pairs
+        self.results: list[dict[str, Any]] = []
+        os.environ["BUILD"] = str(folder / "build")
+        self.specs = {name: DeploymentSpec.of_model(name, folder / "models") for name in ("encoder", "recommender")}
+        self.rows = {name: load_rows(build_dir(name) / "evaluation.npz") for name in self.specs}
+
+    def record(self, name: str, ratios: list[float], goal: str = "") -> None:
+        """Keeps the median and the quartiles of the pairs."""
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        self.results.append({"name": name, "ratio": middle, "quartiles": [low, high], "pairs": len(ratios), "goal": goal})
+        log.print(f"{name}: {middle:.2f} ({low:.2f} to {high:.2f}) {goal}")
+
+    # -- the raw runtime -------------------------------------------------------------------------
+
+    def raw_sessions(self, path: Path, count: int) -> list[onnxruntime.InferenceSession]:
+        """`count` sessions that share the cores out."""
+        options = onnxruntime.SessionOptions()
+        options.inter_op_num_threads = 1
+        options.intra_op_num_threads = max(1, len(os.sched_getaffinity(0)) // count)
+        options.log_severity_level = 3
+        return [onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for _ in range(count)]
+
+    def raw_throughput(self, name: str) -> Callable[[], float]:
+        """Rows/s of raw ONNX Runtime in the best of its settings: sessions x batch."""
+        path = onnx_path(name, "fp32")
+        settings = {}
+        for count in (1, len(os.sched_getaffinity(0))):
+            sessions = self.raw_sessions(path, count)
+            for batch in (1, 4, self.specs[name].max_batch):
+                _, inputs = next(batches(self.rows[name], batch))
+                settings[count, batch] = _rows_per_s_of(sessions, inputs)
+        speeds = {key: statistics.median(measure() for _ in range(3)) for key, measure in settings.items()}
+        best = max(speeds, key=lambda key: speeds[key])
+        log.print(f"raw {name}: best of {len(speeds)} settings: {best[0]} session(s), batch {best[1]}")
+        return settings[best]
+
+    # -- loads -----------------------------------------------------------------------------------
+
+    def perf_analyzer(
+        self, server: EmbeddedServer, name: str, protocol: str, *, count: int, users: int = 0, rate: float = 0
+    ) -> dict[str, float]:
+        """Throughput (1/s) and p50 (us) that perf_analyzer finds with requests of one row."""
+        data = self.folder / f"{name}.json"
+        if not data.exists():
+            content = [
+                {key: {"content": array.ravel().tolist(), "shape": list(array.shape[1:])} for key, array in row.items()}
+                for row in self.rows[name][:64]
+            ]
+            data.write_text(json.dumps({"data": content}))
+        table = self.folder / "perf_analyzer.csv"
+        load = ["--concurrency-range", str(users)] if users else ["--request-rate-range", str(rate)]
+        url = server.grpc_url if protocol == "grpc" else server.http_url
+        subprocess.run(
+            [Path(sys.executable).with_name("perf_analyzer"), "-m", name, "-u", url, "-i", protocol, "-b", "1", *load]
+            + ["--input-data", str(data), "--request-count", str(count), "-f", str(table)],
+            check=True,
+            capture_output=True,
+        )
+        with table.open() as file:
+            row = next(csv.DictReader(file))
+        return {"throughput": float(row["Inferences/Second"]), "p50_us": float(row["p50 latency"])}
+
+    def loadtest(self, server: EmbeddedServer, name: str, protocol: str, *flags: str) -> dict[str, float]:
+        """The same of our load test."""
+        url = server.grpc_url if protocol == "grpc" else server.http_url
+        which = ("--models", str(self.folder / "models"), "--model", name, "--url", url, "--protocol", protocol)
+        run = run_module("loadtests.run", *which, "--warmup-s", "1", "--duration-s", "5", "--json", *flags)
+        if run.returncode not in (0, 3):
+            raise InputError(run.stderr)
+        result = json.loads(run.stdout)
+        return {"throughput": result["throughput_rps"], "p50_us": result["latency"]["service"]["p50_ms"] * 1000}
+
+    # -- the benchmarks --------------------------------------------------------------------------
+
+    def served(self) -> None:
+        """Served throughput over raw ONNX Runtime's best."""
+        for name, goal in (("encoder", "goal: at least 0.97"), ("recommender", "")):
+            raw = self.raw_throughput(name)
+            repository = self.repository(name)
+            with self.server(repository) as server:
+                count = max(40, int(raw() * SIDE_S))
+                ratios = []
+                for pair in range(self.pairs):
+                    sides = [raw, lambda: self.perf_analyzer(server, name, "grpc", count=count, users=16)["throughput"]]
+                    first = pair % 2  # who goes first changes from pair to pair
+                    values = {first: sides[first](), 1 - first: sides[1 - first]()}
+                    ratios.append(values[1] / values[0])
+            self.record(f"served over raw ONNX Runtime, {name}", ratios, goal)
+
+    def int8(self) -> None:
+        """int8 over fp32 in raw ONNX Runtime."""
+        for name in self.specs:
+            sessions = {precision: self.raw_sessions(onnx_path(name, precision), 1)[0] for precision in ("fp32", "int8")}
+            _, inputs = next(batches(self.rows[name], self.specs[name].axes["batch"].opt))
+            ratios = []
+            for _ in range(8 * self.pairs):
+                seconds = {key: _seconds(lambda session=session: session.run(None, inputs)) for key, session in sessions.items()}  # type: ignore[misc]
+                ratios.append(seconds["fp32"] / seconds["int8"])
+            self.record(f"int8 over fp32 in ONNX Runtime, {name}", ratios)
+
+    def batching(self) -> None:
+        """Dynamic batching on over off, 32 requests in flight."""
+        for name in self.specs:
+            off = self.folder / f"unbatched-{name}"
+            if not off.exists():
+                subprocess.run(["cp", "-r", self.repository(name), off], check=True)
+                config = off / name / "config.pbtxt"
+                config.write_text(_without_block(config.read_text(), "dynamic_batching"))
+            ratios = []
+            with self.server(self.repository(name)) as on_server, self.server(off) as off_server:
+                load = {"count": 400 if name == "recommender" else 80, "users": 32}
+                for _ in range(self.pairs):
+                    on = self.perf_analyzer(on_server, name, "grpc", **load)["throughput"]  # type: ignore[arg-type]
+                    ratios.append(on / self.perf_analyzer(off_server, name, "grpc", **load)["throughput"])  # type: ignore[arg-type]
+            self.record(f"dynamic batching on over off, {name}", ratios)
+
+    def client(self) -> None:
+        """p50 of our client over that of bare tritonclient, one call after the other."""
+        row = self.rows["recommender"][0]
+        with self.server(self.repository("recommender")) as server:
+            for protocol, bare in (("grpc", _bare_grpc(server, row)), ("http", _bare_http(server, row))):
+                url = server.grpc_url if protocol == "grpc" else server.http_url
+                with InferenceClient(url, protocol) as ours:  # type: ignore[arg-type]
+                    ratios = []
+                    for _ in range(max(10, self.pairs)):
+                        own = _p50(lambda: ours.infer("recommender", row))  # noqa: B023
+                        ratios.append(own / _p50(bare))
+                self.record(f"client p50 over bare tritonclient, {protocol}", ratios, "goal: at most 1.1")
+
+    def peer(self) -> None:
+        """Our load test beside perf_analyzer: throughput and p50 on the same server under the same load."""
+        with self.server(self.repository("encoder")) as server:
+            for protocol in ("grpc", "http"):
+                ours, theirs = [], []
+                for _ in range(max(3, self.pairs // 2)):
+                    ours.append(self.loadtest(server, "encoder", protocol, "--users", "4"))
+                    count = int(ours[-1]["throughput"] * 5)
+                    theirs.append(self.perf_analyzer(server, "encoder", protocol, count=count, users=4))
+                for key, title in (("throughput", "throughput"), ("p50_us", "p50")):
+                    ratios = [own[key] / other[key] for own, other in zip(ours, theirs, strict=True)]
+                    self.record(f"load test over perf_analyzer, {title}, {protocol}", ratios, "goal: 0.9 to 1.1")
+
+    def repository(self, name: str) -> Path:
+        """The model repository of one model."""
+        return self.folder / f"repository-{name}"
+
+    def server(self, repository: Path) -> EmbeddedServer:
+        """A server on free ports."""
+        ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+        return EmbeddedServer(repository, log_path=self.folder / f"{repository.name}.log", **ports)
+
+
+def _rows_per_s_of(sessions: list[onnxruntime.InferenceSession], inputs: Row) -> Callable[[], float]:
+    """Measures sessions that run side by side for a while."""
+    size = len(next(iter(inputs.values())))
+
+    def run(session: onnxruntime.InferenceSession) -> int:
+        session.run(None, inputs)
+        done, end = 0, time.perf_counter() + SIDE_S
+        while time.perf_counter() < end:
+            session.run(None, inputs)
+            done += size
+        return done
+
+    def measure() -> float:
+        with ThreadPoolExecutor(len(sessions)) as pool:
+            return sum(pool.map(run, sessions)) / SIDE_S
+
+    return measure
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _p50(call: Callable[[], object]) -> float:
+    return statistics.median(_seconds(call) for _ in range(200))
+
+
+def _bare_grpc(server: EmbeddedServer, row: Row) -> Callable[[], object]:
+    client = triton_grpc.InferenceServerClient(server.grpc_url)
+
+    def call() -> object:
+        tensor = triton_grpc.InferInput("item_ids", row["item_ids"].shape, "INT64")
+        tensor.set_data_from_numpy(row["item_ids"])
+        result = client.infer("recommender", [tensor])
+        return result.as_numpy("items"), result.as_numpy("scores")
+
+    return call
+
+
+def _bare_http(server: EmbeddedServer, row: Row) -> Callable[[], object]:
+    client = triton_http.InferenceServerClient(server.http_url)
+
+    def call() -> object:
+        tensor = triton_http.InferInput("item_ids", row["item_ids"].shape, "INT64")
+        tensor.set_data_from_numpy(row["item_ids"])
+        result = client.infer("recommender", [tensor])
+        return result.as_numpy("items"), result.as_numpy("scores")
+
+    return call
+
+
+def _without_block(text: str, name: str) -> str:
+    """A protobuf text without one top-level block."""
+    lines, kept, inside = text.splitlines(), [], False
+    for line in lines:
+        inside = inside or line.startswith(f"{name} {{")
+        if not inside:
+            kept.append(line)
+        if line == "}":
+            inside = False
+    return "\n".join(kept) + "\n"
+
+
+def prepare(folder: Path) -> None:
+    """Builds the encoder and publishes both models in fp32, each in a repository of its own."""
+    chosen = choice_path("recommender", "onnxruntime")
+    if not chosen.is_file():
+        raise InputError(f"{chosen}: no such file; the benchmarks need a built recommender: make engine")
+    (folder / "models" / "encoder").mkdir(parents=True)
+    (folder / "models" / "encoder" / "deploy.toml").write_text(ENCODER_TOML)
+    (folder / "models" / "encoder" / "model.py").write_text(ENCODER_MODEL)
+    (folder / "models" / "recommender").symlink_to(Path("models/recommender").resolve())
+    (folder / "build").mkdir()
+    subprocess.run(["cp", "-r", build_dir("recommender"), folder / "build"], check=True)
+    models = ("--models", str(folder / "models"))
+    int8 = ("--precision", "int8", "--high-precision", "fp32")
+    steps = [("export.to_onnx", "--model", "encoder"), ("export.quantize", "--model", "encoder", *int8)]
+    for name in ("encoder", "recommender"):
+        repository = ("--repository", str(folder / f"repository-{name}"))
+        steps.append(("export.to_triton", "--model", name, "--precision", "fp32", *repository))
+    for stage, *flags in steps:
+        with log.status(" ".join((stage, *flags))):
+            run = run_module(stage, *flags, *models, BUILD=str(folder / "build"), PYTHONWARNINGS="ignore")
+        if run.returncode:
+            raise InputError(run.stderr)
+
+
+def main() -> None:
+    """Runs the benchmarks and prints the table."""
+    parser = Parser(__doc__, prog="python -m tests.bench")
+    names = ("served", "int8", "batching", "client", "peer")
+    parser.add_argument("--only", choices=names, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--pairs", type=int, default=12, help="pairs of a ratio (default: %(default)s)")
+    args = parser.parse_args()
+    result_path = build_dir("bench.json")
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
+        bench = Bench(Path(folder), args.pairs)
+        for name in args.only or names:
+            getattr(bench, name)()
+    result_path.write_text(json.dumps(bench.results, indent=2) + "\n")
+    table = Table("ratio of", box=box.SIMPLE_HEAD)
+    for column in ("median", "quartiles", "pairs", ""):
+        table.add_column(column, justify="right" if column else "left")
+    for result in bench.results:
+        low, high = result["quartiles"]
+        table.add_row(result["name"], f"{result['ratio']:.2f}", f"{low:.2f} to {high:.2f}", str(result["pairs"]), result["goal"])
+    Console(width=max(Console().width, 110)).print(table)
+
+
+if __name__ == "__main__":
+    run_command(main)

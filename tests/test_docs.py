@@ -1,0 +1,51 @@
+"""What a user reads is true: targets, links, flags and examples exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), Path("client/README.md"), *sorted(Path("docs").glob("*.md"))]
+COMMANDS = [
+    "deepseek.spec", "deepseek_client", "export.source", "export.to_onnx", "export.quantize", "export.compare",
+    "export.to_tensorrt", "export.to_triton", "serving.embedded", "loadtests.run", "loadtests.slo", "loadtests.report",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_make_target_named_in_a_page_exists(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):.*##", Path("Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z]+)", page.read_text(), re.MULTILINE))
+    assert named <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_file_named_in_a_page_exists(page: Path) -> None:
+    for name in re.findall(r"`((?:deepseek|export|serving|client|loadtests|models|tests|docs)/[\w/.]+\.\w+)`", page.read_text()):
+        assert Path(name).exists(), name
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_has_examples_that_name_the_command(module: str) -> None:
+    run = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
+    assert run.returncode == 0
+    assert run.stdout.count(f"python -m {module}") >= 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_module_run_in_a_page_takes_the_flags_shown(page: Path) -> None:
+    for module, flags in re.findall(r"python -m ((?:export|serving|loadtests|deepseek)[\w.]*)([^\n`|]*)", page.read_text()):
+        run = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
+        for flag in re.findall(r"(--[a-z-]+\w)", flags.split(" -- ")[0]):
+            assert flag in run.stdout, f"{module} {flag}"

@@ -1,0 +1,93 @@
+"""The Makefile: real file targets, nothing done twice, and models that live elsewhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FILES = ("fp32/model.onnx", "fp16/model.onnx", "int8/model.onnx", "choice-onnxruntime.json")
+
+
+def make(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`make` with everything that it writes inside `folder`, by the Python that runs the tests."""
+    variables = (f"BUILD={folder / 'build'}", f"REPOSITORY={folder / 'repository'}", f"VENV={sys.prefix}")
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "BUILD")}
+    run = subprocess.run(["make", *arguments, *variables], capture_output=True, text=True, env=environment)
+    assert not check or run.returncode == 0, run.stdout + run.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `models/text` outside the repository, built."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    shutil.copytree("tests/models/text", folder / "models" / "text")
+    make(folder, "engine", f"MODELS={folder / 'models'}", "MODEL=text")
+    return folder
+
+
+def times(folder: Path) -> dict[str, int]:
+    """Modification times of the artifacts and the number of versions."""
+    found = {name: (folder / "build" / "text" / name).stat().st_mtime_ns for name in FILES}
+    return found | {"versions": len([path for path in (folder / "repository" / "text").iterdir() if path.name.isdigit()])}
+
+
+def test_make_alone_prints_the_targets_by_section() -> None:
+    text = subprocess.run(["make"], capture_output=True, text=True).stdout
+    for word in ("The main job", "make demo", "make engine", "make loadtest", "make verdict", "PRECISION", "HTTP_PORT"):
+        assert word in text
+
+
+@pytest.mark.slow
+def test_a_second_make_engine_does_nothing(elsewhere: Path) -> None:
+    before = times(elsewhere)
+    run = make(elsewhere, "engine", f"MODELS={elsewhere / 'models'}", "MODEL=text")
+    assert run.stdout.strip().endswith("is up to date")
+    assert times(elsewhere) == before
+
+
+@pytest.mark.slow
+def test_touching_a_stage_rebuilds_only_what_follows(elsewhere: Path) -> None:
+    before = times(elsewhere)
+    Path("export/quantize.py").touch()
+    make(elsewhere, "engine", f"MODELS={elsewhere / 'models'}", "MODEL=text")
+    after = times(elsewhere)
+    assert after["fp32/model.onnx"] == before["fp32/model.onnx"]
+    assert all(after[name] > before[name] for name in FILES[1:])
+    assert after["versions"] == before["versions"] + 1
+
+
+@pytest.mark.slow
+def test_a_precision_asked_for_by_name_is_what_is_published(elsewhere: Path) -> None:
+    make(elsewhere, "engine", f"MODELS={elsewhere / 'models'}", "MODEL=text", "PRECISION=int8")
+    assert 'string_value: "int8"' in (elsewhere / "repository" / "text" / "config.pbtxt").read_text()
+
+
+@pytest.mark.slow
+def test_serve_infer_and_load_test_a_model_from_elsewhere(elsewhere: Path) -> None:
+    model = (f"MODELS={elsewhere / 'models'}", "MODEL=text")
+    ports = ("HTTP_PORT=18450", "GRPC_PORT=18451", "METRICS_PORT=18452")
+    run = make(elsewhere, "demo", *model, *ports, "DURATION_S=3", check=False)
+    assert "embedding" in run.stdout, run.stdout + run.stderr
+    runs = [path for path in (elsewhere / "build" / "text" / "loadtests").iterdir() if path.is_dir()]
+    assert len(runs) == 1
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    run = make(tmp_path, "engine", "MODEL=nosuch", check=False)
+    assert run.returncode == 2
+    assert "error: no model 'nosuch'" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("target", ["infer", "metadata", "loadtest"])
+def test_without_a_server_each_client_target_says_how_to_start_one(tmp_path: Path, target: str) -> None:
+    run = make(tmp_path, target, "GRPC_PORT=18459", check=False)
+    assert run.returncode == 2
+    assert "error: " in run.stderr
+    assert "Traceback" not in run.stderr
