@@ -158,7 +158,7 @@ $(B)/spec.mk: $(wildcard $(FOLDER)/deploy.toml) deepseek/spec.py | $(VENV)/.read
 PRECISIONS = $(sort fp32 $(if $(filter auto,$(PRECISION)),$(CANDIDATES),$(PRECISION)))
 
 $(B)/weights: $(filter-out %/deploy.toml,$(MODEL_FILES)) $(addprefix deepseek/,config.py transformer.py training.py) $(B)/settings/data | $(VENV)/.ready
-	@$(PY) -m export.source $(WHICH)
+	@OMP_WAIT_POLICY=passive $(PY) -m export.source $(WHICH)  # idle threads do not spin: a busy machine is no slower
 	@touch $@
 
 $(B)/fp32/model.onnx: $(B)/weights $(MODEL_FILES) export/to_onnx.py export/source.py $(STAGES)
