@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,7 +42,7 @@ ENCODER_TOML = """
 name = "encoder"
 [inputs.input_ids]
 dtype = "int64"
-shape = ["batch", 128]
+shape = ["batch", 64]
 [outputs.embedding]
 dtype = "float32"
 shape = ["batch", 384]
@@ -71,7 +72,7 @@ class Encoder(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.body = Transformer(TransformerConfig(num_layers=6, hidden_size=384, num_attention_heads=12,
-            intermediate_size=1536, vocab_size=30522, max_length=128, causal=False))
+            intermediate_size=1536, vocab_size=30522, max_length=64, causal=False))
 
     def forward(self, input_ids):
         return torch.nn.functional.normalize(self.body(input_ids).mean(1), dim=-1)
@@ -83,10 +84,11 @@ def load():
 def samples(split):
     random = np.random.default_rng(len(split))
     for _ in range(64):
-        yield {"input_ids": random.integers(1, 30522, (1, 128))}
+        yield {"input_ids": random.integers(1, 30522, (1, 64))}
 """
-SIDE_S = 2.5  # of one side of a pair
+SIDE_S = 4.0  # of one side of a pair
 
+PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 log = Console(stderr=True)
 
 
@@ -132,10 +134,8 @@ class Bench:
 
     # -- loads -----------------------------------------------------------------------------------
 
-    def perf_analyzer(
-        self, server: EmbeddedServer, name: str, protocol: str, *, count: int, users: int = 0, rate: float = 0
-    ) -> dict[str, float]:
-        """Throughput (1/s) and p50 (us) that perf_analyzer finds with requests of one row."""
+    def perf_analyzer(self, server: EmbeddedServer, name: str, protocol: str, users: int, table: Path) -> list[str]:
+        """The command: `users` in a closed loop, requests of one real row each."""
         data = self.folder / f"{name}.json"
         if not data.exists():
             content = [
@@ -143,24 +143,49 @@ class Bench:
                 for row in self.rows[name][:64]
             ]
             data.write_text(json.dumps({"data": content}))
-        table = self.folder / "perf_analyzer.csv"
-        load = ["--concurrency-range", str(users)] if users else ["--request-rate-range", str(rate)]
         url = server.grpc_url if protocol == "grpc" else server.http_url
-        subprocess.run(
-            [Path(sys.executable).with_name("perf_analyzer"), "-m", name, "-u", url, "-i", protocol, "-b", "1", *load]
-            + ["--input-data", str(data), "--request-count", str(count), "-f", str(table)],
-            check=True,
-            capture_output=True,
-        )
+        # Three windows, whatever their spread: the pairs of a ratio are what tells of noise.
+        windows = ["--measurement-interval", str(int(SIDE_S * 1000)), "--stability-percentage", "999", "--max-trials", "3"]
+        program = Path(sys.executable).parent.parent / "lib" / PYTHON / "site-packages/perf_analyzer/bin/perf_analyzer"
+        command = [program, "-m", name, "-u", url, "-i", protocol, "-b", "1", "--concurrency-range", str(users)]
+        return [*map(str, command), *windows, "--input-data", str(data), "-f", str(table)]
+
+    def peer_figures(self, server: EmbeddedServer, name: str, protocol: str, users: int) -> dict[str, float]:
+        """Throughput (1/s) and p50 (us) that perf_analyzer reports."""
+        table = self.folder / "perf_analyzer.csv"
+        subprocess.run(self.perf_analyzer(server, name, protocol, users, table), check=True, capture_output=True)
         with table.open() as file:
             row = next(csv.DictReader(file))
         return {"throughput": float(row["Inferences/Second"]), "p50_us": float(row["p50 latency"])}
+
+    def served_throughput(self, server: EmbeddedServer, name: str, users: int) -> float:
+        """Rows/s by Triton's own count, in the midst of a closed loop of perf_analyzer's."""
+        load = subprocess.Popen(
+            self.perf_analyzer(server, name, "grpc", users, self.folder / "load.csv"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            time.sleep(2)  # until all users are at it
+            started, before = time.perf_counter(), self.inferences(server, name)
+            time.sleep(SIDE_S)
+            done = self.inferences(server, name) - before
+            return done / (time.perf_counter() - started)
+        finally:
+            load.kill()
+            load.wait()
+            time.sleep(0.5)  # what was in flight
+
+    def inferences(self, server: EmbeddedServer, name: str) -> int:
+        """Rows that Triton has inferred."""
+        with urllib.request.urlopen(f"http://{server.http_url}/v2/models/{name}/stats") as response:
+            return json.load(response)["model_stats"][0]["inference_count"]
 
     def loadtest(self, server: EmbeddedServer, name: str, protocol: str, *flags: str) -> dict[str, float]:
         """The same of our load test."""
         url = server.grpc_url if protocol == "grpc" else server.http_url
         which = ("--models", str(self.folder / "models"), "--model", name, "--url", url, "--protocol", protocol)
-        run = run_module("loadtests.run", *which, "--warmup-s", "1", "--duration-s", "5", "--json", *flags)
+        run = run_module("loadtests.run", *which, "--warmup-s", "2", "--duration-s", "12", "--json", *flags)
         if run.returncode not in (0, 3):
             raise InputError(run.stderr)
         result = json.loads(run.stdout)
@@ -174,10 +199,9 @@ class Bench:
             raw = self.raw_throughput(name)
             repository = self.repository(name)
             with self.server(repository) as server:
-                count = max(40, int(raw() * SIDE_S))
                 ratios = []
                 for pair in range(self.pairs):
-                    sides = [raw, lambda: self.perf_analyzer(server, name, "grpc", count=count, users=16)["throughput"]]
+                    sides = [raw, lambda: self.served_throughput(server, name, users=16)]
                     first = pair % 2  # who goes first changes from pair to pair
                     values = {first: sides[first](), 1 - first: sides[1 - first]()}
                     ratios.append(values[1] / values[0])
@@ -190,7 +214,7 @@ class Bench:
             _, inputs = next(batches(self.rows[name], self.specs[name].axes["batch"].opt))
             ratios = []
             for _ in range(8 * self.pairs):
-                seconds = {key: _seconds(lambda session=session: session.run(None, inputs)) for key, session in sessions.items()}  # type: ignore[misc]
+                seconds = {key: _seconds_of_runs(session, inputs) for key, session in sessions.items()}
                 ratios.append(seconds["fp32"] / seconds["int8"])
             self.record(f"int8 over fp32 in ONNX Runtime, {name}", ratios)
 
@@ -204,10 +228,9 @@ class Bench:
                 config.write_text(_without_block(config.read_text(), "dynamic_batching"))
             ratios = []
             with self.server(self.repository(name)) as on_server, self.server(off) as off_server:
-                load = {"count": 400 if name == "recommender" else 80, "users": 32}
                 for _ in range(self.pairs):
-                    on = self.perf_analyzer(on_server, name, "grpc", **load)["throughput"]  # type: ignore[arg-type]
-                    ratios.append(on / self.perf_analyzer(off_server, name, "grpc", **load)["throughput"])  # type: ignore[arg-type]
+                    on = self.served_throughput(on_server, name, users=32)
+                    ratios.append(on / self.served_throughput(off_server, name, users=32))
             self.record(f"dynamic batching on over off, {name}", ratios)
 
     def client(self) -> None:
@@ -230,8 +253,7 @@ class Bench:
                 ours, theirs = [], []
                 for _ in range(max(3, self.pairs // 2)):
                     ours.append(self.loadtest(server, "encoder", protocol, "--users", "4"))
-                    count = int(ours[-1]["throughput"] * 5)
-                    theirs.append(self.perf_analyzer(server, "encoder", protocol, count=count, users=4))
+                    theirs.append(self.peer_figures(server, "encoder", protocol, 4))
                 for key, title in (("throughput", "throughput"), ("p50_us", "p50")):
                     ratios = [own[key] / other[key] for own, other in zip(ours, theirs, strict=True)]
                     self.record(f"load test over perf_analyzer, {title}, {protocol}", ratios, "goal: 0.9 to 1.1")
@@ -269,6 +291,11 @@ def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def _seconds_of_runs(session: onnxruntime.InferenceSession, inputs: Row) -> float:
+    """Of enough runs for a small model to be timed."""
+    return _seconds(lambda: [session.run(None, inputs) for _ in range(10)])
 
 
 def _p50(call: Callable[[], object]) -> float:
