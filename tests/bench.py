@@ -11,6 +11,7 @@ Examples:
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import statistics
@@ -24,7 +25,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 from deepseek_client import InferenceClient
 from rich import box
@@ -42,14 +42,14 @@ ENCODER_TOML = """
 name = "encoder"
 [inputs.input_ids]
 dtype = "int64"
-shape = ["batch", 64]
+shape = ["batch", 128]
 [outputs.embedding]
 dtype = "float32"
 shape = ["batch", 384]
 [axes.batch]
 min = 1
-opt = 8
-max = 16
+opt = 4
+max = 4
 [precision]
 candidates = ["int8"]
 max_drop = 0.1
@@ -72,7 +72,7 @@ class Encoder(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.body = Transformer(TransformerConfig(num_layers=6, hidden_size=384, num_attention_heads=12,
-            intermediate_size=1536, vocab_size=30522, max_length=64, causal=False))
+            intermediate_size=1536, vocab_size=30522, max_length=128, causal=False))
 
     def forward(self, input_ids):
         return torch.nn.functional.normalize(self.body(input_ids).mean(1), dim=-1)
@@ -84,7 +84,7 @@ def load():
 def samples(split):
     random = np.random.default_rng(len(split))
     for _ in range(64):
-        yield {"input_ids": random.integers(1, 30522, (1, 64))}
+        yield {"input_ids": random.integers(1, 30522, (1, 128))}
 """
 SIDE_S = 4.0  # of one side of a pair
 
@@ -105,7 +105,9 @@ class Bench:
     def record(self, name: str, ratios: list[float], goal: str = "") -> None:
         """Keeps the median and the quartiles of the pairs."""
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        self.results.append({"name": name, "ratio": middle, "quartiles": [low, high], "pairs": len(ratios), "goal": goal})
+        self.results.append(
+            {"name": name, "ratio": middle, "quartiles": [low, high], "pairs": len(ratios), "goal": goal}
+        )
         log.print(f"{name}: {middle:.2f} ({low:.2f} to {high:.2f}) {goal}")
 
     # -- the raw runtime -------------------------------------------------------------------------
@@ -124,7 +126,7 @@ class Bench:
         settings = {}
         for count in (1, len(os.sched_getaffinity(0))):
             sessions = self.raw_sessions(path, count)
-            for batch in (1, 4, self.specs[name].max_batch):
+            for batch in sorted({1, 2, 4, self.specs[name].max_batch}):
                 _, inputs = next(batches(self.rows[name], batch))
                 settings[count, batch] = _rows_per_s_of(sessions, inputs)
         speeds = {key: statistics.median(measure() for _ in range(3)) for key, measure in settings.items()}
@@ -145,7 +147,14 @@ class Bench:
             data.write_text(json.dumps({"data": content}))
         url = server.grpc_url if protocol == "grpc" else server.http_url
         # Three windows, whatever their spread: the pairs of a ratio are what tells of noise.
-        windows = ["--measurement-interval", str(int(SIDE_S * 1000)), "--stability-percentage", "999", "--max-trials", "3"]
+        windows = [
+            "--measurement-interval",
+            str(int(SIDE_S * 1000)),
+            "--stability-percentage",
+            "999",
+            "--max-trials",
+            "3",
+        ]
         program = Path(sys.executable).parent.parent / "lib" / PYTHON / "site-packages/perf_analyzer/bin/perf_analyzer"
         command = [program, "-m", name, "-u", url, "-i", protocol, "-b", "1", "--concurrency-range", str(users)]
         return [*map(str, command), *windows, "--input-data", str(data), "-f", str(table)]
@@ -201,7 +210,7 @@ class Bench:
             with self.server(repository) as server:
                 ratios = []
                 for pair in range(self.pairs):
-                    sides = [raw, lambda: self.served_throughput(server, name, users=16)]
+                    sides = [raw, functools.partial(self.served_throughput, server, name, users=32)]
                     first = pair % 2  # who goes first changes from pair to pair
                     values = {first: sides[first](), 1 - first: sides[1 - first]()}
                     ratios.append(values[1] / values[0])
@@ -210,7 +219,9 @@ class Bench:
     def int8(self) -> None:
         """int8 over fp32 in raw ONNX Runtime."""
         for name in self.specs:
-            sessions = {precision: self.raw_sessions(onnx_path(name, precision), 1)[0] for precision in ("fp32", "int8")}
+            sessions = {
+                precision: self.raw_sessions(onnx_path(name, precision), 1)[0] for precision in ("fp32", "int8")
+            }
             _, inputs = next(batches(self.rows[name], self.specs[name].axes["batch"].opt))
             ratios = []
             for _ in range(8 * self.pairs):
@@ -242,7 +253,7 @@ class Bench:
                 with InferenceClient(url, protocol) as ours:  # type: ignore[arg-type]
                     ratios = []
                     for _ in range(max(10, self.pairs)):
-                        own = _p50(lambda: ours.infer("recommender", row))  # noqa: B023
+                        own = _p50(lambda: ours.infer("recommender", row))
                         ratios.append(own / _p50(bare))
                 self.record(f"client p50 over bare tritonclient, {protocol}", ratios, "goal: at most 1.1")
 
@@ -381,7 +392,9 @@ def main() -> None:
         table.add_column(column, justify="right" if column else "left")
     for result in bench.results:
         low, high = result["quartiles"]
-        table.add_row(result["name"], f"{result['ratio']:.2f}", f"{low:.2f} to {high:.2f}", str(result["pairs"]), result["goal"])
+        table.add_row(
+            result["name"], f"{result['ratio']:.2f}", f"{low:.2f} to {high:.2f}", str(result["pairs"]), result["goal"]
+        )
     Console(width=max(Console().width, 110)).print(table)
 
 

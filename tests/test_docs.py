@@ -32,7 +32,9 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_every_file_named_in_a_page_exists(page: Path) -> None:
-    for name in re.findall(r"`((?:deepseek|export|serving|client|loadtests|models|tests|docs)/[\w/.]+\.\w+)`", page.read_text()):
+    for name in re.findall(
+        r"`((?:deepseek|export|serving|client|loadtests|models|tests|docs)/[\w/.]+\.\w+)`", page.read_text()
+    ):
         assert Path(name).exists(), name
 
 
@@ -45,7 +47,9 @@ def test_help_has_examples_that_name_the_command(module: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_every_module_run_in_a_page_takes_the_flags_shown(page: Path) -> None:
-    for module, flags in re.findall(r"python -m ((?:export|serving|loadtests|deepseek)[\w.]*)([^\n`|]*)", page.read_text()):
+    for module, flags in re.findall(
+        r"python -m ((?:export|serving|loadtests|deepseek)[\w.]*)([^\n`|]*)", page.read_text()
+    ):
         run = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
         for flag in re.findall(r"(--[a-z-]+\w)", flags.split(" -- ")[0]):
             assert flag in run.stdout, f"{module} {flag}"

@@ -34,7 +34,9 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def times(folder: Path) -> dict[str, int]:
     """Modification times of the artifacts and the number of versions."""
     found = {name: (folder / "build" / "text" / name).stat().st_mtime_ns for name in FILES}
-    return found | {"versions": len([path for path in (folder / "repository" / "text").iterdir() if path.name.isdigit()])}
+    return found | {
+        "versions": len([path for path in (folder / "repository" / "text").iterdir() if path.name.isdigit()])
+    }
 
 
 def test_make_alone_prints_the_targets_by_section() -> None:
