@@ -65,7 +65,7 @@ serve: $(VENV)/.ready ## the embedded Triton over the model repository, until Ct
 
 infer: $(VENV)/.ready ## send a real sample to the server and show what comes back
 	@$(PY) -m deepseek_client infer $(MODEL) --url $(URL) --protocol $(PROTOCOL) --inputs $(B)/evaluation.npz \
-	    --row $(ROW) --labels $(B)/labels --top 10
+	    --row $(ROW) --top 10 $(if $(wildcard $(B)/labels),--labels $(B)/labels)
 
 metadata: $(VENV)/.ready ## what the server says of the model
 	@$(PY) -m deepseek_client metadata $(MODEL) --url $(URL) --protocol $(PROTOCOL)

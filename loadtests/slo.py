@@ -241,7 +241,7 @@ def main() -> int:
     if args.json:
         print(json.dumps(as_json(run, judgement), indent=2))
     else:
-        _print(run, judgement, Console())
+        _print(run, judgement, Console(width=max(Console().width, 100)))
     return EXIT_CODES[judgement.verdict]
 
 

@@ -210,7 +210,10 @@ class Bench:
             with self.server(repository) as server:
                 ratios = []
                 for pair in range(self.pairs):
-                    sides = [raw, functools.partial(self.served_throughput, server, name, users=32)]
+                    sides: list[Callable[[], float]] = [
+                        raw,
+                        functools.partial(self.served_throughput, server, name, users=32),
+                    ]
                     first = pair % 2  # who goes first changes from pair to pair
                     values = {first: sides[first](), 1 - first: sides[1 - first]()}
                     ratios.append(values[1] / values[0])

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 
 FILES = ("fp32/model.onnx", "fp16/model.onnx", "int8/model.onnx", "choice-onnxruntime.json")
 
 
-def make(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "BUILD")}
+QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
     """`make` with everything that it writes inside `folder`, by the Python that runs the tests."""
-    variables = (f"BUILD={folder / 'build'}", f"REPOSITORY={folder / 'repository'}", f"VENV={sys.prefix}")
-    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "BUILD")}
-    run = subprocess.run(["make", *arguments, *variables], capture_output=True, text=True, env=environment)
+    return [
+        "make",
+        *arguments,
+        f"BUILD={folder / 'build'}",
+        f"REPOSITORY={folder / 'repository'}",
+        f"VENV={sys.prefix}",
+    ]
+
+
+def make(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs it to its end."""
+    run = subprocess.run(command(folder, *arguments), capture_output=True, text=True, env=ENVIRONMENT)
     assert not check or run.returncode == 0, run.stdout + run.stderr
     return run
 
@@ -78,6 +96,26 @@ def test_serve_infer_and_load_test_a_model_from_elsewhere(elsewhere: Path) -> No
     assert "embedding" in run.stdout, run.stdout + run.stderr
     runs = [path for path in (elsewhere / "build" / "text" / "loadtests").iterdir() if path.is_dir()]
     assert len(runs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
+def test_a_build_that_is_ended_anywhere_leaves_nothing_half_made(tmp_path: Path, how: signal.Signals) -> None:
+    shutil.copytree("tests/models/image", tmp_path / "models" / "image")
+    model = (f"MODELS={tmp_path / 'models'}", "MODEL=image")
+    for seconds in (1.5, 4, 6.5):
+        process = subprocess.Popen(
+            command(tmp_path, "engine", *model), env=ENVIRONMENT, start_new_session=True, **QUIET
+        )
+        time.sleep(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+        process.wait()
+        for artifact in tmp_path.rglob("model.onnx"):
+            onnx.checker.check_model(artifact)
+    make(tmp_path, "engine", *model)
+    assert (tmp_path / "repository" / "image" / "config.pbtxt").is_file()
+    assert list(tmp_path.rglob(".scratch-*")) == []
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:

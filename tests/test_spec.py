@@ -56,7 +56,8 @@ def test_a_target_overrides_only_what_it_names() -> None:
     onnxruntime = spec.for_target("onnxruntime")
     assert (spec.slo.p99_ms, onnxruntime.slo.p99_ms) == (50, 80)
     assert onnxruntime.slo.rate_rps == spec.slo.rate_rps == 100
-    assert onnxruntime.batching == spec.batching
+    assert (spec.batching.max_queue_delay_us, onnxruntime.batching.max_queue_delay_us) == (1000, 0)
+    assert onnxruntime.batching.max_queue_size == spec.batching.max_queue_size
     assert spec.for_target("tensorrt") == spec
 
 
