@@ -14,6 +14,7 @@ Tensors cross by DLPack: the embedded server's stub was compiled for numpy 1, an
 `as_numpy()` has zero strides and its `Tensor(name, array)` sends zero bytes, both silently.
 """
 
+import ctypes
 import json
 import os
 import queue
@@ -22,6 +23,10 @@ import threading
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
+
+_USED = b"used_dltensor"  # kept here: a capsule only points to its name
+_set_capsule_name = ctypes.pythonapi.PyCapsule_SetName
+_set_capsule_name.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 class TritonPythonModel:
@@ -77,10 +82,7 @@ class TritonPythonModel:
         responses, start = [], 0
         for feed in feeds:
             end = start + len(feed[self.inputs[0]])
-            tensors = [
-                pb_utils.Tensor.from_dlpack(name, result[start:end])
-                for name, result in zip(self.outputs, results, strict=True)
-            ]
+            tensors = [_tensor(name, result[start:end]) for name, result in zip(self.outputs, results, strict=True)]
             responses.append(pb_utils.InferenceResponse(tensors))
             start = end
         return responses
@@ -90,6 +92,15 @@ class TritonPythonModel:
         self.answers.put(None)
         self.sender.join()
         del self.session
+
+
+def _tensor(name: str, array: np.ndarray) -> object:
+    """A Triton tensor over an array's memory."""
+    capsule = array.__dlpack__()
+    tensor = pb_utils.Tensor.from_dlpack(name, capsule)
+    # The stub takes the memory over but not the name that says so; numpy would print a traceback for each.
+    _set_capsule_name(capsule, _USED)
+    return tensor
 
 
 def _reason(error: Exception) -> str:
