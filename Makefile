@@ -132,8 +132,8 @@ $(VENV)/.ready: pyproject.toml client/pyproject.toml requirements.lock
 	@$(PIP) --no-deps $(TRITON_WHEEL)  # its files only: its numpy<2 is for a Python API not used here
 	@touch $@
 
-$(VENV)/.ready-test: $(VENV)/.ready
-	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest,rtx,test]'
+$(VENV)/.ready-rtx $(VENV)/.ready-test: $(VENV)/.ready-%: $(VENV)/.ready
+	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest,rtx,$*]'
 	@touch $@
 
 # ---- artifacts ---------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ $(B)/fp16/model.onnx: $(QUANTIZE)
 $(B)/int8/model.onnx $(B)/fp8/model.onnx: $(B)/%/model.onnx: $(QUANTIZE) $(B)/settings/high-precision
 	@$(PY) -m export.quantize $(WHICH) --precision $* --high-precision $(HIGH)
 
-$(B)/%/$(T)/model.plan: $(B)/%/model.onnx export/to_tensorrt.py
+$(B)/%/$(T)/model.plan: $(B)/%/model.onnx export/to_tensorrt.py $(if $(filter tensorrt_rtx,$(T)),| $(VENV)/.ready-rtx)
 	@$(PY) -m export.to_tensorrt $(WHICH) --precision $* --target $(T)
 
 .SECONDEXPANSION:
