@@ -202,7 +202,13 @@ def check_against_torch(
     checks = []
     for sizes in checked_sizes(spec):
         inputs = inputs_at(spec, rows, sizes)
-        expected = run_torch(spec, model, inputs)
+        try:
+            expected = run_torch(spec, model, inputs)
+        except RuntimeError as error:
+            raise InputError(
+                f"model.py: forward itself fails at {_at(sizes)}, which the axes of deploy.toml allow: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
         try:
             values = session.run(list(spec.outputs), inputs)
         except Exception as error:
