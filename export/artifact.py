@@ -8,6 +8,7 @@ Everything is written beside its place and renamed: a killed build leaves no hal
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import os
@@ -87,16 +88,44 @@ def need(path: Path, made_by: str) -> Path:
 
 @contextlib.contextmanager
 def scratch_in(folder: Path) -> Iterator[Path]:
-    """An empty folder inside `folder`, removed at the end, as are those that killed processes left."""
+    """An empty folder inside `folder`, removed at the end, as are those that killed processes left.
+
+    Its owner holds a lock on it, which ends with the process, however that ends.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".scratch-*"):
-        if not Path("/proc", stale.name.split("-")[1]).exists():
+        with contextlib.suppress(OSError):
+            lock = _lock(stale, fcntl.LOCK_NB)
             shutil.rmtree(stale, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".scratch-{os.getpid()}-", dir=folder))
+            os.close(lock)
+    scratch, lock = _own_folder(folder)
     try:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
+def _own_folder(folder: Path) -> tuple[Path, int]:
+    """A new folder and its lock."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=".scratch-", dir=folder))
+        with contextlib.suppress(FileNotFoundError):
+            lock = _lock(path)
+            if path.exists():  # else another process took it for a stale one before it was locked
+                return path, lock
+            os.close(lock)
+
+
+def _lock(folder: Path, flags: int = 0) -> int:
+    """A descriptor that holds the folder's lock until it is closed."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 @contextlib.contextmanager
