@@ -174,7 +174,7 @@ $(B)/%/$(T)/model.plan: $(B)/%/model.onnx export/to_tensorrt.py $(if $(filter te
 	@$(PY) -m export.to_tensorrt $(WHICH) --precision $* --target $(T)
 
 .SECONDEXPANSION:
-$(B)/choice-$(T).json: $$(foreach p,$$(PRECISIONS),$(B)/$$p/$(ENGINE_NAME)) $(B)/settings/precision export/compare.py
+$(B)/choice-$(T).json: $$(foreach p,$$(PRECISIONS),$(B)/$$p/$(ENGINE_NAME)) $(B)/settings/precision $(addprefix export/,compare.py runners.py accuracy.py)
 	@$(PY) -m export.compare $(WHICH) --target $(T) --precision $(PRECISION)
 
 $(REPOSITORY)/$(MODEL)/config.pbtxt: $(B)/choice-$(T).json export/to_triton.py serving/onnxruntime_backend.py

@@ -236,6 +236,29 @@ class DeploymentSpec(_Table):
         return spec
 
 
+class Manifest(BaseModel):
+    """What an artifact is and came from; `manifest.json` beside it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    precision: Precision
+    """Asked for; what was found in the artifact is `found`."""
+    target: Target | None = None
+    """None for the ONNX graph itself, which any target takes."""
+    found: dict[str, Any]
+    """Proof of the precision: counted in the graph, or told by the compiled engine."""
+    sources: dict[str, str]
+    """sha256 by source: weights, onnx, calibration."""
+    settings: dict[str, Any] = {}
+    axes: dict[str, dict[str, int]]
+    versions: dict[str, str]
+    compute_capability: str | None = None
+    accuracy: dict[str, Any] | None = None
+    size_bytes: int
+    build_s: float
+
+
 def build_dir(name: str) -> Path:
     """Where a model's intermediate artifacts lie: `$BUILD/<name>`, by default `build/<name>`."""
     return Path(os.environ.get("BUILD", "build")) / name

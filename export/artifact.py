@@ -17,12 +17,11 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from deepseek.spec import DeploymentSpec, InputError, Precision, Target, build_dir
+from deepseek.spec import DeploymentSpec, InputError, Manifest, Target, build_dir
 
 Row = dict[str, np.ndarray]  # one sample: each input with a batch dimension of 1
 
@@ -37,29 +36,6 @@ _TOOLS = (
     "tensorrt",
     "tensorrt-rtx",
 )
-
-
-class Manifest(BaseModel):
-    """What an artifact is and came from; `manifest.json` beside it."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    precision: Precision
-    """Asked for; what was found in the artifact is `found`."""
-    target: Target | None = None
-    """None for the ONNX graph itself, which any target takes."""
-    found: dict[str, Any]
-    """Proof of the precision: counted in the graph, or told by the compiled engine."""
-    sources: dict[str, str]
-    """sha256 by source: weights, onnx, calibration."""
-    settings: dict[str, Any] = {}
-    axes: dict[str, dict[str, int]]
-    versions: dict[str, str]
-    compute_capability: str | None = None
-    accuracy: dict[str, Any] | None = None
-    size_bytes: int
-    build_s: float
 
 
 def onnx_path(name: str, precision: str) -> Path:

@@ -18,16 +18,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -43,21 +39,20 @@ from deepseek.spec import (
     build_dir,
     run_command,
 )
+from export.accuracy import parity, similarity
 from export.artifact import (
     Row,
     batches,
     choice_path,
     engine_path,
     human_bytes,
-    join,
     load_rows,
-    need,
-    onnx_path,
     read_manifest,
     sha256,
     staged,
     write_manifest,
 )
+from export.runners import outputs_of, torch_runner, variant_runner, within_batch
 from export.source import Predict, Source
 
 # Rounds of timing, each variant once a round: as many as fit the time, but no fewer and no more.
@@ -65,149 +60,6 @@ TIMING_S = 3.0
 LEAST_ROUNDS, MOST_ROUNDS = 9, 300
 
 log = Console(file=sys.stderr)
-
-
-def torch_runner(spec: DeploymentSpec, source: Source) -> Predict:
-    """fp32 PyTorch, the reference."""
-    import torch  # first here: only this runner needs it
-
-    model = source.load()
-
-    def predict(inputs: Row) -> Row:
-        with torch.inference_mode():
-            values = model(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in spec.inputs))
-        values = values if isinstance(values, tuple | list) else [values]
-        return {name: value.numpy() for name, value in zip(spec.outputs, values, strict=True)}
-
-    return predict
-
-
-def onnx_runner(spec: DeploymentSpec, path: Path, target: Target) -> Predict:
-    """The graph in ONNX Runtime with the threads that one served instance has."""
-    batching = spec.for_target(target).batching
-    options = onnxruntime.SessionOptions()
-    options.inter_op_num_threads = 1
-    options.intra_op_num_threads = batching.threads or max(1, len(os.sched_getaffinity(0)) // batching.instances)
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # or idle threads slow the next variant
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise InputError(f"{path}: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from None
-    return lambda inputs: dict(zip(spec.outputs, session.run(list(spec.outputs), inputs), strict=True))
-
-
-def tensorrt_runner(spec: DeploymentSpec, path: Path) -> Predict:
-    """A TensorRT engine on the first GPU; buffers are torch's."""
-    import tensorrt as trt
-    import torch
-
-    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
-    if engine is None:
-        raise InputError(
-            f"{path}: TensorRT {trt.__version__} cannot load it; build it on this machine with this version"
-        )
-    context = engine.create_execution_context()
-    stream = torch.cuda.Stream()
-
-    def predict(inputs: Row) -> Row:
-        held = {name: torch.from_numpy(np.ascontiguousarray(inputs[name])).cuda() for name in spec.inputs}
-        for name, tensor in held.items():
-            context.set_input_shape(name, tuple(tensor.shape))
-            context.set_tensor_address(name, tensor.data_ptr())
-        for name, output in spec.outputs.items():
-            dtype = getattr(torch, output.dtype)
-            held[name] = torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device="cuda")
-            context.set_tensor_address(name, held[name].data_ptr())
-        stream.wait_stream(torch.cuda.current_stream())
-        if not context.execute_async_v3(stream.cuda_stream):
-            raise RuntimeError(f"{path}: the engine did not run")
-        stream.synchronize()
-        return {name: held[name].cpu().numpy() for name in spec.outputs}
-
-    return predict
-
-
-def variant_runner(spec: DeploymentSpec, precision: Precision, target: Target) -> Predict:
-    """What serves a precision on a target. RTX engines need their GPU: their graph runs instead."""
-    if target == "tensorrt":
-        return tensorrt_runner(
-            spec, need(engine_path(spec.name, precision, target), f"make engine PRECISION={precision}")
-        )
-    return onnx_runner(spec, need(onnx_path(spec.name, precision), f"make engine PRECISION={precision}"), target)
-
-
-def within_batch(predict: Predict, limit: int) -> Predict:
-    """The same function for any batch: taken apart into parts that the profile allows."""
-
-    def parts(inputs: Row) -> Row:
-        size = len(next(iter(inputs.values())))
-        starts = range(0, size, limit)
-        return join([predict({name: array[at : at + limit] for name, array in inputs.items()}) for at in starts])
-
-    return parts
-
-
-def outputs_of(spec: DeploymentSpec, predict: Predict, rows: list[Row]) -> list[Row]:
-    """Outputs row by row, run in batches of opt."""
-    results: list[Row] = [{}] * len(rows)
-    for places, inputs in batches(rows, spec.axes["batch"].opt):
-        outputs = predict(inputs)
-        for index, place in enumerate(places):
-            results[place] = {name: array[index] for name, array in outputs.items()}
-    return results
-
-
-def parity(spec: DeploymentSpec, variant: list[Row], reference: list[Row]) -> dict[str, dict[str, float]]:
-    """By output: worst and mean error relative to the largest magnitude, cosine, and top agreement.
-
-    Integer outputs have the share of entries in common (in any order) and of equal first entries.
-    A NaN or Inf that PyTorch does not give is an infinite error and a cosine of -1.
-    """
-    report = {}
-    for name, tensor in spec.outputs.items():
-        pairs = [(row[name], expected[name]) for row, expected in zip(variant, reference, strict=True)]
-        report[name] = _float_parity(pairs) if tensor.dtype.startswith("float") else _integer_parity(pairs)
-    return report
-
-
-def _float_parity(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    scale = max((float(np.abs(ref[np.isfinite(ref)]).max(initial=0.0)) for _, ref in pairs), default=0.0) or 1.0
-    worst, total, count = 0.0, 0.0, 0
-    cosines: list[float] = []
-    tops: list[float] = []
-    for value, ref in pairs:
-        value, ref = value.astype(np.float64).ravel(), ref.astype(np.float64).ravel()
-        finite = np.isfinite(ref)
-        if not np.array_equal(finite, np.isfinite(value)) or not np.array_equal(
-            value[~finite], ref[~finite], equal_nan=True
-        ):
-            worst, cosines, tops = math.inf, [*cosines, -1.0], [*tops, 0.0]
-            continue
-        value, ref = value[finite], ref[finite]
-        error = np.abs(value - ref) / scale
-        worst, total, count = max(worst, float(error.max(initial=0.0))), total + float(error.sum()), count + error.size
-        norms = float(np.linalg.norm(value) * np.linalg.norm(ref))
-        cosines.append(float(value @ ref) / norms if norms else float(np.array_equal(value, ref)))
-        tops.append(float(value.argmax() == ref.argmax()) if value.size else 1.0)
-    return {
-        "worst_error": worst,
-        "mean_error": total / count if count else math.inf,
-        "cosine": statistics.fmean(cosines),
-        "worst_cosine": min(cosines),
-        "top_agreement": statistics.fmean(tops),
-    }
-
-
-def _integer_parity(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    common = [np.isin(value, ref).mean() if ref.size > 1 else float(np.array_equal(value, ref)) for value, ref in pairs]
-    first = [float(np.array_equal(value.ravel()[:1], ref.ravel()[:1])) for value, ref in pairs]
-    return {"common": float(np.mean(common)), "top_agreement": float(np.mean(first))}
-
-
-def similarity(report: dict[str, dict[str, float]]) -> float:
-    """One number for parity where there is no task metric: the least similar output."""
-    return min(output.get("cosine", output.get("common", 0.0)) for output in report.values())
 
 
 def time_interleaved(runners: dict[str, Callable[[], object]]) -> dict[str, list[float]]:

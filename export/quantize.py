@@ -32,10 +32,18 @@ from onnxruntime.quantization import CalibrationDataReader
 from rich.console import Console
 
 from deepseek.quantization import QuantConfig
-from deepseek.spec import DeploymentSpec, GateFailed, InputError, Parser, add_model_arguments, build_dir, run_command
+from deepseek.spec import (
+    DeploymentSpec,
+    GateFailed,
+    InputError,
+    Manifest,
+    Parser,
+    add_model_arguments,
+    build_dir,
+    run_command,
+)
 from export.artifact import (
     Clock,
-    Manifest,
     Row,
     axes_of,
     batches,

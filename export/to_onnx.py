@@ -33,6 +33,7 @@ from deepseek.spec import (
     DeploymentSpec,
     GateFailed,
     InputError,
+    Manifest,
     Parser,
     add_model_arguments,
     build_dir,
@@ -40,7 +41,6 @@ from deepseek.spec import (
 )
 from export.artifact import (
     Clock,
-    Manifest,
     Row,
     axes_of,
     human_bytes,

@@ -30,6 +30,7 @@ from deepseek.spec import (
     DeploymentSpec,
     GateFailed,
     InputError,
+    Manifest,
     Parser,
     Precision,
     add_model_arguments,
@@ -38,7 +39,6 @@ from deepseek.spec import (
 )
 from export.artifact import (
     Clock,
-    Manifest,
     axes_of,
     engine_path,
     human_bytes,

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from deepseek.spec import DeploymentSpec, GateFailed
-from export.compare import choose, parity, similarity, time_interleaved, within_batch
+from export.accuracy import parity, similarity
+from export.compare import choose, time_interleaved
+from export.runners import within_batch
 from tests.conftest import run_module
 
 IMAGE = DeploymentSpec.load("tests/models/image")

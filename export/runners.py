@@ -1,0 +1,108 @@
+"""What runs a variant, all with one face: a dict of arrays in, a dict of arrays out.
+
+Contract: fp32 PyTorch (the reference), a graph in ONNX Runtime, a TensorRT engine. A runner takes batches that
+the profile allows; `within_batch` lifts that limit.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from deepseek.spec import DeploymentSpec, InputError, Precision, Target
+from export.artifact import Row, batches, engine_path, join, need, onnx_path
+from export.source import Predict, Source
+
+
+def torch_runner(spec: DeploymentSpec, source: Source) -> Predict:
+    """fp32 PyTorch, the reference."""
+    import torch  # first here: only this runner needs it
+
+    model = source.load()
+
+    def predict(inputs: Row) -> Row:
+        with torch.inference_mode():
+            values = model(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in spec.inputs))
+        values = values if isinstance(values, tuple | list) else [values]
+        return {name: value.numpy() for name, value in zip(spec.outputs, values, strict=True)}
+
+    return predict
+
+
+def onnx_runner(spec: DeploymentSpec, path: Path, target: Target) -> Predict:
+    """The graph in ONNX Runtime with the threads that one served instance has."""
+    batching = spec.for_target(target).batching
+    options = onnxruntime.SessionOptions()
+    options.inter_op_num_threads = 1
+    options.intra_op_num_threads = batching.threads or max(1, len(os.sched_getaffinity(0)) // batching.instances)
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or idle threads slow the next variant
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise InputError(f"{path}: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from None
+    return lambda inputs: dict(zip(spec.outputs, session.run(list(spec.outputs), inputs), strict=True))
+
+
+def tensorrt_runner(spec: DeploymentSpec, path: Path) -> Predict:
+    """A TensorRT engine on the first GPU; buffers are torch's."""
+    import tensorrt as trt
+    import torch
+
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise InputError(
+            f"{path}: TensorRT {trt.__version__} cannot load it; build it on this machine with this version"
+        )
+    context = engine.create_execution_context()
+    stream = torch.cuda.Stream()
+
+    def predict(inputs: Row) -> Row:
+        held = {name: torch.from_numpy(np.ascontiguousarray(inputs[name])).cuda() for name in spec.inputs}
+        for name, tensor in held.items():
+            context.set_input_shape(name, tuple(tensor.shape))
+            context.set_tensor_address(name, tensor.data_ptr())
+        for name, output in spec.outputs.items():
+            dtype = getattr(torch, output.dtype)
+            held[name] = torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device="cuda")
+            context.set_tensor_address(name, held[name].data_ptr())
+        stream.wait_stream(torch.cuda.current_stream())
+        if not context.execute_async_v3(stream.cuda_stream):
+            raise RuntimeError(f"{path}: the engine did not run")
+        stream.synchronize()
+        return {name: held[name].cpu().numpy() for name in spec.outputs}
+
+    return predict
+
+
+def variant_runner(spec: DeploymentSpec, precision: Precision, target: Target) -> Predict:
+    """What serves a precision on a target. RTX engines need their GPU: their graph runs instead."""
+    if target == "tensorrt":
+        return tensorrt_runner(
+            spec, need(engine_path(spec.name, precision, target), f"make engine PRECISION={precision}")
+        )
+    return onnx_runner(spec, need(onnx_path(spec.name, precision), f"make engine PRECISION={precision}"), target)
+
+
+def within_batch(predict: Predict, limit: int) -> Predict:
+    """The same function for any batch: taken apart into parts that the profile allows."""
+
+    def parts(inputs: Row) -> Row:
+        size = len(next(iter(inputs.values())))
+        starts = range(0, size, limit)
+        return join([predict({name: array[at : at + limit] for name, array in inputs.items()}) for at in starts])
+
+    return parts
+
+
+def outputs_of(spec: DeploymentSpec, predict: Predict, rows: list[Row]) -> list[Row]:
+    """Outputs row by row, run in batches of opt."""
+    results: list[Row] = [{}] * len(rows)
+    for places, inputs in batches(rows, spec.axes["batch"].opt):
+        outputs = predict(inputs)
+        for index, place in enumerate(places):
+            results[place] = {name: array[index] for name, array in outputs.items()}
+    return results
