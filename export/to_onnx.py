@@ -13,14 +13,12 @@ Examples:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
 import torch
@@ -29,9 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.spec import (
-    BATCH,
     DeploymentSpec,
-    GateFailed,
     InputError,
     Manifest,
     Parser,
@@ -52,72 +48,13 @@ from export.artifact import (
     tool_versions,
     write_manifest,
 )
+from export.reference import check_corners, inputs_at, run_torch, sizes_text, traced_sizes, weights_digest
 from export.source import Source
 
 OPSET = 20  # ModelOpt needs 19 for fp8 scales; at 23 attention becomes one op that TensorRT may not take
 EVALUATION_ROWS = 2000
-TOLERANCE = 1e-3  # of the largest magnitude of an output; both sides are fp32
-INTEGER_AGREEMENT = 0.99  # equal entries of an integer output: ties may fall either way
 
 log = Console(stderr=True)
-
-
-def traced_sizes(spec: DeploymentSpec) -> dict[str, int]:
-    """Sizes that the graph is traced at: opt, but never 1, which torch.export would bake in."""
-    return {name: min(max(axis.opt, 2), axis.max) for name, axis in spec.axes.items()}
-
-
-def checked_sizes(spec: DeploymentSpec) -> list[dict[str, int]]:
-    """Smallest, largest and one between, the traced sizes left out."""
-    traced = traced_sizes(spec)
-    between = {}
-    for name, axis in spec.axes.items():
-        middle = (axis.min + axis.max) // 2
-        between[name] = middle if middle != traced[name] else min(middle + 1, axis.max)
-    corners = [{name: getattr(axis, end) for name, axis in spec.axes.items()} for end in ("min", "max")]
-    return [sizes for sizes in [*corners, between] if sizes != traced]
-
-
-def inputs_at(spec: DeploymentSpec, rows: list[Row], sizes: dict[str, int]) -> Row:
-    """Real inputs brought to `sizes`: rows repeat along the batch, values along the other axes."""
-    inputs = {}
-    for name, tensor in spec.inputs.items():
-        fitted = []
-        for index in range(sizes[BATCH]):
-            array = rows[index % len(rows)][name]
-            for place, dim in enumerate(tensor.shape[1:], start=1):
-                if isinstance(dim, str) and array.shape[place] != sizes[dim]:
-                    array = np.take(array, np.arange(sizes[dim]) % array.shape[place], axis=place)
-            fitted.append(array)
-        inputs[name] = np.concatenate(fitted)
-    return inputs
-
-
-def run_torch(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> Row:
-    """Outputs of the PyTorch model by name; raises InputError where they are not the signature's."""
-    with torch.inference_mode():
-        returned = model(*(torch.from_numpy(inputs[name]) for name in spec.inputs))
-    values = list(returned) if isinstance(returned, tuple | list) else [returned]
-    if len(values) != len(spec.outputs) or not all(isinstance(value, torch.Tensor) for value in values):
-        seen = ", ".join(type(value).__name__ for value in values)
-        raise InputError(
-            f"model.py: forward returned {len(values)} value(s) ({seen}); deploy.toml names the outputs "
-            f"{', '.join(spec.outputs)}: one tensor each, in that order"
-        )
-    outputs = {name: value.numpy() for name, value in zip(spec.outputs, values, strict=True)}
-    for name, tensor in spec.outputs.items():
-        sizes = {
-            dim: size
-            for each in spec.inputs
-            for dim, size in zip(spec.inputs[each].shape, inputs[each].shape, strict=True)
-        }
-        expected = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
-        if outputs[name].shape != expected or outputs[name].dtype != tensor.dtype:
-            raise InputError(
-                f"model.py: output {name!r}: forward returned {outputs[name].dtype} {list(outputs[name].shape)}; "
-                f"deploy.toml says {tensor.dtype} {list(tensor.shape)}, here {list(expected)}"
-            )
-    return outputs
 
 
 def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) -> onnx.ModelProto:
@@ -194,77 +131,6 @@ def _name_axes(value: onnx.ValueInfoProto, shape: tuple[int | str, ...], fixed: 
             dim.dim_param = name
 
 
-def check_against_torch(
-    spec: DeploymentSpec, model: torch.nn.Module, path: Path, rows: list[Row]
-) -> list[dict[str, Any]]:
-    """Worst error by output at each checked shape; raises GateFailed past the tolerance."""
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    checks = []
-    for sizes in checked_sizes(spec):
-        inputs = inputs_at(spec, rows, sizes)
-        try:
-            expected = run_torch(spec, model, inputs)
-        except RuntimeError as error:
-            raise InputError(
-                f"model.py: forward itself fails at {_at(sizes)}, which the axes of deploy.toml allow: "
-                f"{' '.join(str(error).split())[:300]}"
-            ) from error
-        try:
-            values = session.run(list(spec.outputs), inputs)
-        except Exception as error:
-            raise GateFailed(
-                f"{path.name}: does not run at {_at(sizes)}, though the profile allows it: "
-                f"{' '.join(str(error).split())[:300]}; a size is baked into forward"
-            ) from None
-        worst = {}
-        for name, value in zip(spec.outputs, values, strict=True):
-            reference = expected[name]
-            if value.shape != reference.shape:
-                raise GateFailed(
-                    f"{path.name}: output {name!r} at {_at(sizes)}: shape {value.shape}, "
-                    f"PyTorch gives {reference.shape}"
-                )
-            worst[name] = error_of(value, reference)
-            if not worst[name] <= (TOLERANCE if reference.dtype.kind == "f" else 1 - INTEGER_AGREEMENT):
-                raise GateFailed(
-                    f"{path.name}: output {name!r} at {_at(sizes)} is off by {worst[name]:.3g} relative to PyTorch; "
-                    f"allowed {TOLERANCE:g} (floats), {1 - INTEGER_AGREEMENT:.2g} of the entries (integers)"
-                )
-        checks.append({"sizes": sizes, "worst_error": worst})
-    return checks
-
-
-def error_of(value: np.ndarray, reference: np.ndarray) -> float:
-    """Worst error relative to the largest magnitude (floats), or the share of unequal entries.
-
-    NaN and Inf must stand at the same places in both; elsewhere they count as an infinite error.
-    """
-    if reference.dtype.kind != "f":
-        return float(np.mean(value != reference))
-    value, reference = value.astype(np.float64), reference.astype(np.float64)
-    finite = np.isfinite(reference)
-    if not np.array_equal(
-        np.where(finite, 0, reference), np.where(finite & np.isfinite(value), 0, value), equal_nan=True
-    ):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    return float(np.abs(value - reference)[finite].max() / max(np.abs(reference[finite]).max(), 1e-6))
-
-
-def _at(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size}" for name, size in sizes.items())
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """sha256 over names, types and values of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def export_model(source: Source) -> dict[str, Any]:
     """Runs the stage; returns what it made and measured."""
     spec, clock = source.spec, Clock()
@@ -292,7 +158,12 @@ def export_model(source: Source) -> dict[str, Any]:
             )
             onnx.checker.check_model(scratch / "model.onnx", full_check=True)
         with log.status("comparing with PyTorch"):
-            checks = check_against_torch(spec, model, scratch / "model.onnx", evaluation)
+            session = onnxruntime.InferenceSession(scratch / "model.onnx", providers=["CPUExecutionProvider"])
+
+            def predict(inputs: Row) -> Row:
+                return dict(zip(spec.outputs, session.run(list(spec.outputs), inputs), strict=True))
+
+            checks = check_corners(spec, model, predict, "model.onnx", evaluation)
         size = sum(file.stat().st_size for file in scratch.iterdir())
         manifest = Manifest(
             model=spec.name,
@@ -331,7 +202,7 @@ def main() -> None:
     table = Table("checked at", "output", "worst error", box=box.SIMPLE_HEAD)
     for check in result["checks"]:
         for name, error in check["worst_error"].items():
-            table.add_row(_at(check["sizes"]), name, f"{error:.2g}")
+            table.add_row(sizes_text(check["sizes"]), name, f"{error:.2g}")
     Console().print(table)
 
 

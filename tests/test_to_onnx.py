@@ -11,8 +11,9 @@ import pytest
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError
 from export.artifact import load_rows
+from export.reference import checked_sizes, error_of, traced_sizes
 from export.source import Source
-from export.to_onnx import checked_sizes, error_of, export_model, traced_sizes
+from export.to_onnx import export_model
 from tests.conftest import run_module
 
 TOML = """
