@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -22,12 +23,14 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Precision = Literal["fp32", "fp16", "int8", "fp8"]
-Target = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+Target = Literal["onnxruntime", "tensorrt", "tensorrt_rtx", "torchscript"]
+# Execution providers of ONNX Runtime, as deepseek.onnxruntime_session opens them.
+Provider = Literal["auto", "cpu", "cuda", "tensorrt", "migraphx", "cann"]
 # Types that ONNX, TensorRT and Triton all carry; numpy knows each by the same name.
 DType = Literal["bool", "uint8", "int8", "int32", "int64", "float16", "float32"]
 TRITON_DTYPES: Mapping[str, str] = {
@@ -137,6 +140,111 @@ class SloSpec(_Table):
     max_error_rate: float = Field(0.001, ge=0, le=1)
 
 
+class TensorrtSpec(_Table):
+    """How an engine of the targets `tensorrt` and `tensorrt_rtx` is built, and how Triton runs it."""
+
+    optimization_level: int = Field(3, ge=0, le=5)
+    """TensorRT's own scale: 0 builds fastest, 5 tries the most kernels."""
+    workspace_mib: int | None = Field(None, ge=1)
+    """Scratch memory that layers may use; absent: all of the GPU's."""
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
+    """GPUs that the engine runs on: the model it was built on, or more of them at some loss of speed."""
+    version_compatible: bool = False
+    """A later TensorRT of the same major version may load the engine; Triton needs a flag, see docs/tensorrt.md."""
+    timing_cache: bool = True
+    """Reuse what earlier builds of the model measured on this GPU."""
+    cuda_graphs: bool = False
+    """Triton replays a batch as one launch; pays where kernels are short and only the batch varies."""
+    cuda_graph_batches: tuple[int, ...] = ()
+    """Batch sizes to capture; absent: 1, 2, 4, ... and the batch axis' opt and max."""
+
+    @model_validator(mode="after")
+    def _graphs_wanted(self) -> TensorrtSpec:
+        if self.cuda_graph_batches and not self.cuda_graphs:
+            raise _at(
+                "tensorrt.cuda_graph_batches", f"seen {list(self.cuda_graph_batches)}, but cuda_graphs is not true"
+            )
+        return self
+
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Cosine = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+WorstError = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Tolerance(_Table):
+    """How far served outputs may be from fp32 PyTorch: what holds for fp32.
+
+    Sums run in another order, which costs about 1e-6; 1e-3 is what `export.to_onnx` allows, too. TensorRT's TF32
+    keeps 10 bits of mantissa, so a deep network there may need what fp16 has.
+    """
+
+    worst_error: WorstError = 1e-3
+    """Of any value of a float output, relative to the output's largest magnitude."""
+    cosine: Cosine = 0.9999
+    """Least mean cosine of a float output's rows."""
+    common: Share = 0.99
+    """Least share of equal entries of an integer output; one entry more may differ, since ties fall either way."""
+
+
+class Fp16Tolerance(Tolerance):
+    """10 bits of mantissa: each value is off by up to 5e-4, and 20 layers of that add up to no more than 1e-2."""
+
+    worst_error: WorstError = 1e-2
+    cosine: Cosine = 0.999
+    common: Share = 0.95
+
+
+class Int8Tolerance(Tolerance):
+    """A tensor has 255 steps up to its calibrated range and is clipped past it.
+
+    One value may be far off while the row still points where it did: here the cosine is the sharper bound.
+    """
+
+    worst_error: WorstError = 0.25
+    cosine: Cosine = 0.98
+    common: Share = 0.8
+
+
+class Fp8Tolerance(Int8Tolerance):
+    """3 bits of mantissa: each value is off by up to 6 %, large and small ones alike; as far as int8 in all."""
+
+
+class ParitySpec(_Table):
+    """Tolerances of `export.parity` by the precision that is served; a key left out keeps that precision's own."""
+
+    fp32: Tolerance = Tolerance()
+    fp16: Fp16Tolerance = Fp16Tolerance()
+    int8: Int8Tolerance = Int8Tolerance()
+    fp8: Fp8Tolerance = Fp8Tolerance()
+    nonfinite_inputs: Literal["gate", "report"] = "gate"
+    """Whether a row with a NaN or an Inf must give what PyTorch gives, where fp32 or fp16 is served; "report" for a
+    graph with operators whose runtime sees to it otherwise, see docs/parity.md."""
+
+    def of(self, precision: Precision) -> Tolerance:
+        """The tolerance of a precision."""
+        return getattr(self, precision)
+
+
+class OnnxRuntimeSpec(_Table):
+    """What runs the graph of the target `onnxruntime`; see docs/targets.md."""
+
+    provider: Provider = "auto"
+    """auto: the accelerator that the installed ONNX Runtime and the machine both have, else the CPU."""
+    options: dict[str, bool | int | float | str] = {}
+    """Of that provider, by the names that ONNX Runtime documents, e.g. gpu_mem_limit."""
+    backend: Literal["python", "onnxruntime"] = "python"
+    """Of Triton: serving/onnxruntime_backend.py, or its own, which NVIDIA's full images have."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> OnnxRuntimeSpec:
+        if self.options and self.provider in ("auto", "cpu"):
+            raise _at("onnxruntime.options", f"provider is {self.provider}; options need an accelerator's by name")
+        if self.backend == "onnxruntime" and self.provider in ("migraphx", "cann"):
+            raise _at("onnxruntime.backend", f"Triton's own has no {self.provider}; python has, or leave the key out")
+        return self
+
+
 class TargetSpec(_Table):
     """What one target overrides; the same keys as `[batching]` and `[slo]`, each optional."""
 
@@ -152,8 +260,11 @@ class DeploymentSpec(_Table):
     outputs: dict[str, TensorSpec] = Field(min_length=1)
     axes: dict[str, Axis]
     precision: PrecisionSpec = PrecisionSpec()
+    parity: ParitySpec = ParitySpec()
     batching: BatchingSpec = BatchingSpec()
     slo: SloSpec = SloSpec()
+    tensorrt: TensorrtSpec = TensorrtSpec()
+    onnxruntime: OnnxRuntimeSpec = OnnxRuntimeSpec()
     targets: dict[Target, TargetSpec] = {}
 
     @model_validator(mode="after")
@@ -173,6 +284,10 @@ class DeploymentSpec(_Table):
                 raise _at(f"axes.{name}", f"is on no input; their axes are {_listed(on_inputs)}")
         for name in self.inputs.keys() & self.outputs.keys():
             raise _at(f"outputs.{name}", "an input has the same name; each tensor needs its own")
+        for size in self.tensorrt.cuda_graph_batches:
+            if BATCH in self.axes and not self.axes[BATCH].min <= size <= self.axes[BATCH].max:
+                axis = self.axes[BATCH]
+                raise _at("tensorrt.cuda_graph_batches", f"seen {size}; axis batch takes {axis.min} to {axis.max}")
         for target in self.targets:
             for part, table_type in (("batching", BatchingSpec), ("slo", SloSpec)):
                 merged = self._merged(target, part)
@@ -197,6 +312,29 @@ class DeploymentSpec(_Table):
         """Shape of an input or output with every axis at one corner of the profile, or at `sizes`."""
         dims = (self.inputs.get(tensor) or self.outputs[tensor]).shape
         return tuple(dim if isinstance(dim, int) else sizes.get(dim, getattr(self.axes[dim], corner)) for dim in dims)
+
+    @property
+    def provider_options(self) -> dict[str, str]:
+        """Options of ONNX Runtime's execution provider, as strings.
+
+        TensorRT's get the profile (`input:1x50,...`): without one it builds an engine for each new range of shapes.
+        """
+        options = {name: str(int(value) if isinstance(value, bool) else value) for name, value in self.onnxruntime.options.items()}
+        if self.onnxruntime.provider != "tensorrt":
+            return options
+        dynamic = [
+            name
+            for name, tensor in self.inputs.items()
+            if any(self.axes[dim].min < self.axes[dim].max for dim in tensor.shape if isinstance(dim, str))
+        ]
+        corners: tuple[Literal["min", "opt", "max"], ...] = ("min", "opt", "max")
+        profile = {
+            f"trt_profile_{corner}_shapes": ",".join(
+                f"{name}:{'x'.join(map(str, self.shape(name, corner)))}" for name in dynamic
+            )
+            for corner in corners
+        }
+        return {**(profile if dynamic else {}), **options}
 
     @property
     def max_batch(self) -> int:
@@ -236,11 +374,25 @@ class DeploymentSpec(_Table):
         return spec
 
 
+class FileDigest(_Table):
+    """What a file held when it was written."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size_bytes: int = Field(ge=0)
+
+    @classmethod
+    def of(cls, path: Path) -> FileDigest:
+        """Reads all of a file."""
+        with path.open("rb") as file:
+            return cls(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size_bytes=file.tell())
+
+
 class Manifest(BaseModel):
     """What an artifact is and came from; `manifest.json` beside it."""
 
     model_config = ConfigDict(extra="forbid")
 
+    schema_version: Literal[1] = 1
     model: str
     precision: Precision
     """Asked for; what was found in the artifact is `found`."""
@@ -253,10 +405,40 @@ class Manifest(BaseModel):
     settings: dict[str, Any] = {}
     axes: dict[str, dict[str, int]]
     versions: dict[str, str]
+    """Tools by name; `triton_tag` is the release of NVIDIA's container in which it was built, if it was in one."""
     compute_capability: str | None = None
+    """Of the GPU that a TensorRT engine was built on, e.g. "9.0"."""
     accuracy: dict[str, Any] | None = None
-    size_bytes: int
-    build_s: float
+    size_bytes: int = Field(ge=0)
+    build_s: float = Field(ge=0)
+    files: dict[str, FileDigest] = {}
+    """By name: the artifact and its external data, as they were written."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads a manifest; raises InputError with the first key that is wrong, in one line."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            key, message = _first_error(error, cls)
+            raise InputError(f"{path}: {key}: {message}" if key else f"{path}: {message}") from None
+
+
+class PublishedManifest(Manifest):
+    """A manifest in a version directory of a model repository: what it takes to run the engine there."""
+
+    target: Target
+    inputs: dict[str, TensorSpec] = Field(min_length=1)
+    outputs: dict[str, TensorSpec] = Field(min_length=1)
+    files: dict[str, FileDigest] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _has_a_profile(self) -> PublishedManifest:
+        for tensor in (*self.inputs.values(), *self.outputs.values()):
+            for dim in tensor.shape:
+                if isinstance(dim, str) and self.axes.get(dim, {}).keys() != {"min", "opt", "max"}:
+                    raise _at(f"axes.{dim}", f"seen {self.axes.get(dim)}; a shape has it: min, opt and max are needed")
+        return self
 
 
 def build_dir(name: str) -> Path:

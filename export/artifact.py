@@ -19,9 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 
-from deepseek.spec import DeploymentSpec, InputError, Manifest, Target, build_dir
+from deepseek.spec import DeploymentSpec, FileDigest, InputError, Manifest, Target, build_dir
 
 Row = dict[str, np.ndarray]  # one sample: each input with a batch dimension of 1
 
@@ -120,34 +119,41 @@ def publish(files: Path, artifact: Path) -> None:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes a manifest, atomically."""
+    """Writes a manifest, atomically; one that is new gets the digests of the files beside it."""
+    if not manifest.files:
+        manifest = manifest.model_copy(update={"files": digests(path.parent)})
     with staged(path) as file:
         file.write_text(manifest.model_dump_json(indent=2) + "\n")
+
+
+def digests(folder: Path) -> dict[str, FileDigest]:
+    """What the files in a folder hold, by name; the manifest itself is left out."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "manifest.json")
+    return {path.name: FileDigest.of(path) for path in files}
 
 
 def read_manifest(artifact: Path) -> Manifest:
     """The manifest beside an artifact; raises InputError where there is none or it is broken."""
     path = need(artifact.parent / "manifest.json", "make engine")
     try:
-        return Manifest.model_validate_json(path.read_text())
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: {key}: {first['msg']}; build it again: make clean engine") from None
+        return Manifest.load(path)
+    except InputError as error:
+        raise InputError(f"{error}; build it again: make clean engine") from None
 
 
 def sha256(path: Path) -> str:
     """Digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return FileDigest.of(path).sha256
 
 
 def tool_versions() -> dict[str, str]:
-    """Installed versions of the tools that make artifacts."""
+    """Installed versions of the tools that make artifacts; the container's release where they run in one."""
     versions = {}
     for tool in _TOOLS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[tool] = importlib.metadata.version(tool)
+    if tag := os.environ.get("DEEPSEEK_TRITON_TAG"):  # docker/export.Dockerfile sets it
+        versions["triton_tag"] = tag
     return versions
 
 

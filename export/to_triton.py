@@ -26,15 +26,27 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, 
 from deepseek.spec import (
     BATCH,
     DeploymentSpec,
+    GateFailed,
     InputError,
     Parser,
     Precision,
+    PublishedManifest,
     Target,
     add_model_arguments,
     build_dir,
     run_command,
 )
-from export.artifact import Row, choice_path, engine_path, load_rows, need, read_manifest, scratch_in
+from export.artifact import (
+    Row,
+    choice_path,
+    digests,
+    engine_path,
+    load_rows,
+    need,
+    read_manifest,
+    scratch_in,
+    write_manifest,
+)
 
 KEPT_VERSIONS = 3  # the one that is served and two to go back to
 BACKEND_SOURCE = Path(__file__).parent.parent / "serving" / "onnxruntime_backend.py"
@@ -142,15 +154,28 @@ def _stage(
     version = max((int(path.name) for path in model.glob("[0-9]*") if path.name.isdigit()), default=0) + 1
     folder = scratch / str(version)
     folder.mkdir()
-    for file in [*engine.parent.glob(f"{engine.name}*"), engine.parent / "manifest.json"]:
+    for file in engine.parent.glob(f"{engine.name}*"):
         shutil.copyfile(file, folder / file.name)
     if target == "onnxruntime":
         shutil.copyfile(BACKEND_SOURCE, folder / "model.py")
+    write_manifest(folder / "manifest.json", published_manifest(spec, target, engine, folder))
     (scratch / "warmup").mkdir()
     for name, array in row.items():
         (scratch / "warmup" / f"{version}-{name}").write_bytes(array.tobytes())
-    (scratch / "config.pbtxt").write_text(config_text(model_config(spec, precision, target, {str(version): row})))
+    for place in (scratch, folder):  # the version's own copy is what a server that goes back to it takes
+        (place / "config.pbtxt").write_text(config_text(model_config(spec, precision, target, {str(version): row})))
     return version
+
+
+def published_manifest(spec: DeploymentSpec, target: Target, engine: Path, folder: Path) -> PublishedManifest:
+    """The manifest of a copy of an engine in `folder`; raises GateFailed where the copy is not what was built."""
+    built = read_manifest(engine)
+    files = digests(folder)
+    for name, digest in built.files.items():
+        if name.startswith(engine.name) and files.get(name) != digest:
+            raise GateFailed(f"{engine.parent / name} is not what was built; build it again: make clean engine")
+    signature = {"inputs": spec.inputs, "outputs": spec.outputs}
+    return PublishedManifest(**{**dict(built), "target": target, "files": files, **signature})
 
 
 def _rename(source: Path, destination: Path) -> None:

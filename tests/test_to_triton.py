@@ -55,7 +55,12 @@ def test_each_build_becomes_the_next_version_and_the_oldest_go(build: Path, tmp_
     versions = sorted(int(path.name) for path in (tmp_path / "image").iterdir() if path.name.isdigit())
     assert versions == [3, 4, 5]
     assert {path.name.split("-")[0] for path in (tmp_path / "image" / "warmup").iterdir()} == {"3", "4", "5"}
-    assert {path.name for path in (tmp_path / "image" / "5").iterdir()} == {"manifest.json", "model.onnx", "model.py"}
+    assert {path.name for path in (tmp_path / "image" / "5").iterdir()} == {
+        "config.pbtxt",
+        "manifest.json",
+        "model.onnx",
+        "model.py",
+    }
     assert {path.name for path in tmp_path.iterdir()} == {"image"}
 
 
