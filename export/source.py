@@ -1,8 +1,8 @@
 """A model folder, opened and checked: `deploy.toml` + `model.py`, inside the repository or anywhere.
 
 Contract of `model.py` (plain functions): `load() -> nn.Module`, `samples(split)` with split
-"calibration" or "evaluation", optionally `evaluate(predict)` and `train()`. Run as a command it makes
-the weights, where the model knows how to.
+"calibration" or "evaluation", optionally `evaluate(predict)` and `train()`. What these raise is one line
+with its place in the user's file. Run as a command it makes the weights, where the model knows how to.
 
 Examples:
     python -m export.source --model recommender
@@ -11,18 +11,30 @@ Examples:
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
 
-from deepseek.spec import DeploymentSpec, InputError, Parser, add_model_arguments, run_command
+from deepseek.spec import (
+    DeploymentSpec,
+    GateFailed,
+    InputError,
+    InvalidMeasurement,
+    Parser,
+    add_model_arguments,
+    run_command,
+)
 from export.artifact import Row
 
+_OURS = tuple(Path(__file__).resolve().parent.parent / room for room in ("export", "deepseek"))
 Split = Literal["calibration", "evaluation"]
 Predict = Callable[[Row], Row]
 
@@ -33,14 +45,15 @@ class Source:
     def __init__(self, model: str, models: str | Path = "models") -> None:
         self.spec = DeploymentSpec.of_model(model, models)
         self.folder = Path(models) / model
-        self._module = _import_model(self.folder)
+        with user_code(self.folder, "importing it"):
+            self._module = _import_model(self.folder)
         for name in ("load", "samples"):
             if not callable(getattr(self._module, name, None)):
                 raise InputError(
                     f"{self.folder / 'model.py'}: no function {name}(); it needs load() and samples(split)"
                 )
-        self.evaluate: Callable[[Predict], dict[str, float]] | None = getattr(self._module, "evaluate", None)
-        self.train: Callable[[], Any] | None = getattr(self._module, "train", None)
+        self.evaluate: Callable[[Predict], dict[str, float]] | None = self._function("evaluate")
+        self.train: Callable[[], Any] | None = self._function("train")
         metric = self.spec.precision.metric
         if metric is not None and self.evaluate is None:
             raise InputError(
@@ -48,14 +61,43 @@ class Source:
                 "evaluate(predict); write one or remove the key (outputs are then compared)"
             )
 
+    def _function(self, name: str) -> Callable[..., Any] | None:
+        """An optional function of model.py, whose errors are one line."""
+        function = getattr(self._module, name, None)
+        if function is None:
+            return None
+
+        def guarded(*args: Any) -> Any:
+            with user_code(self.folder, f"{name}()"):
+                return function(*args)
+
+        return guarded
+
     def load(self) -> Any:
-        """The `torch.nn.Module`, in eval mode."""
-        return self._module.load().eval()
+        """The `torch.nn.Module` as deploy.toml describes it: in eval mode, its outputs a tuple in that order.
+
+        Weights of 16 bits are widened to float32, which every later stage starts from; inputs and outputs
+        keep the signature's types.
+        """
+        with user_code(self.folder, "load()"):
+            model = self._module.load()
+        if not callable(getattr(model, "named_parameters", None)):
+            raise InputError(
+                f"{self.folder / 'model.py'}: load() returned {type(model).__name__}; a torch.nn.Module is needed"
+            )
+        model.eval()
+        if any(_is_half(parameter) for _, parameter in model.named_parameters()):
+            model.float()
+            model.register_forward_pre_hook(lambda _, inputs: tuple(_widened(value) for value in inputs))
+            model.register_forward_hook(lambda _, inputs, returned: _narrowed(self.spec, in_order(self.spec, returned)))
+        else:
+            model.register_forward_hook(lambda _, inputs, returned: in_order(self.spec, returned))
+        return model
 
     def rows(self, split: Split, limit: int) -> Iterator[Row]:
         """At most `limit` rows of real inputs, batches taken apart; raises InputError where one is off."""
         count = 0
-        for index, sample in enumerate(self._module.samples(split)):
+        for index, sample in enumerate(self._samples(split)):
             where = f"{self.folder / 'model.py'}: samples({split!r})[{index}]"
             size = check_inputs(self.spec, sample, where)
             for row in range(size):
@@ -68,6 +110,86 @@ class Source:
                 f"{self.folder / 'model.py'}: samples({split!r}) is empty; {split} needs real inputs, "
                 "random ones would give a graph that nobody can trust"
             )
+
+    def _samples(self, split: Split) -> Iterator[Any]:
+        with user_code(self.folder, f"samples({split!r})"):
+            yield from self._module.samples(split)
+
+
+def folder_of(spec: DeploymentSpec) -> Path:
+    """Where the model folder lies that was opened last under this name."""
+    return Path(sys.modules[f"models.{spec.name}"].__path__[0])
+
+
+@contextlib.contextmanager
+def user_code(folder: Path, what: str) -> Iterator[None]:
+    """Turns what a model folder's code raises into an InputError that says where.
+
+    What our own code raises, called from there (as `evaluate` calls `predict`), keeps its traceback.
+    """
+    try:
+        yield
+    except (InputError, GateFailed, InvalidMeasurement):
+        raise
+    except Exception as error:
+        frames = [(Path(frame.filename).resolve(), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, SyntaxError) and error.filename is not None:
+            frames.append((Path(error.filename).resolve(), error.lineno))
+        places = [index for index, (path, _) in enumerate(frames) if path.is_relative_to(folder.resolve())]
+        if places and any(path.is_relative_to(room) for path, _ in frames[places[-1] :] for room in _OURS):
+            raise
+        path, line = frames[places[-1]] if places else (folder / "model.py", None)
+        place = f"{folder / path.name}:{line}" if line else str(path)
+        message = " ".join(str(error).split())[:300]
+        raise InputError(f"{place}: {what}: {type(error).__name__}: {message}") from error
+
+
+def in_order(spec: DeploymentSpec, returned: Any) -> tuple[Any, ...]:
+    """What forward returned as a tuple in the order of the outputs of deploy.toml.
+
+    A mapping and a dataclass (such as the outputs of `transformers`) are read by name and may hold more, a
+    named tuple by name where it has all; a tuple or a list is taken as it stands.
+    """
+    fields: Any = None
+    if isinstance(returned, Mapping):
+        fields = dict(returned)
+    elif dataclasses.is_dataclass(returned):
+        fields = {field.name: getattr(returned, field.name) for field in dataclasses.fields(returned)}
+    elif hasattr(returned, "_asdict") and spec.outputs.keys() <= returned._asdict().keys():
+        fields = returned._asdict()
+    if fields is None:
+        values = tuple(returned) if isinstance(returned, tuple | list) else (returned,)
+    elif missing := [name for name in spec.outputs if name not in fields]:
+        raise InputError(
+            f"model.py: forward returned {type(returned).__name__} of {', '.join(map(str, fields))}; "
+            f"no {', '.join(missing)}, which deploy.toml names as output"
+        )
+    else:
+        values = tuple(fields[name] for name in spec.outputs)
+    if len(values) != len(spec.outputs) or not all(hasattr(value, "element_size") for value in values):
+        seen = ", ".join(type(value).__name__ for value in values)
+        raise InputError(
+            f"model.py: forward returned {len(values)} value(s) ({seen}); deploy.toml names the outputs "
+            f"{', '.join(spec.outputs)}: one tensor each, in that order"
+        )
+    return values
+
+
+def _is_half(tensor: Any) -> bool:
+    """Whether a torch tensor is float16 or bfloat16."""
+    return bool(tensor.is_floating_point() and tensor.element_size() == 2)
+
+
+def _widened(tensor: Any) -> Any:
+    return tensor.float() if _is_half(tensor) else tensor
+
+
+def _narrowed(spec: DeploymentSpec, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Outputs that deploy.toml has as float16 brought back to it."""
+    dtypes = [tensor.dtype for tensor in spec.outputs.values()]
+    return tuple(
+        value.half() if dtype == "float16" else _widened(value) for value, dtype in zip(values, dtypes, strict=True)
+    )
 
 
 def check_inputs(spec: DeploymentSpec, sample: Any, where: str) -> int:

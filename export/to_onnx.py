@@ -48,7 +48,7 @@ from export.artifact import (
     tool_versions,
     write_manifest,
 )
-from export.reference import check_corners, inputs_at, run_torch, sizes_text, traced_sizes, weights_digest
+from export.reference import check_corners, check_repeatable, inputs_at, sizes_text, traced_sizes, weights_digest
 from export.source import Source
 
 OPSET = 20  # ModelOpt needs 19 for fp8 scales; at 23 attention becomes one op that TensorRT may not take
@@ -111,11 +111,7 @@ def _name_signature(spec: DeploymentSpec, model: onnx.ModelProto, fixed: set[str
     wanted = dict(zip([value.name for value in graph.output], spec.outputs, strict=False))
     renamed = {name: f"{name}__inner" for name in spec.outputs if name not in inputs}
     renamed |= {old: new for old, new in wanted.items() if old not in inputs}
-    for node in graph.node:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
-        node.output[:] = [renamed.get(name, name) for name in node.output]
-    for named in [*graph.initializer, *graph.value_info]:
-        named.name = renamed.get(named.name, named.name)
+    _rename(graph, renamed)
     for value, (name, tensor) in zip(graph.output, spec.outputs.items(), strict=True):
         if renamed.get(value.name) != name:  # an input handed through, or one tensor returned twice
             graph.node.append(onnx.helper.make_node("Identity", [renamed.get(value.name, value.name)], [name]))
@@ -123,6 +119,19 @@ def _name_signature(spec: DeploymentSpec, model: onnx.ModelProto, fixed: set[str
         _name_axes(value, tensor.shape, fixed)
     for value in graph.input:
         _name_axes(value, spec.inputs[value.name].shape, fixed)
+
+
+def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
+    """Renames values in a graph and in the branches inside it, which read the outer graph's values by name."""
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+        for branch in [attribute.g for attribute in node.attribute if attribute.HasField("g")]:
+            _rename(branch, renamed)
+            for value in branch.output:
+                value.name = renamed.get(value.name, value.name)
+    for named in [*graph.initializer, *graph.value_info]:
+        named.name = renamed.get(named.name, named.name)
 
 
 def _name_axes(value: onnx.ValueInfoProto, shape: tuple[int | str, ...], fixed: set[str]) -> None:
@@ -146,7 +155,7 @@ def export_model(source: Source) -> dict[str, Any]:
         )
     model = source.load()
     example = inputs_at(spec, evaluation, traced_sizes(spec))
-    run_torch(spec, model, example)
+    check_repeatable(spec, model, example)
     with scratch_in(path.parent) as scratch:
         with log.status("exporting with the dynamo exporter"):
             graph = onnx_from_torch(spec, model, example)
