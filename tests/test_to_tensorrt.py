@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deepseek.spec import DeploymentSpec, GateFailed, InputError, Precision
-from export.to_tensorrt import build_engine, engine_from_onnx, prove, tensorrt_module
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, Precision, TensorrtSpec
+from export.engine import applied, engine_from_onnx, prove, tensorrt_module
+from export.to_tensorrt import build_engine
 from tests.conftest import run_module
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -39,6 +40,9 @@ def test_a_graph_builds_and_runs_in_the_precision_asked(
     manifest = json.loads((tmp_path / model / precision / "tensorrt_rtx" / "manifest.json").read_text())
     assert manifest["target"] == "tensorrt_rtx"
     assert manifest["size_bytes"] == (tmp_path / model / precision / "tensorrt_rtx" / "model.plan").stat().st_size
+    assert manifest["settings"] == {"optimization_level": 3, "workspace_mib": None}
+    assert manifest["build_s"] > 0
+    assert manifest["found"]["weight_bytes"] > 0
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
@@ -49,22 +53,29 @@ def test_an_fp32_graph_under_another_name_fails_and_leaves_no_engine(
     shutil.copy(tmp_path / "text" / "fp32" / "model.onnx", tmp_path / "text" / precision / "model.onnx")
     monkeypatch.setenv("BUILD", str(tmp_path))
     with pytest.raises(GateFailed, match=f"{precision} was asked for, but no compute layer of the network runs in it"):
-        build_engine(DeploymentSpec.load("tests/models/text"), precision, "tensorrt_rtx", None)
+        build_engine(DeploymentSpec.load("tests/models/text"), precision, "tensorrt_rtx", TensorrtSpec())
     assert not (tmp_path / "text" / precision / "tensorrt_rtx").exists()
 
 
 def test_a_plan_of_the_size_of_fp32_weights_fails() -> None:
     found, weights = {"compute_layers": {"fp16": 36}}, 200 << 20
-    prove("fp16", found, weights + (10 << 20), weights)
+    prove("fp16", found, weights + (10 << 20), weights, TensorrtSpec())
     with pytest.raises(GateFailed, match="the size of a wider precision"):
-        prove("fp16", found, 2 * weights, weights)
+        prove("fp16", found, 2 * weights, weights, TensorrtSpec())
+
+
+def test_a_version_compatible_plan_may_hold_the_lean_runtime_too() -> None:
+    found, weights, plan = {"compute_layers": {"fp16": 36}}, 1 << 20, 60 << 20
+    prove("fp16", found, plan, weights, TensorrtSpec(version_compatible=True))
+    with pytest.raises(GateFailed, match="the size of a wider precision"):
+        prove("fp16", found, plan, weights, TensorrtSpec())
 
 
 def test_a_truncated_graph_is_one_line(built: Path, tmp_path: Path) -> None:
     whole = (built / "build" / "image" / "fp32" / "model.onnx").read_bytes()
     (tmp_path / "model.onnx").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="cannot parse it") as caught:
-        engine_from_onnx(trt, tmp_path / "model.onnx", DeploymentSpec.load("tests/models/image"))
+        engine_from_onnx(trt, tmp_path / "model.onnx", DeploymentSpec.load("tests/models/image"), TensorrtSpec())
     assert "\n" not in str(caught.value)
 
 
@@ -80,3 +91,30 @@ def test_an_engine_of_rtx_is_never_published(build: Path) -> None:
     run = run_module("export.to_triton", *flags)
     assert run.returncode == 2
     assert "invalid choice" in run.stderr
+
+
+def test_flags_go_over_the_options_of_deploy_toml_and_into_the_manifest(built: Path, tmp_path: Path) -> None:
+    shutil.copytree("tests/models/image", tmp_path / "models" / "image")
+    with (tmp_path / "models" / "image" / "deploy.toml").open("a") as file:
+        file.write("[tensorrt]\noptimization_level = 1\nworkspace_mib = 64\n")
+    shutil.copytree(built / "build" / "image", tmp_path / "image")
+    model = ("--models", str(tmp_path / "models"), "--model", "image", "--precision", "fp32")
+    flags = ("--target", "tensorrt_rtx", "--optimization-level", "0", "--json")
+    run = run_module("export.to_tensorrt", *model, *flags, BUILD=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["settings"] == {"optimization_level": 0, "workspace_mib": 64}
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--optimization-level", "6"), ("--workspace-mib", "0")])
+def test_an_option_out_of_range_is_one_line(flag: str, value: str) -> None:
+    model = ("--models", "tests/models", "--model", "image", "--precision", "fp32", "--target", "tensorrt_rtx")
+    run = run_module("export.to_tensorrt", *model, flag, value)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: ")
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_what_only_an_ordinary_tensorrt_takes_is_recorded_for_it_alone() -> None:
+    options = TensorrtSpec(hardware_compatibility="ampere_plus")
+    assert applied("tensorrt", options)["hardware_compatibility"] == "ampere_plus"
+    assert "hardware_compatibility" not in applied("tensorrt_rtx", options)
