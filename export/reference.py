@@ -8,6 +8,8 @@ baked in is found there.
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from export.source import Predict, folder_of, in_order, user_code
 
 # Of the largest magnitude of an output: both sides compute in fp32, a float16 output rounds to 11 bits.
 TOLERANCES = {"float32": 1e-3, "float16": 2e-3}
+_WIDENED = "; load()'s 16-bit weights were widened to float32, so cast to the weights' dtype, not to a fixed one"
 INTEGER_AGREEMENT = 0.99  # equal entries of an integer output: ties may fall either way
 
 
@@ -39,23 +42,44 @@ def checked_sizes(spec: DeploymentSpec) -> list[dict[str, int]]:
 
 
 def inputs_at(spec: DeploymentSpec, rows: list[Row], sizes: dict[str, int]) -> Row:
-    """Real inputs brought to `sizes`: rows repeat along the batch, values along the other axes."""
+    """Real inputs brought to `sizes`: rows follow one another along the batch, and within a row that is too short."""
     inputs = {}
     for name, tensor in spec.inputs.items():
         fitted = []
-        for index in range(sizes[BATCH]):
-            array = rows[index % len(rows)][name]
-            for place, dim in enumerate(tensor.shape[1:], start=1):
-                if isinstance(dim, str) and array.shape[place] != sizes[dim]:
-                    array = np.take(array, np.arange(sizes[dim]) % array.shape[place], axis=place)
-            fitted.append(array)
+        for first in range(sizes[BATCH]):
+            following = (rows[(first + step) % len(rows)][name] for step in itertools.count())
+            fitted.append(_at_sizes(following, tensor.shape, sizes))
         inputs[name] = np.concatenate(fitted)
     return inputs
 
 
+def _at_sizes(arrays: Iterator[np.ndarray], shape: tuple[int | str, ...], sizes: dict[str, int]) -> np.ndarray:
+    """The first array at `sizes`. Its last axis goes on with the next arrays, others with its own values again.
+
+    With nothing but its own values an arg-max or top-k would meet equal scores, whose order is anybody's.
+    """
+    *others, last = [place for place, dim in enumerate(shape) if isinstance(dim, str)]
+
+    def fitted(array: np.ndarray) -> np.ndarray:
+        for place in others[1:]:
+            array = np.take(array, np.arange(sizes[str(shape[place])]) % array.shape[place], axis=place)
+        return array
+
+    array = fitted(next(arrays))
+    if last == 0:  # the batch is the only axis
+        return array
+    size = sizes[str(shape[last])]
+    while array.shape[last] < size:
+        array = np.concatenate([array, fitted(next(arrays))], axis=last)
+    return np.take(array, np.arange(size), axis=last)
+
+
 def run_torch(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> Row:
     """Outputs of the PyTorch model by name; raises InputError where forward fails or they are not the signature's."""
-    what = f"forward({', '.join(f'{name}: {inputs[name].dtype} {list(inputs[name].shape)}' for name in spec.inputs)})"
+    arguments = ", ".join(f"{name}: {inputs[name].dtype} {list(inputs[name].shape)}" for name in spec.inputs)
+    what = (
+        f"forward({arguments}) on samples brought to these sizes{_WIDENED if getattr(model, 'widened', False) else ''}"
+    )
     with user_code(folder_of(spec), what), torch.inference_mode():
         values = in_order(spec, model(*(torch.from_numpy(inputs[name]) for name in spec.inputs)))
         outputs = {name: value.numpy() for name, value in zip(spec.outputs, values, strict=True)}

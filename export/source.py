@@ -88,6 +88,7 @@ class Source:
         model.eval()
         if any(_is_half(parameter) for _, parameter in model.named_parameters()):
             model.float()
+            model.widened = True
             model.register_forward_pre_hook(lambda _, inputs: tuple(_widened(value) for value in inputs))
             model.register_forward_hook(lambda _, inputs, returned: _narrowed(self.spec, in_order(self.spec, returned)))
         else:
@@ -132,16 +133,24 @@ def user_code(folder: Path, what: str) -> Iterator[None]:
     except (InputError, GateFailed, InvalidMeasurement):
         raise
     except Exception as error:
-        frames = [(Path(frame.filename).resolve(), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-        if isinstance(error, SyntaxError) and error.filename is not None:
-            frames.append((Path(error.filename).resolve(), error.lineno))
-        places = [index for index, (path, _) in enumerate(frames) if path.is_relative_to(folder.resolve())]
-        if places and any(path.is_relative_to(room) for path, _ in frames[places[-1] :] for room in _OURS):
+        place, ours = place_of(error, folder)
+        if ours:
             raise
-        path, line = frames[places[-1]] if places else (folder / "model.py", None)
-        place = f"{folder / path.name}:{line}" if line else str(path)
         message = " ".join(str(error).split())[:300]
         raise InputError(f"{place}: {what}: {type(error).__name__}: {message}") from error
+
+
+def place_of(error: BaseException, folder: Path) -> tuple[str, bool]:
+    """`file:line` of the model folder's code where an exception comes from; whether that line called our code."""
+    frames = [(Path(frame.filename).resolve(), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        frames.append((Path(error.filename).resolve(), error.lineno))
+    places = [index for index, (path, _) in enumerate(frames) if path.is_relative_to(folder.resolve())]
+    if not places:
+        return str(folder / "model.py"), False
+    path, line = frames[places[-1]]
+    ours = any(called.is_relative_to(room) for called, _ in frames[places[-1] + 1 :] for room in _OURS)
+    return f"{folder / path.relative_to(folder.resolve())}:{line}", ours
 
 
 def in_order(spec: DeploymentSpec, returned: Any) -> tuple[Any, ...]:

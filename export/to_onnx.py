@@ -13,9 +13,13 @@ Examples:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +53,12 @@ from export.artifact import (
     write_manifest,
 )
 from export.reference import check_corners, check_repeatable, inputs_at, sizes_text, traced_sizes, weights_digest
-from export.source import Source
+from export.source import Source, folder_of, place_of
 
 OPSET = 20  # ModelOpt needs 19 for fp8 scales; at 23 attention becomes one op that TensorRT may not take
 EVALUATION_ROWS = 2000
 
-log = Console(stderr=True)
+log = Console(file=sys.stderr)  # bound now: the exporter's own output is discarded below
 
 
 def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) -> onnx.ModelProto:
@@ -69,10 +73,8 @@ def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) 
         {place: dims[dim] for place, dim in enumerate(tensor.shape) if isinstance(dim, str) and dim in dims}
         for tensor in spec.inputs.values()
     )
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the exporter's own insides
+        with _quiet():
             program = torch.onnx.export(
                 model,
                 tuple(torch.from_numpy(example[name]) for name in spec.inputs),
@@ -83,19 +85,45 @@ def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) 
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise InputError(f"model.py: cannot be exported: {_cause(error)}") from error
+        raise InputError(_why_not_exported(error, folder_of(spec))) from error
     assert program is not None
     graph = program.model_proto
     _name_signature(spec, graph, fixed)
     return graph
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of the exception at the bottom, where the exporter's report names its own steps."""
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back what the exporter prints and logs of its own insides; how it went is told by its exception."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # an operator of its own, which ONNX has not
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _why_not_exported(error: BaseException, folder: Path) -> str:
+    """One line out of the exception at the bottom, where the exporter's report names its own steps."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines else type(error).__name__
+    place, _ = place_of(error, folder)
+    if "data-dependent" in str(error) or "FakeTensor" in str(error):
+        return (
+            f"{place}: cannot be exported: Python needs the values of a tensor here, and a graph has no Python; write "
+            f"torch.where for values, torch.cond for branches, a mask for lengths ({lines[0]})"
+        )
+    return f"{place}: cannot be exported: {' '.join(lines[:2]) or type(error).__name__}"
 
 
 def _name_signature(spec: DeploymentSpec, model: onnx.ModelProto, fixed: set[str]) -> None:
