@@ -44,9 +44,9 @@ def onnx_path(name: str, precision: str) -> Path:
 
 def engine_path(name: str, precision: str, target: Target) -> Path:
     """What the target runs: the graph itself for ONNX Runtime, else the compiled engine."""
-    return (
-        onnx_path(name, precision) if target == "onnxruntime" else build_dir(name) / precision / target / "model.plan"
-    )
+    if target == "onnxruntime":
+        return onnx_path(name, precision)
+    return build_dir(name) / precision / target / ("model.pt" if target == "torchscript" else "model.plan")
 
 
 def choice_path(name: str, target: Target) -> Path:
@@ -116,6 +116,23 @@ def publish(files: Path, artifact: Path) -> None:
     for path in sorted(files.iterdir(), key=lambda path: (path.name == artifact.name, path.name)):
         os.replace(path, artifact.parent / path.name)
     os.utime(artifact)  # newer than the rest, whenever it was written
+
+
+def refuse(artifact: Path, reason: str) -> None:
+    """Leaves word that an artifact cannot be made: an empty file in its place, the reason beside it.
+
+    For one precision among several: what follows takes it as a result, and goes on with the others.
+    """
+    with scratch_in(artifact.parent) as scratch:
+        (scratch / "refused.txt").write_text(reason)
+        (scratch / artifact.name).touch()
+        publish(scratch, artifact)
+
+
+def refusal(artifact: Path) -> str | None:
+    """Why an artifact could not be made; None where it was."""
+    refused = artifact.is_file() and artifact.stat().st_size == 0
+    return (artifact.parent / "refused.txt").read_text() if refused else None
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

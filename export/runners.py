@@ -7,13 +7,15 @@ the profile allows; `within_batch` lifts that limit.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
+from deepseek.onnxruntime_session import ProviderError, open_session
 from deepseek.spec import DeploymentSpec, InputError, Precision, Target
-from export.artifact import Row, batches, engine_path, join, need, onnx_path
+from export.artifact import Row, batches, engine_path, join, need, onnx_path, read_manifest
 from export.source import Predict, Source
 
 
@@ -41,9 +43,12 @@ def onnx_runner(spec: DeploymentSpec, path: Path, target: Target) -> Predict:
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # or idle threads slow the next variant
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        opened = open_session(path, options, spec.onnxruntime.provider, spec.provider_options)
+    except ProviderError as error:
+        raise InputError(str(error)) from None
     except Exception as error:
         raise InputError(f"{path}: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from None
+    session = opened.session
     return lambda inputs: dict(zip(spec.outputs, session.run(list(spec.outputs), inputs), strict=True))
 
 
@@ -78,8 +83,31 @@ def tensorrt_runner(spec: DeploymentSpec, path: Path) -> Predict:
     return predict
 
 
+def torchscript_runner(spec: DeploymentSpec, path: Path, device: str) -> Predict:
+    """A TorchScript module on the device that it was made for."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as such
+        try:
+            module = torch.jit.load(path, map_location=device)
+        except RuntimeError as error:
+            raise InputError(f"{path}: TorchScript cannot load it: {' '.join(str(error).split())[:300]}") from None
+
+    def predict(inputs: Row) -> Row:
+        with torch.inference_mode():
+            values = module(*(torch.from_numpy(np.ascontiguousarray(inputs[name])).to(device) for name in spec.inputs))
+        values = values if isinstance(values, tuple) else (values,)
+        return {name: value.cpu().numpy() for name, value in zip(spec.outputs, values, strict=True)}
+
+    return predict
+
+
 def variant_runner(spec: DeploymentSpec, precision: Precision, target: Target) -> Predict:
     """What serves a precision on a target. RTX engines need their GPU: their graph runs instead."""
+    if target == "torchscript":
+        path = need(engine_path(spec.name, precision, target), "make engine TARGET=torchscript")
+        return torchscript_runner(spec, path, read_manifest(path).settings["device"])
     if target == "tensorrt":
         return tensorrt_runner(
             spec, need(engine_path(spec.name, precision, target), f"make engine PRECISION={precision}")
