@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help demo setup engine serve infer metadata loadtest verdict report bench test lint lock clean distclean FORCE
+.PHONY: help demo setup engine serve infer compare metadata loadtest verdict report bench test lint lock clean distclean FORCE
 
 ##@ Variables (make engine MODEL=… PRECISION=…)
 MODEL ?= recommender##            model folder
@@ -47,6 +47,7 @@ T := $(if $(filter auto,$(TARGET)),$(AUTO_TARGET),$(TARGET))
 HIGH := $(if $(filter onnxruntime,$(T)),fp32,fp16)
 PY := $(VENV)/bin/python
 B := $(BUILD)/$(MODEL)
+HOST = $(firstword $(subst :, ,$(URL)))
 FOLDER := $(MODELS)/$(MODEL)
 WHICH := --model $(MODEL) --models $(MODELS)
 ENGINE_NAME := $(if $(filter onnxruntime,$(T)),model.onnx,$(T)/model.plan)
@@ -66,6 +67,9 @@ serve: $(VENV)/.ready ## the embedded Triton over the model repository, until Ct
 infer: $(VENV)/.ready ## send a real sample to the server and show what comes back
 	@$(PY) -m deepseek_client infer $(MODEL) --url $(URL) --protocol $(PROTOCOL) --inputs $(B)/evaluation.npz \
 	    --row $(ROW) --top 10 $(if $(wildcard $(B)/labels),--labels $(B)/labels)
+
+compare: $(VENV)/.ready ## what is served over HTTP and gRPC against fp32 PyTorch, at every corner of the profile
+	@$(PY) -m export.parity $(WHICH) --url $(HOST):$(GRPC_PORT) --http-url $(HOST):$(HTTP_PORT)
 
 metadata: $(VENV)/.ready ## what the server says of the model
 	@$(PY) -m deepseek_client metadata $(MODEL) --url $(URL) --protocol $(PROTOCOL)

@@ -1,4 +1,4 @@
-"""How far outputs are from those of fp32 PyTorch: what parity means, in numbers."""
+"""How far outputs are from those of fp32 PyTorch: what parity and the task metric mean, in numbers."""
 
 from __future__ import annotations
 
@@ -7,57 +7,113 @@ import statistics
 
 import numpy as np
 
-from deepseek.spec import DeploymentSpec
+from deepseek.spec import DeploymentSpec, InputError
 from export.artifact import Row
+from export.runners import within_batch
+from export.source import Predict, Source
+
+Pairs = list[tuple[np.ndarray, np.ndarray]]  # (value, reference) of one output, row by row
+NEGLIGIBLE = 1e-3  # of the output's largest magnitude: what a row of zeros may be off before it counts as one of others
 
 
 def parity(spec: DeploymentSpec, variant: list[Row], reference: list[Row]) -> dict[str, dict[str, float]]:
     """By output: worst and mean error relative to the largest magnitude, cosine, and top agreement.
 
-    Integer outputs have the share of entries in common (in any order) and of equal first entries.
-    A NaN or Inf that PyTorch does not give is an infinite error and a cosine of -1.
+    Integer outputs have the share of common entries and of equal first entries. Where a row's reference entries all
+    differ it is a ranking, whose entries count in any order; else (labels, masks) they count place by place.
+    A shape, a NaN or an Inf that PyTorch does not give is an infinite error and a cosine of -1; one that it gives, at
+    the same place, is none.
     """
     report = {}
     for name, tensor in spec.outputs.items():
-        pairs = [(row[name], expected[name]) for row, expected in zip(variant, reference, strict=True)]
+        rows = zip(variant, reference, strict=True)
+        pairs = [(np.asarray(row[name]), np.asarray(expected[name])) for row, expected in rows]
         report[name] = _float_parity(pairs) if tensor.dtype.startswith("float") else _integer_parity(pairs)
     return report
 
 
-def _float_parity(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+def _float_parity(pairs: Pairs) -> dict[str, float]:
     scale = max((float(np.abs(ref[np.isfinite(ref)]).max(initial=0.0)) for _, ref in pairs), default=0.0) or 1.0
     worst, total, count = 0.0, 0.0, 0
     cosines: list[float] = []
     tops: list[float] = []
-    for value, ref in pairs:
-        value, ref = value.astype(np.float64).ravel(), ref.astype(np.float64).ravel()
-        finite = np.isfinite(ref)
-        if not np.array_equal(finite, np.isfinite(value)) or not np.array_equal(
-            value[~finite], ref[~finite], equal_nan=True
-        ):
+    for value, ref in _vectors(pairs):
+        if not _alike(value, ref):
             worst, cosines, tops = math.inf, [*cosines, -1.0], [*tops, 0.0]
             continue
-        value, ref = value[finite], ref[finite]
+        finite = np.isfinite(ref)
+        value, ref = value[finite].astype(np.float64), ref[finite].astype(np.float64)
         error = np.abs(value - ref) / scale
         worst, total, count = max(worst, float(error.max(initial=0.0))), total + float(error.sum()), count + error.size
-        norms = float(np.linalg.norm(value) * np.linalg.norm(ref))
-        cosines.append(float(value @ ref) / norms if norms else float(np.array_equal(value, ref)))
+        cosines.append(_cosine(value, ref) if ref.any() else float(error.max(initial=0.0) <= NEGLIGIBLE))
         tops.append(float(value.argmax() == ref.argmax()) if value.size else 1.0)
     return {
         "worst_error": worst,
-        "mean_error": total / count if count else math.inf,
+        "mean_error": total / count if count else worst,
         "cosine": statistics.fmean(cosines),
         "worst_cosine": min(cosines),
-        "top_agreement": statistics.fmean(tops),
+        "top_agreement": statistics.fmean(tops) if len(tops) == len(pairs) else 1.0,  # a single number is its own top
     }
 
 
-def _integer_parity(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    common = [np.isin(value, ref).mean() if ref.size > 1 else float(np.array_equal(value, ref)) for value, ref in pairs]
+def _vectors(pairs: Pairs) -> Pairs:
+    """The rows; where each is a single number, which has no direction, all of them as one vector."""
+    if all(value.size == ref.size == 1 for value, ref in pairs):
+        return [(np.array([value.item() for value, _ in pairs]), np.array([ref.item() for _, ref in pairs]))]
+    return pairs
+
+
+def _alike(value: np.ndarray, ref: np.ndarray) -> bool:
+    """Same shape, and NaN and Inf at the same places."""
+    special = ~np.isfinite(ref)
+    return (
+        value.shape == ref.shape
+        and np.array_equal(special, ~np.isfinite(value))
+        and np.array_equal(value[special], ref[special], equal_nan=True)
+    )
+
+
+def _cosine(value: np.ndarray, ref: np.ndarray) -> float:
+    norms = float(np.linalg.norm(value) * np.linalg.norm(ref))
+    return float(value @ ref) / norms if norms else 0.0
+
+
+def _integer_parity(pairs: Pairs) -> dict[str, float]:
     first = [float(np.array_equal(value.ravel()[:1], ref.ravel()[:1])) for value, ref in pairs]
-    return {"common": float(np.mean(common)), "top_agreement": float(np.mean(first))}
+    return {"common": float(np.mean([_common(*pair) for pair in pairs])), "top_agreement": float(np.mean(first))}
+
+
+def _common(value: np.ndarray, ref: np.ndarray) -> float:
+    if value.shape != ref.shape:
+        return 0.0
+    ranking = ref.size > 1 and len(np.unique(ref)) == ref.size
+    return float((np.isin(ref, value) if ranking else value == ref).mean())
 
 
 def similarity(report: dict[str, dict[str, float]]) -> float:
     """One number for parity where there is no task metric: the least similar output."""
     return min(output.get("cosine", output.get("common", 0.0)) for output in report.values())
+
+
+def task_metrics(source: Source, predict: Predict) -> dict[str, float]:
+    """What model.py's evaluate() says of `predict`; empty where deploy.toml names no metric."""
+    metric = source.spec.precision.metric
+    if metric is None or source.evaluate is None:
+        return {}
+    found = {
+        name: float(value) for name, value in source.evaluate(within_batch(predict, source.spec.max_batch)).items()
+    }
+    if metric not in found:
+        raise InputError(
+            f"{source.folder / 'deploy.toml'}: precision.metric: seen {metric!r}; evaluate() returns {', '.join(found)}"
+        )
+    return found
+
+
+def metric_drop(metric: str, value: float, reference: float) -> float:
+    """Loss of the metric relative to fp32 PyTorch's; raises InputError where that is not positive."""
+    if not reference > 0:
+        raise InputError(
+            f"precision.metric: {metric} of fp32 PyTorch is {reference:g}; a relative drop needs a positive one"
+        )
+    return (reference - value) / reference

@@ -31,7 +31,6 @@ from rich.table import Table
 from deepseek.spec import (
     DeploymentSpec,
     GateFailed,
-    InputError,
     Parser,
     Precision,
     Target,
@@ -39,7 +38,7 @@ from deepseek.spec import (
     build_dir,
     run_command,
 )
-from export.accuracy import parity, similarity
+from export.accuracy import metric_drop, parity, similarity, task_metrics
 from export.artifact import (
     Row,
     batches,
@@ -52,7 +51,7 @@ from export.artifact import (
     staged,
     write_manifest,
 )
-from export.runners import outputs_of, torch_runner, variant_runner, within_batch
+from export.runners import outputs_of, torch_runner, variant_runner
 from export.source import Predict, Source
 
 # Rounds of timing, each variant once a round: as many as fit the time, but no fewer and no more.
@@ -117,7 +116,7 @@ def compare(source: Source, target: Target, only: Precision | None) -> dict[str,
     with log.status("fp32 PyTorch"):
         reference_runner = torch_runner(spec, source)
         reference = outputs_of(spec, reference_runner, rows)
-        metrics = _metrics(source, reference_runner)
+        metrics = task_metrics(source, reference_runner)
     variants: dict[str, dict[str, Any]] = {}
     runners: dict[str, Predict] = {}
     for name in names:
@@ -167,34 +166,13 @@ def _bound(run: Predict, inputs: Row) -> Callable[[], object]:
     return lambda: run(inputs)
 
 
-def _metrics(source: Source, predict: Predict) -> dict[str, float]:
-    metric = source.spec.precision.metric
-    if metric is None or source.evaluate is None:
-        return {}
-    found = {
-        name: float(value) for name, value in source.evaluate(within_batch(predict, source.spec.max_batch)).items()
-    }
-    if metric not in found:
-        raise InputError(
-            f"{source.folder / 'deploy.toml'}: precision.metric: seen {metric!r}; evaluate() returns {', '.join(found)}"
-        )
-    return found
-
-
 def _measure(
     source: Source, predict: Predict, rows: list[Row], reference: list[Row], baseline: dict[str, float]
 ) -> dict[str, Any]:
     report = parity(source.spec, outputs_of(source.spec, predict, rows), reference)
-    metrics = _metrics(source, predict)
+    metrics = task_metrics(source, predict)
     metric = source.spec.precision.metric
-    if metric is None:
-        drop = 1 - similarity(report)
-    elif baseline[metric] > 0:
-        drop = (baseline[metric] - metrics[metric]) / baseline[metric]
-    else:
-        raise InputError(
-            f"precision.metric: {metric} of fp32 PyTorch is {baseline[metric]:g}; a relative drop needs a positive one"
-        )
+    drop = 1 - similarity(report) if metric is None else metric_drop(metric, metrics[metric], baseline[metric])
     finite = all(math.isfinite(value) for output in report.values() for value in output.values())
     return {"drop": drop if finite and math.isfinite(drop) else math.inf, "metrics": metrics, "parity": report}
 

@@ -185,6 +185,7 @@ def test_metadata_and_readiness_say_what_the_server_has(connect: Connect, protoc
     metadata = client.metadata("add_one")
     assert metadata.inputs == (TensorSpec(name="x", datatype="FP32", shape=(-1, 2, -1)),)
     assert (metadata.name, metadata.versions, metadata.max_batch_size) == ("add_one", ("1",), 8)
+    assert metadata.parameters == {"delay_s": "0.0"}
     assert client.ready()
     assert client.ready("add_one")
     assert not client.ready("absent")

@@ -11,7 +11,7 @@ Example:
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -52,6 +52,8 @@ class ModelMetadata:
     outputs: tuple[TensorSpec, ...]
     max_batch_size: int | None
     """0: the model does not batch. None: the server does not tell (a gateway may hide the configuration)."""
+    parameters: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Those of the configuration; empty where it has none or the server does not tell."""
 
     def check(self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> list[np.ndarray | None]:
         """The arrays in the order of `self.inputs`, None for an optional one left out. Raises InvalidInput."""

@@ -122,6 +122,7 @@ def metadata_from_json(signature: dict, config: dict | None) -> ModelMetadata:
         inputs=specs("inputs"),
         outputs=specs("outputs"),
         max_batch_size=None if config is None else int(config.get("max_batch_size", 0)),
+        parameters={key: value.get("string_value", "") for key, value in (config or {}).get("parameters", {}).items()},
     )
 
 
