@@ -1,0 +1,139 @@
+"""A content-addressed cache of artifacts, shared by branches and clones.
+
+Contract: an entry is a folder named by the digest of all that its files were made from: the stage's code,
+its sources, settings and tool versions. `$CACHE` says where (by default `~/.cache/deepseek-deploy`; `off`
+turns it off), `$CACHE_GIB` how much it may hold (10); the entries used longest ago go first. Entries come
+into place by a rename and are checked by their digests when taken out: a killed build, two builds at once
+or a damaged file cost a build, never a wrong artifact.
+
+Examples:
+    python -m export.cache
+    python -m export.cache --clear
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from deepseek.spec import InputError, Parser, run_command
+from export.artifact import human_bytes, scratch_in, sha256, tool_versions
+
+INDEX = "entry.json"  # digests of the entry's files; its time is when the entry was last used
+
+
+def root() -> Path | None:
+    """Folder of the cache, None where it is off."""
+    place = os.environ.get("CACHE") or "~/.cache/deepseek-deploy"
+    return None if place == "off" else Path(place).expanduser()
+
+
+def limit_bytes() -> int:
+    """What the cache may hold."""
+    value = os.environ.get("CACHE_GIB") or "10"
+    try:
+        size = float(value)
+    except ValueError:
+        size = -1.0
+    if not 0 <= size < float("inf"):
+        raise InputError(f"CACHE_GIB: seen {value!r}; a number of GiB >= 0 is needed (CACHE=off turns the cache off)")
+    return int(size * 2**30)
+
+
+def key_of(stage: str, code: Iterable[Path | str], **made_from: Any) -> str:
+    """Digest of what an artifact is made from; `made_from` must be JSON."""
+    files = {Path(path).name: sha256(Path(path)) for path in code}
+    facts = {"stage": stage, "code": files, "versions": tool_versions(), **made_from}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def fetch(key: str, destination: Path) -> bool:
+    """Copies the entry's files into the folder `destination`; False where there is none that is whole."""
+    place = root()
+    if place is None or not (place / key / INDEX).is_file():
+        return False
+    try:
+        files: Mapping[str, str] = json.loads((place / key / INDEX).read_text())
+        for name, digest in files.items():
+            (destination / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(place / key / name, destination / name)
+            if sha256(destination / name) != digest:
+                raise ValueError(name)
+        os.utime(place / key / INDEX)
+    except (OSError, ValueError):  # damaged, or making room for another build
+        shutil.rmtree(place / key, ignore_errors=True)
+        for path in destination.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return False
+    return True
+
+
+def store(key: str, files: Path) -> None:
+    """Adds all files under the folder `files`. A cache that cannot be written is no error: the build has succeeded."""
+    place = root()
+    if place is None:
+        return
+    with contextlib.suppress(OSError):
+        _store(place, key, files)
+
+
+def _store(place: Path, key: str, files: Path) -> None:
+    names = sorted(str(path.relative_to(files)) for path in files.rglob("*") if path.is_file())
+    if (place / key).exists() or sum((files / name).stat().st_size for name in names) > limit_bytes():
+        return
+    with scratch_in(place) as scratch:
+        entry = scratch / key
+        for name in names:
+            (entry / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(files / name, entry / name)
+        (entry / INDEX).write_text(json.dumps({name: sha256(entry / name) for name in names}))
+        os.rename(entry, place / key)  # fails where another build has just added the same
+    trim(place, limit_bytes())
+
+
+def entries(place: Path) -> dict[Path, int]:
+    """Bytes of each entry, the one used longest ago first."""
+    found = []
+    for index in place.glob(f"*/{INDEX}"):
+        with contextlib.suppress(OSError):  # just removed by another build
+            size = sum(path.stat().st_size for path in index.parent.rglob("*") if path.is_file())
+            found.append((index.stat().st_mtime_ns, index.parent, size))
+    return {path: size for _, path, size in sorted(found)}
+
+
+def trim(place: Path, limit: int) -> None:
+    """Removes the entries used longest ago until `limit` bytes hold the rest."""
+    sizes = entries(place)
+    total = sum(sizes.values())
+    for path, size in sizes.items():
+        if total <= limit:
+            return
+        with scratch_in(place) as scratch, contextlib.suppress(OSError):
+            os.rename(path, scratch / path.name)  # gone at once for others, then removed
+        total -= size
+
+
+def main() -> None:
+    """Says what the cache holds, or empties it."""
+    parser = Parser(__doc__, prog="python -m export.cache")
+    parser.add_argument("--clear", action="store_true", help="remove all entries")
+    args = parser.parse_args()
+    place = root()
+    if place is None:
+        print("cache     off (CACHE=off)")
+        return
+    limit = limit_bytes()
+    if args.clear and place.is_dir():
+        trim(place, -1)
+    sizes = entries(place)
+    print(f"{place}: {len(sizes)} artifacts, {human_bytes(sum(sizes.values()))} of at most {human_bytes(limit)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,116 @@
+"""The content-addressed cache, its files only; tests/test_make.py has it in a build."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepseek.spec import InputError
+from export import cache
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own."""
+    monkeypatch.setenv("CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def folder(path: Path, **files: str) -> Path:
+    """A folder with text files."""
+    path.mkdir(parents=True)
+    for name, text in files.items():
+        (path / name).write_text(text)
+    return path
+
+
+def test_what_was_stored_is_fetched_by_the_same_key_only(place: Path, tmp_path: Path) -> None:
+    code = tmp_path / "stage.py"
+    code.write_text("1")
+    key = cache.key_of("quantize", [code], sources={"onnx": "abc"})
+    cache.store(key, folder(tmp_path / "made", model="weights", manifest="{}"))
+    assert cache.fetch(key, folder(tmp_path / "out"))
+    assert (tmp_path / "out" / "model").read_text() == "weights"
+    code.write_text("2")
+    assert cache.key_of("quantize", [code], sources={"onnx": "abc"}) != key
+    assert not cache.fetch(cache.key_of("quantize", [code], sources={"onnx": "abc"}), folder(tmp_path / "other"))
+
+
+def test_a_damaged_entry_is_dropped_and_leaves_nothing(place: Path, tmp_path: Path) -> None:
+    cache.store("k", folder(tmp_path / "made", a="whole", model="weights"))
+    (place / "k" / "model").write_text("weighed")
+    assert not cache.fetch("k", folder(tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+    assert not (place / "k").exists()
+
+
+def test_the_entries_used_longest_ago_make_room(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for age, key in enumerate("abc"):
+        cache.store(key, folder(tmp_path / key, model="x" * 4000))
+        os.utime(place / key / cache.INDEX, (1000 + age, 1000 + age))
+    assert cache.fetch("a", folder(tmp_path / "out"))  # used: now the youngest
+    monkeypatch.setenv("CACHE_GIB", str(13000 / 2**30))
+    cache.store("d", folder(tmp_path / "d", model="x" * 4000))
+    assert sorted(path.name for path in place.iterdir()) == ["a", "c", "d"]
+
+
+def test_what_is_larger_than_the_cache_is_not_kept(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.store("a", folder(tmp_path / "a", model="x" * 400))
+    monkeypatch.setenv("CACHE_GIB", str(1000 / 2**30))
+    cache.store("b", folder(tmp_path / "b", model="x" * 2000))
+    assert [path.name for path in place.iterdir()] == ["a"]
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("CACHE", str(tmp_path / "file" / "cache"))
+    cache.store("k", folder(tmp_path / "made", model="weights"))
+    assert not cache.fetch("k", folder(tmp_path / "out"))
+
+
+def test_off_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHE", "off")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cache.store("k", folder(tmp_path / "made", model="weights"))
+    assert not (tmp_path / ".cache").exists()
+
+
+@pytest.mark.parametrize("value", ["lots", "-1", "nan", "inf"])
+def test_a_wrong_size_is_one_line(value: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHE_GIB", value)
+    with pytest.raises(InputError, match="CACHE_GIB: seen"):
+        cache.limit_bytes()
+
+
+def test_builds_at_once_share_one_cache(place: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from export import cache\n"
+        "for turn in range(40):\n"
+        "    key, out = f'k{turn % 5}', Path(sys.argv[2]) / str(turn); out.mkdir(parents=True)\n"
+        "    if cache.fetch(key, out): assert (out / 'model').read_text() == key * 500\n"
+        "    else: (out / 'model').write_text(key * 500); cache.store(key, out)\n"
+    )
+    environment = {**os.environ, "CACHE_GIB": str(3500 / 2**30)}  # three of the five: entries come and go
+    builds = [
+        subprocess.Popen([sys.executable, "-c", program, "", tmp_path / str(number)], env=environment)
+        for number in range(4)
+    ]
+    assert [build.wait() for build in builds] == [0, 0, 0, 0]
+    assert [path.name for path in place.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_command_counts_and_clears(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache.store("k", folder(tmp_path / "made", model="weights"))
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(sys, "argv", ["cache"])
+        cache.main()
+        patch.setattr(sys, "argv", ["cache", "--clear"])
+        cache.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert ": 1 artifacts, " in lines[0]
+    assert ": 0 artifacts, 0 B of at most 10.00 GiB" in lines[1]
