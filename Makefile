@@ -3,14 +3,17 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help demo setup engine serve infer compare metadata loadtest verdict report bench test lint lock clean distclean FORCE
+.PHONY: help demo setup engine serve infer compare metadata loadtest verdict report bench test lint check-engine \
+    check-graphs can-build lock clean distclean FORCE
 
 ##@ Variables (make engine MODEL=… PRECISION=…)
 MODEL ?= recommender##            model folder
 MODELS ?= models##              folder of model folders; may lie outside the repository
 DATA ?=##                     a shop's own click log (csv: user,item,timestamp) in place of MovieLens-100K
 PRECISION ?= auto##             auto, fp32, fp16, int8 or fp8
-TARGET ?= auto##             auto, onnxruntime, tensorrt or tensorrt_rtx
+TARGET ?= auto##             auto, onnxruntime, tensorrt, tensorrt_rtx or torchscript
+TRITON_TAG ?= 26.10##             release of NVIDIA's containers, of the engine build and of the server
+NATIVE ?=##                     1: build tensorrt engines with this machine's own TensorRT, not in the container
 HTTP_PORT ?= 8000##             of the embedded server, and of infer and loadtest
 GRPC_PORT ?= 8001##
 METRICS_PORT ?= 8002##
@@ -25,11 +28,14 @@ BUILD ?= build##
 REPOSITORY ?= model_repository##
 VENV ?= .venv##
 
+NAMED := $(if $(filter command environment,$(firstword $(origin MODEL))),$(strip $(MODEL)))
 MODEL := $(strip $(MODEL))
 MODELS := $(strip $(MODELS))
 DATA := $(strip $(DATA))
 PRECISION := $(strip $(PRECISION))
 TARGET := $(strip $(TARGET))
+TRITON_TAG := $(strip $(TRITON_TAG))
+NATIVE := $(strip $(NATIVE))
 HTTP_PORT := $(strip $(HTTP_PORT))
 GRPC_PORT := $(strip $(GRPC_PORT))
 METRICS_PORT := $(strip $(METRICS_PORT))
@@ -41,7 +47,12 @@ VENV := $(strip $(VENV))
 export BUILD DATA HTTP_PORT GRPC_PORT METRICS_PORT
 
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
-AUTO_TARGET := $(if $(and $(GPU),$(wildcard $(VENV)/lib/python3*/site-packages/tensorrt)),tensorrt,onnxruntime)
+# tensorrt engines are built in the container of the server's tag, so that both have the same TensorRT: from outside,
+# or as we are where that is where we are (docker/export.Dockerfile), or natively where NATIVE=1 asks for it.
+INSIDE := $(filter $(TRITON_TAG),$(DEEPSEEK_TRITON_TAG))
+CAN_BUILD = $(or $(INSIDE),$(NATIVE),$(shell docker info 2>/dev/null | grep -q nvidia && echo yes))
+# The demo serves on the embedded Triton, which has no TensorRT backend.
+AUTO_TARGET := $(if $(and $(GPU),$(if $(filter demo,$(MAKECMDGOALS)),,$(CAN_BUILD))),tensorrt,onnxruntime)
 T := $(if $(filter auto,$(TARGET)),$(AUTO_TARGET),$(TARGET))
 # What is not quantized: ONNX Runtime on a CPU has no fast fp16.
 HIGH := $(if $(filter onnxruntime,$(T)),fp32,fp16)
@@ -50,7 +61,14 @@ B := $(BUILD)/$(MODEL)
 HOST = $(firstword $(subst :, ,$(URL)))
 FOLDER := $(MODELS)/$(MODEL)
 WHICH := --model $(MODEL) --models $(MODELS)
-ENGINE_NAME := $(if $(filter onnxruntime,$(T)),model.onnx,$(T)/model.plan)
+ON_TARGET := $(PY) -m
+ifeq ($(T),tensorrt)
+ON_TARGET := $(if $(INSIDE),/opt/export/bin/python -m,$(PY) -m $(if $(NATIVE),,export.container --tag $(TRITON_TAG) --models $(MODELS) --))
+endif
+ENGINE_NAME := $(if $(filter onnxruntime,$(T)),model.onnx,$(T)/model.$(if $(filter torchscript,$(T)),pt,plan))
+ifeq ($(T)-$(PRECISION),torchscript-auto)
+override PRECISION := fp32# the one that export.to_torchscript makes
+endif
 
 ##@ The main job
 demo: engine ## from nothing to a verdict: data, train, export, engine, serve, infer, load test, report
@@ -88,6 +106,10 @@ report: $(VENV)/.ready ## draw a run as one HTML file
 ##@ Development
 setup: $(VENV)/.ready ## the virtual environment, pinned by requirements.lock
 
+check-engine: $(VENV)/.ready-rtx ## every precision of every model (or of MODEL=) through TensorRT for RTX: no GPU needed
+	@for model in $(CHECKED); do $(MAKE) --no-print-directory TARGET=tensorrt_rtx MODEL=$$model check-graphs || exit; done
+	@$(PY) -m export.check_engine --models $(MODELS) $(addprefix --model ,$(CHECKED))
+
 test: $(VENV)/.ready-test lint ## everything: lint, types, all tests
 	@$(PY) -m pytest
 
@@ -112,7 +134,7 @@ distclean: ## remove all that was built, and the virtual environment
 
 help:
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
-	    /^[a-z_]+:.*## / {printf "  make %-10s %s\n", $$1, $$2} \
+	    /^[a-z_-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2} \
 	    /^[A-Z_]+ \?=.*##/ {split($$0, a, "##"); split(a[1], v, " \\?= ?"); gsub(/^ +/, "", a[2]); \
 	        printf "  %-12s %-18s %s\n", v[1], (v[2] ~ /\$$\(/ ? "" : v[2]), a[2]}' $(MAKEFILE_LIST)
 
@@ -136,7 +158,7 @@ $(VENV)/.ready: pyproject.toml client/pyproject.toml requirements.lock
 	@$(PIP) --no-deps $(TRITON_WHEEL)  # its files only: its numpy<2 is for a Python API not used here
 	@touch $@
 
-$(VENV)/.ready-rtx $(VENV)/.ready-test: $(VENV)/.ready-%: $(VENV)/.ready
+$(VENV)/.ready-rtx $(VENV)/.ready-test $(VENV)/.ready-tensorrt: $(VENV)/.ready-%: $(VENV)/.ready
 	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest,rtx,$*]'
 	@touch $@
 
@@ -148,6 +170,7 @@ $(B)/settings/$(1): FORCE
 endef
 $(eval $(call remember,data,$(DATA)))
 $(eval $(call remember,high-precision,$(HIGH)))
+$(eval $(call remember,target,$(T)))
 $(eval $(call remember,precision,$(PRECISION) $(CANDIDATES)))
 
 MODEL_FILES := $(shell find $(FOLDER) -type f -not -path '*/__pycache__/*' 2>/dev/null)
@@ -165,7 +188,7 @@ $(B)/weights: $(filter-out %/deploy.toml,$(MODEL_FILES)) $(addprefix deepseek/,c
 	@OMP_WAIT_POLICY=passive $(PY) -m export.source $(WHICH)  # idle threads do not spin: a busy machine is no slower
 	@touch $@
 
-$(B)/fp32/model.onnx: $(B)/weights $(MODEL_FILES) export/to_onnx.py export/source.py $(STAGES)
+$(B)/fp32/model.onnx: $(B)/weights $(MODEL_FILES) $(addprefix export/,to_onnx.py source.py reference.py) $(STAGES)
 	@$(PY) -m export.to_onnx $(WHICH)
 
 QUANTIZE := $(B)/fp32/model.onnx export/quantize.py deepseek/quantization.py
@@ -174,12 +197,27 @@ $(B)/fp16/model.onnx: $(QUANTIZE)
 $(B)/int8/model.onnx $(B)/fp8/model.onnx: $(B)/%/model.onnx: $(QUANTIZE) $(B)/settings/high-precision
 	@$(PY) -m export.quantize $(WHICH) --precision $* --high-precision $(HIGH)
 
-$(B)/%/$(T)/model.plan: $(B)/%/model.onnx export/to_tensorrt.py $(if $(filter tensorrt_rtx,$(T)),| $(VENV)/.ready-rtx)
-	@$(PY) -m export.to_tensorrt $(WHICH) --precision $* --target $(T)
+$(B)/%/torchscript/model.pt: $(B)/fp32/model.onnx $(addprefix export/,to_torchscript.py reference.py)
+	@$(PY) -m export.to_torchscript $(WHICH) --precision $*
+
+# What a tensorrt build lacks is said before anything is trained or exported for it.
+ifeq ($(T)$(INSIDE)$(NATIVE),tensorrt)
+$(B)/weights: | can-build
+endif
+can-build: $(VENV)/.ready
+	@$(PY) -m export.container --tag $(TRITON_TAG) --check
+
+$(B)/%/$(T)/model.plan: $(B)/%/model.onnx export/to_tensorrt.py export/engine.py $(if $(filter tensorrt_rtx,$(T)),| $(VENV)/.ready-rtx) $(if $(NATIVE),| $(VENV)/.ready-tensorrt)
+	@$(ON_TARGET) export.to_tensorrt $(WHICH) --precision $* --target $(T)
 
 .SECONDEXPANSION:
 $(B)/choice-$(T).json: $$(foreach p,$$(PRECISIONS),$(B)/$$p/$(ENGINE_NAME)) $(B)/settings/precision $(addprefix export/,compare.py runners.py accuracy.py)
-	@$(PY) -m export.compare $(WHICH) --target $(T) --precision $(PRECISION)
+	@$(ON_TARGET) export.compare $(WHICH) --target $(T) --precision $(PRECISION)
 
-$(REPOSITORY)/$(MODEL)/config.pbtxt: $(B)/choice-$(T).json export/to_triton.py serving/onnxruntime_backend.py
+# check-engine: the graphs that a TensorRT target takes, and which models have them checked.
+CHECKED = $(or $(NAMED),$(sort $(notdir $(patsubst %/deploy.toml,%,$(wildcard $(MODELS)/*/deploy.toml)))))
+check-graphs: $(foreach p,fp32 fp16 int8 fp8,$(B)/$(p)/model.onnx)
+
+$(REPOSITORY)/$(MODEL)/config.pbtxt: $(B)/choice-$(T).json $(B)/settings/target export/to_triton.py \
+    serving/onnxruntime_backend.py deepseek/onnxruntime_session.py
 	@$(PY) -m export.to_triton $(WHICH) --target $(T) --repository $(REPOSITORY)

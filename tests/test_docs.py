@@ -12,14 +12,14 @@ import pytest
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), Path("client/README.md"), *sorted(Path("docs").glob("*.md"))]
 COMMANDS = [
     "deepseek.spec", "deepseek_client", "export.source", "export.to_onnx", "export.quantize", "export.compare", "export.parity",
-    "export.to_tensorrt", "export.to_triton", "serving.embedded", "loadtests.run", "loadtests.slo", "loadtests.report",
+    "export.to_tensorrt", "export.check_engine", "export.container", "export.to_triton", "serving.embedded", "loadtests.run", "loadtests.slo", "loadtests.report",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_every_make_target_named_in_a_page_exists(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):.*##", Path("Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:`|^)make ([a-z]+)", page.read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):.*##", Path("Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(), re.MULTILINE))
     assert named <= targets
 
 

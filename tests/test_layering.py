@@ -21,7 +21,7 @@ ALSO = {"export/parity.py": {"deepseek_client"}}
 OURS = {"deepseek", "deepseek_client", "models", "export", "serving", "loadtests", "tests"}
 LIGHT = {f"deepseek/{name}.py" for name in ("__init__", "config", "quantization", "spec")}
 TORCH_STAGES = {f"export/{name}.py" for name in ("to_onnx", "to_torchscript", "reference", "runners", "to_tensorrt")}
-STAGES = {"to_onnx", "to_torchscript", "quantize", "compare", "parity", "to_tensorrt", "to_triton"}
+STAGES = {"to_onnx", "to_torchscript", "quantize", "compare", "parity", "to_tensorrt", "check_engine", "to_triton"}
 FILES = [path for room in MAY_IMPORT for path in sorted(Path(room).rglob("*.py"))]
 
 
