@@ -25,6 +25,7 @@ SUPPORTED: dict[tuple[int, int, str], Precision] = {
 Format = Literal["int", "float"]
 Method = Literal["max", "entropy"]
 HighPrecision = Literal["fp16", "fp32"]
+OpType = Literal["MatMul", "Gemm", "Conv"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,10 @@ class QuantConfig:
     """"max" takes the largest magnitude seen, "entropy" the clipping of least KL divergence."""
     num_samples: int = 512
     """Calibration samples used at most."""
-    op_types: tuple[str, ...] = ("MatMul", "Gemm", "Conv")
-    """Operators that are quantized; normalisation, softmax and embeddings stay high."""
+    per_channel: bool = True
+    """A scale for each output channel of the weights, else one for each tensor (its channels' largest)."""
+    op_types: tuple[OpType, ...] = get_args(OpType)
+    """Operators that are quantized at 8 bits; normalisation, softmax and embeddings stay high."""
     keep_high: tuple[str, ...] = ()
     """Regular expressions of node names that stay high."""
     high_precision: HighPrecision = "fp16"
@@ -66,6 +69,11 @@ class QuantConfig:
             seen += f" as {self.number_format}" if self.number_format else ""
             known = ", ".join(f"{w}/{a} {kind} ({name})" for (w, a, kind), name in SUPPORTED.items())
             raise InputError(f"QuantConfig: seen {seen}; supported weights/activations: {known}")
+        if not isinstance(self.per_channel, bool):
+            raise InputError(f"QuantConfig.per_channel: seen {self.per_channel!r}; True or False is needed")
+        if not self.op_types or not set(self.op_types) <= set(get_args(OpType)):
+            names = _listed(tuple(self.op_types)) or "none"
+            raise InputError(f"QuantConfig.op_types: seen {names}; allowed: one or more of {_listed(get_args(OpType))}")
         if self.num_samples < 2:
             raise InputError(f"QuantConfig.num_samples: seen {self.num_samples}; at least 2 are needed")
         for pattern in self.keep_high:

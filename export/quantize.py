@@ -5,31 +5,32 @@ Contract: reads `build/<name>/fp32/model.onnx` and real calibration inputs; writ
 int8 and fp8 are ModelOpt PTQ, which leaves Q/DQ nodes that ONNX Runtime and TensorRT both take. What
 the graph then holds is counted and must be what was asked. No calibration data is an error.
 
+At 8 bits a graph that breaks deploy.toml's budget goes through the sensitivity pass, which keeps the worst layers
+high; beside the graph lie sensitivity.json (each layer's share of the error) and calibration.json (the curve that
+shows whether more samples would help).
+
 Examples:
     python -m export.quantize --model recommender --precision int8
     python -m export.quantize --model recommender --precision int8 --high-precision fp32 --method max
     python -m export.quantize --model recommender --precision int8 --calibration-data val_dataset.bin
+    python -m export.quantize --model recommender --precision int8 --no-sensitivity --per-tensor --json
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
-import logging
-import os
 import re
 import shutil
 import sys
-import warnings
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-from onnxruntime.quantization import CalibrationDataReader
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from deepseek.quantization import QuantConfig
 from deepseek.spec import (
@@ -46,256 +47,96 @@ from export.artifact import (
     Clock,
     Row,
     axes_of,
-    batches,
     human_bytes,
     load_rows,
     need,
     onnx_path,
     publish,
     read_manifest,
+    refuse,
     scratch_in,
     sha256,
     tool_versions,
     write_manifest,
 )
+from export.budget import Baseline
+from export.calibration import Calibration, calibration_of, length_of, stratified
+from export.curve import MOST_GROWTH, calibration_curve, ranges_by_samples, would_more_help
+from export.ptq import check_source, fp16_from_onnx, qdq_from_onnx, with_8_bit_weights
+from export.qdq import COMPUTE_OPS, found_precision, load_graph, save_graph, use_one_scale_a_tensor
+from export.runners import onnx_runner, outputs_of
+from export.sensitivity import RANKING_ROWS, output_error, sensitivity_pass
+from export.source import Predict, Source
 
-# Of more than one: ModelOpt leaves matrices alone whose batch was 1 in calibration (GEMV).
-CALIBRATION_BATCH = 8
-_FLOAT_TYPES: dict[int, str] = {
-    onnx.TensorProto.FLOAT: "fp32",
-    onnx.TensorProto.FLOAT16: "fp16",
-    onnx.TensorProto.BFLOAT16: "bf16",
-}
-_COMPUTE_OPS = ("MatMul", "Gemm", "Conv")
+CURVE_ROWS = 64  # evaluation rows that the curve's errors are measured on
+SHOWN_LAYERS = 20
 
-log = Console(file=sys.stderr)  # bound now: ModelOpt's own output is discarded below
-
-
-class Calibration(CalibrationDataReader):
-    """Batches of real inputs, as ONNX Runtime's calibrators read them."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        self._batches = [inputs for _, inputs in batches(rows, CALIBRATION_BATCH)]
-        self._batches.sort(key=lambda inputs: -len(next(iter(inputs.values()))))
-        if len(next(iter(self._batches[0].values()))) < 2:  # all lengths differ: ModelOpt reads shapes off the first
-            self._batches.insert(0, {name: np.repeat(array, 2, axis=0) for name, array in self._batches[0].items()})
-        self.rewind()
-
-    def get_first(self) -> Row:
-        """The first batch; ModelOpt finds its GEMV shapes with it."""
-        return self._batches[0]
-
-    def get_next(self) -> Row | None:
-        """The next batch, None at the end."""
-        return next(self._rest, None)
-
-    def rewind(self) -> None:
-        """Starts again."""
-        self._rest: Iterator[Row] = iter(self._batches)
+log = Console(file=sys.stderr)
 
 
-def calibration_rows(spec: DeploymentSpec, path: Path, limit: int) -> list[Row]:
-    """Rows out of a calibration file, spread evenly over it.
+class Trials:
+    """Runs graphs that are not published yet, one after the other, in ONNX Runtime."""
 
-    Formats: our own `.npz` (one array a row and input); `.npz` of one array an input, samples first;
-    `.npy` for a model of one input; anything else is raw records, each the inputs of one sample in the
-    signature's order, native byte order, which needs a signature without further dynamic axes.
-    """
-    with path.open("rb") as file:
-        head = file.read(6)
-    if head[:2] == b"PK":
-        with np.load(path) as arrays:
-            if all("/" in key for key in arrays.files):
-                rows = load_rows(path)
-            else:
-                rows = _unstacked(spec, {key: arrays[key] for key in arrays.files}, path)
-    elif head == b"\x93NUMPY":
-        rows = _unstacked(spec, dict.fromkeys(spec.inputs, np.load(path)), path)
-    else:
-        rows = _raw_rows(spec, path)
-    if not rows:
-        raise InputError(f"{path}: holds no samples; calibration needs real inputs")
-    for name, tensor in spec.inputs.items():
-        seen = rows[0].get(name)
-        if seen is None or seen.dtype != tensor.dtype or seen.ndim != len(tensor.shape):
-            found = "none" if seen is None else f"{seen.dtype} {list(seen.shape)}"
-            raise InputError(
-                f"{path}: input {name!r}: seen {found}; deploy.toml says {tensor.dtype} {list(tensor.shape)}"
-            )
-    return [rows[index] for index in np.linspace(0, len(rows) - 1, min(limit, len(rows))).astype(int)]
+    def __init__(self, spec: DeploymentSpec, folder: Path) -> None:
+        self._spec, self._path = spec, folder / "trial.onnx"
 
+    def predict(self, model: onnx.ModelProto) -> Predict:
+        """What runs `model`; external weights are read while it is opened, so that the file may go."""
+        save_graph(model, self._path)
+        return onnx_runner(self._spec, self._path, "onnxruntime")
 
-def _unstacked(spec: DeploymentSpec, arrays: dict[str, np.ndarray], path: Path) -> list[Row]:
-    if arrays.keys() != spec.inputs.keys():
-        raise InputError(f"{path}: holds {', '.join(sorted(arrays))}; the inputs are {', '.join(spec.inputs)}")
-    lengths = {name: len(array) for name, array in arrays.items() if array.ndim}
-    if len(set(lengths.values())) != 1:
-        raise InputError(f"{path}: the inputs' sample counts differ: {lengths}")
-    count = next(iter(lengths.values()))
-    return [{name: array[row : row + 1] for name, array in arrays.items()} for row in range(count)]
-
-
-def _raw_rows(spec: DeploymentSpec, path: Path) -> list[Row]:
-    for name, tensor in spec.inputs.items():
-        if any(isinstance(dim, str) for dim in tensor.shape[1:]):
-            raise InputError(f"{path}: raw records need fixed sizes; {name} is {list(tensor.shape)}: use an .npz file")
-    record = np.dtype([(name, tensor.dtype, tensor.shape[1:]) for name, tensor in spec.inputs.items()])
-    size = path.stat().st_size
-    if size == 0 or size % record.itemsize:
-        raise InputError(f"{path}: {size} bytes; raw records of this signature take {record.itemsize} bytes each")
-    records = np.fromfile(path, record)
-    return [{name: records[name][row : row + 1] for name in spec.inputs} for row in range(len(records))]
-
-
-def quantize_onnx(source: Path, destination: Path, config: QuantConfig, rows: list[Row]) -> None:
-    """Writes `source` at the precision of `config` to `destination`; `rows` calibrate at 8 bits."""
-    logging.disable(logging.WARNING)  # ModelOpt and ONNX Runtime report each step, and print besides
-    try:
-        with (
-            warnings.catch_warnings(),
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-            contextlib.redirect_stderr(nowhere),
-        ):
-            warnings.simplefilter("ignore")
-            if config.precision == "fp16":
-                _to_fp16(source, destination, config)
-            else:
-                _to_8_bits(source, destination, config, rows)
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _to_fp16(source: Path, destination: Path, config: QuantConfig) -> None:
-    from modelopt.onnx.autocast import convert_to_mixed_precision  # slow to import: only where it runs
-
-    model = convert_to_mixed_precision(
-        str(source),
-        low_precision_type="fp16",
-        keep_io_types=True,
-        nodes_to_exclude=list(config.keep_high) or None,
-        providers=["cpu"],
-    )
-    _save(model, destination)
-
-
-def _to_8_bits(source: Path, destination: Path, config: QuantConfig, rows: list[Row]) -> None:
-    from modelopt.onnx.quantization import quantize  # slow to import: only where it runs
-
-    keep = [node for node in _node_names(source) if any(re.search(pattern, node) for pattern in config.keep_high)]
-    quantize(
-        str(source),
-        quantize_mode=config.precision,
-        calibration_data_reader=Calibration(rows),
-        calibration_method=config.calibration_method,
-        calibration_eps=["cpu"],
-        op_types_to_quantize=list(config.op_types),
-        nodes_to_exclude=[re.escape(name) for name in keep] or None,
-        high_precision_dtype=config.high_precision,
-        dq_only=True,  # weights are stored at 8 bits, not quantized anew at each load
-        output_path=str(destination),
-        log_level="ERROR",
-    )
-    model = onnx.load(destination)
-    used = {name for node in model.graph.node for name in node.input}
-    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in used]:
-        model.graph.initializer.remove(tensor)  # scales that ModelOpt made and did not wire
-    _save(model, destination)
-
-
-def _node_names(path: Path) -> list[str]:
-    return [node.name for node in onnx.load(path, load_external_data=False).graph.node]
-
-
-def _save(model: onnx.ModelProto, path: Path) -> None:
-    onnx.save(model, path, save_as_external_data=model.ByteSize() > 1 << 30, location=f"{path.name}.data")
-
-
-def found_precision(path: Path) -> dict[str, Any]:
-    """Counts what a graph holds: the compute operators by the type they run in, and bytes of weights."""
-    model = onnx.shape_inference.infer_shapes(onnx.load(path), data_prop=True)
-    values = [*model.graph.value_info, *model.graph.input, *model.graph.output]
-    types = {value.name: value.type.tensor_type.elem_type for value in values}
-    types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    producers = {output: node for node in model.graph.node for output in node.output}
-    counts: Counter[str] = Counter()
-    for node in model.graph.node:
-        if node.op_type in _COMPUTE_OPS:
-            counts[_compute_type(node, producers, types)] += 1
-    weights: Counter[str] = Counter()
-    for tensor in model.graph.initializer:
-        weights[onnx.TensorProto.DataType.Name(tensor.data_type).lower()] += _tensor_bytes(tensor)
-    return {"compute_operators": dict(counts), "weight_bytes": dict(weights)}
-
-
-def _compute_type(node: onnx.NodeProto, producers: dict[str, onnx.NodeProto], types: dict[str, int]) -> str:
-    """The type a MatMul, Gemm or Conv runs in: that of its Q/DQ pairs where both operands have one."""
-    quantized = []
-    for name in node.input[:2]:
-        producer = producers.get(name)
-        while producer is not None and producer.op_type in ("Transpose", "Reshape", "Cast"):
-            producer = producers.get(producer.input[0])
-        if producer is not None and producer.op_type == "DequantizeLinear":
-            data = types.get(producer.input[2], 0) if len(producer.input) > 2 else types.get(producer.input[0], 0)
-            quantized.append("fp8" if data == onnx.TensorProto.FLOAT8E4M3FN else "int8")
-    if len(quantized) == 2:
-        return quantized[0]
-    return _FLOAT_TYPES.get(types.get(node.input[0], 0), "other")
-
-
-def _tensor_bytes(tensor: onnx.TensorProto) -> int:
-    bits = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
-    return int(np.prod(tensor.dims)) * bits // 8
+    def over(self, rows: list[Row]) -> Callable[[onnx.ModelProto], list[Row]]:
+        """A function from a graph to its outputs on `rows`."""
+        return lambda model: outputs_of(self._spec, self.predict(model), rows)
 
 
 def prove(config: QuantConfig, found: dict[str, Any]) -> None:
     """Raises GateFailed where the graph has no operator in the precision that was asked for."""
     counts = found["compute_operators"]
-    if counts and not counts.get(config.precision):
+    if not counts.get(config.precision):
         raise GateFailed(
-            f"{config.precision} was asked for, but no {'/'.join(_COMPUTE_OPS)} of the graph runs in it "
-            f"(found: {counts}); the layers may be too small to gain (ModelOpt leaves sizes under 16 alone), "
-            "or all in keep_high"
+            f"{config.precision} was asked for, but no {'/'.join(COMPUTE_OPS)} of the graph runs in it "
+            f"(found: {counts or 'none of them'}); the layers may be too small to gain (ModelOpt leaves sizes under 16 "
+            "alone), not be of these operators, or all in keep_high"
         )
 
 
-def quantize_model(spec: DeploymentSpec, config: QuantConfig) -> dict[str, Any]:
-    """Runs the stage; returns what it made."""
+def quantize_model(spec: DeploymentSpec, config: QuantConfig, model_folder: Source | None = None) -> dict[str, Any]:
+    """Runs the stage; returns what it made. Without the model's folder there is no sensitivity pass."""
     clock = Clock()
     source = need(onnx_path(spec.name, "fp32"), f"python -m export.to_onnx --model {spec.name}")
-    fp32 = read_manifest(source)
     path = onnx_path(spec.name, config.precision)
-    sources = {"weights": fp32.sources["weights"], "onnx": sha256(source)}
-    rows: list[Row] = []
-    if config.precision != "fp16":
-        if config.calibration_data is None:
-            raise InputError(f"{config.precision}: no calibration data; random data would make a graph that is wrong")
-        rows = calibration_rows(spec, Path(config.calibration_data), config.num_samples)
-        sources["calibration"] = sha256(Path(config.calibration_data))
-    _check_onnx(source)
+    sources = {"weights": read_manifest(source).sources["weights"], "onnx": sha256(source)}
+    if config.precision != "fp16" and config.calibration_data is None:
+        raise InputError(f"{config.precision}: no calibration data; random data would make a graph that is wrong")
+    evaluation = load_rows(build_dir(spec.name) / "evaluation.npz")
+    calibration: Calibration | None = None
+    reports: dict[str, Any] = {}
+    if config.calibration_data is not None:
+        data = Path(config.calibration_data)
+        calibration = calibration_of(spec, data, config.num_samples, evaluation)
+        sources["calibration"] = sha256(data)
+    check_source(source, config)
     with scratch_in(path.parent) as scratch:
         with scratch_in(scratch) as work, log.status(f"{config.precision} from {source}"):
-            # ModelOpt rewrites its input in place and leaves files beside it: give it a copy.
             for file in source.parent.glob("model.onnx*"):
                 shutil.copyfile(file, work / file.name)
-            (work / "made").mkdir()
-            quantize_onnx(work / source.name, work / "made" / source.name, config, rows)
-            for made in (work / "made").iterdir():
-                made.rename(scratch / made.name)
-        found = found_precision(scratch / "model.onnx")
+            if calibration is None or config.precision == "fp16":
+                model = fp16_from_onnx(work / source.name, config, calibration)
+            else:
+                model, reports = _to_8_bits(spec, config, calibration, evaluation, work, model_folder)
+            save_graph(model, scratch / source.name)
+        found = found_precision(scratch / source.name)
         prove(config, found)
+        _check_that_it_runs(spec, scratch / source.name, evaluation)
+        for name, report in reports.items():
+            (scratch / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
         manifest = Manifest(
             model=spec.name,
             precision=config.precision,
             found=found,
             sources=sources,
-            settings={
-                "calibration_method": config.calibration_method,
-                "samples": len(rows),
-                "op_types": config.op_types,
-                "keep_high": config.keep_high,
-                "high_precision": config.high_precision,
-            },
+            settings=_settings(config, calibration, reports),
             axes=axes_of(spec),
             versions=tool_versions(),
             size_bytes=sum(file.stat().st_size for file in scratch.glob("model.onnx*")),
@@ -306,52 +147,183 @@ def quantize_model(spec: DeploymentSpec, config: QuantConfig) -> dict[str, Any]:
     return {
         "path": str(path),
         **manifest.model_dump(include={"precision", "found", "settings", "size_bytes", "build_s"}),
+        **reports,
     }
 
 
-def _check_onnx(path: Path) -> None:
+def _to_8_bits(
+    spec: DeploymentSpec,
+    config: QuantConfig,
+    calibration: Calibration,
+    evaluation: list[Row],
+    work: Path,
+    model_folder: Source | None,
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """The 8-bit graph and the reports "calibration" and "sensitivity"."""
+    points, growth = ranges_by_samples(work / "model.onnx", calibration, config.calibration_method)
+    note = ""
+    if not points:  # ranges that entropy cannot count
+        note = f"an activation's range grows {growth:.0f}-fold past its first batch (entropy takes {MOST_GROWTH:.0f})"
+        config = dataclasses.replace(config, calibration_method="max")
+        points, _ = ranges_by_samples(work / "model.onnx", calibration, "max")
+    trials = Trials(spec, work)
+    sample = stratified(evaluation, CURVE_ROWS)
+    reference = trials.over(sample)(load_graph(work / "model.onnx"))
+    model = qdq_from_onnx(work / "model.onnx", config, calibration)
+    if not config.per_channel:
+        use_one_scale_a_tensor(model)
+
+    def error_of(graph: onnx.ModelProto) -> float:
+        return output_error(trials.over(sample)(graph), reference)
+
+    reports: dict[str, Any] = {}
+    if model_folder is not None:
+        baseline = Baseline.of(model_folder)
+        model, reports["sensitivity"] = sensitivity_pass(
+            model,
+            trials.over(calibration.rows[:RANKING_ROWS]),
+            lambda graph: baseline.measure(trials.predict(graph))["drop"],
+            spec.precision.max_drop,
+        )
+    curve = calibration_curve(model, points, error_of)
+    lengths = [length_of(row) for row in calibration.rows]
+    reports["calibration"] = {
+        "method": config.calibration_method,
+        "note": note,
+        "rows": len(calibration.rows),
+        "shortest": min(lengths),
+        "longest": max(lengths),
+        "curve": curve,
+        "conclusion": would_more_help(curve),
+    }
+    return with_8_bit_weights(model), reports
+
+
+def _check_that_it_runs(spec: DeploymentSpec, path: Path, rows: list[Row]) -> None:
+    """Raises GateFailed where ONNX Runtime refuses the graph that was made (control flow can break in a cast)."""
     try:
-        onnx.checker.check_model(path)
+        outputs_of(spec, onnx_runner(spec, path, "onnxruntime"), rows[:1])
     except Exception as error:
-        raise InputError(
-            f"{path}: not a valid ONNX file ({' '.join(str(error).split())[:200]}); build it again"
-        ) from None
+        raise GateFailed(f"the graph that was made does not run: {' '.join(str(error).split())[:300]}") from error
 
 
-def main() -> None:
-    """Quantizes one model to one precision."""
+def _settings(config: QuantConfig, calibration: Calibration | None, reports: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says: as asked, and what the graph then was made with."""
+    layers = reports.get("sensitivity", {}).get("layers", [])
+    return {
+        "calibration_method": reports.get("calibration", {}).get("method", config.calibration_method),
+        "samples": len(calibration.rows) if calibration is not None else 0,
+        "per_channel": config.per_channel,
+        "op_types": config.op_types,
+        "keep_high": [*config.keep_high, *(f"^{re.escape(each['name'])}$" for each in layers if each["high"])],
+        "high_precision": config.high_precision,
+    }
+
+
+def show(result: dict[str, Any], high: str) -> None:
+    """The result for people: what it holds, the calibration curve, the layers' shares."""
+    counts = ", ".join(f"{count} in {name}" for name, count in result["found"]["compute_operators"].items())
+    print(f"{result['path']}: {human_bytes(result['size_bytes'])}; {'/'.join(COMPUTE_OPS)}: {counts}")
+    if calibration := result.get("calibration"):
+        _show_calibration(calibration)
+    if sensitivity := result.get("sensitivity"):
+        _show_sensitivity(sensitivity, result["precision"], high)
+
+
+def _show_calibration(report: dict[str, Any]) -> None:
+    lengths = f"lengths {report['shortest']} to {report['longest']}"
+    print(f"calibration: {report['rows']} rows ({lengths}), {report['method']}")
+    if report["note"]:
+        print(f"calibration: max in place of entropy: {report['note']}")
+    table = Table("samples", *(str(point["samples"]) for point in report["curve"]), box=box.SIMPLE_HEAD)
+    table.add_row("output error", *(f"{point['error']:.3%}" for point in report["curve"]))
+    Console(width=max(Console().width, 100)).print(table)
+    print(f"calibration: {report['conclusion']}")
+
+
+def _show_sensitivity(report: dict[str, Any], precision: str, high: str) -> None:
+    if not report["tried"]:
+        verdict = "inside" if report["held"] else "outside"
+        print(f"budget: drop {report['drop']:.2%}, {verdict} the {report['max_drop']:.2%} allowed")
+        return
+    kept = [layer for layer in report["layers"] if layer["high"]]
+    if report["held"]:
+        print(
+            f"budget: {len(kept)} of {len(report['layers'])} layers stay {high}; drop {report['drop']:.2%}, "
+            f"inside the {report['max_drop']:.2%} allowed"
+        )
+    else:
+        least = min(each["drop"] for each in report["tried"])
+        print(
+            f"budget: hopeless in {precision}: drop {report['drop']:.2%}, allowed {report['max_drop']:.2%}; still "
+            f"{least:.2%} with up to {report['tried'][-1]['high']} of {len(report['layers'])} layers kept {high}"
+        )
+    table = Table("layer", "operator", box=box.SIMPLE_HEAD)
+    table.add_column("share of the error", justify="right")
+    table.add_column("runs in")
+    for layer in report["layers"][:SHOWN_LAYERS]:
+        table.add_row(layer["name"], layer["operator"], f"{layer['share']:.1%}", high if layer["high"] else precision)
+    if rest := report["layers"][SHOWN_LAYERS:]:
+        table.add_row(f"{len(rest)} more", "", f"{sum(layer['share'] for layer in rest):.1%}", "")
+    Console(width=max(Console().width, 100)).print(table)
+
+
+def _parser() -> Parser:
     parser = Parser(__doc__, prog="python -m export.quantize")
     add_model_arguments(parser)
     parser.add_argument("--precision", required=True, choices=("fp16", "int8", "fp8"))
     parser.add_argument("--calibration-data", help="real inputs (default: build/<name>/calibration.npz)")
     parser.add_argument("--method", choices=("max", "entropy"), help="calibration method (default: deploy.toml's)")
     parser.add_argument("--samples", type=int, help="calibration samples at most (default: deploy.toml's)")
+    parser.add_argument("--per-tensor", action="store_true", help="one scale for each weight (default: deploy.toml's)")
     parser.add_argument(
         "--high-precision",
         default="fp16",
         choices=("fp16", "fp32"),
         help="of what is not quantized (default: %(default)s)",
     )
+    parser.add_argument("--no-sensitivity", action="store_true", help="quantize all layers, whatever they cost")
+    parser.add_argument(
+        "--candidate",
+        action="store_true",
+        help="one of several: where it cannot be made, leave word for export.compare and exit 0",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Quantizes one model to one precision."""
+    args = _parser().parse_args()
     spec = DeploymentSpec.of_model(args.model, args.models)
-    calibration = args.calibration_data
-    if calibration is None and args.precision != "fp16":
-        calibration = need(build_dir(spec.name) / "calibration.npz", f"python -m export.to_onnx --model {spec.name}")
+    precision = spec.precision
+    data = args.calibration_data or need(
+        build_dir(spec.name) / "calibration.npz", f"python -m export.to_onnx --model {spec.name}"
+    )
     config = QuantConfig.of_precision(
         args.precision,
-        calibration_data=calibration,
-        calibration_method=args.method or spec.precision.calibration_method,
-        num_samples=spec.precision.calibration_samples if args.samples is None else args.samples,
-        keep_high=spec.precision.keep_high,
+        calibration_data=data,
+        calibration_method=args.method or precision.calibration_method,
+        num_samples=precision.calibration_samples if args.samples is None else args.samples,
+        per_channel=precision.per_channel and not args.per_tensor,
+        op_types=precision.op_types,
+        keep_high=precision.keep_high,
         high_precision=args.high_precision,
     )
-    result = quantize_model(spec, config)
+    wants_pass = args.precision != "fp16" and not args.no_sensitivity
+    try:
+        result = quantize_model(spec, config, Source(args.model, args.models) if wants_pass else None)
+    except GateFailed as error:
+        if not args.candidate:
+            raise
+        refuse(onnx_path(spec.name, args.precision), str(error))
+        result = {"precision": args.precision, "refused": str(error)}
     if args.json:
         print(json.dumps(result, indent=2))
+    elif "refused" in result:
+        print(f"{args.precision} cannot be made, the other precisions go on: {result['refused']}")
     else:
-        counts = ", ".join(f"{count} in {name}" for name, count in result["found"]["compute_operators"].items())
-        print(f"{result['path']}: {human_bytes(result['size_bytes'])}; {'/'.join(_COMPUTE_OPS)}: {counts}")
+        show(result, args.high_precision)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,165 @@
+"""Real inputs for calibration: read from a file, chosen over all lengths, handed over in batches.
+
+Contract: rows that cover short and long inputs, none of which is an evaluation row. Needs neither torch nor
+model.py: `export.to_onnx` wrote the model's own samples to `build/<name>/calibration.npz`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from onnxruntime.quantization import CalibrationDataReader
+
+from deepseek.spec import BATCH, Axis, DeploymentSpec, InputError
+from export.artifact import Row, batches, join, load_rows, row_digests
+
+CALIBRATION_BATCH = 8
+STRATA = 8  # bins of length
+_GOLDEN = 0.618033988749895  # multiples of it, modulo 1, fall evenly: a spread order without a random seed
+
+
+class Calibration(CalibrationDataReader):
+    """Batches of real inputs, as ONNX Runtime's calibrators read them."""
+
+    def __init__(self, rows: list[Row], batch: Axis) -> None:
+        self.rows, self._batch = rows, batch
+        size = min(CALIBRATION_BATCH, batch.max)
+        self._batches = [self._filled(inputs) for _, inputs in batches(rows, size)]
+        self.rewind()
+
+    @property
+    def largest_batch(self) -> int:
+        """Of the profile."""
+        return self._batch.max
+
+    def _filled(self, inputs: Row) -> Row:
+        """At least the batch that the graph takes; a fixed one cannot be smaller."""
+        count = len(next(iter(inputs.values())))
+        short = self._batch.min - count if self._batch.min == self._batch.max else 0
+        return join([inputs, *({name: array[-1:] for name, array in inputs.items()} for _ in range(short))])
+
+    def get_first(self) -> Row:
+        """What ModelOpt tells shapes by: it leaves matrix products alone that have a side of 1 or under 16 here.
+
+        So: the longest row, twice where the profile allows, whatever the order of the others.
+        """
+        longest = max(self.rows, key=length_of)
+        return self._filled(join([longest] * min(2, self._batch.max)))
+
+    def get_next(self) -> Row | None:
+        """The next batch, None at the end."""
+        return next(self._rest, None)
+
+    def rewind(self) -> None:
+        """Starts again."""
+        self._rest: Iterator[Row] = iter(self._batches)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._batches)
+
+
+def length_of(row: Row) -> int:
+    """How much a row holds: its elements, of integer inputs those that are not 0 (as padding and masks are)."""
+    return sum(array.size if array.dtype.kind == "f" else int(np.count_nonzero(array)) for array in row.values())
+
+
+def stratified(rows: Sequence[Row], limit: int) -> list[Row]:
+    """At most `limit` rows over all lengths, in an order of which every beginning covers them too.
+
+    Strata of equal width between the shortest and the longest row take turns, so that few long rows among many
+    short ones are all taken; within a stratum the rows are spread evenly over the file.
+    """
+    lengths = np.array([length_of(row) for row in rows])
+    strata = (lengths - lengths.min()) * STRATA // (lengths.max() - lengths.min() + 1)
+    turns = np.empty(len(rows))
+    for stratum in np.unique(strata):
+        places = np.flatnonzero(strata == stratum)
+        spread = np.argsort(np.arange(len(places)) * _GOLDEN % 1)
+        turns[places[spread]] = np.arange(len(places))
+    order = np.lexsort((strata, turns))
+    return [rows[place] for place in order[:limit]]
+
+
+def read_rows(spec: DeploymentSpec, path: Path) -> list[Row]:
+    """All rows of a calibration file; raises InputError where they do not fit the signature.
+
+    Formats: our own `.npz` (one array a row and input); `.npz` of one array an input, samples first;
+    `.npy` for a model of one input; anything else is raw records, each the inputs of one sample in the
+    signature's order, native byte order, which needs a signature without further dynamic axes.
+    """
+    with path.open("rb") as file:
+        head = file.read(6)
+    if head[:2] == b"PK":
+        with np.load(path) as arrays:
+            if all("/" in key for key in arrays.files):
+                rows = load_rows(path)
+            else:
+                rows = _unstacked(spec, {key: arrays[key] for key in arrays.files}, path)
+    elif head == b"\x93NUMPY":
+        rows = _unstacked(spec, dict.fromkeys(spec.inputs, np.load(path)), path)
+    else:
+        rows = _raw_rows(spec, path)
+    if not rows:
+        raise InputError(f"{path}: holds no samples; calibration needs real inputs")
+    for index, row in enumerate(rows):
+        _check(spec, row, f"{path}: row {index}")
+    return rows
+
+
+def _check(spec: DeploymentSpec, row: Row, where: str) -> None:
+    for name, tensor in spec.inputs.items():
+        seen = row.get(name)
+        if seen is None or seen.dtype != tensor.dtype or seen.ndim != len(tensor.shape):
+            found = "none" if seen is None else f"{seen.dtype} {list(seen.shape)}"
+            raise InputError(f"{where}: input {name!r}: seen {found}; deploy.toml says {_said(tensor)}")
+        for dim, size in zip(tensor.shape[1:], seen.shape[1:], strict=True):
+            least, most = (spec.axes[dim].min, spec.axes[dim].max) if isinstance(dim, str) else (dim, dim)
+            if not least <= size <= most:
+                raise InputError(f"{where}: input {name!r}: shape {list(seen.shape)}; {dim!r} takes {least} to {most}")
+        if seen.dtype.kind == "f" and not np.isfinite(seen).all():
+            raise InputError(f"{where}: input {name!r}: holds NaN or Inf; ranges cannot be found with it")
+
+
+def _said(tensor: object) -> str:
+    return f"{getattr(tensor, 'dtype')} {list(getattr(tensor, 'shape'))}"  # noqa: B009
+
+
+def check_disjoint(rows: Sequence[Row], evaluation: Sequence[Row], path: Path) -> None:
+    """Raises InputError where a calibration row is an evaluation row too."""
+    shared = row_digests(rows) & row_digests(evaluation)
+    if shared:
+        raise InputError(
+            f"{path}: {len(shared)} of {len(rows)} calibration rows are evaluation rows too; the two must be "
+            "disjoint, or the accuracy budget is judged on what was calibrated on"
+        )
+
+
+def _unstacked(spec: DeploymentSpec, arrays: dict[str, np.ndarray], path: Path) -> list[Row]:
+    if arrays.keys() != spec.inputs.keys():
+        raise InputError(f"{path}: holds {', '.join(sorted(arrays))}; the inputs are {', '.join(spec.inputs)}")
+    lengths = {name: len(array) for name, array in arrays.items() if array.ndim}
+    if len(set(lengths.values())) != 1:
+        raise InputError(f"{path}: the inputs' sample counts differ: {lengths}")
+    count = next(iter(lengths.values()))
+    return [{name: array[row : row + 1] for name, array in arrays.items()} for row in range(count)]
+
+
+def _raw_rows(spec: DeploymentSpec, path: Path) -> list[Row]:
+    for name, tensor in spec.inputs.items():
+        if any(isinstance(dim, str) for dim in tensor.shape[1:]):
+            raise InputError(f"{path}: raw records need fixed sizes; {name} is {list(tensor.shape)}: use an .npz file")
+    record = np.dtype([(name, tensor.dtype, tensor.shape[1:]) for name, tensor in spec.inputs.items()])
+    size = path.stat().st_size
+    if size == 0 or size % record.itemsize:
+        raise InputError(f"{path}: {size} bytes; raw records of this signature take {record.itemsize} bytes each")
+    records = np.fromfile(path, record)
+    return [{name: records[name][row : row + 1] for name in spec.inputs} for row in range(len(records))]
+
+
+def calibration_of(spec: DeploymentSpec, path: Path, limit: int, evaluation: Sequence[Row]) -> Calibration:
+    """At most `limit` rows of a file, over all lengths and disjoint from `evaluation`, as calibrators read them."""
+    rows = read_rows(spec, path)
+    check_disjoint(rows, evaluation, path)
+    return Calibration(stratified(rows, limit), spec.axes[BATCH])

@@ -1,0 +1,134 @@
+"""ModelOpt, called so that it does what was asked, or says in one line why it does not.
+
+Contract: `fp16_from_onnx` is AutoCast, `qdq_from_onnx` is post-training quantization with Q/DQ pairs around real
+weights, `with_8_bit_weights` stores those weights at 8 bits. ModelOpt rewrites the graph that it reads and leaves
+files beside it: give it a copy in a folder of its own. What it raises becomes GateFailed: this precision cannot be
+made of this model, others may.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from deepseek.quantization import QuantConfig
+from deepseek.spec import GateFailed, InputError
+from export.calibration import Calibration
+from export.qdq import drop_unread, load_graph
+
+OLDEST_OPSET = 19  # the first whose Q/DQ take fp16 scales and fp8
+AUTOCAST_BATCHES = 4  # of real inputs, from which AutoCast finds values too large for fp16
+CONTROL_FLOW = ("If", "Loop", "Scan")
+
+
+@contextlib.contextmanager
+def _modelopt(what: str) -> Iterator[None]:
+    """Silence (it logs and prints each step), and its errors in one line."""
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or "it gave no reason"
+        raise GateFailed(f"ModelOpt cannot bring this graph to {what}: {type(error).__name__}: {reason}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def check_source(path: Path, config: QuantConfig) -> None:
+    """Raises InputError where the fp32 graph is broken, or too old for Q/DQ."""
+    try:
+        onnx.checker.check_model(path)
+    except Exception as error:
+        raise InputError(
+            f"{path}: not a valid ONNX file ({' '.join(str(error).split())[:200]}); build it again"
+        ) from None
+    imports = onnx.load(path, load_external_data=False).opset_import
+    opset = next(each.version for each in imports if each.domain in ("", "ai.onnx"))
+    if config.precision != "fp16" and opset < OLDEST_OPSET:
+        raise InputError(
+            f"{path}: opset {opset}; {config.precision} needs {OLDEST_OPSET} or newer for its Q/DQ: export it again "
+            "with python -m export.to_onnx"
+        )
+
+
+def high_nodes(path: Path, config: QuantConfig) -> list[str]:
+    """Names of the nodes that `keep_high` names; raises InputError for a pattern that names none."""
+    names = [node.name for node in onnx.load(path, load_external_data=False).graph.node]
+    for pattern in config.keep_high:
+        if not any(re.search(pattern, name) for name in names):
+            raise InputError(f"keep_high: {pattern!r} is in no node's name; they are such as {', '.join(names[:5])}")
+    return [name for name in names if any(re.search(pattern, name) for pattern in config.keep_high)]
+
+
+def _exactly(names: list[str]) -> list[str]:
+    """Patterns for ModelOpt, which takes those that fit the beginning of a name."""
+    return [f"{re.escape(name)}$" for name in names]
+
+
+def fp16_from_onnx(path: Path, config: QuantConfig, calibration: Calibration | None) -> onnx.ModelProto:
+    """AutoCast: fp16 wherever the values that real inputs give allow it; inputs and outputs keep their types."""
+    from modelopt.onnx.autocast import convert_to_mixed_precision  # slow to import: only where it runs
+
+    samples = path.parent / "samples"
+    if calibration is not None:
+        samples.mkdir()
+        for index, inputs in enumerate([calibration.get_first(), *calibration][:AUTOCAST_BATCHES]):
+            np.savez(samples / f"{index}.npz", **inputs)
+    with _modelopt("fp16"):
+        return convert_to_mixed_precision(
+            str(path),
+            low_precision_type="fp16",
+            keep_io_types=True,
+            nodes_to_exclude=_exactly(high_nodes(path, config)) or None,
+            op_types_to_exclude=list(CONTROL_FLOW),  # their subgraphs share values with the rest
+            calibration_data=str(samples) if calibration is not None else None,
+            providers=["cpu"],
+        )
+
+
+def qdq_from_onnx(path: Path, config: QuantConfig, calibration: Calibration) -> onnx.ModelProto:
+    """The graph with Q/DQ pairs around activations and (still wide) weights."""
+    from modelopt.onnx.quantization import quantize  # slow to import: only where it runs
+
+    high = high_nodes(path, config)
+    made = path.parent / "made.onnx"
+    with _modelopt(config.precision):
+        quantize(
+            str(path),
+            quantize_mode=config.precision,
+            calibration_data_reader=calibration,
+            calibration_method=config.calibration_method,
+            calibration_eps=["cpu"],
+            op_types_to_quantize=list(config.op_types),
+            nodes_to_exclude=_exactly(high) or None,
+            high_precision_dtype=config.high_precision,
+            enable_gemv_detection_for_trt=calibration.largest_batch > 1,  # else every product is one
+            output_path=str(made),
+            log_level="ERROR",
+        )
+        return load_graph(made)
+
+
+def with_8_bit_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The weights quantized once, here, and not anew at each load: initializer (8 bits) -> DequantizeLinear."""
+    from modelopt.onnx.quantization.qdq_utils import qdq_to_dq
+
+    with _modelopt("8-bit weights"):
+        model = qdq_to_dq(model)
+    drop_unread(model.graph)  # scales that ModelOpt made and did not wire
+    return model

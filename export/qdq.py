@@ -1,0 +1,183 @@
+"""The Q/DQ pairs of a graph: which layers compute at 8 bits, and the same graph with some of them high again.
+
+Contract: works on ModelOpt's graph, where weights still stand in high precision before their pair
+(initializer -> QuantizeLinear -> DequantizeLinear -> MatMul): taking a layer's pairs off gives the graph that
+calibration without that layer would have given, at no new calibration. `found_precision` takes any graph.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+COMPUTE_OPS = ("MatMul", "Gemm", "Conv")
+_CARRIERS = ("Transpose", "Reshape", "Cast")  # may stand between a pair and the layer that it is for
+_PAIR = ("QuantizeLinear", "DequantizeLinear")
+_FLOAT_TYPES: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "fp32",
+    onnx.TensorProto.FLOAT16: "fp16",
+    onnx.TensorProto.BFLOAT16: "bf16",
+}
+_EXTERNAL_BYTES = 1 << 30  # a protobuf file holds less than 2 GiB
+
+Producers = Mapping[str, onnx.NodeProto]
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """A graph with its weights."""
+    return onnx.load(path)
+
+
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
+    """Writes a graph, the weights of a large one beside it."""
+    size = sum(tensor_bytes(tensor) for tensor in model.graph.initializer)
+    onnx.save(model, path, save_as_external_data=size > _EXTERNAL_BYTES, location=f"{path.name}.data")
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor's values, wherever they are stored."""
+    return int(np.prod(tensor.dims)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def producers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    """The node that makes each value."""
+    return {output: node for node in graph.node for output in node.output}
+
+
+def quantized_layers(model: onnx.ModelProto) -> dict[str, str]:
+    """The compute operators with a Q/DQ pair on both operands, in the graph's order: name and operator."""
+    producers = producers_of(model.graph)
+    return {
+        node.name: node.op_type
+        for node in model.graph.node
+        if node.op_type in COMPUTE_OPS and all(_pair(name, producers)[1] for name in node.input[:2])
+    }
+
+
+def _pair(name: str, producers: Producers) -> tuple[list[onnx.NodeProto], onnx.NodeProto | None]:
+    """The DequantizeLinear behind an operand, None if there is none, and the carriers between, last first."""
+    carriers, node = [], producers.get(name)
+    while node is not None and node.op_type in _CARRIERS:
+        carriers.append(node)
+        node = producers.get(node.input[0])
+    return carriers, node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def with_high(model: onnx.ModelProto, layers: Collection[str]) -> onnx.ModelProto:
+    """A copy in which `layers` read what stands before their Q/DQ pairs; pairs that nobody reads are gone."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    producers, nodes = producers_of(copy.graph), []
+    for node in copy.graph.node:
+        if node.name in layers:
+            for place, name in enumerate(node.input[:2]):
+                carriers, dequantize = _pair(name, producers)
+                if dequantize is not None:
+                    source = producers[dequantize.input[0]].input[0]
+                    nodes += _copied(carriers[::-1], source, f"{node.name}_high_{place}")
+                    node.input[place] = nodes[-1].output[0] if carriers else source
+        nodes.append(node)
+    _replace_nodes(copy.graph, nodes)
+    drop_unread(copy.graph)
+    return copy
+
+
+def _copied(carriers: Iterable[onnx.NodeProto], source: str, prefix: str) -> list[onnx.NodeProto]:
+    """The carriers anew, in the order of the data, reading `source`; other layers may read the old ones."""
+    copies = []
+    for index, carrier in enumerate(carriers):
+        copy = onnx.NodeProto()
+        copy.CopyFrom(carrier)
+        copy.name = f"{prefix}_{index}"
+        copy.input[0] = source
+        copy.output[0] = source = copy.name
+        copies.append(copy)
+    return copies
+
+
+def _replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    kept = []
+    for node in nodes:  # copies first: clearing the field ends the nodes that it held
+        kept.append(onnx.NodeProto())
+        kept[-1].CopyFrom(node)
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _read(graph: onnx.GraphProto) -> set[str]:
+    """Names that nodes, those of subgraphs included, or the outputs read."""
+    names = {value.name for value in graph.output}
+    for node in graph.node:
+        names.update(node.input)
+        for attribute in node.attribute:
+            for subgraph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
+                names |= _read(subgraph)
+    return names
+
+
+def drop_unread(graph: onnx.GraphProto) -> None:
+    """Removes the pairs, carriers and initializers that nothing reads (any more)."""
+    while True:
+        read = _read(graph)
+        kept = [node for node in graph.node if node.op_type not in (*_PAIR, *_CARRIERS) or read & set(node.output)]
+        if len(kept) == len(graph.node):
+            break
+        _replace_nodes(graph, kept)
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
+        graph.initializer.remove(tensor)
+
+
+def use_one_scale_a_tensor(model: onnx.ModelProto) -> None:
+    """Gives every weight one scale. The largest of its channels' is that of the whole: both are max |w| / 127."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    pairs = [node for node in model.graph.node if node.op_type in _PAIR]
+    for node in pairs:
+        scale = tensors.get(node.input[1])
+        if node.input[0] in tensors and scale is not None and scale.dims:
+            largest = onnx.numpy_helper.to_array(scale).max()
+            scale.CopyFrom(onnx.numpy_helper.from_array(np.asarray(largest), scale.name))
+            zero = tensors[node.input[2]]
+            bits = bytes(onnx.helper.tensor_dtype_to_np_dtype(zero.data_type).itemsize)
+            zero.CopyFrom(onnx.helper.make_tensor(zero.name, zero.data_type, [], bits, raw=True))
+    for node in pairs:
+        if node.input[1] in tensors and not tensors[node.input[1]].dims:
+            for attribute in [attribute for attribute in node.attribute if attribute.name == "axis"]:
+                node.attribute.remove(attribute)
+
+
+def found_precision(path: Path) -> dict[str, Any]:
+    """Counts what a graph holds: compute operators by the type they run in, bytes of weights, their scales."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), data_prop=True)
+    values = [*model.graph.value_info, *model.graph.input, *model.graph.output]
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    producers = producers_of(model.graph)
+    counts: Counter[str] = Counter()
+    for node in model.graph.node:
+        if node.op_type in COMPUTE_OPS:
+            counts[_compute_type(node, producers, types)] += 1
+    weights: Counter[str] = Counter()
+    for tensor in model.graph.initializer:
+        weights[onnx.TensorProto.DataType.Name(tensor.data_type).lower()] += tensor_bytes(tensor)
+    found = {"compute_operators": dict(counts), "weight_bytes": dict(weights)}
+    dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    scales = Counter(
+        "per_channel" if dims.get(node.input[1]) else "per_tensor"
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in dims
+    )
+    return found | ({"weight_scales": dict(scales)} if scales else {})
+
+
+def _compute_type(node: onnx.NodeProto, producers: Producers, types: Mapping[str, int]) -> str:
+    """The type a MatMul, Gemm or Conv runs in: that of its Q/DQ pairs where both operands have one."""
+    pairs = [_pair(name, producers)[1] for name in node.input[:2]]
+    if len(pairs) == 2 and pairs[0] is not None and pairs[1] is not None:
+        operand = pairs[0].input[2] if len(pairs[0].input) > 2 else pairs[0].input[0]
+        return "fp8" if types.get(operand) == onnx.TensorProto.FLOAT8E4M3FN else "int8"
+    return _FLOAT_TYPES.get(types.get(node.input[0], 0), "other")

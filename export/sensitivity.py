@@ -1,0 +1,112 @@
+"""Which layers an 8-bit graph can not afford, where the whole of it breaks the accuracy budget.
+
+Contract: ranks the quantized layers by what each alone does to the outputs, on calibration rows; then keeps the
+worst ones high, as few as bring the drop on the evaluation split inside the budget. Works on the Q/DQ graph that
+calibration made: nothing is calibrated again. `export.quantize` runs it, writes `build/<name>/<precision>/
+sensitivity.json`, and shows the table.
+
+Share of a layer: its part in the sum, over all layers, of the squared output errors that each makes alone;
+with several outputs the mean of their shares. Errors of single layers add up about like independent noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from export.artifact import Row
+from export.qdq import quantized_layers, with_high
+
+RANKING_ROWS = 32
+
+Run = Callable[[onnx.ModelProto], list[Row]]
+"""The outputs of a graph, row by row."""
+
+
+def layer_shares(model: onnx.ModelProto, run: Run) -> dict[str, float]:
+    """The share of the output error that each quantized layer makes, worst first; they add up to 1."""
+    layers = quantized_layers(model)
+    reference = run(with_high(model, layers))
+    alone = {name: run(with_high(model, layers.keys() - {name})) for name in layers}
+    errors = np.array([squared_errors(outputs, reference) for outputs in alone.values()])  # (layers, outputs)
+    totals = errors.sum(axis=0)
+    shares = np.divide(errors, totals, out=np.zeros_like(errors), where=totals > 0)
+    means = shares[:, totals > 0].mean(axis=1) if (totals > 0).any() else np.full(len(layers), 1 / len(layers))
+    return dict(sorted(zip(layers, map(float, means), strict=True), key=lambda pair: -pair[1]))
+
+
+def squared_errors(outputs: Sequence[Row], reference: Sequence[Row]) -> list[float]:
+    """By output: squared error over the reference's squares; of integers the share of entries not in common."""
+    errors = []
+    for name in reference[0]:
+        pairs = [(row[name], expected[name]) for row, expected in zip(outputs, reference, strict=True)]
+        if reference[0][name].dtype.kind == "f":
+            wrong = sum(float(np.square(value.astype(np.float64) - ref).sum()) for value, ref in pairs)
+            scale = sum(float(np.square(ref.astype(np.float64)).sum()) for _, ref in pairs)
+            errors.append(float(np.nan_to_num(wrong / (scale or 1.0), nan=1e9, posinf=1e9)))
+        else:
+            errors.append(1 - float(np.mean([np.isin(value, ref).mean() for value, ref in pairs])))
+    return errors
+
+
+def output_error(outputs: Sequence[Row], reference: Sequence[Row]) -> float:
+    """One number: the root of the mean relative squared error of the float outputs, of all where none is float."""
+    floats = [value.dtype.kind == "f" for value in reference[0].values()]
+    errors = squared_errors(outputs, reference)
+    chosen = [error for error, is_float in zip(errors, floats, strict=True) if is_float or not any(floats)]
+    return math.sqrt(sum(chosen) / len(chosen))
+
+
+def fewest_high(
+    worst_first: Sequence[str], drop_with: Callable[[Sequence[str]], float], max_drop: float
+) -> tuple[list[str] | None, list[dict[str, Any]]]:
+    """The shortest beginning of `worst_first` that has to stay high, and what was tried.
+
+    Doubles the number until the drop is inside the budget, then halves the gap. None where even a single layer
+    left at 8 bits breaks the budget.
+    """
+    tried: list[dict[str, Any]] = []
+
+    def inside(count: int) -> bool:
+        tried.append({"high": count, "drop": drop_with(worst_first[:count])})
+        return tried[-1]["drop"] <= max_drop
+
+    most = len(worst_first) - 1
+    fails, holds = 0, min(1, most)
+    while holds and not inside(holds):
+        fails, holds = holds, min(2 * holds, most) if holds < most else 0
+    if not holds:
+        return None, tried
+    while holds - fails > 1:
+        middle = (fails + holds) // 2
+        fails, holds = (fails, middle) if inside(middle) else (middle, holds)
+    return list(worst_first[:holds]), tried
+
+
+def sensitivity_pass(
+    model: onnx.ModelProto, run: Run, drop_of: Callable[[onnx.ModelProto], float], max_drop: float
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """The graph that is inside the budget, and the report; the whole graph where there is none.
+
+    A graph inside the budget at once costs its own measurement and nothing else.
+    """
+    drop = drop_of(model)
+    report: dict[str, Any] = {"max_drop": max_drop, "drop": drop, "held": drop <= max_drop, "layers": [], "tried": []}
+    if report["held"]:
+        return model, report
+    layers = quantized_layers(model)
+    shares = layer_shares(model, run)
+    high, report["tried"] = fewest_high(list(shares), lambda names: drop_of(with_high(model, names)), max_drop)
+    report["layers"] = [
+        {"name": name, "operator": layers[name], "share": share, "high": name in (high or ())}
+        for name, share in shares.items()
+    ]
+    if high is None:
+        return model, report
+    found = with_high(model, high)
+    report |= {"held": True, "drop": next(each["drop"] for each in report["tried"] if each["high"] == len(high))}
+    return found, report
