@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from rich import box
 from rich.console import Console
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument(
         "--target",
         default="onnxruntime",
-        choices=("onnxruntime", "tensorrt", "tensorrt_rtx"),
+        choices=get_args(Target),
         help="(default: %(default)s)",
     )
     parser.add_argument(

@@ -49,26 +49,28 @@ from export.artifact import (
 )
 
 KEPT_VERSIONS = 3  # the one that is served and two to go back to
-BACKEND_SOURCE = Path(__file__).parent.parent / "serving" / "onnxruntime_backend.py"
+ROOT = Path(__file__).parent.parent
+# What the Python backend runs, by its name in a version.
+BACKEND_SOURCES = {
+    "model.py": ROOT / "serving" / "onnxruntime_backend.py",
+    "onnxruntime_session.py": ROOT / "deepseek" / "onnxruntime_session.py",
+}
 
 
-def model_config(spec: DeploymentSpec, precision: Precision, target: Target, warmup: dict[str, Row]) -> ModelConfig:
-    """Triton's configuration of a model. `warmup` maps a file-name prefix to the row that is there."""
+def model_config(
+    spec: DeploymentSpec, precision: Precision, target: Target, warmup: dict[str, Row], device: str = "cpu"
+) -> ModelConfig:
+    """Triton's configuration of a model.
+
+    `warmup` maps a file-name prefix to the row that is there; `device` is what a TorchScript module was made for.
+    """
     spec = spec.for_target(target)
     config = ModelConfig(name=spec.name, max_batch_size=spec.max_batch)
     for tensors, added in ((spec.inputs, config.input), (spec.outputs, config.output)):
         for name, tensor in tensors.items():
             entry = added.add(name=name, data_type=_data_type(tensor.dtype))
             entry.dims.extend(_dim(spec, dim) for dim in tensor.shape[1:])
-    group = config.instance_group.add(count=spec.batching.instances)
-    if target == "tensorrt":
-        config.backend = "tensorrt"
-        config.default_model_filename = "model.plan"
-        group.kind = ModelInstanceGroup.KIND_GPU
-    else:
-        config.backend = "python"
-        group.kind = ModelInstanceGroup.KIND_CPU
-        config.parameters["threads"].string_value = str(spec.batching.threads or 0)
+    _set_backend(config, spec, target, device)
     config.parameters["precision"].string_value = precision
     batching = config.dynamic_batching
     batching.max_queue_delay_microseconds = spec.batching.max_queue_delay_us
@@ -86,6 +88,47 @@ def model_config(spec: DeploymentSpec, precision: Precision, target: Target, war
                 entry.dims.extend(array.shape[1:])
                 entry.input_data_file = f"{prefix}-{name}"
     return config
+
+
+def _set_backend(config: ModelConfig, spec: DeploymentSpec, target: Target, device: str) -> None:
+    """Which of Triton's backends runs the model, on how many instances of what kind."""
+    group = config.instance_group.add(count=spec.batching.instances, kind=ModelInstanceGroup.KIND_GPU)
+    if target == "tensorrt":
+        config.backend = "tensorrt"
+        config.default_model_filename = "model.plan"
+    elif target == "torchscript":
+        config.backend, config.platform = "pytorch", "pytorch_libtorch"
+        config.default_model_filename = "model.pt"
+        if device == "cpu":
+            group.kind = ModelInstanceGroup.KIND_CPU
+        else:
+            group.gpus.append(int(device.removeprefix("cuda:")))  # a trace holds its device's number
+        if spec.batching.threads:
+            config.parameters["INTRA_OP_THREAD_COUNT"].string_value = str(spec.batching.threads)
+    elif spec.onnxruntime.backend == "onnxruntime":
+        _set_own_onnxruntime(config, group, spec)
+    else:
+        config.backend = "python"
+        # One device for auto, since what runs there is known only then; Triton itself knows of no AMD or Ascend.
+        if spec.onnxruntime.provider not in ("cuda", "tensorrt"):
+            group.kind = ModelInstanceGroup.KIND_CPU
+        config.parameters["threads"].string_value = str(spec.batching.threads or 0)
+        config.parameters["provider"].string_value = spec.onnxruntime.provider
+        config.parameters["provider_options"].string_value = json.dumps(spec.provider_options)
+
+
+def _set_own_onnxruntime(config: ModelConfig, group: ModelInstanceGroup, spec: DeploymentSpec) -> None:
+    """Triton's own ONNX Runtime backend, which puts all on the GPU that its instance is on."""
+    provider = spec.onnxruntime.provider
+    config.backend = "onnxruntime"
+    config.default_model_filename = "model.onnx"
+    if provider in ("auto", "cpu"):
+        group.kind = ModelInstanceGroup.KIND_CPU if provider == "cpu" else ModelInstanceGroup.KIND_AUTO
+    else:
+        accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
+        accelerators.add(name=provider, parameters=spec.provider_options)
+    if spec.batching.threads:
+        config.parameters["intra_op_thread_count"].string_value = str(spec.batching.threads)
 
 
 def _data_type(dtype: str) -> Any:
@@ -123,7 +166,9 @@ def check_profile(spec: DeploymentSpec, engine: Path) -> None:
 def publish_version(spec: DeploymentSpec, precision: Precision, target: Target, repository: Path) -> dict[str, Any]:
     """Adds the next version of a model to the repository; returns what it added."""
     if target == "tensorrt_rtx":
-        raise InputError("target tensorrt_rtx: Triton cannot load such an engine; publish onnxruntime or tensorrt")
+        raise InputError(
+            "target tensorrt_rtx: Triton cannot load such an engine; publish onnxruntime, tensorrt or torchscript"
+        )
     engine = need(engine_path(spec.name, precision, target), f"make engine MODEL={spec.name} PRECISION={precision}")
     check_profile(spec, engine)
     row = load_rows(build_dir(spec.name) / "evaluation.npz")[0]
@@ -156,14 +201,17 @@ def _stage(
     folder.mkdir()
     for file in engine.parent.glob(f"{engine.name}*"):
         shutil.copyfile(file, folder / file.name)
-    if target == "onnxruntime":
-        shutil.copyfile(BACKEND_SOURCE, folder / "model.py")
+    if target == "onnxruntime" and spec.onnxruntime.backend == "python":
+        for name, source in BACKEND_SOURCES.items():
+            shutil.copyfile(source, folder / name)
     write_manifest(folder / "manifest.json", published_manifest(spec, target, engine, folder))
     (scratch / "warmup").mkdir()
     for name, array in row.items():
         (scratch / "warmup" / f"{version}-{name}").write_bytes(array.tobytes())
+    device = read_manifest(engine).settings.get("device", "cpu")
+    config = config_text(model_config(spec, precision, target, {str(version): row}, device))
     for place in (scratch, folder):  # the version's own copy is what a server that goes back to it takes
-        (place / "config.pbtxt").write_text(config_text(model_config(spec, precision, target, {str(version): row})))
+        (place / "config.pbtxt").write_text(config)
     return version
 
 
@@ -213,7 +261,10 @@ def main() -> None:
     parser = Parser(__doc__, prog="python -m export.to_triton")
     add_model_arguments(parser)
     parser.add_argument(
-        "--target", default="onnxruntime", choices=("onnxruntime", "tensorrt"), help="(default: %(default)s)"
+        "--target",
+        default="onnxruntime",
+        choices=("onnxruntime", "tensorrt", "torchscript"),
+        help="(default: %(default)s)",
     )
     parser.add_argument(
         "--precision", choices=("fp32", "fp16", "int8", "fp8"), help="(default: what export.compare chose)"

@@ -200,10 +200,11 @@ def check_repository(repository: Path) -> list[str]:
     if not configs:
         raise InputError(f"{repository}: no model in it (no */config.pbtxt); make one with: make engine")
     for config in configs:
-        backend = re.search(r'^\s*(?:backend|platform)\s*:\s*"([^"]*)"', config.read_text(), re.MULTILINE)
-        if backend and backend[1] != "python":
+        named = dict(re.findall(r'^\s*(backend|platform)\s*:\s*"([^"]*)"', config.read_text(), re.MULTILINE))
+        backend = named.get("backend") or named.get("platform", "python")
+        if backend != "python":
             raise InputError(
-                f"{config}: needs Triton's {backend[1]} backend, the embedded server has only python; "
+                f"{config}: this server has no {backend} backend: the embedded Triton has only python; "
                 "serve it with docker compose up, or rebuild with: make engine TARGET=onnxruntime"
             )
     return [config.parent.name for config in configs]

@@ -1,10 +1,13 @@
 """Triton Python-backend model that runs `model.onnx` beside it in ONNX Runtime, a whole batch at once.
 
-Contract: `export.to_triton` copies this file into a version directory as `model.py`. Names and types come
-from `config.pbtxt`; its parameter `threads` is the intra-op threads of one instance, 0 shares the cores
-out among the instances. Triton's batcher has already put requests of equal shape together: they are
-joined along the first axis, run once and split again. Where a batch fails, its requests are run one by
-one, so that a bad one fails alone.
+Contract: `export.to_triton` copies this file into a version directory as `model.py`, beside it
+`deepseek/onnxruntime_session.py`, which opens the session. Names and types come from `config.pbtxt`; of its
+parameters `threads` is the intra-op threads of one instance, 0 shares the cores out among the instances, `provider`
+and `provider_options` are what `[onnxruntime]` of deploy.toml has. An instance of KIND_GPU runs on the GPU that Triton
+gave it. A provider that is missing is the reason for not loading; the one that serves is in the log.
+
+Triton's batcher has already put requests of equal shape together: they are joined along the first axis, run once and
+split again. Where a batch fails, its requests are run one by one, so that a bad one fails alone.
 
 Answers are sent by a thread of their own, after `execute` has returned. With a bounded queue Triton
 otherwise misses now and then that the instance has become free: a client that answers fast enough has its next request
@@ -23,6 +26,7 @@ import threading
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
+from onnxruntime_session import open_session
 
 _USED = b"used_dltensor"  # kept here: a capsule only points to its name
 _set_capsule_name = ctypes.pythonapi.PyCapsule_SetName
@@ -40,7 +44,8 @@ class TritonPythonModel:
         path = os.path.join(args["model_repository"], args["model_version"], "model.onnx")
         options = onnxruntime.SessionOptions()
         options.inter_op_num_threads = 1
-        threads = int(config["parameters"]["threads"]["string_value"])
+        parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
+        threads = int(parameters["threads"])
         instances = config["instance_group"][0]["count"]
         options.intra_op_num_threads = threads or max(1, len(os.sched_getaffinity(0)) // instances)
         # Spin while a batch runs, not after it: the cores are the server's and the clients' too.
@@ -49,7 +54,12 @@ class TritonPythonModel:
         self.answers: queue.SimpleQueue = queue.SimpleQueue()
         self.sender = threading.Thread(target=self._send, daemon=True)
         self.sender.start()
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        device_id = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
+        opened = open_session(
+            path, options, parameters["provider"], json.loads(parameters["provider_options"]), device_id
+        )
+        pb_utils.Logger.log_info(f"{args['model_instance_name']}: {opened}")
+        self.session = opened.session
 
     def execute(self, requests: list) -> None:
         """Runs a batch; its answers follow through the requests' response senders."""
