@@ -4,11 +4,14 @@ The wheel `nvidia-pytriton` ships the server and its Python backend; this module
 directory that the server wants, starts it, waits until it is ready and stops it. Nothing of what it
 started outlives it: not after Ctrl-C, SIGTERM, nor a kill of this process.
 
-Contract: `EmbeddedServer` is a context manager over a model repository; errors are one line.
+Contract: `EmbeddedServer` is a context manager over a model repository; errors are one line. Triton sees only what
+`serving.view` has approved: a version that is damaged or does not fit its configuration is refused in one line, and an
+older good one is served.
 
 Examples:
     python -m serving.embedded                                 # serve model_repository/ until Ctrl-C
     python -m serving.embedded --repository /models --http-port 9000 --grpc-port 9001 --metrics-port 9002
+    python -m serving.embedded --poll-s 2                      # follow new versions; a bad one changes nothing
     python -m serving.embedded -- make infer loadtest          # serve while a command runs, then stop
 """
 
@@ -17,8 +20,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
+import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -26,6 +31,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -34,10 +40,13 @@ from pathlib import Path
 from types import TracebackType
 
 from deepseek.spec import InputError, Parser, run_command
+from serving.repository import Finding, models_in
+from serving.view import ApprovedView, Change
 
 WHEEL = "nvidia-pytriton"
 EXIT_TIMEOUT_S = 3  # for requests in flight; an idle keep-alive connection uses up all of it
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_KEY_HEADER = "embedded-triton-key"
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -50,6 +59,7 @@ class EmbeddedServer:
     Raises:
         InputError: port in use, wheel missing, a repository that cannot be served, a model that does
             not load (with Triton's reason), or not ready within `timeout_s`.
+        GateFailed: a model of which no version can be served.
     """
 
     def __init__(
@@ -72,9 +82,13 @@ class EmbeddedServer:
         self.timeout_s = timeout_s
         self.log_path = Path(log_path or Path(os.environ.get("BUILD", "build")) / "serving" / "triton.log")
         self._poll_s = poll_s
+        self._key = secrets.token_urlsafe()  # model control is ours alone
         self._flags = flags
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: Path | None = None
+        self._view: ApprovedView | None = None
+        self._watcher: threading.Thread | None = None
+        self._stopping = threading.Event()
 
     @property
     def http_url(self) -> str:
@@ -91,10 +105,18 @@ class EmbeddedServer:
         """Where Prometheus scrapes."""
         return f"http://{self.address}:{self.metrics_port}/metrics"
 
+    @property
+    def unchecked(self) -> list[Finding]:
+        """A line for each model that `export.to_triton` did not make."""
+        return self._view.unchecked if self._view else []
+
     def __enter__(self) -> EmbeddedServer:
         try:
             self._start()
             self._wait_until_ready()
+            if self._poll_s is not None:
+                self._watcher = threading.Thread(target=self._watch, args=(self._poll_s,), daemon=True)
+                self._watcher.start()
         except BaseException:
             self.stop()
             raise
@@ -110,6 +132,8 @@ class EmbeddedServer:
         server, libraries, backend, stub = _parts()
         # Short and private: the path goes on the stub's command line, the prefix into /dev/shm.
         self._scratch = Path(tempfile.mkdtemp(prefix="embedded-triton-"))
+        self._view = ApprovedView(self.repository, self._scratch / "models", _say)
+        self._view.fill()
         _assemble_backend(self._scratch / "backends" / "python", backend, stub)
         environment = _environment(libraries, self._scratch)
         command = [str(server), *self._server_flags()]
@@ -133,7 +157,7 @@ class EmbeddedServer:
     def _server_flags(self) -> list[str]:
         assert self._scratch is not None
         flags = [
-            f"--model-repository={self.repository.resolve()}",
+            f"--model-repository={self._scratch / 'models'}",
             f"--backend-directory={self._scratch / 'backends'}",
             # Each server has its own region names, so that two never meet and leftovers can be removed.
             f"--backend-config=python,shm-region-prefix-name={self._scratch.name}",
@@ -149,15 +173,47 @@ class EmbeddedServer:
         if self._poll_s is None:
             flags.append("--model-control-mode=none")
         else:
-            flags += ["--model-control-mode=poll", f"--repository-poll-secs={self._poll_s}"]
+            # Not Triton's own polling: what is loaded is decided here, and a failure has its reason in the answer.
+            flags += ["--model-control-mode=explicit", "--load-model=*"]
+            flags += [f"--http-restricted-api=model-repository:{_KEY_HEADER}={self._key}"]
+            flags += [f"--grpc-restricted-protocol=model-repository:{_KEY_HEADER}={self._key}"]
         return [*flags, *self._flags]
+
+    def _watch(self, poll_s: float) -> None:
+        """Follows the repository until the server stops."""
+        assert self._view is not None
+        while not self._stopping.wait(poll_s):
+            for change in self._view.changes():
+                reason = self._control(change)
+                if reason and not self._stopping.is_set():
+                    self._view.take_back(change, reason)
+
+    def _control(self, change: Change) -> str | None:
+        """Has Triton load or unload a model; returns its reason where it did not."""
+        url = f"http://{self.http_url}/v2/repository/models/{change.model}/{change.action}"
+        request = urllib.request.Request(url, b"{}", {_KEY_HEADER: self._key}, method="POST")
+        try:
+            urllib.request.urlopen(request, timeout=self.timeout_s).close()
+        except urllib.error.HTTPError as error:
+            text = error.read().decode(errors="replace")
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                text = json.loads(text)["error"]
+            return self._as_seen(text)
+        except OSError as error:
+            return str(error)
+        return None
+
+    def _as_seen(self, text: str) -> str:
+        """Triton's words about its view, in those of the repository, in one line."""
+        view = str(self._view.folder) if self._view else ""
+        return " ".join(text.replace(view, str(self.repository)).split()) if view else text
 
     def _wait_until_ready(self) -> None:
         assert self._process is not None
         deadline = time.monotonic() + self.timeout_s
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise InputError(_failure(self.log_path, self._process.returncode))
+                raise InputError(self._as_seen(_failure(self.log_path, self._process.returncode)))
             with contextlib.suppress(OSError):
                 url = f"http://{self.http_url}/v2/health/ready"
                 if urllib.request.urlopen(url, timeout=1).status == 200:
@@ -165,7 +221,7 @@ class EmbeddedServer:
             time.sleep(0.05)
         raise InputError(
             f"Triton was not ready within {self.timeout_s:g} s; "
-            f"{_load_failures(self.log_path) or 'it is still loading'}; "
+            f"{self._as_seen(_load_failures(self.log_path)) or 'it is still loading'}; "
             f"see {self.log_path} or give it longer with --timeout-s"
         )
 
@@ -175,6 +231,7 @@ class EmbeddedServer:
 
     def stop(self) -> None:
         """Lets requests in flight finish, ends the server and its stubs, removes what it laid out."""
+        self._stopping.set()
         if self._process is not None:
             if self._process.poll() is None:
                 self._process.terminate()
@@ -187,6 +244,9 @@ class EmbeddedServer:
                 while os.waitpid(-self._process.pid, 0):  # stubs that the server left to us
                     pass
             self._process = None
+        if self._watcher is not None:
+            self._watcher.join()  # a call to the server that has just ended fails at once
+            self._watcher = None
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
             for region in Path("/dev/shm").glob(f"{self._scratch.name}*"):
@@ -196,9 +256,7 @@ class EmbeddedServer:
 
 def check_repository(repository: Path) -> list[str]:
     """Names of the models in `repository`; raises InputError where the embedded server cannot serve it."""
-    configs = sorted(repository.glob("*/config.pbtxt"))
-    if not configs:
-        raise InputError(f"{repository}: no model in it (no */config.pbtxt); make one with: make engine")
+    configs = [model / "config.pbtxt" for model in models_in(repository)]
     for config in configs:
         named = dict(re.findall(r'^\s*(backend|platform)\s*:\s*"([^"]*)"', config.read_text(), re.MULTILINE))
         backend = named.get("backend") or named.get("platform", "python")
@@ -290,7 +348,7 @@ def _load_failures(log_path: Path) -> str:
     """Triton's own reason for each model that did not load, in one line."""
     log = log_path.read_text(errors="replace")
     reasons = {
-        " ".join(match[2].split())
+        " ".join(match[2].partition(r"\n\nAt:")[0].split())  # a Python model's own reason, without its stack
         for match in re.finditer(r'failed to (load|stat|poll)\b(.*?)(?:"?\n(?=[IWE]\d{4}|\+|$))', log, re.DOTALL)
     }
     return "; ".join(f"failed to load {reason}" for reason in sorted(reasons) if "all models" not in reason)
@@ -324,9 +382,15 @@ def _signals_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _serve(server: EmbeddedServer, command: list[str]) -> int:
     """Prints the endpoints; waits for Ctrl-C, or runs `command` and returns its exit status."""
     print(f"serving   {', '.join(server._models)} from {server.repository}")
+    for finding in server.unchecked:
+        print(f"warning   {finding}")
     print(f"HTTP      http://{server.http_url}/v2")
     print(f"gRPC      {server.grpc_url}")
     print(f"metrics   {server.metrics_url}")

@@ -1,7 +1,7 @@
 """What a machine has that decides whether an engine runs on it: GPUs, memory, Triton's release, disk, Docker.
 
-Contract: `Machine` is plain data, so that the doctor can be asked about a machine that is not this one; `detect` fills it
-for this one, with the standard library alone. What cannot be found out is None, never a guess.
+Contract: `Machine` is plain data, so that the doctor can be asked about a machine that is not this one; `detect`
+fills it for this one. What cannot be found out is None, never a guess.
 """
 
 from __future__ import annotations
@@ -94,7 +94,11 @@ def parse_tag(tag: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-_NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader,nounits")
+_NVIDIA_SMI = (
+    "nvidia-smi",
+    "--query-gpu=name,compute_cap,driver_version,memory.total",
+    "--format=csv,noheader,nounits",
+)
 
 
 def parse_gpus(text: str) -> tuple[Gpu, ...]:
@@ -150,7 +154,9 @@ def _docker_runtimes() -> tuple[str, ...] | None:
     except json.JSONDecodeError:
         return None
     names = set(information.get("Runtimes") or ())
-    if any(str(device.get("ID", "")).startswith("nvidia.com/gpu") for device in information.get("DiscoveredDevices") or ()):
+    if any(
+        str(device.get("ID", "")).startswith("nvidia.com/gpu") for device in information.get("DiscoveredDevices") or ()
+    ):
         names.add("nvidia")
     return tuple(sorted(names))
 
