@@ -11,6 +11,7 @@ MODEL ?= recommender##            model folder
 MODELS ?= models##              folder of model folders; may lie outside the repository
 DATA ?=##                     a shop's own click log (csv: user,item,timestamp) in place of MovieLens-100K
 PRECISION ?= auto##             auto, fp32, fp16, int8 or fp8
+PRUNE ?=##                     share of heads and channels to prune, e.g. 0.25 (default: none)
 TARGET ?= auto##             auto, onnxruntime, tensorrt, tensorrt_rtx or torchscript
 TRITON_TAG ?= 26.10##             release of NVIDIA's containers, of the engine build and of the server
 NATIVE ?=##                     1: build tensorrt engines with this machine's own TensorRT, not in the container
@@ -19,7 +20,8 @@ GRPC_PORT ?= 8001##
 METRICS_PORT ?= 8002##
 PROTOCOL ?= grpc##             grpc or http
 URL ?= 127.0.0.1:$(if $(filter http,$(PROTOCOL)),$(HTTP_PORT),$(GRPC_PORT))## server to call
-RATE ?=##                     requests/s, open loop (default: slo.rate_rps)
+RATE ?=##                     requests/s, open loop (default: each rate that the SLO names)
+SHAPE ?=##                     rates that change, open loop: 50x30,50-200x60 (requests/s x seconds)
 USERS ?=##                     users one after the other, closed loop
 DURATION_S ?= 30##             of a load test
 RUN ?=##                     folder of a load test for verdict and report (default: the latest)
@@ -33,6 +35,7 @@ MODEL := $(strip $(MODEL))
 MODELS := $(strip $(MODELS))
 DATA := $(strip $(DATA))
 PRECISION := $(strip $(PRECISION))
+PRUNE := $(strip $(PRUNE))
 TARGET := $(strip $(TARGET))
 TRITON_TAG := $(strip $(TRITON_TAG))
 NATIVE := $(strip $(NATIVE))
@@ -95,7 +98,7 @@ metadata: $(VENV)/.ready ## what the server says of the model
 ##@ Load test
 loadtest: $(VENV)/.ready ## measure the server; leaves a folder in build/<model>/loadtests/
 	@$(PY) -m loadtests.run $(WHICH) --url $(URL) --protocol $(PROTOCOL) --target $(T) --duration-s $(DURATION_S) \
-	    $(if $(strip $(RATE)),--rate $(RATE)) $(if $(strip $(USERS)),--users $(USERS))
+	    $(if $(strip $(RATE)),--rate $(RATE)) $(if $(strip $(SHAPE)),--shape '$(SHAPE)') $(if $(strip $(USERS)),--users $(USERS))
 
 verdict: $(VENV)/.ready ## judge a run against deploy.toml
 	@$(PY) -m loadtests.slo $(WHICH) $(if $(strip $(RUN)),--run $(RUN))
@@ -169,6 +172,7 @@ $(B)/settings/$(1): FORCE
 	@mkdir -p $$(@D) && { echo '$(2)' | cmp -s - $$@ || echo '$(2)' >$$@; }
 endef
 $(eval $(call remember,data,$(DATA)))
+$(eval $(call remember,prune,$(PRUNE)))
 $(eval $(call remember,high-precision,$(HIGH)))
 $(eval $(call remember,target,$(T)))
 $(eval $(call remember,precision,$(PRECISION) $(CANDIDATES)))
@@ -188,7 +192,13 @@ $(B)/weights: $(filter-out %/deploy.toml,$(MODEL_FILES)) $(addprefix deepseek/,c
 	@OMP_WAIT_POLICY=passive $(PY) -m export.source $(WHICH)  # idle threads do not spin: a busy machine is no slower
 	@touch $@
 
-$(B)/fp32/model.onnx: $(B)/weights $(MODEL_FILES) $(addprefix export/,to_onnx.py source.py reference.py) $(STAGES)
+# The module that is exported: pruned where PRUNE says so. Without it, what an earlier PRUNE left goes.
+PRUNING := $(addprefix deepseek/,attention.py distillation.py prunable.py pruning.py) export/prune.py
+$(B)/module: $(B)/weights $(MODEL_FILES) $(if $(PRUNE),$(PRUNING)) $(B)/settings/prune
+	@$(if $(PRUNE),OMP_WAIT_POLICY=passive $(PY) -m export.prune $(WHICH) --ratio $(PRUNE),rm -f $(B)/pruned.safetensors $(B)/pruning.json)
+	@touch $@
+
+$(B)/fp32/model.onnx: $(B)/module $(MODEL_FILES) $(addprefix export/,to_onnx.py source.py reference.py) $(STAGES)
 	@$(PY) -m export.to_onnx $(WHICH)
 
 QUANTIZE := $(B)/fp32/model.onnx export/quantize.py deepseek/quantization.py

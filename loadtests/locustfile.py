@@ -31,9 +31,10 @@ from locust.env import Environment
 from locust.exception import StopUser
 
 from loadtests import server_statistics
+from loadtests.clock import Clock, take_precedence
 from loadtests.inputs import read_inputs
 from loadtests.results import Recorder, Settings
-from loadtests.schedule import Clock, Schedule, Segment, take_precedence
+from loadtests.schedule import Schedule, Segment
 
 START_DELAY_S = 0.5  # from Locust's start signal to the first request: time for every user to be there
 
@@ -51,10 +52,10 @@ class Load:
         )
         self._requests = prepare_requests(self._client, settings)
         self._times_s: np.ndarray | None = None
-        if settings.rate_rps is not None:
-            segments = [Segment(duration_s=settings.warmup_s, rate_rps=settings.rate_rps)]
-            segments.append(Segment(duration_s=settings.duration_s, rate_rps=settings.rate_rps))
-            schedule = Schedule(tuple(segments), settings.arrivals, settings.seed)
+        if settings.open_loop:
+            first = settings.segments[0]
+            warmup = Segment(duration_s=settings.warmup_s, rate_rps=first.rate_rps)
+            schedule = Schedule((warmup, *settings.segments), settings.arrivals, settings.seed)
             self._times_s = schedule.times_s() - settings.warmup_s
         self.recorder = Recorder(self._times_s)
         self._rows: list[dict[str, Any]] = []

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -23,7 +24,7 @@ from deepseek.spec import Parser, SloSpec, run_command
 from loadtests import server_statistics
 from loadtests.charts import Chart, Scale, stacked_bar, up_to
 from loadtests.results import Latency, Run
-from loadtests.slo import Judgement, Objective, add_run_arguments, formatted, judge, latency_limits, load
+from loadtests.slo import Judged, Judgement, add_run_arguments, formatted, judge, latency_limits, load
 
 HEADLINES = {
     "holds": "The SLO holds",
@@ -33,12 +34,12 @@ HEADLINES = {
 }
 SYMBOLS = {"holds": "✓", "violated": "✕", "inconclusive": "?", "invalid": "!"}
 MEANINGS = {
-    "p50_ms": "half of the requests are answered within",
-    "p95_ms": "95 of 100 requests are answered within",
-    "p99_ms": "99 of 100 requests are answered within",
-    "rate_rps": "good answers a second",
-    "max_error_rate": "requests that fail",
+    "ms": "latency",
+    "throughput": "good answers a second",
+    "error_rate": "requests that fail",
+    "quality": "task metric of the served model",
 }
+BOUNDS = {"<": "less than", "<=": "at most", ">": "more than", ">=": "at least"}
 TAIL = (50, 75, 90, 95, 99, 99.9, 99.99)  # percentiles named below the tail chart
 WORDS = {"intended": "from the planned send", "service": "from the actual send"}
 PARTS = {
@@ -65,8 +66,8 @@ def kinds(run: Run) -> tuple[Latency, ...]:
 
 def tail_chart(run: Run, slo: SloSpec) -> str:
     """Latency at every percentile; the x axis gives each further nine the same room."""
-    distributions = {kind: run.latency(kind) for kind in kinds(run)}
-    total = max(1, run.planned)
+    distributions = {kind: run.window.latency(kind) for kind in kinds(run)}
+    total = max(1, run.window.planned)
     last = max(99.0, 100 * (1 - 1 / total))
     position = lambda percent: -math.log10(1 - percent / 100)  # noqa: E731
     percents = [100 * (1 - 10**-step) for step in np.linspace(0, position(last), 300)]
@@ -92,7 +93,7 @@ def tail_chart(run: Run, slo: SloSpec) -> str:
 
 def distribution_chart(run: Run) -> str:
     """How many requests took how long, on a logarithmic axis."""
-    distributions = {kind: run.latency(kind) for kind in kinds(run)}
+    distributions = {kind: run.window.latency(kind) for kind in kinds(run)}
     lows = [found.percentile_ms(0) for found in distributions.values()]
     highs = [found.max_ms for found in distributions.values()]
     low = min((value for value in lows if math.isfinite(value)), default=1)
@@ -179,26 +180,32 @@ def _card(title: str, body: str, explanation: str = "", css: str = "") -> str:
     return f"<section class='card {css}'><h2>{escape(title)}</h2>{body}{text}</section>"
 
 
-def _objective(each: Objective) -> str:
+def _objective(each: Judged) -> str:
     """One objective as a row, with a bar that has the limit at 80 % of its length."""
     used = each.seen / (each.limit or 1e-9)
     width = 100 * min(1.0, used / 1.25) if math.isfinite(used) else 100
-    word = "at least" if each.name == "rate_rps" else "at most"
     note = f"<span class='note'>{escape(each.note)}</span>" if each.note else ""
     return (
-        f"<li class='{each.status}'><div class='objective'><b>{each.name}</b>"
-        f"<span>{MEANINGS[each.name]}</span></div>"
-        f"<div class='figures'><b>{formatted(each.name, each.seen)}</b>"
-        f"<span>{word} {formatted(each.name, each.limit)}</span></div>"
+        f"<li class='{each.status}'><div class='objective'><b>{escape(each.name)}</b>"
+        f"<span>{_meaning(each)}</span></div>"
+        f"<div class='figures'><b>{formatted(each.kind, each.seen)}</b>"
+        f"<span>{BOUNDS[each.relation]} {formatted(each.kind, each.limit)}</span></div>"
         f"<div class='bar' role='presentation'><i style='width:{width:.1f}%'></i></div>"
         f"<div class='status'>{SYMBOLS[each.status]} {each.status}{note}</div></li>"
     )
 
 
+def _meaning(each: Judged) -> str:
+    """What an objective asks for, in words."""
+    found = re.match(r"p([\d.]+)_ms", each.name)
+    return f"{found[1]} of 100 requests are answered within" if found else MEANINGS[each.kind]
+
+
 def _headline(run: Run, judgement: Judgement) -> str:
     settings = run.settings
     if settings.open_loop:
-        how = f"{settings.rate_rps:g} requests/s, {settings.arrivals.capitalize()} arrivals (open loop)"
+        rate = f"{settings.rate_rps:g}" if settings.shape is None else settings.shape
+        how = f"{rate} requests/s, {settings.arrivals.capitalize()} arrivals (open loop)"
     else:
         how = f"{settings.users} users back to back (closed loop)"
     subject = f"{escape(settings.model)} over {settings.protocol}, {how}, for {settings.duration_s:g} s"
@@ -217,16 +224,16 @@ def _sentence(text: str) -> str:
 
 
 def _tiles(run: Run) -> str:
-    latency = run.latency(run.judged)
+    latency = run.window.latency(run.judged)
     tiles = [(f"p{percent:g}", ms(latency.percentile_ms(percent))) for percent in (50, 95, 99, 99.9)]
-    tiles += [("slowest answer", ms(latency.max_ms)), ("good answers", f"{run.throughput_rps:.1f}/s")]
-    tiles += [("requests", f"{run.planned:,}"), ("failed", f"{run.failed:,}")]
+    tiles += [("slowest answer", ms(latency.max_ms)), ("good answers", f"{run.window.throughput_rps:.1f}/s")]
+    tiles += [("requests", f"{run.window.planned:,}"), ("failed", f"{run.window.failed:,}")]
     return "<dl class='tiles'>" + "".join(f"<div><dt>{n}</dt><dd>{v}</dd></div>" for n, v in tiles) + "</dl>"
 
 
 def _percentiles(run: Run) -> str:
     """The figures under the charts, for those who want to copy them."""
-    found = {kind: run.latency(kind) for kind in kinds(run)}
+    found = {kind: run.window.latency(kind) for kind in kinds(run)}
     head = "".join(f"<th>{kind}</th>" for kind in found)
     rows = []
     for percent in (50, 75, 90, 95, 99, 99.9):
@@ -241,7 +248,7 @@ def _server(run: Run) -> str:
     means = server_statistics.means_ms(statistics)
     if not means:
         return "<p>Not available: the server does not give its statistics over this connection.</p>"
-    seen = run.latency("service").mean_ms
+    seen = run.window.latency("service").mean_ms
     rest = max(0.0, seen - sum(means.values())) if math.isfinite(seen) else 0.0
     rows = [
         *((name, PARTS[name], mean) for name, mean in means.items()),
@@ -264,19 +271,19 @@ def _server(run: Run) -> str:
 
 
 def _failures(run: Run) -> str:
-    if not run.failed:
+    if not run.window.failed:
         return "<p>No request failed.</p>"
-    rows = [(kind, f"{count:,} ({count / run.planned:.2%})") for kind, count in run.errors.most_common()]
+    rows = [(kind, f"{count:,} ({count / run.window.planned:.2%})") for kind, count in run.window.errors.most_common()]
     return _table(rows)
 
 
 def _generator(run: Run) -> Sequence[tuple[str, object]]:
-    lag = run.latency("lag")
+    lag = run.window.latency("lag")
     facts: list[tuple[str, object]] = [
         (name.replace("_cpu", " CPU"), f"{share:.0%}") for name, share in run.generator.items() if name != "precedence"
     ]
     if run.settings.open_loop:
-        facts.insert(0, ("requests taken up in time", f"{run.attempted_share:.2%}"))
+        facts.insert(0, ("requests taken up in time", f"{run.window.attempted_share:.2%}"))
         facts.insert(1, ("send lag p50 / p99", f"{ms(lag.percentile_ms(50))} / {ms(lag.percentile_ms(99))}"))
         facts.append(("real-time priority", "yes" if run.generator.get("precedence") else "not permitted"))
     return facts

@@ -33,6 +33,7 @@ import numpy as np
 from hdrh.histogram import HdrHistogram
 
 from deepseek.spec import InputError, Target, build_dir
+from loadtests.schedule import Segment, segments_of
 
 LONGEST_US = 3_600_000_000  # an hour; no request may take longer (see Settings.timeout_s)
 Latency = Literal["intended", "service", "lag"]
@@ -41,7 +42,7 @@ KINDS: tuple[Latency, ...] = ("intended", "service", "lag")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All that decides what a run does; `rate_rps` (open loop) or `users` (closed loop) is given."""
+    """All that decides what a run does; `rate_rps` or `shape` (open loop) or `users` (closed loop) is given."""
 
     model: str
     models: str
@@ -51,6 +52,8 @@ class Settings:
     inputs: str
     """The .npz file of real inputs."""
     rate_rps: float | None = None
+    shape: str | None = None
+    """Rates that change: see `schedule.segments_of`."""
     users: int | None = None
     arrivals: Literal["constant", "poisson"] = "poisson"
     seed: int = 0
@@ -64,7 +67,14 @@ class Settings:
     @property
     def open_loop(self) -> bool:
         """Requests leave on a fixed schedule rather than after an answer."""
-        return self.rate_rps is not None
+        return self.rate_rps is not None or self.shape is not None
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The rates of an open loop, one after the other; none of a closed one."""
+        if self.shape is not None:
+            return segments_of(self.shape)
+        return () if self.rate_rps is None else (Segment(duration_s=self.duration_s, rate_rps=self.rate_rps),)
 
 
 def histogram() -> HdrHistogram:
@@ -242,6 +252,58 @@ def _distribution(seconds: list[Second], kind: Latency, failed: int) -> Distribu
     return Distribution(counts, failed)
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Some seconds of a run, put together: counts, rates and latencies."""
+
+    settings: Settings
+    seconds: list[Second]
+    duration_s: float
+
+    @property
+    def planned(self) -> int:
+        """Requests that it was to have; in a closed loop those that it had."""
+        return sum(each.planned if self.settings.open_loop else each.ok + each.failed for each in self.seconds)
+
+    @property
+    def ok(self) -> int:
+        """Requests answered, whenever."""
+        return sum(each.ok for each in self.seconds)
+
+    @property
+    def failed(self) -> int:
+        """Requests planned and not answered: errors, time-outs, drops."""
+        return sum(each.failed for each in self.seconds)
+
+    @property
+    def unsent(self) -> int:
+        """Requests of which the generator lost sight: its own failure, not the server's."""
+        return self.planned - self.ok - self.failed
+
+    @property
+    def errors(self) -> Counter[str]:
+        """Failures by kind."""
+        kinds = sum((each.errors for each in self.seconds), Counter())
+        dropped = sum(each.dropped for each in self.seconds)
+        return kinds + Counter({"dropped": dropped})
+
+    @property
+    def throughput_rps(self) -> float:
+        """Good answers that came within these seconds, a second."""
+        return sum(each.completed for each in self.seconds) / self.duration_s
+
+    @property
+    def attempted_share(self) -> float:
+        """Requests that the generator took up within these seconds, of those planned in them; 1 in a closed loop."""
+        if not self.settings.open_loop or not self.planned:
+            return 1.0
+        return min(1.0, sum(each.attempted for each in self.seconds) / self.planned)
+
+    def latency(self, kind: Latency) -> Distribution:
+        """All latencies of these seconds."""
+        return _distribution(self.seconds, kind, 0 if kind == "lag" else self.failed)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One run, as its folder has it."""
@@ -252,6 +314,8 @@ class Run:
     generator: dict[str, Any]
     server: dict[str, Any]
     machine: dict[str, Any]
+    quality: dict[str, dict[str, Any]]
+    """Task metric -> `seen`, `baseline` (fp32 PyTorch) and `source`, of what was served; empty where not known."""
     seconds: tuple[Second, ...]
     """In order; the warm-up's are below 0, those after the window (late answers) at `duration_s` and above."""
 
@@ -277,52 +341,27 @@ class Run:
             raise InputError(f"{folder}: the run cannot be read ({error!r}); measure with: make loadtest") from None
 
     @cached_property
-    def window(self) -> list[Second]:
-        """The seconds that were measured, without warm-up and late answers."""
-        return [second for second in self.seconds if 0 <= second.second < self.settings.duration_s]
+    def window(self) -> Stretch:
+        """What was measured, without warm-up and late answers."""
+        inside = [second for second in self.seconds if 0 <= second.second < self.settings.duration_s]
+        return Stretch(self.settings, inside, self.settings.duration_s)
+
+    def at_rate(self, rate_rps: float) -> Stretch | None:
+        """The part of the window whose planned rate was this all along; None where there is none."""
+        seconds: list[Second] = []
+        start = total = 0.0
+        for segment in self.settings.segments:
+            end = start + segment.duration_s
+            if segment.rate_rps == rate_rps and segment.end_rps in (None, rate_rps):
+                seconds += [second for second in self.window.seconds if start <= second.second < end]
+                total += segment.duration_s
+            start = end
+        return Stretch(self.settings, seconds, total) if total else None
 
     @property
-    def planned(self) -> int:
-        """Requests that the window was to have; in a closed loop those that it had."""
-        return sum(each.planned if self.settings.open_loop else each.ok + each.failed for each in self.window)
-
-    @property
-    def ok(self) -> int:
-        """Requests answered, whenever."""
-        return sum(each.ok for each in self.window)
-
-    @property
-    def failed(self) -> int:
-        """Requests planned and not answered: errors, time-outs, drops."""
-        return sum(each.failed for each in self.window)
-
-    @property
-    def unsent(self) -> int:
-        """Requests of which the generator lost sight: its own failure, not the server's."""
-        return self.planned - self.ok - self.failed
-
-    @property
-    def errors(self) -> Counter[str]:
-        """Failures by kind."""
-        kinds = sum((each.errors for each in self.window), Counter())
-        dropped = sum(each.dropped for each in self.window)
-        return kinds + Counter({"dropped": dropped})
-
-    @property
-    def throughput_rps(self) -> float:
-        """Good answers that came within the window, a second."""
-        return sum(each.completed for each in self.window) / self.settings.duration_s
-
-    @property
-    def attempted_share(self) -> float:
-        """Requests that the generator took up within the window, of those planned in it; 1 in a closed loop."""
-        if not self.settings.open_loop or not self.planned:
-            return 1.0
-        return min(1.0, sum(each.attempted for each in self.window) / self.planned)
-
-    def latency(self, kind: Latency) -> Distribution:
-        """All latencies of the window."""
-        return _distribution(self.window, kind, 0 if kind == "lag" else self.failed)
+    def rates_rps(self) -> list[float]:
+        """The rates that were held for a while."""
+        return sorted({each.rate_rps for each in self.settings.segments if each.end_rps in (None, each.rate_rps)})
 
     @property
     def judged(self) -> Latency:

@@ -5,14 +5,16 @@ has the model ready and accepts the inputs. Then Locust runs `loadtests/locustfi
 its place under `build/<model>/loadtests/`, whole or not at all. Judging is `loadtests.slo`'s, drawing
 `loadtests.report`'s.
 
-Open loop (--rate, the default at the spec's slo.rate_rps): requests leave on a fixed schedule, whatever
-the server does. Closed loop (--users): each user waits for its answer, so a slow server is asked less.
+Open loop (--rate or --shape; by default at each rate that the spec's SLO names): requests leave on a fixed
+schedule, whatever the server does. Closed loop (--users): each user waits for its answer, so a slow server is
+asked less.
 
 Exit codes: 0 the measurement is valid, whatever it found; 2 wrong input; 3 the generator was not healthy.
 
 Examples:
     python -m loadtests.run                                             # gRPC at 127.0.0.1:8001, the SLO's rate
     python -m loadtests.run --protocol http --url 127.0.0.1:8000 --rate 200 --duration-s 60
+    python -m loadtests.run --shape "50x30, 500x5, 50x30"               # a spike; 10-200x60 is a ramp
     python -m loadtests.run --users 4 --duration-s 10                   # to set beside perf_analyzer
 """
 
@@ -35,7 +37,7 @@ from pathlib import Path
 from typing import IO, Any, get_args
 
 import psutil
-from deepseek_client import InferenceClient, InferenceError
+from deepseek_client import InferenceClient, InferenceError, ModelMetadata
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -51,15 +53,17 @@ from deepseek.spec import (
 )
 from loadtests import server_statistics, slo
 from loadtests.inputs import read_inputs
+from loadtests.quality import of_served
 from loadtests.results import Run, Settings, new_run, publish
+from loadtests.schedule import segments_of
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 DEFAULT_PORTS = {"grpc": 8001, "http": 8000}
 MOST_REQUESTS = 10_000_000  # a slip of the hand rather than a plan; a day at 100/s is 8.6 million
 
 
-def check(settings: Settings, spec: DeploymentSpec) -> str:
-    """Everything that can be known to be wrong before any load; returns the version served."""
+def check(settings: Settings, spec: DeploymentSpec) -> ModelMetadata:
+    """Everything that can be known to be wrong before any load; returns what the server says of the model."""
     _check_numbers(settings)
     rows = read_inputs(Path(settings.inputs))
     if rows[0].keys() != spec.inputs.keys():
@@ -70,19 +74,19 @@ def check(settings: Settings, spec: DeploymentSpec) -> str:
                 raise InputError(f"the server at {settings.url} is not ready; wait for it, or see its log")
             if not client.ready(settings.model):
                 raise InputError(f"{settings.model} is not ready at {settings.url}; is it in the model repository?")
-            versions = client.metadata(settings.model).versions
+            served = client.metadata(settings.model)
             for row in rows:
                 client.prepare(settings.model, row)
             client.infer(settings.model, rows[0])
     except InferenceError as error:
         raise InputError(str(error)) from None
-    return versions[-1] if versions else ""
+    return served
 
 
 def _check_numbers(settings: Settings) -> None:
-    if (settings.rate_rps is None) == (settings.users is None):
+    if [settings.rate_rps, settings.shape, settings.users].count(None) != 2:
         raise InputError(
-            "give --rate (open loop) or --users (closed loop), one of them; slo.rate_rps is the default rate"
+            "give --rate or --shape (open loop) or --users (closed loop), one of them; slo.rate_rps is the default rate"
         )
     for name in ("rate_rps", "users", "duration_s", "timeout_s", "max_in_flight"):
         value = getattr(settings, name)
@@ -92,11 +96,12 @@ def _check_numbers(settings: Settings) -> None:
         raise InputError(f"--duration-s {settings.duration_s:g}: it must be a whole number")
     if not 0 <= settings.warmup_s < math.inf:
         raise InputError(f"--warmup-s {settings.warmup_s:g}: it must be 0 or more")
-    if settings.rate_rps is not None:
-        planned = round(settings.rate_rps * settings.duration_s)
+    if settings.open_loop:
+        planned = sum(segment.arrivals for segment in settings.segments)
         if not 1 <= planned <= MOST_REQUESTS:
+            what = f"--rate {settings.rate_rps:g} for {settings.duration_s:g} s"
             raise InputError(
-                f"--rate {settings.rate_rps:g} for {settings.duration_s:g} s plans {planned} requests; "
+                f"{what if settings.shape is None else f'--shape {settings.shape}'} plans {planned} requests; "
                 f"1 to {MOST_REQUESTS} are possible"
             )
     elif settings.users is not None and settings.users > settings.max_in_flight:
@@ -107,7 +112,7 @@ def _listed(names: Any) -> str:
     return ", ".join(sorted(names)) or "nothing"
 
 
-def measure(settings: Settings, version: str, console: Console) -> Run:
+def measure(settings: Settings, spec: DeploymentSpec, served: ModelMetadata, console: Console) -> Run:
     """Runs Locust over the settings and saves the run."""
     with new_run(settings.model) as draft:
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
@@ -126,8 +131,10 @@ def measure(settings: Settings, version: str, console: Console) -> Run:
             "started_at": started_at,
             **json.loads(measured.read_text()),
             "machine": _machine(),
+            "quality": of_served(spec.name, spec.precision.metric, served, settings.protocol, settings.target),
         }
-        data["server"] = {"version": version, "statistics": data["server"]}
+        version = served.versions[-1] if served.versions else ""
+        data["server"] = {"version": version, "parameters": dict(served.parameters), "statistics": data["server"]}
         (draft / "run.json").write_text(json.dumps(data, indent=2), encoding="utf-8")
         for leftover in (path, measured, log):
             leftover.unlink()
@@ -205,30 +212,34 @@ def summary(run: Run) -> dict[str, Any]:
     """The figures of a run, as `--json` prints them; a latency that only failures reached is null."""
     latency = {}
     for kind in ("intended", "service") if run.settings.open_loop else ("service",):
-        found = run.latency(kind)
+        found = run.window.latency(kind)
         figures = {f"p{percent:g}_ms": found.percentile_ms(percent) for percent in (50, 95, 99, 99.9)}
         latency[kind] = {name: value if math.isfinite(value) else None for name, value in figures.items()}
     return {
         "run": str(run.folder),
-        "planned": run.planned,
-        "answered": run.ok,
-        "errors": dict(run.errors),
-        "throughput_rps": run.throughput_rps,
+        "planned": run.window.planned,
+        "answered": run.window.ok,
+        "errors": dict(run.window.errors),
+        "throughput_rps": run.window.throughput_rps,
         "latency": latency,
-        "generator": {**run.generator, "attempted_share": run.attempted_share},
+        "generator": {**run.generator, "attempted_share": run.window.attempted_share},
         "server": run.server,
     }
 
 
 def described(settings: Settings) -> str:
     """What is measured, in a line."""
-    loop = f"open loop at {settings.rate_rps:g}/s" if settings.open_loop else f"closed loop, {settings.users} users"
+    loop = f"open loop at {settings.shape or f'{settings.rate_rps:g}'}/s"
+    if not settings.open_loop:
+        loop = f"closed loop, {settings.users} users"
     seconds = f"{settings.warmup_s:g} s of warm-up and {settings.duration_s:g} s"
     return f"{settings.model} over {settings.protocol} at {settings.url}, {loop}, {seconds}"
 
 
 def _print(run: Run, console: Console) -> None:
-    console.print(f"{run.planned} requests, {run.ok} answered, {run.failed} failed; {run.throughput_rps:.1f} answers/s")
+    window = run.window
+    counts = f"{window.planned} requests, {window.ok} answered, {window.failed} failed"
+    console.print(f"{counts}; {window.throughput_rps:.1f} answers/s")
     for kind, figures in summary(run)["latency"].items():
         shown = ", ".join(f"{name[:-3]} {'never' if ms is None else f'{ms:.2f} ms'}" for name, ms in figures.items())
         console.print(f"{kind} latency: {shown}")
@@ -248,7 +259,8 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc", help="(default: %(default)s)")
     parser.add_argument("--url", help="host:port (default: 127.0.0.1, port 8001 for grpc, 8000 for http)")
-    parser.add_argument("--rate", type=float, help="requests/s, open loop (default: the spec's slo.rate_rps)")
+    parser.add_argument("--rate", type=float, help="requests/s, open loop (default: each rate that the SLO names)")
+    parser.add_argument("--shape", help='rates that change: RATExSECONDS or RATE-RATExSECONDS, as "50x30, 50-200x60"')
     parser.add_argument("--users", type=int, help="closed loop: so many users, each back to back")
     parser.add_argument("--duration-s", type=float, default=20, help="measured seconds (default: %(default)s)")
     parser.add_argument("--warmup-s", type=float, default=5, help="seconds of load before them (default: %(default)s)")
@@ -263,33 +275,44 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    """Checks, measures, saves, prints."""
-    args = _parse()
-    spec = DeploymentSpec.of_model(args.model, args.models).for_target(args.target)
-    settings = Settings(
+def _settings(args: argparse.Namespace, spec: DeploymentSpec) -> Settings:
+    rate, shape, duration_s = args.rate, args.shape, args.duration_s
+    if (args.rate, args.shape, args.users) == (None, None, None) and (asked := slo.rates(spec.slo)):
+        rate = asked[0] if len(asked) == 1 else None
+        shape = None if rate else ", ".join(f"{each:g}x{duration_s:g}" for each in asked)
+    if shape is not None:
+        duration_s = sum(segment.duration_s for segment in segments_of(shape))
+    return Settings(
         model=args.model,
         models=args.models,
         target=args.target,
         protocol=args.protocol,
         url=args.url or f"127.0.0.1:{DEFAULT_PORTS[args.protocol]}",
         inputs=args.inputs or str(build_dir(args.model) / "evaluation.npz"),
-        rate_rps=spec.slo.rate_rps if args.rate is None and args.users is None else args.rate,
+        rate_rps=rate,
+        shape=shape,
         users=args.users,
         arrivals=args.arrivals,
         seed=args.seed,
         warmup_s=args.warmup_s,
-        duration_s=args.duration_s,
+        duration_s=duration_s,
         timeout_s=args.timeout_s,
         max_in_flight=args.max_in_flight,
     )
-    version = check(settings, spec)
+
+
+def main() -> int:
+    """Checks, measures, saves, prints."""
+    args = _parse()
+    spec = DeploymentSpec.of_model(args.model, args.models).for_target(args.target)
+    settings = _settings(args, spec)
+    served = check(settings, spec)
     console = Console(stderr=True)
     for warning in slo.too_short(settings, spec.slo):
         console.print(f"note: {warning}")
     console.print(described(settings))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: cleanly
-    run = measure(settings, version, console)
+    run = measure(settings, spec, served, console)
     if args.json:
         print(json.dumps(summary(run), indent=2))
     else:

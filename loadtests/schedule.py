@@ -10,17 +10,20 @@ number: independent, uniform over the segment's cumulative rate, sorted.
 Examples:
     Schedule((Segment(duration_s=5, rate_rps=100), Segment(duration_s=20, rate_rps=100))).times_s()
     Schedule((Segment(duration_s=60, rate_rps=10, end_rps=200),), arrivals="constant").times_s()  # a ramp
+    segments_of("50x30, 500x5, 50x30")  # a spike: requests/s x seconds, one segment after the other
+    segments_of("10-200x60, 200x300")   # a ramp, then a soak
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
+import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
-import gevent
 import numpy as np
+
+from deepseek.spec import InputError
 
 Arrivals = Literal["constant", "poisson"]
 
@@ -48,6 +51,24 @@ class Segment:
         return self.duration_s * (np.sqrt(start**2 + (end**2 - start**2) * share) - start) / (end - start)
 
 
+_SEGMENT = re.compile(r"(\d+(?:\.\d+)?)(?:-(\d+(?:\.\d+)?))?x(\d+)")
+
+
+def segments_of(shape: str) -> tuple[Segment, ...]:
+    """The segments of a shape, `<requests/s>[-<requests/s>]x<whole seconds>` each, with commas between."""
+    segments = []
+    for part in shape.split(","):
+        found = _SEGMENT.fullmatch(part.strip())
+        if found is None or int(found[3]) == 0 or not 0 < float(found[1]) + float(found[2] or 0) < math.inf:
+            raise InputError(
+                f"--shape {shape!r}: seen {part.strip()!r}; a segment is RATExSECONDS or RATE-RATExSECONDS, "
+                'seconds whole and more than 0, such as "50x30, 50-200x60, 200x30"'
+            )
+        end = None if found[2] is None else float(found[2])
+        segments.append(Segment(duration_s=int(found[3]), rate_rps=float(found[1]), end_rps=end))
+    return tuple(segments)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Planned send times of a whole run, warm-up included."""
@@ -70,63 +91,3 @@ class Schedule:
             times.append(start_s + segment.time_at(share))
             start_s += segment.duration_s
         return np.concatenate(times)[worker::workers]
-
-
-def take_precedence() -> bool:
-    """Lets this thread run as soon as it is due, whatever else the machine does; whether it may.
-
-    On a busy machine one wake-up in fifty waits for the kernel's next tick (4 ms) otherwise. It takes
-    root or a `ulimit -r`. Threads and processes started later do not inherit it.
-    """
-    try:
-        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-    except (AttributeError, OSError):
-        return False
-    return True
-
-
-class _Timespec(ctypes.Structure):
-    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
-
-
-class _Itimerspec(ctypes.Structure):
-    _fields_ = [("interval", _Timespec), ("value", _Timespec)]
-
-
-class Clock:
-    """Waits for points of `time.perf_counter()` to some tens of microseconds, without spinning.
-
-    gevent's own sleep rounds up to whole milliseconds (epoll's timeout), which would be the largest
-    error of the instrument; Linux's timerfd has none of that. Elsewhere it falls back to the sleep.
-    """
-
-    _CLOCK_MONOTONIC = 1  # linux/time.h: what time.perf_counter() reads there
-    _TFD_TIMER_ABSTIME = 1
-    _FLAGS = os.O_NONBLOCK | os.O_CLOEXEC
-
-    def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        create = getattr(self._libc, "timerfd_create", None)
-        self._fd = -1 if create is None else create(self._CLOCK_MONOTONIC, self._FLAGS)
-        if self._fd >= 0:
-            self._watcher = gevent.get_hub().loop.io(self._fd, 1)
-        self._spec = _Itimerspec()
-
-    def wait_until(self, due_s: float, now_s: float) -> None:
-        """Lets other greenlets run until `due_s`."""
-        if self._fd < 0:
-            gevent.sleep(due_s - now_s)
-            return
-        value = self._spec.value
-        value.seconds = int(due_s)
-        value.nanoseconds = int((due_s - value.seconds) * 1e9)
-        self._libc.timerfd_settime(self._fd, self._TFD_TIMER_ABSTIME, ctypes.byref(self._spec), None)
-        gevent.get_hub().wait(self._watcher)
-
-    def close(self) -> None:
-        """Gives the timer back."""
-        if self._fd >= 0:
-            self._watcher.stop()
-            self._watcher.close()
-            os.close(self._fd)
-            self._fd = -1

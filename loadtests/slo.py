@@ -24,8 +24,18 @@ from typing import Any, Literal, get_args
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.spec import DeploymentSpec, InputError, Parser, SloSpec, Target, add_model_arguments, run_command
-from loadtests.results import Run, Settings, latest_run
+from deepseek.spec import (
+    DeploymentSpec,
+    InputError,
+    Objective,
+    Parser,
+    Relation,
+    SloSpec,
+    Target,
+    add_model_arguments,
+    run_command,
+)
+from loadtests.results import Run, Settings, Stretch, latest_run
 
 CONFIDENCE = 0.99
 LEAST_ATTEMPTED = 0.99  # of the planned requests, taken up in time
@@ -40,10 +50,14 @@ EXIT_CODES: dict[Verdict, int] = {"holds": 0, "violated": 1, "inconclusive": 3, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
-    """One line of an SLO, judged."""
+class Judged:
+    """One objective, judged."""
 
     name: str
+    """With the rate that it was judged at, where the run had several."""
+    kind: str
+    """"ms", "error_rate", "throughput" or "quality": the unit of limit and seen."""
+    relation: Relation
     limit: float
     seen: float
     status: Status
@@ -57,16 +71,22 @@ class Judgement:
     """What a run says of an SLO."""
 
     verdict: Verdict
-    objectives: tuple[Objective, ...]
+    objectives: tuple[Judged, ...]
     problems: tuple[str, ...]
     """Why the measurement is invalid."""
     notes: tuple[str, ...]
 
 
 def latency_limits(slo: SloSpec) -> dict[float, float]:
-    """Percentile -> limit in milliseconds, of those that the SLO has."""
-    limits = {50: slo.p50_ms, 95: slo.p95_ms, 99: slo.p99_ms}
-    return {percent: limit for percent, limit in limits.items() if limit is not None}
+    """Percentile -> limit in milliseconds, of those that the SLO has at its own rate."""
+    found = {line.percent: line.limit for line in slo.all_objectives() if line.rate_rps is None}
+    return {percent: limit for percent, limit in found.items() if percent is not None}
+
+
+def rates(slo: SloSpec) -> list[float]:
+    """Every rate that an objective is about, in requests/s, ascending."""
+    found = {line.rate_rps for line in slo.all_objectives()} | {slo.rate_rps}
+    return sorted(rate for rate in found if rate is not None)
 
 
 def samples_needed(percent: float) -> int:
@@ -76,28 +96,27 @@ def samples_needed(percent: float) -> int:
 
 def too_short(settings: Settings, slo: SloSpec) -> Iterator[str]:
     """What a run will be too short for, known before it starts."""
-    if settings.rate_rps is None:
-        return
-    planned = round(settings.rate_rps * settings.duration_s)
-    for percent in latency_limits(slo):
-        needed = samples_needed(percent)
-        if planned < needed:
-            seconds = math.ceil(needed / settings.rate_rps)
-            yield f"{planned} requests cannot prove p{percent:g}_ms, {needed} can: run for {seconds} s or more"
+    segments = settings.segments
+    for line in slo.all_objectives():
+        meant = [each for each in segments if line.rate_rps in (None, each.rate_rps)]
+        planned = sum(each.arrivals for each in meant)
+        if line.percent is not None and 0 < planned < (needed := samples_needed(line.percent)):
+            seconds = math.ceil(needed / planned * sum(each.duration_s for each in meant))
+            yield f"{planned} requests cannot prove {line.name}, {needed} can: run for {seconds} s or more"
 
 
 def generator_problems(run: Run, slo: SloSpec) -> list[str]:
     """Why this run says more about the load generator than about the server; empty where it does not."""
     problems = []
-    if run.unsent:
-        problems.append(f"{run.unsent} of {run.planned} planned requests were never sent")
-    if run.attempted_share < LEAST_ATTEMPTED:
+    if run.window.unsent:
+        problems.append(f"{run.window.unsent} of {run.window.planned} planned requests were never sent")
+    if run.window.attempted_share < LEAST_ATTEMPTED:
         problems.append(
-            f"the generator took up {run.attempted_share:.1%} of the planned requests in time, "
+            f"the generator took up {run.window.attempted_share:.1%} of the planned requests in time, "
             f"{LEAST_ATTEMPTED:.0%} is needed"
         )
     limits = latency_limits(slo)
-    lag_ms = run.latency("lag").percentile_ms(99)
+    lag_ms = run.window.latency("lag").percentile_ms(99)
     if run.settings.open_loop and limits and lag_ms > LARGEST_LAG * max(limits.values()):
         problems.append(
             f"the generator sent late: p99 of the lag is {lag_ms:.2f} ms, "
@@ -116,9 +135,9 @@ def generator_problems(run: Run, slo: SloSpec) -> list[str]:
 def judge(run: Run, slo: SloSpec) -> Judgement:
     """The verdict on a saved run."""
     problems = generator_problems(run, slo)
-    if not run.planned:
+    if not run.window.planned:
         problems.insert(0, "no request was measured")
-    objectives = tuple(_judged(run, slo)) if run.planned else ()
+    objectives = tuple(_judged(run, slo)) if run.window.planned else ()
     if problems:  # the figures stay to be seen, nothing is concluded from them
         objectives = tuple(replace(objective, status="inconclusive") for objective in objectives)
     statuses = {objective.status for objective in objectives}
@@ -132,42 +151,77 @@ def judge(run: Run, slo: SloSpec) -> Judgement:
     return Judgement(verdict=verdict, objectives=objectives, problems=tuple(problems), notes=tuple(_notes(run, slo)))
 
 
-def _judged(run: Run, slo: SloSpec) -> Iterator[Objective]:
-    latency = run.latency(run.judged)
-    for percent, limit in latency_limits(slo).items():
-        seen, needed = latency.percentile_ms(percent), samples_needed(percent)
-        enough = latency.total >= needed
-        status: Status = "inconclusive" if not enough else "holds" if seen <= limit else "violated"
-        note = "" if enough else f"{latency.total} requests, {needed} needed"
-        if math.isinf(seen):
-            note = note or f"{run.failed / run.planned:.1%} of the requests were not answered"
-        yield Objective(
-            name=f"p{percent:g}_ms", limit=limit, seen=seen, status=status, margin=1 - seen / limit, note=note
-        )
-    if slo.rate_rps is not None:
-        yield _judged_rate(run, slo.rate_rps)
-    seen = run.failed / run.planned
-    yield Objective(
-        name="max_error_rate",
-        limit=slo.max_error_rate,
-        seen=seen,
-        status="holds" if seen <= slo.max_error_rate else "violated",
-        margin=1 - seen / slo.max_error_rate if slo.max_error_rate else -seen,
-        note=", ".join(f"{count} {kind}" for kind, count in run.errors.most_common()),
-    )
+def _judged(run: Run, slo: SloSpec) -> Iterator[Judged]:
+    held = run.rates_rps
+    for line in slo.all_objectives():
+        if line.kind == "quality":
+            yield _judged_quality(run, line)
+            continue
+        # Of several rates the SLO's own is the one that a line without a rate is about.
+        rate = line.rate_rps or (slo.rate_rps if len(held) > 1 and slo.rate_rps in held else None)
+        stretch = run.window if rate is None else run.at_rate(rate)
+        judged = _unmeasured(run, line) if stretch is None else _judged_load(run, stretch, line)
+        yield judged if rate is None else replace(judged, name=f"{line.name} @ {rate:g} rps")
 
 
-def _judged_rate(run: Run, demanded: float) -> Objective:
-    seen, offered, users = run.throughput_rps, run.settings.rate_rps, run.settings.users
-    status: Status = "violated"
-    note = ""
-    if seen >= demanded * (1 - RATE_TOLERANCE):
-        status = "holds"
-    elif offered is not None and offered < demanded:
-        status, note = "inconclusive", f"only {offered:g}/s was offered"
-    elif users is not None:
-        status, note = "inconclusive", f"{users} users wait for their answers; more of them may reach it"
-    return Objective(name="rate_rps", limit=demanded, seen=seen, status=status, margin=seen / demanded - 1, note=note)
+def _verdict(line: Objective, seen: float, note: str = "", conclusive: bool = True, **changes: Any) -> Judged:
+    """The objective with what was seen; `conclusive` is false where that proves nothing."""
+    status: Status = "inconclusive" if not conclusive else "holds" if line.holds(seen) else "violated"
+    upper = line.relation[0] == "<"
+    share = seen / line.limit if line.limit else math.inf if seen else 1.0
+    margin = 1 - share if upper else share - 1
+    facts: dict[str, Any] = {"limit": line.limit, "status": status, "margin": margin, "note": note}
+    return Judged(name=line.name, kind=line.kind, relation=line.relation, seen=seen, **facts | changes)
+
+
+def _unmeasured(run: Run, line: Objective) -> Judged:
+    offered = ", ".join(f"{rate:g}" for rate in run.rates_rps)
+    note = f"measured at {offered}/s" if offered else "no steady rate was measured"
+    return _verdict(line, math.nan, f"{note}; make loadtest RATE={line.rate_rps:g}", conclusive=False)
+
+
+def _judged_load(run: Run, stretch: Stretch, line: Objective) -> Judged:
+    if line.kind == "throughput":
+        return _judged_throughput(run, stretch, line)
+    if line.kind == "error_rate":
+        seen = stretch.failed / stretch.planned if stretch.planned else math.nan
+        note = ", ".join(f"{count} {kind}" for kind, count in stretch.errors.most_common())
+        margin = {} if line.limit else {"margin": -seen}
+        return _verdict(line, seen, note, conclusive=stretch.planned > 0, **margin)
+    latency = stretch.latency(run.judged)
+    if line.percent is None:
+        failed = stretch.failed > 0  # slower than any limit
+        seen = math.inf if failed else latency.mean_ms if line.measure == "mean_ms" else latency.max_ms
+        needed = 1
+    else:
+        seen, needed = latency.percentile_ms(line.percent), samples_needed(line.percent)
+    note = "" if latency.total >= needed else f"{latency.total} requests, {needed} needed"
+    if math.isinf(seen):
+        note = note or f"{stretch.failed / stretch.planned:.1%} of the requests were not answered"
+    return _verdict(line, seen, note, conclusive=latency.total >= needed)
+
+
+def _judged_throughput(run: Run, stretch: Stretch, line: Objective) -> Judged:
+    seen, users = stretch.throughput_rps, run.settings.users
+    offered = None if users is not None else stretch.planned / stretch.duration_s
+    if seen >= line.limit * (1 - RATE_TOLERANCE):
+        return _verdict(line, seen, status="holds")
+    if offered is not None and offered < line.limit * (1 - RATE_TOLERANCE):
+        return _verdict(line, seen, f"only {offered:g}/s was offered", conclusive=False)
+    if users is not None:
+        note = f"{users} users wait for their answers; more of them may reach it"
+        return _verdict(line, seen, note, conclusive=False)
+    return _verdict(line, seen)
+
+
+def _judged_quality(run: Run, line: Objective) -> Judged:
+    """By what was known of the served model when the run was made."""
+    found = run.quality.get(line.measure)
+    if found is None:
+        return _verdict(line, math.nan, "not measured for what is served; make compare", conclusive=False)
+    limit = line.limit * found["baseline"] if line.of_baseline else line.limit
+    note = f"{found['source']}; fp32 PyTorch {found['baseline']:.4f}"
+    return _verdict(replace(line, limit=limit), found["seen"], note)
 
 
 def _notes(run: Run, slo: SloSpec) -> Iterator[str]:
@@ -176,8 +230,8 @@ def _notes(run: Run, slo: SloSpec) -> Iterator[str]:
             "closed loop: the latency is service latency, and while the server stalls nobody asks it, "
             "so that stalls hardly count (coordinated omission); RATE= measures what users would see"
         )
-    elif slo.rate_rps is not None and run.settings.rate_rps is not None and run.settings.rate_rps > slo.rate_rps:
-        yield f"measured at {run.settings.rate_rps:g}/s, more than the {slo.rate_rps:g}/s that the SLO asks for"
+    elif slo.rate_rps is not None and run.rates_rps and min(run.rates_rps) > slo.rate_rps:
+        yield f"measured at {min(run.rates_rps):g}/s, more than the {slo.rate_rps:g}/s that the SLO asks for"
 
 
 def as_json(run: Run, judgement: Judgement) -> dict[str, Any]:
@@ -189,15 +243,18 @@ def as_json(run: Run, judgement: Judgement) -> dict[str, Any]:
     return data
 
 
-def formatted(name: str, value: float) -> str:
+def formatted(kind: str, value: float) -> str:
     """A figure of an objective with its unit."""
-    if not math.isfinite(value):
+    if math.isnan(value):
+        return "-"
+    if math.isinf(value):
         return "never"
-    if name.endswith("_ms"):
+    if kind == "ms":
         return f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms"
-    return f"{value:.1f}/s" if name == "rate_rps" else f"{value:.3%}"
+    return {"throughput": f"{value:.1f}/s", "quality": f"{value:.4f}"}.get(kind, f"{value:.3%}")
 
 
+SIGNS: dict[Relation, str] = {"<": "<", "<=": "≤", ">": ">", ">=": "≥"}
 STYLES = {"holds": "green", "violated": "red", "inconclusive": "yellow", "invalid": "yellow"}
 
 
@@ -206,8 +263,8 @@ def _print(run: Run, judgement: Judgement, console: Console) -> None:
     for each in judgement.objectives:
         margin = f"{each.margin:+.0%}" if math.isfinite(each.margin) else ""
         status = f"[{STYLES[each.status]}]{each.status}[/]"
-        limit = f"{'≥' if each.name == 'rate_rps' else '≤'} {formatted(each.name, each.limit)}"
-        table.add_row(each.name, limit, formatted(each.name, each.seen), margin, status, each.note)
+        limit = f"{SIGNS[each.relation]} {formatted(each.kind, each.limit)}"
+        table.add_row(each.name, limit, formatted(each.kind, each.seen), margin, status, each.note)
     console.print(table)
     for line in (*judgement.problems, *judgement.notes):
         console.print(line)

@@ -92,8 +92,8 @@ def settings(tiny: tuple[EmbeddedServer, Path], protocol: Literal["grpc", "http"
 
 
 def measured(wanted: Settings) -> Run:
-    version = runner.check(wanted, DeploymentSpec.of_model(wanted.model, wanted.models))
-    return runner.measure(wanted, version, Console(quiet=True))
+    spec = DeploymentSpec.of_model(wanted.model, wanted.models)
+    return runner.measure(wanted, spec, runner.check(wanted, spec), Console(quiet=True))
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -101,8 +101,8 @@ def test_an_open_loop_sends_every_planned_request_once(
     tiny: tuple[EmbeddedServer, Path], protocol: Literal["grpc", "http"]
 ) -> None:
     run = measured(settings(tiny, protocol, rate_rps=40.0))
-    assert (run.planned, run.ok, run.failed, run.unsent) == (80, 80, 0, 0)
-    assert 2 <= run.latency("service").percentile_ms(0) <= run.latency("intended").percentile_ms(50)
+    assert (run.window.planned, run.window.ok, run.window.failed, run.window.unsent) == (80, 80, 0, 0)
+    assert 2 <= run.window.latency("service").percentile_ms(0) <= run.window.latency("intended").percentile_ms(50)
     statistics = run.server["statistics"]
     assert abs(statistics["success"]["count"] - 80) <= 3  # a request may be in flight at either end
     assert statistics["compute_infer"]["ns"] > 80 * 1_000_000
@@ -114,9 +114,9 @@ def test_a_closed_loop_keeps_its_users_busy(
     tiny: tuple[EmbeddedServer, Path], protocol: Literal["grpc", "http"]
 ) -> None:
     run = measured(settings(tiny, protocol, users=2))
-    in_flight = run.throughput_rps * run.latency("service").mean_ms / 1000  # Little's law
+    in_flight = run.window.throughput_rps * run.window.latency("service").mean_ms / 1000  # Little's law
     assert in_flight == pytest.approx(2, rel=0.1)
-    assert run.failed == 0
+    assert run.window.failed == 0
 
 
 def test_a_stall_shows_in_full_in_an_open_loop_and_hardly_in_a_closed_one(tiny: tuple[EmbeddedServer, Path]) -> None:
@@ -124,16 +124,16 @@ def test_a_stall_shows_in_full_in_an_open_loop_and_hardly_in_a_closed_one(tiny: 
     stalling = settings(tiny, inputs=str(tiny[1] / "stall.npz"), warmup_s=0.5)
     opened = measured(replace(stalling, rate_rps=50.0, arrivals="constant"))
     closed = measured(replace(stalling, users=1))
-    assert opened.latency("intended").percentile_ms(99) > 900
-    assert opened.latency("intended").percentile_ms(75) > 300
-    assert closed.latency("service").percentile_ms(75) < 100
+    assert opened.window.latency("intended").percentile_ms(99) > 900
+    assert opened.window.latency("intended").percentile_ms(75) > 300
+    assert closed.window.latency("service").percentile_ms(75) < 100
     assert judge(opened, SloSpec(p95_ms=200)).objectives[0].status != "holds"
 
 
 def test_a_full_pool_drops_requests_and_counts_them(tiny: tuple[EmbeddedServer, Path]) -> None:
     run = measured(settings(tiny, rate_rps=50.0, inputs=str(tiny[1] / "stall.npz"), max_in_flight=5, warmup_s=0.5))
-    assert run.errors["dropped"] > 20
-    assert run.planned == run.ok + run.failed == 100
+    assert run.window.errors["dropped"] > 20
+    assert run.window.planned == run.window.ok + run.window.failed == 100
 
 
 def test_requests_that_the_server_refuses_or_does_not_answer_in_time_are_errors(
@@ -142,25 +142,34 @@ def test_requests_that_the_server_refuses_or_does_not_answer_in_time_are_errors(
     stall = str(tiny[1] / "stall.npz")
     refused = measured(settings(tiny, model="narrow", rate_rps=50.0, inputs=stall, warmup_s=0.5))
     late = measured(settings(tiny, "http", rate_rps=50.0, inputs=stall, timeout_s=0.3, warmup_s=0.5))
-    assert refused.errors["ServerBusy"] > 20
-    assert late.errors["DeadlineExceeded"] > 10
-    assert refused.planned == refused.ok + refused.failed
+    assert refused.window.errors["ServerBusy"] > 20
+    assert late.window.errors["DeadlineExceeded"] > 10
+    assert refused.window.planned == refused.window.ok + refused.window.failed
+
+
+def wait_for_load(build: Path) -> None:
+    """Until Locust has been running for a while."""
+    deadline = time.monotonic() + 30
+    while not list(build.glob("tiny/loadtests/.draft-*/locust.log")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(2)
 
 
 def test_a_server_that_dies_leaves_a_run_with_its_errors(tiny: tuple[EmbeddedServer, Path], tmp_path: Path) -> None:
     with EmbeddedServer(
         tiny[0].repository, http_port=0, grpc_port=0, metrics_port=0, log_path=tmp_path / "dying.log"
     ) as dying:
-        wanted = settings(tiny, "http", url=dying.http_url, rate_rps=40.0, duration_s=3.0)
+        wanted = settings(tiny, "http", url=dying.http_url, rate_rps=40.0, duration_s=5.0, warmup_s=0.0)
         with command(wanted) as process:
-            time.sleep(4)
+            wait_for_load(tmp_path)
+            time.sleep(1)
             assert dying._process is not None
             os.killpg(dying._process.pid, signal.SIGKILL)
             process.communicate(timeout=30)
     run = Run.load(latest_run("tiny"))
-    assert run.ok
-    assert run.errors["Unreachable"] + run.errors["ConnectionLost"] > 10
-    assert run.planned == run.ok + run.failed == 120
+    assert run.window.ok
+    assert run.window.errors["Unreachable"] + run.window.errors["ConnectionLost"] > 10
+    assert run.window.planned == run.window.ok + run.window.failed == 200
 
 
 def command(wanted: Settings, *more: str) -> subprocess.Popen[str]:
@@ -183,9 +192,19 @@ def test_the_command_prints_the_figures_and_saves_the_run(tiny: tuple[EmbeddedSe
         output, errors = process.communicate(timeout=30)
     figures = json.loads(output)
     assert process.returncode in (0, 3), errors  # 3 where this machine is too busy to measure on
-    assert figures["answered"] == Run.load(figures["run"]).ok == 80
+    assert figures["answered"] == Run.load(figures["run"]).window.ok == 80
     assert figures["latency"]["intended"]["p50_ms"] > 2
     assert "80 requests cannot prove p99_ms, 459 can" in errors
+
+
+def test_a_run_of_several_rates_is_judged_at_each(tiny: tuple[EmbeddedServer, Path]) -> None:
+    run = measured(settings(tiny, shape="20x2, 20-60x1, 60x2", duration_s=5.0, arrivals="constant"))
+    assert [second.planned for second in run.window.seconds] == [20, 20, 40, 60, 60]
+    assert run.window.ok == 200
+    twenty, sixty = run.at_rate(20), run.at_rate(60)
+    assert twenty is not None
+    assert sixty is not None
+    assert (twenty.planned, sixty.planned, run.at_rate(40)) == (40, 120, None)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
@@ -193,10 +212,7 @@ def test_an_interrupted_run_ends_within_seconds_and_leaves_nothing(
     tiny: tuple[EmbeddedServer, Path], build: Path, signum: int
 ) -> None:
     with command(settings(tiny, rate_rps=40.0, duration_s=60.0)) as process:
-        deadline = time.monotonic() + 20
-        while not list(build.glob("tiny/loadtests/.draft-*/locust.log")) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(2)
+        wait_for_load(build)
         process.send_signal(signum)
         _, errors = process.communicate(timeout=6)
     assert process.returncode == 130

@@ -28,6 +28,7 @@ def saved_run(folder: Path, requests: Iterable[Request], **changes: Any) -> Run:
     requests = list(requests)
     generator = {"thread_cpu": changes.pop("thread_cpu", 0.2), "process_cpu": 0.3, "machine_cpu": 0.5}
     server = changes.pop("server", {"version": "1", "statistics": {}})
+    quality = changes.pop("quality", {})
     fixed: dict[str, Any] = {"model": "tiny", "models": "models", "target": "onnxruntime", "protocol": "grpc"}
     fixed |= {"url": "127.0.0.1:8001", "inputs": "evaluation.npz", "rate_rps": 100.0, "duration_s": 10.0}
     settings = Settings(**fixed | changes)
@@ -41,7 +42,11 @@ def saved_run(folder: Path, requests: Iterable[Request], **changes: Any) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "seconds.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in recorder.take()))
     data = {"settings": asdict(settings), "started_at": "2026-11-25T12:00:00+00:00", "generator": generator}
-    data |= {"server": server, "machine": {"cpu": "test", "cores": 2, "versions": {"python": "3.11"}}}
+    data |= {
+        "server": server,
+        "quality": quality,
+        "machine": {"cpu": "test", "cores": 2, "versions": {"python": "3.11"}},
+    }
     (folder / "run.json").write_text(json.dumps(data))
     return Run.load(folder)
 
@@ -56,42 +61,42 @@ def test_percentiles_are_within_a_tenth_of_a_percent_of_the_true_ones(tmp_path: 
     latencies = np.sort(np.random.default_rng(0).lognormal(-4, 1, 5000))
     run = saved_run(tmp_path, [(i / 1000, i / 1000, i / 1000 + latency, None) for i, latency in enumerate(latencies)])
     for percent, rank in ((0, 1), (1, 50), (50, 2500), (95, 4750), (99, 4950), (99.9, 4995), (100, 5000)):
-        found_ms = run.latency("intended").percentile_ms(percent)
+        found_ms = run.window.latency("intended").percentile_ms(percent)
         assert found_ms == pytest.approx(latencies[rank - 1] * 1000, rel=1.1e-3)
 
 
 def test_intended_latency_counts_the_wait_before_sending_and_service_does_not(tmp_path: Path) -> None:
     run = saved_run(tmp_path, steady(latency_s=0.01, lag_s=0.5))
-    assert run.latency("intended").percentile_ms(50) == pytest.approx(510, rel=2e-3)
-    assert run.latency("service").percentile_ms(50) == pytest.approx(10, rel=2e-3)
-    assert run.latency("lag").percentile_ms(50) == pytest.approx(500, rel=2e-3)
+    assert run.window.latency("intended").percentile_ms(50) == pytest.approx(510, rel=2e-3)
+    assert run.window.latency("service").percentile_ms(50) == pytest.approx(10, rel=2e-3)
+    assert run.window.latency("lag").percentile_ms(50) == pytest.approx(500, rel=2e-3)
 
 
 def test_the_warm_up_is_left_out_by_planned_time(tmp_path: Path) -> None:
     late_warm_up = (-0.001, 5.0, 9.0, None)
     run = saved_run(tmp_path, [late_warm_up, *steady()], warmup_s=1.0)
-    assert run.planned == 1000
-    assert run.latency("intended").max_ms < 20
+    assert run.window.planned == 1000
+    assert run.window.latency("intended").max_ms < 20
 
 
 def test_a_failed_request_is_slower_than_any_limit(tmp_path: Path) -> None:
     requests = [(p, s, f, "DeadlineExceeded" if i % 50 == 0 else None) for i, (p, s, f, _) in enumerate(steady())]
     run = saved_run(tmp_path, requests)
-    assert run.errors == {"DeadlineExceeded": 20}
-    assert run.latency("intended").percentile_ms(97) < 11
-    assert math.isinf(run.latency("intended").percentile_ms(99))
+    assert run.window.errors == {"DeadlineExceeded": 20}
+    assert run.window.latency("intended").percentile_ms(97) < 11
+    assert math.isinf(run.window.latency("intended").percentile_ms(99))
 
 
 def test_dropped_requests_are_failures_and_have_no_latency(tmp_path: Path) -> None:
     run = saved_run(tmp_path, [*steady(count=90), *[(9.5, 9.5, 0.0, "dropped")] * 10])
-    assert (run.planned, run.ok, run.failed, run.unsent) == (100, 90, 10, 0)
-    assert run.errors == {"dropped": 10}
+    assert (run.window.planned, run.window.ok, run.window.failed, run.window.unsent) == (100, 90, 10, 0)
+    assert run.window.errors == {"dropped": 10}
 
 
 def test_throughput_is_what_came_within_the_window(tmp_path: Path) -> None:
     run = saved_run(tmp_path, [(9.9, 9.9, 12.0, None), *steady(count=500)])
-    assert run.ok == 501
-    assert run.throughput_rps == pytest.approx(50)
+    assert run.window.ok == 501
+    assert run.window.throughput_rps == pytest.approx(50)
 
 
 def test_rows_of_several_workers_are_added_not_averaged(tmp_path: Path) -> None:
@@ -99,9 +104,9 @@ def test_rows_of_several_workers_are_added_not_averaged(tmp_path: Path) -> None:
     with (fast.folder / "seconds.jsonl").open("a") as lines:
         lines.write((slow.folder / "seconds.jsonl").read_text())
     merged = Run.load(fast.folder)
-    assert merged.planned == 2000
-    assert merged.latency("service").percentile_ms(50) == pytest.approx(1, rel=2e-3)
-    assert merged.latency("service").percentile_ms(51) == pytest.approx(100, rel=2e-3)
+    assert merged.window.planned == 2000
+    assert merged.window.latency("service").percentile_ms(50) == pytest.approx(1, rel=2e-3)
+    assert merged.window.latency("service").percentile_ms(51) == pytest.approx(100, rel=2e-3)
 
 
 def test_taken_seconds_are_forgotten_and_add_up() -> None:

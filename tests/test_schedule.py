@@ -8,7 +8,9 @@ import gevent
 import numpy as np
 import pytest
 
-from loadtests.schedule import Arrivals, Clock, Schedule, Segment
+from deepseek.spec import InputError
+from loadtests.clock import Clock
+from loadtests.schedule import Arrivals, Schedule, Segment, segments_of
 
 
 def steady(rate_rps: float, duration_s: float) -> tuple[Segment, ...]:
@@ -51,6 +53,17 @@ def test_a_ramp_grows_from_one_rate_to_the_other() -> None:
 def test_segments_follow_one_another() -> None:
     spike = Schedule((*steady(10, 5), *steady(100, 1), *steady(10, 5))).times_s()
     assert np.histogram(spike, [0, 5, 6, 11])[0].tolist() == [50, 100, 50]
+
+
+def test_a_shape_is_segments_in_a_line() -> None:
+    ramp = Segment(duration_s=60, rate_rps=50, end_rps=200)
+    assert segments_of("50x30, 50-200x60,200x10") == (*steady(50, 30), ramp, *steady(200, 10))
+
+
+@pytest.mark.parametrize("shape", ["", "50", "50x0", "50x1.5", "x30", "50x30,", "0x10", "-5x10", "50-x10"])
+def test_a_wrong_shape_is_one_line(shape: str) -> None:
+    with pytest.raises(InputError, match="a segment is RATExSECONDS"):
+        segments_of(shape)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

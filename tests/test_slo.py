@@ -36,7 +36,7 @@ def test_a_run_within_every_limit_holds_with_its_margins(tmp_path: Path) -> None
     ],
     ids=["p99", "p95", "p50", "rate below", "rate within 1 %", "error rate alone"],
 )
-def test_each_objective_is_judged_by_itself(tmp_path: Path, limits: dict[str, float], violated: str | None) -> None:
+def test_each_objective_is_judged_by_itself(tmp_path: Path, limits: dict[str, Any], violated: str | None) -> None:
     judgement = judge(saved_run(tmp_path, steady(0.01, lag_s=0)), SloSpec(**limits))
     assert [each.name for each in judgement.objectives if each.status == "violated"] == ([violated] if violated else [])
     assert judgement.verdict == ("violated" if violated else "holds")
@@ -107,6 +107,45 @@ def test_a_closed_loop_is_judged_by_service_latency_and_says_so(tmp_path: Path) 
     judgement = judge(run, SLO)
     assert judgement.verdict == "holds"
     assert "coordinated omission" in judgement.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "margin"),
+    [
+        ("p99.9_ms < 50", "inconclusive", 0.8),
+        ("mean_ms < 12", "holds", 1 / 6),
+        ("max_ms < 5", "violated", -1.0),
+        ("p50_ms < 10 @ 100 rps", "violated", 0.0),
+        ("p50_ms <= 10 @ 300 rps", "inconclusive", None),
+        ("error_rate < 0.1%", "holds", 1.0),
+        ("throughput >= 150", "inconclusive", -1 / 3),
+        ("throughput >= 80", "holds", 0.25),
+        ("ndcg@10 >= 0.99 * baseline", "holds", 0.0101),
+        ("ndcg@10 > 0.1", "violated", -0.01),
+    ],
+)
+def test_a_line_is_judged_by_what_it_names(tmp_path: Path, line: str, status: str, margin: float | None) -> None:
+    quality = {"ndcg@10": {"seen": 0.099, "baseline": 0.099, "source": "make compare"}}
+    run = saved_run(tmp_path, steady(0.01, lag_s=0), quality=quality)
+    found = judge(run, SloSpec(objectives=(line,))).objectives[-1]
+    assert found.status == status
+    assert margin is None or found.margin == pytest.approx(margin, abs=2e-3)
+
+
+def test_of_several_rates_each_line_is_judged_at_its_own(tmp_path: Path) -> None:
+    slow = [(planned, sent, sent + (0.03 if planned >= 5 else 0.01), None) for planned, sent, *_ in steady(lag_s=0)]
+    slo = SloSpec(p50_ms=20, rate_rps=100, objectives=("p50_ms < 20 @ 200 rps", "throughput > 100 @ 50 rps"))
+    run = saved_run(tmp_path, slow, rate_rps=None, shape="100x5, 200x5")
+    found = {each.name: (each.status, each.note) for each in judge(run, slo).objectives}
+    assert found["p50_ms @ 100 rps"][0] == "holds"
+    assert found["p50_ms @ 200 rps"][0] == "violated"
+    assert found["throughput @ 50 rps"] == ("inconclusive", "measured at 100, 200/s; make loadtest RATE=50")
+
+
+def test_a_quality_that_was_not_measured_is_no_pass(tmp_path: Path) -> None:
+    judgement = judge(saved_run(tmp_path, steady()), SloSpec(objectives=("ndcg@10 > 0.1",)))
+    assert (judgement.verdict, judgement.objectives[-1].status) == ("inconclusive", "inconclusive")
+    assert "make compare" in judgement.objectives[-1].note
 
 
 @pytest.fixture

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from deepseek.spec import DeploymentSpec, InputError
+from deepseek.spec import DeploymentSpec, InputError, Objective, SloSpec
 
 GOOD = Path("models/recommender/deploy.toml").read_text()
 
@@ -94,3 +95,52 @@ def test_a_wrong_flag_is_one_line_and_exit_2(module: str) -> None:
     assert run.returncode == 2
     assert run.stderr.startswith("error: ")
     assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("p99_ms < 50", {"measure": "p99_ms", "relation": "<", "limit": 50, "kind": "ms"}),
+        ("p99.9_ms<=80 ms @ 200 rps", {"percent": 99.9, "limit": 80, "rate_rps": 200, "kind": "ms"}),
+        ("error_rate < 0.1%", {"limit": 0.001, "kind": "error_rate"}),
+        ("throughput >= 150", {"limit": 150, "relation": ">=", "kind": "throughput"}),
+        ("ndcg@10 >= 0.99 * baseline", {"measure": "ndcg@10", "of_baseline": True, "kind": "quality"}),
+    ],
+)
+def test_an_objective_is_a_line(line: str, expected: dict[str, object]) -> None:
+    objective = Objective.parse(line)
+    assert {name: getattr(objective, name) for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("fast", "an objective is <measure> <relation> <limit>"),
+        ("p99_ms > 50", "bounded from above"),
+        ("throughput < 50", "bounded from below"),
+        ("p99 < 50", "none of p<percent>_ms, mean_ms"),
+        ("p100_ms < 50", "between 0 and 100"),
+        ("p99_ms < 5%", "not given in %"),
+        ("error_rate < 5", "at most 1, or 100%"),
+        ("p99_ms < 1 * baseline", "only a quality metric"),
+        ("p99_ms < 5 @ 0 rps", "of more than 0"),
+        (
+            "accuracy > 0.9",
+            "nothing measures 'accuracy'; known: p<percent>_ms, mean_ms, max_ms, error_rate, throughput",
+        ),
+    ],
+)
+def test_a_wrong_objective_is_one_line_before_any_load(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "deploy.toml"
+    path.write_text(GOOD.replace('metric = "ndcg@10"', "").replace("[slo]", f'[slo]\nobjectives = ["{line}"]'))
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        DeploymentSpec.load(path)
+    assert f"{path}: slo.objectives" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_line_on_errors_takes_the_place_of_the_default_limit() -> None:
+    names = [line.name for line in SloSpec(objectives=("error_rate < 5%",)).all_objectives()]
+    assert names == ["error_rate"]
+    both = SloSpec(max_error_rate=0.01, objectives=("error_rate < 5%",)).all_objectives()
+    assert [line.name for line in both] == ["max_error_rate", "error_rate"]
