@@ -67,7 +67,7 @@ class Axis(_Table):
 
     min: int = Field(ge=1)
     opt: int = Field(ge=1)
-    max: int = Field(ge=1)
+    max: int = Field(ge=1, le=2**31 - 1)  # Triton's max_batch_size is an int32
 
     @model_validator(mode="after")
     def _ordered(self) -> Axis:
@@ -90,6 +90,11 @@ class TensorSpec(_Table):
         for dim in shape[1:]:
             if dim == BATCH or (isinstance(dim, int) and dim < 1):
                 raise ValueError(f'seen {list(shape)}; after "{BATCH}" come sizes >= 1 or names of other axes')
+        if len(shape) == 1:
+            raise ValueError(
+                f'seen ["{BATCH}"]; Triton needs a dimension beside the batch: write ["{BATCH}", 1], and squeeze(1) '
+                "the input or unsqueeze(1) the output in forward"
+            )
         return shape
 
 
@@ -385,7 +390,10 @@ class DeploymentSpec(_Table):
             for name, tensor in tensors.items():
                 for dim in tensor.shape:
                     if isinstance(dim, str) and dim not in self.axes:
-                        raise _at(f"{table}.{name}.shape", f"seen {dim!r}; axes are {_listed(self.axes)}")
+                        raise _at(
+                            f"{table}.{name}.shape",
+                            f"seen {dim!r}; axes are {_listed(self.axes)}: add [axes.{dim}] with min, opt and max",
+                        )
                     if isinstance(dim, str) and dim not in on_inputs:
                         raise _at(
                             f"{table}.{name}.shape", f"axis {dim!r} is on no input; they have {_listed(on_inputs)}"
