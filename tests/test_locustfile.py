@@ -19,6 +19,7 @@ from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, InputError, SloSpec
 from loadtests import run as runner
+from loadtests import server_statistics
 from loadtests.results import Run, Settings, latest_run
 from loadtests.slo import judge
 from serving.embedded import EmbeddedServer
@@ -155,14 +156,21 @@ def wait_for_load(build: Path) -> None:
     time.sleep(2)
 
 
+def answered(server: EmbeddedServer) -> int:
+    """Requests for `tiny` that the server has answered."""
+    found = server_statistics.fetch(server.http_url, "http", "tiny") or {}
+    return sum(counts["success.count"] for counts in found.values())
+
+
 def test_a_server_that_dies_leaves_a_run_with_its_errors(tiny: tuple[EmbeddedServer, Path], tmp_path: Path) -> None:
     with EmbeddedServer(
         tiny[0].repository, http_port=0, grpc_port=0, metrics_port=0, log_path=tmp_path / "dying.log"
     ) as dying:
         wanted = settings(tiny, "http", url=dying.http_url, rate_rps=40.0, duration_s=5.0, warmup_s=0.0)
         with command(wanted) as process:
-            wait_for_load(tmp_path)
-            time.sleep(1)
+            deadline = time.monotonic() + 30
+            while answered(dying) < 20 and time.monotonic() < deadline:
+                time.sleep(0.05)
             assert dying._process is not None
             os.killpg(dying._process.pid, signal.SIGKILL)
             process.communicate(timeout=30)
