@@ -164,7 +164,7 @@ def error_of(value: np.ndarray, reference: np.ndarray) -> float:
         return float("inf")
     if not finite.any():
         return 0.0
-    return float(np.abs(value - reference)[finite].max() / max(np.abs(reference[finite]).max(), 1e-6))
+    return float(np.abs(value[finite] - reference[finite]).max() / max(np.abs(reference[finite]).max(), 1e-6))
 
 
 def sizes_text(sizes: dict[str, int]) -> str:
