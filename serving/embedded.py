@@ -106,9 +106,9 @@ class EmbeddedServer:
         return f"http://{self.address}:{self.metrics_port}/metrics"
 
     @property
-    def unchecked(self) -> list[Finding]:
-        """A line for each model that `export.to_triton` did not make."""
-        return self._view.unchecked if self._view else []
+    def notes(self) -> list[Finding]:
+        """What is served unchecked, and what of the repository is left out."""
+        return self._view.notes if self._view else []
 
     def __enter__(self) -> EmbeddedServer:
         try:
@@ -198,7 +198,7 @@ class EmbeddedServer:
             text = error.read().decode(errors="replace")
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 text = json.loads(text)["error"]
-            return self._as_seen(text)
+            return self._as_seen(text.partition("\n\nAt:")[0])  # a Python model's own reason, without its stack
         except OSError as error:
             return str(error)
         return None
@@ -389,7 +389,7 @@ def _say(line: str) -> None:
 def _serve(server: EmbeddedServer, command: list[str]) -> int:
     """Prints the endpoints; waits for Ctrl-C, or runs `command` and returns its exit status."""
     print(f"serving   {', '.join(server._models)} from {server.repository}")
-    for finding in server.unchecked:
+    for finding in server.notes:
         print(f"warning   {finding}")
     print(f"HTTP      http://{server.http_url}/v2")
     print(f"gRPC      {server.grpc_url}")

@@ -40,21 +40,6 @@ class Finding:
         return f"{self.where}: {self.what}" + (f"; {self.fix}" if self.fix else "")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Engine:
-    """A version of a model that has a readable manifest."""
-
-    model: str
-    version: int
-    manifest: PublishedManifest
-    instances: int
-
-    @property
-    def where(self) -> str:
-        """`model/version`."""
-        return f"{self.model}/{self.version}"
-
-
 def models_in(repository: Path) -> list[Path]:
     """Folders of the models; raises InputError where the repository has none."""
     found = sorted(path.parent for path in repository.glob(f"*/{CONFIG}"))

@@ -22,6 +22,7 @@ from serving.repository import (
     CONFIG,
     Finding,
     check_config,
+    check_layout,
     check_version,
     made_here,
     models_in,
@@ -103,6 +104,24 @@ class Change:
     versions: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Shown:
+    """What of a model is in the view."""
+
+    versions: tuple[int, ...]
+    config: bytes
+    files: Stamp
+
+    @classmethod
+    def of(cls, decision: Decision, stamp: Stamp) -> _Shown:
+        """What a decision shows of a model whose files have the stamp."""
+        assert decision.config is not None
+        hidden = {CONFIG} | {part for part, *_ in stamp if part.split(os.sep)[0].isdigit()}
+        shown = [f"{version}{os.sep}" for version in decision.versions]
+        files = tuple(each for each in stamp if each[0] not in hidden or each[0].startswith(tuple(shown)))
+        return cls(versions=decision.versions, config=decision.config.read_bytes(), files=files)
+
+
 class ApprovedView:
     """Shows the good part of `repository` in `folder`; each new finding goes to `say`, in one line."""
 
@@ -112,8 +131,8 @@ class ApprovedView:
         self._say = say
         self._said: set[str] = set()
         self._stamps: dict[str, Stamp] = {}
-        self._shown: dict[str, Decision] = {}
-        self._before: Decision | None = None  # what the last change replaced
+        self._shown: dict[str, _Shown] = {}
+        self._before: _Shown | None = None  # what the last change replaced
 
     def fill(self) -> None:
         """Shows all models; raises GateFailed with every reason where one has no version that can be served."""
@@ -134,9 +153,11 @@ class ApprovedView:
             raise GateFailed("; ".join(map(str, refused)))
 
     @property
-    def unchecked(self) -> list[Finding]:
-        """A line for each model that is shown as it is."""
-        return [not_ours(self.repository / path.name) for path in sorted(self.folder.iterdir()) if path.is_symlink()]
+    def notes(self) -> list[Finding]:
+        """A line for each model that is shown as it is, and for each folder that is no model."""
+        shown = [not_ours(self.repository / path.name) for path in sorted(self.folder.iterdir()) if path.is_symlink()]
+        strays = check_layout(self.repository)
+        return shown + [Finding(level="warning", where=each.where, what=f"left out: no {CONFIG}") for each in strays]
 
     def changes(self) -> Iterator[Change]:
         """Follows the repository; after each change that it yields, the view is what Triton is to read."""
@@ -165,8 +186,11 @@ class ApprovedView:
             return Change(model=model.name, action="load")
         decision, shown = decide(model), self._shown.get(model.name)
         served = shown.versions[0] if shown else None
-        if decision.config is None or (
-            served is not None and decision.versions[0] < served and (model / str(served)).is_dir()
+        older = served is not None and decision.versions[:1] < (served,) and (model / str(served)).is_dir()
+        if (
+            decision.config is None
+            or older  # the one that is served was damaged where it lies: in memory it is whole
+            or shown == _Shown.of(decision, self._stamps[model.name])
         ):
             goes_on = f"version {served} goes on serving" if served else "it is not served"
             self._tell(decision, f"{model.name}: {goes_on}")
@@ -178,11 +202,13 @@ class ApprovedView:
     def take_back(self, change: Change, reason: str) -> None:
         """Triton did not load what was shown: the view is again what it was before."""
         name, before = change.model, self._before
-        self._say(f"refused   {name}: Triton did not load it: {reason}")
-        previous = self.folder.parent / f"before-{name}"
-        if before is not None and previous.is_dir():
-            _remove(self.folder / name)
-            previous.rename(self.folder / name)
+        self._say(f"refused   {name}: Triton does not {change.action} it: {reason}")
+        if name not in self._shown:  # it is shown as it is
+            return
+        _remove(self.folder / name)
+        del self._shown[name]
+        if before is not None:
+            (self.folder.parent / f"before-{name}").rename(self.folder / name)
             self._shown[name] = before
             self._say(f"          {name}: version {before.versions[0]} goes on serving")
 
@@ -211,7 +237,7 @@ class ApprovedView:
             place.rename(previous)
         laid_out.rename(place)
         self._before = self._shown.get(model.name)
-        self._shown[model.name] = decision
+        self._shown[model.name] = _Shown.of(decision, self._stamps[model.name])
 
     def _show_as_it_is(self, model: Path) -> None:
         self._hide(model.name)
