@@ -26,7 +26,7 @@ class Calibration(CalibrationDataReader):
     def __init__(self, rows: list[Row], batch: Axis) -> None:
         self.rows, self._batch = rows, batch
         size = min(CALIBRATION_BATCH, batch.max)
-        self._batches = [self._filled(inputs) for _, inputs in batches(rows, size)]
+        self.batches = [self._filled(inputs) for _, inputs in batches(rows, size)]
         self.rewind()
 
     @property
@@ -54,10 +54,7 @@ class Calibration(CalibrationDataReader):
 
     def rewind(self) -> None:
         """Starts again."""
-        self._rest: Iterator[Row] = iter(self._batches)
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self._batches)
+        self._rest: Iterator[Row] = iter(self.batches)
 
 
 def length_of(row: Row) -> int:

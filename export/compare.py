@@ -3,11 +3,9 @@
 Contract: runs fp32 and each candidate of `deploy.toml` as the target runs them (ONNX Runtime, or the
 TensorRT engines) over the evaluation split, times them interleaved in one process, and picks the fastest
 that loses at most `max_drop`. fp32 is always measured: a candidate inside the budget that is not faster
-is not worth its loss, and fp32 is taken. Writes `build/<name>/choice-<target>.json` and the accuracy
-into each manifest. Exit 1 if no candidate is inside the budget.
-
-Words: drop = (fp32 - variant) / fp32 of the metric, larger being better; without a metric it is
-1 - the similarity of the outputs (mean cosine for floats, share of common entries for integers).
+is not worth its loss, and fp32 is taken; on a GPU 8 bits have to beat fp16, too. Writes
+`build/<name>/choice-<target>.json` and the accuracy into each manifest. Exit 1 if a precision asked for by
+name is outside the budget. What drop means: export/budget.py.
 
 Examples:
     python -m export.compare --model recommender
@@ -16,8 +14,8 @@ Examples:
 
 from __future__ import annotations
 
+import functools
 import json
-import math
 import statistics
 import sys
 import time
@@ -35,23 +33,23 @@ from deepseek.spec import (
     Precision,
     Target,
     add_model_arguments,
-    build_dir,
     run_command,
 )
-from export.accuracy import metric_drop, parity, similarity, task_metrics
 from export.artifact import (
-    Row,
     batches,
     choice_path,
     engine_path,
     human_bytes,
-    load_rows,
+    onnx_path,
     read_manifest,
+    refusal,
     sha256,
     staged,
     write_manifest,
 )
-from export.runners import outputs_of, torch_runner, variant_runner
+from export.budget import Baseline
+from export.runners import variant_runner
+from export.sensitivity import shares_table, verdict
 from export.source import Predict, Source
 
 # Rounds of timing, each variant once a round: as many as fit the time, but no fewer and no more.
@@ -78,11 +76,12 @@ def time_interleaved(runners: dict[str, Callable[[], object]]) -> dict[str, list
 
 
 def choose(
-    variants: dict[str, dict[str, Any]], candidates: Sequence[str], max_drop: float
+    variants: dict[str, dict[str, Any]], candidates: Sequence[str], max_drop: float, *, asked: bool = False
 ) -> tuple[str, dict[str, str]]:
     """The precision to serve and, for each variant, why it was taken or not.
 
-    A single candidate was asked for by name, and only the budget speaks against it. Raises GateFailed.
+    fp32 is what is left where no candidate is both inside the budget and faster. `asked`: the one candidate was asked
+    for by name, and only the budget speaks against it. Raises GateFailed where not even fp32 is inside.
     """
     reasons = {}
     for name, variant in variants.items():
@@ -91,55 +90,75 @@ def choose(
         elif name not in ("fp32", *candidates):
             reasons[name] = "not a candidate"
         elif name != "fp32" and not variant["faster"]:
-            reasons[name] = f"inside, but not faster than fp32 ({variant['speedup']:.2f}x)"
+            reasons[name] = f"inside, but not faster than {variant['rival']} ({variant['over_rival']:.2f}x)"
         else:
             reasons[name] = "inside"
-    inside = [name for name in candidates if variants[name]["drop"] <= max_drop]
+    allowed = candidates if asked else ["fp32", *(name for name in candidates if variants[name].get("faster"))]
+    inside = [name for name in allowed if variants[name]["drop"] <= max_drop]
     if not inside:
-        drops = ", ".join(f"{name} {variants[name]['drop']:.2%}" for name in candidates)
-        raise GateFailed(f"no candidate is inside max_drop {max_drop:.2%} (drops: {drops}); raise it, or add fp32")
-    if len(candidates) > 1 and variants["fp32"]["drop"] <= max_drop:
-        inside = [name for name in inside if variants[name]["faster"]] + ["fp32"]
+        drops = ", ".join(f"{name} {variants[name]['drop']:.2%}" for name in variants if asked <= (name in candidates))
+        advice = "raise it, or choose with PRECISION=auto" if asked else "not even fp32 is"
+        raise GateFailed(f"no candidate is inside max_drop {max_drop:.2%} (drops: {drops}); {advice}")
     chosen = max(inside, key=lambda name: variants[name]["speedup"])
-    reasons[chosen] = "chosen: " + (
-        "the fastest inside the budget" if len(candidates) > 1 else "asked for, inside the budget"
-    )
+    if asked:
+        reasons[chosen] = "chosen: asked for, inside the budget"
+    elif chosen == "fp32":
+        reasons[chosen] = "chosen: no candidate is faster inside the budget"
+    else:
+        reasons[chosen] = "chosen: the fastest inside the budget"
     return chosen, reasons
+
+
+def rival_of(name: str, target: Target, variants: dict[str, dict[str, Any]], max_drop: float) -> str:
+    """What a precision has to be faster than: 8 bits on a GPU have to beat fp16, whose loss is smaller."""
+    fp16_serves = "fp16" in variants and variants["fp16"]["drop"] <= max_drop
+    return "fp16" if target == "tensorrt" and name in ("int8", "fp8") and fp16_serves else "fp32"
+
+
+def _add_speed(
+    variants: dict[str, dict[str, Any]], seconds: dict[str, list[float]], rows: int, target: Target, max_drop: float
+) -> None:
+    """Ratios are of the same round, so that both sides met the same noise."""
+    for name, variant in variants.items():
+        rival = rival_of(name, target, variants, max_drop)
+        over_rival = _ratios(seconds[rival], seconds[name])
+        variant["rows_per_s"] = rows / statistics.median(seconds[name])
+        variant["speedup"] = statistics.median(_ratios(seconds["fp32"], seconds[name]))
+        variant["rival"], variant["over_rival"] = rival, statistics.median(over_rival)
+        variant["faster"] = over_rival[len(over_rival) // 4] > 1  # in three rounds of four
+
+
+def _ratios(base: list[float], own: list[float]) -> list[float]:
+    return sorted(slow / fast for slow, fast in zip(base, own, strict=True))
 
 
 def compare(source: Source, target: Target, only: Precision | None) -> dict[str, Any]:
     """Runs the stage; returns the measurements and, under "chosen", the choice ("" where none is)."""
     spec = source.spec
-    candidates = [only] if only else list(spec.precision.candidates)
-    rows = load_rows(build_dir(spec.name) / "evaluation.npz")
+    max_drop = spec.precision.max_drop
+    wanted: list[Precision] = [only] if only else list(spec.precision.candidates)
+    refused = {name: why for name in wanted if (why := _refusal(spec, name, target))}
+    if only in refused:
+        raise GateFailed(refused[only])
+    candidates = [name for name in wanted if name not in refused]
     names: list[Precision] = ["fp32", *(name for name in candidates if name != "fp32")]
     with log.status("fp32 PyTorch"):
-        reference_runner = torch_runner(spec, source)
-        reference = outputs_of(spec, reference_runner, rows)
-        metrics = task_metrics(source, reference_runner)
+        baseline = Baseline.of(source)
     variants: dict[str, dict[str, Any]] = {}
     runners: dict[str, Predict] = {}
     for name in names:
         with log.status(f"{name} on {target}"):
             runners[name] = variant_runner(spec, name, target)
-            variants[name] = _measure(source, runners[name], rows, reference, metrics)
-    _, inputs = max(batches(rows, spec.axes["batch"].opt), key=lambda batch: len(batch[0]))
+            variants[name] = baseline.measure(runners[name])
+            variants[name]["size_bytes"] = read_manifest(engine_path(spec.name, name, target)).size_bytes
+    _, inputs = max(batches(baseline.rows, spec.axes["batch"].opt), key=lambda batch: len(batch[0]))
+    timed_rows = len(next(iter(inputs.values())))
     with log.status("timing, interleaved"):
-        seconds = time_interleaved(
-            {
-                "pytorch": lambda: reference_runner(inputs),
-                **{name: _bound(run, inputs) for name, run in runners.items()},
-            }
-        )
-    for name in names:
-        variants[name]["rows_per_s"] = len(next(iter(inputs.values()))) / statistics.median(seconds[name])
-        # Of the same round, so that both sides of a ratio met the same noise.
-        ratios = sorted(base / own for base, own in zip(seconds["fp32"], seconds[name], strict=True))
-        variants[name]["speedup"] = statistics.median(ratios)
-        variants[name]["faster"] = ratios[len(ratios) // 4] > 1  # in three rounds of four
-        variants[name]["size_bytes"] = read_manifest(engine_path(spec.name, name, target)).size_bytes
+        timed = {"pytorch": baseline.predict, **runners}
+        seconds = time_interleaved({name: functools.partial(run, inputs) for name, run in timed.items()})
+    _add_speed(variants, seconds, timed_rows, target, max_drop)
     try:
-        chosen, reasons = choose(variants, candidates, spec.precision.max_drop)
+        chosen, reasons = choose(variants, candidates, max_drop, asked=only is not None)
         failure = ""
     except GateFailed as error:
         chosen, reasons, failure = "", {}, str(error)
@@ -151,30 +170,28 @@ def compare(source: Source, target: Target, only: Precision | None) -> dict[str,
         "chosen": chosen,
         "failure": failure,
         "metric": spec.precision.metric or "similarity",
-        "max_drop": spec.precision.max_drop,
-        "rows": len(rows),
+        "max_drop": max_drop,
+        "rows": len(baseline.rows),
         "timed_shapes": {name: list(array.shape) for name, array in inputs.items()},
-        "pytorch": {
-            "metrics": metrics,
-            "rows_per_s": len(next(iter(inputs.values()))) / statistics.median(seconds["pytorch"]),
-        },
+        "pytorch": {"metrics": baseline.metrics, "rows_per_s": timed_rows / statistics.median(seconds["pytorch"])},
         "variants": variants,
+        "refused": refused,
+        "sensitivity": {name: report for name in candidates if (report := _sensitivity(spec, name))},
     }
 
 
-def _bound(run: Predict, inputs: Row) -> Callable[[], object]:
-    return lambda: run(inputs)
+def _refusal(spec: DeploymentSpec, name: Precision, target: Target) -> str | None:
+    """Why the graph or the engine of a precision could not be made; None where both were."""
+    return refusal(onnx_path(spec.name, name)) or refusal(engine_path(spec.name, name, target))
 
 
-def _measure(
-    source: Source, predict: Predict, rows: list[Row], reference: list[Row], baseline: dict[str, float]
-) -> dict[str, Any]:
-    report = parity(source.spec, outputs_of(source.spec, predict, rows), reference)
-    metrics = task_metrics(source, predict)
-    metric = source.spec.precision.metric
-    drop = 1 - similarity(report) if metric is None else metric_drop(metric, metrics[metric], baseline[metric])
-    finite = all(math.isfinite(value) for output in report.values() for value in output.values())
-    return {"drop": drop if finite and math.isfinite(drop) else math.inf, "metrics": metrics, "parity": report}
+def _sensitivity(spec: DeploymentSpec, name: Precision) -> dict[str, Any] | None:
+    """What the sensitivity pass found, where there was one, and the precision of the layers kept high."""
+    path = onnx_path(spec.name, name)
+    report = path.with_name("sensitivity.json")
+    if name not in ("int8", "fp8") or not report.is_file():
+        return None
+    return {**json.loads(report.read_text()), "high": read_manifest(path).settings["high_precision"]}
 
 
 def record(result: dict[str, Any], spec: DeploymentSpec, target: Target) -> None:
@@ -217,6 +234,12 @@ def show(result: dict[str, Any]) -> None:
     Console(width=max(Console().width, 100)).print(table)
     for name, variant in result["variants"].items():
         print(f"{name:<9} {variant['reason']}")
+    for name, reason in result["refused"].items():
+        print(f"{name:<9} could not be made: {reason}")
+    for name, report in result["sensitivity"].items():
+        if report["layers"]:
+            print(f"{name:<9} sensitivity: {verdict(report, name, report['high'])}")
+            Console(width=max(Console().width, 100)).print(shares_table(report, name, report["high"]))
 
 
 def main() -> None:

@@ -60,9 +60,7 @@ class Ranges:
         return {name: float(max(abs(low), abs(high))) for name, (low, high, *_) in found.items()}
 
 
-def ranges_by_samples(
-    path: Path, batches: Iterable[Row], method: Method
-) -> tuple[dict[int, dict[str, float]], float]:
+def ranges_by_samples(path: Path, batches: Iterable[Row], method: Method) -> tuple[dict[int, dict[str, float]], float]:
     """Ranges after 8, 16, 32, ... and all samples; and the growth, past `MOST_GROWTH` of which entropy is hopeless.
 
     `path` is the fp32 graph; a copy of it is written beside it, so that external weights are found.
@@ -95,9 +93,7 @@ def _watched(path: Path) -> tuple[onnxruntime.InferenceSession, list[str]]:
     made = producers_of(model.graph)
     outputs = {value.name for value in model.graph.output}
     inputs = {value.name for value in model.graph.input}
-    model.graph.output.extend(
-        onnx.ValueInfoProto(name=name) for name in names if name in made and name not in outputs
-    )
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name in made and name not in outputs)
     beside = path.with_name("watched.onnx")
     onnx.save(model, beside)
     options = onnxruntime.SessionOptions()

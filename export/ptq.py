@@ -1,9 +1,8 @@
 """ModelOpt, called so that it does what was asked, or says in one line why it does not.
 
-Contract: `fp16_from_onnx` is AutoCast, `qdq_from_onnx` is post-training quantization with Q/DQ pairs around real
-weights, `with_8_bit_weights` stores those weights at 8 bits. ModelOpt rewrites the graph that it reads and leaves
-files beside it: give it a copy in a folder of its own. What it raises becomes GateFailed: this precision cannot be
-made of this model, others may.
+Contract: `fp16_from_onnx` is AutoCast, `qdq_from_onnx` is post-training quantization with Q/DQ pairs around
+weights that are still wide. ModelOpt rewrites the graph that it reads and leaves files beside it: give it a copy in
+a folder of its own. What it raises becomes GateFailed: this precision cannot be made of this model, others may.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import onnx
 from deepseek.quantization import QuantConfig
 from deepseek.spec import GateFailed, InputError
 from export.calibration import Calibration
-from export.qdq import drop_unread, load_graph
+from export.qdq import load_graph
 
 OLDEST_OPSET = 19  # the first whose Q/DQ take fp16 scales and fp8
 AUTOCAST_BATCHES = 4  # of real inputs, from which AutoCast finds values too large for fp16
@@ -87,7 +86,7 @@ def fp16_from_onnx(path: Path, config: QuantConfig, calibration: Calibration | N
     samples = path.parent / "samples"
     if calibration is not None:
         samples.mkdir()
-        for index, inputs in enumerate([calibration.get_first(), *calibration][:AUTOCAST_BATCHES]):
+        for index, inputs in enumerate([calibration.get_first(), *calibration.batches][:AUTOCAST_BATCHES]):
             np.savez(samples / f"{index}.npz", **inputs)
     with _modelopt("fp16"):
         return convert_to_mixed_precision(
@@ -96,6 +95,7 @@ def fp16_from_onnx(path: Path, config: QuantConfig, calibration: Calibration | N
             keep_io_types=True,
             nodes_to_exclude=_exactly(high_nodes(path, config)) or None,
             op_types_to_exclude=list(CONTROL_FLOW),  # their subgraphs share values with the rest
+            op_types_to_include=["Gather"],  # AutoCast takes large ids for values that fp16 cannot hold
             calibration_data=str(samples) if calibration is not None else None,
             providers=["cpu"],
         )
@@ -122,13 +122,3 @@ def qdq_from_onnx(path: Path, config: QuantConfig, calibration: Calibration) -> 
             log_level="ERROR",
         )
         return load_graph(made)
-
-
-def with_8_bit_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The weights quantized once, here, and not anew at each load: initializer (8 bits) -> DequantizeLinear."""
-    from modelopt.onnx.quantization.qdq_utils import qdq_to_dq
-
-    with _modelopt("8-bit weights"):
-        model = qdq_to_dq(model)
-    drop_unread(model.graph)  # scales that ModelOpt made and did not wire
-    return model

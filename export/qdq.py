@@ -150,6 +150,38 @@ def use_one_scale_a_tensor(model: onnx.ModelProto) -> None:
                 node.attribute.remove(attribute)
 
 
+def with_8_bit_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose weights were quantized once, here, not anew at each load: initializer -> DequantizeLinear."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
+    kept = []
+    for node in copy.graph.node:
+        if node.op_type == "QuantizeLinear" and node.input[0] in tensors:
+            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+            values = _quantized(*(tensors[name] for name in node.input), axis)
+            copy.graph.initializer.append(onnx.numpy_helper.from_array(values, node.output[0]))
+        else:
+            kept.append(node)
+    _replace_nodes(copy.graph, kept)
+    drop_unread(copy.graph)
+    return copy
+
+
+def _quantized(
+    weight: onnx.TensorProto, scale: onnx.TensorProto, zero: onnx.TensorProto, axis: int
+) -> np.ndarray[Any, Any]:
+    """As QuantizeLinear defines it, with a zero point of 0: divided by the scale, rounded to even, saturated."""
+    wide = onnx.numpy_helper.to_array(weight).astype(np.float32)
+    steps = onnx.numpy_helper.to_array(scale).astype(np.float32)
+    if steps.ndim:
+        steps = steps.reshape([-1 if place == axis % wide.ndim else 1 for place in range(wide.ndim)])
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(zero.data_type)
+    if zero.data_type == onnx.TensorProto.FLOAT8E4M3FN:
+        return np.clip(wide / steps, -448, 448).astype(dtype)
+    return np.clip(np.rint(wide / steps), -128, 127).astype(dtype)
+
+
 def found_precision(path: Path) -> dict[str, Any]:
     """Counts what a graph holds: compute operators by the type they run in, bytes of weights, their scales."""
     model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), data_prop=True)

@@ -51,6 +51,7 @@ from export.artifact import (
     load_rows,
     need,
     onnx_path,
+    pruned_settings,
     publish,
     read_manifest,
     refuse,
@@ -62,14 +63,20 @@ from export.artifact import (
 from export.budget import Baseline
 from export.calibration import Calibration, calibration_of, length_of, stratified
 from export.curve import MOST_GROWTH, calibration_curve, ranges_by_samples, would_more_help
-from export.ptq import check_source, fp16_from_onnx, qdq_from_onnx, with_8_bit_weights
-from export.qdq import COMPUTE_OPS, found_precision, load_graph, save_graph, use_one_scale_a_tensor
+from export.ptq import check_source, fp16_from_onnx, qdq_from_onnx
+from export.qdq import (
+    COMPUTE_OPS,
+    found_precision,
+    load_graph,
+    save_graph,
+    use_one_scale_a_tensor,
+    with_8_bit_weights,
+)
 from export.runners import onnx_runner, outputs_of
-from export.sensitivity import RANKING_ROWS, output_error, sensitivity_pass
+from export.sensitivity import RANKING_ROWS, output_error, sensitivity_pass, shares_table, verdict
 from export.source import Predict, Source
 
 CURVE_ROWS = 64  # evaluation rows that the curve's errors are measured on
-SHOWN_LAYERS = 20
 
 log = Console(file=sys.stderr)
 
@@ -136,7 +143,7 @@ def quantize_model(spec: DeploymentSpec, config: QuantConfig, model_folder: Sour
             precision=config.precision,
             found=found,
             sources=sources,
-            settings=_settings(config, calibration, reports),
+            settings={**_settings(config, calibration, reports), **pruned_settings(spec.name)},
             axes=axes_of(spec),
             versions=tool_versions(),
             size_bytes=sum(file.stat().st_size for file in scratch.glob("model.onnx*")),
@@ -160,12 +167,12 @@ def _to_8_bits(
     model_folder: Source | None,
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """The 8-bit graph and the reports "calibration" and "sensitivity"."""
-    points, growth = ranges_by_samples(work / "model.onnx", calibration, config.calibration_method)
+    points, growth = ranges_by_samples(work / "model.onnx", calibration.batches, config.calibration_method)
     note = ""
     if not points:  # ranges that entropy cannot count
         note = f"an activation's range grows {growth:.0f}-fold past its first batch (entropy takes {MOST_GROWTH:.0f})"
         config = dataclasses.replace(config, calibration_method="max")
-        points, _ = ranges_by_samples(work / "model.onnx", calibration, "max")
+        points, _ = ranges_by_samples(work / "model.onnx", calibration.batches, "max")
     trials = Trials(spec, work)
     sample = stratified(evaluation, CURVE_ROWS)
     reference = trials.over(sample)(load_graph(work / "model.onnx"))
@@ -226,8 +233,10 @@ def show(result: dict[str, Any], high: str) -> None:
     print(f"{result['path']}: {human_bytes(result['size_bytes'])}; {'/'.join(COMPUTE_OPS)}: {counts}")
     if calibration := result.get("calibration"):
         _show_calibration(calibration)
-    if sensitivity := result.get("sensitivity"):
-        _show_sensitivity(sensitivity, result["precision"], high)
+    if report := result.get("sensitivity"):
+        print(f"budget: {verdict(report, result['precision'], high)}")
+        if report["layers"]:
+            Console(width=max(Console().width, 100)).print(shares_table(report, result["precision"], high))
 
 
 def _show_calibration(report: dict[str, Any]) -> None:
@@ -239,33 +248,6 @@ def _show_calibration(report: dict[str, Any]) -> None:
     table.add_row("output error", *(f"{point['error']:.3%}" for point in report["curve"]))
     Console(width=max(Console().width, 100)).print(table)
     print(f"calibration: {report['conclusion']}")
-
-
-def _show_sensitivity(report: dict[str, Any], precision: str, high: str) -> None:
-    if not report["tried"]:
-        verdict = "inside" if report["held"] else "outside"
-        print(f"budget: drop {report['drop']:.2%}, {verdict} the {report['max_drop']:.2%} allowed")
-        return
-    kept = [layer for layer in report["layers"] if layer["high"]]
-    if report["held"]:
-        print(
-            f"budget: {len(kept)} of {len(report['layers'])} layers stay {high}; drop {report['drop']:.2%}, "
-            f"inside the {report['max_drop']:.2%} allowed"
-        )
-    else:
-        least = min(each["drop"] for each in report["tried"])
-        print(
-            f"budget: hopeless in {precision}: drop {report['drop']:.2%}, allowed {report['max_drop']:.2%}; still "
-            f"{least:.2%} with up to {report['tried'][-1]['high']} of {len(report['layers'])} layers kept {high}"
-        )
-    table = Table("layer", "operator", box=box.SIMPLE_HEAD)
-    table.add_column("share of the error", justify="right")
-    table.add_column("runs in")
-    for layer in report["layers"][:SHOWN_LAYERS]:
-        table.add_row(layer["name"], layer["operator"], f"{layer['share']:.1%}", high if layer["high"] else precision)
-    if rest := report["layers"][SHOWN_LAYERS:]:
-        table.add_row(f"{len(rest)} more", "", f"{sum(layer['share'] for layer in rest):.1%}", "")
-    Console(width=max(Console().width, 100)).print(table)
 
 
 def _parser() -> Parser:

@@ -17,11 +17,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+from rich import box
+from rich.table import Table
 
 from export.artifact import Row
 from export.qdq import quantized_layers, with_high
 
 RANKING_ROWS = 32
+SHOWN_LAYERS = 20
 
 Run = Callable[[onnx.ModelProto], list[Row]]
 """The outputs of a graph, row by row."""
@@ -110,3 +113,30 @@ def sensitivity_pass(
     found = with_high(model, high)
     report |= {"held": True, "drop": next(each["drop"] for each in report["tried"] if each["high"] == len(high))}
     return found, report
+
+
+def verdict(report: dict[str, Any], precision: str, high: str) -> str:
+    """The report in one line; `high` is the precision of what is not quantized."""
+    allowed = f"{report['max_drop']:.2%} allowed"
+    if not report["layers"]:
+        return f"drop {report['drop']:.2%}, inside the {allowed}"
+    if report["held"]:
+        kept = sum(layer["high"] for layer in report["layers"])
+        return f"{kept} of {len(report['layers'])} layers stay {high}; drop {report['drop']:.2%}, inside the {allowed}"
+    line = f"hopeless in {precision}: drop {report['drop']:.2%}, {allowed}"
+    if report["tried"]:
+        least = min(report["tried"], key=lambda each: each["drop"])
+        line += f"; at best {least['drop']:.2%}, with {least['high']} of {len(report['layers'])} layers kept {high}"
+    return line
+
+
+def shares_table(report: dict[str, Any], precision: str, high: str) -> Table:
+    """Each layer's share of the error, worst first, and what it runs in."""
+    table = Table("layer", "operator", box=box.SIMPLE_HEAD)
+    table.add_column("share of the error", justify="right")
+    table.add_column("runs in")
+    for layer in report["layers"][:SHOWN_LAYERS]:
+        table.add_row(layer["name"], layer["operator"], f"{layer['share']:.1%}", high if layer["high"] else precision)
+    if rest := report["layers"][SHOWN_LAYERS:]:
+        table.add_row(f"{len(rest)} more", "", f"{sum(layer['share'] for layer in rest):.1%}", "")
+    return table
