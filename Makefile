@@ -23,6 +23,9 @@ URL ?= 127.0.0.1:$(if $(filter http,$(PROTOCOL)),$(HTTP_PORT),$(GRPC_PORT))## se
 RATE ?=##                     requests/s, open loop (default: each rate that the SLO names)
 SHAPE ?=##                     rates that change, open loop: 50x30,50-200x60 (requests/s x seconds)
 USERS ?=##                     users one after the other, closed loop
+WORKERS ?= 1##             processes that send the load; -1: one a core
+WEB ?=##                     1: Locust's own page while the load test runs and after, at WEB_PORT
+WEB_PORT ?= 8089##
 DURATION_S ?= 30##             of a load test
 RUN ?=##                     folder of a load test for verdict and report (default: the latest)
 ROW ?= 0##             which evaluation sample infer sends
@@ -98,7 +101,8 @@ metadata: $(VENV)/.ready ## what the server says of the model
 ##@ Load test
 loadtest: $(VENV)/.ready ## measure the server; leaves a folder in build/<model>/loadtests/
 	@$(PY) -m loadtests.run $(WHICH) --url $(URL) --protocol $(PROTOCOL) --target $(T) --duration-s $(DURATION_S) \
-	    $(if $(strip $(RATE)),--rate $(RATE)) $(if $(strip $(SHAPE)),--shape '$(SHAPE)') $(if $(strip $(USERS)),--users $(USERS))
+	    $(if $(strip $(RATE)),--rate $(RATE)) $(if $(strip $(SHAPE)),--shape '$(SHAPE)') $(if $(strip $(USERS)),--users $(USERS)) \
+	    --workers $(strip $(WORKERS)) $(if $(strip $(WEB)),--web $(strip $(WEB_PORT)))
 
 verdict: $(VENV)/.ready ## judge a run against deploy.toml
 	@$(PY) -m loadtests.slo $(WHICH) $(if $(strip $(RUN)),--run $(RUN))
@@ -126,7 +130,7 @@ lock: $(VENV)/.ready-test ## pin anew what pyproject.toml allows
 	@$(PY) -m pip install -q uv && $(PY) -m uv pip compile -q --upgrade --universal --python-version 3.11 --all-extras \
 	    --no-emit-index-url --no-annotate --no-header pyproject.toml client/pyproject.toml -o $(BUILD)/all.lock
 	@# torch and what it brings (its CUDA, its compiler) stay out: the build of torch is the machine's choice.
-	@grep -vE '^(torch|triton|cuda-|nvidia-(cu|nccl|nvj|nvs|nvt))' $(BUILD)/all.lock >requirements.lock
+	@grep -vE '^(torch=|triton|cuda-|nvidia-(cu|nccl|nvj|nvs|nvt))' $(BUILD)/all.lock >requirements.lock
 
 clean: ## remove what was built for MODEL, and its repository entry
 	rm -rf "$(B)" "$(REPOSITORY)/$(MODEL)"
@@ -201,11 +205,14 @@ $(B)/module: $(B)/weights $(MODEL_FILES) $(if $(PRUNE),$(PRUNING)) $(B)/settings
 $(B)/fp32/model.onnx: $(B)/module $(MODEL_FILES) $(addprefix export/,to_onnx.py source.py reference.py) $(STAGES)
 	@$(PY) -m export.to_onnx $(WHICH)
 
-QUANTIZE := $(B)/fp32/model.onnx export/quantize.py deepseek/quantization.py
+QUANTIZE := $(B)/fp32/model.onnx $(addprefix export/,quantize.py ptq.py qdq.py calibration.py) deepseek/quantization.py
+# One candidate of several that cannot be made leaves word, and the others go on.
+CANDIDATE := $(if $(filter auto,$(PRECISION)),--candidate)
 $(B)/fp16/model.onnx: $(QUANTIZE)
-	@$(PY) -m export.quantize $(WHICH) --precision fp16
-$(B)/int8/model.onnx $(B)/fp8/model.onnx: $(B)/%/model.onnx: $(QUANTIZE) $(B)/settings/high-precision
-	@$(PY) -m export.quantize $(WHICH) --precision $* --high-precision $(HIGH)
+	@$(PY) -m export.quantize $(WHICH) --precision fp16 $(CANDIDATE)
+$(B)/int8/model.onnx $(B)/fp8/model.onnx: $(B)/%/model.onnx: $(QUANTIZE) \
+    $(addprefix export/,sensitivity.py curve.py budget.py) $(B)/settings/high-precision
+	@$(PY) -m export.quantize $(WHICH) --precision $* --high-precision $(HIGH) $(CANDIDATE)
 
 $(B)/%/torchscript/model.pt: $(B)/fp32/model.onnx $(addprefix export/,to_torchscript.py reference.py)
 	@$(PY) -m export.to_torchscript $(WHICH) --precision $*
@@ -221,7 +228,7 @@ $(B)/%/$(T)/model.plan: $(B)/%/model.onnx export/to_tensorrt.py export/engine.py
 	@$(ON_TARGET) export.to_tensorrt $(WHICH) --precision $* --target $(T)
 
 .SECONDEXPANSION:
-$(B)/choice-$(T).json: $$(foreach p,$$(PRECISIONS),$(B)/$$p/$(ENGINE_NAME)) $(B)/settings/precision $(addprefix export/,compare.py runners.py accuracy.py)
+$(B)/choice-$(T).json: $$(foreach p,$$(PRECISIONS),$(B)/$$p/$(ENGINE_NAME)) $(B)/settings/precision $(addprefix export/,compare.py budget.py runners.py accuracy.py)
 	@$(ON_TARGET) export.compare $(WHICH) --target $(T) --precision $(PRECISION)
 
 # check-engine: the graphs that a TensorRT target takes, and which models have them checked.

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, Parser, Precision, run_command
-from export.artifact import Clock, human_bytes, need, onnx_path, read_manifest
+from export.artifact import Clock, human_bytes, need, onnx_path, read_manifest, refusal
 from export.engine import engine_from_onnx, library_prints_to_stderr, prove, tensorrt_module, weight_bytes
 
 log = Console(file=sys.stderr)
@@ -34,6 +34,8 @@ def check(trt: Any, spec: DeploymentSpec, precision: Precision) -> dict[str, Any
     row: dict[str, Any] = {"model": spec.name, "precision": precision, "failure": ""}
     try:
         source = need(onnx_path(spec.name, precision), f"make check-engine MODEL={spec.name}")
+        if reason := refusal(source):
+            raise GateFailed(f"the graph could not be made: {reason}")
         with library_prints_to_stderr():
             plan, found = engine_from_onnx(trt, source, spec, spec.tensorrt)
         row |= {"compute_layers": found["compute_layers"], "size_bytes": len(plan)}

@@ -90,7 +90,8 @@ def choose(
         elif name not in ("fp32", *candidates):
             reasons[name] = "not a candidate"
         elif name != "fp32" and not variant["faster"]:
-            reasons[name] = f"inside, but not faster than {variant['rival']} ({variant['over_rival']:.2f}x)"
+            how = "not faster" if variant["over_rival"] <= 1 else "in fewer than three rounds of four faster"
+            reasons[name] = f"inside, but {how} than {variant['rival']} ({variant['over_rival']:.2f}x)"
         else:
             reasons[name] = "inside"
     allowed = candidates if asked else ["fp32", *(name for name in candidates if variants[name].get("faster"))]

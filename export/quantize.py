@@ -183,7 +183,7 @@ def _to_8_bits(
     def error_of(graph: onnx.ModelProto) -> float:
         return output_error(trials.over(sample)(graph), reference)
 
-    reports: dict[str, Any] = {}
+    reports: dict[str, Any] = {"sensitivity": {"layers": [], "tried": []}}  # takes the place of an earlier one
     if model_folder is not None:
         baseline = Baseline.of(model_folder)
         model, reports["sensitivity"] = sensitivity_pass(
@@ -233,7 +233,8 @@ def show(result: dict[str, Any], high: str) -> None:
     print(f"{result['path']}: {human_bytes(result['size_bytes'])}; {'/'.join(COMPUTE_OPS)}: {counts}")
     if calibration := result.get("calibration"):
         _show_calibration(calibration)
-    if report := result.get("sensitivity"):
+    report = result.get("sensitivity", {})
+    if "drop" in report:
         print(f"budget: {verdict(report, result['precision'], high)}")
         if report["layers"]:
             Console(width=max(Console().width, 100)).print(shares_table(report, result["precision"], high))

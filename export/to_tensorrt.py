@@ -40,8 +40,11 @@ from export.artifact import (
     human_bytes,
     need,
     onnx_path,
+    pruned_settings,
     publish,
     read_manifest,
+    refusal,
+    refuse,
     scratch_in,
     sha256,
     tool_versions,
@@ -67,6 +70,9 @@ def build_engine(
     clock = Clock()
     source = need(onnx_path(spec.name, precision), f"make engine PRECISION={precision}")
     path = engine_path(spec.name, precision, target)
+    if reason := refusal(source):  # one of several candidates: the others go on
+        refuse(path, reason)
+        return {"path": str(path), "precision": precision, "refused": reason}
     trt = tensorrt_module(target)
     graph = read_manifest(source)
     cache = build_dir(spec.name) / "tensorrt.timing" if applied(target, options).get("timing_cache") else None
@@ -82,7 +88,7 @@ def build_engine(
             target=target,
             found={**found, "weight_bytes": weights, "plan_over_weight_bytes": round(len(plan) / max(weights, 1), 3)},
             sources={**graph.sources, "onnx": sha256(source)},
-            settings=applied(target, options),
+            settings={**applied(target, options), **pruned_settings(spec.name)},
             axes=axes_of(spec),
             versions={**tool_versions(), target: trt.__version__},
             compute_capability=_compute_capability() if target == "tensorrt" else None,
@@ -150,6 +156,8 @@ def main() -> None:
     result = build_engine(spec, args.precision, args.target, options_of(spec, args))
     if args.json:
         print(json.dumps(result, indent=2))
+    elif "refused" in result:
+        print(f"{args.precision} cannot be made, the other precisions go on: {result['refused']}")
     else:
         counts = ", ".join(f"{count} in {name}" for name, count in result["found"]["compute_layers"].items())
         size, seconds = human_bytes(result["size_bytes"]), result["build_s"]
