@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help demo setup engine serve infer compare metadata loadtest verdict report bench test lint check-engine \
+.PHONY: help demo setup engine doctor serve infer compare metadata loadtest verdict report bench test lint check-engine \
     check-graphs can-build lock clean distclean FORCE
 
 ##@ Variables (make engine MODEL=… PRECISION=…)
@@ -83,6 +83,9 @@ demo: engine ## from nothing to a verdict: data, train, export, engine, serve, i
 
 engine: $(if $(filter tensorrt_rtx,$(T)),$(B)/choice-$(T).json,$(REPOSITORY)/$(MODEL)/config.pbtxt) ## weights, ONNX, precision, engine, model repository
 	@echo "engine    $< is up to date"
+
+doctor: $(VENV)/.ready ## whether what is in the repository runs here: engines, config.pbtxt, GPU, memory, disk
+	@$(PY) -m serving.doctor --repository $(REPOSITORY) --triton-tag $(TRITON_TAG) $(if $(NAMED),--model $(NAMED))
 
 serve: $(VENV)/.ready ## the embedded Triton over the model repository, until Ctrl-C
 	@$(PY) -m serving.embedded --repository $(REPOSITORY) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \

@@ -62,7 +62,9 @@ class Settings:
     timeout_s: float = 5.0
     """Deadline of a request; past it, it counts as an error."""
     max_in_flight: int = 512
-    """Open loop: a request that is due while so many are unanswered is dropped, and counts as an error."""
+    """Open loop: a request due while its worker has so many unanswered is dropped, and counts as an error."""
+    workers: int = 1
+    """Processes that send."""
 
     @property
     def open_loop(self) -> bool:
@@ -101,9 +103,9 @@ class _Second:
 class Recorder:
     """Takes note of every request, in a few microseconds each. Times are seconds of the measured window."""
 
-    def __init__(self, planned_s: np.ndarray | None = None) -> None:
+    def __init__(self, planned_s: np.ndarray | None = None, *, open_loop: bool) -> None:
         self.in_flight = 0
-        self._open_loop = planned_s is not None
+        self._open_loop = open_loop
         self._seconds: dict[int, _Second] = {}
         if planned_s is not None:
             for second, count in zip(*np.unique(np.floor(planned_s), return_counts=True), strict=True):

@@ -27,9 +27,10 @@ import math
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -88,7 +89,7 @@ def _check_numbers(settings: Settings) -> None:
         raise InputError(
             "give --rate or --shape (open loop) or --users (closed loop), one of them; slo.rate_rps is the default rate"
         )
-    for name in ("rate_rps", "users", "duration_s", "timeout_s", "max_in_flight"):
+    for name in ("rate_rps", "users", "duration_s", "timeout_s", "max_in_flight", "workers"):
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name.removesuffix('_rps').replace('_', '-')} {value:g}: it must be more than 0")
@@ -104,6 +105,8 @@ def _check_numbers(settings: Settings) -> None:
                 f"{what if settings.shape is None else f'--shape {settings.shape}'} plans {planned} requests; "
                 f"1 to {MOST_REQUESTS} are possible"
             )
+    elif settings.users is not None and settings.users < settings.workers:
+        raise InputError(f"--users {settings.users} for --workers {settings.workers}: each worker needs one or more")
     elif settings.users is not None and settings.users > settings.max_in_flight:
         raise InputError(f"--users {settings.users}: at most {settings.max_in_flight}; --max-in-flight raises it")
 
@@ -112,43 +115,64 @@ def _listed(names: Any) -> str:
     return ", ".join(sorted(names)) or "nothing"
 
 
-def measure(settings: Settings, spec: DeploymentSpec, served: ModelMetadata, console: Console) -> Run:
-    """Runs Locust over the settings and saves the run."""
+def measure(
+    settings: Settings,
+    spec: DeploymentSpec,
+    served: ModelMetadata,
+    console: Console,
+    *,
+    web_port: int | None = None,
+    and_then: Callable[[Run], None] | None = None,
+) -> Run:
+    """Runs Locust over the settings and saves the run; `and_then` is called while Locust's page is still there."""
     with new_run(settings.model) as draft:
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
         path = draft / "settings.json"
         path.write_text(json.dumps(asdict(settings)), encoding="utf-8")
         log = draft / "locust.log"
-        with log.open("w") as log_file, _locust(settings, path, log_file) as process:
+        with log.open("w") as log_file, _locust(settings, path, log_file, web_port) as process:
             _show_progress(process, settings, console)
-            status = process.wait()
-        measured = draft / "measured.json"
-        if status != 0 or not measured.is_file():
-            print(log.read_text(), end="", file=sys.stderr)
-            raise InvalidMeasurement(f"the load generator ended early, with status {status}; nothing was saved")
-        data = {
-            "settings": asdict(settings),
-            "started_at": started_at,
-            **json.loads(measured.read_text()),
-            "machine": _machine(),
-            "quality": of_served(spec.name, spec.precision.metric, served, settings.protocol, settings.target),
-        }
-        version = served.versions[-1] if served.versions else ""
-        data["server"] = {"version": version, "parameters": dict(served.parameters), "statistics": data["server"]}
-        (draft / "run.json").write_text(json.dumps(data, indent=2), encoding="utf-8")
-        for leftover in (path, measured, log):
-            leftover.unlink()
-        return Run.load(publish(draft))
+            measured = draft / "measured.json"
+            if not measured.is_file():
+                status = process.wait()
+                print(log.read_text(), end="", file=sys.stderr)
+                raise InvalidMeasurement(f"the load generator ended early, with status {status}; nothing was saved")
+            if web_port is None:
+                process.wait()
+            data = {
+                "settings": asdict(settings),
+                "started_at": started_at,
+                **json.loads(measured.read_text()),
+                "machine": _machine(),
+                "quality": of_served(spec.name, spec.precision.metric, served, settings.protocol, settings.target),
+            }
+            version = served.versions[-1] if served.versions else ""
+            data["server"] = {"version": version, "parameters": dict(served.parameters), "statistics": data["server"]}
+            (draft / "run.json").write_text(json.dumps(data, indent=2), encoding="utf-8")
+            for leftover in (path, measured, log):
+                leftover.unlink()
+            run = Run.load(publish(draft))
+            if and_then is not None:
+                and_then(run)
+            return run
 
 
 @contextmanager
-def _locust(settings: Settings, path: Path, log: IO[str]) -> Iterator[subprocess.Popen[str]]:
+def _locust(settings: Settings, path: Path, log: IO[str], web_port: int | None) -> Iterator[subprocess.Popen[str]]:
     """Locust over the settings file; ended, whatever happens, when the block ends."""
-    users = str(settings.users or 1)
+    users = str(max(settings.users or 1, settings.workers))
     longest_s = math.ceil(settings.warmup_s + settings.duration_s + 2 * settings.timeout_s + 10)
-    command = [sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE), "--headless", "--only-summary"]
+    command = [sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE)]
     command += ["--users", users, "--spawn-rate", users, "--run-time", f"{longest_s}s"]  # the file ends it earlier
     command += ["--loglevel", "WARNING", "--settings", str(path)]
+    if web_port is None:
+        command += ["--headless", "--only-summary"]
+    else:
+        command += ["--autostart", "--web-host", "127.0.0.1", "--web-port", str(web_port)]
+    if settings.workers > 1:
+        port = str(_free_port())
+        command += ["--processes", str(settings.workers), "--master-bind-host", "127.0.0.1"]
+        command += ["--master-bind-port", port, "--master-port", port, "--expect-workers-max-wait", "30"]
     root = str(LOCUSTFILE.parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     process = subprocess.Popen(
@@ -167,10 +191,17 @@ def _locust(settings: Settings, path: Path, log: IO[str]) -> Iterator[subprocess
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(3)
-            process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the workers too
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def _show_progress(process: subprocess.Popen[str], settings: Settings, console: Console) -> None:
@@ -182,6 +213,8 @@ def _show_progress(process: subprocess.Popen[str], settings: Settings, console: 
             if not line.startswith("{"):
                 continue  # Locust's own summary
             said = json.loads(line)
+            if "finished" in said:
+                return
             progress.update(
                 bar,
                 description="warming up" if said["second"] <= 0 else "measuring",
@@ -270,6 +303,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--max-in-flight", type=int, default=512, help="more unanswered requests are dropped (default: %(default)s)"
     )
+    parser.add_argument("--workers", type=int, default=1, help="processes that send; -1: one a core (default: 1)")
+    parser.add_argument("--web", type=int, metavar="PORT", help="show Locust's own page there while it runs and after")
     parser.add_argument("--inputs", help="file of real inputs (default: build/<model>/evaluation.npz)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser.parse_args()
@@ -298,6 +333,7 @@ def _settings(args: argparse.Namespace, spec: DeploymentSpec) -> Settings:
         duration_s=duration_s,
         timeout_s=args.timeout_s,
         max_in_flight=args.max_in_flight,
+        workers=len(os.sched_getaffinity(0)) if args.workers == -1 else args.workers,
     )
 
 
@@ -312,11 +348,20 @@ def main() -> int:
         console.print(f"note: {warning}")
     console.print(described(settings))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: cleanly
-    run = measure(settings, spec, served, console)
-    if args.json:
-        print(json.dumps(summary(run), indent=2))
-    else:
-        _print(run, Console())
+    if args.web is not None:
+        console.print(f"Locust's page: http://127.0.0.1:{args.web}")
+
+    def show(run: Run) -> None:
+        if args.json:
+            print(json.dumps(summary(run), indent=2), flush=True)
+        else:
+            _print(run, Console())
+        if args.web is not None:
+            console.print("the page stays until Ctrl-C")
+            with suppress(KeyboardInterrupt):
+                signal.pause()
+
+    run = measure(settings, spec, served, console, web_port=args.web, and_then=show)
     problems = slo.generator_problems(run, spec.slo)
     if problems:
         raise InvalidMeasurement(f"{run.folder}: {'; '.join(problems)}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import pytest
 from rich.console import Console
 
@@ -162,15 +163,20 @@ def answered(server: EmbeddedServer) -> int:
     return sum(counts["success.count"] for counts in found.values())
 
 
+def wait_for_answers(server: EmbeddedServer, count: int) -> None:
+    """Until the server has answered so many."""
+    deadline = time.monotonic() + 30
+    while answered(server) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def test_a_server_that_dies_leaves_a_run_with_its_errors(tiny: tuple[EmbeddedServer, Path], tmp_path: Path) -> None:
     with EmbeddedServer(
         tiny[0].repository, http_port=0, grpc_port=0, metrics_port=0, log_path=tmp_path / "dying.log"
     ) as dying:
         wanted = settings(tiny, "http", url=dying.http_url, rate_rps=40.0, duration_s=5.0, warmup_s=0.0)
         with command(wanted) as process:
-            deadline = time.monotonic() + 30
-            while answered(dying) < 20 and time.monotonic() < deadline:
-                time.sleep(0.05)
+            wait_for_answers(dying, 20)
             assert dying._process is not None
             os.killpg(dying._process.pid, signal.SIGKILL)
             process.communicate(timeout=30)
@@ -213,6 +219,34 @@ def test_a_run_of_several_rates_is_judged_at_each(tiny: tuple[EmbeddedServer, Pa
     assert twenty is not None
     assert sixty is not None
     assert (twenty.planned, sixty.planned, run.at_rate(40)) == (40, 120, None)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_workers_send_one_schedule_together(
+    tiny: tuple[EmbeddedServer, Path], protocol: Literal["grpc", "http"]
+) -> None:
+    run = measured(settings(tiny, protocol, rate_rps=60.0, workers=3))
+    assert run.window.ok == run.window.planned == 120
+    assert run.generator["workers_lost"] == 0
+    inferred = run.server["statistics"]["inference_count"]
+    assert inferred == pytest.approx(120, abs=10)  # asked at the window's ends, while requests are under way
+
+
+def test_users_are_shared_out_among_workers(tiny: tuple[EmbeddedServer, Path]) -> None:
+    run = measured(settings(tiny, users=4, workers=2))
+    assert run.window.failed == 0
+    assert run.window.latency("service").total == run.window.ok > 100
+
+
+def test_what_a_lost_worker_was_to_send_is_missed(tiny: tuple[EmbeddedServer, Path]) -> None:
+    before = answered(tiny[0])
+    with command(settings(tiny, rate_rps=40.0, duration_s=3.0), "--workers", "2", "--timeout-s", "1") as process:
+        wait_for_answers(tiny[0], before + 20)
+        locust = psutil.Process(process.pid).children()[0]
+        locust.children()[0].kill()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert "planned requests were never sent" in errors
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])

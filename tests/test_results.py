@@ -32,7 +32,8 @@ def saved_run(folder: Path, requests: Iterable[Request], **changes: Any) -> Run:
     fixed: dict[str, Any] = {"model": "tiny", "models": "models", "target": "onnxruntime", "protocol": "grpc"}
     fixed |= {"url": "127.0.0.1:8001", "inputs": "evaluation.npz", "rate_rps": 100.0, "duration_s": 10.0}
     settings = Settings(**fixed | changes)
-    recorder = Recorder(np.array([planned for planned, *_ in requests]) if settings.open_loop else None)
+    planned_s = np.array([planned for planned, *_ in requests]) if settings.open_loop else None
+    recorder = Recorder(planned_s, open_loop=settings.open_loop)
     for planned, sent, finished, error in requests:
         recorder.attempt(sent)
         if error == "dropped":
@@ -110,7 +111,7 @@ def test_rows_of_several_workers_are_added_not_averaged(tmp_path: Path) -> None:
 
 
 def test_taken_seconds_are_forgotten_and_add_up() -> None:
-    recorder = Recorder(np.arange(10.0))
+    recorder = Recorder(np.arange(10.0), open_loop=True)
     for second in range(10):
         recorder.finish(second, second, second + 0.1, None)
     rows = [*recorder.take(4), *recorder.take(4), *recorder.take()]
