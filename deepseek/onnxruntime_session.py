@@ -8,7 +8,9 @@ node of the graph. Used by `export` and by the server, which has a copy beside t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,18 +64,24 @@ def open_session(
     chosen = choose_provider(provider)
     name, package = PROVIDERS[chosen]
     if chosen in ("cuda", "tensorrt"):
-        onnxruntime.preload_dlls()  # CUDA and cuDNN out of pip's nvidia-* packages, where they are
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
+            onnxruntime.preload_dlls()  # CUDA and cuDNN out of pip's nvidia-* packages, where they are
     device = {} if device_id is None or chosen == "cpu" else {"device_id": str(device_id)}
     wanted: list[Any] = [(name, {**(provider_options or {}), **device})]
     if chosen == "tensorrt":
         wanted.append((PROVIDERS["cuda"][0], device))  # for nodes that TensorRT does not take
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     wanted += [] if chosen == "cpu" else [CPU]
-    session = onnxruntime.InferenceSession(path, options, providers=wanted, enable_fallback=0)
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=wanted, enable_fallback=0)
+    except Exception as error:
+        if chosen == "cpu":
+            raise
+        raise ProviderError(f"execution provider {chosen!r}: {' '.join(str(error).split())[:500]}") from None
     if name not in session.get_providers():
         raise ProviderError(
-            f"execution provider {chosen!r} did not start, ONNX Runtime has only {', '.join(session.get_providers())}: "
-            f"its device or libraries are missing (package {package}; ONNX Runtime's log has the reason)"
+            f"execution provider {chosen!r} did not start, ONNX Runtime took {_listed(session.get_providers())}: "
+            f"the device or a library that {package} needs is missing (ONNX Runtime's log says which)"
         )
     nodes = _placement(session)
     if nodes and name not in nodes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,9 @@ import pytest
 from tritonclient import grpc as triton
 from tritonclient.utils import InferenceServerException
 
+from deepseek.spec import DeploymentSpec, InputError
 from export.artifact import load_rows
+from export.to_triton import publish_version
 from serving.embedded import EmbeddedServer
 
 
@@ -103,3 +106,28 @@ def test_a_wrong_input_is_refused_and_the_server_goes_on(
         infer(models, "image", inputs, ["scores"])
     good = {"pixels": np.zeros((8, 3, 32, 32), np.float32)}
     assert infer(models, "image", good, ["scores"])["scores"].shape == (8, 10)
+
+
+def test_the_log_says_which_provider_serves_and_how_many_nodes(models: EmbeddedServer) -> None:
+    log = models.log_path.read_text()
+    for instance in ("image_0_0", "text_0_1"):
+        assert re.search(rf"{instance}: ONNX Runtime [\d.]+, provider cpu, nodes: \d+ on CPUExecutionProvider", log)
+
+
+def test_a_provider_that_is_missing_is_one_line_at_start_up(build: Path, tmp_path: Path) -> None:
+    spec = DeploymentSpec.load("tests/models/text")
+    keys = {"provider": "migraphx", "options": {"migraphx_fp16_enable": True}}
+    spec = spec.model_validate_json(json.dumps({**spec.model_dump(mode="json"), "onnxruntime": keys}))
+    publish_version(spec, "fp32", "onnxruntime", tmp_path / "repository")
+    with (
+        pytest.raises(InputError) as caught,
+        EmbeddedServer(
+            tmp_path / "repository", http_port=0, grpc_port=0, metrics_port=0, log_path=tmp_path / "triton.log"
+        ),
+    ):
+        pass
+    message = str(caught.value)
+    assert "execution provider 'migraphx' is not in ONNX Runtime" in message
+    assert "install onnxruntime-migraphx" in message
+    assert "At:" not in message
+    assert "\n" not in message

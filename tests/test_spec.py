@@ -30,8 +30,15 @@ MISTAKES = {
     "unknown target": ("targets.onnxruntime", "targets.onnx", "targets.onnx", "'onnxruntime'"),
     "unbounded queue": ("max_queue_size = 512", "max_queue_size = 0", "batching.max_queue_size: seen 0", "greater than"),
     "input named as an output": ("outputs.items", "outputs.item_ids", "outputs.item_ids", "same name"),
+    "optimization level": ("[slo]", "[tensorrt]\noptimization_level = 6\n[slo]", "tensorrt.optimization_level: seen 6", "less than or equal to 5"),
+    "hardware compatibility": ("[slo]", "[tensorrt]\nhardware_compatibility = \"ada\"\n[slo]", "tensorrt.hardware_compatibility: seen 'ada'", "'ampere_plus'"),
+    "graphs that are off": ("[slo]", "[tensorrt]\ncuda_graph_batches = [1]\n[slo]", "tensorrt.cuda_graph_batches: seen [1]", "cuda_graphs is not true"),
+    "a graph past the axis": ("[slo]", "[tensorrt]\ncuda_graphs = true\ncuda_graph_batches = [65]\n[slo]", "tensorrt.cuda_graph_batches: seen 65", "1 to 64"),
     "no name": ('name = "recommender"', "", "name: missing", ""),
     "a path for a name": ('name = "recommender"', 'name = "../x"', "name: seen '../x'", ""),
+    "provider": ("[slo]", '[onnxruntime]\nprovider = "rocm"\n[slo]', "onnxruntime.provider: seen 'rocm'", "'migraphx'"),
+    "options of no provider": ("[slo]", "[onnxruntime.options]\ndevice_id = 1\n[slo]", "onnxruntime.options: provider is auto", "by name"),
+    "AMD in Triton's own": ("[slo]", '[onnxruntime]\nprovider = "migraphx"\nbackend = "onnxruntime"\n[slo]', "onnxruntime.backend: ", "no migraphx"),
     "not TOML": ('name = "recommender"', "name = /", "not valid TOML", "line 2"),
 }  # fmt: skip
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from google.protobuf import text_format
 from tritonclient import grpc as triton
-from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelQueuePolicy
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, ModelQueuePolicy
 
-from deepseek.spec import DeploymentSpec, InputError
+from deepseek.spec import DeploymentSpec, InputError, TensorrtSpec
 from export.to_triton import KEPT_VERSIONS, config_text, model_config, publish_version
 from serving.embedded import EmbeddedServer
 from tests.conftest import run_module
@@ -42,6 +42,81 @@ def test_tensorrt_gets_its_own_backend_and_the_gpu() -> None:
     assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
 
 
+def test_torchscript_gets_the_pytorch_backend_on_the_device_that_it_was_made_for() -> None:
+    config = model_config(IMAGE, "fp32", "torchscript", {})
+    assert (config.backend, config.platform) == ("pytorch", "pytorch_libtorch")
+    assert config.default_model_filename == "model.pt"
+    assert [entry.name for entry in config.output] == ["scores", "features"]  # the order is what the backend goes by
+    assert config.instance_group[0].kind == ModelInstanceGroup.KIND_CPU
+    group = model_config(IMAGE, "fp32", "torchscript", {}, "cuda:1").instance_group[0]
+    assert (group.kind, list(group.gpus)) == (ModelInstanceGroup.KIND_GPU, [1])
+
+
+def on_provider(spec: DeploymentSpec, **keys: object) -> DeploymentSpec:
+    """The spec with keys in [onnxruntime]."""
+    return DeploymentSpec.model_validate_json(json.dumps({**spec.model_dump(mode="json"), "onnxruntime": keys}))
+
+
+@pytest.mark.parametrize(
+    ("provider", "kind"),
+    [("auto", "KIND_CPU"), ("cpu", "KIND_CPU"), ("cuda", "KIND_GPU"), ("tensorrt", "KIND_GPU"), ("migraphx", "KIND_CPU")],
+)  # fmt: skip
+def test_an_nvidia_provider_by_name_spreads_over_the_gpus(provider: str, kind: str) -> None:
+    config = model_config(on_provider(TEXT, provider=provider), "fp32", "onnxruntime", {})
+    assert config.backend == "python"
+    assert ModelInstanceGroup.Kind.Name(config.instance_group[0].kind) == kind
+    assert config.parameters["provider"].string_value == provider
+
+
+def test_providers_options_reach_the_server_and_tensorrts_have_the_profile() -> None:
+    spec = on_provider(TEXT, provider="tensorrt", options={"trt_engine_cache_enable": True, "device_id": 1})
+    config = model_config(spec, "fp32", "onnxruntime", {})
+    assert json.loads(config.parameters["provider_options"].string_value) == {
+        "trt_profile_min_shapes": "input_ids:1x1,attention_mask:1x1",
+        "trt_profile_opt_shapes": "input_ids:4x16,attention_mask:4x16",
+        "trt_profile_max_shapes": "input_ids:8x64,attention_mask:8x64",
+        "trt_engine_cache_enable": "1",
+        "device_id": "1",
+    }
+    plain = model_config(on_provider(TEXT, provider="cuda"), "fp32", "onnxruntime", {})
+    assert plain.parameters["provider_options"].string_value == "{}"
+
+
+@pytest.mark.parametrize(
+    ("provider", "kind", "accelerators"),
+    [("auto", "KIND_AUTO", []), ("cpu", "KIND_CPU", []), ("cuda", "KIND_GPU", ["cuda"]), ("tensorrt", "KIND_GPU", ["tensorrt"])],
+)  # fmt: skip
+def test_tritons_own_onnx_runtime_takes_the_same_words(
+    build: Path, tmp_path: Path, provider: str, kind: str, accelerators: list[str]
+) -> None:
+    spec = on_provider(TEXT, backend="onnxruntime", provider=provider)
+    config = model_config(spec, "fp32", "onnxruntime", {})
+    assert (config.backend, config.default_model_filename) == ("onnxruntime", "model.onnx")
+    assert ModelInstanceGroup.Kind.Name(config.instance_group[0].kind) == kind
+    found = config.optimization.execution_accelerators.gpu_execution_accelerator
+    assert [accelerator.name for accelerator in found] == accelerators
+    assert all(accelerator.parameters == spec.provider_options for accelerator in found)
+    publish_version(spec, "fp32", "onnxruntime", tmp_path)
+    assert not list((tmp_path / "text" / "1").glob("*.py"))
+
+
+@pytest.mark.parametrize(("batches", "captured"), [((), [1, 2, 4, 8]), ((3, 8), [3, 8])], ids=["default", "named"])
+def test_cuda_graphs_are_captured_at_opt_for_each_batch_size(batches: tuple[int, ...], captured: list[int]) -> None:
+    table = {"cuda_graphs": True, "cuda_graph_batches": batches}
+    spec = DeploymentSpec.model_validate_json(json.dumps(TEXT.model_dump(mode="json") | {"tensorrt": table}))
+    cuda = model_config(spec, "fp16", "tensorrt", {}).optimization.cuda
+    assert cuda.graphs
+    assert [graph.batch_size for graph in cuda.graph_spec] == captured
+    opt = {"input_ids": [16], "attention_mask": [16]}  # of the axis `length`
+    assert all({name: list(shape.dim) for name, shape in graph.input.items()} == opt for graph in cuda.graph_spec)
+
+
+def test_cuda_graphs_are_off_unless_asked_and_tensorrts_alone() -> None:
+    assert not model_config(TEXT, "fp16", "tensorrt", {}).HasField("optimization")
+    spec = TEXT.model_copy(update={"tensorrt": TensorrtSpec(cuda_graphs=True)})
+    assert not model_config(spec, "fp16", "onnxruntime", {}).HasField("optimization")
+
+
 def test_a_target_overrides_batching() -> None:
     data = IMAGE.model_dump(mode="json") | {"targets": {"tensorrt": {"batching": {"instances": 5}}}}
     spec = DeploymentSpec.model_validate_json(json.dumps(data))
@@ -60,6 +135,7 @@ def test_each_build_becomes_the_next_version_and_the_oldest_go(build: Path, tmp_
         "manifest.json",
         "model.onnx",
         "model.py",
+        "onnxruntime_session.py",
     }
     assert {path.name for path in tmp_path.iterdir()} == {"image"}
 

@@ -1,0 +1,150 @@
+"""PyTorch to TorchScript: traced, or scripted where a trace would not do, and named as Triton's backend wants it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deepseek.spec import DeploymentSpec, GateFailed, InputError
+from export.artifact import read_manifest, save_rows
+from export.runners import torchscript_runner
+from export.source import Source
+from export.to_torchscript import check_names, export_model
+from serving.embedded import EmbeddedServer
+from tests.conftest import run_module
+from tests.test_to_onnx import TOML, tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # TorchScript as such
+
+TWO_OUTPUTS = TOML.replace("[axes", '[outputs.z]\ndtype = "float32"\nshape = ["batch", 8]\n[axes')
+BRANCH = "\n        if x.sum() > 0:\n            return self.line(x)\n        return -x"
+LOOP = "return torch.stack([self.line(row) for row in x])"
+NOT_COMPILED = "\n        import math\n        x = x * math.ceil(0.5)\n        "  # no import inside TorchScript
+
+
+@pytest.fixture(autouse=True)
+def _own_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+
+
+def export(folder: Path, **model: Any) -> tuple[dict[str, Any], Source]:
+    """What the stage made of a tiny model, whose evaluation rows are laid out for it."""
+    source = tiny(folder, **model)
+    save_rows(folder / "build" / "tiny" / "evaluation.npz", source.rows("evaluation", 12))
+    return export_model(source), source
+
+
+@pytest.mark.parametrize(
+    ("body", "way"), [("return self.line(x)", "traced"), (BRANCH, "scripted"), (LOOP, "scripted")],
+    ids=["plain", "branch on values", "loop over the batch"],
+)  # fmt: skip
+def test_what_a_trace_would_bake_in_is_scripted_instead(tmp_path: Path, body: str, way: str) -> None:
+    result, source = export(tmp_path, body=body)
+    assert (result["made_by"], result["values_baked_in"]) == (way, [])
+    assert [check["sizes"]["batch"] for check in result["checks"]] == [1, 9, 5]
+    predict = torchscript_runner(source.spec, Path(result["path"]), "cpu")
+    for sign in (1, -1):  # both sides of the branch
+        x = sign * np.ones((3, 8), np.float32)
+        with torch.no_grad():
+            (expected,) = source.load()(torch.from_numpy(x))
+        np.testing.assert_allclose(predict({"x": x})["y"], expected.numpy(), rtol=1e-5)
+
+
+def test_a_branch_that_cannot_be_compiled_is_told_with_its_line(tmp_path: Path) -> None:
+    source = tiny(tmp_path, body=NOT_COMPILED + BRANCH)
+    save_rows(tmp_path / "build" / "tiny" / "evaluation.npz", source.rows("evaluation", 12))
+    run = run_module("export.to_torchscript", "--models", str(tmp_path), "--model", "tiny")
+    assert run.returncode == 0, run.stderr
+    assert "warning: tracing took a branch or a number from a tensor's values (model.py:15)" in run.stderr
+    assert "traced on" in run.stdout
+    path = tmp_path / "build" / "tiny" / "fp32" / "torchscript" / "model.pt"
+    assert read_manifest(path).settings["values_baked_in"] == ["model.py:15"]
+
+
+def test_a_size_that_neither_way_keeps_open_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GateFailed, match=r"traced: model.pt: does not run at batch 1.*; scripted: import statements"):
+        export(tmp_path, body=NOT_COMPILED + LOOP)
+    assert not (tmp_path / "build" / "tiny" / "fp32" / "torchscript" / "model.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "body", ["return self.line(x), x + 1", "return [self.line(x), x + 1]", "return {'z': x + 1, 'y': self.line(x)}"],
+    ids=["tuple", "list", "dict"],
+)  # fmt: skip
+def test_outputs_come_as_a_tuple_in_deploy_tomls_order(tmp_path: Path, body: str) -> None:
+    result, _ = export(tmp_path, toml=TWO_OUTPUTS, body=body)
+    module = torch.jit.load(result["path"])
+    assert [argument.name for argument in module.forward.schema.arguments[1:]] == ["x"]
+    returned = module(torch.ones(2, 8))
+    assert isinstance(returned, tuple)
+    torch.testing.assert_close(returned[1], torch.full((2, 8), 2.0))
+
+
+@pytest.mark.parametrize("name", ["in-put", "lambda", "returned"])
+def test_an_input_that_python_cannot_name_goes_by_its_place(tmp_path: Path, name: str) -> None:
+    code = f"\n_own = samples\ndef samples(split):\n    for row in _own(split):\n        yield {{{name!r}: row['x']}}\n"
+    result, _ = export(tmp_path, toml=TOML.replace("inputs.x", f"inputs.{name}"), code=code)
+    schema = torch.jit.load(result["path"]).forward.schema
+    assert [argument.name for argument in schema.arguments[1:]] == ["argument_0"]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "fits"),
+    [(["y"], True), (["y__1", "z"], True), (["y__0", "z__1"], True), (["y__1", "z__0"], False), (["y__"], True), (["y__3"], False)],
+    ids=["plain", "not all numbered", "in order", "swapped", "no number is 0", "beyond"],
+)  # fmt: skip
+def test_names_that_triton_would_take_for_other_places_are_refused(outputs: list[str], fits: bool) -> None:
+    data = DeploymentSpec.load("tests/models/image").model_dump(mode="json")
+    data["outputs"] = dict.fromkeys(outputs, data["outputs"]["scores"])
+    spec = DeploymentSpec.model_validate_json(json.dumps(data))
+    if fits:
+        check_names(spec)
+    else:
+        with pytest.raises(InputError, match="takes the number after __ for the place"):
+            check_names(spec)
+
+
+@pytest.mark.slow
+def test_it_is_chosen_compared_and_published_and_the_embedded_server_says_that_it_cannot_serve_it(
+    built: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(built / "build" / "text", tmp_path / "build" / "text")
+    which = ("--models", "tests/models", "--model", "text")
+    for stage, *flags in (
+        ("export.to_torchscript",),
+        ("export.compare", "--target", "torchscript", "--precision", "fp32"),
+        ("export.to_triton", "--target", "torchscript", "--repository", str(tmp_path / "repository")),
+    ):
+        run = run_module(stage, *which, *flags)
+        assert run.returncode == 0, run.stderr
+    choice = json.loads((tmp_path / "build" / "text" / "choice-torchscript.json").read_text())
+    assert choice["chosen"] == "fp32"
+    assert choice["variants"]["fp32"]["parity"]["embedding"]["worst_error"] < 1e-5
+    found = json.loads((tmp_path / "repository" / "text" / "1" / "manifest.json").read_text())["found"]
+    assert found["made_by"] == "traced"
+    assert set(found["dtypes"]) == {"float32"}
+    with (
+        pytest.raises(InputError, match="this server has no pytorch backend"),
+        EmbeddedServer(tmp_path / "repository", http_port=0, grpc_port=0, metrics_port=0),
+    ):
+        pass
+
+
+def test_another_precision_is_refused(tmp_path: Path) -> None:
+    run = run_module("export.to_torchscript", "--precision", "int8")
+    assert run.returncode == 2
+    assert "invalid choice: 'int8'" in run.stderr
+
+
+def test_a_damaged_module_is_one_line(tmp_path: Path) -> None:
+    result, source = export(tmp_path)
+    path = Path(result["path"])
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"model\.pt: TorchScript cannot load it"):
+        torchscript_runner(source.spec, path, "cpu")
