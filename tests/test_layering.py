@@ -20,8 +20,20 @@ MAY_IMPORT: dict[str, set[str]] = {
 ALSO = {"export/parity.py": {"deepseek_client"}}
 OURS = {"deepseek", "deepseek_client", "models", "export", "serving", "loadtests", "tests"}
 LIGHT = {f"deepseek/{name}.py" for name in ("__init__", "config", "quantization", "spec")}
-TORCH_STAGES = {f"export/{name}.py" for name in ("to_onnx", "to_torchscript", "reference", "runners", "to_tensorrt")}
-STAGES = {"to_onnx", "to_torchscript", "quantize", "compare", "parity", "to_tensorrt", "check_engine", "to_triton"}
+TORCH_STAGES = {
+    f"export/{name}.py" for name in ("prune", "to_onnx", "to_torchscript", "reference", "runners", "to_tensorrt")
+}
+STAGES = {
+    "prune",
+    "to_onnx",
+    "to_torchscript",
+    "quantize",
+    "compare",
+    "parity",
+    "to_tensorrt",
+    "check_engine",
+    "to_triton",
+}
 FILES = [path for room in MAY_IMPORT for path in sorted(Path(room).rglob("*.py"))]
 
 
