@@ -69,7 +69,8 @@ FOLDER := $(MODELS)/$(MODEL)
 WHICH := --model $(MODEL) --models $(MODELS)
 ON_TARGET := $(PY) -m
 ifeq ($(T),tensorrt)
-ON_TARGET := $(if $(INSIDE),/opt/export/bin/python -m,$(PY) -m $(if $(NATIVE),,export.container --tag $(TRITON_TAG) --models $(MODELS) --))
+CONTAINER := $(PY) -m export.container --tag $(TRITON_TAG) --models $(MODELS) --
+ON_TARGET := $(if $(INSIDE),/opt/export/bin/python -m,$(if $(NATIVE),$(PY) -m,$(CONTAINER)))
 endif
 ENGINE_NAME := $(if $(filter onnxruntime,$(T)),model.onnx,$(T)/model.$(if $(filter torchscript,$(T)),pt,plan))
 ifeq ($(T)-$(PRECISION),torchscript-auto)

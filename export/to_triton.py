@@ -96,6 +96,8 @@ def _set_backend(config: ModelConfig, spec: DeploymentSpec, target: Target, devi
     if target == "tensorrt":
         config.backend = "tensorrt"
         config.default_model_filename = "model.plan"
+        for batch in cuda_graph_batches(spec):
+            _capture(config, spec, batch)
     elif target == "torchscript":
         config.backend, config.platform = "pytorch", "pytorch_libtorch"
         config.default_model_filename = "model.pt"
@@ -115,6 +117,28 @@ def _set_backend(config: ModelConfig, spec: DeploymentSpec, target: Target, devi
         config.parameters["threads"].string_value = str(spec.batching.threads or 0)
         config.parameters["provider"].string_value = spec.onnxruntime.provider
         config.parameters["provider_options"].string_value = json.dumps(spec.provider_options)
+
+
+def cuda_graph_batches(spec: DeploymentSpec) -> list[int]:
+    """Batch sizes that are captured: those named, or the powers of two and opt and max of the batch axis.
+
+    Triton's own default is 1 and the largest alone, where batching is dynamic.
+    """
+    if not spec.tensorrt.cuda_graphs:
+        return []
+    axis = spec.axes[BATCH]
+    powers = {1 << power for power in range(axis.max.bit_length())}
+    return sorted(
+        spec.tensorrt.cuda_graph_batches or {size for size in powers | {axis.opt, axis.max} if size >= axis.min}
+    )
+
+
+def _capture(config: ModelConfig, spec: DeploymentSpec, batch: int) -> None:
+    """Has a batch captured as a CUDA graph, other axes at opt: any other shape is launched kernel by kernel."""
+    config.optimization.cuda.graphs = True
+    captured = config.optimization.cuda.graph_spec.add(batch_size=batch)
+    for name in spec.inputs:
+        captured.input[name].dim.extend(spec.shape(name, "opt")[1:])
 
 
 def _set_own_onnxruntime(config: ModelConfig, group: ModelInstanceGroup, spec: DeploymentSpec) -> None:
@@ -223,7 +247,9 @@ def published_manifest(spec: DeploymentSpec, target: Target, engine: Path, folde
         if name.startswith(engine.name) and files.get(name) != digest:
             raise GateFailed(f"{engine.parent / name} is not what was built; build it again: make clean engine")
     signature = {"inputs": spec.inputs, "outputs": spec.outputs}
-    return PublishedManifest(**{**dict(built), "target": target, "files": files, **signature})
+    graphs = {"cuda_graph_batches": cuda_graph_batches(spec)} if target == "tensorrt" else {}
+    settings = {**built.settings, **graphs}
+    return PublishedManifest(**{**dict(built), "target": target, "files": files, "settings": settings, **signature})
 
 
 def _rename(source: Path, destination: Path) -> None:

@@ -1,0 +1,49 @@
+"""Every precision of every model through TensorRT for RTX, and what a graph that does not hold gets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_module
+
+pytest.importorskip("tensorrt_rtx")
+BOTH = ("--precision", "fp32", "--precision", "int8", "--json")
+
+
+def test_every_model_is_compiled_and_proved_in_every_precision(build: Path) -> None:
+    run = run_module("export.check_engine", "--models", "tests/models", *BOTH)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout)["rows"]
+    assert [(row["model"], row["precision"]) for row in rows] == [
+        ("image", "fp32"),
+        ("image", "int8"),
+        ("text", "fp32"),
+        ("text", "int8"),
+    ]
+    assert all(row["compute_layers"][row["precision"]] >= 2 for row in rows)
+    assert [row["size_over_fp32"] for row in rows if row["precision"] == "fp32"] == [1, 1]
+    assert all(row["build_s"] > 0 and row["failure"] == "" for row in rows)
+    assert list(build.rglob("model.plan")) == []
+
+
+def test_a_graph_that_is_not_what_it_is_named_after_fails_the_check_and_not_the_others(
+    built: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(built / "build" / "image", tmp_path / "image")
+    shutil.copy(tmp_path / "image" / "fp32" / "model.onnx", tmp_path / "image" / "fp16" / "model.onnx")
+    (tmp_path / "image" / "int8" / "model.onnx").unlink()
+    run = run_module("export.check_engine", "--models", "tests/models", "--model", "image", BUILD=str(tmp_path))
+    assert run.returncode == 1
+    assert "image fp16: fp16 was asked for, but no compute layer" in run.stdout
+    assert "int8/model.onnx: no such file; make it with: make check-engine MODEL=image" in run.stdout
+    assert "error: 3 of 4 engines do not hold: image fp16, image int8, image fp8" in run.stderr
+
+
+def test_an_empty_folder_of_models_is_one_line(tmp_path: Path) -> None:
+    run = run_module("export.check_engine", "--models", str(tmp_path))
+    assert run.returncode == 2
+    assert run.stderr == f"error: {tmp_path}: no model folder in it; one holds deploy.toml and model.py\n"
