@@ -26,7 +26,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, Literal, get_args
 
@@ -90,10 +90,9 @@ class Endpoint:
         Refused: a request failed.
     """
 
-    def __init__(self, spec: DeploymentSpec, protocol: Protocol, url: str, timeout_s: float) -> None:
-        self.spec, self.protocol, self.url, self._timeout_s = spec, protocol, url, timeout_s
-        self._client = InferenceClient(url, protocol, timeout_s=timeout_s, retries=0)
-        self.metadata: ModelMetadata = self._client.metadata(spec.name)
+    def __init__(self, spec: DeploymentSpec, client: InferenceClient, protocol: Protocol, url: str) -> None:
+        self.spec, self.protocol, self.url, self._client = spec, protocol, url, client
+        self.metadata: ModelMetadata = client.metadata(spec.name)
         self.version = max(self.metadata.versions, key=int, default="")
 
     def __call__(self, inputs: Row) -> Row:
@@ -108,7 +107,7 @@ class Endpoint:
         return {name: np.array(outputs[name]) for name in self.spec.outputs}  # copies: evaluate() may write to them
 
     def _infer(self, inputs: Row) -> Row:
-        end = time.monotonic() + self._timeout_s
+        end = time.monotonic() + self._client.timeout_s
         while True:
             try:
                 return self._client.infer(self.spec.name, inputs, version=self.version)
@@ -116,27 +115,6 @@ class Endpoint:
                 if time.monotonic() > end:
                     raise
             time.sleep(BUSY_PAUSE_S)
-
-    def close(self) -> None:
-        """Closes its connections."""
-        self._client.close()
-
-
-def torch_reference(source: Source) -> Predict:
-    """fp32 PyTorch; raises InputError where forward fails on inputs that the profile allows."""
-    model = source.load()
-
-    def predict(inputs: Row) -> Row:
-        try:
-            return run_torch(source.spec, model, inputs)
-        except (RuntimeError, IndexError) as error:
-            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"model.py: forward itself fails on {shapes}, which the axes of deploy.toml allow: {reason}"
-            ) from error
-
-    return predict
 
 
 def what_is_served(spec: DeploymentSpec, endpoints: list[Endpoint]) -> dict[str, str]:
@@ -182,53 +160,85 @@ def execution_count(grpc_url: str, model: str, version: str) -> int | None:
     return sum(int(each.execution_count) for each in answer.model_stats)
 
 
+@contextlib.contextmanager
+def endpoints_of(spec: DeploymentSpec, http_url: str, grpc_url: str, timeout_s: float) -> Iterator[list[Endpoint]]:
+    """The model's endpoints, HTTP first; connections are closed at the end."""
+    with (
+        InferenceClient(http_url, "http", timeout_s=timeout_s, retries=0) as http,
+        InferenceClient(grpc_url, "grpc", timeout_s=timeout_s, retries=0) as grpc,
+    ):
+        yield [Endpoint(spec, http, "http", http_url), Endpoint(spec, grpc, "grpc", grpc_url)]
+
+
 def compare_served(
     source: Source, grpc_url: str, http_url: str, *, timeout_s: float = 120, most_rows: int | None = None
 ) -> dict[str, Any]:
     """Runs the stage; returns what was found, with "failures" empty where all holds."""
     spec = source.spec
     rows = load_rows(build_dir(spec.name) / "evaluation.npz")[:most_rows]
-    with contextlib.ExitStack() as stack:
-        endpoints: list[Endpoint] = []
-        for protocol, url in (("http", http_url), ("grpc", grpc_url)):
-            endpoints.append(Endpoint(spec, protocol, url, timeout_s))  # type: ignore[arg-type]
-            stack.callback(endpoints[-1].close)
+    with endpoints_of(spec, http_url, grpc_url, timeout_s) as endpoints:
         served = what_is_served(spec, endpoints)
-        precision: Precision = served["precision"]  # type: ignore[assignment]
-        tolerance = spec.parity.of(precision)
         judges = [Judge(spec, endpoint.protocol, endpoint) for endpoint in endpoints]
-        reference = torch_reference(source)
-        for at, outputs in trials(spec, rows):
-            with log.status(at):
-                expected = outputs(reference)
-                for judge in judges:
-                    judge.compare(at, judge.ask(at, outputs), expected, tolerance)
-        with log.status("rows as requests, all at once"):
-            batching = {
-                judge.protocol: compare_batching(
-                    judge, rows, lambda: execution_count(grpc_url, spec.name, served["version"])
-                )
-                for judge in judges
-            }
-        gate = spec.parity.nonfinite_inputs == "gate" and precision in ("fp32", "fp16")
-        for judge in judges if float_inputs(spec) else ():
-            with log.status("NaN and Inf"):
-                compare_specials(judge, rows, reference, tolerance, gate=gate)
-        with log.status("the task metric"):
-            metric = compare_metric(source, reference, judges)
+        model = source.load()
+        found = run_trials(
+            source,
+            rows,
+            judges,
+            lambda inputs: run_torch(spec, model, inputs),
+            served["precision"],  # type: ignore[arg-type]
+            lambda: execution_count(grpc_url, spec.name, served["version"]),
+        )
     checks = [check for judge in judges for check in judge.checks]
     places = list(dict.fromkeys(check.at for check in checks))
     checks.sort(key=lambda check: places.index(check.at))  # both protocols one below the other
     return {
         "model": spec.name,
         "served": served,
-        "tolerance": tolerance.model_dump(),
         "rows": len(rows),
         "checks": [asdict(check) for check in checks],
-        "batching": batching,
-        "metric": metric,
-        "failures": failures(checks, metric),
+        **found,
+        "failures": failures(checks, found["metric"]),
     }
+
+
+def run_trials(
+    source: Source,
+    rows: list[Row],
+    judges: list[Judge],
+    reference: Predict,
+    precision: Precision,
+    executions: Callable[[], int | None],
+) -> dict[str, Any]:
+    """Fills the judges' checks; returns what is no check: tolerance, batching and the task metric."""
+    spec, tolerance = source.spec, source.spec.parity.of(precision)
+    for at, outputs in trials(spec, rows):
+        with log.status(at):
+            expected = outputs(reference)
+            for judge in judges:
+                judge.compare(at, judge.ask(at, outputs), expected, tolerance)
+    with log.status("rows sent apart, at once"):
+        batching = {judge.protocol: compare_batching(judge, rows, executions) for judge in judges}
+    if float_inputs(spec):
+        gate = spec.parity.nonfinite_inputs == "gate" and precision in ("fp32", "fp16")
+        with log.status("NaN and Inf"):
+            for judge in judges:
+                compare_specials(judge, rows, reference, tolerance, gate=gate)
+    with log.status("the task metric"):
+        metric = compare_metric(source, reference, judges)
+    return {"tolerance": tolerance.model_dump(), "batching": batching, "metric": metric}
+
+
+def merged(checks: list[dict[str, Any]]) -> dict[tuple[str, ...], list[str]]:
+    """Lines of the table, with the protocols that they are the same over."""
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for check in checks:
+        numbers = check["numbers"] if math.isfinite(check["numbers"].get("worst_error", 0)) else {}
+        cells = [
+            f"{numbers[key]:{form}}" if key in numbers else ""
+            for key, form in (("worst_error", ".2g"), ("cosine", ".5f"), ("common", ".1%"))
+        ]
+        lines.setdefault((check["at"], check["output"], *cells, check["verdict"]), []).append(check["protocol"])
+    return lines
 
 
 def show(result: dict[str, Any]) -> None:
@@ -243,15 +253,10 @@ def show(result: dict[str, Any]) -> None:
     for column in ("worst error", "cosine", "common"):
         table.add_column(column, justify="right")
     table.add_column("verdict")
-    for check in result["checks"]:
-        numbers = check["numbers"]
-        cells = [
-            f"{numbers[key]:{form}}" if key in numbers else ""
-            for key, form in (("worst_error", ".2g"), ("cosine", ".5f"), ("common", ".1%"))
-        ]
-        style = None if check["holds"] else "bold red"
-        table.add_row(check["at"], check["protocol"], check["output"], *cells, check["verdict"], style=style)
-    Console(width=max(Console().width, 100)).print(table)
+    for (at, output, *cells, verdict), protocols in merged(result["checks"]).items():
+        style = None if verdict == "holds" or verdict.startswith("reported") else "bold red"
+        table.add_row(at, ", ".join(protocols), output, *cells, verdict, style=style)
+    Console(width=max(Console().width, 110)).print(table)
     for protocol, how in result["batching"].items():
         if how:
             ran = "a number that the server does not tell" if how["executions"] is None else how["executions"]

@@ -91,7 +91,7 @@ def beyond(tolerance: Tolerance, numbers: dict[str, float], entries: int) -> str
         differ = round((1 - numbers["common"]) * entries)
         return "" if differ <= allowed else f"{differ} of {entries} entries differ, {allowed} may"
     if not math.isfinite(numbers["worst_error"]):
-        return "a shape, NaN or Inf unlike PyTorch's"
+        return "NaN, Inf or shape differs"
     if not numbers["worst_error"] <= tolerance.worst_error:
         return f"worst error {numbers['worst_error']:.2g} > {tolerance.worst_error:g}"
     if not numbers["cosine"] >= tolerance.cosine:
@@ -155,7 +155,7 @@ def apart(predict: Predict, inputs: Row, least: int) -> list[Row]:
 
 def compare_batching(judge: Judge, rows: list[Row], executions: Callable[[], int | None]) -> dict[str, int | None]:
     """Rows as requests of their own against the same rows as one batch; returns how Triton batched them."""
-    spec, at = judge.spec, "rows as requests, all at once"
+    spec, at = judge.spec, "rows sent apart, at once"
     least, inputs = spec.axes[BATCH].min, some_rows(spec, rows, CONCURRENT_ROWS)
     if rows_in(inputs) == least:
         return {}  # the largest batch is the smallest: nothing is ever put together

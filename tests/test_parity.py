@@ -1,0 +1,417 @@
+"""Parity through a real Triton: what is right passes, what is wrong is found, over both protocols."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, ParitySpec, Precision, Tolerance
+from export.accuracy import parity
+from export.artifact import digests, load_rows, read_manifest, save_rows, write_manifest
+from export.parity import client_errors, compare_served
+from export.source import Source
+from export.to_onnx import export_model
+from export.to_triton import publish_version
+from export.trials import MOST_CORNERS, beyond, corners, failures
+from serving.embedded import EmbeddedServer
+from tests.conftest import run_module
+
+TEXT = DeploymentSpec.load("tests/models/text")
+TOML = """
+name = "{name}"
+[inputs.x]
+dtype = "float32"
+shape = ["batch", 8]
+[outputs.a]
+dtype = "float32"
+shape = ["batch", 8]
+[outputs.b]
+dtype = "float32"
+shape = ["batch", 8]
+[axes.batch]
+min = 1
+opt = 2
+max = 8
+[precision]
+calibration_samples = 8
+"""
+MODEL = """
+import numpy as np
+import torch
+
+class Two(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return {returned}
+
+def load():
+    torch.manual_seed({seed})
+    return Two()
+
+def samples(split):
+    random = np.random.default_rng(len(split))
+    for _ in range(12):
+        yield {{"x": random.standard_normal((1, 8)).astype(np.float32)}}
+"""
+BODIES = {
+    "seed": "self.one(x), self.other(x)",
+    "swapped": "self.one(x), self.other(x)",
+    "masked": "x.masked_fill(x < 0, -torch.inf), x.log()",
+    "leaky": "self.one(x) + x.mean(0), self.other(x)",
+}
+Compare = Callable[..., dict[str, Any]]
+
+
+def write_model(models: Path, name: str, *, seed: int = 0) -> None:
+    """A folder of a model with two outputs of one shape."""
+    (models / name).mkdir(parents=True, exist_ok=True)
+    (models / name / "deploy.toml").write_text(TOML.format(name=name))
+    (models / name / "model.py").write_text(MODEL.format(returned=BODIES[name], seed=seed))
+
+
+def own(path: Path) -> None:
+    """Makes the manifest beside a graph say that the graph is what was built, for the model whose folder it is in."""
+    own = {"model": path.parent.parent.name, "files": digests(path.parent)}
+    write_manifest(path.parent / "manifest.json", read_manifest(path).model_copy(update=own))
+
+
+def copy_image(built: Path, folder: Path, name: str) -> Path:
+    """The model `image` as built, under another name; returns its int8 graph."""
+    shutil.copytree("tests/models/image", folder / "models" / name)
+    toml = folder / "models" / name / "deploy.toml"
+    toml.write_text(toml.read_text().replace('name = "image"', f'name = "{name}"'))
+    shutil.copytree(built / "build" / "image", folder / "build" / name)
+    path = folder / "build" / name / "int8" / "model.onnx"
+    own(path)
+    return path
+
+
+def swap_outputs(path: Path) -> None:
+    """Outputs under one another's names, as a wrong order in forward or deploy.toml would have them."""
+    model = onnx.load(path)
+    other = {"a": "b", "b": "a"}
+    for node in model.graph.node:
+        node.output[:] = [other.get(name, name) for name in node.output]
+        node.input[:] = [other.get(name, name) for name in node.input]
+    onnx.save(model, path)
+    own(path)
+
+
+def break_scale(path: Path) -> None:
+    """Activations of the last quantized layer dequantized with a scale eight times too large."""
+    model = onnx.load(path)
+    quantize = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
+    dequantize = next(node for node in model.graph.node if quantize.output[0] in node.input)
+    scale = next(each for each in model.graph.initializer if each.name == dequantize.input[1])
+    wrong = numpy_helper.from_array(8 * numpy_helper.to_array(scale), "wrong_scale")
+    model.graph.initializer.append(wrong)
+    dequantize.input[1] = wrong.name
+    onnx.save(model, path)
+    own(path)
+
+
+@pytest.fixture(scope="module")
+def folder(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """`models/`, `build/` (as $BUILD) and `repository/` of right and wrong models."""
+    folder = tmp_path_factory.mktemp("parity")
+    models, repository = folder / "models", folder / "repository"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BUILD", str(folder / "build"))
+        for name in BODIES:
+            write_model(models, name)
+            export_model(Source(name, models))
+        write_model(models, "seed", seed=1)  # trained again and not published
+        swap_outputs(folder / "build" / "swapped" / "fp32" / "model.onnx")
+        copy_image(built, folder, "image8")
+        break_scale(copy_image(built, folder, "broken"))
+        for name in (*BODIES, "image8", "broken"):
+            precision: Precision = "int8" if name in ("image8", "broken") else "fp32"
+            publish_version(DeploymentSpec.of_model(name, models), precision, "onnxruntime", repository)
+        for name in ("image", "text"):
+            shutil.copytree(f"tests/models/{name}", models / name)
+            shutil.copytree(built / "build" / name, folder / "build" / name)
+            publish_version(DeploymentSpec.of_model(name, models), "fp32", "onnxruntime", repository)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def triton(folder: Path) -> Iterator[EmbeddedServer]:
+    """All of them served."""
+    ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+    with EmbeddedServer(folder / "repository", log_path=folder / "triton.log", **ports) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def compare(folder: Path, triton: EmbeddedServer) -> Compare:
+    """The stage on one of the models, or on what another folder says of it; once each."""
+
+    @functools.cache
+    def compare(name: str, models: Path = folder / "models") -> dict[str, Any]:
+        return compare_served(Source(name, models), triton.grpc_url, triton.http_url)
+
+    return compare
+
+
+def flags(folder: Path, triton: EmbeddedServer, model: str) -> tuple[str, ...]:
+    """Of the command line."""
+    urls = ("--url", triton.grpc_url, "--http-url", triton.http_url)
+    return ("--models", str(folder / "models"), "--model", model, *urls)
+
+
+def verdicts(result: dict[str, Any], at: str) -> set[str]:
+    return {check["verdict"] for check in result["checks"] if check["at"] == at}
+
+
+def test_corners_are_all_combinations_of_smallest_opt_and_largest() -> None:
+    found = corners(TEXT)
+    assert len(found) == 9
+    assert {"batch": 8, "length": 1} in found
+    assert {"batch": 1, "length": 64} in found
+    assert {"batch": 4, "length": 16} in found
+
+
+def test_an_axis_that_does_not_vary_adds_no_corner() -> None:
+    data = TEXT.model_dump(mode="json")
+    data["axes"]["length"] = {"min": 16, "opt": 16, "max": 16}
+    assert len(corners(DeploymentSpec.model_validate_json(json.dumps(data)))) == 3
+
+
+def test_with_many_axes_corners_stay_few_and_hold_the_extremes() -> None:
+    data = TEXT.model_dump(mode="json")
+    names = ["b", "c", "d"]
+    data["inputs"]["input_ids"]["shape"] += names
+    data["axes"] |= {name: {"min": 1, "opt": 2, "max": 3} for name in names}
+    spec = DeploymentSpec.model_validate_json(json.dumps(data))
+    found = corners(spec)
+    assert len(found) <= MOST_CORNERS
+    for end in ("min", "opt", "max"):
+        assert {name: getattr(axis, end) for name, axis in spec.axes.items()} in found
+    assert len({tuple(sizes.values()) for sizes in found}) == len(found)
+
+
+def test_a_served_model_that_is_right_passes_over_both_protocols(folder: Path, triton: EmbeddedServer) -> None:
+    run = run_module("export.parity", *flags(folder, triton, "text"), "--json")
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result == json.loads((folder / "build" / "text" / "parity.json").read_text())
+    assert result["served"] == {"version": "1", "precision": "fp32", "platform": "python"}
+    places = {(check["at"], check["protocol"]) for check in result["checks"]}
+    assert len(places) == 2 * (1 + 9 + 1)  # evaluation, corners, requests at once
+    assert {check["verdict"] for check in result["checks"]} == {"holds"}
+    assert result["metric"]["served"]["http"] == result["metric"]["served"]["grpc"]
+    assert result["metric"]["served"]["http"]["drop"] == 0
+
+
+def test_requests_at_once_are_batched_by_triton_and_split_right(compare: Compare) -> None:
+    result = compare("image")
+    assert result["failures"] == []
+    for protocol in ("http", "grpc"):
+        assert result["batching"][protocol]["executions"] < result["batching"][protocol]["requests"] == 24
+
+
+def test_a_nan_and_an_inf_come_through_and_touch_no_other_row(compare: Compare) -> None:
+    result = compare("image")
+    for word in ("NaN", "+Inf", "-Inf"):
+        assert verdicts(result, f"a row with {word}") == {"holds"}
+        assert verdicts(result, f"rows beside {word}") == {"holds"}
+
+
+def test_outputs_that_are_rightly_nan_or_inf_pass(compare: Compare, folder: Path) -> None:
+    rows = load_rows(folder / "build" / "masked" / "evaluation.npz")
+    assert any((row["x"] < 0).any() for row in rows)  # so that a is -inf and b NaN there
+    assert compare("masked")["failures"] == []
+
+
+def test_an_int8_model_is_held_to_its_own_tolerance_and_its_nan_is_only_reported(compare: Compare) -> None:
+    result = compare("image8")
+    assert result["served"]["precision"] == "int8"
+    assert result["tolerance"]["cosine"] == 0.98
+    assert result["failures"] == []
+    assert any(verdict.startswith("reported: ") for verdict in verdicts(result, "a row with NaN"))
+    assert verdicts(result, "rows beside NaN") == {"holds"}
+
+
+@pytest.mark.parametrize("name", ["seed", "swapped", "broken"])
+def test_a_wrong_served_model_is_found_over_both_protocols(compare: Compare, name: str) -> None:
+    failures = compare(name)["failures"]
+    for protocol in ("http", "grpc"):
+        assert any(failure.startswith(f"evaluation split over {protocol}") for failure in failures)
+
+
+def test_rows_that_see_one_another_are_found_where_triton_batches(compare: Compare) -> None:
+    result = compare("leaky")
+    assert verdicts(result, "batch 8") == {"holds"}  # the same batch in PyTorch leaks as well
+    assert any("worst error" in verdict for verdict in verdicts(result, "rows sent apart, at once"))
+    assert any("NaN" in verdict for verdict in verdicts(result, "rows beside NaN"))
+
+
+def test_a_wrong_model_exits_1_and_says_where_it_is_wrong_first(folder: Path, triton: EmbeddedServer) -> None:
+    run = run_module("export.parity", *flags(folder, triton, "seed"))
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    assert "checks failed" in run.stderr
+    assert "evaluation split over http, a: worst error" in run.stderr
+    assert json.loads((folder / "build" / "seed" / "parity.json").read_text())["failures"]
+
+
+@pytest.fixture
+def edited(folder: Path, tmp_path: Path) -> Callable[[str, str], Path]:
+    """A models folder whose `masked` differs from what is served."""
+
+    def edit(old: str, new: str) -> Path:
+        shutil.copytree(folder / "models" / "masked", tmp_path / "masked")
+        toml = tmp_path / "masked" / "deploy.toml"
+        assert old in toml.read_text()
+        toml.write_text(toml.read_text().replace(old, new))
+        return tmp_path
+
+    return edit
+
+
+def test_a_corner_that_the_server_refuses_is_a_failure(compare: Compare, edited: Callable[..., Path]) -> None:
+    failures = compare("masked", edited("max = 8", "max = 9"))["failures"]
+    assert len(failures) == 4  # largest corner and requests at once, over two protocols
+    assert all("a batch of 9" in failure for failure in failures)
+
+
+def test_another_signature_is_a_failed_gate(compare: Compare, edited: Callable[..., Path]) -> None:
+    with pytest.raises(GateFailed, match=r"has the outputs .*'a': 'FP32'.* deploy.toml has .*'c': 'FP32'"):
+        compare("masked", edited("outputs.a", "outputs.c"))
+
+
+def test_without_a_server_it_is_one_line_and_exit_2(folder: Path) -> None:
+    where = ("--url", "127.0.0.1:18458", "--http-url", "127.0.0.1:18459")
+    run = run_module("export.parity", "--models", str(folder / "models"), "--model", "masked", *where)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: nothing serves HTTP at 127.0.0.1:18459")
+    assert run.stderr.count("\n") == 1
+
+
+def test_a_server_without_the_model_is_wrong_input(folder: Path, server: EmbeddedServer) -> None:
+    with pytest.raises(InputError, match="'masked' is not found"), client_errors():
+        compare_served(Source("masked", folder / "models"), server.grpc_url, server.http_url)
+
+
+def test_endpoints_of_two_servers_are_wrong_input(folder: Path, triton: EmbeddedServer) -> None:
+    publish_version(DeploymentSpec.of_model("masked", folder / "models"), "fp32", "onnxruntime", folder / "second")
+    publish_version(DeploymentSpec.of_model("masked", folder / "models"), "fp32", "onnxruntime", folder / "second")
+    ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+    message = r"two endpoints serve different models: .*'version': '1'.*'version': '2'"
+    with (
+        EmbeddedServer(folder / "second", log_path=folder / "second.log", **ports) as second,
+        pytest.raises(InputError, match=message),
+    ):
+        compare_served(Source("masked", folder / "models"), second.grpc_url, triton.http_url)
+
+
+def test_a_server_that_does_not_tell_the_precision_is_wrong_input(
+    server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    (tmp_path / "add_one").mkdir()
+    toml = TOML.format(name="add_one").replace("outputs.a", "outputs.y").split("[outputs.b]")[0]
+    axes = "".join(f"[axes.{name}]\nmin = 1\nopt = 2\nmax = 8\n" for name in ("batch", "n"))
+    (tmp_path / "add_one" / "deploy.toml").write_text(toml.replace('["batch", 8]', '["batch", 2, "n"]') + axes)
+    (tmp_path / "add_one" / "model.py").write_text("def load(): ...\ndef samples(split): ...\n")
+    save_rows(tmp_path / "build" / "add_one" / "evaluation.npz", [{"x": np.zeros((1, 2, 2), np.float32)}])
+    with pytest.raises(InputError, match=r"add_one at .* does not tell its precision"):
+        compare_served(Source("add_one", tmp_path), server.grpc_url, server.http_url)
+
+
+@pytest.mark.parametrize("drop", [0.011, np.inf, np.nan])
+def test_a_metric_that_drops_too_far_is_a_failure_over_that_protocol(drop: float) -> None:
+    metric = {"name": "accuracy", "max_drop": 0.01, "served": {"http": {"drop": 0.01}, "grpc": {"drop": drop}}}
+    assert len(failures([], metric)) == 1
+    assert failures([], metric)[0].startswith("accuracy over grpc: drop ")
+
+
+def test_tolerances_of_deploy_toml_decide(compare: Compare, edited: Callable[..., Path]) -> None:
+    assert DeploymentSpec.load("tests/models/image").parity.of("int8").worst_error == 0.25
+    strict = edited("[precision]", "[parity.fp32]\nworst_error = 0.5\n[precision]")
+    assert compare("masked", strict)["tolerance"] == {"worst_error": 0.5, "cosine": 0.9999, "common": 0.99}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "entries", "problem"),
+    [
+        ({"worst_error": 1e-3, "cosine": 0.9999}, 8, ""),
+        ({"worst_error": 2e-3, "cosine": 1.0}, 8, "worst error 0.002 > 0.001"),
+        ({"worst_error": 1e-4, "cosine": 0.99}, 8, "cosine 0.99000 < 0.9999"),
+        ({"worst_error": np.inf, "cosine": -1.0}, 8, "NaN, Inf or shape differs"),
+        ({"worst_error": np.nan, "cosine": 1.0}, 8, "NaN, Inf or shape differs"),
+        ({"common": 0.95}, 20, ""),  # a tie may fall either way
+        ({"common": 0.9}, 20, "2 of 20 entries differ, 1 may"),
+        ({"common": 0.98}, 1000, "20 of 1000 entries differ, 10 may"),
+    ],
+)
+def test_what_is_past_a_tolerance_is_said_in_words(numbers: dict[str, float], entries: int, problem: str) -> None:
+    assert beyond(Tolerance(), numbers, entries) == problem
+
+
+def test_every_precision_has_tolerances() -> None:
+    assert set(get_args(Precision)) == ParitySpec.model_fields.keys() - {"nonfinite_inputs"}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("[parity.int8]\ncosin = 0.9", "parity.int8.cosin: unknown key (seen 0.9); allowed: common, cosine, worst_error"),
+        ("[parity.int9]\ncosine = 0.9", "parity.int9: unknown key"),
+        ("[parity.fp16]\ncosine = 1.5", "parity.fp16.cosine: seen 1.5; input should be less than or equal to 1"),
+        ("[parity.fp32]\nworst_error = -1", "parity.fp32.worst_error: seen -1"),
+        ("[parity.fp32]\nworst_error = inf", "parity.fp32.worst_error: seen inf; input should be a finite number"),
+        ("[parity.fp8]\ncommon = nan", "parity.fp8.common: seen nan; input should be a finite number"),
+        ('[parity]\nnonfinite_inputs = "no"', "parity.nonfinite_inputs: seen 'no'; input should be 'gate' or 'report'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_tolerances_is_one_line(tmp_path: Path, table: str, message: str) -> None:
+    (tmp_path / "deploy.toml").write_text(TOML.format(name="x") + table)
+    with pytest.raises(InputError) as caught:
+        DeploymentSpec.load(tmp_path)
+    assert message in str(caught.value)
+
+
+def of_one_output(dtype: str, value: list[Any], reference: list[Any]) -> dict[str, float]:
+    """Parity of one output `a`, a row an entry of the lists."""
+    data = {"name": "x", "inputs": {"x": {"dtype": "int64", "shape": ["batch", 1]}}, "axes": TEXT.model_dump()["axes"]}
+    del data["axes"]["length"]
+    data["outputs"] = {"a": {"dtype": dtype, "shape": ["batch", 4]}}
+    spec = DeploymentSpec.model_validate_json(json.dumps(data))
+    rows = [[{"a": np.array(row, dtype)} for row in side] for side in (value, reference)]
+    return parity(spec, *rows)["a"]
+
+
+def test_single_numbers_are_compared_as_one_vector_since_each_alone_has_no_direction() -> None:
+    found = of_one_output("float32", [0.9, -1e-6, 2.0], [0.9, 1e-6, 2.0])
+    assert found["cosine"] == pytest.approx(1)
+    assert of_one_output("float32", [0.9, -0.9], [0.9, 0.9])["cosine"] == pytest.approx(0)
+
+
+def test_a_row_of_zeros_is_judged_by_its_error() -> None:
+    reference = [[0, 0], [1, 2]]
+    assert of_one_output("float32", [[1e-6, 0], [1, 2]], reference)["worst_cosine"] == pytest.approx(1)
+    assert of_one_output("float32", [[0.5, 0], [1, 2]], reference)["worst_cosine"] == 0
+
+
+def test_rankings_count_in_any_order_and_labels_place_by_place() -> None:
+    assert of_one_output("int64", [[3, 1, 2, 4]], [[1, 2, 3, 4]])["common"] == 1
+    assert of_one_output("int64", [[0, 1, 0, 1]], [[1, 0, 1, 0]])["common"] == 0
+    assert of_one_output("bool", [[True, True, False]], [[True, False, False]])["common"] == pytest.approx(2 / 3)
+
+
+def test_another_shape_is_as_far_off_as_can_be() -> None:
+    assert of_one_output("float32", [[1, 2, 3]], [[1, 2]])["worst_error"] == np.inf
+    assert of_one_output("int64", [[1, 2, 3]], [[1, 2]])["common"] == 0
