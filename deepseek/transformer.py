@@ -52,13 +52,14 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.head_size = config.head_size  # how many heads there are, the layers' width says: pruning takes some
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # (B, T, D), (B, 1, T, T)
-        heads = (x.shape[0], x.shape[1], self.config.num_attention_heads, self.config.head_size)
+        heads = (x.shape[0], x.shape[1], -1, self.head_size)
         query, key, value = (layer(x).view(heads).transpose(1, 2) for layer in (self.query, self.key, self.value))
         attended = F.scaled_dot_product_attention(
             query,
@@ -68,7 +69,7 @@ class Attention(nn.Module):
             dropout_p=self.config.attention_dropout if self.training else 0.0,
             is_causal=mask is None and self.config.causal,  # no mask to build: the fused kernels take this one
         )
-        return self.out(attended.transpose(1, 2).reshape(x.shape))
+        return self.out(attended.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

@@ -11,12 +11,14 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
+import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +54,34 @@ def engine_path(name: str, precision: str, target: Target) -> Path:
 def choice_path(name: str, target: Target) -> Path:
     """Where `export.compare` writes what it measured and chose."""
     return build_dir(name) / f"choice-{target}.json"
+
+
+def pruned_path(name: str) -> Path:
+    """The pruned module of `export.prune`; where there is none, stages work from the unpruned one."""
+    return build_dir(name) / "pruned.safetensors"
+
+
+def pruning_path(name: str) -> Path:
+    """What pruning took and cost."""
+    return build_dir(name) / "pruning.json"
+
+
+def pruning_of(name: str) -> dict[str, Any]:
+    """What pruning.json says where the module is pruned, else an empty dict."""
+    if not pruned_path(name).is_file():
+        return {}
+    path = need(pruning_path(name), f"python -m export.prune --model {name}")
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); make it anew: python -m export.prune") from None
+    return found
+
+
+def pruned_settings(name: str) -> dict[str, Any]:
+    """What a manifest says of pruning, among its settings."""
+    pruning = pruning_of(name)
+    return {"pruned": pruning["ratio"]} if pruning else {}
 
 
 def need(path: Path, made_by: str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -21,9 +22,12 @@ from export.source import Predict, Source
 
 def torch_runner(spec: DeploymentSpec, source: Source) -> Predict:
     """fp32 PyTorch, the reference."""
-    import torch  # first here: only this runner needs it
+    return module_runner(spec, source.load())
 
-    model = source.load()
+
+def module_runner(spec: DeploymentSpec, model: Any) -> Predict:
+    """A `torch.nn.Module` in eval mode."""
+    import torch  # first here: only this runner needs it
 
     def predict(inputs: Row) -> Row:
         with torch.inference_mode():

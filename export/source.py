@@ -1,8 +1,9 @@
 """A model folder, opened and checked: `deploy.toml` + `model.py`, inside the repository or anywhere.
 
 Contract of `model.py` (plain functions): `load() -> nn.Module`, `samples(split)` with split
-"calibration" or "evaluation", optionally `evaluate(predict)` and `train()`. What these raise is one line
-with its place in the user's file. Run as a command it makes the weights, where the model knows how to.
+"calibration" or "evaluation", optionally `evaluate(predict)`, `train()` and `finetune(module)` (in place, for a
+module that was pruned). What these raise is one line with its place in the user's file. Run as a command it makes the
+weights, where the model knows how to.
 
 Examples:
     python -m export.source --model recommender
@@ -32,7 +33,7 @@ from deepseek.spec import (
     add_model_arguments,
     run_command,
 )
-from export.artifact import Row
+from export.artifact import Row, pruned_path
 
 _OURS = tuple(Path(__file__).resolve().parent.parent / room for room in ("export", "deepseek"))
 Split = Literal["calibration", "evaluation"]
@@ -54,6 +55,7 @@ class Source:
                 )
         self.evaluate: Callable[[Predict], dict[str, float]] | None = self._function("evaluate")
         self.train: Callable[[], Any] | None = self._function("train")
+        self.finetune: Callable[[Any], Any] | None = self._function("finetune")
         metric = self.spec.precision.metric
         if metric is not None and self.evaluate is None:
             raise InputError(
@@ -74,6 +76,15 @@ class Source:
         return guarded
 
     def load(self) -> Any:
+        """The module that is deployed: the pruned one where `export.prune` has left one, else the unpruned one."""
+        module, pruned = self.unpruned(), pruned_path(self.spec.name)
+        if pruned.is_file():
+            from deepseek.pruning import load_pruned  # needs torch-pruning, and nothing else here does
+
+            load_pruned(module, pruned)
+        return module
+
+    def unpruned(self) -> Any:
         """The `torch.nn.Module` as deploy.toml describes it: in eval mode, its outputs a tuple in that order.
 
         Weights of 16 bits are widened to float32, which every later stage starts from; inputs and outputs
@@ -84,6 +95,11 @@ class Source:
         if not callable(getattr(model, "named_parameters", None)):
             raise InputError(
                 f"{self.folder / 'model.py'}: load() returned {type(model).__name__}; a torch.nn.Module is needed"
+            )
+        if type(model).__module__.startswith("torch.jit"):
+            raise InputError(
+                f"{self.folder / 'model.py'}: load() returned TorchScript ({type(model).__name__}); the exporter traces "
+                "Python: return the torch.nn.Module that it was made from"
             )
         model.eval()
         if any(_is_half(parameter) for _, parameter in model.named_parameters()):

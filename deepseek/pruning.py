@@ -1,0 +1,275 @@
+"""Structured pruning: whole attention heads and whole channels go, and what is left is a smaller ordinary module.
+
+An attention head is one unit; a channel of a feed-forward or convolutional layer is another. What a unit is worth
+is how much the model's outputs change without it, on real rows: that compares layers too, so unimportant layers
+lose more. The width between the blocks of a Transformer, embeddings and the outputs keep their size.
+
+Contract: works in place on any `nn.Module` whose forward autograd can follow. What may go is proved first
+(`deepseek.prunable`), and so is the result as a whole: the pruned model gives what the old one gave when nobody
+read the units that went. `nn.MultiheadAttention` becomes `deepseek.attention.HeadAttention` where it loses heads.
+
+Examples:
+    report = prune_model(model, (ids,), PruneConfig(ratio=0.25))     # then fine-tune: deepseek.training
+    print(report.parameters, report.flops, report.left_alone)
+    save_pruned(model, report, "pruned.safetensors", of=weights_digest(original))
+    load_pruned(original, "pruned.safetensors")                      # no pickle: sizes and weights
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from deepseek.attention import HeadAttention, split_attention
+from deepseek.checkpoints import digest, replace
+from deepseek.config import check_float, check_int
+from deepseek.prunable import Inputs, Kind, Layer, Prunable, restore, state_of
+from deepseek.spec import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """How much goes, and how evenly."""
+
+    ratio: float = 0.25
+    """Of all heads, and of all channels that can go; 0.2 to 0.3 usually costs little after fine-tuning."""
+    max_layer_ratio: float = 0.5
+    """No layer loses more than this (or `ratio`, where that is more), however unimportant it is."""
+    multiple: int = 8
+    """Channels go in blocks of this many where the width allows: kernels like widths that are multiples of it."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        check_float(owner, "ratio", self.ratio, 0, 1, open_low=True)
+        check_float(owner, "max_layer_ratio", self.max_layer_ratio, 0, 1, open_low=True)
+        check_int(owner, "multiple", self.multiple, 1)
+        check_int(owner, "seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What one layer lost: heads of the attention `name`, or channels that `name` gives."""
+
+    name: str
+    kind: Kind
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneReport:
+    """What went. Pairs are (before, after)."""
+
+    ratio: float
+    layers: tuple[LayerReport, ...]
+    left_alone: dict[str, str]
+    """Layers that nothing can be taken from, and why."""
+    parameters: tuple[int, int]
+    prunable_parameters: tuple[int, int]
+    """Of the layers that give or read what can go."""
+    flops: tuple[int, int]
+    """Of one row of the example: matrix products and convolutions, a multiplication and an addition as two."""
+    size_bytes: tuple[int, int]
+    """Of parameters and buffers."""
+    replaced: tuple[str, ...]
+    """`nn.MultiheadAttention` modules that are now `HeadAttention`."""
+    sizes: dict[str, dict[str, Any]]
+    """Attributes by module that changed: with the weights, all that tells the pruned module from the old one."""
+
+    def count(self, kind: Kind) -> tuple[int, int]:
+        """Heads or channels that can go, before and after."""
+        layers = [layer for layer in self.layers if layer.kind == kind]
+        return sum(layer.before for layer in layers), sum(layer.after for layer in layers)
+
+
+def prune_model(
+    module: nn.Module, example_inputs: Inputs, config: PruneConfig | None = None, data: Sequence[Inputs] = ()
+) -> PruneReport:
+    """Takes heads and channels out of `module`, in place, and leaves it in eval mode; the report says what went.
+
+    `example_inputs` are one batch of real inputs, what forward takes, batch dimension first; `data` are more
+    batches to measure importance on. Equal arguments give equal results. Raises InputError where forward
+    cannot be traced, or nothing can be pruned; the module is then as it was.
+    """
+    module.eval()
+    state = state_of(module.modules())
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # tracing follows gradients
+    try:
+        with torch.enable_grad():
+            return _pruned(module, example_inputs, config or PruneConfig(), [example_inputs, *data])
+    except BaseException:
+        restore(state)
+        raise
+    finally:
+        for name, parameter in module.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
+
+
+def _pruned(module: nn.Module, example: Inputs, config: PruneConfig, data: Sequence[Inputs]) -> PruneReport:
+    kind = type(module).__name__
+    try:
+        parameters, flops, size = _count(module), _flops(module, example), _bytes(module)
+    except Exception as error:
+        message = " ".join(str(error).split())[:200]
+        raise InputError(f"{kind} does not run on the example inputs: {type(error).__name__}: {message}") from error
+    originals = split_attention(module)
+    sizes = _sizes(module)
+    prunable = Prunable(module, example)
+    layers = prunable.layers()
+    if not layers:
+        reasons = "; ".join(f"{name} {reason}" for name, reason in list(prunable.left_alone.items())[:3])
+        raise InputError(f"nothing of {kind} can be pruned: {reasons or 'no linear or convolutional layer in it'}")
+    prunable.measure(layers, data, config.seed)
+    cuts = _choose(layers, config)
+    if not cuts:
+        raise InputError(f"PruneConfig: ratio: seen {config.ratio:g}; of {kind} that is less than one head or channel")
+    touched = {id(part): part for layer in layers for part in layer.touched}.values()
+    prunable_parameters = sum(map(_count, touched))
+    if not prunable.cut(cuts):
+        raise InputError(f"{kind} cannot be pruned: each layer alone can, but all together change the outputs")
+    for name in originals.keys() - {layer.name for layer in cuts}:
+        module.set_submodule(name, originals[name])  # it keeps its heads
+    return PruneReport(
+        ratio=config.ratio,
+        layers=tuple(_report(layer, cuts.get(layer, [])) for layer in layers),
+        left_alone=prunable.left_alone,
+        parameters=(parameters, _count(module)),
+        prunable_parameters=(prunable_parameters, sum(map(_count, touched))),
+        flops=(flops, _flops(module, example)),
+        size_bytes=(size, _bytes(module)),
+        replaced=tuple(name for name in originals if isinstance(module.get_submodule(name), HeadAttention)),
+        sizes=_changed(sizes, _sizes(module)),
+    )
+
+
+def _report(layer: Layer, gone: list[int]) -> LayerReport:
+    before = len(layer.units)
+    return LayerReport(name=layer.name, kind=layer.kind, before=before, after=before - len(gone))
+
+
+def _choose(layers: list[Layer], config: PruneConfig) -> dict[Layer, list[int]]:
+    """The units to take from each layer: of all heads, and of all channels, the least important."""
+    chosen: dict[Layer, list[int]] = {}
+    for kind in ("heads", "channels"):
+        same = [layer for layer in layers if layer.kind == kind]
+        blocks = [block for layer in same for block in _blocks(layer, config)]
+        wanted, gone = config.ratio * sum(len(layer.units) for layer in same), 0
+        for _, layer, units in sorted(blocks, key=lambda block: block[0]):
+            if gone + len(units) / 2 <= wanted:  # nearer to what is wanted with it than without it
+                chosen.setdefault(layer, []).extend(units)
+                gone += len(units)
+    return chosen
+
+
+def _blocks(layer: Layer, config: PruneConfig) -> list[tuple[float, Layer, list[int]]]:
+    """What may go of a layer, least important first, in the smallest steps that keep its width a good one."""
+    count = len(layer.units)
+    size = 1 if layer.kind == "heads" else math.gcd(count, config.multiple)
+    most = min(count - size, math.floor(count * max(config.max_layer_ratio, config.ratio) + 1e-9))
+    order = layer.importance.argsort(stable=True).tolist()
+    blocks = [order[start : start + size] for start in range(0, most - size + 1, size)]
+    return [(float(layer.importance[block].mean()), layer, block) for block in blocks]
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Hash of the weights: a pruned file belongs to them."""
+    return digest(dict(module.state_dict()))
+
+
+def save_pruned(module: nn.Module, report: PruneReport, path: str | Path, *, of: str) -> None:
+    """Writes a pruned module (fine-tuned or not) for `load_pruned`, atomically.
+
+    `of` is the `weights_digest` of the module before. safetensors rather than a pickle of the module: reading a
+    file must not run code. It holds the weights and which sizes changed; all else is the user's own module.
+    """
+    about = {"of": of, "ratio": report.ratio, "replaced": report.replaced, "sizes": report.sizes}
+    weights = {names[0]: tensor.detach().contiguous() for names, tensor in _tensors(module)}
+    replace(Path(path), lambda beside: save_file(weights, beside, metadata={"pruned": json.dumps(about)}))
+
+
+def load_pruned(module: nn.Module, path: str | Path) -> nn.Module:
+    """Makes `module`, as it was before pruning, the pruned one that a file holds; in place, and returns it.
+
+    Raises InputError where the file is broken, or was pruned from other weights.
+    """
+    path = Path(path)
+    advice = "prune again: python -m export.prune"
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["pruned"])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: no pruned module can be read from it ({error}); {advice}") from None
+    if about["of"] != weights_digest(module):
+        raise InputError(f"{path}: was pruned from other weights than {type(module).__name__} has; {advice}")
+    for name in about["replaced"]:
+        attention = module.get_submodule(name)
+        assert isinstance(attention, nn.MultiheadAttention)
+        module.set_submodule(name, HeadAttention(attention))
+    for name, sizes in about["sizes"].items():
+        for key, value in sizes.items():
+            setattr(module.get_submodule(name), key, tuple(value) if isinstance(value, list) else value)
+    for names, old in _tensors(module):
+        tensor = weights[names[0]].to(old.device)
+        new = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        for name in names:  # one tensor, however many names it has
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, new)
+    return module.eval()
+
+
+def _tensors(module: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """Every tensor of the state once, with all its names."""
+    found: dict[int, tuple[list[str], Tensor]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            found.setdefault(id(tensor), ([], tensor))[0].append(name)
+    return list(found.values())
+
+
+def _sizes(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Whole numbers, and tuples of them, that modules hold."""
+    return {
+        name: {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in vars(part).items()
+            if type(value) is int or (isinstance(value, tuple) and value and all(type(each) is int for each in value))
+        }
+        for name, part in module.named_modules()
+    }
+
+
+def _changed(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of `after`, what is not so in `before`."""
+    pairs = ((name, {k: v for k, v in sizes.items() if before[name].get(k) != v}) for name, sizes in after.items())
+    return {name: changed for name, changed in pairs if changed}
+
+
+def _flops(module: nn.Module, example: Inputs) -> int:
+    # The math kernel of attention is matrix products, which are counted; the fused one is not, on a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module(*example)
+    return counter.get_total_flops() // max(1, len(example[0]))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

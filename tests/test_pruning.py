@@ -1,0 +1,393 @@
+"""Structured pruning: what goes, that it is proved, that what is left is the same module with less in it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepseek.attention import HeadAttention
+from deepseek.checkpoints import Checkpoints
+from deepseek.config import TransformerConfig
+from deepseek.distillation import SETTINGS, distil
+from deepseek.pruning import PruneConfig, load_pruned, prune_model, save_pruned, weights_digest
+from deepseek.spec import GateFailed, InputError
+from deepseek.transformer import Transformer
+from export.artifact import pruning_of, read_manifest
+from export.budget import Baseline
+from export.prune import main, prune_source
+from export.source import Source
+from export.to_onnx import export_model
+from tests.conftest import run_module
+
+pytestmark = pytest.mark.filterwarnings("ignore::deepseek.config.AdviceWarning")  # small models, on purpose
+IDS = torch.randint(1, 50, (4, 9), generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small lose more to waiting for a second thread than it does for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def ours() -> nn.Module:
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 50}
+    return Transformer(TransformerConfig(**sizes, causal=True))  # type: ignore[arg-type]
+
+
+def theirs(**settings: Any) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, **settings)
+    return nn.Sequential(nn.Embedding(50, 32), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+
+
+class SelfAttention(nn.Module):
+    """As Hugging Face's BERT has it: the output layer is another module's, three numbers say the shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_attention_heads, self.attention_head_size, self.all_head_size = 4, 8, 32
+        self.query, self.key, self.value = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:2], self.num_attention_heads, self.attention_head_size)
+        q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        mixed = (q @ k.transpose(2, 3) / math.sqrt(self.attention_head_size)).softmax(-1) @ v
+        return mixed.transpose(1, 2).reshape(*x.shape[:2], self.all_head_size)
+
+
+class Bert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attention, self.dense = nn.Embedding(50, 32), SelfAttention(), nn.Linear(32, 32)
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = self.norm(x + self.dense(self.attention(x)))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Packed(nn.Module):
+    """As in vision Transformers: query, key and value out of one layer; and a gated feed-forward layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.embed, self.qkv, self.out = nn.Embedding(50, 32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.gates, self.down = nn.Linear(32, 128), nn.Linear(64, 32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        q, k, v = self.qkv(x).reshape(*ids.shape, 3, self.num_heads, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.out(self.joined(F.scaled_dot_product_attention(q, k, v).transpose(1, 2), x))
+        gate, up = self.gates(x).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+    def joined(self, heads: Tensor, x: Tensor) -> Tensor:
+        return heads.flatten(2)
+
+
+class Residual(nn.Module):
+    """Batch norm, a residual, a depthwise and a flattened layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16)
+        self.inner, self.back = nn.Conv2d(16, 24, 3, 1, 1), nn.Conv2d(24, 16, 1)
+        self.depthwise, self.wide = nn.Conv2d(16, 16, 3, 2, 1, groups=16), nn.Conv2d(16, 32, 1)
+        self.head = nn.Linear(32 * 16, 10)
+        self.norm.running_mean.normal_()  # type: ignore[union-attr]
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(images)))
+        x = F.relu(x + self.back(F.relu(self.inner(x))))
+        return self.head(F.relu(self.wide(self.depthwise(x))).flatten(1))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, int, int]] = {  # heads and channels that can go
+    "ours": (ours, IDS, 8, 128),
+    "torch": (theirs, IDS, 8, 128),
+    "bert": (Bert, IDS, 4, 64),
+    "packed": (Packed, IDS, 4, 64),
+    "convolutional": (Residual, IMAGES, 0, 16 + 24 + 32),
+}
+each_model = pytest.mark.parametrize("name", MODELS)
+
+
+@each_model
+def test_a_quarter_of_heads_and_channels_goes_and_outputs_keep_their_shape(name: str) -> None:
+    make, inputs, heads, channels = MODELS[name]
+    model = make().eval()
+    shape, parameters = model(inputs).shape, sum(each.numel() for each in model.parameters())
+    report = prune_model(model, (inputs,))
+    assert model(inputs).shape == shape
+    assert report.count("heads") == (heads, heads * 3 // 4)
+    before, after = report.count("channels")
+    assert (before, after) == (channels, channels * 3 // 4 if channels != 72 else 56)  # blocks of 8
+    assert report.parameters == (parameters, sum(each.numel() for each in model.parameters()))
+    assert report.flops[1] < report.flops[0]
+    assert sum(layer.before - layer.after for layer in report.layers) == heads // 4 + before - after
+
+
+@each_model
+def test_a_saved_one_is_the_same_model_again(name: str, tmp_path: Path) -> None:
+    make, inputs, _, _ = MODELS[name]
+    model = make().eval()
+    fresh, of = copy.deepcopy(model), weights_digest(model)
+    save_pruned(model, prune_model(model, (inputs,)), tmp_path / "pruned.safetensors", of=of)
+    assert torch.equal(load_pruned(fresh, tmp_path / "pruned.safetensors")(inputs), model(inputs))
+    with pytest.raises(InputError, match="pruned from other weights"):
+        load_pruned(make(), tmp_path / "pruned.safetensors")
+
+
+def test_what_counts_for_nothing_goes_first() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    useless = [1, 4, 11, 14]
+    with torch.no_grad():
+        model[2].weight[:, useless] *= 1e-3  # type: ignore[index, operator]
+    x = torch.randn(32, 8)
+    expected = model(x)
+    prune_model(model, (x,), PruneConfig(multiple=4))
+    assert model[0].out_features == 12
+    torch.testing.assert_close(model(x), expected, atol=1e-2, rtol=0)
+
+
+def test_the_head_that_counts_for_nothing_goes_and_the_others_stay_as_they_were() -> None:
+    model = ours().eval()
+    attention = model.blocks[1].attention  # type: ignore[union-attr, index]
+    with torch.no_grad():
+        for head in (0, 2):
+            attention.out.weight[:, head * 8 : head * 8 + 8] = 0  # type: ignore[union-attr]
+    expected, kept = model(IDS), attention.query.weight[8:16].clone()  # type: ignore[union-attr]
+    pruned = prune_model(model, (IDS,), PruneConfig(multiple=64))  # no block of 64 channels may go: heads alone
+    assert pruned.count("channels")[0] == pruned.count("channels")[1]
+    assert torch.equal(attention.query.weight[:8], kept)  # type: ignore[union-attr]
+    torch.testing.assert_close(model(IDS), expected)
+
+
+def test_equal_arguments_prune_equally() -> None:
+    one, other = ours(), ours()
+    other.load_state_dict(one.state_dict())
+    prune_model(one, (IDS,))
+    prune_model(other, (IDS,))
+    assert weights_digest(one) == weights_digest(other)
+
+
+def test_attention_whose_forward_takes_no_fewer_heads_is_left_alone_and_named() -> None:
+    class Stubborn(Packed):
+        def joined(self, heads: Tensor, x: Tensor) -> Tensor:
+            return heads.reshape(x.shape)
+
+    report = prune_model(Stubborn().eval(), (IDS,), PruneConfig(ratio=0.5))
+    assert report.count("heads") == (0, 0)
+    assert report.count("channels") == (64, 32)
+    assert report.left_alone["qkv"] == "forward does not take fewer heads"
+
+
+def test_channels_that_depend_on_one_another_are_left_alone() -> None:
+    class Softmax(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.three = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.three(F.relu(self.two(self.one(x).softmax(-1))))
+
+    report = prune_model(Softmax(), (torch.randn(4, 8),))
+    assert [layer.name for layer in report.layers] == ["two"]
+    assert report.left_alone["one"] == "its channels depend on one another"
+
+
+def test_channels_whose_places_the_tracer_gets_wrong_are_left_alone() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+            self.hidden, self.head = nn.Linear(16 * 4, 16), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            joined = F.max_pool2d(torch.cat([self.left(x), self.right(x)], 1), 8)
+            return self.head(F.relu(self.hidden(joined.flatten(1))))
+
+    report = prune_model(Joined(), (IMAGES,))  # torch-pruning 1.6 loses the offset of a joined and flattened map
+    assert [layer.name for layer in report.layers] == ["hidden"]
+
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, math.nan, True, "a"], ids=str)
+def test_a_ratio_that_is_none_is_one_line(ratio: Any) -> None:
+    with pytest.raises(InputError, match=r"PruneConfig: ratio: seen .*; a number above 0, below 1 is needed"):
+        PruneConfig(ratio=ratio)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu()).argmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Linear(8, 8), "nothing of Linear can be pruned"),
+        (nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)), "the width between blocks stays"),
+        (nn.Sequential(nn.Linear(8, 2), nn.ReLU(), nn.Linear(2, 4)), "less than one head or channel"),
+        (Counting(), "no output of forward has a gradient"),
+        (nn.Sequential(nn.Linear(9, 16), nn.Linear(16, 4)), "does not run on the example inputs: RuntimeError"),
+    ],
+    ids=["one layer", "width", "too little", "integers", "wrong input"],
+)
+def test_a_model_that_cannot_be_pruned_is_one_line_and_stays_as_it_was(model: nn.Module, message: str) -> None:
+    before = copy.deepcopy(model)
+    with pytest.raises(InputError, match=message):
+        prune_model(model, (torch.randn(4, 8),), PruneConfig(ratio=0.1))
+    assert weights_digest(model) == weights_digest(before)
+    assert repr(model) == repr(before)
+
+
+def test_frozen_weights_stay_frozen() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).requires_grad_(False)
+    prune_model(model, (torch.randn(4, 8),))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_head_attention_is_multihead_attention(batch_first: bool, need_weights: bool) -> None:
+    theirs = nn.MultiheadAttention(32, 4, batch_first=batch_first).eval()
+    query, memory = torch.randn(3, 3, 32), torch.randn(3, 5, 32)
+    memory = memory if batch_first else memory.transpose(0, 1)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+    mask = torch.ones(3, 5, dtype=torch.bool).triu(3)
+    settings = {"key_padding_mask": padding, "attn_mask": mask, "need_weights": need_weights}
+    expected, weights = theirs(query, memory, memory, **settings)
+    seen, seen_weights = HeadAttention(theirs)(query, memory, memory, **settings)
+    torch.testing.assert_close(seen, expected)
+    assert (weights is None) == (seen_weights is None) == (not need_weights)
+    if weights is not None:
+        torch.testing.assert_close(seen_weights, weights)
+
+
+def test_a_pruned_model_learns_the_outputs_that_it_had() -> None:
+    model = ours().eval()
+    original = copy.deepcopy(model)
+    prune_model(model, (IDS,), PruneConfig(ratio=0.4))
+    batches = [(torch.randint(1, 50, (8, 9)),) for _ in range(10)]
+    before, after = distil(model, original, batches)
+    assert after < 0.7 * before
+    unseen = torch.randint(1, 50, (8, 9))
+    assert (model(unseen) - original(unseen)).square().mean() < before
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build folder with the model `image`, pruned and exported."""
+    build = tmp_path_factory.mktemp("pruned") / "build"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BUILD", str(build))
+        prune_source(Source("image", "tests/models"), 0.25)
+        export_model(Source("image", "tests/models"))
+    return build
+
+
+@pytest.fixture
+def build(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BUILD", str(pruned))
+    return pruned
+
+
+def test_the_stage_reports_what_went_and_what_it_cost(build: Path) -> None:
+    facts = json.loads((build / "image" / "pruning.json").read_text())
+    assert facts["channels"] == [32, 24]
+    assert facts["layers"] == [{"name": "body.0", "kind": "channels", "before": 32, "after": 24}]
+    assert facts["drop"] < 1 - facts["before_finetuning"]["similarity"]
+    assert facts["drop"] <= facts["max_drop"] == 0.05
+    assert facts["finetuned"] == "distillation"
+    assert not (build / "image" / "checkpoints-pruning").exists()
+
+
+def test_what_is_exported_is_the_pruned_module_and_the_manifest_says_so(build: Path) -> None:
+    manifest = read_manifest(build / "image" / "fp32" / "model.onnx")
+    assert manifest.settings["pruned"] == pruning_of("image")["ratio"] == 0.25
+    source = Source("image", "tests/models")
+    assert source.load().body[0].out_channels == 24
+    assert source.unpruned().body[0].out_channels == 32
+
+
+def test_the_budget_of_a_pruned_build_counts_from_the_unpruned_model(build: Path) -> None:
+    baseline = Baseline.of(Source("image", "tests/models"))
+    measured = baseline.measure(baseline.predict)
+    assert measured["parity"]["scores"]["worst_error"] == 0
+    assert measured["drop"] == pytest.approx(pruning_of("image")["drop"], abs=1e-6)
+    assert measured["drop"] > 0
+
+
+FINETUNE = """
+
+def finetune(module: nn.Module) -> None:
+    with torch.no_grad():
+        module.head.bias += 1.0
+"""
+
+
+def test_a_finetune_of_the_models_own_is_what_runs_and_too_much_lost_publishes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree("tests/models/image", tmp_path / "models" / "image")
+    with (tmp_path / "models" / "image" / "model.py").open("a") as file:
+        file.write(FINETUNE)
+    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    arguments = ["export.prune", "--models", str(tmp_path / "models"), "--model", "image"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(GateFailed, match=r"pruned by 0\.25, image loses .* of similarity; .* max_drop is 5\.00%"):
+        main()
+    assert list(tmp_path.rglob("prun*")) == []
+
+
+def test_a_killed_fine_tuning_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path))
+    source = Source("image", "tests/models")
+    whole = prune_source(source, 0.25)
+    (tmp_path / "image" / "pruned.safetensors").unlink()
+
+    class Killed(BaseException):
+        pass
+
+    saved = Checkpoints.save
+
+    def save_and_die(self: Checkpoints, accelerator: Any) -> None:
+        saved(self, accelerator)
+        raise Killed
+
+    monkeypatch.setattr("deepseek.distillation.SETTINGS", dataclasses.replace(SETTINGS, checkpoint_every_s=0.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_die)
+        with pytest.raises(Killed):
+            prune_source(source, 0.25)
+    assert list(tmp_path.rglob("checkpoint-*")) != []
+    again = prune_source(source, 0.25)
+    assert again["pruned"] == whole["pruned"]
+
+
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
+    run = run_module("export.prune", "--models", "tests/models", "--model", "text", BUILD=str(tmp_path))
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: nothing of Encoder can be pruned: ")
+    assert len(run.stderr.splitlines()) == 1
