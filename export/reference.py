@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 
 from deepseek.spec import BATCH, DeploymentSpec, GateFailed, InputError
-from export.artifact import Row
+from export.artifact import Row, human_bytes
 from export.source import Predict, folder_of, in_order, user_code
 
 # Of the largest magnitude of an output: both sides compute in fp32, a float16 output rounds to 11 bits.
@@ -74,6 +76,18 @@ def _at_sizes(arrays: Iterator[np.ndarray], shape: tuple[int | str, ...], sizes:
     return np.take(array, np.arange(size), axis=last)
 
 
+def check_memory(spec: DeploymentSpec) -> None:
+    """Raises InputError where a quarter of this machine's memory does not hold the tensors of the largest corner."""
+    tensors = {**spec.inputs, **spec.outputs}
+    needed = sum(math.prod(spec.shape(name, "max")) * np.dtype(tensors[name].dtype).itemsize for name in tensors)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory / 4:
+        raise InputError(
+            f"deploy.toml: axes: at {sizes_text({name: axis.max for name, axis in spec.axes.items()})} inputs and "
+            f"outputs take {human_bytes(needed)}, this machine has {human_bytes(memory)}; lower the largest sizes"
+        )
+
+
 def run_torch(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> Row:
     """Outputs of the PyTorch model by name; raises InputError where forward fails or they are not the signature's."""
     arguments = ", ".join(f"{name}: {inputs[name].dtype} {list(inputs[name].shape)}" for name in spec.inputs)
@@ -81,7 +95,7 @@ def run_torch(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> Row:
         f"forward({arguments}) on samples brought to these sizes{_WIDENED if getattr(model, 'widened', False) else ''}"
     )
     with user_code(folder_of(spec), what), torch.inference_mode():
-        values = in_order(spec, model(*(torch.from_numpy(inputs[name]) for name in spec.inputs)))
+        values = in_order(spec, model(*(torch.tensor(inputs[name]) for name in spec.inputs)))  # copies: it may write
         outputs = {name: value.numpy() for name, value in zip(spec.outputs, values, strict=True)}
     for name, tensor in spec.outputs.items():
         sizes = {

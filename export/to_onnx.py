@@ -45,6 +45,7 @@ from export.artifact import (
     axes_of,
     human_bytes,
     onnx_path,
+    pruned_settings,
     publish,
     row_digests,
     save_rows,
@@ -52,11 +53,21 @@ from export.artifact import (
     tool_versions,
     write_manifest,
 )
-from export.reference import check_corners, check_repeatable, inputs_at, sizes_text, traced_sizes, weights_digest
+from export.calibration import pool_size, stratified
+from export.reference import (
+    check_corners,
+    check_memory,
+    check_repeatable,
+    inputs_at,
+    sizes_text,
+    traced_sizes,
+    weights_digest,
+)
 from export.source import Source, folder_of, place_of
 
 OPSET = 20  # ModelOpt needs 19 for fp8 scales; at 23 attention becomes one op that TensorRT may not take
 EVALUATION_ROWS = 2000
+EXTERNAL_DATA_BYTES = 1 << 30  # of weights: past this they lie in a file of their own
 
 log = Console(file=sys.stderr)  # bound now: the exporter's own output is discarded below
 
@@ -168,13 +179,24 @@ def _name_axes(value: onnx.ValueInfoProto, shape: tuple[int | str, ...], fixed: 
             dim.dim_param = name
 
 
+def save_onnx(graph: onnx.ModelProto, path: Path) -> None:
+    """Writes a graph; past what one protobuf can hold (2 GiB), with its weights in `<name>.data` beside it."""
+    weights_bytes = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
+    large = weights_bytes > EXTERNAL_DATA_BYTES
+    onnx.save(graph, path, save_as_external_data=large, location=f"{path.name}.data" if large else None)
+    if large:
+        path.with_name(f"{path.name}.data").chmod(path.stat().st_mode)  # onnx writes it for its owner only
+
+
 def export_model(source: Source) -> dict[str, Any]:
     """Runs the stage; returns what it made and measured."""
     spec, clock = source.spec, Clock()
     path = onnx_path(spec.name, "fp32")
+    check_memory(spec)
     with log.status("reading samples"):
         evaluation = list(source.rows("evaluation", EVALUATION_ROWS))
-        calibration = list(source.rows("calibration", spec.precision.calibration_samples))
+        pool = list(source.rows("calibration", pool_size(spec)))
+        calibration = stratified(pool, spec.precision.calibration_samples)
     shared = row_digests(evaluation) & row_digests(calibration)
     if shared:
         raise InputError(
@@ -187,12 +209,7 @@ def export_model(source: Source) -> dict[str, Any]:
     with scratch_in(path.parent) as scratch:
         with log.status("exporting with the dynamo exporter"):
             graph = onnx_from_torch(spec, model, example)
-            onnx.save(
-                graph,
-                scratch / "model.onnx",
-                save_as_external_data=graph.ByteSize() > 1 << 30,
-                location="model.onnx.data",
-            )
+            save_onnx(graph, scratch / "model.onnx")
             onnx.checker.check_model(scratch / "model.onnx", full_check=True)
         with log.status("comparing with PyTorch"):
             session = onnxruntime.InferenceSession(scratch / "model.onnx", providers=["CPUExecutionProvider"])
@@ -207,6 +224,7 @@ def export_model(source: Source) -> dict[str, Any]:
             precision="fp32",
             found={"operators": len(graph.graph.node), "opset": OPSET},
             sources={"weights": weights_digest(model)},
+            settings=pruned_settings(spec.name),
             axes=axes_of(spec),
             versions=tool_versions(),
             size_bytes=size,
