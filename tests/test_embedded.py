@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+from tritonclient import grpc as triton
 
-from deepseek.spec import InputError
+from deepseek.spec import DeploymentSpec, FileDigest, GateFailed, InputError
+from export.to_triton import publish_version
 from serving.embedded import EmbeddedServer
 from tests.conftest import write_add_one
 
@@ -145,3 +152,153 @@ def test_a_server_that_is_never_ready_is_given_up_on(tmp_path: Path) -> None:
     ):
         pass
     assert time.monotonic() - started < 20
+
+
+TEXT = DeploymentSpec.load("tests/models/text")
+
+
+def damage(path: Path) -> None:
+    """Flips one bit in the middle; as a new file, since the old one may be in use."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+def served(running: EmbeddedServer) -> str:
+    """The version that answers."""
+    inputs = [triton.InferInput(name, [1, 5], "INT64") for name in TEXT.inputs]
+    for tensor in inputs:
+        tensor.set_data_from_numpy(np.ones((1, 5), np.int64))
+    with triton.InferenceServerClient(running.grpc_url) as client:
+        return client.infer("text", inputs).get_response().model_version
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Until a condition holds, 20 s at most."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_damaged_newest_version_leaves_the_older_one_in_service(
+    build: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = tmp_path / "repository"
+    for precision in ("fp32", "fp16"):
+        publish_version(TEXT, precision, "onnxruntime", repository)
+    damage(repository / "text" / "2" / "model.onnx")
+    with EmbeddedServer(repository, log_path=tmp_path / "log", **FREE) as running:
+        assert served(running) == "1"
+    assert re.match(
+        r"refused   text/2: model.onnx is damaged: .*; publish it again: .*\n +text: version 1 is served\n$",
+        capsys.readouterr().err,
+    )
+
+
+def test_an_older_version_is_served_under_its_own_configuration(build: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    publish_version(TEXT, "fp32", "onnxruntime", repository)
+    publish_version(TEXT, "fp16", "onnxruntime", repository)
+    damage(repository / "text" / "2" / "model.onnx")
+    config = repository / "text" / "config.pbtxt"
+    config.write_text(config.read_text().replace("max_batch_size: 8", "max_batch_size: 64"))  # as of a wider profile
+    with EmbeddedServer(repository, log_path=tmp_path / "log", **FREE) as running:
+        assert served(running) == "1"
+        url = f"http://{running.http_url}/v2/models/text/config"
+        assert json.load(urllib.request.urlopen(url))["max_batch_size"] == 8
+
+
+def test_without_a_good_version_nothing_starts_and_one_line_says_why(build: Path, tmp_path: Path) -> None:
+    publish_version(TEXT, "fp32", "onnxruntime", tmp_path / "repository")
+    damage(tmp_path / "repository" / "text" / "1" / "model.onnx")
+    process = start(tmp_path / "repository")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert errors.count("\n") == 1
+    assert errors.startswith("error: text/1: model.onnx is damaged")
+
+
+def test_a_configuration_above_the_profile_is_refused(build: Path, tmp_path: Path) -> None:
+    publish_version(TEXT, "fp32", "onnxruntime", tmp_path / "repository")
+    config = tmp_path / "repository" / "text" / "config.pbtxt"
+    config.write_text(config.read_text().replace("max_batch_size: 8", "max_batch_size: 64"))
+    with (
+        pytest.raises(
+            GateFailed, match=r"text/config.pbtxt: max_batch_size 64 is above the profile's largest batch, 8"
+        ),
+        EmbeddedServer(tmp_path / "repository", log_path=tmp_path / "log", **FREE),
+    ):
+        pass
+
+
+def test_a_polling_server_refuses_a_wrong_version_and_takes_the_next_good_one(
+    build: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository, said = tmp_path / "repository", ""
+    publish_version(TEXT, "fp32", "onnxruntime", repository)
+    with EmbeddedServer(repository, log_path=tmp_path / "log", poll_s=1, **FREE) as running:
+
+        def says(line: str) -> bool:
+            nonlocal said
+            said += capsys.readouterr().err
+            return line in said
+
+        for version, break_it, reason in (
+            (2, damage, "refused   text/2: model.onnx is damaged"),
+            (3, lambda path: path.write_bytes(path.read_bytes()[:1000]), "refused   text/3: model.onnx is truncated"),
+            (4, lambda path: path.rename(path.with_name("net.onnx")), "refused   text/4: model.onnx is missing, net"),
+        ):
+            shutil.copytree(repository / "text" / "1", tmp_path / "new")
+            break_it(tmp_path / "new" / "model.onnx")
+            (tmp_path / "new").rename(repository / "text" / str(version))
+            wait_for(lambda reason=reason: says(reason))  # type: ignore[misc]
+            assert served(running) == "1"
+        publish_version(TEXT, "fp32", "onnxruntime", repository)
+        wait_for(lambda: served(running) == "5")
+    assert said.count("text: version 1 goes on serving") == 3
+
+
+def test_a_polling_server_keeps_what_triton_could_not_replace(
+    build: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The digests are right and Triton still fails: only it can know."""
+    repository = tmp_path / "repository"
+    publish_version(TEXT, "fp32", "onnxruntime", repository)
+    with EmbeddedServer(repository, log_path=tmp_path / "log", poll_s=1, **FREE) as running:
+        new = shutil.copytree(repository / "text" / "1", tmp_path / "new")
+        (new / "model.py").write_text("raise RuntimeError('weights are missing')\n")
+        manifest = json.loads((new / "manifest.json").read_text())
+        manifest["files"]["model.py"] = FileDigest.of(new / "model.py").model_dump()
+        (new / "manifest.json").write_text(json.dumps(manifest))
+        new.rename(repository / "text" / "2")
+        said: list[str] = []
+        wait_for(lambda: said.append(capsys.readouterr().err) or "goes on serving" in "".join(said))  # type: ignore[func-returns-value]
+        assert served(running) == "1"
+    assert re.search(r"refused   text: Triton does not load it: .* weights are missing\n", "".join(said))
+
+
+def test_a_polling_server_follows_a_model_that_comes_and_goes(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    with EmbeddedServer(tmp_path / "repository", log_path=tmp_path / "log", poll_s=1, **FREE) as running:
+        client = triton.InferenceServerClient(running.grpc_url)
+        write_add_one(tmp_path / "elsewhere", "second")
+        (tmp_path / "elsewhere" / "second").rename(tmp_path / "repository" / "second")
+        wait_for(lambda: client.is_model_ready("second"))
+        shutil.rmtree(tmp_path / "repository" / "second")
+        wait_for(lambda: not client.is_model_ready("second"))
+        assert client.is_model_ready("add_one")
+        with pytest.raises(triton.InferenceServerException, match="restricted"):
+            client.unload_model("add_one")
+        client.close()
+
+
+def test_what_is_not_checked_or_no_model_is_said(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    (tmp_path / "repository" / "lost+found").mkdir()
+    process = start(tmp_path / "repository", "--", "true")
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, "")
+    assert "warning   add_one: not checked: no manifest.json" in output
+    assert "warning   lost+found: left out: no config.pbtxt" in output
