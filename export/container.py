@@ -84,12 +84,15 @@ def run_command_line(image: str, models: Path, command: list[str]) -> list[str]:
     """`docker run …` of a stage. Paths are the same inside and outside, so that manifests and messages are too."""
     here, build = Path.cwd(), build_dir("").resolve()
     mounts = [f"{here}:{here}:ro", f"{build}:{build}"]
-    if not models.is_relative_to(here):
-        mounts.append(f"{models}:{models}:ro")
+    data = os.environ.get("DATA", "")
+    for path in (models, Path(os.path.abspath(data)) if data else here):
+        if not path.is_relative_to(here):
+            mounts.append(f"{path}:{path}:ro")
     return [
         *("docker", "run", "--rm", "--init", "--gpus", "all", "--network", "none"),
         *("--user", f"{os.getuid()}:{os.getgid()}"),  # the files under build/ are to be the caller's
-        *("--env", f"BUILD={build}", "--env", "HOME=/tmp", "--env", "PYTHONDONTWRITEBYTECODE=1"),
+        *("--env", f"BUILD={build}", "--env", f"DATA={data}", "--env", "HOME=/tmp"),
+        *("--env", "PYTHONDONTWRITEBYTECODE=1"),
         *("--shm-size", "1g"),  # PyTorch; Docker's 64 MB are few
         *(part for mount in mounts for part in ("--volume", mount)),
         *("--workdir", str(here), image, "python", "-m", *command),
@@ -115,7 +118,7 @@ def main() -> int:
     image = image_name(tag)
     build_image(tag, image)
     build_dir("").mkdir(parents=True, exist_ok=True)
-    return subprocess.run(run_command_line(image, Path(args.models).resolve(), args.command)).returncode
+    return subprocess.run(run_command_line(image, Path(os.path.abspath(args.models)), args.command)).returncode
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def engine_from_onnx(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
-        reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)] or logger.errors
+        reasons = _parser_reasons(parser) or logger.errors
         raise InputError(f"{path}: TensorRT {trt.__version__} cannot parse it: {_one_line(reasons)}")
     config = _builder_config(trt, builder, options)
     config.add_optimization_profile(_profile(builder, network, spec))
@@ -137,8 +137,20 @@ def _read_timing_cache(config: Any, path: Path | None) -> None:
         config.set_timing_cache(cache, ignore_mismatch=False)
 
 
+def _parser_reasons(parser: Any) -> list[str]:
+    """The node and the reason of each error; for an operator that it lacks, TensorRT's own words are only "false"."""
+    reasons = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        node = f"node {error.node_name()!r} ({error.node_operator()}): " if error.node_operator() else ""
+        reasons.append(f"{node}{error.code().name}: {error.desc()}")
+    return reasons
+
+
 def _one_line(reasons: list[str]) -> str:
-    return " ".join("; ".join(reasons[:3]).split())[:400] or "it gave no reason"
+    """The first three; without what TensorRT adds where it finds no GPU to clear an error of."""
+    lines = [line for reason in reasons[:3] for line in reason.splitlines() if "catchCudaError" not in line]
+    return " ".join("; ".join(lines).split())[:400] or "it gave no reason"
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def test_a_stage_runs_in_the_image_with_the_gpus_the_tree_and_no_network(machine
     program(machine, "nvidia-smi", NVIDIA_SMI)
     program(machine, "docker", DOCKER)
     stage = ("export.to_tensorrt", "--model", "image", "--precision", "fp16")
-    run = run_module("export.container", "--models", str(tmp_path), "--", *stage)
+    run = run_module("export.container", "--models", str(tmp_path), "--", *stage, DATA="/elsewhere/clicks.csv")
     assert run.returncode == 7  # the stage's own
     lines = (tmp_path / "record").read_text().splitlines()
     command = next(line for line in lines if line.startswith("run "))
@@ -74,6 +74,8 @@ def test_a_stage_runs_in_the_image_with_the_gpus_the_tree_and_no_network(machine
     assert "--gpus all --network none" in command
     assert f"--user {os.getuid()}:{os.getgid()}" in command
     assert f"--volume {here}:{here}:ro --volume {build}:{build} --volume {tmp_path}:{tmp_path}:ro" in command
+    assert "--env DATA=/elsewhere/clicks.csv" in command
+    assert "--volume /elsewhere/clicks.csv:/elsewhere/clicks.csv:ro" in command
     assert command.endswith(f"{image_name('26.10')} python -m {' '.join(stage)}")
     assert build.is_dir()
 

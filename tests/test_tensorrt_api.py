@@ -22,7 +22,7 @@ VERSIONS: dict[str, dict[str, str]] = json.loads(API.read_text())
 ENGINE = {
     **{"trt": "", "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser"},
     **{"config": "IBuilderConfig", "profile": "IOptimizationProfile", "cache": "ITimingCache"},
-    **{"layer": "ILayer", "producer": "ILayer", "tensor": "ITensor", "inputs": "ITensor"},
+    **{"error": "ParserError", "layer": "ILayer", "producer": "ILayer", "tensor": "ITensor", "inputs": "ITensor"},
 }
 RUNNER = {"trt": "", "engine": "ICudaEngine", "context": "IExecutionContext"}
 # The class of what a method returns, where more is asked of it.

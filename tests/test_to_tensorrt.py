@@ -6,7 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, Precision, TensorrtSpec
 from export.engine import applied, engine_from_onnx, prove, tensorrt_module
@@ -77,6 +79,16 @@ def test_a_truncated_graph_is_one_line(built: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot parse it") as caught:
         engine_from_onnx(trt, tmp_path / "model.onnx", DeploymentSpec.load("tests/models/image"), TensorrtSpec())
     assert "\n" not in str(caught.value)
+
+
+def test_an_operator_that_tensorrt_lacks_is_named(tmp_path: Path) -> None:
+    spec = DeploymentSpec.load("tests/models/image")
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, 32, 32])
+    scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", 3])
+    graph = helper.make_graph([helper.make_node("Det", ["pixels"], ["scores"], "last")], "g", [pixels], [scores])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "model.onnx")
+    with pytest.raises(InputError, match=r"node 'last' \(Det\): UNSUPPORTED_NODE"):
+        engine_from_onnx(trt, tmp_path / "model.onnx", spec, TensorrtSpec())
 
 
 def test_a_missing_tensorrt_says_what_to_install() -> None:
