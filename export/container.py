@@ -85,9 +85,8 @@ def run_command_line(image: str, models: Path, command: list[str]) -> list[str]:
     here, build = Path.cwd(), build_dir("").resolve()
     mounts = [f"{here}:{here}:ro", f"{build}:{build}"]
     data = os.environ.get("DATA", "")
-    for path in (models, Path(os.path.abspath(data)) if data else here):
-        if not path.is_relative_to(here):
-            mounts.append(f"{path}:{path}:ro")
+    read = [models, *([Path(os.path.abspath(data))] if data else [])]
+    mounts += [f"{path}:{path}:ro" for path in read if not path.is_relative_to(here)]
     return [
         *("docker", "run", "--rm", "--init", "--gpus", "all", "--network", "none"),
         *("--user", f"{os.getuid()}:{os.getgid()}"),  # the files under build/ are to be the caller's
