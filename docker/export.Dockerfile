@@ -20,7 +20,7 @@ RUN python -c "import sys, tomllib; \
         extras = project['optional-dependencies']; \
         print(*project['dependencies'], *(line for extra in sys.argv[1:] for line in extras[extra]), sep='\n')" \
         ${EXTRAS} >requirements.txt \
-    && PIP_CONSTRAINT= python -m pip install --no-cache-dir -r requirements.txt -c requirements.lock
+    && PIP_CONSTRAINT='' python -m pip install --no-cache-dir -r requirements.txt -c requirements.lock
 RUN python -c "import importlib.util, sys; found = importlib.util.find_spec('tensorrt'); \
         sys.exit(None if found and not found.origin.startswith('/opt/export') else 'the base image has no TensorRT')"
 
