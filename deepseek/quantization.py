@@ -24,6 +24,7 @@ SUPPORTED: dict[tuple[int, int, str], Precision] = {
 }
 Format = Literal["int", "float"]
 Method = Literal["max", "entropy"]
+MethodChoice = Literal["auto", "max", "entropy"]
 HighPrecision = Literal["fp16", "fp32"]
 OpType = Literal["MatMul", "Gemm", "Conv"]
 
@@ -42,8 +43,9 @@ class QuantConfig:
     """File of real inputs: `.npz`, `.npy`, or raw records of the signature. Needed at 8 bits."""
     number_format: Format | None = None
     """"int" or "float"; by default int at 8 bits, float at 16."""
-    calibration_method: Method = "entropy"
-    """"max" takes the largest magnitude seen, "entropy" the clipping of least KL divergence."""
+    calibration_method: MethodChoice = "auto"
+    """"max" takes the largest magnitude seen, "entropy" the clipping of least KL divergence, "auto" the one of these
+    that leaves the outputs nearer to fp32."""
     num_samples: int = 512
     """Calibration samples used at most."""
     per_channel: bool = True
@@ -60,7 +62,7 @@ class QuantConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise InputError(f"QuantConfig.{name}: seen {value!r}; a whole number is needed")
-        choices = {"number_format": (None, *get_args(Format)), "calibration_method": get_args(Method)}
+        choices = {"number_format": (None, *get_args(Format)), "calibration_method": get_args(MethodChoice)}
         for name, allowed in {**choices, "high_precision": get_args(HighPrecision)}.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"QuantConfig.{name}: seen {getattr(self, name)!r}; allowed: {_listed(allowed)}")

@@ -17,6 +17,7 @@ from export.artifact import Row, batches, join, load_rows, row_digests
 
 CALIBRATION_BATCH = 8
 STRATA = 8  # bins of length
+POOL = 4  # rows to choose from for each one that is used
 _GOLDEN = 0.618033988749895  # multiples of it, modulo 1, fall evenly: a spread order without a random seed
 
 
@@ -60,6 +61,15 @@ class Calibration(CalibrationDataReader):
 def length_of(row: Row) -> int:
     """How much a row holds: its elements, of integer inputs those that are not 0 (as padding and masks are)."""
     return sum(array.size if array.dtype.kind == "f" else int(np.count_nonzero(array)) for array in row.values())
+
+
+def pool_size(spec: DeploymentSpec) -> int:
+    """How many rows to choose the calibration samples from: more than are used where lengths can differ."""
+    varied = any(
+        not tensor.dtype.startswith("float") or any(isinstance(dim, str) for dim in tensor.shape[1:])
+        for tensor in spec.inputs.values()
+    )
+    return spec.precision.calibration_samples * (POOL if varied else 1)
 
 
 def stratified(rows: Sequence[Row], limit: int) -> list[Row]:

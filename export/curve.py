@@ -19,14 +19,18 @@ import onnxruntime
 from onnxruntime.quantization.calibrate import HistogramCollector
 
 from deepseek.quantization import Method
+from deepseek.spec import GateFailed
 from export.artifact import Row
-from export.qdq import COMPUTE_OPS, producers_of
+from export.qdq import COMPUTE_OPS, producers_of, quantized_names
 
 FIRST = 8
 FLAT = 0.05  # of the final error: what is nearer than this makes no difference
 # Entropy counts in bins of the first batch's width, and tries each range: 128 bins x growth, squared.
 MOST_GROWTH = 64.0
 _BINS = 128  # as ONNX Runtime's calibrator has them by default
+
+
+Points = dict[int, dict[str, float]]  # samples -> activation -> range
 
 
 class Ranges:
@@ -60,47 +64,51 @@ class Ranges:
         return {name: float(max(abs(low), abs(high))) for name, (low, high, *_) in found.items()}
 
 
-def ranges_by_samples(path: Path, batches: Iterable[Row], method: Method) -> tuple[dict[int, dict[str, float]], float]:
-    """Ranges after 8, 16, 32, ... and all samples; and the growth, past `MOST_GROWTH` of which entropy is hopeless.
+def ranges_by_samples(path: Path, batches: Iterable[Row]) -> tuple[dict[Method, Points], float]:
+    """Ranges after 8, 16, 32, ... and all samples, by method; and the growth.
 
-    `path` is the fp32 graph; a copy of it is written beside it, so that external weights are found.
+    Past `MOST_GROWTH` there are none of entropy, which could not be counted. `path` is the fp32 graph; a copy of it
+    is written beside it, so that external weights are found.
     """
-    ranges, points, seen, due = Ranges(), {}, 0, FIRST
-    session, names = _watched(path)
+    activations, ranges, seen, due = _activations(path), Ranges(), 0, FIRST
+    points: dict[Method, Points] = {"max": {}, "entropy": {}}
+    batches = list(batches)
     for batch in batches:
-        ranges.add(dict(zip(names, session.run(names, batch), strict=True)))
+        ranges.add(activations(batch))
         seen += len(next(iter(batch.values())))
-        if ranges.growth > MOST_GROWTH and method == "entropy":
-            return {}, ranges.growth
-        if seen >= due:
-            points[seen] = ranges.of(method)
+        if seen >= due or batch is batches[-1]:
+            for method in points:
+                points[method][seen] = ranges.of(method)
             due = max(2 * due, seen + 1)
-    points[seen] = ranges.of(method)
+        if ranges.growth > MOST_GROWTH:
+            points.pop("entropy", None)
     return points, ranges.growth
 
 
-def _watched(path: Path) -> tuple[onnxruntime.InferenceSession, list[str]]:
-    """A session that also gives the float activations that compute operators read."""
+def _activations(path: Path) -> Callable[[Row], Row]:
+    """A function from inputs to the float activations that compute operators read, those among the inputs included."""
     model = onnx.load(path, load_external_data=False)
-    weights = {tensor.name for tensor in model.graph.initializer}
-    names = {
-        name: None
-        for node in model.graph.node
-        if node.op_type in COMPUTE_OPS
-        for name in node.input[:2]
-        if name not in weights
-    }
-    made = producers_of(model.graph)
-    outputs = {value.name for value in model.graph.output}
-    inputs = {value.name for value in model.graph.input}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name in made and name not in outputs)
+    graph = model.graph
+    read = {name for node in graph.node if node.op_type in COMPUTE_OPS for name in node.input[:2]}
+    made = producers_of(graph)
+    graph.output.extend(
+        onnx.ValueInfoProto(name=name) for name in sorted(read & made.keys() - {value.name for value in graph.output})
+    )
     beside = path.with_name("watched.onnx")
     onnx.save(model, beside)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(beside, options, providers=["CPUExecutionProvider"])
-    given = {output.name: output.type for output in session.get_outputs()}
-    return session, [name for name in names if "float" in given.get(name, "") and name not in inputs]
+    names = [output.name for output in session.get_outputs() if output.name in read and "float" in output.type]
+    inputs = [value.name for value in session.get_inputs() if value.name in read and "float" in value.type]
+    if not names and not inputs:
+        raise GateFailed(f"no {'/'.join(COMPUTE_OPS)} of the graph reads an activation (those in subgraphs stay high)")
+
+    def run(batch: Row) -> Row:
+        found = dict(zip(names, session.run(names, batch), strict=True)) if names else {}
+        return found | {name: batch[name] for name in inputs}
+
+    return run
 
 
 @contextlib.contextmanager
@@ -116,19 +124,20 @@ def with_ranges(model: onnx.ModelProto, ranges: Mapping[str, float], final: Mapp
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    for tensor in copy.graph.initializer:
-        name = tensor.name.removesuffix("_scale")
-        if name != tensor.name and ranges.get(name) and final.get(name):
-            scale = onnx.numpy_helper.to_array(tensor)
-            scale = (scale * (ranges[name] / final[name])).astype(scale.dtype)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(scale, tensor.name))
+    tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
+    for name, pair in quantized_names(copy).items():
+        if ranges.get(name) and final.get(name):
+            for tensor in {node.input[1]: tensors[node.input[1]] for node in pair}.values():
+                scale = onnx.numpy_helper.to_array(tensor)
+                scale = (scale * (ranges[name] / final[name])).astype(scale.dtype)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(scale, tensor.name))
     return copy
 
 
 def calibration_curve(
-    model: onnx.ModelProto, points: Mapping[int, Mapping[str, float]], error_of: Callable[[onnx.ModelProto], float]
+    model: onnx.ModelProto, points: Points, error_of: Callable[[onnx.ModelProto], float]
 ) -> list[dict[str, Any]]:
-    """The output error that each number of samples would have given."""
+    """The output error that each number of samples would have given; `model` has the ranges of all."""
     final = points[max(points)]
     return [
         {"samples": samples, "error": error_of(with_ranges(model, points[samples], final))}

@@ -87,7 +87,7 @@ def fp16_from_onnx(path: Path, config: QuantConfig, calibration: Calibration | N
     if calibration is not None:
         samples.mkdir()
         for index, inputs in enumerate([calibration.get_first(), *calibration.batches][:AUTOCAST_BATCHES]):
-            np.savez(samples / f"{index}.npz", **inputs)
+            np.savez(samples / f"{index}.npz", **inputs)  # type: ignore[arg-type]
     with _modelopt("fp16"):
         return convert_to_mixed_precision(
             str(path),

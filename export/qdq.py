@@ -132,22 +132,28 @@ def drop_unread(graph: onnx.GraphProto) -> None:
         graph.initializer.remove(tensor)
 
 
+def quantized_names(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    """The pair of each quantized value, by the value's name in the fp32 graph, whatever casts went before."""
+    pairs: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        if node.op_type in _PAIR:
+            between = node.output[0] if node.op_type == "QuantizeLinear" else node.input[0]
+            pairs.setdefault(between.removesuffix("_QuantizeLinear_Output"), []).append(node)
+    return pairs
+
+
 def use_one_scale_a_tensor(model: onnx.ModelProto) -> None:
     """Gives every weight one scale. The largest of its channels' is that of the whole: both are max |w| / 127."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    pairs = [node for node in model.graph.node if node.op_type in _PAIR]
-    for node in pairs:
-        scale = tensors.get(node.input[1])
-        if node.input[0] in tensors and scale is not None and scale.dims:
+    for pair in quantized_names(model).values():
+        for node in pair if pair[0].input[0] in tensors else []:
+            for axis in [attribute for attribute in node.attribute if attribute.name == "axis"]:
+                node.attribute.remove(axis)
+            scale, zero = tensors[node.input[1]], tensors[node.input[2]]
             largest = onnx.numpy_helper.to_array(scale).max()
             scale.CopyFrom(onnx.numpy_helper.from_array(np.asarray(largest), scale.name))
-            zero = tensors[node.input[2]]
             bits = bytes(onnx.helper.tensor_dtype_to_np_dtype(zero.data_type).itemsize)
             zero.CopyFrom(onnx.helper.make_tensor(zero.name, zero.data_type, [], bits, raw=True))
-    for node in pairs:
-        if node.input[1] in tensors and not tensors[node.input[1]].dims:
-            for attribute in [attribute for attribute in node.attribute if attribute.name == "axis"]:
-                node.attribute.remove(attribute)
 
 
 def with_8_bit_weights(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -159,7 +165,8 @@ def with_8_bit_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in copy.graph.node:
         if node.op_type == "QuantizeLinear" and node.input[0] in tensors:
             axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
-            values = _quantized(*(tensors[name] for name in node.input), axis)
+            weight, scale, zero = (tensors[name] for name in node.input)
+            values = _quantized(weight, scale, zero, axis)
             copy.graph.initializer.append(onnx.numpy_helper.from_array(values, node.output[0]))
         else:
             kept.append(node)

@@ -23,16 +23,16 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import onnx
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.quantization import QuantConfig
+from deepseek.quantization import Method, MethodChoice, QuantConfig
 from deepseek.spec import (
     DeploymentSpec,
     GateFailed,
@@ -62,7 +62,7 @@ from export.artifact import (
 )
 from export.budget import Baseline
 from export.calibration import Calibration, calibration_of, length_of, stratified
-from export.curve import MOST_GROWTH, calibration_curve, ranges_by_samples, would_more_help
+from export.curve import MOST_GROWTH, Points, calibration_curve, ranges_by_samples, with_ranges, would_more_help
 from export.ptq import check_source, fp16_from_onnx, qdq_from_onnx
 from export.qdq import (
     COMPUTE_OPS,
@@ -126,10 +126,8 @@ def quantize_model(spec: DeploymentSpec, config: QuantConfig, model_folder: Sour
     check_source(source, config)
     with scratch_in(path.parent) as scratch:
         with scratch_in(scratch) as work, log.status(f"{config.precision} from {source}"):
-            for file in source.parent.glob("model.onnx*"):
-                shutil.copyfile(file, work / file.name)
             if calibration is None or config.precision == "fp16":
-                model = fp16_from_onnx(work / source.name, config, calibration)
+                model = fp16_from_onnx(_copied(spec, work / "fp16"), config, calibration)
             else:
                 model, reports = _to_8_bits(spec, config, calibration, evaluation, work, model_folder)
             save_graph(model, scratch / source.name)
@@ -167,22 +165,15 @@ def _to_8_bits(
     model_folder: Source | None,
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """The 8-bit graph and the reports "calibration" and "sensitivity"."""
-    points, growth = ranges_by_samples(work / "model.onnx", calibration.batches, config.calibration_method)
-    note = ""
-    if not points:  # ranges that entropy cannot count
-        note = f"an activation's range grows {growth:.0f}-fold past its first batch (entropy takes {MOST_GROWTH:.0f})"
-        config = dataclasses.replace(config, calibration_method="max")
-        points, _ = ranges_by_samples(work / "model.onnx", calibration.batches, "max")
     trials = Trials(spec, work)
     sample = stratified(evaluation, CURVE_ROWS)
-    reference = trials.over(sample)(load_graph(work / "model.onnx"))
-    model = qdq_from_onnx(work / "model.onnx", config, calibration)
-    if not config.per_channel:
-        use_one_scale_a_tensor(model)
+    reference = trials.over(sample)(load_graph(onnx_path(spec.name, "fp32")))
 
     def error_of(graph: onnx.ModelProto) -> float:
         return output_error(trials.over(sample)(graph), reference)
 
+    points, growth = ranges_by_samples(_copied(spec, work / "ranges"), calibration.batches)
+    model, method, errors = _calibrated(spec, config, calibration, work, points, error_of)
     reports: dict[str, Any] = {"sensitivity": {"layers": [], "tried": []}}  # takes the place of an earlier one
     if model_folder is not None:
         baseline = Baseline.of(model_folder)
@@ -192,11 +183,12 @@ def _to_8_bits(
             lambda graph: baseline.measure(trials.predict(graph))["drop"],
             spec.precision.max_drop,
         )
-    curve = calibration_curve(model, points, error_of)
+    curve = calibration_curve(model, points[method], error_of)
     lengths = [length_of(row) for row in calibration.rows]
     reports["calibration"] = {
-        "method": config.calibration_method,
-        "note": note,
+        "method": method,
+        "errors": errors,
+        "growth": growth,
         "rows": len(calibration.rows),
         "shortest": min(lengths),
         "longest": max(lengths),
@@ -204,6 +196,48 @@ def _to_8_bits(
         "conclusion": would_more_help(curve),
     }
     return with_8_bit_weights(model), reports
+
+
+def _copied(spec: DeploymentSpec, folder: Path) -> Path:
+    """The fp32 graph and its external weights in a folder of their own, to be written to and beside."""
+    source = onnx_path(spec.name, "fp32")
+    folder.mkdir()
+    for file in source.parent.glob(f"{source.name}*"):
+        shutil.copyfile(file, folder / file.name)
+    return folder / source.name
+
+
+def _calibrated(
+    spec: DeploymentSpec,
+    config: QuantConfig,
+    calibration: Calibration,
+    work: Path,
+    points: Mapping[Method, Points],
+    error_of: Callable[[onnx.ModelProto], float],
+) -> tuple[onnx.ModelProto, Method, dict[Method, float]]:
+    """The Q/DQ graph, the method that its ranges are by, and the output error by method where both were tried.
+
+    Where entropy cannot count an activation's range, max takes its place.
+    """
+
+    def calibrated(method: Method) -> onnx.ModelProto:
+        path = _copied(spec, work / method)
+        model = qdq_from_onnx(path, dataclasses.replace(config, calibration_method=method), calibration)
+        if not config.per_channel:
+            use_one_scale_a_tensor(model)
+        return model
+
+    if config.calibration_method == "max" or "entropy" not in points:
+        return calibrated("max"), "max", {}
+    if config.calibration_method == "entropy":
+        return calibrated("entropy"), "entropy", {}
+    by_max = calibrated("max")
+    final = {method: ranges[max(ranges)] for method, ranges in points.items()}
+    by_entropy = with_ranges(by_max, final["entropy"], final["max"])
+    errors: dict[Method, float] = {"max": error_of(by_max), "entropy": error_of(by_entropy)}
+    if errors["max"] <= errors["entropy"]:
+        return by_max, "max", errors
+    return calibrated("entropy"), "entropy", errors
 
 
 def _check_that_it_runs(spec: DeploymentSpec, path: Path, rows: list[Row]) -> None:
@@ -242,9 +276,16 @@ def show(result: dict[str, Any], high: str) -> None:
 
 def _show_calibration(report: dict[str, Any]) -> None:
     lengths = f"lengths {report['shortest']} to {report['longest']}"
-    print(f"calibration: {report['rows']} rows ({lengths}), {report['method']}")
-    if report["note"]:
-        print(f"calibration: max in place of entropy: {report['note']}")
+    print(f"calibration: {report['rows']} rows ({lengths}), by {report['method']}")
+    if report["errors"]:
+        print(
+            "calibration: output error "
+            + ", ".join(f"{error:.3%} by {name}" for name, error in report["errors"].items())
+        )
+    elif report["growth"] > MOST_GROWTH:
+        print(
+            f"calibration: an activation grows {report['growth']:.3g}-fold past its first batch: no ranges by entropy"
+        )
     table = Table("samples", *(str(point["samples"]) for point in report["curve"]), box=box.SIMPLE_HEAD)
     table.add_row("output error", *(f"{point['error']:.3%}" for point in report["curve"]))
     Console(width=max(Console().width, 100)).print(table)
@@ -256,7 +297,7 @@ def _parser() -> Parser:
     add_model_arguments(parser)
     parser.add_argument("--precision", required=True, choices=("fp16", "int8", "fp8"))
     parser.add_argument("--calibration-data", help="real inputs (default: build/<name>/calibration.npz)")
-    parser.add_argument("--method", choices=("max", "entropy"), help="calibration method (default: deploy.toml's)")
+    parser.add_argument("--method", choices=get_args(MethodChoice), help="calibration method (default: deploy.toml's)")
     parser.add_argument("--samples", type=int, help="calibration samples at most (default: deploy.toml's)")
     parser.add_argument("--per-tensor", action="store_true", help="one scale for each weight (default: deploy.toml's)")
     parser.add_argument(
