@@ -114,7 +114,8 @@ class Transformer(nn.Module):
         finite and means nothing. Raises InputError for a sequence longer than `config.max_length`.
         """
         length = ids.shape[1]
-        if not torch.compiler.is_exporting() and length > self.config.max_length:
+        exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # where a size is no plain number
+        if not exporting and length > self.config.max_length:
             raise InputError(f"sequence of {length} tokens; the model's max_length is {self.config.max_length}")
         if attention_mask is None and self.config.padding_id is not None:
             attention_mask = ids != self.config.padding_id

@@ -64,7 +64,7 @@ class Made(NamedTuple):
     way: str
     module: Any
     baked: list[str]
-    """Where a branch or a number was taken from a tensor's values, and stays what it was for the example."""
+    """Where inputs decide on a branch or a number, which stays what it was for the example."""
     checks: list[dict[str, Any]]
 
 
@@ -172,7 +172,7 @@ def export_model(source: Source) -> dict[str, Any]:
             target="torchscript",
             found={"made_by": made.way, "dtypes": _dtypes(made.module)},
             sources={"weights": weights_digest(reference)},
-            settings={"device": device, "values_baked_in": made.baked, **pruned_settings(spec.name)},
+            settings={"device": device, "baked_in": made.baked, **pruned_settings(spec.name)},
             axes=axes_of(spec),
             versions=tool_versions(),
             size_bytes=(scratch / path.name).stat().st_size,
@@ -184,7 +184,7 @@ def export_model(source: Source) -> dict[str, Any]:
         "path": str(path),
         "made_by": made.way,
         "device": device,
-        "values_baked_in": made.baked,
+        "baked_in": made.baked,
         "checks": made.checks,
         "size_bytes": manifest.size_bytes,
         "build_s": manifest.build_s,
@@ -210,10 +210,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args()
     result = export_model(Source(args.model, args.models))
-    if result["values_baked_in"]:
+    if result["baked_in"]:
         print(
-            "warning: tracing took a branch or a number from a tensor's values "
-            f"({', '.join(result['values_baked_in'])}): what is served is right only for inputs that take the same way",
+            "warning: tracing kept one side of a branch, or one number, that inputs decide "
+            f"({', '.join(result['baked_in'])}): what is served is right only for inputs that take the same way",
             file=sys.stderr,
         )
     if args.json:

@@ -57,6 +57,27 @@ def times(folder: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.slow
+def test_another_target_is_published_anew_and_back(elsewhere: Path, tmp_path: Path) -> None:
+    shutil.copytree(elsewhere, tmp_path / "copy")  # with its times
+    folder = tmp_path / "copy"
+    config = folder / "repository" / "text" / "config.pbtxt"
+    for target, backend in (("torchscript", "pytorch"), ("onnxruntime", "python")):
+        make(folder, "engine", f"MODELS={folder / 'models'}", "MODEL=text", f"TARGET={target}")
+        assert f'backend: "{backend}"' in config.read_text()
+    run = make(
+        folder,
+        "engine",
+        f"MODELS={folder / 'models'}",
+        "MODEL=text",
+        "TARGET=torchscript",
+        "PRECISION=int8",
+        check=False,
+    )
+    assert run.returncode == 2
+    assert "invalid choice: 'int8'" in run.stderr
+
+
 def test_make_alone_prints_the_targets_by_section() -> None:
     text = subprocess.run(["make"], capture_output=True, text=True).stdout
     for word in ("The main job", "make demo", "make engine", "make loadtest", "make verdict", "PRECISION", "HTTP_PORT"):

@@ -46,7 +46,7 @@ def export(folder: Path, **model: Any) -> tuple[dict[str, Any], Source]:
 )  # fmt: skip
 def test_what_a_trace_would_bake_in_is_scripted_instead(tmp_path: Path, body: str, way: str) -> None:
     result, source = export(tmp_path, body=body)
-    assert (result["made_by"], result["values_baked_in"]) == (way, [])
+    assert (result["made_by"], result["baked_in"]) == (way, [])
     assert [check["sizes"]["batch"] for check in result["checks"]] == [1, 9, 5]
     predict = torchscript_runner(source.spec, Path(result["path"]), "cpu")
     for sign in (1, -1):  # both sides of the branch
@@ -61,10 +61,10 @@ def test_a_branch_that_cannot_be_compiled_is_told_with_its_line(tmp_path: Path) 
     save_rows(tmp_path / "build" / "tiny" / "evaluation.npz", source.rows("evaluation", 12))
     run = run_module("export.to_torchscript", "--models", str(tmp_path), "--model", "tiny")
     assert run.returncode == 0, run.stderr
-    assert "warning: tracing took a branch or a number from a tensor's values (model.py:15)" in run.stderr
+    assert "warning: tracing kept one side of a branch, or one number, that inputs decide (model.py:15)" in run.stderr
     assert "traced on" in run.stdout
     path = tmp_path / "build" / "tiny" / "fp32" / "torchscript" / "model.pt"
-    assert read_manifest(path).settings["values_baked_in"] == ["model.py:15"]
+    assert read_manifest(path).settings["baked_in"] == ["model.py:15"]
 
 
 def test_a_size_that_neither_way_keeps_open_is_refused(tmp_path: Path) -> None:
