@@ -139,3 +139,27 @@ def dry_run(folder: Path, goal: str, *arguments: str, **environment: str) -> str
     kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "BUILD")}
     command = ["make", "--dry-run", *settings, *arguments, f"{folder}/image/{goal}"]
     return subprocess.run(command, capture_output=True, text=True, env={**kept, **environment}).stdout
+
+
+@pytest.mark.parametrize(
+    ("programs", "arguments", "target"),
+    [
+        ({}, (), "onnxruntime"),
+        ({"nvidia-smi": NVIDIA_SMI}, (), "onnxruntime"),
+        ({"nvidia-smi": NVIDIA_SMI, "docker": "echo Runtimes: runc"}, (), "onnxruntime"),
+        ({"nvidia-smi": NVIDIA_SMI, "docker": DOCKER}, (), "tensorrt"),
+        ({"nvidia-smi": NVIDIA_SMI}, ("NATIVE=1",), "tensorrt"),
+        ({"docker": DOCKER}, (), "onnxruntime"),
+    ],
+    ids=["nothing", "gpu alone", "no runtime", "gpu and runtime", "gpu and native", "runtime alone"],
+)
+def test_the_target_is_tensorrt_where_a_gpu_and_a_tensorrt_for_it_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, programs: dict[str, str], arguments: tuple[str, ...], target: str
+) -> None:
+    for name, body in {"nvidia-smi": "exit 1", "docker": "exit 1", **programs}.items():
+        program(tmp_path, name, body)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("RECORD", str(tmp_path / "record"))
+    kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
+    command = ["make", "--eval=show: ; @echo $(T)", *arguments, f"BUILD={tmp_path}", "show"]
+    assert subprocess.run(command, capture_output=True, text=True, env=kept).stdout == f"{target}\n"
