@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def distil(
     module.eval()
     pairs = [(tuple(inputs), _outputs(teacher.eval(), inputs)) for inputs in batches]
     held_out = [pair for place, pair in enumerate(pairs) if place % HELD_OUT == min(HELD_OUT, len(pairs)) - 1]
-    student = _AsServed(module)
+    student = AsServed(module)
     identity = {"weights": digest(dict(module.state_dict())), "held_out": digest(held_out)}
     with torch.no_grad():
         before = sum(float(_error(student, _as_item(pair))) for pair in held_out) / len(held_out)
@@ -68,19 +69,19 @@ def distil(
     return before, min(before, result.best_loss)
 
 
-class _AsServed(nn.Module):
-    """Stays in eval mode when it is trained."""
+class AsServed(nn.Module):
+    """A module that stays in eval mode when it is trained."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
-    def train(self, mode: bool = True) -> _AsServed:
+    def train(self, mode: bool = True) -> AsServed:
         self.training = mode
         return self
 
-    def forward(self, *inputs: Tensor) -> list[Tensor]:
-        return _floats(self.module(*inputs))
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.module(*inputs)
 
 
 class _Items(Dataset[Pair]):
@@ -98,7 +99,7 @@ def _error(student: nn.Module, item: Pair) -> Tensor:
     """Mean over the outputs of their squared error, relative to their mean square. A loader's item has one batch."""
     inputs, wanted = item
     errors = []
-    for output, goal in zip(student(*(each[0] for each in inputs)), (each[0] for each in wanted), strict=True):
+    for output, goal in zip(_floats(student(*(each[0] for each in inputs))), (each[0] for each in wanted), strict=True):
         finite = output.isfinite() & goal.isfinite()
         scale = goal[finite].float().square().mean().clamp(min=1e-12)
         errors.append((output[finite].float() - goal[finite].float()).square().mean() / scale)

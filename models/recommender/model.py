@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from deepseek.checkpoints import replace
+from deepseek.checkpoints import digest, replace
 from deepseek.config import AdviceWarning, TrainingConfig, TransformerConfig
+from deepseek.distillation import AsServed
 from deepseek.spec import InputError, Parser, build_dir, run_command
 from deepseek.training import train_model
 from deepseek.transformer import MASKED, Transformer
@@ -82,6 +83,18 @@ def training_config(seed: int) -> TrainingConfig:
         ema_decay=0.99,
         early_stopping_patience=5,
         seed=seed,
+    )
+
+
+def finetuning_config() -> TrainingConfig:
+    """For a pruned model; chosen on the validation split as well."""
+    return TrainingConfig(
+        max_epochs=14,
+        batch_size=64,
+        learning_rate=2e-3,
+        plateau_patience=1,
+        ema_decay=0.99,
+        early_stopping_patience=4,
     )
 
 
@@ -292,6 +305,34 @@ def train(seed: int = 0, console: Console | None = None) -> dict[str, Any]:
     console.print(_table(facts))
     console.print(f"trained in {facts['seconds']:.0f} s, best epoch {facts['best_epoch']} of {facts['epochs']}")
     return facts
+
+
+def finetune(model: Recommender) -> None:
+    """Brings a pruned model back, in place: of every position of the log it learns what the unpruned one predicts.
+
+    To go on with the items themselves overfits at once: training ended where that began. A killed run goes on.
+    """
+    log = data.load()
+    unpruned = NextItem(load())
+
+    def loss(pruned: nn.Module, batch: list[Tensor]) -> Tensor:
+        seen, _ = pruned(*batch)
+        with torch.no_grad():
+            wanted, _ = unpruned.to(seen.device)(*batch)
+        return F.kl_div(seen.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean")
+
+    inputs, targets = (torch.from_numpy(rows) for rows in log.held_out("validation"))
+    weights = digest(dict(model.state_dict()))
+    train_model(
+        AsServed(NextItem(model)),
+        Windows(log, 0, MIN_WINDOWS),
+        TensorDataset(inputs, F.pad(targets[:, None], (HISTORY - 1, 0), value=PADDING)),
+        loss,
+        finetuning_config(),
+        checkpoints=build_dir(SPEC.name) / "checkpoints-pruning" / weights,
+        identity={"log": log.fingerprint, "weights": weights},
+    )
+    model.cpu()
 
 
 def _log_popularity(log: Interactions) -> Tensor:
