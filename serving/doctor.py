@@ -247,7 +247,7 @@ def _check_disk(machine: Machine) -> Iterator[Finding]:
 
 
 def _mib(value_bytes: float) -> str:
-    return f"{value_bytes / 2**20:,.0f} MiB"
+    return f"{value_bytes / 2**20:,.{0 if value_bytes >= 2**24 else 2}f} MiB"
 
 
 def _print_table(engines: list[Engine], machine: Machine) -> None:

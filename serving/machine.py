@@ -192,7 +192,9 @@ def measure_disk(folder: Path, *, size_bytes: int = 256 << 20, limit_s: float = 
             read = sum(_read_blocks(file.fileno(), started + limit_s))
             read_s = time.monotonic() - started
     except OSError as error:
-        raise InputError(f"{folder}: cannot measure the disk there: {error.strerror}") from None
+        raise InputError(
+            f"{folder}: cannot measure the disk there: {error.strerror}; choose another with --disk"
+        ) from None
     return Disk(folder=str(folder), write_bytes_s=written / write_s, read_bytes_s=read / read_s)
 
 

@@ -139,7 +139,7 @@ class ApprovedView:
         self.folder.mkdir()
         refused: list[Finding] = []
         for model in models_in(self.repository):
-            self._stamps[model.name] = _settled_stamp(model)
+            self._stamps[model.name] = _stamp(model)
             if not made_here(model):
                 self._show_as_it_is(model)
                 continue
@@ -168,8 +168,8 @@ class ApprovedView:
                 yield Change(model=name, action="unload")
         for name, model in models.items():
             try:
-                stamp = _settled_stamp(model)
-                if stamp == self._stamps.get(name):
+                stamp = _stamp(model)
+                if stamp == self._stamps.get(name) or not _settled(model, stamp):
                     continue
                 self._stamps[name] = stamp
                 change = self._follow(model)
@@ -277,14 +277,10 @@ def _remove(path: Path) -> bool:
     return False
 
 
-def _settled_stamp(model: Path) -> Stamp:
-    """The stamp of a model's files once nobody is changing them."""
-    stamp = _stamp(model)
-    while True:
-        time.sleep(_SETTLED_S)
-        if (again := _stamp(model)) == stamp:
-            return stamp
-        stamp = again
+def _settled(model: Path, stamp: Stamp) -> bool:
+    """Whether nobody is changing a model's files any more; else the next look will see."""
+    time.sleep(_SETTLED_S)
+    return _stamp(model) == stamp
 
 
 def _stamp(model: Path) -> Stamp:

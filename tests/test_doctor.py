@@ -226,7 +226,7 @@ T4 = replace(H100, name="Tesla T4", compute_capability="7.5")
         ({"tensorrt": "11.3.0.9"}, "image/1: was built by TensorRT 11.2.1.6, here is 11.3.0.9; build it for here"),
         ({"triton_tag": "26.11"}, "image/1: was built in the container of 26.10, Triton's is to be 26.11; build"),
         ({"triton_tag": "26.05", "tensorrt": "11.2.1"}, "TRITON_TAG: 26.05 has published vulnerabilities, 26.07"),
-        ({"gpus": (replace(H100, memory_bytes=1 << 20),)}, "GPU memory: 1 MiB here, the weights of image alone take"),
+        ({"gpus": (replace(H100, memory_bytes=1 << 20),)}, "GPU memory: 1.00 MiB here, the weights of image alone take"),
         ({"docker": None}, "Docker: no Docker engine answers"),
         ({"docker": ("runc",)}, "Docker: its runtimes are runc: containers see no GPU; install"),
     ],
@@ -283,7 +283,7 @@ def test_the_header_of_a_plan_has_its_length_and_version(rtx_plan: bytes, tmp_pa
     ("change", "reason"),
     [
         ({"onnxruntime": None}, "image/1: ONNX Runtime cannot be imported here; "),
-        ({"ram_bytes": 1 << 10}, "RAM: 0 MiB here, the weights of image alone take"),
+        ({"ram_bytes": 1 << 10}, "RAM: 0.00 MiB here, the weights of image alone take"),
     ],
     ids=["onnxruntime", "ram"],
 )
@@ -322,7 +322,7 @@ def test_the_disk_is_measured_and_nothing_stays_on_it(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_cannot_be_written_is_one_line() -> None:
-    with pytest.raises(InputError, match="/proc: cannot measure the disk there"):
+    with pytest.raises(InputError, match="/proc: cannot measure the disk"):
         measure_disk(Path("/proc"))
 
 
@@ -340,6 +340,13 @@ def test_this_machine_is_seen_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CPUExecutionProvider" in (machine.onnxruntime or ())
     with pytest.raises(InputError, match=r"TRITON_TAG: seen '26.9'; .* YY.MM"):
         Machine.detect(triton_tag="26.9")
+
+
+def test_inside_a_server_image_its_own_release_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_TAG", "26.09")
+    monkeypatch.setenv("NVIDIA_TRITON_SERVER_VERSION", "26.11")
+    assert Machine.detect(in_container=True).triton_tag == "26.11"
+    assert Machine.detect(in_container=True, triton_tag="26.10").triton_tag == "26.10"
 
 
 def test_the_default_release_is_the_makefiles() -> None:
