@@ -665,6 +665,15 @@ def test_titles_and_scores_stay_in_step_where_a_title_is_missing() -> None:
     assert [line.split("│")[1:3] for line in capture.get().splitlines() if "third" in line] == [[" third ", " 0.1250 "]]
 
 
+def test_padding_of_an_input_is_left_out_at_either_end() -> None:
+    inputs = {"ids": np.array([[1, 2, 0, 1, 0, 0]]), "mask": np.array([[1, 1, 1, 1, 0, 0]])}
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(answer_table(MODEL, inputs, {}, {"ids": ["", "one", "two"], "mask": ["", "1"]}, 3))
+    rows = [line.split("│")[1:3] for line in capture.get().splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [["two", "1"], ["", "1"], ["one", "1"]]
+
+
 def test_the_table_puts_the_latest_titles_beside_the_best_ones() -> None:
     titles = ["", *(f"Film [{k}]" for k in range(1, 9))]
     inputs = {"ids": np.array([[0, 0, 3, 1, 2]])}

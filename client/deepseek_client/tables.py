@@ -2,7 +2,8 @@
 
 Contract: a column a tensor, of the first row of the batch; of an input the last values (the latest, where it is a
 history), of an output the first (the best, where it is a ranking). Integers that have labels show those; padding,
-which the labels leave blank, is left out at the far end. Tensors of more than one dimension show their range.
+which the labels leave blank, is left out at the far end, and at both ends of an input. Tensors of more than one
+dimension show their range.
 """
 
 from collections.abc import Mapping, Sequence
@@ -84,7 +85,7 @@ def _cells(row: np.ndarray, names: Sequence[str] | None, top: int, *, last: bool
         return shape, [f"min {_value(row.min())}", f"mean {_value(row.mean())}", f"max {_value(row.max())}"]
     values = [_value(value) if names is None else _label(value, names) for value in row.reshape(-1)]
     filled = [k for k, value in enumerate(values) if value] or [0]
-    shown = values[filled[0] :] if last else values[: filled[-1] + 1]  # a blank between stays: columns stay in step
+    shown = values[filled[0] if last else 0 : filled[-1] + 1]  # a blank between stays: columns stay in step
     few = shown[-top:] if last else shown[:top]
     return f"{'last' if last else 'first'} {len(few)} of {len(shown)}" if len(few) < len(shown) else "", few
 
