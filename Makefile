@@ -64,6 +64,7 @@ T := $(if $(filter auto,$(TARGET)),$(AUTO_TARGET),$(TARGET))
 HIGH := $(if $(filter onnxruntime,$(T)),fp32,fp16)
 PY := $(VENV)/bin/python
 B := $(BUILD)/$(MODEL)
+# of the server: `compare` calls both of its ports
 HOST = $(firstword $(subst :, ,$(URL)))
 FOLDER := $(MODELS)/$(MODEL)
 WHICH := --model $(MODEL) --models $(MODELS)
@@ -78,9 +79,9 @@ override PRECISION := fp32# the one that export.to_torchscript makes
 endif
 
 ##@ The main job
-demo: engine ## from nothing to a verdict: data, train, export, engine, serve, infer, load test, report
+demo: engine ## from nothing to a verdict: data, train, export, engine, serve, infer, compare, load test, report
 	@$(PY) -m serving.embedded --repository $(REPOSITORY) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
-	    --metrics-port $(METRICS_PORT) -- $(MAKE) --no-print-directory -k infer loadtest report verdict
+	    --metrics-port $(METRICS_PORT) -- $(MAKE) --no-print-directory -k infer compare loadtest report verdict
 
 engine: $(if $(filter tensorrt_rtx,$(T)),$(B)/choice-$(T).json,$(REPOSITORY)/$(MODEL)/config.pbtxt) ## weights, ONNX, precision, engine, model repository
 	@echo "engine    $< is up to date"

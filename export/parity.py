@@ -64,6 +64,7 @@ from export.artifact import Row, load_rows, staged
 from export.reference import run_torch
 from export.source import Predict, Source
 from export.trials import (
+    SPECIAL_ROW,
     Judge,
     Refused,
     compare_batching,
@@ -318,10 +319,10 @@ def main() -> None:
     else:
         show(result)
     if result["failures"]:
+        first = result["failures"][0]
+        hint = "; an operator of the runtime's may be why, see docs/parity.md" if first.startswith(SPECIAL_ROW) else ""
         count = len(result["checks"]) + len(result["metric"].get("served", {}))
-        raise GateFailed(
-            f"{len(result['failures'])} of {count} checks failed, see {path}; the first: {result['failures'][0]}"
-        )
+        raise GateFailed(f"{len(result['failures'])} of {count} checks failed, see {path}; the first: {first}{hint}")
 
 
 if __name__ == "__main__":

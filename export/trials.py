@@ -29,6 +29,7 @@ BATCHING_ROUNDS = 3  # Triton batches what has queued up, which is not much wher
 # Two answers of one engine: another batch size may take another kernel, whose rounding is no coarser than fp16's.
 SAME_ENGINE: Tolerance = ParitySpec().fp16
 SPECIAL_ROWS = 8
+SPECIAL_ROW = "a row with"
 SPECIALS = {"NaN": math.nan, "+Inf": math.inf, "-Inf": -math.inf}
 
 
@@ -196,7 +197,7 @@ def compare_specials(judge: Judge, rows: list[Row], reference: Predict, toleranc
         return
     for word, value in SPECIALS.items():
         bad = planted(spec, inputs, row, value)
-        at = f"a row with {word}"
+        at = f"{SPECIAL_ROW} {word}"
         try:
             expected = outputs_of_batches(reference, [bad])
         except InputError as error:

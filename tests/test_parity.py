@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,14 +15,14 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from deepseek.spec import DeploymentSpec, GateFailed, InputError, ParitySpec, Precision, Tolerance
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement, ParitySpec, Precision, Tolerance
 from export.accuracy import parity
 from export.artifact import digests, load_rows, read_manifest, save_rows, write_manifest
-from export.parity import client_errors, compare_served
+from export.parity import client_errors, compare_served, endpoints_of
 from export.source import Source
 from export.to_onnx import export_model
 from export.to_triton import publish_version
-from export.trials import MOST_CORNERS, beyond, corners, failures
+from export.trials import MOST_CORNERS, apart, beyond, corners, failures
 from serving.embedded import EmbeddedServer
 from tests.conftest import run_module
 
@@ -318,17 +319,38 @@ def test_endpoints_of_two_servers_are_wrong_input(folder: Path, triton: Embedded
 
 
 def test_a_server_that_does_not_tell_the_precision_is_wrong_input(
-    server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BUILD", str(tmp_path / "build"))
-    (tmp_path / "add_one").mkdir()
-    toml = TOML.format(name="add_one").replace("outputs.a", "outputs.y").split("[outputs.b]")[0]
-    axes = "".join(f"[axes.{name}]\nmin = 1\nopt = 2\nmax = 8\n" for name in ("batch", "n"))
-    (tmp_path / "add_one" / "deploy.toml").write_text(toml.replace('["batch", 8]', '["batch", 2, "n"]') + axes)
-    (tmp_path / "add_one" / "model.py").write_text("def load(): ...\ndef samples(split): ...\n")
+    source = Source("masked", folder / "models")
+    source.spec = add_one_spec("add_one")
     save_rows(tmp_path / "build" / "add_one" / "evaluation.npz", [{"x": np.zeros((1, 2, 2), np.float32)}])
     with pytest.raises(InputError, match=r"add_one at .* does not tell its precision"):
-        compare_served(Source("add_one", tmp_path), server.grpc_url, server.http_url)
+        compare_served(source, server.grpc_url, server.http_url)
+
+
+def add_one_spec(name: str) -> DeploymentSpec:
+    """Of the models that the fixture `server` serves: y = x + 1."""
+    x = {"dtype": "float32", "shape": ["batch", 2, "n"]}
+    axis = {"min": 1, "opt": 2, "max": 8}
+    data = {"name": name, "inputs": {"x": x}, "outputs": {"y": x}, "axes": {"batch": axis, "n": axis}}
+    return DeploymentSpec.model_validate_json(json.dumps(data))
+
+
+def test_a_full_queue_is_waited_for(server: EmbeddedServer) -> None:
+    spec, x = add_one_spec("slow"), np.arange(32, dtype=np.float32).reshape(8, 2, 2)
+    with endpoints_of(spec, server.http_url, server.grpc_url, timeout_s=60) as endpoints:
+        for endpoint in endpoints:  # 8 requests at a queue of 2
+            found = apart(endpoint, {"x": x}, least=1)
+            np.testing.assert_array_equal(np.stack([row["y"] for row in found]), x + 1)
+
+
+def test_a_server_that_is_too_slow_to_tell_is_an_invalid_measurement(server: EmbeddedServer) -> None:
+    x = np.zeros((1, 2, 2), np.float32)
+    with endpoints_of(add_one_spec("slow"), server.http_url, server.grpc_url, timeout_s=0.1) as endpoints:
+        for endpoint in endpoints:
+            with pytest.raises(InvalidMeasurement, match=r"did not answer within timeout_s=0\.1"), client_errors():
+                endpoint({"x": x})
 
 
 @pytest.mark.parametrize("drop", [0.011, np.inf, np.nan])
@@ -363,6 +385,16 @@ def test_what_is_past_a_tolerance_is_said_in_words(numbers: dict[str, float], en
 
 def test_every_precision_has_tolerances() -> None:
     assert set(get_args(Precision)) == ParitySpec.model_fields.keys() - {"nonfinite_inputs"}
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_the_page_on_parity_tells_the_tolerances(precision: Precision) -> None:
+    line = re.search(
+        rf"^\| {precision} \| (.*?) \| (.*?) \| (.*?) \|", Path("docs/parity.md").read_text(), re.MULTILINE
+    )
+    tolerance = ParitySpec().of(precision)
+    assert line
+    assert [float(cell) for cell in line.groups()] == [tolerance.worst_error, tolerance.cosine, tolerance.common]
 
 
 @pytest.mark.parametrize(
