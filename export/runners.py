@@ -1,7 +1,7 @@
 """What runs a variant, all with one face: a dict of arrays in, a dict of arrays out.
 
-Contract: fp32 PyTorch (the reference), a graph in ONNX Runtime, a TensorRT engine. A runner takes batches that
-the profile allows; `within_batch` lifts that limit.
+Contract: fp32 PyTorch (the reference), a graph in ONNX Runtime, a TensorRT engine, a TorchScript module. A runner takes
+batches that the profile allows; `within_batch` lifts that limit.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ from export.source import Source
 
 PRECISION: Precision = "fp32"
 Check = Callable[[Any], list[dict[str, Any]]]
+_TAKEN = ("self", "returned")  # by the forward that _served writes
 
 
 class Made(NamedTuple):
@@ -111,13 +112,16 @@ def scripted(spec: DeploymentSpec, model: torch.nn.Module, example: tuple[torch.
 def _served(spec: DeploymentSpec, inner: Any, example: tuple[torch.Tensor, ...]) -> Any:
     """`inner` frozen, with the signature's argument names and its outputs as a tensor or a tuple."""
     names = list(spec.inputs)
-    if not all(name.isidentifier() and not keyword.iskeyword(name) for name in names) or {"self", "returned"} & {
-        *names
-    }:
+    if not all(name.isidentifier() and not keyword.iskeyword(name) and name not in _TAKEN for name in names):
         names = [f"argument_{place}" for place in range(len(names))]
     arguments = ", ".join(names)
-    single = isinstance(inner(*example), torch.Tensor)
-    values = ["returned"] if single else [f"returned[{place}]" for place in range(len(spec.outputs))]
+    returned = inner(*example)
+    if isinstance(returned, torch.Tensor):
+        values = ["returned"]
+    elif isinstance(returned, dict):
+        values = [f"returned[{json.dumps(name)}]" for name in spec.outputs]
+    else:
+        values = [f"returned[{place}]" for place in range(len(spec.outputs))]
     holder = torch.nn.Module()
     holder.model = inner
     module = torch.jit.script(holder.eval())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnxruntime
@@ -10,7 +11,7 @@ import pytest
 
 from deepseek import onnxruntime_session
 from deepseek.onnxruntime_session import PROVIDERS, ProviderError, choose_provider, open_session
-from deepseek.spec import DeploymentSpec, InputError
+from deepseek.spec import DeploymentSpec, InputError, Provider
 from export.runners import onnx_runner
 
 IMAGE = DeploymentSpec.load("tests/models/image")
@@ -51,6 +52,10 @@ def test_a_missing_provider_says_what_there_is_and_which_package_has_it(provider
     spec = IMAGE.model_copy(update={"onnxruntime": IMAGE.onnxruntime.model_copy(update={"provider": provider})})
     with pytest.raises(InputError, match=f"{provider!r} is not in .* has .*CPUExecutionProvider; install {package}"):
         onnx_runner(spec, graph, "onnxruntime")
+
+
+def test_deploy_toml_takes_the_providers_that_there_are() -> None:
+    assert get_args(Provider) == ("auto", *PROVIDERS)
 
 
 def test_an_unknown_provider_lists_the_known_ones() -> None:

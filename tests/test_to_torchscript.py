@@ -41,8 +41,9 @@ def export(folder: Path, **model: Any) -> tuple[dict[str, Any], Source]:
 
 
 @pytest.mark.parametrize(
-    ("body", "way"), [("return self.line(x)", "traced"), (BRANCH, "scripted"), (LOOP, "scripted")],
-    ids=["plain", "branch on values", "loop over the batch"],
+    ("body", "way"),
+    [("return self.line(x)", "traced"), (BRANCH, "scripted"), (LOOP, "scripted"), (LOOP.replace("torch", "{'y': torch") + "}", "scripted")],
+    ids=["plain", "branch on values", "loop over the batch", "loop, outputs by name"],
 )  # fmt: skip
 def test_what_a_trace_would_bake_in_is_scripted_instead(tmp_path: Path, body: str, way: str) -> None:
     result, source = export(tmp_path, body=body)
