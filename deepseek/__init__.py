@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deepseek.config import TrainingConfig as TrainingConfig
     from deepseek.config import TransformerConfig as TransformerConfig
+    from deepseek.pruning import PruneConfig as PruneConfig
+    from deepseek.pruning import prune_model as prune_model
     from deepseek.quantization import QuantConfig as QuantConfig
     from deepseek.spec import DeploymentSpec as DeploymentSpec
     from deepseek.transformer import Transformer as Transformer
@@ -17,11 +19,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _MODULE_OF = {
     "DeploymentSpec": "spec",
+    "PruneConfig": "pruning",
     "QuantConfig": "quantization",
     "TrainingConfig": "config",
     "Transformer": "transformer",
     "TransformerConfig": "config",
     "init_weights": "transformer",
+    "prune_model": "pruning",
 }
 __all__ = list(_MODULE_OF)
 

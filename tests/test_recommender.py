@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deepseek.pruning import PruneConfig, prune_model
 from deepseek.spec import InputError
 from models.recommender import data, model
 from models.recommender.data import HISTORY, TOP, Interactions
@@ -217,6 +219,30 @@ def test_a_shops_log_is_trained_evaluated_and_labelled_and_beats_popularity(
     shop([*log_lines(), "x,sku-1,1,"])
     with pytest.raises(InputError, match=r"trained on another log than .*log.csv \(DATA\); train it"):
         model.load()
+
+
+def test_finetune_brings_a_pruned_one_back_to_what_the_unpruned_one_predicts(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "MIN_WINDOWS", 256)
+    training, finetuning = model.training_config(0), model.finetuning_config()
+    monkeypatch.setattr(model, "training_config", lambda seed: replace(training, max_epochs=6))
+    monkeypatch.setattr(model, "finetuning_config", lambda: replace(finetuning, max_epochs=6))
+    model.train()
+    pruned, unpruned = model.load(), model.load()
+    rows = torch.from_numpy(np.concatenate([sample["item_ids"] for sample in model.samples("evaluation")]))
+    report = prune_model(pruned, (rows,), PruneConfig(ratio=0.3))
+    assert report.count("heads") == (4, 3)
+    assert report.count("channels") == (384, 272)
+
+    def apart() -> float:
+        with torch.no_grad():
+            one, other = (each.logits(each.transformer(rows)[:, -1]).log_softmax(1) for each in (pruned, unpruned))
+        return float((other.exp() * (other - one)).sum(1).mean())
+
+    before = apart()
+    model.finetune(pruned)
+    assert apart() < 0.7 * before
 
 
 def test_loading_what_was_never_trained_says_what_to_run(shop: Shop, tmp_path: Path) -> None:
