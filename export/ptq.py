@@ -107,6 +107,7 @@ def qdq_from_onnx(path: Path, config: QuantConfig, calibration: Calibration) -> 
 
     high = high_nodes(path, config)
     made = path.parent / "made.onnx"
+    calibration.rewind()  # it may have been read to the end for another method
     with _modelopt(config.precision):
         quantize(
             str(path),
