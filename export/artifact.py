@@ -255,6 +255,12 @@ def join(rows: list[Row]) -> Row:
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
+def filled(inputs: Row, least: int) -> Row:
+    """A batch of at least `least` rows, the last one repeated: a profile may allow no fewer."""
+    missing = max(0, least - len(next(iter(inputs.values()))))
+    return {name: np.concatenate([array, *[array[-1:]] * missing]) for name, array in inputs.items()}
+
+
 def human_bytes(value_bytes: float) -> str:
     """Bytes for people, in binary units."""
     for unit in ("B", "KiB", "MiB"):

@@ -13,7 +13,7 @@ import numpy as np
 from onnxruntime.quantization import CalibrationDataReader
 
 from deepseek.spec import BATCH, Axis, DeploymentSpec, InputError
-from export.artifact import Row, batches, join, load_rows, row_digests
+from export.artifact import Row, batches, filled, load_rows, row_digests
 
 CALIBRATION_BATCH = 8
 STRATA = 8  # bins of length
@@ -26,8 +26,8 @@ class Calibration(CalibrationDataReader):
 
     def __init__(self, rows: list[Row], batch: Axis) -> None:
         self.rows, self._batch = rows, batch
-        size = min(CALIBRATION_BATCH, batch.max)
-        self.batches = [self._filled(inputs) for _, inputs in batches(rows, size)]
+        size = min(max(CALIBRATION_BATCH, batch.min), batch.max)
+        self.batches = [filled(inputs, batch.min) for _, inputs in batches(rows, size)]
         self.rewind()
 
     @property
@@ -35,19 +35,13 @@ class Calibration(CalibrationDataReader):
         """Of the profile."""
         return self._batch.max
 
-    def _filled(self, inputs: Row) -> Row:
-        """At least the batch that the graph takes; a fixed one cannot be smaller."""
-        count = len(next(iter(inputs.values())))
-        short = self._batch.min - count if self._batch.min == self._batch.max else 0
-        return join([inputs, *({name: array[-1:] for name, array in inputs.items()} for _ in range(short))])
-
     def get_first(self) -> Row:
         """What ModelOpt tells shapes by: it leaves matrix products alone that have a side of 1 or under 16 here.
 
         So: the longest row, twice where the profile allows, whatever the order of the others.
         """
         longest = max(self.rows, key=length_of)
-        return self._filled(join([longest] * min(2, self._batch.max)))
+        return filled(longest, max(self._batch.min, min(2, self._batch.max)))
 
     def get_next(self) -> Row | None:
         """The next batch, None at the end."""

@@ -116,7 +116,7 @@ def rival_of(name: str, target: Target, variants: dict[str, dict[str, Any]], max
     return "fp16" if target == "tensorrt" and name in ("int8", "fp8") and fp16_serves else "fp32"
 
 
-def _add_speed(
+def add_speed(
     variants: dict[str, dict[str, Any]], seconds: dict[str, list[float]], rows: int, target: Target, max_drop: float
 ) -> None:
     """Ratios are of the same round, so that both sides met the same noise."""
@@ -157,7 +157,7 @@ def compare(source: Source, target: Target, only: Precision | None) -> dict[str,
     with log.status("timing, interleaved"):
         timed = {"pytorch": baseline.predict, **runners}
         seconds = time_interleaved({name: functools.partial(run, inputs) for name, run in timed.items()})
-    _add_speed(variants, seconds, timed_rows, target, max_drop)
+    add_speed(variants, seconds, timed_rows, target, max_drop)
     try:
         chosen, reasons = choose(variants, candidates, max_drop, asked=only is not None)
         failure = ""

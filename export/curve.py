@@ -113,7 +113,7 @@ def _activations(path: Path) -> Callable[[Row], Row]:
 
 @contextlib.contextmanager
 def _silent():  # type: ignore[no-untyped-def]
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
 
 

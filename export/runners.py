@@ -16,7 +16,7 @@ import onnxruntime
 
 from deepseek.onnxruntime_session import ProviderError, open_session
 from deepseek.spec import DeploymentSpec, InputError, Precision, Target
-from export.artifact import Row, batches, engine_path, join, need, onnx_path, read_manifest
+from export.artifact import Row, batches, engine_path, filled, join, need, onnx_path, read_manifest
 from export.source import Predict, Source
 
 
@@ -134,7 +134,7 @@ def outputs_of(spec: DeploymentSpec, predict: Predict, rows: list[Row]) -> list[
     """Outputs row by row, run in batches of opt."""
     results: list[Row] = [{}] * len(rows)
     for places, inputs in batches(rows, spec.axes["batch"].opt):
-        outputs = predict(inputs)
+        outputs = predict(filled(inputs, spec.axes["batch"].min))
         for index, place in enumerate(places):
             results[place] = {name: array[index] for name, array in outputs.items()}
     return results

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepseek.spec import DeploymentSpec, GateFailed
+from deepseek.spec import DeploymentSpec, GateFailed, Target
 from export.accuracy import parity, similarity
-from export.compare import choose, time_interleaved
+from export.compare import add_speed, choose, time_interleaved
 from export.runners import within_batch
 from tests.conftest import run_module
 
@@ -21,7 +21,7 @@ IMAGE = DeploymentSpec.load("tests/models/image")
 
 
 def variant(drop: float, speedup: float) -> dict[str, Any]:
-    return {"drop": drop, "speedup": speedup, "faster": speedup > 1}
+    return {"drop": drop, "speedup": speedup, "faster": speedup > 1, "rival": "fp32", "over_rival": speedup}
 
 
 def test_the_fastest_inside_the_budget_is_chosen() -> None:
@@ -40,13 +40,36 @@ def test_a_candidate_that_is_not_faster_is_not_worth_its_loss() -> None:
 
 
 def test_one_asked_for_by_name_needs_only_the_budget() -> None:
-    assert choose({"fp32": variant(0, 1), "int8": variant(0, 0.5)}, ["int8"], 0.01)[0] == "int8"
+    variants = {"fp32": variant(0, 1), "int8": variant(0, 0.5)}
+    assert choose(variants, ["int8"], 0.01, asked=True)[0] == "int8"
+    chosen, reasons = choose(variants, ["int8"], 0.01)
+    assert (chosen, reasons["fp32"]) == ("fp32", "chosen: no candidate is faster inside the budget")
+
+
+@pytest.mark.parametrize(
+    ("target", "fp16_drop", "rival"),
+    [("tensorrt", 0.001, "fp16"), ("tensorrt", 0.1, "fp32"), ("onnxruntime", 0.001, "fp32")],
+    ids=["on a GPU", "fp16 is outside the budget", "on a CPU"],
+)
+def test_8_bits_have_to_beat_fp16_on_a_gpu(target: Target, fp16_drop: float, rival: str) -> None:
+    variants: dict[str, Any] = {"fp32": {"drop": 0.0}, "fp16": {"drop": fp16_drop}, "int8": {"drop": 0.002}}
+    seconds = {"fp32": [4.0] * 9, "fp16": [1.0] * 9, "int8": [2.0] * 9}
+    add_speed(variants, seconds, 8, target, 0.01)
+    assert (variants["int8"]["rival"], variants["int8"]["speedup"]) == (rival, 2.0)
+    chosen, reasons = choose(variants, ["fp16", "int8"], 0.01)
+    assert chosen == ("fp16" if fp16_drop < 0.01 else "int8")
+    assert reasons["int8"].startswith("inside, but not faster than fp16 (0.50x)") == (rival == "fp16")
+
+
+def test_a_hopeless_candidate_leaves_fp32() -> None:
+    variants = {"fp32": variant(0, 1), "int8": variant(math.inf, 2)}
+    assert choose(variants, ["int8"], 0.01)[0] == "fp32"
 
 
 @pytest.mark.parametrize("drop", [0.02, math.inf, math.nan])
 def test_no_candidate_inside_is_a_failed_gate(drop: float) -> None:
     with pytest.raises(GateFailed, match=r"no candidate is inside max_drop 1.00%"):
-        choose({"fp32": variant(0, 1), "int8": variant(drop, 2)}, ["int8"], 0.01)
+        choose({"fp32": variant(0, 1), "int8": variant(drop, 2)}, ["int8"], 0.01, asked=True)
 
 
 def outputs(scores: list[float], features: list[float]) -> dict[str, np.ndarray]:

@@ -6,17 +6,45 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 
 from deepseek.quantization import QuantConfig
-from deepseek.spec import DeploymentSpec, GateFailed, InputError
-from export.quantize import Calibration, calibration_rows, found_precision, prove, quantize_model
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, build_dir
+from export.artifact import load_rows
+from export.calibration import Calibration
+from export.ptq import qdq_from_onnx
+from export.qdq import found_precision, quantized_layers
+from export.quantize import prove, quantize_model
+from export.runners import onnx_runner, outputs_of
+from export.sensitivity import output_error
+from export.to_onnx import export_model
 from tests.conftest import run_module
+from tests.test_sensitivity import small
 
 IMAGE = DeploymentSpec.load("tests/models/image")
+TEXT = DeploymentSpec.load("tests/models/text")
+
+
+@pytest.fixture
+def copied(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `build/` folder of the model `text` that may be changed."""
+    shutil.copytree(built / "build" / "text", tmp_path / "build" / "text")
+    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    return tmp_path / "build"
+
+
+def settings(folder: Path, **changed: Any) -> QuantConfig:
+    """Quick ones, on the model's own samples."""
+    data = folder / "text" / "calibration.npz"
+    return QuantConfig(**{"calibration_data": data, "calibration_method": "max", "high_precision": "fp32", **changed})
+
+
+def layers(path: Path) -> list[str]:
+    """Names of the matrix products."""
+    return [node.name for node in onnx.load(path).graph.node if node.op_type == "MatMul"]
 
 
 def test_each_graph_holds_what_was_asked(built: Path) -> None:
@@ -56,65 +84,97 @@ def test_a_graph_that_stayed_fp32_fails_the_proof(built: Path) -> None:
             prove(config, found)
 
 
-def test_keep_high_leaves_nodes_alone(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(built / "build" / "text", tmp_path / "text")
-    monkeypatch.setenv("BUILD", str(tmp_path))
-    nodes = [
-        node.name
-        for node in onnx.load(tmp_path / "text" / "fp32" / "model.onnx").graph.node
-        if node.op_type == "MatMul"
-    ]
-    data = tmp_path / "text" / "calibration.npz"
-    config = QuantConfig(
-        calibration_data=data, keep_high=(f"^{nodes[0]}$",), high_precision="fp32", calibration_method="max"
-    )
-    result = quantize_model(DeploymentSpec.load("tests/models/text"), config)
+def test_a_pattern_is_not_a_prefix(copied: Path) -> None:
+    """ModelOpt takes patterns for beginnings of names: node_MatMul_4 would keep node_MatMul_41 and _47 high, too."""
+    with pytest.raises(InputError, match=r"keep_high: 'nosuch' is in no node's name; they are such as"):
+        quantize_model(TEXT, settings(copied, keep_high=("nosuch",)))
+    nodes = sorted(layers(copied / "text" / "int8" / "model.onnx"))
+    result = quantize_model(TEXT, settings(copied, keep_high=(f"^{nodes[0]}$",)))
     assert result["found"]["compute_operators"] == {"int8": 3, "fp32": 1}
 
 
-@pytest.mark.parametrize("suffix", ["npz", "npy", "bin"])
-def test_a_calibration_file_may_be_npz_npy_or_raw_records(tmp_path: Path, suffix: str) -> None:
-    pixels = np.random.default_rng(0).standard_normal((6, 3, 32, 32)).astype(np.float32)
-    path = tmp_path / f"val_dataset.{suffix}"
-    if suffix == "npz":
-        np.savez(path, pixels=pixels)
-    elif suffix == "npy":
-        np.save(path, pixels)
-    else:
-        pixels.tofile(path)
-    rows = calibration_rows(IMAGE, path, 4)
-    assert [int(np.flatnonzero((pixels == row["pixels"]).all((1, 2, 3)))[0]) for row in rows] == [0, 1, 3, 5]
+def test_one_scale_a_tensor_is_seen_in_the_graph_and_in_the_outputs(copied: Path) -> None:
+    rows = load_rows(copied / "text" / "evaluation.npz")
+    outputs = {}
+    for per_channel, name in ((True, "per_channel"), (False, "per_tensor")):
+        result = quantize_model(TEXT, settings(copied, per_channel=per_channel))
+        assert result["found"]["weight_scales"] == {name: 2}
+        assert result["settings"]["per_channel"] == per_channel
+        path = copied / "text" / "int8" / "model.onnx"
+        outputs[name] = outputs_of(TEXT, onnx_runner(TEXT, path, "onnxruntime"), rows)
+    reference = outputs_of(TEXT, onnx_runner(TEXT, copied / "text" / "fp32" / "model.onnx", "onnxruntime"), rows)
+    errors = [output_error(each, reference) for each in outputs.values()]
+    assert errors[0] != errors[1]
+    assert max(errors) < 0.1
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "0 bytes; raw records of this signature take 12288 bytes each"),
-        (b"x" * 12289, "12289 bytes; raw records"),
-    ],
-    ids=["empty", "half a record"],
-)
-def test_a_broken_calibration_file_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "val_dataset.bin"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        calibration_rows(IMAGE, path, 4)
+@pytest.mark.parametrize("high", ["fp16", "fp32"])
+def test_both_methods_are_tried_and_the_curve_ends_where_the_graph_is(copied: Path, high: str) -> None:
+    report = quantize_model(TEXT, settings(copied, calibration_method="auto", high_precision=high))["calibration"]
+    assert report["errors"].keys() == {"max", "entropy"}
+    assert report["method"] == min(report["errors"], key=report["errors"].__getitem__)
+    assert [point["samples"] for point in report["curve"]] == [8, 16, 32]
+    assert report["curve"][-1]["error"] == pytest.approx(report["errors"][report["method"]], rel=1e-3)
+    assert len({point["error"] for point in report["curve"]}) > 1
 
 
-def test_calibration_samples_of_another_type_are_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "c.npz", pixels=np.zeros((4, 3, 32, 32)))
-    with pytest.raises(InputError, match="input 'pixels': seen float64"):
-        calibration_rows(IMAGE, tmp_path / "c.npz", 4)
+def test_the_same_calibration_data_serves_one_method_after_the_other(copied: Path, tmp_path: Path) -> None:
+    calibration = Calibration(load_rows(copied / "text" / "calibration.npz")[:8], TEXT.axes["batch"])
+    shutil.copyfile(copied / "text" / "fp32" / "model.onnx", tmp_path / "model.onnx")
+    for method in ("max", "entropy"):
+        graph = qdq_from_onnx(tmp_path / "model.onnx", settings(copied, calibration_method=method), calibration)
+        assert len(quantized_layers(graph)) >= 3, method
 
 
-def test_calibration_starts_with_a_batch_and_uses_every_row() -> None:
-    rows = [{"x": np.full((1, length), length)} for length in (3, 5, 5, 7)]
-    calibration = Calibration(rows)
-    assert len(calibration.get_first()["x"]) == 2
-    seen = []
-    while (batch := calibration.get_next()) is not None:
-        seen += [int(row[0]) for row in batch["x"]]
-    assert sorted(seen) == [3, 5, 5, 7]
+def test_calibration_on_evaluation_rows_is_refused(copied: Path) -> None:
+    config = settings(copied, calibration_data=copied / "text" / "evaluation.npz")
+    with pytest.raises(InputError, match="32 of 32 calibration rows are evaluation rows too; the two must be disjoint"):
+        quantize_model(TEXT, config)
+
+
+def test_an_opset_too_old_for_qdq_is_one_line(copied: Path) -> None:
+    path = copied / "text" / "fp32" / "model.onnx"
+    model = onnx.load(path)
+    model.opset_import[0].version = 17
+    onnx.save(model, path)
+    with pytest.raises(InputError, match="opset 17; int8 needs 19 or newer for its Q/DQ: export it again"):
+        quantize_model(TEXT, settings(copied))
+
+
+def test_weights_in_a_file_of_their_own_are_found(copied: Path) -> None:
+    path = copied / "text" / "fp32" / "model.onnx"
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    before = (path.parent / "model.onnx.data").read_bytes()
+    for config in (settings(copied), settings(copied, weight_bits=16, activation_bits=16)):
+        assert config.precision in quantize_model(TEXT, config)["found"]["compute_operators"]
+    assert (path.parent / "model.onnx.data").read_bytes() == before
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_graph_of_one_batch_size_is_calibrated_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """ModelOpt leaves products alone that have a side of 1, which with a batch of 1 are all."""
+    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    source = small(tmp_path, "return self.second(self.first(x).relu())", batch=(batch, batch))
+    export_model(source)
+    config = QuantConfig(calibration_data=build_dir("small") / "calibration.npz", high_precision="fp32")
+    assert quantize_model(source.spec, config)["found"]["compute_operators"] == {"int8": 2}
+
+
+def test_a_candidate_that_cannot_be_made_leaves_word_and_the_others_go_on(copied: Path, tmp_path: Path) -> None:
+    shutil.copytree("tests/models/text", tmp_path / "models" / "text")
+    toml = tmp_path / "models" / "text" / "deploy.toml"
+    toml.write_text(toml.read_text().replace("max_drop", 'op_types = ["Conv"]\nmax_drop'))
+    flags = ("--models", str(tmp_path / "models"), "--model", "text")
+    run = run_module("export.quantize", *flags, "--precision", "int8", BUILD=str(copied))
+    assert run.returncode == 1
+    run = run_module("export.quantize", *flags, "--precision", "int8", "--candidate", BUILD=str(copied))
+    assert (run.returncode, "int8 cannot be made" in run.stdout) == (0, True)
+    run = run_module("export.compare", *flags, BUILD=str(copied))
+    assert "int8      could not be made: " in run.stdout
+    choice = json.loads((copied / "text" / "choice-onnxruntime.json").read_text())
+    assert (choice["variants"].keys(), choice["refused"].keys()) == ({"fp32", "fp16"}, {"int8"})
 
 
 def test_a_truncated_onnx_file_is_one_line_and_exit_2(built: Path, tmp_path: Path) -> None:

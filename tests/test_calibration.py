@@ -1,0 +1,143 @@
+"""Calibration rows: read from any file, over all lengths, and the curve that says whether more would help."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from deepseek.spec import Axis, DeploymentSpec, InputError
+from export.calibration import Calibration, length_of, pool_size, read_rows, stratified
+from export.curve import MOST_GROWTH, Ranges, ranges_by_samples, would_more_help
+
+IMAGE, TEXT = (DeploymentSpec.load(f"tests/models/{name}") for name in ("image", "text"))
+BATCH = Axis(min=1, opt=4, max=8)
+
+
+def row(length: int, width: int = 0) -> dict[str, np.ndarray]:
+    """Ids of a length, padded with 0 to a width."""
+    return {"ids": np.pad(np.ones((1, length), np.int64), ((0, 0), (0, max(width - length, 0))))}
+
+
+@pytest.mark.parametrize("width", [0, 64], ids=["of any length", "padded"])
+def test_few_long_rows_among_many_short_ones_are_all_taken(width: int) -> None:
+    rows = [row(1 + index % 3, width) for index in range(200)] + [row(40, width), row(64, width)]
+    assert [length_of(each) for each in (rows[0], rows[-1])] == [1, 64]
+    for limit in (8, 16, 32):
+        lengths = [length_of(each) for each in stratified(rows, limit)]
+        assert len(lengths) == limit
+        assert {40, 64} < set(lengths)
+
+
+def test_rows_of_one_length_are_spread_over_the_file() -> None:
+    rows = [{"x": np.full((1, 2), index, np.float32)} for index in range(100)]
+    places = sorted(int(each["x"][0, 0]) for each in stratified(rows, 10))
+    assert max(np.diff([0, *places, 99])) <= 20
+    assert len(stratified(rows, 1000)) == len({float(each["x"][0, 0]) for each in stratified(rows, 1000)}) == 100
+
+
+def test_more_rows_are_read_than_used_only_where_lengths_can_differ() -> None:
+    assert (pool_size(IMAGE), pool_size(TEXT)) == (32, 128)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "npy", "bin"])
+def test_a_calibration_file_may_be_npz_npy_or_raw_records(tmp_path: Path, suffix: str) -> None:
+    pixels = np.random.default_rng(0).standard_normal((6, 3, 32, 32)).astype(np.float32)
+    path = tmp_path / f"val_dataset.{suffix}"
+    if suffix == "npz":
+        np.savez(path, pixels=pixels)
+    elif suffix == "npy":
+        np.save(path, pixels)
+    else:
+        pixels.tofile(path)
+    np.testing.assert_array_equal(np.concatenate([each["pixels"] for each in read_rows(IMAGE, path)]), pixels)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "0 bytes; raw records of this signature take 12288 bytes each"),
+        (b"x" * 12289, "12289 bytes; raw records"),
+    ],
+    ids=["empty", "half a record"],
+)
+def test_a_broken_calibration_file_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "val_dataset.bin"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_rows(IMAGE, path)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.zeros((4, 3, 32, 32)), "row 0: input 'pixels': seen float64"),
+        (np.zeros((4, 3, 32, 31), np.float32), r"shape \[1, 3, 32, 31\]; 32 takes 32 to 32"),
+        (np.full((4, 3, 32, 32), np.nan, np.float32), "holds NaN or Inf; ranges cannot be found with it"),
+    ],
+    ids=["dtype", "size", "nan"],
+)
+def test_calibration_rows_that_do_not_fit_are_refused(tmp_path: Path, pixels: np.ndarray, message: str) -> None:
+    np.savez(tmp_path / "c.npz", pixels=pixels)
+    with pytest.raises(InputError, match=message):
+        read_rows(IMAGE, tmp_path / "c.npz")
+
+
+def test_modelopt_sees_the_longest_row_first_and_every_row_once() -> None:
+    calibration = Calibration([row(length) for length in (3, 5, 5, 7)], BATCH)
+    assert calibration.get_first()["ids"].shape == (2, 7)
+    seen = []
+    while (batch := calibration.get_next()) is not None:
+        seen += [batch["ids"].shape[1]] * len(batch["ids"])
+    assert sorted(seen) == [3, 5, 5, 7]
+
+
+def test_a_fixed_batch_is_filled_up() -> None:
+    calibration = Calibration([row(3)] * 6, Axis(min=4, opt=4, max=4))
+    assert [len(batch["ids"]) for batch in [calibration.get_first(), *calibration.batches]] == [4, 4, 4]
+
+
+def test_ranges_that_entropy_cannot_count_are_left_to_max(tmp_path: Path) -> None:
+    """Its bins are as wide as the first batch's: a millionfold range would take millions of them."""
+    graph = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 20]> g (float[n, 4] x) => (float[n, 4] y) '
+        "<float[4, 4] w = {1,0,0,0, 0,1,0,0, 0,0,1,0, 0,0,0,1}> { y = MatMul(x, w) }"
+    )
+    onnx.save(graph, tmp_path / "model.onnx")
+    steady = [{"x": np.full((8, 4), scale, np.float32)} for scale in (1.0, 2.0, 3.0)]
+    points, growth = ranges_by_samples(tmp_path / "model.onnx", steady)
+    assert growth == pytest.approx(3)
+    assert points["max"] == {8: {"x": 1.0}, 16: {"x": 2.0}, 24: {"x": 3.0}}
+    assert points.keys() == {"max", "entropy"}
+    points, growth = ranges_by_samples(tmp_path / "model.onnx", [*steady, {"x": np.full((8, 4), 1e6, np.float32)}])
+    assert growth > MOST_GROWTH
+    assert points.keys() == {"max"}
+
+
+def test_entropy_clips_a_rare_value_and_max_does_not() -> None:
+    ranges = Ranges()
+    values = np.random.default_rng(0).standard_normal((4000, 1)).astype(np.float32)
+    ranges.add({"x": values})
+    ranges.add({"x": np.concatenate([values, [[40.0]]]).astype(np.float32)})
+    assert ranges.of("max")["x"] == 40
+    assert ranges.of("entropy")["x"] < 20
+
+
+@pytest.mark.parametrize(
+    ("errors", "message"),
+    [
+        ([0.5, 0.21, 0.2, 0.2], "flat from 16 samples on: more will not help"),
+        ([0.8, 0.4, 0.2, 0.1], r"still falling \(-50% from 32 to 64\): add samples"),
+        ([0.1, 0.1, 0.1, 0.2], r"not settled \(\+100% from 32 to 64\)"),
+        ([0.2, 0.2], "16 samples are too few to see a trend"),
+        ([0.0, 0.0, 0.0], "flat from 8 samples on"),
+    ],
+    ids=["flat", "falling", "rising", "short", "no error"],
+)
+def test_a_sentence_says_whether_more_samples_would_help(errors: list[float], message: str) -> None:
+    curve: list[dict[str, Any]] = [{"samples": 8 << index, "error": error} for index, error in enumerate(errors)]
+    assert re.match(message, would_more_help(curve))
