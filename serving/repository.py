@@ -110,7 +110,10 @@ def check_version(model: Path, version: int) -> tuple[PublishedManifest | None, 
         manifest = PublishedManifest.load(folder / MANIFEST)
     except (InputError, OSError) as error:
         return None, [mismatch(str(error).removeprefix(f"{folder}/"))]
-    findings = [mismatch(what, fix or publish_again(model)) for what, fix in _file_errors(folder, manifest)]
+    try:
+        findings = [mismatch(what, fix or publish_again(model)) for what, fix in _file_errors(folder, manifest)]
+    except PermissionError as error:
+        return manifest, [mismatch(f"{error.filename} cannot be read: {error.strerror}", "make it readable")]
     if manifest.model != model.name:
         findings.append(mismatch(f"is an engine of {manifest.model!r}", f"move it to {model.parent / manifest.model}"))
     if not findings and (reason := _plan_error(folder, manifest)):

@@ -181,7 +181,7 @@ class ApprovedView:
 
     def _follow(self, model: Path) -> Change | None:
         """Shows what is new and good in a model; else says why not, and leaves what is shown."""
-        if not made_here(model):
+        if not made_here(model) and model.name not in self._shown:  # what was checked once is not let in unchecked
             self._show_as_it_is(model)
             return Change(model=model.name, action="load")
         decision, shown = decide(model), self._shown.get(model.name)
