@@ -106,7 +106,8 @@ class PrecisionSpec(_Table):
     """Key of what model.py's evaluate() returns; absent: similarity of the outputs."""
     max_drop: float = Field(0.01, ge=0, le=1)
     """Allowed loss relative to fp32 PyTorch."""
-    calibration_method: Literal["max", "entropy"] = "entropy"
+    calibration_method: Literal["auto", "max", "entropy"] = "auto"
+    """Where ranges end: the largest magnitude, least KL divergence, or whichever leaves the outputs nearer to fp32."""
     calibration_samples: int = Field(512, ge=2)
     per_channel: bool = True
     """A scale for each output channel of the weights; false: one for each tensor."""
@@ -333,9 +334,9 @@ class ParitySpec(_Table):
     fp16: Fp16Tolerance = Fp16Tolerance()
     int8: Int8Tolerance = Int8Tolerance()
     fp8: Fp8Tolerance = Fp8Tolerance()
-    nonfinite_inputs: Literal["gate", "report"] = "gate"
-    """Whether a row with a NaN or an Inf must give what PyTorch gives, where fp32 or fp16 is served; "report" for a
-    graph with operators whose runtime sees to it otherwise, see docs/parity.md."""
+    nonfinite_inputs: Literal["gate", "report"] = "report"
+    """Whether a row with a NaN or an Inf in its input must give what PyTorch gives, where fp32 or fp16 is served.
+    "report" says where it does not: a runtime's LSTM, ReduceMax or Gelu may see to it otherwise (docs/parity.md)."""
 
     def of(self, precision: Precision) -> Tolerance:
         """The tolerance of a precision."""
