@@ -53,6 +53,7 @@ def prune_source(source: Source, ratio: float) -> dict[str, Any]:
     before_tuning = judge.value(module)
     how = _finetune(source, module, original, data)
     pruned = judge.value(module)
+    shutil.rmtree(_checkpoints(source), ignore_errors=True)  # of a run that ended: another try may have other settings
     result = {
         "model": spec.name,
         "ratio": ratio,
@@ -73,7 +74,6 @@ def prune_source(source: Source, ratio: float) -> dict[str, Any]:
         save_pruned(module, report, scratch / path.name, of=weights_digest(original))
         (scratch / pruning_path(spec.name).name).write_text(json.dumps(result, indent=2) + "\n")
         publish(scratch, path)
-    shutil.rmtree(_checkpoints(source), ignore_errors=True)
     return result
 
 
