@@ -98,8 +98,8 @@ class Source:
             )
         if type(model).__module__.startswith("torch.jit"):
             raise InputError(
-                f"{self.folder / 'model.py'}: load() returned TorchScript ({type(model).__name__}); the exporter traces "
-                "Python: return the torch.nn.Module that it was made from"
+                f"{self.folder / 'model.py'}: load() returned TorchScript ({type(model).__name__}); the exporter "
+                "traces Python: return the torch.nn.Module that it was made from"
             )
         model.eval()
         if any(_is_half(parameter) for _, parameter in model.named_parameters()):

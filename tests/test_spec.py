@@ -77,8 +77,26 @@ def test_shapes_come_from_the_corners_of_the_profile() -> None:
     assert spec.shape("input_ids", "opt", length=5) == (4, 5)
 
 
+@pytest.mark.parametrize(
+    ("seen", "put", "message"),
+    [
+        ('["batch", 3, 32, 32]', '["batch"]', 'Triton needs a dimension beside the batch: write ["batch", 1]'),
+        ('["batch", 3, 32, 32]', '["batch", 3, "height", 32]', "axes are batch: add [axes.height] with min, opt and max"),
+        ("max = 8", "max = 3000000000", "axes.batch.max: seen 3000000000; input should be less than or equal to 2147483647"),
+    ],
+    ids=["only the batch", "axis without a range", "batch that Triton cannot hold"],
+)  # fmt: skip
+def test_a_shape_that_cannot_be_served_is_one_line(tmp_path: Path, seen: str, put: str, message: str) -> None:
+    text = Path("tests/models/image/deploy.toml").read_text()
+    assert seen in text
+    (tmp_path / "deploy.toml").write_text(text.replace(seen, put))
+    with pytest.raises(InputError) as caught:
+        DeploymentSpec.load(tmp_path)
+    assert message in str(caught.value)
+
+
 def test_a_model_that_is_not_there_names_those_that_are() -> None:
-    with pytest.raises(InputError, match=r"no model 'nosuch' .* tests/models has image, text"):
+    with pytest.raises(InputError, match=r"no model 'nosuch' .* tests/models has branch, image, ranker, text"):
         DeploymentSpec.of_model("nosuch", "tests/models")
 
 

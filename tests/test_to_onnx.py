@@ -11,7 +11,7 @@ import pytest
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError
 from export.artifact import load_rows
-from export.reference import checked_sizes, error_of, traced_sizes
+from export.reference import checked_sizes, error_of, inputs_at, traced_sizes
 from export.source import Source
 from export.to_onnx import export_model
 from tests.conftest import run_module
@@ -141,6 +141,67 @@ def test_output_names_never_clash(tmp_path: Path, body: str, outputs: list[str])
     assert [value.name for value in graph.output] == outputs
 
 
+def test_a_data_dependent_branch_is_refused_with_its_line_and_what_to_write(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = "return self.line(x) if x.sum() > 0 else x"
+    with pytest.raises(InputError, match=r"model\.py:11: cannot be exported: .* write torch.where .* torch.cond"):
+        export_model(tiny(tmp_path, body=body))
+    assert "def forward" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return torch.nn.functional.dropout(self.line(x))", "called twice .* draws at random or keeps state"),
+        ("self.calls = getattr(self, 'calls', 0) + 1; return self.line(x) * self.calls", "draws at random or keeps state"),
+        ("return self.line(x).view(1, 8)", r"model.py:11: forward\(x: float32 \[4, 8\]\).*RuntimeError: shape"),
+        ("return self.line(x).squeeze()", r"forward returned float32 \[8\]; .* here \[1, 8\]"),
+        ("return self.line(x).sum()", r"forward returned float32 \[\]; deploy.toml says"),
+        ("return self.line(x) + torch.linalg.svd(x.unsqueeze(1))[1]", "cannot be exported: No ONNX function found for .*linalg_svd"),
+        ("return self.lime(x)", "model.py:11: .*AttributeError: 'Tiny' object has no attribute 'lime'"),
+    ],
+    ids=["random", "state", "batch of 1", "batch of 1 squeezed", "no batch", "operator", "bug"],
+)  # fmt: skip
+def test_a_forward_that_no_graph_can_follow_is_one_line(tmp_path: Path, body: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        export_model(tiny(tmp_path, body=body))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_ids_have_the_type_of_the_signature_or_forward_says_what_it_needs(tmp_path: Path, dtype: str) -> None:
+    toml = TOML.replace('"float32"', f'"{dtype}"', 1)
+    code = f"\ndef samples(split):\n    for i in range(6):\n        yield {{'x': np.full((1, 8), i + len(split) % 2 * 6, np.{dtype})}}\n"
+    source = tiny(tmp_path, toml=toml, body="return torch.nn.functional.one_hot(x, 20).sum(2).float()", code=code)
+    if dtype == "int64":
+        export_model(source)
+        return
+    with pytest.raises(
+        InputError, match=r"forward\(x: int32 \[4, 8\]\).*only applicable to index tensor of type LongTensor"
+    ):
+        export_model(source)
+
+
+def test_an_axis_that_no_machine_can_fill_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"at batch 2000000000 inputs and outputs take 119.21 GiB, this machine has"):
+        export_model(tiny(tmp_path, toml=TOML.replace("max = 9", "max = 2000000000")))
+
+
+def test_a_forward_may_write_into_its_input_and_hand_it_on(tmp_path: Path) -> None:
+    export_model(tiny(tmp_path, body="x += 1; return self.line(x)"))
+
+
+def test_longer_inputs_are_made_of_further_samples_so_that_no_score_comes_twice() -> None:
+    spec = DeploymentSpec.load("tests/models/text")
+    rows = [{name: np.arange(start, start + 5)[None] for name in spec.inputs} for start in (0, 10, 20, 30)]
+    inputs = inputs_at(spec, rows, {"batch": 2, "length": 12})
+    assert inputs["input_ids"].tolist() == [
+        [*range(5), *range(10, 15), 20, 21],
+        [*range(10, 15), *range(20, 25), 30, 31],
+    ]
+    assert np.array_equal(inputs["input_ids"], inputs["attention_mask"])
+
+
 def test_calibration_and_evaluation_must_be_disjoint(tmp_path: Path) -> None:
     code = "\n_own = samples\ndef samples(split):\n    return _own('same')\n"
     with pytest.raises(InputError, match="12 of 12 calibration samples are evaluation samples too"):
@@ -161,11 +222,6 @@ def test_calibration_and_evaluation_must_be_disjoint(tmp_path: Path) -> None:
 def test_samples_that_do_not_fit_the_signature_are_one_line(tmp_path: Path, code: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         export_model(tiny(tmp_path, code=code))
-
-
-def test_a_model_without_its_functions_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no function load\(\)"):
-        tiny(tmp_path, code="\nload = None\n")
 
 
 def test_neighbours_of_model_py_can_be_imported(tmp_path: Path) -> None:

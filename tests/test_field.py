@@ -1,0 +1,137 @@
+"""Models as users bring them, through the chain and the real server: types, branches, large weights, 16-bit weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from deepseek_client import InferenceClient
+
+from deepseek.quantization import QuantConfig
+from deepseek.spec import DeploymentSpec, InputError
+from export import to_onnx
+from export.artifact import load_rows
+from export.quantize import quantize_model
+from export.runners import torch_runner
+from export.source import Source
+from export.to_onnx import export_model
+from export.to_triton import publish_version
+from serving.embedded import EmbeddedServer
+from tests.test_to_onnx import MODEL, TOML, tiny
+
+FP16 = QuantConfig.of_precision("fp16")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`build/` and `repository/` of `ranker` (fp32, its weights in a file of their own) and `branch` (fp16)."""
+    folder = tmp_path_factory.mktemp("field")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BUILD", str(folder / "build"))
+        patch.setattr(to_onnx, "EXTERNAL_DATA_BYTES", 1 << 10)  # stands in for 1 GiB
+        for name in ("ranker", "branch"):
+            export_model(Source(name, "tests/models"))
+        quantize_model(DeploymentSpec.load("tests/models/branch"), FP16)
+        publish_version(DeploymentSpec.load("tests/models/ranker"), "fp32", "onnxruntime", folder / "repository")
+        publish_version(DeploymentSpec.load("tests/models/branch"), "fp16", "onnxruntime", folder / "repository")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[EmbeddedServer]:
+    """Both models, served."""
+    log = folder / "triton.log"
+    with EmbeddedServer(folder / "repository", http_port=0, grpc_port=0, metrics_port=0, log_path=log) as running:
+        yield running
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize(("name", "tolerance"), [("ranker", 1e-5), ("branch", 2e-3)])
+def test_what_is_served_is_what_pytorch_gives(
+    server: EmbeddedServer, folder: Path, name: str, tolerance: float, protocol: Literal["grpc", "http"]
+) -> None:
+    source = Source(name, "tests/models")
+    reference = torch_runner(source.spec, source)
+    url = server.grpc_url if protocol == "grpc" else server.http_url
+    with InferenceClient(url, protocol=protocol) as client:
+        for row in load_rows(folder / "build" / name / "evaluation.npz"):
+            served = client.infer(name, row)
+            for output, expected in reference(row).items():
+                np.testing.assert_allclose(served[output], expected, atol=tolerance * np.abs(expected).max())
+
+
+def test_large_weights_go_with_the_graph_into_the_repository(folder: Path) -> None:
+    version = folder / "repository" / "ranker" / "1"
+    weights = version / "model.onnx.data"
+    assert weights.stat().st_size > 50_000 > (version / "model.onnx").stat().st_size
+    assert weights.stat().st_mode & 0o044, "the server may run as another user"
+    assert (folder / "build" / "ranker" / "fp32" / "model.onnx.data").stat().st_mode & 0o044
+
+
+def test_both_sides_of_a_branch_survive_fp16(folder: Path) -> None:
+    path = folder / "build" / "branch" / "fp16" / "model.onnx"
+    assert [node.op_type for node in onnx.load(path).graph.node].count("If") == 1
+    session = onnxruntime.InferenceSession(path)
+    source = Source("branch", "tests/models")
+    reference = torch_runner(source.spec, source)
+    for shift in (-1.0, 1.0):
+        inputs = {"x": np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32) + np.float32(shift)}
+        np.testing.assert_allclose(session.run(["linear"], inputs)[0], reference(inputs)["linear"], atol=5e-3)
+
+
+@pytest.mark.skipif(not os.environ.get("LARGE"), reason="takes 8 GB of memory and a minute: LARGE=1 runs it")
+@pytest.mark.slow
+def test_a_model_over_two_gigabytes_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    code = "\ndef load():\n    model = Tiny()\n    model.line.weight = torch.nn.Parameter(torch.zeros(8, 8))\n"
+    code += "    model.table = torch.nn.Parameter(torch.zeros(70_000_000, 8))\n    return model\n"
+    body = "return self.line(x) + self.table[(x[:, 0] > 0).long()]"
+    export_model(tiny(tmp_path, body=body, code=code))
+    assert (tmp_path / "build" / "tiny" / "fp32" / "model.onnx.data").stat().st_size > 2 << 30
+
+
+HALF = """
+import numpy as np
+import torch
+
+def load():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8)).{cast}()
+
+def samples(split):
+    random = np.random.default_rng(len(split))
+    for _ in range(12):
+        yield {{"x": random.standard_normal((1, 8)).astype(np.{dtype})}}
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_sixteen_bit_weights_start_from_fp32_and_keep_the_signature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cast: str, dtype: str
+) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "deploy.toml").write_text(TOML.replace("float32", dtype))
+    (tmp_path / "tiny" / "model.py").write_text(HALF.format(cast=cast, dtype=dtype))
+    export_model(Source("tiny", tmp_path))
+    graph = onnx.load(tmp_path / "build" / "tiny" / "fp32" / "model.onnx").graph
+    assert {tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 2} == {onnx.TensorProto.FLOAT}
+    kind = onnx.TensorProto.FLOAT16 if dtype == "float16" else onnx.TensorProto.FLOAT
+    assert {value.type.tensor_type.elem_type for value in [*graph.input, *graph.output]} == {kind}
+
+
+def test_a_cast_to_16_bits_in_forward_is_one_line(tmp_path: Path) -> None:
+    code = MODEL.format(body="return self.line(x.half()).float()", rows=1)
+    code = code.replace("return Tiny()", "return Tiny().half()")
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "deploy.toml").write_text(TOML)
+    (tmp_path / "tiny" / "model.py").write_text(code)
+    with pytest.raises(InputError, match=r"model.py:11: forward\(x: float32 \[4, 8\]\).*16-bit weights were widened"):
+        export_model(Source("tiny", tmp_path))

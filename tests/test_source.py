@@ -1,0 +1,119 @@
+"""A model folder: what its code raises is one line with its place, what forward returns finds its outputs."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deepseek.spec import DeploymentSpec, InputError
+from export.reference import run_torch
+from export.source import in_order
+from tests.conftest import run_module
+from tests.test_to_onnx import TOML, tiny
+
+TEXT = DeploymentSpec.load("tests/models/text")
+IMAGE = DeploymentSpec.load("tests/models/image")
+SCORES, FEATURES = torch.ones(2, 10), torch.zeros(2, 32)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("\ndef f(:\n", r"model.py:22: importing it: SyntaxError: invalid syntax"),
+        (
+            "\nimport no_such_module\n",
+            "model.py:22: importing it: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+        ("\nload = None\n", r"model.py: no function load\(\)"),
+    ],
+    ids=["syntax", "import", "no function"],
+)
+def test_a_model_that_cannot_be_imported_is_one_line(tmp_path: Path, code: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny(tmp_path, code=code)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("\ndef load():\n    return open('/no/weights')\n", r"model.py:23: load\(\): FileNotFoundError: .*/no/weights"),
+        ("\ndef load():\n    return {}\n", r"load\(\) returned dict; a torch.nn.Module is needed"),
+        ("\ndef load():\n    Tiny()\n", r"load\(\) returned NoneType"),
+    ],
+    ids=["raises", "no module", "return forgotten"],
+)
+def test_a_load_that_gives_no_module_is_one_line(tmp_path: Path, code: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny(tmp_path, code=code).load()
+
+
+def test_a_torchscript_module_is_refused(tmp_path: Path) -> None:
+    code = "\ndef load():\n    import warnings\n    warnings.simplefilter('ignore')\n    return torch.jit.script(Tiny().line)\n"
+    source = tiny(tmp_path, code=code)
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(InputError, match=r"returned TorchScript .* return the torch.nn.Module that it was made from"),
+    ):
+        source.load()
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("\ndef samples(split):\n    yield {'x': [[0.5] * 8]}\n", "seen list; deploy.toml says a numpy array of float32"),
+        ("\ndef samples(split):\n    yield {'x': torch.zeros(1, 8)}\n", "seen Tensor; deploy.toml says a numpy array"),
+        ("\ndef samples(split):\n    return {'x': np.zeros((1, 8))}\n", r"seen str; a dict of \['x'\] is needed"),
+        ("\ndef samples(split):\n    pass\n", "TypeError: 'NoneType' object is not iterable"),
+        ("\ndef samples():\n    return []\n", "TypeError: samples.. takes 0 positional arguments"),
+        ("\ndef samples(split):\n    raise OSError('disk full')\n    yield\n", r"model.py:23: samples\('evaluation'\): OSError: disk full"),
+    ],
+    ids=["list", "tensor", "dict", "None", "no split", "raises"],
+)  # fmt: skip
+def test_samples_of_another_kind_are_one_line(tmp_path: Path, code: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        list(tiny(tmp_path, code=code).rows("evaluation", 4))
+
+
+def test_an_evaluate_that_fails_is_one_line_but_a_failure_of_ours_is_not_hidden(tmp_path: Path) -> None:
+    code = "\ndef evaluate(predict):\n    return {'score': predict({})['wrong name']}\n"
+    source = tiny(tmp_path, code=code)
+    assert source.evaluate is not None
+    with pytest.raises(InputError, match=r"model.py:23: evaluate\(\): KeyError: 'wrong name'"):
+        source.evaluate(lambda inputs: inputs)
+    with pytest.raises(KeyError, match="'x'"):  # raised in export/reference.py, which evaluate only called
+        source.evaluate(lambda inputs: run_torch(source.spec, torch.nn.Identity(), inputs))
+
+
+def test_a_command_ends_with_the_line_and_exit_2(tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "deploy.toml").write_text(TOML.replace("tiny", "broken"))
+    (tmp_path / "broken" / "model.py").write_text("def load():\n    return 1 +\n")
+    run = run_module("export.to_onnx", "--models", str(tmp_path), "--model", "broken")
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "broken/model.py:2: importing it: SyntaxError" in run.stderr
+
+
+def test_a_mapping_is_read_by_name_and_may_hold_more() -> None:
+    values = in_order(IMAGE, {"attentions": None, "features": FEATURES, "scores": SCORES})
+    assert [tuple(value.shape) for value in values] == [(2, 10), (2, 32)]
+    with pytest.raises(
+        InputError, match=r"forward returned dict of logits; no scores, features, which deploy.toml names"
+    ):
+        in_order(IMAGE, {"logits": SCORES})
+
+
+def test_a_tuple_is_taken_as_it_stands_and_must_fit() -> None:
+    assert in_order(IMAGE, [SCORES, FEATURES]) == (SCORES, FEATURES)
+    assert in_order(TEXT, SCORES) == (SCORES,)
+    with pytest.raises(InputError, match=r"forward returned 2 value\(s\) \(Tensor, NoneType\)"):
+        in_order(IMAGE, (SCORES, None))
+
+
+def test_a_module_in_training_mode_is_put_into_eval_mode(tmp_path: Path) -> None:
+    source = tiny(tmp_path, code="\ndef load():\n    return torch.nn.Sequential(torch.nn.Dropout(0.5)).train()\n")
+    inputs = {"x": np.ones((4, 8), np.float32)}
+    assert np.array_equal(run_torch(source.spec, source.load(), inputs)["y"], inputs["x"])
