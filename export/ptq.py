@@ -51,17 +51,18 @@ def _modelopt(what: str) -> Iterator[None]:
 def check_source(path: Path, config: QuantConfig) -> None:
     """Raises InputError where the fp32 graph is broken, or too old for Q/DQ."""
     try:
-        onnx.checker.check_model(path)
+        imports = onnx.load(path, load_external_data=False).opset_import
+        opset = next(each.version for each in imports if each.domain in ("", "ai.onnx"))
+        if opset >= OLDEST_OPSET:
+            onnx.checker.check_model(path)
     except Exception as error:
         raise InputError(
             f"{path}: not a valid ONNX file ({' '.join(str(error).split())[:200]}); build it again"
         ) from None
-    imports = onnx.load(path, load_external_data=False).opset_import
-    opset = next(each.version for each in imports if each.domain in ("", "ai.onnx"))
-    if config.precision != "fp16" and opset < OLDEST_OPSET:
+    if opset < OLDEST_OPSET:
         raise InputError(
-            f"{path}: opset {opset}; {config.precision} needs {OLDEST_OPSET} or newer for its Q/DQ: export it again "
-            "with python -m export.to_onnx"
+            f"{path}: opset {opset}; {config.precision} needs {OLDEST_OPSET} or newer, for Q/DQ and fp16 scales: "
+            "export it again with python -m export.to_onnx"
         )
 
 
