@@ -1,10 +1,10 @@
 """A content-addressed cache of artifacts, shared by branches and clones.
 
-Contract: an entry is a folder named by the digest of all that its files were made from: the stage's code,
-its sources, settings and tool versions. `$CACHE` says where (by default `~/.cache/deepseek-deploy`; `off`
-turns it off), `$CACHE_GIB` how much it may hold (10); the entries used longest ago go first. Entries come
-into place by a rename and are checked by their digests when taken out: a killed build, two builds at once
-or a damaged file cost a build, never a wrong artifact.
+Contract: an entry is a folder named by the digest of all that its files were made from: sources, settings, the
+Python that is loaded (ours and the model's) and the versions of what it imports. `$CACHE` says where (by default
+`~/.cache/deepseek-deploy`; `off` turns it off), `$CACHE_GIB` how much it may hold (10); the entries used longest
+ago go first. Entries come into place by a rename and are checked by their digests when taken out: a killed build,
+two builds at once or a damaged file cost a build, never a wrong artifact.
 
 Examples:
     python -m export.cache
@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import shutil
-from collections.abc import Iterable, Mapping
+import sys
+import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +50,31 @@ def limit_bytes() -> int:
     return int(size * 2**30)
 
 
-def key_of(stage: str, code: Iterable[Path | str], **made_from: Any) -> str:
-    """Digest of what an artifact is made from; `made_from` must be JSON."""
-    files = {Path(path).name: sha256(Path(path)) for path in code}
-    facts = {"stage": stage, "code": files, "versions": tool_versions(), **made_from}
+def key_of(stage: str, **made_from: Any) -> str:
+    """Digest of what an artifact is made from: `made_from` (JSON), the code that is loaded, and its versions."""
+    facts = {"stage": stage, "code": _code(), "versions": _versions(), **made_from}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _code() -> dict[str, str]:
+    """Digest by module of all Python that is loaded and not installed: ours, and the model's with what it imports."""
+    installed = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    found = {}
+    for name, module in sorted(sys.modules.items()):
+        path = getattr(module, "__file__", None)
+        if path and path.endswith(".py") and name != "__main__" and not path.startswith(installed):
+            with contextlib.suppress(OSError):  # a module made up at run time
+                found[name] = sha256(Path(path))
+    return found
+
+
+def _versions() -> dict[str, str]:
+    """Of Python, of the tools, and of each distribution that is loaded."""
+    loaded = {name.partition(".")[0] for name in sys.modules}
+    owners = importlib.metadata.packages_distributions()
+    names = {owner for package in loaded for owner in owners.get(package, ())}
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {**found, **tool_versions(), "python": platform.python_version()}
 
 
 def fetch(key: str, destination: Path) -> bool:

@@ -1,5 +1,6 @@
 """The content-addressed cache, its files only; tests/test_make.py has it in a build."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -27,15 +28,22 @@ def folder(path: Path, **files: str) -> Path:
 
 
 def test_what_was_stored_is_fetched_by_the_same_key_only(place: Path, tmp_path: Path) -> None:
-    code = tmp_path / "stage.py"
-    code.write_text("1")
-    key = cache.key_of("quantize", [code], sources={"onnx": "abc"})
+    key = cache.key_of("quantize", sources={"onnx": "abc"})
     cache.store(key, folder(tmp_path / "made", model="weights", manifest="{}"))
-    assert cache.fetch(key, folder(tmp_path / "out"))
+    assert cache.fetch(cache.key_of("quantize", sources={"onnx": "abc"}), folder(tmp_path / "out"))
     assert (tmp_path / "out" / "model").read_text() == "weights"
-    code.write_text("2")
-    assert cache.key_of("quantize", [code], sources={"onnx": "abc"}) != key
-    assert not cache.fetch(cache.key_of("quantize", [code], sources={"onnx": "abc"}), folder(tmp_path / "other"))
+    for other in (cache.key_of("quantize", sources={"onnx": "abd"}), cache.key_of("to_onnx", sources={"onnx": "abc"})):
+        assert not cache.fetch(other, folder(tmp_path / other))
+
+
+def test_the_key_follows_the_code_that_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "layers_of_a_user.py").write_text("WIDTH = 1")
+    before = cache.key_of("to_onnx")
+    importlib.import_module("layers_of_a_user")
+    loaded = cache.key_of("to_onnx")
+    (tmp_path / "layers_of_a_user.py").write_text("WIDTH = 2")
+    assert len({before, loaded, cache.key_of("to_onnx")}) == 3
 
 
 def test_a_damaged_entry_is_dropped_and_leaves_nothing(place: Path, tmp_path: Path) -> None:
