@@ -21,6 +21,8 @@ SUPPORTED: dict[tuple[int, int, str], Precision] = {
     (8, 8, "int"): "int8",
     (8, 8, "float"): "fp8",
     (16, 16, "float"): "fp16",
+    (8, 16, "int"): "int8",  # weights alone; activations stay in high_precision
+    (8, 32, "int"): "int8",
 }
 Format = Literal["int", "float"]
 Method = Literal["max", "entropy"]
@@ -71,6 +73,11 @@ class QuantConfig:
             seen += f" as {self.number_format}" if self.number_format else ""
             known = ", ".join(f"{w}/{a} {kind} ({name})" for (w, a, kind), name in SUPPORTED.items())
             raise InputError(f"QuantConfig: seen {seen}; supported weights/activations: {known}")
+        if self.weight_only and self.high_precision != f"fp{self.activation_bits}":
+            raise InputError(
+                f"QuantConfig: seen {self.activation_bits}-bit activations with high_precision {self.high_precision}; "
+                f"they stay in it: it has to be fp{self.activation_bits}"
+            )
         if not isinstance(self.per_channel, bool):
             raise InputError(f"QuantConfig.per_channel: seen {self.per_channel!r}; True or False is needed")
         if not self.op_types or not set(self.op_types) <= set(get_args(OpType)):
@@ -96,6 +103,11 @@ class QuantConfig:
         return self.number_format or ("float" if self.weight_bits == 16 else "int")
 
     @property
+    def weight_only(self) -> bool:
+        """Whether weights alone are at 8 bits: a quarter of the size, and no loss from activations' ranges."""
+        return self.weight_bits == 8 and self.activation_bits > 8
+
+    @property
     def precision(self) -> Precision:
         """The precision that these bits make."""
         return SUPPORTED[self.weight_bits, self.activation_bits, self._format]
@@ -105,13 +117,9 @@ class QuantConfig:
         """The config of a precision by its name; raises InputError for fp32, which is not quantized."""
         for (weight_bits, activation_bits, number_format), name in SUPPORTED.items():
             if name == precision:
-                return cls(
-                    weight_bits=weight_bits,
-                    activation_bits=activation_bits,
-                    number_format=number_format,  # type: ignore[arg-type]
-                    **settings,  # type: ignore[arg-type]
-                )
-        raise InputError(f"precision: seen {precision!r}; allowed: {', '.join(SUPPORTED.values())}")
+                bits = {"weight_bits": weight_bits, "activation_bits": activation_bits, "number_format": number_format}
+                return cls(**{**bits, **settings})  # type: ignore[arg-type]
+        raise InputError(f"precision: seen {precision!r}; allowed: {', '.join(dict.fromkeys(SUPPORTED.values()))}")
 
 
 def _listed(values: tuple[object, ...]) -> str:

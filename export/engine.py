@@ -180,7 +180,10 @@ def found_layers(trt: Any, network: Any) -> dict[str, Any]:
 
 
 def _layer_type(trt: Any, layer: Any, producers: dict[str, Any], names: dict[Any, str]) -> str:
-    """The type of what was dequantized on every operand, else the type of the first one."""
+    """The type of what was dequantized on every operand, else the type of the first one.
+
+    `int8_weights` where only the second operand, a constant, was.
+    """
     carriers = (trt.LayerType.SHUFFLE, trt.LayerType.CAST, trt.LayerType.IDENTITY)
     quantized = []
     inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
@@ -192,6 +195,10 @@ def _layer_type(trt: Any, layer: Any, producers: dict[str, Any], names: dict[Any
             quantized.append(names.get(producer.get_input(0).dtype, "other"))
     if len(quantized) == 2:
         return quantized[0]
+    if quantized and producer is not None and producer.type == trt.LayerType.DEQUANTIZE:
+        stored = producers.get(producer.get_input(0).name)
+        if stored is not None and stored.type == trt.LayerType.CONSTANT:
+            return f"{quantized[0]}_weights"
     return names.get(inputs[0].dtype, "other")
 
 
@@ -207,7 +214,7 @@ def prove(precision: Precision, found: dict[str, Any], plan: int, weights: int, 
     is nearer to what the weights would take in fp32, beyond what kernels take; it tells of large models only.
     """
     counts = found["compute_layers"]
-    if counts and not counts.get(precision):
+    if counts and not (counts.get(precision) or counts.get(f"{precision}_weights")):
         raise GateFailed(f"{precision} was asked for, but no compute layer of the network runs in it (found: {counts})")
     wider = _WIDER.get(precision, float("inf"))
     overhead = PLAN_OVERHEAD_BYTES + (LEAN_RUNTIME_BYTES if options.version_compatible else 0)

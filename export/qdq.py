@@ -50,12 +50,12 @@ def producers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
 
 
 def quantized_layers(model: onnx.ModelProto) -> dict[str, str]:
-    """The compute operators with a Q/DQ pair on both operands, in the graph's order: name and operator."""
+    """The compute operators with a Q/DQ pair on an operand, in the graph's order: name and operator."""
     producers = producers_of(model.graph)
     return {
         node.name: node.op_type
         for node in model.graph.node
-        if node.op_type in COMPUTE_OPS and all(_pair(name, producers)[1] for name in node.input[:2])
+        if node.op_type in COMPUTE_OPS and any(_pair(name, producers)[1] for name in node.input[:2])
     }
 
 
@@ -142,6 +142,19 @@ def quantized_names(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
     return pairs
 
 
+def use_wide_activations(model: onnx.ModelProto) -> None:
+    """Takes the pairs of all activations off, those of the weights stay."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    wide = {
+        pair[-1].output[0]: pair[0].input[0]
+        for pair in quantized_names(model).values()
+        if pair[0].op_type == "QuantizeLinear" and pair[0].input[0] not in weights
+    }
+    for node in model.graph.node:
+        node.input[:] = [wide.get(name, name) for name in node.input]
+    drop_unread(model.graph)
+
+
 def use_one_scale_a_tensor(model: onnx.ModelProto) -> None:
     """Gives every weight one scale. The largest of its channels' is that of the whole: both are max |w| / 127."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -214,9 +227,12 @@ def found_precision(path: Path) -> dict[str, Any]:
 
 
 def _compute_type(node: onnx.NodeProto, producers: Producers, types: Mapping[str, int]) -> str:
-    """The type a MatMul, Gemm or Conv runs in: that of its Q/DQ pairs where both operands have one."""
-    pairs = [_pair(name, producers)[1] for name in node.input[:2]]
-    if len(pairs) == 2 and pairs[0] is not None and pairs[1] is not None:
-        operand = pairs[0].input[2] if len(pairs[0].input) > 2 else pairs[0].input[0]
-        return "fp8" if types.get(operand) == onnx.TensorProto.FLOAT8E4M3FN else "int8"
+    """The type a MatMul, Gemm or Conv runs in: that of its Q/DQ pairs where both operands have one.
+
+    `int8_weights` where only a weight, stored at 8 bits, has one.
+    """
+    first, second = (_pair(name, producers)[1] for name in node.input[:2])
+    if second is not None and (first is not None or second.input[0] not in producers):
+        narrow = "fp8" if types.get(second.input[2]) == onnx.TensorProto.FLOAT8E4M3FN else "int8"
+        return narrow if first is not None else f"{narrow}_weights"
     return _FLOAT_TYPES.get(types.get(node.input[0], 0), "other")

@@ -70,6 +70,7 @@ from export.qdq import (
     load_graph,
     save_graph,
     use_one_scale_a_tensor,
+    use_wide_activations,
     with_8_bit_weights,
 )
 from export.runners import onnx_runner, outputs_of
@@ -100,7 +101,7 @@ class Trials:
 def prove(config: QuantConfig, found: dict[str, Any]) -> None:
     """Raises GateFailed where the graph has no operator in the precision that was asked for."""
     counts = found["compute_operators"]
-    if not counts.get(config.precision):
+    if not counts.get(f"{config.precision}_weights" if config.weight_only else config.precision):
         raise GateFailed(
             f"{config.precision} was asked for, but no {'/'.join(COMPUTE_OPS)} of the graph runs in it "
             f"(found: {counts or 'none of them'}); the layers may be too small to gain (ModelOpt leaves sizes under 16 "
@@ -183,6 +184,8 @@ def _to_8_bits(
             lambda graph: baseline.measure(trials.predict(graph))["drop"],
             spec.precision.max_drop,
         )
+    if config.weight_only:  # no ranges
+        return with_8_bit_weights(model), reports
     curve = calibration_curve(model, points[method], error_of)
     lengths = [length_of(row) for row in calibration.rows]
     reports["calibration"] = {
@@ -225,9 +228,11 @@ def _calibrated(
         model = qdq_from_onnx(path, dataclasses.replace(config, calibration_method=method), calibration)
         if not config.per_channel:
             use_one_scale_a_tensor(model)
+        if config.weight_only:
+            use_wide_activations(model)
         return model
 
-    if config.calibration_method == "max" or "entropy" not in points:
+    if config.calibration_method == "max" or config.weight_only or "entropy" not in points:
         return calibrated("max"), "max", {}
     if config.calibration_method == "entropy":
         return calibrated("entropy"), "entropy", {}
@@ -255,6 +260,7 @@ def _settings(config: QuantConfig, calibration: Calibration | None, reports: dic
         "calibration_method": reports.get("calibration", {}).get("method", config.calibration_method),
         "samples": len(calibration.rows) if calibration is not None else 0,
         "per_channel": config.per_channel,
+        "weight_only": config.weight_only,
         "op_types": config.op_types,
         "keep_high": [*config.keep_high, *(f"^{re.escape(each['name'])}$" for each in layers if each["high"])],
         "high_precision": config.high_precision,
@@ -301,6 +307,9 @@ def _parser() -> Parser:
     parser.add_argument("--samples", type=int, help="calibration samples at most (default: deploy.toml's)")
     parser.add_argument("--per-tensor", action="store_true", help="one scale for each weight (default: deploy.toml's)")
     parser.add_argument(
+        "--weight-only", action="store_true", help="int8 weights, activations high (default: deploy.toml's)"
+    )
+    parser.add_argument(
         "--high-precision",
         default="fp16",
         choices=("fp16", "fp32"),
@@ -324,8 +333,10 @@ def main() -> None:
     data = args.calibration_data or need(
         build_dir(spec.name) / "calibration.npz", f"python -m export.to_onnx --model {spec.name}"
     )
+    weight_only = args.precision == "int8" and (args.weight_only or precision.weight_only)
     config = QuantConfig.of_precision(
         args.precision,
+        **({"activation_bits": int(args.high_precision[2:])} if weight_only else {}),
         calibration_data=data,
         calibration_method=args.method or precision.calibration_method,
         num_samples=precision.calibration_samples if args.samples is None else args.samples,

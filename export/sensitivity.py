@@ -78,7 +78,7 @@ def fewest_high(
         tried.append({"high": count, "drop": drop_with(worst_first[:count])})
         return tried[-1]["drop"] <= max_drop
 
-    most = len(worst_first) - 1
+    most = max(len(worst_first) - 1, 0)
     fails, holds = 0, min(1, most)
     while holds and not inside(holds):
         fails, holds = holds, min(2 * holds, most) if holds < most else 0
@@ -102,6 +102,8 @@ def sensitivity_pass(
     if report["held"]:
         return model, report
     layers = quantized_layers(model)
+    if not layers:
+        return model, report
     shares = layer_shares(model, run)
     high, report["tried"] = fewest_high(list(shares), lambda names: drop_of(with_high(model, names)), max_drop)
     report["layers"] = [
@@ -119,7 +121,7 @@ def verdict(report: dict[str, Any], precision: str, high: str) -> str:
     """The report in one line; `high` is the precision of what is not quantized."""
     allowed = f"{report['max_drop']:.2%} allowed"
     if not report["layers"]:
-        return f"drop {report['drop']:.2%}, inside the {allowed}"
+        return f"drop {report['drop']:.2%}, {'inside' if report['held'] else 'outside'} the {allowed}"
     if report["held"]:
         kept = sum(layer["high"] for layer in report["layers"])
         return f"{kept} of {len(report['layers'])} layers stay {high}; drop {report['drop']:.2%}, inside the {allowed}"

@@ -19,8 +19,8 @@ def test_the_guides_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("settings", "precision"),
-    [({}, "int8"), ({"number_format": "float"}, "fp8"), ({"weight_bits": 16, "activation_bits": 16}, "fp16")],
-    ids=["default", "8-bit float", "16 bits"],
+    [({}, "int8"), ({"activation_bits": 16}, "int8"), ({"number_format": "float"}, "fp8"), ({"weight_bits": 16, "activation_bits": 16}, "fp16")],
+    ids=["default", "weights alone", "8-bit float", "16 bits"],
 )
 def test_bits_and_format_make_the_precision(settings: dict, precision: str) -> None:
     assert QuantConfig(**settings).precision == precision
@@ -40,7 +40,8 @@ def test_bits_and_format_make_the_precision(settings: dict, precision: str) -> N
         ({"per_channel": 1}, "per_channel: seen 1; True or False"),
         ({"op_types": ("LSTM",)}, "op_types: seen LSTM; allowed: one or more of MatMul, Gemm, Conv"),
         ({"op_types": ()}, "op_types: seen none; allowed"),
-        ({"weight_bits": 8, "activation_bits": 16}, "8-bit weights with 16-bit activations; supported"),
+        ({"weight_bits": 8, "activation_bits": 4}, "8-bit weights with 4-bit activations; supported"),
+        ({"activation_bits": 32}, "32-bit activations with high_precision fp16; they stay in it: it has to be fp32"),
         ({"high_precision": "fp64"}, "high_precision: seen 'fp64'; allowed: fp16, fp32"),
         ({"number_format": "float", "weight_bits": 4, "activation_bits": 4}, "4-bit weights .* as float"),
     ],
