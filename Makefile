@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: help demo setup engine doctor serve infer compare metadata loadtest verdict report bench test lint check-engine \
-    check-graphs can-build lock clean distclean FORCE
+    check-graphs can-build lock clean clean-cache distclean FORCE
 
 ##@ Variables (make engine MODEL=… PRECISION=…)
 MODEL ?= recommender##            model folder
@@ -32,6 +32,8 @@ ROW ?= 0##             which evaluation sample infer sends
 BUILD ?= build##
 REPOSITORY ?= model_repository##
 VENV ?= .venv##
+CACHE ?=##                     artifacts shared by clones and branches (default: ~/.cache/deepseek-deploy; off: none)
+CACHE_GIB ?= 10##             what it may hold
 
 NAMED := $(if $(filter command environment,$(firstword $(origin MODEL))),$(strip $(MODEL)))
 MODEL := $(strip $(MODEL))
@@ -50,7 +52,9 @@ URL := $(strip $(URL))
 BUILD := $(strip $(BUILD))
 REPOSITORY := $(strip $(REPOSITORY))
 VENV := $(strip $(VENV))
-export BUILD DATA HTTP_PORT GRPC_PORT METRICS_PORT
+CACHE := $(strip $(CACHE))
+CACHE_GIB := $(strip $(CACHE_GIB))
+export BUILD CACHE CACHE_GIB DATA HTTP_PORT GRPC_PORT METRICS_PORT
 
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 # tensorrt engines are built in the container of the server's tag, so that both have the same TensorRT: from outside,
@@ -139,6 +143,9 @@ lock: $(VENV)/.ready-test ## pin anew what pyproject.toml allows
 
 clean: ## remove what was built for MODEL, and its repository entry
 	rm -rf "$(B)" "$(REPOSITORY)/$(MODEL)"
+
+clean-cache: $(VENV)/.ready ## remove all artifacts from the cache
+	@$(PY) -m export.cache --clear
 
 distclean: ## remove all that was built, and the virtual environment
 	rm -rf "$(BUILD)" "$(VENV)"

@@ -33,9 +33,12 @@ INDEX = "entry.json"  # digests of the entry's files; its time is when the entry
 
 
 def root() -> Path | None:
-    """Folder of the cache, None where it is off."""
+    """Folder of the cache, None where it is off, or the user has no home."""
     place = os.environ.get("CACHE") or "~/.cache/deepseek-deploy"
-    return None if place == "off" else Path(place).expanduser()
+    try:
+        return None if place == "off" else Path(place).expanduser()
+    except RuntimeError:
+        return None
 
 
 def limit_bytes() -> int:

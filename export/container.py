@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 from deepseek.spec import InputError, Parser, build_dir, run_command
+from export.cache import root
 
 OLDEST_TAG = (26, 7)  # older Triton containers have published vulnerabilities, see docs/tensorrt.md
 DOCKERFILE = Path("docker/export.Dockerfile")
@@ -87,10 +88,14 @@ def run_command_line(image: str, models: Path, command: list[str]) -> list[str]:
     data = os.environ.get("DATA", "")
     read = [models, *([Path(os.path.abspath(data))] if data else [])]
     mounts += [f"{path}:{path}:ro" for path in read if not path.is_relative_to(here)]
+    if (cache := root()) is not None:
+        cache.mkdir(parents=True, exist_ok=True)  # or Docker makes it, for root
+        mounts.append(f"{cache.resolve()}:{cache.resolve()}")
     return [
         *("docker", "run", "--rm", "--init", "--gpus", "all", "--network", "none"),
         *("--user", f"{os.getuid()}:{os.getgid()}"),  # the files under build/ are to be the caller's
         *("--env", f"BUILD={build}", "--env", f"DATA={data}", "--env", "HOME=/tmp"),
+        *("--env", f"CACHE={cache.resolve() if cache else 'off'}"),
         *("--env", "PYTHONDONTWRITEBYTECODE=1"),
         *("--shm-size", "1g"),  # PyTorch; Docker's 64 MB are few
         *(part for mount in mounts for part in ("--volume", mount)),

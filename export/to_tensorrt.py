@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -50,6 +51,7 @@ from export.artifact import (
     tool_versions,
     write_manifest,
 )
+from export.cache import fetch, key_of, store
 from export.engine import (
     CompiledTarget,
     applied,
@@ -67,42 +69,61 @@ def build_engine(
     spec: DeploymentSpec, precision: Precision, target: CompiledTarget, options: TensorrtSpec
 ) -> dict[str, Any]:
     """Runs the stage; returns what it made."""
-    clock = Clock()
     source = need(onnx_path(spec.name, precision), f"make engine PRECISION={precision}")
     path = engine_path(spec.name, precision, target)
     if reason := refusal(source):  # one of several candidates: the others go on
         refuse(path, reason)
         return {"path": str(path), "precision": precision, "refused": reason}
     trt = tensorrt_module(target)
+    key = key_of(
+        "to_tensorrt",
+        sources={file.name: sha256(file) for file in sorted(source.parent.glob(f"{source.name}*"))},
+        settings=[precision, target, trt.__version__, options.model_dump(), axes_of(spec)],
+        device=_device() if target == "tensorrt" else None,
+    )
+    with scratch_in(path.parent) as scratch:
+        if not fetch(key, scratch):
+            _build(trt, spec, precision, target, options, scratch / path.name)
+            store(key, scratch)
+        publish(scratch, path)
+    facts = {"precision", "target", "found", "settings", "size_bytes", "build_s", "versions"}
+    return {"path": str(path), **read_manifest(path).model_dump(include=facts)}
+
+
+def _build(
+    trt: Any, spec: DeploymentSpec, precision: Precision, target: CompiledTarget, options: TensorrtSpec, plan_path: Path
+) -> None:
+    """Writes the plan and its manifest."""
+    clock = Clock()
+    source = onnx_path(spec.name, precision)
     graph = read_manifest(source)
-    cache = build_dir(spec.name) / "tensorrt.timing" if applied(target, options).get("timing_cache") else None
+    timing = build_dir(spec.name) / "tensorrt.timing" if applied(target, options).get("timing_cache") else None
     with log.status(f"{target} {trt.__version__}: building {precision} of {spec.name}"), library_prints_to_stderr():
-        plan, found = engine_from_onnx(trt, source, spec, options, timing_cache=cache)
+        plan, found = engine_from_onnx(trt, source, spec, options, timing_cache=timing)
     weights = weight_bytes(graph)
     prove(precision, found, len(plan), weights, options)
-    with scratch_in(path.parent) as scratch:
-        (scratch / path.name).write_bytes(plan)
-        manifest = Manifest(
-            model=spec.name,
-            precision=precision,
-            target=target,
-            found={**found, "weight_bytes": weights, "plan_over_weight_bytes": round(len(plan) / max(weights, 1), 3)},
-            sources={**graph.sources, "onnx": sha256(source)},
-            settings={**applied(target, options), **pruned_settings(spec.name)},
-            axes=axes_of(spec),
-            versions={**tool_versions(), target: trt.__version__},
-            compute_capability=_compute_capability() if target == "tensorrt" else None,
-            size_bytes=len(plan),
-            build_s=clock.elapsed_s,
-        )
-        write_manifest(scratch / "manifest.json", manifest)
-        publish(scratch, path)
-    return {
-        "path": str(path),
-        **manifest.model_dump(
-            include={"precision", "target", "found", "settings", "size_bytes", "build_s", "versions"}
-        ),
-    }
+    plan_path.write_bytes(plan)
+    manifest = Manifest(
+        model=spec.name,
+        precision=precision,
+        target=target,
+        found={**found, "weight_bytes": weights, "plan_over_weight_bytes": round(len(plan) / max(weights, 1), 3)},
+        sources={**graph.sources, "onnx": sha256(source)},
+        settings={**applied(target, options), **pruned_settings(spec.name)},
+        axes=axes_of(spec),
+        versions={**tool_versions(), target: trt.__version__},
+        compute_capability=_compute_capability() if target == "tensorrt" else None,
+        size_bytes=len(plan),
+        build_s=clock.elapsed_s,
+    )
+    write_manifest(plan_path.parent / "manifest.json", manifest)
+
+
+def _device() -> str:
+    """The GPU that an engine is for."""
+    import torch  # heavy, and only where there is a GPU to ask
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def _compute_capability() -> str | None:

@@ -12,6 +12,8 @@ import pytest
 
 from serving.embedded import EmbeddedServer
 
+os.environ["CACHE"] = "off"  # each test builds what it shows; those of the cache have one of their own
+
 # Tensors cross by DLPack: see serving/onnxruntime_backend.py.
 ADD_ONE = '''
 import numpy as np
