@@ -111,6 +111,8 @@ class PrecisionSpec(_Table):
     calibration_samples: int = Field(512, ge=2)
     per_channel: bool = True
     """A scale for each output channel of the weights; false: one for each tensor."""
+    weight_only: bool = False
+    """int8 of the weights alone: activations stay high, no range can clip them; small, but hardly faster."""
     op_types: tuple[Literal["MatMul", "Gemm", "Conv"], ...] = Field(("MatMul", "Gemm", "Conv"), min_length=1)
     """Operators that are brought to 8 bits; all others stay high."""
     keep_high: tuple[str, ...] = ()
