@@ -19,7 +19,12 @@ def test_the_guides_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("settings", "precision"),
-    [({}, "int8"), ({"activation_bits": 16}, "int8"), ({"number_format": "float"}, "fp8"), ({"weight_bits": 16, "activation_bits": 16}, "fp16")],
+    [
+        ({}, "int8"),
+        ({"activation_bits": 16}, "int8"),
+        ({"number_format": "float"}, "fp8"),
+        ({"weight_bits": 16, "activation_bits": 16}, "fp16"),
+    ],
     ids=["default", "weights alone", "8-bit float", "16 bits"],
 )
 def test_bits_and_format_make_the_precision(settings: dict, precision: str) -> None:
