@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from deepseek.spec import BATCH, DeploymentSpec, GateFailed, InputError
-from export.artifact import Row, human_bytes
+from export.artifact import Row, human_bytes, join
 from export.source import Predict, folder_of, in_order, user_code
 
 # Of the largest magnitude of an output: both sides compute in fp32, a float16 output rounds to 11 bits.
 TOLERANCES = {"float32": 1e-3, "float16": 2e-3}
+ROW_TOLERANCE = 0.01  # of the largest magnitude: a batch may run other kernels than a row
 _WIDENED = "; load()'s 16-bit weights were widened to float32, so cast to the weights' dtype, not to a fixed one"
 INTEGER_AGREEMENT = 0.99  # equal entries of an integer output: ties may fall either way
 
@@ -121,6 +122,28 @@ def check_repeatable(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) 
             raise InputError(
                 f"model.py: forward called twice with the same inputs gives another output {name!r} (off by "
                 f"{error:.3g}): it draws at random or keeps state from call to call; a served graph must do neither"
+            )
+
+
+def check_rows_independent(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> None:
+    """Raises InputError where a row's outputs depend on its neighbours, which Triton takes from other callers.
+
+    Float outputs tell; an integer one may differ by a tie.
+    """
+    together = run_torch(spec, model, inputs)
+    rows = len(next(iter(inputs.values())))
+    if rows == 1 or spec.axes[BATCH].min > 1:
+        return
+    alone = join(
+        [run_torch(spec, model, {name: array[at : at + 1] for name, array in inputs.items()}) for at in range(rows)]
+    )
+    for name, value in alone.items():
+        error = error_of(value, together[name])
+        if value.dtype.kind == "f" and not error <= ROW_TOLERANCE:
+            raise InputError(
+                f"model.py: output {name!r} of a row alone is off by {error:.3g} from the same in a batch of {rows}: "
+                "rows influence one another, but Triton batches requests of different callers; compute each row by "
+                "itself, or set [axes.batch] to min = opt = max = 1"
             )
 
 

@@ -58,6 +58,7 @@ from export.reference import (
     check_corners,
     check_memory,
     check_repeatable,
+    check_rows_independent,
     inputs_at,
     sizes_text,
     traced_sizes,
@@ -132,7 +133,7 @@ def _why_not_exported(error: BaseException, folder: Path) -> str:
     if "data-dependent" in str(error) or "FakeTensor" in str(error):
         return (
             f"{place}: cannot be exported: Python needs the values of a tensor here, and a graph has no Python; write "
-            f"torch.where for values, torch.cond for branches, a mask for lengths ({lines[0]})"
+            f"torch.where for values, torch.cond for branches of a batch of 1, a mask for lengths ({lines[0]})"
         )
     return f"{place}: cannot be exported: {' '.join(lines[:2]) or type(error).__name__}"
 
@@ -206,6 +207,7 @@ def export_model(source: Source) -> dict[str, Any]:
     model = source.load()
     example = inputs_at(spec, evaluation, traced_sizes(spec))
     check_repeatable(spec, model, example)
+    check_rows_independent(spec, model, example)
     with scratch_in(path.parent) as scratch:
         with log.status("exporting with the dynamo exporter"):
             graph = onnx_from_torch(spec, model, example)

@@ -159,9 +159,10 @@ def test_a_data_dependent_branch_is_refused_with_its_line_and_what_to_write(
         ("return self.line(x).squeeze()", r"forward returned float32 \[8\]; .* here \[1, 8\]"),
         ("return self.line(x).sum()", r"forward returned float32 \[\]; deploy.toml says"),
         ("return self.line(x) + torch.linalg.svd(x.unsqueeze(1))[1]", "cannot be exported: No ONNX function found for .*linalg_svd"),
+        ("return self.line(x) - self.line(x).mean(0)", r"'y' of a row alone is off by .* set \[axes.batch\] to min = opt"),
         ("return self.lime(x)", "model.py:11: .*AttributeError: 'Tiny' object has no attribute 'lime'"),
     ],
-    ids=["random", "state", "batch of 1", "batch of 1 squeezed", "no batch", "operator", "bug"],
+    ids=["random", "state", "batch of 1", "batch of 1 squeezed", "no batch", "operator", "rows that mix", "bug"],
 )  # fmt: skip
 def test_a_forward_that_no_graph_can_follow_is_one_line(tmp_path: Path, body: str, message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -1,4 +1,4 @@
-"""Two linear layers of which the sum of the batch picks one: what torch.cond is for."""
+"""Two linear layers of which the sum of the input picks one: what torch.cond is for."""
 
 from collections.abc import Iterator
 
