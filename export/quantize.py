@@ -52,6 +52,7 @@ from export.artifact import (
     need,
     onnx_path,
     pruned_settings,
+    pruning_of,
     publish,
     read_manifest,
     refuse,
@@ -61,6 +62,7 @@ from export.artifact import (
     write_manifest,
 )
 from export.budget import Baseline
+from export.cache import fetch, key_of, store
 from export.calibration import Calibration, calibration_of, length_of, stratified
 from export.curve import MOST_GROWTH, Points, calibration_curve, ranges_by_samples, with_ranges, would_more_help
 from export.ptq import check_source, fp16_from_onnx, qdq_from_onnx
@@ -77,6 +79,7 @@ from export.runners import onnx_runner, outputs_of
 from export.sensitivity import RANKING_ROWS, output_error, sensitivity_pass, shares_table, verdict
 from export.source import Predict, Source
 
+REPORTS = ("calibration", "sensitivity")
 CURVE_ROWS = 64  # evaluation rows that the curve's errors are measured on
 
 log = Console(file=sys.stderr)
@@ -111,50 +114,76 @@ def prove(config: QuantConfig, found: dict[str, Any]) -> None:
 
 def quantize_model(spec: DeploymentSpec, config: QuantConfig, model_folder: Source | None = None) -> dict[str, Any]:
     """Runs the stage; returns what it made. Without the model's folder there is no sensitivity pass."""
-    clock = Clock()
     source = need(onnx_path(spec.name, "fp32"), f"python -m export.to_onnx --model {spec.name}")
     path = onnx_path(spec.name, config.precision)
-    sources = {"weights": read_manifest(source).sources["weights"], "onnx": sha256(source)}
     if config.precision != "fp16" and config.calibration_data is None:
         raise InputError(f"{config.precision}: no calibration data; random data would make a graph that is wrong")
     evaluation = load_rows(build_dir(spec.name) / "evaluation.npz")
     calibration: Calibration | None = None
-    reports: dict[str, Any] = {}
+    sources = {"weights": read_manifest(source).sources["weights"], "onnx": sha256(source)}
     if config.calibration_data is not None:
         data = Path(config.calibration_data)
         calibration = calibration_of(spec, data, config.num_samples, evaluation)
         sources["calibration"] = sha256(data)
     check_source(source, config)
+    key = key_of(
+        "quantize",
+        sources=sources,
+        evaluation=sha256(build_dir(spec.name) / "evaluation.npz"),
+        settings=dataclasses.asdict(dataclasses.replace(config, calibration_data=None)),
+        spec=spec.model_dump(mode="json"),
+        sensitivity=model_folder is not None,
+        pruning=pruning_of(spec.name),
+    )
     with scratch_in(path.parent) as scratch:
-        with scratch_in(scratch) as work, log.status(f"{config.precision} from {source}"):
-            if calibration is None or config.precision == "fp16":
-                model = fp16_from_onnx(_copied(spec, work / "fp16"), config, calibration)
-            else:
-                model, reports = _to_8_bits(spec, config, calibration, evaluation, work, model_folder)
-            save_graph(model, scratch / source.name)
-        found = found_precision(scratch / source.name)
-        prove(config, found)
-        _check_that_it_runs(spec, scratch / source.name, evaluation)
-        for name, report in reports.items():
-            (scratch / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
-        manifest = Manifest(
-            model=spec.name,
-            precision=config.precision,
-            found=found,
-            sources=sources,
-            settings={**_settings(config, calibration, reports), **pruned_settings(spec.name)},
-            axes=axes_of(spec),
-            versions=tool_versions(),
-            size_bytes=sum(file.stat().st_size for file in scratch.glob("model.onnx*")),
-            build_s=clock.elapsed_s,
-        )
-        write_manifest(scratch / "manifest.json", manifest)
+        if not fetch(key, scratch):
+            _quantize(spec, config, sources, calibration, evaluation, scratch, model_folder)
+            store(key, scratch)
         publish(scratch, path)
+    reports = {name: file for name in REPORTS if (file := path.parent / f"{name}.json").is_file()}
     return {
         "path": str(path),
-        **manifest.model_dump(include={"precision", "found", "settings", "size_bytes", "build_s"}),
-        **reports,
+        **read_manifest(path).model_dump(include={"precision", "found", "settings", "size_bytes", "build_s"}),
+        **({name: json.loads(file.read_text()) for name, file in reports.items()}),
     }
+
+
+def _quantize(
+    spec: DeploymentSpec,
+    config: QuantConfig,
+    sources: dict[str, str],
+    calibration: Calibration | None,
+    evaluation: list[Row],
+    scratch: Path,
+    model_folder: Source | None,
+) -> None:
+    """Writes graph, reports and manifest into the folder `scratch`."""
+    clock = Clock()
+    graph = scratch / "model.onnx"
+    reports: dict[str, Any] = {}
+    with scratch_in(scratch) as work, log.status(f"{config.precision} of {spec.name}"):
+        if calibration is None or config.precision == "fp16":
+            model = fp16_from_onnx(_copied(spec, work / "fp16"), config, calibration)
+        else:
+            model, reports = _to_8_bits(spec, config, calibration, evaluation, work, model_folder)
+        save_graph(model, graph)
+    found = found_precision(graph)
+    prove(config, found)
+    _check_that_it_runs(spec, graph, evaluation)
+    for name, report in reports.items():
+        (scratch / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    manifest = Manifest(
+        model=spec.name,
+        precision=config.precision,
+        found=found,
+        sources=sources,
+        settings={**_settings(config, calibration, reports), **pruned_settings(spec.name)},
+        axes=axes_of(spec),
+        versions=tool_versions(),
+        size_bytes=sum(file.stat().st_size for file in scratch.glob("model.onnx*")),
+        build_s=clock.elapsed_s,
+    )
+    write_manifest(scratch / "manifest.json", manifest)
 
 
 def _to_8_bits(
