@@ -46,13 +46,17 @@ from export.artifact import (
     human_bytes,
     onnx_path,
     pruned_settings,
+    pruning_of,
     publish,
+    read_manifest,
     row_digests,
     save_rows,
     scratch_in,
+    sha256,
     tool_versions,
     write_manifest,
 )
+from export.cache import fetch, key_of, store
 from export.calibration import pool_size, stratified
 from export.reference import (
     check_corners,
@@ -191,9 +195,38 @@ def save_onnx(graph: onnx.ModelProto, path: Path) -> None:
 
 def export_model(source: Source) -> dict[str, Any]:
     """Runs the stage; returns what it made and measured."""
-    spec, clock = source.spec, Clock()
+    spec = source.spec
     path = onnx_path(spec.name, "fp32")
     check_memory(spec)
+    rows = _rows(source)
+    model = source.load()
+    files = {split: build_dir(spec.name) / f"{split}.npz" for split in rows}
+    for split, file in files.items():
+        save_rows(file, rows[split])
+    key = key_of(
+        "to_onnx",
+        sources={"weights": weights_digest(model), **{split: sha256(file) for split, file in files.items()}},
+        spec=spec.model_dump(mode="json"),
+        pruning=pruning_of(spec.name),
+    )
+    with scratch_in(path.parent) as scratch:
+        if not fetch(key, scratch):
+            _export(spec, model, rows["evaluation"], scratch)
+            store(key, scratch)
+        publish(scratch, path)
+    manifest = read_manifest(path)
+    return {
+        "path": str(path),
+        "size_bytes": manifest.size_bytes,
+        "checks": manifest.found["checks"],
+        "rows": {split: len(found) for split, found in rows.items()},
+        "build_s": manifest.build_s,
+    }
+
+
+def _rows(source: Source) -> dict[str, list[Row]]:
+    """Real inputs by split, none of them in both."""
+    spec = source.spec
     with log.status("reading samples"):
         evaluation = list(source.rows("evaluation", EVALUATION_ROWS))
         pool = list(source.rows("calibration", pool_size(spec)))
@@ -204,45 +237,40 @@ def export_model(source: Source) -> dict[str, Any]:
             f"{source.folder / 'model.py'}: {len(shared)} of {len(calibration)} calibration samples are evaluation "
             "samples too; the two must be disjoint, or the accuracy budget is judged on what was calibrated on"
         )
-    model = source.load()
+    return {"calibration": calibration, "evaluation": evaluation}
+
+
+def _export(spec: DeploymentSpec, model: torch.nn.Module, evaluation: list[Row], scratch: Path) -> None:
+    """Writes graph and manifest into the folder `scratch`, the graph checked against PyTorch."""
+    clock = Clock()
     example = inputs_at(spec, evaluation, traced_sizes(spec))
     check_repeatable(spec, model, example)
     check_rows_independent(spec, model, example)
-    with scratch_in(path.parent) as scratch:
-        with log.status("exporting with the dynamo exporter"):
-            graph = onnx_from_torch(spec, model, example)
-            save_onnx(graph, scratch / "model.onnx")
-            onnx.checker.check_model(scratch / "model.onnx", full_check=True)
-        with log.status("comparing with PyTorch"):
-            session = onnxruntime.InferenceSession(scratch / "model.onnx", providers=["CPUExecutionProvider"])
+    path = scratch / "model.onnx"
+    with log.status("exporting with the dynamo exporter"):
+        graph = onnx_from_torch(spec, model, example)
+        save_onnx(graph, path)
+        onnx.checker.check_model(path, full_check=True)
+    with log.status("comparing with PyTorch"):
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-            def predict(inputs: Row) -> Row:
-                return dict(zip(spec.outputs, session.run(list(spec.outputs), inputs), strict=True))
+        def predict(inputs: Row) -> Row:
+            return dict(zip(spec.outputs, session.run(list(spec.outputs), inputs), strict=True))
 
-            checks = check_corners(spec, model, predict, "model.onnx", evaluation)
-        size = sum(file.stat().st_size for file in scratch.iterdir())
-        manifest = Manifest(
-            model=spec.name,
-            precision="fp32",
-            found={"operators": len(graph.graph.node), "opset": OPSET},
-            sources={"weights": weights_digest(model)},
-            settings=pruned_settings(spec.name),
-            axes=axes_of(spec),
-            versions=tool_versions(),
-            size_bytes=size,
-            build_s=clock.elapsed_s,
-        )
-        save_rows(build_dir(spec.name) / "calibration.npz", calibration)
-        save_rows(build_dir(spec.name) / "evaluation.npz", evaluation)
-        write_manifest(scratch / "manifest.json", manifest)
-        publish(scratch, path)
-    return {
-        "path": str(path),
-        "size_bytes": size,
-        "checks": checks,
-        "rows": {"calibration": len(calibration), "evaluation": len(evaluation)},
-        "build_s": manifest.build_s,
-    }
+        checks = check_corners(spec, model, predict, "model.onnx", evaluation)
+    size = sum(file.stat().st_size for file in scratch.iterdir())
+    manifest = Manifest(
+        model=spec.name,
+        precision="fp32",
+        found={"operators": len(graph.graph.node), "opset": OPSET, "checks": checks},
+        sources={"weights": weights_digest(model)},
+        settings=pruned_settings(spec.name),
+        axes=axes_of(spec),
+        versions=tool_versions(),
+        size_bytes=size,
+        build_s=clock.elapsed_s,
+    )
+    write_manifest(scratch / "manifest.json", manifest)
 
 
 def main() -> None:
