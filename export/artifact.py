@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from deepseek.spec import DeploymentSpec, FileDigest, InputError, Manifest, Target, build_dir
 
 Row = dict[str, np.ndarray]  # one sample: each input with a batch dimension of 1
 
+EXTERNAL_DATA_BYTES = 1 << 30  # of weights: past this they lie in a file of their own
 # Distributions whose version can change what an artifact holds.
 _TOOLS = (
     "torch",
@@ -142,7 +144,13 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def publish(files: Path, artifact: Path) -> None:
-    """Moves all of the folder `files` beside `artifact`, which comes last: what Make waits for."""
+    """Moves all of the folder `files` beside `artifact`, which comes last: what Make waits for.
+
+    What an earlier artifact had beside it (external weights) and this one has not goes.
+    """
+    for stale in artifact.parent.glob(f"{artifact.name}.*"):
+        if not (files / stale.name).exists():
+            stale.unlink()
     for path in sorted(files.iterdir(), key=lambda path: (path.name == artifact.name, path.name)):
         os.replace(path, artifact.parent / path.name)
     os.utime(artifact)  # newer than the rest, whenever it was written
@@ -219,6 +227,20 @@ class Clock:
     def elapsed_s(self) -> float:
         """Rounded to milliseconds."""
         return round(time.monotonic() - self._start, 3)
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor's values, wherever they are stored."""
+    return int(np.prod(tensor.dims)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
+    """Writes a graph; past what one protobuf can hold (2 GiB), with its weights in `<name>.data` beside it."""
+    large = sum(map(tensor_bytes, model.graph.initializer)) > EXTERNAL_DATA_BYTES
+    onnx.save(model, path, save_as_external_data=large, location=f"{path.name}.data" if large else None)
+    if large:
+        path.with_name(f"{path.name}.data").chmod(path.stat().st_mode)  # onnx writes it for its owner only
+        onnx.load_external_data_for_model(model, str(path.parent))  # onnx took the weights out of `model`
 
 
 def save_rows(path: Path, rows: Iterable[Row]) -> int:

@@ -120,6 +120,7 @@ def qdq_from_onnx(path: Path, config: QuantConfig, calibration: Calibration) -> 
             nodes_to_exclude=_exactly(high) or None,
             high_precision_dtype=config.high_precision,
             enable_gemv_detection_for_trt=calibration.largest_batch > 1,  # else every product is one
+            use_external_data_format=path.with_name(f"{path.name}.data").exists(),
             output_path=str(made),
             log_level="ERROR",
         )

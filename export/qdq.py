@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import onnx
 
+from export.artifact import tensor_bytes
+
 COMPUTE_OPS = ("MatMul", "Gemm", "Conv")
 _CARRIERS = ("Transpose", "Reshape", "Cast")  # may stand between a pair and the layer that it is for
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
@@ -23,7 +25,6 @@ _FLOAT_TYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT16: "fp16",
     onnx.TensorProto.BFLOAT16: "bf16",
 }
-_EXTERNAL_BYTES = 1 << 30  # a protobuf file holds less than 2 GiB
 
 Producers = Mapping[str, onnx.NodeProto]
 
@@ -31,17 +32,6 @@ Producers = Mapping[str, onnx.NodeProto]
 def load_graph(path: Path) -> onnx.ModelProto:
     """A graph with its weights."""
     return onnx.load(path)
-
-
-def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Writes a graph, the weights of a large one beside it."""
-    size = sum(tensor_bytes(tensor) for tensor in model.graph.initializer)
-    onnx.save(model, path, save_as_external_data=size > _EXTERNAL_BYTES, location=f"{path.name}.data")
-
-
-def tensor_bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes of a tensor's values, wherever they are stored."""
-    return int(np.prod(tensor.dims)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 def producers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:

@@ -50,6 +50,7 @@ from export.artifact import (
     publish,
     read_manifest,
     row_digests,
+    save_graph,
     save_rows,
     scratch_in,
     sha256,
@@ -72,7 +73,6 @@ from export.source import Source, folder_of, place_of
 
 OPSET = 20  # ModelOpt needs 19 for fp8 scales; at 23 attention becomes one op that TensorRT may not take
 EVALUATION_ROWS = 2000
-EXTERNAL_DATA_BYTES = 1 << 30  # of weights: past this they lie in a file of their own
 
 log = Console(file=sys.stderr)  # bound now: the exporter's own output is discarded below
 
@@ -184,15 +184,6 @@ def _name_axes(value: onnx.ValueInfoProto, shape: tuple[int | str, ...], fixed: 
             dim.dim_param = name
 
 
-def save_onnx(graph: onnx.ModelProto, path: Path) -> None:
-    """Writes a graph; past what one protobuf can hold (2 GiB), with its weights in `<name>.data` beside it."""
-    weights_bytes = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
-    large = weights_bytes > EXTERNAL_DATA_BYTES
-    onnx.save(graph, path, save_as_external_data=large, location=f"{path.name}.data" if large else None)
-    if large:
-        path.with_name(f"{path.name}.data").chmod(path.stat().st_mode)  # onnx writes it for its owner only
-
-
 def export_model(source: Source) -> dict[str, Any]:
     """Runs the stage; returns what it made and measured."""
     spec = source.spec
@@ -249,7 +240,7 @@ def _export(spec: DeploymentSpec, model: torch.nn.Module, evaluation: list[Row],
     path = scratch / "model.onnx"
     with log.status("exporting with the dynamo exporter"):
         graph = onnx_from_torch(spec, model, example)
-        save_onnx(graph, path)
+        save_graph(graph, path)
         onnx.checker.check_model(path, full_check=True)
     with log.status("comparing with PyTorch"):
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -347,10 +347,10 @@ def _free_ports(address: str, wanted: dict[str, int]) -> list[int]:
 def _load_failures(log_path: Path) -> str:
     """Triton's own reason for each model that did not load, in one line."""
     log = log_path.read_text(errors="replace")
-    reasons = {
-        " ".join(match[2].partition(r"\n\nAt:")[0].split())  # a Python model's own reason, without its stack
-        for match in re.finditer(r'failed to (load|stat|poll)\b(.*?)(?:"?\n(?=[IWE]\d{4}|\+|$))', log, re.DOTALL)
-    }
+    line_end = r'"?\n(?=[IWE]\d{4}|\+|$)'
+    found = re.finditer(rf"(?:failed to (?:load|stat|poll)|Poll failed for)\b(.*?){line_end}", log, re.DOTALL)
+    # A Python model's own reason, without its stack.
+    reasons = {" ".join(match[1].partition(r"\n\nAt:")[0].split()) for match in found}
     return "; ".join(f"failed to load {reason}" for reason in sorted(reasons) if "all models" not in reason)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,7 @@ from deepseek_client import InferenceClient
 
 from deepseek.quantization import QuantConfig
 from deepseek.spec import DeploymentSpec, InputError
-from export import to_onnx
+from export import artifact
 from export.artifact import load_rows
 from export.quantize import quantize_model
 from export.runners import torch_runner
@@ -34,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("field")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BUILD", str(folder / "build"))
-        patch.setattr(to_onnx, "EXTERNAL_DATA_BYTES", 1 << 10)  # stands in for 1 GiB
+        patch.setattr(artifact, "EXTERNAL_DATA_BYTES", 1 << 10)  # stands in for 1 GiB
         for name in ("ranker", "branch"):
             export_model(Source(name, "tests/models"))
         quantize_model(DeploymentSpec.load("tests/models/branch"), FP16)
@@ -64,6 +65,22 @@ def test_what_is_served_is_what_pytorch_gives(
             served = client.infer(name, row)
             for output, expected in reference(row).items():
                 np.testing.assert_allclose(served[output], expected, atol=tolerance * np.abs(expected).max())
+
+
+def test_large_weights_are_quantized_and_replaced_by_small_ones(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path))
+    shutil.copytree(folder / "build" / "ranker", tmp_path / "ranker")
+    source = Source("ranker", "tests/models")
+    int8 = QuantConfig.of_precision("int8", calibration_data=tmp_path / "ranker" / "calibration.npz")
+    weights = tmp_path / "ranker" / "int8" / "model.onnx.data"
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "EXTERNAL_DATA_BYTES", 1 << 10)
+        quantize_model(source.spec, int8, source)
+        assert weights.is_file()
+    quantize_model(source.spec, int8, source)
+    assert not weights.exists()
 
 
 def test_large_weights_go_with_the_graph_into_the_repository(folder: Path) -> None:
