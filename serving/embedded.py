@@ -351,7 +351,9 @@ def _load_failures(log_path: Path) -> str:
     found = re.finditer(rf"(?:failed to (?:load|stat|poll)|Poll failed for)\b(.*?){line_end}", log, re.DOTALL)
     # A Python model's own reason, without its stack.
     reasons = {" ".join(match[1].partition(r"\n\nAt:")[0].split()) for match in found}
-    return "; ".join(f"failed to load {reason}" for reason in sorted(reasons) if "all models" not in reason)
+    syntax = re.findall(r"Error parsing text-format [\w.]+: (.*)", log)  # of a config.pbtxt, said before its failure
+    failures = [f"failed to load {reason}" for reason in sorted(reasons) if "all models" not in reason]
+    return "; ".join([*failures, *syntax])
 
 
 def _failure(log_path: Path, status: int) -> str:
