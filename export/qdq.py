@@ -145,6 +145,52 @@ def use_wide_activations(model: onnx.ModelProto) -> None:
     drop_unread(model.graph)
 
 
+def keep_residuals_wide(model: onnx.ModelProto) -> None:
+    """Lets additions read values as they were before a pair that was set for a product beside them.
+
+    A residual loses nothing then, and ONNX Runtime fuses the pair into the product that alone reads it.
+    """
+    producers = producers_of(model.graph)
+    for node in model.graph.node:
+        for place, name in enumerate(node.input if node.op_type == "Add" else ()):
+            dequantize = producers.get(name)
+            if dequantize is not None and dequantize.op_type == "DequantizeLinear":
+                quantize = producers.get(dequantize.input[0])
+                if quantize is not None and quantize.op_type == "QuantizeLinear":
+                    node.input[place] = quantize.input[0]
+    drop_unread(model.graph)
+
+
+def with_unsigned_activations(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose int8 activations are uint8 with a zero point of 128: the same steps, the same values.
+
+    ONNX Runtime's kernels for x86 take unsigned activations. It converts a signed pair by itself, but not one that
+    several products read, and then runs those in fp32 with their weights dequantized at every call.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
+    zero = onnx.numpy_helper.from_array(np.array(128, np.uint8), "zero_point_of_unsigned_activations")
+    signed = {
+        node.output[0]
+        for node in copy.graph.node
+        if node.op_type == "QuantizeLinear"
+        and len(node.input) > 2
+        and tensors[node.input[2]].data_type == onnx.TensorProto.INT8
+        and not tensors[node.input[2]].dims  # one for each channel: a weight behind some other node
+    }
+    for node in copy.graph.node:
+        if (node.op_type == "QuantizeLinear" and node.output[0] in signed) or (
+            node.op_type == "DequantizeLinear" and node.input[0] in signed
+        ):
+            node.input[2] = zero.name
+    for value in [value for value in copy.graph.value_info if value.name in signed]:
+        copy.graph.value_info.remove(value)
+    copy.graph.initializer.append(zero)
+    drop_unread(copy.graph)
+    return copy
+
+
 def use_one_scale_a_tensor(model: onnx.ModelProto) -> None:
     """Gives every weight one scale. The largest of its channels' is that of the whole: both are max |w| / 127."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}

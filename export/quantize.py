@@ -70,10 +70,12 @@ from export.ptq import check_source, fp16_from_onnx, qdq_from_onnx
 from export.qdq import (
     COMPUTE_OPS,
     found_precision,
+    keep_residuals_wide,
     load_graph,
     use_one_scale_a_tensor,
     use_wide_activations,
     with_8_bit_weights,
+    with_unsigned_activations,
 )
 from export.runners import onnx_runner, outputs_of
 from export.sensitivity import RANKING_ROWS, output_error, sensitivity_pass, shares_table, verdict
@@ -227,7 +229,10 @@ def _to_8_bits(
         "curve": curve,
         "conclusion": would_more_help(curve),
     }
-    return with_8_bit_weights(model), reports
+    model = with_8_bit_weights(model)
+    if config.precision == "int8" and config.high_precision == "fp32":  # for ONNX Runtime on a CPU
+        model = with_unsigned_activations(model)
+    return model, reports
 
 
 def _copied(spec: DeploymentSpec, folder: Path) -> Path:
@@ -255,6 +260,7 @@ def _calibrated(
     def calibrated(method: Method) -> onnx.ModelProto:
         path = _copied(spec, work / method)
         model = qdq_from_onnx(path, dataclasses.replace(config, calibration_method=method), calibration)
+        keep_residuals_wide(model)
         if not config.per_channel:
             use_one_scale_a_tensor(model)
         if config.weight_only:

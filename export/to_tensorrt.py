@@ -74,6 +74,11 @@ def build_engine(
     if reason := refusal(source):  # one of several candidates: the others go on
         refuse(path, reason)
         return {"path": str(path), "precision": precision, "refused": reason}
+    if precision == "int8" and read_manifest(source).settings.get("high_precision") == "fp32":
+        raise InputError(
+            f"{source}: made for ONNX Runtime on a CPU (unsigned activations, which TensorRT does not take); quantize "
+            f"it with --high-precision fp16, as make engine TARGET={target} does"
+        )
     trt = tensorrt_module(target)
     key = key_of(
         "to_tensorrt",

@@ -1,7 +1,8 @@
 """The ratios that the README's table shows, each from one run on this machine.
 
 No absolute time is kept: both sides of a ratio are measured in turn, many times, and the median of the
-pairs is printed with its quartiles. Needs a built recommender (`make engine`). Writes `build/bench.json`.
+pairs is printed with its quartiles. Needs both models built
+(`make engine`, `make engine MODEL=minilm`). Writes `build/bench.json`.
 
 Examples:
     python -m tests.bench
@@ -35,7 +36,7 @@ from tritonclient import grpc as triton_grpc
 from tritonclient import http as triton_http
 
 from deepseek.spec import DeploymentSpec, InputError, Parser, build_dir, run_command
-from export.artifact import Row, batches, choice_path, load_rows, onnx_path
+from export.artifact import Row, batches, choice_path, load_rows, onnx_path, read_manifest
 from serving.embedded import EmbeddedServer
 from tests.conftest import run_module
 
@@ -87,6 +88,7 @@ def samples(split):
     for _ in range(64):
         yield {"input_ids": random.integers(1, 30522, (1, 128))}
 """
+BUILT = ("recommender", "minilm")  # by `make engine`, before
 SIDE_S = 4.0  # of one side of a pair
 
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -100,7 +102,7 @@ class Bench:
         self.folder, self.pairs = folder, pairs
         self.results: list[dict[str, Any]] = []
         os.environ["BUILD"] = str(folder / "build")
-        self.specs = {name: DeploymentSpec.of_model(name, folder / "models") for name in ("encoder", "recommender")}
+        self.specs = {name: DeploymentSpec.of_model(name, folder / "models") for name in ("encoder", *BUILT)}
         self.rows = {name: load_rows(build_dir(name) / "evaluation.npz") for name in self.specs}
 
     def record(self, name: str, ratios: list[float], goal: str = "") -> None:
@@ -236,21 +238,60 @@ class Bench:
         self.record(f"served over raw ONNX Runtime, {name}, {how}", ratios, goal)
 
     def int8(self) -> None:
-        """int8 over fp32 in raw ONNX Runtime."""
-        for name in self.specs:
+        """int8 over fp32 in raw ONNX Runtime, by batch, with what the metric loses; and the graphs' sizes."""
+        for name in ("recommender", "minilm", "encoder"):
+            lost = _lost(name, "int8")
             sessions = {
                 precision: self.raw_sessions(onnx_path(name, precision), 1)[0] for precision in ("fp32", "int8")
             }
-            _, inputs = next(batches(self.rows[name], self.specs[name].axes["batch"].opt))
-            ratios = []
-            for _ in range(8 * self.pairs):
-                seconds = {key: _seconds_of_runs(session, inputs) for key, session in sessions.items()}
-                ratios.append(seconds["fp32"] / seconds["int8"])
-            self.record(f"int8 over fp32 in ONNX Runtime, {name}", ratios)
+            batch_axis = self.specs[name].axes["batch"]
+            for batch in sorted({1, batch_axis.opt, batch_axis.max}):
+                _, inputs = max(batches(self.rows[name], batch), key=lambda found: len(found[0]))
+                self.record(f"int8 over fp32, {name}, batch {batch}", self.speedups(sessions, inputs), lost)
+            sizes = {key: read_manifest(onnx_path(name, key)).size_bytes for key in sessions}
+            self.record(f"size of int8 over fp32, {name}", [sizes["int8"] / sizes["fp32"]] * 2)
+
+    def speedups(self, sessions: dict[str, onnxruntime.InferenceSession], inputs: Row) -> list[float]:
+        """How many times faster the second session is, in pairs."""
+        ratios = []
+        for _ in range(4 * self.pairs):
+            first, second = (_seconds_of_runs(session, inputs) for session in sessions.values())
+            ratios.append(first / second)
+        return ratios
+
+    def pruned(self) -> None:
+        """The recommender without a quarter of its heads and channels over the whole one, raw fp32."""
+        whole = self.raw_sessions(onnx_path("recommender", "fp32"), 1)[0]
+        build = str(self.folder / "pruned")
+        subprocess.run(["cp", "-r", build_dir("recommender").parent, build], check=True)
+        for stage, *flags in (("export.prune", "--ratio", "0.25"), ("export.to_onnx",)):
+            with log.status(f"{stage} of the recommender"):
+                run = run_module(stage, *flags, BUILD=build, PYTHONWARNINGS="ignore")
+            if run.returncode:
+                raise InputError(run.stderr)
+        report = json.loads((Path(build) / "recommender" / "pruning.json").read_text())
+        pruned = self.raw_sessions(Path(build) / "recommender" / "fp32" / "model.onnx", 1)[0]
+        _, inputs = next(batches(self.rows["recommender"], self.specs["recommender"].axes["batch"].opt))
+        ratios = self.speedups({"whole": whole, "pruned": pruned}, inputs)
+        self.record("pruned over unpruned, recommender, batch 16", ratios, f"drop {report['drop']:+.2%}")
+
+    def cached(self) -> None:
+        """Time of `make engine` whose artifacts are in the cache over one that makes them."""
+        ratios = []
+        for pair in range(max(3, self.pairs // 4)):
+            seconds = []
+            for turn in ("cold", "cached"):
+                made = self.folder / f"engine-{pair}-{turn}"
+                settings = [f"BUILD={made / 'build'}", f"REPOSITORY={made / 'repository'}"]
+                settings += ["MODELS=tests/models", "MODEL=text", f"CACHE={self.folder / f'cache-{pair}'}"]
+                command = ["make", "engine", *settings]
+                seconds.append(_seconds(functools.partial(subprocess.run, command, check=True, capture_output=True)))
+            ratios.append(seconds[1] / seconds[0])
+        self.record("cached make engine over a cold one, tests/models/text", ratios)
 
     def batching(self) -> None:
         """Dynamic batching on over off, 32 requests in flight."""
-        for name in self.specs:
+        for name in ("encoder", "recommender"):
             off = self.folder / f"unbatched-{name}"
             if not off.exists():
                 subprocess.run(["cp", "-r", self.repository(name), off], check=True)
@@ -328,6 +369,15 @@ def _rows_per_s_of(sessions: list[onnxruntime.InferenceSession], inputs: Row) ->
     return measure
 
 
+def _lost(name: str, precision: str) -> str:
+    """What the task metric loses, as `export.compare` measured it."""
+    path = choice_path(name, "onnxruntime")
+    if not path.is_file():
+        return ""
+    choice = json.loads(path.read_text())
+    return f"{choice['metric']} {choice['variants'][precision]['drop']:+.2%} lost"
+
+
 def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
@@ -381,15 +431,18 @@ def _without_block(text: str, name: str) -> str:
 
 def prepare(folder: Path) -> None:
     """Builds the encoder and publishes both models in fp32, each in a repository of its own."""
-    chosen = choice_path("recommender", "onnxruntime")
-    if not chosen.is_file():
-        raise InputError(f"{chosen}: no such file; the benchmarks need a built recommender: make engine")
+    for name in BUILT:
+        if not choice_path(name, "onnxruntime").is_file():
+            raise InputError(
+                f"{choice_path(name, 'onnxruntime')}: no such file; the benchmarks need it: make engine MODEL={name}"
+            )
     (folder / "models" / "encoder").mkdir(parents=True)
     (folder / "models" / "encoder" / "deploy.toml").write_text(ENCODER_TOML)
     (folder / "models" / "encoder" / "model.py").write_text(ENCODER_MODEL)
-    (folder / "models" / "recommender").symlink_to(Path("models/recommender").resolve())
     (folder / "build").mkdir()
-    subprocess.run(["cp", "-r", build_dir("recommender"), folder / "build"], check=True)
+    for name in BUILT:
+        (folder / "models" / name).symlink_to(Path("models", name).resolve())
+        subprocess.run(["cp", "-r", build_dir(name), folder / "build"], check=True)
     models = ("--models", str(folder / "models"))
     int8 = ("--precision", "int8", "--high-precision", "fp32")
     steps = [("export.to_onnx", "--model", "encoder"), ("export.quantize", "--model", "encoder", *int8)]
@@ -406,7 +459,7 @@ def prepare(folder: Path) -> None:
 def main() -> None:
     """Runs the benchmarks and prints the table."""
     parser = Parser(__doc__, prog="python -m tests.bench")
-    names = ("served", "int8", "batching", "client", "peer")
+    names = ("served", "int8", "pruned", "cached", "batching", "client", "peer")
     parser.add_argument("--only", choices=names, action="append", help="only this one (may be repeated)")
     parser.add_argument("--pairs", type=int, default=12, help="pairs of a ratio (default: %(default)s)")
     args = parser.parse_args()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,6 +102,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run = run_module(*arguments, BUILD=str(folder / "build"))
             assert run.returncode == 0, run.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def typed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same `build/` with int8 graphs as TensorRT takes them; not to be changed."""
+    build = tmp_path_factory.mktemp("typed") / "build"
+    shutil.copytree(built / "build", build)
+    for model in ("image", "text"):
+        arguments = ("--models", "tests/models", "--model", model, "--precision", "int8", "--high-precision", "fp16")
+        run = run_module("export.quantize", *arguments, BUILD=str(build))
+        assert run.returncode == 0, run.stderr
+    return build
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ pytest.importorskip("tensorrt_rtx")
 BOTH = ("--precision", "fp32", "--precision", "int8", "--json")
 
 
-def test_every_model_is_compiled_and_proved_in_every_precision(build: Path) -> None:
-    run = run_module("export.check_engine", "--models", "tests/models", *BOTH)
+def test_every_model_is_compiled_and_proved_in_every_precision(typed: Path) -> None:
+    models = ("--models", "tests/models", "--model", "image", "--model", "text")
+    run = run_module("export.check_engine", *models, *BOTH, BUILD=str(typed))
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout)["rows"]
     assert [(row["model"], row["precision"]) for row in rows] == [
@@ -27,7 +28,7 @@ def test_every_model_is_compiled_and_proved_in_every_precision(build: Path) -> N
     assert all(row["compute_layers"][row["precision"]] >= 2 for row in rows)
     assert [row["size_over_fp32"] for row in rows if row["precision"] == "fp32"] == [1, 1]
     assert all(row["build_s"] > 0 and row["failure"] == "" for row in rows)
-    assert list(build.rglob("model.plan")) == []
+    assert list(typed.rglob("model.plan")) == []
 
 
 def test_a_graph_that_is_not_what_it_is_named_after_fails_the_check_and_not_the_others(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 
 from deepseek.quantization import QuantConfig
@@ -201,3 +202,16 @@ def test_a_truncated_onnx_file_is_one_line_and_exit_2(built: Path, tmp_path: Pat
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "not a valid ONNX file" in run.stderr
     assert (tmp_path / "image" / "fp16" / "model.onnx").read_bytes() == before
+
+
+def test_every_int8_product_runs_in_integers_in_onnx_runtime(built: Path, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    path = built / "build" / "text" / "int8" / "model.onnx"
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "optimized.onnx").graph
+    constants = {tensor.name for tensor in graph.initializer}
+    dequantized = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
+    assert dequantized == [], "weights dequantized at every call"
+    assert {"MatMulIntegerToFloat", "QLinearMatMul"} & {node.op_type for node in graph.node}

@@ -21,9 +21,9 @@ trt = pytest.importorskip("tensorrt_rtx")
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("model", ["image", "text"])
 def test_a_graph_builds_and_runs_in_the_precision_asked(
-    built: Path, tmp_path: Path, model: str, precision: str
+    typed: Path, tmp_path: Path, model: str, precision: str
 ) -> None:
-    shutil.copytree(built / "build" / model, tmp_path / model)
+    shutil.copytree(typed / model, tmp_path / model)
     flags = (
         "--models",
         "tests/models",
@@ -49,14 +49,14 @@ def test_a_graph_builds_and_runs_in_the_precision_asked(
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_an_fp32_graph_under_another_name_fails_and_leaves_no_engine(
-    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+    typed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
 ) -> None:
-    shutil.copytree(built / "build" / "text", tmp_path / "text")
+    shutil.copytree(typed / "text", tmp_path / "text")
     shutil.copy(tmp_path / "text" / "fp32" / "model.onnx", tmp_path / "text" / precision / "model.onnx")
     monkeypatch.setenv("BUILD", str(tmp_path))
     with pytest.raises(GateFailed, match=f"{precision} was asked for, but no compute layer of the network runs in it"):
         build_engine(DeploymentSpec.load("tests/models/text"), precision, "tensorrt_rtx", TensorrtSpec())
-    assert not (tmp_path / "text" / precision / "tensorrt_rtx").exists()
+    assert not list((tmp_path / "text" / precision / "tensorrt_rtx").iterdir())
 
 
 def test_a_plan_of_the_size_of_fp32_weights_fails() -> None:
@@ -96,6 +96,23 @@ def test_a_missing_tensorrt_says_what_to_install() -> None:
         pytest.skip("TensorRT may be installed on a machine with a GPU")
     with pytest.raises(InputError, match="pip install tensorrt"):
         tensorrt_module("tensorrt")
+
+
+def test_an_int8_graph_for_the_cpu_is_refused_in_one_line(build: Path) -> None:
+    run = run_module(
+        "export.to_tensorrt",
+        "--models",
+        "tests/models",
+        "--model",
+        "text",
+        "--precision",
+        "int8",
+        "--target",
+        "tensorrt_rtx",
+    )
+    assert run.returncode == 2
+    assert "made for ONNX Runtime on a CPU" in run.stderr
+    assert "--high-precision fp16" in run.stderr
 
 
 def test_an_engine_of_rtx_is_never_published(build: Path) -> None:
