@@ -90,12 +90,12 @@ log = Console(file=sys.stderr)
 class Trials:
     """Runs graphs that are not published yet, one after the other, in ONNX Runtime."""
 
-    def __init__(self, spec: DeploymentSpec, folder: Path) -> None:
-        self._spec, self._path = spec, folder / "trial.onnx"
+    def __init__(self, spec: DeploymentSpec, folder: Path, config: QuantConfig) -> None:
+        self._spec, self._path, self._config = spec, folder / "trial.onnx", config
 
     def predict(self, model: onnx.ModelProto) -> Predict:
         """What runs `model`; external weights are read while it is opened, so that the file may go."""
-        save_graph(model, self._path)
+        save_graph(finished(model, self._config), self._path)  # as it will be served: its kernels count too
         return onnx_runner(self._spec, self._path, "onnxruntime")
 
     def over(self, rows: list[Row]) -> Callable[[onnx.ModelProto], list[Row]]:
@@ -197,7 +197,7 @@ def _to_8_bits(
     model_folder: Source | None,
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """The 8-bit graph and the reports "calibration" and "sensitivity"."""
-    trials = Trials(spec, work)
+    trials = Trials(spec, work, config)
     sample = stratified(evaluation, CURVE_ROWS)
     reference = trials.over(sample)(load_graph(onnx_path(spec.name, "fp32")))
 
@@ -216,7 +216,7 @@ def _to_8_bits(
             spec.precision.max_drop,
         )
     if config.weight_only:  # no ranges
-        return with_8_bit_weights(model), reports
+        return finished(model, config), reports
     curve = calibration_curve(model, points[method], error_of)
     lengths = [length_of(row) for row in calibration.rows]
     reports["calibration"] = {
@@ -229,10 +229,15 @@ def _to_8_bits(
         "curve": curve,
         "conclusion": would_more_help(curve),
     }
+    return finished(model, config), reports
+
+
+def finished(model: onnx.ModelProto, config: QuantConfig) -> onnx.ModelProto:
+    """The graph as it is published: weights stored at 8 bits, activations unsigned for ONNX Runtime on a CPU."""
     model = with_8_bit_weights(model)
-    if config.precision == "int8" and config.high_precision == "fp32":  # for ONNX Runtime on a CPU
+    if config.precision == "int8" and config.high_precision == "fp32":
         model = with_unsigned_activations(model)
-    return model, reports
+    return model
 
 
 def _copied(spec: DeploymentSpec, folder: Path) -> Path:
