@@ -65,7 +65,7 @@ def _code() -> dict[str, str]:
     found = {}
     for name, module in sorted(sys.modules.items()):
         path = getattr(module, "__file__", None)
-        if path and path.endswith(".py") and name != "__main__" and not path.startswith(installed):
+        if path and path.endswith(".py") and not path.startswith(installed):  # __main__, the stage itself, too
             with contextlib.suppress(OSError):  # a module made up at run time
                 found[name] = sha256(Path(path))
     return found

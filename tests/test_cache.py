@@ -46,6 +46,17 @@ def test_the_key_follows_the_code_that_is_loaded(tmp_path: Path, monkeypatch: py
     assert len({before, loaded, cache.key_of("to_onnx")}) == 3
 
 
+def test_the_key_follows_the_stage_that_runs_as_a_command(tmp_path: Path) -> None:
+    stage, keys = tmp_path / "stage.py", set()
+    for line in ("WIDTH = 1", "WIDTH = 2"):
+        stage.write_text(f"from export import cache\n{line}\nprint(cache.key_of('stage'))\n")
+        run = subprocess.run(
+            [sys.executable, stage], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."}
+        )
+        keys.add(run.stdout)
+    assert len(keys) == 2, keys
+
+
 def test_a_damaged_entry_is_dropped_and_leaves_nothing(place: Path, tmp_path: Path) -> None:
     cache.store("k", folder(tmp_path / "made", a="whole", model="weights"))
     (place / "k" / "model").write_text("weighed")
