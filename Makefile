@@ -194,13 +194,13 @@ $(eval $(call remember,target,$(T)))
 $(eval $(call remember,precision,$(PRECISION) $(CANDIDATES)))
 
 MODEL_FILES := $(shell find $(FOLDER) -type f -not -path '*/__pycache__/*' 2>/dev/null)
-STAGES := export/artifact.py deepseek/spec.py
+STAGES := export/artifact.py $(wildcard deepseek/spec/*.py)
 
 # Which precisions auto compares: deploy.toml's candidates.
 ifneq ($(filter engine demo $(REPOSITORY)/% $(BUILD)/%,$(MAKECMDGOALS)),)
 include $(B)/spec.mk
 endif
-$(B)/spec.mk: $(wildcard $(FOLDER)/deploy.toml) deepseek/spec.py | $(VENV)/.ready
+$(B)/spec.mk: $(wildcard $(FOLDER)/deploy.toml) $(wildcard deepseek/spec/*.py) | $(VENV)/.ready
 	@mkdir -p $(@D) && $(PY) -m deepseek.spec --make $(WHICH) >$@.part && mv $@.part $@
 PRECISIONS = $(sort fp32 $(if $(filter auto,$(PRECISION)),$(CANDIDATES),$(PRECISION)))
 

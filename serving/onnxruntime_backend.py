@@ -6,6 +6,8 @@ parameters `threads` is the intra-op threads of one instance, 0 shares the cores
 and `provider_options` are what `[onnxruntime]` of deploy.toml has. An instance of KIND_GPU runs on the GPU that Triton
 gave it. A provider that is missing is the reason for not loading; the one that serves is in the log.
 
+Instances that each take all the cores compute in turn: one takes its batch in and sends its answers while another runs.
+
 Triton's batcher has already put requests of equal shape together: they are joined along the first axis, run once and
 split again. Where a batch fails, its requests are run one by one, so that a bad one fails alone.
 
@@ -18,6 +20,7 @@ Tensors cross by DLPack: the embedded server's stub was compiled for numpy 1, an
 """
 
 import ctypes
+import fcntl
 import json
 import os
 import queue
@@ -47,7 +50,8 @@ class TritonPythonModel:
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         threads = int(parameters["threads"])
         instances = config["instance_group"][0]["count"]
-        options.intra_op_num_threads = threads or max(1, len(os.sched_getaffinity(0)) // instances)
+        cores = len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = threads or max(1, cores // instances)
         # Spin while a batch runs, not after it: the cores are the server's and the clients' too.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3  # a failed request is answered, not also logged
@@ -60,6 +64,8 @@ class TritonPythonModel:
         )
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {opened}")
         self.session = opened.session
+        in_turn = opened.provider == "cpu" and instances > 1 and 2 * options.intra_op_num_threads > cores
+        self.turn = os.open(path, os.O_RDONLY) if in_turn else None
 
     def execute(self, requests: list) -> None:
         """Runs a batch; its answers follow through the requests' response senders."""
@@ -88,7 +94,7 @@ class TritonPythonModel:
             joined = feeds[0]
         else:
             joined = {name: np.concatenate([feed[name] for feed in feeds]) for name in self.inputs}
-        results = self.session.run(self.outputs, joined)
+        results = self._results(joined)
         responses, start = [], 0
         for feed in feeds:
             end = start + len(feed[self.inputs[0]])
@@ -97,11 +103,24 @@ class TritonPythonModel:
             start = end
         return responses
 
+    def _results(self, joined: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """The outputs of a batch, computed when it is this instance's turn."""
+        if self.turn is None:
+            return self.session.run(self.outputs, joined)
+        # Two batches at once push each other's weights out of the caches: 4 to 8 % slower, seen on one core.
+        fcntl.flock(self.turn, fcntl.LOCK_EX)
+        try:
+            return self.session.run(self.outputs, joined)
+        finally:
+            fcntl.flock(self.turn, fcntl.LOCK_UN)
+
     def finalize(self) -> None:
         """Sends what is left and frees the session."""
         self.answers.put(None)
         self.sender.join()
         del self.session
+        if self.turn is not None:
+            os.close(self.turn)
 
 
 def _tensor(name: str, array: np.ndarray) -> object:

@@ -19,7 +19,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 # What one module alone may import besides: served outputs are compared over the client that applications use.
 ALSO = {"export/parity.py": {"deepseek_client"}}
 OURS = {"deepseek", "deepseek_client", "models", "export", "serving", "loadtests", "tests"}
-LIGHT = {f"deepseek/{name}.py" for name in ("__init__", "config", "quantization", "spec")}
+LIGHT = {f"deepseek/{name}.py" for name in ("__init__", "config", "quantization")} | {
+    str(path) for path in Path("deepseek/spec").glob("*.py")
+}
 TORCH_STAGES = {
     f"export/{name}.py" for name in ("prune", "to_onnx", "to_torchscript", "reference", "runners", "to_tensorrt")
 }

@@ -1,0 +1,57 @@
+"""What `deploy.toml` says: the one file that drives export, engine, server, load test and verdict.
+
+Contract: `DeploymentSpec` is the only thing of ours that both islands (build and use) import, so this package needs
+pydantic and nothing heavier. With it stand what every command shares (`deepseek.spec.command`) and the manifest of an
+artifact.
+"""
+
+from deepseek.spec.command import (
+    GateFailed,
+    InputError,
+    InvalidMeasurement,
+    Parser,
+    add_model_arguments,
+    run_command,
+)
+from deepseek.spec.deployment import DeploymentSpec, build_dir
+from deepseek.spec.manifest import FileDigest, Manifest, PublishedManifest
+from deepseek.spec.objectives import Objective, Relation, SloSpec
+from deepseek.spec.tables import (
+    BATCH,
+    TRITON_DTYPES,
+    Axis,
+    ParitySpec,
+    Precision,
+    Provider,
+    Target,
+    TensorrtSpec,
+    TensorSpec,
+    Tolerance,
+)
+
+__all__ = [
+    "BATCH",
+    "TRITON_DTYPES",
+    "Axis",
+    "DeploymentSpec",
+    "FileDigest",
+    "GateFailed",
+    "InputError",
+    "InvalidMeasurement",
+    "Manifest",
+    "Objective",
+    "ParitySpec",
+    "Parser",
+    "Precision",
+    "Provider",
+    "PublishedManifest",
+    "Relation",
+    "SloSpec",
+    "Target",
+    "TensorSpec",
+    "TensorrtSpec",
+    "Tolerance",
+    "add_model_arguments",
+    "build_dir",
+    "run_command",
+]

@@ -1,0 +1,63 @@
+"""What every command shares: the errors that become exit codes, the parser of its flags, and the run itself.
+
+Exit codes: 0 holds, 1 a gate failed, 2 the user's input is wrong, 3 the measurement is invalid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+class InputError(ValueError):
+    """The user's input is wrong: one line that says what, seen, allowed and what to do. Exit 2."""
+
+
+class GateFailed(Exception):
+    """A gate did not hold: accuracy, parity, SLO. Exit 1."""
+
+
+class InvalidMeasurement(Exception):
+    """Nothing can be concluded from what was measured. Exit 3."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with help from the module's docstring and errors in one line, exit code 2."""
+
+    def __init__(self, doc: str | None, **kwargs: Any) -> None:
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model and --models, as every command that works on one model takes them."""
+    parser.add_argument("--model", default="recommender", help="name of the model folder (default: %(default)s)")
+    parser.add_argument("--models", default="models", help="folder of model folders (default: %(default)s)")
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a command and ends the process with the exit code that its outcome has."""
+    try:
+        code = main() or 0
+    except InputError as error:
+        code = _say(error, 2)
+    except GateFailed as error:
+        code = _say(error, 1)
+    except InvalidMeasurement as error:
+        code = _say(error, 3)
+    except KeyboardInterrupt:
+        code = _say("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def _say(message: object, code: int) -> int:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return code

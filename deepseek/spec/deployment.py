@@ -1,0 +1,167 @@
+"""`DeploymentSpec`: one deployable model, as its `deploy.toml` has it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from deepseek.spec.checks import Table, at, first_error, listed
+from deepseek.spec.command import InputError
+from deepseek.spec.objectives import MEASURES, Objective, SloSpec
+from deepseek.spec.tables import (
+    BATCH,
+    Axis,
+    BatchingSpec,
+    OnnxRuntimeSpec,
+    ParitySpec,
+    PrecisionSpec,
+    Target,
+    TargetSpec,
+    TensorrtSpec,
+    TensorSpec,
+)
+
+
+class DeploymentSpec(Table):
+    """One deployable model, as its `deploy.toml` has it. Sizes in elements, times as the names say."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    inputs: dict[str, TensorSpec] = Field(min_length=1)
+    outputs: dict[str, TensorSpec] = Field(min_length=1)
+    axes: dict[str, Axis]
+    precision: PrecisionSpec = PrecisionSpec()
+    parity: ParitySpec = ParitySpec()
+    batching: BatchingSpec = BatchingSpec()
+    slo: SloSpec = SloSpec()
+    tensorrt: TensorrtSpec = TensorrtSpec()
+    onnxruntime: OnnxRuntimeSpec = OnnxRuntimeSpec()
+    targets: dict[Target, TargetSpec] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DeploymentSpec:
+        on_inputs = {dim for tensor in self.inputs.values() for dim in tensor.shape if isinstance(dim, str)}
+        for table, tensors in (("inputs", self.inputs), ("outputs", self.outputs)):
+            for name, tensor in tensors.items():
+                for dim in tensor.shape:
+                    if isinstance(dim, str) and dim not in self.axes:
+                        raise at(
+                            f"{table}.{name}.shape",
+                            f"seen {dim!r}; axes are {listed(self.axes)}: add [axes.{dim}] with min, opt and max",
+                        )
+                    if isinstance(dim, str) and dim not in on_inputs:
+                        raise at(f"{table}.{name}.shape", f"axis {dim!r} is on no input; they have {listed(on_inputs)}")
+        for name in self.axes:
+            if name not in on_inputs:
+                raise at(f"axes.{name}", f"is on no input; their axes are {listed(on_inputs)}")
+        for name in self.inputs.keys() & self.outputs.keys():
+            raise at(f"outputs.{name}", "an input has the same name; each tensor needs its own")
+        for size in self.tensorrt.cuda_graph_batches:
+            if BATCH in self.axes and not self.axes[BATCH].min <= size <= self.axes[BATCH].max:
+                axis = self.axes[BATCH]
+                raise at("tensorrt.cuda_graph_batches", f"seen {size}; axis batch takes {axis.min} to {axis.max}")
+        for target in self.targets:
+            for part, table_type in (("batching", BatchingSpec), ("slo", SloSpec)):
+                merged = self._merged(target, part)
+                try:
+                    table_type.model_validate(merged)
+                except ValidationError as error:
+                    raise at(*first_error(error, table_type, f"targets.{target}.{part}.")) from None
+        self._check_measures(self.slo, "slo")
+        for target in self.targets:
+            self._check_measures(self.for_target(target).slo, f"targets.{target}.slo")
+        return self
+
+    def _check_measures(self, slo: SloSpec, key: str) -> None:
+        """Each objective names something that is measured."""
+        metric = self.precision.metric
+        for line in slo.objectives:
+            if (measure := Objective.parse(line).measure) != metric and Objective.parse(line).kind == "quality":
+                known = f"{MEASURES}, {metric}" if metric else f"{MEASURES}, and precision.metric, which is not set"
+                raise at(f"{key}.objectives", f"seen {line!r}; nothing measures {measure!r}; known: {known}")
+
+    def _merged(self, target: Target, part: str) -> dict[str, Any]:
+        return {**getattr(self, part).model_dump(exclude_unset=True), **getattr(self.targets[target], part)}
+
+    def for_target(self, target: Target) -> DeploymentSpec:
+        """The same spec with what `[targets.<target>]` overrides put in place."""
+        if target not in self.targets:
+            return self
+        batching = BatchingSpec.model_validate(self._merged(target, "batching"))
+        slo = SloSpec.model_validate(self._merged(target, "slo"))
+        return self.model_copy(update={"batching": batching, "slo": slo})
+
+    def shape(self, tensor: str, corner: Literal["min", "opt", "max"], **sizes: int) -> tuple[int, ...]:
+        """Shape of an input or output with every axis at one corner of the profile, or at `sizes`."""
+        dims = (self.inputs.get(tensor) or self.outputs[tensor]).shape
+        return tuple(dim if isinstance(dim, int) else sizes.get(dim, getattr(self.axes[dim], corner)) for dim in dims)
+
+    @property
+    def provider_options(self) -> dict[str, str]:
+        """Options of ONNX Runtime's execution provider, as strings.
+
+        TensorRT's get the profile (`input:1x50,...`): without one it builds an engine for each new range of shapes.
+        """
+        given = self.onnxruntime.options.items()
+        options = {name: str(int(value) if isinstance(value, bool) else value) for name, value in given}
+        if self.onnxruntime.provider != "tensorrt":
+            return options
+        dynamic = [
+            name
+            for name, tensor in self.inputs.items()
+            if any(self.axes[dim].min < self.axes[dim].max for dim in tensor.shape if isinstance(dim, str))
+        ]
+        corners: tuple[Literal["min", "opt", "max"], ...] = ("min", "opt", "max")
+        profile = {
+            f"trt_profile_{corner}_shapes": ",".join(
+                f"{name}:{'x'.join(map(str, self.shape(name, corner)))}" for name in dynamic
+            )
+            for corner in corners
+        }
+        return {**(profile if dynamic else {}), **options}
+
+    @property
+    def max_batch(self) -> int:
+        """Largest batch of the profile, which is Triton's max_batch_size."""
+        return self.axes[BATCH].max
+
+    @classmethod
+    def load(cls, path: str | Path) -> DeploymentSpec:
+        """Reads a `deploy.toml`, or the one in a model folder. Raises InputError in one line."""
+        path = Path(path)
+        path = path / "deploy.toml" if path.is_dir() else path
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file; a model folder holds deploy.toml and model.py") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not valid TOML: {error}") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        try:
+            return cls.model_validate_json(json.dumps(data, default=str))  # JSON: an array may fill a tuple
+        except ValidationError as error:
+            key, message = first_error(error, cls)
+            raise InputError(f"{path}: {key}: {message}" if key else f"{path}: {message}") from None
+
+    @classmethod
+    def of_model(cls, model: str, models: str | Path = "models") -> DeploymentSpec:
+        """The spec of the model folder `<models>/<model>`; its name must be the folder's."""
+        models = Path(models)
+        if not (models / model / "deploy.toml").is_file():
+            found = sorted(path.parent.name for path in models.glob("*/deploy.toml"))
+            raise InputError(f"no model {model!r} (no {models / model / 'deploy.toml'}); {models} has {listed(found)}")
+        spec = cls.load(models / model)
+        if spec.name != model:
+            path = models / model / "deploy.toml"
+            raise InputError(f"{path}: name: seen {spec.name!r}; it must be the folder's, {model!r}")
+        return spec
+
+
+def build_dir(name: str) -> Path:
+    """Where a model's intermediate artifacts lie: `$BUILD/<name>`, by default `build/<name>`."""
+    return Path(os.environ.get("BUILD", "build")) / name
