@@ -1,0 +1,83 @@
+"""The precisions and sizes of the graphs, pruning and the cache."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+from pathlib import Path
+
+import onnxruntime
+
+from deepseek.spec import InputError, build_dir
+from export.artifact import Row, batches, choice_path, onnx_path, read_manifest
+from tests.bench.setting import Bench, log, seconds
+from tests.conftest import run_module
+
+
+def int8(bench: Bench) -> None:
+    """int8 over fp32 in raw ONNX Runtime, by batch, with what the metric loses; and the graphs' sizes."""
+    for name in ("recommender", "minilm", "encoder"):
+        lost = _lost(name, "int8")
+        sessions = {precision: bench.raw_sessions(onnx_path(name, precision), 1)[0] for precision in ("fp32", "int8")}
+        batch_axis = bench.specs[name].axes["batch"]
+        for batch in sorted({1, batch_axis.opt, batch_axis.max}):
+            _, inputs = max(batches(bench.rows[name], batch), key=lambda found: len(found[0]))
+            bench.record(f"int8 over fp32, {name}, batch {batch}", speedups(bench, sessions, inputs), lost)
+        sizes = {key: read_manifest(onnx_path(name, key)).size_bytes for key in sessions}
+        bench.record(f"size of int8 over fp32, {name}", [sizes["int8"] / sizes["fp32"]] * 2)
+
+
+def speedups(bench: Bench, sessions: dict[str, onnxruntime.InferenceSession], inputs: Row) -> list[float]:
+    """How many times faster the second session is, in pairs."""
+    ratios = []
+    for _ in range(4 * bench.pairs):
+        first, second = (_seconds_of_runs(session, inputs) for session in sessions.values())
+        ratios.append(first / second)
+    return ratios
+
+
+def pruned(bench: Bench) -> None:
+    """The recommender without a quarter of its heads and channels over the whole one, raw fp32."""
+    whole = bench.raw_sessions(onnx_path("recommender", "fp32"), 1)[0]
+    build = str(bench.folder / "pruned")
+    subprocess.run(["cp", "-r", build_dir("recommender").parent, build], check=True)
+    for stage, *flags in (("export.prune", "--ratio", "0.25"), ("export.to_onnx",)):
+        with log.status(f"{stage} of the recommender"):
+            run = run_module(stage, *flags, BUILD=build, PYTHONWARNINGS="ignore")
+        if run.returncode:
+            raise InputError(run.stderr)
+    report = json.loads((Path(build) / "recommender" / "pruning.json").read_text())
+    pruned = bench.raw_sessions(Path(build) / "recommender" / "fp32" / "model.onnx", 1)[0]
+    _, inputs = next(batches(bench.rows["recommender"], bench.specs["recommender"].axes["batch"].opt))
+    ratios = speedups(bench, {"whole": whole, "pruned": pruned}, inputs)
+    bench.record("pruned over unpruned, recommender, batch 16", ratios, f"drop {report['drop']:+.2%}")
+
+
+def cached(bench: Bench) -> None:
+    """Time of `make engine` whose artifacts are in the cache over one that makes them."""
+    ratios = []
+    for pair in range(max(3, bench.pairs // 4)):
+        times = []
+        for turn in ("cold", "cached"):
+            made = bench.folder / f"engine-{pair}-{turn}"
+            settings = [f"BUILD={made / 'build'}", f"REPOSITORY={made / 'repository'}"]
+            settings += ["MODELS=tests/models", "MODEL=text", f"CACHE={bench.folder / f'cache-{pair}'}"]
+            command = ["make", "engine", *settings]
+            times.append(seconds(functools.partial(subprocess.run, command, check=True, capture_output=True)))
+        ratios.append(times[1] / times[0])
+    bench.record("cached make engine over a cold one, tests/models/text", ratios)
+
+
+def _lost(name: str, precision: str) -> str:
+    """What the task metric loses, as `export.compare` measured it."""
+    path = choice_path(name, "onnxruntime")
+    if not path.is_file():
+        return ""
+    choice = json.loads(path.read_text())
+    return f"{choice['metric']} {choice['variants'][precision]['drop']:+.2%} lost"
+
+
+def _seconds_of_runs(session: onnxruntime.InferenceSession, inputs: Row) -> float:
+    """Of enough runs for a small model to be timed."""
+    return seconds(lambda: [session.run(None, inputs) for _ in range(10)])

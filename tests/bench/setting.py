@@ -1,0 +1,264 @@
+"""What the benchmarks share: the models, raw sessions, servers, loads, and what was measured.
+
+A benchmark is a function `name(bench: Bench) -> None` in a module of this package that calls `bench.record` once a
+ratio; `tests/bench/__main__.py` lists them. Both sides of a ratio are measured in turn, many times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+from rich.console import Console
+
+from deepseek.spec import DeploymentSpec, InputError, build_dir
+from export.artifact import Row, batches, choice_path, load_rows, onnx_path
+from serving.embedded import EmbeddedServer
+from tests.conftest import run_module
+
+ENCODER_TOML = """
+name = "encoder"
+[inputs.input_ids]
+dtype = "int64"
+shape = ["batch", 128]
+[outputs.embedding]
+dtype = "float32"
+shape = ["batch", 384]
+[axes.batch]
+min = 1
+opt = 4
+max = 4
+[precision]
+candidates = ["int8"]
+max_drop = 0.1
+calibration_samples = 64
+[batching]
+max_queue_size = 512
+queue_timeout_ms = 10000
+instances = 2
+threads = 1
+[slo]
+p99_ms = 1000
+rate_rps = 10
+"""
+ENCODER_MODEL = """
+import numpy as np
+import torch
+from deepseek import Transformer, TransformerConfig
+
+class Encoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = Transformer(TransformerConfig(num_layers=6, hidden_size=384, num_attention_heads=12,
+            intermediate_size=1536, vocab_size=30522, max_length=128, causal=False))
+
+    def forward(self, input_ids):
+        return torch.nn.functional.normalize(self.body(input_ids).mean(1), dim=-1)
+
+def load():
+    torch.manual_seed(0)
+    return Encoder()
+
+def samples(split):
+    random = np.random.default_rng(len(split))
+    for _ in range(64):
+        yield {"input_ids": random.integers(1, 30522, (1, 128))}
+"""
+BUILT = ("recommender", "minilm")  # by `make engine`, before
+SIDE_S = 4.0  # of one side of a pair
+
+PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
+log = Console(stderr=True)
+
+
+class Bench:
+    """Both models, served with and without dynamic batching, and what was measured."""
+
+    def __init__(self, folder: Path, pairs: int) -> None:
+        self.folder, self.pairs = folder, pairs
+        self.results: list[dict[str, Any]] = []
+        os.environ["BUILD"] = str(folder / "build")
+        self.specs = {name: DeploymentSpec.of_model(name, folder / "models") for name in ("encoder", *BUILT)}
+        self.rows = {name: load_rows(build_dir(name) / "evaluation.npz") for name in self.specs}
+
+    def record(self, name: str, ratios: list[float], goal: str = "") -> None:
+        """Keeps the median and the quartiles of the pairs."""
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        self.results.append(
+            {"name": name, "ratio": middle, "quartiles": [low, high], "pairs": len(ratios), "goal": goal}
+        )
+        log.print(f"{name}: {middle:.2f} ({low:.2f} to {high:.2f}) {goal}")
+
+    # -- the raw runtime -------------------------------------------------------------------------
+
+    def raw_sessions(self, path: Path, count: int) -> list[onnxruntime.InferenceSession]:
+        """`count` sessions that share the cores out."""
+        options = onnxruntime.SessionOptions()
+        options.inter_op_num_threads = 1
+        options.intra_op_num_threads = max(1, len(os.sched_getaffinity(0)) // count)
+        options.log_severity_level = 3
+        return [onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for _ in range(count)]
+
+    def raw_throughput(self, name: str) -> Callable[[], float]:
+        """Rows/s of raw ONNX Runtime in the best of its settings: sessions x batch."""
+        path = onnx_path(name, "fp32")
+        settings = {}
+        for count in (1, len(os.sched_getaffinity(0))):
+            sessions = self.raw_sessions(path, count)
+            for batch in sorted({1, 2, 4, self.specs[name].max_batch}):
+                _, inputs = next(batches(self.rows[name], batch))
+                settings[count, batch] = _rows_per_s_of(sessions, inputs)
+        speeds = {key: statistics.median(measure() for _ in range(3)) for key, measure in settings.items()}
+        best = max(speeds, key=lambda key: speeds[key])
+        log.print(f"raw {name}: best of {len(speeds)} settings: {best[0]} session(s), batch {best[1]}")
+        return settings[best]
+
+    # -- loads -----------------------------------------------------------------------------------
+
+    def perf_analyzer(self, server: EmbeddedServer, name: str, protocol: str, users: int, table: Path) -> list[str]:
+        """The command: `users` in a closed loop, requests of one real row each."""
+        data = self.folder / f"{name}.json"
+        if not data.exists():
+            content = [
+                {key: {"content": array.ravel().tolist(), "shape": list(array.shape[1:])} for key, array in row.items()}
+                for row in self.rows[name][:64]
+            ]
+            data.write_text(json.dumps({"data": content}))
+        url = server.grpc_url if protocol == "grpc" else server.http_url
+        # Three windows, whatever their spread: the pairs of a ratio are what tells of noise.
+        windows = [
+            "--measurement-interval",
+            str(int(SIDE_S * 1000)),
+            "--stability-percentage",
+            "999",
+            "--max-trials",
+            "3",
+        ]
+        program = Path(sys.executable).parent.parent / "lib" / PYTHON / "site-packages/perf_analyzer/bin/perf_analyzer"
+        command = [program, "-m", name, "-u", url, "-i", protocol, "-b", "1", "--concurrency-range", str(users)]
+        return [*map(str, command), *windows, "--input-data", str(data), "-f", str(table)]
+
+    def peer_figures(self, server: EmbeddedServer, name: str, protocol: str, users: int) -> dict[str, float]:
+        """Throughput (1/s) and p50 (us) that perf_analyzer reports."""
+        table = self.folder / "perf_analyzer.csv"
+        subprocess.run(self.perf_analyzer(server, name, protocol, users, table), check=True, capture_output=True)
+        with table.open() as file:
+            row = next(csv.DictReader(file))
+        return {"throughput": float(row["Inferences/Second"]), "p50_us": float(row["p50 latency"])}
+
+    def served_throughput(self, server: EmbeddedServer, name: str, users: int) -> float:
+        """Rows/s by Triton's own count, in the midst of a closed loop of perf_analyzer's."""
+        load = subprocess.Popen(
+            self.perf_analyzer(server, name, "grpc", users, self.folder / "load.csv"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            time.sleep(2)  # until all users are at it
+            started, before = time.perf_counter(), self.inferences(server, name)
+            time.sleep(SIDE_S)
+            done = self.inferences(server, name) - before
+            return done / (time.perf_counter() - started)
+        finally:
+            load.kill()
+            load.wait()
+            time.sleep(0.5)  # what was in flight
+
+    def inferences(self, server: EmbeddedServer, name: str) -> int:
+        """Rows that Triton has inferred."""
+        with urllib.request.urlopen(f"http://{server.http_url}/v2/models/{name}/stats") as response:
+            return json.load(response)["model_stats"][0]["inference_count"]
+
+    def loadtest(self, server: EmbeddedServer, name: str, protocol: str, *flags: str) -> dict[str, float]:
+        """The same of our load test."""
+        url = server.grpc_url if protocol == "grpc" else server.http_url
+        which = ("--models", str(self.folder / "models"), "--model", name, "--url", url, "--protocol", protocol)
+        run = run_module("loadtests.run", *which, "--warmup-s", "2", "--duration-s", "12", "--json", *flags)
+        if run.returncode not in (0, 3):
+            raise InputError(run.stderr)
+        result = json.loads(run.stdout)
+        return {"throughput": result["throughput_rps"], "p50_us": result["latency"]["service"]["p50_ms"] * 1000}
+
+    def repository(self, name: str) -> Path:
+        """The model repository of one model."""
+        return self.folder / f"repository-{name}"
+
+    def server(self, repository: Path) -> EmbeddedServer:
+        """A server on free ports."""
+        ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+        return EmbeddedServer(repository, log_path=self.folder / f"{repository.name}.log", **ports)
+
+
+@contextlib.contextmanager
+def on(cores: list[int]) -> Iterator[None]:
+    """Runs this thread, and what it starts, on some cores only."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _rows_per_s_of(sessions: list[onnxruntime.InferenceSession], inputs: Row) -> Callable[[], float]:
+    """Measures sessions that run side by side for a while."""
+    size = len(next(iter(inputs.values())))
+
+    def run(session: onnxruntime.InferenceSession) -> float:
+        session.run(None, inputs)
+        done, start = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < SIDE_S:
+            session.run(None, inputs)
+            done += size
+        return done / elapsed  # to the end of the last batch: SIDE_S would count it whole
+
+    def measure() -> float:
+        with ThreadPoolExecutor(len(sessions)) as pool:
+            return sum(pool.map(run, sessions))
+
+    return measure
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def prepare(folder: Path) -> None:
+    """Builds the encoder and publishes both models in fp32, each in a repository of its own."""
+    for name in BUILT:
+        if not choice_path(name, "onnxruntime").is_file():
+            raise InputError(
+                f"{choice_path(name, 'onnxruntime')}: no such file; the benchmarks need it: make engine MODEL={name}"
+            )
+    (folder / "models" / "encoder").mkdir(parents=True)
+    (folder / "models" / "encoder" / "deploy.toml").write_text(ENCODER_TOML)
+    (folder / "models" / "encoder" / "model.py").write_text(ENCODER_MODEL)
+    (folder / "build").mkdir()
+    for name in BUILT:
+        (folder / "models" / name).symlink_to(Path("models", name).resolve())
+        subprocess.run(["cp", "-r", build_dir(name), folder / "build"], check=True)
+    models = ("--models", str(folder / "models"))
+    int8 = ("--precision", "int8", "--high-precision", "fp32")
+    steps = [("export.to_onnx", "--model", "encoder"), ("export.quantize", "--model", "encoder", *int8)]
+    for name in ("encoder", "recommender"):
+        repository = ("--repository", str(folder / f"repository-{name}"))
+        steps.append(("export.to_triton", "--model", name, "--precision", "fp32", *repository))
+    for stage, *flags in steps:
+        with log.status(" ".join((stage, *flags))):
+            run = run_module(stage, *flags, *models, BUILD=str(folder / "build"), PYTHONWARNINGS="ignore")
+        if run.returncode:
+            raise InputError(run.stderr)
