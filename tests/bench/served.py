@@ -56,8 +56,8 @@ def batching(bench: Bench) -> None:
         ratios = []
         with bench.server(bench.repository(name)) as on_server, bench.server(off) as off_server:
             for _ in range(bench.pairs):
-                on = bench.served_throughput(on_server, name, users=32)
-                ratios.append(on / bench.served_throughput(off_server, name, users=32))
+                batched = bench.served_throughput(on_server, name, users=32)
+                ratios.append(batched / bench.served_throughput(off_server, name, users=32))
         bench.record(f"dynamic batching on over off, {name}", ratios)
 
 
