@@ -169,3 +169,13 @@ def test_a_line_on_errors_takes_the_place_of_the_default_limit() -> None:
     assert names == ["error_rate"]
     both = SloSpec(max_error_rate=0.01, objectives=("error_rate < 5%",)).all_objectives()
     assert [line.name for line in both] == ["max_error_rate", "error_rate"]
+
+
+def test_a_full_disk_is_one_line_and_exit_2() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "deepseek.spec", "models/recommender", "--json"]
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: ")
+    assert "No space left on device; make room" in run.stderr
+    assert run.stderr.count("\n") == 1

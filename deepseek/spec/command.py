@@ -6,10 +6,13 @@ Exit codes: 0 holds, 1 a gate failed, 2 the user's input is wrong, 3 the measure
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # full, over the quota, read-only
 
 
 class InputError(ValueError):
@@ -44,6 +47,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command and ends the process with the exit code that its outcome has."""
     try:
         code = main() or 0
+        sys.stdout.flush()
     except InputError as error:
         code = _say(error, 2)
     except GateFailed as error:
@@ -55,6 +59,12 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = error.filename2 or error.filename or "the folder written to"
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 what it still holds may be what did not fit
+        code = _say(f"{where}: {error.strerror}; make room, or name another disk (BUILD=, REPOSITORY=, CACHE=)", 2)
     sys.exit(code)
 
 
