@@ -179,6 +179,8 @@ def compare_served(
     rows = load_rows(build_dir(spec.name) / "evaluation.npz")[:most_rows]
     with endpoints_of(spec, http_url, grpc_url, timeout_s) as endpoints:
         served = what_is_served(spec, endpoints)
+        if size := endpoints[0].metadata.max_batch_size:  # below the profile's largest, where batching.max_batch is
+            spec = source.spec = spec.with_batches_up_to(size)
         judges = [Judge(spec, endpoint.protocol, endpoint) for endpoint in endpoints]
         model = source.load()
         found = run_trials(

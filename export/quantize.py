@@ -66,6 +66,7 @@ from export.budget import Baseline
 from export.cache import fetch, key_of, store
 from export.calibration import Calibration, calibration_of, length_of, stratified
 from export.curve import MOST_GROWTH, Points, calibration_curve, ranges_by_samples, with_ranges, would_more_help
+from export.isolation import in_child
 from export.ptq import check_source, fp16_from_onnx, qdq_from_onnx
 from export.qdq import (
     COMPUTE_OPS,
@@ -133,7 +134,7 @@ def quantize_model(spec: DeploymentSpec, config: QuantConfig, model_folder: Sour
         sources=sources,
         evaluation=sha256(build_dir(spec.name) / "evaluation.npz"),
         settings=dataclasses.asdict(dataclasses.replace(config, calibration_data=None)),
-        spec=spec.model_dump(mode="json"),
+        spec=spec.model_facts(),
         sensitivity=model_folder is not None,
         pruning=pruning_of(spec.name),
     )
@@ -286,9 +287,12 @@ def _calibrated(
 
 
 def _check_that_it_runs(spec: DeploymentSpec, path: Path, rows: list[Row]) -> None:
-    """Raises GateFailed where ONNX Runtime refuses the graph that was made (control flow can break in a cast)."""
+    """Raises GateFailed where ONNX Runtime refuses the graph that was made (control flow can break in a cast).
+
+    The graph as it is written: what ONNX Runtime's optimizers make of it is for `export.compare` to see, on the target.
+    """
     try:
-        outputs_of(spec, onnx_runner(spec, path, "onnxruntime"), rows[:1])
+        outputs_of(spec, onnx_runner(spec, path, "onnxruntime", optimized=False), rows[:1])
     except Exception as error:
         raise GateFailed(f"the graph that was made does not run: {' '.join(str(error).split())[:300]}") from error
 
@@ -387,7 +391,10 @@ def main() -> None:
     )
     wants_pass = args.precision != "fp16" and not args.no_sensitivity
     try:
-        result = quantize_model(spec, config, Source(args.model, args.models) if wants_pass else None)
+        result = in_child(
+            f"making or running the {args.precision} graph",
+            lambda: quantize_model(spec, config, Source(args.model, args.models) if wants_pass else None),
+        )
     except GateFailed as error:
         if not args.candidate:
             raise

@@ -197,7 +197,7 @@ def export_model(source: Source) -> dict[str, Any]:
     key = key_of(
         "to_onnx",
         sources={"weights": weights_digest(model), **{split: sha256(file) for split, file in files.items()}},
-        spec=spec.model_dump(mode="json"),
+        spec=spec.model_facts(),
         pruning=pruning_of(spec.name),
     )
     with scratch_in(path.parent) as scratch:

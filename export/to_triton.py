@@ -3,7 +3,8 @@
 Contract: takes the precision that `export.compare` chose (or `--precision`); adds
 `<repository>/<name>/<next version>/` and replaces `config.pbtxt`, which is built as Triton's own
 protobuf message and parsed back. Both come into place by a rename, so that a running server never
-sees half of one. Batching, queue and time-out come from `deploy.toml`, the warm-up from real samples.
+sees half of one. Batching, queue and time-out come from `deploy.toml` and its tuned values (docs/tuning.md), the
+warm-up from real samples.
 
 Examples:
     python -m export.to_triton --model recommender
@@ -17,6 +18,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ from export.artifact import (
     scratch_in,
     write_manifest,
 )
+from export.runners import optimizers_left_out
 
 KEPT_VERSIONS = 3  # the one that is served and two to go back to
 ROOT = Path(__file__).parent.parent
@@ -58,19 +61,27 @@ BACKEND_SOURCES = {
 
 
 def model_config(
-    spec: DeploymentSpec, precision: Precision, target: Target, warmup: dict[str, Row], device: str = "cpu"
+    spec: DeploymentSpec,
+    precision: Precision,
+    target: Target,
+    warmup: dict[str, Row],
+    device: str = "cpu",
+    left_out: Sequence[str] = (),
 ) -> ModelConfig:
     """Triton's configuration of a model.
 
-    `warmup` maps a file-name prefix to the row that is there; `device` is what a TorchScript module was made for.
+    `warmup` maps a file-name prefix to the row that is there; `device` is what a TorchScript module was made for,
+    `left_out` the optimizers of ONNX Runtime that the graph does without.
     """
     spec = spec.for_target(target)
-    config = ModelConfig(name=spec.name, max_batch_size=spec.max_batch)
+    config = ModelConfig(name=spec.name, max_batch_size=spec.max_served_batch)
     for tensors, added in ((spec.inputs, config.input), (spec.outputs, config.output)):
         for name, tensor in tensors.items():
             entry = added.add(name=name, data_type=_data_type(tensor.dtype))
             entry.dims.extend(_dim(spec, dim) for dim in tensor.shape[1:])
     _set_backend(config, spec, target, device)
+    if target == "onnxruntime" and left_out:
+        _leave_out(config, left_out)
     config.parameters["precision"].string_value = precision
     batching = config.dynamic_batching
     batching.max_queue_delay_microseconds = spec.batching.max_queue_delay_us
@@ -80,7 +91,7 @@ def model_config(
     policy.default_timeout_microseconds = spec.batching.queue_timeout_ms * 1000
     policy.allow_timeout_override = True  # a client's shorter deadline counts
     for prefix, row in warmup.items():
-        for batch in sorted({1, spec.max_batch}):
+        for batch in sorted({1, spec.max_served_batch}):
             sample = config.model_warmup.add(name=f"{prefix}-batch-{batch}", batch_size=batch)
             for name, array in row.items():
                 entry = sample.inputs[name]
@@ -117,6 +128,17 @@ def _set_backend(config: ModelConfig, spec: DeploymentSpec, target: Target, devi
         config.parameters["threads"].string_value = str(spec.batching.threads or 0)
         config.parameters["provider"].string_value = spec.onnxruntime.provider
         config.parameters["provider_options"].string_value = json.dumps(spec.provider_options)
+
+
+def _leave_out(config: ModelConfig, optimizers: Sequence[str]) -> None:
+    """Has ONNX Runtime do without some of its optimizers.
+
+    Triton's own backend has no switch for one: on a CPU it stops at the extended ones, before the layout's.
+    """
+    if config.backend == "python":
+        config.parameters["left_out"].string_value = " ".join(optimizers)
+    elif config.instance_group[0].kind != ModelInstanceGroup.KIND_GPU:
+        config.optimization.graph.level = 1
 
 
 def cuda_graph_batches(spec: DeploymentSpec) -> list[int]:
@@ -233,7 +255,8 @@ def _stage(
     for name, array in row.items():
         (scratch / "warmup" / f"{version}-{name}").write_bytes(array.tobytes())
     device = read_manifest(engine).settings.get("device", "cpu")
-    config = config_text(model_config(spec, precision, target, {str(version): row}, device))
+    left_out = optimizers_left_out(engine) if target == "onnxruntime" else []
+    config = config_text(model_config(spec, precision, target, {str(version): row}, device, left_out))
     for place in (scratch, folder):  # the version's own copy is what a server that goes back to it takes
         (place / "config.pbtxt").write_text(config)
     return version
@@ -296,9 +319,12 @@ def main() -> None:
         "--precision", choices=("fp32", "fp16", "int8", "fp8"), help="(default: what export.compare chose)"
     )
     parser.add_argument("--repository", default="model_repository", help="(default: %(default)s)")
+    parser.add_argument(
+        "--tuned", help="tuned values to go by, in place of those that deploy.toml names (/dev/null: none)"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args()
-    spec = DeploymentSpec.of_model(args.model, args.models)
+    spec = DeploymentSpec.of_model(args.model, args.models, tuned=args.tuned)
     precision = args.precision or chosen_precision(spec.name, args.target)
     if spec.for_target(args.target).batching.instances == 1:
         print(
@@ -310,7 +336,8 @@ def main() -> None:
         print(json.dumps(result, indent=2))
     else:
         print(
-            f"{result['path']}: {result['precision']} for {result['target']}, batches of up to {spec.axes[BATCH].max}"
+            f"{result['path']}: {result['precision']} for {result['target']}, "
+            f"batches of up to {spec.for_target(args.target).max_served_batch}"
         )
 
 

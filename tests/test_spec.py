@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek.spec import DeploymentSpec, InputError, Objective, SloSpec
+from deepseek.spec import DeploymentSpec, InputError, Objective, SloSpec, TunedBatching, TunedFile, TunedTarget
 
 GOOD = Path("models/recommender/deploy.toml").read_text()
 
@@ -60,7 +61,7 @@ def test_a_mistake_is_one_line_with_file_key_and_what_is_allowed(
 
 
 def test_a_target_overrides_only_what_it_names() -> None:
-    spec = DeploymentSpec.load("models/recommender")
+    spec = DeploymentSpec.load("models/recommender", tuned=os.devnull)
     onnxruntime = spec.for_target("onnxruntime")
     assert (spec.slo.p99_ms, onnxruntime.slo.p99_ms) == (50, 80)
     assert onnxruntime.slo.rate_rps == spec.slo.rate_rps == 100
@@ -179,3 +180,67 @@ def test_a_full_disk_is_one_line_and_exit_2() -> None:
     assert run.stderr.startswith("error: ")
     assert "No space left on device; make room" in run.stderr
     assert run.stderr.count("\n") == 1
+
+
+TUNED = '[targets.onnxruntime]\nmeasured = "here"\n[targets.onnxruntime.batching]\nmax_batch = 8\nthreads = 1\n'
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model folder whose deploy.toml names tuned.toml, which is not there yet."""
+    (tmp_path / "deploy.toml").write_text(GOOD)
+    return tmp_path
+
+
+def test_tuned_values_take_the_place_of_one_targets_own(model: Path) -> None:
+    before = DeploymentSpec.load(model).for_target("onnxruntime")
+    assert (before.max_served_batch, before.batching.threads) == (64, None)
+    (model / "tuned.toml").write_text(TUNED)
+    after = DeploymentSpec.load(model)
+    batching = after.for_target("onnxruntime").batching
+    assert (batching.max_batch, batching.threads) == (8, 1)
+    assert batching.max_queue_delay_us == before.batching.max_queue_delay_us
+    assert after.for_target("tensorrt").max_served_batch == 64
+    assert after.max_batch == 64  # the profile stays
+    assert DeploymentSpec.load(model, tuned=os.devnull).for_target("onnxruntime") == before
+    assert after.model_facts() == before.model_facts()  # nothing is built anew
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("max_batch = 8", "max_batch = 65", "targets.onnxruntime.batching.max_batch: seen 65; axis batch takes 1 to 64"),
+        ("threads", "treads", "targets.onnxruntime.batching.treads: unknown key (seen 1); allowed: instances, max_batch,"),
+        ("threads = 1", "p99_ms = 1", "p99_ms: unknown key"),
+        ("onnxruntime.batching", "onnx.batching", "targets.onnx"),
+        ("= 8", "=", "not valid TOML"),
+    ],
+    ids=["past the axis", "unknown key", "not of batching", "unknown target", "not TOML"],
+)  # fmt: skip
+def test_a_mistake_in_the_tuned_values_is_one_line_with_their_file(
+    model: Path, old: str, new: str, message: str
+) -> None:
+    (model / "tuned.toml").write_text(TUNED.replace(old, new))
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        DeploymentSpec.load(model)
+    assert str(caught.value).startswith(f"{model / 'tuned.toml'}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_tuned_values_are_written_beside_those_of_other_targets(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.toml"
+    path.write_text(TUNED)
+    values = TunedTarget(measured='"x" on 2 cores', batching=TunedBatching(instances=2), cuda_graphs=True)
+    TunedFile.read(path).with_target("tensorrt", values).write(path)
+    found = TunedFile.read(path).targets
+    assert found["tensorrt"] == values
+    assert found["onnxruntime"].batching == TunedBatching(max_batch=8, threads=1)
+    assert path.read_text().startswith("# Written by `make tune`")
+    assert [left.name for left in tmp_path.iterdir()] == ["tuned.toml"]
+
+
+def test_deploy_toml_itself_cannot_hold_the_tuned_values(tmp_path: Path) -> None:
+    path = tmp_path / "deploy.toml"
+    path.write_text(GOOD.replace("tuned.toml", "deploy.toml"))
+    with pytest.raises(InputError, match="tuned values need a file of their own"):
+        DeploymentSpec.load(path)

@@ -17,7 +17,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, 
 
 from deepseek.spec import DeploymentSpec, InputError, TensorrtSpec
 from export.to_triton import KEPT_VERSIONS, config_text, model_config, publish_version
+from serving.doctor import examine
 from serving.embedded import EmbeddedServer
+from serving.machine import Machine
 from tests.conftest import run_module
 
 IMAGE, TEXT = DeploymentSpec.load("tests/models/image"), DeploymentSpec.load("tests/models/text")
@@ -189,3 +191,16 @@ def test_a_polling_server_serves_on_through_new_versions(build: Path, tmp_path: 
     assert failures == []
     assert served[0] == "1"
     assert served[-1] == "4"
+
+
+def test_batches_may_be_bounded_below_the_profile(build: Path, tmp_path: Path) -> None:
+    (tmp_path / "tuned.toml").write_text("[targets.onnxruntime.batching]\nmax_batch = 4\ninstances = 3\nthreads = 1\n")
+    flags = ("--models", "tests/models", "--model", "image", "--repository", str(tmp_path), "--precision", "fp32")
+    assert run_module("export.to_triton", *flags, "--tuned", str(tmp_path / "tuned.toml")).returncode == 0
+    config = text_format.Parse((tmp_path / "image" / "config.pbtxt").read_text(), ModelConfig())
+    assert config.max_batch_size == 4
+    assert [sample.batch_size for sample in config.model_warmup] == [1, 4]
+    assert (config.instance_group[0].count, config.parameters["threads"].string_value) == (3, "1")
+    assert json.loads((tmp_path / "image" / "1" / "manifest.json").read_text())["axes"]["batch"]["max"] == 8
+    machine = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",))
+    assert not [line for line in examine(tmp_path, machine)[1] if line.level == "mismatch"]

@@ -28,6 +28,7 @@ from deepseek.spec.tables import (
     TensorSpec,
     Tolerance,
 )
+from deepseek.spec.tuned import TunedBatching, TunedFile, TunedTarget
 
 __all__ = [
     "BATCH",
@@ -51,6 +52,9 @@ __all__ = [
     "TensorSpec",
     "TensorrtSpec",
     "Tolerance",
+    "TunedBatching",
+    "TunedFile",
+    "TunedTarget",
     "add_model_arguments",
     "build_dir",
     "run_command",

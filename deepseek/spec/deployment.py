@@ -25,6 +25,7 @@ from deepseek.spec.tables import (
     TensorrtSpec,
     TensorSpec,
 )
+from deepseek.spec.tuned import TunedFile
 
 
 class DeploymentSpec(Table):
@@ -41,6 +42,8 @@ class DeploymentSpec(Table):
     tensorrt: TensorrtSpec = TensorrtSpec()
     onnxruntime: OnnxRuntimeSpec = OnnxRuntimeSpec()
     targets: dict[Target, TargetSpec] = {}
+    tuned: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*\.toml$")
+    """File beside this one where `make tune` writes what it found better on this machine; it need not be there."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DeploymentSpec:
@@ -71,10 +74,20 @@ class DeploymentSpec(Table):
                     table_type.model_validate(merged)
                 except ValidationError as error:
                     raise at(*first_error(error, table_type, f"targets.{target}.{part}.")) from None
+        if self.tuned == "deploy.toml":
+            raise at("tuned", "seen 'deploy.toml'; tuned values need a file of their own, such as tuned.toml")
+        self._check_max_batch(self.batching, "batching")
         self._check_measures(self.slo, "slo")
         for target in self.targets:
+            self._check_max_batch(self.for_target(target).batching, f"targets.{target}.batching")
             self._check_measures(self.for_target(target).slo, f"targets.{target}.slo")
         return self
+
+    def _check_max_batch(self, batching: BatchingSpec, key: str) -> None:
+        """Batches that Triton forms are ones that the engine takes."""
+        axis, size = self.axes.get(BATCH), batching.max_batch
+        if axis is not None and size is not None and not axis.min <= size <= axis.max:
+            raise at(f"{key}.max_batch", f"seen {size}; axis batch takes {axis.min} to {axis.max}")
 
     def _check_measures(self, slo: SloSpec, key: str) -> None:
         """Each objective names something that is measured."""
@@ -126,12 +139,31 @@ class DeploymentSpec(Table):
 
     @property
     def max_batch(self) -> int:
-        """Largest batch of the profile, which is Triton's max_batch_size."""
+        """Largest batch of the profile, for which the engine is built."""
         return self.axes[BATCH].max
 
+    @property
+    def max_served_batch(self) -> int:
+        """Triton's max_batch_size, of the target that `for_target` was given."""
+        return self.batching.max_batch or self.max_batch
+
+    def with_batches_up_to(self, size: int) -> DeploymentSpec:
+        """The same profile cut off at a batch size: what a server takes whose max_batch_size that is."""
+        axis = self.axes[BATCH]
+        cut = axis.model_copy(update={"opt": min(axis.opt, size), "max": min(axis.max, size)})
+        return self.model_copy(update={"axes": {**self.axes, BATCH: cut}})
+
+    def model_facts(self) -> dict[str, Any]:
+        """What graphs are made from: all but how they are served."""
+        return self.model_dump(mode="json", exclude={"parity", "batching", "slo", "targets", "tuned"})
+
     @classmethod
-    def load(cls, path: str | Path) -> DeploymentSpec:
-        """Reads a `deploy.toml`, or the one in a model folder. Raises InputError in one line."""
+    def load(cls, path: str | Path, *, tuned: str | Path | None = None) -> DeploymentSpec:
+        """Reads a `deploy.toml`, or the one in a model folder. Raises InputError in one line.
+
+        Tuned values take the place of its own: those of the file that its key `tuned` names, or of the file `tuned`
+        (os.devnull: none).
+        """
         path = Path(path)
         path = path / "deploy.toml" if path.is_dir() else path
         try:
@@ -142,6 +174,14 @@ class DeploymentSpec(Table):
             raise InputError(f"{path}: not valid TOML: {error}") from None
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        spec = cls._validated(path, data)
+        place = tuned or (path.parent / spec.tuned if spec.tuned else None)
+        values = TunedFile.read(Path(place)) if place else TunedFile()
+        return cls._validated(Path(place), values.over(data)) if place and values.targets else spec
+
+    @classmethod
+    def _validated(cls, path: Path, data: dict[str, Any]) -> DeploymentSpec:
+        """The spec that parsed TOML states; `path` is named where it is wrong."""
         try:
             return cls.model_validate_json(json.dumps(data, default=str))  # JSON: an array may fill a tuple
         except ValidationError as error:
@@ -149,13 +189,13 @@ class DeploymentSpec(Table):
             raise InputError(f"{path}: {key}: {message}" if key else f"{path}: {message}") from None
 
     @classmethod
-    def of_model(cls, model: str, models: str | Path = "models") -> DeploymentSpec:
-        """The spec of the model folder `<models>/<model>`; its name must be the folder's."""
+    def of_model(cls, model: str, models: str | Path = "models", *, tuned: str | Path | None = None) -> DeploymentSpec:
+        """The spec of the model folder `<models>/<model>`; its name must be the folder's. `tuned`: see `load`."""
         models = Path(models)
         if not (models / model / "deploy.toml").is_file():
             found = sorted(path.parent.name for path in models.glob("*/deploy.toml"))
             raise InputError(f"no model {model!r} (no {models / model / 'deploy.toml'}); {models} has {listed(found)}")
-        spec = cls.load(models / model)
+        spec = cls.load(models / model, tuned=tuned)
         if spec.name != model:
             path = models / model / "deploy.toml"
             raise InputError(f"{path}: name: seen {spec.name!r}; it must be the folder's, {model!r}")

@@ -107,6 +107,8 @@ class BatchingSpec(Table):
     docs/triton.md."""
     threads: int | None = Field(None, ge=1)
     """ONNX Runtime threads of one instance; absent: the cores divided by the instances."""
+    max_batch: int | None = Field(None, ge=1)
+    """Rows that Triton puts into one batch, and takes in one request; absent: the batch axis' max."""
 
 
 class TensorrtSpec(Table):
