@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help demo setup engine doctor serve infer compare metadata loadtest verdict report bench test lint check-engine \
+.PHONY: help demo setup engine doctor serve infer compare metadata loadtest verdict tune report bench test lint check-engine \
     check-graphs can-build lock clean clean-cache distclean FORCE
 
 ##@ Variables (make engine MODEL=… PRECISION=…)
@@ -27,6 +27,7 @@ WORKERS ?= 1##             processes that send the load; -1: one a core
 WEB ?=##                     1: Locust's own page while the load test runs and after, at WEB_PORT
 WEB_PORT ?= 8089##
 DURATION_S ?= 30##             of a load test
+BUDGET_S ?= 1200##             longest time that tune may take
 RUN ?=##                     folder of a load test for verdict and report (default: the latest)
 ROW ?= 0##             which evaluation sample infer sends
 BUILD ?= build##
@@ -116,6 +117,9 @@ loadtest: $(VENV)/.ready ## measure the server; leaves a folder in build/<model>
 verdict: $(VENV)/.ready ## judge a run against deploy.toml
 	@$(PY) -m loadtests.slo $(WHICH) $(if $(strip $(RUN)),--run $(RUN))
 
+tune: $(VENV)/.ready ## the best batch size, queue delay, instances and threads for the SLO here; takes BUDGET_S
+	@$(PY) -m loadtests.tune $(WHICH) --target $(T) --max-s $(BUDGET_S) --protocol $(PROTOCOL)
+
 report: $(VENV)/.ready ## draw a run as one HTML file
 	@$(PY) -m loadtests.report $(WHICH) $(if $(strip $(RUN)),--run $(RUN))
 
@@ -139,7 +143,7 @@ lock: $(VENV)/.ready-test ## pin anew what pyproject.toml allows
 	@$(PY) -m pip install -q uv && $(PY) -m uv pip compile -q --upgrade --universal --python-version 3.11 --all-extras \
 	    --no-emit-index-url --no-annotate --no-header pyproject.toml client/pyproject.toml -o $(BUILD)/all.lock
 	@# torch and what it brings (its CUDA, its compiler) stay out: the build of torch is the machine's choice.
-	@grep -vE '^(torch=|triton|cuda-|nvidia-(cu|nccl|nvj|nvs|nvt))' $(BUILD)/all.lock >requirements.lock
+	@grep -vE '^(torch=|triton=|cuda-|nvidia-(cu|nccl|nvj|nvs|nvt))' $(BUILD)/all.lock >requirements.lock
 
 clean: ## remove what was built for MODEL, and its repository entry
 	rm -rf "$(B)" "$(REPOSITORY)/$(MODEL)"
@@ -196,10 +200,13 @@ $(eval $(call remember,precision,$(PRECISION) $(CANDIDATES)))
 MODEL_FILES := $(shell find $(FOLDER) -type f -not -path '*/__pycache__/*' 2>/dev/null)
 STAGES := export/artifact.py $(wildcard deepseek/spec/*.py)
 
-# Which precisions auto compares: deploy.toml's candidates.
+# Which precisions auto compares: deploy.toml's candidates; and the file that its tuned values are in.
 ifneq ($(filter engine demo $(REPOSITORY)/% $(BUILD)/%,$(MAKECMDGOALS)),)
 include $(B)/spec.mk
 endif
+# Tuned values change how a model is served, not what is built; they may come, change and go.
+MODEL_FILES := $(filter-out $(TUNED),$(MODEL_FILES))
+$(eval $(call remember,tuned,$(if $(wildcard $(TUNED)),$(shell cksum <$(TUNED)))))
 $(B)/spec.mk: $(wildcard $(FOLDER)/deploy.toml) $(wildcard deepseek/spec/*.py) | $(VENV)/.ready
 	@mkdir -p $(@D) && $(PY) -m deepseek.spec --make $(WHICH) >$@.part && mv $@.part $@
 PRECISIONS = $(sort fp32 $(if $(filter auto,$(PRECISION)),$(CANDIDATES),$(PRECISION)))
@@ -247,6 +254,6 @@ $(B)/choice-$(T).json: $$(foreach p,$$(PRECISIONS),$(B)/$$p/$(ENGINE_NAME)) $(B)
 CHECKED = $(or $(NAMED),$(sort $(notdir $(patsubst %/deploy.toml,%,$(wildcard $(MODELS)/*/deploy.toml)))))
 check-graphs: $(foreach p,fp32 fp16 int8 fp8,$(B)/$(p)/model.onnx)
 
-$(REPOSITORY)/$(MODEL)/config.pbtxt: $(B)/choice-$(T).json $(B)/settings/target export/to_triton.py \
+$(REPOSITORY)/$(MODEL)/config.pbtxt: $(B)/choice-$(T).json $(B)/settings/target $(B)/settings/tuned export/to_triton.py \
     serving/onnxruntime_backend.py deepseek/onnxruntime_session.py
 	@$(PY) -m export.to_triton $(WHICH) --target $(T) --repository $(REPOSITORY)

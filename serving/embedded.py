@@ -13,6 +13,7 @@ Examples:
     python -m serving.embedded --repository /models --http-port 9000 --grpc-port 9001 --metrics-port 9002
     python -m serving.embedded --poll-s 2                      # follow new versions; a bad one changes nothing
     python -m serving.embedded -- make infer loadtest          # serve while a command runs, then stop
+    python -m serving.embedded --profile /tmp/profile          # traces and operator times land there (make profile)
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import importlib.metadata
 import json
 import os
 import re
-import secrets
 import shutil
 import signal
 import socket
@@ -38,15 +38,24 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from deepseek.spec import InputError, Parser, run_command
+from serving.flags import (
+    ADMIN_HEADER,
+    CLOSED,
+    CONTROL,
+    EXIT_TIMEOUT_S,
+    GATEWAY_EXIT_TIMEOUT_S,
+    Endpoints,
+    admin_key,
+    server_flags,
+)
 from serving.repository import Finding, models_in
 from serving.view import ApprovedView, Change
 
 WHEEL = "nvidia-pytriton"
-EXIT_TIMEOUT_S = 3  # for requests in flight; an idle keep-alive connection uses up all of it
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
-_KEY_HEADER = "embedded-triton-key"
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -54,7 +63,11 @@ class EmbeddedServer:
     """A real Triton over `repository`, up inside the `with` block.
 
     Ports are bound on `address`; 0 picks a free one, and the attributes hold what was picked. The
-    server's own log is at `log_path`.
+    server's own log is at `log_path`; with `echo_log` it goes to standard output, and only that of the start is kept.
+    `behind_gateway` closes what no caller of an endpoint needs, and gives requests in flight longer when it stops.
+    `profile` is a folder for what tells where a request's time goes: Triton's
+    traces, `trace.json.<n>`, once a client turns them on (trace level TIMESTAMPS), and on stopping the operator
+    times of ONNX Runtime, `onnxruntime-<instance>.<start in ns since 1970>.json`.
 
     Raises:
         InputError: port in use, wheel missing, a repository that cannot be served, a model that does
@@ -73,6 +86,9 @@ class EmbeddedServer:
         timeout_s: float = 120,
         poll_s: int | None = None,
         log_path: str | Path | None = None,
+        profile: str | Path | None = None,
+        echo_log: bool = False,
+        behind_gateway: bool = False,
         flags: tuple[str, ...] = (),
     ) -> None:
         self.repository = Path(repository)
@@ -82,12 +98,18 @@ class EmbeddedServer:
         self.timeout_s = timeout_s
         self.log_path = Path(log_path or Path(os.environ.get("BUILD", "build")) / "serving" / "triton.log")
         self._poll_s = poll_s
-        self._key = secrets.token_urlsafe()  # model control is ours alone
+        self._echo_log = echo_log
+        self._exit_timeout_s = GATEWAY_EXIT_TIMEOUT_S if behind_gateway else EXIT_TIMEOUT_S
+        self._restricted = CLOSED if behind_gateway else CONTROL if poll_s is not None else ()
+        self._key = admin_key()  # model control is ours alone
+        self._profile = None if profile is None else Path(profile).absolute()
         self._flags = flags
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: Path | None = None
         self._view: ApprovedView | None = None
         self._watcher: threading.Thread | None = None
+        self._echo: threading.Thread | None = None
+        self._started = threading.Event()
         self._stopping = threading.Event()
 
     @property
@@ -114,6 +136,7 @@ class EmbeddedServer:
         try:
             self._start()
             self._wait_until_ready()
+            self._started.set()
             if self._poll_s is not None:
                 self._watcher = threading.Thread(target=self._watch, args=(self._poll_s,), daemon=True)
                 self._watcher.start()
@@ -136,6 +159,9 @@ class EmbeddedServer:
         self._view.fill()
         _assemble_backend(self._scratch / "backends" / "python", backend, stub)
         environment = _environment(libraries, self._scratch)
+        if self._profile is not None:
+            self._profile.mkdir(parents=True, exist_ok=True)
+            environment["ONNXRUNTIME_PROFILE"] = str(self._profile)
         command = [str(server), *self._server_flags()]
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("wb") as log:
@@ -147,36 +173,51 @@ class EmbeddedServer:
                 command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=subprocess.PIPE if self._echo_log else log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is ours to pass on, and the group is ours to end
                 preexec_fn=lambda: _die_with_parent(parent),
             )
+        if self._process.stdout is not None:
+            self._echo = threading.Thread(target=self._copy_log, args=(self._process.stdout,), daemon=True)
+            self._echo.start()
         self._models = models
+
+    def _copy_log(self, lines: IO[bytes]) -> None:
+        """The server's log to standard output; to the file only until it is up, so that the file does not grow."""
+        with lines, self.log_path.open("ab") as log:
+            for line in lines:
+                with contextlib.suppress(OSError):  # whoever read it has gone: the server goes on
+                    sys.stdout.buffer.write(line)
+                    sys.stdout.buffer.flush()
+                if not self._started.is_set():
+                    log.write(line)
+                    log.flush()
 
     def _server_flags(self) -> list[str]:
         assert self._scratch is not None
-        flags = [
-            f"--model-repository={self._scratch / 'models'}",
+        endpoints = Endpoints(
+            address=self.address, http_port=self.http_port, grpc_port=self.grpc_port, metrics_port=self.metrics_port
+        )
+        flags = server_flags(
+            self._scratch / "models",
+            endpoints,
+            restricted=self._restricted,
+            key=self._key,
+            # Not Triton's own polling: what is loaded is decided here, and a failure has its reason in the answer.
+            explicit_control=self._poll_s is not None,
+            exit_timeout_s=self._exit_timeout_s,
+        )
+        flags += [
             f"--backend-directory={self._scratch / 'backends'}",
             # Each server has its own region names, so that two never meet and leftovers can be removed.
             f"--backend-config=python,shm-region-prefix-name={self._scratch.name}",
-            "--disable-auto-complete-config",
-            f"--http-address={self.address}",
-            f"--http-port={self.http_port}",
-            f"--grpc-address={self.address}",
-            f"--grpc-port={self.grpc_port}",
-            f"--metrics-address={self.address}",
-            f"--metrics-port={self.metrics_port}",
-            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
         ]
-        if self._poll_s is None:
-            flags.append("--model-control-mode=none")
-        else:
-            # Not Triton's own polling: what is loaded is decided here, and a failure has its reason in the answer.
-            flags += ["--model-control-mode=explicit", "--load-model=*"]
-            flags += [f"--http-restricted-api=model-repository:{_KEY_HEADER}={self._key}"]
-            flags += [f"--grpc-restricted-protocol=model-repository:{_KEY_HEADER}={self._key}"]
+        if self._profile is not None:
+            # A file a trace: with a frequency of 0, for all of them at the end, this server writes none.
+            flags += ["--trace-config=mode=triton", "--trace-config=level=OFF", "--trace-config=rate=1"]
+            flags += [f"--trace-config=triton,file={self._profile / 'trace.json'}"]
+            flags += ["--trace-config=triton,log-frequency=1"]
         return [*flags, *self._flags]
 
     def _watch(self, poll_s: float) -> None:
@@ -191,7 +232,7 @@ class EmbeddedServer:
     def _control(self, change: Change) -> str | None:
         """Has Triton load or unload a model; returns its reason where it did not."""
         url = f"http://{self.http_url}/v2/repository/models/{change.model}/{change.action}"
-        request = urllib.request.Request(url, b"{}", {_KEY_HEADER: self._key}, method="POST")
+        request = urllib.request.Request(url, b"{}", {ADMIN_HEADER: self._key}, method="POST")
         try:
             urllib.request.urlopen(request, timeout=self.timeout_s).close()
         except urllib.error.HTTPError as error:
@@ -236,13 +277,16 @@ class EmbeddedServer:
             if self._process.poll() is None:
                 self._process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(EXIT_TIMEOUT_S + 5)
+                    self._process.wait(self._exit_timeout_s + 5)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # stubs too, whatever became of the server
             self._process.wait()
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-self._process.pid, 0):  # stubs that the server left to us
                     pass
+            if self._echo is not None:
+                self._echo.join()  # ends with the last process that wrote to it
+                self._echo = None
             self._process = None
         if self._watcher is not None:
             self._watcher.join()  # a call to the server that has just ended fails at once
@@ -263,7 +307,7 @@ def check_repository(repository: Path) -> list[str]:
         if backend != "python":
             raise InputError(
                 f"{config}: this server has no {backend} backend: the embedded Triton has only python; "
-                "serve it with docker compose up, or rebuild with: make engine TARGET=onnxruntime"
+                "docker compose up serves it on a machine with a GPU; or rebuild with: make engine TARGET=onnxruntime"
             )
     return [config.parent.name for config in configs]
 
@@ -400,7 +444,9 @@ def _serve(server: EmbeddedServer, command: list[str]) -> int:
     if not command:
         print("Ctrl-C stops it.", flush=True)
     sys.stdout.flush()
-    child = subprocess.Popen(command) if command else None
+    ports = {"HTTP_PORT": server.http_port, "GRPC_PORT": server.grpc_port, "METRICS_PORT": server.metrics_port}
+    told = {name: str(port) for name, port in ports.items()}  # those that 0 picked are not on the command's line
+    child = subprocess.Popen(command, env={**os.environ, **told}) if command else None
     try:
         while child is None or child.poll() is None:
             if server.poll() is not None:
@@ -425,6 +471,11 @@ def main() -> int:
         "--timeout-s", type=float, default=120, help="longest wait for readiness (default: %(default)s)"
     )
     parser.add_argument("--poll-s", type=int, help="look for new model versions every so many seconds")
+    parser.add_argument("--profile", metavar="FOLDER", help="write request traces and operator times there")
+    parser.add_argument("--echo-log", action="store_true", help="the server's own log to standard output")
+    parser.add_argument(
+        "--behind-gateway", action="store_true", help="close what is not inference, metadata or readiness"
+    )
     parser.add_argument("command", nargs="*", help="run this while serving, then stop with its exit status")
     args = parser.parse_args()
     with (
@@ -437,6 +488,9 @@ def main() -> int:
             address=args.address,
             timeout_s=args.timeout_s,
             poll_s=args.poll_s,
+            profile=args.profile,
+            echo_log=args.echo_log,
+            behind_gateway=args.behind_gateway,
         ) as server,
     ):
         try:

@@ -1,0 +1,5 @@
+#!/bin/bash
+# The doctor, then the embedded Triton. SIGTERM reaches the launcher, which lets requests in flight finish.
+set -euo pipefail
+python -m serving.doctor --repository /models --preflight
+exec python -m serving.embedded --repository /models --address 0.0.0.0 --behind-gateway --echo-log "$@"
