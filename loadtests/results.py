@@ -1,4 +1,4 @@
-"""What a load test measured: recorded while it runs, kept in one folder, read back to be judged or drawn.
+"""What a load test measured: kept in one folder, read back to be judged or drawn.
 
 Contract: latencies are whole microseconds in HDR histograms of 3 digits, one for each second of the
 run, so that a reported percentile is at most 0.1 % above the true one. Histograms are added, never
@@ -6,12 +6,15 @@ averaged. Seconds count from the start of the measured window: those below 0 are
 request belongs to the second it was *planned* in, whenever it was answered.
 
 A run's folder, `build/<name>/loadtests/<time>/`, appears whole or not at all:
-    run.json        settings, machine, versions, the generator's own health, the server's statistics
+    run.json        settings, machine, versions, the generator's own health, the server's statistics; where the
+                    inputs have several lengths, counts and histograms of the window by length, too
     seconds.jsonl   a line a second (and worker): counts, errors by kind, encoded histograms
+The models of a mix have a folder each, all of the same name.
 
 Examples:
     run = Run.load(latest_run("recommender"))
-    run.latency("intended").percentile_ms(99)
+    run.window.latency("intended").percentile_ms(99)
+    run.lengths["sequence 128"].latency("intended").percentile_ms(99)
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -33,11 +37,9 @@ import numpy as np
 from hdrh.histogram import HdrHistogram
 
 from deepseek.spec import InputError, Target, build_dir
+from loadtests.recorder import KINDS, histogram
+from loadtests.recorder import Latency as Latency
 from loadtests.schedule import Segment, segments_of
-
-LONGEST_US = 3_600_000_000  # an hour; no request may take longer (see Settings.timeout_s)
-Latency = Literal["intended", "service", "lag"]
-KINDS: tuple[Latency, ...] = ("intended", "service", "lag")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,8 @@ class Settings:
     """Open loop: a request due while its worker has so many unanswered is dropped, and counts as an error."""
     workers: int = 1
     """Processes that send."""
+    mix: str | None = None
+    """All models of the mixed load that this was a part of, as `loadtests.mix` has it."""
 
     @property
     def open_loop(self) -> bool:
@@ -77,89 +81,6 @@ class Settings:
         if self.shape is not None:
             return segments_of(self.shape)
         return () if self.rate_rps is None else (Segment(duration_s=self.duration_s, rate_rps=self.rate_rps),)
-
-
-def histogram() -> HdrHistogram:
-    """An empty one, 1 us to 1 h with 3 significant digits."""
-    return HdrHistogram(1, LONGEST_US, 3)
-
-
-class _Second:
-    """What happened to the requests planned in one second (`attempted`, `completed`: what happened in it)."""
-
-    __slots__ = ("attempted", "completed", "dropped", "errors", "latencies", "ok", "planned")
-
-    def __init__(self) -> None:
-        self.planned = self.attempted = self.ok = self.completed = self.dropped = 0
-        self.errors: Counter[str] = Counter()
-        self.latencies: dict[Latency, HdrHistogram] = {}
-
-    def row(self, second: int) -> dict[str, Any]:
-        counts = {name: getattr(self, name) for name in ("planned", "attempted", "ok", "completed", "dropped")}
-        encoded: dict[str, str] = {kind: latency.encode().decode() for kind, latency in self.latencies.items()}
-        return {"second": second, **counts, "errors": dict(self.errors), **encoded}
-
-
-class Recorder:
-    """Takes note of every request, in a few microseconds each. Times are seconds of the measured window."""
-
-    def __init__(self, planned_s: np.ndarray | None = None, *, open_loop: bool) -> None:
-        self.in_flight = 0
-        self._open_loop = open_loop
-        self._seconds: dict[int, _Second] = {}
-        if planned_s is not None:
-            for second, count in zip(*np.unique(np.floor(planned_s), return_counts=True), strict=True):
-                self._at(second).planned = int(count)
-
-    def _at(self, time_s: float) -> _Second:
-        second = math.floor(time_s)
-        found = self._seconds.get(second)
-        if found is None:
-            found = self._seconds[second] = _Second()
-        return found
-
-    def attempt(self, now_s: float) -> None:
-        """The generator takes up a request that is due."""
-        self._at(now_s).attempted += 1
-        self.in_flight += 1
-
-    def drop(self, planned_s: float) -> None:
-        """It cannot be sent: too many are unanswered."""
-        self._at(planned_s).dropped += 1
-        self.in_flight -= 1
-
-    def finish(self, planned_s: float, sent_s: float, finished_s: float, error: str | None) -> None:
-        """It was answered, or failed with an error of this kind."""
-        self.in_flight -= 1
-        second = self._at(planned_s)
-        if error is None:
-            second.ok += 1
-            self._at(finished_s).completed += 1
-            _record(second, "service", finished_s - sent_s)
-        else:
-            second.errors[error] += 1
-        if self._open_loop:
-            _record(second, "lag", sent_s - planned_s)
-            if error is None:
-                _record(second, "intended", finished_s - planned_s)
-
-    def take(self, before_s: float = math.inf) -> Iterator[dict[str, Any]]:
-        """Rows of the seconds before `before_s`, which are then forgotten."""
-        for second in sorted(self._seconds):
-            if second < before_s:
-                yield self._seconds.pop(second).row(second)
-
-    def totals(self, second: int) -> tuple[int, int]:
-        """Answered and failed requests of a second so far, for a progress line."""
-        found = self._seconds.get(second)
-        return (found.completed, found.errors.total() + found.dropped) if found else (0, 0)
-
-
-def _record(second: _Second, kind: Latency, seconds: float) -> None:
-    found = second.latencies.get(kind)
-    if found is None:
-        found = second.latencies[kind] = histogram()
-    found.record_value(min(max(round(seconds * 1e6), 0), LONGEST_US))
 
 
 def _highest_values() -> np.ndarray:
@@ -225,7 +146,8 @@ class Second:
     completed: int = 0
     dropped: int = 0
     errors: Counter[str] = field(default_factory=Counter)
-    latencies: dict[Latency, HdrHistogram] = field(default_factory=dict)
+    latencies: dict[Latency, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
+    """Places of a histogram that are not 0, and their counts, of each worker: whole ones would fill the memory."""
 
     def add(self, row: dict[str, Any]) -> None:
         """Adds what one worker counted."""
@@ -234,7 +156,9 @@ class Second:
         self.errors.update(row["errors"])
         for kind in KINDS:
             if kind in row:
-                self.latencies.setdefault(kind, histogram()).add(HdrHistogram.decode(row[kind]))
+                counts = np.ctypeslib.as_array(HdrHistogram.decode(row[kind]).counts)
+                places = np.flatnonzero(counts)
+                self.latencies.setdefault(kind, []).append((places, counts[places].astype(np.int64)))
 
     @property
     def failed(self) -> int:
@@ -249,8 +173,8 @@ class Second:
 def _distribution(seconds: list[Second], kind: Latency, failed: int) -> Distribution:
     counts = np.zeros(len(_VALUES_US), np.int64)
     for second in seconds:
-        if kind in second.latencies:
-            counts += np.ctypeslib.as_array(second.latencies[kind].counts).astype(np.int64)
+        for places, found in second.latencies.get(kind, ()):
+            counts[places] += found
     return Distribution(counts, failed)
 
 
@@ -320,6 +244,8 @@ class Run:
     """Task metric -> `seen`, `baseline` (fp32 PyTorch) and `source`, of what was served; empty where not known."""
     seconds: tuple[Second, ...]
     """In order; the warm-up's are below 0, those after the window (late answers) at `duration_s` and above."""
+    lengths: dict[str, Stretch]
+    """The window by the lengths of what was sent, shortest first; empty where all inputs are of one length."""
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
@@ -331,10 +257,12 @@ class Run:
             for line in (folder / "seconds.jsonl").read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
                 seconds.setdefault(row["second"], Second(row["second"])).add(row)
+            settings = Settings(**data.pop("settings"))
             return cls(
                 folder=folder,
-                settings=Settings(**data.pop("settings")),
+                settings=settings,
                 seconds=tuple(seconds[second] for second in sorted(seconds)),
+                lengths=_lengths(settings, data.pop("lengths", [])),
                 **data,
             )
         except OSError as error:
@@ -371,6 +299,15 @@ class Run:
         return "intended" if self.settings.open_loop else "service"
 
 
+def _lengths(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Stretch]:
+    """The rows of all workers by class, shortest first."""
+    found: dict[str, Second] = {}
+    for row in rows:
+        found.setdefault(row["length"], Second(0)).add(row)
+    ordered = sorted(found, key=lambda length: [int(number) for number in re.findall(r"\b\d+\b", length)])
+    return {length: Stretch(settings, [found[length]], settings.duration_s) for length in ordered}
+
+
 def runs_folder(name: str) -> Path:
     """Where a model's runs lie."""
     return build_dir(name) / "loadtests"
@@ -400,7 +337,11 @@ def new_run(name: str) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def publish(draft: Path) -> Path:
+def publish(draft: Path, name: str | None = None) -> Path:
     """Puts a complete draft in its place; the name is the time, so that names sort by age."""
-    name = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")[:-3] + "Z"
-    return draft.rename(draft.parent / name)
+    return draft.rename(draft.parent / (name or name_of_now()))
+
+
+def name_of_now() -> str:
+    """What a run that is complete now is called."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")[:-3] + "Z"

@@ -1,7 +1,8 @@
 """When each request of an open-loop run is to be sent.
 
 Contract: the whole schedule is fixed before the first request, by its arguments and its seed alone;
-nothing that the server does can move it. Times are seconds from the start of the run, ascending.
+nothing that the server does can move it. Times are seconds from the start of the run, ascending. They are worked
+out in blocks of some thousands, each when it is needed, so that a soak takes no more memory than a minute.
 
 Every segment has exactly as many arrivals as its rate asks for, so the rate achieved can be set
 against the rate planned without luck. Poisson arrivals are those of a Poisson process given that
@@ -12,12 +13,14 @@ Examples:
     Schedule((Segment(duration_s=60, rate_rps=10, end_rps=200),), arrivals="constant").times_s()  # a ramp
     segments_of("50x30, 500x5, 50x30")  # a spike: requests/s x seconds, one segment after the other
     segments_of("10-200x60, 200x300")   # a ramp, then a soak
+    for times_s in Schedule(segments_of("200x86400")).blocks(): ...  # a day, some thousand times at once
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +29,7 @@ import numpy as np
 from deepseek.spec import InputError
 
 Arrivals = Literal["constant", "poisson"]
+BLOCK = 4096  # arrivals, about, that are worked out at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +83,30 @@ class Schedule:
 
     def times_s(self, worker: int = 0, workers: int = 1) -> np.ndarray:
         """The times, or every `workers`-th of them from the `worker`-th: together the workers send it all."""
+        return np.concatenate([np.empty(0), *self.blocks(worker, workers)])
+
+    def blocks(self, worker: int = 0, workers: int = 1) -> Iterator[np.ndarray]:
+        """As `times_s`, one stretch after the other."""
+        passed = 0
+        for times in self._all_blocks():
+            yield times[(worker - passed) % workers :: workers]
+            passed += len(times)
+
+    def _all_blocks(self) -> Iterator[np.ndarray]:
         generator = np.random.default_rng(self.seed)
         start_s = 0.0
-        times = []
         for segment in self.segments:
-            count = segment.arrivals
-            if self.arrivals == "constant":
-                share = np.arange(count) / max(count, 1)
-            else:
-                share = np.sort(generator.random(count))
-            times.append(start_s + segment.time_at(share))
+            for share in self._shares(segment.arrivals, generator):
+                yield start_s + segment.time_at(share)
             start_s += segment.duration_s
-        return np.concatenate(times)[worker::workers]
+
+    def _shares(self, count: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
+        """Where the `count` arrivals of a segment lie in its cumulative rate, from 0 to 1."""
+        blocks = max(1, math.ceil(count / BLOCK))
+        if self.arrivals == "constant":
+            for first in range(0, count, BLOCK):
+                yield np.arange(first, min(first + BLOCK, count)) / count
+            return
+        # How many of `count` independent, uniform places fall into each of so many equal parts; then those of a part.
+        for block, inside in enumerate(generator.multinomial(count, np.full(blocks, 1 / blocks))):
+            yield (block + np.sort(generator.random(inside))) / blocks

@@ -10,6 +10,7 @@ too few samples, a rate that was never offered, or a generator that was itself t
 
 Examples:
     python -m loadtests.slo                                     # the latest run of the recommender
+    python -m loadtests.slo --mix recommender:3,minilm:1        # every model of the latest such mix, and all together
     python -m loadtests.slo --run build/recommender/loadtests/2026-11-25T12-55-13.042Z --json
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -35,11 +36,13 @@ from deepseek.spec import (
     add_model_arguments,
     run_command,
 )
+from loadtests.mix import runs_of
 from loadtests.results import Run, Settings, Stretch, latest_run
 
 CONFIDENCE = 0.99
 LEAST_ATTEMPTED = 0.99  # of the planned requests, taken up in time
-LARGEST_LAG = 0.05  # of the SLO's limit for its highest percentile: p99 of how late requests were sent
+# How late requests were sent: p99 of it, of the SLO's largest limit; and at each percentile of the SLO, of its limit.
+LARGEST_LAG = 0.05
 MOST_CPU = 0.90  # of one core, for the thread that sends
 # A rate is held within the 1 % that the generator itself may lose.
 RATE_TOLERANCE = 0.01
@@ -115,14 +118,7 @@ def generator_problems(run: Run, slo: SloSpec) -> list[str]:
             f"the generator took up {run.window.attempted_share:.1%} of the planned requests in time, "
             f"{LEAST_ATTEMPTED:.0%} is needed"
         )
-    limits = latency_limits(slo)
-    lag_ms = run.window.latency("lag").percentile_ms(99)
-    if run.settings.open_loop and limits and lag_ms > LARGEST_LAG * max(limits.values()):
-        problems.append(
-            f"the generator sent late: p99 of the lag is {lag_ms:.2f} ms, "
-            f"at most {LARGEST_LAG:.0%} of the SLO's {max(limits.values()):g} ms is allowed "
-            f"(its machine was busy for {run.generator.get('machine_cpu', 0):.0%} of the time)"
-        )
+    problems += _lateness(run, slo)
     thread_cpu = run.generator.get("thread_cpu", 0)
     if thread_cpu > MOST_CPU:
         problems.append(f"the generator's thread was {thread_cpu:.0%} busy, at most {MOST_CPU:.0%} is allowed")
@@ -130,6 +126,24 @@ def generator_problems(run: Run, slo: SloSpec) -> list[str]:
         allow = "" if run.generator.get("precedence") else ", or let it have real-time priority (root, or ulimit -r 1)"
         problems.append(f"lower the rate, or give the generator a machine with free cores{allow}")
     return problems
+
+
+def _lateness(run: Run, slo: SloSpec) -> Iterator[str]:
+    """Where requests were sent so late that it shows in a latency that is judged."""
+    lines = [line for line in slo.all_objectives() if line.kind == "ms"]
+    if not run.settings.open_loop or not lines:
+        return
+    lag = run.window.latency("lag")
+    bounds = [(99.0, max(line.limit for line in lines))]
+    bounds += [(line.percent, line.limit) for line in lines if line.percent is not None]
+    for percent, limit in bounds:
+        if (lag_ms := lag.percentile_ms(percent)) > LARGEST_LAG * limit:
+            yield (
+                f"the generator sent late: p{percent:g} of the lag is {lag_ms:.2f} ms, "
+                f"at most {LARGEST_LAG:.0%} of the SLO's {limit:g} ms is allowed "
+                f"(its machine was busy for {run.generator.get('machine_cpu', 0):.0%} of the time)"
+            )
+            return
 
 
 def judge(run: Run, slo: SloSpec) -> Judgement:
@@ -230,7 +244,9 @@ def _notes(run: Run, slo: SloSpec) -> Iterator[str]:
             "closed loop: the latency is service latency, and while the server stalls nobody asks it, "
             "so that stalls hardly count (coordinated omission); RATE= measures what users would see"
         )
-    elif slo.rate_rps is not None and run.rates_rps and min(run.rates_rps) > slo.rate_rps:
+    if run.settings.mix:
+        yield f"one of the mix {run.settings.mix}; all of it is judged by: make verdict MIX={run.settings.mix}"
+    if run.settings.open_loop and slo.rate_rps is not None and run.rates_rps and min(run.rates_rps) > slo.rate_rps:
         yield f"measured at {min(run.rates_rps):g}/s, more than the {slo.rate_rps:g}/s that the SLO asks for"
 
 
@@ -280,6 +296,19 @@ def load(args: Any) -> tuple[Run, SloSpec]:
     return run, spec.for_target(args.target or run.settings.target).slo
 
 
+def load_mix(args: Any) -> list[tuple[Run, SloSpec]]:
+    """The runs that the command line names, each with the SLO of its model."""
+    runs = runs_of(args.mix, args.run)
+    specs = [DeploymentSpec.of_model(run.settings.model, args.models) for run in runs]
+    return [(run, of.for_target(args.target or run.settings.target).slo) for run, of in zip(runs, specs, strict=True)]
+
+
+def overall(verdicts: Iterable[Verdict]) -> Verdict:
+    """Of several models: what is violated is violated, whatever cannot be said of another."""
+    order: tuple[Verdict, ...] = ("violated", "invalid", "inconclusive", "holds")
+    return min(verdicts, key=order.index)
+
+
 def add_run_arguments(parser: Parser) -> None:
     """--model, --models, --run, --target, as every command over a saved run takes them."""
     add_model_arguments(parser)
@@ -288,18 +317,27 @@ def add_run_arguments(parser: Parser) -> None:
 
 
 def main() -> int:
-    """Judges one run and prints the verdict."""
+    """Judges one run, or the runs of a mix, and prints the verdict."""
     parser = Parser(__doc__, prog="python -m loadtests.slo")
     add_run_arguments(parser)
+    parser.add_argument("--mix", help="judge all models of a mixed load, as loadtests.run had it")
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
     args = parser.parse_args()
-    run, slo = load(args)
-    judgement = judge(run, slo)
+    judged = [(run, judge(run, slo)) for run, slo in (load_mix(args) if args.mix else [load(args)])]
+    verdict = overall(judgement.verdict for _, judgement in judged)
     if args.json:
-        print(json.dumps(as_json(run, judgement), indent=2))
-    else:
-        _print(run, judgement, Console(width=max(Console().width, 100)))
-    return EXIT_CODES[judgement.verdict]
+        found = {run.settings.model: as_json(run, judgement) for run, judgement in judged}
+        told = {"verdict": verdict, "models": found} if args.mix else next(iter(found.values()))
+        print(json.dumps(told, indent=2))
+        return EXIT_CODES[verdict]
+    console = Console(width=max(Console().width, 100))
+    for run, judgement in judged:
+        if args.mix:
+            console.print(f"[bold]{run.settings.model}[/]")
+        _print(run, judgement, console)
+    if args.mix:
+        console.print(f"[{STYLES[verdict]} bold]{verdict}[/]  the mix {args.mix} as a whole")
+    return EXIT_CODES[verdict]
 
 
 if __name__ == "__main__":

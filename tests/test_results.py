@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from deepseek.spec import InputError
-from loadtests.results import Recorder, Run, Settings, latest_run, new_run, publish
+from loadtests.recorder import Recorder
+from loadtests.results import Run, Settings, latest_run, new_run, publish
 
 Request = tuple[float, float, float, str | None]  # planned, sent, finished, error
 

@@ -1,0 +1,74 @@
+"""What can be known to be wrong with a load test before any load: the settings, the inputs, the server.
+
+Contract: raises `InputError` in one line; else gives what the server says of the model.
+
+Example:
+    served = check(settings, DeploymentSpec.of_model("recommender"))
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from deepseek_client import InferenceClient, InferenceError, ModelMetadata
+
+from deepseek.spec import DeploymentSpec, InputError
+from loadtests.inputs import read_inputs
+from loadtests.results import Settings
+
+MOST_REQUESTS = 1_000_000_000  # a slip of the hand rather than a plan; a week at 1000/s is 605 million
+
+
+def check(settings: Settings, spec: DeploymentSpec) -> ModelMetadata:
+    """Everything that can be known to be wrong before any load; returns what the server says of the model."""
+    _check_numbers(settings)
+    rows = read_inputs(Path(settings.inputs))
+    for row in rows:
+        if row.keys() != spec.inputs.keys():
+            raise InputError(f"{settings.inputs}: holds {_listed(row)}, deploy.toml has {_listed(spec.inputs)}")
+    try:
+        with InferenceClient(settings.url, settings.protocol, timeout_s=settings.timeout_s, retries=0) as client:
+            if not client.ready():
+                raise InputError(f"the server at {settings.url} is not ready; wait for it, or see its log")
+            if not client.ready(settings.model):
+                raise InputError(f"{settings.model} is not ready at {settings.url}; is it in the model repository?")
+            served = client.metadata(settings.model)
+            for row in rows:
+                client.prepare(settings.model, row)
+            client.infer(settings.model, rows[0])
+    except InferenceError as error:
+        raise InputError(str(error)) from None
+    return served
+
+
+def _check_numbers(settings: Settings) -> None:
+    if [settings.rate_rps, settings.shape, settings.users].count(None) != 2:
+        raise InputError(
+            "give --rate or --shape (open loop) or --users (closed loop), one of them; slo.rate_rps is the default rate"
+        )
+    for name in ("rate_rps", "users", "duration_s", "timeout_s", "max_in_flight", "workers"):
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name.removesuffix('_rps').replace('_', '-')} {value:g}: it must be more than 0")
+    if settings.duration_s % 1:  # a second is what counts are kept by
+        raise InputError(f"--duration-s {settings.duration_s:g}: it must be a whole number")
+    if not 0 <= settings.warmup_s < math.inf:
+        raise InputError(f"--warmup-s {settings.warmup_s:g}: it must be 0 or more")
+    if settings.open_loop:
+        planned = sum(segment.arrivals for segment in settings.segments)
+        if not 1 <= planned <= MOST_REQUESTS:
+            what = f"--rate {settings.rate_rps:g} for {settings.duration_s:g} s"
+            raise InputError(
+                f"{what if settings.shape is None else f'--shape {settings.shape}'} plans {planned} requests; "
+                f"1 to {MOST_REQUESTS} are possible"
+            )
+    elif settings.users is not None and settings.users < settings.workers:
+        raise InputError(f"--users {settings.users} for --workers {settings.workers}: each worker needs one or more")
+    elif settings.users is not None and settings.users > settings.max_in_flight:
+        raise InputError(f"--users {settings.users}: at most {settings.max_in_flight}; --max-in-flight raises it")
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names)) or "nothing"

@@ -1,0 +1,139 @@
+"""Starts the workers of a load test in step, gathers what they counted, and writes it.
+
+Contract: runs in Locust's master, or in its only process. Rows are written as they come, so that memory does not grow
+with the run. Beside the settings file it leaves, for each part (model), `<model>.seconds.jsonl`, and at last, whole or
+not at all, `measured.json`: the generator's health, and of each part the server's statistics and counts by length.
+
+Example:
+    Coordinator(environment, parts, Path("build/load")).start()
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import gevent
+from locust.env import Environment
+from locust.runners import MasterRunner
+
+from loadtests import server_statistics
+from loadtests.recorder import Recorder, rows_file
+from loadtests.results import Settings
+from loadtests.sender import planned_blocks_s
+
+# From Locust's start signal to the first request: time for every worker to be there.
+START_DELAY_S = 0.5
+DISTRIBUTED_START_DELAY_S = 2.0
+Rows = list[list[dict[str, Any]]]  # of each part
+
+
+class Coordinator:
+    """See the module."""
+
+    def __init__(self, environment: Environment, parts: list[Settings], folder: Path) -> None:
+        self._environment, self._parts, self._folder = environment, parts, folder
+        self._settings = parts[0]  # what all parts have in common
+        self._lengths: Rows = [[] for _ in parts]
+        self._generators: list[dict[str, Any]] = []
+        self._now: dict[int, Counter[str]] = defaultdict(Counter)
+        self._workers = 1
+        self._started = False
+
+    def start(self) -> None:
+        """Tells every worker when the measured window starts. A second start, from Locust's page, measures nothing."""
+        runner = self._environment.runner
+        assert runner is not None
+        if self._started:
+            return
+        self._started = True
+        for part in self._parts:
+            rows_file(self._folder, part.model).write_text("")
+        self._write([list(planned_rows(part)) for part in self._parts])
+        self._workers = self._alive()
+        delay_s = DISTRIBUTED_START_DELAY_S if isinstance(runner, MasterRunner) else START_DELAY_S
+        starts_at = time.time() + delay_s + self._settings.warmup_s
+        runner.send_message("begin", {"starts_at": starts_at, "workers": self._workers})
+        gevent.spawn(self._gather, starts_at)
+
+    def _alive(self) -> int:
+        runner = self._environment.runner
+        return runner.worker_count if isinstance(runner, MasterRunner) else 1
+
+    def _write(self, rows: Rows) -> None:
+        for part, found in zip(self._parts, rows, strict=True):
+            if found:
+                with rows_file(self._folder, part.model).open("a", encoding="utf-8") as file:
+                    file.writelines(f"{json.dumps(row)}\n" for row in found)
+
+    def take_second(self, second: int, rows: Rows, now: dict[str, int]) -> None:
+        """A worker's second has passed; the last one's makes a line on standard output, for whoever shows progress."""
+        self._write(rows)
+        counts = self._now[second]
+        counts.update({**now, "workers": 1})
+        if counts["workers"] >= min(self._workers, self._alive()):
+            line = {"second": second, **{name: counts[name] for name in ("completed", "failed", "in_flight")}}
+            print(json.dumps(line), flush=True)
+            del self._now[second]
+
+    def take_last(self, rows: Rows, lengths: Rows, generator: dict[str, Any]) -> None:
+        """A worker has finished."""
+        self._write(rows)
+        for known, found in zip(self._lengths, lengths, strict=True):
+            known += found
+        self._generators.append(generator)
+
+    def _statistics(self) -> list[server_statistics.Statistics | None]:
+        return [server_statistics.fetch(part.url, part.protocol, part.model) for part in self._parts]
+
+    def _gather(self, starts_at: float) -> None:
+        settings = self._settings
+        gevent.sleep(max(0.0, starts_at - time.time()))
+        before = self._statistics()
+        gevent.sleep(max(0.0, starts_at + settings.duration_s - time.time()))
+        give_up_at = time.time() + settings.timeout_s + 5
+        while len(self._generators) < self._workers and time.time() < give_up_at:
+            gevent.sleep(0.02)
+        # A worker that was lost has taken its answers with it: they stay planned, and count as never sent.
+        found = zip(self._lengths, map(server_statistics.difference, before, self._statistics()), strict=True)
+        measured = {
+            "generator": together(self._generators, self._workers),
+            "parts": [{"lengths": lengths, "server": server} for lengths, server in found],
+        }
+        draft = self._folder / "measured.json.part"
+        draft.write_text(json.dumps(measured), encoding="utf-8")
+        draft.rename(self._folder / "measured.json")
+        print(json.dumps({"finished": True}), flush=True)
+        self._end()
+
+    def _end(self) -> None:
+        self._environment.process_exit_code = 0  # failed requests are a finding, not Locust's failure
+        runner = self._environment.runner
+        assert runner is not None
+        if self._environment.web_ui is None:
+            runner.quit()
+        else:
+            runner.stop()  # the page stays
+
+
+def planned_rows(settings: Settings) -> list[dict[str, Any]]:
+    """What all workers together are to send in each second."""
+    recorder = Recorder(open_loop=settings.open_loop)
+    for block in planned_blocks_s(settings):
+        recorder.plan(block)
+        gevent.sleep(0)  # a long schedule must not keep Locust's heartbeats waiting
+    return list(recorder.take())
+
+
+def together(generators: list[dict[str, Any]], workers: int) -> dict[str, Any]:
+    """The health of all workers: of each figure the worst."""
+    worst = {
+        name: max(each[name] for each in generators if name in each)
+        for name in ("thread_cpu", "process_cpu", "machine_cpu")
+        if any(name in each for each in generators)
+    }
+    precedence = bool(generators) and all(each["precedence"] for each in generators)
+    return {**worst, "precedence": precedence, "workers": workers, "workers_lost": workers - len(generators)}

@@ -1,0 +1,202 @@
+"""Runs Locust over one load or several, shows how it goes, and saves what was measured.
+
+Contract: a run takes its place under `build/<model>/loadtests/` whole or not at all; whatever happens, Locust and its
+workers are ended when the block ends. `loadtests.check` is to be asked first.
+
+Example:
+    run = measure(settings, spec, check(settings, spec), Console(stderr=True))
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+from deepseek_client import ModelMetadata
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from deepseek.spec import DeploymentSpec, InvalidMeasurement
+from loadtests.quality import of_served
+from loadtests.recorder import rows_file
+from loadtests.results import Run, Settings, name_of_now, new_run, publish
+
+LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What is sent to one model."""
+
+    settings: Settings
+    spec: DeploymentSpec
+    served: ModelMetadata
+
+
+def measure(settings: Settings, spec: DeploymentSpec, served: ModelMetadata, console: Console) -> Run:
+    """One model's load, as `measure_together`."""
+    return measure_together([Load(settings=settings, spec=spec, served=served)], console)[0]
+
+
+def measure_together(
+    loads: Sequence[Load],
+    console: Console,
+    *,
+    web_port: int | None = None,
+    and_then: Callable[[list[Run]], None] | None = None,
+) -> list[Run]:
+    """Runs Locust over the loads and saves a run of each, all of the same name.
+
+    `and_then` is called while Locust's page is still there.
+    """
+    with ExitStack() as stack:
+        drafts = [stack.enter_context(new_run(load.settings.model)) for load in loads]
+        measured, started_at = _locust_measures(stack, loads, drafts[0], console, web_port)
+        for load, draft, part in zip(loads, drafts, measured["parts"], strict=True):
+            rows_file(drafts[0], load.settings.model).rename(draft / "seconds.jsonl")
+            data = {"started_at": started_at, "generator": measured["generator"], **_facts(load, part)}
+            (draft / "run.json").write_text(json.dumps(data, indent=2), encoding="utf-8")
+        for leftover in ("settings.json", "measured.json", "locust.log"):
+            (drafts[0] / leftover).unlink()
+        name = name_of_now()
+        runs = [Run.load(publish(draft, name)) for draft in drafts]
+        if and_then is not None:
+            and_then(runs)
+        return runs
+
+
+def _facts(load: Load, part: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a load in its run, beside the generator's health."""
+    settings, served = load.settings, load.served
+    return {
+        "settings": asdict(settings),
+        "machine": _machine(),
+        "quality": of_served(settings.model, load.spec.precision.metric, served, settings.protocol, settings.target),
+        "lengths": part["lengths"],
+        "server": {
+            "version": served.versions[-1] if served.versions else "",
+            "parameters": dict(served.parameters),
+            "statistics": part["server"],
+        },
+    }
+
+
+def _locust_measures(
+    stack: ExitStack, loads: Sequence[Load], folder: Path, console: Console, web_port: int | None
+) -> tuple[dict[str, Any], str]:
+    """What Locust left in `folder`, and when it started; Locust's page stays as long as the stack."""
+    path, log, measured = folder / "settings.json", folder / "locust.log", folder / "measured.json"
+    path.write_text(json.dumps([asdict(load.settings) for load in loads]), encoding="utf-8")
+    log_file = stack.enter_context(log.open("w"))
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    settings = loads[0].settings
+    users = sum(load.settings.users or 1 for load in loads)
+    process = stack.enter_context(_locust(settings, users, path, log_file, web_port))
+    _show_progress(process, settings, console)
+    if not measured.is_file():
+        status = process.wait()
+        print(log.read_text(), end="", file=sys.stderr)
+        raise InvalidMeasurement(f"the load generator ended early, with status {status}; nothing was saved")
+    if web_port is None:
+        process.wait()
+    return json.loads(measured.read_text()), started_at
+
+
+@contextmanager
+def _locust(
+    settings: Settings, users: int, path: Path, log: IO[str], web_port: int | None
+) -> Iterator[subprocess.Popen[str]]:
+    """Locust over the settings file; ended, whatever happens, when the block ends."""
+    waiting = str(max(users, settings.workers))
+    longest_s = math.ceil(settings.warmup_s + settings.duration_s + 2 * settings.timeout_s + 10)
+    command = [sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE)]
+    command += ["--users", waiting, "--spawn-rate", waiting, "--run-time", f"{longest_s}s"]  # the file ends it earlier
+    command += ["--loglevel", "WARNING", "--settings", str(path)]
+    if web_port is None:
+        command += ["--headless", "--only-summary"]
+    else:
+        command += ["--autostart", "--web-host", "127.0.0.1", "--web-port", str(web_port)]
+    if settings.workers > 1:
+        port = str(_free_port())
+        command += ["--processes", str(settings.workers), "--master-bind-host", "127.0.0.1"]
+        command += ["--master-bind-port", port, "--master-port", port, "--expect-workers-max-wait", "30"]
+    root = str(LOCUSTFILE.parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches us alone, and we end it
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(3)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the workers too
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _show_progress(process: subprocess.Popen[str], settings: Settings, console: Console) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[now]}"))
+    assert process.stdout is not None
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("starting", total=settings.warmup_s + settings.duration_s, now="")
+        for line in process.stdout:
+            if not line.startswith("{"):
+                continue  # Locust's own summary
+            said = json.loads(line)
+            if "finished" in said:
+                return
+            progress.update(
+                bar,
+                description="warming up" if said["second"] <= 0 else "measuring",
+                completed=settings.warmup_s + said["second"],
+                now=f"{said['completed']}/s, {said['failed']} failed, {said['in_flight']} in flight",
+            )
+
+
+def _machine() -> dict[str, Any]:
+    """Where the generator ran, and with what."""
+    cpu = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    versions = {"python": platform.python_version()}
+    for name in ("locust", "grpcio", "tritonclient"):
+        versions[name] = importlib.metadata.version(name)
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "versions": versions,
+    }

@@ -1,0 +1,310 @@
+"""A KServe v2 endpoint that computes nothing and goes wrong as told: what the load generator is measured against.
+
+Tests of serving use the real Triton. Here the point is a server of which everything is known: it notes when it had
+received each inference and when it answered, by the clock that the load generator reads, too (CLOCK_MONOTONIC), so
+that a reported percentile can be set against the truth. Any model's name is served: x (batch, any) float32 in,
+y (batch, 1) float32 out, over HTTP and gRPC, the signature of tests/test_locustfile.py. Faults count inferences from
+1, whatever their protocol, so that they come at the same place of a schedule each time.
+
+Examples:
+    with FakeEndpoint(delay_ms=20, stall_at=300, stall_s=2) as endpoint:
+        measure(endpoint.grpc_url); endpoint.stop(); received_s, answered_s = endpoint.log()
+    python -m tests.fake_endpoint '{"delay_ms": 5, "refuse_every": 2}'      # until Ctrl-C
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2
+
+ROOT = Path(__file__).parent.parent
+SERVICE = "/inference.GRPCInferenceService/"
+CONFIG = {"max_batch_size": 8, "parameters": {"precision": {"string_value": "fp32"}}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faults:
+    """What each inference meets; 0 is never."""
+
+    delay_ms: float = 0.0
+    slow_every: int = 0
+    slow_ms: float = 0.0
+    stall_at: int = 0
+    """From this inference on nothing is answered, until `stall_s` later all is."""
+    stall_s: float = 0.0
+    refuse_every: int = 0
+    """Refused as Triton's full queue does."""
+    reset_every: int = 0
+    """Every connection is reset."""
+    die_at: int = 0
+    """The process ends."""
+
+
+class Endpoint:
+    """The server, in its own process."""
+
+    def __init__(self, faults: Faults) -> None:
+        self.faults = faults
+        self.received_s: list[float] = []
+        self.answered_s: list[float] = []
+        self.connections: set[asyncio.Transport] = set()
+        self._stall_ends_s = 0.0
+
+    def admit(self) -> tuple[int, float]:
+        """Notes an inference; its number, and how many seconds to keep it waiting (negative: refuse it)."""
+        now_s, faults = time.perf_counter(), self.faults
+        self.received_s.append(now_s)
+        self.answered_s.append(np.nan)
+        number = len(self.received_s)
+        if number == faults.die_at:
+            os._exit(1)
+        if number == faults.stall_at:
+            self._stall_ends_s = now_s + faults.stall_s
+        if _is(number, faults.reset_every):
+            for connection in self.connections:
+                connection.abort()
+        if _is(number, faults.refuse_every):
+            return number, -1
+        delay_s = (faults.slow_ms if _is(number, faults.slow_every) else faults.delay_ms) / 1000
+        return number, max(delay_s, self._stall_ends_s - now_s)
+
+    async def held(self, number: int, wait_s: float) -> None:
+        """Waits so long, and on while a stall has begun meanwhile."""
+        while wait_s > 0:
+            await asyncio.sleep(wait_s)
+            wait_s = self._stall_ends_s - time.perf_counter()
+        self.answered_s[number - 1] = time.perf_counter()
+
+
+def _is(number: int, every: int) -> bool:
+    return every > 0 and number % every == 0
+
+
+# -- HTTP ----------------------------------------------------------------------------------------
+
+
+class Http(asyncio.Protocol):
+    """HTTP/1.1 as far as clients of Triton need it: one request after the other, bodies of known length."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._received = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._endpoint.connections.add(transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._endpoint.connections.discard(self._transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, end, body = self._received.partition(b"\r\n\r\n")
+        if not end:
+            return
+        at = head.lower().find(b"content-length:")
+        size = int(head[at + 15 :].partition(b"\r\n")[0]) if at >= 0 else 0
+        if len(body) < size:
+            return
+        self._received = body[size:]
+        path = head.split(b" ", 2)[1]
+        if path.endswith(b"/infer"):
+            self._infer()
+        else:
+            self._answer(*_http_about(path.decode()))
+
+    def _infer(self) -> None:
+        number, wait_s = self._endpoint.admit()
+        if wait_s < 0:
+            self._answer("503 Service Unavailable", b'{"error":"Exceeds maximum queue size"}')
+        elif wait_s == 0:
+            self._endpoint.answered_s[number - 1] = time.perf_counter()
+            self._transport.write(HTTP_ANSWER)
+        else:
+            asyncio.get_running_loop().create_task(self._infer_late(number, wait_s))
+
+    async def _infer_late(self, number: int, wait_s: float) -> None:
+        await self._endpoint.held(number, wait_s)
+        self._transport.write(HTTP_ANSWER)
+
+    def _answer(self, status: str, content: bytes) -> None:
+        self._transport.write(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n" % (status.encode(), len(content)) + content)
+
+
+def _http_about(path: str) -> tuple[str, bytes]:
+    if path.endswith("/ready"):
+        return "200 OK", b""
+    if path.endswith("/stats"):
+        return "404 Not Found", b"{}"
+    return "200 OK", json.dumps(CONFIG if path.endswith("/config") else _signature(path.split("/")[3])).encode()
+
+
+def _signature(model: str) -> dict[str, Any]:
+    return {
+        "name": model,
+        "versions": ["1"],
+        "platform": "none",
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, -1]}],
+        "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 1]}],
+    }
+
+
+def _http_answer() -> bytes:
+    output = {"name": "y", "datatype": "FP32", "shape": [1, 1], "parameters": {"binary_data_size": 4}}
+    header = json.dumps({"model_name": "fake", "outputs": [output]}).encode()
+    sizes = b"Inference-Header-Content-Length: %d\r\nContent-Length: %d\r\n" % (len(header), len(header) + 4)
+    return b"HTTP/1.1 200 OK\r\n" + sizes + b"\r\n" + header + bytes(4)
+
+
+HTTP_ANSWER = _http_answer()
+
+# -- gRPC ----------------------------------------------------------------------------------------
+
+
+class Grpc(grpc.GenericRpcHandler):
+    """Messages stay bytes: an inference is answered with the same ones each time."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        output = service_pb2.ModelInferResponse.InferOutputTensor(name="y", datatype="FP32", shape=[1, 1])
+        answer = service_pb2.ModelInferResponse(model_name="fake", outputs=[output], raw_output_contents=[bytes(4)])
+        self._answer = answer.SerializeToString()
+        self._infer_handler = grpc.unary_unary_rpc_method_handler(self._infer)
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        method = handler_call_details.method.removeprefix(SERVICE)  # type: ignore[attr-defined]
+        if method == "ModelInfer":
+            return self._infer_handler
+        about = getattr(self, f"_{method}", None)
+        return None if about is None else grpc.unary_unary_rpc_method_handler(about)
+
+    async def _infer(self, _: bytes, context: Any) -> bytes:
+        number, wait_s = self._endpoint.admit()
+        if wait_s < 0:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
+        await self._endpoint.held(number, wait_s)
+        return self._answer
+
+    async def _ServerReady(self, *_: Any) -> bytes:
+        return service_pb2.ServerReadyResponse(ready=True).SerializeToString()
+
+    async def _ModelReady(self, *_: Any) -> bytes:
+        return service_pb2.ModelReadyResponse(ready=True).SerializeToString()
+
+    async def _ModelMetadata(self, request: bytes, _: Any) -> bytes:
+        name = service_pb2.ModelMetadataRequest.FromString(request).name
+        return service_pb2.ModelMetadataResponse(**_signature(name)).SerializeToString()
+
+    async def _ModelConfig(self, *_: Any) -> bytes:
+        return service_pb2.ModelConfigResponse(config=CONFIG).SerializeToString()
+
+
+class Pipe(asyncio.Protocol):
+    """One direction of a connection that is handed on: gRPC's own server has no way to reset one."""
+
+    def __init__(self, endpoint: Endpoint, port: int, peer: Pipe | None = None) -> None:
+        self._endpoint, self._port, self._peer = endpoint, port, peer
+        self._early: list[bytes] = []
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self._endpoint.connections.add(transport)
+        if self._peer is None:
+            asyncio.get_running_loop().create_task(self._connect())
+
+    async def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
+        make = lambda: Pipe(self._endpoint, self._port, self)  # noqa: E731
+        _, self._peer = await loop.create_connection(make, "127.0.0.1", self._port)
+        for data in self._early:
+            self.data_received(data)
+
+    def data_received(self, data: bytes) -> None:
+        if self._peer is None or self._peer.transport is None:
+            self._early.append(data)
+        else:
+            self._peer.transport.write(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        assert self.transport is not None
+        self._endpoint.connections.discard(self.transport)
+        if self._peer is not None and self._peer.transport is not None:
+            self._peer.transport.abort()
+
+
+# -- the process ---------------------------------------------------------------------------------
+
+
+async def serve(faults: Faults, log: Path | None) -> None:
+    """Serves until SIGTERM or SIGINT, then writes the log: received and answered, as an array of two rows."""
+    endpoint, loop, ended = Endpoint(faults), asyncio.get_running_loop(), asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, ended.set)
+    http = await loop.create_server(lambda: Http(endpoint), "127.0.0.1", 0)
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((Grpc(endpoint),))
+    grpc_port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    if faults.reset_every:
+        pipe = await loop.create_server(lambda port=grpc_port: Pipe(endpoint, port), "127.0.0.1", 0)
+        grpc_port = pipe.sockets[0].getsockname()[1]
+    print(json.dumps({"http": http.sockets[0].getsockname()[1], "grpc": grpc_port}), flush=True)
+    await ended.wait()
+    if log is not None:
+        np.save(log, np.array([endpoint.received_s, endpoint.answered_s]))
+    os._exit(0)  # what is still held is answered to nobody
+
+
+class FakeEndpoint:
+    """Starts the process, and ends it."""
+
+    def __init__(self, **faults: float) -> None:
+        self._log = Path(tempfile.mkdtemp()) / "log.npy"
+        self._command = [sys.executable, "-m", "tests.fake_endpoint", json.dumps(asdict(Faults(**faults)))]  # type: ignore[arg-type]
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen([*self._command, str(self._log)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        ports = json.loads(self.process.stdout.readline())
+        self.http_url, self.grpc_url = f"127.0.0.1:{ports['http']}", f"127.0.0.1:{ports['grpc']}"
+        return self
+
+    def stop(self) -> None:
+        """Ends it; its log is there afterwards, unless it died of a fault."""
+        self.process.terminate()
+        self.process.wait(10)
+
+    def log(self) -> np.ndarray:
+        """When each inference had been received and was answered, in seconds of `time.perf_counter()`."""
+        return np.load(self._log)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self._log.unlink(missing_ok=True)
+        self._log.parent.rmdir()
+
+
+if __name__ == "__main__":
+    chosen = Faults(**json.loads(sys.argv[1])) if len(sys.argv) > 1 else Faults()
+    asyncio.run(serve(chosen, Path(sys.argv[2]) if len(sys.argv) > 2 else None))
