@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help demo setup engine doctor serve infer compare metadata loadtest verdict tune report bench test lint check-engine \
+.PHONY: help demo setup engine doctor serve infer compare metadata loadtest verdict tune report profile bench test lint check-engine \
     check-graphs can-build lock clean clean-cache distclean FORCE
 
 ##@ Variables (make engine MODEL=… PRECISION=…)
@@ -22,6 +22,7 @@ PROTOCOL ?= grpc##             grpc or http
 URL ?= 127.0.0.1:$(if $(filter http,$(PROTOCOL)),$(HTTP_PORT),$(GRPC_PORT))## server to call
 RATE ?=##                     requests/s, open loop (default: each rate that the SLO names)
 SHAPE ?=##                     rates that change, open loop: 50x30,50-200x60 (requests/s x seconds)
+MIX ?=##                     several models at once, with weights of their rates: recommender:3,minilm:1
 USERS ?=##                     users one after the other, closed loop
 WORKERS ?= 1##             processes that send the load; -1: one a core
 WEB ?=##                     1: Locust's own page while the load test runs and after, at WEB_PORT
@@ -29,6 +30,7 @@ WEB_PORT ?= 8089##
 DURATION_S ?= 30##             of a load test
 BUDGET_S ?= 1200##             longest time that tune may take
 RUN ?=##                     folder of a load test for verdict and report (default: the latest)
+REQUESTS ?= 1##                 that profile traces
 ROW ?= 0##             which evaluation sample infer sends
 BUILD ?= build##
 REPOSITORY ?= model_repository##
@@ -111,24 +113,31 @@ metadata: $(VENV)/.ready ## what the server says of the model
 ##@ Load test
 loadtest: $(VENV)/.ready ## measure the server; leaves a folder in build/<model>/loadtests/
 	@$(PY) -m loadtests.run $(WHICH) --url $(URL) --protocol $(PROTOCOL) --target $(T) --duration-s $(DURATION_S) \
+	    $(if $(strip $(MIX)),--mix '$(MIX)') \
 	    $(if $(strip $(RATE)),--rate $(RATE)) $(if $(strip $(SHAPE)),--shape '$(SHAPE)') $(if $(strip $(USERS)),--users $(USERS)) \
 	    --workers $(strip $(WORKERS)) $(if $(strip $(WEB)),--web $(strip $(WEB_PORT)))
 
-verdict: $(VENV)/.ready ## judge a run against deploy.toml
-	@$(PY) -m loadtests.slo $(WHICH) $(if $(strip $(RUN)),--run $(RUN))
+verdict: $(VENV)/.ready ## judge a run, or that of MIX=, against deploy.toml
+	@$(PY) -m loadtests.slo $(WHICH) $(if $(strip $(RUN)),--run $(RUN)) $(if $(strip $(MIX)),--mix '$(MIX)')
 
 tune: $(VENV)/.ready ## the best batch size, queue delay, instances and threads for the SLO here; takes BUDGET_S
 	@$(PY) -m loadtests.tune $(WHICH) --target $(T) --max-s $(BUDGET_S) --protocol $(PROTOCOL)
 
-report: $(VENV)/.ready ## draw a run as one HTML file
-	@$(PY) -m loadtests.report $(WHICH) $(if $(strip $(RUN)),--run $(RUN))
+report: $(VENV)/.ready ## draw a run as one HTML file; several of RUN="a b" over each other
+	@$(PY) -m loadtests.report $(WHICH) $(addprefix --run ,$(RUN))
+
+profile: $(VENV)/.ready ## trace REQUESTS= requests of USERS= users from the client to the operators: a timeline, a CPU profile
+	@$(PY) -m loadtests.profile $(WHICH) --protocol $(PROTOCOL) --requests $(strip $(REQUESTS)) --users $(or $(strip $(USERS)),1) \
+	    $(if $(filter command environment,$(firstword $(origin URL))),--url $(URL),--repository $(REPOSITORY))
 
 ##@ Development
 setup: $(VENV)/.ready ## the virtual environment, pinned by requirements.lock
 
 check-engine: $(VENV)/.ready-rtx ## every precision of every model (or of MODEL=) through TensorRT for RTX: no GPU needed
-	@for model in $(CHECKED); do $(MAKE) --no-print-directory TARGET=tensorrt_rtx MODEL=$$model check-graphs || exit; done
-	@$(PY) -m export.check_engine --models $(MODELS) $(addprefix --model ,$(CHECKED))
+	@for model in $(CHECKED); do $(MAKE) --no-print-directory -j2 -Otarget TARGET=tensorrt_rtx MODEL=$$model PRECISION=auto \
+	    CHECKED_PRECISIONS="$(filter-out auto,$(PRECISION))" check-graphs || exit; done
+	@$(PY) -m export.check_engine --models $(MODELS) $(addprefix --model ,$(CHECKED)) \
+	    $(addprefix --precision ,$(filter-out auto,$(PRECISION)))
 
 test: $(VENV)/.ready-test lint ## everything: lint, types, all tests
 	@$(PY) -m pytest
@@ -252,7 +261,7 @@ $(B)/choice-$(T).json: $$(foreach p,$$(PRECISIONS),$(B)/$$p/$(ENGINE_NAME)) $(B)
 
 # check-engine: the graphs that a TensorRT target takes, and which models have them checked.
 CHECKED = $(or $(NAMED),$(sort $(notdir $(patsubst %/deploy.toml,%,$(wildcard $(MODELS)/*/deploy.toml)))))
-check-graphs: $(foreach p,fp32 fp16 int8 fp8,$(B)/$(p)/model.onnx)
+check-graphs: $(foreach p,$(or $(CHECKED_PRECISIONS),fp32 fp16 int8 fp8),$(B)/$(p)/model.onnx)
 
 $(REPOSITORY)/$(MODEL)/config.pbtxt: $(B)/choice-$(T).json $(B)/settings/target $(B)/settings/tuned export/to_triton.py \
     serving/onnxruntime_backend.py deepseek/onnxruntime_session.py
