@@ -2,16 +2,20 @@
 
 Contract: `fetch` asks over the protocol of the load; a server that does not let itself be asked (a
 gateway, a restricted protocol) gives None, and the run goes on without. Times are cumulated
-nanoseconds beside the number of requests that they are of.
+nanoseconds beside the number of requests that they are of. `Split` sets them beside what the client saw: what
+Triton does not account for is the client's and the network's.
 
 Examples:
     before = fetch("127.0.0.1:8001", "grpc", "recommender")
     difference(before, fetch("127.0.0.1:8001", "grpc", "recommender"))["queue"]    # {"count": 2000, "ns": 3100000}
+    Split.of(statistics, service_ms=60.0).sentence    # "A mean request took 60.0 ms: 8.20 ms in the model, ..."
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import tritonclient.grpc
@@ -77,3 +81,64 @@ def means_ms(statistics: dict[str, Any]) -> dict[str, float]:
 def mean_batch(statistics: dict[str, Any]) -> float:
     """Rows that the model was given at once, on average."""
     return statistics["inference_count"] / max(1, statistics["execution_count"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Where a mean request spent its time, in milliseconds."""
+
+    parts: dict[str, float]
+    """By SPLIT; `cache` where Triton's response cache answered some."""
+    outside: float
+    """Of what the client saw, all that is not in `parts`: client, network, HTTP or gRPC."""
+    late: float = 0.0
+    """Open loop: from the planned to the actual send."""
+
+    @classmethod
+    def of(cls, statistics: dict[str, Any], *, service_ms: float, intended_ms: float = math.nan) -> Split | None:
+        """From the difference of two `fetch`es and the means that the client saw; None where either is not known."""
+        count = (statistics or {}).get("success", {}).get("count", 0)
+        if not count or not math.isfinite(service_ms):
+            return None
+        # Totals over all requests: one that the cache answered has no compute time.
+        parts = {name: statistics[name]["ns"] / count / 1e6 for name in SPLIT}
+        if statistics.get("cache_hit", {}).get("count"):
+            parts["cache"] = statistics["cache_hit"]["ns"] / count / 1e6
+        late = intended_ms - service_ms if math.isfinite(intended_ms) else 0.0
+        return cls(parts=parts, outside=max(0.0, service_ms - sum(parts.values())), late=max(0.0, late))
+
+    @property
+    def total(self) -> float:
+        """From the actual send to the answer."""
+        return sum(self.parts.values()) + self.outside
+
+    @property
+    def sentence(self) -> str:
+        """The same in words, the largest part with what shortens it."""
+        parts = {"in the model": self.parts["compute_infer"], "in Triton's queue": self.parts["queue"]}
+        parts["handing tensors over"] = self.parts["compute_input"] + self.parts["compute_output"]
+        if "cache" in self.parts:
+            parts["in the cache"] = self.parts["cache"]
+        parts["outside Triton (client and network)"] = self.outside
+        told = [f"{figure(value)} {where}" for where, value in parts.items()]
+        largest = max(parts, key=lambda where: parts[where])
+        share = parts[largest] / self.total if self.total else 0.0
+        late = f"; it left {figure(self.late)} after its planned time" if self.late > 0.1 * self.total else ""
+        return (
+            f"A mean request took {figure(self.total)}: {', '.join(told[:-1])} and {told[-1]}{late}. "
+            f"The largest part, {share:.0%}, is {largest}: {SHORTENED[largest]}."
+        )
+
+
+SHORTENED = {
+    "in the model": "a lower precision, pruning or more threads shorten it (make tune)",
+    "in Triton's queue": "a lower rate, more instances or larger batches shorten it (make tune, make capacity)",
+    "handing tensors over": "smaller outputs or a larger batch shorten it",
+    "in the cache": "it is what the cache itself costs",
+    "outside Triton (client and network)": "make profile shows where; a busy or distant client is the usual reason",
+}
+
+
+def figure(value_ms: float) -> str:
+    """Milliseconds with three figures."""
+    return f"{value_ms:.2f} ms" if value_ms < 10 else f"{value_ms:.1f} ms" if value_ms < 100 else f"{value_ms:.0f} ms"

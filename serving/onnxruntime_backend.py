@@ -4,7 +4,11 @@ Contract: `export.to_triton` copies this file into a version directory as `model
 `deepseek/onnxruntime_session.py`, which opens the session. Names and types come from `config.pbtxt`; of its
 parameters `threads` is the intra-op threads of one instance, 0 shares the cores out among the instances, `provider`
 and `provider_options` are what `[onnxruntime]` of deploy.toml has. An instance of KIND_GPU runs on the GPU that Triton
-gave it. A provider that is missing is the reason for not loading; the one that serves is in the log.
+gave it. `left_out`, where it is there, names optimizers of ONNX Runtime that the graph does without. A provider that is
+missing is the reason for not loading; the one that serves is in the log.
+
+Where the environment has ONNXRUNTIME_PROFILE, a folder, ONNX Runtime's times of every operator are written there when
+the model is unloaded, as `onnxruntime-<instance>.<start in ns since 1970>.json` (`make profile` sets it).
 
 Instances that each take all the cores compute in turn: one takes its batch in and sends its answers while another runs.
 
@@ -55,12 +59,21 @@ class TritonPythonModel:
         # Spin while a batch runs, not after it: the cores are the server's and the clients' too.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3  # a failed request is answered, not also logged
+        self.profile = None
+        if folder := os.environ.get("ONNXRUNTIME_PROFILE"):
+            self.profile = os.path.join(folder, f"onnxruntime-{args['model_instance_name']}")
+            options.enable_profiling, options.profile_file_prefix = True, self.profile
         self.answers: queue.SimpleQueue = queue.SimpleQueue()
         self.sender = threading.Thread(target=self._send, daemon=True)
         self.sender.start()
         device_id = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         opened = open_session(
-            path, options, parameters["provider"], json.loads(parameters["provider_options"]), device_id
+            path,
+            options,
+            parameters["provider"],
+            json.loads(parameters["provider_options"]),
+            device_id,
+            parameters.get("left_out", "").split(),
         )
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {opened}")
         self.session = opened.session
@@ -118,6 +131,9 @@ class TritonPythonModel:
         """Sends what is left and frees the session."""
         self.answers.put(None)
         self.sender.join()
+        if self.profile is not None:
+            start_ns = self.session.get_profiling_start_time_ns()  # its events count from there
+            os.replace(self.session.end_profiling(), f"{self.profile}.{start_ns}.json")
         del self.session
         if self.turn is not None:
             os.close(self.turn)

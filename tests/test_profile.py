@@ -1,0 +1,277 @@
+"""Profiles: one clock for client, Triton and operators, and a timeline that the trace-event format allows."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deepseek.spec import InputError
+from loadtests.profile.record import trace
+from loadtests.profile.sources import Call, GraphRun, Span, Trace, read_calls, read_runs, read_traces, run_of
+from loadtests.profile.tables import functions, operators, phases
+from loadtests.profile.timeline import timeline
+from serving.embedded import EmbeddedServer
+from tests.conftest import run_module, write_add_one
+
+ROWS = [{"x": np.ones((1, 2, 3), np.float32)}]
+STAMPS = {
+    "HTTP_RECV_START": 1100, "HTTP_RECV_END": 1200, "REQUEST_START": 1250, "QUEUE_START": 1300, "COMPUTE_START": 1500,
+    "COMPUTE_INPUT_END": 1600, "COMPUTE_OUTPUT_START": 1900, "COMPUTE_END": 1950, "REQUEST_END": 1960,
+    "HTTP_SEND_START": 2000, "HTTP_SEND_END": 2150,
+}  # fmt: skip
+
+
+def call(**changes: Any) -> Call:
+    fixed: dict[str, Any] = {"request_id": "a", "user": 0, "encode_ns": 1000, "send_ns": 1050, "finish_ns": 2100}
+    return Call(**fixed | changes)
+
+
+def traced(**changes: Any) -> Trace:
+    fixed: dict[str, Any] = {"id": 1, "parent_id": None, "model": "m", "version": "1", "request_id": "a"}
+    return Trace(**{**fixed, "stamps": STAMPS, **changes})
+
+
+def graph_run(start_ns: int, end_ns: int, instance: str = "m_0_0") -> GraphRun:
+    inner = (
+        Span(name="execute", start_ns=start_ns, end_ns=end_ns + 1),  # rounded beyond its parent
+        Span(name="matmul_1", start_ns=start_ns + 10, end_ns=start_ns + 60, args={"op": "MatMul"}),
+        Span(name="add_1", start_ns=start_ns + 60, end_ns=start_ns + 80, args={"op": "Add"}),
+    )
+    return GraphRun(instance=instance, process=70, thread=71, start_ns=start_ns, end_ns=end_ns, inner=inner)
+
+
+def check_trace_events(events: list[dict[str, Any]]) -> None:
+    """What the Trace Event Format asks of the kinds of event used here."""
+    slices: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
+    for event in events:
+        assert event["ph"] in "XMstf"
+        assert isinstance(event["name"], str)
+        assert isinstance(event["pid"], int)
+        assert isinstance(event["tid"], int)
+        assert event["ts"] >= 0
+        if event["ph"] == "X":
+            assert event["dur"] >= 0
+            slices[event["pid"], event["tid"]].append((event["ts"], -event["dur"]))
+        if event["ph"] == "M":
+            assert {"process_name": "name", "thread_name": "name", "process_sort_index": "sort_index"}[
+                event["name"]
+            ] in event["args"]
+    for thread in slices.values():  # of one thread they nest or follow one another
+        ends: list[float] = []
+        for start, minus_duration in sorted(thread):
+            while ends and ends[-1] <= start + 1e-6:
+                ends.pop()
+            assert not ends or start - minus_duration <= ends[-1] + 1e-6
+            ends.append(start - minus_duration)
+    named = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"}
+    assert set(slices) <= named
+    check_flows(events, slices)
+
+
+def check_flows(events: list[dict[str, Any]], slices: dict[tuple[int, int], list[tuple[float, float]]]) -> None:
+    """Each arrow starts once, ends at most once, and every point of it lies on a slice."""
+    flows: dict[int, list[str]] = defaultdict(list)
+    for event in events:
+        if event["ph"] in "stf":
+            flows[event["id"]].append(event["ph"])
+            at = event["ts"]
+            on = slices[event["pid"], event["tid"]]
+            assert any(start - 1e-6 <= at <= start - minus + 1e-6 for start, minus in on)
+    for steps in flows.values():
+        assert steps[0] == "s"
+        assert steps.count("s") == 1
+        assert steps.count("f") <= 1
+
+
+def test_phases_follow_one_another_and_add_up_to_the_request() -> None:
+    spans = traced().phases(call())
+    assert [span.name for span in spans] == [
+        "encode", "to the server", "request decoded", "queue", "compute input", "infer", "compute output", "answer",
+        "back to the client",
+    ]  # fmt: skip
+    assert all(left.end_ns == right.start_ns for left, right in itertools.pairwise(spans))
+    assert (spans[0].start_ns, spans[-1].end_ns) == (1000, 2100)
+    assert {span.name: span.end_ns - span.start_ns for span in spans}["infer"] == 300
+
+
+def test_a_request_that_the_cache_answered_has_no_compute() -> None:
+    stamps = {name: ns for name, ns in STAMPS.items() if not name.startswith("COMPUTE")}
+    stamps |= {"CACHE_HIT_LOOKUP_START": 1400, "CACHE_HIT_LOOKUP_END": 1450}
+    names = [span.name for span in traced(stamps=stamps).phases(call())]
+    assert names[3:] == ["queue", "cache look-up", "answer", "back to the client"]
+
+
+def test_a_request_belongs_to_the_run_that_lies_in_its_infer_phase() -> None:
+    early, mine, other = graph_run(1400, 1650), graph_run(1660, 1890), graph_run(1660, 1890, "m_b_0_0")
+    assert run_of(traced(), call(), [early, mine, other]) is mine
+    assert run_of(traced(), call(), [other]) is None
+
+
+def test_requests_that_overlap_and_rounded_operators_still_nest() -> None:
+    calls = [call(), call(request_id="b", user=1, encode_ns=1010)]
+    traces = {"a": [traced()], "b": [traced(id=2, request_id="b")]}
+    events = timeline(calls, traces, [graph_run(1660, 1890)])
+    check_trace_events(events)
+    lanes = {e["tid"] for e in events if e["ph"] == "X" and e["name"].endswith(": m")}
+    assert len(lanes) == 2
+    runs = [e for e in events if e["name"] == "run of the graph"]
+    assert len(runs) == 1  # a batch of both: drawn once, with an arrow from each
+    assert [e["id"] for e in events if e["ph"] == "t" and e["pid"] == 70] == [1, 2]
+
+
+def test_steps_of_an_ensemble_are_drawn_in_lanes_of_their_own() -> None:
+    step = traced(id=2, parent_id=1, model="step", request_id="")
+    events = timeline([call()], {"a": [traced(model="whole"), step]}, [graph_run(1660, 1890, "step_0_0")])
+    check_trace_events(events)
+    names = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert {"request lane 1", "step, lane 1", "ONNX Runtime"} <= names
+
+
+def test_a_request_without_a_trace_shows_its_clients_side() -> None:
+    events = timeline([call()], {}, [])
+    check_trace_events(events)
+    assert [e["name"] for e in events if e["ph"] == "X"] == ["request 1", "encode", "send, wait, receive"]
+
+
+def test_operators_are_summed_by_type_in_one_run_of_the_graph() -> None:
+    first, second = operators([graph_run(1000, 1100), graph_run(2000, 2100)])
+    assert (first.op, first.calls, first.slowest_node) == ("MatMul", 1, "matmul_1")
+    assert first.mean_ms == pytest.approx(50e-6)
+    assert first.share + second.share == pytest.approx(1)
+
+
+def test_a_functions_cpu_time_is_its_share_of_its_threads(tmp_path: Path) -> None:
+    frames = [{"name": "execute", "file": "/a/model.py"}, {"name": "run", "file": "/b/ort.py"}, {"name": "wait"}]
+    threads = [('Thread 7 "main"', [[0, 1], [0, 1], [0]]), ('Thread 8 "sender"', [[2], [2], [2]])]
+    profiles = [{"name": name, "samples": stacks, "weights": [1] * len(stacks)} for name, stacks in threads]
+    data = {"shared": {"frames": frames}, "profiles": profiles}
+    (tmp_path / "cpu-m_0_0.speedscope.json").write_text(json.dumps(data))
+    sampled = {"note": "", "requests": 10, "thread_cpu_s": {"7": 0.9, "8": 0.0, "9": 0.1}}
+    (tmp_path / "sampled.json").write_text(json.dumps(sampled))
+    found = {function.name: function for function in functions(tmp_path)}
+    assert found["run"].cpu_ms == pytest.approx(60)
+    assert (found["execute"].share, found["execute"].whole) == (pytest.approx(0.3), pytest.approx(0.9))
+    assert found["wait"].cpu_ms == 0  # seen in every sample, and only waiting
+    assert found["threads without Python"].cpu_ms == pytest.approx(10)
+
+
+def test_a_profile_that_was_cut_off_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "onnxruntime-m_0_0.123.json").write_text('[{"cat":')
+    with pytest.raises(InputError, match="cut off"):
+        read_runs(tmp_path, 0)
+
+
+@pytest.fixture(scope="module")
+def tracing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """y = x + 1 on a server that may be traced."""
+    folder = tmp_path_factory.mktemp("tracing")
+    write_add_one(folder / "repository")
+    ports = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+    log = folder / "triton.log"
+    with EmbeddedServer(folder / "repository", **ports, log_path=log, profile=folder / "profile") as running:
+        yield running
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_running_server_is_traced_and_left_as_it_was(tracing: EmbeddedServer, tmp_path: Path, protocol: Any) -> None:
+    url = tracing.grpc_url if protocol == "grpc" else tracing.http_url
+    trace(tmp_path, url, protocol, "add_one", ROWS, requests=3, users=1)
+    calls, _ = read_calls(tmp_path)
+    traces = read_traces(Path(json.loads((tmp_path / "traced.json").read_text())["trace_file"]), calls)
+    assert len(traces) == 3
+    for each in calls:  # one clock: Triton's stamps lie between the client's
+        stamps = traces[each.request_id][0].stamps
+        assert each.send_ns <= stamps["QUEUE_START"] <= stamps["COMPUTE_START"] <= each.finish_ns
+    assert sum(row.share for row in phases(calls, traces)) == pytest.approx(1)
+    before = len(list(Path(tracing.repository.parent / "profile").iterdir()))
+    run = run_module(
+        "deepseek_client", "infer", "add_one", "--url", url, "--protocol", protocol, "--inputs", str(inputs(tmp_path))
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(list(Path(tracing.repository.parent / "profile").iterdir())) == before  # nobody else is traced
+
+
+def inputs(folder: Path) -> Path:
+    np.savez(folder / "inputs.npz", **{"00000/x": ROWS[0]["x"]})
+    return folder / "inputs.npz"
+
+
+def test_a_server_without_a_trace_file_is_told_how_to_have_one(server: EmbeddedServer, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--trace-config triton,file="):
+        trace(tmp_path, server.grpc_url, "grpc", "add_one", ROWS, requests=1, users=1)
+
+
+@pytest.fixture(scope="module")
+def profiled(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The command's answer for eight requests of four users to a real ONNX graph."""
+    build = tmp_path_factory.mktemp("build")
+    (build / "image").mkdir()
+    shutil.copy(built / "build" / "image" / "evaluation.npz", build / "image")
+    flags = ["--model", "image", "--models", "tests/models", "--repository", str(built / "repository")]
+    run = run_module(
+        "loadtests.profile", *flags, "--requests", "8", "--users", "4", "--cpu-s", "1", "--json", BUILD=str(build)
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_a_profile_reaches_from_the_client_to_the_operators(profiled: dict[str, Any]) -> None:
+    names = [row["name"] for row in profiled["phases"]]
+    assert {"encode", "to the server", "queue", "infer", "back to the client"} <= set(names)
+    assert sum(row["share"] for row in profiled["phases"]) == pytest.approx(1)
+    assert any("Conv" in row["op"] for row in profiled["operators"])
+    infer = {row["name"]: row for row in profiled["infer"]}
+    assert 0 < infer["the graph"]["mean_ms"] <= next(r["mean_ms"] for r in profiled["phases"] if r["name"] == "infer")
+
+
+def test_the_timeline_of_a_real_server_keeps_to_the_format(profiled: dict[str, Any]) -> None:
+    data = json.loads((Path(profiled["folder"]) / "timeline.json").read_text())
+    check_trace_events(data["traceEvents"])
+    processes = {e["args"]["name"] for e in data["traceEvents"] if e["name"] == "process_name"}
+    assert {"client", "Triton"} < processes
+    assert any(name.startswith("backend image_0_") for name in processes)
+    ends = [e for e in data["traceEvents"] if e["ph"] == "f"]
+    assert len(ends) == 8
+
+
+def test_the_backends_cpu_is_sampled_or_the_reason_is_told(profiled: dict[str, Any]) -> None:
+    if profiled["functions"]:
+        assert sum(row["share"] for row in profiled["functions"]) == pytest.approx(1)
+        assert list(Path(profiled["folder"]).glob("cpu-image_0_*.speedscope.json"))
+    else:
+        assert any("py-spy" in note for note in profiled["notes"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--requests", "0"], "1 to 1000 requests"),
+        (["--users", "3"], "no fewer than users"),
+        (["--cpu-s", "-1"], "it must be 0 or more"),
+        (["--repository", "/nowhere"], "/nowhere"),
+        (["--model", "nosuch"], "nosuch"),
+        (["--url", "127.0.0.1:9"], "127.0.0.1:9"),
+    ],
+    ids=["no request", "more users than requests", "negative time", "no repository", "no model", "no server"],
+)
+def test_wrong_input_is_one_line_and_leaves_no_folder(tmp_path: Path, flags: list[str], reason: str) -> None:
+    (tmp_path / "recommender").mkdir()
+    inputs(tmp_path / "recommender").rename(tmp_path / "recommender" / "evaluation.npz")
+    write_add_one(tmp_path / "repository")
+    command = [sys.executable, "-m", "loadtests.profile", "--repository", str(tmp_path / "repository"), *flags]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "BUILD": str(tmp_path)})
+    assert run.returncode == 2
+    assert reason in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not list(tmp_path.glob("*/profiles/*"))
