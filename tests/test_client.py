@@ -338,7 +338,7 @@ def test_the_server_drops_a_queued_request_whose_deadline_is_over(
 
 @both
 def test_a_full_queue_is_busy_and_retries_get_through(connect: Connect, protocol: str) -> None:
-    hasty, patient = connect(protocol, retries=0), connect(protocol, retries=30)
+    hasty, patient = connect(protocol, retries=0), connect(protocol, retries=30, retry_budget=None)
     x = np.repeat(X, 8, axis=0)  # a batch to itself: 0.2 s each
     with ThreadPoolExecutor(6) as pool:
         running = [pool.submit(patient.infer, "slow", {"x": x}) for _ in range(6)]

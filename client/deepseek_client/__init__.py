@@ -4,8 +4,11 @@ Example:
     >>> from deepseek_client import InferenceClient
     >>> client = InferenceClient("127.0.0.1:8001")
     >>> client.infer("recommender", {"item_ids": item_ids})
+
+`AsyncInferenceClient` is the same for asyncio.
 """
 
+from deepseek_client.counters import ModelStatistics, Statistics
 from deepseek_client.errors import (
     AccessDenied,
     ConnectionLost,
@@ -19,12 +22,13 @@ from deepseek_client.errors import (
     ServerError,
     Unreachable,
 )
-from deepseek_client.inference import InferenceClient
+from deepseek_client.inference import AsyncInferenceClient, InferenceClient
 from deepseek_client.signature import ModelMetadata, TensorSpec
 from deepseek_client.transports import PreparedRequest
 
 __all__ = [
     "AccessDenied",
+    "AsyncInferenceClient",
     "ConnectionLost",
     "DeadlineExceeded",
     "InferenceClient",
@@ -33,10 +37,12 @@ __all__ = [
     "ModelMetadata",
     "ModelNotFound",
     "ModelNotReady",
+    "ModelStatistics",
     "ModelUnavailable",
     "PreparedRequest",
     "ServerBusy",
     "ServerError",
+    "Statistics",
     "TensorSpec",
     "Unreachable",
 ]

@@ -5,14 +5,14 @@
     +-- AccessDenied               the server or gateway does not accept the API key, or not this call
     +-- Unreachable             *  no connection: refused, unknown host, TLS failure; nothing was sent
     +-- ConnectionLost          +  the connection broke after sending began: the request may have run
-    +-- ServerBusy              *  refused before it ran: queue full, queue time-out, rate limit
+    +-- ServerBusy              *  refused before it ran: queue full, queue time-out, rate limit; `retry_after_s`
     +-- DeadlineExceeded           `timeout_s` is over; the server may still be at it
     +-- ModelUnavailable           the server is there, the model is not
     |   +-- ModelNotFound          no such model or version
     |   +-- ModelNotReady       *  it is loading, unloading or failed to load
     +-- ServerError                the model failed on this request, or an answer that cannot be read
 
-    *  did not run for certain: retried within `retries` and the deadline
+    *  did not run for certain: retried within `retries`, the retry budget and the deadline
     +  may have run: retried only by a client made with `idempotent=True`
 
 `str(error)` is one line: what is wrong, the value seen, what is allowed, what to do.
@@ -54,6 +54,11 @@ class ServerBusy(InferenceError):
     """The server refused the request to protect itself."""
 
     did_not_run = True
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        """Seconds that it asked to be left alone for (Retry-After), None where it did not say."""
 
 
 class DeadlineExceeded(InferenceError):

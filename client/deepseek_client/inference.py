@@ -1,16 +1,18 @@
-"""`InferenceClient`: numpy in, numpy out, within a deadline, over HTTP or gRPC.
+"""`InferenceClient` and `AsyncInferenceClient`: numpy in, numpy out, within a deadline, over HTTP or gRPC.
 
 Contract
 - Checked first: names, types and shapes against the server's metadata, fetched once a model and version. A request
   that does not fit fetches it once more, so that a new version of the model needs no new client.
-- Deadline: `timeout_s` is for the whole call, with its retries, waits and first fetch of the metadata. It ends the
-  call on this side, and goes with each attempt to the server in microseconds: a dynamic batcher whose queue policy
-  has `allow_timeout_override` and a longer default drops the request instead of computing for nobody; over gRPC the
-  server also sees the call cancelled.
+- Deadline: `timeout_s` is for the whole call, with its retries, hedges, waits and first fetch of the metadata, over
+  however many replicas. It ends the call on this side, and what is left of it goes with each attempt to the server in
+  microseconds: a dynamic batcher whose queue policy has `allow_timeout_override` and a longer default drops the
+  request instead of computing for nobody; over gRPC the server also sees the call cancelled.
 - Retries: up to `retries` more attempts after errors that certainly did not run (Unreachable, ServerBusy,
-  ModelNotReady), with `idempotent=True` also after ConnectionLost. Before the k-th of these it waits a random
-  time between 0 and min(2 s, 25 ms * 2^k) ("full jitter"); where that would pass the deadline, the error comes at once.
-- Threads: one client may be used by many at once. gRPC shares one connection; HTTP keeps one for each call in flight.
+  ModelNotReady), with `idempotent=True` also after ConnectionLost; within the budget (`budget.py`). A replica not yet
+  tried is tried at once. Else the k-th waits a random time between 0 and min(2 s, 25 ms * 2^k) ("full jitter"), and
+  what Retry-After asks for on top; where that would pass the deadline, the error comes at once.
+- Threads: one client may be used by many at once, an asynchronous one by the tasks of one loop. gRPC shares one
+  connection a replica; HTTP keeps one for each call in flight.
 
 Example:
     >>> with InferenceClient("127.0.0.1:8001", timeout_s=0.5) as client:
@@ -18,67 +20,105 @@ Example:
     (1, 20)
 """
 
-import contextlib
-import math
-import random
-import re
-import ssl
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 
-from deepseek_client.errors import InferenceError, InvalidInput, ModelNotFound
-from deepseek_client.over_grpc import GrpcTransport
+from deepseek_client.calls import Calls
+from deepseek_client.counters import Statistics
+from deepseek_client.http_connections import AsyncConnection, BlockingConnection
+from deepseek_client.over_grpc import AsyncWire, BlockingWire, GrpcTransport
 from deepseek_client.over_http import HttpTransport
+from deepseek_client.runtimes import AsyncRuntime, ThreadRuntime, run
+from deepseek_client.settings import Settings, read_pem
 from deepseek_client.signature import ModelMetadata
-from deepseek_client.transports import Deadline, PreparedRequest, Transport
-
-FIRST_PAUSE_S = 0.05
-LONGEST_PAUSE_S = 2.0
-
-Result = TypeVar("Result")
+from deepseek_client.transports import PreparedRequest, Transport
 
 
-class InferenceClient:
-    """A client of one server. Close it, or use it in a `with` block.
+class _Client:
+    """What both clients have in common.
 
     Args:
-        url: host:port, without a scheme; 8001 is Triton's gRPC port, 8000 its HTTP port.
+        url: host:port without a scheme, or a list of them, replicas of one service; 8001 is Triton's gRPC port, 8000
+            its HTTP port.
         protocol: "grpc" or "http".
         timeout_s: deadline of a call that names none of its own.
         retries: attempts after the first, for errors that are safe to retry.
+        retry_budget: retries and hedges over any ten seconds, as a share of the calls; 10 are always allowed. None: no
+            limit.
         idempotent: running a request twice does no harm (true of every stateless model), so a lost connection is
-            retried, too.
+            retried, too, and hedging is allowed.
+        hedge_after_ms: where there is no answer after so long, the request is sent once more, to another replica if
+            there is one; the first answer counts. Milliseconds, or a percentile of the latest calls to the model such
+            as "p95".
+        shared_memory: tensors through /dev/shm, where the server is on this machine and allows it: False, True
+            (required) or "auto" (for large ones, where possible).
         tls: speak TLS; implied by `ca_cert`.
         ca_cert: PEM file of the authority to trust instead of the system's.
         api_key: sent as `Authorization: Bearer ...`, over TLS only.
     """
 
+    _runtime: ClassVar[type[ThreadRuntime | AsyncRuntime]]
+
     def __init__(
         self,
-        url: str = "127.0.0.1:8001",
+        url: str | Sequence[str] = "127.0.0.1:8001",
         protocol: Literal["grpc", "http"] = "grpc",
         *,
         timeout_s: float = 10.0,
         retries: int = 3,
+        retry_budget: float | None = 0.1,
         idempotent: bool = False,
+        hedge_after_ms: float | str | None = None,
+        shared_memory: bool | Literal["auto"] = False,
         tls: bool = False,
         ca_cert: str | Path | None = None,
         api_key: str | None = None,
     ) -> None:
-        _check_settings(url, protocol, retries, api_key, tls or ca_cert is not None)
-        self.timeout_s = _checked_timeout(timeout_s)
-        self.retries = retries
-        self.idempotent = idempotent
-        make: Callable[..., Transport] = GrpcTransport if protocol == "grpc" else HttpTransport
-        authority = _read_pem(ca_cert) if ca_cert is not None else None
-        self._transport = make(url, tls=tls or ca_cert is not None, ca_cert=authority, api_key=api_key)
-        self._metadata: dict[tuple[str, str], ModelMetadata] = {}
-        self._closed = False
+        settings = Settings(
+            urls=(url,) if isinstance(url, str) else tuple(url),
+            protocol=protocol,
+            timeout_s=timeout_s,
+            retries=retries,
+            retry_budget=retry_budget,
+            idempotent=idempotent,
+            hedge_after_ms=hedge_after_ms,
+            shared_memory=shared_memory,
+            tls=tls,
+            ca_cert=ca_cert,
+            api_key=api_key,
+        )
+        self.timeout_s, self.retries, self.idempotent = timeout_s, retries, idempotent
+        self._calls = Calls(settings, self._runtime(), _transports(settings, self._runtime is AsyncRuntime))
+
+    def statistics(self) -> Statistics:
+        """Calls, errors, retries, hedges, latency percentiles by model, and the state of the replicas."""
+        return self._calls.statistics()
+
+
+def _transports(settings: Settings, asynchronous: bool) -> dict[str, Transport]:
+    """One for each address."""
+    authority = read_pem(settings.ca_cert) if settings.ca_cert is not None else None
+    tls, api_key = settings.speaks_tls, settings.api_key
+    transports: dict[str, Transport] = {}
+    for url in settings.urls:
+        if settings.protocol == "grpc":
+            wire = AsyncWire if asynchronous else BlockingWire
+            transports[url] = GrpcTransport(url, wire, tls=tls, ca_cert=authority, api_key=api_key)
+        else:
+            connection = AsyncConnection.open if asynchronous else BlockingConnection.open
+            transports[url] = HttpTransport(url, connection, tls=tls, ca_cert=authority, api_key=api_key)
+    return transports
+
+
+class InferenceClient(_Client):
+    """A client of one server, or of several replicas. Close it, or use it in a `with` block."""
+
+    __doc__ = f"{__doc__}\n{_Client.__doc__.partition(chr(10))[2]}"  # type: ignore[union-attr]
+    _runtime = ThreadRuntime
 
     def __enter__(self) -> Self:
         return self
@@ -90,17 +130,15 @@ class InferenceClient:
 
     def close(self) -> None:
         """Closes the connections; no call after it."""
-        self._closed = True
-        self._transport.close()
+        run(self._calls.close())
 
     def ready(self, model: str | None = None, *, version: str = "", timeout_s: float | None = None) -> bool:
-        """Whether the server, or the model, can take requests; Unreachable where nothing answers."""
-        deadline = self._deadline(timeout_s)
-        return self._retrying(lambda: self._transport.ready(model, version, deadline), deadline)
+        """Whether the server, or the model, can take requests; of several replicas any. Unreachable: none answers."""
+        return run(self._calls.ready(model, version, timeout_s))
 
     def metadata(self, model: str, *, version: str = "", timeout_s: float | None = None) -> ModelMetadata:
         """What the model takes and gives, asked of the server now."""
-        return self._fetch_metadata(model, version, self._deadline(timeout_s))
+        return run(self._calls.metadata(model, version, self._calls.deadline(timeout_s)))
 
     def infer(
         self,
@@ -111,14 +149,17 @@ class InferenceClient:
         timeout_s: float | None = None,
         version: str = "",
         request_id: str = "",
+        headers: Mapping[str, str] | None = None,
     ) -> dict[str, np.ndarray]:
         """The outputs by name: all of them, or those in `outputs`.
 
         The arrays are read-only views of what was received; copy one to change it. `version` "" leaves the choice
-        to the server. `request_id` appears in Triton's log and traces. Raises InferenceError.
+        to the server. `request_id` appears in Triton's log and traces, and travels as the header x-request-id.
+        `headers` go with every attempt, over gRPC as metadata: a W3C `traceparent`, say. Raises InferenceError.
         """
-        deadline = self._deadline(timeout_s)
-        return self._send(self._prepare(model, inputs, outputs, version, request_id, deadline), deadline)
+        deadline = self._calls.deadline(timeout_s)
+        request = run(self._calls.prepare(model, inputs, outputs, version, request_id, deadline))
+        return run(self._calls.infer(request, headers, deadline))
 
     def prepare(
         self,
@@ -131,89 +172,74 @@ class InferenceClient:
         request_id: str = "",
     ) -> PreparedRequest:
         """Checks and encodes a request once, for `send` to send many times, from any thread."""
-        return self._prepare(model, inputs, outputs, version, request_id, self._deadline(timeout_s))
+        deadline = self._calls.deadline(timeout_s)
+        return run(self._calls.prepare(model, inputs, outputs, version, request_id, deadline))
 
-    def send(self, request: PreparedRequest, *, timeout_s: float | None = None) -> dict[str, np.ndarray]:
+    def send(
+        self, request: PreparedRequest, *, timeout_s: float | None = None, headers: Mapping[str, str] | None = None
+    ) -> dict[str, np.ndarray]:
         """As `infer`, for a request that `prepare` of this client made."""
-        return self._send(request, self._deadline(timeout_s))
+        return run(self._calls.infer(request, headers, self._calls.deadline(timeout_s)))
 
-    def _prepare(
+
+class AsyncInferenceClient(_Client):
+    """As `InferenceClient`, awaited, on one asyncio loop. Close it, or use it in an `async with` block."""
+
+    __doc__ = f"{__doc__}\n{_Client.__doc__.partition(chr(10))[2]}"  # type: ignore[union-attr]
+    _runtime = AsyncRuntime
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connections; no call after it."""
+        await self._calls.close()
+
+    async def ready(self, model: str | None = None, *, version: str = "", timeout_s: float | None = None) -> bool:
+        """See InferenceClient."""
+        return await self._calls.ready(model, version, timeout_s)
+
+    async def metadata(self, model: str, *, version: str = "", timeout_s: float | None = None) -> ModelMetadata:
+        """See InferenceClient."""
+        return await self._calls.metadata(model, version, self._calls.deadline(timeout_s))
+
+    async def infer(
         self,
         model: str,
         inputs: Mapping[str, np.ndarray],
-        outputs: Sequence[str] | None,
-        version: str,
-        request_id: str,
-        deadline: Deadline,
+        *,
+        outputs: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+        version: str = "",
+        request_id: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """See InferenceClient."""
+        deadline = self._calls.deadline(timeout_s)
+        request = await self._calls.prepare(model, inputs, outputs, version, request_id, deadline)
+        return await self._calls.infer(request, headers, deadline)
+
+    async def prepare(
+        self,
+        model: str,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        outputs: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+        version: str = "",
+        request_id: str = "",
     ) -> PreparedRequest:
-        metadata = self._metadata.get((model, version))
-        if metadata is not None:
-            with contextlib.suppress(InvalidInput):  # by an old signature perhaps: what the server says now decides
-                arrays = metadata.check(inputs, outputs)
-                return self._transport.encode(metadata, version, arrays, outputs, request_id)
-        metadata = self._fetch_metadata(model, version, deadline)
-        arrays = metadata.check(inputs, outputs)
-        return self._transport.encode(metadata, version, arrays, outputs, request_id)
+        """See InferenceClient."""
+        deadline = self._calls.deadline(timeout_s)
+        return await self._calls.prepare(model, inputs, outputs, version, request_id, deadline)
 
-    def _fetch_metadata(self, model: str, version: str, deadline: Deadline) -> ModelMetadata:
-        if not re.fullmatch(r"\d*", version, re.ASCII):
-            raise InvalidInput(f"version={version!r}; it must be a number such as '1', or '' for the server's choice")
-        metadata = self._retrying(lambda: self._transport.metadata(model, version, deadline), deadline)
-        self._metadata[model, version] = metadata
-        return metadata
-
-    def _send(self, request: PreparedRequest, deadline: Deadline) -> dict[str, np.ndarray]:
-        try:
-            return self._retrying(lambda: self._transport.send(request, deadline), deadline)
-        except (InvalidInput, ModelNotFound):  # what passed the check here does not pass there: forget the signature
-            self._metadata.pop((request.model, request.version), None)
-            raise
-
-    def _retrying(self, call: Callable[[], Result], deadline: Deadline) -> Result:
-        attempt = 0
-        while True:
-            try:
-                return call()
-            except InferenceError as error:
-                worth_it = error.did_not_run or (error.may_have_run and self.idempotent)
-                pause_s = random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt))
-                if not worth_it or attempt >= self.retries or pause_s >= deadline.left_s():
-                    raise
-            time.sleep(pause_s)
-            attempt += 1
-
-    def _deadline(self, timeout_s: float | None) -> Deadline:
-        if self._closed:
-            raise RuntimeError("this InferenceClient is closed")
-        return Deadline(self.timeout_s if timeout_s is None else _checked_timeout(timeout_s))
-
-
-def _checked_timeout(timeout_s: float) -> float:
-    if not 0 < timeout_s < math.inf:
-        raise InvalidInput(f"timeout_s={timeout_s!r}; it must be a positive number of seconds")
-    return timeout_s
-
-
-def _check_settings(url: str, protocol: str, retries: int, api_key: str | None, tls: bool) -> None:
-    if protocol not in ("grpc", "http"):
-        raise InvalidInput(f"protocol={protocol!r}; it must be 'grpc' or 'http'")
-    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d+)", url, re.ASCII)
-    if not match or not 0 < int(match[2]) < 65536:
-        raise InvalidInput(f"url={url!r}; it must be host:port without a scheme, such as 127.0.0.1:8001")
-    if retries < 0:
-        raise InvalidInput(f"retries={retries}; it must be 0 or more")
-    if api_key is not None and not tls:
-        raise InvalidInput("api_key is only sent over TLS; give ca_cert=FILE, or tls=True for the system's authorities")
-    if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
-        raise InvalidInput(
-            "api_key holds a blank, control or non-ASCII character; pass the bare key, without a newline"
-        )
-
-
-def _read_pem(path: str | Path) -> bytes:
-    try:
-        pem = Path(path).read_bytes()
-        ssl.create_default_context(cadata=pem.decode("ascii"))  # refuses what is no certificate
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"ca_cert={str(path)!r}: {error}; it must be a PEM file of certificates") from None
-    return pem
+    async def send(
+        self, request: PreparedRequest, *, timeout_s: float | None = None, headers: Mapping[str, str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """See InferenceClient."""
+        return await self._calls.infer(request, headers, self._calls.deadline(timeout_s))

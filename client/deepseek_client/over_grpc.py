@@ -1,12 +1,14 @@
-"""KServe v2 over gRPC: one HTTP/2 connection for all threads.
+"""KServe v2 over gRPC: one HTTP/2 connection for all threads, or all tasks of a loop.
 
-Contract: `transports.Transport`. $http_proxy is not looked at.
+Contract: `transports.Transport`. $http_proxy is not looked at. The transport is the same over a blocking channel and
+over an asyncio one; a `Wire` hides which.
 """
 
 import contextlib
+import re
 import struct
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import grpc
 import numpy as np
@@ -24,14 +26,19 @@ from deepseek_client.errors import (
     ServerError,
     Unreachable,
 )
+from deepseek_client.runtimes import Cancel
 from deepseek_client.signature import ModelMetadata
 from deepseek_client.transports import (
+    NO_HEADERS,
     Deadline,
+    Headers,
+    Placement,
     PreparedRequest,
+    error_of_status,
     means_not_ready,
     metadata_from_json,
     one_line,
-    to_bytes,
+    retry_after_s,
     to_numpy,
 )
 
@@ -44,95 +51,213 @@ OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),  # else all clients of the process share a connection, and that wait
     ("grpc.enable_http_proxy", 0),
+    ("grpc.enable_retries", 0),  # retries are decided here, within the budget
 ]
+SERVICE = "/inference.GRPCInferenceService/"
+Metadata = tuple[tuple[str, str], ...]
+
+
+class Wire(Protocol):
+    """A channel."""
+
+    async def call(
+        self, method: str, request: bytes, timeout_s: float, metadata: Metadata, cancel: Cancel | None
+    ) -> Any:
+        """The answer's message. Raises grpc.RpcError."""
+
+    async def close(self) -> None:
+        """Closes it."""
+
+
+class BlockingWire:
+    """A channel for many threads."""
+
+    def __init__(self, url: str, credentials: grpc.ChannelCredentials | None) -> None:
+        secure = grpc.secure_channel
+        self._channel = secure(url, credentials, OPTIONS) if credentials else grpc.insecure_channel(url, OPTIONS)
+        self._methods: dict[str, Callable[..., Any]] = {}
+
+    async def call(
+        self, method: str, request: bytes, timeout_s: float, metadata: Metadata, cancel: Cancel | None
+    ) -> Any:
+        """See Wire."""
+        stub: Any = self._methods.get(method) or self._methods.setdefault(method, _stub(self._channel, method))
+        if cancel is None:
+            return stub(request, timeout=timeout_s, metadata=metadata)
+        future = stub.future(request, timeout=timeout_s, metadata=metadata)  # slower, and can be stopped
+        cancel.stopped_by(future.cancel)
+        try:
+            return future.result()
+        except grpc.FutureCancelledError:
+            raise ConnectionLost("stopped: another attempt was answered first") from None
+        finally:
+            cancel.stopped_by(None)
+
+    async def close(self) -> None:
+        """See Wire."""
+        self._channel.close()
+
+
+class AsyncWire:
+    """A channel for the tasks of one loop: the one that is running at the first call."""
+
+    def __init__(self, url: str, credentials: grpc.ChannelCredentials | None) -> None:
+        self._url, self._credentials = url, credentials
+        self._channel: grpc.aio.Channel | None = None
+        self._methods: dict[str, Callable[..., Any]] = {}
+
+    async def call(
+        self, method: str, request: bytes, timeout_s: float, metadata: Metadata, cancel: Cancel | None
+    ) -> Any:
+        """See Wire. It is stopped as every task is, by its own `cancel()`."""
+        stub = self._methods.get(method)
+        if stub is None:
+            stub = self._methods.setdefault(method, _stub(self._open(), method))
+        return await stub(request, timeout=timeout_s, metadata=metadata)
+
+    def _open(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            secure, insecure = grpc.aio.secure_channel, grpc.aio.insecure_channel
+            url, credentials = self._url, self._credentials
+            self._channel = secure(url, credentials, OPTIONS) if credentials else insecure(url, OPTIONS)
+        return self._channel
+
+    async def close(self) -> None:
+        """See Wire."""
+        if self._channel is not None:
+            await self._channel.close()
+
+
+def _stub(channel: Any, method: str) -> Callable[..., Any]:
+    """Not tritonclient's, which would serialize: a prepared request is bytes already."""
+    answer = getattr(service_pb2, f"{method}Response")
+    return channel.unary_unary(f"{SERVICE}{method}", response_deserializer=answer.FromString)
 
 
 class GrpcTransport:
     """See the module."""
 
-    def __init__(self, url: str, *, tls: bool, ca_cert: bytes | None, api_key: str | None) -> None:
+    def __init__(
+        self, url: str, make_wire: Callable[..., Wire], *, tls: bool, ca_cert: bytes | None, api_key: str | None
+    ) -> None:
         self._url = url
-        if tls:
-            self._channel = grpc.secure_channel(url, grpc.ssl_channel_credentials(ca_cert), OPTIONS)
-        else:
-            self._channel = grpc.insecure_channel(url, OPTIONS)
-        self._headers = (("authorization", f"Bearer {api_key}"),) if api_key else None
-        # Not by tritonclient's stub, which would serialize: a prepared request is bytes already.
-        self._infer = self._channel.unary_unary(
-            "/inference.GRPCInferenceService/ModelInfer",
-            response_deserializer=service_pb2.ModelInferResponse.FromString,
-        )
+        self._wire = make_wire(url, grpc.ssl_channel_credentials(ca_cert) if tls else None)
+        self._metadata: Metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
-    def ready(self, model: str | None, version: str, deadline: Deadline) -> bool:
+    async def ready(self, model: str | None, version: str, deadline: Deadline) -> bool:
         """See Transport."""
         try:
             if model:
-                return self._call("ModelReady", deadline, name=model, version=version).ready
-            return self._call("ServerReady", deadline).ready
+                return (await self._ask("ModelReady", deadline, name=model, version=version)).ready
+            return (await self._ask("ServerReady", deadline)).ready
         except (ModelNotFound, ModelNotReady):
             return False
 
-    def metadata(self, model: str, version: str, deadline: Deadline) -> ModelMetadata:
+    async def metadata(self, model: str, version: str, deadline: Deadline) -> ModelMetadata:
         """See Transport."""
-        signature = _as_json(self._call("ModelMetadata", deadline, name=model, version=version))
+        signature = _as_json(await self._ask("ModelMetadata", deadline, name=model, version=version))
         config = None
         with contextlib.suppress(AccessDenied, ModelNotFound):  # a gateway may not show it
-            config = _as_json(self._call("ModelConfig", deadline, name=model, version=version).config)
+            config = _as_json((await self._ask("ModelConfig", deadline, name=model, version=version)).config)
         return metadata_from_json(signature, config)
 
-    def encode(
-        self,
-        metadata: ModelMetadata,
-        version: str,
-        arrays: Sequence[np.ndarray | None],
-        outputs: Sequence[str] | None,
-        request_id: str,
-    ) -> PreparedRequest:
+    def encode(self, request: PreparedRequest) -> tuple[bytes, ...]:
         """See Transport. The one part: the message."""
-        kind = service_pb2.ModelInferRequest
-        given = [(spec, array) for spec, array in zip(metadata.inputs, arrays, strict=True) if array is not None]
-        message = kind(
-            model_name=metadata.name,
-            model_version=version,
-            id=request_id,
-            inputs=[kind.InferInputTensor(name=s.name, datatype=s.datatype, shape=array.shape) for s, array in given],
-            outputs=[kind.InferRequestedOutputTensor(name=name) for name in outputs or ()],
-            raw_input_contents=[to_bytes(spec, array) for spec, array in given],
-        )
-        return PreparedRequest(model=metadata.name, version=version, parts=(message.SerializeToString(),))
+        message = _message(request)
+        message.raw_input_contents.extend(tensor.data for tensor in request.tensors)
+        return (message.SerializeToString(),)
 
-    def send(self, request: PreparedRequest, deadline: Deadline) -> dict[str, np.ndarray]:
+    async def send(
+        self,
+        request: PreparedRequest,
+        deadline: Deadline,
+        headers: Headers = NO_HEADERS,
+        cancel: Cancel | None = None,
+        placement: Placement | None = None,
+    ) -> dict[str, np.ndarray]:
         """See Transport."""
         timeout = service_pb2.InferParameter(int64_param=deadline.left_us())
         # Serialized messages put end to end parse as one merged message: the large part is left as it is.
         tail = service_pb2.ModelInferRequest(parameters={"timeout": timeout}).SerializeToString()
+        if placement is None:
+            body = (request.parts or self.encode(request))[0]
+        else:
+            body = _message(request, placement).SerializeToString()
+        metadata = self._metadata + tuple((name.lower(), value) for name, value in headers.items())
+        answer = await self._call("ModelInfer", body + tail, deadline, metadata, cancel)
         try:
-            answer = self._infer(request.parts[0] + tail, timeout=deadline.left_s(), metadata=self._headers)
-        except grpc.RpcError as error:
-            raise _error(self._url, error, deadline) from None
-        try:
-            return {
-                output.name: to_numpy(output.datatype, output.shape, data)
-                for output, data in zip(answer.outputs, answer.raw_output_contents, strict=True)
-            }
-        except (TypeError, ValueError, struct.error) as error:
+            return _arrays(answer, placement)
+        except (StopIteration, TypeError, ValueError, struct.error) as error:
             raise ServerError(f"{self._url}: an answer that cannot be read ({error!r})") from None
 
-    def close(self) -> None:
+    async def register(self, region: str, size_bytes: int, deadline: Deadline) -> None:
         """See Transport."""
-        self._channel.close()
+        await self._ask("SystemSharedMemoryRegister", deadline, name=region, key=f"/{region}", byte_size=size_bytes)
 
-    def _call(self, method: str, deadline: Deadline, **fields: str) -> Any:
+    async def unregister(self, region: str, deadline: Deadline) -> None:
+        """See Transport."""
+        await self._ask("SystemSharedMemoryUnregister", deadline, name=region)
+
+    async def close(self) -> None:
+        """See Transport."""
+        await self._wire.close()
+
+    async def _ask(self, method: str, deadline: Deadline, **fields: Any) -> Any:
         request = getattr(service_pb2, f"{method}Request")(**fields)
-        call = self._channel.unary_unary(
-            f"/inference.GRPCInferenceService/{method}",
-            request_serializer=type(request).SerializeToString,
-            response_deserializer=getattr(service_pb2, f"{method}Response").FromString,
-        )
+        return await self._call(method, request.SerializeToString(), deadline, self._metadata)
+
+    async def _call(
+        self, method: str, request: bytes, deadline: Deadline, metadata: Metadata, cancel: Cancel | None = None
+    ) -> Any:
         try:
-            return call(request, timeout=deadline.left_s(), metadata=self._headers)
+            return await self._wire.call(method, request, deadline.left_s(), metadata, cancel)
         except grpc.RpcError as error:
             raise _error(self._url, error, deadline) from None
+
+
+def _message(request: PreparedRequest, placement: Placement | None = None) -> Any:
+    """The request without its tensors' bytes."""
+    kind = service_pb2.ModelInferRequest
+    message = kind(
+        model_name=request.model,
+        model_version=request.version,
+        id=request.request_id,
+        inputs=[
+            kind.InferInputTensor(
+                name=tensor.name,
+                datatype=tensor.datatype,
+                shape=tensor.shape,
+                parameters=_placed(placement.region, placement.inputs[tensor.name]) if placement else None,
+            )
+            for tensor in request.tensors
+        ],
+    )
+    if placement is not None and placement.outputs:
+        for name, place in placement.outputs.items():
+            message.outputs.add(name=name, parameters=_placed(placement.region, place))
+    else:
+        for name in request.outputs:
+            message.outputs.add(name=name)
+    return message
+
+
+def _placed(region: str, place: tuple[int, int]) -> Mapping[str, Any]:
+    kind = service_pb2.InferParameter
+    return {
+        "shared_memory_region": kind(string_param=region),
+        "shared_memory_offset": kind(int64_param=place[0]),
+        "shared_memory_byte_size": kind(int64_param=place[1]),
+    }
+
+
+def _arrays(answer: Any, placement: Placement | None) -> dict[str, np.ndarray]:
+    """The outputs by name, out of the message or the shared memory."""
+    if placement is None or not placement.outputs:
+        pairs = zip(answer.outputs, answer.raw_output_contents, strict=True)
+        return {output.name: to_numpy(output.datatype, output.shape, data) for output, data in pairs}
+    return {
+        output.name: to_numpy(output.datatype, output.shape, placement.read(output.name)) for output in answer.outputs
+    }
 
 
 def _as_json(message: Any) -> dict:
@@ -146,23 +271,26 @@ def _error(url: str, error: Any, deadline: Deadline) -> InferenceError:
     reason = one_line(error.details() or code.name)
     if means_not_ready(reason):
         return ModelNotReady(f"{url}: {reason}")
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return _unavailable(url, reason)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return deadline.exceeded(url)
+    if status := re.search(r"http2 header with status: (\d{3})", reason):  # a gateway's page, as gRPC reports it
+        return error_of_status(int(status[1]), f"{url}: {reason}", _retry_after_s(error))
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return _unavailable(url, reason, error)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in reason:
         return InvalidInput(f"{url}: {reason}")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return ServerBusy(f"{url}: {reason}", _retry_after_s(error))
     kinds: dict[grpc.StatusCode, type[InferenceError]] = {
         grpc.StatusCode.INVALID_ARGUMENT: InvalidInput,
         grpc.StatusCode.NOT_FOUND: ModelNotFound,
         grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
         grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
-        grpc.StatusCode.RESOURCE_EXHAUSTED: ServerBusy,
     }
     return kinds.get(code, ServerError)(f"{url}: {reason}")
 
 
-def _unavailable(url: str, reason: str) -> InferenceError:
+def _unavailable(url: str, reason: str, error: Any) -> InferenceError:
     """One code for three things, told apart by the text: what it does not show to be safe counts as lost.
 
     gRPC says UNAVAILABLE of a refused connection (nothing was sent), of Triton's full queue (did not run) and of a
@@ -174,6 +302,19 @@ def _unavailable(url: str, reason: str) -> InferenceError:
             f"nothing serves gRPC at {url} ({last}); "
             "start Triton there, or correct the url (its gRPC port is 8001 by default)"
         )
-    if any(text in reason for text in ("maximum queue size", "timeout expired", "status: 503", "status: 429")):
+    if any(text in reason for text in ("maximum queue size", "timeout expired")):
         return ServerBusy(f"{url}: {reason}")
+    wait_s = _retry_after_s(error)
+    if wait_s is not None:  # whoever says when to come again has refused
+        return ServerBusy(f"{url}: {reason}", wait_s)
     return ConnectionLost(f"{url}: the connection broke before the answer was complete ({reason})")
+
+
+def _retry_after_s(error: Any) -> float | None:
+    """What the answer's metadata say of when to come again."""
+    found: dict[str, Any] = {}
+    for said in (error.initial_metadata(), error.trailing_metadata()):
+        found.update(said or ())
+    with contextlib.suppress(KeyError, ValueError):  # gRPC's own (proposal A6); negative: do not retry
+        return max(0, int(found["grpc-retry-pushback-ms"])) / 1000
+    return retry_after_s(str(found.get("retry-after", "")))

@@ -1,19 +1,19 @@
-"""KServe v2 over HTTP/1.1: plain sockets out, the standard library's parser back in.
+"""KServe v2 over HTTP/1.1, with binary tensors.
 
 Contract: `transports.Transport`. Connections are kept alive and reused, one for each call in flight; a connection on
-which anything went wrong is closed, never reused. $http_proxy is not looked at.
+which anything went wrong is closed, never reused. $http_proxy is not looked at. The transport is the same over
+blocking sockets and over asyncio; a `Connection` hides which.
 """
 
 import contextlib
 import http.client
-import io
 import json
-import socket
+import os
 import ssl
 import struct
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import numpy as np
@@ -21,241 +21,239 @@ import numpy as np
 from deepseek_client.errors import (
     AccessDenied,
     ConnectionLost,
-    DeadlineExceeded,
     InferenceError,
-    InvalidInput,
     ModelNotFound,
-    ModelNotReady,
-    ServerBusy,
     ServerError,
     Unreachable,
 )
+from deepseek_client.http_answer import Answer, read_answer
+from deepseek_client.http_connections import Connection
+from deepseek_client.runtimes import Cancel
 from deepseek_client.signature import ModelMetadata
 from deepseek_client.transports import (
+    NO_HEADERS,
     Deadline,
+    Headers,
+    Placement,
     PreparedRequest,
-    means_not_ready,
+    error_of_status,
     metadata_from_json,
     one_line,
-    to_bytes,
+    retry_after_s,
     to_numpy,
 )
 
 BINARY_HEADER_SIZE = "Inference-Header-Content-Length"  # the JSON's share of a body, the tensors follow
+SMALL_BYTES = 65536  # up to here one write of all is faster than a copy less
+OpenConnection = Callable[[str, int, ssl.SSLContext | None, Deadline], Coroutine[Any, Any, Connection]]
 
 
 class HttpTransport:
     """See the module."""
 
-    def __init__(self, url: str, *, tls: bool, ca_cert: bytes | None, api_key: str | None) -> None:
+    def __init__(
+        self, url: str, open_connection: OpenConnection, *, tls: bool, ca_cert: bytes | None, api_key: str | None
+    ) -> None:
         self._url = url
+        self._open = open_connection
         parsed = urlsplit(f"//{url}")
         self._host, self._port = parsed.hostname or "", parsed.port or 0
         self._tls = ssl.create_default_context(cadata=ca_cert.decode() if ca_cert else None) if tls else None
         self._headers = f"Host: {url}\r\n" + (f"Authorization: Bearer {api_key}\r\n" if api_key else "")
-        self._idle: deque[socket.socket] = deque()  # append and pop are atomic, so threads need no lock
+        self._idle: deque[Connection] = deque()  # append and pop are atomic, so threads need no lock
 
-    def ready(self, model: str | None, version: str, deadline: Deadline) -> bool:
+    async def ready(self, model: str | None, version: str, deadline: Deadline) -> bool:
         """See Transport."""
         path = f"{_path(model, version)}/ready" if model else "/v2/health/ready"
-        status, _, content = self._exchange("GET", path, deadline)
-        if status in (401, 403):
-            self._raise(status, content)
-        return status == 200
+        answer = await self._exchange("GET", path, deadline)
+        if answer.status in (401, 403):
+            raise self._error(answer)
+        return answer.status == 200
 
-    def metadata(self, model: str, version: str, deadline: Deadline) -> ModelMetadata:
+    async def metadata(self, model: str, version: str, deadline: Deadline) -> ModelMetadata:
         """See Transport."""
         path = _path(model, version)
-        signature, config = self._get_json(path, deadline), None
+        signature, config = await self._get_json(path, deadline), None
         with contextlib.suppress(AccessDenied, ModelNotFound):  # a gateway may not show it
-            config = self._get_json(f"{path}/config", deadline)
+            config = await self._get_json(f"{path}/config", deadline)
         return metadata_from_json(signature, config)
 
-    def encode(
-        self,
-        metadata: ModelMetadata,
-        version: str,
-        arrays: Sequence[np.ndarray | None],
-        outputs: Sequence[str] | None,
-        request_id: str,
-    ) -> PreparedRequest:
+    def encode(self, request: PreparedRequest) -> tuple[bytes, ...]:
         """See Transport. The parts: path, JSON header up to the value of its time-out, tensors."""
-        inputs, tensors = [], []
-        for spec, array in zip(metadata.inputs, arrays, strict=True):
-            if array is not None:
-                data = to_bytes(spec, array)
-                size = {"binary_data_size": len(data)}
-                inputs.append({"name": spec.name, "shape": array.shape, "datatype": spec.datatype, "parameters": size})
-                tensors.append(data)
-        header: dict[str, Any] = {"id": request_id} if request_id else {}
-        header["inputs"] = inputs
-        if outputs:
-            header["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
-        opened = json.dumps(header)[:-1] + ', "parameters": {"binary_data_output": true, "timeout": '
-        path = f"{_path(metadata.name, version)}/infer"
-        parts = (path.encode(), opened.encode(), b"".join(tensors))
-        return PreparedRequest(model=metadata.name, version=version, parts=parts)
+        return _parts(request, b"".join(tensor.data for tensor in request.tensors))
 
-    def send(self, request: PreparedRequest, deadline: Deadline) -> dict[str, np.ndarray]:
+    async def send(
+        self,
+        request: PreparedRequest,
+        deadline: Deadline,
+        headers: Headers = NO_HEADERS,
+        cancel: Cancel | None = None,
+        placement: Placement | None = None,
+    ) -> dict[str, np.ndarray]:
         """See Transport."""
-        path, opened, tensors = request.parts
+        parts = (request.parts or self.encode(request)) if placement is None else _parts(request, b"", placement)
+        path, opened, tensors = parts
         header = b"%s%d}}" % (opened, deadline.left_us())
-        size = f"{BINARY_HEADER_SIZE}: {len(header)}\r\n"
-        status, header_size, content = self._exchange("POST", path.decode(), deadline, header + tensors, size)
-        if status != 200:
-            self._raise(status, content)
-        end = header_size or len(content)
-        results = {}
+        extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        extra += f"{BINARY_HEADER_SIZE}: {len(header)}\r\n"
+        answer = await self._exchange("POST", path.decode(), deadline, (header, tensors), extra, cancel)
+        if answer.status != 200:
+            raise self._error(answer)
         try:
-            for output in json.loads(content[:end])["outputs"]:
-                start, end = end, end + output["parameters"]["binary_data_size"]
-                # A slice is a copy, and so aligned for whoever computes on it.
-                results[output["name"]] = to_numpy(output["datatype"], output["shape"], content[start:end])
+            return _arrays(answer, placement)
         except (KeyError, TypeError, ValueError, struct.error) as error:
-            raise ServerError(f"{self._url}: an answer that cannot be read ({error!r}): {content[:80]!r}") from None
-        return results
+            start = bytes(answer.body[:80])
+            raise ServerError(f"{self._url}: an answer that cannot be read ({error!r}): {start!r}") from None
 
-    def close(self) -> None:
+    async def register(self, region: str, size_bytes: int, deadline: Deadline) -> None:
+        """See Transport."""
+        place = {"key": f"/{region}", "offset": 0, "byte_size": size_bytes}
+        await self._post(f"/v2/systemsharedmemory/region/{region}/register", json.dumps(place).encode(), deadline)
+
+    async def unregister(self, region: str, deadline: Deadline) -> None:
+        """See Transport."""
+        await self._post(f"/v2/systemsharedmemory/region/{region}/unregister", b"", deadline)
+
+    async def close(self) -> None:
         """See Transport."""
         while self._idle:
             self._idle.pop().close()
 
-    def _get_json(self, path: str, deadline: Deadline) -> dict:
-        status, _, content = self._exchange("GET", path, deadline)
-        if status != 200:
-            self._raise(status, content)
+    async def _post(self, path: str, body: bytes, deadline: Deadline) -> None:
+        answer = await self._exchange("POST", path, deadline, (body,))
+        if answer.status != 200:
+            raise self._error(answer)
+
+    async def _get_json(self, path: str, deadline: Deadline) -> dict:
+        answer = await self._exchange("GET", path, deadline)
+        if answer.status != 200:
+            raise self._error(answer)
         try:
-            return json.loads(content)
+            return json.loads(answer.body)
         except ValueError:
-            raise ServerError(f"{self._url}{path}: not JSON but {content[:80]!r}; is this Triton?") from None
+            start = bytes(answer.body[:80])
+            raise ServerError(f"{self._url}{path}: not JSON but {start!r}; is this Triton?") from None
 
-    def _raise(self, status: int, content: bytes) -> NoReturn:
+    def _error(self, answer: Answer) -> InferenceError:
         try:
-            reason = json.loads(content)["error"]
+            reason = json.loads(answer.body)["error"]
         except (ValueError, KeyError, TypeError):  # a gateway's page
-            reason = f"{status} {http.client.responses.get(status, '')}"
-        raise _error(status, f"{self._url}: {one_line(reason)}")
+            reason = f"{answer.status} {http.client.responses.get(answer.status, '')}"
+        wait_s = retry_after_s(answer.headers.get("retry-after", ""))
+        return error_of_status(answer.status, f"{self._url}: {one_line(str(reason))}", wait_s)
 
-    def _exchange(
-        self, method: str, path: str, deadline: Deadline, body: bytes = b"", headers: str = ""
-    ) -> tuple[int, int | None, bytes]:
-        """Status, size of the JSON header where there is one, body."""
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        deadline: Deadline,
+        body: tuple[bytes, ...] = (),
+        headers: str = "",
+        cancel: Cancel | None = None,
+    ) -> Answer:
+        size = sum(map(len, body))
         if method == "POST":
-            headers += f"Content-Length: {len(body)}\r\n"
-        head = f"{method} {path} HTTP/1.1\r\n{self._headers}{headers}\r\n".encode()
-        connection = self._connection(deadline)
-        keep = False
+            headers += f"Content-Length: {size}\r\n"
+        head = f"{method} {path} HTTP/1.1\r\n{self._headers}{headers}\r\n".encode("latin-1")
+        parts = (b"".join((head, *body)),) if size < SMALL_BYTES else (head, *body)
+        connection = await self._connection(deadline)
+        answer = None
         try:
-            connection.settimeout(deadline.socket_timeout_s())
+            if cancel is not None:
+                cancel.stopped_by(connection.stop)
             # A server that refuses a large body (413) may close while we still send: its answer is there to read.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                connection.sendall(head + body)
-            response = http.client.HTTPResponse(_Reader(connection, deadline), method=method)  # type: ignore[arg-type]
-            response.begin()
-            content = response.read()
-            keep = not response.will_close
+                await connection.send(*parts, deadline=deadline)
+            answer = await read_answer(lambda wanted: connection.receive(wanted, deadline))
         except TimeoutError:
             raise deadline.exceeded(self._url) from None
         except (OSError, http.client.HTTPException) as error:
             raise _broken(self._url, error) from None
         finally:  # on Ctrl-C and a gevent time-out, too: half an answer may be on its way
-            if keep:
+            if cancel is not None:
+                cancel.stopped_by(None)
+            if answer is not None and answer.keep and not (cancel and cancel.cancelled):
                 self._idle.append(connection)
             else:
                 connection.close()
-        size = response.getheader(BINARY_HEADER_SIZE)
-        return response.status, int(size) if size else None, content
+        return answer
 
-    def _connection(self, deadline: Deadline) -> socket.socket:
+    async def _connection(self, deadline: Deadline) -> Connection:
         """An idle connection that still stands, or a new one."""
         with contextlib.suppress(IndexError):
-            while not _is_alive(connection := self._idle.pop()):
+            while not (connection := self._idle.pop()).is_alive():
                 connection.close()
             return connection
         try:
-            connection = _connect(self._host, self._port, deadline)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return self._tls.wrap_socket(connection, server_hostname=self._host) if self._tls else connection
+            return await self._open(self._host, self._port, self._tls, deadline)
         except TimeoutError:
             raise deadline.exceeded(self._url) from None
         except OSError as error:
             scheme = "HTTPS" if self._tls else "HTTP"
             raise Unreachable(
-                f"nothing serves {scheme} at {self._url} ({error.strerror or error}); "
+                f"nothing serves {scheme} at {self._url} ({_why(error)}); "
                 "start Triton there, or correct the url (its HTTP port is 8000 by default)"
             ) from None
 
 
-class _Reader(io.RawIOBase):
-    """What HTTPResponse reads: each read waits for what is left of the call, so that a trickle cannot outlive it."""
+def _parts(request: PreparedRequest, tensors: bytes, placement: Placement | None = None) -> tuple[bytes, bytes, bytes]:
+    """Path, JSON header up to the value of its time-out, tensors."""
+    inputs = [
+        {
+            "name": tensor.name,
+            "shape": tensor.shape,
+            "datatype": tensor.datatype,
+            "parameters": _placed(placement.region, placement.inputs[tensor.name])
+            if placement
+            else {"binary_data_size": len(tensor.data)},
+        }
+        for tensor in request.tensors
+    ]
+    header: dict[str, Any] = {"id": request.request_id} if request.request_id else {}
+    header["inputs"] = inputs
+    if placement is not None and placement.outputs:
+        header["outputs"] = [
+            {"name": name, "parameters": _placed(placement.region, place)} for name, place in placement.outputs.items()
+        ]
+    elif request.outputs:
+        header["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in request.outputs]
+    opened = json.dumps(header)[:-1] + ', "parameters": {"binary_data_output": true, "timeout": '
+    return f"{_path(request.model, request.version)}/infer".encode(), opened.encode(), tensors
 
-    def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
-        self._connection = connection
-        self._deadline = deadline
 
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """What HTTPResponse asks a socket for."""
-        return io.BufferedReader(self)
+def _placed(region: str, place: tuple[int, int]) -> Mapping[str, Any]:
+    return {"shared_memory_region": region, "shared_memory_offset": place[0], "shared_memory_byte_size": place[1]}
 
-    def readable(self) -> bool:
-        return True
 
-    def readinto(self, buffer: Any) -> int:
-        self._connection.settimeout(self._deadline.socket_timeout_s())
-        return self._connection.recv_into(buffer)
+def _arrays(answer: Answer, placement: Placement | None) -> dict[str, np.ndarray]:
+    """The outputs by name, out of the body or the shared memory."""
+    content = memoryview(answer.body)
+    end = int(answer.headers.get(BINARY_HEADER_SIZE.lower(), len(content)))
+    results = {}
+    for output in json.loads(bytes(content[:end]))["outputs"]:
+        if placement is not None and placement.outputs:
+            data = placement.read(output["name"])
+        else:
+            start, end = end, end + output["parameters"]["binary_data_size"]
+            data = bytes(content[start:end])  # a copy, and so aligned for whoever computes on it
+        results[output["name"]] = to_numpy(output["datatype"], output["shape"], data)
+    return results
 
 
 def _path(model: str, version: str) -> str:
     return f"/v2/models/{quote(model, safe='')}" + (f"/versions/{version}" if version else "")
 
 
-def _connect(host: str, port: int, deadline: Deadline) -> socket.socket:
-    """As socket.create_connection, which would give each address of the host the full time."""
-    failure = OSError("the host has no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        connection = socket.socket(family, kind, protocol)
-        try:
-            connection.settimeout(deadline.socket_timeout_s())
-            connection.connect(address)
-            return connection
-        except OSError as error:
-            connection.close()
-            failure = error
-            if isinstance(error, TimeoutError):
-                break
-    raise failure
-
-
-def _is_alive(connection: socket.socket) -> bool:
-    """Whether an idle connection has nothing to read: its end, or stray bytes, make it useless."""
-    try:
-        connection.settimeout(0)
-        connection.recv(1)
-    except (BlockingIOError, ssl.SSLWantReadError):
-        return True
-    except OSError:
-        pass
-    return False
+def _why(error: OSError) -> str:
+    """The system's own words, which asyncio puts into a sentence of its own."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError) or not error.errno or error.errno < 0:
+        return str(error.strerror or error)
+    return os.strerror(error.errno)
 
 
 def _broken(url: str, error: Exception) -> InferenceError:
     if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
         return ServerError(f"{url} does not speak HTTP; is it Triton's gRPC port (8001), not the HTTP port (8000)?")
     return ConnectionLost(f"{url}: the connection broke before the answer was complete ({error!r})")
-
-
-def _error(status: int, reason: str) -> InferenceError:
-    """The error for a status from Triton, or from a gateway before it."""
-    kinds: dict[int, type[InferenceError]] = {
-        400: InvalidInput,
-        401: AccessDenied,
-        403: AccessDenied,
-        404: ModelNotFound,
-        413: InvalidInput,
-        429: ServerBusy,
-        502: ConnectionLost,  # the gateway lost the server, perhaps in the middle of it
-        503: ServerBusy,
-        504: DeadlineExceeded,
-    }
-    kind = ModelNotReady if means_not_ready(reason) else kinds.get(status, ServerError)
-    return kind(reason)

@@ -1,25 +1,41 @@
-"""What HTTP and gRPC have in common: the face of a transport, deadlines, tensors as bytes.
+"""What HTTP and gRPC have in common: the face of a transport, deadlines, requests, tensors as bytes.
 
-Contract: a transport may be used by many threads at once; each failure leaves it as an error of
-`deepseek_client.errors`; nothing waits past the deadline of the call (the system's name resolution excepted).
+Contract: a transport may be used by many threads at once, or by one asyncio loop; each failure leaves it as an error
+of `deepseek_client.errors`; nothing waits past the deadline of the call (the system's name resolution excepted).
 
 Both speak Triton's KServe v2 protocol with binary tensors, and are built from tritonclient's parts: its gRPC
 messages, type names and string encoding. Its ready-made clients are not used, because
 - tritonclient.http is for one thread only, and its time-outs are set per client and per socket operation, so that a
   server that sends a byte now and then holds a call for ever;
-- both encode a request anew for each sending; here `encode` gives bytes that can be sent many times.
+- all of them encode a request anew for each sending; here `encode` gives bytes that can be sent many times.
 """
 
+import contextlib
+import email.utils
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor, triton_to_np_dtype
 
-from deepseek_client.errors import DeadlineExceeded
+from deepseek_client.errors import (
+    AccessDenied,
+    ConnectionLost,
+    DeadlineExceeded,
+    InferenceError,
+    InvalidInput,
+    ModelNotFound,
+    ModelNotReady,
+    ServerBusy,
+    ServerError,
+)
+from deepseek_client.runtimes import Cancel
 from deepseek_client.signature import ModelMetadata, TensorSpec
+
+Headers = Mapping[str, str]
+NO_HEADERS: Headers = {}
 
 
 class Deadline:
@@ -50,39 +66,105 @@ class Deadline:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """An input as it is sent."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreparedRequest:
     """A request checked and encoded, to be sent any number of times by the client that made it."""
 
     model: str
     version: str
+    request_id: str
+    outputs: tuple[str, ...]
+    """The names asked for; none: all."""
     parts: tuple[bytes, ...]
-    """The transport's own."""
+    """The transport's own encoding of all but the time-out; none where shared memory may take the tensors."""
+    tensors: tuple[Tensor, ...]
+    """None where `parts` hold them."""
+    result_sizes: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """Bytes of each output, where the signature fixes that of every one; else empty."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its tensors."""
+        return sum(len(tensor.data) for tensor in self.tensors)
+
+
+class Placement(Protocol):
+    """Where in a shared memory region the tensors of one attempt lie."""
+
+    region: str
+    inputs: Mapping[str, tuple[int, int]]
+    """Offset and size in bytes."""
+    outputs: Mapping[str, tuple[int, int]]
+
+    def read(self, output: str) -> bytes:
+        """A copy of what the server wrote."""
 
 
 class Transport(Protocol):
     """The face of both protocols."""
 
-    def ready(self, model: str | None, version: str, deadline: Deadline) -> bool:
+    async def ready(self, model: str | None, version: str, deadline: Deadline) -> bool:
         """Whether the server, or the model, can take requests."""
 
-    def metadata(self, model: str, version: str, deadline: Deadline) -> ModelMetadata:
+    async def metadata(self, model: str, version: str, deadline: Deadline) -> ModelMetadata:
         """The signature; with the batch size and which inputs are optional, where the configuration may be read."""
 
-    def encode(
+    def encode(self, request: PreparedRequest) -> tuple[bytes, ...]:
+        """The parts of a request that has tensors."""
+
+    async def send(
         self,
-        metadata: ModelMetadata,
-        version: str,
-        arrays: Sequence[np.ndarray | None],
-        outputs: Sequence[str] | None,
-        request_id: str,
-    ) -> PreparedRequest:
-        """All of the request but its time-out. `arrays` are in the order of the metadata."""
+        request: PreparedRequest,
+        deadline: Deadline,
+        headers: Headers = NO_HEADERS,
+        cancel: Cancel | None = None,
+        placement: Placement | None = None,
+    ) -> dict[str, np.ndarray]:
+        """One attempt: adds what is left of the time as the server's time-out, and sends.
 
-    def send(self, request: PreparedRequest, deadline: Deadline) -> dict[str, np.ndarray]:
-        """One attempt: adds what is left of the time as the server's time-out, and sends."""
+        With a placement the tensors are in shared memory, and the message only says where.
+        """
 
-    def close(self) -> None:
+    async def register(self, region: str, size_bytes: int, deadline: Deadline) -> None:
+        """Has the server map /dev/shm/<region>."""
+
+    async def unregister(self, region: str, deadline: Deadline) -> None:
+        """Has the server let go of it."""
+
+    async def close(self) -> None:
         """Closes the connections."""
+
+
+def tensors_of(metadata: ModelMetadata, arrays: Sequence[np.ndarray | None]) -> tuple[Tensor, ...]:
+    """Of arrays in the order of the metadata; None is an optional input left out."""
+    return tuple(
+        Tensor(name=spec.name, datatype=spec.datatype, shape=array.shape, data=to_bytes(spec, array))
+        for spec, array in zip(metadata.inputs, arrays, strict=True)
+        if array is not None
+    )
+
+
+def result_sizes(metadata: ModelMetadata, tensors: Sequence[Tensor], outputs: Sequence[str] | None) -> dict[str, int]:
+    """Bytes of each output asked for, where all are known beforehand: only the batch may be free, and no strings."""
+    batch = tensors[0].shape[0] if metadata.max_batch_size and tensors else None
+    sizes = {}
+    for spec in metadata.outputs:
+        if outputs and spec.name not in outputs:
+            continue
+        shape = spec.shape if batch is None else (batch, *spec.shape[1:])
+        if spec.datatype == "BYTES" or -1 in shape:
+            return {}
+        sizes[spec.name] = int(np.prod(shape)) * spec.dtype.itemsize
+    return sizes
 
 
 def to_bytes(spec: TensorSpec, array: np.ndarray) -> bytes:
@@ -134,3 +216,30 @@ def one_line(reason: str) -> str:
 def means_not_ready(reason: str) -> bool:
     """Triton says so of a model that it knows and that is not loaded, under various codes."""
     return "no available versions" in reason or "not at ready state" in reason or "is not ready" in reason
+
+
+def error_of_status(status: int, reason: str, wait_s: float | None = None) -> InferenceError:
+    """The error for an HTTP status from Triton, or from a gateway before it."""
+    if means_not_ready(reason):
+        return ModelNotReady(reason)
+    if status in (429, 503):
+        return ServerBusy(reason if wait_s is None else f"{reason}; it asks to wait {wait_s:g} s", wait_s)
+    kinds: dict[int, type[InferenceError]] = {
+        400: InvalidInput,
+        401: AccessDenied,
+        403: AccessDenied,
+        404: ModelNotFound,
+        413: InvalidInput,
+        502: ConnectionLost,  # the gateway lost the server, perhaps in the middle of it
+        504: DeadlineExceeded,
+    }
+    return kinds.get(status, ServerError)(reason)
+
+
+def retry_after_s(value: str) -> float | None:
+    """Seconds that a Retry-After header asks for, as a number or a date; None where it is neither."""
+    with contextlib.suppress(ValueError, OverflowError):
+        if value.strip().isdecimal():
+            return float(value)
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    return None

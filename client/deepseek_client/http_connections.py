@@ -1,0 +1,193 @@
+"""Connections of the HTTP transport: one face over a blocking socket and over an asyncio protocol.
+
+Contract: every wait ends at the call's deadline with TimeoutError; a broken connection is an OSError. A connection is
+used by one call at a time.
+"""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from deepseek_client.transports import Deadline
+
+LEAST_BYTES, MOST_BYTES = 65536, 1 << 20  # of one read: small answers cost no large buffer, large ones few reads
+
+
+class Connection(Protocol):
+    """To one server."""
+
+    async def send(self, *parts: bytes, deadline: Deadline) -> None:
+        """Sends them one after the other."""
+
+    async def receive(self, wanted: int, deadline: Deadline) -> bytes | bytearray:
+        """Some bytes, of `wanted` ones if that is known (else 0); none at the end."""
+
+    def is_alive(self) -> bool:
+        """Whether an idle connection has nothing to read: its end, or stray bytes, make it useless."""
+
+    def stop(self) -> None:
+        """From any thread: makes whoever waits for it fail."""
+
+    def close(self) -> None:
+        """Frees it."""
+
+
+class BlockingConnection:
+    """A socket; under gevent one that lets other greenlets run."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+
+    @classmethod
+    async def open(cls, host: str, port: int, tls: ssl.SSLContext | None, deadline: Deadline) -> "BlockingConnection":
+        """Connects; raises OSError."""
+        connection = _connect(host, port, deadline)
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return cls(tls.wrap_socket(connection, server_hostname=host) if tls else connection)
+        except BaseException:
+            connection.close()
+            raise
+
+    async def send(self, *parts: bytes, deadline: Deadline) -> None:
+        """See Connection."""
+        for part in parts:
+            self._socket.settimeout(deadline.socket_timeout_s())
+            self._socket.sendall(part)
+
+    async def receive(self, wanted: int, deadline: Deadline) -> bytes | bytearray:
+        """See Connection."""
+        self._socket.settimeout(deadline.socket_timeout_s())
+        return self._socket.recv(min(max(wanted, LEAST_BYTES), MOST_BYTES))
+
+    def is_alive(self) -> bool:
+        """See Connection."""
+        try:
+            self._socket.settimeout(0)
+            self._socket.recv(1)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return True
+        except OSError:
+            pass
+        return False
+
+    def stop(self) -> None:
+        """See Connection."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """See Connection."""
+        self._socket.close()
+
+
+class AsyncConnection(asyncio.Protocol):
+    """An asyncio protocol: asyncio's streams cannot say whether an idle one has stray bytes."""
+
+    def __init__(self) -> None:
+        self._transport: Any = None
+        self._received = bytearray()
+        self._ended = False
+        self._error: Exception | None = None
+        self._full = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    @classmethod
+    async def open(cls, host: str, port: int, tls: ssl.SSLContext | None, deadline: Deadline) -> "AsyncConnection":
+        """Connects; raises OSError."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(deadline.socket_timeout_s()):
+            _, protocol = await loop.create_connection(cls, host, port, ssl=tls, server_hostname=host if tls else None)
+        return protocol
+
+    async def send(self, *parts: bytes, deadline: Deadline) -> None:
+        """See Connection."""
+        if self._error is not None:
+            raise self._error
+        for part in parts:
+            self._transport.write(part)
+        await self._wait(lambda: not self._full or self._ended, deadline)
+
+    async def receive(self, wanted: int, deadline: Deadline) -> bytes | bytearray:
+        """See Connection."""
+        await self._wait(lambda: bool(self._received) or self._ended, deadline)
+        if not self._received and self._error is not None:
+            raise self._error
+        data, self._received = self._received, bytearray()
+        return data
+
+    def is_alive(self) -> bool:
+        """See Connection."""
+        return not self._received and not self._ended and not self._transport.is_closing()
+
+    def stop(self) -> None:
+        """See Connection."""
+        self._transport.abort()
+
+    def close(self) -> None:
+        """See Connection. What is still to be sent is for nobody."""
+        self._transport.abort()
+
+    async def _wait(self, condition: Callable[[], bool], deadline: Deadline) -> None:
+        """Until the loop reports something that makes `condition` true."""
+        if condition():
+            return
+        async with asyncio.timeout(deadline.socket_timeout_s()):
+            while not condition():
+                self._waiter = asyncio.get_running_loop().create_future()
+                try:
+                    await self._waiter
+                finally:
+                    self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def connection_made(self, transport: Any) -> None:
+        """Of asyncio.Protocol."""
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Of asyncio.Protocol."""
+        self._received += data
+        self._wake()
+
+    def eof_received(self) -> None:
+        """Of asyncio.Protocol. The transport closes itself."""
+        self._ended = True
+        self._wake()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Of asyncio.Protocol."""
+        self._ended, self._error = True, error
+        self._wake()
+
+    def pause_writing(self) -> None:
+        """Of asyncio.Protocol."""
+        self._full = True
+
+    def resume_writing(self) -> None:
+        """Of asyncio.Protocol."""
+        self._full = False
+        self._wake()
+
+
+def _connect(host: str, port: int, deadline: Deadline) -> socket.socket:
+    """As socket.create_connection, which would give each address of the host the full time."""
+    failure = OSError("the host has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(deadline.socket_timeout_s())
+            connection.connect(address)
+            return connection
+        except OSError as error:
+            connection.close()
+            failure = error
+            if isinstance(error, TimeoutError):
+                break
+    raise failure

@@ -1,0 +1,134 @@
+"""A client's settings, checked where they are made.
+
+Contract: `Settings` either holds together or raises InvalidInput with one line: value seen, what is allowed.
+"""
+
+import math
+import re
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from deepseek_client.errors import InvalidInput
+
+# What the protocols or this client write themselves.
+OWN_HEADERS = {
+    *("host", "authorization", "connection", "te", "expect", "timeout", "user-agent", "accept-encoding"),
+    *("content-type", "content-encoding", "content-length", "transfer-encoding", "inference-header-content-length"),
+}
+TRACEPARENT = r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of `InferenceClient` and `AsyncInferenceClient`, whose docstring says what they mean."""
+
+    urls: tuple[str, ...]
+    protocol: Literal["grpc", "http"] = "grpc"
+    timeout_s: float = 10.0
+    retries: int = 3
+    retry_budget: float | None = 0.1
+    idempotent: bool = False
+    hedge_after_ms: float | str | None = None
+    shared_memory: bool | Literal["auto"] = False
+    tls: bool = False
+    ca_cert: str | Path | None = None
+    api_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.protocol not in ("grpc", "http"):
+            raise InvalidInput(f"protocol={self.protocol!r}; it must be 'grpc' or 'http'")
+        if not self.urls or len(set(self.urls)) < len(self.urls):
+            raise InvalidInput(f"url={list(self.urls)}; it must be one address, or a list of different ones")
+        for url in self.urls:
+            check_url(url)
+        checked_timeout(self.timeout_s)
+        if self.retries < 0:
+            raise InvalidInput(f"retries={self.retries}; it must be 0 or more")
+        if self.retry_budget is not None and not 0 <= self.retry_budget < math.inf:
+            raise InvalidInput(
+                f"retry_budget={self.retry_budget!r}; it must be a share of the calls, such as 0.1; None: no limit"
+            )
+        if self.shared_memory not in (False, True, "auto"):
+            raise InvalidInput(f"shared_memory={self.shared_memory!r}; it must be False, True or 'auto'")
+        self._check_hedging()
+        _check_key(self.api_key, self.speaks_tls)
+
+    @property
+    def speaks_tls(self) -> bool:
+        """An authority implies TLS."""
+        return self.tls or self.ca_cert is not None
+
+    def hedge_percent(self) -> float | None:
+        """The percentile after which a second request goes out, where it is no fixed time."""
+        return float(self.hedge_after_ms[1:]) if isinstance(self.hedge_after_ms, str) else None
+
+    def _check_hedging(self) -> None:
+        after = self.hedge_after_ms
+        if after is None:
+            return
+        fits = re.fullmatch(r"p\d{1,2}(\.\d+)?", after) if isinstance(after, str) else 0 < after < math.inf
+        if not fits:
+            raise InvalidInput(
+                f"hedge_after_ms={after!r}; it must be milliseconds, or a percentile of the latest calls such as 'p95'"
+            )
+        if not self.idempotent:
+            raise InvalidInput(
+                "hedge_after_ms sends a request a second time while the first may run; "
+                "say idempotent=True if running it twice does no harm (true of every stateless model)"
+            )
+
+
+def check_url(url: str) -> None:
+    """Raises InvalidInput where it is not host:port."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d+)", url, re.ASCII) if isinstance(url, str) else None
+    if not match or not 0 < int(match[2]) < 65536:
+        raise InvalidInput(f"url={url!r}; it must be host:port without a scheme, such as 127.0.0.1:8001")
+
+
+def checked_timeout(timeout_s: float) -> float:
+    """The same. Raises InvalidInput."""
+    if not 0 < timeout_s < math.inf:
+        raise InvalidInput(f"timeout_s={timeout_s!r}; it must be a positive number of seconds")
+    return timeout_s
+
+
+def check_headers(headers: Mapping[str, str]) -> None:
+    """Raises InvalidInput where they cannot be sent as they are, over either protocol."""
+    for name, value in headers.items():
+        if (
+            not re.fullmatch(r"[A-Za-z0-9_.-]+", name)
+            or name.lower().startswith("grpc-")
+            or name.lower().endswith("-bin")
+        ):
+            raise InvalidInput(f"headers: {name!r} is no name; letters, digits, '-', '_' and '.' are allowed")
+        if name.lower() in OWN_HEADERS:
+            raise InvalidInput(f"headers: {name!r} is written by the client itself; leave it out")
+        if not isinstance(value, str) or not re.fullmatch(r"[!-~]([ -~]*[!-~])?", value):
+            raise InvalidInput(f"headers: {name}={value!r}; it must be printable ASCII text in one line")
+        if name.lower() == "traceparent" and not re.fullmatch(TRACEPARENT, value):
+            raise InvalidInput(
+                f"headers: traceparent={value!r}; it must be version-trace-parent-flags in lower-case hex, such as "
+                "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+            )
+
+
+def read_pem(path: str | Path) -> bytes:
+    """The file's certificates. Raises InvalidInput."""
+    try:
+        pem = Path(path).read_bytes()
+        ssl.create_default_context(cadata=pem.decode("ascii"))  # refuses what is no certificate
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"ca_cert={str(path)!r}: {error}; it must be a PEM file of certificates") from None
+    return pem
+
+
+def _check_key(api_key: str | None, tls: bool) -> None:
+    if api_key is not None and not tls:
+        raise InvalidInput("api_key is only sent over TLS; give ca_cert=FILE, or tls=True for the system's authorities")
+    if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
+        raise InvalidInput(
+            "api_key holds a blank, control or non-ASCII character; pass the bare key, without a newline"
+        )
