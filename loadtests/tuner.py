@@ -1,0 +1,241 @@
+"""The search itself: settings are varied one at a time from the best so far, the best is held against the default.
+
+Contract: everything that is measured goes through the journal, so that a search that was cut off goes on where it was.
+A setting is measured in three steps, each stopping it where it has fallen behind: its throughput in a closed loop, its
+latency at the reference rate (the same for all), and its capacity, from the best one's upwards. Pairs measure both
+sides anew, by a bisection of their own around what the search found, so that no lucky trial of the search counts twice.
+
+Example:
+    best = tuner.search()
+    gain, better = verdict(tuner.confirm(best))
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from deepseek.spec import InputError, InvalidMeasurement
+from loadtests.contender import Contender, NotServed, Place, contender
+from loadtests.journal import Journal
+from loadtests.search import rounded
+from loadtests.slo import formatted
+from loadtests.space import Space
+from loadtests.trial import Trial
+from loadtests.tuning import Gain, Pair, Setting, TriedSetting, gains
+
+NOISE = 1.05  # capacities closer than this are the same until pairs say otherwise
+SLACK = 1.1  # how far a short closed loop may be below what a server can do
+SHARE_OF_CAPACITY = 0.8  # of the default's: the rate at which latencies are compared
+LEAST_SHARE = 1 / 64  # of the throughput: a service whose SLO holds at less is not to be tuned but changed
+LEAST_GAIN, LEAST_P99_GAIN = 1.02, 1.05  # smaller ones are not worth a change
+NOT_WORSE = 0.95
+LEAST_PAIRS = 3
+SPAN, PROBES = 1.4, 4  # of a pair's search: a factor of 1.4 both ways, halved four times, leaves 4 %
+
+
+class TimeUp(Exception):
+    """The budget does not allow another measurement."""
+
+
+@dataclass
+class Tuner:
+    """One search over one space."""
+
+    place: Place
+    default: Setting
+    space: Space
+    journal: Journal
+    users: int
+    pairs: int
+    ends_at: float
+    """On `time.monotonic()`."""
+    confirm_s: float
+    """Kept of the time for the pairs."""
+
+    # -- one setting -----------------------------------------------------------------------------
+
+    def try_setting(self, setting: Setting) -> TriedSetting:
+        """What the journal has of a setting, or a new measurement."""
+        if setting in self.journal.tried:
+            return self.journal.tried[setting]
+        if time.monotonic() > self.ends_at - self.confirm_s and setting != self.default:
+            raise TimeUp
+        with self.place.console.status(str(setting)):
+            try:
+                with contender(setting, self.place, "trial") as served:
+                    tried = self._measured(served)
+            except NotServed as error:
+                if setting == self.default:
+                    raise InputError(f"the default setting is not served: {error}") from None
+                tried = TriedSetting(settings=setting, stopped_early=True, reason=f"not served: {error}")
+        self.journal.add(tried)
+        self.place.console.print(line_of(tried))
+        return tried
+
+    def _measured(self, served: Contender) -> TriedSetting:
+        throughput = served.throughput_rps(self.users, self.place.least_s)
+        tried = TriedSetting(settings=served.setting, throughput_rps=throughput)
+        if not throughput:
+            return tried.model_copy(update={"stopped_early": True, "reason": "answers nothing"})
+        if served.setting == self.default:
+            tried = self._with_first_capacity(served, tried)
+            reference = rounded(SHARE_OF_CAPACITY * (tried.capacity_rps or throughput / 2))
+            self.journal.set_reference(reference, served.machine)
+        tried = self._with_latency(served, tried)
+        return tried if served.setting == self.default else self._with_capacity(served, tried)
+
+    def _with_latency(self, served: Contender, tried: TriedSetting) -> TriedSetting:
+        assert self.journal.reference_rps is not None
+        if tried.throughput_rps * SLACK < self.journal.reference_rps:
+            return tried
+        trial = served.try_rate(self.journal.reference_rps, seed=1000)
+        return tried.model_copy(update={"p50_ms": trial.p50_ms, "p99_ms": trial.p99_ms})
+
+    def _with_first_capacity(self, served: Contender, tried: TriedSetting) -> TriedSetting:
+        """Of the default: nothing is known yet but the throughput."""
+        rate, trial = tried.throughput_rps * 0.6, None
+        while rate > tried.throughput_rps * LEAST_SHARE:
+            trial = self._held(served, rounded(rate))
+            if trial.outcome == "holds":
+                return self._climbed(served, tried, trial.rate_rps)
+            rate /= 2
+        assert trial is not None
+        if trial.outcome == "invalid":
+            raise InvalidMeasurement(f"the load generator is the limit at every rate: {'; '.join(trial.problems)}")
+        why = ", ".join(trial.failed) or trial.outcome
+        return tried.model_copy(update={"reason": f"holds no rate down to {trial.rate_rps:g}/s: {why}"})
+
+    def _with_capacity(self, served: Contender, tried: TriedSetting) -> TriedSetting:
+        """Of a setting that has to be as good as the best so far; stopped where it is not."""
+        floor = max((each.capacity_rps or 0 for each in self.journal.tried.values()), default=0) / NOISE
+        if floor == 0:
+            return self._with_first_capacity(served, tried)
+        why = f"answers {tried.throughput_rps:.1f}/s at most, the best so far holds {floor * NOISE:.1f}/s"
+        if tried.throughput_rps * SLACK >= floor:
+            trial = self._held(served, rounded(floor))
+            if trial.outcome == "holds":
+                return self._climbed(served, tried, trial.rate_rps)
+            why = f"at {trial.rate_rps:g}/s {trial.outcome}: {', '.join((*trial.failed, *trial.problems[:1]))}"
+        return tried.model_copy(update={"stopped_early": True, "reason": why})
+
+    def _climbed(self, served: Contender, tried: TriedSetting, low: float) -> TriedSetting:
+        """Capacity between a rate that holds and the throughput, by bisection."""
+        high, at_least = max(tried.throughput_rps * SLACK, low * NOISE), False
+        while high > low * NOISE and time.monotonic() + served.trial_s(low) < self.ends_at:
+            trial = self._held(served, rounded((low * high) ** 0.5))
+            if trial.outcome == "holds":
+                low = trial.rate_rps
+            else:
+                high, at_least = trial.rate_rps, trial.outcome == "invalid"
+        return tried.model_copy(update={"capacity_rps": low, "at_least": at_least})
+
+    def _held(self, served: Contender, rate_rps: float) -> Trial:
+        """A trial; repeated once where it does not hold but is not beyond doubt: one stall spoils a p99."""
+        trial = served.try_rate(rate_rps, seed=0)
+        return trial if trial.outcome == "holds" or trial.overloaded else served.try_rate(rate_rps, seed=1)
+
+    # -- the search ------------------------------------------------------------------------------
+
+    def search(self) -> TriedSetting:
+        """Varies one thing at a time from the best so far until a round finds nothing new; returns the best."""
+        self.try_setting(self.default)
+        try:
+            count = 0
+            while count < len(self.journal.tried):
+                count = len(self.journal.tried)
+                for part in self.space.parts:
+                    for setting in self.space.varied(self.best().settings, part):
+                        self.try_setting(setting)
+        except TimeUp:
+            self.place.console.print("the search ends here: the rest of the time is for the confirmation")
+        return self.best()
+
+    def best(self) -> TriedSetting:
+        """Of the settings within noise of the highest capacity the one with the lowest p99; in doubt the default."""
+        tried = self.journal.tried
+        top = max(each.capacity_rps or 0 for each in tried.values())
+        level = [each for each in tried.values() if top and (each.capacity_rps or 0) * NOISE >= top]
+        best = min(level, key=lambda each: each.p99_ms or float("inf"), default=tried[self.default])
+        default = tried[self.default]
+        if default in level and (default.p99_ms or 0) <= (best.p99_ms or 0) * LEAST_P99_GAIN:
+            return default
+        return best
+
+    # -- the confirmation ------------------------------------------------------------------------
+
+    def confirm(self, best: TriedSetting) -> list[Pair]:
+        """Pairs of default and best, in the order ABBA, both served all the while."""
+        found = self.journal.pairs.setdefault(best.settings, [])
+        default = self.journal.tried[self.default]
+        if len(found) >= self.pairs:
+            return found
+        with (
+            contender(self.default, self.place, "default") as a,
+            contender(best.settings, self.place, "best") as b,
+        ):
+            sides = ((a, self._guess(default)), (b, self._guess(best)))
+            pair_s = sum((PROBES + 1) * served.trial_s(rate) for served, rate in sides)
+            while len(found) < self.pairs and time.monotonic() + pair_s < self.ends_at:
+                self.journal.add_pair(best.settings, self._pair(sides, len(found)))
+                self.place.console.print(f"pair {len(found)} of {self.pairs}: {_pair_line(found[-1])}")
+        return found
+
+    def _guess(self, tried: TriedSetting) -> float:
+        assert self.journal.reference_rps is not None
+        return tried.capacity_rps or self.journal.reference_rps
+
+    def _pair(self, sides: tuple[tuple[Contender, float], ...], index: int) -> Pair:
+        figures: dict[int, tuple[float, float | None]] = {}
+        with self.place.console.status(f"default and best in turn, pair {index + 1} of {self.pairs}"):
+            for side in (0, 1) if index % 2 == 0 else (1, 0):
+                served, guess = sides[side]
+                figures[side] = self._rate_and_p99(served, guess, seed=100 * (index + 1))
+        (default_rps, default_p99), (best_rps, best_p99) = figures[0], figures[1]
+        return Pair(default_rps=default_rps, best_rps=best_rps, default_p99_ms=default_p99, best_p99_ms=best_p99)
+
+    def _rate_and_p99(self, served: Contender, guess_rps: float, seed: int) -> tuple[float, float | None]:
+        """The rate that holds, within a span around the guess, and the p99 at the reference rate."""
+        assert self.journal.reference_rps is not None
+        low, high = guess_rps / SPAN, guess_rps * SPAN
+        for probe in range(PROBES):
+            middle = rounded((low * high) ** 0.5)
+            if served.try_rate(middle, seed + probe).outcome == "holds":
+                low = middle
+            else:
+                high = middle
+        return (low * high) ** 0.5, served.try_rate(self.journal.reference_rps, seed + PROBES).p99_ms
+
+
+def verdict(pairs: list[Pair]) -> tuple[Gain, bool]:
+    """The gain that counts, and whether it is one."""
+    found = gains(pairs)
+    capacity, p99 = found["capacity_rps"], found.get("p99_ms")
+    if capacity.low >= LEAST_GAIN:
+        return capacity, True
+    if p99 is not None and p99.low >= LEAST_P99_GAIN and capacity.low >= NOT_WORSE:
+        return p99, True
+    return capacity, False
+
+
+def line_of(tried: TriedSetting) -> str:
+    """One setting while the search goes on."""
+    found = f"{tried.throughput_rps:.1f}/s in flight, p99 {shown_ms(tried.p99_ms)}, holds {shown_capacity(tried)}"
+    return f"{tried.settings}: {found}{f'  ({tried.reason})' if tried.reason else ''}"
+
+
+def _pair_line(pair: Pair) -> str:
+    latency = f"p99 {shown_ms(pair.default_p99_ms)} and {shown_ms(pair.best_p99_ms)}"
+    return f"{pair.default_rps:.1f}/s and {pair.best_rps:.1f}/s hold, {latency}"
+
+
+def shown_ms(value: float | None) -> str:
+    """A latency for people."""
+    return "-" if value is None else formatted("ms", value)
+
+
+def shown_capacity(tried: TriedSetting) -> str:
+    """The rate that holds, for people."""
+    if tried.capacity_rps is None:
+        return "-"
+    return f"{'≥ ' if tried.at_least else ''}{tried.capacity_rps:g}/s"
