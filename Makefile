@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help demo setup engine doctor serve infer compare metadata loadtest verdict tune report profile bench test lint check-engine \
+.PHONY: help demo setup engine keys doctor serve infer compare metadata loadtest verdict capacity compare-runs tune report profile bench test lint check-engine \
     check-graphs can-build lock clean clean-cache distclean FORCE
 
 ##@ Variables (make engine MODEL=… PRECISION=…)
@@ -18,6 +18,12 @@ NATIVE ?=##                     1: build tensorrt engines with this machine's ow
 HTTP_PORT ?= 8000##             of the embedded server, and of infer and loadtest
 GRPC_PORT ?= 8001##
 METRICS_PORT ?= 8002##
+GATEWAY_PORT ?= 8443##             of the compose stack's gateway
+GATEWAY_HOSTS ?=##                names of the gateway for its certificate, beside localhost
+NAME ?=##                     whom keys makes a new API key for
+REVOKE ?=##                     whose API keys, or which by its id, keys ends
+EXPIRES_DAYS ?=##                days until a new key ends (default: it does not)
+KEY_RPS ?=##                     requests/s of a new key (default: twice the SLO's)
 PROTOCOL ?= grpc##             grpc or http
 URL ?= 127.0.0.1:$(if $(filter http,$(PROTOCOL)),$(HTTP_PORT),$(GRPC_PORT))## server to call
 RATE ?=##                     requests/s, open loop (default: each rate that the SLO names)
@@ -28,13 +34,16 @@ WORKERS ?= 1##             processes that send the load; -1: one a core
 WEB ?=##                     1: Locust's own page while the load test runs and after, at WEB_PORT
 WEB_PORT ?= 8089##
 DURATION_S ?= 30##             of a load test
-BUDGET_S ?= 1200##             longest time that tune may take
+BUDGET_S ?= 1200##             longest time that tune, capacity or compare-runs may take
+BASE ?=##                     compare-runs: repository, model/version, or folder of recorded runs
+NEW ?=##                     what is held against it
 RUN ?=##                     folder of a load test for verdict and report (default: the latest)
 REQUESTS ?= 1##                 that profile traces
 ROW ?= 0##             which evaluation sample infer sends
 BUILD ?= build##
 REPOSITORY ?= model_repository##
 VENV ?= .venv##
+ENV_FILE ?= .env##             what docker compose reads; engine writes it
 CACHE ?=##                     artifacts shared by clones and branches (default: ~/.cache/deepseek-deploy; off: none)
 CACHE_GIB ?= 10##             what it may hold
 
@@ -50,6 +59,8 @@ NATIVE := $(strip $(NATIVE))
 HTTP_PORT := $(strip $(HTTP_PORT))
 GRPC_PORT := $(strip $(GRPC_PORT))
 METRICS_PORT := $(strip $(METRICS_PORT))
+GATEWAY_PORT := $(strip $(GATEWAY_PORT))
+ENV_FILE := $(strip $(ENV_FILE))
 PROTOCOL := $(strip $(PROTOCOL))
 URL := $(strip $(URL))
 BUILD := $(strip $(BUILD))
@@ -90,7 +101,7 @@ demo: engine ## from nothing to a verdict: data, train, export, engine, serve, i
 	@$(PY) -m serving.embedded --repository $(REPOSITORY) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
 	    --metrics-port $(METRICS_PORT) -- $(MAKE) --no-print-directory -k infer compare loadtest report verdict
 
-engine: $(if $(filter tensorrt_rtx,$(T)),$(B)/choice-$(T).json,$(REPOSITORY)/$(MODEL)/config.pbtxt) ## weights, ONNX, precision, engine, model repository
+engine: $(if $(filter tensorrt_rtx,$(T)),$(B)/choice-$(T).json,$(REPOSITORY)/$(MODEL)/config.pbtxt $(ENV_FILE)) ## weights, ONNX, precision, engine, model repository; then: docker compose up
 	@echo "engine    $< is up to date"
 
 doctor: $(VENV)/.ready ## whether what is in the repository runs here: engines, config.pbtxt, GPU, memory, disk
@@ -110,6 +121,12 @@ compare: $(VENV)/.ready ## what is served over HTTP and gRPC against fp32 PyTorc
 metadata: $(VENV)/.ready ## what the server says of the model
 	@$(PY) -m deepseek_client metadata $(MODEL) --url $(URL) --protocol $(PROTOCOL)
 
+##@ The compose stack (docker compose up)
+keys: $(VENV)/.ready ## API keys of the gateway: lists them; NAME=shop makes and prints one, REVOKE=shop ends it
+	@$(PY) -m serving.keys $(if $(strip $(NAME)),--name $(strip $(NAME))) $(if $(strip $(REVOKE)),--revoke $(strip $(REVOKE))) \
+	    $(if $(strip $(EXPIRES_DAYS)),--expires-days $(strip $(EXPIRES_DAYS))) $(if $(strip $(KEY_RPS)),--rate-rps $(strip $(KEY_RPS))) \
+	    $(addprefix --host ,$(GATEWAY_HOSTS))
+
 ##@ Load test
 loadtest: $(VENV)/.ready ## measure the server; leaves a folder in build/<model>/loadtests/
 	@$(PY) -m loadtests.run $(WHICH) --url $(URL) --protocol $(PROTOCOL) --target $(T) --duration-s $(DURATION_S) \
@@ -119,6 +136,14 @@ loadtest: $(VENV)/.ready ## measure the server; leaves a folder in build/<model>
 
 verdict: $(VENV)/.ready ## judge a run, or that of MIX=, against deploy.toml
 	@$(PY) -m loadtests.slo $(WHICH) $(if $(strip $(RUN)),--run $(RUN)) $(if $(strip $(MIX)),--mix '$(MIX)')
+
+capacity: $(VENV)/.ready ## the highest rate that holds every objective: bracket, bisect, confirm; into build/<model>/capacity.json
+	@$(PY) -m loadtests.capacity $(WHICH) --url $(URL) --protocol $(PROTOCOL) --target $(T) --duration-s $(DURATION_S) \
+	    --workers $(strip $(WORKERS)) --max-s $(BUDGET_S) $(if $(strip $(RATE)),--start-rps $(RATE))
+
+compare-runs: $(VENV)/.ready ## whether NEW= is worse than BASE=: interleaved runs, confidence intervals, a table for a pull request
+	@$(PY) -m loadtests.compare_runs $(WHICH) --base '$(strip $(BASE))' --new '$(strip $(NEW))' --repository $(REPOSITORY) \
+	    --protocol $(PROTOCOL) --target $(T) --duration-s $(DURATION_S) --max-s $(BUDGET_S) $(if $(strip $(RATE)),--rate $(RATE))
 
 tune: $(VENV)/.ready ## the best batch size, queue delay, instances and threads for the SLO here; takes BUDGET_S
 	@$(PY) -m loadtests.tune $(WHICH) --target $(T) --max-s $(BUDGET_S) --protocol $(PROTOCOL)
@@ -155,13 +180,13 @@ lock: $(VENV)/.ready-test ## pin anew what pyproject.toml allows
 	@grep -vE '^(torch=|triton=|cuda-|nvidia-(cu|nccl|nvj|nvs|nvt))' $(BUILD)/all.lock >requirements.lock
 
 clean: ## remove what was built for MODEL, and its repository entry
-	rm -rf "$(B)" "$(REPOSITORY)/$(MODEL)"
+	rm -rf "$(B)" "$(REPOSITORY)/$(MODEL)" "$(ENV_FILE)"
 
 clean-cache: $(VENV)/.ready ## remove all artifacts from the cache
 	@$(PY) -m export.cache --clear
 
 distclean: ## remove all that was built, and the virtual environment
-	rm -rf "$(BUILD)" "$(VENV)"
+	rm -rf "$(BUILD)" "$(VENV)" "$(ENV_FILE)"
 	find "$(REPOSITORY)" -mindepth 1 ! -name README.md -delete
 
 help:
@@ -186,12 +211,12 @@ $(VENV)/.ready: pyproject.toml client/pyproject.toml requirements.lock
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(if $(GPU),,$(PY) -c 'import urllib.request as u; u.urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5)' 2>/dev/null \
 	    && $(PIP) --index-url $(TORCH_CPU_INDEX) 'torch>=2.9,<3' || true)
-	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest]' -e ./client
+	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest,gateway]' -e ./client
 	@$(PIP) --no-deps $(TRITON_WHEEL)  # its files only: its numpy<2 is for a Python API not used here
 	@touch $@
 
 $(VENV)/.ready-rtx $(VENV)/.ready-test $(VENV)/.ready-tensorrt: $(VENV)/.ready-%: $(VENV)/.ready
-	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest,rtx,$*]'
+	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest,gateway,rtx,$*]'
 	@touch $@
 
 # ---- artifacts ---------------------------------------------------------------------------------
@@ -258,6 +283,13 @@ $(B)/%/$(T)/model.plan: $(B)/%/model.onnx export/to_tensorrt.py export/engine.py
 .SECONDEXPANSION:
 $(B)/choice-$(T).json: $$(foreach p,$$(PRECISIONS),$(B)/$$p/$(ENGINE_NAME)) $(B)/settings/precision $(addprefix export/,compare.py budget.py runners.py accuracy.py)
 	@$(ON_TARGET) export.compare $(WHICH) --target $(T) --precision $(PRECISION)
+
+# What docker compose reads: written anew where a model is published, or the first line says that it was for other settings.
+STACK := $(strip $(REPOSITORY) $(MODELS) $(BUILD) $(GATEWAY_PORT) $(TRITON_TAG) $(GATEWAY_HOSTS))
+$(ENV_FILE): $(REPOSITORY)/$(MODEL)/config.pbtxt $(addprefix serving/,stack.py keys.py certificate.py flags.py) \
+    $(shell [ "$$(head -n 1 $(ENV_FILE) 2>/dev/null)" = '# $(STACK)' ] || echo FORCE)
+	@$(PY) -m serving.stack --repository $(REPOSITORY) --models $(MODELS) --env-file $(ENV_FILE) --gateway-port $(GATEWAY_PORT) \
+	    --triton-tag $(TRITON_TAG) $(addprefix --host ,$(GATEWAY_HOSTS)) --settings '$(STACK)'
 
 # check-engine: the graphs that a TensorRT target takes, and which models have them checked.
 CHECKED = $(or $(NAMED),$(sort $(notdir $(patsubst %/deploy.toml,%,$(wildcard $(MODELS)/*/deploy.toml)))))

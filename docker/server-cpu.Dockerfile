@@ -37,7 +37,8 @@ COPY deepseek/__init__.py deepseek/
 COPY deepseek/spec deepseek/spec
 COPY serving serving
 COPY docker/server-cpu.sh docker/healthy.sh /usr/local/bin/
-ENV PATH=/opt/serving/python/bin:${PATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
+ENV PATH=/opt/serving/python/bin:${PATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp BUILD=/tmp/build
 USER 10001:10001
 EXPOSE 8000 8001 8002
 # The first model may take minutes to load and warm up.

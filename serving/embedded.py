@@ -89,6 +89,7 @@ class EmbeddedServer:
         profile: str | Path | None = None,
         echo_log: bool = False,
         behind_gateway: bool = False,
+        exit_timeout_s: int | None = None,
         flags: tuple[str, ...] = (),
     ) -> None:
         self.repository = Path(repository)
@@ -99,7 +100,7 @@ class EmbeddedServer:
         self.log_path = Path(log_path or Path(os.environ.get("BUILD", "build")) / "serving" / "triton.log")
         self._poll_s = poll_s
         self._echo_log = echo_log
-        self._exit_timeout_s = GATEWAY_EXIT_TIMEOUT_S if behind_gateway else EXIT_TIMEOUT_S
+        self._exit_timeout_s = exit_timeout_s or (GATEWAY_EXIT_TIMEOUT_S if behind_gateway else EXIT_TIMEOUT_S)
         self._restricted = CLOSED if behind_gateway else CONTROL if poll_s is not None else ()
         self._key = admin_key()  # model control is ours alone
         self._profile = None if profile is None else Path(profile).absolute()
@@ -476,6 +477,7 @@ def main() -> int:
     parser.add_argument(
         "--behind-gateway", action="store_true", help="close what is not inference, metadata or readiness"
     )
+    parser.add_argument("--exit-timeout-s", type=int, help="for requests in flight when it is told to stop")
     parser.add_argument("command", nargs="*", help="run this while serving, then stop with its exit status")
     args = parser.parse_args()
     with (
@@ -491,6 +493,7 @@ def main() -> int:
             profile=args.profile,
             echo_log=args.echo_log,
             behind_gateway=args.behind_gateway,
+            exit_timeout_s=args.exit_timeout_s,
         ) as server,
     ):
         try:

@@ -80,9 +80,11 @@ def server_flags(
     return flags
 
 
-def behind_gateway(repository: object, endpoints: Endpoints, key: str) -> list[str]:
+def behind_gateway(
+    repository: object, endpoints: Endpoints, key: str, exit_timeout_s: int = GATEWAY_EXIT_TIMEOUT_S
+) -> list[str]:
     """The flags of a server in the stack."""
-    return server_flags(repository, endpoints, restricted=CLOSED, key=key, exit_timeout_s=GATEWAY_EXIT_TIMEOUT_S)
+    return server_flags(repository, endpoints, restricted=CLOSED, key=key, exit_timeout_s=exit_timeout_s)
 
 
 def main() -> None:
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--http-port", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument("--grpc-port", type=int, default=8001, help="(default: %(default)s)")
     parser.add_argument("--metrics-port", type=int, default=8002, help="(default: %(default)s)")
+    parser.add_argument("--exit-timeout-s", type=int, default=GATEWAY_EXIT_TIMEOUT_S, help="(default: %(default)s)")
     parser.add_argument("--behind-gateway", action="store_true", help="close what is not inference; more time to stop")
     parser.add_argument("--json", action="store_true", help="print them as a JSON list")
     args = parser.parse_args()
@@ -100,7 +103,7 @@ def main() -> None:
         address=args.address, http_port=args.http_port, grpc_port=args.grpc_port, metrics_port=args.metrics_port
     )
     if args.behind_gateway:
-        flags = behind_gateway(args.repository, endpoints, admin_key())
+        flags = behind_gateway(args.repository, endpoints, admin_key(), args.exit_timeout_s)
     else:
         flags = server_flags(args.repository, endpoints)
     print(json.dumps(flags, indent=2) if args.json else "\n".join(flags))

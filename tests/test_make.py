@@ -30,6 +30,7 @@ def command(folder: Path, *arguments: str) -> list[str]:
         f"BUILD={folder / 'build'}",
         f"REPOSITORY={folder / 'repository'}",
         f"VENV={sys.prefix}",
+        f"ENV_FILE={folder / 'env'}",
     ]
 
 

@@ -1,0 +1,68 @@
+#!/bin/bash
+# Starts nginx as the gateway, and has it read its files again, without a restart, where the addresses of the servers,
+# the certificate or the limits have changed. SIGTERM lets requests in flight finish.
+#
+#   FOLDER=build/gateway TRITON_HTTP=127.0.0.1:8000 TRITON_GRPC=127.0.0.1:8001 docker/gateway/gateway.sh
+#
+# FOLDER has ca.crt, tls.crt, tls.key, limits.conf and keys/ (python -m serving.keys, python -m serving.stack).
+# TRITON_HTTP and TRITON_GRPC are host:port, several with commas; a name stands for all of its addresses.
+set -euo pipefail
+exec > >(exec cat)  # nginx opens its standard output by name, which it may only where it is ours
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+folder="$(cd "${FOLDER:-/etc/gateway}" && pwd)"
+run="${RUN_FOLDER:-/tmp/gateway}"
+every_s="${WATCH_S:-2}"
+
+for name in tls.crt tls.key limits.conf keys; do
+    [ -r "$folder/$name" ] || { echo "error: $folder/$name cannot be read by user $(id -u); make keys and make engine write it" >&2; exit 2; }
+done
+mkdir -p "$run"
+cp "$here"/{nginx.conf,grpc_error.conf,gateway.js} "$run/"
+ln -sfn "$folder/limits.conf" "$run/limits.conf"
+printf 'pid %s/nginx.pid;\nworker_processes %s;\n' "$run" "${WORKERS:-2}" >"$run/main.conf"
+printf 'listen %s ssl backlog=4096;\nssl_certificate %s/tls.crt;\nssl_certificate_key %s/tls.key;\n' \
+    "${LISTEN:-8443}" "$folder" "$folder" >"$run/listen.conf"
+printf 'listen %s;\n' "${INTERNAL_LISTEN:-9145}" >"$run/internal.conf"
+
+# One upstream: each address of each host:port.
+upstream() {
+    local name="$1" servers="" host address
+    for target in ${2//,/ }; do
+        host="${target%:*}"
+        for address in $(getent ahostsv4 "$host" | awk '$2 == "STREAM" { print $1 }' | sort -u); do
+            servers+="    server $address:${target##*:} max_fails=1 fail_timeout=1s;"$'\n'
+        done
+    done
+    printf 'upstream %s {\n%s    keepalive 128;\n    keepalive_requests 1000000;\n}\n' "$name" \
+        "${servers:-    server 127.0.0.1:9 down;
+}"
+}
+
+endpoints() {
+    upstream triton_http "${TRITON_HTTP:-triton:8000}"
+    upstream triton_grpc "${TRITON_GRPC:-triton:8001}"
+    printf 'js_var $folder "%s";\n' "$folder"
+    for kind in client_body proxy fastcgi uwsgi scgi; do
+        printf '%s_temp_path %s/%s;\n' "$kind" "$run" "$kind"
+    done
+}
+
+watched() { cat "$run/endpoints.conf" "$folder/tls.crt" "$folder/limits.conf" | sha256sum; }
+
+endpoints >"$run/endpoints.conf"
+nginx -p "$run" -c "$run/nginx.conf" -t -q
+nginx -p "$run" -c "$run/nginx.conf" &
+nginx=$!
+trap 'kill -QUIT "$nginx"' TERM INT
+before="$(watched)"
+while kill -0 "$nginx" 2>/dev/null; do
+    sleep "$every_s" &
+    wait -n "$nginx" $! || break
+    endpoints >"$run/endpoints.conf.part" && mv "$run/endpoints.conf.part" "$run/endpoints.conf"
+    after="$(watched)"
+    if [ "$after" != "$before" ] && nginx -p "$run" -c "$run/nginx.conf" -t -q; then
+        kill -HUP "$nginx"
+        before="$after"
+    fi
+done
+wait "$nginx"

@@ -1,0 +1,145 @@
+"""A certificate authority for trying, and the gateway's certificate signed by it.
+
+Contract: `ensure_certificate` leaves `ca.crt`, `tls.crt` and `tls.key` in the gateway's folder. A certificate of
+another authority that somebody put there stays as it is; one of our own is renewed a month before it ends, by the same
+authority, so that callers keep their `ca.crt`. The authority's key lies beside the folder, which alone is mounted in
+the gateway.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from deepseek.spec import InputError
+
+# Containers are not run as root: where root made the files, they are given to this user (docs/operate.md).
+STAND_IN = 10001
+VALID_DAYS = 397  # the most that browsers take
+RENEW_DAYS = 30
+AUTHORITY_DAYS = 3650
+
+
+def owner() -> tuple[int, int]:
+    """User and group that the stack's containers run as: ours, so that they can read what we may read."""
+    return (os.getuid(), os.getgid()) if os.getuid() else (STAND_IN, STAND_IN)
+
+
+def write_private(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Writes a file beside its place and renames it; readable by the stack's user alone from its first byte on."""
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    give(part)
+    part.replace(path)
+
+
+def give(path: Path) -> None:
+    """Hands a file or folder over to the stack's user."""
+    if os.getuid() == 0:
+        os.chown(path, *owner())
+
+
+def ensure_certificate(folder: Path, hosts: list[str]) -> bool:
+    """Makes what is missing, or ends within a month, or lacks one of `hosts`; whether anything was made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    give(folder)
+    if (folder / "tls.crt").is_file() and _still_good(folder, hosts):
+        return False
+    authority, key = _authority(folder)
+    names = dict.fromkeys(["localhost", "gateway", "127.0.0.1", "::1", socket.gethostname(), *hosts])
+    leaf_key = ec.generate_private_key(ec.SECP256R1())
+    builder = _builder("deepseek-deploy gateway", authority.subject, leaf_key, VALID_DAYS)
+    builder = builder.add_extension(x509.SubjectAlternativeName([_name(name) for name in names]), critical=False)
+    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    builder = builder.add_extension(
+        x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False
+    )
+    certificate = builder.sign(key, SHA256())
+    write_private(folder / "tls.key", _pem(leaf_key))
+    write_private(folder / "tls.crt", certificate.public_bytes(Encoding.PEM), 0o644)
+    return True
+
+
+def _still_good(folder: Path, hosts: list[str]) -> bool:
+    try:
+        leaf = x509.load_pem_x509_certificate((folder / "tls.crt").read_bytes())
+    except ValueError:
+        raise InputError(
+            f"{folder / 'tls.crt'} is not a PEM certificate; put one there, or remove it for a new"
+        ) from None
+    if not (folder / "ca.crt").is_file():
+        return True  # somebody's own
+    authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+    if leaf.issuer != authority.subject:
+        return True
+    left = leaf.not_valid_after_utc - datetime.now(UTC)
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return left > timedelta(days=RENEW_DAYS) and all(_name(host) in names for host in hosts)
+
+
+def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """The authority, made where it is missing."""
+    key_path = folder.with_name(f"{folder.name}-authority") / "ca.key"
+    if (folder / "ca.crt").is_file() and key_path.is_file():
+        key = load_pem_private_key(key_path.read_bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        return x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes()), key
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"deepseek-deploy {os.urandom(4).hex()}")])
+    builder = _builder(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value, subject, key, AUTHORITY_DAYS)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    usage = dict.fromkeys(
+        ["digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"], False
+    )
+    usage |= {"key_cert_sign": True, "crl_sign": True, "encipher_only": False, "decipher_only": False}
+    builder = builder.add_extension(x509.KeyUsage(**usage), critical=True)
+    certificate = builder.sign(key, SHA256())
+    key_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key_path.unlink(missing_ok=True)
+    with os.fdopen(os.open(key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(_pem(key))
+    write_private(folder / "ca.crt", certificate.public_bytes(Encoding.PEM), 0o644)
+    return certificate, key
+
+
+def _builder(
+    name: str | bytes, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(serial_number=x509.random_serial_number(), public_key=key.public_key())
+    builder = builder.subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, str(name))])).issuer_name(issuer)
+    builder = builder.not_valid_before(now - timedelta(minutes=5)).not_valid_after(now + timedelta(days=days))
+    return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+
+
+def _name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    try:
+        return x509.DNSName(host)
+    except ValueError:
+        raise InputError(f"host {host!r} cannot stand in a certificate; name a host or an address") from None
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
