@@ -1,0 +1,358 @@
+"""Finds the highest rate at which a server holds every objective of its SLO.
+
+Contract: `loadtests.search` says which rates are tried, `loadtests.trial` makes and judges each. The result takes its
+place as `build/<model>/capacity.json`, whole or not at all (`Capacity.load` reads it back); until then what was
+measured is in `capacity.part.json`, from which the same command goes on within the hour. The runs of the trials are
+kept under `build/<model>/capacity/`. What an objective means at each rate: docs/capacity.md.
+
+Exit codes: 0 found and confirmed; 1 no rate holds, or less than the SLO itself asks for; 2 wrong input, no server;
+3 inconclusive: the generator was the limit ("at least"), a bound was reached, or no run confirmed it.
+
+Examples:
+    python -m loadtests.capacity                                # gRPC at 127.0.0.1:8001
+    python -m loadtests.capacity --protocol http --url 127.0.0.1:8000 --duration-s 60
+    python -m loadtests.capacity --start-rps 400 --max-s 300 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from deepseek_client import ModelMetadata
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table as Columns
+
+from deepseek.spec import (
+    DeploymentSpec,
+    GateFailed,
+    InputError,
+    Parser,
+    Target,
+    add_model_arguments,
+    build_dir,
+    run_command,
+)
+from deepseek.spec.checks import Table, first_error
+from loadtests.check import check
+from loadtests.results import Run, Settings
+from loadtests.run import DEFAULT_PORTS, inputs_of
+from loadtests.search import CONFIRM_LONGER, GENERATOR, INTERRUPTED, SAMPLES, UNDECIDED, Attempt, Found, Plan, Search
+from loadtests.slo import SIGNS, formatted
+from loadtests.trial import (
+    Outcome,
+    Phase,
+    Served,
+    Trial,
+    Trials,
+    bound_rates,
+    quality_of,
+    required_rps,
+    seconds_needed,
+    served_settings,
+)
+
+RESUMABLE_S = 3600  # after that the server and its machine may be others
+DEFAULT_START_RPS = 50.0  # where the SLO names no rate
+STYLES: dict[Outcome, str] = {"holds": "green", "fails": "red", "invalid": "yellow", "inconclusive": "yellow"}
+BAR = 16  # characters of the latency at the table's slowest answer
+
+
+class Capacity(Table):
+    """What a search found, as `capacity.json` has it."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    target: Target
+    precision: str | None
+    """Of what is served; null where the server does not say."""
+    url: str
+    protocol: Literal["grpc", "http"]
+    objectives: tuple[str, ...]
+    trials: tuple[Trial, ...] = ()
+    """In the order in which they were made."""
+    capacity_rps: float | None = None
+    """The highest rate that holds every objective; with `limited_by` "generator", at least that."""
+    first_failing_rps: float | None = None
+    """The lowest rate above it that was seen to fail."""
+    confirmed: bool = False
+    """A longer run held at `capacity_rps`."""
+    limited_by: str = INTERRUPTED
+    """The objectives that fail above it; or generator, samples, time, trials, interrupted."""
+    required_rps: float | None = None
+    """What the SLO itself asks for."""
+    settings: Served = Served()
+    machine: dict[str, Any] = {}
+    """The generator's; the server's, too, where the URL is a local one."""
+    versions: dict[str, str] = {}
+    started: str
+    """UTC."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Capacity:
+        """Reads a `capacity.json`; InputError in one line where it is not one."""
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file; make it with: make capacity") from None
+        except ValidationError as error:
+            key, message = first_error(error, cls)
+            raise InputError(f"{path}: {key}: {message}; make it anew with: make capacity") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); make it anew with: make capacity") from None
+
+    def save(self, path: Path) -> None:
+        """Writes it, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        draft.replace(path)
+
+    def with_found(self, found: Found) -> Capacity:
+        """The same with how the search ended."""
+        return self.model_copy(update={name: getattr(found, name) for name in Found.__dataclass_fields__})
+
+    @property
+    def exit_code(self) -> int:
+        """0 found, confirmed and enough; 1 none, or too little; 3 not to be said."""
+        held = any(trial.outcome == "holds" for trial in self.trials)
+        if self.limited_by in UNDECIDED or (held and not self.confirmed):
+            return 3
+        return int(self.capacity_rps is None or self.capacity_rps < (self.required_rps or 0))
+
+    @property
+    def sentence(self) -> str:
+        """The result in a line."""
+        rate = "" if self.capacity_rps is None else f"{self.capacity_rps:g}/s"
+        if self.limited_by == GENERATOR:
+            least = f"at least {rate}" if rate else "not to be said"
+            return f"capacity {least}; the generator, not the server, is the limit: see the trials that are invalid"
+        if self.limited_by in UNDECIDED:
+            what = "too few samples" if self.limited_by == SAMPLES else f"the limit on {self.limited_by} was reached"
+            return f"capacity {f'at least {rate}, not confirmed' if rate else 'not to be said'}: {what}"
+        if self.capacity_rps is None and self.exit_code == 3:
+            return f"capacity not to be said: no longer run confirmed what held for a while ({self.limited_by})"
+        if self.capacity_rps is None:
+            return f"no rate holds, down to {min(each.rate_rps for each in self.trials):g}/s: {self.limited_by}"
+        wanted = f"; the SLO asks for {self.required_rps:g}/s" if self.required_rps else ""
+        return f"capacity {rate}, limited by {self.limited_by} (fails at {self.first_failing_rps:g}/s){wanted}"
+
+
+def capacity_path(model: str) -> Path:
+    """Where the latest result lies."""
+    return build_dir(model) / "capacity.json"
+
+
+class Journal:
+    """Keeps every trial on disk as it is made, and gives those of a search that was cut off again."""
+
+    def __init__(self, head: Capacity, attempt: Attempt, say: Callable[[Trial, bool], None], *, fresh: bool) -> None:
+        self.path = capacity_path(head.model).with_suffix(".part.json")
+        self.so_far = head
+        self._attempt, self._say = attempt, say
+        self._earlier: list[Trial] = []
+        if not fresh and (part := self._interrupted()):
+            self._earlier = list(part.trials)
+            self.so_far = part.model_copy(update={"trials": ()})
+
+    def _interrupted(self) -> Capacity | None:
+        """A search for the same that was cut off not long ago."""
+        try:
+            part = Capacity.load(self.path)
+            recent = time.time() - self.path.stat().st_mtime < RESUMABLE_S
+        except (OSError, InputError):
+            return None
+        ours = {"trials": (), "started": self.so_far.started, "machine": {}, "versions": {}}
+        return part if recent and part.model_copy(update=ours) == self.so_far else None
+
+    def __call__(self, rate_rps: float, phase: Phase, duration_s: float, seed: int) -> Trial:
+        """The trial that was made already, or a new one."""
+        earlier = self._earlier.pop(0) if self._earlier else None
+        if earlier and (earlier.rate_rps, earlier.phase, earlier.duration_s) == (rate_rps, phase, duration_s):
+            self._add(earlier)
+            self._say(earlier, True)
+            return earlier
+        self._earlier = []
+        trial = self._attempt(rate_rps, phase, duration_s, seed)
+        self._add(trial, **_whereabouts(trial))
+        self._say(trial, False)
+        return trial
+
+    def _add(self, trial: Trial, **known: Any) -> None:
+        self.so_far = self.so_far.model_copy(update={"trials": (*self.so_far.trials, trial), **known})
+        self.so_far.save(self.path)
+
+
+def _whereabouts(trial: Trial) -> dict[str, Any]:
+    """The machine and the versions that a trial was made with."""
+    if not trial.run:
+        return {}
+    machine = dict(Run.load(trial.run).machine)
+    return {"versions": machine.pop("versions", {}), "machine": machine}
+
+
+def trial_line(trial: Trial, again: bool) -> str:
+    """One trial while the search goes on."""
+    p99 = "never" if trial.p99_ms is None else formatted("ms", trial.p99_ms)
+    why = ", ".join(trial.failed) if trial.outcome == "fails" else "; ".join(trial.problems[:1])
+    outcome = f"[{STYLES[trial.outcome]}]{trial.outcome}[/]{f' ({why})' if why else ''}"
+    found = f"p99 {p99}, {trial.error_rate:.2%} errors"
+    return f"{trial.phase:<8} {trial.rate_rps:>7g}/s  {found:<32} {outcome}{'  (from before)' if again else ''}"
+
+
+def table(capacity: Capacity) -> Columns:
+    """The trials by rate, with the latency as a bar and the knee marked."""
+    columns = Columns("rate", "", "answered", "p50", "p99", "", "errors", "outcome", "")
+    slowest = max((trial.p99_ms for trial in capacity.trials if trial.p99_ms), default=1.0)
+    at_knee = [trial for trial in capacity.trials if trial.rate_rps == capacity.capacity_rps]
+    knee = max(at_knee, key=_certainty, default=None)
+    for trial in sorted(capacity.trials, key=lambda each: (each.rate_rps, _certainty(each))):
+        bar = "█" * max(1, round(BAR * trial.p99_ms / slowest)) if trial.p99_ms else "∞"
+        figures = ("never" if ms is None else formatted("ms", ms) for ms in (trial.p50_ms, trial.p99_ms))
+        outcome = f"[{STYLES[trial.outcome]}]{trial.outcome}[/] {', '.join(trial.failed)}"
+        mark = "[bold]◀ capacity[/]" if trial is knee else ""
+        answered = f"{trial.achieved_rps:.1f}/s"
+        columns.add_row(
+            f"{trial.rate_rps:g}/s", trial.phase, answered, *figures, bar, f"{trial.error_rate:.2%}", outcome, mark
+        )
+    return columns
+
+
+def _certainty(trial: Trial) -> tuple[bool, float]:
+    return trial.outcome == "holds", trial.duration_s
+
+
+def _parse() -> argparse.Namespace:
+    parser = Parser(__doc__, prog="python -m loadtests.capacity")
+    add_model_arguments(parser)
+    parser.add_argument("--target", choices=get_args(Target), default="onnxruntime", help="(default: %(default)s)")
+    parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc", help="(default: %(default)s)")
+    parser.add_argument("--url", help="host:port (default: 127.0.0.1, port 8001 for grpc, 8000 for http)")
+    parser.add_argument(
+        "--duration-s",
+        type=float,
+        default=30,
+        help=f"of the confirming run; a trial has 1/{CONFIRM_LONGER}; both last longer where the rate "
+        "gives too few samples (default: %(default)s)",
+    )
+    parser.add_argument("--warmup-s", type=float, default=2, help="of each trial (default: %(default)s)")
+    parser.add_argument("--timeout-s", type=float, default=5, help="deadline of a request (default: %(default)s)")
+    parser.add_argument("--start-rps", type=float, help="first rate to try (default: the SLO's lowest)")
+    parser.add_argument("--max-trials", type=int, default=30, help="(default: %(default)s)")
+    parser.add_argument("--max-s", type=float, default=1800, help="longest time in all (default: %(default)s)")
+    parser.add_argument("--arrivals", choices=("poisson", "constant"), default="poisson", help="(default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that send; -1: one a core (default: 1)")
+    parser.add_argument("--max-in-flight", type=int, default=512, help="a worker (default: %(default)s)")
+    parser.add_argument("--inputs", help="file of real inputs (default: build/<model>/evaluation.npz)")
+    parser.add_argument("--fresh", action="store_true", help="do not take up a search that was cut off")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    args = parser.parse_args()
+    for name in ("duration_s", "start_rps", "max_trials", "max_s"):
+        if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
+            raise InputError(f"--{name.replace('_', '-')} {value:g}: it must be more than 0")
+    return args
+
+
+def plan_of(args: argparse.Namespace, spec: DeploymentSpec) -> Plan:
+    """Where to start, and what bounds the search."""
+    stops = tuple(bound_rates(spec.slo))
+    start = args.start_rps or min([*stops, *([spec.slo.rate_rps] if spec.slo.rate_rps else [])], default=None)
+    return Plan(
+        start_rps=min([start or DEFAULT_START_RPS, *stops]),
+        duration_s=args.duration_s / CONFIRM_LONGER,
+        stops_rps=stops,
+        max_trials=args.max_trials,
+        max_s=args.max_s,
+        needed_s=lambda rate_rps: seconds_needed(spec.slo, rate_rps),
+    )
+
+
+def _settings(args: argparse.Namespace, rate_rps: float) -> Settings:
+    return Settings(
+        model=args.model,
+        models=args.models,
+        target=args.target,
+        protocol=args.protocol,
+        url=args.url or f"127.0.0.1:{DEFAULT_PORTS[args.protocol]}",
+        inputs=args.inputs or inputs_of(args.model),
+        rate_rps=rate_rps,
+        arrivals=args.arrivals,
+        warmup_s=args.warmup_s,
+        duration_s=1.0,
+        timeout_s=args.timeout_s,
+        max_in_flight=args.max_in_flight,
+        workers=len(os.sched_getaffinity(0)) if args.workers == -1 else args.workers,
+    )
+
+
+def head_of(spec: DeploymentSpec, settings: Settings, served: ModelMetadata) -> Capacity:
+    """What is known before the first trial."""
+    lines = spec.slo.all_objectives()
+    written = {line.name: f"{line.name} {SIGNS[line.relation]} {formatted(line.kind, line.limit)}" for line in lines}
+    simple = [text for name, text in written.items() if name in type(spec.slo).model_fields]
+    return Capacity(
+        model=settings.model,
+        target=settings.target,
+        precision=served.parameters.get("precision"),
+        url=settings.url,
+        protocol=settings.protocol,
+        objectives=(*simple, *spec.slo.objectives),
+        required_rps=required_rps(spec.slo),
+        settings=served_settings(settings, served),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def find(head: Capacity, plan: Plan, attempt: Attempt, console: Console, *, fresh: bool = False) -> Capacity:
+    """Searches, and puts the result in its place; Ctrl-C leaves what was measured so far."""
+    journal = Journal(head, attempt, lambda trial, again: console.print(trial_line(trial, again)), fresh=fresh)
+    try:
+        found = Search(plan, journal).run()
+    except BaseException:
+        if journal.so_far.trials:
+            console.print(table(journal.so_far))
+            console.print(f"so far: {journal.path}; the same command goes on from there", soft_wrap=True)
+        raise
+    capacity = journal.so_far.with_found(found)
+    capacity.save(capacity_path(head.model))
+    journal.path.unlink(missing_ok=True)
+    return capacity
+
+
+def main() -> int:
+    """Checks, searches, saves, prints."""
+    args = _parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: cleanly
+    spec = DeploymentSpec.of_model(args.model, args.models).for_target(args.target)
+    plan = plan_of(args, spec)
+    settings = _settings(args, plan.start_rps)
+    served = check(replace(settings, duration_s=float(max(1, round(plan.duration_s)))), spec)
+    violated, unknown = quality_of(spec, settings, served)
+    if violated:
+        raise GateFailed(f"{'; '.join(violated)}: no rate holds every objective, whatever the load")
+    console = Console(stderr=True)
+    head = head_of(spec, settings, served)
+    console.print(f"{head.model} over {head.protocol} at {head.url}: {', '.join(head.objectives)}")
+    for line in unknown:
+        console.print(f"note: {line} is left out, nothing measured it for what is served; make compare")
+    folder = build_dir(args.model) / "capacity" / head.started.replace(":", "-").replace("+00-00", "Z")
+    trials = Trials(spec=spec, settings=settings, served=served, folder=folder, console=console)
+    capacity = find(head, plan, trials, console, fresh=args.fresh)
+    if args.json:
+        print(capacity.model_dump_json(indent=2))
+    else:
+        Console(width=max(Console().width, 100)).print(table(capacity))
+        Console().print(f"[bold]{capacity.sentence}[/]\n{capacity_path(args.model)}", soft_wrap=True)
+    return capacity.exit_code
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,181 @@
+"""The search for the highest rate that holds: bracket geometrically, bisect, confirm.
+
+Contract: pure of any server; `attempt` makes the trials, and the search is decided by what they find alone, so that one
+which was cut off is taken up by giving it the same trials again. Rates have three significant digits.
+
+- Bracket: from `start_rps` in steps of 2 up to the first rate that does not hold, or down to the first that does. It
+  stops at every rate that an objective is bound to.
+- Bisect, geometrically, until what holds and what does not are within `resolution` of one another.
+- Confirm what holds with a run three times as long; where that fails, one `resolution` lower, three times at most.
+
+A trial that does not hold is repeated once, and the repetition counts: one stall of the machine spoils a p99, and a
+rate wrongly taken for failing would end the search far too low, whereas one wrongly taken for holding meets the
+confirmation. An overloaded trial (a fifth of the rate or more was not answered) counts at once: no accident does that.
+An inconclusive one is repeated for twice as long.
+
+Where the generator was the limit, the search goes on below it, and the answer is "at least".
+
+Example:
+    Search(Plan(start_rps=100, duration_s=10), attempt).run()    # Found(capacity_rps=412.0, ...)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from loadtests.trial import Phase, Trial
+
+GROWTH = 2.0
+CONFIRMATIONS = 4
+CONFIRM_LONGER = 3  # times a trial
+LOWEST_RPS, HIGHEST_RPS = 0.1, 1e6
+GENERATOR, SAMPLES, TIME, TRIALS, INTERRUPTED = "generator", "samples", "time", "trials", "interrupted"
+UNDECIDED = (GENERATOR, SAMPLES, TIME, TRIALS, INTERRUPTED)
+"""What `Found.limited_by` says where it was not the server's failing that ended the search."""
+
+
+class Attempt(Protocol):
+    """Makes one trial."""
+
+    def __call__(self, rate_rps: float, phase: Phase, duration_s: float, seed: int) -> Trial: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Where to look and how long."""
+
+    start_rps: float
+    duration_s: float
+    """Least length of a trial."""
+    stops_rps: tuple[float, ...] = ()
+    """Rates that the bracket may not jump over."""
+    resolution: float = 1.05
+    max_trials: int = 30
+    max_s: float = 1800
+    needed_s: Callable[[float], float] = lambda rate_rps: 0
+    """How long a trial has to be for its samples, by its rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What the search ended with."""
+
+    capacity_rps: float | None
+    first_failing_rps: float | None
+    confirmed: bool
+    limited_by: str
+    """Objectives that fail above it, or one of UNDECIDED."""
+
+
+class _Ended(Exception):
+    """A bound was reached."""
+
+
+def rounded(rate_rps: float) -> float:
+    """To three significant digits."""
+    return float(f"{rate_rps:.3g}")
+
+
+@dataclass
+class Search:
+    """One search; `trials` holds what was tried so far, whatever ends it."""
+
+    plan: Plan
+    attempt: Attempt
+    clock: Callable[[], float] = time.monotonic
+    trials: list[Trial] = field(default_factory=list)
+    _low: float | None = None
+    _high: Trial | None = None
+
+    def run(self) -> Found:
+        """To its end or to a bound of the plan."""
+        self._ends_at = self.clock() + self.plan.max_s
+        try:
+            self._bracket()
+            if self._low is None:
+                return self._found(None, confirmed=False)
+            self._bisect()
+            return self._confirm()
+        except _Ended as bound:
+            return self._found(self._best(), confirmed=False, limited_by=str(bound))
+
+    def _bracket(self) -> None:
+        rate = rounded(self.plan.start_rps)
+        while LOWEST_RPS <= rate <= HIGHEST_RPS:
+            self._try(rate, "bracket")
+            if self._low is None:
+                rate = rounded(rate / GROWTH)
+            elif self._high:
+                return
+            else:
+                rate = min([stop for stop in self.plan.stops_rps if stop > rate] + [rounded(rate * GROWTH)])
+
+    def _bisect(self) -> None:
+        while self._low and self._high and self._high.rate_rps > self._low * self.plan.resolution:
+            middle = rounded(math.sqrt(self._low * self._high.rate_rps))
+            if not self._low < middle < self._high.rate_rps:
+                return
+            self._try(middle, "bisect")
+
+    def _confirm(self) -> Found:
+        """The rate that also holds for long."""
+        for _ in range(CONFIRMATIONS):
+            assert self._low is not None
+            rate = self._low
+            if self._try(rate, "confirm"):
+                return self._found(rate, confirmed=True)
+            assert self._high is not None
+            if self._high.outcome != "fails":
+                return self._found(rate, confirmed=False)
+            self._low = rounded(rate / self.plan.resolution)
+        return self._found(None, confirmed=False)
+
+    def _try(self, rate_rps: float, phase: Phase) -> bool:
+        """Whether a rate holds; by the repetition, where the first trial did not."""
+        duration_s = math.ceil(max(self.plan.duration_s, self.plan.needed_s(rate_rps)))
+        duration_s *= CONFIRM_LONGER if phase == "confirm" else 1
+        trial = self._trial(rate_rps, phase, duration_s)
+        if trial.outcome != "holds" and not trial.overloaded:
+            twice = 2 if trial.outcome == "inconclusive" else 1
+            trial = self._trial(rate_rps, phase, twice * duration_s)
+        if trial.outcome == "holds":
+            self._low = max(rate_rps, self._low or 0)
+        else:
+            self._high = trial
+        return trial.outcome == "holds"
+
+    def _trial(self, rate_rps: float, phase: Phase, duration_s: float) -> Trial:
+        if len(self.trials) >= self.plan.max_trials:
+            raise _Ended(TRIALS)
+        if self.clock() + duration_s > self._ends_at:
+            raise _Ended(TIME)
+        # Each trial has arrivals of its own, so that no unlucky ones come twice; the same search has the same.
+        trial = self.attempt(rate_rps, phase, duration_s, len(self.trials))
+        self.trials.append(trial)
+        return trial
+
+    def _best(self) -> float | None:
+        """The highest rate that held and that no longer run has refuted, where the search did not come to its end."""
+        refuted = min((each.rate_rps for each in self.trials if each.phase == "confirm"), default=math.inf)
+        held = [each.rate_rps for each in self.trials if each.outcome == "holds" and each.rate_rps < refuted]
+        return max(held, default=None)
+
+    def _found(self, capacity_rps: float | None, *, confirmed: bool, limited_by: str = "") -> Found:
+        failing = [trial.rate_rps for trial in self.trials if trial.outcome == "fails"]
+        above = [rate for rate in failing if capacity_rps is None or rate > capacity_rps]
+        return Found(
+            capacity_rps=capacity_rps,
+            first_failing_rps=min(above, default=None),
+            confirmed=confirmed,
+            limited_by=limited_by or self._limit(),
+        )
+
+    def _limit(self) -> str:
+        if self._high is None:  # HIGHEST_RPS held, which no generator sends
+            return GENERATOR
+        reason = {"invalid": GENERATOR, "inconclusive": SAMPLES}.get(self._high.outcome)
+        return reason or ", ".join(self._high.failed)

@@ -1,0 +1,405 @@
+"""The search for the highest rate that holds: on queues that are computed, and on a real Triton of known capacity."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from deepseek.spec import InputError, SloSpec
+from loadtests.capacity import Capacity, capacity_path, find
+from loadtests.schedule import Schedule, Segment
+from loadtests.search import Attempt, Plan, Search
+from loadtests.slo import judge
+from loadtests.trial import (
+    Outcome,
+    Phase,
+    Trial,
+    bound_rates,
+    judged,
+    required_rps,
+    seconds_needed,
+    slo_at,
+)
+from serving.embedded import EmbeddedServer
+from tests.test_results import saved_run, steady
+
+ROOT = Path(__file__).parent.parent
+PLAN = Plan(start_rps=20, duration_s=10)
+
+
+def trial(rate_rps: float, outcome: Outcome, phase: Phase = "bisect", **changes: Any) -> Trial:
+    """One that answered all that it was asked."""
+    failed = ("p99_ms",) if outcome == "fails" else ()
+    facts = {"achieved_rps": rate_rps, "p50_ms": 5.0, "p99_ms": 20.0, "error_rate": 0.0, "duration_s": 10.0}
+    return Trial(rate_rps=rate_rps, phase=phase, outcome=outcome, failed=failed, **facts | changes)
+
+
+def server_of(outcome: Callable[[float, Phase], Outcome]) -> Attempt:
+    """Trials whose outcome is a function of the rate."""
+    return lambda rate_rps, phase, duration_s, seed: trial(
+        rate_rps, outcome(rate_rps, phase), phase, duration_s=duration_s
+    )
+
+
+def queue(service_s: float, p99_ms: float, luck: int) -> Attempt:
+    """One server in front of a queue: the arrivals are the schedule's, how long each request takes is `luck`'s."""
+
+    def attempt(rate_rps: float, phase: Phase, duration_s: float, seed: int) -> Trial:
+        schedule = Schedule((Segment(duration_s=duration_s + 2, rate_rps=rate_rps),), seed=seed)
+        arrives = schedule.times_s()
+        takes = service_s * np.random.default_rng([seed, luck]).lognormal(0, 0.2, len(arrives))
+        before = np.cumsum(takes) - takes
+        answered = np.maximum.accumulate(arrives - before) + before + takes
+        seen_ms = float(np.percentile((answered - arrives)[arrives > 2], 99)) * 1000
+        achieved = np.count_nonzero((answered > 2) & (answered < duration_s + 2)) / duration_s
+        outcome: Outcome = "holds" if seen_ms < p99_ms else "fails"
+        return trial(rate_rps, outcome, phase, p99_ms=seen_ms, achieved_rps=achieved, duration_s=duration_s)
+
+    return attempt
+
+
+@pytest.mark.parametrize("start_rps", [3.0, 20.0, 700.0])
+def test_the_highest_rate_that_holds_is_found_from_anywhere_and_confirmed(start_rps: float) -> None:
+    search = Search(
+        Plan(start_rps=start_rps, duration_s=10), server_of(lambda rate, _: "holds" if rate < 95 else "fails")
+    )
+    found = search.run()
+    assert found.capacity_rps is not None
+    assert found.first_failing_rps is not None
+    assert 95 / 1.05 <= found.capacity_rps < 95 <= found.first_failing_rps <= found.capacity_rps * 1.05
+    assert (found.confirmed, found.limited_by) == (True, "p99_ms")
+    assert (search.trials[-1].phase, search.trials[-1].duration_s) == ("confirm", 30)
+
+
+def test_repeated_on_the_same_queue_three_searches_agree_within_ten_percent() -> None:
+    for first in range(0, 30, 3):
+        plan = Plan(start_rps=20, duration_s=10, needed_s=lambda rate_rps: 918 / rate_rps)
+        searches = [Search(plan, queue(0.02, 500, luck)).run() for luck in range(first, first + 3)]
+        found = [each.capacity_rps for each in searches if each.capacity_rps is not None]
+        assert len(found) == 3
+        assert max(found) <= 1.1 * min(found)
+        assert max(found) < 50  # what 20 ms a request allow
+
+
+def test_one_stall_does_not_end_the_search_far_too_low() -> None:
+    tried: list[float] = []
+
+    def stalls_once(rate_rps: float, phase: Phase) -> Outcome:
+        tried.append(rate_rps)
+        return "fails" if rate_rps > 95 or tried.count(rate_rps) == 1 else "holds"
+
+    found = Search(PLAN, server_of(stalls_once)).run()
+    assert found.capacity_rps is not None
+    assert found.capacity_rps > 90
+
+
+def test_an_overloaded_trial_counts_at_once() -> None:
+    def attempt(rate_rps: float, phase: Phase, duration_s: float, seed: int) -> Trial:
+        outcome: Outcome = "holds" if rate_rps < 50 else "fails"
+        return trial(rate_rps, outcome, phase, achieved_rps=min(rate_rps, 50), duration_s=duration_s)
+
+    search = Search(PLAN, attempt)
+    search.run()
+    assert [each.rate_rps for each in search.trials].count(80) == 1
+    assert [each.rate_rps for each in search.trials].count(56.6) == 2  # nearly kept up with: repeated
+
+
+def test_what_a_longer_run_refutes_is_stepped_down_from() -> None:
+    found = Search(
+        PLAN, server_of(lambda rate, phase: "holds" if rate < (95 if phase != "confirm" else 88) else "fails")
+    ).run()
+    assert found.capacity_rps is not None
+    assert 80 < found.capacity_rps < 88
+    assert found.confirmed
+
+
+def test_above_a_limit_of_the_generator_the_answer_is_at_least() -> None:
+    found = Search(PLAN, server_of(lambda rate, _: "holds" if rate < 95 else "invalid")).run()
+    assert found.capacity_rps is not None
+    assert 90 < found.capacity_rps < 95
+    assert (found.confirmed, found.limited_by, found.first_failing_rps) == (True, "generator", None)
+
+
+def test_a_failing_rate_below_the_generators_limit_is_found_all_the_same() -> None:
+    outcome = server_of(lambda rate, _: "holds" if rate < 95 else "fails" if rate < 120 else "invalid")
+    assert Search(PLAN, outcome).run().limited_by == "p99_ms"
+
+
+@pytest.mark.parametrize(
+    ("plan", "limited_by"),
+    [({"max_trials": 4}, "trials"), ({"max_s": 45}, "time")],
+    ids=["trials", "seconds"],
+)
+def test_a_search_is_bounded_and_says_what_it_knew(plan: dict[str, Any], limited_by: str) -> None:
+    passed = iter(range(0, 10_000, 10))
+    outcome = server_of(lambda rate, _: "holds" if rate < 95 else "fails")
+    search = Search(Plan(start_rps=20, duration_s=10, **plan), outcome, clock=lambda: next(passed))
+    assert (found := search.run()).limited_by == limited_by
+    assert (found.capacity_rps, found.confirmed) == (
+        max(each.rate_rps for each in search.trials if each.outcome == "holds"),
+        False,
+    )
+
+
+def test_where_no_rate_holds_there_is_no_capacity() -> None:
+    search = Search(PLAN, server_of(lambda rate, phase: "fails"))
+    found = search.run()
+    assert (found.capacity_rps, found.confirmed, found.limited_by) == (None, False, "p99_ms")
+    assert 0.1 <= search.trials[-1].rate_rps < 0.2
+
+
+def test_every_rate_that_an_objective_is_bound_to_is_tried() -> None:
+    # At 30/s something fails that is not asked for above.
+    outcome = server_of(lambda rate, _: "fails" if 28 < rate <= 30 else "holds")
+    found = Search(Plan(start_rps=20, duration_s=10, stops_rps=(30.0,)), outcome).run()
+    assert found.capacity_rps is not None
+    assert found.capacity_rps <= 28
+
+
+SLO = SloSpec(
+    p99_ms=50,
+    rate_rps=100,
+    max_error_rate=0.001,
+    objectives=("p50_ms < 10 @ 200 rps", "throughput >= 150", "ndcg@10 >= 0.99 * baseline"),
+)
+
+
+def test_objectives_are_asked_of_the_rates_that_they_are_about() -> None:
+    below, above = (slo_at(SLO, rate, 10).all_objectives() for rate in (120, 240))
+    assert [line.name for line in below] == ["p99_ms", "rate_rps", "max_error_rate", "p50_ms"]
+    assert [line.name for line in above] == ["p99_ms", "rate_rps", "max_error_rate"]
+    assert all(line.rate_rps is None for line in (*below, *above))
+    # The trial's own rate, less the errors allowed and one limit's worth of requests that are under way at the end.
+    assert above[1].limit == pytest.approx(240 * (1 - 0.001 - 0.05 / 10))
+    assert (bound_rates(SLO), required_rps(SLO)) == ([200], 200)
+    assert seconds_needed(SLO, 100) == pytest.approx(2 * 459 / 100)
+
+
+def test_a_trial_is_judged_at_its_own_rate(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, steady(0.009, count=600, lag_s=0), rate_rps=60.0)
+    assert judge(run, SLO).verdict == "inconclusive"  # 100/s were not offered
+    assert judged(run, slo_at(SLO, 60, 10), "bracket").outcome == "holds"
+    slow = judged(saved_run(tmp_path, steady(0.03, count=600, lag_s=0), rate_rps=60.0), slo_at(SLO, 60, 10), "bracket")
+    assert (slow.outcome, slow.failed, slow.p50_ms) == ("fails", ("p50_ms",), pytest.approx(30, rel=2e-3))
+    lost = [(p, s, f, "ServerBusy" if i % 2 else None) for i, (p, s, f, _) in enumerate(steady(0.01, count=600))]
+    busy = judged(saved_run(tmp_path, lost, rate_rps=60.0), slo_at(SLO, 60, 10), "bracket")
+    assert (busy.overloaded, busy.error_rate, busy.p99_ms) == (True, 0.5, None)
+    assert "throughput" in busy.failed
+
+
+HEAD: dict[str, Any] = {"model": "tiny", "target": "onnxruntime", "precision": "fp32", "url": "127.0.0.1:8001"}
+HEAD |= {"protocol": "grpc", "objectives": ("p99_ms ≤ 50.0 ms",), "started": "2026-11-25T12:00:00+00:00"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "code", "sentence"),
+    [
+        (
+            {"capacity_rps": 95.0, "confirmed": True, "limited_by": "p99_ms", "first_failing_rps": 99.0},
+            0,
+            "capacity 95/s",
+        ),
+        (
+            {
+                "capacity_rps": 95.0,
+                "confirmed": True,
+                "limited_by": "p99_ms",
+                "first_failing_rps": 99.0,
+                "required_rps": 100.0,
+            },
+            1,
+            "asks for 100/s",
+        ),
+        ({"limited_by": "p99_ms", "trials": (trial(2, "fails"),)}, 1, "no rate holds, down to 2/s"),
+        (
+            {"capacity_rps": 95.0, "confirmed": True, "limited_by": "generator"},
+            3,
+            "at least 95/s; the generator, not the server",
+        ),
+        ({"capacity_rps": 95.0, "limited_by": "time"}, 3, "at least 95/s, not confirmed: the limit on time"),
+        (
+            {"limited_by": "p99_ms", "trials": (trial(2, "holds"), trial(2, "fails", "confirm"))},
+            3,
+            "no longer run confirmed",
+        ),
+    ],
+    ids=["found", "too little", "none", "generator", "time", "unconfirmed"],
+)
+def test_the_exit_code_and_the_sentence_say_what_is_known(facts: dict[str, Any], code: int, sentence: str) -> None:
+    capacity = Capacity(**HEAD, **facts)
+    assert capacity.exit_code == code
+    assert sentence in capacity.sentence
+
+
+def test_a_result_reads_back_and_a_broken_one_is_one_clear_line(tmp_path: Path) -> None:
+    capacity = Capacity(**HEAD, trials=(trial(2, "fails", p99_ms=None),))
+    capacity.save(tmp_path / "capacity.json")
+    assert Capacity.load(tmp_path / "capacity.json") == capacity
+    assert [path.name for path in tmp_path.iterdir()] == ["capacity.json"]
+    (tmp_path / "capacity.json").write_text(capacity.model_dump_json().replace('"fails"', '"wins"'))
+    with pytest.raises(InputError, match=r"trials\.0\.outcome: seen 'wins'.*make capacity"):
+        Capacity.load(tmp_path / "capacity.json")
+    with pytest.raises(InputError, match="no such file; make it with: make capacity"):
+        Capacity.load(tmp_path / "absent.json")
+
+
+def test_an_interrupted_search_leaves_its_trials_and_goes_on_from_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path))
+    made: list[float] = []
+
+    def attempt(rate_rps: float, phase: Phase, duration_s: float, seed: int) -> Trial:
+        if len(made) == 3:
+            made.append(0)
+            raise KeyboardInterrupt
+        made.append(rate_rps)
+        return trial(rate_rps, "holds" if rate_rps < 95 else "fails", phase, duration_s=duration_s)
+
+    with pytest.raises(KeyboardInterrupt):
+        find(Capacity(**HEAD), PLAN, attempt, Console())
+    assert "80/s" in capsys.readouterr().out
+    assert not capacity_path("tiny").exists()
+    capacity = find(Capacity(**HEAD), PLAN, attempt, Console())
+    assert made.count(20) == made.count(40) == 1
+    assert [each.rate_rps for each in capacity.trials][:3] == [20, 40, 80]
+    assert sorted(path.name for path in (tmp_path / "tiny").iterdir()) == ["capacity.json"]
+    other = find(Capacity(**HEAD | {"url": "127.0.0.1:9001"}), PLAN, attempt, Console())
+    assert len(made) == 4 - 1 + len(capacity.trials) - 3 + len(other.trials) + 1
+
+
+MODEL = '''
+import time
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    """y = x after DELAY_S seconds, one request at a time."""
+
+    def execute(self, requests):
+        answers = []
+        for request in requests:
+            time.sleep(DELAY_S)
+            x = np.from_dlpack(pb_utils.get_input_tensor_by_name(request, "x"))
+            answers.append(pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack("y", x + 0)]))
+        return answers
+'''
+CONFIG = """
+name: "tiny" backend: "python" max_batch_size: 1 instance_group { kind: KIND_CPU }
+input { name: "x" data_type: TYPE_FP32 dims: [2] } output { name: "y" data_type: TYPE_FP32 dims: [2] }
+"""
+SPEC = """
+name = "tiny"
+inputs.x = { dtype = "float32", shape = ["batch", 2] }
+outputs.y = { dtype = "float32", shape = ["batch", 2] }
+axes.batch = { min = 1, opt = 1, max = 1 }
+slo = { p50_ms = 100, rate_rps = 10 }
+"""
+
+
+def write_sleeper(folder: Path, delay_s: float, name: str = "repository") -> Path:
+    """A repository whose model answers 1 / delay_s requests/s at most; with its spec and inputs beside it."""
+    version = folder / name / "tiny" / "1"
+    version.mkdir(parents=True)
+    (version / "model.py").write_text(MODEL.replace("DELAY_S", str(delay_s)))
+    (version.parent / "config.pbtxt").write_text(CONFIG)
+    (folder / "models" / "tiny").mkdir(parents=True, exist_ok=True)
+    (folder / "models" / "tiny" / "deploy.toml").write_text(SPEC)
+    rows = {f"{row:05d}/x": np.full((1, 2), row, np.float32) for row in range(20)}
+    np.savez(folder / "inputs.npz", **rows)  # type: ignore[arg-type]
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def sleeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EmbeddedServer, Path]]:
+    """A Triton that answers just under 50 requests/s."""
+    folder = tmp_path_factory.mktemp("sleeper")
+    repository = write_sleeper(folder, 0.02)
+    with EmbeddedServer(repository, http_port=0, grpc_port=0, metrics_port=0, log_path=folder / "triton.log") as server:
+        yield server, folder
+
+
+def command(sleeper: tuple[EmbeddedServer, Path], build: Path, *more: str) -> subprocess.Popen[str]:
+    """`python -m loadtests.capacity` on it, with short trials of evenly spaced requests."""
+    server, folder = sleeper
+    arguments = [
+        "--model",
+        "tiny",
+        "--models",
+        str(folder / "models"),
+        "--url",
+        server.grpc_url,
+        "--arrivals",
+        "constant",
+    ]
+    arguments += ["--inputs", str(folder / "inputs.npz"), "--duration-s", "6", "--warmup-s", "1", *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "loadtests.capacity", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "BUILD": str(build)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_server_that_sleeps_20_ms_a_request_has_a_capacity_just_under_50(
+    sleeper: tuple[EmbeddedServer, Path], tmp_path: Path
+) -> None:
+    with command(sleeper, tmp_path, "--start-rps", "30", "--json") as process:
+        output, errors = process.communicate(timeout=300)
+    capacity = Capacity.model_validate_json(output)
+    assert process.returncode in (0, 3), errors  # 3 where this machine is too busy to measure on
+    assert capacity.capacity_rps is not None, errors
+    assert 20 <= capacity.capacity_rps <= 50  # a busy machine sleeps longer
+    assert (capacity.settings.max_batch, capacity.settings.instances) == (1, 1)
+    assert capacity.machine["cores"]
+    assert Capacity.load(tmp_path / "tiny" / "capacity.json") == capacity
+    assert not list((tmp_path / "tiny" / "loadtests").iterdir())  # of which the latest is judged
+
+
+def test_ctrl_c_leaves_what_was_measured(sleeper: tuple[EmbeddedServer, Path], tmp_path: Path) -> None:
+    part = tmp_path / "tiny" / "capacity.part.json"
+    with command(sleeper, tmp_path, "--start-rps", "10") as process:
+        deadline = time.monotonic() + 60
+        while not part.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "goes on from there" in " ".join(errors.split())
+    assert json.loads(part.read_text())["trials"][0]["rate_rps"] == 10
+    assert Capacity.load(part).limited_by == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--url", "127.0.0.1:9"), "127.0.0.1:9"),
+        (("--duration-s", "0"), "--duration-s 0: it must be more than 0"),
+        (("--start-rps", "nan"), "--start-rps nan: it must be more than 0"),
+        (("--model", "absent"), "no model 'absent'"),
+    ],
+    ids=["no server", "duration", "start", "model"],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    sleeper: tuple[EmbeddedServer, Path], tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    with command(sleeper, tmp_path, *flags) as process:
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, len(errors.splitlines())) == (2, 1)
+    assert message in errors
