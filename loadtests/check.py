@@ -64,7 +64,7 @@ def _check_numbers(settings: Settings) -> None:
                 f"{what if settings.shape is None else f'--shape {settings.shape}'} plans {planned} requests; "
                 f"1 to {MOST_REQUESTS} are possible"
             )
-    elif settings.users is not None and settings.users < settings.workers:
+    elif settings.users is not None and settings.mix is None and settings.users < settings.workers:
         raise InputError(f"--users {settings.users} for --workers {settings.workers}: each worker needs one or more")
     elif settings.users is not None and settings.users > settings.max_in_flight:
         raise InputError(f"--users {settings.users}: at most {settings.max_in_flight}; --max-in-flight raises it")

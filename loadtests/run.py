@@ -83,8 +83,9 @@ def _figures(found: Distribution) -> dict[str, float | None]:
 
 def described(settings: Settings) -> str:
     """What is measured, in a line."""
-    loop = f"open loop at {settings.shape or f'{settings.rate_rps:g}'}/s"
-    if not settings.open_loop:
+    if settings.open_loop:
+        loop = f"open loop at {settings.shape if settings.rate_rps is None else f'{settings.rate_rps:g}'}/s"
+    else:
         loop = f"closed loop, {settings.users} users"
     seconds = f"{settings.warmup_s:g} s of warm-up and {settings.duration_s:g} s"
     return f"{settings.model} over {settings.protocol} at {settings.url}, {loop}, {seconds}"

@@ -18,11 +18,14 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -184,14 +187,19 @@ class Grpc(grpc.GenericRpcHandler):
         output = service_pb2.ModelInferResponse.InferOutputTensor(name="y", datatype="FP32", shape=[1, 1])
         answer = service_pb2.ModelInferResponse(model_name="fake", outputs=[output], raw_output_contents=[bytes(4)])
         self._answer = answer.SerializeToString()
-        self._infer_handler = grpc.unary_unary_rpc_method_handler(self._infer)
+        methods = {
+            "ModelInfer": self._infer,
+            "ServerReady": self._server_ready,
+            "ModelReady": self._model_ready,
+            "ModelMetadata": self._metadata,
+            "ModelConfig": self._config,
+        }
+        self._handlers = {
+            f"{SERVICE}{name}": grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()
+        }
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        method = handler_call_details.method.removeprefix(SERVICE)  # type: ignore[attr-defined]
-        if method == "ModelInfer":
-            return self._infer_handler
-        about = getattr(self, f"_{method}", None)
-        return None if about is None else grpc.unary_unary_rpc_method_handler(about)
+        return self._handlers.get(handler_call_details.method)
 
     async def _infer(self, _: bytes, context: Any) -> bytes:
         number, wait_s = self._endpoint.admit()
@@ -200,17 +208,17 @@ class Grpc(grpc.GenericRpcHandler):
         await self._endpoint.held(number, wait_s)
         return self._answer
 
-    async def _ServerReady(self, *_: Any) -> bytes:
+    async def _server_ready(self, *_: Any) -> bytes:
         return service_pb2.ServerReadyResponse(ready=True).SerializeToString()
 
-    async def _ModelReady(self, *_: Any) -> bytes:
+    async def _model_ready(self, *_: Any) -> bytes:
         return service_pb2.ModelReadyResponse(ready=True).SerializeToString()
 
-    async def _ModelMetadata(self, request: bytes, _: Any) -> bytes:
+    async def _metadata(self, request: bytes, _: Any) -> bytes:
         name = service_pb2.ModelMetadataRequest.FromString(request).name
         return service_pb2.ModelMetadataResponse(**_signature(name)).SerializeToString()
 
-    async def _ModelConfig(self, *_: Any) -> bytes:
+    async def _config(self, *_: Any) -> bytes:
         return service_pb2.ModelConfigResponse(config=CONFIG).SerializeToString()
 
 
@@ -263,7 +271,7 @@ async def serve(faults: Faults, log: Path | None) -> None:
     grpc_port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     if faults.reset_every:
-        pipe = await loop.create_server(lambda port=grpc_port: Pipe(endpoint, port), "127.0.0.1", 0)
+        pipe = await loop.create_server(partial(Pipe, endpoint, grpc_port), "127.0.0.1", 0)
         grpc_port = pipe.sockets[0].getsockname()[1]
     print(json.dumps({"http": http.sockets[0].getsockname()[1], "grpc": grpc_port}), flush=True)
     await ended.wait()
@@ -286,6 +294,12 @@ class FakeEndpoint:
         self.http_url, self.grpc_url = f"127.0.0.1:{ports['http']}", f"127.0.0.1:{ports['grpc']}"
         return self
 
+    def free_port(self) -> int:
+        """One on which nothing listens."""
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            return found.getsockname()[1]
+
     def stop(self) -> None:
         """Ends it; its log is there afterwards, unless it died of a fault."""
         self.process.terminate()
@@ -306,5 +320,7 @@ class FakeEndpoint:
 
 
 if __name__ == "__main__":
+    with suppress(AttributeError, OSError):  # a busy machine is not to add to what it injects; threads inherit it
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     chosen = Faults(**json.loads(sys.argv[1])) if len(sys.argv) > 1 else Faults()
     asyncio.run(serve(chosen, Path(sys.argv[2]) if len(sys.argv) > 2 else None))

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepseek.spec import InputError
+from deepseek.spec import InputError, SloSpec
 from loadtests.recorder import Recorder
 from loadtests.results import Run, Settings, latest_run, new_run, publish
+from loadtests.slo import judge
 
 Request = tuple[float, float, float, str | None]  # planned, sent, finished, error
 
@@ -117,6 +119,41 @@ def test_taken_seconds_are_forgotten_and_add_up() -> None:
         recorder.finish(second, second, second + 0.1, None)
     rows = [*recorder.take(4), *recorder.take(4), *recorder.take()]
     assert [row["second"] for row in rows] == list(range(10))
+
+
+def test_a_soak_of_ten_minutes_is_read_in_a_few_megabytes(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, steady())
+    line = (run.folder / "seconds.jsonl").read_text().splitlines()[0]
+    (run.folder / "seconds.jsonl").write_text("".join(f"{line}\n".replace(": 0,", f": {s},", 1) for s in range(600)))
+    tracemalloc.start()
+    soak = Run.load(run.folder)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(soak.seconds) == 600
+    assert held < 20e6  # whole histograms would take 340 MB
+
+
+def test_a_run_of_an_earlier_version_is_read_and_judged_as_it_was(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, steady(0.1))
+    data = json.loads((tmp_path / "run.json").read_text())
+    for later in ("mix", "workers", "shape"):
+        del data["settings"][later]
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    slo = SloSpec(p99_ms=50, rate_rps=100)
+    assert judge(Run.load(tmp_path), slo) == judge(run, slo)
+    assert judge(run, slo).verdict == "violated"
+
+
+def test_requests_are_counted_by_length_too_within_the_window_alone() -> None:
+    recorder = Recorder(open_loop=True, duration_s=10)
+    for planned_s in (-1.0, 1.0, 2.0, 11.0):
+        recorder.attempt(planned_s)
+        recorder.finish(planned_s, planned_s, planned_s + 0.1, None, "sequence 16")
+    recorder.attempt(3.0)
+    recorder.drop(3.0, "sequence 128")
+    found = {row["length"]: (row["planned"], row["ok"], row["dropped"]) for row in recorder.take_lengths()}
+    assert found == {"sequence 16": (2, 2, 0), "sequence 128": (1, 0, 1)}
+    assert list(recorder.take_lengths()) == []
 
 
 def test_a_run_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

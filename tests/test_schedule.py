@@ -10,7 +10,7 @@ import pytest
 
 from deepseek.spec import InputError
 from loadtests.clock import Clock
-from loadtests.schedule import Arrivals, Schedule, Segment, segments_of
+from loadtests.schedule import BLOCK, Arrivals, Schedule, Segment, segments_of
 
 
 def steady(rate_rps: float, duration_s: float) -> tuple[Segment, ...]:
@@ -66,9 +66,26 @@ def test_a_wrong_shape_is_one_line(shape: str) -> None:
         segments_of(shape)
 
 
+@pytest.mark.parametrize("arrivals", ["constant", "poisson"])
+def test_a_soak_is_worked_out_in_blocks_so_that_its_length_takes_no_memory(arrivals: Arrivals) -> None:
+    soak, total, last_s = Schedule(steady(1000, 3600), arrivals, seed=2), 0, 0.0
+    for times in soak.blocks():
+        assert len(times) < 1.2 * BLOCK
+        assert times[0] >= last_s
+        total, last_s = total + len(times), times[-1]
+    assert total == 3_600_000
+    assert last_s < 3600
+
+
+def test_poisson_counts_vary_across_the_borders_of_blocks_as_within_them() -> None:
+    counts = np.histogram(Schedule(steady(1000, 400), seed=4).times_s(), np.arange(0, 401, 4))[0]
+    assert counts.mean() == 4000
+    assert counts.std() == pytest.approx(np.sqrt(4000), rel=0.25)  # about BLOCK each: fixed blocks would not vary
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_together_send_the_whole_schedule(workers: int) -> None:
-    schedule = Schedule(steady(100, 3), seed=5)
+    schedule = Schedule(steady(5000, 3), seed=5)
     shares = [schedule.times_s(worker, workers) for worker in range(workers)]
     np.testing.assert_array_equal(np.sort(np.concatenate(shares)), schedule.times_s())
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

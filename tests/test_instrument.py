@@ -1,0 +1,204 @@
+"""The load generator against an endpoint of which everything is known: is what it reports what happened?"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from deepseek.spec import DeploymentSpec, SloSpec
+from loadtests import run as runner
+from loadtests.results import Run, Settings, latest_run
+from loadtests.slo import judge
+from tests.conftest import run_module
+from tests.fake_endpoint import FakeEndpoint
+from tests.test_locustfile import SPEC
+
+ROOT = Path(__file__).parent.parent
+PROTOCOLS = ["grpc", "http"]
+Protocol = Literal["grpc", "http"]
+
+
+@pytest.fixture(autouse=True)
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the specs of `tiny` and `other`, whose runs and inputs lie below tmp_path."""
+    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    for place, name in enumerate(("tiny", "other")):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "deploy.toml").write_text(SPEC.format(name=name))
+        (tmp_path / "build" / name).mkdir(parents=True)
+        # Three short rows, then one long: in an order that a run must not keep.
+        rows = {f"{row:05d}/x": np.full((1, 2 if row < 30 else 7), place, np.float32) for row in range(40)}
+        np.savez(tmp_path / "build" / name / "evaluation.npz", **rows)  # type: ignore[arg-type]
+    return tmp_path / "models"
+
+
+def settings(endpoint: FakeEndpoint, protocol: Protocol = "grpc", **changes: Any) -> Settings:
+    build = Path(os.environ["BUILD"])
+    fixed: dict[str, Any] = {"model": "tiny", "models": str(build.parent / "models"), "target": "onnxruntime"}
+    url = endpoint.grpc_url if protocol == "grpc" else endpoint.http_url
+    fixed |= {"protocol": protocol, "url": url, "inputs": str(build / "tiny" / "evaluation.npz")}
+    fixed |= {"warmup_s": 0.0, "duration_s": 3.0}
+    return Settings(**fixed | changes)
+
+
+def measured(wanted: Settings) -> Run:
+    spec = DeploymentSpec.of_model(wanted.model, wanted.models)
+    return runner.measure(wanted, spec, runner.check(wanted, spec), Console(quiet=True))
+
+
+def true_ms(endpoint: FakeEndpoint) -> np.ndarray:
+    """What the server itself says that each request of a run took, ascending."""
+    endpoint.stop()
+    received_s, answered_s = endpoint.log()[:, 1:]  # the first is the check before the run
+    return np.sort(answered_s - received_s) * 1000
+
+
+def nearest_rank(ordered: np.ndarray, percent: float) -> float:
+    return float(ordered[math.ceil(percent / 100 * len(ordered) - 1e-9) - 1])
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_reported_percentiles_are_the_servers_own_within_two_percent(protocol: Protocol) -> None:
+    with FakeEndpoint(delay_ms=150, slow_every=10, slow_ms=400) as endpoint:
+        run = measured(settings(endpoint, protocol, rate_rps=75.0, duration_s=2.0))
+        ordered = true_ms(endpoint)
+    assert run.window.ok == len(ordered) == 150
+    for percent in (50, 80, 95, 99):
+        assert run.window.latency("service").percentile_ms(percent) == pytest.approx(
+            nearest_rank(ordered, percent), rel=0.02
+        )
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_intended_latency_shows_a_planned_stall_in_full_and_a_closed_loop_hides_it(protocol: Protocol) -> None:
+    with FakeEndpoint(delay_ms=5, stall_at=50, stall_s=2) as endpoint:
+        opened = measured(settings(endpoint, protocol, rate_rps=100.0, arrivals="constant"))
+    with FakeEndpoint(delay_ms=5, stall_at=50, stall_s=2) as endpoint:
+        closed = measured(settings(endpoint, protocol, users=1, duration_s=4.0))
+    intended = opened.window.latency("intended")
+    assert intended.percentile_ms(99.9) == pytest.approx(2000, rel=0.02)
+    # Requests planned during the stall, 200 of 300, wait for what is left of it: from 2 s down to nothing.
+    assert intended.percentile_ms(66.7) == pytest.approx(1000, rel=0.05)
+    assert intended.percentile_ms(95) > 1800
+    assert closed.window.latency("service").percentile_ms(95) < 500
+    assert closed.window.latency("service").max_ms == pytest.approx(2000, rel=0.02)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_server_that_refuses_half_the_requests_fails_half_of_them(protocol: Protocol) -> None:
+    with FakeEndpoint(refuse_every=2) as endpoint:
+        run = measured(settings(endpoint, protocol, rate_rps=60.0, duration_s=2.0))
+    assert run.window.errors == {"ServerBusy": 60}
+    assert run.window.ok == 60
+    judgement = judge(run, SloSpec(p50_ms=1000, max_error_rate=0.4, objectives=("p99_ms < 1000",)))
+    assert judgement.verdict in ("violated", "invalid")  # invalid where this machine is too busy to measure on
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_server_that_resets_connections_leaves_errors_of_that_kind(protocol: Protocol) -> None:
+    with FakeEndpoint(delay_ms=20, reset_every=30) as endpoint:
+        run = measured(settings(endpoint, protocol, rate_rps=60.0))
+    assert run.window.errors["ConnectionLost"] + run.window.errors["Unreachable"] == run.window.failed >= 5
+    assert run.window.ok > 90  # the connections come back
+    assert run.window.planned == run.window.ok + run.window.failed == 180
+
+
+def test_an_answer_in_a_hundred_that_is_slow_shows_above_p99() -> None:
+    with FakeEndpoint(delay_ms=10, slow_every=100, slow_ms=800) as endpoint:
+        run = measured(settings(endpoint, rate_rps=150.0, duration_s=4.0))
+    service = run.window.latency("service")
+    assert service.percentile_ms(98) < 400
+    assert service.percentile_ms(99.5) == pytest.approx(800, rel=0.05)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_server_that_dies_in_the_middle_ends_neither_the_run_nor_its_account(protocol: Protocol) -> None:
+    with FakeEndpoint(delay_ms=5, die_at=60) as endpoint:
+        run = measured(settings(endpoint, protocol, rate_rps=60.0, timeout_s=1.0))
+    assert 40 <= run.window.ok <= 59
+    assert run.window.errors["Unreachable"] + run.window.errors["ConnectionLost"] > 100
+    assert run.window.planned == run.window.ok + run.window.failed == 180
+
+
+def command(wanted: Settings, *more: str) -> subprocess.CompletedProcess[str]:
+    arguments = ["--models", wanted.models, "--protocol", wanted.protocol, "--url", wanted.url]
+    arguments += ["--warmup-s", f"{wanted.warmup_s:g}", "--duration-s", f"{wanted.duration_s:g}"]
+    return run_module("loadtests.run", "--model", wanted.model, *arguments, *more)
+
+
+def test_a_rate_that_no_machine_holds_is_an_invalid_measurement_and_ends_in_time() -> None:
+    with FakeEndpoint() as endpoint:
+        run = command(settings(endpoint, duration_s=2.0), "--rate", "300000", "--timeout-s", "1")
+    assert run.returncode == 3
+    assert re.search(r"of 600000 planned requests were never sent", run.stderr)
+    assert Run.load(latest_run("tiny")).window.planned == 600_000
+
+
+@pytest.mark.parametrize("zero", [("--duration-s", "0", "--rate", "9"), ("--shape", "50x0")], ids=["duration", "shape"])
+def test_a_schedule_of_zero_seconds_is_refused_in_one_line(zero: tuple[str, ...]) -> None:
+    with FakeEndpoint() as endpoint:
+        run = command(settings(endpoint), *zero)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+
+
+def test_lengths_come_in_the_proportions_of_the_file_and_are_told_apart() -> None:
+    with FakeEndpoint(delay_ms=5) as endpoint:
+        run = measured(settings(endpoint, rate_rps=60.0, duration_s=2.0, workers=2))
+    assert {length: found.planned for length, found in run.lengths.items()} == {"length 2": 90, "length 7": 30}
+    first = run.lengths["length 7"].latency("intended")
+    assert first.total == 30
+    assert 5 <= first.percentile_ms(50) <= first.percentile_ms(99)
+
+
+def test_a_mix_sends_each_model_its_share_and_is_judged_by_each_models_own_slo(models: Path) -> None:
+    strict = (models / "other" / "deploy.toml").read_text().replace("p99_ms = 200", "p50_ms = 1")
+    (models / "other" / "deploy.toml").write_text(strict)
+    with FakeEndpoint(delay_ms=5) as endpoint:
+        run = command(settings(endpoint), "--mix", "tiny:3, other:1", "--rate", "200", "--json")
+    assert run.returncode in (0, 3), run.stderr
+    assert {each["planned"] for each in json.loads(run.stdout)["runs"]} == {450, 150}
+    judged = run_module("loadtests.slo", "--models", str(models), "--mix", "tiny:3,other:1", "--json")
+    found = json.loads(judged.stdout)
+    if run.returncode == 0:  # else this machine was too busy to measure on
+        assert (judged.returncode, found["verdict"]) == (1, "violated")
+        assert found["models"]["other"]["objectives"][0]["status"] == "violated"
+    assert [each["name"] for each in found["models"]["tiny"]["objectives"]][:1] == ["p99_ms"]
+
+
+def test_a_closed_loop_of_a_mix_shares_the_users_out() -> None:
+    with FakeEndpoint(delay_ms=20) as endpoint:
+        run = command(settings(endpoint, duration_s=2.0), "--mix", "tiny:3,other:1", "--users", "4", "--workers", "2")
+    assert run.returncode == 0, run.stderr
+    tiny, other = (Run.load(latest_run(name)) for name in ("tiny", "other"))
+    assert (tiny.settings.users, other.settings.users) == (3, 1)
+    assert tiny.window.ok == pytest.approx(3 * other.window.ok, rel=0.1)
+
+
+@pytest.mark.parametrize("processes", [(), ("--processes", "2")], ids=["one process", "two processes"])
+def test_locusts_own_command_sends_the_whole_schedule_whatever_its_users(
+    tmp_path: Path, processes: tuple[str, ...]
+) -> None:
+    with FakeEndpoint() as endpoint:
+        wanted = settings(endpoint, "http", rate_rps=80.0, duration_s=2.0)
+        (tmp_path / "settings.json").write_text(json.dumps(wanted.__dict__))
+        port = ("--master-bind-port", str(endpoint.free_port()), "--master-bind-host", "127.0.0.1")
+        arguments = ("-f", "loadtests/locustfile.py", "--headless", "--settings", str(tmp_path / "settings.json"))
+        locust = [sys.executable, "-m", "locust", *arguments, *processes]
+        if processes:
+            locust += [*port, "--master-port", port[1]]
+        ended = subprocess.run(locust, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    rows = [json.loads(line) for line in (tmp_path / "tiny.seconds.jsonl").read_text().splitlines()]
+    assert ended.returncode == 0, ended.stderr
+    assert sum(row["ok"] for row in rows) == sum(row["planned"] for row in rows) == 160
+    assert json.loads((tmp_path / "measured.json").read_text())["generator"]["workers_lost"] == 0
+    assert "tiny" in ended.stderr  # Locust's own summary

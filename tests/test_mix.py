@@ -1,0 +1,118 @@
+"""Mixed traffic: who gets how much of it, and the lengths of what is sent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deepseek.spec import InputError, TensorSpec
+from loadtests import inputs
+from loadtests.inputs import length_classes, read_inputs, shuffled
+from loadtests.mix import Mix, runs_of
+from loadtests.results import Settings
+from tests.test_results import saved_run, steady
+
+SLO_RATES = {"a": 100.0, "b": 40.0}
+FIXED: dict[str, Any] = {"model": "a", "models": "models", "target": "onnxruntime", "protocol": "grpc", "url": ""}
+
+
+def parts(mix: str, **load: Any) -> list[Settings]:
+    found = Mix.parse(mix, SLO_RATES).parts(Settings(**FIXED, inputs="", **load), {"a": "a.npz", "b": "b.npz"})
+    assert [each.inputs for each in found] == [f"{each.model}.npz" for each in found]
+    assert {each.mix for each in found} == {"".join(mix.split())}
+    return found
+
+
+def test_weights_are_shares_of_the_rate_and_each_model_has_arrivals_of_its_own() -> None:
+    a, b = parts("a:3, b:1", rate_rps=120.0)
+    assert (a.rate_rps, b.rate_rps) == (90, 30)
+    assert a.seed != b.seed
+
+
+@pytest.mark.parametrize(("mix", "least"), [("a:3,b:1", 160), ("a,b", 140), ("a:1,b:9", 1000)])
+def test_without_a_rate_every_model_gets_at_least_what_its_slo_names(mix: str, least: float) -> None:
+    found = Mix.parse(mix, SLO_RATES)
+    assert found.least_rate_rps == pytest.approx(least)
+    asked = {model: share * found.least_rate_rps for model, share in found.shares.items()}
+    assert all(asked[model] >= SLO_RATES[model] - 1e-9 for model in asked)
+
+
+def test_every_rate_of_a_shape_is_shared_out() -> None:
+    a, b = parts("a:3,b:1", shape="50x30, 10-200x5")
+    assert (a.shape, b.shape) == ("37.5x30, 7.5-150x5", "12.5x30, 2.5-50x5")
+
+
+@pytest.mark.parametrize(("users", "expected"), [(2, (1, 1)), (4, (3, 1)), (5, (4, 1)), (40, (30, 10))])
+def test_users_are_shared_out_whole(users: int, expected: tuple[int, int]) -> None:
+    a, b = parts("a:3,b:1", users=users)
+    assert (a.users, b.users) == expected
+
+
+@pytest.mark.parametrize(
+    ("mix", "rates", "message"),
+    [
+        ("a", SLO_RATES, "two or more"),
+        ("a,a", SLO_RATES, "each once"),
+        ("a:0,b:1", SLO_RATES, "weights above 0"),
+        ("a:-1,b:1", SLO_RATES, "weights above 0"),
+        ("a:x,b:1", SLO_RATES, "weights above 0"),
+        ("a:1,b", SLO_RATES, "every model a weight, or none"),
+        ("a,b", {"a": 1.0, "b": None}, "b has no slo.rate_rps"),
+    ],
+)
+def test_a_wrong_mix_is_one_line(mix: str, rates: dict[str, float | None], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        Mix.parse(mix, rates)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mix_without_any_rate_asks_for_one() -> None:
+    with pytest.raises(InputError, match="give --rate"):
+        _ = Mix.parse("a:1,b:1", {"a": None, "b": None}).least_rate_rps
+    with pytest.raises(InputError, match="each needs one"):
+        parts("a:3,b:1", users=1)
+
+
+def test_the_latest_run_of_the_same_mix_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path))
+    for name, mix in (("1", "a:3,b:1"), ("2", "a:3,b:1"), ("3", "a:1,b:1"), ("4", None)):
+        for model in "ab"[: 2 if mix else 1]:
+            saved_run(tmp_path / model / "loadtests" / name, steady(), model=model, mix=mix)
+    assert [run.folder for run in runs_of("a:3, b:1")] == [tmp_path / model / "loadtests" / "2" for model in "ab"]
+    assert runs_of("a:3,b:1", str(tmp_path / "b" / "loadtests" / "1"))[0].folder.name == "1"
+    with pytest.raises(InputError, match=r"no load test of the mix a:9,b:1 .* make loadtest MIX=a:9,b:1"):
+        runs_of("a:9,b:1")
+
+
+def rows(lengths: list[int]) -> list[dict[str, np.ndarray]]:
+    return [{"ids": np.zeros((1, length), np.int64)} for length in lengths]
+
+
+IDS = {"ids": TensorSpec(dtype="int64", shape=("batch", "sequence"))}
+
+
+def test_lengths_that_differ_make_classes_and_many_of_them_powers_of_two() -> None:
+    assert length_classes(rows([16, 128, 16]), IDS) == ["sequence 16", "sequence 128", "sequence 16"]
+    assert length_classes(rows([50, 50]), IDS) == ["", ""]
+    many = length_classes(rows([*range(1, 20), 128]), IDS)
+    assert [many[0], many[1], many[2], many[18], many[19]] == [
+        "sequence 1 to 1",
+        "sequence 2 to 2",
+        "sequence 3 to 4",
+        "sequence 17 to 32",
+        "sequence 65 to 128",
+    ]
+
+
+def test_a_large_file_is_taken_evenly_and_sent_shuffled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = {f"{row:05d}/ids": np.full((1, 4), row) for row in range(300)}
+    np.savez(tmp_path / "rows.npz", **arrays)  # type: ignore[arg-type]
+    monkeypatch.setattr(inputs, "MOST_BYTES", 100 * 4 * 8)
+    read = read_inputs(tmp_path / "rows.npz")
+    assert [int(row["ids"][0, 0]) for row in read] == list(range(0, 300, 3))
+    sent = [int(row["ids"][0, 0]) for row in shuffled(read, seed=1)]
+    assert sorted(sent) == list(range(0, 300, 3)) != sent
+    assert sent == [int(row["ids"][0, 0]) for row in shuffled(read, seed=1)]
