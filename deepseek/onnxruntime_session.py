@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import sys
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,11 +56,13 @@ def open_session(
     provider: str = "auto",
     provider_options: dict[str, str] | None = None,
     device_id: int | None = None,
+    left_out: Collection[str] = (),
 ) -> Opened:
     """Opens the graph at `path` on `provider`, a key of PROVIDERS or "auto".
 
     `provider_options` go to the provider as they are; `device_id` is the accelerator's number, by default the
-    provider's (0). Raises ProviderError, and what ONNX Runtime raises for a graph that it cannot load.
+    provider's (0); `left_out` are optimizers of ONNX Runtime that this graph does without. Raises ProviderError, and
+    what ONNX Runtime raises for a graph that it cannot load.
     """
     chosen = choose_provider(provider)
     name, package = PROVIDERS[chosen]
@@ -73,7 +76,9 @@ def open_session(
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     wanted += [] if chosen == "cpu" else [CPU]
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=wanted, enable_fallback=0)
+        session = onnxruntime.InferenceSession(
+            path, options, providers=wanted, enable_fallback=0, disabled_optimizers=list(left_out)
+        )
     except Exception as error:
         if chosen == "cpu":
             raise

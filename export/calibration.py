@@ -53,8 +53,19 @@ class Calibration(CalibrationDataReader):
 
 
 def length_of(row: Row) -> int:
-    """How much a row holds: its elements, of integer inputs those that are not 0 (as padding and masks are)."""
-    return sum(array.size if array.dtype.kind == "f" else int(np.count_nonzero(array)) for array in row.values())
+    """How much a row holds in all its inputs together."""
+    return sum(map(_elements, row.values()))
+
+
+def _elements(array: np.ndarray) -> int:
+    """Elements; of integers those that are not 0, as padding and masks are."""
+    return array.size if array.dtype.kind == "f" else int(np.count_nonzero(array))
+
+
+def lengths_of(rows: Sequence[Row]) -> dict[str, tuple[int, int]]:
+    """The elements of the shortest and of the longest row, by input, for people to see what was covered."""
+    counts = {name: [_elements(row[name]) for row in rows] for name in rows[0]}
+    return {name: (min(found), max(found)) for name, found in counts.items()}
 
 
 def pool_size(spec: DeploymentSpec) -> int:

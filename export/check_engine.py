@@ -2,7 +2,9 @@
 
 Contract: compiles `build/<name>/<precision>/model.onnx` of each model named (default: all in the folder of models) with
 TensorRT for RTX, ahead of time, proves each plan's precision and prints one table; keeps no engine. Exit 1 where one
-graph does not parse, does not build or is not in the precision that it is named after; the rest are built all the same.
+graph does not parse, does not build (or brings the builder down), or is not in the precision that it is named after;
+the rest are built all the same. A graph that `export.quantize` could not make is shown as refused. That fails where
+the precision was asked for by name, or is one of deploy.toml's candidates; else it is counted apart.
 What it cannot tell: speed, and whether the engine of another TensorRT fits its GPU.
 
 Examples:
@@ -24,36 +26,46 @@ from rich.table import Table
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, Parser, Precision, run_command
 from export.artifact import Clock, human_bytes, need, onnx_path, read_manifest, refusal
 from export.engine import engine_from_onnx, library_prints_to_stderr, prove, tensorrt_module, weight_bytes
+from export.isolation import in_child
 
 log = Console(file=sys.stderr)
 
 
-def check(trt: Any, spec: DeploymentSpec, precision: Precision) -> dict[str, Any]:
-    """Compiles and proves one graph. What failed is under "failure", in one line."""
+def check(trt: Any, spec: DeploymentSpec, precision: Precision, *, asked: bool) -> dict[str, Any]:
+    """Compiles and proves one graph: "failure" says what failed, "refused" why there is no graph, each in one line."""
     clock = Clock()
-    row: dict[str, Any] = {"model": spec.name, "precision": precision, "failure": ""}
+    row: dict[str, Any] = {"model": spec.name, "precision": precision, "failure": "", "refused": ""}
     try:
         source = need(onnx_path(spec.name, precision), f"make check-engine MODEL={spec.name}")
         if reason := refusal(source):
-            raise GateFailed(f"the graph could not be made: {reason}")
-        with library_prints_to_stderr():
-            plan, found = engine_from_onnx(trt, source, spec, spec.tensorrt)
-        row |= {"compute_layers": found["compute_layers"], "size_bytes": len(plan)}
-        prove(precision, found, len(plan), weight_bytes(read_manifest(source)), spec.tensorrt)
+            row["refused"] = " ".join(reason.split())
+            if asked or precision in spec.precision.candidates:
+                raise GateFailed(f"the graph could not be made: {reason}")
+            return row
+        size, found = in_child("TensorRT", lambda: _compiled(trt, source, spec))
+        row |= {"compute_layers": found["compute_layers"], "size_bytes": size}
+        prove(precision, found, size, weight_bytes(read_manifest(source)), spec.tensorrt)
     except (InputError, GateFailed) as error:
         row["failure"] = " ".join(str(error).split())
     return row | {"build_s": clock.elapsed_s}
 
 
-def check_all(specs: list[DeploymentSpec], precisions: list[Precision]) -> dict[str, Any]:
-    """Runs the stage; a row a model and precision, with its size over that model's fp32 plan."""
+def _compiled(trt: Any, source: Path, spec: DeploymentSpec) -> tuple[int, dict[str, Any]]:
+    """Bytes of the plan, and what the network holds."""
+    with library_prints_to_stderr():
+        plan, found = engine_from_onnx(trt, source, spec, spec.tensorrt)
+    return len(plan), found
+
+
+def check_all(specs: list[DeploymentSpec], asked: list[Precision]) -> dict[str, Any]:
+    """Runs the stage; a row a model and precision, all where none is asked for, with its size over fp32's plan."""
     trt = tensorrt_module("tensorrt_rtx")
     rows = []
     for spec in specs:
         sizes: dict[str, int] = {}
-        for precision in precisions:
+        for precision in asked or get_args(Precision):
             with log.status(f"TensorRT for RTX {trt.__version__}: {precision} of {spec.name}"):
-                row = check(trt, spec, precision)
+                row = check(trt, spec, precision, asked=bool(asked))
             if "size_bytes" in row:
                 sizes[precision] = row["size_bytes"]
                 row["size_over_fp32"] = round(row["size_bytes"] / sizes["fp32"], 3) if "fp32" in sizes else None
@@ -75,15 +87,25 @@ def show(result: dict[str, Any]) -> None:
             ", ".join(f"{count} {name}" for name, count in row.get("compute_layers", {}).items()),
             human_bytes(row["size_bytes"]) if "size_bytes" in row else "",
             f"{ratio:.2f}x" if ratio else "",
-            f"{row['build_s']:.1f} s",
-            "failed" if row["failure"] else "holds",
+            f"{row['build_s']:.1f} s" if "build_s" in row else "",
+            "refused" if row["refused"] else "failed" if row["failure"] else "holds",
             style="red" if row["failure"] else None,
         )
     print(f"TensorRT for RTX {result['tensorrt_rtx']}, ahead of time, no GPU")
     Console(width=max(Console().width, 100)).print(table)
     for row in result["rows"]:
-        if row["failure"]:
-            print(f"{row['model']} {row['precision']}: {row['failure']}")
+        if row["failure"] or row["refused"]:
+            print(f"{row['model']} {row['precision']}: {row['failure'] or row['refused']}")
+    print(summary(result["rows"]))
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """How many hold, and what became of the others."""
+    failed = sum(bool(row["failure"]) for row in rows)
+    apart = sum(bool(row["refused"]) and not row["failure"] for row in rows)
+    line = f"{len(rows) - failed - apart} of {len(rows)} hold"
+    line += f", {failed} failed" if failed else ""
+    return line + (f", {apart} refused, of which deploy.toml wants none" if apart else "")
 
 
 def specs_of(models: Path, names: list[str]) -> list[DeploymentSpec]:
@@ -103,7 +125,7 @@ def main() -> None:
     parser.add_argument("--precision", action="append", choices=choices, help="only this one; may be given again")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args()
-    result = check_all(specs_of(Path(args.models), args.model), args.precision or list(choices))
+    result = check_all(specs_of(Path(args.models), args.model), args.precision or [])
     if args.json:
         print(json.dumps(result, indent=2))
     else:

@@ -33,6 +33,7 @@ from deepseek.spec import (
     Precision,
     Target,
     add_model_arguments,
+    build_dir,
     run_command,
 )
 from export.artifact import (
@@ -40,6 +41,7 @@ from export.artifact import (
     choice_path,
     engine_path,
     human_bytes,
+    load_rows,
     onnx_path,
     read_manifest,
     refusal,
@@ -48,7 +50,8 @@ from export.artifact import (
     write_manifest,
 )
 from export.budget import Baseline
-from export.runners import variant_runner
+from export.isolation import Crashed, in_child
+from export.runners import outputs_of, variant_runner
 from export.sensitivity import shares_table, verdict
 from export.source import Predict, Source
 
@@ -138,11 +141,12 @@ def compare(source: Source, target: Target, only: Precision | None) -> dict[str,
     spec = source.spec
     max_drop = spec.precision.max_drop
     wanted: list[Precision] = [only] if only else list(spec.precision.candidates)
-    refused = {name: why for name in wanted if (why := _refusal(spec, name, target))}
-    if only in refused:
-        raise GateFailed(refused[only])
+    tried: list[Precision] = ["fp32", *(name for name in wanted if name != "fp32")]
+    refused = {name: why for name in tried if (why := _refusal(spec, name, target) or _failure(spec, name, target))}
+    if only in refused or "fp32" in refused:
+        raise GateFailed(refused[only if only in refused else "fp32"])
     candidates = [name for name in wanted if name not in refused]
-    names: list[Precision] = ["fp32", *(name for name in candidates if name != "fp32")]
+    names = [name for name in tried if name not in refused]
     with log.status("fp32 PyTorch"):
         baseline = Baseline.of(source)
     variants: dict[str, dict[str, Any]] = {}
@@ -184,6 +188,20 @@ def compare(source: Source, target: Target, only: Precision | None) -> dict[str,
 def _refusal(spec: DeploymentSpec, name: Precision, target: Target) -> str | None:
     """Why the graph or the engine of a precision could not be made; None where both were."""
     return refusal(onnx_path(spec.name, name)) or refusal(engine_path(spec.name, name, target))
+
+
+def _failure(spec: DeploymentSpec, name: Precision, target: Target) -> str | None:
+    """Why a graph that was made does not run in ONNX Runtime as it is served; tried in a process of its own."""
+    if target not in ("onnxruntime", "tensorrt_rtx"):
+        return None
+    row = load_rows(build_dir(spec.name) / "evaluation.npz")[:1]
+    try:
+        in_child("ONNX Runtime", lambda: outputs_of(spec, variant_runner(spec, name, target), row))
+    except Crashed as crash:
+        return f"{crash} on its graph"
+    except Exception as error:
+        return f"its graph does not run: {' '.join(str(error).split())[:300]}"
+    return None
 
 
 def _sensitivity(spec: DeploymentSpec, name: Precision) -> dict[str, Any] | None:

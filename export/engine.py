@@ -203,8 +203,8 @@ def _layer_type(trt: Any, layer: Any, producers: dict[str, Any], names: dict[Any
 
 
 def weight_bytes(graph: Manifest) -> int:
-    """Bytes of a typed graph's weights."""
-    return sum(graph.found.get("weight_bytes", {}).values()) or graph.size_bytes
+    """Bytes of a typed graph's weights, one that several nodes read once for each: a plan may hold it so."""
+    return int(graph.found.get("bytes_by_reader", graph.size_bytes))
 
 
 def prove(precision: Precision, found: dict[str, Any], plan: int, weights: int, options: TensorrtSpec) -> None:

@@ -7,6 +7,7 @@ calibration without that layer would have given, at no new calibration. `found_p
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from export.artifact import tensor_bytes
 
 COMPUTE_OPS = ("MatMul", "Gemm", "Conv")
 _CARRIERS = ("Transpose", "Reshape", "Cast")  # may stand between a pair and the layer that it is for
+_WORTH_SHARING_BYTES = 256
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 _FLOAT_TYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "fp32",
@@ -104,10 +106,18 @@ def _read(graph: onnx.GraphProto) -> set[str]:
     names = {value.name for value in graph.output}
     for node in graph.node:
         names.update(node.input)
-        for attribute in node.attribute:
-            for subgraph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                names |= _read(subgraph)
+        for subgraph in _subgraphs(node):
+            names |= _read(subgraph)
     return names
+
+
+def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The branches or the body of a control-flow node."""
+    return [
+        graph
+        for attribute in node.attribute
+        for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
+    ]
 
 
 def drop_unread(graph: onnx.GraphProto) -> None:
@@ -191,6 +201,27 @@ def with_unsigned_activations(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+def share_equal_weights(model: onnx.ModelProto) -> None:
+    """Keeps one of several equal weights: AutoCast gives each reader its own copy (tied embeddings, LSTM gates)."""
+    kept: dict[tuple[object, ...], str] = {}
+    same: dict[str, str] = {}
+    for tensor in model.graph.initializer:
+        if tensor_bytes(tensor) >= _WORTH_SHARING_BYTES:
+            facts = (tensor.data_type, tuple(tensor.dims), onnx.numpy_helper.to_array(tensor).tobytes())
+            first = kept.setdefault((*facts[:2], hashlib.sha256(facts[2]).digest()), tensor.name)
+            same |= {tensor.name: first} if first != tensor.name else {}
+    _read_instead(model.graph, same)
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name in same]:
+        model.graph.initializer.remove(tensor)
+
+
+def _read_instead(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        for subgraph in _subgraphs(node):
+            _read_instead(subgraph, names)
+
+
 def use_one_scale_a_tensor(model: onnx.ModelProto) -> None:
     """Gives every weight one scale. The largest of its channels' is that of the whole: both are max |w| / 127."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -252,7 +283,9 @@ def found_precision(path: Path) -> dict[str, Any]:
     weights: Counter[str] = Counter()
     for tensor in model.graph.initializer:
         weights[onnx.TensorProto.DataType.Name(tensor.data_type).lower()] += tensor_bytes(tensor)
-    found = {"compute_operators": dict(counts), "weight_bytes": dict(weights)}
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    copies = sum(tensor_bytes(tensor) * max(readers[tensor.name], 1) for tensor in model.graph.initializer)
+    found = {"compute_operators": dict(counts), "weight_bytes": dict(weights), "bytes_by_reader": copies}
     dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     scales = Counter(
         "per_channel" if dims.get(node.input[1]) else "per_tensor"

@@ -23,7 +23,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -64,7 +64,7 @@ from export.artifact import (
 )
 from export.budget import Baseline
 from export.cache import fetch, key_of, store
-from export.calibration import Calibration, calibration_of, length_of, stratified
+from export.calibration import Calibration, calibration_of, lengths_of, stratified
 from export.curve import MOST_GROWTH, Points, calibration_curve, ranges_by_samples, with_ranges, would_more_help
 from export.isolation import in_child
 from export.ptq import check_source, fp16_from_onnx, qdq_from_onnx
@@ -73,6 +73,7 @@ from export.qdq import (
     found_precision,
     keep_residuals_wide,
     load_graph,
+    share_equal_weights,
     use_one_scale_a_tensor,
     use_wide_activations,
     with_8_bit_weights,
@@ -169,6 +170,7 @@ def _quantize(
             model = fp16_from_onnx(_copied(spec, work / "fp16"), config, calibration)
         else:
             model, reports = _to_8_bits(spec, config, calibration, evaluation, work, model_folder)
+        share_equal_weights(model)
         save_graph(model, graph)
     found = found_precision(graph)
     prove(config, found)
@@ -219,14 +221,12 @@ def _to_8_bits(
     if config.weight_only:  # no ranges
         return finished(model, config), reports
     curve = calibration_curve(model, points[method], error_of)
-    lengths = [length_of(row) for row in calibration.rows]
     reports["calibration"] = {
         "method": method,
         "errors": errors,
         "growth": growth,
         "rows": len(calibration.rows),
-        "shortest": min(lengths),
-        "longest": max(lengths),
+        "elements": lengths_of(calibration.rows),
         "curve": curve,
         "conclusion": would_more_help(curve),
     }
@@ -324,9 +324,17 @@ def show(result: dict[str, Any], high: str) -> None:
             Console(width=max(Console().width, 100)).print(shares_table(report, result["precision"], high))
 
 
+def _lengths(elements: Mapping[str, Sequence[int]]) -> str:
+    """Inputs of which a row holds more or less, those that go together named together."""
+    together: dict[tuple[int, ...], list[str]] = {}
+    for name, ends in elements.items():
+        together.setdefault(tuple(ends), []).append(name)
+    varied = [f"{' and '.join(names)}: {least} to {most}" for (least, most), names in together.items() if least < most]
+    return f"elements of {', '.join(varied)}" if varied else "all of one size"
+
+
 def _show_calibration(report: dict[str, Any]) -> None:
-    lengths = f"lengths {report['shortest']} to {report['longest']}"
-    print(f"calibration: {report['rows']} rows ({lengths}), by {report['method']}")
+    print(f"calibration: {report['rows']} rows ({_lengths(report['elements'])}), by {report['method']}")
     if report["errors"]:
         print(
             "calibration: output error "

@@ -12,12 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from deepseek.onnxruntime_session import ProviderError, open_session
 from deepseek.spec import DeploymentSpec, InputError, Precision, Target
 from export.artifact import Row, batches, engine_path, filled, join, need, onnx_path, read_manifest
 from export.source import Predict, Source
+
+# Optimizers of ONNX Runtime 1.32.0 that a graph with values of a type has to do without.
+_FAULTY = {
+    # Moving a Transpose past the Cast to fp32 that a CPU needs, it leaves a node without a definition, which the layout
+    # optimizer after it reads: a null pointer (microsoft/onnxruntime#28392; vision Transformers have it).
+    onnx.TensorProto.FLOAT16: "MatmulTransposeFusion",
+    # Takes fp8 for uint8, and so a Relu before QuantizeLinear for one that its range implies: negative values pass.
+    onnx.TensorProto.FLOAT8E4M3FN: "ReluQuantRewrite",
+}
 
 
 def torch_runner(spec: DeploymentSpec, source: Source) -> Predict:
@@ -38,16 +48,28 @@ def module_runner(spec: DeploymentSpec, model: Any) -> Predict:
     return predict
 
 
-def onnx_runner(spec: DeploymentSpec, path: Path, target: Target) -> Predict:
-    """The graph in ONNX Runtime with the threads that one served instance has."""
+def optimizers_left_out(path: Path) -> list[str]:
+    """Optimizers of ONNX Runtime that the graph at `path` has to do without, here and where it is served."""
+    graph = onnx.load(path, load_external_data=False).graph
+    types = {tensor.data_type for tensor in graph.initializer}
+    types |= {value.type.tensor_type.elem_type for value in [*graph.input, *graph.value_info]}
+    types |= {attribute.i for node in graph.node if node.op_type == "Cast" for attribute in node.attribute}
+    return [optimizer for type_, optimizer in _FAULTY.items() if type_ in types]
+
+
+def onnx_runner(spec: DeploymentSpec, path: Path, target: Target, *, optimized: bool = True) -> Predict:
+    """The graph in ONNX Runtime with the threads that one served instance has; not `optimized`, as it is written."""
     batching = spec.for_target(target).batching
     options = onnxruntime.SessionOptions()
     options.inter_op_num_threads = 1
     options.intra_op_num_threads = batching.threads or max(1, len(os.sched_getaffinity(0)) // batching.instances)
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # or idle threads slow the next variant
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        opened = open_session(path, options, spec.onnxruntime.provider, spec.provider_options)
+        left_out = optimizers_left_out(path)
+        opened = open_session(path, options, spec.onnxruntime.provider, spec.provider_options, left_out=left_out)
     except ProviderError as error:
         raise InputError(str(error)) from None
     except Exception as error:

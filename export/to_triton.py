@@ -133,12 +133,12 @@ def _set_backend(config: ModelConfig, spec: DeploymentSpec, target: Target, devi
 def _leave_out(config: ModelConfig, optimizers: Sequence[str]) -> None:
     """Has ONNX Runtime do without some of its optimizers.
 
-    Triton's own backend has no switch for one: on a CPU it stops at the extended ones, before the layout's.
+    Triton's own backend has no switch for one: on a CPU it stops at the basic ones there, which these are not among.
     """
     if config.backend == "python":
         config.parameters["left_out"].string_value = " ".join(optimizers)
     elif config.instance_group[0].kind != ModelInstanceGroup.KIND_GPU:
-        config.optimization.graph.level = 1
+        config.optimization.graph.level = -1
 
 
 def cuda_graph_batches(spec: DeploymentSpec) -> list[int]:

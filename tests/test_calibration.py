@@ -11,8 +11,9 @@ import onnx
 import pytest
 
 from deepseek.spec import Axis, DeploymentSpec, InputError
-from export.calibration import Calibration, length_of, pool_size, read_rows, stratified
+from export.calibration import Calibration, length_of, lengths_of, pool_size, read_rows, stratified
 from export.curve import MOST_GROWTH, Ranges, ranges_by_samples, would_more_help
+from export.quantize import _lengths
 
 IMAGE, TEXT = (DeploymentSpec.load(f"tests/models/{name}") for name in ("image", "text"))
 BATCH = Axis(min=1, opt=4, max=8)
@@ -31,6 +32,13 @@ def test_few_long_rows_among_many_short_ones_are_all_taken(width: int) -> None:
         lengths = [length_of(each) for each in stratified(rows, limit)]
         assert len(lengths) == limit
         assert {40, 64} < set(lengths)
+
+
+def test_lengths_are_told_by_input_and_inputs_of_one_size_not_at_all() -> None:
+    rows = [{**row(length), "mask": np.ones((1, length)), "image": np.ones((1, 9))} for length in (3, 7, 5)]
+    assert lengths_of(rows) == {"ids": (3, 7), "mask": (3, 7), "image": (9, 9)}
+    assert _lengths(lengths_of(rows)) == "elements of ids and mask: 3 to 7"
+    assert _lengths(lengths_of(rows[:1])) == "all of one size"
 
 
 def test_rows_of_one_length_are_spread_over_the_file() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from export.artifact import refuse
 from tests.conftest import run_module
 
 pytest.importorskip("tensorrt_rtx")
@@ -48,3 +49,29 @@ def test_an_empty_folder_of_models_is_one_line(tmp_path: Path) -> None:
     run = run_module("export.check_engine", "--models", str(tmp_path))
     assert run.returncode == 2
     assert run.stderr == f"error: {tmp_path}: no model folder in it; one holds deploy.toml and model.py\n"
+
+
+@pytest.mark.parametrize(
+    ("candidates", "flags", "summary"),
+    [
+        ('["fp32"]', (), "1 of 4 hold, 3 refused, of which deploy.toml wants none"),
+        ('["fp8"]', (), "1 of 4 hold, 1 failed, 2 refused, of which deploy.toml wants none"),
+        ('["fp32"]', ("--precision", "fp32", "--precision", "fp8"), "1 of 2 hold, 1 failed"),
+    ],
+    ids=["not wanted", "a candidate", "asked for by name"],
+)
+def test_a_refused_precision_is_shown_and_fails_where_it_was_wanted(
+    built: Path, tmp_path: Path, candidates: str, flags: tuple[str, ...], summary: str
+) -> None:
+    shutil.copytree(built / "build" / "image" / "fp32", tmp_path / "build" / "image" / "fp32")
+    for precision in ("fp16", "int8", "fp8"):
+        refuse(tmp_path / "build" / "image" / precision / "model.onnx", "nothing of it is large enough")
+    shutil.copytree("tests/models/image", tmp_path / "models" / "image")
+    toml = tmp_path / "models" / "image" / "deploy.toml"
+    toml.write_text(toml.read_text().replace('["fp16", "int8"]', candidates))
+    flags = ("--models", str(tmp_path / "models"), "--model", "image", *flags)
+    run = run_module("export.check_engine", *flags, BUILD=str(tmp_path / "build"))
+    assert run.returncode == ("failed" in summary), run.stderr
+    assert summary in run.stdout
+    assert "nothing of it is large enough" in run.stdout
+    assert ("image fp8" in run.stderr) == ("failed" in summary)

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -17,7 +18,7 @@ from deepseek.spec import DeploymentSpec, GateFailed, InputError, build_dir
 from export.artifact import load_rows
 from export.calibration import Calibration
 from export.ptq import qdq_from_onnx
-from export.qdq import found_precision, quantized_layers
+from export.qdq import found_precision, quantized_layers, share_equal_weights
 from export.quantize import prove, quantize_model
 from export.runners import onnx_runner, outputs_of
 from export.sensitivity import output_error
@@ -215,3 +216,24 @@ def test_every_int8_product_runs_in_integers_in_onnx_runtime(built: Path, tmp_pa
     dequantized = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
     assert dequantized == [], "weights dequantized at every call"
     assert {"MatMulIntegerToFloat", "QLinearMatMul"} & {node.op_type for node in graph.node}
+
+
+def test_equal_weights_are_kept_once_whoever_reads_them() -> None:
+    weight = np.arange(256, dtype=np.float32).reshape(16, 16)
+    values: dict[str, np.ndarray] = {
+        "first": weight,
+        "same": weight,
+        "half": weight.astype(np.float16),
+        "turned": weight.T.copy(),
+    }
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in values.items()]
+    inner = onnx.helper.make_node("MatMul", ["x", "same"], ["y"])
+    branch = onnx.helper.make_graph([inner], "branch", [], [onnx.helper.make_tensor_value_info("y", 1, None)])
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "first"], ["a"]),
+        onnx.helper.make_node("If", ["which"], ["b"], then_branch=branch, else_branch=branch),
+    ]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "graph", [], [], tensors))
+    share_equal_weights(model)
+    assert {tensor.name for tensor in model.graph.initializer} == {"first", "half", "turned"}
+    assert [attribute.g.node[0].input[1] for attribute in model.graph.node[1].attribute] == ["first", "first"]
