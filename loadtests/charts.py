@@ -2,12 +2,15 @@
 
 Contract: a chart is one `<figure>`, its legend and an `<svg>`, with no outside resource and no script.
 Colours come from the page: each mark has a class, which the page's CSS gives a colour for light and for
-dark. Charts are small enough (460 units wide) to be read on a phone.
+dark. Charts are small enough (460 units wide) to be read on a phone. Figures appear beside a point (`tip`) that the
+pointer or the Tab key is on; the page's CSS shows them. Plotting libraries were weighed: those that make a page by
+themselves bring megabytes of script, those that make SVG alone fix their colours, and a dark page needs others.
 
 Example:
     chart = Chart(x=Scale(0, 20), y=Scale(0, 120), label="Answers per second")
     chart.axes(x_unit=" s", y_unit="/s")
     chart.line([(0, 99), (1, 101)], "intended")
+    chart.tip(1, ["second 1", "101 answers"])
     chart.legend("intended", "answers")
     html = chart.figure()
 """
@@ -15,12 +18,15 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
 WIDTH, HEIGHT = 460, 240
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 22, 26
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 24, 26
+TITLE = 17  # room below the figures of the x axis for what they are
+TAB_STOPS = 6  # of a chart: more would make a long way through the page
+CHARACTER, LINE = 8.2, 18  # widest mean width, and height, of a tip's text on any screen
 
 Point = tuple[float, float]
 
@@ -75,8 +81,10 @@ class Chart:
     y: Scale
     label: str
     height: int = HEIGHT
+    x_title: str = ""
     _parts: list[str] = field(default_factory=list)
     _legend: list[str] = field(default_factory=list)
+    _tips: list[tuple[float, float | None, list[str]]] = field(default_factory=list)
 
     def _at_x(self, value: float) -> float:
         return LEFT + self.x.share(value) * (WIDTH - LEFT - RIGHT)
@@ -98,6 +106,8 @@ class Chart:
             anchor = "end" if at_x > WIDTH - RIGHT - 16 else "middle"
             self._text(WIDTH - 1 if anchor == "end" else at_x, self.height - BOTTOM + 16, text, anchor)
         self._text(0, 11, y_unit, "start")
+        if self.x_title:
+            self._text(WIDTH - RIGHT, self.height - BOTTOM + 16 + TITLE, self.x_title, "end")
         self._parts.append(f'<path class="axis" d="M{LEFT} {self.height - BOTTOM}H{WIDTH - RIGHT}"/>')
 
     def line(self, points: Sequence[Point], css: str) -> None:
@@ -121,6 +131,16 @@ class Chart:
                 path.append(f"M{x:.1f} {base}V{y:.1f}H{max(self._at_x(right) - 0.6, x + 0.6):.1f}V{base}Z")
         self._parts.append(f'<path class="area {css}" d="{"".join(path)}"/>')
 
+    def stack(self, edges: Sequence[float], layers: Mapping[str, Sequence[float]]) -> None:
+        """Bars on top of one another, the first at the bottom."""
+        tops = [0.0] * (len(edges) - 1)
+        drawn = []
+        for css, heights in layers.items():
+            tops = [top + height for top, height in zip(tops, heights, strict=True)]
+            drawn.append((css, tops))
+        for css, heights in reversed(drawn):  # each hides the lower part of the one before
+            self.bars(edges, heights, css)
+
     def outline(self, edges: Sequence[float], heights: Sequence[float], css: str) -> None:
         """The same as a line over the tops."""
         steps = zip(edges[:-1], edges[1:], heights, strict=True)
@@ -131,6 +151,26 @@ class Chart:
         y = self._at_y(value)
         self._parts.append(f'<path class="line limit" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         self._text(WIDTH - RIGHT, y - 5, text, "end", "tick limit-text")
+
+    def at(self, value: float, text: str, css: str) -> None:
+        """A vertical line at a place of the x axis, with a word beside it."""
+        x = self._at_x(value)
+        self._parts.append(f'<path class="line {css}" d="M{x:.1f} {TOP}V{self.height - BOTTOM}"/>')
+        left = x > (WIDTH + LEFT) / 2
+        self._text(x - 5 if left else x + 5, TOP + 12, text, "end" if left else "start", f"tick {css}-text")
+
+    def point(self, x: float, y: float, css: str, shape: str = "circle", tip: Sequence[str] = ()) -> None:
+        """One measured thing: a circle, ring, cross, diamond or star."""
+        at_x, at_y = self._at_x(x), self._at_y(y)
+        self._parts.append(
+            f'<path class="point {shape} {css}" transform="translate({at_x:.1f} {at_y:.1f})" d="{SHAPES[shape]}"/>'
+        )
+        if tip:
+            self._tips.append((at_x, at_y, list(tip)))
+
+    def tip(self, x: float, lines: Sequence[str]) -> None:
+        """Figures of the place `x`, shown while the pointer is nearest to it."""
+        self._tips.append((self._at_x(x), None, list(lines)))
 
     def mark(self, x: float, y: float, css: str, text: str = "") -> None:
         """A diamond, with a word above it on the left."""
@@ -153,16 +193,60 @@ class Chart:
 
     def figure(self) -> str:
         """The whole element."""
+        height = self.height + (TITLE if self.x_title else 0)
         return (
             f"<figure><figcaption>{''.join(self._legend)}</figcaption>"
-            f'<svg viewBox="0 0 {WIDTH} {self.height}" role="img" aria-label="{escape(self.label)}">'
-            f"{''.join(self._parts)}</svg></figure>"
+            f'<svg viewBox="0 0 {WIDTH} {height}" role="group" aria-label="{escape(self.label)}">'
+            f"{''.join(self._parts)}{''.join(self._drawn_tips())}</svg></figure>"
+        )
+
+    def _drawn_tips(self) -> Iterator[str]:
+        tips = sorted(self._tips, key=lambda tip: tip[0])
+        stop_each = max(1, math.ceil(len(tips) / TAB_STOPS))
+        places = [x for x, y, _ in tips if y is None]
+        for index, (x, y, lines) in enumerate(tips):
+            stop = ' tabindex="0"' if index % stop_each == stop_each // 2 else ""
+            yield f'<g class="tip" role="img" aria-label="{escape(", ".join(lines))}"{stop}>'
+            yield self._hit(x, y, places)
+            yield self._bubble(x, lines)
+            yield "</g>"
+
+    def _hit(self, x: float, y: float | None, places: list[float]) -> str:
+        """Where the pointer is on a tip: around a point, or up to halfway to the next places."""
+        if y is not None:
+            return f'<circle class="hit" cx="{x:.1f}" cy="{y:.1f}" r="10"/>'
+        left = max([place for place in places if place < x], default=2 * LEFT - x)
+        right = min([place for place in places if place > x], default=2 * (WIDTH - RIGHT) - x)
+        start, height = max((left + x) / 2, LEFT), self.height - TOP - BOTTOM
+        width = min((x + right) / 2, WIDTH - RIGHT) - start
+        return f'<rect class="hit" x="{start:.1f}" y="{TOP}" width="{max(width, 1):.1f}" height="{height}"/>'
+
+    def _bubble(self, x: float, lines: list[str]) -> str:
+        width = min(CHARACTER * max(map(len, lines)) + 16, WIDTH - 4)
+        left = x - width - 8 if x > (WIDTH + LEFT) / 2 else x + 8
+        left = min(max(left, 2), WIDTH - width - 2)
+        rows = "".join(
+            f'<text x="{left + 8:.1f}" y="{TOP + 2 + LINE * row:.1f}">{escape(line)}</text>'
+            for row, line in enumerate(lines, start=1)
+        )
+        return (
+            f'<g class="bubble"><path class="hair" d="M{x:.1f} {TOP}V{self.height - BOTTOM}"/>'
+            f'<rect x="{left:.1f}" y="{TOP}" width="{width:.1f}" height="{LINE * len(lines) + 12}" rx="5"/>{rows}</g>'
         )
 
 
-def stacked_bar(parts: Sequence[tuple[str, float]], label: str) -> str:
-    """One horizontal bar of shares; `parts` are CSS class and size."""
-    total = sum(size for _, size in parts) or 1
+SHAPES = {
+    "circle": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0Z",
+    "ring": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0Z",
+    "cross": "M-4 -4L4 4M4 -4L-4 4",
+    "diamond": "M0 -5.5L5.5 0L0 5.5L-5.5 0Z",
+    "star": "M0 -7.5L2 -2.4L7.2 -2.2L3.2 1.1L4.5 6.2L0 3.3L-4.5 6.2L-3.2 1.1L-7.2 -2.2L-2 -2.4Z",
+}
+
+
+def stacked_bar(parts: Sequence[tuple[str, float]], label: str, whole: float = 0.0) -> str:
+    """One horizontal bar; `parts` are CSS class and size, `whole` is the size of its full length (default: theirs)."""
+    total = whole or sum(size for _, size in parts) or 1
     x, pieces = 0.0, []
     for css, size in parts:
         width = size / total * WIDTH

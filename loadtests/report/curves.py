@@ -1,0 +1,286 @@
+"""The charts of one run, or of several laid over each other.
+
+Contract: each function gives one `<figure>`. Of one run both latencies are drawn, intended and service; of several the
+judged one of each. Latencies over time are of requests by their planned second; long runs are drawn in wider steps,
+whose histograms are added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from deepseek.spec import SloSpec
+from loadtests.charts import Chart, Point, Scale, up_to
+from loadtests.report.page import ms
+from loadtests.report.verdict import LETTERS
+from loadtests.results import Latency, Run, Stretch
+from loadtests.slo import latency_limits
+
+TAIL = (50, 90, 99, 99.9, 99.99, 99.999)  # percentiles named below the tail chart
+WORDS = {"intended": "from the planned send", "service": "from the actual send"}
+STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600)
+MOST_STEPS = 120  # of a chart over time
+KINDS = 5  # of failures that have a colour of their own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One latency of one run."""
+
+    run: Run
+    kind: Latency
+    css: str
+    name: str
+
+
+def curves(runs: Sequence[Run]) -> list[Curve]:
+    """What is drawn, the judged latency first."""
+    if len(runs) > 1:
+        return [Curve(run=run, kind=run.judged, css=f"run{x}", name=x) for x, run in zip(LETTERS, runs, strict=False)]
+    kinds: tuple[Latency, ...] = ("intended", "service") if runs[0].settings.open_loop else ("service",)
+    return [Curve(run=runs[0], kind=kind, css=kind, name=kind) for kind in kinds]
+
+
+def _latency_scale(values: Sequence[float], limits: Sequence[float]) -> Scale:
+    """Logarithmic where the values differ much."""
+    finite = [value for value in values if math.isfinite(value)] + list(limits)
+    low, high = min(finite, default=1), max(finite, default=1)
+    return Scale(max(low, 0.01) / 1.3, high * 1.4, log=True) if high > 30 * low else up_to(finite, 1.15)
+
+
+def percentiles(runs: Sequence[Run], slo: SloSpec) -> str:
+    """Latency at every percentile; the x axis gives each further nine the same room."""
+    drawn = curves(runs)
+    found = {curve.name: curve.run.window.latency(curve.kind) for curve in drawn}
+    last = max(99.0, *(100 * (1 - 1 / max(1, run.window.planned)) for run in runs))
+    position = lambda percent: -math.log10(1 - percent / 100)  # noqa: E731
+    percents = [100 * (1 - 10**-step) for step in np.linspace(0, position(last), 300)]
+    points = {
+        name: [(position(percent), latency.percentile_ms(percent)) for percent in percents]
+        for name, latency in found.items()
+    }
+    limits = latency_limits(slo)
+    values = [y for curve in points.values() for _, y in curve]
+    chart = Chart(
+        Scale(0, position(last)),
+        _latency_scale(values, list(limits.values())),
+        "Latency by percentile",
+        x_title="share of requests answered at least as fast",
+    )
+    ticks = [(position(percent), f"{percent:g}%") for percent in TAIL if percent <= last]
+    chart.axes(x_unit="", y_unit="latency, ms", x_ticks=ticks)
+    for curve in reversed(drawn):
+        chart.line(points[curve.name], curve.css)
+    for percent, limit in limits.items():
+        if percent <= last:
+            chart.mark(position(percent), limit, "limit", f"p{percent:g} limit")
+    for curve in drawn:
+        chart.legend(curve.css, curve.name if len(runs) > 1 else f"{curve.name}: {WORDS[curve.kind]}")
+    for percent in (25, 50, 75, 90, 95, 99, 99.5, 99.9, 99.95, 99.99, 99.999):
+        if percent <= last:
+            lines = [f"{name} {ms(latency.percentile_ms(percent))}" for name, latency in found.items()]
+            chart.tip(position(percent), [f"p{percent:g}", *lines])
+    return chart.figure()
+
+
+def distribution(runs: Sequence[Run]) -> str:
+    """How many requests took how long, on a logarithmic axis."""
+    drawn = curves(runs)
+    found = {curve.name: curve.run.window.latency(curve.kind) for curve in drawn}
+    low = min((x for each in found.values() if math.isfinite(x := each.percentile_ms(0))), default=1)
+    high = max((x for each in found.values() if math.isfinite(x := each.max_ms)), default=10)
+    edges = np.geomspace(max(low, 0.01) / 1.15, max(high, low * 2) * 1.15, 49)
+    heights = {name: each.density(edges) for name, each in found.items()}
+    top = up_to(np.concatenate(list(heights.values())))
+    chart = Chart(Scale(edges[0], edges[-1], log=True), top, "Distribution of latency", x_title="latency (logarithmic)")
+    chart.axes(x_unit=" ms", y_unit="requests")
+    first, *others = drawn
+    if others and len(runs) > 1:
+        others = drawn
+    else:
+        chart.bars(edges.tolist(), heights[first.name].tolist(), first.css)
+    for curve in others:
+        chart.outline(edges.tolist(), heights[curve.name].tolist(), curve.css)
+    for curve in drawn:
+        chart.legend(curve.css, curve.name)
+    for index in range(0, len(edges) - 1, 3):
+        lines = [f"{name}: {count[index : index + 3].sum():,}" for name, count in heights.items()]
+        end = edges[min(index + 3, len(edges) - 1)]
+        chart.tip(math.sqrt(edges[index] * end), [f"{ms(edges[index])} to {ms(end)}", *lines])
+    return chart.figure()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stretch of a run, as charts over time draw it."""
+
+    start_s: float
+    end_s: float
+    stretch: Stretch
+
+    @property
+    def middle_s(self) -> float:
+        """Where its figures stand."""
+        return (self.start_s + self.end_s) / 2
+
+    @property
+    def name(self) -> str:
+        """For a tip."""
+        width = self.end_s - self.start_s
+        return f"second {self.start_s:g}" if width == 1 else f"seconds {self.start_s:g} to {self.end_s:g}"
+
+
+def step_s(runs: Sequence[Run]) -> float:
+    """How many seconds are drawn as one."""
+    longest = max(run.settings.warmup_s + run.settings.duration_s for run in runs)
+    return float(next((step for step in STEPS_S if longest / step <= MOST_STEPS), STEPS_S[-1]))
+
+
+def steps(run: Run, width_s: float) -> list[Step]:
+    """The run from its warm-up to the end of the window."""
+    parts: dict[int, list] = {}
+    for second in run.seconds:
+        if second.second < run.settings.duration_s:
+            parts.setdefault(math.floor(second.second / width_s), []).append(second)
+    found = []
+    for number, seconds in sorted(parts.items()):
+        start = max(number * width_s, -math.ceil(run.settings.warmup_s))
+        end = min((number + 1) * width_s, run.settings.duration_s)
+        found.append(Step(start, end, Stretch(run.settings, seconds, end - start)))
+    return found
+
+
+def _over_time(runs: Sequence[Run], y: Scale, label: str) -> Chart:
+    warmup_s = max(run.settings.warmup_s for run in runs)
+    end_s = max(run.settings.duration_s for run in runs)
+    return Chart(Scale(-warmup_s, end_s), y, label, x_title="seconds since measuring began")
+
+
+def _time_axes(chart: Chart, runs: Sequence[Run], y_unit: str) -> None:
+    warmup_s = max(run.settings.warmup_s for run in runs)
+    if warmup_s:
+        chart.shade(-warmup_s, 0, "warm-up")
+    ticks = Scale(0, max(run.settings.duration_s for run in runs)).ticks(6)
+    chart.axes(x_unit="", y_unit=y_unit, x_ticks=[(value, f"{value:g}") for value in ticks])
+
+
+def latency_over_time(runs: Sequence[Run], slo: SloSpec) -> str:
+    """p99 by planned time, with the SLO's line, and of one run the median."""
+    width = step_s(runs)
+    judged = curves(runs)[: len(runs)]
+    shown = {
+        curve.name: [(step, step.stretch.latency(curve.kind)) for step in steps(curve.run, width)] for curve in judged
+    }
+    limits = latency_limits(slo)
+    tails = {name: [(step.middle_s, found.percentile_ms(99)) for step, found in each] for name, each in shown.items()}
+    medians = [(step.middle_s, found.percentile_ms(50)) for step, found in next(iter(shown.values()))]
+    values = [y for each in [*tails.values(), medians] for _, y in each]
+    chart = _over_time(runs, _latency_scale(values, list(limits.values())), "Latency over time")
+    _time_axes(chart, runs, "latency, ms")
+    if limits:
+        highest = max(limits)
+        chart.limit(limits[highest], f"SLO: p{highest:g} {ms(limits[highest])}")
+    if len(runs) == 1:
+        chart.line(medians, "median")
+    for curve in judged:
+        _tail_line(chart, tails[curve.name], curve.css)
+        each = f"p99 of each {'second' if width == 1 else f'{width:g} s'}, {curve.kind}"
+        chart.legend(curve.css, each if len(runs) == 1 else f"{curve.name}, p99")
+    if len(runs) == 1:
+        chart.legend("median", "median")
+    if any(math.isinf(y) for each in tails.values() for _, y in each):
+        chart.legend("failed", "✕ over 1 % not answered")
+    _time_tips(chart, shown)
+    return chart.figure()
+
+
+def _tail_line(chart: Chart, points: Sequence[Point], css: str) -> None:
+    """A line, and a cross at the top for each step in which so many failed that there is no p99."""
+    chart.line(points, css)
+    for x, y in points:
+        if math.isinf(y):
+            chart.point(x, chart.y.high, "failed", "cross")
+
+
+def _time_tips(chart: Chart, shown: dict[str, list]) -> None:
+    lines: dict[str, tuple[float, list[str]]] = {}
+    for name, each in shown.items():
+        for step, found in each:
+            if found.total:
+                own = f"p99 {ms(found.percentile_ms(99))}, p50 {ms(found.percentile_ms(50))}"
+                text = own if len(shown) == 1 else f"{name}: {own}"
+                lines.setdefault(step.name, (step.middle_s, []))[1].append(text)
+    for name, (middle_s, texts) in lines.items():
+        chart.tip(middle_s, [name, *texts])
+
+
+def rate_over_time(runs: Sequence[Run]) -> str:
+    """Requests planned and good answers a second; of one run the failures, too."""
+    width = step_s(runs)
+    by_run = [(run, steps(run, width)) for run in runs]
+    rates = [(s.stretch.planned / (s.end_s - s.start_s), s.stretch.throughput_rps) for _, each in by_run for s in each]
+    chart = _over_time(runs, up_to([max(pair) for pair in rates]), "Rate planned and achieved")
+    _time_axes(chart, runs, "requests/s")
+    for curve, (run, each) in zip(curves(runs)[: len(runs)], by_run, strict=True):
+        if not each:
+            continue
+        edges = [*(step.start_s for step in each), each[-1].end_s]
+        if len(runs) == 1:
+            chart.bars(edges, [s.stretch.failed / (s.end_s - s.start_s) for s in each], "failed")
+        if run.settings.open_loop:
+            chart.outline(edges, [s.stretch.planned / (s.end_s - s.start_s) for s in each], "planned")
+        chart.outline(edges, [s.stretch.throughput_rps for s in each], curve.css)
+        chart.legend(curve.css, "good answers" if len(runs) == 1 else f"{curve.name}, good answers")
+    if any(run.settings.open_loop for run in runs):
+        chart.legend("planned", "planned")
+    if len(runs) == 1:
+        chart.legend("failed", "failed")
+    _rate_tips(chart, by_run)
+    return chart.figure()
+
+
+def _rate_tips(chart: Chart, by_run: Sequence[tuple[Run, list[Step]]]) -> None:
+    lines: dict[str, tuple[float, list[str]]] = {}
+    for letter, (run, each) in zip(LETTERS, by_run, strict=False):
+        for step in each:
+            own = step.stretch
+            planned = f"{own.planned / (step.end_s - step.start_s):.4g} planned, " if run.settings.open_loop else ""
+            text = f"{planned}{own.throughput_rps:.4g} answered, {own.failed} failed"
+            text = text if len(by_run) == 1 else f"{letter}: {text}"
+            lines.setdefault(step.name, (step.middle_s, []))[1].append(text)
+    for name, (middle_s, texts) in lines.items():
+        chart.tip(middle_s, [name, *texts])
+
+
+def failures_over_time(run: Run) -> str:
+    """Errors and drops by kind; "" where no request of the run failed."""
+    each = steps(run, step_s([run]))
+    kinds: Counter[str] = sum((step.stretch.errors for step in each), Counter())
+    if not kinds:
+        return ""
+    named = [kind for kind, _ in kinds.most_common(KINDS)]
+    layers = {
+        f"kind{number}": [step.stretch.errors[kind] / (step.end_s - step.start_s) for step in each]
+        for number, kind in enumerate(named, start=1)
+    }
+    if len(kinds) > KINDS:
+        layers["kind6"] = [
+            sum(count for kind, count in step.stretch.errors.items() if kind not in named) / (step.end_s - step.start_s)
+            for step in each
+        ]
+    tops = [sum(layer[index] for layer in layers.values()) for index in range(len(each))]
+    chart = _over_time([run], up_to(tops), "Failures over time by kind")
+    _time_axes(chart, [run], "failures/s")
+    chart.stack([*(step.start_s for step in each), each[-1].end_s], layers)
+    for css, name in zip(layers, [*named, "others"], strict=False):
+        chart.legend(css, name)
+    for step in each:
+        if step.stretch.errors:
+            lines = [f"{kind} {count}" for kind, count in step.stretch.errors.most_common(KINDS)]
+            chart.tip(step.middle_s, [step.name, *lines])
+    return chart.figure()

@@ -1,0 +1,183 @@
+"""The tables of a run: where the time goes, percentiles, failures, the generator's health, settings, machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from loadtests import server_statistics
+from loadtests.charts import stacked_bar
+from loadtests.report.curves import curves, failures_over_time
+from loadtests.report.page import facts, ms, numbers, sentence
+from loadtests.report.verdict import LETTERS, split_of
+from loadtests.results import Run
+from loadtests.server_statistics import Split
+
+PARTS = {
+    "queue": "waiting in Triton's queue",
+    "compute_input": "preparing inputs",
+    "compute_infer": "the model",
+    "compute_output": "preparing outputs",
+    "cache": "Triton's response cache",
+    "rest": "client, network and the rest",
+}
+UNKNOWN = "<p>Not available: the server does not give its statistics over this connection.</p>"
+
+
+def _rows(split: Split) -> list[tuple[str, float]]:
+    return [*split.parts.items(), ("rest", split.outside)]
+
+
+def server(run: Run) -> str:
+    """The split of the mean request, in a sentence, a bar and figures."""
+    split = split_of(run)
+    if split is None:
+        return UNKNOWN
+    rows = _rows(split)
+    legend = "".join(
+        f"<tr><td><i class='swatch {css}'></i>{PARTS[css]}</td><td>{ms(value)}</td>"
+        f"<td>{_share(value, split.total)}</td></tr>"
+        for css, value in rows
+    )
+    bar = stacked_bar(rows, "Where the mean request spends its time")
+    told = f"<p class='told'>{sentence(split.sentence)}</p>"
+    return f"{told}{bar}<table class='numbers split'>{legend}</table>{facts(_batches(run))}"
+
+
+def _share(value: float, whole: float) -> str:
+    return f"{value / whole:.0%}" if whole else "-"
+
+
+def _batches(run: Run) -> list[tuple[str, object]]:
+    statistics = run.server["statistics"]
+    executions = max(1, statistics["execution_count"])
+    batches = sorted((int(size), times / executions) for size, times in statistics["batches"].items())
+    common = ", ".join([f"{size} ({share:.0%})" for size, share in batches if share >= 0.005][:8])
+    found: list[tuple[str, object]] = [
+        ("mean batch", f"{server_statistics.mean_batch(statistics):.2f}"),
+        ("batch sizes", common or "-"),
+        ("executions", f"{statistics['execution_count']:,} for {statistics['success']['count']:,} requests"),
+        ("rejected or failed", f"{statistics['fail']['count']:,}"),
+    ]
+    hits, misses = (statistics.get(name, {}).get("count", 0) for name in ("cache_hit", "cache_miss"))
+    if hits + misses:
+        found.append(("cache hits", f"{hits:,} of {hits + misses:,} ({hits / (hits + misses):.0%})"))
+    return found
+
+
+def servers(runs: Sequence[Run]) -> str:
+    """The splits of several runs as bars to one scale."""
+    splits = [(letter, split_of(run)) for letter, run in zip(LETTERS, runs, strict=False)]
+    longest = max((split.total for _, split in splits if split), default=0.0)
+    if not longest:
+        return UNKNOWN
+    bars = "".join(
+        f"<div class='row'><b>{letter}</b>{stacked_bar(_rows(split), f'Split of run {letter}', longest)}</div>"
+        for letter, split in splits
+        if split
+    )
+    keys = dict.fromkeys(css for _, split in splits if split for css, _ in _rows(split))
+    legend = "".join(f"<span><i class='swatch {css}'></i>{PARTS[css]}</span>" for css in keys)
+    head = ["", *(letter for letter, split in splits if split)]
+    table = [(PARTS[css], *(ms(dict(_rows(split)).get(css, 0.0)) for _, split in splits if split)) for css in keys]
+    told = "".join(f"<p><b>{letter}.</b> {sentence(split.sentence)}</p>" for letter, split in splits if split)
+    return f"<div class='legend'>{legend}</div>{bars}{numbers(head, table)}{told}"
+
+
+def percentiles(runs: Sequence[Run]) -> str:
+    """The figures under the curves, for those who want to copy them."""
+    found = {curve.name: curve.run.window.latency(curve.kind) for curve in curves(runs)}
+    rows = [
+        (f"p{percent:g}", *(ms(each.percentile_ms(percent)) for each in found.values()))
+        for percent in (50, 75, 90, 95, 99, 99.9, 99.99)
+    ]
+    rows.append(("slowest", *(ms(each.max_ms) for each in found.values())))
+    rows.append(("mean", *(ms(each.mean_ms) for each in found.values())))
+    return numbers(["", *found], rows)
+
+
+def lengths(run: Run) -> str:
+    """Latency by the length of what was sent; "" where all inputs are of one length."""
+    if not run.lengths:
+        return ""
+    rows = [
+        (
+            name,
+            f"{part.planned:,}",
+            ms((found := part.latency(run.judged)).percentile_ms(50)),
+            ms(found.percentile_ms(99)),
+        )
+        for name, part in run.lengths.items()
+    ]
+    return numbers([run.judged, "requests", "p50", "p99"], rows)
+
+
+def failures(run: Run) -> str:
+    """Errors and drops by kind, over time and in all."""
+    if not run.window.failed:
+        in_warmup = failures_over_time(run)
+        when = " in the measured time" if in_warmup else ""
+        return f"<p class='good'>No request failed{when}: all {run.window.ok:,} were answered.</p>{in_warmup}"
+    rows = [(kind, f"{count:,} ({count / run.window.planned:.2%})") for kind, count in run.window.errors.most_common()]
+    return failures_over_time(run) + facts(rows)
+
+
+def generator(run: Run) -> str:
+    """Whether the generator itself was fit to measure."""
+    lag = run.window.latency("lag")
+    rows: list[tuple[str, object]] = [
+        (name.replace("_cpu", " CPU"), f"{share:.0%}") for name, share in run.generator.items() if name.endswith("_cpu")
+    ]
+    if run.settings.open_loop:
+        rows.insert(0, ("requests taken up in time", f"{run.window.attempted_share:.2%}"))
+        rows.insert(1, ("send lag p50 / p99", f"{ms(lag.percentile_ms(50))} / {ms(lag.percentile_ms(99))}"))
+        rows.append(("real-time priority", "yes" if run.generator.get("precedence") else "not permitted"))
+    if run.generator.get("workers", 1) > 1:
+        rows.append(("workers", f"{run.generator['workers']}, {run.generator.get('workers_lost', 0)} lost"))
+    return facts(rows)
+
+
+def settings(run: Run) -> str:
+    """All that decides what the run did."""
+    own = run.settings
+    rows: list[tuple[str, object]] = [
+        ("started", run.started_at.replace("T", " ").replace("+00:00", " UTC")),
+        ("model, version", f"{own.model}, {run.server.get('version') or '-'}"),
+        ("target, precision", f"{own.target}, {(run.server.get('parameters') or {}).get('precision', '-')}"),
+        ("endpoint", f"{own.protocol} at {own.url}"),
+        ("inputs", Path(own.inputs).name),
+        ("warm-up, measured", f"{own.warmup_s:g} s, {own.duration_s:g} s"),
+        ("time-out", f"{own.timeout_s:g} s"),
+        ("most in flight", own.max_in_flight if own.open_loop else own.users),
+    ]
+    if own.open_loop:
+        rows.append(("arrivals, seed", f"{own.arrivals}, {own.seed}"))
+    if own.mix:
+        rows.append(("part of the mix", own.mix))
+    return facts(rows)
+
+
+def machine(run: Run) -> str:
+    """Where the generator ran, and with what."""
+    rows = [(name.replace("_gib", " (GiB)"), value) for name, value in run.machine.items() if name != "versions"]
+    return facts([*rows, *run.machine.get("versions", {}).items()])
+
+
+def differing(runs: Sequence[Run]) -> str:
+    """Settings, machines and versions that are not the same in all runs."""
+    names = dict.fromkeys(name for run in runs for name in _flat(run))
+    rows = [
+        (name, *(str(_flat(run).get(name, "-")) for run in runs))
+        for name in names
+        if len({str(_flat(run).get(name)) for run in runs}) > 1
+    ]
+    if not rows:
+        return "<p>Settings, machine and versions are the same.</p>"
+    return f"<div class='scroll'>{numbers(['', *LETTERS[: len(runs)]], rows)}</div>"
+
+
+def _flat(run: Run) -> dict[str, object]:
+    shown = {name: value for name, value in vars(run.settings).items() if name not in ("models", "inputs")}
+    machine = {name: value for name, value in run.machine.items() if name != "versions"}
+    server = {"version served": run.server.get("version"), **(run.server.get("parameters") or {})}
+    return {**shown, **server, **machine, **run.machine.get("versions", {})}
