@@ -1,0 +1,212 @@
+"""What a model is made of: parameters, and the operations that one forward pass runs.
+
+Contract: no torch. Whatever can be planned is a `Countable`: a Transformer by its `TransformerConfig` (here), a traced
+`nn.Module` (`deepseek.sizing.traced`), an ONNX file (`deepseek.sizing.onnx_graph`). Counts are of elements; bytes come
+with the precision. A multiplication and its addition are two FLOPs.
+
+Examples:
+    model = TransformerSize(config=TransformerConfig(num_layers=12, hidden_size=768, num_attention_heads=12,
+                                                     intermediate_size=3072, vocab_size=30_522))
+    model.parameters                   # 109 million
+    flops(model.ops(batch=8, length=128))
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from deepseek.config import AdviceWarning, TransformerConfig, check_choice
+from deepseek.spec import InputError
+
+Head = Literal["none", "tied", "untied"]
+OpKind = Literal["product", "attention", "memory", "elementwise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """One operation as an engine runs it, after fusion, `count` times."""
+
+    kind: OpKind
+    """product: a matrix product or convolution; attention: scores, softmax and sum in one kernel; memory: no sums;
+    elementwise: what an accelerator's engine runs within its neighbours, and a CPU's runtime by itself."""
+    flops: float = 0.0
+    outputs: float = 0.0
+    """Elements that it computes: few of them leave a wide device idle."""
+    moved: float = 0.0
+    """Activations read and written."""
+    weights: float = 0.0
+    """Weights read."""
+    count: int = 1
+
+
+class Countable(Protocol):
+    """What can be planned."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def product_parameters(self) -> int:
+        """Those of matrix products and convolutions, which 8-bit precisions make small."""
+        ...
+
+    @property
+    def default_length(self) -> int:
+        """Tokens of a sample; 1 where samples have no length."""
+        ...
+
+    def ops(self, batch: int, length: int) -> list[Op]:
+        """Operations of one forward pass of `batch` samples of `length` tokens."""
+        ...
+
+    def live_elements(self, batch: int, length: int) -> float:
+        """Activations that lie in memory at once in a forward pass without gradients, at the worst moment."""
+        ...
+
+
+def flops(ops: Iterable[Op]) -> float:
+    """FLOPs of operations."""
+    return sum(op.flops * op.count for op in ops)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerSize:
+    """`deepseek.transformer.Transformer`, with or without a layer of logits over the vocabulary behind it."""
+
+    config: TransformerConfig
+    head: Head = "none"
+    """tied: the logits' weights are the token embeddings; no parameters more, but the same FLOPs and logits."""
+    name: str = "transformer"
+
+    def __post_init__(self) -> None:
+        check_choice(type(self).__name__, "head", self.head, Head)
+
+    @property
+    def block_product_parameters(self) -> int:
+        """Weights of one block's six matrix products, without biases."""
+        width, inner = self.config.hidden_size, self.config.intermediate_size
+        return 4 * width * width + 2 * width * inner
+
+    @property
+    def block_parameters(self) -> int:
+        """All of one block: products with their biases, two LayerNorms."""
+        width, inner = self.config.hidden_size, self.config.intermediate_size
+        return self.block_product_parameters + 5 * width + inner + 4 * width
+
+    @property
+    def head_parameters(self) -> int:
+        return self.config.vocab_size * self.config.hidden_size if self.head == "untied" else 0
+
+    @property
+    def parameters(self) -> int:
+        """Exactly those of the module (a tied head has none of its own)."""
+        config = self.config
+        embeddings = (config.vocab_size + config.max_length) * config.hidden_size
+        return embeddings + config.num_layers * self.block_parameters + 2 * config.hidden_size + self.head_parameters
+
+    @property
+    def product_parameters(self) -> int:
+        return self.config.num_layers * self.block_product_parameters + self.head_parameters
+
+    @property
+    def default_length(self) -> int:
+        return self.config.max_length
+
+    def check_length(self, length: int) -> None:
+        """Raises InputError for a sequence longer than the model takes."""
+        if length > self.config.max_length:
+            raise InputError(
+                f"length: seen {length}; the model's max_length is {self.config.max_length}: give a larger max_length"
+            )
+
+    def ops(self, batch: int, length: int) -> list[Op]:
+        """A block's four products (query, key and value are one), attention, two normalisations; then the head.
+
+        Attention counts all T x T scores, causal or not, as published FLOP figures do.
+        """
+        self.check_length(length)
+        config, width, inner = self.config, self.config.hidden_size, self.config.intermediate_size
+        tokens = batch * length
+        block = [_product(tokens, width, 3 * width), _product(tokens, width, width)]
+        block += [_product(tokens, width, inner), _product(tokens, inner, width)]
+        scores = batch * config.num_attention_heads * length * length
+        block.append(
+            Op(kind="attention", flops=4.0 * scores * config.head_size, outputs=scores, moved=4.0 * tokens * width)
+        )
+        block.append(
+            Op(kind="memory", count=2)
+        )  # what it reads and writes stays in the caches of the products around it
+        # Two normalisations, two residual sums, four changes of layout, the activation; softmax and mask of the scores.
+        block.append(Op(kind="elementwise", outputs=tokens * (8.0 * width + inner) + 2.0 * scores))
+        found = [_repeated(op, config.num_layers) for op in block]
+        found.append(Op(kind="memory", moved=2.0 * tokens * width))  # the embedding
+        if self.head != "none":
+            found.append(_product(tokens, width, config.vocab_size))
+        return found
+
+    def decode_ops(self, batch: int, context: int) -> list[Op]:
+        """One generated token for each of `batch` sequences whose keys and values of `context` tokens are cached."""
+        config, width, inner = self.config, self.config.hidden_size, self.config.intermediate_size
+        block = [_product(batch, width, 3 * width), _product(batch, width, width)]
+        block += [_product(batch, width, inner), _product(batch, inner, width)]
+        cached = 2.0 * batch * context * width
+        block.append(Op(kind="attention", flops=2 * cached, outputs=batch * width, moved=cached))
+        block.append(Op(kind="memory", count=2))
+        head = [] if self.head == "none" else [_product(batch, width, config.vocab_size)]
+        return [_repeated(op, config.num_layers) for op in block] + head
+
+    def live_elements(self, batch: int, length: int) -> float:
+        """The residual, a product's input and its output; the logits where they are wider."""
+        self.check_length(length)
+        config, tokens = self.config, batch * length
+        widest = max(3 * config.hidden_size, config.intermediate_size)
+        logits = 0 if self.head == "none" else config.vocab_size
+        return float(tokens * (config.hidden_size + max(config.hidden_size + widest, logits)))
+
+    def cache_elements(self, tokens: int) -> float:
+        """Keys and values of so many tokens, in a model that generates."""
+        return 2.0 * self.config.num_layers * self.config.hidden_size * tokens
+
+
+def _product(rows: float, width_in: int, width_out: int) -> Op:
+    return Op(
+        kind="product",
+        flops=2.0 * rows * width_in * width_out,
+        outputs=rows * width_out,
+        moved=rows * (width_in + width_out),
+        weights=width_in * width_out,
+    )
+
+
+def _repeated(op: Op, times: int) -> Op:
+    return Op(**{**vars(op), "count": op.count * times})
+
+
+def _preset(layers: int, width: int, heads: int, vocab: int, length: int, *, causal: bool = False) -> TransformerConfig:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdviceWarning)
+        return TransformerConfig(
+            num_layers=layers,
+            hidden_size=width,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            vocab_size=vocab,
+            max_length=length,
+            causal=causal,
+        )
+
+
+def presets() -> dict[str, TransformerSize]:
+    """Well-known shapes. Sources: Devlin et al. 2019, section 3; Radford et al. 2019, table 2; Brown et al. 2020,
+    table 2.1 (GPT's logits are tied to its embeddings)."""
+    shapes: dict[str, tuple[TransformerConfig, Head]] = {
+        "bert-base": (_preset(12, 768, 12, 30_522, 512), "none"),
+        "bert-large": (_preset(24, 1024, 16, 30_522, 512), "none"),
+        "gpt2-xl": (_preset(48, 1600, 25, 50_257, 1024, causal=True), "tied"),
+        "gpt3-175b": (_preset(96, 12_288, 96, 50_257, 2048, causal=True), "tied"),
+    }
+    return {name: TransformerSize(config=config, head=head, name=name) for name, (config, head) in shapes.items()}

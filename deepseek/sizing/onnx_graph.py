@@ -1,0 +1,232 @@
+"""An ONNX file as something to plan: its parameters, and the operations of one forward pass at any size of its axes.
+
+Contract: needs onnx, not torch; reads shapes alone, so a graph whose weights lie in a file beside it costs nothing. The
+first dimension of every input is the batch; `length` is the size of the other open axes, unless `axes` gives one by
+name. Quantized graphs (Q/DQ) count as what they compute. Raises InputError for a graph whose products have no known
+shape.
+
+Examples:
+    model = OnnxModel("build/minilm/fp32/model.onnx")
+    model.parameters
+    flops(model.ops(batch=8, length=128))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from deepseek.sizing.counting import Op
+from deepseek.spec import InputError
+
+PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"}
+RECURRENT = {"LSTM": 4, "GRU": 3, "RNN": 1}  # gates
+# What reads its input once more: elementwise operators run within the operation before them.
+MEMORY = {
+    "LayerNormalization", "Softmax", "ReduceMean", "ReduceSum", "ReduceMax", "Gather", "TopK", "BatchNormalization",
+    "InstanceNormalization", "GlobalAveragePool", "AveragePool", "MaxPool", "Resize", "SimplifiedLayerNormalization",
+}  # fmt: skip
+FREE = {"Reshape", "Shape", "Constant", "Unsqueeze", "Squeeze", "Flatten", "Identity", "ConstantOfShape"} | {
+    "QuantizeLinear",
+    "DequantizeLinear",
+}
+CARRIERS = {"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Reshape", "Identity"}  # a weight behind them
+WEIGHT_TYPES = {1, 2, 3, 10, 11, 16, 17, 18, 19, 20, 21, 22}  # TensorProto: floats, and 4 and 8 bits
+
+
+class OnnxModel:
+    """A `Countable` from an ONNX file."""
+
+    def __init__(self, path: str | Path, *, axes: Mapping[str, int] | None = None) -> None:
+        try:
+            import onnx
+        except ImportError:
+            raise InputError("an ONNX file needs the package onnx; install it with: pip install onnx") from None
+        self.path, self.axes, self._onnx = Path(path), dict(axes or {}), onnx
+        try:
+            self.proto = onnx.load(self.path, load_external_data=False)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        except Exception as error:  # protobuf's own
+            raise InputError(f"{path}: not an ONNX file ({type(error).__name__})") from None
+        if not self.proto.graph.node:
+            raise InputError(f"{path}: not an ONNX graph: it has no node")
+        self.counted = lru_cache(maxsize=64)(self._counted)  # of this file alone
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.parent.parent.name or self.path.stem} ({self.path})"
+
+    @cached_property
+    def _weights(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of weights by name; small constants of shapes and axes are none."""
+        found = {each.name: tuple(each.dims) for each in self.proto.graph.initializer if each.data_type in WEIGHT_TYPES}
+        for node in self.proto.graph.node:
+            if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
+                tensor = node.attribute[0].t
+                if tensor.data_type in WEIGHT_TYPES and tensor.dims:
+                    found[node.output[0]] = tuple(tensor.dims)
+        scales = {
+            name for node in self.proto.graph.node if "izeLinear" in node.op_type for name in node.input[1:]
+        }  # scales and zero points
+        return {name: shape for name, shape in found.items() if name not in scales}
+
+    @cached_property
+    def parameters(self) -> int:
+        """Elements of all weights."""
+        return sum(math.prod(shape) for shape in self._weights.values())
+
+    @cached_property
+    def product_parameters(self) -> int:
+        used = {
+            weight for node in self.proto.graph.node if node.op_type in PRODUCTS | RECURRENT.keys()
+            for weight in (self._weight_of(name) for name in node.input)
+            if weight is not None and len(self._weights[weight]) > 1
+        }  # fmt: skip
+        return sum(math.prod(self._weights[name]) for name in used)
+
+    @property
+    def default_length(self) -> int:
+        """1: what stands on the other axes has to be said."""
+        return 1
+
+    @property
+    def open_axes(self) -> list[str]:
+        """Names of the axes beside the batch that have no size of their own."""
+        return sorted(
+            {
+                dim.dim_param or "?"
+                for value in self._inputs()
+                for dim in list(value.type.tensor_type.shape.dim)[1:]
+                if not dim.dim_value and dim.dim_param not in self.axes
+            }
+        )
+
+    def ops(self, batch: int, length: int) -> list[Op]:
+        return self.counted(batch, length)[0]
+
+    def live_elements(self, batch: int, length: int) -> float:
+        """Inputs and outputs of the operation that has most of them."""
+        return self.counted(batch, length)[1]
+
+    def kept_elements(self, batch: int, length: int) -> float:
+        """Every value between two operations: at most so much is kept for backward."""
+        return self.counted(batch, length)[2]
+
+    def _counted(self, batch: int, length: int) -> tuple[list[Op], float, float]:
+        shapes = self._shapes(batch, length)
+        ops = list(self._ops(shapes))
+        live, kept = 0.0, 0.0
+        for node in self.proto.graph.node:
+            sizes = [_size(shapes[name]) for name in (*node.input, *node.output) if name in shapes]
+            live = max(live, sum(sizes))
+            kept += sum(_size(shapes[name]) for name in node.output if name in shapes)
+        return ops, live, kept
+
+    def _inputs(self) -> list[Any]:
+        weights = {each.name for each in self.proto.graph.initializer}
+        return [value for value in self.proto.graph.input if value.name not in weights]
+
+    def _shapes(self, batch: int, length: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of all activations, by ONNX's own inference with every axis at one size."""
+        proto = self._onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        del proto.graph.value_info[:]
+        named = {value.name for value in self._inputs()}
+        for value in proto.graph.input:
+            if value.name in named:
+                for index, dim in enumerate(value.type.tensor_type.shape.dim):
+                    if index == 0 or not dim.dim_value:
+                        dim.dim_value = batch if index == 0 else self.axes.get(dim.dim_param, length)
+        for value in proto.graph.output:
+            value.type.tensor_type.ClearField("shape")
+        try:
+            proto = self._onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        except Exception as error:
+            raise InputError(
+                f"{self.path}: shapes at batch {batch}, length {length}: {' '.join(str(error).split())}"
+            ) from None
+        found = {}
+        for value in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
+            dims = value.type.tensor_type.shape.dim
+            if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
+                found[value.name] = tuple(dim.dim_value for dim in dims)
+        return {name: shape for name, shape in found.items() if name not in self._weights}
+
+    def _ops(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[Op]:
+        for node in self.proto.graph.node:
+            if node.op_type in PRODUCTS | RECURRENT.keys() and (op := self._product(node, shapes)):
+                yield op
+            elif node.op_type not in FREE:
+                if node.op_type in MEMORY:
+                    yield Op(kind="memory")
+                yield Op(kind="elementwise", outputs=float(sum(_size(shapes.get(name, (0,))) for name in node.output)))
+
+    def _product(self, node: Any, shapes: dict[str, tuple[int, ...]]) -> Op | None:
+        behind = {name: self._weight_of(name) for name in node.input if name}
+        values = [name for name, weight in behind.items() if weight is None and name in shapes]
+        weights = [weight for weight in behind.values() if weight is not None and len(self._weights[weight]) > 1]
+        if not values:
+            return None  # of weights alone: computed once, when the engine is built
+        out = shapes.get(node.output[0])
+        if out is None:
+            raise InputError(
+                f"{self.path}: the output of {node.op_type} {node.name or node.output[0]!r} has no known shape; give "
+                f"the sizes of the axes {', '.join(self.open_axes) or 'that it depends on'}"
+            )
+        outputs = _size(out)
+        depth = self._depth(node, shapes, weights)
+        moved = sum(_size(shapes[name]) for name in values) + outputs
+        size = float(sum(math.prod(self._weights[name]) for name in weights))
+        if not weights and len(out) > 2:  # queries by keys, scores by values
+            return Op(kind="attention", flops=2.0 * outputs * depth, outputs=outputs, moved=float(moved))
+        return Op(kind="product", flops=2.0 * outputs * depth, outputs=outputs, moved=float(moved), weights=size)
+
+    def _depth(self, node: Any, shapes: dict[str, tuple[int, ...]], weights: list[str]) -> float:
+        """Multiplications an output element."""
+        first = shapes.get(node.input[0]) or self._weights.get(self._weight_of(node.input[0]) or "", (1,))
+        if node.op_type in RECURRENT:
+            gates = RECURRENT[node.op_type]
+            hidden = self._weights[weights[-1]][-1] if weights else first[-1]
+            return gates * (first[-1] + hidden)
+        if node.op_type == "ConvTranspose":
+            kernel = self._weights[weights[0]] if weights else (first[1], 1)
+            return (
+                first[1]
+                * math.prod(kernel[2:])
+                / max(1, _group(node))
+                * _size(first[2:])
+                / _size(shapes[node.output[0]][2:])
+            )
+        if "Conv" in node.op_type:
+            kernel = self._weights[weights[0]] if weights else (1, first[1])
+            return math.prod(kernel[1:])  # channels of a group, times the kernel
+        if node.op_type == "Gemm" and any(each.name == "transA" and each.i for each in node.attribute):
+            return first[-2]
+        return first[-1]
+
+    def _weight_of(self, name: str) -> str | None:
+        """The weight that an input is, or that reaches it through conversions."""
+        for _ in range(8):
+            if name in self._weights:
+                return name
+            node = self._producers.get(name)
+            if node is None or node.op_type not in CARRIERS:
+                return None
+            name = node.input[0]
+        return None
+
+    @cached_property
+    def _producers(self) -> dict[str, Any]:
+        return {name: node for node in self.proto.graph.node for name in node.output}
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)
+
+
+def _group(node: Any) -> int:
+    return next((each.i for each in node.attribute if each.name == "group"), 1)

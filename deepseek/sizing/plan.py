@@ -1,0 +1,259 @@
+"""One plan: what a model needs, which devices bear it, how, how fast and at what cost.
+
+Contract: no torch; nothing is measured here. `make_plan` puts together what the other modules compute; `Plan.as_dict`
+is what `--json` prints.
+
+Examples:
+    plan = make_plan(model, Request(training=TrainingSetup(batch=32, length=128)), load_devices())
+    plan.devices["a100-80"].training.way
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deepseek.sizing.cost import Bill, Demand, Serving, bill, measured_serving, predicted_serving
+from deepseek.sizing.counting import Countable, TransformerSize, flops
+from deepseek.sizing.devices import THIS_MACHINE, Device
+from deepseek.sizing.memory import (
+    BYTES,
+    HostNeeds,
+    InferenceMemory,
+    InferenceSetup,
+    Saved,
+    TrainingMemory,
+    TrainingSetup,
+    host_needs,
+    inference_memory,
+    largest_batch,
+    training_memory,
+    weight_bytes,
+)
+from deepseek.sizing.onnx_graph import OnnxModel
+from deepseek.sizing.parallel import Layout, choose, serving_layouts, training_layouts
+from deepseek.sizing.roofline import predict, predict_decode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a plan is asked for."""
+
+    training: TrainingSetup
+    serving_batch: int = 8
+    serving_precision: str = "auto"
+    """auto: fp16 on an accelerator, fp32 on a CPU."""
+    instances: int = 1
+    generate: bool = False
+    """Whether the model writes a token at a time, with keys and values cached."""
+    disk_mb_s: float = 500.0
+    demand: Demand | None = None
+    capacity: Path | None = None
+    """What `make capacity` measured on this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DevicePlan:
+    """What one kind of device can do."""
+
+    name: str
+    price_usd_hour: float | None
+    training: Layout | None
+    """None: nothing fits."""
+    training_ways: tuple[Layout, ...]
+    largest_training_batch: int
+    """On one device that holds everything; 0: none."""
+    serving: Layout | None
+    precision: str
+    latency_ms: float | None
+    """Of the serving batch (of one token, in a model that generates)."""
+    samples_s: float | None
+    calibrated: bool
+    capacity: Serving | None
+    no_capacity: str
+    """Why there is none, where it was asked for."""
+    bill: Bill | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All of it."""
+
+    name: str
+    parameters: int
+    flops_sample: float
+    flops_token: float
+    length: int
+    bytes_by_precision: Mapping[str, int]
+    training: Mapping[str, TrainingMemory]
+    """By how it is run: as asked, and the variants beside it."""
+    host: HostNeeds | None
+    inference: Mapping[str, InferenceMemory]
+    devices: Mapping[str, DevicePlan]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; the totals of the memory tables are written out."""
+        found = asdict(self)
+        for table in ("training", "inference"):
+            for name, memory in getattr(self, table).items():
+                found[table][name]["total_bytes"] = memory.total_bytes
+        return found
+
+
+def make_plan(model: Countable, request: Request, devices: Mapping[str, Device]) -> Plan:
+    """Works it all out. Raises InputError for sizes that the model does not take."""
+    setup = request.training
+    length, sample = setup.length, flops(model.ops(1, setup.length))
+    variants = training_variants(model, setup)
+    return Plan(
+        name=model.name,
+        parameters=model.parameters,
+        flops_sample=sample,
+        flops_token=sample / length,
+        length=length,
+        bytes_by_precision={name: weight_bytes(model, name) for name in BYTES if name != "tf32"},
+        training=variants,
+        host=host_needs(model, next(iter(variants.values())), disk_bytes_s=request.disk_mb_s * 1e6),
+        inference={name: inference_memory(model, _serving(request, name)) for name in ("fp32", "fp16", "int8")},
+        devices={key: plan_device(model, request, key, device) for key, device in devices.items()},
+        notes=_notes(model, request),
+    )
+
+
+def training_variants(model: Countable, setup: TrainingSetup) -> dict[str, TrainingMemory]:
+    """As asked, then with 16 bits, with checkpointing, and with both."""
+    low = "bf16" if setup.precision == "fp32" else setup.precision
+    wanted = {described(setup): setup}
+    for precision in ("fp32", low):
+        for checkpointing in (False, True):
+            other = replace(setup, precision=precision, checkpointing=checkpointing)
+            wanted.setdefault(described(other), other)
+    if isinstance(model, OnnxModel):  # where to checkpoint, a graph does not say
+        wanted = {name: each for name, each in wanted.items() if not each.checkpointing}
+    return {name: training_memory(model, each, saved=graph_saved(model, each)) for name, each in wanted.items()}
+
+
+def described(setup: TrainingSetup) -> str:
+    """A setup in words."""
+    mixed = (
+        f"{setup.precision} {setup.mixed}" if setup.precision != "fp32" and setup.mixed == "master" else setup.precision
+    )
+    return f"{mixed}{', checkpointing' if setup.checkpointing else ''}"
+
+
+def graph_saved(model: Countable, setup: TrainingSetup) -> Saved | None:
+    """What backward would keep of an ONNX graph: at most every value between two operations."""
+    if not isinstance(model, OnnxModel):
+        return None
+    width = 4 if setup.precision == "fp32" else 2
+    kept = width * model.kept_elements(setup.batch, setup.length)
+    return Saved(kept=kept, workspace=width * model.live_elements(setup.batch, setup.length))
+
+
+def plan_device(model: Countable, request: Request, key: str, device: Device) -> DevicePlan:
+    """One device's part."""
+    setup = replace(request.training, platform=device.platform)
+    ways = tuple(training_layouts(model, setup, device, saved=graph_saved(model, setup)))
+    precision = precision_of(request, device)
+    serving = _serving(request, precision, device)
+    chosen = choose(serving_layouts(model, serving, device))
+    seconds, calibrated = _latency_s(model, request, device, precision, chosen)
+    capacity, why = _capacity(model, request, key, device, precision, chosen)
+    return DevicePlan(
+        name=device.name,
+        price_usd_hour=device.price_usd_hour,
+        training=choose(ways),
+        training_ways=ways,
+        largest_training_batch=_largest_training_batch(model, setup, device),
+        serving=chosen,
+        precision=precision,
+        latency_ms=None if seconds is None else seconds * 1e3,
+        samples_s=None if seconds is None else device.instances * request.serving_batch / seconds,
+        calibrated=calibrated,
+        capacity=capacity,
+        no_capacity=why,
+        bill=bill(request.demand, capacity.capacity_rps, device.price_usd_hour)
+        if request.demand and capacity
+        else None,
+    )
+
+
+def precision_of(request: Request, device: Device) -> str:
+    """What is served there: what was asked for where the device has units for it, else the next best."""
+    if request.serving_precision == "auto":
+        return "fp16" if device.platform == "accelerator" and device.runs("fp16") else "fp32"
+    if device.runs(request.serving_precision):
+        return request.serving_precision
+    return "fp16" if device.runs("fp16") and BYTES[request.serving_precision] <= 2 else "fp32"
+
+
+def _serving(request: Request, precision: str, device: Device | None = None) -> InferenceSetup:
+    cpu = device is not None and device.platform == "cpu"
+    return InferenceSetup(
+        batch=request.serving_batch,
+        length=request.training.length,
+        precision=precision,  # type: ignore[arg-type]
+        instances=max(request.instances, device.instances) if device else request.instances,
+        shared_weights=not cpu,
+        generate=request.generate,
+        platform="cpu" if cpu else "accelerator",
+    )
+
+
+def _latency_s(
+    model: Countable, request: Request, device: Device, precision: str, chosen: Layout | None
+) -> tuple[float | None, bool]:
+    if chosen is None:
+        return None, False
+    batch, length, shared = request.serving_batch, request.training.length, chosen.devices or 1
+    if request.generate and isinstance(model, TransformerSize):
+        found = predict_decode(model, device, precision=precision, batch=batch, context=length)
+    else:
+        found = predict(model, device, precision=precision, batch=batch, length=length)
+    if chosen.way != "tensor":  # a pipeline's stages come one after the other
+        return found.latency_s + (chosen.sent_s or 0.0) * (shared - 1), found.calibrated
+    return found.latency_s / shared + (chosen.sent_s or 0.0), found.calibrated
+
+
+def _capacity(
+    model: Countable, request: Request, key: str, device: Device, precision: str, chosen: Layout | None
+) -> tuple[Serving | None, str]:
+    if request.demand is None:
+        return None, ""
+    p99_ms, why = request.demand.p99_ms, ""
+    if key == THIS_MACHINE and request.capacity is not None:
+        found = measured_serving(request.capacity, p99_ms)
+        if isinstance(found, Serving):
+            return found, ""
+        why = found + "; "
+    if request.generate:
+        return None, "a model that generates has no single latency: plan by tokens a second"
+    if chosen is not None and chosen.devices != 1:
+        return None, f"one copy needs {chosen.devices} devices: plan by the latency above"
+    length = request.training.length
+    predicted = predicted_serving(model, device, precision=precision, length=length, p99_ms=p99_ms)
+    if isinstance(predicted, str):
+        return None, why + predicted
+    return replace(predicted, note=why + "predicted"), ""
+
+
+def _largest_training_batch(model: Countable, setup: TrainingSetup, device: Device) -> int:
+    def total(batch: int) -> float:
+        each = replace(setup, batch=batch)
+        return training_memory(model, each, saved=graph_saved(model, each)).total_bytes
+
+    return largest_batch(total, device.usable_bytes)
+
+
+def _notes(model: Countable, request: Request) -> tuple[str, ...]:
+    notes = []
+    if isinstance(model, OnnxModel):
+        notes.append(
+            "training memory of a graph is at most that: every value between two operations kept, without checkpointing"
+        )
+        if model.open_axes and request.training.length == 1:
+            notes.append(f"axes {', '.join(model.open_axes)} are 1 here: give --length, or --axis name=size")
+    return tuple(notes)

@@ -1,0 +1,207 @@
+"""A plan for people: tables on a terminal, charts as SVG files, predicted beside measured.
+
+Contract: reads a `Plan`, changes nothing. A prediction for a device whose efficiency was never fitted or measured is
+marked with a tilde.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from deepseek.sizing.charts import bar_chart, stacked_chart, write_svg
+from deepseek.sizing.devices import Device
+from deepseek.sizing.measure import measure_graph
+from deepseek.sizing.memory import FILL
+from deepseek.sizing.onnx_graph import OnnxModel
+from deepseek.sizing.parallel import Layout
+from deepseek.sizing.plan import Plan
+from deepseek.sizing.roofline import predict
+
+
+def size(value: float) -> str:
+    """Bytes in the unit that suits them, decimal."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}" if value < 100 * scale else f"{value / scale:,.0f} {unit}"
+    return f"{value / 1e3:.3g} kB"
+
+
+def count(value: float) -> str:
+    """A large number in words."""
+    for word, scale in (("trillion", 1e12), ("billion", 1e9), ("million", 1e6), ("thousand", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {word}"
+    return f"{value:g}"
+
+
+def print_plan(plan: Plan, with_cost: bool) -> None:
+    """Prints the whole of it."""
+    console = _console()
+    console.print(f"[bold]{plan.name}[/bold]: {count(plan.parameters)} parameters, length {plan.length}")
+    per_token = f"{count(plan.flops_token)} FLOPs a token, " if plan.length > 1 else ""
+    console.print(f"forward   {per_token}{count(plan.flops_sample)} a sample; training takes three times that")
+    weights = ", ".join(f"{name} {size(value)}" for name, value in plan.bytes_by_precision.items())
+    console.print(f"weights   {weights}\n")
+    _print_training(console, plan)
+    _print_inference(console, plan)
+    _print_devices(console, plan)
+    if with_cost:
+        _print_cost(console, plan)
+    for note in plan.notes:
+        console.print(f"note      {note}")
+
+
+def _console() -> Console:
+    """Where nobody looks on, tables are as wide as they need."""
+    console = Console(highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=120)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
+
+
+def _print_training(console: Console, plan: Plan) -> None:
+    table = _table("one device trains", "weights", "gradients", "optimizer", "activations", "work", "in all")
+    for name, each in plan.training.items():
+        parts = (
+            each.weight_bytes,
+            each.gradient_bytes,
+            each.optimizer_bytes,
+            each.activation_bytes,
+            each.workspace_bytes,
+        )
+        table.add_row(name, *map(size, parts), size(each.total_bytes))
+    console.print(table)
+    if host := plan.host:
+        low, high = host.ram_bytes
+        ram = f"{size(low)} to {size(high)} (2 to 3 times the training state), {size(host.ram_computed_bytes)} computed"
+        console.print(f"host      RAM {ram}")
+        saving = f"a checkpoint of {size(host.checkpoint_bytes)} takes {host.checkpoint_s:.3g} s"
+        console.print(f"disk      {saving}, loading the weights {host.model_load_s:.3g} s\n")
+
+
+def _print_inference(console: Console, plan: Plan) -> None:
+    table = _table("one device serves", "weights", "activations", "cache", "process", "in all")
+    for name, each in plan.inference.items():
+        parts = (each.weight_bytes, each.activation_bytes, each.cache_bytes, each.context_bytes)
+        table.add_row(name, *map(size, parts), size(each.total_bytes))
+    console.print(table)
+    console.print()
+
+
+def _way(layout: Layout | None) -> str:
+    if layout is None:
+        return "does not fit"
+    return "1 device" if layout.devices == 1 else f"{layout.devices} x {layout.way}"
+
+
+def _print_devices(console: Console, plan: Plan) -> None:
+    trains = _table("training", "on", "memory each", "sent a step", "largest batch of one")
+    serves = _table("serving", "on", "type", "latency", "samples/s")
+    for key, each in plan.devices.items():
+        layout, mark = each.training, "" if each.calibrated else "~"
+        memory, sent = (size(layout.memory_bytes), size(layout.sent_bytes)) if layout else ("-", "-")
+        batch = str(each.largest_training_batch) if each.largest_training_batch else "none"
+        trains.add_row(key, _way(layout), memory, sent if layout and layout.sent_bytes else "-", batch)
+        latency = f"{mark}{each.latency_ms:.3g} ms" if each.latency_ms is not None else "-"
+        speed = f"{mark}{each.samples_s:,.0f}" if each.samples_s is not None else "-"
+        serves.add_row(key, _way(each.serving), each.precision, latency, speed)
+    console.print(trains)
+    _print_reasons(console, plan)
+    console.print(serves)
+    console.print(
+        f"fits      means {FILL:.0%} of memory; ~ no figures were published of it: the prediction may be far off\n"
+    )
+
+
+def _print_reasons(console: Console, plan: Plan) -> None:
+    """Why more than one device, or none."""
+    for key, each in plan.devices.items():
+        if each.training is not None and each.training.devices != 1:
+            console.print(f"{key:<9} {each.training.reason}")
+        elif each.training is None:
+            why = "; ".join(f"{way.way}: {way.reason}" for way in each.training_ways if way.reason)
+            console.print(f"{key:<9} {why}")
+    console.print()
+
+
+def _print_cost(console: Console, plan: Plan) -> None:
+    table = _table("serving", "a replica bears", "batch", "replicas", "USD a month", "USD a million", "by")
+    unmet = []
+    for key, each in plan.devices.items():
+        if each.capacity is None or each.bill is None:
+            unmet.append(f"{key:<12} {each.no_capacity}")
+            continue
+        paid = each.bill
+        table.add_row(
+            key,
+            f"{each.capacity.capacity_rps:,.0f}/s",
+            str(each.capacity.batch or "-"),
+            str(paid.replicas),
+            f"{paid.month_usd:,.0f}" if paid.month_usd is not None else "no price",
+            f"{paid.million_usd:.3g}" if paid.million_usd is not None else "-",
+            "measurement" if each.capacity.measured else "prediction" if each.calibrated else "~prediction",
+        )
+    console.print(table)
+    console.print(
+        "replicas  bear the rate as it has grown when new ones answer, and one more (N+1); prices are examples"
+    )
+    for line in unmet:
+        console.print(line)
+    for key, each in plan.devices.items():
+        if each.capacity and each.capacity.note not in ("", "predicted"):
+            console.print(f"{key:<12} {each.capacity.note}")
+
+
+def print_measured(
+    model: OnnxModel, device: Device, precision: str, batch: int, length: int, *, quiet: bool = False
+) -> list[float]:
+    """Runs the graph at a small grid, prints predicted beside measured, and gives the relative errors."""
+    found = measure_graph(model.path, axes=model.axes, batches=sorted({1, 4, batch}), lengths=[length])
+    kind = precision if precision in device.rates else "fp32"
+    table, errors = _table("on this machine, one instance", "measured", "predicted", "error"), []
+    for each in found:
+        ms = 1e3 * predict(model, device, precision=kind, batch=each.batch, length=each.length).latency_s
+        errors.append(ms / each.latency_ms - 1)
+        table.add_row(f"batch {each.batch}", f"{each.latency_ms:.3g} ms", f"{ms:.3g} ms", f"{errors[-1]:+.0%}")
+    if not quiet:
+        console = _console()
+        console.print(table)
+        worst = max(abs(error) for error in errors)
+        console.print(
+            f"error     median {statistics.median(map(abs, errors)):.0%}, worst {worst:.0%}; fastest of many runs"
+        )
+    return errors
+
+
+def draw_charts(plan: Plan, folder: Path) -> list[Path]:
+    """Memory of training by its parts, and cost by device where a rate was asked for."""
+    bars = {
+        name: {
+            "weights": each.weight_bytes / 1e9,
+            "gradients": each.gradient_bytes / 1e9,
+            "optimizer": each.optimizer_bytes / 1e9,
+            "activations": each.activation_bytes / 1e9,
+            "workspace": each.workspace_bytes / 1e9,
+        }
+        for name, each in plan.training.items()
+    }
+    drawn = [folder / "memory.svg"]
+    write_svg(drawn[0], stacked_chart(bars, title=f"Training memory of {plan.name}", unit="GB"))
+    bills = {key: each.bill for key, each in plan.devices.items() if each.bill}
+    costs = {key: each.month_usd for key, each in bills.items() if each.month_usd is not None}
+    if costs:
+        by_cost = dict(sorted(costs.items(), key=lambda item: item[1]))
+        marks = {key: "" if plan.devices[key].calibrated else " ~" for key in by_cost}
+        notes = {key: f"{bills[key].replicas} replicas{marks[key]}" for key in by_cost}
+        drawn.append(folder / "cost.svg")
+        write_svg(drawn[1], bar_chart(by_cost, title=f"Cost a month of {plan.name}", unit="USD", notes=notes))
+    return drawn

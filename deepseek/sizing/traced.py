@@ -1,0 +1,194 @@
+"""Any `nn.Module` as something to plan: traced once a size, with tensors that have shapes and no values.
+
+Contract: needs torch; no weight is read and nothing is computed, so that a module made on the meta device costs no
+memory, whatever its size. `inputs(batch, length)` makes the module's positional arguments; their values do not count
+beyond what `forward` asks of shapes. Raises InputError for a forward pass that depends on values.
+
+What backward keeps is what autograd saves in a forward pass in training mode (each storage once, parameters not): of a
+CPU's kernels, which keep dropout masks in full width. Under autocast, 16-bit copies of weights are among it.
+
+Examples:
+    with torch.device("meta"):
+        module = torchvision.models.resnet50()
+    model = TracedModel(module, lambda batch, length: (torch.empty(batch, 3, 224, 224),))
+    model.parameters, flops(model.ops(batch=8, length=1))
+    training_memory(model, setup, saved=model.saved(setup))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from deepseek.sizing.counting import Op
+from deepseek.sizing.memory import Saved, TrainingSetup
+from deepseek.spec import InputError
+
+Inputs = Callable[[int, int], tuple[Any, ...]]
+NORMALISATIONS = ("layer_norm", "batch_norm", "group_norm", "softmax", "pool", "embedding", "index")
+
+
+class _Recorder(TorchDispatchMode):
+    """Operations with their FLOPs, by torch's own formulas."""
+
+    def __init__(self, weights: set[int]) -> None:
+        super().__init__()
+        self.weights, self.ops, self.live = weights, list[Op](), 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors, results = list(_tensors((args, kwargs))), list(_tensors(out))
+        own = [tensor for tensor in tensors if tensor.untyped_storage()._cdata in self.weights]
+        moved = sum(t.numel() for t in tensors) - sum(t.numel() for t in own) + sum(t.numel() for t in results)
+        self.live = max(self.live, moved)
+        packet = func._overloadpacket
+        fused = packet.__name__.startswith("_scaled_dot_product")
+        if fused or packet in flop_registry:
+            if fused and packet not in flop_registry:
+                flops = _attention_flops(*args[:3])
+            else:
+                flops = float(flop_registry[packet](*args, **(kwargs or {}), out_val=out))
+            attention = fused or (packet.__name__ in ("bmm", "baddbmm") and not own)
+            self.ops.append(
+                Op(
+                    kind="attention" if attention else "product",
+                    flops=flops,
+                    outputs=float(results[0].numel()),
+                    moved=float(moved),
+                    weights=float(sum(t.numel() for t in own)),
+                )
+            )
+        elif results and not {t.untyped_storage()._cdata for t in results} & {
+            t.untyped_storage()._cdata for t in tensors
+        }:
+            if any(name in packet.__name__ for name in NORMALISATIONS):
+                self.ops.append(Op(kind="memory"))
+            self.ops.append(Op(kind="elementwise", outputs=float(results[0].numel())))
+        return out
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor) -> float:
+    """Of fused kernels that torch has no formula for, a CPU's among them: queries by keys, scores by values."""
+    return 2.0 * query.numel() * key.shape[-2] + 2.0 * query.numel() / query.shape[-1] * key.shape[-2] * value.shape[-1]
+
+
+class TracedModel:
+    """A `Countable` from a module."""
+
+    def __init__(self, module: nn.Module, inputs: Inputs, *, name: str | None = None, default_length: int = 1) -> None:
+        self.module, self.inputs = module, inputs
+        self.name = name or type(module).__name__
+        self.default_length = default_length
+        self._traced = lru_cache(maxsize=64)(self._trace)
+
+    @property
+    def parameters(self) -> int:
+        """Each once, however many names it has."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    @property
+    def product_parameters(self) -> int:
+        """Those of two dimensions and more, without embeddings: what matrix products and convolutions have."""
+        found = {id(p): p.numel() for p in self.module.parameters() if p.dim() > 1}
+        for part in self.module.modules():
+            if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+                found.pop(id(part.weight), None)
+        return sum(found.values())
+
+    def ops(self, batch: int, length: int) -> list[Op]:
+        return self._traced(batch, length)[0]
+
+    def live_elements(self, batch: int, length: int) -> float:
+        """Inputs and outputs of the operation that has most of them."""
+        return self._traced(batch, length)[1]
+
+    def _trace(self, batch: int, length: int) -> tuple[list[Op], float]:
+        with self._fake(training=False) as (state, fake):
+            recorder = _Recorder({tensor.untyped_storage()._cdata for tensor in state.values()})
+            with torch.no_grad(), recorder:
+                self._run(state, fake, batch, length)
+        return recorder.ops, recorder.live
+
+    def saved(self, setup: TrainingSetup) -> Saved:
+        """What autograd keeps of a forward pass; the workspace is the largest operation's gradient, in and out.
+
+        Checkpointing is the module's own affair here: switch it on before. Raises InputError for 16-bit weights.
+        """
+        low = setup.precision != "fp32"
+        if low and not setup.autocast:
+            raise InputError(f"{self.name}: a traced module is measured in fp32 or with autocast; mixed: seen 'master'")
+        kept: dict[int, tuple[int, Tensor]] = {}
+        dtype = torch.float16 if setup.precision == "fp16" else torch.bfloat16
+        with self._fake(training=True) as (state, fake):
+            weights = {tensor.untyped_storage()._cdata for tensor in state.values()}
+
+            def keep(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in weights:
+                    kept[storage._cdata] = storage.nbytes(), tensor  # held: its address must not be used again
+                return tensor
+
+            with torch.autocast("cpu", dtype) if low else nullcontext(), saved_tensors_hooks(keep, lambda each: each):
+                self._run(state, fake, setup.batch, setup.length)
+        width = 2 if low else 4
+        workspace = width * self.live_elements(setup.batch, setup.length)
+        return Saved(kept=float(sum(size for size, _ in kept.values())), workspace=workspace)
+
+    @contextmanager
+    def _fake(self, training: bool) -> Iterator[tuple[dict[str, Tensor], FakeTensorMode]]:
+        """Parameters and buffers that have only shapes, and the mode in which they live."""
+        was_training, fast = self.module.training, torch.backends.mha.get_fastpath_enabled()
+        fake, made = FakeTensorMode(), dict[int, Tensor]()
+        try:
+            self.module.train(training)
+            torch.backends.mha.set_fastpath_enabled(False)  # it takes one operation that has no FLOP formula
+            with fake:
+                tensors = [
+                    *self.module.named_parameters(remove_duplicate=False),
+                    *self.module.named_buffers(remove_duplicate=False),
+                ]
+                for _, each in tensors:
+                    if id(each) not in made:
+                        twin = torch.empty(each.shape, dtype=each.dtype, device="cpu")
+                        made[id(each)] = twin.requires_grad_(each.requires_grad and training)
+                yield {name: made[id(each)] for name, each in tensors}, fake
+        finally:
+            self.module.train(was_training)
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+    def _run(self, state: dict[str, Tensor], fake: FakeTensorMode, batch: int, length: int) -> None:
+        arguments = self.inputs(batch, length)
+        try:
+            functional_call(self.module, state, tuple(_cpu(each) for each in arguments))
+        except InputError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{self.name}: forward cannot be traced at batch {batch}, length {length}: "
+                f"{type(error).__name__}: {reason}"
+            ) from None
+
+
+def _cpu(value: Any) -> Any:
+    return torch.empty(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
