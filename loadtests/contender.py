@@ -12,46 +12,25 @@ Example:
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
-import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from deepseek_client import InferenceClient, InferenceError
 from rich.console import Console
 
-from deepseek.spec import DeploymentSpec, InputError, Precision, PublishedManifest, TunedFile
+from deepseek.spec import DeploymentSpec, Precision, PublishedManifest, TunedFile
 from loadtests import run as runner
+from loadtests.local_server import NotServed, last_line, local_server, our_environment
 from loadtests.results import Settings
 from loadtests.slo import generator_problems
 from loadtests.trial import Trial, Trials, keep, seconds_needed
 from loadtests.tuning import Setting
-
-# The server of the target onnxruntime; {names} are filled in.
-EMBEDDED = (
-    f"{shlex.quote(sys.executable)} -m serving.embedded --repository {{repository}} --http-port {{http_port}} "
-    "--grpc-port {grpc_port} --metrics-port {metrics_port}"
-)
-START_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 20.0
-_ROOT = str(Path(__file__).resolve().parent.parent)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-class NotServed(Exception):
-    """A setting that cannot be published or does not start; the reason is one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +89,9 @@ def contender(setting: Setting, place: Place, name: str) -> Iterator[Contender]:
     shutil.rmtree(folder, ignore_errors=True)
     try:
         manifest = publish(setting, place, folder)
-        ports = dict(zip(("http_port", "grpc_port", "metrics_port"), _free_ports(3), strict=True))
-        url = f"127.0.0.1:{ports['grpc_port' if place.settings.protocol == 'grpc' else 'http_port']}"
-        settings = replace(place.settings, url=url)
-        with _server(place, folder, ports) as process:
-            _wait_until_ready(process, settings, folder / "server.log")
+        protocol, model = place.settings.protocol, place.settings.model
+        with local_server(place.server, folder / "repository", folder, protocol=protocol, model=model) as server:
+            settings = replace(place.settings, url=server.url)
             served = runner.check(replace(settings, rate_rps=None, users=1), place.spec)
             trials = Trials(
                 spec=place.spec, settings=settings, served=served, folder=place.folder / "runs", console=place.console
@@ -132,83 +109,7 @@ def publish(setting: Setting, place: Place, folder: Path) -> PublishedManifest:
     command = [sys.executable, "-m", "export.to_triton", "--model", settings.model, "--models", settings.models]
     command += ["--target", settings.target, "--tuned", str(tuned), "--repository", str(folder / "repository")]
     command += ["--precision", place.precision] if place.precision else []
-    run = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    run = subprocess.run(command, capture_output=True, text=True, env=our_environment())
     if run.returncode:
-        raise NotServed(_last_line(run.stderr) or f"export.to_triton ended with status {run.returncode}")
+        raise NotServed(last_line(run.stderr) or f"export.to_triton ended with status {run.returncode}")
     return PublishedManifest.load(folder / "repository" / settings.model / "1" / "manifest.json")
-
-
-@contextmanager
-def _server(place: Place, folder: Path, ports: dict[str, int]) -> Iterator[subprocess.Popen[bytes]]:
-    try:
-        command = [
-            part.format(repository=(folder / "repository").resolve(), **ports) for part in shlex.split(place.server)
-        ]
-    except (KeyError, IndexError, ValueError) as error:
-        allowed = "{repository}, {http_port}, {grpc_port}, {metrics_port}"
-        raise InputError(f"--server {place.server!r}: {error!r}; the fields are {allowed}") from None
-    parent = os.getpid()
-    with (folder / "server.log").open("wb") as log:
-        try:
-            process = subprocess.Popen(
-                command,
-                env=_environment(BUILD=str(folder)),  # Triton's own log goes there, too
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches us alone, and we end it
-                preexec_fn=lambda: _die_with_parent(parent),
-            )
-        except OSError as error:
-            raise InputError(f"--server: {command[0]} cannot be started: {error.strerror}") from None
-    try:
-        yield process
-    finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_TIMEOUT_S)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _die_with_parent(parent: int) -> None:
-    """In the child: SIGTERM when this process ends, however it ends."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], settings: Settings, log: Path) -> None:
-    ends_at = time.monotonic() + START_TIMEOUT_S
-    with InferenceClient(settings.url, settings.protocol, timeout_s=2, retries=0) as client:
-        while time.monotonic() < ends_at:
-            if process.poll() is not None:
-                raise NotServed(_last_line(log.read_text(errors="replace")) or f"ended with {process.returncode}")
-            with suppress(InferenceError):
-                if client.ready(settings.model):
-                    return
-            time.sleep(0.1)
-    raise NotServed(f"not ready within {START_TIMEOUT_S:g} s")
-
-
-def _environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, **more}
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].removeprefix("error: ") if lines else ""

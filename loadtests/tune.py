@@ -30,7 +30,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -52,8 +52,9 @@ from deepseek.spec import (
     build_dir,
     run_command,
 )
-from loadtests.contender import EMBEDDED, NotServed, Place, publish
+from loadtests.contender import Place, publish
 from loadtests.journal import Journal
+from loadtests.local_server import EMBEDDED, NotServed
 from loadtests.results import Settings
 from loadtests.slo import SIGNS, formatted
 from loadtests.space import space_of
@@ -121,7 +122,8 @@ def table(tuning: Tuning) -> Columns:
     return columns
 
 
-def _parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; InputError where a number cannot be."""
     parser = Parser(__doc__, prog="python -m loadtests.tune")
     add_model_arguments(parser)
     parser.add_argument("--target", choices=get_args(Target), default="onnxruntime", help="(default: %(default)s)")
@@ -145,7 +147,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="do not take up a search that was cut off")
     parser.add_argument("--dry-run", action="store_true", help="measure and say, but write no tuned values")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     for name, least in (("max_s", 0), ("pairs", 2), ("users", 1), ("least_s", 1), ("timeout_s", 0), ("warmup_s", 0)):
         value = getattr(args, name)
         if not least <= value < float("inf") or (name in ("max_s", "timeout_s") and not value):
@@ -277,7 +279,7 @@ def tune(args: argparse.Namespace, console: Console) -> Tuning:
 
 def main() -> int:
     """Searches and prints what was found."""
-    args = _parse()
+    args = parse()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: cleanly
     tuning = tune(args, Console(stderr=True))
     if args.json:

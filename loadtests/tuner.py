@@ -16,8 +16,9 @@ import time
 from dataclasses import dataclass
 
 from deepseek.spec import InputError, InvalidMeasurement
-from loadtests.contender import Contender, NotServed, Place, contender
+from loadtests.contender import Contender, Place, contender
 from loadtests.journal import Journal
+from loadtests.local_server import NotServed
 from loadtests.search import rounded
 from loadtests.slo import formatted
 from loadtests.space import Space
@@ -25,6 +26,7 @@ from loadtests.trial import Trial
 from loadtests.tuning import Gain, Pair, Setting, TriedSetting, gains
 
 NOISE = 1.05  # capacities closer than this are the same until pairs say otherwise
+GROWTH = 1.25  # of the rate, on the way up
 SLACK = 1.1  # how far a short closed loop may be below what a server can do
 SHARE_OF_CAPACITY = 0.8  # of the default's: the rate at which latencies are compared
 LEAST_SHARE = 1 / 64  # of the throughput: a service whose SLO holds at less is not to be tuned but changed
@@ -70,7 +72,7 @@ class Tuner:
                     raise InputError(f"the default setting is not served: {error}") from None
                 tried = TriedSetting(settings=setting, stopped_early=True, reason=f"not served: {error}")
         self.journal.add(tried)
-        self.place.console.print(line_of(tried))
+        self.place.console.print(line_of(tried), soft_wrap=True)
         return tried
 
     def _measured(self, served: Contender) -> TriedSetting:
@@ -120,15 +122,15 @@ class Tuner:
         return tried.model_copy(update={"stopped_early": True, "reason": why})
 
     def _climbed(self, served: Contender, tried: TriedSetting, low: float) -> TriedSetting:
-        """Capacity between a rate that holds and the throughput, by bisection."""
-        high, at_least = max(tried.throughput_rps * SLACK, low * NOISE), False
-        while high > low * NOISE and time.monotonic() + served.trial_s(low) < self.ends_at:
-            trial = self._held(served, rounded((low * high) ** 0.5))
+        """Capacity from a rate that holds: upwards until one does not, then by bisection."""
+        high, at_least = None, False
+        while (high is None or high > low * NOISE) and time.monotonic() + served.trial_s(low) < self.ends_at:
+            trial = self._held(served, rounded(low * GROWTH if high is None else (low * high) ** 0.5))
             if trial.outcome == "holds":
                 low = trial.rate_rps
             else:
                 high, at_least = trial.rate_rps, trial.outcome == "invalid"
-        return tried.model_copy(update={"capacity_rps": low, "at_least": at_least})
+        return tried.model_copy(update={"capacity_rps": low, "at_least": at_least or high is None})
 
     def _held(self, served: Contender, rate_rps: float) -> Trial:
         """A trial; repeated once where it does not hold but is not beyond doubt: one stall spoils a p99."""
@@ -178,7 +180,7 @@ class Tuner:
             pair_s = sum((PROBES + 1) * served.trial_s(rate) for served, rate in sides)
             while len(found) < self.pairs and time.monotonic() + pair_s < self.ends_at:
                 self.journal.add_pair(best.settings, self._pair(sides, len(found)))
-                self.place.console.print(f"pair {len(found)} of {self.pairs}: {_pair_line(found[-1])}")
+                self.place.console.print(f"pair {len(found)} of {self.pairs}: {_pair_line(found[-1])}", soft_wrap=True)
         return found
 
     def _guess(self, tried: TriedSetting) -> float:
