@@ -94,7 +94,7 @@ def _highest_values() -> np.ndarray:
     return ((sub_bucket + 1) << bucket) - 1
 
 
-_VALUES_US = _highest_values()
+VALUES_US = _highest_values()
 
 
 @dataclass(frozen=True)
@@ -115,24 +115,24 @@ class Distribution:
             return math.nan
         rank = max(1, math.ceil(percent / 100 * self.total - 1e-9))
         reached = np.searchsorted(np.cumsum(self.counts), rank)
-        return math.inf if reached == len(self.counts) else float(_VALUES_US[reached]) / 1000
+        return math.inf if reached == len(self.counts) else float(VALUES_US[reached]) / 1000
 
     @property
     def max_ms(self) -> float:
         """The slowest answer."""
         answered = np.flatnonzero(self.counts)
-        return float(_VALUES_US[answered[-1]]) / 1000 if len(answered) else math.nan
+        return float(VALUES_US[answered[-1]]) / 1000 if len(answered) else math.nan
 
     @property
     def mean_ms(self) -> float:
         """Mean over the answered requests."""
         answered = self.counts.sum()
-        return float(self.counts @ _VALUES_US / answered) / 1000 if answered else math.nan
+        return float(self.counts @ VALUES_US / answered) / 1000 if answered else math.nan
 
     def density(self, edges_ms: np.ndarray) -> np.ndarray:
         """Answered requests between successive edges."""
         cumulated = np.concatenate([[0], np.cumsum(self.counts)])
-        return np.diff(cumulated[np.searchsorted(_VALUES_US, edges_ms * 1000, side="right")])
+        return np.diff(cumulated[np.searchsorted(VALUES_US, edges_ms * 1000, side="right")])
 
 
 @dataclass
@@ -171,7 +171,7 @@ class Second:
 
 
 def _distribution(seconds: list[Second], kind: Latency, failed: int) -> Distribution:
-    counts = np.zeros(len(_VALUES_US), np.int64)
+    counts = np.zeros(len(VALUES_US), np.int64)
     for second in seconds:
         for places, found in second.latencies.get(kind, ()):
             counts[places] += found
