@@ -20,6 +20,8 @@ mkdir -p "$run"
 cp "$here"/{nginx.conf,grpc_error.conf,gateway.js} "$run/"
 ln -sfn "$folder/limits.conf" "$run/limits.conf"
 printf 'pid %s/nginx.pid;\nworker_processes %s;\n' "$run" "${WORKERS:-2}" >"$run/main.conf"
+# Root is meant here only where it is nobody outside: in a rootless engine. nginx would change to another user.
+[ "$(id -u)" != 0 ] || echo 'user root;' >>"$run/main.conf"
 printf 'listen %s ssl backlog=4096;\nssl_certificate %s/tls.crt;\nssl_certificate_key %s/tls.key;\n' \
     "${LISTEN:-8443}" "$folder" "$folder" >"$run/listen.conf"
 printf 'listen %s;\n' "${INTERNAL_LISTEN:-9145}" >"$run/internal.conf"

@@ -1,0 +1,164 @@
+"""A gateway as tests need it: docker/gateway before a Triton on loopback, without Docker, and raw HTTP to attack it with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+
+from serving.keys import ensure_folder, new_key, revoke
+
+NJS = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
+
+
+def skip_without_nginx() -> None:
+    """One line that says what is missing."""
+    if not (shutil.which("nginx") and NJS.is_file()):
+        pytest.skip("no nginx with njs here: apt-get install nginx-light libnginx-mod-http-js")
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Gateway:
+    """gateway.sh over `folder`, before the Triton at the given `host:port`s; ended by `stop`."""
+
+    def __init__(self, folder: Path, limits: str, http: str, grpc_: str) -> None:
+        self.folder = folder / "gateway"
+        self.port, self.internal_port = free_port(), free_port()
+        self.log_path = folder / "gateway.log"
+        ensure_folder(self.folder, [])
+        (self.folder / "limits.conf").write_text(limits)
+        self.key = new_key(self.folder, "shop", rate_rps=100_000)
+        settings = {
+            "FOLDER": self.folder,
+            "RUN_FOLDER": folder / "run",
+            "LISTEN": f"127.0.0.1:{self.port}",
+            "INTERNAL_LISTEN": f"127.0.0.1:{self.internal_port}",
+            "TRITON_HTTP": http,
+            "TRITON_GRPC": grpc_,
+            "WATCH_S": "0.2",
+        }
+        self._log: IO[bytes] = self.log_path.open("wb")
+        self.process = subprocess.Popen(
+            ["docker/gateway/gateway.sh"],
+            env={**os.environ, **{name: str(value) for name, value in settings.items()}},
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
+        self._wait_until_up()
+
+    def _wait_until_up(self) -> None:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                return self.connect().close()  # with its handshake: a bare probe of a free port may meet itself
+            time.sleep(0.05)
+        raise AssertionError(self.log_path.read_text())
+
+    def stop(self) -> int:
+        """Lets requests finish; the exit status."""
+        self.process.terminate()
+        status = self.process.wait(20)
+        self._log.close()
+        return status
+
+    def add_key(self, name: str, **settings: Any) -> str:
+        """A new key that counts at once."""
+        return new_key(self.folder, name, **settings)
+
+    def end_key(self, name: str) -> None:
+        """From now on the keys of a name do not count."""
+        revoke(self.folder, name)
+
+    def lines(self, **fields: Any) -> list[dict[str, Any]]:
+        """Those of the access log with such fields; waits for the first, which is written after the answer."""
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            lines = [json.loads(line) for line in self.log_path.read_text().splitlines() if line.endswith("}")]
+            if found := [line for line in lines if fields.items() <= line.items()]:
+                return found
+            time.sleep(0.02)
+        raise AssertionError(f"no line with {fields}")
+
+    def connect(self, *protocols: str, version: ssl.TLSVersion | None = None) -> ssl.SSLSocket:
+        """A TLS connection that trusts the gateway's authority alone."""
+        context = ssl.create_default_context(cafile=str(self.folder / "ca.crt"))
+        context.set_alpn_protocols(list(protocols) or ["http/1.1"])
+        if version is not None:
+            context.minimum_version = context.maximum_version = version
+        plain = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        return context.wrap_socket(plain, server_hostname="localhost")
+
+    def send(self, request: bytes) -> tuple[int, bytes]:
+        """Raw bytes in, status and all that came back until the connection closed; 0 where nothing came."""
+        with self.connect() as connection:
+            connection.sendall(request)
+            answer = b""
+            while part := connection.recv(65536):
+                answer += part
+        return (int(answer.split(b" ", 2)[1]) if answer else 0), answer
+
+    def http(
+        self, method: str, target: str, *headers: str, body: bytes = b"", key: str | None = None
+    ) -> tuple[int, bytes]:
+        """One HTTP/1.1 request, the target as it is; `key` "" sends none."""
+        lines = [f"{method} {target} HTTP/1.1", "Host: localhost", "Connection: close", *headers]
+        if key != "":
+            lines.append(f"Authorization: Bearer {self.key if key is None else key}")
+        if body:
+            lines.append(f"Content-Length: {len(body)}")
+        return self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+
+    def grpc_client(self) -> triton.InferenceServerClient:
+        """Bare tritonclient over gRPC; its calls take `headers`."""
+        return triton.InferenceServerClient(
+            f"localhost:{self.port}", ssl=True, root_certificates=str(self.folder / "ca.crt")
+        )
+
+    def grpc_status(self, path: str, *, key: str | None = None, metadata: tuple[tuple[str, str], ...] = ()) -> str:
+        """Status of an empty call of any method, by name."""
+        credentials = grpc.ssl_channel_credentials((self.folder / "ca.crt").read_bytes())
+        with grpc.secure_channel(f"localhost:{self.port}", credentials) as channel:
+            sent = (("authorization", f"Bearer {self.key if key is None else key}"),) if key != "" else ()
+            try:
+                channel.unary_unary(path, lambda _: b"", lambda got: got)(b"", metadata=sent + metadata, timeout=10)
+            except grpc.RpcError as error:
+                return error.code().name
+        return "OK"
+
+
+def authorized(key: str) -> dict[str, str]:
+    """The header that tritonclient is to send."""
+    return {"authorization": f"Bearer {key}"}
+
+
+def grpc_input(rows: int = 1, columns: int = 3) -> list[triton.InferInput]:
+    """The input of `add_one`."""
+    tensor = triton.InferInput("x", [rows, 2, columns], "FP32")
+    tensor.set_data_from_numpy(np.zeros((rows, 2, columns), np.float32))
+    return [tensor]
+
+
+def json_body(rows: int = 1, columns: int = 3) -> bytes:
+    """The same as JSON."""
+    data = [0.5] * (rows * 2 * columns)
+    return json.dumps(
+        {"inputs": [{"name": "x", "shape": [rows, 2, columns], "datatype": "FP32", "data": data}]}
+    ).encode()
