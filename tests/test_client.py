@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import socket
 import ssl
 import subprocess
@@ -42,102 +41,11 @@ from rich.console import Console
 
 from serving.embedded import EmbeddedServer
 from tests.conftest import write_add_one
+from tests.failing_servers import Relay, answering, half_an_answer, make_certificate, mute, status, trickle
 
 X = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
 both = pytest.mark.parametrize("protocol", ["http", "grpc"])
 Connect = Callable[..., InferenceClient]
-
-
-class Relay:
-    """A TCP relay to the server, ending TLS where `tls` is given, that can lose all its connections."""
-
-    def __init__(self, target: tuple[str, int], tls: ssl.SSLContext | None = None) -> None:
-        self.target, self.tls = target, tls
-        self.open: list[socket.socket] = []
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        self.url = f"localhost:{self.port}" if tls else f"127.0.0.1:{self.port}"
-        threading.Thread(target=self.accept, args=(self.listener,), daemon=True).start()
-
-    def accept(self, listener: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near = listener.accept()[0]
-                with contextlib.suppress(ssl.SSLError):
-                    near = self.tls.wrap_socket(near, server_side=True) if self.tls else near
-                    far = socket.create_connection(self.target)
-                    self.open += [near, far]
-                    threading.Thread(target=self.pump, args=(near, far), daemon=True).start()
-                    threading.Thread(target=self.pump, args=(far, near), daemon=True).start()
-
-    def pump(self, source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-        self.end(source, sink)
-
-    def end(self, *connections: socket.socket) -> None:
-        for connection in connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-            connection.close()
-
-    def cut(self) -> None:
-        """Loses the connections; new ones are still taken."""
-        self.end(*self.open)
-        self.open.clear()
-
-    def close(self) -> None:
-        """Refuses new connections, too."""
-        self.end(self.listener)
-        self.cut()
-
-    def reopen(self) -> None:
-        self.listener = socket.create_server(("127.0.0.1", self.port))
-        threading.Thread(target=self.accept, args=(self.listener,), daemon=True).start()
-
-
-@contextlib.contextmanager
-def answering(answer: Callable[[socket.socket], Any]) -> Iterator[tuple[str, list[bytes]]]:
-    """A socket server that reads a request's head and its body, then does `answer`; its URL and what it read."""
-    seen: list[bytes] = []
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                with listener.accept()[0] as connection:
-                    seen.append(connection.recv(65536))
-                    with contextlib.suppress(OSError):
-                        answer(connection)
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}", seen
-        listener.shutdown(socket.SHUT_RDWR)
-    thread.join(5)
-
-
-def status(line: str, body: str = "{}") -> Callable[[socket.socket], None]:
-    head = f"HTTP/1.1 {line}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    return lambda connection: connection.sendall((head + body).encode())
-
-
-def mute(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        connection.settimeout(1)
-        while connection.recv(65536):
-            pass
-
-
-def trickle(connection: socket.socket) -> None:
-    for byte in b"HTTP/1.1 200 OK\r\nX-Patience: " + 60 * b"z":
-        connection.sendall(bytes([byte]))
-        time.sleep(0.05)
-
-
-def half_an_answer(connection: socket.socket) -> None:
-    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nonly this")
 
 
 @pytest.fixture
@@ -488,16 +396,7 @@ def test_a_closed_client_says_so(server: EmbeddedServer) -> None:
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLContext]:
     """A self-signed certificate of localhost, and a server's TLS with it."""
-    if not shutil.which("openssl"):
-        pytest.skip("openssl, which makes the certificate, is not installed")
-    folder = tmp_path_factory.mktemp("tls")
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout key -out ca.crt -days 1"
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    subprocess.run([*command.split(), *names], cwd=folder, check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "ca.crt", folder / "key")
-    context.set_alpn_protocols(["h2", "http/1.1"])
-    return folder / "ca.crt", context
+    return make_certificate(tmp_path_factory.mktemp("tls"))
 
 
 @both

@@ -9,10 +9,12 @@ Examples:
     python -m deepseek_client metadata recommender --json
     python -m deepseek_client infer recommender --inputs evaluation.npz --row 3 --labels build/recommender/labels
     python -m deepseek_client infer recommender --inputs request.json --output answer.npz
+    DEEPSEEK_API_KEY=... python -m deepseek_client ready --url localhost:8443 --ca-cert build/gateway/ca.crt
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             timeout_s=args.timeout_s,
             tls=args.tls,
             ca_cert=args.ca_cert,
-            api_key=_read_key(args.api_key_file),
+            api_key=_read_key(args.api_key_file, tls=args.tls or args.ca_cert is not None),
         ) as client:
             return {"ready": _ready, "metadata": _metadata, "infer": _infer}[args.command](client, args)
     except InferenceError as error:
@@ -69,7 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     connection.add_argument("--timeout-s", type=float, default=10.0, help="for the whole call (default: %(default)g)")
     connection.add_argument("--tls", action="store_true", help="speak TLS, trusting the system's authorities")
     connection.add_argument("--ca-cert", metavar="FILE", help="speak TLS, trusting this authority (PEM)")
-    connection.add_argument("--api-key-file", type=Path, metavar="FILE", help="file that holds the API key")
+    connection.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="file that holds the API key (default: $DEEPSEEK_API_KEY, over TLS)",
+    )
     connection.add_argument("--json", action="store_true", help="for machines")
     parser = _Parser(
         prog="python -m deepseek_client", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -89,9 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read_key(path: Path | None) -> str | None:
+def _read_key(path: Path | None, *, tls: bool) -> str | None:
+    """Of the file, or the environment's, which is not meant for a server without TLS, such as one on this machine."""
+    if path is None:
+        return os.environ.get("DEEPSEEK_API_KEY") or None if tls else None
     try:
-        return None if path is None else path.read_text(encoding="ascii").strip()
+        return path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"--api-key-file {path}: {error}; it must be a file that holds the key alone") from None
 

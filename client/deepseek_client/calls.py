@@ -17,7 +17,15 @@ import numpy as np
 
 from deepseek_client.budget import RetryBudget
 from deepseek_client.counters import ModelCounters, Statistics
-from deepseek_client.errors import InferenceError, InvalidInput, ModelNotFound, ServerBusy, Unreachable
+from deepseek_client.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    InferenceError,
+    InvalidInput,
+    ModelNotFound,
+    ServerBusy,
+    Unreachable,
+)
 from deepseek_client.replicas import Replica, Replicas
 from deepseek_client.runtimes import Attempt, Cancel, Runtime
 from deepseek_client.settings import Settings, check_headers, checked_timeout
@@ -68,10 +76,11 @@ class Calls:
         """Ends the connections, the probes and the shared memory."""
         self._closed = True
         self._replicas.close()
-        self._runtime.close()
         for replica in self._replicas.all:
             if replica.regions is not None:
                 await replica.regions.close()
+        self._runtime.close()
+        for replica in self._replicas.all:
             await replica.transport.close()
 
     def statistics(self) -> Statistics:
@@ -185,11 +194,15 @@ class Calls:
             return await replica.transport.send(request, deadline, headers, cancel)
         try:
             answer = await replica.transport.send(request, deadline, headers, cancel, region)
-        except BaseException as error:
-            if isinstance(error, InferenceError) and is_unknown_region(error):
+        except InferenceError as error:
+            if is_unknown_region(error):
                 region.free()
                 regions.forget()
                 return await replica.transport.send(request, deadline, headers, cancel)
+            was_answered = not isinstance(error, ConnectionLost | DeadlineExceeded)
+            (regions.give_back if was_answered else regions.give_up)(region)
+            raise
+        except BaseException:  # stopped in the middle
             regions.give_up(region)
             raise
         regions.give_back(region)

@@ -6,6 +6,7 @@ used by one call at a time.
 
 import asyncio
 import contextlib
+import select
 import socket
 import ssl
 from collections.abc import Callable
@@ -121,7 +122,9 @@ class AsyncConnection(asyncio.Protocol):
 
     def is_alive(self) -> bool:
         """See Connection."""
-        return not self._received and not self._ended and not self._transport.is_closing()
+        if self._received or self._ended or self._transport.is_closing():
+            return False
+        return not _is_readable(self._transport.get_extra_info("socket").fileno())  # what the loop has not seen yet
 
     def stop(self) -> None:
         """See Connection."""
@@ -174,6 +177,15 @@ class AsyncConnection(asyncio.Protocol):
         """Of asyncio.Protocol."""
         self._full = False
         self._wake()
+
+
+def _is_readable(descriptor: int) -> bool:
+    """Whether there is something to read now, the end included. False on Windows, which has no poll."""
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _connect(host: str, port: int, deadline: Deadline) -> socket.socket:

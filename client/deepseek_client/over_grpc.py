@@ -7,6 +7,7 @@ over an asyncio one; a `Wire` hides which.
 import contextlib
 import re
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -38,6 +39,7 @@ from deepseek_client.transports import (
     means_not_ready,
     metadata_from_json,
     one_line,
+    placed_array,
     retry_after_s,
     to_numpy,
 )
@@ -76,15 +78,18 @@ class BlockingWire:
         secure = grpc.secure_channel
         self._channel = secure(url, credentials, OPTIONS) if credentials else grpc.insecure_channel(url, OPTIONS)
         self._methods: dict[str, Callable[..., Any]] = {}
+        self._gevent = _is_gevent_patched()
 
     async def call(
         self, method: str, request: bytes, timeout_s: float, metadata: Metadata, cancel: Cancel | None
     ) -> Any:
         """See Wire."""
         stub: Any = self._methods.get(method) or self._methods.setdefault(method, _stub(self._channel, method))
-        if cancel is None:
+        if cancel is None and not self._gevent:
             return stub(request, timeout=timeout_s, metadata=metadata)
         future = stub.future(request, timeout=timeout_s, metadata=metadata)  # slower, and can be stopped
+        if cancel is None:
+            return future.result()
         cancel.stopped_by(future.cancel)
         try:
             return future.result()
@@ -96,6 +101,12 @@ class BlockingWire:
     async def close(self) -> None:
         """See Wire."""
         self._channel.close()
+
+
+def _is_gevent_patched() -> bool:
+    """Then each blocking call would hold one of gevent's ten threads, and an eleventh be seen answered too late."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and monkey.is_module_patched("threading")
 
 
 class AsyncWire:
@@ -256,7 +267,7 @@ def _arrays(answer: Any, placement: Placement | None) -> dict[str, np.ndarray]:
         pairs = zip(answer.outputs, answer.raw_output_contents, strict=True)
         return {output.name: to_numpy(output.datatype, output.shape, data) for output, data in pairs}
     return {
-        output.name: to_numpy(output.datatype, output.shape, placement.read(output.name)) for output in answer.outputs
+        output.name: placed_array(placement, output.name, output.datatype, output.shape) for output in answer.outputs
     }
 
 
@@ -291,10 +302,10 @@ def _error(url: str, error: Any, deadline: Deadline) -> InferenceError:
 
 
 def _unavailable(url: str, reason: str, error: Any) -> InferenceError:
-    """One code for three things, told apart by the text: what it does not show to be safe counts as lost.
+    """One code for four things, told apart by the text: what it does not show to be safe counts as lost.
 
-    gRPC says UNAVAILABLE of a refused connection (nothing was sent), of Triton's full queue (did not run) and of a
-    connection that broke (may have run).
+    gRPC says UNAVAILABLE of a refused connection (nothing was sent), of Triton's full queue (did not run), of its
+    restricted protocols, and of a connection that broke (may have run).
     """
     if reason.startswith(("failed to connect", "errors resolving", "DNS resolution failed")):
         last = reason.rpartition(": ")[2].rstrip("]")
@@ -302,6 +313,8 @@ def _unavailable(url: str, reason: str, error: Any) -> InferenceError:
             f"nothing serves gRPC at {url} ({last}); "
             "start Triton there, or correct the url (its gRPC port is 8001 by default)"
         )
+    if "This protocol is restricted" in reason:
+        return AccessDenied(f"{url}: {reason}")
     if any(text in reason for text in ("maximum queue size", "timeout expired")):
         return ServerBusy(f"{url}: {reason}")
     wait_s = _retry_after_s(error)

@@ -39,6 +39,7 @@ from deepseek_client.transports import (
     error_of_status,
     metadata_from_json,
     one_line,
+    placed_array,
     retry_after_s,
     to_numpy,
 )
@@ -231,12 +232,13 @@ def _arrays(answer: Answer, placement: Placement | None) -> dict[str, np.ndarray
     end = int(answer.headers.get(BINARY_HEADER_SIZE.lower(), len(content)))
     results = {}
     for output in json.loads(bytes(content[:end]))["outputs"]:
+        name, datatype, shape = output["name"], output["datatype"], output["shape"]
         if placement is not None and placement.outputs:
-            data = placement.read(output["name"])
+            results[name] = placed_array(placement, name, datatype, shape)
         else:
             start, end = end, end + output["parameters"]["binary_data_size"]
-            data = bytes(content[start:end])  # a copy, and so aligned for whoever computes on it
-        results[output["name"]] = to_numpy(output["datatype"], output["shape"], data)
+            # A slice is a copy, and so aligned for whoever computes on it.
+            results[name] = to_numpy(datatype, shape, bytes(content[start:end]))
     return results
 
 

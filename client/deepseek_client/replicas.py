@@ -62,13 +62,13 @@ class Replicas:
         self._closed = False
 
     def pick(self, tried: Collection[Replica] = ()) -> Replica:
-        """The next one in turn, of the best there are."""
+        """The next one in turn, of the best there are; after others were tried, any of them, whose turn it stays."""
         if len(self.all) == 1:
             return self.all[0]
         now = time.monotonic()
         ranks = [(replica.ejected, replica in tried, replica.rests_until > now) for replica in self.all]
         best = [replica for replica, rank in zip(self.all, ranks, strict=True) if rank == min(ranks)]
-        return best[next(self._turn) % len(best)]
+        return random.choice(best) if tried else best[next(self._turn) % len(best)]
 
     def another(self, tried: Collection[Replica]) -> bool:
         """Whether one is in use that has not been tried."""

@@ -3,8 +3,9 @@
 Contract
 - A region is a file of /dev/shm that the server maps when it is registered; its name is removed right after, so that
   nothing is left behind by whoever is killed, client or server: the memory goes when both have let go of it.
-- A region serves one attempt at a time. After an attempt that was not answered in full the server may still be at it,
-  so that its region is given up, never used again.
+- A region serves one attempt at a time. After an attempt that was not answered the server may still be at it, so that
+  its region is given up, never used again, and unregistered when the server has done with it (24.09 and later refuse
+  to unregister what is in use; earlier ones crashed).
 - A server that refuses (off by default since 26.04), or that is elsewhere and cannot open the file, is remembered for
   `REFUSED_S`; meanwhile requests travel as usual. One that was restarted knows no region: new ones are made.
 - A region has its memory when it is made: a full /dev/shm is a refusal, not a crash in the middle of a copy.
@@ -13,6 +14,7 @@ Contract
 import contextlib
 import mmap
 import os
+import re
 import secrets
 import time
 from collections import deque
@@ -24,8 +26,6 @@ from deepseek_client.errors import (
     DeadlineExceeded,
     InferenceError,
     InvalidInput,
-    ModelNotReady,
-    ServerBusy,
     Unreachable,
 )
 from deepseek_client.runtimes import Runtime
@@ -36,8 +36,9 @@ SMALLEST_BYTES = 65536  # of a region
 AUTO_BYTES = 262144  # below, with "auto", a socket is as fast
 REFUSED_S = 60.0
 CLOSE_TIMEOUT_S = 1.0
+FIRST_SWEEP_S, LONGEST_SWEEP_S = 0.1, 5.0
 ALIGNMENT = 64
-_TRANSIENT = (Unreachable, ConnectionLost, DeadlineExceeded, ServerBusy, ModelNotReady)  # says nothing of shared memory
+_UNCLEAR = (Unreachable, ConnectionLost, DeadlineExceeded)  # say nothing of shared memory
 
 
 class NoSharedMemory(Exception):
@@ -80,9 +81,11 @@ class Region:
             offset += _aligned(size)
         self.inputs, self.outputs = inputs, outputs
 
-    def read(self, output: str) -> bytes:
+    def read(self, output: str, size: int) -> bytes:
         """A copy of what the server wrote."""
-        offset, size = self.outputs[output]
+        offset, most = self.outputs[output]
+        if size > most:
+            raise ValueError(f"{size} bytes of {output!r}, where its signature allows {most}")
         return self._memory[offset : offset + size]
 
     def free(self) -> None:
@@ -99,6 +102,8 @@ class Regions:
         self._runtime = runtime
         self._required = required
         self._idle: deque[Region] = deque()
+        self._given_up: deque[str] = deque()
+        self._sweeping = self._closed = False
         self._refused_until = 0.0
 
     def want(self, request_bytes: int) -> bool:
@@ -127,13 +132,19 @@ class Regions:
         return region
 
     def give_back(self, region: Region) -> None:
-        """After an answer: the server is done with it."""
-        self._idle.append(region)
+        """After an answer, whatever it was: the server is done with it."""
+        if self._closed:
+            region.free()
+        else:
+            self._idle.append(region)
 
     def give_up(self, region: Region) -> None:
-        """After no answer: what the server still writes goes nowhere."""
+        """After no answer: what the server still writes goes nowhere, and it is told to let go when it is done."""
         region.free()
-        self._runtime.spawn(lambda: self._unregister(region, Deadline(CLOSE_TIMEOUT_S)))
+        self._given_up.append(region.region)
+        if not self._sweeping and not self._closed:
+            self._sweeping = True
+            self._runtime.spawn(self._sweep)
 
     def forget(self) -> None:
         """The server was restarted and knows none of them."""
@@ -143,12 +154,30 @@ class Regions:
 
     async def close(self) -> None:
         """Gives all of them up, within a short time even where the server does not answer."""
-        deadline = Deadline(CLOSE_TIMEOUT_S)
+        self._closed = True
         with contextlib.suppress(IndexError):
             while True:
                 region = self._idle.pop()
                 region.free()
-                await self._unregister(region, deadline)
+                self._given_up.append(region.region)
+        deadline = Deadline(CLOSE_TIMEOUT_S)
+        while self._given_up and deadline.left_s() > 0:
+            name = self._given_up.popleft()
+            if not await self._unregister(name, deadline):
+                self._given_up.append(name)
+                await self._runtime.sleep(FIRST_SWEEP_S)
+
+    async def _sweep(self) -> None:
+        """Has the server let go of what was given up, as soon as no request uses it any more."""
+        pause_s = FIRST_SWEEP_S
+        while self._given_up and not self._closed:
+            await self._runtime.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_SWEEP_S)
+            for _ in range(len(self._given_up)):
+                name = self._given_up.popleft()
+                if not self._closed and not await self._unregister(name, Deadline(CLOSE_TIMEOUT_S)):
+                    self._given_up.append(name)
+        self._sweeping = False
 
     def _take_idle(self, size: int) -> Region | None:
         """The one used last; one that is too small makes room for a larger one."""
@@ -159,24 +188,30 @@ class Regions:
             self.give_up(region)
         return None
 
-    async def _unregister(self, region: Region, deadline: Deadline) -> None:
-        with contextlib.suppress(InferenceError, RuntimeError, ValueError):  # the last two: closed meanwhile
-            await self._transport.unregister(region.region, deadline)
+    async def _unregister(self, name: str, deadline: Deadline) -> bool:
+        """Whether that is settled: a server that is gone has let go of everything."""
+        try:
+            await self._transport.unregister(name, deadline)
+        except (Unreachable, RuntimeError, ValueError):  # the last two: closed meanwhile
+            return True
+        except InferenceError:  # "it is currently in use"
+            return False
+        return True
 
     async def _register(self, region: Region, deadline: Deadline) -> Region:
         try:
             await self._transport.register(region.region, region.size_bytes, deadline)
-        except _TRANSIENT:
-            region.free()
-            raise
-        except InferenceError as error:
+        except BaseException as error:
+            # 26.04 and later refuse with UNAVAILABLE, which over gRPC is also said of a connection that broke.
+            refused = isinstance(error, InferenceError) and re.search("shm|shared.memory", str(error))
+            if not refused and (isinstance(error, _UNCLEAR) or not isinstance(error, InferenceError)):
+                self.give_up(region)  # perhaps it has it
+                if self._required or not isinstance(error, ConnectionLost):
+                    raise
             region.free()
             raise NoSharedMemory(
                 f"{error} (start Triton with --allow-client-shm=true, on this machine, with the same /dev/shm and user)"
             ) from None
-        except BaseException:
-            region.free()
-            raise
         region.remove_name()
         return region
 

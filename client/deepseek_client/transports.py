@@ -105,7 +105,7 @@ class Placement(Protocol):
     """Offset and size in bytes."""
     outputs: Mapping[str, tuple[int, int]]
 
-    def read(self, output: str) -> bytes:
+    def read(self, output: str, size: int) -> bytes:
         """A copy of what the server wrote."""
 
 
@@ -180,6 +180,12 @@ def to_numpy(datatype: str, shape: Sequence[int], data: bytes) -> np.ndarray:
     """A read-only view of `data`. Raises ValueError or struct.error where they do not belong together."""
     flat = deserialize_bytes_tensor(data) if datatype == "BYTES" else np.frombuffer(data, triton_to_np_dtype(datatype))
     return flat.reshape(tuple(shape))
+
+
+def placed_array(placement: Placement, output: str, datatype: str, shape: Sequence[int]) -> np.ndarray:
+    """A copy of an output that the server put into shared memory. Raises ValueError where it is larger than told."""
+    size = int(np.prod(shape)) * np.dtype(triton_to_np_dtype(datatype)).itemsize
+    return to_numpy(datatype, shape, placement.read(output, size))
 
 
 def metadata_from_json(signature: dict, config: dict | None) -> ModelMetadata:

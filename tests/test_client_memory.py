@@ -1,0 +1,191 @@
+"""The client's shared memory, with a real Triton that allows it, refuses it, is killed, or is still at it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from deepseek_client import AsyncInferenceClient, DeadlineExceeded, InferenceClient, InvalidInput, ModelStatistics
+
+from serving.embedded import EmbeddedServer
+from tests.conftest import write_add_one
+
+X = np.arange(240_000, dtype=np.float32).reshape(1, 2, 120_000)  # 960 kB
+both = pytest.mark.parametrize("protocol", ["http", "grpc"])
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`add_one`, whose outputs may have any size; `fixed`, whose signature tells it; `slow`."""
+    folder = tmp_path_factory.mktemp("memory") / "repository"
+    for name, delay_s in (("add_one", 0.0), ("fixed", 0.0), ("slow", 0.3)):
+        write_add_one(folder, name, delay_s=delay_s, instances=1)
+    config = folder / "fixed" / "config.pbtxt"
+    config.write_text(config.read_text().replace("[2, -1]", "[2, 120000]"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[EmbeddedServer]:
+    with serve(repository) as running:
+        yield running
+
+
+def serve(repository: Path, *flags: str, **ports: int) -> EmbeddedServer:
+    free: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, **ports}
+    return EmbeddedServer(repository, log_path=repository.parent / "triton.log", flags=flags, **free)
+
+
+def url_of(server: EmbeddedServer, protocol: str) -> str:
+    return server.http_url if protocol == "http" else server.grpc_url
+
+
+def client_of(server: EmbeddedServer, protocol: str, shared_memory: Any, **settings: Any) -> InferenceClient:
+    return InferenceClient(url_of(server, protocol), protocol, shared_memory=shared_memory, **settings)  # type: ignore[arg-type]
+
+
+def left_behind() -> list[str]:
+    return [path.name for path in Path("/dev/shm").glob("deepseek-client-*")]
+
+
+def registered(server: EmbeddedServer) -> list[str]:
+    """The regions that the server has mapped."""
+    with urllib.request.urlopen(f"http://{server.http_url}/v2/systemsharedmemory/status") as answer:
+        return [region["name"] for region in json.load(answer)]
+
+
+def shared(client: InferenceClient, model: str) -> int:
+    told: ModelStatistics = client.statistics().models[model]
+    return told.through_shared_memory
+
+
+@both
+@pytest.mark.parametrize("model", ["add_one", "fixed"])
+def test_tensors_pass_through_shared_memory(server: EmbeddedServer, protocol: str, model: str) -> None:
+    with client_of(server, protocol, "auto") as client:
+        for k in range(3):
+            answer = client.infer(model, {"x": X + k})["y"]
+            np.testing.assert_array_equal(answer, X + k + 1)
+            assert not answer.flags.writeable
+        assert left_behind() == []
+        assert len(registered(server)) == 1
+        assert shared(client, model) == 3
+    assert registered(server) == []
+
+
+@both
+def test_tasks_at_the_same_time_have_regions_of_their_own(server: EmbeddedServer, protocol: str) -> None:
+    async def main() -> list[dict[str, np.ndarray]]:
+        async with AsyncInferenceClient(url_of(server, protocol), protocol, shared_memory="auto") as client:  # type: ignore[arg-type]
+            answers = await asyncio.gather(*(client.infer("fixed", {"x": X + k}) for k in range(6)))
+            assert client.statistics().models["fixed"].through_shared_memory == 6
+            return answers
+
+    for k, answer in enumerate(asyncio.run(main())):
+        np.testing.assert_array_equal(answer["y"], X + k + 1)
+    assert registered(server) == left_behind() == []
+
+
+def test_small_tensors_travel_as_usual_unless_asked_for(server: EmbeddedServer) -> None:
+    small = X[:, :, :3]
+    with client_of(server, "grpc", "auto") as auto, client_of(server, "grpc", True) as always:
+        for client in (auto, always):
+            np.testing.assert_array_equal(client.infer("add_one", {"x": small})["y"], small + 1)
+        assert (shared(auto, "add_one"), shared(always, "add_one")) == (0, 1)
+
+
+@both
+def test_a_growing_request_gets_a_larger_region(server: EmbeddedServer, protocol: str) -> None:
+    with client_of(server, protocol, True) as client:
+        for size in (100, 60_000, 120_000, 100):
+            np.testing.assert_array_equal(client.infer("add_one", {"x": X[:, :, :size]})["y"], X[:, :, :size] + 1)
+        time.sleep(0.3)  # what was given up is unregistered beside the calls
+        assert len(registered(server)) == 1
+
+
+@both
+def test_after_a_deadline_the_region_is_given_up_and_the_server_lets_go_of_it(
+    server: EmbeddedServer, protocol: str
+) -> None:
+    with client_of(server, protocol, True, retries=0) as client:
+        request = client.prepare("slow", {"x": X})
+        for _ in range(2):
+            with pytest.raises(DeadlineExceeded):
+                client.send(request, timeout_s=0.1)
+        np.testing.assert_array_equal(client.send(request)["y"], X + 1)
+        deadline = time.monotonic() + 10
+        while len(registered(server)) > 1 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(registered(server)) == 1
+    assert registered(server) == left_behind() == []
+
+
+@both
+def test_a_server_that_refuses_gets_the_tensors_as_usual(repository: Path, protocol: str) -> None:
+    flag = f"--{protocol}-restricted-{'api' if protocol == 'http' else 'protocol'}=shared-memory:key=value"
+    with serve(repository, flag) as refusing:
+        with client_of(refusing, protocol, "auto") as client:
+            request = client.prepare("fixed", {"x": X})
+            for _ in range(2):
+                np.testing.assert_array_equal(client.send(request)["y"], X + 1)
+            np.testing.assert_array_equal(client.infer("fixed", {"x": X})["y"], X + 1)
+            assert shared(client, "fixed") == 0
+        with (
+            client_of(refusing, protocol, True) as client,
+            pytest.raises(InvalidInput, match="--allow-client-shm=true"),
+        ):
+            client.infer("fixed", {"x": X})
+    assert left_behind() == []
+
+
+def test_a_killed_server_that_comes_back_gets_new_regions(repository: Path) -> None:
+    with serve(repository) as first:
+        client = client_of(first, "http", "auto", retries=0)
+        client.infer("fixed", {"x": X})
+        assert first._process is not None
+        os.kill(first._process.pid, signal.SIGKILL)
+        assert left_behind() == []
+        ports = {"http_port": first.http_port, "grpc_port": first.grpc_port}
+    with serve(repository, **ports), client:
+        for _ in range(3):
+            np.testing.assert_array_equal(client.infer("fixed", {"x": X})["y"], X + 1)
+        assert shared(client, "fixed") == 3  # one of four went without: by it the client learned of the restart
+    assert left_behind() == []
+
+
+def test_a_killed_client_leaves_no_file_behind(server: EmbeddedServer) -> None:
+    code = f"""
+import os, signal, numpy as np
+from deepseek_client import InferenceClient
+client = InferenceClient({server.grpc_url!r}, shared_memory=True)
+client.infer("fixed", {{"x": np.zeros((1, 2, 120_000), np.float32)}})
+assert client.statistics().models["fixed"].through_shared_memory == 1
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert left_behind() == []
+
+
+def test_a_full_dev_shm_is_no_obstacle(server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with client_of(server, "http", "auto") as client:
+        np.testing.assert_array_equal(client.infer("fixed", {"x": X})["y"], X + 1)
+        assert shared(client, "fixed") == 0
+    with client_of(server, "http", True) as client, pytest.raises(InvalidInput, match="No space left"):
+        client.infer("fixed", {"x": X})
+    assert left_behind() == []
