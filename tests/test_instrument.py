@@ -69,11 +69,12 @@ def nearest_rank(ordered: np.ndarray, percent: float) -> float:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_reported_percentiles_are_the_servers_own_within_two_percent(protocol: Protocol) -> None:
-    with FakeEndpoint(delay_ms=150, slow_every=10, slow_ms=400) as endpoint:
+    with FakeEndpoint(delay_ms=150, slow_every=3, slow_ms=500) as endpoint:
         run = measured(settings(endpoint, protocol, rate_rps=75.0, duration_s=2.0))
         ordered = true_ms(endpoint)
     assert run.window.ok == len(ordered) == 150
-    for percent in (50, 80, 95, 99):
+    # Some 20 are in flight at once, the fast ones among them answered first.
+    for percent in (10, 50, 80, 99):
         assert run.window.latency("service").percentile_ms(percent) == pytest.approx(
             nearest_rank(ordered, percent), rel=0.02
         )
