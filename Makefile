@@ -3,8 +3,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help demo setup engine keys doctor serve infer compare metadata loadtest verdict capacity compare-runs tune report profile bench test lint check-engine \
-    check-graphs can-build lock clean clean-cache distclean FORCE
+.PHONY: help demo setup engine keys doctor serve infer compare metadata loadtest verdict capacity compare-runs tune report profile plan bench test lint check-engine \
+    built check-graphs can-build lock clean clean-cache distclean FORCE
 
 ##@ Variables (make engine MODEL=… PRECISION=…)
 MODEL ?= recommender##            model folder
@@ -40,6 +40,17 @@ NEW ?=##                     what is held against it
 RUN ?=##                     folder of a load test for verdict and report (default: the latest)
 REQUESTS ?= 1##                 that profile traces
 ROW ?= 0##             which evaluation sample infer sends
+P99_MS ?=##                   plan: latency that 99 % of RATE= must keep (default: 50)
+PRESET ?=##                   plan: a well-known shape in place of MODEL: bert-base, bert-large, gpt2-xl, gpt3-175b
+ONNX ?=##                     plan: an ONNX file in place of MODEL
+LAYERS ?=##                   plan: a Transformer in place of MODEL, with HIDDEN= and HEADS=
+HIDDEN ?=##                   plan: width of the hidden states
+HEADS ?=##                    plan: attention heads
+LENGTH ?=##                   plan: tokens of a sample
+BATCH ?=##                    plan: samples at once in training (default: 32)
+DEVICES ?=##                  plan: a file of devices in place of deepseek/devices.toml
+MEASURE ?=##                  1: plan measures this machine, too
+PLAN ?=##                     further flags of plan: PLAN='--checkpointing --train-precision bf16 --json'
 BUILD ?= build##
 REPOSITORY ?= model_repository##
 VENV ?= .venv##
@@ -101,8 +112,8 @@ demo: engine ## from nothing to a verdict: data, train, export, engine, serve, i
 	@$(PY) -m serving.embedded --repository $(REPOSITORY) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
 	    --metrics-port $(METRICS_PORT) -- $(MAKE) --no-print-directory -k infer compare loadtest report verdict
 
-engine: $(if $(filter tensorrt_rtx,$(T)),$(B)/choice-$(T).json,$(REPOSITORY)/$(MODEL)/config.pbtxt $(ENV_FILE)) ## weights, ONNX, precision, engine, model repository; then: docker compose up
-	@echo "engine    $< is up to date"
+engine: ## weights, ONNX, precision, engine, model repository; then: docker compose up
+	@$(ALONE) $(MAKE) --no-print-directory TARGET=$(T) built
 
 doctor: $(VENV)/.ready ## whether what is in the repository runs here: engines, config.pbtxt, GPU, memory, disk
 	@$(PY) -m serving.doctor --repository $(REPOSITORY) --triton-tag $(TRITON_TAG) $(if $(NAMED),--model $(NAMED))
@@ -127,6 +138,10 @@ keys: $(VENV)/.ready ## API keys of the gateway: lists them; NAME=shop makes and
 	    $(if $(strip $(EXPIRES_DAYS)),--expires-days $(strip $(EXPIRES_DAYS))) $(if $(strip $(KEY_RPS)),--rate-rps $(strip $(KEY_RPS))) \
 	    $(addprefix --host ,$(GATEWAY_HOSTS))
 
+# What a search found as a page, after its own output and with its own exit status (2: it did not search).
+then-draw = status=$$?; case $$status in 0|1|3) test ! -e $(B)/$(1).json || $(PY) -m loadtests.report $(WHICH) --$(1);; esac; \
+    exit $$status
+
 ##@ Load test
 loadtest: $(VENV)/.ready ## measure the server; leaves a folder in build/<model>/loadtests/
 	@$(PY) -m loadtests.run $(WHICH) --url $(URL) --protocol $(PROTOCOL) --target $(T) --duration-s $(DURATION_S) \
@@ -139,14 +154,14 @@ verdict: $(VENV)/.ready ## judge a run, or that of MIX=, against deploy.toml
 
 capacity: $(VENV)/.ready ## the highest rate that holds every objective: bracket, bisect, confirm; into build/<model>/capacity.json
 	@$(PY) -m loadtests.capacity $(WHICH) --url $(URL) --protocol $(PROTOCOL) --target $(T) --duration-s $(DURATION_S) \
-	    --workers $(strip $(WORKERS)) --max-s $(BUDGET_S) $(if $(strip $(RATE)),--start-rps $(RATE))
+	    --workers $(strip $(WORKERS)) --max-s $(BUDGET_S) $(if $(strip $(RATE)),--start-rps $(RATE)); $(call then-draw,capacity)
 
 compare-runs: $(VENV)/.ready ## whether NEW= is worse than BASE=: interleaved runs, confidence intervals, a table for a pull request
 	@$(PY) -m loadtests.compare_runs $(WHICH) --base '$(strip $(BASE))' --new '$(strip $(NEW))' --repository $(REPOSITORY) \
 	    --protocol $(PROTOCOL) --target $(T) --duration-s $(DURATION_S) --max-s $(BUDGET_S) $(if $(strip $(RATE)),--rate $(RATE))
 
 tune: $(VENV)/.ready ## the best batch size, queue delay, instances and threads for the SLO here; takes BUDGET_S
-	@$(PY) -m loadtests.tune $(WHICH) --target $(T) --max-s $(BUDGET_S) --protocol $(PROTOCOL)
+	@$(PY) -m loadtests.tune $(WHICH) --target $(T) --max-s $(BUDGET_S) --protocol $(PROTOCOL); $(call then-draw,tuning)
 
 report: $(VENV)/.ready ## draw a run as one HTML file; several of RUN="a b" over each other
 	@$(PY) -m loadtests.report $(WHICH) $(addprefix --run ,$(RUN))
@@ -155,12 +170,21 @@ profile: $(VENV)/.ready ## trace REQUESTS= requests of USERS= users from the cli
 	@$(PY) -m loadtests.profile $(WHICH) --protocol $(PROTOCOL) --requests $(strip $(REQUESTS)) --users $(or $(strip $(USERS)),1) \
 	    $(if $(filter command environment,$(firstword $(origin URL))),--url $(URL),--repository $(REPOSITORY))
 
+##@ Plan
+plan: $(VENV)/.ready ## memory, devices, parallelism, speed and, with RATE=, cost of MODEL=, PRESET=, ONNX= or LAYERS=
+	@$(PY) -m deepseek.sizing $(or $(if $(strip $(PRESET)),--preset '$(strip $(PRESET))'),$(if $(strip $(ONNX)),--onnx '$(strip $(ONNX))'),$(if \
+	    $(strip $(LAYERS)),--layers $(LAYERS) $(if $(strip $(HIDDEN)),--hidden $(HIDDEN)) $(if $(strip $(HEADS)),--heads $(HEADS))),$(WHICH)) \
+	    --precision $(PRECISION) $(if $(strip $(LENGTH)),--length $(LENGTH)) $(if $(strip $(BATCH)),--batch $(BATCH)) \
+	    $(if $(strip $(RATE)),--rate $(RATE)) $(if $(strip $(P99_MS)),--p99-ms $(P99_MS)) \
+	    $(if $(strip $(DEVICES)),--devices '$(strip $(DEVICES))') $(if $(strip $(MEASURE)),--measure) $(PLAN)
+
 ##@ Development
 setup: $(VENV)/.ready ## the virtual environment, pinned by requirements.lock
 
 check-engine: $(VENV)/.ready-rtx ## every precision of every model (or of MODEL=) through TensorRT for RTX: no GPU needed
-	@for model in $(CHECKED); do $(MAKE) --no-print-directory -j2 -Otarget TARGET=tensorrt_rtx MODEL=$$model PRECISION=auto \
-	    CHECKED_PRECISIONS="$(filter-out auto,$(PRECISION))" check-graphs || exit; done
+	@for model in $(CHECKED); do ($(subst $(B),$(BUILD)/$$model,$(ALONE)) \
+	    $(MAKE) --no-print-directory -j2 -Otarget TARGET=tensorrt_rtx MODEL=$$model PRECISION=auto \
+	    CHECKED_PRECISIONS="$(filter-out auto,$(PRECISION))" check-graphs) || exit; done
 	@$(PY) -m export.check_engine --models $(MODELS) $(addprefix --model ,$(CHECKED)) \
 	    $(addprefix --precision ,$(filter-out auto,$(PRECISION)))
 
@@ -192,7 +216,7 @@ distclean: ## remove all that was built, and the virtual environment
 help:
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	    /^[a-z_-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2} \
-	    /^[A-Z_]+ \?=.*##/ {split($$0, a, "##"); split(a[1], v, " \\?= ?"); gsub(/^ +/, "", a[2]); \
+	    /^[A-Z0-9_]+ \?=.*##/ {split($$0, a, "##"); split(a[1], v, " \\?= ?"); gsub(/^ +/, "", a[2]); \
 	        printf "  %-12s %-18s %s\n", v[1], (v[2] ~ /\$$\(/ ? "" : v[2]), a[2]}' $(MAKEFILE_LIST)
 
 # ---- environment -------------------------------------------------------------------------------
@@ -220,6 +244,11 @@ $(VENV)/.ready-rtx $(VENV)/.ready-test $(VENV)/.ready-tensorrt: $(VENV)/.ready-%
 	@touch $@
 
 # ---- artifacts ---------------------------------------------------------------------------------
+# One make at a time builds in a model's folder. The lock is on the folder itself and ends with whoever holds it.
+ALONE = mkdir -p $(B) && exec 9<$(B) && { flock -n 9 || { echo "engine    waiting for another make in $(B)"; flock 9; }; } &&
+built: $(if $(filter tensorrt_rtx,$(T)),$(B)/choice-$(T).json,$(REPOSITORY)/$(MODEL)/config.pbtxt $(ENV_FILE))
+	@echo "engine    $< is up to date"
+
 # A variable's value as a file that changes only when the value does.
 define remember
 $(B)/settings/$(1): FORCE
@@ -235,7 +264,7 @@ MODEL_FILES := $(shell find $(FOLDER) -type f -not -path '*/__pycache__/*' 2>/de
 STAGES := export/artifact.py $(wildcard deepseek/spec/*.py)
 
 # Which precisions auto compares: deploy.toml's candidates; and the file that its tuned values are in.
-ifneq ($(filter engine demo $(REPOSITORY)/% $(BUILD)/%,$(MAKECMDGOALS)),)
+ifneq ($(filter built $(REPOSITORY)/% $(BUILD)/%,$(MAKECMDGOALS)),)
 include $(B)/spec.mk
 endif
 # Tuned values change how a model is served, not what is built; they may come, change and go.
