@@ -173,19 +173,21 @@ class Chart:
         self._tips.append((self._at_x(x), None, list(lines)))
 
     def mark(self, x: float, y: float, css: str, text: str = "") -> None:
-        """A diamond, with a word above it on the left."""
+        """A diamond, with a word above it on the left, or beside it where the axis is near."""
         at_x, at_y = self._at_x(x), self._at_y(y)
         self._parts.append(f'<path class="mark {css}" d="M{at_x:.1f} {at_y - 5.5:.1f}l5.5 5.5l-5.5 5.5l-5.5 -5.5Z"/>')
         if text:
-            self._text(at_x - 4, at_y - 8, text, "end", f"tick {css}-text")
+            near = at_x < LEFT + CHARACTER * len(text)
+            place = (at_x + 9, at_y + 4, text, "start") if near else (at_x - 4, at_y - 8, text, "end")
+            self._text(*place, f"tick {css}-text")
 
-    def shade(self, left: float, right: float, text: str) -> None:
-        """A stretch of x that does not count."""
+    def shade(self, left: float, right: float, text: str, *, low: bool = False) -> None:
+        """A stretch of x that does not count; its word stands at the top, or low down."""
         x, end = self._at_x(left), self._at_x(right)
         height = self.height - TOP - BOTTOM
         self._parts.append(f'<rect class="shade" x="{x:.1f}" y="{TOP}" width="{end - x:.1f}" height="{height}"/>')
         if end - x > 56:
-            self._text((x + end) / 2, TOP + 14, text)
+            self._text((x + end) / 2, self.height - BOTTOM - 10 if low else TOP + 14, text)
 
     def legend(self, css: str, text: str) -> None:
         """A name for a mark."""

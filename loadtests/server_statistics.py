@@ -21,6 +21,8 @@ from typing import Any, Literal
 import tritonclient.grpc
 import tritonclient.http
 
+from loadtests.results import Run
+
 DURATIONS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
 SPLIT = ("queue", "compute_input", "compute_infer", "compute_output")  # what a request's time in Triton consists of
 Statistics = dict[str, Counter[str]]  # version -> flat counters
@@ -107,27 +109,39 @@ class Split:
         late = intended_ms - service_ms if math.isfinite(intended_ms) else 0.0
         return cls(parts=parts, outside=max(0.0, service_ms - sum(parts.values())), late=max(0.0, late))
 
+    @classmethod
+    def of_run(cls, run: Run) -> Split | None:
+        """Of its measured time."""
+        service, intended = run.window.latency("service").mean_ms, run.window.latency("intended").mean_ms
+        return cls.of(run.server.get("statistics") or {}, service_ms=service, intended_ms=intended)
+
     @property
     def total(self) -> float:
         """From the actual send to the answer."""
         return sum(self.parts.values()) + self.outside
 
     @property
-    def sentence(self) -> str:
-        """The same in words, the largest part with what shortens it."""
+    def named(self) -> dict[str, float]:
+        """The parts as one speaks of them."""
         parts = {"in the model": self.parts["compute_infer"], "in Triton's queue": self.parts["queue"]}
         parts["handing tensors over"] = self.parts["compute_input"] + self.parts["compute_output"]
         if "cache" in self.parts:
             parts["in the cache"] = self.parts["cache"]
-        parts["outside Triton (client and network)"] = self.outside
-        told = [f"{figure(value)} {where}" for where, value in parts.items()]
-        largest = max(parts, key=lambda where: parts[where])
-        share = parts[largest] / self.total if self.total else 0.0
+        return {**parts, "outside Triton (client and network)": self.outside}
+
+    @property
+    def account(self) -> str:
+        """The same in a sentence."""
+        told = [f"{figure(value)} {where}" for where, value in self.named.items()]
         late = f"; it left {figure(self.late)} after its planned time" if self.late > 0.1 * self.total else ""
-        return (
-            f"A mean request took {figure(self.total)}: {', '.join(told[:-1])} and {told[-1]}{late}. "
-            f"The largest part, {share:.0%}, is {largest}: {SHORTENED[largest]}."
-        )
+        return f"A mean request took {figure(self.total)}: {', '.join(told[:-1])} and {told[-1]}{late}."
+
+    @property
+    def sentence(self) -> str:
+        """The account, and what shortens its largest part."""
+        largest = max(self.named, key=lambda where: self.named[where])
+        share = self.named[largest] / self.total if self.total else 0.0
+        return f"{self.account} The largest part, {share:.0%}, is {largest}: {SHORTENED[largest]}."
 
 
 SHORTENED = {

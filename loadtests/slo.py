@@ -38,6 +38,7 @@ from deepseek.spec import (
 )
 from loadtests.mix import runs_of
 from loadtests.results import Run, Settings, Stretch, latest_run
+from loadtests.server_statistics import Split
 
 CONFIDENCE = 0.99
 LEAST_ATTEMPTED = 0.99  # of the planned requests, taken up in time
@@ -256,7 +257,8 @@ def as_json(run: Run, judgement: Judgement) -> dict[str, Any]:
     for objective in data["objectives"]:
         for name in ("seen", "margin"):
             objective[name] = objective[name] if math.isfinite(objective[name]) else None
-    return data
+    split = Split.of_run(run)
+    return {**data, "where_time_goes_ms": split and {**split.parts, "outside": split.outside, "late": split.late}}
 
 
 def formatted(kind: str, value: float) -> str:
@@ -284,6 +286,8 @@ def _print(run: Run, judgement: Judgement, console: Console) -> None:
     console.print(table)
     for line in (*judgement.problems, *judgement.notes):
         console.print(line)
+    if split := Split.of_run(run):
+        console.print(split.sentence)
     console.print(f"[{STYLES[judgement.verdict]} bold]{judgement.verdict}[/]  {run.folder}", soft_wrap=True)
 
 

@@ -73,6 +73,10 @@ def percentiles(runs: Sequence[Run], slo: SloSpec) -> str:
         x_title="share of requests answered at least as fast",
     )
     ticks = [(position(percent), f"{percent:g}%") for percent in TAIL if percent <= last]
+    if len(runs) == 1 and 0 < runs[0].window.failed < runs[0].window.planned:
+        answered = 100 * (1 - runs[0].window.failed / runs[0].window.planned)
+        if answered < last:
+            chart.shade(position(answered), position(last), "not answered", low=True)
     chart.axes(x_unit="", y_unit="latency, ms", x_ticks=ticks)
     for curve in reversed(drawn):
         chart.line(points[curve.name], curve.css)

@@ -9,7 +9,7 @@ from loadtests import server_statistics
 from loadtests.charts import stacked_bar
 from loadtests.report.curves import curves, failures_over_time
 from loadtests.report.page import facts, ms, numbers, sentence
-from loadtests.report.verdict import LETTERS, split_of
+from loadtests.report.verdict import LETTERS
 from loadtests.results import Run
 from loadtests.server_statistics import Split
 
@@ -29,8 +29,8 @@ def _rows(split: Split) -> list[tuple[str, float]]:
 
 
 def server(run: Run) -> str:
-    """The split of the mean request, in a sentence, a bar and figures."""
-    split = split_of(run)
+    """The split of the mean request, as a bar and in figures."""
+    split = Split.of_run(run)
     if split is None:
         return UNKNOWN
     rows = _rows(split)
@@ -40,8 +40,7 @@ def server(run: Run) -> str:
         for css, value in rows
     )
     bar = stacked_bar(rows, "Where the mean request spends its time")
-    told = f"<p class='told'>{sentence(split.sentence)}</p>"
-    return f"{told}{bar}<table class='numbers split'>{legend}</table>{facts(_batches(run))}"
+    return f"{bar}<table class='numbers split'>{legend}</table>{facts(_batches(run))}"
 
 
 def _share(value: float, whole: float) -> str:
@@ -67,7 +66,7 @@ def _batches(run: Run) -> list[tuple[str, object]]:
 
 def servers(runs: Sequence[Run]) -> str:
     """The splits of several runs as bars to one scale."""
-    splits = [(letter, split_of(run)) for letter, run in zip(LETTERS, runs, strict=False)]
+    splits = [(letter, Split.of_run(run)) for letter, run in zip(LETTERS, runs, strict=False)]
     longest = max((split.total for _, split in splits if split), default=0.0)
     if not longest:
         return UNKNOWN
@@ -80,7 +79,7 @@ def servers(runs: Sequence[Run]) -> str:
     legend = "".join(f"<span><i class='swatch {css}'></i>{PARTS[css]}</span>" for css in keys)
     head = ["", *(letter for letter, split in splits if split)]
     table = [(PARTS[css], *(ms(dict(_rows(split)).get(css, 0.0)) for _, split in splits if split)) for css in keys]
-    told = "".join(f"<p><b>{letter}.</b> {sentence(split.sentence)}</p>" for letter, split in splits if split)
+    told = "".join(f"<p><b>{letter}.</b> {sentence(split.account)}</p>" for letter, split in splits if split)
     return f"<div class='legend'>{legend}</div>{bars}{numbers(head, table)}{told}"
 
 
@@ -173,7 +172,7 @@ def differing(runs: Sequence[Run]) -> str:
     ]
     if not rows:
         return "<p>Settings, machine and versions are the same.</p>"
-    return f"<div class='scroll'>{numbers(['', *LETTERS[: len(runs)]], rows)}</div>"
+    return f"<div class='scroll wrap'>{numbers(['', *LETTERS[: len(runs)]], rows)}</div>"
 
 
 def _flat(run: Run) -> dict[str, object]:

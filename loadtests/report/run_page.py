@@ -10,8 +10,9 @@ from loadtests.capacity import Capacity
 from loadtests.report import curves, details
 from loadtests.report.page import card, document, grid, write
 from loadtests.report.searches import capacity_card, tuning_card
-from loadtests.report.verdict import HEADLINES, compared, headline, split_of, tiles
+from loadtests.report.verdict import SHORT, compared, headline, tiles
 from loadtests.results import Run
+from loadtests.server_statistics import Split
 from loadtests.slo import judge
 from loadtests.tuning import Tuning
 
@@ -31,7 +32,7 @@ def page(
         return _comparison(runs, slo, searches)
     run = runs[0]
     judgement = judge(run, slo)
-    split = split_of(run)
+    split = Split.of_run(run)
     extra = [*([split.sentence] if split else []), *([capacity.sentence] if capacity else [])]
     cards = [*_charts(runs, slo), card("Failures", details.failures(run))]
     cards.append(card("Where the time goes", details.server(run), "Triton's own statistics over the measured time."))
@@ -44,7 +45,7 @@ def page(
         card("Settings", details.settings(run)),
         card("Machine of the generator", details.machine(run)),
     ]
-    title = f"{run.settings.model}: {HEADLINES[judgement.verdict].lower()}"
+    title = f"{run.settings.model}: {SHORT[judgement.verdict]}"
     return document(title, headline(run, judgement, extra) + tiles(run) + grid(cards), run.folder.name)
 
 

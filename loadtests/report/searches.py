@@ -95,16 +95,16 @@ def capacity_card(capacity: Capacity) -> str:
 def _trials(capacity: Capacity) -> str:
     rows = [
         (
-            f"{trial.rate_rps:g}/s",
-            f"{trial.achieved_rps:.1f}/s",
-            ms(trial.p50_ms),
-            ms(trial.p99_ms),
+            f"{trial.rate_rps:g}",
+            f"{trial.achieved_rps:.1f}",
+            ms(trial.p50_ms).removesuffix(" ms"),
+            ms(trial.p99_ms).removesuffix(" ms"),
             f"{trial.error_rate:.2%}",
             trial.outcome,
         )
         for trial in sorted(capacity.trials, key=lambda each: (each.rate_rps, each.duration_s))
     ]
-    return numbers(["planned", "answered", "p50", "p99", "failed", ""], rows)
+    return numbers(["planned/s", "answered/s", "p50, ms", "p99, ms", "failed", ""], rows)
 
 
 def front(tuning: Tuning) -> str:
@@ -212,7 +212,8 @@ def capacity_page(capacity: Capacity) -> str:
         (name.replace("_", " "), value) for name, value in capacity.settings.model_dump().items() if value is not None
     ]
     cards = [capacity_card(capacity), card("Trials", _trials(capacity))]
-    cards += [card("Settings served", facts(settings)), _environment(capacity)]
+    cards += [card("Settings served", facts(settings))] if settings else []
+    cards.append(_environment(capacity))
     return document(f"{capacity.model}: {title}", _head(title, subject, status) + grid(cards), capacity.started)
 
 

@@ -10,7 +10,6 @@ from html import escape
 from deepseek.spec import SloSpec
 from loadtests.report.page import ms, sentence
 from loadtests.results import Run, Settings
-from loadtests.server_statistics import Split
 from loadtests.slo import Judged, Judgement, formatted, judge
 
 HEADLINES = {
@@ -19,6 +18,7 @@ HEADLINES = {
     "inconclusive": "Inconclusive",
     "invalid": "Not a valid measurement",
 }
+SHORT = {"holds": "SLO holds", "violated": "SLO violated", "inconclusive": "inconclusive", "invalid": "not valid"}
 SYMBOLS = {"holds": "✓", "violated": "✕", "inconclusive": "?", "invalid": "!"}
 MEANINGS = {
     "ms": "latency",
@@ -29,12 +29,6 @@ MEANINGS = {
 BOUNDS = {"<": "less than", "<=": "at most", ">": "more than", ">=": "at least"}
 TIMES = "\N{MULTIPLICATION SIGN}"
 LETTERS = "ABCDEF"  # names of runs laid over each other
-
-
-def split_of(run: Run) -> Split | None:
-    """Where its mean request spent its time; None where the server did not say."""
-    service, intended = run.window.latency("service").mean_ms, run.window.latency("intended").mean_ms
-    return Split.of(run.server.get("statistics") or {}, service_ms=service, intended_ms=intended)
 
 
 def load_of(settings: Settings) -> str:
@@ -101,7 +95,7 @@ def compared(runs: Sequence[Run], slo: SloSpec) -> str:
         rows.append(
             f"<li class='{judgement.verdict}'><div class='objective'><b><i class='swatch run{letter}'></i>{letter} "
             f"&nbsp;{escape(run.folder.name)}</b><span>{escape(_description(run))}</span></div>"
-            f"<div class='status'>{SYMBOLS[judgement.verdict]} {HEADLINES[judgement.verdict].lower()}"
+            f"<div class='status'>{SYMBOLS[judgement.verdict]} {SHORT[judgement.verdict]}"
             f"<span class='note'>{escape(broken or '; '.join(judgement.problems[:1]))}</span></div></li>"
         )
     model = escape(", ".join(dict.fromkeys(run.settings.model for run in runs)))
