@@ -25,6 +25,7 @@ REVOKE ?=##                     whose API keys, or which by its id, keys ends
 EXPIRES_DAYS ?=##                days until a new key ends (default: it does not)
 KEY_RPS ?=##                     requests/s of a new key (default: twice the SLO's)
 PROTOCOL ?= grpc##             grpc or http
+CA_CERT ?=##                  for a URL behind the gateway: build/gateway/ca.crt; the key is $$DEEPSEEK_API_KEY
 URL ?= 127.0.0.1:$(if $(filter http,$(PROTOCOL)),$(HTTP_PORT),$(GRPC_PORT))## server to call
 RATE ?=##                     requests/s, open loop (default: each rate that the SLO names)
 SHAPE ?=##                     rates that change, open loop: 50x30,50-200x60 (requests/s x seconds)
@@ -97,6 +98,7 @@ B := $(BUILD)/$(MODEL)
 HOST = $(firstword $(subst :, ,$(URL)))
 FOLDER := $(MODELS)/$(MODEL)
 WHICH := --model $(MODEL) --models $(MODELS)
+ACCESS = $(if $(strip $(CA_CERT)),--ca-cert $(strip $(CA_CERT)))
 ON_TARGET := $(PY) -m
 ifeq ($(T),tensorrt)
 CONTAINER := $(PY) -m export.container --tag $(TRITON_TAG) --models $(MODELS) --
@@ -124,13 +126,13 @@ serve: $(VENV)/.ready ## the embedded Triton over the model repository, until Ct
 
 infer: $(VENV)/.ready ## send a real sample to the server and show what comes back
 	@$(PY) -m deepseek_client infer $(MODEL) --url $(URL) --protocol $(PROTOCOL) --inputs $(B)/evaluation.npz \
-	    --row $(ROW) --top 10 $(if $(wildcard $(B)/labels),--labels $(B)/labels)
+	    $(ACCESS) --row $(ROW) --top 10 $(if $(wildcard $(B)/labels),--labels $(B)/labels)
 
 compare: $(VENV)/.ready ## what is served over HTTP and gRPC against fp32 PyTorch, at every corner of the profile
 	@$(PY) -m export.parity $(WHICH) --url $(HOST):$(GRPC_PORT) --http-url $(HOST):$(HTTP_PORT)
 
 metadata: $(VENV)/.ready ## what the server says of the model
-	@$(PY) -m deepseek_client metadata $(MODEL) --url $(URL) --protocol $(PROTOCOL)
+	@$(PY) -m deepseek_client metadata $(MODEL) --url $(URL) --protocol $(PROTOCOL) $(ACCESS)
 
 ##@ The compose stack (docker compose up)
 keys: $(VENV)/.ready ## API keys of the gateway: lists them; NAME=shop makes and prints one, REVOKE=shop ends it
@@ -144,7 +146,7 @@ then-draw = status=$$?; case $$status in 0|1|3) test ! -e $(B)/$(1).json || $(PY
 
 ##@ Load test
 loadtest: $(VENV)/.ready ## measure the server; leaves a folder in build/<model>/loadtests/
-	@$(PY) -m loadtests.run $(WHICH) --url $(URL) --protocol $(PROTOCOL) --target $(T) --duration-s $(DURATION_S) \
+	@$(PY) -m loadtests.run $(WHICH) --url $(URL) --protocol $(PROTOCOL) $(ACCESS) --target $(T) --duration-s $(DURATION_S) \
 	    $(if $(strip $(MIX)),--mix '$(MIX)') \
 	    $(if $(strip $(RATE)),--rate $(RATE)) $(if $(strip $(SHAPE)),--shape '$(SHAPE)') $(if $(strip $(USERS)),--users $(USERS)) \
 	    --workers $(strip $(WORKERS)) $(if $(strip $(WEB)),--web $(strip $(WEB_PORT)))

@@ -29,7 +29,9 @@ def check(settings: Settings, spec: DeploymentSpec) -> ModelMetadata:
         if row.keys() != spec.inputs.keys():
             raise InputError(f"{settings.inputs}: holds {_listed(row)}, deploy.toml has {_listed(spec.inputs)}")
     try:
-        with InferenceClient(settings.url, settings.protocol, timeout_s=settings.timeout_s, retries=0) as client:
+        with InferenceClient(
+            settings.url, settings.protocol, timeout_s=settings.timeout_s, retries=0, **settings.access
+        ) as client:
             if not client.ready():
                 raise InputError(f"the server at {settings.url} is not ready; wait for it, or see its log")
             if not client.ready(settings.model):

@@ -67,8 +67,18 @@ class Settings:
     """Open loop: a request due while its worker has so many unanswered is dropped, and counts as an error."""
     workers: int = 1
     """Processes that send."""
+    tls: bool = False
+    ca_cert: str | None = None
+    """Authority of the gateway's certificate: TLS where it is given. The key is $DEEPSEEK_API_KEY, and in no run."""
     mix: str | None = None
     """All models of the mixed load that this was a part of, as `loadtests.mix` has it."""
+
+    @property
+    def access(self) -> dict[str, Any]:
+        """What a client needs beside the address to be let in."""
+        if not (self.tls or self.ca_cert):
+            return {}
+        return {"tls": True, "ca_cert": self.ca_cert, "api_key": os.environ.get("DEEPSEEK_API_KEY") or None}
 
     @property
     def open_loop(self) -> bool:

@@ -128,6 +128,10 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc", help="(default: %(default)s)")
     parser.add_argument("--url", help="host:port (default: 127.0.0.1, port 8001 for grpc, 8000 for http)")
+    parser.add_argument("--tls", action="store_true", help="speak TLS, trusting the system's authorities")
+    parser.add_argument(
+        "--ca-cert", metavar="FILE", help="speak TLS, trusting this authority; $DEEPSEEK_API_KEY is sent"
+    )
     parser.add_argument("--rate", type=float, help="requests/s, open loop (default: each rate that the SLO names)")
     parser.add_argument("--shape", help='rates that change: RATExSECONDS or RATE-RATExSECONDS, as "50x30, 50-200x60"')
     parser.add_argument("--users", type=int, help="closed loop: so many users, each back to back")
@@ -169,6 +173,8 @@ def _settings(args: argparse.Namespace, model: str, rate: float | None, shape: s
         timeout_s=args.timeout_s,
         max_in_flight=args.max_in_flight,
         workers=len(os.sched_getaffinity(0)) if args.workers == -1 else args.workers,
+        tls=args.tls,
+        ca_cert=args.ca_cert,
     )
 
 

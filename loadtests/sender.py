@@ -53,7 +53,7 @@ class Part:
         self.settings = settings
         self._fire = fire
         self._client = InferenceClient(
-            settings.url, protocol=settings.protocol, timeout_s=settings.timeout_s, retries=0
+            settings.url, protocol=settings.protocol, timeout_s=settings.timeout_s, retries=0, **settings.access
         )
         rows = shuffled(read_inputs(Path(settings.inputs)), settings.seed)
         self._requests = [self._client.prepare(settings.model, row) for row in rows]

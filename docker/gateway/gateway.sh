@@ -43,6 +43,7 @@ upstream() {
 endpoints() {
     upstream triton_http "${TRITON_HTTP:-triton:8000}"
     upstream triton_grpc "${TRITON_GRPC:-triton:8001}"
+    # shellcheck disable=SC2016  # nginx's variable, not the shell's
     printf 'js_var $folder "%s";\n' "$folder"
     for kind in client_body proxy fastcgi uwsgi scgi; do
         printf '%s_temp_path %s/%s;\n' "$kind" "$run" "$kind"

@@ -1,0 +1,11 @@
+#!/bin/bash
+# The doctor, then Triton with the project's flags (serving/flags.py). Arguments go to serving.flags.
+set -euo pipefail
+# NVIDIA's images choose the CUDA libraries that suit the driver here.
+# shellcheck source=/dev/null
+if [ -n "${BASH_ENV:-}" ] && [ -r "$BASH_ENV" ]; then . "$BASH_ENV"; fi
+python -m serving.doctor --repository /models --preflight
+mapfile -t flags < <(python -m serving.flags --repository /models --address 0.0.0.0 --behind-gateway "$@")
+[ "${#flags[@]}" -gt 0 ] || exit 2  # the reason has been printed
+# Histograms of latency, which the embedded Triton does not have; clients' shared memory is off by default since 26.04.
+exec tritonserver "${flags[@]}" --metrics-config=histogram_latencies=true
