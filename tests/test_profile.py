@@ -177,7 +177,7 @@ def tracing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer
     """y = x + 1 on a server that may be traced."""
     folder = tmp_path_factory.mktemp("tracing")
     write_add_one(folder / "repository")
-    ports = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+    ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
     log = folder / "triton.log"
     with EmbeddedServer(folder / "repository", **ports, log_path=log, profile=folder / "profile") as running:
         yield running
@@ -203,7 +203,8 @@ def test_a_running_server_is_traced_and_left_as_it_was(tracing: EmbeddedServer, 
 
 
 def inputs(folder: Path) -> Path:
-    np.savez(folder / "inputs.npz", **{"00000/x": ROWS[0]["x"]})
+    rows: dict[str, Any] = {"00000/x": ROWS[0]["x"]}
+    np.savez(folder / "inputs.npz", **rows)
     return folder / "inputs.npz"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import xml.dom.minidom
 from html import unescape
 from pathlib import Path
@@ -11,9 +13,16 @@ from typing import Any
 import pytest
 
 from deepseek.spec import SloSpec
+from loadtests.capacity import Capacity
 from loadtests.charts import Scale
 from loadtests.report import page, write_report
+from loadtests.report.curves import step_s, steps
+from loadtests.report.searches import capacity_page, tuning_page
+from loadtests.report.verdict import TIMES
 from loadtests.results import Run
+from loadtests.trial import Outcome, Phase, Trial
+from loadtests.tuning import Gain, Setting, TriedSetting, Tuning
+from tests.conftest import run_module
 from tests.test_results import Request, saved_run, steady
 
 SLO = SloSpec(p99_ms=50, rate_rps=100)
@@ -30,6 +39,53 @@ STATISTICS: dict[str, Any] = {
     "compute_output": {"count": 1000, "ns": 400_000_000},
 }
 FAILING: list[Request] = [(p, s, f, "ServerBusy" if i % 3 else None) for i, (p, s, f, _) in enumerate(steady())]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def trial(rate_rps: float, outcome: Outcome, p99_ms: float | None, phase: Phase = "bracket") -> Trial:
+    failed = ("p99_ms",) if outcome == "fails" else ()
+    figures: dict[str, Any] = {"achieved_rps": rate_rps, "p50_ms": p99_ms and p99_ms / 2, "p99_ms": p99_ms}
+    return Trial(
+        rate_rps=rate_rps, phase=phase, outcome=outcome, error_rate=0.0, duration_s=10, failed=failed, **figures
+    )
+
+
+ABOUT: dict[str, Any] = {
+    "model": "tiny",
+    "target": "onnxruntime",
+    "precision": "int8",
+    "started": "2026-11-25T12:00:00+00:00",
+}
+CAPACITY = Capacity(
+    **ABOUT,
+    url="127.0.0.1:8001",
+    protocol="grpc",
+    objectives=("p99_ms ≤ 50.0 ms", "rate_rps ≥ 100.0/s"),
+    trials=(trial(100, "holds", 12), trial(400, "fails", None), trial(200, "holds", 30, "confirm")),
+    capacity_rps=200,
+    first_failing_rps=400,
+    confirmed=True,
+    limited_by="p99_ms",
+)
+DEFAULT = Setting(max_batch=64, max_queue_delay_us=0, instances=2, threads=1)
+BEST = Setting(max_batch=16, max_queue_delay_us=0, instances=1, threads=2)
+TUNING = Tuning(
+    **ABOUT,
+    objectives=("p99_ms ≤ 50.0 ms",),
+    default=DEFAULT,
+    best=BEST,
+    trials=(
+        TriedSetting(settings=DEFAULT, throughput_rps=100, p99_ms=40),
+        TriedSetting(settings=BEST, throughput_rps=140, p99_ms=30, capacity_rps=131, pareto=True),
+        TriedSetting(settings=DEFAULT.model_copy(update={"max_batch": 4}), throughput_rps=90, p99_ms=50),
+        TriedSetting(settings=DEFAULT.model_copy(update={"max_batch": 1}), stopped_early=True, reason="slow"),
+    ),
+    users=32,
+    reference_rps=70,
+    gain=Gain(of="capacity_rps", ratio=1.31, low=1.22, high=1.40, confidence=0.95, pairs=6),
+    applied=True,
+    conclusion="the best setting holds 1.31 times the rate",
+)
 
 
 def text_of(html: str) -> str:
@@ -42,10 +98,170 @@ def test_the_verdict_comes_first_and_every_objective_is_told(tmp_path: Path) -> 
     assert all(name in text for name in ("p99_ms", "rate_rps", "max_error_rate"))
 
 
-def test_nothing_is_fetched_from_anywhere(tmp_path: Path) -> None:
-    html = page(saved_run(tmp_path, steady()), SLO)
-    assert not re.search(r"""<(script|link|img|iframe|object)\b|\bsrc=|\bhref=|url\(|@import|https?:""", html)
+def every_page(folder: Path) -> dict[str, str]:
+    """One of each kind."""
+    run, other = saved_run(folder / "one", FAILING), saved_run(folder / "two", steady(0.02), seed=1)
+    return {
+        "run": page(run, SLO, CAPACITY, TUNING),
+        "runs": page([run, other], SLO),
+        "capacity": capacity_page(CAPACITY),
+        "tuning": tuning_page(TUNING),
+    }
+
+
+@pytest.mark.parametrize("kind", ["run", "runs", "capacity", "tuning"])
+def test_nothing_is_fetched_from_anywhere_and_the_page_forbids_it(tmp_path: Path, kind: str) -> None:
+    html = every_page(tmp_path)[kind]
+    assert not re.search(r"""<(script|link|img|iframe|object)\b|\bsrc=|\bhref=|url\(|@import|https?:|\bon\w+=""", html)
+    assert """Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline';""" in html
     assert "prefers-color-scheme: dark" in html
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_no_page_scrolls_sideways_on_a_phone(tmp_path: Path) -> None:
+    frames = ""
+    for kind, html in every_page(tmp_path).items():
+        (tmp_path / f"{kind}.html").write_text(html)
+        frames += f"<iframe id={kind} src={kind}.html style='width:390px;height:800px;border:0'></iframe>"
+    measure = (
+        "[...document.querySelectorAll('iframe')].map(f => f.id + ' ' + (f.contentDocument.documentElement.scrollWidth"
+    )
+    script = f"onload = () => document.title = {measure} - f.contentDocument.documentElement.clientWidth)).join(', ')"
+    (tmp_path / "all.html").write_text(f"{frames}<script>{script}</script>")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
+    run = subprocess.run(
+        [
+            str(CHROMIUM),
+            *flags,
+            "--virtual-time-budget=5000",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"file://{tmp_path}/all.html",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "<title>run 0, runs 0, capacity 0, tuning 0</title>" in run.stdout, run.stdout[-500:] + run.stderr[-500:]
+
+
+@pytest.mark.parametrize("kind", ["run", "runs", "capacity", "tuning"])
+def test_each_charts_figures_can_be_had_by_pointer_and_by_keyboard(tmp_path: Path, kind: str) -> None:
+    charts = [chart for chart in re.findall(r"<svg.*?</svg>", every_page(tmp_path)[kind], re.DOTALL) if "axis" in chart]
+    assert charts
+    for chart in charts:
+        xml.dom.minidom.parseString(chart)
+        tips = re.findall(r'class="tip" role="img" aria-label="([^"]+)"', chart)
+        assert tips
+        assert 1 <= chart.count('tabindex="0"') <= 8
+
+
+def test_several_runs_are_laid_over_each_other(tmp_path: Path) -> None:
+    slow, fast = saved_run(tmp_path / "slow", steady(0.02)), saved_run(tmp_path / "fast", steady(0.01), rate_rps=100.5)
+    path = write_report([slow, fast], SLO)
+    html = path.read_text()
+    text = text_of(html)
+    assert path == tmp_path / "fast" / "report-2-runs.html"
+    assert "2 runs laid over each other" in text
+    assert f"10.1 ms {TIMES} 0.50" in text
+    assert "rate_rps 100.0 100.5" in text  # what differs
+    assert html.count('class="line runA"') == html.count('class="line runB"') == 4
+
+
+def test_failures_are_drawn_by_kind_over_time(tmp_path: Path) -> None:
+    requests = [(p, s, f, ("ServerBusy", "dropped", None)[i % 3]) for i, (p, s, f, _) in enumerate(steady())]
+    html = page(saved_run(tmp_path, requests), SLO)
+    chart = re.search(
+        r'<figure>(?:(?!</figure>).)*aria-label="Failures over time by kind".*?</figure>', html, re.DOTALL
+    )
+    assert chart is not None
+    assert "ServerBusy" in chart[0].partition("<svg")[0]
+    assert "dropped" in chart[0].partition("<svg")[0]
+    assert "second 3, ServerBusy 34, dropped 33" in chart[0]
+
+
+def test_a_second_without_a_p99_is_marked(tmp_path: Path) -> None:
+    requests = [(p, s, f, "Unreachable" if 3 <= p < 4 else None) for p, s, f, _ in steady()]
+    html = page(saved_run(tmp_path, requests), SLO)
+    assert html.count('class="point cross failed"') == 1
+    assert "over 1 % not answered" in html
+
+
+def test_a_soak_is_drawn_in_steps_whose_requests_are_added(tmp_path: Path) -> None:
+    requests = [(float(second), float(second), second + (0.5 if second == 7 else 0.01), None) for second in range(600)]
+    run = saved_run(tmp_path, requests, rate_rps=1.0, duration_s=600.0, warmup_s=0.0)
+    found = steps(run, step_s([run]))
+    assert [len(found), found[0].start_s, found[-1].end_s] == [120, 0, 600]
+    assert sum(step.stretch.planned for step in found) == 600
+    assert found[1].stretch.latency("intended").percentile_ms(99) == pytest.approx(500, rel=2e-3)  # not an average
+
+
+def test_the_knee_is_drawn_where_the_capacity_is() -> None:
+    text = text_of(capacity_page(CAPACITY))
+    assert text.startswith("tiny: Holds its SLO up to 200 requests/s")
+    html = capacity_page(CAPACITY)
+    assert re.search('class="tick knee-text"[^>]*>200/s<', html)
+    assert "SLO: p99 50.0 ms" in html
+    assert html.count('class="point circle holds"') == 2
+    assert html.count('class="point cross failed"') == 1
+
+
+def test_a_search_that_the_generator_ended_says_at_least() -> None:
+    found = CAPACITY.model_copy(update={"limited_by": "generator", "confirmed": False})
+    text = text_of(capacity_page(found))
+    assert "At least 200 requests/s" in text
+    assert "at least 200/s" in text
+
+
+def test_the_front_shows_default_and_best() -> None:
+    html = tuning_page(TUNING)
+    assert [html.count(f'class="point {look}"') for look in ("star holds", "diamond service", "circle median")] == [
+        1,
+        1,
+        1,
+    ]
+    assert "1 instance x 2 threads, batches of 16, delay 0 us" in text_of(html)
+    assert "x 1.31 (95%: 1.22 to 1.40, 6 pairs)" in text_of(html)
+
+
+def test_a_search_without_a_better_setting_says_so() -> None:
+    found = TUNING.model_copy(update={"best": None, "gain": None, "applied": False})
+    assert "No setting is better than the default" in text_of(tuning_page(found))
+    assert "star holds" not in tuning_page(found).partition("</style>")[2]
+
+
+def test_the_command_draws_searches_alone_and_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = tmp_path / "recommender"
+    runs = [saved_run(build / "loadtests" / name, steady(), model="recommender").folder for name in ("1", "2")]
+    CAPACITY.save(build / "capacity.json")
+    TUNING.save(build / "tuning.json")
+    drawn = run_module("loadtests.report", "--capacity", "--tuning", BUILD=str(tmp_path))
+    assert drawn.stdout.split() == [str(build / "capacity.html"), str(build / "tuning.html")], drawn.stderr
+    flags = [flag for run in runs for flag in ("--run", str(run))]
+    assert run_module("loadtests.report", *flags, BUILD=str(tmp_path)).stdout.split() == [
+        str(runs[1] / "report-2-runs.html")
+    ]
+    latest = run_module("loadtests.report", BUILD=str(tmp_path)).stdout.strip()
+    assert "Holds" in (build / "capacity.html").read_text()
+    assert "Capacity 200/s" in text_of(Path(latest).read_text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--capacity"], "make it with: make capacity"),
+        (["--tuning"], "make it with: make tune"),
+        (["--run", "a", "--capacity"], "leave out"),
+        ([flag for name in "abcdefg" for flag in ("--run", name)], "at most 6"),
+        (["--run", "/nowhere"], "not a load test run"),
+        ([], "make loadtest"),
+    ],
+    ids=["no capacity", "no tuning", "a run and a search", "too many", "no such run", "no run"],
+)
+def test_what_is_not_there_is_one_line(tmp_path: Path, flags: list[str], reason: str) -> None:
+    run = run_module("loadtests.report", *flags, BUILD=str(tmp_path))
+    assert run.returncode == 2
+    assert reason in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize(

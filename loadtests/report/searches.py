@@ -190,9 +190,11 @@ def _settings_tried(tuning: Tuning) -> str:
     return f"<div class='scroll'>{numbers(['', 'in the SLO', 'throughput', 'p99'], rows)}</div>{note}"
 
 
-def _environment(found: Capacity | Tuning) -> str:
+def _environment(found: Capacity | Tuning) -> list[str]:
+    """A card, where anything is known."""
     rows = [(name.replace("_gib", " (GiB)"), value) for name, value in found.machine.items() if name != "versions"]
-    return card("Machine and versions", facts([*rows, *found.versions.items()]))
+    rows += found.versions.items()
+    return [card("Machine and versions", facts(rows))] if rows else []
 
 
 def _head(title: str, subject: str, css: str) -> str:
@@ -213,7 +215,7 @@ def capacity_page(capacity: Capacity) -> str:
     ]
     cards = [capacity_card(capacity), card("Trials", _trials(capacity))]
     cards += [card("Settings served", facts(settings))] if settings else []
-    cards.append(_environment(capacity))
+    cards += _environment(capacity)
     return document(f"{capacity.model}: {title}", _head(title, subject, status) + grid(cards), capacity.started)
 
 
@@ -221,6 +223,6 @@ def tuning_page(tuning: Tuning) -> str:
     """A page of its own."""
     title = "No setting is better than the default" if tuning.best is None else "A better setting"
     subject = f"{tuning.model} on {tuning.target}, {tuning.precision}: {', '.join(tuning.objectives)}"
-    cards = [tuning_card(tuning), card("Settings tried", _settings_tried(tuning)), _environment(tuning)]
+    cards = [tuning_card(tuning), card("Settings tried", _settings_tried(tuning)), *_environment(tuning)]
     status = "plain" if tuning.best is None else "holds"
     return document(f"{tuning.model}: {title}", _head(title, subject, status) + grid(cards), tuning.started)
