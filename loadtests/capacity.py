@@ -48,6 +48,7 @@ from loadtests.run import DEFAULT_PORTS, inputs_of
 from loadtests.search import CONFIRM_LONGER, GENERATOR, INTERRUPTED, SAMPLES, UNDECIDED, Attempt, Found, Plan, Search
 from loadtests.slo import SIGNS, formatted
 from loadtests.trial import (
+    DEFAULT_START_RPS,
     Outcome,
     Phase,
     Served,
@@ -61,7 +62,6 @@ from loadtests.trial import (
 )
 
 RESUMABLE_S = 3600  # after that the server and its machine may be others
-DEFAULT_START_RPS = 50.0  # where the SLO names no rate
 STYLES: dict[Outcome, str] = {"holds": "green", "fails": "red", "invalid": "yellow", "inconclusive": "yellow"}
 BAR = 16  # characters of the latency at the table's slowest answer
 
@@ -133,7 +133,7 @@ class Capacity(Table):
         """The result in a line."""
         rate = "" if self.capacity_rps is None else f"{self.capacity_rps:g}/s"
         if self.limited_by == GENERATOR:
-            least = f"at least {rate}" if rate else "not to be said"
+            least = f"at least {rate}{'' if self.confirmed else ', not confirmed'}" if rate else "not to be said"
             return f"capacity {least}; the generator, not the server, is the limit: see the trials that are invalid"
         if self.limited_by in UNDECIDED:
             what = "too few samples" if self.limited_by == SAMPLES else f"the limit on {self.limited_by} was reached"

@@ -54,6 +54,7 @@ class Plan:
     stops_rps: tuple[float, ...] = ()
     """Rates that the bracket may not jump over."""
     resolution: float = 1.05
+    confirm: bool = True
     max_trials: int = 30
     max_s: float = 1800
     needed_s: Callable[[float], float] = lambda rate_rps: 0
@@ -99,7 +100,7 @@ class Search:
             if self._low is None:
                 return self._found(None, confirmed=False)
             self._bisect()
-            return self._confirm()
+            return self._confirm() if self.plan.confirm else self._found(self._low, confirmed=False)
         except _Ended as bound:
             return self._found(self._best(), confirmed=False, limited_by=str(bound))
 

@@ -48,6 +48,7 @@ OUTCOMES: dict[Verdict, Outcome] = {
 KEEPS_UP = "throughput"  # what the objective on the trial's own rate is called
 OVERLOADED = 0.8  # of the rate: no stall of a machine costs a fifth of a trial
 SAMPLES = 2  # times what a percentile needs at least: that many prove it only where all lie within the limit
+DEFAULT_START_RPS = 50.0  # of a search, where the SLO names no rate
 UNKNOWN_LATENCY_S = 1.0  # may be under way at the end, where the SLO bounds no latency
 
 
