@@ -71,7 +71,7 @@ class TriedSetting(Table):
     capacity_rps: float | None = None
     """The highest rate that was seen to hold the SLO; null where none was, or the search stopped before."""
     at_least: bool = False
-    """The load generator, not the server, was the limit of `capacity_rps`."""
+    """The load generator or the time, not the server, was the limit of `capacity_rps`."""
     throughput_rps: float = 0.0
     """In a closed loop of as many users for every setting."""
     p50_ms: float | None = None
@@ -183,18 +183,18 @@ def _dominates(other: TriedSetting, tried: TriedSetting) -> bool:
 
 
 def interval(ratios: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """Geometric mean of paired ratios with its bootstrap interval.
+    """Geometric mean of paired ratios with its interval: the wider of a bootstrap's and of Student's t over the logs.
 
-    Of few pairs the plain percentile interval is too narrow, so its percentiles are moved out to where Student's t
-    would have them: the expanded percentile interval of T. Hesterberg, "What Teachers Should Know About the Bootstrap"
-    (2015), section 4.
+    The bootstrap keeps what is skew in them. Of few pairs it is too narrow (of three it holds the true ratio in three
+    cases of four, whatever it says), and there t, exact for a log-normal ratio, is the wider one.
     """
     logs, count = np.log(ratios), len(ratios)
     generator = np.random.default_rng(0)
     means = generator.choice(logs, (RESAMPLES, count)).mean(1)
-    tail = float(stats.norm.cdf(-math.sqrt(count / (count - 1)) * stats.t.ppf((1 + confidence) / 2, count - 1)))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return math.exp(logs.mean()), math.exp(low), math.exp(high)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    half = stats.t.ppf((1 + confidence) / 2, count - 1) * logs.std(ddof=1) / math.sqrt(count)
+    mean = logs.mean()
+    return math.exp(mean), math.exp(min(low, mean - half)), math.exp(max(high, mean + half))
 
 
 def gains(pairs: Sequence[Pair]) -> dict[str, Gain]:

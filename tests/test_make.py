@@ -105,6 +105,22 @@ def test_touching_a_stage_rebuilds_only_what_follows(elsewhere: Path) -> None:
 
 
 @pytest.mark.slow
+def test_tuned_values_are_published_as_they_come_and_go_and_nothing_is_built_anew(elsewhere: Path) -> None:
+    model = ("engine", f"MODELS={elsewhere / 'models'}", "MODEL=text")
+    config, tuned = elsewhere / "repository" / "text" / "config.pbtxt", elsewhere / "models" / "text" / "tuned.toml"
+    make(elsewhere, *model)
+    before = times(elsewhere)
+    tuned.write_text("[targets.onnxruntime.batching]\nmax_batch = 4\n")
+    make(elsewhere, *model)
+    assert "max_batch_size: 4" in config.read_text()
+    tuned.unlink()
+    make(elsewhere, *model)
+    assert "max_batch_size: 8" in config.read_text()
+    after = times(elsewhere)
+    assert {name: after[name] for name in FILES} == {name: before[name] for name in FILES}
+
+
+@pytest.mark.slow
 def test_a_precision_asked_for_by_name_is_what_is_published(elsewhere: Path) -> None:
     make(elsewhere, "engine", f"MODELS={elsewhere / 'models'}", "MODEL=text", "PRECISION=int8")
     assert 'string_value: "int8"' in (elsewhere / "repository" / "text" / "config.pbtxt").read_text()

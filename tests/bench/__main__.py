@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.spec import Parser, build_dir, run_command
-from tests.bench import client, engines, instrument, served
+from tests.bench import client, engines, instrument, served, tuned
 from tests.bench.setting import Bench, prepare
 
 BENCHMARKS: dict[str, Callable[[Bench], None]] = {
@@ -31,7 +31,10 @@ BENCHMARKS: dict[str, Callable[[Bench], None]] = {
     "cached": engines.cached,
     "batching": served.batching,
     "client": client.client,
+    "client-async": client.client_async,
+    "client-memory": client.client_memory,
     "peer": instrument.peer,
+    "tuned": tuned.tuned,
 }
 log = Console(stderr=True)
 

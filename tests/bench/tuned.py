@@ -1,0 +1,127 @@
+"""What tuning gives: served over raw throughput and latency of a MiniLM-sized encoder, and the recommender's gain.
+
+The encoder has 6 layers x 384 and 64 tokens a row. Raw is ONNX Runtime's best layout, one session over all threads or
+one a core, at its best batch size. Server, raw runtime and load generator have all the cores. The encoder is served as
+it is by default but for its batch size, which is the raw runtime's best; what `make tune` finds is a row of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from deepseek.spec import DeploymentSpec, InputError, TunedBatching, TunedFile, TunedTarget, build_dir
+from export.artifact import choice_path, load_rows
+from loadtests.tuning import Tuning
+from serving.embedded import EmbeddedServer
+from tests.bench.setting import ENCODER_MODEL, ENCODER_TOML, Bench, log
+from tests.conftest import run_module
+
+SHORT = "short"  # the encoder of 64 tokens
+MAX_BATCH = 16
+USERS = 32
+TUNE_S = 900
+SHARE_OF_RAW = 0.7  # the rate at which latencies are compared
+LATENCY_S = 12
+TUNED = TunedBatching(max_batch=4, max_queue_delay_us=0)
+# What a server gets that nobody thought about: one instance, all threads, large batches, a delay to fill them.
+CUSTOMARY = TunedBatching(max_batch=MAX_BATCH, max_queue_delay_us=1000, instances=1)
+
+
+def tuned(bench: Bench) -> None:
+    """All rows of this page."""
+    build_short(bench)
+    raw = bench.raw_throughput(SHORT)
+    fp32 = publish(bench, "tuned", "fp32", TUNED)
+    chosen = publish(bench, "auto", json.loads(choice_path(SHORT, "onnxruntime").read_text())["chosen"], TUNED)
+    customary = publish(bench, "customary", "fp32", CUSTOMARY)
+    over_raw(bench, raw, fp32, "fp32", "goal: at least 0.98")
+    over_raw(bench, raw, chosen, "PRECISION=auto", "goal: at least 1.6")
+    latency(bench, SHARE_OF_RAW * raw(), fp32, customary)
+    for name in ("recommender", SHORT):
+        gain(bench, name)
+
+
+def build_short(bench: Bench) -> None:
+    """Takes the encoder of 64 tokens through every stage up to the choice of its precision."""
+    folder = bench.folder / "models" / SHORT
+    folder.mkdir()
+    toml = ENCODER_TOML.replace("128", "64").replace('"encoder"', f'"{SHORT}"')
+    toml = toml.replace("opt = 4\nmax = 4", f"opt = 4\nmax = {MAX_BATCH}").replace("instances = 2\nthreads = 1\n", "")
+    (folder / "deploy.toml").write_text(toml.replace("p99_ms = 1000", "p99_ms = 150"))
+    (folder / "model.py").write_text(ENCODER_MODEL.replace("128", "64"))
+    int8 = ("--precision", "int8", "--high-precision", "fp32")
+    for stage, *flags in (("export.to_onnx",), ("export.quantize", *int8), ("export.compare",)):
+        with log.status(f"{stage} of the encoder of 64 tokens"):
+            run(bench, stage, SHORT, *flags)
+    bench.specs[SHORT] = DeploymentSpec.of_model(SHORT, bench.folder / "models")
+    bench.rows[SHORT] = load_rows(build_dir(SHORT) / "evaluation.npz")
+
+
+def run(bench: Bench, stage: str, model: str, *flags: str, allowed: tuple[int, ...] = (0,)) -> str:
+    """A stage over one of the bench's models; returns what it printed."""
+    which = ("--model", model, "--models", str(bench.folder / "models"))
+    found = run_module(stage, *which, *flags, BUILD=str(bench.folder / "build"), PYTHONWARNINGS="ignore")
+    if found.returncode not in allowed:
+        raise InputError(f"{stage} of {model}: {found.stderr}")
+    return found.stdout
+
+
+def publish(bench: Bench, name: str, precision: str, batching: TunedBatching) -> Path:
+    """A repository of the encoder under these settings."""
+    values = bench.folder / f"{name}.toml"
+    if batching.instances:
+        batching = batching.model_copy(update={"threads": len(os.sched_getaffinity(0)) // batching.instances})
+    TunedFile(targets={"onnxruntime": TunedTarget(batching=batching)}).write(values)
+    repository = bench.folder / f"repository-{name}"
+    flags = ("--precision", precision, "--tuned", str(values), "--repository", str(repository))
+    run(bench, "export.to_triton", SHORT, *flags)
+    return repository
+
+
+def over_raw(bench: Bench, raw: Callable[[], float], repository: Path, how: str, goal: str) -> None:
+    """Served throughput over the raw fp32 limit, in many short pairs: raw alone wanders by a tenth."""
+    ratios = []
+    with bench.server(repository) as server:
+        for pair in range(2 * bench.pairs):
+            sides = (raw, lambda: bench.served_throughput(server, SHORT, USERS))
+            first = pair % 2  # who goes first changes from pair to pair
+            values = {first: sides[first](), 1 - first: sides[1 - first]()}
+            ratios.append(values[1] / values[0])
+    bench.record(f"served over raw fp32, encoder of 64 tokens, {how}, {USERS} requests in flight", ratios, goal)
+
+
+def latency(bench: Bench, rate_rps: float, ours: Path, customary: Path) -> None:
+    """p99 under Poisson arrivals, both servers up, one load after the other."""
+    ratios = []
+    with bench.server(ours) as tuned_server, bench.server(customary) as customary_server:
+        for pair in range(bench.pairs):
+            servers = (tuned_server, customary_server)
+            first = pair % 2
+            found = {turn: p99_ms(bench, servers[turn], rate_rps, seed=pair) for turn in (first, 1 - first)}
+            ratios.append(found[0] / found[1])
+    how = f"over 1 instance x all threads, batch {MAX_BATCH}, delay 1 ms"
+    bench.record(f"p99 at {SHARE_OF_RAW:.0%} of raw, Poisson, {how}", ratios, "goal: at most 0.6")
+
+
+def p99_ms(bench: Bench, server: EmbeddedServer, rate_rps: float, seed: int) -> float:
+    """Intended latency; the timeout of a request where it was not answered."""
+    which = ("--url", server.grpc_url, "--rate", f"{rate_rps:.3g}", "--seed", str(seed))
+    length = ("--warmup-s", "2", "--duration-s", str(LATENCY_S), "--timeout-s", "5")
+    result = json.loads(run(bench, "loadtests.run", SHORT, *which, *length, "--json", allowed=(0, 3)))
+    return result["latency"]["intended"]["p99_ms"] or 5000.0
+
+
+def gain(bench: Bench, name: str) -> None:
+    """Rate inside the SLO that `make tune` finds over the default, from its own pairs."""
+    shutil.rmtree(build_dir(name) / "tuning", ignore_errors=True)
+    flags = ("--precision", "fp32", "--pairs", str(max(3, bench.pairs // 2)), "--max-s", str(TUNE_S), "--dry-run")
+    with log.status(f"make tune of the {name}, at most {TUNE_S} s"):
+        found = Tuning.model_validate_json(run(bench, "loadtests.tune", name, *flags, "--json"))
+    log.print(f"{name}: {found.conclusion}")
+    ratios = [pair.best_rps / pair.default_rps for pair in found.pairs] or [1.0, 1.0]
+    best = str(found.best) if found.best else "nothing is proved better than the default"
+    bench.record(f"rate inside the SLO, tuned over default, {name}", ratios, best)

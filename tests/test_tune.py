@@ -1,0 +1,335 @@
+"""The search for better settings: real servers of a model for which batching is known to help."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
+
+from deepseek.spec import DeploymentSpec, FileDigest, InputError, TunedBatching, TunedFile
+from export.artifact import read_manifest, save_rows, write_manifest
+from loadtests import tuner
+from loadtests.contender import Place
+from loadtests.journal import Journal
+from loadtests.results import Settings
+from loadtests.space import space_of
+from loadtests.tune import apply, concluded, parse, tune
+from loadtests.tuner import Tuner, verdict
+from loadtests.tuning import Pair, Setting, TriedSetting, Tuning, interval, with_front
+from tests.conftest import run_module
+
+# Each batch reads 128 MB of weights, whatever its size: batches of 8 are several times as fast as batches of 1.
+WIDTH, LAYERS = 2048, 8
+DEPLOY = """
+name = "wide"
+tuned = "tuned.toml"
+[inputs.x]
+dtype = "float32"
+shape = ["batch", 2048]
+[outputs.y]
+dtype = "float32"
+shape = ["batch", 2048]
+[axes.batch]
+min = 1
+opt = 4
+max = 8
+[batching]
+max_batch = 1
+[slo]
+max_error_rate = 0.05
+"""
+QUICK = (
+    "--max-batch",
+    "1,8",
+    "--delay-us",
+    "0",
+    "--instances",
+    "2",
+    "--threads",
+    "1",
+    "--least-s",
+    "1",
+    "--warmup-s",
+    "0",
+    "--pairs",
+    "2",
+)
+
+
+def write_graph(path: Path) -> None:
+    """y = x W1 W2 ..."""
+    generator = np.random.default_rng(0)
+    nodes, weights, name = [], [], "x"
+    for layer in range(LAYERS):
+        weight = generator.standard_normal((WIDTH, WIDTH), np.float32) / WIDTH**0.5
+        weights.append(numpy_helper.from_array(weight, f"w{layer}"))
+        result = "y" if layer == LAYERS - 1 else f"h{layer}"
+        nodes.append(helper.make_node("MatMul", [name, f"w{layer}"], [result]))
+        name = result
+    ends = [helper.make_tensor_value_info(each, TensorProto.FLOAT, ["batch", WIDTH]) for each in ("x", "y")]
+    graph = helper.make_graph(nodes, "wide", ends[:1], ends[1:], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+
+
+@pytest.fixture(scope="module")
+def wide(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `models/wide`, which is served in batches of 1 unless tuned, and its `build/`."""
+    folder = tmp_path_factory.mktemp("wide")
+    (folder / "models" / "wide").mkdir(parents=True)
+    (folder / "models" / "wide" / "deploy.toml").write_text(DEPLOY)
+    place = folder / "build" / "wide" / "fp32"
+    place.mkdir(parents=True)
+    write_graph(place / "model.onnx")
+    digest = FileDigest.of(place / "model.onnx")
+    manifest = read_manifest(built / "build" / "image" / "fp32" / "model.onnx")
+    changed = {"model": "wide", "files": {"model.onnx": digest}, "size_bytes": digest.size_bytes}
+    write_manifest(place / "manifest.json", manifest.model_copy(update=changed))
+    rows = [{"x": np.full((1, WIDTH), 0.1, np.float32)}]
+    save_rows(folder / "build" / "wide" / "evaluation.npz", rows)
+    return folder
+
+
+def flags(wide: Path, *more: str) -> list[str]:
+    """Of a short search over the model `wide`, which is only there in fp32."""
+    return ["--models", str(wide / "models"), "--model", "wide", "--precision", "fp32", *QUICK, *more]
+
+
+def journal_of(wide: Path) -> Path:
+    return wide / "build" / "wide" / "tuning" / "journal.jsonl"
+
+
+def processes_over(folder: Path) -> list[str]:
+    """Command lines of running processes that name the folder."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in lines if str(folder) in line]
+
+
+@pytest.fixture(scope="module")
+def killed(wide: Path) -> Path:
+    """The same after a search that was killed outright, with one setting measured and another under way."""
+    command = [sys.executable, "-m", "loadtests.tune", *flags(wide)]
+    environment = {**os.environ, "BUILD": str(wide / "build")}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        ends_at = time.monotonic() + 180
+        while process.poll() is None and time.monotonic() < ends_at:
+            if journal_of(wide).exists() and '"tried"' in journal_of(wide).read_text():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+        assert process.stderr is not None
+        said = process.stderr.read().decode()
+    assert process.returncode == -signal.SIGKILL, said
+    return wide
+
+
+@pytest.fixture(scope="module")
+def found(killed: Path) -> Tuning:
+    """What the same command finds afterwards; coarser than usual, to be quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BUILD", str(killed / "build"))
+        patch.setattr(tuner, "PROBES", 2)
+        patch.setattr(tuner, "NOISE", 1.3)
+        known = Journal(journal_of(killed), json.loads(journal_of(killed).read_text().splitlines()[0])["facts"])
+        result = tune(parse(flags(killed)), Console(file=io.StringIO()))
+    (before,) = known.tried.values()
+    (after,) = [tried for tried in result.trials if tried.settings == before.settings]
+    assert after.model_copy(update={"pareto": False}) == before  # it was not measured again
+    assert result.started == known.started
+    return result
+
+
+@pytest.mark.slow
+def test_a_killed_search_leaves_no_server(killed: Path) -> None:
+    ends_at = time.monotonic() + 20
+    while processes_over(killed) and time.monotonic() < ends_at:
+        time.sleep(0.2)
+    assert processes_over(killed) == []
+
+
+@pytest.mark.slow
+def test_the_search_goes_on_after_a_kill_and_finds_what_is_better(found: Tuning, wide: Path) -> None:
+    assert (found.default.max_batch, found.best and found.best.max_batch) == (1, 8), found
+    assert found.gain is not None
+    assert (found.gain.of, found.gain.pairs) == ("capacity_rps", 3)
+    assert found.gain.low > 1.2
+    assert found.applied
+    assert not journal_of(wide).exists()
+    assert {tried.settings.max_batch for tried in found.trials} == {1, 8}
+    assert all(tried.throughput_rps > 0 and tried.p99_ms for tried in found.trials)
+    assert [tried.settings.max_batch for tried in found.trials if tried.pareto] == [8]
+
+
+@pytest.mark.slow
+def test_what_was_found_is_written_and_used_by_the_next_publish(
+    found: Tuning, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = TunedFile.read(wide / "models" / "wide" / "tuned.toml").targets["onnxruntime"]
+    assert values.batching == TunedBatching(max_batch=8, max_queue_delay_us=0, instances=2, threads=1)
+    assert str(found.gain) in values.measured
+    which = ("--models", str(wide / "models"), "--model", "wide", "--precision", "fp32", "--repository", str(tmp_path))
+    assert run_module("export.to_triton", *which, BUILD=str(wide / "build")).returncode == 0
+    config = (tmp_path / "wide" / "config.pbtxt").read_text()
+    assert "max_batch_size: 8" in config
+    assert Tuning.load(wide / "build" / "wide" / "tuning.json") == found
+
+
+SLOW, FAST = (Setting(max_batch=size, max_queue_delay_us=0, instances=2, threads=1) for size in (1, 8))
+
+
+def known(folder: Path, *tried: TriedSetting) -> Tuner:
+    """A search that has measured these settings already, SLOW as the default; it cannot start a server."""
+    spec = DeploymentSpec.load("tests/models/image")
+    journal = Journal(folder / "journal.jsonl", {})
+    journal.set_reference(80, {"cpu": "x", "cores": 2, "versions": {}})
+    for each in tried:
+        journal.add(each)
+    settings = Settings(model="image", models=str(folder), target="onnxruntime", protocol="grpc", url="", inputs="")
+    place = Place(spec=spec, settings=settings, precision=None, server="false", folder=folder, least_s=1, console=Console(stderr=True))  # fmt: skip
+    space = space_of(spec, "onnxruntime", 2, (1, 8), (0,), (2,), (1,))
+    return Tuner(place=place, default=SLOW, space=space, journal=journal, users=1, pairs=3, ends_at=time.monotonic() + 60, confirm_s=0)  # fmt: skip
+
+
+def tried(setting: Setting, capacity: float | None, p99_ms: float = 10, **more: Any) -> TriedSetting:
+    return TriedSetting(settings=setting, capacity_rps=capacity, throughput_rps=capacity or 1, p99_ms=p99_ms, **more)
+
+
+HEAD = {"model": "image", "target": "onnxruntime", "precision": "fp32", "objectives": (), "default": SLOW, "users": 1, "versions": {}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "other",
+    [tried(FAST, 90), tried(FAST, None, stopped_early=True), tried(FAST, 102, 9.8), tried(FAST, 102, 11)],
+    ids=["slower", "stopped", "no better p99", "within noise and a worse p99"],
+)
+def test_where_nothing_is_better_nothing_changes(tmp_path: Path, other: TriedSetting) -> None:
+    search = known(tmp_path, tried(SLOW, 100), other)
+    result = apply(concluded(search, HEAD, search.search()), search.place, tmp_path / "deploy.toml", dry_run=False)
+    assert (result.best, result.gain, result.applied) == (None, None, False)
+    assert result.conclusion == "nothing better than the default was found (1 others were tried)"
+    assert not list(tmp_path.glob("*.toml"))
+
+
+def pairs(*ratios: float, p99: float = 1.0) -> list[Pair]:
+    return [Pair(default_rps=100, best_rps=100 * ratio, default_p99_ms=10 * p99, best_p99_ms=10) for ratio in ratios]
+
+
+@pytest.mark.parametrize(
+    ("measured", "of", "better"),
+    [
+        (pairs(1.2, 1.25, 1.22), "capacity_rps", True),
+        (pairs(0.9, 1.4, 1.1), "capacity_rps", False),
+        (pairs(1.0, 1.01, 0.99), "capacity_rps", False),
+        (pairs(1.0, 1.01, 0.99, p99=1.5), "p99_ms", True),
+        (pairs(0.8, 0.81, 0.79, p99=1.5), "capacity_rps", False),
+    ],
+    ids=["more rate", "noise", "the same", "a lower p99", "a lower p99 for less rate"],
+)
+def test_a_gain_counts_where_its_interval_lies_above_1(measured: list[Pair], of: str, better: bool) -> None:
+    gain, counts = verdict(measured)
+    assert (gain.of, counts, gain.pairs) == (of, better, 3)
+    assert gain.low <= gain.ratio <= gain.high
+
+
+def test_a_candidate_that_the_pairs_do_not_bear_out_changes_nothing(tmp_path: Path) -> None:
+    search = known(tmp_path, tried(SLOW, 100), tried(FAST, 120))
+    for pair in pairs(0.9, 1.3, 1.1):
+        search.journal.add_pair(FAST, pair)
+    result = apply(concluded(search, HEAD, search.search()), search.place, tmp_path / "deploy.toml", dry_run=False)
+    assert (result.best, result.applied, len(result.pairs)) == (None, False, 3)
+    assert result.conclusion.startswith(
+        "nothing is proved better than the default; the nearest, 2 instances x 1 thread"
+    )
+
+
+def test_without_a_place_for_tuned_values_the_find_is_said_and_not_written(tmp_path: Path) -> None:
+    search = known(tmp_path, tried(SLOW, 100), tried(FAST, 120))
+    for pair in pairs(1.2, 1.25, 1.22):
+        search.journal.add_pair(FAST, pair)
+    result = apply(concluded(search, HEAD, search.search()), search.place, tmp_path / "deploy.toml", dry_run=False)
+    assert (result.best, result.applied) == (FAST, False)
+    assert result.conclusion.endswith('names no file for it; add tuned = "tuned.toml" at its top')
+
+
+@pytest.mark.parametrize("count", [3, 6])
+def test_the_interval_of_few_pairs_holds_the_true_ratio_about_as_often_as_it_says(count: int) -> None:
+    generator = np.random.default_rng(1)
+    inside = 0
+    for _ in range(200):
+        _, low, high = interval(list(1.1 * np.exp(0.05 * generator.standard_normal(count))))
+        inside += low <= 1.1 <= high
+    assert inside >= 0.9 * 200  # a plain bootstrap of 3 pairs: 0.77
+
+
+def test_the_front_has_what_nothing_else_beats_in_both() -> None:
+    cases = [(100, 10), (120, 20), (90, 9), (90, 15), (120, 25)]
+    marked = with_front(tried(FAST, rate, p99) for rate, p99 in cases)
+    assert [each.pareto for each in marked] == [True, True, True, False, False]
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out_of_the_journal(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, {"machine": "a"})
+    journal.add(tried(SLOW, 100))
+    path.write_text(path.read_text() + '{"tried": {"sett')
+    again = Journal(path, {"machine": "a"})
+    again.add(tried(FAST, 120))
+    assert list(Journal(path, {"machine": "a"}).tried) == [SLOW, FAST]
+    other = Journal(path, {"machine": "b"})
+    assert (other.changed, other.tried) == (["machine"], {})
+
+
+def test_layouts_share_the_cores_out_or_take_turns_and_one_instance_alone_is_left_out() -> None:
+    spec = DeploymentSpec.load("tests/models/image")
+    assert space_of(spec, "onnxruntime", 2).layouts == ((2, 1), (2, 2))
+    assert space_of(spec, "onnxruntime", 8).layouts == ((2, 4), (4, 2), (8, 1), (2, 8))
+    tensorrt = space_of(spec, "tensorrt", 8)
+    assert tensorrt.layouts == ((1, None), (2, None), (3, None), (4, None))
+    assert tensorrt.cuda_graphs == (False, True)
+
+
+def test_batch_sizes_near_the_best_are_tried_too_within_the_profile() -> None:
+    space = space_of(DeploymentSpec.load("tests/models/image"), "onnxruntime", 2)
+    assert [setting.max_batch for setting in space.varied(FAST, "max_batch")] == [1, 4, 8]
+    half = FAST.model_copy(update={"max_batch": 4})
+    assert [setting.max_batch for setting in space.varied(half, "max_batch")] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--max-batch", "9"), "--max-batch 9: 1 to 8 are possible"),
+        (("--pairs", "1"), "--pairs 1: it must be 2 or more"),
+        (("--target", "tensorrt"), "the embedded Triton cannot serve it; give the command of a server that can"),
+        (("--precision", "fp16"), "make engine MODEL=wide PRECISION=fp16"),
+        (("--server", "serve {port}"), "the fields are {repository}, {http_port}, {grpc_port}, {metrics_port}"),
+        (("--server", "false"), "the default setting is not served: "),
+    ],
+    ids=["batch", "pairs", "tensorrt", "not built", "fields", "server"],
+)  # fmt: skip
+def test_what_cannot_be_searched_is_one_line_and_exit_2(wide: Path, more: tuple[str, ...], message: str) -> None:
+    run = run_module("loadtests.tune", *flags(wide), *more, BUILD=str(wide / "build"))
+    assert run.returncode == 2, run.stderr
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_tuning_json_of_another_schema_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tuning.json").write_text('{"schema_version": 2}')
+    with pytest.raises(InputError, match=r"tuning.json: schema_version: .*; make it anew with: make tune"):
+        Tuning.load(tmp_path / "tuning.json")
