@@ -22,12 +22,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,9 +34,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.spec import InputError, InvalidMeasurement, Parser, add_model_arguments, build_dir, run_command
+from deepseek.spec import InputError, Parser, add_model_arguments, build_dir, run_command
 from loadtests.profile import tables
-from loadtests.profile.sources import GraphRun, read_calls, read_runs, read_traces, run_of
+from loadtests.profile.sources import Recorded
 from loadtests.profile.timeline import timeline
 
 MOST_REQUESTS = 1000
@@ -46,95 +44,42 @@ MOST_ROWS = 12  # of a printed table
 
 
 def profile(args: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
-    """Records into the folder, writes timeline.json and profile.json there, returns the latter."""
-    notes: list[str] = []
-    console.print(f"tracing {args.requests} requests of {args.model} over {args.protocol}")
-    recorded = ["--requests", str(args.requests), "--users", str(args.users)]
-    if args.url:
-        _record(args, folder, "trace", recorded)
-    else:
-        _serve(args, folder, "trace", recorded, profiled=True)
-        if args.cpu_s > 0:
-            console.print(f"sampling the busy backend for {args.cpu_s:g} s")
-            notes += _serve(args, folder, "cpu", ["--seconds", f"{args.cpu_s:g}"], nsys=_nsys(folder, notes))
-    calls, offset_ns = read_calls(folder)
-    trace_file = Path(args.trace_file or json.loads((folder / "traced.json").read_text())["trace_file"])
-    traces = read_traces(trace_file, calls)
-    if not traces:
-        raise InvalidMeasurement(f"no trace of the requests in {trace_file}*; is it this machine's? (--trace-file)")
-    if len(traces) < len(calls):
-        notes.append(f"Triton traced {len(traces)} of {len(calls)} requests")
-    runs = read_runs(folder, offset_ns)
-    mine = [run for call in calls for trace in traces.get(call.request_id, ()) if (run := run_of(trace, call, runs))]
-    used = list({id(run): run for run in mine}.values())
-    if not used:
-        notes.append(_without_operators(args))
-    found = _figures(args, folder, calls, traces, runs, used)
-    notes += [note for note in [_sampled(folder)] if note]
-    found["notes"] = notes
-    data = {"traceEvents": timeline(calls, traces, runs), "displayTimeUnit": "ms", "otherData": _about(args)}
+    """Records, writes timeline.json and profile.json into the folder, returns the latter."""
+    with tempfile.TemporaryDirectory(dir=folder) as recording:
+        notes = _record(args, folder, Path(recording), console)
+        recorded = Recorded.load(Path(recording), args.trace_file)
+    found = {**_figures(args, folder, recorded), "notes": [*notes, *_gaps(args, recorded), *_sampled(folder)]}
+    events = timeline(recorded.calls, recorded.traces, recorded.runs)
+    data = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": _about(args)}
     (folder / "timeline.json").write_text(json.dumps(data), encoding="utf-8")
     (folder / "profile.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
     return found
 
 
-def _figures(
-    args: argparse.Namespace, folder: Path, calls: Any, traces: Any, runs: Sequence[GraphRun], used: Sequence[GraphRun]
-) -> dict[str, Any]:
-    traced = [call for call in calls if call.request_id in traces]
-    return {
-        **_about(args),
-        "requests": len(traced),
-        "mean_ms": sum(call.finish_ns - call.encode_ns for call in traced) / 1e6 / len(traced),
-        "phases": [asdict(row) for row in tables.phases(calls, traces)],
-        "infer": [asdict(row) for row in tables.within_infer(calls, traces, runs)],
-        "graph_runs": len(used),
-        "operators": [asdict(row) for row in tables.operators(used)],
-        "functions": [asdict(row) for row in tables.functions(folder)],
-    }
-
-
-def _about(args: argparse.Namespace) -> dict[str, Any]:
-    return {"model": args.model, "protocol": args.protocol, "url": args.url or "embedded", "users": args.users}
-
-
-def _without_operators(args: argparse.Namespace) -> str:
+def _record(args: argparse.Namespace, folder: Path, recording: Path, console: Console) -> list[str]:
+    """Traces into `recording`, samples the CPU into `folder`; returns what the user is to know."""
+    console.print(f"tracing {args.requests} requests of {args.model} over {args.protocol}")
+    flags = ["--requests", str(args.requests), "--users", str(args.users)]
     if args.url:
-        return "no operator times: the server was not started for them (make profile without URL= does it)"
-    return "no operator times: not ONNX Runtime, or published before its backend gave them (make engine publishes anew)"
+        _run([*_recording(args, recording, "trace", flags), "--url", args.url])
+        return []
+    # Instances write their operator times one after the other while they are unloaded.
+    server = [*_server(args), "--profile", str(recording), "--exit-timeout-s", "60"]
+    _run([*server, "--", *_recording(args, recording, "trace", flags)])
+    if not args.cpu_s:
+        return []
+    console.print(f"sampling the busy backend for {args.cpu_s:g} s")
+    nsys, notes = _nsys(folder)
+    _run([*nsys, *_server(args), "--", *_recording(args, folder, "cpu", ["--seconds", f"{args.cpu_s:g}"])])
+    if (report := folder / "nsys.nsys-rep").is_file():
+        notes.append(f"the GPU's timeline is {report.name}; open it in Nsight Systems, or: nsys stats {report.name}")
+    return notes
 
 
-def _serve(
-    args: argparse.Namespace,
-    folder: Path,
-    what: str,
-    flags: list[str],
-    *,
-    profiled: bool = False,
-    nsys: Sequence[str] = (),
-) -> list[str]:
-    """Has the embedded server serve the repository while it is recorded; ends with the recording's exit status."""
-    command = [*nsys, sys.executable, "-m", "serving.embedded", "--repository", args.repository]
-    for port in ("http", "grpc", "metrics"):
-        command += [f"--{port}-port", "0"]
-    command += ["--profile", str(folder)] if profiled else []
-    with tempfile.TemporaryFile("w+") as said:
-        environment = {**os.environ, "BUILD": os.environ.get("BUILD", "build")}
-        done = subprocess.run([*command, "--", *_recording(args, folder, what, flags)], stdout=said, env=environment)
-    if done.returncode:
-        raise SystemExit(done.returncode)  # it has said why
-    report = folder / "nsys.nsys-rep"
-    return (
-        [f"nsys report: {report.name}; open it in Nsight Systems, or nsys stats {report.name}"]
-        if report.is_file()
-        else []
-    )
-
-
-def _record(args: argparse.Namespace, folder: Path, what: str, flags: list[str]) -> None:
-    done = subprocess.run([*_recording(args, folder, what, flags), "--url", args.url])
-    if done.returncode:
-        raise SystemExit(done.returncode)
+def _server(args: argparse.Namespace) -> list[str]:
+    """The embedded server, on free ports; it serves while what follows -- runs, and ends with its exit status."""
+    command = [sys.executable, "-m", "serving.embedded", "--repository", args.repository]
+    return [*command, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
 
 
 def _recording(args: argparse.Namespace, folder: Path, what: str, flags: list[str]) -> list[str]:
@@ -143,22 +88,64 @@ def _recording(args: argparse.Namespace, folder: Path, what: str, flags: list[st
     return command + (["--inputs", args.inputs] if args.inputs else [])
 
 
-def _nsys(folder: Path, notes: list[str]) -> list[str]:
-    """The command that the server is wrapped in on a GPU machine; empty on others."""
+def _run(command: list[str]) -> None:
+    """To its end; where it fails it has said why, and its exit status is ours."""
+    done = subprocess.run(command, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def _figures(args: argparse.Namespace, folder: Path, recorded: Recorded) -> dict[str, Any]:
+    calls, traces, traced = recorded.calls, recorded.traces, recorded.traced
+    return {
+        **_about(args),
+        "requests": len(traced),
+        "mean_ms": sum(call.finish_ns - call.encode_ns for call in traced) / 1e6 / len(traced),
+        "phases": [asdict(row) for row in tables.phases(calls, traces)],
+        "infer": [asdict(row) for row in tables.within_infer(calls, traces, recorded.runs)],
+        "graph_runs": len(recorded.used),
+        "operators": [asdict(row) for row in tables.operators(recorded.used)],
+        "functions": [asdict(row) for row in tables.functions(folder)],
+    }
+
+
+def _gaps(args: argparse.Namespace, recorded: Recorded) -> list[str]:
+    """What could not be seen, and why."""
+    notes = []
+    if missing := len(recorded.calls) - len(recorded.traced):
+        notes.append(f"Triton did not trace {missing} of {len(recorded.calls)} requests")
+    without = [call for call in recorded.traced if not recorded.runs_of(call)]
+    if not without:
+        return notes
+    why = "the backend is not ONNX Runtime's, or older than this command (make engine publishes it anew)"
+    if args.url:
+        why = "the server was not started for them (make profile without URL= does it)"
+    elif len(without) < len(recorded.traced):
+        why = "an instance was stopped before it had written them"
+    return [*notes, f"no operator times of {len(without)} of {len(recorded.traced)} requests: {why}"]
+
+
+def _about(args: argparse.Namespace) -> dict[str, Any]:
+    return {"model": args.model, "protocol": args.protocol, "url": args.url or "embedded", "users": args.users}
+
+
+def _nsys(folder: Path) -> tuple[list[str], list[str]]:
+    """On a GPU machine the command that the server is wrapped in, else nothing; and notes."""
     listed = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     if not listed or "GPU" not in listed.stdout:
-        return []
+        return [], []
     program = shutil.which("nsys")
     if program is None:
-        notes.append("a GPU is here and nsys is not: install Nsight Systems for the GPU's own timeline")
-        return []
+        return [], ["a GPU is here and nsys is not: install Nsight Systems for the GPU's own timeline"]
     command = [program, "profile", "--trace=cuda,nvtx,osrt", "--sample=none", "--trace-fork-before-exec=true"]
-    return [*command, "--force-overwrite=true", f"--output={folder / 'nsys'}"]
+    return [*command, "--force-overwrite=true", f"--output={folder / 'nsys'}"], []
 
 
-def _sampled(folder: Path) -> str:
+def _sampled(folder: Path) -> list[str]:
+    """Why there are no CPU samples, where there are none."""
     path = folder / "sampled.json"
-    return json.loads(path.read_text(encoding="utf-8"))["note"] if path.is_file() else ""
+    note = json.loads(path.read_text(encoding="utf-8"))["note"] if path.is_file() else ""
+    return [note] if note else []
 
 
 def _print(found: dict[str, Any], folder: Path, console: Console) -> None:
@@ -222,6 +209,7 @@ def main() -> int:
     place = build_dir(args.model) / "profiles"
     place.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place))
+    draft.chmod(0o755)
     try:
         found = profile(args, draft, Console(stderr=True))
         folder = draft.rename(place / (datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")[:-3] + "Z"))

@@ -5,9 +5,8 @@ container of a machine share. ONNX Runtime counts microseconds from a start that
 distance of the two clocks, taken while recording, brings it over.
 
 Example:
-    calls, offset_ns = read_calls(folder)
-    traces = read_traces(folder / "trace.json", calls)
-    runs = read_runs(folder, offset_ns)
+    recorded = Recorded.load(folder)
+    recorded.runs_of(recorded.traced[0])[0].operators
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deepseek.spec import InputError
+from deepseek.spec import InputError, InvalidMeasurement
 
 # The phase that begins at each of Triton's time stamps; the next stamp, or the client's receipt, ends it.
 BEGINS = {
@@ -213,3 +212,39 @@ def run_of(trace: Trace, call: Call, runs: Iterable[GraphRun]) -> GraphRun | Non
     instance = re.compile(rf"{re.escape(trace.model)}_\d+_\d+")  # group and number
     mine = [run for run in runs if instance.fullmatch(run.instance) and overlap(run) > 0]
     return max(mine, key=overlap, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """All that is known of the requests of one profile."""
+
+    calls: list[Call]
+    traces: dict[str, list[Trace]]
+    runs: list[GraphRun]
+
+    @classmethod
+    def load(cls, folder: Path, trace_file: str | None = None) -> Recorded:
+        """Reads what a recording left; `trace_file` where Triton's lies elsewhere than it says itself."""
+        calls, offset_ns = read_calls(folder)
+        said = json.loads((folder / "traced.json").read_text(encoding="utf-8"))["trace_file"]
+        traces = read_traces(Path(trace_file or said), calls)
+        if not traces:
+            raise InvalidMeasurement(
+                f"no trace of the requests in {trace_file or said}*; --trace-file says where it is"
+            )
+        return cls(calls=calls, traces=traces, runs=read_runs(folder, offset_ns))
+
+    @property
+    def traced(self) -> list[Call]:
+        """The requests that Triton traced."""
+        return [call for call in self.calls if call.request_id in self.traces]
+
+    def runs_of(self, call: Call) -> list[GraphRun]:
+        """Those that a request was in: one for each model that it went through."""
+        found = (run_of(trace, call, self.runs) for trace in self.traces.get(call.request_id, ()))
+        return [run for run in found if run is not None]
+
+    @property
+    def used(self) -> list[GraphRun]:
+        """The runs that any of the requests was in, each once: a batch is one run of several requests."""
+        return list({id(run): run for call in self.traced for run in self.runs_of(call)}.values())
