@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -133,6 +134,21 @@ def _lock(folder: Path, flags: int = 0) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time in `folder`, which is made; the next waits, and says so. The lock ends with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = _lock(folder, fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another process in {folder}", file=sys.stderr, flush=True)
+        lock = _lock(folder)
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextlib.contextmanager

@@ -6,14 +6,18 @@ Words: drop = (fp32 - variant) / fp32 of the metric, larger being better; withou
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from deepseek.spec import build_dir
+from deepseek.spec import Target, build_dir
 from export.accuracy import metric_drop, parity, similarity, task_metrics
-from export.artifact import Row, load_rows, pruning_of
-from export.runners import module_runner, outputs_of, torch_runner
+from export.artifact import Row, load_rows, pruning_of, scratch_in, sha256
+from export.cache import cpu, fetch, files_in, key_of, store
+from export.runners import gpu_name, module_runner, outputs_of, torch_runner
 from export.source import Predict, Source
 
 
@@ -34,10 +38,10 @@ class Baseline:
     """Of the unpruned module."""
 
     @classmethod
-    def of(cls, source: Source) -> Baseline:
-        """Runs PyTorch over the evaluation rows, and over evaluate() where there is a metric."""
+    def of(cls, source: Source, predict: Predict | None = None) -> Baseline:
+        """Runs PyTorch (`predict`, if given) over the evaluation rows, and over evaluate() where there is a metric."""
         rows = load_rows(build_dir(source.spec.name) / "evaluation.npz")
-        predict = torch_runner(source.spec, source)
+        predict = predict or torch_runner(source.spec, source)
         outputs = unpruned_outputs = outputs_of(source.spec, predict, rows)
         unpruned = predict
         if pruning_of(source.spec.name):
@@ -65,3 +69,32 @@ class Baseline:
             drop = metric_drop(metric, metrics[metric], self.metrics[metric])
         finite = all(math.isfinite(value) for output in report.values() for value in output.values())
         return {"drop": drop if finite and math.isfinite(drop) else math.inf, "metrics": metrics, "parity": report}
+
+
+def accuracy_key(source: Source, weights: str, variant: Path, target: Target) -> str:
+    """The cache's key of what `measure` says of a variant; not of its speed, which is this machine's at this hour.
+
+    Take it before anything runs: what functions import on the way would change it. `weights` is the digest of the
+    module that is the reference.
+    """
+    spec = source.spec
+    return key_of(
+        "accuracy",
+        variant={file.name: sha256(file) for file in sorted(variant.parent.glob(f"{variant.name}*"))},
+        evaluation=sha256(build_dir(spec.name) / "evaluation.npz"),
+        reference=[weights, pruning_of(spec.name)],
+        folder={name: digest for name, digest in files_in(source.folder).items() if not name.endswith(".toml")},
+        spec=spec.model_dump(mode="json", include={"inputs", "outputs", "axes", "onnxruntime"}),
+        metric=spec.precision.metric,
+        device=[target, cpu(), gpu_name()],
+    )
+
+
+def measured(key: str, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `measure` returns, out of the cache where it has been measured."""
+    with scratch_in(build_dir(name)) as scratch:
+        if not fetch(key, scratch):
+            (scratch / "accuracy.json").write_text(json.dumps(measure()))
+            store(key, scratch)
+        found: dict[str, Any] = json.loads((scratch / "accuracy.json").read_text())
+    return found

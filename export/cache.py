@@ -80,6 +80,22 @@ def _versions() -> dict[str, str]:
     return {**found, **tool_versions(), "python": platform.python_version()}
 
 
+def files_in(folder: Path) -> dict[str, str]:
+    """Digest of each file in a model folder: what its functions read beside Python that is loaded."""
+    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(files)}
+
+
+def cpu() -> str:
+    """What computes here, as far as results depend on it: another instruction set rounds, and saturates, otherwise."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {flags.partition(':')[2].strip()}"
+
+
 def fetch(key: str, destination: Path) -> bool:
     """Copies the entry's files into the folder `destination`; False where there is none that is whole."""
     place = root()

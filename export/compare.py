@@ -49,9 +49,9 @@ from export.artifact import (
     staged,
     write_manifest,
 )
-from export.budget import Baseline
+from export.budget import Baseline, accuracy_key, measured
 from export.isolation import Crashed, in_child
-from export.runners import outputs_of, variant_runner
+from export.runners import module_runner, outputs_of, variant_runner
 from export.sensitivity import shares_table, verdict
 from export.source import Predict, Source
 
@@ -147,19 +147,28 @@ def compare(source: Source, target: Target, only: Precision | None) -> dict[str,
         raise GateFailed(refused[only if only in refused else "fp32"])
     candidates = [name for name in wanted if name not in refused]
     names = [name for name in tried if name not in refused]
-    with log.status("fp32 PyTorch"):
-        baseline = Baseline.of(source)
+    module = source.load()
+    weights = _weights_digest(module)
+    keys = {name: accuracy_key(source, weights, engine_path(spec.name, name, target), target) for name in names}
+    reference = module_runner(spec, module)
+    baseline = functools.cache(lambda: Baseline.of(source, reference))  # not needed where all has been measured
     variants: dict[str, dict[str, Any]] = {}
     runners: dict[str, Predict] = {}
     for name in names:
         with log.status(f"{name} on {target}"):
             runners[name] = variant_runner(spec, name, target)
-            variants[name] = baseline.measure(runners[name])
+            variants[name] = measured(
+                keys[name],
+                spec.name,
+                lambda name=name: {**baseline().measure(runners[name]), "pytorch": baseline().metrics},  # type: ignore[misc]
+            )
+            metrics = variants[name].pop("pytorch")
             variants[name]["size_bytes"] = read_manifest(engine_path(spec.name, name, target)).size_bytes
-    _, inputs = max(batches(baseline.rows, spec.axes["batch"].opt), key=lambda batch: len(batch[0]))
+    rows = load_rows(build_dir(spec.name) / "evaluation.npz")
+    _, inputs = max(batches(rows, spec.axes["batch"].opt), key=lambda batch: len(batch[0]))
     timed_rows = len(next(iter(inputs.values())))
     with log.status("timing, interleaved"):
-        timed = {"pytorch": baseline.predict, **runners}
+        timed = {"pytorch": reference, **runners}
         seconds = time_interleaved({name: functools.partial(run, inputs) for name, run in timed.items()})
     add_speed(variants, seconds, timed_rows, target, max_drop)
     try:
@@ -176,13 +185,19 @@ def compare(source: Source, target: Target, only: Precision | None) -> dict[str,
         "failure": failure,
         "metric": spec.precision.metric or "similarity",
         "max_drop": max_drop,
-        "rows": len(baseline.rows),
+        "rows": len(rows),
         "timed_shapes": {name: list(array.shape) for name, array in inputs.items()},
-        "pytorch": {"metrics": baseline.metrics, "rows_per_s": timed_rows / statistics.median(seconds["pytorch"])},
+        "pytorch": {"metrics": metrics, "rows_per_s": timed_rows / statistics.median(seconds["pytorch"])},
         "variants": variants,
         "refused": refused,
         "sensitivity": {name: report for name in candidates if (report := _sensitivity(spec, name))},
     }
+
+
+def _weights_digest(module: Any) -> str:
+    from export.reference import weights_digest  # torch, which takes seconds to import
+
+    return weights_digest(module)
 
 
 def _refusal(spec: DeploymentSpec, name: Precision, target: Target) -> str | None:

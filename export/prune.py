@@ -5,7 +5,9 @@ Contract: prunes what `load()` gives (`deepseek.pruning`; importance from calibr
 calibration rows (`deepseek.distillation`). The evaluation split is read once before and once after, for the
 verdict alone. Writes `build/<name>/pruned.safetensors`, from which every later stage works as long as it is
 there, and `build/<name>/pruning.json`. Exit 1 where more than deploy.toml's `max_drop` is lost: nothing is
-written then. A killed fine-tuning goes on where it was.
+written then. A killed fine-tuning goes on where it was; one that ended is in the cache (`export.cache`), by weights,
+samples, settings, Python that is loaded and files of the model folder. What `finetune` reads elsewhere is not seen,
+but for DATA: CACHE=off fine-tunes anew.
 
 Examples:
     python -m export.prune --model recommender
@@ -16,8 +18,10 @@ Examples:
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +34,19 @@ from deepseek.prunable import Inputs
 from deepseek.pruning import PruneConfig, PruneReport, prune_model, save_pruned, weights_digest
 from deepseek.spec import GateFailed, Parser, add_model_arguments, build_dir, run_command
 from export.accuracy import metric_drop, parity, similarity, task_metrics
-from export.artifact import Clock, Row, batches, human_bytes, pruned_path, pruning_path, publish, scratch_in
+from export.artifact import (
+    Clock,
+    Row,
+    batches,
+    human_bytes,
+    pruned_path,
+    pruning_path,
+    publish,
+    row_digests,
+    scratch_in,
+    sha256,
+)
+from export.cache import fetch, files_in, key_of, store
 from export.runners import module_runner, outputs_of
 from export.source import Predict, Source
 
@@ -42,21 +58,53 @@ log = Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
 def prune_source(source: Source, ratio: float) -> dict[str, Any]:
     """Runs the stage; returns what pruning.json says, which is written with the module where the drop is allowed."""
-    spec, clock, config = source.spec, Clock(), PruneConfig(ratio=ratio)
+    spec, config = source.spec, PruneConfig(ratio=ratio)
     with log.status("reading samples"):
-        data = _batches(source, spec.precision.calibration_samples)
-    module, original = source.unpruned(), source.unpruned()
+        rows = list(source.rows("calibration", spec.precision.calibration_samples))
+        evaluation = list(source.rows("evaluation", EVALUATION_ROWS))
+    original = source.unpruned()
+    key = key_of(
+        "prune",
+        weights=weights_digest(original),
+        rows=[sorted(digest.hex() for digest in row_digests(split)) for split in (rows, evaluation)],
+        folder={name: digest for name, digest in files_in(source.folder).items() if not name.endswith(".toml")},
+        data=sha256(Path(clicks)) if (clicks := os.environ.get("DATA")) and Path(clicks).is_file() else None,
+        spec=spec.model_facts(),
+        ratio=ratio,
+    )
+    path = pruned_path(spec.name)
+    with scratch_in(path.parent) as scratch:
+        if not fetch(key, scratch):
+            result = _prune(source, original, config, _batches(source, rows), evaluation, scratch)
+            if not result["drop"] <= spec.precision.max_drop:
+                return result
+            store(key, scratch)
+        result = json.loads((scratch / pruning_path(spec.name).name).read_text())
+        publish(scratch, path)
+    return result
+
+
+def _prune(
+    source: Source,
+    original: torch.nn.Module,
+    config: PruneConfig,
+    data: list[Inputs],
+    evaluation: list[Row],
+    scratch: Path,
+) -> dict[str, Any]:
+    """Prunes, fine-tunes and judges; writes module and report into `scratch`."""
+    spec, clock, module = source.spec, Clock(), source.unpruned()
     with log.status("measuring what heads and channels are worth"):
         few = data[: max(1, IMPORTANCE_ROWS // len(data[0][0]))]
         report = prune_model(module, few[0], config, few[1:])
-    judge = _Judge(source, original)
+    judge = _Judge(source, original, evaluation)
     before_tuning = judge.value(module)
     how = _finetune(source, module, original, data)
     pruned = judge.value(module)
     shutil.rmtree(_checkpoints(source), ignore_errors=True)  # of a run that ended: another try may have other settings
     result = {
         "model": spec.name,
-        "ratio": ratio,
+        "ratio": config.ratio,
         "metric": judge.metric,
         "unpruned": judge.unpruned,
         "before_finetuning": before_tuning,
@@ -67,20 +115,14 @@ def prune_source(source: Source, ratio: float) -> dict[str, Any]:
         **_facts(report),
         "seconds": clock.elapsed_s,
     }
-    if not result["drop"] <= spec.precision.max_drop:
-        return result
-    path = pruned_path(spec.name)
-    with scratch_in(path.parent) as scratch:
-        save_pruned(module, report, scratch / path.name, of=weights_digest(original))
-        (scratch / pruning_path(spec.name).name).write_text(json.dumps(result, indent=2) + "\n")
-        publish(scratch, path)
+    save_pruned(module, report, scratch / pruned_path(spec.name).name, of=weights_digest(original))
+    (scratch / pruning_path(spec.name).name).write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
-def _batches(source: Source, limit: int) -> list[Inputs]:
+def _batches(source: Source, rows: list[Row]) -> list[Inputs]:
     """Calibration rows put together, the largest batch first."""
     spec = source.spec
-    rows = list(source.rows("calibration", limit))
     parts = sorted(batches(rows, spec.axes["batch"].opt), key=lambda part: -len(part[0]))
     return [tuple(torch.from_numpy(inputs[name]) for name in spec.inputs) for _, inputs in parts]
 
@@ -111,14 +153,13 @@ def _finetune(source: Source, module: torch.nn.Module, original: torch.nn.Module
 class _Judge:
     """The metric of deploy.toml over the evaluation split; where it names none, similarity to the unpruned outputs."""
 
-    def __init__(self, source: Source, original: torch.nn.Module) -> None:
-        self.source = source
+    def __init__(self, source: Source, original: torch.nn.Module, rows: list[Row]) -> None:
+        self.source, self.rows = source, rows
         self.metric = source.spec.precision.metric or "similarity"
         predict = module_runner(source.spec, original)
         if source.spec.precision.metric is not None:
             self.unpruned = task_metrics(source, predict)
         else:
-            self.rows = list(source.rows("evaluation", EVALUATION_ROWS))
             self.reference = self._outputs(predict)
             self.unpruned = {"similarity": 1.0}
 

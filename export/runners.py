@@ -30,6 +30,13 @@ _FAULTY = {
 }
 
 
+def gpu_name() -> str:
+    """The first GPU, "" where there is none."""
+    import torch  # heavy, and only for what runs on it
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
 def torch_runner(spec: DeploymentSpec, source: Source) -> Predict:
     """fp32 PyTorch, the reference."""
     return module_runner(spec, source.load())

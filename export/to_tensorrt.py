@@ -61,6 +61,7 @@ from export.engine import (
     tensorrt_module,
     weight_bytes,
 )
+from export.runners import gpu_name
 
 log = Console(file=sys.stderr)
 
@@ -84,7 +85,7 @@ def build_engine(
         "to_tensorrt",
         sources={file.name: sha256(file) for file in sorted(source.parent.glob(f"{source.name}*"))},
         settings=[precision, target, trt.__version__, options.model_dump(), axes_of(spec)],
-        device=_device() if target == "tensorrt" else None,
+        device=gpu_name() if target == "tensorrt" else None,
     )
     with scratch_in(path.parent) as scratch:
         if not fetch(key, scratch):
@@ -122,13 +123,6 @@ def _build(
         build_s=clock.elapsed_s,
     )
     write_manifest(plan_path.parent / "manifest.json", manifest)
-
-
-def _device() -> str:
-    """The GPU that an engine is for."""
-    import torch  # heavy, and only where there is a GPU to ask
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def _compute_capability() -> str | None:

@@ -40,18 +40,23 @@ from deepseek.spec import (
 )
 from export.artifact import (
     Clock,
+    Row,
     axes_of,
     engine_path,
     human_bytes,
     load_rows,
     pruned_settings,
+    pruning_of,
     publish,
+    read_manifest,
     scratch_in,
+    sha256,
     tool_versions,
     write_manifest,
 )
+from export.cache import fetch, key_of, store
 from export.reference import check_corners, inputs_at, run_torch, traced_sizes, weights_digest
-from export.runners import torchscript_runner
+from export.runners import gpu_name, torchscript_runner
 from export.source import Source
 
 PRECISION: Precision = "fp32"
@@ -151,48 +156,64 @@ def check_names(spec: DeploymentSpec) -> None:
 
 def export_model(source: Source) -> dict[str, Any]:
     """Runs the stage; returns what it made and measured."""
-    spec, clock = source.spec, Clock()
+    spec = source.spec
     check_names(spec)
-    rows = load_rows(build_dir(spec.name) / "evaluation.npz")
+    data = build_dir(spec.name) / "evaluation.npz"
+    rows = load_rows(data)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    inputs = inputs_at(spec, rows, traced_sizes(spec))
-    example = tuple(torch.from_numpy(inputs[name]).to(device) for name in spec.inputs)
     path = engine_path(spec.name, PRECISION, "torchscript")
     reference = source.load()
-
-    run_torch(spec, reference, inputs)
+    key = key_of(
+        "to_torchscript",
+        weights=weights_digest(reference),
+        evaluation=sha256(data),
+        spec=spec.model_facts(),
+        pruning=pruning_of(spec.name),
+        device=[device, gpu_name()],
+    )
     with scratch_in(path.parent) as scratch:
-
-        def check(module: Any) -> list[dict[str, Any]]:
-            module.save(scratch / path.name)
-            predict = torchscript_runner(spec, scratch / path.name, device)
-            return check_corners(spec, reference, predict, path.name, rows)
-
-        made = torchscript_from_torch(spec, lambda: source.load().to(device), example, check)
-        made.module.save(scratch / path.name)
-        manifest = Manifest(
-            model=spec.name,
-            precision=PRECISION,
-            target="torchscript",
-            found={"made_by": made.way, "dtypes": _dtypes(made.module)},
-            sources={"weights": weights_digest(reference)},
-            settings={"device": device, "baked_in": made.baked, **pruned_settings(spec.name)},
-            axes=axes_of(spec),
-            versions=tool_versions(),
-            size_bytes=(scratch / path.name).stat().st_size,
-            build_s=clock.elapsed_s,
-        )
-        write_manifest(scratch / "manifest.json", manifest)
+        if not fetch(key, scratch):
+            _export(source, reference, rows, device, scratch)
+            store(key, scratch)
         publish(scratch, path)
+    manifest = read_manifest(path)
     return {
         "path": str(path),
-        "made_by": made.way,
+        "made_by": manifest.found["made_by"],
         "device": device,
-        "baked_in": made.baked,
-        "checks": made.checks,
+        "baked_in": manifest.settings["baked_in"],
+        "checks": manifest.found["checks"],
         "size_bytes": manifest.size_bytes,
         "build_s": manifest.build_s,
     }
+
+
+def _export(source: Source, reference: torch.nn.Module, rows: list[Row], device: str, scratch: Path) -> None:
+    """Writes module and manifest into the folder `scratch`, the module checked against PyTorch."""
+    spec, clock, path = source.spec, Clock(), scratch / "model.pt"
+    inputs = inputs_at(spec, rows, traced_sizes(spec))
+    example = tuple(torch.from_numpy(inputs[name]).to(device) for name in spec.inputs)
+    run_torch(spec, reference, inputs)
+
+    def check(module: Any) -> list[dict[str, Any]]:
+        module.save(path)
+        return check_corners(spec, reference, torchscript_runner(spec, path, device), path.name, rows)
+
+    made = torchscript_from_torch(spec, lambda: source.load().to(device), example, check)
+    made.module.save(path)
+    manifest = Manifest(
+        model=spec.name,
+        precision=PRECISION,
+        target="torchscript",
+        found={"made_by": made.way, "dtypes": _dtypes(made.module), "checks": made.checks},
+        sources={"weights": weights_digest(reference)},
+        settings={"device": device, "baked_in": made.baked, **pruned_settings(spec.name)},
+        axes=axes_of(spec),
+        versions=tool_versions(),
+        size_bytes=path.stat().st_size,
+        build_s=clock.elapsed_s,
+    )
+    write_manifest(scratch / "manifest.json", manifest)
 
 
 def _dtypes(module: Any) -> dict[str, int]:

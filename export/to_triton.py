@@ -40,6 +40,7 @@ from deepseek.spec import (
 )
 from export.artifact import (
     Row,
+    alone_in,
     choice_path,
     digests,
     engine_path,
@@ -219,7 +220,7 @@ def publish_version(spec: DeploymentSpec, precision: Precision, target: Target, 
     check_profile(spec, engine)
     row = load_rows(build_dir(spec.name) / "evaluation.npz")[0]
     model = repository / spec.name
-    with scratch_in(build_dir(spec.name)) as scratch:
+    with alone_in(repository), scratch_in(build_dir(spec.name)) as scratch:
         version = _stage(scratch, spec, precision, target, engine, row, model)
         if not model.exists():
             (scratch / "model").mkdir()

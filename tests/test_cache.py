@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,34 @@ def test_the_command_counts_and_clears(place: Path, tmp_path: Path, capsys: pyte
     lines = capsys.readouterr().out.splitlines()
     assert ": 1 artifacts, " in lines[0]
     assert ": 0 artifacts, 0 B of at most 10.00 GiB" in lines[1]
+
+
+STAGES = (
+    ("export.prune", "--ratio", "0.25"),
+    ("export.to_onnx",),
+    ("export.to_torchscript",),
+    ("export.quantize", "--precision", "int8", "--high-precision", "fp32"),
+    ("export.compare", "--precision", "int8"),
+)
+
+
+@pytest.mark.slow
+def test_no_stage_makes_again_what_another_clone_has_made(tmp_path: Path) -> None:
+    place = tmp_path / "cache"
+    used = {}
+    for clone in (tmp_path / "first", tmp_path / "second" / "deeper"):
+        for room in ("deepseek", "export", "tests/models"):
+            shutil.copytree(room, clone / room, ignore=shutil.ignore_patterns("__pycache__"))
+        for stage, *flags in STAGES:
+            arguments = [sys.executable, "-m", stage, "--models", "tests/models", "--model", "image", *flags]
+            run = subprocess.run(
+                arguments, capture_output=True, text=True, cwd=clone, env=os.environ | {"CACHE": place}
+            )
+            assert run.returncode == 0, run.stderr
+        used[clone] = {index.parent.name for index in place.glob(f"*/{cache.INDEX}") if index.stat().st_mtime > 2000}
+        for index in place.glob(f"*/{cache.INDEX}"):
+            os.utime(index, (1000, 1000))
+    first, second = used.values()
+    assert len(first) == len(STAGES) + 1  # compare measures int8 and fp32
+    assert first == second
+    assert len(list(place.glob(f"*/{cache.INDEX}"))) == len(first)
