@@ -20,8 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 ALSO = {"export/parity.py": {"deepseek_client"}}
 OURS = {"deepseek", "deepseek_client", "models", "export", "serving", "loadtests", "tests"}
 LIGHT = {f"deepseek/{name}.py" for name in ("__init__", "config", "quantization")} | {
-    str(path) for path in Path("deepseek/spec").glob("*.py")
-}
+    str(path) for path in (*Path("deepseek/spec").glob("*.py"), *Path("deepseek/sizing").glob("*.py"))
+} - {"deepseek/sizing/traced.py"}
 TORCH_STAGES = {
     f"export/{name}.py" for name in ("prune", "to_onnx", "to_torchscript", "reference", "runners", "to_tensorrt")
 }

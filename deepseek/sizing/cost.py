@@ -150,7 +150,10 @@ def measured_serving(path: Path, p99_ms: float) -> Serving | str:
         return f"{path}: no rate held the SLO on the machine that was measured"
     if isinstance(capacity, bool) or not isinstance(capacity, int | float) or not 0 < capacity < math.inf:
         raise InputError(f"{path}: capacity_rps: seen {capacity!r}; a number above 0 or null is allowed")
-    limits = p99_limits(data.get("objectives") or [])
+    objectives = data.get("objectives") or []
+    if not isinstance(objectives, list):
+        raise InputError(f"{path}: objectives: seen {objectives!r}; a list is needed")
+    limits = p99_limits(objectives)
     if not limits or min(limits) > p99_ms:
         held = f"p99 <= {min(limits):g} ms" if limits else "no p99"
         return f"{path}: measured for {held}, {p99_ms:g} ms are asked for: set slo.p99_ms and run make capacity"

@@ -118,9 +118,8 @@ def read_devices(path: Path) -> dict[str, Device]:
         if not isinstance(table, dict):
             raise InputError(f"{path}: {key}: seen {table!r}; each device is a table: [{key}]")
         try:
-            # JSON: strict types, but a whole number may stand for a float. It has no NaN or infinity: as text they
-            # fail.
-            found[key] = Device.model_validate_json(json.dumps(table, default=str).replace("NaN", '"nan"'))
+            # JSON: types are exact, but a whole number may stand for a float.
+            found[key] = Device.model_validate_json(json.dumps(table, default=str))
         except ValidationError as error:
             where, message = first_error(error, Device, f"{key}.")
             raise InputError(f"{path}: {where}: {message}") from None

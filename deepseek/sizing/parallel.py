@@ -1,8 +1,11 @@
 """How a model is spread over several devices: what each holds, what it sends, and which way needs the fewest.
 
 Contract: no torch; one kind of device, joined by its interconnect. `training_layouts` and `serving_layouts` give, for
-each way, the smallest number of devices on which it fits in 80 % of memory, or why it never does; `choose` takes one
-and says why. Bytes are what one device sends in one step of the optimizer (serving: for one batch).
+each way, the smallest number of devices on which it fits in 80 % of memory, or why it never does; `choose` takes the
+one that costs least device time for the same samples, idling and sending included, and says why. Bytes are what one
+device sends in one step of the optimizer (serving: for one batch, or for a token of each sequence). Up to 8 devices
+share a machine and its interconnect; more are joined by a network of NETWORK_GB_S each. Times are estimates that
+nothing was held against.
 
     data      a copy each; gradients are all-reduced: 2 (N-1)/N of their bytes
     sharded   weights, gradients and optimizer state divided (FSDP, ZeRO-3): each micro-batch gathers the weights for
@@ -37,11 +40,15 @@ from deepseek.sizing.memory import (
     training_memory,
     weight_bytes,
 )
+from deepseek.sizing.roofline import predict
 from deepseek.spec import InputError
 
 Way = Literal["single", "data", "sharded", "tensor", "pipeline"]
 MOST_DEVICES = 1024
 MOST_TENSOR = 8  # of one machine: its all-reduces do not bear a slower network
+NETWORK_GB_S = 50.0
+"""Of one device, between machines: 400 Gbit/s."""
+BACKWARD = 2  # of forward's FLOPs; checkpointing runs forward once more
 TENSOR_NEVER = f"at most {MOST_TENSOR} devices of one machine share a product, and their number divides the heads"
 
 
@@ -56,7 +63,9 @@ class Layout:
     """Of the fullest device; where nothing fits, at the most devices tried."""
     sent_bytes: float
     sent_s: float | None
-    """Time of that on the device's interconnect, if it has one."""
+    """Time of that; None where the device has no interconnect."""
+    device_s: float | None = None
+    """Device time for one device's samples of a step, idling and sending included."""
     idle_share: float = 0.0
     """Of the time, in a pipeline."""
     reason: str = ""
@@ -69,6 +78,8 @@ class _Way:
     memory: Callable[[int], float]
     sent: Callable[[int], float]
     idle: Callable[[int], float] = lambda count: 0.0
+    own_samples: bool = False
+    """Whether each device has samples of its own, and does not share those of all."""
     never: str = ""
 
 
@@ -85,6 +96,7 @@ def training_layouts(
     ways.append(
         _Way(
             way="data",
+            own_samples=True,
             counts=_counts(2, MOST_DEVICES),
             memory=lambda count: whole.total_bytes,
             sent=lambda count: 2 * (count - 1) / count * gradients,
@@ -95,6 +107,7 @@ def training_layouts(
     ways.append(
         _Way(
             way="sharded",
+            own_samples=True,
             counts=_counts(2, MOST_DEVICES),
             memory=lambda count: whole.state_bytes / count + largest + rest,
             sent=lambda count: 3 * (count - 1) / count * width * model.parameters * steps,
@@ -103,7 +116,16 @@ def training_layouts(
     )
     if isinstance(model, TransformerSize):
         ways += [_tensor_training(model, setup, kept, rest), _pipeline_training(model, setup, kept)]
-    return [_fewest(way, device) for way in ways]
+    compute_s = training_compute_s(model, setup, device)
+    return [_fewest(way, device, compute_s) for way in ways]
+
+
+def training_compute_s(model: Countable, setup: TrainingSetup, device: Device) -> float:
+    """One device's time for the sums of a step, by the roofline of a forward pass."""
+    types = (setup.precision, "fp16", "fp32") if setup.precision != "fp32" else ("fp32",)
+    precision = next(name for name in types if device.runs(name))
+    forward = predict(model, device, precision=precision, batch=setup.batch, length=setup.length).latency_s
+    return (1 + BACKWARD + setup.checkpointing) * forward * setup.accumulation_steps
 
 
 def _tensor_training(model: TransformerSize, setup: TrainingSetup, kept: Saved, rest: float) -> _Way:
@@ -160,7 +182,8 @@ def serving_layouts(model: Countable, setup: InferenceSetup, device: Device) -> 
     ways = [_Way(way="single", counts=[1], memory=lambda count: whole.total_bytes, sent=lambda count: 0.0)]
     if isinstance(model, TransformerSize):
         config, width = model.config, activation_width(setup)
-        states = setup.batch * setup.length * config.hidden_size * width
+        passing = setup.batch * (1 if setup.generate else setup.length)
+        states = passing * config.hidden_size * width
         around = weight_bytes(model, setup.precision, setup.platform) * (
             1 - config.num_layers * model.block_parameters / model.parameters
         )
@@ -186,37 +209,62 @@ def serving_layouts(model: Countable, setup: InferenceSetup, device: Device) -> 
                 never="a stage holds one block at least: take a device with more memory, or a smaller batch",
             )
         )
-    return [_fewest(way, device) for way in ways]
+    return [_fewest(way, device, None) for way in ways]
 
 
 def choose(layouts: Iterable[Layout]) -> Layout | None:
-    """The way to take: one device where it fits, else the fewest devices; among equals the least time lost to sending
-    and idling. None where nothing fits."""
+    """The way to take: one device where it fits, else the least device time, or, where that is not known, the fewest
+    devices and the least time lost to sending. None where nothing fits."""
     fitting = [layout for layout in layouts if layout.devices is not None]
     if not fitting:
         return None
-    best = min(fitting, key=lambda each: (each.devices or 0, each.sent_s or 0.0, each.idle_share))
+    timed = all(layout.device_s is not None for layout in fitting)
+    cost = _device_time if timed else _fewest_devices
+    best = min(fitting, key=lambda each: (each.devices != 1, *cost(each)))
     if best.devices == 1:
         return replace(best, reason="it fits on one device; more of them (data parallel) make it faster only")
-    others = [f"{each.way} needs {each.devices}" for each in fitting if each.way != best.way]
-    why = f"{best.way} holds it on the fewest devices, {best.devices}"
-    return replace(best, reason=why + (f" ({', '.join(others)})" if others else ""))
+    others = [f"{each.way} needs {each.devices}{_took(each)}" for each in fitting if each.way != best.way]
+    why = "least device time" if timed else "fewest devices"
+    reason = f"{best.way} on {best.devices}{_took(best)}: {why}"
+    return replace(best, reason=reason + (f"; {', '.join(others)}" if others else "; no other way fits"))
 
 
-def _fewest(way: _Way, device: Device) -> Layout:
+def _device_time(layout: Layout) -> tuple[float, ...]:
+    return (layout.device_s or 0.0, layout.devices or 0)
+
+
+def _fewest_devices(layout: Layout) -> tuple[float, ...]:
+    return (layout.devices or 0, layout.sent_s or 0.0)
+
+
+def _took(layout: Layout) -> str:
+    return "" if layout.device_s is None else f" ({layout.device_s:.3g} s of device time)"
+
+
+def _fewest(way: _Way, device: Device, compute_s: float | None) -> Layout:
     fits = [count for count in way.counts if way.memory(count) <= device.usable_bytes]
     shown = fits[0] if fits else way.counts[-1] if way.counts else 1
-    sent = way.sent(shown)
-    reason = "" if fits else way.never or f"needs more than 80 % of {device.memory_gib:g} GiB"
+    sent, idle = way.sent(shown), way.idle(shown)
+    sent_s = sent / (_joined_gb_s(device, shown) * 1e9) if device.interconnect_gb_s else None
+    device_s = None
+    if compute_s is not None and sent_s is not None:
+        device_s = compute_s / (1 - idle) + sent_s * (1 if way.own_samples else shown)
     return Layout(
         way=way.way,
         devices=shown if fits else None,
         memory_bytes=way.memory(shown) if way.counts else float("inf"),
         sent_bytes=sent,
-        sent_s=sent / (device.interconnect_gb_s * 1e9) if device.interconnect_gb_s else None,
-        idle_share=way.idle(shown),
-        reason=reason,
+        sent_s=sent_s,
+        device_s=device_s,
+        idle_share=idle,
+        reason="" if fits else way.never or f"needs more than 80 % of {device.memory_gib:g} GiB",
     )
+
+
+def _joined_gb_s(device: Device, count: int) -> float:
+    """What a device sends a second: within its machine, or by the network between machines."""
+    own = device.interconnect_gb_s or NETWORK_GB_S
+    return own if count <= MOST_TENSOR else min(own, NETWORK_GB_S)
 
 
 def _counts(first: int, last: int) -> list[int]:

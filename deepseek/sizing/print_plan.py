@@ -21,6 +21,8 @@ from deepseek.sizing.parallel import Layout
 from deepseek.sizing.plan import Plan
 from deepseek.sizing.roofline import predict
 
+MOST_EXPLAINED = 4  # devices; a page of reasons is not read
+
 
 def size(value: float) -> str:
     """Bytes in the unit that suits them, decimal."""
@@ -104,33 +106,39 @@ def _way(layout: Layout | None) -> str:
 
 
 def _print_devices(console: Console, plan: Plan) -> None:
-    trains = _table("training", "on", "memory each", "sent a step", "largest batch of one")
-    serves = _table("serving", "on", "type", "latency", "samples/s")
+    table = _table("device", "trains on", "largest batch", "serves on", "type", "latency", "samples/s")
     for key, each in plan.devices.items():
-        layout, mark = each.training, "" if each.calibrated else "~"
-        memory, sent = (size(layout.memory_bytes), size(layout.sent_bytes)) if layout else ("-", "-")
-        batch = str(each.largest_training_batch) if each.largest_training_batch else "none"
-        trains.add_row(key, _way(layout), memory, sent if layout and layout.sent_bytes else "-", batch)
+        mark = "" if each.calibrated else "~"
+        batch = str(each.largest_training_batch) if each.largest_training_batch else "-"
         latency = f"{mark}{each.latency_ms:.3g} ms" if each.latency_ms is not None else "-"
         speed = f"{mark}{each.samples_s:,.0f}" if each.samples_s is not None else "-"
-        serves.add_row(key, _way(each.serving), each.precision, latency, speed)
-    console.print(trains)
-    _print_reasons(console, plan)
-    console.print(serves)
+        table.add_row(key, _way(each.training), batch, _way(each.serving), each.precision, latency, speed)
+    console.print(table)
     console.print(
-        f"fits      means {FILL:.0%} of memory; ~ no figures were published of it: the prediction may be far off\n"
+        f"fits      means {FILL:.0%} of memory; ~ no figures were published of it: the prediction may be far off"
     )
-
-
-def _print_reasons(console: Console, plan: Plan) -> None:
-    """Why more than one device, or none."""
+    split = any(
+        layout is None or layout.devices != 1
+        for each in plan.devices.values()
+        for layout in (each.training, each.serving)
+    )
+    if split and len(plan.devices) > MOST_EXPLAINED:
+        console.print("why       is said of a device that is named: --device a100-80\n")
+        return
     for key, each in plan.devices.items():
-        if each.training is not None and each.training.devices != 1:
-            console.print(f"{key:<9} {each.training.reason}")
-        elif each.training is None:
+        for verb, layout in (("trains:", each.training), ("serves:", each.serving)):
+            if layout is not None and layout.devices != 1:
+                console.print(f"{key:<9} {verb} {layout.reason}; {_each(layout)}")
+        if each.training is None:
             why = "; ".join(f"{way.way}: {way.reason}" for way in each.training_ways if way.reason)
             console.print(f"{key:<9} {why}")
     console.print()
+
+
+def _each(layout: Layout) -> str:
+    """What one device of several has to do."""
+    idle = f", {layout.idle_share:.0%} of the time idle" if layout.idle_share else ""
+    return f"{size(layout.memory_bytes)} each, {size(layout.sent_bytes)} sent a step{idle}"
 
 
 def _print_cost(console: Console, plan: Plan) -> None:

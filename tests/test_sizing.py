@@ -1,0 +1,165 @@
+"""`python -m deepseek.sizing`: plans people and machines can read, and one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from deepseek.sizing.__main__ import planned
+from deepseek.sizing.charts import bar_chart, scatter_chart, stacked_chart
+from deepseek.sizing.devices import THIS_MACHINE, load_devices
+from tests.conftest import run_module
+
+SIZES = ["--layers", "4", "--hidden", "64", "--heads", "4"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No measured machine of the checkout's own."""
+    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+
+
+def test_a_plan_is_short_and_names_what_it_predicts() -> None:
+    run = run_module("deepseek.sizing", "--preset", "bert-base", "--length", "384", "--rate", "2000", "--p99-ms", "30")
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) < 55
+    for word in (
+        "109 million parameters",
+        "checkpointing",
+        "RAM 3.48 GB to 5.23 GB",
+        "a100-80",
+        "USD a month",
+        "~prediction",
+    ):
+        assert word in run.stdout
+
+
+def test_json_has_the_whole_plan() -> None:
+    run = run_module("deepseek.sizing", *SIZES, "--json", "--device", "t4", "--rate", "10")
+    plan = json.loads(run.stdout)
+    assert plan["training"]["fp32"]["total_bytes"] > plan["training"]["fp32"]["activation_bytes"] > 0
+    assert plan["devices"]["t4"]["training"]["way"] == "single"
+    assert plan["devices"]["t4"]["bill"]["replicas"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "seen none of them; one of --model, --onnx, --preset or --layers"),
+        (["--preset", "bert-base", "--layers", "3"], "seen --preset and --layers"),
+        (["--preset", "bert"], "--preset: seen 'bert'; allowed: bert-base"),
+        (["--layers", "3"], "--layers: --hidden is missing"),
+        (["--layers", "3", "--hidden", "10", "--heads", "3"], "not divisible by num_attention_heads 3"),
+        ([*SIZES, "--rate", "0"], "rate_rps: seen 0.0"),
+        ([*SIZES, "--batch", "-1"], "batch: seen -1"),
+        ([*SIZES, "--disk-mb-s", "0"], "disk_bytes_s: seen 0"),
+        ([*SIZES, "--devices", "nowhere.toml"], "nowhere.toml: cannot be read"),
+        (["--onnx", "README.md"], "README.md: not an ONNX file"),
+        (["--onnx", "nowhere.onnx"], "nowhere.onnx: cannot be read"),
+        (["--onnx", "x.onnx", "--axis", "length"], "--axis: seen 'length'; NAME=SIZE"),
+        (["--model", "recommender"], "not built; build it with: make engine MODEL=recommender"),
+        (["--model", "nosuch"], "no model 'nosuch'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_2(arguments: list[str], says: str) -> None:
+    run = run_module("deepseek.sizing", *arguments)
+    assert run.returncode == 2
+    assert says in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+def test_a_device_of_1_gb_is_planned_and_says_what_does_not_fit(tmp_path: Path) -> None:
+    text = 'name = "Small"\nmemory_gib = 1\nbandwidth_gb_s = 50\ncompute_units = 4\nrates = { fp32 = 1 }\nsource = "mine"\n'
+    (tmp_path / "mine.toml").write_text(f"[small]\n{text}")
+    run = run_module("deepseek.sizing", "--preset", "gpt2-xl", "--devices", str(tmp_path / "mine.toml"), "--rate", "5")
+    assert run.returncode == 0, run.stderr
+    assert "does not fit" in run.stdout
+    assert "small     single: needs more than 80 % of 1 GiB" in run.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--layers", "2", "--hidden", "768", "--heads", "768", "--length", "16384", "--batch", "1"],
+        ["--layers", "80", "--hidden", "8192", "--heads", "64", "--ffn", "36864", "--head", "tied", "--generate"],
+        ["--layers", "1", "--hidden", "1", "--heads", "1", "--ffn", "1", "--vocab", "2", "--length", "1"],
+        [
+            "--preset",
+            "gpt3-175b",
+            "--train-precision",
+            "bf16",
+            "--mixed",
+            "master",
+            "--checkpointing",
+            "--accumulation",
+            "64",
+        ],
+    ],
+    ids=["long-with-tiny-heads", "70b", "least", "gpt3"],
+)
+def test_configurations_that_nobody_wrote_down_are_planned(arguments: list[str]) -> None:
+    plan = planned(arguments)
+    for device in plan.devices.values():
+        assert device.latency_ms is None or device.latency_ms > 0
+        fits = [way for way in device.training_ways if way.devices]
+        assert all(
+            way.memory_bytes <= load_devices()[key].usable_bytes
+            for key, each in plan.devices.items()
+            if each is device
+            for way in fits
+        )
+
+
+def test_a_graph_is_planned_at_deploy_tomls_sizes_and_measured_here(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built / "build" / "text", tmp_path / "build" / "text")
+    arguments = ("--model", "text", "--models", "tests/models", "--measure", "--device", THIS_MACHINE, "--rate", "5")
+    run = run_module("deepseek.sizing", *arguments)
+    assert run.returncode == 0, run.stderr
+    assert "on this machine, one instance" in run.stdout
+    assert load_devices()[THIS_MACHINE].rates.keys() == {"fp32", "int8"}
+    plan = planned(list(arguments))
+    assert plan.devices[THIS_MACHINE].calibrated
+    assert plan.notes
+
+
+def test_what_make_capacity_measured_takes_the_place_of_the_prediction(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built / "build" / "text", tmp_path / "build" / "text")
+    (tmp_path / "build" / f"{THIS_MACHINE}.toml").write_text(
+        Path("deepseek/devices.toml").read_text().split("[t4]")[1].split("[v100-16]")[0].join(["[this-machine]", ""])
+    )
+    found = {"capacity_rps": 7.0, "objectives": ["p99_ms <= 20 ms"]}
+    (tmp_path / "build" / "text" / "capacity.json").write_text(json.dumps(found))
+    plan = planned(["--model", "text", "--models", "tests/models", "--rate", "14", "--p99-ms", "20", "--growth", "0"])
+    here, there = plan.devices[THIS_MACHINE], plan.devices["t4"]
+    assert here.capacity is not None
+    assert there.capacity is not None
+    assert (here.capacity.measured, here.capacity.capacity_rps, there.capacity.measured) == (True, 7.0, False)
+    assert here.bill is not None
+    assert here.bill.replicas == 3
+
+
+def test_charts_are_drawn_beside_the_plan(tmp_path: Path) -> None:
+    run = run_module("deepseek.sizing", *SIZES, "--rate", "100", "--charts", str(tmp_path / "drawn"))
+    assert run.returncode == 0, run.stderr
+    for name in ("memory.svg", "cost.svg"):
+        assert ElementTree.parse(tmp_path / "drawn" / name).getroot().tag.endswith("svg")
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["cost.svg", "memory.svg"]
+
+
+def test_a_chart_stands_alone_and_escapes_what_it_is_told() -> None:
+    charts = [
+        stacked_chart({"<a>": {"x": 1.0, "y": 2.0}}, title="A & B", unit="GB", limit=(4.0, "of <it>")),
+        bar_chart({"<a>": 0.0}, title="A & B", unit="USD", notes={"<a>": "&"}),
+        scatter_chart(
+            {"<a>": [(1.0, 2.0), (90.0, 80.0)]}, title="A & B", unit="ms", x_label="x", y_label="y", band=0.25
+        ),
+    ]
+    for chart in charts:
+        root = ElementTree.fromstring(chart)
+        assert "A & B" in "".join(root.itertext())
+        assert "http" not in chart.replace("http://www.w3.org/2000/svg", "")

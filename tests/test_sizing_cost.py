@@ -1,0 +1,134 @@
+"""Replicas and money, by measurement and by prediction."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepseek.sizing import Demand, bill, predict, predicted_serving, presets
+from deepseek.sizing.cost import SERVER_MS, Serving, measured_serving
+from deepseek.sizing.devices import read_devices
+from deepseek.spec import InputError
+
+DEVICES = read_devices(Path("deepseek/devices.toml"))
+BERT = presets()["bert-base"]
+
+
+def capacity(tmp_path: Path, **changes: Any) -> Path:
+    """A file as `make capacity` leaves it."""
+    path = tmp_path / "capacity.json"
+    found = {
+        "model": "m",
+        "capacity_rps": 120.0,
+        "confirmed": True,
+        "objectives": ["p99_ms <= 50 ms", "rate_rps >= 100 rps"],
+    }
+    path.write_text(json.dumps(found | changes))
+    return path
+
+
+def test_replicas_bear_the_rate_as_it_has_grown_and_the_loss_of_one() -> None:
+    demand = Demand(rate_rps=2000, p99_ms=30, growth_per_minute=0.1, scale_out_s=120)
+    assert demand.grown_rps == 2400
+    assert bill(demand, 500, 1.0).replicas == math.ceil(2400 / 500) + 1
+    assert bill(Demand(rate_rps=1, p99_ms=30), 500, 1.0).replicas == 2
+
+
+def test_cost_a_million_is_the_months_bill_over_the_months_inferences() -> None:
+    found = bill(Demand(rate_rps=100, p99_ms=30, mean_share=0.5, growth_per_minute=0), 50, 2.0)
+    assert found.month_usd == 3 * 2.0 * 730
+    assert found.million_usd == pytest.approx(3 * 2.0 / (50 * 3600) * 1e6)
+    unpriced = bill(Demand(rate_rps=100, p99_ms=30), 50, None)
+    assert (unpriced.month_usd, unpriced.million_usd) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rate_rps": 0}, "rate_rps: seen 0; a number above 0"),
+        ({"rate_rps": -5}, "rate_rps: seen -5"),
+        ({"rate_rps": math.nan}, "rate_rps: seen nan"),
+        ({"p99_ms": 0}, "p99_ms: seen 0"),
+        ({"mean_share": 1.5}, "mean_share: seen 1.5"),
+        ({"growth_per_minute": -1}, "growth_per_minute: seen -1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_demand_that_makes_no_sense_is_one_line(change: dict[str, float], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        Demand(**({"rate_rps": 10, "p99_ms": 30} | change))
+
+
+def test_the_predicted_batch_keeps_p99_and_the_next_does_not() -> None:
+    found = predicted_serving(BERT, DEVICES["a30"], precision="fp16", length=128, p99_ms=10)
+    assert isinstance(found, Serving)
+    assert found.batch is not None
+    ms = [
+        1e3 * predict(BERT, DEVICES["a30"], precision="fp16", batch=batch, length=128).latency_s
+        for batch in (found.batch, 2 * found.batch)
+    ]
+    assert 2 * ms[0] + SERVER_MS <= 10 < 2 * ms[1] + SERVER_MS
+    assert found.capacity_rps == pytest.approx(0.7 * 1000 * found.batch / ms[0])
+    assert not found.measured
+
+
+def test_a_limit_that_no_batch_keeps_and_a_device_that_is_too_small_say_so() -> None:
+    slow = predicted_serving(BERT, DEVICES["t4"], precision="fp16", length=512, p99_ms=2)
+    assert isinstance(slow, str)
+    assert "one sample takes" in slow
+    tiny = DEVICES["t4"].model_copy(update={"memory_gib": 0.5})
+    small = predicted_serving(BERT, tiny, precision="fp16", length=512, p99_ms=50)
+    assert small == "does not fit in 80 % of 0.5 GiB"
+
+
+def test_a_measured_capacity_is_used_where_its_p99_is_as_strict(tmp_path: Path) -> None:
+    found = measured_serving(capacity(tmp_path), 50)
+    assert isinstance(found, Serving)
+    assert (found.capacity_rps, found.measured) == (120.0, True)
+    loose = measured_serving(capacity(tmp_path), 30)
+    assert isinstance(loose, str)
+    assert "measured for p99 <= 50 ms, 30 ms are asked for" in loose
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"capacity_rps": None}, "no rate held the SLO"),
+        ({"objectives": ["error_rate <= 0.1%"]}, "measured for no p99"),
+    ],
+    ids=["none", "no-p99"],
+)
+def test_a_capacity_that_says_nothing_is_not_used(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    found = measured_serving(capacity(tmp_path, **changes), 50)
+    assert isinstance(found, str)
+    assert says in found
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "capacity_rps: missing"),
+        ('{"capacity_rps": "12"}', "capacity_rps: seen '12'; a number above 0 or null"),
+        ('{"capacity_rps": true}', "capacity_rps: seen True"),
+        ('{"capacity_rps": NaN}', "capacity_rps: seen nan"),
+        ('{"capacity_rps": 1e3, "objectives": 5}', "objectives: seen 5"),
+    ],
+    ids=["cut", "list", "text", "bool", "nan", "objectives"],
+)
+def test_a_file_that_is_none_is_one_line(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "capacity.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=says):
+        measured_serving(path, 50)
+
+
+def test_what_the_capacity_search_writes_is_read() -> None:
+    from loadtests.capacity import Capacity
+
+    fields = Capacity.model_fields
+    assert {"capacity_rps", "objectives", "confirmed"} <= fields.keys()

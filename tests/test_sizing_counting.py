@@ -1,0 +1,146 @@
+"""Parameters and FLOPs: a Transformer's by its sizes, a module's by tracing, a graph's by its shapes, all the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from deepseek.sizing import TrainingSetup, TransformerSize, flops, presets, saved_bytes
+from deepseek.sizing.onnx_graph import OnnxModel
+from deepseek.sizing.traced import TracedModel
+from deepseek.spec import InputError
+from deepseek.transformer import Transformer
+from tests.test_sizing_memory import config
+
+
+def ids(batch: int, length: int) -> tuple[torch.Tensor]:
+    """Real tokens."""
+    return (torch.ones(batch, length, dtype=torch.int64),)
+
+
+def graph(path: Path, nodes: list[Any], weights: dict[str, tuple[int, ...]], shape: list[Any]) -> Path:
+    """An ONNX file with an input x, an output y and weights of so many zeros."""
+    kind = onnx.TensorProto.FLOAT
+    held = [
+        onnx.helper.make_tensor(name, kind, dims, [0.0] * int(torch.Size(dims).numel()))
+        for name, dims in weights.items()
+    ]
+    x, y = onnx.helper.make_tensor_value_info("x", kind, shape), onnx.helper.make_tensor_value_info("y", kind, None)
+    made = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x], [y], held))
+    onnx.save(made, path)
+    return path
+
+
+@pytest.mark.parametrize("heads", [1, 4, 48], ids=lambda heads: f"{heads}-heads")
+def test_a_transformers_parameters_are_the_modules(heads: int) -> None:
+    size = TransformerSize(config=config(num_attention_heads=heads))
+    assert size.parameters == sum(parameter.numel() for parameter in Transformer(size.config).parameters())
+
+
+def test_well_known_shapes_have_their_published_sizes() -> None:
+    sizes = {name: size.parameters for name, size in presets().items()}
+    assert sizes["bert-base"] == pytest.approx(110e6, rel=0.02)  # without pooler and segments
+    assert sizes["bert-large"] == pytest.approx(336e6, rel=0.02)
+    assert sizes["gpt2-xl"] == pytest.approx(1.56e9, rel=0.01)
+    assert sizes["gpt3-175b"] == pytest.approx(175e9, rel=0.01)
+
+
+def test_a_tied_head_adds_flops_but_no_parameters_and_an_untied_one_both() -> None:
+    none, tied, untied = (TransformerSize(config=config(), head=head) for head in ("none", "tied", "untied"))
+    assert none.parameters == tied.parameters == untied.parameters - 48 * 100
+    logits = 2 * 2 * 16 * 48 * 100
+    assert flops(tied.ops(2, 16)) == flops(untied.ops(2, 16)) == flops(none.ops(2, 16)) + logits
+
+
+def test_a_generated_token_costs_what_a_token_of_a_long_sequence_does() -> None:
+    size = TransformerSize(config=config())
+    assert flops(size.decode_ops(1, 40)) == pytest.approx(flops(size.ops(1, 40)) / 40)
+
+
+def test_a_trace_counts_what_the_sizes_say_and_needs_no_weights() -> None:
+    size = TransformerSize(config=config(attention_dropout=0.0))
+    with torch.device("meta"):
+        module = Transformer(size.config)
+    traced = TracedModel(module, ids)
+    assert (traced.parameters, traced.product_parameters) == (size.parameters, size.product_parameters)
+    for batch, length in ((1, 8), (3, 20)):
+        assert flops(traced.ops(batch, length)) == flops(size.ops(batch, length))
+    setup = TrainingSetup(batch=3, length=20, platform="cpu")
+    assert traced.saved(setup).kept == saved_bytes(size, setup).kept
+
+
+def test_a_traced_model_of_70_billion_parameters_takes_no_memory() -> None:
+    shape = config(num_layers=2, hidden_size=8192, num_attention_heads=64, intermediate_size=2_134_000, max_length=16)
+    with torch.device("meta"):
+        module = Transformer(shape)
+    traced = TracedModel(module, ids)
+    assert traced.parameters == pytest.approx(70e9, rel=0.01)
+    assert flops(traced.ops(1, 16)) == flops(TransformerSize(config=shape).ops(1, 16))
+
+
+def test_a_trace_counts_convolutions_and_weights_that_are_shared_once() -> None:
+    first = nn.Linear(64, 64, bias=False)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 36, 64), first, first)
+    traced = TracedModel(module, lambda batch, length: (torch.empty(batch, 3, 6, 6),))
+    assert traced.parameters == 8 * 27 + 8 + 8 * 36 * 64 + 64 + 64 * 64
+    assert flops(traced.ops(2, 1)) == 2 * 2 * (8 * 36 * 27 + 8 * 36 * 64 + 2 * 64 * 64)
+
+
+def test_torchs_own_encoder_is_traced_without_its_fast_path() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    traced = TracedModel(nn.TransformerEncoder(layer, 2), lambda batch, length: (torch.empty(batch, length, 32),))
+    products = 2 * 5 * (4 * 32 * 32 + 2 * 32 * 64)
+    assert flops(traced.ops(1, 5)) == 2 * (products + 4 * 5 * 5 * 32)
+
+
+def test_a_forward_that_asks_for_values_is_one_line() -> None:
+    class Asks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if bool(x.sum() > 0) else -x
+
+    traced = TracedModel(Asks(), lambda batch, length: (torch.empty(batch, 4),))
+    with pytest.raises(InputError, match="Asks: forward cannot be traced at batch 2, length 1"):
+        traced.ops(2, 1)
+
+
+def test_a_cnns_onnx_file_is_counted(tmp_path: Path) -> None:
+    nodes = [
+        onnx.helper.make_node("Conv", ["x", "k"], ["a"], strides=[2, 2], pads=[1, 1, 1, 1], group=1),
+        onnx.helper.make_node("Relu", ["a"], ["b"]),
+        onnx.helper.make_node("Conv", ["b", "d"], ["c"], group=16),
+        onnx.helper.make_node("GlobalAveragePool", ["c"], ["p"]),
+        onnx.helper.make_node("Flatten", ["p"], ["f"]),
+        onnx.helper.make_node("Gemm", ["f", "w"], ["y"], transB=1),
+    ]
+    weights = {"k": (16, 3, 3, 3), "d": (16, 1, 3, 3), "w": (10, 16)}
+    model = OnnxModel(graph(tmp_path / "cnn.onnx", nodes, weights, ["batch", 3, 32, 32]))
+    assert model.parameters == model.product_parameters == 16 * 27 + 16 * 9 + 160
+    assert flops(model.ops(4, 1)) == 4 * 2 * (16 * 16 * 16 * 27 + 16 * 14 * 14 * 9 + 160)
+    assert model.open_axes == []
+
+
+def test_an_exported_graph_counts_what_its_module_does_and_int8_the_same(built: Path) -> None:
+    for name in ("text", "image"):
+        fp32, int8 = (OnnxModel(built / "build" / name / kind / "model.onnx") for kind in ("fp32", "int8"))
+        assert flops(fp32.ops(2, 8)) == flops(int8.ops(2, 8)) > 0
+        assert fp32.product_parameters == int8.product_parameters
+        assert sum(op.weights for op in int8.ops(2, 8)) == sum(op.weights for op in fp32.ops(2, 8)) > 0
+
+
+def test_an_open_axis_takes_the_size_it_is_given(tmp_path: Path) -> None:
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])]
+    path = graph(tmp_path / "m.onnx", nodes, {"w": (6, 2)}, ["batch", "frames", 6])
+    assert flops(OnnxModel(path).ops(1, 7)) == 2 * 7 * 12
+    assert flops(OnnxModel(path, axes={"frames": 100}).ops(1, 7)) == 2 * 100 * 12
+
+
+def test_the_library_needs_no_torch() -> None:
+    code = "import sys, deepseek.sizing.plan, deepseek.sizing.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,192 @@
+"""What training and serving take: against autograd itself, and against the guide's cases."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek.config import AdviceWarning, TransformerConfig
+from deepseek.sizing import (
+    InferenceSetup,
+    TrainingSetup,
+    TransformerSize,
+    host_needs,
+    inference_memory,
+    largest_batch,
+    presets,
+    saved_bytes,
+    training_memory,
+)
+from deepseek.sizing.memory import FILL
+from deepseek.spec import InputError
+from deepseek.transformer import Transformer
+
+TINY: dict[str, Any] = {
+    "num_layers": 3,
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "intermediate_size": 120,
+    "vocab_size": 100,
+    "max_length": 40,
+}
+GIB = 2**30
+
+
+def config(**changes: Any) -> TransformerConfig:
+    """A small Transformer's sizes, without the advice to make it larger."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdviceWarning)
+        return TransformerConfig(**(TINY | changes))
+
+
+def kept_by_autograd(model: Transformer, bf16: bool) -> int:
+    """Bytes of the storages that a real forward pass leaves for backward, parameters left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), hooks:
+        out = model(torch.ones(3, 20, dtype=torch.int64))
+    assert out.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_dropout": 0.0},
+        {"attention_dropout": 0.0, "padding_id": None, "causal": True},
+        {"ffn_dropout": 0.0, "embedding_dropout": 0.0, "activation": "relu"},
+        {"ffn_dropout": 0.0, "activation": "silu", "attention_dropout": 0.0},
+        {"num_attention_heads": 48},
+    ],
+    ids=["default", "fused", "causal-without-padding", "relu", "silu", "tiny-heads"],
+)
+def test_activations_are_what_autograd_keeps_to_the_byte(
+    changes: dict[str, Any], checkpointing: bool, bf16: bool
+) -> None:
+    size = TransformerSize(config=config(**changes))
+    model = Transformer(size.config).train()
+    model.gradient_checkpointing = checkpointing
+    precision = "bf16" if bf16 else "fp32"
+    setup = TrainingSetup(batch=3, length=20, precision=precision, checkpointing=checkpointing, platform="cpu")  # type: ignore[arg-type]
+    copies = 2 * size.product_parameters if bf16 and not checkpointing else 0  # of weights, by autocast
+    assert saved_bytes(size, setup).kept + copies == kept_by_autograd(model, bf16)
+
+
+@pytest.mark.parametrize(
+    ("precision", "mixed", "bytes_each"),
+    [("fp32", "autocast", 16), ("fp16", "master", 16), ("bf16", "autocast", 18)],
+    ids=["fp32", "zero-paper", "autocast"],
+)
+def test_training_state_is_16_bytes_a_parameter_and_18_with_autocasts_copies(
+    precision: Any, mixed: Any, bytes_each: int
+) -> None:
+    size = presets()["gpt3-175b"]
+    memory = training_memory(size, TrainingSetup(batch=1, length=8, precision=precision, mixed=mixed))
+    assert memory.state_bytes / size.parameters == pytest.approx(bytes_each, rel=0.01)
+
+
+def test_bert_base_trains_in_12_gb_at_fp32_and_8_gb_at_fp16_at_batch_24_and_length_384() -> None:
+    size, setup = presets()["bert-base"], TrainingSetup(batch=24, length=384)
+    fp32, fp16 = training_memory(size, setup), training_memory(size, replace(setup, precision="fp16"))
+    assert fp32.total_bytes < FILL * 12 * GIB
+    assert fp16.total_bytes < FILL * 8 * GIB < fp32.total_bytes
+    assert training_memory(size, replace(setup, batch=32)).total_bytes > FILL * 12 * GIB
+
+
+def test_a_model_of_a_billion_parameters_wants_about_40_gb_of_ram() -> None:
+    size = TransformerSize(
+        config=config(num_layers=20, hidden_size=2048, num_attention_heads=16, intermediate_size=8192)
+    )
+    assert size.parameters == pytest.approx(1e9, rel=0.02)
+    needs = host_needs(size, training_memory(size, TrainingSetup(batch=1, length=40)))
+    assert needs.ram_bytes[0] < 40e9 < needs.ram_bytes[1]
+    assert needs.checkpoint_s == pytest.approx(needs.checkpoint_bytes / 500e6)
+
+
+def test_four_v100s_run_out_of_memory_on_the_recommender_and_checkpointing_and_half_the_batch_cure_it() -> None:
+    large = config(
+        num_layers=24,
+        hidden_size=1024,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        vocab_size=100_000,
+        max_length=256,
+    )
+    size, setup = TransformerSize(config=large, head="tied"), TrainingSetup(batch=64, length=256)
+    cured = replace(setup, batch=32, accumulation_steps=2, precision="fp16", checkpointing=True)
+    assert training_memory(size, setup).total_bytes > 32 * GIB
+    assert training_memory(size, cured).total_bytes < FILL * 32 * GIB
+
+
+def test_checkpointing_keeps_one_input_a_block_and_needs_room_for_one_block_again() -> None:
+    size, setup = presets()["bert-large"], TrainingSetup(batch=8, length=512)
+    whole, saved = training_memory(size, setup), training_memory(size, replace(setup, checkpointing=True))
+    assert saved.activation_bytes < 0.1 * whole.activation_bytes
+    assert saved.workspace_bytes > whole.workspace_bytes
+    assert saved.total_bytes < whole.total_bytes
+
+
+def test_accumulation_costs_no_memory_and_the_math_kernel_costs_the_square_of_the_length() -> None:
+    size, setup = presets()["bert-base"], TrainingSetup(batch=4, length=512)
+    assert training_memory(size, replace(setup, accumulation_steps=8)) == training_memory(size, setup)
+    scores = 12 * 4 * 12 * 512**2  # layers, batch, heads, length squared
+    extra = saved_bytes(size, replace(setup, attention="math")).kept - saved_bytes(size, setup).kept
+    assert extra == pytest.approx(9 * scores, rel=0.05)  # fp32 softmax, what was dropped out, and a mask of one byte
+
+
+def test_8_bit_weights_are_those_of_products_and_a_cpu_keeps_the_rest_in_fp32() -> None:
+    size = presets()["bert-base"]
+    gpu = inference_memory(size, InferenceSetup(batch=1, length=8, precision="int8"))
+    cpu = inference_memory(size, InferenceSetup(batch=1, length=8, precision="int8", platform="cpu"))
+    rest = size.parameters - size.product_parameters
+    assert gpu.weight_bytes == size.product_parameters + 2 * rest
+    assert cpu.weight_bytes == size.product_parameters + 4 * rest
+
+
+def test_instances_share_an_engines_weights_but_each_has_its_activations() -> None:
+    one, two = (
+        inference_memory(presets()["bert-base"], InferenceSetup(batch=8, length=128, instances=instances))
+        for instances in (1, 2)
+    )
+    assert (two.weight_bytes, two.activation_bytes) == (one.weight_bytes, 2 * one.activation_bytes)
+    apart = InferenceSetup(batch=8, length=128, instances=2, shared_weights=False)
+    assert inference_memory(presets()["bert-base"], apart).weight_bytes == 2 * one.weight_bytes
+
+
+def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+    def total(batch: int) -> float:
+        return training_memory(presets()["bert-base"], TrainingSetup(batch=batch, length=384)).total_bytes
+
+    found = largest_batch(total, FILL * 12 * GIB)
+    assert total(found) <= FILL * 12 * GIB < total(found + 1)
+    assert largest_batch(total, GIB) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"batch": 0}, "batch: seen 0; an integer of at least 1"),
+        ({"length": 1.5}, r"length: seen 1.5 \(float\)"),
+        ({"precision": "int8"}, "precision: seen 'int8'; allowed: fp32, fp16, bf16"),
+        ({"optimizer": "lion"}, "optimizer: seen 'lion'; allowed: adamw, momentum, sgd"),
+        ({"length": 513}, "length: seen 513; the model's max_length is 512"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_setup_is_one_line(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        training_memory(presets()["bert-base"], TrainingSetup(**({"batch": 1, "length": 8} | change)))

@@ -1,0 +1,134 @@
+"""Spreading a model: what each device holds and sends, and the guide's GPT-3."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deepseek.sizing import (
+    InferenceSetup,
+    TrainingSetup,
+    TransformerSize,
+    choose,
+    presets,
+    serving_layouts,
+    training_layouts,
+    training_memory,
+)
+from deepseek.sizing.devices import read_devices
+from deepseek.sizing.parallel import Layout
+from tests.test_sizing_memory import config
+
+DEVICES = read_devices(Path("deepseek/devices.toml"))
+A100 = DEVICES["a100-80"]
+
+
+def by_way(layouts: list[Layout]) -> dict[str, Layout]:
+    """Layouts by their way."""
+    return {layout.way: layout for layout in layouts}
+
+
+@pytest.mark.parametrize(("batch", "devices"), [(8, 8), (16, 12), (32, 12), (48, 16)], ids=lambda value: str(value))
+def test_serving_gpt3_takes_8_to_16_devices_of_80_gb_in_a_pipeline(batch: int, devices: int) -> None:
+    setup = InferenceSetup(batch=batch, length=2048, precision="fp16", generate=True)
+    found = by_way(serving_layouts(presets()["gpt3-175b"], setup, A100))["pipeline"]
+    assert found.devices == devices
+    assert found.memory_bytes <= A100.usable_bytes
+
+
+def test_training_gpt3_does_not_fit_on_16_of_them_by_its_state_alone() -> None:
+    setup = TrainingSetup(
+        batch=1, length=2048, precision="bf16", mixed="master", checkpointing=True, accumulation_steps=64
+    )
+    state = training_memory(presets()["gpt3-175b"], setup).state_bytes
+    assert state / 16 > A100.memory_bytes
+    chosen = choose(training_layouts(presets()["gpt3-175b"], setup, A100))
+    assert chosen is not None
+    assert chosen.devices is not None
+    assert chosen.devices >= 48
+
+
+def test_what_fits_on_one_device_stays_there() -> None:
+    chosen = choose(training_layouts(presets()["bert-base"], TrainingSetup(batch=8, length=128), A100))
+    assert chosen is not None
+    assert (chosen.devices, chosen.sent_bytes) == (1, 0)
+    assert "fits on one device" in chosen.reason
+
+
+def test_data_parallel_saves_no_memory_and_sharding_does() -> None:
+    size = TransformerSize(
+        config=config(num_layers=48, hidden_size=4096, num_attention_heads=32, intermediate_size=16_384)
+    )
+    setup = TrainingSetup(batch=1, length=40, precision="bf16")
+    ways = by_way(training_layouts(size, setup, A100))
+    assert ways["data"].devices is None
+    assert "take no byte away" in ways["data"].reason
+    assert ways["sharded"].devices == 4
+    assert ways["sharded"].memory_bytes < A100.usable_bytes < training_memory(size, setup).total_bytes
+
+
+def test_the_bytes_of_a_step_are_those_of_the_papers() -> None:
+    size = presets()["bert-large"]
+    setup = TrainingSetup(batch=1, length=512, accumulation_steps=4)
+    small = DEVICES["t4"].model_copy(update={"memory_gib": 6.0})
+    ways = by_way(training_layouts(size, setup, small))
+    count = ways["sharded"].devices
+    assert count is not None
+    assert ways["sharded"].sent_bytes == pytest.approx(3 * (count - 1) / count * 4 * size.parameters * 4)
+    assert ways["data"].sent_bytes == pytest.approx(2 * 1023 / 1024 * 4 * size.parameters)
+    assert ways["pipeline"].sent_bytes == 2 * 4 * 512 * 1024 * 4
+    shared = ways["tensor"].devices
+    assert shared is not None
+    assert ways["tensor"].sent_bytes == pytest.approx(4 * 24 * 4 * 2 * (shared - 1) / shared * 512 * 1024 * 4)
+
+
+def test_a_pipeline_idles_less_with_more_micro_batches() -> None:
+    setup = TrainingSetup(batch=1, length=2048, precision="bf16", checkpointing=True)
+    shares = [
+        by_way(training_layouts(presets()["gpt3-175b"], replace(setup, accumulation_steps=steps), A100))["pipeline"]
+        for steps in (1, 64)
+    ]
+    assert shares[0].idle_share > 0.9 > 0.7 > shares[1].idle_share
+
+
+def test_a_device_of_1_gb_says_why_nothing_fits() -> None:
+    tiny = DEVICES["t4"].model_copy(update={"memory_gib": 1.0})
+    layouts = training_layouts(presets()["bert-base"], TrainingSetup(batch=32, length=512), tiny)
+    assert choose(layouts) is None
+    assert all(layout.reason for layout in layouts)
+    assert "checkpoint, or take a smaller batch" in by_way(layouts)["sharded"].reason
+
+
+def test_a_model_of_70_billion_is_served_by_the_fewest_devices_and_the_reason_names_the_other_way() -> None:
+    size = TransformerSize(
+        config=config(
+            num_layers=80,
+            hidden_size=8192,
+            num_attention_heads=64,
+            intermediate_size=36_864,
+            vocab_size=32_000,
+            max_length=8192,
+        )
+    )
+    chosen = choose(serving_layouts(size, InferenceSetup(batch=1, length=8192, generate=True), A100))
+    assert chosen is not None
+    assert size.parameters == pytest.approx(70e9, rel=0.01)
+    assert chosen.devices == 4
+    assert re.fullmatch(r"(pipeline|tensor) on 4: fewest devices; (pipeline|tensor) needs 4", chosen.reason)
+
+
+def test_the_choice_weighs_idling_and_sending_against_each_other() -> None:
+    def layout(way: str, devices: int, device_s: float | None) -> Layout:
+        return Layout(way=way, devices=devices, memory_bytes=1, sent_bytes=1, sent_s=1, device_s=device_s)  # type: ignore[arg-type]
+
+    slow, fast, whole = layout("sharded", 4, 9.0), layout("pipeline", 8, 5.0), layout("single", 1, 99.0)
+    assert (chosen := choose([slow, fast])) is not None
+    assert chosen.way == "pipeline"
+    assert (
+        chosen.reason == "pipeline on 8 (5 s of device time): least device time; sharded needs 4 (9 s of device time)"
+    )
+    assert (alone := choose([slow, fast, whole])) is not None
+    assert alone.way == "single"
