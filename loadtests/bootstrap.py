@@ -48,7 +48,7 @@ def _draws(runs: int, generator: np.random.Generator) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Side:
+class Stretches:
     """One stretch of each run of a side, ready to be added up: a row a run."""
 
     counts: np.ndarray  # (runs, values): answered requests
@@ -58,7 +58,7 @@ class Side:
     completed_rps: np.ndarray
 
     @classmethod
-    def of(cls, stretches: Sequence[Stretch]) -> Side:
+    def of(cls, stretches: Sequence[Stretch]) -> Stretches:
         """By intended latency."""
         counts = np.stack([each.latency("intended").counts for each in stretches])
         used = np.flatnonzero(counts.any(axis=0))
@@ -76,7 +76,7 @@ class Side:
         return int(self.counts.sum() + self.failed.sum())
 
 
-def percentiles(side: Side, draws: np.ndarray, percent: float) -> np.ndarray:
+def percentiles(side: Stretches, draws: np.ndarray, percent: float) -> np.ndarray:
     """The percentile of each draw in ms; inf where failures reach it, nan of nothing."""  # (draws,)
     found = []
     for start in range(0, len(draws), _CHUNK):
@@ -91,7 +91,7 @@ def percentiles(side: Side, draws: np.ndarray, percent: float) -> np.ndarray:
     return np.concatenate(found)
 
 
-def means_ms(side: Side, draws: np.ndarray) -> np.ndarray:
+def means_ms(side: Stretches, draws: np.ndarray) -> np.ndarray:
     """The mean of each draw; inf where a request failed."""
     answered = draws @ side.counts.sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -99,12 +99,12 @@ def means_ms(side: Side, draws: np.ndarray) -> np.ndarray:
     return np.where(draws @ side.failed > 0, math.inf, means)
 
 
-def error_rates(side: Side, draws: np.ndarray) -> np.ndarray:
+def error_rates(side: Stretches, draws: np.ndarray) -> np.ndarray:
     """Share of failed requests of each draw."""
     return draws @ side.failed / np.maximum(1, draws @ side.planned)
 
 
-def throughputs_rps(side: Side, draws: np.ndarray) -> np.ndarray:
+def throughputs_rps(side: Stretches, draws: np.ndarray) -> np.ndarray:
     """Answers/s of each draw."""
     return draws @ side.completed_rps / draws.sum(axis=1)
 

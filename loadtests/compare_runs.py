@@ -73,13 +73,11 @@ def thresholds_of(args: argparse.Namespace) -> Thresholds:
     return Thresholds(p50=share, p99=args.threshold_p99 / 100, capacity=share)
 
 
-def markdown(
-    comparison: Comparison, sides: tuple[Side, Side], args: argparse.Namespace, machine: dict[str, Any]
-) -> str:
+def markdown(comparison: Comparison, sides: tuple[Side, Side], model: str, machine: dict[str, Any]) -> str:
     """The table as a pull request takes it."""
     base, new = sides
     lines = [
-        f"### {args.model}: `{new.given}` is {TITLES[comparison.verdict]} `{base.given}`",
+        f"### {model}: `{new.given}` is {TITLES[comparison.verdict]} `{base.given}`",
         "",
         "| | base | new | new / base | interval | allowed | |",
         "|---|--:|--:|--:|--:|--:|---|",
@@ -184,7 +182,7 @@ def main() -> int:
     else:
         runs = measured((base, new), args, spec)
     comparison, machine = compare(*runs, spec.slo, thresholds_of(args)), runs[0][0].machine
-    text = markdown(comparison, (base, new), args, machine)
+    text = markdown(comparison, (base, new), args.model, machine)
     place = Path(args.output) if args.output else build_dir(args.model) / "compare-runs.md"
     data = json.dumps(as_json(comparison, (base, new), machine), indent=2)
     _write(place, text)

@@ -16,7 +16,7 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,7 +28,7 @@ from loadtests.bootstrap import (
     RESAMPLES,
     Draws,
     Interval,
-    Side,
+    Stretches,
     error_rates,
     means_ms,
     percentiles,
@@ -36,7 +36,7 @@ from loadtests.bootstrap import (
     throughputs_rps,
 )
 from loadtests.results import Run
-from loadtests.slo import generator_problems, samples_needed
+from loadtests.slo import RATE_TOLERANCE, generator_problems, samples_needed
 from loadtests.trial import slo_at
 
 Verdict = Literal["no worse", "worse", "inconclusive"]
@@ -117,7 +117,7 @@ def compare(
     rate, ladder = _rates([*base, *new])
     base, new, dropped = _valid(base, new, rate, slo)
     draws = Draws.of(len(base), len(new))
-    sides = [Side.of([step(run, rate).window for run in runs]) for runs in (base, new)]
+    sides = [Stretches.of([step(run, rate).window for run in runs]) for runs in (base, new)]
     each = 1 - (1 - confidence) / (3 if ladder else 2)
     judge = _Judge(pairs=min(len(base), len(new)), confidence=each)
     rows = []
@@ -249,8 +249,9 @@ def capacities(runs: Sequence[Run], draws: np.ndarray, ladder: tuple[float, ...]
     """The rate at which each draw first breaks the SLO; an end of the ladder where it lies beyond."""  # (draws,)
     usage = []
     for rate in ladder:
-        parts = [step(run, rate) for run in runs]
-        usage.append(usages(Side.of([part.window for part in parts]), draws, slo_at(slo, rate, _seconds(parts))))
+        windows = [step(run, rate).window for run in runs]
+        asked = slo_at(slo, rate, min(window.duration_s for window in windows))
+        usage.append(usages(Stretches.of(windows), draws, asked, rate))
     # Of a rung that is far beyond its limit only that matters: else the size of the excess would move the knee.
     beyond = np.log2(np.clip(np.nan_to_num(np.stack(usage), nan=np.inf), 0.5, 2))  # (rungs, draws)
     breaks = beyond > 0
@@ -265,29 +266,22 @@ def capacities(runs: Sequence[Run], draws: np.ndarray, ladder: tuple[float, ...]
     return np.where(~breaks.any(axis=0), ladder[-1], np.where(breaks[0], ladder[0], found))
 
 
-def _seconds(parts: Sequence[Run]) -> float:
-    return min(part.settings.duration_s for part in parts)
-
-
-def usages(side: Side, draws: np.ndarray, slo: SloSpec) -> np.ndarray:
+def usages(side: Stretches, draws: np.ndarray, slo: SloSpec, rate_rps: float) -> np.ndarray:
     """How much of its limit the objective that is nearest to it uses, in each draw; above 1 it is broken."""
-    return np.max(np.stack(list(_shares(side, draws, slo))), axis=0)
+    return np.max(np.stack(list(_shares(side, draws, slo, rate_rps))), axis=0)
 
 
-def _shares(side: Side, draws: np.ndarray, slo: SloSpec) -> Iterator[np.ndarray]:
-    seen: dict[str, Callable[[Objective], np.ndarray]] = {
-        "ms": lambda line: _latency(side, draws, line),
-        "error_rate": lambda line: error_rates(side, draws),
-        "throughput": lambda line: throughputs_rps(side, draws),
-    }
+def _shares(side: Stretches, draws: np.ndarray, slo: SloSpec, rate_rps: float) -> Iterator[np.ndarray]:
     for line in slo.all_objectives():
-        value = seen[line.kind](line)
+        if line.kind == "throughput":  # of what may be lost of the rate: the rest is near its limit at every rate
+            yield (1 - throughputs_rps(side, draws) / rate_rps) / (1 - line.limit * (1 - RATE_TOLERANCE) / rate_rps)
+            continue
+        value = error_rates(side, draws) if line.kind == "error_rate" else _latency(side, draws, line)
         with np.errstate(divide="ignore", invalid="ignore"):
-            share = value / line.limit if line.kind != "throughput" else line.limit / value
-        yield np.where((value == 0) & (line.limit == 0), 0.0, share)
+            yield np.where((value == 0) & (line.limit == 0), 0.0, value / line.limit)
 
 
-def _latency(side: Side, draws: np.ndarray, line: Objective) -> np.ndarray:
+def _latency(side: Stretches, draws: np.ndarray, line: Objective) -> np.ndarray:
     if line.percent is not None:
         return percentiles(side, draws, line.percent)
     return means_ms(side, draws) if line.measure == "mean_ms" else percentiles(side, draws, 100)

@@ -1,0 +1,321 @@
+"""Is the new one worse? Judged on made-up runs whose answer is known, and on real servers."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, SloSpec
+from loadtests.bootstrap import Draws, Stretches, expanded_tail, means_ms, percentiles, ratio_interval
+from loadtests.compare_runs import as_json, markdown
+from loadtests.interleaved import How, pairs_in_time, shape_of
+from loadtests.regression import Thresholds, compare
+from loadtests.results import Run, Settings
+from loadtests.sides import Side, side_of
+from tests.conftest import run_module
+from tests.test_capacity import SPEC, write_sleeper
+from tests.test_results import Request, saved_run, steady
+
+SLO = SloSpec(p99_ms=50)
+
+
+def noisy(median_ms: float, seed: int, count: int = 200) -> list[Request]:
+    """Requests whose run, as a whole, is a little faster or slower than the next, as on a shared machine."""
+    generator = np.random.default_rng(seed)
+    latencies = generator.lognormal(math.log(median_ms / 1000), 0.3, count) * generator.lognormal(0, 0.02)
+    return [
+        (time, time, time + each, None) for time, each in zip(np.arange(count) / count * 10, latencies, strict=True)
+    ]
+
+
+def runs(folder: Path, median_ms: float, first: int, count: int = 8, **changes: Any) -> list[Run]:
+    """So many runs at 20/s."""
+    made = (noisy(median_ms, seed) for seed in range(first, first + count))
+    return [saved_run(folder / f"{place:02d}", each, rate_rps=20.0, **changes) for place, each in enumerate(made)]
+
+
+@pytest.mark.parametrize(
+    ("new_ms", "verdict"),
+    [(10.0, "no worse"), (8.0, "no worse"), (10.8, "inconclusive"), (13.0, "worse")],
+    ids=["the same", "faster", "at the threshold", "slower"],
+)
+def test_a_side_is_worse_where_its_whole_interval_is_beyond_the_threshold(
+    tmp_path: Path, new_ms: float, verdict: str
+) -> None:
+    found = compare(runs(tmp_path / "a", 10, 0), runs(tmp_path / "b", new_ms, 100), SLO, Thresholds(p50=0.08, p99=0.3))
+    assert found.rows[0].verdict == verdict
+    assert found.rows[0].change.ratio == pytest.approx(new_ms / 10, rel=0.04)
+    assert found.rows[0].better == (new_ms == 8)
+
+
+def test_of_many_comparisons_of_the_same_with_itself_hardly_one_is_called_worse(tmp_path: Path) -> None:
+    verdicts = []
+    for first in range(0, 160, 16):
+        sides = runs(tmp_path / "a", 10, first), runs(tmp_path / "b", 10, first + 8)
+        verdicts.append(compare(*sides, SLO, Thresholds(p50=0.0001, p99=0.0001)).verdict)
+    assert verdicts.count("worse") <= 1  # of 10, at 95 %, though nothing is allowed
+
+
+def test_the_interval_holds_the_true_ratio_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    draws = Draws.of(6, 6)
+    held = 0
+    for _ in range(300):
+        values = generator.lognormal(0, 0.1, (2, 6))
+        base, new = draws.base @ values[0], draws.new @ values[1]
+        interval = ratio_interval(new, base, pairs=6, confidence=0.95)
+        held += interval.low <= 1 <= interval.high
+    assert held / 300 == pytest.approx(0.95, abs=0.035)
+    assert expanded_tail(6, 0.95) < 0.025 < expanded_tail(6, 0.80)
+
+
+def test_percentiles_of_draws_are_those_of_the_added_up_runs(tmp_path: Path) -> None:
+    fast, slow = saved_run(tmp_path / "a", steady(0.01, lag_s=0)), saved_run(tmp_path / "b", steady(0.1, lag_s=0))
+    side = Stretches.of([fast.window, slow.window])
+    draws = np.array([[1, 1], [2, 0], [0, 2]])
+    assert percentiles(side, draws, 50) == pytest.approx([10, 10, 100], rel=2e-3)
+    assert percentiles(side, draws, 51) == pytest.approx([100, 10, 100], rel=2e-3)
+    assert means_ms(side, draws) == pytest.approx([55, 10, 100], rel=2e-3)
+    lost = Stretches.of([saved_run(tmp_path / "c", [*steady(count=90), *[(9.5, 9.5, 0.0, "dropped")] * 10]).window])
+    assert percentiles(lost, np.array([[1]]), 90)[0] == pytest.approx(10.1, rel=2e-3)
+    assert math.isinf(percentiles(lost, np.array([[1]]), 91)[0])
+
+
+def climbing(folder: Path, knee_rps: float, first: int, count: int = 6) -> list[Run]:
+    """Runs at 20/s and up a ladder; past the knee latency leaps over the limit."""
+    found = []
+    for place in range(count):
+        generator = np.random.default_rng(first + place)
+        requests: list[Request] = []
+        for start, rate in ((0, 20), (10, 40), (14, 50), (18, 60), (22, 70)):
+            length = 10 if rate == 20 else 4
+            latency_s = 0.05 * (rate / knee_rps) ** 4  # is 50 ms at the knee
+            times = start + np.arange(rate * length) / rate
+            requests += [(time, time, time + latency_s * generator.uniform(0.9, 1.0), None) for time in times]
+        shape = "20x10, 40x4, 50x4, 60x4, 70x4"
+        found.append(saved_run(folder / f"{place}", requests, rate_rps=None, shape=shape, duration_s=26.0))
+    return found
+
+
+@pytest.mark.parametrize(("knee_rps", "verdict"), [(56, "no worse"), (47, "worse"), (66, "no worse"), (30, "worse")])
+def test_capacity_is_read_between_the_rungs_of_the_ladder(tmp_path: Path, knee_rps: float, verdict: str) -> None:
+    found = compare(climbing(tmp_path / "a", 56, 0), climbing(tmp_path / "b", knee_rps, 50), SLO, Thresholds())
+    row = found.rows[2]
+    assert (row.name, row.verdict) == ("capacity", verdict)
+    assert row.base == pytest.approx(56, rel=0.02)
+    assert row.new == pytest.approx(max(knee_rps, 40), rel=0.02)
+    assert ("below the ladder" in row.note) == (knee_rps == 30)
+
+
+def test_where_the_base_is_beyond_the_ladder_nothing_is_concluded(tmp_path: Path) -> None:
+    found = compare(climbing(tmp_path / "a", 90, 0), climbing(tmp_path / "b", 90, 50), SLO, Thresholds())
+    assert (found.rows[2].verdict, found.verdict) == ("inconclusive", "inconclusive")
+    assert "base's lies above the ladder, 40 to 70/s" in found.rows[2].note
+
+
+def test_failures_make_the_new_side_worse_however_fast_the_rest_is(tmp_path: Path) -> None:
+    base = runs(tmp_path / "a", 10, 0)
+    lossy = [
+        [(p, s, f, "ServerBusy" if i % 30 == 0 else None) for i, (p, s, f, _) in enumerate(noisy(5, n))]
+        for n in range(8)
+    ]
+    new = [saved_run(tmp_path / "b" / f"{place}", each, rate_rps=20.0) for place, each in enumerate(lossy)]
+    found = compare(base, new, SLO, Thresholds())
+    assert [row.verdict for row in found.rows] == ["no worse", "worse"]
+    assert math.isinf(found.rows[1].change.ratio)
+    side = Side(name="new", given="b")
+    assert as_json(found, (side, side), {})["rows"][1]["new"] is None
+    assert "| never | ∞ |" in markdown(found, (side, side), "tiny", {})
+
+
+def test_too_few_pairs_or_samples_prove_nothing_and_the_number_needed_is_said(tmp_path: Path) -> None:
+    few = compare(runs(tmp_path / "a", 10, 0, 4), runs(tmp_path / "b", 30, 9, 4), SLO, Thresholds())
+    assert (few.verdict, few.rows[0].note) == ("inconclusive", "4 pairs, 5 needed")
+    short = [saved_run(tmp_path / "c" / f"{n}", noisy(10, n, 40), rate_rps=4.0) for n in range(6)]
+    assert compare(short, short, SLO, Thresholds()).rows[1].note == "240 requests, 459 needed"
+
+
+def test_a_pair_in_which_the_generator_was_the_limit_is_left_out(tmp_path: Path) -> None:
+    base, new = runs(tmp_path / "a", 10, 0), runs(tmp_path / "b", 10, 50)
+    busy = saved_run(tmp_path / "busy", noisy(90, 1), rate_rps=20.0, thread_cpu=0.99)
+    found = compare(base, [busy, *new[1:]], SLO, Thresholds())
+    assert found.runs == (7, 7)
+    assert "99% busy" in found.dropped[0]
+    with pytest.raises(InvalidMeasurement, match="no run is valid"):
+        compare([busy], [busy], SLO, Thresholds())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"rate_rps": 25.0}, "measured at 25/s"), ({"rate_rps": None, "users": 2}, "no open loop")],
+    ids=["another rate", "closed loop"],
+)
+def test_runs_of_different_kinds_are_not_compared(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    other = saved_run(tmp_path / "b", steady(), **changes)
+    with pytest.raises(InputError, match=message):
+        compare(runs(tmp_path / "a", 10, 0, 1), [other], SLO, Thresholds())
+
+
+def write_versions(folder: Path) -> Path:
+    """A repository of `tiny` with versions 1 and 2, of which 1 has a configuration of its own."""
+    repository = write_sleeper(folder, 0.002)
+    (repository / "tiny" / "2").mkdir()
+    (repository / "tiny" / "2" / "model.py").write_text("")
+    (repository / "tiny" / "1" / "config.pbtxt").write_text("of version 1")
+    return repository
+
+
+def test_a_version_is_laid_out_alone_with_the_configuration_that_belongs_to_it(tmp_path: Path) -> None:
+    repository = write_versions(tmp_path)
+    old = side_of("base", "tiny/1", "tiny", repository).lay_out(tmp_path / "base") / "tiny"
+    assert sorted(path.name for path in old.iterdir()) == ["1", "config.pbtxt"]
+    assert (old / "config.pbtxt").read_text() == "of version 1"
+    new = side_of("new", str(repository / "tiny" / "2"), "tiny", tmp_path).lay_out(tmp_path / "new") / "tiny"
+    assert sorted(path.name for path in new.iterdir()) == ["2", "config.pbtxt"]
+    assert (new / "config.pbtxt").read_text() == (repository / "tiny" / "config.pbtxt").read_text()
+    whole = side_of("new", str(repository), "tiny", tmp_path).lay_out(tmp_path / "whole") / "tiny"
+    assert sorted(path.name for path in whole.iterdir()) == ["1", "2", "config.pbtxt"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("", "NEW= is not given"),
+        ("tiny/7", r"nor a version in .*repository \(tiny/1, tiny/2\)"),
+        ("nowhere", "neither a repository with tiny/config.pbtxt"),
+        ("other/1", "a version of other, not of tiny"),
+    ],
+    ids=["nothing", "no such version", "no such folder", "another model"],
+)
+def test_a_side_that_is_nothing_of_the_kind_is_one_clear_line(tmp_path: Path, given: str, message: str) -> None:
+    repository = write_versions(tmp_path)
+    (repository / "other" / "1").mkdir(parents=True)
+    (repository / "other" / "config.pbtxt").touch()
+    with pytest.raises(InputError, match=message) as caught:
+        side_of("new", given, "tiny", repository)
+    assert "\n" not in str(caught.value)
+
+
+def recorded(folder: Path, base: Sequence[Run], new: Sequence[Run], *more: str) -> subprocess.CompletedProcess[str]:
+    """`python -m loadtests.compare_runs` over two folders of runs, with a spec of theirs."""
+    if not (folder / "spec").exists():
+        write_sleeper(folder / "spec", 0.002)
+    sides = ("--base", str(base[0].folder.parent), "--new", str(new[0].folder.parent))
+    model = ("--model", "tiny", "--models", str(folder / "spec" / "models"))
+    return run_module("loadtests.compare_runs", *model, *sides, *more, BUILD=str(folder / "build"))
+
+
+def test_recorded_runs_are_judged_again_and_the_table_is_fit_for_a_pull_request(tmp_path: Path) -> None:
+    base, new = runs(tmp_path / "a", 10, 0), runs(tmp_path / "b", 14, 50)
+    run = recorded(tmp_path, base, new)
+    assert run.returncode == 1, run.stderr
+    text = (tmp_path / "build" / "tiny" / "compare-runs.md").read_text()
+    assert text in run.stdout
+    assert f"`{new[0].folder.parent}` is worse than `{base[0].folder.parent}`" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {8}
+    assert "**worse**" in table[2]
+    data = json.loads((tmp_path / "build" / "tiny" / "compare-runs.json").read_text())
+    assert (data["verdict"], data["rows"][0]["name"]) == ("worse", "p50 at 20/s")
+    assert recorded(tmp_path, base, base, "--threshold-p99", "50").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--pairs", "2"), "--pairs 2: 5 or more are needed"),
+        (("--threshold", "0"), "--threshold 0: it must be more than 0"),
+        (("--new", "tests/models"), "NEW=tests/models: neither a repository"),
+    ],
+    ids=["pairs", "threshold", "side"],
+)
+def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
+    base = runs(tmp_path / "a", 10, 0, 1)
+    run = recorded(tmp_path, base, base, *flags)
+    assert (run.returncode, len(run.stderr.splitlines())) == (2, 1)
+    assert message in run.stderr
+
+
+def how(**changes: Any) -> How:
+    """Of a service that is to hold 100/s."""
+    toml = tomllib.loads(SPEC)
+    spec = DeploymentSpec.model_validate_json(json.dumps(toml | {"slo": {"p99_ms": 50, "rate_rps": 100}}))
+    run = {"model": "tiny", "models": "", "target": "onnxruntime", "protocol": "grpc", "url": "", "inputs": ""}
+    fixed = {"server": "", "rate_rps": None, "duration_s": 30.0, "pairs": 8, "max_s": 1200.0}
+    return How(spec=spec, settings=Settings(**run, users=1, warmup_s=2.0), **fixed | changes)  # type: ignore[arg-type]
+
+
+def test_latencies_are_compared_at_the_slos_rate_where_the_base_can_hold_it() -> None:
+    assert shape_of(how(), 200.0) == "100x9, 150x4, 168x4, 188x4, 210x4, 234x4, 260x4"
+    assert shape_of(how(), 110.0).startswith("77x9")
+    assert shape_of(how(rate_rps=20.0), 110.0).startswith("20x9")
+    assert shape_of(how(), None) == "100x30"
+
+
+def test_as_many_pairs_are_made_as_fit_into_the_time() -> None:
+    assert [pairs_in_time(how(), "100x30", left_s) for left_s in (1000, 500)] == [8, 7]
+    with pytest.raises(InputError, match="5 pairs need about 1255 s"):
+        pairs_in_time(how(), "100x30", 300)
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the repositories `fast` (5 ms a request), `slow` (15 ms), `broken` and `deadly`."""
+    folder = tmp_path_factory.mktemp("repositories")
+    for name, delay_s in (("fast", 0.005), ("slow", 0.015), ("broken", 0.005), ("deadly", 0.005)):
+        write_sleeper(folder, delay_s, name)
+    (folder / "broken" / "tiny" / "1" / "model.py").write_text("raise RuntimeError('no weights here')")
+    deadly = folder / "deadly" / "tiny" / "1" / "model.py"
+    kill = "os.kill(int(next(line for line in open('/proc/self/status') if line.startswith('PPid')).split()[1]), 9)"
+    dies = f"self.count = getattr(self, 'count', 0) + 1\n        if self.count > 30:\n            import os; {kill}\n        answers = []"
+    deadly.write_text(deadly.read_text().replace("answers = []", dies))
+    return folder
+
+
+def served(repositories: Path, build: Path, new: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """`fast` against another, in the shortest runs that prove anything."""
+    model = ("--model", "tiny", "--models", str(repositories / "models"), "--inputs", str(repositories / "inputs.npz"))
+    sides = ("--base", str(repositories / "fast"), "--new", str(repositories / new))
+    short = ("--pairs", "5", "--duration-s", "1", "--warmup-s", "0", "--rate", "40")
+    return run_module("loadtests.compare_runs", *model, *sides, *short, *more, BUILD=str(build))
+
+
+@pytest.mark.slow
+def test_an_added_delay_is_found_worse(repositories: Path, tmp_path: Path) -> None:
+    run = served(repositories, tmp_path, "slow", "--no-capacity")
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "p50 at 40/s" in run.stdout
+    again = tmp_path / "tiny" / "compare-runs"
+    kept = next(again.iterdir())
+    assert len(list((kept / "base" / "runs").iterdir())) == len(list((kept / "new" / "runs").iterdir())) >= 5
+    assert not (kept / "base" / "repository").exists()
+
+
+@pytest.mark.slow
+def test_the_same_is_not_worse_than_itself(repositories: Path, tmp_path: Path) -> None:
+    # On a shared machine nothing may be told; but worse it is not.
+    wide = ("--threshold", "60", "--threshold-p99", "200")
+    run = served(repositories, tmp_path, "fast", "--no-capacity", *wide)
+    assert run.returncode in (0, 3), run.stdout + run.stderr
+
+
+def test_a_new_side_that_does_not_load_fails_the_gate_in_one_line(repositories: Path, tmp_path: Path) -> None:
+    run = served(repositories, tmp_path, "broken", "--no-capacity")
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("error: NEW=")
+    assert "is not served" in run.stderr
+    assert "no weights here" in run.stderr
+
+
+def test_a_new_side_that_dies_under_load_fails_the_gate_in_one_line(repositories: Path, tmp_path: Path) -> None:
+    run = served(repositories, tmp_path, "deadly", "--no-capacity", "--timeout-s", "1")
+    assert run.returncode == 1, run.stderr
+    assert "died under load" in run.stderr.splitlines()[-1]
