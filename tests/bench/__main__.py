@@ -34,6 +34,9 @@ BENCHMARKS: dict[str, Callable[[Bench], None]] = {
     "client-async": client.client_async,
     "client-memory": client.client_memory,
     "peer": instrument.peer,
+    "accuracy": instrument.accuracy,
+    "ceiling": instrument.ceiling,
+    "encoding": instrument.encoding,
     "tuned": tuned.tuned,
 }
 log = Console(stderr=True)
