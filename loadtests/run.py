@@ -71,7 +71,11 @@ def summary(run: Run) -> dict[str, Any]:
             length: {"planned": found.planned, "errors": dict(found.errors), **_figures(found.latency(run.judged))}
             for length, found in run.lengths.items()
         },
-        "generator": {**run.generator, "attempted_share": run.window.attempted_share},
+        "generator": {
+            **run.generator,
+            "attempted_share": run.window.attempted_share,
+            "lag": _figures(run.window.latency("lag")) if run.settings.open_loop else None,
+        },
         "server": run.server,
     }
 
@@ -115,7 +119,9 @@ def _lengths_table(run: Run) -> Table:
     table = Table("inputs of", "requests", "failed", "p50", "p95", "p99", title=f"{run.judged} latency by length")
     for length, found in run.lengths.items():
         latency = found.latency(run.judged)
-        shown = [slo.formatted("ms", latency.percentile_ms(percent)) for percent in (50, 95, 99)]
+        # Of fewer requests than 1 in 1 - p the percentile would be the slowest alone.
+        told = {p: latency.percentile_ms(p) if latency.total * (100 - p) >= 100 else math.nan for p in (50, 95, 99)}
+        shown = [slo.formatted("ms", value) for value in told.values()]
         table.add_row(length, str(found.planned), str(found.failed), *shown)
     return table
 

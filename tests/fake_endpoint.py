@@ -18,7 +18,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,7 +35,13 @@ from tritonclient.grpc import service_pb2
 
 ROOT = Path(__file__).parent.parent
 SERVICE = "/inference.GRPCInferenceService/"
-CONFIG = {"max_batch_size": 8, "parameters": {"precision": {"string_value": "fp32"}}}
+CONFIG = {
+    "max_batch_size": 8,
+    "input": [{"name": "x", "data_type": "TYPE_FP32", "dims": [-1]}],
+    "output": [{"name": "y", "data_type": "TYPE_FP32", "dims": [1]}],
+    "parameters": {"precision": {"string_value": "fp32"}},
+}
+SERVER = {"name": "triton", "version": "0", "extensions": ["statistics"]}  # perf_analyzer asks for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,8 @@ class Endpoint:
         self.received_s: list[float] = []
         self.answered_s: list[float] = []
         self.connections: set[asyncio.Transport] = set()
+        self.model = ""
+        """Of which the signature was asked last."""
         self._stall_ends_s = 0.0
 
     def admit(self) -> tuple[int, float]:
@@ -84,6 +91,26 @@ class Endpoint:
             return number, -1
         delay_s = (faults.slow_ms if _is(number, faults.slow_every) else faults.delay_ms) / 1000
         return number, max(delay_s, self._stall_ends_s - now_s)
+
+    def signature(self, model: str) -> dict[str, Any]:
+        """What a model takes and gives."""
+        self.model = model
+        return {
+            "name": model,
+            "versions": ["1"],
+            "platform": "none",
+            "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, -1]}],
+            "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 1]}],
+        }
+
+    def statistics(self) -> dict[str, Any]:
+        """Triton's, as far as perf_analyzer insists on them: all models together, without times."""
+        count = len(self.received_s)
+        counts = {"name": self.model, "version": "1", "inference_count": count, "execution_count": count}
+        parts = ("fail", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
+        zero: dict[str, dict[str, int]] = {part: {"count": 0, "ns": 0} for part in parts}
+        asked = {part: {"count": count, "ns": 0} for part in ("success", "queue")}  # by the latter it knows the version
+        return {"model_stats": [{**counts, "inference_stats": {**zero, **asked}}]}
 
     async def held(self, number: int, wait_s: float) -> None:
         """Waits so long, and on while a stall has begun meanwhile."""
@@ -105,7 +132,8 @@ class Http(asyncio.Protocol):
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._received = b""
+        self._received = bytearray()
+        self._wanted = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -117,19 +145,22 @@ class Http(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
+        if len(self._received) < self._wanted:
+            return  # a large body, in many pieces
         head, end, body = self._received.partition(b"\r\n\r\n")
         if not end:
             return
-        at = head.lower().find(b"content-length:")
-        size = int(head[at + 15 :].partition(b"\r\n")[0]) if at >= 0 else 0
+        at = head.lower().find(b"\r\ncontent-length:")
+        size = int(head[at + 17 :].partition(b"\r\n")[0]) if at >= 0 else 0
+        self._wanted = len(head) + 4 + size
         if len(body) < size:
             return
-        self._received = body[size:]
-        path = head.split(b" ", 2)[1]
+        self._received, self._wanted = self._received[self._wanted :], 0
+        path = bytes(head.split(b" ", 2)[1])
         if path.endswith(b"/infer"):
             self._infer()
         else:
-            self._answer(*_http_about(path.decode()))
+            self._answer("200 OK", _http_about(path.decode(), self._endpoint))
 
     def _infer(self) -> None:
         number, wait_s = self._endpoint.admit()
@@ -149,22 +180,15 @@ class Http(asyncio.Protocol):
         self._transport.write(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n" % (status.encode(), len(content)) + content)
 
 
-def _http_about(path: str) -> tuple[str, bytes]:
+def _http_about(path: str, endpoint: Endpoint) -> bytes:
+    found: dict[str, Any] = SERVER if path == "/v2" else CONFIG
     if path.endswith("/ready"):
-        return "200 OK", b""
+        return b""
     if path.endswith("/stats"):
-        return "404 Not Found", b"{}"
-    return "200 OK", json.dumps(CONFIG if path.endswith("/config") else _signature(path.split("/")[3])).encode()
-
-
-def _signature(model: str) -> dict[str, Any]:
-    return {
-        "name": model,
-        "versions": ["1"],
-        "platform": "none",
-        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, -1]}],
-        "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 1]}],
-    }
+        found = endpoint.statistics()
+    elif path.startswith("/v2/models/") and path.count("/") == 3:
+        found = endpoint.signature(path.split("/")[3])
+    return json.dumps(found).encode()
 
 
 def _http_answer() -> bytes:
@@ -193,6 +217,8 @@ class Grpc(grpc.GenericRpcHandler):
             "ModelReady": self._model_ready,
             "ModelMetadata": self._metadata,
             "ModelConfig": self._config,
+            "ServerMetadata": self._server,
+            "ModelStatistics": self._statistics,
         }
         self._handlers = {
             f"{SERVICE}{name}": grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()
@@ -216,7 +242,13 @@ class Grpc(grpc.GenericRpcHandler):
 
     async def _metadata(self, request: bytes, _: Any) -> bytes:
         name = service_pb2.ModelMetadataRequest.FromString(request).name
-        return service_pb2.ModelMetadataResponse(**_signature(name)).SerializeToString()
+        return service_pb2.ModelMetadataResponse(**self._endpoint.signature(name)).SerializeToString()
+
+    async def _server(self, *_: Any) -> bytes:
+        return service_pb2.ServerMetadataResponse(**SERVER).SerializeToString()
+
+    async def _statistics(self, *_: Any) -> bytes:
+        return service_pb2.ModelStatisticsResponse(**self._endpoint.statistics()).SerializeToString()
 
     async def _config(self, *_: Any) -> bytes:
         return service_pb2.ModelConfigResponse(config=CONFIG).SerializeToString()
@@ -293,12 +325,6 @@ class FakeEndpoint:
         ports = json.loads(self.process.stdout.readline())
         self.http_url, self.grpc_url = f"127.0.0.1:{ports['http']}", f"127.0.0.1:{ports['grpc']}"
         return self
-
-    def free_port(self) -> int:
-        """One on which nothing listens."""
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            return found.getsockname()[1]
 
     def stop(self) -> None:
         """Ends it; its log is there afterwards, unless it died of a fault."""

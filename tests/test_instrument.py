@@ -21,7 +21,7 @@ from loadtests.results import Run, Settings, latest_run
 from loadtests.slo import judge
 from tests.conftest import run_module
 from tests.fake_endpoint import FakeEndpoint
-from tests.test_locustfile import SPEC
+from tests.test_locustfile import SPEC, free_port
 
 ROOT = Path(__file__).parent.parent
 PROTOCOLS = ["grpc", "http"]
@@ -192,7 +192,7 @@ def test_locusts_own_command_sends_the_whole_schedule_whatever_its_users(
     with FakeEndpoint() as endpoint:
         wanted = settings(endpoint, "http", rate_rps=80.0, duration_s=2.0)
         (tmp_path / "settings.json").write_text(json.dumps(wanted.__dict__))
-        port = ("--master-bind-port", str(endpoint.free_port()), "--master-bind-host", "127.0.0.1")
+        port = ("--master-bind-port", str(free_port()), "--master-bind-host", "127.0.0.1")
         arguments = ("-f", "loadtests/locustfile.py", "--headless", "--settings", str(tmp_path / "settings.json"))
         locust = [sys.executable, "-m", "locust", *arguments, *processes]
         if processes:

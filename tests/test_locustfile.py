@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +151,13 @@ def test_requests_that_the_server_refuses_or_does_not_answer_in_time_are_errors(
     assert refused.window.planned == refused.window.ok + refused.window.failed
 
 
+def free_port() -> int:
+    """One on which nothing listens."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 def wait_for_load(build: Path) -> None:
     """Until Locust has been running for a while."""
     deadline = time.monotonic() + 30
@@ -247,6 +256,21 @@ def test_what_a_lost_worker_was_to_send_is_missed(tiny: tuple[EmbeddedServer, Pa
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 3, errors
     assert "planned requests were never sent" in errors
+
+
+def test_locusts_own_page_shows_the_run_and_stays_until_it_is_ended(tiny: tuple[EmbeddedServer, Path]) -> None:
+    port = free_port()
+    with command(settings(tiny, rate_rps=40.0, warmup_s=0.0), "--web", str(port), "--json") as process:
+        assert process.stdout is not None
+        figures, _ = json.JSONDecoder().raw_decode("".join(iter(process.stdout.readline, "}\n")) + "}")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/stats/requests", timeout=10) as answer:
+            shown = {entry["name"]: entry for entry in json.load(answer)["stats"]}
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
+            assert b"<title>Locust</title>" in answer.read()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=10)
+    assert figures["answered"] == shown["tiny"]["num_requests"] == 80
+    assert process.returncode in (0, 3)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])

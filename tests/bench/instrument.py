@@ -1,18 +1,205 @@
-"""Our load test beside perf_analyzer."""
+"""The load generator itself: how true its figures are, what one core of it can send, and perf_analyzer beside it.
+
+Accuracy and ceiling are taken against `tests/fake_endpoint.py`, which computes nothing, says itself when it received
+and answered, and has a core of its own where there are two. A ceiling is requests for each second of CPU time that the
+generator took, all its threads together: what one core sends at most. Taken so, it depends little on what else runs.
+"""
 
 from __future__ import annotations
 
-from tests.bench.setting import Bench
+import csv
+import math
+import os
+import resource
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from deepseek_client import InferenceClient
+from rich.console import Console
+
+from deepseek.spec import DeploymentSpec
+from loadtests import run as runner
+from loadtests.results import Run, Settings
+from tests.bench.setting import Bench, on, perf_analyzer_program
+from tests.fake_endpoint import FakeEndpoint
+
+Protocol = Literal["grpc", "http"]
+PROTOCOLS: tuple[Protocol, ...] = ("grpc", "http")
+USERS = 16  # in a closed loop, to take a ceiling
+LENGTH = 50  # of an input, in floats
+SPEC = """
+name = "fake"
+inputs.x = { dtype = "float32", shape = ["batch", "length"] }
+outputs.y = { dtype = "float32", shape = ["batch", 1] }
+axes.batch = { min = 1, opt = 4, max = 8 }
+axes.length = { min = 1, opt = 50, max = 50 }
+slo = { p99_ms = 50 }
+"""
+
+
+def accuracy(bench: Bench) -> None:
+    """What is reported over what the server itself says; and a planned stall of 2 s in open and closed loop."""
+    for protocol in PROTOCOLS:
+        ratios: dict[float, list[float]] = {50: [], 90: [], 99: []}
+        stalls: dict[str, list[float]] = {
+            "open loop, intended": [],
+            "closed loop": [],
+            "perf_analyzer, closed loop": [],
+        }
+        for _ in range(max(3, bench.pairs // 4)):
+            with FakeEndpoint(delay_ms=100, slow_every=5, slow_ms=300) as endpoint:
+                run = _measured(bench, endpoint, protocol, rate_rps=100.0, duration_s=10.0)
+                true_ms = _true_ms(endpoint)
+            for percent, found in ratios.items():
+                found.append(run.window.latency("service").percentile_ms(percent) / _nearest(true_ms, percent))
+            for how, found in stalls.items():
+                found.append(_stalled_p999_ms(bench, protocol, how) / 2000)
+        for percent, found in ratios.items():
+            name = f"reported p{percent:g} over the server's own, {protocol}"
+            bench.record(name, found, "goal: 0.98 to 1.02")
+        for how, found in stalls.items():
+            goal = "goal: 0.98 to 1.02" if how.startswith("open") else "hides it"
+            bench.record(f"p99.9 over a stall of 2 s, {how}, {protocol}", found, goal)
+
+
+def _stalled_p999_ms(bench: Bench, protocol: Protocol, how: str) -> float:
+    """What a load of several thousand requests reports, whose server stands still for 2 s in the midst of it."""
+    with FakeEndpoint(stall_at=600, stall_s=2) as endpoint:
+        if how.startswith("open"):
+            run = _measured(bench, endpoint, protocol, rate_rps=200.0, duration_s=10.0, arrivals="constant")
+            return run.window.latency("intended").percentile_ms(99.9)
+        if how.startswith("closed"):
+            run = _measured(bench, endpoint, protocol, users=1, duration_s=10.0)
+            return run.window.latency("service").percentile_ms(99.9)
+        flags = ("--percentile", "99", "--measurement-interval", "3000", "--max-trials", "3")
+        return float(_perf_analyzer(bench, endpoint, protocol, 1, *flags)["p99 latency"]) / 1000
+
+
+def ceiling(bench: Bench) -> None:
+    """Requests for each second of CPU time, over perf_analyzer's; and how late they leave at half of that."""
+    for protocol in PROTOCOLS:
+        ratios, lags_ms, ours, theirs = [], [], [], []
+        for _ in range(max(3, bench.pairs // 4)):
+            ours.append(_own_ceiling(bench, protocol))
+            theirs.append(_peer_ceiling(bench, protocol))
+            ratios.append(ours[-1] / theirs[-1])
+            with _Apart() as apart:
+                run = _measured(bench, apart.endpoint, protocol, cores=apart.cores, rate_rps=round(ours[-1] / 2))
+            lags_ms.append(run.window.latency("lag").percentile_ms(99))
+        said = f"{np.median(ours):.0f}/s over {np.median(theirs):.0f}/s"
+        bench.record(f"requests/s of one core over perf_analyzer's, {protocol}", ratios, said)
+        bench.record(f"send lag p99 in ms at half of that, {protocol}", lags_ms, "goal: under 1")
+
+
+class _Apart:
+    """A free endpoint on the first core, the generator on the last."""
+
+    def __enter__(self) -> _Apart:
+        every = sorted(os.sched_getaffinity(0))
+        self.cores = every[-1:]
+        with on(every[:1]):
+            self.endpoint = FakeEndpoint().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.endpoint.__exit__(*error)
+
+
+def _own_ceiling(bench: Bench, protocol: Protocol) -> float:
+    with _Apart() as apart:
+        run = _measured(bench, apart.endpoint, protocol, cores=apart.cores, users=USERS)
+    return run.window.throughput_rps / run.generator["process_cpu"]
+
+
+def _peer_ceiling(bench: Bench, protocol: Protocol) -> float:
+    with _Apart() as apart, on(apart.cores):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        flags = ("--measurement-interval", "2000", "--max-trials", "3")
+        _perf_analyzer(bench, apart.endpoint, protocol, USERS, *flags)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        apart.endpoint.stop()
+        sent = apart.endpoint.log().shape[1]
+    return sent / (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+
+def _perf_analyzer(bench: Bench, endpoint: FakeEndpoint, protocol: Protocol, users: int, *flags: str) -> dict[str, str]:
+    """The line of its table."""
+    url, table = endpoint.grpc_url if protocol == "grpc" else endpoint.http_url, bench.folder / "fake.csv"
+    command = [perf_analyzer_program(), "-m", "fake", "-u", url, "-i", protocol, "--shape", f"x:{LENGTH}", "-b", "1"]
+    command += ["--concurrency-range", str(users), "--stability-percentage", "999", "-f", str(table), *flags]
+    subprocess.run(command, check=True, capture_output=True)
+    with table.open() as file:
+        return next(csv.DictReader(file))
+
+
+def _measured(
+    bench: Bench, endpoint: FakeEndpoint, protocol: Protocol, cores: list[int] | None = None, **load: Any
+) -> Run:
+    """A load test of the endpoint, its generator on some cores only."""
+    inputs, spec = _given(bench)
+    url = endpoint.grpc_url if protocol == "grpc" else endpoint.http_url
+    fixed: dict[str, Any] = {"model": "fake", "models": str(bench.folder / "models"), "target": "onnxruntime"}
+    fixed |= {"protocol": protocol, "url": url, "inputs": str(inputs), "warmup_s": 0.0, "duration_s": 5.0}
+    wanted = Settings(**fixed | load)
+    with on(cores or sorted(os.sched_getaffinity(0))):
+        return runner.measure(wanted, spec, runner.check(wanted, spec), Console(quiet=True))
+
+
+def _given(bench: Bench) -> tuple[Path, DeploymentSpec]:
+    """The inputs and the spec of the endpoint's model."""
+    models, inputs = bench.folder / "models", bench.folder / "fake.npz"
+    if not inputs.exists():
+        (models / "fake").mkdir()
+        (models / "fake" / "deploy.toml").write_text(SPEC)
+        rows = {f"{row:05d}/x": np.full((1, LENGTH), row, np.float32) for row in range(64)}
+        np.savez(inputs, **rows)  # type: ignore[arg-type]
+    return inputs, DeploymentSpec.of_model("fake", models)
+
+
+def _true_ms(endpoint: FakeEndpoint) -> np.ndarray:
+    """How long the server had each request, ascending; the first was the check before the load."""
+    endpoint.stop()
+    received_s, answered_s = endpoint.log()[:, 1:]
+    return np.sort(answered_s - received_s) * 1000
+
+
+def _nearest(ordered: np.ndarray, percent: float) -> float:
+    return float(ordered[math.ceil(percent / 100 * len(ordered) - 1e-9) - 1])
+
+
+def encoding(bench: Bench) -> None:
+    """CPU time of a request that was encoded once over that of one encoded at each sending: an image of 600 kB."""
+    image = {"x": np.random.default_rng(0).random((1, 3 * 224 * 224), np.float32)}
+    for protocol in PROTOCOLS:
+        with FakeEndpoint() as endpoint:
+            url = endpoint.grpc_url if protocol == "grpc" else endpoint.http_url
+            with InferenceClient(url, protocol) as client:
+                once = partial(client.send, client.prepare("fake", image))
+                anew = partial(client.infer, "fake", image)
+                ratios = [_cpu_s(once) / _cpu_s(anew) for _ in range(max(10, bench.pairs))]
+        bench.record(f"CPU of a request encoded once over one encoded anew, 600 kB, {protocol}", ratios)
+
+
+def _cpu_s(call: Callable[[], object]) -> float:
+    start_s = time.process_time()
+    for _ in range(50):
+        call()
+    return time.process_time() - start_s
 
 
 def peer(bench: Bench) -> None:
-    """Our load test beside perf_analyzer: throughput and p50 on the same server under the same load."""
+    """Our load test beside perf_analyzer: throughput, p50 and p99 on the same server under the same load."""
     with bench.server(bench.repository("encoder")) as server:
-        for protocol in ("grpc", "http"):
+        for protocol in PROTOCOLS:
             ours, theirs = [], []
             for _ in range(max(3, bench.pairs // 2)):
                 ours.append(bench.loadtest(server, "encoder", protocol, "--users", "4"))
                 theirs.append(bench.peer_figures(server, "encoder", protocol, 4))
-            for key, title in (("throughput", "throughput"), ("p50_us", "p50")):
+            for key, title in (("throughput", "throughput"), ("p50_us", "p50"), ("p99_us", "p99")):
                 ratios = [own[key] / other[key] for own, other in zip(ours, theirs, strict=True)]
-                bench.record(f"load test over perf_analyzer, {title}, {protocol}", ratios, "goal: 0.9 to 1.1")
+                bench.record(f"load test over perf_analyzer, {title}, {protocol}", ratios, "goal: 0.95 to 1.05")

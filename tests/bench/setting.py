@@ -146,17 +146,17 @@ class Bench:
             "--max-trials",
             "3",
         ]
-        program = Path(sys.executable).parent.parent / "lib" / PYTHON / "site-packages/perf_analyzer/bin/perf_analyzer"
-        command = [program, "-m", name, "-u", url, "-i", protocol, "-b", "1", "--concurrency-range", str(users)]
+        command = [perf_analyzer_program(), "-m", name, "-u", url, "-i", protocol, "-b", "1", "--concurrency-range", str(users)]
         return [*map(str, command), *windows, "--input-data", str(data), "-f", str(table)]
 
     def peer_figures(self, server: EmbeddedServer, name: str, protocol: str, users: int) -> dict[str, float]:
-        """Throughput (1/s) and p50 (us) that perf_analyzer reports."""
+        """Throughput (1/s), p50 and p99 (us) that perf_analyzer reports."""
         table = self.folder / "perf_analyzer.csv"
         subprocess.run(self.perf_analyzer(server, name, protocol, users, table), check=True, capture_output=True)
         with table.open() as file:
             row = next(csv.DictReader(file))
-        return {"throughput": float(row["Inferences/Second"]), "p50_us": float(row["p50 latency"])}
+        latency = {f"p{percent}_us": float(row[f"p{percent} latency"]) for percent in (50, 99)}
+        return {"throughput": float(row["Inferences/Second"]), **latency}
 
     def served_throughput(self, server: EmbeddedServer, name: str, users: int) -> float:
         """Rows/s by Triton's own count, in the midst of a closed loop of perf_analyzer's."""
@@ -189,7 +189,8 @@ class Bench:
         if run.returncode not in (0, 3):
             raise InputError(run.stderr)
         result = json.loads(run.stdout)
-        return {"throughput": result["throughput_rps"], "p50_us": result["latency"]["service"]["p50_ms"] * 1000}
+        latency = {f"p{percent}_us": result["latency"]["service"][f"p{percent}_ms"] * 1000 for percent in (50, 99)}
+        return {"throughput": result["throughput_rps"], **latency}
 
     def repository(self, name: str) -> Path:
         """The model repository of one model."""
@@ -199,6 +200,11 @@ class Bench:
         """A server on free ports."""
         ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
         return EmbeddedServer(repository, log_path=self.folder / f"{repository.name}.log", **ports)
+
+
+def perf_analyzer_program() -> str:
+    """Where its package has it."""
+    return str(Path(sys.executable).parent.parent / "lib" / PYTHON / "site-packages/perf_analyzer/bin/perf_analyzer")
 
 
 @contextlib.contextmanager
