@@ -127,7 +127,7 @@ class Split:
         parts["handing tensors over"] = self.parts["compute_input"] + self.parts["compute_output"]
         if "cache" in self.parts:
             parts["in the cache"] = self.parts["cache"]
-        return {**parts, "outside Triton (client and network)": self.outside}
+        return {**parts, "in client, network and Triton's front end": self.outside}
 
     @property
     def account(self) -> str:
@@ -149,7 +149,7 @@ SHORTENED = {
     "in Triton's queue": "a lower rate, more instances or larger batches shorten it (make tune, make capacity)",
     "handing tensors over": "smaller outputs or a larger batch shorten it",
     "in the cache": "it is what the cache itself costs",
-    "outside Triton (client and network)": "make profile shows where; a busy or distant client is the usual reason",
+    "in client, network and Triton's front end": "make profile shows where; a busy or distant client is the usual reason",
 }
 
 

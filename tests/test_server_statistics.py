@@ -31,7 +31,7 @@ def test_eight_ms_of_infer_and_sixty_end_to_end_explain_themselves() -> None:
     assert split is not None
     assert split.sentence.startswith(
         "A mean request took 60.0 ms: 6.50 ms in the model, 2.00 ms in Triton's queue, 0.50 ms handing tensors over "
-        "and 51.0 ms outside Triton (client and network). The largest part, 85%, is outside Triton"
+        "and 51.0 ms in client, network and Triton's front end. The largest part, 85%, is in client, network"
     )
 
 
