@@ -1,0 +1,119 @@
+"""docs/client.md and the client's README say what is so: their examples run, their tables hold."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from deepseek_client import AsyncInferenceClient, InferenceClient, ModelStatistics, Statistics, errors
+
+from serving.embedded import EmbeddedServer
+from tests.failing_servers import Relay, make_certificate
+
+PAGE, README = Path("docs/client.md"), Path("client/README.md")
+MODEL = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        answers = []
+        for request in requests:
+            ids = np.from_dlpack(pb_utils.get_input_tensor_by_name(request, "item_ids"))
+            tensors = {"items": ids[:, :20].copy(), "scores": ids[:, :20].astype(np.float32)}
+            answers.append(pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack(n, a) for n, a in tensors.items()]))
+        return answers
+"""
+CONFIG = """
+backend: "python" max_batch_size: 8
+input { name: "item_ids" data_type: TYPE_INT64 dims: [50] }
+output { name: "items" data_type: TYPE_INT64 dims: [20] }
+output { name: "scores" data_type: TYPE_FP32 dims: [20] }
+instance_group { kind: KIND_CPU count: 1 }
+"""
+
+
+@pytest.fixture(scope="module")
+def recommender(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """A model with the recommender's signature."""
+    folder = tmp_path_factory.mktemp("docs")
+    version = folder / "repository" / "recommender" / "1"
+    version.mkdir(parents=True)
+    (version / "model.py").write_text(MODEL)
+    (version.parent / "config.pbtxt").write_text(f'name: "recommender"\n{CONFIG}')
+    with EmbeddedServer(
+        folder / "repository", http_port=0, grpc_port=0, metrics_port=0, log_path=folder / "log"
+    ) as server:
+        yield server
+
+
+def test_the_examples_run(
+    recommender: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ca_cert, context = make_certificate(tmp_path)
+    gateway = Relay((recommender.address, recommender.http_port), tls=context)
+    second = Relay((recommender.address, recommender.grpc_port))
+    real = {
+        "127.0.0.1:8001": recommender.grpc_url,
+        "127.0.0.1:9001": second.url,
+        "localhost:8443": gateway.url,
+        "build/gateway/ca.crt": str(ca_cert),
+        '"…"': '"key"',
+    }
+    names: dict[str, object] = {}
+    for page in (README, PAGE):
+        for example in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+            for said, meant in real.items():
+                example = example.replace(said, meant)
+            if "client.prepare" in example:  # inside the `with` of the example before it
+                example = f"client = InferenceClient({recommender.grpc_url!r})\n{example}client.close()\n"
+            exec(compile(example, str(page), "exec"), names)
+    answers = names["answers"]
+    assert isinstance(answers, list)
+    np.testing.assert_array_equal(answers[3]["items"], np.full((1, 20), 4))
+    assert f"{{'{recommender.grpc_url}': True, '{second.url}': True}}" in capsys.readouterr().out
+    client = names["client"]
+    assert isinstance(client, InferenceClient)
+    client.close()
+    gateway.close()
+    second.close()
+
+
+@pytest.mark.parametrize("kind", [InferenceClient, AsyncInferenceClient])
+def test_the_options_and_their_defaults_are_those_of_the_clients(kind: type) -> None:
+    section = PAGE.read_text().partition("## Options")[2].partition("\n## ")[0]
+    told = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", section, re.MULTILINE))
+    parameters = inspect.signature(kind).parameters
+    assert {name: eval(default) for name, default in told.items()} == {
+        name: parameter.default for name, parameter in parameters.items()
+    }
+    for name in parameters:
+        assert f"{name}:" in (kind.__doc__ or "")
+
+
+def test_what_the_page_says_is_retried_is_what_the_errors_say() -> None:
+    section = PAGE.read_text().partition("## What is safe to retry")[2].partition("\n## ")[0]
+    for names, request, retried in re.findall(r"^\| (`.*?`) \| (.*?) \| (.*?) \|$", section, re.MULTILINE):
+        for name in re.findall(r"`(\w+)`", names):
+            error = getattr(errors, name)
+            assert error.did_not_run == retried.startswith("yes"), name
+            assert error.may_have_run == ("may have run" in request and not retried.startswith("no")), name
+
+
+def test_every_statistic_is_named() -> None:
+    section = PAGE.read_text().partition("## Statistics")[2].partition("\n## ")[0]
+    for kind in (ModelStatistics, Statistics):
+        for name in set(kind.__dataclass_fields__) - {"models"}:
+            assert f"`{name}`" in section, name
+
+
+def test_the_readme_draws_the_tree_of_errors_as_the_package_does() -> None:
+    assert errors.__doc__ is not None
+    tree = re.search(r"    InferenceError .*?\n\n", errors.__doc__, re.DOTALL)
+    assert tree is not None
+    for line in tree[0].strip().splitlines():
+        assert line.removeprefix("    ") in README.read_text()
