@@ -131,7 +131,7 @@ def _perf_analyzer(bench: Bench, endpoint: FakeEndpoint, protocol: Protocol, use
     """The line of its table."""
     url, table = endpoint.grpc_url if protocol == "grpc" else endpoint.http_url, bench.folder / "fake.csv"
     command = [perf_analyzer_program(), "-m", "fake", "-u", url, "-i", protocol, "--shape", f"x:{LENGTH}", "-b", "1"]
-    command += ["--concurrency-range", str(users), "--stability-percentage", "999", "-f", str(table), *flags]
+    command += ["--concurrency-range", str(users), "--stability-percentage", "99999", "-f", str(table), *flags]
     subprocess.run(command, check=True, capture_output=True)
     with table.open() as file:
         return next(csv.DictReader(file))
