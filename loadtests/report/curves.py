@@ -242,7 +242,7 @@ def rate_over_time(runs: Sequence[Run]) -> str:
         chart.legend(curve.css, "good answers" if len(runs) == 1 else f"{curve.name}, good answers")
     if any(run.settings.open_loop for run in runs):
         chart.legend("planned", "planned")
-    if len(runs) == 1:
+    if len(runs) == 1 and any(step.stretch.failed for step in by_run[0][1]):
         chart.legend("failed", "failed")
     _rate_tips(chart, by_run)
     return chart.figure()

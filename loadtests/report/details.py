@@ -112,13 +112,12 @@ def lengths(run: Run) -> str:
 
 
 def failures(run: Run) -> str:
-    """Errors and drops by kind, over time and in all."""
-    if not run.window.failed:
-        in_warmup = failures_over_time(run)
-        when = " in the measured time" if in_warmup else ""
-        return f"<p class='good'>No request failed{when}: all {run.window.ok:,} were answered.</p>{in_warmup}"
-    rows = [(kind, f"{count:,} ({count / run.window.planned:.2%})") for kind, count in run.window.errors.most_common()]
-    return failures_over_time(run) + facts(rows)
+    """Errors and drops by kind, over time (the warm-up's, too) and in all; "" where nothing failed."""
+    rows = [
+        (kind, f"{count:,} ({count / max(1, run.window.planned):.2%})")
+        for kind, count in run.window.errors.most_common()
+    ]
+    return failures_over_time(run) + (facts(rows) if rows else "")
 
 
 def generator(run: Run) -> str:

@@ -18,6 +18,7 @@ from loadtests.tuning import Tuning
 
 READ_TAIL = "Read from the left: this share of the requests was at least as fast. "
 WAITED = "The gap between the lines is time that requests waited to be sent. "
+RATES = "Answers by when they came, the rest by planned time. "
 FAILED_SLOW = "Failed requests count as slower than any limit."
 
 
@@ -34,7 +35,9 @@ def page(
     judgement = judge(run, slo)
     split = Split.of_run(run)
     extra = [*([split.sentence] if split else []), *([capacity.sentence] if capacity else [])]
-    cards = [*_charts(runs, slo), card("Failures", details.failures(run))]
+    cards = _charts(runs, slo)
+    if failures := details.failures(run):
+        cards.append(card("Failures", failures))
     cards.append(card("Where the time goes", details.server(run), "Triton's own statistics over the measured time."))
     cards += searches
     cards.append(card("Percentiles", details.percentiles(runs)))
@@ -54,11 +57,15 @@ def _charts(runs: Sequence[Run], slo: SloSpec) -> list[str]:
     return [
         card("Latency by percentile", curves.percentiles(runs, slo), READ_TAIL + waited + FAILED_SLOW),
         card("Latency over time", curves.latency_over_time(runs, slo), "By the time for which a request was planned."),
-        card(
-            "Rate planned and achieved", curves.rate_over_time(runs), "Answers by when they came, the rest as planned."
-        ),
+        card("Rate planned and achieved", curves.rate_over_time(runs), RATES + _none_failed(runs)),
         card("Distribution of latency", curves.distribution(runs), "How many requests took how long."),
     ]
+
+
+def _none_failed(runs: Sequence[Run]) -> str:
+    failed = any(run.window.failed for run in runs)
+    answered = sum(run.window.ok for run in runs)
+    return "" if failed or not answered else f"No request failed: all {answered:,} were answered."
 
 
 def _comparison(runs: Sequence[Run], slo: SloSpec, searches: Sequence[str]) -> str:
