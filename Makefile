@@ -155,7 +155,7 @@ verdict: $(VENV)/.ready ## judge a run, or that of MIX=, against deploy.toml
 	@$(PY) -m loadtests.slo $(WHICH) $(if $(strip $(RUN)),--run $(RUN)) $(if $(strip $(MIX)),--mix '$(MIX)')
 
 capacity: $(VENV)/.ready ## the highest rate that holds every objective: bracket, bisect, confirm; into build/<model>/capacity.json
-	@$(PY) -m loadtests.capacity $(WHICH) --url $(URL) --protocol $(PROTOCOL) --target $(T) --duration-s $(DURATION_S) \
+	@$(PY) -m loadtests.capacity $(WHICH) --url $(URL) --protocol $(PROTOCOL) $(ACCESS) --target $(T) --duration-s $(DURATION_S) \
 	    --workers $(strip $(WORKERS)) --max-s $(BUDGET_S) $(if $(strip $(RATE)),--start-rps $(RATE)); $(call then-draw,capacity)
 
 compare-runs: $(VENV)/.ready ## whether NEW= is worse than BASE=: interleaved runs, confidence intervals, a table for a pull request

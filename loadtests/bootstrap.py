@@ -7,7 +7,7 @@ Know About the Bootstrap, 2015, section 5.3): with few blocks the plain one is t
 Student's t, widened by sqrt(n / (n - 1)).
 
 Example:
-    draws = Draws.of(pairs=8, seed=0)
+    draws = Draws.of(8, 8)
     ratio_interval(percentiles(new, draws.new, 99), percentiles(base, draws.base, 99), pairs=8, confidence=0.95)
 """
 

@@ -29,7 +29,6 @@ from typing import Any, Literal, get_args
 from deepseek_client import ModelMetadata
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table as Columns
 
 from deepseek.spec import (
     DeploymentSpec,
@@ -43,13 +42,13 @@ from deepseek.spec import (
 )
 from deepseek.spec.checks import Table, first_error
 from loadtests.check import check
+from loadtests.knee import table, trial_line
 from loadtests.results import Run, Settings
 from loadtests.run import DEFAULT_PORTS, inputs_of
 from loadtests.search import CONFIRM_LONGER, GENERATOR, INTERRUPTED, SAMPLES, UNDECIDED, Attempt, Found, Plan, Search
 from loadtests.slo import SIGNS, formatted
 from loadtests.trial import (
     DEFAULT_START_RPS,
-    Outcome,
     Phase,
     Served,
     Trial,
@@ -62,8 +61,6 @@ from loadtests.trial import (
 )
 
 RESUMABLE_S = 3600  # after that the server and its machine may be others
-STYLES: dict[Outcome, str] = {"holds": "green", "fails": "red", "invalid": "yellow", "inconclusive": "yellow"}
-BAR = 16  # characters of the latency at the table's slowest answer
 
 
 class Capacity(Table):
@@ -199,43 +196,16 @@ def _whereabouts(trial: Trial) -> dict[str, Any]:
     return {"versions": machine.pop("versions", {}), "machine": machine}
 
 
-def trial_line(trial: Trial, again: bool) -> str:
-    """One trial while the search goes on."""
-    p99 = "never" if trial.p99_ms is None else formatted("ms", trial.p99_ms)
-    why = ", ".join(trial.failed) if trial.outcome == "fails" else "; ".join(trial.problems[:1])
-    outcome = f"[{STYLES[trial.outcome]}]{trial.outcome}[/]{f' ({why})' if why else ''}"
-    found = f"p99 {p99}, {trial.error_rate:.2%} errors"
-    return f"{trial.phase:<8} {trial.rate_rps:>7g}/s  {found:<32} {outcome}{'  (from before)' if again else ''}"
-
-
-def table(capacity: Capacity) -> Columns:
-    """The trials by rate, with the latency as a bar and the knee marked."""
-    columns = Columns("rate", "", "answered", "p50", "p99", "", "errors", "outcome", "")
-    slowest = max((trial.p99_ms for trial in capacity.trials if trial.p99_ms), default=1.0)
-    at_knee = [trial for trial in capacity.trials if trial.rate_rps == capacity.capacity_rps]
-    knee = max(at_knee, key=_certainty, default=None)
-    for trial in sorted(capacity.trials, key=lambda each: (each.rate_rps, _certainty(each))):
-        bar = "█" * max(1, round(BAR * trial.p99_ms / slowest)) if trial.p99_ms else "∞"
-        figures = ("never" if ms is None else formatted("ms", ms) for ms in (trial.p50_ms, trial.p99_ms))
-        outcome = f"[{STYLES[trial.outcome]}]{trial.outcome}[/] {', '.join(trial.failed)}"
-        mark = "[bold]◀ capacity[/]" if trial is knee else ""
-        answered = f"{trial.achieved_rps:.1f}/s"
-        columns.add_row(
-            f"{trial.rate_rps:g}/s", trial.phase, answered, *figures, bar, f"{trial.error_rate:.2%}", outcome, mark
-        )
-    return columns
-
-
-def _certainty(trial: Trial) -> tuple[bool, float]:
-    return trial.outcome == "holds", trial.duration_s
-
-
 def _parse() -> argparse.Namespace:
     parser = Parser(__doc__, prog="python -m loadtests.capacity")
     add_model_arguments(parser)
     parser.add_argument("--target", choices=get_args(Target), default="onnxruntime", help="(default: %(default)s)")
     parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc", help="(default: %(default)s)")
     parser.add_argument("--url", help="host:port (default: 127.0.0.1, port 8001 for grpc, 8000 for http)")
+    parser.add_argument("--tls", action="store_true", help="speak TLS, trusting the system's authorities")
+    parser.add_argument(
+        "--ca-cert", metavar="FILE", help="speak TLS, trusting this authority; $DEEPSEEK_API_KEY is sent"
+    )
     parser.add_argument(
         "--duration-s",
         type=float,
@@ -290,6 +260,8 @@ def _settings(args: argparse.Namespace, rate_rps: float) -> Settings:
         timeout_s=args.timeout_s,
         max_in_flight=args.max_in_flight,
         workers=len(os.sched_getaffinity(0)) if args.workers == -1 else args.workers,
+        tls=args.tls,
+        ca_cert=args.ca_cert,
     )
 
 
@@ -313,12 +285,16 @@ def head_of(spec: DeploymentSpec, settings: Settings, served: ModelMetadata) -> 
 
 def find(head: Capacity, plan: Plan, attempt: Attempt, console: Console, *, fresh: bool = False) -> Capacity:
     """Searches, and puts the result in its place; Ctrl-C leaves what was measured so far."""
-    journal = Journal(head, attempt, lambda trial, again: console.print(trial_line(trial, again)), fresh=fresh)
+
+    def say(trial: Trial, again: bool) -> None:
+        console.print(trial_line(trial, again), soft_wrap=True)
+
+    journal = Journal(head, attempt, say, fresh=fresh)
     try:
         found = Search(plan, journal).run()
     except BaseException:
         if journal.so_far.trials:
-            console.print(table(journal.so_far))
+            console.print(table(journal.so_far.trials, None))
             console.print(f"so far: {journal.path}; the same command goes on from there", soft_wrap=True)
         raise
     capacity = journal.so_far.with_found(found)
@@ -340,16 +316,16 @@ def main() -> int:
         raise GateFailed(f"{'; '.join(violated)}: no rate holds every objective, whatever the load")
     console = Console(stderr=True)
     head = head_of(spec, settings, served)
-    console.print(f"{head.model} over {head.protocol} at {head.url}: {', '.join(head.objectives)}")
+    console.print(f"{head.model} over {head.protocol} at {head.url}: {', '.join(head.objectives)}", soft_wrap=True)
     for line in unknown:
-        console.print(f"note: {line} is left out, nothing measured it for what is served; make compare")
+        console.print(f"note: {line} is left out, nothing measured it for what is served; make compare", soft_wrap=True)
     folder = build_dir(args.model) / "capacity" / head.started.replace(":", "-").replace("+00-00", "Z")
     trials = Trials(spec=spec, settings=settings, served=served, folder=folder, console=console)
     capacity = find(head, plan, trials, console, fresh=args.fresh)
     if args.json:
         print(capacity.model_dump_json(indent=2))
     else:
-        Console(width=max(Console().width, 100)).print(table(capacity))
+        Console(width=max(Console().width, 100)).print(table(capacity.trials, capacity.capacity_rps))
         Console().print(f"[bold]{capacity.sentence}[/]\n{capacity_path(args.model)}", soft_wrap=True)
     return capacity.exit_code
 

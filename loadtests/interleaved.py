@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,12 +33,13 @@ from loadtests.schedule import segments_of
 from loadtests.search import GENERATOR, Plan, Search, rounded
 from loadtests.sides import Side
 from loadtests.slo import formatted
-from loadtests.trial import DEFAULT_START_RPS, Trials, bound_rates, keep, seconds_needed
+from loadtests.trial import DEFAULT_START_RPS, Trials, bound_rates, keep, ready, seconds_needed
 
 LADDER = (0.75, 0.84, 0.94, 1.05, 1.17, 1.3)  # of the base's capacity
 LATENCY_SHARE = 0.3  # of a run; the ladder has the rest
 BUSY = 0.7  # of the base's capacity: where latencies are compared, if the SLO's own rate is more than BUSIEST of it
 BUSIEST = 0.85
+SEARCH_SHARE = 1 / 3  # of the time, at most, for the base's capacity
 START_S = 3.5  # about, of the load generator, for each run
 
 
@@ -76,10 +78,21 @@ class Served:
     def run(self, shape: str, seed: int, console: Console) -> Run:
         """One run; a side that has died is no measurement."""
         settings = replace(self.settings, users=None, shape=shape, duration_s=_seconds(shape), seed=seed)
-        run = keep(measure(settings, self.spec, self.metadata, console), self.folder / "runs")
-        if reason := self.server.last_words:
-            raise _down(self.side, f"died under load: {reason} (log: {self.server.log})")
+        try:
+            run = keep(measure(settings, self.spec, self.metadata, console), self.folder / "runs")
+        except InvalidMeasurement:
+            self._check_alive()
+            raise
+        self._check_alive()
         return run
+
+    def _check_alive(self) -> None:
+        if self.server.process.poll() is None and ready(self.settings):
+            return
+        with suppress(subprocess.TimeoutExpired):  # the launcher notices a moment later, and says why
+            self.server.process.wait(5)
+        reason = self.server.last_words or "it no longer answers"
+        raise _down(self.side, f"died under load: {reason} (log: {self.server.log})")
 
 
 def _down(side: Side, what: str) -> Exception:
@@ -99,9 +112,13 @@ def serve(stack: ExitStack, side: Side, how: How, folder: Path) -> Served:
     except NotServed as error:
         raise _down(side, f"is not served: {error}") from None
     settings = replace(how.settings, url=server.url, users=1)
-    return Served(
-        side=side, server=server, settings=settings, spec=how.spec, metadata=check(settings, how.spec), folder=place
-    )
+    try:
+        metadata = check(settings, how.spec)
+    except InputError as error:
+        if side.name == "base":  # the inputs or deploy.toml may be at fault; once the base has passed they are not
+            raise
+        raise _down(side, f"does not answer as the base does: {error}") from None
+    return Served(side=side, server=server, settings=settings, spec=how.spec, metadata=metadata, folder=place)
 
 
 def base_capacity(base: Served, how: How, console: Console) -> float | None:
@@ -116,7 +133,7 @@ def base_capacity(base: Served, how: How, console: Console) -> float | None:
         resolution=1.1,
         confirm=False,
         max_trials=20,
-        max_s=how.max_s / 3,
+        max_s=how.max_s * SEARCH_SHARE,
         needed_s=lambda rate_rps: seconds_needed(slo, rate_rps),
     )
     console.print("looking for the capacity of base, around which the ladder is laid")
@@ -144,14 +161,14 @@ def shape_of(how: How, capacity_rps: float | None) -> str:
     return ", ".join([f"{asked:g}x{latency_s}", *(f"{rate:g}x{rung_s}" for rate in rungs)])
 
 
-def pairs_in_time(how: How, shape: str, left_s: float) -> int:
+def pairs_in_time(how: How, left_s: float) -> int:
     """As many as asked for, or as fit."""
-    pair_s = 2 * (_seconds(shape) + how.settings.warmup_s + START_S)
+    pair_s = 2 * (how.duration_s + how.settings.warmup_s + START_S)
     fit = int(left_s / pair_s)
     if fit < LEAST_PAIRS:
         needed_s = math.ceil(how.max_s - left_s + LEAST_PAIRS * pair_s)
         raise InputError(
-            f"--max-s {how.max_s:g}: {LEAST_PAIRS} pairs need about {needed_s} s; or a shorter --duration-s"
+            f"--max-s {how.max_s:g}: {LEAST_PAIRS} pairs need about {needed_s} s in all; or a shorter --duration-s"
         )
     return min(how.pairs, fit)
 
@@ -185,10 +202,11 @@ def _p99(run: Run, rate_rps: float) -> str:
 def interleaved(sides: tuple[Side, Side], how: How, folder: Path, console: Console) -> list[tuple[Run, Run]]:
     """Serves both and measures them; the runs are kept in `folder`."""
     ends_at = time.monotonic() + how.max_s
+    pairs_in_time(how, how.max_s * (1 - SEARCH_SHARE if how.capacity else 1))  # said before anything is started
     with ExitStack() as stack:
         base, new = (serve(stack, side, how, folder) for side in sides)
         capacity = base_capacity(base, how, console) if how.capacity else None
         shape = shape_of(how, capacity)
-        pairs = pairs_in_time(how, shape, ends_at - time.monotonic())
+        pairs = pairs_in_time(how, ends_at - time.monotonic())
         console.print(f"{pairs} pairs of {shape} (requests/s x seconds); runs: {folder}", soft_wrap=True)
         return list(measure_pairs(base, new, shape, pairs, console))

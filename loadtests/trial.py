@@ -138,6 +138,8 @@ class Served(Table):
 
 def served_settings(settings: Settings, served: ModelMetadata) -> Served:
     """What the server's configuration of the model says, where it may be read."""
+    if settings.access:  # a gateway keeps it to itself
+        return Served(max_batch=served.max_batch_size)
     client: Any = None
     try:
         if settings.protocol == "grpc":
@@ -196,7 +198,9 @@ class Trials:
 def ready(settings: Settings) -> bool:
     """Whether the model can still be asked."""
     try:
-        with InferenceClient(settings.url, settings.protocol, timeout_s=settings.timeout_s, retries=2) as client:
+        with InferenceClient(
+            settings.url, settings.protocol, timeout_s=settings.timeout_s, retries=2, **settings.access
+        ) as client:
             return client.ready(settings.model)
     except InferenceError:
         return False

@@ -163,7 +163,7 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("target", ["infer", "metadata", "loadtest"])
+@pytest.mark.parametrize("target", ["infer", "metadata", "loadtest", "capacity"])
 def test_without_a_server_each_client_target_says_how_to_start_one(tmp_path: Path, target: str) -> None:
     run = make(tmp_path, target, "GRPC_PORT=18459", check=False)
     assert run.returncode == 2

@@ -1,0 +1,55 @@
+"""The trials of a search for people: a line each while it goes on, a table with the knee marked at its end.
+
+Example:
+    console.print(table(capacity.trials, capacity.capacity_rps))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from loadtests.slo import formatted
+from loadtests.trial import Outcome, Trial
+
+STYLES: dict[Outcome, str] = {"holds": "green", "fails": "red", "invalid": "yellow", "inconclusive": "yellow"}
+BAR = 16  # characters of the latency at the table's slowest answer
+
+
+def trial_line(trial: Trial, again: bool) -> str:
+    """One trial while the search goes on."""
+    p99 = "never" if trial.p99_ms is None else formatted("ms", trial.p99_ms)
+    why = ", ".join(trial.failed) if trial.outcome == "fails" else "; ".join(trial.problems[:1])
+    outcome = f"[{STYLES[trial.outcome]}]{trial.outcome}[/]{f' ({why})' if why else ''}"
+    found = f"p99 {p99}, {trial.error_rate:.2%} errors"
+    return f"{trial.phase:<8} {trial.rate_rps:>7g}/s  {found:<32} {outcome}{'  (from before)' if again else ''}"
+
+
+def table(trials: Sequence[Trial], capacity_rps: float | None) -> Table:
+    """The trials by rate, with the latency as a bar and the knee marked."""
+    columns = Table("rate", "", "answered", "p50", "p99")
+    columns.add_column(no_wrap=True, min_width=BAR)
+    columns.add_column("errors")
+    columns.add_column("outcome", no_wrap=True)
+    slowest = max((trial.p99_ms for trial in trials if trial.p99_ms), default=1.0)
+    at_knee = [trial for trial in trials if trial.rate_rps == capacity_rps]
+    knee = max(at_knee, key=_certainty, default=None)
+    for trial in sorted(trials, key=lambda each: (each.rate_rps, _certainty(each))):
+        bar = "█" * max(1, round(BAR * trial.p99_ms / slowest)) if trial.p99_ms else "∞"
+        figures = ("never" if ms is None else formatted("ms", ms) for ms in (trial.p50_ms, trial.p99_ms))
+        outcome = f"[{STYLES[trial.outcome]}]{trial.outcome}[/] {_first(trial.failed)}"
+        outcome += "[bold]◀ capacity[/]" if trial is knee else ""
+        answered = f"{trial.achieved_rps:.1f}/s"
+        columns.add_row(
+            f"{trial.rate_rps:g}/s", trial.phase, answered, *figures, bar, f"{trial.error_rate:.2%}", outcome
+        )
+    return columns
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] + (f" +{len(names) - 1}" if names[1:] else "") if names else ""
+
+
+def _certainty(trial: Trial) -> tuple[bool, float]:
+    return trial.outcome == "holds", trial.duration_s
