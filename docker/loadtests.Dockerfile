@@ -1,5 +1,5 @@
-# Load tests as a container: Locust, the client and the models' deploy.toml. The profile `loadtest` of compose.yaml runs it
-# against the gateway or Triton; build/ is mounted at /build, where it finds the inputs and leaves its runs.
+# Load tests as a container: Locust, the client, the verdict. The profile `loadtest` of compose.yaml runs it against the
+# gateway or Triton; models/ is mounted at /models, real inputs at /inputs.npz, and its runs are left in /results.
 # Runs as any user id, with a read-only root file system, no capabilities, /tmp writable.
 ARG BASE=debian:trixie-slim
 FROM ${BASE} AS build
@@ -10,15 +10,16 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/loadtests
 COPY pyproject.toml requirements.lock ./
-COPY client client
+COPY client/pyproject.toml client/
 ARG EXTRAS="loadtest"
 RUN python3 -m venv /opt/loadtests/python \
     && python/bin/python -c "import sys, tomllib; \
-        project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        project, client = (tomllib.load(open(path, 'rb'))['project'] for path in sys.argv[1:3]); \
         extras = project['optional-dependencies']; \
-        print(*project['dependencies'], *(line for extra in sys.argv[1:] for line in extras[extra]), sep='\n')" \
+        print(*project['dependencies'], *client['dependencies'], \
+            *(line for extra in sys.argv[3:] for line in extras[extra]), sep='\n')" pyproject.toml client/pyproject.toml \
         ${EXTRAS} >requirements.txt \
-    && python/bin/pip install --no-cache-dir --no-compile -r requirements.txt ./client -c requirements.lock \
+    && python/bin/pip install --no-cache-dir --no-compile -r requirements.txt -c requirements.lock \
     && python/bin/pip uninstall --yes pip \
     && rm -r requirements.txt requirements.lock pyproject.toml client
 
@@ -31,10 +32,12 @@ COPY --from=build /opt/loadtests /opt/loadtests
 WORKDIR /opt/loadtests
 COPY deepseek/__init__.py deepseek/
 COPY deepseek/spec deepseek/spec
+COPY client/deepseek_client deepseek_client
 COPY loadtests loadtests
-ENV PATH=/opt/loadtests/python/bin:${PATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp BUILD=/build
+COPY docker/loadtests.sh /usr/local/bin/
+ENV PATH=/opt/loadtests/python/bin:${PATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp BUILD=/results
 USER 10001:10001
 # It runs to its end: there is nothing whose health could be asked.
 HEALTHCHECK NONE
-ENTRYPOINT ["python", "-m"]
-CMD ["loadtests.run", "--help"]
+ENTRYPOINT ["loadtests.sh"]

@@ -23,7 +23,7 @@ import numpy as np
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError, Parser, PublishedManifest, Target, run_command
-from serving.certificate import STAND_IN, owner
+from serving.certificate import STAND_IN, give, owner
 from serving.flags import GATEWAY_EXIT_TIMEOUT_S
 from serving.keys import ensure_folder, gateway_folder
 from serving.machine import TRITON_TAG
@@ -158,7 +158,15 @@ js_var $buckets_s "{" ".join(f"{bound:g}" for bound in bounds)}";
 """
 
 
-def environment(models: list[Served], repository: Path, folder: Path, settings: str, port: int, tag: str) -> str:
+def environment(
+    models: list[Served],
+    repository: Path,
+    models_folder: Path,
+    folder: Path,
+    settings: str,
+    port: int,
+    tag: str,
+) -> str:
     """The env file's content."""
     on_gpu = [model.name for model in models if model.needs_gpu]
     shm = SHM_MIB * MIB + sum(model.shm_bytes for model in models)
@@ -178,6 +186,10 @@ TRITON_TAG={tag}
 REPOSITORY={repository.resolve()}
 GATEWAY={folder.resolve()}
 GATEWAY_PORT={port}
+# For docker compose run loadtest
+MODELS={models_folder.resolve()}
+BUILD={folder.resolve().parent}
+RESULTS={results_folder(folder).resolve()}
 # Whose the gateway's files are; what root makes is given to {STAND_IN}, since no container runs as root.
 STACK_USER={user}:{group}
 # {SHM_MIB} MiB, and for each instance 1 MiB and twice the largest batch, in and out: {regions}
@@ -188,6 +200,11 @@ TRITON_MEMORY={math.ceil(memory / MIB)}m
 EXIT_TIMEOUT_S={exit_timeout_s}
 STOP_GRACE={exit_timeout_s + 10}s
 """
+
+
+def results_folder(folder: Path) -> Path:
+    """Where load tests in a container leave their runs: its user may write there and nowhere else."""
+    return folder.with_name("stack")
 
 
 def _write(path: Path, content: str) -> None:
@@ -220,7 +237,11 @@ def main() -> None:
     models = served_models(args.repository, args.models)
     ensure_folder(folder, args.host)
     _write(folder / "limits.conf", limits(models))
-    content = environment(models, args.repository, folder, args.settings, args.gateway_port, args.triton_tag)
+    results_folder(folder).mkdir(exist_ok=True)
+    give(results_folder(folder))
+    content = environment(
+        models, args.repository, args.models, folder, args.settings, args.gateway_port, args.triton_tag
+    )
     _write(args.env_file, content)
     if args.json:
         print(json.dumps([asdict(model) for model in models], indent=2))

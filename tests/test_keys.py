@@ -1,0 +1,141 @@
+"""API keys and the certificate: printed once, kept as a hash, ended at once; wrong input is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from deepseek.spec import InputError
+from serving import certificate
+from serving.certificate import ensure_certificate, owner
+from serving.keys import digest, ensure_folder, keys_in, new_key, revoke
+from tests.conftest import run_module
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A gateway's folder."""
+    ensure_folder(tmp_path / "gateway", [])
+    return tmp_path / "gateway"
+
+
+def test_a_key_is_printed_alone_and_kept_nowhere(tmp_path: Path) -> None:
+    run = run_module("serving.keys", "--name", "shop", BUILD=str(tmp_path))
+    key = run.stdout.strip()
+    assert key.startswith("dsk_")
+    assert len(key) == 47
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert all(key.encode() not in path.read_bytes() for path in files)
+    (entry,) = (tmp_path / "gateway" / "keys").glob("*.json")
+    assert entry.stem == digest(key)
+    assert json.loads(entry.read_text())["name"] == "shop"
+
+
+def test_keys_and_private_files_are_readable_by_the_stacks_user_alone(folder: Path) -> None:
+    new_key(folder, "shop")
+    for path in (folder / "tls.key", *(folder / "keys").iterdir()):
+        found = path.stat()
+        assert stat.S_IMODE(found.st_mode) == 0o600
+        assert (found.st_uid, found.st_gid) == owner()
+    assert 0 not in owner()
+    assert not (folder / "ca.key").exists()  # the folder is mounted in the gateway
+
+
+def test_revoke_ends_all_keys_of_a_name_or_one_by_its_id(folder: Path) -> None:
+    keys = [new_key(folder, name) for name in ("shop", "shop", "till")]
+    assert [key.name for key in revoke(folder, digest(keys[0])[:8])] == ["shop"]
+    assert [key.id for key in keys_in(folder)] == [digest(key)[:8] for key in keys[1:]]
+    revoke(folder, "shop")
+    assert [key.name for key in keys_in(folder)] == ["till"]
+
+
+def test_an_expired_key_is_listed_as_such(folder: Path, tmp_path: Path) -> None:
+    new_key(folder, "old", expires_s=1e-9)
+    new_key(folder, "new", expires_s=60, rate_rps=5)
+    assert [(key.name, key.state) for key in keys_in(folder)] == [("new", "valid"), ("old", "expired")]
+    run = run_module("serving.keys", BUILD=str(tmp_path))
+    assert "expired" in run.stdout
+    assert run.stdout.count("valid") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--name", "a b"), "key name 'a b': letters, digits"),
+        (("--name", "../up"), "key name '../up'"),
+        (("--name", "shop", "--expires-days", "0"), "expiry 0: it must be more than 0"),
+        (("--name", "shop", "--rate-rps", "-1"), "rate -1: it must be more than 0"),
+        (("--revoke", "nobody"), "no key 'nobody' in"),
+        (("--name", "a", "--revoke", "b"), "one at a time"),
+        (("--name", "shop", "--host", "bü.example"), "cannot stand in a certificate"),
+    ],
+)
+def test_wrong_input_is_one_line(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    run = run_module("serving.keys", *arguments, BUILD=str(tmp_path))
+    assert run.returncode == 2
+    assert said in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr
+
+
+def test_the_certificate_is_signed_by_the_authority_for_the_hosts_asked_for(folder: Path) -> None:
+    assert ensure_certificate(folder, ["api.example.com", "192.0.2.7"])
+    command = ["openssl", "verify", "-x509_strict", "-CAfile", str(folder / "ca.crt"), str(folder / "tls.crt")]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    names = leaf(folder).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert {"localhost", "gateway", "api.example.com"} <= set(names.get_values_for_type(x509.DNSName))
+    assert not ensure_certificate(folder, ["api.example.com"])  # has it
+
+
+def test_a_certificate_about_to_end_is_renewed_by_the_same_authority(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certificate, "VALID_DAYS", 29)
+    ensure_certificate(tmp_path, [])
+    authority = (tmp_path / "ca.crt").read_bytes()
+    monkeypatch.undo()
+    assert ensure_certificate(tmp_path, [])
+    assert leaf(tmp_path).not_valid_after_utc - datetime.now(UTC) > timedelta(days=390)
+    assert (tmp_path / "ca.crt").read_bytes() == authority
+
+
+def test_a_certificate_of_somebody_else_stays(folder: Path, tmp_path: Path) -> None:
+    ensure_certificate(tmp_path / "other", [])
+    own = (tmp_path / "other" / "tls.crt").read_bytes()
+    (folder / "tls.crt").write_bytes(own)
+    assert not ensure_certificate(folder, ["api.example.com"])
+    assert (folder / "tls.crt").read_bytes() == own
+
+
+def test_what_is_no_certificate_is_one_line(folder: Path) -> None:
+    (folder / "tls.crt").write_text("nothing")
+    with pytest.raises(InputError, match=r"tls.crt is not a PEM certificate; put one there"):
+        ensure_certificate(folder, [])
+
+
+def leaf(folder: Path) -> x509.Certificate:
+    """The gateway's certificate."""
+    return x509.load_pem_x509_certificate((folder / "tls.crt").read_bytes())
+
+
+def test_make_keys_passes_its_variables_on(tmp_path: Path) -> None:
+    command = [
+        "make",
+        "--dry-run",
+        "keys",
+        "NAME=shop",
+        "EXPIRES_DAYS=90",
+        "KEY_RPS=50",
+        "GATEWAY_HOSTS=a.example b.example",
+    ]
+    kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    text = " ".join(
+        subprocess.run(command, capture_output=True, text=True, env=kept).stdout.replace("\\\n", " ").split()
+    )
+    assert text.endswith("serving.keys --name shop --expires-days 90 --rate-rps 50 --host a.example --host b.example")

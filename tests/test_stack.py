@@ -1,0 +1,277 @@
+"""What docker compose reads: the server that fits what was built, and limits from deploy.toml; files that agree."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deepseek.spec import DeploymentSpec
+from serving.embedded import EmbeddedServer
+from serving.flags import CLOSED, Endpoints, behind_gateway, server_flags
+from serving.stack import LEAST_RATE_RPS, Served, limits, served_models
+from tests.conftest import run_module, write_add_one
+
+TEXT = Served(
+    name="text",
+    needs_gpu=False,
+    instances=2,
+    weights_bytes=10_000_000,
+    input_bytes=64_000,
+    output_bytes=16_000,
+    input_numbers=8_000,
+    queue_timeout_ms=200,
+    p99_ms=80,
+    rate_rps=100,
+)
+DOCKERFILES = sorted(Path("docker").glob("*.Dockerfile"))
+
+
+def settings_of(path: Path) -> dict[str, str]:
+    """The variables of an env file."""
+    return dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line and line[0] != "#")
+
+
+def write(repository: Path, *arguments: str) -> dict[str, str]:
+    """What `python -m serving.stack` writes for a repository."""
+    folder = repository.parent
+    run = run_module(
+        "serving.stack", "--repository", str(repository), "--env-file", str(folder / "env"), *arguments,
+        BUILD=str(folder / "build"),
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return settings_of(folder / "env")
+
+
+def test_what_needs_no_gpu_is_served_by_the_embedded_triton(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    found = write(tmp_path / "repository", "--gateway-port", "9443")
+    assert found["COMPOSE_FILE"] == "compose.yaml"
+    assert found["GATEWAY_PORT"] == "9443"
+    assert Path(found["REPOSITORY"]) == tmp_path / "repository"
+    assert not found["STACK_USER"].startswith("0:")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ['backend: "tensorrt"', 'backend: "pytorch"', 'backend: "python"\nparameters { key: "provider" value { string_value: "cuda" } }'],
+)  # fmt: skip
+def test_one_engine_that_needs_a_gpu_takes_nvidias_triton_for_all(tmp_path: Path, changed: str) -> None:
+    write_add_one(tmp_path / "repository")
+    write_add_one(tmp_path / "repository", "big")
+    config = tmp_path / "repository" / "big" / "config.pbtxt"
+    config.write_text(config.read_text().replace('backend: "python"', changed))
+    found = write(tmp_path / "repository", "--triton-tag", "26.08")
+    assert found["COMPOSE_FILE"] == "compose.yaml:docker/compose.gpu.yaml"
+    assert found["TRITON_TAG"] == "26.08"
+
+
+def test_the_line_of_the_embedded_server_about_compose_is_true(tmp_path: Path) -> None:
+    """What it refuses is what `.env` sends to the GPU server."""
+    write_add_one(tmp_path / "repository")
+    config = tmp_path / "repository" / "add_one" / "config.pbtxt"
+    config.write_text(config.read_text().replace('backend: "python"', 'backend: "tensorrt"'))
+    with (
+        pytest.raises(ValueError, match="docker compose up serves it on a machine with a GPU"),
+        EmbeddedServer(tmp_path / "repository", http_port=0, grpc_port=0, metrics_port=0),
+    ):
+        pass
+    assert "compose.gpu.yaml" in write(tmp_path / "repository")["COMPOSE_FILE"]
+
+
+def test_limits_are_the_sums_of_the_models(built: Path) -> None:
+    models = {model.name: model for model in served_models(built / "repository", Path("tests/models"))}
+    image = models["image"]
+    spec = DeploymentSpec.load("tests/models/image")
+    assert image.input_numbers == sum(math.prod(spec.shape(name, "max")) for name in spec.inputs)
+    assert image.input_bytes == 4 * image.input_numbers
+    assert image.weights_bytes > 1000
+    text = limits(list(models.values()))
+    assert f"client_max_body_size {max(model.body_bytes for model in models.values())};" in text
+
+
+def test_the_time_out_is_the_queues_and_ten_times_the_p99(tmp_path: Path) -> None:
+    assert TEXT.timeout_s == 1
+    assert replace(TEXT, p99_ms=1000, queue_timeout_ms=1500).timeout_s == 12
+    text = limits([TEXT, replace(TEXT, name="slow", p99_ms=1000)])
+    assert "proxy_read_timeout 11s;" in text
+    assert "grpc_read_timeout 11s;" in text
+    assert "$default_rate_rps 400;" in text
+    assert f"$default_rate_rps {LEAST_RATE_RPS};" in limits([replace(TEXT, rate_rps=1)])
+
+
+def test_the_p99_is_a_bound_of_the_histogram() -> None:
+    bounds = re.search(r'\$buckets_s "(.*)";', limits([TEXT]))
+    assert bounds is not None
+    numbers = [float(bound) for bound in bounds[1].split()]
+    assert 0.08 in numbers
+    assert numbers == sorted(set(numbers))
+
+
+def test_a_slow_model_gets_longer_to_finish_when_the_server_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_add_one(tmp_path / "repository")
+    shutil.copytree("tests/models/text", tmp_path / "models" / "add_one")
+    path = tmp_path / "models" / "add_one" / "deploy.toml"
+    path.write_text(re.sub(r"p99_ms = \d+", "p99_ms = 6000", path.read_text()).replace('"text"', '"add_one"'))
+    found = write(tmp_path / "repository", "--models", str(tmp_path / "models"))
+    assert (found["EXIT_TIMEOUT_S"], found["STOP_GRACE"]) == ("65", "75s")  # 5 s in the queue and 10 x 6 s
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(("--gateway-port", "0"), "GATEWAY_PORT: seen 0"), (("--repository", "nosuch"), "nosuch: no model in it")],
+)
+def test_wrong_input_is_one_line(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    run = run_module("serving.stack", "--env-file", str(tmp_path / "env"), *arguments, BUILD=str(tmp_path))
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"error: {said}")
+    assert not (tmp_path / "env").exists()
+
+
+# ---- files that agree ----------------------------------------------------------------------------
+
+
+def test_the_stacks_flags_are_the_embedded_servers_and_close_what_is_not_inference() -> None:
+    here = Endpoints(address="0.0.0.0")
+    stack, plain = behind_gateway("/models", here, "secret"), server_flags("/models", here)
+    assert set(plain) - set(stack) == {"--exit-timeout-secs=3"}
+    names = ",".join(CLOSED)
+    assert f"--http-restricted-api={names}:triton-admin-key=secret" in stack
+    assert f"--grpc-restricted-protocol={names}:triton-admin-key=secret" in stack
+    run = run_module(
+        "serving.flags",
+        "--repository",
+        "/models",
+        "--address",
+        "0.0.0.0",
+        "--behind-gateway",
+        TRITON_ADMIN_KEY="secret",
+    )
+    assert run.stdout.splitlines() == stack
+
+
+def test_both_entry_points_run_the_doctor_first_and_take_the_same_flags() -> None:
+    for name in ("server.sh", "server-cpu.sh"):
+        lines = Path("docker", name).read_text().splitlines()
+        doctor = next(
+            index for index, line in enumerate(lines) if "serving.doctor --repository /models --preflight" in line
+        )
+        server = next(index for index, line in enumerate(lines) if line.startswith("exec "))
+        assert doctor < server
+        assert "set -euo pipefail" in lines
+        assert any("--behind-gateway" in line for line in lines[doctor:])
+
+
+def test_versions_stand_once() -> None:
+    makefile = Path("Makefile").read_text()
+    wheel = re.search(r"^TRITON_WHEEL := (\S+)$", makefile, re.MULTILINE)
+    tag = re.search(r"^TRITON_TAG \?= (\S+?)##", makefile, re.MULTILINE)
+    assert wheel is not None
+    assert tag is not None
+    assert f"ARG TRITON_WHEEL={wheel[1]}\n" in Path("docker/server-cpu.Dockerfile").read_text()
+    assert f"ARG TRITON_TAG={tag[1]}\n" in Path("docker/server.Dockerfile").read_text()
+
+
+def test_dockerfiles_are_clean_by_hadolint() -> None:
+    run = subprocess.run([Path(sys.prefix, "bin", "hadolint"), *DOCKERFILES], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.parametrize("path", [path for path in DOCKERFILES if path.stem != "export"], ids=str)
+def test_no_image_runs_as_root_or_takes_more_than_it_names(path: Path) -> None:
+    text = path.read_text()
+    users = re.findall(r"^USER (\S+)$", text, re.MULTILINE)
+    assert users
+    assert not users[-1].startswith(("0", "root"))
+    assert not re.search(r"^(COPY|ADD) \. ", text, re.MULTILINE)
+    assert "HEALTHCHECK" in text
+
+
+def services(*files: str) -> dict[str, Any]:
+    """Those of compose files, as YAML has them."""
+
+    class Loader(yaml.SafeLoader):
+        """Takes Compose's own tags."""
+
+    Loader.add_multi_constructor("!", lambda loader, _, node: loader.construct_sequence(node))
+    return {
+        name: service
+        for file in files
+        for name, service in yaml.load(Path(file).read_text(), Loader)["services"].items()
+    }
+
+
+@pytest.mark.parametrize("name", services("compose.yaml"))
+def test_every_service_is_hardened_and_bounded(name: str) -> None:
+    service = services("compose.yaml")[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not str(service["user"]).startswith("0")
+    assert {"memory", "pids"} <= service["deploy"]["resources"]["limits"].keys()
+    assert "privileged" not in service
+    assert "latest" not in service["image"]
+
+
+def test_only_the_gateway_is_published_beyond_loopback() -> None:
+    published = {name: service["ports"] for name, service in services("compose.yaml").items() if "ports" in service}
+    beyond = {name for name, ports in published.items() for port in ports if not port.startswith("127.0.0.1:")}
+    assert beyond == {"gateway"}
+    assert "ports" not in services("compose.yaml")["triton"]
+    assert services("compose.yaml")["triton"]["networks"] == ["inside"]
+
+
+def test_every_variable_of_the_compose_files_is_written_or_has_a_default(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    written = write(tmp_path / "repository")
+    for file in ("compose.yaml", "docker/compose.gpu.yaml", "docker/compose.offline.yaml"):
+        for name, rest in re.findall(r"\$\{(\w+)([^}]*)\}", Path(file).read_text()):
+            assert name in written or rest.startswith(":-"), f"{file}: {name}"
+
+
+def test_make_writes_the_env_file_of_the_repository_it_filled(tmp_path: Path) -> None:
+    command = [
+        "make",
+        "--dry-run",
+        "engine",
+        "MODEL=text",
+        "MODELS=tests/models",
+        f"BUILD={tmp_path}",
+        f"REPOSITORY={tmp_path}/r",
+        f"VENV={sys.prefix}",
+        f"ENV_FILE={tmp_path}/env",
+        "GATEWAY_PORT=9443",
+    ]
+    kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "BUILD")}
+    text = subprocess.run(command, capture_output=True, text=True, env=kept).stdout
+    assert (
+        f"serving.stack --repository {tmp_path}/r --models tests/models --env-file {tmp_path}/env --gateway-port 9443"
+        in text
+    )
+
+
+def test_the_json_says_what_each_model_asks_for(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    run = run_module(
+        "serving.stack",
+        "--repository",
+        str(tmp_path / "repository"),
+        "--env-file",
+        str(tmp_path / "env"),
+        "--json",
+        BUILD=str(tmp_path / "b"),
+    )
+    (model,) = json.loads(run.stdout)
+    assert (model["name"], model["needs_gpu"], model["instances"]) == ("add_one", False, 2)
