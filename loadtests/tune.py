@@ -135,6 +135,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=6, help="of default and best, at most (default: %(default)s)")
     parser.add_argument("--users", type=int, default=32, help="in flight in the closed loop (default: %(default)s)")
     parser.add_argument("--least-s", type=float, default=5, help="length of a trial at least (default: %(default)s)")
+    parser.add_argument(
+        "--resolution", type=float, default=1.05, help="factor to which rates are pinned down (default: %(default)s)"
+    )
     parser.add_argument("--warmup-s", type=float, default=1, help="of each trial (default: %(default)s)")
     parser.add_argument("--timeout-s", type=float, default=5, help="deadline of a request (default: %(default)s)")
     parser.add_argument("--max-batch", type=_numbers, metavar="N,...", help="batch sizes to try")
@@ -152,6 +155,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if not least <= value < float("inf") or (name in ("max_s", "timeout_s") and not value):
             raise InputError(f"--{name.replace('_', '-')} {value:g}: it must be {least or 'more than 0'} or more")
+    if not 1.01 <= args.resolution <= 2:
+        raise InputError(f"--resolution {args.resolution:g}: 1.01 to 2 are possible")
     return args
 
 
@@ -204,7 +209,15 @@ def facts_of(args: argparse.Namespace, place: Place, manifest: PublishedManifest
         "engine": {name: digest.sha256 for name, digest in sorted(manifest.files.items()) if name != "config.pbtxt"},
         "machine": {"node": platform.node(), "cores": len(os.sched_getaffinity(0))},
         "versions": {name: installed[name] for name in names if name in installed},
-        "measured by": [args.protocol, args.users, args.least_s, args.warmup_s, args.timeout_s, place.server],
+        "measured by": [
+            args.protocol,
+            args.users,
+            args.resolution,
+            args.least_s,
+            args.warmup_s,
+            args.timeout_s,
+            place.server,
+        ],
     }
 
 
@@ -260,6 +273,7 @@ def tune(args: argparse.Namespace, console: Console) -> Tuning:
             pairs=args.pairs,
             ends_at=ends_at,
             confirm_s=args.max_s / 2,
+            resolution=args.resolution,
         )
         head = {
             "model": args.model,

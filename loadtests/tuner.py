@@ -12,6 +12,8 @@ Example:
 
 from __future__ import annotations
 
+import math
+import random
 import time
 from dataclasses import dataclass
 
@@ -25,7 +27,6 @@ from loadtests.space import Space
 from loadtests.trial import Trial
 from loadtests.tuning import Gain, Pair, Setting, TriedSetting, gains
 
-NOISE = 1.05  # capacities closer than this are the same until pairs say otherwise
 GROWTH = 1.25  # of the rate, on the way up
 SLACK = 1.1  # how far a short closed loop may be below what a server can do
 SHARE_OF_CAPACITY = 0.8  # of the default's: the rate at which latencies are compared
@@ -33,7 +34,7 @@ LEAST_SHARE = 1 / 64  # of the throughput: a service whose SLO holds at less is 
 LEAST_GAIN, LEAST_P99_GAIN = 1.02, 1.05  # smaller ones are not worth a change
 NOT_WORSE = 0.95
 LEAST_PAIRS = 3
-SPAN, PROBES = 1.4, 4  # of a pair's search: a factor of 1.4 both ways, halved four times, leaves 4 %
+SPAN = 1.4  # of a pair's search, both ways from what the search found
 
 
 class TimeUp(Exception):
@@ -54,6 +55,13 @@ class Tuner:
     """On `time.monotonic()`."""
     confirm_s: float
     """Kept of the time for the pairs."""
+    resolution: float = 1.05
+    """Rates are pinned down to this factor; settings closer to one another are the same until pairs say otherwise."""
+
+    @property
+    def probes(self) -> int:
+        """Halvings that bring a pair's search from its span down to the resolution."""
+        return max(1, math.ceil(math.log2(2 * math.log(SPAN) / math.log(self.resolution))))
 
     # -- one setting -----------------------------------------------------------------------------
 
@@ -84,15 +92,16 @@ class Tuner:
             tried = self._with_first_capacity(served, tried)
             reference = rounded(SHARE_OF_CAPACITY * (tried.capacity_rps or throughput / 2))
             self.journal.set_reference(reference, served.machine)
-        tried = self._with_latency(served, tried)
-        return tried if served.setting == self.default else self._with_capacity(served, tried)
+        tried, held = self._at_reference(served, tried)
+        return tried if served.setting == self.default else self._with_capacity(served, tried, held)
 
-    def _with_latency(self, served: Contender, tried: TriedSetting) -> TriedSetting:
+    def _at_reference(self, served: Contender, tried: TriedSetting) -> tuple[TriedSetting, bool]:
+        """With its latency at the reference rate, and whether it held that rate."""
         assert self.journal.reference_rps is not None
         if tried.throughput_rps * SLACK < self.journal.reference_rps:
-            return tried
+            return tried, False
         trial = served.try_rate(self.journal.reference_rps, seed=1000)
-        return tried.model_copy(update={"p50_ms": trial.p50_ms, "p99_ms": trial.p99_ms})
+        return tried.model_copy(update={"p50_ms": trial.p50_ms, "p99_ms": trial.p99_ms}), trial.outcome == "holds"
 
     def _with_first_capacity(self, served: Contender, tried: TriedSetting) -> TriedSetting:
         """Of the default: nothing is known yet but the throughput."""
@@ -108,14 +117,17 @@ class Tuner:
         why = ", ".join(trial.failed) or trial.outcome
         return tried.model_copy(update={"reason": f"holds no rate down to {trial.rate_rps:g}/s: {why}"})
 
-    def _with_capacity(self, served: Contender, tried: TriedSetting) -> TriedSetting:
+    def _with_capacity(self, served: Contender, tried: TriedSetting, held_reference: bool) -> TriedSetting:
         """Of a setting that has to be as good as the best so far; stopped where it is not."""
-        floor = max((each.capacity_rps or 0 for each in self.journal.tried.values()), default=0) / NOISE
+        assert self.journal.reference_rps is not None
+        floor = max((each.capacity_rps or 0 for each in self.journal.tried.values()), default=0) / self.resolution
         if floor == 0:
             return self._with_first_capacity(served, tried)
-        why = f"answers {tried.throughput_rps:.1f}/s at most, the best so far holds {floor * NOISE:.1f}/s"
+        if held_reference and self.journal.reference_rps >= floor:
+            return self._climbed(served, tried, self.journal.reference_rps)
+        why = f"answers {tried.throughput_rps:.1f}/s at most, the best so far holds {floor * self.resolution:.1f}/s"
         if tried.throughput_rps * SLACK >= floor:
-            trial = self._held(served, rounded(floor))
+            trial = self._held(served, rounded(floor), twice=tried.throughput_rps >= floor * SLACK)
             if trial.outcome == "holds":
                 return self._climbed(served, tried, trial.rate_rps)
             why = f"at {trial.rate_rps:g}/s {trial.outcome}: {', '.join((*trial.failed, *trial.problems[:1]))}"
@@ -124,7 +136,7 @@ class Tuner:
     def _climbed(self, served: Contender, tried: TriedSetting, low: float) -> TriedSetting:
         """Capacity from a rate that holds: upwards until one does not, then by bisection."""
         high, at_least = None, False
-        while (high is None or high > low * NOISE) and time.monotonic() + served.trial_s(low) < self.ends_at:
+        while (high is None or high > low * self.resolution) and time.monotonic() + served.trial_s(low) < self.ends_at:
             trial = self._held(served, rounded(low * GROWTH if high is None else (low * high) ** 0.5))
             if trial.outcome == "holds":
                 low = trial.rate_rps
@@ -132,10 +144,14 @@ class Tuner:
                 high, at_least = trial.rate_rps, trial.outcome == "invalid"
         return tried.model_copy(update={"capacity_rps": low, "at_least": at_least or high is None})
 
-    def _held(self, served: Contender, rate_rps: float) -> Trial:
-        """A trial; repeated once where it does not hold but is not beyond doubt: one stall spoils a p99."""
+    def _held(self, served: Contender, rate_rps: float, *, twice: bool = False) -> Trial:
+        """A trial, repeated once where it does not hold: one stall of the machine spoils a p99.
+
+        One that is overloaded counts at once, unless `twice`: where the closed loop has shown that it can be more.
+        """
         trial = served.try_rate(rate_rps, seed=0)
-        return trial if trial.outcome == "holds" or trial.overloaded else served.try_rate(rate_rps, seed=1)
+        again = trial.outcome != "holds" and (twice or not trial.overloaded)
+        return served.try_rate(rate_rps, seed=1) if again else trial
 
     # -- the search ------------------------------------------------------------------------------
 
@@ -157,7 +173,7 @@ class Tuner:
         """Of the settings within noise of the highest capacity the one with the lowest p99; in doubt the default."""
         tried = self.journal.tried
         top = max(each.capacity_rps or 0 for each in tried.values())
-        level = [each for each in tried.values() if top and (each.capacity_rps or 0) * NOISE >= top]
+        level = [each for each in tried.values() if top and (each.capacity_rps or 0) * self.resolution >= top]
         best = min(level, key=lambda each: each.p99_ms or float("inf"), default=tried[self.default])
         default = tried[self.default]
         if default in level and (default.p99_ms or 0) <= (best.p99_ms or 0) * LEAST_P99_GAIN:
@@ -177,7 +193,7 @@ class Tuner:
             contender(best.settings, self.place, "best") as b,
         ):
             sides = ((a, self._guess(default)), (b, self._guess(best)))
-            pair_s = sum((PROBES + 1) * served.trial_s(rate) for served, rate in sides)
+            pair_s = sum((self.probes + 1) * served.trial_s(rate) for served, rate in sides)
             while len(found) < self.pairs and time.monotonic() + pair_s < self.ends_at:
                 self.journal.add_pair(best.settings, self._pair(sides, len(found)))
                 self.place.console.print(f"pair {len(found)} of {self.pairs}: {_pair_line(found[-1])}", soft_wrap=True)
@@ -199,14 +215,17 @@ class Tuner:
     def _rate_and_p99(self, served: Contender, guess_rps: float, seed: int) -> tuple[float, float | None]:
         """The rate that holds, within a span around the guess, and the p99 at the reference rate."""
         assert self.journal.reference_rps is not None
+        # Moved by up to half of what the last halving leaves: the steps' error then differs from pair to pair, and the
+        # interval of the gain has it in.
+        guess_rps *= SPAN ** (random.Random(f"{seed} {served.setting}").uniform(-1, 1) / 2**self.probes)
         low, high = guess_rps / SPAN, guess_rps * SPAN
-        for probe in range(PROBES):
+        for probe in range(self.probes):
             middle = rounded((low * high) ** 0.5)
             if served.try_rate(middle, seed + probe).outcome == "holds":
                 low = middle
             else:
                 high = middle
-        return (low * high) ** 0.5, served.try_rate(self.journal.reference_rps, seed + PROBES).p99_ms
+        return (low * high) ** 0.5, served.try_rate(self.journal.reference_rps, seed + self.probes).p99_ms
 
 
 def verdict(pairs: list[Pair]) -> tuple[Gain, bool]:

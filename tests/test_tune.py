@@ -21,7 +21,6 @@ from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, FileDigest, InputError, TunedBatching, TunedFile
 from export.artifact import read_manifest, save_rows, write_manifest
-from loadtests import tuner
 from loadtests.contender import Place
 from loadtests.journal import Journal
 from loadtests.results import Settings
@@ -51,22 +50,9 @@ max_batch = 1
 [slo]
 max_error_rate = 0.05
 """
-QUICK = (
-    "--max-batch",
-    "1,8",
-    "--delay-us",
-    "0",
-    "--instances",
-    "2",
-    "--threads",
-    "1",
-    "--least-s",
-    "1",
-    "--warmup-s",
-    "0",
-    "--pairs",
-    "2",
-)
+# Coarse: what is to be found is a factor of 3.
+SPACE = ("--max-batch", "1,8", "--delay-us", "0", "--instances", "2", "--threads", "1")
+QUICK = (*SPACE, "--least-s", "2", "--warmup-s", "0", "--resolution", "1.4", "--pairs", "3")
 
 
 def write_graph(path: Path) -> None:
@@ -140,11 +126,9 @@ def killed(wide: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def found(killed: Path) -> Tuning:
-    """What the same command finds afterwards; coarser than usual, to be quick."""
+    """What the same command finds afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BUILD", str(killed / "build"))
-        patch.setattr(tuner, "PROBES", 2)
-        patch.setattr(tuner, "NOISE", 1.3)
         known = Journal(journal_of(killed), json.loads(journal_of(killed).read_text().splitlines()[0])["facts"])
         result = tune(parse(flags(killed)), Console(file=io.StringIO()))
     (before,) = known.tried.values()
@@ -171,8 +155,8 @@ def test_the_search_goes_on_after_a_kill_and_finds_what_is_better(found: Tuning,
     assert found.applied
     assert not journal_of(wide).exists()
     assert {tried.settings.max_batch for tried in found.trials} == {1, 8}
-    assert all(tried.throughput_rps > 0 and tried.p99_ms for tried in found.trials)
-    assert [tried.settings.max_batch for tried in found.trials if tried.pareto] == [8]
+    assert all(tried.throughput_rps > 0 for tried in found.trials)
+    assert 8 in [tried.settings.max_batch for tried in found.trials if tried.pareto]
 
 
 @pytest.mark.slow

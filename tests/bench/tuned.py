@@ -23,7 +23,7 @@ from tests.conftest import run_module
 SHORT = "short"  # the encoder of 64 tokens
 MAX_BATCH = 16
 USERS = 32
-TUNE_S = 900
+TUNE_S_OF_PAIR = 75  # of a search, for each pair that was asked for
 SHARE_OF_RAW = 0.7  # the rate at which latencies are compared
 LATENCY_S = 12
 TUNED = TunedBatching(max_batch=4, max_queue_delay_us=0)
@@ -118,10 +118,15 @@ def p99_ms(bench: Bench, server: EmbeddedServer, rate_rps: float, seed: int) -> 
 def gain(bench: Bench, name: str) -> None:
     """Rate inside the SLO that `make tune` finds over the default, from its own pairs."""
     shutil.rmtree(build_dir(name) / "tuning", ignore_errors=True)
-    flags = ("--precision", "fp32", "--pairs", str(max(3, bench.pairs // 2)), "--max-s", str(TUNE_S), "--dry-run")
-    with log.status(f"make tune of the {name}, at most {TUNE_S} s"):
-        found = Tuning.model_validate_json(run(bench, "loadtests.tune", name, *flags, "--json"))
+    most_s = TUNE_S_OF_PAIR * bench.pairs
+    flags = ("--precision", "fp32", "--pairs", str(max(3, bench.pairs // 2)), "--max-s", str(most_s), "--dry-run")
+    with log.status(f"make tune of the {name}, at most {most_s} s"):
+        said = run(bench, "loadtests.tune", name, *flags, "--json", allowed=(0, 3))
+    if not said:
+        log.print(f"rate inside the SLO, tuned over default, {name}: not confirmed within {most_s} s, no row")
+        return
+    found = Tuning.model_validate_json(said)
     log.print(f"{name}: {found.conclusion}")
-    ratios = [pair.best_rps / pair.default_rps for pair in found.pairs] or [1.0, 1.0]
+    ratios = [pair.best_rps / pair.default_rps for pair in found.pairs] or [1.0, 1.0]  # the default itself is best
     best = str(found.best) if found.best else "nothing is proved better than the default"
     bench.record(f"rate inside the SLO, tuned over default, {name}", ratios, best)
