@@ -3,8 +3,8 @@
 Contract: pure of any server; `attempt` makes the trials, and the search is decided by what they find alone, so that one
 which was cut off is taken up by giving it the same trials again. Rates have three significant digits.
 
-- Bracket: from `start_rps` in steps of 2 up to the first rate that does not hold, or down to the first that does. It
-  stops at every rate that an objective is bound to.
+- Bracket: from `start_rps` in steps of 2 up to the first rate that does not hold, or down to the first that does (in
+  larger steps from an overloaded server, by what it answered). It stops at every rate that an objective is bound to.
 - Bisect, geometrically, until what holds and what does not are within `resolution` of one another.
 - Confirm what holds with a run three times as long; where that fails, one `resolution` lower, three times at most.
 
@@ -29,7 +29,7 @@ from typing import Protocol
 
 from loadtests.trial import Phase, Trial
 
-GROWTH = 2.0
+GROWTH, LARGEST_STEP = 2.0, 16.0
 CONFIRMATIONS = 4
 CONFIRM_LONGER = 3  # times a trial
 LOWEST_RPS, HIGHEST_RPS = 0.1, 1e6
@@ -109,11 +109,17 @@ class Search:
         while LOWEST_RPS <= rate <= HIGHEST_RPS:
             self._try(rate, "bracket")
             if self._low is None:
-                rate = rounded(rate / GROWTH)
+                rate = rounded(self._lower(rate))
             elif self._high:
                 return
             else:
                 rate = min([stop for stop in self.plan.stops_rps if stop > rate] + [rounded(rate * GROWTH)])
+
+    def _lower(self, rate_rps: float) -> float:
+        """The next rate to try below one that does not hold: what an overloaded server answered, if that is less."""
+        tried = self.trials[-1]
+        hint = tried.achieved_rps if tried.overloaded else rate_rps
+        return max(rate_rps / LARGEST_STEP, min(rate_rps / GROWTH, hint))  # under overload it may answer far too little
 
     def _bisect(self) -> None:
         while self._low and self._high and self._high.rate_rps > self._low * self.plan.resolution:

@@ -48,6 +48,7 @@ OUTCOMES: dict[Verdict, Outcome] = {
 KEEPS_UP = "throughput"  # what the objective on the trial's own rate is called
 OVERLOADED = 0.8  # of the rate: no stall of a machine costs a fifth of a trial
 SAMPLES = 2  # times what a percentile needs at least: that many prove it only where all lie within the limit
+LONG_TRIAL_S = 60.0  # is not made longer for that
 DEFAULT_START_RPS = 50.0  # of a search, where the SLO names no rate
 UNKNOWN_LATENCY_S = 1.0  # may be under way at the end, where the SLO bounds no latency
 
@@ -107,7 +108,8 @@ def slo_at(slo: SloSpec, rate_rps: float, duration_s: float) -> SloSpec:
 def seconds_needed(slo: SloSpec, rate_rps: float) -> float:
     """Seconds in which this rate gives enough samples for every percentile of the SLO."""
     percents = [line.percent for line in slo.all_objectives() if line.percent is not None]
-    return SAMPLES * max(map(samples_needed, percents), default=1) / rate_rps
+    least_s = max(map(samples_needed, percents), default=1) / rate_rps
+    return max(least_s, min(SAMPLES * least_s, LONG_TRIAL_S))
 
 
 def quality_of(spec: DeploymentSpec, settings: Settings, served: ModelMetadata) -> tuple[list[str], list[str]]:

@@ -115,6 +115,16 @@ def test_an_overloaded_trial_counts_at_once() -> None:
     assert [each.rate_rps for each in search.trials].count(56.6) == 2  # nearly kept up with: repeated
 
 
+def test_from_an_overloaded_server_the_search_steps_down_to_what_it_answered() -> None:
+    def attempt(rate_rps: float, phase: Phase, duration_s: float, seed: int) -> Trial:
+        outcome: Outcome = "holds" if rate_rps < 9 else "fails"
+        return trial(rate_rps, outcome, phase, achieved_rps=min(rate_rps, 8.0), duration_s=duration_s)
+
+    search = Search(Plan(start_rps=100, duration_s=10), attempt)
+    assert search.run().confirmed
+    assert [each.rate_rps for each in search.trials][:2] == [100, 8]
+
+
 def test_what_a_longer_run_refutes_is_stepped_down_from() -> None:
     found = Search(
         PLAN, server_of(lambda rate, phase: "holds" if rate < (95 if phase != "confirm" else 88) else "fails")
@@ -183,7 +193,7 @@ def test_objectives_are_asked_of_the_rates_that_they_are_about() -> None:
     # The trial's own rate, less the errors allowed and one limit's worth of requests that are under way at the end.
     assert above[1].limit == pytest.approx(240 * (1 - 0.001 - 0.05 / 10))
     assert (bound_rates(SLO), required_rps(SLO)) == ([200], 200)
-    assert seconds_needed(SLO, 100) == pytest.approx(2 * 459 / 100)
+    assert [seconds_needed(SLO, rate) for rate in (100, 10, 5)] == pytest.approx([2 * 459 / 100, 60, 459 / 5])
 
 
 def test_a_trial_is_judged_at_its_own_rate(tmp_path: Path) -> None:
