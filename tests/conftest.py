@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from serving.embedded import EmbeddedServer
+from tests.failing_servers import MakeRelays, Relay
 
 os.environ["CACHE"] = "off"  # each test builds what it shows; those of the cache have one of their own
 
@@ -72,6 +73,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
         folder / "repository", http_port=0, grpc_port=0, metrics_port=0, log_path=folder / "triton.log"
     ) as running:
         yield running
+
+
+@pytest.fixture
+def relays(server: EmbeddedServer) -> Iterator[MakeRelays]:
+    """Makes relays to that server: replicas of one service, each of which can be cut, closed or slowed down."""
+    made: list[Relay] = []
+
+    def make(protocol: str, count: int) -> list[Relay]:
+        port = server.http_port if protocol == "http" else server.grpc_port
+        made.extend(Relay((server.address, port)) for _ in range(count))
+        return made
+
+    yield make
+    for relay in made:
+        relay.close()
 
 
 def run_module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

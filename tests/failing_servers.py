@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
+from deepseek_client import InferenceClient, PreparedRequest
+
+from serving.embedded import EmbeddedServer
 
 
 class Relay:
@@ -157,3 +161,18 @@ def make_certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
     context.load_cert_chain(folder / "ca.crt", folder / "key")
     context.set_alpn_protocols(["h2", "http/1.1"])
     return folder / "ca.crt", context
+
+
+X = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
+MakeRelays = Callable[[str, int], list[Relay]]  # of the fixture `relays`: protocol, how many
+
+
+def client_of(relays: list[Relay] | list[str], protocol: str, **settings: Any) -> InferenceClient:
+    urls = [relay if isinstance(relay, str) else relay.url for relay in relays]
+    return InferenceClient(urls, protocol, **settings)  # type: ignore[arg-type]
+
+
+def prepared(server: EmbeddedServer, protocol: str, model: str = "add_one") -> PreparedRequest:
+    url = server.http_url if protocol == "http" else server.grpc_url
+    with InferenceClient(url, protocol) as client:  # type: ignore[arg-type]
+        return client.prepare(model, {"x": X})

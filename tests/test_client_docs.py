@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pydoc
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_the_options_and_their_defaults_are_those_of_the_clients(kind: type) -> 
         name: parameter.default for name, parameter in parameters.items()
     }
     for name in parameters:
-        assert f"{name}:" in (kind.__doc__ or "")
+        assert f" {name}: " in pydoc.render_doc(kind)
 
 
 def test_what_the_page_says_is_retried_is_what_the_errors_say() -> None:

@@ -9,7 +9,6 @@ import dataclasses
 import random
 import re
 import time
-from collections import defaultdict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -28,7 +27,7 @@ from deepseek_client.errors import (
 )
 from deepseek_client.replicas import Replica, Replicas
 from deepseek_client.runtimes import Attempt, Cancel, Runtime
-from deepseek_client.settings import Settings, check_headers, checked_timeout
+from deepseek_client.settings import Settings, as_header, check_headers, checked_timeout
 from deepseek_client.shared_memory import Regions, is_unknown_region
 from deepseek_client.signature import ModelMetadata
 from deepseek_client.transports import (
@@ -59,7 +58,7 @@ class Calls:
         )
         self._budget = RetryBudget(settings.retry_budget)
         self._metadata: dict[tuple[str, str], ModelMetadata] = {}
-        self._counters: defaultdict[str, ModelCounters] = defaultdict(ModelCounters)
+        self._counters: dict[str, ModelCounters] = {}
         self._closed = False
 
     def _regions(self, transport: Transport) -> Regions | None:
@@ -95,12 +94,13 @@ class Calls:
     async def ready(self, model: str | None, version: str, timeout_s: float | None) -> bool:
         """Whether any replica can take requests; the error of the last one where none answers."""
         deadline = self.deadline(timeout_s)
-        if len(self._replicas.all) == 1:
+        replicas = sorted(self._replicas.all, key=lambda replica: replica.ejected)
+        if len(replicas) == 1:
             return await self._retrying(lambda r, _: r.transport.ready(model, version, deadline), deadline, model)
         failure, answers = None, 0
-        for replica in self._replicas.all:
-            try:
-                if await replica.transport.ready(model, version, deadline):
+        for left, replica in zip(range(len(replicas), 0, -1), replicas, strict=True):
+            try:  # each gets a like share of what is left: one that is mute does not hide the others
+                if await replica.transport.ready(model, version, Deadline(deadline.left_s() / left)):
                     return True
                 answers += 1
             except InferenceError as error:
@@ -127,8 +127,6 @@ class Calls:
         deadline: Deadline,
     ) -> PreparedRequest:
         """Checks and encodes."""
-        if request_id:
-            check_headers({"x-request-id": request_id})
         metadata = self._metadata.get((model, version))
         if metadata is not None:
             with contextlib.suppress(InvalidInput):  # by an old signature perhaps: what the server says now decides
@@ -161,28 +159,56 @@ class Calls:
         return draft if shared else dataclasses.replace(draft, parts=replica.transport.encode(draft), tensors=())
 
     async def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, np.ndarray],
+        outputs: Sequence[str] | None,
+        version: str,
+        request_id: str,
+        headers: Headers | None,
+        deadline: Deadline,
+    ) -> dict[str, np.ndarray]:
+        """Prepares and sends; one call in the statistics."""
+
+        async def both() -> dict[str, np.ndarray]:
+            request = await self.prepare(model, inputs, outputs, version, request_id, deadline)
+            return await self._send_retrying(request, headers, deadline)
+
+        return await self._counted(model, both())
+
+    async def send(
         self, request: PreparedRequest, headers: Headers | None, deadline: Deadline
     ) -> dict[str, np.ndarray]:
-        """Sends a prepared request; counts the call."""
-        if headers:
-            check_headers(headers)
-        sent = {**(headers or {}), "x-request-id": request.request_id} if request.request_id else headers or NO_HEADERS
-        counters = self._counters[request.model]
+        """Sends a prepared request; one call in the statistics."""
+        return await self._counted(request.model, self._send_retrying(request, headers, deadline))
+
+    async def _counted(self, model: str, call: Coroutine[Any, Any, Result]) -> Result:
         start_s = time.perf_counter()
         try:
-            answer = await self._retrying(
-                lambda replica, cancel: self._send(replica, request, sent, deadline, cancel),
+            answer = await call
+        except BaseException as error:
+            if not isinstance(error, ModelNotFound) or model in self._counters:  # names of nothing are not collected
+                self._counters_of(model).failed(error)
+            raise
+        self._counters_of(model).answered(time.perf_counter() - start_s)
+        return answer
+
+    async def _send_retrying(
+        self, request: PreparedRequest, headers: Headers | None, deadline: Deadline
+    ) -> dict[str, np.ndarray]:
+        if headers:
+            check_headers(headers)
+        sent = {**(headers or {}), "x-request-id": as_header(request.request_id)} if request.request_id else headers
+        try:
+            return await self._retrying(
+                lambda replica, cancel: self._send(replica, request, sent or NO_HEADERS, deadline, cancel),
                 deadline,
                 request.model,
                 hedged=self._settings.hedge_after_ms is not None,
             )
-        except BaseException as error:
-            if isinstance(error, InvalidInput | ModelNotFound):  # passed the check here and not there: forget it
-                self._metadata.pop((request.model, request.version), None)
-            counters.failed(error)
+        except (InvalidInput, ModelNotFound):  # what passed the check here does not pass there: forget the signature
+            self._metadata.pop((request.model, request.version), None)
             raise
-        counters.answered(time.perf_counter() - start_s)
-        return answer
 
     async def _send(
         self, replica: Replica, request: PreparedRequest, headers: Headers, deadline: Deadline, cancel: Cancel | None
@@ -206,8 +232,13 @@ class Calls:
             regions.give_up(region)
             raise
         regions.give_back(region)
-        self._counters[request.model].add("through_shared_memory")
+        self._counters_of(request.model).add("through_shared_memory")
         return answer
+
+    def _counters_of(self, model: str) -> ModelCounters:
+        return self._counters.get(model) or self._counters.setdefault(
+            model, ModelCounters()
+        )  # atomic, unlike defaultdict
 
     # -- attempts --------------------------------------------------------------------------------
 
@@ -260,7 +291,7 @@ class Calls:
         """By the budget. Nothing reached a server that is Unreachable, so that a retry adds nothing to its load."""
         allowed = isinstance(error, Unreachable) or self._budget.take()
         if model:
-            self._counters[model].add("retries" if allowed else "denied")
+            self._counters_of(model).add("retries" if allowed else "denied")
         return allowed
 
     # -- hedges ----------------------------------------------------------------------------------
@@ -268,13 +299,15 @@ class Calls:
     def _hedge_after_s(self, model: str | None) -> float | None:
         """The time after which a second request goes out; None before enough is known of a percentile."""
         percent = self._settings.hedge_percent()
-        after_ms = self._settings.hedge_after_ms if percent is None else self._counters[model or ""].recent_ms(percent)
+        after_ms = (
+            self._settings.hedge_after_ms if percent is None else self._counters_of(model or "").recent_ms(percent)
+        )
         return None if after_ms is None else float(after_ms) / 1000
 
     async def _hedged(
         self, operation: Operation[Result], replica: Replica, tried: list[Replica], model: str | None, after_s: float
     ) -> Result:
-        counters = self._counters[model or ""]
+        counters = self._counters_of(model or "")
 
         def second() -> Attempt[Result] | None:
             if not self._budget.take():

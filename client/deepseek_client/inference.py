@@ -39,27 +39,7 @@ from deepseek_client.transports import PreparedRequest, Transport
 
 
 class _Client:
-    """What both clients have in common.
-
-    Args:
-        url: host:port without a scheme, or a list of them, replicas of one service; 8001 is Triton's gRPC port, 8000
-            its HTTP port.
-        protocol: "grpc" or "http".
-        timeout_s: deadline of a call that names none of its own.
-        retries: attempts after the first, for errors that are safe to retry.
-        retry_budget: retries and hedges over any ten seconds, as a share of the calls; 10 are always allowed. None: no
-            limit.
-        idempotent: running a request twice does no harm (true of every stateless model), so a lost connection is
-            retried, too, and hedging is allowed.
-        hedge_after_ms: where there is no answer after so long, the request is sent once more, to another replica if
-            there is one; the first answer counts. Milliseconds, or a percentile of the latest calls to the model such
-            as "p95".
-        shared_memory: tensors through /dev/shm, where the server is on this machine and allows it: False, True
-            (required) or "auto" (for large ones, where possible).
-        tls: speak TLS; implied by `ca_cert`.
-        ca_cert: PEM file of the authority to trust instead of the system's.
-        api_key: sent as `Authorization: Bearer ...`, over TLS only.
-    """
+    """What both clients have in common."""
 
     _runtime: ClassVar[type[ThreadRuntime | AsyncRuntime]]
 
@@ -78,6 +58,27 @@ class _Client:
         ca_cert: str | Path | None = None,
         api_key: str | None = None,
     ) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            url: host:port without a scheme, or a list of them, replicas of one service; 8001 is Triton's gRPC port,
+                8000 its HTTP port.
+            protocol: "grpc" or "http".
+            timeout_s: deadline of a call that names none of its own.
+            retries: attempts after the first, for errors that are safe to retry.
+            retry_budget: retries and hedges over any ten seconds, as a share of the calls; 10 are always allowed.
+                None: no limit.
+            idempotent: running a request twice does no harm (true of every stateless model), so a lost connection is
+                retried, too, and hedging is allowed.
+            hedge_after_ms: where there is no answer after so long, the request is sent once more, to another replica if
+                there is one; the first answer counts. Milliseconds, or a percentile of the latest calls to the model
+                such as "p95".
+            shared_memory: tensors through /dev/shm, where the server is on this machine and allows it: False, True
+                (required) or "auto" (for large ones, where possible).
+            tls: speak TLS; implied by `ca_cert`.
+            ca_cert: PEM file of the authority to trust instead of the system's.
+            api_key: sent as `Authorization: Bearer ...`, over TLS only.
+        """
         settings = Settings(
             urls=(url,) if isinstance(url, str) else tuple(url),
             protocol=protocol,
@@ -117,7 +118,6 @@ def _transports(settings: Settings, asynchronous: bool) -> dict[str, Transport]:
 class InferenceClient(_Client):
     """A client of one server, or of several replicas. Close it, or use it in a `with` block."""
 
-    __doc__ = f"{__doc__}\n{_Client.__doc__.partition(chr(10))[2]}"  # type: ignore[union-attr]
     _runtime = ThreadRuntime
 
     def __enter__(self) -> Self:
@@ -158,8 +158,7 @@ class InferenceClient(_Client):
         `headers` go with every attempt, over gRPC as metadata: a W3C `traceparent`, say. Raises InferenceError.
         """
         deadline = self._calls.deadline(timeout_s)
-        request = run(self._calls.prepare(model, inputs, outputs, version, request_id, deadline))
-        return run(self._calls.infer(request, headers, deadline))
+        return run(self._calls.infer(model, inputs, outputs, version, request_id, headers, deadline))
 
     def prepare(
         self,
@@ -179,13 +178,12 @@ class InferenceClient(_Client):
         self, request: PreparedRequest, *, timeout_s: float | None = None, headers: Mapping[str, str] | None = None
     ) -> dict[str, np.ndarray]:
         """As `infer`, for a request that `prepare` of this client made."""
-        return run(self._calls.infer(request, headers, self._calls.deadline(timeout_s)))
+        return run(self._calls.send(request, headers, self._calls.deadline(timeout_s)))
 
 
 class AsyncInferenceClient(_Client):
     """As `InferenceClient`, awaited, on one asyncio loop. Close it, or use it in an `async with` block."""
 
-    __doc__ = f"{__doc__}\n{_Client.__doc__.partition(chr(10))[2]}"  # type: ignore[union-attr]
     _runtime = AsyncRuntime
 
     async def __aenter__(self) -> Self:
@@ -221,8 +219,7 @@ class AsyncInferenceClient(_Client):
     ) -> dict[str, np.ndarray]:
         """See InferenceClient."""
         deadline = self._calls.deadline(timeout_s)
-        request = await self._calls.prepare(model, inputs, outputs, version, request_id, deadline)
-        return await self._calls.infer(request, headers, deadline)
+        return await self._calls.infer(model, inputs, outputs, version, request_id, headers, deadline)
 
     async def prepare(
         self,
@@ -242,4 +239,4 @@ class AsyncInferenceClient(_Client):
         self, request: PreparedRequest, *, timeout_s: float | None = None, headers: Mapping[str, str] | None = None
     ) -> dict[str, np.ndarray]:
         """See InferenceClient."""
-        return await self._calls.infer(request, headers, self._calls.deadline(timeout_s))
+        return await self._calls.send(request, headers, self._calls.deadline(timeout_s))

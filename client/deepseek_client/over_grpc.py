@@ -53,7 +53,6 @@ OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),  # else all clients of the process share a connection, and that wait
     ("grpc.enable_http_proxy", 0),
-    ("grpc.enable_retries", 0),  # retries are decided here, within the budget
 ]
 SERVICE = "/inference.GRPCInferenceService/"
 Metadata = tuple[tuple[str, str], ...]

@@ -6,6 +6,7 @@ Contract: `Settings` either holds together or raises InvalidInput with one line:
 import math
 import re
 import ssl
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,13 @@ def check_headers(headers: Mapping[str, str]) -> None:
                 f"headers: traceparent={value!r}; it must be version-trace-parent-flags in lower-case hex, such as "
                 "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
             )
+
+
+def as_header(text: str) -> str:
+    """Text as the value of a header: what cannot stand there is percent-encoded."""
+    if re.fullmatch(r"[!-$&-~]([!-$&-~ ]*[!-$&-~])?", text):
+        return text
+    return urllib.parse.quote(text, safe="".join(map(chr, range(33, 127))).replace("%", ""))
 
 
 def read_pem(path: str | Path) -> bytes:

@@ -118,9 +118,9 @@ class Regions:
         if not self.want(request.size_bytes):
             return None
         sizes = [*(len(tensor.data) for tensor in request.tensors), *request.result_sizes.values()]
-        size = max(SMALLEST_BYTES, sum(map(_aligned, sizes)))
+        size = _rounded(sum(map(_aligned, sizes)))
         try:
-            region = self._take_idle(size) or await self._register(Region(1 << (size - 1).bit_length()), deadline)
+            region = self._take_idle(size) or await self._register(Region(size), deadline)
         except NoSharedMemory as error:
             if self._required:
                 raise InvalidInput(
@@ -218,6 +218,12 @@ class Regions:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _rounded(size: int) -> int:
+    """Up by an eighth at most, so that requests of nearly the same size share regions."""
+    step = max(SMALLEST_BYTES, 1 << max(0, size.bit_length() - 4))
+    return max(1, -(-size // step)) * step
 
 
 def is_unknown_region(error: InferenceError) -> bool:
