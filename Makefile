@@ -190,7 +190,7 @@ check-engine: $(VENV)/.ready-rtx ## every precision of every model (or of MODEL=
 	@$(PY) -m export.check_engine --models $(MODELS) $(addprefix --model ,$(CHECKED)) \
 	    $(addprefix --precision ,$(filter-out auto,$(PRECISION)))
 
-test: $(VENV)/.ready-test lint ## everything: lint, types, all tests
+test: $(VENV)/.ready-test $(VENV)/.ready-system lint ## everything: lint, types, all tests
 	@$(PY) -m pytest
 
 lint: $(VENV)/.ready-test ## ruff and mypy
@@ -244,6 +244,17 @@ $(VENV)/.ready: pyproject.toml client/pyproject.toml requirements.lock
 $(VENV)/.ready-rtx $(VENV)/.ready-test $(VENV)/.ready-tensorrt: $(VENV)/.ready-%: $(VENV)/.ready
 	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest,gateway,rtx,$*]'
 	@touch $@
+
+# What tests need of the system: nginx with njs, for the gateway's. Installed where root may and no service manager would
+# start it as a web server; elsewhere one line says what is missing, and those tests are skipped with their reason.
+NJS := /usr/lib/nginx/modules/ngx_http_js_module.so
+$(VENV)/.ready-system: | $(VENV)/.ready
+	@if [ ! -e $(NJS) ] && [ "$$(id -u)" = 0 ] && [ ! -d /run/systemd/system ] && command -v apt-get >/dev/null; then \
+	    echo "setup     nginx-light and libnginx-mod-http-js, for the gateway's tests"; \
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	        nginx-light libnginx-mod-http-js; } >/dev/null 2>&1; fi; \
+	if [ -e $(NJS) ]; then touch $@; else \
+	    echo "note: tests of the gateway will be skipped: apt-get install nginx-light libnginx-mod-http-js"; fi
 
 # ---- artifacts ---------------------------------------------------------------------------------
 # One make at a time builds in a model's folder. The lock is on the folder itself and ends with whoever holds it.

@@ -114,7 +114,14 @@ def stack(docker: dict[str, str], built: Path, tmp_path_factory: pytest.TempPath
     for kind in ("container", "network", "volume"):
         flags = ("--all",) if kind == "container" else ()
         left = run(
-            "docker", kind, "ls", *flags, "--quiet", "--filter", f"label=com.docker.compose.project={PROJECT}", environment=docker
+            "docker",
+            kind,
+            "ls",
+            *flags,
+            "--quiet",
+            "--filter",
+            f"label=com.docker.compose.project={PROJECT}",
+            environment=docker,
         )
         assert left.stdout == ""
 
@@ -173,7 +180,9 @@ def test_nobody_gets_round_the_gateway_from_another_container(stack: Stack) -> N
 
 
 def test_the_cpu_servers_image_is_under_a_gigabyte(stack: Stack) -> None:
-    size = run("docker", "image", "inspect", "--format", "{{.Size}}", "deepseek-server-cpu", environment=stack.docker).stdout
+    size = run(
+        "docker", "image", "inspect", "--format", "{{.Size}}", "deepseek-server-cpu", environment=stack.docker
+    ).stdout
     assert int(size) < 1e9
 
 
@@ -214,7 +223,9 @@ def test_a_server_that_is_killed_comes_back_behind_the_same_gateway(stack: Stack
 
 def tritonserver_of(stack: Stack) -> int:
     """Process id of the server in the container, as the host has it."""
-    lines = run("docker", "top", stack.inspect("triton")["Id"], "-eo", "pid,comm", environment=stack.docker).stdout.splitlines()
+    lines = run(
+        "docker", "top", stack.inspect("triton")["Id"], "-eo", "pid,comm", environment=stack.docker
+    ).stdout.splitlines()
     return int(next(line.split()[0] for line in lines if line.endswith("tritonserver")))
 
 
@@ -222,6 +233,8 @@ def test_an_engine_that_does_not_fit_is_not_served_and_the_log_says_why(stack: S
     (version,) = (built / "repository" / "text").glob("[0-9]*")
     mounts = ("--volume", f"{built / 'repository' / 'text'}:/models/other:ro")
     hardening = ("--read-only", "--cap-drop", "ALL", "--tmpfs", "/tmp")
-    done = run("docker", "run", "--rm", *hardening, *mounts, "deepseek-server-cpu", check=False, environment=stack.docker)
+    done = run(
+        "docker", "run", "--rm", *hardening, *mounts, "deepseek-server-cpu", check=False, environment=stack.docker
+    )
     assert done.returncode == 1
     assert f"other/{version.name}: is an engine of 'text'" in done.stdout + done.stderr
