@@ -85,16 +85,17 @@ def scatter_chart(
     """Pairs on two logarithmic axes of one scale, with the diagonal and a band of so large a share around it."""
     values = [value for group in points.values() for pair in group for value in pair]
     low, high = math.log10(min(values) / 1.3), math.log10(max(values) * 1.3)
-    size, left, top = 440, 70, TOP
+    size, left, top = 440, 70, TOP + 12
 
     def at(value: float) -> float:
         return (math.log10(value) - low) / (high - low) * size
 
     base = top + size
     drawn = _legend(list(points))
-    edge_low, edge_high = 10**low, 10**high
-    corners = [(edge_low, 1 + band), (edge_high, 1 + band), (edge_high, 1 - band), (edge_low, 1 - band)]
-    shape = " ".join(f"{left + at(x):.1f},{min(max(base - at(x * by), top), base):.1f}" for x, by in corners)
+    first, last, wide, narrow = 10**low, 10**high, 1 + band, 1 - band
+    corners = [(first, first), (first, first * wide), (last / wide, last), (last, last), (last, last * narrow)]
+    corners.append((first / narrow, first))
+    shape = " ".join(f"{left + at(x):.1f},{base - at(y):.1f}" for x, y in corners)
     drawn.append(f'<polygon class="band" points="{shape}"/>')
     for power in range(math.ceil(low), math.floor(high) + 1):
         offset = at(10.0**power)

@@ -98,6 +98,8 @@ class TrainingMemory:
     workspace_bytes: float
     """On top at the worst moment of backward: a recomputed block, gradients of activations, the logits."""
     context_bytes: float = 0.0
+    gradients_stay: bool = False
+    """Whether those of earlier micro-batches lie there while activations are made."""
 
     @property
     def state_bytes(self) -> float:
@@ -106,8 +108,16 @@ class TrainingMemory:
 
     @property
     def total_bytes(self) -> float:
-        """Everything at once: what has to fit."""
+        """Everything at once, whether or not it is: what has to fit."""
         return self.state_bytes + self.activation_bytes + self.workspace_bytes + self.context_bytes
+
+    @property
+    def peak_bytes(self) -> float:
+        """What a measurement should see at the worst moment: gradients grow while activations are let go, unless they
+        stay from one micro-batch to the next."""
+        if self.gradients_stay:
+            return self.total_bytes
+        return self.total_bytes - min(self.gradient_bytes, self.activation_bytes)
 
 
 def training_memory(model: Countable, setup: TrainingSetup, *, saved: Saved | None = None) -> TrainingMemory:
@@ -118,7 +128,7 @@ def training_memory(model: Countable, setup: TrainingSetup, *, saved: Saved | No
         saved = saved_bytes(model, setup)
     count = model.parameters
     if setup.precision == "fp32" or setup.autocast:
-        weights = 4.0 * count + (2.0 * model.product_parameters if setup.autocast else 0)
+        weights = 4.0 * count + (0 if saved.with_copies else _copy_bytes(model, setup))
         gradients, master = 4.0 * count, 0
     else:
         weights, gradients, master = 2.0 * count, 2.0 * count, 4
@@ -129,6 +139,7 @@ def training_memory(model: Countable, setup: TrainingSetup, *, saved: Saved | No
         activation_bytes=saved.kept,
         workspace_bytes=saved.workspace,
         context_bytes=CONTEXT_BYTES[setup.platform],
+        gradients_stay=setup.accumulation_steps > 1,
     )
 
 
@@ -138,6 +149,17 @@ class Saved:
 
     kept: float
     workspace: float
+    with_copies: bool = False
+    """Whether 16-bit copies of weights are among what is kept."""
+
+
+def _copy_bytes(model: Countable, setup: TrainingSetup) -> float:
+    """16-bit copies that autocast makes of weights: all, or those of the block that is run again."""
+    if not setup.autocast:
+        return 0.0
+    if setup.checkpointing and isinstance(model, TransformerSize):
+        return 2.0 * (model.block_product_parameters + model.head_parameters)
+    return 2.0 * model.product_parameters
 
 
 def saved_bytes(model: TransformerSize, setup: TrainingSetup) -> Saved:
@@ -155,18 +177,17 @@ def saved_bytes(model: TransformerSize, setup: TrainingSetup) -> Saved:
     kept = config.num_layers * (passed if setup.checkpointing else block)
     if setup.checkpointing or setup.autocast:
         masks = 4.0 * setup.batch * setup.length**2 if setup.checkpointing and config.padding_id is not None else 0.0
-    # Backward of the widest product holds the gradient of its output beside that of its input.
+    # Where backward begins, on the last block's feed-forward layer, all that was kept is still there; what comes on top
+    # is the gradient of that layer's input and of its output. Later ones take the place of what was let go meanwhile.
     element = 4 if setup.precision == "fp32" else 2
-    workspace = element * tokens * (config.hidden_size + 2.0 * config.intermediate_size)
-    if _math(model, setup):
-        workspace += 2.0 * element * setup.batch * config.num_attention_heads * setup.length**2
+    workspace = float(element * tokens * (config.hidden_size + config.intermediate_size))
     logits = 0.0
     if model.head != "none":
-        # fp32 logits' log-softmax is kept; the logits and their gradient come and go (and a 16-bit copy of each).
+        # The fp32 log-softmax is kept; its gradient and that of the logits come on top of it.
         rows = tokens * config.vocab_size
         logits = 4.0 * rows
-        workspace = max(workspace, (4.0 + (2 if setup.precision != "fp32" else 0)) * rows)
-    if setup.checkpointing:
+        workspace = max(workspace + (block if setup.checkpointing else 0.0), 8.0 * rows)
+    elif setup.checkpointing:
         workspace += block
     return Saved(kept=kept + masks + around + logits, workspace=workspace)
 

@@ -86,6 +86,7 @@ class Plan:
     flops_sample: float
     flops_token: float
     length: int
+    training_batch: int
     bytes_by_precision: Mapping[str, int]
     training: Mapping[str, TrainingMemory]
     """By how it is run: as asked, and the variants beside it."""
@@ -114,6 +115,7 @@ def make_plan(model: Countable, request: Request, devices: Mapping[str, Device])
         flops_sample=sample,
         flops_token=sample / length,
         length=length,
+        training_batch=setup.batch,
         bytes_by_precision={name: weight_bytes(model, name) for name in BYTES if name != "tf32"},
         training=variants,
         host=host_needs(model, next(iter(variants.values())), disk_bytes_s=request.disk_mb_s * 1e6),

@@ -198,12 +198,18 @@ def draw_charts(plan: Plan, folder: Path) -> list[Path]:
             "gradients": each.gradient_bytes / 1e9,
             "optimizer": each.optimizer_bytes / 1e9,
             "activations": each.activation_bytes / 1e9,
-            "workspace": each.workspace_bytes / 1e9,
+            "work": each.workspace_bytes / 1e9,
+            "process": each.context_bytes / 1e9,
         }
         for name, each in plan.training.items()
     }
     drawn = [folder / "memory.svg"]
-    write_svg(drawn[0], stacked_chart(bars, title=f"Training memory of {plan.name}", unit="GB"))
+    write_svg(
+        drawn[0],
+        stacked_chart(
+            bars, title=f"Training memory of {plan.name}, {plan.training_batch} samples of {plan.length}", unit="GB"
+        ),
+    )
     bills = {key: each.bill for key, each in plan.devices.items() if each.bill}
     costs = {key: each.month_usd for key, each in bills.items() if each.month_usd is not None}
     if costs:

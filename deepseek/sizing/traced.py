@@ -142,7 +142,7 @@ class TracedModel:
                 self._run(state, fake, setup.batch, setup.length)
         width = 2 if low else 4
         workspace = width * self.live_elements(setup.batch, setup.length)
-        return Saved(kept=float(sum(size for size, _ in kept.values())), workspace=workspace)
+        return Saved(kept=float(sum(size for size, _ in kept.values())), workspace=workspace, with_copies=low)
 
     @contextmanager
     def _fake(self, training: bool) -> Iterator[tuple[dict[str, Tensor], FakeTensorMode]]:
