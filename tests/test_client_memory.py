@@ -15,14 +15,32 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
-from deepseek_client import AsyncInferenceClient, DeadlineExceeded, InferenceClient, InvalidInput, ModelStatistics
+from deepseek_client import (
+    AsyncInferenceClient,
+    DeadlineExceeded,
+    InferenceClient,
+    InvalidInput,
+    ModelStatistics,
+    PreparedRequest,
+)
+from deepseek_client.transports import Tensor
 
 from serving.embedded import EmbeddedServer
 from tests.conftest import write_add_one
+from tests.failing_servers import answering, grpc_answering, refuse, status
 
 X = np.arange(240_000, dtype=np.float32).reshape(1, 2, 120_000)  # 960 kB
+REQUEST = PreparedRequest(
+    model="fixed",
+    version="",
+    request_id="",
+    outputs=(),
+    parts=(),
+    tensors=(Tensor(name="x", datatype="FP32", shape=X.shape, data=X.tobytes()),),
+)
 both = pytest.mark.parametrize("protocol", ["http", "grpc"])
 
 
@@ -148,6 +166,23 @@ def test_a_server_that_refuses_gets_the_tensors_as_usual(repository: Path, proto
         ):
             client.infer("fixed", {"x": X})
     assert left_behind() == []
+
+
+DISABLED = "client shared memory is disabled; enable it with --allow-client-shm=true"
+
+
+@both
+def test_a_server_that_has_it_off_is_not_taken_for_a_lost_connection(protocol: str) -> None:
+    refusing: Any = (
+        answering(status("503 Service Unavailable", json.dumps({"error": DISABLED})))
+        if protocol == "http"
+        else grpc_answering(refuse(grpc.StatusCode.UNAVAILABLE, DISABLED))
+    )
+    with refusing as (url, seen):
+        client = InferenceClient(url, protocol, shared_memory=True)  # type: ignore[arg-type]
+        with client, pytest.raises(InvalidInput, match=r"is disabled.*'auto' goes without"):
+            client.send(REQUEST)
+    assert len(seen) == 1
 
 
 def test_a_killed_server_that_comes_back_gets_new_regions(repository: Path) -> None:

@@ -215,7 +215,7 @@ class Calls:
     ) -> dict[str, np.ndarray]:
         """One attempt, through shared memory where that is wanted and possible."""
         regions = replica.regions
-        region = await regions.take(request, deadline) if regions is not None and request.tensors else None
+        region = await regions.take(request, deadline, cancel) if regions is not None and request.tensors else None
         if regions is None or region is None:
             return await replica.transport.send(request, deadline, headers, cancel)
         try:

@@ -200,9 +200,10 @@ class GrpcTransport:
         except (StopIteration, TypeError, ValueError, struct.error) as error:
             raise ServerError(f"{self._url}: an answer that cannot be read ({error!r})") from None
 
-    async def register(self, region: str, size_bytes: int, deadline: Deadline) -> None:
+    async def register(self, region: str, size_bytes: int, deadline: Deadline, cancel: Cancel | None = None) -> None:
         """See Transport."""
-        await self._ask("SystemSharedMemoryRegister", deadline, name=region, key=f"/{region}", byte_size=size_bytes)
+        place = {"name": region, "key": f"/{region}", "byte_size": size_bytes}
+        await self._ask("SystemSharedMemoryRegister", deadline, cancel, **place)
 
     async def unregister(self, region: str, deadline: Deadline) -> None:
         """See Transport."""
@@ -212,9 +213,9 @@ class GrpcTransport:
         """See Transport."""
         await self._wire.close()
 
-    async def _ask(self, method: str, deadline: Deadline, **fields: Any) -> Any:
+    async def _ask(self, method: str, deadline: Deadline, cancel: Cancel | None = None, **fields: Any) -> Any:
         request = getattr(service_pb2, f"{method}Request")(**fields)
-        return await self._call(method, request.SerializeToString(), deadline, self._metadata)
+        return await self._call(method, request.SerializeToString(), deadline, self._metadata, cancel)
 
     async def _call(
         self, method: str, request: bytes, deadline: Deadline, metadata: Metadata, cancel: Cancel | None = None

@@ -106,10 +106,12 @@ class HttpTransport:
             start = bytes(answer.body[:80])
             raise ServerError(f"{self._url}: an answer that cannot be read ({error!r}): {start!r}") from None
 
-    async def register(self, region: str, size_bytes: int, deadline: Deadline) -> None:
+    async def register(self, region: str, size_bytes: int, deadline: Deadline, cancel: Cancel | None = None) -> None:
         """See Transport."""
         place = {"key": f"/{region}", "offset": 0, "byte_size": size_bytes}
-        await self._post(f"/v2/systemsharedmemory/region/{region}/register", json.dumps(place).encode(), deadline)
+        await self._post(
+            f"/v2/systemsharedmemory/region/{region}/register", json.dumps(place).encode(), deadline, cancel
+        )
 
     async def unregister(self, region: str, deadline: Deadline) -> None:
         """See Transport."""
@@ -120,8 +122,8 @@ class HttpTransport:
         while self._idle:
             self._idle.pop().close()
 
-    async def _post(self, path: str, body: bytes, deadline: Deadline) -> None:
-        answer = await self._exchange("POST", path, deadline, (body,))
+    async def _post(self, path: str, body: bytes, deadline: Deadline, cancel: Cancel | None = None) -> None:
+        answer = await self._exchange("POST", path, deadline, (body,), cancel=cancel)
         if answer.status != 200:
             raise self._error(answer)
 

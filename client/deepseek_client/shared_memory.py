@@ -28,7 +28,7 @@ from deepseek_client.errors import (
     InvalidInput,
     Unreachable,
 )
-from deepseek_client.runtimes import Runtime
+from deepseek_client.runtimes import Cancel, Runtime
 from deepseek_client.transports import Deadline, PreparedRequest, Transport
 
 FOLDER = Path("/dev/shm")
@@ -110,7 +110,7 @@ class Regions:
         """Whether a request of this size should go through shared memory."""
         return self._required or (request_bytes >= AUTO_BYTES and time.monotonic() >= self._refused_until)
 
-    async def take(self, request: PreparedRequest, deadline: Deadline) -> Region | None:
+    async def take(self, request: PreparedRequest, deadline: Deadline, cancel: Cancel | None) -> Region | None:
         """A region that holds the request's tensors; None where it is to travel as usual.
 
         Raises InvalidInput where shared memory is required and cannot be had.
@@ -120,12 +120,10 @@ class Regions:
         sizes = [*(len(tensor.data) for tensor in request.tensors), *request.result_sizes.values()]
         size = _rounded(sum(map(_aligned, sizes)))
         try:
-            region = self._take_idle(size) or await self._register(Region(size), deadline)
+            region = self._take_idle(size) or await self._register(Region(size), deadline, cancel)
         except NoSharedMemory as error:
             if self._required:
-                raise InvalidInput(
-                    f"shared_memory=True: {error}; use 'auto' to go without where it is refused"
-                ) from None
+                raise InvalidInput(f"shared_memory=True: {error}; 'auto' goes without where it is refused") from None
             self._refused_until = time.monotonic() + REFUSED_S
             return None
         region.fill(request)
@@ -198,15 +196,16 @@ class Regions:
             return False
         return True
 
-    async def _register(self, region: Region, deadline: Deadline) -> Region:
+    async def _register(self, region: Region, deadline: Deadline, cancel: Cancel | None) -> Region:
         try:
-            await self._transport.register(region.region, region.size_bytes, deadline)
+            await self._transport.register(region.region, region.size_bytes, deadline, cancel)
         except BaseException as error:
             # 26.04 and later refuse with UNAVAILABLE, which over gRPC is also said of a connection that broke.
             refused = isinstance(error, InferenceError) and re.search("shm|shared.memory", str(error))
             if not refused and (isinstance(error, _UNCLEAR) or not isinstance(error, InferenceError)):
                 self.give_up(region)  # perhaps it has it
-                if self._required or not isinstance(error, ConnectionLost):
+                stopped = cancel is not None and cancel.cancelled
+                if self._required or stopped or not isinstance(error, ConnectionLost):
                     raise
             region.free()
             raise NoSharedMemory(

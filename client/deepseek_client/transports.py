@@ -134,7 +134,7 @@ class Transport(Protocol):
         With a placement the tensors are in shared memory, and the message only says where.
         """
 
-    async def register(self, region: str, size_bytes: int, deadline: Deadline) -> None:
+    async def register(self, region: str, size_bytes: int, deadline: Deadline, cancel: Cancel | None = None) -> None:
         """Has the server map /dev/shm/<region>."""
 
     async def unregister(self, region: str, deadline: Deadline) -> None:
