@@ -30,7 +30,7 @@ from loadtests.measure import measure
 from loadtests.regression import problems_at
 from loadtests.results import Run, Settings
 from loadtests.schedule import segments_of
-from loadtests.search import GENERATOR, Plan, Search, rounded
+from loadtests.search import UNDECIDED, Plan, Search, rounded
 from loadtests.sides import Side
 from loadtests.slo import formatted
 from loadtests.trial import DEFAULT_START_RPS, Trials, bound_rates, keep, ready, seconds_needed
@@ -138,11 +138,11 @@ def base_capacity(base: Served, how: How, console: Console) -> float | None:
     )
     console.print("looking for the capacity of base, around which the ladder is laid")
     found = Search(plan, trials).run()
-    if found.limited_by == GENERATOR or found.capacity_rps is None:
-        held = "no rate holds" if found.capacity_rps is None else f"above {found.capacity_rps:g}/s"
-        console.print(f"note: capacity is not compared: {held}, {found.limited_by} is the limit")
-        return None
-    console.print(f"base holds its SLO up to about {found.capacity_rps:g}/s ({found.limited_by})")
+    if found.capacity_rps is None:
+        console.print(f"note: base has no capacity to compare: no rate holds ({found.limited_by})")
+    else:
+        least = "at least" if found.limited_by in UNDECIDED else "about"
+        console.print(f"base holds its SLO up to {least} {found.capacity_rps:g}/s ({found.limited_by})")
     return found.capacity_rps
 
 

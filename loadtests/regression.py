@@ -16,6 +16,7 @@ Example:
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -225,13 +226,14 @@ def _capacity_row(
     threshold: float,
 ) -> Row:
     both = [capacities(runs, drawn, ladder, slo) for runs, drawn in ((base, draws.base), (new, draws.new))]
-    doubt = ""
-    if both[0][0] in (ladder[0], ladder[-1]):
-        side = "above" if both[0][0] == ladder[-1] else "below"
-        doubt = f"base's lies {side} the ladder, {ladder[0]:g} to {ladder[-1]:g}/s"
-    elif limited := _generator_limited(base, new, [rate for rate in ladder if rate <= both[0][0]], slo):
-        doubt = limited
+    seen = float(both[0][0])
+    doubt = _generator_limited(base, new, ladder[: bisect_left(ladder, seen) + 1], slo)
+    if seen == ladder[0]:
+        doubt = doubt or f"base's lies below the ladder, {ladder[0]:g} to {ladder[-1]:g}/s"
     row = judge.row("capacity", "rps", both[0], both[1], threshold, doubt)
+    if seen == ladder[-1] and row.verdict != "worse":  # it is so much or more: a worse one is worse all the same
+        above = f"base's lies above the ladder, {ladder[0]:g} to {ladder[-1]:g}/s"
+        return replace(row, verdict="inconclusive", note=doubt or above)
     ends = {ladder[0]: "new's lies below the ladder", ladder[-1]: "new's lies above the ladder"}
     return replace(row, note=row.note or ends.get(row.new, ""))
 

@@ -89,8 +89,8 @@ def test_percentiles_of_draws_are_those_of_the_added_up_runs(tmp_path: Path) -> 
     assert math.isinf(percentiles(lost, np.array([[1]]), 91)[0])
 
 
-def climbing(folder: Path, knee_rps: float, first: int, count: int = 6) -> list[Run]:
-    """Runs at 20/s and up a ladder; past the knee latency leaps over the limit."""
+def climbing(folder: Path, knee_rps: float, first: int, count: int = 6, lag_s: float = 0.0) -> list[Run]:
+    """Runs at 20/s and up a ladder; past the knee latency leaps over the limit. From 60/s on it is sent late."""
     found = []
     for place in range(count):
         generator = np.random.default_rng(first + place)
@@ -99,7 +99,9 @@ def climbing(folder: Path, knee_rps: float, first: int, count: int = 6) -> list[
             length = 10 if rate == 20 else 4
             latency_s = 0.05 * (rate / knee_rps) ** 4  # is 50 ms at the knee
             times = start + np.arange(rate * length) / rate
-            requests += [(time, time, time + latency_s * generator.uniform(0.9, 1.0), None) for time in times]
+            lag = lag_s if rate >= 60 else 0.0
+            takes_s = latency_s * generator.uniform(0.9, 1.0, len(times))
+            requests += [(time, time + lag, time + each, None) for time, each in zip(times, takes_s, strict=True)]
         shape = "20x10, 40x4, 50x4, 60x4, 70x4"
         found.append(saved_run(folder / f"{place}", requests, rate_rps=None, shape=shape, duration_s=26.0))
     return found
@@ -115,10 +117,21 @@ def test_capacity_is_read_between_the_rungs_of_the_ladder(tmp_path: Path, knee_r
     assert ("below the ladder" in row.note) == (knee_rps == 30)
 
 
-def test_where_the_base_is_beyond_the_ladder_nothing_is_concluded(tmp_path: Path) -> None:
+def test_where_the_base_is_beyond_the_ladder_only_what_is_worse_all_the_same_is_said(tmp_path: Path) -> None:
     found = compare(climbing(tmp_path / "a", 90, 0), climbing(tmp_path / "b", 90, 50), SLO, Thresholds())
     assert (found.rows[2].verdict, found.verdict) == ("inconclusive", "inconclusive")
     assert "base's lies above the ladder, 40 to 70/s" in found.rows[2].note
+    assert (
+        compare(climbing(tmp_path / "a", 90, 0), climbing(tmp_path / "c", 50, 50), SLO, Thresholds()).verdict == "worse"
+    )
+    below = compare(climbing(tmp_path / "d", 30, 0), climbing(tmp_path / "e", 30, 50), SLO, Thresholds())
+    assert (below.rows[2].verdict, below.rows[2].note) == ("inconclusive", "base's lies below the ladder, 40 to 70/s")
+
+
+def test_a_knee_of_the_generator_is_no_capacity(tmp_path: Path) -> None:
+    late = climbing(tmp_path, 56, 0, lag_s=0.004)
+    found = compare(late, late, SLO, Thresholds())
+    assert (found.rows[2].verdict, found.rows[2].note) == ("inconclusive", "the generator is the limit at 60/s")
 
 
 def test_failures_make_the_new_side_worse_however_fast_the_rest_is(tmp_path: Path) -> None:
