@@ -101,11 +101,11 @@ class Chart:
             y = self._at_y(value)
             self._parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
             self._text(LEFT - 6, y + 4, number(value), "end")
-        for value, text in x_ticks or [(value, number(value) + x_unit) for value in self.x.ticks(5)]:
+        for value, text in x_ticks or [(value, number(value) + x_unit) for value in self.x.ticks(4)]:
             at_x = self._at_x(value)
             anchor = "end" if at_x > WIDTH - RIGHT - 16 else "middle"
             self._text(WIDTH - 1 if anchor == "end" else at_x, self.height - BOTTOM + 16, text, anchor)
-        self._text(0, 11, y_unit, "start")
+        self._text(0, 12, y_unit, "start")
         if self.x_title:
             self._text(WIDTH - RIGHT, self.height - BOTTOM + 16 + TITLE, self.x_title, "end")
         self._parts.append(f'<path class="axis" d="M{LEFT} {self.height - BOTTOM}H{WIDTH - RIGHT}"/>')
@@ -186,8 +186,10 @@ class Chart:
         x, end = self._at_x(left), self._at_x(right)
         height = self.height - TOP - BOTTOM
         self._parts.append(f'<rect class="shade" x="{x:.1f}" y="{TOP}" width="{end - x:.1f}" height="{height}"/>')
-        if end - x > 56:
-            self._text((x + end) / 2, self.height - BOTTOM - 10 if low else TOP + 14, text)
+        if end - x > 40:  # narrow ones: from their left edge on, clear of the figures of the y axis
+            narrow = end - x < CHARACTER * len(text) + 8
+            place = x + 4 if narrow else (x + end) / 2
+            self._text(place, self.height - BOTTOM - 10 if low else TOP + 14, text, "start" if narrow else "middle")
 
     def legend(self, css: str, text: str) -> None:
         """A name for a mark."""

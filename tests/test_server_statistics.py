@@ -64,7 +64,7 @@ def test_what_is_not_known_is_not_split(statistics: dict[str, Any], service_ms: 
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_a_real_servers_delay_lies_in_the_model_and_its_queue(server: EmbeddedServer, protocol: Any) -> None:
+def test_a_real_servers_delay_lies_in_the_model(server: EmbeddedServer, protocol: Any) -> None:
     url = server.grpc_url if protocol == "grpc" else server.http_url
     before = fetch(url, protocol, "slow")
     with InferenceClient(server.grpc_url) as client:
@@ -73,7 +73,7 @@ def test_a_real_servers_delay_lies_in_the_model_and_its_queue(server: EmbeddedSe
     split = Split.of(difference(before, fetch(url, protocol, "slow")), service_ms=300.0)
     assert split is not None
     assert split.parts["compute_infer"] >= 200
-    assert "in the model" in split.sentence.partition("The largest part")[2]
+    assert split.total >= sum(split.parts.values())
 
 
 def test_the_verdict_says_where_the_time_goes(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def _record(args: argparse.Namespace, folder: Path, recording: Path, console: Co
     flags = ["--requests", str(args.requests), "--users", str(args.users)]
     if args.url:
         _run([*_recording(args, recording, "trace", flags), "--url", args.url])
-        return []
+        return ["no CPU samples: a running server's processes are left alone"] if args.cpu_s else []
     # Instances write their operator times one after the other while they are unloaded.
     server = [*_server(args), "--profile", str(recording), "--exit-timeout-s", "60"]
     _run([*server, "--", *_recording(args, recording, "trace", flags)])

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,9 +114,8 @@ def _tracing(url: str, protocol: Protocol) -> Iterator[Path]:
         try:
             yield Path(before["trace_file"][0])
         finally:
-            client.update_trace_settings(settings={"trace_level": before["trace_level"]})
-            for name in ("trace_rate", "log_frequency"):
-                client.update_trace_settings(settings={name: before[name][0]})
+            rest = {name: before[name][0] for name in ("trace_rate", "trace_count", "log_frequency")}
+            client.update_trace_settings(settings={"trace_level": before["trace_level"], **rest})
     except InferenceServerException as error:
         raise InputError(f"{url}: the server does not let itself be traced: {error.message()}") from None
     finally:
@@ -142,58 +142,77 @@ def sample(
     server: int,
 ) -> None:
     """Keeps the model's backend processes busy and samples their stacks meanwhile."""
-    stop = threading.Event()
     backends = backend_processes(server, model)
-    note = "" if backends else f"no Python backend process of {model} below process {server}"
-    samplers = [_sampler(folder, process, seconds) for process in backends]
-    if not all(samplers):
-        note, samplers = "py-spy is not installed; pip install py-spy", []
+    program = _py_spy()
+    note = "" if program else "py-spy is not installed; pip install py-spy"
+    if not backends:
+        note = f"no CPU samples: {model} has no Python backend process below process {server}"
+    before = _thread_cpu_s(backends.values())
+    with _busy(url, protocol, model, rows, users=max(1, len(backends))) as answered:
+        until = time.monotonic() + seconds
+        samplers = [_sampler(program, folder, name, each, seconds) for name, each in backends.items() if program]
+        for sampler in samplers:
+            _, said = sampler.communicate(timeout=seconds + 60)
+            if sampler.returncode:
+                note = f"py-spy could not look at the backend: {_last_line(said)} (it needs root or CAP_SYS_PTRACE)"
+        time.sleep(max(0.0, until - time.monotonic()))
+    used = {thread: cpu_s - before.get(thread, 0.0) for thread, cpu_s in _thread_cpu_s(backends.values()).items()}
+    found = {"note": note, "requests": sum(answered), "thread_cpu_s": used}
+    (folder / "sampled.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+@contextmanager
+def _busy(
+    url: str, protocol: Protocol, model: str, rows: list[dict[str, np.ndarray]], users: int
+) -> Iterator[list[int]]:
+    """So many users back to back inside; gives how many requests each had answered, once it has ended."""
+    stop = threading.Event()
+    answered: list[int] = []
 
     def be_busy() -> None:
         with InferenceClient(url, protocol, retries=0) as client:
             requests = [client.prepare(model, row) for row in rows]
-            index = 0
+            sent = 0
             while not stop.is_set():
-                client.send(requests[index % len(requests)])
-                index += 1
-            sent.append(index)
+                with suppress(InferenceError):  # a refusal or a time-out: the next one
+                    client.send(requests[sent % len(requests)])
+                sent += 1
+            answered.append(sent)
 
-    sent: list[int] = []
-    before = _thread_cpu_s(backends)
-    users = [threading.Thread(target=be_busy) for _ in range(max(1, len(backends)))]
-    for user in users:
-        user.start()
-    until = time.monotonic() + seconds
-    for sampler in filter(None, samplers):
-        _, said = sampler.communicate(timeout=seconds + 30)
-        if sampler.returncode:
-            note = f"py-spy could not look at the backend: {_last_line(said)} (it needs root or CAP_SYS_PTRACE)"
-    stop.wait(max(0.0, until - time.monotonic()))
-    stop.set()
-    for user in users:
-        user.join()
-    used = {thread: cpu_s - before.get(thread, 0.0) for thread, cpu_s in _thread_cpu_s(backends).items()}
-    found = {"note": note, "requests": sum(sent), "thread_cpu_s": used}
-    (folder / "sampled.json").write_text(json.dumps(found), encoding="utf-8")
+    threads = [threading.Thread(target=be_busy) for _ in range(users)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield answered
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
-def backend_processes(server: int, model: str) -> list[psutil.Process]:
-    """The stubs of a Python model's instances, below the process that started Triton."""
-    below = psutil.Process(server).children(recursive=True)
-    stubs = [each for each in below if each.name().startswith("triton_python")]
-    return [each for each in stubs if any(f"/{model}/" in part for part in each.cmdline())][:MOST_INSTANCES]
+def backend_processes(server: int, model: str) -> dict[str, psutil.Process]:
+    """Instance -> the stub that runs it, of a Python model, below the process that started Triton."""
+    instance = re.compile(rf"{re.escape(model)}_\d+_\d+")  # group and number
+    found: dict[str, psutil.Process] = {}
+    for process in psutil.Process(server).children(recursive=True):
+        if process.name().startswith("triton_python"):
+            found |= {part: process for part in process.cmdline() if instance.fullmatch(part)}
+    return dict(sorted(found.items())[:MOST_INSTANCES])
 
 
-def _thread_cpu_s(processes: list[psutil.Process]) -> dict[int, float]:
+def _thread_cpu_s(processes: Iterable[psutil.Process]) -> dict[int, float]:
     """Thread id -> CPU seconds since it began."""
     return {each.id: each.user_time + each.system_time for process in processes for each in process.threads()}
 
 
-def _sampler(folder: Path, process: psutil.Process, seconds: float) -> subprocess.Popen[str] | None:
-    program = shutil.which("py-spy", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if program is None:
-        return None
-    output = folder / f"cpu-{process.cmdline()[8]}.speedscope.json"
+def _py_spy() -> str | None:
+    return shutil.which("py-spy", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
+
+def _sampler(
+    program: str, folder: Path, instance: str, process: psutil.Process, seconds: float
+) -> subprocess.Popen[str]:
+    output = folder / f"cpu-{instance}.speedscope.json"
     command = [program, "record", "--pid", str(process.pid), "--format", "speedscope", "--output", str(output)]
     command += ["--duration", f"{max(1, round(seconds))}", "--rate", str(SAMPLES_PER_S)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
