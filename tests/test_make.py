@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -12,8 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+from deepseek_client import InferenceClient
+
+from serving.embedded import EmbeddedServer
 
 FILES = ("fp32/model.onnx", "fp16/model.onnx", "int8/model.onnx", "choice-onnxruntime.json")
 
@@ -136,24 +141,51 @@ def test_serve_infer_and_load_test_a_model_from_elsewhere(elsewhere: Path) -> No
     assert len(runs) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
-def test_a_build_that_is_ended_anywhere_leaves_nothing_half_made(tmp_path: Path, how: signal.Signals) -> None:
+@pytest.fixture
+def image(tmp_path: Path) -> tuple[str, ...]:
+    """Arguments that build a copy of the model `image`, with a cache of its own."""
     shutil.copytree("tests/models/image", tmp_path / "models" / "image")
-    model = (f"MODELS={tmp_path / 'models'}", "MODEL=image")
-    for seconds in (1.5, 4, 6.5):
-        process = subprocess.Popen(
-            command(tmp_path, "engine", *model), env=ENVIRONMENT, start_new_session=True, **QUIET
-        )
-        time.sleep(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, how)
-        process.wait()
+    return "engine", f"MODELS={tmp_path / 'models'}", "MODEL=image", f"CACHE={tmp_path / 'cache'}"
+
+
+def ends(folder: Path, arguments: tuple[str, ...], how: signal.Signals, after_s: float) -> None:
+    """Starts a make and ends it, and all that it started, after a time."""
+    process = subprocess.Popen(command(folder, *arguments), env=ENVIRONMENT, start_new_session=True, **QUIET)
+    time.sleep(after_s)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, how)
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "rounds"), [(signal.SIGINT, 3), (signal.SIGKILL, 6)], ids=["SIGINT", "SIGKILL"])
+def test_builds_ended_at_random_leave_a_build_a_cache_and_a_repository_that_work(
+    tmp_path: Path, image: tuple[str, ...], how: signal.Signals, rounds: int
+) -> None:
+    moments = random.Random(how)
+    for _ in range(rounds):
+        ends(tmp_path, image, how, moments.uniform(0.3, 9))
         for artifact in tmp_path.rglob("model.onnx"):
             onnx.checker.check_model(artifact)
-    make(tmp_path, "engine", *model)
-    assert (tmp_path / "repository" / "image" / "config.pbtxt").is_file()
+    make(tmp_path, *image)
     assert list(tmp_path.rglob(".scratch-*")) == []
+    shutil.rmtree(tmp_path / "build")
+    make(tmp_path, *image)  # another clone: from the cache
+    with EmbeddedServer(tmp_path / "repository", http_port=0, grpc_port=0, metrics_port=0) as server:
+        pixels = np.zeros((2, 3, 32, 32), np.float32)
+        assert InferenceClient(server.grpc_url).infer("image", {"pixels": pixels})["scores"].shape == (2, 10)
+
+
+@pytest.mark.slow
+def test_two_builds_in_one_folder_take_turns(tmp_path: Path, image: tuple[str, ...]) -> None:
+    builds = [
+        subprocess.Popen(command(tmp_path, *image), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [build.communicate()[0] for build in builds]
+    assert [build.returncode for build in builds] == [0, 0]
+    assert sum(f"waiting for another make in {tmp_path / 'build' / 'image'}" in output for output in outputs) == 1
+    assert [path.name for path in (tmp_path / "repository" / "image").iterdir() if path.name.isdigit()] == ["1"]
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from tritonclient import grpc as triton
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, ModelQueuePolicy
 
 from deepseek.spec import DeploymentSpec, InputError, TensorrtSpec
+from export.artifact import alone_in
 from export.to_triton import KEPT_VERSIONS, config_text, model_config, publish_version
 from serving.doctor import examine
 from serving.embedded import EmbeddedServer
@@ -204,3 +207,15 @@ def test_batches_may_be_bounded_below_the_profile(build: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "image" / "1" / "manifest.json").read_text())["axes"]["batch"]["max"] == 8
     machine = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",))
     assert not [line for line in examine(tmp_path, machine)[1] if line.level == "mismatch"]
+
+
+def test_a_publisher_waits_for_another_one_and_says_so(build: Path, tmp_path: Path) -> None:
+    arguments = ("export.to_triton", "--models", "tests/models", "--model", "image", "--repository", str(tmp_path))
+    with alone_in(tmp_path):
+        waiting = subprocess.Popen([sys.executable, "-m", *arguments], stderr=subprocess.PIPE, text=True)
+        assert waiting.stderr is not None
+        assert waiting.stderr.readline() == f"waiting for another process in {tmp_path}\n"
+        assert list(tmp_path.iterdir()) == []
+    waiting.communicate()
+    assert waiting.returncode == 0
+    assert (tmp_path / "image" / "1").is_dir()
