@@ -170,6 +170,8 @@ def _print(found: dict[str, Any], folder: Path, console: Console) -> None:
             figures = (f"{row['cpu_ms']:.3f}", f"{row['share']:.0%}", f"{row['whole']:.0%}")
             table.add_row(row["name"], row["place"], *figures)
         console.print(table)
+    largest = max(found["phases"], key=lambda row: row["share"])
+    console.print(f"largest: {largest['name']}, {largest['share']:.0%} ({tables.MEANINGS[largest['name']]})")
     for note in found["notes"]:
         console.print(f"note: {note}")
     console.print(f"timeline: {folder / 'timeline.json'}  (open it in ui.perfetto.dev)", soft_wrap=True)
