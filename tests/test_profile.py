@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from deepseek.spec import InputError
+from loadtests.profile.__main__ import wrapped_in_nsys
 from loadtests.profile.record import trace
 from loadtests.profile.sources import Call, GraphRun, Span, Trace, read_calls, read_runs, read_traces, run_of
 from loadtests.profile.tables import functions, operators, phases
@@ -252,6 +253,33 @@ def test_the_backends_cpu_is_sampled_or_the_reason_is_told(profiled: dict[str, A
         assert list(Path(profiled["folder"]).glob("cpu-image_0_*.speedscope.json"))
     else:
         assert any("py-spy" in note for note in profiled["notes"])
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "has_nsys", "starts", "note"),
+    [
+        ("GPU 0: H100", True, "profile --trace=cuda,nvtx,osrt", ""),
+        ("GPU 0: H100", False, "", "nsys is not"),
+        ("", True, "", ""),
+    ],
+    ids=["GPU and nsys", "GPU alone", "no GPU"],
+)
+def test_nsys_wraps_the_server_where_there_is_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str, has_nsys: bool, starts: str, note: str
+) -> None:
+    program(tmp_path, "nvidia-smi", f"echo '{gpus}'")
+    if has_nsys:
+        program(tmp_path, "nsys", "exit 0")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if has_nsys else f"{tmp_path}")
+    command, notes = wrapped_in_nsys(tmp_path / "out")
+    assert " ".join(command[1:]).startswith(starts)
+    assert bool(command) == bool(starts)
+    assert note in " ".join(notes)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def _record(args: argparse.Namespace, folder: Path, recording: Path, console: Co
     if not args.cpu_s:
         return []
     console.print(f"sampling the busy backend for {args.cpu_s:g} s")
-    nsys, notes = _nsys(folder)
+    nsys, notes = wrapped_in_nsys(folder)
     _run([*nsys, *_server(args), "--", *_recording(args, folder, "cpu", ["--seconds", f"{args.cpu_s:g}"])])
     if (report := folder / "nsys.nsys-rep").is_file():
         notes.append(f"the GPU's timeline is {report.name}; open it in Nsight Systems, or: nsys stats {report.name}")
@@ -129,7 +129,7 @@ def _about(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": args.model, "protocol": args.protocol, "url": args.url or "embedded", "users": args.users}
 
 
-def _nsys(folder: Path) -> tuple[list[str], list[str]]:
+def wrapped_in_nsys(folder: Path) -> tuple[list[str], list[str]]:
     """On a GPU machine the command that the server is wrapped in, else nothing; and notes."""
     listed = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     if not listed or "GPU" not in listed.stdout:
