@@ -29,6 +29,7 @@ from rich.table import Table
 from deepseek.spec import (
     DeploymentSpec,
     GateFailed,
+    InvalidMeasurement,
     Parser,
     Precision,
     Target,
@@ -212,6 +213,8 @@ def _failure(spec: DeploymentSpec, name: Precision, target: Target) -> str | Non
     row = load_rows(build_dir(spec.name) / "evaluation.npz")[:1]
     try:
         in_child("ONNX Runtime", lambda: outputs_of(spec, variant_runner(spec, name, target), row))
+    except InvalidMeasurement:  # short of memory, say
+        raise
     except Crashed as crash:
         return f"{crash} on its graph"
     except Exception as error:

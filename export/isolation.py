@@ -1,8 +1,9 @@
 """A function in a process of its own: where native code crashes, that is an answer, not the end of the build.
 
 Contract: `in_child` returns what the function returns and raises what it raises, `Crashed` where the child is ended by
-a signal of its own making (ONNX Runtime, TensorRT and ModelOpt are native code, and a graph can bring them down). The
-child is a fork: call it before this process has run torch or opened a session, whose threads a fork does not have.
+a signal of its own making (ONNX Runtime, TensorRT and ModelOpt are native code, and a graph can bring them down), and
+`InvalidMeasurement` where a signal came from outside: that says nothing of the graph. The child is a fork:
+call it before this process has run torch or opened a session, whose threads a fork does not have.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import pickle
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from deepseek.spec import GateFailed
+from deepseek.spec import GateFailed, InvalidMeasurement
 
 Result = TypeVar("Result")
 # What a fault inside the process raises; any other signal came from outside, such as SIGKILL where memory ran out.
@@ -42,7 +44,9 @@ def in_child(what: str, function: Callable[[], Result]) -> Result:
     sys.stdout.flush()
     sys.stderr.flush()
     read, write = os.pipe()
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, of forks beside threads: see the contract
+        child = os.fork()
     if child == 0:
         os.close(read)
         faulthandler.disable()  # a crash is told in one line, by the parent
@@ -63,7 +67,9 @@ def in_child(what: str, function: Callable[[], Result]) -> Result:
     name = signal.Signals(-code).name
     if -code in _OWN_FAULTS:
         raise Crashed(what, name)
-    raise GateFailed(f"{what} was ended from outside ({name}); of SIGKILL the kernel's log says whether memory ran out")
+    raise InvalidMeasurement(
+        f"{what} was ended from outside ({name}); of SIGKILL the kernel's log says whether memory ran out"
+    )
 
 
 def _answer(write: int, function: Callable[[], object]) -> None:
