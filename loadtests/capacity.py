@@ -60,6 +60,7 @@ from loadtests.trial import (
     served_settings,
 )
 
+ALIKE = ("arrivals", "warmup_s", "timeout_s", "max_in_flight", "workers", "inputs")
 RESUMABLE_S = 3600  # after that the server and its machine may be others
 
 
@@ -87,6 +88,8 @@ class Capacity(Table):
     required_rps: float | None = None
     """What the SLO itself asks for."""
     settings: Served = Served()
+    trial_settings: dict[str, Any] = {}
+    """What all trials have in common: arrivals, warm-up, time-out, workers, inputs."""
     machine: dict[str, Any] = {}
     """The generator's; the server's, too, where the URL is a local one."""
     versions: dict[str, str] = {}
@@ -140,7 +143,8 @@ class Capacity(Table):
         if self.capacity_rps is None:
             return f"no rate holds, down to {min(each.rate_rps for each in self.trials):g}/s: {self.limited_by}"
         wanted = f"; the SLO asks for {self.required_rps:g}/s" if self.required_rps else ""
-        return f"capacity {rate}, limited by {self.limited_by} (fails at {self.first_failing_rps:g}/s){wanted}"
+        fails = f" (fails at {self.first_failing_rps:g}/s)" if self.first_failing_rps else ""
+        return f"capacity {rate}, limited by {self.limited_by}{fails}{wanted}"
 
 
 def capacity_path(model: str) -> Path:
@@ -279,6 +283,7 @@ def head_of(spec: DeploymentSpec, settings: Settings, served: ModelMetadata) -> 
         objectives=(*simple, *spec.slo.objectives),
         required_rps=required_rps(spec.slo),
         settings=served_settings(settings, served),
+        trial_settings={name: getattr(settings, name) for name in ALIKE},
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
