@@ -177,10 +177,14 @@ def _seconds(shape: str) -> float:
     return float(sum(segment.duration_s for segment in segments_of(shape)))
 
 
-def measure_pairs(base: Served, new: Served, shape: str, pairs: int, console: Console) -> Iterator[tuple[Run, Run]]:
-    """ABBA: what drifts falls on both alike. A pair that the generator spoiled is made once more."""
+def measure_pairs(
+    base: Served, new: Served, shape: str, pairs: int, ends_at: float, console: Console
+) -> Iterator[tuple[Run, Run]]:
+    """ABBA: what drifts falls on both alike. A pair that the generator spoiled is made once more, in time."""
     rate, slo = segments_of(shape)[0].rate_rps, base.spec.slo
     for pair in range(pairs):
+        if pair >= LEAST_PAIRS and time.monotonic() > ends_at:
+            return
         for attempt in range(2):
             order = (base, new) if pair % 2 == 0 else (new, base)
             made = {served.side.name: served.run(shape, pair, console) for served in order}
@@ -188,7 +192,7 @@ def measure_pairs(base: Served, new: Served, shape: str, pairs: int, console: Co
             why = [problem for run in found for problem in problems_at(run, rate, slo)[:1]]
             shown = ", ".join(f"{name} {_p99(run, rate)}" for name, run in made.items())
             console.print(f"pair {pair + 1} of {pairs}: p99 at {rate:g}/s {shown}{f'  ({why[0]})' if why else ''}")
-            if not why or attempt:
+            if not why or attempt or time.monotonic() > ends_at:
                 break
         yield found
 
@@ -209,4 +213,4 @@ def interleaved(sides: tuple[Side, Side], how: How, folder: Path, console: Conso
         shape = shape_of(how, capacity)
         pairs = pairs_in_time(how, ends_at - time.monotonic())
         console.print(f"{pairs} pairs of {shape} (requests/s x seconds); runs: {folder}", soft_wrap=True)
-        return list(measure_pairs(base, new, shape, pairs, console))
+        return list(measure_pairs(base, new, shape, pairs, ends_at, console))
