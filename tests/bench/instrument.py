@@ -58,26 +58,29 @@ def accuracy(bench: Bench) -> None:
             for percent, found in ratios.items():
                 found.append(run.window.latency("service").percentile_ms(percent) / _nearest(true_ms, percent))
             for how, found in stalls.items():
-                found.append(_stalled_p999_ms(bench, protocol, how) / 2000)
+                found.append(_stall(bench, protocol, how))
         for percent, found in ratios.items():
             name = f"reported p{percent:g} over the server's own, {protocol}"
             bench.record(name, found, "goal: 0.98 to 1.02")
         for how, found in stalls.items():
             goal = "goal: 0.98 to 1.02" if how.startswith("open") else "hides it"
-            bench.record(f"p99.9 over a stall of 2 s, {how}, {protocol}", found, goal)
+            highest = "p99" if how.startswith("perf") else "p99.9"  # all that its table has
+            bench.record(f"{highest} over a stall of 2 s, {how}, {protocol}", found, goal)
 
 
-def _stalled_p999_ms(bench: Bench, protocol: Protocol, how: str) -> float:
-    """What a load of several thousand requests reports, whose server stands still for 2 s in the midst of it."""
+def _stall(bench: Bench, protocol: Protocol, how: str) -> float:
+    """What a load reports whose server stands still for 2 s in the midst of it, over the longest wait that it caused."""
     with FakeEndpoint(stall_at=600, stall_s=2) as endpoint:
         if how.startswith("open"):
             run = _measured(bench, endpoint, protocol, rate_rps=200.0, duration_s=10.0, arrivals="constant")
-            return run.window.latency("intended").percentile_ms(99.9)
-        if how.startswith("closed"):
+            seen_ms = run.window.latency("intended").percentile_ms(99.9)
+        elif how.startswith("closed"):
             run = _measured(bench, endpoint, protocol, users=1, duration_s=10.0)
-            return run.window.latency("service").percentile_ms(99.9)
-        flags = ("--percentile", "99", "--measurement-interval", "3000", "--max-trials", "3")
-        return float(_perf_analyzer(bench, endpoint, protocol, 1, *flags)["p99 latency"]) / 1000
+            seen_ms = run.window.latency("service").percentile_ms(99.9)
+        else:
+            flags = ("--percentile", "99", "--measurement-interval", "3000", "--max-trials", "3")
+            seen_ms = float(_perf_analyzer(bench, endpoint, protocol, 1, *flags)["p99 latency"]) / 1000
+        return seen_ms / float(_true_ms(endpoint)[-1])
 
 
 def ceiling(bench: Bench) -> None:
