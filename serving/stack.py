@@ -32,6 +32,7 @@ from serving.repository import CONFIG, MANIFEST, models_in, read_config, version
 MIB = 2**20
 CPU_FILES, GPU_FILES = "compose.yaml", "compose.yaml:docker/compose.gpu.yaml"
 SHM_MIB = 256  # seen to be enough for small models; what is not used takes no memory
+CPU_MEMORY, GPU_MEMORY = 2**30, 8 * 2**30  # CUDA and TensorRT keep some of theirs on the host
 JSON_BYTES = 26  # a number as JSON has it, at the most: -1.2345678901234567e-308 and a comma
 HEADER_BYTES = 64 * 1024  # names, shapes and parameters around the numbers
 LATENESS = 10  # times the p99 of the SLO after which an answer is not waited for
@@ -171,7 +172,9 @@ def environment(
     on_gpu = [model.name for model in models if model.needs_gpu]
     shm = SHM_MIB * MIB + sum(model.shm_bytes for model in models)
     weights = sum(model.weights_bytes * model.instances for model in models)
-    memory = 2**30 + 4 * weights + shm
+    work = sum(32 * model.instances * (model.input_bytes + model.output_bytes) for model in models)
+    base = GPU_MEMORY if on_gpu else CPU_MEMORY
+    memory = base + 4 * weights + work + shm
     exit_timeout_s = max(GATEWAY_EXIT_TIMEOUT_S, max(model.timeout_s for model in models))
     user, group = owner()
     regions = ", ".join(f"{model.name} {model.shm_bytes / MIB:.0f} MiB" for model in models)
@@ -183,18 +186,19 @@ def environment(
 COMPOSE_FILE={GPU_FILES if on_gpu else CPU_FILES}
 COMPOSE_PROJECT_NAME=deepseek
 TRITON_TAG={tag}
-REPOSITORY={repository.resolve()}
-GATEWAY={folder.resolve()}
+REPOSITORY='{repository.resolve()}'
+GATEWAY='{folder.resolve()}'
 GATEWAY_PORT={port}
 # For docker compose run loadtest
-MODELS={models_folder.resolve()}
-BUILD={folder.resolve().parent}
-RESULTS={results_folder(folder).resolve()}
+MODELS='{models_folder.resolve()}'
+BUILD='{folder.resolve().parent}'
+RESULTS='{results_folder(folder).resolve()}'
 # Whose the gateway's files are; what root makes is given to {STAND_IN}, since no container runs as root.
 STACK_USER={user}:{group}
 # {SHM_MIB} MiB, and for each instance 1 MiB and twice the largest batch, in and out: {regions}
 SHM_SIZE={math.ceil(shm / MIB)}m
-# 1 GiB for the server, four times the weights of all instances ({weights / MIB:.0f} MiB), and the shared memory
+# {base / MIB:.0f} MiB for the server, four times the weights of all instances ({weights / MIB:.0f} MiB), 32 times their
+# largest batches for what is computed in between ({work / MIB:.0f} MiB), and the shared memory
 TRITON_MEMORY={math.ceil(memory / MIB)}m
 # Requests in flight when it stops: no answer takes longer; then 10 s for what is left
 EXIT_TIMEOUT_S={exit_timeout_s}

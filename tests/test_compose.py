@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -34,25 +35,28 @@ def run(
     return done
 
 
+def answers(**environment: str) -> bool:
+    """Whether a Docker engine with Compose is there."""
+    asked = (("docker", "compose", "version"), ("docker", "info"))
+    found = shutil.which("docker") is not None
+    return found and all(run(*each, check=False, environment=environment).returncode == 0 for each in asked)
+
+
 @pytest.fixture(scope="module")
-def docker() -> dict[str, str]:
-    """Environment in which `docker` reaches an engine."""
-    try:
-        if run("docker", "compose", "version", check=False).returncode == 0:
-            if run("docker", "info", check=False).returncode == 0:
-                return {}
-        elif not HERE.is_file():
-            pytest.skip("docker compose is not installed")
-    except FileNotFoundError:
-        if not HERE.is_file():
-            pytest.skip("docker is not installed")
-    if not HERE.is_file():
-        pytest.skip("no Docker engine answers")
-    if os.getuid() != 0:
-        pytest.skip(f"no Docker engine answers, and {HERE} needs root")
+def docker() -> Iterator[dict[str, str]]:
+    """Environment in which `docker` reaches an engine: this machine's, or one that is started for the tests."""
+    network = {"BUILD_NETWORK": "host"} if HERE.is_file() else {}
+    if answers():
+        yield network
+        return
+    if not HERE.is_file() or os.getuid() != 0:
+        pytest.skip("no Docker engine with Compose answers, and none can be started (that takes root)")
+    folder = os.environ.get("DOCKER_HERE") or f"{os.environ.get('TMPDIR', '/tmp')}/docker-here"
+    ran = answers(DOCKER_HOST=f"unix://{folder}/docker.sock")
     lines = run(str(HERE)).stdout.splitlines()
-    words = [word.split("=", 1) for word in lines[-1].removeprefix("export ").split()]
-    return {**dict(words), "BUILD_NETWORK": "host"}
+    yield {**dict(word.split("=", 1) for word in lines[-1].split()[1:]), **network}
+    if not ran:
+        run(str(HERE), "stop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +210,7 @@ def test_a_load_test_through_the_gateway_ends_in_a_verdict(stack: Stack) -> None
     (saved,) = stack.gateway.with_name("stack").rglob("run.json")
     found = json.loads(saved.read_text())
     assert found["settings"]["url"] == "gateway:8443"
+    assert settings["DEEPSEEK_API_KEY"] not in saved.read_text()
     assert "60 requests, 60 answered, 0 failed" in done.stdout.replace("\n", " ")
 
 

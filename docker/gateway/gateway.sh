@@ -22,11 +22,12 @@ ln -sfn "$folder/limits.conf" "$run/limits.conf"
 printf 'pid %s/nginx.pid;\nworker_processes %s;\n' "$run" "${WORKERS:-2}" >"$run/main.conf"
 # Root is meant here only where it is nobody outside: in a rootless engine. nginx would change to another user.
 [ "$(id -u)" != 0 ] || echo 'user root;' >>"$run/main.conf"
-printf 'listen %s ssl backlog=4096;\nssl_certificate %s/tls.crt;\nssl_certificate_key %s/tls.key;\n' \
+printf 'listen %s ssl backlog=4096;\nssl_certificate "%s/tls.crt";\nssl_certificate_key "%s/tls.key";\n' \
     "${LISTEN:-8443}" "$folder" "$folder" >"$run/listen.conf"
 printf 'listen %s;\n' "${INTERNAL_LISTEN:-9145}" >"$run/internal.conf"
 
-# One upstream: each address of each host:port.
+# One upstream: each address of each host:port. Connections are kept for a while only: a Triton that is told to stop takes
+# no new ones and waits for those that are open, idle or not, until its exit time-out.
 upstream() {
     local name="$1" servers="" host address
     for target in ${2//,/ }; do
@@ -35,7 +36,7 @@ upstream() {
             servers+="    server $address:${target##*:} max_fails=1 fail_timeout=1s;"$'\n'
         done
     done
-    printf 'upstream %s {\n%s    keepalive 128;\n    keepalive_requests 1000000;\n}\n' "$name" \
+    printf 'upstream %s {\n%s    keepalive 128;\n    keepalive_timeout 1s;\n    keepalive_time 5s;\n}\n' "$name" \
         "${servers:-    server 127.0.0.1:9 down;
 }"
 }
