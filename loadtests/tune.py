@@ -11,7 +11,7 @@ Contract: what was measured is in `build/<model>/tuning/` as soon as it is measu
 there after a kill; the result is `build/<model>/tuning.json` (`loadtests.tuning.Tuning`). See docs/tuning.md.
 
 Exit codes: 0 the search has ended, whether or not something is better; 2 wrong input; 3 nothing can be concluded: the
-load generator was the limit, or the time was up before the best was confirmed.
+load generator was the limit, or the time was up before anything was tried or confirmed.
 
 Examples:
     python -m loadtests.tune                                            # the recommender, within 20 minutes
@@ -40,6 +40,7 @@ from rich.table import Table as Columns
 
 from deepseek.spec import (
     DeploymentSpec,
+    FileDigest,
     InputError,
     InvalidMeasurement,
     Parser,
@@ -68,8 +69,13 @@ def concluded(tuner: Tuner, head: dict[str, Any], best: TriedSetting) -> Tuning:
     facts = {**head, "trials": (), "reference_rps": journal.reference_rps, "started": journal.started}
     machine = dict(journal.machine)
     facts |= {"versions": machine.pop("versions", {}) | head["versions"], "machine": machine}
+    others = len(journal.tried) - 1
     if best.settings == tuner.default:
-        facts["conclusion"] = f"nothing better than the default was found ({len(journal.tried) - 1} others were tried)"
+        if tuner.cut_short and not others:
+            raise InvalidMeasurement(
+                "the time was up before anything but the default was tried; --max-s gives it longer"
+            )
+        facts["conclusion"] = f"nothing better than the default was found ({others} others were tried)"
     else:
         pairs = tuner.confirm(best)
         if len(pairs) < min(LEAST_PAIRS, tuner.pairs):
@@ -79,8 +85,11 @@ def concluded(tuner: Tuner, head: dict[str, Any], best: TriedSetting) -> Tuning:
             )
         gain, better = verdict(pairs)
         said = f"{best.settings}: {gain}"
-        facts |= {"pairs": tuple(pairs), "gain": gain, "best": best.settings if better else None}
+        facts |= {"pairs": tuple(pairs), "candidate": best.settings, "gain": gain}
+        facts["best"] = best.settings if better else None
         facts["conclusion"] = said if better else f"nothing is proved better than the default; the nearest, {said}"
+    if tuner.cut_short:
+        facts["conclusion"] += "; the time was up before all were tried, the same command goes on from there"
     return Tuning(**facts | {"trials": with_front(journal.tried.values())})
 
 
@@ -140,10 +149,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--warmup-s", type=float, default=1, help="of each trial (default: %(default)s)")
     parser.add_argument("--timeout-s", type=float, default=5, help="deadline of a request (default: %(default)s)")
-    parser.add_argument("--max-batch", type=_numbers, metavar="N,...", help="batch sizes to try")
-    parser.add_argument("--delay-us", type=_numbers, metavar="N,...", help="queue delays to try")
-    parser.add_argument("--instances", type=_numbers, metavar="N,...", help="instance counts to try")
-    parser.add_argument("--threads", type=_numbers, metavar="N,...", help="ONNX Runtime threads of an instance to try")
+    parser.add_argument("--max-batch", type=numbers, metavar="N,...", help="batch sizes to try")
+    parser.add_argument("--delay-us", type=numbers, metavar="N,...", help="queue delays to try")
+    parser.add_argument("--instances", type=numbers, metavar="N,...", help="instance counts to try")
+    parser.add_argument("--threads", type=numbers, metavar="N,...", help="ONNX Runtime threads of an instance to try")
     parser.add_argument("--server", help="command of the server, with {repository}, {http_port}, {grpc_port} and "
                         "{metrics_port} (default: the embedded Triton)")  # fmt: skip
     parser.add_argument("--inputs", help="file of real inputs (default: build/<model>/evaluation.npz)")
@@ -160,7 +169,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between."""
     return tuple(int(part) for part in text.split(","))
 
 
@@ -209,15 +219,9 @@ def facts_of(args: argparse.Namespace, place: Place, manifest: PublishedManifest
         "engine": {name: digest.sha256 for name, digest in sorted(manifest.files.items()) if name != "config.pbtxt"},
         "machine": {"node": platform.node(), "cores": len(os.sched_getaffinity(0))},
         "versions": {name: installed[name] for name in names if name in installed},
-        "measured by": [
-            args.protocol,
-            args.users,
-            args.resolution,
-            args.least_s,
-            args.warmup_s,
-            args.timeout_s,
-            place.server,
-        ],
+        "inputs": FileDigest.of(inputs).sha256 if (inputs := Path(place.settings.inputs)).is_file() else None,
+        "measured by": [args.protocol, args.users, args.resolution, place.server],
+        "seconds": [args.least_s, args.warmup_s, args.timeout_s],
     }
 
 
@@ -260,7 +264,7 @@ def tune(args: argparse.Namespace, console: Console) -> Tuning:
         journal = Journal(folder / "journal.jsonl", facts_of(args, place, manifest), fresh=args.fresh)
         if journal.changed:
             console.print(f"an earlier search was about another {', '.join(journal.changed)}: starting anew")
-        elif journal.resumed:
+        if journal.resumed:
             console.print(f"going on with the search of {journal.started}: {journal.resumed} settings are known")
         else:
             shutil.rmtree(folder / "runs", ignore_errors=True)
@@ -287,7 +291,8 @@ def tune(args: argparse.Namespace, console: Console) -> Tuning:
         tuning = concluded(tuner, head, tuner.search())
         tuning = apply(tuning, place, Path(args.models) / args.model / "deploy.toml", args.dry_run)
         tuning.save(tuning_path(args.model))
-        journal.path.unlink()
+        if not tuner.cut_short:
+            journal.path.unlink()
     return tuning
 
 

@@ -58,6 +58,9 @@ class Tuner:
     resolution: float = 1.05
     """Rates are pinned down to this factor; settings closer to one another are the same until pairs say otherwise."""
 
+    cut_short: bool = False
+    """The time was up before all was tried."""
+
     @property
     def probes(self) -> int:
         """Halvings that bring a pair's search from its span down to the resolution."""
@@ -79,6 +82,10 @@ class Tuner:
                 if setting == self.default:
                     raise InputError(f"the default setting is not served: {error}") from None
                 tried = TriedSetting(settings=setting, stopped_early=True, reason=f"not served: {error}")
+            except (InputError, InvalidMeasurement) as error:
+                if setting == self.default:
+                    raise
+                tried = TriedSetting(settings=setting, stopped_early=True, reason=str(error))
         self.journal.add(tried)
         self.place.console.print(line_of(tried), soft_wrap=True)
         return tried
@@ -104,7 +111,7 @@ class Tuner:
         return tried.model_copy(update={"p50_ms": trial.p50_ms, "p99_ms": trial.p99_ms}), trial.outcome == "holds"
 
     def _with_first_capacity(self, served: Contender, tried: TriedSetting) -> TriedSetting:
-        """Of the default: nothing is known yet but the throughput."""
+        """Of the default, or where it holds no rate: nothing is known yet but the throughput."""
         rate, trial = tried.throughput_rps * 0.6, None
         while rate > tried.throughput_rps * LEAST_SHARE:
             trial = self._held(served, rounded(rate))
@@ -112,7 +119,7 @@ class Tuner:
                 return self._climbed(served, tried, trial.rate_rps)
             rate /= 2
         assert trial is not None
-        if trial.outcome == "invalid":
+        if trial.outcome == "invalid" and served.setting == self.default:
             raise InvalidMeasurement(f"the load generator is the limit at every rate: {'; '.join(trial.problems)}")
         why = ", ".join(trial.failed) or trial.outcome
         return tried.model_copy(update={"reason": f"holds no rate down to {trial.rate_rps:g}/s: {why}"})
@@ -166,6 +173,7 @@ class Tuner:
                     for setting in self.space.varied(self.best().settings, part):
                         self.try_setting(setting)
         except TimeUp:
+            self.cut_short = True
             self.place.console.print("the search ends here: the rest of the time is for the confirmation")
         return self.best()
 
@@ -174,11 +182,10 @@ class Tuner:
         tried = self.journal.tried
         top = max(each.capacity_rps or 0 for each in tried.values())
         level = [each for each in tried.values() if top and (each.capacity_rps or 0) * self.resolution >= top]
-        best = min(level, key=lambda each: each.p99_ms or float("inf"), default=tried[self.default])
+        best = min(level, key=lambda each: each.p99_ms or math.inf, default=tried[self.default])
         default = tried[self.default]
-        if default in level and (default.p99_ms or 0) <= (best.p99_ms or 0) * LEAST_P99_GAIN:
-            return default
-        return best
+        same = (default.p99_ms or math.inf) <= (best.p99_ms or math.inf) * LEAST_P99_GAIN
+        return default if default in level and same else best
 
     # -- the confirmation ------------------------------------------------------------------------
 

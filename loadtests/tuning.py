@@ -128,9 +128,11 @@ class Tuning(Table):
     users: int
     """In flight in the closed loop of `throughput_rps`."""
     reference_rps: float
+    candidate: Setting | None = None
+    """What `pairs` hold against the default: the best of the search, proved better or not."""
     pairs: tuple[Pair, ...] = ()
     gain: Gain | None = None
-    """Of `best` over `default`; null where nothing was confirmed."""
+    """Of `candidate` over `default`; null where there was none."""
     applied: bool = False
     """`best` was written to the file of tuned values."""
     conclusion: str

@@ -19,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
-from deepseek.spec import DeploymentSpec, FileDigest, InputError, TunedBatching, TunedFile
+from deepseek.spec import DeploymentSpec, FileDigest, InputError, InvalidMeasurement, TunedBatching, TunedFile
 from export.artifact import read_manifest, save_rows, write_manifest
 from loadtests.contender import Place
 from loadtests.journal import Journal
@@ -209,6 +209,16 @@ def test_where_nothing_is_better_nothing_changes(tmp_path: Path, other: TriedSet
     assert not list(tmp_path.glob("*.toml"))
 
 
+def test_a_search_that_the_time_cut_short_says_so_or_that_nothing_can_be_said(tmp_path: Path) -> None:
+    search = known(tmp_path / "one", tried(SLOW, 100))
+    search.ends_at = 0
+    with pytest.raises(InvalidMeasurement, match="the time was up before anything but the default was tried"):
+        concluded(search, HEAD, search.search())
+    search = known(tmp_path / "two", tried(SLOW, 100), tried(FAST.model_copy(update={"max_batch": 4}), 50))
+    search.ends_at = 0
+    assert "the same command goes on from there" in concluded(search, HEAD, search.search()).conclusion
+
+
 def pairs(*ratios: float, p99: float = 1.0) -> list[Pair]:
     return [Pair(default_rps=100, best_rps=100 * ratio, default_p99_ms=10 * p99, best_p99_ms=10) for ratio in ratios]
 
@@ -235,7 +245,7 @@ def test_a_candidate_that_the_pairs_do_not_bear_out_changes_nothing(tmp_path: Pa
     for pair in pairs(0.9, 1.3, 1.1):
         search.journal.add_pair(FAST, pair)
     result = apply(concluded(search, HEAD, search.search()), search.place, tmp_path / "deploy.toml", dry_run=False)
-    assert (result.best, result.applied, len(result.pairs)) == (None, False, 3)
+    assert (result.best, result.candidate, result.applied, len(result.pairs)) == (None, FAST, False, 3)
     assert result.conclusion.startswith(
         "nothing is proved better than the default; the nearest, 2 instances x 1 thread"
     )
