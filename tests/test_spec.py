@@ -244,3 +244,10 @@ def test_deploy_toml_itself_cannot_hold_the_tuned_values(tmp_path: Path) -> None
     path.write_text(GOOD.replace("tuned.toml", "deploy.toml"))
     with pytest.raises(InputError, match="tuned values need a file of their own"):
         DeploymentSpec.load(path)
+
+
+def test_a_server_that_takes_smaller_batches_has_a_smaller_profile() -> None:
+    spec = DeploymentSpec.load("tests/models/text")
+    cut = spec.with_batches_up_to(3)
+    assert (cut.shape("input_ids", "max"), cut.shape("input_ids", "opt")) == ((3, 64), (3, 16))
+    assert spec.with_batches_up_to(100) == spec
