@@ -122,7 +122,8 @@ def _locust(
 ) -> Iterator[subprocess.Popen[str]]:
     """Locust over the settings file; ended, whatever happens, when the block ends."""
     waiting = str(max(users, settings.workers))
-    longest_s = math.ceil(settings.warmup_s + settings.duration_s + 2 * settings.timeout_s + 10)
+    planning_s = sum(segment.arrivals for segment in settings.segments) / 1e6  # before it starts: far less in fact
+    longest_s = math.ceil(planning_s + settings.warmup_s + settings.duration_s + 2 * settings.timeout_s + 10)
     command = [sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE)]
     command += ["--users", waiting, "--spawn-rate", waiting, "--run-time", f"{longest_s}s"]  # the file ends it earlier
     command += ["--loglevel", "WARNING", "--settings", str(path)]

@@ -107,6 +107,15 @@ def test_a_server_that_refuses_half_the_requests_fails_half_of_them(protocol: Pr
     assert judgement.verdict in ("violated", "invalid")  # invalid where this machine is too busy to measure on
 
 
+def test_a_server_that_refuses_everything_is_measured_and_violates_its_slo() -> None:
+    with FakeEndpoint(refuse_every=1) as endpoint:
+        run = command(settings(endpoint, duration_s=1.0), "--rate", "50")
+    judged = judge(Run.load(latest_run("tiny")), SloSpec(p50_ms=1000))
+    assert run.returncode in (0, 3), run.stderr  # 3 where this machine is too busy to measure on
+    assert math.isinf(judged.objectives[0].seen)
+    assert judged.verdict == ("violated" if run.returncode == 0 else "invalid")
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_server_that_resets_connections_leaves_errors_of_that_kind(protocol: Protocol) -> None:
     with FakeEndpoint(delay_ms=20, reset_every=30) as endpoint:
