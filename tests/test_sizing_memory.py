@@ -112,9 +112,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
-@pytest.mark.parametrize("steps", [1, 2], ids=["one-batch", "accumulated"])
-def test_the_peak_of_a_real_step_is_within_a_tenth_of_what_was_planned(checkpointing: bool, steps: int) -> None:
-    size = TransformerSize(config=config(num_layers=4, hidden_size=64, intermediate_size=256, max_length=64))
+@pytest.mark.parametrize(
+    ("steps", "vocab"), [(1, 100), (2, 100), (1, 20_000)], ids=["one-batch", "accumulated", "large-vocabulary"]
+)
+def test_the_peak_of_a_real_step_is_within_a_tenth_of_what_was_planned(
+    checkpointing: bool, steps: int, vocab: int
+) -> None:
+    shape = config(num_layers=4, hidden_size=64, intermediate_size=256, max_length=64, vocab_size=vocab)
+    size = TransformerSize(config=shape)
     model = Transformer(size.config).train()
     model.gradient_checkpointing = checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)

@@ -2,8 +2,8 @@
 
 Contract: needs onnx and onnxruntime. Writes `$BUILD/this-machine.toml`, which later plans read as the device
 "this-machine". Figures are one instance's where two share the cores (`[batching]`'s default): rates are what ONNX
-Runtime's matrix products reach at 512 rows, by the fastest of many calls; where an instance has one thread, in processor
-time. What others do to caches and memory meanwhile is in them all the same. Nothing is sent anywhere.
+Runtime's matrix products reach at 512 rows, by the fastest of many calls; where an instance has one thread, in
+processor time. What others do to caches and memory meanwhile is in them all the same. Nothing is sent anywhere.
 
 Examples:
     write_device(measured_path(), THIS_MACHINE, measure_machine())

@@ -98,6 +98,9 @@ class TrainingMemory:
     workspace_bytes: float
     """On top at the worst moment of backward: a recomputed block, gradients of activations, the logits."""
     context_bytes: float = 0.0
+    step_bytes: float = 0.0
+    """What the optimizer's step takes for a moment, when activations are gone: AdamW on an accelerator takes all
+    parameters together (a root of each second moment), on a CPU one after the other (two of the largest)."""
     gradients_stay: bool = False
     """Whether those of earlier micro-batches lie there while activations are made."""
 
@@ -109,15 +112,20 @@ class TrainingMemory:
     @property
     def total_bytes(self) -> float:
         """Everything at once, whether or not it is: what has to fit."""
-        return self.state_bytes + self.activation_bytes + self.workspace_bytes + self.context_bytes
+        return (
+            self.state_bytes + self.context_bytes + max(self.activation_bytes + self.workspace_bytes, self.step_bytes)
+        )
 
     @property
     def peak_bytes(self) -> float:
         """What a measurement should see at the worst moment: gradients grow while activations are let go, unless they
-        stay from one micro-batch to the next."""
+        stay from one micro-batch to the next; then comes the optimizer's step."""
+        held = self.weight_bytes + self.optimizer_bytes + self.context_bytes
         if self.gradients_stay:
-            return self.total_bytes
-        return self.total_bytes - min(self.gradient_bytes, self.activation_bytes)
+            backward = self.gradient_bytes + self.activation_bytes
+        else:
+            backward = max(self.gradient_bytes, self.activation_bytes)
+        return held + max(backward + self.workspace_bytes, self.gradient_bytes + self.step_bytes)
 
 
 def training_memory(model: Countable, setup: TrainingSetup, *, saved: Saved | None = None) -> TrainingMemory:
@@ -139,8 +147,18 @@ def training_memory(model: Countable, setup: TrainingSetup, *, saved: Saved | No
         activation_bytes=saved.kept,
         workspace_bytes=saved.workspace,
         context_bytes=CONTEXT_BYTES[setup.platform],
+        step_bytes=_step_bytes(model, setup),
         gradients_stay=setup.accumulation_steps > 1,
     )
+
+
+def _step_bytes(model: Countable, setup: TrainingSetup) -> float:
+    if setup.optimizer != "adamw":
+        return 0.0  # works in place
+    if setup.platform == "accelerator" or not isinstance(model, TransformerSize):
+        return 4.0 * model.parameters
+    config = model.config
+    return 2 * 4.0 * config.hidden_size * max(config.vocab_size, config.intermediate_size, config.max_length)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,7 +91,7 @@ def training_layouts(
     kept = saved or saved_bytes(_transformer(model), setup)
     gradient, width = 4.0 if setup.precision == "fp32" or setup.autocast else 2.0, 4 if setup.precision == "fp32" else 2
     gradients, steps = gradient * model.parameters, setup.accumulation_steps
-    rest = whole.total_bytes - whole.state_bytes
+    rest = whole.activation_bytes + whole.workspace_bytes + whole.context_bytes
     ways = [_Way(way="single", counts=[1], memory=lambda count: whole.total_bytes, sent=lambda count: 0.0)]
     ways.append(
         _Way(

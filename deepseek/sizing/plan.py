@@ -121,7 +121,7 @@ def make_plan(model: Countable, request: Request, devices: Mapping[str, Device])
         host=host_needs(model, next(iter(variants.values())), disk_bytes_s=request.disk_mb_s * 1e6),
         inference={name: inference_memory(model, _serving(request, name)) for name in ("fp32", "fp16", "int8")},
         devices={key: plan_device(model, request, key, device) for key, device in devices.items()},
-        notes=_notes(model, request),
+        notes=_notes(model, request, devices),
     )
 
 
@@ -250,8 +250,10 @@ def _largest_training_batch(model: Countable, setup: TrainingSetup, device: Devi
     return largest_batch(total, device.usable_bytes)
 
 
-def _notes(model: Countable, request: Request) -> tuple[str, ...]:
-    notes = []
+def _notes(model: Countable, request: Request, devices: Mapping[str, Device]) -> tuple[str, ...]:
+    notes, precision = [], request.training.precision
+    if precision != "fp32" and (without := [key for key, device in devices.items() if not device.runs(precision)]):
+        notes.append(f"{', '.join(without)}: no units for {precision}; train in another type there")
     if isinstance(model, OnnxModel):
         notes.append(
             "training memory of a graph is at most that: every value between two operations kept, without checkpointing"
