@@ -8,7 +8,7 @@ from pathlib import Path
 from loadtests import server_statistics
 from loadtests.charts import stacked_bar
 from loadtests.report.curves import curves, failures_over_time
-from loadtests.report.page import facts, ms, numbers, sentence
+from loadtests.report.page import facts, ms, numbers, percentile, sentence
 from loadtests.report.verdict import LETTERS
 from loadtests.results import Run
 from loadtests.server_statistics import Split
@@ -87,7 +87,7 @@ def percentiles(runs: Sequence[Run]) -> str:
     """The figures under the curves, for those who want to copy them."""
     found = {curve.name: curve.run.window.latency(curve.kind) for curve in curves(runs)}
     rows = [
-        (f"p{percent:g}", *(ms(each.percentile_ms(percent)) for each in found.values()))
+        (f"p{percent:g}", *(percentile(each, percent) for each in found.values()))
         for percent in (50, 75, 90, 95, 99, 99.9, 99.99)
     ]
     rows.append(("slowest", *(ms(each.max_ms) for each in found.values())))
@@ -99,15 +99,10 @@ def lengths(run: Run) -> str:
     """Latency by the length of what was sent; "" where all inputs are of one length."""
     if not run.lengths:
         return ""
-    rows = [
-        (
-            name,
-            f"{part.planned:,}",
-            ms((found := part.latency(run.judged)).percentile_ms(50)),
-            ms(found.percentile_ms(99)),
-        )
-        for name, part in run.lengths.items()
-    ]
+    rows = []
+    for name, part in run.lengths.items():
+        latency = part.latency(run.judged)
+        rows.append((name, f"{part.planned:,}", percentile(latency, 50), percentile(latency, 99)))
     return numbers([run.judged, "requests", "p50", "p99"], rows)
 
 

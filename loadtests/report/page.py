@@ -13,6 +13,8 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from loadtests.results import Distribution
+
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
@@ -23,6 +25,11 @@ def ms(value: float | None) -> str:
     if math.isnan(value):
         return "-"
     return f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def percentile(latency: Distribution, percent: float) -> str:
+    """A percentile in milliseconds; "-" of fewer requests than 1 in 1 - p, where it would be the slowest alone."""
+    return ms(latency.percentile_ms(percent)) if latency.total * (100 - percent) >= 100 - 1e-6 else "-"
 
 
 def sentence(text: str) -> str:

@@ -22,7 +22,9 @@ LOOKS = {
     "invalid": ("doubtful", "diamond"),
     "inconclusive": ("doubtful", "diamond"),
 }
+MARKS = {"holds": "✓", "failed": "✕", "doubtful": "?"}
 OUTCOMES = {"holds": "holds", "failed": "fails", "doubtful": "proves nothing"}
+TRIALS_READ = "Rates in requests/s, latencies in ms. ✓ holds, ✕ fails, ? proves nothing."
 MOST_SETTINGS = 12  # of the table; all are in tuning.json
 
 
@@ -52,7 +54,7 @@ def knee(capacity: Capacity) -> str:
     chart = Chart(_scale(rates, 1.15), y, "p99 by rate", x_title="planned rate, requests/s")
     chart.axes(x_unit="", y_unit="p99, ms")
     if limit:
-        chart.limit(limit, f"SLO: p99 {ms(limit)}")
+        chart.limit(limit, f"SLO: p99 {ms(limit)}", left=True)  # low rates are far below it
     if capacity.capacity_rps is not None:
         least = "at least " if capacity.limited_by == "generator" else ""
         chart.at(capacity.capacity_rps, f"{least}{capacity.capacity_rps:g}/s", "knee")
@@ -96,15 +98,15 @@ def _trials(capacity: Capacity) -> str:
     rows = [
         (
             f"{trial.rate_rps:g}",
-            f"{trial.achieved_rps:.1f}",
+            f"{trial.achieved_rps:.4g}",
             ms(trial.p50_ms).removesuffix(" ms"),
             ms(trial.p99_ms).removesuffix(" ms"),
-            f"{trial.error_rate:.2%}",
-            trial.outcome,
+            f"{trial.error_rate:.1%}",
+            MARKS[LOOKS[trial.outcome][0]],
         )
         for trial in sorted(capacity.trials, key=lambda each: (each.rate_rps, each.duration_s))
     ]
-    return numbers(["planned/s", "answered/s", "p50, ms", "p99, ms", "failed", ""], rows)
+    return numbers(["planned", "answered", "p50", "p99", "failed", ""], rows)
 
 
 def front(tuning: Tuning) -> str:
@@ -213,7 +215,7 @@ def capacity_page(capacity: Capacity) -> str:
     settings = [
         (name.replace("_", " "), value) for name, value in capacity.settings.model_dump().items() if value is not None
     ]
-    cards = [capacity_card(capacity), card("Trials", _trials(capacity))]
+    cards = [capacity_card(capacity), card("Trials", _trials(capacity), TRIALS_READ)]
     cards += [card("Settings served", facts(settings))] if settings else []
     cards += _environment(capacity)
     return document(f"{capacity.model}: {title}", _head(title, subject, status) + grid(cards), capacity.started)

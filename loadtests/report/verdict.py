@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from deepseek.spec import SloSpec
-from loadtests.report.page import ms, sentence
+from loadtests.report.page import ms, percentile, sentence
 from loadtests.results import Run, Settings
 from loadtests.slo import Judged, Judgement, formatted, judge
 
@@ -80,7 +80,7 @@ def _meaning(each: Judged) -> str:
 def tiles(run: Run) -> str:
     """The figures of a run at a glance."""
     latency = run.window.latency(run.judged)
-    shown = [(f"p{percent:g}", ms(latency.percentile_ms(percent))) for percent in (50, 95, 99, 99.9)]
+    shown = [(f"p{percent:g}", percentile(latency, percent)) for percent in (50, 95, 99, 99.9)]
     shown += [("slowest answer", ms(latency.max_ms)), ("good answers", f"{run.window.throughput_rps:.1f}/s")]
     shown += [("requests", f"{run.window.planned:,}"), ("failed", f"{run.window.failed:,}")]
     return "<dl class='tiles'>" + "".join(f"<div><dt>{n}</dt><dd>{v}</dd></div>" for n, v in shown) + "</dl>"
