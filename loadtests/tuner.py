@@ -142,9 +142,9 @@ class Tuner:
 
     def _climbed(self, served: Contender, tried: TriedSetting, low: float) -> TriedSetting:
         """Capacity from a rate that holds: upwards until one does not, then by bisection."""
-        high, at_least = None, False
+        high, at_least, growth = None, False, max(GROWTH, self.resolution)
         while (high is None or high > low * self.resolution) and time.monotonic() + served.trial_s(low) < self.ends_at:
-            trial = self._held(served, rounded(low * GROWTH if high is None else (low * high) ** 0.5))
+            trial = self._held(served, rounded(low * growth if high is None else (low * high) ** 0.5))
             if trial.outcome == "holds":
                 low = trial.rate_rps
             else:

@@ -112,7 +112,7 @@ def killed(wide: Path) -> Path:
     command = [sys.executable, "-m", "loadtests.tune", *flags(wide)]
     environment = {**os.environ, "BUILD": str(wide / "build")}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        ends_at = time.monotonic() + 180
+        ends_at = time.monotonic() + 400
         while process.poll() is None and time.monotonic() < ends_at:
             if journal_of(wide).exists() and '"tried"' in journal_of(wide).read_text():
                 break
