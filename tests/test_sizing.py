@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
@@ -127,20 +128,24 @@ def test_a_graph_is_planned_at_deploy_tomls_sizes_and_measured_here(built: Path,
     assert plan.notes
 
 
-def test_what_make_capacity_measured_takes_the_place_of_the_prediction(built: Path, tmp_path: Path) -> None:
-    shutil.copytree(built / "build" / "text", tmp_path / "build" / "text")
-    (tmp_path / "build" / f"{THIS_MACHINE}.toml").write_text(
-        Path("deepseek/devices.toml").read_text().split("[t4]")[1].split("[v100-16]")[0].join(["[this-machine]", ""])
-    )
-    found = {"capacity_rps": 7.0, "objectives": ["p99_ms <= 20 ms"]}
-    (tmp_path / "build" / "text" / "capacity.json").write_text(json.dumps(found))
-    plan = planned(["--model", "text", "--models", "tests/models", "--rate", "14", "--p99-ms", "20", "--growth", "0"])
-    here, there = plan.devices[THIS_MACHINE], plan.devices["t4"]
-    assert here.capacity is not None
-    assert there.capacity is not None
-    assert (here.capacity.measured, here.capacity.capacity_rps, there.capacity.measured) == (True, 7.0, False)
-    assert here.bill is not None
-    assert here.bill.replicas == 3
+def test_what_make_capacity_measured_stands_beside_the_predictions(tmp_path: Path) -> None:
+    path = tmp_path / "capacity.json"
+    path.write_text(json.dumps({"capacity_rps": 7.0, "objectives": ["p99_ms <= 20 ms"]}))
+    asked = ["--rate", "14", "--p99-ms", "20", "--growth", "0", "--capacity", str(path), "--price", "0.5"]
+    plan = planned([*SIZES, *asked])
+    assert plan.measured is not None
+    assert plan.measured.bill is not None
+    assert (plan.measured.bill.replicas, plan.measured.bill.month_usd) == (3, 3 * 0.5 * 730)
+    assert (there := plan.devices["t4"].capacity) is not None
+    assert not there.measured
+    run = run_module("deepseek.sizing", *SIZES, *asked)
+    assert re.search(r"as measured +7/s +- +3 +1,095 +\S+ measurement", run.stdout)
+
+
+def test_a_capacity_file_that_is_not_there_is_one_line() -> None:
+    run = run_module("deepseek.sizing", *SIZES, "--rate", "14", "--capacity", "nowhere.json")
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "nowhere.json: cannot be read" in run.stderr
 
 
 def test_charts_are_drawn_beside_the_plan(tmp_path: Path) -> None:

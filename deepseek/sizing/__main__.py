@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
 
-from deepseek.config import AdviceWarning, TransformerConfig
+from deepseek.config import AdviceWarning, TransformerConfig, check_float
 from deepseek.sizing.cost import Demand
 from deepseek.sizing.counting import Countable, TransformerSize, presets
 from deepseek.sizing.devices import THIS_MACHINE, load_devices, measured_path, write_device
@@ -72,6 +73,7 @@ def parser() -> Parser:
     serve.add_argument(
         "--capacity", type=Path, help="what make capacity measured (default: the model's, if it is there)"
     )
+    serve.add_argument("--price", type=float, help="USD an hour of the machine that make capacity measured")
     where = made.add_argument_group("devices and output")
     where.add_argument("--devices", help="a file in place of deepseek/devices.toml")
     where.add_argument("--device", action="append", default=[], help="only this one; may be repeated")
@@ -172,6 +174,8 @@ def sizes(args: argparse.Namespace, model: Countable, spec: DeploymentSpec | Non
 def request(args: argparse.Namespace, length: int, batch: int) -> Request:
     """What the flags ask for."""
     capacity = args.capacity
+    if args.price is not None:
+        check_float("--price", "USD an hour", args.price, 0, math.inf)
     if capacity is None and args.model and (found := build_dir(args.model) / "capacity.json").is_file():
         capacity = found
     demand = None
@@ -202,6 +206,7 @@ def request(args: argparse.Namespace, length: int, batch: int) -> Request:
         disk_mb_s=args.disk_mb_s,
         demand=demand,
         capacity=capacity,
+        price_usd_hour=args.price,
     )
 
 

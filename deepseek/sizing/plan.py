@@ -17,7 +17,7 @@ from typing import Any
 
 from deepseek.sizing.cost import Bill, Demand, Serving, bill, measured_serving, predicted_serving
 from deepseek.sizing.counting import Countable, TransformerSize, flops
-from deepseek.sizing.devices import THIS_MACHINE, Device
+from deepseek.sizing.devices import Device
 from deepseek.sizing.memory import (
     BYTES,
     HostNeeds,
@@ -51,7 +51,9 @@ class Request:
     disk_mb_s: float = 500.0
     demand: Demand | None = None
     capacity: Path | None = None
-    """What `make capacity` measured on this machine."""
+    """What `make capacity` measured, on the machine where it ran."""
+    price_usd_hour: float | None = None
+    """Of that machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,15 @@ class DevicePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasuredPlan:
+    """What the machine that `make capacity` measured takes for the demand."""
+
+    serving: Serving | None
+    why_not: str
+    bill: Bill | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """All of it."""
 
@@ -93,6 +104,8 @@ class Plan:
     host: HostNeeds | None
     inference: Mapping[str, InferenceMemory]
     devices: Mapping[str, DevicePlan]
+    measured: MeasuredPlan | None
+    """None: no capacity was measured, or no rate is asked for."""
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -120,9 +133,21 @@ def make_plan(model: Countable, request: Request, devices: Mapping[str, Device])
         training=variants,
         host=host_needs(model, next(iter(variants.values())), disk_bytes_s=request.disk_mb_s * 1e6),
         inference={name: inference_memory(model, _serving(request, name)) for name in ("fp32", "fp16", "int8")},
-        devices={key: plan_device(model, request, key, device) for key, device in devices.items()},
+        devices={key: plan_device(model, request, device) for key, device in devices.items()},
+        measured=plan_measured(request),
         notes=_notes(model, request, devices),
     )
+
+
+def plan_measured(request: Request) -> MeasuredPlan | None:
+    """Replicas of the machine that was measured. Raises InputError for a file that is none of `make capacity`'s."""
+    if request.demand is None or request.capacity is None:
+        return None
+    found = measured_serving(request.capacity, request.demand.p99_ms)
+    if isinstance(found, str):
+        return MeasuredPlan(serving=None, why_not=found, bill=None)
+    paid = bill(request.demand, found.capacity_rps, request.price_usd_hour)
+    return MeasuredPlan(serving=found, why_not="", bill=paid)
 
 
 def training_variants(model: Countable, setup: TrainingSetup) -> dict[str, TrainingMemory]:
@@ -155,7 +180,7 @@ def graph_saved(model: Countable, setup: TrainingSetup) -> Saved | None:
     return Saved(kept=kept, workspace=width * model.live_elements(setup.batch, setup.length))
 
 
-def plan_device(model: Countable, request: Request, key: str, device: Device) -> DevicePlan:
+def plan_device(model: Countable, request: Request, device: Device) -> DevicePlan:
     """One device's part."""
     setup = replace(request.training, platform=device.platform)
     ways = tuple(training_layouts(model, setup, device, saved=graph_saved(model, setup)))
@@ -163,7 +188,7 @@ def plan_device(model: Countable, request: Request, key: str, device: Device) ->
     serving = _serving(request, precision, device)
     chosen = choose(serving_layouts(model, serving, device))
     seconds, calibrated = _latency_s(model, request, device, precision, chosen)
-    capacity, why = _capacity(model, request, key, device, precision, chosen)
+    capacity, why = _capacity(model, request, device, precision, chosen)
     return DevicePlan(
         name=device.name,
         price_usd_hour=device.price_usd_hour,
@@ -221,25 +246,17 @@ def _latency_s(
 
 
 def _capacity(
-    model: Countable, request: Request, key: str, device: Device, precision: str, chosen: Layout | None
+    model: Countable, request: Request, device: Device, precision: str, chosen: Layout | None
 ) -> tuple[Serving | None, str]:
     if request.demand is None:
         return None, ""
-    p99_ms, why = request.demand.p99_ms, ""
-    if key == THIS_MACHINE and request.capacity is not None:
-        found = measured_serving(request.capacity, p99_ms)
-        if isinstance(found, Serving):
-            return found, ""
-        why = found + "; "
     if request.generate:
         return None, "a model that generates has no single latency: plan by tokens a second"
     if chosen is not None and chosen.devices != 1:
         return None, f"one copy needs {chosen.devices} devices: plan by the latency above"
-    length = request.training.length
+    length, p99_ms = request.training.length, request.demand.p99_ms
     predicted = predicted_serving(model, device, precision=precision, length=length, p99_ms=p99_ms)
-    if isinstance(predicted, str):
-        return None, why + predicted
-    return replace(predicted, note=why + "predicted"), ""
+    return (None, predicted) if isinstance(predicted, str) else (predicted, "")
 
 
 def _largest_training_batch(model: Countable, setup: TrainingSetup, device: Device) -> int:

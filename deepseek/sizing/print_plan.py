@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.sizing.charts import bar_chart, stacked_chart, write_svg
+from deepseek.sizing.cost import Bill, Serving
 from deepseek.sizing.devices import Device
 from deepseek.sizing.measure import measure_graph
 from deepseek.sizing.memory import FILL
@@ -143,30 +144,29 @@ def _each(layout: Layout) -> str:
 
 def _print_cost(console: Console, plan: Plan) -> None:
     table = _table("serving", "a replica bears", "batch", "replicas", "USD a month", "USD a million", "by")
-    unmet = []
+    lines = []
+    if plan.measured is not None:
+        found = plan.measured.serving
+        if found is not None and plan.measured.bill is not None:
+            table.add_row("as measured", *_paid(found, plan.measured.bill), "measurement")
+        lines.append(f"measured  {plan.measured.why_not or (found.note if found else '')}")
     for key, each in plan.devices.items():
         if each.capacity is None or each.bill is None:
-            unmet.append(f"{key:<12} {each.no_capacity}")
-            continue
-        paid = each.bill
-        table.add_row(
-            key,
-            f"{each.capacity.capacity_rps:,.0f}/s",
-            str(each.capacity.batch or "-"),
-            str(paid.replicas),
-            f"{paid.month_usd:,.0f}" if paid.month_usd is not None else "no price",
-            f"{paid.million_usd:.3g}" if paid.million_usd is not None else "-",
-            "measurement" if each.capacity.measured else "prediction" if each.calibrated else "~prediction",
-        )
+            lines.append(f"{key:<12} {each.no_capacity}")
+        else:
+            table.add_row(key, *_paid(each.capacity, each.bill), "prediction" if each.calibrated else "~prediction")
     console.print(table)
     console.print(
         "replicas  bear the rate as it has grown when new ones answer, and one more (N+1); prices are examples"
     )
-    for line in unmet:
+    for line in lines:
         console.print(line)
-    for key, each in plan.devices.items():
-        if each.capacity and each.capacity.note not in ("", "predicted"):
-            console.print(f"{key:<12} {each.capacity.note}")
+
+
+def _paid(serving: Serving, paid: Bill) -> tuple[str, ...]:
+    """Cells of what is served, and of what it costs."""
+    priced = ("no price", "-") if paid.month_usd is None else (f"{paid.month_usd:,.0f}", f"{paid.million_usd:.3g}")
+    return f"{serving.capacity_rps:,.0f}/s", str(serving.batch or "-"), str(paid.replicas), *priced
 
 
 def print_measured(
