@@ -303,4 +303,7 @@ def test_wrong_input_is_one_line_and_leaves_no_folder(tmp_path: Path, flags: lis
     assert run.returncode == 2
     assert reason in run.stderr
     assert "Traceback" not in run.stderr
-    assert not list(tmp_path.glob("*/profiles/*"))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(
+        {"recommender", "repository", *(["serving"] if (tmp_path / "serving").exists() else [])}
+    )
+    assert [path.name for path in (tmp_path / "recommender").iterdir()] == ["evaluation.npz"]

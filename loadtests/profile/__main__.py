@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -217,6 +218,9 @@ def main() -> int:
         folder = draft.rename(place / (datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")[:-3] + "Z"))
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        with suppress(OSError):  # of a model that is not there nothing is left; what holds something stays
+            place.rmdir()
+            place.parent.rmdir()
     if args.json:
         print(json.dumps({"folder": str(folder), **found}, indent=2))
     else:
