@@ -1,8 +1,8 @@
 """The retry budget: extra requests, retries and hedges alike, are a small share of the calls.
 
-Contract: over any `WINDOW_S` seconds at most `RESERVE` + share * calls extra requests are let through, whoever asks
-for them and from however many threads. So a server that fails everything sees about (1 + share) times the calls, not
-(1 + retries) times, while a quiet client may still retry. Finagle's RetryBudget is built like this.
+Contract: of the last `WINDOW_S` seconds (counted whole) at most `RESERVE` + share * calls extra requests are let
+through, whoever asks for them and from however many threads. So a server that fails everything sees about (1 + share)
+times the calls, not (1 + retries) times, while a quiet client may still retry. Finagle's RetryBudget is like this.
 
 Example:
     >>> budget = RetryBudget(0.1)

@@ -236,9 +236,8 @@ class Calls:
         return answer
 
     def _counters_of(self, model: str) -> ModelCounters:
-        return self._counters.get(model) or self._counters.setdefault(
-            model, ModelCounters()
-        )  # atomic, unlike defaultdict
+        counters = self._counters.get(model)
+        return counters or self._counters.setdefault(model, ModelCounters())  # atomic, as a defaultdict's is not
 
     # -- attempts --------------------------------------------------------------------------------
 

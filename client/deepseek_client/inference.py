@@ -66,7 +66,7 @@ class _Client:
             protocol: "grpc" or "http".
             timeout_s: deadline of a call that names none of its own.
             retries: attempts after the first, for errors that are safe to retry.
-            retry_budget: retries and hedges over any ten seconds, as a share of the calls; 10 are always allowed.
+            retry_budget: retries and hedges of the last ten seconds, as a share of the calls; 10 are always allowed.
                 None: no limit.
             idempotent: running a request twice does no harm (true of every stateless model), so a lost connection is
                 retried, too, and hedging is allowed.

@@ -197,7 +197,7 @@ class GrpcTransport:
         answer = await self._call("ModelInfer", body + tail, deadline, metadata, cancel)
         try:
             return _arrays(answer, placement)
-        except (StopIteration, TypeError, ValueError, struct.error) as error:
+        except (TypeError, ValueError, struct.error) as error:
             raise ServerError(f"{self._url}: an answer that cannot be read ({error!r})") from None
 
     async def register(self, region: str, size_bytes: int, deadline: Deadline, cancel: Cancel | None = None) -> None:

@@ -140,9 +140,7 @@ class Regions:
         """After no answer: what the server still writes goes nowhere, and it is told to let go when it is done."""
         region.free()
         self._given_up.append(region.region)
-        if not self._sweeping and not self._closed:
-            self._sweeping = True
-            self._runtime.spawn(self._sweep)
+        self._start_sweeping()
 
     def forget(self) -> None:
         """The server was restarted and knows none of them."""
@@ -165,6 +163,11 @@ class Regions:
                 self._given_up.append(name)
                 await self._runtime.sleep(FIRST_SWEEP_S)
 
+    def _start_sweeping(self) -> None:
+        if self._given_up and not self._sweeping and not self._closed:
+            self._sweeping = True
+            self._runtime.spawn(self._sweep)
+
     async def _sweep(self) -> None:
         """Has the server let go of what was given up, as soon as no request uses it any more."""
         pause_s = FIRST_SWEEP_S
@@ -172,10 +175,12 @@ class Regions:
             await self._runtime.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_SWEEP_S)
             for _ in range(len(self._given_up)):
-                name = self._given_up.popleft()
-                if not self._closed and not await self._unregister(name, Deadline(CLOSE_TIMEOUT_S)):
-                    self._given_up.append(name)
+                with contextlib.suppress(IndexError):  # `close` took it
+                    name = self._given_up.popleft()
+                    if self._closed or not await self._unregister(name, Deadline(CLOSE_TIMEOUT_S)):
+                        self._given_up.append(name)
         self._sweeping = False
+        self._start_sweeping()  # what was given up in between
 
     def _take_idle(self, size: int) -> Region | None:
         """The one used last; one that is too small makes room for a larger one."""
