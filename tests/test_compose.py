@@ -234,6 +234,17 @@ def tritonserver_of(stack: Stack) -> int:
     return int(next(line.split()[0] for line in lines if line.endswith("tritonserver")))
 
 
+def test_a_server_that_is_told_to_stop_is_not_held_up_by_the_gateways_idle_connections(stack: Stack) -> None:
+    with stack.client("http") as client:
+        client.infer("text", row())
+        stack.compose("stop", "triton")
+        assert "Exit timeout expired" not in stack.compose("logs", "triton").stdout
+        with pytest.raises(InferenceError):
+            client.infer("text", row())
+    stack.compose("start", "triton")
+    stack.wait_until_served()
+
+
 def test_an_engine_that_does_not_fit_is_not_served_and_the_log_says_why(stack: Stack, built: Path) -> None:
     (version,) = (built / "repository" / "text").glob("[0-9]*")
     mounts = ("--volume", f"{built / 'repository' / 'text'}:/models/other:ro")

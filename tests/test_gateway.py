@@ -390,6 +390,34 @@ def test_without_a_server_the_answer_is_unavailable(gateway: Gateway, tmp_path: 
         alone.stop()
 
 
+def test_of_two_servers_one_that_is_killed_costs_no_request(gateway: Gateway, tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+    with contextlib.ExitStack() as stack:
+        two = [
+            stack.enter_context(EmbeddedServer(tmp_path / "repository", log_path=tmp_path / name, **ports))
+            for name in ("a.log", "b.log")
+        ]
+        addresses = [",".join(urls) for urls in ([each.http_url for each in two], [each.grpc_url for each in two])]
+        both = Gateway(tmp_path, (gateway.folder / "limits.conf").read_text(), *addresses)
+        stack.callback(both.stop)
+        client = stack.enter_context(both.grpc_client())
+
+        def call() -> None:
+            assert both.http("POST", INFER, body=json_body())[0] == 200
+            client.infer("add_one", grpc_input(), headers=authorized(both.key))
+
+        for _ in range(8):
+            call()
+        assert {line["triton"] for line in both.lines(api="infer")} == {
+            url for each in two for url in (each.http_url, each.grpc_url)
+        }
+        assert two[0]._process is not None
+        two[0]._process.kill()
+        for _ in range(20):
+            call()
+
+
 def test_each_request_is_a_line_of_json_with_its_id_and_without_its_key(gateway: Gateway) -> None:
     _, answer = gateway.http("POST", INFER, "X-Request-Id: order-17", 'User-Agent: a"b\\', body=json_body())
     assert b"X-Request-Id: order-17" in answer
