@@ -286,13 +286,14 @@ def test_an_idle_connection_that_was_closed_is_replaced(connect: Connect, protoc
 
 @both
 def test_a_server_that_comes_back_is_found_within_seconds(connect: Connect, protocol: str, relay: Relay) -> None:
-    client = connect(protocol, relay.url, retries=50)
+    # Idempotent: the connection's end may not have been seen yet when the call is made.
+    client = connect(protocol, relay.url, retries=50, idempotent=True)
     client.infer("add_one", {"x": X})
     relay.close()
     threading.Timer(1.0, relay.reopen).start()
     start = time.monotonic()
     np.testing.assert_array_equal(client.infer("add_one", {"x": X})["y"], X + 1)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(
