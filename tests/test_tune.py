@@ -19,8 +19,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
-from deepseek.spec import DeploymentSpec, FileDigest, InputError, InvalidMeasurement, TunedBatching, TunedFile
-from export.artifact import read_manifest, save_rows, write_manifest
+from deepseek.spec import DeploymentSpec, FileDigest, InputError, InvalidMeasurement, Manifest, TunedBatching, TunedFile
+from export.artifact import save_rows, write_manifest
 from loadtests.contender import Place
 from loadtests.journal import Journal
 from loadtests.results import Settings
@@ -71,7 +71,7 @@ def write_graph(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def wide(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `models/wide`, which is served in batches of 1 unless tuned, and its `build/`."""
     folder = tmp_path_factory.mktemp("wide")
     (folder / "models" / "wide").mkdir(parents=True)
@@ -80,9 +80,9 @@ def wide(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place.mkdir(parents=True)
     write_graph(place / "model.onnx")
     digest = FileDigest.of(place / "model.onnx")
-    manifest = read_manifest(built / "build" / "image" / "fp32" / "model.onnx")
-    changed = {"model": "wide", "files": {"model.onnx": digest}, "size_bytes": digest.size_bytes}
-    write_manifest(place / "manifest.json", manifest.model_copy(update=changed))
+    facts = {"precision": "fp32", "found": {}, "sources": {}, "versions": {}, "build_s": 0}
+    size = {"size_bytes": digest.size_bytes, "axes": {"batch": {"min": 1, "opt": 4, "max": 8}}}
+    write_manifest(place / "manifest.json", Manifest(model="wide", files={"model.onnx": digest}, **facts, **size))
     rows = [{"x": np.full((1, WIDTH), 0.1, np.float32)}]
     save_rows(folder / "build" / "wide" / "evaluation.npz", rows)
     return folder
