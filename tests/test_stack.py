@@ -39,7 +39,9 @@ DOCKERFILES = sorted(Path("docker").glob("*.Dockerfile"))
 
 def settings_of(path: Path) -> dict[str, str]:
     """The variables of an env file."""
-    return dict(line.replace("'", "").split("=", 1) for line in path.read_text().splitlines() if "=" in line and line[0] != "#")
+    return dict(
+        line.replace("'", "").split("=", 1) for line in path.read_text().splitlines() if "=" in line and line[0] != "#"
+    )
 
 
 def write(repository: Path, *arguments: str) -> dict[str, str]:
