@@ -158,7 +158,7 @@ def test_charts_are_drawn_beside_the_plan(tmp_path: Path) -> None:
 
 def test_a_chart_stands_alone_and_escapes_what_it_is_told() -> None:
     charts = [
-        stacked_chart({"<a>": {"x": 1.0, "y": 2.0}}, title="A & B", unit="GB", limit=(4.0, "of <it>")),
+        stacked_chart({"<a>": {"x": 1.0, "y": 2.0}}, title="A & B", unit="GB"),
         bar_chart({"<a>": 0.0}, title="A & B", unit="USD", notes={"<a>": "&"}),
         scatter_chart(
             {"<a>": [(1.0, 2.0), (90.0, 80.0)]}, title="A & B", unit="ms", x_label="x", y_label="y", band=0.25

@@ -126,6 +126,18 @@ def test_a_cnns_onnx_file_is_counted(tmp_path: Path) -> None:
     assert model.open_axes == []
 
 
+def test_a_recurrent_layer_is_counted_by_its_gates(tmp_path: Path) -> None:
+    node = onnx.helper.make_node("LSTM", ["x", "w", "r", "b"], ["y"], hidden_size=4)
+    weights = {"w": (1, 16, 3), "r": (1, 16, 4), "b": (1, 32)}
+    model = OnnxModel(graph(tmp_path / "lstm.onnx", [node], weights, ["steps", 2, 3]))
+    assert flops(model.ops(5, 1)) == 2 * 5 * 2 * 16 * (3 + 4)
+
+
+def test_what_computes_and_is_not_counted_is_named(tmp_path: Path) -> None:
+    node = onnx.helper.make_node("Einsum", ["x", "x"], ["y"], equation="bi,bj->bij")
+    assert OnnxModel(graph(tmp_path / "e.onnx", [node], {}, ["batch", 3])).uncounted == ["Einsum"]
+
+
 def test_an_exported_graph_counts_what_its_module_does_and_int8_the_same(built: Path) -> None:
     for name in ("text", "image"):
         fp32, int8 = (OnnxModel(built / "build" / name / kind / "model.onnx") for kind in ("fp32", "int8"))

@@ -19,7 +19,7 @@ WIDTH, LEFT, RIGHT, TOP, ROW = 640, 170, 78, 62, 26
 COLOURS = ("#2f6fde", "#e08a1e", "#2f9e5b", "#b04fc4", "#d1495b", "#4a8fa8", "#8a7340")
 STYLE = """
 text{font:12px system-ui,sans-serif;fill:#333}.title{font-weight:600;font-size:14px}.faint{fill:#777;font-size:11px}
-.grid{stroke:#ddd;fill:none}.limit{stroke:#c22;stroke-dasharray:4 3;fill:none}.limit-text{fill:#c22;font-size:11px}
+.grid{stroke:#ddd;fill:none}
 .band{fill:#8883}.page{fill:#fff}
 @media(prefers-color-scheme:dark){text{fill:#ddd}.faint{fill:#999}.grid{stroke:#444}.page{fill:#16181d}}
 """
@@ -33,13 +33,11 @@ def write_svg(path: Path, svg: str) -> None:
     beside.replace(path)
 
 
-def stacked_chart(
-    bars: Mapping[str, Mapping[str, float]], *, title: str, unit: str, limit: tuple[float, str] | None = None
-) -> str:
-    """A horizontal bar for each name, made of parts; `limit` is a line that is not to be crossed, with its name."""
+def stacked_chart(bars: Mapping[str, Mapping[str, float]], *, title: str, unit: str) -> str:
+    """A horizontal bar for each name, made of parts."""
     parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
-    most = max([sum(bar.values()) for bar in bars.values()] + ([limit[0]] if limit else [])) or 1.0
-    height = TOP + ROW * len(bars) + 30
+    most = max(sum(bar.values()) for bar in bars.values()) or 1.0
+    height = TOP + ROW * len(bars) + 12
     drawn = _legend(parts)
     for index, (name, bar) in enumerate(bars.items()):
         y, x = TOP + ROW * index, float(LEFT)
@@ -51,12 +49,6 @@ def stacked_chart(
             )
             x += wide
         drawn.append(_text(x + 6, y + 15, f"{_short(sum(bar.values()))} {unit}", "start", "faint"))
-    if limit:
-        x = LEFT + _span(limit[0], most)
-        drawn.append(f'<path class="limit" d="M{x:.1f} {TOP - 4}V{height - 24}"/>')
-        drawn.append(
-            _text(min(x, WIDTH - 4), height - 10, f"{limit[1]}: {_short(limit[0])} {unit}", "end", "limit-text")
-        )
     return _svg(title, height, drawn)
 
 

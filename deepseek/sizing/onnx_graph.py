@@ -34,6 +34,8 @@ FREE = {"Reshape", "Shape", "Constant", "Unsqueeze", "Squeeze", "Flatten", "Iden
     "DequantizeLinear",
 }
 CARRIERS = {"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Reshape", "Identity"}  # a weight behind them
+# They compute, and how much is not known here.
+UNCOUNTED = {"Einsum", "Attention", "MultiHeadAttention", "GroupQueryAttention", "DeformConv", "If", "Loop", "Scan"}
 WEIGHT_TYPES = {1, 2, 3, 10, 11, 16, 17, 18, 19, 20, 21, 22}  # TensorProto: floats, and 4 and 8 bits
 
 
@@ -104,6 +106,11 @@ class OnnxModel:
                 if not dim.dim_value and dim.dim_param not in self.axes
             }
         )
+
+    @property
+    def uncounted(self) -> list[str]:
+        """Operators of the graph that compute and are counted as nothing."""
+        return sorted({node.op_type for node in self.proto.graph.node} & UNCOUNTED)
 
     def ops(self, batch: int, length: int) -> list[Op]:
         return self.counted(batch, length)[0]
@@ -190,7 +197,7 @@ class OnnxModel:
         first = shapes.get(node.input[0]) or self._weights.get(self._weight_of(node.input[0]) or "", (1,))
         if node.op_type in RECURRENT:
             gates = RECURRENT[node.op_type]
-            hidden = self._weights[weights[-1]][-1] if weights else first[-1]
+            hidden = self._weights[weights[1]][-1] if len(weights) > 1 else first[-1]  # of R, behind W
             return gates * (first[-1] + hidden)
         if node.op_type == "ConvTranspose":
             kernel = self._weights[weights[0]] if weights else (first[1], 1)

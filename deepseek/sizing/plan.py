@@ -275,6 +275,8 @@ def _notes(model: Countable, request: Request, devices: Mapping[str, Device]) ->
         notes.append(
             "training memory of a graph is at most that: every value between two operations kept, without checkpointing"
         )
+        if model.uncounted:
+            notes.append(f"not counted, so that the plan is too low: {', '.join(model.uncounted)}")
         if model.open_axes and request.training.length == 1:
             notes.append(f"axes {', '.join(model.open_axes)} are 1 here: give --length, or --axis name=size")
     return tuple(notes)

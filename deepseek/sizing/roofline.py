@@ -82,12 +82,9 @@ def predict(model: Countable, device: Device, *, precision: str, batch: int, len
     return of_ops(ops, device, precision=precision, batch=batch)
 
 
-def predict_decode(
-    model: TransformerSize, device: Device, *, precision: str, batch: int, context: int, devices: int = 1
-) -> Prediction:
-    """One generated token a sequence; `devices` share each product (tensor parallel), their messages not counted."""
-    found = of_ops(model.decode_ops(batch, context), device, precision=precision, batch=batch)
-    return found if devices == 1 else Prediction(**{**vars(found), "latency_s": found.latency_s / devices})
+def predict_decode(model: TransformerSize, device: Device, *, precision: str, batch: int, context: int) -> Prediction:
+    """One generated token for each of `batch` sequences with so much context."""
+    return of_ops(model.decode_ops(batch, context), device, precision=precision, batch=batch)
 
 
 def of_ops(
