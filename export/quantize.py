@@ -260,30 +260,25 @@ def _calibrated(
 ) -> tuple[onnx.ModelProto, Method, dict[Method, float]]:
     """The Q/DQ graph, the method that its ranges are by, and the output error by method where both were tried.
 
-    Where entropy cannot count an activation's range, max takes its place.
+    Where entropy cannot count an activation's range, max takes its place. ModelOpt calibrates once, by max; ranges by
+    entropy are put into its graph, so that errors, curve and graph are all of the same ranges.
     """
-
-    def calibrated(method: Method) -> onnx.ModelProto:
-        path = _copied(spec, work / method)
-        model = qdq_from_onnx(path, dataclasses.replace(config, calibration_method=method), calibration)
-        keep_residuals_wide(model)
-        if not config.per_channel:
-            use_one_scale_a_tensor(model)
-        if config.weight_only:
-            use_wide_activations(model)
-        return model
-
+    by_max = qdq_from_onnx(
+        _copied(spec, work / "max"), dataclasses.replace(config, calibration_method="max"), calibration
+    )
+    keep_residuals_wide(by_max)
+    if not config.per_channel:
+        use_one_scale_a_tensor(by_max)
+    if config.weight_only:
+        use_wide_activations(by_max)
     if config.calibration_method == "max" or config.weight_only or "entropy" not in points:
-        return calibrated("max"), "max", {}
-    if config.calibration_method == "entropy":
-        return calibrated("entropy"), "entropy", {}
-    by_max = calibrated("max")
+        return by_max, "max", {}
     final = {method: ranges[max(ranges)] for method, ranges in points.items()}
     by_entropy = with_ranges(by_max, final["entropy"], final["max"])
+    if config.calibration_method == "entropy":
+        return by_entropy, "entropy", {}
     errors: dict[Method, float] = {"max": error_of(by_max), "entropy": error_of(by_entropy)}
-    if errors["max"] <= errors["entropy"]:
-        return by_max, "max", errors
-    return calibrated("entropy"), "entropy", errors
+    return (by_max, "max", errors) if errors["max"] <= errors["entropy"] else (by_entropy, "entropy", errors)
 
 
 def _check_that_it_runs(spec: DeploymentSpec, path: Path, rows: list[Row]) -> None:
