@@ -6,6 +6,9 @@ import crypto from 'crypto';
 
 const BEARER = /^Bearer (dsk_[A-Za-z0-9_-]{43})$/;
 const MODEL = /^\/v2\/models\/([A-Za-z0-9._-]+)/;
+const NAME = /^[A-Za-z0-9._-]{1,127}$/;
+// Of an X.509 certificate, in hex: the sequence of two times, each a UTCTime (YYMMDD…Z) or a GeneralizedTime (YYYYMMDD…Z).
+const VALIDITY = /30(?:1e|20|22)(?:170d(?:3\d){12}5a|180f(?:3\d){14}5a)(?:170d((?:3\d){12})5a|180f((?:3\d){14})5a)/;
 const DURATION = 'gateway_request_duration_seconds';
 
 // The entry of the key that a request carries: {name, expires, rate_rps}; null where it has none that counts.
@@ -41,14 +44,25 @@ function refusal(r) {
     return ngx.shared.rates.incr(`${entry.name} ${second}`, 1, 0, 2000) > rate ? '429' : '';
 }
 
-// Counts a request that has been answered, for `metrics`; evaluated once, when it is logged. Of gRPC the model is not
-// known: its name is inside the message. Only models that answered become labels, so that no caller can make up more.
+// Notes which model answered over gRPC: the first field of a ModelInferResponse, behind five bytes that frame the message.
+function answered(r, data, flags) {
+    if (data.length > 7) {
+        const name = r.variables.api === 'infer' && data[5] === 0x0a ? data.slice(7, 7 + data[6]).toString() : '';
+        r.variables.answered = NAME.test(name) ? name : '';
+        r.done();  // the rest of the answer goes by without us
+    }
+    r.sendBuffer(data, flags);
+}
+
+// Counts a request that has been answered, for `metrics`; evaluated once, when it is logged. Only models that answered
+// become labels, so that no caller can make up more: over gRPC the request's own name is inside its message.
 function observed(r) {
     const variables = r.variables;
     const grpc = variables.sent_http_grpc_status || variables.upstream_trailer_grpc_status || '';
     const protocol = (variables.content_type || '').startsWith('application/grpc') ? 'grpc' : 'http';
-    const model = MODEL.exec(variables.status === '200' ? variables.request_uri : '');
-    const labels = `protocol="${protocol}",api="${variables.api || 'other'}",model="${model ? model[1] : ''}"`;
+    const path = MODEL.exec(variables.status === '200' ? variables.request_uri : '');
+    const model = variables.answered || (path ? path[1] : '');
+    const labels = `protocol="${protocol}",api="${variables.api || 'other'}",model="${model}"`;
     const counts = ngx.shared.counts;
     try {
         counts.incr(`gateway_requests_total{${labels},status="${grpc || variables.status}"}`, 1, 0);
@@ -62,6 +76,18 @@ function observed(r) {
         ngx.log(ngx.WARN, `not counted: ${error.message}`);
     }
     return '';
+}
+
+// When the certificate ends, in seconds since 1970: of the first in tls.crt, which is the gateway's own.
+function certificateEnd(folder) {
+    const pem = fs.readFileSync(`${folder}/tls.crt`).toString().split('-----')[2] || '';
+    const found = VALIDITY.exec(Buffer.from(pem.replace(/\s/g, ''), 'base64').toString('hex'));
+    if (!found) {
+        return NaN;
+    }
+    const text = Buffer.from(found[1] || found[2], 'hex').toString();
+    const full = found[2] ? text : (text < '50' ? '20' : '19') + text;  // RFC 5280: two digits are 1950 to 2049
+    return Date.parse(full.replace(/(....)(..)(..)(..)(..)(..)/, '$1-$2-$3T$4:$5:$6Z')) / 1000;
 }
 
 // What has been counted, as Prometheus reads it. Kept is how many fell into each bucket; shown, how many up to its bound.
@@ -85,8 +111,10 @@ function metrics(r) {
         });
         text += `${name} ${counts[name]}\n${DURATION}_count{${labels}} ${total}\n`;
     });
+    text += '# TYPE gateway_certificate_expiry_timestamp_seconds gauge\n';
+    text += `gateway_certificate_expiry_timestamp_seconds ${certificateEnd(r.variables.folder)}\n`;
     r.headersOut['Content-Type'] = 'text/plain; version=0.0.4';
     r.return(200, text);
 }
 
-export default { refusal, observed, metrics };
+export default { refusal, answered, observed, metrics };
