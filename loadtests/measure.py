@@ -1,7 +1,8 @@
 """Runs Locust over one load or several, shows how it goes, and saves what was measured.
 
 Contract: a run takes its place under `build/<model>/loadtests/` whole or not at all; whatever happens, Locust and its
-workers are ended when the block ends. `loadtests.check` is to be asked first.
+workers are ended when the block ends. `loadtests.check` is to be asked first. The workers may be on other machines:
+there `work_for` sends a share of the same loads.
 
 Example:
     run = measure(settings, spec, check(settings, spec), Console(stderr=True))
@@ -18,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -36,6 +38,9 @@ from loadtests.recorder import rows_file
 from loadtests.results import Run, Settings, name_of_now, new_run, publish
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+MASTER_PORT = 5557  # Locust's own
+WORKERS_WAIT_S = 300  # for those of other machines to start
+LOCUST = (sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE), "--loglevel", "WARNING")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +62,17 @@ def measure_together(
     console: Console,
     *,
     web_port: int | None = None,
+    remote: bool = False,
     and_then: Callable[[list[Run]], None] | None = None,
 ) -> list[Run]:
     """Runs Locust over the loads and saves a run of each, all of the same name.
 
-    `and_then` is called while Locust's page is still there.
+    With `remote` the workers are not started here: as many of `work_for` are waited for. `and_then` is called while
+    Locust's page is still there.
     """
     with ExitStack() as stack:
         drafts = [stack.enter_context(new_run(load.settings.model)) for load in loads]
-        measured, started_at = _locust_measures(stack, loads, drafts[0], console, web_port)
+        measured, started_at = _locust_measures(stack, loads, drafts[0], console, web_port, remote)
         for load, draft, part in zip(loads, drafts, measured["parts"], strict=True):
             rows_file(drafts[0], load.settings.model).rename(draft / "seconds.jsonl")
             data = {"started_at": started_at, "generator": measured["generator"], **_facts(load, part)}
@@ -96,16 +103,16 @@ def _facts(load: Load, part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _locust_measures(
-    stack: ExitStack, loads: Sequence[Load], folder: Path, console: Console, web_port: int | None
+    stack: ExitStack, loads: Sequence[Load], folder: Path, console: Console, web_port: int | None, remote: bool
 ) -> tuple[dict[str, Any], str]:
     """What Locust left in `folder`, and when it started; Locust's page stays as long as the stack."""
     path, log, measured = folder / "settings.json", folder / "locust.log", folder / "measured.json"
-    path.write_text(json.dumps([asdict(load.settings) for load in loads]), encoding="utf-8")
+    _write_settings(loads, path)
     log_file = stack.enter_context(log.open("w"))
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     settings = loads[0].settings
     users = sum(load.settings.users or 1 for load in loads)
-    process = stack.enter_context(_locust(settings, users, path, log_file, web_port))
+    process = stack.enter_context(_locust(settings, users, path, log_file, web_port, remote))
     _show_progress(process, settings, console)
     if not measured.is_file():
         status = process.wait()
@@ -118,28 +125,28 @@ def _locust_measures(
 
 @contextmanager
 def _locust(
-    settings: Settings, users: int, path: Path, log: IO[str], web_port: int | None
+    settings: Settings, users: int, path: Path, log: IO[str], web_port: int | None, remote: bool
 ) -> Iterator[subprocess.Popen[str]]:
     """Locust over the settings file; ended, whatever happens, when the block ends."""
     waiting = str(max(users, settings.workers))
     planning_s = sum(segment.arrivals for segment in settings.segments) / 1e6  # before it starts: far less in fact
     longest_s = math.ceil(planning_s + settings.warmup_s + settings.duration_s + 2 * settings.timeout_s + 10)
-    command = [sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE)]
+    command = [*LOCUST, "--settings", str(path)]
     command += ["--users", waiting, "--spawn-rate", waiting, "--run-time", f"{longest_s}s"]  # the file ends it earlier
-    command += ["--loglevel", "WARNING", "--settings", str(path)]
     if web_port is None:
         command += ["--headless", "--only-summary"]
     else:
         command += ["--autostart", "--web-host", "127.0.0.1", "--web-port", str(web_port)]
-    if settings.workers > 1:
+    if remote:
+        command += ["--master", "--master-bind-port", str(MASTER_PORT), "--expect-workers", str(settings.workers)]
+        command += ["--expect-workers-max-wait", str(WORKERS_WAIT_S)]
+    elif settings.workers > 1:
         port = str(_free_port())
         command += ["--processes", str(settings.workers), "--master-bind-host", "127.0.0.1"]
         command += ["--master-bind-port", port, "--master-port", port, "--expect-workers-max-wait", "30"]
-    root = str(LOCUSTFILE.parent.parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     process = subprocess.Popen(
         command,
-        env=environment,
+        env=_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=log,
@@ -158,6 +165,26 @@ def _locust(
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+def work_for(master: str, loads: Sequence[Load]) -> int:
+    """Sends a share of the loads for the master on another machine, whose loads are the same; Locust's exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "settings.json"
+        _write_settings(loads, path)
+        command = [*LOCUST, "--settings", str(path), "--worker"]
+        command += ["--master-host", master, "--master-port", str(MASTER_PORT)]
+        return subprocess.run(command, env=_environment(), stdin=subprocess.DEVNULL).returncode
+
+
+def _write_settings(loads: Sequence[Load], path: Path) -> None:
+    path.write_text(json.dumps([asdict(load.settings) for load in loads]), encoding="utf-8")
+
+
+def _environment() -> dict[str, str]:
+    """In which Locust finds this package, wherever it is started."""
+    root = str(LOCUSTFILE.parent.parent)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
 
 
 def _free_port() -> int:

@@ -7,7 +7,8 @@ answers, has the model ready and accepts the inputs. Then Locust runs `loadtests
 
 Open loop (--rate or --shape; by default at each rate that the spec's SLO names): requests leave on a fixed
 schedule, whatever the server does. Closed loop (--users): each user waits for its answer, so a slow server is
-asked less. Mixed traffic (--mix): several models at once, a run each, see `loadtests.mix`.
+asked less. Mixed traffic (--mix): several models at once, a run each, see `loadtests.mix`. From several machines:
+one with --remote-workers plans, counts and saves; so many others, with the same flags and --worker-of that one, send.
 
 Exit codes: 0 the measurement is valid, whatever it found; 2 wrong input; 3 the generator was not healthy.
 
@@ -17,6 +18,8 @@ Examples:
     python -m loadtests.run --shape "50x30, 500x5, 50x30"               # a spike; 10-200x60 is a ramp
     python -m loadtests.run --users 4 --duration-s 10                   # to set beside perf_analyzer
     python -m loadtests.run --mix recommender:3,minilm:1 --rate 120     # 90/s and 30/s
+    python -m loadtests.run --url triton:8001 --rate 5000 --remote-workers 4            # here, and on four machines:
+    python -m loadtests.run --url triton:8001 --rate 5000 --remote-workers 4 --worker-of here.example.com
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ from deepseek.spec import (
 )
 from loadtests import server_statistics, slo
 from loadtests.check import check
-from loadtests.measure import Load, measure, measure_together
+from loadtests.measure import Load, measure, measure_together, work_for
 from loadtests.mix import Mix, models_of
 from loadtests.results import Distribution, Run, Settings
 from loadtests.schedule import segments_of
@@ -151,10 +154,19 @@ def _parse() -> argparse.Namespace:
         "--max-in-flight", type=int, default=512, help="more unanswered requests are dropped (default: %(default)s)"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes that send; -1: one a core (default: 1)")
+    parser.add_argument("--remote-workers", type=int, help="so many workers on other machines send (port 5557)")
+    parser.add_argument("--worker-of", metavar="HOST", help="be one of them: send for the master there")
     parser.add_argument("--web", type=int, metavar="PORT", help="show Locust's own page there while it runs and after")
     parser.add_argument("--inputs", help="file of real inputs (default: build/<model>/evaluation.npz)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.remote_workers is not None and args.remote_workers < 1:
+        raise InputError(f"--remote-workers {args.remote_workers}: it must be 1 or more")
+    if args.worker_of and args.remote_workers is None:
+        raise InputError("--worker-of takes the master's own flags, --remote-workers among them")
+    if args.remote_workers is not None:
+        args.workers = args.remote_workers
+    return args
 
 
 def _settings(args: argparse.Namespace, model: str, rate: float | None, shape: str | None) -> Settings:
@@ -228,6 +240,8 @@ def main() -> int:
             console.print(f"note: {load.settings.model}: {warning}" if args.mix else f"note: {warning}")
         console.print(described(load.settings))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: cleanly
+    if args.worker_of:
+        return work_for(args.worker_of, loads)
     if args.web is not None:
         console.print(f"Locust's page: http://127.0.0.1:{args.web}")
 
@@ -243,7 +257,7 @@ def main() -> int:
             with suppress(KeyboardInterrupt):
                 signal.pause()
 
-    runs = measure_together(loads, console, web_port=args.web, and_then=show)
+    runs = measure_together(loads, console, web_port=args.web, remote=args.remote_workers is not None, and_then=show)
     problems = {
         str(run.folder): found
         for run, load in zip(runs, loads, strict=True)
