@@ -16,125 +16,23 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
-
-from deepseek.spec import BATCH, DeploymentSpec, InputError, Parser, PublishedManifest, Target, run_command
+from deepseek.spec import InputError, Parser, run_command
 from serving.certificate import STAND_IN, give, owner
 from serving.flags import GATEWAY_EXIT_TIMEOUT_S
 from serving.keys import ensure_folder, gateway_folder
 from serving.machine import TRITON_TAG
-from serving.repository import CONFIG, MANIFEST, models_in, read_config, versions_of, wanted_versions
+from serving.served import HEADER_BYTES, JSON_BYTES, LATENESS, MIB, Served, bound_s, served_models
 
-MIB = 2**20
 CPU_FILES, GPU_FILES = "compose.yaml", "compose.yaml:docker/compose.gpu.yaml"
 SHM_MIB = 256  # seen to be enough for small models; what is not used takes no memory
 CPU_MEMORY, GPU_MEMORY = 2**30, 8 * 2**30  # CUDA and TensorRT keep some of theirs on the host
-JSON_BYTES = 26  # a number as JSON has it, at the most: -1.2345678901234567e-308 and a comma
-HEADER_BYTES = 64 * 1024  # names, shapes and parameters around the numbers
-LATENESS = 10  # times the p99 of the SLO after which an answer is not waited for
-LEAST_TIMEOUT_S = 1
-DEFAULT_P99_MS = 3000  # of a model whose SLO names none
 LEAST_RATE_RPS = 100
 RATE_HEADROOM = 2  # times the highest rate of the SLO that one key may send
 # Shares of the p99: a bound is the p99 itself, so that the histogram tells how many met it.
 BUCKETS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 4, 10)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Served:
-    """What one model asks of the stack."""
-
-    name: str
-    needs_gpu: bool
-    instances: int
-    weights_bytes: int
-    input_bytes: int
-    """Of the largest request, as raw tensors."""
-    output_bytes: int
-    input_numbers: int
-    queue_timeout_ms: float
-    p99_ms: float
-    rate_rps: float
-
-    @property
-    def body_bytes(self) -> int:
-        """Of the largest request, as JSON, which is larger than raw tensors."""
-        return max(self.input_numbers * JSON_BYTES, self.input_bytes) + HEADER_BYTES
-
-    @property
-    def timeout_s(self) -> int:
-        """How long an answer may take: longer, and Triton or the model has stalled."""
-        return max(LEAST_TIMEOUT_S, math.ceil((self.queue_timeout_ms + LATENESS * self.p99_ms) / 1000))
-
-    @property
-    def shm_bytes(self) -> int:
-        """Of the Python backend, for each instance: 1 MiB to start, the batch in work and the one being answered."""
-        return self.instances * (2 * (self.input_bytes + self.output_bytes) + MIB)
-
-
-def served_models(repository: Path, models: Path) -> list[Served]:
-    """What each model of a repository asks for."""
-    return [_served(folder, models) for folder in models_in(repository)]
-
-
-def _served(folder: Path, models: Path) -> Served:
-    try:
-        config = read_config(folder / CONFIG)
-    except InputError as error:
-        raise InputError(f"{folder / CONFIG} {error}") from None
-    manifest = _manifest(folder, config)
-    spec = _spec(folder.name, models, manifest)
-    inputs = _tensors(config, manifest, "input")
-    policy = config.dynamic_batching.default_queue_policy
-    group = config.instance_group[0] if config.instance_group else ModelInstanceGroup(count=1)
-    provider = config.parameters["provider"].string_value if "provider" in config.parameters else "auto"
-    rates = [line.rate_rps for line in spec.slo.all_objectives() if line.rate_rps] if spec else []
-    return Served(
-        name=folder.name,
-        needs_gpu=config.backend not in ("", "python") or provider not in ("auto", "cpu"),
-        instances=max(1, group.count),
-        weights_bytes=manifest.size_bytes if manifest else 0,
-        input_bytes=sum(numbers * size for numbers, size in inputs),
-        output_bytes=sum(numbers * size for numbers, size in _tensors(config, manifest, "output")),
-        input_numbers=sum(numbers for numbers, _ in inputs),
-        queue_timeout_ms=policy.default_timeout_microseconds / 1000,
-        p99_ms=(spec.slo.p99_ms if spec else None) or DEFAULT_P99_MS,
-        rate_rps=max([*rates, (spec.slo.rate_rps if spec else None) or 0]),
-    )
-
-
-def _manifest(folder: Path, config: ModelConfig) -> PublishedManifest | None:
-    """That of the newest version that is served; None of a model that was not made here."""
-    for version in wanted_versions(config, versions_of(folder)):
-        if (path := folder / str(version) / MANIFEST).is_file():
-            return PublishedManifest.load(path)
-    return None
-
-
-def _spec(name: str, models: Path, manifest: PublishedManifest | None) -> DeploymentSpec | None:
-    """A model's `deploy.toml`, for the target it was built for; None where it is not in `models`."""
-    if not (models / name / "deploy.toml").is_file():
-        return None
-    target: Target = manifest.target if manifest else "onnxruntime"
-    return DeploymentSpec.of_model(name, models).for_target(target)
-
-
-def _tensors(config: ModelConfig, manifest: PublishedManifest | None, kind: str) -> list[tuple[int, int]]:
-    """Numbers and bytes a number of each tensor of the largest request."""
-    if manifest is None:  # what a variable dimension may be is known to nobody: 1024 is as good a guess as any
-        entries = config.input if kind == "input" else config.output
-        batch = max(1, config.max_batch_size)
-        return [(batch * math.prod(dim if dim > 0 else 1024 for dim in entry.dims), 8) for entry in entries]
-    found = []
-    for tensor in (manifest.inputs if kind == "input" else manifest.outputs).values():
-        sizes = [dim if isinstance(dim, int) else manifest.axes[dim]["max"] for dim in tensor.shape]
-        sizes[0] = min(manifest.axes[BATCH]["max"], config.max_batch_size or 1)
-        found.append((math.prod(sizes), np.dtype(tensor.dtype).itemsize))
-    return found
 
 
 def limits(models: list[Served]) -> str:
@@ -143,7 +41,9 @@ def limits(models: list[Served]) -> str:
     late = max(models, key=lambda model: model.timeout_s)
     rate = max(LEAST_RATE_RPS, math.ceil(RATE_HEADROOM * sum(model.rate_rps for model in models)))
     headroom = f"{RATE_HEADROOM} times the SLOs' rates, {LEAST_RATE_RPS} at the least"
-    bounds = sorted({round(share * model.p99_ms / 1000, 6) for model in models for share in BUCKETS})
+    limits_ms = {share * model.p99_ms for model in models for share in BUCKETS}
+    limits_ms |= {limit for model in models for limit in model.latency_limits_ms.values()}
+    bounds = sorted({bound_s(limit) for limit in limits_ms}, key=float)
     return f"""\
 # Written by python -m serving.stack from the models in the repository; the gateway reads it again when it changes.
 # {body.name}: {body.input_numbers} numbers of up to {JSON_BYTES} bytes in JSON, and {HEADER_BYTES} bytes around them
@@ -154,8 +54,8 @@ proxy_read_timeout {late.timeout_s}s;
 grpc_read_timeout {late.timeout_s}s;
 # requests in any second of a key without a rate of its own: {headroom}
 js_var $default_rate_rps {rate};
-# shares of each p99, and the p99 itself
-js_var $buckets_s "{" ".join(f"{bound:g}" for bound in bounds)}";
+# shares of each p99, and each latency that the SLOs name
+js_var $buckets_s "{" ".join(bounds)}";
 """
 
 
