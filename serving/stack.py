@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deepseek.spec import InputError, Parser, run_command
@@ -30,6 +30,7 @@ CPU_FILES, GPU_FILES = "compose.yaml", "compose.yaml:docker/compose.gpu.yaml"
 SHM_MIB = 256  # seen to be enough for small models; what is not used takes no memory
 CPU_MEMORY, GPU_MEMORY = 2**30, 8 * 2**30  # CUDA and TensorRT keep some of theirs on the host
 LEAST_RATE_RPS = 100
+REST_S = 10  # for what is left when requests in flight have had their time
 RATE_HEADROOM = 2  # times the highest rate of the SLO that one key may send
 # Shares of the p99: a bound is the p99 itself, so that the histogram tells how many met it.
 BUCKETS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 4, 10)
@@ -59,6 +60,36 @@ js_var $buckets_s "{" ".join(bounds)}";
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the server takes, whoever starts it."""
+
+    base_mib: int
+    weights_mib: int
+    """Of all instances, once."""
+    work_mib: int
+    shm_mib: int
+    memory_mib: int
+    """All of it: the shared memory, too."""
+    exit_timeout_s: int
+
+
+def sizes(models: list[Served]) -> Sizes:
+    """The sums of the env file, of Kubernetes' manifests, too."""
+    shm = SHM_MIB * MIB + sum(model.shm_bytes for model in models)
+    weights = sum(model.weights_bytes * model.instances for model in models)
+    work = sum(32 * model.instances * (model.input_bytes + model.output_bytes) for model in models)
+    base = GPU_MEMORY if any(model.needs_gpu for model in models) else CPU_MEMORY
+    return Sizes(
+        base_mib=base // MIB,
+        weights_mib=round(weights / MIB),
+        work_mib=round(work / MIB),
+        shm_mib=math.ceil(shm / MIB),
+        memory_mib=math.ceil((base + 4 * weights + work + shm) / MIB),
+        exit_timeout_s=max(GATEWAY_EXIT_TIMEOUT_S, max(model.timeout_s for model in models)),
+    )
+
+
 def environment(
     models: list[Served],
     repository: Path,
@@ -70,12 +101,7 @@ def environment(
 ) -> str:
     """The env file's content."""
     on_gpu = [model.name for model in models if model.needs_gpu]
-    shm = SHM_MIB * MIB + sum(model.shm_bytes for model in models)
-    weights = sum(model.weights_bytes * model.instances for model in models)
-    work = sum(32 * model.instances * (model.input_bytes + model.output_bytes) for model in models)
-    base = GPU_MEMORY if on_gpu else CPU_MEMORY
-    memory = base + 4 * weights + work + shm
-    exit_timeout_s = max(GATEWAY_EXIT_TIMEOUT_S, max(model.timeout_s for model in models))
+    size = sizes(models)
     user, group = owner()
     regions = ", ".join(f"{model.name} {model.shm_bytes / MIB:.0f} MiB" for model in models)
     why = f"{', '.join(on_gpu)} need a GPU" if on_gpu else "no model needs a GPU"
@@ -96,13 +122,13 @@ RESULTS='{results_folder(folder).resolve()}'
 # Whose the gateway's files are; what root makes is given to {STAND_IN}, since no container runs as root.
 STACK_USER={user}:{group}
 # {SHM_MIB} MiB, and for each instance 1 MiB and twice the largest batch, in and out: {regions}
-SHM_SIZE={math.ceil(shm / MIB)}m
-# {base / MIB:.0f} MiB for the server, four times the weights of all instances ({weights / MIB:.0f} MiB), 32 times their
-# largest batches for what is computed in between ({work / MIB:.0f} MiB), and the shared memory
-TRITON_MEMORY={math.ceil(memory / MIB)}m
+SHM_SIZE={size.shm_mib}m
+# {size.base_mib} MiB for the server, four times the weights of all instances ({size.weights_mib} MiB), 32 times their
+# largest batches for what is computed in between ({size.work_mib} MiB), and the shared memory
+TRITON_MEMORY={size.memory_mib}m
 # Requests in flight when it stops: no answer takes longer; then 10 s for what is left
-EXIT_TIMEOUT_S={exit_timeout_s}
-STOP_GRACE={exit_timeout_s + 10}s
+EXIT_TIMEOUT_S={size.exit_timeout_s}
+STOP_GRACE={size.exit_timeout_s + REST_S}s
 """
 
 
