@@ -245,16 +245,18 @@ $(VENV)/.ready-rtx $(VENV)/.ready-test $(VENV)/.ready-tensorrt: $(VENV)/.ready-%
 	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest,gateway,rtx,$*]'
 	@touch $@
 
-# What tests need of the system: nginx with njs, for the gateway's. Installed where root may and no service manager would
-# start it as a web server; elsewhere one line says what is missing, and those tests are skipped with their reason.
+# What tests need of the system: nginx with njs, Prometheus. Installed where root may and no service manager would start
+# them as services; elsewhere one line says what is missing, and those tests are skipped with their reason.
 NJS := /usr/lib/nginx/modules/ngx_http_js_module.so
+SYSTEM := nginx-light libnginx-mod-http-js prometheus prometheus-alertmanager
+HAS_SYSTEM := test -e $(NJS) && type prometheus promtool amtool >/dev/null 2>&1
 $(VENV)/.ready-system: | $(VENV)/.ready
-	@if [ ! -e $(NJS) ] && [ "$$(id -u)" = 0 ] && [ ! -d /run/systemd/system ] && command -v apt-get >/dev/null; then \
-	    echo "setup     nginx-light and libnginx-mod-http-js, for the gateway's tests"; \
+	@if ! { $(HAS_SYSTEM); } && [ "$$(id -u)" = 0 ] && [ ! -d /run/systemd/system ] && command -v apt-get >/dev/null; then \
+	    echo "setup     $(SYSTEM), for tests"; \
 	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	        nginx-light libnginx-mod-http-js; } >/dev/null 2>&1; fi; \
-	if [ -e $(NJS) ]; then touch $@; else \
-	    echo "note: tests of the gateway will be skipped: apt-get install nginx-light libnginx-mod-http-js"; fi
+	        $(SYSTEM); } >/dev/null 2>&1; fi; \
+	if $(HAS_SYSTEM); then touch $@; else \
+	    echo "note: tests of the gateway or of the alerts will be skipped: apt-get install $(SYSTEM)"; fi
 
 # ---- artifacts ---------------------------------------------------------------------------------
 # One make at a time builds in a model's folder. The lock is on the folder itself and ends with whoever holds it.
@@ -328,7 +330,8 @@ $(B)/choice-$(T).json: $$(foreach p,$$(PRECISIONS),$(B)/$$p/$(ENGINE_NAME)) $(B)
 
 # What docker compose reads: written anew where a model is published, or the first line says that it was for other settings.
 STACK := $(strip $(REPOSITORY) $(MODELS) $(BUILD) $(GATEWAY_PORT) $(TRITON_TAG) $(GATEWAY_HOSTS))
-$(ENV_FILE): $(REPOSITORY)/$(MODEL)/config.pbtxt $(addprefix serving/,stack.py keys.py certificate.py flags.py) \
+$(ENV_FILE): $(REPOSITORY)/$(MODEL)/config.pbtxt $(addprefix serving/,stack.py served.py keys.py certificate.py flags.py) \
+    $(addprefix serving/,alerts.py recording_rules.py dashboard.py) \
     $(shell [ "$$(head -n 1 $(ENV_FILE) 2>/dev/null)" = '# $(STACK)' ] || echo FORCE)
 	@$(PY) -m serving.stack --repository $(REPOSITORY) --models $(MODELS) --env-file $(ENV_FILE) --gateway-port $(GATEWAY_PORT) \
 	    --triton-tag $(TRITON_TAG) $(addprefix --host ,$(GATEWAY_HOSTS)) --settings '$(STACK)'

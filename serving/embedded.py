@@ -14,6 +14,7 @@ Examples:
     python -m serving.embedded --poll-s 2                      # follow new versions; a bad one changes nothing
     python -m serving.embedded -- make infer loadtest          # serve while a command runs, then stop
     python -m serving.embedded --profile /tmp/profile          # traces and operator times land there (make profile)
+    python -m serving.embedded --trace-url http://127.0.0.1:4318/v1/traces     # spans to an OpenTelemetry collector
 """
 
 from __future__ import annotations
@@ -48,8 +49,10 @@ from serving.flags import (
     EXIT_TIMEOUT_S,
     GATEWAY_EXIT_TIMEOUT_S,
     Endpoints,
+    add_trace_arguments,
     admin_key,
     server_flags,
+    trace_flags,
 )
 from serving.repository import Finding, models_in
 from serving.view import ApprovedView, Change
@@ -478,8 +481,11 @@ def main() -> int:
         "--behind-gateway", action="store_true", help="close what is not inference, metadata or readiness"
     )
     parser.add_argument("--exit-timeout-s", type=int, help="for requests in flight when it is told to stop")
+    add_trace_arguments(parser)
     parser.add_argument("command", nargs="*", help="run this while serving, then stop with its exit status")
     args = parser.parse_args()
+    if args.profile and args.trace_url:
+        raise InputError("--profile writes traces to files, --trace-url sends them: take one of them (TRACE_URL=)")
     with (
         _signals_as_interrupt(),
         EmbeddedServer(
@@ -494,6 +500,7 @@ def main() -> int:
             echo_log=args.echo_log,
             behind_gateway=args.behind_gateway,
             exit_timeout_s=args.exit_timeout_s,
+            flags=tuple(trace_flags(args.trace_url, args.trace_every)),
         ) as server,
     ):
         try:

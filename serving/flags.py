@@ -8,16 +8,18 @@ not let through.
 Examples:
     python -m serving.flags                                     # a flag a line
     python -m serving.flags --repository /models --address 0.0.0.0 --behind-gateway
+    python -m serving.flags --trace-url http://jaeger:4318/v1/traces    # spans to an OpenTelemetry collector
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import secrets
 from dataclasses import dataclass
 
-from deepseek.spec import Parser, run_command
+from deepseek.spec import InputError, Parser, run_command
 
 ADMIN_HEADER = "triton-admin-key"  # gRPC: with the prefix triton-grpc-protocol-, which Triton adds itself
 CONTROL = ("model-repository",)
@@ -87,6 +89,29 @@ def behind_gateway(
     return server_flags(repository, endpoints, restricted=CLOSED, key=key, exit_timeout_s=exit_timeout_s)
 
 
+def trace_flags(url: str, every: int = 0) -> list[str]:
+    """Spans of requests by OTLP over HTTP: of those that bring a `traceparent`, and of each `every`-th (0: no others).
+
+    Raises InputError where `url` is not that of a collector.
+    """
+    if not url:
+        return []
+    if not url.startswith(("http://", "https://")):
+        raise InputError(f"TRACE_URL: seen {url!r}; a collector's is such as http://jaeger:4318/v1/traces")
+    if every < 0:
+        raise InputError(f"TRACE_EVERY: seen {every}; 1 is every request, 0 those with a traceparent alone")
+    settings = ("mode=opentelemetry", "level=TIMESTAMPS", f"rate={every}")
+    exporter = (f"url={url}", "resource=service.name=triton")
+    return [f"--trace-config={each}" for each in (*settings, *(f"opentelemetry,{each}" for each in exporter))]
+
+
+def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
+    """--trace-url and --trace-every, whose defaults are the environment's, which compose sets."""
+    url, every = os.environ.get("TRACE_URL", ""), os.environ.get("TRACE_EVERY") or "0"
+    parser.add_argument("--trace-url", default=url, help="of an OpenTelemetry collector ($TRACE_URL; default: none)")
+    parser.add_argument("--trace-every", type=int, default=every, metavar="N", help="and each Nth request (default: 0)")
+
+
 def main() -> None:
     """Prints the flags, a line each: `mapfile -t flags < <(python -m serving.flags …)`."""
     parser = Parser(__doc__, prog="python -m serving.flags")
@@ -97,6 +122,7 @@ def main() -> None:
     parser.add_argument("--metrics-port", type=int, default=8002, help="(default: %(default)s)")
     parser.add_argument("--exit-timeout-s", type=int, default=GATEWAY_EXIT_TIMEOUT_S, help="(default: %(default)s)")
     parser.add_argument("--behind-gateway", action="store_true", help="close what is not inference; more time to stop")
+    add_trace_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print them as a JSON list")
     args = parser.parse_args()
     endpoints = Endpoints(
@@ -106,6 +132,7 @@ def main() -> None:
         flags = behind_gateway(args.repository, endpoints, admin_key(), args.exit_timeout_s)
     else:
         flags = server_flags(args.repository, endpoints)
+    flags += trace_flags(args.trace_url, args.trace_every)
     print(json.dumps(flags, indent=2) if args.json else "\n".join(flags))
 
 

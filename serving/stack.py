@@ -1,8 +1,9 @@
-"""What `docker compose up` needs to serve a repository: `.env`, and the gateway's limits.
+"""What `docker compose up` needs to serve a repository: `.env`, the gateway's limits, alerts and a dashboard.
 
 Contract: reads the repository and, where it finds it in --models, each model's `deploy.toml`; writes the env file that
 Compose reads by itself (which server image, where things lie, sizes of memory) and, in the gateway's folder,
-`limits.conf` (longest answer, largest body, rate of a key, histogram buckets) and a certificate. Which server it is
+`limits.conf` (longest answer, largest body, rate of a key, histogram buckets) and a certificate; beside that folder, in
+`observe/`, the rules of Prometheus (`serving.alerts`) and Grafana's dashboard (`serving.dashboard`). Which server it is
 follows from what was built: engines that need a GPU get NVIDIA's Triton, all else the embedded one. The sums are in
 the files.
 
@@ -20,7 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deepseek.spec import InputError, Parser, run_command
+from serving.alerts import RUNBOOK, as_yaml, rules
 from serving.certificate import STAND_IN, give, owner
+from serving.dashboard import dashboard
 from serving.flags import GATEWAY_EXIT_TIMEOUT_S
 from serving.keys import ensure_folder, gateway_folder
 from serving.machine import TRITON_TAG
@@ -119,6 +122,8 @@ GATEWAY_PORT={port}
 MODELS='{models_folder.resolve()}'
 BUILD='{folder.resolve().parent}'
 RESULTS='{results_folder(folder).resolve()}'
+# For docker compose --profile observe up
+OBSERVE='{observe_folder(folder).resolve()}'
 # Whose the gateway's files are; what root makes is given to {STAND_IN}, since no container runs as root.
 STACK_USER={user}:{group}
 # {SHM_MIB} MiB, and for each instance 1 MiB and twice the largest batch, in and out: {regions}
@@ -135,6 +140,22 @@ STOP_GRACE={size.exit_timeout_s + REST_S}s
 def results_folder(folder: Path) -> Path:
     """Where load tests in a container leave their runs: its user may write there and nowhere else."""
     return folder.with_name("stack")
+
+
+def observe_folder(folder: Path) -> Path:
+    """Where Prometheus and Grafana find what was made for them."""
+    return folder.with_name("observe")
+
+
+def write_observed(models: list[Served], folder: Path, runbook: str = RUNBOOK) -> None:
+    """Rules and dashboard; anybody may read them, since those programs run as users of their own."""
+    for part, content in (
+        ("rules/deepseek.yml", as_yaml(rules(models, runbook))),
+        ("dashboards/deepseek.json", json.dumps(dashboard(models), indent=2)),
+    ):
+        _write(folder / part, content)
+        (folder / part).chmod(0o644)
+        (folder / part).parent.chmod(0o755)
 
 
 def _write(path: Path, content: str) -> None:
@@ -158,6 +179,7 @@ def main() -> None:
     )
     parser.add_argument("--triton-tag", default=TRITON_TAG, help="NVIDIA's release (default: %(default)s)")
     parser.add_argument("--host", action="append", default=[], help="name of the gateway for its certificate; repeat")
+    parser.add_argument("--runbook", default=RUNBOOK, help="where alerts link to (default: %(default)s)")
     parser.add_argument("--settings", default="python -m serving.stack", help="first line of the env file, for make")
     parser.add_argument("--json", action="store_true", help="print what each model asks for as JSON")
     args = parser.parse_args()
@@ -167,6 +189,7 @@ def main() -> None:
     models = served_models(args.repository, args.models)
     ensure_folder(folder, args.host)
     _write(folder / "limits.conf", limits(models))
+    write_observed(models, observe_folder(folder), args.runbook)
     results_folder(folder).mkdir(exist_ok=True)
     give(results_folder(folder))
     content = environment(

@@ -1,0 +1,107 @@
+"""Recording rules for Prometheus: what budgets, dashboard and autoscaling read, named level:metric:operation.
+
+Contract: latencies come from the gateway's histogram, one bound of which is the SLO's own; failures, queues, batches
+and versions from Triton's counters. `serving.alerts` puts the alerts on top.
+
+Example:
+    recording_groups(served_models(Path("model_repository"), Path("models")))
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from serving.served import Served, bound_s
+
+WINDOWS_S = {"5m": 300, "30m": 1800, "1h": 3600, "2h": 7200, "6h": 21_600, "1d": 86_400, "3d": 259_200}
+DURATION = "gateway_request_duration_seconds"
+# Statuses of the gateway, HTTP's and gRPC's: answers, and what no model answered or the server had no room for. What
+# callers do wrong is in neither; a model's own failures are in Triton's counters.
+SERVED, UNSERVED = "200|0", "502|503|504|4|14"
+FAILED = 'nv_inference_request_failure{reason!="CANCELED"}'  # all but what callers gave up
+READY = "nv_inference_pending_request_count"  # of every version that is loaded, and of no other
+
+Rule = dict[str, Any]
+
+
+def recording_groups(models: list[Served]) -> list[dict[str, Any]]:
+    """The groups of a rule file."""
+    return [
+        {"name": "deepseek-slo", "rules": [*_shares(models), *_budgets(models)]},
+        {"name": "deepseek-models", "rules": list(_queues_and_batches(models))},
+    ]
+
+
+def selector(**labels: str) -> str:
+    """`{name="value"}`, or nothing; JSON's strings are PromQL's, too."""
+    inside = ",".join(f"{name}={json.dumps(value)}" for name, value in labels.items())
+    return f"{{{inside}}}" if inside else ""
+
+
+def allowed_slow(percent: float) -> float:
+    """The share of the requests that may be slower than a percentile's limit."""
+    return 1 - percent / 100
+
+
+def number(value: float) -> str:
+    """As PromQL reads it."""
+    return f"{value:.6g}"
+
+
+def _record(name: str, expr: str, **labels: str) -> Rule:
+    return {"record": name, "expr": expr, **({"labels": labels} if labels else {})}
+
+
+def _shares(models: list[Served]) -> Iterator[Rule]:
+    """For each window the shares that the budgets are about, and the rates that they are shares of."""
+    for window in WINDOWS_S:
+        yield _record(f"model:requests:rate{window}", f'sum by (model) (rate({DURATION}_count{{model!=""}}[{window}]))')
+        failed = f"sum by (model) (rate({FAILED}[{window}]))"
+        everything = f"({failed} + sum by (model) (rate(nv_inference_request_success[{window}])))"
+        yield _record(f"model:triton_requests:rate{window}", everything)
+        yield _record(f"model:triton_requests_failed:ratio_rate{window}", f"{failed} / {everything}")
+        asked = f'sum(rate(gateway_requests_total{{api="infer",status=~"{SERVED}|{UNSERVED}"}}[{window}]))'
+        unserved = f'sum(rate(gateway_requests_total{{api="infer",status=~"{UNSERVED}"}}[{window}]))'
+        yield _record(f"endpoint:requests:rate{window}", asked)
+        yield _record(f"endpoint:requests_unserved:ratio_rate{window}", f"({unserved} or 0 * {asked}) / {asked}")
+        for model in models:
+            for percent, limit_ms in model.latency_limits_ms.items():
+                yield _slow(model.name, percent, limit_ms, window)
+
+
+def _slow(model: str, percent: float, limit_ms: float, window: str) -> Rule:
+    """The share of a model's requests that took longer than a limit."""
+    fast = f"sum(rate({DURATION}_bucket{selector(model=model, le=bound_s(limit_ms))}[{window}]))"
+    answered = f"sum(rate({DURATION}_count{selector(model=model)}[{window}]))"
+    # Prometheus extrapolates each counter for itself: their quotient may be a little above 1.
+    share = f"clamp_min(1 - {fast} / {answered}, 0)"
+    return _record(f"model:requests_slow:ratio_rate{window}", share, model=model, objective=f"p{percent:g}")
+
+
+def _budgets(models: list[Served]) -> Iterator[Rule]:
+    """What each share may be, for the dashboard."""
+    for model in models:
+        for percent in model.latency_limits_ms:
+            allowed = f"vector({number(allowed_slow(percent))})"
+            yield _record("model:requests_slow:budget", allowed, model=model.name, objective=f"p{percent:g}")
+        if model.max_error_rate is not None:
+            allowed = f"vector({number(model.max_error_rate)})"
+            yield _record("model:triton_requests_failed:budget", allowed, model=model.name)
+
+
+def _queues_and_batches(models: list[Served]) -> Iterator[Rule]:
+    """What Triton's counters tell of them, over two minutes: four scrapes, of slow ones, too."""
+
+    def rate(counter: str) -> str:
+        return f"sum by (model) (rate(nv_inference_{counter}[2m]))"
+
+    queue, compute = rate("queue_duration_us"), rate("compute_infer_duration_us")
+    yield _record("model:batch_size:mean_rate2m", f"{rate('count')} / {rate('exec_count')}")
+    yield _record("model:queue_to_compute:ratio_rate2m", f"{queue} / {compute}")
+    yield _record("model:queue_seconds:mean_rate2m", f"{queue} / {rate('request_success')} / 1e6")
+    for model in models:
+        if model.queue_size:
+            waiting = f"sum by (instance) ({READY}{selector(model=model.name)})"
+            yield _record("instance_model:queue_fill:ratio", f"{waiting} / {model.queue_size}", model=model.name)
