@@ -77,6 +77,8 @@ def _download(url: str, authorization: str, archive: IO[bytes], deadline: float)
                 while block := answer.read(BLOCK_BYTES):
                     digest.update(block)
                     archive.write(block)
+                if archive.tell() < int(answer.headers.get("Content-Length", 0)):
+                    raise ConnectionError("the connection ended early")
             return digest.hexdigest()
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
             final = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429

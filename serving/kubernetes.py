@@ -1,0 +1,209 @@
+"""What Kubernetes needs to serve a repository: an overlay over `kubernetes/` with the sums of its models.
+
+Contract: reads what `serving.stack` reads, by the same sums, and `build/<model>/scale.json` of `make simulate-scale`
+where there is one; writes a folder for `kubectl apply -k`: hardware by what was built, memory, shared memory, grace
+periods, the gateway's limits, the autoscaler's target and bounds, alerts, and for each model a load test. With
+--models-url it also packs the repository into `models.tar.gz`, which is to be put there. Secrets are not written.
+
+Examples:
+    python -m serving.kubernetes                                # -> build/kubernetes/
+    python -m serving.kubernetes --registry registry.example.com/shop --image-tag 1.4.0 --autoscaler keda
+    python -m serving.kubernetes --models-url https://models.example.com/shop/models.tar.gz --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from deepseek.spec import InputError, Parser, PublishedManifest, run_command
+from serving.keys import gateway_folder
+from serving.machine import TRITON_TAG
+from serving.manifests import (
+    DEFAULT_SCALE,
+    IMAGE_TAG,
+    LoadTest,
+    Overlay,
+    Scale,
+    alerts,
+    autoscaler_patch,
+    gateway_patch,
+    kustomization,
+    loadtest_kustomization,
+    together,
+    triton_patch,
+)
+from serving.packed import pack
+from serving.repository import MANIFEST
+from serving.served import MIB, Served, served_models
+from serving.stack import limits, sizes
+
+CONFIG_MAP_BYTES = 900_000  # a ConfigMap holds 1 MiB, its other entries included
+
+
+def _scale_of(models: Sequence[Served], build: Path) -> Scale:
+    paths = [build / model.name / "scale.json" for model in models]
+    found = [scale for path in paths if path.is_file() and (scale := Scale.load(path))]
+    return together(found) if found else DEFAULT_SCALE
+
+
+def _write(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(content, encoding="utf-8")
+    part.replace(path)
+
+
+def write(folder: Path, overlay: Overlay, models: list[Served], rules: Sequence[Path]) -> None:
+    """All files of the overlay; those of an earlier one that it does not have go."""
+    files = {
+        "kustomization.yaml": kustomization(overlay),
+        "triton.yaml": triton_patch(overlay),
+        "gateway.yaml": gateway_patch(overlay),
+        "limits.conf": limits(models),
+    }
+    if overlay.autoscaler != "none":
+        files["autoscaler.yaml"] = autoscaler_patch(overlay)
+    if overlay.alerts:
+        files["alerts.yaml"] = alerts(rules)
+    for name, content in files.items():
+        _write(folder / name, content)
+    for name in {"autoscaler.yaml", "alerts.yaml"} - files.keys():
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_loadtest(folder: Path, overlay: Overlay, model: Served, args: argparse.Namespace) -> bool:
+    """A model's load test; False where its `deploy.toml` or its inputs are not known."""
+    spec, inputs = args.models / model.name / "deploy.toml", args.build / model.name / "evaluation.npz"
+    if not (spec.is_file() and inputs.is_file()):
+        return False
+    authority = args.gateway / "ca.crt"
+    test = LoadTest(
+        model=model.name,
+        target=_target(args.repository / model.name, model),
+        rate_rps=model.rate_rps or 1,
+        own_authority=authority.is_file(),
+    )
+    base = os.path.relpath(args.base.resolve(), folder.resolve())
+    _write(folder / "kustomization.yaml", loadtest_kustomization(overlay, test, base))
+    _write(folder / "deploy.toml", spec.read_text(encoding="utf-8"))
+    if test.own_authority:
+        _write(folder / "ca.crt", authority.read_text(encoding="utf-8"))
+    _copy_inputs(inputs, folder / "inputs.npz")
+    return True
+
+
+def _target(folder: Path, model: Served) -> str:
+    """What runs the graph of the newest version that is served."""
+    manifests = [folder / str(version) / MANIFEST for version in model.versions]
+    found = [PublishedManifest.load(path).target for path in manifests if path.is_file()]
+    return found[0] if found else "onnxruntime"
+
+
+def _copy_inputs(source: Path, copy: Path) -> None:
+    """The inputs, or as many of their rows as a ConfigMap holds."""
+    with np.load(source) as file:
+        arrays = {name: file[name] for name in file.files}
+    step = 1
+    while True:
+        part = copy.with_name(f".{os.getpid()}.npz")
+        np.savez_compressed(part, **{name: array[::step] for name, array in arrays.items()})  # type: ignore[arg-type]
+        if part.stat().st_size <= CONFIG_MAP_BYTES:
+            part.replace(copy)
+            return
+        if all(len(array[::step]) == 1 for array in arrays.values()):
+            part.unlink()
+            raise InputError(f"{source}: a single row is larger than a ConfigMap may be ({CONFIG_MAP_BYTES} bytes)")
+        step *= 2
+
+
+def _parse() -> argparse.Namespace:
+    build = Path(os.environ.get("BUILD", "build"))
+    parser = Parser(__doc__, prog="python -m serving.kubernetes")
+    parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="(default: %(default)s)")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of model folders (default: models)")
+    parser.add_argument("--build", type=Path, default=build, help="where scale.json lies (default: $BUILD)")
+    parser.add_argument("--output", type=Path, help="folder to write (default: kubernetes/ in $BUILD)")
+    parser.add_argument("--base", type=Path, default=Path("kubernetes"), help="the manifests (default: kubernetes)")
+    parser.add_argument("--registry", default="", help="where the cluster pulls the images from (default: as named)")
+    parser.add_argument("--image-tag", default=IMAGE_TAG, help="of the images (default: %(default)s)")
+    parser.add_argument("--triton-tag", default=TRITON_TAG, help="of the GPU server's image (default: %(default)s)")
+    parser.add_argument("--models-url", default="", help="of the packed repository (default: a volume, claim `models`)")
+    parser.add_argument("--autoscaler", choices=("hpa", "keda", "none"), default="hpa", help="(default: %(default)s)")
+    parser.add_argument("--load-balancer", action="store_true", help="give the gateway an address outside")
+    parser.add_argument("--no-monitoring", action="store_true", help="for a cluster without the Prometheus operator")
+    parser.add_argument("--gateway", type=Path, help="where ca.crt lies (default: gateway/ in $BUILD)")
+    parser.add_argument("--rules", type=Path, help="folder of Prometheus rule files (default: observe/rules in $BUILD)")
+    parser.add_argument("--json", action="store_true", help="print what decided as JSON")
+    args = parser.parse_args()
+    args.gateway = args.gateway or gateway_folder()
+    if not (args.base / "base" / "kustomization.yaml").is_file():
+        raise InputError(f"--base {args.base}: no base/kustomization.yaml in it; it is the folder kubernetes/")
+    if args.models_url and not re.fullmatch(r"https?://[^/\s\"]+/[^\s\"]*", args.models_url):
+        raise InputError(f"--models-url {args.models_url!r}: it must begin with https:// or http:// and name a file")
+    for name in ("registry", "image_tag", "triton_tag"):
+        if not re.fullmatch(r"[A-Za-z0-9._:/-]*", getattr(args, name)):
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)!r}: no name of an image has that")
+    return args
+
+
+def main() -> None:
+    """Writes the overlay."""
+    args = _parse()
+    folder = args.output or args.build / "kubernetes"
+    models = served_models(args.repository, args.models)
+    folder.mkdir(parents=True, exist_ok=True)
+    sha256, models_mib = "", 0
+    if args.models_url:
+        sha256, size_bytes = pack(args.repository, folder / "models.tar.gz")
+        models_mib = math.ceil((size_bytes + (folder / "models.tar.gz").stat().st_size) / MIB * 1.1) + 16  # blocks
+    monitoring = not args.no_monitoring
+    rules = sorted((args.rules or args.build / "observe" / "rules").glob("*.yml")) if monitoring else []
+    overlay = Overlay(
+        base=os.path.relpath(args.base.resolve(), folder.resolve()),
+        on_gpu=any(model.needs_gpu for model in models),
+        sizes=sizes(models),
+        scale=_scale_of(models, args.build),
+        autoscaler=args.autoscaler,
+        registry=args.registry,
+        image_tag=args.image_tag,
+        triton_tag=args.triton_tag,
+        models_url=args.models_url,
+        models_sha256=sha256,
+        models_mib=models_mib,
+        load_balancer=args.load_balancer,
+        monitoring=monitoring,
+        alerts=bool(rules),
+    )
+    write(folder, overlay, models, rules)
+    for model in models:
+        write_loadtest(folder / "loadtest" / model.name, overlay, model, args)
+    if args.json:
+        print(json.dumps(asdict(overlay) | {"scale": overlay.scale.model_dump()}, indent=2))
+    else:
+        _tell(folder, overlay, models)
+
+
+def _tell(folder: Path, overlay: Overlay, models: Sequence[Served]) -> None:
+    names = ", ".join(model.name for model in models)
+    scale, kind = overlay.scale, "a GPU" if overlay.on_gpu else f"{overlay.scale.cores} cores"
+    targets = ", ".join(f"{target.metric} {target.value:g}" for target in scale.targets)
+    bounds = f"{scale.min_replicas} to {scale.max_replicas} pods, {targets}" if overlay.autoscaler != "none" else "no"
+    print(f"overlay   {folder}: {names}; {kind} and {overlay.sizes.memory_mib} MiB a pod; autoscaler: {bounds}")
+    if overlay.models_url:
+        print(f"models    put {folder / 'models.tar.gz'} at {overlay.models_url}")
+    if scale is DEFAULT_SCALE and overlay.autoscaler != "none":
+        print("note: the autoscaler has its default target; make capacity simulate-scale chooses one", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(main)
