@@ -1,0 +1,324 @@
+"""Alerts out of an SLO: each fires when it should, by promtool's own evaluation, is silent else, and has its runbook."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deepseek.spec import Objective
+from serving.alerts import rules
+from serving.dashboard import dashboard, queries
+from serving.served import Served, served_models
+from tests.conftest import run_module, write_add_one
+from tests.test_stack import TEXT, services
+
+P99 = Objective(name="p99_ms", measure="p99_ms", relation="<=", limit=80)
+ERRORS = Objective(name="max_error_rate", measure="error_rate", relation="<=", limit=0.001)
+MODEL = replace(TEXT, objectives=(P99, ERRORS), queue_size=100, versions=(5,))
+OBSERVE = Path("docker/observe")
+Fired = set[tuple[str, str]]
+
+TRITON = 'model="text",instance="a"'
+FAST = 'gateway_request_duration_seconds_bucket{model="text",le="0.08"}'
+ANSWERED = 'gateway_request_duration_seconds_count{model="text"}'
+UNSERVED = 'gateway_requests_total{api="infer",protocol="grpc",model="",status="14"}'
+WRONG = 'gateway_requests_total{api="infer",protocol="grpc",model="",status="3"}'
+FAILED = f'nv_inference_request_failure{{{TRITON},version="5",reason="REJECTED"}}'
+CANCELED = f'nv_inference_request_failure{{{TRITON},version="5",reason="CANCELED"}}'
+SUCCESS = f'nv_inference_request_success{{{TRITON},version="5"}}'
+QUEUE_US = f'nv_inference_queue_duration_us{{{TRITON},version="5"}}'
+WAITING = f'nv_inference_pending_request_count{{{TRITON},version="5"}}'
+OLDER = f'nv_inference_pending_request_count{{{TRITON},version="4"}}'
+TRITON_UP, GATEWAY_UP = 'up{job="triton",instance="a"}', 'up{job="gateway",instance="g"}'
+CERTIFICATE = 'gateway_certificate_expiry_timestamp_seconds{instance="g"}'
+# A hundred requests a second, all well. Values a minute: start, and what each minute adds.
+HEALTHY = {
+    FAST: "0+6000", ANSWERED: "0+6000", SUCCESS: "0+6000", FAILED: "0+0", CANCELED: "0+0", QUEUE_US: "0+6000000",
+    'gateway_requests_total{api="infer",protocol="grpc",model="text",status="0"}': "0+6000",
+    WAITING: "2+0", TRITON_UP: "1+0", GATEWAY_UP: "1+0", CERTIFICATE: "1e10+0",
+}  # fmt: skip
+
+
+def need_promtool() -> None:
+    """One line that says what is missing."""
+    if not shutil.which("promtool"):
+        pytest.skip("no promtool here: apt-get install prometheus")
+
+
+def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """`promtool …`."""
+    need_promtool()
+    return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True)
+
+
+def write_rules(folder: Path, *models: Served) -> Path:
+    """Their rule file."""
+    path = folder / "rules.yml"
+    path.write_text(yaml.safe_dump(rules(list(models))))
+    return path
+
+
+def check(folder: Path, series: dict[str, str], minutes: int, step_min: int = 1, **tested: Any) -> None:
+    """`promtool test rules` after so many minutes of series, which are written a value each `step_min`."""
+    count = minutes // step_min
+    written = [
+        {"series": name, "values": value if " " in value or "x" in value else f"{value}x{count}"}
+        for name, value in series.items()
+    ]
+    content = {
+        "rule_files": ["rules.yml"],
+        "evaluation_interval": f"{step_min}m",
+        "tests": [{"interval": f"{step_min}m", "input_series": written, **tested}],
+    }
+    (folder / "test.yml").write_text(yaml.safe_dump(content))
+    done = promtool("test", "rules", folder / "test.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def check_fired(folder: Path, series: dict[str, str], minutes: int, expected: Fired, step_min: int = 1) -> None:
+    """That exactly these alerts, by name and severity, fire at the end."""
+    samples = [
+        {"labels": f'{{alertname="{name}", severity="{severity}"}}', "value": 1} for name, severity in sorted(expected)
+    ]
+    firing = 'group by (alertname, severity) (ALERTS{alertstate="firing"})'
+    asked = {"expr": firing, "eval_time": f"{minutes}m", "exp_samples": samples}
+    check(folder, series, minutes, step_min, promql_expr_test=[asked])
+
+
+BOTH = {"page", "ticket"}
+
+
+def each(name: str, *severities: str) -> Fired:
+    """An alert in several severities."""
+    return {(name, severity) for severity in severities}
+
+
+@pytest.mark.parametrize(
+    ("changed", "minutes", "expected"),
+    [
+        pytest.param({}, 70, set(), id="healthy"),
+        pytest.param({FAST: "0+4800"}, 70, each("LatencyBudgetBurn", *BOTH), id="a fifth is slow"),
+        pytest.param({FAST: "0+5760"}, 70, each("LatencyBudgetBurn", "ticket"), id="4 % are slow"),
+        pytest.param({FAST: "0+5970"}, 70, set(), id="half of what may be slow"),
+        pytest.param({FAST: "0+4800x60 288000+6000x45"}, 105, each("LatencyBudgetBurn", "ticket"), id="slow until 45 min ago"),
+        pytest.param({FAST: "0+0", ANSWERED: "0+1"}, 8, set(), id="too few to tell"),
+        pytest.param({FAST: "0+0", ANSWERED: "0+1"}, 30, each("LatencyBudgetBurn", *BOTH), id="few, all slow"),
+        pytest.param({FAILED: "0+600"}, 70, each("ErrorBudgetBurn", *BOTH), id="refused"),
+        pytest.param({CANCELED: "0+600"}, 70, set(), id="callers gave up"),
+        pytest.param({UNSERVED: "0+300"}, 70, each("EndpointBudgetBurn", *BOTH), id="nobody answers"),
+        pytest.param({WRONG: "0+3000"}, 70, set(), id="callers do wrong"),
+        pytest.param({WAITING: "90+0"}, 5, each("QueueSaturated", "page"), id="queue nearly full"),
+        pytest.param({WAITING: "79+0"}, 5, set(), id="queue not yet full"),
+        pytest.param({QUEUE_US: "0+720000000"}, 5, each("QueueSaturated", "page"), id="120 ms in the queue"),
+        pytest.param({WAITING: ""}, 4, set(), id="still loading"),
+        pytest.param({WAITING: ""}, 7, each("ModelNotReady", "page"), id="not loaded"),
+        pytest.param({WAITING: "", OLDER: "0+0"}, 15, each("VersionMismatch", "ticket"), id="an older version"),
+        pytest.param({OLDER: "0+0"}, 15, each("VersionMismatch", "ticket"), id="one version too many"),
+        pytest.param({WAITING: "", OLDER: "0+0"}, 8, set(), id="a version changes"),
+        pytest.param({TRITON_UP: "0+0"}, 3, each("TritonDown", "page"), id="triton down"),
+        pytest.param({TRITON_UP: ""}, 3, each("TritonDown", "page"), id="triton gone"),
+        pytest.param({GATEWAY_UP: "0+0"}, 3, each("GatewayDown", "page"), id="gateway down"),
+        pytest.param({CERTIFICATE: "864000+0"}, 7, each("CertificateExpires", "ticket"), id="ten days left"),
+        pytest.param({CERTIFICATE: "60+0"}, 7, each("CertificateExpires", *BOTH), id="certificate ended"),
+        pytest.param({CERTIFICATE: "NaN+0"}, 7, each("CertificateExpires", *BOTH), id="certificate unreadable"),
+    ],
+)  # fmt: skip
+def test_an_alert_fires_when_it_should_and_no_other_does(
+    tmp_path: Path, changed: dict[str, str], minutes: int, expected: Fired
+) -> None:
+    write_rules(tmp_path, MODEL)
+    series = {name: values for name, values in {**HEALTHY, **changed}.items() if values}
+    check_fired(tmp_path, series, minutes, expected)
+
+
+def test_a_budget_that_is_used_up_just_too_fast_is_a_ticket_after_three_days(tmp_path: Path) -> None:
+    write_rules(tmp_path, MODEL)
+    slow = {**HEALTHY, FAST: "0+59100", ANSWERED: "0+60000"}  # 1.5 % of them, ten minutes a value
+    check_fired(tmp_path, slow, 3 * 1440, each("LatencyBudgetBurn", "ticket"), step_min=10)
+
+
+def test_what_an_alert_says(tmp_path: Path) -> None:
+    write_rules(tmp_path, MODEL)
+    labels = {"severity": "page", "model": "text", "instance": "a"}
+    said = {
+        "summary": "text is not loaded in a",
+        "description": "Triton answers, and has no counters of the model: it did not load, or was unloaded.",
+        "runbook_url": "docs/runbook.md#modelnotready",
+    }
+    expected = {"alertname": "ModelNotReady", "eval_time": "7m", "exp_alerts": [{"exp_labels": labels, "exp_annotations": said}]}  # fmt: skip
+    check(tmp_path, {TRITON_UP: "1+0", GATEWAY_UP: "1+0"}, 7, alert_rule_test=[expected])
+
+
+def test_shares_say_how_much_of_what_is_allowed(tmp_path: Path) -> None:
+    write_rules(tmp_path, MODEL)
+    labels = {"severity": "page", "model": "text", "objective": "p99", "window": "1h"}
+    said = {
+        "summary": "text: too many requests take longer than 80 ms (p99)",
+        "description": "20% in the last 1h, and over 14.4 % in the last 5m, too; 1 % are allowed. "
+        "Like this a budget of 30 days is gone after 50 hours or sooner.",
+        "runbook_url": "docs/runbook.md#latencybudgetburn",
+    }
+    (alert,) = (rule for rule in _alerts(MODEL) if rule["alert"] == "LatencyBudgetBurn" and rule["labels"] == labels)
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(_only(alert)))
+    expected = {"alertname": "LatencyBudgetBurn", "eval_time": "70m", "exp_alerts": [{"exp_labels": labels, "exp_annotations": said}]}  # fmt: skip
+    check(tmp_path, {**HEALTHY, FAST: "0+4800"}, 70, alert_rule_test=[expected])
+
+
+def _alerts(*models: Served) -> list[dict[str, Any]]:
+    return [rule for group in rules(list(models))["groups"] for rule in group["rules"] if "alert" in rule]
+
+
+def _only(alert: dict[str, Any]) -> dict[str, Any]:
+    """The rules with one alert alone."""
+    groups = rules([MODEL])["groups"]
+    return {"groups": [*groups[:-1], {"name": "one", "rules": [alert]}]}
+
+
+# ---- from the SLO --------------------------------------------------------------------------------
+
+
+def test_without_a_known_slo_no_budget_is_watched() -> None:
+    names = {rule["alert"] for rule in _alerts(replace(MODEL, objectives=()))}
+    assert not {name for name in names if name.endswith("BudgetBurn")}
+    assert {"QueueSaturated", "ModelNotReady", "VersionMismatch", "TritonDown"} <= names
+
+
+def test_a_share_that_no_window_can_exceed_is_left_to_the_longer_ones() -> None:
+    median = Objective(name="p50_ms", measure="p50_ms", relation="<", limit=10)
+    found = [rule for rule in _alerts(replace(MODEL, objectives=(median,))) if rule["alert"] == "LatencyBudgetBurn"]
+    assert [rule["labels"]["window"] for rule in found] == ["3d"]
+    assert "> 0.5 and" in found[0]["expr"]
+
+
+def test_where_no_error_is_allowed_any_ten_fire(tmp_path: Path) -> None:
+    none = replace(ERRORS, limit=0)
+    write_rules(tmp_path, replace(MODEL, objectives=(none,)))
+    check_fired(tmp_path, {**HEALTHY, FAILED: "0+1"}, 15, each("ErrorBudgetBurn", *BOTH))
+
+
+def test_objectives_come_from_deploy_toml_for_the_target_that_was_built(built: Path) -> None:
+    models = {model.name: model for model in served_models(built / "repository", Path("tests/models"))}
+    assert models["text"].latency_limits_ms
+    assert models["text"].max_error_rate is not None
+    assert models["text"].versions == (1,)
+    assert models["text"].queue_size > 0
+
+
+def test_of_two_limits_of_a_percentile_the_strictest_counts() -> None:
+    tighter = Objective.parse("p99_ms < 60")
+    assert replace(MODEL, objectives=(P99, tighter)).latency_limits_ms == {99: 60}
+
+
+def test_the_rules_are_without_fault_for_promtool(tmp_path: Path) -> None:
+    path = write_rules(tmp_path, MODEL, replace(MODEL, name="other", queue_size=0, queue_timeout_ms=0, versions=(2, 1)))
+    done = promtool("check", "rules", "--lint=all", "--lint-fatal", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_recorded_names_are_level_metric_operation() -> None:
+    names = {rule["record"] for group in rules([MODEL])["groups"] for rule in group["rules"] if "record" in rule}
+    assert names
+    assert not {name for name in names if not re.fullmatch(r"(model|instance_model|endpoint):[a-z_]+:[a-z0-9_]+", name)}
+
+
+# ---- runbook, dashboard, files that agree ---------------------------------------------------------
+
+
+def test_every_alert_has_its_section_of_the_runbook_and_every_section_its_alert() -> None:
+    text = Path("docs/runbook.md").read_text()
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    assert sections.keys() == {rule["alert"] for rule in _alerts(MODEL)}
+    for name, section in sections.items():
+        assert re.findall(r"^\*\*(.+?)\.\*\*", section, re.MULTILINE) == ["Means", "Look at", "Do"], name
+
+
+def test_every_alert_says_what_how_bad_and_where_to_read_on() -> None:
+    for rule in _alerts(MODEL):
+        assert rule["labels"]["severity"] in BOTH
+        assert rule["annotations"].keys() == {"summary", "description", "runbook_url"}
+        assert all(rule["annotations"].values())
+        assert rule["annotations"]["runbook_url"] == f"docs/runbook.md#{rule['alert'].lower()}"
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_panels_have_ids_of_their_own_and_do_not_overlap(on_gpu: bool) -> None:
+    panels = dashboard([replace(MODEL, needs_gpu=on_gpu)])["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken = [
+        (panel["gridPos"]["x"] + x, panel["gridPos"]["y"] + y)
+        for panel in panels
+        for x in range(panel["gridPos"]["w"])
+        for y in range(panel["gridPos"]["h"])
+    ]
+    assert len(set(taken)) == len(taken)
+    assert max(x for x, _ in taken) < 24
+    assert ("GPU" in {panel["title"] for panel in panels}) == on_gpu
+
+
+def test_the_queries_of_the_dashboard_are_promql(tmp_path: Path) -> None:
+    asked = [expr for _, expr in queries(dashboard([replace(MODEL, needs_gpu=True)]))]
+    recorded = [{"record": f"query:{index}:is", "expr": expr} for index, expr in enumerate(asked)]
+    (tmp_path / "queries.yml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": recorded}]}))
+    done = promtool("check", "rules", tmp_path / "queries.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(asked)} rules found" in done.stdout
+
+
+def test_what_the_dashboard_and_the_alerts_read_is_recorded() -> None:
+    found = rules([MODEL])["groups"]
+    recorded = {rule["record"] for group in found for rule in group["rules"] if "record" in rule}
+    texts = [expr for _, expr in queries(dashboard([MODEL]))]
+    texts += [rule["expr"] for group in found for rule in group["rules"] if "alert" in rule]
+    read = {name for text in texts for name in re.findall(r"\b(?:model|instance_model|endpoint):[a-z_]+:\w+", text)}
+    assert read <= recorded
+
+
+def test_the_stack_gets_rules_and_dashboard_that_anybody_may_read(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    run = run_module(
+        "serving.stack", "--repository", str(tmp_path / "repository"), "--env-file", str(tmp_path / "env"),
+        "--runbook", "https://wiki.example.com/runbook", BUILD=str(tmp_path / "build"),
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    observe = tmp_path / "build" / "observe"
+    for part in ("rules/deepseek.yml", "dashboards/deepseek.json"):
+        assert (observe / part).stat().st_mode & 0o444 == 0o444
+        assert (observe / part).parent.stat().st_mode & 0o555 == 0o555
+    assert "https://wiki.example.com/runbook#tritondown" in (observe / "rules" / "deepseek.yml").read_text()
+    assert f"OBSERVE='{observe}'" in (tmp_path / "env").read_text()
+
+
+def test_compose_mounts_them_where_prometheus_and_grafana_look() -> None:
+    stack = services("compose.yaml")
+    volumes = {name: {v["target"]: v["source"] for v in stack[name]["volumes"] if isinstance(v, dict)} for name in ("prometheus", "grafana")}  # fmt: skip
+    prometheus = yaml.safe_load((OBSERVE / "prometheus" / "prometheus.yml").read_text())
+    assert volumes["prometheus"]["/rules"] == "${OBSERVE:-build/observe}/rules"
+    assert prometheus["rule_files"] == ["/rules/*.yml"]
+    assert {job["job_name"] for job in prometheus["scrape_configs"]} == {"triton", "gateway"}
+    (provider,) = yaml.safe_load((OBSERVE / "grafana/dashboards/dashboards.yml").read_text())["providers"]
+    assert volumes["grafana"][provider["options"]["path"]] == "${OBSERVE:-build/observe}/dashboards"
+    (source,) = yaml.safe_load((OBSERVE / "grafana/datasources/prometheus.yml").read_text())["datasources"]
+    assert {panel["datasource"]["uid"] for panel in dashboard([MODEL])["panels"] if "datasource" in panel} == {source["uid"]}  # fmt: skip
+
+
+def test_the_configurations_are_valid_for_the_programs() -> None:
+    done = promtool("check", "config", "--syntax-only", OBSERVE / "prometheus" / "prometheus.yml")
+    assert done.returncode == 0, done.stderr
+    if not shutil.which("amtool"):
+        pytest.skip("no amtool here: apt-get install prometheus-alertmanager")
+    command = ["amtool", "check-config", OBSERVE / "alertmanager" / "alertmanager.yml"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_a_repository_that_is_none_is_one_line() -> None:
+    for module in ("serving.alerts", "serving.dashboard"):
+        run = run_module(module, "--repository", "nosuch")
+        assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+        assert run.stderr.startswith("error: nosuch: no model in it")
