@@ -107,7 +107,7 @@ def _gateway() -> list[Panel]:
         Panel(
             title="Share that no answer came to",
             unit="percentunit",
-            description="No server, no room, or no answer in time. What callers do wrong does not count.",
+            description="No server, no room, or a wait in vain. What callers do wrong does not count.",
             queries={"unserved": "endpoint:requests_unserved:ratio_rate5m"},
         ),
         Panel(

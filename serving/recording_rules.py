@@ -17,9 +17,9 @@ from serving.served import Served, bound_s
 
 WINDOWS_S = {"5m": 300, "30m": 1800, "1h": 3600, "2h": 7200, "6h": 21_600, "1d": 86_400, "3d": 259_200}
 DURATION = "gateway_request_duration_seconds"
-# Statuses of the gateway, HTTP's and gRPC's: answers, and what no model answered or the server had no room for. What
-# callers do wrong is in neither; a model's own failures are in Triton's counters.
-SERVED, UNSERVED = "200|0", "502|503|504|4|14"
+# Statuses of the gateway, HTTP's and gRPC's: answers, and where there was no server or no room. What callers do wrong
+# is in neither; a model's own failures are in Triton's counters.
+ANSWERED, REFUSED = "200|0", "502|503|14"
 FAILED = 'nv_inference_request_failure{reason!="CANCELED"}'  # all but what callers gave up
 READY = "nv_inference_pending_request_count"  # of every version that is loaded, and of no other
 
@@ -62,13 +62,30 @@ def _shares(models: list[Served]) -> Iterator[Rule]:
         everything = f"({failed} + sum by (model) (rate(nv_inference_request_success[{window}])))"
         yield _record(f"model:triton_requests:rate{window}", everything)
         yield _record(f"model:triton_requests_failed:ratio_rate{window}", f"{failed} / {everything}")
-        asked = f'sum(rate(gateway_requests_total{{api="infer",status=~"{SERVED}|{UNSERVED}"}}[{window}]))'
-        unserved = f'sum(rate(gateway_requests_total{{api="infer",status=~"{UNSERVED}"}}[{window}]))'
-        yield _record(f"endpoint:requests:rate{window}", asked)
-        yield _record(f"endpoint:requests_unserved:ratio_rate{window}", f"({unserved} or 0 * {asked}) / {asked}")
+        answered, unserved = _endpoint(models, window)
+        yield _record(f"endpoint:requests:rate{window}", f"{answered} + {unserved}")
+        yield _record(f"endpoint:requests_unserved:ratio_rate{window}", f"({unserved}) / ({answered} + {unserved})")
         for model in models:
             for percent, limit_ms in model.latency_limits_ms.items():
                 yield _slow(model.name, percent, limit_ms, window)
+
+
+def _endpoint(models: list[Served], window: str) -> tuple[str, str]:
+    """Rates of the requests that were answered, and of those that were refused or waited for in vain.
+
+    In vain: without an answer, and longer than any SLO has it, whether the gateway's time was up or the caller's. Else
+    an endpoint so slow that all callers give up would look well.
+    """
+    longest = max((max(model.latency_limits_ms.values(), default=model.p99_ms) for model in models), default=0)
+
+    def rate(series: str) -> str:
+        return f"(sum(rate({series}[{window}])) or vector(0))"
+
+    answered, refused = (
+        rate(f'gateway_requests_total{{api="infer",status=~"{statuses}"}}') for statuses in (ANSWERED, REFUSED)
+    )
+    nameless, soon = f'{DURATION}_count{{model=""}}', f'{DURATION}_bucket{{model="",le="{bound_s(longest)}"}}'
+    return answered, f"{refused} + clamp_min({rate(nameless)} - {rate(soon)}, 0)"
 
 
 def _slow(model: str, percent: float, limit_ms: float, window: str) -> Rule:

@@ -29,6 +29,10 @@ TRITON = 'model="text",instance="a"'
 FAST = 'gateway_request_duration_seconds_bucket{model="text",le="0.08"}'
 ANSWERED = 'gateway_request_duration_seconds_count{model="text"}'
 UNSERVED = 'gateway_requests_total{api="infer",protocol="grpc",model="",status="14"}'
+GIVEN_UP, SOON = (
+    'gateway_request_duration_seconds_count{model=""}',
+    'gateway_request_duration_seconds_bucket{model="",le="0.08"}',
+)
 WRONG = 'gateway_requests_total{api="infer",protocol="grpc",model="",status="3"}'
 FAILED = f'nv_inference_request_failure{{{TRITON},version="5",reason="REJECTED"}}'
 CANCELED = f'nv_inference_request_failure{{{TRITON},version="5",reason="CANCELED"}}'
@@ -113,6 +117,8 @@ def each(name: str, *severities: str) -> Fired:
         pytest.param({FAILED: "0+600"}, 70, each("ErrorBudgetBurn", *BOTH), id="refused"),
         pytest.param({CANCELED: "0+600"}, 70, set(), id="callers gave up"),
         pytest.param({UNSERVED: "0+300"}, 70, each("EndpointBudgetBurn", *BOTH), id="nobody answers"),
+        pytest.param({GIVEN_UP: "0+300", SOON: "0+0"}, 70, each("EndpointBudgetBurn", *BOTH), id="callers wait in vain"),
+        pytest.param({GIVEN_UP: "0+300", SOON: "0+300"}, 70, set(), id="callers give up at once"),
         pytest.param({WRONG: "0+3000"}, 70, set(), id="callers do wrong"),
         pytest.param({WAITING: "90+0"}, 5, each("QueueSaturated", "page"), id="queue nearly full"),
         pytest.param({WAITING: "79+0"}, 5, set(), id="queue not yet full"),

@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import json
 import math
+import re
 import shutil
 import subprocess
 import threading
@@ -23,6 +24,7 @@ import pytest
 import yaml
 from cryptography import x509
 from deepseek_client import InferenceClient
+from tritonclient.utils import InferenceServerException
 
 from serving.dashboard import dashboard, queries
 from serving.embedded import EmbeddedServer
@@ -30,7 +32,7 @@ from serving.flags import trace_flags
 from serving.served import Served, served_models
 from serving.stack import limits, write_observed
 from tests.conftest import run_module, write_add_one
-from tests.gateway import Gateway, free_port, skip_without_nginx
+from tests.gateway import Gateway, authorized, free_port, grpc_input, json_body, skip_without_nginx
 
 X = {"x": np.zeros((1, 2, 3), np.float32)}
 DEPLOY = """
@@ -106,9 +108,10 @@ class Observed:
 
 @contextlib.contextmanager
 def observed(folder: Path, trace_url: str = "") -> Iterator[Observed]:
-    """Both programs over `add_one`, with limits from its deploy.toml."""
+    """Both programs over `add_one`, with limits from its deploy.toml, and `stuck`, which has none."""
     skip_without_nginx()
     write_add_one(folder / "repository")
+    write_add_one(folder / "repository", "stuck", delay_s=1)
     (folder / "models" / "add_one").mkdir(parents=True)
     (folder / "models" / "add_one" / "deploy.toml").write_text(DEPLOY)
     models = served_models(folder / "repository", folder / "models")
@@ -176,6 +179,31 @@ def test_only_answers_of_an_inference_name_a_model(traced: Observed) -> None:
     counted = 'gateway_requests_total{protocol="grpc",api="metadata",model="",status="0"}'
     found = wait_for(traced.metrics, lambda metrics: counted in metrics)
     assert not [series for series in found if 'model="triton"' in series]
+
+
+def test_a_caller_that_gave_up_is_timed_without_a_model(traced: Observed) -> None:
+    series = 'gateway_request_duration_seconds_count{protocol="grpc",api="infer",model=""}'
+    before = traced.metrics().get(series, 0)
+    with traced.gateway.grpc_client() as client, pytest.raises(InferenceServerException, match="DEADLINE_EXCEEDED"):
+        client.infer("stuck", grpc_input(), client_timeout=0.2, headers=authorized(traced.gateway.key))
+    wait_for(traced.metrics, lambda found: found.get(series, 0) == before + 1)
+
+
+def test_what_callers_do_wrong_is_no_failure_of_the_model(traced: Observed) -> None:
+    wrong = [
+        b"{}",
+        b"x",
+        json_body(rows=9),
+        json_body().replace(b"FP32", b"INT64"),
+        json_body().replace(b'"x"', b'"z"'),
+    ]
+    for body in wrong:
+        status, _ = traced.gateway.http("POST", "/v2/models/add_one/infer", body=body)
+        assert status >= 400
+    text = urllib.request.urlopen(traced.server.metrics_url).read().decode()
+    counts = re.findall(r'^nv_inference_request_failure\{model="add_one",.*\} (\d+)$', text, re.MULTILINE)
+    assert counts
+    assert set(counts) == {"0"}
 
 
 def test_the_gateway_says_when_its_certificate_ends(traced: Observed) -> None:
