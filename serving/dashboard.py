@@ -251,7 +251,8 @@ def _panel(panel: Panel) -> dict[str, Any]:
         {"refId": chr(ord("A") + index), "datasource": SOURCE, "expr": expr, "legendFormat": legend}
         for index, (legend, expr) in enumerate(panel.queries.items())
     ]
-    steps = [{"color": "green", "value": None}, *({"color": "red", "value": limit} for limit in sorted(panel.limits))]
+    steps: list[dict[str, Any]] = [{"color": "green", "value": None}]
+    steps += [{"color": "red", "value": limit} for limit in sorted(panel.limits)]
     defaults: dict[str, Any] = {"unit": panel.unit, "thresholds": {"mode": "absolute", "steps": steps}}
     if panel.kind == "timeseries":
         style = "dashed" if panel.limits else "off"

@@ -331,7 +331,8 @@ class Prometheus:
 @contextlib.contextmanager
 def load(running: Observed) -> Iterator[list[Exception]]:
     """About fifty requests a second over both protocols meanwhile; what went wrong."""
-    done, wrong = threading.Event(), []
+    done = threading.Event()
+    wrong: list[Exception] = []
 
     def call(protocol: str) -> None:
         try:
