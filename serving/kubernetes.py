@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from deepseek.spec import InputError, Parser, PublishedManifest, run_command
+from serving.alerts import RUNBOOK, as_yaml, rules
 from serving.keys import gateway_folder
 from serving.machine import TRITON_TAG
 from serving.manifests import (
@@ -63,7 +64,7 @@ def _write(path: Path, content: str) -> None:
     part.replace(path)
 
 
-def write(folder: Path, overlay: Overlay, models: list[Served], rules: Sequence[Path]) -> None:
+def write(folder: Path, overlay: Overlay, models: list[Served], runbook: str) -> None:
     """All files of the overlay; those of an earlier one that it does not have go."""
     files = {
         "kustomization.yaml": kustomization(overlay),
@@ -73,8 +74,8 @@ def write(folder: Path, overlay: Overlay, models: list[Served], rules: Sequence[
     }
     if overlay.autoscaler != "none":
         files["autoscaler.yaml"] = autoscaler_patch(overlay)
-    if overlay.alerts:
-        files["alerts.yaml"] = alerts(rules)
+    if overlay.monitoring:
+        files["alerts.yaml"] = alerts(as_yaml(rules(models, runbook)))
     for name, content in files.items():
         _write(folder / name, content)
     for name in {"autoscaler.yaml", "alerts.yaml"} - files.keys():
@@ -110,20 +111,21 @@ def _target(folder: Path, model: Served) -> str:
 
 
 def _copy_inputs(source: Path, copy: Path) -> None:
-    """The inputs, or as many of their rows as a ConfigMap holds."""
+    """The inputs, or as many of their rows as a ConfigMap holds; entries are `<row>/<input>`."""
     with np.load(source) as file:
         arrays = {name: file[name] for name in file.files}
-    step = 1
+    rows = sorted({name.partition("/")[0] for name in arrays})
+    part = copy.with_name(f".{os.getpid()}.npz")
     while True:
-        part = copy.with_name(f".{os.getpid()}.npz")
-        np.savez_compressed(part, **{name: array[::step] for name, array in arrays.items()})  # type: ignore[arg-type]
+        kept = {name: array for name, array in arrays.items() if name.partition("/")[0] in set(rows)}
+        np.savez_compressed(part, **kept)  # type: ignore[arg-type]
         if part.stat().st_size <= CONFIG_MAP_BYTES:
             part.replace(copy)
             return
-        if all(len(array[::step]) == 1 for array in arrays.values()):
+        if len(rows) == 1:
             part.unlink()
             raise InputError(f"{source}: a single row is larger than a ConfigMap may be ({CONFIG_MAP_BYTES} bytes)")
-        step *= 2
+        rows = rows[::2]
 
 
 def _parse() -> argparse.Namespace:
@@ -142,7 +144,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--load-balancer", action="store_true", help="give the gateway an address outside")
     parser.add_argument("--no-monitoring", action="store_true", help="for a cluster without the Prometheus operator")
     parser.add_argument("--gateway", type=Path, help="where ca.crt lies (default: gateway/ in $BUILD)")
-    parser.add_argument("--rules", type=Path, help="folder of Prometheus rule files (default: observe/rules in $BUILD)")
+    parser.add_argument("--runbook", default=RUNBOOK, help="where alerts point to (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print what decided as JSON")
     args = parser.parse_args()
     args.gateway = args.gateway or gateway_folder()
@@ -166,8 +168,6 @@ def main() -> None:
     if args.models_url:
         sha256, size_bytes = pack(args.repository, folder / "models.tar.gz")
         models_mib = math.ceil((size_bytes + (folder / "models.tar.gz").stat().st_size) / MIB * 1.1) + 16  # blocks
-    monitoring = not args.no_monitoring
-    rules = sorted((args.rules or args.build / "observe" / "rules").glob("*.yml")) if monitoring else []
     overlay = Overlay(
         base=os.path.relpath(args.base.resolve(), folder.resolve()),
         on_gpu=any(model.needs_gpu for model in models),
@@ -181,10 +181,9 @@ def main() -> None:
         models_sha256=sha256,
         models_mib=models_mib,
         load_balancer=args.load_balancer,
-        monitoring=monitoring,
-        alerts=bool(rules),
+        monitoring=not args.no_monitoring,
     )
-    write(folder, overlay, models, rules)
+    write(folder, overlay, models, args.runbook)
     for model in models:
         write_loadtest(folder / "loadtest" / model.name, overlay, model, args)
     if args.json:

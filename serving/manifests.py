@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,7 +101,6 @@ class Overlay:
     """Of the repository, unpacked, and of the archive."""
     load_balancer: bool = False
     monitoring: bool = True
-    alerts: bool = False
 
     @property
     def grace_s(self) -> int:
@@ -136,7 +134,7 @@ apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
 namespace: {NAMESPACE}
 resources:
-  - {overlay.base}/base{chr(10) + "  - alerts.yaml" if overlay.alerts else ""}
+  - {overlay.base}/base{chr(10) + "  - alerts.yaml" if overlay.monitoring else ""}
 components:
 {components}
 configMapGenerator:
@@ -245,19 +243,15 @@ def quantity(value: float) -> str:
     return f'"{round(value * 1000)}m"'
 
 
-def alerts(rules: Sequence[Path]) -> str:
-    """Prometheus' rule files, each as a resource of its operator, whose `spec` reads as such a file does."""
-    texts = []
-    for path in rules:
-        name = re.sub(r"[^a-z0-9-]+", "-", path.stem.lower()).strip("-")
-        texts.append(f"""\
+def alerts(rules: str) -> str:
+    """Prometheus' rule file as a resource of its operator, whose `spec` reads as such a file does."""
+    return f"""\
 apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
-metadata: {{name: {name}, labels: {{app.kubernetes.io/name: triton}}}}
+metadata: {{name: deepseek, labels: {{app.kubernetes.io/name: triton}}}}
 spec:
-{textwrap.indent(path.read_text(encoding="utf-8").rstrip(), "  ")}
-""")
-    return "---\n".join(texts)
+{textwrap.indent(rules.rstrip(), "  ")}
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
