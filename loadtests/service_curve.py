@@ -68,6 +68,20 @@ class ServiceCurve:
             capacity_rps=capacity.capacity_rps,
         )
 
+    def slowed(self, share: float) -> ServiceCurve:
+        """Of a server that does so much less: each rate is lower, and what is seen at it the same."""
+
+        def lower(points: Points) -> Points:
+            return tuple((rate * (1 - share), value) for rate, value in points)
+
+        return ServiceCurve(
+            p99=lower(self.p99),
+            queue=lower(self.queue),
+            compute=lower(self.compute),
+            saturation_rps=self.saturation_rps * (1 - share),
+            capacity_rps=self.capacity_rps * (1 - share),
+        )
+
     def p99_ms(self, rate_rps: float) -> float:
         """99th percentile of the latency while the server keeps up."""
         return _at(self.p99, rate_rps)

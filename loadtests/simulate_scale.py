@@ -2,9 +2,9 @@
 
 Contract: reads `build/<model>/capacity.json` (one server at each rate, as measured: `make capacity`) and the SLO of
 `deploy.toml`; `loadtests.autoscaler` is Kubernetes' algorithm, `loadtests.cluster` what happens to pods, nodes and
-requests. Tried are targets for the queue-to-compute ratio and for requests/s of a pod, each with several least numbers
-of pods; chosen is the cheapest whose late requests stay within --late. It leaves `build/<model>/scale.json`, which
-`make kubernetes` reads, and `scale.html`.
+requests. Each pod is taken to do --margin less than what was measured. Tried are targets for the queue-to-compute
+ratio and for requests/s of a pod, each with several least numbers of pods; chosen is the cheapest whose late requests
+stay within --late. It leaves `build/<model>/scale.json`, which `make kubernetes` reads, and `scale.html`.
 
 Exit codes: 0 chosen; 1 none holds; 2 wrong input, no capacity.
 
@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -207,6 +208,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the shape's noise (default: %(default)s)")
     parser.add_argument("--metric", choices=get_args(Metric), help="try this one alone (default: both)")
     parser.add_argument("--late", type=float, help="share of requests that may be late (default: the SLO's error rate)")
+    parser.add_argument(
+        "--margin", type=float, default=0.1, help="a pod does so much less than measured (default: 0.1)"
+    )
     parser.add_argument("--max-replicas", type=int, help="(default: twice what the peak needs)")
     parser.add_argument("--pod-start-s", type=float, default=60, help="from its node to readiness (default: 60)")
     parser.add_argument("--node-start-s", type=float, default=120, help="of a new node (default: 120)")
@@ -221,6 +225,8 @@ def _parse() -> argparse.Namespace:
         if value is not None and not (0 < value < math.inf if name in positive else 0 <= value < math.inf):
             least = "more than 0" if name in positive else "0 or more"
             raise InputError(f"--{name.replace('_', '-')} {value:g}: it must be {least}")
+    if not 0 <= args.margin < 1:
+        raise InputError(f"--margin {args.margin:g}: it must be 0 or more and below 1")
     if args.max_replicas is not None and args.max_replicas < LEAST_REPLICAS:
         raise InputError(f"--max-replicas {args.max_replicas}: it must be {LEAST_REPLICAS} or more")
     return args
@@ -254,7 +260,7 @@ def result(simulated: Simulated, capacity: Capacity, setup: Setup, traffic: str,
         "targets": [{"metric": best.metric, "value": best.target}],
         "min_replicas": best.min_replicas,
         "max_replicas": max_replicas,
-        "cores": int(capacity.machine.get("cores") or 1),
+        "cores": _cores(capacity),
     }
     return {
         "schema_version": 1,
@@ -271,6 +277,11 @@ def result(simulated: Simulated, capacity: Capacity, setup: Setup, traffic: str,
     }
 
 
+def _cores(capacity: Capacity) -> int | None:
+    """Of the server's machine; None where only the load generator's is known."""
+    return capacity.machine.get("cores") if re.match(r"127\.|localhost:|\[::1\]", capacity.url) else None
+
+
 def main() -> None:
     """Replays, chooses, saves, draws, prints."""
     args = _parse()
@@ -278,11 +289,11 @@ def main() -> None:
     spec = DeploymentSpec.of_model(args.model, args.models).for_target(capacity.target)
     if capacity.model != spec.name:
         raise InputError(f"{args.capacity}: of the model {capacity.model!r}, not {spec.name!r}")
-    curve, setup = ServiceCurve.of(capacity), setup_of(args, spec)
+    curve, setup = ServiceCurve.of(capacity).slowed(args.margin), setup_of(args, spec)
     console = Console(stderr=True)
     if not capacity.confirmed or capacity.limited_by == "generator":
         console.print(f"note: {capacity.sentence}", soft_wrap=True)
-    peak_rps = args.peak_rps or DEFAULT_PEAK * curve.capacity_rps
+    peak_rps = args.peak_rps or DEFAULT_PEAK * (capacity.capacity_rps or 0)
     rates = read_traffic(args.traffic) if args.traffic else shape_of_day(args.shape, peak_rps, args.seed)
     traffic = str(args.traffic) if args.traffic else f"{args.shape}, peak {peak_rps:g}/s, seed {args.seed}"
     peak_pods = math.ceil(float(rates.max()) / curve.capacity_rps)
@@ -295,7 +306,7 @@ def main() -> None:
     shown = track(wanted, "replaying", console=console, transient=True, disable=not console.is_terminal)
     simulated = simulate(rates, curve, setup, shown, max_replicas=max_replicas, late=late)
     path = build_dir(args.model) / "scale.json"
-    found = result(simulated, capacity, setup, traffic, max_replicas)
+    found = result(simulated, capacity, setup, traffic, max_replicas) | {"margin": args.margin}
     path.parent.mkdir(parents=True, exist_ok=True)
     _save(path, found)
     html = write(path.with_suffix(".html"), page(found, simulated.day, curve))

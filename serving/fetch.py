@@ -81,7 +81,10 @@ def _download(url: str, authorization: str, archive: IO[bytes], deadline: float)
                     raise ConnectionError("the connection ended early")
             return digest.hexdigest()
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-            final = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
+            final = False
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
+                final = error.code < 500 and error.code != 429
             if final or time.monotonic() > deadline:
                 raise GateFailed(f"{url}: {error or type(error).__name__}") from None
             time.sleep(1)

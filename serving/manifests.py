@@ -50,8 +50,8 @@ class Scale(BaseModel):
     targets: tuple[Target, ...] = Field(min_length=1)
     min_replicas: int = Field(ge=1)
     max_replicas: int = Field(ge=1)
-    cores: int = Field(ge=1)
-    """Of the pod that the service curve was measured on."""
+    cores: int | None = Field(None, ge=1)
+    """Of the server that the service curve was measured on; None where they are not known."""
 
     @classmethod
     def load(cls, path: Path) -> Scale | None:
@@ -78,7 +78,7 @@ def together(found: Sequence[Scale]) -> Scale:
         targets=tuple(Target.model_validate({"metric": name, "value": value}) for name, value in lowest.items()),
         min_replicas=max(scale.min_replicas for scale in found),
         max_replicas=max(scale.max_replicas for scale in found),
-        cores=max(scale.cores for scale in found),
+        cores=max((scale.cores for scale in found if scale.cores), default=DEFAULT_CORES),
     )
 
 

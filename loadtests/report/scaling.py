@@ -45,13 +45,13 @@ def traffic_chart(day: Day, curve: ServiceCurve) -> str:
     rates, ready = binned(day.rates_rps, np.max), binned(day.ready, np.min)
     held = [(hour, count * curve.capacity_rps) for hour, count in ready]
     chart = _chart(day, up_to([*(y for _, y in rates), *(y for _, y in held)]), "Traffic and capacity", "requests/s")
-    chart.line(held, "holds")
+    chart.line(held, "knee")
     chart.line(rates, "intended")
     step = max(1, len(rates) // TIPS)
     for (hour, rate), (_, count) in list(zip(rates, ready, strict=True))[step // 2 :: step]:
         chart.tip(hour, [_clock(hour), f"{rate:.0f}/s", f"{count:.0f} pods ready: {count * curve.capacity_rps:.0f}/s"])
     chart.legend("intended", "traffic")
-    chart.legend("holds", "within the SLO by what is ready")
+    chart.legend("knee", "within the SLO by what is ready")
     return chart.figure()
 
 
@@ -133,7 +133,8 @@ def page(found: dict[str, Any], day: Day, curve: ServiceCurve) -> str:
     """The whole file."""
     best, setup = found["best"], found["setup"]
     title = "A target for the autoscaler" if found["chosen"] else "No setting holds"
-    subject = f"{found['model']}: {found['traffic']}; one server holds {curve.capacity_rps:g} requests/s"
+    less = f", {found['margin']:.0%} less than measured" if found["margin"] else ""
+    subject = f"{found['model']}: {found['traffic']}; a pod holds {curve.capacity_rps:.4g} requests/s{less}"
     head = (
         f"<header class='{'holds' if found['chosen'] else 'violated'}'><h1>{title}</h1>"
         f"<p class='subject'>{sentence(subject)}</p><p>{sentence(found['conclusion'])}</p></header>"
