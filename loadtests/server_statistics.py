@@ -149,7 +149,7 @@ SHORTENED = {
     "in Triton's queue": "a lower rate, more instances or larger batches shorten it (make tune, make capacity)",
     "handing tensors over": "smaller outputs or a larger batch shorten it",
     "in the cache": "it is what the cache itself costs",
-    "in client, network and Triton's front end": "make profile shows where; a busy or distant client is the usual reason",
+    "in client, network and Triton's front end": "make profile shows where; a busy or distant client is usual",
 }
 
 

@@ -146,7 +146,19 @@ class Bench:
             "--max-trials",
             "3",
         ]
-        command = [perf_analyzer_program(), "-m", name, "-u", url, "-i", protocol, "-b", "1", "--concurrency-range", str(users)]
+        command = [
+            perf_analyzer_program(),
+            "-m",
+            name,
+            "-u",
+            url,
+            "-i",
+            protocol,
+            "-b",
+            "1",
+            "--concurrency-range",
+            str(users),
+        ]
         return [*map(str, command), *windows, "--input-data", str(data), "-f", str(table)]
 
     def peer_figures(self, server: EmbeddedServer, name: str, protocol: str, users: int) -> dict[str, float]:
