@@ -1,0 +1,182 @@
+"""Models fetched from a server that is real: checked before they are unpacked, and unpacked nowhere else."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from deepseek.spec import GateFailed, InputError
+from serving.fetch import fetch
+from serving.packed import pack
+from tests.conftest import run_module, write_add_one
+
+
+class Store(ThreadingHTTPServer):
+    """Answers by path with what `answers` makes; keeps the headers that it was sent."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers: dict[str, Callable[[Handler], None]] = {}
+        self.seen: list[tuple[str, str | None]] = []
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}{path}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    server: Store
+
+    def do_GET(self) -> None:
+        self.server.seen.append((self.path, self.headers.get("Authorization")))
+        self.server.answers[self.path](self)
+
+    def give(self, body: bytes, status: int = 200, length: int | None = None, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body) if length is None else length), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    with Store() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> tuple[bytes, str]:
+    """A packed repository, and its sha256."""
+    write_add_one(tmp_path / "repository")
+    sha256, _ = pack(tmp_path / "repository", tmp_path / "models.tar.gz")
+    return (tmp_path / "models.tar.gz").read_bytes(), sha256
+
+
+@pytest.fixture
+def into(tmp_path: Path) -> Path:
+    (tmp_path / "into").mkdir()
+    return tmp_path / "into"
+
+
+def test_what_was_packed_arrives_as_it_was(store: Store, archive: tuple[bytes, str], into: Path) -> None:
+    store.answers["/m.tar.gz"] = lambda request: request.give(archive[0])
+    found = fetch(store.url("/m.tar.gz"), archive[1], into, "Bearer x")
+    assert found == {"size_bytes": len(archive[0]), "models": ["add_one"]}
+    source = into.parent / "repository"
+    names = sorted(path.relative_to(source) for path in source.rglob("*"))
+    assert sorted(path.relative_to(into) for path in into.rglob("*")) == names
+    assert (into / "add_one/1/model.py").read_bytes() == (source / "add_one/1/model.py").read_bytes()
+    assert store.seen == [("/m.tar.gz", "Bearer x")]
+
+
+def test_the_same_files_pack_into_the_same_bytes(archive: tuple[bytes, str], tmp_path: Path) -> None:
+    config = tmp_path / "repository" / "add_one" / "config.pbtxt"
+    (config.parent / "1" / "__pycache__").mkdir()
+    (config.parent / ".part").write_text("half")
+    config.touch()
+    assert pack(tmp_path / "repository", tmp_path / "again.tar.gz")[0] == archive[1]
+    config.write_text(config.read_text() + "\n")
+    assert pack(tmp_path / "repository", tmp_path / "again.tar.gz")[0] != archive[1]
+
+
+def test_another_archive_than_the_expected_one_is_not_unpacked(
+    store: Store, archive: tuple[bytes, str], into: Path
+) -> None:
+    store.answers["/m.tar.gz"] = lambda request: request.give(archive[0] + b"x")
+    with pytest.raises(GateFailed, match="nothing was unpacked"):
+        fetch(store.url("/m.tar.gz"), archive[1], into)
+    assert list(into.iterdir()) == []
+
+
+def test_a_connection_that_ends_early_is_tried_again(store: Store, archive: tuple[bytes, str], into: Path) -> None:
+    def first_half_then_all(request: Handler) -> None:
+        request.give(archive[0][: 100 if len(store.seen) == 1 else None], length=len(archive[0]))
+
+    store.answers["/m.tar.gz"] = first_half_then_all
+    assert fetch(store.url("/m.tar.gz"), archive[1], into)["models"] == ["add_one"]
+    assert len(store.seen) == 2
+
+
+def test_a_missing_archive_is_said_at_once_and_a_broken_store_after_a_while(store: Store, into: Path) -> None:
+    store.answers["/gone?signature=x"] = lambda request: request.give(b"", status=404)
+    with pytest.raises(GateFailed, match="404") as error:
+        fetch(store.url("/gone?signature=x"), "0" * 64, into)
+    assert "signature" not in str(error.value)
+    assert len(store.seen) == 1
+    store.answers["/broken"] = lambda request: request.give(b"", status=503)
+    with pytest.raises(GateFailed, match="503"):
+        fetch(store.url("/broken"), "0" * 64, into, retry_s=0.5)
+    assert len(store.seen) == 3
+
+
+def test_the_authorization_goes_to_the_url_and_not_to_where_it_redirects(
+    store: Store, archive: tuple[bytes, str], into: Path
+) -> None:
+    store.answers["/m.tar.gz"] = lambda request: request.give(b"", status=302, Location=store.url("/elsewhere"))
+    store.answers["/elsewhere"] = lambda request: request.give(archive[0])
+    fetch(store.url("/m.tar.gz"), archive[1], into, "Bearer x")
+    assert store.seen == [("/m.tar.gz", "Bearer x"), ("/elsewhere", None)]
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", "a/../../outside"], ids=["up", "root", "through"])
+def test_a_member_that_would_land_outside_is_refused_or_kept_inside(store: Store, into: Path, name: str) -> None:
+    content = packed(tarfile.TarInfo(name))
+    store.answers["/m"] = lambda request: request.give(content)
+    if name.startswith("/"):  # tar's own rule: without its slash
+        fetch(store.url("/m"), hashlib.sha256(content).hexdigest(), into)
+    else:
+        with pytest.raises(GateFailed, match="archive: "):
+            fetch(store.url("/m"), hashlib.sha256(content).hexdigest(), into)
+    assert not (into.parent / "outside").exists()
+    assert not Path("/outside").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE], ids=["symlink", "link", "fifo"])
+def test_links_and_devices_are_refused(store: Store, into: Path, kind: bytes) -> None:
+    member = tarfile.TarInfo("add_one")
+    member.type, member.linkname = kind, "/etc"
+    content = packed(member)
+    store.answers["/m"] = lambda request: request.give(content)
+    with pytest.raises(GateFailed, match="'add_one' is neither a file nor a folder"):
+        fetch(store.url("/m"), hashlib.sha256(content).hexdigest(), into)
+
+
+def packed(member: tarfile.TarInfo) -> bytes:
+    """An archive of one member without content."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.addfile(member)
+    return buffer.getvalue()
+
+
+def test_what_is_no_archive_is_one_line(store: Store, into: Path) -> None:
+    store.answers["/m"] = lambda request: request.give(b"hello")
+    with pytest.raises(GateFailed, match=r"cannot be read as \.tar\.gz"):
+        fetch(store.url("/m"), hashlib.sha256(b"hello").hexdigest(), into)
+
+
+@pytest.mark.parametrize(
+    ("url", "sha256", "message"),
+    [("s3://b/m", "0" * 64, "must begin with https://"), ("http://h/m", "12", "64 hexadecimal digits")],
+    ids=["scheme", "checksum"],
+)
+def test_wrong_input_is_said(into: Path, url: str, sha256: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        fetch(url, sha256, into)
+    run = run_module("serving.fetch", "--url", url, "--sha256", sha256, "--into", str(into))
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1
