@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -239,6 +240,20 @@ def test_workers_send_one_schedule_together(
     assert run.generator["workers_lost"] == 0
     inferred = run.server["statistics"]["inference_count"]
     assert inferred == pytest.approx(120, abs=10)  # asked at the window's ends, while requests are under way
+
+
+def test_workers_that_were_started_elsewhere_send_one_schedule_together(tiny: tuple[EmbeddedServer, Path]) -> None:
+    wanted, remote = settings(tiny, rate_rps=60.0), ("--remote-workers", "2", "--json")
+    with command(wanted, *remote) as master, contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(command(wanted, *remote, "--worker-of", "127.0.0.1")) for _ in range(2)]
+        output, errors = master.communicate(timeout=90)
+        for worker in workers:
+            assert worker.communicate(timeout=30)[0] == ""
+    assert [worker.returncode for worker in workers] == [0, 0]
+    run = Run.load(json.loads(output)["run"])
+    assert master.returncode in (0, 3), errors
+    assert run.window.ok == run.window.planned == 120
+    assert run.settings.workers == 2
 
 
 def test_users_are_shared_out_among_workers(tiny: tuple[EmbeddedServer, Path]) -> None:

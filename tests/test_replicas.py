@@ -1,0 +1,133 @@
+"""Several Tritons behind the gateway on one machine, as a headless service lists them: one comes, one is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.embedded import EmbeddedServer
+from serving.served import served_models
+from serving.stack import limits
+from tests.conftest import write_add_one
+from tests.gateway import Gateway, authorized, free_port, grpc_input, json_body, skip_without_nginx
+
+pytestmark = pytest.mark.slow
+ADDRESSES = ("127.0.0.1", "127.0.0.2")
+SECONDS = 15  # in which a new replica has to have its share, on a machine that does other things, too
+RECENT = 40  # requests of one protocol that the share is taken of
+
+
+class Callers:
+    """Calls over HTTP and gRPC, one after the other in a thread each, until told to stop; keeps what failed."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.failed: list[str] = []
+        self.made = 0
+        self._gateway, self._stop = gateway, threading.Event()
+        self._threads = [threading.Thread(target=self._call, args=(kind,)) for kind in ("http", "grpc")]
+
+    def __enter__(self) -> Callers:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _call(self, kind: str) -> None:
+        with self._gateway.grpc_client() as client:
+            while not self._stop.wait(0.02):
+                try:
+                    self._http() if kind == "http" else self._grpc(client)
+                    self.made += 1
+                except Exception as error:
+                    self.failed.append(f"{kind}: {error!r}")
+
+    def _http(self) -> None:
+        status, answer = self._gateway.http("POST", "/v2/models/add_one/infer", body=json_body())
+        assert status == 200, answer
+
+    def _grpc(self, client: Any) -> None:
+        client.infer("add_one", grpc_input(), headers=authorized(self._gateway.key), client_timeout=5)
+
+
+class Names:
+    """What the name `triton` stands for: a `getent` on the gateway's PATH answers from a file, in place of the DNS."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._file = folder / "addresses"
+        (folder / "bin").mkdir()
+        (folder / "bin" / "getent").write_text(
+            f'#!/bin/sh\nwhile read -r each; do echo "$each STREAM triton"; done <{self._file}\n'
+        )
+        (folder / "bin" / "getent").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin")
+
+    def be(self, *addresses: str) -> None:
+        """From now on."""
+        part = self._file.with_suffix(".part")
+        part.write_text("".join(f"{address}\n" for address in addresses))
+        part.replace(self._file)
+
+
+def server(folder: Path, address: str, ports: dict[str, int]) -> EmbeddedServer:
+    """A replica: of the same repository, on the same ports, at an address of its own."""
+    return EmbeddedServer(
+        folder / "repository", address=address, **ports, log_path=folder / f"{address}.log", behind_gateway=True
+    )
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Names:
+    skip_without_nginx()
+    write_add_one(tmp_path / "repository")
+    return Names(tmp_path, monkeypatch)
+
+
+def share(gateway: Gateway, protocol: str, address: str) -> float:
+    """Of the last requests of a protocol, those that the replica at an address answered."""
+    lines = [line for line in gateway.lines(api="infer") if line["protocol"] == protocol][-RECENT:]
+    return sum(line["triton"].split(", ")[-1].startswith(f"{address}:") for line in lines) / len(lines)
+
+
+def wait_for_share(gateway: Gateway, address: str) -> None:
+    """Until about half of the last requests, of both protocols, went to an address."""
+    started = time.monotonic()
+    while not all(0.3 < share(gateway, protocol, address) < 0.7 for protocol in ("HTTP/1.1", "HTTP/2.0")):
+        assert time.monotonic() < started + SECONDS
+        time.sleep(0.1)
+    print(f"a new replica had its share after {time.monotonic() - started:.1f} s")
+
+
+def test_a_new_replica_takes_its_share_within_seconds_and_a_killed_one_costs_no_request(
+    tmp_path: Path, names: Names
+) -> None:
+    first, second = ADDRESSES
+    ports = {f"{name}_port": free_port() for name in ("http", "grpc", "metrics")}
+    names.be(first)
+    with contextlib.ExitStack() as stack:
+        old = stack.enter_context(server(tmp_path, first, ports))
+        text = limits(served_models(tmp_path / "repository", tmp_path))
+        gateway = Gateway(tmp_path, text, f"triton:{ports['http_port']}", f"triton:{ports['grpc_port']}")
+        stack.callback(gateway.stop)
+        with Callers(gateway) as callers:
+            time.sleep(2)
+            assert share(gateway, "HTTP/1.1", first) == share(gateway, "HTTP/2.0", first) == 1
+            stack.enter_context(server(tmp_path, second, ports))
+            names.be(first, second)
+            wait_for_share(gateway, second)
+            assert old._process is not None
+            old._process.kill()  # and its address stays on the list for a while
+            time.sleep(2)
+            names.be(second)
+            time.sleep(2)
+            assert share(gateway, "HTTP/1.1", second) == share(gateway, "HTTP/2.0", second) == 1
+    assert callers.failed == []
+    assert callers.made > 100
