@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help demo setup engine keys doctor serve infer compare metadata loadtest verdict capacity compare-runs tune report profile plan bench test lint check-engine \
+.PHONY: help demo setup engine keys doctor serve release rollback releases infer compare metadata loadtest verdict capacity compare-runs tune report profile simulate-scale kubernetes plan bench test lint check-engine \
     built check-graphs can-build lock clean clean-cache distclean FORCE
 
 ##@ Variables (make engine MODEL=… PRECISION=…)
@@ -37,7 +37,8 @@ WEB_PORT ?= 8089##
 DURATION_S ?= 30##             of a load test
 BUDGET_S ?= 1200##             longest time that tune, capacity or compare-runs may take
 BASE ?=##                     compare-runs: repository, model/version, or folder of recorded runs
-NEW ?=##                     what is held against it
+NEW ?=##                     what is held against it; release: a repository whose newest version is released (default: what is built)
+POLL_S ?=##                  serve: look every so many seconds for a version that was released
 RUN ?=##                     folder of a load test for verdict and report (default: the latest)
 REQUESTS ?= 1##                 that profile traces
 ROW ?= 0##             which evaluation sample infer sends
@@ -49,6 +50,12 @@ HIDDEN ?=##                   plan: width of the hidden states
 HEADS ?=##                    plan: attention heads
 LENGTH ?=##                   plan: tokens of a sample
 BATCH ?=##                    plan: samples at once in training (default: 32)
+TRAFFIC ?= day##               simulate-scale: day, spike, launch, flat, or a file of seconds,rate_rps (.csv)
+SCALE ?=##                   simulate-scale: further flags: SCALE='--peak-rps 4000 --node-price 0.38'
+REGISTRY ?=##                kubernetes: where the cluster pulls the images from
+IMAGE_TAG ?=##               kubernetes: of the images
+MODELS_URL ?=##              kubernetes: the repository is fetched from there, as an archive (default: a volume)
+AUTOSCALER ?= hpa##            kubernetes: hpa, keda or none
 DEVICES ?=##                  plan: a file of devices in place of deepseek/devices.toml
 MEASURE ?=##                  1: plan measures this machine, too
 PLAN ?=##                     further flags of plan: PLAN='--checkpointing --train-precision bf16 --json'
@@ -122,7 +129,7 @@ doctor: $(VENV)/.ready ## whether what is in the repository runs here: engines, 
 
 serve: $(VENV)/.ready ## the embedded Triton over the model repository, until Ctrl-C
 	@$(PY) -m serving.embedded --repository $(REPOSITORY) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
-	    --metrics-port $(METRICS_PORT)
+	    --metrics-port $(METRICS_PORT) $(if $(strip $(POLL_S)),--poll-s $(strip $(POLL_S)))
 
 infer: $(VENV)/.ready ## send a real sample to the server and show what comes back
 	@$(PY) -m deepseek_client infer $(MODEL) --url $(URL) --protocol $(PROTOCOL) --inputs $(B)/evaluation.npz \
@@ -133,6 +140,22 @@ compare: $(VENV)/.ready ## what is served over HTTP and gRPC against fp32 PyTorc
 
 metadata: $(VENV)/.ready ## what the server says of the model
 	@$(PY) -m deepseek_client metadata $(MODEL) --url $(URL) --protocol $(PROTOCOL) $(ACCESS)
+
+##@ New versions (make serve POLL_S=2 follows them)
+# The server that callers have: one at a URL that was given has to be there.
+LIVE = --repository $(REPOSITORY) --url $(URL) --protocol $(PROTOCOL) $(ACCESS) \
+    $(if $(filter command environment,$(firstword $(origin URL))),,--may-be-absent)
+
+release: $(VENV)/.ready ## what was built, or NEW=repository: every gate beside the served version, then the switch under load
+	@$(if $(strip $(NEW)),,$(ALONE) $(MAKE) --no-print-directory TARGET=$(T) $(B)/choice-$(T).json)
+	@$(PY) -m serving.release $(WHICH) $(LIVE) --target $(T) $(if $(strip $(NEW)),--new '$(strip $(NEW))') \
+	    --duration-s $(DURATION_S) $(if $(strip $(RATE)),--rate $(RATE))
+
+rollback: $(VENV)/.ready ## back to the version before, in seconds
+	@$(PY) -m serving.rollback $(WHICH) $(LIVE)
+
+releases: $(VENV)/.ready ## what was released, refused and rolled back
+	@$(PY) -m serving.releases $(WHICH) --repository $(REPOSITORY)
 
 ##@ The compose stack (docker compose up)
 keys: $(VENV)/.ready ## API keys of the gateway: lists them; NAME=shop makes and prints one, REVOKE=shop ends it
@@ -171,6 +194,17 @@ report: $(VENV)/.ready ## draw a run as one HTML file; several of RUN="a b" over
 profile: $(VENV)/.ready ## trace REQUESTS= requests of USERS= users from the client to the operators: a timeline, a CPU profile
 	@$(PY) -m loadtests.profile $(WHICH) --protocol $(PROTOCOL) --requests $(strip $(REQUESTS)) --users $(or $(strip $(USERS)),1) \
 	    $(if $(filter command environment,$(firstword $(origin URL))),--url $(URL),--repository $(REPOSITORY))
+
+##@ Kubernetes
+simulate-scale: $(VENV)/.ready ## a day under the autoscaler, with what make capacity measured: its target and least pods
+	@$(PY) -m loadtests.simulate_scale $(WHICH) \
+	    $(if $(filter %.csv,$(TRAFFIC)),--traffic '$(strip $(TRAFFIC))',--shape $(strip $(TRAFFIC))) $(SCALE)
+
+kubernetes: $(VENV)/.ready ## an overlay with the sums of what is in the repository; then: kubectl apply -k build/kubernetes
+	@$(PY) -m serving.kubernetes --repository $(REPOSITORY) --models $(MODELS) --triton-tag $(TRITON_TAG) \
+	    --autoscaler $(strip $(AUTOSCALER)) $(if $(strip $(REGISTRY)),--registry '$(strip $(REGISTRY))') \
+	    $(if $(strip $(IMAGE_TAG)),--image-tag '$(strip $(IMAGE_TAG))') \
+	    $(if $(strip $(MODELS_URL)),--models-url '$(strip $(MODELS_URL))')
 
 ##@ Plan
 plan: $(VENV)/.ready ## memory, devices, parallelism, speed and, with RATE=, cost of MODEL=, PRESET=, ONNX= or LAYERS=
@@ -245,18 +279,18 @@ $(VENV)/.ready-rtx $(VENV)/.ready-test $(VENV)/.ready-tensorrt: $(VENV)/.ready-%
 	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest,gateway,rtx,$*]'
 	@touch $@
 
-# What tests need of the system: nginx with njs, Prometheus. Installed where root may and no service manager would start
+# What tests need of the system: nginx with njs, Prometheus, kubectl. Installed where root may and no service manager would start
 # them as services; elsewhere one line says what is missing, and those tests are skipped with their reason.
 NJS := /usr/lib/nginx/modules/ngx_http_js_module.so
-SYSTEM := nginx-light libnginx-mod-http-js prometheus prometheus-alertmanager
-HAS_SYSTEM := test -e $(NJS) && type prometheus promtool amtool >/dev/null 2>&1
+SYSTEM := nginx-light libnginx-mod-http-js prometheus prometheus-alertmanager kubectl
+HAS_SYSTEM := test -e $(NJS) && type prometheus promtool amtool kubectl >/dev/null 2>&1
 $(VENV)/.ready-system: | $(VENV)/.ready
 	@if ! { $(HAS_SYSTEM); } && [ "$$(id -u)" = 0 ] && [ ! -d /run/systemd/system ] && command -v apt-get >/dev/null; then \
 	    echo "setup     $(SYSTEM), for tests"; \
-	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	        $(SYSTEM); } >/dev/null 2>&1; fi; \
+	    { apt-get update -qq; for package in $(SYSTEM); do \
+	        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$package; done; } >/dev/null 2>&1; fi; \
 	if $(HAS_SYSTEM); then touch $@; else \
-	    echo "note: tests of the gateway or of the alerts will be skipped: apt-get install $(SYSTEM)"; fi
+	    echo "note: tests of the gateway, the alerts or the manifests will be skipped: apt-get install $(SYSTEM)"; fi
 
 # ---- artifacts ---------------------------------------------------------------------------------
 # One make at a time builds in a model's folder. The lock is on the folder itself and ends with whoever holds it.

@@ -1,0 +1,291 @@
+"""What every release and rollback of a model did, as it did it; and the history of its versions.
+
+Contract: a folder each under `build/<model>/releases/`, with `journal.jsonl`, a line a step, on the disk before the
+step goes on: after a kill it says which step was not ended. Beside it lie what the steps found (`doctor.json`,
+`parity.json`, `shadow.json`, `objectives.json`, `switch.json`), the version's `manifest.json` and, at the end,
+`report.md`. One release or rollback of a model at a time.
+
+Examples:
+    python -m serving.releases --model recommender              # the history, newest first
+    python -m serving.releases --model recommender --json
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from deepseek.spec import (
+    GateFailed,
+    InputError,
+    InvalidMeasurement,
+    Parser,
+    PublishedManifest,
+    add_model_arguments,
+    build_dir,
+    run_command,
+)
+from serving.repository import MANIFEST
+from serving.versions import newest
+
+JOURNAL, REPORT = "journal.jsonl", "report.md"
+State = Literal["started", "holds", "failed", "inconclusive", "wrong input", "interrupted", "left out"]
+Outcome = Literal["live", "in the repository", "refused", "rolled back", "not finished", "under way"]
+
+
+def releases_dir(model: str) -> Path:
+    """Where the history of a model lies."""
+    return build_dir(model) / "releases"
+
+
+@contextmanager
+def alone(model: str) -> Iterator[Path]:
+    """The folder of the releases, for one process at a time; the lock ends with its process, however that ends."""
+    folder = releases_dir(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another release or rollback of {model} is under way in {folder}; wait for it") from None
+        yield folder
+    finally:
+        os.close(lock)
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a release or rollback is under way there."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+class Journal:
+    """One release's or rollback's, in a folder of its own."""
+
+    def __init__(self, releases: Path, kind: Literal["release", "rollback"], version: int, **facts: Any) -> None:
+        now = datetime.now(UTC)
+        name = f"{now:%Y-%m-%dT%H-%M-%S}.{now.microsecond // 1000:03}Z-{kind}-{version}"
+        self.folder = releases / name
+        self.folder.mkdir()
+        self.write(kind=kind, version=version, **facts)
+
+    def write(self, **line: Any) -> None:
+        """A line, on the disk when it returns."""
+        line = {"at": datetime.now(UTC).isoformat(timespec="milliseconds"), **line}
+        with (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def keep(self, name: str, content: object) -> None:
+        """What a step found, as a file beside the journal."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        draft = self.folder / f".{name}"
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(self.folder / name)
+
+
+class LeftOut(str):
+    """Why a step was not done."""
+
+
+class Steps:
+    """Does one thing after the other, each in the journal before and after, and in a line for people."""
+
+    def __init__(self, journal: Journal, *, as_json: bool) -> None:
+        self.journal = journal
+        self._people = sys.stderr if as_json else sys.stdout
+
+    def do(self, name: str, step: Callable[[], str]) -> None:
+        """One step; its outcome in a line."""
+        self.journal.write(step=name, state="started")
+        began_s = time.monotonic()
+
+        def ended(state: State, said: str) -> None:
+            seconds = round(time.monotonic() - began_s, 1)
+            self.journal.write(step=name, state=state, said=said, seconds=seconds)
+            print(f"{name:<11} {state:<9} {seconds:>6.1f} s  {said}", file=self._people, flush=True)
+
+        try:
+            said = step()
+        except (GateFailed, InvalidMeasurement, InputError, KeyboardInterrupt) as error:
+            states: dict[type[BaseException], State] = {GateFailed: "failed", InvalidMeasurement: "inconclusive"}
+            states |= {InputError: "wrong input", KeyboardInterrupt: "interrupted"}
+            ended(states[type(error)], str(error))
+            raise
+        ended("left out" if isinstance(said, LeftOut) else "holds", said)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of a release, as its last line has it."""
+
+    name: str
+    state: State
+    said: str = ""
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A release or rollback, read back."""
+
+    folder: str
+    kind: Literal["release", "rollback"]
+    version: int
+    before: int | None
+    """What was served when it began."""
+    started: str
+    steps: tuple[Step, ...]
+    outcome: Outcome
+    precision: str = ""
+
+    @property
+    def stopped_in(self) -> Step | None:
+        """The step that decided against it, or that was not ended."""
+        bad = ("started", "failed", "inconclusive", "wrong input", "interrupted")
+        return next((step for step in self.steps if step.state in bad), None)
+
+    def plain(self) -> dict[str, Any]:
+        """For machines."""
+        return asdict(self)
+
+
+def read(folder: Path, *, under_way: bool = False) -> Record | None:
+    """What a journal says; None where it has no whole line. A line that a kill cut off is left out."""
+    lines = []
+    for text in (folder / JOURNAL).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    if not lines:
+        return None
+    steps: dict[str, Step] = {}
+    outcome: Outcome = "under way" if under_way else "not finished"
+    for line in lines[1:]:
+        if "outcome" in line:
+            outcome = line["outcome"]
+        else:
+            facts = {name: line[name] for name in ("said", "seconds") if name in line}
+            steps[line["step"]] = Step(name=line["step"], state=line["state"], **facts)
+    head, manifest = lines[0], folder / MANIFEST
+    return Record(
+        folder=str(folder),
+        kind=head["kind"],
+        version=head["version"],
+        before=head.get("before"),
+        started=head["at"],
+        steps=tuple(steps.values()),
+        outcome=outcome,
+        precision=PublishedManifest.load(manifest).precision if manifest.is_file() else "",
+    )
+
+
+def history(model: str) -> list[Record]:
+    """All that was done, newest first."""
+    folder = releases_dir(model)
+    if not folder.is_dir():
+        return []
+    folders = sorted((path.parent for path in folder.glob(f"[0-9]*/{JOURNAL}")), reverse=True)
+    busy = _in_use(folder)
+    found = (read(each, under_way=busy and each == folders[0]) for each in folders)
+    return [record for record in found if record is not None]
+
+
+def last_number(model: str, repository_model: Path) -> int:
+    """The highest number that a version in the repository ever had: none is served twice for two versions."""
+    used = [newest(repository_model) or 0]
+    for record in history(model):
+        if record.kind == "rollback" or any(step.name == "switch" for step in record.steps):
+            used += [record.version, record.before or 0]
+    return max(used)
+
+
+def report(record: Record, model: str) -> str:
+    """The page for people: what was done, and what decided."""
+    decided = record.stopped_in
+    lines = [
+        f"# {model}: {record.kind} of version {record.version}: {record.outcome}",
+        "",
+        f"Begun {record.started}; served before: {'nothing' if record.before is None else f'version {record.before}'}."
+        + (f" Stopped in {decided.name}: {decided.said or decided.state}." if decided else ""),
+        "",
+        "| step | | seconds | |",
+        "|---|---|--:|---|",
+    ]
+    for step in record.steps:
+        seconds = "" if step.seconds is None else f"{step.seconds:.1f}"
+        state = step.state if step.state in ("holds", "left out") else f"**{step.state}**"
+        said = step.said.replace("|", r"\|")
+        lines.append(f"| {step.name} | {state} | {seconds} | {said} |")
+    return "\n".join(lines) + "\n"
+
+
+def finish(journal: Journal, model: str, *, as_json: bool) -> None:
+    """The report, and where it is."""
+    record = read(journal.folder)
+    assert record is not None
+    journal.keep(REPORT, report(record, model))
+    if as_json:
+        print(json.dumps(record.plain()))
+    else:
+        print(f"{record.outcome}: {journal.folder / REPORT}", flush=True)
+
+
+def _show(records: list[Record], model: str, repository: Path) -> None:
+    table = Table("begun", "", "version", "precision", "outcome", "stopped in", box=box.SIMPLE_HEAD)
+    for record in records:
+        decided = record.stopped_in
+        why = "" if decided is None else f"{decided.name}: {decided.said or decided.state}"
+        version = str(record.version)
+        if record.kind == "rollback":
+            version = f"{record.before} -> {record.version}"
+        began = record.started[:19].replace("T", " ")
+        table.add_row(began, record.kind, version, record.precision, record.outcome, why)
+    Console(width=max(Console().width, 120)).print(table)
+    there = newest(repository / model)
+    print(f"{repository / model}: {'no version' if there is None else f'version {there} is the newest'}")
+    if records:
+        print(f"each with its journal, manifest and {REPORT}: {releases_dir(model)}")
+
+
+def main() -> None:
+    """Lists the history of a model."""
+    parser = Parser(__doc__, prog="python -m serving.releases")
+    add_model_arguments(parser)
+    parser.add_argument("--repository", default="model_repository", help="(default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    args = parser.parse_args()
+    records = history(args.model)
+    if args.json:
+        there = newest(Path(args.repository) / args.model)
+        print(
+            json.dumps({"model": args.model, "newest": there, "releases": [each.plain() for each in records]}, indent=2)
+        )
+    else:
+        _show(records, args.model, Path(args.repository))
+
+
+if __name__ == "__main__":
+    run_command(main)

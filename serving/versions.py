@@ -1,0 +1,207 @@
+"""Versions of a model as files: a candidate laid out beside the repository, put into it, taken out of it again.
+
+Contract: what is judged is what is served later, byte for byte: a candidate is copied and given its number before the
+first check, and moved by renames afterwards. In the repository a version comes before its `config.pbtxt` and goes after
+it, so that a server that follows the repository sees at no time a version that is not whole. Only versions that
+`export.to_triton` made are handled.
+
+Example:
+    staged = stage(Path("other_repository/shop"), number=7, folder=Path("build/shop/release"))  # .../shop/7
+    put_live(staged, 7, Path("model_repository/shop"))
+    take_out(Path("model_repository/shop"), 7, back_to=6, archive=Path("build/shop/release/withdrawn"))
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from deepseek.spec import GateFailed, InputError, PublishedManifest
+from serving.repository import CONFIG, MANIFEST, check_config, check_version, read_config, versions_of
+
+KEPT_VERSIONS = 3  # the one that is served and two to go back to, as export.to_triton keeps them
+WARMUP = "warmup"
+
+
+def newest(model: Path) -> int | None:
+    """The number of the newest version; None where there is none, or no model."""
+    return next(iter(versions_of(model)), None) if model.is_dir() else None
+
+
+def stage(source: Path, *, number: int, folder: Path) -> Path:
+    """Copies the newest version of `source` into a repository in `folder`, as `number`; returns the model's folder.
+
+    Raises InputError where there is nothing to copy.
+    """
+    version = newest(source)
+    if version is None or not (source / str(version) / MANIFEST).is_file():
+        what = (
+            "no version" if version is None else f"version {version} has no {MANIFEST}, so was not made by make engine"
+        )
+        raise InputError(f"{source}: {what}; name a repository that make engine published into")
+    return lay_out(source, version, number=number, folder=folder)
+
+
+def lay_out(source: Path, version: int, *, number: int, folder: Path) -> Path:
+    """One version of a model alone, as `number`, with its warm-up files and a configuration that names them."""
+    model = folder / source.name
+    shutil.rmtree(model, ignore_errors=True)
+    (model / WARMUP).mkdir(parents=True)
+    ignored = shutil.ignore_patterns("__pycache__", ".scratch-*")
+    shutil.copytree(source / str(version), model / str(number), ignore=ignored)
+    config = _config_of(source, version)
+    for old, new in _renumber(config, version, number).items():
+        if (source / WARMUP / old).is_file():
+            shutil.copyfile(source / WARMUP / old, model / WARMUP / new)
+    text = text_format.MessageToString(config)
+    for place in (model, model / str(number)):  # the version's own copy is what a return to it takes
+        (place / CONFIG).write_text(text)
+    return model
+
+
+def _config_of(model: Path, version: int) -> ModelConfig:
+    """`config.pbtxt` belongs to the newest version; an older one brings its own."""
+    own = model / str(version) / CONFIG
+    path = own if version != newest(model) else model / CONFIG
+    try:
+        return read_config(path)
+    except InputError as error:
+        raise InputError(f"{path} {error}") from None
+
+
+def _renumber(config: ModelConfig, old: int, new: int) -> dict[str, str]:
+    """Names warm-up samples and their files after the version; returns new file names by old ones."""
+    files: dict[str, str] = {}
+    for sample in config.model_warmup:
+        sample.name = _after(sample.name, old, new)
+        for name in sample.inputs:
+            entry = sample.inputs[name]
+            if entry.input_data_file:
+                files[entry.input_data_file] = _after(entry.input_data_file, old, new)
+                entry.input_data_file = files[entry.input_data_file]
+    return files
+
+
+def _after(name: str, old: int, new: int) -> str:
+    return f"{new}-{name.removeprefix(f'{old}-')}"
+
+
+def same_as(staged: Path, number: int, model: Path, version: int) -> bool:
+    """Whether a staged version is what a version of `model` is: the same files under the same configuration."""
+    place = model / str(version) / MANIFEST
+    if not place.is_file():
+        return False
+    config = _config_of(model, version)
+    _renumber(config, version, number)
+    files = PublishedManifest.load(staged / str(number) / MANIFEST).files
+    return files == PublishedManifest.load(place).files and config == read_config(staged / CONFIG)
+
+
+@contextmanager
+def _alone_in(repository: Path) -> Iterator[None]:
+    """Changes by no other release, and by no export.to_triton, which holds the same lock while it publishes."""
+    repository.mkdir(parents=True, exist_ok=True)
+    lock = os.open(repository, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def put_live(staged: Path, number: int, model: Path) -> None:
+    """Moves a staged version into the repository; a server that follows the repository takes it up from there.
+
+    Raises InputError where another build put a version of this number or a later one there meanwhile.
+    """
+    with _alone_in(model.parent):
+        if (newest(model) or 0) >= number:
+            raise InputError(f"{model}: version {newest(model)} came in meanwhile, by another build: release again")
+        if not model.exists():
+            _move(staged, model)
+            return
+        (model / WARMUP).mkdir(exist_ok=True)
+        for file in sorted((staged / WARMUP).iterdir()):
+            _move(file, model / WARMUP / file.name)
+        _move(staged / str(number), model / str(number))
+        _move(staged / CONFIG, model / CONFIG)
+
+
+def retire(model: Path) -> list[int]:
+    """Removes versions that are too old to go back to, with their warm-up files; returns their numbers."""
+    old = versions_of(model)[KEPT_VERSIONS:]
+    for version in old:
+        hidden = model / f".scratch-retired-{version}"  # no server sees half of it while it goes
+        os.rename(model / str(version), hidden)
+        shutil.rmtree(hidden)
+        for file in (model / WARMUP).glob(f"{version}-*"):
+            file.unlink()
+    return old
+
+
+def earlier(model: Path) -> int:
+    """The newest version before the one that is served that could be served now; GateFailed where there is none."""
+    versions = versions_of(model)
+    reasons = []
+    for version in versions[1:]:
+        wrong = _findings(model, version)
+        if not wrong:
+            return version
+        reasons.append(wrong[0])
+    raise GateFailed(
+        f"{model}: no version before {versions[0]} to go back to" + "".join(f"; {each}" for each in reasons)
+    )
+
+
+def _findings(model: Path, version: int) -> list[str]:
+    """What speaks against going back to a version."""
+    manifest, wrong = check_version(model, version)
+    if manifest is None or wrong:
+        return [str(each) for each in wrong]
+    try:
+        config = read_config(model / str(version) / CONFIG)
+    except InputError as error:
+        return [f"{model.name}/{version}/{CONFIG} {error}"]
+    return [str(each) for each in check_config(model, config, manifest)]
+
+
+def take_out(model: Path, number: int, *, back_to: int, archive: Path) -> None:
+    """Has `back_to` be the newest version again and moves `number` out.
+
+    The configuration first: cut off between the two, a second call ends what the first began.
+    """
+    with _alone_in(model.parent):
+        draft = model / f".scratch-{CONFIG}"
+        shutil.copyfile(model / str(back_to) / CONFIG, draft)
+        os.replace(draft, model / CONFIG)
+        _move(model / str(number), archive / str(number))
+        for file in sorted((model / WARMUP).glob(f"{number}-*")):
+            _move(file, archive / WARMUP / file.name)
+
+
+def _move(source: Path, destination: Path) -> None:
+    """Renames, over what is there where that is a file; across file systems it copies beside the destination first."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.replace(source, destination)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        beside = destination.with_name(f".scratch-{destination.name}")
+        shutil.rmtree(beside, ignore_errors=True)
+        if source.is_dir():
+            shutil.copytree(source, beside)
+        else:
+            shutil.copyfile(source, beside)
+        os.replace(beside, destination)
+        hidden = source.with_name(f".scratch-{source.name}")
+        os.replace(source, hidden)  # a server sees all of it or nothing
+        shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()

@@ -1,0 +1,429 @@
+"""A new version beside the one that is served: worse ones never serve, a good one costs no request, and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from deepseek_client import InferenceClient
+from onnx import numpy_helper
+
+from deepseek.spec import DeploymentSpec, FileDigest, GateFailed, InputError, InvalidMeasurement
+from export.to_triton import publish_version
+from loadtests.shadow import Differences, Shadow, judged
+from loadtests.steady import Sent, rate_of, result_of
+from serving.commands import ask, error_of
+from serving.embedded import EmbeddedServer
+from serving.releases import Journal, LeftOut, Steps, alone, history, last_number, read, report
+from serving.repository import CONFIG, check_config, check_version, read_config
+from serving.versions import earlier, newest, put_live, retire, same_as, stage, take_out
+from tests.conftest import run_module
+from tests.test_embedded import damage
+
+# The SLO can be proved in a second, and holds on a machine that is busy with other things.
+SLO = '[slo]\nobjectives = ["p50_ms < 5000 @ 40 rps", "error_rate <= 0.01"]\n'
+
+
+@dataclass(frozen=True)
+class World:
+    """A model that was built, a repository that serves version 1 of it, and the server that callers have."""
+
+    folder: Path
+    server: EmbeddedServer
+
+    @property
+    def live(self) -> Path:
+        """The model in the repository that is served."""
+        return self.folder / "repository" / "text"
+
+    def command(self, stage: str, *flags: str) -> tuple[str, ...]:
+        """Of a release or rollback, in the shortest runs that prove anything."""
+        which = ("--model", "text", "--models", str(self.folder / "models"))
+        return (stage, *which, "--repository", str(self.live.parent), "--url", self.server.grpc_url, *flags)
+
+    def release(self, candidate: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+        """`python -m serving.release` to its end."""
+        short = ("--requests", "200", "--threshold", "60", "--duration-s", "1", "--parity-rows", "8")
+        command = self.command("serving.release", "--new", str(candidate), *short, *flags)
+        return run_module(*command, BUILD=str(self.folder / "build"))
+
+    def version(self) -> str:
+        """The one that answers."""
+        with InferenceClient(self.server.grpc_url) as client:
+            client.infer("text", {"input_ids": np.ones((1, 5), np.int64), "attention_mask": np.ones((1, 5), np.int64)})
+            return client.metadata("text").versions[-1]
+
+    def last(self) -> dict[str, Any]:
+        """The latest record."""
+        run = run_module("serving.releases", "--model", "text", "--json", BUILD=str(self.folder / "build"))
+        found: dict[str, Any] = json.loads(run.stdout)["releases"][0]
+        return found
+
+
+@pytest.fixture(scope="module")
+def world(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """As behind the gateway, following the repository."""
+    folder = tmp_path_factory.mktemp("release")
+    (folder / "models" / "text").mkdir(parents=True)
+    toml = Path("tests/models/text/deploy.toml").read_text()
+    (folder / "models" / "text" / "deploy.toml").write_text(toml[: toml.index("[slo]")] + SLO)
+    (folder / "models" / "text" / "model.py").write_bytes(Path("tests/models/text/model.py").read_bytes())
+    subprocess.run(["cp", "-r", str(built / "build"), str(folder / "build")], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BUILD", str(folder / "build"))
+        publish_version(DeploymentSpec.load(folder / "models" / "text"), "fp32", "onnxruntime", folder / "repository")
+    free: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+    log = folder / "triton.log"
+    with EmbeddedServer(folder / "repository", poll_s=1, behind_gateway=True, log_path=log, **free) as server:
+        yield World(folder, server)
+
+
+@pytest.fixture
+def candidate(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with the same engine under other batching: a version that is new, and as good."""
+    monkeypatch.setenv("BUILD", str(world.folder / "build"))
+    toml = (world.folder / "models" / "text" / "deploy.toml").read_text()
+    (tmp_path / "deploy.toml").write_text(toml.replace("queue_timeout_ms = 1000", "queue_timeout_ms = 900"))
+    publish_version(DeploymentSpec.load(tmp_path), "fp32", "onnxruntime", tmp_path / "candidate")
+    return tmp_path / "candidate"
+
+
+def changed(version: Path, name: str, content: bytes) -> None:
+    """A version as a build would have made it with another file in it: its digests are right."""
+    (version / name).write_bytes(content)
+    manifest = json.loads((version / "manifest.json").read_text())
+    manifest["files"][name] = FileDigest.of(version / name).model_dump()
+    (version / "manifest.json").write_text(json.dumps(manifest))
+
+
+def with_noise(path: Path) -> bytes:
+    """The graph with weights that are not the model's."""
+    graph = onnx.load(path)
+    for tensor in graph.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.ndim == 2 and values.dtype == np.float32:
+            noise = np.random.default_rng(0).normal(0, values.std(), values.shape).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values + noise, tensor.name))
+    return graph.SerializeToString()
+
+
+@pytest.mark.slow
+def test_a_less_accurate_version_is_refused_and_the_old_one_goes_on_serving(world: World, candidate: Path) -> None:
+    version = candidate / "text" / "1"
+    changed(version, "model.onnx", with_noise(version / "model.onnx"))
+    run = world.release(candidate)
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert (world.version(), newest(world.live)) == ("1", 1)
+    record = world.last()
+    assert (record["outcome"], record["version"], record["before"]) == ("refused", 2, 1)
+    assert [(step["name"], step["state"]) for step in record["steps"]][2:] == [
+        ("warm-up", "holds"),
+        ("parity", "failed"),
+    ]
+    assert "**failed**" in (Path(record["folder"]) / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_slower_version_is_refused_and_the_old_one_goes_on_serving(world: World, candidate: Path) -> None:
+    version = candidate / "text" / "1"
+    source = (version / "model.py").read_text()
+    slow = source.replace(
+        "    def execute(",
+        "    def execute(self, requests):\n        import time; time.sleep(0.03)\n        return self.run_now(requests)\n\n    def run_now(",
+        1,
+    )
+    assert slow != source
+    changed(version, "model.py", slow.encode())
+    run = world.release(candidate)
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "slower: p50" in run.stderr
+    assert (world.version(), newest(world.live)) == ("1", 1)
+    assert world.last()["steps"][-1]["name"] == "shadow"
+
+
+@pytest.mark.slow
+def test_a_version_true_to_a_worse_model_is_refused(world: World, candidate: Path) -> None:
+    manifest = world.live / "1" / "manifest.json"
+    was = manifest.read_text()
+    told = json.loads(was)
+    told["accuracy"]["metrics"]["self_retrieval"] = 1.5  # as if what is served were a better model than this build's
+    manifest.write_text(json.dumps(told))
+    try:
+        run = world.release(candidate)
+    finally:
+        manifest.write_text(was)
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "version 1 has 1.5" in run.stderr
+    assert (world.last()["steps"][-1]["name"], world.version()) == ("accuracy", "1")
+
+
+@pytest.mark.slow
+def test_a_good_version_goes_live_under_load_without_a_failed_request_and_back(world: World, candidate: Path) -> None:
+    run = world.release(candidate)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert world.version() == "2"
+    record = world.last()
+    assert record["outcome"] == "live"
+    found = json.loads((Path(record["folder"]) / "switch.json").read_text())
+    assert (found["failed"], found["version"]) == (0, 2)
+    assert found["before"]["requests"] > 50
+    assert found["around"]["p99_ms"] > 0
+    again = world.release(candidate)
+    assert (again.returncode, len(again.stderr.splitlines())) == (2, 1)
+    assert "nothing to release" in again.stderr
+    began_s = time.monotonic()
+    back = run_module(*world.command("serving.rollback"), BUILD=str(world.folder / "build"))
+    assert back.returncode == 0, back.stdout + back.stderr
+    assert time.monotonic() - began_s < 60
+    assert (world.version(), newest(world.live)) == ("1", 1)
+    record = world.last()
+    assert (record["kind"], record["outcome"]) == ("rollback", "rolled back")
+    assert (Path(record["folder"]) / "withdrawn" / "2" / "model.onnx").is_file()
+    assert json.loads((Path(record["folder"]) / "switch.json").read_text())["failed"] == 0
+    assert not [finding for finding in check_version(world.live, 1)[1] if finding]
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_leaves_the_old_one_serving_and_says_where_it_stopped(
+    world: World, candidate: Path
+) -> None:
+    command = [sys.executable, "-m", *world.command("serving.release", "--new", str(candidate))]
+    environment = {**os.environ, "BUILD": str(world.folder / "build")}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("warm-up"):
+            break
+    time.sleep(0.5)
+    process.kill()
+    process.communicate()
+    assert (world.version(), newest(world.live)) == ("1", 1)
+    record = world.last()
+    assert record["outcome"] == "not finished"
+    assert (record["steps"][-1]["name"], record["steps"][-1]["state"]) == ("parity", "started")
+    shown = run_module("serving.releases", "--model", "text", BUILD=str(world.folder / "build")).stdout
+    assert "parity: started" in " ".join(shown.split())
+
+
+def test_a_server_of_another_version_or_none_at_a_given_address_is_said_before_anything(
+    world: World, candidate: Path
+) -> None:
+    flags = ("--model", "text", "--models", str(world.folder / "models"), "--url")
+    elsewhere = run_module("serving.release", *flags, "127.0.0.1:9", "--repository", str(world.live.parent))
+    assert (elsewhere.returncode, len(elsewhere.stderr.splitlines())) == (2, 1)
+    assert "leave the address out" in elsewhere.stderr
+    (candidate / "text" / "1").rename(candidate / "text" / "7")
+    other = run_module("serving.release", *flags, world.server.grpc_url, "--repository", str(candidate))
+    assert other.returncode == 2
+    assert "gives version 1 of text" in other.stderr
+
+
+def test_a_candidate_takes_its_number_with_its_warmup_and_fits(candidate: Path, tmp_path: Path) -> None:
+    staged = stage(candidate / "text", number=7, folder=tmp_path / "new")
+    config = read_config(staged / CONFIG)
+    assert sorted(path.name for path in (staged / "warmup").iterdir()) == ["7-attention_mask", "7-input_ids"]
+    assert config == read_config(staged / "7" / CONFIG)
+    manifest, wrong = check_version(staged, 7)
+    assert manifest is not None
+    assert (wrong, check_config(staged, config, manifest)) == ([], [])
+    assert same_as(staged, 7, candidate / "text", 1)
+    assert not same_as(staged, 7, tmp_path / "new" / "text", 8)
+
+
+def test_into_the_repository_and_out_of_it_again_leaves_what_was(candidate: Path, tmp_path: Path) -> None:
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+
+    def files() -> dict[str, bytes]:
+        return {str(path.relative_to(live)): path.read_bytes() for path in live.rglob("*") if path.is_file()}
+
+    before = files()
+    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live)
+    assert read_config(live / CONFIG).model_warmup[0].name.startswith("2-")
+    assert earlier(live) == 1
+    take_out(live, 2, back_to=1, archive=tmp_path / "withdrawn")
+    assert files() == before
+    assert check_version(tmp_path / "withdrawn", 2)[0] is not None
+
+
+def test_going_back_passes_over_what_is_damaged_and_needs_something_intact(candidate: Path, tmp_path: Path) -> None:
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+    for number in (2, 3):
+        put_live(stage(candidate / "text", number=number, folder=tmp_path / "new"), number, live)
+    damage(live / "2" / "model.onnx")
+    assert earlier(live) == 1
+    damage(live / "1" / "model.onnx")
+    with pytest.raises(GateFailed, match=r"no version before 3 to go back to; text/2: model.onnx is damaged"):
+        earlier(live)
+
+
+def test_three_versions_are_kept_however_their_numbers_lie(candidate: Path, tmp_path: Path) -> None:
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+    for number in (5, 9, 12):
+        put_live(stage(candidate / "text", number=number, folder=tmp_path / "new"), number, live)
+    assert retire(live) == [1]
+    assert sorted(path.name for path in live.iterdir()) == ["12", "5", "9", "config.pbtxt", "warmup"]
+    assert not list((live / "warmup").glob("1-*"))
+
+
+def test_what_was_not_made_here_is_not_released(tmp_path: Path) -> None:
+    (tmp_path / "text" / "3").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"version 3 has no manifest.json"):
+        stage(tmp_path / "text", number=4, folder=tmp_path / "new")
+    with pytest.raises(InputError, match="no version"):
+        stage(tmp_path / "other", number=4, folder=tmp_path / "new")
+
+
+def test_a_journal_cut_off_in_a_line_tells_what_is_whole(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "release", 4, before=3)
+    steps = Steps(journal, as_json=True)
+    steps.do("stage", lambda: "a copy")
+    steps.do("shadow", lambda: LeftOut("nothing served"))
+    journal.write(step="switch", state="started")
+    with (journal.folder / "journal.jsonl").open("a") as file:
+        file.write('{"step": "switch", "sta')
+    record = read(journal.folder)
+    assert record is not None
+    assert [step.state for step in record.steps] == ["holds", "left out", "started"]
+    assert (record.outcome, record.stopped_in) == ("not finished", record.steps[-1])
+    assert "Stopped in switch: started" in report(record, "text")
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (GateFailed, "failed"),
+        (InvalidMeasurement, "inconclusive"),
+        (InputError, "wrong input"),
+        (KeyboardInterrupt, "interrupted"),
+    ],
+)
+def test_how_a_step_ended_is_in_the_journal_before_the_error_goes_on(
+    tmp_path: Path, error: type[BaseException], state: str
+) -> None:
+    journal = Journal(tmp_path, "release", 4)
+
+    def step() -> str:
+        raise error("why | not")
+
+    with pytest.raises(error):
+        Steps(journal, as_json=True).do("parity", step)
+    record = read(journal.folder)
+    assert record is not None
+    assert (record.steps[0].state, record.steps[0].said) == (state, "why | not")
+    assert r"why \| not" in report(record, "text")
+
+
+def test_one_release_at_a_time_and_no_number_serves_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path))
+    with alone("text") as releases:
+        with pytest.raises(InputError, match="another release or rollback of text is under way"), alone("text"):
+            pass
+        Journal(releases, "release", 4, before=3)
+        assert last_number("text", tmp_path / "repository" / "text") == 0  # it never came into the repository
+        assert history("text")[0].outcome == "under way"
+        Journal(releases, "rollback", 3, before=5)
+    assert last_number("text", tmp_path / "repository" / "text") == 5
+    assert [record.outcome for record in history("text")] == ["not finished", "not finished"]
+
+
+def test_the_exit_code_of_a_command_becomes_its_error() -> None:
+    assert isinstance(error_of(1, "x", "why"), GateFailed)
+    assert "ended with status 137" in str(error_of(137, "loadtests.run", ""))
+    answer = ask("serving.releases", "--nonsense")
+    assert (answer.code, answer.data) == (2, None)
+    with pytest.raises(InputError, match="--nonsense"):
+        answer.checked()
+
+
+def test_make_hands_on_what_was_given() -> None:
+    command = ["make", "-n", "release", "rollback", f"VENV={sys.prefix}", "NEW=other", "RATE=5", "TARGET=onnxruntime"]
+    given = subprocess.run([*command, "URL=host:1"], capture_output=True, text=True).stdout
+    assert "--url host:1" in given
+    assert "--new 'other'" in given
+    assert "--rate 5" in given
+    assert "--may-be-absent" not in given
+    default = subprocess.run([*command, "GRPC_PORT=9001"], capture_output=True, text=True).stdout
+    assert default.count("--url 127.0.0.1:9001 --protocol grpc  --may-be-absent") == 2
+
+
+class Answers:
+    """In place of a client: gives `outputs` after so many milliseconds by the clock that it moves."""
+
+    def __init__(self, outputs: dict[str, np.ndarray]) -> None:
+        self.outputs = outputs
+
+    def prepare(self, model: str, row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Nothing to prepare."""
+        return row
+
+    def send(self, request: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The same answer to all."""
+        return self.outputs
+
+
+@pytest.mark.parametrize(
+    ("new", "failure"),
+    [
+        ({"y": np.array([1.0, np.nan])}, "has a NaN or Inf where base has a number"),
+        ({"y": np.array([1, 2])}, "is int64 [2], base's float64 [2]"),
+        ({"z": np.array([1.0, 2.0])}, "gives the outputs z, base gives y"),
+    ],
+    ids=["nan", "type", "name"],
+)
+def test_outputs_that_callers_cannot_take_fail(new: dict[str, np.ndarray], failure: str) -> None:
+    clients: Any = {"base": Answers({"y": np.array([1.0, 2.0])}), "new": Answers(new)}
+    shadow = Shadow("text", clients, [{}])
+    shadow.run(20)
+    assert failure in judged(shadow, 0.1)["failures"][0]
+
+
+@pytest.mark.parametrize(
+    ("times", "count", "verdict"),
+    [(1.0, 1000, "holds"), (1.4, 1000, "fails"), (1.1, 1000, "inconclusive"), (1.0, 100, "inconclusive")],
+    ids=["the same", "slower", "at the threshold", "too few"],
+)
+def test_the_median_decides_where_its_whole_interval_does(times: float, count: int, verdict: str) -> None:
+    generator = np.random.default_rng(0)
+    shadow = Shadow("text", {}, [])
+    shadow.latencies_ms = {
+        side: list(generator.lognormal(0, 0.3, count) * factor) for side, factor in (("base", 1.0), ("new", times))
+    }
+    found = judged(shadow, 0.1)
+    assert found["verdict"] == verdict
+    json.dumps(found, allow_nan=False)
+
+
+def test_differences_between_versions_are_told() -> None:
+    found = Differences()
+    found.add(np.array([[1.0, 2.0]]), np.array([[1.0, 2.5]]))
+    found.add(np.array([[np.inf, 2.0]]), np.array([[np.inf, 2.0]]))
+    figures = found.figures()
+    assert (figures["worst_error"], figures["same"]) == (0.5, 0.75)
+    assert figures["cosine"] == pytest.approx(0.998, abs=0.002)
+
+
+def test_the_load_is_told_before_around_and_after_the_change() -> None:
+    def at(planned_s: float, latency_ms: float, error: str | None = None) -> Sent:
+        return Sent(planned_s=planned_s, lag_ms=0, latency_ms=latency_ms, error=error)
+
+    sent = [at(0, 1), at(1, 2), at(2, 50), at(2.5, 3, "ServerBusy: full"), at(4, 4)]
+    found = result_of(sent, changed_s=2, seen_s=2.7)
+    assert (found["requests"], found["failed"], found["switched_s"]) == (5, 1, 0.7)
+    assert found["before"] == {"requests": 2, "failed": 0, "p50_ms": 1, "p99_ms": 2, "max_ms": 2}
+    assert (found["around"]["p99_ms"], found["around"]["failed"], found["after"]["requests"]) == (50, 1, 1)
+    never = result_of(sent, changed_s=2, seen_s=None)
+    assert (never["switched_s"], never["around"]["requests"], never["after"]["p50_ms"]) == (None, 3, None)
+    spec = DeploymentSpec.load("tests/models/text")
+    assert (rate_of(None, spec), rate_of(30, spec)) == (20, 30)
+    with pytest.raises(InputError, match="--rate 900"):
+        rate_of(900, spec)
