@@ -77,7 +77,7 @@ class Names:
         part.replace(self._file)
 
 
-def server(folder: Path, address: str, ports: dict[str, int]) -> EmbeddedServer:
+def server(folder: Path, address: str, ports: dict[str, Any]) -> EmbeddedServer:
     """A replica: of the same repository, on the same ports, at an address of its own."""
     return EmbeddedServer(
         folder / "repository", address=address, **ports, log_path=folder / f"{address}.log", behind_gateway=True
@@ -110,7 +110,7 @@ def test_a_new_replica_takes_its_share_within_seconds_and_a_killed_one_costs_no_
     tmp_path: Path, names: Names
 ) -> None:
     first, second = ADDRESSES
-    ports = {f"{name}_port": free_port() for name in ("http", "grpc", "metrics")}
+    ports: dict[str, Any] = {f"{name}_port": free_port() for name in ("http", "grpc", "metrics")}
     names.be(first)
     with contextlib.ExitStack() as stack:
         old = stack.enter_context(server(tmp_path, first, ports))

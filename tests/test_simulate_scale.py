@@ -150,12 +150,16 @@ def capacity_of(folder: Path, **changes: Any) -> Capacity:
         statistics = {name: {"count": 1000, "ns": int(ms * 1e9)} for name, ms in times.items()}
         statistics["success"] = {"count": 1000, "ns": 0}
         run = saved_run(folder / str(rate), steady(), server={"version": "1", "statistics": statistics})
-        facts = {"achieved_rps": min(rate, 1200), "p50_ms": 5.0, "error_rate": 0.0, "duration_s": 10.0}
-        outcome = "holds" if p99_ms else "fails"
-        trials.append(
-            Trial(rate_rps=rate, phase="bisect", outcome=outcome, p99_ms=p99_ms, run=str(run.folder), **facts)
-        )
-    fixed = {"model": "recommender", "target": "onnxruntime", "precision": "int8", "url": "127.0.0.1:1", "protocol": "grpc"}
+        facts: dict[str, Any] = {"achieved_rps": min(rate, 1200), "p50_ms": 5.0, "error_rate": 0.0, "duration_s": 10.0}
+        facts["outcome"] = "holds" if p99_ms else "fails"
+        trials.append(Trial(rate_rps=rate, phase="bisect", p99_ms=p99_ms, run=str(run.folder), **facts))
+    fixed: dict[str, Any] = {
+        "model": "recommender",
+        "target": "onnxruntime",
+        "precision": "int8",
+        "url": "127.0.0.1:1",
+        "protocol": "grpc",
+    }
     fixed |= {"capacity_rps": 1000.0, "confirmed": True, "limited_by": "p99_ms", "machine": {"cores": 2}}
     return Capacity.model_validate(
         {**fixed, "objectives": (), "started": "2026-11-25T12:00:00", "trials": tuple(trials), **changes}
