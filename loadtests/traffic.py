@@ -75,7 +75,8 @@ def read_traffic(path: Path) -> np.ndarray:
         raise InputError(
             f"{path}: line 1: seen {','.join(rows[0]) if rows else 'nothing'!r}; it must be seconds,rate_rps"
         )
-    times, rates = [], []
+    times: list[float] = []
+    rates: list[float] = []
     for line, row in enumerate(rows[1:], start=2):
         if not row:
             continue

@@ -118,7 +118,7 @@ def _copy_inputs(source: Path, copy: Path) -> None:
     part = copy.with_name(f".{os.getpid()}.npz")
     while True:
         kept = {name: array for name, array in arrays.items() if name.partition("/")[0] in set(rows)}
-        np.savez_compressed(part, **kept)  # type: ignore[arg-type]
+        np.savez_compressed(part, **kept)
         if part.stat().st_size <= CONFIG_MAP_BYTES:
             part.replace(copy)
             return

@@ -31,8 +31,8 @@ def pack(repository: Path, archive: Path) -> tuple[str, int]:
                 member = tar.gettarinfo(path, str(path.relative_to(repository)))
                 size_bytes += member.size
                 _add(tar, member, path)
-    with part.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with part.open("rb") as written:
+        digest = hashlib.file_digest(written, "sha256").hexdigest()
     part.replace(archive)
     return digest, size_bytes
 
