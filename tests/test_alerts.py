@@ -319,7 +319,7 @@ def test_the_configurations_are_valid_for_the_programs() -> None:
     assert done.returncode == 0, done.stderr
     if not shutil.which("amtool"):
         pytest.skip("no amtool here: apt-get install prometheus-alertmanager")
-    command = ["amtool", "check-config", OBSERVE / "alertmanager" / "alertmanager.yml"]
+    command = ["amtool", "check-config", str(OBSERVE / "alertmanager" / "alertmanager.yml")]
     assert subprocess.run(command, capture_output=True).returncode == 0
 
 
