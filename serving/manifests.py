@@ -65,7 +65,7 @@ class Scale(BaseModel):
 
 
 DEFAULT_SCALE = Scale(
-    targets=(Target(metric="queue", value=1),), min_replicas=2, max_replicas=10, cores=DEFAULT_CORES
+    targets=(Target(metric="queue", value=0.25),), min_replicas=2, max_replicas=10, cores=DEFAULT_CORES
 )  # as components/hpa has it
 
 

@@ -21,7 +21,7 @@ from serving import flags, stack
 from serving.alerts import rules
 from serving.kubernetes import CONFIG_MAP_BYTES, _copy_inputs
 from serving.machine import TRITON_TAG
-from serving.manifests import IMAGE_TAG, METRICS, PRE_STOP_S, Scale
+from serving.manifests import DEFAULT_SCALE, IMAGE_TAG, METRICS, PRE_STOP_S, Scale
 from serving.served import served_models
 from tests import custom_resources
 from tests.conftest import run_module, write_add_one
@@ -237,6 +237,10 @@ def test_both_autoscalers_behave_as_the_simulated_one(generated: dict[str, Path]
     for behavior in behaviors:
         assert (rules_of(behavior["scaleUp"]), rules_of(behavior["scaleDown"])) == (autoscaler.UP, autoscaler.DOWN)
     assert hpa["scaleTargetRef"] == keda["scaleTargetRef"]
+    (target,) = DEFAULT_SCALE.targets
+    assert hpa["metrics"][0]["pods"]["target"]["averageValue"] == f"{target.value * 1000:.0f}m"
+    assert keda["triggers"][0]["metadata"]["threshold"] == f"{target.value:.3f}"
+    assert (hpa["minReplicas"], hpa["maxReplicas"]) == (DEFAULT_SCALE.min_replicas, DEFAULT_SCALE.max_replicas)
     assert keda["pollingInterval"] == autoscaler.SYNC_S
 
 

@@ -21,7 +21,7 @@ from loadtests.traffic import TICK_S
 BINS = 288  # of a chart over time: five minutes of a day
 TIPS = 48
 MOST_ROWS = 14
-LEAST_SHARE = 1e-6  # of late requests that a logarithmic axis still shows
+LEAST_SHARE = 1e-5  # of late requests that a logarithmic axis still shows
 NAMES = {"queue": "queue-to-compute ratio", "rate": "requests/s of a pod"}
 
 
@@ -156,8 +156,10 @@ def page(found: dict[str, Any], day: Day, curve: ServiceCurve) -> str:
         card("Pods and nodes", pods_chart(day), "Nodes are paid for from their request to their end."),
         card("p99 over the day", latency_chart(day, setup["p99_limit_ms"]), "By the service curve, as measured."),
         card("Every setting", settings_chart(found), "Further left and lower is better."),
-        card("Chosen" if found["chosen"] else "Nearest", chosen),
+        card(
+            "Chosen" if found["chosen"] else "Nearest",
+            chosen + f"<p>Assumed, with Kubernetes' algorithm; all pods alike, nodes never run out:</p>{assumed}",
+        ),
         card("Settings", _rows(found)),
-        card("Assumed", assumed, "Kubernetes' algorithm; all pods alike, nodes never run out."),
     ]
     return document(f"{found['model']}: {title}", head + grid(cards), found["traffic"])
