@@ -111,7 +111,8 @@ class Release:
         machine = Machine.detect(in_container=True)  # what Docker and the disk are like is no matter of the version's
         _, findings = examine(self.scratch / "new", machine, model=self.args.model, kept=False)
         self.journal.keep("doctor.json", [{"level": each.level, "said": str(each)} for each in findings])
-        wrong = [str(each) for each in findings if each.level == "mismatch"]
+        # Without the fix, which is about the copy.
+        wrong = [f"{each.where}: {each.what}" for each in findings if each.level == "mismatch"]
         if wrong:
             raise GateFailed("; ".join(wrong))
         return f"{len(findings)} notes, no mismatch"

@@ -215,6 +215,14 @@ def test_a_kill_in_the_middle_leaves_the_old_one_serving_and_says_where_it_stopp
     assert "parity: started" in " ".join(shown.split())
 
 
+def test_a_damaged_candidate_is_refused_before_anything_is_started(world: World, candidate: Path) -> None:
+    damage(candidate / "text" / "1" / "model.onnx")
+    run = world.release(candidate)
+    assert (run.returncode, len(run.stderr.splitlines())) == (1, 1)
+    assert "text/2: model.onnx is damaged" in run.stderr
+    assert (world.last()["steps"][-1]["name"], newest(world.live)) == ("doctor", 1)
+
+
 def test_a_server_of_another_version_or_none_at_a_given_address_is_said_before_anything(
     world: World, candidate: Path
 ) -> None:
