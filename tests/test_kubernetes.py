@@ -215,7 +215,9 @@ def test_kserve_runs_the_container_of_the_deployment() -> None:
     for key in ("image", "args", "volumeMounts"):
         assert container[key] == ours[key]
     assert container["resources"]["limits"]["memory"] == ours["resources"]["limits"]["memory"]
-    assert container["readinessProbe"]["httpGet"] == {"path": "/v2/health/ready", "port": 8000}
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):  # Knative wants the port's number
+        path = ours[probe]["httpGet"]["path"]
+        assert container[probe] == {**ours[probe], "httpGet": {"path": path, "port": flags.Endpoints().http_port}}
     assert predictor["volumes"] == pod_of(committed("overlays/cpu"))["volumes"]
     assert predictor["timeout"] == flags.GATEWAY_EXIT_TIMEOUT_S
     assert 0 < predictor["canaryTrafficPercent"] < 100
