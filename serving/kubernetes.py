@@ -112,20 +112,20 @@ def _target(folder: Path, model: Served) -> str:
 
 def _copy_inputs(source: Path, copy: Path) -> None:
     """The inputs, or as many of their rows as a ConfigMap holds; entries are `<row>/<input>`."""
-    with np.load(source) as file:
-        arrays = {name: file[name] for name in file.files}
-    rows = sorted({name.partition("/")[0] for name in arrays})
     part = copy.with_name(f".{os.getpid()}.npz")
-    while True:
-        kept = {name: array for name, array in arrays.items() if name.partition("/")[0] in set(rows)}
-        np.savez_compressed(part, **kept)
-        if part.stat().st_size <= CONFIG_MAP_BYTES:
-            part.replace(copy)
-            return
-        if len(rows) == 1:
-            part.unlink()
-            raise InputError(f"{source}: a single row is larger than a ConfigMap may be ({CONFIG_MAP_BYTES} bytes)")
-        rows = rows[::2]
+    with np.load(source) as file:
+        rows = sorted({name.partition("/")[0] for name in file.files})
+        step = math.ceil(source.stat().st_size / CONFIG_MAP_BYTES)
+        while True:
+            chosen = set(rows[::step])
+            np.savez_compressed(part, **{name: file[name] for name in file.files if name.partition("/")[0] in chosen})
+            if part.stat().st_size <= CONFIG_MAP_BYTES:
+                part.replace(copy)
+                return
+            if len(chosen) == 1:
+                part.unlink()
+                raise InputError(f"{source}: a single row is larger than a ConfigMap holds ({CONFIG_MAP_BYTES} bytes)")
+            step *= 2
 
 
 def _parse() -> argparse.Namespace:
