@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help demo setup engine keys doctor serve release rollback releases infer compare metadata loadtest verdict capacity compare-runs tune report profile simulate-scale kubernetes plan bench test lint check-engine \
+.PHONY: help demo setup engine keys doctor serve release rollback releases infer compare metadata loadtest verdict capacity compare-runs tune report profile simulate-scale kubernetes plan bench measure-training test lint check-engine \
     built check-graphs can-build lock clean clean-cache distclean FORCE
 
 ##@ Variables (make engine MODEL=… PRECISION=…)
@@ -230,6 +230,9 @@ test: $(VENV)/.ready-test $(VENV)/.ready-system lint ## everything: lint, types,
 lint: $(VENV)/.ready-test ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
+measure-training: $(VENV)/.ready-test ## the guide's training advice, each piece measured here beside its claim
+	@$(PY) -m tests.bench.training
+
 bench: $(VENV)/.ready-test ## ratios against the raw runtime, bare tritonclient and perf_analyzer
 	@$(PY) -m tests.bench
 
@@ -323,7 +326,7 @@ $(B)/spec.mk: $(wildcard $(FOLDER)/deploy.toml) $(wildcard deepseek/spec/*.py) |
 	@mkdir -p $(@D) && $(PY) -m deepseek.spec --make $(WHICH) >$@.part && mv $@.part $@
 PRECISIONS = $(sort fp32 $(if $(filter auto,$(PRECISION)),$(CANDIDATES),$(PRECISION)))
 
-$(B)/weights: $(filter-out %/deploy.toml,$(MODEL_FILES)) $(addprefix deepseek/,config.py transformer.py training.py) $(B)/settings/data | $(VENV)/.ready
+$(B)/weights: $(filter-out %/deploy.toml,$(MODEL_FILES)) $(addprefix deepseek/,config.py transformer.py training/recipe.py) $(B)/settings/data | $(VENV)/.ready
 	@OMP_WAIT_POLICY=passive $(PY) -m export.source $(WHICH)  # idle threads do not spin: a busy machine is no slower
 	@touch $@
 

@@ -56,6 +56,7 @@ class Checkpoints:
         if accelerator.is_main_process:
             for stale in (*self.folder.glob(f"{UNFINISHED}*"), *found[:-1]):  # left by a kill
                 shutil.rmtree(stale)
+        accelerator.wait_for_everyone()  # before one of them begins to write
         if not found:
             return False
         last = found[-1]
@@ -72,6 +73,14 @@ class Checkpoints:
                 )
         accelerator.load_state(str(last))
         return True
+
+    def recorded(self, key: str) -> Any:
+        """What the last checkpoint says of the run that it belongs to; None where there is none, or it says nothing."""
+        found = self._complete()
+        try:
+            return json.loads((found[-1] / "identity.json").read_text(encoding="utf-8")).get(key) if found else None
+        except (OSError, ValueError):
+            return None  # `resume` says what is wrong
 
     def _complete(self) -> list[Path]:
         return sorted(self.folder.glob(f"{COMPLETE}*"))

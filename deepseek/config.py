@@ -25,6 +25,7 @@ from deepseek.spec import InputError
 Activation = Literal["gelu", "relu", "silu"]
 Initialization = Literal["auto", "xavier_uniform", "kaiming_uniform"]
 MixedPrecision = Literal["auto", "no", "fp16", "bf16"]
+Parallel = Literal["data", "sharded", "pipeline"]
 
 
 class AdviceWarning(UserWarning):
@@ -128,19 +129,22 @@ class TrainingConfig:
     """Settings of one run. Defaults follow the project's guide."""
 
     max_epochs: int
-    batch_size: int = 32
-    """Rows that go through the model at once."""
+    batch_size: int | Literal["auto"] = 32
+    """Rows that go through the model at once, in each process; auto: as many as 80 % of the memory holds."""
     accumulation_steps: int = 1
-    """Batches whose gradients make one step of the optimizer."""
+    """Batches whose gradients make one step of the optimizer; of a pipeline its micro-batches."""
     learning_rate: float = 5e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
     warmup_fraction: float = 0.1
-    """Part of all steps over which the learning rate rises from 0, linearly."""
-    plateau_patience: int = 3
-    """Epochs without a better validation loss after which the learning rate falls."""
+    """Part of all steps over which the learning rate rises from 0, linearly; 0: none."""
+    plateau_patience: int | None = 3
+    """Epochs without a better validation loss after which the learning rate falls; None: it never does."""
     plateau_factor: float = 0.1
-    clip_norm: float = 1.0
+    clip_norm: float | None = 1.0
+    """Longest gradient, over all parameters together; None: of any length."""
+    explosion_factor: float | None = 10.0
+    """A loss that stays so many times above where it began ends the run; None: only one that is no finite number."""
     ema_decay: float | None = None
     """Decay per step of a running average of the weights, which is then what is validated and kept."""
     early_stopping_patience: int | None = None
@@ -148,6 +152,8 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     mixed_precision: MixedPrecision = "auto"
     """auto: bf16 (or fp16) on a CUDA device, fp32 elsewhere."""
+    parallel: Parallel = "data"
+    """What the processes that torchrun started divide: rows; rows and training state; layers."""
     seed: int = 0
     num_workers: int = 0
     """Processes that load data; 0: this one."""
@@ -155,17 +161,23 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        for name in ("max_epochs", "batch_size", "accumulation_steps"):
+        for name in ("max_epochs", "accumulation_steps"):
             check_int(owner, name, getattr(self, name), 1)
-        for name in ("plateau_patience", "num_workers"):
-            check_int(owner, name, getattr(self, name), 0)
+        if self.batch_size != "auto":
+            check_int(owner, "batch_size", self.batch_size, 1)
+        check_int(owner, "num_workers", self.num_workers, 0)
+        if self.plateau_patience is not None:
+            check_int(owner, "plateau_patience", self.plateau_patience, 0)
         check_int(owner, "seed", self.seed, 0, 2**32 - 1)  # what numpy takes
         if self.ema_decay is not None:
             check_float(owner, "ema_decay", self.ema_decay, 0, 1, open_low=True)
         if self.early_stopping_patience is not None:
             check_int(owner, "early_stopping_patience", self.early_stopping_patience, 1)
         check_float(owner, "learning_rate", self.learning_rate, 0, math.inf, open_low=True)
-        check_float(owner, "clip_norm", self.clip_norm, 0, math.inf, open_low=True)
+        if self.clip_norm is not None:
+            check_float(owner, "clip_norm", self.clip_norm, 0, math.inf, open_low=True)
+        if self.explosion_factor is not None:
+            check_float(owner, "explosion_factor", self.explosion_factor, 1, math.inf, open_low=True)
         check_float(owner, "weight_decay", self.weight_decay, 0, math.inf)
         check_float(owner, "checkpoint_every_s", self.checkpoint_every_s, 0, math.inf)
         check_float(owner, "warmup_fraction", self.warmup_fraction, 0, 1)
@@ -177,9 +189,10 @@ class TrainingConfig:
         if not isinstance(self.gradient_checkpointing, bool):
             raise InputError(f"{owner}: gradient_checkpointing: seen {self.gradient_checkpointing!r}; True or False")
         check_choice(owner, "mixed_precision", self.mixed_precision, MixedPrecision)
+        check_choice(owner, "parallel", self.parallel, Parallel)
 
     def identity(self) -> dict[str, object]:
         """The fields that the weights depend on."""
         fields = asdict(self)
-        del fields["checkpoint_every_s"], fields["num_workers"]
+        del fields["checkpoint_every_s"], fields["num_workers"], fields["explosion_factor"]
         return fields

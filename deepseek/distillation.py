@@ -32,6 +32,7 @@ SETTINGS = TrainingConfig(
     learning_rate=3e-4,
     plateau_patience=1,
     early_stopping_patience=4,
+    explosion_factor=None,  # what began near nothing may well grow tenfold; the best weights are kept in any case
 )
 
 Pair = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # inputs, float outputs of the teacher

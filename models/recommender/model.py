@@ -6,8 +6,9 @@ It is lenient with what it is given: padding may stand on either side, an id tha
 (negative, or newer than its catalogue) counts as padding, and a row of nothing else gets the items that
 are popular with everybody.
 
-`train` writes `build/recommender/`: weights.safetensors, training.json, catalogue.csv (the model's id, the
-log's own id, the title) and labels/item_ids.txt and items.txt (line k, counted from 0, names item k).
+`train` writes `build/recommender/`: weights.safetensors, training.json, training-report.html (its curves),
+catalogue.csv (the model's id, the log's own id, the title) and labels/item_ids.txt and items.txt (line k,
+counted from 0, names item k).
 
 Examples:
     python -m models.recommender.model
@@ -285,6 +286,7 @@ def train(seed: int = 0, console: Console | None = None) -> dict[str, Any]:
         settings,
         checkpoints=checkpoints / f"{log.fingerprint}-{seed}",
         identity={"log": log.fingerprint, **model.transformer.config.as_dict()},
+        report=build_dir(SPEC.name) / "training-report.html",
     )
     model.cpu()
     facts = {

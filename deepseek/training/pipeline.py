@@ -1,0 +1,250 @@
+"""`parallel="pipeline"`: each process has some layers, and micro-batches flow through them (1F1B).
+
+Contract: the model is an `nn.Sequential` (in it, or instead of it, a Transformer with `padding_id=None`); its layers
+are cut into as many parts as there are processes, by parameters. A step takes `accumulation_steps` micro-batches of
+`batch_size` rows, at least one a process; rows that fill no step are left out of an epoch. The same `loss(model,
+batch)` as everywhere: it has to call the model once, with tensors by position; the first process takes from it what
+goes in, the last calls it with what came out. It has to be a mean over rows. Schedule and sends are
+`torch.distributed.pipelining`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import find_batch_size, send_to_device
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
+
+from deepseek.config import TrainingConfig
+from deepseek.spec import InputError
+from deepseek.training.ways import LossFunction, Weights, keep_in_shards
+from deepseek.transformer import Block, Transformer
+
+HEADER = 8  # integers before a tensor: how many dimensions it has, and these
+
+
+class Pipeline:
+    """Layers divided over the processes."""
+
+    accumulation_steps = 1  # the micro-batches of a step come in one batch, and are all of one size
+    drop_last = True
+    rows_factor = 1
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, loss: LossFunction, config: TrainingConfig) -> None:
+        self.accelerator, self.loss, self.config = accelerator, loss, config
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        if config.accumulation_steps < self.ranks:
+            raise InputError(
+                f"TrainingConfig: accumulation_steps: seen {config.accumulation_steps}; a pipeline of {self.ranks} "
+                f"processes needs {self.ranks} micro-batches or more to keep them busy"
+            )
+        self.layers = as_layers(model)
+        self.mine = part(self.layers, self.rank, self.ranks)
+        self.model: nn.Module = _Stage(accelerator, self.mine).to(accelerator.device)
+        stage = PipelineStage(self.model, self.rank, self.ranks, accelerator.device)
+        self.schedule = Schedule1F1B(stage, n_microbatches=config.accumulation_steps, loss_fn=self._loss_of_rows)
+        self.batch_rows = int(config.batch_size) * config.accumulation_steps
+        self.batch: Any = None
+
+    def prepare(self, optimizer: torch.optim.Optimizer, train: DataLoader[Any], validation: Dataset[Any]) -> None:
+        """Every process goes through all rows; only some of them read what is in them."""
+        rows = len(train.dataset)  # type: ignore[arg-type]
+        if rows < self.batch_rows:
+            raise InputError(f"train_data: seen {rows} rows; a step of this pipeline takes {self.batch_rows}")
+        self.optimizer, self.train = optimizer, train
+        self.validation: DataLoader[Any] = DataLoader(validation, batch_size=int(self.config.batch_size))
+        keep_in_shards(self.accelerator, self.mine, optimizer)
+
+    def accumulating(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    step_is_due = True
+
+    def backward(self, batch: Any) -> Tensor:
+        self.batch = send_to_device(batch, self.accelerator.device)
+        losses: list[Tensor] = []
+        if self.rank == 0:
+            self.schedule.step(*arguments(self.loss, self.batch), return_outputs=False)
+        elif self.rank < self.ranks - 1:
+            self.schedule.step(return_outputs=False)
+        else:
+            rows = torch.arange(find_batch_size(self.batch) or 1, device=self.accelerator.device)
+            self.schedule.step(target=rows, losses=losses, return_outputs=False)
+        return self._from_last(torch.stack(losses).mean() if losses else torch.zeros(()))
+
+    def _loss_of_rows(self, output: Tensor, rows: Tensor) -> Tensor:
+        of_batch = find_batch_size(self.batch)
+        batch = tree_map_only(Tensor, lambda each: each[rows] if each.shape[:1] == (of_batch,) else each, self.batch)
+        with self.accelerator.autocast():
+            return self.loss(_Answer(output), batch)
+
+    def _from_last(self, value: Tensor) -> Tensor:
+        value = value.detach().float().to(self.accelerator.device)
+        dist.broadcast(value, src=self.ranks - 1)
+        return value
+
+    def clip(self, max_norm: float) -> Tensor:
+        gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
+        squares = [gradient.float().square().sum() for gradient in gradients]
+        square = torch.stack(squares).sum() if squares else torch.zeros((), device=self.accelerator.device)
+        dist.all_reduce(square)
+        norm = square.sqrt()
+        share = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(share.to(gradient.dtype))
+        return norm
+
+    def mean(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def validate(self, model: nn.Module) -> float:
+        """Batch after batch through all processes; every size of batch is allowed here."""
+        model.eval()
+        loss_sum, rows = 0.0, 0
+        with torch.no_grad():
+            for each in self.validation:
+                batch = send_to_device(each, self.accelerator.device)
+                taken = arguments(self.loss, batch) if self.rank == 0 else (self._receive(),)
+                output, value = model(*taken), torch.zeros(())
+                if self.rank < self.ranks - 1:
+                    self._send(output)
+                else:
+                    with self.accelerator.autocast():
+                        value = self.loss(_Answer(output).eval(), batch)
+                size = find_batch_size(batch) or 1
+                loss_sum, rows = loss_sum + float(self._from_last(value)) * size, rows + size
+        return loss_sum / rows
+
+    def _send(self, tensor: Tensor) -> None:
+        header = torch.zeros(HEADER, dtype=torch.int64)
+        header[: tensor.dim() + 1] = torch.tensor([tensor.dim(), *tensor.shape])
+        dist.send(header.to(tensor.device), self.rank + 1)
+        dist.send(tensor.contiguous(), self.rank + 1)
+
+    def _receive(self) -> Tensor:
+        header = torch.zeros(HEADER, dtype=torch.int64, device=self.accelerator.device)
+        dist.recv(header, self.rank - 1)
+        dims, *shape = header.tolist()
+        tensor = torch.empty(shape[:dims], device=self.accelerator.device)
+        dist.recv(tensor, self.rank - 1)
+        return tensor
+
+    def weights(self) -> Weights:
+        mine = {name: weight.detach().cpu().clone() for name, weight in self.mine.state_dict().items()}
+        parts: list[Any] = [None] * self.ranks
+        dist.all_gather_object(parts, mine)
+        return {name: weight for each in parts for name, weight in each.items()}
+
+    def load(self, weights: Weights) -> None:
+        self.layers.load_state_dict(weights)
+
+
+class _Stage(nn.Module):
+    """The layers of one process; what it hands on is fp32, also under autocast."""
+
+    def __init__(self, accelerator: Accelerator, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers, self._autocast = layers, accelerator.autocast
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        with self._autocast():
+            found: Tensor = self.layers(*inputs)
+        return found.float()
+
+
+class _Answer(nn.Module):
+    """Stands in for the model where its output is known."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return self.output
+
+
+class _Asked(Exception):
+    def __init__(self, inputs: tuple[Any, ...]) -> None:
+        self.inputs = inputs
+
+
+class _Asking(nn.Module):
+    """Stands in for the model where its input is wanted."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        if named or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+            raise InputError("a pipeline's loss has to call the model with one tensor, by position")
+        raise _Asked(inputs)
+
+
+def arguments(loss: LossFunction, batch: Any) -> tuple[Any, ...]:
+    """What a loss gives to the model. Raises InputError where it does not call it, or not with one tensor."""
+    try:
+        loss(_Asking(), batch)
+    except _Asked as asked:
+        return asked.inputs
+    raise InputError("a pipeline's loss has to call the model that it is given")
+
+
+class _Embedding(nn.Module):
+    def __init__(self, transformer: Transformer) -> None:
+        super().__init__()
+        self.tokens, self.positions, self.dropout = transformer.tokens, transformer.positions, transformer.dropout
+
+    def forward(self, ids: Tensor) -> Tensor:
+        embedded: Tensor = self.dropout(self.tokens(ids) + self.positions.weight[: ids.shape[1]])
+        return embedded
+
+
+class _Layer(nn.Module):
+    def __init__(self, block: Block, checkpointing: bool) -> None:
+        super().__init__()
+        self.block, self.checkpointing = block, checkpointing
+
+    def forward(self, x: Tensor) -> Tensor:
+        again = self.checkpointing and self.training
+        found: Tensor = checkpoint(self.block, x, None, use_reentrant=False) if again else self.block(x, None)
+        return found
+
+
+def as_layers(model: nn.Module) -> nn.Sequential:
+    """The layers in their order, with the model's own parameters. Raises InputError for a model that has none."""
+    if isinstance(model, Transformer) and model.config.padding_id is None:
+        blocks = [_Layer(block, model.gradient_checkpointing) for block in model.blocks]  # type: ignore[arg-type]
+        return nn.Sequential(_Embedding(model), *blocks, model.norm)
+    if isinstance(model, nn.Sequential):
+        parts = [as_layers(child) if isinstance(child, Transformer) else [child] for child in model]
+        return nn.Sequential(*(layer for each in parts for layer in each))
+    raise InputError(
+        f"TrainingConfig: parallel: 'pipeline' needs an nn.Sequential, or a Transformer with padding_id=None (a mask "
+        f"is not handed on); seen {type(model).__name__}"
+    )
+
+
+def part(layers: nn.Sequential, rank: int, ranks: int) -> nn.Sequential:
+    """The layers of one process, under their names in the whole."""
+    cuts = cut([sum(each.numel() for each in layer.parameters()) for layer in layers], ranks)
+    return nn.Sequential(OrderedDict([*layers.named_children()][cuts[rank] : cuts[rank + 1]]))
+
+
+def cut(sizes: Sequence[int], parts: int) -> list[int]:
+    """Where to cut a row of layers so that each part has one, and about as many parameters; with both ends."""
+    if len(sizes) < parts:
+        raise InputError(f"TrainingConfig: parallel: 'pipeline': {len(sizes)} layers do not go round {parts} processes")
+    total, found, before = sum(sizes) or 1, [0], 0
+    ends = [before := before + size for size in sizes]
+    for number in range(1, parts):
+        goal = total * number / parts
+        nearest = min(range(len(ends)), key=lambda index: abs(ends[index] - goal)) + 1
+        found.append(min(max(nearest, found[-1] + 1), len(sizes) - (parts - number)))
+    return [*found, len(sizes)]

@@ -1,0 +1,365 @@
+"""The loop of the training recipe. See `deepseek.training`, which has its contract and an example."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import accelerate
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, find_batch_size, gather_object, set_seed
+from safetensors.torch import save_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from deepseek.checkpoints import Checkpoints, digest, probe
+from deepseek.checkpoints import replace as replace_file
+from deepseek.config import TrainingConfig
+from deepseek.spec import InputError
+from deepseek.training.batch_size import fitting_batch
+from deepseek.training.memory import used_bytes
+from deepseek.training.meter import LossWatch, cure
+from deepseek.training.outcome import Epoch, Position, TrainingDiverged, TrainingResult
+from deepseek.training.progress import LINE_EVERY_S, ProgressLine
+from deepseek.training.report import write_report
+from deepseek.training.switches import enable_gradient_checkpointing, make_accelerator, running_average
+from deepseek.training.ways import Data, Sharded, Way, Weights, check_parallel
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+class _EpochSampler(Sampler[int]):
+    """An order that depends on the seed and the epoch alone, so that a resumed epoch has the same one."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist())
+
+
+def train_model(
+    model: nn.Module,
+    train_data: Dataset[Any],
+    validation_data: Dataset[Any],
+    loss: LossFunction,
+    config: TrainingConfig,
+    *,
+    checkpoints: str | Path | None = None,
+    identity: Mapping[str, object] | None = None,
+    report: str | Path | None = None,
+) -> TrainingResult:
+    """Trains in place; the model ends with its best weights by validation loss, in eval mode.
+
+    `loss(model, batch)` gives the mean over a batch, as a scalar; it must call the model that it is
+    given. `checkpoints` is a folder for this run alone; without it nothing can be resumed. `identity`
+    is what else tells this run from another, as a hash of the data (of which a few rows are looked at
+    anyhow). `report` is a page (HTML) with curves, its figures beside it (JSON), drawn after each epoch.
+    Raises TrainingDiverged, and InputError for data, a model or a checkpoint that does not fit.
+    """
+    for name, data in (("train_data", train_data), ("validation_data", validation_data)):
+        if not isinstance(data, Sized) or len(data) == 0:
+            raise InputError(f"{name}: a dataset with a length of at least 1 is needed; seen {type(data).__name__}")
+    if report is not None and Path(report).suffix != ".html":
+        raise InputError(f"report: seen {str(report)!r}; a name that ends in .html is needed (.json comes beside it)")
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    run = _Run(model, train_data, validation_data, loss, config, checkpoints, report)
+    if checkpoints is not None:
+        run.keep_checkpoints(Path(checkpoints), identity or {})
+    return run.to_the_end()
+
+
+class _Run:
+    def __init__(
+        self,
+        model: nn.Module,
+        train_data: Dataset[Any],
+        validation_data: Dataset[Any],
+        loss: LossFunction,
+        config: TrainingConfig,
+        checkpoints: str | Path | None,
+        report: str | Path | None,
+    ) -> None:
+        self.given, self.train_data, self.validation_data = model, train_data, validation_data
+        self.accelerator = make_accelerator(config)
+        self.found = ""  # what batch_size="auto" came to
+        self.config = config = self._with_batch_size(config, loss, checkpoints)
+        self.report_path = None if report is None else Path(report)
+        self.way: Way = _way(self.accelerator, model, loss, config)
+        device = self.accelerator.device
+        self.average = running_average(model, config.ema_decay, device) if config.ema_decay else None
+        self.raw_optimizer = torch.optim.AdamW(
+            self.way.model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.raw_optimizer, patience=config.plateau_patience or 0, factor=config.plateau_factor
+        )
+        self.order = _EpochSampler(len(cast(Sized, train_data)), config.seed)
+        self.way.prepare(self.raw_optimizer, self._loader(), validation_data)
+        self.position = Position(watch=LossWatch(config.explosion_factor))
+        self.accelerator.register_for_checkpointing(self.position, self.plateau, *filter(None, [self.average]))
+        self.steps_per_epoch = math.ceil(len(self.way.train) / self.way.accumulation_steps)
+        self.warmup_steps = round(config.warmup_fraction * config.max_epochs * self.steps_per_epoch)
+        self.checkpoints: Checkpoints | None = None
+        self.resumed_at_step: int | None = None
+        set_seed(config.seed, device_specific=True)  # each process has dropouts of its own
+
+    def _with_batch_size(
+        self, config: TrainingConfig, loss: LossFunction, checkpoints: str | Path | None
+    ) -> TrainingConfig:
+        """`auto` made a number: that of the run's checkpoint, or what the process with least memory bears."""
+        if config.batch_size != "auto":
+            return config
+        if config.parallel == "pipeline" and self.accelerator.num_processes > 1:
+            raise InputError("TrainingConfig: batch_size: 'auto' measures whole models; set a number for a pipeline")
+        kept = Checkpoints(checkpoints, {}).recorded("batch_size") if checkpoints is not None else None
+        if kept is not None:
+            return replace(config, batch_size=kept)
+        accelerator, device = self.accelerator, self.accelerator.device
+        home = next((parameter.device for parameter in self.given.parameters()), device)
+        mine = fitting_batch(
+            self.given.to(device),
+            self.train_data,
+            loss,
+            config,
+            device,
+            autocast=accelerator.autocast,
+            processes=accelerator.num_processes,
+        )
+        self.given.to(home)
+        self.found = mine.line
+        return replace(config, batch_size=min(gather_object([mine.batch_size])))
+
+    def _loader(self) -> DataLoader[Any]:
+        # A generator of its own: a loader that begins an epoch would else draw from the global random
+        # state, once more in a resumed run than in an unkilled one, and dropout would differ.
+        generator = torch.Generator().manual_seed(self.config.seed)
+        return DataLoader(
+            self.train_data,
+            batch_size=self.way.batch_rows,
+            sampler=self.order,
+            num_workers=self.config.num_workers,
+            generator=generator,
+            drop_last=self.way.drop_last,
+        )
+
+    def keep_checkpoints(self, folder: Path, identity: Mapping[str, object]) -> None:
+        """From now on; and goes on from the last one, if there is any."""
+        shapes = {name: [*weight.shape] for name, weight in self.given.state_dict().items()}
+        self.checkpoints = Checkpoints(
+            folder,
+            {
+                **self.config.identity(),
+                "processes": self.accelerator.num_processes,
+                "model": digest(shapes),
+                "train_data": probe(self.train_data),
+                "validation_data": probe(self.validation_data),
+                **identity,
+            },
+        )
+        set_seed(self.config.seed, device_specific=True)  # the probes may have drawn from it
+        if self.checkpoints.resume(self.accelerator):
+            self.resumed_at_step = self.position.step
+
+    def to_the_end(self) -> TrainingResult:
+        position, main = self.position, self.accelerator.is_main_process
+        self.checkpointed_at = time.monotonic()
+        with ProgressLine(self.config.max_epochs * self.steps_per_epoch, main) as progress:
+            if self.found:
+                progress.console.print(self.found)
+            while not position.finished:
+                self._train_epoch(progress)
+                self._finish_epoch(self._validate())
+                progress.epoch(position.epochs[-1], position.step, position.best_loss, position.finished)
+                self._write_report()
+                self._checkpoint(due=position.finished)
+            starved = position.meter.starved(self.config.num_workers)
+            if starved and position.meter.seconds >= LINE_EVERY_S:
+                progress.console.print(starved)
+        self._load_best()
+        return TrainingResult(
+            best_loss=position.best_loss,
+            best_epoch=position.best_epoch,
+            steps=position.step,
+            epochs=tuple(Epoch(**epoch) for epoch in position.epochs),
+            resumed_at_step=self.resumed_at_step,
+            batch_size=int(self.config.batch_size),
+            rows_per_s=position.meter.rows_per_s,
+            data_share=position.meter.data_share,
+            peak_memory_bytes=position.meter.peak_memory_bytes,
+        )
+
+    def _train_epoch(self, progress: ProgressLine) -> None:
+        position, way = self.position, self.way
+        self.order.set_epoch(position.epoch)
+        if hasattr(way.train, "set_epoch"):
+            way.train.set_epoch(position.epoch)
+        if hasattr(self.train_data, "set_epoch"):
+            self.train_data.set_epoch(position.epoch)
+        batches = accelerate.skip_first_batches(way.train, position.batch) if position.batch else way.train
+        way.model.train()
+        losses: list[Tensor] = []  # of the batches of one step
+        rows = 0
+        for batch in position.meter.timed(batches):
+            with way.accumulating():
+                losses.append(way.backward(batch))
+                position.batch += 1
+                rows += find_batch_size(batch) or 1
+                if not way.step_is_due:
+                    continue
+                self._step(torch.stack(losses).mean(), rows * way.rows_factor)
+                losses.clear()
+                rows = 0
+            progress.step(position.epoch, position.step, self._learning_rate())
+            self._checkpoint()
+
+    def _step(self, loss: Tensor, rows: int) -> None:
+        position, config, way = self.position, self.config, self.way
+        if position.step < self.warmup_steps:
+            for group in way.optimizer.param_groups:
+                group["lr"] = config.learning_rate * (position.step + 1) / self.warmup_steps
+        norm = way.clip(math.inf if config.clip_norm is None else config.clip_norm)
+        loss = way.mean(loss)
+        loss_value, norm_value = torch.stack([loss.float(), norm.float().to(loss.device)]).tolist()
+        # With fp16's loss scaling an infinite gradient is ordinary: that step is skipped, the scale halved.
+        if not math.isfinite(loss_value) or (not math.isfinite(norm_value) and self.accelerator.scaler is None):
+            advice = "Try a lower learning rate, and look for NaN or huge values in the data"
+            raise self._diverged(f"loss is {loss_value:g}", norm_value, advice)
+        exploded = position.watch.see(position.step + 1, loss_value, norm_value)
+        if exploded:
+            watch = position.watch
+            raise self._diverged(exploded, norm_value, cure(config.clip_norm, watch.usual_norm))
+        way.optimizer.step()
+        way.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.given)
+        position.step += 1
+        position.loss_sum += loss_value
+        position.gradient_norm = norm_value
+        memory = used_bytes(self.accelerator.device)
+        position.meter.step(
+            step=position.step,
+            loss=loss_value,
+            learning_rate=self._learning_rate(),
+            gradient_norm=norm_value,
+            rows=rows,
+            memory_bytes=memory,
+        )
+
+    def _validate(self) -> float:
+        """Mean validation loss over all rows. Raises TrainingDiverged where that is no number."""
+        found = self.way.validate(self.way.model if self.average is None else self.average.module)
+        if not math.isfinite(found):
+            advice = "Try a lower learning rate, and look for NaN or huge values in the data"
+            raise self._diverged(f"validation loss is {found:g}", self.position.gradient_norm, advice)
+        return found
+
+    def _finish_epoch(self, validation_loss: float) -> None:
+        position, config = self.position, self.config
+        position.epochs.append(
+            asdict(
+                Epoch(
+                    epoch=position.epoch,
+                    train_loss=position.loss_sum / self.steps_per_epoch,
+                    validation_loss=validation_loss,
+                    learning_rate=self._learning_rate(),
+                )
+            )
+        )
+        if position.step >= self.warmup_steps and config.plateau_patience is not None:
+            self.plateau.step(validation_loss)
+        if validation_loss < position.best_loss:
+            position.best_loss, position.best_epoch = validation_loss, position.epoch
+            position.best_weights = self._weights()
+        stale = position.epoch - position.best_epoch
+        position.epoch, position.batch, position.loss_sum = position.epoch + 1, 0, 0.0
+        stopped = config.early_stopping_patience is not None and stale >= config.early_stopping_patience
+        position.finished = stopped or position.epoch == config.max_epochs
+
+    def _learning_rate(self) -> float:
+        return float(self.raw_optimizer.param_groups[0]["lr"])
+
+    def _weights(self) -> Weights:
+        if self.average is None:
+            return self.way.weights()
+        state = self.average.module.state_dict()
+        return {name: weight.detach().cpu().clone() for name, weight in state.items()}
+
+    def _load_best(self) -> None:
+        self.way.load(self.position.best_weights or self.way.weights())
+        self.given.eval()
+
+    def _diverged(self, what: str, norm: float, advice: str) -> TrainingDiverged:
+        position = self.position
+        self._load_best()
+        kept = f"those of epoch {position.best_epoch + 1}" if position.best_weights else "those before this step"
+        if self.checkpoints and self.accelerator.is_main_process:
+            path = self.checkpoints.folder / "last_good.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, lambda beside: save_model(self.given, str(beside)))
+            kept += f", in {path}"
+        step, rate = position.step + 1, self._learning_rate()
+        message = (
+            f"training stopped at step {step}: {what}; learning rate {rate:.3g}, gradient norm {norm:.3g} "
+            f"(the step before: {position.gradient_norm:.3g}). Last good weights: {kept}. {advice}"
+        )
+        self._write_report(message)
+        return TrainingDiverged(message, step=step, learning_rate=rate, gradient_norm=norm)
+
+    def _write_report(self, failure: str = "") -> None:
+        if self.report_path is None or not self.accelerator.is_main_process:
+            return
+        position, meter = self.position, self.position.meter
+        notes = [each for each in (failure, self.found, meter.starved(self.config.num_workers)) if each]
+        write_report(
+            self.report_path,
+            {
+                "model": type(self.given).__name__,
+                "device": str(self.accelerator.device),
+                "processes": self.accelerator.num_processes,
+                "mixed_precision": self.accelerator.mixed_precision,
+                "settings": asdict(self.config),
+                "epochs": position.epochs,
+                "best_epoch": position.best_epoch,
+                "steps": meter.curve,
+                "steps_done": position.step,
+                "rows_per_s": meter.rows_per_s,
+                "data_share": meter.data_share,
+                "peak_memory_bytes": meter.peak_memory_bytes,
+                "notes": notes,
+            },
+        )
+
+    def _checkpoint(self, due: bool = False) -> None:
+        if self.checkpoints is None:
+            return
+        due = due or time.monotonic() - self.checkpointed_at >= self.config.checkpoint_every_s
+        if self.accelerator.num_processes > 1:  # clocks differ: the first process says when
+            due = bool(broadcast(torch.tensor([int(due)], device=self.accelerator.device), 0).item())
+        if due:
+            self.checkpoints.save(self.accelerator)
+            self.checkpointed_at = time.monotonic()
+
+
+def _way(accelerator: Accelerator, model: nn.Module, loss: LossFunction, config: TrainingConfig) -> Way:
+    if accelerator.num_processes == 1 or config.parallel == "data":
+        return Data(accelerator, model, loss, config)
+    check_parallel(accelerator, config)
+    if config.parallel == "sharded":
+        return Sharded(accelerator, model, loss, config)
+    from deepseek.training.pipeline import Pipeline
+
+    return Pipeline(accelerator, model, loss, config)

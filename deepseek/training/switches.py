@@ -1,0 +1,57 @@
+"""Switches of `TrainingConfig` that act before the first step: precision, running average, gradient checkpointing."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from deepseek.config import TrainingConfig
+from deepseek.spec import InputError
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """For mixed precision, accumulation and several processes. Raises InputError for a precision that is not here."""
+    precision: str = config.mixed_precision
+    if precision == "auto":
+        cuda = torch.cuda.is_available()
+        precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "no"
+    # Without this accelerate takes processes on CPUs for so many single runs.
+    only_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    try:
+        return Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_steps=config.accumulation_steps,
+            cpu=only_cpus,
+        )
+    except ValueError as error:  # fp16 without a GPU; another precision earlier in this process
+        raise InputError(f"TrainingConfig: mixed_precision: seen {config.mixed_precision!r}; {error}") from None
+
+
+def running_average(model: nn.Module, decay: float, device: torch.device) -> AveragedModel:
+    """A copy of the model that follows its weights; soon at first, when they still change much."""
+
+    def follow(averaged: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:
+        done = float(steps)
+        return torch.lerp(averaged, current, 1 - min(decay, (1 + done) / (10 + done)))
+
+    return AveragedModel(model, device, avg_fn=follow)
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Switches it on in our modules, and in Hugging Face models by their own method."""
+    ours = [module for module in model.modules() if isinstance(getattr(module, "gradient_checkpointing", None), bool)]
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if callable(enable):
+        enable()
+    elif ours:
+        for module in ours:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+    else:
+        raise InputError(
+            f"TrainingConfig: gradient_checkpointing: {type(model).__name__} has no module with a "
+            "gradient_checkpointing switch; set it to False"
+        )

@@ -1,0 +1,368 @@
+"""The guide's training advice, each piece measured in one run on this machine and printed beside its claim.
+
+Memory is counted tensor by tensor (`deepseek.training.memory`), so it is exact and does not depend on what else runs here;
+times are medians of pairs, in turn. Needs nothing built. Writes `build/bench-training.json`. Exit 1 where something does
+not hold; times are shown and never judged.
+
+Examples:
+    python -m tests.bench.training
+    python -m tests.bench.training --only checkpointing --json
+    python -m tests.bench.training --only prediction --charts docs/train
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from deepseek.checkpoints import replace as replace_file
+from deepseek.config import AdviceWarning, TransformerConfig
+from deepseek.sizing import TrainingSetup, TransformerSize, largest_batch, training_memory
+from deepseek.sizing.charts import scatter_chart, write_svg
+from deepseek.spec import Parser, build_dir, run_command
+from deepseek.training import TrainingDiverged, train_model
+from deepseek.training.batch_size import fitting_batch
+from deepseek.training.memory import LiveBytes, besides_bytes
+from deepseek.transformer import Transformer
+from tests.test_training import cross_entropy, network, points, settings
+from tests.test_training_meter import explode
+from tests.training_worker import config as shared_config
+from tests.training_worker import network as shared_network
+from tests.training_worker import train as train_alone
+
+PAIRS = 7
+GRID: dict[str, tuple[Any, ...]] = {
+    "num_layers": (2, 12),
+    "hidden_size": (64, 192),
+    "batch": (2, 8),
+    "length": (32, 128),
+    "checkpointing": (False, True),
+    "precision": ("fp32", "bf16"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A line of the table."""
+
+    what: str
+    guide: str
+    measured: str
+    holds: bool | None = None
+    """None: shown, not judged."""
+
+
+def shape(**changes: Any) -> TransformerConfig:
+    sizes = {"num_layers": 12, "hidden_size": 128, "num_attention_heads": 4, "vocab_size": 1000, "max_length": 256}
+    sizes |= changes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdviceWarning)
+        return TransformerConfig(**(sizes | {"intermediate_size": 4 * sizes["hidden_size"]}))  # type: ignore[arg-type]
+
+
+def checkpointing() -> list[Claim]:
+    """Twelve layers with and without, in memory and time."""
+    kept, peaks, models = dict[bool, int](), dict[bool, int](), dict[bool, Transformer]()
+    ids = torch.ones(8, 128, dtype=torch.int64)
+    for on in (False, True):
+        models[on] = Transformer(shape()).train()
+        models[on].gradient_checkpointing = on
+        with LiveBytes() as live:
+            live.watch(models[on].parameters())
+            before = live.now
+            out = models[on](ids)
+            kept[on] = live.now - before
+            out.square().mean().backward()
+        peaks[on] = live.most
+
+    def step(on: bool) -> None:
+        models[on](ids).square().mean().backward()
+
+    plain_s, checkpointed_s = _median_s([lambda: step(False), lambda: step(True)])
+    saved, whole = 1 - kept[True] / kept[False], 1 - peaks[True] / peaks[False]
+    figures = f"{saved:.0%} ({kept[False] / 2**20:.0f} to {kept[True] / 2**20:.0f} MiB)"
+    return [
+        Claim(what="checkpointing, 12 layers: activations saved", guide="60 %", measured=figures, holds=saved >= 0.6),
+        Claim(what="    of the step's peak, weights and gradients included", guide="", measured=f"{whole:.0%}"),
+        Claim(what="    time", guide="+ 33 % (one more forward)", measured=f"{checkpointed_s / plain_s - 1:+.0%}"),
+    ]
+
+
+def accumulation() -> list[Claim]:
+    """Gradients of 4 batches of 8 against one of 32."""
+    sizes = {"embedding_dropout": 0.0, "attention_dropout": 0.0, "ffn_dropout": 0.0}
+    model = Transformer(shape(num_layers=4, **sizes)).train()
+    ids = torch.randint(1, 1000, (32, 64), generator=torch.Generator().manual_seed(0))
+    found = []
+    for size in (32, 8):
+        model.zero_grad()
+        for batch in ids.split(size):
+            (model(batch).sin().mean() / (32 // size)).backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    worst = max(float((one - two).norm() / one.norm().clamp(min=1e-12)) for one, two in zip(*found, strict=True))
+    text = f"relative difference {worst:.1e}, the worst of {len(found[0])} tensors"
+    return [
+        Claim(what="accumulated gradients, 4 x 8 against 32 rows", guide="the same", measured=text, holds=worst < 1e-4)
+    ]
+
+
+@functools.cache
+def grid() -> dict[tuple[Any, ...], tuple[float, float]]:
+    """Peak bytes of a step, predicted and measured, at each point."""
+    found = {}
+    for values in itertools.product(*GRID.values()):
+        point = dict(zip(GRID, values, strict=True))
+        config = shape(num_layers=point["num_layers"], hidden_size=point["hidden_size"])
+        setup = TrainingSetup(
+            batch=point["batch"],
+            length=point["length"],
+            precision=point["precision"],
+            checkpointing=point["checkpointing"],
+            platform="cpu",
+        )
+        planned = training_memory(TransformerSize(config=config), setup)
+        measured = _peak_of_a_step(config, setup)
+        found[values] = (planned.peak_bytes - planned.context_bytes, float(measured))
+    return found
+
+
+def prediction() -> list[Claim]:
+    """The plan's peak memory against that of real steps, over a grid."""
+    errors = {values: planned / measured - 1 for values, (planned, measured) in grid().items()}
+    worst = max(errors, key=lambda key: abs(errors[key]))
+    median = statistics.median(abs(error) for error in errors.values())
+    within = sum(abs(error) <= 0.1 for error in errors.values())
+    where = ", ".join(f"{name} {value}" for name, value in zip(GRID, worst, strict=True))
+    text = f"median {median:.1%}, {within} of {len(errors)} within, worst {errors[worst]:+.1%} ({where})"
+    return [
+        Claim(
+            what="peak memory, predicted against measured",
+            guide="within 10 %",
+            measured=text,
+            holds=abs(errors[worst]) <= 0.1,
+        )
+    ]
+
+
+def drawn_grid() -> str:
+    """The grid as a chart."""
+    of: dict[str, list[tuple[float, float]]] = {}
+    for values, (planned, measured) in grid().items():
+        *_, checkpointed, precision = values
+        name = f"{precision}, checkpointed" if checkpointed else precision
+        of.setdefault(name, []).append((measured / 2**20, planned / 2**20))
+    title, y_label = "Peak memory of a training step", "predicted; band: 10 %"
+    return scatter_chart(of, title=title, unit="MiB", x_label="measured", y_label=y_label, band=0.1)
+
+
+def _peak_of_a_step(config: TransformerConfig, setup: TrainingSetup) -> int:
+    model = Transformer(config).train()
+    model.gradient_checkpointing = setup.checkpointing
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    ids = torch.ones(setup.batch, setup.length, dtype=torch.int64)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16) if setup.precision == "bf16" else nullcontext():
+            value = model(ids).square().mean()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # makes the optimizer's state
+    with LiveBytes() as live:
+        live.watch([*model.parameters(), *(each for state in optimizer.state.values() for each in state.values())])
+        step()
+    return live.most
+
+
+def mixed_precision() -> list[Claim]:
+    """bf16 on this CPU: memory, time, and what is learned."""
+    config = shape(num_layers=6, hidden_size=256)
+    setups = [TrainingSetup(batch=8, length=128, precision=name, platform="cpu") for name in ("fp32", "bf16")]
+    peaks = [_peak_of_a_step(config, setup) for setup in setups]
+    model, ids = Transformer(config).train(), torch.ones(8, 128, dtype=torch.int64)
+
+    def step(low: bool) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            value = model(ids).square().mean()
+        value.backward()
+
+    fp32_s, bf16_s = _median_s([lambda: step(False), lambda: step(True)])
+    losses = _losses_by_precision()
+    apart = abs(losses[1] / losses[0] - 1)
+    return [
+        Claim(
+            what="bf16 on this CPU: peak of a step",
+            guide="less",
+            measured=f"{peaks[1] / peaks[0] - 1:+.0%}",
+            holds=peaks[1] < peaks[0],
+        ),
+        Claim(what="    time of forward and backward", guide="less", measured=f"{bf16_s / fp32_s - 1:+.0%}"),
+        Claim(
+            what="    best validation loss",
+            guide="as fp32",
+            measured=f"{losses[1]:.4f} against {losses[0]:.4f}",
+            holds=apart < 0.05,
+        ),
+    ]
+
+
+def _losses_by_precision() -> list[float]:
+    """Each in a process of its own: accelerate keeps its first precision."""
+    code = (
+        "import sys; from tests.test_training import *\n"
+        "config = settings(max_epochs=20, mixed_precision=sys.argv[1])\n"
+        "print(train_model(network(), points(), points(1), cross_entropy, config).best_loss)"
+    )
+    return [
+        float(subprocess.run([sys.executable, "-c", code, name], check=True, capture_output=True, text=True).stdout)
+        for name in ("no", "bf16")
+    ]
+
+
+def clipping() -> list[Claim]:
+    """A run with two broken labels of 512, without and with clipping."""
+    try:
+        explode(None)
+        caught = "not caught"
+    except TrainingDiverged as error:
+        caught = f"stopped at step {error.step}"
+    _, cured = explode(1.0)
+    return [
+        Claim(what="exploding loss, clip_norm=None", guide="diverges", measured=caught, holds=caught != "not caught"),
+        Claim(
+            what="    the same with clip_norm=1",
+            guide="cured",
+            measured=f"validation loss {cured.best_loss:.3f}",
+            holds=cured.best_loss < 0.3,
+        ),
+    ]
+
+
+def batch_size() -> list[Claim]:
+    """`auto` in 512 MB against the plan's largest batch."""
+    config, device = shape(num_layers=4), torch.device("cpu")
+    model, room = Transformer(config), 512e6
+    data = TensorDataset(torch.ones(4096, 64, dtype=torch.int64))
+
+    def loss(each: nn.Module, batch: Any) -> Tensor:
+        return each(batch[0]).square().mean()
+
+    limit = (besides_bytes(device, model.parameters()) + room) / 0.8
+    found = fitting_batch(model, data, loss, settings(), device, limit=limit)
+    setup = TrainingSetup(batch=1, length=64, platform="cpu")
+
+    def planned(size: int) -> float:
+        memory = training_memory(TransformerSize(config=config), replace(setup, batch=size))
+        return memory.peak_bytes - memory.context_bytes
+
+    plan = largest_batch(planned, room)
+    text = f"{found.batch_size} rows, the plan says {plan}"
+    apart = abs(found.batch_size / plan - 1)
+    return [Claim(what='batch_size="auto" in 512 MB', guide="from 256 to 80 %", measured=text, holds=apart <= 0.1)]
+
+
+def parallel() -> list[Claim]:
+    """Two processes against one: the worst epoch's loss."""
+    found = []
+    for way in ("data", "sharded", "pipeline"):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "deepseek.training.launch", "--processes", "2", "tests/training_worker.py"]
+            environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+            subprocess.run([*command, folder, way, "{}"], check=True, env=environment, capture_output=True)
+            two = torch.load(Path(folder) / "done-0.pt", weights_only=False)["result"]["epochs"]
+        one = train_alone(shared_network(), shared_config(way, 1), None).epochs
+        pairs = zip(two, one, strict=True)
+        worst = max(abs(each["validation_loss"] / alone.validation_loss - 1) for each, alone in pairs)
+        text = f"validation loss apart by {worst:.1e} at most"
+        found.append(Claim(what=f"{way}, 2 processes against one", guide="the same", measured=text, holds=worst < 1e-4))
+    return found
+
+
+def data_pipeline() -> list[Claim]:
+    """What the recipe says of a loader that is slower than the model."""
+
+    class Slow(TensorDataset):
+        def __getitem__(self, index: Any) -> Any:
+            time.sleep(0.002)
+            return super().__getitem__(index)
+
+    result = train_model(network(), Slow(*points().tensors), points(1), cross_entropy, settings(max_epochs=2))
+    fed = train_model(network(), points(), points(1), cross_entropy, settings(max_epochs=2))
+    text = f"{result.data_share:.0%} of the steps' time with 2 ms a row, {fed.data_share:.0%} without"
+    return [Claim(what="waiting for data", guide="seen", measured=text, holds=result.data_share > 0.5)]
+
+
+def _median_s(sides: list[Callable[[], object]]) -> list[float]:
+    """Median seconds of each side, in turn."""
+    times: list[list[float]] = [[] for _ in sides]
+    for _ in range(PAIRS + 1):
+        for kept, side in zip(times, sides, strict=True):
+            began = time.perf_counter()
+            side()
+            kept.append(time.perf_counter() - began)
+    return [statistics.median(each[1:]) for each in times]  # the first allocates
+
+
+PARTS: dict[str, Callable[[], list[Claim]]] = {
+    "checkpointing": checkpointing,
+    "accumulation": accumulation,
+    "prediction": prediction,
+    "mixed-precision": mixed_precision,
+    "clipping": clipping,
+    "batch-size": batch_size,
+    "data-pipeline": data_pipeline,
+    "parallel": parallel,
+}
+
+
+def main() -> int:
+    """Measures, and prints the table."""
+    parser = Parser(__doc__, prog="python -m tests.bench.training")
+    parser.add_argument("--only", choices=PARTS, action="append", help="only this part (may be repeated)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--charts", type=Path, metavar="FOLDER", help="draw predicted against measured memory there")
+    args = parser.parse_args()
+    log, claims = Console(stderr=True), list[Claim]()
+    for name in args.only or PARTS:
+        with log.status(name):
+            claims += PARTS[name]()
+    if args.charts:
+        write_svg(args.charts / "memory.svg", drawn_grid())
+    text = json.dumps([asdict(claim) for claim in claims], indent=2)
+    path = build_dir("bench-training.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda beside: beside.write_text(text + "\n", encoding="utf-8"))
+    if args.json:
+        print(text)
+    else:
+        table = Table("", "guide", "measured here", "holds", box=box.SIMPLE_HEAD)
+        for claim in claims:
+            held = "" if claim.holds is None else "yes" if claim.holds else "NO"
+            table.add_row(claim.what, claim.guide, claim.measured, held)
+        Console(width=max(Console().width, 140)).print(table)
+    return int(any(claim.holds is False for claim in claims))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,137 @@
+"""`batch_size="auto"`: what fits, checked by measuring it and against the plan's prediction."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from deepseek.config import AdviceWarning, TransformerConfig
+from deepseek.sizing import TrainingSetup, TransformerSize, largest_batch, training_memory
+from deepseek.spec import InputError
+from deepseek.training import train_model
+from deepseek.training.batch_size import fitting_batch
+from deepseek.training.memory import LiveBytes, besides_bytes, limit_bytes
+from deepseek.transformer import Transformer
+from tests.test_training import cross_entropy, network, one_thread, points, settings
+
+__all__ = ["one_thread"]  # a fixture, for every test here too
+CPU = torch.device("cpu")
+
+
+def shape(**changes: Any) -> TransformerConfig:
+    sizes = {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 128}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdviceWarning)
+        return TransformerConfig(**(sizes | {"vocab_size": 200, "max_length": 24} | changes))
+
+
+def ids(rows: int = 2000) -> TensorDataset:
+    return TensorDataset(torch.ones(rows, 24, dtype=torch.int64))
+
+
+def mean_square(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch[0]).square().mean()
+
+
+def test_live_bytes_are_the_most_at_once_and_not_the_sum() -> None:
+    with LiveBytes() as live:
+        for _ in range(5):
+            made = torch.ones(1000)
+            del made
+        kept = [torch.ones(1000), torch.ones(1000)]
+    assert live.most == 8000
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize("steps", [1, 2], ids=["one-batch", "accumulated"])
+def test_the_batch_that_fits_is_the_plans_and_fills_the_room(checkpointing: bool, steps: int) -> None:
+    config = shape()
+    size, model = TransformerSize(config=config), Transformer(config)
+    model.gradient_checkpointing = checkpointing
+    outside = besides_bytes(CPU, model.parameters())
+    limit = (outside + 60e6) / 0.8
+    train = settings(accumulation_steps=steps)
+    found = fitting_batch(model, ids(), mean_square, train, CPU, limit=limit)
+    assert 0.9 * 60e6 < found.needed_bytes - outside <= 60e6 * 1.05  # the process itself may have grown a little
+    setup = TrainingSetup(
+        batch=1, length=24, checkpointing=checkpointing, accumulation_steps=steps, platform="cpu"
+    )  # fmt: skip
+
+    def planned(batch: int) -> float:
+        memory = training_memory(size, replace(setup, batch=batch))
+        return memory.peak_bytes - memory.context_bytes
+
+    assert found.batch_size == pytest.approx(largest_batch(planned, 60e6), rel=0.1)
+    assert found.batch_size > 8
+
+
+def test_a_small_room_shrinks_the_batch_below_the_guides_and_a_large_one_takes_all_rows() -> None:
+    model = Transformer(shape())
+    outside = besides_bytes(CPU, model.parameters())
+    small = fitting_batch(model, ids(), mean_square, settings(), CPU, limit=(outside + 10e6) / 0.8)
+    large = fitting_batch(model, ids(600), mean_square, settings(), CPU, limit=outside + 1e12)
+    assert small.batch_size < 256 < large.batch_size == 600
+    assert "from the guide's 256" in small.line
+
+
+def test_a_model_of_which_no_row_fits_is_one_line() -> None:
+    with pytest.raises(InputError, match=r"batch_size: auto: .* GB are needed .*; set gradient_checkpointing=True"):
+        fitting_batch(Transformer(shape()), ids(), mean_square, settings(), CPU, limit=1e6)
+
+
+def test_the_search_leaves_weights_buffers_mode_and_random_states_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2)).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    fitting_batch(model, points(), cross_entropy, settings(), CPU)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_run_that_found_its_batch_trains_as_one_that_was_given_it() -> None:
+    found, given = network(), network()
+    result = train_model(found, points(), points(1), cross_entropy, settings(batch_size="auto"))
+    assert result.batch_size == 64  # all rows
+    train_model(given, points(), points(1), cross_entropy, settings(batch_size=64))
+    assert all(torch.equal(*pair) for pair in zip(found.parameters(), given.parameters(), strict=True))
+
+
+def test_a_resumed_run_keeps_the_batch_that_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(batch_size="auto")
+    first = train_model(network(), points(), points(1), cross_entropy, config, checkpoints=tmp_path)
+    monkeypatch.setattr("deepseek.training.recipe.fitting_batch", lambda *_, **__: 1 / 0)
+    again = train_model(network(), points(), points(1), cross_entropy, config, checkpoints=tmp_path)
+    assert again.batch_size == first.batch_size
+    assert again.resumed_at_step == first.steps
+
+
+def test_the_limit_of_a_process_is_its_share_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = limit_bytes(CPU)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert limit_bytes(CPU) == whole / 4
+
+
+class Uneven(Dataset[Tensor]):
+    """One row: less than a trial wants."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.ones(4)
+
+
+def test_one_row_of_data_is_a_batch_of_one() -> None:
+    model = nn.Linear(4, 2)
+    found = fitting_batch(model, Uneven(), lambda net, batch: net(batch).mean(), settings(), CPU)
+    assert found.batch_size == 1

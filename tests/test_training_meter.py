@@ -1,0 +1,208 @@
+"""What a training run says of itself: curves, a starved model, a loss that explodes, the page."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from deepseek.spec import InputError
+from deepseek.training import TrainingDiverged, train_model
+from deepseek.training.meter import MOST, WINDOW, LossWatch, Meter
+from deepseek.training.report import chart, draw
+from tests.test_training import cross_entropy, network, one_thread, points, settings
+
+__all__ = ["one_thread"]  # a fixture, for every test here too
+
+
+def one_step(meter: Meter, step: int, **changes: float) -> None:
+    values = {"loss": 1.0, "learning_rate": 0.1, "gradient_norm": 1.0, "rows": 8, "memory_bytes": 5}
+    meter.step(step=step, **(values | changes))
+
+
+class Slow(Dataset[tuple[Tensor, Tensor]]):
+    """Rows that take their time."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        time.sleep(0.005)
+        return points()[index]
+
+
+def test_a_starved_model_is_seen_and_a_fed_one_is_not() -> None:
+    starved = train_model(network(), Slow(), points(1), cross_entropy, settings(max_epochs=2))
+    assert starved.data_share > 0.5
+    meter = Meter()
+    for number, _ in enumerate(meter.timed(range(3))):
+        time.sleep(0.01)
+        one_step(meter, number)
+    assert meter.data_share < 0.1
+    assert meter.starved(0) is None
+
+
+def test_the_line_about_a_starved_model_says_what_to_change() -> None:
+    meter = Meter()
+    for number, _ in enumerate(meter.timed(Slow()[index] for index in range(3))):
+        one_step(meter, number)
+    assert re.search(r"waited for data \d+% of the time: raise num_workers \(seen 0\)", meter.starved(0) or "")
+
+
+def test_time_between_a_step_and_the_next_batch_is_no_training() -> None:
+    meter = Meter()
+    for number, _ in enumerate(meter.timed(range(3))):
+        one_step(meter, number)
+        time.sleep(0.05)  # a checkpoint
+    assert meter.seconds < 0.05
+
+
+def test_a_long_curve_keeps_its_sums_its_spikes_and_its_end() -> None:
+    meter, steps = Meter(), 5 * MOST + 3
+    for number, _ in enumerate(meter.timed(range(steps)), 1):
+        one_step(meter, number, gradient_norm=1000.0 if number == 700 else 1.0)
+    assert len(meter.curve) <= MOST
+    assert sum(point["rows"] for point in meter.curve) == 8 * steps
+    assert max(point["gradient_norm"] for point in meter.curve) == 1000
+    assert meter.curve[-1]["step"] == steps
+
+
+@pytest.mark.parametrize(
+    ("losses", "explodes"),
+    [
+        ([1.0] * 40 + [30.0] * 20, True),
+        ([1.0] * 40 + [1e6] * (WINDOW // 2 - 1) + [1.0] * 20, False),
+        ([5.0] * 20 + [0.01] * 20 + [4.0] * 20, False),
+        ([-3.0] * 20 + [-2.0] * 20, False),
+        ([-3.0] * 20 + [40.0] * 20, True),
+        ([0.0] * 20 + [5.0] * 20, False),
+    ],
+    ids=["risen", "a-few-broken-rows", "back-to-the-start", "negative", "negative-risen", "began-at-nothing"],
+)
+def test_a_loss_has_exploded_where_it_stays_ten_times_above_its_start(losses: list[float], explodes: bool) -> None:
+    watch = LossWatch(10.0)
+    said = [watch.see(step, loss, 1.0) for step, loss in enumerate(losses, 1)]
+    assert any(said) == explodes
+
+
+def broken_rows() -> TensorDataset:
+    """Two labels of 512 are 10,000 times too large, as after a change of units."""
+    x = torch.randn(512, 8, generator=torch.Generator().manual_seed(1))
+    y = x[:, :4].sum(dim=1, keepdim=True)
+    y[128::256] *= 1e4
+    return TensorDataset(x, y)
+
+
+def explode(clip_norm: float | None, report: Path | None = None) -> tuple[nn.Module, Any]:
+    """A run driven into exploding; only the clipping differs."""
+    torch.manual_seed(0)
+    wide = [nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU()]
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), *wide, nn.Linear(32, 1))
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(2))
+    clean = TensorDataset(x, x[:, :4].sum(dim=1, keepdim=True))
+
+    def loss(network: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(network(batch[0]), batch[1])
+
+    config = settings(max_epochs=6, batch_size=16, learning_rate=0.01, clip_norm=clip_norm)
+    return model, train_model(model, broken_rows(), clean, loss, config, report=report)
+
+
+def test_an_exploding_run_is_caught_explained_and_cured_by_clipping(tmp_path: Path) -> None:
+    with pytest.raises(TrainingDiverged) as error:
+        explode(None, tmp_path / "run.html")
+    said = str(error.value)
+    assert re.search(r"the loss has exploded to [\d.e+]+, \d+ times the [\d.]+ it began with", said)
+    assert re.search(r"the largest gradient norm, [\d.]+e\+\d+, was at step \d+", said)
+    assert "Gradients were not clipped: set clip_norm=1.0" in said
+    assert "the loss has exploded" in (tmp_path / "run.html").read_text()
+    _, cured = explode(1.0)
+    assert cured.best_loss < 0.3  # of 4
+
+
+def test_an_explosion_despite_clipping_points_elsewhere() -> None:
+    def rising(model: nn.Module, batch: Any) -> Tensor:
+        rising.steps += model.training  # type: ignore[attr-defined]
+        return cross_entropy(model, batch) * 1.3**rising.steps  # type: ignore[attr-defined]
+
+    rising.steps = 0  # type: ignore[attr-defined]
+    with pytest.raises(TrainingDiverged, match=r"clipped at 1, so .*: lower the learning rate"):
+        train_model(network(), points(), points(1), rising, settings(max_epochs=20, clip_norm=1.0))
+
+
+def test_without_the_switch_only_a_loss_that_is_no_number_stops_a_run() -> None:
+    watch = LossWatch(None)
+    assert not any(watch.see(step, 10.0**step, 1.0) for step in range(60))
+
+
+def test_clipping_warm_up_and_plateau_can_be_switched_off() -> None:
+    def stuck(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model, batch) * 0 + 1
+
+    config = settings(max_epochs=6, warmup_fraction=0.0, plateau_patience=None, clip_norm=None)
+    rates = [epoch.learning_rate for epoch in train_model(network(), points(), points(1), stuck, config).epochs]
+    assert rates == [config.learning_rate] * 6
+
+
+def test_the_report_draws_every_curve_and_keeps_its_figures(tmp_path: Path) -> None:
+    page = tmp_path / "deep" / "run.html"
+    result = train_model(network(), points(), points(1), cross_entropy, settings(), report=page)
+    text, record = page.read_text(), json.loads(page.with_suffix(".json").read_text())
+    for title in ("Loss", "Learning rate", "Gradient norm", "Rows per second", "Waiting for data", "Memory"):
+        assert f"<figcaption>{title}" in text
+    assert text.count('<path class="line') == 7  # and the validation's loss
+    assert "nothing to draw" not in text
+    assert "<script" not in text
+    assert "http" not in text.replace("http://www.w3.org", "")
+    assert record["steps_done"] == result.steps == record["steps"][-1]["step"]
+    assert draw(record) == text
+
+
+def test_a_resumed_run_draws_one_curve(tmp_path: Path) -> None:
+    page, folder = tmp_path / "run.html", tmp_path / "checkpoints"
+
+    def stopped(model: nn.Module, batch: Any) -> Tensor:
+        stopped.calls += 1  # type: ignore[attr-defined]
+        if stopped.calls > 15:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+        return cross_entropy(model, batch)
+
+    stopped.calls = 0  # type: ignore[attr-defined]
+    config = settings(checkpoint_every_s=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        train_model(network(), points(), points(1), stopped, config, checkpoints=folder)
+    result = train_model(network(), points(), points(1), cross_entropy, config, checkpoints=folder, report=page)
+    assert result.resumed_at_step
+    record = json.loads(page.with_suffix(".json").read_text())
+    assert [point["step"] for point in record["steps"]] == list(range(1, result.steps + 1))
+
+
+@pytest.mark.parametrize("log", [False, True], ids=["linear", "logarithmic"])
+def test_a_chart_bears_what_is_no_number_one_point_and_nothing(log: bool) -> None:
+    assert chart("x", {"": [(1, math.nan), (2, math.inf), (3, 5.0)]}, log=log).count('<path class="line') == 1
+    assert "nothing to draw" in chart("x", {"": [(1, math.nan)]}, log=log)
+    assert "nan" not in chart("x", {"": [(1, 0.0), (2, 0.0)]})
+
+
+def test_a_report_that_is_no_page_is_refused() -> None:
+    with pytest.raises(InputError, match=r"report: seen 'run.json'; a name that ends in .html"):
+        train_model(network(), points(), points(1), cross_entropy, settings(), report="run.json")
+
+
+def test_a_wrong_switch_is_one_line() -> None:
+    for change, says in (
+        ({"batch_size": "most"}, "batch_size: seen 'most'"),
+        ({"clip_norm": 0}, "clip_norm: seen 0"),
+        ({"explosion_factor": 1}, "explosion_factor: seen 1; a number above 1"),
+        ({"parallel": "tensor"}, "parallel: seen 'tensor'; allowed: data, sharded, pipeline"),
+    ):
+        with pytest.raises(InputError, match=says):
+            settings(**change)
