@@ -76,8 +76,10 @@ def check(folder: Path, series: dict[str, str], minutes: int, step_min: int = 1,
         {"series": name, "values": value if " " in value or "x" in value else f"{value}x{count}"}
         for name, value in series.items()
     ]
+    groups = [group["name"] for group in yaml.safe_load((folder / "rules.yml").read_text())["groups"]]
     content = {
         "rule_files": ["rules.yml"],
+        "group_eval_order": groups,  # else in any: an alert would see what was recorded a step before, or nothing
         "evaluation_interval": f"{step_min}m",
         "tests": [{"interval": f"{step_min}m", "input_series": written, **tested}],
     }
