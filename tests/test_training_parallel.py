@@ -60,7 +60,7 @@ def unkilled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
     for way in WAYS:
         folder = tmp_path_factory.mktemp(way)
         process = start(folder, way)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=180)
         assert process.returncode == 0, said
         found[way] = finished(folder)
     return found
@@ -87,12 +87,12 @@ def test_two_processes_have_the_losses_and_weights_of_one(way: str, unkilled: An
 def test_a_killed_rank_ends_the_job_in_one_line_and_the_job_resumes(way: str, unkilled: Any, tmp_path: Path) -> None:
     process = start(tmp_path, way)
     pid = kill_rank_1(process, tmp_path)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=180)
     assert process.returncode == 1
     assert said.strip().splitlines()[-1].startswith(f"error: rank 1 (process {pid}) was killed by SIGKILL; the other")
 
     process = start(tmp_path, way)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=180)
     assert process.returncode == 0, said
     for rank, whole in zip(finished(tmp_path), unkilled[way], strict=True):
         assert rank["result"]["resumed_at_step"] >= 5
@@ -104,7 +104,7 @@ def test_a_killed_rank_ends_the_job_in_one_line_and_the_job_resumes(way: str, un
 def test_a_job_with_restarts_goes_on_by_itself(unkilled: Any, tmp_path: Path) -> None:
     process = start(tmp_path, "data", restarts=1)
     kill_rank_1(process, tmp_path)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=180)
     assert process.returncode == 0, said
     for rank, whole in zip(finished(tmp_path), unkilled["data"], strict=True):
         assert rank["result"]["resumed_at_step"] >= 5
@@ -113,7 +113,7 @@ def test_a_job_with_restarts_goes_on_by_itself(unkilled: Any, tmp_path: Path) ->
 
 def test_a_setting_that_a_way_does_not_have_ends_the_job_with_that_line_alone(tmp_path: Path) -> None:
     process = start(tmp_path, "pipeline", accumulation_steps=1)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=180)
     assert process.returncode == 2
     assert "accumulation_steps: seen 1; a pipeline of 2 processes needs 2 micro-batches" in said
     assert "Traceback" not in said
