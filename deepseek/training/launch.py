@@ -3,11 +3,11 @@
 Contract: every process runs `SCRIPT ARGUMENTS` with torchrun's environment (RANK, WORLD_SIZE, ...). Where one dies,
 the others are stopped, and one line says which died and of what: exit 1; 2 and 3 are passed on where a process ended
 with these. A script that gives `train_model` a folder for checkpoints goes on from the last one when it is started
-again, and at once with --restarts. For several machines use torchrun itself: nothing here is needed then.
+again. For several machines use torchrun itself: nothing here is needed then.
 
 Examples:
     python -m deepseek.training.launch --processes 2 train.py
-    python -m deepseek.training.launch --processes 8 --restarts 3 train.py --epochs 20
+    python -m deepseek.training.launch --processes 8 train.py --epochs 20
 """
 
 from __future__ import annotations
@@ -28,22 +28,18 @@ def main() -> int:
     """Runs the script; its processes' own output goes where theirs goes."""
     parser = Parser(__doc__, prog="python -m deepseek.training.launch")
     parser.add_argument("--processes", type=int, required=True, help="how many; one a GPU")
-    parser.add_argument(
-        "--restarts", type=int, default=0, help="times that all are started again (default: %(default)s)"
-    )
     parser.add_argument("script", help="a Python file")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what it is given")
     args = parser.parse_args()
-    for name, least in (("processes", 1), ("restarts", 0)):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name}: seen {getattr(args, name)}; {least} or more is needed")
+    if args.processes < 1:
+        raise InputError(f"--processes: seen {args.processes}; 1 or more is needed")
     if not os.path.isfile(args.script):
         raise InputError(f"{args.script}: no such file; a training script is needed")
     logging.disable(logging.ERROR)  # torchrun's own account of a failure is a page; ours is a line
-    return launch(args.processes, [args.script, *args.arguments], restarts=args.restarts)
+    return launch(args.processes, [args.script, *args.arguments])
 
 
-def launch(processes: int, script: list[str], *, restarts: int = 0) -> int:
+def launch(processes: int, script: list[str]) -> int:
     """Exit code of the run. Raises GateFailed in one line where a process died."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -57,7 +53,7 @@ def launch(processes: int, script: list[str], *, restarts: int = 0) -> int:
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=restarts,
+        max_restarts=0,
         monitor_interval=0.2,
     )
     try:

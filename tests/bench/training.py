@@ -197,10 +197,10 @@ def _peak_of_a_step(config: TransformerConfig, setup: TrainingSetup) -> int:
 
 def mixed_precision() -> list[Claim]:
     """bf16 on this CPU: memory, time, and what is learned."""
-    config = shape(num_layers=6, hidden_size=256)
-    setups = [TrainingSetup(batch=8, length=128, precision=name, platform="cpu") for name in ("fp32", "bf16")]
+    config = shape(num_layers=3)
+    setups = [TrainingSetup(batch=8, length=64, precision=name, platform="cpu") for name in ("fp32", "bf16")]
     peaks = [_peak_of_a_step(config, setup) for setup in setups]
-    model, ids = Transformer(config).train(), torch.ones(8, 128, dtype=torch.int64)
+    model, ids = Transformer(config).train(), torch.ones(8, 64, dtype=torch.int64)
 
     def step(low: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
