@@ -56,6 +56,7 @@ from deepseek.spec import (
     InvalidMeasurement,
     Parser,
     Precision,
+    Target,
     add_model_arguments,
     build_dir,
     run_command,
@@ -179,7 +180,8 @@ def compare_served(
     rows = load_rows(build_dir(spec.name) / "evaluation.npz")[:most_rows]
     with endpoints_of(spec, http_url, grpc_url, timeout_s) as endpoints:
         served = what_is_served(spec, endpoints)
-        if size := endpoints[0].metadata.max_batch_size:  # below the profile's largest, where batching.max_batch is
+        size = endpoints[0].metadata.max_batch_size
+        if size in {spec.for_target(target).max_served_batch for target in get_args(Target)}:  # batching.max_batch
             spec = source.spec = spec.with_batches_up_to(size)
         judges = [Judge(spec, endpoint.protocol, endpoint) for endpoint in endpoints]
         model = source.load()
