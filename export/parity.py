@@ -115,7 +115,10 @@ class Endpoint:
                 return self._client.infer(self.spec.name, inputs, version=self.version)
             except ServerBusy:  # the queue's own time-out is for users: behind large batches ours only waits again
                 if time.monotonic() > end:
-                    raise
+                    waited = f"did not answer within timeout_s={self._client.timeout_s:g}"
+                    raise InvalidMeasurement(
+                        f"{self.spec.name} at {self.url} {waited}: its queue is full; stop other load"
+                    ) from None
             time.sleep(BUSY_PAUSE_S)
 
 
