@@ -408,7 +408,8 @@ def test_of_two_servers_one_that_is_killed_costs_no_request(gateway: Gateway, tm
             try:
                 client.infer("add_one", grpc_input(), headers=authorized(both.key))
             except InferenceServerException as error:  # under way when its server went: nginx cannot send it again
-                assert "UNAVAILABLE" in str(error)
+                if "UNAVAILABLE" not in str(error):
+                    raise
                 client.infer("add_one", grpc_input(), headers=authorized(both.key))
 
         for _ in range(8):
