@@ -117,7 +117,7 @@ class Endpoint:
                 if time.monotonic() > end:
                     waited = f"did not answer within timeout_s={self._client.timeout_s:g}"
                     raise InvalidMeasurement(
-                        f"{self.spec.name} at {self.url} {waited}: its queue is full; stop other load"
+                        f"{self.spec.name} at {self.url} {waited}: its queue holds requests longer; stop other load"
                     ) from None
             time.sleep(BUSY_PAUSE_S)
 

@@ -352,12 +352,7 @@ def test_a_server_that_is_too_slow_to_tell_is_an_invalid_measurement(server: Emb
     x = np.zeros((1, 2, 2), np.float32)
     with endpoints_of(add_one_spec("slow"), server.http_url, server.grpc_url, timeout_s=0.1) as endpoints:
         for endpoint in endpoints:
-            with (
-                pytest.raises(
-                    InvalidMeasurement, match=r"did not answer within timeout_s=0\.1|Request timeout expired"
-                ),
-                client_errors(),
-            ):
+            with pytest.raises(InvalidMeasurement, match=r"did not answer within timeout_s=0\.1"), client_errors():
                 endpoint({"x": x})
 
 
