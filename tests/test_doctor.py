@@ -140,7 +140,7 @@ def test_an_engine_that_is_not_what_was_published_is_one_line(
 def test_a_manifest_of_another_schema_is_refused(repository: Path) -> None:
     path = repository / "image" / "1" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 2}))
-    assert "manifest.json: schema_version: seen 2; input should be 1" in only(lines(repository))
+    assert "manifest.json: schema_version: seen 2; it has to be 1" in only(lines(repository))
 
 
 @pytest.mark.parametrize(

@@ -405,11 +405,11 @@ def test_the_page_on_parity_tells_the_tolerances(precision: Precision) -> None:
     [
         ("[parity.int8]\ncosin = 0.9", "parity.int8.cosin: unknown key (seen 0.9); allowed: common, cosine, worst_error"),
         ("[parity.int9]\ncosine = 0.9", "parity.int9: unknown key"),
-        ("[parity.fp16]\ncosine = 1.5", "parity.fp16.cosine: seen 1.5; input should be less than or equal to 1"),
+        ("[parity.fp16]\ncosine = 1.5", "parity.fp16.cosine: seen 1.5; it has to be less than or equal to 1"),
         ("[parity.fp32]\nworst_error = -1", "parity.fp32.worst_error: seen -1"),
-        ("[parity.fp32]\nworst_error = inf", "parity.fp32.worst_error: seen inf; input should be a finite number"),
-        ("[parity.fp8]\ncommon = nan", "parity.fp8.common: seen nan; input should be a finite number"),
-        ('[parity]\nnonfinite_inputs = "no"', "parity.nonfinite_inputs: seen 'no'; input should be 'gate' or 'report'"),
+        ("[parity.fp32]\nworst_error = inf", "parity.fp32.worst_error: seen inf; it has to be a finite number"),
+        ("[parity.fp8]\ncommon = nan", "parity.fp8.common: seen nan; it has to be a finite number"),
+        ('[parity]\nnonfinite_inputs = "no"', "parity.nonfinite_inputs: seen 'no'; it has to be 'gate' or 'report'"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_tolerances_is_one_line(tmp_path: Path, table: str, message: str) -> None:

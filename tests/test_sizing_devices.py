@@ -63,7 +63,7 @@ def test_a_file_of_ones_own_takes_the_place_of_the_projects(tmp_path: Path) -> N
     [
         ("memory_gib = 1", "memory_gib = -1", "mine.memory_gib: seen -1.*greater than 0"),
         ("memory_gib = 1", 'memory_gib = "1 GB"', "mine.memory_gib: seen '1 GB'.*valid number"),
-        ("memory_gib = 1", "memory_gib = nan", "mine.memory_gib: seen nan; input should be a finite number"),
+        ("memory_gib = 1", "memory_gib = nan", "mine.memory_gib: seen nan; it has to be a finite number"),
         ("memory_gib = 1", "memory_gib = inf", "mine.memory_gib: seen inf"),
         ("memory_gib = 1\n", "", "mine.memory_gib: missing"),
         ("memory_gib = 1", "memory_gb = 1", "mine.memory_gb: unknown key .* did you mean memory_gib"),

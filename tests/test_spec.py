@@ -36,6 +36,12 @@ MISTAKES = {
     "graphs that are off": ("[slo]", "[tensorrt]\ncuda_graph_batches = [1]\n[slo]", "tensorrt.cuda_graph_batches: seen [1]", "cuda_graphs is not true"),
     "a graph past the axis": ("[slo]", "[tensorrt]\ncuda_graphs = true\ncuda_graph_batches = [65]\n[slo]", "tensorrt.cuda_graph_batches: seen 65", "1 to 64"),
     "no name": ('name = "recommender"', "", "name: missing", ""),
+    "a rate without end": ("rate_rps = 100", "rate_rps = inf", "slo.rate_rps: seen inf", "finite"),
+    "a queue past int32": ("max_queue_size = 512", "max_queue_size = 3000000000", "batching.max_queue_size: seen 3000000000", "2147483647"),
+    "a blank in an axis": ('["batch", 50]', '["batch", "a b"]', "axes are batch: add [axes.a b]", ""),
+    "a slash in a tensor": ("inputs.item_ids", 'inputs."item/ids"', "inputs.item/ids: seen 'item/ids'", "no blank or slash"),
+    "true for a size": ('["batch", 50]', '["batch", true]', "inputs.item_ids.shape: seen ['batch', True]", "sizes from 1 on"),
+    "text for a list": ('["fp16", "int8"]', '"int8"', "precision.candidates: seen 'int8'", "a list is needed"),
     "a path for a name": ('name = "recommender"', 'name = "../x"', "name: seen '../x'", ""),
     "provider": ("[slo]", '[onnxruntime]\nprovider = "rocm"\n[slo]', "onnxruntime.provider: seen 'rocm'", "'migraphx'"),
     "options of no provider": ("[slo]", "[onnxruntime.options]\ndevice_id = 1\n[slo]", "onnxruntime.options: provider is auto", "by name"),
@@ -58,6 +64,11 @@ def test_a_mistake_is_one_line_with_file_key_and_what_is_allowed(
     assert key in message
     assert hint in message
     assert "\n" not in message
+
+
+def test_a_byte_order_mark_in_front_is_read_over(tmp_path: Path) -> None:
+    (tmp_path / "deploy.toml").write_text(GOOD, encoding="utf-8-sig")
+    assert DeploymentSpec.load(tmp_path).name == "recommender"
 
 
 def test_a_target_overrides_only_what_it_names() -> None:
@@ -83,7 +94,7 @@ def test_shapes_come_from_the_corners_of_the_profile() -> None:
     [
         ('["batch", 3, 32, 32]', '["batch"]', 'Triton needs a dimension beside the batch: write ["batch", 1]'),
         ('["batch", 3, 32, 32]', '["batch", 3, "height", 32]', "axes are batch: add [axes.height] with min, opt and max"),
-        ("max = 8", "max = 3000000000", "axes.batch.max: seen 3000000000; input should be less than or equal to 2147483647"),
+        ("max = 8", "max = 3000000000", "axes.batch.max: seen 3000000000; it has to be less than or equal to 2147483647"),
     ],
     ids=["only the batch", "axis without a range", "batch that Triton cannot hold"],
 )  # fmt: skip
@@ -144,7 +155,7 @@ def test_an_objective_is_a_line(line: str, expected: dict[str, object]) -> None:
         ("fast", "an objective is <measure> <relation> <limit>"),
         ("p99_ms > 50", "bounded from above"),
         ("throughput < 50", "bounded from below"),
-        ("p99 < 50", "none of p<percent>_ms, mean_ms"),
+        ("p99 < 50", "did you mean p99_ms?"),
         ("p100_ms < 50", "between 0 and 100"),
         ("p99_ms < 5%", "not given in %"),
         ("error_rate < 5", "at most 1, or 100%"),

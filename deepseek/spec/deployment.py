@@ -6,35 +6,40 @@ import json
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from deepseek.spec.checks import Table, at, first_error, listed
+from deepseek.spec.checks import Table, at, first_error, listed, matching
 from deepseek.spec.command import InputError
 from deepseek.spec.objectives import MEASURES, Objective, SloSpec
 from deepseek.spec.tables import (
     BATCH,
     Axis,
+    AxisName,
     BatchingSpec,
     OnnxRuntimeSpec,
     ParitySpec,
     PrecisionSpec,
     Target,
     TargetSpec,
+    TensorName,
     TensorrtSpec,
     TensorSpec,
 )
 from deepseek.spec.tuned import TunedFile
 
+ModelName = Annotated[str, matching("[A-Za-z0-9][A-Za-z0-9_-]*", "ASCII letters, digits, - and _")]
+TomlName = Annotated[str, matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.toml", "a file's name, such as tuned.toml")]
+
 
 class DeploymentSpec(Table):
     """One deployable model, as its `deploy.toml` has it. Sizes in elements, times as the names say."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
-    inputs: dict[str, TensorSpec] = Field(min_length=1)
-    outputs: dict[str, TensorSpec] = Field(min_length=1)
-    axes: dict[str, Axis]
+    name: ModelName
+    inputs: dict[TensorName, TensorSpec] = Field(min_length=1)
+    outputs: dict[TensorName, TensorSpec] = Field(min_length=1)
+    axes: dict[AxisName, Axis]
     precision: PrecisionSpec = PrecisionSpec()
     parity: ParitySpec = ParitySpec()
     batching: BatchingSpec = BatchingSpec()
@@ -42,7 +47,9 @@ class DeploymentSpec(Table):
     tensorrt: TensorrtSpec = TensorrtSpec()
     onnxruntime: OnnxRuntimeSpec = OnnxRuntimeSpec()
     targets: dict[Target, TargetSpec] = {}
-    tuned: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*\.toml$")
+    tuned: Annotated[str, matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.toml", "a file's name, such as tuned.toml")] | None = (
+        None
+    )
     """File beside this one where `make tune` writes what it found better on this machine; it need not be there."""
 
     @model_validator(mode="after")
@@ -93,9 +100,10 @@ class DeploymentSpec(Table):
         """Each objective names something that is measured."""
         metric = self.precision.metric
         for line in slo.objectives:
-            if (measure := Objective.parse(line).measure) != metric and Objective.parse(line).kind == "quality":
+            objective = Objective.parse(line)
+            if objective.kind == "quality" and objective.measure != metric:
                 known = f"{MEASURES}, {metric}" if metric else f"{MEASURES}, and precision.metric, which is not set"
-                raise at(f"{key}.objectives", f"seen {line!r}; nothing measures {measure!r}; known: {known}")
+                raise at(f"{key}.objectives", f"seen {line!r}; nothing measures {objective.measure!r}; known: {known}")
 
     def _merged(self, target: Target, part: str) -> dict[str, Any]:
         return {**getattr(self, part).model_dump(exclude_unset=True), **getattr(self.targets[target], part)}
@@ -167,7 +175,7 @@ class DeploymentSpec(Table):
         path = Path(path)
         path = path / "deploy.toml" if path.is_dir() else path
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
+            data = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark in front
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; a model folder holds deploy.toml and model.py") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -5,6 +5,7 @@ Examples of lines: `p99_ms < 50`, `p50_ms < 10 @ 200 rps`, `error_rate < 0.1%`, 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -78,10 +79,13 @@ class Objective:
     def _fault(self, unit: str | None) -> str | None:
         """What makes no sense of it."""
         upper = self.kind in ("ms", "error_rate")
+        if self.kind == "quality" and self.relation[0] == "<":
+            meant = f"; did you mean {self.measure}_ms?" if _PERCENTILE.fullmatch(f"{self.measure}_ms") else ""
+            return f"{self.measure} is none of {MEASURES}, and a quality metric is bounded from below: > or >={meant}"
         if (self.relation[0] == "<") != upper:
-            way = "above: < or <=" if upper else "below: > or >="
-            unknown = f" (if it is a quality metric: it is none of {MEASURES})" if self.kind == "quality" else ""
-            return f"{self.measure} is bounded from {way}{unknown}"
+            return f"{self.measure} is bounded from {'above: < or <=' if upper else 'below: > or >='}"
+        if not math.isfinite(self.limit) or not math.isfinite(self.rate_rps or 0):
+            return "a number in it is too large"
         if unit not in _UNITS[self.kind]:
             return f"{self.measure} is not given in {unit}"
         if self.percent is not None and not 0 < self.percent < 100:
@@ -98,10 +102,10 @@ class Objective:
 class SloSpec(Table):
     """Objectives of the service, judged by `loadtests.slo` at `rate_rps`."""
 
-    p50_ms: float | None = Field(None, gt=0)
-    p95_ms: float | None = Field(None, gt=0)
-    p99_ms: float | None = Field(None, gt=0)
-    rate_rps: float | None = Field(None, gt=0)
+    p50_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+    p95_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+    p99_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+    rate_rps: float | None = Field(None, gt=0, allow_inf_nan=False)
     max_error_rate: float = Field(0.001, ge=0, le=1)
     objectives: tuple[str, ...] = ()
     """Further ones, a line each: see `Objective`."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from deepseek.spec.checks import Table, at
+from deepseek.spec.checks import Table, at, matching
 
 Precision = Literal["fp32", "fp16", "int8", "fp8"]
 Target = Literal["onnxruntime", "tensorrt", "tensorrt_rtx", "torchscript"]
@@ -26,6 +26,11 @@ TRITON_DTYPES: Mapping[str, str] = {
     "float32": "FP32",
 }
 BATCH = "batch"  # the axis that Triton batches over: first in every tensor
+# Labels, warm-up files and rows of an .npz are named after tensors; torch.export makes a Python name of an axis.
+TensorName = Annotated[str, matching(r"\w[\w.:-]*", "letters, digits and _ . : -, no blank or slash")]
+AxisName = Annotated[str, matching(r"[^\W\d]\w*", "a name as Python has them: letters, digits and _")]
+INT32 = 2**31 - 1  # what Triton's configuration holds of a count
+MOST_COPIES = 1024  # of a model, or of its threads: beyond it lies a slip of the finger, not a machine
 
 
 class Axis(Table):
@@ -33,7 +38,7 @@ class Axis(Table):
 
     min: int = Field(ge=1)
     opt: int = Field(ge=1)
-    max: int = Field(ge=1, le=2**31 - 1)  # Triton's max_batch_size is an int32
+    max: int = Field(ge=1, le=INT32)
 
     @model_validator(mode="after")
     def _ordered(self) -> Axis:
@@ -48,20 +53,21 @@ class TensorSpec(Table):
     dtype: DType
     shape: tuple[int | str, ...]
 
-    @field_validator("shape")
+    @field_validator("shape", mode="before")
     @classmethod
-    def _batch_first(cls, shape: tuple[int | str, ...]) -> tuple[int | str, ...]:
-        if not shape or shape[0] != BATCH:
-            raise ValueError(f'seen {list(shape)}; the first dimension must be the axis "{BATCH}"')
+    def _batch_first(cls, shape: Any) -> Any:
+        if not isinstance(shape, list | tuple) or not shape or shape[0] != BATCH:
+            raise ValueError(f'seen {shape!r}; a list is needed whose first dimension is the axis: ["{BATCH}", ...]')
         for dim in shape[1:]:
-            if dim == BATCH or (isinstance(dim, int) and dim < 1):
-                raise ValueError(f'seen {list(shape)}; after "{BATCH}" come sizes >= 1 or names of other axes')
+            size = isinstance(dim, int) and not isinstance(dim, bool) and 1 <= dim <= INT32
+            if not size and (not isinstance(dim, str) or dim == BATCH):
+                raise ValueError(f'seen {list(shape)}; after "{BATCH}" come sizes from 1 on, or names of other axes')
         if len(shape) == 1:
             raise ValueError(
                 f'seen ["{BATCH}"]; Triton needs a dimension beside the batch: write ["{BATCH}", 1], and squeeze(1) '
                 "the input or unsqueeze(1) the output in forward"
             )
-        return shape
+        return tuple(shape)
 
 
 class PrecisionSpec(Table):
@@ -98,14 +104,14 @@ class PrecisionSpec(Table):
 class BatchingSpec(Table):
     """Dynamic batching and what happens when it cannot keep up; the queue is never unbounded."""
 
-    max_queue_delay_us: int = Field(0, ge=0)
+    max_queue_delay_us: int = Field(0, ge=0, le=INT32)
     """How long a batch waits to fill; 0 still batches what queued up while the model was busy."""
-    max_queue_size: int = Field(512, ge=1)
-    queue_timeout_ms: int = Field(200, ge=1)
-    instances: int = Field(2, ge=1)
+    max_queue_size: int = Field(512, ge=1, le=INT32)
+    queue_timeout_ms: int = Field(200, ge=1, le=INT32)
+    instances: int = Field(2, ge=1, le=MOST_COPIES)
     """Copies of the model that run side by side. With one, Triton's bounded queue can stall: see
     docs/triton.md."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=MOST_COPIES)
     """ONNX Runtime threads of one instance; absent: the cores divided by the instances."""
     max_batch: int | None = Field(None, ge=1)
     """Rows that Triton puts into one batch, and takes in one request; absent: the batch axis' max."""

@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 
 from deepseek.spec.checks import Table, first_error
 from deepseek.spec.command import InputError
-from deepseek.spec.tables import Target
+from deepseek.spec.tables import INT32, MOST_COPIES, Target
 
 HEADER = """\
 # Written by `make tune`: values that were measured to be better on one machine than those of deploy.toml, which they
@@ -31,10 +31,10 @@ HEADER = """\
 class TunedBatching(Table):
     """The keys of `[batching]` that the machine decides; those left out stay as `deploy.toml` has them."""
 
-    max_batch: int | None = Field(None, ge=1)
-    max_queue_delay_us: int | None = Field(None, ge=0)
-    instances: int | None = Field(None, ge=1)
-    threads: int | None = Field(None, ge=1)
+    max_batch: int | None = Field(None, ge=1, le=INT32)
+    max_queue_delay_us: int | None = Field(None, ge=0, le=INT32)
+    instances: int | None = Field(None, ge=1, le=MOST_COPIES)
+    threads: int | None = Field(None, ge=1, le=MOST_COPIES)
 
 
 class TunedTarget(Table):
