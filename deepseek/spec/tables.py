@@ -57,7 +57,7 @@ class TensorSpec(Table):
     @classmethod
     def _batch_first(cls, shape: Any) -> Any:
         if not isinstance(shape, list | tuple) or not shape or shape[0] != BATCH:
-            raise ValueError(f'seen {shape!r}; a list is needed whose first dimension is the axis: ["{BATCH}", ...]')
+            raise ValueError(f'seen {shape!r}; the first dimension must be the axis "{BATCH}": ["{BATCH}", ...]')
         for dim in shape[1:]:
             size = isinstance(dim, int) and not isinstance(dim, bool) and 1 <= dim <= INT32
             if not size and (not isinstance(dim, str) or dim == BATCH):
