@@ -6,65 +6,75 @@ SHELL := /bin/bash
 .PHONY: help demo setup engine keys doctor serve release rollback releases infer compare metadata loadtest verdict capacity compare-runs tune report profile simulate-scale kubernetes plan bench measure-training test lint check-engine \
     built check-graphs can-build lock clean clean-cache distclean FORCE
 
-##@ Variables (make engine MODEL=… PRECISION=…)
-MODEL ?= recommender##            model folder
-MODELS ?= models##              folder of model folders; may lie outside the repository
-DATA ?=##                     a shop's own click log (csv: user,item,timestamp) in place of MovieLens-100K
-PRECISION ?= auto##             auto, fp32, fp16, int8 or fp8
-PRUNE ?=##                     share of heads and channels to prune, e.g. 0.25 (default: none)
-TARGET ?= auto##             auto, onnxruntime, tensorrt, tensorrt_rtx or torchscript
-TRITON_TAG ?= 26.10##             release of NVIDIA's containers, of the engine build and of the server
-NATIVE ?=##                     1: build tensorrt engines with this machine's own TensorRT, not in the container
-HTTP_PORT ?= 8000##             of the embedded server, and of infer and loadtest
-GRPC_PORT ?= 8001##
-METRICS_PORT ?= 8002##
-GATEWAY_PORT ?= 8443##             of the compose stack's gateway
-GATEWAY_HOSTS ?=##                names of the gateway for its certificate, beside localhost
-NAME ?=##                     whom keys makes a new API key for
-REVOKE ?=##                     whose API keys, or which by its id, keys ends
-EXPIRES_DAYS ?=##                days until a new key ends (default: it does not)
-KEY_RPS ?=##                     requests/s of a new key (default: twice the SLO's)
-PROTOCOL ?= grpc##             grpc or http
-CA_CERT ?=##                  for a URL behind the gateway: build/gateway/ca.crt; the key is in DEEPSEEK_API_KEY
-URL ?= 127.0.0.1:$(if $(filter http,$(PROTOCOL)),$(HTTP_PORT),$(GRPC_PORT))## server to call
-RATE ?=##                     requests/s, open loop (default: each rate that the SLO names)
-SHAPE ?=##                     rates that change, open loop: 50x30,50-200x60 (requests/s x seconds)
-MIX ?=##                     several models at once, with weights of their rates: recommender:3,minilm:1
-USERS ?=##                     users one after the other, closed loop
-WORKERS ?= 1##             processes that send the load; -1: one a core
-WEB ?=##                     1: Locust's own page while the load test runs and after, at WEB_PORT
-WEB_PORT ?= 8089##
-DURATION_S ?= 30##             of a load test
-BUDGET_S ?= 1200##             longest time that tune, capacity or compare-runs may take
-BASE ?=##                     compare-runs: repository, model/version, or folder of recorded runs
-NEW ?=##                     what is held against it; release: a repository whose newest version is released (default: what is built)
-POLL_S ?=##                  serve: look every so many seconds for a version that was released
-RUN ?=##                     folder of a load test for verdict and report (default: the latest)
-REQUESTS ?= 1##                 that profile traces
-ROW ?= 0##             which evaluation sample infer sends
-P99_MS ?=##                   plan: latency that 99 % of RATE= must keep (default: 50)
-PRESET ?=##                   plan: a well-known shape in place of MODEL: bert-base, bert-large, gpt2-xl, gpt3-175b
-ONNX ?=##                     plan: an ONNX file in place of MODEL
-LAYERS ?=##                   plan: a Transformer in place of MODEL, with HIDDEN= and HEADS=
-HIDDEN ?=##                   plan: width of the hidden states
-HEADS ?=##                    plan: attention heads
-LENGTH ?=##                   plan: tokens of a sample
-BATCH ?=##                    plan: samples at once in training (default: 32)
-TRAFFIC ?= day##               simulate-scale: day, spike, launch, flat, or a file of seconds,rate_rps (.csv)
-SCALE ?=##                   simulate-scale: further flags: SCALE='--peak-rps 4000 --node-price 0.38'
-REGISTRY ?=##                kubernetes: where the cluster pulls the images from
-IMAGE_TAG ?=##               kubernetes: of the images
-MODELS_URL ?=##              kubernetes: the repository is fetched from there, as an archive (default: a volume)
-AUTOSCALER ?= hpa##            kubernetes: hpa, keda or none
-DEVICES ?=##                  plan: a file of devices in place of deepseek/devices.toml
-MEASURE ?=##                  1: plan measures this machine, too
-PLAN ?=##                     further flags of plan: PLAN='--checkpointing --train-precision bf16 --json'
-BUILD ?= build##
-REPOSITORY ?= model_repository##
-VENV ?= .venv##
-ENV_FILE ?= .env##             what docker compose reads; engine writes it
-CACHE ?=##                     artifacts shared by clones and branches (default: ~/.cache/deepseek-deploy; off: none)
-CACHE_GIB ?= 10##             what it may hold
+##@ Variables of a build
+MODEL ?= recommender## name of the model's folder
+MODELS ?= models## folder of model folders; may lie outside the repository
+DATA ?=## a shop's own click log (csv: user,item,timestamp) in place of MovieLens-100K
+PRECISION ?= auto## auto, fp32, fp16, int8 or fp8
+PRUNE ?=## share of heads and channels to prune, e.g. 0.25 (default: none)
+TARGET ?= auto## auto, onnxruntime, tensorrt, tensorrt_rtx or torchscript
+TRITON_TAG ?= 26.10## release of NVIDIA's containers, of the engine build and of the server
+NATIVE ?=## 1: build tensorrt engines with this machine's own TensorRT, not in the container
+
+##@ Variables of the server and of who calls it
+HTTP_PORT ?= 8000## of the embedded server, and of who calls it
+GRPC_PORT ?= 8001## the same
+METRICS_PORT ?= 8002## of the embedded server, for Prometheus
+POLL_S ?=## serve: look every so many seconds for a version that was released
+PROTOCOL ?= grpc## grpc or http
+URL ?= 127.0.0.1:$(if $(filter http,$(PROTOCOL)),$(HTTP_PORT),$(GRPC_PORT))## host:port of a server (default: the one on this machine)
+CA_CERT ?=## for a URL behind the gateway: build/gateway/ca.crt; the key is in DEEPSEEK_API_KEY
+ROW ?= 0## infer: which evaluation sample is sent
+
+##@ Variables of load tests
+RATE ?=## requests/s, open loop (default: each rate that the SLO names)
+SHAPE ?=## rates that change, open loop: 50x30,50-200x60 (requests/s x seconds)
+USERS ?=## closed loop: so many users, each of whom sends when the last request was answered
+MIX ?=## several models at once, with weights of their rates: recommender:3,minilm:1
+WORKERS ?= 1## processes that send the load; -1: one a core
+DURATION_S ?= 30## seconds of a load test
+WEB ?=## 1: Locust's own page while the load test runs and after, at WEB_PORT
+WEB_PORT ?= 8089## of Locust's page
+RUN ?=## verdict, report: folder of a load test (default: the latest)
+REQUESTS ?= 1## profile: how many are traced
+BUDGET_S ?= 1200## longest time that tune, capacity or compare-runs may take
+BASE ?=## compare-runs: repository, model/version, or folder of recorded runs
+NEW ?=## compare-runs: what is held against it; release: a repository to release from (default: what is built)
+
+##@ Variables of the compose stack and of Kubernetes
+GATEWAY_PORT ?= 8443## of the compose stack's gateway
+GATEWAY_HOSTS ?=## the gateway's names for its certificate, beside localhost
+NAME ?=## keys: whom a new API key is for
+REVOKE ?=## keys: whose are ended, or which one, by its id
+EXPIRES_DAYS ?=## keys: days until a new one ends (default: it does not)
+KEY_RPS ?=## keys: requests/s of a new one (default: twice the SLO's)
+REGISTRY ?=## kubernetes: where the cluster pulls the images from
+IMAGE_TAG ?=## kubernetes: of the images
+MODELS_URL ?=## kubernetes: the repository is fetched from there, as an archive (default: a volume)
+AUTOSCALER ?= hpa## kubernetes: hpa, keda or none
+TRAFFIC ?= day## simulate-scale: day, spike, launch, flat, or a file of seconds,rate_rps (.csv)
+SCALE ?=## simulate-scale: further flags: SCALE='--peak-rps 4000 --node-price 0.38'
+
+##@ Variables of plan
+P99_MS ?=## latency that 99 % of RATE= must keep (default: 50)
+PRESET ?=## a well-known shape in place of MODEL: bert-base, bert-large, gpt2-xl, gpt3-175b
+ONNX ?=## an ONNX file in place of MODEL
+LAYERS ?=## a Transformer in place of MODEL, with HIDDEN= and HEADS=
+HIDDEN ?=## width of the hidden states
+HEADS ?=## attention heads
+LENGTH ?=## tokens of a sample
+BATCH ?=## samples at once in training (default: 32)
+DEVICES ?=## a file of devices in place of deepseek/devices.toml
+MEASURE ?=## 1: this machine is measured, too
+PLAN ?=## further flags: PLAN='--checkpointing --train-precision bf16 --json'
+
+##@ Variables of places
+BUILD ?= build## what is made on the way
+REPOSITORY ?= model_repository## what Triton reads
+VENV ?= .venv## virtual environment
+ENV_FILE ?= .env## what docker compose reads; engine writes it
+CACHE ?=## artifacts shared by clones and branches (default: ~/.cache/deepseek-deploy; off: none)
+CACHE_GIB ?= 10## what it may hold
 
 NAMED := $(if $(filter command environment,$(firstword $(origin MODEL))),$(strip $(MODEL)))
 MODEL := $(strip $(MODEL))
@@ -89,6 +99,12 @@ CACHE := $(strip $(CACHE))
 CACHE_GIB := $(strip $(CACHE_GIB))
 export BUILD CACHE CACHE_GIB DATA HTTP_PORT GRPC_PORT METRICS_PORT
 
+# Make splits file names at blanks, and `clean` removes what lies under them: what could go wrong is refused at once.
+refuse = $(error $(1): seen '$($(1))'; $(2))
+$(foreach v,MODEL MODELS BUILD REPOSITORY VENV ENV_FILE,$(if $($(v)),$(if $(word 2,$($(v))),$(call refuse,$(v),a \
+    name without blanks is needed)),$(call refuse,$(v),leave it out for the default)))
+$(if $(findstring /,$(MODEL))$(filter . ..,$(MODEL)),$(call refuse,MODEL,the name of a folder in MODELS=$(MODELS) is needed))
+
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 # tensorrt engines are built in the container of the server's tag, so that both have the same TensorRT: from outside,
 # or as we are where that is where we are (docker/export.Dockerfile), or natively where NATIVE=1 asks for it.
@@ -102,7 +118,7 @@ HIGH := $(if $(filter onnxruntime,$(T)),fp32,fp16)
 PY := $(VENV)/bin/python
 B := $(BUILD)/$(MODEL)
 # of the server: `compare` calls both of its ports
-HOST = $(firstword $(subst :, ,$(URL)))
+HOST = $(patsubst %:$(lastword $(subst :, ,$(URL))),%,$(URL))
 FOLDER := $(MODELS)/$(MODEL)
 WHICH := --model $(MODEL) --models $(MODELS)
 ACCESS = $(if $(strip $(CA_CERT)),--ca-cert $(strip $(CA_CERT)))
@@ -159,7 +175,7 @@ releases: $(VENV)/.ready ## what was released, refused and rolled back
 
 ##@ The compose stack (docker compose up)
 keys: $(VENV)/.ready ## API keys of the gateway: lists them; NAME=shop makes and prints one, REVOKE=shop ends it
-	@$(PY) -m serving.keys $(if $(strip $(NAME)),--name $(strip $(NAME))) $(if $(strip $(REVOKE)),--revoke $(strip $(REVOKE))) \
+	@$(PY) -m serving.keys $(if $(strip $(NAME)),--name '$(strip $(NAME))') $(if $(strip $(REVOKE)),--revoke '$(strip $(REVOKE))') \
 	    $(if $(strip $(EXPIRES_DAYS)),--expires-days $(strip $(EXPIRES_DAYS))) $(if $(strip $(KEY_RPS)),--rate-rps $(strip $(KEY_RPS))) \
 	    $(addprefix --host ,$(GATEWAY_HOSTS))
 
@@ -253,10 +269,13 @@ distclean: ## remove all that was built, and the virtual environment
 	find "$(REPOSITORY)" -mindepth 1 ! -name README.md -delete
 
 help:
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
-	    /^[a-z_-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2} \
+	@echo "make TARGET [VARIABLE=value ...]; to see it all at work: make demo"
+	@awk 'function say(text) {if (later) variables = variables text; else printf "%s", text} \
+	    BEGIN {FS = ":.*## "} END {printf "%s", variables} \
+	    /^##@/ {later = /^##@ Variables/; say(sprintf("\n%s\n", substr($$0, 5)))} \
+	    /^[a-z_-]+:.*## / {say(sprintf("  make %-16s %s\n", $$1, $$2))} \
 	    /^[A-Z0-9_]+ \?=.*##/ {split($$0, a, "##"); split(a[1], v, " \\?= ?"); gsub(/^ +/, "", a[2]); \
-	        printf "  %-12s %-18s %s\n", v[1], (v[2] ~ /\$$\(/ ? "" : v[2]), a[2]}' $(MAKEFILE_LIST)
+	        say(sprintf("  %-13s %-16s %s\n", v[1], (v[2] ~ /\$$\(/ ? "" : v[2]), a[2]))}' $(MAKEFILE_LIST)
 
 # ---- environment -------------------------------------------------------------------------------
 # The first Python that the embedded Triton has a stub for and that can make virtual environments.

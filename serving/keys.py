@@ -36,6 +36,8 @@ from serving.certificate import ensure_certificate, give, write_private
 
 PREFIX = "dsk_"  # what scanners for leaked secrets can look for
 ID_DIGITS = 8
+DAY_S = 86_400
+LONGEST_S = 100 * 365 * DAY_S
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -79,9 +81,10 @@ def new_key(folder: Path, name: str, *, expires_s: float | None = None, rate_rps
     """Makes a key that counts from now on; earlier ones of the same name go on counting."""
     if not NAME.fullmatch(name):
         raise InputError(f"key name {name!r}: letters, digits, dots, dashes and underscores, 1 to 64 of them")
-    for what, value in (("expiry", expires_s), ("rate", rate_rps)):
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"{what} {value:g}: it must be more than 0")
+    if rate_rps is not None and not 0 < rate_rps < float("inf"):
+        raise InputError(f"rate {rate_rps:g}: it must be more than 0")
+    if expires_s is not None and not 0 < expires_s <= LONGEST_S:
+        raise InputError(f"expiry {expires_s / DAY_S:g} days: it must be more than 0, and at most {LONGEST_S // DAY_S}")
     key = PREFIX + secrets.token_urlsafe(32)
     now = time.time()
     entry = {
@@ -141,14 +144,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print what was made, ended or found as JSON")
     args = parser.parse_args()
     folder = args.folder or gateway_folder()
-    if args.name and args.revoke:
+    if args.name is not None and args.revoke is not None:
         parser.error("--name makes a key, --revoke ends one: one at a time")
-    if args.revoke:
+    if args.revoke is not None:
         ended = revoke(folder, args.revoke)
         lines = "\n".join(f"ended     {key.name} {key.id}" for key in ended)
         print(json.dumps([asdict(key) for key in ended], indent=2) if args.json else lines)
-    elif args.name:
-        expires_s = None if args.expires_days is None else args.expires_days * 86400
+    elif args.name is not None:
+        expires_s = None if args.expires_days is None else args.expires_days * DAY_S
         ensure_folder(folder, args.host)
         key = new_key(folder, args.name, expires_s=expires_s, rate_rps=args.rate_rps)
         result = {"name": args.name, "key": key, "id": digest(key)[:ID_DIGITS]}

@@ -70,7 +70,8 @@ def test_an_expired_key_is_listed_as_such(folder: Path, tmp_path: Path) -> None:
     [
         (("--name", "a b"), "key name 'a b': letters, digits"),
         (("--name", "../up"), "key name '../up'"),
-        (("--name", "shop", "--expires-days", "0"), "expiry 0: it must be more than 0"),
+        (("--name", "shop", "--expires-days", "0"), "expiry 0 days: it must be more than 0"),
+        (("--name", "shop", "--expires-days", "1e9"), "expiry 1e+09 days: it must be more than 0, and at most 36500"),
         (("--name", "shop", "--rate-rps", "-1"), "rate -1: it must be more than 0"),
         (("--revoke", "nobody"), "no key 'nobody' in"),
         (("--name", "a", "--revoke", "b"), "one at a time"),
@@ -137,4 +138,4 @@ def test_make_keys_passes_its_variables_on(tmp_path: Path) -> None:
     text = " ".join(
         subprocess.run(command, capture_output=True, text=True, env=kept).stdout.replace("\\\n", " ").split()
     )
-    assert text.endswith("serving.keys --name shop --expires-days 90 --rate-rps 50 --host a.example --host b.example")
+    assert text.endswith("serving.keys --name 'shop' --expires-days 90 --rate-rps 50 --host a.example --host b.example")
