@@ -60,14 +60,37 @@ class QuantConfig:
     """What is not quantized: fp16 for TensorRT; fp32 for ONNX Runtime on a CPU, which has no fast fp16."""
 
     def __post_init__(self) -> None:
+        self._check_types()
+        self._check_bits()
+        self._check_operators()
+        if self.calibration_data is not None and not Path(self.calibration_data).is_file():
+            raise InputError(
+                f"QuantConfig.calibration_data: {self.calibration_data}: no such file; "
+                "python -m export.to_onnx writes build/<name>/calibration.npz from the model's own samples"
+            )
+
+    def _check_types(self) -> None:
         for name in ("weight_bits", "activation_bits", "num_samples"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
-                raise InputError(f"QuantConfig.{name}: seen {value!r}; a whole number is needed")
+                raise self._mistake(name, "a whole number is needed")
         choices = {"number_format": (None, *get_args(Format)), "calibration_method": get_args(MethodChoice)}
         for name, allowed in {**choices, "high_precision": get_args(HighPrecision)}.items():
             if getattr(self, name) not in allowed:
-                raise InputError(f"QuantConfig.{name}: seen {getattr(self, name)!r}; allowed: {_listed(allowed)}")
+                raise self._mistake(name, f"allowed: {_listed(allowed)}")
+        if not isinstance(self.per_channel, bool):
+            raise self._mistake("per_channel", "True or False is needed")
+        for name in ("op_types", "keep_high"):  # a text alone would be taken for its letters
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
+                raise self._mistake(name, 'a tuple of texts is needed, as ("MatMul",)')
+        if not isinstance(self.calibration_data, str | Path | None):
+            raise self._mistake("calibration_data", "the path of a file is needed")
+
+    def _mistake(self, name: str, needed: str) -> InputError:
+        return InputError(f"QuantConfig.{name}: seen {getattr(self, name)!r}; {needed}")
+
+    def _check_bits(self) -> None:
         if (self.weight_bits, self.activation_bits, self._format) not in SUPPORTED:
             seen = f"{self.weight_bits}-bit weights with {self.activation_bits}-bit activations"
             seen += f" as {self.number_format}" if self.number_format else ""
@@ -78,25 +101,19 @@ class QuantConfig:
                 f"QuantConfig: seen {self.activation_bits}-bit activations with high_precision {self.high_precision}; "
                 f"they stay in it: it has to be fp{self.activation_bits}"
             )
-        if not isinstance(self.per_channel, bool):
-            raise InputError(f"QuantConfig.per_channel: seen {self.per_channel!r}; True or False is needed")
-        if not self.op_types or not set(self.op_types) <= set(get_args(OpType)):
-            names = _listed(tuple(self.op_types)) or "none"
-            raise InputError(f"QuantConfig.op_types: seen {names}; allowed: one or more of {_listed(get_args(OpType))}")
         if self.num_samples < 2:
-            raise InputError(f"QuantConfig.num_samples: seen {self.num_samples}; at least 2 are needed")
+            raise self._mistake("num_samples", "at least 2 are needed")
+
+    def _check_operators(self) -> None:
+        if not self.op_types or not set(self.op_types) <= set(get_args(OpType)):
+            names = _listed(self.op_types) or "none"
+            raise InputError(f"QuantConfig.op_types: seen {names}; allowed: one or more of {_listed(get_args(OpType))}")
         for pattern in self.keep_high:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise InputError(
-                    f"QuantConfig.keep_high: seen {pattern!r}: not a regular expression ({error})"
-                ) from None
-        if self.calibration_data is not None and not Path(self.calibration_data).is_file():
-            raise InputError(
-                f"QuantConfig.calibration_data: {self.calibration_data}: no such file; "
-                "python -m export.to_onnx writes build/<name>/calibration.npz from the model's own samples"
-            )
+                message = f"QuantConfig.keep_high: seen {pattern!r}: not a regular expression ({error})"
+                raise InputError(message) from None
 
     @property
     def _format(self) -> str:

@@ -42,6 +42,8 @@ def test_bits_and_format_make_the_precision(settings: dict, precision: str) -> N
         ({"num_samples": 1}, "num_samples: seen 1; at least 2"),
         ({"calibration_data": "nosuch.bin"}, "nosuch.bin: no such file"),
         ({"keep_high": ("(",)}, "not a regular expression"),
+        ({"keep_high": "node_1"}, "keep_high: seen 'node_1'; a tuple of texts"),
+        ({"calibration_data": 5}, "calibration_data: seen 5; the path of a file"),
         ({"per_channel": 1}, "per_channel: seen 1; True or False"),
         ({"op_types": ("LSTM",)}, "op_types: seen LSTM; allowed: one or more of MatMul, Gemm, Conv"),
         ({"op_types": ()}, "op_types: seen none; allowed"),
