@@ -47,7 +47,7 @@ _DENSE = (
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention (Vaswani et al. 2017): softmax(q kᵀ / √head_size + mask) v, in every head."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -73,7 +73,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, then x + feed-forward, each behind a LayerNorm (pre-norm trains stably when deep)."""
+    """x + attention, then x + feed-forward, each behind a LayerNorm.
+
+    Pre-norm, which trains stably when deep (Xiong et al. 2020).
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -143,10 +146,12 @@ class Transformer(nn.Module):
 def init_weights(module: nn.Module, scheme: Scheme = "auto") -> nn.Module:
     """Initialises the layers of any module in place and returns it; normalisation layers stay as they are.
 
-    - Linear, convolution, embedding, attention: Xavier uniform; Kaiming uniform where the next
-      activation is a ReLU ("auto" goes by the order in which layers are registered; a ReLU that is only
-      called as a function is not seen: pass "kaiming_uniform"). Biases 0, padding embeddings 0.
-    - LSTM, GRU, RNN and their cells: Xavier uniform for each gate by itself, biases 0, forget bias 1.
+    - Linear, convolution, embedding, attention: Xavier uniform, ±√(6 / (fan in + fan out)) (Glorot and
+      Bengio 2010); Kaiming uniform, ±√(6 / fan in) (He et al. 2015), where the next activation is a ReLU
+      ("auto" goes by the order in which layers are registered; a ReLU that is only called as a function is
+      not seen: pass "kaiming_uniform"). Biases 0, padding embeddings 0.
+    - LSTM, GRU, RNN and their cells: Xavier uniform for each gate by itself, biases 0, forget bias 1
+      (Jozefowicz et al. 2015).
       torch adds two bias vectors, `bias_ih` and `bias_hh`: the 1 stands in `bias_ih` only, so that the
       sum is 1. A GRU has no forget gate; what keeps the old state is its update gate z, as torch has it
       (h' = (1 - z) * n + z * h), so z gets the 1: both kinds then remember at the start of training.
