@@ -193,6 +193,18 @@ def test_a_full_disk_is_one_line_and_exit_2() -> None:
     assert run.stderr.count("\n") == 1
 
 
+def test_a_file_where_a_folder_should_be_is_one_line_and_exit_2(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "serving.keys", "--name", "shop"]
+    environment = {**os.environ, "BUILD": str(tmp_path / "file")}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 2
+    assert (
+        run.stderr
+        == f"error: {tmp_path / 'file' / 'gateway'}: Not a directory; name another place (BUILD=, REPOSITORY=, CACHE=)\n"
+    )
+
+
 TUNED = '[targets.onnxruntime]\nmeasured = "here"\n[targets.onnxruntime.batching]\nmax_batch = 8\nthreads = 1\n'
 
 

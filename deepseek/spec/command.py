@@ -12,7 +12,13 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # full, over the quota, read-only
+# What is wrong with a place that the user named, not with the program, and what to do about it.
+_PLACES = "(BUILD=, REPOSITORY=, CACHE=)"
+PLACE_ERRORS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EROFS), f"make room, or name another disk {_PLACES}"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), f"make it yours, or name another place {_PLACES}"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG), f"name another place {_PLACES}"),
+}
 
 
 class InputError(ValueError):
@@ -60,11 +66,16 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        place = error.filename or error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EROFS,
+        )  # standard output has no name
+        if error.errno not in PLACE_ERRORS or not place:
             raise
         where = error.filename2 or error.filename or "the folder written to"
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 what it still holds may be what did not fit
-        code = _say(f"{where}: {error.strerror}; make room, or name another disk (BUILD=, REPOSITORY=, CACHE=)", 2)
+        code = _say(f"{where}: {error.strerror}; {PLACE_ERRORS[error.errno]}", 2)
     sys.exit(code)
 
 
