@@ -1,4 +1,4 @@
-"""The search for the highest rate that holds: on queues that are computed, and on a real Triton of known capacity."""
+"""What the search for the highest rate is asked, says and leaves; and on a real Triton of known capacity."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,8 @@ from rich.console import Console
 
 from deepseek.spec import InputError, SloSpec
 from loadtests.capacity import Capacity, capacity_path, find
-from loadtests.schedule import Schedule, Segment
-from loadtests.search import Attempt, Plan, Search
 from loadtests.slo import judge
 from loadtests.trial import (
-    Outcome,
     Phase,
     Trial,
     bound_rates,
@@ -33,148 +30,9 @@ from loadtests.trial import (
 )
 from serving.embedded import EmbeddedServer
 from tests.test_results import saved_run, steady
+from tests.test_search import PLAN, trial
 
 ROOT = Path(__file__).parent.parent
-PLAN = Plan(start_rps=20, duration_s=10)
-
-
-def trial(rate_rps: float, outcome: Outcome, phase: Phase = "bisect", **changes: Any) -> Trial:
-    """One that answered all that it was asked."""
-    failed = ("p99_ms",) if outcome == "fails" else ()
-    facts = {"achieved_rps": rate_rps, "p50_ms": 5.0, "p99_ms": 20.0, "error_rate": 0.0, "duration_s": 10.0}
-    return Trial(rate_rps=rate_rps, phase=phase, outcome=outcome, failed=failed, **facts | changes)
-
-
-def server_of(outcome: Callable[[float, Phase], Outcome]) -> Attempt:
-    """Trials whose outcome is a function of the rate."""
-    return lambda rate_rps, phase, duration_s, seed: trial(
-        rate_rps, outcome(rate_rps, phase), phase, duration_s=duration_s
-    )
-
-
-def queue(service_s: float, p99_ms: float, luck: int) -> Attempt:
-    """One server in front of a queue: the arrivals are the schedule's, how long each request takes is `luck`'s."""
-
-    def attempt(rate_rps: float, phase: Phase, duration_s: float, seed: int) -> Trial:
-        schedule = Schedule((Segment(duration_s=duration_s + 2, rate_rps=rate_rps),), seed=seed)
-        arrives = schedule.times_s()
-        takes = service_s * np.random.default_rng([seed, luck]).lognormal(0, 0.2, len(arrives))
-        before = np.cumsum(takes) - takes
-        answered = np.maximum.accumulate(arrives - before) + before + takes
-        seen_ms = float(np.percentile((answered - arrives)[arrives > 2], 99)) * 1000
-        achieved = np.count_nonzero((answered > 2) & (answered < duration_s + 2)) / duration_s
-        outcome: Outcome = "holds" if seen_ms < p99_ms else "fails"
-        return trial(rate_rps, outcome, phase, p99_ms=seen_ms, achieved_rps=achieved, duration_s=duration_s)
-
-    return attempt
-
-
-@pytest.mark.parametrize("start_rps", [3.0, 20.0, 700.0])
-def test_the_highest_rate_that_holds_is_found_from_anywhere_and_confirmed(start_rps: float) -> None:
-    search = Search(
-        Plan(start_rps=start_rps, duration_s=10), server_of(lambda rate, _: "holds" if rate < 95 else "fails")
-    )
-    found = search.run()
-    assert found.capacity_rps is not None
-    assert found.first_failing_rps is not None
-    assert 95 / 1.05 <= found.capacity_rps < 95 <= found.first_failing_rps <= found.capacity_rps * 1.05
-    assert (found.confirmed, found.limited_by) == (True, "p99_ms")
-    assert (search.trials[-1].phase, search.trials[-1].duration_s) == ("confirm", 30)
-
-
-def test_repeated_on_the_same_queue_three_searches_agree_within_ten_percent() -> None:
-    for first in range(0, 30, 3):
-        plan = Plan(start_rps=20, duration_s=10, needed_s=lambda rate_rps: 918 / rate_rps)
-        searches = [Search(plan, queue(0.02, 500, luck)).run() for luck in range(first, first + 3)]
-        found = [each.capacity_rps for each in searches if each.capacity_rps is not None]
-        assert len(found) == 3
-        assert max(found) <= 1.1 * min(found)
-        assert max(found) < 50  # what 20 ms a request allow
-
-
-def test_one_stall_does_not_end_the_search_far_too_low() -> None:
-    tried: list[float] = []
-
-    def stalls_once(rate_rps: float, phase: Phase) -> Outcome:
-        tried.append(rate_rps)
-        return "fails" if rate_rps > 95 or tried.count(rate_rps) == 1 else "holds"
-
-    found = Search(PLAN, server_of(stalls_once)).run()
-    assert found.capacity_rps is not None
-    assert found.capacity_rps > 90
-
-
-def test_an_overloaded_trial_counts_at_once() -> None:
-    def attempt(rate_rps: float, phase: Phase, duration_s: float, seed: int) -> Trial:
-        outcome: Outcome = "holds" if rate_rps < 50 else "fails"
-        return trial(rate_rps, outcome, phase, achieved_rps=min(rate_rps, 50), duration_s=duration_s)
-
-    search = Search(PLAN, attempt)
-    search.run()
-    assert [each.rate_rps for each in search.trials].count(80) == 1
-    assert [each.rate_rps for each in search.trials].count(56.6) == 2  # nearly kept up with: repeated
-
-
-def test_from_an_overloaded_server_the_search_steps_down_to_what_it_answered() -> None:
-    def attempt(rate_rps: float, phase: Phase, duration_s: float, seed: int) -> Trial:
-        outcome: Outcome = "holds" if rate_rps < 9 else "fails"
-        return trial(rate_rps, outcome, phase, achieved_rps=min(rate_rps, 8.0), duration_s=duration_s)
-
-    search = Search(Plan(start_rps=100, duration_s=10), attempt)
-    assert search.run().confirmed
-    assert [each.rate_rps for each in search.trials][:2] == [100, 8]
-
-
-def test_what_a_longer_run_refutes_is_stepped_down_from() -> None:
-    found = Search(
-        PLAN, server_of(lambda rate, phase: "holds" if rate < (95 if phase != "confirm" else 88) else "fails")
-    ).run()
-    assert found.capacity_rps is not None
-    assert 80 < found.capacity_rps < 88
-    assert found.confirmed
-
-
-def test_above_a_limit_of_the_generator_the_answer_is_at_least() -> None:
-    found = Search(PLAN, server_of(lambda rate, _: "holds" if rate < 95 else "invalid")).run()
-    assert found.capacity_rps is not None
-    assert 90 < found.capacity_rps < 95
-    assert (found.confirmed, found.limited_by, found.first_failing_rps) == (True, "generator", None)
-
-
-def test_a_failing_rate_below_the_generators_limit_is_found_all_the_same() -> None:
-    outcome = server_of(lambda rate, _: "holds" if rate < 95 else "fails" if rate < 120 else "invalid")
-    assert Search(PLAN, outcome).run().limited_by == "p99_ms"
-
-
-@pytest.mark.parametrize(
-    ("plan", "limited_by"),
-    [({"max_trials": 4}, "trials"), ({"max_s": 45}, "time")],
-    ids=["trials", "seconds"],
-)
-def test_a_search_is_bounded_and_says_what_it_knew(plan: dict[str, Any], limited_by: str) -> None:
-    passed = iter(range(0, 10_000, 10))
-    outcome = server_of(lambda rate, _: "holds" if rate < 95 else "fails")
-    search = Search(Plan(start_rps=20, duration_s=10, **plan), outcome, clock=lambda: next(passed))
-    assert (found := search.run()).limited_by == limited_by
-    assert (found.capacity_rps, found.confirmed) == (
-        max(each.rate_rps for each in search.trials if each.outcome == "holds"),
-        False,
-    )
-
-
-def test_where_no_rate_holds_there_is_no_capacity() -> None:
-    search = Search(PLAN, server_of(lambda rate, phase: "fails"))
-    found = search.run()
-    assert (found.capacity_rps, found.confirmed, found.limited_by) == (None, False, "p99_ms")
-    assert 0.1 <= search.trials[-1].rate_rps < 0.2
-
-
-def test_every_rate_that_an_objective_is_bound_to_is_tried() -> None:
-    # At 30/s something fails that is not asked for above.
-    outcome = server_of(lambda rate, _: "fails" if 28 < rate <= 30 else "holds")
-    found = Search(Plan(start_rps=20, duration_s=10, stops_rps=(30.0,)), outcome).run()
-    assert found.capacity_rps is not None
-    assert found.capacity_rps <= 28
 
 
 SLO = SloSpec(

@@ -26,18 +26,12 @@ from deepseek_client import (
     InferenceClient,
     InferenceError,
     InvalidInput,
-    ModelMetadata,
     ModelNotFound,
     ServerBusy,
     ServerError,
     TensorSpec,
     Unreachable,
 )
-from deepseek_client.__main__ import main
-from deepseek_client.inputs import read_inputs
-from deepseek_client.tables import answer_table
-from deepseek_client.transports import to_bytes, to_numpy
-from rich.console import Console
 
 from serving.embedded import EmbeddedServer
 from tests.conftest import write_add_one
@@ -125,66 +119,6 @@ def test_a_prepared_request_can_be_sent_many_times_from_many_threads(connect: Co
 def test_a_wrong_call_is_refused(connect: Connect, protocol: str, call: dict, expected: type, says: str) -> None:
     with pytest.raises(expected, match=says):
         connect(protocol).infer(**{"model": "add_one", "inputs": {"x": X}} | call)
-
-
-MODEL = ModelMetadata(
-    name="m",
-    versions=("1",),
-    platform="",
-    inputs=(
-        TensorSpec(name="ids", datatype="INT64", shape=(-1, 3)),
-        TensorSpec(name="text", datatype="BYTES", shape=(-1, 1), optional=True),
-    ),
-    outputs=(),
-    max_batch_size=4,
-)
-IDS = np.ones((2, 3), np.int64)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "says"),
-    [
-        pytest.param({}, "input 'ids' is missing; it takes ids (INT64 [-1, 3])", id="missing"),
-        pytest.param({"ids": IDS, "id": IDS}, "m has no input 'id'; its inputs are ids", id="unknown"),
-        pytest.param({"ids": [[1]]}, "is a list; pass a numpy array: np.asarray(..., dtype=np.int64)", id="list"),
-        pytest.param({"ids": IDS.astype(np.int32)}, "is int32, the model takes int64; cast it", id="dtype"),
-        pytest.param({"ids": IDS.astype(">i8")}, "inputs['ids'].astype(np.int64)", id="byte order"),
-        pytest.param({"ids": IDS[0]}, "for a batch of one: inputs['ids'][None]", id="no batch"),
-        pytest.param({"ids": IDS[None]}, "of 3 dimensions; the model takes 2: [-1, 3]", id="rank"),
-        pytest.param({"ids": IDS[:, :2]}, "dimension 1 must be 3, not 2", id="fixed dimension"),
-        pytest.param({"ids": IDS[:0]}, "a batch of 0; from 1 to 4 are allowed", id="empty batch"),
-        pytest.param({"ids": np.ones((40, 3), np.int64)}, "split it into batches of 4", id="large batch"),
-        pytest.param({"ids": IDS, "text": np.array([["a"]])}, "batch sizes disagree (ids 2, text 1)", id="batches"),
-        pytest.param({"ids": IDS, "text": IDS[:, :1]}, "is int64, the model takes strings", id="no strings"),
-        pytest.param({"ids": IDS, "text": np.array([[b"a"], [3]], object)}, "holds 3 (int)", id="a number"),
-    ],
-)
-def test_what_does_not_fit_the_signature_is_refused_in_one_line(inputs: dict, says: str) -> None:
-    with pytest.raises(InvalidInput) as caught:
-        MODEL.check(inputs)
-    assert says in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_server_that_hides_its_configuration_decides_by_itself_on_batches_and_missing_inputs() -> None:
-    spec = TensorSpec(name="ids", datatype="INT64", shape=(-1, 3), optional=True)
-    hidden = ModelMetadata(name="m", versions=(), platform="", inputs=(spec,), outputs=(), max_batch_size=None)
-    assert hidden.check({}) == [None]
-    assert hidden.check({"ids": np.ones((40, 3), np.int64)})[0] is not None
-
-
-@pytest.mark.parametrize(
-    "array",
-    [
-        pytest.param(np.array([["Amélie", "日本"]]), id="text"),
-        pytest.param(np.array([[b"\xff\x00a", b""]], object), id="bytes"),
-        pytest.param(np.empty((0, 2), object), id="none"),
-    ],
-)
-def test_strings_survive_the_wire(array: np.ndarray) -> None:
-    spec = TensorSpec(name="text", datatype="BYTES", shape=(-1, 2))
-    back = to_numpy("BYTES", array.shape, to_bytes(spec, array))
-    assert back.tolist() == [[v.encode() if isinstance(v, str) else v for v in row] for row in array.tolist()]
 
 
 @both
@@ -454,136 +388,3 @@ def test_the_package_brings_no_torch_no_gevent_and_nothing_of_ours() -> None:
     code = "import sys, deepseek_client; print(*{'torch', 'gevent', 'deepseek', 'pydantic'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
-
-
-# The command line
-
-
-@both
-def test_the_command_line_tells_readiness_by_its_exit_code(
-    server: EmbeddedServer, protocol: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    at = ["--protocol", protocol, "--url", server.http_url if protocol == "http" else server.grpc_url]
-    assert main(["ready", "add_one", *at]) == 0
-    assert main(["ready", "absent", *at, "--json"]) == 1
-    assert capsys.readouterr().out == 'add_one is ready\n{"ready": false}\n'
-
-
-def test_the_command_line_shows_a_signature(server: EmbeddedServer, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["metadata", "add_one", "--url", server.grpc_url]) == 0
-    assert "add_one, version 1 (python, batches up to 8)" in capsys.readouterr().out
-    assert main(["metadata", "add_one", "--url", server.grpc_url, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 2, -1]}]
-
-
-def test_the_command_line_infers_from_a_file_and_writes_the_answer(
-    server: EmbeddedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "request.json").write_text('{"x": [[[0.1, 2], [3, 4]]]}')
-    files = ["--inputs", str(tmp_path / "request.json"), "--output", str(tmp_path / "answer.npz")]
-    assert main(["infer", "add_one", "--url", server.grpc_url, "--json", *files]) == 0
-    answer = json.loads(capsys.readouterr().out)
-    expected = np.array([[[1.1, 3], [4, 5]]], np.float32)
-    np.testing.assert_array_equal(np.array(answer["outputs"]["y"], np.float32), expected)
-    with np.load(tmp_path / "answer.npz") as written:
-        np.testing.assert_array_equal(written["y"], expected)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "says"),
-    [
-        pytest.param("ready --url 127.0.0.1:9", 2, "`make serve` starts one here", id="nothing there"),
-        pytest.param("ready --url nowhere", 2, "must be host:port", id="url"),
-        pytest.param("ready --timeout-s soon", 2, "--timeout-s: invalid float value: 'soon'", id="time-out"),
-        pytest.param("metadata", 2, "required: MODEL", id="no model"),
-        pytest.param("metadata absent --url GRPC", 2, "'absent' is not found", id="unknown model"),
-        pytest.param("infer add_one --url GRPC --inputs x.csv", 2, "must end in .npz or .json", id="kind of file"),
-        pytest.param("infer add_one --url GRPC --inputs absent.npz", 2, "absent.npz: No such file", id="no file"),
-        pytest.param("infer slow --url GRPC --inputs x.json --timeout-s 0.05", 1, "did not answer", id="slow"),
-    ],
-)
-def test_the_command_line_fails_in_one_line(
-    server: EmbeddedServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: str,
-    code: int,
-    says: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("x.json").write_text('{"x": [[[0], [0]]]}')
-    try:
-        status = main(arguments.replace("GRPC", server.grpc_url).split())
-    except SystemExit as exit:
-        status = int(exit.code or 0)
-    error = capsys.readouterr().err
-    assert (status, error.count("\n")) == (code, 1)
-    assert says in error
-
-
-def test_rows_of_an_evaluation_file_are_picked_one_by_one(tmp_path: Path) -> None:
-    path = tmp_path / "evaluation.npz"
-    np.savez(path, **{f"{k:05d}/ids": np.full((1, 3), k) for k in range(3)})  # type: ignore[arg-type]
-    assert read_inputs(path, MODEL)["ids"].tolist() == [[0, 0, 0]]
-    assert read_inputs(path, MODEL, row=2)["ids"].tolist() == [[2, 2, 2]]
-    with pytest.raises(InvalidInput, match="no row 3; it has rows 0 to 2"):
-        read_inputs(path, MODEL, row=3)
-
-
-@pytest.mark.parametrize(
-    ("value", "datatype", "says"),
-    [
-        pytest.param([1.5], "INT64", "1.5 is no INT64", id="fraction"),
-        pytest.param([300], "INT8", "300 is no INT8", id="too large"),
-        pytest.param([-1], "UINT8", "-1 is no UINT8", id="negative"),
-        pytest.param([2**63], "INT64", "9223372036854775808 is no INT64", id="beyond 64 bits"),
-        pytest.param([16777217], "FP32", "16777217 is no FP32", id="inexact integer"),
-        pytest.param([1e39], "FP32", "1e[+]39 is no FP32", id="overflow"),
-        pytest.param([True], "INT64", "something else than INT64", id="truth"),
-        pytest.param([1], "BOOL", "something else than BOOL", id="no truth"),
-        pytest.param(["a"], "FP32", "something else than FP32", id="text"),
-        pytest.param([None], "FP32", "something else than FP32", id="null"),
-        pytest.param([[1], [1, 2]], "FP32", "differ in length", id="ragged"),
-    ],
-)
-def test_a_json_value_that_would_lose_something_is_refused(
-    tmp_path: Path, value: list, datatype: str, says: str
-) -> None:
-    (tmp_path / "x.json").write_text(json.dumps({"x": value}))
-    spec = TensorSpec(name="x", datatype=datatype, shape=(-1,))
-    metadata = ModelMetadata(name="m", versions=(), platform="", inputs=(spec,), outputs=(), max_batch_size=0)
-    with pytest.raises(InvalidInput, match=says):
-        read_inputs(tmp_path / "x.json", metadata)
-
-
-def test_titles_and_scores_stay_in_step_where_a_title_is_missing() -> None:
-    outputs = {"items": np.array([[1, 0, 2, 0]]), "scores": np.array([[0.5, 0.25, 0.125, 0]], np.float32)}
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(answer_table(MODEL, {}, outputs, {"items": ["", "first", "third"]}, 10))
-    assert [line.split("│")[1:3] for line in capture.get().splitlines() if "third" in line] == [[" third ", " 0.1250 "]]
-
-
-def test_padding_of_an_input_is_left_out_at_either_end() -> None:
-    inputs = {"ids": np.array([[1, 2, 0, 1, 0, 0]]), "mask": np.array([[1, 1, 1, 1, 0, 0]])}
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(answer_table(MODEL, inputs, {}, {"ids": ["", "one", "two"], "mask": ["", "1"]}, 3))
-    rows = [line.split("│")[1:3] for line in capture.get().splitlines() if line.startswith("│")]
-    assert [[cell.strip() for cell in row] for row in rows] == [["two", "1"], ["", "1"], ["one", "1"]]
-
-
-def test_the_table_puts_the_latest_titles_beside_the_best_ones() -> None:
-    titles = ["", *(f"Film [{k}]" for k in range(1, 9))]
-    inputs = {"ids": np.array([[0, 0, 3, 1, 2]])}
-    outputs = {"items": np.array([[7, 8, 5]]), "scores": np.array([[0.5, 0.25, 1e-9]], np.float32)}
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(answer_table(MODEL, inputs, outputs, {"ids": titles, "items": titles}, 2))
-    lines = [
-        [cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")] for line in capture.get().splitlines()
-    ]
-    assert ["last 2 of 3", "first 2 of 3", "first 2 of 3"] in lines
-    assert ["Film [1]", "Film [7]", "0.5000"] in lines
-    assert ["Film [2]", "Film [8]", "0.2500"] in lines

@@ -1,0 +1,110 @@
+"""What a model takes, checked before anything is sent: shapes, types, strings, and inputs read from files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from deepseek_client import (
+    InvalidInput,
+    ModelMetadata,
+    TensorSpec,
+)
+from deepseek_client.inputs import read_inputs
+from deepseek_client.transports import to_bytes, to_numpy
+
+MODEL = ModelMetadata(
+    name="m",
+    versions=("1",),
+    platform="",
+    inputs=(
+        TensorSpec(name="ids", datatype="INT64", shape=(-1, 3)),
+        TensorSpec(name="text", datatype="BYTES", shape=(-1, 1), optional=True),
+    ),
+    outputs=(),
+    max_batch_size=4,
+)
+IDS = np.ones((2, 3), np.int64)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        pytest.param({}, "input 'ids' is missing; it takes ids (INT64 [-1, 3])", id="missing"),
+        pytest.param({"ids": IDS, "id": IDS}, "m has no input 'id'; its inputs are ids", id="unknown"),
+        pytest.param({"ids": [[1]]}, "is a list; pass a numpy array: np.asarray(..., dtype=np.int64)", id="list"),
+        pytest.param({"ids": IDS.astype(np.int32)}, "is int32, the model takes int64; cast it", id="dtype"),
+        pytest.param({"ids": IDS.astype(">i8")}, "inputs['ids'].astype(np.int64)", id="byte order"),
+        pytest.param({"ids": IDS[0]}, "for a batch of one: inputs['ids'][None]", id="no batch"),
+        pytest.param({"ids": IDS[None]}, "of 3 dimensions; the model takes 2: [-1, 3]", id="rank"),
+        pytest.param({"ids": IDS[:, :2]}, "dimension 1 must be 3, not 2", id="fixed dimension"),
+        pytest.param({"ids": IDS[:0]}, "a batch of 0; from 1 to 4 are allowed", id="empty batch"),
+        pytest.param({"ids": np.ones((40, 3), np.int64)}, "split it into batches of 4", id="large batch"),
+        pytest.param({"ids": IDS, "text": np.array([["a"]])}, "batch sizes disagree (ids 2, text 1)", id="batches"),
+        pytest.param({"ids": IDS, "text": IDS[:, :1]}, "is int64, the model takes strings", id="no strings"),
+        pytest.param({"ids": IDS, "text": np.array([[b"a"], [3]], object)}, "holds 3 (int)", id="a number"),
+    ],
+)
+def test_what_does_not_fit_the_signature_is_refused_in_one_line(inputs: dict, says: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        MODEL.check(inputs)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_hides_its_configuration_decides_by_itself_on_batches_and_missing_inputs() -> None:
+    spec = TensorSpec(name="ids", datatype="INT64", shape=(-1, 3), optional=True)
+    hidden = ModelMetadata(name="m", versions=(), platform="", inputs=(spec,), outputs=(), max_batch_size=None)
+    assert hidden.check({}) == [None]
+    assert hidden.check({"ids": np.ones((40, 3), np.int64)})[0] is not None
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        pytest.param(np.array([["Amélie", "日本"]]), id="text"),
+        pytest.param(np.array([[b"\xff\x00a", b""]], object), id="bytes"),
+        pytest.param(np.empty((0, 2), object), id="none"),
+    ],
+)
+def test_strings_survive_the_wire(array: np.ndarray) -> None:
+    spec = TensorSpec(name="text", datatype="BYTES", shape=(-1, 2))
+    back = to_numpy("BYTES", array.shape, to_bytes(spec, array))
+    assert back.tolist() == [[v.encode() if isinstance(v, str) else v for v in row] for row in array.tolist()]
+
+
+def test_rows_of_an_evaluation_file_are_picked_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.npz"
+    np.savez(path, **{f"{k:05d}/ids": np.full((1, 3), k) for k in range(3)})  # type: ignore[arg-type]
+    assert read_inputs(path, MODEL)["ids"].tolist() == [[0, 0, 0]]
+    assert read_inputs(path, MODEL, row=2)["ids"].tolist() == [[2, 2, 2]]
+    with pytest.raises(InvalidInput, match="no row 3; it has rows 0 to 2"):
+        read_inputs(path, MODEL, row=3)
+
+
+@pytest.mark.parametrize(
+    ("value", "datatype", "says"),
+    [
+        pytest.param([1.5], "INT64", "1.5 is no INT64", id="fraction"),
+        pytest.param([300], "INT8", "300 is no INT8", id="too large"),
+        pytest.param([-1], "UINT8", "-1 is no UINT8", id="negative"),
+        pytest.param([2**63], "INT64", "9223372036854775808 is no INT64", id="beyond 64 bits"),
+        pytest.param([16777217], "FP32", "16777217 is no FP32", id="inexact integer"),
+        pytest.param([1e39], "FP32", "1e[+]39 is no FP32", id="overflow"),
+        pytest.param([True], "INT64", "something else than INT64", id="truth"),
+        pytest.param([1], "BOOL", "something else than BOOL", id="no truth"),
+        pytest.param(["a"], "FP32", "something else than FP32", id="text"),
+        pytest.param([None], "FP32", "something else than FP32", id="null"),
+        pytest.param([[1], [1, 2]], "FP32", "differ in length", id="ragged"),
+    ],
+)
+def test_a_json_value_that_would_lose_something_is_refused(
+    tmp_path: Path, value: list, datatype: str, says: str
+) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"x": value}))
+    spec = TensorSpec(name="x", datatype=datatype, shape=(-1,))
+    metadata = ModelMetadata(name="m", versions=(), platform="", inputs=(spec,), outputs=(), max_batch_size=0)
+    with pytest.raises(InvalidInput, match=says):
+        read_inputs(tmp_path / "x.json", metadata)

@@ -1,0 +1,106 @@
+"""What parity tolerates: read from deploy.toml, told in the page, judged by numbers whose verdict is known."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+from deepseek.spec import DeploymentSpec, InputError, ParitySpec, Precision, Tolerance
+from export.accuracy import parity
+from export.trials import beyond, failures
+from tests.test_parity import TEXT, TOML
+
+
+@pytest.mark.parametrize("drop", [0.011, np.inf, np.nan])
+def test_a_metric_that_drops_too_far_is_a_failure_over_that_protocol(drop: float) -> None:
+    metric = {"name": "accuracy", "max_drop": 0.01, "served": {"http": {"drop": 0.01}, "grpc": {"drop": drop}}}
+    assert len(failures([], metric)) == 1
+    assert failures([], metric)[0].startswith("accuracy over grpc: drop ")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "entries", "problem"),
+    [
+        ({"worst_error": 1e-3, "cosine": 0.9999}, 8, ""),
+        ({"worst_error": 2e-3, "cosine": 1.0}, 8, "worst error 0.002 > 0.001"),
+        ({"worst_error": 1e-4, "cosine": 0.99}, 8, "cosine 0.99000 < 0.9999"),
+        ({"worst_error": np.inf, "cosine": -1.0}, 8, "NaN, Inf or shape differs"),
+        ({"worst_error": np.nan, "cosine": 1.0}, 8, "NaN, Inf or shape differs"),
+        ({"common": 0.95}, 20, ""),  # a tie may fall either way
+        ({"common": 0.9}, 20, "2 of 20 entries differ, 1 may"),
+        ({"common": 0.98}, 1000, "20 of 1000 entries differ, 10 may"),
+    ],
+)
+def test_what_is_past_a_tolerance_is_said_in_words(numbers: dict[str, float], entries: int, problem: str) -> None:
+    assert beyond(Tolerance(), numbers, entries) == problem
+
+
+def test_every_precision_has_tolerances() -> None:
+    assert set(get_args(Precision)) == ParitySpec.model_fields.keys() - {"nonfinite_inputs"}
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_the_page_on_parity_tells_the_tolerances(precision: Precision) -> None:
+    line = re.search(
+        rf"^\| {precision} \| (.*?) \| (.*?) \| (.*?) \|", Path("docs/parity.md").read_text(), re.MULTILINE
+    )
+    tolerance = ParitySpec().of(precision)
+    assert line
+    assert [float(cell) for cell in line.groups()] == [tolerance.worst_error, tolerance.cosine, tolerance.common]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("[parity.int8]\ncosin = 0.9", "parity.int8.cosin: unknown key (seen 0.9); allowed: common, cosine, worst_error"),
+        ("[parity.int9]\ncosine = 0.9", "parity.int9: unknown key"),
+        ("[parity.fp16]\ncosine = 1.5", "parity.fp16.cosine: seen 1.5; it has to be less than or equal to 1"),
+        ("[parity.fp32]\nworst_error = -1", "parity.fp32.worst_error: seen -1"),
+        ("[parity.fp32]\nworst_error = inf", "parity.fp32.worst_error: seen inf; it has to be a finite number"),
+        ("[parity.fp8]\ncommon = nan", "parity.fp8.common: seen nan; it has to be a finite number"),
+        ('[parity]\nnonfinite_inputs = "no"', "parity.nonfinite_inputs: seen 'no'; it has to be 'gate' or 'report'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_tolerances_is_one_line(tmp_path: Path, table: str, message: str) -> None:
+    (tmp_path / "deploy.toml").write_text(TOML.format(name="x") + table)
+    with pytest.raises(InputError) as caught:
+        DeploymentSpec.load(tmp_path)
+    assert message in str(caught.value)
+
+
+def of_one_output(dtype: str, value: list[Any], reference: list[Any]) -> dict[str, float]:
+    """Parity of one output `a`, a row an entry of the lists."""
+    data = {"name": "x", "inputs": {"x": {"dtype": "int64", "shape": ["batch", 1]}}, "axes": TEXT.model_dump()["axes"]}
+    del data["axes"]["length"]
+    data["outputs"] = {"a": {"dtype": dtype, "shape": ["batch", 4]}}
+    spec = DeploymentSpec.model_validate_json(json.dumps(data))
+    rows = [[{"a": np.array(row, dtype)} for row in side] for side in (value, reference)]
+    return parity(spec, *rows)["a"]
+
+
+def test_single_numbers_are_compared_as_one_vector_since_each_alone_has_no_direction() -> None:
+    found = of_one_output("float32", [0.9, -1e-6, 2.0], [0.9, 1e-6, 2.0])
+    assert found["cosine"] == pytest.approx(1)
+    assert of_one_output("float32", [0.9, -0.9], [0.9, 0.9])["cosine"] == pytest.approx(0)
+
+
+def test_a_row_of_zeros_is_judged_by_its_error() -> None:
+    reference = [[0, 0], [1, 2]]
+    assert of_one_output("float32", [[1e-6, 0], [1, 2]], reference)["worst_cosine"] == pytest.approx(1)
+    assert of_one_output("float32", [[0.5, 0], [1, 2]], reference)["worst_cosine"] == 0
+
+
+def test_rankings_count_in_any_order_and_labels_place_by_place() -> None:
+    assert of_one_output("int64", [[3, 1, 2, 4]], [[1, 2, 3, 4]])["common"] == 1
+    assert of_one_output("int64", [[0, 1, 0, 1]], [[1, 0, 1, 0]])["common"] == 0
+    assert of_one_output("bool", [[True, True, False]], [[True, False, False]])["common"] == pytest.approx(2 / 3)
+
+
+def test_another_shape_is_as_far_off_as_can_be() -> None:
+    assert of_one_output("float32", [[1, 2, 3]], [[1, 2]])["worst_error"] == np.inf
+    assert of_one_output("int64", [[1, 2, 3]], [[1, 2]])["common"] == 0
