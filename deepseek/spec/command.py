@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 
 # What is wrong with a place that the user named, not with the program, and what to do about it.
 _PLACES = "(BUILD=, REPOSITORY=, CACHE=)"
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 PLACE_ERRORS = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EROFS), f"make room, or name another disk {_PLACES}"),
+    **dict.fromkeys(_DISK, f"make room, or name another disk {_PLACES}"),
     **dict.fromkeys((errno.EACCES, errno.EPERM), f"make it yours, or name another place {_PLACES}"),
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG), f"name another place {_PLACES}"),
 }
@@ -66,12 +67,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        place = error.filename or error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EROFS,
-        )  # standard output has no name
-        if error.errno not in PLACE_ERRORS or not place:
+        named = error.filename or error.errno in _DISK  # standard output is a place without a name
+        if error.errno not in PLACE_ERRORS or not named:
             raise
         where = error.filename2 or error.filename or "the folder written to"
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 what it still holds may be what did not fit
