@@ -346,7 +346,7 @@ $(B)/spec.mk: $(wildcard $(FOLDER)/deploy.toml) $(wildcard deepseek/spec/*.py) |
 PRECISIONS = $(sort fp32 $(if $(filter auto,$(PRECISION)),$(CANDIDATES),$(PRECISION)))
 
 $(B)/weights: $(filter-out %/deploy.toml,$(MODEL_FILES)) $(addprefix deepseek/,config.py transformer.py training/recipe.py) $(B)/settings/data | $(VENV)/.ready
-	@OMP_WAIT_POLICY=passive $(PY) -m export.source $(WHICH)  # idle threads do not spin: a busy machine is no slower
+	@OMP_WAIT_POLICY=passive $(PY) -m export.train $(WHICH)  # idle threads do not spin: a busy machine is no slower
 	@touch $@
 
 # The module that is exported: pruned where PRUNE says so. Without it, what an earlier PRUNE left goes.

@@ -86,6 +86,12 @@ def files_in(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256(path) for path in sorted(files)}
 
 
+def data_digest() -> str | None:
+    """Digest of the file that DATA names; None without one."""
+    path = Path(os.environ.get("DATA", ""))
+    return sha256(path) if path.is_file() else None
+
+
 def cpu() -> str:
     """What computes here, as far as results depend on it: another instruction set rounds, and saturates, otherwise."""
     try:
@@ -124,6 +130,13 @@ def store(key: str, files: Path) -> None:
         return
     with contextlib.suppress(OSError):
         _store(place, key, files)
+
+
+def drop(key: str) -> None:
+    """Removes an entry that turned out to be of no use."""
+    place = root()
+    if place is not None:
+        shutil.rmtree(place / key, ignore_errors=True)
 
 
 def _store(place: Path, key: str, files: Path) -> None:

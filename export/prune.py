@@ -6,8 +6,8 @@ calibration rows (`deepseek.distillation`). The evaluation split is read once be
 verdict alone. Writes `build/<name>/pruned.safetensors`, from which every later stage works as long as it is
 there, and `build/<name>/pruning.json`. Exit 1 where more than deploy.toml's `max_drop` is lost: nothing is
 written then. A killed fine-tuning goes on where it was; one that ended is in the cache (`export.cache`), by weights,
-samples, settings, Python that is loaded and files of the model folder. What `finetune` reads elsewhere is not seen,
-but for DATA: CACHE=off fine-tunes anew.
+samples, settings, Python that is loaded, files of the model folder, DATA and what model.py's `fingerprint()` tells. A
+model that has `finetune` and no `fingerprint` is fine-tuned each time: nobody else knows what that read.
 
 Examples:
     python -m export.prune --model recommender
@@ -18,7 +18,6 @@ Examples:
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -44,9 +43,8 @@ from export.artifact import (
     publish,
     row_digests,
     scratch_in,
-    sha256,
 )
-from export.cache import fetch, files_in, key_of, store
+from export.cache import data_digest, fetch, key_of, store
 from export.runners import module_runner, outputs_of
 from export.source import Predict, Source
 
@@ -63,22 +61,26 @@ def prune_source(source: Source, ratio: float) -> dict[str, Any]:
         rows = list(source.rows("calibration", spec.precision.calibration_samples))
         evaluation = list(source.rows("evaluation", EVALUATION_ROWS))
     original = source.unpruned()
+    fingerprint = source.fingerprint()
+    known = source.finetune is None or fingerprint is not None
     key = key_of(
         "prune",
         weights=weights_digest(original),
         rows=[sorted(digest.hex() for digest in row_digests(split)) for split in (rows, evaluation)],
-        folder={name: digest for name, digest in files_in(source.folder).items() if not name.endswith(".toml")},
-        data=sha256(Path(clicks)) if (clicks := os.environ.get("DATA")) and Path(clicks).is_file() else None,
+        folder=source.file_digests(),
+        fingerprint=fingerprint,
+        data=data_digest(),
         spec=spec.model_facts(),
         ratio=ratio,
     )
     path = pruned_path(spec.name)
     with scratch_in(path.parent) as scratch:
-        if not fetch(key, scratch):
+        if not (known and fetch(key, scratch)):
             result = _prune(source, original, config, _batches(source, rows), evaluation, scratch)
             if not result["drop"] <= spec.precision.max_drop:
                 return result
-            store(key, scratch)
+            if known:
+                store(key, scratch)
         result = json.loads((scratch / pruning_path(spec.name).name).read_text())
         publish(scratch, path)
     return result

@@ -1,13 +1,13 @@
 """A model folder, opened and checked: `deploy.toml` + `model.py`, inside the repository or anywhere.
 
 Contract of `model.py` (plain functions): `load() -> nn.Module`, `samples(split)` with split
-"calibration" or "evaluation", optionally `evaluate(predict)`, `train()` and `finetune(module)` (in place, for a
-module that was pruned). What these raise is one line with its place in the user's file. Run as a command it makes the
-weights, where the model knows how to.
+"calibration" or "evaluation", optionally `evaluate(predict)`, `train()`, `finetune(module)` (in place, for a
+module that was pruned) and `fingerprint()` (a text that tells what the last three read beside the folder). What they
+raise is one line with its place in the user's file.
 
-Examples:
-    python -m export.source --model recommender
-    python -m export.source --models /some/dir --model other
+Example:
+    source = Source("recommender")
+    rows = list(source.rows("evaluation", 8))
 """
 
 from __future__ import annotations
@@ -29,11 +29,9 @@ from deepseek.spec import (
     GateFailed,
     InputError,
     InvalidMeasurement,
-    Parser,
-    add_model_arguments,
-    run_command,
 )
 from export.artifact import Row, pruned_path
+from export.cache import files_in
 
 _OURS = tuple(Path(__file__).resolve().parent.parent / room for room in ("export", "deepseek"))
 Split = Literal["calibration", "evaluation"]
@@ -74,6 +72,27 @@ class Source:
                 return function(*args)
 
         return guarded
+
+    def fingerprint(self) -> str | None:
+        """What model.py's fingerprint() tells; None where it has none. Raises InputError where that is no text."""
+        function = self._function("fingerprint")
+        if function is None:
+            return None
+        told = function()
+        if not isinstance(told, str) or not told:
+            raise InputError(
+                f"{self.folder / 'model.py'}: fingerprint() returned {told!r}; a text is needed that changes with what "
+                "train(), finetune() and evaluate() read, such as a sha256 of the data"
+            )
+        return told
+
+    def file_digests(self) -> dict[str, str]:
+        """Digest of each file of the folder, but for deploy.toml and tuned values, which the spec tells."""
+        return {
+            name: digest
+            for name, digest in files_in(self.folder).items()
+            if name not in ("deploy.toml", self.spec.tuned)
+        }
 
     def load(self) -> Any:
         """The module that is deployed: the pruned one where `export.prune` has left one, else the unpruned one."""
@@ -262,19 +281,3 @@ def _import_model(folder: Path) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-def main() -> None:
-    """Makes a model's weights by its own train(), if it has one."""
-    parser = Parser(__doc__, prog="python -m export.source")
-    add_model_arguments(parser)
-    args = parser.parse_args()
-    source = Source(args.model, args.models)
-    if source.train is None:
-        print(f"{args.model} brings its weights: no train() in {source.folder / 'model.py'}")
-    else:
-        source.train()
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -11,7 +11,7 @@ import pytest
 
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), Path("client/README.md"), *sorted(Path("docs").glob("*.md"))]
 COMMANDS = [
-    "deepseek.spec", "deepseek.sizing", "deepseek.sizing.published", "deepseek.training.launch", "deepseek_client", "export.source", "export.prune", "export.to_onnx", "export.to_torchscript", "export.quantize", "export.compare", "export.parity",
+    "deepseek.spec", "deepseek.sizing", "deepseek.sizing.published", "deepseek.training.launch", "deepseek_client", "export.train", "export.prune", "export.to_onnx", "export.to_torchscript", "export.quantize", "export.compare", "export.parity",
     "export.to_tensorrt", "export.check_engine", "export.container", "export.to_triton", "export.cache", "serving.embedded", "serving.doctor", "serving.flags", "serving.keys", "serving.stack", "serving.kubernetes", "serving.fetch", "serving.release", "serving.rollback", "serving.releases", "serving.alerts", "serving.dashboard", "loadtests.run", "loadtests.slo", "loadtests.capacity", "loadtests.simulate_scale", "loadtests.compare_runs", "loadtests.tune", "loadtests.shadow", "loadtests.steady", "loadtests.report", "loadtests.profile", "loadtests.profile.record",
 ]  # fmt: skip
 

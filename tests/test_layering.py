@@ -26,6 +26,7 @@ TORCH_STAGES = {
     f"export/{name}.py" for name in ("prune", "to_onnx", "to_torchscript", "reference", "runners", "to_tensorrt")
 }
 STAGES = {
+    "train",
     "prune",
     "to_onnx",
     "to_torchscript",

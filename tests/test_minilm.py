@@ -39,7 +39,7 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if earlier.is_dir():
         shutil.copytree(earlier, build / "minilm" / "data")
     environment = {**os.environ, "BUILD": str(build), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-m", "export.source", "--model", "minilm"], check=True, env=environment)
+    subprocess.run([sys.executable, "-m", "export.train", "--model", "minilm"], check=True, env=environment)
     return build
 
 

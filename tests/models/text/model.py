@@ -51,3 +51,8 @@ def evaluate(predict: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) 
         changed.append(predict(other)["embedding"][0])
     nearest = (np.stack(changed) @ np.stack(originals).T).argmax(1)
     return {"self_retrieval": float(np.mean(nearest == np.arange(len(originals))))}
+
+
+def fingerprint() -> str:
+    """Nothing is read beside this file."""
+    return "random words"
