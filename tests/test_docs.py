@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import run_module
 
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), Path("client/README.md"), *sorted(Path("docs").glob("*.md"))]
 COMMANDS = [
@@ -38,11 +39,17 @@ def test_every_file_named_in_a_page_exists(page: Path) -> None:
         assert Path(name).exists(), name
 
 
+@functools.cache
+def help_of(module: str) -> str:
+    """What `python -m module --help` prints; each is asked once."""
+    run = run_module(module, "--help")
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
 @pytest.mark.parametrize("module", COMMANDS)
 def test_help_has_examples_that_name_the_command(module: str) -> None:
-    run = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
-    assert run.returncode == 0
-    assert run.stdout.count(f"python -m {module}") >= 2
+    assert help_of(module).count(f"python -m {module}") >= 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
@@ -50,6 +57,5 @@ def test_every_module_run_in_a_page_takes_the_flags_shown(page: Path) -> None:
     for module, flags in re.findall(
         r"python -m ((?:export|serving|loadtests|deepseek)[\w.]*)([^\n`|]*)", page.read_text()
     ):
-        run = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
         for flag in re.findall(r"(--[a-z-]+\w)", flags.split(" -- ")[0]):
-            assert flag in run.stdout, f"{module} {flag}"
+            assert flag in help_of(module), f"{module} {flag}"
