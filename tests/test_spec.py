@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -69,6 +70,15 @@ def test_a_mistake_is_one_line_with_file_key_and_what_is_allowed(
 def test_a_byte_order_mark_in_front_is_read_over(tmp_path: Path) -> None:
     (tmp_path / "deploy.toml").write_text(GOOD, encoding="utf-8-sig")
     assert DeploymentSpec.load(tmp_path).name == "recommender"
+
+
+def test_every_key_is_told_with_what_it_takes_and_means() -> None:
+    run = subprocess.run([sys.executable, "-m", "deepseek.spec", "--keys", "--json"], capture_output=True, text=True)
+    keys = {key["name"]: key for key in json.loads(run.stdout)}
+    assert keys["batching.instances"]["takes"] == "a whole number from 1 to 1024"
+    assert keys["precision.candidates"]["default"] == '["fp16", "int8"]'
+    assert keys["axes.<axis>.opt"]["default"] is None
+    assert [name for name, key in keys.items() if not key["meaning"]] == []
 
 
 def test_a_target_overrides_only_what_it_names() -> None:

@@ -37,6 +37,7 @@ class DeploymentSpec(Table):
     """One deployable model, as its `deploy.toml` has it. Sizes in elements, times as the names say."""
 
     name: ModelName
+    """That of the folder: how callers name the model."""
     inputs: dict[TensorName, TensorSpec] = Field(min_length=1)
     outputs: dict[TensorName, TensorSpec] = Field(min_length=1)
     axes: dict[AxisName, Axis]

@@ -103,12 +103,18 @@ class SloSpec(Table):
     """Objectives of the service, judged by `loadtests.slo` at `rate_rps`."""
 
     p50_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Latency that half of the requests keep."""
     p95_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Latency that 95 of 100 keep."""
     p99_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Latency that 99 of 100 keep."""
     rate_rps: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Requests/s that are sent, and answered."""
     max_error_rate: float = Field(0.001, ge=0, le=1)
+    """Share of the requests that may fail: errors, refusals, time-outs."""
     objectives: tuple[str, ...] = ()
-    """Further ones, a line each: see `Objective`."""
+    """Further ones, a line each: "p99.9_ms < 80", "p50_ms < 10 @ 200 rps", "error_rate < 0.1%", "throughput >= 150",
+    "ndcg@10 >= 0.99 * baseline" (`precision.metric`, against fp32 PyTorch)."""
 
     @field_validator("objectives")
     @classmethod

@@ -37,8 +37,11 @@ class Axis(Table):
     """Sizes that a named axis takes: the ONNX dynamic dim and the TensorRT profile."""
 
     min: int = Field(ge=1)
+    """Least size that a request may have."""
     opt: int = Field(ge=1)
+    """The usual size, for which TensorRT chooses its kernels."""
     max: int = Field(ge=1, le=INT32)
+    """Largest size; of the axis `batch` Triton's max_batch_size."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Axis:
@@ -51,7 +54,9 @@ class TensorSpec(Table):
     """Type and shape of one input or output; a dimension is a size or the name of an axis."""
 
     dtype: DType
+    """As numpy names it."""
     shape: tuple[int | str, ...]
+    """`["batch", ...]`: after the axis batch sizes, and names of other axes."""
 
     @field_validator("shape", mode="before")
     @classmethod
@@ -74,6 +79,7 @@ class PrecisionSpec(Table):
     """The accuracy budget: the fastest of `candidates` that loses at most `max_drop` is served."""
 
     candidates: tuple[Precision, ...] = Field(("fp16", "int8"), min_length=1)
+    """What is built and compared beside fp32, which is what is left where none is inside the budget, or faster."""
     metric: str | None = None
     """Key of what model.py's evaluate() returns; absent: similarity of the outputs."""
     max_drop: float = Field(0.01, ge=0, le=1)
@@ -81,6 +87,7 @@ class PrecisionSpec(Table):
     calibration_method: Literal["auto", "max", "entropy"] = "auto"
     """Where ranges end: the largest magnitude, least KL divergence, or whichever leaves the outputs nearer to fp32."""
     calibration_samples: int = Field(512, ge=2)
+    """Rows of samples("calibration") that are used at most."""
     per_channel: bool = True
     """A scale for each output channel of the weights; false: one for each tensor."""
     weight_only: bool = False
@@ -107,7 +114,9 @@ class BatchingSpec(Table):
     max_queue_delay_us: int = Field(0, ge=0, le=INT32)
     """How long a batch waits to fill; 0 still batches what queued up while the model was busy."""
     max_queue_size: int = Field(512, ge=1, le=INT32)
+    """Requests that may wait; one more is refused at once (503, UNAVAILABLE)."""
     queue_timeout_ms: int = Field(200, ge=1, le=INT32)
+    """Longest wait in the queue; then the request is refused."""
     instances: int = Field(2, ge=1, le=MOST_COPIES)
     """Copies of the model that run side by side. With one, Triton's bounded queue can stall: see
     docs/triton.md."""
@@ -226,4 +235,6 @@ class TargetSpec(Table):
     """What one target overrides; the same keys as `[batching]` and `[slo]`, each optional."""
 
     batching: dict[str, Any] = {}
+    """Keys of `[batching]`."""
     slo: dict[str, Any] = {}
+    """Keys of `[slo]`."""
