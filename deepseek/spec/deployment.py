@@ -48,9 +48,7 @@ class DeploymentSpec(Table):
     tensorrt: TensorrtSpec = TensorrtSpec()
     onnxruntime: OnnxRuntimeSpec = OnnxRuntimeSpec()
     targets: dict[Target, TargetSpec] = {}
-    tuned: Annotated[str, matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.toml", "a file's name, such as tuned.toml")] | None = (
-        None
-    )
+    tuned: TomlName | None = None
     """File beside this one where `make tune` writes what it found better on this machine; it need not be there."""
 
     @model_validator(mode="after")
