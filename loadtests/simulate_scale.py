@@ -50,7 +50,6 @@ LEAST_REPLICAS = 2  # one may fail or be drained
 MIN_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the pods that the peak needs, kept as the least number
 DEFAULT_PEAK = 5.0  # servers
 ROWS = 12  # of the table; all are in scale.json
-Costs = dict[tuple[str, float, int], Day]
 
 
 @dataclass(frozen=True, kw_only=True)
