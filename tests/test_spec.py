@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -284,3 +285,10 @@ def test_a_server_that_takes_smaller_batches_has_a_smaller_profile() -> None:
     cut = spec.with_batches_up_to(3)
     assert (cut.shape("input_ids", "max"), cut.shape("input_ids", "opt")) == ((3, 64), (3, 16))
     assert spec.with_batches_up_to(100) == spec
+
+
+def test_an_interrupt_while_a_command_still_imports_is_one_line() -> None:
+    code = "import export, signal\nsignal.raise_signal(signal.SIGINT)\nsum(range(10**9))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == -signal.SIGINT
+    assert run.stderr == "error: interrupted\n"

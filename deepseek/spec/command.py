@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any, NoReturn
 
 # What is wrong with a place that the user named, not with the program, and what to do about it.
@@ -48,6 +49,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model and --models, as every command that works on one model takes them."""
     parser.add_argument("--model", default="recommender", help="name of the model folder (default: %(default)s)")
     parser.add_argument("--models", default="models", help="folder of model folders (default: %(default)s)")
+
+
+def quiet_interrupts() -> None:
+    """Ctrl-C is one line from here on: also while a command still imports what it needs, before `run_command`."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            _say("interrupted", 130)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
