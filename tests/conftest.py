@@ -1,20 +1,75 @@
-"""What the tests share: a real Triton over tiny models, and two models taken through the export stages."""
+"""What the tests share: a real Triton over tiny models, and two models taken through the export stages.
+
+`make test` runs them in several processes (pytest-xdist). A file's tests stay in one process, so that what a file sets
+up is set up once; what a session sets up in folders is made by one process for all (`once`). A test marked `alone`
+measures this machine: it comes last, and no other runs meanwhile.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadGroupScheduling
 
+from export.artifact import alone_in
 from serving.embedded import EmbeddedServer
+from serving.stack import limits, served_models
 from tests.failing_servers import MakeRelays, Relay
+from tests.gateway import Gateway, skip_without_nginx
+from tests.warm import LIBRARIES_OF, run_warm
 
 os.environ["CACHE"] = "off"  # each test builds what it shows; those of the cache have one of their own
+
+
+def is_alone(item: pytest.Item) -> bool:
+    """Whether it measures this machine."""
+    return item.get_closest_marker("alone") is not None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadGroupScheduling:
+    """Each process takes whole files, and one of them at last all that is to run alone."""
+    config.option.loadscopereorder = False  # the order is the one below
+
+    class Files(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "alone" if nodeid.endswith("@alone") else nodeid.partition("::")[0]
+
+    return Files(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under pytest-xdist the files with the most slow tests come first, so that no process is left with one at the end."""
+    if not hasattr(config, "workerinput"):
+        return
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (is_alone(item), -slow[item.path]))
+    for item in filter(is_alone, items):
+        item.add_marker(pytest.mark.xdist_group("alone"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test that is to run alone, with its fixtures, waits for those of the other processes, and they for it."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    of_the_run = Path(item.config.getoption("basetemp")).parent  # this process has a folder of its own in it
+    with (of_the_run / "alone.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if is_alone(item) else fcntl.LOCK_SH)
+        return (yield)
+
 
 # Tensors cross by DLPack: see serving/onnxruntime_backend.py.
 ADD_ONE = '''
@@ -90,11 +145,39 @@ def relays(server: EmbeddedServer) -> Iterator[MakeRelays]:
         relay.close()
 
 
+@pytest.fixture(scope="session")
+def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """A Triton with the flags of the stack, whose admin key is `sesame`; `stuck` takes 3 s a batch."""
+    skip_without_nginx()
+    folder = tmp_path_factory.mktemp("closed")
+    write_add_one(folder / "repository")
+    write_add_one(folder / "repository", "stuck", delay_s=3)
+    ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_ADMIN_KEY", "sesame")
+        server = EmbeddedServer(
+            folder / "repository", **ports, log_path=folder / "triton.log", behind_gateway=True, exit_timeout_s=1
+        )
+    with server as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def gateway(closed: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """The gateway before it; an answer may take 1 s."""
+    folder = tmp_path_factory.mktemp("gateway")
+    models = [replace(model, queue_timeout_ms=500, p99_ms=50) for model in served_models(closed.repository, folder)]
+    running = Gateway(folder, limits(models), closed.http_url, closed.grpc_url)
+    yield running
+    assert running.stop() == 0
+
+
 def run_module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m …` as a user types it."""
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], capture_output=True, text=True, env={**os.environ, **environment}
-    )
+    """`python -m …` as a user types it; what would load heavy libraries finds them loaded."""
+    everything = {**os.environ, **environment}
+    if arguments[0].partition(".")[0] in LIBRARIES_OF:
+        return run_warm(arguments, everything)
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, env=everything)
 
 
 STAGES = (
@@ -107,29 +190,55 @@ STAGES = (
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `build/` and `repository/` of the models `image` and `text`; not to be changed."""
-    folder = tmp_path_factory.mktemp("built")
-    for model in ("image", "text"):
-        for stage, *flags in STAGES:
-            if stage == "export.to_triton":
-                flags = ["--repository", str(folder / "repository")]
-            arguments = (stage, "--models", "tests/models", "--model", model, *flags)
-            run = run_module(*arguments, BUILD=str(folder / "build"))
-            assert run.returncode == 0, run.stderr
+def of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of a run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def once(folder: Path, make: Callable[[], None]) -> Path:
+    """The folder, filled by whichever process asks for it first; the others wait."""
+    made = folder.with_suffix(".made")
+    with alone_in(folder):
+        if not made.exists():
+            make()
+            made.touch()
     return folder
 
 
+def run_stage(model: str, stage: str, *flags: str, build: Path) -> None:
+    """A stage of the export, for one of the models of the tests."""
+    run = run_module(stage, "--models", "tests/models", "--model", model, *flags, BUILD=str(build))
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.fixture(scope="session")
-def typed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(of_the_run: Path) -> Path:
+    """A folder with `build/` and `repository/` of the models `image` and `text`; not to be changed."""
+    folder = of_the_run / "built"
+
+    def make() -> None:
+        for model in ("image", "text"):
+            for stage, *flags in STAGES:
+                where = ("--repository", str(folder / "repository")) if stage == "export.to_triton" else ()
+                run_stage(model, stage, *flags, *where, build=folder / "build")
+
+    return once(folder, make)
+
+
+@pytest.fixture(scope="session")
+def typed(built: Path, of_the_run: Path) -> Path:
     """The same `build/` with int8 graphs as TensorRT takes them; not to be changed."""
-    build = tmp_path_factory.mktemp("typed") / "build"
-    shutil.copytree(built / "build", build)
-    for model in ("image", "text"):
-        arguments = ("--models", "tests/models", "--model", model, "--precision", "int8", "--high-precision", "fp16")
-        run = run_module("export.quantize", *arguments, BUILD=str(build))
-        assert run.returncode == 0, run.stderr
-    return build
+    folder = of_the_run / "typed"
+
+    def make() -> None:
+        shutil.copytree(built / "build", folder / "build", dirs_exist_ok=True)
+        for model in ("image", "text"):
+            run_stage(
+                model, "export.quantize", "--precision", "int8", "--high-precision", "fp16", build=folder / "build"
+            )
+
+    return once(folder, make) / "build"
 
 
 @pytest.fixture

@@ -301,6 +301,7 @@ def served(repositories: Path, build: Path, new: str, *more: str) -> subprocess.
     return run_module("loadtests.compare_runs", *model, *sides, *short, *more, BUILD=str(build))
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_an_added_delay_is_found_worse(repositories: Path, tmp_path: Path) -> None:
     run = served(repositories, tmp_path, "slow", "--no-capacity")

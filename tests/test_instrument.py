@@ -67,6 +67,7 @@ def nearest_rank(ordered: np.ndarray, percent: float) -> float:
     return float(ordered[math.ceil(percent / 100 * len(ordered) - 1e-9) - 1])
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_reported_percentiles_are_the_servers_own_within_two_percent(protocol: Protocol) -> None:
     with FakeEndpoint(delay_ms=150, slow_every=3, slow_ms=500) as endpoint:
@@ -80,6 +81,7 @@ def test_reported_percentiles_are_the_servers_own_within_two_percent(protocol: P
         )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_intended_latency_shows_a_planned_stall_in_full_and_a_closed_loop_hides_it(protocol: Protocol) -> None:
     with FakeEndpoint(delay_ms=5, stall_at=50, stall_s=2) as endpoint:
@@ -125,6 +127,7 @@ def test_a_server_that_resets_connections_leaves_errors_of_that_kind(protocol: P
     assert run.window.planned == run.window.ok + run.window.failed == 180
 
 
+@pytest.mark.alone
 def test_an_answer_in_a_hundred_that_is_slow_shows_above_p99() -> None:
     with FakeEndpoint(delay_ms=10, slow_every=100, slow_ms=800) as endpoint:
         run = measured(settings(endpoint, rate_rps=150.0, duration_s=4.0))
@@ -187,6 +190,7 @@ def test_a_mix_sends_each_model_its_share_and_is_judged_by_each_models_own_slo(m
     assert [each["name"] for each in found["models"]["tiny"]["objectives"]][:1] == ["p99_ms"]
 
 
+@pytest.mark.alone
 def test_a_closed_loop_of_a_mix_shares_the_users_out() -> None:
     with FakeEndpoint(delay_ms=20) as endpoint:
         run = command(settings(endpoint, duration_s=2.0), "--mix", "tiny:3,other:1", "--users", "4", "--workers", "2")

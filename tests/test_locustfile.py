@@ -114,6 +114,7 @@ def test_an_open_loop_sends_every_planned_request_once(
     assert run.server["version"] == "1"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_a_closed_loop_keeps_its_users_busy(
     tiny: tuple[EmbeddedServer, Path], protocol: Literal["grpc", "http"]
@@ -124,6 +125,7 @@ def test_a_closed_loop_keeps_its_users_busy(
     assert run.window.failed == 0
 
 
+@pytest.mark.alone
 def test_a_stall_shows_in_full_in_an_open_loop_and_hardly_in_a_closed_one(tiny: tuple[EmbeddedServer, Path]) -> None:
     # One request in a hundred stalls the server for a second; at 50/s some fifty others wait for it.
     stalling = settings(tiny, inputs=str(tiny[1] / "stall.npz"), warmup_s=0.5)

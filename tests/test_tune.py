@@ -138,6 +138,7 @@ def found(killed: Path) -> Tuning:
     return result
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_killed_search_leaves_no_server(killed: Path) -> None:
     ends_at = time.monotonic() + 20
@@ -146,6 +147,7 @@ def test_a_killed_search_leaves_no_server(killed: Path) -> None:
     assert processes_over(killed) == []
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_search_goes_on_after_a_kill_and_finds_what_is_better(found: Tuning, wide: Path) -> None:
     assert (found.default.max_batch, found.best and found.best.max_batch) == (1, 8), found
@@ -159,6 +161,7 @@ def test_the_search_goes_on_after_a_kill_and_finds_what_is_better(found: Tuning,
     assert 8 in [tried.settings.max_batch for tried in found.trials if tried.pareto]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_what_was_found_is_written_and_used_by_the_next_publish(
     found: Tuning, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
