@@ -20,6 +20,8 @@ import tritonclient.grpc as triton
 
 from serving.keys import ensure_folder, new_key, revoke
 
+INFER = "/v2/models/add_one/infer"
+SERVICE = "/inference.GRPCInferenceService"
 NJS = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
 
 

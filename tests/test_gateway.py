@@ -1,19 +1,16 @@
-"""The gateway before a real Triton: what it lets through, and the list of attacks that it refuses."""
+"""The gateway before a real Triton: what it lets through for whom, and what callers and operators see of it."""
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import os
 import re
-import socket
 import ssl
 import subprocess
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +21,9 @@ from tritonclient.utils import InferenceServerException
 
 from serving.certificate import ensure_certificate
 from serving.embedded import EmbeddedServer
-from serving.flags import ADMIN_HEADER
 from serving.stack import limits, served_models
 from tests.conftest import write_add_one
-from tests.gateway import Gateway, authorized, grpc_input, json_body, skip_without_nginx
-
-INFER = "/v2/models/add_one/infer"
-SERVICE = "/inference.GRPCInferenceService"
-
-
-@pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    """A Triton with the flags of the stack, whose admin key is known here; `stuck` takes 3 s a batch."""
-    skip_without_nginx()
-    folder = tmp_path_factory.mktemp("closed")
-    write_add_one(folder / "repository")
-    write_add_one(folder / "repository", "stuck", delay_s=3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_ADMIN_KEY", "sesame")
-        ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
-        with EmbeddedServer(
-            folder / "repository", **ports, log_path=folder / "triton.log", behind_gateway=True, exit_timeout_s=1
-        ) as running:
-            yield running
-
-
-@pytest.fixture(scope="module")
-def gateway(closed: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """The gateway before it; an answer may take 1 s."""
-    folder = tmp_path_factory.mktemp("gateway")
-    models = [replace(model, queue_timeout_ms=500, p99_ms=50) for model in served_models(closed.repository, folder)]
-    running = Gateway(folder, limits(models), closed.http_url, closed.grpc_url)
-    yield running
-    assert running.stop() == 0
+from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body, skip_without_nginx
 
 
 def http_client(gateway: Gateway) -> triton_http.InferenceServerClient:
@@ -153,223 +120,6 @@ def test_the_rate_of_a_key_is_its_own(gateway: Gateway) -> None:
     assert gateway.lines(caller="slow", grpc_status="8")
 
 
-# ---- only inference, metadata and readiness ----------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "/v2",
-        "/v2/health/live",
-        "/v2/health/ready",
-        "/v2/models/add_one",
-        "/v2/models/add_one/versions/1",
-        "/v2/models/add_one/ready",
-        "/v2/models/add_one/config",
-    ],
-)
-def test_metadata_and_readiness_are_let_through(gateway: Gateway, target: str) -> None:
-    assert gateway.http("GET", target)[0] == 200
-
-
-CLOSED = [
-    ("POST", "/v2/repository/index"),
-    ("POST", "/v2/repository/models/add_one/load"),
-    ("POST", "/v2/repository/models/add_one/unload"),
-    ("GET", "/v2/systemsharedmemory/status"),
-    ("POST", "/v2/systemsharedmemory/region/x/register"),
-    ("POST", "/v2/cudasharedmemory/region/x/register"),
-    ("GET", "/v2/trace/setting"),
-    ("POST", "/v2/models/add_one/trace/setting"),
-    ("GET", "/v2/logging"),
-    ("POST", "/v2/logging"),
-    ("GET", "/v2/models/stats"),
-    ("GET", "/v2/models/add_one/stats"),
-    ("GET", "/metrics"),
-    ("POST", "/v2/models/add_one/generate"),
-    ("POST", "/v2/models/add_one/generate_stream"),
-    ("DELETE", "/v2/models/add_one/infer"),
-    ("GET", "/v2/models/add_one/infer"),
-    ("POST", "/v2/models/add_one"),
-    ("OPTIONS", "*"),
-    ("GET", "/"),
-    ("GET", "/healthz"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("method", "target"), CLOSED, ids=lambda value: value)
-def test_all_else_is_forbidden(gateway: Gateway, method: str, target: str) -> None:
-    status, answer = gateway.http(method, target, body=b"{}" if method == "POST" else b"")
-    assert status == (400 if target == "*" else 403)
-    assert b"triton" not in answer.lower()
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        *(f"{SERVICE}/{name}" for name in ("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload", "ModelStatistics", "TraceSetting", "LogSettings", "SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "CudaSharedMemoryRegister", "ModelStreamInfer", "Nonsense", "ModelInfer/")),
-        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
-        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
-        "/grpc.health.v1.Health/Watch",
-    ],
-)  # fmt: skip
-def test_other_grpc_methods_are_denied(gateway: Gateway, path: str) -> None:
-    assert gateway.grpc_status(path) == "PERMISSION_DENIED"
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "/v2/../v2/repository/index",
-        "/v2/models/add_one/../../repository/index",
-        "/v2/models/../repository/index",
-        "/v2/models/add_one/infer/../stats",
-        "/v2/models/add_one/./stats",
-        "/v2/models/%2e%2e/repository/index",
-        "/v2/models/..%2frepository/index",
-        "/v2/models/add_one%2fstats",
-        "/v2/models/add_one/%69nfer",
-        "/%76%32/repository/index",
-        "//v2/repository/index",
-        "/v2//repository/index",
-        "/v2/models/add_one/stats/",
-        "/v2/models/add_one/stats?",
-        "/v2/models/add_one/stats#/infer",
-        "/v2/models/add_one/infer?x=/../stats",
-        "/v2/models/add_one;/../stats",
-        "/v2/models/add_one\\..\\stats",
-        "/v2/models/add_one/infer%00",
-        "/V2/models/add_one/stats",
-        "http://localhost/v2/models/add_one/stats",
-        "http://127.0.0.1:8000/v2/repository/index",
-        "https://localhost/v2/../v2/models/add_one/stats",
-        "/v2/models/versions/1/stats",
-        "/v2/models/stats",
-        "/v2/models/add_one/versions/1/stats",
-    ],
-)
-def test_no_trick_with_the_path_reaches_what_is_closed(gateway: Gateway, target: str) -> None:
-    for method in ("GET", "POST"):
-        status, answer = gateway.http(method, target, body=b"{}" if method == "POST" else b"")
-        assert status in (400, 403), answer
-        assert b"model_stats" not in answer
-        assert b'"state"' not in answer
-
-
-def test_the_admin_key_opens_triton_but_does_not_pass_the_gateway(gateway: Gateway, closed: EmbeddedServer) -> None:
-    url = f"http://{closed.http_url}/v2/models/add_one/stats"
-    with pytest.raises(urllib.error.HTTPError, match="403"):
-        urllib.request.urlopen(url)
-    assert urllib.request.urlopen(urllib.request.Request(url, headers={ADMIN_HEADER: "sesame"})).status == 200
-    assert gateway.http("GET", "/v2/models/add_one/stats", f"{ADMIN_HEADER}: sesame")[0] == 403
-    sent = ((f"triton-grpc-protocol-{ADMIN_HEADER}", "sesame"),)
-    assert gateway.grpc_status(f"{SERVICE}/ModelStatistics", metadata=sent) == "PERMISSION_DENIED"
-
-
-# ---- smuggling ---------------------------------------------------------------------------------
-
-INNER = b"GET /v2/repository/index HTTP/1.1\r\nHost: localhost\r\n\r\n"
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        b"Content-Length: 4\r\nTransfer-Encoding: chunked",
-        b"Transfer-Encoding: chunked\r\nContent-Length: 4",
-        b"Content-Length: 4\r\nContent-Length: 60",
-        b"Content-Length: 4, 60",
-        b"Content-Length: +4",
-        b"Content-Length: 0x4",
-        b"Content-Length: -1",
-        b"Transfer-Encoding: xchunked",
-        b"Transfer-Encoding: chunked, identity",
-        b"Transfer-Encoding : chunked\r\nContent-Length: 4",
-        b"Transfer-Encoding: gzip, chunked",
-        b"Authorization: Bearer dsk_AAAA",
-        b"Host: elsewhere",
-        b"X-Bad: a\x00b",
-    ],
-)
-def test_requests_that_two_servers_could_read_differently_are_refused(gateway: Gateway, headers: bytes) -> None:
-    request = b"POST " + INFER.encode() + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-    request += f"Authorization: Bearer {gateway.key}\r\n".encode() + headers + b"\r\n\r\n0\r\n\r\n" + INNER
-    status, answer = gateway.send(request)
-    assert status in (400, 501), answer
-    assert answer.count(b"HTTP/1.1 ") <= 1
-
-
-def test_an_upgrade_to_h2c_is_not_taken(gateway: Gateway) -> None:
-    upgrade = ("Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__", "Connection: Upgrade, HTTP2-Settings")
-    status, answer = gateway.http("GET", "/v2/health/ready", *upgrade)
-    assert status == 200
-    assert b"HTTP/1.1 101" not in answer
-
-
-def test_plain_http_and_old_tls_are_refused(gateway: Gateway) -> None:
-    with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as plain:
-        plain.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert plain.recv(64).startswith(b"HTTP/1.1 400")
-    with pytest.warns(DeprecationWarning, match="TLSv1_1"), pytest.raises((ssl.SSLError, ConnectionError)):
-        gateway.connect(version=ssl.TLSVersion.TLSv1_1)
-
-
-# ---- sizes and speed ---------------------------------------------------------------------------
-
-
-def test_the_largest_request_of_a_model_passes_and_a_larger_one_does_not(gateway: Gateway) -> None:
-    assert gateway.http("POST", INFER, body=json_body(8, 1024))[0] == 200
-    assert gateway.http("POST", INFER, body=json_body(64, 1024))[0] == 413
-    with gateway.grpc_client() as client:
-        client.infer("add_one", grpc_input(8, 1024), headers=authorized(gateway.key))
-        with pytest.raises(InferenceServerException, match="RESOURCE_EXHAUSTED"):
-            client.infer("add_one", grpc_input(64, 4096), headers=authorized(gateway.key))
-
-
-def test_a_body_without_a_length_is_measured_as_it_comes(gateway: Gateway) -> None:
-    chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
-    request = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n"
-    request += f"Authorization: Bearer {gateway.key}\r\n\r\n"
-    assert gateway.send(request.encode() + chunk * 20 + b"0\r\n\r\n")[0] == 413
-
-
-def test_compressed_requests_are_refused_before_anything_unpacks_them(gateway: Gateway) -> None:
-    body = gzip.compress(json_body())
-    assert gateway.http("POST", INFER, "Content-Encoding: gzip", body=body)[0] == 415
-    assert gateway.http("POST", INFER, "Content-Encoding: deflate", body=body)[0] == 415
-    with gateway.grpc_client() as client, pytest.raises(InferenceServerException, match="UNIMPLEMENTED"):
-        client.infer("add_one", grpc_input(), headers=authorized(gateway.key), compression_algorithm="gzip")
-
-
-def test_headers_larger_than_any_caller_needs_are_refused(gateway: Gateway) -> None:
-    assert gateway.http("GET", "/v2/health/ready", "X-Large: " + "a" * 9000)[0] == 400
-    assert gateway.http("GET", "/v2/models/" + "a" * 9000)[0] == 414
-
-
-@pytest.mark.slow
-def test_slow_and_half_open_callers_are_cut_off_and_cost_the_others_nothing(gateway: Gateway) -> None:
-    half_open = [socket.create_connection(("127.0.0.1", gateway.port)) for _ in range(200)]
-    slow = [gateway.connect() for _ in range(20)]
-    started = time.monotonic()
-    ended = 0.0
-    for connection in slow:
-        connection.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: ")
-    while not ended and time.monotonic() - started < 15:
-        assert gateway.http("GET", "/v2/health/ready")[0] == 200
-        try:
-            slow[0].sendall(b"x")
-            slow[0].settimeout(0.2)
-            ended = 0.0 if slow[0].recv(1) else time.monotonic() - started
-        except TimeoutError:
-            continue
-        except OSError:
-            ended = time.monotonic() - started
-    assert 4 < ended < 9
-    for each in [*slow, *half_open]:
-        each.settimeout(3)
-        with each, contextlib.suppress(ConnectionError, ssl.SSLError):
-            assert each.recv(1) == b""  # closed by the gateway, not timed out here
-
-
 # ---- what callers and operators see --------------------------------------------------------------
 
 
@@ -391,7 +141,9 @@ def test_without_a_server_the_answer_is_unavailable(gateway: Gateway, tmp_path: 
 
 
 def test_of_two_servers_one_that_is_killed_costs_no_request(gateway: Gateway, tmp_path: Path) -> None:
+    """Nor those that it was working on: bare clients, which try nothing again."""
     write_add_one(tmp_path / "repository")
+    write_add_one(tmp_path / "repository", "slow", delay_s=0.4)
     ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
     with contextlib.ExitStack() as stack:
         two = [
@@ -402,20 +154,48 @@ def test_of_two_servers_one_that_is_killed_costs_no_request(gateway: Gateway, tm
         both = Gateway(tmp_path, (gateway.folder / "limits.conf").read_text(), *addresses)
         stack.callback(both.stop)
         client = stack.enter_context(both.grpc_client())
+        pool = stack.enter_context(ThreadPoolExecutor(4))
 
-        def call() -> None:
-            assert both.http("POST", INFER, body=json_body())[0] == 200
-            client.infer("add_one", grpc_input(), headers=authorized(both.key))
+        def over_http(model: str) -> None:
+            assert both.http("POST", f"/v2/models/{model}/infer", body=json_body())[0] == 200
+
+        def over_grpc(model: str) -> None:
+            client.infer(model, grpc_input(), headers=authorized(both.key))
 
         for _ in range(8):
-            call()
+            over_http("add_one")
+            over_grpc("add_one")
         assert {line["triton"] for line in both.lines(api="infer")} == {
             url for each in two for url in (each.http_url, each.grpc_url)
         }
+        under_way = [pool.submit(call, "slow") for call in (over_grpc, over_grpc, over_http, over_http)]
+        time.sleep(0.2)
         assert two[0]._process is not None
         two[0]._process.kill()
+        for each in under_way:
+            each.result()
         for _ in range(20):
-            call()
+            over_http("add_one")
+            over_grpc("add_one")
+        assert [line for line in both.lines(api="infer") if " : " in line["triton"]]  # sent a second time
+
+
+def test_servers_that_were_all_too_late_once_are_asked_again_at_once(
+    gateway: Gateway, closed: EmbeddedServer, tmp_path: Path
+) -> None:
+    """nginx leaves a server alone for a second that has not answered in time; never all of them."""
+    twice = [f"{url},{url}" for url in (closed.http_url, closed.grpc_url)]
+    both = Gateway(tmp_path, (gateway.folder / "limits.conf").read_text(), *twice)
+    with contextlib.ExitStack() as stack:
+        stack.callback(both.stop)
+        client = stack.enter_context(both.grpc_client())  # one connection: one of nginx's processes
+        pool = stack.enter_context(ThreadPoolExecutor(2))
+        late = [pool.submit(client.infer, "stuck", grpc_input(), headers=authorized(both.key)) for _ in range(2)]
+        for each in late:
+            with pytest.raises(InferenceServerException, match="DEADLINE_EXCEEDED"):
+                each.result()
+        for _ in range(4):
+            assert client.infer("add_one", grpc_input(), headers=authorized(both.key)).as_numpy("y").sum() == 6
 
 
 def test_each_request_is_a_line_of_json_with_its_id_and_without_its_key(gateway: Gateway) -> None:

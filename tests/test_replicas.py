@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from pathlib import Path
@@ -94,7 +95,8 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Names:
 def share(gateway: Gateway, protocol: str, address: str) -> float:
     """Of the last requests of a protocol, those that the replica at an address answered."""
     lines = [line for line in gateway.lines(api="infer") if line["protocol"] == protocol][-RECENT:]
-    return sum(line["triton"].split(", ")[-1].startswith(f"{address}:") for line in lines) / len(lines)
+    tried = [re.split(", | : ", line["triton"]) for line in lines]
+    return sum(each[-1].startswith(f"{address}:") for each in tried) / len(lines)
 
 
 def wait_for_share(gateway: Gateway, address: str, least: float, most: float) -> None:

@@ -17,7 +17,7 @@ for name in tls.crt tls.key limits.conf keys; do
     [ -r "$folder/$name" ] || { echo "error: $folder/$name cannot be read by user $(id -u); make keys and make engine write it" >&2; exit 2; }
 done
 mkdir -p "$run"
-cp "$here"/{nginx.conf,grpc_error.conf,gateway.js} "$run/"
+cp "$here"/{nginx.conf,grpc_pass.conf,grpc_error.conf,gateway.js} "$run/"
 ln -sfn "$folder/limits.conf" "$run/limits.conf"
 printf 'pid %s/nginx.pid;\nworker_processes %s;\n' "$run" "${WORKERS:-2}" >"$run/main.conf"
 # Root is meant here only where it is nobody outside: in a rootless engine. nginx would change to another user.
@@ -27,18 +27,23 @@ printf 'listen %s ssl backlog=4096;\nssl_certificate "%s/tls.crt";\nssl_certific
 printf 'listen %s;\n' "${INTERNAL_LISTEN:-9145}" >"$run/internal.conf"
 
 # One upstream: each address of each host:port. Connections are kept for a while only: a Triton that is told to stop takes
-# no new ones and waits for those that are open, idle or not, until its exit time-out.
+# no new ones and waits for those that are open, idle or not, until its exit time-out. One that failed is left alone for a
+# second. An answer that is too late is a failure, too, so that in an overload all of them may be left alone: each is
+# therefore a spare as well, and whoever is alive is asked.
 upstream() {
-    local name="$1" servers="" host address
+    local name="$1" servers="" spares="" host address count=0
     for target in ${2//,/ }; do
         host="${target%:*}"
         for address in $(getent ahostsv4 "$host" | awk '$2 == "STREAM" { print $1 }' | sort -u); do
             servers+="    server $address:${target##*:} max_fails=1 fail_timeout=1s;"$'\n'
+            spares+="    server $address:${target##*:} max_fails=0 backup;"$'\n'
+            count=$((count + 1))
         done
     done
-    printf 'upstream %s {\n%s    keepalive 128;\n    keepalive_timeout 1s;\n    keepalive_time 5s;\n}\n' "$name" \
+    [ "$count" -gt 1 ] || spares=""  # nginx never leaves a single one alone
+    printf 'upstream %s {\n%s%s    keepalive 128;\n    keepalive_timeout 1s;\n    keepalive_time 5s;\n}\n' "$name" \
         "${servers:-    server 127.0.0.1:9 down;
-}"
+}" "$spares"
 }
 
 endpoints() {
