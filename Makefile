@@ -113,6 +113,13 @@ CAN_BUILD = $(or $(INSIDE),$(NATIVE),$(shell docker info 2>/dev/null | grep -q n
 # The demo serves on the embedded Triton, which has no TensorRT backend.
 AUTO_TARGET := $(if $(and $(GPU),$(if $(filter demo,$(MAKECMDGOALS)),,$(CAN_BUILD))),tensorrt,onnxruntime)
 T := $(if $(filter auto,$(TARGET)),$(AUTO_TARGET),$(TARGET))
+# A word that is no choice is told before anything is made for it.
+KNOWN_TARGETS := auto onnxruntime tensorrt tensorrt_rtx torchscript
+KNOWN_PRECISIONS := auto fp32 fp16 int8 fp8
+$(if $(filter $(TARGET),$(KNOWN_TARGETS)),,$(error TARGET: seen "$(TARGET)"; allowed: $(KNOWN_TARGETS)))
+ifneq ($(filter demo engine release check-engine,$(MAKECMDGOALS)),)
+$(if $(filter-out $(KNOWN_PRECISIONS),$(PRECISION)),$(error PRECISION: seen "$(PRECISION)"; allowed: $(KNOWN_PRECISIONS)))
+endif
 # What is not quantized: ONNX Runtime on a CPU has no fast fp16.
 HIGH := $(if $(filter onnxruntime,$(T)),fp32,fp16)
 PY := $(VENV)/bin/python

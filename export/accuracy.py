@@ -10,7 +10,7 @@ import numpy as np
 from deepseek.spec import DeploymentSpec, InputError
 from export.artifact import Row
 from export.runners import within_batch
-from export.source import Predict, Source
+from export.source import Predict, Source, check_inputs
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]  # (value, reference) of one output, row by row
 NEGLIGIBLE = 1e-3  # of the output's largest magnitude: what a row of zeros may be off before it counts as one of others
@@ -96,13 +96,28 @@ def similarity(report: dict[str, dict[str, float]]) -> float:
 
 
 def task_metrics(source: Source, predict: Predict) -> dict[str, float]:
-    """What model.py's evaluate() says of `predict`; empty where deploy.toml names no metric."""
+    """What model.py's evaluate() says of `predict`; empty where deploy.toml names no metric.
+
+    Raises InputError where evaluate() asks for what the signature does not have, or returns no dict of numbers.
+    """
     metric = source.spec.precision.metric
     if metric is None or source.evaluate is None:
         return {}
-    found = {
-        name: float(value) for name, value in source.evaluate(within_batch(predict, source.spec.max_batch)).items()
-    }
+    file, limited = source.folder / "model.py", within_batch(predict, source.spec.max_batch)
+
+    def asked(inputs: Row) -> Row:
+        if check_inputs(source.spec, inputs, f"{file}: evaluate(): what it gives predict") == 0:
+            raise InputError(f"{file}: evaluate(): gives predict a batch of no rows")
+        return limited(inputs)
+
+    returned = source.evaluate(asked)
+    try:
+        found = {str(name): float(value) for name, value in returned.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(
+            f"{file}: evaluate() returned {str(returned)[:100]}; a dict of names and numbers is needed, such as "
+            f"{{{metric!r}: 0.9}}"
+        ) from None
     if metric not in found:
         raise InputError(
             f"{source.folder / 'deploy.toml'}: precision.metric: seen {metric!r}; evaluate() returns {', '.join(found)}"

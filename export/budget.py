@@ -16,7 +16,7 @@ from typing import Any
 from deepseek.spec import Target, build_dir
 from export.accuracy import metric_drop, parity, similarity, task_metrics
 from export.artifact import Row, load_rows, pruning_of, scratch_in, sha256
-from export.cache import cpu, data_digest, fetch, key_of, store
+from export.cache import alone_with, cpu, fetch, key_of, store
 from export.runners import gpu_name, module_runner, outputs_of, torch_runner
 from export.source import Predict, Source
 
@@ -77,17 +77,15 @@ def accuracy_key(source: Source, weights: str, variant: Path, target: Target) ->
     Take it before anything runs: what functions import on the way would change it. `weights` is the digest of the
     module that is the reference. None where nobody knows what evaluate() reads: then it is asked each time.
     """
-    spec, fingerprint = source.spec, source.fingerprint()
-    if spec.precision.metric is not None and fingerprint is None:
+    spec, reads = source.spec, source.reads()
+    if spec.precision.metric is not None and reads["fingerprint"] is None:
         return None
     return key_of(
         "accuracy",
         variant={file.name: sha256(file) for file in sorted(variant.parent.glob(f"{variant.name}*"))},
         evaluation=sha256(build_dir(spec.name) / "evaluation.npz"),
         reference=[weights, pruning_of(spec.name)],
-        folder=source.file_digests(),
-        fingerprint=fingerprint,
-        data=data_digest(),
+        reads=reads,
         spec=spec.model_dump(mode="json", include={"inputs", "outputs", "axes", "onnxruntime"}),
         metric=spec.precision.metric,
         device=[target, cpu(), gpu_name()],
@@ -98,7 +96,7 @@ def measured(key: str | None, name: str, measure: Callable[[], dict[str, Any]]) 
     """What `measure` returns, out of the cache where it has been measured under this key."""
     if key is None:
         return measure()
-    with scratch_in(build_dir(name)) as scratch:
+    with scratch_in(build_dir(name)) as scratch, alone_with(key):
         if not fetch(key, scratch):
             (scratch / "accuracy.json").write_text(json.dumps(measure()))
             store(key, scratch)

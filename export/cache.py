@@ -3,8 +3,8 @@
 Contract: an entry is a folder named by the digest of all that its files were made from: sources, settings, the
 Python that is loaded (ours and the model's) and the versions of what it imports. `$CACHE` says where (by default
 `~/.cache/deepseek-deploy`; `off` turns it off), `$CACHE_GIB` how much it may hold (10); the entries used longest
-ago go first. Entries come into place by a rename and are checked by their digests when taken out: a killed build,
-two builds at once or a damaged file cost a build, never a wrong artifact.
+ago go first. Entries come into place by a rename and are checked by their digests when taken out: a killed build
+or a damaged file cost a build, never a wrong artifact. Of two builds at once one makes what both need, the other waits.
 
 Examples:
     python -m export.cache
@@ -14,6 +14,7 @@ Examples:
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -22,13 +23,14 @@ import platform
 import shutil
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from deepseek.spec import InputError, Parser, run_command
 from export.artifact import human_bytes, scratch_in, sha256, tool_versions
 
+LOCKS = ".lock"
 INDEX = "entry.json"  # digests of the entry's files; its time is when the entry was last used
 
 
@@ -105,7 +107,7 @@ def cpu() -> str:
 def fetch(key: str, destination: Path) -> bool:
     """Copies the entry's files into the folder `destination`; False where there is none that is whole."""
     place = root()
-    if place is None or not (place / key / INDEX).is_file():
+    if place is None or not _is_file(place / key / INDEX):
         return False
     try:
         files: Mapping[str, str] = json.loads((place / key / INDEX).read_text())
@@ -114,13 +116,59 @@ def fetch(key: str, destination: Path) -> bool:
             shutil.copyfile(place / key / name, destination / name)
             if sha256(destination / name) != digest:
                 raise ValueError(name)
-        os.utime(place / key / INDEX)
-    except (OSError, ValueError):  # damaged, or making room for another build
-        shutil.rmtree(place / key, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another user's entry: it may be read, and not touched
+            os.utime(place / key / INDEX)
+    except (OSError, ValueError, AttributeError) as error:
+        if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):  # damaged, or making room for others
+            _remove(place / key)
         for path in destination.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return False
     return True
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is there, as far as we may look."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def alone_with(key: str | None) -> Iterator[None]:
+    """One process at a time makes the entry of a key: the next waits, says so, and then finds it made.
+
+    The lock is a byte of one file, at the place that the key tells, and ends with its process. Where there is no cache,
+    or none that can be written, nobody waits.
+    """
+    lock = _lock_of(key)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock_of(key: str | None) -> int | None:
+    """A descriptor that holds the lock until it is closed; None where there is none to hold."""
+    place = root()
+    if place is None or key is None:
+        return None
+    descriptor, offset = None, int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(place / LOCKS, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
+        except BlockingIOError:
+            print(f"waiting for another build that makes the same into {place} (CACHE=off: not)", file=sys.stderr)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, offset)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
 
 
 def store(key: str, files: Path) -> None:
@@ -136,13 +184,21 @@ def drop(key: str) -> None:
     """Removes an entry that turned out to be of no use."""
     place = root()
     if place is not None:
-        shutil.rmtree(place / key, ignore_errors=True)
+        _remove(place / key)
+
+
+def _remove(entry: Path) -> None:
+    """Takes an entry away at once for others, then deletes it: a kill leaves no half of it."""
+    with contextlib.suppress(OSError), scratch_in(entry.parent) as scratch:
+        os.rename(entry, scratch / entry.name)
 
 
 def _store(place: Path, key: str, files: Path) -> None:
     names = sorted(str(path.relative_to(files)) for path in files.rglob("*") if path.is_file())
-    if (place / key).exists() or sum((files / name).stat().st_size for name in names) > limit_bytes():
+    if _is_file(place / key / INDEX) or sum((files / name).stat().st_size for name in names) > limit_bytes():
         return
+    if (place / key).exists():  # half of one, however it came about
+        _remove(place / key)
     with scratch_in(place) as scratch:
         entry = scratch / key
         for name in names:
@@ -170,8 +226,7 @@ def trim(place: Path, limit: int) -> None:
     for path, size in sizes.items():
         if total <= limit:
             return
-        with scratch_in(place) as scratch, contextlib.suppress(OSError):
-            os.rename(path, scratch / path.name)  # gone at once for others, then removed
+        _remove(path)
         total -= size
 
 

@@ -43,7 +43,7 @@ def in_child(what: str, function: Callable[[], Result]) -> Result:
     """Runs `function` in a forked child; `what` names it where it crashes."""
     sys.stdout.flush()
     sys.stderr.flush()
-    read, write = os.pipe()
+    parent, (read, write) = os.getpid(), os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, of forks beside threads: see the contract
         child = os.fork()
@@ -51,6 +51,8 @@ def in_child(what: str, function: Callable[[], Result]) -> Result:
         os.close(read)
         faulthandler.disable()  # a crash is told in one line, by the parent
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)  # it does not outlive us
+        if os.getppid() != parent:  # killed before that was asked for
+            os._exit(1)
         _answer(write, function)
     os.close(write)
     with os.fdopen(read, "rb") as answer:

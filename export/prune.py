@@ -44,7 +44,7 @@ from export.artifact import (
     row_digests,
     scratch_in,
 )
-from export.cache import data_digest, fetch, key_of, store
+from export.cache import alone_with, fetch, key_of, store
 from export.runners import module_runner, outputs_of
 from export.source import Predict, Source
 
@@ -61,20 +61,18 @@ def prune_source(source: Source, ratio: float) -> dict[str, Any]:
         rows = list(source.rows("calibration", spec.precision.calibration_samples))
         evaluation = list(source.rows("evaluation", EVALUATION_ROWS))
     original = source.unpruned()
-    fingerprint = source.fingerprint()
-    known = source.finetune is None or fingerprint is not None
+    reads = source.reads()
+    known = source.finetune is None or reads["fingerprint"] is not None
     key = key_of(
         "prune",
         weights=weights_digest(original),
         rows=[sorted(digest.hex() for digest in row_digests(split)) for split in (rows, evaluation)],
-        folder=source.file_digests(),
-        fingerprint=fingerprint,
-        data=data_digest(),
+        reads=reads,
         spec=spec.model_facts(),
         ratio=ratio,
     )
     path = pruned_path(spec.name)
-    with scratch_in(path.parent) as scratch:
+    with scratch_in(path.parent) as scratch, alone_with(key if known else None):
         if not (known and fetch(key, scratch)):
             result = _prune(source, original, config, _batches(source, rows), evaluation, scratch)
             if not result["drop"] <= spec.precision.max_drop:

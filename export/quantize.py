@@ -63,7 +63,7 @@ from export.artifact import (
     write_manifest,
 )
 from export.budget import Baseline
-from export.cache import fetch, key_of, store
+from export.cache import alone_with, fetch, key_of, store
 from export.calibration import Calibration, calibration_of, lengths_of, stratified
 from export.curve import MOST_GROWTH, Points, calibration_curve, ranges_by_samples, with_ranges, would_more_help
 from export.isolation import in_child
@@ -136,10 +136,11 @@ def quantize_model(spec: DeploymentSpec, config: QuantConfig, model_folder: Sour
         evaluation=sha256(build_dir(spec.name) / "evaluation.npz"),
         settings=dataclasses.asdict(dataclasses.replace(config, calibration_data=None)),
         spec=spec.model_facts(),
-        sensitivity=model_folder is not None,
+        # By evaluate() layers are kept high; what it says of the graph, `export.compare` asks anew.
+        sensitivity=model_folder is not None and (spec.precision.metric is None or model_folder.reads()),
         pruning=pruning_of(spec.name),
     )
-    with scratch_in(path.parent) as scratch:
+    with scratch_in(path.parent) as scratch, alone_with(key):
         if not fetch(key, scratch):
             _quantize(spec, config, sources, calibration, evaluation, scratch, model_folder)
             store(key, scratch)

@@ -31,7 +31,7 @@ from deepseek.spec import (
     InvalidMeasurement,
 )
 from export.artifact import Row, pruned_path
-from export.cache import files_in
+from export.cache import data_digest, files_in
 
 _OURS = tuple(Path(__file__).resolve().parent.parent / room for room in ("export", "deepseek"))
 Split = Literal["calibration", "evaluation"]
@@ -86,12 +86,13 @@ class Source:
             )
         return told
 
-    def file_digests(self) -> dict[str, str]:
-        """Digest of each file of the folder, but for deploy.toml and tuned values, which the spec tells."""
+    def reads(self) -> dict[str, Any]:
+        """What its functions read beside loaded Python and deploy.toml, which keys of the cache have apart."""
+        told_by_spec = ("deploy.toml", self.spec.tuned)
         return {
-            name: digest
-            for name, digest in files_in(self.folder).items()
-            if name not in ("deploy.toml", self.spec.tuned)
+            "folder": {name: digest for name, digest in files_in(self.folder).items() if name not in told_by_spec},
+            "data": data_digest(),
+            "fingerprint": self.fingerprint(),
         }
 
     def load(self) -> Any:
@@ -167,7 +168,7 @@ def user_code(folder: Path, what: str) -> Iterator[None]:
         yield
     except (InputError, GateFailed, InvalidMeasurement):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         place, ours = place_of(error, folder)
         if ours:
             raise

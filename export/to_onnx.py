@@ -57,7 +57,7 @@ from export.artifact import (
     tool_versions,
     write_manifest,
 )
-from export.cache import fetch, key_of, store
+from export.cache import alone_with, fetch, key_of, store
 from export.calibration import pool_size, stratified
 from export.reference import (
     check_corners,
@@ -200,7 +200,7 @@ def export_model(source: Source) -> dict[str, Any]:
         spec=spec.model_facts(),
         pruning=pruning_of(spec.name),
     )
-    with scratch_in(path.parent) as scratch:
+    with scratch_in(path.parent) as scratch, alone_with(key):
         if not fetch(key, scratch):
             _export(spec, model, rows["evaluation"], scratch)
             store(key, scratch)

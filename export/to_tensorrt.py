@@ -51,7 +51,7 @@ from export.artifact import (
     tool_versions,
     write_manifest,
 )
-from export.cache import fetch, key_of, store
+from export.cache import alone_with, fetch, key_of, store
 from export.engine import (
     CompiledTarget,
     applied,
@@ -87,7 +87,7 @@ def build_engine(
         settings=[precision, target, trt.__version__, options.model_dump(), axes_of(spec)],
         device=gpu_name() if target == "tensorrt" else None,
     )
-    with scratch_in(path.parent) as scratch:
+    with scratch_in(path.parent) as scratch, alone_with(key):
         if not fetch(key, scratch):
             _build(trt, spec, precision, target, options, scratch / path.name)
             store(key, scratch)

@@ -54,7 +54,7 @@ from export.artifact import (
     tool_versions,
     write_manifest,
 )
-from export.cache import fetch, key_of, store
+from export.cache import alone_with, fetch, key_of, store
 from export.reference import check_corners, inputs_at, run_torch, traced_sizes, weights_digest
 from export.runners import gpu_name, torchscript_runner
 from export.source import Source
@@ -171,7 +171,7 @@ def export_model(source: Source) -> dict[str, Any]:
         pruning=pruning_of(spec.name),
         device=[device, gpu_name()],
     )
-    with scratch_in(path.parent) as scratch:
+    with scratch_in(path.parent) as scratch, alone_with(key):
         if not fetch(key, scratch):
             _export(source, reference, rows, device, scratch)
             store(key, scratch)

@@ -92,7 +92,7 @@ def model_config(
     policy.default_timeout_microseconds = spec.batching.queue_timeout_ms * 1000
     policy.allow_timeout_override = True  # a client's shorter deadline counts
     for prefix, row in warmup.items():
-        for batch in sorted({1, spec.max_served_batch}):
+        for batch in sorted({spec.axes[BATCH].min, spec.max_served_batch}):
             sample = config.model_warmup.add(name=f"{prefix}-batch-{batch}", batch_size=batch)
             for name, array in row.items():
                 entry = sample.inputs[name]
@@ -220,7 +220,7 @@ def publish_version(spec: DeploymentSpec, precision: Precision, target: Target, 
     check_profile(spec, engine)
     row = load_rows(build_dir(spec.name) / "evaluation.npz")[0]
     model = repository / spec.name
-    with alone_in(repository), scratch_in(build_dir(spec.name)) as scratch:
+    with alone_in(repository), scratch_in(_staging(spec.name, repository)) as scratch:
         version = _stage(scratch, spec, precision, target, engine, row, model)
         if not model.exists():
             (scratch / "model").mkdir()
@@ -237,6 +237,12 @@ def publish_version(spec: DeploymentSpec, precision: Precision, target: Target, 
             _rename(scratch / "config.pbtxt", model / "config.pbtxt")
             _retire(model, version, scratch)
     return {"path": str(model / str(version)), "version": version, "precision": precision, "target": target}
+
+
+def _staging(name: str, repository: Path) -> Path:
+    """Where a version is laid out: in the repository where that is another disk, so that a full one changes nothing."""
+    build = build_dir(name)
+    return build if build.stat().st_dev == repository.stat().st_dev else repository
 
 
 def _stage(

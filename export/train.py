@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from deepseek.spec import InputError, Parser, add_model_arguments, build_dir, run_command
 from export.artifact import scratch_in
-from export.cache import data_digest, drop, fetch, key_of, root, store
+from export.cache import alone_with, drop, fetch, key_of, root, store
 from export.reference import weights_digest
 from export.source import Source
 
@@ -43,12 +43,13 @@ def make_weights(source: Source) -> How:
     if source.train is None:
         return "brought"
     key = training_key(source)
-    if key is not None and _fetched(source, key):
-        return "cached"
-    before = _files(build_dir(source.spec.name))
-    source.train()
-    if key is not None:
-        _store(source, key, before)
+    with alone_with(key):
+        if key is not None and _fetched(source, key):
+            return "cached"
+        before = _files(build_dir(source.spec.name))
+        source.train()
+        if key is not None:
+            _store(source, key, before)
     return "trained"
 
 
@@ -57,16 +58,9 @@ def training_key(source: Source) -> str | None:
 
     Take it before anything runs: what functions import on the way would change it.
     """
-    fingerprint = source.fingerprint()
-    if fingerprint is None or root() is None:
+    if root() is None or (reads := source.reads())["fingerprint"] is None:
         return None
-    return key_of(
-        "train",
-        fingerprint=fingerprint,
-        folder=source.file_digests(),
-        data=data_digest(),
-        spec=source.spec.model_facts(),
-    )
+    return key_of("train", reads=reads, spec=source.spec.model_facts())
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:

@@ -7,12 +7,14 @@ that is said, and Triton decides about it.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelQueuePolicy
 
@@ -22,6 +24,8 @@ MANIFEST = "manifest.json"
 CONFIG = "config.pbtxt"
 # Triton's backends by our target, the usual one first.
 BACKENDS = {"onnxruntime": ("python", "onnxruntime"), "tensorrt": ("tensorrt",), "torchscript": ("pytorch",)}
+# Bytes of a value by Triton's type.
+BYTES = {f"TYPE_{triton}": np.dtype(dtype).itemsize for dtype, triton in TRITON_DTYPES.items()}
 _TENSORRT, _TENSORRT_RTX = b"ptrt", b"vtrt"  # the first bytes of a plan
 
 Level = Literal["info", "warning", "mismatch"]
@@ -270,11 +274,21 @@ def _dims_error(dims: list[int], tensor: TensorSpec, manifest: PublishedManifest
 
 
 def _warmup(model: Path, config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """A warm-up file that is missing keeps the model from loading."""
-    names = {entry.input_data_file for sample in config.model_warmup for entry in sample.inputs.values()}
-    for name in sorted(filter(None, names)):
-        if not (model / "warmup" / name).is_file():
+    """A warm-up file that is missing, or of another size, keeps the model from loading."""
+    entries = {entry.input_data_file: entry for sample in config.model_warmup for entry in sample.inputs.values()}
+    for name, entry in sorted(entries.items()):
+        path = model / "warmup" / name
+        if not name:  # zeros or random values
+            continue
+        if not path.is_file():
             yield f"warm-up file warmup/{name} is missing", publish_again(model)
+            continue
+        needed = math.prod(entry.dims) * BYTES.get(DataType.Name(entry.data_type), 0)
+        if needed and path.stat().st_size != needed:
+            yield (
+                f"warm-up file warmup/{name} has {path.stat().st_size} bytes, a row has {needed}",
+                publish_again(model),
+            )
 
 
 def not_ours(model: Path) -> Finding:

@@ -66,6 +66,15 @@ def test_a_damaged_entry_is_dropped_and_leaves_nothing(place: Path, tmp_path: Pa
     assert not (place / "k").exists()
 
 
+@pytest.mark.parametrize("index", ["", "[]", '{"gone": "abc"}', None], ids=["empty", "list", "no such file", "none"])
+def test_an_entry_whose_index_is_damaged_is_made_again(place: Path, tmp_path: Path, index: str | None) -> None:
+    for turn in ("one", "two"):
+        assert not cache.fetch("k", folder(tmp_path / f"out-{turn}"))
+        cache.store("k", folder(tmp_path / turn, model="weights"))
+        assert cache.fetch("k", folder(tmp_path / f"back-{turn}"))
+        (place / "k" / cache.INDEX).unlink() if index is None else (place / "k" / cache.INDEX).write_text(index)
+
+
 def test_the_entries_used_longest_ago_make_room(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for age, key in enumerate("abc"):
         cache.store(key, folder(tmp_path / key, model="x" * 4000))
@@ -121,6 +130,31 @@ def test_builds_at_once_share_one_cache(place: Path, tmp_path: Path) -> None:
     ]
     assert [build.wait() for build in builds] == [0, 0, 0, 0]
     assert [path.name for path in place.iterdir() if path.name.startswith(".")] == []
+
+
+def test_of_builds_at_once_one_makes_what_all_need(place: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from export import cache\n"
+        "out = Path(sys.argv[1]); out.mkdir()\n"
+        "with cache.alone_with('k'):\n"
+        "    if not cache.fetch('k', out):\n"
+        "        time.sleep(1); (out / 'model').write_text('x'); cache.store('k', out); print('made')\n"
+    )
+    arguments = [[sys.executable, "-c", program, str(tmp_path / str(number))] for number in range(3)]
+    builds = [subprocess.Popen(each, stdout=subprocess.PIPE, text=True) for each in arguments]
+    assert sorted(build.communicate()[0] for build in builds) == ["", "", "made\n"]
+    assert [(tmp_path / str(number) / "model").read_text() for number in range(3)] == ["x"] * 3
+
+
+def test_an_entry_of_another_user_is_read(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.store("k", folder(tmp_path / "made", model="weights"))
+
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert cache.fetch("k", folder(tmp_path / "out"))
+    assert (place / "k").is_dir()
 
 
 def test_the_command_counts_and_clears(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

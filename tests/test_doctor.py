@@ -181,6 +181,12 @@ def test_a_configuration_that_does_not_fit_the_engine(repository: Path, old: str
     assert lines(repository)[0].startswith(f"image/config.pbtxt: {reason}")
 
 
+def test_a_warm_up_file_of_another_size_keeps_triton_from_loading(repository: Path) -> None:
+    path = repository / "image" / "warmup" / "1-pixels"
+    path.write_bytes(path.read_bytes()[:-4])
+    assert "warm-up file warmup/1-pixels has 12284 bytes, a row has 12288; publish" in only(lines(repository))
+
+
 def test_batching_without_a_scheduler_is_off(repository: Path) -> None:
     edit_config(repository, r"dynamic_batching \{\s+default_queue_policy \{[^}]+\}\s+\}", "")
     assert only(lines(repository)).startswith("image/config.pbtxt: dynamic batching is off: every request runs alone")

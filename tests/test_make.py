@@ -195,6 +195,15 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("setting", ["TARGET=onnx", "PRECISION=int4", "PRECISION=fp16,int8"])
+def test_a_word_that_is_no_choice_is_one_line_before_anything_is_made(tmp_path: Path, setting: str) -> None:
+    run = make(tmp_path, "engine", setting, check=False)
+    name, _, value = setting.partition("=")
+    assert run.returncode == 2
+    assert f'{name}: seen "{value}"; allowed: auto ' in run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("target", ["infer", "metadata", "loadtest", "capacity"])
 def test_without_a_server_each_client_target_says_how_to_start_one(tmp_path: Path, target: str) -> None:
     run = make(tmp_path, target, "GRPC_PORT=18459", check=False)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from deepseek.spec import DeploymentSpec, InputError
+from export.accuracy import task_metrics
 from export.reference import run_torch
 from export.source import in_order
 from tests.conftest import run_module
@@ -43,8 +44,9 @@ def test_a_model_that_cannot_be_imported_is_one_line(tmp_path: Path, code: str, 
         ("\ndef load():\n    return open('/no/weights')\n", r"model.py:23: load\(\): FileNotFoundError: .*/no/weights"),
         ("\ndef load():\n    return {}\n", r"load\(\) returned dict; a torch.nn.Module is needed"),
         ("\ndef load():\n    Tiny()\n", r"load\(\) returned NoneType"),
+        ("\ndef load():\n    raise SystemExit('no weights')\n", r"model.py:23: load\(\): SystemExit: no weights"),
     ],
-    ids=["raises", "no module", "return forgotten"],
+    ids=["raises", "no module", "return forgotten", "exits"],
 )
 def test_a_load_that_gives_no_module_is_one_line(tmp_path: Path, code: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -86,6 +88,25 @@ def test_an_evaluate_that_fails_is_one_line_but_a_failure_of_ours_is_not_hidden(
         source.evaluate(lambda inputs: inputs)
     with pytest.raises(KeyError, match="'x'"):  # raised in export/reference.py, which evaluate only called
         source.evaluate(lambda inputs: run_torch(source.spec, torch.nn.Identity(), inputs))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return 0.9", r"evaluate\(\) returned 0.9; a dict of names and numbers is needed, such as {'score': 0.9}"),
+        ("return {'score': 'good'}", r"evaluate\(\) returned {'score': 'good'}; a dict of names and numbers is needed"),
+        ("return {'acc': 1}", "precision.metric: seen 'score'; evaluate.. returns acc"),
+        ("predict(np.ones((1, 8)))", r"what it gives predict: seen ndarray; a dict of \['x'\] is needed"),
+        ("predict({'x': np.ones((1, 8))})", r"what it gives predict\['x'\]: seen float64; deploy.toml says .* float32"),
+        ("predict({'x': np.ones((0, 8), np.float32)})", "gives predict a batch of no rows"),
+    ],
+    ids=["no dict", "no number", "other name", "array", "type", "empty"],
+)
+def test_a_mistake_in_evaluate_is_one_line(tmp_path: Path, body: str, message: str) -> None:
+    toml = TOML + '[precision]\nmetric = "score"\n'
+    source = tiny(tmp_path, toml=toml, code=f"\ndef evaluate(predict):\n    {body}\n")
+    with pytest.raises(InputError, match=message):
+        task_metrics(source, lambda inputs: inputs)
 
 
 def test_a_command_ends_with_the_line_and_exit_2(tmp_path: Path) -> None:

@@ -122,6 +122,14 @@ def test_cuda_graphs_are_off_unless_asked_and_tensorrts_alone() -> None:
     assert not model_config(spec, "fp16", "onnxruntime", {}).HasField("optimization")
 
 
+def test_the_warm_up_asks_for_no_batch_below_the_profile() -> None:
+    data = IMAGE.model_dump(mode="json")
+    data["axes"]["batch"]["min"] = 2
+    row = {"pixels": np.zeros((1, 3, 32, 32), np.float32)}
+    config = model_config(DeploymentSpec.model_validate_json(json.dumps(data)), "fp16", "tensorrt", {"1": row})
+    assert [sample.batch_size for sample in config.model_warmup] == [2, 8]
+
+
 def test_a_target_overrides_batching() -> None:
     data = IMAGE.model_dump(mode="json") | {"targets": {"tensorrt": {"batching": {"instances": 5}}}}
     spec = DeploymentSpec.model_validate_json(json.dumps(data))

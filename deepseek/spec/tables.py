@@ -81,7 +81,7 @@ class PrecisionSpec(Table):
     candidates: tuple[Precision, ...] = Field(("fp16", "int8"), min_length=1)
     """What is built and compared beside fp32, which is what is left where none is inside the budget, or faster."""
     metric: str | None = None
-    """Key of what model.py's evaluate() returns; absent: similarity of the outputs."""
+    """Key of what model.py's evaluate() returns, larger being better; absent: similarity of the outputs."""
     max_drop: float = Field(0.01, ge=0, le=1)
     """Allowed loss relative to fp32 PyTorch."""
     calibration_method: Literal["auto", "max", "entropy"] = "auto"
