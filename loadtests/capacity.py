@@ -24,10 +24,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from deepseek_client import ModelMetadata
-from pydantic import ValidationError
 from rich.console import Console
 
 from deepseek.spec import (
@@ -40,11 +39,11 @@ from deepseek.spec import (
     build_dir,
     run_command,
 )
-from deepseek.spec.checks import Table, first_error
 from loadtests.check import check
 from loadtests.knee import table, trial_line
 from loadtests.results import Run, Settings
 from loadtests.run import DEFAULT_PORTS, inputs_of
+from loadtests.saved import Saved
 from loadtests.search import CONFIRM_LONGER, GENERATOR, INTERRUPTED, SAMPLES, UNDECIDED, Attempt, Found, Plan, Search
 from loadtests.slo import SIGNS, formatted
 from loadtests.trial import (
@@ -64,9 +63,10 @@ ALIKE = ("arrivals", "warmup_s", "timeout_s", "max_in_flight", "workers", "input
 RESUMABLE_S = 3600  # after that the server and its machine may be others
 
 
-class Capacity(Table):
+class Capacity(Saved):
     """What a search found, as `capacity.json` has it."""
 
+    made_by: ClassVar[str] = "make capacity"
     schema_version: Literal[1] = 1
     model: str
     target: Target
@@ -95,26 +95,6 @@ class Capacity(Table):
     versions: dict[str, str] = {}
     started: str
     """UTC."""
-
-    @classmethod
-    def load(cls, path: str | Path) -> Capacity:
-        """Reads a `capacity.json`; InputError in one line where it is not one."""
-        try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file; make it with: make capacity") from None
-        except ValidationError as error:
-            key, message = first_error(error, cls)
-            raise InputError(f"{path}: {key}: {message}; make it anew with: make capacity") from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); make it anew with: make capacity") from None
-
-    def save(self, path: Path) -> None:
-        """Writes it, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        draft.replace(path)
 
     def with_found(self, found: Found) -> Capacity:
         """The same with how the search ended."""

@@ -146,12 +146,14 @@ class Chart:
         steps = zip(edges[:-1], edges[1:], heights, strict=True)
         self.line([(x, height) for left, right, height in steps for x in (left, right)], css)
 
-    def limit(self, value: float, text: str, *, left: bool = False) -> None:
+    def limit(self, value: float, text: str, *, left: bool = False, css: str = "") -> None:
         """A horizontal line that is not to be crossed, with its word at its right end, or at the left."""
         y = self._at_y(value)
-        self._parts.append(f'<path class="line limit" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        name = f"line limit {css}".strip()
+        self._parts.append(f'<path class="{name}" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         place = (LEFT + 6, y - 5, text, "start") if left else (WIDTH - RIGHT, y - 5, text, "end")
-        self._text(*place, "tick limit-text")
+        if text:
+            self._text(*place, "tick limit-text")
 
     def at(self, value: float, text: str, css: str) -> None:
         """A vertical line at a place of the x axis, with a word beside it."""

@@ -56,7 +56,8 @@ class Clock:
         create = getattr(self._libc, "timerfd_create", None)
         self._fd = -1 if create is None else create(self._CLOCK_MONOTONIC, self._FLAGS)
         if self._fd >= 0:
-            self._watcher = gevent.get_hub().loop.io(self._fd, 1)
+            loop = gevent.get_hub().loop
+            self._watcher = loop.io(self._fd, 1, priority=loop.MAXPRI)  # before answers that came at the same time
         self._spec = _Itimerspec()
 
     def wait_until(self, due_s: float, now_s: float) -> None:

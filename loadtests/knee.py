@@ -33,8 +33,8 @@ def table(trials: Sequence[Trial], capacity_rps: float | None) -> Table:
     columns.add_column("errors")
     columns.add_column("outcome", no_wrap=True)
     slowest = max((trial.p99_ms for trial in trials if trial.p99_ms), default=1.0)
-    at_knee = [trial for trial in trials if trial.rate_rps == capacity_rps]
-    knee = max(at_knee, key=_certainty, default=None)
+    below = [trial for trial in trials if capacity_rps and trial.rate_rps <= capacity_rps]  # it may lie between two
+    knee = max(below, key=lambda trial: (trial.rate_rps, *_certainty(trial)), default=None)
     for trial in sorted(trials, key=lambda each: (each.rate_rps, _certainty(each))):
         bar = "█" * max(1, round(BAR * trial.p99_ms / slowest)) if trial.p99_ms else "∞"
         figures = ("never" if ms is None else formatted("ms", ms) for ms in (trial.p50_ms, trial.p99_ms))

@@ -1,7 +1,8 @@
 """Takes note of every request of a load test while it runs.
 
 Contract: latencies are whole microseconds in HDR histograms of 3 digits, one for each second, so that a reported
-percentile is at most 0.1 % above the true one. A second is handed on when it can no longer change much (what still
+percentile is at most 0.1 % above the true one; they are put there some thousands at once, since one alone takes longer
+than all the rest of a note. A second is handed on when it can no longer change much (what still
 comes of it makes another row, and rows add up), so that memory grows with no length of a run. Times are seconds of the
 measured window; a request belongs to the second it was *planned* in, whenever it was answered.
 
@@ -23,6 +24,7 @@ import numpy as np
 from hdrh.histogram import HdrHistogram
 
 LONGEST_US = 3_600_000_000  # an hour; no request may take longer (see Settings.timeout_s)
+FOLD_AT = 4096  # values, so that a long run by length takes no more memory than a short one
 Latency = Literal["intended", "service", "lag"]
 KINDS: tuple[Latency, ...] = ("intended", "service", "lag")
 
@@ -37,6 +39,49 @@ def histogram() -> HdrHistogram:
     return HdrHistogram(1, LONGEST_US, 3)
 
 
+def _highest_values() -> np.ndarray:
+    """For each count of a histogram, the largest value in microseconds that it stands for."""
+    layout = histogram()
+    index = np.arange(layout.counts_len)
+    bucket = (index >> layout.sub_bucket_half_count_magnitude) - 1
+    sub_bucket = (index & (layout.sub_bucket_half_count - 1)) + layout.sub_bucket_half_count
+    sub_bucket = np.where(bucket < 0, sub_bucket - layout.sub_bucket_half_count, sub_bucket)
+    bucket = np.maximum(bucket, 0)
+    return ((sub_bucket + 1) << bucket) - 1
+
+
+VALUES_US = _highest_values()
+
+
+class Latencies:
+    """A histogram, and values that are still to be put into it."""
+
+    __slots__ = ("_folded", "_pending")
+
+    def __init__(self) -> None:
+        self._pending: list[int] = []
+        self._folded: HdrHistogram | None = None
+
+    def add(self, seconds: float) -> None:
+        """One latency; what is out of range counts as the end of it."""
+        self._pending.append(min(max(round(seconds * 1e6), 0), LONGEST_US))
+        if len(self._pending) >= FOLD_AT:
+            self.folded()
+
+    def folded(self) -> HdrHistogram:
+        """All of them."""
+        found = self._folded = self._folded or histogram()
+        if self._pending:
+            values = np.array(self._pending)
+            self._pending.clear()
+            counts = np.ctypeslib.as_array(found.counts)
+            counts += np.bincount(np.searchsorted(VALUES_US, values), minlength=len(counts)).astype(counts.dtype)
+            found.total_count += len(values)
+            found.min_value = min(found.min_value, int(values.min()))
+            found.max_value = max(found.max_value, int(values.max()))
+        return found
+
+
 class _Second:
     """What happened to the requests planned in one second (`attempted`, `completed`: what happened in it)."""
 
@@ -45,11 +90,11 @@ class _Second:
     def __init__(self) -> None:
         self.planned = self.attempted = self.ok = self.completed = self.dropped = 0
         self.errors: Counter[str] = Counter()
-        self.latencies: dict[Latency, HdrHistogram] = {}
+        self.latencies: dict[Latency, Latencies] = {}
 
     def row(self, second: int) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("planned", "attempted", "ok", "completed", "dropped")}
-        encoded: dict[str, str] = {kind: latency.encode().decode() for kind, latency in self.latencies.items()}
+        encoded: dict[str, str] = {kind: found.folded().encode().decode() for kind, found in self.latencies.items()}
         return {"second": second, **counts, "errors": dict(self.errors), **encoded}
 
 
@@ -135,5 +180,5 @@ class Recorder:
 def _record(second: _Second, kind: Latency, seconds: float) -> None:
     found = second.latencies.get(kind)
     if found is None:
-        found = second.latencies[kind] = histogram()
-    found.record_value(min(max(round(seconds * 1e6), 0), LONGEST_US))
+        found = second.latencies[kind] = Latencies()
+    found.add(seconds)

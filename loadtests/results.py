@@ -37,7 +37,8 @@ import numpy as np
 from hdrh.histogram import HdrHistogram
 
 from deepseek.spec import InputError, Target, build_dir
-from loadtests.recorder import KINDS, histogram
+from loadtests.recorder import KINDS
+from loadtests.recorder import VALUES_US as VALUES_US
 from loadtests.recorder import Latency as Latency
 from loadtests.schedule import Segment, segments_of
 
@@ -91,20 +92,6 @@ class Settings:
         if self.shape is not None:
             return segments_of(self.shape)
         return () if self.rate_rps is None else (Segment(duration_s=self.duration_s, rate_rps=self.rate_rps),)
-
-
-def _highest_values() -> np.ndarray:
-    """For each count of a histogram, the largest value in microseconds that it stands for."""
-    layout = histogram()
-    index = np.arange(layout.counts_len)
-    bucket = (index >> layout.sub_bucket_half_count_magnitude) - 1
-    sub_bucket = (index & (layout.sub_bucket_half_count - 1)) + layout.sub_bucket_half_count
-    sub_bucket = np.where(bucket < 0, sub_bucket - layout.sub_bucket_half_count, sub_bucket)
-    bucket = np.maximum(bucket, 0)
-    return ((sub_bucket + 1) << bucket) - 1
-
-
-VALUES_US = _highest_values()
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,18 @@ which was cut off is taken up by giving it the same trials again. Rates have thr
 
 - Bracket: from `start_rps` in steps of 2 up to the first rate that does not hold, or down to the first that does (in
   larger steps from an overloaded server, by what it answered). It stops at every rate that an objective is bound to.
-- Bisect, geometrically, until what holds and what does not are within `resolution` of one another.
-- Confirm what holds with a run three times as long; where that fails, one `resolution` lower, three times at most.
+- Bisect, geometrically, until what holds and what does not are within two steps of `resolution` of one another.
+- Confirm with runs three times as long, which walk around the knee: one `resolution` up after a run that holds, one
+  down after one that does not, until the walk has turned four times. The capacity is the (geometric) middle of its
+  turning points less half a step: on a quiet machine the rate that held each time while the next one failed. A machine
+  that others use is faster now and slower then; what the walk crosses again and again is the knee over that time, where
+  a single run has the luck of its half minute (Dixon and Mood's up-and-down method, 1948). Where the bisection was
+  misled, the walk leads away from there.
 
-A trial that does not hold is repeated once, and the repetition counts: one stall of the machine spoils a p99, and a
-rate wrongly taken for failing would end the search far too low, whereas one wrongly taken for holding meets the
-confirmation. An overloaded trial (a fifth of the rate or more was not answered) counts at once: no accident does that.
-An inconclusive one is repeated for twice as long.
+A trial of the first two that does not hold is repeated once, and the repetition counts: one stall of the machine spoils
+a p99, and a rate wrongly taken for failing would end the search far too low, whereas one wrongly taken for holding is
+walked down from. An overloaded trial (a fifth of the rate or more was not answered) counts at once: no accident does
+that. An inconclusive one is repeated for twice as long.
 
 Where the generator was the limit, the search goes on below it, and the answer is "at least".
 
@@ -30,7 +35,7 @@ from typing import Protocol
 from loadtests.trial import Phase, Trial
 
 GROWTH, LARGEST_STEP = 2.0, 16.0
-CONFIRMATIONS = 4
+TURNS, LONGEST_WALK = 4, 15  # of the confirming walk
 CONFIRM_LONGER = 3  # times a trial
 LOWEST_RPS, HIGHEST_RPS = 0.1, 1e6
 GENERATOR, SAMPLES, TIME, TRIALS, INTERRUPTED = "generator", "samples", "time", "trials", "interrupted"
@@ -55,6 +60,7 @@ class Plan:
     """Rates that the bracket may not jump over."""
     resolution: float = 1.05
     confirm: bool = True
+    """False: bisected to one step of `resolution`, and no more."""
     max_trials: int = 30
     max_s: float = 1800
     needed_s: Callable[[float], float] = lambda rate_rps: 0
@@ -99,7 +105,7 @@ class Search:
             self._bracket()
             if self._low is None:
                 return self._found(None, confirmed=False)
-            self._bisect()
+            self._bisect(self.plan.resolution ** (2 if self.plan.confirm else 1))
             return self._confirm() if self.plan.confirm else self._found(self._low, confirmed=False)
         except _Ended as bound:
             return self._found(self._best(), confirmed=False, limited_by=str(bound))
@@ -121,39 +127,53 @@ class Search:
         hint = tried.achieved_rps if tried.overloaded else rate_rps
         return max(rate_rps / LARGEST_STEP, min(rate_rps / GROWTH, hint))  # under overload it may answer far too little
 
-    def _bisect(self) -> None:
-        while self._low and self._high and self._high.rate_rps > self._low * self.plan.resolution:
+    def _bisect(self, within: float) -> None:
+        while self._low and self._high and self._high.rate_rps > self._low * within:
             middle = rounded(math.sqrt(self._low * self._high.rate_rps))
             if not self._low < middle < self._high.rate_rps:
                 return
             self._try(middle, "bisect")
 
     def _confirm(self) -> Found:
-        """The rate that also holds for long."""
-        for _ in range(CONFIRMATIONS):
-            assert self._low is not None
-            rate = self._low
-            if self._try(rate, "confirm"):
-                return self._found(rate, confirmed=True)
-            assert self._high is not None
-            if self._high.outcome != "fails":
-                return self._found(rate, confirmed=False)
-            self._low = rounded(rate / self.plan.resolution)
-        return self._found(None, confirmed=False)
+        """The rate that also holds for long: walks until it has turned often enough."""
+        assert self._low is not None
+        level, turns, steps = 0, list[int](), list[bool]()
+        while len(turns) < TURNS and len(steps) < LONGEST_WALK and (rate := self._at(level)) >= LOWEST_RPS:
+            steps.append(self._judged(rate, "confirm").outcome == "holds")
+            if steps[-2:] in ([True, False], [False, True]):
+                turns.append(level)
+            level += 1 if steps[-1] else -1
+        if not any(steps):
+            return self._found(None, confirmed=False)
+        # The middle is between a rate that holds and one that does not: half a step lower is what holds.
+        best = self._at(sum(turns) / len(turns) - 0.5) if len(turns) > 1 else self._at(level - 1)
+        above = [each for each in self.trials if each.outcome != "holds" and each.rate_rps > best]
+        if above:  # the lowest is what limits; a failure rather than a trial of the same rate that proved nothing
+            self._high = min(above, key=lambda each: (each.rate_rps, each.outcome != "fails"))
+        return self._found(best, confirmed=True)
 
-    def _try(self, rate_rps: float, phase: Phase) -> bool:
-        """Whether a rate holds; by the repetition, where the first trial did not."""
+    def _at(self, level: float) -> float:
+        """The rate so many steps above what the bisection found."""
+        assert self._low is not None
+        return rounded(self._low * self.plan.resolution**level)
+
+    def _judged(self, rate_rps: float, phase: Phase) -> Trial:
+        """A trial of a rate, or its repetition, where the first one does not count."""
         duration_s = math.ceil(max(self.plan.duration_s, self.plan.needed_s(rate_rps)))
         duration_s *= CONFIRM_LONGER if phase == "confirm" else 1
         trial = self._trial(rate_rps, phase, duration_s)
-        if trial.outcome != "holds" and not trial.overloaded:
-            twice = 2 if trial.outcome == "inconclusive" else 1
-            trial = self._trial(rate_rps, phase, twice * duration_s)
+        counts = trial.outcome == "holds" or trial.overloaded or (trial.outcome == "fails" and phase == "confirm")
+        if counts:
+            return trial
+        return self._trial(rate_rps, phase, duration_s * (2 if trial.outcome == "inconclusive" else 1))
+
+    def _try(self, rate_rps: float, phase: Phase) -> None:
+        """Moves a bound of the search."""
+        trial = self._judged(rate_rps, phase)
         if trial.outcome == "holds":
             self._low = max(rate_rps, self._low or 0)
         else:
             self._high = trial
-        return trial.outcome == "holds"
 
     def _trial(self, rate_rps: float, phase: Phase, duration_s: float) -> Trial:
         if len(self.trials) >= self.plan.max_trials:
@@ -167,7 +187,8 @@ class Search:
 
     def _best(self) -> float | None:
         """The highest rate that held and that no longer run has refuted, where the search did not come to its end."""
-        refuted = min((each.rate_rps for each in self.trials if each.phase == "confirm"), default=math.inf)
+        longer = [each for each in self.trials if each.phase == "confirm" and each.outcome == "fails"]
+        refuted = min((each.rate_rps for each in longer), default=math.inf)
         held = [each.rate_rps for each in self.trials if each.outcome == "holds" and each.rate_rps < refuted]
         return max(held, default=None)
 

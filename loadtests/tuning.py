@@ -12,17 +12,16 @@ Example:
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import ValidationError
 from scipy import stats
 
-from deepseek.spec import DeploymentSpec, InputError, Target, TunedBatching, TunedTarget, build_dir
-from deepseek.spec.checks import Table, first_error
+from deepseek.spec import DeploymentSpec, Target, TunedBatching, TunedTarget, build_dir
+from deepseek.spec.checks import Table
+from loadtests.saved import Saved
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -112,9 +111,10 @@ class Gain(Table):
         return f"{what} x {self.ratio:.2f} ({interval})"
 
 
-class Tuning(Table):
+class Tuning(Saved):
     """One search."""
 
+    made_by: ClassVar[str] = "make tune"
     schema_version: Literal[1] = 1
     model: str
     target: Target
@@ -140,26 +140,6 @@ class Tuning(Table):
     versions: dict[str, str] = {}
     started: str
     """UTC."""
-
-    @classmethod
-    def load(cls, path: str | Path) -> Tuning:
-        """Reads a `tuning.json`; InputError in one line where it is not one."""
-        try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file; make it with: make tune") from None
-        except ValidationError as error:
-            key, message = first_error(error, cls)
-            raise InputError(f"{path}: {key}: {message}; make it anew with: make tune") from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); make it anew with: make tune") from None
-
-    def save(self, path: Path) -> None:
-        """Writes it, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        draft.replace(path)
 
 
 def tuning_path(model: str) -> Path:

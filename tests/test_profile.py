@@ -21,7 +21,7 @@ from loadtests.profile.__main__ import wrapped_in_nsys
 from loadtests.profile.record import trace
 from loadtests.profile.sources import Call, GraphRun, Span, Trace, read_calls, read_runs, read_traces, run_of
 from loadtests.profile.tables import functions, operators, phases
-from loadtests.profile.timeline import timeline
+from loadtests.profile.timeline import microseconds, timeline
 from serving.embedded import EmbeddedServer
 from tests.conftest import run_module, write_add_one
 
@@ -52,47 +52,62 @@ def graph_run(start_ns: int, end_ns: int, instance: str = "m_0_0") -> GraphRun:
     return GraphRun(instance=instance, process=70, thread=71, start_ns=start_ns, end_ns=end_ns, inner=inner)
 
 
+METADATA = {
+    "process_name": "name", "process_sort_index": "sort_index", "thread_name": "name", "thread_sort_index": "sort_index",
+}  # fmt: skip
+Slice = tuple[str, int, int]  # name, start and end in nanoseconds
+
+
 def check_trace_events(events: list[dict[str, Any]]) -> None:
-    """What the Trace Event Format asks of the kinds of event used here."""
-    slices: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
+    """What the Trace Event Format asks of the kinds of event used here, and Perfetto of a file that it shows whole."""
     for event in events:
         assert event["ph"] in "XMstf"
         assert isinstance(event["name"], str)
         assert isinstance(event["pid"], int)
         assert isinstance(event["tid"], int)
         assert event["ts"] >= 0
-        if event["ph"] == "X":
-            assert event["dur"] >= 0
-            slices[event["pid"], event["tid"]].append((event["ts"], -event["dur"]))
         if event["ph"] == "M":
-            assert {"process_name": "name", "thread_name": "name", "process_sort_index": "sort_index"}[
-                event["name"]
-            ] in event["args"]
-    for thread in slices.values():  # of one thread they nest or follow one another
-        ends: list[float] = []
-        for start, minus_duration in sorted(thread):
-            while ends and ends[-1] <= start + 1e-6:
-                ends.pop()
-            assert not ends or start - minus_duration <= ends[-1] + 1e-6
-            ends.append(start - minus_duration)
+            assert METADATA[event["name"]] in event["args"]
+    threads = [e["tid"] for e in events if e["name"] == "thread_name"]
+    assert len(set(threads)) == len(threads)  # a name goes to a number, whatever its process
+    arrows = as_perfetto_reads(events)
+    for steps in arrows.values():
+        kinds = [step for step, _ in steps]
+        assert kinds[0] == "s"
+        assert kinds.count("s") == 1
+        assert kinds.count("f") <= 1
+
+
+def as_perfetto_reads(events: list[dict[str, Any]]) -> dict[int, list[tuple[str, str]]]:
+    """Nothing is dropped; each arrow's steps with the slices that they hold on to.
+
+    As Perfetto's trace processor: nanoseconds by cutting off, by time and then in the order of the file, one stack of
+    slices a thread; a slice that reaches beyond the one it began in is dropped, an arrow's step without a slice, too.
+    """
     named = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"}
-    assert set(slices) <= named
-    check_flows(events, slices)
+    stacks: dict[tuple[int, int], list[Slice]] = defaultdict(list)
+    arrows: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for event in sorted((e for e in events if e["ph"] != "M"), key=lambda e: int(e["ts"] * 1000)):
+        start = int(event["ts"] * 1000)
+        stack = stacks[event["pid"], event["tid"]]
+        if event["ph"] == "X":
+            assert (event["pid"], event["tid"]) in named
+            end = start + int(event["dur"] * 1000)
+            while stack and stack[-1][2] <= start:
+                stack.pop()
+            assert not stack or end <= stack[-1][2], f"{event['name']} is dropped: it reaches beyond {stack[-1][0]}"
+            stack.append((event["name"], start, end))
+        else:
+            assert stack, f"{event['ph']} of {event['id']} holds on to nothing"
+            assert stack[-1][1] <= start <= stack[-1][2]
+            arrows[event["id"]].append((event["ph"], stack[-1][0]))
+    return arrows
 
 
-def check_flows(events: list[dict[str, Any]], slices: dict[tuple[int, int], list[tuple[float, float]]]) -> None:
-    """Each arrow starts once, ends at most once, and every point of it lies on a slice."""
-    flows: dict[int, list[str]] = defaultdict(list)
-    for event in events:
-        if event["ph"] in "stf":
-            flows[event["id"]].append(event["ph"])
-            at = event["ts"]
-            on = slices[event["pid"], event["tid"]]
-            assert any(start - 1e-6 <= at <= start - minus + 1e-6 for start, minus in on)
-    for steps in flows.values():
-        assert steps[0] == "s"
-        assert steps.count("s") == 1
-        assert steps.count("f") <= 1
+@pytest.mark.parametrize("ns", [0, 1, 289, 290, 1001, 123_457, 4_035_003, 86_400_000_000_001])
+def test_whole_nanoseconds_survive_a_reader_who_cuts_off(ns: int) -> None:
+    assert int(microseconds(ns) * 1000) == ns
+    assert int(json.loads(json.dumps(microseconds(ns))) * 1000) == ns
 
 
 def test_phases_follow_one_another_and_add_up_to_the_request() -> None:
@@ -128,7 +143,10 @@ def test_requests_that_overlap_and_rounded_operators_still_nest() -> None:
     assert len(lanes) == 2
     runs = [e for e in events if e["name"] == "run of the graph"]
     assert len(runs) == 1  # a batch of both: drawn once, with an arrow from each
-    assert [e["id"] for e in events if e["ph"] == "t" and e["pid"] == 70] == [1, 2]
+    assert as_perfetto_reads(events)[2] == [
+        ("s", "send, wait, receive"), ("t", "receive"), ("t", "execute"), ("f", "send, wait, receive"),
+    ]  # fmt: skip
+    assert any(e["args"].get("name") == "backend m_0_0 (process 70)" for e in events if e["ph"] == "M")
 
 
 def test_steps_of_an_ensemble_are_drawn_in_lanes_of_their_own() -> None:
@@ -136,7 +154,7 @@ def test_steps_of_an_ensemble_are_drawn_in_lanes_of_their_own() -> None:
     events = timeline([call()], {"a": [traced(model="whole"), step]}, [graph_run(1660, 1890, "step_0_0")])
     check_trace_events(events)
     names = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    assert {"request lane 1", "step, lane 1", "ONNX Runtime"} <= names
+    assert {"request lane 1", "step, lane 1", "ONNX Runtime (thread 71)"} <= names
 
 
 def test_a_request_without_a_trace_shows_its_clients_side() -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import xml.dom.minidom
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from loadtests.capacity import Capacity
 from loadtests.charts import Scale
 from loadtests.report import page, write_report
 from loadtests.report.curves import step_s, steps
+from loadtests.report.mix_page import Part, mix_page
 from loadtests.report.searches import capacity_page, tuning_page
 from loadtests.report.verdict import TIMES
 from loadtests.results import Run
@@ -103,18 +105,29 @@ def test_the_verdict_comes_first_and_every_objective_is_told(tmp_path: Path) -> 
     assert all(name in text for name in ("p99_ms", "rate_rps", "max_error_rate"))
 
 
+def mixed(folder: Path, second_ms: float = 60) -> list[Part]:
+    """A mix of two models, the second of which takes 80 ms, for short inputs and for long ones."""
+    server = {"version": "3", "statistics": STATISTICS}
+    shared: dict[str, Any] = {"mix": "shop:3,text:1", "server": server}
+    shop = saved_run(folder / "shop" / "1", steady(0.01), model="shop", rate_rps=75.0, **shared)
+    text = saved_run(folder / "text" / "1", steady(0.08, count=500), model="text", rate_rps=50.0, seed=1, **shared)
+    text = replace(text, lengths={"sequence 16": shop.window, "sequence 128": text.window})
+    return [(shop, SloSpec(p99_ms=50, rate_rps=75)), (text, SloSpec(p99_ms=second_ms, rate_rps=50))]
+
+
 def every_page(folder: Path) -> dict[str, str]:
     """One of each kind."""
     run, other = saved_run(folder / "one", FAILING), saved_run(folder / "two", steady(0.02), seed=1)
     return {
         "run": page(run, SLO, CAPACITY, TUNING),
         "runs": page([run, other], SLO),
+        "mix": mix_page(mixed(folder)),
         "capacity": capacity_page(CAPACITY),
         "tuning": tuning_page(TUNING),
     }
 
 
-@pytest.mark.parametrize("kind", ["run", "runs", "capacity", "tuning"])
+@pytest.mark.parametrize("kind", ["run", "runs", "mix", "capacity", "tuning"])
 def test_nothing_is_fetched_from_anywhere_and_the_page_forbids_it(tmp_path: Path, kind: str) -> None:
     html = every_page(tmp_path)[kind]
     assert not re.search(r"""<(script|link|img|iframe|object)\b|\bsrc=|\bhref=|url\(|@import|https?:|\bon\w+=""", html)
@@ -145,10 +158,12 @@ def test_nothing_is_wider_than_a_phone(tmp_path: Path) -> None:
         text=True,
         timeout=60,
     )
-    assert "<title>run: , runs: , capacity: , tuning: </title>" in run.stdout, run.stdout[-500:] + run.stderr[-500:]
+    assert "<title>run: , runs: , mix: , capacity: , tuning: </title>" in run.stdout, (
+        run.stdout[-500:] + run.stderr[-500:]
+    )
 
 
-@pytest.mark.parametrize("kind", ["run", "runs", "capacity", "tuning"])
+@pytest.mark.parametrize("kind", ["run", "runs", "mix", "capacity", "tuning"])
 def test_each_charts_figures_can_be_had_by_pointer_and_by_keyboard(tmp_path: Path, kind: str) -> None:
     charts = [chart for chart in re.findall(r"<svg.*?</svg>", every_page(tmp_path)[kind], re.DOTALL) if "axis" in chart]
     assert charts
@@ -169,6 +184,38 @@ def test_several_runs_are_laid_over_each_other(tmp_path: Path) -> None:
     assert f"10.1 ms {TIMES} 0.50" in text
     assert "rate_rps 100.0 100.5" in text  # what differs
     assert html.count('class="line runA"') == html.count('class="line runB"') == 4
+
+
+@pytest.mark.parametrize(("second_ms", "whole"), [(90, "✓ The mix holds every SLO"), (60, "✕ The mix violates an SLO")])
+def test_a_mix_is_judged_as_a_whole_and_part_by_part(tmp_path: Path, second_ms: float, whole: str) -> None:
+    text = text_of(mix_page(mixed(tmp_path, second_ms)).partition("<body>")[2])
+    assert text.startswith(f"{whole} shop:3, text:1 over grpc, 125 requests/s in all")
+    assert (
+        text.index("shop ✓ SLO holds")
+        < text.index("at most 50.0 ms")
+        < text.index("text ✓" if second_ms > 80 else "text ✕")
+    )
+    assert "requests in all 1,500" in text
+
+
+def test_each_part_of_a_mix_has_a_curve_of_its_own_with_its_own_limit(tmp_path: Path) -> None:
+    html = mix_page(mixed(tmp_path))
+    assert (
+        html.count('class="line runA"') == html.count('class="line runB"') == 5
+    )  # four charts, and that of the lengths
+    assert [html.count(f'class="line limit run{letter}"') for letter in "AB"] == [1, 1]
+    text = text_of(html)
+    assert "its SLO: p99 50.0 ms" in text
+    assert "its SLO: p99 60.0 ms" in text
+    assert "p99, shop 10.1 ms, text 80.1 ms" in html
+
+
+def test_latency_is_drawn_by_the_length_of_the_input(tmp_path: Path) -> None:
+    (_, _), (text, slo) = mixed(tmp_path)
+    html = page(text, slo)
+    chart = html.partition("By length of the input")[2].partition("</section>")[0]
+    assert "p99, sequence 16 10.1 ms, sequence 128 80.1 ms" in chart
+    assert "sequence 128 500 80.1 ms 80.1 ms" in text_of(chart)
 
 
 def test_failures_are_drawn_by_kind_over_time(tmp_path: Path) -> None:
@@ -249,6 +296,15 @@ def test_the_command_draws_searches_alone_and_several_runs(tmp_path: Path, monke
     assert "Capacity 200/s" in text_of(Path(latest).read_text())
 
 
+def test_the_command_draws_a_mix_in_the_folder_of_its_first_model(tmp_path: Path) -> None:
+    for model in ("recommender", "minilm"):
+        saved_run(tmp_path / model / "loadtests" / "1", steady(), model=model, mix="recommender:3,minilm:1")
+    drawn = run_module("loadtests.report", "--mix", "recommender:3, minilm:1", BUILD=str(tmp_path))
+    path = tmp_path / "recommender" / "loadtests" / "1" / "report-mix.html"
+    assert drawn.stdout.strip() == str(path), drawn.stderr
+    assert "The mix" in text_of(path.read_text())
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
@@ -257,9 +313,10 @@ def test_the_command_draws_searches_alone_and_several_runs(tmp_path: Path, monke
         (["--run", "a", "--capacity"], "leave out"),
         ([flag for name in "abcdefg" for flag in ("--run", name)], "at most 6"),
         (["--run", "/nowhere"], "not a load test run"),
+        (["--mix", "recommender:3,minilm:1", "--capacity"], "leave out"),
         ([], "make loadtest"),
     ],
-    ids=["no capacity", "no tuning", "a run and a search", "too many", "no such run", "no run"],
+    ids=["no capacity", "no tuning", "a run and a search", "too many", "no such run", "a mix and a search", "no run"],
 )
 def test_what_is_not_there_is_one_line(tmp_path: Path, flags: list[str], reason: str) -> None:
     run = run_module("loadtests.report", *flags, BUILD=str(tmp_path))

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from deepseek.spec import InputError, SloSpec
-from loadtests.recorder import Recorder
+from loadtests.recorder import FOLD_AT, LONGEST_US, Latencies, Recorder, histogram
 from loadtests.results import Run, Settings, latest_run, new_run, publish
 from loadtests.slo import judge
 
@@ -111,6 +111,16 @@ def test_rows_of_several_workers_are_added_not_averaged(tmp_path: Path) -> None:
     assert merged.window.planned == 2000
     assert merged.window.latency("service").percentile_ms(50) == pytest.approx(1, rel=2e-3)
     assert merged.window.latency("service").percentile_ms(51) == pytest.approx(100, rel=2e-3)
+
+
+def test_values_put_in_at_once_make_the_histogram_that_they_make_one_by_one() -> None:
+    values_s = [0.0, 2.1e-6, 0.002047, 0.002048, 4000.0, *np.random.default_rng(0).lognormal(-5, 3, 2 * FOLD_AT)]
+    at_once, one_by_one = Latencies(), histogram()
+    for value_s in values_s:
+        at_once.add(value_s)
+        one_by_one.record_value(min(round(value_s * 1e6), LONGEST_US))
+    assert at_once.folded().encode() == one_by_one.encode()
+    assert at_once.folded().get_total_count() == one_by_one.get_total_count()
 
 
 def test_taken_seconds_are_forgotten_and_add_up() -> None:

@@ -144,9 +144,7 @@ class Calls:
         request_id: str,
     ) -> PreparedRequest:
         tensors = tensors_of(metadata, arrays)
-        replica = self._replicas.all[0]
-        size = sum(len(tensor.data) for tensor in tensors)
-        shared = any(each.regions is not None and each.regions.want(size) for each in self._replicas.all)
+        shared = bool(self._settings.shared_memory) and self._want_memory(sum(len(tensor.data) for tensor in tensors))
         draft = PreparedRequest(
             model=metadata.name,
             version=version,
@@ -156,7 +154,13 @@ class Calls:
             tensors=tensors,
             result_sizes=result_sizes(metadata, tensors, outputs) if shared else {},
         )
-        return draft if shared else dataclasses.replace(draft, parts=replica.transport.encode(draft), tensors=())
+        if shared:
+            return draft
+        parts = self._replicas.all[0].transport.encode(draft)
+        return dataclasses.replace(draft, parts=parts, tensors=())
+
+    def _want_memory(self, size_bytes: int) -> bool:
+        return any(each.regions is not None and each.regions.want(size_bytes) for each in self._replicas.all)
 
     async def infer(
         self,

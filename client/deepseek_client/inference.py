@@ -30,7 +30,7 @@ import numpy as np
 from deepseek_client.calls import Calls
 from deepseek_client.counters import Statistics
 from deepseek_client.http_connections import AsyncConnection, BlockingConnection
-from deepseek_client.over_grpc import AsyncWire, BlockingWire, GrpcTransport
+from deepseek_client.over_grpc import GrpcTransport, async_wire, blocking_wire
 from deepseek_client.over_http import HttpTransport
 from deepseek_client.runtimes import AsyncRuntime, ThreadRuntime, run
 from deepseek_client.settings import Settings, read_pem
@@ -107,7 +107,7 @@ def _transports(settings: Settings, asynchronous: bool) -> dict[str, Transport]:
     transports: dict[str, Transport] = {}
     for url in settings.urls:
         if settings.protocol == "grpc":
-            wire = AsyncWire if asynchronous else BlockingWire
+            wire = async_wire if asynchronous else blocking_wire
             transports[url] = GrpcTransport(url, wire, tls=tls, ca_cert=authority, api_key=api_key)
         else:
             connection = AsyncConnection.open if asynchronous else BlockingConnection.open

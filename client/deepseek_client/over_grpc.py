@@ -5,10 +5,11 @@ over an asyncio one; a `Wire` hides which.
 """
 
 import contextlib
+import importlib.util
 import re
 import struct
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
@@ -27,6 +28,7 @@ from deepseek_client.errors import (
     ServerError,
     Unreachable,
 )
+from deepseek_client.grpc_message import Encoder, message_of, timeout_field
 from deepseek_client.runtimes import Cancel
 from deepseek_client.signature import ModelMetadata
 from deepseek_client.transports import (
@@ -108,6 +110,29 @@ def _is_gevent_patched() -> bool:
     return monkey is not None and monkey.is_module_patched("threading")
 
 
+def blocking_wire(url: str, credentials: grpc.ChannelCredentials | None) -> Wire:
+    """A channel of gRPC's own library; under gevent, where that costs several times the call, a plain connection."""
+    if credentials is None and _is_gevent_patched() and _can_be_plain():
+        from deepseek_client.plain_wires import GreenWire
+
+        return GreenWire(url)
+    return BlockingWire(url, credentials)
+
+
+def async_wire(url: str, credentials: grpc.ChannelCredentials | None) -> Wire:
+    """A plain connection where it can be, else a channel of gRPC's own library."""
+    if credentials is None and _can_be_plain():
+        from deepseek_client.plain_wires import AsyncPlainWire
+
+        return AsyncPlainWire(url)
+    return AsyncWire(url, credentials)
+
+
+def _can_be_plain() -> bool:
+    """Without TLS, and where header compression is installed: deepseek-client[fast]."""
+    return importlib.util.find_spec("hpack") is not None
+
+
 class AsyncWire:
     """A channel for the tasks of one loop: the one that is running at the first call."""
 
@@ -153,6 +178,7 @@ class GrpcTransport:
         self._url = url
         self._wire = make_wire(url, grpc.ssl_channel_credentials(ca_cert) if tls else None)
         self._metadata: Metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self._encoder = Encoder()
 
     async def ready(self, model: str | None, version: str, deadline: Deadline) -> bool:
         """See Transport."""
@@ -173,9 +199,7 @@ class GrpcTransport:
 
     def encode(self, request: PreparedRequest) -> tuple[bytes, ...]:
         """See Transport. The one part: the message."""
-        message = _message(request)
-        message.raw_input_contents.extend(tensor.data for tensor in request.tensors)
-        return (message.SerializeToString(),)
+        return (self._encoder.encode(request),)
 
     async def send(
         self,
@@ -186,15 +210,15 @@ class GrpcTransport:
         placement: Placement | None = None,
     ) -> dict[str, np.ndarray]:
         """See Transport."""
-        timeout = service_pb2.InferParameter(int64_param=deadline.left_us())
-        # Serialized messages put end to end parse as one merged message: the large part is left as it is.
-        tail = service_pb2.ModelInferRequest(parameters={"timeout": timeout}).SerializeToString()
         if placement is None:
             body = (request.parts or self.encode(request))[0]
         else:
-            body = _message(request, placement).SerializeToString()
-        metadata = self._metadata + tuple((name.lower(), value) for name, value in headers.items())
-        answer = await self._call("ModelInfer", body + tail, deadline, metadata, cancel)
+            body = message_of(request, placement).SerializeToString()
+        metadata = self._metadata
+        if headers:
+            metadata += tuple((name.lower(), value) for name, value in headers.items())
+        whole = body + timeout_field(deadline.left_us())
+        answer = await self._call("ModelInfer", whole, deadline, metadata, cancel)
         try:
             return _arrays(answer, placement)
         except (TypeError, ValueError, struct.error) as error:
@@ -224,41 +248,6 @@ class GrpcTransport:
             return await self._wire.call(method, request, deadline.left_s(), metadata, cancel)
         except grpc.RpcError as error:
             raise _error(self._url, error, deadline) from None
-
-
-def _message(request: PreparedRequest, placement: Placement | None = None) -> Any:
-    """The request without its tensors' bytes."""
-    kind = service_pb2.ModelInferRequest
-    message = kind(
-        model_name=request.model,
-        model_version=request.version,
-        id=request.request_id,
-        inputs=[
-            kind.InferInputTensor(
-                name=tensor.name,
-                datatype=tensor.datatype,
-                shape=tensor.shape,
-                parameters=_placed(placement.region, placement.inputs[tensor.name]) if placement else None,
-            )
-            for tensor in request.tensors
-        ],
-    )
-    if placement is not None and placement.outputs:
-        for name, place in placement.outputs.items():
-            message.outputs.add(name=name, parameters=_placed(placement.region, place))
-    else:
-        for name in request.outputs:
-            message.outputs.add(name=name)
-    return message
-
-
-def _placed(region: str, place: tuple[int, int]) -> Mapping[str, Any]:
-    kind = service_pb2.InferParameter
-    return {
-        "shared_memory_region": kind(string_param=region),
-        "shared_memory_offset": kind(int64_param=place[0]),
-        "shared_memory_byte_size": kind(int64_param=place[1]),
-    }
 
 
 def _arrays(answer: Any, placement: Placement | None) -> dict[str, np.ndarray]:

@@ -37,6 +37,12 @@ class TensorSpec:
         """The numpy type of its arrays; strings are `object`."""
         return np.dtype(triton_to_np_dtype(self.datatype))
 
+    def fits(self, array: np.ndarray) -> bool:
+        """Whether type and shape are right; never said of strings, which are looked at one by one."""
+        if array.dtype != self.dtype or self.datatype == "BYTES" or array.ndim != len(self.shape):
+            return False
+        return all(allowed in (-1, size) for size, allowed in zip(array.shape, self.shape, strict=True))
+
     def __str__(self) -> str:
         return f"{self.name} ({self.datatype} {list(self.shape)})"
 
@@ -73,13 +79,22 @@ class ModelMetadata:
             self._check_batch(arrays)
         return arrays
 
+    @cached_property
+    def _known_names(self) -> dict[str, frozenset[str]]:
+        return {
+            kind: frozenset(spec.name for spec in specs)
+            for kind, specs in (("input", self.inputs), ("output", self.outputs))
+        }
+
     def _check_names(self, kind: str, names: Iterable[str], specs: tuple[TensorSpec, ...]) -> None:
-        known = [spec.name for spec in specs]
+        known = self._known_names[kind]
         for name in names:
             if name not in known:
                 raise InvalidInput(f"{self.name} has no {kind} {name!r}; its {kind}s are {_listed(specs)}")
 
     def _check_array(self, spec: TensorSpec, array: np.ndarray) -> None:
+        if type(array) is np.ndarray and spec.fits(array):  # nearly always; the rest finds the words for what is wrong
+            return
         where = f"{self.name}: input {spec.name!r}"
         if not isinstance(array, np.ndarray):
             raise InvalidInput(

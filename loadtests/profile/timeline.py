@@ -5,7 +5,10 @@ processes of the timeline; their threads have names. Slices of a thread nest or 
 requests that overlap in Triton lie in lanes of their own. Arrows (flow events) lead each request from the client
 through Triton to its run of the graph and back.
 
-Format: docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU, "Trace Event Format".
+Format: docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU, "Trace Event Format"; and as Perfetto
+reads it (its src/trace_processor/importers/json): whole nanoseconds, cut off rather than rounded; a slice that reaches
+a nanosecond beyond the one it lies in is dropped; a point of an arrow holds on to the slice that began last before it,
+in the order of the file where times are the same; a thread is named by its number alone.
 
 Example:
     events = timeline(calls, traces, runs)
@@ -14,12 +17,14 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from loadtests.profile.sources import Call, GraphRun, Span, Trace, run_of
 
-CLIENT, TRITON = 1, 2  # process numbers of the timeline; backend processes keep their own, which are larger
+CLIENT, TRITON, BACKENDS = 1, 2, 3  # process numbers of the timeline
+FIRST_THREAD = 101  # numbers of threads are those of no process, and no two are the same
 OUTSIDE = ("encode", "to the server", "back to the client")  # phases that are the client's to show
 
 Event = dict[str, Any]
@@ -30,15 +35,29 @@ class _Timeline:
 
     def __init__(self, zero_ns: int) -> None:
         self._zero_ns = zero_ns
-        self.events: list[Event] = []
+        self._drawn: list[Event] = []
+        self._arrows: list[Event] = []
+        self._threads: dict[tuple[int, str], int] = {}
 
-    def name(self, process: int, name: str, order: int) -> None:
-        for kind, args in (("process_name", {"name": name}), ("process_sort_index", {"sort_index": order})):
-            self.events.append({"ph": "M", "name": kind, "pid": process, "tid": 0, "ts": 0, "args": args})
+    @property
+    def events(self) -> list[Event]:
+        """All of them; arrows come last, so that what they hold on to is there."""
+        return self._drawn + self._arrows
 
-    def name_thread(self, process: int, thread: int, name: str) -> None:
-        args = {"name": name}
-        self.events.append({"ph": "M", "name": "thread_name", "pid": process, "tid": thread, "ts": 0, "args": args})
+    def process(self, number: int, name: str) -> None:
+        """Names a process; they stand in the order of their numbers."""
+        for kind, args in (("process_name", {"name": name}), ("process_sort_index", {"sort_index": number})):
+            self._drawn.append({"ph": "M", "name": kind, "pid": number, "tid": number, "ts": 0, "args": args})
+
+    def thread(self, process: int, name: str) -> int:
+        """The number of the process's thread of this name."""
+        number = self._threads.get((process, name))
+        if number is None:
+            number = self._threads[process, name] = FIRST_THREAD + len(self._threads)
+            place = {"pid": process, "tid": number, "ts": 0}
+            self._drawn.append({"ph": "M", "name": "thread_name", **place, "args": {"name": name}})
+            self._drawn.append({"ph": "M", "name": "thread_sort_index", **place, "args": {"sort_index": number}})
+        return number
 
     def slice(self, process: int, thread: int, span: Span, category: str, within: Span | None = None) -> Span:
         """A slice, cut to the one that it lies in."""
@@ -46,30 +65,36 @@ class _Timeline:
         if within is not None:
             start_ns = min(max(start_ns, within.start_ns), within.end_ns)
             end_ns = min(max(end_ns, start_ns), within.end_ns)
-        ends = {"ts": self._us(start_ns), "dur": (end_ns - start_ns) / 1000}
+        ends = {"ts": self._us(start_ns), "dur": microseconds(end_ns - start_ns)}
         place = {"pid": process, "tid": thread}
-        self.events.append({"ph": "X", "name": span.name, "cat": category, **place, **ends, "args": span.args})
+        self._drawn.append({"ph": "X", "name": span.name, "cat": category, **place, **ends, "args": span.args})
         return Span(name=span.name, start_ns=start_ns, end_ns=end_ns)
 
     def flow(self, number: int, step: str, process: int, thread: int, at_ns: int) -> None:
         """One point of an arrow; it holds on to the slice there. `step` is s, t or f: starts, goes on, ends."""
         place = {"pid": process, "tid": thread, "ts": self._us(at_ns)}
         ends = {"bp": "e"} if step == "f" else {}  # the slice around, not the next one
-        self.events.append({"ph": step, "name": "request", "cat": "request", "id": number, **place, **ends})
+        self._arrows.append({"ph": step, "name": "request", "cat": "request", "id": number, **place, **ends})
 
     def _us(self, at_ns: int) -> float:
-        return (at_ns - self._zero_ns) / 1000
+        return microseconds(at_ns - self._zero_ns)
+
+
+def microseconds(ns: int) -> float:
+    """So that a reader who multiplies by a thousand and cuts off has the nanoseconds again: 0.29 would give 289."""
+    found = ns / 1000
+    return found if int(found * 1000) == ns else math.nextafter(found, math.inf)
 
 
 def timeline(calls: Sequence[Call], traces: dict[str, list[Trace]], runs: Sequence[GraphRun]) -> list[Event]:
     """The events; requests without a trace show their client's side alone."""
     drawn = _Timeline(min((call.encode_ns for call in calls), default=0))
-    drawn.name(CLIENT, "client", 0)
-    drawn.name(TRITON, "Triton", 1)
+    drawn.process(CLIENT, "client")
+    drawn.process(TRITON, "Triton")
     for user in sorted({call.user for call in calls}):
-        drawn.name_thread(CLIENT, user + 1, f"user {user + 1}")
-    lanes = _Lanes()
-    used: list[GraphRun] = []
+        drawn.thread(CLIENT, _user(user))
+    lanes = _Lanes(drawn)
+    backends = _Backends(drawn)
     for number, call in enumerate(calls, start=1):
         own = traces.get(call.request_id, [])
         _draw_client(drawn, call, number)
@@ -80,36 +105,32 @@ def timeline(calls: Sequence[Call], traces: dict[str, list[Trace]], runs: Sequen
             if each is not own[0]:
                 _draw_step(drawn, lanes, each)
             if run := run_of(each, call, runs):
-                drawn.flow(number, "t", run.process, run.thread, run.start_ns)
-                used.append(run)
-        drawn.flow(number, "f", CLIENT, call.user + 1, call.finish_ns)
-    _draw_backends(drawn, list({id(run): run for run in used}.values()))
-    for lane, name in lanes.names.items():
-        drawn.name_thread(TRITON, lane, name)
+                drawn.flow(number, "t", *backends.place(run), run.start_ns)
+        last_ns = max(call.send_ns, call.finish_ns - 1)  # within the slice: at its end the next may begin
+        drawn.flow(number, "f", CLIENT, drawn.thread(CLIENT, _user(call.user)), last_ns)
     return drawn.events
+
+
+def _user(number: int) -> str:
+    return f"user {number + 1}"
 
 
 class _Lanes:
     """Threads of Triton's process: a request takes the first that is free."""
 
-    def __init__(self) -> None:
-        self._free_ns: dict[str, list[tuple[int, int]]] = {}
-        self.names: dict[int, str] = {}
+    def __init__(self, drawn: _Timeline) -> None:
+        self._drawn = drawn
+        self._free_ns: dict[str, list[int]] = {}
 
     def take(self, kind: str, start_ns: int, end_ns: int) -> int:
         lanes = self._free_ns.setdefault(kind, [])
-        for index, (free_ns, lane) in enumerate(lanes):
-            if free_ns <= start_ns:
-                lanes[index] = (end_ns, lane)
-                return lane
-        lane = len(self.names) + 1
-        lanes.append((end_ns, lane))
-        self.names[lane] = f"{kind} {len(lanes)}"
-        return lane
+        index = next((index for index, free_ns in enumerate(lanes) if free_ns <= start_ns), len(lanes))
+        lanes[index : index + 1] = [end_ns]
+        return self._drawn.thread(TRITON, f"{kind} {index + 1}")
 
 
 def _draw_client(drawn: _Timeline, call: Call, number: int) -> None:
-    thread = call.user + 1
+    thread = drawn.thread(CLIENT, _user(call.user))
     args = {"request_id": call.request_id}
     whole = Span(name=f"request {number}", start_ns=call.encode_ns, end_ns=call.finish_ns, args=args)
     drawn.slice(CLIENT, thread, whole, "client")
@@ -152,17 +173,31 @@ def _draw_step(drawn: _Timeline, lanes: _Lanes, trace: Trace) -> None:
             drawn.slice(TRITON, lane, phase, "triton", within=whole)
 
 
-def _draw_backends(drawn: _Timeline, runs: Iterable[GraphRun]) -> None:
-    named: set[int] = set()
-    for run in runs:
-        if run.process not in named:
-            named.add(run.process)
-            drawn.name(run.process, f"backend {run.instance}", 1 + len(named))
-            drawn.name_thread(run.process, run.thread, "ONNX Runtime")
+class _Backends:
+    """Backend processes, each run of the graph drawn once: a batch is one run of several requests."""
+
+    def __init__(self, drawn: _Timeline) -> None:
+        self._drawn = drawn
+        self._processes: dict[int, int] = {}
+        self._seen: set[int] = set()
+
+    def place(self, run: GraphRun) -> tuple[int, int]:
+        """Process and thread of the timeline that show a run, which is drawn if it was not."""
+        process = self._processes.get(run.process)
+        if process is None:
+            process = self._processes[run.process] = BACKENDS + len(self._processes)
+            self._drawn.process(process, f"backend {run.instance} (process {run.process})")
+        thread = self._drawn.thread(process, f"ONNX Runtime (thread {run.thread})")
+        if id(run) not in self._seen:
+            self._seen.add(id(run))
+            self._draw(run, process, thread)
+        return process, thread
+
+    def _draw(self, run: GraphRun, process: int, thread: int) -> None:
         whole = Span(name="run of the graph", start_ns=run.start_ns, end_ns=run.end_ns)
-        drawn.slice(run.process, run.thread, whole, "onnxruntime")
+        self._drawn.slice(process, thread, whole, "onnxruntime")
         open_spans = [whole]
         for span in run.inner:  # by their start, the longer first
             while len(open_spans) > 1 and span.start_ns >= open_spans[-1].end_ns:
                 open_spans.pop()
-            open_spans.append(drawn.slice(run.process, run.thread, span, "onnxruntime", within=open_spans[-1]))
+            open_spans.append(self._drawn.slice(process, thread, span, "onnxruntime", within=open_spans[-1]))

@@ -1,8 +1,8 @@
 """The charts of one run, or of several laid over each other.
 
 Contract: each function gives one `<figure>`. Of one run both latencies are drawn, intended and service; of several the
-judged one of each. Latencies over time are of requests by their planned second; long runs are drawn in wider steps,
-whose histograms are added.
+judged one of each. An SLO is one for all runs, or one of each where they are the parts of a mix. Latencies over time
+are of requests by their planned second; long runs are drawn in wider steps, whose histograms are added.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ import numpy as np
 
 from deepseek.spec import SloSpec
 from loadtests.charts import Chart, Point, Scale, up_to
-from loadtests.report.page import ms
-from loadtests.report.verdict import LETTERS
-from loadtests.results import Latency, Run, Stretch
+from loadtests.report.page import ms, percentile
+from loadtests.report.verdict import LETTERS, names_of
+from loadtests.results import Distribution, Latency, Run, Stretch
 from loadtests.slo import latency_limits
 
 TAIL = (50, 90, 99, 99.9, 99.99, 99.999)  # percentiles named below the tail chart
+DIAMOND = "\N{BLACK DIAMOND}"
 WORDS = {"intended": "from the planned send", "service": "from the actual send"}
 STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600)
 MOST_STEPS = 120  # of a chart over time
 KINDS = 5  # of failures that have a colour of their own
+
+Slos = SloSpec | Sequence[SloSpec]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class Curve:
 def curves(runs: Sequence[Run]) -> list[Curve]:
     """What is drawn, the judged latency first."""
     if len(runs) > 1:
-        return [Curve(run=run, kind=run.judged, css=f"run{x}", name=x) for x, run in zip(LETTERS, runs, strict=False)]
+        named = zip(LETTERS, names_of(runs), runs, strict=False)
+        return [Curve(run=run, kind=run.judged, css=f"run{x}", name=name) for x, name, run in named]
     kinds: tuple[Latency, ...] = ("intended", "service") if runs[0].settings.open_loop else ("service",)
     return [Curve(run=runs[0], kind=kind, css=kind, name=kind) for kind in kinds]
 
@@ -53,41 +57,87 @@ def _latency_scale(values: Sequence[float], limits: Sequence[float]) -> Scale:
     return Scale(max(low, 0.01) / 1.3, high * 1.4, log=True) if high > 30 * low else up_to(finite, 1.15)
 
 
-def percentiles(runs: Sequence[Run], slo: SloSpec) -> str:
+@dataclass(frozen=True, kw_only=True)
+class _Tail:
+    """One line of a percentile chart."""
+
+    css: str
+    name: str
+    legend: str
+    latency: Distribution
+    limits: dict[float, float]
+    """Percentile -> limit, marked beside it."""
+
+    @property
+    def last(self) -> float:
+        """The highest percentile that is not the slowest request alone."""
+        return max(50.0, 100 * (1 - 1 / max(1, self.latency.total)))
+
+
+def _limits(drawn: Sequence[Curve], slo: Slos) -> list[dict[float, float]]:
+    """Of each curve its own; none where one SLO is for all."""
+    if isinstance(slo, SloSpec):
+        return [{} for _ in drawn]
+    return [latency_limits(each) for each in slo]
+
+
+def percentiles(runs: Sequence[Run], slo: Slos) -> str:
     """Latency at every percentile; the x axis gives each further nine the same room."""
     drawn = curves(runs)
-    found = {curve.name: curve.run.window.latency(curve.kind) for curve in drawn}
-    last = max(99.0, *(100 * (1 - 1 / max(1, run.window.planned)) for run in runs))
+    tails = []
+    for curve, limits in zip(drawn, _limits(drawn, slo), strict=True):
+        said = f"{curve.name}: {WORDS[curve.kind]}" if len(runs) == 1 else _with_limits(curve.name, limits)
+        latency = curve.run.window.latency(curve.kind)
+        tails.append(_Tail(css=curve.css, name=curve.name, legend=said, latency=latency, limits=limits))
+    shared = latency_limits(slo) if isinstance(slo, SloSpec) else {}
+    unanswered = runs[0].window.failed / max(1, runs[0].window.planned) if len(runs) == 1 else 0.0
+    return _tail_chart(tails, shared, unanswered)
+
+
+def _with_limits(name: str, limits: dict[float, float]) -> str:
+    told = ", ".join(f"p{percent:g} {ms(limit)}" for percent, limit in sorted(limits.items()))
+    return f"{name} ({DIAMOND} SLO: {told})" if told else name
+
+
+def by_length(run: Run, slo: SloSpec) -> str:
+    """The same of the inputs of each length, of the commonest where there are more than have a colour."""
+    common = sorted(run.lengths, key=lambda length: -run.lengths[length].planned)[: len(LETTERS)]
+    shown = [length for length in run.lengths if length in common]  # shortest first
+    tails = [
+        _Tail(css=f"run{x}", name=length, legend=length, latency=run.lengths[length].latency(run.judged), limits={})
+        for x, length in zip(LETTERS, shown, strict=False)
+    ]
+    return _tail_chart(tails, latency_limits(slo))
+
+
+def _tail_chart(tails: Sequence[_Tail], shared: dict[float, float], unanswered: float = 0.0) -> str:
+    last = max(99.0, *(tail.last for tail in tails))
     position = lambda percent: -math.log10(1 - percent / 100)  # noqa: E731
     percents = [100 * (1 - 10**-step) for step in np.linspace(0, position(last), 300)]
     points = {
-        name: [(position(percent), latency.percentile_ms(percent)) for percent in percents]
-        for name, latency in found.items()
+        tail.css: [(position(at), tail.latency.percentile_ms(at)) for at in percents if at <= tail.last + 1e-9]
+        for tail in tails
     }
-    limits = latency_limits(slo)
-    values = [y for curve in points.values() for _, y in curve]
-    chart = Chart(
-        Scale(0, position(last)),
-        _latency_scale(values, list(limits.values())),
-        "Latency by percentile",
-        x_title="share of requests answered at least as fast",
-    )
+    limits = [*shared.values(), *(limit for tail in tails for limit in tail.limits.values())]
+    scale = _latency_scale([y for curve in points.values() for _, y in curve], limits)
+    title = "share of requests answered at least as fast"
+    chart = Chart(Scale(0, position(last)), scale, "Latency by percentile", x_title=title)
     ticks = [(position(percent), f"{percent:g}%") for percent in TAIL if percent <= last]
-    if len(runs) == 1 and 0 < runs[0].window.failed < runs[0].window.planned:
-        answered = 100 * (1 - runs[0].window.failed / runs[0].window.planned)
-        if answered < last:
-            chart.shade(position(answered), position(last), "not answered", low=True)
+    if 0 < unanswered < 1 and (answered := 100 * (1 - unanswered)) < last:
+        chart.shade(position(answered), position(last), "not answered", low=True)
     chart.axes(x_unit="", y_unit="latency, ms", x_ticks=ticks)
-    for curve in reversed(drawn):
-        chart.line(points[curve.name], curve.css)
-    for percent, limit in limits.items():
+    for tail in reversed(tails):
+        chart.line(points[tail.css], tail.css)
+    for percent, limit in shared.items():
         if percent <= last:
             chart.mark(position(percent), limit, "limit", f"p{percent:g} limit")
-    for curve in drawn:
-        chart.legend(curve.css, curve.name if len(runs) > 1 else f"{curve.name}: {WORDS[curve.kind]}")
+    for tail in tails:
+        for percent, limit in tail.limits.items():
+            chart.mark(position(min(percent, last)), limit, tail.css)
+        chart.legend(tail.css, tail.legend)
     for percent in (25, 50, 75, 90, 95, 99, 99.5, 99.9, 99.95, 99.99, 99.999):
         if percent <= last:
-            lines = [f"{name} {ms(latency.percentile_ms(percent))}" for name, latency in found.items()]
+            lines = [f"{each.name} {percentile(each.latency, percent)}" for each in tails]
             chart.tip(position(percent), [f"p{percent:g}", *lines])
     return chart.figure()
 
@@ -173,28 +223,34 @@ def _time_axes(chart: Chart, runs: Sequence[Run], y_unit: str) -> None:
     chart.axes(x_unit="", y_unit=y_unit, x_ticks=[(value, f"{value:g}") for value in ticks])
 
 
-def latency_over_time(runs: Sequence[Run], slo: SloSpec) -> str:
+def latency_over_time(runs: Sequence[Run], slo: Slos) -> str:
     """p99 by planned time, with the SLO's line, and of one run the median."""
     width = step_s(runs)
     judged = curves(runs)[: len(runs)]
     shown = {
         curve.name: [(step, step.stretch.latency(curve.kind)) for step in steps(curve.run, width)] for curve in judged
     }
-    limits = latency_limits(slo)
+    own = _limits(judged, slo)
+    limits = latency_limits(slo) if isinstance(slo, SloSpec) else {}
     tails = {name: [(step.middle_s, found.percentile_ms(99)) for step, found in each] for name, each in shown.items()}
     medians = [(step.middle_s, found.percentile_ms(50)) for step, found in next(iter(shown.values()))]
     values = [y for each in [*tails.values(), medians] for _, y in each]
-    chart = _over_time(runs, _latency_scale(values, list(limits.values())), "Latency over time")
+    marked = [*limits.values(), *(each[max(each)] for each in own if each)]
+    chart = _over_time(runs, _latency_scale(values, marked), "Latency over time")
     _time_axes(chart, runs, "latency, ms")
     if limits:
         highest = max(limits)
         chart.limit(limits[highest], f"SLO: p{highest:g} {ms(limits[highest])}")
     if len(runs) == 1:
         chart.line(medians, "median")
-    for curve in judged:
+    for curve, bounds in zip(judged, own, strict=True):
         _tail_line(chart, tails[curve.name], curve.css)
         each = f"p99 of each {'second' if width == 1 else f'{width:g} s'}, {curve.kind}"
         chart.legend(curve.css, each if len(runs) == 1 else f"{curve.name}, p99")
+        if bounds:
+            highest = max(bounds)
+            chart.limit(bounds[highest], "", css=curve.css)
+            chart.legend(f"limit {curve.css}", f"its SLO: p{highest:g} {ms(bounds[highest])}")
     if len(runs) == 1:
         chart.legend("median", "median")
     if any(math.isinf(y) for each in tails.values() for _, y in each):
@@ -250,15 +306,15 @@ def rate_over_time(runs: Sequence[Run]) -> str:
 
 def _rate_tips(chart: Chart, by_run: Sequence[tuple[Run, list[Step]]]) -> None:
     lines: dict[str, tuple[float, list[str]]] = {}
-    for letter, (run, each) in zip(LETTERS, by_run, strict=False):
+    for name, (run, each) in zip(names_of([run for run, _ in by_run]), by_run, strict=True):
         for step in each:
             own = step.stretch
             planned = f"{own.planned / (step.end_s - step.start_s):.4g} planned, " if run.settings.open_loop else ""
             text = f"{planned}{own.throughput_rps:.4g} answered, {own.failed} failed"
-            text = text if len(by_run) == 1 else f"{letter}: {text}"
+            text = text if len(by_run) == 1 else f"{name}: {text}"
             lines.setdefault(step.name, (step.middle_s, []))[1].append(text)
-    for name, (middle_s, texts) in lines.items():
-        chart.tip(middle_s, [name, *texts])
+    for title, (middle_s, texts) in lines.items():
+        chart.tip(middle_s, [title, *texts])
 
 
 def failures_over_time(run: Run) -> str:

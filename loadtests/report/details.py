@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
+from deepseek.spec import SloSpec
 from loadtests import server_statistics
 from loadtests.charts import stacked_bar
-from loadtests.report.curves import curves, failures_over_time
+from loadtests.report.curves import by_length, curves, failures_over_time
 from loadtests.report.page import facts, ms, numbers, percentile, sentence
-from loadtests.report.verdict import LETTERS
+from loadtests.report.verdict import names_of
 from loadtests.results import Run
 from loadtests.server_statistics import Split
 
@@ -66,20 +68,21 @@ def _batches(run: Run) -> list[tuple[str, object]]:
 
 def servers(runs: Sequence[Run]) -> str:
     """The splits of several runs as bars to one scale."""
-    splits = [(letter, Split.of_run(run)) for letter, run in zip(LETTERS, runs, strict=False)]
+    splits = [(name, Split.of_run(run)) for name, run in zip(names_of(runs), runs, strict=True)]
     longest = max((split.total for _, split in splits if split), default=0.0)
     if not longest:
         return UNKNOWN
+    css = "row" if all(len(name) == 1 for name, _ in splits) else "row named"
     bars = "".join(
-        f"<div class='row'><b>{letter}</b>{stacked_bar(_rows(split), f'Split of run {letter}', longest)}</div>"
-        for letter, split in splits
+        f"<div class='{css}'><b>{escape(name)}</b>{stacked_bar(_rows(split), f'Split of {name}', longest)}</div>"
+        for name, split in splits
         if split
     )
     keys = dict.fromkeys(css for _, split in splits if split for css, _ in _rows(split))
     legend = "".join(f"<span><i class='swatch {css}'></i>{PARTS[css]}</span>" for css in keys)
-    head = ["", *(letter for letter, split in splits if split)]
+    head = ["", *(name for name, split in splits if split)]
     table = [(PARTS[css], *(ms(dict(_rows(split)).get(css, 0.0)) for _, split in splits if split)) for css in keys]
-    told = "".join(f"<p><b>{letter}.</b> {sentence(split.account)}</p>" for letter, split in splits if split)
+    told = "".join(f"<p><b>{escape(name)}.</b> {sentence(split.account)}</p>" for name, split in splits if split)
     return f"<div class='legend'>{legend}</div>{bars}{numbers(head, table)}{told}"
 
 
@@ -95,15 +98,15 @@ def percentiles(runs: Sequence[Run]) -> str:
     return numbers(["", *found], rows)
 
 
-def lengths(run: Run) -> str:
-    """Latency by the length of what was sent; "" where all inputs are of one length."""
+def lengths(run: Run, slo: SloSpec) -> str:
+    """Latency by the length of what was sent, drawn and in figures; "" where all inputs are of one length."""
     if not run.lengths:
         return ""
     rows = []
     for name, part in run.lengths.items():
         latency = part.latency(run.judged)
         rows.append((name, f"{part.planned:,}", percentile(latency, 50), percentile(latency, 99)))
-    return numbers([run.judged, "requests", "p50", "p99"], rows)
+    return by_length(run, slo) + numbers([run.judged, "requests", "p50", "p99"], rows)
 
 
 def failures(run: Run) -> str:
@@ -115,19 +118,25 @@ def failures(run: Run) -> str:
     return failures_over_time(run) + (facts(rows) if rows else "")
 
 
-def generator(run: Run) -> str:
-    """Whether the generator itself was fit to measure."""
-    lag = run.window.latency("lag")
+def generator(run: Run, others: Sequence[Run] = ()) -> str:
+    """Whether the generator itself was fit to measure; `others` are what it sent to other models meanwhile."""
     rows: list[tuple[str, object]] = [
         (name.replace("_cpu", " CPU"), f"{share:.0%}") for name, share in run.generator.items() if name.endswith("_cpu")
     ]
     if run.settings.open_loop:
-        rows.insert(0, ("requests taken up in time", f"{run.window.attempted_share:.2%}"))
-        rows.insert(1, ("send lag p50 / p99", f"{ms(lag.percentile_ms(50))} / {ms(lag.percentile_ms(99))}"))
+        rows[:0] = [row for each in (run, *others) for row in _lateness(each, named=bool(others))]
         rows.append(("real-time priority", "yes" if run.generator.get("precedence") else "not permitted"))
     if run.generator.get("workers", 1) > 1:
         rows.append(("workers", f"{run.generator['workers']}, {run.generator.get('workers_lost', 0)} lost"))
     return facts(rows)
+
+
+def _lateness(run: Run, named: bool) -> list[tuple[str, object]]:
+    lag, whose = run.window.latency("lag"), f", {run.settings.model}" if named else ""
+    return [
+        (f"requests taken up in time{whose}", f"{run.window.attempted_share:.2%}"),
+        (f"send lag p50 / p99{whose}", f"{ms(lag.percentile_ms(50))} / {ms(lag.percentile_ms(99))}"),
+    ]
 
 
 def settings(run: Run) -> str:
@@ -166,7 +175,7 @@ def differing(runs: Sequence[Run]) -> str:
     ]
     if not rows:
         return "<p>Settings, machine and versions are the same.</p>"
-    return f"<div class='scroll wrap'>{numbers(['', *LETTERS[: len(runs)]], rows)}</div>"
+    return f"<div class='scroll wrap'>{numbers(['', *names_of(runs)], rows)}</div>"
 
 
 def _flat(run: Run) -> dict[str, object]:

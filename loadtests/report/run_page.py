@@ -8,6 +8,7 @@ from pathlib import Path
 from deepseek.spec import SloSpec
 from loadtests.capacity import Capacity
 from loadtests.report import curves, details
+from loadtests.report.curves import Slos
 from loadtests.report.page import card, document, grid, write
 from loadtests.report.searches import capacity_card, tuning_card
 from loadtests.report.verdict import SHORT, compared, headline, tiles
@@ -35,13 +36,13 @@ def page(
     judgement = judge(run, slo)
     split = Split.of_run(run)
     extra = [*([split.sentence] if split else []), *([capacity.sentence] if capacity else [])]
-    cards = _charts(runs, slo)
+    cards = charts(runs, slo)
     if failures := details.failures(run):
         cards.append(card("Failures", failures))
     cards.append(card("Where the time goes", details.server(run), "Triton's own statistics over the measured time."))
     cards += searches
     cards.append(card("Percentiles", details.percentiles(runs)))
-    if by_length := details.lengths(run):
+    if by_length := details.lengths(run, slo):
         cards.append(card("By length of the input", by_length))
     cards += [
         card("The load generator's own health", details.generator(run)),
@@ -52,7 +53,8 @@ def page(
     return document(title, headline(run, judgement, extra) + tiles(run) + grid(cards), run.folder.name)
 
 
-def _charts(runs: Sequence[Run], slo: SloSpec) -> list[str]:
+def charts(runs: Sequence[Run], slo: Slos) -> list[str]:
+    """The cards that every page of runs has."""
     waited = WAITED if len(runs) == 1 and runs[0].settings.open_loop else ""
     return [
         card("Latency by percentile", curves.percentiles(runs, slo), READ_TAIL + waited + FAILED_SLOW),
@@ -70,7 +72,7 @@ def _none_failed(runs: Sequence[Run]) -> str:
 
 def _comparison(runs: Sequence[Run], slo: SloSpec, searches: Sequence[str]) -> str:
     cards = [
-        *_charts(runs, slo),
+        *charts(runs, slo),
         card("Where the time goes", details.servers(runs), "Means, by Triton's own statistics over the measured time."),
         card("Percentiles", f"<div class='scroll'>{details.percentiles(runs)}</div>"),
         card("What differs", details.differing(runs)),

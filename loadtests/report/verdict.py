@@ -10,7 +10,7 @@ from html import escape
 from deepseek.spec import SloSpec
 from loadtests.report.page import ms, percentile, sentence
 from loadtests.results import Run, Settings
-from loadtests.slo import Judged, Judgement, formatted, judge
+from loadtests.slo import Judged, Judgement, Verdict, formatted, judge
 
 HEADLINES = {
     "holds": "The SLO holds",
@@ -28,7 +28,13 @@ MEANINGS = {
 }
 BOUNDS = {"<": "less than", "<=": "at most", ">": "more than", ">=": "at least"}
 TIMES = "\N{MULTIPLICATION SIGN}"
-LETTERS = "ABCDEF"  # names of runs laid over each other
+LETTERS = "ABCDEF"  # of runs laid over each other: their names and their colours
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """What runs on one page are called: the parts of a mix by their models, runs of one model by letters."""
+    models = [run.settings.model for run in runs]
+    return models if len(set(models)) == len(runs) > 1 else list(LETTERS[: len(runs)])
 
 
 def load_of(settings: Settings) -> str:
@@ -43,17 +49,22 @@ def headline(run: Run, judgement: Judgement, extra: Sequence[str] = ()) -> str:
     """The verdict on one run; `extra` are sentences below the objectives."""
     settings = run.settings
     subject = f"{settings.model} over {settings.protocol}, {load_of(settings)}, for {settings.duration_s:g} s"
-    reasons = "".join(f"<p class='problem'>{sentence(line)}</p>" for line in judgement.problems)
     notes = "".join(f"<p class='hint'>{sentence(line)}</p>" for line in (*judgement.notes, *extra))
-    objectives = "".join(map(_objective, judgement.objectives))
     return (
-        f"<header class='{judgement.verdict}'><h1>{_badge(judgement)}{HEADLINES[judgement.verdict]}</h1>"
-        f"<p class='subject'>{escape(subject)}</p>{reasons}<ul class='objectives'>{objectives}</ul>{notes}</header>"
+        f"<header class='{judgement.verdict}'><h1>{badge(judgement.verdict)}{HEADLINES[judgement.verdict]}</h1>"
+        f"<p class='subject'>{escape(subject)}</p>{objectives(judgement)}{notes}</header>"
     )
 
 
-def _badge(judgement: Judgement) -> str:
-    return f"<span class='badge' aria-hidden='true'>{SYMBOLS[judgement.verdict]}</span>"
+def badge(verdict: Verdict) -> str:
+    """The verdict's symbol in its colour."""
+    return f"<span class='badge' aria-hidden='true'>{SYMBOLS[verdict]}</span>"
+
+
+def objectives(judgement: Judgement) -> str:
+    """Why nothing can be concluded, if so, and every objective with what was seen."""
+    reasons = "".join(f"<p class='problem'>{sentence(line)}</p>" for line in judgement.problems)
+    return f"{reasons}<ul class='objectives'>{''.join(map(_objective, judgement.objectives))}</ul>"
 
 
 def _objective(each: Judged) -> str:
@@ -83,7 +94,16 @@ def tiles(run: Run) -> str:
     shown = [(f"p{percent:g}", percentile(latency, percent)) for percent in (50, 95, 99, 99.9)]
     shown += [("slowest answer", ms(latency.max_ms)), ("good answers", f"{run.window.throughput_rps:.1f}/s")]
     shown += [("requests", f"{run.window.planned:,}"), ("failed", f"{run.window.failed:,}")]
-    return "<dl class='tiles'>" + "".join(f"<div><dt>{n}</dt><dd>{v}</dd></div>" for n, v in shown) + "</dl>"
+    return tiled(shown)
+
+
+def tiled(shown: Sequence[tuple[str, str]]) -> str:
+    """Figures with their names, side by side."""
+    return (
+        f"<dl class='tiles of{len(shown)}'>"
+        + "".join(f"<div><dt>{n}</dt><dd>{v}</dd></div>" for n, v in shown)
+        + "</dl>"
+    )
 
 
 def compared(runs: Sequence[Run], slo: SloSpec) -> str:
