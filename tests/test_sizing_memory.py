@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek.config import AdviceWarning, TransformerConfig
 from deepseek.sizing import (
@@ -26,6 +24,10 @@ from deepseek.sizing import (
 from deepseek.sizing.memory import FILL
 from deepseek.spec import InputError
 from deepseek.transformer import Transformer
+from tests.bench.training_memory import peak_of_a_step
+from tests.test_training import one_thread
+
+__all__ = ["one_thread"]  # a fixture, for every test here too
 
 TINY: dict[str, Any] = {
     "num_layers": 3,
@@ -88,58 +90,47 @@ def test_activations_are_what_autograd_keeps_to_the_byte(
     assert saved_bytes(size, setup).kept + copies == kept_by_autograd(model, bf16)
 
 
-class LiveBytes(TorchDispatchMode):
-    """The most bytes of storages that were alive at once, of those made meanwhile or given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.most = 0
-
-    def watch(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            weakref.finalize(storage, self.sizes.pop, storage._cdata)
-            self.most = max(self.most, sum(self.sizes.values()))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.watch(tensor)
-        return out
+BASE: dict[str, Any] = {"num_layers": 4, "hidden_size": 64, "intermediate_size": 256, "max_length": 64}
+WIDE = BASE | {"num_layers": 12, "hidden_size": 192, "intermediate_size": 768}
+LONG: dict[str, Any] = {"num_layers": 1, "max_length": 512, "num_attention_heads": 8, "hidden_size": 32}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
 @pytest.mark.parametrize(
-    ("steps", "vocab"), [(1, 100), (2, 100), (1, 20_000)], ids=["one-batch", "accumulated", "large-vocabulary"]
+    ("shape", "head", "setup", "worst_at"),
+    [
+        (BASE, "none", {"accumulation_steps": 2}, "loss"),
+        (BASE | {"intermediate_size": 1024}, "none", {}, "last block"),
+        (BASE | {"vocab_size": 20_000}, "none", {}, "optimizer's step"),
+        (BASE | {"vocab_size": 5_000}, "tied", {}, "loss"),
+        (BASE | {"vocab_size": 20_000}, "tied", {"batch": 1, "length": 4, "optimizer": "sgd"}, "embeddings"),
+        (BASE | {"vocab_size": 5_000}, "untied", {"precision": "bf16", "checkpointing": True}, "loss"),
+        (LONG, "none", {"length": 512, "batch": 1}, "last block"),
+        (LONG | {"num_attention_heads": 32}, "none", {"length": 256, "batch": 1, "precision": "bf16"}, "last block"),
+        (LONG | {"attention_dropout": 0.0}, "none", {"length": 512, "precision": "bf16"}, "end of forward"),
+        (WIDE, "none", {"length": 32, "precision": "bf16", "batch": 2}, "optimizer's step"),
+        (WIDE, "none", {"length": 32, "precision": "bf16", "batch": 8, "checkpointing": True}, "first block"),
+    ],
+    ids=[
+        "accumulated",
+        "wide-feed-forward",
+        "large-vocabulary",
+        "tied",
+        "tied-and-few-tokens",
+        "untied",
+        "long",
+        "tiny-heads",
+        "padding-mask",
+        "more-weights-than-tokens",
+        "checkpointed",
+    ],
 )
-def test_the_peak_of_a_real_step_is_within_a_tenth_of_what_was_planned(
-    checkpointing: bool, steps: int, vocab: int
-) -> None:
-    shape = config(num_layers=4, hidden_size=64, intermediate_size=256, max_length=64, vocab_size=vocab)
-    size = TransformerSize(config=shape)
-    model = Transformer(size.config).train()
-    model.gradient_checkpointing = checkpointing
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-
-    def step() -> None:
-        for _ in range(steps):
-            model(torch.ones(4, 64, dtype=torch.int64)).pow(2).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()  # makes the optimizer's state
-    with LiveBytes() as live:
-        for tensor in [*model.parameters(), *(each for state in optimizer.state.values() for each in state.values())]:
-            live.watch(tensor)
-        step()
-    setup = TrainingSetup(
-        batch=4, length=64, checkpointing=checkpointing, accumulation_steps=steps, platform="cpu"
-    )  # fmt: skip
+def test_the_peak_of_a_real_step_is_what_was_planned(shape: Any, head: Any, setup: Any, worst_at: str) -> None:
+    size = TransformerSize(config=config(**shape), head=head)
+    setup = TrainingSetup(platform="cpu", **({"batch": 4, "length": 64} | setup))
     planned = training_memory(size, setup)
-    assert planned.peak_bytes - planned.context_bytes == pytest.approx(live.most, rel=0.1)
+    assert planned.peak_bytes - planned.context_bytes == pytest.approx(peak_of_a_step(size, setup), rel=0.05)
+    assert planned.peak_at == worst_at
+    assert planned.peak_bytes <= planned.total_bytes
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from torch.utils.data import Dataset, TensorDataset
 
 from deepseek.config import AdviceWarning, TransformerConfig
 from deepseek.sizing import TrainingSetup, TransformerSize, largest_batch, training_memory
+from deepseek.sizing.live import LiveBytes
 from deepseek.spec import InputError
 from deepseek.training import train_model
 from deepseek.training.batch_size import fitting_batch
-from deepseek.training.memory import LiveBytes, besides_bytes, limit_bytes
+from deepseek.training.memory import besides_bytes, limit_bytes
 from deepseek.transformer import Transformer
 from tests.test_training import cross_entropy, network, one_thread, points, settings
 

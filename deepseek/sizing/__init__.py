@@ -19,17 +19,15 @@ from deepseek.sizing.counting import Countable, Op, TransformerSize, flops, pres
 from deepseek.sizing.devices import Device, load_devices
 from deepseek.sizing.memory import (
     InferenceSetup,
-    Saved,
     TrainingMemory,
-    TrainingSetup,
     host_needs,
     inference_memory,
     largest_batch,
-    saved_bytes,
     training_memory,
 )
 from deepseek.sizing.parallel import choose, serving_layouts, training_layouts
 from deepseek.sizing.roofline import predict
+from deepseek.sizing.training_step import Saved, TrainingSetup, moments, saved_bytes
 
 __all__ = [
     "Countable",
@@ -48,6 +46,7 @@ __all__ = [
     "inference_memory",
     "largest_batch",
     "load_devices",
+    "moments",
     "predict",
     "predicted_serving",
     "presets",

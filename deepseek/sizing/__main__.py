@@ -25,10 +25,10 @@ from deepseek.config import AdviceWarning, TransformerConfig, check_float
 from deepseek.sizing.cost import Demand
 from deepseek.sizing.counting import Countable, TransformerSize, presets
 from deepseek.sizing.devices import THIS_MACHINE, load_devices, measured_path, write_device
-from deepseek.sizing.memory import TrainingSetup
 from deepseek.sizing.onnx_graph import OnnxModel
 from deepseek.sizing.plan import Plan, Request, make_plan
 from deepseek.sizing.print_plan import draw_charts, print_measured, print_plan
+from deepseek.sizing.training_step import TrainingSetup
 from deepseek.spec import BATCH, DeploymentSpec, InputError, Parser, build_dir, run_command
 
 

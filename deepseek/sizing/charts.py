@@ -1,7 +1,7 @@
 """Small SVG files, drawn as text: bars that are stacked, bars, and predictions against measurements.
 
-Contract: a chart is one self-contained `<svg>`: no script, no outside resource, colours for light and for dark. Values
-are finite and not negative. Written beside its place and renamed.
+Contract: a chart is one self-contained `<svg>`: no script, no outside resource, colours for light and for dark; as wide
+as the window where that is narrow. Values are finite and not negative. Written beside its place and renamed.
 
 Examples:
     write_svg(path, bar_chart({"l4": 560.0, "t4": 387.0}, title="Cost a month", unit="USD"))
@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-WIDTH, LEFT, RIGHT, TOP, ROW = 640, 170, 78, 62, 26
+WIDTH, MARGIN, ROW, LINE = 480, 12, 26, 18
+LETTER = 6.3  # width of a letter of 12 px, about
 COLOURS = ("#2f6fde", "#e08a1e", "#2f9e5b", "#b04fc4", "#d1495b", "#4a8fa8", "#8a7340")
 STYLE = """
-text{font:12px system-ui,sans-serif;fill:#333}.title{font-weight:600;font-size:14px}.faint{fill:#777;font-size:11px}
+text{font:12px system-ui,sans-serif;fill:#333}.title{font-weight:600;font-size:14px}.faint{fill:#666;font-size:11px}
 .grid{stroke:#ddd;fill:none}
 .band{fill:#8883}.page{fill:#fff}
-@media(prefers-color-scheme:dark){text{fill:#ddd}.faint{fill:#999}.grid{stroke:#444}.page{fill:#16181d}}
+@media(prefers-color-scheme:dark){text{fill:#ddd}.faint{fill:#aaa}.grid{stroke:#444}.page{fill:#16181d}}
 """
 
 
@@ -36,33 +38,30 @@ def write_svg(path: Path, svg: str) -> None:
 def stacked_chart(bars: Mapping[str, Mapping[str, float]], *, title: str, unit: str) -> str:
     """A horizontal bar for each name, made of parts."""
     parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
-    most = max(sum(bar.values()) for bar in bars.values()) or 1.0
-    height = TOP + ROW * len(bars) + 12
-    drawn = _legend(parts)
+    sums = {name: sum(bar.values()) for name, bar in bars.items()}
+    notes = {name: f"{_short(value)} {unit}" for name, value in sums.items()}
+    drawn, top = _head(title, parts)
+    left, scale = _span(bars, notes.values(), max(sums.values(), default=0.0))
     for index, (name, bar) in enumerate(bars.items()):
-        y, x = TOP + ROW * index, float(LEFT)
-        drawn.append(_text(LEFT - 8, y + 15, name, "end"))
+        y, x = top + ROW * index, left
+        drawn.append(_text(left - 8, y + 15, name, "end"))
         for part, value in bar.items():
-            wide = _span(value, most)
-            drawn.append(
-                f'<rect x="{x:.1f}" y="{y + 3}" width="{wide:.1f}" height="{ROW - 8}" fill="{_colour(parts, part)}"/>'
-            )
-            x += wide
-        drawn.append(_text(x + 6, y + 15, f"{_short(sum(bar.values()))} {unit}", "start", "faint"))
-    return _svg(title, height, drawn)
+            drawn.append(_bar(x, y, scale * value, _colour(parts, part)))
+            x += scale * value
+        drawn.append(_text(x + 6, y + 15, notes[name], "start", "faint"))
+    return _svg(title, top + ROW * len(bars) + MARGIN, drawn)
 
 
 def bar_chart(bars: Mapping[str, float], *, title: str, unit: str, notes: Mapping[str, str] | None = None) -> str:
     """A horizontal bar for each name, with a note behind it."""
-    most = max(bars.values(), default=1.0) or 1.0
-    drawn = []
+    said = {name: f"{_short(value)} {unit}  {(notes or {}).get(name, '')}".rstrip() for name, value in bars.items()}
+    drawn, top = _head(title, [])
+    left, scale = _span(bars, said.values(), max(bars.values(), default=0.0))
     for index, (name, value) in enumerate(bars.items()):
-        y, wide = 40 + ROW * index, 0.62 * _span(value, most)
-        drawn.append(_text(LEFT - 8, y + 15, name, "end"))
-        drawn.append(f'<rect x="{LEFT}" y="{y + 3}" width="{wide:.1f}" height="{ROW - 8}" fill="{COLOURS[0]}"/>')
-        note = f"  {notes[name]}" if notes and notes.get(name) else ""
-        drawn.append(_text(LEFT + wide + 6, y + 15, f"{_short(value)} {unit}{note}", "start", "faint"))
-    return _svg(title, 40 + ROW * len(bars) + 12, drawn)
+        y = top + ROW * index
+        drawn += [_text(left - 8, y + 15, name, "end"), _bar(left, y, scale * value, COLOURS[0])]
+        drawn.append(_text(left + scale * value + 6, y + 15, said[name], "start", "faint"))
+    return _svg(title, top + ROW * len(bars) + MARGIN, drawn)
 
 
 def scatter_chart(
@@ -77,13 +76,14 @@ def scatter_chart(
     """Pairs on two logarithmic axes of one scale, with the diagonal and a band of so large a share around it."""
     values = [value for group in points.values() for pair in group for value in pair]
     low, high = math.log10(min(values) / 1.3), math.log10(max(values) * 1.3)
-    size, left, top = 440, 70, TOP + 12
+    drawn, top = _head(title, list(points))
+    left, top = 60, top + LINE
+    size = WIDTH - left - MARGIN
 
     def at(value: float) -> float:
         return (math.log10(value) - low) / (high - low) * size
 
     base = top + size
-    drawn = _legend(list(points))
     first, last, wide, narrow = 10**low, 10**high, 1 + band, 1 - band
     corners = [(first, first), (first, first * wide), (last / wide, last), (last, last), (last, last * narrow)]
     corners.append((first / narrow, first))
@@ -108,21 +108,36 @@ def scatter_chart(
     return _svg(title, base + 46, drawn)
 
 
-def _legend(names: Sequence[str]) -> list[str]:
-    drawn, x = [], 12.0
-    for index, name in enumerate(names):
-        drawn.append(f'<rect x="{x:.0f}" y="34" width="10" height="10" fill="{COLOURS[index % len(COLOURS)]}"/>')
-        drawn.append(_text(x + 14, 43, name, "start", "faint"))
-        x += 30 + 6.2 * len(name)
-    return drawn
+def _head(title: str, names: Sequence[str]) -> tuple[list[str], float]:
+    """Title and legend, on as many lines as they take, and where they end."""
+    drawn, y = [], 4.0
+    for line in textwrap.wrap(title, int((WIDTH - 2 * MARGIN) / 8)) or [""]:
+        y += LINE
+        drawn.append(_text(MARGIN, y, line, "start", "title"))
+    x, y = float(MARGIN), y + LINE + 3
+    for name in names:
+        wide = 30 + LETTER * len(name)
+        if x + wide > WIDTH and x > MARGIN:
+            x, y = float(MARGIN), y + LINE
+        drawn.append(f'<rect x="{x:.0f}" y="{y - 9:.0f}" width="10" height="10" fill="{_colour(names, name)}"/>')
+        drawn.append(_text(x + 14, y, name, "start", "faint"))
+        x += wide
+    return drawn, y + 12 if names else y - 6
 
 
 def _colour(names: Sequence[str], name: str) -> str:
     return COLOURS[list(names).index(name) % len(COLOURS)]
 
 
-def _span(value: float, most: float) -> float:
-    return value / most * (WIDTH - LEFT - RIGHT)
+def _span(names: Iterable[str], notes: Iterable[str], most: float) -> tuple[float, float]:
+    """Where bars begin, and how wide one of the value 1 is, so that names before and notes behind find room."""
+    left = MARGIN + 8 + LETTER * max(map(len, names), default=0)
+    behind = MARGIN + 6 + LETTER * max(map(len, notes), default=0)
+    return left, max(40.0, WIDTH - left - behind) / (most or 1.0)
+
+
+def _bar(x: float, y: float, wide: float, colour: str) -> str:
+    return f'<rect x="{x:.1f}" y="{y + 3:.1f}" width="{wide:.1f}" height="{ROW - 8}" fill="{colour}"/>'
 
 
 def _short(value: float) -> str:
@@ -134,8 +149,9 @@ def _text(x: float, y: float, text: str, anchor: str, css: str = "") -> str:
 
 
 def _svg(title: str, height: float, drawn: Sequence[str]) -> str:
+    """Half as wide again as its sums, so that letters are read; narrower where the window is."""
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
-        f'aria-label="{escape(title)}"><style>{STYLE}</style><rect class="page" width="100%" height="100%"/>'
-        f'<text class="title" x="12" y="22">{escape(title)}</text>{"".join(drawn)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{1.5 * WIDTH:.0f}" '
+        f'style="max-width:100%;height:auto" role="img" aria-label="{escape(title)}"><style>{STYLE}</style>'
+        f'<rect class="page" width="100%" height="100%"/>{"".join(drawn)}</svg>\n'
     )

@@ -55,6 +55,11 @@ class Countable(Protocol):
         ...
 
     @property
+    def stepped_elements(self) -> int:
+        """The most that AdamW makes at once where it steps one tensor of weights after the other: see `stepped`."""
+        ...
+
+    @property
     def default_length(self) -> int:
         """Tokens of a sample; 1 where samples have no length."""
         ...
@@ -66,6 +71,15 @@ class Countable(Protocol):
     def live_elements(self, batch: int, length: int) -> float:
         """Activations that lie in memory at once in a forward pass without gradients, at the worst moment."""
         ...
+
+
+def stepped(sizes: Iterable[int]) -> int:
+    """Elements at once of tensors of such sizes, in their order: the root of a second moment, what it is divided to,
+    and the latter of the tensor before."""
+    most = before = 0
+    for size in sizes:
+        most, before = max(most, before + 2 * size), size
+    return most
 
 
 def flops(ops: Iterable[Op]) -> float:
@@ -111,6 +125,12 @@ class TransformerSize:
     @property
     def product_parameters(self) -> int:
         return self.config.num_layers * self.block_product_parameters + self.head_parameters
+
+    @property
+    def stepped_elements(self) -> int:
+        config = self.config
+        rows = [config.vocab_size, config.max_length, 1, config.hidden_size, 1, config.intermediate_size]
+        return config.hidden_size * stepped(rows)
 
     @property
     def default_length(self) -> int:

@@ -21,9 +21,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
-from deepseek.sizing.memory import FILL, Platform
+from deepseek.sizing.memory import FILL
+from deepseek.sizing.training_step import Platform
 from deepseek.spec import InputError
 from deepseek.spec.checks import Table, first_error, listed
 
@@ -44,6 +45,8 @@ class Device(Table):
     """Dense TFLOPS (TOPS) of matrix products by type."""
     efficiency: dict[Type, Share] = {}
     """Share of the rate that large products reach; absent: the default of `deepseek.sizing.roofline`."""
+    attention_share: dict[Type, Share] = {}
+    """Share of what products reach that attention's do; absent: the default of `deepseek.sizing.roofline`."""
     bandwidth_efficiency: Share | None = None
     launch_us: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Time that each operation takes on top; absent: that of a GPU with CUDA graphs."""
@@ -63,6 +66,13 @@ class Device(Table):
         if "fp32" not in rates:
             raise ValueError(f"seen {listed(rates)}; fp32 has to be among them")
         return rates
+
+    @field_validator("efficiency", "attention_share")
+    @classmethod
+    def _is_of_a_rate(cls, shares: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        if without := shares.keys() - info.data.get("rates", shares).keys():
+            raise ValueError(f"seen {listed(without)}; rates has {listed(info.data['rates'])}")
+        return shares
 
     @property
     def memory_bytes(self) -> float:

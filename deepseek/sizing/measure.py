@@ -27,6 +27,7 @@ from deepseek.sizing.devices import Device
 from deepseek.spec import InputError
 
 ROWS, WIDTH = 512, 1024
+HEADS, TOKENS, HEAD = 96, 128, 32  # of attention: 8 samples of 12 heads
 CHAIN = 64  # operations in the graph that measures what each takes on top
 
 
@@ -36,6 +37,7 @@ def measure_machine(threads: int | None = None) -> Device:
     threads = threads or instance_threads()
     rates = {"fp32": _rate(_product_graph(int8=False), threads, np.float32)}
     rates["int8"] = _rate(_product_graph(int8=True), threads, np.uint8)
+    shares = {kind: min(1.0, _attention_rate(kind == "int8", threads) / rate) for kind, rate in rates.items()}
     return Device(
         name=f"{_processor()}, {cores} cores",
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 2),
@@ -43,6 +45,7 @@ def measure_machine(threads: int | None = None) -> Device:
         compute_units=threads,
         rates=rates,  # type: ignore[arg-type]
         efficiency={"fp32": 1.0, "int8": 1.0},
+        attention_share=shares,  # type: ignore[arg-type]
         bandwidth_efficiency=1.0,
         launch_us=round(_launch_s(threads) * 1e6, 2),
         elements_g_s=round(_elements_s(threads) / 1e9, 3),
@@ -113,6 +116,15 @@ def _rate(model: Any, threads: int, dtype: Any) -> float:
     return round(flops / best_s(lambda: session.run(None, feeds), threads=threads) / 1e12, 4)
 
 
+def _attention_rate(int8: bool, threads: int) -> float:
+    """TFLOPS of queries by keys: many small products, whose second side is no weight that could be arranged before."""
+    session = _session(_attention_graph(int8).SerializeToString(), threads)
+    dtype = np.uint8 if int8 else np.float32
+    feeds = {"x": np.ones((HEADS, TOKENS, HEAD), dtype), "k": np.ones((HEADS, HEAD, TOKENS), dtype)}
+    flops = 2.0 * HEADS * TOKENS * TOKENS * HEAD
+    return flops / best_s(lambda: session.run(None, feeds), threads=threads) / 1e12
+
+
 def _launch_s(threads: int) -> float:
     session = _session(_chain_graph().SerializeToString(), threads)
     feeds = {"x": np.ones((1, 8), np.float32)}
@@ -141,6 +153,18 @@ def _product_graph(int8: bool) -> Any:
     out = TensorProto.INT32 if int8 else TensorProto.FLOAT
     node = helper.make_node("MatMulInteger" if int8 else "MatMul", ["x", "w"], ["y"])
     return _graph([node], kind, out, WIDTH, [numpy_helper.from_array(weight, "w")])
+
+
+def _attention_graph(int8: bool) -> Any:
+    from onnx import TensorProto, helper
+
+    kind = TensorProto.UINT8 if int8 else TensorProto.FLOAT
+    shapes = {"x": ["heads", TOKENS, HEAD], "k": ["heads", HEAD, TOKENS], "y": ["heads", TOKENS, TOKENS]}
+    kinds = {"x": kind, "k": kind, "y": TensorProto.INT32 if int8 else TensorProto.FLOAT}
+    x, k, y = (helper.make_tensor_value_info(name, kinds[name], shapes[name]) for name in shapes)
+    node = helper.make_node("MatMulInteger" if int8 else "MatMul", ["x", "k"], ["y"])
+    graph = helper.make_graph([node], "measured", [x, k], [y])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
 
 
 def _chain_graph() -> Any:

@@ -19,7 +19,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from deepseek.sizing.counting import Op
+from deepseek.sizing.counting import Op, stepped
 from deepseek.spec import InputError
 
 PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"}
@@ -29,10 +29,11 @@ MEMORY = {
     "LayerNormalization", "Softmax", "ReduceMean", "ReduceSum", "ReduceMax", "Gather", "TopK", "BatchNormalization",
     "InstanceNormalization", "GlobalAveragePool", "AveragePool", "MaxPool", "Resize", "SimplifiedLayerNormalization",
 }  # fmt: skip
-FREE = {"Reshape", "Shape", "Constant", "Unsqueeze", "Squeeze", "Flatten", "Identity", "ConstantOfShape"} | {
-    "QuantizeLinear",
+# DequantizeLinear runs within the product behind it, as QuantizeLinear does in an engine; not on a CPU.
+FREE = {
+    "Reshape", "Shape", "Constant", "Unsqueeze", "Squeeze", "Flatten", "Identity", "ConstantOfShape",
     "DequantizeLinear",
-}
+}  # fmt: skip
 CARRIERS = {"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Reshape", "Identity"}  # a weight behind them
 # They compute, and how much is not known here.
 UNCOUNTED = {"Einsum", "Attention", "MultiHeadAttention", "GroupQueryAttention", "DeformConv", "If", "Loop", "Scan"}
@@ -89,6 +90,10 @@ class OnnxModel:
             if weight is not None and len(self._weights[weight]) > 1
         }  # fmt: skip
         return sum(math.prod(self._weights[name]) for name in used)
+
+    @cached_property
+    def stepped_elements(self) -> int:
+        return stepped(math.prod(shape) for shape in self._weights.values())
 
     @property
     def default_length(self) -> int:
@@ -167,10 +172,14 @@ class OnnxModel:
         for node in self.proto.graph.node:
             if node.op_type in PRODUCTS | RECURRENT.keys() and (op := self._product(node, shapes)):
                 yield op
-            elif node.op_type not in FREE:
+            elif node.op_type not in FREE and not self._of_a_weight(node):
                 if node.op_type in MEMORY:
                     yield Op(kind="memory")
                 yield Op(kind="elementwise", outputs=float(sum(_size(shapes.get(name, (0,))) for name in node.output)))
+
+    def _of_a_weight(self, node: Any) -> bool:
+        """Whether it only converts a weight: done once, when a graph is loaded."""
+        return node.op_type in CARRIERS and self._weight_of(node.input[0]) is not None
 
     def _product(self, node: Any, shapes: dict[str, tuple[int, ...]]) -> Op | None:
         behind = {name: self._weight_of(name) for name in node.input if name}

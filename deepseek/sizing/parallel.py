@@ -31,16 +31,13 @@ from deepseek.sizing.devices import Device
 from deepseek.sizing.memory import (
     CONTEXT_BYTES,
     InferenceSetup,
-    Saved,
-    TrainingSetup,
     activation_width,
-    block_saved_bytes,
     inference_memory,
-    saved_bytes,
     training_memory,
     weight_bytes,
 )
 from deepseek.sizing.roofline import predict
+from deepseek.sizing.training_step import Saved, TrainingSetup, block_saved, saved_bytes
 from deepseek.spec import InputError
 
 Way = Literal["single", "data", "sharded", "tensor", "pipeline"]
@@ -131,7 +128,7 @@ def training_compute_s(model: Countable, setup: TrainingSetup, device: Device) -
 def _tensor_training(model: TransformerSize, setup: TrainingSetup, kept: Saved, rest: float) -> _Way:
     config, width = model.config, 4 if setup.precision == "fp32" else 2
     states = setup.batch * setup.length * config.hidden_size
-    block = block_saved_bytes(model, setup)
+    block = block_saved(model, setup).whole
     # Not divided: the residual, both LayerNorms' outputs (one copy a cast), the last dropout's mask.
     copied = states * (8.0 + width * (4 if setup.autocast else 2) + 1)
     alone = copied if not setup.checkpointing else 4.0 * states
@@ -157,7 +154,7 @@ def _pipeline_training(model: TransformerSize, setup: TrainingSetup, kept: Saved
     bytes_each = training_memory(model, setup).state_bytes / model.parameters
     around = model.parameters - config.num_layers * model.block_parameters
     states = setup.batch * setup.length * config.hidden_size
-    per_block = 4.0 * states if setup.checkpointing else block_saved_bytes(model, setup)
+    per_block = 4.0 * states if setup.checkpointing else block_saved(model, setup).whole
     outside = kept.kept - config.num_layers * per_block
 
     def memory(count: int) -> float:

@@ -23,9 +23,7 @@ from deepseek.sizing.memory import (
     HostNeeds,
     InferenceMemory,
     InferenceSetup,
-    Saved,
     TrainingMemory,
-    TrainingSetup,
     host_needs,
     inference_memory,
     largest_batch,
@@ -35,6 +33,7 @@ from deepseek.sizing.memory import (
 from deepseek.sizing.onnx_graph import OnnxModel
 from deepseek.sizing.parallel import Layout, choose, serving_layouts, training_layouts
 from deepseek.sizing.roofline import predict, predict_decode
+from deepseek.sizing.training_step import Saved, TrainingSetup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +113,8 @@ class Plan:
         for table in ("training", "inference"):
             for name, memory in getattr(self, table).items():
                 found[table][name]["total_bytes"] = memory.total_bytes
+        for name, memory in self.training.items():
+            found["training"][name] |= {"peak_bytes": memory.peak_bytes, "peak_at": memory.peak_at}
         return found
 
 

@@ -41,6 +41,11 @@ def count(value: float) -> str:
     return f"{value:g}"
 
 
+def rate(value: float) -> str:
+    """Of something a second; below ten its first digits count."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def print_plan(plan: Plan, with_cost: bool) -> None:
     """Prints the whole of it."""
     console = _console()
@@ -72,7 +77,8 @@ def _table(*columns: str) -> Table:
 
 
 def _print_training(console: Console, plan: Plan) -> None:
-    table = _table("one device trains", "weights", "gradients", "optimizer", "activations", "work", "in all")
+    columns = ("weights", "gradients", "optimizer", "activations", "work", "in all", "worst at")
+    table = _table("one device trains", *columns)
     for name, each in plan.training.items():
         parts = (
             each.weight_bytes,
@@ -81,7 +87,7 @@ def _print_training(console: Console, plan: Plan) -> None:
             each.activation_bytes,
             each.workspace_bytes,
         )
-        table.add_row(name, *map(size, parts), size(each.total_bytes))
+        table.add_row(name, *map(size, parts), size(each.total_bytes), each.peak_at)
     console.print(table)
     if host := plan.host:
         low, high = host.ram_bytes
@@ -112,7 +118,7 @@ def _print_devices(console: Console, plan: Plan) -> None:
         mark = "" if each.calibrated else "~"
         batch = str(each.largest_training_batch) if each.largest_training_batch else "-"
         latency = f"{mark}{each.latency_ms:.3g} ms" if each.latency_ms is not None else "-"
-        speed = f"{mark}{each.samples_s:,.0f}" if each.samples_s is not None else "-"
+        speed = f"{mark}{rate(each.samples_s)}" if each.samples_s is not None else "-"
         table.add_row(key, _way(each.training), batch, _way(each.serving), each.precision, latency, speed)
     console.print(table)
     console.print(
@@ -144,7 +150,7 @@ def _each(layout: Layout) -> str:
 
 def _print_cost(console: Console, plan: Plan) -> None:
     table = _table("serving", "a replica bears", "batch", "replicas", "USD a month", "USD a million", "by")
-    lines = []
+    lines, refused = [], dict[str, list[str]]()
     if plan.measured is not None:
         found = plan.measured.serving
         if found is not None and plan.measured.bill is not None:
@@ -152,21 +158,22 @@ def _print_cost(console: Console, plan: Plan) -> None:
         lines.append(f"measured  {plan.measured.why_not or (found.note if found else '')}")
     for key, each in plan.devices.items():
         if each.capacity is None or each.bill is None:
-            lines.append(f"{key:<12} {each.no_capacity}")
+            refused.setdefault(each.no_capacity, []).append(key)
         else:
             table.add_row(key, *_paid(each.capacity, each.bill), "prediction" if each.calibrated else "~prediction")
-    console.print(table)
-    console.print(
-        "replicas  bear the rate as it has grown when new ones answer, and one more (N+1); prices are examples"
-    )
-    for line in lines:
+    if table.row_count:
+        console.print(table)
+        console.print(
+            "replicas  bear the rate as it has grown when new ones answer, and one more (N+1); prices are examples"
+        )
+    for line in (*lines, *(f"{', '.join(keys)}: {why}" for why, keys in refused.items())):
         console.print(line)
 
 
 def _paid(serving: Serving, paid: Bill) -> tuple[str, ...]:
     """Cells of what is served, and of what it costs."""
     priced = ("no price", "-") if paid.month_usd is None else (f"{paid.month_usd:,.0f}", f"{paid.million_usd:.3g}")
-    return f"{serving.capacity_rps:,.0f}/s", str(serving.batch or "-"), str(paid.replicas), *priced
+    return f"{rate(serving.capacity_rps)}/s", str(serving.batch or "-"), str(paid.replicas), *priced
 
 
 def print_measured(

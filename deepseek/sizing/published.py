@@ -2,7 +2,8 @@
 
 Contract: reads `published.tsv` (NVIDIA's own figures, with their source). The constants in `roofline.py` and the
 efficiencies in devices.toml are fitted to BERT-base at batches 1, 8, 32 and 128; every other batch, and all of
-BERT-large, is held out. Exit 1 where a held-out figure at batch 8 or above is missed by more than --worst.
+BERT-large, is held out. Where several tables have the same device and type, the newest is fitted and judged, and the
+others are shown beside it. Exit 1 where a held-out figure at batch 8 or above is missed by more than --worst.
 
 Examples:
     python -m deepseek.sizing.published                       # predicted against published, by device and precision
@@ -17,7 +18,7 @@ import csv
 import json
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
@@ -32,6 +33,10 @@ from deepseek.sizing.roofline import CONSTANTS, Constants, efficiency, of_ops
 from deepseek.spec import GateFailed, InputError, Parser, run_command
 
 FITTED_MODEL, FITTED_BATCHES = "bert-base", (1, 8, 32, 128)
+OLDER = {
+    "examples-7.0": "older engines (TensorRT 7.0)",
+    "triton-21.10": "engines from ONNX (Triton 21.10)",
+}
 SMALL = 8  # the goal is stated from this batch on
 GOAL = 0.25
 
@@ -49,9 +54,14 @@ class Figure:
     release: str
 
     @property
+    def older(self) -> bool:
+        """Whether a newer table has the same device and type."""
+        return self.release in OLDER and self.precision != "fp32"
+
+    @property
     def fitted(self) -> bool:
         """Whether the constants were fitted to it."""
-        return self.model == FITTED_MODEL and self.batch in FITTED_BATCHES
+        return self.model == FITTED_MODEL and self.batch in FITTED_BATCHES and not self.older
 
     @property
     def key(self) -> tuple[str, str]:
@@ -104,11 +114,16 @@ class Errors:
 
 def held_out(figure: Figure, *, small: bool = False) -> bool:
     """Whether the constants never saw it, and it is of a batch of 8 or more (or, with `small`, of less)."""
-    return not figure.fitted and (figure.batch < SMALL) == small
+    return not figure.fitted and not figure.older and (figure.batch < SMALL) == small
 
 
 def _is_held_out_of(key: tuple[str, str], figure: Figure) -> bool:
     return figure.key == key and held_out(figure)
+
+
+def _is_of_release(device: str | None, release: str, figure: Figure) -> bool:
+    wanted = figure.older and figure.release == release and figure.batch >= SMALL
+    return wanted and device in (None, figure.device)
 
 
 def errors(keep: Callable[[Figure], bool], devices: dict[str, Device]) -> Errors:
@@ -118,17 +133,22 @@ def errors(keep: Callable[[Figure], bool], devices: dict[str, Device]) -> Errors
 
 
 def errors_unseen(devices: dict[str, Device]) -> Errors:
-    """What to expect of a device without published figures: each predicted with the median efficiency of the others."""
-    chips = {figure.key: efficiency(devices[figure.device], figure.precision)[0] for figure in figures()}
+    """What to expect of a device without published figures: each predicted with the median efficiency of the others.
+
+    Of types that three devices or more have figures of: a median of one is none.
+    """
+    newest = [figure for figure in figures() if not figure.older]
+    chips = {figure.key: efficiency(devices[figure.device], figure.precision)[0] for figure in newest}
     found = []
-    for figure in figures():
+    for figure in newest:
         if figure.batch >= SMALL:
             others = [
                 share for (device, precision), share in chips.items()
                 if device != figure.device and precision == figure.precision
             ]  # fmt: skip
-            share = statistics.median(others)
-            found.append(predicted_ms(figure, devices[figure.device], share=share) / figure.latency_ms - 1)
+            if len(others) > 1:
+                share = statistics.median(others)
+                found.append(predicted_ms(figure, devices[figure.device], share=share) / figure.latency_ms - 1)
     return Errors.of(found)
 
 
@@ -144,9 +164,9 @@ def fit(devices: dict[str, Device]) -> tuple[Constants, dict[tuple[str, str], fl
     keys = sorted({figure.key for figure in chosen})
 
     def read(x: np.ndarray) -> tuple[Constants, dict[tuple[str, str], float]]:
-        names = ("launch_us", "bandwidth_efficiency", "half_filled", "attention_share")
-        constants = Constants(**dict(zip(names, map(float, x[:4]), strict=True)))
-        return constants, dict(zip(keys, map(float, x[4:]), strict=True))
+        names = [each.name for each in fields(Constants)]
+        constants = Constants(**dict(zip(names, map(float, x[: len(names)]), strict=True)))
+        return constants, dict(zip(keys, map(float, x[len(names) :]), strict=True))
 
     def residuals(x: np.ndarray) -> list[float]:
         constants, shares = read(x)
@@ -155,9 +175,9 @@ def fit(devices: dict[str, Device]) -> tuple[Constants, dict[tuple[str, str], fl
         ]
         return np.log(ratios).tolist()
 
-    start = np.array([3, 0.8, 2000, 0.3, *[0.6] * len(keys)])
-    low = np.array([0.3, 0.5, 1, 0.02, *[0.1] * len(keys)])
-    high = np.array([15, 0.95, 60_000, 1, *[1.0] * len(keys)])
+    start = np.array([3, 0.8, 2000, 0.3, 0.8, *[0.6] * len(keys)])
+    low = np.array([0.3, 0.5, 1, 0.02, 0.02, *[0.1] * len(keys)])
+    high = np.array([15, 0.95, 60_000, 1, 1, *[1.0] * len(keys)])
     found = least_squares(residuals, start, bounds=(low, high), loss="soft_l1", f_scale=0.1, x_scale=start)
     return read(found.x)
 
@@ -180,7 +200,7 @@ def main() -> int:
     if args.fit:
         _print_fit(devices)
         return 0
-    known = sorted({figure.device for figure in figures()})
+    known = sorted({figure.device for figure in figures() if not figure.older})
     if args.device and args.device not in known:
         raise InputError(f"--device: seen {args.device!r}; figures are published of {', '.join(known)}")
     rows = summary(devices, args.device)
@@ -207,7 +227,10 @@ def summary(devices: dict[str, Device], only: str | None = None) -> dict[str, Er
         "held out, batch < 8": errors(lambda each: looked_at(each) and held_out(each, small=True), devices),
         "fitted": errors(lambda each: looked_at(each) and each.fitted, devices),
     }
-    for key in sorted({figure.key for figure in figures() if looked_at(figure)}):
+    for release, name in OLDER.items():
+        if any(looked_at(each) and each.older and each.release == release for each in figures()):
+            rows[f"{name}, batch >= 8"] = errors(partial(_is_of_release, only, release), devices)
+    for key in sorted({figure.key for figure in figures() if looked_at(figure) and not figure.older}):
         of_key = partial(_is_held_out_of, key)
         rows[f"{key[0]} {key[1]}, held out, batch >= 8"] = errors(of_key, devices)
     if only is None:
@@ -243,7 +266,8 @@ def _print_fit(devices: dict[str, Device]) -> None:
 def _chart(devices: dict[str, Device]) -> str:
     points: dict[str, list[tuple[float, float]]] = {}
     for each in figures():
-        points.setdefault(each.device, []).append((each.latency_ms, predicted_ms(each, devices[each.device])))
+        name = "older engines" if each.older else each.device.removesuffix("-16").removesuffix("-32")
+        points.setdefault(name, []).append((each.latency_ms, predicted_ms(each, devices[each.device])))
     title = "Latency of BERT in TensorRT: predicted against published"
     return scatter_chart(points, title=title, unit="ms", x_label="published", y_label="predicted", band=GOAL)
 

@@ -5,9 +5,10 @@ Each operation takes the longer of its sums and its memory traffic, and a fixed 
     time = max(FLOPs / (rate x efficiency x filled), bytes / (bandwidth x BANDWIDTH_EFFICIENCY)) + LAUNCH_US
     filled = outputs / (outputs + HALF_FILLED x compute units)
 
-`filled` says that small products leave a wide device idle: with HALF_FILLED outputs a compute unit (a tile of about 54
-x 54) half of it is. Attention reaches ATTENTION_SHARE of what products reach. Elementwise operations cost nothing where
-an engine fuses them, and on a CPU their number over the measured `elements_g_s`.
+`filled` says that small products leave a wide device idle: with HALF_FILLED outputs a compute unit (a tile of about 36
+x 36) half of it is. Attention reaches ATTENTION_SHARE of what products reach, in fp32, which no tensor core computes,
+ATTENTION_SHARE_FP32. Elementwise operations cost nothing where an engine fuses them, and on a CPU their number over the
+measured `elements_g_s`.
 
 Contract: no torch; seconds. Constants are fitted to published TensorRT figures, on BERT-base at four batches, and
 checked on all others and on BERT-large (`python -m deepseek.sizing.published`); the efficiency of a device and type
@@ -27,12 +28,13 @@ from deepseek.sizing.devices import Device
 from deepseek.sizing.memory import BYTES
 from deepseek.spec import InputError
 
-LAUNCH_US = 3.94
+LAUNCH_US = 4.98
 BANDWIDTH_EFFICIENCY = 0.95
-HALF_FILLED = 2920.0
-ATTENTION_SHARE = 0.264
+HALF_FILLED = 1277.0
+ATTENTION_SHARE = 0.282
+ATTENTION_SHARE_FP32 = 0.387
 # Median of the devices with published figures; where a type has none: that of the type whose units it shares.
-DEFAULT_EFFICIENCY = {"fp32": 0.58, "tf32": 0.58, "bf16": 0.58, "fp16": 0.58, "fp8": 0.56, "int8": 0.56}
+DEFAULT_EFFICIENCY = {"fp32": 0.70, "tf32": 0.56, "bf16": 0.56, "fp16": 0.56, "fp8": 0.56, "int8": 0.56}
 SHARED_UNITS = {"bf16": "fp16", "tf32": "fp16", "fp8": "int8"}
 
 
@@ -44,6 +46,11 @@ class Constants:
     bandwidth_efficiency: float = BANDWIDTH_EFFICIENCY
     half_filled: float = HALF_FILLED
     attention_share: float = ATTENTION_SHARE
+    attention_share_fp32: float = ATTENTION_SHARE_FP32
+
+    def attention(self, precision: str) -> float:
+        """Share of what products reach that attention does, in a type."""
+        return self.attention_share_fp32 if precision == "fp32" else self.attention_share
 
 
 CONSTANTS = Constants()
@@ -101,19 +108,20 @@ def of_ops(
         raise InputError(f"precision: seen {precision!r}; allowed: {', '.join(BYTES)}")
     known, calibrated = efficiency(device, precision)
     rate = device.rate(precision) * (known if share is None else share)
-    seconds = sum(_seconds(op, device, rate, BYTES[precision], constants) * op.count for op in ops)
+    seconds = sum(_seconds(op, device, rate, precision, constants) * op.count for op in ops)
     return Prediction(latency_s=seconds, batch=batch, flops=flops(ops), calibrated=calibrated)
 
 
-def _seconds(op: Op, device: Device, rate: float, width: int, constants: Constants) -> float:
+def _seconds(op: Op, device: Device, rate: float, precision: str, constants: Constants) -> float:
     launch = (constants.launch_us if device.launch_us is None else device.launch_us) * 1e-6
     reached = device.bandwidth_efficiency or constants.bandwidth_efficiency
-    memory = width * (op.moved + op.weights) / (device.bandwidth_gb_s * 1e9 * reached)
+    memory = BYTES[precision] * (op.moved + op.weights) / (device.bandwidth_gb_s * 1e9 * reached)
     if op.kind == "elementwise":
         return op.outputs / (device.elements_g_s * 1e9) + launch if device.elements_g_s else 0.0
     if not op.flops:
         return memory + launch
     if op.kind == "attention":
-        return max(op.flops / (rate * constants.attention_share), memory) + launch
+        share = device.attention_share.get(precision) or constants.attention(precision)  # type: ignore[call-overload]
+        return max(op.flops / (rate * share), memory) + launch
     filled = op.outputs / (op.outputs + constants.half_filled * device.compute_units)
     return max(op.flops / (rate * filled), memory) + launch

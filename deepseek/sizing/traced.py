@@ -5,7 +5,8 @@ memory, whatever its size. `inputs(batch, length)` makes the module's positional
 beyond what `forward` asks of shapes. Raises InputError for a forward pass that depends on values.
 
 What backward keeps is what autograd saves in a forward pass in training mode (each storage once, parameters not): of a
-CPU's kernels, which keep dropout masks in full width. Under autocast, 16-bit copies of weights are among it.
+CPU's kernels, which keep dropout masks in full width. Under autocast, 16-bit copies of weights are among it. The worst
+moment is that of a whole forward and backward pass, of a loss that is the outputs' mean square or of one that is given.
 
 Examples:
     with torch.device("meta"):
@@ -18,7 +19,7 @@ Examples:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -30,11 +31,13 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from deepseek.sizing.counting import Op
-from deepseek.sizing.memory import Saved, TrainingSetup
+from deepseek.sizing.counting import Op, stepped
+from deepseek.sizing.live import LiveBytes
+from deepseek.sizing.training_step import Saved, TrainingSetup
 from deepseek.spec import InputError
 
 Inputs = Callable[[int, int], tuple[Any, ...]]
+Loss = Callable[[Any], Tensor]
 NORMALISATIONS = ("layer_norm", "batch_norm", "group_norm", "softmax", "pool", "embedding", "index")
 
 
@@ -83,10 +86,18 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor) -> float:
 
 
 class TracedModel:
-    """A `Countable` from a module."""
+    """A `Countable` from a module; `loss` makes a scalar of what its forward pass gives."""
 
-    def __init__(self, module: nn.Module, inputs: Inputs, *, name: str | None = None, default_length: int = 1) -> None:
-        self.module, self.inputs = module, inputs
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Inputs,
+        *,
+        name: str | None = None,
+        default_length: int = 1,
+        loss: Loss | None = None,
+    ) -> None:
+        self.module, self.inputs, self.loss = module, inputs, loss or mean_square
         self.name = name or type(module).__name__
         self.default_length = default_length
         self._traced = lru_cache(maxsize=64)(self._trace)
@@ -104,6 +115,10 @@ class TracedModel:
             if isinstance(part, nn.Embedding | nn.EmbeddingBag):
                 found.pop(id(part.weight), None)
         return sum(found.values())
+
+    @property
+    def stepped_elements(self) -> int:
+        return stepped(parameter.numel() for parameter in self.module.parameters())
 
     def ops(self, batch: int, length: int) -> list[Op]:
         return self._traced(batch, length)[0]
@@ -127,8 +142,15 @@ class TracedModel:
         low = setup.precision != "fp32"
         if low and not setup.autocast:
             raise InputError(f"{self.name}: a traced module is measured in fp32 or with autocast; mixed: seen 'master'")
+        return Saved(
+            kept=self._kept_bytes(setup),
+            workspace=setup.value_bytes * self.live_elements(setup.batch, setup.length),
+            with_copies=low,
+            backward_bytes=self._backward_bytes(setup),
+        )
+
+    def _kept_bytes(self, setup: TrainingSetup) -> float:
         kept: dict[int, tuple[int, Tensor]] = {}
-        dtype = torch.float16 if setup.precision == "fp16" else torch.bfloat16
         with self._fake(training=True) as (state, fake):
             weights = {tensor.untyped_storage()._cdata for tensor in state.values()}
 
@@ -138,11 +160,25 @@ class TracedModel:
                     kept[storage._cdata] = storage.nbytes(), tensor  # held: its address must not be used again
                 return tensor
 
-            with torch.autocast("cpu", dtype) if low else nullcontext(), saved_tensors_hooks(keep, lambda each: each):
+            with _precision(setup), saved_tensors_hooks(keep, lambda each: each):
                 self._run(state, fake, setup.batch, setup.length)
-        width = 2 if low else 4
-        workspace = width * self.live_elements(setup.batch, setup.length)
-        return Saved(kept=float(sum(size for size, _ in kept.values())), workspace=workspace, with_copies=low)
+        return float(sum(size for size, _ in kept.values()))
+
+    def _backward_bytes(self, setup: TrainingSetup) -> float:
+        """The most beside weights, gradients included; the second of two micro-batches, where there are several."""
+        with self._fake(training=True) as (state, fake), LiveBytes() as live:
+            live.watch(state.values())
+            weights = live.now
+            for _ in range(min(2, setup.accumulation_steps)):
+                with _precision(setup):
+                    out = self._run(state, fake, setup.batch, setup.length)
+                    with self._one_line(setup.batch, setup.length):
+                        value = self.loss(out)
+                del out
+                with self._one_line(setup.batch, setup.length):
+                    value.backward()
+                del value
+        return float(live.most - weights)
 
     @contextmanager
     def _fake(self, training: bool) -> Iterator[tuple[dict[str, Tensor], FakeTensorMode]]:
@@ -166,10 +202,15 @@ class TracedModel:
             self.module.train(was_training)
             torch.backends.mha.set_fastpath_enabled(fast)
 
-    def _run(self, state: dict[str, Tensor], fake: FakeTensorMode, batch: int, length: int) -> None:
+    def _run(self, state: dict[str, Tensor], fake: FakeTensorMode, batch: int, length: int) -> Any:
         arguments = self.inputs(batch, length)
+        with self._one_line(batch, length):
+            return functional_call(self.module, state, tuple(_cpu(each) for each in arguments))
+
+    @contextmanager
+    def _one_line(self, batch: int, length: int) -> Iterator[None]:
         try:
-            functional_call(self.module, state, tuple(_cpu(each) for each in arguments))
+            yield
         except InputError:
             raise
         except Exception as error:
@@ -178,6 +219,17 @@ class TracedModel:
                 f"{self.name}: forward cannot be traced at batch {batch}, length {length}: "
                 f"{type(error).__name__}: {reason}"
             ) from None
+
+
+def mean_square(out: Any) -> Tensor:
+    """A loss of whatever a module gives: the mean square of all that has a gradient."""
+    return torch.stack([each.float().square().mean() for each in _tensors(out) if each.requires_grad]).sum()
+
+
+def _precision(setup: TrainingSetup) -> AbstractContextManager[Any]:
+    if setup.precision == "fp32":
+        return nullcontext()
+    return torch.autocast("cpu", torch.float16 if setup.precision == "fp16" else torch.bfloat16)
 
 
 def _cpu(value: Any) -> Any:

@@ -26,9 +26,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
 from deepseek.config import TrainingConfig
+from deepseek.sizing.live import LiveBytes
 from deepseek.sizing.memory import FILL, OPTIMIZER_BYTES, largest_batch
 from deepseek.spec import InputError
-from deepseek.training.memory import LiveBytes, besides_bytes, limit_bytes
+from deepseek.training.memory import besides_bytes, limit_bytes
 
 GUIDE = 256
 PROBES = (4, 16)

@@ -20,7 +20,7 @@ from typing import Any
 
 from deepseek.checkpoints import replace
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 220, 54, 12, 26, 24
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 54, 12, 12, 24  # letters of 11 px on a telephone
 STYLE = """
 :root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2rem auto;padding:0 1rem}

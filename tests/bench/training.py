@@ -1,6 +1,6 @@
 """The guide's training advice, each piece measured in one run on this machine and printed beside its claim.
 
-Memory is counted tensor by tensor (`deepseek.training.memory`), so it is exact and does not depend on what else runs here;
+Memory is counted tensor by tensor (`deepseek.sizing.live`), so it is exact and does not depend on what else runs here;
 times are medians of pairs, in turn. Needs nothing built. Writes `build/bench-training.json`. Exit 1 where something does
 not hold; times are shown and never judged.
 
@@ -12,8 +12,6 @@ Examples:
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
 import os
 import statistics
@@ -21,9 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,14 +32,15 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from deepseek.checkpoints import replace as replace_file
-from deepseek.config import AdviceWarning, TransformerConfig
 from deepseek.sizing import TrainingSetup, TransformerSize, largest_batch, training_memory
-from deepseek.sizing.charts import scatter_chart, write_svg
+from deepseek.sizing.charts import write_svg
+from deepseek.sizing.live import LiveBytes
 from deepseek.spec import Parser, build_dir, run_command
 from deepseek.training import TrainingDiverged, train_model
 from deepseek.training.batch_size import fitting_batch
-from deepseek.training.memory import LiveBytes, besides_bytes
+from deepseek.training.memory import besides_bytes
 from deepseek.transformer import Transformer
+from tests.bench.training_memory import DRAWS, chart, drawn, grid, peak_of_a_step, said, shape
 from tests.test_training import cross_entropy, network, points, settings
 from tests.test_training_meter import explode
 from tests.training_worker import config as shared_config
@@ -51,14 +48,6 @@ from tests.training_worker import network as shared_network
 from tests.training_worker import train as train_alone
 
 PAIRS = 7
-GRID: dict[str, tuple[Any, ...]] = {
-    "num_layers": (2, 12),
-    "hidden_size": (64, 192),
-    "batch": (2, 8),
-    "length": (32, 128),
-    "checkpointing": (False, True),
-    "precision": ("fp32", "bf16"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +59,6 @@ class Claim:
     measured: str
     holds: bool | None = None
     """None: shown, not judged."""
-
-
-def shape(**changes: Any) -> TransformerConfig:
-    sizes = {"num_layers": 12, "hidden_size": 128, "num_attention_heads": 4, "vocab_size": 1000, "max_length": 256}
-    sizes |= changes
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AdviceWarning)
-        return TransformerConfig(**(sizes | {"intermediate_size": 4 * sizes["hidden_size"]}))  # type: ignore[arg-type]
 
 
 def checkpointing() -> list[Claim]:
@@ -126,80 +107,20 @@ def accumulation() -> list[Claim]:
     ]
 
 
-@functools.cache
-def grid() -> dict[tuple[Any, ...], tuple[float, float]]:
-    """Peak bytes of a step, predicted and measured, at each point."""
-    found = {}
-    for values in itertools.product(*GRID.values()):
-        point = dict(zip(GRID, values, strict=True))
-        config = shape(num_layers=point["num_layers"], hidden_size=point["hidden_size"])
-        setup = TrainingSetup(
-            batch=point["batch"],
-            length=point["length"],
-            precision=point["precision"],
-            checkpointing=point["checkpointing"],
-            platform="cpu",
-        )
-        planned = training_memory(TransformerSize(config=config), setup)
-        measured = _peak_of_a_step(config, setup)
-        found[values] = (planned.peak_bytes - planned.context_bytes, float(measured))
-    return found
-
-
 def prediction() -> list[Claim]:
-    """The plan's peak memory against that of real steps, over a grid."""
-    errors = {values: planned / measured - 1 for values, (planned, measured) in grid().items()}
-    worst = max(errors, key=lambda key: abs(errors[key]))
-    median = statistics.median(abs(error) for error in errors.values())
-    within = sum(abs(error) <= 0.1 for error in errors.values())
-    where = ", ".join(f"{name} {value}" for name, value in zip(GRID, worst, strict=True))
-    text = f"median {median:.1%}, {within} of {len(errors)} within, worst {errors[worst]:+.1%} ({where})"
-    return [
-        Claim(
-            what="peak memory, predicted against measured",
-            guide="within 10 %",
-            measured=text,
-            holds=abs(errors[worst]) <= 0.1,
-        )
-    ]
-
-
-def drawn_grid() -> str:
-    """The grid as a chart."""
-    of: dict[str, list[tuple[float, float]]] = {}
-    for values, (planned, measured) in grid().items():
-        *_, checkpointed, precision = values
-        name = f"{precision}, checkpointed" if checkpointed else precision
-        of.setdefault(name, []).append((measured / 2**20, planned / 2**20))
-    title, y_label = "Peak memory of a training step", "predicted; band: 10 %"
-    return scatter_chart(of, title=title, unit="MiB", x_label="measured", y_label=y_label, band=0.1)
-
-
-def _peak_of_a_step(config: TransformerConfig, setup: TrainingSetup) -> int:
-    model = Transformer(config).train()
-    model.gradient_checkpointing = setup.checkpointing
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-    ids = torch.ones(setup.batch, setup.length, dtype=torch.int64)
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16) if setup.precision == "bf16" else nullcontext():
-            value = model(ids).square().mean()
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()  # makes the optimizer's state
-    with LiveBytes() as live:
-        live.watch([*model.parameters(), *(each for state in optimizer.state.values() for each in state.values())])
-        step()
-    return live.most
+    """The plan's peak memory against that of real steps: over a grid, and of sizes that nobody chose."""
+    claims = []
+    for what, peaks in (("of a grid of sizes", grid()), (f"of {DRAWS} configurations drawn at random", drawn())):
+        text, holds = said(peaks)
+        claims.append(Claim(what=f"peak memory {what}, predicted", guide="within 10 %", measured=text, holds=holds))
+    return claims
 
 
 def mixed_precision() -> list[Claim]:
     """bf16 on this CPU: memory, time, and what is learned."""
     config = shape(num_layers=3)
     setups = [TrainingSetup(batch=8, length=64, precision=name, platform="cpu") for name in ("fp32", "bf16")]
-    peaks = [_peak_of_a_step(config, setup) for setup in setups]
+    peaks = [peak_of_a_step(TransformerSize(config=config), setup) for setup in setups]
     model, ids = Transformer(config).train(), torch.ones(8, 64, dtype=torch.int64)
 
     def step(low: bool) -> None:
@@ -348,7 +269,7 @@ def main() -> int:
         with log.status(name):
             claims += PARTS[name]()
     if args.charts:
-        write_svg(args.charts / "memory.svg", drawn_grid())
+        write_svg(args.charts / "memory.svg", chart())
     text = json.dumps([asdict(claim) for claim in claims], indent=2)
     path = build_dir("bench-training.json")
     path.parent.mkdir(parents=True, exist_ok=True)
