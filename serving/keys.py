@@ -77,14 +77,19 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def new_key(folder: Path, name: str, *, expires_s: float | None = None, rate_rps: float | None = None) -> str:
-    """Makes a key that counts from now on; earlier ones of the same name go on counting."""
+def check_wish(name: str, *, expires_s: float | None = None, rate_rps: float | None = None) -> None:
+    """Raises InputError where no such key can be made."""
     if not NAME.fullmatch(name):
         raise InputError(f"key name {name!r}: letters, digits, dots, dashes and underscores, 1 to 64 of them")
     if rate_rps is not None and not 0 < rate_rps < float("inf"):
         raise InputError(f"rate {rate_rps:g}: it must be more than 0")
     if expires_s is not None and not 0 < expires_s <= LONGEST_S:
         raise InputError(f"expiry {expires_s / DAY_S:g} days: it must be more than 0, and at most {LONGEST_S // DAY_S}")
+
+
+def new_key(folder: Path, name: str, *, expires_s: float | None = None, rate_rps: float | None = None) -> str:
+    """Makes a key that counts from now on; earlier ones of the same name go on counting."""
+    check_wish(name, expires_s=expires_s, rate_rps=rate_rps)
     key = PREFIX + secrets.token_urlsafe(32)
     now = time.time()
     entry = {
@@ -152,6 +157,7 @@ def main() -> None:
         print(json.dumps([asdict(key) for key in ended], indent=2) if args.json else lines)
     elif args.name is not None:
         expires_s = None if args.expires_days is None else args.expires_days * DAY_S
+        check_wish(args.name, expires_s=expires_s, rate_rps=args.rate_rps)  # before anything is made
         ensure_folder(folder, args.host)
         key = new_key(folder, args.name, expires_s=expires_s, rate_rps=args.rate_rps)
         result = {"name": args.name, "key": key, "id": digest(key)[:ID_DIGITS]}
