@@ -27,7 +27,7 @@ from deepseek_client.errors import (
 )
 from deepseek_client.replicas import Replica, Replicas
 from deepseek_client.runtimes import Attempt, Cancel, Runtime
-from deepseek_client.settings import Settings, as_header, check_headers, checked_timeout
+from deepseek_client.settings import Settings, as_header, check_headers, check_texts, checked_timeout
 from deepseek_client.shared_memory import Regions, is_unknown_region
 from deepseek_client.signature import ModelMetadata
 from deepseek_client.transports import (
@@ -93,6 +93,7 @@ class Calls:
 
     async def ready(self, model: str | None, version: str, timeout_s: float | None) -> bool:
         """Whether any replica can take requests; the error of the last one where none answers."""
+        check_texts(model="" if model is None else model, version=version)
         deadline = self.deadline(timeout_s)
         replicas = sorted(self._replicas.all, key=lambda replica: replica.ejected)
         if len(replicas) == 1:
@@ -111,6 +112,7 @@ class Calls:
 
     async def metadata(self, model: str, version: str, deadline: Deadline) -> ModelMetadata:
         """The signature as the server has it now."""
+        check_texts(model=model, version=version)
         if not re.fullmatch(r"\d*", version, re.ASCII):
             raise InvalidInput(f"version={version!r}; it must be a number such as '1', or '' for the server's choice")
         metadata = await self._retrying(lambda r, _: r.transport.metadata(model, version, deadline), deadline, model)
@@ -127,6 +129,7 @@ class Calls:
         deadline: Deadline,
     ) -> PreparedRequest:
         """Checks and encodes."""
+        check_texts(model=model, version=version, request_id=request_id)
         metadata = self._metadata.get((model, version))
         if metadata is not None:
             with contextlib.suppress(InvalidInput):  # by an old signature perhaps: what the server says now decides

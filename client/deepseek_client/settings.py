@@ -19,6 +19,7 @@ OWN_HEADERS = {
     *("host", "authorization", "connection", "te", "expect", "timeout", "user-agent", "accept-encoding"),
     *("content-type", "content-encoding", "content-length", "transfer-encoding", "inference-header-content-length"),
 }
+LONGEST_S = 1e9  # what sockets and locks can wait
 TRACEPARENT = r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 
 
@@ -91,13 +92,22 @@ def check_url(url: str) -> None:
 
 def checked_timeout(timeout_s: float) -> float:
     """The same. Raises InvalidInput."""
-    if not 0 < timeout_s < math.inf:
-        raise InvalidInput(f"timeout_s={timeout_s!r}; it must be a positive number of seconds")
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s <= LONGEST_S:
+        raise InvalidInput(f"timeout_s={timeout_s!r}; it must be a positive number of seconds, at most {LONGEST_S:g}")
     return timeout_s
+
+
+def check_texts(**values: str) -> None:
+    """Raises InvalidInput where one is none, such as version=1."""
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise InvalidInput(f"{name}={value!r} is of type {type(value).__name__}; pass a text: '{value}'")
 
 
 def check_headers(headers: Mapping[str, str]) -> None:
     """Raises InvalidInput where they cannot be sent as they are, over either protocol."""
+    if not isinstance(headers, Mapping):
+        raise InvalidInput(f"headers is of type {type(headers).__name__}; pass a dict of texts by name")
     for name, value in headers.items():
         if (
             not re.fullmatch(r"[A-Za-z0-9_.-]+", name)

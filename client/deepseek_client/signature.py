@@ -10,7 +10,7 @@ Example:
     [('item_ids', 'INT64', (-1, 50))]
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -65,7 +65,7 @@ class ModelMetadata:
         """The arrays in the order of `self.inputs`, None for an optional one left out. Raises InvalidInput."""
         if not isinstance(inputs, Mapping):
             raise InvalidInput(f"inputs is a {type(inputs).__name__}; pass a dict of numpy arrays by input name")
-        if isinstance(outputs, str):
+        if isinstance(outputs, str) or not isinstance(outputs, Collection | None):
             raise InvalidInput(f"outputs={outputs!r}; pass a list of names: [{outputs!r}]")
         self._check_names("input", inputs, self.inputs)
         self._check_names("output", outputs or (), self.outputs)
