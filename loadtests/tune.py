@@ -163,7 +163,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name, least in (("max_s", 0), ("pairs", 2), ("users", 1), ("least_s", 1), ("timeout_s", 0), ("warmup_s", 0)):
         value = getattr(args, name)
         if not least <= value < float("inf") or (name in ("max_s", "timeout_s") and not value):
-            raise InputError(f"--{name.replace('_', '-')} {value:g}: it must be {least or 'more than 0'} or more")
+            needed = "more than 0" if name in ("max_s", "timeout_s") else f"{least} or more"
+            raise InputError(f"--{name.replace('_', '-')} {value:g}: it must be {needed}")
     if not 1.01 <= args.resolution <= 2:
         raise InputError(f"--resolution {args.resolution:g}: 1.01 to 2 are possible")
     return args
