@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help demo setup engine keys doctor serve release rollback releases infer compare metadata loadtest verdict capacity compare-runs tune report profile simulate-scale kubernetes plan bench measure-training test lint check-engine \
+.PHONY: help demo setup engine keys doctor serve release rollback releases infer compare metadata loadtest verdict capacity compare-runs tune report profile simulate-scale kubernetes plan bench measure-failure measure-training test lint check-engine \
     built check-graphs can-build lock clean clean-cache distclean FORCE
 
 ##@ Variables of a build
@@ -211,8 +211,8 @@ compare-runs: $(VENV)/.ready ## whether NEW= is worse than BASE=: interleaved ru
 tune: $(VENV)/.ready ## the best batch size, queue delay, instances and threads for the SLO here; takes BUDGET_S
 	@$(PY) -m loadtests.tune $(WHICH) --target $(T) --max-s $(BUDGET_S) --protocol $(PROTOCOL); $(call then-draw,tuning)
 
-report: $(VENV)/.ready ## draw a run as one HTML file; several of RUN="a b" over each other
-	@$(PY) -m loadtests.report $(WHICH) $(addprefix --run ,$(RUN))
+report: $(VENV)/.ready ## draw a run as one HTML file, or that of MIX=; several of RUN="a b" over each other
+	@$(PY) -m loadtests.report $(WHICH) $(addprefix --run ,$(RUN)) $(if $(strip $(MIX)),--mix '$(MIX)')
 
 profile: $(VENV)/.ready ## trace REQUESTS= requests of USERS= users from the client to the operators: a timeline, a CPU profile
 	@$(PY) -m loadtests.profile $(WHICH) --protocol $(PROTOCOL) --requests $(strip $(REQUESTS)) --users $(or $(strip $(USERS)),1) \
@@ -255,6 +255,9 @@ lint: $(VENV)/.ready-test ## ruff and mypy
 
 measure-training: $(VENV)/.ready-test ## the guide's training advice, each piece measured here beside its claim
 	@$(PY) -m tests.bench.training
+
+measure-failure: $(VENV)/.ready-test $(VENV)/.ready-system ## overload, kills, cuts, a full disk, malformed requests, a soak of DURATION_S= (default: 1800)
+	@$(PY) -m tests.bench.failure $(if $(filter command environment,$(firstword $(origin DURATION_S))),--soak-s $(strip $(DURATION_S)))
 
 bench: $(VENV)/.ready-test ## ratios against the raw runtime, bare tritonclient and perf_analyzer
 	@$(PY) -m tests.bench
@@ -308,10 +311,10 @@ $(VENV)/.ready-rtx $(VENV)/.ready-test $(VENV)/.ready-tensorrt: $(VENV)/.ready-%
 	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest,gateway,rtx,$*]'
 	@touch $@
 
-# What tests need of the system: nginx with njs, Prometheus, kubectl. Installed where root may and no service manager would start
+# What tests need of the system: nginx with njs, Prometheus, kubectl; libfaketime for one of them. Installed where root may and no service manager would start
 # them as services; elsewhere one line says what is missing, and those tests are skipped with their reason.
 NJS := /usr/lib/nginx/modules/ngx_http_js_module.so
-SYSTEM := nginx-light libnginx-mod-http-js prometheus prometheus-alertmanager kubectl
+SYSTEM := nginx-light libnginx-mod-http-js prometheus prometheus-alertmanager kubectl libfaketime
 HAS_SYSTEM := test -e $(NJS) && type prometheus promtool amtool kubectl >/dev/null 2>&1
 $(VENV)/.ready-system: | $(VENV)/.ready
 	@if ! { $(HAS_SYSTEM); } && [ "$$(id -u)" = 0 ] && [ ! -d /run/systemd/system ] && command -v apt-get >/dev/null; then \

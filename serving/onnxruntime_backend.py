@@ -13,7 +13,9 @@ the model is unloaded, as `onnxruntime-<instance>.<start in ns since 1970>.json`
 Instances that each take all the cores compute in turn: one takes its batch in and sends its answers while another runs.
 
 Triton's batcher has already put requests of equal shape together: they are joined along the first axis, run once and
-split again. Where a batch fails, its requests are run one by one, so that a bad one fails alone.
+split again. Where a batch fails, its requests are run one by one, so that a bad one fails alone. One whose sizes are
+outside the profile or do not fit each other (`manifest.json` beside it has the axes), or whose values ONNX Runtime
+refuses (an id out of the vocabulary), is the caller's fault: INVALID_ARG, over HTTP 400. All else is the server's.
 
 Answers are sent by a thread of their own, after `execute` has returned. With a bounded queue Triton
 otherwise misses now and then that the instance has become free: a client that answers fast enough has its next request
@@ -33,6 +35,7 @@ import threading
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from onnxruntime_session import open_session
 
 _USED = b"used_dltensor"  # kept here: a capsule only points to its name
@@ -48,7 +51,9 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         self.inputs = [tensor["name"] for tensor in config["input"]]
         self.outputs = [tensor["name"] for tensor in config["output"]]
-        path = os.path.join(args["model_repository"], args["model_version"], "model.onnx")
+        folder = os.path.join(args["model_repository"], args["model_version"])
+        path = os.path.join(folder, "model.onnx")
+        self.profile_axes, self.shapes = _profile(os.path.join(folder, "manifest.json"))
         options = onnxruntime.SessionOptions()
         options.inter_op_num_threads = 1
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
@@ -99,8 +104,30 @@ class TritonPythonModel:
             return self._run(feeds)
         except Exception as error:
             if len(feeds) == 1:
-                return [pb_utils.InferenceResponse(error=pb_utils.TritonError(_reason(error)))]
+                return [pb_utils.InferenceResponse(error=self._error(feeds[0], error))]
         return [response for request in requests for response in self._responses([request])]
+
+    def _error(self, feed: dict[str, np.ndarray], error: Exception) -> object:
+        """Whose fault it was, and why; looked into only where a request has failed."""
+        if misfit := self._misfit(feed):
+            return pb_utils.TritonError(f"{misfit}; {_reason(error)}", pb_utils.TritonError.INVALID_ARG)
+        code = pb_utils.TritonError.INVALID_ARG if isinstance(error, InvalidArgument) else pb_utils.TritonError.INTERNAL
+        return pb_utils.TritonError(_reason(error), code)
+
+    def _misfit(self, feed: dict[str, np.ndarray]) -> str:
+        """What is wrong with a request's sizes; empty where nothing is."""
+        seen: dict[str, tuple[int, str]] = {}
+        for name, array in feed.items():
+            for axis, size in zip(self.shapes.get(name, ()), array.shape, strict=False):
+                if axis not in self.profile_axes:
+                    continue
+                least, most = self.profile_axes[axis]
+                if not least <= size <= most:
+                    return f"{name}: axis {axis} is {size}, {least} to {most} are taken"
+                other, other_name = seen.setdefault(axis, (size, name))
+                if size != other:
+                    return f"{name}: axis {axis} is {size}, in {other_name} it is {other}: they must be the same"
+        return ""
 
     def _run(self, feeds: list[dict[str, np.ndarray]]) -> list:
         if len(feeds) == 1:
@@ -137,6 +164,16 @@ class TritonPythonModel:
         del self.session
         if self.turn is not None:
             os.close(self.turn)
+
+
+def _profile(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, list]]:
+    """The least and largest size of each named axis, and the inputs' shapes; nothing where there is no manifest."""
+    if not os.path.isfile(path):
+        return {}, {}
+    with open(path, encoding="utf-8") as file:
+        manifest = json.load(file)
+    axes = {name: (axis["min"], axis["max"]) for name, axis in manifest.get("axes", {}).items()}
+    return axes, {name: tensor["shape"] for name, tensor in manifest.get("inputs", {}).items()}
 
 
 def _tensor(name: str, array: np.ndarray) -> object:

@@ -1,5 +1,5 @@
 // Decides about each request, and counts it. Contract: `refusal` gives the HTTP status with which nginx.conf refuses, or
-// an empty string. A key is 256 random bits; what is kept of it is a file named after its SHA-256, so that the check is
+// an empty string; `infer` refuses what is no inference. A key is 256 random bits; what is kept of it is a file named after its SHA-256, so that the check is
 // one look into a folder: a key that is added, changed or removed there counts from the next request on.
 import fs from 'fs';
 import crypto from 'crypto';
@@ -42,6 +42,169 @@ function refusal(r) {
     const rate = entry.rate_rps || Number(r.variables.default_rate_rps);
     const second = Math.floor(Date.now() / 1000);
     return ngx.shared.rates.incr(`${entry.name} ${second}`, 1, 0, 2000) > rate ? '429' : '';
+}
+
+// -- malformed inferences over HTTP --------------------------------------------------------------
+// Triton before 26.05 answers JSON that it cannot read with 500, and ends at sizes too large to allocate and at JSON nested
+// deeper than its stack. So what the KServe protocol says of a request is checked here, and Triton sees none that is not one.
+
+const BYTES_OF = {
+    BOOL: 1, UINT8: 1, INT8: 1, UINT16: 2, INT16: 2, FP16: 2, BF16: 2, UINT32: 4, INT32: 4, FP32: 4, UINT64: 8, INT64: 8, FP64: 8,
+};
+const NO_NUMBER = /-?\b(?:NaN|Infinity|Inf)\b/g;  // Triton takes them, JSON has none
+const PARAMETERS = {
+    sequence_start: 'boolean', sequence_end: 'boolean', binary_data_output: 'boolean', priority: 'size', timeout: 'size',
+    binary_data: 'boolean', binary_data_size: 'size', classification: 'size', shared_memory_region: 'string',
+    shared_memory_byte_size: 'size', shared_memory_offset: 'size',
+};
+
+// Content handler of an inference: refuses it, or hands it on as it came.
+function infer(r) {
+    const reason = flawOfRequest(r);
+    if (reason) {
+        r.return(400, `${JSON.stringify({ error: `malformed request: ${reason}` })}\n`);
+    } else {
+        r.internalRedirect('@triton');
+    }
+}
+
+function flawOfRequest(r) {
+    const file = r.variables.request_body_file;  // where it is too large for the memory
+    const body = file ? null : r.requestBuffer || Buffer.alloc(0);
+    const size = file ? fs.statSync(file).size : body.length;
+    const said = r.headersIn['Inference-Header-Content-Length'];
+    if (said !== undefined && (!/^\d{1,15}$/.test(said) || Number(said) > size)) {
+        return `Inference-Header-Content-Length is ${said.slice(0, 40)}, of a body of ${size} bytes`;
+    }
+    const length = said === undefined ? size : Number(said);
+    if (said !== undefined && length === 0) {
+        return '';  // tensors alone: of them Triton knows all from the model
+    }
+    let document;
+    try {
+        document = parsed((file ? start(file, length) : body.slice(0, length)).toString());
+    } catch (error) {
+        return `no JSON: ${error.message}`;
+    }
+    return flawOf(document, size - length);
+}
+
+function start(file, length) {
+    const found = Buffer.alloc(length), fd = fs.openSync(file, 'r');
+    try {
+        fs.readSync(fd, found, 0, length, 0);
+    } finally {
+        fs.closeSync(fd);
+    }
+    return found;
+}
+
+function parsed(text) {
+    try {
+        return JSON.parse(text);
+    } catch (error) {
+        if (text.search(NO_NUMBER) < 0) {
+            throw error;
+        }
+        return JSON.parse(text.replace(NO_NUMBER, '0.5'));
+    }
+}
+
+function isObject(value) {
+    return value !== null && typeof value === 'object' && !Array.isArray(value);
+}
+
+function isSize(value) {
+    return typeof value === 'number' && value >= 0 && value <= 9007199254740991 && Math.floor(value) === value;
+}
+
+// What is wrong with a request, '' if nothing is; `tail` is how many bytes follow the JSON.
+function flawOf(document, tail) {
+    if (!isObject(document) || !Array.isArray(document.inputs)) {
+        return 'it must be an object with a list "inputs"';
+    }
+    if (document.id !== undefined && typeof document.id !== 'string') {
+        return '"id" must be a string';
+    }
+    const outputs = document.outputs === undefined ? [] : document.outputs;
+    if (!Array.isArray(outputs) || !outputs.every(each => isObject(each) && typeof each.name === 'string')) {
+        return '"outputs" must be a list of objects with a "name"';
+    }
+    let flaw = flawOfParameters(document.parameters), left = tail;
+    outputs.forEach(each => { flaw = flaw || flawOfParameters(each.parameters); });
+    document.inputs.forEach(each => {
+        flaw = flaw || flawOfInput(each);
+        left -= flaw ? 0 : (each.parameters || {}).binary_data_size || 0;
+    });
+    return flaw || (left ? `${tail} bytes follow the JSON, the inputs name ${tail - left}` : '');
+}
+
+function flawOfParameters(parameters) {
+    if (parameters === undefined) {
+        return '';
+    }
+    if (!isObject(parameters)) {
+        return '"parameters" must be an object';
+    }
+    const wrong = Object.keys(parameters).find(name => {
+        const value = parameters[name], kind = PARAMETERS[name];
+        if (name === 'sequence_id') {
+            return !isSize(value) && typeof value !== 'string';
+        }
+        return kind === 'size' ? !isSize(value) : kind ? typeof value !== kind : value === null || typeof value === 'object';
+    });
+    return wrong === undefined ? '' : `parameter ${JSON.stringify(wrong.slice(0, 40))} is of a wrong type`;
+}
+
+function flawOfInput(input) {
+    if (!isObject(input) || typeof input.name !== 'string' || typeof input.datatype !== 'string') {
+        return 'an input must be an object with the strings "name" and "datatype"';
+    }
+    const name = `input ${JSON.stringify(input.name.slice(0, 40))}`;
+    if (!Array.isArray(input.shape) || !input.shape.every(isSize)) {
+        return `${name}: "shape" must be a list of sizes`;
+    }
+    const flaw = flawOfParameters(input.parameters), parameters = input.parameters || {};
+    if (flaw) {
+        return `${name}: ${flaw}`;
+    }
+    const count = input.shape.reduce((product, each) => product * each, 1), width = BYTES_OF[input.datatype];
+    if (parameters.shared_memory_region !== undefined) {
+        return '';  // none can be made known from here, and Triton says so
+    }
+    if (parameters.binary_data_size !== undefined) {
+        return width === undefined || count * width === parameters.binary_data_size ? '' : `${name}: ${count} values of \
+${input.datatype}, and ${parameters.binary_data_size} bytes`;
+    }
+    const found = { count: 0, wrong: 0 };
+    countValues(input.data, kindOf(input.datatype), found);
+    if (!Array.isArray(input.data) || found.wrong) {
+        return `${name}: "data" must be a list of values of ${input.datatype.slice(0, 40)}`;
+    }
+    return found.count === count ? '' : `${name}: ${count} values by its shape, ${found.count} in "data"`;
+}
+
+function kindOf(datatype) {
+    return datatype === 'BYTES' ? 'string' : datatype === 'BOOL' ? 'boolean' : /^(INT|UINT)/.test(datatype) ? 'integer' : 'number';
+}
+
+// Counts the values of a list of any depth, and those that are none of a kind.
+function countValues(data, kind, found) {
+    if (Array.isArray(data)) {
+        data.forEach(each => countValues(each, kind, found));
+        return;
+    }
+    found.count += 1;
+    const whole = typeof data === 'number' && Math.floor(data) === data && Math.abs(data) < 18446744073709551616;
+    found.wrong += kind === 'integer' ? (whole ? 0 : 1) : kind === 'boolean' ? (typeof data === kind || whole ? 0 : 1)
+        : typeof data === kind ? 0 : 1;
+}
+
+// Header filter of gRPC's answers: bytes that are no message are the caller's fault, for which gRPC's library says INTERNAL.
+function blame(r) {
+    if (r.headersOut['grpc-status'] === '13' && (r.headersOut['grpc-message'] || '').startsWith('Unable to parse request')) {
+        r.headersOut['grpc-status'] = '3';
+    }
 }
 
 // Notes which model answered over gRPC: the first field of a ModelInferResponse, behind five bytes that frame the message.
@@ -117,4 +280,4 @@ function metrics(r) {
     r.return(200, text);
 }
 
-export default { refusal, answered, observed, metrics };
+export default { refusal, infer, blame, answered, observed, metrics };

@@ -1,0 +1,129 @@
+"""Overload and failure on the real server and gateway: what was asked beside what was seen, each in one run here.
+
+Serves what is built (`make engine`, `make engine MODEL=minilm`) from a repository of its own, on free ports, and ends all
+that it started. Latencies are this machine's: on a busy one they may not hold. Needs nginx with njs; root for the full
+disk, libfaketime for the clock: what is missing is said in its line. Writes `build/bench-failure.json`.
+
+Exit codes: 0 all holds; 1 something does not; 2 something is not built; 3 something could not be measured.
+
+Examples:
+    python -m tests.bench.failure                                    # all, 50 minutes, of which the soak takes 30
+    python -m tests.bench.failure --only overload --only malformed
+    python -m tests.bench.failure --only soak --soak-s 600 --json
+    python -m tests.bench.failure --only malformed --requests 100000
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from deepseek.checkpoints import replace as replace_file
+from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, Parser, build_dir, run_command
+from export.artifact import choice_path
+from tests.bench.failure.connections import cut_connections, half_open_connections
+from tests.bench.failure.killed import backend_killed, server_killed, server_restarted
+from tests.bench.failure.machine import clock_jumps, disk_full
+from tests.bench.failure.malformed import malformed_requests
+from tests.bench.failure.overload import overload
+from tests.bench.failure.setting import Model, Row, Setting
+from tests.bench.failure.soak import soak
+from tests.conftest import run_module
+from tests.gateway import NJS
+
+EXPERIMENTS: dict[str, Callable[[Setting], list[Row]]] = {
+    "overload": overload,
+    "backend-killed": backend_killed,
+    "server-killed": server_killed,
+    "server-restarted": server_restarted,
+    "cut": cut_connections,
+    "half-open": half_open_connections,
+    "disk-full": disk_full,
+    "clock": clock_jumps,
+    "malformed": malformed_requests,
+    "soak": soak,
+}
+MODEL, OTHER = "recommender", "minilm"
+log = Console(stderr=True)
+
+
+def published(name: str, repository: Path) -> Model:
+    """Publishes what was built of a model; InputError where nothing was."""
+    if not choice_path(name, "onnxruntime").is_file():
+        raise InputError(f"{choice_path(name, 'onnxruntime')}: no such file; make engine MODEL={name}")
+    run = run_module("export.to_triton", "--model", name, "--repository", str(repository))
+    if run.returncode:
+        raise InputError(run.stderr)
+    spec = DeploymentSpec.of_model(name).for_target("onnxruntime")
+    return Model(spec=spec, inputs=build_dir(name).absolute() / "evaluation.npz")
+
+
+def shown(rows: list[Row]) -> Table:
+    """The table."""
+    table = Table("", "asked", "seen", "holds", box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(row.what, row.asked, row.seen, {None: "", True: "yes", False: "NO"}[row.holds])
+    return table
+
+
+def run_all(names: list[str], setting: Setting) -> tuple[list[Row], bool]:
+    """The rows of some experiments, and whether each could be measured."""
+    rows, measured = list[Row](), True
+    for name in names:
+        with log.status(name):
+            try:
+                found = EXPERIMENTS[name](setting)
+            except InvalidMeasurement as error:
+                found, measured = [Row(what=name, seen=f"not measured: {error}")], False
+        for row in found:
+            log.print(f"{row.what}: {row.seen}{' - does not hold' if row.holds is False else ''}", soft_wrap=True)
+        rows += found
+    return rows, measured
+
+
+def main() -> int:
+    """Runs the experiments, and prints the table."""
+    parser = Parser(__doc__, prog="python -m tests.bench.failure")
+    parser.add_argument("--only", choices=EXPERIMENTS, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--overload-s", type=int, default=60, help="seconds of overload (default: %(default)s)")
+    parser.add_argument("--soak-s", type=int, default=1800, help="seconds of the soak (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=10_000, help="malformed ones (default: %(default)s)")
+    parser.add_argument("--connections", type=int, default=1000, help="half-open ones (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    args = parser.parse_args()
+    if not (shutil.which("nginx") and NJS.is_file()):
+        raise InputError(
+            "no nginx with njs here, which the gateway is: apt-get install nginx-light libnginx-mod-http-js"
+        )
+    for name, least in (("overload_s", 5), ("soak_s", 60), ("requests", 4), ("connections", 1)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be {least} or more")
+    sizes = {name: getattr(args, name) for name in ("overload_s", "soak_s", "requests", "connections")}
+    os.environ["BUILD"] = os.path.abspath(os.environ.get("BUILD", "build"))
+    with tempfile.TemporaryDirectory(prefix="failure-") as folder:
+        repository = Path(folder) / "repository"
+        model, other = (published(name, repository) for name in (MODEL, OTHER))
+        setting = Setting(
+            folder=Path(folder), repository=repository, models=Path("models"), model=model, other=other, **sizes
+        )
+        rows, measured = run_all(args.only or list(EXPERIMENTS), setting)
+    text = json.dumps([asdict(row) for row in rows], indent=2)
+    replace_file(build_dir("bench-failure.json"), lambda beside: beside.write_text(text + "\n", encoding="utf-8"))
+    if args.json:
+        print(text)
+    else:
+        Console(width=max(Console().width, 150)).print(shown(rows))
+    return 1 if any(row.holds is False for row in rows) else 0 if measured else 3
+
+
+if __name__ == "__main__":
+    run_command(main)

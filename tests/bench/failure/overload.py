@@ -1,0 +1,95 @@
+"""Three times what the server can do, for a minute: who is served, how the others are told, and how soon it is over."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from tests.bench.failure.load import Answers, Load
+from tests.bench.failure.setting import MemoryWatch, Row, Service, Setting, Way, counted
+
+USERS = 16  # closed loop that measures the capacity
+CAPACITY_S = 8.0
+TIMES = 3
+AFTERWARDS_S = 15
+RECOVERED_S = 5.0
+GOODPUT = 0.8  # of the capacity
+GROWTH_MIB = 64.0
+REFUSED_AS = {"ServerBusy"}  # 503, UNAVAILABLE
+
+
+def overload(setting: Setting) -> list[Row]:
+    """Over gRPC straight to the server, and over HTTP by the gateway."""
+    with setting.service("overload") as service:
+        return [row for way in ("grpc", "http by gateway") for row in _overload(setting, service, way)]  # type: ignore[arg-type]
+
+
+def capacity_rps(setting: Setting, service: Service, way: Way) -> float:
+    """Answers a second to users who send back to back."""
+    stream = setting.stream(service, way, "", setting.other, users=USERS)
+    with Load([stream]) as load:
+        time.sleep(2 + CAPACITY_S)
+        answers = load.stop()[stream.name].kept
+    done = (answers.finished > load.began_s + 2) & (answers.finished <= load.began_s + 2 + CAPACITY_S)
+    return float(done.sum()) / CAPACITY_S
+
+
+def _overload(setting: Setting, service: Service, way: Way) -> list[Row]:
+    capacity = capacity_rps(setting, service, way)
+    before_mib = service.memory_mib()
+    shape = f"{TIMES * capacity:.1f}x{setting.overload_s}, {capacity / 2:.1f}x{AFTERWARDS_S}"
+    stream = setting.stream(service, way, shape, setting.other)
+    with MemoryWatch(service) as memory, Load([stream]) as load:
+        answers = load.wait()[stream.name]
+    answers.check_lag()
+    ends_s = load.began_s + setting.overload_s
+    during, after = answers.between(load.began_s, ends_s), answers.between(ends_s)
+    goodput = len(during.kept) / setting.overload_s / capacity
+    p99_ms, limit_ms = during.kept.latency_ms(99), setting.other.p99_ms
+    refused_ms, recovered_s = during.failed.latency_ms(99), _recovered_s(after, ends_s, limit_ms)
+    grown_mib = memory.most_mib - before_mib
+    what = (
+        f"{TIMES} times capacity, {setting.other.name} over {way}, {TIMES * capacity:.0f}/s for {setting.overload_s} s"
+    )
+    return [
+        Row(
+            what=f"{what}: what is accepted",
+            asked=f"p99 within the SLO's {limit_ms:g} ms",
+            seen=f"p99 {p99_ms:.0f} ms, p50 {during.kept.latency_ms(50):.0f} ms, of {len(during.kept)}",
+            holds=p99_ms <= limit_ms,
+        ),
+        Row(
+            what="    and how much of it",
+            asked=f"{GOODPUT:.0%} of the capacity",
+            seen=f"{goodput:.0%}",
+            holds=goodput >= GOODPUT,
+        ),
+        Row(
+            what="    the rest is refused",
+            asked="as busy (503, UNAVAILABLE), no later than the SLO",
+            seen=f"{counted(during.kinds)}; p50 {during.failed.latency_ms(50):.0f} ms, p99 {refused_ms:.0f} ms",
+            holds=set(during.kinds) == REFUSED_AS and refused_ms <= limit_ms,
+        ),
+        Row(
+            what="    memory",
+            asked=f"{GROWTH_MIB:g} MiB more at most",
+            seen=f"{grown_mib:+.0f} MiB on {before_mib:.0f}",
+            holds=grown_mib <= GROWTH_MIB,
+        ),
+        Row(
+            what="    afterwards, at half the capacity",
+            asked=f"as usual within {RECOVERED_S:g} s",
+            seen=f"after {recovered_s:.1f} s",
+            holds=recovered_s <= RECOVERED_S,
+        ),
+    ]
+
+
+def _recovered_s(after: Answers, ends_s: float, limit_ms: float) -> float:
+    """Seconds until the first second in which all are answered and 99 % of them in time."""
+    for start_s in np.arange(0, AFTERWARDS_S, 0.25):
+        found = after.between(ends_s + start_s, ends_s + start_s + 1)
+        if len(found) and not len(found.failed) and found.latency_ms(99) <= limit_ms:
+            return float(start_s)
+    return float("inf")

@@ -1,0 +1,63 @@
+"""A long steady load on every way: neither memory nor latency drifts, and no request fails."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from tests.bench.failure.load import Answers, Load
+from tests.bench.failure.setting import WAYS, MemoryWatch, Row, Setting, lost
+
+RATE = 10  # requests/s of each stream of each model
+PARTS = 3  # the first, which warms up, is compared with the last
+GROWTH = 0.05  # of the memory
+GROWTH_MIB = 16.0
+SLOWER_TIMES = 1.5
+SLICES = 10  # of a part: its latency is the median of theirs, so that one disturbance of the machine is none of ours
+
+
+def soak(setting: Setting) -> list[Row]:
+    """Both models, over HTTP and gRPC, straight and by the gateway."""
+    with setting.service("soak") as service:
+        shape = f"{RATE}x{setting.soak_s}"
+        models = (setting.model, setting.other)
+        streams = [setting.stream(service, way, shape, model) for way, model in itertools.product(WAYS, models)]
+        with MemoryWatch(service, max(1.0, setting.soak_s / 300)) as memory, Load(streams) as load:
+            answers = load.wait()
+    sent = sum(len(each) for each in answers.values())
+    first_mib, last_mib = _thirds(memory.samples)
+    limit_mib = max(first_mib * (1 + GROWTH), first_mib + GROWTH_MIB)
+    name = f"soak of {setting.soak_s / 60:g} minutes, {sent} requests over {len(streams)} streams"
+    return [
+        Row(what=name, asked="no request fails", seen=f"{lost(answers)} failed", holds=lost(answers) == 0),
+        Row(
+            what="    memory of server and gateway, last third against first",
+            asked=f"at most {limit_mib:.0f} MiB",
+            seen=f"{last_mib:.0f} MiB, {first_mib:.0f} MiB",
+            holds=last_mib <= limit_mib,
+        ),
+        *(_latency(name, each, load.began_s, setting.soak_s) for name, each in answers.items()),
+    ]
+
+
+def _thirds(samples: list[tuple[float, float]]) -> tuple[float, float]:
+    """The median of the first third, and of the last."""
+    values = np.array([mib for _, mib in samples])
+    third = max(1, len(values) // PARTS)
+    return float(np.median(values[:third])), float(np.median(values[-third:]))
+
+
+def _latency(name: str, answers: Answers, began_s: float, soak_s: int) -> Row:
+    edges = np.linspace(began_s, began_s + soak_s, PARTS * SLICES + 1)
+    p50s, p99s = (
+        [answers.between(*edge).kept.latency_ms(percent) for edge in itertools.pairwise(edges)] for percent in (50, 99)
+    )
+    first_ms, last_ms = (float(np.median(part)) for part in (p50s[:SLICES], p50s[-SLICES:]))
+    first_p99_ms, last_p99_ms = (float(np.median(part)) for part in (p99s[:SLICES], p99s[-SLICES:]))
+    return Row(
+        what=f"    p50 of {name}, last third against first",
+        asked=f"at most {SLOWER_TIMES:g} times",
+        seen=f"{last_ms:.1f} ms, {first_ms:.1f} ms (p99 {last_p99_ms:.0f} ms, {first_p99_ms:.0f} ms)",
+        holds=last_ms <= SLOWER_TIMES * first_ms,
+    )
