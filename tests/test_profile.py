@@ -19,7 +19,17 @@ import pytest
 from deepseek.spec import InputError
 from loadtests.profile.__main__ import wrapped_in_nsys
 from loadtests.profile.record import trace
-from loadtests.profile.sources import Call, GraphRun, Span, Trace, read_calls, read_runs, read_traces, run_of
+from loadtests.profile.sources import (
+    CLOCKS_APART_NS,
+    Call,
+    GraphRun,
+    Span,
+    Trace,
+    read_calls,
+    read_runs,
+    read_traces,
+    run_of,
+)
 from loadtests.profile.tables import functions, operators, phases
 from loadtests.profile.timeline import microseconds, timeline
 from serving.embedded import EmbeddedServer
@@ -129,9 +139,13 @@ def test_a_request_that_the_cache_answered_has_no_compute() -> None:
 
 
 def test_a_request_belongs_to_the_run_that_lies_in_its_infer_phase() -> None:
-    early, mine, other = graph_run(1400, 1650), graph_run(1660, 1890), graph_run(1660, 1890, "m_b_0_0")
-    assert run_of(traced(), call(), [early, mine, other]) is mine
-    assert run_of(traced(), call(), [other]) is None
+    apart = 100 * CLOCKS_APART_NS
+    trace = traced(stamps={name: ns * apart for name, ns in STAMPS.items()})
+    sent = call(encode_ns=1000 * apart, send_ns=1050 * apart, finish_ns=2100 * apart)
+    mine, other = graph_run(1660 * apart, 1890 * apart), graph_run(1660 * apart, 1890 * apart, "m_b_0_0")
+    before, reaches_in = graph_run(1400 * apart, 1650 * apart), graph_run(1500 * apart, 1880 * apart, "m_0_1")
+    assert run_of(trace, sent, [before, reaches_in, mine, other]) is mine
+    assert run_of(trace, sent, [before, reaches_in, other]) is None
 
 
 def test_requests_that_overlap_and_rounded_operators_still_nest() -> None:

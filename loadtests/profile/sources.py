@@ -35,6 +35,7 @@ BEGINS = {
     "HTTP_SEND_START": "back to the client",
     "GRPC_SEND_START": "back to the client",
 }
+CLOCKS_APART_NS = 50_000  # of ONNX Runtime's and Triton's: whole microseconds, and two clocks that were compared once
 PHASES = ("encode", "to the server", *dict.fromkeys(BEGINS.values()))
 
 
@@ -204,14 +205,19 @@ def _span(event: dict[str, Any], start_ns: int) -> Span:
 
 
 def run_of(trace: Trace, call: Call, runs: Iterable[GraphRun]) -> GraphRun | None:
-    """The run of the graph that a request was in: the one that lies most within its infer phase."""
+    """The run of the graph that a request was in: the longest that lies within its infer phase.
+
+    One that only reaches into it is another instance's, which runs at the same time.
+    """
     infer = trace.phase("infer", call)
     if infer is None:
         return None
-    overlap = lambda run: min(run.end_ns, infer.end_ns) - max(run.start_ns, infer.start_ns)  # noqa: E731
     instance = re.compile(rf"{re.escape(trace.model)}_\d+_\d+")  # group and number
-    mine = [run for run in runs if instance.fullmatch(run.instance) and overlap(run) > 0]
-    return max(mine, key=overlap, default=None)
+    first_ns, last_ns = infer.start_ns - CLOCKS_APART_NS, infer.end_ns + CLOCKS_APART_NS
+    mine = [
+        run for run in runs if first_ns <= run.start_ns and run.end_ns <= last_ns and instance.fullmatch(run.instance)
+    ]
+    return max(mine, key=lambda run: run.end_ns - run.start_ns, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from loadtests import server_statistics
 from loadtests.charts import stacked_bar
 from loadtests.report.curves import by_length, curves, failures_over_time
 from loadtests.report.page import facts, ms, numbers, percentile, sentence
-from loadtests.report.verdict import names_of
+from loadtests.report.verdict import LETTERS, names_of
 from loadtests.results import Run
 from loadtests.server_statistics import Split
 
@@ -106,7 +106,10 @@ def lengths(run: Run, slo: SloSpec) -> str:
     for name, part in run.lengths.items():
         latency = part.latency(run.judged)
         rows.append((name, f"{part.planned:,}", percentile(latency, 50), percentile(latency, 99)))
-    return by_length(run, slo) + numbers([run.judged, "requests", "p50", "p99"], rows)
+    drawn = by_length(run, slo)
+    if len(run.lengths) > len(LETTERS):
+        drawn += f"<p>Drawn: the {len(LETTERS)} lengths of which most was sent.</p>"
+    return drawn + numbers([run.judged, "requests", "p50", "p99"], rows)
 
 
 def failures(run: Run) -> str:
