@@ -1,8 +1,8 @@
 """What the tests share: a real Triton over tiny models, and two models taken through the export stages.
 
-`make test` runs them in several processes (pytest-xdist). A file's tests stay in one process, so that what a file sets
-up is set up once; what a session sets up in folders is made by one process for all (`once`). A test marked `alone`
-measures this machine: it comes last, and no other runs meanwhile.
+`make test` runs them in two processes (pytest-xdist). A file's tests stay in one process, so that what a file sets up
+is set up once; what a session sets up in folders is made by one process for all (`once`). A test marked `alone` measures
+this machine: no other runs meanwhile.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from xdist.remote import Producer
-from xdist.scheduler import LoadGroupScheduling
 
 from export.artifact import alone_in
 from serving.embedded import EmbeddedServer
@@ -37,37 +35,24 @@ def is_alone(item: pytest.Item) -> bool:
     return item.get_closest_marker("alone") is not None
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadGroupScheduling:
-    """Each process takes whole files, and one of them at last all that is to run alone."""
-    config.option.loadscopereorder = False  # the order is the one below
-
-    class Files(LoadGroupScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return "alone" if nodeid.endswith("@alone") else nodeid.partition("::")[0]
-
-    return Files(config, log)
-
-
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under pytest-xdist the files with the most slow tests come first, so that no process is left with one at the end."""
-    if not hasattr(config, "workerinput"):
-        return
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (is_alone(item), -slow[item.path]))
-    for item in filter(is_alone, items):
-        item.add_marker(pytest.mark.xdist_group("alone"))
+    """Of several processes none is to be left with a long file at the end, or to wait for what runs alone before it."""
+    if hasattr(config, "workerinput"):
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        measuring = {item.path for item in items if is_alone(item)}
+        items.sort(key=lambda item: (item.path in measuring, -slow[item.path], is_alone(item)))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """A test that is to run alone, with its fixtures, waits for those of the other processes, and they for it."""
+    """A test that is to run alone waits, before its fixtures, for those of the other processes, and they for it."""
     if not hasattr(item.config, "workerinput"):
         return (yield)
     of_the_run = Path(item.config.getoption("basetemp")).parent  # this process has a folder of its own in it
     with (of_the_run / "alone.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX if is_alone(item) else fcntl.LOCK_SH)
+        with (of_the_run / "turn.lock").open("w") as turn:  # else others might never leave it a moment
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX if is_alone(item) else fcntl.LOCK_SH)
         return (yield)
 
 
