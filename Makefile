@@ -248,7 +248,7 @@ check-engine: $(VENV)/.ready-rtx ## every precision of every model (or of MODEL=
 	    $(addprefix --precision ,$(filter-out auto,$(PRECISION)))
 
 test: $(VENV)/.ready-test $(VENV)/.ready-system lint ## everything: lint, types, all tests
-	@$(PY) -m pytest -n 2 --dist loadgroup
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.ready-test ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
