@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from deepseek_client import InferenceClient, ServerError
+from deepseek_client import InferenceClient, ModelUnavailable, ServerError
 
 from loadtests.steady import Figures, Load, Sent
 from serving.embedded import EmbeddedServer
@@ -73,18 +74,21 @@ def test_at_three_times_capacity_what_is_accepted_is_on_time_and_the_rest_refuse
     assert [each.error for each in after if each.error] == []
 
 
-def test_a_killed_backend_process_fails_its_own_model_at_once_and_no_other(busy: EmbeddedServer) -> None:
-    """Triton 2.51 does not start it again (docs/triton.md)."""
+def test_a_killed_backend_process_delays_its_own_model_and_no_other(busy: EmbeddedServer) -> None:
+    """Triton 2.51 does not start it again; the launcher has its model loaded anew (tests/test_caretaker.py)."""
     stubs = [each for each in processes(busy)[1:] if "doomed" in " ".join(each.cmdline())]
     assert stubs
     for stub in stubs:
         stub.kill()
+    again, killed_s = False, time.monotonic()
     with InferenceClient(busy.grpc_url, retries=0) as client:
-        for _ in range(4):
+        while not again:
             began_s = time.monotonic()
-            with pytest.raises(ServerError, match=r"[Ss]tub"):
+            assert began_s - killed_s < 60
+            with contextlib.suppress(ServerError, ModelUnavailable):
                 client.infer("doomed", X)
-            assert time.monotonic() - began_s < 5
+                again = True
+            assert time.monotonic() - began_s < 5  # answered at once, whatever the answer is
             np.testing.assert_array_equal(client.infer("quick", X)["y"], X["x"] + 1)
 
 

@@ -1,0 +1,224 @@
+"""What becomes of a model whose process is killed: it serves again, or the server ends and says why."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from deepseek_client import InferenceClient
+
+from deepseek.spec import GateFailed
+from serving import caretaker
+from serving import stubs as stubs_module
+from serving.control import is_ready
+from serving.embedded import EmbeddedServer, _serve
+from tests.conftest import ADD_ONE, write_add_one
+
+FREE: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+X = {"x": np.zeros((1, 2, 3), np.float32)}
+INITIALIZE = "    def initialize(self, args):\n"
+
+
+def write_model(repository: Path, name: str, *, initialize: str = "", instances: int = 2) -> Path:
+    """A model y = x + 1 that does something when it is loaded; returns its model.py."""
+    write_add_one(repository, name, instances=instances)
+    path = repository / name / "1" / "model.py"
+    path.write_text(ADD_ONE.replace(INITIALIZE, f"{INITIALIZE}        {initialize}\n", 1))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """As a container has it, following the repository: `pair` takes a second to load, `other` is the neighbour."""
+    folder = tmp_path_factory.mktemp("watched")
+    write_model(folder / "repository", "pair", initialize="import time; time.sleep(1)")
+    write_add_one(folder / "repository", "other")
+    with EmbeddedServer(
+        folder / "repository", **FREE, poll_s=1, behind_gateway=True, exit_timeout_s=1, log_path=folder / "log"
+    ) as running:
+        yield running
+
+
+def stubs(running: EmbeddedServer, model: str) -> list[psutil.Process]:
+    """The processes of a model, once they have a command line of their own; not those that died."""
+    assert running._process is not None
+    found = []
+    for each in psutil.Process(running._process.pid).children():
+        with contextlib.suppress(psutil.Error):
+            found += [each] if f"/{model}/" in " ".join(each.cmdline()) else []
+    return found
+
+
+def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    """The first outcome of `condition` that is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+class Said:
+    """What the server has said since the test began."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys, self._text = capsys, ""
+
+    def __call__(self) -> str:
+        self._text += self._capsys.readouterr().err
+        return self._text
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Said:
+    return Said(capsys)
+
+
+@pytest.mark.parametrize("killed", [1, 2], ids=["one of two", "both"])
+def test_a_model_that_lost_a_process_is_not_ready_and_then_serves_again(
+    server: EmbeddedServer, said: Said, killed: int
+) -> None:
+    with InferenceClient(server.grpc_url, retries=0) as client:
+        client.infer("pair", X)
+        for stub in stubs(server, "pair")[:killed]:
+            stub.kill()
+        until(lambda: not is_ready(server.http_url))
+        np.testing.assert_array_equal(client.infer("other", X)["y"], X["x"] + 1)
+        until(lambda: "serves again" in said())
+        assert is_ready(server.http_url)
+        until(lambda: len(stubs(server, "pair")) == 2)  # the others of what was unloaded have ended
+        for _ in range(8):
+            np.testing.assert_array_equal(client.infer("pair", X)["y"], X["x"] + 1)
+    first, second = said().splitlines()
+    assert first.startswith("died      pair: process ")
+    assert first.count(" of pair_0_") == killed
+    assert "was killed by SIGKILL" in first
+    assert second.startswith("          pair: serves again after ")
+
+
+def test_callers_are_told_to_try_again_while_it_is_loaded_anew(server: EmbeddedServer, said: Said) -> None:
+    """Within its retries a caller notices a delay, no error: requests are refused as unavailable, not failed."""
+    for stub in stubs(server, "pair"):
+        stub.kill()
+    until(lambda: not is_ready(server.http_url))
+    with InferenceClient(server.grpc_url, retries=20, timeout_s=20) as client:
+        np.testing.assert_array_equal(client.infer("pair", X)["y"], X["x"] + 1)
+    until(lambda: "serves again" in said())
+
+
+def test_loads_that_replace_a_model_are_no_deaths(server: EmbeddedServer, said: Said) -> None:
+    path = server.repository / "pair" / "1" / "model.py"
+    for _ in range(2):
+        before = stubs(server, "pair")
+        part = path.with_suffix(".part")
+        part.write_text(f"{path.read_text()}\n# a new one\n")
+        part.replace(path)
+        _, alive = psutil.wait_procs(before, timeout=30)
+        assert not alive
+    shutil.rmtree(server.repository / "other")  # and is unloaded
+    until(lambda: not stubs(server, "other"))
+    time.sleep(3 * 0.5)
+    assert said() == ""
+    write_add_one(server.repository, "other")
+    until(lambda: stubs(server, "other"))
+
+
+# ---- killed while it loads -------------------------------------------------------------------------
+
+ONCE = "import os, pathlib; f = pathlib.Path({flag!r}); f.exists() and (f.unlink(), os.kill(os.getpid(), 9))"
+
+
+def test_a_process_killed_while_a_new_version_loads_gets_a_second_try(
+    server: EmbeddedServer, said: Said, tmp_path: Path
+) -> None:
+    flag = tmp_path / "kill"
+    flag.touch()
+    write_model(tmp_path, "new", initialize=ONCE.format(flag=str(flag)), instances=1)
+    (tmp_path / "new").rename(server.repository / "new")
+    until(lambda: not flag.exists() and stubs(server, "new"))
+    with InferenceClient(server.grpc_url) as client:
+        until(lambda: client.ready("new"))
+        np.testing.assert_array_equal(client.infer("new", X)["y"], X["x"] + 1)
+    assert "died" not in said()
+
+
+def test_a_process_killed_during_the_start_ends_it_with_one_line(tmp_path: Path) -> None:
+    write_model(tmp_path / "repository", "doomed", initialize="import os; os.kill(os.getpid(), 9)")
+    with (
+        pytest.raises(GateFailed, match=r"'doomed'.*not healthy; its process was killed: does it need more memory"),
+        EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "log"),
+    ):
+        pass
+
+
+def write_silent(repository: Path) -> None:
+    """A model whose process dies before its first word, for which Triton waits for ever."""
+    write_add_one(repository, "silent")
+    stub = repository / "silent" / "triton_python_backend_stub"
+    stub.write_text("#!/bin/sh\n[ $# -gt 0 ] || exit 1\nkill -9 $$\n")  # Triton tries it without arguments first
+    stub.chmod(0o755)
+
+
+def test_a_start_that_would_never_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stubs_module, "STUCK_S", 2)
+    write_silent(tmp_path / "repository")
+    began_s = time.monotonic()
+    with (
+        pytest.raises(GateFailed, match=r"process \d+ was killed by SIGKILL.* while its model loaded; start"),
+        EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "log"),
+    ):
+        pass
+    assert time.monotonic() - began_s < 40
+
+
+def test_a_load_that_would_never_end_ends_the_server_that_cannot_load_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stubs_module, "STUCK_S", 2)
+    write_add_one(tmp_path / "repository")
+    with EmbeddedServer(
+        tmp_path / "repository", **FREE, poll_s=1, exit_timeout_s=1, log_path=tmp_path / "log"
+    ) as running:
+        write_silent(tmp_path / "next")
+        (tmp_path / "next" / "silent").rename(tmp_path / "repository" / "silent")
+        with pytest.raises(
+            GateFailed, match=r"silent: process \d+ was killed by SIGKILL.* while it loaded, and Triton"
+        ):
+            _serve(running, [])
+        assert not is_ready(running.http_url)
+
+
+# ---- killed again and again ------------------------------------------------------------------------
+
+
+def test_a_model_that_dies_again_and_again_ends_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Said
+) -> None:
+    monkeypatch.setattr(caretaker, "MOST_TIMES", 1)
+    dies_later = "import os, threading; threading.Timer(1.5, os.kill, (os.getpid(), 11)).start()"
+    write_model(tmp_path / "repository", "dying", initialize=dies_later, instances=1)
+    with (
+        EmbeddedServer(tmp_path / "repository", **FREE, exit_timeout_s=1, log_path=tmp_path / "log") as running,
+        pytest.raises(
+            GateFailed, match=r"dying: .* was ended by SIGSEGV, though it was loaded anew 1 times in the last"
+        ),
+    ):
+        _serve(running, [])
+    assert said().count("the model is loaded anew") == 1
+
+
+def test_a_server_that_is_killed_itself_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    with EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "log") as running:
+        assert running._process is not None
+        running._process.kill()
+        running._process.wait()
+        with pytest.raises(GateFailed, match="tritonserver was killed by SIGKILL"):
+            _serve(running, [])
