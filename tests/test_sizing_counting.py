@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek.sizing import TrainingSetup, TransformerSize, flops, presets, saved_bytes
+from deepseek.sizing import TrainingSetup, TransformerSize, flops, presets, saved_bytes, training_memory
 from deepseek.sizing.onnx_graph import OnnxModel
-from deepseek.sizing.traced import TracedModel
+from deepseek.sizing.traced import TracedModel, mean_square
 from deepseek.spec import InputError
 from deepseek.transformer import Transformer
+from tests.bench.training_memory import peak_of
 from tests.test_sizing_memory import config
 
 
@@ -98,6 +99,30 @@ def test_torchs_own_encoder_is_traced_without_its_fast_path() -> None:
     traced = TracedModel(nn.TransformerEncoder(layer, 2), lambda batch, length: (torch.empty(batch, length, 32),))
     products = 2 * 5 * (4 * 32 * 32 + 2 * 32 * 64)
     assert flops(traced.ops(1, 5)) == 2 * (products + 4 * 5 * 5 * 32)
+
+
+def test_an_lstm_is_counted_by_its_gates_and_its_kernel_is_on_again() -> None:
+    before = torch.backends.mkldnn.enabled
+    traced = TracedModel(nn.LSTM(3, 4, batch_first=True), lambda batch, length: (torch.empty(batch, length, 3),))
+    assert flops(traced.ops(2, 5)) == 2 * 2 * 5 * 16 * (3 + 4)
+    assert torch.backends.mkldnn.enabled == before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("steps", [1, 2], ids=["one-batch", "accumulated"])
+def test_the_peak_of_a_traced_networks_step_is_the_real_ones(precision: Any, steps: int) -> None:
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    module = nn.Sequential(*layers, nn.Linear(512, 50))
+    traced = TracedModel(module, lambda batch, length: (torch.zeros(batch, 3, 16, 16),))
+    setup = TrainingSetup(batch=16, length=1, precision=precision, accumulation_steps=steps, platform="cpu")
+    planned = training_memory(traced, setup, saved=traced.saved(setup))
+
+    def loss() -> torch.Tensor:
+        return mean_square(module.train()(torch.zeros(16, 3, 16, 16)))
+
+    assert planned.peak_bytes - planned.context_bytes == pytest.approx(
+        peak_of(loss, module.parameters(), setup), rel=0.03
+    )
 
 
 def test_a_forward_that_asks_for_values_is_one_line() -> None:

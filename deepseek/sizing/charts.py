@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 
 WIDTH, MARGIN, ROW, LINE = 480, 12, 26, 18
-LETTER = 6.3  # width of a letter of 12 px, about
+LETTER = 6.7  # width of a letter of 12 px, about
 COLOURS = ("#2f6fde", "#e08a1e", "#2f9e5b", "#b04fc4", "#d1495b", "#4a8fa8", "#8a7340")
 STYLE = """
 text{font:12px system-ui,sans-serif;fill:#333}.title{font-weight:600;font-size:14px}.faint{fill:#666;font-size:11px}
@@ -54,7 +54,8 @@ def stacked_chart(bars: Mapping[str, Mapping[str, float]], *, title: str, unit: 
 
 def bar_chart(bars: Mapping[str, float], *, title: str, unit: str, notes: Mapping[str, str] | None = None) -> str:
     """A horizontal bar for each name, with a note behind it."""
-    said = {name: f"{_short(value)} {unit}  {(notes or {}).get(name, '')}".rstrip() for name, value in bars.items()}
+    behind = {name: f", {note}" for name, note in (notes or {}).items() if note}
+    said = {name: f"{_short(value)} {unit}{behind.get(name, '')}" for name, value in bars.items()}
     drawn, top = _head(title, [])
     left, scale = _span(bars, said.values(), max(bars.values(), default=0.0))
     for index, (name, value) in enumerate(bars.items()):
@@ -78,7 +79,7 @@ def scatter_chart(
     low, high = math.log10(min(values) / 1.3), math.log10(max(values) * 1.3)
     drawn, top = _head(title, list(points))
     left, top = 60, top + LINE
-    size = WIDTH - left - MARGIN
+    size = WIDTH - left - 2 * MARGIN
 
     def at(value: float) -> float:
         return (math.log10(value) - low) / (high - low) * size
@@ -94,8 +95,8 @@ def scatter_chart(
         drawn.append(
             f'<path class="grid" d="M{left} {base - offset:.1f}H{left + size}M{left + offset:.1f} {top}V{base}"/>'
         )
-        drawn.append(_text(left - 6, base - offset + 4, f"{10.0**power:g}", "end", "faint"))
-        drawn.append(_text(left + offset, base + 16, f"{10.0**power:g}", "middle", "faint"))
+        drawn.append(_text(left - 6, base - offset + 4, _short(10.0**power), "end", "faint"))
+        drawn.append(_text(left + offset, base + 16, _short(10.0**power), "middle", "faint"))
     drawn.append(f'<path class="grid" d="M{left} {base}L{left + size} {top}"/>')
     for name, group in points.items():
         for x, y in group:

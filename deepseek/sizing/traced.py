@@ -7,6 +7,7 @@ beyond what `forward` asks of shapes. Raises InputError for a forward pass that 
 What backward keeps is what autograd saves in a forward pass in training mode (each storage once, parameters not): of a
 CPU's kernels, which keep dropout masks in full width. Under autocast, 16-bit copies of weights are among it. The worst
 moment is that of a whole forward and backward pass, of a loss that is the outputs' mean square or of one that is given.
+Kernels of recurrent layers keep a workspace of their own, which no trace sees: oneDNN's of an LSTM took as much again.
 
 Examples:
     with torch.device("meta"):
@@ -184,10 +185,13 @@ class TracedModel:
     def _fake(self, training: bool) -> Iterator[tuple[dict[str, Tensor], FakeTensorMode]]:
         """Parameters and buffers that have only shapes, and the mode in which they live."""
         was_training, fast = self.module.training, torch.backends.mha.get_fastpath_enabled()
+        onednn = torch._C._get_mkldnn_enabled()
         fake, made = FakeTensorMode(), dict[int, Tensor]()
         try:
             self.module.train(training)
-            torch.backends.mha.set_fastpath_enabled(False)  # it takes one operation that has no FLOP formula
+            # One operation each, without a FLOP formula: of an encoder's layer, and of an LSTM.
+            torch.backends.mha.set_fastpath_enabled(False)
+            torch._C._set_mkldnn_enabled(False)
             with fake:
                 tensors = [
                     *self.module.named_parameters(remove_duplicate=False),
@@ -201,6 +205,7 @@ class TracedModel:
         finally:
             self.module.train(was_training)
             torch.backends.mha.set_fastpath_enabled(fast)
+            torch._C._set_mkldnn_enabled(onednn)
 
     def _run(self, state: dict[str, Tensor], fake: FakeTensorMode, batch: int, length: int) -> Any:
         arguments = self.inputs(batch, length)

@@ -22,16 +22,17 @@ from deepseek.checkpoints import replace
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 54, 12, 12, 24  # letters of 11 px on a telephone
 STYLE = """
-:root{color-scheme:light dark}
+:root{color-scheme:light dark;--faint:#59606c}
+@media(prefers-color-scheme:dark){:root{--faint:#a8aeb9}}
 body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2rem auto;padding:0 1rem}
 section{display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:1rem}
 figure{margin:0}figcaption{font-weight:600}svg{width:100%;height:auto}
-svg text{font:11px system-ui,sans-serif;fill:GrayText}.grid{stroke:GrayText;stroke-opacity:.25;fill:none}
+svg text{font:11px system-ui,sans-serif;fill:var(--faint)}.grid{stroke:var(--faint);stroke-opacity:.3;fill:none}
 .line{fill:none;stroke-width:1.6;stroke-linejoin:round}.a{stroke:#2f6fde}.b{stroke:#e08a1e}
 .key{display:inline-block;width:.9em;height:.25em;margin:0 .3em 0 .8em;vertical-align:middle}
 .key.a{background:#2f6fde}.key.b{background:#e08a1e}.key+small{font-weight:400}
 table{border-collapse:collapse;margin:1rem 0}
-td{padding:.1rem 1rem .1rem 0;vertical-align:top}td:first-child{color:GrayText}
+td{padding:.1rem 1rem .1rem 0;vertical-align:top}td:first-child{color:var(--faint)}
 .note{border-left:4px solid #d1495b;padding:.3rem .8rem}
 """
 Points = Sequence[tuple[float, float]]
@@ -129,6 +130,8 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         every = max(1, len(powers) // 5)
         found = [10.0**power for power in powers if power % every == 0 and low <= 10.0**power <= high]
+        if len(found) < 2:  # less than a decade
+            found = [by * 10.0**power for power in powers for by in (1, 2, 3, 5, 7) if low <= by * 10.0**power <= high]
         return found if len(found) > 1 else [low * 1.2, high / 1.2]
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step = next(step * by for by in (1, 2, 5, 10) if (high - low) / (step * by) <= 5)

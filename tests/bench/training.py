@@ -264,6 +264,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--charts", type=Path, metavar="FOLDER", help="draw predicted against measured memory there")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # what else runs here disturbs one less
     log, claims = Console(stderr=True), list[Claim]()
     for name in args.only or PARTS:
         with log.status(name):

@@ -16,7 +16,7 @@ import itertools
 import random
 import statistics
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,26 +67,34 @@ def shape(**changes: Any) -> TransformerConfig:
 
 
 def peak_of_a_step(size: TransformerSize, setup: TrainingSetup) -> int:
-    """Measured; the loss is the mean square of the hidden states, or the cross-entropy of the logits."""
+    """Of a Transformer; the loss is the mean square of the hidden states, or the cross-entropy of the logits."""
     model = Transformer(size.config).train()
     model.gradient_checkpointing = setup.checkpointing
     weight = model.tokens.weight
     head = weight if size.head == "tied" else nn.Parameter(torch.randn(weight.shape)) if size.head == "untied" else None
     weights = [*model.parameters(), *([head] if head is not None and size.head == "untied" else [])]
-    optimizer = _optimizer(weights, setup)
     ids = torch.ones(setup.batch, setup.length, dtype=torch.int64)
+
+    def loss() -> torch.Tensor:
+        hidden = model(ids)
+        if head is None:
+            return hidden.square().mean()
+        return nn.functional.cross_entropy(nn.functional.linear(hidden, head).flatten(0, 1), ids.flatten())
+
+    return peak_of(loss, weights, setup)
+
+
+def peak_of(loss: Callable[[], torch.Tensor], parameters: Iterable[nn.Parameter], setup: TrainingSetup) -> int:
+    """Measured, of a step of the optimizer; two micro-batches are as bad as more."""
+    weights = list(parameters)
+    optimizer = _optimizer(weights, setup)
 
     def step() -> None:
         for _ in range(min(2, setup.accumulation_steps)):
             with torch.autocast("cpu", torch.bfloat16, enabled=setup.precision == "bf16"):
-                hidden = model(ids)
-                if head is None:
-                    loss = hidden.square().mean()
-                else:
-                    loss = nn.functional.cross_entropy(nn.functional.linear(hidden, head).flatten(0, 1), ids.flatten())
-            del hidden
-            loss.backward()
-            del loss
+                value = loss()
+            value.backward()
+            del value
         optimizer.step()
         optimizer.zero_grad()
 
@@ -131,10 +139,20 @@ def drawn(draws: int = DRAWS, seed: int = SEED) -> dict[str, Peak]:
         sizes, setup, head = _draw(source)
         size = TransformerSize(config=shape(**sizes), head=head)
         if training_memory(size, setup).peak_bytes < MOST_BYTES:
-            of = sizes | {name: getattr(setup, name) for name in ("batch", "length", "precision", "checkpointing")}
-            of |= {"accumulation": setup.accumulation_steps, "optimizer": setup.optimizer, "head": head}
-            found[", ".join(f"{name} {value}" for name, value in of.items())] = peak(size, setup)
+            found[f"{len(found) + 1}: {_named(size, setup)}"] = peak(size, setup)
     return found
+
+
+def _named(size: TransformerSize, setup: TrainingSetup) -> str:
+    config = size.config
+    dropouts = [config.embedding_dropout, config.attention_dropout, config.ffn_dropout]
+    said = [
+        f"{config.num_layers} layers {config.hidden_size} wide, {config.num_attention_heads} heads",
+        f"feed-forward {config.intermediate_size} {config.activation}, {size.head} head of {config.vocab_size}",
+        f"dropouts {dropouts}, {setup.batch} x {setup.length} tokens, {setup.precision} {setup.optimizer}",
+    ]
+    said += ["checkpointing"] * setup.checkpointing + ["accumulated"] * (setup.accumulation_steps > 1)
+    return ", ".join(said)
 
 
 def _draw(source: random.Random) -> tuple[dict[str, Any], TrainingSetup, Any]:
@@ -194,6 +212,7 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=DRAWS, help="configurations (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=SEED, help="another seed draws others (default: %(default)s)")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     found, console = drawn(args.draws, args.seed), Console(highlight=False, soft_wrap=True)
     for name, each in found.items():
         if abs(each.error) > ALLOWED:
