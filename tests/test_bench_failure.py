@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -13,8 +12,6 @@ import pytest
 from deepseek_client import InvalidInput
 
 from deepseek.spec import DeploymentSpec
-from serving.served import served_models
-from serving.stack import limits
 from tests.bench.failure import machine
 from tests.bench.failure.killed import server_killed
 from tests.bench.failure.load import Answers, Load
@@ -24,7 +21,7 @@ from tests.bench.failure.mutations import HTTP, Mutation, valid_http
 from tests.bench.failure.mutations_grpc import GRPC, valid_grpc
 from tests.bench.failure.setting import Model, Row, Service, Setting
 from tests.conftest import run_module
-from tests.gateway import Gateway
+from tests.gateway import Gateway, free_port, skip_without_nginx
 
 ROW = {"input_ids": np.arange(9).reshape(1, 9), "attention_mask": np.ones((1, 9), np.int64)}
 
@@ -96,17 +93,19 @@ def test_the_gateway_hands_on_numbers_that_are_none(setting: Setting) -> None:
     assert status == 200, answer
 
 
-def test_a_body_that_waits_on_the_disk_is_read_there(setting: Setting, built: Path, tmp_path: Path) -> None:
-    assert setting.shared is not None
-    text = limits(served_models(built / "repository", Path("tests/models")))
-    text = re.sub(r"client_body_buffer_size \d+", "client_body_buffer_size 1k", text)
-    gateway = Gateway(tmp_path, text, setting.shared.http_url, setting.shared.grpc_url)
+def test_a_large_body_is_looked_at_too_and_has_its_own_errors(tmp_path: Path) -> None:
+    skip_without_nginx()
+    text = (
+        "client_max_body_size 9m;\nclient_body_buffer_size 1m;\njs_var $default_rate_rps 100;\njs_var $buckets_s '1';\n"
+    )
+    gateway = Gateway(tmp_path, text, f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}")
     try:
-        pixels = np.zeros((1, 3, 32, 32), np.float32)
-        method, path, headers, body = valid_http("image", {"pixels": pixels}, binary=True).encoded()
+        large = {"x": np.zeros((2, 100_000), np.float64)}
+        method, path, headers, body = valid_http("any", large, binary=True).encoded()
         lines = [f"{name}: {value}" for name, value in headers.items()]
-        assert gateway.http(method, path, *lines, body=body)[0] == 200
+        assert gateway.http(method, path, *lines, body=body)[0] == 503  # there is no server to hand it on to
         assert gateway.http(method, path, *lines, body=body[:-4])[0] == 400
+        assert gateway.http(method, path, *lines, body=body * 7)[0] == 413
     finally:
         gateway.stop()
 
@@ -198,9 +197,9 @@ def test_a_malformed_message_is_another_one_and_the_same_each_time(mutation: Mut
      ("INVALID_ARGUMENT", False, True), ("INTERNAL", True, False), ("OK", True, True)],
 )  # fmt: skip
 def test_an_answer_is_judged_by_whose_fault_it_says_it_is(status: str, may_pass: bool, right: bool) -> None:
-    tally = Tally()
+    tally = Tally("http by gateway")
     tally.add(1, Mutation(name="x", apply=lambda *_: None, may_pass=may_pass), status, "reason")
-    assert (not tally.wrong) == right
+    assert (not tally.wrong and not tally.known) == right
 
 
 def test_a_load_sends_all_that_its_shape_has(setting: Setting) -> None:

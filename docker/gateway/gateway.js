@@ -69,9 +69,8 @@ function infer(r) {
 }
 
 function flawOfRequest(r) {
-    const file = r.variables.request_body_file;  // where it is too large for the memory
-    const body = file ? null : r.requestBuffer || Buffer.alloc(0);
-    const size = file ? fs.statSync(file).size : body.length;
+    const file = r.variables.request_body_file;  // of a large one, which nginx keeps until the end of the request
+    const body = file ? fs.readFileSync(file) : r.requestBuffer || Buffer.alloc(0), size = body.length;
     const said = r.headersIn['Inference-Header-Content-Length'];
     if (said !== undefined && (!/^\d{1,15}$/.test(said) || Number(said) > size)) {
         return `Inference-Header-Content-Length is ${said.slice(0, 40)}, of a body of ${size} bytes`;
@@ -82,21 +81,11 @@ function flawOfRequest(r) {
     }
     let document;
     try {
-        document = parsed((file ? start(file, length) : body.slice(0, length)).toString());
+        document = parsed(body.slice(0, length).toString());
     } catch (error) {
         return `no JSON: ${error.message}`;
     }
     return flawOf(document, size - length);
-}
-
-function start(file, length) {
-    const found = Buffer.alloc(length), fd = fs.openSync(file, 'r');
-    try {
-        fs.readSync(fd, found, 0, length, 0);
-    } finally {
-        fs.closeSync(fd);
-    }
-    return found;
 }
 
 function parsed(text) {
@@ -149,7 +138,7 @@ function flawOfParameters(parameters) {
     const wrong = Object.keys(parameters).find(name => {
         const value = parameters[name], kind = PARAMETERS[name];
         if (name === 'sequence_id') {
-            return !isSize(value) && typeof value !== 'string';
+            return !isSize(value) && (typeof value !== 'string' || value.length > 128);
         }
         return kind === 'size' ? !isSize(value) : kind ? typeof value !== kind : value === null || typeof value === 'object';
     });
