@@ -108,7 +108,9 @@ def test_headers_go_on_padded_and_in_pieces() -> None:
     exchange = peer.frames.begin(BLOCK, framed(b"ask"))
     block = hpack.Encoder().encode([(":status", "200")])
     peer.frames.feed(frame(HEADERS, 0, 1, block[:0]) + frame(CONTINUATION, END_HEADERS, 1, block))
-    peer.frames.feed(frame(DATA, PADDED, 1, b"\x03" + framed(b"said") + b"\0\0\0"))
+    said = framed(b"said")
+    peer.frames.feed(frame(DATA, PADDED, 1, b"\x03" + said[:2] + b"\0\0\0"))
+    peer.frames.feed(frame(DATA, 0, 1, said[2:4]) + frame(DATA, 0, 1, said[4:]))
     peer.frames.feed(peer.headers(1, {"grpc-status": "0"}, END_STREAM))
     assert answer_of(exchange) == b"said"
 
@@ -141,6 +143,10 @@ def test_no_more_streams_are_open_than_the_server_allows() -> None:
     assert [exchange.stream for exchange in exchanges] == [1, 3, 0]
     peer.frames.feed(peer.answer(1, b"said"))
     assert [exchange.stream for exchange in exchanges] == [1, 3, 5]
+    later = peer.frames.begin(BLOCK, framed(b"ask"))
+    assert later.stream == 0
+    peer.frames.feed(setting(MOST_STREAMS, 3))
+    assert later.stream == 7
 
 
 def test_a_ping_and_settings_are_acknowledged_and_what_is_not_known_is_passed_over() -> None:
@@ -157,6 +163,8 @@ def test_what_the_server_did_not_look_at_is_told_from_what_it_may_have_run() -> 
     assert ended == [not_looked, waits]
     assert [each.unprocessed for each in (looked, not_looked, waits)] == [False, True, True]
     assert peer.frames.closing
+    late = peer.frames.begin(BLOCK, framed(b"ask"))
+    assert (late.done, late.unprocessed) == (True, True)
     peer.frames.feed(peer.answer(1, b"said"))
     assert answer_of(looked) == b"said"
 

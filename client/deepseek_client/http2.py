@@ -82,7 +82,7 @@ class Exchange:
         self.window = 0
         self.headers: Mapping[bytes, bytes] | None = None
         self.trailers: Mapping[bytes, bytes] = {}
-        self.body = b""
+        self.body: bytes | bytearray = b""
         self.reset: int | None = None
         self.failure = ""
         """Why there will be no answer, where it is not the server that says so."""
@@ -123,9 +123,12 @@ class Frames:
         self._out = bytearray(rest) + self._out
 
     def begin(self, block: bytes, message: bytes) -> Exchange:
-        """A call, now or when the server's limit on streams allows it."""
+        """A call, now or when the server's limit on streams allows it; done at once where none can begin any more."""
         exchange = Exchange(block, message)
-        if len(self._streams) < self._most and not self._waiting:
+        if self.closing:
+            exchange.done = exchange.unprocessed = True
+            exchange.failure = "the connection takes no more calls"
+        elif len(self._streams) < self._most and not self._waiting:
             self._start(exchange)
         else:
             self._waiting.append(exchange)
@@ -225,6 +228,9 @@ class Frames:
         self._blocked.pop(exchange.stream, None)
         exchange.done = True
         ended.append(exchange)
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
         while self._waiting and len(self._streams) < self._most and not self.closing:
             self._start(self._waiting.popleft())
 
@@ -236,7 +242,12 @@ class Frames:
         if exchange is None:  # it was cancelled
             return
         payload = _unpadded(payload) if flags & PADDED else payload
-        exchange.body = exchange.body + payload if exchange.body else payload
+        if not exchange.body:
+            exchange.body = payload  # nearly always all of it
+        elif isinstance(exchange.body, bytes):
+            exchange.body = bytearray(exchange.body) + payload
+        else:
+            exchange.body += payload
         if flags & END_STREAM:
             self._end(exchange, ended)
 
@@ -326,6 +337,7 @@ class Frames:
             self._size = value
         elif name == MOST_STREAMS:
             self._most = value
+            self._start_waiting()
 
     def _go_away(self, last: int, ended: list[Exchange]) -> None:
         """The server looks at no later stream than `last`."""
@@ -378,7 +390,7 @@ def answer_of(exchange: Exchange) -> bytes:
             raise CallFailed(grpc.StatusCode.INTERNAL, f"an answer of {len(body)} bytes that is no message")
         if body[0]:
             raise CallFailed(grpc.StatusCode.INTERNAL, "a compressed answer, which was not asked for")
-        return body[5:]
+        return bytes(memoryview(body)[5:])
     told = {name.decode("latin-1"): value.decode("latin-1") for name, value in {**headers, **exchange.trailers}.items()}
     if said is not None:
         code = STATUS.get(int(said) if said.isdigit() else 2, grpc.StatusCode.UNKNOWN)

@@ -170,9 +170,7 @@ class _Connection:
         with self._lock:
             exchange = self._frames.begin(block, message)
             exchange.waiter = waiter
-            if self.lost:  # meanwhile
-                exchange.unprocessed = exchange.done = True
-                exchange.failure = self.lost
+            if exchange.done:
                 return exchange
             self._leave()
         try:
@@ -323,6 +321,8 @@ class _AsyncConnection(asyncio.Protocol):
     async def exchange(self, block: bytes, message: bytes) -> Exchange:
         """Sends and waits for the end of the call."""
         exchange = self._frames.begin(block, message)
+        if exchange.done:
+            return exchange
         exchange.waiter = self._loop.create_future()
         self._leave()
         try:
