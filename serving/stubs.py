@@ -16,20 +16,21 @@ Contract: Linux alone; reads /proc of one server's children, and asks the server
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from serving.control import ModelControl
 from serving.triton_log import how_it_ended
 
-LOOK_S = 0.5  # between two looks
+LOOK_S = 0.5  # between two looks at the stubs that are known
+LIST_S = 5.0  # between two looks for others, while none of these died and no load is known of
 STUCK_S = 6.0  # Triton asks for a sign of life each second, and takes two more to be sure
 _STATE, _STATUS = 0, 49  # fields of /proc/<pid>/stat behind the name: proc(5) counts these two as 3 and 52
 
@@ -77,15 +78,19 @@ class StubWatch:
         self._living: list[Stub] = []
         self._deaths: dict[int, Death] = {}
         self._before: set[int] | None = None  # the processes that were there when a load began
+        self._listed_s = 0.0
         self._lock = threading.Lock()
 
     def look(self) -> None:
         """Reads what lives and what died; to be called each LOOK_S."""
-        with self._lock:
-            self._look()
-
-    def _look(self) -> None:
         now_s = time.monotonic()
+        # Triton has a hundred threads and more, each with a list of what it started: they are not read twice a second.
+        quiet = not self._deaths and self._before is None and all(map(_lives, self._stubs))
+        if not quiet or now_s - self._listed_s >= LIST_S:
+            with self._lock:
+                self._list(now_s)
+
+    def _list(self, now_s: float) -> None:
         living: dict[int, Stub] = {}
         deaths: dict[int, Death] = {}
         for pid in _children(self._server):
@@ -103,6 +108,7 @@ class StubWatch:
                 )
             elif stub := Stub.of(arguments, self._models):
                 living[pid] = stub
+        self._listed_s = now_s
         self._deaths = deaths
         self._living = list(living.values())
         self._stubs = {pid: stub for pid, stub in self._stubs.items() if pid in deaths} | living
@@ -120,15 +126,16 @@ class StubWatch:
         short = {model for (model, version), count in wanted.items() if living[model, version] < count}
         return {model: self._of(model) for model in short}
 
-    @contextmanager
+    @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """Around a load of a model: `stuck` tells then whether it will never end."""
         self._before = set(_children(self._server))
         try:
             yield
         finally:
+            with self._lock:
+                self._list(time.monotonic())  # so that the new ones are known by name
             self._before = None
-            self.look()  # so that the new ones are known by name
 
     def stuck(self) -> str | None:
         """What happened to a process that Triton waits for in vain, in the load that is under way."""
@@ -150,19 +157,30 @@ class StubWatch:
 
 def _children(parent: int) -> Iterator[int]:
     """Process ids below a process, zombies included; each belongs to the thread that started it."""
-    for path in Path(f"/proc/{parent}/task").glob("*/children"):
-        try:
-            yield from map(int, path.read_text().split())
-        except OSError:  # the thread has ended
-            continue
+    with contextlib.suppress(OSError):  # it has ended
+        for thread in os.listdir(f"/proc/{parent}/task"):
+            with contextlib.suppress(OSError):  # the thread has
+                yield from map(int, Path(f"/proc/{parent}/task/{thread}/children").read_text().split())
+
+
+def _lives(pid: int) -> bool:
+    return (_stat(pid) or "Z")[_STATE] not in "ZX"
 
 
 def _seen(pid: int) -> tuple[str, int, list[str]] | None:
     """State, exit status and command line of a process; None where it has gone."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return None
-    fields = stat[stat.rindex(")") + 2 :].split()  # the name before it may hold anything
-    return fields[_STATE], int(fields[_STATUS]), [os.fsdecode(each) for each in arguments.split(b"\0")]
+    fields = _stat(pid)
+    return (fields[_STATE], int(fields[_STATUS]), [os.fsdecode(each) for each in arguments]) if fields else None
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of its stat behind the name, which may hold anything."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return stat[stat.rindex(")") + 2 :].split()
