@@ -6,12 +6,12 @@ which was cut off is taken up by giving it the same trials again. Rates have thr
 - Bracket: from `start_rps` in steps of 2 up to the first rate that does not hold, or down to the first that does (in
   larger steps from an overloaded server, by what it answered). It stops at every rate that an objective is bound to.
 - Bisect, geometrically, until what holds and what does not are within two steps of `resolution` of one another.
-- Confirm with runs three times as long, which walk around the knee: one `resolution` up after a run that holds, one
-  down after one that does not, until the walk has turned four times. The capacity is the (geometric) middle of its
-  turning points less half a step: on a quiet machine the rate that held each time while the next one failed. A machine
-  that others use is faster now and slower then; what the walk crosses again and again is the knee over that time, where
-  a single run has the luck of its half minute (Dixon and Mood's up-and-down method, 1948). Where the bisection was
-  misled, the walk leads away from there.
+- Confirm with runs three times as long (or as long as their samples need), which walk around the knee: one `resolution`
+  up after a run that holds, one down after one that does not, until the walk has turned four times. The capacity is the
+  (geometric) middle of its turning points less half a step: on a quiet machine the rate that held each time while the
+  next one failed. A machine that others use is faster now and slower then; what the walk crosses again and again is the
+  knee over that time, where a single run has the luck of its half minute (Dixon and Mood's up-and-down method, 1948).
+  Where the bisection was misled, the walk leads away from there.
 
 A trial of the first two that does not hold is repeated once, and the repetition counts: one stall of the machine spoils
 a p99, and a rate wrongly taken for failing would end the search far too low, whereas one wrongly taken for holding is
@@ -159,8 +159,8 @@ class Search:
 
     def _judged(self, rate_rps: float, phase: Phase) -> Trial:
         """A trial of a rate, or its repetition, where the first one does not count."""
-        duration_s = math.ceil(max(self.plan.duration_s, self.plan.needed_s(rate_rps)))
-        duration_s *= CONFIRM_LONGER if phase == "confirm" else 1
+        least_s = self.plan.duration_s * (CONFIRM_LONGER if phase == "confirm" else 1)
+        duration_s = math.ceil(max(least_s, self.plan.needed_s(rate_rps)))
         trial = self._trial(rate_rps, phase, duration_s)
         counts = trial.outcome == "holds" or trial.overloaded or (trial.outcome == "fails" and phase == "confirm")
         if counts:
