@@ -42,7 +42,7 @@ from deepseek_client.http2 import (
     framed,
     header_block,
 )
-from deepseek_client.plain_wires import GreenWire
+from deepseek_client.plain_wires import GreenWire, Messages
 
 from serving.embedded import EmbeddedServer
 from tests.failing_servers import Relay, answering
@@ -208,6 +208,14 @@ def test_what_goes_wrong_has_the_face_of_grpcs_own_errors(fields: dict[str, str]
     assert caught.value.code() is grpc.StatusCode[code]
     assert caught.value.details().startswith(details)
     assert dict(caught.value.trailing_metadata()).get("retry-after") == fields.get("retry-after")
+
+
+def test_an_answer_that_is_no_message_of_its_kind_is_an_error_like_any() -> None:
+    peer = Peer()
+    exchange = peer.frames.begin(BLOCK, framed(b"ask"))
+    peer.frames.feed(peer.answer(1, b"\xff\xff\xff"))
+    with pytest.raises(CallFailed, match="cannot be read"):
+        Messages("h:1").answer("ModelInfer", exchange)
 
 
 def test_a_reset_says_whether_the_call_was_refused() -> None:

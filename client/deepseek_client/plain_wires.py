@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
+from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
 from deepseek_client.errors import ConnectionLost
@@ -34,7 +35,7 @@ CLOSED = "the server closed the connection"
 SILENT_MS = 20_000  # after which a connection whose other end acknowledges nothing is given up, as gRPC does
 
 
-class _Calls:
+class Messages:
     """What a call looks like on the wire, and its answer."""
 
     def __init__(self, url: str) -> None:
@@ -61,7 +62,10 @@ class _Calls:
         parse = self._answers.get(method)
         if parse is None:
             parse = self._answers[method] = getattr(service_pb2, f"{method}Response").FromString
-        return parse(answer_of(exchange))
+        try:
+            return parse(answer_of(exchange))
+        except DecodeError as error:
+            raise CallFailed(grpc.StatusCode.INTERNAL, f"an answer that cannot be read ({error})") from None
 
 
 def _timeout(seconds: float) -> str:
@@ -96,7 +100,7 @@ class GreenWire:
     """See the module."""
 
     def __init__(self, url: str) -> None:
-        self._calls = _Calls(url)
+        self._messages = Messages(url)
         self._opening = threading.Lock()
         self._connection: _Connection | None = None
 
@@ -105,12 +109,12 @@ class GreenWire:
     ) -> Any:
         """See Wire."""
         ends_at = time.monotonic() + timeout_s
-        block, message = self._calls.block(method, metadata, timeout_s), framed(request)
+        block, message = self._messages.block(method, metadata, timeout_s), framed(request)
         for attempt in range(1, ATTEMPTS + 1):
             exchange = self._connected(ends_at).exchange(block, message, ends_at, cancel)
             if not exchange.unprocessed or attempt == ATTEMPTS:
                 break
-        return self._calls.answer(method, exchange)
+        return self._messages.answer(method, exchange)
 
     async def close(self) -> None:
         """See Wire."""
@@ -132,7 +136,7 @@ class GreenWire:
 
     def _open(self, ends_at: float) -> socket.socket:
         try:
-            found = socket.create_connection(self._calls.address, max(0.001, ends_at - time.monotonic()))
+            found = socket.create_connection(self._messages.address, max(0.001, ends_at - time.monotonic()))
         except TimeoutError:
             raise _too_late() from None
         except OSError as error:
@@ -262,7 +266,7 @@ class AsyncPlainWire:
     """See the module."""
 
     def __init__(self, url: str) -> None:
-        self._calls = _Calls(url)
+        self._messages = Messages(url)
         self._opening = asyncio.Lock()
         self._connection: _AsyncConnection | None = None
 
@@ -270,7 +274,7 @@ class AsyncPlainWire:
         self, method: str, request: bytes, timeout_s: float, metadata: Metadata, cancel: Cancel | None
     ) -> Any:
         """See Wire. It is stopped as every task is, by its own `cancel()`."""
-        block, message = self._calls.block(method, metadata, timeout_s), framed(request)
+        block, message = self._messages.block(method, metadata, timeout_s), framed(request)
         try:
             async with asyncio.timeout(timeout_s):
                 for attempt in range(1, ATTEMPTS + 1):
@@ -281,7 +285,7 @@ class AsyncPlainWire:
                         break
         except TimeoutError:
             raise _too_late() from None
-        return self._calls.answer(method, exchange)
+        return self._messages.answer(method, exchange)
 
     async def close(self) -> None:
         """See Wire."""
@@ -294,7 +298,7 @@ class AsyncPlainWire:
         async with self._opening:
             if (standing := self._connection) is None or not standing.usable:
                 try:
-                    _, standing = await loop.create_connection(lambda: _AsyncConnection(loop), *self._calls.address)
+                    _, standing = await loop.create_connection(lambda: _AsyncConnection(loop), *self._messages.address)
                 except TimeoutError:
                     raise
                 except OSError as error:
