@@ -236,5 +236,5 @@ def test_greenlets_hedge_as_threads_do(relays: MakeRelays, protocol: str) -> Non
     slow.delay_s = 2.0
     # The fetch of the metadata may go to the slow one: it is not hedged, and takes its time.
     command = [sys.executable, "-c", GREENLETS, protocol, slow.url, fast.url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["True", "True"], done.stderr

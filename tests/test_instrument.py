@@ -212,7 +212,7 @@ def test_locusts_own_command_sends_the_whole_schedule_whatever_its_users(
         locust = [sys.executable, "-m", "locust", *arguments, *processes]
         if processes:
             locust += [*port, "--master-port", port[1]]
-        ended = subprocess.run(locust, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        ended = subprocess.run(locust, cwd=ROOT, capture_output=True, text=True, timeout=120)
     rows = [json.loads(line) for line in (tmp_path / "tiny.seconds.jsonl").read_text().splitlines()]
     assert ended.returncode == 0, ended.stderr
     assert sum(row["ok"] for row in rows) == sum(row["planned"] for row in rows) == 160
