@@ -9,4 +9,5 @@ RUN apt-get update \
     && mkdir /prometheus /alertmanager \
     && chown 65534:65534 /prometheus /alertmanager
 USER 65534:65534
+# Two programs in one image: compose.yaml says how each is asked for its health.
 HEALTHCHECK NONE

@@ -97,7 +97,8 @@ class Live:
         if found["switched_s"] is None:
             raise GateFailed(
                 f"the server at {self.url} went on with version {found['version']} for {self.args.switch_s:g} s: it "
-                "refused the new one (its log says why), or does not follow the repository (make serve POLL_S=2)"
+                "refused the new one (its log says why), or does not follow the repository (make serve POLL_S=2, or "
+                "compose with docker/compose.follow.yaml)"
             )
         if found["failed"]:
             error, times = next(iter(found["errors"].items()))

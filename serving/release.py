@@ -11,6 +11,7 @@ beside the repository, where no server sees it, and takes one gate after the oth
     shadow       the same requests to it and to a server over the version that is served (loadtests.shadow)
     objectives   the SLO under load, on both; the candidate has to hold every line (loadtests.run, loadtests.slo)
     switch       into the repository, under a steady load on the server that callers have (loadtests.steady)
+    stack        alerts, dashboard and limits of a compose stack over that repository are made anew (serving.stack)
 
 Contract: a version that fails a gate never comes into the repository; one that costs a request at the switch, or that
 the server does not take, is taken out again. Each step is in `build/<model>/releases/` before the next begins
@@ -50,7 +51,7 @@ from serving.doctor import examine
 from serving.embedded import EmbeddedServer, check_repository
 from serving.live import Live, add_live_arguments
 from serving.machine import Machine
-from serving.releases import Journal, LeftOut, Steps, alone, finish, last_number
+from serving.releases import Journal, LeftOut, Steps, alone, expect_anew, finish, last_number, rolled_back
 from serving.repository import CONFIG, MANIFEST
 from serving.versions import lay_out, newest, put_live, retire, same_as, stage, take_out
 
@@ -85,6 +86,7 @@ class Release:
                 steps.do("shadow", lambda: self.shadow(stack))
                 steps.do("objectives", self.objectives)
             steps.do("switch", self.switch)
+            steps.do("stack", lambda: expect_anew(self.model.parent))
         except (GateFailed, InvalidMeasurement, InputError):
             self.journal.write(outcome="refused")
             raise
@@ -101,10 +103,17 @@ class Release:
             source = self.scratch / "built" / self.args.model
         staged = stage(source, number=self.number, folder=self.scratch / "new")
         if self.before is not None and same_as(staged, self.number, self.model, self.before):
-            raise InputError(f"nothing to release: {self.model / str(self.before)} is the same as the candidate")
+            what = f"the newest version in {source}" if self.args.new else "what is built"
+            raise InputError(
+                f"nothing to release: {self.model / str(self.before)} is the same as {what}; change the model or its "
+                "deploy.toml, or name another repository (NEW=)"
+            )
         self.journal.keep(MANIFEST, (staged / str(self.number) / MANIFEST).read_text())
         manifest = self._manifest(staged, self.number)
-        return f"version {self.number}, {manifest.precision} for {manifest.target}, from {self.args.new or 'the build'}"
+        said = f"version {self.number}, {manifest.precision} for {manifest.target}, from {self.args.new or 'the build'}"
+        if record := rolled_back(self.args.model, manifest):
+            said += f"; note: its files are those of version {record.before}, rolled back {record.started[:16]}"
+        return said
 
     def doctor(self) -> str:
         """What speaks against it, from its files and this machine."""

@@ -38,7 +38,9 @@ from deepseek.spec import (
     build_dir,
     run_command,
 )
+from serving.keys import gateway_folder
 from serving.repository import MANIFEST
+from serving.stack import observe_folder, refresh
 from serving.versions import newest
 
 JOURNAL, REPORT = "journal.jsonl", "report.md"
@@ -136,6 +138,21 @@ class Steps:
         ended("left out" if isinstance(said, LeftOut) else "holds", said)
 
 
+def expect_anew(repository: Path) -> str:
+    """Has the alerts of the stack over `repository` expect what it serves now; a failure says what to do, and no more.
+
+    What was released is released: rules that went by it are a ticket after ten minutes, not a reason to go back.
+    """
+    folder = gateway_folder()
+    try:
+        made = refresh(repository, folder)
+    except (OSError, ValueError) as error:
+        return LeftOut(f"the alerts still expect what was served before: {error}; then: python -m serving.stack")
+    if not made:
+        return LeftOut("no stack was made for this repository")
+    return f"alerts, dashboard and limits are those of what the repository has now: {observe_folder(folder)}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One step of a release, as its last line has it."""
@@ -220,6 +237,15 @@ def last_number(model: str, repository_model: Path) -> int:
         if record.kind == "rollback" or any(step.name == "switch" for step in record.steps):
             used += [record.version, record.before or 0]
     return max(used)
+
+
+def rolled_back(model: str, manifest: PublishedManifest) -> Record | None:
+    """The last rollback that took out a version of the same files: who releases it again is to know."""
+    for record in history(model):
+        path = Path(record.folder) / "withdrawn" / str(record.before) / MANIFEST
+        if record.kind == "rollback" and path.is_file() and PublishedManifest.load(path).files == manifest.files:
+            return record
+    return None
 
 
 def report(record: Record, model: str) -> str:

@@ -2,7 +2,8 @@
 
 The version that is served leaves the repository, and the newest intact one before it is the newest again, under its own
 `config.pbtxt`. A server that follows the repository goes back at once, measured under a steady load where it still
-answers; any other does at its next start. Called again, it goes back one more.
+answers; any other does at its next start. The alerts of a compose stack over the repository expect the older one from
+then on. Called again, it goes back one more.
 
 Contract: the version to go back to is checked first, digests included; where none is intact nothing is changed. What
 was taken out is kept in the record's folder, `build/<model>/releases/<time>/withdrawn/`.
@@ -25,7 +26,7 @@ from typing import Any
 from deepseek.spec import GateFailed, InputError, InvalidMeasurement, Parser, add_model_arguments, run_command
 from serving.commands import SteadyLoad
 from serving.live import Live, add_live_arguments
-from serving.releases import Journal, Steps, alone, finish
+from serving.releases import Journal, Steps, alone, expect_anew, finish
 from serving.versions import earlier, newest, take_out
 
 
@@ -49,6 +50,7 @@ class Rollback:
         finally:
             if not (self.model / str(self.number)).exists():
                 self.journal.write(outcome="rolled back")
+                steps.do("stack", lambda: expect_anew(self.model.parent))
 
     def switch(self) -> str:
         """Under load where the server still takes it: a version that fails every request is no reason to keep it."""

@@ -5,7 +5,7 @@ Compose reads by itself (which server image, where things lie, sizes of memory) 
 `limits.conf` (longest answer, largest body, rate of a key, histogram buckets) and a certificate; beside that folder, in
 `observe/`, the rules of Prometheus (`serving.alerts`) and Grafana's dashboard (`serving.dashboard`). Which server it is
 follows from what was built: engines that need a GPU get NVIDIA's Triton, all else the embedded one. The sums are in
-the files.
+the files. `refresh` writes anew what a running stack reads by itself, after a release or a rollback.
 
 Examples:
     python -m serving.stack                                     # model_repository/ -> .env, build/gateway/
@@ -111,19 +111,21 @@ def environment(
     return f"""\
 # {settings}
 # Written by make engine (python -m serving.stack); Compose reads it by itself. Not in git.
+# Paths are called STACK_…, not as make calls them: Compose would take a BUILD of the shell, or of a make that it runs
+# under, before what stands here.
 # The server: {why}.
 COMPOSE_FILE={GPU_FILES if on_gpu else CPU_FILES}
 COMPOSE_PROJECT_NAME=deepseek
 TRITON_TAG={tag}
-REPOSITORY='{repository.resolve()}'
-GATEWAY='{folder.resolve()}'
+STACK_REPOSITORY='{repository.resolve()}'
+STACK_GATEWAY='{folder.resolve()}'
 GATEWAY_PORT={port}
 # For docker compose run loadtest
-MODELS='{models_folder.resolve()}'
-BUILD='{folder.resolve().parent}'
-RESULTS='{results_folder(folder).resolve()}'
+STACK_MODELS='{models_folder.resolve()}'
+STACK_BUILD='{folder.resolve().parent}'
+STACK_RESULTS='{results_folder(folder).resolve()}'
 # For docker compose --profile observe up
-OBSERVE='{observe_folder(folder).resolve()}'
+STACK_OBSERVE='{observe_folder(folder).resolve()}'
 # Whose the gateway's files are; what root makes is given to {STAND_IN}, since no container runs as root.
 STACK_USER={user}:{group}
 # {SHM_MIB} MiB, and for each instance 1 MiB and twice the largest batch, in and out: {regions}
@@ -145,6 +147,28 @@ def results_folder(folder: Path) -> Path:
 def observe_folder(folder: Path) -> Path:
     """Where Prometheus and Grafana find what was made for them."""
     return folder.with_name("observe")
+
+
+def source_file(folder: Path) -> Path:
+    """What limits, rules and dashboard were made from: a release makes them anew from the same."""
+    return folder.with_name("stack.json")
+
+
+def refresh(repository: Path, folder: Path) -> bool:
+    """Limits, rules and dashboard as a changed `repository` asks for them; False where no stack was made for it.
+
+    Gateway and Prometheus read them by themselves. A file that says what it said is left as it is, so that the gateway
+    starts nothing anew under load.
+    """
+    path = source_file(folder)
+    source = json.loads(path.read_text()) if path.is_file() else {}
+    if source.get("repository") != str(repository.resolve()):
+        return False
+    models = served_models(repository, Path(source["models"]))
+    if (folder / "limits.conf").read_text() != limits(models):
+        _write(folder / "limits.conf", limits(models))
+    write_observed(models, observe_folder(folder), source["runbook"])
+    return True
 
 
 def write_observed(models: list[Served], folder: Path, runbook: str = RUNBOOK) -> None:
@@ -190,6 +214,8 @@ def main() -> None:
     ensure_folder(folder, args.host)
     _write(folder / "limits.conf", limits(models))
     write_observed(models, observe_folder(folder), args.runbook)
+    source = {"repository": args.repository.resolve(), "models": args.models.resolve(), "runbook": args.runbook}
+    _write(source_file(folder), json.dumps({name: str(value) for name, value in source.items()}, indent=2) + "\n")
     results_folder(folder).mkdir(exist_ok=True)
     give(results_folder(folder))
     content = environment(

@@ -16,6 +16,7 @@ from deepseek.spec import Objective
 from serving.alerts import rules
 from serving.dashboard import dashboard, queries
 from serving.served import Served, served_models
+from serving.stack import refresh
 from tests.conftest import run_module, write_add_one
 from tests.test_stack import TEXT, services
 
@@ -144,6 +145,21 @@ def test_an_alert_fires_when_it_should_and_no_other_does(
     write_rules(tmp_path, MODEL)
     series = {name: values for name, values in {**HEALTHY, **changed}.items() if values}
     check_fired(tmp_path, series, minutes, expected)
+
+
+def test_a_version_that_was_released_is_no_mismatch_once_the_rules_are_made_anew(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    made = tmp_path / "build" / "observe" / "rules" / "deepseek.yml"
+    where = ("--repository", str(tmp_path / "repository"), "--env-file", str(tmp_path / "env"))
+    assert run_module("serving.stack", *where, BUILD=str(tmp_path / "build")).returncode == 0
+    (tmp_path / "repository" / "add_one" / "1").rename(tmp_path / "repository" / "add_one" / "2")
+    served = 'nv_inference_pending_request_count{model="add_one",instance="a",version="2"}'
+    series = {served: "0+0", TRITON_UP: "1+0", GATEWAY_UP: "1+0", CERTIFICATE: "1e10+0"}
+    shutil.copy(made, tmp_path / "rules.yml")
+    check_fired(tmp_path, series, 15, each("VersionMismatch", "ticket"))
+    assert refresh(tmp_path / "repository", tmp_path / "build" / "gateway")
+    shutil.copy(made, tmp_path / "rules.yml")
+    check_fired(tmp_path, series, 15, set())
 
 
 def test_a_budget_that_is_used_up_just_too_fast_is_a_ticket_after_three_days(tmp_path: Path) -> None:
@@ -300,18 +316,18 @@ def test_the_stack_gets_rules_and_dashboard_that_anybody_may_read(tmp_path: Path
         assert (observe / part).stat().st_mode & 0o444 == 0o444
         assert (observe / part).parent.stat().st_mode & 0o555 == 0o555
     assert "https://wiki.example.com/runbook#tritondown" in (observe / "rules" / "deepseek.yml").read_text()
-    assert f"OBSERVE='{observe}'" in (tmp_path / "env").read_text()
+    assert f"STACK_OBSERVE='{observe}'" in (tmp_path / "env").read_text()
 
 
 def test_compose_mounts_them_where_prometheus_and_grafana_look() -> None:
     stack = services("compose.yaml")
     volumes = {name: {v["target"]: v["source"] for v in stack[name]["volumes"] if isinstance(v, dict)} for name in ("prometheus", "grafana")}  # fmt: skip
     prometheus = yaml.safe_load((OBSERVE / "prometheus" / "prometheus.yml").read_text())
-    assert volumes["prometheus"]["/rules"] == "${OBSERVE:-build/observe}/rules"
+    assert volumes["prometheus"]["/rules"] == "${STACK_OBSERVE:-build/observe}/rules"
     assert prometheus["rule_files"] == ["/rules/*.yml"]
     assert {job["job_name"] for job in prometheus["scrape_configs"]} == {"triton", "gateway"}
     (provider,) = yaml.safe_load((OBSERVE / "grafana/dashboards/dashboards.yml").read_text())["providers"]
-    assert volumes["grafana"][provider["options"]["path"]] == "${OBSERVE:-build/observe}/dashboards"
+    assert volumes["grafana"][provider["options"]["path"]] == "${STACK_OBSERVE:-build/observe}/dashboards"
     (source,) = yaml.safe_load((OBSERVE / "grafana/datasources/prometheus.yml").read_text())["datasources"]
     assert {panel["datasource"]["uid"] for panel in dashboard([MODEL])["panels"] if "datasource" in panel} == {source["uid"]}  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""`docker compose up` for real on a machine without a GPU: images, gateway, client, load test, and nothing left behind."""
+"""`docker compose up` for real on a machine without a GPU: images, gateway, client, load test, Prometheus, a version that
+is switched under load, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +21,18 @@ from deepseek_client import AccessDenied, InferenceClient, InferenceError
 
 from deepseek.spec import DeploymentSpec
 from serving.keys import new_key
+from serving.stack import refresh
+from serving.versions import put_live, stage
 from tests.conftest import run_module
 from tests.gateway import free_port
 
 HERE = Path("../shared/docker_here.sh")  # gives a machine without a registry an engine and Debian's image
 PROJECT = f"deepseek-test-{os.getpid()}"
+OBSERVED = ("--file", "compose.yaml", "--file", "docker/compose.offline.yaml", "--profile", "observe")
+FOLLOWING = ("--file", "compose.yaml", "--file", "docker/compose.follow.yaml")
+# Proved by few requests, and kept on a machine that is busy with other things.
+SLO = '[slo]\nobjectives = ["p50_ms < 5000", "error_rate <= 0.01"]\n'
+PROFILES = ("--profile", "loadtest", "--profile", "observe")
 pytestmark = pytest.mark.slow
 
 
@@ -63,15 +73,24 @@ def docker() -> Iterator[dict[str, str]]:
 class Stack:
     """What was started, and how to speak to it."""
 
-    env_file: Path
-    gateway: Path
+    folder: Path
     port: int
     docker: dict[str, str]
 
-    def compose(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    @property
+    def gateway(self) -> Path:
+        """Certificate, keys and limits."""
+        return self.folder / "build" / "gateway"
+
+    @property
+    def repository(self) -> Path:
+        """What it serves."""
+        return self.folder / "repository"
+
+    def compose(self, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
         """`docker compose …` of this stack."""
-        command = ("docker", "compose", "--env-file", str(self.env_file), "--project-name", PROJECT)
-        return run(*command, *arguments, check=check, environment=self.docker)
+        command = ("docker", "compose", "--env-file", str(self.folder / "env"), "--project-name", PROJECT)
+        return run(*command, *arguments, check=check, environment={**self.docker, **environment})
 
     def inspect(self, service: str) -> dict:
         """What Docker says of a service's container."""
@@ -98,23 +117,22 @@ class Stack:
 @pytest.fixture(scope="module")
 def stack(docker: dict[str, str], built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Triton and the gateway, built and up; down again at the end, with nothing left."""
-    folder = tmp_path_factory.mktemp("stack")
-    folder.chmod(0o755)
-    port = free_port()
-    arguments = ("--repository", str(built / "repository"), "--models", "tests/models", "--gateway-port", str(port))
-    settings = ("--env-file", str(folder / "env"), "--folder", str(folder / "build" / "gateway"))
-    assert run_module("serving.stack", *arguments, *settings).returncode == 0
-    running = Stack(env_file=folder / "env", gateway=folder / "build" / "gateway", port=port, docker=docker)
-    for model in ("text",):  # where the load test looks for its inputs
-        (folder / "build" / model).mkdir()
-        inputs = (built / "build" / model / "evaluation.npz").read_bytes()
-        (folder / "build" / model / "evaluation.npz").write_bytes(inputs)
+    running = Stack(folder=tmp_path_factory.mktemp("stack"), port=free_port(), docker=docker)
+    running.folder.chmod(0o755)
+    shutil.copytree(built / "repository", running.repository)
+    arguments = ("--repository", str(running.repository), "--models", "tests/models")
+    settings = ("--gateway-port", str(running.port), "--env-file", str(running.folder / "env"))
+    done = run_module("serving.stack", *arguments, *settings, "--folder", str(running.gateway))
+    assert done.returncode == 0, done.stderr
+    inputs = Path("build", "text", "evaluation.npz")  # where load tests look for them
+    (running.folder / inputs).parent.mkdir()
+    shutil.copyfile(built / inputs, running.folder / inputs)
     try:
         running.compose("--profile", "loadtest", "build", "--quiet")
         running.compose("up", "--detach", "--wait")
         yield running
     finally:
-        running.compose("--profile", "loadtest", "down", "--volumes", check=False)
+        running.compose(*PROFILES, "down", "--volumes", check=False)
     for kind in ("container", "network", "volume"):
         flags = ("--all",) if kind == "container" else ()
         left = run(
@@ -190,28 +208,23 @@ def test_the_cpu_servers_image_is_under_a_gigabyte(stack: Stack) -> None:
     assert int(size) < 1e9
 
 
-def test_a_load_test_through_the_gateway_ends_in_a_verdict(stack: Stack) -> None:
-    settings = {"MODEL": "text", "DEEPSEEK_API_KEY": new_key(stack.gateway, "loadtest"), **stack.docker}
-    command = (
-        "docker",
-        "compose",
-        "--env-file",
-        str(stack.env_file),
-        "--project-name",
-        PROJECT,
-        "run",
-        "--rm",
-        "-T",
-        "loadtest",
-    )
+def test_a_load_test_through_the_gateway_ends_in_a_verdict(stack: Stack, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    toml = Path("tests/models/text/deploy.toml").read_text()
+    (tmp_path / "text" / "deploy.toml").write_text(toml[: toml.index("[slo]")] + SLO)
+    tmp_path.chmod(0o755)
+    settings = {"MODEL": "text", "DEEPSEEK_API_KEY": new_key(stack.gateway, "loadtest")}
+    settings |= {"STACK_MODELS": str(tmp_path), "BUILD": "build", "MODELS": "models"}  # make's own are not the stack's
     flags = ("--url", "gateway:8443", "--ca-cert", "/ca.crt", "--rate", "20", "--duration-s", "3", "--warmup-s", "1")
-    done = run(*command, *flags, check=False, environment=settings)
-    assert done.returncode in (0, 1, 3), done.stderr  # on a busy machine: failed, or inconclusive
+    done = stack.compose("run", "--rm", "-T", "loadtest", *flags, check=False, **settings)
+    told = f"exit code {done.returncode}: {done.stdout}{done.stderr}"
+    assert "60 requests, 60 answered, 0 failed" in done.stdout.replace("\n", " "), told
+    verdict = {0: "holds  /results/", 3: "error: "}[done.returncode]  # 3: a busy machine could not send on time
+    assert verdict in done.stdout + done.stderr, told
     (saved,) = stack.gateway.with_name("stack").rglob("run.json")
     found = json.loads(saved.read_text())
     assert found["settings"]["url"] == "gateway:8443"
     assert settings["DEEPSEEK_API_KEY"] not in saved.read_text()
-    assert "60 requests, 60 answered, 0 failed" in done.stdout.replace("\n", " ")
 
 
 def test_a_server_that_is_killed_comes_back_behind_the_same_gateway(stack: Stack) -> None:
@@ -254,3 +267,85 @@ def test_an_engine_that_does_not_fit_is_not_served_and_the_log_says_why(stack: S
     )
     assert done.returncode == 1
     assert f"other/{version.name}: is an engine of 'text'" in done.stdout + done.stderr
+
+
+# ---- what the stack tells, and how it changes --------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """Prometheus of the stack, on loopback."""
+
+    port: int
+
+    def ask(self, path: str) -> Any:
+        """The data of an answer of its API; None until it answers."""
+        with contextlib.suppress(OSError):
+            return json.load(urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/v1/{path}", timeout=5))["data"]
+        return None
+
+    def targets(self) -> dict[str, str]:
+        """Health of what is scraped, by job."""
+        found = self.ask("targets?state=active") or {"activeTargets": []}
+        return {target["labels"]["job"]: target["health"] for target in found["activeTargets"]}
+
+    def rules(self) -> list[dict[str, Any]]:
+        """Its rules, with what came of them."""
+        found = self.ask("rules") or {"groups": []}
+        return [rule for group in found["groups"] for rule in group["rules"]]
+
+    def expects(self, version: int) -> bool:
+        """Whether the alert of `text` is evaluated, expects that version and no other, and does not fire."""
+        alerts = [rule for rule in self.rules() if rule["name"] == "VersionMismatch" and "text" in rule["query"]]
+        return [(rule["health"], rule["state"]) for rule in alerts] == [("ok", "inactive")] and all(
+            f'version="{version}"' in rule["query"] for rule in alerts
+        )
+
+
+def wait_until(holds: Callable[[], bool], tell: Callable[[], object], timeout_s: float = 60) -> None:
+    """Until it is so; else what there is to tell."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, tell()
+        time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def observed(stack: Stack) -> Observed:
+    """The profile `observe` beside the stack, from Debian's packages."""
+    ports = {name: str(free_port()) for name in ("PROMETHEUS_PORT", "ALERTMANAGER_PORT")}
+    stack.compose(*OBSERVED, "build", "--quiet", "prometheus")
+    stack.compose(*OBSERVED, "up", "--detach", "--wait", "prometheus", "alertmanager", **ports)
+    return Observed(port=int(ports["PROMETHEUS_PORT"]))
+
+
+def test_prometheus_finds_both_programs_and_alertmanager_and_every_rule_is_well(
+    stack: Stack, observed: Observed
+) -> None:
+    def logs() -> str:
+        return stack.compose(*OBSERVED, "logs", "--tail", "20", "prometheus", "alertmanager").stdout
+
+    wait_until(lambda: observed.targets() == {"triton": "up", "gateway": "up"}, lambda: (observed.targets(), logs()))
+    wait_until(lambda: {rule["health"] for rule in observed.rules()} == {"ok"}, lambda: (observed.rules(), logs()))
+    wait_until(lambda: bool((observed.ask("alertmanagers") or {}).get("activeAlertmanagers")), logs)
+    wait_until(lambda: not any(rule.get("alerts") for rule in observed.rules()), observed.rules)
+
+
+def test_a_rollback_through_the_gateway_costs_no_request_and_the_alerts_go_with_it(
+    stack: Stack, observed: Observed, tmp_path: Path
+) -> None:
+    put_live(stage(stack.repository / "text", number=2, folder=tmp_path), 2, stack.repository / "text")
+    assert refresh(stack.repository, stack.gateway)
+    stack.compose(*FOLLOWING, "up", "--detach", "--wait", "triton")
+    stack.wait_until_served()
+    wait_until(lambda: observed.expects(2), observed.rules)
+    which = ("--model", "text", "--models", "tests/models", "--repository", str(stack.repository), "--json")
+    there = ("--url", f"localhost:{stack.port}", "--ca-cert", str(stack.gateway / "ca.crt"))
+    settings = {"BUILD": str(stack.folder / "build"), "DEEPSEEK_API_KEY": new_key(stack.gateway, "release")}
+    done = run_module("serving.rollback", *which, *there, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr + stack.compose("logs", "--tail", "30").stdout
+    record = json.loads(done.stdout)
+    switch = json.loads(Path(record["folder"], "switch.json").read_text())
+    assert (record["outcome"], switch["version"], switch["failed"]) == ("rolled back", 1, 0)
+    assert switch["before"]["requests"] > 10
+    wait_until(lambda: observed.expects(1), observed.rules)

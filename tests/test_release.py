@@ -19,13 +19,13 @@ import pytest
 from deepseek_client import InferenceClient
 from onnx import numpy_helper
 
-from deepseek.spec import DeploymentSpec, FileDigest, GateFailed, InputError, InvalidMeasurement
+from deepseek.spec import DeploymentSpec, FileDigest, GateFailed, InputError, InvalidMeasurement, PublishedManifest
 from export.to_triton import publish_version
 from loadtests.shadow import Differences, Shadow, judged
 from loadtests.steady import Sent, rate_of, result_of
 from serving.commands import ask, error_of
 from serving.embedded import EmbeddedServer
-from serving.releases import Journal, LeftOut, Steps, alone, history, last_number, read, report
+from serving.releases import Journal, LeftOut, Steps, alone, history, last_number, read, report, rolled_back
 from serving.repository import CONFIG, check_config, check_version, read_config
 from serving.versions import earlier, newest, put_live, retire, same_as, stage, take_out
 from tests.conftest import run_module
@@ -64,6 +64,11 @@ class World:
             client.infer("text", {"input_ids": np.ones((1, 5), np.int64), "attention_mask": np.ones((1, 5), np.int64)})
             return client.metadata("text").versions[-1]
 
+    def expected(self) -> set[str]:
+        """Versions that the alerts of the stack expect."""
+        rules = (self.folder / "build" / "observe" / "rules" / "deepseek.yml").read_text()
+        return set(re.findall(r'version="(\d+)"', rules))
+
     def last(self) -> dict[str, Any]:
         """The latest record."""
         run = run_module("serving.releases", "--model", "text", "--json", BUILD=str(self.folder / "build"))
@@ -83,6 +88,9 @@ def world(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wor
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BUILD", str(folder / "build"))
         publish_version(DeploymentSpec.load(folder / "models" / "text"), "fp32", "onnxruntime", folder / "repository")
+    stack = ("--repository", str(folder / "repository"), "--models", str(folder / "models"))
+    made = run_module("serving.stack", *stack, "--env-file", str(folder / "env"), BUILD=str(folder / "build"))
+    assert made.returncode == 0, made.stderr
     free: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
     log = folder / "triton.log"
     with EmbeddedServer(folder / "repository", poll_s=1, behind_gateway=True, log_path=log, **free) as server:
@@ -173,9 +181,9 @@ def test_a_version_true_to_a_worse_model_is_refused(world: World, candidate: Pat
 def test_a_good_version_goes_live_under_load_without_a_failed_request_and_back(world: World, candidate: Path) -> None:
     run = world.release(candidate)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert world.version() == "2"
+    assert (world.version(), world.expected()) == ("2", {"2"})
     record = world.last()
-    assert record["outcome"] == "live"
+    assert (record["outcome"], record["steps"][-1]["name"], record["steps"][-1]["state"]) == ("live", "stack", "holds")
     found = json.loads((Path(record["folder"]) / "switch.json").read_text())
     assert (found["failed"], found["version"]) == (0, 2)
     assert found["before"]["requests"] > 50
@@ -187,7 +195,7 @@ def test_a_good_version_goes_live_under_load_without_a_failed_request_and_back(w
     back = run_module(*world.command("serving.rollback"), BUILD=str(world.folder / "build"))
     assert back.returncode == 0, back.stdout + back.stderr
     assert time.monotonic() - began_s < 60
-    assert (world.version(), newest(world.live)) == ("1", 1)
+    assert (world.version(), newest(world.live), world.expected()) == ("1", 1, {"1"})
     record = world.last()
     assert (record["kind"], record["outcome"]) == ("rollback", "rolled back")
     assert (Path(record["folder"]) / "withdrawn" / "2" / "model.onnx").is_file()
@@ -285,6 +293,24 @@ def test_three_versions_are_kept_however_their_numbers_lie(candidate: Path, tmp_
     assert not list((live / "warmup").glob("1-*"))
 
 
+def test_what_was_rolled_back_is_known_when_it_comes_again(
+    candidate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path))
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live)
+    manifest = PublishedManifest.load(live / "2" / "manifest.json")
+    assert rolled_back("text", manifest) is None
+    with alone("text") as releases:
+        journal = Journal(releases, "rollback", 1, before=2)
+        take_out(live, 2, back_to=1, archive=journal.folder / "withdrawn")
+    found = rolled_back("text", manifest)
+    assert found is not None
+    assert found.before == 2
+    manifest.files["model.onnx"] = FileDigest.of(live / "config.pbtxt")
+    assert rolled_back("text", manifest) is None
+
+
 def test_what_was_not_made_here_is_not_released(tmp_path: Path) -> None:
     (tmp_path / "text" / "3").mkdir(parents=True)
     with pytest.raises(InputError, match=r"version 3 has no manifest.json"):
@@ -364,6 +390,15 @@ def test_make_hands_on_what_was_given() -> None:
     assert "--may-be-absent" not in given
     default = subprocess.run([*command, "GRPC_PORT=9001"], capture_output=True, text=True).stdout
     assert default.count("--url 127.0.0.1:9001 --protocol grpc  --may-be-absent") == 2
+
+
+def test_make_without_a_repository_releases_the_build_once_it_is_up_to_date(tmp_path: Path) -> None:
+    where = [f"VENV={sys.prefix}", "MODEL=text", "MODELS=tests/models", f"BUILD={tmp_path}", f"REPOSITORY={tmp_path}/r"]
+    kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
+    told = subprocess.run(["make", "-n", "release", *where], capture_output=True, text=True, env=kept).stdout
+    assert 0 < told.index("-m export.compare") < told.index("-m serving.release")
+    assert "--new" not in told
+    assert "-m export.to_triton" not in told  # into the repository it comes by the release alone
 
 
 class Answers:

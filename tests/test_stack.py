@@ -19,7 +19,7 @@ import yaml
 from deepseek.spec import DeploymentSpec
 from serving.embedded import EmbeddedServer
 from serving.flags import CLOSED, Endpoints, behind_gateway, server_flags
-from serving.stack import LEAST_RATE_RPS, Served, limits, served_models
+from serving.stack import LEAST_RATE_RPS, Served, limits, refresh, served_models
 from tests.conftest import run_module, write_add_one
 
 TEXT = Served(
@@ -60,7 +60,7 @@ def test_what_needs_no_gpu_is_served_by_the_embedded_triton(tmp_path: Path) -> N
     found = write(tmp_path / "repository", "--gateway-port", "9443")
     assert found["COMPOSE_FILE"] == "compose.yaml"
     assert found["GATEWAY_PORT"] == "9443"
-    assert Path(found["REPOSITORY"]) == tmp_path / "repository"
+    assert Path(found["STACK_REPOSITORY"]) == tmp_path / "repository"
     assert not found["STACK_USER"].startswith("0:")
 
 
@@ -129,6 +129,21 @@ def test_a_slow_model_gets_longer_to_finish_when_the_server_stops(
     path.write_text(re.sub(r"p99_ms = \d+", "p99_ms = 6000", path.read_text()).replace('"text"', '"add_one"'))
     found = write(tmp_path / "repository", "--models", str(tmp_path / "models"))
     assert (found["EXIT_TIMEOUT_S"], found["STOP_GRACE"]) == ("65", "75s")  # 5 s in the queue and 10 x 6 s
+
+
+def test_a_release_makes_anew_what_a_running_stack_reads_and_only_of_its_own_repository(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    write(tmp_path / "repository", "--runbook", "https://wiki.example.com/runbook")
+    gateway, rules = tmp_path / "build" / "gateway", tmp_path / "build" / "observe" / "rules" / "deepseek.yml"
+    before = (gateway / "limits.conf").stat()
+    (tmp_path / "repository" / "add_one" / "1").rename(tmp_path / "repository" / "add_one" / "2")
+    assert not refresh(tmp_path / "other", gateway)
+    assert not refresh(tmp_path / "repository", tmp_path / "no stack" / "gateway")
+    assert 'version="1"' in rules.read_text()
+    assert refresh(tmp_path / "repository", gateway)
+    assert 'version="2"' in rules.read_text()
+    assert "https://wiki.example.com/runbook#versionmismatch" in rules.read_text()
+    assert (gateway / "limits.conf").stat().st_ino == before.st_ino  # a new file would have nginx start workers anew
 
 
 @pytest.mark.parametrize(
@@ -238,9 +253,17 @@ def test_only_the_gateway_is_published_beyond_loopback() -> None:
 def test_every_variable_of_the_compose_files_is_written_or_has_a_default(tmp_path: Path) -> None:
     write_add_one(tmp_path / "repository")
     written = write(tmp_path / "repository")
-    for file in ("compose.yaml", "docker/compose.gpu.yaml", "docker/compose.offline.yaml"):
+    for file in ("compose.yaml", *map(str, Path("docker").glob("compose.*.yaml"))):
         for name, rest in re.findall(r"\$\{(\w+)([^}]*)\}", Path(file).read_text()):
             assert name in written or rest.startswith(":-"), f"{file}: {name}"
+
+
+def test_no_path_of_the_stack_is_called_as_a_variable_of_make() -> None:
+    """Compose takes the environment's before the env file's, and make exports its own: `make test` did not find a file."""
+    of_make = set(re.findall(r"^([A-Z_]+) \?=", Path("Makefile").read_text(), re.MULTILINE))
+    files = ("compose.yaml", *map(str, Path("docker").glob("compose.*.yaml")))
+    used = {name for file in files for name in re.findall(r"\$\{(\w+)", Path(file).read_text())}
+    assert used & of_make == {"GATEWAY_PORT", "MODEL", "TARGET", "TRITON_TAG"}  # the caller's choice
 
 
 def test_make_writes_the_env_file_of_the_repository_it_filled(tmp_path: Path) -> None:
