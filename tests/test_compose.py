@@ -87,10 +87,12 @@ class Stack:
         """What it serves."""
         return self.folder / "repository"
 
-    def compose(self, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    def compose(
+        self, *arguments: str, check: bool = True, environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """`docker compose …` of this stack."""
         command = ("docker", "compose", "--env-file", str(self.folder / "env"), "--project-name", PROJECT)
-        return run(*command, *arguments, check=check, environment={**self.docker, **environment})
+        return run(*command, *arguments, check=check, environment={**self.docker, **(environment or {})})
 
     def inspect(self, service: str) -> dict:
         """What Docker says of a service's container."""
@@ -216,7 +218,7 @@ def test_a_load_test_through_the_gateway_ends_in_a_verdict(stack: Stack, tmp_pat
     settings = {"MODEL": "text", "DEEPSEEK_API_KEY": new_key(stack.gateway, "loadtest")}
     settings |= {"STACK_MODELS": str(tmp_path), "BUILD": "build", "MODELS": "models"}  # make's own are not the stack's
     flags = ("--url", "gateway:8443", "--ca-cert", "/ca.crt", "--rate", "20", "--duration-s", "3", "--warmup-s", "1")
-    done = stack.compose("run", "--rm", "-T", "loadtest", *flags, check=False, **settings)
+    done = stack.compose("run", "--rm", "-T", "loadtest", *flags, check=False, environment=settings)
     told = f"exit code {done.returncode}: {done.stdout}{done.stderr}"
     assert "60 requests, 60 answered, 0 failed" in done.stdout.replace("\n", " "), told
     verdict = {0: "holds  /results/", 3: "error: "}[done.returncode]  # 3: a busy machine could not send on time
@@ -315,7 +317,7 @@ def observed(stack: Stack) -> Observed:
     """The profile `observe` beside the stack, from Debian's packages."""
     ports = {name: str(free_port()) for name in ("PROMETHEUS_PORT", "ALERTMANAGER_PORT")}
     stack.compose(*OBSERVED, "build", "--quiet", "prometheus")
-    stack.compose(*OBSERVED, "up", "--detach", "--wait", "prometheus", "alertmanager", **ports)
+    stack.compose(*OBSERVED, "up", "--detach", "--wait", "prometheus", "alertmanager", environment=ports)
     return Observed(port=int(ports["PROMETHEUS_PORT"]))
 
 
