@@ -17,14 +17,13 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from deepseek_client import ModelMetadata
 from rich.console import Console
@@ -35,14 +34,13 @@ from deepseek.spec import (
     InputError,
     Parser,
     Target,
-    add_model_arguments,
     build_dir,
     run_command,
 )
 from loadtests.check import check
 from loadtests.knee import table, trial_line
 from loadtests.results import Run, Settings
-from loadtests.run import DEFAULT_PORTS, inputs_of
+from loadtests.run import add_endpoint_arguments, endpoint_of, inputs_of
 from loadtests.saved import Saved
 from loadtests.search import CONFIRM_LONGER, GENERATOR, INTERRUPTED, SAMPLES, UNDECIDED, Attempt, Found, Plan, Search
 from loadtests.slo import SIGNS, formatted
@@ -182,14 +180,7 @@ def _whereabouts(trial: Trial) -> dict[str, Any]:
 
 def _parse() -> argparse.Namespace:
     parser = Parser(__doc__, prog="python -m loadtests.capacity")
-    add_model_arguments(parser)
-    parser.add_argument("--target", choices=get_args(Target), default="onnxruntime", help="(default: %(default)s)")
-    parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc", help="(default: %(default)s)")
-    parser.add_argument("--url", help="host:port (default: 127.0.0.1, port 8001 for grpc, 8000 for http)")
-    parser.add_argument("--tls", action="store_true", help="speak TLS, trusting the system's authorities")
-    parser.add_argument(
-        "--ca-cert", metavar="FILE", help="speak TLS, trusting this authority; $DEEPSEEK_API_KEY is sent"
-    )
+    add_endpoint_arguments(parser)
     parser.add_argument(
         "--duration-s",
         type=float,
@@ -230,23 +221,8 @@ def plan_of(args: argparse.Namespace, spec: DeploymentSpec) -> Plan:
 
 
 def _settings(args: argparse.Namespace, rate_rps: float) -> Settings:
-    return Settings(
-        model=args.model,
-        models=args.models,
-        target=args.target,
-        protocol=args.protocol,
-        url=args.url or f"127.0.0.1:{DEFAULT_PORTS[args.protocol]}",
-        inputs=args.inputs or inputs_of(args.model),
-        rate_rps=rate_rps,
-        arrivals=args.arrivals,
-        warmup_s=args.warmup_s,
-        duration_s=1.0,
-        timeout_s=args.timeout_s,
-        max_in_flight=args.max_in_flight,
-        workers=len(os.sched_getaffinity(0)) if args.workers == -1 else args.workers,
-        tls=args.tls,
-        ca_cert=args.ca_cert,
-    )
+    inputs = args.inputs or inputs_of(args.model)
+    return Settings(model=args.model, inputs=inputs, rate_rps=rate_rps, duration_s=1.0, **endpoint_of(args))
 
 
 def head_of(spec: DeploymentSpec, settings: Settings, served: ModelMetadata) -> Capacity:

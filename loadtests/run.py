@@ -129,8 +129,8 @@ def _lengths_table(run: Run) -> Table:
     return table
 
 
-def _parse() -> argparse.Namespace:
-    parser = Parser(__doc__, prog="python -m loadtests.run")
+def add_endpoint_arguments(parser: Parser) -> None:
+    """--model, --models, --target and how to reach the endpoint, alike wherever a running server is loaded."""
     add_model_arguments(parser)
     parser.add_argument(
         "--target", choices=get_args(Target), default="onnxruntime", help="what runs the graph (default: %(default)s)"
@@ -141,6 +141,28 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--ca-cert", metavar="FILE", help="speak TLS, trusting this authority; $DEEPSEEK_API_KEY is sent"
     )
+
+
+def endpoint_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Settings` that they and --workers, --max-in-flight, --arrivals, --warmup-s, --timeout-s are."""
+    return {
+        "models": args.models,
+        "target": args.target,
+        "protocol": args.protocol,
+        "url": args.url or f"127.0.0.1:{DEFAULT_PORTS[args.protocol]}",
+        "tls": args.tls,
+        "ca_cert": args.ca_cert,
+        "arrivals": args.arrivals,
+        "warmup_s": args.warmup_s,
+        "timeout_s": args.timeout_s,
+        "max_in_flight": args.max_in_flight,
+        "workers": len(os.sched_getaffinity(0)) if args.workers == -1 else args.workers,
+    }
+
+
+def _parse() -> argparse.Namespace:
+    parser = Parser(__doc__, prog="python -m loadtests.run")
+    add_endpoint_arguments(parser)
     parser.add_argument("--rate", type=float, help="requests/s, open loop (default: each rate that the SLO names)")
     parser.add_argument("--shape", help='rates that change: RATExSECONDS or RATE-RATExSECONDS, as "50x30, 50-200x60"')
     parser.add_argument("--users", type=int, help="closed loop: so many users, each back to back")
@@ -174,26 +196,8 @@ def _settings(args: argparse.Namespace, model: str, rate: float | None, shape: s
     duration_s = args.duration_s
     if shape is not None:
         duration_s = sum(segment.duration_s for segment in segments_of(shape))
-    return Settings(
-        model=model,
-        models=args.models,
-        target=args.target,
-        protocol=args.protocol,
-        url=args.url or f"127.0.0.1:{DEFAULT_PORTS[args.protocol]}",
-        inputs=args.inputs or inputs_of(model),
-        rate_rps=rate,
-        shape=shape,
-        users=args.users,
-        arrivals=args.arrivals,
-        seed=args.seed,
-        warmup_s=args.warmup_s,
-        duration_s=duration_s,
-        timeout_s=args.timeout_s,
-        max_in_flight=args.max_in_flight,
-        workers=len(os.sched_getaffinity(0)) if args.workers == -1 else args.workers,
-        tls=args.tls,
-        ca_cert=args.ca_cert,
-    )
+    own = {"rate_rps": rate, "shape": shape, "users": args.users, "seed": args.seed, "duration_s": duration_s}
+    return Settings(model=model, inputs=args.inputs or inputs_of(model), **own, **endpoint_of(args))
 
 
 def inputs_of(model: str) -> str:
