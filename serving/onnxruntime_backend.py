@@ -51,9 +51,9 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         self.inputs = [tensor["name"] for tensor in config["input"]]
         self.outputs = [tensor["name"] for tensor in config["output"]]
-        folder = os.path.join(args["model_repository"], args["model_version"])
-        path = os.path.join(folder, "model.onnx")
-        self.profile_axes, self.shapes = _profile(os.path.join(folder, "manifest.json"))
+        version = os.path.join(args["model_repository"], args["model_version"])
+        path = os.path.join(version, "model.onnx")
+        self.profile_axes, self.shapes = _profile(os.path.join(version, "manifest.json"))
         options = onnxruntime.SessionOptions()
         options.inter_op_num_threads = 1
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}

@@ -82,8 +82,10 @@ class Answers:
         return len(self.planned)
 
     def _where(self, chosen: np.ndarray) -> Answers:
-        arrays = (self.planned, self.sent, self.finished, self.errors)
-        return Answers(*(each[chosen] for each in arrays), self.messages)
+        planned, sent, finished, errors = (
+            each[chosen] for each in (self.planned, self.sent, self.finished, self.errors)
+        )
+        return Answers(planned, sent, finished, errors, self.messages)
 
     @property
     def kept(self) -> Answers:
@@ -162,10 +164,12 @@ class Load:
             raise InvalidMeasurement("the load ended early; its reason is above")
         with np.load(self._result) as arrays:
             messages = json.loads(str(arrays["messages"]))
-            return {
-                each.name: Answers(*arrays[each.name].T, arrays[f"{each.name} errors"], messages[each.name])
-                for each in self._streams
-            }
+            return {each.name: _answers(each.name, arrays, messages[each.name]) for each in self._streams}
+
+
+def _answers(name: str, arrays: Any, messages: dict[str, str]) -> Answers:
+    planned, sent, finished = arrays[name].T
+    return Answers(planned, sent, finished, arrays[f"{name} errors"], messages)
 
 
 class _Sender:
