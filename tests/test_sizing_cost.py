@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from deepseek.sizing import Demand, bill, predict, predicted_serving, presets
-from deepseek.sizing.cost import SERVER_MS, Serving, measured_serving
+from deepseek.sizing.cost import SERVER_MS, Serving, measured_serving, p99_limits
 from deepseek.sizing.devices import read_devices
 from deepseek.spec import InputError
+from deepseek.spec.objectives import SloSpec
 
 DEVICES = read_devices(Path("deepseek/devices.toml"))
 BERT = presets()["bert-base"]
@@ -25,7 +26,7 @@ def capacity(tmp_path: Path, **changes: Any) -> Path:
         "model": "m",
         "capacity_rps": 120.0,
         "confirmed": True,
-        "objectives": ["p99_ms <= 50 ms", "rate_rps >= 100 rps"],
+        "objectives": ["p99_ms ≤ 50.0 ms", "rate_rps ≥ 100.0/s", "max_error_rate ≤ 0.100%"],
     }
     path.write_text(json.dumps(found | changes))
     return path
@@ -99,8 +100,9 @@ def test_a_measured_capacity_is_used_where_its_p99_is_as_strict(tmp_path: Path) 
     [
         ({"capacity_rps": None}, "no rate held the SLO"),
         ({"objectives": ["error_rate <= 0.1%"]}, "measured for no p99"),
+        ({"objectives": ["p99_ms < 5 @ 100 rps"]}, "measured for no p99"),
     ],
-    ids=["none", "no-p99"],
+    ids=["none", "no-p99", "p99-of-a-lower-rate"],
 )
 def test_a_capacity_that_says_nothing_is_not_used(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     found = measured_serving(capacity(tmp_path, **changes), 50)
@@ -127,8 +129,13 @@ def test_a_file_that_is_none_is_one_line(tmp_path: Path, text: str, says: str) -
         measured_serving(path, 50)
 
 
-def test_what_the_capacity_search_writes_is_read() -> None:
+def test_objectives_as_the_capacity_search_writes_them_are_read() -> None:
     from loadtests.capacity import Capacity
+    from loadtests.slo import SIGNS, formatted
 
-    fields = Capacity.model_fields
-    assert {"capacity_rps", "objectives", "confirmed"} <= fields.keys()
+    assert {"capacity_rps", "objectives", "confirmed"} <= Capacity.model_fields.keys()
+    slo = SloSpec(p99_ms=80, p50_ms=9.5, rate_rps=100, objectives=("mean_ms < 20",))
+    lines = slo.all_objectives()
+    assert p99_limits([f"{each.name} {SIGNS[each.relation]} {formatted(each.kind, each.limit)}" for each in lines]) == [
+        80.0
+    ]

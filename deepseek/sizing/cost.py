@@ -153,7 +153,7 @@ def measured_serving(path: Path, p99_ms: float) -> Serving | str:
     objectives = data.get("objectives") or []
     if not isinstance(objectives, list):
         raise InputError(f"{path}: objectives: seen {objectives!r}; a list is needed")
-    limits = p99_limits(objectives)
+    limits = p99_limits(objectives, capacity)
     if not limits or min(limits) > p99_ms:
         held = f"p99 <= {min(limits):g} ms" if limits else "no p99"
         return f"{path}: measured for {held}, {p99_ms:g} ms are asked for: set slo.p99_ms and run make capacity"
@@ -167,14 +167,14 @@ def measured_serving(path: Path, p99_ms: float) -> Serving | str:
     )
 
 
-def p99_limits(objectives: list[Any]) -> list[float]:
-    """Limits on p99, in ms, among the lines of an SLO."""
+def p99_limits(objectives: list[Any], rate_rps: float = 0.0) -> list[float]:
+    """Limits on p99, in ms, that lines of an SLO set at a rate; lines as in deploy.toml, or as they are printed."""
     found = []
     for line in objectives:
         try:
-            objective = Objective.parse(str(line))
+            objective = Objective.parse(str(line).replace("≤", "<=").replace("≥", ">="))
         except ValueError:  # of a kind that bounds no latency
             continue
-        if objective.percent == 99:
+        if objective.percent == 99 and (objective.rate_rps is None or objective.rate_rps >= rate_rps):
             found.append(objective.limit)
     return found

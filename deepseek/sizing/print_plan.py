@@ -22,6 +22,7 @@ from deepseek.sizing.parallel import Layout
 from deepseek.sizing.plan import Plan
 from deepseek.sizing.roofline import predict
 
+FRONT_END_RPS = 10_000  # of one server, in order of magnitude: no prediction has it
 MOST_EXPLAINED = 4  # devices; a page of reasons is not read
 
 
@@ -161,6 +162,11 @@ def _print_cost(console: Console, plan: Plan) -> None:
             refused.setdefault(each.no_capacity, []).append(key)
         else:
             table.add_row(key, *_paid(each.capacity, each.bill), "prediction" if each.calibrated else "~prediction")
+    predicted = [each.capacity.capacity_rps for each in plan.devices.values() if each.capacity]
+    if predicted and max(predicted) > FRONT_END_RPS:
+        lines.append(
+            f"beware    above {FRONT_END_RPS:,}/s a server's front end is the limit: confirm with make capacity"
+        )
     if table.row_count:
         console.print(table)
         console.print(
