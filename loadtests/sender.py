@@ -52,8 +52,12 @@ class Part:
     def __init__(self, settings: Settings, fire: Callable[..., None]) -> None:
         self.settings = settings
         self._fire = fire
+        alone: dict[str, Any] = {
+            "retries": 0,
+            "retry_budget": None,
+        }  # each request is sent once, whatever becomes of it
         self._client = InferenceClient(
-            settings.url, protocol=settings.protocol, timeout_s=settings.timeout_s, retries=0, **settings.access
+            settings.url, protocol=settings.protocol, timeout_s=settings.timeout_s, **alone, **settings.access
         )
         rows = shuffled(read_inputs(Path(settings.inputs)), settings.seed)
         self._requests = [self._client.prepare(settings.model, row) for row in rows]

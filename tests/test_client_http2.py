@@ -246,6 +246,15 @@ def test_nonsense_ends_the_connection(data: bytes) -> None:
         Frames().feed(data)
 
 
+@pytest.mark.parametrize(("timeout_s", "said"), [(0.5, "500000u"), (99.9, "99900000u"), (3600, "3600000m"), (-1, "1u")])
+def test_the_servers_deadline_goes_with_the_headers(timeout_s: float, said: str) -> None:
+    block = Messages("h:1").block("ModelInfer", (("authorization", "Bearer k"),), timeout_s)
+    headers = dict(hpack.Decoder().decode(block))
+    assert headers["grpc-timeout"] == said
+    assert headers[":path"] == "/inference.GRPCInferenceService/ModelInfer"
+    assert headers["authorization"] == "Bearer k"
+
+
 def test_a_header_that_is_long_has_its_length_in_several_bytes() -> None:
     assert hpack.Decoder().decode(BLOCK) == [(":method", "POST"), ("long", "x" * 200)]
 

@@ -31,6 +31,7 @@ READ_BYTES = 65536
 AT_ONCE = 8  # callers that are woken before gevent's loop may look at its timers again: a burst of answers has hundreds
 ATTEMPTS = 3  # of a call that no server looked at
 MOST_BLOCKS = 100  # of headers that are kept ready
+TIMEOUT = b"\x00\x0cgrpc-timeout"  # a header field up to its value
 CLOSED = "the server closed the connection"
 SILENT_MS = 20_000  # after which a connection whose other end acknowledges nothing is given up, as gRPC does
 
@@ -55,7 +56,8 @@ class Messages:
             if len(self._blocks) >= MOST_BLOCKS:
                 self._blocks.clear()
             self._blocks[method, metadata] = block
-        return block + header_block({"grpc-timeout": _timeout(timeout_s)})
+        timeout = _timeout(timeout_s)
+        return block + TIMEOUT + bytes((len(timeout),)) + timeout
 
     def answer(self, method: str, exchange: Exchange) -> Any:
         """The message. Raises CallFailed."""
@@ -68,10 +70,10 @@ class Messages:
             raise CallFailed(grpc.StatusCode.INTERNAL, f"an answer that cannot be read ({error})") from None
 
 
-def _timeout(seconds: float) -> str:
+def _timeout(seconds: float) -> bytes:
     """At most eight digits."""
     micros = max(1, int(seconds * 1e6))
-    return f"{micros}u" if micros < 10**8 else f"{min(micros // 1000, 10**8 - 1)}m"
+    return b"%du" % micros if micros < 10**8 else b"%dm" % min(micros // 1000, 10**8 - 1)
 
 
 def _too_late() -> CallFailed:
