@@ -1,13 +1,16 @@
-"""What a model takes, checked before anything is sent: shapes, types, strings, and inputs read from files."""
+"""What is checked before anything is sent: shapes, types, strings, inputs read from files, settings of the client."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from deepseek_client import (
+    InferenceClient,
     InvalidInput,
     ModelMetadata,
     TensorSpec,
@@ -108,3 +111,47 @@ def test_a_json_value_that_would_lose_something_is_refused(
     metadata = ModelMetadata(name="m", versions=(), platform="", inputs=(spec,), outputs=(), max_batch_size=0)
     with pytest.raises(InvalidInput, match=says):
         read_inputs(tmp_path / "x.json", metadata)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        pytest.param({"url": "http://h:8000"}, "must be host:port without a scheme", id="scheme"),
+        pytest.param({"url": "h"}, "must be host:port", id="no port"),
+        pytest.param({"url": "h:99999"}, "must be host:port", id="no such port"),
+        pytest.param({"protocol": "rest"}, "'grpc' or 'http'", id="protocol"),
+        pytest.param({"retries": -1}, "0 or more", id="retries"),
+        pytest.param({"timeout_s": float("inf")}, "positive number of seconds", id="time-out"),
+        pytest.param({"ca_cert": "/absent.pem"}, "No such file", id="no certificate"),
+        pytest.param({"ca_cert": __file__}, "must be a PEM file", id="bad certificate"),
+        pytest.param({"api_key": "k"}, "only sent over TLS", id="key in the clear"),
+        pytest.param({"api_key": "k\r\nX: y", "tls": True}, "pass the bare key", id="key with a newline"),
+    ],
+)
+def test_wrong_settings_are_refused_at_once(settings: dict, says: str) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        InferenceClient(**settings)
+
+
+@both
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"version": 1}, "version=1 is of type int; pass a text: '1'"),
+        ({"request_id": 7}, "request_id=7 is of type int"),
+        ({"timeout_s": "1"}, "timeout_s='1'; it must be a positive number"),
+        ({"timeout_s": 1e10}, "at most 1e.09"),
+        ({"headers": 5}, "headers is of type int; pass a dict"),
+        ({"outputs": 5}, "outputs=5; pass a list of names"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_option_of_the_wrong_type_is_refused(connect: Connect, protocol: str, options: dict, says: str) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        connect(protocol).infer("add_one", {"x": X}, **options)
+
+
+def test_the_package_brings_no_torch_no_gevent_and_nothing_of_ours() -> None:
+    code = "import sys, deepseek_client; print(*{'torch', 'gevent', 'deepseek', 'pydantic'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
