@@ -316,6 +316,24 @@ def wait_until(condition: Callable[[], bool]) -> None:
     pytest.fail("waited 20 s in vain")
 
 
+@both
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"version": 1}, "version=1 is of type int; pass a text: '1'"),
+        ({"request_id": 7}, "request_id=7 is of type int"),
+        ({"timeout_s": "1"}, "timeout_s='1'; it must be a positive number"),
+        ({"timeout_s": 1e10}, "at most 1e.09"),
+        ({"headers": 5}, "headers is of type int; pass a dict"),
+        ({"outputs": 5}, "outputs=5; pass a list of names"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_option_of_the_wrong_type_is_refused(connect: Connect, protocol: str, options: dict, says: str) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        connect(protocol).infer("add_one", {"x": X}, **options)
+
+
 def test_a_closed_client_says_so(server: EmbeddedServer) -> None:
     client = InferenceClient(server.grpc_url)
     client.close()

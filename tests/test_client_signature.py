@@ -133,24 +133,6 @@ def test_wrong_settings_are_refused_at_once(settings: dict, says: str) -> None:
         InferenceClient(**settings)
 
 
-@both
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"version": 1}, "version=1 is of type int; pass a text: '1'"),
-        ({"request_id": 7}, "request_id=7 is of type int"),
-        ({"timeout_s": "1"}, "timeout_s='1'; it must be a positive number"),
-        ({"timeout_s": 1e10}, "at most 1e.09"),
-        ({"headers": 5}, "headers is of type int; pass a dict"),
-        ({"outputs": 5}, "outputs=5; pass a list of names"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_an_option_of_the_wrong_type_is_refused(connect: Connect, protocol: str, options: dict, says: str) -> None:
-    with pytest.raises(InvalidInput, match=says):
-        connect(protocol).infer("add_one", {"x": X}, **options)
-
-
 def test_the_package_brings_no_torch_no_gevent_and_nothing_of_ours() -> None:
     code = "import sys, deepseek_client; print(*{'torch', 'gevent', 'deepseek', 'pydantic'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
