@@ -16,7 +16,9 @@ Examples:
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +97,13 @@ def main() -> int:
     args = parser.parse_args()
     if args.profile and args.trace_url:
         raise InputError("--profile writes traces to files, --trace-url sends them: take one of them (TRACE_URL=)")
+    for name in ("timeout_s", "poll_s", "exit_timeout_s"):
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {value:g}: it must be more than 0")
+    if args.command and shutil.which(args.command[0]) is None:
+        raise InputError(
+            f"{args.command[0]}: no such command to run while serving; see python -m serving.embedded --help"
+        )
     with (
         _signals_as_interrupt(),
         EmbeddedServer(

@@ -303,7 +303,8 @@ def check_repository(repository: Path) -> list[str]:
     """Names of the models in `repository`; raises InputError where the embedded server cannot serve it."""
     configs = [model / "config.pbtxt" for model in models_in(repository)]
     for config in configs:
-        named = dict(re.findall(r'^\s*(backend|platform)\s*:\s*"([^"]*)"', config.read_text(), re.MULTILINE))
+        text = config.read_text(errors="replace")  # what cannot be read is told by who checks the model
+        named = dict(re.findall(r'^\s*(backend|platform)\s*:\s*"([^"]*)"', text, re.MULTILINE))
         backend = named.get("backend") or named.get("platform", "python")
         if backend != "python":
             raise InputError(

@@ -117,6 +117,21 @@ def test_a_model_that_does_not_load_gives_tritons_reason_in_one_line(
     assert reason in errors
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--poll-s", "0"), "--poll-s 0: it must be more than 0"),
+        (("--exit-timeout-s", "-5"), "--exit-timeout-s -5: it must be more than 0"),
+        (("--timeout-s", "nan"), "--timeout-s nan: it must be more than 0"),
+        (("--", "nosuchcommand", "x"), "nosuchcommand: no such command to run while serving"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_before_anything_starts(flags: tuple[str, ...], says: str) -> None:
+    run = subprocess.run([sys.executable, "-m", "serving.embedded", *flags], capture_output=True, text=True)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert f"error: {says}" in run.stderr
+
+
 def test_a_broken_configuration_gives_tritons_reason(tmp_path: Path) -> None:
     write_add_one(tmp_path / "repository")
     (tmp_path / "repository" / "add_one" / "config.pbtxt").write_text(
