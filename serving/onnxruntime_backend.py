@@ -100,19 +100,15 @@ class TritonPythonModel:
             {name: np.from_dlpack(pb_utils.get_input_tensor_by_name(request, name)) for name in self.inputs}
             for request in requests
         ]
+        if misfit := self._misfit(feeds[0]):  # as TensorRT does; those of a batch have the same sizes
+            error = pb_utils.TritonError(misfit, pb_utils.TritonError.INVALID_ARG)
+            return [pb_utils.InferenceResponse(error=error) for _ in requests]
         try:
             return self._run(feeds)
         except Exception as error:
             if len(feeds) == 1:
-                return [pb_utils.InferenceResponse(error=self._error(feeds[0], error))]
+                return [pb_utils.InferenceResponse(error=_error(error))]
         return [response for request in requests for response in self._responses([request])]
-
-    def _error(self, feed: dict[str, np.ndarray], error: Exception) -> object:
-        """Whose fault it was, and why; looked into only where a request has failed."""
-        if misfit := self._misfit(feed):
-            return pb_utils.TritonError(f"{misfit}; {_reason(error)}", pb_utils.TritonError.INVALID_ARG)
-        code = pb_utils.TritonError.INVALID_ARG if isinstance(error, InvalidArgument) else pb_utils.TritonError.INTERNAL
-        return pb_utils.TritonError(_reason(error), code)
 
     def _misfit(self, feed: dict[str, np.ndarray]) -> str:
         """What is wrong with a request's sizes; empty where nothing is."""
@@ -167,13 +163,22 @@ class TritonPythonModel:
 
 
 def _profile(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, list]]:
-    """The least and largest size of each named axis, and the inputs' shapes; nothing where there is no manifest."""
+    """The least and largest size of each named axis, and the inputs' shapes; nothing where there is no manifest.
+
+    Not of the batch: Triton bounds it by max_batch_size, and puts small ones together.
+    """
     if not os.path.isfile(path):
         return {}, {}
     with open(path, encoding="utf-8") as file:
         manifest = json.load(file)
-    axes = {name: (axis["min"], axis["max"]) for name, axis in manifest.get("axes", {}).items()}
+    axes = {name: (axis["min"], axis["max"]) for name, axis in manifest.get("axes", {}).items() if name != "batch"}
     return axes, {name: tensor["shape"] for name, tensor in manifest.get("inputs", {}).items()}
+
+
+def _error(error: Exception) -> object:
+    """Whose fault a failure was, and why."""
+    code = pb_utils.TritonError.INVALID_ARG if isinstance(error, InvalidArgument) else pb_utils.TritonError.INTERNAL
+    return pb_utils.TritonError(_reason(error), code)
 
 
 def _tensor(name: str, array: np.ndarray) -> object:

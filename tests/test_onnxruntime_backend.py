@@ -108,6 +108,15 @@ def test_a_wrong_input_is_refused_and_the_server_goes_on(
     assert infer(models, "image", good, ["scores"])["scores"].shape == (8, 10)
 
 
+@pytest.mark.parametrize("length", [65, 640], ids=["one too many", "ten times the largest"])
+def test_a_length_past_the_profile_is_refused_though_the_graph_could_run_it(
+    models: EmbeddedServer, length: int
+) -> None:
+    ids = np.ones((2, length), np.int64)
+    with pytest.raises(InferenceServerException, match=f"axis length is {length}, 1 to 64 are taken"):
+        infer(models, "text", {"input_ids": ids, "attention_mask": ids}, ["embedding"])
+
+
 def test_the_log_says_which_provider_serves_and_how_many_nodes(models: EmbeddedServer) -> None:
     log = models.log_path.read_text()
     for instance in ("image_0_0", "text_0_1"):
