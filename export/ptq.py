@@ -89,8 +89,9 @@ def fp16_from_onnx(path: Path, config: QuantConfig, calibration: Calibration | N
         samples.mkdir()
         for index, inputs in enumerate([calibration.get_first(), *calibration.batches][:AUTOCAST_BATCHES]):
             np.savez(samples / f"{index}.npz", **inputs)  # type: ignore[arg-type]
+    known = _dim_names(onnx.load(path, load_external_data=False).graph)
     with _modelopt("fp16"):
-        return convert_to_mixed_precision(
+        model = convert_to_mixed_precision(
             str(path),
             low_precision_type="fp16",
             keep_io_types=True,
@@ -100,13 +101,41 @@ def fp16_from_onnx(path: Path, config: QuantConfig, calibration: Calibration | N
             calibration_data=str(samples) if calibration is not None else None,
             providers=["cpu"],
         )
+    _forget_dims(model.graph, known)
+    return model
+
+
+def _shapes(graph: onnx.GraphProto) -> Iterator[onnx.TensorShapeProto]:
+    """Of all values that a graph tells of, those of its branches included."""
+    for value in [*graph.input, *graph.output, *graph.value_info]:
+        yield value.type.tensor_type.shape
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _shapes(attribute.g)
+
+
+def _dim_names(graph: onnx.GraphProto) -> set[str]:
+    return {dim.dim_param for shape in _shapes(graph) for dim in shape.dim}
+
+
+def _forget_dims(graph: onnx.GraphProto, known: set[str]) -> None:
+    """Takes away the names of dimensions that are not `known`.
+
+    ModelOpt calls all that it does not know `unk`, and ONNX Runtime takes equal names for equal sizes: it gives a value
+    the memory of a smaller one and fails (rotary embeddings have such halves).
+    """
+    for shape in _shapes(graph):
+        for dim in shape.dim:
+            if dim.dim_param and dim.dim_param not in known:
+                dim.Clear()
 
 
 def qdq_from_onnx(path: Path, config: QuantConfig, calibration: Calibration) -> onnx.ModelProto:
     """The graph with Q/DQ pairs around activations and (still wide) weights."""
     from modelopt.onnx.quantization import quantize  # slow to import: only where it runs
 
-    high = high_nodes(path, config)
+    high, known = high_nodes(path, config), _dim_names(onnx.load(path, load_external_data=False).graph)
     made = path.parent / "made.onnx"
     calibration.rewind()  # it may have been read to the end for another method
     with _modelopt(config.precision):
@@ -124,4 +153,6 @@ def qdq_from_onnx(path: Path, config: QuantConfig, calibration: Calibration) -> 
             output_path=str(made),
             log_level="ERROR",
         )
-        return load_graph(made)
+        model = load_graph(made)
+    _forget_dims(model.graph, known)
+    return model

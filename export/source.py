@@ -240,7 +240,7 @@ def _narrowed(spec: DeploymentSpec, values: tuple[Any, ...]) -> tuple[Any, ...]:
 def check_inputs(spec: DeploymentSpec, sample: Any, where: str) -> int:
     """Batch size of a sample that fits the signature; raises InputError in one line otherwise."""
     if not isinstance(sample, dict) or sample.keys() != spec.inputs.keys():
-        seen = sorted(sample) if isinstance(sample, dict) else type(sample).__name__
+        seen = sorted(map(str, sample)) if isinstance(sample, dict) else type(sample).__name__
         raise InputError(f"{where}: seen {seen}; a dict of {sorted(spec.inputs)} is needed")
     sizes: dict[str, int] = {}
     for name, tensor in spec.inputs.items():
@@ -256,7 +256,8 @@ def check_inputs(spec: DeploymentSpec, sample: Any, where: str) -> int:
         for dim, size in zip(tensor.shape, array.shape, strict=True):
             expected = dim if isinstance(dim, int) else sizes.setdefault(dim, size)
             if size != expected:
-                raise InputError(f"{where}[{name!r}]: shape {array.shape}; {dim!r} must be {expected}")
+                what = f"deploy.toml says {list(tensor.shape)}" if dim == expected else f"{dim!r} must be {expected}"
+                raise InputError(f"{where}[{name!r}]: shape {array.shape}; {what}")
             if isinstance(dim, str) and dim != "batch" and not spec.axes[dim].min <= size <= spec.axes[dim].max:
                 axis = spec.axes[dim]
                 raise InputError(f"{where}[{name!r}]: shape {array.shape}; axis {dim!r} takes {axis.min} to {axis.max}")

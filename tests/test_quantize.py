@@ -25,6 +25,7 @@ from export.sensitivity import output_error
 from export.to_onnx import export_model
 from tests.conftest import run_module
 from tests.test_sensitivity import small
+from tests.test_to_onnx import tiny
 
 IMAGE = DeploymentSpec.load("tests/models/image")
 TEXT = DeploymentSpec.load("tests/models/text")
@@ -216,6 +217,19 @@ def test_every_int8_product_runs_in_integers_in_onnx_runtime(built: Path, tmp_pa
     dequantized = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
     assert dequantized == [], "weights dequantized at every call"
     assert {"MatMulIntegerToFloat", "QLinearMatMul"} & {node.op_type for node in graph.node}
+
+
+def test_halves_of_rotary_embeddings_run_in_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    heads = "h = self.line(x).reshape(x.shape[0], 2, 4).transpose(0, 1).reshape(-1, 2, 4)"
+    body = f"{heads}; a, b = h.chunk(2, -1); h = h + torch.cat([-b, a], -1) * h.sum(-1, keepdim=True)"
+    export_model(tiny(tmp_path, body=f"{body}; return self.line(h.reshape(x.shape))"))
+    data = tmp_path / "build" / "tiny" / "calibration.npz"
+    spec = DeploymentSpec.load(tmp_path / "tiny")
+    assert quantize_model(spec, QuantConfig.of_precision("fp16", calibration_data=data))["found"]["compute_operators"]
+    graph = onnx.load(tmp_path / "build" / "tiny" / "fp16" / "model.onnx").graph
+    names = {dim.dim_param for value in graph.value_info for dim in value.type.tensor_type.shape.dim}
+    assert "unk" not in names
 
 
 def test_equal_weights_are_kept_once_whoever_reads_them() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError
 from export.artifact import load_rows
-from export.reference import checked_sizes, error_of, inputs_at, traced_sizes
+from export.reference import TOLERANCES, checked_sizes, error_of, inputs_at, traced_sizes
 from export.source import Source
 from export.to_onnx import export_model
 from tests.conftest import run_module
@@ -203,6 +203,14 @@ def test_longer_inputs_are_made_of_further_samples_so_that_no_score_comes_twice(
     assert np.array_equal(inputs["input_ids"], inputs["attention_mask"])
 
 
+def test_what_differences_of_large_numbers_lose_is_no_fault_of_the_graph(tmp_path: Path) -> None:
+    body = "there = (x + 3e3).repeat(1, 32) @ self.mix; return self.line(x) + (there @ self.mix.T)[:, :8] - 3e3 - x"
+    code = "\n_load = load\ndef load():\n    model = _load()\n"
+    code += "    model.mix = torch.nn.Buffer(torch.linalg.qr(torch.randn(256, 256))[0])\n    return model\n"
+    result = export_model(tiny(tmp_path, body=body, code=code))
+    assert max(check["worst_error"]["y"] for check in result["checks"]) > TOLERANCES["float32"]
+
+
 def test_calibration_and_evaluation_must_be_disjoint(tmp_path: Path) -> None:
     code = "\n_own = samples\ndef samples(split):\n    return _own('same')\n"
     with pytest.raises(InputError, match="12 of 12 calibration samples are evaluation samples too"):
@@ -216,7 +224,7 @@ def test_calibration_and_evaluation_must_be_disjoint(tmp_path: Path) -> None:
         ("\ndef samples(split):\n    yield {'x': np.zeros(8, np.float32)}\n", r"shape \(8,\); deploy.toml says"),
         ("\ndef samples(split):\n    yield {'x': np.zeros((1, 8))}\n", "seen float64; deploy.toml says a numpy array of float32"),
         ("\ndef samples(split):\n    yield {'z': np.zeros((1, 8))}\n", r"seen \['z'\]; a dict of \['x'\]"),
-        ("\ndef samples(split):\n    yield {'x': np.zeros((1, 7), np.float32)}\n", "8 must be 8"),
+        ("\ndef samples(split):\n    yield {'x': np.zeros((1, 7), np.float32)}\n", r"shape \(1, 7\); deploy.toml says \['batch', 8\]"),
     ],
     ids=["none", "no batch dimension", "dtype", "name", "size"],
 )  # fmt: skip
