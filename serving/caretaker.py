@@ -2,7 +2,7 @@
 
 Contract: `start` looks after the server in the background until `stop`. With `poll_s` it follows the repository: what
 Triton does not load is taken back out of its view, and what was served goes on. A model of which a process died
-(`serving.stubs`) is unloaded, so that its requests are refused as unavailable in place of failing, and loaded anew.
+(`serving.stubs`) is unloaded, so that its requests are refused as not available in place of failing, and loaded anew.
 Where that does not help, or not for long, the server is told to end and `failure` says why: from then on it is not
 ready, and whoever supervises it starts it again. Each of these is a line for `say`.
 """
@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from serving.control import Action, ModelControl
-from serving.stubs import LOOK_S, StubWatch
+from serving.stubs import LOOK_S, StubWatch, end
 from serving.triton_log import KILLED
 from serving.view import ApprovedView
 
@@ -26,7 +26,10 @@ MOST_TIMES, WITHIN_S = 3, 60  # that one model is loaded anew; a supervisor wait
 
 
 class Caretaker:
-    """Looks after the models of a server that is up; `as_seen` turns Triton's words into those of the repository."""
+    """Looks after the models of a server that is up.
+
+    `as_seen` turns Triton's words into those of the repository. No request takes longer than `drain_s`.
+    """
 
     def __init__(
         self,
@@ -37,11 +40,12 @@ class Caretaker:
         view: ApprovedView,
         as_seen: Callable[[str], str],
         say: Callable[[str], None],
+        drain_s: float,
     ) -> None:
         self.failure: str | None = None
         """Why the server was told to end."""
         self._server, self._stubs, self._control, self._view = server, stubs, control, view
-        self._as_seen, self._say = as_seen, say
+        self._as_seen, self._say, self._drain_s = as_seen, say, drain_s
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._turn = threading.Lock()  # one change at a time of what Triton has loaded
@@ -111,12 +115,17 @@ class Caretaker:
             return
         self._say(f"died      {model}: {what}; the model is loaded anew")
         with self._turn:
+            left = self._stubs.leave(model)
             reason = self._change(model, "unload") or self._change(model, "load")
         if reason:
             self._give_up(f"{model}: {what}, and Triton does not load it anew: {reason}")
         elif not self._stopping.is_set():
             self._say(f"          {model}: serves again after {time.monotonic() - began_s:.1f} s")
         self._mending.discard(model)
+        # Triton never lets go of a request that it lost with a process, nor of the model's other processes therefore.
+        self._stopping.wait(self._drain_s)
+        if not self._stopping.is_set():
+            end(left)
 
     def _give_up(self, why: str, *, at_once: bool = False) -> None:
         """Ends the server: with time for its requests, or `at_once` where it would not end by itself."""

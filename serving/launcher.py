@@ -264,6 +264,7 @@ class EmbeddedServer:
             view=self._view,
             as_seen=self._as_seen,
             say=_say,
+            drain_s=self._exit_timeout_s,
         )
         self._caretaker.start(self._poll_s)
 

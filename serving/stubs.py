@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import threading
 import time
 from collections import Counter
@@ -32,7 +33,9 @@ from serving.triton_log import how_it_ended
 LOOK_S = 0.5  # between two looks at the stubs that are known
 LIST_S = 5.0  # between two looks for others, while none of these died and no load is known of
 STUCK_S = 6.0  # Triton asks for a sign of life each second, and takes two more to be sure
-_STATE, _STATUS = 0, 49  # fields of /proc/<pid>/stat behind the name: proc(5) counts these two as 3 and 52
+# Fields of /proc/<pid>/stat behind the name: proc(5) counts them as 3, 22 and 52.
+_STATE, _STARTED, _STATUS = 0, 19, 49
+Left = dict[int, str]  # process id -> when it started, so that no other is taken for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,7 @@ class StubWatch:
         self._living: list[Stub] = []
         self._deaths: dict[int, Death] = {}
         self._before: set[int] | None = None  # the processes that were there when a load began
+        self._left: Left = {}
         self._listed_s = 0.0
         self._lock = threading.Lock()
 
@@ -95,7 +99,7 @@ class StubWatch:
         deaths: dict[int, Death] = {}
         for pid in _children(self._server):
             seen = _seen(pid)
-            if seen is None:
+            if seen is None or _is(pid, self._left):
                 continue
             state, status, arguments = seen
             if state in "ZX":
@@ -125,6 +129,15 @@ class StubWatch:
         living = Counter((stub.model, stub.version) for stub in self._living)
         short = {model for (model, version), count in wanted.items() if living[model, version] < count}
         return {model: self._of(model) for model in short}
+
+    def leave(self, model: str) -> Left:
+        """Counts all processes of a model as no matter any more, and returns them: it is about to be loaded anew."""
+        with self._lock:
+            own = [pid for pid, stub in self._stubs.items() if stub.model == model]
+            own += [pid for pid, death in self._deaths.items() if death.stub is None]
+            left = {pid: fields[_STARTED] for pid in own if (fields := _stat(pid))}
+            self._left = {pid: when for pid, when in self._left.items() if _is(pid, self._left)} | left
+        return left
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
@@ -161,6 +174,19 @@ def _children(parent: int) -> Iterator[int]:
         for thread in os.listdir(f"/proc/{parent}/task"):
             with contextlib.suppress(OSError):  # the thread has
                 yield from map(int, Path(f"/proc/{parent}/task/{thread}/children").read_text().split())
+
+
+def end(left: Left) -> None:
+    """Kills what still lives of them."""
+    for pid in left:
+        if _is(pid, left) and _lives(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _is(pid: int, left: Left) -> bool:
+    fields = _stat(pid) if pid in left else None
+    return fields is not None and fields[_STARTED] == left[pid]
 
 
 def _lives(pid: int) -> bool:

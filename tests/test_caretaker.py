@@ -6,13 +6,14 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-from deepseek_client import InferenceClient
+from deepseek_client import InferenceClient, ModelNotReady, ServerError
 
 from deepseek.spec import GateFailed
 from serving import caretaker
@@ -103,25 +104,29 @@ def test_a_model_that_lost_a_process_is_not_ready_and_then_serves_again(
     assert second.startswith("          pair: serves again after ")
 
 
-def test_callers_are_told_to_try_again_while_it_is_loaded_anew(server: EmbeddedServer, said: Said) -> None:
-    """Within its retries a caller notices a delay, no error: requests are refused as unavailable, not failed."""
-    for stub in stubs(server, "pair"):
-        stub.kill()
-    until(lambda: not is_ready(server.http_url))
-    with InferenceClient(server.grpc_url, retries=20, timeout_s=20) as client:
-        np.testing.assert_array_equal(client.infer("pair", X)["y"], X["x"] + 1)
+def test_callers_notice_a_delay_and_no_process_of_what_was_lost_lives_on(server: EmbeddedServer, said: Said) -> None:
+    """Requests are refused as not ready, not failed, once the model is unloaded. Triton would keep the other process."""
+    before = stubs(server, "pair")
+    load = ThreadPoolExecutor(4)
+    with load, InferenceClient(server.grpc_url, retries=0) as client:
+        under_way = [load.submit(client.infer, "pair", X) for _ in range(200)]
+        before[0].kill()
+        until(lambda: not is_ready(server.http_url))
+        with InferenceClient(server.grpc_url, retries=20, timeout_s=20) as patient:
+            np.testing.assert_array_equal(patient.infer("pair", X)["y"], X["x"] + 1)
+    assert {type(each.exception()) for each in under_way} <= {type(None), ServerError, ModelNotReady}
     until(lambda: "serves again" in said())
+    until(lambda: not {each.pid for each in before} & {each.pid for each in stubs(server, "pair")})
 
 
 def test_loads_that_replace_a_model_are_no_deaths(server: EmbeddedServer, said: Said) -> None:
     path = server.repository / "pair" / "1" / "model.py"
-    for _ in range(2):
-        before = stubs(server, "pair")
-        part = path.with_suffix(".part")
-        part.write_text(f"{path.read_text()}\n# a new one\n")
-        part.replace(path)
-        _, alive = psutil.wait_procs(before, timeout=30)
-        assert not alive
+    before = stubs(server, "pair")
+    part = path.with_suffix(".part")
+    part.write_text(f"{path.read_text()}\n# a new one\n")
+    part.replace(path)
+    _, alive = psutil.wait_procs(before, timeout=30)
+    assert not alive
     shutil.rmtree(server.repository / "other")  # and is unloaded
     until(lambda: not stubs(server, "other"))
     time.sleep(3 * 0.5)
