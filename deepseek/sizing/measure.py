@@ -159,7 +159,11 @@ def _attention_graph(int8: bool) -> Any:
     from onnx import TensorProto, helper
 
     kind = TensorProto.UINT8 if int8 else TensorProto.FLOAT
-    shapes = {"x": ["heads", TOKENS, HEAD], "k": ["heads", HEAD, TOKENS], "y": ["heads", TOKENS, TOKENS]}
+    shapes: dict[str, list[str | int | None]] = {
+        "x": ["heads", TOKENS, HEAD],
+        "k": ["heads", HEAD, TOKENS],
+        "y": ["heads", TOKENS, TOKENS],
+    }
     kinds = {"x": kind, "k": kind, "y": TensorProto.INT32 if int8 else TensorProto.FLOAT}
     x, k, y = (helper.make_tensor_value_info(name, kinds[name], shapes[name]) for name in shapes)
     node = helper.make_node("MatMulInteger" if int8 else "MatMul", ["x", "k"], ["y"])

@@ -84,7 +84,7 @@ def peak_of_a_step(size: TransformerSize, setup: TrainingSetup) -> int:
     return peak_of(loss, weights, setup)
 
 
-def peak_of(loss: Callable[[], torch.Tensor], parameters: Iterable[nn.Parameter], setup: TrainingSetup) -> int:
+def peak_of(loss: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor], setup: TrainingSetup) -> int:
     """Measured, of a step of the optimizer; two micro-batches are as bad as more."""
     weights = list(parameters)
     optimizer = _optimizer(weights, setup)
@@ -106,7 +106,7 @@ def peak_of(loss: Callable[[], torch.Tensor], parameters: Iterable[nn.Parameter]
     return live.most
 
 
-def _optimizer(weights: list[nn.Parameter], setup: TrainingSetup) -> torch.optim.Optimizer:
+def _optimizer(weights: list[torch.Tensor], setup: TrainingSetup) -> torch.optim.Optimizer:
     if setup.optimizer == "adamw":
         return torch.optim.AdamW(weights, foreach=False)
     return torch.optim.SGD(weights, lr=1e-3, momentum=0.9 if setup.optimizer == "momentum" else 0.0)
