@@ -41,7 +41,7 @@ def failure(log_path: Path, status: int) -> str:
 def how_it_ended(status: int) -> str:
     """An exit status, or a signal below 0, in words."""
     if status == -signal.SIGKILL:
-        return "was killed by SIGKILL, as the kernel does where memory runs out"
+        return "was killed by SIGKILL (as the kernel does where memory runs out)"
     if status < 0:
         names = {each.value: each.name for each in signal.Signals}  # not all of them have one
         return f"was ended by {names.get(-status, f'signal {-status}')}"

@@ -28,8 +28,8 @@ RECENT = 20  # requests of one protocol that the share is taken of
 class Callers:
     """Calls over HTTP and gRPC, one after the other in a thread each, until told to stop; keeps what failed.
 
-    By the client that applications use: nginx cannot send a gRPC request that was under way to another server, and
-    answers UNAVAILABLE, which the client tries again.
+    By the client that applications use: when the list of servers changes, nginx closes its callers' connections, and one that
+    breaks at that moment is tried again.
     """
 
     def __init__(self, gateway: Gateway) -> None:
