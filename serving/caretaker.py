@@ -14,7 +14,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 
 from serving.control import Action, ModelControl
@@ -22,7 +21,7 @@ from serving.stubs import LOOK_S, StubWatch, end
 from serving.triton_log import KILLED
 from serving.view import ApprovedView
 
-MOST_TIMES, WITHIN_S = 3, 60  # that one model is loaded anew; a supervisor waits between two starts, we do not
+MOST_TIMES, WITHIN_S = 3, 60  # of one model, in a row; a supervisor waits between two starts, we do not
 
 
 class Caretaker:
@@ -51,7 +50,7 @@ class Caretaker:
         self._turn = threading.Lock()  # one change at a time of what Triton has loaded
         self._changing = ""
         self._mending: set[str] = set()
-        self._mended_s: dict[str, list[float]] = defaultdict(list)
+        self._mended: dict[str, tuple[int, float]] = {}  # model -> how often in a row, and when it was done
 
     def start(self, poll_s: float | None = None) -> None:
         """From now on; follows the repository, too, where there is a `poll_s`."""
@@ -108,18 +107,20 @@ class Caretaker:
     def _mend(self, model: str, what: str) -> None:
         """Has a model loaded anew; gives up where that does not help, or not for long."""
         began_s = time.monotonic()
-        recent = [each for each in self._mended_s[model] if began_s - each < WITHIN_S]
-        self._mended_s[model] = [*recent, began_s]
-        if len(recent) >= MOST_TIMES:
-            self._give_up(f"{model}: {what}, though it was loaded anew {len(recent)} times in the last {WITHIN_S} s")
+        times, ended_s = self._mended.get(model, (0, 0.0))
+        times = times + 1 if began_s - ended_s < WITHIN_S else 1
+        if times > MOST_TIMES:
+            self._give_up(f"{model}: {what}; it was loaded anew {MOST_TIMES} times, for less than {WITHIN_S} s each")
             return
         self._say(f"died      {model}: {what}; the model is loaded anew")
         with self._turn:
             left = self._stubs.leave(model)
-            reason = self._change(model, "unload") or self._change(model, "load")
+            gone = not (self._view.folder / model).exists()  # it was taken out of the repository meanwhile
+            reason = None if gone else self._change(model, "unload") or self._change(model, "load")
+        self._mended[model] = (times, time.monotonic())
         if reason:
             self._give_up(f"{model}: {what}, and Triton does not load it anew: {reason}")
-        elif not self._stopping.is_set():
+        elif not gone and not self._stopping.is_set():
             self._say(f"          {model}: serves again after {time.monotonic() - began_s:.1f} s")
         self._mending.discard(model)
         # Triton never lets go of a request that it lost with a process, nor of the model's other processes therefore.
