@@ -20,7 +20,7 @@ Example:
     (1, 20)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Literal, Self
@@ -80,7 +80,7 @@ class _Client:
             api_key: sent as `Authorization: Bearer ...`, over TLS only.
         """
         settings = Settings(
-            urls=(url,) if isinstance(url, str) else tuple(url),
+            urls=tuple(url) if isinstance(url, Iterable) and not isinstance(url, str) else (url,),
             protocol=protocol,
             timeout_s=timeout_s,
             retries=retries,

@@ -47,12 +47,19 @@ class Settings:
         for url in self.urls:
             check_url(url)
         checked_timeout(self.timeout_s)
-        if self.retries < 0:
-            raise InvalidInput(f"retries={self.retries}; it must be 0 or more")
-        if self.retry_budget is not None and not 0 <= self.retry_budget < math.inf:
+        if not isinstance(self.retries, int) or self.retries < 0:
+            raise InvalidInput(f"retries={self.retries!r}; it must be a whole number, 0 or more")
+        if self.retry_budget is not None and not (_is_number(self.retry_budget) and self.retry_budget >= 0):
             raise InvalidInput(
                 f"retry_budget={self.retry_budget!r}; it must be a share of the calls, such as 0.1; None: no limit"
             )
+        for name, types, needed in (
+            ("tls", bool, "True or False"),
+            ("ca_cert", str | Path | None, "a file's path"),
+            ("api_key", str | None, "a text"),
+        ):
+            if not isinstance(value := getattr(self, name), types):
+                raise InvalidInput(f"{name} is of type {type(value).__name__}; it must be {needed}")
         if self.shared_memory not in (False, True, "auto"):
             raise InvalidInput(f"shared_memory={self.shared_memory!r}; it must be False, True or 'auto'")
         self._check_hedging()
@@ -71,7 +78,7 @@ class Settings:
         after = self.hedge_after_ms
         if after is None:
             return
-        fits = re.fullmatch(r"p\d{1,2}(\.\d+)?", after) if isinstance(after, str) else 0 < after < math.inf
+        fits = re.fullmatch(r"p\d{1,2}(\.\d+)?", after) if isinstance(after, str) else _is_number(after) and after > 0
         if not fits:
             raise InvalidInput(
                 f"hedge_after_ms={after!r}; it must be milliseconds, or a percentile of the latest calls such as 'p95'"
@@ -81,6 +88,10 @@ class Settings:
                 "hedge_after_ms sends a request a second time while the first may run; "
                 "say idempotent=True if running it twice does no harm (true of every stateless model)"
             )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def check_url(url: str) -> None:
