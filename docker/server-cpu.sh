@@ -1,5 +1,6 @@
 #!/bin/bash
-# The doctor, then the embedded Triton. SIGTERM reaches the launcher, which lets requests in flight finish.
+# The doctor, then the embedded Triton. SIGTERM reaches the launcher, which lets requests in flight finish. It ends with 1
+# where a model's process was killed and cannot be replaced: the restart policy starts the container again.
 set -euo pipefail
 python -m serving.doctor --repository /models --preflight
 exec python -m serving.embedded --repository /models --address 0.0.0.0 --behind-gateway --echo-log "$@"

@@ -1,5 +1,6 @@
 #!/bin/bash
 # The doctor, then Triton with the project's flags (serving/flags.py). Arguments go to serving.flags.
+# Nobody looks after it from here: a plan runs in Triton's own process, and where that ends, the container does.
 set -euo pipefail
 # NVIDIA's images choose the CUDA libraries that suit the driver here.
 # shellcheck source=/dev/null
