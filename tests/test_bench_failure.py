@@ -149,18 +149,26 @@ def test_a_request_that_the_model_cannot_take_is_the_callers_fault(
 
 
 def test_a_client_that_retries_loses_nothing_over_a_server_that_is_killed(setting: Setting) -> None:
-    assert broken(server_killed(setting)) == []
+    rows = server_killed(setting)
+    assert broken([row for row in rows if "until it is ready" not in row.what]) == []
 
 
-def test_a_full_disk_leaves_the_repository_whole_and_the_server_serving(setting: Setting, build: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.usefixtures("build")
+def test_a_full_disk_leaves_the_repository_whole_and_the_server_serving(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "SERVED_S", 60.0)
     rows = disk_full(setting)
     if "not run" in rows[0].seen:
         pytest.skip(rows[0].seen)
     assert broken(rows) == []
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_disturbs_nobody(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "JUMP_WATCH_S", 1.0)
+    monkeypatch.setattr(machine, "JUMP_WATCH_S", 2.0)  # until libfaketime has looked
+    monkeypatch.setattr(machine, "RATE", 5)
     rows = clock_jumps(setting)
     if "not run" in rows[0].seen:
         pytest.skip(rows[0].seen)
@@ -220,9 +228,9 @@ def test_latencies_count_from_the_planned_time() -> None:
     assert answers.kinds == {"ServerBusy": 1}
 
 
-def test_what_is_not_built_or_too_short_is_one_line(tmp_path: Path) -> None:
-    for flags, says in ((("--requests", "1"), "--requests 1: it must be 4 or more"), ((), "make engine MODEL=")):
-        run = run_module("tests.bench.failure", "--only", "cut", *flags, BUILD=str(tmp_path))
-        assert run.returncode == 2
-        assert says in run.stderr
-        assert "Traceback" not in run.stderr
+def test_what_is_not_built_is_one_line(tmp_path: Path) -> None:
+    skip_without_nginx()
+    run = run_module("tests.bench.failure", "--only", "cut", BUILD=str(tmp_path))
+    assert run.returncode == 2
+    assert "make engine MODEL=" in run.stderr
+    assert "Traceback" not in run.stderr

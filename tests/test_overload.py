@@ -9,14 +9,16 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import numpy as np
 import psutil
 import pytest
-from deepseek_client import InferenceClient, ModelUnavailable, ServerError
+from deepseek_client import ConnectionLost, InferenceClient, ModelUnavailable, ServerError
 
 from loadtests.steady import Figures, Load, Sent
 from serving.embedded import EmbeddedServer
 from tests.conftest import write_add_one
+from tests.failing_servers import grpc_answering, refuse
 
 BATCH, DELAY_S, INSTANCES, QUEUE = 8, 0.4, 2, 16
 CAPACITY_RPS = BATCH * INSTANCES / DELAY_S  # 40
@@ -112,3 +114,16 @@ def test_half_open_connections_leave_room_for_callers(busy: EmbeddedServer) -> N
     finally:
         for each in held:
             each.close()
+
+
+def test_a_call_that_a_server_cancels_as_it_ends_is_a_lost_connection() -> None:
+    """Triton does so of what is in flight when its exit time-out is over."""
+    with grpc_answering(refuse(grpc.StatusCode.CANCELLED, "CANCELLED")) as (url, seen):
+        for idempotent, calls in ((False, 1), (True, 3)):
+            seen.clear()
+            with (
+                InferenceClient(url, retries=2, idempotent=idempotent) as client,
+                pytest.raises(ConnectionLost, match="CANCELLED"),
+            ):
+                client.metadata("any")
+            assert len(seen) == calls

@@ -286,6 +286,7 @@ def _error(url: str, error: Any, deadline: Deadline) -> InferenceError:
         grpc.StatusCode.NOT_FOUND: ModelNotFound,
         grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
         grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
+        grpc.StatusCode.CANCELLED: ConnectionLost,  # by a server that ends, perhaps in the middle of it
     }
     return kinds.get(code, ServerError)(f"{url}: {reason}")
 

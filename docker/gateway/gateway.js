@@ -184,9 +184,11 @@ function countValues(data, kind, found) {
         return;
     }
     found.count += 1;
-    const whole = typeof data === 'number' && Math.floor(data) === data && Math.abs(data) < 18446744073709551616;
-    found.wrong += kind === 'integer' ? (whole ? 0 : 1) : kind === 'boolean' ? (typeof data === kind || whole ? 0 : 1)
-        : typeof data === kind ? 0 : 1;
+    const finite = typeof data === 'number' && isFinite(data);
+    const whole = finite && Math.floor(data) === data && Math.abs(data) < 18446744073709551616;
+    const right = kind === 'integer' ? whole : kind === 'boolean' ? typeof data === kind || whole
+        : kind === 'number' ? finite : typeof data === kind;
+    found.wrong += right ? 0 : 1;
 }
 
 // Header filter of gRPC's answers: bytes that are no message are the caller's fault, for which gRPC's library says INTERNAL.

@@ -284,8 +284,11 @@ def data_of_a_wrong_type(random: Random, draft: HttpDraft) -> None:
 
 @HTTP.breaks
 def a_number_no_type_holds(random: Random, draft: HttpDraft) -> None:
-    data = _data(random, draft)
-    data[random.randrange(len(data))] = random.choice((2**64, -(2**64), 10**400, 10**30))
+    entry = _input(random, draft)
+    _data(random, draft)
+    data = entry["data"]
+    wrong = (10**400,) if entry["datatype"].startswith("FP") else (2**64, -(2**64), 10**400, 10**30)
+    data[random.randrange(len(data))] = random.choice(wrong)
 
 
 @HTTP.bends

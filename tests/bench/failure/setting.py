@@ -243,7 +243,16 @@ class Service:
 
     def memory_mib(self) -> float:
         """Of all of them, what they share counted once."""
-        return sum(_pss_bytes(each) for each in self.processes()) / MIB
+        return sum(self.memory_of_each_mib().values())
+
+    def memory_of_each_mib(self) -> dict[str, float]:
+        """Of Triton, the models' processes and the gateway."""
+        found = dict.fromkeys(("Triton", "models", "gateway"), 0.0)
+        for each in self.processes():
+            name = _name(each)
+            place = "gateway" if name == "nginx" else "Triton" if name == "tritonserver" else "models"
+            found[place] += _pss_bytes(each) / MIB
+        return found
 
     def descriptors(self) -> int:
         """Files and connections that they have open."""
@@ -290,11 +299,11 @@ def _pss_bytes(process: psutil.Process) -> int:
 
 
 class MemoryWatch:
-    """Looks at a service's memory every so often, inside the `with` block; (seconds, MiB) in `samples`."""
+    """Looks at a service's memory every so often, inside the `with` block; MiB by place in `samples`."""
 
     def __init__(self, service: Service, every_s: float = 1.0) -> None:
         self._service, self._every_s = service, every_s
-        self.samples: list[tuple[float, float]] = []
+        self.samples: list[dict[str, float]] = []
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -304,7 +313,7 @@ class MemoryWatch:
 
     def _run(self) -> None:
         while True:
-            self.samples.append((time.perf_counter(), self._service.memory_mib()))
+            self.samples.append(self._service.memory_of_each_mib())
             if self._stopping.wait(self._every_s):
                 return
 
@@ -316,7 +325,7 @@ class MemoryWatch:
 
     @property
     def most_mib(self) -> float:
-        return max(mib for _, mib in self.samples)
+        return max(sum(each.values()) for each in self.samples)
 
 
 def first_row(model: Model) -> dict[str, np.ndarray]:

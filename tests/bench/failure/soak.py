@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 from tests.bench.failure.load import Answers, Load
-from tests.bench.failure.setting import WAYS, MemoryWatch, Row, Setting, lost
+from tests.bench.failure.setting import WAYS, MemoryWatch, Row, Setting, lost, told
 
 RATE = 10  # requests/s of each stream of each model
 PARTS = 3  # the first, which warms up, is compared with the last
@@ -22,30 +22,34 @@ def soak(setting: Setting) -> list[Row]:
     with setting.service("soak") as service:
         shape = f"{RATE}x{setting.soak_s}"
         models = (setting.model, setting.other)
-        streams = [setting.stream(service, way, shape, model) for way, model in itertools.product(WAYS, models)]
+        streams = [
+            setting.stream(service, way, shape, model, retries=3) for way, model in itertools.product(WAYS, models)
+        ]
         with MemoryWatch(service, max(1.0, setting.soak_s / 300)) as memory, Load(streams) as load:
             answers = load.wait()
     sent = sum(len(each) for each in answers.values())
-    first_mib, last_mib = _thirds(memory.samples)
+    thirds = {place: _thirds([each[place] for each in memory.samples]) for place in memory.samples[0]}
+    first_mib, last_mib = (sum(each[part] for each in thirds.values()) for part in (0, -1))
+    places = "; ".join(f"{place} {', '.join(f'{mib:.0f}' for mib in parts)}" for place, parts in thirds.items())
     limit_mib = max(first_mib * (1 + GROWTH), first_mib + GROWTH_MIB)
     name = f"soak of {setting.soak_s / 60:g} minutes, {sent} requests over {len(streams)} streams"
     return [
-        Row(what=name, asked="no request fails", seen=f"{lost(answers)} failed", holds=lost(answers) == 0),
+        Row(
+            what=name, asked="no request fails", seen=f"{lost(answers)} failed{told(answers)}", holds=lost(answers) == 0
+        ),
         Row(
             what="    memory of server and gateway, last third against first",
             asked=f"at most {limit_mib:.0f} MiB",
-            seen=f"{last_mib:.0f} MiB, {first_mib:.0f} MiB",
+            seen=f"{last_mib:.0f} MiB, {first_mib:.0f} MiB ({places})",
             holds=last_mib <= limit_mib,
         ),
         *(_latency(name, each, load.began_s, setting.soak_s) for name, each in answers.items()),
     ]
 
 
-def _thirds(samples: list[tuple[float, float]]) -> tuple[float, float]:
-    """The median of the first third, and of the last."""
-    values = np.array([mib for _, mib in samples])
-    third = max(1, len(values) // PARTS)
-    return float(np.median(values[:third])), float(np.median(values[-third:]))
+def _thirds(values_mib: list[float]) -> list[float]:
+    """The median of each third."""
+    return [float(np.median(part)) for part in np.array_split(values_mib, PARTS)]
 
 
 def _latency(name: str, answers: Answers, began_s: float, soak_s: int) -> Row:
