@@ -122,12 +122,14 @@ def _step_bytes(model: Countable, setup: TrainingSetup) -> float:
 
 
 def _copy_bytes(model: Countable, setup: TrainingSetup) -> float:
-    """16-bit copies that autocast makes of weights: all, or those of the block that is run again."""
+    """16-bit copies that autocast makes of weights: all, or those of the block that is run again and of the logits."""
     if not setup.autocast:
         return 0.0
-    if setup.checkpointing and isinstance(model, TransformerSize):
-        return 2.0 * (model.block_product_parameters + model.head_parameters)
-    return 2.0 * model.product_parameters
+    if not isinstance(model, TransformerSize):
+        return 2.0 * model.product_parameters
+    blocks = 1 if setup.checkpointing else model.config.num_layers
+    logits = 0 if model.head == "none" else model.config.vocab_size * model.config.hidden_size
+    return 2.0 * (blocks * model.block_product_parameters + logits)
 
 
 @dataclass(frozen=True, kw_only=True)
