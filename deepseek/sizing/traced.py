@@ -7,7 +7,7 @@ beyond what `forward` asks of shapes. Raises InputError for a forward pass that 
 What backward keeps is what autograd saves in a forward pass in training mode (each storage once, parameters not): of a
 CPU's kernels, which keep dropout masks in full width. Under autocast, 16-bit copies of weights are among it. The worst
 moment is that of a whole forward and backward pass, of a loss that is the outputs' mean square or of one that is given.
-Kernels of recurrent layers keep a workspace of their own, which no trace sees: oneDNN's of an LSTM took as much again.
+Kernels of recurrent layers keep a workspace of their own, which no trace sees: of an LSTM a plan is a third too low.
 
 Examples:
     with torch.device("meta"):

@@ -18,8 +18,8 @@ math kernel where attention_dropout > 0, and keeps dropout masks in the width of
 Moments: backward goes from the last block to the first. With each block its activations and autocast's copies of its
 weights go, and its gradients come, so that what lies there between two blocks is a straight line: the worst is at the
 last block or at the first, in its feed-forward layer or in its attention. Beside these: the loss, the product of the
-head, the gradients of the embeddings, the optimizer's step; and, with checkpointing under autocast, the end of forward,
-until which the copies of all weights are kept in autocast's cache.
+head, the gradients of the embeddings, the optimizer's step; and the end of forward, until which the padding mask is
+there and, with checkpointing, autocast's cache has the copies of all weights.
 
 Examples:
     saved_bytes(model, TrainingSetup(batch=32, length=512)).kept
