@@ -28,7 +28,7 @@ from deepseek_client.over_grpc import SERVICE, Metadata
 from deepseek_client.runtimes import Cancel
 
 READ_BYTES = 65536
-AT_ONCE = 8  # callers that are woken before gevent's loop may look at its timers again: a burst of answers has hundreds
+AT_ONCE = 4  # callers that are woken before gevent's loop may look at its timers again: a burst of answers has hundreds
 ATTEMPTS = 3  # of a call that no server looked at
 MOST_BLOCKS = 100  # of headers that are kept ready
 TIMEOUT = b"\x00\x0cgrpc-timeout"  # a header field up to its value
