@@ -249,8 +249,8 @@ class Release:
             self.journal.write(outcome="in the repository")
             return f"in {self.model}; {self.live.absent}: it is served at the server's next start"
         try:
-            with SteadyLoad(*self._which, *self.live.load_flags(self.number)) as load:
-                load.begin()
+            with ExitStack() as stack:
+                load = self._steady(stack)
                 load.change()
                 self._put_live(staged)
                 found = load.result()
@@ -261,6 +261,18 @@ class Release:
             raise
         self.journal.write(outcome="live")
         return said
+
+    def _steady(self, stack: ExitStack) -> SteadyLoad:
+        """A load on the server that callers have; begun again where a busy machine kept it from its times."""
+        for attempt in range(1, MOST_ATTEMPTS + 1):
+            load = stack.enter_context(SteadyLoad(*self._which, *self.live.load_flags(self.number)))
+            try:
+                load.begin()
+                break
+            except InvalidMeasurement:  # nothing has been changed yet
+                if attempt == MOST_ATTEMPTS:
+                    raise
+        return load
 
     def _take_back(self) -> None:
         """The version before again; what was refused is kept beside the journal."""
