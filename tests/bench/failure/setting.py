@@ -36,6 +36,7 @@ from tests.gateway import Gateway, free_port, skip_without_nginx
 READY_S = 120.0
 ENDS_S = 40.0
 MIB = 2**20
+MOST_MEMORY = 8 * 2**30  # of addresses, of each process of the server
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +127,8 @@ class Service:
         self.ports = {name: free_port() for name in ("http", "grpc", "metrics")}
         self.http_url, self.grpc_url = (f"127.0.0.1:{self.ports[name]}" for name in ("http", "grpc"))
         self._poll = [] if poll_s is None else ["--poll-s", str(poll_s)]
+        # Triton fills what a malformed request asks for until the kernel ends something: it is to be Triton, at once.
+        self._bound = ["prlimit", f"--as={MOST_MEMORY}", "setpriv", "--pdeathsig", "TERM"]
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self.gateway: Gateway
@@ -161,7 +164,7 @@ class Service:
         # setpriv in place of a preexec_fn: nothing of ours runs between fork and exec. It ends with this process.
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "TERM", *command, "--behind-gateway", "--exit-timeout-s", "3"],
+                [*self._bound, *command, "--behind-gateway", "--exit-timeout-s", "3"],
                 env=our_environment(BUILD=str(self.folder), **self._environment),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
