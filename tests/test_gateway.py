@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,9 @@ def test_without_a_server_the_answer_is_unavailable(gateway: Gateway, tmp_path: 
         alone.stop()
 
 
-def test_of_two_servers_one_that_is_killed_costs_no_request(gateway: Gateway, tmp_path: Path) -> None:
+def test_of_two_servers_one_that_is_killed_costs_no_request(tmp_path: Path) -> None:
     """Nor those that it was working on: bare clients, which try nothing again."""
+    skip_without_nginx()
     write_add_one(tmp_path / "repository")
     write_add_one(tmp_path / "repository", "slow", delay_s=0.4)
     ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
@@ -151,7 +153,7 @@ def test_of_two_servers_one_that_is_killed_costs_no_request(gateway: Gateway, tm
             for name in ("a.log", "b.log")
         ]
         addresses = [",".join(urls) for urls in ([each.http_url for each in two], [each.grpc_url for each in two])]
-        both = Gateway(tmp_path, (gateway.folder / "limits.conf").read_text(), *addresses)
+        both = Gateway(tmp_path, limits(served_models(tmp_path / "repository", tmp_path)), *addresses)
         stack.callback(both.stop)
         client = stack.enter_context(both.grpc_client())
         pool = stack.enter_context(ThreadPoolExecutor(4))
@@ -180,12 +182,11 @@ def test_of_two_servers_one_that_is_killed_costs_no_request(gateway: Gateway, tm
         assert [line for line in both.lines(api="infer") if " : " in line["triton"]]  # sent a second time
 
 
-def test_servers_that_were_all_too_late_once_are_asked_again_at_once(
-    gateway: Gateway, closed: EmbeddedServer, tmp_path: Path
-) -> None:
+def test_servers_that_were_all_too_late_once_are_asked_again_at_once(closed: EmbeddedServer, tmp_path: Path) -> None:
     """nginx leaves a server alone for a second that has not answered in time; never all of them."""
     twice = [f"{url},{url}" for url in (closed.http_url, closed.grpc_url)]
-    both = Gateway(tmp_path, (gateway.folder / "limits.conf").read_text(), *twice)
+    models = [replace(model, queue_timeout_ms=500, p99_ms=150) for model in served_models(closed.repository, tmp_path)]
+    both = Gateway(tmp_path, limits(models), *twice)  # an answer may take 2 s
     with contextlib.ExitStack() as stack:
         stack.callback(both.stop)
         client = stack.enter_context(both.grpc_client())  # one connection: one of nginx's processes
