@@ -59,8 +59,9 @@ def versions_of(model: Path) -> list[int]:
 
 
 def made_here(model: Path) -> bool:
-    """Whether `export.to_triton` made the model: one of its versions has a manifest."""
-    return any((model / str(version) / MANIFEST).is_file() for version in versions_of(model))
+    """Whether `export.to_triton` made the model: a version has a manifest, or a configuration beside the engine."""
+    files = (model / str(version) / name for version in versions_of(model) for name in (MANIFEST, CONFIG))
+    return any(file.is_file() for file in files)
 
 
 def publish_again(model: Path) -> str:
@@ -151,6 +152,8 @@ def _same_file(folder: Path, recorded: FileDigest, manifest: PublishedManifest) 
 def _plan_error(folder: Path, manifest: PublishedManifest) -> str | None:
     """Why `model.plan` is not what the manifest says, from its first 28 bytes: kind, length, TensorRT version."""
     path = folder / "model.plan"
+    if manifest.target == "tensorrt_rtx":
+        return "is an engine of TensorRT for RTX, which Triton cannot load"
     if manifest.target != "tensorrt" or not path.is_file():
         return None if manifest.target != "tensorrt" else "has no model.plan, and its target is tensorrt"
     header = plan_header(path)

@@ -117,6 +117,12 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
+def for_rtx(path: Path) -> None:
+    """Has the manifest name a target that no server loads."""
+    manifest = path.with_name("manifest.json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"target": "tensorrt_rtx"}))
+
+
 @pytest.mark.parametrize(
     ("breakage", "reason"),
     [
@@ -127,8 +133,10 @@ def damage(path: Path) -> None:
         (lambda path: path.rename(path.with_name("net.onnx")), "model.onnx is missing, net.onnx has its content; rename"),
         (lambda path: damage(path.with_name("model.py")), "model.py is damaged: sha256 "),
         (lambda path: path.with_name("manifest.json").write_text("{}"), "manifest.json: model: missing"),
+        (lambda path: path.with_name("manifest.json").unlink(), "manifest.json is missing; publish it again"),
+        (for_rtx, "is an engine of TensorRT for RTX, which Triton cannot load"),
     ],
-    ids=["flipped", "truncated", "longer", "missing", "renamed", "backend", "manifest"],
+    ids=["flipped", "truncated", "longer", "missing", "renamed", "backend", "manifest", "no manifest", "another target"],
 )  # fmt: skip
 def test_an_engine_that_is_not_what_was_published_is_one_line(
     repository: Path, breakage: Callable[[Path], object], reason: str

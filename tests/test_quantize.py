@@ -17,7 +17,7 @@ from deepseek.quantization import QuantConfig
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, build_dir
 from export.artifact import load_rows
 from export.calibration import Calibration
-from export.ptq import qdq_from_onnx
+from export.ptq import _forget_dims, qdq_from_onnx
 from export.qdq import found_precision, quantized_layers, share_equal_weights
 from export.quantize import prove, quantize_model
 from export.runners import onnx_runner, outputs_of
@@ -25,7 +25,6 @@ from export.sensitivity import output_error
 from export.to_onnx import export_model
 from tests.conftest import run_module
 from tests.test_sensitivity import small
-from tests.test_to_onnx import tiny
 
 IMAGE = DeploymentSpec.load("tests/models/image")
 TEXT = DeploymentSpec.load("tests/models/text")
@@ -219,17 +218,13 @@ def test_every_int8_product_runs_in_integers_in_onnx_runtime(built: Path, tmp_pa
     assert {"MatMulIntegerToFloat", "QLinearMatMul"} & {node.op_type for node in graph.node}
 
 
-def test_halves_of_rotary_embeddings_run_in_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
-    heads = "h = self.line(x).reshape(x.shape[0], 2, 4).transpose(0, 1).reshape(-1, 2, 4)"
-    body = f"{heads}; a, b = h.chunk(2, -1); h = h + torch.cat([-b, a], -1) * h.sum(-1, keepdim=True)"
-    export_model(tiny(tmp_path, body=f"{body}; return self.line(h.reshape(x.shape))"))
-    data = tmp_path / "build" / "tiny" / "calibration.npz"
-    spec = DeploymentSpec.load(tmp_path / "tiny")
-    assert quantize_model(spec, QuantConfig.of_precision("fp16", calibration_data=data))["found"]["compute_operators"]
-    graph = onnx.load(tmp_path / "build" / "tiny" / "fp16" / "model.onnx").graph
-    names = {dim.dim_param for value in graph.value_info for dim in value.type.tensor_type.shape.dim}
-    assert "unk" not in names
+def test_a_size_that_modelopt_made_a_name_for_has_none() -> None:
+    value = onnx.helper.make_tensor_value_info("half", onnx.TensorProto.FLOAT, ["batch", "unk", 8])
+    node = onnx.helper.make_node("If", ["x"], ["y"], then_branch=onnx.helper.make_graph([], "then", [], [value]))
+    graph = onnx.helper.make_graph([node], "graph", [], [], value_info=[value])
+    _forget_dims(graph, {"batch"})
+    for left in (graph.value_info[0], graph.node[0].attribute[0].g.output[0]):
+        assert [dim.dim_param or dim.dim_value for dim in left.type.tensor_type.shape.dim] == ["batch", 0, 8]
 
 
 def test_equal_weights_are_kept_once_whoever_reads_them() -> None:
