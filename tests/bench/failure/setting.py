@@ -127,7 +127,7 @@ class Service:
         self.ports = {name: free_port() for name in ("http", "grpc", "metrics")}
         self.http_url, self.grpc_url = (f"127.0.0.1:{self.ports[name]}" for name in ("http", "grpc"))
         self._poll = [] if poll_s is None else ["--poll-s", str(poll_s)]
-        # Triton fills what a malformed request asks for until the kernel ends something: it is to be Triton, at once.
+        # Triton fills the memory that a malformed request asks for until the kernel ends something: it is to end at once.
         self._bound = ["prlimit", f"--as={MOST_MEMORY}", "setpriv", "--pdeathsig", "TERM"]
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
