@@ -1,16 +1,12 @@
 """Three times what the server can do, for a minute: who is served, how the others are told, and how soon it is over.
 
 In an overload a queue that is served in order always holds as much as its time-out lets in, and whoever is accepted has
-waited about that long. So `queue_timeout_ms` decides whether what is accepted is on time.
+waited about that long. So `queue_timeout_ms`, half of the SLO's p99, decides that what is accepted is on time.
 """
 
 from __future__ import annotations
 
-import re
-import shutil
 import time
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -18,8 +14,6 @@ from tests.bench.failure.load import Answers, Load
 from tests.bench.failure.setting import MemoryWatch, Row, Service, Setting, Way, counted
 
 WAYS_OVERLOADED: tuple[Way, ...] = ("grpc", "http by gateway")
-SHARE_TO_WAIT = 0.5  # of the SLO's p99: what a request may wait in the queue, and still be computed in time
-SHIPPED_S = 20
 USERS = 16  # closed loop that measures the capacity
 CAPACITY_S = 8.0
 TIMES = 3
@@ -31,27 +25,9 @@ REFUSED_AS = {"ServerBusy"}  # 503, UNAVAILABLE
 
 
 def overload(setting: Setting) -> list[Row]:
-    """As shipped, which is shown; then with a queue time-out that leaves room for the SLO, on two ways."""
-    shipped_ms = setting.other.spec.batching.queue_timeout_ms
+    """As shipped, on two ways."""
     with setting.service("overload") as service:
-        rows = [replace(row, holds=None) for row in _overload(replace(setting, overload_s=SHIPPED_S), service, "grpc")]
-    rows[0] = replace(rows[0], what=f"{rows[0].what}, queue_timeout_ms = {shipped_ms} as shipped")
-    timeout_ms = round(setting.other.p99_ms * SHARE_TO_WAIT)
-    with setting.service("overload-in-time", repository=_with_timeout(setting, timeout_ms)) as service:
-        for way in WAYS_OVERLOADED:
-            found = _overload(setting, service, way)
-            rows += [replace(found[0], what=f"{found[0].what}, queue_timeout_ms = {timeout_ms}"), *found[1:]]
-    return rows
-
-
-def _with_timeout(setting: Setting, timeout_ms: int) -> Path:
-    """The repository, with another queue time-out of the model that is overloaded."""
-    repository = setting.folder / "overload-repository"
-    shutil.copytree(setting.repository, repository)
-    for config in (repository / setting.other.name).rglob("config.pbtxt"):
-        text = re.sub(r"(default_timeout_microseconds:) \d+", rf"\1 {timeout_ms * 1000}", config.read_text())
-        config.write_text(text)
-    return repository
+        return [row for way in WAYS_OVERLOADED for row in _overload(setting, service, way)]
 
 
 def capacity_rps(setting: Setting, service: Service, way: Way) -> float:
