@@ -213,7 +213,21 @@ def test_a_certificate_of_another_host_is_refused(server: EmbeddedServer, protoc
     relay = Relay((server.address, server.http_port if protocol == "http" else server.grpc_port), context)
     url = f"127.0.0.1:{relay.port}"  # the certificate is of localhost
     client = InferenceClient(url, protocol, ca_cert=ca_cert, retries=0, timeout_s=5)  # type: ignore[arg-type]
-    with client, pytest.raises(Unreachable, match=r"IP address mismatch|Hostname Verification"):
+    with client, pytest.raises(Unreachable, match=r"IP address mismatch|Hostname Verification") as refused:
+        client.ready()
+    assert str(refused.value).startswith(f"the certificate of {url} is not trusted (")
+    relay.close()
+
+
+@both
+def test_a_certificate_that_nothing_vouches_for_is_named_as_the_reason(protocol: str, tmp_path: Path) -> None:
+    (tmp_path / "served").mkdir()
+    (tmp_path / "known").mkdir()
+    _, context = make_certificate(tmp_path / "served")
+    ca_cert, _ = make_certificate(tmp_path / "known")
+    relay = Relay(("127.0.0.1", 9), context)
+    client = InferenceClient(f"localhost:{relay.port}", protocol, ca_cert=ca_cert, retries=0)  # type: ignore[arg-type]
+    with client, pytest.raises(Unreachable, match=r"is not trusted \(self.signed certificate\)"):
         client.ready()
     relay.close()
 

@@ -81,3 +81,11 @@ class ModelNotReady(ModelUnavailable):
 
 class ServerError(InferenceError):
     """The request reached the model and failed there."""
+
+
+def untrusted(url: str, why: str) -> Unreachable:
+    """The server's certificate does not prove who it is; nothing was sent."""
+    return Unreachable(
+        f"the certificate of {url} is not trusted ({why}); have the server renew it, ask it by the name that the "
+        "certificate is for, or give the authority that signed it (ca_cert=)"
+    )

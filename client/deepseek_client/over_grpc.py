@@ -27,6 +27,7 @@ from deepseek_client.errors import (
     ServerBusy,
     ServerError,
     Unreachable,
+    untrusted,
 )
 from deepseek_client.grpc_message import Encoder, message_of, timeout_field
 from deepseek_client.runtimes import Cancel
@@ -291,6 +292,10 @@ def _error(url: str, error: Any, deadline: Deadline) -> InferenceError:
     return kinds.get(code, ServerError)(f"{url}: {reason}")
 
 
+# BoringSSL's reason, and gRPC's own check of the name.
+_UNTRUSTED = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([^:()]*[^:() ])|Hostname Verification Check failed")
+
+
 def _unavailable(url: str, reason: str, error: Any) -> InferenceError:
     """One code for four things, told apart by the text: what it does not show to be safe counts as lost.
 
@@ -298,6 +303,8 @@ def _unavailable(url: str, reason: str, error: Any) -> InferenceError:
     restricted protocols, and of a connection that broke (may have run).
     """
     if reason.startswith(("failed to connect", "errors resolving", "DNS resolution failed")):
+        if found := _UNTRUSTED.search(reason):
+            return untrusted(url, found[1] or found[0])
         last = reason.rpartition(": ")[2].rstrip("]")
         return Unreachable(
             f"nothing serves gRPC at {url} ({last}); "

@@ -25,6 +25,7 @@ from deepseek_client.errors import (
     ModelNotFound,
     ServerError,
     Unreachable,
+    untrusted,
 )
 from deepseek_client.http_answer import Answer, read_answer
 from deepseek_client.http_connections import Connection
@@ -191,6 +192,8 @@ class HttpTransport:
             return await self._open(self._host, self._port, self._tls, deadline)
         except TimeoutError:
             raise deadline.exceeded(self._url) from None
+        except ssl.SSLCertVerificationError as error:
+            raise untrusted(self._url, error.verify_message.rstrip(".")) from None
         except OSError as error:
             scheme = "HTTPS" if self._tls else "HTTP"
             raise Unreachable(
@@ -250,8 +253,6 @@ def _path(model: str, version: str) -> str:
 
 def _why(error: OSError) -> str:
     """The system's own words, which asyncio puts into a sentence of its own."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError) or not error.errno or error.errno < 0:
         return str(error.strerror or error)
     return os.strerror(error.errno)
