@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -33,6 +34,12 @@ os.environ["CACHE"] = "off"  # each test builds what it shows; those of the cach
 def is_alone(item: pytest.Item) -> bool:
     """Whether it measures this machine."""
     return item.get_closest_marker("alone") is not None
+
+
+def pytest_configure() -> None:
+    """Ctrl-C reaches the commands that tests start, also where the tests were started in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
