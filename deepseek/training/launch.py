@@ -21,6 +21,7 @@ from typing import Any
 
 from deepseek.spec import GateFailed, InputError, Parser, run_command
 
+SAID_WHY = (2, 3)  # exit codes of bad input and of an invalid measurement
 KILLED_BY_US = {"SIGTERM", "SIGINT"}  # how the launcher stops the others
 
 
@@ -66,17 +67,20 @@ def launch(processes: int, script: list[str]) -> int:
 
 
 def _ended(failures: dict[int, Any]) -> int:
-    """Of several that died the one that was killed: the others lost it, and died of that."""
+    """Of several that died the one that was killed, else one that has said why: the others lost it and died of that."""
 
     def signalled(rank: int) -> bool:
         failure = failures[rank]
         return failure.exitcode < 0 and failure.signal_name() not in KILLED_BY_US
 
-    rank = min(failures, key=lambda each: (not signalled(each), failures[each].timestamp, each))
+    def cause_first(rank: int) -> tuple[bool, bool, float, int]:
+        return not signalled(rank), failures[rank].exitcode not in SAID_WHY, failures[rank].timestamp, rank
+
+    rank = min(failures, key=cause_first)
     failure = failures[rank]
     pid, code = failure.pid, failure.exitcode
-    if code in (2, 3):
-        return int(code)  # it has said why
+    if code in SAID_WHY:
+        return int(code)
     if code >= 0:
         raise GateFailed(
             f"rank {rank} (process {pid}) ended with exit code {code}, and the other ranks were stopped; what it said "
