@@ -277,12 +277,13 @@ STYLES = {"holds": "green", "violated": "red", "inconclusive": "yellow", "invali
 
 
 def _print(run: Run, judgement: Judgement, console: Console) -> None:
-    table = Table("objective", "limit", "seen", "margin", "", "")
+    noted = any(each.note for each in judgement.objectives)
+    table = Table("objective", "limit", "seen", "margin", "", *[""] * noted)
     for each in judgement.objectives:
         margin = f"{each.margin:+.0%}" if math.isfinite(each.margin) else ""
         status = f"[{STYLES[each.status]}]{each.status}[/]"
         limit = f"{SIGNS[each.relation]} {formatted(each.kind, each.limit)}"
-        table.add_row(each.name, limit, formatted(each.kind, each.seen), margin, status, each.note)
+        table.add_row(each.name, limit, formatted(each.kind, each.seen), margin, status, *[each.note] * noted)
     console.print(table)
     for line in (*judgement.problems, *judgement.notes):
         console.print(line)

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.spec import (
+    DeploymentSpec,
     GateFailed,
     InputError,
     InvalidMeasurement,
@@ -304,6 +305,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     args = parser.parse_args()
     records = history(args.model)
+    if not records:
+        DeploymentSpec.of_model(args.model, args.models)  # a name that is no model's is an error
     if args.json:
         there = newest(Path(args.repository) / args.model)
         print(
