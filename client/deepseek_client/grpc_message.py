@@ -17,6 +17,10 @@ from tritonclient.grpc import service_pb2
 
 from deepseek_client.transports import Placement, PreparedRequest
 
+SERVICE = "/inference.GRPCInferenceService/"
+Metadata = tuple[tuple[str, str], ...]
+"""Headers that go with a call."""
+
 MOST_HEADS = 1000
 # Field numbers of ModelInferRequest and InferParameter, with wire type 2 (a length and so many bytes) or 0 (a number).
 ID, PARAMETERS, RAW_INPUT_CONTENTS = b"\x1a", b"\x22", b"\x3a"  # 3, 4, 7

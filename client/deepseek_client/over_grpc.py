@@ -29,7 +29,7 @@ from deepseek_client.errors import (
     Unreachable,
     untrusted,
 )
-from deepseek_client.grpc_message import Encoder, message_of, timeout_field
+from deepseek_client.grpc_message import SERVICE, Encoder, Metadata, message_of, timeout_field
 from deepseek_client.runtimes import Cancel
 from deepseek_client.signature import ModelMetadata
 from deepseek_client.transports import (
@@ -57,8 +57,6 @@ OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),  # else all clients of the process share a connection, and that wait
     ("grpc.enable_http_proxy", 0),
 ]
-SERVICE = "/inference.GRPCInferenceService/"
-Metadata = tuple[tuple[str, str], ...]
 
 
 class Wire(Protocol):

@@ -23,8 +23,8 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
 from deepseek_client.errors import ConnectionLost
+from deepseek_client.grpc_message import SERVICE, Metadata
 from deepseek_client.http2 import CallFailed, Exchange, Frames, NotHttp2, answer_of, framed, header_block
-from deepseek_client.over_grpc import SERVICE, Metadata
 from deepseek_client.runtimes import Cancel
 
 READ_BYTES = 65536
