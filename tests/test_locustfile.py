@@ -143,13 +143,14 @@ def test_a_full_pool_drops_requests_and_counts_them(tiny: tuple[EmbeddedServer, 
     assert run.window.planned == run.window.ok + run.window.failed == 100
 
 
+@pytest.mark.alone
 def test_requests_that_the_server_refuses_or_does_not_answer_in_time_are_errors(
     tiny: tuple[EmbeddedServer, Path],
 ) -> None:
     stall = str(tiny[1] / "stall.npz")
     refused = measured(settings(tiny, model="narrow", rate_rps=50.0, inputs=stall, warmup_s=0.5))
     late = measured(settings(tiny, "http", rate_rps=50.0, inputs=stall, timeout_s=0.3, warmup_s=0.5))
-    assert refused.window.errors["ServerBusy"] > 20
+    assert refused.window.errors["ServerBusy"] > 10
     assert late.window.errors["DeadlineExceeded"] > 10
     assert refused.window.planned == refused.window.ok + refused.window.failed
 
