@@ -148,9 +148,11 @@ def test_requests_that_the_server_refuses_or_does_not_answer_in_time_are_errors(
     tiny: tuple[EmbeddedServer, Path],
 ) -> None:
     stall = str(tiny[1] / "stall.npz")
-    refused = measured(settings(tiny, model="narrow", rate_rps=50.0, inputs=stall, warmup_s=0.5))
+    # Evenly, so that the request that stalls the server finds its queue empty and is not refused itself.
+    narrow = settings(tiny, model="narrow", rate_rps=50.0, arrivals="constant", inputs=stall, warmup_s=0.5)
+    refused = measured(narrow)
     late = measured(settings(tiny, "http", rate_rps=50.0, inputs=stall, timeout_s=0.3, warmup_s=0.5))
-    assert refused.window.errors["ServerBusy"] > 10
+    assert refused.window.errors["ServerBusy"] > 20
     assert late.window.errors["DeadlineExceeded"] > 10
     assert refused.window.planned == refused.window.ok + refused.window.failed
 
