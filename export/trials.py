@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ Outputs = Callable[[Predict], list[Row]]  # what a trial makes of whatever predi
 MOST_CORNERS = 27  # of three axes; with more, one axis at a time leaves opt
 CORNER_ROWS = 8  # compared at a corner at least: one row of one label would say little
 CONCURRENT_ROWS = 32  # sent at once
-BATCHING_ROUNDS = 3  # Triton batches what has queued up, which is not much where the model is fast
+BATCHING_ROUNDS = 3
+BATCHING_SECONDS = 5.0
 # Two answers of one engine: another batch size may take another kernel, whose rounding is no coarser than fp16's.
 SAME_ENGINE: Tolerance = ParitySpec().fp16
 SPECIAL_ROWS = 8
@@ -155,7 +157,11 @@ def apart(predict: Predict, inputs: Row, least: int) -> list[Row]:
 
 
 def compare_batching(judge: Judge, rows: list[Row], executions: Callable[[], int | None]) -> dict[str, int | None]:
-    """Rows as requests of their own against the same rows as one batch; returns how Triton batched them."""
+    """Rows as requests of their own against the same rows as one batch; returns how Triton batched them.
+
+    Triton batches what has queued up, which is nothing in many a round where the model is fast, so that there are more
+    rounds until some requests were put together, up to BATCHING_SECONDS: batching may be off.
+    """
     spec, at = judge.spec, "rows sent apart, at once"
     least, inputs = spec.axes[BATCH].min, some_rows(spec, rows, CONCURRENT_ROWS)
     if rows_in(inputs) == least:
@@ -163,14 +169,16 @@ def compare_batching(judge: Judge, rows: list[Row], executions: Callable[[], int
     batch = judge.ask(at, lambda predict: outputs_of_batches(predict, [inputs]))
     if batch is None:
         return {}
-    before = executions()
-    found = judge.ask(
-        at, lambda predict: [row for _ in range(BATCHING_ROUNDS) for row in apart(predict, inputs, least)]
-    )
-    after = executions()
-    judge.compare(at, found, batch * BATCHING_ROUNDS, SAME_ENGINE)
-    ran = None if before is None or after is None else after - before
-    return {"requests": rows_in(inputs) // least * BATCHING_ROUNDS, "executions": ran}
+    found: list[Row] = []
+    rounds, ran, before, end = 0, None, executions(), time.monotonic() + BATCHING_SECONDS
+    while rounds < BATCHING_ROUNDS or (ran == len(found) // least and time.monotonic() < end):
+        answers = judge.ask(at, lambda predict: apart(predict, inputs, least))
+        if answers is None:
+            return {}
+        rounds, found, now = rounds + 1, found + answers, executions()
+        ran = None if before is None or now is None else now - before
+    judge.compare(at, found, batch * rounds, SAME_ENGINE)
+    return {"requests": len(found) // least, "executions": ran}
 
 
 def planted(spec: DeploymentSpec, inputs: Row, row: int, value: float) -> Row:

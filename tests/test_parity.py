@@ -220,8 +220,8 @@ def test_requests_at_once_are_batched_by_triton_and_split_right(compare: Compare
     result = compare("image")
     assert result["failures"] == []
     found = [result["batching"][protocol] for protocol in ("http", "grpc")]
-    assert [each["requests"] for each in found] == [24, 24]
-    assert sum(each["executions"] for each in found) < 48  # some met in the queue, however fast the model is
+    assert all(each["requests"] >= 24 and each["requests"] % 8 == 0 for each in found)
+    assert all(each["executions"] < each["requests"] for each in found)  # rounds go on until some meet in the queue
 
 
 def test_a_nan_and_an_inf_come_through_and_touch_no_other_row(compare: Compare) -> None:
