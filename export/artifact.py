@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from deepseek.spec import DeploymentSpec, FileDigest, InputError, Manifest, Target, build_dir
+from deepseek.spec import DeploymentSpec, FileDigest, InputError, Manifest, Target, build_dir, flags_for, variables_for
 
 Row = dict[str, np.ndarray]  # one sample: each input with a batch dimension of 1
 
@@ -73,11 +73,13 @@ def pruning_of(name: str) -> dict[str, Any]:
     """What pruning.json says where the module is pruned, else an empty dict."""
     if not pruned_path(name).is_file():
         return {}
-    path = need(pruning_path(name), f"python -m export.prune --model {name}")
+    path = need(pruning_path(name), f"python -m export.prune {flags_for(name)}")
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); make it anew: python -m export.prune") from None
+        raise InputError(
+            f"{path}: not valid JSON ({error}); make it anew: python -m export.prune {flags_for(name)}"
+        ) from None
     return found
 
 
@@ -205,11 +207,12 @@ def digests(folder: Path) -> dict[str, FileDigest]:
 
 def read_manifest(artifact: Path) -> Manifest:
     """The manifest beside an artifact; raises InputError where there is none or it is broken."""
-    path = need(artifact.parent / "manifest.json", "make engine")
+    name = artifact.relative_to(build_dir("")).parts[0]
+    path = need(artifact.parent / "manifest.json", f"make engine {variables_for(name)}")
     try:
         return Manifest.load(path)
     except InputError as error:
-        raise InputError(f"{error}; build it again: make clean engine") from None
+        raise InputError(f"{error}; build it again: make clean engine {variables_for(name)}") from None
 
 
 def sha256(path: Path) -> str:
@@ -270,7 +273,7 @@ def save_rows(path: Path, rows: Iterable[Row]) -> int:
 def load_rows(path: Path) -> list[Row]:
     """What `save_rows` wrote."""
     rows: dict[str, Row] = {}
-    with np.load(need(path, "python -m export.to_onnx")) as arrays:
+    with np.load(need(path, f"python -m export.to_onnx {flags_for(path.parent.name)}")) as arrays:
         for key in arrays.files:
             row, name = key.split("/", 1)
             rows.setdefault(row, {})[name] = arrays[key]

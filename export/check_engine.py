@@ -23,7 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.spec import DeploymentSpec, GateFailed, InputError, Parser, Precision, run_command
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, Parser, Precision, run_command, variables_for
 from export.artifact import Clock, human_bytes, need, onnx_path, read_manifest, refusal
 from export.engine import engine_from_onnx, library_prints_to_stderr, prove, tensorrt_module, weight_bytes
 from export.isolation import in_child
@@ -36,7 +36,7 @@ def check(trt: Any, spec: DeploymentSpec, precision: Precision, *, asked: bool) 
     clock = Clock()
     row: dict[str, Any] = {"model": spec.name, "precision": precision, "failure": "", "refused": ""}
     try:
-        source = need(onnx_path(spec.name, precision), f"make check-engine MODEL={spec.name}")
+        source = need(onnx_path(spec.name, precision), f"make check-engine {variables_for(spec.name)}")
         if reason := refusal(source):
             row["refused"] = " ".join(reason.split())
             if asked or precision in spec.precision.candidates:

@@ -60,6 +60,7 @@ from deepseek.spec import (
     add_model_arguments,
     build_dir,
     run_command,
+    variables_for,
 )
 from export.artifact import Row, load_rows, staged
 from export.reference import run_torch
@@ -139,7 +140,7 @@ def what_is_served(spec: DeploymentSpec, endpoints: list[Endpoint]) -> dict[str,
             if seen != wanted:
                 raise GateFailed(
                     f"{spec.name} at {endpoint.url} has the {kind} {seen}, deploy.toml has {wanted}; publish it again "
-                    "(make engine) and start the server anew"
+                    f"(make engine {variables_for(spec.name)}) and start the server anew"
                 )
         precision = metadata.parameters.get("precision", "")
         if precision not in get_args(Precision):

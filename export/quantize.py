@@ -41,6 +41,7 @@ from deepseek.spec import (
     Parser,
     add_model_arguments,
     build_dir,
+    flags_for,
     run_command,
 )
 from export.artifact import (
@@ -118,7 +119,7 @@ def prove(config: QuantConfig, found: dict[str, Any]) -> None:
 
 def quantize_model(spec: DeploymentSpec, config: QuantConfig, model_folder: Source | None = None) -> dict[str, Any]:
     """Runs the stage; returns what it made. Without the model's folder there is no sensitivity pass."""
-    source = need(onnx_path(spec.name, "fp32"), f"python -m export.to_onnx --model {spec.name}")
+    source = need(onnx_path(spec.name, "fp32"), f"python -m export.to_onnx {flags_for(spec.name)}")
     path = onnx_path(spec.name, config.precision)
     if config.precision != "fp16" and config.calibration_data is None:
         raise InputError(f"{config.precision}: no calibration data; random data would make a graph that is wrong")
@@ -379,7 +380,7 @@ def main() -> None:
     spec = DeploymentSpec.of_model(args.model, args.models)
     precision = spec.precision
     data = args.calibration_data or need(
-        build_dir(spec.name) / "calibration.npz", f"python -m export.to_onnx --model {spec.name}"
+        build_dir(spec.name) / "calibration.npz", f"python -m export.to_onnx {flags_for(spec.name)}"
     )
     weight_only = args.precision == "int8" and (args.weight_only or precision.weight_only)
     config = QuantConfig.of_precision(

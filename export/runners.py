@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 
 from deepseek.onnxruntime_session import ProviderError, open_session
-from deepseek.spec import DeploymentSpec, InputError, Precision, Target
+from deepseek.spec import DeploymentSpec, InputError, Precision, Target, variables_for
 from export.artifact import Row, batches, engine_path, filled, join, need, onnx_path, read_manifest
 from export.source import Predict, Source
 
@@ -138,14 +138,13 @@ def torchscript_runner(spec: DeploymentSpec, path: Path, device: str) -> Predict
 
 def variant_runner(spec: DeploymentSpec, precision: Precision, target: Target) -> Predict:
     """What serves a precision on a target. RTX engines need their GPU: their graph runs instead."""
+    hint = f"make engine {variables_for(spec.name)} PRECISION={precision}"
     if target == "torchscript":
-        path = need(engine_path(spec.name, precision, target), "make engine TARGET=torchscript")
+        path = need(engine_path(spec.name, precision, target), f"{hint} TARGET=torchscript")
         return torchscript_runner(spec, path, read_manifest(path).settings["device"])
     if target == "tensorrt":
-        return tensorrt_runner(
-            spec, need(engine_path(spec.name, precision, target), f"make engine PRECISION={precision}")
-        )
-    return onnx_runner(spec, need(onnx_path(spec.name, precision), f"make engine PRECISION={precision}"), target)
+        return tensorrt_runner(spec, need(engine_path(spec.name, precision, target), hint))
+    return onnx_runner(spec, need(onnx_path(spec.name, precision), hint), target)
 
 
 def within_batch(predict: Predict, limit: int) -> Predict:

@@ -33,7 +33,9 @@ from deepseek.spec import (
     add_model_arguments,
     build_dir,
     run_command,
+    variables_for,
 )
+from deepseek.spec.checks import first_error
 from export.artifact import (
     Clock,
     axes_of,
@@ -70,7 +72,7 @@ def build_engine(
     spec: DeploymentSpec, precision: Precision, target: CompiledTarget, options: TensorrtSpec
 ) -> dict[str, Any]:
     """Runs the stage; returns what it made."""
-    source = need(onnx_path(spec.name, precision), f"make engine PRECISION={precision}")
+    source = need(onnx_path(spec.name, precision), f"make engine {variables_for(spec.name)} PRECISION={precision}")
     path = engine_path(spec.name, precision, target)
     if reason := refusal(source):  # one of several candidates: the others go on
         refuse(path, reason)
@@ -78,7 +80,7 @@ def build_engine(
     if precision == "int8" and read_manifest(source).settings.get("high_precision") == "fp32":
         raise InputError(
             f"{source}: made for ONNX Runtime on a CPU (unsigned activations, which TensorRT does not take); quantize "
-            f"it with --high-precision fp16, as make engine TARGET={target} does"
+            f"it with --high-precision fp16, as make engine TARGET={target} {variables_for(spec.name)} does"
         )
     trt = tensorrt_module(target)
     key = key_of(
@@ -158,9 +160,8 @@ def options_of(spec: DeploymentSpec, args: argparse.Namespace) -> TensorrtSpec:
     try:
         return TensorrtSpec.model_validate({**spec.tensorrt.model_dump(), **asked})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        flag = str(first["loc"][0]).replace("_", "-")
-        raise InputError(f"--{flag}: seen {first['input']!r}; {first['msg']}") from None
+        key, message = first_error(error, TensorrtSpec)
+        raise InputError(f"--{key.replace('_', '-')}: {message}") from None
 
 
 def main() -> None:

@@ -36,7 +36,9 @@ from deepseek.spec import (
     Target,
     add_model_arguments,
     build_dir,
+    flags_for,
     run_command,
+    variables_for,
 )
 from export.artifact import (
     Row,
@@ -206,7 +208,7 @@ def check_profile(spec: DeploymentSpec, engine: Path) -> None:
     if built != now:
         raise InputError(
             f"{engine} was built for the axes {json.dumps(built)}, deploy.toml now has {json.dumps(now)}; "
-            "build it again: make engine"
+            f"build it again: make engine {variables_for(spec.name)}"
         )
 
 
@@ -216,7 +218,9 @@ def publish_version(spec: DeploymentSpec, precision: Precision, target: Target, 
         raise InputError(
             "target tensorrt_rtx: Triton cannot load such an engine; publish onnxruntime, tensorrt or torchscript"
         )
-    engine = need(engine_path(spec.name, precision, target), f"make engine MODEL={spec.name} PRECISION={precision}")
+    engine = need(
+        engine_path(spec.name, precision, target), f"make engine {variables_for(spec.name)} PRECISION={precision}"
+    )
     check_profile(spec, engine)
     row = load_rows(build_dir(spec.name) / "evaluation.npz")[0]
     model = repository / spec.name
@@ -275,7 +279,10 @@ def published_manifest(spec: DeploymentSpec, target: Target, engine: Path, folde
     files = digests(folder)
     for name, digest in built.files.items():
         if name.startswith(engine.name) and files.get(name) != digest:
-            raise GateFailed(f"{engine.parent / name} is not what was built; build it again: make clean engine")
+            raise GateFailed(
+                f"{engine.parent / name} is not what was built; build it again: make clean engine "
+                f"{variables_for(spec.name)}"
+            )
     signature = {"inputs": spec.inputs, "outputs": spec.outputs}
     graphs = {"cuda_graph_batches": cuda_graph_batches(spec)} if target == "tensorrt" else {}
     settings = {**built.settings, **graphs}
@@ -308,7 +315,7 @@ def _retire(model: Path, version: int, scratch: Path) -> None:
 
 def chosen_precision(name: str, target: Target) -> Precision:
     """What `export.compare` chose."""
-    path = need(choice_path(name, target), f"python -m export.compare --model {name} --target {target}")
+    path = need(choice_path(name, target), f"python -m export.compare {flags_for(name)} --target {target}")
     return json.loads(path.read_text())["chosen"]
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from export.artifact import scratch_in, staged
+from tests.conftest import run_module
 
 OWNER = """
 import sys, time
@@ -32,3 +33,12 @@ def test_a_scratch_folder_outlives_neighbours_but_not_its_killed_owner(tmp_path:
         with scratch_in(tmp_path) as mine:
             assert list(tmp_path.iterdir()) == [mine]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_artifact_is_told_with_the_command_that_makes_it_for_this_model(tmp_path: Path) -> None:
+    model = ("--models", "tests/models", "--model", "image")
+    run = run_module("export.quantize", *model, "--precision", "int8", BUILD=str(tmp_path))
+    assert run.returncode == 2
+    assert run.stderr.endswith("; make it with: python -m export.to_onnx --model image --models tests/models\n")
+    run = run_module("export.to_tensorrt", *model, "--precision", "fp32", BUILD=str(tmp_path))
+    assert run.stderr.endswith("; make it with: make engine MODEL=image MODELS=tests/models PRECISION=fp32\n")

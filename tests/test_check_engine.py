@@ -41,7 +41,9 @@ def test_a_graph_that_is_not_what_it_is_named_after_fails_the_check_and_not_the_
     run = run_module("export.check_engine", "--models", "tests/models", "--model", "image", BUILD=str(tmp_path))
     assert run.returncode == 1
     assert "image fp16: fp16 was asked for, but no compute layer" in run.stdout
-    assert "int8/model.onnx: no such file; make it with: make check-engine MODEL=image" in run.stdout
+    assert (
+        "int8/model.onnx: no such file; make it with: make check-engine MODEL=image MODELS=tests/models" in run.stdout
+    )
     assert "error: 3 of 4 engines do not hold: image fp16, image int8, image fp8" in run.stderr
 
 

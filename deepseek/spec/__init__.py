@@ -13,7 +13,7 @@ from deepseek.spec.command import (
     add_model_arguments,
     run_command,
 )
-from deepseek.spec.deployment import DeploymentSpec, build_dir
+from deepseek.spec.deployment import DeploymentSpec, build_dir, flags_for, variables_for
 from deepseek.spec.manifest import FileDigest, Manifest, PublishedManifest
 from deepseek.spec.objectives import Objective, Relation, SloSpec
 from deepseek.spec.tables import (
@@ -57,5 +57,7 @@ __all__ = [
     "TunedTarget",
     "add_model_arguments",
     "build_dir",
+    "flags_for",
     "run_command",
+    "variables_for",
 ]

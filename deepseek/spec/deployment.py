@@ -33,6 +33,10 @@ ModelName = Annotated[str, matching("[A-Za-z0-9][A-Za-z0-9_-]*", "ASCII letters,
 TomlName = Annotated[str, matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.toml", "a file's name, such as tuned.toml")]
 
 
+_MODELS = Path("models")
+_models_of: dict[str, Path] = {}  # where each model was last looked for
+
+
 class DeploymentSpec(Table):
     """One deployable model, as its `deploy.toml` has it. Sizes in elements, times as the names say."""
 
@@ -199,6 +203,7 @@ class DeploymentSpec(Table):
     def of_model(cls, model: str, models: str | Path = "models", *, tuned: str | Path | None = None) -> DeploymentSpec:
         """The spec of the model folder `<models>/<model>`; its name must be the folder's. `tuned`: see `load`."""
         models = Path(models)
+        _models_of[model] = models
         if not (models / model / "deploy.toml").is_file():
             found = sorted(path.parent.name for path in models.glob("*/deploy.toml"))
             raise InputError(f"no model {model!r} (no {models / model / 'deploy.toml'}); {models} has {listed(found)}")
@@ -207,6 +212,18 @@ class DeploymentSpec(Table):
             path = models / model / "deploy.toml"
             raise InputError(f"{path}: name: seen {spec.name!r}; it must be the folder's, {model!r}")
         return spec
+
+
+def flags_for(name: str) -> str:
+    """The flags that name a model to a stage, as a hint has them: `--models` where it was last opened elsewhere."""
+    models = _models_of.get(name, _MODELS)
+    return f"--model {name}" + ("" if models == _MODELS else f" --models {models}")
+
+
+def variables_for(name: str) -> str:
+    """The same as variables for make."""
+    models = _models_of.get(name, _MODELS)
+    return f"MODEL={name}" + ("" if models == _MODELS else f" MODELS={models}")
 
 
 def build_dir(name: str) -> Path:
