@@ -11,7 +11,6 @@ Example:
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import signal
@@ -28,6 +27,7 @@ from typing import Literal
 from deepseek_client import InferenceClient, InferenceError
 
 from deepseek.spec import InputError
+from deepseek.spec.children import ends_with_us
 
 # The server of the target onnxruntime; {names} are filled in.
 EMBEDDED = (
@@ -37,8 +37,6 @@ EMBEDDED = (
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
 _ROOT = str(Path(__file__).resolve().parent.parent)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class NotServed(Exception):
@@ -82,7 +80,6 @@ def _process(command: str, repository: Path, folder: Path, ports: dict[str, int]
     except (KeyError, IndexError, ValueError) as error:
         allowed = "{repository}, {http_port}, {grpc_port}, {metrics_port}"
         raise InputError(f"--server {command!r}: {error!r}; the fields are {allowed}") from None
-    parent = os.getpid()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "server.log").open("wb") as log:
         try:
@@ -93,7 +90,7 @@ def _process(command: str, repository: Path, folder: Path, ports: dict[str, int]
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches us alone, and we end it
-                preexec_fn=lambda: _die_with_parent(parent),
+                preexec_fn=ends_with_us(),
             )
         except OSError as error:
             raise InputError(f"--server: {words[0]} cannot be started: {error.strerror}") from None
@@ -106,13 +103,6 @@ def _process(command: str, repository: Path, folder: Path, ports: dict[str, int]
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _die_with_parent(parent: int) -> None:
-    """In the child: SIGTERM when this process ends, however it ends."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _wait_until_ready(server: LocalServer, protocol: Literal["grpc", "http"], model: str) -> None:

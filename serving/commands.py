@@ -9,10 +9,8 @@ Example:
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,10 +19,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from deepseek.spec import GateFailed, InputError, InvalidMeasurement
+from deepseek.spec.children import ends_with_us
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LIBC = ctypes.CDLL(None, use_errno=True)
 _ERRORS: dict[int, type[Exception]] = {1: GateFailed, 2: InputError, 3: InvalidMeasurement}
 
 
@@ -59,7 +56,7 @@ def ask(name: str, *flags: str) -> Answer:
         capture_output=True,
         text=True,
         env=_environment(),
-        preexec_fn=_ends_with(os.getpid()),
+        preexec_fn=ends_with_us(),
     )
     try:
         data = json.loads(run.stdout)
@@ -79,7 +76,7 @@ class SteadyLoad:
             stderr=subprocess.PIPE,  # a line or a traceback: less than a pipe holds
             text=True,
             env=_environment(),
-            preexec_fn=_ends_with(os.getpid()),
+            preexec_fn=ends_with_us(),
         )
 
     def __enter__(self) -> Self:
@@ -119,17 +116,6 @@ class SteadyLoad:
 def _environment() -> dict[str, str]:
     """In which our own modules are found from anywhere."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))}
-
-
-def _ends_with(parent: int) -> Any:
-    """For the child, before it starts: SIGTERM when its parent ends, however it does."""
-
-    def before() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return before
 
 
 def _last_line(text: str) -> str:

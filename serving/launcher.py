@@ -21,7 +21,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from types import TracebackType
 from typing import IO
 
 from deepseek.spec import GateFailed, InputError
+from deepseek.spec.children import ends_with_us
 from serving.caretaker import Caretaker
 from serving.control import ModelControl, is_ready
 from serving.flags import (
@@ -43,13 +43,14 @@ from serving.flags import (
     admin_key,
     server_flags,
 )
+from serving.ports import HeldPorts
 from serving.repository import Finding, models_in
 from serving.stubs import LOOK_S, StubWatch
 from serving.triton_log import KILLED, failure, load_failures
 from serving.view import ApprovedView
 from serving.wheel import assemble_backend, environment, parts
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -88,8 +89,10 @@ class EmbeddedServer:
     ) -> None:
         self.repository = Path(repository)
         self.address = address
-        ports = _free_ports(address, {"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port})
-        self.http_port, self.grpc_port, self.metrics_port = ports
+        self._ports = HeldPorts(address, {"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port})
+        self.http_port, self.grpc_port, self.metrics_port = (
+            self._ports.numbers[name] for name in ("HTTP", "gRPC", "metrics")
+        )
         self.timeout_s = timeout_s
         self.log_path = Path(log_path or Path(os.environ.get("BUILD", "build")) / "serving" / "triton.log")
         self.models: list[str] = []
@@ -138,6 +141,7 @@ class EmbeddedServer:
         try:
             self._start()
             self._wait_until_ready()
+            self._ports.release()
             self._started.set()
             self._look_after()
         except BaseException:
@@ -167,7 +171,6 @@ class EmbeddedServer:
         with self.log_path.open("wb") as log:
             log.write(f"{' '.join(command)}\n".encode())
             log.flush()
-            parent = os.getpid()
             _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # stubs orphaned by a crash become ours to reap
             self._process = subprocess.Popen(
                 command,
@@ -176,7 +179,7 @@ class EmbeddedServer:
                 stdout=subprocess.PIPE if self._echo_log else log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is ours to pass on, and the group is ours to end
-                preexec_fn=lambda: _die_with_parent(parent),
+                preexec_fn=ends_with_us(),
             )
         if self._process.stdout is not None:
             self._echo = threading.Thread(target=self._copy_log, args=(self._process.stdout,), daemon=True)
@@ -274,6 +277,7 @@ class EmbeddedServer:
 
     def stop(self) -> None:
         """Lets requests in flight finish, ends the server and its stubs, removes what it laid out."""
+        self._ports.release()
         if self._caretaker is not None:
             self._caretaker.prepare_to_stop()
         if self._process is not None:
@@ -313,32 +317,6 @@ def check_repository(repository: Path) -> list[str]:
                 "docker compose up serves it on a machine with a GPU; or rebuild with: make engine TARGET=onnxruntime"
             )
     return [config.parent.name for config in configs]
-
-
-def _die_with_parent(parent: int) -> None:
-    """In the child: SIGTERM when the launcher dies, however it dies."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _free_ports(address: str, wanted: dict[str, int]) -> list[int]:
-    """The ports asked for, free ones in place of 0. All are held until all are known to be free."""
-    with contextlib.ExitStack() as stack:
-        ports = []
-        for name, port in wanted.items():
-            held = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Triton: TIME_WAIT is no obstacle
-            try:
-                held.bind((address, port))
-                held.listen()
-            except (OSError, OverflowError) as error:
-                raise InputError(
-                    f"{name} port {address}:{port} cannot be used ({error}); "
-                    f"choose another, e.g. {name.upper()}_PORT={port + 1000 if 0 < port < 60000 else 9000}"
-                ) from None
-            ports.append(held.getsockname()[1])
-        return ports
 
 
 def _say(line: str) -> None:

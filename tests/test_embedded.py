@@ -24,7 +24,9 @@ from tritonclient import grpc as triton
 from deepseek.spec import DeploymentSpec, FileDigest, GateFailed, InputError
 from export.to_triton import publish_version
 from serving.embedded import EmbeddedServer
+from serving.ports import HeldPorts
 from tests.conftest import write_add_one
+from tests.gateway import free_port
 
 FREE: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 FREE_FLAGS = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
@@ -92,6 +94,26 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=rf"HTTP port 127.0.0.1:{port} cannot be used .* HTTP_PORT="):
             EmbeddedServer(tmp_path / "repository", http_port=port, grpc_port=0, metrics_port=0)
+
+
+def test_a_port_that_was_picked_is_nobody_elses_until_the_server_listens() -> None:
+    ports = HeldPorts("127.0.0.1", {"HTTP": 0, "gRPC": 0})
+    assert len(set(ports.numbers.values())) == 2
+    for port in ports.numbers.values():
+        with socket.socket() as another, pytest.raises(OSError, match="in use"):
+            another.bind(("127.0.0.1", port))
+    ports.release()
+    with socket.socket() as another:
+        another.bind(("127.0.0.1", ports.numbers["HTTP"]))
+
+
+def test_two_endpoints_on_one_port_and_an_address_of_another_machine_are_one_line(tmp_path: Path) -> None:
+    port = free_port()
+    with pytest.raises(InputError, match=rf"^gRPC port 127.0.0.1:{port} cannot be used .*another one's.* GRPC_PORT="):
+        EmbeddedServer(tmp_path / "repository", http_port=port, grpc_port=port, metrics_port=0)
+    for address in ("192.0.2.1", "::1"):  # RFC 5737, and IPv6
+        with pytest.raises(InputError, match=rf"^--address {address}: this machine has no such IPv4 address"):
+            EmbeddedServer(tmp_path / "repository", address=address, **FREE)
 
 
 @pytest.mark.parametrize(
