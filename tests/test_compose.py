@@ -216,7 +216,7 @@ def test_a_load_test_through_the_gateway_ends_in_a_verdict(stack: Stack, tmp_pat
     (tmp_path / "text" / "deploy.toml").write_text(toml[: toml.index("[slo]")] + SLO)
     tmp_path.chmod(0o755)
     settings = {"MODEL": "text", "DEEPSEEK_API_KEY": new_key(stack.gateway, "loadtest")}
-    settings |= {"STACK_MODELS": str(tmp_path), "BUILD": "build", "MODELS": "models"}  # make's own are not the stack's
+    settings |= {"STACK_MODELS": str(tmp_path), "BUILD": "build", "MODELS": "models", "TARGET": "auto"}  # make's own
     flags = ("--url", "gateway:8443", "--ca-cert", "/ca.crt", "--rate", "20", "--duration-s", "3", "--warmup-s", "1")
     done = stack.compose("run", "--rm", "-T", "loadtest", *flags, check=False, environment=settings)
     told = f"exit code {done.returncode}: {done.stdout}{done.stderr}"
