@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ssl
 import threading
 import time
@@ -72,6 +73,25 @@ def test_many_tasks_share_a_client(server: EmbeddedServer, protocol: str) -> Non
 
     for k, answer in enumerate(using(server, protocol, use)):
         np.testing.assert_array_equal(answer["y"], X + k + 1)
+
+
+@both
+def test_calls_that_a_failed_gather_left_behind_leave_no_connection(server: EmbeddedServer, protocol: str) -> None:
+    relay = relay_to(server, protocol)
+
+    async def main() -> None:
+        async with AsyncInferenceClient(relay.url, protocol, idempotent=True) as client:  # type: ignore[arg-type]
+            await client.metadata("slow")
+            left = [asyncio.ensure_future(client.infer("slow", {"x": X})) for _ in range(2)]
+            with pytest.raises(ModelNotFound):
+                await asyncio.gather(*left, client.infer("absent", {"x": X}))
+        await asyncio.wait(left)  # they end, one way or the other, after the client was closed
+        assert not [each for each in left if each.exception() and not isinstance(each.exception(), ConnectionLost)]
+        await asyncio.sleep(0)  # an aborted transport is closed in the loop's next turn
+
+    asyncio.run(main())
+    gc.collect()  # a transport that is still open warns, and warnings are errors
+    relay.close()
 
 
 @both

@@ -264,8 +264,10 @@ class Calls:
                 pause_s = self._pause_s(error, tried, deadline)
                 if pause_s is None or not self._may_retry(error, model):
                     raise
-            if pause_s:
-                await self._runtime.sleep(pause_s)
+                if pause_s:
+                    await self._runtime.sleep(pause_s)
+                if self._closed:  # meanwhile: what is opened now would stay open
+                    raise
 
     async def _attempt(
         self, operation: Operation[Result], replica: Replica, model: str | None, cancel: Cancel | None
@@ -316,6 +318,8 @@ class Calls:
         counters = self._counters_of(model or "")
 
         def second() -> Attempt[Result] | None:
+            if self._closed:
+                return None
             if not self._budget.take():
                 counters.add("denied")
                 return None

@@ -63,6 +63,7 @@ class HttpTransport:
         self._tls = ssl.create_default_context(cadata=ca_cert.decode() if ca_cert else None) if tls else None
         self._headers = f"Host: {url}\r\n" + (f"Authorization: Bearer {api_key}\r\n" if api_key else "")
         self._idle: deque[Connection] = deque()  # append and pop are atomic, so threads need no lock
+        self._closed = False
 
     async def ready(self, model: str | None, version: str, deadline: Deadline) -> bool:
         """See Transport."""
@@ -119,9 +120,14 @@ class HttpTransport:
         await self._post(f"/v2/systemsharedmemory/region/{region}/unregister", b"", deadline)
 
     async def close(self) -> None:
-        """See Transport."""
-        while self._idle:
-            self._idle.pop().close()
+        """See Transport. Connections of calls in flight are closed at the calls' ends."""
+        self._closed = True
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().close()
 
     async def _post(self, path: str, body: bytes, deadline: Deadline, cancel: Cancel | None = None) -> None:
         answer = await self._exchange("POST", path, deadline, (body,), cancel=cancel)
@@ -178,6 +184,8 @@ class HttpTransport:
                 cancel.stopped_by(None)
             if answer is not None and answer.keep and not (cancel and cancel.cancelled):
                 self._idle.append(connection)
+                if self._closed:  # asked after the append, so that none slips past a `close` in another thread
+                    self._close_idle()
             else:
                 connection.close()
         return answer
