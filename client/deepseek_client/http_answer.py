@@ -7,12 +7,14 @@ RemoteDisconnected where the stream ends before the first byte, IncompleteRead w
 The standard library's parser wants a file that blocks, so that asyncio cannot use it; the tests compare the two.
 """
 
+import functools
 import http.client
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 LONGEST_HEAD_BYTES = 65536
+MOST_HEADS = 32  # whose meaning is kept
 Receive = Callable[[int], Awaitable[bytes | bytearray]]
 """Some bytes, of as many as are wanted (0: not known); none at the end of the stream."""
 
@@ -70,20 +72,37 @@ class _Reader:
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """What stands before a body."""
+
+    status: int
+    headers: Mapping[str, str]
+    size: int | None
+    """Of the body; None: in chunks, or to the end of the stream."""
+    chunked: bool
+    keep: bool
+    """Whether the connection may be used after the body, if that tells its own end."""
+
+
 async def read_answer(receive: Receive) -> Answer:
     """The answer to a GET or a POST."""
     reader = _Reader(receive)
-    status, version = 100, b""
-    headers: dict[str, str] = {}
-    while 100 <= status < 200:  # "continue" and its like come before the answer
-        status, version, headers = await _head(reader)
-    body, keep = await _body(reader, status, headers)
-    tokens = {token.strip() for token in headers.get("connection", "").lower().split(",")}
-    keep = keep and not reader.buffer and "close" not in tokens and (version == b"1" or "keep-alive" in tokens)
-    return Answer(status=status, headers=headers, body=body, keep=keep)
+    head = await _head(reader)
+    while head.status < 200:  # "continue" and its like come before the answer
+        head = await _head(reader)
+    keep = head.keep
+    body: bytes | bytearray
+    if head.size is not None:
+        body = await reader.exactly(head.size)
+    elif head.chunked:
+        body = await _chunks(reader)
+    else:
+        body, keep = await _to_the_end(reader), False
+    return Answer(status=head.status, headers=head.headers, body=body, keep=keep and not reader.buffer)
 
 
-async def _head(reader: _Reader) -> tuple[int, bytes, dict[str, str]]:
+async def _head(reader: _Reader) -> _Head:
     try:
         while len(reader.buffer) < 5:
             await reader.more()
@@ -93,7 +112,12 @@ async def _head(reader: _Reader) -> tuple[int, bytes, dict[str, str]]:
         raise
     if not reader.buffer.startswith(b"HTTP/"):
         raise http.client.BadStatusLine(repr(bytes(reader.buffer[:40])))
-    first, *lines = (await reader.until(b"\r\n\r\n")).split(b"\r\n")
+    return _parsed(await reader.until(b"\r\n\r\n"))
+
+
+@functools.lru_cache(MOST_HEADS)  # a server's answers to one request are headed alike
+def _parsed(head: bytes) -> _Head:
+    first, *lines = head.split(b"\r\n")
     match = re.match(rb"HTTP/1\.([01]) ([1-9]\d\d)(?: |$)", first)
     if match is None:
         raise http.client.BadStatusLine(repr(first[:40]))
@@ -104,29 +128,38 @@ async def _head(reader: _Reader) -> tuple[int, bytes, dict[str, str]]:
             raise http.client.HTTPException(f"a header that cannot be read: {line[:40]!r}")
         name = name.lower()
         headers[name] = f"{headers[name]}, {value.strip()}" if name in headers else value.strip()
-    return int(match[2]), match[1], headers
+    status = int(match[2])
+    size, chunked = _body_framing(status, headers)
+    tokens = {token.strip() for token in headers.get("connection", "").lower().split(",")}
+    keep = "close" not in tokens and (match[1] == b"1" or "keep-alive" in tokens)
+    confused = chunked and "content-length" in headers  # somebody between us is
+    return _Head(status=status, headers=headers, size=size, chunked=chunked, keep=keep and not confused)
 
 
-async def _body(reader: _Reader, status: int, headers: Mapping[str, str]) -> tuple[bytes | bytearray, bool]:
-    """The body, and whether its end was told by anything but the end of the stream."""
-    if status in (204, 304):
-        return b"", True
+def _body_framing(status: int, headers: Mapping[str, str]) -> tuple[int | None, bool]:
+    """The size, where it is told, and whether it comes in chunks."""
+    if status < 200 or status in (204, 304):
+        return 0, False
     if "transfer-encoding" in headers:
         if headers["transfer-encoding"].lower() != "chunked":
             raise http.client.UnknownTransferEncoding(headers["transfer-encoding"])
-        return await _chunks(reader), "content-length" not in headers  # both: somebody between us is confused
+        return None, True
     if "content-length" in headers:
         sizes = {size.strip() for size in headers["content-length"].split(",")}
         size = sizes.pop()
         if sizes or not re.fullmatch(r"[0-9]{1,18}", size):
             raise http.client.HTTPException(f"Content-Length: {headers['content-length']}")
-        return await reader.exactly(int(size)), True
+        return int(size), False
+    return None, False
+
+
+async def _to_the_end(reader: _Reader) -> bytearray:
     while True:
         try:
             await reader.more()
         except http.client.IncompleteRead:
             body, reader.buffer = reader.buffer, bytearray()
-            return body, False
+            return body
 
 
 async def _chunks(reader: _Reader) -> bytearray:

@@ -37,7 +37,7 @@ class Connection(Protocol):
 
 
 class BlockingConnection:
-    """A socket; under gevent one that lets other greenlets run."""
+    """A socket; under gevent, where it is for TLS alone, one that lets other greenlets run."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
@@ -45,9 +45,8 @@ class BlockingConnection:
     @classmethod
     async def open(cls, host: str, port: int, tls: ssl.SSLContext | None, deadline: Deadline) -> "BlockingConnection":
         """Connects; raises OSError."""
-        connection = _connect(host, port, deadline)
+        connection = connected(host, port, deadline)
         try:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return cls(tls.wrap_socket(connection, server_hostname=host) if tls else connection)
         except BaseException:
             connection.close()
@@ -188,14 +187,15 @@ def _is_readable(descriptor: int) -> bool:
     return bool(poll.poll(0))
 
 
-def _connect(host: str, port: int, deadline: Deadline) -> socket.socket:
-    """As socket.create_connection, which would give each address of the host the full time."""
+def connected(host: str, port: int, deadline: Deadline) -> socket.socket:
+    """As socket.create_connection, which would give each address of the host the full time. Sends at once."""
     failure = OSError("the host has no address")
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         connection = socket.socket(family, kind, protocol)
         try:
             connection.settimeout(deadline.socket_timeout_s())
             connection.connect(address)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return connection
         except OSError as error:
             connection.close()

@@ -31,8 +31,8 @@ from deepseek_client.calls import Calls
 from deepseek_client.counters import Statistics
 from deepseek_client.http_connections import AsyncConnection, BlockingConnection
 from deepseek_client.over_grpc import GrpcTransport, async_wire, blocking_wire
-from deepseek_client.over_http import HttpTransport
-from deepseek_client.runtimes import AsyncRuntime, ThreadRuntime, run
+from deepseek_client.over_http import HttpTransport, OpenConnection
+from deepseek_client.runtimes import AsyncRuntime, ThreadRuntime, is_gevent_patched, run
 from deepseek_client.settings import Settings, read_pem
 from deepseek_client.signature import ModelMetadata
 from deepseek_client.transports import PreparedRequest, Transport
@@ -110,9 +110,18 @@ def _transports(settings: Settings, asynchronous: bool) -> dict[str, Transport]:
             wire = async_wire if asynchronous else blocking_wire
             transports[url] = GrpcTransport(url, wire, tls=tls, ca_cert=authority, api_key=api_key)
         else:
-            connection = AsyncConnection.open if asynchronous else BlockingConnection.open
+            connection = AsyncConnection.open if asynchronous else _blocking_connection(tls)
             transports[url] = HttpTransport(url, connection, tls=tls, ca_cert=authority, api_key=api_key)
     return transports
+
+
+def _blocking_connection(tls: bool) -> OpenConnection:
+    """Of a socket; under gevent, whose sockets cost a good part of a small request, one of our own."""
+    if not tls and is_gevent_patched():
+        from deepseek_client.green_connection import GreenConnection
+
+        return GreenConnection.open
+    return BlockingConnection.open
 
 
 class InferenceClient(_Client):

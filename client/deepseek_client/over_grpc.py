@@ -8,7 +8,6 @@ import contextlib
 import importlib.util
 import re
 import struct
-import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -30,7 +29,7 @@ from deepseek_client.errors import (
     untrusted,
 )
 from deepseek_client.grpc_message import SERVICE, Encoder, Metadata, message_of, timeout_field
-from deepseek_client.runtimes import Cancel
+from deepseek_client.runtimes import Cancel, is_gevent_patched
 from deepseek_client.signature import ModelMetadata
 from deepseek_client.transports import (
     NO_HEADERS,
@@ -78,13 +77,14 @@ class BlockingWire:
         secure = grpc.secure_channel
         self._channel = secure(url, credentials, OPTIONS) if credentials else grpc.insecure_channel(url, OPTIONS)
         self._methods: dict[str, Callable[..., Any]] = {}
-        self._gevent = _is_gevent_patched()
+        self._gevent = is_gevent_patched()
 
     async def call(
         self, method: str, request: bytes, timeout_s: float, metadata: Metadata, cancel: Cancel | None
     ) -> Any:
         """See Wire."""
         stub: Any = self._methods.get(method) or self._methods.setdefault(method, _stub(self._channel, method))
+        # Under gevent each blocking call would hold one of its ten threads, and an eleventh be seen answered too late.
         if cancel is None and not self._gevent:
             return stub(request, timeout=timeout_s, metadata=metadata)
         future = stub.future(request, timeout=timeout_s, metadata=metadata)  # slower, and can be stopped
@@ -103,15 +103,9 @@ class BlockingWire:
         self._channel.close()
 
 
-def _is_gevent_patched() -> bool:
-    """Then each blocking call would hold one of gevent's ten threads, and an eleventh be seen answered too late."""
-    monkey = sys.modules.get("gevent.monkey")
-    return monkey is not None and monkey.is_module_patched("threading")
-
-
 def blocking_wire(url: str, credentials: grpc.ChannelCredentials | None) -> Wire:
     """A channel of gRPC's own library; under gevent, where that costs several times the call, a plain connection."""
-    if credentials is None and _is_gevent_patched() and _can_be_plain():
+    if credentials is None and is_gevent_patched() and _can_be_plain():
         from deepseek_client.plain_wires import GreenWire
 
         return GreenWire(url)

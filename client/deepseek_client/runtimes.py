@@ -9,6 +9,7 @@ Contract: `race` gives the first answer of two attempts and stops the other; a l
 
 import asyncio
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,6 +74,12 @@ def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
     except StopIteration as done:
         return done.value
     raise AssertionError("suspended in a thread: what it awaited must block")
+
+
+def is_gevent_patched() -> bool:
+    """Whether threads are greenlets."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and monkey.is_module_patched("threading")
 
 
 class ThreadRuntime:
