@@ -1,7 +1,7 @@
 """What one worker of a load test sends, and how it watches itself.
 
 Contract: a `Part` is the load of one model; several of them make mixed traffic. In an open loop one greenlet takes up
-each request of all parts at its planned time and gives it a greenlet of its own, as long as fewer than
+each request of all parts at its planned time and gives it to a greenlet that is free, as long as fewer than
 `max_in_flight` of its part are unanswered; else it is dropped. Nothing is re-anchored when the server stalls. In a
 closed loop each user sends its next request when the last was answered. Requests are checked and encoded once.
 
@@ -63,6 +63,7 @@ class Part:
         self._requests = [self._client.prepare(settings.model, row) for row in rows]
         self._lengths = length_classes(rows, DeploymentSpec.of_model(settings.model, settings.models).inputs)
         self._window_at = 0.0
+        self._free: list[gevent.Greenlet] = []
         self.recorder = self._new_recorder()
 
     def _new_recorder(self) -> Recorder:
@@ -82,15 +83,24 @@ class Part:
                 number += workers
 
     def take_up(self, planned_s: float, number: int, now_at: float) -> None:
-        """Sends a request that is due, in a greenlet of its own, or drops it."""
+        """Has a free greenlet send a request that is due, or drops it."""
         recorder = self.recorder
         recorder.attempt(now_at - self._window_at)
         place = number % len(self._requests)
         if recorder.in_flight > self.settings.max_in_flight:
             recorder.drop(planned_s, self._lengths[place])
             self._tell_locust(0.0, "dropped")
+        elif self._free:
+            gevent.get_hub().loop.run_callback(self._free.pop().switch, (place, planned_s))
         else:
-            gevent.spawn(self._send, place, planned_s)
+            gevent.spawn(self._send_whenever_asked, place, planned_s)
+
+    def _send_whenever_asked(self, place: int, planned_s: float) -> None:
+        """Open loop: a greenlet's life. A new one for each request would map, fault in and unmap a stack for it."""
+        while True:
+            self._send(place, planned_s)
+            self._free.append(gevent.getcurrent())
+            place, planned_s = gevent.get_hub().switch()
 
     def send_back_to_back(self, first: int) -> None:
         """Closed loop: one request after the other until the window ends."""

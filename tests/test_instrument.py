@@ -218,3 +218,29 @@ def test_locusts_own_command_sends_the_whole_schedule_whatever_its_users(
     assert sum(row["ok"] for row in rows) == sum(row["planned"] for row in rows) == 160
     assert json.loads((tmp_path / "measured.json").read_text())["generator"]["workers_lost"] == 0
     assert "tiny" in ended.stderr  # Locust's own summary
+
+
+GREENLETS = """
+from gevent import monkey
+monkey.patch_all()
+import json, sys, time
+from loadtests.results import Settings
+from loadtests.sender import Share
+
+ended = {}
+share = Share([Settings(**json.loads(sys.argv[1]))], tell=ended.__setitem__, fire=lambda **_: None)
+share.begin(time.time() + 0.2, worker=0, workers=1)
+share.finished.wait()
+print(ended["finished"]["now"]["in_flight"], sum(row["ok"] for row in ended["finished"]["rows"][0]), end=" ")
+print(len(share.parts[0]._free))
+"""
+
+
+def test_an_open_loop_sends_from_as_many_greenlets_as_were_in_flight_at_once() -> None:
+    with FakeEndpoint(delay_ms=20, stall_at=150, stall_s=0.5) as endpoint:
+        wanted = settings(endpoint, "http", rate_rps=200.0, duration_s=2.0, arrivals="constant")
+        command = [sys.executable, "-c", GREENLETS, json.dumps(wanted.__dict__)]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    in_flight, answered, greenlets = map(int, run.stdout.split())
+    assert (in_flight, answered) == (0, 400), run.stderr
+    assert 50 < greenlets < 400  # a stall of half a second has a hundred of them wait; a slow machine some more
