@@ -75,7 +75,7 @@ def number(value: float) -> str:
 
 @dataclass
 class Chart:
-    """One chart over an x and a y scale; marks are drawn in the order of the calls."""
+    """One chart over an x and a y scale; marks are drawn in the order of the calls, words of shades above them."""
 
     x: Scale
     y: Scale
@@ -83,6 +83,7 @@ class Chart:
     height: int = HEIGHT
     x_title: str = ""
     _parts: list[str] = field(default_factory=list)
+    _above: list[str] = field(default_factory=list)
     _legend: list[str] = field(default_factory=list)
     _tips: list[tuple[float, float | None, list[str]]] = field(default_factory=list)
 
@@ -93,7 +94,7 @@ class Chart:
         return self.height - BOTTOM - self.y.share(value) * (self.height - TOP - BOTTOM)
 
     def _text(self, x: float, y: float, text: str, anchor: str = "middle", css: str = "tick") -> None:
-        self._parts.append(f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
+        self._parts.append(_text(x, y, text, anchor, css))
 
     def axes(self, *, x_unit: str, y_unit: str, x_ticks: Sequence[tuple[float, str]] | None = None) -> None:
         """Grid lines with their figures; x has its unit at each, y above."""
@@ -192,7 +193,8 @@ class Chart:
         if end - x > 40:  # narrow ones: from their left edge on, clear of the figures of the y axis
             narrow = end - x < CHARACTER * len(text) + 8
             place = x + 4 if narrow else (x + end) / 2
-            self._text(place, self.height - BOTTOM - 10 if low else TOP + 14, text, "start" if narrow else "middle")
+            y = self.height - BOTTOM - 10 if low else TOP + 14
+            self._above.append(_text(place, y, text, "start" if narrow else "middle", "tick shade-text"))
 
     def legend(self, css: str, text: str) -> None:
         """A name for a mark."""
@@ -204,7 +206,7 @@ class Chart:
         return (
             f"<figure><figcaption>{''.join(self._legend)}</figcaption>"
             f'<svg viewBox="0 0 {WIDTH} {height}" role="group" aria-label="{escape(self.label)}">'
-            f"{''.join(self._parts)}{''.join(self._drawn_tips())}</svg></figure>"
+            f"{''.join((*self._parts, *self._above, *self._drawn_tips()))}</svg></figure>"
         )
 
     def _drawn_tips(self) -> Iterator[str]:
@@ -240,6 +242,10 @@ class Chart:
             f'<g class="bubble"><path class="hair" d="M{x:.1f} {TOP}V{self.height - BOTTOM}"/>'
             f'<rect x="{left:.1f}" y="{TOP}" width="{width:.1f}" height="{LINE * len(lines) + 12}" rx="5"/>{rows}</g>'
         )
+
+
+def _text(x: float, y: float, text: str, anchor: str, css: str) -> str:
+    return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 SHAPES = {

@@ -112,6 +112,8 @@ def too_short(settings: Settings, slo: SloSpec) -> Iterator[str]:
 def generator_problems(run: Run, slo: SloSpec) -> list[str]:
     """Why this run says more about the load generator than about the server; empty where it does not."""
     problems = []
+    if lost := run.generator.get("workers_lost"):
+        problems.append(f"{lost} of {run.generator['workers']} workers were lost, and with them what they counted")
     if run.window.unsent:
         problems.append(f"{run.window.unsent} of {run.window.planned} planned requests were never sent")
     if run.window.attempted_share < LEAST_ATTEMPTED:
@@ -147,8 +149,8 @@ def _lateness(run: Run, slo: SloSpec) -> Iterator[str]:
             return
 
 
-def judge(run: Run, slo: SloSpec) -> Judgement:
-    """The verdict on a saved run."""
+def judge(run: Run, slo: SloSpec, *, alone: bool = True) -> Judgement:
+    """The verdict on a saved run; not `alone` beside those on the other models of its mix."""
     problems = generator_problems(run, slo)
     if not run.window.planned:
         problems.insert(0, "no request was measured")
@@ -163,7 +165,9 @@ def judge(run: Run, slo: SloSpec) -> Judgement:
         verdict = "violated"
     elif "inconclusive" in statuses:
         verdict = "inconclusive"
-    return Judgement(verdict=verdict, objectives=objectives, problems=tuple(problems), notes=tuple(_notes(run, slo)))
+    return Judgement(
+        verdict=verdict, objectives=objectives, problems=tuple(problems), notes=tuple(_notes(run, slo, alone))
+    )
 
 
 def _judged(run: Run, slo: SloSpec) -> Iterator[Judged]:
@@ -239,13 +243,13 @@ def _judged_quality(run: Run, line: Objective) -> Judged:
     return _verdict(replace(line, limit=limit), found["seen"], note)
 
 
-def _notes(run: Run, slo: SloSpec) -> Iterator[str]:
+def _notes(run: Run, slo: SloSpec, alone: bool) -> Iterator[str]:
     if not run.settings.open_loop:
         yield (
             "closed loop: the latency is service latency, and while the server stalls nobody asks it, "
             "so that stalls hardly count (coordinated omission); RATE= measures what users would see"
         )
-    if run.settings.mix:
+    if run.settings.mix and alone:
         yield f"one of the mix {run.settings.mix}; all of it is judged by: make verdict MIX={run.settings.mix}"
     if run.settings.open_loop and slo.rate_rps is not None and run.rates_rps and min(run.rates_rps) > slo.rate_rps:
         yield f"measured at {min(run.rates_rps):g}/s, more than the {slo.rate_rps:g}/s that the SLO asks for"
@@ -328,7 +332,8 @@ def main() -> int:
     parser.add_argument("--mix", help="judge all models of a mixed load, as loadtests.run had it")
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
     args = parser.parse_args()
-    judged = [(run, judge(run, slo)) for run, slo in (load_mix(args) if args.mix else [load(args)])]
+    runs = load_mix(args) if args.mix else [load(args)]
+    judged = [(run, judge(run, slo, alone=not args.mix)) for run, slo in runs]
     verdict = overall(judgement.verdict for _, judgement in judged)
     if args.json:
         found = {run.settings.model: as_json(run, judgement) for run, judgement in judged}

@@ -22,7 +22,7 @@ from loadtests.report.mix_page import Part, mix_page
 from loadtests.report.searches import capacity_page, tuning_page
 from loadtests.report.verdict import TIMES
 from loadtests.results import Run
-from loadtests.trial import Outcome, Phase, Trial
+from loadtests.trial import Outcome, Phase, Served, Trial
 from loadtests.tuning import Gain, Setting, TriedSetting, Tuning
 from tests.conftest import run_module
 from tests.test_results import Request, saved_run, steady
@@ -244,6 +244,18 @@ def test_a_soak_is_drawn_in_steps_whose_requests_are_added(tmp_path: Path) -> No
     assert [len(found), found[0].start_s, found[-1].end_s] == [120, 0, 600]
     assert sum(step.stretch.planned for step in found) == 600
     assert found[1].stretch.latency("intended").percentile_ms(99) == pytest.approx(500, rel=2e-3)  # not an average
+
+
+def test_threads_that_onnx_runtime_chooses_are_called_automatic() -> None:
+    settings = Served(max_batch=8, instances=2, threads=0)
+    text = text_of(capacity_page(CAPACITY.model_copy(update={"settings": settings})))
+    assert "instances 2 threads automatic" in text
+
+
+def test_no_line_is_drawn_over_the_word_of_a_shade(tmp_path: Path) -> None:
+    html = page(saved_run(tmp_path, steady(0.01)), SLO)
+    (chart,) = re.findall(r'<svg[^>]*aria-label="Latency over time".*?</svg>', html, re.DOTALL)
+    assert max(chart.rindex(f'class="{name}') for name in ("line", "grid")) < chart.index(">warm-up<")
 
 
 def test_the_knee_is_drawn_where_the_capacity_is() -> None:

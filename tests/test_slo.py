@@ -102,6 +102,14 @@ def test_a_rate_that_was_never_offered_is_not_judged(tmp_path: Path) -> None:
     assert "only 50/s was offered" in [each.note for each in judgement.objectives]
 
 
+def test_a_part_of_a_mix_tells_of_the_whole_where_it_is_judged_alone(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, steady(), mix="tiny:3,text:1")
+    assert judge(run, SLO).notes == (
+        "one of the mix tiny:3,text:1; all of it is judged by: make verdict MIX=tiny:3,text:1",
+    )
+    assert judge(run, SLO, alone=False).notes == ()
+
+
 def test_a_closed_loop_is_judged_by_service_latency_and_says_so(tmp_path: Path) -> None:
     run = saved_run(tmp_path, steady(0.01), rate_rps=None, users=4)
     judgement = judge(run, SLO)

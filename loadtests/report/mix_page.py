@@ -26,7 +26,7 @@ Part = tuple[Run, SloSpec]
 def mix_page(parts: Sequence[Part]) -> str:
     """The whole HTML document: the verdict on all of it, on each part, and the parts' curves over each other."""
     runs = [run for run, _ in parts]
-    judgements = [judge(run, slo) for run, slo in parts]
+    judgements = [judge(run, slo, alone=False) for run, slo in parts]
     verdict = overall(judgement.verdict for judgement in judgements)
     cards = charts(runs, [slo for _, slo in parts])
     for run in runs:

@@ -213,7 +213,9 @@ def capacity_page(capacity: Capacity) -> str:
     about = f"{capacity.model} on {capacity.target}, {capacity.precision or 'precision not said'}, {capacity.protocol}"
     subject = f"{about} at {capacity.url}: {', '.join(capacity.objectives)}"
     settings = [
-        (name.replace("_", " "), value) for name, value in capacity.settings.model_dump().items() if value is not None
+        (name.replace("_", " "), "automatic" if (name, value) == ("threads", 0) else value)
+        for name, value in capacity.settings.model_dump().items()
+        if value is not None
     ]
     cards = [capacity_card(capacity), card("Trials", _trials(capacity), TRIALS_READ)]
     cards += [card("Settings served", facts(settings))] if settings else []
