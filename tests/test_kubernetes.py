@@ -172,6 +172,15 @@ def test_only_the_gateway_reaches_tritons_ports_and_all_that_is_not_named_is_ref
     assert callers[8002][0]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "monitoring"}
 
 
+def test_names_are_looked_up_at_the_clusters_dns_and_at_a_nodes_cache_of_it(objects: tuple[Object, ...]) -> None:
+    rules = (rule for each in objects if each["kind"] == "NetworkPolicy" for rule in each["spec"].get("egress", ()))
+    for rule in rules:
+        if {"port": 53, "protocol": "UDP"} in rule.get("ports", ()):
+            cluster, node = rule["to"]
+            assert cluster["podSelector"] == {"matchLabels": {"k8s-app": "kube-dns"}}
+            assert node == {"ipBlock": {"cidr": "169.254.20.10/32"}}
+
+
 # ---- sums ----------------------------------------------------------------------------------------
 
 
@@ -295,6 +304,13 @@ def test_the_overlay_has_the_sums_of_the_compose_stack(generated: dict[str, Path
     assert pod["terminationGracePeriodSeconds"] == PRE_STOP_S + size.exit_timeout_s + stack.REST_S
     assert pod_of(objects, "gateway")["terminationGracePeriodSeconds"] == 10 + size.exit_timeout_s + stack.REST_S
     assert find(objects, "ConfigMap", "gateway-limits")["data"]["limits.conf"] == stack.limits(models)
+
+
+def test_on_cpus_no_container_of_tritons_pod_keeps_it_from_cores_of_its_own(generated: dict[str, Path]) -> None:
+    for objects in (committed("overlays/cpu"), build(generated["fetched"])):  # "Guaranteed" takes all of them
+        for container in (*pod_of(objects).get("initContainers", ()), *pod_of(objects)["containers"]):
+            resources = container["resources"]
+            assert all(resources["requests"][name] == resources["limits"][name] for name in ("cpu", "memory"))
 
 
 def test_fetched_models_come_by_their_checksum_into_a_folder_of_their_size(generated: dict[str, Path]) -> None:
