@@ -3,10 +3,13 @@
 Contract: BASE serves the version that callers have, NEW the one that is to take its place. Each request goes to both,
 one after the other, in turn first to one and first to the other, so that what else the machine does falls on both
 alike. NEW fails where it refuses a request, gives other outputs (names, types, shapes), a NaN or Inf where BASE gives a
-number, or is slower: the whole confidence interval of the ratio of the medians lies above what is allowed. Numbers that
+number, or is slower: the whole confidence interval of the ratio of the medians lies above what is allowed. Refused as
+busy, with one request at a time, is what a busy machine does: such a request is sent again, and one that stays refused
+makes the run inconclusive. Numbers that
 differ are told, not judged: two versions may well differ (`export.parity` judges). Tails are `loadtests.slo`'s matter.
 
-Exit codes: 0 holds; 1 NEW fails; 2 wrong input; 3 the medians are too close to what is allowed to tell.
+Exit codes: 0 holds; 1 NEW fails; 2 wrong input; 3 the medians are too close to what is allowed to tell, or
+the machine is too busy.
 
 Examples:
     python -m loadtests.shadow --model recommender --base-url 127.0.0.1:8001 --new-url 127.0.0.1:9001
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from deepseek_client import InferenceClient, InferenceError, InvalidInput
+from deepseek_client import InferenceClient, InferenceError, InvalidInput, ServerBusy
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +41,7 @@ from loadtests.run import inputs_of
 BLOCKS = 20  # stretches of the run that are drawn again; what the machine did in one stays together
 LEAST_REQUESTS = 10 * BLOCKS
 WARMUP = 20  # requests to both that are not counted
+BUSY_TRIES, BUSY_PAUSE_S = 5, 0.1  # of a request that is refused as busy
 CONFIDENCE = 0.99
 SIDES = ("base", "new")
 
@@ -98,6 +102,8 @@ class Shadow:
         self._model, self._clients, self._rows = model, clients, rows
         self.latencies_ms: dict[str, list[float]] = {side: [] for side in SIDES}
         self.errors: dict[str, Counter[str]] = {side: Counter() for side in SIDES}
+        self.busy: dict[str, Counter[str]] = {side: Counter() for side in SIDES}
+        """Refused at every attempt, for want of room or time."""
         self.outputs: dict[str, Differences] = {}
         self.broken: Counter[str] = Counter()
         """What NEW gives that no caller of BASE expects."""
@@ -119,12 +125,21 @@ class Shadow:
             raise GateFailed(f"{side} does not take the inputs that the other does: {error}") from None
 
     def _send(self, side: str, request: Any, *, counted: bool) -> dict[str, np.ndarray] | None:
-        started_s = time.perf_counter()
-        try:
-            answer = self._clients[side].send(request)
-        except InferenceError as error:
-            self.errors[side][f"{type(error).__name__}: {error}"] += 1
-            return None
+        tries = BUSY_TRIES
+        while True:
+            started_s = time.perf_counter()
+            try:
+                answer = self._clients[side].send(request)
+                break
+            except ServerBusy as error:
+                tries -= 1
+                if not tries or self.busy[side]:  # once one stayed refused, the run tells nothing
+                    self.busy[side][f"{type(error).__name__}: {error}"] += 1
+                    return None
+                time.sleep(BUSY_PAUSE_S)
+            except InferenceError as error:
+                self.errors[side][f"{type(error).__name__}: {error}"] += 1
+                return None
         if counted:
             self.latencies_ms[side].append((time.perf_counter() - started_s) * 1000)
         return answer
@@ -189,6 +204,10 @@ def judged(shadow: Shadow, threshold: float) -> dict[str, Any]:
             verdict, note = "inconclusive", f"p50 {range_} times: more requests, or a quieter machine, would tell"
     elif not failures:
         verdict, note = "inconclusive", f"{least} requests were answered by both, {LEAST_REQUESTS} needed"
+    if verdict != "fails" and (busy := shadow.busy["new"]):
+        reason, times = next(iter(busy.items()))
+        verdict = "inconclusive"
+        note = f"{times} requests, one at a time, refused on new: {reason}; a quieter machine would tell"
     return {
         "verdict": verdict,
         "requests": least,
@@ -197,7 +216,7 @@ def judged(shadow: Shadow, threshold: float) -> dict[str, Any]:
         "outputs": {name: each.figures() for name, each in shadow.outputs.items()},
         "latency": [asdict(each) for each in found],
         "allowed": 1 + threshold,
-        "errors": {side: dict(each) for side, each in shadow.errors.items()},
+        "errors": {side: dict(shadow.errors[side] + shadow.busy[side]) for side in SIDES},
     }
 
 

@@ -1,0 +1,205 @@
+"""What a release keeps and says: its journal, the numbers it gives, the errors of its steps, the judgement of a shadow."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from deepseek_client import ServerBusy
+
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement
+from loadtests.shadow import Differences, Shadow, judged
+from loadtests.steady import Sent, rate_of, result_of
+from serving.commands import ask, error_of
+from serving.releases import Journal, LeftOut, Steps, alone, history, last_number, read, report
+from serving.versions import stage
+
+
+def test_what_was_not_made_here_is_not_released(tmp_path: Path) -> None:
+    (tmp_path / "text" / "3").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"version 3 has no manifest.json"):
+        stage(tmp_path / "text", number=4, folder=tmp_path / "new")
+    with pytest.raises(InputError, match="no version"):
+        stage(tmp_path / "other", number=4, folder=tmp_path / "new")
+
+
+def test_a_journal_cut_off_in_a_line_tells_what_is_whole(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "release", 4, before=3)
+    steps = Steps(journal, as_json=True)
+    steps.do("stage", lambda: "a copy")
+    steps.do("shadow", lambda: LeftOut("nothing served"))
+    journal.write(step="switch", state="started")
+    with (journal.folder / "journal.jsonl").open("a") as file:
+        file.write('{"step": "switch", "sta')
+    record = read(journal.folder)
+    assert record is not None
+    assert [step.state for step in record.steps] == ["holds", "left out", "started"]
+    assert (record.outcome, record.stopped_in) == ("not finished", record.steps[-1])
+    assert "Stopped in switch: started" in report(record, "text")
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (GateFailed, "failed"),
+        (InvalidMeasurement, "inconclusive"),
+        (InputError, "wrong input"),
+        (KeyboardInterrupt, "interrupted"),
+    ],
+)
+def test_how_a_step_ended_is_in_the_journal_before_the_error_goes_on(
+    tmp_path: Path, error: type[BaseException], state: str
+) -> None:
+    journal = Journal(tmp_path, "release", 4)
+
+    def step() -> str:
+        raise error("why | not")
+
+    with pytest.raises(error):
+        Steps(journal, as_json=True).do("parity", step)
+    record = read(journal.folder)
+    assert record is not None
+    assert (record.steps[0].state, record.steps[0].said) == (state, "why | not")
+    assert r"why \| not" in report(record, "text")
+
+
+def test_one_release_at_a_time_and_no_number_serves_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path))
+    with alone("text") as releases:
+        with pytest.raises(InputError, match="another release or rollback of text is under way"), alone("text"):
+            pass
+        Journal(releases, "release", 4, before=3)
+        assert last_number("text", tmp_path / "repository" / "text") == 0  # it never came into the repository
+        assert history("text")[0].outcome == "under way"
+        Journal(releases, "rollback", 3, before=5)
+    assert last_number("text", tmp_path / "repository" / "text") == 5
+    assert [record.outcome for record in history("text")] == ["not finished", "not finished"]
+
+
+def test_the_exit_code_of_a_command_becomes_its_error() -> None:
+    assert isinstance(error_of(1, "x", "why"), GateFailed)
+    assert "ended with status 137" in str(error_of(137, "loadtests.run", ""))
+    answer = ask("serving.releases", "--nonsense")
+    assert (answer.code, answer.data) == (2, None)
+    with pytest.raises(InputError, match="--nonsense"):
+        answer.checked()
+
+
+def test_make_hands_on_what_was_given() -> None:
+    command = ["make", "-n", "release", "rollback", f"VENV={sys.prefix}", "NEW=other", "RATE=5", "TARGET=onnxruntime"]
+    given = subprocess.run([*command, "URL=host:1"], capture_output=True, text=True).stdout
+    assert "--url host:1" in given
+    assert "--new 'other'" in given
+    assert "--rate 5" in given
+    assert "--may-be-absent" not in given
+    default = subprocess.run([*command, "GRPC_PORT=9001"], capture_output=True, text=True).stdout
+    assert default.count("--url 127.0.0.1:9001 --protocol grpc  --may-be-absent") == 2
+
+
+def test_make_without_a_repository_releases_the_build_once_it_is_up_to_date(tmp_path: Path) -> None:
+    where = [f"VENV={sys.prefix}", "MODEL=text", "MODELS=tests/models", f"BUILD={tmp_path}", f"REPOSITORY={tmp_path}/r"]
+    kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
+    told = subprocess.run(["make", "-n", "release", *where], capture_output=True, text=True, env=kept).stdout
+    assert 0 < told.index("-m export.compare") < told.index("-m serving.release")
+    assert "--new" not in told
+    assert "-m export.to_triton" not in told  # into the repository it comes by the release alone
+
+
+class Answers:
+    """In place of a client: gives `outputs` after so many milliseconds by the clock that it moves."""
+
+    def __init__(self, outputs: dict[str, np.ndarray]) -> None:
+        self.outputs = outputs
+
+    def prepare(self, model: str, row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Nothing to prepare."""
+        return row
+
+    def send(self, request: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The same answer to all."""
+        return self.outputs
+
+
+@pytest.mark.parametrize(
+    ("new", "failure"),
+    [
+        ({"y": np.array([1.0, np.nan])}, "has a NaN or Inf where base has a number"),
+        ({"y": np.array([1, 2])}, "is int64 [2], base's float64 [2]"),
+        ({"z": np.array([1.0, 2.0])}, "gives the outputs z, base gives y"),
+    ],
+    ids=["nan", "type", "name"],
+)
+def test_outputs_that_callers_cannot_take_fail(new: dict[str, np.ndarray], failure: str) -> None:
+    clients: Any = {"base": Answers({"y": np.array([1.0, 2.0])}), "new": Answers(new)}
+    shadow = Shadow("text", clients, [{}])
+    shadow.run(20)
+    assert failure in judged(shadow, 0.1)["failures"][0]
+
+
+@pytest.mark.parametrize(("refusals", "verdict"), [(3, "holds"), (30, "inconclusive")], ids=["a while", "longer"])
+def test_what_a_busy_machine_refuses_is_sent_again_and_never_held_against_a_version(
+    refusals: int, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Busy(Answers):
+        def send(self, request: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            nonlocal refusals
+            refusals -= 1
+            if refusals >= 0:
+                raise ServerBusy("Request timeout expired")
+            return self.outputs
+
+    monkeypatch.setattr("loadtests.shadow.BUSY_PAUSE_S", 0)
+    outputs = {"y": np.array([1.0])}
+    clients: Any = {"base": Answers(outputs), "new": Busy(outputs)}
+    shadow = Shadow("text", clients, [{}])
+    shadow.run(220)
+    found = judged(shadow, 1e9)
+    assert (found["verdict"], found["failures"]) == (verdict, [])
+
+
+@pytest.mark.parametrize(
+    ("times", "count", "verdict"),
+    [(1.0, 1000, "holds"), (1.4, 1000, "fails"), (1.1, 1000, "inconclusive"), (1.0, 100, "inconclusive")],
+    ids=["the same", "slower", "at the threshold", "too few"],
+)
+def test_the_median_decides_where_its_whole_interval_does(times: float, count: int, verdict: str) -> None:
+    generator = np.random.default_rng(0)
+    shadow = Shadow("text", {}, [])
+    shadow.latencies_ms = {
+        side: list(generator.lognormal(0, 0.3, count) * factor) for side, factor in (("base", 1.0), ("new", times))
+    }
+    found = judged(shadow, 0.1)
+    assert found["verdict"] == verdict
+    json.dumps(found, allow_nan=False)
+
+
+def test_differences_between_versions_are_told() -> None:
+    found = Differences()
+    found.add(np.array([[1.0, 2.0]]), np.array([[1.0, 2.5]]))
+    found.add(np.array([[np.inf, 2.0]]), np.array([[np.inf, 2.0]]))
+    figures = found.figures()
+    assert (figures["worst_error"], figures["same"]) == (0.5, 0.75)
+    assert figures["cosine"] == pytest.approx(0.998, abs=0.002)
+
+
+def test_the_load_is_told_before_around_and_after_the_change() -> None:
+    def at(planned_s: float, latency_ms: float, error: str | None = None) -> Sent:
+        return Sent(planned_s=planned_s, lag_ms=0, latency_ms=latency_ms, error=error)
+
+    sent = [at(0, 1), at(1, 2), at(2, 50), at(2.5, 3, "ServerBusy: full"), at(4, 4)]
+    found = result_of(sent, changed_s=2, seen_s=2.7)
+    assert (found["requests"], found["failed"], found["switched_s"]) == (5, 1, 0.7)
+    assert found["before"] == {"requests": 2, "failed": 0, "p50_ms": 1, "p99_ms": 2, "max_ms": 2}
+    assert (found["around"]["p99_ms"], found["around"]["failed"], found["after"]["requests"]) == (50, 1, 1)
+    never = result_of(sent, changed_s=2, seen_s=None)
+    assert (never["switched_s"], never["around"]["requests"], never["after"]["p50_ms"]) == (None, 3, None)
+    spec = DeploymentSpec.load("tests/models/text")
+    assert (rate_of(None, spec), rate_of(30, spec)) == (20, 30)
+    with pytest.raises(InputError, match="--rate 900"):
+        rate_of(900, spec)
