@@ -21,6 +21,7 @@ Example:
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Literal, Self
@@ -30,8 +31,9 @@ import numpy as np
 from deepseek_client.calls import Calls
 from deepseek_client.counters import Statistics
 from deepseek_client.http_connections import AsyncConnection, BlockingConnection
+from deepseek_client.http_pool import AsyncPool, BlockingPool, OpenConnection
 from deepseek_client.over_grpc import GrpcTransport, async_wire, blocking_wire
-from deepseek_client.over_http import HttpTransport, OpenConnection
+from deepseek_client.over_http import HttpTransport
 from deepseek_client.runtimes import AsyncRuntime, ThreadRuntime, is_gevent_patched, run
 from deepseek_client.settings import Settings, read_pem
 from deepseek_client.signature import ModelMetadata
@@ -110,8 +112,12 @@ def _transports(settings: Settings, asynchronous: bool) -> dict[str, Transport]:
             wire = async_wire if asynchronous else blocking_wire
             transports[url] = GrpcTransport(url, wire, tls=tls, ca_cert=authority, api_key=api_key)
         else:
-            connection = AsyncConnection.open if asynchronous else _blocking_connection(tls)
-            transports[url] = HttpTransport(url, connection, tls=tls, ca_cert=authority, api_key=api_key)
+            pool = (
+                partial(AsyncPool, AsyncConnection.open)
+                if asynchronous
+                else partial(BlockingPool, _blocking_connection(tls))
+            )
+            transports[url] = HttpTransport(url, pool, tls=tls, ca_cert=authority, api_key=api_key)
     return transports
 
 

@@ -11,8 +11,7 @@ import json
 import os
 import ssl
 import struct
-from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -29,6 +28,7 @@ from deepseek_client.errors import (
 )
 from deepseek_client.http_answer import Answer, read_answer
 from deepseek_client.http_connections import Connection
+from deepseek_client.http_pool import Pool
 from deepseek_client.runtimes import Cancel
 from deepseek_client.signature import ModelMetadata
 from deepseek_client.transports import (
@@ -47,23 +47,19 @@ from deepseek_client.transports import (
 
 BINARY_HEADER_SIZE = "Inference-Header-Content-Length"  # the JSON's share of a body, the tensors follow
 SMALL_BYTES = 65536  # up to here one write of all is faster than a copy less
-OpenConnection = Callable[[str, int, ssl.SSLContext | None, Deadline], Coroutine[Any, Any, Connection]]
+MakePool = Callable[[str, int, ssl.SSLContext | None], Pool]
 
 
 class HttpTransport:
     """See the module."""
 
-    def __init__(
-        self, url: str, open_connection: OpenConnection, *, tls: bool, ca_cert: bytes | None, api_key: str | None
-    ) -> None:
+    def __init__(self, url: str, pool: MakePool, *, tls: bool, ca_cert: bytes | None, api_key: str | None) -> None:
         self._url = url
-        self._open = open_connection
         parsed = urlsplit(f"//{url}")
-        self._host, self._port = parsed.hostname or "", parsed.port or 0
-        self._tls = ssl.create_default_context(cadata=ca_cert.decode() if ca_cert else None) if tls else None
+        self._scheme = "HTTPS" if tls else "HTTP"
+        context = ssl.create_default_context(cadata=ca_cert.decode() if ca_cert else None) if tls else None
+        self._pool = pool(parsed.hostname or "", parsed.port or 0, context)
         self._headers = f"Host: {url}\r\n" + (f"Authorization: Bearer {api_key}\r\n" if api_key else "")
-        self._idle: deque[Connection] = deque()  # append and pop are atomic, so threads need no lock
-        self._closed = False
 
     async def ready(self, model: str | None, version: str, deadline: Deadline) -> bool:
         """See Transport."""
@@ -121,13 +117,7 @@ class HttpTransport:
 
     async def close(self) -> None:
         """See Transport. Connections of calls in flight are closed at the calls' ends."""
-        self._closed = True
-        self._close_idle()
-
-    def _close_idle(self) -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle.pop().close()
+        self._pool.close()
 
     async def _post(self, path: str, body: bytes, deadline: Deadline, cancel: Cancel | None = None) -> None:
         answer = await self._exchange("POST", path, deadline, (body,), cancel=cancel)
@@ -183,29 +173,22 @@ class HttpTransport:
             if cancel is not None:
                 cancel.stopped_by(None)
             if answer is not None and answer.keep and not (cancel and cancel.cancelled):
-                self._idle.append(connection)
-                if self._closed:  # asked after the append, so that none slips past a `close` in another thread
-                    self._close_idle()
+                self._pool.give_back(connection)
             else:
                 connection.close()
         return answer
 
     async def _connection(self, deadline: Deadline) -> Connection:
-        """An idle connection that still stands, or a new one."""
-        with contextlib.suppress(IndexError):
-            while not (connection := self._idle.pop()).is_alive():
-                connection.close()
-            return connection
+        """One of the pool."""
         try:
-            return await self._open(self._host, self._port, self._tls, deadline)
+            return await self._pool.take(deadline)
         except TimeoutError:
             raise deadline.exceeded(self._url) from None
         except ssl.SSLCertVerificationError as error:
             raise untrusted(self._url, error.verify_message.rstrip(".")) from None
         except OSError as error:
-            scheme = "HTTPS" if self._tls else "HTTP"
             raise Unreachable(
-                f"nothing serves {scheme} at {self._url} ({_why(error)}); "
+                f"nothing serves {self._scheme} at {self._url} ({_why(error)}); "
                 "start Triton there, or correct the url (its HTTP port is 8000 by default)"
             ) from None
 

@@ -1,0 +1,96 @@
+"""Connections of the HTTP transport: how many are opened at once, and who gets them. A handshake is held up by a caller
+that connects to the relay first and says nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from deepseek_client import AsyncInferenceClient, DeadlineExceeded, InferenceClient
+from deepseek_client.http_pool import MOST_OPENING
+
+from serving.embedded import EmbeddedServer
+from tests.failing_servers import Relay, make_certificate
+
+CALLS = 3 * MOST_OPENING
+
+
+@pytest.fixture
+def held(server: EmbeddedServer, tmp_path: Path) -> Iterator[tuple[Relay, Path, socket.socket]]:
+    """A relay with TLS, its certificate, and what holds it up as long as it is open."""
+    ca_cert, context = make_certificate(tmp_path)
+    relay = Relay((server.address, server.http_port), context)
+    with socket.create_connection(("127.0.0.1", relay.port)) as stalling:
+        yield relay, ca_cert, stalling
+    relay.close()
+
+
+def connections(relay: Relay) -> int:
+    """Of this process to the relay, the stalling one left out."""
+    found = psutil.Process().net_connections("tcp")
+    return sum(each.status == "ESTABLISHED" and each.raddr[1:] == (relay.port,) for each in found) - 1
+
+
+def settled(relay: Relay) -> int:
+    """How many there are once no more are added for a second."""
+    seen, since_s = 0, time.monotonic()
+    while time.monotonic() < since_s + 1:
+        if (count := connections(relay)) != seen:
+            seen, since_s = count, time.monotonic()
+        time.sleep(0.05)
+    return seen
+
+
+def test_threads_open_no_more_than_so_many_at_a_time(held: tuple[Relay, Path, socket.socket]) -> None:
+    relay, ca_cert, stalling = held
+    with (
+        InferenceClient(relay.url, "http", ca_cert=ca_cert, timeout_s=60, retries=0) as client,
+        ThreadPoolExecutor(CALLS) as threads,
+    ):
+        answers = [threads.submit(client.metadata, "add_one") for _ in range(CALLS)]
+        assert settled(relay) == MOST_OPENING
+        stalling.close()
+        assert {answer.result().name for answer in answers} == {"add_one"}
+
+
+def test_tasks_open_no_more_than_so_many_at_a_time(held: tuple[Relay, Path, socket.socket]) -> None:
+    relay, ca_cert, stalling = held
+
+    async def main() -> None:
+        async with AsyncInferenceClient(relay.url, "http", ca_cert=ca_cert, timeout_s=60, retries=0) as client:
+            calls = [asyncio.ensure_future(client.metadata("add_one")) for _ in range(CALLS)]
+            assert await asyncio.to_thread(settled, relay) == MOST_OPENING
+            stalling.close()
+            assert {found.name for found in await asyncio.gather(*calls)} == {"add_one"}
+
+    asyncio.run(main())
+
+
+def test_a_handshake_outlives_the_task_that_it_was_begun_for(held: tuple[Relay, Path, socket.socket]) -> None:
+    relay, ca_cert, stalling = held
+
+    async def main() -> None:
+        async with AsyncInferenceClient(relay.url, "http", ca_cert=ca_cert, timeout_s=60, retries=0) as client:
+            with pytest.raises(DeadlineExceeded):
+                await client.metadata("add_one", timeout_s=0.5)
+            assert await asyncio.to_thread(settled, relay) == 1
+            stalling.close()
+            assert (await client.metadata("add_one")).name == "add_one"
+
+    asyncio.run(main())
+
+
+def test_threads_that_wait_for_one_keep_their_deadline(held: tuple[Relay, Path, socket.socket]) -> None:
+    relay, ca_cert, _ = held
+    with (
+        InferenceClient(relay.url, "http", ca_cert=ca_cert, timeout_s=0.5, retries=0) as client,
+        ThreadPoolExecutor(CALLS) as threads,
+    ):
+        answers = [threads.submit(client.metadata, "add_one") for _ in range(CALLS)]
+        assert all(isinstance(answer.exception(20), DeadlineExceeded) for answer in answers)
