@@ -94,7 +94,7 @@ def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) 
             program = torch.onnx.export(
                 model,
                 tuple(torch.from_numpy(example[name]) for name in spec.inputs),
-                input_names=list(spec.inputs),
+                input_names=[_placeholder(name) for name in spec.inputs],
                 dynamic_shapes=shapes,
                 opset_version=OPSET,
                 dynamo=True,
@@ -142,8 +142,13 @@ def _why_not_exported(error: BaseException, folder: Path) -> str:
     return f"{place}: cannot be exported: {' '.join(lines[:2]) or type(error).__name__}"
 
 
+def _placeholder(name: str) -> str:
+    """What an input is called until its own name is free: the exporter lets it clash with a value inside."""
+    return f"{name}__input"
+
+
 def _name_signature(spec: DeploymentSpec, model: onnx.ModelProto, fixed: set[str]) -> None:
-    """Gives outputs their names (inner values that have them make way) and every axis its own."""
+    """Gives inputs and outputs their names (inner values that have them make way) and every axis its own."""
     graph = model.graph
     if len(graph.output) != len(spec.outputs):
         raise InputError(
@@ -151,10 +156,9 @@ def _name_signature(spec: DeploymentSpec, model: onnx.ModelProto, fixed: set[str
         )
     for node in [node for node in graph.node if node.input == node.output]:
         graph.node.remove(node)  # how the exporter writes an input handed through: no valid graph
-    inputs = {value.name for value in graph.input}
+    inputs = {_placeholder(name): name for name in spec.inputs}
     wanted = dict(zip([value.name for value in graph.output], spec.outputs, strict=False))
-    renamed = {name: f"{name}__inner" for name in spec.outputs if name not in inputs}
-    renamed |= {old: new for old, new in wanted.items() if old not in inputs}
+    renamed = {name: f"{name}__inner" for name in (*spec.inputs, *spec.outputs)} | wanted | inputs
     _rename(graph, renamed)
     for value, (name, tensor) in zip(graph.output, spec.outputs.items(), strict=True):
         if renamed.get(value.name) != name:  # an input handed through, or one tensor returned twice
@@ -162,6 +166,7 @@ def _name_signature(spec: DeploymentSpec, model: onnx.ModelProto, fixed: set[str
         value.name = name
         _name_axes(value, tensor.shape, fixed)
     for value in graph.input:
+        value.name = inputs[value.name]
         _name_axes(value, spec.inputs[value.name].shape, fixed)
 
 
@@ -172,7 +177,7 @@ def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
         node.output[:] = [renamed.get(name, name) for name in node.output]
         for branch in [attribute.g for attribute in node.attribute if attribute.HasField("g")]:
             _rename(branch, renamed)
-            for value in branch.output:
+            for value in [*branch.input, *branch.output]:
                 value.name = renamed.get(value.name, value.name)
     for named in [*graph.initializer, *graph.value_info]:
         named.name = renamed.get(named.name, named.name)

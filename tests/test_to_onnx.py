@@ -141,6 +141,18 @@ def test_output_names_never_clash(tmp_path: Path, body: str, outputs: list[str])
     assert [value.name for value in graph.output] == outputs
 
 
+@pytest.mark.parametrize("name", ["relu", "linear", "line.weight"])
+def test_an_input_may_be_named_like_a_value_or_a_weight_inside(tmp_path: Path, name: str) -> None:
+    toml, code = TOML.replace("[inputs.x]", f'[inputs."{name}"]'), MODEL.replace('"x"', f'"{name}"')
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "deploy.toml").write_text(toml)
+    (tmp_path / "tiny" / "model.py").write_text(code.format(body="return self.line(x.relu()).relu()", rows=1))
+    result = export_model(Source("tiny", tmp_path))
+    assert len(result["checks"]) == 3
+    graph = onnx.load(result["path"]).graph
+    assert [value.name for value in graph.input] == [name]
+
+
 def test_a_data_dependent_branch_is_refused_with_its_line_and_what_to_write(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
