@@ -193,8 +193,8 @@ then-draw = status=$$?; case $$status in 0|1|3) test ! -e $(B)/$(1).json || $(PY
 ##@ Load test
 loadtest: $(VENV)/.ready ## measure the server; leaves a folder in build/<model>/loadtests/
 	@$(PY) -m loadtests.run $(WHICH) --url $(URL) --protocol $(PROTOCOL) $(ACCESS) --target $(T) --duration-s $(DURATION_S) \
-	    $(if $(strip $(MIX)),--mix '$(MIX)') \
-	    $(if $(strip $(RATE)),--rate $(RATE)) $(if $(strip $(SHAPE)),--shape '$(SHAPE)') $(if $(strip $(USERS)),--users $(USERS)) \
+	    $(if $(strip $(MIX)),--mix='$(MIX)') \
+	    $(if $(strip $(RATE)),--rate $(RATE)) $(if $(strip $(SHAPE)),--shape='$(SHAPE)') $(if $(strip $(USERS)),--users $(USERS)) \
 	    --workers $(strip $(WORKERS)) $(if $(strip $(WEB)),--web $(strip $(WEB_PORT)))
 
 verdict: $(VENV)/.ready ## judge a run, or that of MIX=, against deploy.toml

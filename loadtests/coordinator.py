@@ -22,7 +22,7 @@ from locust.runners import MasterRunner
 
 from loadtests import server_statistics
 from loadtests.recorder import Recorder, rows_file
-from loadtests.results import Settings
+from loadtests.results import LONGEST_PREPARATION_S, Settings
 from loadtests.sender import planned_blocks_s
 
 # From Locust's start signal to the first request: time for every worker to be there.
@@ -41,6 +41,7 @@ class Coordinator:
         self._generators: list[dict[str, Any]] = []
         self._now: dict[int, Counter[str]] = defaultdict(Counter)
         self._workers = 1
+        self._prepared = 0
         self._started = False
 
     def start(self) -> None:
@@ -53,11 +54,21 @@ class Coordinator:
         for part in self._parts:
             rows_file(self._folder, part.model).write_text("")
         self._write([list(planned_rows(part)) for part in self._parts])
+        self._await_workers()
         self._workers = self._alive()
         delay_s = DISTRIBUTED_START_DELAY_S if isinstance(runner, MasterRunner) else START_DELAY_S
         starts_at = time.time() + delay_s + self._settings.warmup_s
         runner.send_message("begin", {"starts_at": starts_at, "workers": self._workers})
         gevent.spawn(self._gather, starts_at)
+
+    def take_prepared(self) -> None:
+        """A worker could send now; Locust's own "ready" comes before that."""
+        self._prepared += 1
+
+    def _await_workers(self) -> None:
+        give_up_at = time.time() + LONGEST_PREPARATION_S
+        while self._prepared < self._alive() and time.time() < give_up_at:
+            gevent.sleep(0.02)
 
     def _alive(self) -> int:
         runner = self._environment.runner

@@ -96,6 +96,7 @@ def _send(environment: Environment, parts: list[Settings]) -> None:
 
     runner.register_message("begin", begin)
     environment.events.test_stop.add_listener(lambda **_: share.stop())
+    runner.send_message("prepared")
 
 
 def _coordinate(environment: Environment, coordinator: Coordinator) -> None:
@@ -108,6 +109,7 @@ def _coordinate(environment: Environment, coordinator: Coordinator) -> None:
     def finished(msg: Message, **_: Any) -> None:
         coordinator.take_last(msg.data["rows"], msg.data["lengths"], msg.data["generator"])
 
+    environment.runner.register_message("prepared", lambda **_: coordinator.take_prepared())
     environment.runner.register_message("second", second)
     environment.runner.register_message("finished", finished)
 

@@ -35,7 +35,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from deepseek.spec import DeploymentSpec, InvalidMeasurement
 from loadtests.quality import of_served
 from loadtests.recorder import rows_file
-from loadtests.results import Run, Settings, name_of_now, new_run, publish
+from loadtests.results import LONGEST_PREPARATION_S, Run, Settings, name_of_now, new_run, publish
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 MASTER_PORT = 5557  # Locust's own
@@ -73,9 +73,12 @@ def measure_together(
     with ExitStack() as stack:
         drafts = [stack.enter_context(new_run(load.settings.model)) for load in loads]
         measured, started_at = _locust_measures(stack, loads, drafts[0], console, web_port, remote)
+        if measured["generator"]["workers_lost"]:
+            print((drafts[0] / "locust.log").read_text(), end="", file=sys.stderr)
         for load, draft, part in zip(loads, drafts, measured["parts"], strict=True):
             rows_file(drafts[0], load.settings.model).rename(draft / "seconds.jsonl")
-            data = {"started_at": started_at, "generator": measured["generator"], **_facts(load, part)}
+            rows = (draft / "seconds.jsonl").read_bytes().count(b"\n")
+            data = {"started_at": started_at, "generator": measured["generator"], "rows": rows, **_facts(load, part)}
             (draft / "run.json").write_text(json.dumps(data, indent=2), encoding="utf-8")
         for leftover in ("settings.json", "measured.json", "locust.log"):
             (drafts[0] / leftover).unlink()
@@ -130,6 +133,7 @@ def _locust(
     """Locust over the settings file; ended, whatever happens, when the block ends."""
     waiting = str(max(users, settings.workers))
     planning_s = sum(segment.arrivals for segment in settings.segments) / 1e6  # before it starts: far less in fact
+    planning_s += LONGEST_PREPARATION_S
     longest_s = math.ceil(planning_s + settings.warmup_s + settings.duration_s + 2 * settings.timeout_s + 10)
     command = [*LOCUST, "--settings", str(path)]
     command += ["--users", waiting, "--spawn-rate", waiting, "--run-time", f"{longest_s}s"]  # the file ends it earlier

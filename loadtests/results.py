@@ -31,22 +31,28 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from hdrh.histogram import HdrHistogram
+from pydantic import ConfigDict, ValidationError
 
 from deepseek.spec import InputError, Target, build_dir
+from deepseek.spec.checks import Table, first_error
 from loadtests.recorder import KINDS
 from loadtests.recorder import VALUES_US as VALUES_US
 from loadtests.recorder import Latency as Latency
 from loadtests.schedule import Segment, segments_of
+
+# Of workers, once Locust has them: inputs read and encoded, on a machine that is busy.
+LONGEST_PREPARATION_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """All that decides what a run does; `rate_rps` or `shape` (open loop) or `users` (closed loop) is given."""
 
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)
     model: str
     models: str
     target: Target
@@ -249,23 +255,30 @@ class Run:
         """Reads a run's folder; InputError in one line where it is not one."""
         folder = Path(folder)
         try:
-            data = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            seconds: dict[int, Second] = {}
-            for line in (folder / "seconds.jsonl").read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                seconds.setdefault(row["second"], Second(row["second"])).add(row)
-            settings = Settings(**data.pop("settings"))
-            return cls(
-                folder=folder,
-                settings=settings,
-                seconds=tuple(seconds[second] for second in sorted(seconds)),
-                lengths=_lengths(settings, data.pop("lengths", [])),
-                **data,
-            )
+            text = (folder / "run.json").read_bytes()
+            with _readable(folder / "run.json", "it"):
+                json.loads(text)
+            head = RunFile.model_validate_json(text)
+            lines = (folder / "seconds.jsonl").read_bytes().splitlines()
         except OSError as error:
             raise InputError(f"{folder}: not a load test run ({error.strerror}: {error.filename})") from None
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{folder}: the run cannot be read ({error!r}); measure with: make loadtest") from None
+        except ValidationError as error:
+            raise _unreadable(folder / "run.json", ": ".join(filter(None, first_error(error, RunFile)))) from None
+        if head.rows not in (None, len(lines)):
+            raise _unreadable(folder / "seconds.jsonl", f"{len(lines)} rows of {head.rows}")
+        seconds: dict[int, Second] = {}
+        for number, line in enumerate(lines, start=1):
+            with _readable(folder / "seconds.jsonl", f"line {number}"):
+                row = json.loads(line)
+                seconds.setdefault(row["second"], Second(row["second"])).add(row)
+        with _readable(folder / "run.json", "lengths"):
+            lengths = _lengths(head.settings, head.lengths)
+        return cls(
+            folder=folder,
+            seconds=tuple(seconds[second] for second in sorted(seconds)),
+            lengths=lengths,
+            **{name: getattr(head, name) for name in type(head).model_fields if name not in ("lengths", "rows")},
+        )
 
     @cached_property
     def window(self) -> Stretch:
@@ -294,6 +307,34 @@ class Run:
     def judged(self) -> Latency:
         """What the SLO is about: intended latency, which a closed loop does not have."""
         return "intended" if self.settings.open_loop else "service"
+
+
+class RunFile(Table):
+    """`run.json`."""
+
+    settings: Settings
+    started_at: str
+    generator: dict[str, Any]
+    server: dict[str, Any]
+    machine: dict[str, Any]
+    quality: dict[str, dict[str, Any]]
+    lengths: list[dict[str, Any]] = []
+    rows: int | None = None
+    """Of seconds.jsonl; None in runs of earlier versions."""
+
+
+def _unreadable(path: Path, why: str) -> InputError:
+    return InputError(f"{path}: {why}; it is damaged or of another version, measure anew with: make loadtest")
+
+
+@contextmanager
+def _readable(path: Path, place: str) -> Iterator[None]:
+    """InputError where counts or histograms are not what they have to be."""
+    try:
+        yield
+    except Exception as error:  # the histograms' decoder has a dozen of its own
+        shown = type(error).__name__ if isinstance(error, UnicodeError) else f"{type(error).__name__} {error}".strip()
+        raise _unreadable(path, f"{place} cannot be read ({shown})") from None
 
 
 def _lengths(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Stretch]:

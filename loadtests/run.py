@@ -29,6 +29,7 @@ import json
 import math
 import os
 import signal
+import socket
 from contextlib import suppress
 from typing import Any, get_args
 
@@ -188,7 +189,21 @@ def _parse() -> argparse.Namespace:
         raise InputError("--worker-of takes the master's own flags, --remote-workers among them")
     if args.remote_workers is not None:
         args.workers = args.remote_workers
+    if args.web is not None:
+        _check_port(args.web)
     return args
+
+
+def _check_port(port: int) -> None:
+    """InputError where Locust's page could not be there."""
+    try:
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(("127.0.0.1", port))
+    except OverflowError:
+        raise InputError(f"--web {port}: it must be a port, 1 to 65535") from None
+    except OSError as error:
+        raise InputError(f"--web {port}: {error.strerror}; give the page another port") from None
 
 
 def _settings(args: argparse.Namespace, model: str, rate: float | None, shape: str | None) -> Settings:
@@ -222,6 +237,8 @@ def _of_mix(args: argparse.Namespace, specs: dict[str, DeploymentSpec]) -> list[
     rate = args.rate
     if (rate, args.shape, args.users) == (None, None, None):
         rate = mix.least_rate_rps
+    if rate is not None and not 0 < rate < math.inf:  # of the whole, not of a part
+        raise InputError(f"--rate {rate:g}: it must be more than 0")
     whole = _settings(args, next(iter(specs)), rate, args.shape)
     return mix.parts(whole, {model: inputs_of(model) for model in specs})
 

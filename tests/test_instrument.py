@@ -200,6 +200,35 @@ def test_a_closed_loop_of_a_mix_shares_the_users_out() -> None:
     assert tiny.window.ok == pytest.approx(3 * other.window.ok, rel=0.1)
 
 
+SLOW = """
+import gevent
+from loadtests import locustfile
+from loadtests.locustfile import *
+
+class Slow(locustfile.Share):
+    def __init__(self, *args, **named):
+        gevent.sleep(3)  # as reading inputs takes on a busy machine; Locust's master does not wait for it
+        super().__init__(*args, **named)
+
+locustfile.Share = Slow
+"""
+
+
+def test_workers_that_prepare_for_long_are_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    with FakeEndpoint() as endpoint:
+        wanted = settings(endpoint, "http", rate_rps=80.0, duration_s=1.0)
+        (tmp_path / "settings.json").write_text(json.dumps(wanted.__dict__))
+        port = str(free_port())
+        locust = [sys.executable, "-m", "locust", "-f", str(tmp_path / "slow.py"), "--headless", "--processes", "2"]
+        locust += ["--settings", str(tmp_path / "settings.json"), "--master-bind-host", "127.0.0.1"]
+        locust += ["--master-bind-port", port, "--master-port", port]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(locust, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    rows = [json.loads(line) for line in (tmp_path / "tiny.seconds.jsonl").read_text().splitlines()]
+    assert sum(row["ok"] for row in rows) == sum(row["planned"] for row in rows) == 80, ended.stderr
+
+
 @pytest.mark.parametrize("processes", [(), ("--processes", "2")], ids=["one process", "two processes"])
 def test_locusts_own_command_sends_the_whole_schedule_whatever_its_users(
     tmp_path: Path, processes: tuple[str, ...]

@@ -275,6 +275,7 @@ def test_what_a_lost_worker_was_to_send_is_missed(tiny: tuple[EmbeddedServer, Pa
         locust.children()[0].kill()
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 3, errors
+    assert "1 of 2 workers were lost" in errors
     assert "planned requests were never sent" in errors
 
 
@@ -291,6 +292,20 @@ def test_locusts_own_page_shows_the_run_and_stays_until_it_is_ended(tiny: tuple[
         process.communicate(timeout=60)
     assert figures["answered"] == shown["tiny"]["num_requests"] == 80
     assert process.returncode in (0, 3)
+
+
+@pytest.mark.parametrize("port", ["taken", 65536], ids=["taken", "none"])
+def test_a_page_that_cannot_be_there_is_refused_before_any_load(
+    tiny: tuple[EmbeddedServer, Path], port: str | int
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        asked = taken.getsockname()[1] if port == "taken" else port
+        with command(settings(tiny, rate_rps=40.0), "--web", str(asked)) as process:
+            _, errors = process.communicate(timeout=60)
+    assert (process.returncode, len(errors.splitlines())) == (2, 1)
+    assert f"--web {asked}: " in errors
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])

@@ -55,6 +55,35 @@ def saved_run(folder: Path, requests: Iterable[Request], **changes: Any) -> Run:
     return Run.load(folder)
 
 
+def damage(folder: Path, file: str, old: str, new: str) -> None:
+    """Replaces a part of a run's file, or cuts it off there where `new` is empty."""
+    text = (folder / file).read_text()
+    head, found, tail = text.partition(old)
+    assert found
+    (folder / file).write_text(head + (new + tail if new else ""))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("run.json", '"rate_rps"', "", r"run.json: it cannot be read \(JSONDecodeError"),
+        ("run.json", '"rate_rps"', '"novel": 1, "rate_rps"', "settings.novel: seen 1"),
+        ("run.json", '"rate_rps": 100.0', '"rate_rps": "100"', "settings.rate_rps: seen '100'"),
+        ("run.json", '"generator": {', '"generator": null, "other": {', "other: unknown key"),
+        ("run.json", '"machine"', '"rows": 11, "machine"', "seconds.jsonl: 10 rows of 11"),
+        ("seconds.jsonl", '"intended"', "", r"line 1 cannot be read \(JSONDecodeError"),
+        ("seconds.jsonl", '"intended": "H', '"intended": "X', r"line 1 cannot be read \(HdrCookieException"),
+    ],
+    ids=["cut", "another version", "type", "key", "rows", "cut row", "histogram"],
+)
+def test_a_damaged_run_is_refused_in_one_line(tmp_path: Path, file: str, old: str, new: str, message: str) -> None:
+    saved_run(tmp_path, steady())
+    damage(tmp_path, file, old, new)
+    with pytest.raises(InputError, match=message) as caught:
+        Run.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def steady(latency_s: float = 0.01, count: int = 1000, lag_s: float = 0.0001) -> list[Request]:
     """`count` requests over 10 s, all answered alike."""
     times = np.arange(count) / count * 10

@@ -35,7 +35,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.spec import InputError, Parser, add_model_arguments, build_dir, run_command
+from deepseek.spec import DeploymentSpec, InputError, Parser, add_model_arguments, build_dir, run_command
 from loadtests.profile import tables
 from loadtests.profile.sources import Recorded
 from loadtests.profile.timeline import timeline
@@ -59,7 +59,7 @@ def profile(args: argparse.Namespace, folder: Path, console: Console) -> dict[st
 
 def _record(args: argparse.Namespace, folder: Path, recording: Path, console: Console) -> list[str]:
     """Traces into `recording`, samples the CPU into `folder`; returns what the user is to know."""
-    console.print(f"tracing {args.requests} requests of {args.model} over {args.protocol}")
+    console.print(f"tracing {args.requests} request{'s' * (args.requests > 1)} of {args.model} over {args.protocol}")
     flags = ["--requests", str(args.requests), "--users", str(args.users)]
     if args.url:
         _run([*_recording(args, recording, "trace", flags), "--url", args.url])
@@ -209,6 +209,7 @@ def _parse() -> argparse.Namespace:
 def main() -> int:
     """Records, draws, prints."""
     args = _parse()
+    DeploymentSpec.of_model(args.model, args.models)  # InputError where there is no such model
     place = build_dir(args.model) / "profiles"
     place.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place))
