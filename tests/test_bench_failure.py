@@ -129,6 +129,30 @@ def test_the_gateway_says_what_is_wrong(setting: Setting, shape: list, data: obj
 
 
 @pytest.mark.parametrize(
+    ("id_", "says"),
+    [
+        ('"7", "id": "8"', b"a name comes twice"),
+        ('"7", "parameters": {"priority": 0, "pri\\u006frity": 0}', b"a name comes twice"),
+        (r'"\ud83d"', b"half a character"),
+        (r'"\ud83d\\\ude00"', b"half a character"),
+        (r'"\ude00"', b"half a character"),
+    ],
+)
+def test_the_gateway_refuses_what_triton_reads_otherwise(setting: Setting, id_: str, says: bytes) -> None:
+    """Of a name that comes twice, Triton takes the first value: a size that is not looked at would end it."""
+    assert setting.shared is not None
+    status, answer = asked(setting.shared.gateway, "text", json.dumps({"id": 0, **TEXT}).replace("0", id_, 1))
+    assert (status, says in answer) == (400, True), answer
+
+
+def test_the_gateway_hands_on_strings_that_look_wrong_and_are_not(setting: Setting) -> None:
+    assert setting.shared is not None
+    for id_ in (r'"\ud83d\ude00"', r'"\\ud83d"', r'"\"id\": : \\"'):
+        status, answer = asked(setting.shared.gateway, "text", json.dumps({"id": 0, **TEXT}).replace("0", id_, 1))
+        assert status == 200, answer
+
+
+@pytest.mark.parametrize(
     ("ids", "mask", "says"),
     [
         (9, 5, "axis length is 5, in input_ids it is 9"),

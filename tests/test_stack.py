@@ -148,7 +148,11 @@ def test_a_release_makes_anew_what_a_running_stack_reads_and_only_of_its_own_rep
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(("--gateway-port", "0"), "GATEWAY_PORT: seen 0"), (("--repository", "nosuch"), "nosuch: no model in it")],
+    [
+        (("--gateway-port", "0"), "GATEWAY_PORT: seen 0"),
+        (("--repository", "nosuch"), "nosuch: no model in it"),
+        (("--triton-tag", "x"), "TRITON_TAG: seen 'x'; a release of NVIDIA's containers is YY.MM"),
+    ],
 )
 def test_wrong_input_is_one_line(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
     run = run_module("serving.stack", "--env-file", str(tmp_path / "env"), *arguments, BUILD=str(tmp_path))
@@ -248,6 +252,11 @@ def test_only_the_gateway_is_published_beyond_loopback() -> None:
     assert beyond == {"gateway"}
     assert "ports" not in services("compose.yaml")["triton"]
     assert services("compose.yaml")["triton"]["networks"] == ["inside"]
+
+
+def test_the_gateway_goes_before_all_others_where_cores_are_short() -> None:
+    shares = {name: service.get("cpu_shares", 1024) for name, service in services("compose.yaml").items()}
+    assert all(shares["gateway"] > others for name, others in shares.items() if name != "gateway"), shares
 
 
 def test_every_variable_of_the_compose_files_is_written_or_has_a_default(tmp_path: Path) -> None:

@@ -52,6 +52,10 @@ const BYTES_OF = {
     BOOL: 1, UINT8: 1, INT8: 1, UINT16: 2, INT16: 2, FP16: 2, BF16: 2, UINT32: 4, INT32: 4, FP32: 4, UINT64: 8, INT64: 8, FP64: 8,
 };
 const NO_NUMBER = /-?\b(?:NaN|Infinity|Inf)\b/g;  // Triton takes them, JSON has none
+const STRING = /"[^"\\]*(?:\\.[^"\\]*)*"(?:\s*:)?/g;  // with the colon that makes it a name
+const ESCAPED = /\\\\/g;
+const PAIR = /\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}/g;
+const HALF = /\\u[dD][89a-fA-F]/;
 const PARAMETERS = {
     sequence_start: 'boolean', sequence_end: 'boolean', binary_data_output: 'boolean', priority: 'size', timeout: 'size',
     binary_data: 'boolean', binary_data_size: 'size', classification: 'size', shared_memory_region: 'string',
@@ -79,13 +83,30 @@ function flawOfRequest(r) {
     if (said !== undefined && length === 0) {
         return '';  // tensors alone: of them Triton knows all from the model
     }
-    let document;
+    const text = body.slice(0, length).toString();
+    let document, flaw;
     try {
-        document = parsed(body.slice(0, length).toString());
+        document = parsed(text);
+        flaw = flawOfStrings(text.match(STRING) || [], document);
     } catch (error) {
         return `no JSON: ${error.message}`;
     }
-    return flawOf(document, size - length);
+    return flaw || flawOf(document, size - length);
+}
+
+// What JSON.parse takes, and Triton reads otherwise or not at all: of a name that comes twice Triton sees the first value,
+// so that what is looked at here would not be what it gets; half a character it cannot read.
+function flawOfStrings(strings, document) {
+    if (strings.filter(each => each.endsWith(':')).length !== namesIn(document)) {
+        return 'a name comes twice';
+    }
+    return strings.some(each => each.includes('\\u') && HALF.test(each.replace(ESCAPED, ' ').replace(PAIR, ' '))) ? 'half a character' : '';
+}
+
+function namesIn(value) {
+    const below = isObject(value) ? Object.keys(value).map(name => value[name]) : Array.isArray(value) ? value : [];
+    const own = isObject(value) ? below.length : 0;
+    return below.reduce((sum, each) => each !== null && typeof each === 'object' ? sum + namesIn(each) : sum, own);
 }
 
 function parsed(text) {
@@ -186,8 +207,7 @@ function countValues(data, kind, found) {
     found.count += 1;
     const finite = typeof data === 'number' && isFinite(data);
     const whole = finite && Math.floor(data) === data && Math.abs(data) < 18446744073709551616;
-    const right = kind === 'integer' ? whole : kind === 'boolean' ? typeof data === kind || whole
-        : kind === 'number' ? finite : typeof data === kind;
+    const right = kind === 'integer' ? whole : kind === 'number' ? finite : typeof data === kind;
     found.wrong += right ? 0 : 1;
 }
 
