@@ -43,6 +43,7 @@ from loadtests.trial import slo_at
 Verdict = Literal["no worse", "worse", "inconclusive"]
 EXIT_CODES: dict[Verdict, int] = {"no worse": 0, "worse": 1, "inconclusive": 3}
 MOST_PAIRS = 200  # more are not advised: a smaller difference is not to be told apart this way
+CLOSE = 0.02  # of the threshold: no number of pairs tells on which side of it such a ratio lies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +214,11 @@ class _Judge:
         distance = abs(math.log(allowed / change.ratio))
         half = math.log(change.high / change.low) / 2
         pairs = math.ceil(self.pairs * (half / distance) ** 2) if distance else math.inf
-        return f"about {pairs} pairs would tell" if pairs <= MOST_PAIRS else "too close to the threshold to tell"
+        if pairs <= MOST_PAIRS:
+            return f"about {pairs} pairs would tell"
+        if distance < CLOSE:
+            return "too close to the threshold to tell"
+        return f"more than {MOST_PAIRS} pairs would tell; runs of one side differ: a quieter machine, or longer runs"
 
 
 def _capacity_row(

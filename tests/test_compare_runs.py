@@ -156,6 +156,12 @@ def test_too_few_pairs_or_samples_prove_nothing_and_the_number_needed_is_said(tm
     assert compare(short, short, SLO, Thresholds()).rows[1].note == "240 requests, 459 needed"
 
 
+def test_runs_that_differ_among_themselves_are_not_called_close_to_the_threshold(tmp_path: Path) -> None:
+    base = [saved_run(tmp_path / "a" / f"{n}", noisy(10 * 4 ** (n % 2), n), rate_rps=20.0) for n in range(6)]
+    new = [saved_run(tmp_path / "b" / f"{n}", noisy(10 * 4 ** (n // 3), n), rate_rps=20.0) for n in range(6)]
+    assert compare(base, new, SLO, Thresholds()).rows[0].note.startswith("more than 200 pairs would tell; runs of")
+
+
 def test_a_pair_in_which_the_generator_was_the_limit_is_left_out(tmp_path: Path) -> None:
     base, new = runs(tmp_path / "a", 10, 0), runs(tmp_path / "b", 10, 50)
     busy = saved_run(tmp_path / "busy", noisy(90, 1), rate_rps=20.0, thread_cpu=0.99)
