@@ -57,16 +57,18 @@ from deepseek.spec import (
     Parser,
     Precision,
     Target,
+    Tolerance,
     add_model_arguments,
     build_dir,
     run_command,
     variables_for,
 )
 from export.artifact import Row, load_rows, staged
-from export.reference import run_torch
+from export.reference import AS_NEAR, own_errors, run_torch
 from export.source import Predict, Source
 from export.trials import (
     SPECIAL_ROW,
+    Check,
     Judge,
     Refused,
     compare_batching,
@@ -198,6 +200,7 @@ def compare_served(
             lambda: execution_count(grpc_url, spec.name, served["version"]),
         )
     checks = [check for judge in judges for check in judge.checks]
+    off = [check for check in checks if not check.holds]
     places = list(dict.fromkeys(check.at for check in checks))
     checks.sort(key=lambda check: places.index(check.at))  # both protocols one below the other
     return {
@@ -207,7 +210,28 @@ def compare_served(
         "checks": [asdict(check) for check in checks],
         **found,
         "failures": failures(checks, found["metric"]),
+        "loses_digits": loses_digits(
+            off,
+            own_errors(spec, model, rows) if off else {},
+            spec.parity.of(served["precision"]),  # type: ignore[arg-type]
+            served["precision"],
+        ),
     }
+
+
+def loses_digits(off: list[Check], own: dict[str, float], tolerance: Tolerance, precision: str) -> str:
+    """What to do where all that is off is about as near to PyTorch as fp32 is to float64; "" where it is farther."""
+    if not off or any(check.numbers.get("worst_error", math.inf) > AS_NEAR * own.get(check.output, 0) for check in off):
+        return ""
+    worst = max(off, key=lambda check: check.numbers["worst_error"])
+    cosine = min(check.numbers["cosine"] for check in off)
+    keys = [f"worst_error = {2 * worst.numbers['worst_error']:.1g}"]
+    if cosine < tolerance.cosine:
+        keys.append(f"cosine = {max(0.0, 2 * cosine - 1):.4g}")
+    return (
+        f"PyTorch's own fp32 is off by {own[worst.output]:.2g} from float64 in {worst.output}, and no engine can do "
+        f"better; where that is good enough, set [parity.{precision}] {', '.join(keys)} in deploy.toml"
+    )
 
 
 def run_trials(
@@ -328,7 +352,9 @@ def main() -> None:
         show(result)
     if result["failures"]:
         first = result["failures"][0]
-        hint = "; an operator of the runtime's may be why, see docs/parity.md" if first.startswith(SPECIAL_ROW) else ""
+        hint = f"; {result['loses_digits']}" if result["loses_digits"] else ""
+        if first.startswith(SPECIAL_ROW):
+            hint = "; an operator of the runtime's may be why, see docs/parity.md"
         count = len(result["checks"]) + len(result["metric"].get("served", {}))
         raise GateFailed(f"{len(result['failures'])} of {count} checks failed, see {path}; the first: {first}{hint}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +69,8 @@ BODIES = {
     "seed": "self.one(x), self.other(x)",
     "swapped": "self.one(x), self.other(x)",
     "masked": "x.masked_fill(x < 0, -torch.inf), x.log()",
+    "fragile": "(lambda a: (a * a).mean(1, keepdim=True) - a.mean(1, keepdim=True) ** 2)"
+    "(x.repeat(1, 64) + 300).expand(-1, 8), self.other(x)",
     "leaky": "self.one(x) + x.mean(0), self.other(x)",
 }
 Compare = Callable[..., dict[str, Any]]
@@ -251,6 +254,25 @@ def test_a_wrong_served_model_is_found_over_both_protocols(compare: Compare, nam
     failures = compare(name)["failures"]
     for protocol in ("http", "grpc"):
         assert any(failure.startswith(f"evaluation split over {protocol}") for failure in failures)
+
+
+def test_a_model_that_loses_digits_in_fp32_is_told_what_to_set_and_then_passes(
+    folder: Path, triton: EmbeddedServer
+) -> None:
+    run = run_module("export.parity", *flags(folder, triton, "fragile"))
+    assert run.returncode == 1
+    assert "PyTorch's own fp32 is off by" in run.stderr
+    keys = re.search(r"set \[parity\.fp32\] (worst_error = [^ ,]+)(?:, (cosine = \S+))? in deploy\.toml$", run.stderr)
+    assert keys is not None, run.stderr
+    shutil.copytree(folder / "models" / "fragile", folder / "tolerant" / "fragile")
+    with (folder / "tolerant" / "fragile" / "deploy.toml").open("a") as file:
+        file.write("\n".join(["[parity.fp32]", *filter(None, keys.groups()), ""]))
+    tolerant = compare_served(Source("fragile", folder / "tolerant"), triton.grpc_url, triton.http_url)
+    assert tolerant["failures"] == []
+
+
+def test_a_wrong_model_is_not_taken_for_one_that_loses_digits(compare: Compare) -> None:
+    assert compare("seed")["loses_digits"] == ""
 
 
 def test_rows_that_see_one_another_are_found_where_triton_batches(compare: Compare) -> None:
