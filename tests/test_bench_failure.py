@@ -145,6 +145,12 @@ def test_the_gateway_refuses_what_triton_reads_otherwise(setting: Setting, id_: 
     assert (status, says in answer) == (400, True), answer
 
 
+def test_the_gateway_refuses_an_empty_body(setting: Setting) -> None:
+    assert setting.shared is not None
+    for headers in ((), ("Content-Length: 0",)):
+        assert setting.shared.gateway.http("POST", "/v2/models/text/infer", *headers)[0] == 400
+
+
 def test_the_gateway_hands_on_strings_that_look_wrong_and_are_not(setting: Setting) -> None:
     assert setting.shared is not None
     for id_ in (r'"\ud83d\ude00"', r'"\\ud83d"', r'"\"id\": : \\"'):

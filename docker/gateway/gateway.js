@@ -83,9 +83,9 @@ function flawOfRequest(r) {
     if (said !== undefined && length === 0) {
         return '';  // tensors alone: of them Triton knows all from the model
     }
-    const text = body.slice(0, length).toString();
     let document, flaw;
     try {
+        const text = body.slice(0, length).toString();
         document = parsed(text);
         flaw = flawOfStrings(text.match(STRING) || [], document);
     } catch (error) {
