@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import signal
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -34,6 +33,7 @@ from loadtests.local_server import EMBEDDED
 from loadtests.regression import EXIT_CODES, Comparison, Row, Thresholds, compare, method
 from loadtests.results import Run, Settings
 from loadtests.run import inputs_of
+from loadtests.saved import write_whole
 from loadtests.sides import Side, side_of
 from loadtests.slo import formatted
 
@@ -158,13 +158,6 @@ def _parse() -> argparse.Namespace:
     return args
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
-
-
 def main() -> int:
     """Measures or reads, judges, writes, prints."""
     args = _parse()
@@ -185,8 +178,8 @@ def main() -> int:
     text = markdown(comparison, (base, new), args.model, machine)
     place = Path(args.output) if args.output else build_dir(args.model) / "compare-runs.md"
     data = json.dumps(as_json(comparison, (base, new), machine), indent=2)
-    _write(place, text)
-    _write(place.with_suffix(".json"), data + "\n")
+    write_whole(place, text)
+    write_whole(place.with_suffix(".json"), data + "\n")
     print(data if args.json else f"{text}\n{place}")
     return EXIT_CODES[comparison.verdict]
 

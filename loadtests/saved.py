@@ -44,7 +44,12 @@ class Saved(Table):
 
     def save(self, path: Path) -> None:
         """Writes it, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        draft.replace(path)
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Makes or replaces a file, whole or not at all, and the folders above it; its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    return draft.replace(path)

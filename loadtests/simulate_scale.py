@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,8 +36,8 @@ from deepseek.spec import DeploymentSpec, GateFailed, InputError, Parser, add_mo
 from loadtests.autoscaler import Autoscaler
 from loadtests.capacity import Capacity, capacity_path
 from loadtests.cluster import Day, Setup, replay
-from loadtests.report.page import write
 from loadtests.report.scaling import page
+from loadtests.saved import write_whole
 from loadtests.service_curve import ServiceCurve
 from loadtests.slo import latency_limits
 from loadtests.traffic import TICK_S, Shape, read_traffic, shape_of_day
@@ -246,12 +245,6 @@ def setup_of(args: argparse.Namespace, spec: DeploymentSpec) -> Setup:
     )
 
 
-def _save(path: Path, content: dict[str, Any]) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)
-
-
 def result(simulated: Simulated, capacity: Capacity, setup: Setup, traffic: str, max_replicas: int) -> dict[str, Any]:
     """What `scale.json` holds; `chosen` is null where none holds."""
     best = simulated.best
@@ -307,8 +300,8 @@ def main() -> None:
     path = build_dir(args.model) / "scale.json"
     found = result(simulated, capacity, setup, traffic, max_replicas) | {"margin": args.margin}
     path.parent.mkdir(parents=True, exist_ok=True)
-    _save(path, found)
-    html = write(path.with_suffix(".html"), page(found, simulated.day, curve))
+    write_whole(path, json.dumps(found, indent=2) + "\n")
+    html = write_whole(path.with_suffix(".html"), page(found, simulated.day, curve))
     if args.json:
         print(json.dumps(found, indent=2))
     else:

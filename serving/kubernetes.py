@@ -46,7 +46,7 @@ from serving.manifests import (
 from serving.packed import pack
 from serving.repository import MANIFEST
 from serving.served import MIB, Served, served_models
-from serving.stack import limits, sizes
+from serving.stack import limits, sizes, write_whole
 
 CONFIG_MAP_BYTES = 900_000  # a ConfigMap holds 1 MiB, its other entries included
 
@@ -55,13 +55,6 @@ def _scale_of(models: Sequence[Served], build: Path) -> Scale:
     paths = [build / model.name / "scale.json" for model in models]
     found = [scale for path in paths if path.is_file() and (scale := Scale.load(path))]
     return together(found) if found else DEFAULT_SCALE
-
-
-def _write(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(content, encoding="utf-8")
-    part.replace(path)
 
 
 def write(folder: Path, overlay: Overlay, models: list[Served], runbook: str) -> None:
@@ -77,7 +70,7 @@ def write(folder: Path, overlay: Overlay, models: list[Served], runbook: str) ->
     if overlay.monitoring:
         files["alerts.yaml"] = alerts(as_yaml(rules(models, runbook)))
     for name, content in files.items():
-        _write(folder / name, content)
+        write_whole(folder / name, content)
     for name in {"autoscaler.yaml", "alerts.yaml"} - files.keys():
         (folder / name).unlink(missing_ok=True)
 
@@ -95,10 +88,10 @@ def write_loadtest(folder: Path, overlay: Overlay, model: Served, args: argparse
         own_authority=authority.is_file(),
     )
     base = os.path.relpath(args.base.resolve(), folder.resolve())
-    _write(folder / "kustomization.yaml", loadtest_kustomization(overlay, test, base))
-    _write(folder / "deploy.toml", spec.read_text(encoding="utf-8"))
+    write_whole(folder / "kustomization.yaml", loadtest_kustomization(overlay, test, base))
+    write_whole(folder / "deploy.toml", spec.read_text(encoding="utf-8"))
     if test.own_authority:
-        _write(folder / "ca.crt", authority.read_text(encoding="utf-8"))
+        write_whole(folder / "ca.crt", authority.read_text(encoding="utf-8"))
     _copy_inputs(inputs, folder / "inputs.npz")
     return True
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from serving.certificate import STAND_IN, give, owner
 from serving.dashboard import dashboard
 from serving.flags import GATEWAY_EXIT_TIMEOUT_S
 from serving.keys import ensure_folder, gateway_folder
-from serving.machine import TRITON_TAG
+from serving.machine import TRITON_TAG, parse_tag
 from serving.served import HEADER_BYTES, JSON_BYTES, LATENESS, MIB, Served, bound_s, served_models
 
 CPU_FILES, GPU_FILES = "compose.yaml", "compose.yaml:docker/compose.gpu.yaml"
@@ -166,7 +167,7 @@ def refresh(repository: Path, folder: Path) -> bool:
         return False
     models = served_models(repository, Path(source["models"]))
     if (folder / "limits.conf").read_text() != limits(models):
-        _write(folder / "limits.conf", limits(models))
+        write_whole(folder / "limits.conf", limits(models))
     write_observed(models, observe_folder(folder), source["runbook"])
     return True
 
@@ -177,15 +178,16 @@ def write_observed(models: list[Served], folder: Path, runbook: str = RUNBOOK) -
         ("rules/deepseek.yml", as_yaml(rules(models, runbook))),
         ("dashboards/deepseek.json", json.dumps(dashboard(models), indent=2)),
     ):
-        _write(folder / part, content)
+        write_whole(folder / part, content)
         (folder / part).chmod(0o644)
         (folder / part).parent.chmod(0o755)
 
 
-def _write(path: Path, content: str) -> None:
+def write_whole(path: Path, content: str) -> None:
+    """Makes or replaces a file, whole or not at all, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(content)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(content, encoding="utf-8")
     part.replace(path)
 
 
@@ -201,7 +203,7 @@ def main() -> None:
     parser.add_argument(
         "--gateway-port", type=int, default=8443, help="published by the gateway (default: %(default)s)"
     )
-    parser.add_argument("--triton-tag", default=TRITON_TAG, help="NVIDIA's release (default: %(default)s)")
+    parser.add_argument("--triton-tag", default=TRITON_TAG, help="NVIDIA's release, YY.MM (default: %(default)s)")
     parser.add_argument("--host", action="append", default=[], help="name of the gateway for its certificate; repeat")
     parser.add_argument("--runbook", default=RUNBOOK, help="where alerts link to (default: %(default)s)")
     parser.add_argument("--settings", default="python -m serving.stack", help="first line of the env file, for make")
@@ -209,19 +211,20 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 < args.gateway_port < 65536:
         raise InputError(f"GATEWAY_PORT: seen {args.gateway_port}; a port is 1 to 65535")
+    parse_tag(args.triton_tag)
     folder = args.folder or gateway_folder()
     models = served_models(args.repository, args.models)
     ensure_folder(folder, args.host)
-    _write(folder / "limits.conf", limits(models))
+    write_whole(folder / "limits.conf", limits(models))
     write_observed(models, observe_folder(folder), args.runbook)
     source = {"repository": args.repository.resolve(), "models": args.models.resolve(), "runbook": args.runbook}
-    _write(source_file(folder), json.dumps({name: str(value) for name, value in source.items()}, indent=2) + "\n")
+    write_whole(source_file(folder), json.dumps({name: str(value) for name, value in source.items()}, indent=2) + "\n")
     results_folder(folder).mkdir(exist_ok=True)
     give(results_folder(folder))
     content = environment(
         models, args.repository, args.models, folder, args.settings, args.gateway_port, args.triton_tag
     )
-    _write(args.env_file, content)
+    write_whole(args.env_file, content)
     if args.json:
         print(json.dumps([asdict(model) for model in models], indent=2))
     else:

@@ -33,11 +33,11 @@ from deepseek.spec import (
 )
 from loadtests.capacity import Capacity, capacity_path
 from loadtests.report.mix_page import write_mix_report
-from loadtests.report.page import write
 from loadtests.report.run_page import write_report
 from loadtests.report.searches import capacity_page, tuning_page
 from loadtests.report.verdict import LETTERS
 from loadtests.results import Run, latest_run
+from loadtests.saved import write_whole
 from loadtests.slo import load_mix
 from loadtests.tuning import Tuning, tuning_path
 
@@ -70,9 +70,11 @@ def _searches(model: str, target: Target) -> tuple[Capacity | None, Tuning | Non
 def drawn(args: argparse.Namespace) -> Iterator[Path]:
     """Writes the pages that were asked for."""
     if args.capacity:
-        yield write(build_dir(args.model) / "capacity.html", capacity_page(Capacity.load(capacity_path(args.model))))
+        found = Capacity.load(capacity_path(args.model))
+        yield write_whole(build_dir(args.model) / "capacity.html", capacity_page(found))
     if args.tuning:
-        yield write(build_dir(args.model) / "tuning.html", tuning_page(Tuning.load(tuning_path(args.model))))
+        tuned = Tuning.load(tuning_path(args.model))
+        yield write_whole(build_dir(args.model) / "tuning.html", tuning_page(tuned))
     if args.mix:
         yield write_mix_report(load_mix(argparse.Namespace(**vars(args) | {"run": args.run and args.run[0]})))
     elif not args.capacity and not args.tuning:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from deepseek.spec import InputError, SloSpec
 from loadtests.report import details
-from loadtests.report.page import card, document, grid, ms, numbers, percentile, write
+from loadtests.report.page import card, document, grid, ms, numbers, percentile
 from loadtests.report.run_page import charts
 from loadtests.report.verdict import LETTERS, SHORT, SYMBOLS, badge, load_of, names_of, objectives, tiled
 from loadtests.results import Run
+from loadtests.saved import write_whole
 from loadtests.slo import Judgement, Verdict, judge, overall
 
 HEADLINES: dict[Verdict, str] = {
@@ -106,4 +107,4 @@ def write_mix_report(parts: Sequence[Part]) -> Path:
     """Writes the page into the folder of the first model's run."""
     if len(parts) > len(LETTERS):
         raise InputError(f"a mix of {len(parts)} models; at most {len(LETTERS)} can be told apart in one chart")
-    return write(parts[0][0].folder / "report-mix.html", mix_page(parts))
+    return write_whole(parts[0][0].folder / "report-mix.html", mix_page(parts))

@@ -7,11 +7,9 @@ dark is the reader's choice. Text given to these functions is escaped here, apar
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
-from pathlib import Path
 
 from loadtests.results import Distribution
 
@@ -77,10 +75,3 @@ def document(title: str, body: str, footer: str) -> str:
         f"<title>{escape(title)}</title><style>{style}</style></head><body><main>"
         f"{body}<footer>{escape(footer)}</footer></main></body></html>\n"
     )
-
-
-def write(path: Path, html: str) -> Path:
-    """Puts the file in its place, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(html, encoding="utf-8")
-    return draft.replace(path)

@@ -9,10 +9,11 @@ from deepseek.spec import SloSpec
 from loadtests.capacity import Capacity
 from loadtests.report import curves, details
 from loadtests.report.curves import Slos
-from loadtests.report.page import card, document, grid, write
+from loadtests.report.page import card, document, grid
 from loadtests.report.searches import capacity_card, tuning_card
 from loadtests.report.verdict import SHORT, compared, headline, tiles
 from loadtests.results import Run
+from loadtests.saved import write_whole
 from loadtests.server_statistics import Split
 from loadtests.slo import judge
 from loadtests.tuning import Tuning
@@ -92,4 +93,4 @@ def write_report(
 ) -> Path:
     """Writes the page into the run's folder, into the last one's where there are several."""
     runs = [runs] if isinstance(runs, Run) else list(runs)
-    return write(report_path(runs), page(runs, slo, capacity, tuning))
+    return write_whole(report_path(runs), page(runs, slo, capacity, tuning))
