@@ -4,7 +4,8 @@ Contract: `start` looks after the server in the background until `stop`. With `p
 Triton does not load is taken back out of its view, and what was served goes on. A model of which a process died
 (`serving.stubs`) is unloaded, so that its requests are refused as not available in place of failing, and loaded anew.
 Where that does not help, or not for long, the server is told to end and `failure` says why: from then on it is not
-ready, and whoever supervises it starts it again. Each of these is a line for `say`.
+ready, and whoever supervises it starts it again. A server that has crashed is given `CRASH_S` to write where. Each of
+these is a line for `say`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from serving.stubs import LOOK_S, StubWatch, end
 from serving.triton_log import KILLED
 from serving.view import ApprovedView
 
+CRASH_S = 3.0
 MOST_TIMES, WITHIN_S = 3, 60  # of one model, in a row; a supervisor waits between two starts, we do not
 
 
@@ -37,6 +39,7 @@ class Caretaker:
         stubs: StubWatch,
         control: ModelControl,
         view: ApprovedView,
+        crashed: Callable[[], bool],
         as_seen: Callable[[str], str],
         say: Callable[[str], None],
         drain_s: float,
@@ -44,7 +47,7 @@ class Caretaker:
         self.failure: str | None = None
         """Why the server was told to end."""
         self._server, self._stubs, self._control, self._view = server, stubs, control, view
-        self._as_seen, self._say, self._drain_s = as_seen, say, drain_s
+        self._crashed, self._as_seen, self._say, self._drain_s = crashed, as_seen, say, drain_s
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._turn = threading.Lock()  # one change at a time of what Triton has loaded
@@ -92,6 +95,12 @@ class Caretaker:
 
     def _watch(self) -> None:
         while not self._stopping.wait(LOOK_S) and self._server.poll() is None:
+            if self._crashed():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._server.wait(CRASH_S)
+                    return
+                self._give_up("tritonserver crashed and does not end; its log says more", at_once=True)
+                return
             self._stubs.look()
             if what := self._stubs.stuck():
                 self._give_up(

@@ -46,7 +46,7 @@ from serving.flags import (
 from serving.ports import HeldPorts
 from serving.repository import Finding, models_in
 from serving.stubs import LOOK_S, StubWatch
-from serving.triton_log import KILLED, failure, load_failures
+from serving.triton_log import KILLED, CrashWatch, failure, load_failures
 from serving.view import ApprovedView
 from serving.wheel import assemble_backend, environment, parts
 
@@ -110,6 +110,7 @@ class EmbeddedServer:
         self._stubs: StubWatch | None = None
         self._caretaker: Caretaker | None = None
         self._echo: threading.Thread | None = None
+        self._crashed = CrashWatch(self.log_path)
         self._started = threading.Event()
 
     @property
@@ -190,6 +191,7 @@ class EmbeddedServer:
         """The server's log to standard output; to the file only until it is up, so that the file does not grow."""
         with lines, self.log_path.open("ab") as log:
             for line in lines:
+                self._crashed.read(line)
                 with contextlib.suppress(OSError):  # whoever read it has gone: the server goes on
                     sys.stdout.buffer.write(line)
                     sys.stdout.buffer.flush()
@@ -265,6 +267,7 @@ class EmbeddedServer:
             stubs=self._stubs,
             control=self._control,
             view=self._view,
+            crashed=self._crashed,
             as_seen=self._as_seen,
             say=_say,
             drain_s=self._exit_timeout_s,

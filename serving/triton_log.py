@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 from pathlib import Path
 
+# What Triton says before it writes where it crashed, which takes it a minute where the cores are busy.
+CRASHED = re.compile(rb"^Signal \((?:4|6|7|8|11)\) received", re.MULTILINE)
 # What Triton says of a process of the Python backend that was killed, where it notices.
 KILLED = "is not healthy"
 
@@ -22,6 +25,26 @@ def load_failures(log_path: Path) -> str:
     told = [each for each in reasons if not any(other != each and other.startswith(each) for other in reasons)]
     failures = [f"failed to load {reason}" for reason in sorted(told) if "all models" not in reason]
     return "; ".join([*failures, *syntax])
+
+
+class CrashWatch:
+    """Whether a server's log says that it has crashed."""
+
+    def __init__(self, log_path: Path) -> None:
+        self._log_path, self._seen, self._read = log_path, False, 0
+
+    def read(self, line: bytes) -> None:
+        """A line that does not go to the file."""
+        self._seen = self._seen or CRASHED.match(line) is not None
+
+    def __call__(self) -> bool:
+        """Reads what was added to the file."""
+        with contextlib.suppress(OSError), self._log_path.open("rb") as log:
+            log.seek(self._read)
+            added = log.read()
+            self._read += added.rfind(b"\n") + 1  # half a line is read again
+            self._seen = self._seen or CRASHED.search(added) is not None
+        return self._seen
 
 
 def failure(log_path: Path, status: int) -> str:

@@ -81,16 +81,19 @@ def answering(answer: Callable[[socket.socket], Any]) -> Iterator[tuple[str, lis
     """A socket server that reads a request's head and its body, then does `answer`; its URL and what it read."""
     seen: list[bytes] = []
 
-    def serve() -> None:
+    def serve(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            if request := connection.recv(65536):  # else one that was opened and never used
+                seen.append(request)
+                answer(connection)
+
+    def accept() -> None:
         with contextlib.suppress(OSError):
             while True:
-                with listener.accept()[0] as connection:
-                    seen.append(connection.recv(65536))
-                    with contextlib.suppress(OSError):
-                        answer(connection)
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve, daemon=True)
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        thread = threading.Thread(target=accept, daemon=True)
         thread.start()
         yield f"127.0.0.1:{listener.getsockname()[1]}", seen
         listener.shutdown(socket.SHUT_RDWR)

@@ -225,3 +225,14 @@ def test_a_server_that_is_killed_itself_is_one_line_and_exit_1(tmp_path: Path) -
         running._process.wait()
         with pytest.raises(GateFailed, match="tritonserver was killed by SIGKILL"):
             _serve(running, [])
+
+
+def test_a_server_that_crashed_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caretaker, "CRASH_S", 0.1)
+    write_add_one(tmp_path / "repository")
+    log = tmp_path / "log"
+    with EmbeddedServer(tmp_path / "repository", **FREE, log_path=log) as running:
+        with log.open("ab") as file:
+            file.write(b"Signal (11) received.\n")  # and then, where the cores are busy, nothing for a minute
+        with pytest.raises(GateFailed, match="tritonserver crashed and does not end"):
+            _serve(running, [])

@@ -70,7 +70,7 @@ def damage(folder: Path, file: str, old: str, new: str) -> None:
         ("run.json", '"rate_rps"', '"novel": 1, "rate_rps"', "settings.novel: seen 1"),
         ("run.json", '"rate_rps": 100.0', '"rate_rps": "100"', "settings.rate_rps: seen '100'"),
         ("run.json", '"generator": {', '"generator": null, "other": {', "other: unknown key"),
-        ("run.json", '"machine"', '"rows": 11, "machine"', "seconds.jsonl: 10 rows of 11"),
+        ("run.json", '"machine"', '"rows": 12, "machine"', "seconds.jsonl: 11 rows of 12"),
         ("seconds.jsonl", '"intended"', "", r"line 1 cannot be read \(JSONDecodeError"),
         ("seconds.jsonl", '"intended": "H', '"intended": "X', r"line 1 cannot be read \(HdrCookieException"),
     ],

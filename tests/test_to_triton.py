@@ -168,7 +168,7 @@ def test_an_unbuilt_precision_says_how_to_build_it(build: Path, tmp_path: Path) 
     flags = ("--models", "tests/models", "--model", "image", "--precision", "fp8", "--repository", str(tmp_path))
     run = run_module("export.to_triton", *flags)
     assert run.returncode == 2
-    assert "make engine MODEL=image PRECISION=fp8" in run.stderr
+    assert "make engine MODEL=image MODELS=tests/models PRECISION=fp8" in run.stderr
 
 
 @pytest.mark.slow

@@ -313,7 +313,7 @@ def test_batch_sizes_near_the_best_are_tried_too_within_the_profile() -> None:
         (("--max-batch", "9"), "--max-batch 9: 1 to 8 are possible"),
         (("--pairs", "1"), "--pairs 1: it must be 2 or more"),
         (("--target", "tensorrt"), "the embedded Triton cannot serve it; give the command of a server that can"),
-        (("--precision", "fp16"), "make engine MODEL=wide PRECISION=fp16"),
+        (("--precision", "fp16"), "/models PRECISION=fp16"),
         (("--server", "serve {port}"), "the fields are {repository}, {http_port}, {grpc_port}, {metrics_port}"),
         (("--server", "false"), "the default setting is not served: "),
     ],

@@ -120,9 +120,7 @@ class AsyncPool(_Idle):
         waiter: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
         self._waiting[waiter] = None
         if len(self._openers) < MOST_OPENING:
-            opener = asyncio.ensure_future(self._open())
-            self._openers.add(opener)
-            opener.add_done_callback(self._openers.discard)
+            self._openers.add(asyncio.ensure_future(self._open()))
         try:
             async with asyncio.timeout(deadline.socket_timeout_s()):
                 return await waiter
@@ -136,14 +134,17 @@ class AsyncPool(_Idle):
 
     async def _open(self) -> None:
         """One after the other, while somebody waits."""
-        while self._waiting:
-            try:
-                self.give_back(await self._open_until(Deadline(LONGEST_OPENING_S)))
-            except TimeoutError:
-                continue
-            except OSError as error:
-                if waiter := self._first():
-                    waiter.set_exception(error)
+        try:
+            while self._waiting:
+                try:
+                    self.give_back(await self._open_until(Deadline(LONGEST_OPENING_S)))
+                except TimeoutError:
+                    continue
+                except OSError as error:
+                    if waiter := self._first():
+                        waiter.set_exception(error)
+        finally:
+            self._openers.discard(asyncio.current_task())  # at once: who comes next needs one
 
     def _first(self) -> "asyncio.Future[Connection] | None":
         """Who has waited longest."""
