@@ -91,7 +91,8 @@ class Part:
             recorder.drop(planned_s, self._lengths[place])
             self._tell_locust(0.0, "dropped")
         elif self._free:
-            gevent.get_hub().loop.run_callback(self._free.pop().switch, (place, planned_s))
+            gevent.get_hub().loop.run_callback(gevent.getcurrent().switch)  # us, once the request is sent
+            self._free.pop().switch((place, planned_s))
         else:
             gevent.spawn(self._send_whenever_asked, place, planned_s)
 
