@@ -51,6 +51,14 @@ from serving.view import ApprovedView
 from serving.wheel import assemble_backend, environment, parts
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+# Waits for our end, however it comes, then for the server's, which is told of it; then ends what is left: a stub of
+# 2.51 that waits for a word of a server that has gone does so for ever. $1: server, $2: seconds, $3: what it laid out.
+_AFTER_US = """
+read -r _
+while kill -0 "$1" && [ "$2" -gt 0 ]; do sleep 1; set -- "$1" $(($2 - 1)) "$3"; done
+kill -KILL -- "-$1"
+rm -rf -- "$3" "/dev/shm/${3##*/}"*
+"""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -105,6 +113,7 @@ class EmbeddedServer:
         self._profile = None if profile is None else Path(profile).absolute()
         self._flags = flags
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
         self._scratch: Path | None = None
         self._view: ApprovedView | None = None
         self._stubs: StubWatch | None = None
@@ -182,6 +191,14 @@ class EmbeddedServer:
                 start_new_session=True,  # Ctrl-C is ours to pass on, and the group is ours to end
                 preexec_fn=ends_with_us(),
             )
+        guarded = [str(self._process.pid), str(self._exit_timeout_s + 5), str(self._scratch)]
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", _AFTER_US, "after", *guarded],
+            stdin=subprocess.PIPE,  # which closes when we end
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         if self._process.stdout is not None:
             self._echo = threading.Thread(target=self._copy_log, args=(self._process.stdout,), daemon=True)
             self._echo.start()
@@ -305,6 +322,10 @@ class EmbeddedServer:
             for region in Path("/dev/shm").glob(f"{self._scratch.name}*"):
                 region.unlink(missing_ok=True)
             self._scratch = None
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.communicate()
+            self._guard = None
 
 
 def check_repository(repository: Path) -> list[str]:

@@ -68,6 +68,21 @@ def test_nothing_is_left_running_however_it_ends(tmp_path: Path, how: signal.Sig
     assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
 
 
+def test_a_process_that_does_not_notice_is_ended_all_the_same(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    process = start(tmp_path / "repository")
+    below = wait_until_serving(process)
+    stub = next(each for each in below if "stub" in " ".join(each.cmdline()))
+    scratch = Path(stub.exe()).parents[2]
+    stub.suspend()  # as one that waits for ever for what Triton would have said
+    process.kill()
+    process.communicate(timeout=20)
+    _, alive = psutil.wait_procs(below, timeout=40)
+    assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
+    assert not scratch.exists()
+    assert not list(Path("/dev/shm").glob(f"{scratch.name}*"))
+
+
 def test_shared_memory_and_scratch_are_removed(tmp_path: Path) -> None:
     write_add_one(tmp_path / "repository")
     with EmbeddedServer(tmp_path / "repository", log_path=tmp_path / "log", **FREE) as running:
