@@ -83,7 +83,7 @@ class Part:
                 number += workers
 
     def take_up(self, planned_s: float, number: int, now_at: float) -> None:
-        """Has a free greenlet send a request that is due, or drops it; returns once it is sent, while others may run."""
+        """Has a free greenlet send what is due, or drops it; returns once it is sent, and others run meanwhile."""
         recorder = self.recorder
         recorder.attempt(now_at - self._window_at)
         place = number % len(self._requests)
