@@ -409,5 +409,5 @@ check-graphs: $(foreach p,$(or $(CHECKED_PRECISIONS),fp32 fp16 int8 fp8),$(B)/$(
 # Interrupted, make takes away what a recipe has changed; a server may be reading this one.
 .PRECIOUS: $(REPOSITORY)/$(MODEL)/config.pbtxt
 $(REPOSITORY)/$(MODEL)/config.pbtxt: $(B)/choice-$(T).json $(B)/settings/target $(B)/settings/tuned export/to_triton.py \
-    serving/onnxruntime_backend.py deepseek/onnxruntime_session.py
+    serving/onnxruntime_backend.py serving/turns.py deepseek/onnxruntime_session.py
 	@$(PY) -m export.to_triton $(WHICH) --target $(T) --repository $(REPOSITORY)

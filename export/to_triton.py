@@ -60,6 +60,7 @@ ROOT = Path(__file__).parent.parent
 BACKEND_SOURCES = {
     "model.py": ROOT / "serving" / "onnxruntime_backend.py",
     "onnxruntime_session.py": ROOT / "deepseek" / "onnxruntime_session.py",
+    "turns.py": ROOT / "serving" / "turns.py",
 }
 
 

@@ -3,9 +3,9 @@
 Contract: pure. What the command line names is tried as named; the rest follows from the spec, the target and the
 number of cores:
 
-- layouts of the target onnxruntime on a CPU: instances that share the cores out (2, 4, ... up to one a core), and two
-  that take all of them in turn, which computes like one session over all threads. One instance alone is left out:
-  with a bounded queue it can stall (docs/triton.md).
+- layouts of the target onnxruntime on a CPU: instances that share the cores out (2, 4, ... up to one a core), and twice
+  as many as the cores have room for, from two that take all of them, which compute in turn: the others hold the next
+  batches. One instance alone is left out: with a bounded queue it can stall (docs/triton.md).
 - layouts elsewhere: 1, 2, 3 and 4 instances a GPU.
 - batch sizes: powers of 4, opt and max of the batch axis, and twice and half the best so far.
 - queue delays: none, and up to a quarter of the tightest latency of the SLO.
@@ -110,7 +110,9 @@ def _layouts(
     if instances or threads:
         counts = instances or tuple(_counts(cores))
         return tuple(product(counts, threads)) if threads else tuple((n, max(1, cores // n)) for n in counts)
-    return (*((count, max(1, cores // count)) for count in _counts(cores)), *([(2, cores)] if cores > 1 else []))
+    shared = [(count, max(1, cores // count)) for count in _counts(cores)]
+    in_turn = [(2 * count, cores // count) for count in (1, *_counts(cores)) if count <= cores]
+    return tuple(dict.fromkeys(shared + in_turn))
 
 
 def _counts(cores: int) -> list[int]:

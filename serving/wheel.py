@@ -60,6 +60,7 @@ def environment(libraries: Path, scratch: Path) -> dict[str, str]:
     # The stub takes its prefix, and so its site-packages, from the first python3 on PATH.
     found["PATH"] = f"{Path(sys.executable).parent}:{found.get('PATH', '')}"
     found.pop("PYTHONHOME", None)
+    found["TMPDIR"] = str(scratch)  # what models write there goes with the server
     return found
 
 

@@ -149,6 +149,7 @@ def test_each_build_becomes_the_next_version_and_the_oldest_go(build: Path, tmp_
         "model.onnx",
         "model.py",
         "onnxruntime_session.py",
+        "turns.py",
     }
     assert {path.name for path in tmp_path.iterdir()} == {"image"}
 

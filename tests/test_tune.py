@@ -293,8 +293,9 @@ def test_a_line_that_a_kill_cut_off_is_left_out_of_the_journal(tmp_path: Path) -
 
 def test_layouts_share_the_cores_out_or_take_turns_and_one_instance_alone_is_left_out() -> None:
     spec = DeploymentSpec.load("tests/models/image")
-    assert space_of(spec, "onnxruntime", 2).layouts == ((2, 1), (2, 2))
-    assert space_of(spec, "onnxruntime", 8).layouts == ((2, 4), (4, 2), (8, 1), (2, 8))
+    assert space_of(spec, "onnxruntime", 2).layouts == ((2, 1), (2, 2), (4, 1))
+    assert space_of(spec, "onnxruntime", 8).layouts == ((2, 4), (4, 2), (8, 1), (2, 8), (4, 4), (8, 2), (16, 1))
+    assert space_of(spec, "onnxruntime", 1).layouts == ((2, 1),)
     tensorrt = space_of(spec, "tensorrt", 8)
     assert tensorrt.layouts == ((1, None), (2, None), (3, None), (4, None))
     assert tensorrt.cuda_graphs == (False, True)

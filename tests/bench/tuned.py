@@ -1,8 +1,8 @@
 """What tuning gives: served over raw throughput and latency of a MiniLM-sized encoder, and the recommender's gain.
 
 The encoder has 6 layers x 384 and 64 tokens a row. Raw is ONNX Runtime's best layout, one session over all threads or
-one a core, at its best batch size. Server, raw runtime and load generator have all the cores. The encoder is served as
-it is by default but for its batch size, which is the raw runtime's best; what `make tune` finds is a row of its own.
+one a core, at its best batch size. Server, raw runtime and load generator have all the cores. What `make tune` finds is
+a row of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ USERS = 32
 TUNE_S_OF_PAIR = 75  # of a search, for each pair that was asked for
 SHARE_OF_RAW = 0.7  # the rate at which latencies are compared
 LATENCY_S = 12
-TUNED = TunedBatching(max_batch=4, max_queue_delay_us=0)
+# Twice as many instances as there are cores, which compute in turn (docs/triton.md).
+TUNED = TunedBatching(max_batch=4, max_queue_delay_us=0, instances=2 * len(os.sched_getaffinity(0)))
 # What a server gets that nobody thought about: one instance, all threads, large batches, a delay to fill them.
 CUSTOMARY = TunedBatching(max_batch=MAX_BATCH, max_queue_delay_us=1000, instances=1)
 
@@ -74,7 +75,8 @@ def publish(bench: Bench, name: str, precision: str, batching: TunedBatching) ->
     """A repository of the encoder under these settings."""
     values = bench.folder / f"{name}.toml"
     if batching.instances:
-        batching = batching.model_copy(update={"threads": len(os.sched_getaffinity(0)) // batching.instances})
+        threads = max(1, len(os.sched_getaffinity(0)) // batching.instances)
+        batching = batching.model_copy(update={"threads": threads})
     TunedFile(targets={"onnxruntime": TunedTarget(batching=batching)}).write(values)
     repository = bench.folder / f"repository-{name}"
     flags = ("--precision", precision, "--tuned", str(values), "--repository", str(repository))
