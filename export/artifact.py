@@ -8,14 +8,10 @@ Everything is written beside its place and renamed: a killed build leaves no hal
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +21,7 @@ import numpy as np
 import onnx
 
 from deepseek.spec import DeploymentSpec, FileDigest, InputError, Manifest, Target, build_dir, flags_for, variables_for
+from deepseek.spec.folders import scratch_in
 
 Row = dict[str, np.ndarray]  # one sample: each input with a batch dimension of 1
 
@@ -94,63 +91,6 @@ def need(path: Path, made_by: str) -> Path:
     if not path.is_file():
         raise InputError(f"{path}: no such file; make it with: {made_by}")
     return path
-
-
-@contextlib.contextmanager
-def scratch_in(folder: Path) -> Iterator[Path]:
-    """An empty folder inside `folder`, removed at the end, as are those that killed processes left.
-
-    Its owner holds a lock on it, which ends with the process, however that ends.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".scratch-*"):
-        with contextlib.suppress(OSError):
-            lock = _lock(stale, fcntl.LOCK_NB)
-            shutil.rmtree(stale, ignore_errors=True)
-            os.close(lock)
-    scratch, lock = _own_folder(folder)
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        os.close(lock)
-
-
-def _own_folder(folder: Path) -> tuple[Path, int]:
-    """A new folder and its lock."""
-    while True:
-        path = Path(tempfile.mkdtemp(prefix=".scratch-", dir=folder))
-        with contextlib.suppress(FileNotFoundError):
-            lock = _lock(path)
-            if path.exists():  # else another process took it for a stale one before it was locked
-                return path, lock
-            os.close(lock)
-
-
-def _lock(folder: Path, flags: int = 0) -> int:
-    """A descriptor that holds the folder's lock until it is closed."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time in `folder`, which is made; the next waits, and says so. The lock ends with its process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = _lock(folder, fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"waiting for another process in {folder}", file=sys.stderr, flush=True)
-        lock = _lock(folder)
-    try:
-        yield
-    finally:
-        os.close(lock)
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.spec import Target, build_dir
+from deepseek.spec.folders import scratch_in
 from export.accuracy import metric_drop, parity, similarity, task_metrics
-from export.artifact import Row, load_rows, pruning_of, scratch_in, sha256
+from export.artifact import Row, load_rows, pruning_of, sha256
 from export.cache import alone_with, cpu, fetch, key_of, store
 from export.runners import gpu_name, module_runner, outputs_of, torch_runner
 from export.source import Predict, Source

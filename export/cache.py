@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.spec import InputError, Parser, run_command
-from export.artifact import human_bytes, scratch_in, sha256, tool_versions
+from deepseek.spec.folders import scratch_in
+from export.artifact import human_bytes, sha256, tool_versions
 
 LOCKS = ".lock"
 INDEX = "entry.json"  # digests of the entry's files; its time is when the entry was last used

@@ -32,6 +32,7 @@ from deepseek.distillation import distil
 from deepseek.prunable import Inputs
 from deepseek.pruning import PruneConfig, PruneReport, prune_model, save_pruned, weights_digest
 from deepseek.spec import GateFailed, Parser, add_model_arguments, build_dir, run_command
+from deepseek.spec.folders import scratch_in
 from export.accuracy import metric_drop, parity, similarity, task_metrics
 from export.artifact import (
     Clock,
@@ -42,7 +43,6 @@ from export.artifact import (
     pruning_path,
     publish,
     row_digests,
-    scratch_in,
 )
 from export.cache import alone_with, fetch, key_of, store
 from export.runners import module_runner, outputs_of

@@ -44,6 +44,7 @@ from deepseek.spec import (
     flags_for,
     run_command,
 )
+from deepseek.spec.folders import scratch_in
 from export.artifact import (
     Clock,
     Row,
@@ -58,7 +59,6 @@ from export.artifact import (
     read_manifest,
     refuse,
     save_graph,
-    scratch_in,
     sha256,
     tool_versions,
     write_manifest,

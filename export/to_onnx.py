@@ -39,6 +39,7 @@ from deepseek.spec import (
     build_dir,
     run_command,
 )
+from deepseek.spec.folders import scratch_in
 from export.artifact import (
     Clock,
     Row,
@@ -52,7 +53,6 @@ from export.artifact import (
     row_digests,
     save_graph,
     save_rows,
-    scratch_in,
     sha256,
     tool_versions,
     write_manifest,

@@ -36,6 +36,7 @@ from deepseek.spec import (
     variables_for,
 )
 from deepseek.spec.checks import first_error
+from deepseek.spec.folders import scratch_in
 from export.artifact import (
     Clock,
     axes_of,
@@ -48,7 +49,6 @@ from export.artifact import (
     read_manifest,
     refusal,
     refuse,
-    scratch_in,
     sha256,
     tool_versions,
     write_manifest,

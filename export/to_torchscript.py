@@ -38,6 +38,7 @@ from deepseek.spec import (
     build_dir,
     run_command,
 )
+from deepseek.spec.folders import scratch_in
 from export.artifact import (
     Clock,
     Row,
@@ -49,7 +50,6 @@ from export.artifact import (
     pruning_of,
     publish,
     read_manifest,
-    scratch_in,
     sha256,
     tool_versions,
     write_manifest,

@@ -40,16 +40,15 @@ from deepseek.spec import (
     run_command,
     variables_for,
 )
+from deepseek.spec.folders import alone_in, scratch_in
 from export.artifact import (
     Row,
-    alone_in,
     choice_path,
     digests,
     engine_path,
     load_rows,
     need,
     read_manifest,
-    scratch_in,
     write_manifest,
 )
 from export.runners import optimizers_left_out

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepseek.spec import InputError, Parser, add_model_arguments, build_dir, run_command
-from export.artifact import scratch_in
+from deepseek.spec.folders import scratch_in
 from export.cache import alone_with, drop, fetch, key_of, root, store
 from export.reference import weights_digest
 from export.source import Source

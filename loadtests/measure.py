@@ -35,7 +35,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from deepseek.spec import DeploymentSpec, InvalidMeasurement
 from loadtests.quality import of_served
 from loadtests.recorder import rows_file
-from loadtests.results import LONGEST_PREPARATION_S, Run, Settings, name_of_now, new_run, publish
+from loadtests.results import LONGEST_PREPARATION_S, Run, Settings, name_of_now, new_run, publish, runs_folder
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 MASTER_PORT = 5557  # Locust's own
@@ -71,7 +71,7 @@ def measure_together(
     Locust's page is still there.
     """
     with ExitStack() as stack:
-        drafts = [stack.enter_context(new_run(load.settings.model)) for load in loads]
+        drafts = [stack.enter_context(new_run(runs_folder(load.settings.model))) for load in loads]
         measured, started_at = _locust_measures(stack, loads, drafts[0], console, web_port, remote)
         if measured["generator"]["workers_lost"]:
             print((drafts[0] / "locust.log").read_text(), end="", file=sys.stderr)

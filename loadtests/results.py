@@ -23,7 +23,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from pydantic import ConfigDict, ValidationError
 
 from deepseek.spec import InputError, Target, build_dir
 from deepseek.spec.checks import Table, first_error
+from deepseek.spec.folders import scratch_in
 from loadtests.recorder import KINDS
 from loadtests.recorder import VALUES_US as VALUES_US
 from loadtests.recorder import Latency as Latency
@@ -360,24 +360,17 @@ def latest_run(name: str) -> Path:
 
 
 @contextmanager
-def new_run(name: str) -> Iterator[Path]:
-    """A draft folder to write a run into; it is gone after the block, unless `publish` took it."""
-    place = runs_folder(name)
-    place.mkdir(parents=True, exist_ok=True)
-    for left in place.glob(".draft-*"):  # of runs that were killed outright
-        if not Path(f"/proc/{left.name.removeprefix('.draft-')}").exists():
-            shutil.rmtree(left, ignore_errors=True)
-    draft = place / f".draft-{os.getpid()}"
-    draft.mkdir()
-    try:
+def new_run(folder: Path) -> Iterator[Path]:
+    """A draft to write a run into that is to lie in `folder`; it is gone after the block, unless `publish` took it."""
+    with scratch_in(folder) as scratch:
+        draft = scratch / "run"
+        draft.mkdir()
         yield draft
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def publish(draft: Path, name: str | None = None) -> Path:
     """Puts a complete draft in its place; the name is the time, so that names sort by age."""
-    return draft.rename(draft.parent / (name or name_of_now()))
+    return draft.rename(draft.parent.parent / (name or name_of_now()))
 
 
 def name_of_now() -> str:

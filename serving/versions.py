@@ -14,17 +14,15 @@ Example:
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import GateFailed, InputError, PublishedManifest
+from deepseek.spec.folders import alone_in
 from serving.repository import CONFIG, MANIFEST, check_config, check_version, read_config, versions_of
 
 KEPT_VERSIONS = 3  # the one that is served and two to go back to, as export.to_triton keeps them
@@ -105,24 +103,12 @@ def same_as(staged: Path, number: int, model: Path, version: int) -> bool:
     return files == PublishedManifest.load(place).files and config == read_config(staged / CONFIG)
 
 
-@contextmanager
-def _alone_in(repository: Path) -> Iterator[None]:
-    """Changes by no other release, and by no export.to_triton, which holds the same lock while it publishes."""
-    repository.mkdir(parents=True, exist_ok=True)
-    lock = os.open(repository, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
 def put_live(staged: Path, number: int, model: Path) -> None:
     """Moves a staged version into the repository; a server that follows the repository takes it up from there.
 
     Raises InputError where another build put a version of this number or a later one there meanwhile.
     """
-    with _alone_in(model.parent):
+    with alone_in(model.parent):
         if (newest(model) or 0) >= number:
             raise InputError(f"{model}: version {newest(model)} came in meanwhile, by another build: release again")
         if not model.exists():
@@ -178,7 +164,7 @@ def take_out(model: Path, number: int, *, back_to: int, archive: Path) -> None:
 
     The configuration first: cut off between the two, a second call ends what the first began.
     """
-    with _alone_in(model.parent):
+    with alone_in(model.parent):
         draft = model / f".scratch-{CONFIG}"
         shutil.copyfile(model / str(back_to) / CONFIG, draft)
         os.replace(draft, model / CONFIG)

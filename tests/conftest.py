@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from export.artifact import alone_in
+from deepseek.spec.folders import alone_in
 from serving.embedded import EmbeddedServer
 from serving.stack import limits, served_models
 from tests.failing_servers import MakeRelays, Relay

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from export.artifact import scratch_in, staged
+from deepseek.spec.folders import scratch_in
+from export.artifact import staged
 from tests.conftest import run_module
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from export.artifact import scratch_in
+from deepseek.spec.folders import scratch_in
 with scratch_in(Path(sys.argv[1])):
     print("there", flush=True)
     time.sleep(60)

@@ -13,11 +13,12 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import tritonclient.http as triton_http
+from deepseek_client import InferenceClient, ServerBusy
 from tritonclient.utils import InferenceServerException
 
 from serving.certificate import ensure_certificate
@@ -119,6 +120,23 @@ def test_the_rate_of_a_key_is_its_own(gateway: Gateway) -> None:
     while gateway.grpc_status(f"{SERVICE}/ServerLive", key=slow) == "OK":  # until the second's five are used up
         pass
     assert gateway.lines(caller="slow", grpc_status="8")
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_who_sends_too_much_is_told_when_to_come_again(gateway: Gateway, protocol: Literal["http", "grpc"]) -> None:
+    access: dict[str, Any] = {
+        "api_key": gateway.add_key("hasty", rate_rps=1),
+        "ca_cert": str(gateway.folder / "ca.crt"),
+    }
+    with InferenceClient(f"localhost:{gateway.port}", protocol=protocol, retries=0, **access) as client:
+
+        def until_refused() -> None:
+            for _ in range(100):
+                client.metadata("add_one")
+
+        with pytest.raises(ServerBusy) as refused:
+            until_refused()
+    assert refused.value.retry_after_s == 1
 
 
 # ---- what callers and operators see --------------------------------------------------------------

@@ -408,7 +408,8 @@ def test_inputs_too_large_for_a_config_map_are_thinned_by_rows(tmp_path: Path) -
 def test_the_workers_flags_are_the_masters_and_what_its_script_adds() -> None:
     jobs = {each["metadata"]["name"]: each for each in committed("loadtest") if each["kind"] == "Job"}
     (master,), (worker,) = (job["spec"]["template"]["spec"]["containers"] for job in jobs.values())
-    added = re.findall(r"--(model|models|target) ", Path("docker/loadtests.sh").read_text().splitlines()[3])
+    script = Path("docker/loadtests.sh").read_text()
+    added = re.findall(r" --(model|models|target) ", script[script.index("python -m loadtests.run") :].splitlines()[0])
     extra = [flag.removeprefix("--").split("=")[0] for flag in worker["args"] if flag not in master["args"]]
     assert extra == [*added, "worker-of"]
     assert master["args"] == worker["args"][: len(master["args"])]

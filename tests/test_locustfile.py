@@ -167,7 +167,7 @@ def free_port() -> int:
 def wait_for_load(build: Path) -> None:
     """Until Locust has been running for a while."""
     deadline = time.monotonic() + 30
-    while not list(build.glob("tiny/loadtests/.draft-*/locust.log")) and time.monotonic() < deadline:
+    while not list(build.glob("tiny/loadtests/.scratch-*/run/locust.log")) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(2)
 

@@ -20,7 +20,7 @@ import pytest
 
 from deepseek.spec import InputError, SloSpec
 from loadtests.recorder import FOLD_AT, LONGEST_US, Latencies, Recorder, histogram
-from loadtests.results import Run, Settings, latest_run, new_run, publish
+from loadtests.results import Run, Settings, latest_run, new_run, publish, runs_folder
 from loadtests.slo import judge
 
 Request = tuple[float, float, float, str | None]  # planned, sent, finished, error
@@ -197,7 +197,7 @@ def test_requests_are_counted_by_length_too_within_the_window_alone() -> None:
 
 def test_a_run_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BUILD", str(tmp_path))
-    with contextlib.suppress(KeyboardInterrupt), new_run("tiny") as draft:
+    with contextlib.suppress(KeyboardInterrupt), new_run(runs_folder("tiny")) as draft:
         (draft / "run.json").write_text("{")
         raise KeyboardInterrupt
     assert list((tmp_path / "tiny" / "loadtests").iterdir()) == []
@@ -205,7 +205,7 @@ def test_a_run_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_killed_runs_draft_is_cleared_and_never_the_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BUILD", str(tmp_path))
-    code = "from loadtests.results import new_run\nwith new_run('tiny') as d:\n"
+    code = "from loadtests.results import new_run, runs_folder\nwith new_run(runs_folder('tiny')) as d:\n"
     code += "    (d / 'run.json').touch(); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as killed:
         assert killed.stdout is not None
@@ -213,7 +213,7 @@ def test_a_killed_runs_draft_is_cleared_and_never_the_latest(tmp_path: Path, mon
         os.kill(killed.pid, signal.SIGKILL)
     with pytest.raises(InputError, match="no load test of tiny"):
         latest_run("tiny")
-    with new_run("tiny") as draft:
+    with new_run(runs_folder("tiny")) as draft:
         (draft / "run.json").touch()
         published = publish(draft)
     assert list(published.parent.iterdir()) == [latest_run("tiny")] == [published]

@@ -150,6 +150,15 @@ def test_of_several_rates_each_line_is_judged_at_its_own(tmp_path: Path) -> None
     assert found["throughput @ 50 rps"] == ("inconclusive", "measured at 100, 200/s; make loadtest RATE=50")
 
 
+@pytest.mark.parametrize("shape", ["100x5, 100-500x5", "10-100x5, 100x5"])
+def test_beside_a_ramp_a_line_is_judged_at_the_slos_rate(tmp_path: Path, shape: str) -> None:
+    first = shape.startswith("100x")
+    sent = [(at, at, at + (0.01 if (at < 5) == first else 0.5), None) for at, *_ in steady(lag_s=0)]
+    run = saved_run(tmp_path, sent, rate_rps=None, shape=shape)
+    found = judge(run, SloSpec(p50_ms=20, rate_rps=100)).objectives[0]
+    assert (found.name, found.status) == ("p50_ms @ 100 rps", "holds")
+
+
 def test_a_quality_that_was_not_measured_is_no_pass(tmp_path: Path) -> None:
     judgement = judge(saved_run(tmp_path, steady()), SloSpec(objectives=("ndcg@10 > 0.1",)))
     assert (judgement.verdict, judgement.objectives[-1].status) == ("inconclusive", "inconclusive")

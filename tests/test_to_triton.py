@@ -18,7 +18,7 @@ from tritonclient import grpc as triton
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, ModelQueuePolicy
 
 from deepseek.spec import DeploymentSpec, InputError, TensorrtSpec
-from export.artifact import alone_in
+from deepseek.spec.folders import alone_in
 from export.to_triton import KEPT_VERSIONS, config_text, model_config, publish_version
 from serving.doctor import examine
 from serving.embedded import EmbeddedServer

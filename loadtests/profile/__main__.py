@@ -28,7 +28,6 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from deepseek.spec import DeploymentSpec, InputError, Parser, add_model_argument
 from loadtests.profile import tables
 from loadtests.profile.sources import Recorded
 from loadtests.profile.timeline import timeline
+from loadtests.results import new_run, publish
 
 MOST_REQUESTS = 1000
 MOST_ROWS = 12  # of a printed table
@@ -211,14 +211,11 @@ def main() -> int:
     args = _parse()
     DeploymentSpec.of_model(args.model, args.models)  # InputError where there is no such model
     place = build_dir(args.model) / "profiles"
-    place.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place))
-    draft.chmod(0o755)
     try:
-        found = profile(args, draft, Console(stderr=True))
-        folder = draft.rename(place / (datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")[:-3] + "Z"))
+        with new_run(place) as draft:
+            found = profile(args, draft, Console(stderr=True))
+            folder = publish(draft)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
         with suppress(OSError):  # of a model that is not there nothing is left; what holds something stays
             place.rmdir()
             place.parent.rmdir()

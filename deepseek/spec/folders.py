@@ -1,0 +1,73 @@
+"""Folders of one process: its own to work in, or one that it alone may change. Both end with it, however it ends.
+
+Contract: locks are `flock` on the folder itself, so nothing is left of them, and no process is taken for another that
+has its number.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def scratch_in(folder: Path) -> Iterator[Path]:
+    """An empty folder inside `folder`, removed at the end, as are those that killed processes left.
+
+    Its owner holds a lock on it, which ends with the process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".scratch-*"):
+        with suppress(OSError):
+            lock = _lock(stale, fcntl.LOCK_NB)
+            shutil.rmtree(stale, ignore_errors=True)
+            os.close(lock)
+    scratch, lock = _own_folder(folder)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
+def _own_folder(folder: Path) -> tuple[Path, int]:
+    """A new folder and its lock."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=".scratch-", dir=folder))
+        with suppress(FileNotFoundError):
+            lock = _lock(path)
+            if path.exists():  # else another process took it for a stale one before it was locked
+                return path, lock
+            os.close(lock)
+
+
+def _lock(folder: Path, flags: int = 0) -> int:
+    """A descriptor that holds the folder's lock until it is closed."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time in `folder`, which is made; the next waits, and says so. The lock ends with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = _lock(folder, fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another process in {folder}", file=sys.stderr, flush=True)
+        lock = _lock(folder)
+    try:
+        yield
+    finally:
+        os.close(lock)
