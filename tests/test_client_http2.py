@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import grpc
@@ -349,6 +350,22 @@ def test_nobody_there_is_unreachable_and_another_protocol_is_no_answer(green: No
     said = pytest.raises(ConnectionLost, match=r"does not speak HTTP/2|closed the connection")
     with answering(speak_http) as (url, _), InferenceClient(url, retries=0) as client, said:
         client.ready()
+
+
+def test_all_addresses_of_a_host_together_cost_no_more_than_the_deadline(
+    green: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as stack:
+        full = [stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0)) for _ in range(4)]
+        for each in full:  # so that it answers nobody else
+            stack.enter_context(socket.create_connection(each.getsockname()))
+        addresses = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", each.getsockname()) for each in full]
+        monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: addresses)
+        client = stack.enter_context(InferenceClient("four.test:1", timeout_s=0.8, retries=0))
+        start_s = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            client.ready()
+        assert 0.7 < time.monotonic() - start_s < 2.4  # four times 0.8 s where each had them all
 
 
 GREENLETS = """

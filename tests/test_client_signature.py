@@ -119,6 +119,12 @@ def test_a_json_value_that_would_lose_something_is_refused(
         pytest.param({"url": "http://h:8000"}, "must be host:port without a scheme", id="scheme"),
         pytest.param({"url": "h"}, "must be host:port", id="no port"),
         pytest.param({"url": "h:99999"}, "must be host:port", id="no such port"),
+        pytest.param({"url": f"h:{'9' * 5000}"}, "must be host:port", id="port of many digits"),
+        pytest.param({"url": "foo..bar:8000"}, "must be host:port", id="empty label"),
+        pytest.param({"url": ".foo:8000"}, "must be host:port", id="empty first label"),
+        pytest.param({"url": f"{'a' * 64}.bar:8000"}, "must be host:port", id="long label"),
+        pytest.param({"url": "[1]:8000"}, "must be host:port", id="no IPv6 address"),
+        pytest.param({"url": "[127.0.0.1]:8000"}, "must be host:port", id="IPv4 address in brackets"),
         pytest.param({"protocol": "rest"}, "'grpc' or 'http'", id="protocol"),
         pytest.param({"retries": -1}, "0 or more", id="retries"),
         pytest.param({"retries": "3"}, "a whole number", id="retries as text"),
@@ -136,6 +142,11 @@ def test_a_json_value_that_would_lose_something_is_refused(
 def test_wrong_settings_are_refused_at_once(settings: dict, says: str) -> None:
     with pytest.raises(InvalidInput, match=says):
         InferenceClient(**settings)
+
+
+@pytest.mark.parametrize("host", ["localhost", "a.b-c.", "triton_1", "127.0.0.1", "[::1]", "[::ffff:127.0.0.1]"])
+def test_names_and_addresses_are_hosts(host: str) -> None:
+    InferenceClient(f"{host}:8001").close()
 
 
 def test_the_package_brings_no_torch_no_gevent_and_nothing_of_ours() -> None:

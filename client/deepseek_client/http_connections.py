@@ -191,7 +191,11 @@ def connected(host: str, port: int, deadline: Deadline) -> socket.socket:
     """As socket.create_connection, which would give each address of the host the full time. Sends at once."""
     failure = OSError("the host has no address")
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        connection = socket.socket(family, kind, protocol)
+        try:
+            connection = socket.socket(family, kind, protocol)
+        except OSError as error:  # this machine has no IPv6, say
+            failure = error
+            continue
         try:
             connection.settimeout(deadline.socket_timeout_s())
             connection.connect(address)

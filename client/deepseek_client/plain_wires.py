@@ -25,7 +25,9 @@ from tritonclient.grpc import service_pb2
 from deepseek_client.errors import ConnectionLost
 from deepseek_client.grpc_message import SERVICE, Metadata
 from deepseek_client.http2 import CallFailed, Exchange, Frames, NotHttp2, answer_of, framed, header_block
+from deepseek_client.http_connections import connected
 from deepseek_client.runtimes import Cancel
+from deepseek_client.transports import Deadline
 
 READ_BYTES = 65536
 AT_ONCE = 4  # callers that are woken before gevent's loop may look at its timers again: a burst of answers has hundreds
@@ -138,7 +140,7 @@ class GreenWire:
 
     def _open(self, ends_at: float) -> socket.socket:
         try:
-            found = socket.create_connection(self._messages.address, max(0.001, ends_at - time.monotonic()))
+            found = connected(*self._messages.address, Deadline(ends_at - time.monotonic()))
         except TimeoutError:
             raise _too_late() from None
         except OSError as error:

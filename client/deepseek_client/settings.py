@@ -3,6 +3,7 @@
 Contract: `Settings` either holds together or raises InvalidInput with one line: value seen, what is allowed.
 """
 
+import ipaddress
 import math
 import re
 import ssl
@@ -19,6 +20,8 @@ OWN_HEADERS = {
     *("host", "authorization", "connection", "te", "expect", "timeout", "user-agent", "accept-encoding"),
     *("content-type", "content-encoding", "content-length", "transfer-encoding", "inference-header-content-length"),
 }
+LABEL = r"[\w-]{1,63}"  # of a host's name: of other lengths name resolution fails
+URL = rf"(\[(?P<ipv6>.+)\]|{LABEL}(\.{LABEL})*\.?):(?P<port>\d{{1,5}})"
 LONGEST_S = 1e9  # what sockets and locks can wait
 TRACEPARENT = r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 
@@ -96,9 +99,16 @@ def _is_number(value: object) -> bool:
 
 def check_url(url: str) -> None:
     """Raises InvalidInput where it is not host:port."""
-    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d+)", url, re.ASCII) if isinstance(url, str) else None
-    if not match or not 0 < int(match[2]) < 65536:
-        raise InvalidInput(f"url={url!r}; it must be host:port without a scheme, such as 127.0.0.1:8001")
+    match = re.fullmatch(URL, url, re.ASCII) if isinstance(url, str) else None
+    if not match or not 0 < int(match["port"]) < 65536 or not (match["ipv6"] is None or _is_ipv6(match["ipv6"])):
+        raise InvalidInput(f"url={url!r}; it must be host:port without a scheme, such as 127.0.0.1:8001 or [::1]:8001")
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ipaddress.IPv6Address(text).scope_id is None
+    except ValueError:
+        return False
 
 
 def checked_timeout(timeout_s: float) -> float:
