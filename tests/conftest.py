@@ -26,6 +26,7 @@ from serving.embedded import EmbeddedServer
 from serving.stack import limits, served_models
 from tests.failing_servers import MakeRelays, Relay
 from tests.gateway import Gateway, skip_without_nginx
+from tests.manifests import VARIANTS
 from tests.warm import LIBRARIES_OF, run_warm
 
 os.environ["CACHE"] = "off"  # each test builds what it shows; those of the cache have one of their own
@@ -231,6 +232,22 @@ def typed(built: Path, of_the_run: Path) -> Path:
             )
 
     return once(folder, make) / "build"
+
+
+@pytest.fixture(scope="session")
+def generated(of_the_run: Path) -> dict[str, Path]:
+    """Overlays over a repository with one model, by what was asked for; not to be changed."""
+    folder = of_the_run / "overlays"
+
+    def make() -> None:
+        write_add_one(folder / "repository", instances=3)
+        places = ("--repository", str(folder / "repository"), "--models", str(folder), "--build", str(folder))
+        for name, more in VARIANTS.items():
+            run = run_module("serving.kubernetes", *places, "--output", str(folder / name), *more)
+            assert run.returncode == 0, run.stderr
+
+    once(folder, make)
+    return {name: folder / name for name in VARIANTS}
 
 
 @pytest.fixture

@@ -2,95 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import kubernetes_validate
-import numpy as np
 import pytest
 import yaml
 
 from loadtests import autoscaler
 from serving import flags, stack
-from serving.alerts import rules
-from serving.kubernetes import CONFIG_MAP_BYTES, _copy_inputs
 from serving.machine import TRITON_TAG
-from serving.manifests import DEFAULT_SCALE, IMAGE_TAG, METRICS, PRE_STOP_S, Scale
-from serving.served import served_models
+from serving.manifests import DEFAULT_SCALE, IMAGE_TAG, METRICS, PRE_STOP_S
 from tests import custom_resources
-from tests.conftest import run_module, write_add_one
-
-KUBERNETES = "1.37"  # whose schemas are asked
-Object = dict[str, Any]
-FOLDERS = ("base", "overlays/cpu", "overlays/gpu", "overlays/kserve", "loadtest")
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "plain": (),
-    "keda": ("--autoscaler", "keda", "--registry", "registry.example.com/shop", "--image-tag", "1.4.0"),
-    "fetched": ("--models-url", "https://models.example.com/shop/models.tar.gz", "--load-balancer"),
-    "bare": ("--autoscaler", "none", "--no-monitoring"),
-}
-
-
-@functools.cache
-def build(folder: Path) -> tuple[Object, ...]:
-    """What `kubectl kustomize` makes of a folder."""
-    if shutil.which("kubectl") is None:
-        pytest.skip("no kubectl here: apt-get install kubectl")
-    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # nothing deprecated
-    return tuple(yaml.safe_load_all(done.stdout))
-
-
-def committed(name: str) -> tuple[Object, ...]:
-    return build(Path("kubernetes") / name)
-
-
-@pytest.fixture(scope="module")
-def generated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Overlays over a repository with one model, by what was asked for."""
-    folder = tmp_path_factory.mktemp("generated")
-    write_add_one(folder / "repository", instances=3)
-    for name, more in VARIANTS.items():
-        places = ("--repository", str(folder / "repository"), "--models", str(folder), "--build", str(folder))
-        run = run_module("serving.kubernetes", *places, "--output", str(folder / name), *more)
-        assert run.returncode == 0, run.stderr
-    return {name: folder / name for name in VARIANTS}
+from tests.manifests import FOLDERS, KUBERNETES, VARIANTS, Object, build, committed, container_of, find, pod_of, pods
 
 
 @pytest.fixture(params=[*FOLDERS, *VARIANTS])
 def objects(request: pytest.FixtureRequest, generated: dict[str, Path]) -> tuple[Object, ...]:
     """All that each committed folder and each generated overlay comes to."""
     return build(generated[request.param]) if request.param in VARIANTS else committed(request.param)
-
-
-def find(objects: tuple[Object, ...], kind: str, name: str = "triton") -> Object:
-    (found,) = (each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name)
-    return found
-
-
-def pods(objects: tuple[Object, ...]) -> Iterator[Object]:
-    """The spec of every pod."""
-    for each in objects:
-        if each["kind"] in ("Deployment", "Job"):
-            yield each["spec"]["template"]["spec"]
-        elif each["kind"] == "InferenceService":
-            yield each["spec"]["predictor"]
-
-
-def pod_of(objects: tuple[Object, ...], name: str = "triton") -> Object:
-    return find(objects, "Deployment", name)["spec"]["template"]["spec"]
-
-
-def container_of(objects: tuple[Object, ...], name: str = "triton") -> Object:
-    (found,) = pod_of(objects, name)["containers"]
-    return found
 
 
 # ---- schemas and policy --------------------------------------------------------------------------
@@ -286,156 +219,3 @@ def test_the_recorded_ratio_is_queue_over_compute_and_nought_when_idle(tmp_path:
     )
     done = subprocess.run(["promtool", "test", "rules", "test.yml"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-# ---- what is generated ---------------------------------------------------------------------------
-
-
-def test_the_overlay_has_the_sums_of_the_compose_stack(generated: dict[str, Path]) -> None:
-    folder = generated["plain"].parent
-    models = served_models(folder / "repository", folder)
-    size = stack.sizes(models)
-    objects = build(generated["plain"])
-    pod, container = pod_of(objects), container_of(objects)
-    assert container["resources"]["limits"]["memory"] == f"{size.memory_mib}Mi"
-    (shm,) = (volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm")
-    assert shm == {"medium": "Memory", "sizeLimit": f"{size.shm_mib}Mi"}
-    assert container["args"][1] == str(size.exit_timeout_s)
-    assert pod["terminationGracePeriodSeconds"] == PRE_STOP_S + size.exit_timeout_s + stack.REST_S
-    assert pod_of(objects, "gateway")["terminationGracePeriodSeconds"] == 10 + size.exit_timeout_s + stack.REST_S
-    assert find(objects, "ConfigMap", "gateway-limits")["data"]["limits.conf"] == stack.limits(models)
-
-
-def test_on_cpus_no_container_of_tritons_pod_keeps_it_from_cores_of_its_own(generated: dict[str, Path]) -> None:
-    for objects in (committed("overlays/cpu"), build(generated["fetched"])):  # "Guaranteed" takes all of them
-        for container in (*pod_of(objects).get("initContainers", ()), *pod_of(objects)["containers"]):
-            resources = container["resources"]
-            assert all(resources["requests"][name] == resources["limits"][name] for name in ("cpu", "memory"))
-
-
-def test_fetched_models_come_by_their_checksum_into_a_folder_of_their_size(generated: dict[str, Path]) -> None:
-    objects = build(generated["fetched"])
-    (fetch,) = pod_of(objects)["initContainers"]
-    given = {each["name"]: each.get("value") for each in fetch["env"]}
-    archive = generated["fetched"] / "models.tar.gz"
-    checksum = subprocess.run(["sha256sum", archive], capture_output=True, text=True, check=True).stdout.split()[0]
-    assert given["MODELS_SHA256"] == checksum
-    assert given["MODELS_URL"] == "https://models.example.com/shop/models.tar.gz"
-    (models,) = (volume for volume in pod_of(objects)["volumes"] if volume["name"] == "models")
-    assert models.keys() == {"name", "emptyDir"}
-    assert not any(each["kind"] == "PersistentVolumeClaim" for each in objects)
-    assert find(objects, "Service", "gateway")["spec"]["ports"] == [
-        {"name": "https", "port": 443, "targetPort": "https", "appProtocol": "https"}
-    ]
-
-
-def test_images_come_from_the_registry_and_the_autoscaler_is_the_one_asked_for(generated: dict[str, Path]) -> None:
-    objects = build(generated["keda"])
-    assert container_of(objects)["image"] == "registry.example.com/shop/deepseek-server-cpu:1.4.0"
-    assert container_of(objects, "gateway")["image"] == "registry.example.com/shop/deepseek-gateway:1.4.0"
-    kinds = {name: {each["kind"] for each in build(folder)} for name, folder in generated.items()}
-    assert "HorizontalPodAutoscaler" not in kinds["keda"] | kinds["bare"]
-    assert "ServiceMonitor" not in kinds["bare"]
-
-
-@pytest.fixture
-def again(generated: dict[str, Path], tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
-    """A build folder of its own, and the arguments for an overlay from it."""
-    repository = generated["plain"].parent / "repository"
-    return tmp_path, ("--repository", str(repository), "--models", str(tmp_path), "--build", str(tmp_path))
-
-
-def test_what_the_simulation_chose_becomes_the_autoscalers(again: tuple[Path, tuple[str, ...]]) -> None:
-    folder, arguments = again
-    (folder / "add_one").mkdir()
-    chosen = '{"targets": [{"metric": "queue", "value": 0.283}], "min_replicas": 3, "max_replicas": 7, "cores": 4}'
-    (folder / "add_one" / "scale.json").write_text(f'{{"chosen": {chosen}}}')
-    assert run_module("serving.kubernetes", *arguments).returncode == 0
-    objects = build(folder / "kubernetes")
-    spec = find(objects, "HorizontalPodAutoscaler")["spec"]
-    assert (spec["minReplicas"], spec["maxReplicas"]) == (3, 7)
-    assert spec["metrics"] == [
-        {
-            "type": "Pods",
-            "pods": {
-                "metric": {"name": "triton_queue_compute_ratio"},
-                "target": {"type": "AverageValue", "averageValue": "283m"},
-            },
-        }
-    ]
-    resources = container_of(objects)["resources"]
-    assert resources["limits"]["cpu"] == resources["requests"]["cpu"] == "4"
-
-
-def test_the_alerts_are_those_of_the_stack(generated: dict[str, Path]) -> None:
-    folder = generated["plain"].parent
-    rule = find(build(generated["plain"]), "PrometheusRule", "deepseek")
-    assert rule["spec"] == rules(served_models(folder / "repository", folder))
-    monitors = {name: find(build(generated["plain"]), "ServiceMonitor", name)["spec"] for name in ("triton", "gateway")}
-    assert monitors["triton"]["jobLabel"] == "app.kubernetes.io/name"  # the jobs that the alerts ask for
-    assert monitors["gateway"]["endpoints"][0]["relabelings"][0]["replacement"] == "gateway"
-
-
-def test_a_load_test_has_the_models_spec_its_rate_and_inputs_that_fit(
-    built: Path, tmp_path: Path, generated: dict[str, Path]
-) -> None:
-    shutil.copytree(built / "build" / "text", tmp_path / "text")
-    places = ("--repository", str(built / "repository"), "--models", "tests/models", "--build", str(tmp_path))
-    assert run_module("serving.kubernetes", *places, "--gateway", str(tmp_path)).returncode == 0
-    objects = build(tmp_path / "kubernetes" / "loadtest" / "text")
-    for each in objects:
-        kubernetes_validate.validate(each, KUBERNETES, strict=True)
-    data = find(objects, "ConfigMap", "loadtest")["data"]
-    assert data["MODEL"] == "text"
-    worker = find(objects, "Job", "loadtest-worker")["spec"]
-    assert worker["parallelism"] == worker["completions"] == int(data["WORKERS"])
-    (container,) = worker["template"]["spec"]["containers"]
-    assert "/models/text" in [mount["mountPath"] for mount in container["volumeMounts"]]
-    assert container["args"][1] == "--tls"  # no ca.crt: the certificate is one that every system trusts
-    assert (tmp_path / "kubernetes" / "loadtest" / "text" / "inputs.npz").stat().st_size <= CONFIG_MAP_BYTES
-
-
-def test_inputs_too_large_for_a_config_map_are_thinned_by_rows(tmp_path: Path) -> None:
-    rows = {f"{row:05d}/{name}": np.random.default_rng(row).bytes(50_000) for row in range(30) for name in ("a", "b")}
-    np.savez(tmp_path / "all.npz", **{name: np.frombuffer(data, np.uint8) for name, data in rows.items()})  # type: ignore[arg-type]
-    _copy_inputs(tmp_path / "all.npz", tmp_path / "some.npz")
-    assert (tmp_path / "some.npz").stat().st_size <= CONFIG_MAP_BYTES
-    with np.load(tmp_path / "some.npz") as kept:
-        assert sorted(kept.files) == sorted(f"{row:05d}/{name}" for row in range(0, 30, 4) for name in ("a", "b"))
-        assert kept["00004/a"].tobytes() == rows["00004/a"]
-
-
-def test_the_workers_flags_are_the_masters_and_what_its_script_adds() -> None:
-    jobs = {each["metadata"]["name"]: each for each in committed("loadtest") if each["kind"] == "Job"}
-    (master,), (worker,) = (job["spec"]["template"]["spec"]["containers"] for job in jobs.values())
-    script = Path("docker/loadtests.sh").read_text()
-    added = re.findall(r" --(model|models|target) ", script[script.index("python -m loadtests.run") :].splitlines()[0])
-    extra = [flag.removeprefix("--").split("=")[0] for flag in worker["args"] if flag not in master["args"]]
-    assert extra == [*added, "worker-of"]
-    assert master["args"] == worker["args"][: len(master["args"])]
-
-
-@pytest.mark.parametrize(
-    ("flags_", "message"),
-    [
-        (("--repository", "nosuch"), "nosuch: no model in it"),
-        (("--base", "docs"), "--base docs: no base/kustomization.yaml in it"),
-        (("--models-url", "s3://bucket/models"), "it must begin with https:// or http://"),
-        (("--registry", "a b"), "--registry 'a b': no name of an image has that"),
-    ],
-    ids=["repository", "base", "url", "registry"],
-)
-def test_what_is_wrong_is_one_line(again: tuple[Path, tuple[str, ...]], flags_: tuple[str, ...], message: str) -> None:
-    run = run_module("serving.kubernetes", *again[1], *flags_)
-    assert run.returncode == 2
-    assert message in run.stderr
-    assert run.stderr.count("\n") == 1
-
-
-def test_a_scale_file_that_is_none_is_one_line_and_one_without_a_choice_counts_for_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "scale.json"
-    path.write_text('{"chosen": null}')
-    assert Scale.load(path) is None
-    path.write_text('{"chosen": {"targets": []}}')
-    with pytest.raises(ValueError, match="not what make simulate-scale writes"):
-        Scale.load(path)

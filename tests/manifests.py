@@ -1,0 +1,65 @@
+"""Manifests as the cluster would get them: the folders in `kubernetes/`, and overlays that are generated."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+KUBERNETES = "1.37"  # whose schemas are asked
+Object = dict[str, Any]
+FOLDERS = ("base", "overlays/cpu", "overlays/gpu", "overlays/kserve", "loadtest")
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "keda": ("--autoscaler", "keda", "--registry", "registry.example.com/shop", "--image-tag", "1.4.0"),
+    "fetched": ("--models-url", "https://models.example.com/shop/models.tar.gz", "--load-balancer"),
+    "bare": ("--autoscaler", "none", "--no-monitoring"),
+}
+
+
+@functools.cache
+def build(folder: Path) -> tuple[Object, ...]:
+    """What `kubectl kustomize` makes of a folder."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("no kubectl here: apt-get install kubectl")
+    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # nothing deprecated
+    return tuple(yaml.safe_load_all(done.stdout))
+
+
+def committed(name: str) -> tuple[Object, ...]:
+    """The same of one in `kubernetes/`."""
+    return build(Path("kubernetes") / name)
+
+
+def find(objects: tuple[Object, ...], kind: str, name: str = "triton") -> Object:
+    """The one object of a kind and name."""
+    (found,) = (each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name)
+    return found
+
+
+def pods(objects: tuple[Object, ...]) -> Iterator[Object]:
+    """The spec of every pod."""
+    for each in objects:
+        if each["kind"] in ("Deployment", "Job"):
+            yield each["spec"]["template"]["spec"]
+        elif each["kind"] == "InferenceService":
+            yield each["spec"]["predictor"]
+
+
+def pod_of(objects: tuple[Object, ...], name: str = "triton") -> Object:
+    """The spec of a Deployment's pods."""
+    return find(objects, "Deployment", name)["spec"]["template"]["spec"]
+
+
+def container_of(objects: tuple[Object, ...], name: str = "triton") -> Object:
+    """Its only container."""
+    (found,) = pod_of(objects, name)["containers"]
+    return found
