@@ -21,7 +21,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from deepseek.spec import InputError, Parser, run_command
+from deepseek.spec import InputError, Parser, histogram_bounds_ms, run_command
 from serving.alerts import RUNBOOK, as_yaml, rules
 from serving.certificate import STAND_IN, give, owner
 from serving.dashboard import dashboard
@@ -36,8 +36,6 @@ CPU_MEMORY, GPU_MEMORY = 2**30, 8 * 2**30  # CUDA and TensorRT keep some of thei
 LEAST_RATE_RPS = 100
 REST_S = 10  # for what is left when requests in flight have had their time
 RATE_HEADROOM = 2  # times the highest rate of the SLO that one key may send
-# Shares of the p99: a bound is the p99 itself, so that the histogram tells how many met it.
-BUCKETS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 4, 10)
 
 
 def limits(models: list[Served]) -> str:
@@ -46,9 +44,8 @@ def limits(models: list[Served]) -> str:
     late = max(models, key=lambda model: model.timeout_s)
     rate = max(LEAST_RATE_RPS, math.ceil(RATE_HEADROOM * sum(model.rate_rps for model in models)))
     headroom = f"{RATE_HEADROOM} times the SLOs' rates, {LEAST_RATE_RPS} at the least"
-    limits_ms = {share * model.p99_ms for model in models for share in BUCKETS}
-    limits_ms |= {limit for model in models for limit in model.latency_limits_ms.values()}
-    bounds = sorted({bound_s(limit) for limit in limits_ms}, key=float)
+    bounds_ms = [histogram_bounds_ms(model.p99_ms, model.latency_limits_ms.values()) for model in models]
+    bounds = sorted({bound_s(bound) for each in bounds_ms for bound in each}, key=float)
     return f"""\
 # Written by python -m serving.stack from the models in the repository; the gateway reads it again when it changes.
 # {body.name}: {body.input_numbers} numbers of up to {JSON_BYTES} bytes in JSON, and {HEADER_BYTES} bytes around them

@@ -17,7 +17,7 @@ from google.protobuf import text_format
 from tritonclient import grpc as triton
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, ModelQueuePolicy
 
-from deepseek.spec import DeploymentSpec, InputError, TensorrtSpec
+from deepseek.spec import DeploymentSpec, InputError, SloSpec, TensorrtSpec
 from deepseek.spec.folders import alone_in
 from export.to_triton import KEPT_VERSIONS, config_text, model_config, publish_version
 from serving.doctor import examine
@@ -45,6 +45,21 @@ def test_tensorrt_gets_its_own_backend_and_the_gpu() -> None:
     assert config.backend == "tensorrt"
     assert config.default_model_filename == "model.plan"
     assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "torchscript"])
+def test_what_nvidias_server_alone_runs_has_the_slos_latencies_as_bounds_of_its_histogram(target: Any) -> None:
+    slo = {"p50_ms": 3, "p99_ms": 80, "rate_rps": 40, "objectives": ["p99.9_ms < 200", "p99_ms < 7 @ 5 rps"]}
+    spec = DeploymentSpec.model_validate_json(json.dumps(IMAGE.model_dump(mode="json") | {"slo": slo}))
+    control = model_config(spec, "fp32", target, {}).model_metrics.metric_control[0]
+    assert control.metric_identifier.family == "nv_inference_first_response_histogram_ms"
+    assert list(control.histogram_options.buckets) == [3, 8, 20, 40, 60, 80, 120, 160, 200, 320, 800]
+
+
+def test_what_the_embedded_server_may_run_names_no_field_that_it_does_not_know() -> None:
+    assert not model_config(IMAGE, "fp32", "onnxruntime", {}).HasField("model_metrics")
+    rateless = IMAGE.model_copy(update={"slo": SloSpec(rate_rps=5)})
+    assert not model_config(rateless, "fp16", "tensorrt", {}).HasField("model_metrics")
 
 
 def test_torchscript_gets_the_pytorch_backend_on_the_device_that_it_was_made_for() -> None:

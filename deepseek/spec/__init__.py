@@ -15,7 +15,7 @@ from deepseek.spec.command import (
 )
 from deepseek.spec.deployment import DeploymentSpec, build_dir, flags_for, variables_for
 from deepseek.spec.manifest import FileDigest, Manifest, PublishedManifest
-from deepseek.spec.objectives import Objective, Relation, SloSpec
+from deepseek.spec.objectives import Objective, Relation, SloSpec, histogram_bounds_ms
 from deepseek.spec.tables import (
     BATCH,
     TRITON_DTYPES,
@@ -58,6 +58,7 @@ __all__ = [
     "add_model_arguments",
     "build_dir",
     "flags_for",
+    "histogram_bounds_ms",
     "run_command",
     "variables_for",
 ]

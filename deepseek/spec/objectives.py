@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,8 @@ _OBJECTIVE = re.compile(
 )
 _PERCENTILE = re.compile(r"p(\d+(?:\.\d+)?)_ms")
 MEASURES = "p<percent>_ms, mean_ms, max_ms, error_rate, throughput"
+# Shares of the p99: a bound is the p99 itself, so that the histogram tells how many met it.
+_BOUNDS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 4, 10)
 _UNITS = {"ms": (None, "ms"), "error_rate": (None, "%"), "throughput": (None, "rps"), "quality": (None,)}
 
 
@@ -86,6 +89,8 @@ class Objective:
             return f"{self.measure} is bounded from {'above: < or <=' if upper else 'below: > or >='}"
         if not math.isfinite(self.limit) or not math.isfinite(self.rate_rps or 0):
             return "a number in it is too large"
+        if self.kind == "ms" and self.limit <= 0:
+            return "a latency is more than 0"
         if unit not in _UNITS[self.kind]:
             return f"{self.measure} is not given in {unit}"
         if self.percent is not None and not 0 < self.percent < 100:
@@ -97,6 +102,11 @@ class Objective:
         if self.rate_rps is not None and (self.kind == "quality" or self.rate_rps <= 0):
             return "a rate, of more than 0, belongs to what load changes: " + MEASURES
         return None
+
+
+def histogram_bounds_ms(p99_ms: float, limits_ms: Iterable[float] = ()) -> list[float]:
+    """Bounds of a latency histogram, ascending: shares of the p99, and each latency that the SLO names, to the ns."""
+    return sorted({round(bound, 6) for bound in (*(share * p99_ms for share in _BOUNDS), *limits_ms)})
 
 
 class SloSpec(Table):
