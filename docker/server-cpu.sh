@@ -1,6 +1,7 @@
 #!/bin/bash
 # The doctor, then the embedded Triton. SIGTERM reaches the launcher, which lets requests in flight finish. It ends with 1
-# where a model's process was killed and cannot be replaced: the restart policy starts the container again.
+# where a model's process was killed and cannot be replaced: the restart policy starts the container again. It waits for
+# its models as long as the health checks do (docker/server-cpu.Dockerfile, kubernetes/base/triton.yaml).
 set -euo pipefail
 python -m serving.doctor --repository /models --preflight
-exec python -m serving.embedded --repository /models --address 0.0.0.0 --behind-gateway --echo-log "$@"
+exec python -m serving.embedded --repository /models --address 0.0.0.0 --behind-gateway --echo-log --timeout-s 300 "$@"

@@ -39,6 +39,13 @@ def test_every_file_named_in_a_page_exists(page: Path) -> None:
         assert Path(name).exists(), name
 
 
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_a_key_is_kept_where_git_does_not_look(page: Path) -> None:
+    assert "build/" in Path(".gitignore").read_text().splitlines()
+    for name in re.findall(r"make keys [^\n#>]*>\s*(\S+)|\$\(cat ([^)]*key)\)", page.read_text()):
+        assert "".join(name).startswith("build/"), name
+
+
 @functools.cache
 def help_of(module: str) -> str:
     """What `python -m module --help` prints; each is asked once."""

@@ -195,6 +195,17 @@ def test_both_entry_points_run_the_doctor_first_and_take_the_same_flags() -> Non
         assert any("--behind-gateway" in line for line in lines[doctor:])
 
 
+def test_the_embedded_server_waits_for_its_models_as_long_as_the_health_checks_do() -> None:
+    waits = re.search(r' --timeout-s (\d+) "\$@"$', Path("docker/server-cpu.sh").read_text(), re.MULTILINE)
+    start = re.search(r"--start-period=(\d+)s", Path("docker/server-cpu.Dockerfile").read_text())
+    deployment, *_ = yaml.safe_load_all(Path("kubernetes/base/triton.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    probe = container["startupProbe"]
+    assert waits is not None
+    assert start is not None
+    assert waits[1] == start[1] == str(probe["periodSeconds"] * probe["failureThreshold"])
+
+
 def test_versions_stand_once() -> None:
     makefile = Path("Makefile").read_text()
     wheel = re.search(r"^TRITON_WHEEL := (\S+)$", makefile, re.MULTILINE)
