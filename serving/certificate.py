@@ -1,9 +1,9 @@
 """A certificate authority for trying, and the gateway's certificate signed by it.
 
 Contract: `ensure_certificate` leaves `ca.crt`, `tls.crt` and `tls.key` in the gateway's folder. A certificate of
-another authority that somebody put there stays as it is; one of our own is renewed a month before it ends, by the same
-authority, so that callers keep their `ca.crt`. The authority's key lies beside the folder, which alone is mounted in
-the gateway.
+another authority that somebody put there stays as it is, and needs its key; one of our own is renewed a month before it
+ends, or where its key is not there, by the same authority, so that callers keep their `ca.crt`. The authority's key lies
+beside the folder, which alone is mounted in the gateway.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
@@ -85,14 +86,28 @@ def _still_good(folder: Path, hosts: list[str]) -> bool:
         raise InputError(
             f"{folder / 'tls.crt'} is not a PEM certificate; put one there, or remove it for a new"
         ) from None
-    if not (folder / "ca.crt").is_file():
+    flaw = _flaw_of_key(folder / "tls.key", leaf)
+    authority = folder / "ca.crt"
+    if not authority.is_file() or leaf.issuer != x509.load_pem_x509_certificate(authority.read_bytes()).subject:
+        if flaw:
+            raise InputError(f"{folder / 'tls.key'} {flaw}; put it there, or remove tls.crt for a new certificate")
         return True  # somebody's own
-    authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
-    if leaf.issuer != authority.subject:
-        return True
+    if flaw:
+        return False
     left = leaf.not_valid_after_utc - datetime.now(UTC)
     names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return left > timedelta(days=RENEW_DAYS) and all(_name(host) in names for host in hosts)
+
+
+def _flaw_of_key(path: Path, leaf: x509.Certificate) -> str:
+    """What keeps the gateway from serving a certificate by the key at `path`; "" if nothing does."""
+    try:
+        key = load_pem_private_key(path.read_bytes(), None)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except (TypeError, ValueError, UnsupportedAlgorithm):  # TypeError: it asks for a password
+        return "is not an unencrypted PEM key"
+    return "" if key.public_key() == leaf.public_key() else "is not the key of tls.crt"
 
 
 def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:

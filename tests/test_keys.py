@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import stat
 import subprocess
 from datetime import UTC, datetime, timedelta
@@ -108,9 +109,39 @@ def test_a_certificate_about_to_end_is_renewed_by_the_same_authority(
 def test_a_certificate_of_somebody_else_stays(folder: Path, tmp_path: Path) -> None:
     ensure_certificate(tmp_path / "other", [])
     own = (tmp_path / "other" / "tls.crt").read_bytes()
-    (folder / "tls.crt").write_bytes(own)
+    for name in ("tls.crt", "tls.key"):
+        (tmp_path / "other" / name).rename(folder / name)
     assert not ensure_certificate(folder, ["api.example.com"])
     assert (folder / "tls.crt").read_bytes() == own
+
+
+def break_key(folder: Path, how: str) -> None:
+    """Leaves no key, no PEM, or the key of another certificate."""
+    (folder / "tls.key").unlink()
+    if how == "no PEM":
+        (folder / "tls.key").write_text("nothing")
+    if how == "another":
+        ensure_certificate(folder.parent / "other", [])
+        (folder.parent / "other" / "tls.key").rename(folder / "tls.key")
+
+
+@pytest.mark.parametrize("how", ["none", "no PEM", "another"])
+def test_a_certificate_without_its_key_is_made_anew(folder: Path, how: str) -> None:
+    break_key(folder, how)
+    assert ensure_certificate(folder, [])
+    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(folder / "tls.crt", folder / "tls.key")  # they are a pair
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("none", "cannot be read"), ("no PEM", "is not an unencrypted PEM key"), ("another", "is not the key of tls.crt")],
+)
+def test_somebodys_own_certificate_without_its_key_is_one_line(folder: Path, how: str, said: str) -> None:
+    (folder / "ca.crt").unlink()
+    assert not ensure_certificate(folder, [])
+    break_key(folder, how)
+    with pytest.raises(InputError, match=f"tls.key {said}.*; put it there, or remove tls.crt for a new certificate"):
+        ensure_certificate(folder, [])
 
 
 def test_what_is_no_certificate_is_one_line(folder: Path) -> None:
