@@ -2,8 +2,8 @@
 
 Contract: `ensure_certificate` leaves `ca.crt`, `tls.crt` and `tls.key` in the gateway's folder. A certificate of
 another authority that somebody put there stays as it is, and needs its key; one of our own is renewed a month before it
-ends, or where its key is not there, by the same authority, so that callers keep their `ca.crt`. The authority's key lies
-beside the folder, which alone is mounted in the gateway.
+ends, or where its key is not there, by the same authority, so that callers keep their `ca.crt`. The authority's key
+lies beside the folder, which alone is mounted in the gateway.
 """
 
 from __future__ import annotations
