@@ -24,9 +24,10 @@ RUN python3 -m venv /opt/loadtests/python \
     && rm -r requirements.txt requirements.lock pyproject.toml client
 
 FROM ${BASE}
+# ca-certificates: whom --tls trusts
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 \
+    && apt-get install --yes --no-install-recommends ca-certificates python3 \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/loadtests /opt/loadtests
 WORKDIR /opt/loadtests

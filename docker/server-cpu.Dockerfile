@@ -27,9 +27,10 @@ RUN python3 -m venv /opt/serving/python \
     && rm requirements.txt requirements.lock pyproject.toml
 
 FROM ${BASE}
+# ca-certificates: whom serving.fetch trusts over https
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends libpython3.13 python3 \
+    && apt-get install --yes --no-install-recommends ca-certificates libpython3.13 python3 \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/serving /opt/serving
 WORKDIR /opt/serving

@@ -3,7 +3,8 @@
 Contract: for an init container. The archive (`.tar.gz`, as `serving.kubernetes` packs it) is at an http or https URL,
 such as that of an object store; nothing is unpacked before its sha256 is the one that was expected. Members that would
 land outside the folder, links and devices are refused. $MODELS_AUTHORIZATION is sent as the header Authorization where
-it is set, and only to the URL itself: not to where that redirects. A connection that fails is tried again for a minute.
+it is set, and only to the URL itself: not to where that redirects. Over https the server's certificate must be of an
+authority of the system, or in $SSL_CERT_FILE. A connection that fails is tried again for a minute.
 
 Exit codes: 0 unpacked; 1 not the archive that was expected, or unreachable; 2 wrong input.
 
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import ssl
 import tarfile
 import tempfile
 import time
@@ -81,7 +83,8 @@ def _download(url: str, authorization: str, archive: IO[bytes], deadline: float)
                     raise ConnectionError("the connection ended early")
             return digest.hexdigest()
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-            final = False
+            # A certificate that is not trusted: no later try will trust it.
+            final = isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError)
             if isinstance(error, urllib.error.HTTPError):
                 error.close()
                 final = error.code < 500 and error.code != 429

@@ -210,6 +210,13 @@ def test_the_cpu_servers_image_is_under_a_gigabyte(stack: Stack) -> None:
     assert int(size) < 1e9
 
 
+@pytest.mark.parametrize("image", ["deepseek-server-cpu", "deepseek-loadtests"])
+def test_an_image_that_calls_over_https_knows_the_systems_authorities(stack: Stack, image: str) -> None:
+    count = "import ssl; print(ssl.create_default_context().cert_store_stats()['x509_ca'])"
+    asked = ("--entrypoint", "env", image, "--unset=SSL_CERT_FILE", "python", "-c", count)
+    assert int(run("docker", "run", "--rm", *asked, environment=stack.docker).stdout) > 0
+
+
 def test_a_load_test_through_the_gateway_ends_in_a_verdict(stack: Stack, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     toml = Path("tests/models/text/deploy.toml").read_text()

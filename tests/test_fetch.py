@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import ssl
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.spec import GateFailed, InputError
+from serving.certificate import ensure_certificate
 from serving.fetch import fetch
 from serving.packed import pack
 from tests.conftest import run_module, write_add_one
@@ -21,13 +23,26 @@ from tests.conftest import run_module, write_add_one
 class Store(ThreadingHTTPServer):
     """Answers by path with what `answers` makes; keeps the headers that it was sent."""
 
+    scheme = "http"
+
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers: dict[str, Callable[[Handler], None]] = {}
         self.seen: list[tuple[str, str | None]] = []
 
     def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.server_port}{path}"
+        return f"{self.scheme}://127.0.0.1:{self.server_port}{path}"
+
+    def speak_tls(self, certificate: Path, key: Path) -> None:
+        """From now on."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        # The handshake is the request's thread's: one that fails does not end the server.
+        self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+        self.scheme = "https"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A caller that hangs up is no news."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -81,6 +96,23 @@ def test_what_was_packed_arrives_as_it_was(store: Store, archive: tuple[bytes, s
     assert sorted(path.relative_to(into) for path in into.rglob("*")) == names
     assert (into / "add_one/1/model.py").read_bytes() == (source / "add_one/1/model.py").read_bytes()
     assert store.seen == [("/m.tar.gz", "Bearer x")]
+
+
+def test_over_https_a_certificate_of_an_authority_that_is_trusted_is_asked_for(
+    store: Store, archive: tuple[bytes, str], into: Path, tmp_path: Path
+) -> None:
+    ensure_certificate(tmp_path, [])
+    store.answers["/m.tar.gz"] = lambda request: request.give(archive[0])
+    store.speak_tls(tmp_path / "tls.crt", tmp_path / "tls.key")
+    arguments = ("--url", store.url("/m.tar.gz"), "--sha256", archive[1], "--into", str(into))
+    stranger = run_module("serving.fetch", *arguments)  # at once, not after a minute of tries
+    assert stranger.returncode == 1
+    assert "CERTIFICATE_VERIFY_FAILED" in stranger.stderr
+    assert stranger.stderr.count("\n") == 1
+    assert store.seen == []
+    run = run_module("serving.fetch", *arguments, SSL_CERT_FILE=str(tmp_path / "ca.crt"))
+    assert run.returncode == 0, run.stderr
+    assert (into / "add_one" / "config.pbtxt").is_file()
 
 
 def test_the_same_files_pack_into_the_same_bytes(archive: tuple[bytes, str], tmp_path: Path) -> None:
