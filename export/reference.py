@@ -2,7 +2,7 @@
 
 Contract: outputs are checked against the signature; `check_corners` runs what was made (the ONNX graph, the TorchScript
 module) on real inputs at the corners of the profile, none of them where it was traced: a size or a value that was
-baked in is found there.
+baked in is found there. Of a profile with one shape it is that one, with other inputs than it was traced with.
 """
 
 from __future__ import annotations
@@ -37,14 +37,20 @@ def traced_sizes(spec: DeploymentSpec) -> dict[str, int]:
 
 
 def checked_sizes(spec: DeploymentSpec) -> list[dict[str, int]]:
-    """Smallest, largest and one between, the traced sizes left out."""
+    """Smallest, largest and one between, the traced sizes left out; those alone where the profile has no others."""
     traced = traced_sizes(spec)
     between = {}
     for name, axis in spec.axes.items():
         middle = (axis.min + axis.max) // 2
         between[name] = middle if middle != traced[name] else min(middle + 1, axis.max)
     corners = [{name: getattr(axis, end) for name, axis in spec.axes.items()} for end in ("min", "max")]
-    return [sizes for sizes in [*corners, between] if sizes != traced]
+    return [sizes for sizes in [*corners, between] if sizes != traced] or [traced]
+
+
+def _checked_inputs(spec: DeploymentSpec, rows: list[Row]) -> Iterator[tuple[dict[str, int], Row]]:
+    """Real inputs at each of the checked sizes; at the traced ones the last rows, since tracing took the first."""
+    for sizes in checked_sizes(spec):
+        yield sizes, inputs_at(spec, rows[::-1] if sizes == traced_sizes(spec) else rows, sizes)
 
 
 def inputs_at(spec: DeploymentSpec, rows: list[Row], sizes: dict[str, int]) -> Row:
@@ -145,8 +151,7 @@ def own_errors(spec: DeploymentSpec, model: torch.nn.Module, rows: list[Row]) ->
     Empty where forward does not run in float64.
     """
     worst: dict[str, float] = {}
-    for sizes in checked_sizes(spec):
-        inputs = inputs_at(spec, rows, sizes)
+    for _, inputs in _checked_inputs(spec, rows):
         exact = run_in_float64(spec, model, inputs)
         if exact is not None:
             own = run_torch(spec, model, inputs)
@@ -212,8 +217,7 @@ def check_corners(
 ) -> list[dict[str, Any]]:
     """Worst error of `predict` by output at each checked shape; raises GateFailed past the tolerance."""
     checks = []
-    for sizes in checked_sizes(spec):
-        inputs = inputs_at(spec, rows, sizes)
+    for sizes, inputs in _checked_inputs(spec, rows):
         expected = run_torch(spec, model, inputs)
         try:
             values = predict(inputs)
@@ -241,6 +245,12 @@ def check_corners(
                 )
         checks.append({"sizes": sizes, "worst_error": worst})
     return checks
+
+
+def checked_at(spec: DeploymentSpec, checks: list[dict[str, Any]]) -> str:
+    """Where `check_corners` looked, for messages."""
+    only = [check["sizes"] for check in checks] == [traced_sizes(spec)]
+    return "at its only shape" if only else f"at {len(checks)} other shapes"
 
 
 def error_of(value: np.ndarray, reference: np.ndarray) -> float:

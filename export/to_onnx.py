@@ -4,7 +4,7 @@ Contract: reads a model folder; writes `build/<name>/fp32/model.onnx` with the n
 axes of `deploy.toml`, and the real inputs that later stages need (`calibration.npz`,
 `evaluation.npz`), so that they need neither torch nor model.py. The graph is run in ONNX Runtime
 against PyTorch at the smallest and the largest corner of the profile and one shape between, none of
-them the traced one: a dimension that was baked in is found here.
+them the traced one unless there is no other: a dimension that was baked in is found here.
 
 Examples:
     python -m export.to_onnx --model recommender
@@ -64,6 +64,7 @@ from export.reference import (
     check_memory,
     check_repeatable,
     check_rows_independent,
+    checked_at,
     inputs_at,
     sizes_text,
     traced_sizes,
@@ -275,11 +276,13 @@ def main() -> None:
     add_model_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args()
-    result = export_model(Source(args.model, args.models))
+    source = Source(args.model, args.models)
+    result = export_model(source)
     if args.json:
         print(json.dumps(result, indent=2))
         return
-    print(f"{result['path']}: {human_bytes(result['size_bytes'])}, as PyTorch at {len(result['checks'])} other shapes")
+    where = checked_at(source.spec, result["checks"])
+    print(f"{result['path']}: {human_bytes(result['size_bytes'])}, as PyTorch {where}")
     table = Table("checked at", "output", "worst error", box=box.SIMPLE_HEAD)
     for check in result["checks"]:
         for name, error in check["worst_error"].items():

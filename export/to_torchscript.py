@@ -55,7 +55,7 @@ from export.artifact import (
     write_manifest,
 )
 from export.cache import alone_with, fetch, key_of, store
-from export.reference import check_corners, inputs_at, run_torch, traced_sizes, weights_digest
+from export.reference import check_corners, checked_at, inputs_at, run_torch, traced_sizes, weights_digest
 from export.runners import gpu_name, torchscript_runner
 from export.source import Source
 
@@ -234,7 +234,8 @@ def main() -> None:
     parser.add_argument("--precision", default=PRECISION, choices=(PRECISION,), help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args()
-    result = export_model(Source(args.model, args.models))
+    source = Source(args.model, args.models)
+    result = export_model(source)
     if result["baked_in"]:
         print(
             "warning: tracing kept one side of a branch, or one number, that inputs decide "
@@ -247,7 +248,7 @@ def main() -> None:
     worst = max(error for check in result["checks"] for error in check["worst_error"].values())
     print(
         f"{result['path']}: {human_bytes(result['size_bytes'])}, {result['made_by']} on {result['device']}, as PyTorch "
-        f"at {len(result['checks'])} other shapes (worst error {worst:.2g})"
+        f"{checked_at(source.spec, result['checks'])} (worst error {worst:.2g})"
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError
 from export.artifact import load_rows
-from export.reference import TOLERANCES, checked_sizes, error_of, inputs_at, traced_sizes
+from export.reference import TOLERANCES, check_corners, checked_sizes, error_of, inputs_at, run_torch, traced_sizes
 from export.source import Source
 from export.to_onnx import export_model
 from tests.conftest import run_module
@@ -90,6 +90,24 @@ def test_json_tells_shapes_errors_and_rows(tmp_path: Path) -> None:
     assert [check["sizes"]["batch"] for check in result["checks"]] == [1, 9, 5]
     assert result["rows"] == {"calibration": 12, "evaluation": 12}
     assert len(load_rows(tmp_path / "build" / "tiny" / "evaluation.npz")) == 12
+
+
+FIXED = TOML.replace("min = 1\nopt = 4\nmax = 9", "min = 4\nopt = 4\nmax = 4")
+
+
+def test_a_model_of_one_shape_is_checked_at_it(tmp_path: Path) -> None:
+    tiny(tmp_path, toml=FIXED)
+    run = run_module("export.to_onnx", "--models", str(tmp_path), "--model", "tiny")
+    assert "as PyTorch at its only shape" in run.stdout, run.stderr
+    assert "batch 4" in run.stdout
+
+
+def test_a_value_baked_in_at_the_only_shape_is_found_on_other_inputs(tmp_path: Path) -> None:
+    source = tiny(tmp_path, toml=FIXED)
+    model, rows = source.load(), list(source.rows("evaluation", 12))
+    baked = run_torch(source.spec, model, inputs_at(source.spec, rows, traced_sizes(source.spec)))
+    with pytest.raises(GateFailed, match=r"output 'y' at batch 4 is off by .* relative to PyTorch"):
+        check_corners(source.spec, model, lambda inputs: baked, "model.onnx", rows)
 
 
 @pytest.mark.parametrize(

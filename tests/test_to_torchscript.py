@@ -18,7 +18,7 @@ from export.source import Source
 from export.to_torchscript import check_names, export_model
 from serving.embedded import EmbeddedServer
 from tests.conftest import run_module
-from tests.test_to_onnx import TOML, tiny
+from tests.test_to_onnx import FIXED, TOML, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # TorchScript as such
 
@@ -135,6 +135,13 @@ def test_it_is_chosen_compared_and_published_and_the_embedded_server_says_that_i
         EmbeddedServer(tmp_path / "repository", http_port=0, grpc_port=0, metrics_port=0),
     ):
         pass
+
+
+def test_a_model_of_one_shape_is_checked_at_it(tmp_path: Path) -> None:
+    source = tiny(tmp_path, toml=FIXED)
+    save_rows(tmp_path / "build" / "tiny" / "evaluation.npz", source.rows("evaluation", 12))
+    run = run_module("export.to_torchscript", "--models", str(tmp_path), "--model", "tiny")
+    assert "as PyTorch at its only shape (worst error " in run.stdout, run.stderr
 
 
 def test_another_precision_is_refused(tmp_path: Path) -> None:
