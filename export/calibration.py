@@ -6,6 +6,8 @@ model.py: `export.to_onnx` wrote the model's own samples to `build/<name>/calibr
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -95,29 +97,42 @@ def stratified(rows: Sequence[Row], limit: int) -> list[Row]:
 
 
 def read_rows(spec: DeploymentSpec, path: Path) -> list[Row]:
-    """All rows of a calibration file; raises InputError where they do not fit the signature.
+    """All rows of a calibration file; raises InputError where it is broken or they do not fit the signature.
 
     Formats: our own `.npz` (one array a row and input); `.npz` of one array an input, samples first;
     `.npy` for a model of one input; anything else is raw records, each the inputs of one sample in the
     signature's order, native byte order, which needs a signature without further dynamic axes.
     """
-    with path.open("rb") as file:
-        head = file.read(6)
-    if head[:2] == b"PK":
-        with np.load(path) as arrays:
-            if all("/" in key for key in arrays.files):
-                rows = load_rows(path)
-            else:
-                rows = _unstacked(spec, {key: arrays[key] for key in arrays.files}, path)
-    elif head == b"\x93NUMPY":
-        rows = _unstacked(spec, dict.fromkeys(spec.inputs, np.load(path)), path)
-    else:
-        rows = _raw_rows(spec, path)
+    try:
+        rows = _rows_in(spec, path)
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: cannot be read ({why}); a whole .npz or .npy file of numbers is needed") from None
     if not rows:
         raise InputError(f"{path}: holds no samples; calibration needs real inputs")
     for index, row in enumerate(rows):
         _check(spec, row, f"{path}: row {index}")
     return rows
+
+
+def _rows_in(spec: DeploymentSpec, path: Path) -> list[Row]:
+    """The rows as the file has them; raises what numpy raises for a broken one."""
+    with path.open("rb") as file:  # np.load would leave one that it cannot read open
+        head = file.read(6)
+        file.seek(0)
+        if head[:2] == b"PK":
+            with np.load(file) as arrays:
+                if all("/" in key for key in arrays.files):
+                    return load_rows(path)
+                return _unstacked(spec, {key: arrays[key] for key in arrays.files}, path)
+        if head == b"\x93NUMPY":
+            if len(spec.inputs) > 1:
+                inputs = ", ".join(spec.inputs)
+                raise InputError(f"{path}: one array, for inputs {inputs}; use an .npz file with an array for each")
+            return _unstacked(spec, dict.fromkeys(spec.inputs, np.load(file)), path)
+    return _raw_rows(spec, path)
 
 
 def _check(spec: DeploymentSpec, row: Row, where: str) -> None:
@@ -151,7 +166,7 @@ def check_disjoint(rows: Sequence[Row], evaluation: Sequence[Row], path: Path) -
 def _unstacked(spec: DeploymentSpec, arrays: dict[str, np.ndarray], path: Path) -> list[Row]:
     if arrays.keys() != spec.inputs.keys():
         raise InputError(f"{path}: holds {', '.join(sorted(arrays))}; the inputs are {', '.join(spec.inputs)}")
-    lengths = {name: len(array) for name, array in arrays.items() if array.ndim}
+    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if len(set(lengths.values())) != 1:
         raise InputError(f"{path}: the inputs' sample counts differ: {lengths}")
     count = next(iter(lengths.values()))

@@ -80,14 +80,52 @@ def test_a_broken_calibration_file_is_one_line(tmp_path: Path, content: bytes, m
         read_rows(IMAGE, path)
 
 
+@pytest.mark.parametrize("suffix", ["npz", "npy"])
+@pytest.mark.parametrize("share", [0.05, 0.6], ids=["a twentieth", "more than half"])
+def test_a_truncated_calibration_file_is_one_line(tmp_path: Path, suffix: str, share: float) -> None:
+    path = tmp_path / f"c.{suffix}"
+    pixels = np.random.default_rng(0).standard_normal((6, 3, 32, 32)).astype(np.float32)
+    np.savez(path, pixels=pixels) if suffix == "npz" else np.save(path, pixels)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(
+        InputError, match=r"c\.np.: cannot be read \(.*\); a whole \.npz or \.npy file of numbers is needed"
+    ):
+        read_rows(IMAGE, path)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "npy"])
+def test_python_objects_are_no_calibration_data(tmp_path: Path, suffix: str) -> None:
+    path, objects = tmp_path / f"c.{suffix}", np.array([{}, {}])
+    np.savez(path, pixels=objects) if suffix == "npz" else np.save(path, objects)
+    with pytest.raises(InputError, match=r"cannot be read .*; a whole"):
+        read_rows(IMAGE, path)
+
+
+def test_a_packed_file_with_damaged_bytes_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "c.npz"
+    np.savez_compressed(path, pixels=np.random.default_rng(0).standard_normal((6, 3, 32, 32)).astype(np.float32))
+    data = bytearray(path.read_bytes())
+    data[2000:3000] = bytes(1000)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_rows(IMAGE, path)
+
+
+def test_one_array_is_not_taken_for_each_of_several_inputs(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.ones((4, 8), np.int64))
+    with pytest.raises(InputError, match=r"one array, for inputs input_ids, attention_mask; use an \.npz file"):
+        read_rows(TEXT, tmp_path / "ids.npy")
+
+
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
         (np.zeros((4, 3, 32, 32)), "row 0: input 'pixels': seen float64"),
         (np.zeros((4, 3, 32, 31), np.float32), r"shape \[1, 3, 32, 31\]; 32 takes 32 to 32"),
+        (np.float32(1), "holds no samples"),
         (np.full((4, 3, 32, 32), np.nan, np.float32), "holds NaN or Inf; ranges cannot be found with it"),
     ],
-    ids=["dtype", "size", "nan"],
+    ids=["dtype", "size", "number", "nan"],
 )
 def test_calibration_rows_that_do_not_fit_are_refused(tmp_path: Path, pixels: np.ndarray, message: str) -> None:
     np.savez(tmp_path / "c.npz", pixels=pixels)
