@@ -56,6 +56,8 @@ def _check_numbers(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name.removesuffix('_rps').replace('_', '-')} {value:g}: it must be more than 0")
+    if settings.seed < 0:
+        raise InputError(f"--seed {settings.seed}: it must be 0 or more")
     if settings.duration_s % 1:  # a second is what counts are kept by
         raise InputError(f"--duration-s {settings.duration_s:g}: it must be a whole number")
     if not 0 <= settings.warmup_s < math.inf:

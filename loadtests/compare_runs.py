@@ -153,6 +153,10 @@ def _parse() -> argparse.Namespace:
     for name in ("rate", "duration_s", "timeout_s", "max_s", "threshold", "threshold_p99"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value:g}: it must be more than 0")
+    if not 0 <= args.warmup_s < math.inf:
+        raise InputError(f"--warmup-s {args.warmup_s:g}: it must be 0 or more")
+    if args.output and Path(args.output).suffix == ".json":
+        raise InputError(f"--output {args.output}: the Markdown file; the figures go beside it, as .json")
     if args.pairs < LEAST_PAIRS:
         raise InputError(f"--pairs {args.pairs}: {LEAST_PAIRS} or more are needed for an interval")
     return args
@@ -174,7 +178,9 @@ def main() -> int:
         runs = base.load_runs(args.model), new.load_runs(args.model)
     else:
         runs = measured((base, new), args, spec)
-    comparison, machine = compare(*runs, spec.slo, thresholds_of(args)), runs[0][0].machine
+    wanted = args.capacity and not base.recorded
+    comparison = compare(*runs, spec.slo, thresholds_of(args), capacity=wanted)
+    machine = runs[0][0].machine
     text = markdown(comparison, (base, new), args.model, machine)
     place = Path(args.output) if args.output else build_dir(args.model) / "compare-runs.md"
     data = json.dumps(as_json(comparison, (base, new), machine), indent=2)

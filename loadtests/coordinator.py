@@ -28,6 +28,7 @@ from loadtests.sender import planned_blocks_s
 # From Locust's start signal to the first request: time for every worker to be there.
 START_DELAY_S = 0.5
 DISTRIBUTED_START_DELAY_S = 2.0
+ALONE = "local"  # how Locust names the only process
 Rows = list[list[dict[str, Any]]]  # of each part
 
 
@@ -41,7 +42,7 @@ class Coordinator:
         self._generators: list[dict[str, Any]] = []
         self._now: dict[int, Counter[str]] = defaultdict(Counter)
         self._workers = 1
-        self._prepared = 0
+        self._prepared: set[str] = set()
         self._started = False
 
     def start(self) -> None:
@@ -54,25 +55,31 @@ class Coordinator:
         for part in self._parts:
             rows_file(self._folder, part.model).write_text("")
         self._write([list(planned_rows(part)) for part in self._parts])
-        self._await_workers()
-        self._workers = self._alive()
+        workers = self._await_workers()
+        self._workers = len(workers)
         delay_s = DISTRIBUTED_START_DELAY_S if isinstance(runner, MasterRunner) else START_DELAY_S
         starts_at = time.time() + delay_s + self._settings.warmup_s
-        runner.send_message("begin", {"starts_at": starts_at, "workers": self._workers})
+        for rank, worker in enumerate(workers):  # Locust's own numbers have gaps where a worker was replaced
+            begin = {"starts_at": starts_at, "rank": rank, "workers": self._workers}
+            runner.send_message("begin", begin, worker)
         gevent.spawn(self._gather, starts_at)
 
-    def take_prepared(self) -> None:
+    def take_prepared(self, worker: str) -> None:
         """A worker could send now; Locust's own "ready" comes before that."""
-        self._prepared += 1
+        self._prepared.add(worker)
 
-    def _await_workers(self) -> None:
+    def _await_workers(self) -> list[str]:
         give_up_at = time.time() + LONGEST_PREPARATION_S
-        while self._prepared < self._alive() and time.time() < give_up_at:
+        while not self._prepared.issuperset(self._alive()) and time.time() < give_up_at:
             gevent.sleep(0.02)
+        return self._alive()
 
-    def _alive(self) -> int:
+    def _alive(self) -> list[str]:
         runner = self._environment.runner
-        return runner.worker_count if isinstance(runner, MasterRunner) else 1
+        if not isinstance(runner, MasterRunner):
+            return [ALONE]
+        nodes = runner.clients
+        return [node.id for node in (*nodes.ready, *nodes.spawning, *nodes.running)]
 
     def _write(self, rows: Rows) -> None:
         for part, found in zip(self._parts, rows, strict=True):
@@ -85,7 +92,7 @@ class Coordinator:
         self._write(rows)
         counts = self._now[second]
         counts.update({**now, "workers": 1})
-        if counts["workers"] >= min(self._workers, self._alive()):
+        if counts["workers"] >= min(self._workers, len(self._alive())):
             line = {"second": second, **{name: counts[name] for name in ("completed", "failed", "in_flight")}}
             print(json.dumps(line), flush=True)
             del self._now[second]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ Row = dict[str, np.ndarray]
 def read_inputs(path: Path) -> list[Row]:
     """The rows in order, or as many of them as may be, evenly spread; InputError in one line where there are none."""
     try:
-        with np.load(path) as arrays:
+        with np.load(path) as arrays:  # of an .npy file an array, which is no context
             names: dict[str, list[str]] = {}
             for key in sorted(arrays.files):
                 row, separator, name = key.partition("/")
@@ -48,7 +49,7 @@ def read_inputs(path: Path) -> list[Row]:
         raise InputError(f"{path}: no such file; it holds the real inputs to send, make it with: make engine") from None
     except InputError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not an .npz file of inputs ({error})") from None
 
 

@@ -17,6 +17,7 @@ hand their counts and histograms to the master, which writes them beside the set
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -28,9 +29,14 @@ from locust.exception import StopUser
 from locust.rpc import Message
 from locust.runners import MasterRunner, WorkerRunner
 
+from deepseek.spec.children import end_with
 from loadtests.coordinator import Coordinator
 from loadtests.results import Settings
 from loadtests.sender import Share
+
+MAIN = os.getpid()  # Locust's own workers are forked from it later
+if "LOCUST_PARENT" in os.environ:
+    end_with(int(os.environ["LOCUST_PARENT"]))
 
 
 class TritonUser(User):
@@ -71,6 +77,8 @@ def read_settings(path: Path) -> list[Settings]:
 
 @events.init.add_listener
 def _prepare(environment: Environment, **_: Any) -> None:
+    if os.getpid() != MAIN:
+        end_with(MAIN)
     path = Path(environment.parsed_options.settings)  # type: ignore[union-attr]
     parts = read_settings(path)
     protocol = parts[0].protocol
@@ -92,7 +100,7 @@ def _send(environment: Environment, parts: list[Settings]) -> None:
     environment.share = share  # type: ignore[attr-defined]
 
     def begin(msg: Message, **_: Any) -> None:
-        share.begin(msg.data["starts_at"], max(0, runner.worker_index), msg.data["workers"])  # type: ignore[attr-defined]
+        share.begin(msg.data["starts_at"], msg.data["rank"], msg.data["workers"])
 
     runner.register_message("begin", begin)
     environment.events.test_stop.add_listener(lambda **_: share.stop())
@@ -109,7 +117,7 @@ def _coordinate(environment: Environment, coordinator: Coordinator) -> None:
     def finished(msg: Message, **_: Any) -> None:
         coordinator.take_last(msg.data["rows"], msg.data["lengths"], msg.data["generator"])
 
-    environment.runner.register_message("prepared", lambda **_: coordinator.take_prepared())
+    environment.runner.register_message("prepared", lambda msg, **_: coordinator.take_prepared(msg.node_id))
     environment.runner.register_message("second", second)
     environment.runner.register_message("finished", finished)
 

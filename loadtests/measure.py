@@ -186,9 +186,10 @@ def _write_settings(loads: Sequence[Load], path: Path) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """In which Locust finds this package, wherever it is started."""
+    """In which Locust finds this package, wherever it is started, and the process that it ends with."""
     root = str(LOCUSTFILE.parent.parent)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "LOCUST_PARENT": str(os.getpid())}
 
 
 def _free_port() -> int:

@@ -124,9 +124,10 @@ def _scaled(shape: str, share: float) -> str:
 def runs_of(text: str, run: str | None = None) -> list[Run]:
     """The run of each model: of the latest such mix, or of the one that the folder `run` is a part of."""
     models, wanted = models_of(text), "".join(text.split())
-    folders = [Path(run)] if run else sorted(runs_folder(models[0]).glob("[!.]*"), reverse=True)
-    for folder in folders:
-        parts = [folder.absolute().parents[2] / model / "loadtests" / folder.name for model in models]
+    folders = [Path(run).absolute()] if run else sorted(runs_folder(models[0]).glob("[!.]*"), reverse=True)
+    for folder in folders:  # build/<model>/loadtests/<time>
+        build = folder.parent.parent.parent
+        parts = [build / model / "loadtests" / folder.name for model in models]
         if all((part / "run.json").is_file() for part in parts):
             runs = [Run.load(part) for part in parts]
             if runs[0].settings.mix == wanted:

@@ -113,9 +113,18 @@ def problems_at(run: Run, rate_rps: float, slo: SloSpec) -> list[str]:
 
 
 def compare(
-    base: Sequence[Run], new: Sequence[Run], slo: SloSpec, thresholds: Thresholds, confidence: float = 0.95
+    base: Sequence[Run],
+    new: Sequence[Run],
+    slo: SloSpec,
+    thresholds: Thresholds,
+    confidence: float = 0.95,
+    *,
+    capacity: bool = False,
 ) -> Comparison:
-    """Judges; InputError where the runs are not of one kind, InvalidMeasurement where none is valid."""
+    """Judges; InputError where the runs are not of one kind, InvalidMeasurement where none is valid.
+
+    With `capacity` runs without a ladder of rates leave that in doubt; without, they are about latencies alone.
+    """
     rate, ladder = _rates([*base, *new])
     base, new, dropped = _valid(base, new, rate, slo)
     draws = Draws.of(len(base), len(new))
@@ -130,6 +139,9 @@ def compare(
         rows.append(judge.row(f"p{percent} at {rate:g}/s", "ms", seen[0], seen[1], threshold, few))
     if ladder:
         rows.append(_capacity_row(judge, base, new, draws, ladder, slo, thresholds.capacity))
+    elif capacity:
+        none = np.array([math.nan])
+        rows.append(judge.row("capacity", "rps", none, none, thresholds.capacity, "no rate was found that base holds"))
     return Comparison(
         rate_rps=rate,
         ladder_rps=ladder,

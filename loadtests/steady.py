@@ -182,7 +182,7 @@ def drive(client: InferenceClient, load: Load, model: str, until: int, args: Any
 
 def rate_of(asked: float | None, spec: DeploymentSpec) -> float:
     """What was asked for, or the SLO's rate, as far as this sends it on time."""
-    rate = asked or min(spec.slo.rate_rps or DEFAULT_RPS, MOST_RPS)
+    rate = min(spec.slo.rate_rps or DEFAULT_RPS, MOST_RPS) if asked is None else asked
     if not 0 < rate <= MOST_RPS:
         raise InputError(f"--rate {rate:g}: more than 0 and at most {MOST_RPS:g} requests/s")
     return rate

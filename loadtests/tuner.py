@@ -12,6 +12,7 @@ Example:
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
@@ -35,6 +36,7 @@ LEAST_GAIN, LEAST_P99_GAIN = 1.02, 1.05  # smaller ones are not worth a change
 NOT_WORSE = 0.95
 LEAST_PAIRS = 3
 SPAN = 1.4  # of a pair's search, both ways from what the search found
+MOST_TRIES = 2  # of a pair, where runs say nothing of the server
 
 
 class TimeUp(Exception):
@@ -201,9 +203,17 @@ class Tuner:
         ):
             sides = ((a, self._guess(default)), (b, self._guess(best)))
             pair_s = sum((self.probes + 1) * served.trial_s(rate) for served, rate in sides)
+            tries = itertools.count(len(found))
             while len(found) < self.pairs and time.monotonic() + pair_s < self.ends_at:
-                self.journal.add_pair(best.settings, self._pair(sides, len(found)))
-                self.place.console.print(f"pair {len(found)} of {self.pairs}: {_pair_line(found[-1])}", soft_wrap=True)
+                if (index := next(tries)) >= MOST_TRIES * self.pairs:
+                    break
+                try:
+                    pair = self._pair(sides, index)
+                except InvalidMeasurement as error:
+                    self.place.console.print(f"pair left out: {error}", soft_wrap=True)
+                    continue
+                self.journal.add_pair(best.settings, pair)
+                self.place.console.print(f"pair {len(found)} of {self.pairs}: {_pair_line(pair)}", soft_wrap=True)
         return found
 
     def _guess(self, tried: TriedSetting) -> float:
@@ -212,7 +222,7 @@ class Tuner:
 
     def _pair(self, sides: tuple[tuple[Contender, float], ...], index: int) -> Pair:
         figures: dict[int, tuple[float, float | None]] = {}
-        with self.place.console.status(f"default and best in turn, pair {index + 1} of {self.pairs}"):
+        with self.place.console.status(f"default and best in turn, {self.pairs} pairs"):
             for side in (0, 1) if index % 2 == 0 else (1, 0):
                 served, guess = sides[side]
                 figures[side] = self._rate_and_p99(served, guess, seed=100 * (index + 1))
@@ -220,7 +230,10 @@ class Tuner:
         return Pair(default_rps=default_rps, best_rps=best_rps, default_p99_ms=default_p99, best_p99_ms=best_p99)
 
     def _rate_and_p99(self, served: Contender, guess_rps: float, seed: int) -> tuple[float, float | None]:
-        """The rate that holds, within a span around the guess, and the p99 at the reference rate."""
+        """The rate that holds, within a span around the guess, and the p99 at the reference rate.
+
+        Raises InvalidMeasurement where a run says nothing of the server.
+        """
         assert self.journal.reference_rps is not None
         # Moved by up to half of what the last halving leaves: the steps' error then differs from pair to pair, and the
         # interval of the gain has it in.
@@ -228,11 +241,20 @@ class Tuner:
         low, high = guess_rps / SPAN, guess_rps * SPAN
         for probe in range(self.probes):
             middle = rounded((low * high) ** 0.5)
-            if served.try_rate(middle, seed + probe).outcome == "holds":
+            if _decided(served, middle, seed + probe).outcome == "holds":
                 low = middle
             else:
                 high = middle
-        return (low * high) ** 0.5, served.try_rate(self.journal.reference_rps, seed + self.probes).p99_ms
+        return (low * high) ** 0.5, _decided(served, self.journal.reference_rps, seed + self.probes).p99_ms
+
+
+def _decided(served: Contender, rate_rps: float, seed: int) -> Trial:
+    """A trial that holds or fails; one that is neither is repeated once."""
+    for change in (0, 50):
+        trial = served.try_rate(rate_rps, seed + change)
+        if trial.outcome in ("holds", "fails"):
+            return trial
+    raise InvalidMeasurement(f"{served.setting} at {rate_rps:g}/s: {', '.join(trial.problems) or trial.outcome}")
 
 
 def verdict(pairs: list[Pair]) -> tuple[Gain, bool]:

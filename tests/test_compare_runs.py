@@ -128,6 +128,15 @@ def test_where_the_base_is_beyond_the_ladder_only_what_is_worse_all_the_same_is_
     assert (below.rows[2].verdict, below.rows[2].note) == ("inconclusive", "base's lies below the ladder, 40 to 70/s")
 
 
+def test_a_capacity_that_was_to_be_measured_and_was_not_is_in_doubt(tmp_path: Path) -> None:
+    base = runs(tmp_path / "a", 10, 0)
+    assert compare(base, base, SLO, Thresholds()).verdict == "no worse"
+    found = compare(base, base, SLO, Thresholds(), capacity=True)
+    assert [(row.name, row.verdict) for row in found.rows][2] == ("capacity", "inconclusive")
+    side = Side(name="new", given="b")
+    assert "| capacity | - | - | - | - |" in markdown(found, (side, side), "tiny", {})
+
+
 def test_a_knee_of_the_generator_is_no_capacity(tmp_path: Path) -> None:
     late = climbing(tmp_path, 56, 0, lag_s=0.004)
     found = compare(late, late, SLO, Thresholds())
@@ -252,9 +261,11 @@ def test_recorded_runs_are_judged_again_and_the_table_is_fit_for_a_pull_request(
     [
         (("--pairs", "2"), "--pairs 2: 5 or more are needed"),
         (("--threshold", "0"), "--threshold 0: it must be more than 0"),
+        (("--warmup-s", "nan"), "--warmup-s nan: it must be 0 or more"),
+        (("--output", "x.json"), "--output x.json: the Markdown file"),
         (("--new", "tests/models"), "NEW=tests/models: neither a repository"),
     ],
-    ids=["pairs", "threshold", "side"],
+    ids=["pairs", "threshold", "warmup", "output", "side"],
 )
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
     base = runs(tmp_path / "a", 10, 0, 1)

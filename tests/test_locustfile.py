@@ -24,6 +24,7 @@ from rich.console import Console
 from deepseek.spec import DeploymentSpec, InputError, SloSpec
 from loadtests import run as runner
 from loadtests import server_statistics
+from loadtests.inputs import read_inputs
 from loadtests.results import Run, Settings, latest_run
 from loadtests.slo import judge
 from serving.embedded import EmbeddedServer
@@ -201,6 +202,20 @@ def test_a_server_that_dies_leaves_a_run_with_its_errors(tiny: tuple[EmbeddedSer
     assert run.window.planned == run.window.ok + run.window.failed == 200
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_killed_run_leaves_no_load_behind(tiny: tuple[EmbeddedServer, Path], workers: int) -> None:
+    wanted = settings(tiny, rate_rps=40.0, duration_s=60.0, warmup_s=0.0)
+    before = answered(tiny[0])
+    with command(wanted, "--workers", str(workers)) as process:
+        wait_for_answers(tiny[0], before + 20)
+        generators = psutil.Process(process.pid).children(recursive=True)
+        assert len(generators) >= workers
+        process.kill()
+        process.communicate(timeout=30)
+    _, alive = psutil.wait_procs(generators, timeout=20)
+    assert alive == []
+
+
 def command(wanted: Settings, *more: str) -> subprocess.Popen[str]:
     """`python -m loadtests.run` for these settings."""
     arguments = ["--model", wanted.model, "--models", wanted.models, "--protocol", wanted.protocol, "--url", wanted.url]
@@ -337,6 +352,7 @@ def test_an_interrupted_run_ends_within_seconds_and_leaves_nothing(
         ({"duration_s": 0.0}, "--duration-s 0"),
         ({"duration_s": 1.5}, "a whole number"),
         ({"warmup_s": -1.0}, "--warmup-s -1"),
+        ({"seed": -1}, "--seed -1: it must be 0 or more"),
     ],
     ids=lambda value: "-".join(map(str, value.items()))[:40] if isinstance(value, dict) else "",
 )
@@ -347,6 +363,45 @@ def test_what_is_wrong_is_said_in_one_line_before_any_load(
     with pytest.raises(InputError, match=message) as caught:
         runner.check(wanted, DeploymentSpec.of_model("tiny", wanted.models))
     assert "\n" not in str(caught.value)
+
+
+def test_one_array_is_no_file_of_inputs(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((1, 4), np.float32))
+    with pytest.raises(InputError, match=r"x.npy: not an .npz file of inputs"):
+        read_inputs(tmp_path / "x.npy")
+
+
+REPLACED = """
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+from locust.runners import MasterRunner, WorkerNode, WorkerNodes
+from loadtests.coordinator import Coordinator
+from loadtests.results import Settings
+
+class Master(MasterRunner):
+    def __init__(self):
+        self.clients, self.told = WorkerNodes(), []
+        for name in ("a", "b", "d"):
+            self.clients[name] = WorkerNode(name)
+
+    def send_message(self, msg_type, data=None, client_id=None):
+        self.told.append((msg_type, client_id, data["rank"], data["workers"]))
+
+more = {"models": "", "target": "onnxruntime", "url": "", "inputs": ""}
+wanted = Settings(model="m", protocol="grpc", rate_rps=10.0, duration_s=1.0, workers=3, **more)
+master = Master()
+coordinator = Coordinator(SimpleNamespace(runner=master), [wanted], Path(sys.argv[1]))
+for name in ("a", "b", "c", "d"):  # c was lost before the start, and d came for it
+    coordinator.take_prepared(name)
+coordinator.start()
+print(json.dumps(master.told))
+"""  # in a process of its own: Locust changes the one that it is imported in
+
+
+def test_a_worker_that_took_anothers_place_sends_that_ones_share(tmp_path: Path) -> None:
+    said = subprocess.run([sys.executable, "-c", REPLACED, tmp_path], check=True, capture_output=True, text=True).stdout
+    assert json.loads(said) == [["begin", "a", 0, 3], ["begin", "b", 1, 3], ["begin", "d", 2, 3]]
 
 
 def test_inputs_of_another_model_are_refused(tiny: tuple[EmbeddedServer, Path], tmp_path: Path) -> None:

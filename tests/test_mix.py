@@ -85,6 +85,8 @@ def test_the_latest_run_of_the_same_mix_is_found(tmp_path: Path, monkeypatch: py
     assert runs_of("a:3,b:1", str(tmp_path / "b" / "loadtests" / "1"))[0].folder.name == "1"
     with pytest.raises(InputError, match=r"no load test of the mix a:9,b:1 .* make loadtest MIX=a:9,b:1"):
         runs_of("a:9,b:1")
+    with pytest.raises(InputError, match="no load test of the mix a:3,b:1 in /x;"):
+        runs_of("a:3,b:1", "/x")
 
 
 def rows(lengths: list[int]) -> list[dict[str, np.ndarray]]:

@@ -169,6 +169,7 @@ def test_an_objective_is_a_line(line: str, expected: dict[str, object]) -> None:
         ("p99 < 50", "did you mean p99_ms?"),
         ("p100_ms < 50", "between 0 and 100"),
         ("p99_ms < 5%", "not given in %"),
+        ("p99_ms < 0", "a latency is more than 0"),
         ("error_rate < 5", "at most 1, or 100%"),
         ("p99_ms < 1 * baseline", "only a quality metric"),
         ("p99_ms < 5 @ 0 rps", "of more than 0"),

@@ -25,6 +25,7 @@ from loadtests.contender import Place
 from loadtests.journal import Journal
 from loadtests.results import Settings
 from loadtests.space import space_of
+from loadtests.trial import Trial
 from loadtests.tune import apply, concluded, parse, tune
 from loadtests.tuner import Tuner, verdict
 from loadtests.tuning import Pair, Setting, TriedSetting, Tuning, interval, with_front
@@ -252,6 +253,28 @@ def test_a_candidate_that_the_pairs_do_not_bear_out_changes_nothing(tmp_path: Pa
     assert result.conclusion.startswith(
         "nothing is proved better than the default; the nearest, 2 instances x 1 thread"
     )
+
+
+class Undecided:
+    """A side whose runs say something of the server only every `every`-th time."""
+
+    setting = FAST
+
+    def __init__(self, every: int) -> None:
+        self.every, self.asked = every, 0
+
+    def try_rate(self, rate_rps: float, seed: int) -> Trial:
+        self.asked += 1
+        known: dict[str, Any] = {"outcome": "holds"} if self.asked % self.every == 0 else {"outcome": "invalid"}
+        return Trial(rate_rps=rate_rps, phase="bisect", achieved_rps=rate_rps, p50_ms=1, p99_ms=2, error_rate=0, duration_s=1, **known)  # fmt: skip
+
+
+def test_a_run_that_says_nothing_of_the_server_is_repeated_once_and_then_its_pair_is_left_out(tmp_path: Path) -> None:
+    tuner = known(tmp_path, tried(SLOW, 100), tried(FAST, 120))
+    rate, p99_ms = tuner._rate_and_p99(Undecided(2), 100, 0)  # type: ignore[arg-type]
+    assert (rate > 100, p99_ms) == (True, 2)
+    with pytest.raises(InvalidMeasurement, match="/s: invalid"):
+        tuner._rate_and_p99(Undecided(3), 100, 0)  # type: ignore[arg-type]
 
 
 def test_without_a_place_for_tuned_values_the_find_is_said_and_not_written(tmp_path: Path) -> None:
