@@ -10,8 +10,10 @@ const NAME = /^[A-Za-z0-9._-]{1,127}$/;
 // Of an X.509 certificate, in hex: the sequence of two times, each a UTCTime (YYMMDD…Z) or a GeneralizedTime (YYYYMMDD…Z).
 const VALIDITY = /30(?:1e|20|22)(?:170d(?:3\d){12}5a|180f(?:3\d){14}5a)(?:170d((?:3\d){12})5a|180f((?:3\d){14})5a)/;
 const DURATION = 'gateway_request_duration_seconds';
+const BUCKET = /_bucket\{(.*),le="([^"]+)"\}$/;
+const MOST_SERIES = 65536;  // more than the 2 MiB of `counts` hold; without a number njs gives 1024
 
-// The entry of the key that a request carries: {name, expires, rate_rps}; null where it has none that counts.
+// The entry of the key that a request carries: {name, expires, rate_rps, hash}; null where it has none that counts.
 function entryOf(r) {
     const match = BEARER.exec(r.headersIn['Authorization'] || '');
     if (!match) {
@@ -20,6 +22,7 @@ function entryOf(r) {
     const hash = crypto.createHash('sha256').update(match[1]).digest('hex');
     try {
         const entry = JSON.parse(fs.readFileSync(`${r.variables.folder}/keys/${hash}.json`));
+        entry.hash = hash;
         return entry.expires === null || entry.expires > Date.now() / 1000 ? entry : null;
     } catch (error) {
         return null;
@@ -32,6 +35,7 @@ function refusal(r) {
         return '401';
     }
     r.variables.caller = entry.name;
+    r.variables.key = entry.hash;  // of one name there may be several, each with limits of its own
     if (!r.variables.api) {
         return '403';
     }
@@ -41,7 +45,7 @@ function refusal(r) {
     }
     const rate = entry.rate_rps || Number(r.variables.default_rate_rps);
     const second = Math.floor(Date.now() / 1000);
-    return ngx.shared.rates.incr(`${entry.name} ${second}`, 1, 0, 2000) > rate ? '429' : '';
+    return ngx.shared.rates.incr(`${entry.hash} ${second}`, 1, 0, 2000) > rate ? '429' : '';
 }
 
 // -- malformed inferences over HTTP --------------------------------------------------------------
@@ -252,9 +256,13 @@ function observed(r) {
     return '';
 }
 
-// When the certificate ends, in seconds since 1970: of the first in tls.crt, which is the gateway's own.
+// When the certificate ends, in seconds since 1970, NaN if it cannot be read: of the first in tls.crt, the gateway's own.
 function certificateEnd(folder) {
-    const pem = fs.readFileSync(`${folder}/tls.crt`).toString().split('-----')[2] || '';
+    let pem = '';
+    try {
+        pem = fs.readFileSync(`${folder}/tls.crt`).toString().split('-----')[2] || '';
+    } catch (error) {  // it is being replaced, or gone: the old one serves on
+    }
     const found = VALIDITY.exec(Buffer.from(pem.replace(/\s/g, ''), 'base64').toString('hex'));
     if (!found) {
         return NaN;
@@ -264,26 +272,33 @@ function certificateEnd(folder) {
     return Date.parse(full.replace(/(....)(..)(..)(..)(..)(..)/, '$1-$2-$3T$4:$5:$6Z')) / 1000;
 }
 
+function numberOf(bound) {
+    return bound === '+Inf' ? Infinity : Number(bound);
+}
+
 // What has been counted, as Prometheus reads it. Kept is how many fell into each bucket; shown, how many up to its bound.
+// The counts outlive a change of limits.conf: buckets of bounds that are no longer there count for those above them.
 function metrics(r) {
-    const counts = {};
-    ngx.shared.counts.items().forEach(item => { counts[item[0]] = item[1]; });
+    const counts = {}, fell = {};
+    ngx.shared.counts.items(MOST_SERIES).forEach(item => { counts[item[0]] = item[1]; });
     const names = Object.keys(counts).sort();
     let text = '# TYPE gateway_requests_total counter\n';
     names.filter(name => name.startsWith('gateway_requests_total')).forEach(name => {
         text += `${name} ${counts[name]}\n`;
     });
+    names.forEach(name => {
+        const found = BUCKET.exec(name);
+        if (found) {
+            fell[found[1]] = (fell[found[1]] || []).concat({ bound: numberOf(found[2]), count: counts[name] });
+        }
+    });
     text += `# TYPE ${DURATION} histogram\n`;
     const bounds = r.variables.buckets_s.split(' ').concat('+Inf');
-    names.filter(name => name.startsWith(`${DURATION}_sum`)).forEach(name => {
-        const labels = name.slice(name.indexOf('{') + 1, -1);
-        let total = 0;
-        bounds.forEach(bound => {
-            const bucket = `${DURATION}_bucket{${labels},le="${bound}"}`;
-            total += counts[bucket] || 0;
-            text += `${bucket} ${total}\n`;
-        });
-        text += `${name} ${counts[name]}\n${DURATION}_count{${labels}} ${total}\n`;
+    Object.keys(fell).forEach(labels => {
+        const upTo = bound => fell[labels].reduce((sum, each) => each.bound <= bound ? sum + each.count : sum, 0);
+        bounds.forEach(bound => { text += `${DURATION}_bucket{${labels},le="${bound}"} ${upTo(numberOf(bound))}\n`; });
+        text += `${DURATION}_sum{${labels}} ${counts[`${DURATION}_sum{${labels}}`] || 0}\n`;
+        text += `${DURATION}_count{${labels}} ${upTo(Infinity)}\n`;
     });
     text += '# TYPE gateway_certificate_expiry_timestamp_seconds gauge\n';
     text += `gateway_certificate_expiry_timestamp_seconds ${certificateEnd(r.variables.folder)}\n`;

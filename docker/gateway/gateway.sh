@@ -29,12 +29,15 @@ printf 'listen %s;\n' "${INTERNAL_LISTEN:-9145}" >"$run/internal.conf"
 # One upstream: each address of each host:port. Connections are kept for a while only: a Triton that is told to stop takes
 # no new ones and waits for those that are open, idle or not, until its exit time-out. One that failed is left alone for a
 # second. An answer that is too late is a failure, too, so that in an overload all of them may be left alone: each is
-# therefore a spare as well, and whoever is alive is asked.
+# therefore a spare as well, and whoever is alive is asked. Where a look-up finds nothing, the addresses found before stay.
+declare -A known=()
 upstream() {
-    local name="$1" servers="" spares="" host address count=0
+    local name="$1" servers="" spares="" host found address count=0
     for target in ${2//,/ }; do
         host="${target%:*}"
-        for address in $(getent ahostsv4 "$host" | awk '$2 == "STREAM" { print $1 }' | sort -u); do
+        found="$(getent ahostsv4 "$host" | awk '$2 == "STREAM" { print $1 }' | sort -u)" || true
+        known[$target]="${found:-${known[$target]:-}}"
+        for address in ${known[$target]}; do
             servers+="    server $address:${target##*:} max_fails=1 fail_timeout=1s;"$'\n'
             spares+="    server $address:${target##*:} max_fails=0 backup;"$'\n'
             count=$((count + 1))
@@ -59,16 +62,16 @@ endpoints() {
 watched() { cat "$run/endpoints.conf" "$folder/tls.crt" "$folder/limits.conf" | sha256sum; }
 
 endpoints >"$run/endpoints.conf"
+before="$(watched)"
 nginx -p "$run" -c "$run/nginx.conf" -t -q
 nginx -p "$run" -c "$run/nginx.conf" &
 nginx=$!
 trap 'kill -QUIT "$nginx"' TERM INT
-before="$(watched)"
 while kill -0 "$nginx" 2>/dev/null; do
     sleep "$every_s" &
     wait -n "$nginx" $! || break
     endpoints >"$run/endpoints.conf.part" && mv "$run/endpoints.conf.part" "$run/endpoints.conf"
-    after="$(watched)"
+    after="$(watched)" || continue  # one of them is being replaced: what nginx has read serves on
     if [ "$after" != "$before" ] && nginx -p "$run" -c "$run/nginx.conf" -t -q; then
         kill -HUP "$nginx"
         before="$after"

@@ -1,0 +1,190 @@
+"""What changes under a running gateway: the SLO, its certificate, the names of its servers. Nothing is lost by it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import http.server
+import os
+import re
+import shutil
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.certificate import ensure_certificate
+from serving.embedded import EmbeddedServer
+from serving.stack import limits, served_models
+from tests.gateway import INFER, Gateway, authorized, json_body, skip_without_nginx
+
+DURATION = "gateway_request_duration_seconds"
+
+
+def metrics(gateway: Gateway) -> dict[str, float]:
+    """Its own, by series."""
+    lines = urllib.request.urlopen(f"http://127.0.0.1:{gateway.internal_port}/metrics").read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+def wait_for(ask: Callable[[], Any], holds: Callable[[Any], bool] = bool) -> Any:
+    """What `ask` gives, once it is so."""
+    deadline = time.monotonic() + 20
+    while not holds(found := ask()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.02)
+    return found
+
+
+@pytest.fixture
+def running(closed: EmbeddedServer, tmp_path: Path) -> Iterator[Gateway]:
+    """A gateway of the test's own before the real Triton."""
+    skip_without_nginx()
+    gateway = before_by_name(closed, tmp_path)
+    yield gateway
+    assert gateway.stop() == 0
+
+
+def before_by_name(server: EmbeddedServer, folder: Path) -> Gateway:
+    """A gateway that looks the server up."""
+    urls = (url.replace("127.0.0.1", "localhost") for url in (server.http_url, server.grpc_url))
+    return Gateway(folder, limits(served_models(server.repository, folder)), *urls)
+
+
+# ---- its metrics -----------------------------------------------------------------------------------
+
+
+def up_to(gateway: Gateway) -> dict[str, float]:
+    """How many inferences over HTTP took no longer than each bound; `count` is that of all."""
+    labels = '{protocol="http",api="infer",model="add_one"'
+    series = re.compile(rf'{DURATION}_bucket{labels},le="(.*)"\}}')
+    found = metrics(gateway)
+    by_bound = {match[1]: value for name, value in found.items() if (match := series.fullmatch(name))}
+    return by_bound | {"count": found.get(f"{DURATION}_count{labels}}}", 0)}
+
+
+def test_a_changed_slo_takes_nothing_from_what_was_counted(
+    running: Gateway, closed: EmbeddedServer, tmp_path: Path
+) -> None:
+    models = served_models(closed.repository, tmp_path)
+    assert running.http("POST", INFER, body=json_body())[0] == 200
+    before = wait_for(lambda: up_to(running), lambda found: found["count"] == 1)
+    fell = min(float(bound) for bound, count in before.items() if bound != "count" and count)
+    (running.folder / "limits.conf").write_text(limits([replace(model, p99_ms=5000) for model in models]))
+    after = wait_for(lambda: up_to(running), lambda found: "50.0" in found)
+    assert before.keys() & after.keys() == {"+Inf", "count"}
+    assert after.pop("count") == 1
+    assert after == {bound: float(bound) >= fell for bound in after}
+    (running.folder / "limits.conf").write_text(limits(models))
+    assert wait_for(lambda: up_to(running), lambda found: "50.0" not in found) == before
+
+
+class _Anything(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        """Nothing."""
+
+
+def test_all_series_are_shown_however_many_models_there_are(running: Gateway, tmp_path: Path) -> None:
+    """Of a server of 1100 models, all of which it calls ready."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Anything) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_address[1]}"
+        many = Gateway(tmp_path / "many", (running.folder / "limits.conf").read_text(), address, address)
+        context = ssl.create_default_context(cafile=str(many.folder / "ca.crt"))
+        connection = http.client.HTTPSConnection("localhost", many.port, context=context)
+        for model in range(1100):
+            connection.request("GET", f"/v2/models/m{model}/ready", headers=authorized(many.key))
+            connection.getresponse().read()
+        connection.close()
+        series = wait_for(lambda: sum('api="ready"' in name for name in metrics(many)), lambda found: found >= 1100)
+        many.stop()
+        server.shutdown()
+    assert series == 1100
+
+
+# ---- its certificate and its servers -----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def load(gateway: Gateway) -> Iterator[list[int]]:
+    """Calls over new connections meanwhile; their statuses, 0 where one broke."""
+    done = threading.Event()
+    seen: list[int] = []
+
+    def call() -> None:
+        while not done.is_set():
+            try:
+                seen.append(gateway.http("POST", INFER, body=json_body())[0])
+            except OSError:
+                seen.append(0)
+
+    callers = [threading.Thread(target=call) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        for caller in callers:
+            caller.join()
+
+
+def served_certificate(gateway: Gateway) -> bytes | None:
+    """The one that a new connection is shown."""
+    with gateway.connect() as connection:
+        return connection.getpeercert(binary_form=True)
+
+
+def test_a_certificate_that_is_taken_away_serves_on_until_a_new_pair_is_there(running: Gateway, tmp_path: Path) -> None:
+    shutil.copytree(running.folder, tmp_path / "new" / "gateway")
+    shutil.copytree(tmp_path / "gateway-authority", tmp_path / "new" / "gateway-authority")
+    assert ensure_certificate(tmp_path / "new" / "gateway", ["api.example.com"])
+    before = served_certificate(running)
+    with load(running) as seen:
+        (running.folder / "tls.crt").unlink()
+        time.sleep(1)  # five looks at it
+        assert "NaN" in urllib.request.urlopen(f"http://127.0.0.1:{running.internal_port}/metrics").read().decode()
+        shutil.copy(tmp_path / "new" / "gateway" / "tls.crt", running.folder)  # whose key is not there yet
+        time.sleep(1)
+        assert served_certificate(running) == before
+        shutil.copy(tmp_path / "new" / "gateway" / "tls.key", running.folder)
+        wait_for(lambda: served_certificate(running) != before)
+    assert set(seen) == {200}
+
+
+GETENT = """#!/bin/bash
+echo asked >>"{folder}/asked"
+[ ! -e "{folder}/fails" ] || exit 2
+exec {getent} "$@"
+"""
+
+
+def test_servers_whose_names_cannot_be_looked_up_stay(
+    closed: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_without_nginx()
+    (tmp_path / "getent").write_text(GETENT.format(folder=tmp_path, getent=shutil.which("getent")))
+    (tmp_path / "getent").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    running = before_by_name(closed, tmp_path)
+    endpoints = (tmp_path / "run" / "endpoints.conf").read_text()
+    (tmp_path / "fails").touch()
+    failed = 1 + (tmp_path / "asked").read_text().count("\n")
+    with load(running) as seen:
+        wait_for(lambda: (tmp_path / "asked").read_text().count("\n") > failed + 4)  # two for each look
+    assert set(seen) == {200}
+    assert (tmp_path / "run" / "endpoints.conf").read_text() == endpoints
+    assert running.stop() == 0

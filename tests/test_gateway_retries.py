@@ -1,0 +1,125 @@
+"""What the gateway says where a server is down or breaks, and what the client makes of it: again only what did not run."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from deepseek_client import ConnectionLost, InferenceClient, PreparedRequest, ServerBusy
+
+from serving.embedded import EmbeddedServer
+from serving.stack import limits, served_models
+from tests.failing_servers import Relay, X, prepared
+from tests.gateway import Gateway, skip_without_nginx
+
+Protocol = Literal["http", "grpc"]
+both = pytest.mark.parametrize("protocol", ["http", "grpc"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breakable:
+    """A gateway before relays to a real Triton: over HTTP and over gRPC."""
+
+    gateway: Gateway
+    relays: dict[str, Relay]
+    server: EmbeddedServer
+
+    def client(self, protocol: Protocol, **settings: Any) -> InferenceClient:
+        """As an application has it."""
+        access = {"ca_cert": str(self.gateway.folder / "ca.crt"), "api_key": self.gateway.key}
+        return InferenceClient(f"localhost:{self.gateway.port}", protocol, **access, **settings)
+
+    def request(self, protocol: Protocol, model: str) -> PreparedRequest:
+        """One that needs no metadata of the gateway."""
+        return prepared(self.server, protocol, model)
+
+    def statuses(self, count: int) -> list[tuple[int, str]]:
+        """Of the inferences so far, which are at least so many; a line is written after its answer."""
+        wait_for(lambda: len(self.gateway.lines(api="infer")) >= count)
+        return [(line["status"], line["grpc_status"]) for line in self.gateway.lines(api="infer")]
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    """Until it is so."""
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def breakable(closed: EmbeddedServer, tmp_path: Path) -> Iterator[Breakable]:
+    """One that breaks neither of them."""
+    skip_without_nginx()
+    ports = {"http": closed.http_port, "grpc": closed.grpc_port}
+    relays = {protocol: Relay((closed.address, port)) for protocol, port in ports.items()}
+    models = served_models(closed.repository, tmp_path)
+    gateway = Gateway(tmp_path, limits(models), relays["http"].url, relays["grpc"].url)
+    yield Breakable(gateway=gateway, relays=relays, server=closed)
+    gateway.stop()
+    for relay in relays.values():
+        relay.close()
+
+
+@both
+def test_a_call_while_the_server_is_down_is_tried_again_by_any_client(breakable: Breakable, protocol: Protocol) -> None:
+    request, relay = breakable.request(protocol, "add_one"), breakable.relays[protocol]
+    relay.close()
+    with breakable.client(protocol, retries=2) as client, pytest.raises(ServerBusy, match="is not available"):
+        client.send(request)
+    down = (503, "") if protocol == "http" else (200, "14")
+    assert breakable.statuses(3) == [down] * 3
+    threading.Timer(0.5, relay.reopen).start()
+    with breakable.client(protocol, retries=1000) as client:
+        np.testing.assert_array_equal(client.send(request)["y"], X + 1)
+
+
+@both
+def test_a_call_that_may_have_run_is_tried_again_by_an_idempotent_client_alone(
+    breakable: Breakable, protocol: Protocol
+) -> None:
+    request, relay = breakable.request(protocol, "add_one"), breakable.relays[protocol]
+    relay.delay_s = 30
+    lost: list[ConnectionLost] = []
+
+    def call() -> None:
+        with breakable.client(protocol) as client, pytest.raises(ConnectionLost, match="may have run") as caught:
+            client.send(request)
+        lost.append(caught.value)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    wait_for(lambda: relay.pieces > 0)  # of the request have reached the server
+    relay.close()  # the second attempt, of gRPC, finds nobody
+    caller.join()
+    assert lost
+    assert breakable.statuses(1) == [(502, "") if protocol == "http" else (200, "14")]
+    relay.delay_s = 0
+    threading.Timer(0.5, relay.reopen).start()
+    with breakable.client(protocol, retries=1000, idempotent=True) as client:
+        np.testing.assert_array_equal(client.send(request)["y"], X + 1)
+
+
+@both
+@pytest.mark.parametrize("where", ["a host that takes no connection", "a name of nobody"])
+def test_where_no_connection_is_made_nothing_was_sent(
+    breakable: Breakable, protocol: Protocol, where: str, tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        stack.enter_context(socket.create_connection(full.getsockname()))  # the one that it lets wait
+        address = "nobody.invalid:9" if "name" in where else f"127.0.0.1:{full.getsockname()[1]}"
+        gateway = Gateway(tmp_path / "alone", (breakable.gateway.folder / "limits.conf").read_text(), address, address)
+        stack.callback(gateway.stop)
+        alone = replace(breakable, gateway=gateway)
+        client = stack.enter_context(alone.client(protocol, retries=0))
+        with pytest.raises(ServerBusy, match="is not available"):
+            client.send(breakable.request(protocol, "add_one"))
