@@ -81,8 +81,8 @@ def check_wish(name: str, *, expires_s: float | None = None, rate_rps: float | N
     """Raises InputError where no such key can be made."""
     if not NAME.fullmatch(name):
         raise InputError(f"key name {name!r}: letters, digits, dots, dashes and underscores, 1 to 64 of them")
-    if rate_rps is not None and not 0 < rate_rps < float("inf"):
-        raise InputError(f"rate {rate_rps:g}: it must be more than 0")
+    if rate_rps is not None and not (1 <= rate_rps < float("inf") and rate_rps % 1 == 0):  # counted by the second
+        raise InputError(f"rate {rate_rps:g}: it must be a whole number of requests a second, 1 or more")
     if expires_s is not None and not 0 < expires_s <= LONGEST_S:
         raise InputError(f"expiry {expires_s / DAY_S:g} days: it must be more than 0, and at most {LONGEST_S // DAY_S}")
 

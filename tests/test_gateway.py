@@ -122,6 +122,17 @@ def test_the_rate_of_a_key_is_its_own(gateway: Gateway) -> None:
     assert gateway.lines(caller="slow", grpc_status="8")
 
 
+def test_each_key_of_a_name_has_a_rate_of_its_own(gateway: Gateway) -> None:
+    """So that a caller's new key, with a lower rate, works beside the old one, which is busy, until that is revoked."""
+    old, new = gateway.add_key("busy", rate_rps=100_000), gateway.add_key("busy", rate_rps=5)
+    with http_client(gateway) as client:
+        seen = []
+        for _ in range(3):
+            seen += [client.is_server_ready(headers=authorized(old)) for _ in range(20)]
+            seen.append(client.is_server_ready(headers=authorized(new)))
+    assert seen == [True] * 63
+
+
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_who_sends_too_much_is_told_when_to_come_again(gateway: Gateway, protocol: Literal["http", "grpc"]) -> None:
     access: dict[str, Any] = {
