@@ -37,6 +37,7 @@ BENCHMARKS: dict[str, Callable[[Bench], None]] = {
     "accuracy": instrument.accuracy,
     "ceiling": instrument.ceiling,
     "encoding": instrument.encoding,
+    "capacity": instrument.capacity,
     "tuned": tuned.tuned,
 }
 log = Console(stderr=True)

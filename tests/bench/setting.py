@@ -204,6 +204,14 @@ class Bench:
         latency = {f"p{percent}_us": result["latency"]["service"][f"p{percent}_ms"] * 1000 for percent in (50, 99)}
         return {"throughput": result["throughput_rps"], **latency}
 
+    def run(self, command: str, model: str, *flags: str, allowed: tuple[int, ...] = (0,)) -> str:
+        """A command of ours over one of the bench's models; returns what it printed."""
+        which = ("--model", model, "--models", str(self.folder / "models"))
+        found = run_module(command, *which, *flags, BUILD=str(self.folder / "build"), PYTHONWARNINGS="ignore")
+        if found.returncode not in allowed:
+            raise InputError(f"{command} of {model}: {found.stderr}")
+        return found.stdout
+
     def repository(self, name: str) -> Path:
         """The model repository of one model."""
         return self.folder / f"repository-{name}"

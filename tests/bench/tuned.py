@@ -13,12 +13,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from deepseek.spec import DeploymentSpec, InputError, TunedBatching, TunedFile, TunedTarget, build_dir
+from deepseek.spec import DeploymentSpec, TunedBatching, TunedFile, TunedTarget, build_dir
 from export.artifact import choice_path, load_rows
 from loadtests.tuning import Tuning
 from serving.embedded import EmbeddedServer
 from tests.bench.setting import ENCODER_MODEL, ENCODER_TOML, Bench, log
-from tests.conftest import run_module
 
 SHORT = "short"  # the encoder of 64 tokens
 MAX_BATCH = 16
@@ -57,18 +56,9 @@ def build_short(bench: Bench) -> None:
     int8 = ("--precision", "int8", "--high-precision", "fp32")
     for stage, *flags in (("export.to_onnx",), ("export.quantize", *int8), ("export.compare",)):
         with log.status(f"{stage} of the encoder of 64 tokens"):
-            run(bench, stage, SHORT, *flags)
+            bench.run(stage, SHORT, *flags)
     bench.specs[SHORT] = DeploymentSpec.of_model(SHORT, bench.folder / "models")
     bench.rows[SHORT] = load_rows(build_dir(SHORT) / "evaluation.npz")
-
-
-def run(bench: Bench, stage: str, model: str, *flags: str, allowed: tuple[int, ...] = (0,)) -> str:
-    """A stage over one of the bench's models; returns what it printed."""
-    which = ("--model", model, "--models", str(bench.folder / "models"))
-    found = run_module(stage, *which, *flags, BUILD=str(bench.folder / "build"), PYTHONWARNINGS="ignore")
-    if found.returncode not in allowed:
-        raise InputError(f"{stage} of {model}: {found.stderr}")
-    return found.stdout
 
 
 def publish(bench: Bench, name: str, precision: str, batching: TunedBatching) -> Path:
@@ -80,7 +70,7 @@ def publish(bench: Bench, name: str, precision: str, batching: TunedBatching) ->
     TunedFile(targets={"onnxruntime": TunedTarget(batching=batching)}).write(values)
     repository = bench.folder / f"repository-{name}"
     flags = ("--precision", precision, "--tuned", str(values), "--repository", str(repository))
-    run(bench, "export.to_triton", SHORT, *flags)
+    bench.run("export.to_triton", SHORT, *flags)
     return repository
 
 
@@ -113,7 +103,7 @@ def p99_ms(bench: Bench, server: EmbeddedServer, rate_rps: float, seed: int) -> 
     """Intended latency; the timeout of a request where it was not answered."""
     which = ("--url", server.grpc_url, "--rate", f"{rate_rps:.3g}", "--seed", str(seed))
     length = ("--warmup-s", "2", "--duration-s", str(LATENCY_S), "--timeout-s", "5")
-    result = json.loads(run(bench, "loadtests.run", SHORT, *which, *length, "--json", allowed=(0, 3)))
+    result = json.loads(bench.run("loadtests.run", SHORT, *which, *length, "--json", allowed=(0, 3)))
     return result["latency"]["intended"]["p99_ms"] or 5000.0
 
 
@@ -123,7 +113,7 @@ def gain(bench: Bench, name: str) -> None:
     most_s = TUNE_S_OF_PAIR * bench.pairs
     flags = ("--precision", "fp32", "--pairs", str(max(3, bench.pairs // 2)), "--max-s", str(most_s), "--dry-run")
     with log.status(f"make tune of the {name}, at most {most_s} s"):
-        said = run(bench, "loadtests.tune", name, *flags, "--json", allowed=(0, 3))
+        said = bench.run("loadtests.tune", name, *flags, "--json", allowed=(0, 3))
     if not said:
         log.print(f"rate inside the SLO, tuned over default, {name}: not confirmed within {most_s} s, no row")
         return
