@@ -34,7 +34,7 @@ class Breakable:
 
     def client(self, protocol: Protocol, **settings: Any) -> InferenceClient:
         """As an application has it."""
-        access = {"ca_cert": str(self.gateway.folder / "ca.crt"), "api_key": self.gateway.key}
+        access: dict[str, Any] = {"ca_cert": str(self.gateway.folder / "ca.crt"), "api_key": self.gateway.key}
         return InferenceClient(f"localhost:{self.gateway.port}", protocol, **access, **settings)
 
     def request(self, protocol: Protocol, model: str) -> PreparedRequest:
