@@ -30,6 +30,7 @@ from deepseek.spec import InputError
 
 # Containers are not run as root: where root made the files, they are given to this user (docs/operate.md).
 STAND_IN = 10001
+SERVICE = "gateway"  # its name inside the stack
 VALID_DAYS = 397  # the most that browsers take
 RENEW_DAYS = 30
 AUTHORITY_DAYS = 3650
@@ -64,7 +65,7 @@ def ensure_certificate(folder: Path, hosts: list[str]) -> bool:
     if (folder / "tls.crt").is_file() and _still_good(folder, hosts):
         return False
     authority, key = _authority(folder)
-    names = dict.fromkeys(["localhost", "gateway", "127.0.0.1", "::1", socket.gethostname(), *hosts])
+    names = dict.fromkeys(["localhost", SERVICE, "127.0.0.1", "::1", socket.gethostname(), *hosts])
     leaf_key = ec.generate_private_key(ec.SECP256R1())
     builder = _builder("deepseek-deploy gateway", authority.subject, leaf_key, VALID_DAYS)
     builder = builder.add_extension(x509.SubjectAlternativeName([_name(name) for name in names]), critical=False)
@@ -79,13 +80,31 @@ def ensure_certificate(folder: Path, hosts: list[str]) -> bool:
     return True
 
 
-def _still_good(folder: Path, hosts: list[str]) -> bool:
+def is_signed_by(chain: Path, authorities: Path) -> bool:
+    """Whether one of a file's certificates names one of the other file's as its issuer."""
+    return not {link.issuer for link in _read(chain)}.isdisjoint(each.subject for each in _read(authorities))
+
+
+def _read(path: Path) -> list[x509.Certificate]:
     try:
-        leaf = x509.load_pem_x509_certificate((folder / "tls.crt").read_bytes())
+        return x509.load_pem_x509_certificates(path.read_bytes())
     except ValueError:
-        raise InputError(
-            f"{folder / 'tls.crt'} is not a PEM certificate; put one there, or remove it for a new"
-        ) from None
+        raise InputError(f"{path} is not a PEM certificate; put one there, or remove it for a new") from None
+
+
+def name_of(folder: Path) -> str:
+    """A name that the gateway's certificate is for: `gateway` where it can be."""
+    leaf, *_ = _read(folder / "tls.crt")
+    try:
+        found = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return SERVICE
+    names = [name.replace("*", SERVICE, 1) for name in found.get_values_for_type(x509.DNSName)]
+    return SERVICE if SERVICE in names or not names else names[0]
+
+
+def _still_good(folder: Path, hosts: list[str]) -> bool:
+    leaf, *_ = _read(folder / "tls.crt")
     flaw = _flaw_of_key(folder / "tls.key", leaf)
     authority = folder / "ca.crt"
     if not authority.is_file() or leaf.issuer != x509.load_pem_x509_certificate(authority.read_bytes()).subject:

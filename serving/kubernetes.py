@@ -22,15 +22,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 
-from deepseek.spec import InputError, Parser, PublishedManifest, run_command
+from deepseek.spec import InputError, Parser, run_command
 from serving.alerts import RUNBOOK, as_yaml, rules
+from serving.certificate import is_signed_by
 from serving.keys import gateway_folder
 from serving.machine import TRITON_TAG
 from serving.manifests import (
     DEFAULT_SCALE,
+    GATEWAY_URL,
     IMAGE_TAG,
     LoadTest,
     Overlay,
@@ -44,17 +47,25 @@ from serving.manifests import (
     triton_patch,
 )
 from serving.packed import pack
-from serving.repository import MANIFEST
 from serving.served import MIB, Served, served_models
 from serving.stack import limits, sizes, write_whole
 
 CONFIG_MAP_BYTES = 900_000  # a ConfigMap holds 1 MiB, its other entries included
 
 
-def _scale_of(models: Sequence[Served], build: Path) -> Scale:
-    paths = [build / model.name / "scale.json" for model in models]
-    found = [scale for path in paths if path.is_file() and (scale := Scale.load(path))]
-    return together(found) if found else DEFAULT_SCALE
+def _scale_of(models: Sequence[Served], build: Path) -> tuple[Scale, list[str]]:
+    """What was chosen for the models together, and what is to be said of that."""
+    paths = [path for model in models if (path := build / model.name / "scale.json").is_file()]
+    scales = {path: Scale.load(path) for path in paths}
+    notes = [
+        f"{path}: no setting held, so the autoscaler has no target of it; scale.html beside it shows the nearest"
+        for path, scale in scales.items()
+        if scale is None
+    ]
+    if not paths:
+        notes.append("the autoscaler has its default target; make capacity simulate-scale chooses one")
+    chosen = [scale for scale in scales.values() if scale]
+    return together(chosen) if chosen else DEFAULT_SCALE, notes
 
 
 def write(folder: Path, overlay: Overlay, models: list[Served], runbook: str) -> None:
@@ -80,27 +91,29 @@ def write_loadtest(folder: Path, overlay: Overlay, model: Served, args: argparse
     spec, inputs = args.models / model.name / "deploy.toml", args.build / model.name / "evaluation.npz"
     if not (spec.is_file() and inputs.is_file()):
         return False
-    authority = args.gateway / "ca.crt"
     test = LoadTest(
         model=model.name,
-        target=_target(args.repository / model.name, model),
+        target=model.target,
         rate_rps=model.rate_rps or 1,
-        own_authority=authority.is_file(),
+        url=args.loadtest_url,
+        own_authority=_own_authority(args),
     )
     base = os.path.relpath(args.base.resolve(), folder.resolve())
     write_whole(folder / "kustomization.yaml", loadtest_kustomization(overlay, test, base))
     write_whole(folder / "deploy.toml", spec.read_text(encoding="utf-8"))
     if test.own_authority:
-        write_whole(folder / "ca.crt", authority.read_text(encoding="utf-8"))
+        write_whole(folder / "ca.crt", (args.gateway / "ca.crt").read_text(encoding="utf-8"))
+    else:
+        (folder / "ca.crt").unlink(missing_ok=True)
     _copy_inputs(inputs, folder / "inputs.npz")
     return True
 
 
-def _target(folder: Path, model: Served) -> str:
-    """What runs the graph of the newest version that is served."""
-    manifests = [folder / str(version) / MANIFEST for version in model.versions]
-    found = [PublishedManifest.load(path).target for path in manifests if path.is_file()]
-    return found[0] if found else "onnxruntime"
+def _own_authority(args: argparse.Namespace) -> bool:
+    authority, certificate = args.gateway / "ca.crt", args.gateway / "tls.crt"
+    if args.loadtest_tls or not authority.is_file():
+        return False
+    return not certificate.is_file() or is_signed_by(certificate, authority)
 
 
 def _copy_inputs(source: Path, copy: Path) -> None:
@@ -121,6 +134,15 @@ def _copy_inputs(source: Path, copy: Path) -> None:
             step *= 2
 
 
+def _port_of(url: str) -> int:
+    """The port of a URL, or of its scheme; 0 where there is no such port."""
+    try:
+        found = urlsplit(url)
+        return {"http": 80, "https": 443}.get(found.scheme, 0) if found.port is None else found.port
+    except ValueError:
+        return 0
+
+
 def _parse() -> argparse.Namespace:
     build = Path(os.environ.get("BUILD", "build"))
     parser = Parser(__doc__, prog="python -m serving.kubernetes")
@@ -136,19 +158,44 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--autoscaler", choices=("hpa", "keda", "none"), default="hpa", help="(default: %(default)s)")
     parser.add_argument("--load-balancer", action="store_true", help="give the gateway an address outside")
     parser.add_argument("--no-monitoring", action="store_true", help="for a cluster without the Prometheus operator")
-    parser.add_argument("--gateway", type=Path, help="where ca.crt lies (default: gateway/ in $BUILD)")
+    parser.add_argument("--gateway", type=Path, help="where ca.crt and tls.crt lie (default: gateway/ in $BUILD)")
+    parser.add_argument(
+        "--loadtest-url",
+        default=GATEWAY_URL,
+        help="host:port by which load tests call the gateway: a name of its certificate (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--loadtest-tls",
+        action="store_true",
+        help="load tests trust the system's authorities (default: ca.crt, where it signed tls.crt)",
+    )
     parser.add_argument("--runbook", default=RUNBOOK, help="where alerts point to (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print what decided as JSON")
     args = parser.parse_args()
     args.gateway = args.gateway or gateway_folder()
+    args.models_port = _port_of(args.models_url)
+    _check(args)
+    return args
+
+
+def _check(args: argparse.Namespace) -> None:
     if not (args.base / "base" / "kustomization.yaml").is_file():
         raise InputError(f"--base {args.base}: no base/kustomization.yaml in it; it is the folder kubernetes/")
     if args.models_url and not re.fullmatch(r"https?://[^/\s\"]+/[^\s\"]*", args.models_url):
         raise InputError(f"--models-url {args.models_url!r}: it must begin with https:// or http:// and name a file")
+    if args.models_url and not args.models_port:
+        raise InputError(f"--models-url {args.models_url!r}: a port is a number from 1 to 65535")
+    host_and_port = re.fullmatch(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):\d+", args.loadtest_url)
+    if not host_and_port or not _port_of(f"//{args.loadtest_url}"):
+        raise InputError(f"--loadtest-url {args.loadtest_url!r}: it must be host:port, such as api.example.com:443")
+    if args.no_monitoring and args.autoscaler != "none":
+        raise InputError(
+            f"--no-monitoring with --autoscaler {args.autoscaler}: it scales by what monitoring records; "
+            "--autoscaler none, or leave --no-monitoring out"
+        )
     for name in ("registry", "image_tag", "triton_tag"):
         if not re.fullmatch(r"[A-Za-z0-9._:/-]*", getattr(args, name)):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)!r}: no name of an image has that")
-    return args
 
 
 def main() -> None:
@@ -161,16 +208,18 @@ def main() -> None:
     if args.models_url:
         sha256, size_bytes = pack(args.repository, folder / "models.tar.gz")
         models_mib = math.ceil((size_bytes + (folder / "models.tar.gz").stat().st_size) / MIB * 1.1) + 16  # blocks
+    scale, notes = _scale_of(models, args.build)
     overlay = Overlay(
         base=os.path.relpath(args.base.resolve(), folder.resolve()),
         on_gpu=any(model.needs_gpu for model in models),
         sizes=sizes(models),
-        scale=_scale_of(models, args.build),
+        scale=scale,
         autoscaler=args.autoscaler,
         registry=args.registry,
         image_tag=args.image_tag,
         triton_tag=args.triton_tag,
         models_url=args.models_url,
+        models_port=args.models_port,
         models_sha256=sha256,
         models_mib=models_mib,
         load_balancer=args.load_balancer,
@@ -182,10 +231,10 @@ def main() -> None:
     if args.json:
         print(json.dumps(asdict(overlay) | {"scale": overlay.scale.model_dump()}, indent=2))
     else:
-        _tell(folder, overlay, models)
+        _tell(folder, overlay, models, notes)
 
 
-def _tell(folder: Path, overlay: Overlay, models: Sequence[Served]) -> None:
+def _tell(folder: Path, overlay: Overlay, models: Sequence[Served], notes: Sequence[str]) -> None:
     names = ", ".join(model.name for model in models)
     scale, kind = overlay.scale, "a GPU" if overlay.on_gpu else f"{overlay.scale.cores} cores"
     targets = ", ".join(f"{target.metric} {target.value:g}" for target in scale.targets)
@@ -193,8 +242,9 @@ def _tell(folder: Path, overlay: Overlay, models: Sequence[Served]) -> None:
     print(f"overlay   {folder}: {names}; {kind} and {overlay.sizes.memory_mib} MiB a pod; autoscaler: {bounds}")
     if overlay.models_url:
         print(f"models    put {folder / 'models.tar.gz'} at {overlay.models_url}")
-    if scale is DEFAULT_SCALE and overlay.autoscaler != "none":
-        print("note: the autoscaler has its default target; make capacity simulate-scale chooses one", file=sys.stderr)
+    if overlay.autoscaler != "none":
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ GATEWAY_PRE_STOP_S = 10  # until no node sends it new connections
 METRICS = {"queue": "triton_queue_compute_ratio", "rate": "triton_requests_per_second"}
 DEFAULT_CORES = 2
 WORKER_RPS = 500  # of a load generator's process
+GATEWAY_URL = "gateway:8443"  # within the namespace
 Autoscaler = Literal["hpa", "keda", "none"]
 
 
@@ -96,6 +97,7 @@ class Overlay:
     image_tag: str
     triton_tag: str
     models_url: str = ""
+    models_port: int = 443
     models_sha256: str = ""
     models_mib: int = 0
     """Of the repository, unpacked, and of the archive."""
@@ -127,6 +129,14 @@ def kustomization(overlay: Overlay) -> str:
     components = "\n".join(f"  - {overlay.base}/components/{name}" for name in names)
     images = "\n".join(image(overlay, name) for name in ("deepseek-server-cpu", "deepseek-server", "deepseek-gateway"))
     patches = ["triton.yaml", "gateway.yaml", *(["autoscaler.yaml"] if overlay.autoscaler != "none" else [])]
+    egress = (
+        f"""\
+  - target: {{kind: NetworkPolicy, name: triton-fetches-models}}
+    patch: "- {{op: replace, path: /spec/egress/0/ports/0/port, value: {overlay.models_port}}}"
+"""
+        if overlay.models_url
+        else ""
+    )
     return f"""\
 # Written by python -m serving.kubernetes (make kubernetes) from the models in the repository. Apply it with
 # kubectl apply -k; what is yours goes into a kustomization of your own over this one.
@@ -147,7 +157,7 @@ images:
 {images}
 patches:
 {chr(10).join(f"  - path: {patch}" for patch in patches)}
-"""
+{egress}"""
 
 
 def triton_patch(overlay: Overlay) -> str:
@@ -261,6 +271,7 @@ class LoadTest:
     model: str
     target: str
     rate_rps: float
+    url: str
     own_authority: bool
     """The gateway's certificate is signed by `ca.crt`, not by an authority that every system trusts."""
 
@@ -272,10 +283,14 @@ class LoadTest:
 
 def loadtest_kustomization(overlay: Overlay, test: LoadTest, base: str) -> str:
     """Of the Jobs: the model's name, rate, files."""
-    trust = (
-        ""
-        if test.own_authority
-        else "      - {op: replace, path: /spec/template/spec/containers/0/args/1, value: --tls}\n"
+    trust = "--ca-cert=/inputs/ca.crt" if test.own_authority else "--tls"
+    egress = (
+        f"""\
+  - target: {{kind: NetworkPolicy, name: loadtest}}
+    patch: "- {{op: add, path: /spec/egress/-, value: {{ports: [{{port: {test.url.rpartition(":")[2]}}}]}}}}"
+"""
+        if test.url != GATEWAY_URL
+        else ""
     )
     files = "inputs.npz, ca.crt" if test.own_authority else "inputs.npz"
     return f"""\
@@ -298,9 +313,11 @@ patches:
   - target: {{kind: Job}}
     patch: |
       - {{op: replace, path: /spec/template/spec/containers/0/volumeMounts/2/mountPath, value: /models/{test.model}}}
-{trust}  # {test.rate_rps:g} requests/s, {WORKER_RPS} of a worker
+      - {{op: replace, path: /spec/template/spec/containers/0/args/0, value: "--url={test.url}"}}
+      - {{op: replace, path: /spec/template/spec/containers/0/args/1, value: {trust}}}
+  # {test.rate_rps:g} requests/s, {WORKER_RPS} of a worker
   - target: {{kind: Job, name: loadtest-worker}}
     patch: |
       - {{op: replace, path: /spec/parallelism, value: {test.workers}}}
       - {{op: replace, path: /spec/completions, value: {test.workers}}}
-"""
+{egress}"""

@@ -13,11 +13,19 @@ import pytest
 
 from serving import stack
 from serving.alerts import rules
+from serving.certificate import ensure_certificate
 from serving.kubernetes import CONFIG_MAP_BYTES, _copy_inputs
-from serving.manifests import PRE_STOP_S, Scale
+from serving.manifests import GATEWAY_URL, PRE_STOP_S, Scale
 from serving.served import served_models
 from tests.conftest import run_module
 from tests.manifests import KUBERNETES, build, committed, container_of, find, pod_of
+
+
+@pytest.fixture
+def again(generated: dict[str, Path], tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
+    """A build folder of its own, and the arguments for an overlay from it."""
+    repository = generated["plain"].parent / "repository"
+    return tmp_path, ("--repository", str(repository), "--models", str(tmp_path), "--build", str(tmp_path))
 
 
 def test_the_overlay_has_the_sums_of_the_compose_stack(generated: dict[str, Path]) -> None:
@@ -53,9 +61,34 @@ def test_fetched_models_come_by_their_checksum_into_a_folder_of_their_size(gener
     (models,) = (volume for volume in pod_of(objects)["volumes"] if volume["name"] == "models")
     assert models.keys() == {"name", "emptyDir"}
     assert not any(each["kind"] == "PersistentVolumeClaim" for each in objects)
-    assert find(objects, "Service", "gateway")["spec"]["ports"] == [
-        {"name": "https", "port": 443, "targetPort": "https", "appProtocol": "https"}
-    ]
+
+
+def test_a_load_balancers_gateway_listens_on_443_and_still_where_the_load_test_calls_it(
+    generated: dict[str, Path],
+) -> None:
+    ports = find(build(generated["fetched"]), "Service", "gateway")["spec"]["ports"]
+    assert {port["port"] for port in ports} == {443, int(GATEWAY_URL.rpartition(":")[2])}
+    assert {port["targetPort"] for port in ports} == {"https"}
+    assert len({port["name"] for port in ports}) == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "port"),
+    [
+        ("https://models.example.com/m.tar.gz", 443),
+        ("http://minio.storage.svc:9000/shop/m.tar.gz?X-Signature=a:1/b", 9000),
+        ("http://models.storage.svc/m.tar.gz", 80),
+    ],
+    ids=["https", "its own", "http"],
+)
+def test_tritons_pods_may_call_the_port_that_the_models_are_at(
+    again: tuple[Path, tuple[str, ...]], url: str, port: int
+) -> None:
+    folder, arguments = again
+    assert run_module("serving.kubernetes", *arguments, "--models-url", url).returncode == 0
+    first, dns = find(build(folder / "kubernetes"), "NetworkPolicy", "triton-fetches-models")["spec"]["egress"]
+    assert first == {"ports": [{"port": port}]}
+    assert {each["port"] for each in dns["ports"]} == {53}
 
 
 def test_images_come_from_the_registry_and_the_autoscaler_is_the_one_asked_for(generated: dict[str, Path]) -> None:
@@ -65,13 +98,6 @@ def test_images_come_from_the_registry_and_the_autoscaler_is_the_one_asked_for(g
     kinds = {name: {each["kind"] for each in build(folder)} for name, folder in generated.items()}
     assert "HorizontalPodAutoscaler" not in kinds["keda"] | kinds["bare"]
     assert "ServiceMonitor" not in kinds["bare"]
-
-
-@pytest.fixture
-def again(generated: dict[str, Path], tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
-    """A build folder of its own, and the arguments for an overlay from it."""
-    repository = generated["plain"].parent / "repository"
-    return tmp_path, ("--repository", str(repository), "--models", str(tmp_path), "--build", str(tmp_path))
 
 
 def test_what_the_simulation_chose_becomes_the_autoscalers(again: tuple[Path, tuple[str, ...]]) -> None:
@@ -96,6 +122,18 @@ def test_what_the_simulation_chose_becomes_the_autoscalers(again: tuple[Path, tu
     assert resources["limits"]["cpu"] == resources["requests"]["cpu"] == "4"
 
 
+def test_a_day_that_no_setting_held_is_said_and_not_recommended_again(again: tuple[Path, tuple[str, ...]]) -> None:
+    folder, arguments = again
+    run = run_module("serving.kubernetes", *arguments)
+    assert run.stderr == "note: the autoscaler has its default target; make capacity simulate-scale chooses one\n"
+    (folder / "add_one").mkdir()
+    (folder / "add_one" / "scale.json").write_text('{"chosen": null}')
+    run = run_module("serving.kubernetes", *arguments)
+    assert run.returncode == 0
+    assert f"note: {folder}/add_one/scale.json: no setting held" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
 def test_the_alerts_are_those_of_the_stack(generated: dict[str, Path]) -> None:
     folder = generated["plain"].parent
     rule = find(build(generated["plain"]), "PrometheusRule", "deepseek")
@@ -105,12 +143,16 @@ def test_the_alerts_are_those_of_the_stack(generated: dict[str, Path]) -> None:
     assert monitors["gateway"]["endpoints"][0]["relabelings"][0]["replacement"] == "gateway"
 
 
-def test_a_load_test_has_the_models_spec_its_rate_and_inputs_that_fit(
-    built: Path, tmp_path: Path, generated: dict[str, Path]
-) -> None:
+@pytest.fixture
+def of_text(built: Path, tmp_path: Path) -> tuple[str, ...]:
+    """Arguments for an overlay with a load test of the model `text`; the gateway's folder is $BUILD's."""
     shutil.copytree(built / "build" / "text", tmp_path / "text")
     places = ("--repository", str(built / "repository"), "--models", "tests/models", "--build", str(tmp_path))
-    assert run_module("serving.kubernetes", *places, "--gateway", str(tmp_path)).returncode == 0
+    return (*places, "--gateway", str(tmp_path))
+
+
+def test_a_load_test_has_the_models_spec_its_rate_and_inputs_that_fit(tmp_path: Path, of_text: tuple[str, ...]) -> None:
+    assert run_module("serving.kubernetes", *of_text).returncode == 0
     objects = build(tmp_path / "kubernetes" / "loadtest" / "text")
     for each in objects:
         kubernetes_validate.validate(each, KUBERNETES, strict=True)
@@ -122,6 +164,35 @@ def test_a_load_test_has_the_models_spec_its_rate_and_inputs_that_fit(
     assert "/models/text" in [mount["mountPath"] for mount in container["volumeMounts"]]
     assert container["args"][1] == "--tls"  # no ca.crt: the certificate is one that every system trusts
     assert (tmp_path / "kubernetes" / "loadtest" / "text" / "inputs.npz").stat().st_size <= CONFIG_MAP_BYTES
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--loadtest-url", "api.example.com:443", "--loadtest-tls")], ids=["own", "public"]
+)
+def test_both_jobs_call_the_gateway_by_its_name_and_trust_whom_they_are_told_to(
+    tmp_path: Path, of_text: tuple[str, ...], flags: tuple[str, ...]
+) -> None:
+    ensure_certificate(tmp_path, [])
+    assert run_module("serving.kubernetes", *of_text, *flags).returncode == 0
+    objects = build(tmp_path / "kubernetes" / "loadtest" / "text")
+    wanted = ["--url=api.example.com:443", "--tls"] if flags else ["--url=gateway:8443", "--ca-cert=/inputs/ca.crt"]
+    for name in ("loadtest-master", "loadtest-worker"):
+        (container,) = find(objects, "Job", name)["spec"]["template"]["spec"]["containers"]
+        assert container["args"][:2] == wanted
+    egress = find(objects, "NetworkPolicy", "loadtest")["spec"]["egress"]
+    assert ({"ports": [{"port": 443}]} in egress) == bool(flags)
+    assert ("ca.crt" in find(objects, "ConfigMap", "loadtest-inputs").get("data", {})) != bool(flags)
+
+
+def test_an_authority_that_did_not_sign_the_gateways_certificate_is_not_trusted(
+    tmp_path: Path, of_text: tuple[str, ...]
+) -> None:
+    ensure_certificate(tmp_path, [])
+    ensure_certificate(tmp_path / "other", [])
+    shutil.copyfile(tmp_path / "other" / "tls.crt", tmp_path / "tls.crt")
+    assert run_module("serving.kubernetes", *of_text).returncode == 0
+    (job, *_) = (each for each in build(tmp_path / "kubernetes" / "loadtest" / "text") if each["kind"] == "Job")
+    assert job["spec"]["template"]["spec"]["containers"][0]["args"][1] == "--tls"
 
 
 def test_inputs_too_large_for_a_config_map_are_thinned_by_rows(tmp_path: Path) -> None:
@@ -150,9 +221,13 @@ def test_the_workers_flags_are_the_masters_and_what_its_script_adds() -> None:
         (("--repository", "nosuch"), "nosuch: no model in it"),
         (("--base", "docs"), "--base docs: no base/kustomization.yaml in it"),
         (("--models-url", "s3://bucket/models"), "it must begin with https:// or http://"),
+        (("--models-url", "http://minio:90000/m.tar.gz"), "a port is a number from 1 to 65535"),
+        (("--loadtest-url", "https://api.example.com"), "it must be host:port, such as api.example.com:443"),
+        (("--loadtest-url", "api.example.com:0"), "it must be host:port, such as api.example.com:443"),
+        (("--no-monitoring",), "--no-monitoring with --autoscaler hpa: it scales by what monitoring records"),
         (("--registry", "a b"), "--registry 'a b': no name of an image has that"),
     ],
-    ids=["repository", "base", "url", "registry"],
+    ids=["repository", "base", "url", "port", "scheme", "port 0", "unmonitored", "registry"],
 )
 def test_what_is_wrong_is_one_line(again: tuple[Path, tuple[str, ...]], flags_: tuple[str, ...], message: str) -> None:
     run = run_module("serving.kubernetes", *again[1], *flags_)
