@@ -225,6 +225,8 @@ def _parse() -> argparse.Namespace:
             raise InputError(f"--{name.replace('_', '-')} {value:g}: it must be {least}")
     if not 0 <= args.margin < 1:
         raise InputError(f"--margin {args.margin:g}: it must be 0 or more and below 1")
+    if args.seed < 0:
+        raise InputError(f"--seed {args.seed}: it must be 0 or more")
     if args.max_replicas is not None and args.max_replicas < LEAST_REPLICAS:
         raise InputError(f"--max-replicas {args.max_replicas}: it must be {LEAST_REPLICAS} or more")
     return args

@@ -351,9 +351,10 @@ def test_where_nothing_holds_the_command_says_what_came_nearest(tmp_path: Path, 
         (("--margin", "1"), "--margin 1: it must be 0 or more and below 1"),
         (("--pods-per-node", "0"), "--pods-per-node 0: it must be more than 0"),
         (("--max-replicas", "1"), "--max-replicas 1: it must be 2 or more"),
+        (("--seed", "-1"), "--seed -1: it must be 0 or more"),
         (("--traffic", "nosuch.csv"), "nosuch.csv: No such file"),
     ],
-    ids=["capacity", "model", "late", "margin", "pods", "most", "traffic"],
+    ids=["capacity", "model", "late", "margin", "pods", "most", "seed", "traffic"],
 )
 def test_what_is_wrong_is_one_line(
     tmp_path: Path, measured: tuple[str, ...], flags: tuple[str, ...], message: str
