@@ -394,12 +394,14 @@ $(B)/%/$(T)/model.plan: $(B)/%/model.onnx export/to_tensorrt.py export/engine.py
 $(B)/choice-$(T).json: $$(foreach p,$$(PRECISIONS),$(B)/$$p/$(ENGINE_NAME)) $(B)/settings/precision $(addprefix export/,compare.py budget.py runners.py accuracy.py)
 	@$(ON_TARGET) export.compare $(WHICH) --target $(T) --precision $(PRECISION)
 
-# What docker compose reads: written anew where a model is published, or the first line says that it was for other settings.
-STACK := $(strip $(REPOSITORY) $(MODELS) $(BUILD) $(GATEWAY_PORT) $(TRITON_TAG) $(GATEWAY_HOSTS))
+# What docker compose reads: written anew where a model is published, the first line says that it was for other settings, or
+# somebody has put a certificate there.
+STACK := $(strip $(MODEL) $(REPOSITORY) $(MODELS) $(BUILD) $(GATEWAY_PORT) $(TRITON_TAG) $(GATEWAY_HOSTS))
 $(ENV_FILE): $(REPOSITORY)/$(MODEL)/config.pbtxt $(addprefix serving/,stack.py served.py keys.py certificate.py flags.py) \
     $(addprefix serving/,alerts.py recording_rules.py dashboard.py) \
-    $(shell [ "$$(head -n 1 $(ENV_FILE) 2>/dev/null)" = '# $(STACK)' ] || echo FORCE)
-	@$(PY) -m serving.stack --repository $(REPOSITORY) --models $(MODELS) --env-file $(ENV_FILE) --gateway-port $(GATEWAY_PORT) \
+    $(shell [ "$$(head -n 1 $(ENV_FILE) 2>/dev/null)" = '# $(STACK)' ] \
+        && [ -z "$$(find $(BUILD)/gateway/tls.crt -cnewer $(ENV_FILE) 2>/dev/null)" ] || echo FORCE)
+	@$(PY) -m serving.stack --model $(MODEL) --repository $(REPOSITORY) --models $(MODELS) --env-file $(ENV_FILE) --gateway-port $(GATEWAY_PORT) \
 	    --triton-tag $(TRITON_TAG) $(addprefix --host ,$(GATEWAY_HOSTS)) --settings '$(STACK)'
 
 # check-engine: the graphs that a TensorRT target takes, and which models have them checked.

@@ -43,6 +43,8 @@ class Served:
     queue_timeout_ms: float
     p99_ms: float
     rate_rps: float
+    target: Target = "onnxruntime"
+    """What runs the graph of the newest version that is served."""
     objectives: tuple[Objective, ...] = ()
     """Of the SLO, those that hold at any rate; none where the model's `deploy.toml` is not known."""
     queue_size: int = 0
@@ -91,7 +93,8 @@ def _served(folder: Path, models: Path) -> Served:
     except InputError as error:
         raise InputError(f"{folder / CONFIG} {error}") from None
     manifest = _manifest(folder, config)
-    spec = _spec(folder.name, models, manifest)
+    target: Target = manifest.target if manifest else "onnxruntime"
+    spec = _spec(folder.name, models, target)
     inputs = _tensors(config, manifest, "input")
     policy = config.dynamic_batching.default_queue_policy
     group = config.instance_group[0] if config.instance_group else ModelInstanceGroup(count=1)
@@ -109,6 +112,7 @@ def _served(folder: Path, models: Path) -> Served:
         queue_timeout_ms=policy.default_timeout_microseconds / 1000,
         p99_ms=(spec.slo.p99_ms if spec else None) or DEFAULT_P99_MS,
         rate_rps=max([*rates, (spec.slo.rate_rps if spec else None) or 0]),
+        target=target,
         objectives=tuple(line for line in lines if line.rate_rps is None),
         queue_size=policy.max_queue_size,
         versions=tuple(wanted_versions(config, versions_of(folder))),
@@ -123,11 +127,10 @@ def _manifest(folder: Path, config: ModelConfig) -> PublishedManifest | None:
     return None
 
 
-def _spec(name: str, models: Path, manifest: PublishedManifest | None) -> DeploymentSpec | None:
+def _spec(name: str, models: Path, target: Target) -> DeploymentSpec | None:
     """A model's `deploy.toml`, for the target it was built for; None where it is not in `models`."""
     if not (models / name / "deploy.toml").is_file():
         return None
-    target: Target = manifest.target if manifest else "onnxruntime"
     return DeploymentSpec.of_model(name, models).for_target(target)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from deepseek.spec import InputError, Parser, histogram_bounds_ms, run_command
 from serving.alerts import RUNBOOK, as_yaml, rules
-from serving.certificate import STAND_IN, give, owner
+from serving.certificate import STAND_IN, give, name_of, owner
 from serving.dashboard import dashboard
 from serving.flags import GATEWAY_EXIT_TIMEOUT_S
 from serving.keys import ensure_folder, gateway_folder
@@ -99,8 +99,9 @@ def environment(
     settings: str,
     port: int,
     tag: str,
+    default: str,
 ) -> str:
-    """The env file's content."""
+    """The env file's content; `default` is the model that a load test asks where it is told none."""
     on_gpu = [model.name for model in models if model.needs_gpu]
     size = sizes(models)
     user, group = owner()
@@ -118,7 +119,11 @@ TRITON_TAG={tag}
 STACK_REPOSITORY='{repository.resolve()}'
 STACK_GATEWAY='{folder.resolve()}'
 GATEWAY_PORT={port}
-# For docker compose run loadtest
+# For docker compose run loadtest: the model that it asks, what each was built for, whose SLO is judged, and a name that
+# the gateway's certificate is for
+MODEL={default}
+STACK_TARGETS='{" ".join(f"{model.name}={model.target}" for model in models)}'
+STACK_HOST={name_of(folder)}
 STACK_MODELS='{models_folder.resolve()}'
 STACK_BUILD='{folder.resolve().parent}'
 STACK_RESULTS='{results_folder(folder).resolve()}'
@@ -201,6 +206,7 @@ def main() -> None:
         "--gateway-port", type=int, default=8443, help="published by the gateway (default: %(default)s)"
     )
     parser.add_argument("--triton-tag", default=TRITON_TAG, help="NVIDIA's release, YY.MM (default: %(default)s)")
+    parser.add_argument("--model", help="that load tests ask by default (default: the first in the repository)")
     parser.add_argument("--host", action="append", default=[], help="name of the gateway for its certificate; repeat")
     parser.add_argument("--runbook", default=RUNBOOK, help="where alerts link to (default: %(default)s)")
     parser.add_argument("--settings", default="python -m serving.stack", help="first line of the env file, for make")
@@ -211,6 +217,10 @@ def main() -> None:
     parse_tag(args.triton_tag)
     folder = args.folder or gateway_folder()
     models = served_models(args.repository, args.models)
+    names = [model.name for model in models]
+    default = args.model or names[0]
+    if default not in names:
+        raise InputError(f"--model {default!r}: not in {args.repository}, which has {', '.join(names)}")
     ensure_folder(folder, args.host)
     write_whole(folder / "limits.conf", limits(models))
     write_observed(models, observe_folder(folder), args.runbook)
@@ -219,16 +229,15 @@ def main() -> None:
     results_folder(folder).mkdir(exist_ok=True)
     give(results_folder(folder))
     content = environment(
-        models, args.repository, args.models, folder, args.settings, args.gateway_port, args.triton_tag
+        models, args.repository, args.models, folder, args.settings, args.gateway_port, args.triton_tag, default
     )
     write_whole(args.env_file, content)
     if args.json:
         print(json.dumps([asdict(model) for model in models], indent=2))
     else:
-        names = ", ".join(model.name for model in models)
         server = "NVIDIA's Triton" if any(model.needs_gpu for model in models) else "the embedded Triton, no GPU"
         print(
-            f"stack     {args.env_file}: docker compose up serves {names} ({server})",
+            f"stack     {args.env_file}: docker compose up serves {', '.join(names)} ({server})",
             file=sys.stderr,
         )
 

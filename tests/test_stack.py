@@ -78,6 +78,74 @@ def test_one_engine_that_needs_a_gpu_takes_nvidias_triton_for_all(tmp_path: Path
     assert found["TRITON_TAG"] == "26.08"
 
 
+def test_load_tests_ask_the_model_named_by_the_slo_of_what_it_was_built_for(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built / "repository", tmp_path / "repository")
+    (manifest,) = (tmp_path / "repository" / "text").glob("*/manifest.json")
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "target": "tensorrt"}))
+    found = write(tmp_path / "repository", "--models", "tests/models", "--model", "text")
+    assert found["MODEL"] == "text"
+    assert {"image=onnxruntime", "text=tensorrt"} <= set(found["STACK_TARGETS"].split())
+
+
+def test_the_load_tests_container_finds_its_models_target_and_the_gateway(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text('#!/bin/bash\necho "$*"\n')  # tells what it is asked
+    (tmp_path / "python").chmod(0o755)
+    settings = {"URL": "shop.example.com:8443", "CA_CERT": "/tls.crt", "TARGETS": "text=tensorrt text.2=onnxruntime"}
+
+    def told(*arguments: str, **changed: str) -> str:
+        environment = {**settings, **changed, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        run = subprocess.run(["docker/loadtests.sh", *arguments], env=environment, capture_output=True, text=True)
+        return run.stdout + run.stderr
+
+    assert "--target tensorrt" in told(MODEL="text")
+    assert "--url shop.example.com:8443 --ca-cert /tls.crt" in told(MODEL="text")
+    assert "--target onnxruntime" in told(MODEL="text.2")
+    assert "--target torchscript" in told(MODEL="text", TARGET="torchscript")  # of a Job on Kubernetes
+    assert "shop.example.com" not in told("--url=triton:8001", MODEL="text")
+    assert (
+        told(MODEL="image")
+        == "error: MODEL=image: the stack serves text=tensorrt text.2=onnxruntime; name one of them\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "host"),
+    [
+        (["api.example.com", "gateway"], "gateway"),
+        (["api.example.com", "example.com"], "api.example.com"),
+        (["*.example.com"], "gateway.example.com"),
+        ([], "gateway"),
+    ],
+)
+def test_the_gateway_is_called_by_a_name_of_its_certificate(tmp_path: Path, names: list[str], host: str) -> None:
+    write_add_one(tmp_path / "repository")
+    put_certificate(tmp_path / "build" / "gateway", names)
+    assert write(tmp_path / "repository")["STACK_HOST"] == host
+
+
+def put_certificate(folder: Path, names: list[str]) -> None:
+    """Somebody's own, signed by itself."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl, which makes the certificate, is not installed")
+    folder.mkdir(parents=True)
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "9",
+    ]
+    command += ["-subj", "/CN=shop", "-keyout", f"{folder}/tls.key", "-out", f"{folder}/tls.crt"]
+    names_of = ["-addext", "subjectAltName=" + ",".join(f"DNS:{name}" for name in names)] if names else []
+    subprocess.run([*command, *names_of], check=True, capture_output=True)
+
+
 def test_the_line_of_the_embedded_server_about_compose_is_true(tmp_path: Path) -> None:
     """What it refuses is what `.env` sends to the GPU server."""
     write_add_one(tmp_path / "repository")
@@ -159,6 +227,13 @@ def test_wrong_input_is_one_line(tmp_path: Path, arguments: tuple[str, ...], sai
     assert run.returncode == 2
     assert run.stderr.startswith(f"error: {said}")
     assert not (tmp_path / "env").exists()
+
+
+def test_a_model_that_is_not_served_is_one_line(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    arguments = ("--repository", str(tmp_path / "repository"), "--env-file", str(tmp_path / "env"), "--model", "x")
+    run = run_module("serving.stack", *arguments, BUILD=str(tmp_path))
+    assert (run.returncode, run.stderr) == (2, f"error: --model 'x': not in {tmp_path}/repository, which has add_one\n")
 
 
 # ---- files that agree ----------------------------------------------------------------------------
@@ -303,7 +378,7 @@ def test_make_writes_the_env_file_of_the_repository_it_filled(tmp_path: Path) ->
     kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "BUILD")}
     text = subprocess.run(command, capture_output=True, text=True, env=kept).stdout
     assert (
-        f"serving.stack --repository {tmp_path}/r --models tests/models --env-file {tmp_path}/env --gateway-port 9443"
+        f"serving.stack --model text --repository {tmp_path}/r --models tests/models --env-file {tmp_path}/env --gateway-port 9443"
         in text
     )
 
