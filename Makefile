@@ -40,6 +40,7 @@ REQUESTS ?= 1## profile: how many are traced
 BUDGET_S ?= 1200## longest time that tune, capacity or compare-runs may take
 BASE ?=## compare-runs: repository, model/version, or folder of recorded runs
 NEW ?=## compare-runs: what is held against it; release: a repository to release from (default: what is built)
+NEW_BUILD ?=## release: the folder that NEW= was built in (default: BUILD)
 
 ##@ Variables of the compose stack and of Kubernetes
 GATEWAY_PORT ?= 8443## of the compose stack's gateway
@@ -172,7 +173,7 @@ LIVE = --repository $(REPOSITORY) --url $(URL) --protocol $(PROTOCOL) $(ACCESS) 
 release: $(VENV)/.ready ## what was built, or NEW=repository: every gate beside the served version, then the switch under load
 	@$(if $(strip $(NEW)),,$(ALONE) $(MAKE) --no-print-directory TARGET=$(T) $(B)/choice-$(T).json)
 	@$(PY) -m serving.release $(WHICH) $(LIVE) --target $(T) $(if $(strip $(NEW)),--new '$(strip $(NEW))') \
-	    --duration-s $(DURATION_S) $(if $(strip $(RATE)),--rate $(RATE))
+	    $(if $(strip $(NEW_BUILD)),--new-build '$(strip $(NEW_BUILD))') --duration-s $(DURATION_S) $(if $(strip $(RATE)),--rate $(RATE))
 
 rollback: $(VENV)/.ready ## back to the version before, in seconds
 	@$(PY) -m serving.rollback $(WHICH) $(LIVE)

@@ -49,13 +49,13 @@ def error_of(code: int, name: str, reason: str) -> Exception:
     return known(reason) if known and reason else InvalidMeasurement(f"{name} ended with status {code}: {reason}")
 
 
-def ask(name: str, *flags: str) -> Answer:
-    """Runs `python -m name`, which prints JSON."""
+def ask(name: str, *flags: str, build: str | None = None) -> Answer:
+    """Runs `python -m name`, which prints JSON; in the build folder `build` where it is given, else in ours."""
     run = subprocess.run(
         [sys.executable, "-m", name, *flags],
         capture_output=True,
         text=True,
-        env=_environment(),
+        env=_environment(build),
         preexec_fn=ends_with_us(),
     )
     try:
@@ -66,16 +66,19 @@ def ask(name: str, *flags: str) -> Answer:
 
 
 class SteadyLoad:
-    """`loadtests.steady` around a change: `begin`, `change`, then what is to be done, then `result`."""
+    """`loadtests.steady` around a change: `begin`, `change`, then what is to be done, then `result`.
 
-    def __init__(self, *flags: str) -> None:
+    What it sends lies in the build folder `build`, where it is given, else in ours.
+    """
+
+    def __init__(self, *flags: str, build: str | None = None) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "loadtests.steady", *flags],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,  # a line or a traceback: less than a pipe holds
             text=True,
-            env=_environment(),
+            env=_environment(build),
             preexec_fn=ends_with_us(),
         )
 
@@ -113,9 +116,10 @@ class SteadyLoad:
         raise error_of(self._process.returncode, "loadtests.steady", _last_line(errors))
 
 
-def _environment() -> dict[str, str]:
+def _environment(build: str | None) -> dict[str, str]:
     """In which our own modules are found from anywhere."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))}
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))}
+    return found if build is None else {**found, "BUILD": build}
 
 
 def _last_line(text: str) -> str:

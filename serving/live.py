@@ -12,6 +12,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from serving.commands import ask
 
 DEFAULT_URL = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
 LOOK_S = 0.5
+MOST_RPS = 200  # that loadtests.steady sends
 LONGEST_S = 3  # for the version: a server that hangs must not keep a rollback
 
 
@@ -31,11 +33,19 @@ def add_live_arguments(parser: Parser) -> None:
     parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc", help="(default: %(default)s)")
     parser.add_argument("--ca-cert", metavar="FILE", help="of a gateway: trust this; $DEEPSEEK_API_KEY is sent")
     parser.add_argument(
-        "--load-rate", type=float, help="requests/s while it switches (default: the SLO's, 200 at most)"
+        "--load-rate", type=float, help=f"requests/s while it switches (default: the SLO's, {MOST_RPS} at most)"
     )
     parser.add_argument(
         "--switch-s", type=float, default=60, help="longest wait for the server to switch (default: %(default)s)"
     )
+
+
+def check_live_arguments(args: argparse.Namespace) -> None:
+    """Raises InputError for what would only be refused at the switch."""
+    if args.load_rate is not None and not 0 < args.load_rate <= MOST_RPS:
+        raise InputError(f"--load-rate {args.load_rate:g}: more than 0 and at most {MOST_RPS} requests/s")
+    if not 0 < args.switch_s < math.inf:
+        raise InputError(f"--switch-s {args.switch_s:g}: it must be more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)

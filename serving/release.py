@@ -3,7 +3,8 @@
 The candidate is what `make engine` would publish, or the newest version of another repository (--new). It is laid out
 beside the repository, where no server sees it, and takes one gate after the other:
 
-    stage        a copy under the next number; nothing is released that is the same as what is served
+    stage        a copy under the next number; nothing is released that is the same as what is served, or that was made
+                 of other weights than parity would compare it with
     doctor       manifest, digests and config.pbtxt, against this machine
     warm-up      a real server of its own loads it and runs its warm-up
     parity       over HTTP and gRPC against fp32 PyTorch (export.parity)
@@ -14,15 +15,16 @@ beside the repository, where no server sees it, and takes one gate after the oth
     stack        alerts, dashboard and limits of a compose stack over that repository are made anew (serving.stack)
 
 Contract: a version that fails a gate never comes into the repository; one that costs a request at the switch, or that
-the server does not take, is taken out again. Each step is in `build/<model>/releases/` before the next begins
-(serving.releases); a kill leaves the old version serving. A server follows the repository with `make serve POLL_S=2`;
-where none answers at the default address the version is put into the repository, and a restart serves it.
+the server does not take, is taken out again; only after that is removed what is too old to go back to. Each step is in
+`build/<model>/releases/` before the next begins (serving.releases); a kill leaves the old version serving. A server
+follows the repository with `make serve POLL_S=2`; where none answers at the default address the version is put into the
+repository, and a restart serves it.
 
 Exit codes: 0 released; 1 a gate failed; 2 wrong input; 3 a gate could not tell. After 1, 2 and 3 the old one serves.
 
 Examples:
     python -m serving.release --model recommender
-    python -m serving.release --model recommender --new ../candidate/model_repository --url 127.0.0.1:8001 --rate 50
+    python -m serving.release --new ../candidate/model_repository --new-build ../candidate/build --rate 50
 """
 
 from __future__ import annotations
@@ -34,28 +36,32 @@ import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from deepseek.spec import (
     DeploymentSpec,
     GateFailed,
     InputError,
     InvalidMeasurement,
+    Manifest,
     Parser,
     PublishedManifest,
+    Target,
     add_model_arguments,
+    build_dir,
     run_command,
 )
-from serving.commands import SteadyLoad, ask
+from serving.commands import Answer, SteadyLoad, ask
 from serving.doctor import examine
 from serving.embedded import EmbeddedServer, check_repository
-from serving.live import Live, add_live_arguments
+from serving.live import Live, add_live_arguments, check_live_arguments
 from serving.machine import Machine
-from serving.releases import Journal, LeftOut, Steps, alone, expect_anew, finish, last_number, rolled_back
+from serving.releases import Journal, LeftOut, Outcome, Steps, alone, expect_anew, finish, last_number, rolled_back
 from serving.repository import CONFIG, MANIFEST
 from serving.versions import lay_out, newest, put_live, retire, same_as, stage, take_out
 
 MOST_ATTEMPTS = 2  # of a load test that the generator spoiled
+LEAST_REQUESTS = 200  # that loadtests.shadow tells anything from
 SPARE = 1.2  # times the requests that a percentile needs: arrivals are random
 
 
@@ -69,6 +75,7 @@ class Release:
         self.model = Path(args.repository) / args.model
         self.before = newest(self.model)
         self.scratch = journal.folder / "candidate"
+        self.build = Path(args.new_build) / args.model if args.new_build else build_dir(args.model)
         self._which = ("--model", args.model, "--models", args.models)
         self._servers: dict[str, EmbeddedServer] = {}
         self._parity: dict[str, Any] = {}
@@ -99,7 +106,7 @@ class Release:
             source = Path(self.args.new) / self.args.model
         else:
             flags = ("--target", self.args.target, "--repository", str(self.scratch / "built"), "--json")
-            ask("export.to_triton", *self._which, *flags).checked()
+            self._ask("export.to_triton", *flags).checked()
             source = self.scratch / "built" / self.args.model
         staged = stage(source, number=self.number, folder=self.scratch / "new")
         if self.before is not None and same_as(staged, self.number, self.model, self.before):
@@ -110,10 +117,27 @@ class Release:
             )
         self.journal.keep(MANIFEST, (staged / str(self.number) / MANIFEST).read_text())
         manifest = self._manifest(staged, self.number)
+        if self.args.new:
+            self._check_weights(manifest)
         said = f"version {self.number}, {manifest.precision} for {manifest.target}, from {self.args.new or 'the build'}"
         if record := rolled_back(self.args.model, manifest):
             said += f"; note: its files are those of version {record.before}, rolled back {record.started[:16]}"
         return said
+
+    def _check_weights(self, manifest: PublishedManifest) -> None:
+        """Raises InputError where parity would hold the candidate against another model than it was made from."""
+        path = self.build / "fp32" / MANIFEST
+        ours = Manifest.load(path).sources.get("weights", "") if path.is_file() else ""
+        theirs = manifest.sources.get("weights", "")
+        if not ours or ours != theirs:
+            raise InputError(
+                f"{self.args.new}: made of the weights {theirs[:12] or 'none'}, {path} has {ours[:12] or 'none'}, so "
+                "parity would be with another model; name the build folder of its own (--new-build, NEW_BUILD=)"
+            )
+
+    def _ask(self, name: str, *flags: str) -> Answer:
+        """Another room's command about this model, in the build folder that the candidate was made in."""
+        return ask(name, *self._which, *flags, build=self.args.new_build)
 
     def doctor(self) -> str:
         """What speaks against it, from its files and this machine."""
@@ -153,7 +177,7 @@ class Release:
         server = self._servers["new"]
         flags = ("--url", server.grpc_url, "--http-url", server.http_url, "--json")
         rows = ("--rows", str(self.args.parity_rows)) if self.args.parity_rows else ()
-        answer = ask("export.parity", *self._which, *flags, *rows)
+        answer = self._ask("export.parity", *flags, *rows)
         if answer.data is not None:
             self.journal.keep("parity.json", answer.data)
         self._parity = answer.checked()
@@ -183,7 +207,7 @@ class Release:
         self._servers["base"] = self._serve(stack, "base")
         urls = ("--base-url", self._servers["base"].grpc_url, "--new-url", self._servers["new"].grpc_url)
         how = ("--requests", str(self.args.requests), "--threshold", str(self.args.threshold), "--json")
-        found = ask("loadtests.shadow", *self._which, *urls, *how)
+        found = self._ask("loadtests.shadow", *urls, *how)
         if found.data is None:
             found.checked()
         data = found.data
@@ -220,7 +244,7 @@ class Release:
         how = ("--url", url, "--target", self.args.target, "--duration-s", str(self._duration_s()), "--json")
         rate = ("--rate", str(self.args.rate)) if self.args.rate else ()
         for attempt in range(1, MOST_ATTEMPTS + 1):
-            answer = ask("loadtests.run", *self._which, *how, *rate)
+            answer = self._ask("loadtests.run", *how, *rate)
             made = answer.checked(3)
             if made is None:
                 raise InvalidMeasurement(answer.reason)
@@ -228,7 +252,7 @@ class Release:
             shutil.move(made["run"], kept)  # else it were the latest run of the model
             if answer.code == 0:
                 break
-        verdict: dict[str, Any] = ask("loadtests.slo", *self._which, "--run", str(kept), "--json").checked(1, 3)
+        verdict: dict[str, Any] = self._ask("loadtests.slo", "--run", str(kept), "--json").checked(1, 3)
         return verdict
 
     def _duration_s(self) -> int:
@@ -245,27 +269,28 @@ class Release:
         """Into the repository, watched; taken out again where a request was lost or the server does not take it."""
         staged = self.scratch / "new" / self.args.model
         if self.live.version is None:
-            self._put_live(staged)
-            self.journal.write(outcome="in the repository")
+            put_live(staged, self.number, self.model)
+            self._settle("in the repository")
             return f"in {self.model}; {self.live.absent}: it is served at the server's next start"
         try:
             with ExitStack() as stack:
                 load = self._steady(stack)
                 load.change()
-                self._put_live(staged)
+                put_live(staged, self.number, self.model)
                 found = load.result()
             self.journal.keep("switch.json", found)
             said = self.live.judged(found, self.number)
         except BaseException:
             self._take_back()
             raise
-        self.journal.write(outcome="live")
+        self._settle("live")
         return said
 
     def _steady(self, stack: ExitStack) -> SteadyLoad:
         """A load on the server that callers have; begun again where a busy machine kept it from its times."""
         for attempt in range(1, MOST_ATTEMPTS + 1):
-            load = stack.enter_context(SteadyLoad(*self._which, *self.live.load_flags(self.number)))
+            flags = (*self._which, *self.live.load_flags(self.number))
+            load = stack.enter_context(SteadyLoad(*flags, build=self.args.new_build))
             try:
                 load.begin()
                 break
@@ -281,9 +306,9 @@ class Release:
             take_out(self.model, self.number, back_to=self.before, archive=self.journal.folder / "withdrawn")
             self.journal.write(step="taken back", state="holds", said=self.live.back(self.before))
 
-    def _put_live(self, staged: Path) -> None:
-        """At once with what goes: a server that follows the repository sees one change."""
-        put_live(staged, self.number, self.model)
+    def _settle(self, outcome: Outcome) -> None:
+        """It stays: what is too old to go back to goes."""
+        self.journal.write(outcome=outcome)
         for old in retire(self.model):
             self.journal.write(step=f"retired {old}", state="holds", said="too old to go back to")
 
@@ -318,8 +343,10 @@ def _parse() -> argparse.Namespace:
         "--new", metavar="REPOSITORY", help="whose newest version is released (default: what was built)"
     )
     parser.add_argument(
-        "--target", default="onnxruntime", help="of what was built, and whose SLO (default: %(default)s)"
+        "--new-build", metavar="BUILD", help="folder that --new was built in: weights, inputs (default: $BUILD)"
     )
+    targets = get_args(Target)
+    parser.add_argument("--target", choices=targets, default="onnxruntime", help="and its SLO (default: %(default)s)")
     add_live_arguments(parser)
     parser.add_argument("--rate", type=float, help="requests/s of the objectives (default: each that the SLO names)")
     parser.add_argument("--duration-s", type=int, default=20, help="at least, of the objectives (default: %(default)s)")
@@ -329,8 +356,15 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--start-timeout-s", type=float, default=300, help="to load and warm up (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the record as JSON at the end")
     args = parser.parse_args()
-    if args.duration_s < 1 or (args.rate is not None and not args.rate > 0):
-        raise InputError("--duration-s and --rate must be more than 0")
+    for name in ("rate", "duration_s", "threshold", "parity_rows", "start_timeout_s"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {value:g}: it must be more than 0")
+    if args.requests < LEAST_REQUESTS:
+        raise InputError(f"--requests {args.requests}: {LEAST_REQUESTS} or more are needed for an interval")
+    if args.new_build and not args.new:
+        raise InputError(f"--new-build {args.new_build}: it is that of another repository; name it (--new, NEW=)")
+    check_live_arguments(args)
     return args
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from deepseek.spec import GateFailed, InputError, InvalidMeasurement, Parser, add_model_arguments, run_command
 from serving.commands import SteadyLoad
-from serving.live import Live, add_live_arguments
+from serving.live import Live, add_live_arguments, check_live_arguments
 from serving.releases import Journal, Steps, alone, expect_anew, finish
 from serving.versions import earlier, newest, take_out
 
@@ -97,6 +97,7 @@ def main() -> None:
     add_live_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the record as JSON at the end")
     args = parser.parse_args()
+    check_live_arguments(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with alone(args.model) as releases:
         model = Path(args.repository) / args.model

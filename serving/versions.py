@@ -2,8 +2,8 @@
 
 Contract: what is judged is what is served later, byte for byte: a candidate is copied and given its number before the
 first check, and moved by renames afterwards. In the repository a version comes before its `config.pbtxt` and goes after
-it, so that a server that follows the repository sees at no time a version that is not whole. Only versions that
-`export.to_triton` made are handled.
+it, so that a server that follows the repository sees at no time a version that is not whole; where a disk is full, in
+one line, nothing is left of what was begun. Only versions that `export.to_triton` made are handled.
 
 Example:
     staged = stage(Path("other_repository/shop"), number=7, folder=Path("build/shop/release"))  # .../shop/7
@@ -16,12 +16,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import GateFailed, InputError, PublishedManifest
+from deepseek.spec.command import PLACE_ERRORS
 from deepseek.spec.folders import alone_in
 from serving.repository import CONFIG, MANIFEST, check_config, check_version, read_config, versions_of
 
@@ -52,16 +55,16 @@ def lay_out(source: Path, version: int, *, number: int, folder: Path) -> Path:
     """One version of a model alone, as `number`, with its warm-up files and a configuration that names them."""
     model = folder / source.name
     shutil.rmtree(model, ignore_errors=True)
-    (model / WARMUP).mkdir(parents=True)
-    ignored = shutil.ignore_patterns("__pycache__", ".scratch-*")
-    shutil.copytree(source / str(version), model / str(number), ignore=ignored)
-    config = _config_of(source, version)
-    for old, new in _renumber(config, version, number).items():
-        if (source / WARMUP / old).is_file():
-            shutil.copyfile(source / WARMUP / old, model / WARMUP / new)
-    text = text_format.MessageToString(config)
-    for place in (model, model / str(number)):  # the version's own copy is what a return to it takes
-        (place / CONFIG).write_text(text)
+    with _whole(model):
+        (model / WARMUP).mkdir(parents=True)
+        _copy(source / str(version), model / str(number))
+        config = _config_of(source, version)
+        for old, new in _renumber(config, version, number).items():
+            if (source / WARMUP / old).is_file():
+                _copy(source / WARMUP / old, model / WARMUP / new)
+        text = text_format.MessageToString(config)
+        for place in (model, model / str(number)):  # the version's own copy is what a return to it takes
+            (place / CONFIG).write_text(text)
     return model
 
 
@@ -106,7 +109,8 @@ def same_as(staged: Path, number: int, model: Path, version: int) -> bool:
 def put_live(staged: Path, number: int, model: Path) -> None:
     """Moves a staged version into the repository; a server that follows the repository takes it up from there.
 
-    Raises InputError where another build put a version of this number or a later one there meanwhile.
+    Raises InputError where another build put a version of this number or a later one there meanwhile, or there is no
+    room.
     """
     with alone_in(model.parent):
         if (newest(model) or 0) >= number:
@@ -115,22 +119,32 @@ def put_live(staged: Path, number: int, model: Path) -> None:
             _move(staged, model)
             return
         (model / WARMUP).mkdir(exist_ok=True)
-        for file in sorted((staged / WARMUP).iterdir()):
-            _move(file, model / WARMUP / file.name)
-        _move(staged / str(number), model / str(number))
-        _move(staged / CONFIG, model / CONFIG)
+        try:
+            for file in sorted((staged / WARMUP).iterdir()):
+                _move(file, model / WARMUP / file.name)
+            _move(staged / str(number), model / str(number))
+            _move(staged / CONFIG, model / CONFIG)
+        except InputError:
+            _remove(model, number)
+            raise
 
 
 def retire(model: Path) -> list[int]:
-    """Removes versions that are too old to go back to, with their warm-up files; returns their numbers."""
+    """Removes versions that are too old to go back to; returns their numbers."""
     old = versions_of(model)[KEPT_VERSIONS:]
     for version in old:
-        hidden = model / f".scratch-retired-{version}"  # no server sees half of it while it goes
-        os.rename(model / str(version), hidden)
-        shutil.rmtree(hidden)
-        for file in (model / WARMUP).glob(f"{version}-*"):
-            file.unlink()
+        _remove(model, version)
     return old
+
+
+def _remove(model: Path, version: int) -> None:
+    """Takes away what there is of a version, with its warm-up files; no server sees half of it while it goes."""
+    place, hidden = model / str(version), model / f".scratch-removed-{version}"
+    if place.is_dir():
+        os.rename(place, hidden)
+        shutil.rmtree(hidden)
+    for file in (model / WARMUP).glob(f"{version}-*"):
+        file.unlink()
 
 
 def earlier(model: Path) -> int:
@@ -166,7 +180,8 @@ def take_out(model: Path, number: int, *, back_to: int, archive: Path) -> None:
     """
     with alone_in(model.parent):
         draft = model / f".scratch-{CONFIG}"
-        shutil.copyfile(model / str(back_to) / CONFIG, draft)
+        with _whole(draft):
+            _copy(model / str(back_to) / CONFIG, draft)
         os.replace(draft, model / CONFIG)
         _move(model / str(number), archive / str(number))
         for file in sorted((model / WARMUP).glob(f"{number}-*")):
@@ -174,7 +189,10 @@ def take_out(model: Path, number: int, *, back_to: int, archive: Path) -> None:
 
 
 def _move(source: Path, destination: Path) -> None:
-    """Renames, over what is there where that is a file; across file systems it copies beside the destination first."""
+    """Renames, over what is there where that is a file; across file systems it copies beside the destination first.
+
+    Raises InputError where there is no room for the copy.
+    """
     destination.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.replace(source, destination)
@@ -183,11 +201,35 @@ def _move(source: Path, destination: Path) -> None:
             raise
         beside = destination.with_name(f".scratch-{destination.name}")
         shutil.rmtree(beside, ignore_errors=True)
-        if source.is_dir():
-            shutil.copytree(source, beside)
-        else:
-            shutil.copyfile(source, beside)
+        with _whole(beside):
+            _copy(source, beside)
         os.replace(beside, destination)
         hidden = source.with_name(f".scratch-{source.name}")
         os.replace(source, hidden)  # a server sees all of it or nothing
         shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
+
+
+def _copy(source: Path, destination: Path) -> None:
+    """A file, or a folder with what is in it; raises what the system says of the first that cannot be copied.
+
+    shutil.copytree goes on after an error, and has what the system says as a text.
+    """
+    if source.is_file():
+        shutil.copyfile(source, destination)
+        return
+    destination.mkdir()
+    for each in sorted(source.iterdir()):
+        if each.name != "__pycache__" and not each.name.startswith(".scratch-"):
+            _copy(each, destination / each.name)
+
+
+@contextmanager
+def _whole(place: Path) -> Iterator[None]:
+    """What is written to a file or folder is whole, or removed again: InputError where the disk is full or not ours."""
+    try:
+        yield
+    except OSError as error:
+        shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+        if error.errno not in PLACE_ERRORS:
+            raise
+        raise InputError(f"{error.filename2 or place}: {error.strerror}; {PLACE_ERRORS[error.errno]}") from None

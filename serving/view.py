@@ -45,6 +45,8 @@ class Decision:
     """None: nothing of it can be shown."""
     versions: tuple[int, ...] = ()
     """Newest first."""
+    warmup: frozenset[str] = frozenset()
+    """Paths of the files that the configuration names."""
     findings: tuple[Finding, ...] = ()
 
 
@@ -67,7 +69,13 @@ def decide(model: Path) -> Decision:
         if wrong:
             return Decision(findings=(*findings, *wrong))
         others, more = _others(model, config, [version for version in versions if version <= number])
-        return Decision(config=path, versions=(number, *others), findings=(*findings, *more))
+        samples = [entry for sample in config.model_warmup for entry in sample.inputs.values()]
+        return Decision(
+            config=path,
+            versions=(number, *others),
+            warmup=frozenset(f"warmup{os.sep}{entry.input_data_file}" for entry in samples),
+            findings=(*findings, *more),
+        )
     return Decision(findings=tuple(findings))
 
 
@@ -116,9 +124,16 @@ class _Shown:
     def of(cls, decision: Decision, stamp: Stamp) -> _Shown:
         """What a decision shows of a model whose files have the stamp."""
         assert decision.config is not None
-        hidden = {CONFIG} | {part for part, *_ in stamp if part.split(os.sep)[0].isdigit()}
-        shown = [f"{version}{os.sep}" for version in decision.versions]
-        files = tuple(each for each in stamp if each[0] not in hidden or each[0].startswith(tuple(shown)))
+        shown = {*map(str, decision.versions)}
+
+        def counts(path: str) -> bool:
+            """Other versions and their warm-up files come and go, and what serves does not change."""
+            folder = path.split(os.sep)[0]
+            if folder == "warmup":
+                return path in decision.warmup
+            return folder in shown if folder.isdigit() else path != CONFIG and not folder.startswith(".scratch-")
+
+        files = tuple(each for each in stamp if counts(each[0]))
         return cls(versions=decision.versions, config=decision.config.read_bytes(), files=files)
 
 

@@ -19,12 +19,15 @@ import pytest
 from deepseek_client import InferenceClient
 from onnx import numpy_helper
 
-from deepseek.spec import DeploymentSpec, FileDigest, GateFailed, PublishedManifest
+from deepseek.spec import DeploymentSpec, FileDigest, GateFailed
 from export.to_triton import publish_version
 from serving.embedded import EmbeddedServer
-from serving.releases import Journal, alone, rolled_back
-from serving.repository import CONFIG, check_config, check_version, read_config
-from serving.versions import earlier, newest, put_live, retire, same_as, stage, take_out
+from serving.live import Live
+from serving.release import Release
+from serving.release import _parse as parsed
+from serving.releases import Journal, alone
+from serving.repository import check_version
+from serving.versions import newest
 from tests.conftest import run_module
 from tests.test_embedded import damage
 
@@ -201,6 +204,26 @@ def test_a_good_version_goes_live_under_load_without_a_failed_request_and_back(w
 
 
 @pytest.mark.slow
+def test_a_switch_that_is_refused_costs_no_version_to_go_back_to(
+    world: World, candidate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.versions.KEPT_VERSIONS", 1)
+    switched = ("--switch-s", "0.001")  # no server takes it so soon
+    command = world.command(*("serving.release", "--new", str(candidate), *switched))
+    monkeypatch.setattr("sys.argv", list(command))
+    args = parsed()
+    spec = DeploymentSpec.of_model(args.model, args.models)
+    with alone("text") as releases:
+        journal = Journal(releases, "release", 2, before=1)
+        release = Release(args, spec, journal, 2, Live.find(args, 1))
+        release.stage()
+        with pytest.raises(GateFailed, match="went on with version 1"):
+            release.switch()
+    assert (newest(world.live), world.version()) == (1, "1")
+    assert (journal.folder / "withdrawn" / "2" / "model.onnx").is_file()
+
+
+@pytest.mark.slow
 def test_a_kill_in_the_middle_leaves_the_old_one_serving_and_says_where_it_stopped(
     world: World, candidate: Path
 ) -> None:
@@ -230,6 +253,25 @@ def test_a_damaged_candidate_is_refused_before_anything_is_started(world: World,
     assert (world.last()["steps"][-1]["name"], newest(world.live)) == ("doctor", 1)
 
 
+def test_a_candidate_of_other_weights_is_compared_with_its_own_build_or_not_at_all(
+    world: World, candidate: Path, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "build" / "text" / "fp32" / "manifest.json"
+    theirs.parent.mkdir(parents=True)
+    for manifest in (theirs, candidate / "text" / "1" / "manifest.json"):
+        told = json.loads((world.folder / "build" / "text" / "fp32" / "manifest.json").read_text())
+        told = told if manifest == theirs else json.loads(manifest.read_text())
+        told["sources"]["weights"] = "0123456789abcdef"
+        manifest.write_text(json.dumps(told))
+    run = world.release(candidate)
+    assert (run.returncode, len(run.stderr.splitlines())) == (2, 1)
+    assert re.search(r"made of the weights 0123456789ab, \S+/text/fp32/manifest.json has [0-9a-f]{12}, so", run.stderr)
+    assert world.last()["steps"][-1]["name"] == "stage"
+    damage(candidate / "text" / "1" / "model.onnx")
+    run = world.release(candidate, "--new-build", str(tmp_path / "build"))
+    assert (run.returncode, world.last()["steps"][-1]["name"]) == (1, "doctor"), run.stderr
+
+
 def test_a_server_of_another_version_or_none_at_a_given_address_is_said_before_anything(
     world: World, candidate: Path
 ) -> None:
@@ -241,68 +283,3 @@ def test_a_server_of_another_version_or_none_at_a_given_address_is_said_before_a
     other = run_module("serving.release", *flags, world.server.grpc_url, "--repository", str(candidate))
     assert other.returncode == 2
     assert "gives version 1 of text" in other.stderr
-
-
-def test_a_candidate_takes_its_number_with_its_warmup_and_fits(candidate: Path, tmp_path: Path) -> None:
-    staged = stage(candidate / "text", number=7, folder=tmp_path / "new")
-    config = read_config(staged / CONFIG)
-    assert sorted(path.name for path in (staged / "warmup").iterdir()) == ["7-attention_mask", "7-input_ids"]
-    assert config == read_config(staged / "7" / CONFIG)
-    manifest, wrong = check_version(staged, 7)
-    assert manifest is not None
-    assert (wrong, check_config(staged, config, manifest)) == ([], [])
-    assert same_as(staged, 7, candidate / "text", 1)
-    assert not same_as(staged, 7, tmp_path / "new" / "text", 8)
-
-
-def test_into_the_repository_and_out_of_it_again_leaves_what_was(candidate: Path, tmp_path: Path) -> None:
-    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
-
-    def files() -> dict[str, bytes]:
-        return {str(path.relative_to(live)): path.read_bytes() for path in live.rglob("*") if path.is_file()}
-
-    before = files()
-    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live)
-    assert read_config(live / CONFIG).model_warmup[0].name.startswith("2-")
-    assert earlier(live) == 1
-    take_out(live, 2, back_to=1, archive=tmp_path / "withdrawn")
-    assert files() == before
-    assert check_version(tmp_path / "withdrawn", 2)[0] is not None
-
-
-def test_going_back_passes_over_what_is_damaged_and_needs_something_intact(candidate: Path, tmp_path: Path) -> None:
-    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
-    for number in (2, 3):
-        put_live(stage(candidate / "text", number=number, folder=tmp_path / "new"), number, live)
-    damage(live / "2" / "model.onnx")
-    assert earlier(live) == 1
-    damage(live / "1" / "model.onnx")
-    with pytest.raises(GateFailed, match=r"no version before 3 to go back to; text/2: model.onnx is damaged"):
-        earlier(live)
-
-
-def test_three_versions_are_kept_however_their_numbers_lie(candidate: Path, tmp_path: Path) -> None:
-    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
-    for number in (5, 9, 12):
-        put_live(stage(candidate / "text", number=number, folder=tmp_path / "new"), number, live)
-    assert retire(live) == [1]
-    assert sorted(path.name for path in live.iterdir()) == ["12", "5", "9", "config.pbtxt", "warmup"]
-    assert not list((live / "warmup").glob("1-*"))
-
-
-def test_what_was_rolled_back_is_known_when_it_comes_again(
-    candidate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BUILD", str(tmp_path))
-    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
-    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live)
-    manifest = PublishedManifest.load(live / "2" / "manifest.json")
-    assert rolled_back("text", manifest) is None
-    with alone("text") as releases:
-        journal = Journal(releases, "rollback", 1, before=2)
-        take_out(live, 2, back_to=1, archive=journal.folder / "withdrawn")
-    found = rolled_back("text", manifest)
-    assert found is not None
-    assert found.before == 2
-    manifest.files["model.onnx"] = FileDigest.of(live / "config.pbtxt")
-    assert rolled_back("text", manifest) is None

@@ -14,9 +14,12 @@ import pytest
 from deepseek_client import ServerBusy
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement
+from loadtests import shadow, steady
 from loadtests.shadow import Differences, Shadow, judged
 from loadtests.steady import Sent, rate_of, result_of
+from serving import release, rollback
 from serving.commands import ask, error_of
+from serving.live import MOST_RPS
 from serving.releases import Journal, LeftOut, Steps, alone, history, last_number, read, report
 from serving.versions import stage
 
@@ -91,11 +94,60 @@ def test_the_exit_code_of_a_command_becomes_its_error() -> None:
         answer.checked()
 
 
+def test_a_command_runs_in_the_build_folder_that_it_is_given(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BUILD", str(tmp_path / "there"))
+        with alone("text") as releases:
+            Journal(releases, "rollback", 3, before=5)
+    asked = ("serving.releases", "--model", "text", "--models", "tests/models", "--json")
+    assert [each["before"] for each in ask(*asked, build=str(tmp_path / "there")).data["releases"]] == [5]
+    assert ask(*asked, build=str(tmp_path / "here")).data["releases"] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "said"),
+    [
+        ("release", "--requests 199", "--requests 199: 200 or more are needed"),
+        ("release", "--load-rate 201", "--load-rate 201: more than 0 and at most 200 requests/s"),
+        ("rollback", "--load-rate 0", "--load-rate 0: more than 0"),
+        ("release", "--threshold 0", "--threshold 0: it must be more than 0"),
+        ("release", "--rate inf", "--rate inf: it must be more than 0"),
+        ("release", "--parity-rows 0", "--parity-rows 0: it must be more than 0"),
+        ("rollback", "--switch-s -1", "--switch-s -1: it must be more than 0"),
+        ("release", "--target plan", "invalid choice: 'plan'"),
+        ("release", "--new-build b", "--new-build b: it is that of another repository"),
+    ],
+    ids=lambda text: str(text).split(":")[0],
+)
+def test_what_no_gate_could_do_is_refused_before_the_first(
+    command: str, flags: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [command, "--model", "none", *flags.split()])
+    with pytest.raises((InputError, SystemExit)) as refused:
+        (release if command == "release" else rollback).main()
+    assert said in str(refused.value) + capsys.readouterr().err
+
+
+def test_the_limits_of_a_release_are_those_of_the_loads_that_it_runs() -> None:
+    assert (release.LEAST_REQUESTS, MOST_RPS) == (shadow.LEAST_REQUESTS, steady.MOST_RPS)
+
+
 def test_make_hands_on_what_was_given() -> None:
-    command = ["make", "-n", "release", "rollback", f"VENV={sys.prefix}", "NEW=other", "RATE=5", "TARGET=onnxruntime"]
+    command = [
+        "make",
+        "-n",
+        "release",
+        "rollback",
+        f"VENV={sys.prefix}",
+        "NEW=other",
+        "NEW_BUILD=theirs",
+        "RATE=5",
+        "TARGET=onnxruntime",
+    ]
     given = subprocess.run([*command, "URL=host:1"], capture_output=True, text=True).stdout
     assert "--url host:1" in given
     assert "--new 'other'" in given
+    assert "--new-build 'theirs'" in given
     assert "--rate 5" in given
     assert "--may-be-absent" not in given
     default = subprocess.run([*command, "GRPC_PORT=9001"], capture_output=True, text=True).stdout
@@ -201,5 +253,6 @@ def test_the_load_is_told_before_around_and_after_the_change() -> None:
     assert (never["switched_s"], never["around"]["requests"], never["after"]["p50_ms"]) == (None, 3, None)
     spec = DeploymentSpec.load("tests/models/text")
     assert (rate_of(None, spec), rate_of(30, spec)) == (20, 30)
-    with pytest.raises(InputError, match="--rate 900"):
-        rate_of(900, spec)
+    for wrong in (900, 0):
+        with pytest.raises(InputError, match=f"--rate {wrong}"):
+            rate_of(wrong, spec)

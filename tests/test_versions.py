@@ -1,0 +1,168 @@
+"""Versions as files: numbered, moved in, out and away; on a full disk nothing is left of what was begun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from deepseek.spec import FileDigest, GateFailed, InputError, PublishedManifest
+from serving.releases import Journal, alone, rolled_back
+from serving.repository import CONFIG, check_config, check_version, read_config
+from serving.versions import earlier, put_live, retire, same_as, stage, take_out
+from serving.view import ApprovedView
+from tests.conftest import run_module
+from tests.test_embedded import damage
+
+FULL = r"No space left on device; make room, or name another disk"
+
+
+@pytest.fixture(scope="module")
+def candidate(built: Path) -> Path:
+    """A repository with a version of `text`; not to be changed."""
+    return built / "repository"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A file system of its own, that has room for so many bytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted: list[Path] = []
+
+    def make(size_bytes: int) -> Path:
+        if os.geteuid() != 0:
+            pytest.skip("only root may mount a tmpfs")
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(place)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            pytest.skip(f"no tmpfs can be mounted here: {run.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    yield make
+    for each in mounted:
+        subprocess.run(["umount", "--lazy", str(each)], check=True)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What lies in a folder, hidden files too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_candidate_takes_its_number_with_its_warmup_and_fits(candidate: Path, tmp_path: Path) -> None:
+    staged = stage(candidate / "text", number=7, folder=tmp_path / "new")
+    config = read_config(staged / CONFIG)
+    assert sorted(path.name for path in (staged / "warmup").iterdir()) == ["7-attention_mask", "7-input_ids"]
+    assert config == read_config(staged / "7" / CONFIG)
+    manifest, wrong = check_version(staged, 7)
+    assert manifest is not None
+    assert (wrong, check_config(staged, config, manifest)) == ([], [])
+    assert same_as(staged, 7, candidate / "text", 1)
+    assert not same_as(staged, 7, tmp_path / "new" / "text", 8)
+
+
+def test_into_the_repository_and_out_of_it_again_leaves_what_was(candidate: Path, tmp_path: Path) -> None:
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+    before = files_of(live)
+    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live)
+    assert read_config(live / CONFIG).model_warmup[0].name.startswith("2-")
+    assert earlier(live) == 1
+    take_out(live, 2, back_to=1, archive=tmp_path / "withdrawn")
+    assert files_of(live) == before
+    assert check_version(tmp_path / "withdrawn", 2)[0] is not None
+
+
+def test_going_back_passes_over_what_is_damaged_and_needs_something_intact(candidate: Path, tmp_path: Path) -> None:
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+    for number in (2, 3):
+        put_live(stage(candidate / "text", number=number, folder=tmp_path / "new"), number, live)
+    damage(live / "2" / "model.onnx")
+    assert earlier(live) == 1
+    damage(live / "1" / "model.onnx")
+    with pytest.raises(GateFailed, match=r"no version before 3 to go back to; text/2: model.onnx is damaged"):
+        earlier(live)
+
+
+def test_three_versions_are_kept_however_their_numbers_lie(candidate: Path, tmp_path: Path) -> None:
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+    for number in (5, 9, 12):
+        put_live(stage(candidate / "text", number=number, folder=tmp_path / "new"), number, live)
+    assert retire(live) == [1]
+    assert sorted(path.name for path in live.iterdir()) == ["12", "5", "9", "config.pbtxt", "warmup"]
+    assert not list((live / "warmup").glob("1-*"))
+
+
+def test_what_was_rolled_back_is_known_when_it_comes_again(
+    candidate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path))
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live)
+    manifest = PublishedManifest.load(live / "2" / "manifest.json")
+    assert rolled_back("text", manifest) is None
+    with alone("text") as releases:
+        journal = Journal(releases, "rollback", 1, before=2)
+        take_out(live, 2, back_to=1, archive=journal.folder / "withdrawn")
+    found = rolled_back("text", manifest)
+    assert found is not None
+    assert found.before == 2
+    manifest.files["model.onnx"] = FileDigest.of(live / "config.pbtxt")
+    assert rolled_back("text", manifest) is None
+
+
+def test_a_version_that_goes_is_no_change_of_the_one_that_is_served(candidate: Path, tmp_path: Path) -> None:
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+    for number in (2, 3, 4):
+        put_live(stage(candidate / "text", number=number, folder=tmp_path / "new"), number, live)
+    view = ApprovedView(tmp_path / "live", tmp_path / "view", print)
+    view.fill()
+    assert retire(live) == [1]
+    assert list(view.changes()) == []
+    put_live(stage(candidate / "text", number=5, folder=tmp_path / "new"), 5, live)
+    assert [change.versions for change in view.changes()] == [(5,)]
+
+
+def test_a_candidate_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(
+    candidate: Path, disk: Callable[[int], Path], tmp_path: Path
+) -> None:
+    full = disk(64 * 1024)
+    run = run_module(
+        *("serving.release", "--model", "text", "--models", "tests/models", "--repository", str(tmp_path / "live")),
+        *("--new", str(candidate), "--url", "127.0.0.1:9", "--may-be-absent"),
+        BUILD=str(full),
+    )
+    assert (run.returncode, len(run.stderr.splitlines())) == (2, 1), run.stderr
+    assert FULL in run.stderr
+    assert "refused" in run.stdout
+    assert not list(full.rglob("model.onnx"))
+
+
+def test_a_repository_that_is_full_stays_as_it_was(
+    candidate: Path, disk: Callable[[int], Path], tmp_path: Path
+) -> None:
+    size = sum(map(len, files_of(candidate / "text").values()))
+    live = stage(candidate / "text", number=1, folder=disk(size + size // 2) / "repository")
+    before = files_of(live)
+    staged = stage(candidate / "text", number=2, folder=tmp_path / "new")
+    with pytest.raises(InputError, match=FULL):
+        put_live(staged, 2, live)
+    assert files_of(live) == before
+
+
+def test_what_has_no_room_to_be_kept_is_not_taken_out(
+    candidate: Path, disk: Callable[[int], Path], tmp_path: Path
+) -> None:
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live)
+    full = disk(64 * 1024)
+    with pytest.raises(InputError, match=FULL):
+        take_out(live, 2, back_to=1, archive=full / "withdrawn")
+    assert not list(full.rglob("model.onnx"))
+    assert check_version(live, 2)[1] == []
+    take_out(live, 2, back_to=1, archive=tmp_path / "withdrawn")  # with room, what was begun is ended
+    assert read_config(live / CONFIG) == read_config(live / "1" / CONFIG)
+    assert not (live / "2").exists()
