@@ -21,6 +21,7 @@ DURATION = "gateway_request_duration_seconds"
 # is in neither; a model's own failures are in Triton's counters.
 ANSWERED, REFUSED = "200|0", "502|503|14"
 FAILED = 'nv_inference_request_failure{reason!="CANCELED"}'  # all but what callers gave up
+SLOW = "instance_model:requests_slow:total"  # with the bound as `le`
 READY = "nv_inference_pending_request_count"  # of every version that is loaded, and of no other
 
 Rule = dict[str, Any]
@@ -29,7 +30,7 @@ Rule = dict[str, Any]
 def recording_groups(models: list[Served]) -> list[dict[str, Any]]:
     """The groups of a rule file."""
     return [
-        {"name": "deepseek-slo", "rules": [*_shares(models), *_budgets(models)]},
+        {"name": "deepseek-slo", "rules": [*_slow_counts(models), *_shares(models), *_budgets(models)]},
         {"name": "deepseek-models", "rules": list(_queues_and_batches(models))},
     ]
 
@@ -54,6 +55,22 @@ def _record(name: str, expr: str, **labels: str) -> Rule:
     return {"record": name, "expr": expr, **({"labels": labels} if labels else {})}
 
 
+def _slow_counts(models: list[Served]) -> Iterator[Rule]:
+    """Counters of what took longer than the limits, each for all models.
+
+    After a change of the SLO the gateway's bucket of the new limit is younger than its count of all: a difference of
+    their rates would take all that was answered before for slow. Their difference is as young as the bucket.
+    """
+    limits_ms = {limit_ms for model in models for limit_ms in model.latency_limits_ms.values()}
+    for bound in sorted({bound_s(limit_ms) for limit_ms in {*limits_ms, _longest_ms(models)}}, key=float):
+        yield _record(SLOW, f"{DURATION}_count - ignoring (le) {DURATION}_bucket{selector(le=bound)}", le=bound)
+
+
+def _longest_ms(models: list[Served]) -> float:
+    """The longest latency that any SLO has."""
+    return max((max(model.latency_limits_ms.values(), default=model.p99_ms) for model in models), default=0)
+
+
 def _shares(models: list[Served]) -> Iterator[Rule]:
     """For each window the shares that the budgets are about, and the rates that they are shares of."""
     for window in WINDOWS_S:
@@ -76,7 +93,6 @@ def _endpoint(models: list[Served], window: str) -> tuple[str, str]:
     In vain: without an answer, and longer than any SLO has it, whether the gateway's time was up or the caller's. Else
     an endpoint so slow that all callers give up would look well.
     """
-    longest = max((max(model.latency_limits_ms.values(), default=model.p99_ms) for model in models), default=0)
 
     def rate(series: str) -> str:
         return f"(sum(rate({series}[{window}])) or vector(0))"
@@ -84,16 +100,14 @@ def _endpoint(models: list[Served], window: str) -> tuple[str, str]:
     answered, refused = (
         rate(f'gateway_requests_total{{api="infer",status=~"{statuses}"}}') for statuses in (ANSWERED, REFUSED)
     )
-    nameless, soon = f'{DURATION}_count{{model=""}}', f'{DURATION}_bucket{{model="",le="{bound_s(longest)}"}}'
-    return answered, f"{refused} + clamp_min({rate(nameless)} - {rate(soon)}, 0)"
+    return answered, f"{refused} + {rate(SLOW + selector(model='', le=bound_s(_longest_ms(models))))}"
 
 
 def _slow(model: str, percent: float, limit_ms: float, window: str) -> Rule:
     """The share of a model's requests that took longer than a limit."""
-    fast = f"sum(rate({DURATION}_bucket{selector(model=model, le=bound_s(limit_ms))}[{window}]))"
+    slow = f"sum(rate({SLOW}{selector(model=model, le=bound_s(limit_ms))}[{window}]))"
     answered = f"sum(rate({DURATION}_count{selector(model=model)}[{window}]))"
-    # Prometheus extrapolates each counter for itself: their quotient may be a little above 1.
-    share = f"clamp_min(1 - {fast} / {answered}, 0)"
+    share = f"{slow} / {answered}"
     return _record(f"model:requests_slow:ratio_rate{window}", share, model=model, objective=f"p{percent:g}")
 
 
