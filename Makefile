@@ -248,7 +248,7 @@ check-engine: $(VENV)/.ready-rtx ## every precision of every model (or of MODEL=
 	@$(PY) -m export.check_engine --models $(MODELS) $(addprefix --model ,$(CHECKED)) \
 	    $(addprefix --precision ,$(filter-out auto,$(PRECISION)))
 
-test: $(VENV)/.ready-test $(VENV)/.ready-system lint ## everything: lint, types, all tests
+test: $(VENV)/.ready-test $(VENV)/.ready-system $(VENV)/checkov/.ready lint ## everything: lint, types, all tests
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.ready-test ## ruff and mypy
@@ -268,6 +268,8 @@ lock: $(VENV)/.ready-test ## pin anew what pyproject.toml allows
 	    --no-emit-index-url --no-annotate --no-header pyproject.toml client/pyproject.toml -o $(BUILD)/all.lock
 	@# torch and what it brings (its CUDA, its compiler) stay out: the build of torch is the machine's choice.
 	@grep -vE '^(torch=|triton=|cuda-|nvidia-(cu|nccl|nvj|nvs|nvt))' $(BUILD)/all.lock >requirements.lock
+	@echo checkov | $(PY) -m uv pip compile -q --upgrade --universal --python-version 3.11 \
+	    --no-emit-index-url --no-annotate --no-header - -o tests/checkov.lock
 
 clean: ## remove what was built for MODEL, and its repository entry
 	rm -rf "$(B)" "$(REPOSITORY)/$(MODEL)" "$(ENV_FILE)"
@@ -310,6 +312,13 @@ $(VENV)/.ready: pyproject.toml client/pyproject.toml requirements.lock
 
 $(VENV)/.ready-rtx $(VENV)/.ready-test $(VENV)/.ready-tensorrt: $(VENV)/.ready-%: $(VENV)/.ready
 	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest,gateway,rtx,$*]'
+	@touch $@
+
+# checkov, which judges the manifests, pins too many packages to live beside ours.
+$(VENV)/checkov/.ready: tests/checkov.lock | $(VENV)/.ready
+	@echo "setup     checkov, for tests"
+	@test -x $(@D)/bin/python || $(PY) -m venv $(@D)
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
 # What tests need of the system: nginx with njs, Prometheus, kubectl; libfaketime for one of them. Installed where root may and no service manager would start
