@@ -58,6 +58,7 @@ def limit_bytes() -> int:
 
 def key_of(stage: str, **made_from: Any) -> str:
     """Digest of what an artifact is made from: `made_from` (JSON), the code that is loaded, and its versions."""
+    limit_bytes()  # InputError before anything is built, not after
     facts = {"stage": stage, "code": _code(), "versions": _versions(), **made_from}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -84,9 +85,26 @@ def _versions() -> dict[str, str]:
 
 
 def files_in(folder: Path) -> dict[str, str]:
-    """Digest of each file in a model folder: what its functions read beside Python that is loaded."""
-    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return {str(path.relative_to(folder)): sha256(path) for path in sorted(files)}
+    """Digest of each file in a model folder: what its functions read beside Python that is loaded.
+
+    Links are followed; what is hidden (.git, .venv) is no source of a model. The Makefile looks at the same files.
+    """
+    found = {}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = Path(place)
+        folders[:] = [name for name in folders if _is_source(name) and not _leads_back(here / name)]
+        files = [here / name for name in names if _is_source(name) and (here / name).is_file()]
+        found.update({str(path.relative_to(folder)): sha256(path) for path in files})
+    return found
+
+
+def _is_source(name: str) -> bool:
+    return name != "__pycache__" and not name.startswith(".")
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether it is a link to a folder that it lies in."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def data_digest() -> str | None:

@@ -66,7 +66,7 @@ class EmbeddedServer:
     """A real Triton over `repository`, up inside the `with` block.
 
     Ports are bound on `address`; 0 picks a free one, and the attributes hold what was picked. The
-    server's own log is at `log_path`; with `echo_log` it goes to standard output, and only that of the start is kept.
+    server's own log is at `log_path` (`$BUILD/serving/triton-<HTTP port>.log`); with `echo_log` it goes to standard output, and only that of the start is kept.
     `behind_gateway` closes what no caller of an endpoint needs, and gives requests in flight longer when it stops.
     `profile` is a folder for what tells where a request's time goes: Triton's
     traces, `trace.json.<n>`, once a client turns them on (trace level TIMESTAMPS), and on stopping the operator
@@ -102,7 +102,9 @@ class EmbeddedServer:
             self._ports.numbers[name] for name in ("HTTP", "gRPC", "metrics")
         )
         self.timeout_s = timeout_s
-        self.log_path = Path(log_path or Path(os.environ.get("BUILD", "build")) / "serving" / "triton.log")
+        # One a server: what a crash leaves in a log is taken for the server's own.
+        default_log = Path(os.environ.get("BUILD", "build")) / "serving" / f"triton-{self.http_port}.log"
+        self.log_path = Path(log_path or default_log)
         self.models: list[str] = []
         self._poll_s = poll_s
         self._echo_log = echo_log

@@ -108,11 +108,27 @@ def test_off_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert not (tmp_path / ".cache").exists()
 
 
+def test_the_files_of_a_model_folder_are_found_through_links_and_not_where_hidden(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    for name in (
+        "model/model.py",
+        "model/.git/index",
+        "model/.venv/lib/x.py",
+        "model/__pycache__/x.pyc",
+        "words/a b.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (folder / "words").symlink_to(tmp_path / "words")
+    (folder / "back").symlink_to(tmp_path)
+    assert sorted(cache.files_in(folder)) == ["model.py", "words/a b.txt"]
+
+
 @pytest.mark.parametrize("value", ["lots", "-1", "nan", "inf"])
 def test_a_wrong_size_is_one_line(value: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHE_GIB", value)
     with pytest.raises(InputError, match="CACHE_GIB: seen"):
-        cache.limit_bytes()
+        cache.key_of("any")  # before anything is built
 
 
 def test_builds_at_once_share_one_cache(place: Path, tmp_path: Path) -> None:

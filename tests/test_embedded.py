@@ -272,6 +272,14 @@ def test_without_a_good_version_nothing_starts_and_one_line_says_why(build: Path
     assert errors.startswith("error: text/1: model.onnx is damaged")
 
 
+def test_servers_of_one_checkout_have_logs_of_their_own(
+    build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path))
+    servers = [EmbeddedServer(tmp_path / "repository", **FREE) for _ in range(2)]
+    assert servers[0].log_path != servers[1].log_path
+
+
 def test_a_configuration_above_the_profile_is_refused(build: Path, tmp_path: Path) -> None:
     publish_version(TEXT, "fp32", "onnxruntime", tmp_path / "repository")
     config = tmp_path / "repository" / "text" / "config.pbtxt"
