@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import kubernetes_validate
 import numpy as np
 import pytest
+import yaml
 
 from serving import stack
 from serving.alerts import rules
 from serving.certificate import ensure_certificate
+from serving.keys import digest
 from serving.kubernetes import CONFIG_MAP_BYTES, _copy_inputs
 from serving.manifests import GATEWAY_URL, PRE_STOP_S, Scale
 from serving.served import served_models
@@ -193,6 +198,31 @@ def test_an_authority_that_did_not_sign_the_gateways_certificate_is_not_trusted(
     assert run_module("serving.kubernetes", *of_text).returncode == 0
     (job, *_) = (each for each in build(tmp_path / "kubernetes" / "loadtest" / "text") if each["kind"] == "Job")
     assert job["spec"]["template"]["spec"]["containers"][0]["args"][1] == "--tls"
+
+
+# `make` and `kubectl` of the page, here: what would be applied is kept.
+HERE = """
+make() { command make -C "$ROOT" "$@"; }
+kubectl() { case " $* " in *" apply "*) echo "--- # $*"; cat;; *) command kubectl "$@";; esac; }
+"""
+
+
+def test_the_pages_commands_for_a_load_test_make_its_key_known_to_the_gateway_before_it_starts(tmp_path: Path) -> None:
+    if shutil.which("kubectl") is None:
+        pytest.skip("no kubectl here: apt-get install kubectl")
+    page = Path("docs/kubernetes.md").read_text()
+    block = page[page.index("\n## Load test") :].partition("```sh\n")[2].partition("```")[0]
+    before, _, after = block.partition("sleep ")
+    assert "kubectl apply --server-side -k" in after
+    kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    places = {"BUILD": str(tmp_path / "build"), "VENV": sys.prefix, "ROOT": str(Path.cwd())}
+    script = ["bash", "-euo", "pipefail", "-c", HERE + before]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, env={**kept, **places})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--- # apply --server-side -f -") == 2  # else a copy would have to fit an annotation
+    given = {each["metadata"]["name"]: each["data"] for each in yaml.safe_load_all(done.stdout)}
+    key = base64.b64decode(given["loadtest-key"]["api-key"]).decode()
+    assert f"{digest(key)}.json" in given["gateway-keys"]
 
 
 def test_inputs_too_large_for_a_config_map_are_thinned_by_rows(tmp_path: Path) -> None:
