@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 
 import numpy as np
 
-from deepseek.spec import DeploymentSpec, InputError
+from deepseek.spec import BATCH, DeploymentSpec, InputError
 from export.artifact import Row
 from export.runners import within_batch
 from export.source import Predict, Source, check_inputs
@@ -103,7 +104,7 @@ def task_metrics(source: Source, predict: Predict) -> dict[str, float]:
     metric = source.spec.precision.metric
     if metric is None or source.evaluate is None:
         return {}
-    file, limited = source.folder / "model.py", within_batch(predict, source.spec.max_batch)
+    file, limited = source.folder / "model.py", within_batch(predict, source.spec.axes[BATCH])
 
     def asked(inputs: Row) -> Row:
         if check_inputs(source.spec, inputs, f"{file}: evaluate(): what it gives predict") == 0:
@@ -123,6 +124,20 @@ def task_metrics(source: Source, predict: Predict) -> dict[str, float]:
             f"{source.folder / 'deploy.toml'}: precision.metric: seen {metric!r}; evaluate() returns {', '.join(found)}"
         )
     return found
+
+
+def too_small(spec: DeploymentSpec, reference: Mapping[str, float]) -> str:
+    """Why the metric cannot tell a drop, for people; "" where it can, or where deploy.toml names none.
+
+    Of 0 nothing can be lost. So it is of a ranking where few rows are evaluated, none of which the model gets right.
+    """
+    metric = spec.precision.metric
+    if metric is None or reference[metric] != 0:
+        return ""
+    return (
+        f"{metric} of fp32 PyTorch is 0: evaluate() has too little data to judge by, or a mistake; the similarity of "
+        "the outputs is judged instead"
+    )
 
 
 def metric_drop(metric: str, value: float, reference: float) -> float:

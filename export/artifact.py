@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -240,6 +241,19 @@ def filled(inputs: Row, least: int) -> Row:
     """A batch of at least `least` rows, the last one repeated: a profile may allow no fewer."""
     missing = max(0, least - len(next(iter(inputs.values()))))
     return {name: np.concatenate([array, *[array[-1:]] * missing]) for name, array in inputs.items()}
+
+
+def json_text(result: dict[str, Any]) -> str:
+    """JSON that every reader takes: null for a number that is none."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [plain(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(result), indent=2, allow_nan=False)
 
 
 def human_bytes(value_bytes: float) -> str:

@@ -1,7 +1,8 @@
 """The accuracy budget: what a variant loses against fp32 PyTorch, measured on the evaluation split.
 
 Words: drop = (fp32 - variant) / fp32 of the metric, larger being better; without a metric it is
-1 - the similarity of the outputs (mean cosine for floats, share of common entries for integers).
+1 - the similarity of the outputs (mean cosine for floats, share of common entries for integers). So it is where fp32
+PyTorch has 0 of the metric, of which nothing can be lost.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from deepseek.spec import Target, build_dir
 from deepseek.spec.folders import scratch_in
-from export.accuracy import metric_drop, parity, similarity, task_metrics
+from export.accuracy import metric_drop, parity, similarity, task_metrics, too_small
 from export.artifact import Row, load_rows, pruning_of, sha256
 from export.cache import alone_with, cpu, fetch, key_of, store
 from export.runners import gpu_name, module_runner, outputs_of, torch_runner
@@ -64,7 +65,7 @@ class Baseline:
         report = parity(spec, outputs, self.outputs)
         metrics = task_metrics(self.source, predict)
         metric = spec.precision.metric
-        if metric is None:
+        if metric is None or too_small(spec, self.metrics):
             drop = 1 - similarity(parity(spec, outputs, self.unpruned_outputs))
         else:
             drop = metric_drop(metric, metrics[metric], self.metrics[metric])

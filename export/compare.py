@@ -29,6 +29,7 @@ from rich.table import Table
 from deepseek.spec import (
     DeploymentSpec,
     GateFailed,
+    InputError,
     InvalidMeasurement,
     Parser,
     Precision,
@@ -37,11 +38,14 @@ from deepseek.spec import (
     build_dir,
     run_command,
 )
+from export.accuracy import too_small
 from export.artifact import (
     batches,
     choice_path,
     engine_path,
+    filled,
     human_bytes,
+    json_text,
     load_rows,
     onnx_path,
     read_manifest,
@@ -166,7 +170,8 @@ def compare(source: Source, target: Target, only: Precision | None) -> dict[str,
             metrics = variants[name].pop("pytorch")
             variants[name]["size_bytes"] = read_manifest(engine_path(spec.name, name, target)).size_bytes
     rows = load_rows(build_dir(spec.name) / "evaluation.npz")
-    _, inputs = max(batches(rows, spec.axes["batch"].opt), key=lambda batch: len(batch[0]))
+    _, most = max(batches(rows, spec.axes["batch"].opt), key=lambda batch: len(batch[0]))
+    inputs = filled(most, spec.axes["batch"].min)
     timed_rows = len(next(iter(inputs.values())))
     with log.status("timing, interleaved"):
         timed = {"pytorch": reference, **runners}
@@ -177,6 +182,7 @@ def compare(source: Source, target: Target, only: Precision | None) -> dict[str,
         failure = ""
     except GateFailed as error:
         chosen, reasons, failure = "", {}, str(error)
+    warning = too_small(spec, metrics)
     for name in names:
         variants[name]["reason"] = reasons.get(name, f"drop {variants[name]['drop']:.2%}")
     return {
@@ -184,7 +190,8 @@ def compare(source: Source, target: Target, only: Precision | None) -> dict[str,
         "target": target,
         "chosen": chosen,
         "failure": failure,
-        "metric": spec.precision.metric or "similarity",
+        "metric": "similarity" if warning else spec.precision.metric or "similarity",
+        "warning": warning,
         "max_drop": max_drop,
         "rows": len(rows),
         "timed_shapes": {name: list(array.shape) for name, array in inputs.items()},
@@ -213,7 +220,7 @@ def _failure(spec: DeploymentSpec, name: Precision, target: Target) -> str | Non
     row = load_rows(build_dir(spec.name) / "evaluation.npz")[:1]
     try:
         in_child("ONNX Runtime", lambda: outputs_of(spec, variant_runner(spec, name, target), row))
-    except InvalidMeasurement:  # short of memory, say
+    except (InputError, InvalidMeasurement):  # never built, or no such execution provider; short of memory, say
         raise
     except Crashed as crash:
         return f"{crash} on its graph"
@@ -240,7 +247,7 @@ def record(result: dict[str, Any], spec: DeploymentSpec, target: Target) -> None
         write_manifest(path.parent / "manifest.json", manifest)
     result["sha256"] = {name: sha256(engine_path(spec.name, name, target)) for name in result["variants"]}
     with staged(choice_path(spec.name, target)) as file:
-        file.write_text(json.dumps(result, indent=2) + "\n")
+        file.write_text(json_text(result) + "\n")
 
 
 def show(result: dict[str, Any]) -> None:
@@ -269,6 +276,8 @@ def show(result: dict[str, Any]) -> None:
             style="bold" if name == result["chosen"] else None,
         )
     Console(width=max(Console().width, 100)).print(table)
+    if result["warning"]:
+        print(f"warning: {result['warning']}")
     for name, variant in result["variants"].items():
         print(f"{name:<9} {variant['reason']}")
     for name, reason in result["refused"].items():
@@ -300,7 +309,7 @@ def main() -> None:
     source = Source(args.model, args.models)
     result = compare(source, args.target, None if args.precision == "auto" else args.precision)
     if args.json:
-        print(json.dumps(result, indent=2))
+        print(json_text(result))
     else:
         show(result)
     if result["failure"]:

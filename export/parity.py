@@ -22,7 +22,6 @@ Examples:
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -63,7 +62,7 @@ from deepseek.spec import (
     run_command,
     variables_for,
 )
-from export.artifact import Row, load_rows, staged
+from export.artifact import Row, json_text, load_rows, staged
 from export.reference import AS_NEAR, own_errors, run_torch
 from export.source import Predict, Source
 from export.trials import (
@@ -300,19 +299,6 @@ def show(result: dict[str, Any]) -> None:
             f"{metric['name']} over {protocol}: {value['value']:.4f}, PyTorch {metric['pytorch']:.4f}: "
             f"drop {value['drop']:+.2%}, allowed {metric['max_drop']:.2%}"
         )
-
-
-def json_text(result: dict[str, Any]) -> str:
-    """JSON that every reader takes: null for a number that is none."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(each) for key, each in value.items()}
-        if isinstance(value, list):
-            return [plain(each) for each in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(result), indent=2, allow_nan=False)
 
 
 @contextlib.contextmanager

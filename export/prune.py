@@ -33,7 +33,7 @@ from deepseek.prunable import Inputs
 from deepseek.pruning import PruneConfig, PruneReport, prune_model, save_pruned, weights_digest
 from deepseek.spec import GateFailed, Parser, add_model_arguments, build_dir, run_command
 from deepseek.spec.folders import scratch_in
-from export.accuracy import metric_drop, parity, similarity, task_metrics
+from export.accuracy import metric_drop, parity, similarity, task_metrics, too_small
 from export.artifact import (
     Clock,
     Row,
@@ -151,21 +151,23 @@ def _finetune(source: Source, module: torch.nn.Module, original: torch.nn.Module
 
 
 class _Judge:
-    """The metric of deploy.toml over the evaluation split; where it names none, similarity to the unpruned outputs."""
+    """The metric of deploy.toml; where it names none that can tell a drop, similarity to the unpruned outputs."""
 
     def __init__(self, source: Source, original: torch.nn.Module, rows: list[Row]) -> None:
         self.source, self.rows = source, rows
-        self.metric = source.spec.precision.metric or "similarity"
         predict = module_runner(source.spec, original)
-        if source.spec.precision.metric is not None:
-            self.unpruned = task_metrics(source, predict)
-        else:
+        self.unpruned = task_metrics(source, predict)
+        if why := too_small(source.spec, self.unpruned):
+            log.print(f"warning: {why}")
+        metric = None if why else source.spec.precision.metric
+        self.by_task, self.metric = metric is not None, metric or "similarity"
+        if not self.by_task:
             self.reference = self._outputs(predict)
             self.unpruned = {"similarity": 1.0}
 
     def value(self, module: torch.nn.Module) -> dict[str, float]:
         predict = module_runner(self.source.spec, module)
-        if self.source.spec.precision.metric is not None:
+        if self.by_task:
             return task_metrics(self.source, predict)
         return {"similarity": similarity(parity(self.source.spec, self._outputs(predict), self.reference))}
 

@@ -45,6 +45,7 @@ from deepseek.spec import (
     run_command,
 )
 from deepseek.spec.folders import scratch_in
+from export.accuracy import too_small
 from export.artifact import (
     Clock,
     Row,
@@ -214,6 +215,8 @@ def _to_8_bits(
     reports: dict[str, Any] = {"sensitivity": {"layers": [], "tried": []}}  # takes the place of an earlier one
     if model_folder is not None:
         baseline = Baseline.of(model_folder)
+        if why := too_small(spec, baseline.metrics):
+            log.print(f"warning: {why}")
         model, reports["sensitivity"] = sensitivity_pass(
             model,
             trials.over(calibration.rows[:RANKING_ROWS]),
@@ -290,6 +293,8 @@ def _check_that_it_runs(spec: DeploymentSpec, path: Path, rows: list[Row]) -> No
     """
     try:
         outputs_of(spec, onnx_runner(spec, path, "onnxruntime", optimized=False), rows[:1])
+    except InputError:  # an execution provider that is not there
+        raise
     except Exception as error:
         raise GateFailed(f"the graph that was made does not run: {' '.join(str(error).split())[:300]}") from error
 

@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 
 from deepseek.onnxruntime_session import ProviderError, open_session
-from deepseek.spec import DeploymentSpec, InputError, Precision, Target, variables_for
+from deepseek.spec import Axis, DeploymentSpec, GateFailed, InputError, Precision, Target, variables_for
 from export.artifact import Row, batches, engine_path, filled, join, need, onnx_path, read_manifest
 from export.source import Predict, Source
 
@@ -65,7 +65,10 @@ def optimizers_left_out(path: Path) -> list[str]:
 
 
 def onnx_runner(spec: DeploymentSpec, path: Path, target: Target, *, optimized: bool = True) -> Predict:
-    """The graph in ONNX Runtime with the threads that one served instance has; not `optimized`, as it is written."""
+    """The graph in ONNX Runtime with the threads that one served instance has; not `optimized`, as it is written.
+
+    Raises InputError where the execution provider is not there, GateFailed where the graph cannot be loaded.
+    """
     batching = spec.for_target(target).batching
     options = onnxruntime.SessionOptions()
     options.inter_op_num_threads = 1
@@ -80,7 +83,7 @@ def onnx_runner(spec: DeploymentSpec, path: Path, target: Target, *, optimized: 
     except ProviderError as error:
         raise InputError(str(error)) from None
     except Exception as error:
-        raise InputError(f"{path}: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from None
+        raise GateFailed(f"{path}: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from None
     session = opened.session
     return lambda inputs: dict(zip(spec.outputs, session.run(list(spec.outputs), inputs), strict=True))
 
@@ -147,13 +150,17 @@ def variant_runner(spec: DeploymentSpec, precision: Precision, target: Target) -
     return onnx_runner(spec, need(onnx_path(spec.name, precision), hint), target)
 
 
-def within_batch(predict: Predict, limit: int) -> Predict:
-    """The same function for any batch: taken apart into parts that the profile allows."""
+def within_batch(predict: Predict, batch: Axis) -> Predict:
+    """The same function for any batch: taken apart into parts that the profile allows, the last one filled up."""
+
+    def part(inputs: Row, at: int) -> Row:
+        inputs = {name: array[at : at + batch.max] for name, array in inputs.items()}
+        rows = len(next(iter(inputs.values())))
+        return {name: array[:rows] for name, array in predict(filled(inputs, batch.min)).items()}
 
     def parts(inputs: Row) -> Row:
         size = len(next(iter(inputs.values())))
-        starts = range(0, size, limit)
-        return join([predict({name: array[at : at + limit] for name, array in inputs.items()}) for at in starts])
+        return join([part(inputs, at) for at in range(0, size, batch.max)])
 
     return parts
 

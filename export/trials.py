@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError, ParitySpec, Tolerance
-from export.accuracy import metric_drop, parity, task_metrics
+from export.accuracy import metric_drop, parity, task_metrics, too_small
 from export.artifact import Row
 from export.reference import inputs_at, sizes_text
 from export.runners import outputs_of
@@ -247,7 +247,8 @@ def compare_metric(source: Source, reference: Predict, judges: list[Judge]) -> d
     for judge in judges:
         try:
             value = task_metrics(source, judge.predict)[metric]
-            served[judge.protocol] = {"value": value, "drop": metric_drop(metric, value, base)}
+            drop = 0.0 if too_small(source.spec, {metric: base}) else metric_drop(metric, value, base)
+            served[judge.protocol] = {"value": value, "drop": drop}
         except Refused as error:
             served[judge.protocol] = {"value": math.nan, "drop": math.inf, "refused": str(error)}
     return {"name": metric, "max_drop": source.spec.precision.max_drop, "pytorch": base, "served": served}

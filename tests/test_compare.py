@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
-from deepseek.spec import DeploymentSpec, GateFailed, Target
+from deepseek.spec import Axis, DeploymentSpec, GateFailed, Target
 from export.accuracy import parity, similarity
 from export.compare import add_speed, choose, time_interleaved
 from export.runners import within_batch
@@ -99,15 +102,16 @@ def test_integer_outputs_are_compared_as_lists_of_items() -> None:
     assert report["items"] == {"common": 0.75, "top_agreement": 0.0}
 
 
-def test_a_batch_past_the_profile_is_taken_apart() -> None:
+@pytest.mark.parametrize(("least", "seen"), [(1, [4, 4, 2]), (4, [4, 4, 4])], ids=["any batch", "a fixed one"])
+def test_a_batch_past_the_profile_is_taken_apart(least: int, seen: list[int]) -> None:
     sizes = []
 
     def predict(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         sizes.append(len(inputs["x"]))
         return {"y": inputs["x"] * 2}
 
-    result = within_batch(predict, 4)({"x": np.arange(10)})
-    assert sizes == [4, 4, 2]
+    result = within_batch(predict, Axis(min=least, opt=4, max=4))({"x": np.arange(10)})
+    assert sizes == seen
     assert result["y"].tolist() == list(range(0, 20, 2))
 
 
@@ -125,6 +129,88 @@ def test_the_choice_and_each_manifest_hold_the_accuracy(built: Path) -> None:
     for precision in ("fp32", "fp16", "int8"):
         manifest = json.loads((built / "build" / "text" / precision / "manifest.json").read_text())
         assert manifest["accuracy"]["metrics"] == choice["variants"][precision]["metrics"]
+
+
+@pytest.fixture
+def text(built: Path, tmp_path: Path) -> Path:
+    """A folder with `models/` and `build/` of the model `text`, which may be changed."""
+    shutil.copytree(built / "build" / "text", tmp_path / "build" / "text")
+    shutil.copytree("tests/models/text", tmp_path / "models" / "text")
+    return tmp_path
+
+
+def stage(folder: Path, name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """A stage of the export for the model in that folder."""
+    which = ("--models", str(folder / "models"), "--model", "text")
+    return run_module(f"export.{name}", *which, *flags, BUILD=str(folder / "build"))
+
+
+def test_where_fp32_has_none_of_the_metric_outputs_are_judged_and_it_is_said(text: Path) -> None:
+    model = text / "models" / "text" / "model.py"
+    model.write_text(model.read_text().replace('{"self_retrieval": float(', '{"self_retrieval": 0 * float('))
+    said = "warning: self_retrieval of fp32 PyTorch is 0: evaluate() has too little data to judge by, or a mistake"
+    made = stage(text, "quantize", "--precision", "int8", "--high-precision", "fp32")
+    assert (made.returncode, said in " ".join(made.stderr.split())) == (0, True), made.stderr
+    compared = stage(text, "compare")
+    assert (compared.returncode, said in compared.stdout) == (0, True), compared.stderr
+    choice = json.loads((text / "build" / "text" / "choice-onnxruntime.json").read_text())
+    assert choice["metric"] == "similarity"
+    int8 = choice["variants"]["int8"]
+    assert int8["drop"] == pytest.approx(1 - int8["parity"]["embedding"]["cosine"])
+
+
+def test_a_precision_that_was_never_built_says_how_and_is_no_verdict(text: Path) -> None:
+    shutil.rmtree(text / "build" / "text" / "int8")
+    for flags in (("--precision", "int8"), ()):
+        run = stage(text, "compare", *flags)
+        assert run.returncode == 2
+        assert "int8/model.onnx: no such file; make it with: make engine " in run.stderr
+
+
+def test_a_missing_execution_provider_is_no_fault_of_a_precision(text: Path) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this machine's ONNX Runtime has it")
+    toml = text / "models" / "text" / "deploy.toml"
+    toml.write_text(toml.read_text() + '[onnxruntime]\nprovider = "cuda"\n')
+    made = stage(text, "quantize", "--precision", "fp16", "--candidate")
+    compared = stage(text, "compare")
+    for run in (made, compared):
+        assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+        assert "execution provider 'cuda' is not in ONNX Runtime" in run.stderr
+    assert (text / "build" / "text" / "fp16" / "model.onnx").stat().st_size > 0
+
+
+def test_a_graph_that_cannot_be_loaded_is_refused_and_the_others_go_on(text: Path) -> None:
+    path = text / "build" / "text" / "fp16" / "model.onnx"
+    path.write_bytes(path.read_bytes()[:1000])
+    run = stage(text, "compare", "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["refused"].keys() == {"fp16"}
+    assert stage(text, "compare", "--precision", "fp16").returncode == 1
+
+
+def test_a_profile_of_one_batch_is_compared(text: Path) -> None:
+    toml = text / "models" / "text" / "deploy.toml"
+    toml.write_text(toml.read_text().replace("min = 1\nopt = 4\nmax = 8", "min = 4\nopt = 4\nmax = 4"))
+    assert stage(text, "to_onnx").returncode == 0
+    run = stage(text, "compare", "--precision", "fp32", "--json")
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["variants"]["fp32"]["metrics"] == result["pytorch"]["metrics"]
+    assert result["timed_shapes"]["input_ids"][0] == 4
+
+
+def test_a_number_that_is_none_is_null_in_json(text: Path) -> None:
+    path = text / "build" / "text" / "int8" / "model.onnx"
+    graph = onnx.load(path)
+    graph.graph.node[-1].output[0] = "finite"
+    graph.graph.node.append(onnx.helper.make_node("Div", ["finite", "nothing"], ["embedding"]))
+    graph.graph.initializer.append(onnx.helper.make_tensor("nothing", onnx.TensorProto.FLOAT, [], [0.0]))
+    onnx.save(graph, path)
+    run = stage(text, "compare", "--json")
+    for written in (run.stdout, (text / "build" / "text" / "choice-onnxruntime.json").read_text()):
+        int8 = json.loads(written, parse_constant=pytest.fail)["variants"]["int8"]
+        assert (int8["drop"], int8["parity"]["embedding"]["worst_error"]) == (None, None)
 
 
 def test_a_variant_past_the_budget_exits_1_and_changes_no_choice(built: Path, tmp_path: Path) -> None:
