@@ -277,6 +277,8 @@ def test_servers_of_one_checkout_have_logs_of_their_own(
 ) -> None:
     monkeypatch.setenv("BUILD", str(tmp_path))
     servers = [EmbeddedServer(tmp_path / "repository", **FREE) for _ in range(2)]
+    for server in servers:
+        server._ports.release()
     assert servers[0].log_path != servers[1].log_path
 
 
