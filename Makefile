@@ -140,10 +140,15 @@ ifeq ($(T)-$(PRECISION),torchscript-auto)
 override PRECISION := fp32# the one that export.to_torchscript makes
 endif
 
+# Goals follow one another as they were named, whatever -j says: serve after engine, verdict after loadtest.
+ifeq ($(filter check-graphs,$(MAKECMDGOALS)),)
+.NOTPARALLEL:
+endif
+
 ##@ The main job
 demo: engine ## from nothing to a verdict: data, train, export, engine, serve, infer, compare, load test, report
 	@$(PY) -m serving.embedded --repository $(REPOSITORY) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
-	    --metrics-port $(METRICS_PORT) -- $(MAKE) --no-print-directory -k infer compare loadtest report verdict
+	    --metrics-port $(METRICS_PORT) -- $(MAKE) --no-print-directory -k TARGET=$(T) infer compare loadtest report verdict
 
 engine: ## weights, ONNX, precision, engine, model repository; then: docker compose up
 	@$(ALONE) $(MAKE) --no-print-directory TARGET=$(T) built
@@ -187,9 +192,9 @@ keys: $(VENV)/.ready ## API keys of the gateway: lists them; NAME=shop makes and
 	    $(if $(strip $(EXPIRES_DAYS)),--expires-days $(strip $(EXPIRES_DAYS))) $(if $(strip $(KEY_RPS)),--rate-rps $(strip $(KEY_RPS))) \
 	    $(addprefix --host ,$(GATEWAY_HOSTS))
 
-# What a search found as a page, after its own output and with its own exit status (2: it did not search).
-then-draw = status=$$?; case $$status in 0|1|3) test ! -e $(B)/$(1).json || $(PY) -m loadtests.report $(WHICH) --$(1);; esac; \
-    exit $$status
+# What a search found as a page, after its own output and with its own exit status; not every end of one writes anew.
+written = $$(stat -c '%i %.Y' $(B)/$(1).json 2>/dev/null)
+then-draw = status=$$?; test "$(call written,$(1))" = "$$before" || $(PY) -m loadtests.report $(WHICH) --$(1); exit $$status
 
 ##@ Load test
 loadtest: $(VENV)/.ready ## measure the server; leaves a folder in build/<model>/loadtests/
@@ -202,7 +207,8 @@ verdict: $(VENV)/.ready ## judge a run, or that of MIX=, against deploy.toml
 	@$(PY) -m loadtests.slo $(WHICH) $(if $(strip $(RUN)),--run $(RUN)) $(if $(strip $(MIX)),--mix '$(MIX)')
 
 capacity: $(VENV)/.ready ## the highest rate that holds every objective: bracket, bisect, confirm; into build/<model>/capacity.json
-	@$(PY) -m loadtests.capacity $(WHICH) --url $(URL) --protocol $(PROTOCOL) $(ACCESS) --target $(T) --duration-s $(DURATION_S) \
+	@before="$(call written,capacity)"; \
+	$(PY) -m loadtests.capacity $(WHICH) --url $(URL) --protocol $(PROTOCOL) $(ACCESS) --target $(T) --duration-s $(DURATION_S) \
 	    --workers $(strip $(WORKERS)) --max-s $(BUDGET_S) $(if $(strip $(RATE)),--start-rps $(RATE)); $(call then-draw,capacity)
 
 compare-runs: $(VENV)/.ready ## whether NEW= is worse than BASE=: interleaved runs, confidence intervals, a table for a pull request
@@ -210,7 +216,8 @@ compare-runs: $(VENV)/.ready ## whether NEW= is worse than BASE=: interleaved ru
 	    --protocol $(PROTOCOL) --target $(T) --duration-s $(DURATION_S) --max-s $(BUDGET_S) $(if $(strip $(RATE)),--rate $(RATE))
 
 tune: $(VENV)/.ready ## the best batch size, queue delay, instances and threads for the SLO here; takes BUDGET_S
-	@$(PY) -m loadtests.tune $(WHICH) --target $(T) --max-s $(BUDGET_S) --protocol $(PROTOCOL); $(call then-draw,tuning)
+	@before="$(call written,tuning)"; \
+	$(PY) -m loadtests.tune $(WHICH) --target $(T) --max-s $(BUDGET_S) --protocol $(PROTOCOL); $(call then-draw,tuning)
 
 report: $(VENV)/.ready ## draw a run as one HTML file, or that of MIX=; several of RUN="a b" over each other
 	@$(PY) -m loadtests.report $(WHICH) $(addprefix --run ,$(RUN)) $(if $(strip $(MIX)),--mix '$(MIX)')
@@ -298,12 +305,15 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TRITON_WHEEL := nvidia-pytriton==0.7.0
 HARDWARE := $(if $(GPU),gpu,cpu)
-PIP := $(PY) -m pip install -q --disable-pip-version-check -c requirements.lock
+# Set-up goes on where it was killed. pip writes a package's RECORD last: one without it is not whole and must not pass for it.
+whole = find $(1)/lib/ -maxdepth 3 -name '*.dist-info' ! -exec test -e {}/RECORD \; -prune -exec rm -r {} +
+environment = $(call whole,$(1)) 2>/dev/null; $(1)/bin/python -c 'import importlib.metadata as m; m.version("pip")' 2>/dev/null || $(2) -m venv $(1)
+PIP := $(call whole,$(VENV)) && $(PY) -m pip install -q --disable-pip-version-check -c requirements.lock
 
 $(VENV)/.ready: pyproject.toml client/pyproject.toml requirements.lock
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 with venv on PATH; e.g.: apt-get install python3-venv (or PYTHON=…)" >&2; exit 2; }
 	@echo "setup     $(VENV) with $$($(PYTHON) --version), for a $(HARDWARE) machine"
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(call environment,$(VENV),$(PYTHON))
 	@$(if $(GPU),,$(PY) -c 'import urllib.request as u; u.urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5)' 2>/dev/null \
 	    && $(PIP) --index-url $(TORCH_CPU_INDEX) 'torch>=2.9,<3' || true)
 	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest,gateway]' -e ./client
@@ -317,8 +327,8 @@ $(VENV)/.ready-rtx $(VENV)/.ready-test $(VENV)/.ready-tensorrt: $(VENV)/.ready-%
 # checkov, which judges the manifests, pins too many packages to live beside ours.
 $(VENV)/checkov/.ready: tests/checkov.lock | $(VENV)/.ready
 	@echo "setup     checkov, for tests"
-	@test -x $(@D)/bin/python || $(PY) -m venv $(@D)
-	@$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r $<
+	@$(call environment,$(@D),$(PY))
+	@$(call whole,$(@D)) && $(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
 # What tests need of the system: nginx with njs, Prometheus, kubectl; libfaketime for one of them. Installed where root may and no service manager would start
@@ -340,42 +350,43 @@ ALONE = mkdir -p $(B) && exec 9<$(B) && { flock -n 9 || { echo "engine    waitin
 built: $(if $(filter tensorrt_rtx,$(T)),$(B)/choice-$(T).json,$(REPOSITORY)/$(MODEL)/config.pbtxt $(ENV_FILE))
 	@echo "engine    $< is up to date"
 
-# A variable's value as a file that changes only when the value does.
-define remember
-$(B)/settings/$(1): FORCE
-	@mkdir -p $$(@D) && { echo '$(2)' | cmp -s - $$@ || echo '$(2)' >$$@; }
-endef
-$(eval $(call remember,data,$(DATA)))
-$(eval $(call remember,prune,$(PRUNE)))
-$(eval $(call remember,high-precision,$(HIGH)))
-$(eval $(call remember,target,$(T)))
-$(eval $(call remember,precision,$(PRECISION) $(CANDIDATES)))
+# What a build depends on beside files of this repository, each as a file that changes only when what it tells does.
+# Another file of the same name is known by its time and size.
+IN_FOLDER := cd '$(abspath $(FOLDER))' && pwd -P
+settings-data = echo "$$DATA"; stat -Lc '%.Y %s' "$$DATA"
+settings-deploy = $(IN_FOLDER) && stat -Lc '%.Y %s' deploy.toml
+settings-folder = $(IN_FOLDER) && find -L . -mindepth 1 \( -name '.*' -o -name __pycache__ \) -prune -o \
+    -type f ! -path ./deploy.toml ! -path './$(TUNED)' -printf '%P %T@ %s\n' | LC_ALL=C sort
+# Tuned values change how a model is served, not what is built; they may come, change and go.
+settings-tuned = cat '$(FOLDER)/$(TUNED)'
+settings-prune = echo '$(PRUNE)'
+settings-high-precision = echo '$(HIGH)'
+settings-target = echo '$(T)'
+settings-precision = echo '$(PRECISION) $(CANDIDATES)'
+$(B)/settings/%: FORCE
+	@mkdir -p $(@D); ($(settings-$*)) >$@.part 2>/dev/null; if cmp -s $@.part $@; then rm $@.part; else mv $@.part $@; fi
 
-MODEL_FILES := $(shell find $(FOLDER) -type f -not -path '*/__pycache__/*' 2>/dev/null)
 STAGES := export/artifact.py $(wildcard deepseek/spec/*.py)
 
 # Which precisions auto compares: deploy.toml's candidates; and the file that its tuned values are in.
 ifneq ($(filter built $(REPOSITORY)/% $(BUILD)/%,$(MAKECMDGOALS)),)
 include $(B)/spec.mk
 endif
-# Tuned values change how a model is served, not what is built; they may come, change and go.
-MODEL_FILES := $(filter-out $(TUNED),$(MODEL_FILES))
-$(eval $(call remember,tuned,$(if $(wildcard $(TUNED)),$(shell cksum <$(TUNED)))))
-$(B)/spec.mk: $(wildcard $(FOLDER)/deploy.toml) $(wildcard deepseek/spec/*.py) | $(VENV)/.ready
+$(B)/spec.mk: $(B)/settings/deploy $(wildcard deepseek/spec/*.py) | $(VENV)/.ready
 	@mkdir -p $(@D) && $(PY) -m deepseek.spec --make $(WHICH) >$@.part && mv $@.part $@
 PRECISIONS = $(sort fp32 $(if $(filter auto,$(PRECISION)),$(CANDIDATES),$(PRECISION)))
 
-$(B)/weights: $(filter-out %/deploy.toml,$(MODEL_FILES)) $(addprefix deepseek/,config.py transformer.py training/recipe.py) $(B)/settings/data | $(VENV)/.ready
+$(B)/weights: $(B)/settings/folder $(addprefix deepseek/,config.py transformer.py training/recipe.py) $(B)/settings/data | $(VENV)/.ready
 	@OMP_WAIT_POLICY=passive $(PY) -m export.train $(WHICH)  # idle threads do not spin: a busy machine is no slower
 	@touch $@
 
 # The module that is exported: pruned where PRUNE says so. Without it, what an earlier PRUNE left goes.
 PRUNING := $(addprefix deepseek/,attention.py distillation.py prunable.py pruning.py) export/prune.py
-$(B)/module: $(B)/weights $(MODEL_FILES) $(if $(PRUNE),$(PRUNING)) $(B)/settings/prune
+$(B)/module: $(B)/weights $(B)/settings/deploy $(if $(PRUNE),$(PRUNING)) $(B)/settings/prune
 	@$(if $(PRUNE),OMP_WAIT_POLICY=passive $(PY) -m export.prune $(WHICH) --ratio $(PRUNE),rm -f $(B)/pruned.safetensors $(B)/pruning.json)
 	@touch $@
 
-$(B)/fp32/model.onnx: $(B)/module $(MODEL_FILES) $(addprefix export/,to_onnx.py source.py reference.py) $(STAGES)
+$(B)/fp32/model.onnx: $(B)/module $(addprefix export/,to_onnx.py source.py reference.py) $(STAGES)
 	@$(PY) -m export.to_onnx $(WHICH)
 
 QUANTIZE := $(B)/fp32/model.onnx $(addprefix export/,quantize.py ptq.py qdq.py calibration.py) deepseek/quantization.py

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,58 @@ def test_tuned_values_are_published_as_they_come_and_go_and_nothing_is_built_ane
     assert {name: after[name] for name in FILES} == {name: before[name] for name in FILES}
 
 
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A folder whose `models/text` is a link to a model folder, in which model.py and a folder of files are links."""
+    for name in ("models", "other"):
+        shutil.copytree("tests/models/text", tmp_path / name / "text")
+        os.utime(tmp_path / name / "text" / "model.py", (1, 1))
+    (tmp_path / "models" / "text").rename(tmp_path / "text")
+    (tmp_path / "models" / "text").symlink_to(tmp_path / "text")
+    (tmp_path / "text" / "model.py").rename(tmp_path / "shared.py")
+    (tmp_path / "text" / "model.py").symlink_to(tmp_path / "shared.py")
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "text" / "assets").symlink_to(tmp_path / "assets")
+    (tmp_path / "text" / ".git").mkdir()
+    return tmp_path
+
+
+def weights_made_anew(folder: Path, *arguments: str) -> bool:
+    """Whether `make` of the weights of `models/text`, which brings them, ran its stage."""
+    weights, models = folder / "build" / "text" / "weights", f"MODELS={folder / 'models'}"
+    before = weights.stat().st_mtime_ns if weights.exists() else 0
+    make(folder, str(weights), "MODEL=text", models, *arguments)
+    return weights.stat().st_mtime_ns > before
+
+
+@pytest.mark.slow
+def test_weights_follow_every_source_in_the_model_folder_through_links_and_nothing_else(linked: Path) -> None:
+    assert weights_made_anew(linked)
+    (linked / "text" / "deploy.toml").touch()
+    (linked / "text" / "tuned.toml").write_text("")
+    (linked / "text" / ".git" / "index").write_text("")
+    (linked / "text" / "__pycache__").mkdir()
+    (linked / "text" / "__pycache__" / "model.pyc").write_text("")
+    assert not weights_made_anew(linked)
+    os.utime(linked / "shared.py", (2, 2))
+    assert weights_made_anew(linked)
+    (linked / "assets" / "10:30 words #1.txt").write_text("")
+    assert weights_made_anew(linked)
+    assert weights_made_anew(linked, f"MODELS={linked / 'other'}")
+    assert not weights_made_anew(linked, f"MODELS={linked / 'other'}")
+
+
+@pytest.mark.slow
+def test_weights_follow_what_is_in_the_click_log_not_its_name(linked: Path) -> None:
+    log = linked / "it's my log.csv"
+    log.write_text("user,item,timestamp\n")
+    assert weights_made_anew(linked, f"DATA={log}")
+    assert not weights_made_anew(linked, f"DATA={log}")
+    log.write_text("user,item,timestamp\n1,2,3\n")
+    assert weights_made_anew(linked, f"DATA={log}")
+    assert weights_made_anew(linked)
+
+
 @pytest.mark.slow
 def test_a_precision_asked_for_by_name_is_what_is_published(elsewhere: Path) -> None:
     make(elsewhere, "engine", f"MODELS={elsewhere / 'models'}", "MODEL=text", "PRECISION=int8")
@@ -210,3 +263,73 @@ def test_without_a_server_each_client_target_says_how_to_start_one(tmp_path: Pat
     assert run.returncode == 2
     assert "error: " in run.stderr
     assert "Traceback" not in run.stderr
+
+
+STAND_IN = """#!/bin/sh
+[ "$2" = deepseek.spec ] && exec {python} "$@"
+[ "$2" = loadtests.run ] && sleep 0.5
+[ "$2" = loadtests.tune ] && echo new >{folder}/build/text/tuning.json
+echo "$@" >>{folder}/commands
+[ "$2" != loadtests.capacity ] || exit 3
+"""
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Callable[..., list[str]]:
+    """What make runs of Python, in order, on a machine that seems to have a GPU and NVIDIA's Docker; none of it runs."""
+    scripts = {
+        "bin/nvidia-smi": "#!/bin/sh\necho GPU 0\n",
+        "bin/docker": "#!/bin/sh\necho nvidia\n",
+        "environment/bin/python": STAND_IN.format(python=sys.executable, folder=tmp_path),
+        "environment/.ready": "",
+    }
+    for name, text in scripts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    shutil.copytree("tests/models/text", tmp_path / "models" / "text")
+
+    def run(*arguments: str) -> list[str]:
+        own = (f"VENV={tmp_path / 'environment'}", f"MODELS={tmp_path / 'models'}", "MODEL=text", *arguments)
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        subprocess.run([*command(tmp_path), *own], env={**ENVIRONMENT, "PATH": path}, check=False, **QUIET)
+        return (tmp_path / "commands").read_text().splitlines()
+
+    return run
+
+
+def test_the_demo_on_a_gpu_machine_is_judged_as_what_it_serves(commands: Callable[..., list[str]]) -> None:
+    served = commands("demo")[-1]
+    assert served.startswith("-m serving.embedded ")
+    assert " TARGET=onnxruntime infer compare loadtest report verdict" in served
+
+
+def test_goals_follow_one_another_whatever_j_says(commands: Callable[..., list[str]]) -> None:
+    stages = [line.split()[1] for line in commands("-j4", "loadtest", "report", "verdict")]
+    assert stages == ["loadtests.run", "loadtests.report", "loadtests.slo"]
+
+
+def test_a_search_that_wrote_nothing_has_no_page_drawn(tmp_path: Path, commands: Callable[..., list[str]]) -> None:
+    (tmp_path / "build" / "text").mkdir(parents=True)
+    for name in ("capacity.json", "tuning.json"):
+        (tmp_path / "build" / "text" / name).write_text("of an earlier search")
+    assert [line.split()[1] for line in commands("capacity")] == ["loadtests.capacity"]
+    assert commands("tune")[-1].endswith("--tuning")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", ["bin/python", "lib/*/site-packages/pip/_vendor", "lib/*/site-packages/pip-*-info"])
+def test_a_set_up_killed_while_it_makes_the_environment_is_taken_up(tmp_path: Path, made: str) -> None:
+    environment = tmp_path / "environment"
+    offline = ("setup", "PIP=:", "TORCH_CPU_INDEX=http://127.0.0.1:9")  # all but the packages
+    line = [*command(tmp_path, *offline), f"VENV={environment}"]
+    process = subprocess.Popen(line, env=ENVIRONMENT, start_new_session=True, **QUIET)
+    while not list(environment.glob(made)):
+        assert process.poll() is None
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(line, env=ENVIRONMENT, check=True, **QUIET)
+    whole = "import importlib.metadata as m; assert all(f.locate().exists() for f in m.files('pip'))"
+    for check in (("-c", whole), ("-m", "pip", "check")):
+        subprocess.run([environment / "bin" / "python", *check], check=True, **QUIET)

@@ -32,7 +32,7 @@ def main() -> None:
         print(spec.model_dump_json(indent=2))
     elif args.make:
         print(f"CANDIDATES := {' '.join(spec.precision.candidates)}")
-        print(f"TUNED := {f'$(FOLDER)/{spec.tuned}' if spec.tuned else ''}")
+        print(f"TUNED := {spec.tuned or ''}")
     else:
         for kind, tensors in (("input", spec.inputs), ("output", spec.outputs)):
             for name, tensor in tensors.items():
