@@ -74,10 +74,11 @@ TEXT: dict[str, list[dict]] = {
     [
         {},
         {"id": "7", "parameters": {"timeout": 5_000_000, "priority": 0, "note": "x", "share": 0.5}},
+        {"id": "a text: .5, 01, 1."},
         {"outputs": [{"name": "embedding", "parameters": {"binary_data": True}}]},
         {"inputs": [{**TEXT["inputs"][0], "data": [IDS]}, TEXT["inputs"][1]]},
     ],
-    ids=["plain", "parameters", "binary output", "nested data"],
+    ids=["plain", "parameters", "numbers in a string", "binary output", "nested data"],
 )
 def test_the_gateway_hands_on_what_the_protocol_has(setting: Setting, changes: dict) -> None:
     assert setting.shared is not None
@@ -91,6 +92,14 @@ def test_the_gateway_hands_on_numbers_that_are_none(setting: Setting) -> None:
     text = f'{{"inputs":[{{"name":"pixels","shape":[1,3,32,32],"datatype":"FP32","data":[{numbers}]}}]}}'
     status, answer = asked(setting.shared.gateway, "image", text)
     assert status == 200, answer
+
+
+@pytest.mark.parametrize("number", ["01", "-01", ".5", "-.5", "1.", "1.e1"])
+def test_the_gateway_refuses_numbers_that_json_does_not_have(setting: Setting, number: str) -> None:
+    """Triton before 26.05 answers them with 500."""
+    assert setting.shared is not None
+    text = json.dumps({**TEXT, "parameters": {"share": "?"}}).replace('"?"', number)
+    assert asked(setting.shared.gateway, "text", text)[0] == 400
 
 
 def test_a_large_body_is_looked_at_too_and_has_its_own_errors(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ const BYTES_OF = {
     BOOL: 1, UINT8: 1, INT8: 1, UINT16: 2, INT16: 2, FP16: 2, BF16: 2, UINT32: 4, INT32: 4, FP32: 4, UINT64: 8, INT64: 8, FP64: 8,
 };
 const NO_NUMBER = /-?\b(?:NaN|Infinity|Inf)\b/g;  // Triton takes them, JSON has none
+const LAX = /[[,:\s]-?(?:0\d|\.)|\.\D/;  // numbers that JSON.parse of njs takes: 01, .5, 1.
 const STRING = /"[^"\\]*(?:\\.[^"\\]*)*"(?:\s*:)?/g;  // with the colon that makes it a name
 const ESCAPED = /\\\\/g;
 const PAIR = /\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}/g;
@@ -91,7 +92,8 @@ function flawOfRequest(r) {
     try {
         const text = body.slice(0, length).toString();
         document = parsed(text);
-        flaw = flawOfStrings(text.match(STRING) || [], document);
+        const lax = LAX.test(text) && LAX.test(text.replace(STRING, ' '));
+        flaw = lax ? 'no JSON: a number like 01, .5 or 1.' : flawOfStrings(text.match(STRING) || [], document);
     } catch (error) {
         return `no JSON: ${error.message}`;
     }
