@@ -50,7 +50,7 @@ from serving.packed import pack
 from serving.served import MIB, Served, served_models
 from serving.stack import limits, sizes, write_whole
 
-CONFIG_MAP_BYTES = 900_000  # a ConfigMap holds 1 MiB, its other entries included
+CONFIG_MAP_BYTES = 900_000  # a ConfigMap holds 1 MiB, its other entries included; kubectl apply --server-side
 
 
 def _scale_of(models: Sequence[Served], build: Path) -> tuple[Scale, list[str]]:

@@ -295,6 +295,7 @@ def loadtest_kustomization(overlay: Overlay, test: LoadTest, base: str) -> str:
     files = "inputs.npz, ca.crt" if test.own_authority else "inputs.npz"
     return f"""\
 # Written by python -m serving.kubernetes (make kubernetes): the load test of {test.model}, through the gateway.
+# kubectl apply --server-side -k: otherwise kubectl keeps the inputs in an annotation, too, which holds 256 KiB.
 apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
 namespace: {NAMESPACE}
