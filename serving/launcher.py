@@ -66,8 +66,8 @@ class EmbeddedServer:
     """A real Triton over `repository`, up inside the `with` block.
 
     Ports are bound on `address`; 0 picks a free one, and the attributes hold what was picked. The server's own log is
-    at `log_path` (`$BUILD/serving/triton-<HTTP port>.log`); with `echo_log` it goes to standard output, and only that of
-    the start is kept.
+    at `log_path` (`$BUILD/serving/triton-<HTTP port>.log`); with `echo_log` it goes to standard output, and only that
+    of the start is kept.
     `behind_gateway` closes what no caller of an endpoint needs, and gives requests in flight longer when it stops.
     `profile` is a folder for what tells where a request's time goes: Triton's
     traces, `trace.json.<n>`, once a client turns them on (trace level TIMESTAMPS), and on stopping the operator
