@@ -168,12 +168,13 @@ def init_weights(module: nn.Module, scheme: Scheme = "auto") -> nn.Module:
                     nn.init.zeros_(layer.bias)
             elif isinstance(layer, nn.Embedding):
                 nn.init.xavier_uniform_(layer.weight)
-                if layer.padding_idx is not None:
-                    layer.weight[layer.padding_idx].zero_()
             elif isinstance(layer, nn.MultiheadAttention):
                 _init_multihead(layer)
             elif isinstance(layer, nn.RNNBase | nn.RNNCellBase):
                 _init_recurrent(layer)
+        for layer in module.modules():  # last: a layer that shares an embedding's weights has filled all of its rows
+            if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+                layer.weight[layer.padding_idx].zero_()
     return module
 
 

@@ -7,7 +7,8 @@ verdict alone. Writes `build/<name>/pruned.safetensors`, from which every later 
 there, and `build/<name>/pruning.json`. Exit 1 where more than deploy.toml's `max_drop` is lost: nothing is
 written then. A killed fine-tuning goes on where it was; one that ended is in the cache (`export.cache`), by weights,
 samples, settings, Python that is loaded, files of the model folder, DATA and what model.py's `fingerprint()` tells. A
-model that has `finetune` and no `fingerprint` is fine-tuned each time: nobody else knows what that read.
+model that has `finetune` or is judged by `evaluate`, and has no `fingerprint`, is pruned each time: nobody else knows
+what they read.
 
 Examples:
     python -m export.prune --model recommender
@@ -62,7 +63,8 @@ def prune_source(source: Source, ratio: float) -> dict[str, Any]:
         evaluation = list(source.rows("evaluation", EVALUATION_ROWS))
     original = source.unpruned()
     reads = source.reads()
-    known = source.finetune is None or reads["fingerprint"] is not None
+    asks = source.finetune is not None or spec.precision.metric is not None  # the model's own code, of its own data
+    known = not asks or reads["fingerprint"] is not None
     key = key_of(
         "prune",
         weights=weights_digest(original),

@@ -361,6 +361,32 @@ def test_a_finetune_of_the_models_own_is_what_runs_and_too_much_lost_publishes_n
     assert list(tmp_path.rglob("prun*")) == []
 
 
+EVALUATE = """
+
+def evaluate(predict):
+    from pathlib import Path
+    return {"accuracy": float(Path(__file__).parents[1].joinpath("score").read_text())}
+"""
+
+
+def test_a_verdict_is_asked_anew_where_nobody_knows_what_evaluate_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "models" / "image"
+    shutil.copytree("tests/models/image", folder)
+    with (folder / "model.py").open("a") as file:
+        file.write(EVALUATE)
+    toml = (folder / "deploy.toml").read_text()
+    (folder / "deploy.toml").write_text(toml.replace("[precision]\n", '[precision]\nmetric = "accuracy"\n'))
+    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    monkeypatch.setenv("CACHE", str(tmp_path / "cache"))
+    found = []
+    for score in ("0.5", "0.5", "0.25"):  # what is imported on the way of the first is a part of the others' key
+        (tmp_path / "models" / "score").write_text(score)
+        found.append(prune_source(Source("image", str(tmp_path / "models")), 0.25)["pruned"])
+    assert found == [{"accuracy": 0.5}, {"accuracy": 0.5}, {"accuracy": 0.25}]
+
+
 def test_a_killed_fine_tuning_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BUILD", str(tmp_path))
     source = Source("image", "tests/models")

@@ -168,6 +168,13 @@ def test_init_weights_takes_modules_with_every_kind_of_odd_layer() -> None:
     assert init_weights(nn.Identity())
 
 
+def test_the_padding_row_of_an_embedding_that_shares_its_weights_is_zero() -> None:
+    embedding, head = nn.Embedding(5, 4, padding_idx=2), nn.Linear(4, 5)
+    head.weight = embedding.weight
+    init_weights(nn.ModuleList([embedding, head]))
+    assert embedding.weight.detach().any(dim=1).tolist() == [True, True, False, True, True]
+
+
 def test_init_weights_says_what_it_does_not_know() -> None:
     with pytest.raises(InputError, match="seen 'orthogonal'; allowed: auto, xavier_uniform, kaiming_uniform"):
         init_weights(nn.Linear(1, 1), "orthogonal")  # type: ignore[arg-type]
