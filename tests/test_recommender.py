@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from deepseek.pruning import PruneConfig, prune_model
+from deepseek.sizing.live import LiveBytes
 from deepseek.spec import InputError
-from models.recommender import data, model
+from models.recommender import data, model, recipe
 from models.recommender.data import HISTORY, TOP, Interactions
 from models.recommender.model import NextItem, Recommender, transformer_config
 
@@ -105,7 +106,7 @@ def interactions(*histories: Sequence[int], times: Sequence[float] | None = None
 
 
 def test_windows_of_a_long_history_differ_by_epoch_and_the_targets_are_the_next_items() -> None:
-    windows = model.Windows(interactions(range(1, 201), [5], [7, 8]), seed=0, at_least=1)
+    windows = recipe.Windows(interactions(range(1, 201), [5], [7, 8]), seed=0, at_least=1)
     assert len(windows) == 4 + 1
     seen = set()
     for epoch in range(5):
@@ -118,7 +119,7 @@ def test_windows_of_a_long_history_differ_by_epoch_and_the_targets_are_the_next_
 
 
 def test_what_was_seen_at_the_same_moment_comes_in_any_order_and_nothing_else_does() -> None:
-    windows = model.Windows(interactions([5, 6, 7, 8], times=[1.0, 2.0, 2.0, 3.0]), seed=0, at_least=1)
+    windows = recipe.Windows(interactions([5, 6, 7, 8], times=[1.0, 2.0, 2.0, 3.0]), seed=0, at_least=1)
     seen = set()
     for epoch in range(20):
         windows.set_epoch(epoch)
@@ -127,7 +128,36 @@ def test_what_was_seen_at_the_same_moment_comes_in_any_order_and_nothing_else_do
 
 
 def test_an_epoch_of_a_small_log_goes_through_it_more_than_once() -> None:
-    assert len(model.Windows(interactions([7, 8], [7, 8], [7, 8]), seed=0, at_least=64)) == 66
+    assert len(recipe.Windows(interactions([7, 8], [7, 8], [7, 8]), seed=0, at_least=64)) == 66
+
+
+def test_movielens_is_trained_in_batches_of_64() -> None:
+    for config in (recipe.training_config(0, 1682), recipe.finetuning_config(1682)):
+        assert (config.batch_size, config.accumulation_steps) == (64, 1)
+
+
+@pytest.mark.parametrize("limit", [200_000_000, 60_000_000, 36_000_000], ids=["64", "fewer", "few"])
+def test_a_step_of_a_large_catalogue_stays_within_half_of_the_memory(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "limit_bytes", lambda _: float(limit))
+    items = 3000
+    config = recipe.training_config(0, items)
+    size = int(config.batch_size)
+    assert size * config.accumulation_steps == 64
+    network = NextItem(Recommender(transformer_config(items)))
+    ids = torch.randint(1, items + 1, (size, HISTORY + 1))
+    with LiveBytes() as live:
+        live.watch(network.parameters())
+        torch.nn.functional.cross_entropy(*network(ids[:, :-1], ids[:, 1:])).backward()
+    assert live.most < limit / 2
+
+
+def test_a_catalogue_that_no_memory_holds_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "limit_bytes", lambda _: 8e9)
+    says = r"20,000,000 items: training takes 73.44 GB at one history a batch, half of the memory is 4.00 GB; leave"
+    with pytest.raises(InputError, match=says):
+        recipe.training_config(0, 20_000_000)
 
 
 def test_recommended_items_are_never_in_the_input_nor_padding(recommender: Recommender) -> None:
@@ -224,8 +254,8 @@ def test_a_shops_log_is_trained_evaluated_and_labelled_and_beats_popularity(
 @pytest.mark.slow
 def test_finetune_brings_a_pruned_one_back(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "MIN_WINDOWS", 256)
-    settings = model.finetuning_config()
-    monkeypatch.setattr(model, "finetuning_config", lambda: replace(settings, max_epochs=4))
+    settings = recipe.finetuning_config(ITEMS)
+    monkeypatch.setattr(model, "finetuning_config", lambda num_items: replace(settings, max_epochs=4))
     trained = model.train()["validation"]["ndcg@10"]
     pruned, rows = model.load(), torch.from_numpy(data.load().held_out("validation")[0])
     report = prune_model(pruned, (rows,), PruneConfig(ratio=0.4))

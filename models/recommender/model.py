@@ -35,16 +35,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from deepseek.checkpoints import digest, replace
-from deepseek.config import AdviceWarning, TrainingConfig, TransformerConfig
+from deepseek.config import AdviceWarning, TransformerConfig
 from deepseek.distillation import AsServed
 from deepseek.spec import InputError, Parser, build_dir, run_command
 from deepseek.training import train_model
 from deepseek.transformer import MASKED, Transformer
 from models.recommender import data
 from models.recommender.data import HISTORY, PADDING, SPEC, TOP, Interactions, Rows
+from models.recommender.recipe import HIDDEN_SIZE, Windows, finetuning_config, training_config
 
 CALIBRATION_ROWS = 1024
 MIN_WINDOWS = 1024  # in an epoch
@@ -62,7 +63,7 @@ def transformer_config(num_items: int) -> TransformerConfig:
         warnings.simplefilter("ignore", AdviceWarning)
         return TransformerConfig(
             num_layers=2,
-            hidden_size=96,
+            hidden_size=HIDDEN_SIZE,
             num_attention_heads=2,
             intermediate_size=192,
             vocab_size=num_items + 1,
@@ -73,31 +74,6 @@ def transformer_config(num_items: int) -> TransformerConfig:
             attention_dropout=0.0,
             ffn_dropout=0.3,
         )
-
-
-def training_config(seed: int) -> TrainingConfig:
-    """Chosen on MovieLens' validation split; about a minute and a half on two free cores."""
-    return TrainingConfig(
-        max_epochs=28,
-        batch_size=64,
-        learning_rate=3e-3,
-        plateau_patience=1,  # the loss of averaged weights hardly wavers: two worse epochs are no accident
-        ema_decay=0.99,
-        early_stopping_patience=5,
-        seed=seed,
-    )
-
-
-def finetuning_config() -> TrainingConfig:
-    """For a pruned model; chosen on the validation split as well."""
-    return TrainingConfig(
-        max_epochs=16,
-        batch_size=64,
-        learning_rate=3e-3,
-        plateau_patience=1,
-        ema_decay=0.99,
-        early_stopping_patience=5,
-    )
 
 
 class Recommender(nn.Module):
@@ -145,37 +121,6 @@ class NextItem(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         asked = (inputs != PADDING) & (targets != PADDING)
         return self.recommender.logits(self.recommender.transformer(inputs)[asked]), targets[asked]
-
-
-class Windows(Dataset[tuple[Tensor, Tensor]]):
-    """Stretches of the histories, drawn anew in every epoch: inputs and targets (HISTORY,).
-
-    Of a long history another stretch, and what one user saw at the same moment in another order: that
-    order is chance, and to learn it costs quality. A small log is gone through several times, until
-    there are `at_least` windows: patience counts epochs, and an epoch of three steps says nothing.
-    """
-
-    def __init__(self, log: Interactions, seed: int, at_least: int) -> None:
-        pairs = zip(log.training, log.training_times, strict=True)
-        self.histories = [(items, times) for items, times in pairs if len(items) >= 2]
-        shares = [-(-(len(items) - 1) // HISTORY) for items, _ in self.histories]  # windows that would cover it
-        once = np.repeat(np.arange(len(self.histories)), shares)
-        self.owners = np.tile(once, -(-at_least // len(once)))
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.owners)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        items, times = self.histories[self.owners[index]]
-        random = np.random.default_rng([self.seed, self.epoch, index])
-        items = items[np.lexsort((random.random(len(items)), times))]
-        end = random.integers(min(HISTORY + 1, len(items)), len(items) + 1)
-        row = torch.from_numpy(data.left_padded([items[:end]], HISTORY + 1)[0])
-        return row[:-1], row[1:]
 
 
 def weights_path() -> Path:
@@ -277,7 +222,7 @@ def train(seed: int = 0, console: Console | None = None) -> dict[str, Any]:
     inputs, targets = (torch.from_numpy(rows) for rows in log.held_out("validation"))
     last_only = F.pad(targets[:, None], (HISTORY - 1, 0), value=PADDING)  # one target a row, as when serving
     checkpoints = build_dir(SPEC.name) / "checkpoints"  # of a run that was killed; none after one that ended
-    settings = training_config(seed)
+    settings = training_config(seed, log.num_items)
     result = train_model(
         NextItem(model),
         Windows(log, seed, MIN_WINDOWS),
@@ -340,7 +285,7 @@ def finetune(model: Recommender) -> None:
         Windows(log, 0, MIN_WINDOWS),
         TensorDataset(inputs, F.pad(targets[:, None], (HISTORY - 1, 0), value=PADDING)),
         loss,
-        finetuning_config(),
+        finetuning_config(log.num_items),
         checkpoints=build_dir(SPEC.name) / "checkpoints-pruning" / weights,
         identity={"log": log.fingerprint, "weights": weights},
     )
