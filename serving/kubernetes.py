@@ -48,7 +48,7 @@ from serving.manifests import (
 )
 from serving.packed import pack
 from serving.served import MIB, Served, served_models
-from serving.stack import limits, sizes, write_whole
+from serving.stack import gateway_sizes, limits, sizes, write_whole
 
 CONFIG_MAP_BYTES = 900_000  # a ConfigMap holds 1 MiB, its other entries included; kubectl apply --server-side
 
@@ -213,6 +213,7 @@ def main() -> None:
         base=os.path.relpath(args.base.resolve(), folder.resolve()),
         on_gpu=any(model.needs_gpu for model in models),
         sizes=sizes(models),
+        gateway=gateway_sizes(models),
         scale=scale,
         autoscaler=args.autoscaler,
         registry=args.registry,

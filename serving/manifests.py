@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deepseek.spec import InputError
 from serving.flags import GATEWAY_EXIT_TIMEOUT_S
-from serving.stack import REST_S, Sizes
+from serving.stack import BODY_IN_MEMORY, GATEWAY_FILES_MIB, GATEWAY_MIB, REST_S, GatewaySizes, Sizes
 
 NAMESPACE = "deepseek"
 IMAGE_TAG = "0.1.0"  # of the manifests as they stand: the project's version
@@ -91,6 +91,7 @@ class Overlay:
     """The folder `kubernetes/`, from the overlay's."""
     on_gpu: bool
     sizes: Sizes
+    gateway: GatewaySizes
     scale: Scale
     autoscaler: Autoscaler
     registry: str
@@ -199,7 +200,8 @@ spec:
 
 
 def gateway_patch(overlay: Overlay) -> str:
-    """Time for the longest answer."""
+    """Time for the longest answer, room for the largest bodies."""
+    size = overlay.gateway
     answer_s = max(GATEWAY_EXIT_TIMEOUT_S, overlay.sizes.exit_timeout_s)
     return f"""\
 apiVersion: apps/v1
@@ -210,6 +212,16 @@ spec:
     spec:
       # preStop {GATEWAY_PRE_STOP_S} s, then requests in flight {answer_s} s, then {REST_S} s for what is left
       terminationGracePeriodSeconds: {GATEWAY_PRE_STOP_S + answer_s + REST_S}
+      containers:
+        - name: gateway
+          resources:
+            # {GATEWAY_MIB} MiB for nginx and for requests under 1 MB, /tmp,
+            # and {BODY_IN_MEMORY} times its bodies, while they are JSON
+            limits: {{memory: {size.memory_mib}Mi}}
+      volumes:
+        # {GATEWAY_FILES_MIB} MiB, and {size.at_once} of the largest bodies ({size.body_mib:.2f} MiB) at a time;
+        # what finds no room is refused
+        - {{name: tmp, emptyDir: {{medium: Memory, sizeLimit: {size.tmp_mib}Mi}}}}
 """
 
 

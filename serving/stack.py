@@ -34,6 +34,11 @@ CPU_FILES, GPU_FILES = "compose.yaml", "compose.yaml:docker/compose.gpu.yaml"
 SHM_MIB = 256  # seen to be enough for small models; what is not used takes no memory
 CPU_MEMORY, GPU_MEMORY = 2**30, 8 * 2**30  # CUDA and TensorRT keep some of theirs on the host
 LEAST_RATE_RPS = 100
+GATEWAY_MIB = 512  # for nginx and for requests under 1 MB, which stay in memory
+GATEWAY_FILES_MIB = 16  # what gateway.sh writes, which is little
+LEAST_LARGE, MOST_LARGE = 4, 512  # of the largest bodies, at a time: as many as LARGE_BYTES have room for
+LARGE_BYTES = 128 * MIB
+BODY_IN_MEMORY = 5  # times a body of JSON: up to three copies, 35 bytes a number; seen with nginx 1.26 and njs 0.8
 REST_S = 10  # for what is left when requests in flight have had their time
 RATE_HEADROOM = 2  # times the highest rate of the SLO that one key may send
 
@@ -46,11 +51,14 @@ def limits(models: list[Served]) -> str:
     headroom = f"{RATE_HEADROOM} times the SLOs' rates, {LEAST_RATE_RPS} at the least"
     bounds_ms = [histogram_bounds_ms(model.p99_ms, model.latency_limits_ms.values()) for model in models]
     bounds = sorted({bound_s(bound) for each in bounds_ms for bound in each}, key=float)
+    large = gateway_sizes(models).at_once
     return f"""\
 # Written by python -m serving.stack from the models in the repository; the gateway reads it again when it changes.
 # {body.name}: {body.input_numbers} numbers of up to {JSON_BYTES} bytes in JSON, and {HEADER_BYTES} bytes around them
 client_max_body_size {body.body_bytes};
 client_body_buffer_size {min(body.body_bytes, MIB)};
+# JSON of 1 MB or more that is held in memory at a time; the sums of GATEWAY_MEMORY
+limit_conn large_json {large};
 # {late.name}: {late.queue_timeout_ms:g} ms in the queue, then {LATENESS} times the p99 of {late.p99_ms:g} ms
 proxy_read_timeout {late.timeout_s}s;
 grpc_read_timeout {late.timeout_s}s;
@@ -59,6 +67,31 @@ js_var $default_rate_rps {rate};
 # shares of each p99, and each latency that the SLOs name
 js_var $buckets_s "{" ".join(bounds)}";
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySizes:
+    """What the gateway takes, so that as many of the largest bodies as it promises find room."""
+
+    body_mib: float
+    at_once: int
+
+    @property
+    def tmp_mib(self) -> int:
+        """Of `/tmp`, which is memory: each body of 1 MB or more is a file there. What finds no room is refused."""
+        return math.ceil(GATEWAY_FILES_MIB + self.at_once * self.body_mib)
+
+    @property
+    def memory_mib(self) -> int:
+        """All of it: `/tmp`, too."""
+        return math.ceil(GATEWAY_MIB + self.tmp_mib + BODY_IN_MEMORY * self.at_once * self.body_mib)
+
+
+def gateway_sizes(models: list[Served]) -> GatewaySizes:
+    """The sums of the gateway, wherever it runs."""
+    body = max(model.body_bytes for model in models)
+    at_once = min(MOST_LARGE, max(LEAST_LARGE, LARGE_BYTES // body))
+    return GatewaySizes(body_mib=body / MIB, at_once=at_once)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +136,7 @@ def environment(
 ) -> str:
     """The env file's content; `default` is the model that a load test asks where it is told none."""
     on_gpu = [model.name for model in models if model.needs_gpu]
-    size = sizes(models)
+    size, gateway = sizes(models), gateway_sizes(models)
     user, group = owner()
     regions = ", ".join(f"{model.name} {model.shm_bytes / MIB:.0f} MiB" for model in models)
     why = f"{', '.join(on_gpu)} need a GPU" if on_gpu else "no model needs a GPU"
@@ -136,6 +169,12 @@ SHM_SIZE={size.shm_mib}m
 # {size.base_mib} MiB for the server, four times the weights of all instances ({size.weights_mib} MiB), 32 times their
 # largest batches for what is computed in between ({size.work_mib} MiB), and the shared memory
 TRITON_MEMORY={size.memory_mib}m
+# {GATEWAY_FILES_MIB} MiB, and {gateway.at_once} of the largest bodies ({gateway.body_mib:.2f} MiB) at a time;
+# what finds no room is refused
+GATEWAY_TMP={gateway.tmp_mib}m
+# {GATEWAY_MIB} MiB for nginx and for requests under 1 MB, /tmp,
+# and {BODY_IN_MEMORY} times those bodies, while they are JSON
+GATEWAY_MEMORY={gateway.memory_mib}m
 # Requests in flight when it stops: no answer takes longer; then 10 s for what is left
 EXIT_TIMEOUT_S={size.exit_timeout_s}
 STOP_GRACE={size.exit_timeout_s + REST_S}s

@@ -38,10 +38,22 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-class Gateway:
-    """gateway.sh over `folder`, before the Triton at the given `host:port`s; ended by `stop`."""
+def mounting() -> list[str]:
+    """The command that runs another where it may mount; skips where nobody may."""
+    command = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
+    tried = subprocess.run([*command, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"no mount of one's own here: {tried.stderr.strip()}")
+    return command
 
-    def __init__(self, folder: Path, limits: str, http: str, grpc_: str) -> None:
+
+class Gateway:
+    """gateway.sh over `folder`, before the Triton at the given `host:port`s; ended by `stop`.
+
+    With `room_mib` its files, large bodies among them, lie in a memory file system of that size, as in a container.
+    """
+
+    def __init__(self, folder: Path, limits: str, http: str, grpc_: str, *, room_mib: int | None = None) -> None:
         self.folder = folder / "gateway"
         self.port, self.internal_port = free_port(), free_port()
         self.log_path = folder / "gateway.log"
@@ -57,9 +69,14 @@ class Gateway:
             "TRITON_GRPC": grpc_,
             "WATCH_S": "0.2",
         }
+        command = ["docker/gateway/gateway.sh"]
+        if room_mib is not None:
+            (folder / "run").mkdir()
+            mount = f'mount -t tmpfs -o size={room_mib}m tmpfs "$RUN_FOLDER"'
+            command = [*mounting(), "bash", "-c", f"{mount} && exec {command[0]}"]
         self._log: IO[bytes] = self.log_path.open("wb")
         self.process = subprocess.Popen(
-            ["docker/gateway/gateway.sh"],
+            command,
             env={**os.environ, **{name: str(value) for name, value in settings.items()}},
             stdout=self._log,
             stderr=subprocess.STDOUT,

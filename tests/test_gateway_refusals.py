@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import re
 import socket
 import ssl
 import time
 import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
+import tritonclient.http as triton_http
 from tritonclient.utils import InferenceServerException
 
 from serving.embedded import EmbeddedServer
 from serving.flags import ADMIN_HEADER
-from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body
+from serving.stack import limits, served_models
+from tests.conftest import write_add_one
+from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body, skip_without_nginx
 
 # ---- only inference, metadata and readiness ----------------------------------------------------
 
@@ -193,6 +202,82 @@ def test_a_body_without_a_length_is_measured_as_it_comes(gateway: Gateway) -> No
     request = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n"
     request += f"Authorization: Bearer {gateway.key}\r\n\r\n"
     assert gateway.send(request.encode() + chunk * 20 + b"0\r\n\r\n")[0] == 413
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway with room for six bodies of 4 MB, and for two of them as JSON."""
+    skip_without_nginx()
+    folder = tmp_path_factory.mktemp("narrow")
+    write_add_one(folder / "repository", delay_s=0.3)
+    models = [replace(model, input_numbers=200_000) for model in served_models(folder / "repository", folder)]
+    text = re.sub(r"(limit_conn large_json) \d+", r"\1 2", limits(models))
+    ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+    with EmbeddedServer(folder / "repository", log_path=folder / "triton.log", exit_timeout_s=1, **ports) as server:
+        running = Gateway(folder, text, server.http_url, server.grpc_url, room_mib=26)
+        yield running
+        assert running.stop() == 0
+
+
+LARGE = (8, 62_500)  # rows, and columns of the two lines that a row has: 4 MB
+
+
+def json_at_once(gateway: Gateway) -> tuple[str, str]:
+    """What a large request as JSON comes to, and is told."""
+    status, answer = gateway.http("POST", INFER, body=json_body(8, 16_000))
+    return str(status), answer.decode().partition("\r\n\r\n")[2] if status != 200 else ""
+
+
+def binary_at_once(gateway: Gateway) -> tuple[str, str]:
+    """The same of one with binary tensors over HTTP."""
+    body, length = triton_http.InferenceServerClient.generate_request_body([binary_input(*LARGE)])
+    header = f"Inference-Header-Content-Length: {length}"
+    status, answer = gateway.http("POST", INFER, header, body=body)
+    return str(status), answer.decode(errors="replace").partition("\r\n\r\n")[2] if status != 200 else ""
+
+
+def grpc_at_once(gateway: Gateway) -> tuple[str, str]:
+    """The same over gRPC."""
+    with gateway.grpc_client() as client:
+        try:
+            client.infer("add_one", grpc_input(*LARGE), headers=authorized(gateway.key))
+        except InferenceServerException as error:
+            return error.status(), error.message()
+    return "200", ""
+
+
+def binary_input(rows: int, columns: int) -> triton_http.InferInput:
+    """The input of `add_one` for HTTP."""
+    tensor = triton_http.InferInput("x", [rows, 2, columns], "FP32")
+    tensor.set_data_from_numpy(np.zeros((rows, 2, columns), np.float32))
+    return tensor
+
+
+NO_ROOM = "more large requests at a time than there is memory for; try again"
+NO_ROOM_FOR_JSON = "more large JSON requests at a time than there is memory for; send binary tensors, or try again"
+
+
+@pytest.mark.parametrize(
+    ("send", "status", "said"),
+    [
+        (json_at_once, "429", f'{{"error":"{NO_ROOM_FOR_JSON}"}}\n'),
+        (binary_at_once, "429", f'{{"error":"{NO_ROOM}"}}\n'),
+        (grpc_at_once, "StatusCode.RESOURCE_EXHAUSTED", NO_ROOM),
+    ],
+    ids=["json", "binary", "grpc"],
+)
+def test_of_many_large_requests_at_once_those_that_find_no_room_are_refused_in_one_line(
+    narrow: Gateway, send: Callable[[Gateway], tuple[str, str]], status: str, said: str
+) -> None:
+    found = set()
+    with ThreadPoolExecutor(12) as pool:
+        for _ in range(5):  # a busy machine may send one after the other
+            found |= set(pool.map(send, [narrow] * 12))
+            if len(found) > 1:
+                break
+    assert found == {("200", ""), (status, said)}
+    assert narrow.http("POST", INFER, body=json_body())[0] == 200
+    assert send(narrow)[0] == "200"  # there is room again
 
 
 def test_compressed_requests_are_refused_before_anything_unpacks_them(gateway: Gateway) -> None:

@@ -183,6 +183,17 @@ def test_the_committed_memory_is_the_sum_in_its_comment() -> None:
     assert gpu == {**limits, "memory": f"{stack.GPU_MEMORY // 2**20 + 64 + stack.SHM_MIB}Mi", "nvidia.com/gpu": "1"}
 
 
+def test_the_gateways_committed_memory_is_that_of_its_limits() -> None:
+    body = re.search(r"client_max_body_size (\d+)m;", Path("kubernetes/base/limits.conf").read_text())
+    at_once = re.search(r"limit_conn large_json (\d+);", Path("kubernetes/base/limits.conf").read_text())
+    assert body is not None
+    assert at_once is not None
+    size = stack.GatewaySizes(body_mib=int(body[1]), at_once=int(at_once[1]))
+    assert container_of(committed("base"), "gateway")["resources"]["limits"]["memory"] == f"{size.memory_mib}Mi"
+    (tmp,) = (volume for volume in pod_of(committed("base"), "gateway")["volumes"] if volume["name"] == "tmp")
+    assert tmp["emptyDir"] == {"medium": "Memory", "sizeLimit": f"{size.tmp_mib}Mi"}
+
+
 def test_kserve_runs_the_container_of_the_deployment() -> None:
     ours, theirs = container_of(committed("overlays/cpu")), find(committed("overlays/kserve"), "InferenceService")
     predictor = theirs["spec"]["predictor"]

@@ -46,6 +46,10 @@ def test_the_overlay_has_the_sums_of_the_compose_stack(generated: dict[str, Path
     assert pod["terminationGracePeriodSeconds"] == PRE_STOP_S + size.exit_timeout_s + stack.REST_S
     assert pod_of(objects, "gateway")["terminationGracePeriodSeconds"] == 10 + size.exit_timeout_s + stack.REST_S
     assert find(objects, "ConfigMap", "gateway-limits")["data"]["limits.conf"] == stack.limits(models)
+    room = stack.gateway_sizes(models)
+    assert container_of(objects, "gateway")["resources"]["limits"]["memory"] == f"{room.memory_mib}Mi"
+    (tmp,) = (volume for volume in pod_of(objects, "gateway")["volumes"] if volume["name"] == "tmp")
+    assert tmp["emptyDir"] == {"medium": "Memory", "sizeLimit": f"{room.tmp_mib}Mi"}
 
 
 def test_on_cpus_no_container_of_tritons_pod_keeps_it_from_cores_of_its_own(generated: dict[str, Path]) -> None:

@@ -19,7 +19,7 @@ import yaml
 from deepseek.spec import DeploymentSpec
 from serving.embedded import EmbeddedServer
 from serving.flags import CLOSED, Endpoints, behind_gateway, server_flags
-from serving.stack import LEAST_RATE_RPS, Served, limits, refresh, served_models
+from serving.stack import LEAST_RATE_RPS, MIB, Served, gateway_sizes, limits, refresh, served_models
 from tests.conftest import run_module, write_add_one
 
 TEXT = Served(
@@ -168,6 +168,20 @@ def test_limits_are_the_sums_of_the_models(built: Path) -> None:
     assert image.weights_bytes > 1000
     text = limits(list(models.values()))
     assert f"client_max_body_size {max(model.body_bytes for model in models.values())};" in text
+
+
+def test_the_gateway_has_room_for_as_many_of_the_largest_bodies_as_it_takes_at_once(tmp_path: Path) -> None:
+    image = replace(TEXT, input_numbers=32 * 3 * 224 * 224)
+    size = gateway_sizes([TEXT, image])
+    assert size.at_once == 4
+    assert size.tmp_mib * MIB > 4 * image.body_bytes
+    assert size.memory_mib * MIB > (size.tmp_mib + 512) * MIB + 4 * 4 * image.body_bytes
+    assert "limit_conn large_json 4;" in limits([TEXT, image])
+    assert gateway_sizes([TEXT]).at_once == 128 * MIB // TEXT.body_bytes
+    write_add_one(tmp_path / "repository")
+    found = write(tmp_path / "repository")
+    size = gateway_sizes(served_models(tmp_path / "repository", tmp_path))
+    assert (found["GATEWAY_TMP"], found["GATEWAY_MEMORY"]) == (f"{size.tmp_mib}m", f"{size.memory_mib}m")
 
 
 def test_the_time_out_is_the_queues_and_ten_times_the_p99(tmp_path: Path) -> None:
