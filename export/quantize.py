@@ -51,6 +51,7 @@ from export.artifact import (
     Row,
     axes_of,
     human_bytes,
+    json_text,
     load_rows,
     need,
     onnx_path,
@@ -179,7 +180,7 @@ def _quantize(
     prove(config, found)
     _check_that_it_runs(spec, graph, evaluation)
     for name, report in reports.items():
-        (scratch / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+        (scratch / f"{name}.json").write_text(json_text(report) + "\n")
     manifest = Manifest(
         model=spec.name,
         precision=config.precision,
@@ -382,6 +383,8 @@ def _parser() -> Parser:
 def main() -> None:
     """Quantizes one model to one precision."""
     args = _parser().parse_args()
+    if args.weight_only and args.precision != "int8":
+        raise InputError(f"--weight-only: seen with --precision {args.precision}; it makes int8 weights: leave it out")
     spec = DeploymentSpec.of_model(args.model, args.models)
     precision = spec.precision
     data = args.calibration_data or need(
@@ -411,7 +414,7 @@ def main() -> None:
         refuse(onnx_path(spec.name, args.precision), str(error))
         result = {"precision": args.precision, "refused": str(error)}
     if args.json:
-        print(json.dumps(result, indent=2))
+        print(json_text(result))
     elif "refused" in result:
         print(f"{args.precision} cannot be made, the other precisions go on: {result['refused']}")
     else:

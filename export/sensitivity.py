@@ -118,18 +118,27 @@ def sensitivity_pass(
 
 
 def verdict(report: dict[str, Any], precision: str, high: str) -> str:
-    """The report in one line; `high` is the precision of what is not quantized."""
-    allowed = f"{report['max_drop']:.2%} allowed"
+    """The report in one line; `high` is the precision of what is not quantized.
+
+    A drop is None in a report that was read back where it was infinite: JSON has no such number.
+    """
+    allowed, drop = f"{report['max_drop']:.2%} allowed", _percent(report["drop"])
     if not report["layers"]:
-        return f"drop {report['drop']:.2%}, {'inside' if report['held'] else 'outside'} the {allowed}"
+        return f"drop {drop}, {'inside' if report['held'] else 'outside'} the {allowed}"
     if report["held"]:
         kept = sum(layer["high"] for layer in report["layers"])
-        return f"{kept} of {len(report['layers'])} layers stay {high}; drop {report['drop']:.2%}, inside the {allowed}"
-    line = f"hopeless in {precision}: drop {report['drop']:.2%}, {allowed}"
+        return f"{kept} of {len(report['layers'])} layers stay {high}; drop {drop}, inside the {allowed}"
+    line = f"hopeless in {precision}: drop {drop}, {allowed}"
     if report["tried"]:
-        least = min(report["tried"], key=lambda each: each["drop"])
-        line += f"; at best {least['drop']:.2%}, with {least['high']} of {len(report['layers'])} layers kept {high}"
+        least = min(report["tried"], key=lambda each: math.inf if each["drop"] is None else each["drop"])
+        line += (
+            f"; at best {_percent(least['drop'])}, with {least['high']} of {len(report['layers'])} layers kept {high}"
+        )
     return line
+
+
+def _percent(drop: float | None) -> str:
+    return "infinite" if drop is None else f"{drop:.2%}"
 
 
 def shares_table(report: dict[str, Any], precision: str, high: str) -> Table:

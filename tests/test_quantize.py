@@ -193,6 +193,14 @@ def test_a_candidate_that_cannot_be_made_leaves_word_and_the_others_go_on(copied
     assert (choice["variants"].keys(), choice["refused"].keys()) == ({"fp32", "fp16"}, {"int8"})
 
 
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_weights_alone_are_int8_and_no_other_precision(precision: str, tmp_path: Path) -> None:
+    flags = ("--models", "tests/models", "--model", "text", "--precision", precision, "--weight-only")
+    run = run_module("export.quantize", *flags, BUILD=str(tmp_path))
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert f"--weight-only: seen with --precision {precision}; " in run.stderr
+
+
 def test_a_truncated_onnx_file_is_one_line_and_exit_2(built: Path, tmp_path: Path) -> None:
     shutil.copytree(built / "build" / "image", tmp_path / "image")
     path = tmp_path / "image" / "fp32" / "model.onnx"

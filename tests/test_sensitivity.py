@@ -11,6 +11,7 @@ import pytest
 
 from deepseek.quantization import HighPrecision, QuantConfig
 from deepseek.spec import build_dir
+from export.artifact import json_text
 from export.compare import compare
 from export.compare import show as show_choice
 from export.quantize import quantize_model, show
@@ -111,6 +112,17 @@ def test_a_hopeless_model_is_said_to_be_and_fp32_is_served(tmp_path: Path, capsy
     shown = capsys.readouterr().out
     assert "hopeless in int8: drop " in shown
     assert "share of the error" in shown
+
+
+def test_a_drop_without_a_number_is_null_in_json_and_infinite_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = in_int8(small(tmp_path, "return 1 / ((x * self.spread) @ self.told)"))  # at 8 bits one over nothing
+    written = (build_dir("small") / "int8" / "sensitivity.json").read_text()
+    assert json.loads(written, parse_constant=pytest.fail)["drop"] is None
+    json.loads(json_text(result), parse_constant=pytest.fail)
+    show(result, "fp32")
+    assert "hopeless in int8: drop infinite, 0.10% allowed" in capsys.readouterr().out
 
 
 def test_inside_the_budget_nothing_is_tried(tmp_path: Path) -> None:
