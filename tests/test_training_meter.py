@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, TensorDataset
 from deepseek.spec import InputError
 from deepseek.training import TrainingDiverged, train_model
 from deepseek.training.meter import MOST, WINDOW, LossWatch, Meter
-from deepseek.training.report import chart, draw
+from deepseek.training.report import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, chart, draw
 from tests.test_training import cross_entropy, network, one_thread, points, settings
 
 __all__ = ["one_thread"]  # a fixture, for every test here too
@@ -190,6 +190,39 @@ def test_a_chart_bears_what_is_no_number_one_point_and_nothing(log: bool) -> Non
     assert chart("x", {"": [(1, math.nan), (2, math.inf), (3, 5.0)]}, log=log).count('<path class="line') == 1
     assert "nothing to draw" in chart("x", {"": [(1, math.nan)]}, log=log)
     assert "nan" not in chart("x", {"": [(1, 0.0), (2, 0.0)]})
+
+
+@pytest.mark.parametrize("values", [(-2.0, -30.0), (-2.0, 1.0), (0.0, 3.0)], ids=["below 0", "around 0", "above 0"])
+def test_every_point_lies_in_the_frame_with_0(values: tuple[float, float]) -> None:
+    drawn = chart("x", {"": [(step, value) for step, value in enumerate(values, 1)]})
+    (points,) = re.findall(r'class="line a" d="M([\d. L]+)"', drawn)
+    heights = [float(point.split()[1]) for point in points.split("L")]
+    assert all(TOP < height <= HEIGHT - BOTTOM for height in heights)
+    assert ">0</text>" in drawn
+
+
+def test_a_loss_below_0_is_trained_and_drawn(tmp_path: Path) -> None:
+    def likelihood(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model, batch) - 100
+
+    page = tmp_path / "run.html"
+    assert train_model(network(), points(), points(1), likelihood, settings(max_epochs=2), report=page).best_loss < 0
+    assert page.read_text().count('<path class="line') == 7
+
+
+def test_a_run_that_ends_within_an_epoch_has_its_validation_at_the_epochs_end(tmp_path: Path) -> None:
+    def broken(model: nn.Module, batch: Any) -> Tensor:
+        broken.steps += model.training  # type: ignore[attr-defined]
+        return cross_entropy(model, batch) * (math.nan if broken.steps > 6 else 1.0)  # type: ignore[attr-defined]
+
+    broken.steps = 0  # type: ignore[attr-defined]
+    page = tmp_path / "run.html"
+    with pytest.raises(TrainingDiverged):
+        train_model(network(), points(), points(1), broken, settings(), report=page)
+    record = json.loads(page.with_suffix(".json").read_text())
+    assert (record["steps_done"], record["steps_per_epoch"], len(record["epochs"])) == (6, 4, 1)
+    place = LEFT + (4 - 1) / (6 - 1) * (WIDTH - LEFT - RIGHT)
+    assert f'<path class="line b" d="M{place:.1f} ' in page.read_text()
 
 
 def test_a_report_that_is_no_page_is_refused() -> None:

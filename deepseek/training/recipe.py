@@ -336,6 +336,7 @@ class _Run:
                 "best_epoch": position.best_epoch,
                 "steps": meter.curve,
                 "steps_done": position.step,
+                "steps_per_epoch": self.steps_per_epoch,
                 "rows_per_s": meter.rows_per_s,
                 "data_share": meter.data_share,
                 "peak_memory_bytes": meter.peak_memory_bytes,

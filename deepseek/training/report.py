@@ -56,8 +56,8 @@ def draw(record: Mapping[str, Any]) -> str:
     rates = [(point["step"], point["rows"] / point["seconds"]) for point in steps if point["seconds"]]
     waits = [(point["step"], 100 * point["waited_s"] / point["seconds"]) for point in steps if point["seconds"]]
     memory = [(point["step"], point["memory_bytes"] / 2**20) for point in steps]
-    each = record["steps_done"] / len(epochs) if epochs else 0
-    validation = [(each * (index + 1), epoch["validation_loss"]) for index, epoch in enumerate(epochs)]
+    ends = (record["steps_per_epoch"] * (epoch["epoch"] + 1) for epoch in epochs)
+    validation = [(end, epoch["validation_loss"]) for end, epoch in zip(ends, epochs, strict=True)]
     charts = [
         chart("Loss", {"training": of["loss"], "validation": validation}, log=_spans(of["loss"])),
         chart("Learning rate", {"": of["learning_rate"]}, log=_spans(of["learning_rate"])),
@@ -90,13 +90,13 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def chart(title: str, lines: Mapping[str, Points], *, log: bool = False) -> str:
-    """A figure of lines over steps; its y axis begins at 0, or is logarithmic."""
+    """A figure of lines over steps; its y axis has 0 at its bottom, or within it, or is logarithmic."""
     kept = {name: [(x, y) for x, y in points if _drawn(y, log)] for name, points in lines.items()}
     values = [y for points in kept.values() for _, y in points]
     if not values:
         return f"<figure><figcaption>{escape(title)}</figcaption><p>nothing to draw</p></figure>"
     last = max(x for points in kept.values() for x, _ in points)
-    low, high = (min(values) / 1.2, max(values) * 1.2) if log else (min(0.0, min(values)), max(values) * 1.05 or 1.0)
+    low, high = (min(values) / 1.2, max(values) * 1.2) if log else _frame(values)
 
     def at(x: float, y: float) -> str:
         share = math.log(y / low) / math.log(high / low) if log else (y - low) / (high - low)
@@ -123,6 +123,12 @@ def _grid(value: float, place: str) -> str:
     y = place.split()[1]
     line = f'<path class="grid" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>'
     return line + f'<text x="{LEFT - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{_short(value)}</text>'
+
+
+def _frame(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of a linear axis that has 0 and all values."""
+    low, high = min(0.0, *values), max(0.0, *values)
+    return low * 1.05, high * 1.05 if high or low else 1.0
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
