@@ -363,6 +363,7 @@ settings-prune = echo '$(PRUNE)'
 settings-high-precision = echo '$(HIGH)'
 settings-target = echo '$(T)'
 settings-precision = echo '$(PRECISION) $(CANDIDATES)'
+settings-tensorrt = echo '$(if $(INSIDE),$(TRITON_TAG),$(if $(NATIVE),native,$(TRITON_TAG)))'
 $(B)/settings/%: FORCE
 	@mkdir -p $(@D); ($(settings-$*)) >$@.part 2>/dev/null; if cmp -s $@.part $@; then rm $@.part; else mv $@.part $@; fi
 
@@ -408,7 +409,7 @@ endif
 can-build: $(VENV)/.ready
 	@$(PY) -m export.container --tag $(TRITON_TAG) --check
 
-$(B)/%/$(T)/model.plan: $(B)/%/model.onnx export/to_tensorrt.py export/engine.py $(if $(filter tensorrt_rtx,$(T)),| $(VENV)/.ready-rtx) $(if $(NATIVE),| $(VENV)/.ready-tensorrt)
+$(B)/%/$(T)/model.plan: $(B)/%/model.onnx export/to_tensorrt.py export/engine.py $(if $(filter tensorrt,$(T)),$(B)/settings/tensorrt) $(if $(filter tensorrt_rtx,$(T)),| $(VENV)/.ready-rtx) $(if $(NATIVE),| $(VENV)/.ready-tensorrt)
 	@$(ON_TARGET) export.to_tensorrt $(WHICH) --precision $* --target $(T)
 
 .SECONDEXPANSION:

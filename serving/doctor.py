@@ -26,6 +26,7 @@ from rich.table import Table
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import BATCH, InputError, Parser, PublishedManifest, run_command
+from serving.flags import VERSION_COMPATIBLE
 from serving.machine import OLDEST_TAG, TRITON_TAG, Gpu, Machine, parse_tag
 from serving.repository import (
     CONFIG,
@@ -125,6 +126,15 @@ def _rebuild(engine: Engine) -> str:
 
 def _check_tensorrt(engine: Engine, machine: Machine) -> Iterator[Finding]:
     """An engine runs on the GPUs and in the TensorRT that it was built for."""
+    yield from _check_chip(engine, machine)
+    yield from _check_release(engine, machine)
+    if engine.manifest.settings.get("version_compatible"):
+        what = f"is version compatible, which Triton takes with {VERSION_COMPATIBLE} alone"
+        fix = "docker/server.sh gives it; for a start of your own: python -m serving.flags --repository …"
+        yield Finding(level="info", where=f"{engine.model}/{engine.version}", what=what, fix=fix)
+
+
+def _check_chip(engine: Engine, machine: Machine) -> Iterator[Finding]:
     where, manifest = f"{engine.model}/{engine.version}", engine.manifest
     built = manifest.compute_capability
     if not machine.gpus:
@@ -133,16 +143,25 @@ def _check_tensorrt(engine: Engine, machine: Machine) -> Iterator[Finding]:
     elif built and not any(_runs_on(manifest, gpu) for gpu in machine.gpus):
         here = ", ".join(f"{gpu.name} {gpu.compute_capability}" for gpu in machine.gpus)
         yield _mismatch(where, f"was built for compute capability {built}, here is {here}", _rebuild(engine))
-    version, tag = manifest.versions.get("tensorrt"), manifest.versions.get("triton_tag")
-    if machine.tensorrt and version:
-        if not _loads(manifest, version, machine.tensorrt):
-            yield _mismatch(where, f"was built by TensorRT {version}, here is {machine.tensorrt}", _rebuild(engine))
-    elif tag and tag != machine.triton_tag:
+
+
+def _check_release(engine: Engine, machine: Machine) -> Iterator[Finding]:
+    """In Triton's container its TensorRT counts; elsewhere the container's tag, whatever TensorRT a host has itself."""
+    where, manifest = f"{engine.model}/{engine.version}", engine.manifest
+    built, tag = manifest.versions.get("tensorrt"), manifest.versions.get("triton_tag")
+    here = machine.tensorrt if machine.in_container else None
+    rebuild = f"{_rebuild(engine)} TRITON_TAG={machine.triton_tag}"
+    if here and built:
+        if not _loads(manifest, built, here):
+            yield _mismatch(where, f"was built by TensorRT {built}, here is {here}", rebuild)
+    elif tag is None or (manifest.settings.get("version_compatible") and tag < machine.triton_tag):
+        place = f"in the container of {tag}" if tag else "outside the containers"
+        builder = f"TensorRT {built or 'of unknown version'} {place}"
+        what = f"was built by {builder}, and the one of Triton {machine.triton_tag} decides at its start"
+        yield Finding(level="warning", where=where, what=what, fix=rebuild)
+    elif tag != machine.triton_tag:
         what = f"was built in the container of {tag}, Triton's is to be {machine.triton_tag}"
-        yield _mismatch(where, what, f"{_rebuild(engine)} TRITON_TAG={machine.triton_tag}")
-    elif not tag:
-        what = f"TensorRT {version or 'of unknown version'} built it, none is seen here to compare with"
-        yield Finding(level="info", where=where, what=what, fix="the container's --preflight compares them")
+        yield _mismatch(where, what, rebuild)
 
 
 def _runs_on(manifest: PublishedManifest, gpu: Gpu) -> bool:

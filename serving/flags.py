@@ -7,7 +7,7 @@ not let through.
 
 Examples:
     python -m serving.flags                                     # a flag a line
-    python -m serving.flags --repository /models --address 0.0.0.0 --behind-gateway
+    python -m serving.flags --repository /models --address 0.0.0.0 --behind-gateway     # and what its engines need
     python -m serving.flags --trace-url http://jaeger:4318/v1/traces    # spans to an OpenTelemetry collector
 """
 
@@ -18,8 +18,10 @@ import json
 import os
 import secrets
 from dataclasses import dataclass
+from pathlib import Path
 
 from deepseek.spec import InputError, Parser, run_command
+from serving.repository import CONFIG, served_manifests
 
 ADMIN_HEADER = "triton-admin-key"  # gRPC: with the prefix triton-grpc-protocol-, which Triton adds itself
 CONTROL = ("model-repository",)
@@ -29,6 +31,8 @@ CLOSED = ("model-repository", "shared-memory", "trace", "logging", "statistics")
 EXIT_TIMEOUT_S = 3
 # Behind a gateway: the longest that the gateway waits for an answer is below it (serving/stack.py).
 GATEWAY_EXIT_TIMEOUT_S = 30
+# For engines that hold a TensorRT runtime of their own. Triton runs that code: given only where one is served.
+VERSION_COMPATIBLE = "--backend-config=tensorrt,version-compatible=true"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,15 @@ def behind_gateway(
     return server_flags(repository, endpoints, restricted=CLOSED, key=key, exit_timeout_s=exit_timeout_s)
 
 
+def engine_flags(repository: Path) -> list[str]:
+    """What the engines that are served from a repository ask of Triton's backends; nothing where there is none.
+
+    Raises InputError for a configuration or manifest that cannot be read.
+    """
+    served = (manifest for path in repository.glob(f"*/{CONFIG}") for manifest in served_manifests(path.parent))
+    return [VERSION_COMPATIBLE] if any(each.settings.get("version_compatible") for each in served) else []
+
+
 def trace_flags(url: str, every: int = 0) -> list[str]:
     """Spans of requests by OTLP over HTTP: of those that bring a `traceparent`, and of each `every`-th (0: no others).
 
@@ -132,6 +145,7 @@ def main() -> None:
         flags = behind_gateway(args.repository, endpoints, admin_key(), args.exit_timeout_s)
     else:
         flags = server_flags(args.repository, endpoints)
+    flags += engine_flags(Path(args.repository))
     flags += trace_flags(args.trace_url, args.trace_every)
     print(json.dumps(flags, indent=2) if args.json else "\n".join(flags))
 

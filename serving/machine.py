@@ -6,7 +6,6 @@ fills it for this one. What cannot be found out is None, never a guess.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -51,7 +50,7 @@ class Machine:
     triton_tag: str = TRITON_TAG
     """Release of NVIDIA's containers, YY.MM."""
     tensorrt: str | None = None
-    """Version of the TensorRT that is installed; None on a host that leaves it to the container."""
+    """Version of the system's TensorRT library: what Triton loads in its container, and nothing's on a host."""
     gpus: tuple[Gpu, ...] = ()
     ram_bytes: int
     """What processes may use in all: the machine's, or a container's limit."""
@@ -126,14 +125,11 @@ def _output(*command: str) -> str | None:
 
 
 def _tensorrt_version() -> str | None:
-    """Of the library that Triton's backend would load in this container, else of the Python package."""
+    """Of the library that Triton's backend would load in this container; a Python package brings another."""
     for folder in ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/opt/tritonserver/lib"):
         for path in Path(folder).glob("libnvinfer.so.*.*.*"):
             return path.name.removeprefix("libnvinfer.so.")
-    try:
-        return importlib.metadata.version("tensorrt")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _onnxruntime_providers() -> tuple[str, ...] | None:

@@ -102,6 +102,16 @@ def wanted_versions(config: ModelConfig, versions: list[int]) -> list[int]:
     return versions[: max(1, policy.latest.num_versions)]
 
 
+def served_manifests(model: Path) -> list[PublishedManifest]:
+    """Those of the versions that are served; raises InputError for a file that cannot be read."""
+    try:
+        config = read_config(model / CONFIG)
+    except InputError as error:
+        raise InputError(f"{model / CONFIG} {error}") from None
+    places = (model / str(version) / MANIFEST for version in wanted_versions(config, versions_of(model)))
+    return [PublishedManifest.load(place) for place in places if place.is_file()]
+
+
 def check_version(model: Path, version: int) -> tuple[PublishedManifest | None, list[Finding]]:
     """The manifest of a version and what is wrong with its files; the digests are computed over all of them."""
     folder, where = model / str(version), f"{model.name}/{version}"

@@ -128,6 +128,33 @@ def test_make_runs_them_as_they_are_inside_the_image_and_where_native_asks_for_i
     assert "export.container" in dry_run(tmp_path, goal, DEEPSEEK_TRITON_TAG="26.09")  # not the server's
 
 
+STAGES = """[ "$2" = deepseek.spec ] && exec {python} "$@"
+case "$*" in
+    *export.to_onnx*) touch {model}/fp32/model.onnx ;;
+    *export.quantize*) touch {model}/fp16/model.onnx ;;
+    *export.to_tensorrt*) echo "$2 $4" >>{model}/fp16/tensorrt/model.plan ;;
+esac"""
+
+
+def test_an_engine_is_built_anew_where_another_tensorrt_is_to_build_it(tmp_path: Path) -> None:
+    model, environment = tmp_path / "image", tmp_path / "environment"
+    for folder in (environment / "bin", model / "fp32", model / "fp16" / "tensorrt"):
+        folder.mkdir(parents=True)
+    program(environment / "bin", "python", STAGES.format(python=sys.executable, model=model))
+    for name in (".ready", ".ready-tensorrt"):
+        (environment / name).touch()
+    plan = model / "fp16" / "tensorrt" / "model.plan"
+    settings = ("MODELS=tests/models", "MODEL=image", "TARGET=tensorrt", f"BUILD={tmp_path}", f"VENV={environment}")
+    kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "BUILD")}
+    image = {"DEEPSEEK_TRITON_TAG": "26.10"}
+    for arguments, more in (("NATIVE=1",), {}), ((), {}), ((), image), (("TRITON_TAG=26.11",), {}):
+        for _ in range(2):
+            command = ["make", *settings, *arguments, str(plan)]
+            subprocess.run(command, check=True, env={**kept, **more}, stdout=subprocess.DEVNULL)
+    containers = ["export.container 26.10", "export.container 26.11"]
+    assert plan.read_text().splitlines() == ["export.to_tensorrt image", *containers]
+
+
 def stage_of(goal: str) -> str:
     """The stage that makes a file."""
     return "to_tensorrt" if goal.endswith(".plan") else "compare"

@@ -25,6 +25,7 @@ IMAGE = DeploymentSpec.load("tests/models/image")
 H100 = Gpu(name="NVIDIA H100 80GB HBM3", compute_capability="9.0", driver="580.95.05", memory_bytes=80 << 30)
 CPU = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",))
 GPU_HOST = replace(CPU, gpus=(H100,), docker=("nvidia", "runc"))
+TRITONS = replace(CPU, gpus=(H100,), in_container=True, tensorrt="11.2.1")  # the server's container of 26.10
 # What nvidia-smi prints for --query-gpu=name,compute_cap,driver_version,memory.total --format=csv,noheader,nounits.
 NVIDIA_SMI = "NVIDIA H100 80GB HBM3, 9.0, 580.95.05, 81559\nTesla T4, 7.5, 580.95.05, 15360\n"
 
@@ -225,8 +226,8 @@ def test_a_model_of_somebody_else_is_left_to_triton(repository: Path) -> None:
 
 
 def test_an_engine_of_tensorrt_fits_the_gpu_and_release_that_it_was_built_for(on_gpu: Path) -> None:
-    assert lines(on_gpu, GPU_HOST) == []
-    assert lines(on_gpu, replace(GPU_HOST, docker=None, in_container=True, tensorrt="11.2.1")) == []
+    for machine in (GPU_HOST, TRITONS):
+        assert lines(on_gpu, machine) == lines(on_gpu, machine, "warning") == []
 
 
 T4 = replace(H100, name="Tesla T4", compute_capability="7.5")
@@ -237,14 +238,14 @@ T4 = replace(H100, name="Tesla T4", compute_capability="7.5")
     [
         ({"gpus": (T4,)}, "image/1: was built for compute capability 9.0, here is Tesla T4 7.5; build it for here: make"),
         ({"gpus": ()}, "image/1: needs a GPU of compute capability 9.0, nvidia-smi shows none; give it one"),
-        ({"tensorrt": "11.3.0.9"}, "image/1: was built by TensorRT 11.2.1.6, here is 11.3.0.9; build it for here"),
         ({"triton_tag": "26.11"}, "image/1: was built in the container of 26.10, Triton's is to be 26.11; build"),
-        ({"triton_tag": "26.05", "tensorrt": "11.2.1"}, "TRITON_TAG: 26.05 has published vulnerabilities, 26.07"),
+        ({"in_container": True, "triton_tag": "26.11"}, "image/1: was built in the container of 26.10, Triton's is to"),
+        ({"in_container": True, "triton_tag": "26.05", "tensorrt": "11.2.1"}, "TRITON_TAG: 26.05 has published vulner"),
         ({"gpus": (replace(H100, memory_bytes=1 << 20),)}, "GPU memory: 1.00 MiB here, the weights of image alone take"),
         ({"docker": None}, "Docker: no Docker engine answers"),
         ({"docker": ("runc",)}, "Docker: its runtimes are runc: containers see no GPU; install"),
     ],
-    ids=["chip", "no-gpu", "tensorrt", "tag", "old-tag", "gpu-memory", "no-docker", "no-runtime"],
+    ids=["chip", "no-gpu", "tag", "tag-of-the-container", "old-tag", "gpu-memory", "no-docker", "no-runtime"],
 )  # fmt: skip
 def test_an_engine_of_tensorrt_on_a_machine_that_it_does_not_fit(
     on_gpu: Path, change: dict[str, object], reason: str
@@ -261,13 +262,76 @@ def test_an_old_driver_is_a_warning(on_gpu: Path) -> None:
     assert only(lines(on_gpu, machine, "warning")).startswith("driver: NVIDIA H100 80GB HBM3: 535.183.01 is older")
 
 
+def edit_manifest(repository: Path, **changes: object) -> None:
+    """Changes what the manifest of `image/1` says."""
+    path = repository / "image" / "1" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_in_tritons_container_its_own_tensorrt_counts(on_gpu: Path) -> None:
+    wrong = "image/1: was built by TensorRT 11.2.1.6, here is 11.3.0; build it for here: make engine MODEL=image"
+    assert only(lines(on_gpu, replace(TRITONS, tensorrt="11.3.0"))).startswith(wrong)
+    assert lines(on_gpu, replace(TRITONS, triton_tag="26.11")) == []  # another release with the same TensorRT
+
+
+@pytest.mark.parametrize("installed", [None, "11.2.1", "11.4.0"])
+def test_a_hosts_own_tensorrt_neither_clears_nor_condemns_an_engine(on_gpu: Path, installed: str | None) -> None:
+    host = replace(GPU_HOST, tensorrt=installed)
+    assert lines(on_gpu, host) == lines(on_gpu, host, "warning") == []
+    assert "Triton's is to be 26.11" in only(lines(on_gpu, replace(host, triton_tag="26.11")))
+    edit_manifest(on_gpu, versions={"tensorrt": "11.2.1.6"})  # as of NATIVE=1
+    native = "image/1: was built by TensorRT 11.2.1.6 outside the containers, and the one of Triton 26.10 decides at its start; "
+    assert lines(on_gpu, host) == []
+    assert only(lines(on_gpu, host, "warning")).startswith(native)
+    assert only(lines(on_gpu, host, "warning")).endswith("make engine MODEL=image TARGET=tensorrt TRITON_TAG=26.10")
+
+
+def test_the_python_package_of_tensorrt_is_nothing_that_triton_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Machine.detect(in_container=True).tensorrt
+    metadata = tmp_path / "tensorrt-99.1.0.dist-info" / "METADATA"  # what NATIVE=1 puts into the environment
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: tensorrt\nVersion: 99.1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Machine.detect(in_container=True).tensorrt == before
+
+
 def test_an_engine_that_is_compatible_with_newer_hardware_and_software_fits_them(on_gpu: Path) -> None:
-    path = on_gpu / "image" / "1" / "manifest.json"
-    options = {"hardware_compatibility": "ampere_plus", "version_compatible": True}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": options}))
-    blackwell = replace(GPU_HOST, gpus=(replace(H100, compute_capability="10.0"),), tensorrt="11.3.0")
+    edit_manifest(on_gpu, settings={"hardware_compatibility": "ampere_plus", "version_compatible": True})
+    blackwell = replace(TRITONS, gpus=(replace(H100, compute_capability="10.0"),), tensorrt="11.3.0")
     assert lines(on_gpu, blackwell) == []
+    assert any("--backend-config=tensorrt,version-compatible=true" in line for line in lines(on_gpu, blackwell, "info"))
     assert "compute capability" in only(lines(on_gpu, replace(blackwell, gpus=(T4,))))
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["served", "only kept"])
+def test_triton_is_told_of_a_version_compatible_engine_where_it_serves_one(repository: Path, served: bool) -> None:
+    def flags() -> list[str]:
+        run = run_module("serving.flags", "--repository", str(repository), "--behind-gateway")
+        assert run.returncode == 0, run.stderr
+        return run.stdout.splitlines()
+
+    assert not any("backend-config" in flag for flag in flags())
+    if not served:
+        shutil.copytree(repository / "image" / "1", repository / "image" / "2")
+    edit_manifest(repository, settings={"version_compatible": True})
+    assert ("--backend-config=tensorrt,version-compatible=true" in flags()) == served
+
+
+def test_flags_over_a_configuration_that_cannot_be_read_are_one_line(repository: Path) -> None:
+    edit_config(repository, "max_batch_size", "batch_size")
+    run = run_module("serving.flags", "--repository", str(repository))
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
+    assert run.stderr.startswith(f"error: {repository}/image/config.pbtxt cannot be read: ")
+
+
+def test_outside_a_later_container_is_only_warned_of_where_the_engine_is_version_compatible(on_gpu: Path) -> None:
+    edit_manifest(on_gpu, settings={"version_compatible": True})
+    later, earlier = (replace(GPU_HOST, triton_tag=tag) for tag in ("26.11", "26.09"))
+    assert lines(on_gpu, later) == []
+    assert "in the container of 26.10, and the one of Triton 26.11 decides" in only(lines(on_gpu, later, "warning"))
+    assert "Triton's is to be 26.09" in only(lines(on_gpu, earlier))
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ class TensorrtSpec(Table):
     hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
     """GPUs that the engine runs on: the model it was built on, or more of them at some loss of speed."""
     version_compatible: bool = False
-    """A later TensorRT of the same major version may load the engine; Triton needs a flag, see docs/tensorrt.md."""
+    """A later TensorRT of the same major version may load the engine, which brings code that Triton then runs."""
     timing_cache: bool = True
     """Reuse what earlier builds of the model measured on this GPU."""
     cuda_graphs: bool = False
