@@ -24,7 +24,7 @@ Exit codes: 0 released; 1 a gate failed; 2 wrong input; 3 a gate could not tell.
 
 Examples:
     python -m serving.release --model recommender
-    python -m serving.release --new ../candidate/model_repository --new-build ../candidate/build --rate 50
+    python -m serving.release --new ../candidate/model_repository --new-build ../candidate/build --url 127.0.0.1:8001
 """
 
 from __future__ import annotations
@@ -376,6 +376,8 @@ def main() -> None:
         raise InputError(
             f"{args.model}: no rate to measure at; give --rate (RATE=), or rate_rps in [slo] of deploy.toml"
         )
+    if args.rate and args.rate < (spec.slo.rate_rps or 0):
+        raise InputError(f"--rate {args.rate:g}: rate_rps = {spec.slo.rate_rps:g} of the SLO is not told from fewer")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: servers and load end, too
     with alone(args.model) as releases:
         model = Path(args.repository) / args.model

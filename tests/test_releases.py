@@ -112,6 +112,7 @@ def test_a_command_runs_in_the_build_folder_that_it_is_given(tmp_path: Path) -> 
         ("rollback", "--load-rate 0", "--load-rate 0: more than 0"),
         ("release", "--threshold 0", "--threshold 0: it must be more than 0"),
         ("release", "--rate inf", "--rate inf: it must be more than 0"),
+        ("release", "--rate 19", "--rate 19: rate_rps = 20 of the SLO"),
         ("release", "--parity-rows 0", "--parity-rows 0: it must be more than 0"),
         ("rollback", "--switch-s -1", "--switch-s -1: it must be more than 0"),
         ("release", "--target plan", "invalid choice: 'plan'"),
@@ -122,7 +123,7 @@ def test_a_command_runs_in_the_build_folder_that_it_is_given(tmp_path: Path) -> 
 def test_what_no_gate_could_do_is_refused_before_the_first(
     command: str, flags: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", [command, "--model", "none", *flags.split()])
+    monkeypatch.setattr("sys.argv", [command, "--model", "text", "--models", "tests/models", *flags.split()])
     with pytest.raises((InputError, SystemExit)) as refused:
         (release if command == "release" else rollback).main()
     assert said in str(refused.value) + capsys.readouterr().err
