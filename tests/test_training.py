@@ -108,12 +108,13 @@ def test_early_stopping_ends_a_run_that_no_longer_gets_better() -> None:
     assert len(result.epochs) == result.best_epoch + 3 < 50
 
 
-def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
+@pytest.mark.parametrize(("rows", "taken"), [(64, 4), (72, 6)], ids=["all of a size", "the last of one batch"])
+def test_accumulated_batches_make_the_step_of_one_large_batch(rows: int, taken: int) -> None:
     models = [network() for _ in range(2)]
     for model, (size, steps) in zip(models, ((32, 1), (8, 4)), strict=True):
         model[2].p = 0.0  # type: ignore[index]
         config = settings(batch_size=size, accumulation_steps=steps, max_epochs=2)
-        assert train_model(model, points(), points(1), cross_entropy, config).steps == 4
+        assert train_model(model, points(rows=rows), points(1), cross_entropy, config).steps == taken
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 

@@ -70,7 +70,7 @@ class Pipeline:
 
     step_is_due = True
 
-    def backward(self, batch: Any) -> Tensor:
+    def backward(self, batch: Any, batches: int) -> Tensor:
         self.batch = send_to_device(batch, self.accelerator.device)
         losses: list[Tensor] = []
         if self.rank == 0:

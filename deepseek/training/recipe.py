@@ -212,10 +212,10 @@ class _Run:
         batches = accelerate.skip_first_batches(way.train, position.batch) if position.batch else way.train
         way.model.train()
         losses: list[Tensor] = []  # of the batches of one step
-        rows = 0
+        rows, in_epoch, in_step = 0, len(way.train), way.accumulation_steps
         for batch in position.meter.timed(batches):
             with way.accumulating():
-                losses.append(way.backward(batch))
+                losses.append(way.backward(batch, min(in_step, in_epoch - position.batch // in_step * in_step)))
                 position.batch += 1
                 rows += find_batch_size(batch) or 1
                 if not way.step_is_due:

@@ -50,8 +50,8 @@ class Way(Protocol):
 
     def prepare(self, optimizer: torch.optim.Optimizer, train: DataLoader[Any], validation: Dataset[Any]) -> None: ...
     def accumulating(self) -> contextlib.AbstractContextManager[Any]: ...
-    def backward(self, batch: Any) -> Tensor:
-        """Loss of a batch, when its gradients have been added."""
+    def backward(self, batch: Any, batches: int) -> Tensor:
+        """Loss of a batch, when its share of the gradients has been added; so many `batches` make this step."""
         ...
 
     @property
@@ -95,9 +95,12 @@ class Data:
     def accumulating(self) -> contextlib.AbstractContextManager[Any]:
         return self.accelerator.accumulate(self.model)
 
-    def backward(self, batch: Any) -> Tensor:
-        loss = self.loss(self.model, batch)
-        self.accelerator.backward(loss)
+    def backward(self, batch: Any, batches: int) -> Tensor:
+        return self._add_gradients(self.loss(self.model, batch), batches)
+
+    def _add_gradients(self, loss: Tensor, batches: int) -> Tensor:
+        # accelerate divides by accumulation_steps, also in an epoch's last step, which may have fewer batches.
+        self.accelerator.backward(loss * (self.accumulation_steps / batches))
         return loss.detach()
 
     @property
@@ -168,11 +171,10 @@ class Sharded(Data):
     def accumulating(self) -> contextlib.AbstractContextManager[Any]:
         return self.accelerator.accumulate()  # each batch's gradients are scattered at once
 
-    def backward(self, batch: Any) -> Tensor:
+    def backward(self, batch: Any, batches: int) -> Tensor:
         with self.accelerator.autocast():
             loss = self.loss(self.model, batch)
-        self.accelerator.backward(loss)
-        return loss.detach()
+        return self._add_gradients(loss, batches)
 
     def _validation_loss(self, model: nn.Module, batch: Any) -> float:
         with self.accelerator.autocast():
