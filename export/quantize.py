@@ -217,7 +217,7 @@ def _to_8_bits(
     if model_folder is not None:
         baseline = Baseline.of(model_folder)
         if why := too_small(spec, baseline.metrics):
-            log.print(f"warning: {why}")
+            log.print(f"warning: {why}", soft_wrap=True)
         model, reports["sensitivity"] = sensitivity_pass(
             model,
             trials.over(calibration.rows[:RANKING_ROWS]),
