@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,12 @@ import pytest
 
 from deepseek.spec import InputError
 from loadtests.profile.__main__ import wrapped_in_nsys
-from loadtests.profile.record import trace
+from loadtests.profile.record import _busy, trace
 from loadtests.profile.sources import (
     CLOCKS_APART_NS,
     Call,
     GraphRun,
+    Recorded,
     Span,
     Trace,
     read_calls,
@@ -34,6 +36,7 @@ from loadtests.profile.tables import functions, operators, phases
 from loadtests.profile.timeline import microseconds, timeline
 from serving.embedded import EmbeddedServer
 from tests.conftest import run_module, write_add_one
+from tests.fake_endpoint import FakeEndpoint
 
 ROWS = [{"x": np.ones((1, 2, 3), np.float32)}]
 STAMPS = {
@@ -235,6 +238,34 @@ def test_a_running_server_is_traced_and_left_as_it_was(tracing: EmbeddedServer, 
     assert len(list(Path(tracing.repository.parent / "profile").iterdir())) == before  # nobody else is traced
 
 
+def test_a_trace_file_that_lies_elsewhere_than_the_server_says_is_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_add_one(tmp_path / "repository")
+    ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+    settings = ("mode=triton", "level=OFF", "rate=1", "triton,file=of-the-server.json", "triton,log-frequency=1")
+    flags = tuple(f"--trace-config={each}" for each in settings)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir(tmp_path)
+        server = EmbeddedServer(tmp_path / "repository", **ports, log_path=tmp_path / "log", flags=flags)
+        server.__enter__()
+    try:
+        seen = tmp_path / "of-the-server.json"
+        trace(tmp_path, server.grpc_url, "grpc", "add_one", ROWS, requests=2, users=1, trace_file=seen)
+    finally:
+        server.stop()
+    assert len(Recorded.load(tmp_path).traced) == 2
+
+
+def test_only_answered_requests_count_as_answered() -> None:
+    with FakeEndpoint(refuse_every=2, delay_ms=1) as endpoint:
+        with _busy(endpoint.grpc_url, "grpc", "m", [{"x": np.ones((1, 3), np.float32)}], users=2) as counts:
+            time.sleep(1)
+        endpoint.stop()
+        received_s, answered_s = endpoint.log()
+    assert 0 < sum(counts) == np.isfinite(answered_s).sum() < len(received_s)
+
+
 def inputs(folder: Path) -> Path:
     rows: dict[str, Any] = {"00000/x": ROWS[0]["x"]}
     np.savez(folder / "inputs.npz", **rows)
@@ -319,12 +350,25 @@ def test_nsys_wraps_the_server_where_there_is_a_gpu(
     [
         (["--requests", "0"], "1 to 1000 requests"),
         (["--users", "3"], "no fewer than users"),
-        (["--cpu-s", "-1"], "it must be 0 or more"),
+        (["--cpu-s", "-1"], "--cpu-s -1: seconds are needed, 0 or more"),
+        (["--cpu-s", "nan"], "--cpu-s nan: seconds"),
+        (["--cpu-s", "inf"], "--cpu-s inf: seconds"),
+        (["--trace-file", "/tmp/trace.json"], "--trace-file: it goes with --url"),
         (["--repository", "/nowhere"], "/nowhere"),
         (["--model", "nosuch"], "nosuch"),
         (["--url", "127.0.0.1:9"], "127.0.0.1:9"),
     ],
-    ids=["no request", "more users than requests", "negative time", "no repository", "no model", "no server"],
+    ids=[
+        "no request",
+        "more users than requests",
+        "negative time",
+        "no time",
+        "endless",
+        "no url",
+        "no repository",
+        "no model",
+        "no server",
+    ],
 )
 def test_wrong_input_is_one_line_and_leaves_no_folder(tmp_path: Path, flags: list[str], reason: str) -> None:
     (tmp_path / "recommender").mkdir()

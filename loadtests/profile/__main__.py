@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def profile(args: argparse.Namespace, folder: Path, console: Console) -> dict[st
     """Records, writes timeline.json and profile.json into the folder, returns the latter."""
     with tempfile.TemporaryDirectory(dir=folder) as recording:
         notes = _record(args, folder, Path(recording), console)
-        recorded = Recorded.load(Path(recording), args.trace_file)
+        recorded = Recorded.load(Path(recording))
     found = {**_figures(args, folder, recorded), "notes": [*notes, *_gaps(args, recorded), *_sampled(folder)]}
     events = timeline(recorded.calls, recorded.traces, recorded.runs)
     data = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": _about(args)}
@@ -62,7 +63,8 @@ def _record(args: argparse.Namespace, folder: Path, recording: Path, console: Co
     console.print(f"tracing {args.requests} request{'s' * (args.requests > 1)} of {args.model} over {args.protocol}")
     flags = ["--requests", str(args.requests), "--users", str(args.users)]
     if args.url:
-        _run([*_recording(args, recording, "trace", flags), "--url", args.url])
+        flags += ["--url", args.url, *(["--trace-file", args.trace_file] if args.trace_file else [])]
+        _run(_recording(args, recording, "trace", flags))
         return ["no CPU samples: a running server's processes are left alone"] if args.cpu_s else []
     # Instances write their operator times one after the other while they are unloaded.
     server = [*_server(args), "--profile", str(recording), "--exit-timeout-s", "60"]
@@ -194,15 +196,17 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--cpu-s", type=float, default=2, help="seconds of CPU samples, 0: none (default: %(default)s)")
     parser.add_argument("--inputs", help="file of real inputs (default: build/<model>/evaluation.npz)")
     parser.add_argument("--url", help="host:port of a running server to trace instead")
-    parser.add_argument("--trace-file", help="where its trace file is seen from here (default: as the server says)")
+    parser.add_argument("--trace-file", help="where the trace file of --url is seen from here (default: as it says)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     args = parser.parse_args()
     if not 1 <= args.users <= args.requests <= MOST_REQUESTS:
         raise InputError(
             f"--requests {args.requests} --users {args.users}: 1 to {MOST_REQUESTS} requests, no fewer than users"
         )
-    if args.cpu_s < 0:
-        raise InputError(f"--cpu-s {args.cpu_s:g}: it must be 0 or more")
+    if not 0 <= args.cpu_s < math.inf:
+        raise InputError(f"--cpu-s {args.cpu_s:g}: seconds are needed, 0 or more")
+    if args.trace_file and not args.url:
+        raise InputError("--trace-file: it goes with --url; the server that is started here has its own")
     return args
 
 

@@ -12,6 +12,7 @@ Examples:
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -45,20 +46,31 @@ MOST_INSTANCES = 4  # that are looked at
 
 
 def trace(
-    folder: Path, url: str, protocol: Protocol, model: str, rows: list[dict[str, np.ndarray]], requests: int, users: int
+    folder: Path,
+    url: str,
+    protocol: Protocol,
+    model: str,
+    rows: list[dict[str, np.ndarray]],
+    requests: int,
+    users: int,
+    trace_file: Path | None = None,
 ) -> None:
-    """Sends so many requests, of so many users at once, and waits until Triton has written their traces."""
+    """Sends so many requests, of so many users at once, and waits until Triton has written their traces.
+
+    `trace_file` where Triton's lies elsewhere, seen from here, than it says itself.
+    """
     with InferenceClient(url, protocol, retries=0) as client:
         for index in range(max(WARM_UP, users)):
             client.infer(model, rows[index % len(rows)])
-        with _tracing(url, protocol) as trace_file:
+        with _tracing(url, protocol) as said:
+            seen = trace_file or said
             calls = _send(client, model, rows, requests, users)
             # As long as Triton writes: a trace is complete when it has sent the answer.
             deadline = time.monotonic() + TRACE_WAIT_S
-            while len(read_traces(trace_file, calls)) < requests and time.monotonic() < deadline:
+            while len(read_traces(seen, calls)) < requests and time.monotonic() < deadline:
                 time.sleep(0.05)
     write_calls(folder, calls, time.time_ns() - time.monotonic_ns())
-    (folder / "traced.json").write_text(json.dumps({"trace_file": str(trace_file)}), encoding="utf-8")
+    (folder / "traced.json").write_text(json.dumps({"trace_file": str(seen)}), encoding="utf-8")
 
 
 def _send(
@@ -172,12 +184,14 @@ def _busy(
     def be_busy() -> None:
         with InferenceClient(url, protocol, retries=0) as client:
             requests = [client.prepare(model, row) for row in rows]
-            sent = 0
-            while not stop.is_set():
+            count = 0
+            for request in itertools.cycle(requests):
+                if stop.is_set():
+                    break
                 with suppress(InferenceError):  # a refusal or a time-out: the next one
-                    client.send(requests[sent % len(requests)])
-                sent += 1
-            answered.append(sent)
+                    client.send(request)
+                    count += 1
+            answered.append(count)
 
     threads = [threading.Thread(target=be_busy) for _ in range(users)]
     for thread in threads:
@@ -232,6 +246,7 @@ def main() -> None:
     parser.add_argument("--url", help="host:port (default: 127.0.0.1 and $GRPC_PORT or $HTTP_PORT)")
     parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc", help="(default: %(default)s)")
     parser.add_argument("--inputs", type=Path, help="real inputs (default: build/<model>/evaluation.npz)")
+    parser.add_argument("--trace-file", type=Path, help="where it is seen from here (default: as the server says)")
     parser.add_argument("--requests", type=int, default=1, help="to trace (default: %(default)s)")
     parser.add_argument("--users", type=int, default=1, help="that send them at once (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=2, help="of CPU samples (default: %(default)s)")
@@ -244,7 +259,7 @@ def main() -> None:
     rows = read_inputs(args.inputs or build_dir(args.model) / "evaluation.npz")
     try:
         if args.what == "trace":
-            trace(args.folder, url, args.protocol, args.model, rows, args.requests, args.users)
+            trace(args.folder, url, args.protocol, args.model, rows, args.requests, args.users, args.trace_file)
         else:
             sample(args.folder, url, args.protocol, args.model, rows, args.seconds, args.server)
     except InferenceError as error:

@@ -229,15 +229,13 @@ class Recorded:
     runs: list[GraphRun]
 
     @classmethod
-    def load(cls, folder: Path, trace_file: str | None = None) -> Recorded:
-        """Reads what a recording left; `trace_file` where Triton's lies elsewhere than it says itself."""
+    def load(cls, folder: Path) -> Recorded:
+        """Reads what a recording left, and the traces in the file that it names."""
         calls, offset_ns = read_calls(folder)
-        said = json.loads((folder / "traced.json").read_text(encoding="utf-8"))["trace_file"]
-        traces = read_traces(Path(trace_file or said), calls)
+        trace_file = json.loads((folder / "traced.json").read_text(encoding="utf-8"))["trace_file"]
+        traces = read_traces(Path(trace_file), calls)
         if not traces:
-            raise InvalidMeasurement(
-                f"no trace of the requests in {trace_file or said}*; --trace-file says where it is"
-            )
+            raise InvalidMeasurement(f"no trace of the requests in {trace_file}*; --trace-file says where it is")
         return cls(calls=calls, traces=traces, runs=read_runs(folder, offset_ns))
 
     @property
