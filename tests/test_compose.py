@@ -224,7 +224,7 @@ def test_a_load_test_through_the_gateway_ends_in_a_verdict(stack: Stack, tmp_pat
     tmp_path.chmod(0o755)
     settings = {"MODEL": "text", "DEEPSEEK_API_KEY": new_key(stack.gateway, "loadtest")}
     settings |= {"STACK_MODELS": str(tmp_path), "BUILD": "build", "MODELS": "models", "TARGET": "auto"}  # make's own
-    flags = ("--url", "gateway:8443", "--ca-cert", "/tls.crt", "--rate", "20", "--duration-s", "3", "--warmup-s", "1")
+    flags = ("--rate", "20", "--duration-s", "3", "--warmup-s", "1")
     done = stack.compose("run", "--rm", "-T", "loadtest", *flags, check=False, environment=settings)
     told = f"exit code {done.returncode}: {done.stdout}{done.stderr}"
     assert "60 requests, 60 answered, 0 failed" in done.stdout.replace("\n", " "), told
