@@ -113,8 +113,8 @@ def _print(run: Run, console: Console) -> None:
     statistics = run.server["statistics"]
     if means := server_statistics.means_ms(statistics):
         shown = ", ".join(f"{name.replace('_', ' ')} {mean:.2f} ms" for name, mean in means.items())
-        batch, refused = server_statistics.mean_batch(statistics), statistics["fail"]["count"]
-        console.print(f"in the server: {shown}; mean batch {batch:.2f}; {refused} rejected or failed")
+        batch, failed = server_statistics.mean_batch(statistics), statistics["fail"]["count"]
+        console.print(f"in the server: {shown}; mean batch {batch:.2f}; {failed} failed, as Triton counts")
     console.print(f"run: {run.folder}", soft_wrap=True)
 
 

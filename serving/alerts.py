@@ -126,7 +126,7 @@ def _budgets(model: Served) -> Iterator[Budget]:
             share="model:triton_requests_failed",
             total="model:triton_requests",
             allowed=model.max_error_rate,
-            summary=f"{model.name}: too many requests fail in Triton",
+            summary=f"{model.name}: too many requests fail in Triton or in the model",
             labels={"model": model.name},
         )
 
@@ -140,7 +140,7 @@ def _endpoint_burns(models: list[Served], runbook: str) -> Iterator[Rule]:
             share="endpoint:requests_unserved",
             total="endpoint:requests",
             allowed=min(shares),
-            summary="The endpoint leaves requests unserved: no server, no room, or no answer in time",
+            summary="The endpoint leaves requests unserved: no server, no room, a failure, or no answer in time",
         )
         yield from _burns(budget, runbook)
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from deepseek.spec import Parser, run_command
 from serving.alerts import BURNS
-from serving.recording_rules import DURATION, READY
+from serving.recording_rules import DURATION, FAILURES, READY
 from serving.served import Served, served_models
 
 UID, SOURCE = "deepseek", {"type": "prometheus", "uid": "prometheus"}
@@ -101,13 +101,14 @@ def _gateway() -> list[Panel]:
         Panel(
             title="Statuses of the gateway",
             unit="reqps",
-            description="HTTP's, and gRPC's of one or two digits: 0 OK, 4 too late, 8 too many, 14 unavailable.",
+            description="HTTP's, and gRPC's of one or two digits: 0 OK, 4 too late, 8 too many, 13 failed, "
+            "14 unavailable.",
             queries={"{{protocol}} {{status}}": _rate(requests, "protocol, status", 'api="infer"')},
         ),
         Panel(
-            title="Share that no answer came to",
+            title="Share left unserved",
             unit="percentunit",
-            description="No server, no room, or a wait in vain. What callers do wrong does not count.",
+            description="No server, no room, a failure, or a wait in vain. What callers do wrong does not count.",
             queries={"unserved": "endpoint:requests_unserved:ratio_rate5m"},
         ),
         Panel(
@@ -158,10 +159,11 @@ def _triton() -> list[Panel]:
             },
         ),
         Panel(
-            title="Failures in Triton",
+            title="Failures by reason",
             unit="reqps",
-            description="REJECTED: the queue was full, or the wait too long. CANCELED: the caller gave up.",
-            queries={"{{model}} {{reason}}": _rate("nv_inference_request_failure", "model, reason", MODEL)},
+            description="REJECTED: the queue was full, or the wait too long. CANCELED: the caller gave up. "
+            "INTERNAL: ONNX Runtime failed. BACKEND: another backend did, or the model's process died.",
+            queries={"{{model}} {{reason}}": _rate("", "model, reason", FAILURES, MODEL)},
         ),
         Panel(
             title="Versions served",

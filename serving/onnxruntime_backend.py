@@ -16,7 +16,8 @@ take their batches in and send their answers meanwhile.
 Triton's batcher has already put requests of equal shape together: they are joined along the first axis, run once and
 split again. Where a batch fails, its requests are run one by one, so that a bad one fails alone. One whose sizes are
 outside the profile or do not fit each other (`manifest.json` beside it has the axes), or whose values ONNX Runtime
-refuses (an id out of the vocabulary), is the caller's fault: INVALID_ARG, over HTTP 400. All else is the server's.
+refuses (an id out of the vocabulary), is the caller's fault: INVALID_ARG, over HTTP 400. All else is the server's:
+INTERNAL, over HTTP 500. Triton counts as a success whatever is answered here, errors, too: so these are counted here.
 
 Answers are sent by a thread of their own, after `execute` has returned. With a bounded queue Triton
 otherwise misses now and then that the instance has become free: a client that answers fast enough has its next request
@@ -65,7 +66,7 @@ class TritonPythonModel:
         options.intra_op_num_threads = threads or max(1, cores // instances)
         # Spin while a batch runs, not after it: the cores are the server's and the clients' too.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.log_severity_level = 3  # a failed request is answered, not also logged
+        options.log_severity_level = 3  # why a node failed; no warnings
         self.profile = None
         if folder := os.environ.get("ONNXRUNTIME_PROFILE"):
             self.profile = os.path.join(folder, f"onnxruntime-{args['model_instance_name']}")
@@ -73,6 +74,13 @@ class TritonPythonModel:
         self.answers: queue.SimpleQueue = queue.SimpleQueue()
         self.sender = threading.Thread(target=self._send, daemon=True)
         self.sender.start()
+        self.counter = pb_utils.MetricFamily(
+            name="onnxruntime_inference_request_failure",
+            description="Inference requests that ONNX Runtime failed, which are in nv_inference_request_success, too",
+            kind=pb_utils.MetricFamily.COUNTER,
+        )
+        labels = {"model": args["model_name"], "version": args["model_version"], "reason": "INTERNAL"}
+        self.failures = self.counter.Metric(labels=labels)  # of all instances together
         device_id = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         opened = open_session(
             path,
@@ -110,7 +118,7 @@ class TritonPythonModel:
             return self._run(feeds)
         except Exception as error:
             if len(feeds) == 1:
-                return [pb_utils.InferenceResponse(error=_error(error))]
+                return [self._failure(error)]
         return [response for request in requests for response in self._responses([request])]
 
     def _misfit(self, feed: dict[str, np.ndarray]) -> str:
@@ -142,6 +150,14 @@ class TritonPythonModel:
             start = end
         return responses
 
+    def _failure(self, error: Exception) -> object:
+        """The answer that says why a request failed; counts it unless the caller is to blame."""
+        code = pb_utils.TritonError.INVALID_ARG
+        if not isinstance(error, InvalidArgument):
+            code = pb_utils.TritonError.INTERNAL
+            self.failures.increment(1)
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(_reason(error), code))
+
     def _results(self, joined: dict[str, np.ndarray]) -> list[np.ndarray]:
         """The outputs of a batch, computed when it is this instance's turn.
 
@@ -171,12 +187,6 @@ def _profile(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, list]]:
         manifest = json.load(file)
     axes = {name: (axis["min"], axis["max"]) for name, axis in manifest.get("axes", {}).items() if name != "batch"}
     return axes, {name: tensor["shape"] for name, tensor in manifest.get("inputs", {}).items()}
-
-
-def _error(error: Exception) -> object:
-    """Whose fault a failure was, and why."""
-    code = pb_utils.TritonError.INVALID_ARG if isinstance(error, InvalidArgument) else pb_utils.TritonError.INTERNAL
-    return pb_utils.TritonError(_reason(error), code)
 
 
 def _tensor(name: str, array: np.ndarray) -> object:

@@ -1,7 +1,8 @@
 """Recording rules for Prometheus: what budgets, dashboard and autoscaling read, named level:metric:operation.
 
 Contract: latencies come from the gateway's histogram, one bound of which is the SLO's own; failures, queues, batches
-and versions from Triton's counters. `serving.alerts` puts the alerts on top.
+and versions from Triton's counters, among which is one of `serving/onnxruntime_backend.py`. `serving.alerts` puts the
+alerts on top.
 
 Example:
     recording_groups(served_models(Path("model_repository"), Path("models")))
@@ -17,10 +18,12 @@ from serving.served import Served, bound_s
 
 WINDOWS_S = {"5m": 300, "30m": 1800, "1h": 3600, "2h": 7200, "6h": 21_600, "1d": 86_400, "3d": 259_200}
 DURATION = "gateway_request_duration_seconds"
-# Statuses of the gateway, HTTP's and gRPC's: answers, and where there was no server or no room. What callers do wrong
-# is in neither; a model's own failures are in Triton's counters.
-ANSWERED, REFUSED = "200|0", "502|503|14"
-FAILED = 'nv_inference_request_failure{reason!="CANCELED"}'  # all but what callers gave up
+# Statuses of the gateway, HTTP's and gRPC's: answers, and where there was no server, no room, or a failure in the
+# server. What callers do wrong is in neither.
+ANSWERED, FAILED = "200|0", "500|502|503|13|14"
+# Triton's failures; and ONNX Runtime's, which are answers to Triton's Python backend, counted as successes.
+FAILURES = '__name__=~"(nv|onnxruntime)_inference_request_failure"'
+REQUESTS = '__name__=~"nv_inference_request_(success|failure)"'
 SLOW = "instance_model:requests_slow:total"  # with the bound as `le`
 READY = "nv_inference_pending_request_count"  # of every version that is loaded, and of no other
 
@@ -75,8 +78,10 @@ def _shares(models: list[Served]) -> Iterator[Rule]:
     """For each window the shares that the budgets are about, and the rates that they are shares of."""
     for window in WINDOWS_S:
         yield _record(f"model:requests:rate{window}", f'sum by (model) (rate({DURATION}_count{{model!=""}}[{window}]))')
-        failed = f"sum by (model) (rate({FAILED}[{window}]))"
-        everything = f"({failed} + sum by (model) (rate(nv_inference_request_success[{window}])))"
+        failed, everything = (
+            f'sum by (model) (rate({{{counters},reason!="CANCELED"}}[{window}]))'  # not what callers gave up
+            for counters in (FAILURES, REQUESTS)
+        )
         yield _record(f"model:triton_requests:rate{window}", everything)
         yield _record(f"model:triton_requests_failed:ratio_rate{window}", f"{failed} / {everything}")
         answered, unserved = _endpoint(models, window)
@@ -88,7 +93,7 @@ def _shares(models: list[Served]) -> Iterator[Rule]:
 
 
 def _endpoint(models: list[Served], window: str) -> tuple[str, str]:
-    """Rates of the requests that were answered, and of those that were refused or waited for in vain.
+    """Rates of the requests that were answered, and of those that were failed, refused or waited for in vain.
 
     In vain: without an answer, and longer than any SLO has it, whether the gateway's time was up or the caller's. Else
     an endpoint so slow that all callers give up would look well.
@@ -97,10 +102,10 @@ def _endpoint(models: list[Served], window: str) -> tuple[str, str]:
     def rate(series: str) -> str:
         return f"(sum(rate({series}[{window}])) or vector(0))"
 
-    answered, refused = (
-        rate(f'gateway_requests_total{{api="infer",status=~"{statuses}"}}') for statuses in (ANSWERED, REFUSED)
+    answered, failed = (
+        rate(f'gateway_requests_total{{api="infer",status=~"{statuses}"}}') for statuses in (ANSWERED, FAILED)
     )
-    return answered, f"{refused} + {rate(SLOW + selector(model='', le=bound_s(_longest_ms(models))))}"
+    return answered, f"{failed} + {rate(SLOW + selector(model='', le=bound_s(_longest_ms(models))))}"
 
 
 def _slow(model: str, percent: float, limit_ms: float, window: str) -> Rule:

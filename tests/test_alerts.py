@@ -29,13 +29,19 @@ Fired = set[tuple[str, str]]
 TRITON = 'model="text",instance="a"'
 FAST = 'gateway_request_duration_seconds_bucket{model="text",le="0.08"}'
 ANSWERED = 'gateway_request_duration_seconds_count{model="text"}'
+SERVED = 'gateway_requests_total{api="infer",protocol="grpc",model="text",status="0"}'
 UNSERVED = 'gateway_requests_total{api="infer",protocol="grpc",model="",status="14"}'
 GIVEN_UP, SOON = (
     'gateway_request_duration_seconds_count{model=""}',
     'gateway_request_duration_seconds_bucket{model="",le="0.08"}',
 )
+HTTP_500, GRPC_13 = (
+    f'gateway_requests_total{{api="infer",protocol="{protocol}",model="",status="{status}"}}'
+    for protocol, status in (("http", 500), ("grpc", 13))
+)
 WRONG = 'gateway_requests_total{api="infer",protocol="grpc",model="",status="3"}'
 FAILED = f'nv_inference_request_failure{{{TRITON},version="5",reason="REJECTED"}}'
+MODEL_FAILED = f'onnxruntime_inference_request_failure{{{TRITON},version="5",reason="INTERNAL"}}'
 CANCELED = f'nv_inference_request_failure{{{TRITON},version="5",reason="CANCELED"}}'
 SUCCESS = f'nv_inference_request_success{{{TRITON},version="5"}}'
 QUEUE_US = f'nv_inference_queue_duration_us{{{TRITON},version="5"}}'
@@ -46,8 +52,13 @@ CERTIFICATE = 'gateway_certificate_expiry_timestamp_seconds{instance="g"}'
 # A hundred requests a second, all well. Values a minute: start, and what each minute adds.
 HEALTHY = {
     FAST: "0+6000", ANSWERED: "0+6000", SUCCESS: "0+6000", FAILED: "0+0", CANCELED: "0+0", QUEUE_US: "0+6000000",
-    'gateway_requests_total{api="infer",protocol="grpc",model="text",status="0"}': "0+6000",
+    SERVED: "0+6000",
     WAITING: "2+0", TRITON_UP: "1+0", GATEWAY_UP: "1+0", CERTIFICATE: "1e10+0",
+}  # fmt: skip
+# Every request is answered at once, with 500 or INTERNAL.
+ALL_FAIL = {
+    FAST: "0+0", ANSWERED: "0+0", SERVED: "0+0", MODEL_FAILED: "0+6000",
+    HTTP_500: "0+3000", GRPC_13: "0+3000", GIVEN_UP: "0+6000", SOON: "0+6000",
 }  # fmt: skip
 
 
@@ -121,6 +132,11 @@ def each(name: str, *severities: str) -> Fired:
         pytest.param({FAST: "0+0", ANSWERED: "0+1"}, 8, set(), id="too few to tell"),
         pytest.param({FAST: "0+0", ANSWERED: "0+1"}, 30, each("LatencyBudgetBurn", *BOTH), id="few, all slow"),
         pytest.param({FAILED: "0+600"}, 70, each("ErrorBudgetBurn", *BOTH), id="refused"),
+        pytest.param({MODEL_FAILED: "0+600"}, 70, each("ErrorBudgetBurn", *BOTH), id="the model fails, asked directly"),
+        pytest.param({MODEL_FAILED: "0+3"}, 70, set(), id="half of what may fail"),
+        pytest.param(ALL_FAIL, 70, each("ErrorBudgetBurn", *BOTH) | each("EndpointBudgetBurn", *BOTH), id="all fail"),
+        pytest.param({HTTP_500: "0+300"}, 70, each("EndpointBudgetBurn", *BOTH), id="500, whoever says it"),
+        pytest.param({GRPC_13: "0+300"}, 70, each("EndpointBudgetBurn", *BOTH), id="INTERNAL, whoever says it"),
         pytest.param({CANCELED: "0+600"}, 70, set(), id="callers gave up"),
         pytest.param({UNSERVED: "0+300"}, 70, each("EndpointBudgetBurn", *BOTH), id="nobody answers"),
         pytest.param({GIVEN_UP: "0+300", SOON: "0+0"}, 70, each("EndpointBudgetBurn", *BOTH), id="callers wait in vain"),
@@ -169,6 +185,13 @@ def test_a_budget_that_is_used_up_just_too_fast_is_a_ticket_after_three_days(tmp
     write_rules(tmp_path, MODEL)
     slow = {**HEALTHY, FAST: "0+59100", ANSWERED: "0+60000"}  # 1.5 % of them, ten minutes a value
     check_fired(tmp_path, slow, 3 * 1440, each("LatencyBudgetBurn", "ticket"), step_min=10)
+
+
+def test_where_all_requests_fail_the_shares_are_one(tmp_path: Path) -> None:
+    write_rules(tmp_path, MODEL)
+    shares = ('model:triton_requests_failed:ratio_rate5m{model="text"}', "endpoint:requests_unserved:ratio_rate5m")
+    asked = [{"expr": share, "eval_time": "10m", "exp_samples": [{"labels": share, "value": 1}]} for share in shares]
+    check(tmp_path, {**HEALTHY, **ALL_FAIL}, 10, promql_expr_test=asked)
 
 
 def test_what_an_alert_says(tmp_path: Path) -> None:

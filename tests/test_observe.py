@@ -1,14 +1,11 @@
-"""What the stack tells of itself, for real: the gateway's metrics, Prometheus over both programs, traces with one id."""
+"""What the stack tells of itself, for real: the gateway's metrics, traces with one id."""
 
 from __future__ import annotations
 
 import contextlib
 import http.server
 import json
-import math
 import re
-import shutil
-import subprocess
 import threading
 import time
 import urllib.error
@@ -21,18 +18,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from cryptography import x509
 from deepseek_client import InferenceClient
 from tritonclient.utils import InferenceServerException
 
-from serving.dashboard import dashboard, queries
 from serving.embedded import EmbeddedServer
 from serving.flags import trace_flags
 from serving.served import Served, served_models
-from serving.stack import limits, write_observed
+from serving.stack import limits
 from tests.conftest import run_module, write_add_one
 from tests.gateway import Gateway, authorized, free_port, grpc_input, json_body, skip_without_nginx
+from tests.test_onnxruntime_backend import write_fragile
 
 X = {"x": np.zeros((1, 2, 3), np.float32)}
 DEPLOY = """
@@ -108,12 +104,14 @@ class Observed:
 
 @contextlib.contextmanager
 def observed(folder: Path, trace_url: str = "") -> Iterator[Observed]:
-    """Both programs over `add_one`, with limits from its deploy.toml, and `stuck`, which has none."""
+    """Both programs over `add_one` and `fragile`, with limits from a deploy.toml, and `stuck`, which has none."""
     skip_without_nginx()
     write_add_one(folder / "repository")
     write_add_one(folder / "repository", "stuck", delay_s=1)
-    (folder / "models" / "add_one").mkdir(parents=True)
-    (folder / "models" / "add_one" / "deploy.toml").write_text(DEPLOY)
+    write_fragile(folder / "repository")
+    for name in ("add_one", "fragile"):
+        (folder / "models" / name).mkdir(parents=True)
+        (folder / "models" / name / "deploy.toml").write_text(DEPLOY.replace("add_one", name))
     models = served_models(folder / "repository", folder / "models")
     flags = trace_flags(trace_url)
     if flags:
@@ -271,111 +269,3 @@ def test_both_images_take_the_settings_of_traces_from_the_environment() -> None:
     assert run.stdout.splitlines()[-5:] == trace_flags("http://jaeger:4318/v1/traces", 100)
     run = run_module("serving.embedded", "--profile", "/tmp/nowhere", TRACE_URL="http://jaeger:4318/v1/traces")
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-
-
-# ---- Prometheus ------------------------------------------------------------------------------------
-
-
-class Prometheus:
-    """A real one that scrapes both programs each second, with the rules of `folder`."""
-
-    def __init__(self, folder: Path, running: Observed) -> None:
-        if not shutil.which("prometheus"):
-            pytest.skip("no prometheus here: apt-get install prometheus")
-        self.port = free_port()
-        config = yaml.safe_load(Path("docker/observe/prometheus/prometheus.yml").read_text())
-        targets = {"triton": running.server.metrics_port, "gateway": running.gateway.internal_port}
-        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-        config["rule_files"] = [str(folder / "observe" / "rules" / "*.yml")]
-        del config["alerting"]
-        for job in config["scrape_configs"]:
-            del job["dns_sd_configs"]
-            job["static_configs"] = [{"targets": [f"127.0.0.1:{targets[job['job_name']]}"]}]
-        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-        flags = {
-            "config.file": folder / "prometheus.yml",
-            "storage.tsdb.path": folder / "data",
-            "web.listen-address": f"127.0.0.1:{self.port}",
-            "log.level": "warn",
-        }
-        command = ["prometheus", *(f"--{name}={value}" for name, value in flags.items())]
-        self.log = folder / "prometheus.log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-
-    def ask(self, path: str, **parameters: str) -> dict[str, Any]:
-        """The data of an answer of its API; empty until it is up."""
-        url = f"http://127.0.0.1:{self.port}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-        try:
-            return json.load(urllib.request.urlopen(url, timeout=10))["data"]
-        except urllib.error.URLError as error:
-            if isinstance(error, urllib.error.HTTPError) and error.code != 503:  # 503: it is starting
-                raise AssertionError(f"{parameters}: {error.read().decode()}") from None
-            assert self.process.poll() is None, self.log.read_text()
-            return {"result": [], "groups": [], "alerts": []}
-
-    def has(self, query: str) -> bool:
-        """Whether a query gives a number."""
-        return any(not math.isnan(float(sample["value"][1])) for sample in self.ask("query", query=query)["result"])
-
-    def rules(self) -> list[dict[str, Any]]:
-        """Its rules, with their health."""
-        return [rule for group in self.ask("rules")["groups"] for rule in group["rules"]]
-
-    def stop(self) -> None:
-        """Ends it."""
-        self.process.terminate()
-        self.process.wait(20)
-
-
-@contextlib.contextmanager
-def load(running: Observed) -> Iterator[list[Exception]]:
-    """About fifty requests a second over both protocols meanwhile; what went wrong."""
-    done = threading.Event()
-    wrong: list[Exception] = []
-
-    def call(protocol: str) -> None:
-        try:
-            with running.client(protocol) as client:
-                while not done.wait(0.04):
-                    client.infer("add_one", X)
-        except Exception as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=call, args=(protocol,)) for protocol in ("grpc", "http")]
-    for thread in threads:
-        thread.start()
-    try:
-        yield wrong
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()
-
-
-@pytest.mark.slow
-def test_under_load_every_rule_evaluates_and_every_panel_has_data(tmp_path: Path) -> None:
-    with observed(tmp_path) as running:
-        write_observed(running.models, tmp_path / "observe")
-        prometheus = Prometheus(tmp_path, running)
-        try:
-            with load(running) as wrong:
-                check_data(prometheus, running)
-            assert wrong == []
-            running.server.stop()
-            pending = wait_for(lambda: prometheus.ask("alerts")["alerts"], bool, wait_s=10)
-            assert {alert["labels"]["alertname"] for alert in pending} == {"TritonDown"}
-        finally:
-            prometheus.stop()
-
-
-def check_data(prometheus: Prometheus, running: Observed, wait_s: float = 40) -> None:
-    """Every rule is well, what it records is there, and every query of the dashboard gives a number."""
-    rules = wait_for(prometheus.rules, lambda found: found and all(rule["health"] == "ok" for rule in found), 20)
-    asked = {rule["name"]: rule["name"] for rule in rules if rule["type"] == "recording"}
-    asked |= {f"{title}: {query}": query for title, query in queries(dashboard(running.models))}
-    deadline = time.monotonic() + wait_s
-    while missing := [name for name, query in asked.items() if not prometheus.has(query)]:
-        assert time.monotonic() < deadline, missing
-        time.sleep(1)
-    assert [rule["name"] for rule in prometheus.rules() if rule.get("alerts")] == []

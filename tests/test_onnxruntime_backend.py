@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper
 from tritonclient import grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from deepseek.spec import DeploymentSpec, InputError
 from export.artifact import load_rows
-from export.to_triton import publish_version
+from export.to_triton import BACKEND_SOURCES, publish_version
 from serving.embedded import EmbeddedServer
+from tests.conftest import write_add_one
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +33,36 @@ def models(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Em
     log = tmp_path_factory.mktemp("log") / "triton.log"
     with EmbeddedServer(built / "repository", http_port=0, grpc_port=0, metrics_port=0, log_path=log) as running:
         yield running
+
+
+def write_fragile(repository: Path, name: str = "fragile") -> None:
+    """y = x + 1 in ONNX Runtime, which fails where x reaches 1: two instances."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["sizes"]),
+        helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
+        helper.make_node("Cast", ["largest"], ["more"], to=TensorProto.INT64),
+        helper.make_node("Add", ["sizes", "more"], ["asked"]),
+        helper.make_node("Reshape", ["x", "asked"], ["same"]),
+        helper.make_node("Add", ["same", "one"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2, "columns"]) for name in "xy")
+    one = helper.make_tensor("one", TensorProto.FLOAT, [], [1.0])
+    graph = helper.make_graph(nodes, name, [x], [y], [one])
+    write_add_one(repository, name)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, repository / name / "1" / "model.onnx")
+    for source, path in BACKEND_SOURCES.items():
+        shutil.copy(path, repository / name / "1" / source)
+    with (repository / name / "config.pbtxt").open("a") as config:
+        for key, value in {"threads": "1", "provider": "cpu", "provider_options": "{}"}.items():
+            config.write(f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n')
+
+
+def counter(server: EmbeddedServer, series: str) -> float:
+    """One of Triton's counters."""
+    lines = urllib.request.urlopen(server.metrics_url).read().decode().splitlines()
+    (value,) = (line.removeprefix(series) for line in lines if line.startswith(f"{series} "))
+    return float(value)
 
 
 def infer(
@@ -85,6 +120,36 @@ def test_a_bad_request_fails_alone(models: EmbeddedServer) -> None:
         answers = list(pool.map(call, [3, 99999] * 40))
     assert set(answers[::2]) == {"(1, 32)"}
     assert all("inference failed" in answer and "99999" in answer for answer in answers[1::2])
+
+
+def test_what_onnx_runtime_fails_is_counted_by_model(tmp_path: Path) -> None:
+    """Triton's own counters have it among the successes, the answer being an answer."""
+    write_fragile(tmp_path)
+    ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+    with EmbeddedServer(tmp_path, **ports, log_path=tmp_path / "triton.log") as server:
+
+        def call(value: int) -> str:
+            try:
+                return str(infer(server, "fragile", {"x": np.full((1, 2, 3), value, np.float32)}, ["y"])["y"].sum())
+            except InferenceServerException as error:
+                return error.status()
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(call, [0, 1] * 20))
+        assert answers == ["6.0", "StatusCode.INTERNAL"] * 20
+        labels = '{model="fragile",reason="INTERNAL",version="1"}'
+        assert counter(server, f"onnxruntime_inference_request_failure{labels}") == 20
+        deadline = time.monotonic() + 10
+        while counter(server, 'nv_inference_request_success{model="fragile",version="1"}') < 40:  # after the answers
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def test_what_callers_do_wrong_is_not_counted(models: EmbeddedServer) -> None:
+    with pytest.raises(InferenceServerException, match="INVALID_ARGUMENT"):
+        infer(models, "text", {"input_ids": np.full((1, 9), 99999), "attention_mask": np.ones((1, 9), np.int64)}, [])
+    labels = '{model="text",reason="INTERNAL",version="1"}'
+    assert counter(models, f"onnxruntime_inference_request_failure{labels}") == 0
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def _batches(run: Run) -> list[tuple[str, object]]:
         ("mean batch", f"{server_statistics.mean_batch(statistics):.2f}"),
         ("batch sizes", common or "-"),
         ("executions", f"{statistics['execution_count']:,} for {statistics['success']['count']:,} requests"),
-        ("rejected or failed", f"{statistics['fail']['count']:,}"),
+        ("failures that Triton counts", f"{statistics['fail']['count']:,}"),
     ]
     hits, misses = (statistics.get(name, {}).get("count", 0) for name in ("cache_hit", "cache_miss"))
     if hits + misses:

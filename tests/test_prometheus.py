@@ -1,0 +1,168 @@
+"""A real Prometheus over Triton and the gateway: every rule, every panel, and a model that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from deepseek_client import InferenceClient, ServerError
+
+from serving.dashboard import dashboard, queries
+from serving.stack import write_observed
+from tests.gateway import free_port
+from tests.test_observe import Observed, X, observed, wait_for
+
+FAILS = {"x": np.ones((1, 2, 3), np.float32)}  # in ONNX Runtime, of `fragile`
+
+
+class Prometheus:
+    """A real one that scrapes both programs each second, with the rules of `folder`."""
+
+    def __init__(self, folder: Path, running: Observed) -> None:
+        if not shutil.which("prometheus"):
+            pytest.skip("no prometheus here: apt-get install prometheus")
+        self.port = free_port()
+        config = yaml.safe_load(Path("docker/observe/prometheus/prometheus.yml").read_text())
+        targets = {"triton": running.server.metrics_port, "gateway": running.gateway.internal_port}
+        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        config["rule_files"] = [str(folder / "observe" / "rules" / "*.yml")]
+        del config["alerting"]
+        for job in config["scrape_configs"]:
+            del job["dns_sd_configs"]
+            job["static_configs"] = [{"targets": [f"127.0.0.1:{targets[job['job_name']]}"]}]
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        flags = {
+            "config.file": folder / "prometheus.yml",
+            "storage.tsdb.path": folder / "data",
+            "web.listen-address": f"127.0.0.1:{self.port}",
+            "log.level": "warn",
+        }
+        command = ["prometheus", *(f"--{name}={value}" for name, value in flags.items())]
+        self.log = folder / "prometheus.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+    def ask(self, path: str, **parameters: str) -> dict[str, Any]:
+        """The data of an answer of its API; empty until it is up."""
+        url = f"http://127.0.0.1:{self.port}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        try:
+            return json.load(urllib.request.urlopen(url, timeout=10))["data"]
+        except urllib.error.URLError as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code != 503:  # 503: it is starting
+                raise AssertionError(f"{parameters}: {error.read().decode()}") from None
+            assert self.process.poll() is None, self.log.read_text()
+            return {"result": [], "groups": [], "alerts": []}
+
+    def has(self, query: str) -> bool:
+        """Whether a query gives a number."""
+        return any(not math.isnan(float(sample["value"][1])) for sample in self.ask("query", query=query)["result"])
+
+    def rules(self) -> list[dict[str, Any]]:
+        """Its rules, with their health."""
+        return [rule for group in self.ask("rules")["groups"] for rule in group["rules"]]
+
+    def stop(self) -> None:
+        """Ends it."""
+        self.process.terminate()
+        self.process.wait(20)
+
+
+@contextlib.contextmanager
+def load(running: Observed) -> Iterator[list[Exception]]:
+    """About fifty requests a second over both protocols meanwhile; what went wrong."""
+    done = threading.Event()
+    wrong: list[Exception] = []
+
+    def call(protocol: str) -> None:
+        try:
+            with running.client(protocol) as client:
+                while not done.wait(0.04):
+                    client.infer("add_one", X)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=call, args=(protocol,)) for protocol in ("grpc", "http")]
+    for thread in threads:
+        thread.start()
+    try:
+        yield wrong
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.slow
+def test_under_load_every_rule_evaluates_and_every_panel_has_data(tmp_path: Path) -> None:
+    with observed(tmp_path) as running:
+        write_observed(running.models, tmp_path / "observe")
+        prometheus = Prometheus(tmp_path, running)
+        try:
+            with load(running) as wrong:
+                check_data(prometheus, running)
+            assert wrong == []
+            running.server.stop()
+            pending = wait_for(lambda: prometheus.ask("alerts")["alerts"], bool, wait_s=10)
+            assert {alert["labels"]["alertname"] for alert in pending} == {"TritonDown"}
+        finally:
+            prometheus.stop()
+
+
+def check_data(prometheus: Prometheus, running: Observed, wait_s: float = 40) -> None:
+    """Every rule is well, what it records is there, and every query of the dashboard gives a number."""
+    rules = wait_for(prometheus.rules, lambda found: found and all(rule["health"] == "ok" for rule in found), 20)
+    asked = {rule["name"]: rule["name"] for rule in rules if rule["type"] == "recording"}
+    asked |= {f"{title}: {query}": query for title, query in queries(dashboard(running.models))}
+    deadline = time.monotonic() + wait_s
+    while missing := [name for name, query in asked.items() if not prometheus.has(query)]:
+        assert time.monotonic() < deadline, missing
+        time.sleep(1)
+    assert [rule["name"] for rule in prometheus.rules() if rule.get("alerts")] == []
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
+    """A stack for tests that leave it running."""
+    with observed(tmp_path_factory.mktemp("stack")) as running:
+        yield running
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("through", ["gateway", "triton"])
+def test_a_model_that_fails_every_request_raises_an_alert(stack: Observed, tmp_path: Path, through: str) -> None:
+    """Behind the gateway that of the endpoint, too."""
+    behind = through == "gateway"
+    alerts = {"ErrorBudgetBurn", "EndpointBudgetBurn"} if behind else {"ErrorBudgetBurn"}
+    clients = [stack.client("grpc"), stack.client("http")] if behind else [InferenceClient(stack.server.grpc_url)]
+    (panel,) = (query for title, query in queries(dashboard(stack.models)) if title == "Failures by reason")
+    write_observed(stack.models, tmp_path / "observe")
+    prometheus = Prometheus(tmp_path, stack)
+
+    def firing() -> set[str]:
+        for client in clients:
+            with pytest.raises(ServerError, match="inference failed"):
+                client.infer("fragile", FAILS)
+        return {alert["labels"]["alertname"] for alert in prometheus.ask("alerts")["alerts"]}
+
+    try:
+        wait_for(firing, alerts.issubset, wait_s=40)
+        assert prometheus.has('model:triton_requests_failed:ratio_rate5m{model="fragile"} > 0.99')
+        assert prometheus.has(f"{panel} > 0")
+    finally:
+        prometheus.stop()
+        for client in clients:
+            client.close()
