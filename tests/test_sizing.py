@@ -13,6 +13,7 @@ import pytest
 from deepseek.sizing.__main__ import planned
 from deepseek.sizing.charts import bar_chart, scatter_chart, stacked_chart
 from deepseek.sizing.devices import THIS_MACHINE, load_devices
+from deepseek.spec import InputError
 from tests.conftest import run_module
 
 SIZES = ["--layers", "4", "--hidden", "64", "--heads", "4"]
@@ -45,6 +46,18 @@ def test_json_has_the_whole_plan() -> None:
     assert plan["training"]["fp32"]["total_bytes"] > plan["training"]["fp32"]["activation_bytes"] > 0
     assert plan["devices"]["t4"]["training"]["way"] == "single"
     assert plan["devices"]["t4"]["bill"]["replicas"] == 2
+
+
+def test_json_has_null_where_no_number_of_devices_can_share_a_product() -> None:
+    run = run_module("deepseek.sizing", "--preset", "gpt2-xl", "--json", "--device", "t4")  # 25 heads
+    plan = json.loads(run.stdout, parse_constant=pytest.fail)
+    (tensor,) = [way for way in plan["devices"]["t4"]["training_ways"] if way["way"] == "tensor"]
+    assert (tensor["devices"], tensor["memory_bytes"]) == (None, None)
+
+
+def test_a_model_that_generates_is_told_in_tokens() -> None:
+    for flags, unit in ((["--generate"], "tokens/s"), ([], "samples/s")):
+        assert f"latency {unit}" in re.sub(" +", " ", run_module("deepseek.sizing", *SIZES, *flags).stdout)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +123,7 @@ def test_configurations_that_nobody_wrote_down_are_planned(arguments: list[str])
         assert device.latency_ms is None or device.latency_ms > 0
         fits = [way for way in device.training_ways if way.devices]
         assert all(
-            way.memory_bytes <= load_devices()[key].usable_bytes
+            way.memory_bytes is not None and way.memory_bytes <= load_devices()[key].usable_bytes
             for key, each in plan.devices.items()
             if each is device
             for way in fits
@@ -125,7 +138,11 @@ def test_a_graph_is_planned_at_deploy_tomls_sizes_and_measured_here(built: Path,
     assert "on this machine, one instance" in run.stdout
     assert load_devices()[THIS_MACHINE].rates.keys() == {"fp32", "int8"}
     plan = planned(list(arguments))
-    assert plan.devices[THIS_MACHINE].calibrated
+    assert (there := plan.devices[THIS_MACHINE]).calibrated
+    assert there.capacity is not None
+    assert there.capacity.batch == 8  # deploy.toml's largest, at 5/s within 50 ms
+    with pytest.raises(InputError, match=r"model.onnx: axis: seen 'lenght'; allowed: length "):
+        planned([*arguments, "--axis", "lenght=8"])
     assert plan.notes
 
 

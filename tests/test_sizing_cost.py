@@ -77,6 +77,14 @@ def test_the_predicted_batch_keeps_p99_and_the_next_does_not() -> None:
     assert not found.measured
 
 
+def test_the_predicted_batch_is_one_that_the_model_takes() -> None:
+    found = [
+        predicted_serving(BERT, DEVICES["a30"], precision="fp16", length=128, p99_ms=1000, most_batch=most)
+        for most in (1, 12, 256)
+    ]
+    assert [each.batch for each in found if isinstance(each, Serving)] == [1, 8, 256]
+
+
 def test_a_limit_that_no_batch_keeps_and_a_device_that_is_too_small_say_so() -> None:
     slow = predicted_serving(BERT, DEVICES["t4"], precision="fp16", length=512, p99_ms=2)
     assert isinstance(slow, str)

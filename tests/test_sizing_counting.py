@@ -176,6 +176,9 @@ def test_an_open_axis_takes_the_size_it_is_given(tmp_path: Path) -> None:
     path = graph(tmp_path / "m.onnx", nodes, {"w": (6, 2)}, ["batch", "frames", 6])
     assert flops(OnnxModel(path).ops(1, 7)) == 2 * 7 * 12
     assert flops(OnnxModel(path, axes={"frames": 100}).ops(1, 7)) == 2 * 100 * 12
+    for name in ("frame", "batch"):
+        with pytest.raises(InputError, match=rf"m.onnx: axis: seen '{name}'; allowed: frames "):
+            OnnxModel(path, axes={name: 100})
 
 
 def test_the_library_needs_no_torch() -> None:

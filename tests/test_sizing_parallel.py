@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,7 @@ def test_serving_gpt3_takes_8_to_16_devices_of_80_gb_in_a_pipeline(batch: int, d
     setup = InferenceSetup(batch=batch, length=2048, precision="fp16", generate=True)
     found = by_way(serving_layouts(presets()["gpt3-175b"], setup, A100))["pipeline"]
     assert found.devices == devices
+    assert found.memory_bytes is not None
     assert found.memory_bytes <= A100.usable_bytes
 
 
@@ -49,6 +51,23 @@ def test_training_gpt3_does_not_fit_on_16_of_them_by_its_state_alone() -> None:
     assert chosen is not None
     assert chosen.devices is not None
     assert chosen.devices >= 48
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize(("precision", "mixed"), [("fp32", "autocast"), ("bf16", "autocast"), ("bf16", "master")])
+def test_no_layout_takes_less_than_its_share_of_the_state(precision: Any, mixed: Any, checkpointing: bool) -> None:
+    asked = TrainingSetup(
+        batch=16, length=1, precision=precision, mixed=mixed, checkpointing=checkpointing, accumulation_steps=8
+    )
+    for name in ("bert-large", "gpt2-xl", "gpt3-175b"):
+        size = presets()[name]
+        setup = replace(asked, length=size.config.max_length)
+        memory = training_memory(size, setup)
+        for gib in (1, 2, 4, 8, 16, 80, 160):
+            for layout in training_layouts(size, setup, A100.model_copy(update={"memory_gib": gib})):
+                if layout.devices is not None:
+                    assert layout.memory_bytes is not None
+                    assert layout.memory_bytes >= memory.state_bytes / layout.devices, layout
 
 
 def test_what_fits_on_one_device_stays_there() -> None:
@@ -67,6 +86,7 @@ def test_data_parallel_saves_no_memory_and_sharding_does() -> None:
     assert ways["data"].devices is None
     assert "take no byte away" in ways["data"].reason
     assert ways["sharded"].devices == 4
+    assert ways["sharded"].memory_bytes is not None
     assert ways["sharded"].memory_bytes < A100.usable_bytes < training_memory(size, setup).total_bytes
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek.sizing import load_devices, predict, presets
+from deepseek.sizing import InferenceSetup, inference_memory, load_devices, predict, presets
 from deepseek.sizing.devices import Device, read_devices
 from deepseek.sizing.published import SMALL, errors, errors_unseen, figures, fit, held_out, summary
 from deepseek.sizing.roofline import CONSTANTS, predict_decode
@@ -73,6 +73,18 @@ def test_a_generated_token_takes_as_long_as_reading_the_weights() -> None:
     found = predict_decode(model, device, precision="fp16", batch=1, context=128)
     read_s = 2 * model.parameters / (device.bandwidth_gb_s * 1e9)
     assert read_s < found.latency_s < 1.3 * read_s
+
+
+def test_8_bits_read_cached_keys_and_values_as_wide_as_the_plan_keeps_them() -> None:
+    model, device = presets()["gpt3-175b"], DEVICES["h100"]
+    for precision in ("fp16", "fp8", "int8"):
+        setup = InferenceSetup(batch=8, length=2048, precision=precision, generate=True)
+        few, many = (
+            predict_decode(model, device, precision=precision, batch=8, context=context).latency_s
+            for context in (1, 2048)
+        )
+        read_s = inference_memory(model, setup).cache_bytes / (device.bandwidth_gb_s * 1e9)
+        assert many - few > 0.9 * read_s
 
 
 def test_a_type_that_a_device_has_no_units_for_is_one_line() -> None:

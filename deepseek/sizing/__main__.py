@@ -7,8 +7,8 @@ was where it could be checked: docs/plan.md.
 Examples:
     python -m deepseek.sizing --preset bert-base --length 384 --batch 32
     python -m deepseek.sizing --model minilm --rate 2000 --p99-ms 30
-    python -m deepseek.sizing --layers 80 --hidden 8192 --heads 64 --ffn 36864 --max-length 4096 --generate --device
-    h100 python -m deepseek.sizing --onnx resnet50.onnx --precision int8 --devices my-devices.toml --json
+    python -m deepseek.sizing --layers 80 --hidden 8192 --heads 64 --max-length 4096 --generate --device h100
+    python -m deepseek.sizing --onnx resnet50.onnx --precision int8 --devices my-devices.toml --json
     python -m deepseek.sizing --model minilm --measure        # this machine too, and the graph on it
 """
 
@@ -22,7 +22,7 @@ import warnings
 from pathlib import Path
 
 from deepseek.config import AdviceWarning, TransformerConfig, check_float
-from deepseek.sizing.cost import Demand
+from deepseek.sizing.cost import LARGEST_BATCH, Demand
 from deepseek.sizing.counting import Countable, TransformerSize, presets
 from deepseek.sizing.devices import THIS_MACHINE, load_devices, measured_path, write_device
 from deepseek.sizing.onnx_graph import OnnxModel
@@ -95,9 +95,9 @@ def main() -> None:
         write_device(measured_path(), THIS_MACHINE, measure_machine())
         print(f"measured  {measured_path()}", file=sys.stderr)
     devices = load_devices(args.devices, names=args.device)
-    plan = make_plan(model, request(args, length, batch), devices)
+    plan = make_plan(model, request(args, length, batch, spec), devices)
     if args.json:
-        print(json.dumps(plan.as_dict(), indent=2, default=str))
+        print(json.dumps(plan.as_dict(), indent=2, default=str, allow_nan=False))
     else:
         print_plan(plan, args.rate is not None)
     if args.measure and isinstance(model, OnnxModel):
@@ -128,7 +128,8 @@ def read_model(args: argparse.Namespace) -> tuple[Countable, DeploymentSpec | No
             f"{path}: not built; build it with: make engine MODEL={args.model}, "
             "or plan by sizes: --layers, --hidden, --heads"
         )
-    axes = {name: axis.opt for name, axis in spec.axes.items() if name != BATCH}
+    of_inputs = {dim for tensor in spec.inputs.values() for dim in tensor.shape}
+    axes = {name: axis.opt for name, axis in spec.axes.items() if name != BATCH and name in of_inputs}
     if args.length is not None:
         axes = dict.fromkeys(axes, args.length)
     return OnnxModel(path, axes=axes | _axes(args.axis)), spec
@@ -171,7 +172,7 @@ def sizes(args: argparse.Namespace, model: Countable, spec: DeploymentSpec | Non
     return (model.default_length if length is None else length), (8 if batch is None else batch)
 
 
-def request(args: argparse.Namespace, length: int, batch: int) -> Request:
+def request(args: argparse.Namespace, length: int, batch: int, spec: DeploymentSpec | None) -> Request:
     """What the flags ask for."""
     capacity = args.capacity
     if args.price is not None:
@@ -205,6 +206,7 @@ def request(args: argparse.Namespace, length: int, batch: int) -> Request:
         generate=args.generate,
         disk_mb_s=args.disk_mb_s,
         demand=demand,
+        most_batch=LARGEST_BATCH if spec is None else spec.max_served_batch,
         capacity=capacity,
         price_usd_hour=args.price,
     )
@@ -215,7 +217,7 @@ def planned(arguments: list[str]) -> Plan:
     args = parser().parse_args(arguments)
     model, spec = read_model(args)
     length, batch = sizes(args, model, spec)
-    return make_plan(model, request(args, length, batch), load_devices(args.devices, names=args.device))
+    return make_plan(model, request(args, length, batch, spec), load_devices(args.devices, names=args.device))
 
 
 if __name__ == "__main__":

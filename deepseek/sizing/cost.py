@@ -4,8 +4,8 @@ Contract: no torch. What `make capacity` measured (`build/<model>/capacity.json`
 measured on, where its own p99 objective is at least as strict as what is asked; all else is prediction, and says so.
 
 Rules of the prediction, stated and not fitted:
-    batch     the largest (a power of two) with 2 x time of a batch + SERVER_MS <= p99: who just misses a batch waits
-              for all of it and then for its own
+    batch     the largest (a power of two that the model takes) with 2 x time of a batch + SERVER_MS <= p99: who just
+              misses a batch waits for all of it and then for its own
     capacity  UTILISATION of what such batches give a second: queues grow without bound towards 100 %
     replicas  what the rate needs by the time that new ones answer (it grows meanwhile), and one more, so that any one
               may be lost (N+1)
@@ -101,13 +101,19 @@ def bill(demand: Demand, capacity_rps: float, price_usd_hour: float | None) -> B
 
 
 def predicted_serving(
-    model: Countable, device: Device, *, precision: str, length: int | None, p99_ms: float
+    model: Countable,
+    device: Device,
+    *,
+    precision: str,
+    length: int | None,
+    p99_ms: float,
+    most_batch: int = LARGEST_BATCH,
 ) -> Serving | str:
-    """What one device bears by the roofline; a sentence where it cannot at all."""
+    """What one device bears by the roofline, in batches of up to `most_batch`; a sentence where it cannot at all."""
     length = model.default_length if length is None else length
     best: tuple[int, float] | None = None
     batch, first_ms = 1, math.inf
-    while batch <= LARGEST_BATCH:
+    while batch <= most_batch:
         setup = InferenceSetup(
             batch=batch,
             length=length,

@@ -37,6 +37,8 @@ class Op:
     """Elements that it computes: few of them leave a wide device idle."""
     moved: float = 0.0
     """Activations read and written."""
+    cached: float = 0.0
+    """Cached keys and values read, which 8-bit precisions do not make small."""
     weights: float = 0.0
     """Weights read."""
     count: int = 1
@@ -174,7 +176,7 @@ class TransformerSize:
         block = [_product(batch, width, 3 * width), _product(batch, width, width)]
         block += [_product(batch, width, inner), _product(batch, inner, width)]
         cached = 2.0 * batch * context * width
-        block.append(Op(kind="attention", flops=2 * cached, outputs=batch * width, moved=cached))
+        block.append(Op(kind="attention", flops=2 * cached, outputs=batch * width, cached=cached))
         block.append(Op(kind="memory", count=2))
         head = [] if self.head == "none" else [_product(batch, width, config.vocab_size)]
         return [_repeated(op, config.num_layers) for op in block] + head

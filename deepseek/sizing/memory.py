@@ -172,15 +172,15 @@ class InferenceMemory:
 
 def inference_memory(model: Countable, setup: InferenceSetup) -> InferenceMemory:
     """Memory of `instances` copies, each with its own batch."""
-    cached = 0.0
+    cached, width = 0.0, activation_width(setup.precision, setup.platform)
     if setup.generate:
         if not isinstance(model, TransformerSize):
             raise InputError(f"{model.name}: the cache of keys and values is known of a TransformerConfig only")
-        cached = model.cache_elements(setup.batch * setup.length) * activation_width(setup)
+        cached = model.cache_elements(setup.batch * setup.length) * width
     copies = 1 if setup.shared_weights else setup.instances
     return InferenceMemory(
         weight_bytes=float(copies * weight_bytes(model, setup.precision, setup.platform)),
-        activation_bytes=setup.instances * activation_width(setup) * model.live_elements(setup.batch, setup.length),
+        activation_bytes=setup.instances * width * model.live_elements(setup.batch, setup.length),
         cache_bytes=setup.instances * cached,
         context_bytes=float(copies * CONTEXT_BYTES[setup.platform]),
     )
@@ -193,9 +193,10 @@ def weight_bytes(model: Countable, precision: str, platform: Platform = "acceler
     return width * model.product_parameters + high * (model.parameters - model.product_parameters)
 
 
-def activation_width(setup: InferenceSetup) -> int:
-    """Bytes of an activation: 8-bit engines keep the residual, and so the worst moment, at 16 bits."""
-    return max(BYTES[setup.precision], 4 if setup.platform == "cpu" else 2)
+def activation_width(precision: str, platform: Platform = "accelerator") -> int:
+    """Bytes of an activation, or of a cached key or value: 8-bit engines keep the residual, and so the worst moment,
+    at 16 bits."""
+    return max(BYTES[precision], 4 if platform == "cpu" else 2)
 
 
 def largest_batch(bytes_of: Callable[[int], float], limit_bytes: float, *, most: int = 2**20) -> int:

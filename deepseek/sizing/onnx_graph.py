@@ -57,7 +57,16 @@ class OnnxModel:
             raise InputError(f"{path}: not an ONNX file ({type(error).__name__})") from None
         if not self.proto.graph.node:
             raise InputError(f"{path}: not an ONNX graph: it has no node")
+        self._check_axes()
         self.counted = lru_cache(maxsize=64)(self._counted)  # of this file alone
+
+    def _check_axes(self) -> None:
+        """Raises InputError for the size of an axis that no input has."""
+        known = sorted({dim.dim_param for dim in self._dims() if dim.dim_param})
+        for name in self.axes:
+            if name not in known:
+                allowed = f"{', '.join(known) or 'none'} (open axes of its inputs, beside the batch)"
+                raise InputError(f"{self.path}: axis: seen {name!r}; allowed: {allowed}")
 
     @property
     def name(self) -> str:
@@ -104,12 +113,7 @@ class OnnxModel:
     def open_axes(self) -> list[str]:
         """Names of the axes beside the batch that have no size of their own."""
         return sorted(
-            {
-                dim.dim_param or "?"
-                for value in self._inputs()
-                for dim in list(value.type.tensor_type.shape.dim)[1:]
-                if not dim.dim_value and dim.dim_param not in self.axes
-            }
+            {dim.dim_param or "?" for dim in self._dims() if not dim.dim_value and dim.dim_param not in self.axes}
         )
 
     @property
@@ -141,6 +145,10 @@ class OnnxModel:
     def _inputs(self) -> list[Any]:
         weights = {each.name for each in self.proto.graph.initializer}
         return [value for value in self.proto.graph.input if value.name not in weights]
+
+    def _dims(self) -> list[Any]:
+        """Axes of the inputs beside the batch."""
+        return [dim for value in self._inputs() for dim in list(value.type.tensor_type.shape.dim)[1:]]
 
     def _shapes(self, batch: int, length: int) -> dict[str, tuple[int, ...]]:
         """Shapes of all activations, by ONNX's own inference with every axis at one size."""

@@ -56,8 +56,8 @@ class Layout:
     way: Way
     devices: int | None
     """None: it does not fit however many there are."""
-    memory_bytes: float
-    """Of the fullest device; where nothing fits, at the most devices tried."""
+    memory_bytes: float | None
+    """Of the fullest device; where nothing fits, at the most devices tried. None: no number of devices can be tried."""
     sent_bytes: float
     sent_s: float | None
     """Time of that; None where the device has no interconnect."""
@@ -130,10 +130,10 @@ def _tensor_training(model: TransformerSize, setup: TrainingSetup, kept: Saved, 
     states = setup.batch * setup.length * config.hidden_size
     block = block_saved(model, setup).whole
     # Not divided: the residual, both LayerNorms' outputs (one copy a cast), the last dropout's mask.
-    copied = states * (8.0 + width * (4 if setup.autocast else 2) + 1)
-    alone = copied if not setup.checkpointing else 4.0 * states
+    copied = states * (2.0 * setup.full_bytes + width * (4 if setup.autocast else 2) + 1)
+    alone = copied if not setup.checkpointing else float(setup.full_bytes * states)
     reduces = (6 if setup.checkpointing else 4) * config.num_layers * setup.accumulation_steps
-    blocks = config.num_layers * (block if not setup.checkpointing else 4.0 * states)
+    blocks = config.num_layers * (block if not setup.checkpointing else alone)
     state = training_memory(model, setup).state_bytes
 
     def memory(count: int) -> float:
@@ -154,7 +154,7 @@ def _pipeline_training(model: TransformerSize, setup: TrainingSetup, kept: Saved
     bytes_each = training_memory(model, setup).state_bytes / model.parameters
     around = model.parameters - config.num_layers * model.block_parameters
     states = setup.batch * setup.length * config.hidden_size
-    per_block = 4.0 * states if setup.checkpointing else block_saved(model, setup).whole
+    per_block = float(setup.full_bytes * states) if setup.checkpointing else block_saved(model, setup).whole
     outside = kept.kept - config.num_layers * per_block
 
     def memory(count: int) -> float:
@@ -178,7 +178,7 @@ def serving_layouts(model: Countable, setup: InferenceSetup, device: Device) -> 
     whole = inference_memory(model, setup)
     ways = [_Way(way="single", counts=[1], memory=lambda count: whole.total_bytes, sent=lambda count: 0.0)]
     if isinstance(model, TransformerSize):
-        config, width = model.config, activation_width(setup)
+        config, width = model.config, activation_width(setup.precision, setup.platform)
         passing = setup.batch * (1 if setup.generate else setup.length)
         states = passing * config.hidden_size * width
         around = weight_bytes(model, setup.precision, setup.platform) * (
@@ -249,7 +249,7 @@ def _fewest(way: _Way, device: Device, compute_s: float | None) -> Layout:
     return Layout(
         way=way.way,
         devices=shown if fits else None,
-        memory_bytes=way.memory(shown) if way.counts else float("inf"),
+        memory_bytes=way.memory(shown) if way.counts else None,
         sent_bytes=sent,
         sent_s=sent_s,
         device_s=device_s,

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deepseek.sizing.cost import Bill, Demand, Serving, bill, measured_serving, predicted_serving
+from deepseek.sizing.cost import LARGEST_BATCH, Bill, Demand, Serving, bill, measured_serving, predicted_serving
 from deepseek.sizing.counting import Countable, TransformerSize, flops
 from deepseek.sizing.devices import Device
 from deepseek.sizing.memory import (
@@ -49,6 +49,8 @@ class Request:
     """Whether the model writes a token at a time, with keys and values cached."""
     disk_mb_s: float = 500.0
     demand: Demand | None = None
+    most_batch: int = LARGEST_BATCH
+    """Samples that a server of the model takes at once."""
     capacity: Path | None = None
     """What `make capacity` measured, on the machine where it ran."""
     price_usd_hour: float | None = None
@@ -71,6 +73,7 @@ class DevicePlan:
     latency_ms: float | None
     """Of the serving batch (of one token, in a model that generates)."""
     samples_s: float | None
+    """Tokens, in a model that generates."""
     calibrated: bool
     capacity: Serving | None
     no_capacity: str
@@ -97,6 +100,7 @@ class Plan:
     flops_token: float
     length: int
     training_batch: int
+    generate: bool
     bytes_by_precision: Mapping[str, int]
     training: Mapping[str, TrainingMemory]
     """By how it is run: as asked, and the variants beside it."""
@@ -130,6 +134,7 @@ def make_plan(model: Countable, request: Request, devices: Mapping[str, Device])
         flops_token=sample / length,
         length=length,
         training_batch=setup.batch,
+        generate=request.generate,
         bytes_by_precision={name: weight_bytes(model, name) for name in BYTES if name != "tf32"},
         training=variants,
         host=host_needs(model, next(iter(variants.values())), disk_bytes_s=request.disk_mb_s * 1e6),
@@ -256,7 +261,9 @@ def _capacity(
     if chosen is not None and chosen.devices != 1:
         return None, f"one copy needs {chosen.devices} devices: plan by the latency above"
     length, p99_ms = request.training.length, request.demand.p99_ms
-    predicted = predicted_serving(model, device, precision=precision, length=length, p99_ms=p99_ms)
+    predicted = predicted_serving(
+        model, device, precision=precision, length=length, p99_ms=p99_ms, most_batch=request.most_batch
+    )
     return (None, predicted) if isinstance(predicted, str) else (predicted, "")
 
 

@@ -114,7 +114,8 @@ def _way(layout: Layout | None) -> str:
 
 
 def _print_devices(console: Console, plan: Plan) -> None:
-    table = _table("device", "trains on", "largest batch", "serves on", "type", "latency", "samples/s")
+    a_second = "tokens/s" if plan.generate else "samples/s"
+    table = _table("device", "trains on", "largest batch", "serves on", "type", "latency", a_second)
     for key, each in plan.devices.items():
         mark = "" if each.calibrated else "~"
         batch = str(each.largest_training_batch) if each.largest_training_batch else "-"
@@ -145,6 +146,7 @@ def _print_devices(console: Console, plan: Plan) -> None:
 
 def _each(layout: Layout) -> str:
     """What one device of several has to do."""
+    assert layout.memory_bytes is not None  # it fits
     idle = f", {layout.idle_share:.0%} of the time idle" if layout.idle_share else ""
     return f"{size(layout.memory_bytes)} each, {size(layout.sent_bytes)} sent a step{idle}"
 

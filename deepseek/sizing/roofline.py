@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from deepseek.sizing.counting import Countable, Op, TransformerSize, flops
 from deepseek.sizing.devices import Device
-from deepseek.sizing.memory import BYTES
+from deepseek.sizing.memory import BYTES, activation_width
 from deepseek.spec import InputError
 
 LAUNCH_US = 4.98
@@ -115,7 +115,8 @@ def of_ops(
 def _seconds(op: Op, device: Device, rate: float, precision: str, constants: Constants) -> float:
     launch = (constants.launch_us if device.launch_us is None else device.launch_us) * 1e-6
     reached = device.bandwidth_efficiency or constants.bandwidth_efficiency
-    memory = BYTES[precision] * (op.moved + op.weights) / (device.bandwidth_gb_s * 1e9 * reached)
+    read = BYTES[precision] * (op.moved + op.weights) + activation_width(precision, device.platform) * op.cached
+    memory = read / (device.bandwidth_gb_s * 1e9 * reached)
     if op.kind == "elementwise":
         return op.outputs / (device.elements_g_s * 1e9) + launch if device.elements_g_s else 0.0
     if not op.flops:
