@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,11 @@ def help_of(module: str) -> str:
 @pytest.mark.parametrize("module", COMMANDS)
 def test_help_has_examples_that_name_the_command(module: str) -> None:
     assert help_of(module).count(f"python -m {module}") >= 2
+
+
+def test_every_example_of_a_commands_help_is_one_that_it_takes() -> None:
+    run = subprocess.run([sys.executable, "-m", "tests.parse_examples", *COMMANDS], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, ""), run.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
