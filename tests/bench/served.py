@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-import subprocess
 from collections.abc import Callable
 
+from deepseek.spec import TunedBatching
 from serving.embedded import EmbeddedServer
 from tests.bench.setting import Bench, on
 
@@ -48,26 +48,10 @@ def served_over_raw(
 def batching(bench: Bench) -> None:
     """Dynamic batching on over off, 32 requests in flight."""
     for name in ("encoder", "recommender"):
-        off = bench.folder / f"unbatched-{name}"
-        if not off.exists():
-            subprocess.run(["cp", "-r", bench.repository(name), off], check=True)
-            config = off / name / "config.pbtxt"
-            config.write_text(_without_block(config.read_text(), "dynamic_batching"))
+        alone = bench.publish(f"unbatched-{name}", name, "fp32", TunedBatching(max_batch=1))
         ratios = []
-        with bench.server(bench.repository(name)) as on_server, bench.server(off) as off_server:
+        with bench.server(bench.repository(name)) as on_server, bench.server(alone) as off_server:
             for _ in range(bench.pairs):
                 batched = bench.served_throughput(on_server, name, users=32)
                 ratios.append(batched / bench.served_throughput(off_server, name, users=32))
         bench.record(f"dynamic batching on over off, {name}", ratios)
-
-
-def _without_block(text: str, name: str) -> str:
-    """A protobuf text without one top-level block."""
-    lines, kept, inside = text.splitlines(), [], False
-    for line in lines:
-        inside = inside or line.startswith(f"{name} {{")
-        if not inside:
-            kept.append(line)
-        if line == "}":
-            inside = False
-    return "\n".join(kept) + "\n"

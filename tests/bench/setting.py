@@ -23,7 +23,7 @@ from typing import Any
 import onnxruntime
 from rich.console import Console
 
-from deepseek.spec import DeploymentSpec, InputError, build_dir
+from deepseek.spec import DeploymentSpec, InputError, TunedBatching, TunedFile, TunedTarget, build_dir
 from export.artifact import Row, batches, choice_path, load_rows, onnx_path
 from serving.embedded import EmbeddedServer
 from tests.conftest import run_module
@@ -216,6 +216,14 @@ class Bench:
         """The model repository of one model."""
         return self.folder / f"repository-{name}"
 
+    def publish(self, folder: str, name: str, precision: str, batching: TunedBatching) -> Path:
+        """A repository of one model under settings of its own."""
+        values, repository = self.folder / f"{folder}.toml", self.repository(folder)
+        TunedFile(targets={"onnxruntime": TunedTarget(batching=batching)}).write(values)
+        flags = ("--precision", precision, "--tuned", str(values), "--repository", str(repository))
+        self.run("export.to_triton", name, *flags)
+        return repository
+
     def server(self, repository: Path) -> EmbeddedServer:
         """A server on free ports."""
         ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
@@ -264,7 +272,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def prepare(folder: Path) -> None:
-    """Builds the encoder and publishes both models in fp32, each in a repository of its own."""
+    """Builds the encoder and publishes all three models in fp32, each in a repository of its own."""
     for name in BUILT:
         if not choice_path(name, "onnxruntime").is_file():
             raise InputError(
@@ -280,7 +288,7 @@ def prepare(folder: Path) -> None:
     models = ("--models", str(folder / "models"))
     int8 = ("--precision", "int8", "--high-precision", "fp32")
     steps = [("export.to_onnx", "--model", "encoder"), ("export.quantize", "--model", "encoder", *int8)]
-    for name in ("encoder", "recommender"):
+    for name in ("encoder", *BUILT):
         repository = ("--repository", str(folder / f"repository-{name}"))
         steps.append(("export.to_triton", "--model", name, "--precision", "fp32", *repository))
     for stage, *flags in steps:

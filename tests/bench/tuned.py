@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from deepseek.spec import DeploymentSpec, TunedBatching, TunedFile, TunedTarget, build_dir
+from deepseek.spec import DeploymentSpec, TunedBatching, build_dir
 from export.artifact import choice_path, load_rows
 from loadtests.tuning import Tuning
 from serving.embedded import EmbeddedServer
@@ -62,16 +62,11 @@ def build_short(bench: Bench) -> None:
 
 
 def publish(bench: Bench, name: str, precision: str, batching: TunedBatching) -> Path:
-    """A repository of the encoder under these settings."""
-    values = bench.folder / f"{name}.toml"
+    """A repository of the encoder under these settings, its instances' threads all the cores'."""
     if batching.instances:
         threads = max(1, len(os.sched_getaffinity(0)) // batching.instances)
         batching = batching.model_copy(update={"threads": threads})
-    TunedFile(targets={"onnxruntime": TunedTarget(batching=batching)}).write(values)
-    repository = bench.folder / f"repository-{name}"
-    flags = ("--precision", precision, "--tuned", str(values), "--repository", str(repository))
-    bench.run("export.to_triton", SHORT, *flags)
-    return repository
+    return bench.publish(name, SHORT, precision, batching)
 
 
 def over_raw(bench: Bench, raw: Callable[[], float], repository: Path, how: str, goal: str) -> None:
