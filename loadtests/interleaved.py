@@ -155,10 +155,24 @@ def shape_of(how: How, capacity_rps: float | None) -> str:
         return f"{asked:g}x{max(1, round(how.duration_s))}"
     if how.rate_rps is None and (asked is None or asked > BUSIEST * capacity_rps):
         asked = rounded(BUSY * capacity_rps)
-    rungs = [rate for share in LADDER if (rate := rounded(share * capacity_rps)) != asked]
+    rungs = [rate for rate in _ladder(capacity_rps, bound_rates(how.spec.slo), asked) if rate != asked]
     rung_s = max(1, round((1 - LATENCY_SHARE) * how.duration_s / len(LADDER)))
     latency_s = max(1, round(LATENCY_SHARE * how.duration_s))
     return ", ".join([f"{asked:g}x{latency_s}", *(f"{rate:g}x{rung_s}" for rate in rungs)])
+
+
+def _ladder(capacity_rps: float, stops_rps: list[float], asked_rps: float | None) -> list[float]:
+    """Rates around the capacity; one that an objective is bound to takes the place of the first rung beyond it.
+
+    Above it the objective is not asked for, and a side that breaks it there would seem to hold. At `asked_rps` all is
+    asked anyway.
+    """
+    rungs = [rounded(share * capacity_rps) for share in LADDER]
+    for stop in stops_rps:
+        beyond = [rung for rung in rungs if rung > stop and rung not in stops_rps]
+        if stop != asked_rps and stop not in rungs and beyond:
+            rungs[rungs.index(beyond[0])] = stop
+    return rungs
 
 
 def pairs_in_time(how: How, left_s: float) -> int:

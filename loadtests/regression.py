@@ -38,7 +38,7 @@ from loadtests.bootstrap import (
 )
 from loadtests.results import Run
 from loadtests.slo import RATE_TOLERANCE, generator_problems, samples_needed
-from loadtests.trial import slo_at
+from loadtests.trial import bound_rates, slo_at
 
 Verdict = Literal["no worse", "worse", "inconclusive"]
 EXIT_CODES: dict[Verdict, int] = {"no worse": 0, "worse": 1, "inconclusive": 3}
@@ -125,7 +125,7 @@ def compare(
 
     With `capacity` runs without a ladder of rates leave that in doubt; without, they are about latencies alone.
     """
-    rate, ladder = _rates([*base, *new])
+    rate, ladder = _rates([*base, *new], slo)
     base, new, dropped = _valid(base, new, rate, slo)
     draws = Draws.of(len(base), len(new))
     sides = [Stretches.of([step(run, rate).window for run in runs]) for runs in (base, new)]
@@ -152,8 +152,11 @@ def compare(
     )
 
 
-def _rates(runs: Sequence[Run]) -> tuple[float, tuple[float, ...]]:
-    """The rate of the latencies, and the ladder's, which all runs share."""
+def _rates(runs: Sequence[Run], slo: SloSpec) -> tuple[float, tuple[float, ...]]:
+    """The rate of the latencies, and the ladder's, which all runs share.
+
+    An objective that is bound to the former makes it a rung, too: at none above is it asked for.
+    """
     for run in runs:
         if not run.settings.open_loop or run.settings.segments[0].end_rps is not None:
             raise InputError(f"{run.folder}: no open loop that starts at a steady rate; make loadtest RATE=")
@@ -162,7 +165,7 @@ def _rates(runs: Sequence[Run]) -> tuple[float, tuple[float, ...]]:
         if run.settings.segments[0].rate_rps != rate:
             other = run.settings.segments[0].rate_rps
             raise InputError(f"{run.folder}: measured at {other:g}/s, {runs[0].folder} at {rate:g}/s; give one rate")
-    shared = set.intersection(*(set(run.rates_rps) for run in runs)) - {rate}
+    shared = set.intersection(*(set(run.rates_rps) for run in runs)) - ({rate} - set(bound_rates(slo)))
     return rate, tuple(sorted(shared)) if len(shared) > 1 else ()
 
 

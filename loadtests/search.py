@@ -4,7 +4,7 @@ Contract: pure of any server; `attempt` makes the trials, and the search is deci
 which was cut off is taken up by giving it the same trials again. Rates have three significant digits.
 
 - Bracket: from `start_rps` in steps of 2 up to the first rate that does not hold, or down to the first that does (in
-  larger steps from an overloaded server, by what it answered). It stops at every rate that an objective is bound to.
+  larger steps from an overloaded server, by what it answered).
 - Bisect, geometrically, until what holds and what does not are within two steps of `resolution` of one another.
 - Confirm with runs three times as long (or as long as their samples need), which walk around the knee: one `resolution`
   up after a run that holds, one down after one that does not, until the walk has turned four times. The capacity is the
@@ -17,6 +17,9 @@ A trial of the first two that does not hold is repeated once, and the repetition
 a p99, and a rate wrongly taken for failing would end the search far too low, whereas one wrongly taken for holding is
 walked down from. An overloaded trial (a fifth of the rate or more was not answered) counts at once: no accident does
 that. An inconclusive one is repeated for twice as long.
+
+No rate above one that an objective is bound to (`stops_rps`) is tried before that one has held: above it the objective
+is not asked for, so that a search which had passed it would run off to the next knee.
 
 Where the generator was the limit, the search goes on below it, and the answer is "at least".
 
@@ -57,7 +60,7 @@ class Plan:
     duration_s: float
     """Least length of a trial."""
     stops_rps: tuple[float, ...] = ()
-    """Rates that the bracket may not jump over."""
+    """Rates that have to hold before a higher one is tried."""
     resolution: float = 1.05
     confirm: bool = True
     """False: bisected to one step of `resolution`, and no more."""
@@ -111,15 +114,25 @@ class Search:
             return self._found(self._best(), confirmed=False, limited_by=str(bound))
 
     def _bracket(self) -> None:
-        rate = rounded(self.plan.start_rps)
-        while LOWEST_RPS <= rate <= HIGHEST_RPS:
+        rate = rounded(min(self.plan.start_rps, HIGHEST_RPS))
+        while self._lowest <= rate <= HIGHEST_RPS:
             self._try(rate, "bracket")
             if self._low is None:
                 rate = rounded(self._lower(rate))
             elif self._high:
                 return
             else:
-                rate = min([stop for stop in self.plan.stops_rps if stop > rate] + [rounded(rate * GROWTH)])
+                rate = min(self._stop, rounded(rate * GROWTH))
+
+    @property
+    def _lowest(self) -> float:
+        return min(LOWEST_RPS, rounded(self.plan.start_rps))
+
+    @property
+    def _stop(self) -> float:
+        """The lowest stop that has not held yet."""
+        held = {trial.rate_rps for trial in self.trials if trial.outcome == "holds"}
+        return min((stop for stop in self.plan.stops_rps if stop not in held), default=math.inf)
 
     def _lower(self, rate_rps: float) -> float:
         """The next rate to try below one that does not hold: what an overloaded server answered, if that is less."""
@@ -138,8 +151,8 @@ class Search:
         """The rate that also holds for long: walks until it has turned often enough."""
         assert self._low is not None
         level, turns, steps = 0, list[int](), list[bool]()
-        while len(turns) < TURNS and len(steps) < LONGEST_WALK and (rate := self._at(level)) >= LOWEST_RPS:
-            steps.append(self._judged(rate, "confirm").outcome == "holds")
+        while len(turns) < TURNS and len(steps) < LONGEST_WALK and self._at(level) >= self._lowest:
+            steps.append(self._judged(min(self._stop, self._at(level)), "confirm").outcome == "holds")
             if steps[-2:] in ([True, False], [False, True]):
                 turns.append(level)
             level += 1 if steps[-1] else -1
@@ -147,6 +160,8 @@ class Search:
             return self._found(None, confirmed=False)
         # The middle is between a rate that holds and one that does not: half a step lower is what holds.
         best = self._at(sum(turns) / len(turns) - 0.5) if len(turns) > 1 else self._at(level - 1)
+        if best >= self._stop:
+            best = max(each.rate_rps for each in self.trials if each.outcome == "holds")
         above = [each for each in self.trials if each.outcome != "holds" and each.rate_rps > best]
         if above:  # the lowest is what limits; a failure rather than a trial of the same rate that proved nothing
             self._high = min(above, key=lambda each: (each.rate_rps, each.outcome != "fails"))

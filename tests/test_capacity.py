@@ -18,6 +18,7 @@ from rich.console import Console
 
 from deepseek.spec import InputError, SloSpec
 from loadtests.capacity import Capacity, capacity_path, find
+from loadtests.search import Plan
 from loadtests.slo import judge
 from loadtests.trial import (
     Phase,
@@ -30,7 +31,7 @@ from loadtests.trial import (
 )
 from serving.embedded import EmbeddedServer
 from tests.test_results import saved_run, steady
-from tests.test_search import PLAN, trial
+from tests.test_search import PLAN, server_of, trial
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,6 +146,26 @@ def test_an_interrupted_search_leaves_its_trials_and_goes_on_from_them(
     assert sorted(path.name for path in (tmp_path / "tiny").iterdir()) == ["capacity.json"]
     other = find(Capacity(**HEAD | {"url": "127.0.0.1:9001"}), PLAN, attempt, Console())
     assert len(made) == 4 - 1 + len(capacity.trials) - 3 + len(other.trials) + 1
+
+
+@pytest.mark.parametrize(
+    ("start_rps", "longest_s", "sentence"),
+    [
+        (0.05, 1e9, "capacity 0.0917/s, limited by p99_ms"),
+        (0.05, 1800, "capacity not to be said: the limit on time was reached"),
+        (2e6, 1e9, "capacity at least 1"),
+    ],
+    ids=["slow", "too slow for the time", "fast"],
+)
+def test_a_search_may_start_outside_the_rates_that_it_looks_through(
+    start_rps: float, longest_s: float, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path))
+    plan = Plan(start_rps=start_rps, duration_s=10, needed_s=lambda rate_rps: 459 / rate_rps, max_s=longest_s)
+    limit = 1e9 if start_rps > 1 else 0.095
+    attempt = server_of(lambda rate_rps, _: "holds" if rate_rps < limit else "fails")
+    capacity = find(Capacity(**HEAD), plan, attempt, Console(quiet=True))
+    assert sentence in capacity.sentence
 
 
 MODEL = '''

@@ -274,10 +274,10 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, flags: tuple[str, ...
     assert message in run.stderr
 
 
-def how(**changes: Any) -> How:
+def how(*objectives: str, **changes: Any) -> How:
     """Of a service that is to hold 100/s."""
-    toml = tomllib.loads(SPEC)
-    spec = DeploymentSpec.model_validate_json(json.dumps(toml | {"slo": {"p99_ms": 50, "rate_rps": 100}}))
+    toml = tomllib.loads(SPEC) | {"slo": {"p99_ms": 50, "rate_rps": 100, "objectives": objectives}}
+    spec = DeploymentSpec.model_validate_json(json.dumps(toml))
     run = {"model": "tiny", "models": "", "target": "onnxruntime", "protocol": "grpc", "url": "", "inputs": ""}
     fixed = {"server": "", "rate_rps": None, "duration_s": 30.0, "pairs": 8, "max_s": 1200.0}
     return How(spec=spec, settings=Settings(**run, users=1, warmup_s=2.0), **fixed | changes)  # type: ignore[arg-type]
@@ -288,6 +288,34 @@ def test_latencies_are_compared_at_the_slos_rate_where_the_base_can_hold_it() ->
     assert shape_of(how(), 110.0).startswith("77x9")
     assert shape_of(how(rate_rps=20.0), 110.0).startswith("20x9")
     assert shape_of(how(), None) == "100x30"
+
+
+@pytest.mark.parametrize(
+    ("bound_rps", "capacity_rps", "ladder"),
+    [
+        ((200,), 195.0, "146x4, 164x4, 183x4, 200x4, 228x4, 254x4"),
+        ((200,), 400.0, "200x4, 336x4, 376x4, 420x4, 468x4, 520x4"),
+        ((200, 201), 195.0, "146x4, 164x4, 183x4, 200x4, 201x4, 254x4"),
+        ((300,), 195.0, "146x4, 164x4, 183x4, 205x4, 228x4, 254x4"),
+        ((100,), 200.0, "150x4, 168x4, 188x4, 210x4, 234x4, 260x4"),
+    ],
+    ids=["within", "below", "two", "above", "the rate of the latencies"],
+)
+def test_a_rate_that_an_objective_is_bound_to_takes_the_place_of_the_first_rung_beyond_it(
+    bound_rps: tuple[int, ...], capacity_rps: float, ladder: str
+) -> None:
+    asked = how(*(f"p50_ms < 10 @ {rate} rps" for rate in bound_rps))
+    assert shape_of(asked, capacity_rps) == f"100x9, {ladder}"
+
+
+@pytest.mark.parametrize(("bound_rps", "knee_rps"), [(50, 45), (20, 18)], ids=["a rung", "the rate of the latencies"])
+def test_capacity_is_what_also_holds_an_objective_that_is_bound_to_a_rate(
+    tmp_path: Path, bound_rps: int, knee_rps: float
+) -> None:
+    limit_ms = 0.95 * 50 * (knee_rps / 56) ** 4
+    slo = SloSpec(p99_ms=50, objectives=(f"p50_ms < {limit_ms} @ {bound_rps} rps",))
+    found = compare(climbing(tmp_path / "a", 90, 0), climbing(tmp_path / "b", 56, 50), slo, Thresholds())
+    assert found.rows[2].new == pytest.approx(max(knee_rps, 20), rel=0.02)
 
 
 def test_as_many_pairs_are_made_as_fit_into_the_time() -> None:

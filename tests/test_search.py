@@ -178,9 +178,22 @@ def test_where_no_rate_holds_there_is_no_capacity() -> None:
     assert 0.1 <= search.trials[-1].rate_rps < 0.2
 
 
-def test_every_rate_that_an_objective_is_bound_to_is_tried() -> None:
-    # At 30/s something fails that is not asked for above.
-    outcome = server_of(lambda rate, _: "fails" if 28 < rate <= 30 else "holds")
-    found = Search(Plan(start_rps=20, duration_s=10, stops_rps=(30.0,)), outcome).run()
+@pytest.mark.parametrize("start_rps", [30, 50, 100])
+@pytest.mark.parametrize("knee_rps", [105, 142, 165, 184, 191, 193, 196, 199, 200])
+def test_no_rate_beyond_one_that_an_objective_is_bound_to_is_tried_before_that_one_holds(
+    knee_rps: float, start_rps: float
+) -> None:
+    # From the knee to 200/s something fails that is not asked for above, where the next knee is at 500/s.
+    outcome = server_of(lambda rate, _: "fails" if knee_rps <= rate <= 200 or rate >= 500 else "holds")
+    search = Search(Plan(start_rps=start_rps, duration_s=10, stops_rps=(200.0,)), outcome)
+    found = search.run()
     assert found.capacity_rps is not None
-    assert found.capacity_rps <= 28
+    assert 0.95 * knee_rps / 1.05 < found.capacity_rps < knee_rps
+    assert found.confirmed
+    assert max(each.rate_rps for each in search.trials) <= 200
+
+
+def test_of_two_bound_rates_within_a_step_the_second_is_not_passed_either() -> None:
+    outcome = server_of(lambda rate, _: "fails" if 200 < rate <= 201 else "holds")
+    found = Search(Plan(start_rps=100, duration_s=10, stops_rps=(200.0, 201.0)), outcome).run()
+    assert (found.capacity_rps, found.first_failing_rps, found.confirmed) == (200, 201, True)
