@@ -1,8 +1,8 @@
 """What a search for better settings has measured so far, kept on disk as it is measured.
 
 Contract: a line of JSON each, flushed before the search goes on. A search for the same thing (model, engine, SLO,
-machine, versions, ways of measuring) takes up what is there; one for another starts anew. A last line that was cut off
-by a kill is left out.
+machine, versions, ways of measuring) takes up what is there; one for another starts anew, as where another version of
+this code wrote the lines. A last line that was cut off by a kill is left out.
 
 Example:
     journal = Journal(path, facts)
@@ -16,6 +16,8 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from loadtests.tuning import Pair, Setting, TriedSetting
 
@@ -36,16 +38,24 @@ class Journal:
         facts = json.loads(json.dumps(facts))  # as it is read back
         if lines and (earlier := lines[0].get("facts")) is not None:
             self.changed = sorted(name for name in facts | earlier if facts.get(name) != earlier.get(name))
-        if lines and "facts" in lines[0] and not self.changed:
-            self.started = lines[0]["started"]
-            for line in lines[1:]:
-                self._take(line)
-        else:
+        if not (lines and "facts" in lines[0] and not self.changed and self._taken(lines)):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
-            lines = []
             self._write({"facts": facts, "started": self.started})
         self.resumed = len(self.tried)
+
+    def _taken(self, lines: list[dict[str, Any]]) -> bool:
+        """Takes up an earlier search; False, and nothing, where another version of this module wrote it."""
+        try:
+            started = lines[0]["started"]
+            for line in lines[1:]:
+                self._take(line)
+        except (ValidationError, KeyError, TypeError):
+            self.tried, self.pairs, self.reference_rps, self.machine = {}, {}, None, {}
+            self.changed = ["version of make tune"]
+            return False
+        self.started = started
+        return True
 
     def _take(self, line: dict[str, Any]) -> None:
         if "tried" in line:

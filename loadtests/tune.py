@@ -11,7 +11,7 @@ Contract: what was measured is in `build/<model>/tuning/` as soon as it is measu
 there after a kill; the result is `build/<model>/tuning.json` (`loadtests.tuning.Tuning`). See docs/tuning.md.
 
 Exit codes: 0 the search has ended, whether or not something is better; 2 wrong input; 3 nothing can be concluded: the
-load generator was the limit, or the time was up before anything was tried or confirmed.
+load generator was the limit, no setting answers, or the time was up before anything was tried or confirmed.
 
 Examples:
     python -m loadtests.tune                                            # the recommender, within 20 minutes
@@ -79,12 +79,16 @@ def concluded(tuner: Tuner, head: dict[str, Any], best: TriedSetting) -> Tuning:
     else:
         pairs = tuner.confirm(best)
         if len(pairs) < min(LEAST_PAIRS, tuner.pairs):
+            left_out = f"the last pair that was left out: {tuner.left_out}"
+            why = left_out if tuner.left_out else "the time was up, --max-s gives it longer"
             raise InvalidMeasurement(
-                f"the time was up before {best.settings} was confirmed ({len(pairs)} of {tuner.pairs} pairs); the same "
-                "command goes on from there, and --max-s gives it longer"
+                f"{best.settings} was not confirmed ({len(pairs)} of {tuner.pairs} pairs): {why}; the same command "
+                "goes on from there"
             )
         gain, better = verdict(pairs)
         said = f"{best.settings}: {gain}"
+        if journal.tried[tuner.default].capacity_rps is None:
+            said += ", or more: the search found no rate that the default holds"
         facts |= {"pairs": tuple(pairs), "candidate": best.settings, "gain": gain}
         facts["best"] = best.settings if better else None
         facts["conclusion"] = said if better else f"nothing is proved better than the default; the nearest, {said}"
@@ -264,7 +268,7 @@ def tune(args: argparse.Namespace, console: Console) -> Tuning:
             shutil.rmtree(folder / "published", ignore_errors=True)
         journal = Journal(folder / "journal.jsonl", facts_of(args, place, manifest), fresh=args.fresh)
         if journal.changed:
-            console.print(f"an earlier search was about another {', '.join(journal.changed)}: starting anew")
+            console.print(f"an earlier search had another {', '.join(journal.changed)}: starting anew")
         if journal.resumed:
             console.print(f"going on with the search of {journal.started}: {journal.resumed} settings are known")
         else:

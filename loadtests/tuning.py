@@ -70,7 +70,7 @@ class TriedSetting(Table):
     capacity_rps: float | None = None
     """The highest rate that was seen to hold the SLO; null where none was, or the search stopped before."""
     at_least: bool = False
-    """The load generator or the time, not the server, was the limit of `capacity_rps`."""
+    """The load generator, not the server, was the limit of `capacity_rps`."""
     throughput_rps: float = 0.0
     """In a closed loop of as many users for every setting."""
     p50_ms: float | None = None

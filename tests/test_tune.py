@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,12 @@ from loadtests.contender import Place
 from loadtests.journal import Journal
 from loadtests.results import Settings
 from loadtests.space import space_of
-from loadtests.trial import Trial
+from loadtests.trial import Trial, slo_at
 from loadtests.tune import apply, concluded, parse, tune
 from loadtests.tuner import Tuner, verdict
 from loadtests.tuning import Pair, Setting, TriedSetting, Tuning, interval, with_front
 from tests.conftest import run_module
+from tests.test_search import trial
 
 # Each batch reads 128 MB of weights, whatever its size: batches of 8 are several times as fast as batches of 1.
 WIDTH, LAYERS = 2048, 8
@@ -255,26 +259,126 @@ def test_a_candidate_that_the_pairs_do_not_bear_out_changes_nothing(tmp_path: Pa
     )
 
 
-class Undecided:
-    """A side whose runs say something of the server only every `every`-th time."""
+@dataclass(frozen=True)
+class Fake:
+    """A setting that is served: its trials hold up to `knee_rps`, and an objective on p50 up to `p50_knee_rps`."""
 
-    setting = FAST
+    setting: Setting
+    place: Place
+    knee_rps: float
+    p50_knee_rps: float = math.inf
+    answers_rps: float = 1000
+    trial_takes_s: float = 0
+    valid: Callable[[int], bool] = lambda count: True
+    """Whether the trial of this number, from 1, says anything of the server."""
+    machine: dict[str, Any] = field(default_factory=dict)
+    asked: list[float] = field(default_factory=list)
 
-    def __init__(self, every: int) -> None:
-        self.every, self.asked = every, 0
+    def throughput_rps(self, users: int, duration_s: float) -> float:
+        return self.answers_rps
+
+    def trial_s(self, rate_rps: float) -> float:
+        return self.trial_takes_s
 
     def try_rate(self, rate_rps: float, seed: int) -> Trial:
-        self.asked += 1
-        known: dict[str, Any] = {"outcome": "holds"} if self.asked % self.every == 0 else {"outcome": "invalid"}
-        return Trial(rate_rps=rate_rps, phase="bisect", achieved_rps=rate_rps, p50_ms=1, p99_ms=2, error_rate=0, duration_s=1, **known)  # fmt: skip
+        self.asked.append(rate_rps)
+        bound = "p50_ms" in [line.name for line in slo_at(self.place.spec.slo, rate_rps, 10).all_objectives()]
+        if not self.valid(len(self.asked)):
+            return trial(rate_rps, "invalid")
+        return trial(rate_rps, "holds" if rate_rps < (self.p50_knee_rps if bound else self.knee_rps) else "fails")
+
+
+def faked(folder: Path, patch: pytest.MonkeyPatch, *objectives: str, **of: dict[str, Any]) -> Tuner:
+    """A search over SLOW and FAST, which nothing is known of, on servers that are computed."""
+    tuner = known(folder)
+    (folder / "journal.jsonl").unlink()
+    tuner.journal = Journal(folder / "journal.jsonl", {})
+    slo = tuner.place.spec.slo.model_copy(update={"objectives": objectives})
+    tuner.place = replace(tuner.place, spec=tuner.place.spec.model_copy(update={"slo": slo}))
+    sides = {SLOW: of["slow"], FAST: of["fast"]}
+
+    @contextlib.contextmanager
+    def contender(setting: Setting, place: Place, name: str) -> Iterator[Fake]:
+        yield Fake(setting, place, **sides[setting])
+
+    patch.setattr("loadtests.tuner.contender", contender)
+    return tuner
 
 
 def test_a_run_that_says_nothing_of_the_server_is_repeated_once_and_then_its_pair_is_left_out(tmp_path: Path) -> None:
     tuner = known(tmp_path, tried(SLOW, 100), tried(FAST, 120))
-    rate, p99_ms = tuner._rate_and_p99(Undecided(2), 100, 0)  # type: ignore[arg-type]
-    assert (rate > 100, p99_ms) == (True, 2)
+    every_second = Fake(FAST, tuner.place, 120, valid=lambda count: count % 2 == 0)
+    every_third = Fake(FAST, tuner.place, 120, valid=lambda count: count % 3 == 0)
+    rate, p99_ms = tuner._rate_and_p99(every_second, 100, 0)  # type: ignore[arg-type]
+    assert (rate > 100, p99_ms) == (True, 20)
     with pytest.raises(InvalidMeasurement, match="/s: invalid"):
-        tuner._rate_and_p99(Undecided(3), 100, 0)  # type: ignore[arg-type]
+        tuner._rate_and_p99(every_third, 100, 0)  # type: ignore[arg-type]
+
+
+def test_where_pairs_were_left_out_that_is_said_and_not_that_the_time_was_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blind = {"knee_rps": 100, "valid": lambda count: False}
+    tuner = faked(tmp_path, monkeypatch, slow=blind, fast=blind)
+    tuner.journal.set_reference(80, {})
+    for each in (tried(SLOW, 100), tried(FAST, 150)):
+        tuner.journal.add(each)
+    with pytest.raises(InvalidMeasurement, match=r"\(0 of 3 pairs\): the last pair that was left out: .*/s: invalid"):
+        concluded(tuner, HEAD, tuner.search())
+
+
+@pytest.mark.parametrize("recorded_rps", [20, 50, 100, 150, 160, 250, 400])
+@pytest.mark.parametrize("objectives", [(), ("p50_ms < 3 @ 200 rps",)], ids=["knee", "bound"])
+def test_a_pair_finds_the_rate_wherever_it_lies(
+    recorded_rps: float, objectives: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knees = {"knee_rps": 900, "p50_knee_rps": 160} if objectives else {"knee_rps": 160}
+    tuner = faked(tmp_path, monkeypatch, *objectives, slow={}, fast={})
+    tuner.journal.set_reference(80, {})
+    tuner.journal.add(tried(SLOW, recorded_rps))
+    rate, _ = tuner._rate_and_p99(Fake(SLOW, tuner.place, **knees), recorded_rps, 0)  # type: ignore[arg-type]
+    assert rate == pytest.approx(160, rel=0.05)
+
+
+def test_a_setting_that_breaks_an_objective_at_the_rate_that_it_is_bound_to_is_not_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = {"knee_rps": 900, "p50_knee_rps": 190}
+    tuner = faked(tmp_path, monkeypatch, "p50_ms < 3 @ 200 rps", slow={"knee_rps": 600}, fast=fast)
+    assert tuner.search().settings == SLOW
+    assert "at 200/s fails" in tuner.journal.tried[FAST].reason
+    tuner = faked(tmp_path / "turned", monkeypatch, "p50_ms < 3 @ 200 rps", slow=fast, fast={"knee_rps": 600})
+    assert tuner.search().settings == FAST
+    assert tuner.journal.tried[SLOW].capacity_rps == pytest.approx(190, rel=0.05)
+
+
+def test_a_default_that_answers_nothing_is_left_behind_by_a_setting_that_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = {"answers_rps": 0, "knee_rps": 0}
+    tuner = faked(tmp_path / "one", monkeypatch, slow=none, fast={"knee_rps": 500})
+    found = concluded(tuner, HEAD, tuner.search())
+    assert (found.best, found.trials[0].reason) == (FAST, "answers nothing")
+    assert ", or more: the search found no rate that the default holds" in found.conclusion
+    late = {"knee_rps": 500, "trial_takes_s": 3600}
+    tuner = faked(tmp_path / "late", monkeypatch, slow=none, fast=late)
+    with pytest.raises(InvalidMeasurement, match=r"before a setting that answers was measured .* takes 3600 s"):
+        tuner.search()
+    tuner = faked(tmp_path / "none", monkeypatch, slow=none, fast=none)
+    with pytest.raises(InvalidMeasurement, match=r"settings tried \(2\) answers anything to 1 users .* fewer --users"):
+        tuner.search()
+
+
+def test_no_trial_begins_that_ends_after_the_time_and_what_it_cuts_off_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow: dict[str, Any] = {"knee_rps": 500}
+    tuner = faked(tmp_path / "default", monkeypatch, slow=slow | {"trial_takes_s": 3600}, fast={})
+    with pytest.raises(InvalidMeasurement, match=r"default: a trial at 600/s takes 3600 s, .* --max-s gives it longer"):
+        tuner.search()
+    assert not tuner.journal.tried
+    tuner = faked(tmp_path / "other", monkeypatch, slow=slow, fast={"knee_rps": 900, "trial_takes_s": 3600})
+    assert (tuner.search().settings, tuner.cut_short, list(tuner.journal.tried)) == (SLOW, True, [SLOW])
 
 
 def test_without_a_place_for_tuned_values_the_find_is_said_and_not_written(tmp_path: Path) -> None:
@@ -310,6 +414,10 @@ def test_a_line_that_a_kill_cut_off_is_left_out_of_the_journal(tmp_path: Path) -
     again = Journal(path, {"machine": "a"})
     again.add(tried(FAST, 120))
     assert list(Journal(path, {"machine": "a"}).tried) == [SLOW, FAST]
+    path.write_text(before := path.read_text() + '{"tried": {"settings": {"of_a_later_version": 1}}}\n')
+    later = Journal(path, {"machine": "a"})
+    assert (later.changed, later.tried, later.resumed) == (["version of make tune"], {}, 0)
+    path.write_text(before)
     other = Journal(path, {"machine": "b"})
     assert (other.changed, other.tried) == (["machine"], {})
 
