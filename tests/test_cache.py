@@ -11,6 +11,7 @@ import pytest
 
 from deepseek.spec import InputError
 from export import cache
+from tests.warm import run_warm
 
 
 @pytest.fixture
@@ -203,10 +204,8 @@ def test_no_stage_makes_again_what_another_clone_has_made(tmp_path: Path) -> Non
         for room in ("deepseek", "export", "tests/models"):
             shutil.copytree(room, clone / room, ignore=shutil.ignore_patterns("__pycache__"))
         for stage, *flags in STAGES:
-            arguments = [sys.executable, "-m", stage, "--models", "tests/models", "--model", "image", *flags]
-            run = subprocess.run(
-                arguments, capture_output=True, text=True, cwd=clone, env=os.environ | {"CACHE": place}
-            )
+            arguments = [stage, "--models", "tests/models", "--model", "image", *flags]
+            run = run_warm(arguments, os.environ | {"CACHE": str(place)}, clone)
             assert run.returncode == 0, run.stderr
         used[clone] = {index.parent.name for index in place.glob(f"*/{cache.INDEX}") if index.stat().st_mtime > 2000}
         for index in place.glob(f"*/{cache.INDEX}"):

@@ -19,18 +19,22 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-PRELOADED = ["torch", "onnx", "onnxruntime"]
-LIBRARIES_OF = {"export"}  # rooms whose commands load them
+PRELOADED = ["torch", "onnx", "onnxruntime", "numpy", "pydantic", "rich", "google.protobuf"]
+LIBRARIES_OF = {"export", "serving", "deepseek"}  # rooms whose commands load some of them
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
 
 
-def run_warm(arguments: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """A module and its arguments, as `python -m` takes them."""
+def run_warm(
+    arguments: Sequence[str], environment: dict[str, str], cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A module and its arguments, as `python -m` takes them, in the folder `cwd` (default: the current one)."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = _context.Process(target=_become, args=(list(arguments), environment, os.getcwd(), out, err))
+        process = _context.Process(
+            target=_become, args=(list(arguments), environment, str(cwd or Path.cwd()), out, err)
+        )
         process.start()
         process.join()
         assert process.exitcode is not None
