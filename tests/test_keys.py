@@ -157,7 +157,7 @@ def leaf(folder: Path) -> x509.Certificate:
     return x509.load_pem_x509_certificate((folder / "tls.crt").read_bytes())
 
 
-def test_make_keys_passes_its_variables_on(tmp_path: Path) -> None:
+def test_make_keys_passes_its_variables_on() -> None:
     command = [
         "make",
         "--dry-run",

@@ -184,7 +184,7 @@ def test_the_gateway_has_room_for_as_many_of_the_largest_bodies_as_it_takes_at_o
     assert (found["GATEWAY_TMP"], found["GATEWAY_MEMORY"]) == (f"{size.tmp_mib}m", f"{size.memory_mib}m")
 
 
-def test_the_time_out_is_the_queues_and_ten_times_the_p99(tmp_path: Path) -> None:
+def test_the_time_out_is_the_queues_and_ten_times_the_p99() -> None:
     assert TEXT.timeout_s == 1
     assert replace(TEXT, p99_ms=1000, queue_timeout_ms=1500).timeout_s == 12
     text = limits([TEXT, replace(TEXT, name="slow", p99_ms=1000)])
@@ -202,9 +202,7 @@ def test_the_p99_is_a_bound_of_the_histogram() -> None:
     assert numbers == sorted(set(numbers))
 
 
-def test_a_slow_model_gets_longer_to_finish_when_the_server_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_model_gets_longer_to_finish_when_the_server_stops(tmp_path: Path) -> None:
     write_add_one(tmp_path / "repository")
     shutil.copytree("tests/models/text", tmp_path / "models" / "add_one")
     path = tmp_path / "models" / "add_one" / "deploy.toml"
