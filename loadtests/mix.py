@@ -85,7 +85,7 @@ class Mix:
                 whole,
                 model=model,
                 inputs=inputs[model],
-                rate_rps=None if whole.rate_rps is None else whole.rate_rps * share,
+                rate_rps=None if whole.rate_rps is None else _rate(whole.rate_rps * share),
                 shape=None if whole.shape is None else _scaled(whole.shape, share),
                 users=users.get(model),
                 seed=whole.seed + place,
@@ -106,6 +106,11 @@ class Mix:
             open_to = [model for model in found if found[model] + step >= 1]
             found[max(open_to, key=lambda model: step * (users * self.shares[model] - found[model]))] += step
         return found
+
+
+def _rate(rate_rps: float) -> float:
+    """Without what a product of floats has behind its ninth digit: an objective's own rate is found again by it."""
+    return float(f"{rate_rps:.9g}")
 
 
 def _scaled(shape: str, share: float) -> str:

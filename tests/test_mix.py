@@ -40,6 +40,13 @@ def test_without_a_rate_every_model_gets_at_least_what_its_slo_names(mix: str, l
     assert all(asked[model] >= SLO_RATES[model] - 1e-9 for model in asked)
 
 
+def test_without_weights_each_model_is_asked_at_exactly_its_slos_rate() -> None:
+    rates: dict[str, float | None] = {"a": 15.0, "b": 40.0}
+    mix = Mix.parse("a,b", rates)
+    found = mix.parts(Settings(**FIXED, inputs="", rate_rps=mix.least_rate_rps), {"a": "", "b": ""})
+    assert {each.model: each.rate_rps for each in found} == rates
+
+
 def test_every_rate_of_a_shape_is_shared_out() -> None:
     a, b = parts("a:3,b:1", shape="50x30, 10-200x5")
     assert (a.shape, b.shape) == ("37.5x30, 7.5-150x5", "12.5x30, 2.5-50x5")
