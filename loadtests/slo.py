@@ -171,15 +171,17 @@ def judge(run: Run, slo: SloSpec, *, alone: bool = True) -> Judgement:
 
 
 def _judged(run: Run, slo: SloSpec) -> Iterator[Judged]:
-    held = run.rates_rps
+    segments, held = run.settings.segments, run.rates_rps
+    # Of rates that change the SLO's own is the one that a line without a rate is about; a ramp passes over any.
+    stepwise = len(held) > 1 and all(each.end_rps in (None, each.rate_rps) for each in segments)
+    own = slo.rate_rps if stepwise or (len(segments) > 1 and slo.rate_rps in held) else None
     for line in slo.all_objectives():
         if line.kind == "quality":
             yield _judged_quality(run, line)
             continue
-        # Of rates that change the SLO's own is the one that a line without a rate is about.
-        rate = line.rate_rps or (slo.rate_rps if len(run.settings.segments) > 1 and slo.rate_rps in held else None)
+        rate = line.rate_rps or own
         stretch = run.window if rate is None else run.at_rate(rate)
-        judged = _unmeasured(run, line) if stretch is None else _judged_load(run, stretch, line)
+        judged = _unmeasured(run, replace(line, rate_rps=rate)) if stretch is None else _judged_load(run, stretch, line)
         yield judged if rate is None else replace(judged, name=f"{line.name} @ {rate:g} rps")
 
 

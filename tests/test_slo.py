@@ -150,6 +150,14 @@ def test_of_several_rates_each_line_is_judged_at_its_own(tmp_path: Path) -> None
     assert found["throughput @ 50 rps"] == ("inconclusive", "measured at 100, 200/s; make loadtest RATE=50")
 
 
+def test_of_several_rates_without_the_slos_own_nothing_is_said(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, steady(count=1500), rate_rps=None, shape="100x5, 200x5")
+    judgement = judge(run, SloSpec(p99_ms=50, rate_rps=150))
+    assert judgement.verdict == "inconclusive"
+    assert {each.note for each in judgement.objectives} == {"measured at 100, 200/s; make loadtest RATE=150"}
+    assert judge(run, SloSpec(p99_ms=50)).verdict == "holds"  # of no rate: all of it
+
+
 @pytest.mark.parametrize("shape", ["100x5, 100-500x5", "10-100x5, 100x5"])
 def test_beside_a_ramp_a_line_is_judged_at_the_slos_rate(tmp_path: Path, shape: str) -> None:
     first = shape.startswith("100x")
