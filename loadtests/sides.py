@@ -10,6 +10,7 @@ Example:
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +85,10 @@ def side_of(name: str, given: str, model: str, repository: Path) -> Side:
         return Side(name=name, given=given, model=path / model)
     for folder in (path, repository / path):
         if folder.name.isdigit() and folder.is_dir() and (folder.parent / CONFIG).is_file():
-            if folder.resolve().parent.name != model:
-                raise InputError(f"{variable}={given}: a version of {folder.resolve().parent.name}, not of {model}")
-            return Side(name=name, given=given, model=folder.parent, version=folder.name)
+            named = Path(os.path.abspath(folder)).parent  # as it is called here, where it is a link, too
+            if named.name != model:
+                raise InputError(f"{variable}={given}: a version of {named.name}, not of {model}")
+            return Side(name=name, given=given, model=named, version=folder.name)
     raise InputError(
         f"{variable}={given}: neither a repository with {model}/{CONFIG}, nor a version in {repository} "
         f"({_versions(repository / model)}), nor a folder of runs (*/run.json)"

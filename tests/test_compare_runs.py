@@ -213,6 +213,16 @@ def test_a_version_is_laid_out_alone_with_the_configuration_that_belongs_to_it(t
     assert sorted(path.name for path in whole.iterdir()) == ["1", "2", "config.pbtxt"]
 
 
+def test_a_model_and_a_version_may_be_links(tmp_path: Path) -> None:
+    repository = write_versions(tmp_path)
+    stored = (repository / "tiny").rename(tmp_path / "stored-v7")
+    (repository / "tiny").symlink_to(stored)
+    (stored / "3").symlink_to((stored / "2").rename(tmp_path / "weights"))
+    for version in ("1", "3"):
+        laid_out = side_of("new", f"tiny/{version}", "tiny", repository).lay_out(tmp_path / version) / "tiny"
+        assert sorted(path.name for path in laid_out.iterdir()) == [version, "config.pbtxt"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
