@@ -17,7 +17,7 @@ from deepseek.spec import SloSpec
 from loadtests.capacity import Capacity
 from loadtests.charts import Scale
 from loadtests.report import page, write_report
-from loadtests.report.curves import step_s, steps
+from loadtests.report.curves import failures_over_time, latency_over_time, step_s, steps
 from loadtests.report.mix_page import Part, mix_page
 from loadtests.report.searches import capacity_page, tuning_page
 from loadtests.report.verdict import TIMES
@@ -244,6 +244,20 @@ def test_a_soak_is_drawn_in_steps_whose_requests_are_added(tmp_path: Path) -> No
     assert [len(found), found[0].start_s, found[-1].end_s] == [120, 0, 600]
     assert sum(step.stretch.planned for step in found) == 600
     assert found[1].stretch.latency("intended").percentile_ms(99) == pytest.approx(500, rel=2e-3)  # not an average
+
+
+def test_seconds_in_which_nothing_was_planned_are_drawn_as_such(tmp_path: Path) -> None:
+    requests = [(float(at), float(at), at + 0.1, "ServerBusy" if at == 5 else None) for at in range(0, 100, 5)]
+    run = saved_run(tmp_path, requests, rate_rps=0.2, duration_s=100.0)
+    found = steps(run, 1.0)
+    assert [step.start_s for step in found] == list(range(96))
+    assert [step.stretch.planned for step in found[:7]] == [1, 0, 0, 0, 0, 1, 0]
+    bar = re.search(r'class="area kind1" d="M([\d.]+) [\d.]+V[\d.]+H([\d.]+)', failures_over_time(run))
+    assert bar is not None
+    assert float(bar[2]) - float(bar[1]) < 6  # of 460 for 100 s
+    median = re.search(r'class="line median" d="([^"]*)"', latency_over_time([run], SLO))
+    assert median is not None
+    assert median[1].count("L") == 17  # it passes over them, and breaks at the one that failed
 
 
 def test_threads_that_onnx_runtime_chooses_are_called_automatic() -> None:

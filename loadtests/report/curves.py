@@ -18,7 +18,7 @@ from deepseek.spec import SloSpec
 from loadtests.charts import Chart, Point, Scale, up_to
 from loadtests.report.page import ms, percentile
 from loadtests.report.verdict import LETTERS, names_of
-from loadtests.results import Distribution, Latency, Run, Stretch
+from loadtests.results import Distribution, Latency, Run, Second, Stretch
 from loadtests.slo import latency_limits
 
 TAIL = (50, 90, 99, 99.9, 99.99, 99.999)  # percentiles named below the tail chart
@@ -196,16 +196,16 @@ def step_s(runs: Sequence[Run]) -> float:
 
 
 def steps(run: Run, width_s: float) -> list[Step]:
-    """The run from its warm-up to the end of the window."""
-    parts: dict[int, list] = {}
+    """The run from its warm-up to the end of the window, those in which nothing was planned as well."""
+    parts: dict[int, list[Second]] = {}
     for second in run.seconds:
         if second.second < run.settings.duration_s:
             parts.setdefault(math.floor(second.second / width_s), []).append(second)
     found = []
-    for number, seconds in sorted(parts.items()):
+    for number in range(min(parts, default=0), max(parts, default=-1) + 1):
         start = max(number * width_s, -math.ceil(run.settings.warmup_s))
         end = min((number + 1) * width_s, run.settings.duration_s)
-        found.append(Step(start, end, Stretch(run.settings, seconds, end - start)))
+        found.append(Step(start, end, Stretch(run.settings, parts.get(number, []), end - start)))
     return found
 
 
@@ -228,7 +228,10 @@ def latency_over_time(runs: Sequence[Run], slo: Slos) -> str:
     width = step_s(runs)
     judged = curves(runs)[: len(runs)]
     shown = {
-        curve.name: [(step, step.stretch.latency(curve.kind)) for step in steps(curve.run, width)] for curve in judged
+        curve.name: [
+            (step, step.stretch.latency(curve.kind)) for step in steps(curve.run, width) if step.stretch.seconds
+        ]
+        for curve in judged
     }
     own = _limits(judged, slo)
     limits = latency_limits(slo) if isinstance(slo, SloSpec) else {}
