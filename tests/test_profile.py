@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from deepseek_client import InferenceClient, ServerBusy
 
 from deepseek.spec import InputError
 from loadtests.profile.__main__ import wrapped_in_nsys
-from loadtests.profile.record import _busy, trace
+from loadtests.profile.record import _busy, _send, trace
 from loadtests.profile.sources import (
     CLOCKS_APART_NS,
     Call,
@@ -255,6 +256,23 @@ def test_a_trace_file_that_lies_elsewhere_than_the_server_says_is_read_at_once(
     finally:
         server.stop()
     assert len(Recorded.load(tmp_path).traced) == 2
+
+
+def test_what_is_refused_throws_no_profile_away() -> None:
+    rows = [{"x": np.ones((1, 3), np.float32)}]
+
+    def sent(refuse_every: int) -> tuple[list[Call], str]:
+        with (
+            FakeEndpoint(refuse_every=refuse_every) as endpoint,
+            InferenceClient(endpoint.grpc_url, retries=0) as client,
+        ):
+            return _send(client, "m", rows, requests=6, users=2)
+
+    calls, note = sent(refuse_every=3)
+    assert len(calls) == 4
+    assert note.startswith("2 of 6 requests were not answered: ")
+    with pytest.raises(ServerBusy):
+        sent(refuse_every=1)
 
 
 def test_only_answered_requests_count_as_answered() -> None:

@@ -114,7 +114,7 @@ def _figures(args: argparse.Namespace, folder: Path, recorded: Recorded) -> dict
 
 def _gaps(args: argparse.Namespace, recorded: Recorded) -> list[str]:
     """What could not be seen, and why."""
-    notes = []
+    notes = [recorded.note] if recorded.note else []
     if missing := len(recorded.calls) - len(recorded.traced):
         notes.append(f"Triton did not trace {missing} of {len(recorded.calls)} requests")
     without = [call for call in recorded.traced if not recorded.runs_of(call)]

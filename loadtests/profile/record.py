@@ -31,7 +31,7 @@ import numpy as np
 import psutil
 import tritonclient.grpc
 import tritonclient.http
-from deepseek_client import InferenceClient, InferenceError
+from deepseek_client import InferenceClient, InferenceError, ServerBusy
 from tritonclient.utils import InferenceServerException
 
 from deepseek.spec import InputError, Parser, add_model_arguments, build_dir, run_command
@@ -57,26 +57,31 @@ def trace(
 ) -> None:
     """Sends so many requests, of so many users at once, and waits until Triton has written their traces.
 
-    `trace_file` where Triton's lies elsewhere, seen from here, than it says itself.
+    What was not answered has none, but a note. `trace_file` where Triton's lies elsewhere, seen from here, than it says
+    itself.
     """
     with InferenceClient(url, protocol, retries=0) as client:
         for index in range(max(WARM_UP, users)):
-            client.infer(model, rows[index % len(rows)])
+            with suppress(ServerBusy):
+                client.infer(model, rows[index % len(rows)])
         with _tracing(url, protocol) as said:
             seen = trace_file or said
-            calls = _send(client, model, rows, requests, users)
+            calls, note = _send(client, model, rows, requests, users)
             # As long as Triton writes: a trace is complete when it has sent the answer.
             deadline = time.monotonic() + TRACE_WAIT_S
-            while len(read_traces(seen, calls)) < requests and time.monotonic() < deadline:
+            while len(read_traces(seen, calls)) < len(calls) and time.monotonic() < deadline:
                 time.sleep(0.05)
     write_calls(folder, calls, time.time_ns() - time.monotonic_ns())
-    (folder / "traced.json").write_text(json.dumps({"trace_file": str(seen)}), encoding="utf-8")
+    (folder / "traced.json").write_text(json.dumps({"trace_file": str(seen), "note": note}), encoding="utf-8")
 
 
 def _send(
     client: InferenceClient, model: str, rows: list[dict[str, np.ndarray]], requests: int, users: int
-) -> list[Call]:
-    """Each user sends its share, one request after the other; all users start together."""
+) -> tuple[list[Call], str]:
+    """Each user sends its share, one request after the other; all users start together.
+
+    Gives what was answered, and a note on what was not. Raises InferenceError where nothing was.
+    """
     mark = secrets.token_hex(4)  # tells ours from other clients', and from an earlier profile's
     calls: list[Call] = []
     errors: list[InferenceError] = []
@@ -93,7 +98,7 @@ def _send(
                 client.send(prepared)
             except InferenceError as error:
                 errors.append(error)
-                return
+                continue
             times = {"encode_ns": encode_ns, "send_ns": send_ns, "finish_ns": time.monotonic_ns()}
             calls.append(Call(request_id=request_id, user=user, **times))
 
@@ -102,9 +107,9 @@ def _send(
         thread.start()
     for thread in threads:
         thread.join()
-    if errors:
+    if not calls:
         raise errors[0]
-    return calls
+    return calls, f"{len(errors)} of {requests} requests were not answered: {errors[0]}" if errors else ""
 
 
 @contextmanager

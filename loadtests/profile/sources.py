@@ -227,16 +227,19 @@ class Recorded:
     calls: list[Call]
     traces: dict[str, list[Trace]]
     runs: list[GraphRun]
+    note: str
+    """What of it went wrong; empty where nothing did."""
 
     @classmethod
     def load(cls, folder: Path) -> Recorded:
         """Reads what a recording left, and the traces in the file that it names."""
         calls, offset_ns = read_calls(folder)
-        trace_file = json.loads((folder / "traced.json").read_text(encoding="utf-8"))["trace_file"]
+        about = json.loads((folder / "traced.json").read_text(encoding="utf-8"))
+        trace_file = about["trace_file"]
         traces = read_traces(Path(trace_file), calls)
         if not traces:
             raise InvalidMeasurement(f"no trace of the requests in {trace_file}*; --trace-file says where it is")
-        return cls(calls=calls, traces=traces, runs=read_runs(folder, offset_ns))
+        return cls(calls=calls, traces=traces, runs=read_runs(folder, offset_ns), note=about["note"])
 
     @property
     def traced(self) -> list[Call]:
