@@ -70,6 +70,8 @@ class Capacity(Saved):
     target: Target
     precision: str | None
     """Of what is served; null where the server does not say."""
+    served_versions: tuple[str, ...] = ()
+    """Of the model."""
     url: str
     protocol: Literal["grpc", "http"]
     objectives: tuple[str, ...]
@@ -234,6 +236,7 @@ def head_of(spec: DeploymentSpec, settings: Settings, served: ModelMetadata) -> 
         model=settings.model,
         target=settings.target,
         precision=served.parameters.get("precision"),
+        served_versions=served.versions,
         url=settings.url,
         protocol=settings.protocol,
         objectives=(*simple, *spec.slo.objectives),

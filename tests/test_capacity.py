@@ -9,15 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from deepseek_client import ModelMetadata
 from rich.console import Console
 
-from deepseek.spec import InputError, SloSpec
-from loadtests.capacity import Capacity, capacity_path, find
+from deepseek.spec import DeploymentSpec, InputError, SloSpec
+from loadtests.capacity import Capacity, capacity_path, find, head_of
+from loadtests.results import Settings
 from loadtests.search import Plan
 from loadtests.slo import judge
 from loadtests.trial import (
@@ -166,6 +169,16 @@ def test_a_search_may_start_outside_the_rates_that_it_looks_through(
     attempt = server_of(lambda rate_rps, _: "holds" if rate_rps < limit else "fails")
     capacity = find(Capacity(**HEAD), plan, attempt, Console(quiet=True))
     assert sentence in capacity.sentence
+
+
+def test_a_search_does_not_go_on_over_another_version_of_the_model() -> None:
+    spec = DeploymentSpec.load("tests/models/image")
+    about: dict[str, Any] = {"model": "image", "models": "", "target": "onnxruntime", "protocol": "grpc"}
+    settings = Settings(**about, url="nowhere:1", inputs="", rate_rps=1.0, tls=True)  # behind a gateway: not asked
+    served = ModelMetadata(name="image", versions=("1",), platform="", inputs=(), outputs=(), max_batch_size=8)
+    heads = [head_of(spec, settings, replace(served, versions=versions)) for versions in (("1",), ("1",), ("1", "2"))]
+    first, same, other = (head.model_copy(update={"started": ""}) for head in heads)
+    assert first == same != other
 
 
 MODEL = '''
