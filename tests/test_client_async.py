@@ -221,6 +221,28 @@ def test_it_speaks_tls_and_checks_whom_it_speaks_to(server: EmbeddedServer, prot
     relay.close()
 
 
+def test_a_client_that_is_closed_while_it_connects_leaves_no_connection() -> None:
+    ended = asyncio.Event()
+
+    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+        ended.set()
+
+    async def main() -> None:
+        async with await asyncio.start_server(hold, "127.0.0.1", 0) as listener:
+            client = AsyncInferenceClient(f"127.0.0.1:{listener.sockets[0].getsockname()[1]}", timeout_s=60)
+            call = asyncio.ensure_future(client.ready())
+            await asyncio.sleep(0)
+            await client.close()
+            with pytest.raises(ConnectionLost, match="the client was closed"):
+                await asyncio.wait_for(call, 20)
+            await asyncio.wait_for(ended.wait(), 20)
+
+    asyncio.run(main())
+
+
 def test_a_closed_client_says_so(server: EmbeddedServer) -> None:
     async def use(client: AsyncInferenceClient) -> None:
         await client.close()

@@ -368,6 +368,26 @@ def test_all_addresses_of_a_host_together_cost_no_more_than_the_deadline(
         assert 0.7 < time.monotonic() - start_s < 2.4  # four times 0.8 s where each had them all
 
 
+def test_a_client_that_is_closed_while_it_connects_leaves_no_connection(
+    green: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = InferenceClient("one.test:1", timeout_s=60)
+    ours, theirs = socket.socketpair()
+
+    def connected(*_: Any) -> socket.socket:
+        client.close()
+        return ours
+
+    monkeypatch.setattr("deepseek_client.plain_wires.connected", connected)
+    monkeypatch.setattr("deepseek_client.plain_wires._tune", lambda _: None)
+    with theirs:
+        theirs.settimeout(20)
+        with pytest.raises(ConnectionLost, match="the client was closed"):
+            client.ready()
+        while theirs.recv(1000):  # up to its end
+            pass
+
+
 GREENLETS = """
 from gevent import monkey
 monkey.patch_all()

@@ -35,6 +35,7 @@ ATTEMPTS = 3  # of a call that no server looked at
 MOST_BLOCKS = 100  # of headers that are kept ready
 TIMEOUT = b"\x00\x0cgrpc-timeout"  # a header field up to its value
 CLOSED = "the server closed the connection"
+CLIENT_CLOSED = "the client was closed"
 SILENT_MS = 20_000  # after which a connection whose other end acknowledges nothing is given up, as gRPC does
 
 
@@ -107,6 +108,7 @@ class GreenWire:
         self._messages = Messages(url)
         self._opening = threading.Lock()
         self._connection: _Connection | None = None
+        self._closed = False
 
     async def call(
         self, method: str, request: bytes, timeout_s: float, metadata: Metadata, cancel: Cancel | None
@@ -122,8 +124,9 @@ class GreenWire:
 
     async def close(self) -> None:
         """See Wire."""
+        self._closed = True
         if self._connection is not None:
-            self._connection.close("the client was closed")
+            self._connection.close(CLIENT_CLOSED)
 
     def _connected(self, ends_at: float) -> "_Connection":
         """The connection, or a new one."""
@@ -134,6 +137,9 @@ class GreenWire:
         try:
             if (standing := self._connection) is None or not standing.usable:
                 self._connection = standing = _Connection(self._open(ends_at))
+                if self._closed:  # asked after the assignment, so that none slips past a `close` in another thread
+                    standing.close(CLIENT_CLOSED)
+                    raise CallFailed(grpc.StatusCode.UNAVAILABLE, CLIENT_CLOSED)
             return standing
         finally:
             self._opening.release()
@@ -273,6 +279,7 @@ class AsyncPlainWire:
         self._messages = Messages(url)
         self._opening = asyncio.Lock()
         self._connection: _AsyncConnection | None = None
+        self._closed = False
 
     async def call(
         self, method: str, request: bytes, timeout_s: float, metadata: Metadata, cancel: Cancel | None
@@ -293,8 +300,9 @@ class AsyncPlainWire:
 
     async def close(self) -> None:
         """See Wire."""
+        self._closed = True
         if self._connection is not None:
-            self._connection.close("the client was closed")
+            self._connection.close(CLIENT_CLOSED)
 
     async def _connected(self) -> "_AsyncConnection":
         """The connection, or a new one."""
@@ -308,6 +316,9 @@ class AsyncPlainWire:
                 except OSError as error:
                     raise _not_connected(error) from None
                 self._connection = standing
+                if self._closed:  # meanwhile
+                    standing.close(CLIENT_CLOSED)
+                    raise CallFailed(grpc.StatusCode.UNAVAILABLE, CLIENT_CLOSED)
             return standing
 
 
