@@ -171,6 +171,7 @@ def test_an_objective_is_a_line(line: str, expected: dict[str, object]) -> None:
         ("p99_ms < 5%", "not given in %"),
         ("p99_ms < 0", "a latency is more than 0"),
         ("error_rate < 5", "at most 1, or 100%"),
+        ("error_rate < 0%", "no share is below 0; where nothing may fail: error_rate <= 0"),
         ("p99_ms < 1 * baseline", "only a quality metric"),
         ("p99_ms < 5 @ 0 rps", "of more than 0"),
         (

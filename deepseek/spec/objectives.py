@@ -97,6 +97,8 @@ class Objective:
             return "a percentile lies between 0 and 100"
         if self.kind == "error_rate" and self.limit > 1:
             return "a share is at most 1, or 100%"
+        if self.kind == "error_rate" and self.limit == 0 and self.relation == "<":
+            return "no share is below 0; where nothing may fail: error_rate <= 0"
         if self.kind != "quality" and self.of_baseline:
             return "only a quality metric has a baseline (fp32 PyTorch)"
         if self.rate_rps is not None and (self.kind == "quality" or self.rate_rps <= 0):
