@@ -33,6 +33,7 @@ from deepseek.spec import (
     GateFailed,
     InputError,
     Parser,
+    SloSpec,
     Target,
     build_dir,
     run_command,
@@ -43,7 +44,7 @@ from loadtests.results import Run, Settings
 from loadtests.run import add_endpoint_arguments, endpoint_of, inputs_of
 from loadtests.saved import Saved
 from loadtests.search import CONFIRM_LONGER, GENERATOR, INTERRUPTED, SAMPLES, UNDECIDED, Attempt, Found, Plan, Search
-from loadtests.slo import SIGNS, formatted
+from loadtests.slo import SIGNS, add_timeout_argument, formatted
 from loadtests.trial import (
     DEFAULT_START_RPS,
     Phase,
@@ -191,13 +192,13 @@ def _parse() -> argparse.Namespace:
         "gives too few samples (default: %(default)s)",
     )
     parser.add_argument("--warmup-s", type=float, default=2, help="of each trial (default: %(default)s)")
-    parser.add_argument("--timeout-s", type=float, default=5, help="deadline of a request (default: %(default)s)")
+    add_timeout_argument(parser)
     parser.add_argument("--start-rps", type=float, help="first rate to try (default: the SLO's lowest)")
     parser.add_argument("--max-trials", type=int, default=30, help="(default: %(default)s)")
     parser.add_argument("--max-s", type=float, default=1800, help="longest time in all (default: %(default)s)")
     parser.add_argument("--arrivals", choices=("poisson", "constant"), default="poisson", help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes that send; -1: one a core (default: 1)")
-    parser.add_argument("--max-in-flight", type=int, default=512, help="a worker (default: %(default)s)")
+    parser.add_argument("--max-in-flight", type=int, help="a worker (default: 512, or as SLO and rate need)")
     parser.add_argument("--inputs", help="file of real inputs (default: build/<model>/evaluation.npz)")
     parser.add_argument("--fresh", action="store_true", help="do not take up a search that was cut off")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -222,9 +223,9 @@ def plan_of(args: argparse.Namespace, spec: DeploymentSpec) -> Plan:
     )
 
 
-def _settings(args: argparse.Namespace, rate_rps: float) -> Settings:
+def _settings(args: argparse.Namespace, slo: SloSpec, rate_rps: float) -> Settings:
     inputs = args.inputs or inputs_of(args.model)
-    return Settings(model=args.model, inputs=inputs, rate_rps=rate_rps, duration_s=1.0, **endpoint_of(args))
+    return Settings(model=args.model, inputs=inputs, rate_rps=rate_rps, duration_s=1.0, **endpoint_of(args, slo))
 
 
 def head_of(spec: DeploymentSpec, settings: Settings, served: ModelMetadata) -> Capacity:
@@ -273,7 +274,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: cleanly
     spec = DeploymentSpec.of_model(args.model, args.models).for_target(args.target)
     plan = plan_of(args, spec)
-    settings = _settings(args, plan.start_rps)
+    settings = _settings(args, spec.slo, plan.start_rps)
     served = check(replace(settings, duration_s=float(max(1, round(plan.duration_s)))), spec)
     violated, unknown = quality_of(spec, settings, served)
     if violated:

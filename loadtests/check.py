@@ -17,7 +17,7 @@ from deepseek_client import InferenceClient, InferenceError, ModelMetadata, Serv
 
 from deepseek.spec import DeploymentSpec, InputError
 from loadtests.inputs import read_inputs
-from loadtests.results import Settings
+from loadtests.results import IN_FLIGHT, Settings
 
 MOST_REQUESTS = 1_000_000_000  # a slip of the hand rather than a plan; a week at 1000/s is 605 million
 
@@ -72,8 +72,8 @@ def _check_numbers(settings: Settings) -> None:
             )
     elif settings.users is not None and settings.mix is None and settings.users < settings.workers:
         raise InputError(f"--users {settings.users} for --workers {settings.workers}: each worker needs one or more")
-    elif settings.users is not None and settings.users > settings.max_in_flight:
-        raise InputError(f"--users {settings.users}: at most {settings.max_in_flight}; --max-in-flight raises it")
+    elif settings.users is not None and settings.users > (most := settings.max_in_flight or IN_FLIGHT):
+        raise InputError(f"--users {settings.users}: at most {most}; --max-in-flight raises it")
 
 
 def _listed(names: Any) -> str:

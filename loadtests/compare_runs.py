@@ -35,7 +35,7 @@ from loadtests.results import Run, Settings
 from loadtests.run import inputs_of
 from loadtests.saved import write_whole
 from loadtests.sides import Side, side_of
-from loadtests.slo import formatted
+from loadtests.slo import add_timeout_argument, formatted, timeout_for
 
 
 def measured(sides: tuple[Side, Side], args: argparse.Namespace, spec: DeploymentSpec) -> tuple[list[Run], list[Run]]:
@@ -50,7 +50,7 @@ def measured(sides: tuple[Side, Side], args: argparse.Namespace, spec: Deploymen
         users=1,
         warmup_s=args.warmup_s,
         duration_s=1.0,
-        timeout_s=args.timeout_s,
+        timeout_s=timeout_for(args.timeout_s, spec.slo),
     )
     how = How(
         spec=spec,
@@ -132,7 +132,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=8, help=f"{LEAST_PAIRS} or more (default: %(default)s)")
     parser.add_argument("--duration-s", type=float, default=30, help="of a run, ladder included (default: %(default)s)")
     parser.add_argument("--warmup-s", type=float, default=2, help="of each run (default: %(default)s)")
-    parser.add_argument("--timeout-s", type=float, default=5, help="deadline of a request (default: %(default)s)")
+    add_timeout_argument(parser)
     parser.add_argument(
         "--max-s", type=float, default=1800, help="longest time in all; fewer pairs fit (default: %(default)s)"
     )

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +36,7 @@ from deepseek.spec import DeploymentSpec, InvalidMeasurement
 from loadtests.quality import of_served
 from loadtests.recorder import rows_file
 from loadtests.results import LONGEST_PREPARATION_S, Run, Settings, name_of_now, new_run, publish, runs_folder
+from loadtests.slo import in_flight_for
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 MASTER_PORT = 5557  # Locust's own
@@ -70,6 +71,7 @@ def measure_together(
     With `remote` the workers are not started here: as many of `work_for` are waited for. `and_then` is called while
     Locust's page is still there.
     """
+    loads = [_fitted(load) for load in loads]
     with ExitStack() as stack:
         drafts = [stack.enter_context(new_run(runs_folder(load.settings.model))) for load in loads]
         measured, started_at = _locust_measures(stack, loads, drafts[0], console, web_port, remote)
@@ -87,6 +89,12 @@ def measure_together(
         if and_then is not None:
             and_then(runs)
         return runs
+
+
+def _fitted(load: Load) -> Load:
+    """With a bound on the requests in flight."""
+    most = load.settings.max_in_flight or in_flight_for(load.settings, load.spec.slo)
+    return replace(load, settings=replace(load.settings, max_in_flight=most))
 
 
 def _facts(load: Load, part: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +183,7 @@ def work_for(master: str, loads: Sequence[Load]) -> int:
     """Sends a share of the loads for the master on another machine, whose loads are the same; Locust's exit status."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "settings.json"
-        _write_settings(loads, path)
+        _write_settings([_fitted(load) for load in loads], path)
         command = [*LOCUST, "--settings", str(path), "--worker"]
         command += ["--master-host", master, "--master-port", str(MASTER_PORT)]
         return subprocess.run(command, env=_environment(), stdin=subprocess.DEVNULL).returncode

@@ -46,6 +46,7 @@ from loadtests.schedule import Segment, segments_of
 
 # Of workers, once Locust has them: inputs read and encoded, on a machine that is busy.
 LONGEST_PREPARATION_S = 60.0
+IN_FLIGHT = 512  # unanswered requests of a worker, where the SLO and the rate do not need more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,9 @@ class Settings:
     duration_s: float = 20.0
     timeout_s: float = 5.0
     """Deadline of a request; past it, it counts as an error."""
-    max_in_flight: int = 512
-    """Open loop: a request due while its worker has so many unanswered is dropped, and counts as an error."""
+    max_in_flight: int | None = None
+    """Open loop: a request due while its worker has so many unanswered is dropped, and counts as an error. None: as
+    many as the SLO and the rate need, which `measure` works out."""
     workers: int = 1
     """Processes that send."""
     tls: bool = False

@@ -41,6 +41,7 @@ from deepseek.spec import (
     InputError,
     InvalidMeasurement,
     Parser,
+    SloSpec,
     Target,
     add_model_arguments,
     build_dir,
@@ -144,8 +145,11 @@ def add_endpoint_arguments(parser: Parser) -> None:
     )
 
 
-def endpoint_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `Settings` that they and --workers, --max-in-flight, --arrivals, --warmup-s, --timeout-s are."""
+def endpoint_of(args: argparse.Namespace, *slos: SloSpec) -> dict[str, Any]:
+    """The fields of `Settings` that they and --workers, --max-in-flight, --arrivals, --warmup-s, --timeout-s are.
+
+    `slos` are those that the answers are judged by.
+    """
     return {
         "models": args.models,
         "target": args.target,
@@ -155,7 +159,7 @@ def endpoint_of(args: argparse.Namespace) -> dict[str, Any]:
         "ca_cert": args.ca_cert,
         "arrivals": args.arrivals,
         "warmup_s": args.warmup_s,
-        "timeout_s": args.timeout_s,
+        "timeout_s": slo.timeout_for(args.timeout_s, *slos),
         "max_in_flight": args.max_in_flight,
         "workers": len(os.sched_getaffinity(0)) if args.workers == -1 else args.workers,
     }
@@ -170,11 +174,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--mix", help="several models at once, with weights of their rates: recommender:3,minilm:1")
     parser.add_argument("--duration-s", type=float, default=20, help="measured seconds (default: %(default)s)")
     parser.add_argument("--warmup-s", type=float, default=5, help="seconds of load before them (default: %(default)s)")
-    parser.add_argument("--timeout-s", type=float, default=5, help="deadline of a request (default: %(default)s)")
+    slo.add_timeout_argument(parser)
     parser.add_argument("--arrivals", choices=("poisson", "constant"), default="poisson", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals (default: %(default)s)")
     parser.add_argument(
-        "--max-in-flight", type=int, default=512, help="more unanswered requests are dropped (default: %(default)s)"
+        "--max-in-flight", type=int, help="a worker drops more unanswered requests (default: 512, or as the SLO needs)"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes that send; -1: one a core (default: 1)")
     parser.add_argument("--remote-workers", type=int, help="so many workers on other machines send (port 5557)")
@@ -206,13 +210,13 @@ def _check_port(port: int) -> None:
         raise InputError(f"--web {port}: {error.strerror}; give the page another port") from None
 
 
-def _settings(args: argparse.Namespace, model: str, rate: float | None, shape: str | None) -> Settings:
+def _settings(args: argparse.Namespace, model: str, rate: float | None, shape: str | None, *slos: SloSpec) -> Settings:
     """As the command line has them, of one model or of a mix as a whole."""
     duration_s = args.duration_s
     if shape is not None:
         duration_s = sum(segment.duration_s for segment in segments_of(shape))
     own = {"rate_rps": rate, "shape": shape, "users": args.users, "seed": args.seed, "duration_s": duration_s}
-    return Settings(model=model, inputs=args.inputs or inputs_of(model), **own, **endpoint_of(args))
+    return Settings(model=model, inputs=args.inputs or inputs_of(model), **own, **endpoint_of(args, *slos))
 
 
 def inputs_of(model: str) -> str:
@@ -226,7 +230,7 @@ def _of_one(args: argparse.Namespace, spec: DeploymentSpec) -> Settings:
     if (rate, shape, args.users) == (None, None, None) and (asked := slo.rates(spec.slo)):
         rate = asked[0] if len(asked) == 1 else None
         shape = None if rate else ", ".join(f"{each:g}x{args.duration_s:g}" for each in asked)
-    return _settings(args, args.model, rate, shape)
+    return _settings(args, args.model, rate, shape, spec.slo)
 
 
 def _of_mix(args: argparse.Namespace, specs: dict[str, DeploymentSpec]) -> list[Settings]:
@@ -239,7 +243,7 @@ def _of_mix(args: argparse.Namespace, specs: dict[str, DeploymentSpec]) -> list[
         rate = mix.least_rate_rps
     if rate is not None and not 0 < rate < math.inf:  # of the whole, not of a part
         raise InputError(f"--rate {rate:g}: it must be more than 0")
-    whole = _settings(args, next(iter(specs)), rate, args.shape)
+    whole = _settings(args, next(iter(specs)), rate, args.shape, *(spec.slo for spec in specs.values()))
     return mix.parts(whole, {model: inputs_of(model) for model in specs})
 
 

@@ -31,7 +31,7 @@ from deepseek.spec import DeploymentSpec
 from loadtests.clock import Clock, take_precedence
 from loadtests.inputs import length_classes, read_inputs, shuffled
 from loadtests.recorder import Recorder
-from loadtests.results import Settings
+from loadtests.results import IN_FLIGHT, Settings
 from loadtests.schedule import Schedule, Segment
 
 Tell = Callable[..., None]
@@ -62,6 +62,7 @@ class Part:
         rows = shuffled(read_inputs(Path(settings.inputs)), settings.seed)
         self._requests = [self._client.prepare(settings.model, row) for row in rows]
         self._lengths = length_classes(rows, DeploymentSpec.of_model(settings.model, settings.models).inputs)
+        self._most_in_flight = settings.max_in_flight or IN_FLIGHT
         self._window_at = 0.0
         self._free: list[gevent.Greenlet] = []
         self.recorder = self._new_recorder()
@@ -87,7 +88,7 @@ class Part:
         recorder = self.recorder
         recorder.attempt(now_at - self._window_at)
         place = number % len(self._requests)
-        if recorder.in_flight > self.settings.max_in_flight:
+        if recorder.in_flight > self._most_in_flight:
             recorder.drop(planned_s, self._lengths[place])
             self._tell_locust(0.0, "dropped")
         elif self._free:

@@ -37,7 +37,7 @@ from deepseek.spec import (
     run_command,
 )
 from loadtests.mix import runs_of
-from loadtests.results import Run, Settings, Stretch, latest_run
+from loadtests.results import IN_FLIGHT, Run, Settings, Stretch, latest_run
 from loadtests.server_statistics import Split
 
 CONFIDENCE = 0.99
@@ -47,6 +47,9 @@ LARGEST_LAG = 0.05
 MOST_CPU = 0.90  # of one core, for the thread that sends
 # A rate is held within the 1 % that the generator itself may lose.
 RATE_TOLERANCE = 0.01
+TIMEOUT_S = 5.0  # of a request, at least, where none is asked for
+PATIENCE = 2  # times the largest latency limit: what is not answered by then is late beyond doubt
+MOST_IN_FLIGHT = 8192  # of a worker: below the 10,000 files that Locust lets a process open
 
 Status = Literal["holds", "violated", "inconclusive"]
 Verdict = Literal["holds", "violated", "inconclusive", "invalid"]
@@ -85,6 +88,39 @@ def latency_limits(slo: SloSpec) -> dict[float, float]:
     """Percentile -> limit in milliseconds, of those that the SLO has at its own rate."""
     found = {line.percent: line.limit for line in slo.all_objectives() if line.rate_rps is None}
     return {percent: limit for percent, limit in found.items() if percent is not None}
+
+
+def largest_limit_s(*slos: SloSpec) -> float:
+    """The largest latency, in seconds, that they allow, at whatever rate; 0 where they bound none."""
+    return max((line.limit for slo in slos for line in slo.all_objectives() if line.kind == "ms"), default=0.0) / 1000
+
+
+def timeout_for(asked_s: float | None, *slos: SloSpec) -> float:
+    """A request's deadline, in seconds: as asked for, or so that it cuts off no answer that is in time by these SLOs.
+
+    InputError where the one asked for would.
+    """
+    limit_s = largest_limit_s(*slos)
+    enough_s = max(TIMEOUT_S, PATIENCE * limit_s)
+    if asked_s is not None and 0 < asked_s <= limit_s:
+        raise InputError(
+            f"--timeout-s {asked_s:g}: the SLO allows an answer {limit_s:g} s, and what is given up before counts as "
+            f"failed; it must be more than that ({enough_s:g} where it is left out)"
+        )
+    return enough_s if asked_s is None else asked_s
+
+
+def add_timeout_argument(parser: Parser) -> None:
+    """--timeout-s, as every command takes it that loads a server; `timeout_for` makes a number of it."""
+    fallback = f"{TIMEOUT_S:g}, or {PATIENCE} times the SLO's largest latency where that is more"
+    parser.add_argument("--timeout-s", type=float, help=f"deadline of a request (default: {fallback})")
+
+
+def in_flight_for(settings: Settings, slo: SloSpec) -> int:
+    """Unanswered requests that a worker may have, so that none is dropped that could still be in time."""
+    highest_rps = max((max(each.rate_rps, each.end_rps or 0.0) for each in settings.segments), default=0.0)
+    needed = math.ceil(PATIENCE * highest_rps * largest_limit_s(slo) / settings.workers)
+    return min(max(IN_FLIGHT, needed), MOST_IN_FLIGHT)
 
 
 def rates(slo: SloSpec) -> list[float]:

@@ -57,7 +57,7 @@ from loadtests.contender import Place, publish
 from loadtests.journal import Journal
 from loadtests.local_server import EMBEDDED, NotServed
 from loadtests.results import Settings
-from loadtests.slo import SIGNS, formatted
+from loadtests.slo import SIGNS, add_timeout_argument, formatted, timeout_for
 from loadtests.space import space_of
 from loadtests.tuner import LEAST_PAIRS, Tuner, shown_capacity, shown_ms, verdict
 from loadtests.tuning import Setting, TriedSetting, Tuning, tuning_path, with_front
@@ -152,7 +152,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--resolution", type=float, default=1.05, help="factor to which rates are pinned down (default: %(default)s)"
     )
     parser.add_argument("--warmup-s", type=float, default=1, help="of each trial (default: %(default)s)")
-    parser.add_argument("--timeout-s", type=float, default=5, help="deadline of a request (default: %(default)s)")
+    add_timeout_argument(parser)
     parser.add_argument("--max-batch", type=numbers, metavar="N,...", help="batch sizes to try")
     parser.add_argument("--delay-us", type=numbers, metavar="N,...", help="queue delays to try")
     parser.add_argument("--instances", type=numbers, metavar="N,...", help="instance counts to try")
@@ -166,6 +166,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     for name, least in (("max_s", 0), ("pairs", 2), ("users", 1), ("least_s", 1), ("timeout_s", 0), ("warmup_s", 0)):
         value = getattr(args, name)
+        if value is None:
+            continue
         if not least <= value < float("inf") or (name in ("max_s", "timeout_s") and not value):
             needed = "more than 0" if name in ("max_s", "timeout_s") else f"{least} or more"
             raise InputError(f"--{name.replace('_', '-')} {value:g}: it must be {needed}")
@@ -199,7 +201,7 @@ def place_of(args: argparse.Namespace, folder: Path, console: Console) -> Place:
         url="",
         inputs=args.inputs or str(build_dir(args.model) / "evaluation.npz"),
         warmup_s=args.warmup_s,
-        timeout_s=args.timeout_s,
+        timeout_s=timeout_for(args.timeout_s, spec.slo),
     )
     return Place(
         spec=spec,
@@ -226,7 +228,7 @@ def facts_of(args: argparse.Namespace, place: Place, manifest: PublishedManifest
         "versions": {name: installed[name] for name in names if name in installed},
         "inputs": FileDigest.of(inputs).sha256 if (inputs := Path(place.settings.inputs)).is_file() else None,
         "measured by": [args.protocol, args.users, args.resolution, place.server],
-        "seconds": [args.least_s, args.warmup_s, args.timeout_s],
+        "seconds": [args.least_s, args.warmup_s, place.settings.timeout_s],
     }
 
 

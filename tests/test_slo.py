@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deepseek.spec import SloSpec, run_command
+from deepseek.spec import InputError, SloSpec, run_command
 from loadtests import slo
 from loadtests.results import Settings
-from loadtests.slo import judge, samples_needed, too_short
+from loadtests.slo import in_flight_for, judge, samples_needed, timeout_for, too_short
+from tests.test_capacity import write_sleeper
 from tests.test_results import saved_run, steady
 
 SLO = SloSpec(p99_ms=50, rate_rps=100, max_error_rate=0.001)
+FIXED: dict[str, Any] = {
+    "model": "m",
+    "models": "",
+    "target": "onnxruntime",
+    "protocol": "grpc",
+    "url": "",
+    "inputs": "",
+}
 
 
 def test_a_run_within_every_limit_holds_with_its_margins(tmp_path: Path) -> None:
@@ -67,9 +77,44 @@ def test_too_few_samples_are_inconclusive_and_the_number_needed_is_said(tmp_path
     assert judgement.objectives[0].note == "458 requests, 459 needed"
 
 
+@pytest.mark.parametrize(
+    ("slo", "timeout_s", "in_flight"),
+    [
+        ({"p99_ms": 50}, 5, 512),
+        ({"p99_ms": 2000}, 5, 1600),
+        ({"p50_ms": 50, "objectives": ("max_ms < 15000 @ 10 rps",)}, 30, 8192),
+        ({"rate_rps": 100}, 5, 512),
+    ],
+    ids=["fast", "rate", "slow", "no latency"],
+)
+def test_no_answer_that_is_in_time_is_given_up_or_dropped(
+    slo: dict[str, Any], timeout_s: float, in_flight: int
+) -> None:
+    asked = SloSpec(**slo)
+    assert timeout_for(None, asked) == timeout_for(None, SloSpec(), asked) == timeout_s
+    assert timeout_for(timeout_s + 1, asked) == timeout_s + 1
+    settings = Settings(**FIXED, shape="10x5, 10-800x5", workers=2)
+    assert in_flight_for(settings, asked) == in_flight
+
+
+@pytest.mark.parametrize("command", ["run", "capacity", "compare_runs", "tune"])
+def test_a_deadline_within_the_slos_latency_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    write_sleeper(tmp_path, 0.01)  # its p50 is 100 ms
+    sides = ("--base", str(tmp_path / "repository"), "--new", str(tmp_path / "repository"))
+    which = ("--model", "tiny", "--models", str(tmp_path / "models"), *(sides if command == "compare_runs" else ()))
+    monkeypatch.setattr("sys.argv", [command, *which, "--timeout-s", "0.1"])
+    with pytest.raises(
+        InputError, match=r"--timeout-s 0\.1: the SLO allows an answer 0\.1 s.*\(5 where it is left out"
+    ):
+        importlib.import_module(f"loadtests.{command}").main()
+
+
 def test_a_short_run_is_announced_before_it_starts() -> None:
-    run = {"model": "m", "models": "", "target": "onnxruntime", "protocol": "grpc", "url": "", "inputs": ""}
-    settings = Settings(**run, rate_rps=20, duration_s=10)  # type: ignore[arg-type]
+    settings = Settings(**FIXED, rate_rps=20, duration_s=10)
     assert list(too_short(settings, SLO)) == ["200 requests cannot prove p99_ms, 459 can: run for 23 s or more"]
 
 

@@ -12,7 +12,7 @@ from loadtests.charts import stacked_bar
 from loadtests.report.curves import by_length, curves, failures_over_time
 from loadtests.report.page import facts, ms, numbers, percentile, sentence
 from loadtests.report.verdict import LETTERS, names_of
-from loadtests.results import Run
+from loadtests.results import IN_FLIGHT, Run
 from loadtests.server_statistics import Split
 
 PARTS = {
@@ -153,7 +153,7 @@ def settings(run: Run) -> str:
         ("inputs", Path(own.inputs).name),
         ("warm-up, measured", f"{own.warmup_s:g} s, {own.duration_s:g} s"),
         ("time-out", f"{own.timeout_s:g} s"),
-        ("most in flight", own.max_in_flight if own.open_loop else own.users),
+        ("most in flight", own.max_in_flight or IN_FLIGHT if own.open_loop else own.users),
     ]
     if own.open_loop:
         rows.append(("arrivals, seed", f"{own.arrivals}, {own.seed}"))
