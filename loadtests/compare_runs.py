@@ -26,11 +26,21 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from deepseek.spec import DeploymentSpec, InputError, Parser, Target, add_model_arguments, build_dir, run_command
+from deepseek.spec import (
+    DeploymentSpec,
+    GateFailed,
+    InputError,
+    InvalidMeasurement,
+    Parser,
+    Target,
+    add_model_arguments,
+    build_dir,
+    run_command,
+)
 from loadtests.bootstrap import LEAST_PAIRS
 from loadtests.interleaved import How, interleaved
 from loadtests.local_server import EMBEDDED
-from loadtests.regression import EXIT_CODES, Comparison, Row, Thresholds, compare, method
+from loadtests.regression import EXIT_CODES, Comparison, Row, Thresholds, Verdict, compare, method
 from loadtests.results import Run, Settings
 from loadtests.run import inputs_of
 from loadtests.saved import write_whole
@@ -75,9 +85,8 @@ def thresholds_of(args: argparse.Namespace) -> Thresholds:
 
 def markdown(comparison: Comparison, sides: tuple[Side, Side], model: str, machine: dict[str, Any]) -> str:
     """The table as a pull request takes it."""
-    base, new = sides
     lines = [
-        f"### {model}: `{new.given}` is {TITLES[comparison.verdict]} `{base.given}`",
+        _title(comparison.verdict, sides, model),
         "",
         "| | base | new | new / base | interval | allowed | |",
         "|---|--:|--:|--:|--:|--:|---|",
@@ -91,6 +100,27 @@ def markdown(comparison: Comparison, sides: tuple[Side, Side], model: str, machi
 
 
 TITLES = {"no worse": "no worse than", "worse": "worse than", "inconclusive": "not to be told apart from"}
+
+
+def _title(verdict: Verdict, sides: tuple[Side, Side], model: str) -> str:
+    base, new = sides
+    return f"### {model}: `{new.given}` is {TITLES[verdict]} `{base.given}`"
+
+
+def without_figures(error: Exception, sides: tuple[Side, Side], model: str) -> tuple[str, dict[str, Any]]:
+    """What takes the place of an earlier table and its figures where a side did not get as far: the reason."""
+    verdict: Verdict = "worse" if isinstance(error, GateFailed) else "inconclusive"
+    said = {side.name: side.given for side in sides}
+    return f"{_title(verdict, sides, model)}\n\n{error}\n", {
+        "rows": [],
+        "reason": str(error),
+        "verdict": verdict,
+    } | said
+
+
+def _write(place: Path, text: str, data: dict[str, Any]) -> None:
+    write_whole(place, text)
+    write_whole(place.with_suffix(".json"), json.dumps(data, indent=2) + "\n")
 
 
 def _line(row: Row) -> str:
@@ -174,19 +204,22 @@ def main() -> int:
             "one of BASE= and NEW= is a folder of runs, the other is not; what is compared is measured alike"
         )
     spec = DeploymentSpec.of_model(args.model, args.models).for_target(args.target)
-    if base.recorded:
-        runs = base.load_runs(args.model), new.load_runs(args.model)
-    else:
-        runs = measured((base, new), args, spec)
-    wanted = args.capacity and not base.recorded
-    comparison = compare(*runs, spec.slo, thresholds_of(args), capacity=wanted)
+    place = Path(args.output) if args.output else build_dir(args.model) / "compare-runs.md"
+    try:
+        if base.recorded:
+            runs = base.load_runs(args.model), new.load_runs(args.model)
+        else:
+            runs = measured((base, new), args, spec)
+        wanted = args.capacity and not base.recorded
+        comparison = compare(*runs, spec.slo, thresholds_of(args), capacity=wanted)
+    except (GateFailed, InvalidMeasurement) as error:
+        _write(place, *without_figures(error, (base, new), args.model))
+        raise
     machine = runs[0][0].machine
     text = markdown(comparison, (base, new), args.model, machine)
-    place = Path(args.output) if args.output else build_dir(args.model) / "compare-runs.md"
-    data = json.dumps(as_json(comparison, (base, new), machine), indent=2)
-    write_whole(place, text)
-    write_whole(place.with_suffix(".json"), data + "\n")
-    print(data if args.json else f"{text}\n{place}")
+    data = as_json(comparison, (base, new), machine)
+    _write(place, text, data)
+    print(json.dumps(data, indent=2) if args.json else f"{text}\n{place}")
     return EXIT_CODES[comparison.verdict]
 
 

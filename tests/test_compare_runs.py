@@ -266,6 +266,22 @@ def test_recorded_runs_are_judged_again_and_the_table_is_fit_for_a_pull_request(
     assert recorded(tmp_path, base, base, "--threshold-p99", "50").returncode == 0
 
 
+def left(build: Path) -> tuple[str, dict[str, Any]]:
+    """The table and the figures in their place."""
+    place = build / "tiny" / "compare-runs.md"
+    return place.read_text(), json.loads(place.with_suffix(".json").read_text())
+
+
+def test_where_nothing_can_be_said_that_takes_the_place_of_an_earlier_table(tmp_path: Path) -> None:
+    base = runs(tmp_path / "a", 10, 0, 5)
+    busy = runs(tmp_path / "b", 10, 50, 5, thread_cpu=0.99)
+    assert recorded(tmp_path, base, base, "--threshold", "50", "--threshold-p99", "90").returncode == 0
+    assert recorded(tmp_path, base, busy).returncode == 3
+    text, data = left(tmp_path / "build")
+    assert (data["verdict"], data["rows"], data["new"]) == ("inconclusive", [], str(busy[0].folder.parent))
+    assert "no run is valid" in data["reason"] in text
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -380,6 +396,9 @@ def test_a_new_side_that_does_not_load_fails_the_gate_in_one_line(repositories: 
     assert run.stderr.splitlines()[-1].startswith("error: NEW=")
     assert "is not served" in run.stderr
     assert "no weights here" in run.stderr
+    text, data = left(tmp_path)
+    assert data["verdict"] == "worse"
+    assert "no weights here" in data["reason"] in text
 
 
 def test_a_new_side_that_dies_under_load_fails_the_gate_in_one_line(repositories: Path, tmp_path: Path) -> None:
