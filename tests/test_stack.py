@@ -353,8 +353,14 @@ def test_only_the_gateway_is_published_beyond_loopback() -> None:
 
 
 def test_the_gateway_goes_before_all_others_where_cores_are_short() -> None:
-    shares = {name: service.get("cpu_shares", 1024) for name, service in services("compose.yaml").items()}
-    assert all(shares["gateway"] > others for name, others in shares.items() if name != "gateway"), shares
+    set_ = {name: service["cpu_shares"] for name, service in services("compose.yaml").items() if "cpu_shares" in service}
+    assert set_.keys() == {"gateway"}  # all others have the default: the weight 100 of cgroup v2
+    shares = set_["gateway"]
+    linear = 1 + (shares - 2) * 9999 // 262142  # runc before 1.3.2
+    logarithm = math.log2(shares)
+    squared = math.ceil(10 ** ((logarithm**2 + 125 * logarithm) / 612 - 7 / 34))  # since, and crun
+    assert (linear, squared) == (391, 639)
+    assert str(linear) in Path("docs/operate.md").read_text()
 
 
 def test_every_variable_of_the_compose_files_is_written_or_has_a_default(tmp_path: Path) -> None:
