@@ -35,6 +35,7 @@ from serving.repository import (
     check_config,
     check_layout,
     check_version,
+    config_path,
     made_here,
     models_in,
     not_ours,
@@ -94,12 +95,15 @@ def _examine_model(model: Path, machine: Machine, kept: bool) -> tuple[list[Engi
     versions = versions_of(model)
     if not versions:
         return [], [_mismatch(model.name, "it has no version directory, over which Triton fails", publish_again(model))]
+    path = config_path(model, versions[0])
     try:
-        config = read_config(model / CONFIG)
+        config = read_config(path)
+        findings = [] if path == model / CONFIG else [_cut_off(model, path)]
+        if config.backend != "python":  # served by a Triton that reads the repository itself
+            config = read_config(model / CONFIG)
     except InputError as error:
         return [], [_mismatch(f"{model.name}/{CONFIG}", str(error), publish_again(model))]
     engines: list[Engine] = []
-    findings: list[Finding] = []
     served = wanted_versions(config, versions)
     for version in served:
         manifest, wrong = check_version(model, version)
@@ -114,6 +118,14 @@ def _examine_model(model: Path, machine: Machine, kept: bool) -> tuple[list[Engi
         if version not in served:  # not served, but there to go back to
             findings += [replace(each, level="warning") for each in check_version(model, version)[1]]
     return engines, findings
+
+
+def _cut_off(model: Path, own: Path) -> Finding:
+    """The newest version came, and its configuration did not."""
+    what = f"is that of an older version: whoever published {own.parent.name} was cut off"
+    return Finding(
+        level="warning", where=f"{model.name}/{CONFIG}", what=what, fix=f"end it: cp '{own}' '{model / CONFIG}'"
+    )
 
 
 def _mismatch(where: str, what: str, fix: str) -> Finding:

@@ -77,6 +77,27 @@ def read_config(path: Path) -> ModelConfig:
         raise InputError(f"cannot be read: {' '.join(str(error).split())}") from None
 
 
+def config_path(model: Path, version: int) -> Path:
+    """The `config.pbtxt` of a version: the model's belongs to the newest one, an older one brings its own.
+
+    A newest one brings its own, too, where the model's is still that of another version: whoever put it there was cut
+    off between the version and its configuration.
+    """
+    common, own = model / CONFIG, model / str(version) / CONFIG
+    if not own.is_file():
+        return common
+    newest, *others = versions_of(model)
+    if version != newest:
+        return own
+    try:
+        text = common.read_bytes()
+        copies = (model / str(other) / CONFIG for other in others)
+        stale = text != own.read_bytes() and any(copy.is_file() and copy.read_bytes() == text for copy in copies)
+    except OSError:  # told by who reads the configuration
+        return common
+    return own if stale else common
+
+
 def check_layout(repository: Path) -> list[Finding]:
     """Folders that are no models: without automatic completion Triton fails to start over each of them."""
     return [
@@ -89,6 +110,16 @@ def check_layout(repository: Path) -> list[Finding]:
         for path in sorted(repository.iterdir())
         if path.is_dir() and not (path / CONFIG).is_file()
     ]
+
+
+def config_of(model: Path, version: int | None = None) -> ModelConfig:
+    """The configuration of a version (default: the newest); raises InputError with the file and the reason."""
+    version = next(iter(versions_of(model)), None) if version is None else version
+    path = model / CONFIG if version is None else config_path(model, version)
+    try:
+        return read_config(path)
+    except InputError as error:
+        raise InputError(f"{path} {error}") from None
 
 
 def wanted_versions(config: ModelConfig, versions: list[int]) -> list[int]:
@@ -104,11 +135,7 @@ def wanted_versions(config: ModelConfig, versions: list[int]) -> list[int]:
 
 def served_manifests(model: Path) -> list[PublishedManifest]:
     """Those of the versions that are served; raises InputError for a file that cannot be read."""
-    try:
-        config = read_config(model / CONFIG)
-    except InputError as error:
-        raise InputError(f"{model / CONFIG} {error}") from None
-    places = (model / str(version) / MANIFEST for version in wanted_versions(config, versions_of(model)))
+    places = (model / str(version) / MANIFEST for version in wanted_versions(config_of(model), versions_of(model)))
     return [PublishedManifest.load(place) for place in places if place.is_file()]
 
 

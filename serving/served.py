@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
-from deepseek.spec import BATCH, DeploymentSpec, InputError, Objective, PublishedManifest, Target
-from serving.repository import CONFIG, MANIFEST, models_in, read_config, versions_of, wanted_versions
+from deepseek.spec import BATCH, DeploymentSpec, Objective, PublishedManifest, Target
+from serving.repository import MANIFEST, config_of, models_in, versions_of, wanted_versions
 
 MIB = 2**20
 JSON_BYTES = 26  # a number as JSON has it, at the most: -1.2345678901234567e-308 and a comma
@@ -88,10 +88,7 @@ def served_models(repository: Path, models: Path) -> list[Served]:
 
 
 def _served(folder: Path, models: Path) -> Served:
-    try:
-        config = read_config(folder / CONFIG)
-    except InputError as error:
-        raise InputError(f"{folder / CONFIG} {error}") from None
+    config = config_of(folder)
     manifest = _manifest(folder, config)
     target: Target = manifest.target if manifest else "onnxruntime"
     spec = _spec(folder.name, models, target)

@@ -2,7 +2,8 @@
 
 Contract: what is judged is what is served later, byte for byte: a candidate is copied and given its number before the
 first check, and moved by renames afterwards. In the repository a version comes before its `config.pbtxt` and goes after
-it, so that a server that follows the repository sees at no time a version that is not whole; where a disk is full, in
+it, so that a server that follows the repository sees at no time a version that is not whole; who is killed in between
+leaves a version that is served under its own copy (`serving.repository.config_path`); where a disk is full, in
 one line, nothing is left of what was begun. Only versions that `export.to_triton` made are handled.
 
 Example:
@@ -26,7 +27,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from deepseek.spec import GateFailed, InputError, PublishedManifest
 from deepseek.spec.command import PLACE_ERRORS
 from deepseek.spec.folders import alone_in
-from serving.repository import CONFIG, MANIFEST, check_config, check_version, read_config, versions_of
+from serving.repository import CONFIG, MANIFEST, check_config, check_version, config_of, read_config, versions_of
 
 KEPT_VERSIONS = 3  # the one that is served and two to go back to, as export.to_triton keeps them
 WARMUP = "warmup"
@@ -58,7 +59,7 @@ def lay_out(source: Path, version: int, *, number: int, folder: Path) -> Path:
     with _whole(model):
         (model / WARMUP).mkdir(parents=True)
         _copy(source / str(version), model / str(number))
-        config = _config_of(source, version)
+        config = config_of(source, version)
         for old, new in _renumber(config, version, number).items():
             if (source / WARMUP / old).is_file():
                 _copy(source / WARMUP / old, model / WARMUP / new)
@@ -66,16 +67,6 @@ def lay_out(source: Path, version: int, *, number: int, folder: Path) -> Path:
         for place in (model, model / str(number)):  # the version's own copy is what a return to it takes
             (place / CONFIG).write_text(text)
     return model
-
-
-def _config_of(model: Path, version: int) -> ModelConfig:
-    """`config.pbtxt` belongs to the newest version; an older one brings its own."""
-    own = model / str(version) / CONFIG
-    path = own if version != newest(model) else model / CONFIG
-    try:
-        return read_config(path)
-    except InputError as error:
-        raise InputError(f"{path} {error}") from None
 
 
 def _renumber(config: ModelConfig, old: int, new: int) -> dict[str, str]:
@@ -100,7 +91,7 @@ def same_as(staged: Path, number: int, model: Path, version: int) -> bool:
     place = model / str(version) / MANIFEST
     if not place.is_file():
         return False
-    config = _config_of(model, version)
+    config = config_of(model, version)
     _renumber(config, version, number)
     files = PublishedManifest.load(staged / str(number) / MANIFEST).files
     return files == PublishedManifest.load(place).files and config == read_config(staged / CONFIG)

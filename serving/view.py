@@ -24,6 +24,7 @@ from serving.repository import (
     check_config,
     check_layout,
     check_version,
+    config_path,
     made_here,
     models_in,
     not_ours,
@@ -53,7 +54,7 @@ class Decision:
 def decide(model: Path) -> Decision:
     """The newest intact versions of a model that `export.to_triton` made, and the configuration that goes with them.
 
-    `config.pbtxt` belongs to the newest version, intact or not; an older one brings its own.
+    Under a configuration that does not fit it a version counts as not intact.
     """
     versions = versions_of(model)
     findings: list[Finding] = []
@@ -62,12 +63,12 @@ def decide(model: Path) -> Decision:
         findings += wrong
         if manifest is None or wrong:
             continue
-        own = model / str(number) / CONFIG
-        path = own if number != versions[0] and own.is_file() else model / CONFIG
+        path = config_path(model, number)
         config, wrong = _read(model, path)
         wrong = wrong or check_config(model, config, manifest)
         if wrong:
-            return Decision(findings=(*findings, *wrong))
+            findings += wrong
+            continue
         others, more = _others(model, config, [version for version in versions if version <= number])
         samples = [entry for sample in config.model_warmup for entry in sample.inputs.values()]
         return Decision(

@@ -353,7 +353,9 @@ def test_only_the_gateway_is_published_beyond_loopback() -> None:
 
 
 def test_the_gateway_goes_before_all_others_where_cores_are_short() -> None:
-    set_ = {name: service["cpu_shares"] for name, service in services("compose.yaml").items() if "cpu_shares" in service}
+    set_ = {
+        name: service["cpu_shares"] for name, service in services("compose.yaml").items() if "cpu_shares" in service
+    }
     assert set_.keys() == {"gateway"}  # all others have the default: the weight 100 of cgroup v2
     shares = set_["gateway"]
     linear = 1 + (shares - 2) * 9999 // 262142  # runc before 1.3.2

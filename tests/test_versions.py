@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from deepseek.spec import FileDigest, GateFailed, InputError, PublishedManifest
+from serving.doctor import examine
+from serving.machine import Machine
 from serving.releases import Journal, alone, rolled_back
-from serving.repository import CONFIG, check_config, check_version, read_config
+from serving.repository import CONFIG, MANIFEST, check_config, check_version, config_of, read_config
 from serving.versions import earlier, put_live, retire, same_as, stage, take_out
-from serving.view import ApprovedView
+from serving.view import ApprovedView, decide
 from tests.conftest import run_module
 from tests.test_embedded import damage
 
@@ -124,6 +127,39 @@ def test_a_version_that_goes_is_no_change_of_the_one_that_is_served(candidate: P
     assert list(view.changes()) == []
     put_live(stage(candidate / "text", number=5, folder=tmp_path / "new"), 5, live)
     assert [change.versions for change in view.changes()] == [(5,)]
+
+
+@pytest.mark.parametrize("largest", [8, 4], ids=["the same profile", "a smaller one"])
+def test_a_version_whose_configuration_did_not_come_any_more_is_served_under_its_own(
+    candidate: Path, tmp_path: Path, largest: int
+) -> None:
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+    staged = stage(candidate / "text", number=2, folder=tmp_path / "new")
+    manifest = PublishedManifest.load(staged / "2" / MANIFEST)
+    manifest.axes["batch"]["max"] = largest
+    (staged / "2" / MANIFEST).write_text(manifest.model_dump_json())
+    own = (staged / CONFIG).read_text().replace("max_batch_size: 8", f"max_batch_size: {largest}")
+    for place in (staged, staged / "2"):
+        (place / CONFIG).write_text(own)
+    put_live(staged, 2, live)
+    shutil.copyfile(live / "1" / CONFIG, live / CONFIG)  # killed between the two renames
+    found = decide(live)
+    assert (found.versions, found.config, found.findings) == ((2,), live / "2" / CONFIG, ())
+    assert config_of(live).max_batch_size == largest
+    machine = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",))
+    (said,) = (each for each in examine(live.parent, machine, kept=False)[1] if each.level != "info")
+    assert (said.level, said.fix) == ("warning", f"end it: cp '{live}/2/{CONFIG}' '{live}/{CONFIG}'")
+
+
+def test_a_version_whose_configuration_does_not_fit_leaves_the_older_one_in_service(
+    candidate: Path, tmp_path: Path
+) -> None:
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live)
+    (live / CONFIG).write_text((live / CONFIG).read_text().replace("max_batch_size: 8", "max_batch_size: 64"))
+    found = decide(live)
+    assert (found.versions, found.config) == ((1,), live / "1" / CONFIG)
+    assert "max_batch_size 64 is above" in str(found.findings[0])
 
 
 def test_a_candidate_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(
