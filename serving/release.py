@@ -4,7 +4,7 @@ The candidate is what `make engine` would publish, or the newest version of anot
 beside the repository, where no server sees it, and takes one gate after the other:
 
     stage        a copy under the next number; nothing is released that is the same as what is served, or that was made
-                 of other weights than parity would compare it with
+                 of other weights than parity would compare it with, and nothing over what make engine did not make
     doctor       manifest, digests and config.pbtxt, against this machine
     warm-up      a real server of its own loads it and runs its warm-up
     parity       over HTTP and gRPC against fp32 PyTorch (export.parity)
@@ -102,6 +102,12 @@ class Release:
 
     def stage(self) -> str:
         """The candidate, laid out alone under its number."""
+        if self.before is not None and not (self.model / str(self.before) / MANIFEST).is_file():
+            raise InputError(
+                f"{self.model / str(self.before)}: no {MANIFEST}, so it was not made by make engine and no candidate "
+                "can be compared with it; publish into it once with make engine, without gates, or release into "
+                "another repository (--repository, REPOSITORY=)"
+            )
         if self.args.new:
             source = Path(self.args.new) / self.args.model
         else:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from loadtests.shadow import Differences, Shadow, judged
 from loadtests.steady import Sent, rate_of, result_of
 from serving import release, rollback
 from serving.commands import ask, error_of
-from serving.live import MOST_RPS
+from serving.live import MOST_RPS, Live
+from serving.release import Release
 from serving.releases import Journal, LeftOut, Steps, alone, history, last_number, read, report
 from serving.versions import stage
 
@@ -30,6 +32,15 @@ def test_what_was_not_made_here_is_not_released(tmp_path: Path) -> None:
         stage(tmp_path / "text", number=4, folder=tmp_path / "new")
     with pytest.raises(InputError, match="no version"):
         stage(tmp_path / "other", number=4, folder=tmp_path / "new")
+
+
+def test_over_what_was_not_made_here_nothing_is_released(tmp_path: Path) -> None:
+    (tmp_path / "live" / "text" / "3").mkdir(parents=True)
+    args = Namespace(model="text", models="tests/models", repository=tmp_path / "live", new=tmp_path, new_build=None)
+    journal = Journal(tmp_path, "release", 4, before=3)
+    candidate = Release(args, DeploymentSpec.load("tests/models/text"), journal, 4, Live(args=args, version=None))
+    with pytest.raises(InputError, match=r"live/text/3: no manifest\.json, so it was not made by make engine"):
+        candidate.stage()
 
 
 def test_a_journal_cut_off_in_a_line_tells_what_is_whole(tmp_path: Path) -> None:
