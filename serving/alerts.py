@@ -27,6 +27,7 @@ from serving.served import Served, served_models
 RUNBOOK = "docs/runbook.md"
 PERIOD_DAYS = 30  # that an error budget is meant for
 LEAST_BAD = 10  # requests in the long window: of a few, a single slow one would be a large share
+START_MIN = 10  # that an instance may take, its image's pull included: progressDeadlineSeconds of kubernetes/base
 FULL = 0.8  # of the queue's places
 CERTIFICATE = "gateway_certificate_expiry_timestamp_seconds"
 
@@ -180,12 +181,13 @@ def _lasts(days: float) -> str:
 def _stack_alerts(runbook: str) -> Iterator[Rule]:
     """What concerns the programs, whichever model they serve."""
     for name, job, effect in (
-        ("TritonDown", "triton", "If it is the only one, the gateway answers 503 / UNAVAILABLE."),
-        ("GatewayDown", "gateway", "Callers reach nothing through it."),
+        ("TritonDown", "triton", "The gateway answers 503 / UNAVAILABLE."),
+        ("GatewayDown", "gateway", "Callers reach nothing."),
     ):
-        down = f'up{{job="{job}"}} == 0 or absent(up{{job="{job}"}})'
-        summary = f"{job} does not answer Prometheus{{{{ with $labels.instance }}}} ({{{{ . }}}}){{{{ end }}}}"
-        yield _alert(name, down, "page", summary, effect, runbook, "1m")
+        none, one = f"no {job} answers Prometheus", f"{job} ({{{{ $labels.instance }}}}) does not answer Prometheus"
+        yield _alert(name, f'absent(up{{job="{job}"}} == 1)', "page", none, effect, runbook, "1m")
+        alone = f"For longer than a start may take; if it is the only one: {effect[0].lower()}{effect[1:]}"
+        yield _alert(name, f'up{{job="{job}"}} == 0', "ticket", one, alone, runbook, f"{START_MIN}m")
     left = f"({CERTIFICATE} - time())"
     for days, severity in CERTIFICATE_DAYS:
         # unless, not <: the end of a certificate that cannot be read is NaN, which is smaller than nothing

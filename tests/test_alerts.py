@@ -48,6 +48,7 @@ QUEUE_US = f'nv_inference_queue_duration_us{{{TRITON},version="5"}}'
 WAITING = f'nv_inference_pending_request_count{{{TRITON},version="5"}}'
 OLDER = f'nv_inference_pending_request_count{{{TRITON},version="4"}}'
 TRITON_UP, GATEWAY_UP = 'up{job="triton",instance="a"}', 'up{job="gateway",instance="g"}'
+STARTING, GATEWAY_STARTING = (up.replace('instance="', 'instance="new-') for up in (TRITON_UP, GATEWAY_UP))
 CERTIFICATE = 'gateway_certificate_expiry_timestamp_seconds{instance="g"}'
 # A hundred requests a second, all well. Values a minute: start, and what each minute adds.
 HEALTHY = {
@@ -152,7 +153,11 @@ def each(name: str, *severities: str) -> Fired:
         pytest.param({WAITING: "", OLDER: "0+0"}, 8, set(), id="a version changes"),
         pytest.param({TRITON_UP: "0+0"}, 3, each("TritonDown", "page"), id="triton down"),
         pytest.param({TRITON_UP: ""}, 3, each("TritonDown", "page"), id="triton gone"),
+        pytest.param({TRITON_UP: "0+0"}, 15, each("TritonDown", *BOTH), id="triton stays down"),
+        pytest.param({STARTING: "0+0"}, 9, set(), id="one more triton starts"),
+        pytest.param({STARTING: "0+0"}, 15, each("TritonDown", "ticket"), id="one of two does not come up"),
         pytest.param({GATEWAY_UP: "0+0"}, 3, each("GatewayDown", "page"), id="gateway down"),
+        pytest.param({GATEWAY_STARTING: "0+0"}, 15, each("GatewayDown", "ticket"), id="one of two gateways down"),
         pytest.param({CERTIFICATE: "864000+0"}, 7, each("CertificateExpires", "ticket"), id="ten days left"),
         pytest.param({CERTIFICATE: "60+0"}, 7, each("CertificateExpires", *BOTH), id="certificate ended"),
         pytest.param({CERTIFICATE: "NaN+0"}, 7, each("CertificateExpires", *BOTH), id="certificate unreadable"),

@@ -17,6 +17,7 @@ import yaml
 
 from loadtests import autoscaler
 from serving import flags, stack
+from serving.alerts import START_MIN
 from serving.machine import TRITON_TAG
 from serving.manifests import DEFAULT_SCALE, IMAGE_TAG, METRICS, PRE_STOP_S
 from tests import custom_resources
@@ -167,7 +168,7 @@ def test_a_start_may_take_as_long_as_in_the_stack_and_a_stop_has_its_time() -> N
     (start_s,) = map(int, re.findall(r"--start-period=(\d+)s", Path("docker/server-cpu.Dockerfile").read_text()))
     startup = container["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] == start_s
-    assert find(committed("base"), "Deployment")["spec"]["progressDeadlineSeconds"] > start_s
+    assert find(committed("base"), "Deployment")["spec"]["progressDeadlineSeconds"] == 60 * START_MIN > start_s
     pre_stop_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pre_stop_s == PRE_STOP_S
     assert pod["terminationGracePeriodSeconds"] == pre_stop_s + flags.GATEWAY_EXIT_TIMEOUT_S + stack.REST_S
