@@ -27,6 +27,7 @@ IMAGE_TAG = "0.1.0"  # of the manifests as they stand: the project's version
 DNS_CACHE_S, WATCH_S, RELOAD_S = 30, 2, 3  # until a gateway has taken a pod off its list
 PRE_STOP_S = DNS_CACHE_S + WATCH_S + RELOAD_S
 GATEWAY_PRE_STOP_S = 10  # until no node sends it new connections
+DISK_MIB = 512  # of Triton without models, as kubernetes/base has it
 METRICS = {"queue": "triton_queue_compute_ratio", "rate": "triton_requests_per_second"}
 DEFAULT_CORES = 2
 WORKER_RPS = 500  # of a load generator's process
@@ -165,7 +166,7 @@ def triton_patch(overlay: Overlay) -> str:
     """Memory, shared memory, cores, times, and where the models come from."""
     size, url = overlay.sizes, overlay.models_url
     cores = "" if overlay.on_gpu else f'cpu: "{overlay.scale.cores}", '
-    disk = f", ephemeral-storage: {overlay.models_mib + 256}Mi" if url else ""
+    disk = f", ephemeral-storage: {overlay.models_mib + DISK_MIB}Mi" if url else ""
     fetch = f"""
       initContainers:
         - name: fetch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -193,6 +194,22 @@ def test_the_gateways_committed_memory_is_that_of_its_limits() -> None:
     assert container_of(committed("base"), "gateway")["resources"]["limits"]["memory"] == f"{size.memory_mib}Mi"
     (tmp,) = (volume for volume in pod_of(committed("base"), "gateway")["volumes"] if volume["name"] == "tmp")
     assert tmp["emptyDir"] == {"medium": "Memory", "sizeLimit": f"{size.tmp_mib}Mi"}
+
+
+def test_the_logs_that_a_kubelet_keeps_have_room_on_the_disk(generated: dict[str, Path]) -> None:
+    log_mib = 5 * (50 + math.ceil(3000 * 500 * 10 / 2**20))  # files, of which one grows for 10 s before it is looked at
+    for objects in (*map(committed, ("overlays/cpu", "overlays/gpu")), build(generated["fetched"])):
+        for name in ("triton", "gateway"):
+            volumes = (volume.get("emptyDir", {}) for volume in pod_of(objects, name)["volumes"])
+            on_disk = [mib(each["sizeLimit"]) for each in volumes if each and each.get("medium") != "Memory"]
+            assert mib(container_of(objects, name)["resources"]["limits"]["ephemeral-storage"]) >= log_mib + sum(
+                on_disk
+            )
+
+
+def mib(size: str) -> int:
+    """Of a quantity in Mi or Gi."""
+    return int(size[:-2]) * {"Mi": 1, "Gi": 1024}[size[-2:]]
 
 
 def test_kserve_runs_the_container_of_the_deployment() -> None:
