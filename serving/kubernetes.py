@@ -32,6 +32,7 @@ from serving.certificate import is_signed_by
 from serving.keys import gateway_folder
 from serving.machine import TRITON_TAG
 from serving.manifests import (
+    DEFAULT_CORES,
     DEFAULT_SCALE,
     GATEWAY_URL,
     IMAGE_TAG,
@@ -42,6 +43,7 @@ from serving.manifests import (
     autoscaler_patch,
     gateway_patch,
     kustomization,
+    load_group,
     loadtest_kustomization,
     together,
     triton_patch,
@@ -55,17 +57,27 @@ CONFIG_MAP_BYTES = 900_000  # a ConfigMap holds 1 MiB, its other entries include
 
 def _scale_of(models: Sequence[Served], build: Path) -> tuple[Scale, list[str]]:
     """What was chosen for the models together, and what is to be said of that."""
-    paths = [path for model in models if (path := build / model.name / "scale.json").is_file()]
-    scales = {path: Scale.load(path) for path in paths}
+    paths = {model.name: path for model in models if (path := build / model.name / "scale.json").is_file()}
+    scales = {name: Scale.load(path) for name, path in paths.items()}
     notes = [
-        f"{path}: no setting held, so the autoscaler has no target of it; scale.html beside it shows the nearest"
-        for path, scale in scales.items()
+        f"{paths[name]}: no setting held, so the autoscaler has no target of it; scale.html beside it shows the nearest"
+        for name, scale in scales.items()
         if scale is None
     ]
+    chosen = {name: scale for name, scale in scales.items() if scale}
+    missing = [model.name for model in models if model.name not in paths]
     if not paths:
         notes.append("the autoscaler has its default target; make capacity simulate-scale chooses one")
-    chosen = [scale for scale in scales.values() if scale]
-    return together(chosen) if chosen else DEFAULT_SCALE, notes
+    elif missing:
+        notes.append(
+            f"the autoscaler leaves out {', '.join(missing)}; make capacity simulate-scale for each of them, too"
+        )
+    if not chosen:
+        return DEFAULT_SCALE, notes
+    if len(models) == 1:
+        (scale,) = chosen.values()
+        return scale.model_copy(update={"cores": scale.cores or DEFAULT_CORES}), notes
+    return together(chosen), notes
 
 
 def write(folder: Path, overlay: Overlay, models: list[Served], runbook: str) -> None:
@@ -79,7 +91,8 @@ def write(folder: Path, overlay: Overlay, models: list[Served], runbook: str) ->
     if overlay.autoscaler != "none":
         files["autoscaler.yaml"] = autoscaler_patch(overlay)
     if overlay.monitoring:
-        files["alerts.yaml"] = alerts(as_yaml(rules(models, runbook)))
+        groups = [*rules(models, runbook)["groups"], *([load_group(overlay.scale)] if overlay.scale.rates else [])]
+        files["alerts.yaml"] = alerts(as_yaml({"groups": groups}))
     for name, content in files.items():
         write_whole(folder / name, content)
     for name in {"autoscaler.yaml", "alerts.yaml"} - files.keys():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ DNS_CACHE_S, WATCH_S, RELOAD_S = 30, 2, 3  # until a gateway has taken a pod off
 PRE_STOP_S = DNS_CACHE_S + WATCH_S + RELOAD_S
 GATEWAY_PRE_STOP_S = 10  # until no node sends it new connections
 DISK_MIB = 512  # of Triton without models, as kubernetes/base has it
-METRICS = {"queue": "triton_queue_compute_ratio", "rate": "triton_requests_per_second"}
+METRICS = {"queue": "triton_queue_compute_ratio", "rate": "triton_requests_per_second", "load": "triton_load"}
 DEFAULT_CORES = 2
 WORKER_RPS = 500  # of a load generator's process
 GATEWAY_URL = "gateway:8443"  # within the namespace
@@ -40,7 +40,8 @@ class Target(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    metric: Literal["queue", "rate"]
+    metric: Literal["queue", "rate", "load"]
+    """load: of several models, each one's requests/s over its target, added up."""
     value: float = Field(gt=0)
 
 
@@ -54,6 +55,8 @@ class Scale(BaseModel):
     max_replicas: int = Field(ge=1)
     cores: int | None = Field(None, ge=1)
     """Of the server that the service curve was measured on; None where they are not known."""
+    rates: dict[str, float] = {}
+    """Of several models, the requests/s that a pod may have of each where it has none of the others."""
 
     @classmethod
     def load(cls, path: Path) -> Scale | None:
@@ -71,17 +74,31 @@ DEFAULT_SCALE = Scale(
 )  # as components/hpa has it
 
 
-def together(found: Sequence[Scale]) -> Scale:
-    """Of several models in one pod: the most replicas, and of each metric the lowest target."""
-    lowest: dict[str, float] = {}
-    for target in (each for scale in found for each in scale.targets):
-        lowest[target.metric] = min(target.value, lowest.get(target.metric, math.inf))
+def together(found: Mapping[str, Scale]) -> Scale:
+    """Of several models in one pod, by name: each was measured with the pod to itself, so the pods add up.
+
+    Of targets for requests/s becomes one for the load that all models together are, of the others the lowest.
+    """
+    targets = [(name, target) for name, scale in found.items() for target in scale.targets]
+    rates = {name: target.value for name, target in targets if target.metric == "rate"}
+    queues = [target for _, target in targets if target.metric == "queue"]
+    lowest = [min(queues, key=lambda target: target.value)] if queues else []
     return Scale(
-        targets=tuple(Target.model_validate({"metric": name, "value": value}) for name, value in lowest.items()),
-        min_replicas=max(scale.min_replicas for scale in found),
-        max_replicas=max(scale.max_replicas for scale in found),
-        cores=max((scale.cores for scale in found if scale.cores), default=DEFAULT_CORES),
+        targets=(*([Target(metric="load", value=1)] if rates else []), *lowest),
+        min_replicas=sum(scale.min_replicas for scale in found.values()),
+        max_replicas=sum(scale.max_replicas for scale in found.values()),
+        cores=max((scale.cores for scale in found.values() if scale.cores), default=DEFAULT_CORES),
+        rates=rates,
     )
+
+
+def load_group(scale: Scale) -> dict[str, Any]:
+    """The recording rule of the load, for each pod, as components/monitoring has those of the other metrics."""
+    shares = (
+        f'rate(nv_inference_request_success{{model="{name}"}}[1m]) / {value:g}' for name, value in scale.rates.items()
+    )
+    expr = f"sum by (namespace, pod) ({' or '.join(shares)})"
+    return {"name": "triton-load", "interval": "5s", "rules": [{"record": METRICS["load"], "expr": expr}]}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,11 @@ from serving.alerts import rules
 from serving.certificate import ensure_certificate
 from serving.keys import digest
 from serving.kubernetes import CONFIG_MAP_BYTES, _copy_inputs
-from serving.manifests import GATEWAY_URL, PRE_STOP_S, Scale
+from serving.manifests import GATEWAY_URL, METRICS, PRE_STOP_S, Scale
 from serving.served import served_models
-from tests.conftest import run_module
+from tests.conftest import run_module, write_add_one
 from tests.manifests import KUBERNETES, build, committed, container_of, find, pod_of
+from tests.test_alerts import check, need_promtool
 
 
 @pytest.fixture
@@ -129,6 +130,31 @@ def test_what_the_simulation_chose_becomes_the_autoscalers(again: tuple[Path, tu
     ]
     resources = container_of(objects)["resources"]
     assert resources["limits"]["cpu"] == resources["requests"]["cpu"] == "4"
+
+
+def test_several_models_in_a_pod_are_scaled_by_what_each_may_have_of_it(tmp_path: Path) -> None:
+    need_promtool()
+    for name, rate, least, most in (("one", 875, 4, 12), ("two", 250, 3, 10), ("other", 0, 0, 0)):
+        write_add_one(tmp_path / "repository", name=name)
+        if rate:
+            chosen = f'{{"targets": [{{"metric": "rate", "value": {rate}}}], "min_replicas": {least}, "max_replicas": {most}}}'
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "scale.json").write_text(f'{{"chosen": {chosen}}}')
+    places = ("--repository", str(tmp_path / "repository"), "--models", str(tmp_path), "--build", str(tmp_path))
+    run = run_module("serving.kubernetes", *places)
+    assert (run.returncode, run.stderr.count("\n")) == (0, 1)
+    assert "the autoscaler leaves out other;" in run.stderr
+    objects = build(tmp_path / "kubernetes")
+    spec = find(objects, "HorizontalPodAutoscaler")["spec"]
+    assert (spec["minReplicas"], spec["maxReplicas"]) == (7, 22)
+    (metric,) = (each["pods"] for each in spec["metrics"])
+    assert metric == {"metric": {"name": METRICS["load"]}, "target": {"type": "AverageValue", "averageValue": "1000m"}}
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(find(objects, "PrometheusRule", "deepseek")["spec"]))
+    counter = 'nv_inference_request_success{namespace="n",pod="p",model="%s"}'
+    series = {counter % "one": f"0+{437.5 * 60}", counter % "two": f"0+{125 * 60}", counter % "other": "0+6000"}
+    expected = [{"labels": f'{METRICS["load"]}{{namespace="n",pod="p"}}', "value": 1}]
+    asked = {"expr": METRICS["load"], "eval_time": "5m", "exp_samples": expected}
+    check(tmp_path, series, 5, promql_expr_test=[asked])
 
 
 def test_a_day_that_no_setting_held_is_said_and_not_recommended_again(again: tuple[Path, tuple[str, ...]]) -> None:
