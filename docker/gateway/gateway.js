@@ -39,8 +39,8 @@ function refusal(r) {
     if (!r.variables.api) {
         return '403';
     }
-    const encoding = r.headersIn['Content-Encoding'] || r.headersIn['grpc-encoding'] || 'identity';
-    if (encoding !== 'identity') {  // a few bytes could become any number of them in Triton
+    const encodings = [r.headersIn['Content-Encoding'], r.headersIn['grpc-encoding']];
+    if (encodings.some(each => each && each !== 'identity')) {  // a few bytes could become any number of them in Triton
         return '415';
     }
     const rate = entry.rate_rps || Number(r.variables.default_rate_rps);
