@@ -59,7 +59,7 @@ HEALTHY = {
 # Every request is answered at once, with 500 or INTERNAL.
 ALL_FAIL = {
     FAST: "0+0", ANSWERED: "0+0", SERVED: "0+0", MODEL_FAILED: "0+6000",
-    HTTP_500: "0+3000", GRPC_13: "0+3000", GIVEN_UP: "0+6000", SOON: "0+6000",
+    HTTP_500: "0+3000", GRPC_13: "0+3000",
 }  # fmt: skip
 
 

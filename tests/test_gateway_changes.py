@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from serving.certificate import ensure_certificate
 from serving.embedded import EmbeddedServer
 from serving.stack import limits, served_models
-from tests.gateway import INFER, Gateway, authorized, json_body, skip_without_nginx
+from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body, skip_without_nginx
 
 DURATION = "gateway_request_duration_seconds"
 
@@ -83,6 +84,33 @@ def test_a_changed_slo_takes_nothing_from_what_was_counted(
     assert after == {bound: float(bound) >= fell for bound in after}
     (running.folder / "limits.conf").write_text(limits(models))
     assert wait_for(lambda: up_to(running), lambda found: "50.0" not in found) == before
+
+
+def timed_without_a_model(gateway: Gateway) -> float:
+    """How many inferences that no model answered are in its histogram."""
+    return sum(value for name, value in metrics(gateway).items() if re.match(rf'{DURATION}_count{{.*,model=""', name))
+
+
+def test_of_those_without_an_answer_only_who_waited_in_vain_is_timed(gateway: Gateway) -> None:
+    before = timed_without_a_model(gateway)
+    assert gateway.http("POST", INFER, body=b"{")[0] == 400
+    assert gateway.grpc_status(f"{SERVICE}/ModelInfer") != "OK"
+    assert gateway.http("POST", "/v2/models/stuck/infer", body=json_body())[0] == 504
+    with gateway.grpc_client() as client, pytest.raises(InferenceServerException, match="DEADLINE_EXCEEDED"):
+        client.infer("stuck", grpc_input(), headers=authorized(gateway.key))
+    wait_for(lambda: timed_without_a_model(gateway), lambda found: found >= before + 2)
+    assert timed_without_a_model(gateway) == before + 2
+
+
+def test_who_found_no_server_is_counted_by_the_status_alone(
+    gateway: Gateway, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    alone = Gateway(tmp_path, (gateway.folder / "limits.conf").read_text(), "127.0.0.1:9", "127.0.0.1:9")
+    request.addfinalizer(alone.stop)
+    assert alone.http("POST", INFER, body=json_body())[0] == 503
+    assert alone.grpc_status(f"{SERVICE}/ModelInfer") == "UNAVAILABLE"
+    wait_for(lambda: sum(name.startswith("gateway_requests_total") for name in metrics(alone)), lambda found: found == 2)
+    assert timed_without_a_model(alone) == 0
 
 
 class _Anything(http.server.BaseHTTPRequestHandler):

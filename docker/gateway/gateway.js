@@ -11,6 +11,7 @@ const NAME = /^[A-Za-z0-9._-]{1,127}$/;
 const VALIDITY = /30(?:1e|20|22)(?:170d(?:3\d){12}5a|180f(?:3\d){14}5a)(?:170d((?:3\d){12})5a|180f((?:3\d){14})5a)/;
 const DURATION = 'gateway_request_duration_seconds';
 const BUCKET = /_bucket\{(.*),le="([^"]+)"\}$/;
+const IN_VAIN = /^(?:499|504|4|200)$/;  // who had no answer and went, or when the time was up; 200: of a gRPC call that broke
 const MOST_SERIES = 65536;  // more than the 2 MiB of `counts` hold; without a number njs gives 1024
 
 // The entry of the key that a request carries: {name, expires, rate_rps, hash}; null where it has none that counts.
@@ -235,7 +236,8 @@ function answered(r, data, flags) {
 }
 
 // Counts a request that has been answered, for `metrics`; evaluated once, when it is logged. Only models that answered
-// become labels, so that no caller can make up more: over gRPC the request's own name is inside its message.
+// become labels, so that no caller can make up more: over gRPC the request's own name is inside its message. Of those that no
+// model answered only who waited in vain is timed: a failure is counted by its status already, and a caller may send slowly.
 function observed(r) {
     const variables = r.variables;
     const grpc = variables.sent_http_grpc_status || variables.upstream_trailer_grpc_status || '';
@@ -243,10 +245,11 @@ function observed(r) {
     const path = MODEL.exec(variables.status === '200' ? variables.request_uri : '');
     const model = variables.answered || (path ? path[1] : '');
     const labels = `protocol="${protocol}",api="${variables.api || 'other'}",model="${model}"`;
+    const status = grpc || variables.status;
     const counts = ngx.shared.counts;
     try {
-        counts.incr(`gateway_requests_total{${labels},status="${grpc || variables.status}"}`, 1, 0);
-        if (variables.api === 'infer' && !variables.refusal) {
+        counts.incr(`gateway_requests_total{${labels},status="${status}"}`, 1, 0);
+        if (variables.api === 'infer' && !variables.refusal && (model || IN_VAIN.test(status))) {
             const seconds = Number(variables.request_time);
             const bound = variables.buckets_s.split(' ').find(each => seconds <= Number(each)) || '+Inf';
             counts.incr(`${DURATION}_bucket{${labels},le="${bound}"}`, 1, 0);
