@@ -1,7 +1,8 @@
 """A certificate authority for trying, and the gateway's certificate signed by it.
 
 Contract: `ensure_certificate` leaves `ca.crt`, `tls.crt` and `tls.key` in the gateway's folder. A certificate of
-another authority that somebody put there stays as it is, and needs its key; one of our own is renewed a month before it
+another authority that somebody put there stays as it is, and needs its key; what root put there is given to the stack's
+user. One of our own is renewed a month before it
 ends, or where its key is not there, by the same authority, so that callers keep their `ca.crt`. The authority's key
 lies beside the folder, which alone is mounted in the gateway.
 """
@@ -62,6 +63,9 @@ def ensure_certificate(folder: Path, hosts: list[str]) -> bool:
     """Makes what is missing, or ends within a month, or lacks one of `hosts`; whether anything was made."""
     folder.mkdir(parents=True, exist_ok=True)
     give(folder)
+    for own in (folder / "tls.crt", folder / "tls.key"):
+        if own.is_file() and not own.is_symlink():  # what a link leads to is not the gateway's alone
+            give(own)
     if (folder / "tls.crt").is_file() and _still_good(folder, hosts):
         return False
     authority, key = _authority(folder)
@@ -107,7 +111,7 @@ def _still_good(folder: Path, hosts: list[str]) -> bool:
     leaf, *_ = _read(folder / "tls.crt")
     flaw = _flaw_of_key(folder / "tls.key", leaf)
     authority = folder / "ca.crt"
-    if not authority.is_file() or leaf.issuer != x509.load_pem_x509_certificate(authority.read_bytes()).subject:
+    if not authority.is_file() or leaf.issuer != _read(authority)[0].subject:
         if flaw:
             raise InputError(f"{folder / 'tls.key'} {flaw}; put it there, or remove tls.crt for a new certificate")
         return True  # somebody's own
@@ -118,24 +122,27 @@ def _still_good(folder: Path, hosts: list[str]) -> bool:
     return left > timedelta(days=RENEW_DAYS) and all(_name(host) in names for host in hosts)
 
 
-def _flaw_of_key(path: Path, leaf: x509.Certificate) -> str:
-    """What keeps the gateway from serving a certificate by the key at `path`; "" if nothing does."""
+def _flaw_of_key(path: Path, certificate: x509.Certificate, name: str = "tls.crt") -> str:
+    """What keeps the key at `path` from being that of the certificate in the file `name`; "" if nothing does."""
     try:
         key = load_pem_private_key(path.read_bytes(), None)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     except (TypeError, ValueError, UnsupportedAlgorithm):  # TypeError: it asks for a password
         return "is not an unencrypted PEM key"
-    return "" if key.public_key() == leaf.public_key() else "is not the key of tls.crt"
+    return "" if key.public_key() == certificate.public_key() else f"is not the key of {name}"
 
 
 def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     """The authority, made where it is missing."""
     key_path = folder.with_name(f"{folder.name}-authority") / "ca.key"
     if (folder / "ca.crt").is_file() and key_path.is_file():
+        authority, *_ = _read(folder / "ca.crt")
+        if flaw := _flaw_of_key(key_path, authority, "ca.crt"):
+            raise InputError(f"{key_path} {flaw}; put it back, or remove it for a new authority and hand its ca.crt on")
         key = load_pem_private_key(key_path.read_bytes(), None)
         assert isinstance(key, ec.EllipticCurvePrivateKey)
-        return x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes()), key
+        return authority, key
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"deepseek-deploy {os.urandom(4).hex()}")])
     builder = _builder(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value, subject, key, AUTHORITY_DAYS)

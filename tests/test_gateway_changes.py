@@ -109,7 +109,9 @@ def test_who_found_no_server_is_counted_by_the_status_alone(
     request.addfinalizer(alone.stop)
     assert alone.http("POST", INFER, body=json_body())[0] == 503
     assert alone.grpc_status(f"{SERVICE}/ModelInfer") == "UNAVAILABLE"
-    wait_for(lambda: sum(name.startswith("gateway_requests_total") for name in metrics(alone)), lambda found: found == 2)
+    wait_for(
+        lambda: sum(name.startswith("gateway_requests_total") for name in metrics(alone)), lambda found: found == 2
+    )
     assert timed_without_a_model(alone) == 0
 
 

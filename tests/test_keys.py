@@ -146,10 +146,29 @@ def test_somebodys_own_certificate_without_its_key_is_one_line(folder: Path, how
         ensure_certificate(folder, [])
 
 
-def test_what_is_no_certificate_is_one_line(folder: Path) -> None:
-    (folder / "tls.crt").write_text("nothing")
-    with pytest.raises(InputError, match=r"tls.crt is not a PEM certificate; put one there"):
-        ensure_certificate(folder, [])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gateway/tls.crt", "is not a PEM certificate; put one there, or remove it for a new"),
+        ("gateway/ca.crt", "is not a PEM certificate; put one there, or remove it for a new"),
+        ("gateway-authority/ca.key", "is not an unencrypted PEM key; put it back, or remove it for a new authority"),
+    ],
+)
+def test_a_damaged_file_is_one_line(folder: Path, name: str, said: str) -> None:
+    (folder.parent / name).write_text("nothing")
+    with pytest.raises(InputError, match=f"{name} {said}"):
+        ensure_certificate(folder, ["api.example.com"])
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_a_certificate_that_root_puts_there_is_given_to_the_stacks_user(folder: Path) -> None:
+    files = [folder / name for name in ("tls.crt", "tls.key")]
+    (folder / "ca.crt").unlink()
+    for path in files:
+        os.chown(path, 0, 0)
+        path.chmod(0o600)
+    assert not ensure_certificate(folder, [])
+    assert {path.stat().st_uid for path in files} == {owner()[0]}
 
 
 def leaf(folder: Path) -> x509.Certificate:
