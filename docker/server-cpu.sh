@@ -3,5 +3,7 @@
 # where a model's process was killed and cannot be replaced: the restart policy starts the container again. It waits for
 # its models as long as the health checks do (docker/server-cpu.Dockerfile, kubernetes/base/triton.yaml).
 set -euo pipefail
+# Descriptors, one or more a connection: a current Docker starts with 1024. A limit of a billion would cost some programs dear.
+ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"
 python -m serving.doctor --repository /models --preflight
 exec python -m serving.embedded --repository /models --address 0.0.0.0 --behind-gateway --echo-log --timeout-s 300 "$@"

@@ -2,6 +2,8 @@
 # The doctor, then Triton with the project's flags (serving/flags.py). Arguments go to serving.flags.
 # Nobody looks after it from here: a plan runs in Triton's own process, and where that ends, the container does.
 set -euo pipefail
+# Descriptors, one or more a connection: a current Docker starts with 1024. A limit of a billion would cost some programs dear.
+ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"
 # NVIDIA's images choose the CUDA libraries that suit the driver here.
 # shellcheck source=/dev/null
 if [ -n "${BASH_ENV:-}" ] && [ -r "$BASH_ENV" ]; then . "$BASH_ENV"; fi

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -280,6 +281,18 @@ def test_both_entry_points_run_the_doctor_first_and_take_the_same_flags() -> Non
         assert doctor < server
         assert "set -euo pipefail" in lines
         assert any("--behind-gateway" in line for line in lines[doctor:])
+
+
+@pytest.mark.parametrize("name", ["server.sh", "server-cpu.sh", "gateway/gateway.sh"])
+@pytest.mark.parametrize(("hard", "soft"), [(2048, 2048), (70_000, 65_536)])
+def test_entry_points_take_the_descriptors_that_they_may_have_within_bounds(name: str, hard: int, soft: int) -> None:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:
+        pytest.skip(f"no more than {resource.getrlimit(resource.RLIMIT_NOFILE)[1]} descriptors may be had here")
+    raising = re.search(r"^ulimit -Sn .*$", Path("docker", name).read_text(), re.MULTILINE)
+    assert raising is not None
+    script = f"set -e; ulimit -Sn 1024; ulimit -Hn {hard}; {raising[0]}; ulimit -Sn"
+    run = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == (f"{soft}\n", "")
 
 
 def test_the_embedded_server_waits_for_its_models_as_long_as_the_health_checks_do() -> None:

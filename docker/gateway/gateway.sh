@@ -7,6 +7,8 @@
 # FOLDER has ca.crt, tls.crt, tls.key, limits.conf and keys/ (python -m serving.keys, python -m serving.stack).
 # TRITON_HTTP and TRITON_GRPC are host:port, several with commas; a name stands for all of its addresses.
 set -euo pipefail
+# Descriptors, one or more a connection: a current Docker starts with 1024. A limit of a billion would cost some programs dear.
+ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"
 exec > >(exec cat)  # nginx opens its standard output by name, which it may only where it is ours
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 folder="$(cd "${FOLDER:-/etc/gateway}" && pwd)"
