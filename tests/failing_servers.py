@@ -122,6 +122,12 @@ def half_an_answer(connection: socket.socket) -> None:
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nonly this")
 
 
+def only_once(connection: socket.socket) -> None:
+    """Answers, and closes at the next request, as nginx may where it reads its files again."""
+    connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"outputs": []}')
+    connection.recv(65536)
+
+
 @contextlib.contextmanager
 def grpc_answering(
     answer: Callable[[bytes, grpc.ServicerContext], bytes],

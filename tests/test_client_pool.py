@@ -1,9 +1,10 @@
-"""Connections of the HTTP transport: how many are opened at once, and who gets them. A handshake is held up by a caller
-that connects to the relay first and says nothing."""
+"""Connections of the HTTP transport: how many are opened at once, who gets them, and what if one is closed as it is used.
+A handshake is held up by a caller that connects to the relay first and says nothing."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections.abc import Iterator
@@ -12,11 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from deepseek_client import AsyncInferenceClient, DeadlineExceeded, InferenceClient
+from deepseek_client import AsyncInferenceClient, ConnectionLost, DeadlineExceeded, InferenceClient
 from deepseek_client.http_pool import MOST_OPENING
 
 from serving.embedded import EmbeddedServer
-from tests.failing_servers import Relay, make_certificate
+from tests.failing_servers import Relay, answering, make_certificate, only_once, prepared
 
 CALLS = 3 * MOST_OPENING
 
@@ -94,3 +95,25 @@ def test_threads_that_wait_for_one_keep_their_deadline(held: tuple[Relay, Path, 
     ):
         answers = [threads.submit(client.metadata, "add_one") for _ in range(CALLS)]
         assert all(isinstance(answer.exception(20), DeadlineExceeded) for answer in answers)
+
+
+@pytest.mark.parametrize("idempotent", [False, True], ids=["once", "idempotent"])
+def test_where_a_reused_connection_is_closed_a_call_that_may_run_twice_goes_over_a_new_one(
+    server: EmbeddedServer, idempotent: bool
+) -> None:
+    request = prepared(server, "http")
+    lost = contextlib.nullcontext() if idempotent else pytest.raises(ConnectionLost)
+
+    async def main(url: str) -> None:
+        async with AsyncInferenceClient(url, "http", retries=0, idempotent=idempotent) as client:
+            assert [await client.ready() for _ in range(3)] == [True] * 3
+            with lost:
+                assert await client.send(request) == {}
+
+    with answering(only_once) as (url, seen):
+        with InferenceClient(url, "http", retries=0, idempotent=idempotent) as client:
+            assert [client.ready() for _ in range(3)] == [True] * 3
+            with lost:
+                assert client.send(request) == {}
+        asyncio.run(main(url))
+    assert len(seen) == 2 * (3 + idempotent)  # one on each connection

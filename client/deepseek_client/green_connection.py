@@ -22,6 +22,8 @@ NativeSocket: type[socket.socket] = monkey.get_original("socket", "socket")
 class GreenConnection:
     """See the module."""
 
+    reused = False
+
     def __init__(self, opened: socket.socket) -> None:
         self._socket = NativeSocket(fileno=opened.detach())
         self._socket.setblocking(False)

@@ -2,7 +2,7 @@
 
 Contract: `read_answer(receive)` takes what it needs and nothing of a second answer; bytes beyond the first make the
 connection useless (`keep` is false). Raises http.client's exceptions: BadStatusLine where this is no HTTP,
-RemoteDisconnected where the stream ends before the first byte, IncompleteRead where it ends in the middle.
+RemoteDisconnected where the stream ends or breaks before the first byte, IncompleteRead where it ends in the middle.
 
 The standard library's parser wants a file that blocks, so that asyncio cannot use it; the tests compare the two.
 """
@@ -109,6 +109,10 @@ async def _head(reader: _Reader) -> _Head:
     except http.client.IncompleteRead as error:
         if not error.partial:
             raise http.client.RemoteDisconnected("closed without an answer") from None
+        raise
+    except ConnectionError as error:
+        if not reader.buffer:
+            raise http.client.RemoteDisconnected(f"no answer: {error}") from None
         raise
     if not reader.buffer.startswith(b"HTTP/"):
         raise http.client.BadStatusLine(repr(bytes(reader.buffer[:40])))

@@ -20,6 +20,9 @@ LEAST_BYTES, MOST_BYTES = 65536, 1 << 20  # of one read: small answers cost no l
 class Connection(Protocol):
     """To one server."""
 
+    reused: bool
+    """Whether it has carried a call before: the server may be closing it as the next one is sent."""
+
     async def send(self, *parts: bytes, deadline: Deadline) -> None:
         """Sends them one after the other."""
 
@@ -38,6 +41,8 @@ class Connection(Protocol):
 
 class BlockingConnection:
     """A socket; under gevent, where it is for TLS alone, one that lets other greenlets run."""
+
+    reused = False
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
@@ -86,6 +91,8 @@ class BlockingConnection:
 
 class AsyncConnection(asyncio.Protocol):
     """An asyncio protocol: asyncio's streams cannot say whether an idle one has stray bytes."""
+
+    reused = False
 
     def __init__(self) -> None:
         self._transport: Any = None

@@ -25,8 +25,11 @@ OpenConnection = Callable[[str, int, ssl.SSLContext | None, Deadline], Coroutine
 class Pool(Protocol):
     """See the module."""
 
-    async def take(self, deadline: Deadline) -> Connection:
-        """One that still stands. Raises OSError, of which TimeoutError is that the deadline has passed."""
+    async def take(self, deadline: Deadline, *, idle: bool = True) -> Connection:
+        """One that still stands; with `idle` False none that lay idle.
+
+        Raises OSError, of which TimeoutError is that the deadline has passed.
+        """
 
     def give_back(self, connection: Connection) -> None:
         """One that is of further use."""
@@ -71,10 +74,10 @@ class BlockingPool(_Idle):
         self._changed = threading.Condition()
         self._waiting = self._opening = 0
 
-    async def take(self, deadline: Deadline) -> Connection:
+    async def take(self, deadline: Deadline, *, idle: bool = True) -> Connection:
         """See Pool."""
-        if idle := self._standing() or self._wait(deadline):
-            return idle
+        if standing := (idle and self._standing()) or self._wait(deadline, idle):
+            return standing
         try:
             return await self._open_until(deadline)
         finally:
@@ -82,20 +85,20 @@ class BlockingPool(_Idle):
                 self._opening -= 1
                 self._changed.notify()
 
-    def _wait(self, deadline: Deadline) -> Connection | None:
+    def _wait(self, deadline: Deadline, idle: bool) -> Connection | None:
         """Until one is given back; None: until one more may be opened."""
         with self._changed:
             self._waiting += 1
             try:
-                while not (idle := self._standing()) and self._opening >= MOST_OPENING:
+                while not (standing := (idle and self._standing()) or None) and self._opening >= MOST_OPENING:
                     self._changed.wait(deadline.socket_timeout_s())
             except BaseException:
                 self._changed.notify()  # what woke this one is for another
                 raise
             finally:
                 self._waiting -= 1
-            self._opening += idle is None
-            return idle
+            self._opening += standing is None
+            return standing
 
     def give_back(self, connection: Connection) -> None:
         """See Pool."""
@@ -113,10 +116,10 @@ class AsyncPool(_Idle):
         self._waiting: dict[asyncio.Future[Connection], None] = {}  # in order
         self._openers: set[asyncio.Task[None]] = set()
 
-    async def take(self, deadline: Deadline) -> Connection:
+    async def take(self, deadline: Deadline, *, idle: bool = True) -> Connection:
         """See Pool."""
-        if idle := self._standing():
-            return idle
+        if idle and (standing := self._standing()):
+            return standing
         waiter: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
         self._waiting[waiter] = None
         if len(self._openers) < MOST_OPENING:

@@ -117,7 +117,9 @@ def _transports(settings: Settings, asynchronous: bool) -> dict[str, Transport]:
                 if asynchronous
                 else partial(BlockingPool, _blocking_connection(tls))
             )
-            transports[url] = HttpTransport(url, pool, tls=tls, ca_cert=authority, api_key=api_key)
+            transports[url] = HttpTransport(
+                url, pool, idempotent=settings.idempotent, tls=tls, ca_cert=authority, api_key=api_key
+            )
     return transports
 
 

@@ -1,8 +1,9 @@
 """KServe v2 over HTTP/1.1, with binary tensors.
 
 Contract: `transports.Transport`. Connections are kept alive and reused, one for each call in flight; a connection on
-which anything went wrong is closed, never reused. $http_proxy is not looked at. The transport is the same over
-blocking sockets and over asyncio; a `Connection` hides which.
+which anything went wrong is closed, never reused. Servers close idle ones, and may do so as a call is sent: a call that
+may run twice then goes over a new one, once and outside of `retries`. $http_proxy is not looked at.
+The transport is the same over blocking sockets and over asyncio; a `Connection` hides which.
 """
 
 import contextlib
@@ -53,8 +54,18 @@ MakePool = Callable[[str, int, ssl.SSLContext | None], Pool]
 class HttpTransport:
     """See the module."""
 
-    def __init__(self, url: str, pool: MakePool, *, tls: bool, ca_cert: bytes | None, api_key: str | None) -> None:
+    def __init__(
+        self,
+        url: str,
+        pool: MakePool,
+        *,
+        idempotent: bool,
+        tls: bool,
+        ca_cert: bytes | None,
+        api_key: str | None,
+    ) -> None:
         self._url = url
+        self._idempotent = idempotent
         parsed = urlsplit(f"//{url}")
         self._scheme = "HTTPS" if tls else "HTTP"
         context = ssl.create_default_context(cadata=ca_cert.decode() if ca_cert else None) if tls else None
@@ -157,6 +168,23 @@ class HttpTransport:
         head = f"{method} {path} HTTP/1.1\r\n{self._headers}{headers}\r\n".encode("latin-1")
         parts = (b"".join((head, *body)),) if size < SMALL_BYTES else (head, *body)
         connection = await self._connection(deadline)
+        may_run_twice = method == "GET" or self._idempotent  # RFC 9110, 9.2.2: else not by itself
+        try:
+            try:
+                return await self._exchange_over(connection, parts, deadline, cancel)
+            except http.client.RemoteDisconnected:
+                if not (connection.reused and may_run_twice) or (cancel and cancel.cancelled):
+                    raise
+            return await self._exchange_over(await self._connection(deadline, idle=False), parts, deadline, cancel)
+        except TimeoutError:
+            raise deadline.exceeded(self._url) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise _broken(self._url, error) from None
+
+    async def _exchange_over(
+        self, connection: Connection, parts: tuple[bytes, ...], deadline: Deadline, cancel: Cancel | None
+    ) -> Answer:
+        """The answer; gives the connection back, or closes it."""
         answer = None
         try:
             if cancel is not None:
@@ -165,23 +193,20 @@ class HttpTransport:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 await connection.send(*parts, deadline=deadline)
             answer = await read_answer(lambda wanted: connection.receive(wanted, deadline))
-        except TimeoutError:
-            raise deadline.exceeded(self._url) from None
-        except (OSError, http.client.HTTPException) as error:
-            raise _broken(self._url, error) from None
         finally:  # on Ctrl-C and a gevent time-out, too: half an answer may be on its way
             if cancel is not None:
                 cancel.stopped_by(None)
             if answer is not None and answer.keep and not (cancel and cancel.cancelled):
+                connection.reused = True
                 self._pool.give_back(connection)
             else:
                 connection.close()
         return answer
 
-    async def _connection(self, deadline: Deadline) -> Connection:
-        """One of the pool."""
+    async def _connection(self, deadline: Deadline, *, idle: bool = True) -> Connection:
+        """One of the pool; with `idle` False none that lay there."""
         try:
-            return await self._pool.take(deadline)
+            return await self._pool.take(deadline, idle=idle)
         except TimeoutError:
             raise deadline.exceeded(self._url) from None
         except ssl.SSLCertVerificationError as error:
