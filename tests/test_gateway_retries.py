@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import grpc
 import numpy as np
 import pytest
-from deepseek_client import ConnectionLost, InferenceClient, PreparedRequest, ServerBusy
+from deepseek_client import ConnectionLost, InferenceClient, ModelNotReady, PreparedRequest, ServerBusy
 
 from serving.embedded import EmbeddedServer
 from serving.stack import limits, served_models
-from tests.failing_servers import Relay, X, prepared
-from tests.gateway import Gateway, skip_without_nginx
+from tests.failing_servers import Relay, X, answering, grpc_answering, prepared, refuse, status
+from tests.gateway import INFER, SERVICE, Gateway, json_body, skip_without_nginx
+from tests.test_gateway_changes import metrics
 
 Protocol = Literal["http", "grpc"]
 both = pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -123,3 +125,28 @@ def test_where_no_connection_is_made_nothing_was_sent(
         client = stack.enter_context(alone.client(protocol, retries=0))
         with pytest.raises(ServerBusy, match="is not available"):
             client.send(breakable.request(protocol, "add_one"))
+
+
+def test_requests_for_a_model_that_is_being_loaded_anew_count_as_unserved(breakable: Breakable, tmp_path: Path) -> None:
+    """In Triton's own words, which say NOT_FOUND of it as of a model that it does not know."""
+    said = "Request for unknown model: 'add_one' has no available versions"
+    text = (breakable.gateway.folder / "limits.conf").read_text()
+    protocols: tuple[Protocol, ...] = ("http", "grpc")
+    requests = {protocol: breakable.request(protocol, "add_one") for protocol in protocols}
+    with contextlib.ExitStack() as stack:
+        http, _ = stack.enter_context(answering(status("404 Not Found", f'{{"error":"{said}"}}')))
+        over_grpc, seen = stack.enter_context(grpc_answering(refuse(grpc.StatusCode.NOT_FOUND, said)))
+        gateway = Gateway(tmp_path / "loading", text, http, over_grpc)
+        stack.callback(gateway.stop)
+        assert gateway.http("POST", INFER, body=json_body())[0] == 404
+        assert gateway.grpc_status(f"{SERVICE}/ModelInfer") == "UNAVAILABLE"
+        for protocol, request in requests.items():
+            client = replace(breakable, gateway=gateway).client(protocol, retries=1)
+            with stack.enter_context(client), pytest.raises(ModelNotReady):
+                client.send(request)
+        assert len(seen) == 3  # the client tries again
+        unserved = [
+            f'gateway_requests_total{{protocol="{protocol}",api="infer",model="",status="{status}"}}'
+            for protocol, status in (("http", 503), ("grpc", 14))
+        ]
+        wait_for(lambda: [metrics(gateway).get(series) for series in unserved] == [3, 3])

@@ -12,6 +12,7 @@ const VALIDITY = /30(?:1e|20|22)(?:170d(?:3\d){12}5a|180f(?:3\d){14}5a)(?:170d((
 const DURATION = 'gateway_request_duration_seconds';
 const BUCKET = /_bucket\{(.*),le="([^"]+)"\}$/;
 const IN_VAIN = /^(?:499|504|4|200)$/;  // who had no answer and went, or when the time was up; 200: of a gRPC call that broke
+const NOT_LOADED = 'has no available versions';
 const MOST_SERIES = 65536;  // more than the 2 MiB of `counts` hold; without a number njs gives 1024
 
 // The entry of the key that a request carries: {name, expires, rate_rps, hash}; null where it has none that counts.
@@ -218,11 +219,27 @@ function countValues(data, kind, found) {
     found.wrong += right ? 0 : 1;
 }
 
-// Header filter of gRPC's answers: bytes that are no message are the caller's fault, for which gRPC's library says INTERNAL.
+// Header filter of gRPC's answers: bytes that are no message are the caller's fault, for which gRPC's library says INTERNAL;
+// a model that is being loaded anew is not, for which Triton says NOT_FOUND.
 function blame(r) {
-    if (r.headersOut['grpc-status'] === '13' && (r.headersOut['grpc-message'] || '').startsWith('Unable to parse request')) {
+    const status = r.headersOut['grpc-status'], message = r.headersOut['grpc-message'] || '';
+    if (status === '13' && message.startsWith('Unable to parse request')) {
         r.headersOut['grpc-status'] = '3';
+    } else if (status === '5' && message.includes(NOT_LOADED)) {
+        r.headersOut['grpc-status'] = '14';
+        r.headersOut['grpc-retry-pushback-ms'] = '100';
     }
+}
+
+// The same of an inference over HTTP, whose reason is in the body: callers get Triton's 404, which is counted as 503.
+function excused(r, data, flags) {
+    if (r.status === 404 && data.toString().includes(NOT_LOADED)) {
+        r.variables.not_loaded = '1';
+    }
+    if (data.length) {
+        r.done();  // it stands in the first part of the answer
+    }
+    r.sendBuffer(data, flags);
 }
 
 // Notes which model answered over gRPC: the first field of a ModelInferResponse, behind five bytes that frame the message.
@@ -245,7 +262,7 @@ function observed(r) {
     const path = MODEL.exec(variables.status === '200' ? variables.request_uri : '');
     const model = variables.answered || (path ? path[1] : '');
     const labels = `protocol="${protocol}",api="${variables.api || 'other'}",model="${model}"`;
-    const status = grpc || variables.status;
+    const status = grpc || (variables.not_loaded ? '503' : variables.status);
     const counts = ngx.shared.counts;
     try {
         counts.incr(`gateway_requests_total{${labels},status="${status}"}`, 1, 0);
@@ -311,4 +328,4 @@ function metrics(r) {
     r.return(200, text);
 }
 
-export default { refusal, infer, blame, answered, observed, metrics };
+export default { refusal, infer, blame, excused, answered, observed, metrics };
