@@ -77,10 +77,10 @@ ENV_FILE ?= .env## what docker compose reads; engine writes it
 CACHE ?=## artifacts shared by clones and branches (default: ~/.cache/deepseek-deploy; off: none)
 CACHE_GIB ?= 10## what it may hold
 
+# A ~ that no shell took up: of quotes, of dash, of a file. On the command line, too.
+$(foreach v,MODELS DATA BUILD REPOSITORY,$(eval override $(v) := $$(patsubst ~/%,$$(HOME)/%,$$(strip $$($(v))))))
 NAMED := $(if $(filter command environment,$(firstword $(origin MODEL))),$(strip $(MODEL)))
 MODEL := $(strip $(MODEL))
-MODELS := $(strip $(MODELS))
-DATA := $(strip $(DATA))
 PRECISION := $(strip $(PRECISION))
 PRUNE := $(strip $(PRUNE))
 TARGET := $(strip $(TARGET))
@@ -93,8 +93,6 @@ GATEWAY_PORT := $(strip $(GATEWAY_PORT))
 ENV_FILE := $(strip $(ENV_FILE))
 PROTOCOL := $(strip $(PROTOCOL))
 URL := $(strip $(URL))
-BUILD := $(strip $(BUILD))
-REPOSITORY := $(strip $(REPOSITORY))
 VENV := $(strip $(VENV))
 CACHE := $(strip $(CACHE))
 CACHE_GIB := $(strip $(CACHE_GIB))
@@ -357,6 +355,7 @@ settings-data = echo "$$DATA"; stat -Lc '%.Y %s' "$$DATA"
 settings-deploy = $(IN_FOLDER) && stat -Lc '%.Y %s' deploy.toml
 settings-folder = $(IN_FOLDER) && find -L . -mindepth 1 \( -name '.*' -o -name __pycache__ \) -prune -o \
     -type f ! -path ./deploy.toml ! -path './$(TUNED)' -printf '%P %T@ %s\n' | LC_ALL=C sort
+unreadable-folder = echo "error: MODELS: seen '$(MODELS)'; no $(FOLDER) can be read, whose changes are to be followed" >&2; exit 2
 # Tuned values change how a model is served, not what is built; they may come, change and go.
 settings-tuned = cat '$(FOLDER)/$(TUNED)'
 settings-prune = echo '$(PRUNE)'
@@ -365,7 +364,8 @@ settings-target = echo '$(T)'
 settings-precision = echo '$(PRECISION) $(CANDIDATES)'
 settings-tensorrt = echo '$(if $(INSIDE),$(TRITON_TAG),$(if $(NATIVE),native,$(TRITON_TAG)))'
 $(B)/settings/%: FORCE
-	@mkdir -p $(@D); ($(settings-$*)) >$@.part 2>/dev/null; if cmp -s $@.part $@; then rm $@.part; else mv $@.part $@; fi
+	@mkdir -p $(@D); ($(settings-$*)) >$@.part 2>/dev/null || { $(or $(unreadable-$*),true); }; \
+	if cmp -s $@.part $@; then rm $@.part; else mv $@.part $@; fi
 
 STAGES := export/artifact.py $(wildcard deepseek/spec/*.py)
 

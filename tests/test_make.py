@@ -248,6 +248,22 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
+def test_a_tilde_that_no_shell_took_up_is_the_home_folder(tmp_path: Path, commands: Callable[..., list[str]]) -> None:
+    own = ("HOME=" + str(tmp_path), "MODELS=~/models", "BUILD=~/build", "REPOSITORY=~/repository")
+    commands("engine", *own)
+    assert "\nmodel.py " in (tmp_path / "build" / "text" / "settings" / "folder").read_text()
+    assert " --repository ~" not in commands("serve", *own)[-1]
+
+
+def test_a_model_folder_whose_changes_make_cannot_follow_is_refused(tmp_path: Path) -> None:
+    shutil.copytree("tests/models/text", tmp_path / "models" / "text")
+    weights = str(tmp_path / "build" / "text" / "weights")
+    run = make(tmp_path, weights, "MODEL=text", f"MODELS={tmp_path}/mod\\els", check=False)  # a shell drops the stroke
+    assert run.returncode == 2
+    assert "error: MODELS: seen '" in run.stderr
+    assert "/text can be read, whose changes are to be followed" in run.stderr
+
+
 @pytest.mark.parametrize("setting", ["TARGET=onnx", "PRECISION=int4", "PRECISION=fp16,int8"])
 def test_a_word_that_is_no_choice_is_one_line_before_anything_is_made(tmp_path: Path, setting: str) -> None:
     run = make(tmp_path, "engine", setting, check=False)
