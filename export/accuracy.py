@@ -14,14 +14,14 @@ from export.runners import within_batch
 from export.source import Predict, Source, check_inputs
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]  # (value, reference) of one output, row by row
+DROP_DIGITS = 9  # fp32 sums in another order move a cosine by 1e-13: no loss, even where `max_drop` is 0
 NEGLIGIBLE = 1e-3  # of the output's largest magnitude: what a row of zeros may be off before it counts as one of others
 
 
 def parity(spec: DeploymentSpec, variant: list[Row], reference: list[Row]) -> dict[str, dict[str, float]]:
     """By output: worst and mean error relative to the largest magnitude, cosine, and top agreement.
 
-    Integer outputs have the share of common entries and of equal first entries. Where a row's reference entries all
-    differ it is a ranking, whose entries count in any order; else (labels, masks) they count place by place.
+    Integer outputs have the share of common entries (`common_share`) and of equal first entries.
     A shape, a NaN or an Inf that PyTorch does not give is an infinite error and a cosine of -1; one that it gives, at
     the same place, is none.
     """
@@ -81,13 +81,18 @@ def _cosine(value: np.ndarray, ref: np.ndarray) -> float:
 
 def _integer_parity(pairs: Pairs) -> dict[str, float]:
     first = [float(np.array_equal(value.ravel()[:1], ref.ravel()[:1])) for value, ref in pairs]
-    return {"common": float(np.mean([_common(*pair) for pair in pairs])), "top_agreement": float(np.mean(first))}
+    return {"common": float(np.mean([common_share(*pair) for pair in pairs])), "top_agreement": float(np.mean(first))}
 
 
-def _common(value: np.ndarray, ref: np.ndarray) -> float:
+def common_share(value: np.ndarray, ref: np.ndarray) -> float:
+    """Of one row of integers or flags: the share of the reference's entries that `value` has, too.
+
+    Integers of the reference that all differ are a ranking, whose entries count in any order; all else (labels,
+    masks) counts place by place.
+    """
     if value.shape != ref.shape:
         return 0.0
-    ranking = ref.size > 1 and len(np.unique(ref)) == ref.size
+    ranking = ref.dtype.kind != "b" and ref.size > 1 and len(np.unique(ref)) == ref.size
     return float((np.isin(ref, value) if ranking else value == ref).mean())
 
 
@@ -141,9 +146,9 @@ def too_small(spec: DeploymentSpec, reference: Mapping[str, float]) -> str:
 
 
 def metric_drop(metric: str, value: float, reference: float) -> float:
-    """Loss of the metric relative to fp32 PyTorch's; raises InputError where that is not positive."""
+    """Loss of the metric relative to fp32 PyTorch's, without the last digits; InputError where that is not positive."""
     if not reference > 0:
         raise InputError(
             f"precision.metric: {metric} of fp32 PyTorch is {reference:g}; a relative drop needs a positive one"
         )
-    return (reference - value) / reference
+    return round((reference - value) / reference, DROP_DIGITS)

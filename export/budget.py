@@ -66,7 +66,7 @@ class Baseline:
         metrics = task_metrics(self.source, predict)
         metric = spec.precision.metric
         if metric is None or too_small(spec, self.metrics):
-            drop = 1 - similarity(parity(spec, outputs, self.unpruned_outputs))
+            drop = metric_drop("similarity", similarity(parity(spec, outputs, self.unpruned_outputs)), 1.0)
         else:
             drop = metric_drop(metric, metrics[metric], self.metrics[metric])
         finite = all(math.isfinite(value) for output in report.values() for value in output.values())

@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 
 from deepseek.spec import Axis, DeploymentSpec, GateFailed, Target
-from export.accuracy import parity, similarity
+from export.accuracy import metric_drop, parity, similarity
 from export.compare import add_speed, choose, time_interleaved
 from export.runners import within_batch
 from tests.conftest import run_module
@@ -73,6 +73,11 @@ def test_a_hopeless_candidate_leaves_fp32() -> None:
 def test_no_candidate_inside_is_a_failed_gate(drop: float) -> None:
     with pytest.raises(GateFailed, match=r"no candidate is inside max_drop 1.00%"):
         choose({"fp32": variant(0, 1), "int8": variant(drop, 2)}, ["int8"], 0.01, asked=True)
+
+
+def test_rounding_is_no_drop() -> None:
+    assert metric_drop("similarity", 1 - 1e-13, 1.0) == 0
+    assert metric_drop("similarity", 1 - 1e-7, 1.0) > 0
 
 
 def outputs(scores: list[float], features: list[float]) -> dict[str, np.ndarray]:
@@ -156,7 +161,7 @@ def test_where_fp32_has_none_of_the_metric_outputs_are_judged_and_it_is_said(tex
     choice = json.loads((text / "build" / "text" / "choice-onnxruntime.json").read_text())
     assert choice["metric"] == "similarity"
     int8 = choice["variants"]["int8"]
-    assert int8["drop"] == pytest.approx(1 - int8["parity"]["embedding"]["cosine"])
+    assert int8["drop"] == pytest.approx(1 - int8["parity"]["embedding"]["cosine"], abs=1e-9)
 
 
 def test_a_precision_that_was_never_built_says_how_and_is_no_verdict(text: Path) -> None:

@@ -99,6 +99,7 @@ def test_rankings_count_in_any_order_and_labels_place_by_place() -> None:
     assert of_one_output("int64", [[3, 1, 2, 4]], [[1, 2, 3, 4]])["common"] == 1
     assert of_one_output("int64", [[0, 1, 0, 1]], [[1, 0, 1, 0]])["common"] == 0
     assert of_one_output("bool", [[True, True, False]], [[True, False, False]])["common"] == pytest.approx(2 / 3)
+    assert of_one_output("bool", [[True, False]], [[False, True]])["common"] == 0
 
 
 def test_another_shape_is_as_far_off_as_can_be() -> None:
