@@ -158,9 +158,10 @@ serve: $(VENV)/.ready ## the embedded Triton over the model repository, until Ct
 	@$(PY) -m serving.embedded --repository $(REPOSITORY) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
 	    --metrics-port $(METRICS_PORT) $(if $(strip $(POLL_S)),--poll-s $(strip $(POLL_S)))
 
+infer: LEAST_BATCH = $(shell sed -n 's/^LEAST_BATCH := //p' $(B)/spec.mk 2>/dev/null)
 infer: $(VENV)/.ready ## send a real sample to the server and show what comes back
 	@$(PY) -m deepseek_client infer $(MODEL) --url $(URL) --protocol $(PROTOCOL) --inputs $(B)/evaluation.npz \
-	    $(ACCESS) --row $(ROW) --top 10 $(if $(wildcard $(B)/labels),--labels $(B)/labels)
+	    $(ACCESS) --row $(ROW) --fill $(or $(LEAST_BATCH),1) --top 10 $(if $(wildcard $(B)/labels),--labels $(B)/labels)
 
 compare: $(VENV)/.ready ## what is served over HTTP and gRPC against fp32 PyTorch, at every corner of the profile
 	@$(PY) -m export.parity $(WHICH) --url $(HOST):$(GRPC_PORT) --http-url $(HOST):$(HTTP_PORT)

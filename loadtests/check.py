@@ -15,7 +15,7 @@ from typing import Any
 
 from deepseek_client import InferenceClient, InferenceError, ModelMetadata, ServerBusy
 
-from deepseek.spec import DeploymentSpec, InputError
+from deepseek.spec import BATCH, DeploymentSpec, InputError
 from loadtests.inputs import read_inputs
 from loadtests.results import IN_FLIGHT, Settings
 
@@ -25,7 +25,7 @@ MOST_REQUESTS = 1_000_000_000  # a slip of the hand rather than a plan; a week a
 def check(settings: Settings, spec: DeploymentSpec) -> ModelMetadata:
     """Everything that can be known to be wrong before any load; returns what the server says of the model."""
     _check_numbers(settings)
-    rows = read_inputs(Path(settings.inputs))
+    rows = read_inputs(Path(settings.inputs), spec.axes[BATCH].min)
     for row in rows:
         if row.keys() != spec.inputs.keys():
             raise InputError(f"{settings.inputs}: holds {_listed(row)}, deploy.toml has {_listed(spec.inputs)}")

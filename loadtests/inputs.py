@@ -1,7 +1,8 @@
 """Real inputs of a model, as the export chain left them.
 
 Contract: an .npz file with keys `<row, five digits>/<input name>`, each array with batch size 1;
-lengths of dynamic axes may differ between rows. A file may have its rows in an order of its own (from short to long,
+lengths of dynamic axes may differ between rows. A request is one row, repeated where the profile has no batch of 1.
+A file may have its rows in an order of its own (from short to long,
 say), so a load test sends them shuffled; what is sent then has the lengths of the file in their true proportions.
 
 Examples:
@@ -28,8 +29,11 @@ MOST_CLASSES = 8  # of lengths that are told apart one by one; more are told apa
 Row = dict[str, np.ndarray]
 
 
-def read_inputs(path: Path) -> list[Row]:
-    """The rows in order, or as many of them as may be, evenly spread; InputError in one line where there are none."""
+def read_inputs(path: Path, least: int = 1) -> list[Row]:
+    """The rows in order, or as many of them as may be, evenly spread; InputError in one line where there are none.
+
+    Each is repeated until it is a batch of `least`, the smallest that the profile allows.
+    """
     try:
         with np.load(path) as arrays:  # of an .npy file an array, which is no context
             names: dict[str, list[str]] = {}
@@ -44,13 +48,17 @@ def read_inputs(path: Path) -> list[Row]:
             size = sum(arrays[f"{first}/{name}"].nbytes for name in names[first])
             most = max(1, min(len(names), MOST_ROWS, MOST_BYTES // max(1, size)))
             chosen = [list(names)[place * len(names) // most] for place in range(most)]
-            return [{name: arrays[f"{row}/{name}"] for name in names[row]} for row in chosen]
+            return [{name: _repeated(arrays[f"{row}/{name}"], least) for name in names[row]} for row in chosen]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; it holds the real inputs to send, make it with: make engine") from None
     except InputError:
         raise
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not an .npz file of inputs ({error})") from None
+
+
+def _repeated(array: np.ndarray, least: int) -> np.ndarray:
+    return np.concatenate([array, *[array[-1:]] * (least - len(array))])
 
 
 def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:

@@ -27,7 +27,7 @@ import psutil
 from deepseek_client import InferenceClient
 from gevent.event import Event
 
-from deepseek.spec import DeploymentSpec
+from deepseek.spec import BATCH, DeploymentSpec
 from loadtests.clock import Clock, take_precedence
 from loadtests.inputs import length_classes, read_inputs, shuffled
 from loadtests.recorder import Recorder
@@ -59,9 +59,10 @@ class Part:
         self._client = InferenceClient(
             settings.url, protocol=settings.protocol, timeout_s=settings.timeout_s, **alone, **settings.access
         )
-        rows = shuffled(read_inputs(Path(settings.inputs)), settings.seed)
+        spec = DeploymentSpec.of_model(settings.model, settings.models)
+        rows = shuffled(read_inputs(Path(settings.inputs), spec.axes[BATCH].min), settings.seed)
         self._requests = [self._client.prepare(settings.model, row) for row in rows]
-        self._lengths = length_classes(rows, DeploymentSpec.of_model(settings.model, settings.models).inputs)
+        self._lengths = length_classes(rows, spec.inputs)
         self._most_in_flight = settings.max_in_flight or IN_FLIGHT
         self._window_at = 0.0
         self._free: list[gevent.Greenlet] = []

@@ -33,7 +33,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.spec import GateFailed, InputError, Parser, add_model_arguments, run_command
+from deepseek.spec import BATCH, DeploymentSpec, GateFailed, InputError, Parser, add_model_arguments, run_command
 from loadtests.bootstrap import Draws, Stretches, percentiles, ratio_interval
 from loadtests.inputs import Row, read_inputs, shuffled
 from loadtests.run import inputs_of
@@ -254,7 +254,8 @@ def main() -> int:
         raise InputError(f"--requests {args.requests}: {LEAST_REQUESTS} or more are needed for an interval")
     if not 0 < args.threshold < math.inf:
         raise InputError(f"--threshold {args.threshold:g}: it must be more than 0")
-    rows = shuffled(read_inputs(Path(args.inputs or inputs_of(args.model))), seed=0)
+    spec = DeploymentSpec.of_model(args.model, args.models)
+    rows = shuffled(read_inputs(Path(args.inputs or inputs_of(args.model)), spec.axes[BATCH].min), seed=0)
     with ExitStack() as stack:
         clients = {
             side: stack.enter_context(InferenceClient(url, args.protocol, timeout_s=args.timeout_s, retries=0))

@@ -36,7 +36,15 @@ from typing import Any
 import numpy as np
 from deepseek_client import InferenceClient, InferenceError
 
-from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, Parser, add_model_arguments, run_command
+from deepseek.spec import (
+    BATCH,
+    DeploymentSpec,
+    InputError,
+    InvalidMeasurement,
+    Parser,
+    add_model_arguments,
+    run_command,
+)
 from loadtests.inputs import read_inputs, shuffled
 from loadtests.run import inputs_of
 
@@ -207,7 +215,7 @@ def main() -> None:
     args = parser.parse_args()
     spec = DeploymentSpec.of_model(args.model, args.models)
     rate = rate_of(args.rate, spec)
-    rows = shuffled(read_inputs(Path(args.inputs or inputs_of(args.model))), seed=0)
+    rows = shuffled(read_inputs(Path(args.inputs or inputs_of(args.model)), spec.axes[BATCH].min), seed=0)
     access: dict[str, Any] = {}
     if args.tls or args.ca_cert:
         access = {"tls": True, "ca_cert": args.ca_cert, "api_key": os.environ.get("DEEPSEEK_API_KEY") or None}

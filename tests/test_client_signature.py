@@ -15,7 +15,7 @@ from deepseek_client import (
     ModelMetadata,
     TensorSpec,
 )
-from deepseek_client.inputs import read_inputs
+from deepseek_client.inputs import filled, read_inputs
 from deepseek_client.transports import to_bytes, to_numpy
 
 MODEL = ModelMetadata(
@@ -83,6 +83,7 @@ def test_rows_of_an_evaluation_file_are_picked_one_by_one(tmp_path: Path) -> Non
     np.savez(path, **{f"{k:05d}/ids": np.full((1, 3), k) for k in range(3)})  # type: ignore[arg-type]
     assert read_inputs(path, MODEL)["ids"].tolist() == [[0, 0, 0]]
     assert read_inputs(path, MODEL, row=2)["ids"].tolist() == [[2, 2, 2]]
+    assert filled(read_inputs(path, MODEL, row=2), 2)["ids"].tolist() == [[2, 2, 2]] * 2
     with pytest.raises(InvalidInput, match="no row 3; it has rows 0 to 2"):
         read_inputs(path, MODEL, row=3)
 

@@ -120,6 +120,7 @@ def test_a_large_file_is_taken_evenly_and_sent_shuffled(tmp_path: Path, monkeypa
     arrays = {f"{row:05d}/ids": np.full((1, 4), row) for row in range(300)}
     np.savez(tmp_path / "rows.npz", **arrays)  # type: ignore[arg-type]
     monkeypatch.setattr(inputs, "MOST_BYTES", 100 * 4 * 8)
+    assert read_inputs(tmp_path / "rows.npz", least=4)[0]["ids"].shape == (4, 4)  # where the profile has no batch of 1
     read = read_inputs(tmp_path / "rows.npz")
     assert [int(row["ids"][0, 0]) for row in read] == list(range(0, 300, 3))
     sent = [int(row["ids"][0, 0]) for row in shuffled(read, seed=1)]

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from deepseek_client.errors import AccessDenied, InferenceError, InvalidInput, ModelNotFound, Unreachable
 from deepseek_client.inference import InferenceClient
-from deepseek_client.inputs import read_inputs
+from deepseek_client.inputs import filled, read_inputs
 from deepseek_client.tables import answer_table, read_labels, signature_line, signature_table
 
 PORTS = {"grpc": 8001, "http": 8000}
@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     infer.add_argument("model", metavar="MODEL")
     infer.add_argument("--inputs", type=Path, required=True, metavar="FILE", help=".npz or .json, by input name")
     infer.add_argument("--row", type=int, metavar="K", help="only row K of the file, from 0")
+    infer.add_argument("--fill", type=int, default=1, metavar="N", help="repeat the last row until there are N")
     infer.add_argument("--labels", type=Path, metavar="FOLDER", help="FOLDER/TENSOR.txt: line k names the id k, from 0")
     infer.add_argument("--top", type=int, default=10, metavar="N", help="values to show (default: %(default)s)")
     infer.add_argument("--output", type=Path, metavar="FILE.npz", help="write the whole answer here")
@@ -137,7 +138,7 @@ def _infer(client: InferenceClient, args: argparse.Namespace) -> int:
         raise InvalidInput(f"--top {args.top}; it must be 1 or more")
     labels = read_labels(args.labels) if args.labels else {}
     metadata = client.metadata(args.model)
-    inputs = read_inputs(args.inputs, metadata, args.row)
+    inputs = filled(read_inputs(args.inputs, metadata, args.row), args.fill)
     request = client.prepare(args.model, inputs)
     start = time.perf_counter()
     outputs = client.send(request)

@@ -29,6 +29,14 @@ def read_inputs(path: Path, metadata: ModelMetadata, row: int | None = None) -> 
         raise InvalidInput(f"{path}: {error.strerror or error}") from None
 
 
+def filled(inputs: dict[str, np.ndarray], least: int) -> dict[str, np.ndarray]:
+    """The inputs with each array's last row repeated until there are `least`."""
+    return {
+        name: np.concatenate([array, *[array[-1:]] * (least - len(array))]) if array.ndim else array
+        for name, array in inputs.items()
+    }
+
+
 def _from_npz(path: Path, row: int | None) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:

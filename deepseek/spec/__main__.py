@@ -12,7 +12,7 @@ import json
 import textwrap
 from dataclasses import asdict
 
-from deepseek.spec import DeploymentSpec, Parser, add_model_arguments, run_command
+from deepseek.spec import BATCH, DeploymentSpec, Parser, add_model_arguments, run_command
 
 
 def main() -> None:
@@ -33,6 +33,7 @@ def main() -> None:
     elif args.make:
         print(f"CANDIDATES := {' '.join(spec.precision.candidates)}")
         print(f"TUNED := {spec.tuned or ''}")
+        print(f"LEAST_BATCH := {spec.axes[BATCH].min}")
     else:
         for kind, tensors in (("input", spec.inputs), ("output", spec.outputs)):
             for name, tensor in tensors.items():

@@ -34,7 +34,7 @@ import tritonclient.http
 from deepseek_client import InferenceClient, InferenceError, ServerBusy
 from tritonclient.utils import InferenceServerException
 
-from deepseek.spec import InputError, Parser, add_model_arguments, build_dir, run_command
+from deepseek.spec import BATCH, DeploymentSpec, InputError, Parser, add_model_arguments, build_dir, run_command
 from loadtests.inputs import read_inputs
 from loadtests.profile.sources import Call, read_traces, write_calls
 
@@ -261,7 +261,8 @@ def main() -> None:
     args = parser.parse_args()
     port = os.environ.get("GRPC_PORT", "8001") if args.protocol == "grpc" else os.environ.get("HTTP_PORT", "8000")
     url = args.url or f"127.0.0.1:{port}"
-    rows = read_inputs(args.inputs or build_dir(args.model) / "evaluation.npz")
+    spec = DeploymentSpec.of_model(args.model, args.models)
+    rows = read_inputs(args.inputs or build_dir(args.model) / "evaluation.npz", spec.axes[BATCH].min)
     try:
         if args.what == "trace":
             trace(args.folder, url, args.protocol, args.model, rows, args.requests, args.users, args.trace_file)
