@@ -16,11 +16,14 @@ Examples:
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from deepseek.config import TransformerConfig, check_choice
@@ -33,6 +36,10 @@ MASKED = -300.0
 
 Scheme = Literal["auto", "xavier_uniform", "kaiming_uniform"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
+Fill = Callable[[Tensor], object]
+_XAVIER: Fill = nn.init.xavier_uniform_
+_KAIMING: Fill = partial(nn.init.kaiming_uniform_, nonlinearity="relu")
+SPECTRAL_STEPS = 15  # as many as torch's spectral_norm begins with
 _RELUS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU)
 _DENSE = (
     nn.Linear,
@@ -155,6 +162,7 @@ def init_weights(module: nn.Module, scheme: Scheme = "auto") -> nn.Module:
       torch adds two bias vectors, `bias_ih` and `bias_hh`: the 1 stands in `bias_ih` only, so that the
       sum is 1. A GRU has no forget gate; what keeps the old state is its update gate z, as torch has it
       (h' = (1 - z) * n + z * h), so z gets the 1: both kinds then remember at the start of training.
+    - A weight with a parametrization (weight_norm, spectral_norm) is assigned through it.
     """
     check_choice("init_weights", "scheme", scheme, Scheme)
     kaiming = _layers_before_relu(module) if scheme == "auto" else set()
@@ -163,19 +171,23 @@ def init_weights(module: nn.Module, scheme: Scheme = "auto") -> nn.Module:
             if any(nn.parameter.is_lazy(parameter) for parameter in layer.parameters(recurse=False)):
                 raise InputError(f"init_weights: {type(layer).__name__} has no shape yet; run one forward pass first")
             if isinstance(layer, _DENSE):
-                _fill(layer.weight, scheme == "kaiming_uniform" or layer in kaiming)
+                _set(layer, "weight", _KAIMING if scheme == "kaiming_uniform" or layer in kaiming else _XAVIER)
                 if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-            elif isinstance(layer, nn.Embedding):
-                nn.init.xavier_uniform_(layer.weight)
+                    _set(layer, "bias", nn.init.zeros_)
+            elif isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+                _set(layer, "weight", _XAVIER)
             elif isinstance(layer, nn.MultiheadAttention):
                 _init_multihead(layer)
             elif isinstance(layer, nn.RNNBase | nn.RNNCellBase):
                 _init_recurrent(layer)
         for layer in module.modules():  # last: a layer that shares an embedding's weights has filled all of its rows
-            if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
-                layer.weight[layer.padding_idx].zero_()
+            if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.padding_idx is not None:
+                _set(layer, "weight", partial(_zero_row, row=layer.padding_idx))
     return module
+
+
+def _zero_row(weight: Tensor, row: int) -> None:
+    weight[row].zero_()
 
 
 def _layers_before_relu(module: nn.Module) -> set[nn.Module]:
@@ -191,34 +203,60 @@ def _layers_before_relu(module: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _fill(weight: Tensor, kaiming: bool) -> None:
-    if kaiming:
-        nn.init.kaiming_uniform_(weight, nonlinearity="relu")
-    else:
-        nn.init.xavier_uniform_(weight)
+def _set(layer: nn.Module, name: str, fill: Fill) -> None:
+    """Fills a tensor of a layer; what is computed from others is gone by the next forward pass unless they are set."""
+    if any(hasattr(layer, f"{name}_{end}") for end in ("v", "orig")):
+        raise InputError(
+            f"init_weights: {name} of {type(layer).__name__} is computed by a hook (torch.nn.utils.weight_norm, "
+            "spectral_norm or prune); run init_weights before it, or use torch.nn.utils.parametrizations"
+        )
+    if not parametrize.is_parametrized(layer, name):
+        fill(getattr(layer, name))
+        return
+    value = getattr(layer, name).clone()
+    fill(value)
+    through: Any = getattr(layer.parametrizations, name)
+    try:
+        setattr(layer, name, value)
+    except RuntimeError:  # one that has no inverse
+        fill(through.original)
+    training = through.training
+    through.train()
+    for _ in range(SPECTRAL_STEPS):  # spectral_norm steps as it is read; its vectors were those of the old weight
+        getattr(layer, name)
+    through.train(training)
 
 
 def _init_multihead(layer: nn.MultiheadAttention) -> None:
     """The projections in one packed tensor are three layers; `out_proj` is a Linear of its own."""
-    packed = layer.in_proj_weight
-    weights = packed.chunk(3) if packed is not None else (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
-    for weight in weights:
-        nn.init.xavier_uniform_(weight)
+    if layer.in_proj_weight is not None:
+        _set(layer, "in_proj_weight", partial(_xavier_of_each, parts=3))
+    else:
+        for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            _set(layer, name, _XAVIER)
     if layer.in_proj_bias is not None:
-        nn.init.zeros_(layer.in_proj_bias)
+        _set(layer, "in_proj_bias", nn.init.zeros_)
+
+
+def _xavier_of_each(packed: Tensor, parts: int) -> None:
+    for weight in packed.chunk(parts):
+        nn.init.xavier_uniform_(weight)
 
 
 def _init_recurrent(layer: nn.RNNBase | nn.RNNCellBase) -> None:
     lstm, gru = isinstance(layer, nn.LSTM | nn.LSTMCell), isinstance(layer, nn.GRU | nn.GRUCell)
     gates = 4 if lstm else 3 if gru else 1
-    for name, parameter in layer.named_parameters(recurse=False):
-        if name.startswith("weight_hr"):  # an LSTM's projection has no gates
-            nn.init.xavier_uniform_(parameter)
-        elif name.startswith("weight"):
-            for gate in parameter.chunk(gates):
-                nn.init.xavier_uniform_(gate)
+
+    def fill_bias(bias: Tensor, remembers: bool) -> None:
+        nn.init.zeros_(bias)
+        if remembers:
+            # torch orders an LSTM's gates input, FORGET, cell, output and a GRU's reset, UPDATE, new.
+            nn.init.ones_(bias.chunk(gates)[1])
+
+    plain = [name for name, _ in layer.named_parameters(recurse=False)]
+    for name in [*plain, *getattr(layer, "parametrizations", ())]:
+        if name.startswith("weight"):
+            # an LSTM's projection has no gates
+            _set(layer, name, partial(_xavier_of_each, parts=1 if name.startswith("weight_hr") else gates))
         else:
-            nn.init.zeros_(parameter)
-            if gates > 1 and name.startswith("bias_ih"):
-                # torch orders an LSTM's gates input, FORGET, cell, output and a GRU's reset, UPDATE, new.
-                nn.init.ones_(parameter.chunk(gates)[1])
+            _set(layer, name, partial(fill_bias, remembers=gates > 1 and name.startswith("bias_ih")))

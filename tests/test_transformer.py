@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from deepseek.config import AdviceWarning, TransformerConfig
 from deepseek.spec import InputError
@@ -175,11 +176,33 @@ def test_the_padding_row_of_an_embedding_that_shares_its_weights_is_zero() -> No
     assert embedding.weight.detach().any(dim=1).tolist() == [True, True, False, True, True]
 
 
+def test_a_weight_that_is_parametrized_is_set_through_it() -> None:
+    torch.manual_seed(0)
+    bag, normed = nn.EmbeddingBag(50, 50, padding_idx=2), parametrizations.weight_norm(nn.Linear(50, 50))
+    recurrent = parametrizations.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")
+    positive: Any = nn.Linear(50, 50)
+    parametrize.register_parametrization(positive, "weight", nn.Softplus())  # has no inverse
+    spectral: Any = parametrizations.spectral_norm(nn.Linear(50, 50)).eval()
+    layers = nn.ModuleList([bag, normed, recurrent, positive, spectral])
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter.fill_(3)
+    init_weights(layers)
+    for weight in (bag.weight, normed.weight, positive.parametrizations.weight.original):
+        assert bound(weight) == pytest.approx((6 / 100) ** 0.5, rel=0.01)
+    assert not bag.weight[2].any()
+    assert bound(recurrent.weight_hh_l0) <= (6 / 8) ** 0.5
+    assert torch.linalg.matrix_norm(spectral.weight, 2).item() == pytest.approx(1, rel=0.1)
+    assert not spectral.parametrizations.training
+
+
 def test_init_weights_says_what_it_does_not_know() -> None:
     with pytest.raises(InputError, match="seen 'orthogonal'; allowed: auto, xavier_uniform, kaiming_uniform"):
         init_weights(nn.Linear(1, 1), "orthogonal")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="LazyLinear has no shape yet"):
         init_weights(nn.LazyLinear(3))
+    with pytest.raises(InputError, match="weight of Linear is computed by a hook"):
+        init_weights(prune.identity(nn.Linear(2, 2), "weight"))
 
 
 def test_a_relu_transformer_is_kaiming_where_the_relu_is_fed_and_xavier_elsewhere() -> None:
