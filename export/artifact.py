@@ -14,6 +14,7 @@ import json
 import math
 import os
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,14 @@ def save_rows(path: Path, rows: Iterable[Row]) -> int:
     with staged(path) as file, file.open("wb") as stream:
         np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
     return len({key.split("/")[0] for key in arrays})
+
+
+def save_arrays(path: Path, arrays: Row) -> None:
+    """An .npz of arrays by name; numpy.savez takes the names `file` and `allow_pickle` for its own."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
 
 
 def load_rows(path: Path) -> list[Row]:

@@ -15,11 +15,11 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import onnx
 
 from deepseek.quantization import QuantConfig
 from deepseek.spec import GateFailed, InputError
+from export.artifact import save_arrays
 from export.calibration import Calibration
 from export.qdq import load_graph
 
@@ -88,7 +88,7 @@ def fp16_from_onnx(path: Path, config: QuantConfig, calibration: Calibration | N
     if calibration is not None:
         samples.mkdir()
         for index, inputs in enumerate([calibration.get_first(), *calibration.batches][:AUTOCAST_BATCHES]):
-            np.savez(samples / f"{index}.npz", **inputs)  # type: ignore[arg-type]
+            save_arrays(samples / f"{index}.npz", inputs)
     known = _dim_names(onnx.load(path, load_external_data=False).graph)
     with _modelopt("fp16"):
         model = convert_to_mixed_precision(

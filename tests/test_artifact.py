@@ -4,10 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pytest
+from deepseek_client.__main__ import _write
+
 from deepseek.spec.folders import scratch_in
-from export.artifact import staged
+from export.artifact import save_arrays, staged
 from tests.conftest import run_module
 
 OWNER = """
@@ -34,6 +39,14 @@ def test_a_scratch_folder_outlives_neighbours_but_not_its_killed_owner(tmp_path:
         with scratch_in(tmp_path) as mine:
             assert list(tmp_path.iterdir()) == [mine]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("write", [save_arrays, _write], ids=["export", "client"])
+def test_a_tensor_may_have_any_name(write: Callable[[Path, dict[str, np.ndarray]], None], tmp_path: Path) -> None:
+    arrays = {name: np.full((1, 2), place) for place, name in enumerate(("file", "allow_pickle"))}
+    write(tmp_path / "x.npz", arrays)
+    with np.load(tmp_path / "x.npz") as read:
+        assert {name: read[name].tolist() for name in read} == {"file": [[0, 0]], "allow_pickle": [[1, 1]]}
 
 
 def test_a_missing_artifact_is_told_with_the_command_that_makes_it_for_this_model(tmp_path: Path) -> None:

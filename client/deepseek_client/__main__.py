@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -164,9 +165,10 @@ def _plain(array: np.ndarray) -> np.ndarray:
 
 def _write(path: Path, outputs: dict[str, np.ndarray]) -> None:
     try:
-        with path.open("wb") as file:
-            # The keywords are ours, whatever numpy's stub makes of them.
-            np.savez(file, **outputs)  # type: ignore[arg-type]
+        with zipfile.ZipFile(path, "w") as archive:  # numpy.savez takes the names `file` and `allow_pickle` for its own
+            for name, array in outputs.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, array, allow_pickle=False)
     except OSError as error:
         raise InvalidInput(f"--output {path}: {error.strerror}; it must be a file in a folder that exists") from None
 
