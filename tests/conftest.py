@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from deepseek.spec.folders import alone_in
+from serving import launcher
 from serving.embedded import EmbeddedServer
 from serving.stack import limits, served_models
 from tests.failing_servers import MakeRelays, Relay
@@ -30,6 +31,7 @@ from tests.manifests import VARIANTS
 from tests.warm import LIBRARIES_OF, run_warm
 
 os.environ["CACHE"] = "off"  # each test builds what it shows; those of the cache have one of their own
+launcher.EXIT_TIMEOUT_S = 1  # Triton waits so long for idle connections, and here nothing is in flight then
 
 
 def is_alone(item: pytest.Item) -> bool:

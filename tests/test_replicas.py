@@ -81,8 +81,9 @@ class Names:
 
 def server(folder: Path, address: str, ports: dict[str, Any]) -> EmbeddedServer:
     """A replica: of the same repository, on the same ports, at an address of its own."""
+    log = folder / f"{address}.log"
     return EmbeddedServer(
-        folder / "repository", address=address, **ports, log_path=folder / f"{address}.log", behind_gateway=True
+        folder / "repository", address=address, **ports, log_path=log, behind_gateway=True, exit_timeout_s=1
     )
 
 
