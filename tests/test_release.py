@@ -92,8 +92,8 @@ def world(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wor
     made = run_module("serving.stack", *stack, "--env-file", str(folder / "env"), BUILD=str(folder / "build"))
     assert made.returncode == 0, made.stderr
     free: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
-    log = folder / "triton.log"
-    with EmbeddedServer(folder / "repository", poll_s=1, behind_gateway=True, log_path=log, **free) as server:
+    free |= {"log_path": folder / "triton.log", "exit_timeout_s": 1}
+    with EmbeddedServer(folder / "repository", poll_s=1, behind_gateway=True, **free) as server:
         yield World(folder, server)
 
 
@@ -205,7 +205,7 @@ def test_a_good_version_goes_live_under_load_without_a_failed_request_and_back(w
 
 @pytest.mark.slow
 def test_a_switch_that_is_refused_costs_no_version_to_go_back_to(
-    world: World, candidate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, candidate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.versions.KEPT_VERSIONS", 1)
     switched = ("--switch-s", "0.001")  # no server takes it so soon

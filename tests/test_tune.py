@@ -57,7 +57,7 @@ max_error_rate = 0.05
 """
 # Coarse: what is to be found is a factor of 3.
 SPACE = ("--max-batch", "1,8", "--delay-us", "0", "--instances", "2", "--threads", "1")
-QUICK = (*SPACE, "--least-s", "2", "--warmup-s", "0", "--resolution", "1.4", "--pairs", "3")
+QUICK = (*SPACE, "--least-s", "1", "--warmup-s", "0", "--resolution", "1.4", "--pairs", "3")
 
 
 def write_graph(path: Path) -> None:
@@ -168,9 +168,7 @@ def test_the_search_goes_on_after_a_kill_and_finds_what_is_better(found: Tuning,
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_what_was_found_is_written_and_used_by_the_next_publish(
-    found: Tuning, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_found_is_written_and_used_by_the_next_publish(found: Tuning, wide: Path, tmp_path: Path) -> None:
     values = TunedFile.read(wide / "models" / "wide" / "tuned.toml").targets["onnxruntime"]
     assert values.batching == TunedBatching(max_batch=8, max_queue_delay_us=0, instances=2, threads=1)
     assert str(found.gain) in values.measured
