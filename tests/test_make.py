@@ -101,9 +101,13 @@ def test_a_second_make_engine_does_nothing(elsewhere: Path) -> None:
 
 @pytest.mark.slow
 def test_touching_a_stage_rebuilds_only_what_follows(elsewhere: Path) -> None:
-    before = times(elsewhere)
-    Path("export/quantize.py").touch()
-    make(elsewhere, "engine", f"MODELS={elsewhere / 'models'}", "MODEL=text")
+    before, stage = times(elsewhere), Path("export/quantize.py")
+    of_the_stage = stage.stat()
+    stage.touch()
+    try:
+        make(elsewhere, "engine", f"MODELS={elsewhere / 'models'}", "MODEL=text")
+    finally:
+        os.utime(stage, ns=(of_the_stage.st_atime_ns, of_the_stage.st_mtime_ns))
     after = times(elsewhere)
     assert after["fp32/model.onnx"] == before["fp32/model.onnx"]
     assert all(after[name] > before[name] for name in FILES[1:])
@@ -188,10 +192,12 @@ def test_a_precision_asked_for_by_name_is_what_is_published(elsewhere: Path) -> 
 def test_serve_infer_and_load_test_a_model_from_elsewhere(elsewhere: Path) -> None:
     model = (f"MODELS={elsewhere / 'models'}", "MODEL=text")
     ports = ("HTTP_PORT=18450", "GRPC_PORT=18451", "METRICS_PORT=18452")
-    run = make(elsewhere, "demo", *model, *ports, "DURATION_S=3", check=False)
-    assert "embedding" in run.stdout, run.stdout + run.stderr
-    runs = [path for path in (elsewhere / "build" / "text" / "loadtests").iterdir() if path.is_dir()]
-    assert len(runs) == 1
+    run = make(elsewhere, "demo", *model, *ports, "DURATION_S=3", check=False)  # a verdict may fail on a busy machine
+    for stage in ("embedding", "first 10 of", "p99_ms"):  # infer, compare, verdict
+        assert stage in run.stdout, run.stdout + run.stderr
+    assert "Traceback" not in run.stderr, run.stderr
+    (loadtest,) = (path for path in (elsewhere / "build" / "text" / "loadtests").iterdir() if path.is_dir())
+    assert (loadtest / "report.html").is_file()
 
 
 @pytest.fixture
@@ -211,12 +217,11 @@ def ends(folder: Path, arguments: tuple[str, ...], how: signal.Signals, after_s:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "rounds"), [(signal.SIGINT, 3), (signal.SIGKILL, 6)], ids=["SIGINT", "SIGKILL"])
 def test_builds_ended_at_random_leave_a_build_a_cache_and_a_repository_that_work(
-    tmp_path: Path, image: tuple[str, ...], how: signal.Signals, rounds: int
+    tmp_path: Path, image: tuple[str, ...]
 ) -> None:
-    moments = random.Random(how)
-    for _ in range(rounds):
+    moments = random.Random(1)
+    for how in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL) * 3:
         ends(tmp_path, image, how, moments.uniform(0.3, 9))
         for artifact in tmp_path.rglob("model.onnx"):
             onnx.checker.check_model(artifact)
@@ -231,10 +236,8 @@ def test_builds_ended_at_random_leave_a_build_a_cache_and_a_repository_that_work
 
 @pytest.mark.slow
 def test_two_builds_in_one_folder_take_turns(tmp_path: Path, image: tuple[str, ...]) -> None:
-    builds = [
-        subprocess.Popen(command(tmp_path, *image), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    line = command(tmp_path, *image, "PRECISION=fp32")
+    builds = [subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [build.communicate()[0] for build in builds]
     assert [build.returncode for build in builds] == [0, 0]
     assert sum(f"waiting for another make in {tmp_path / 'build' / 'image'}" in output for output in outputs) == 1
