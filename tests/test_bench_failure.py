@@ -6,16 +6,17 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from deepseek_client import InvalidInput
 
-from deepseek.spec import DeploymentSpec
+from deepseek.spec import DeploymentSpec, InvalidMeasurement
 from tests.bench.failure import machine
 from tests.bench.failure.killed import server_killed
 from tests.bench.failure.load import Answers, Load
-from tests.bench.failure.machine import clock_jumps, disk_full
+from tests.bench.failure.machine import clock_jumps, disk_full, restart
 from tests.bench.failure.malformed import Tally, malformed_requests
 from tests.bench.failure.mutations import HTTP, Mutation, valid_http
 from tests.bench.failure.mutations_grpc import GRPC, valid_grpc
@@ -202,6 +203,13 @@ def test_a_full_disk_leaves_the_repository_whole_and_the_server_serving(
     if "not run" in rows[0].seen:
         pytest.skip(rows[0].seen)
     assert broken(rows) == []
+
+
+def test_a_server_that_does_not_start_on_the_full_disk_does_not_hold() -> None:
+    service = Mock(spec=Service)
+    service.start.side_effect = InvalidMeasurement("the server did not start: no space")
+    row = restart(service, "text", 2)
+    assert (row.holds, row.seen) == (False, "the server did not start: no space")
 
 
 @pytest.mark.slow

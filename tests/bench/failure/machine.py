@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from deepseek.spec import InputError
+from deepseek.spec import InputError, InvalidMeasurement
 from tests.bench.failure.load import Load
 from tests.bench.failure.setting import MIB, WAYS, Answers, Row, Service, Setting, lost, told
 from tests.conftest import run_module
@@ -62,7 +62,7 @@ def _disk_full(setting: Setting, place: Path, what: str) -> list[Row]:
             answers = load.stop()
         _resize(place, _used_bytes(place) + 4096)
         service.end()
-        restarted_s = service.start()
+        restarted = restart(service, setting.model.name, _versions(setting, repository))
     reason = full.stderr.strip().splitlines()
     return [
         Row(
@@ -89,8 +89,23 @@ def _disk_full(setting: Setting, place: Path, what: str) -> list[Row]:
             seen=f"after {served_s:.1f} s" if enough.returncode == 0 else _short(enough.stderr),
             holds=enough.returncode == 0 and served_s <= SERVED_S,
         ),
-        Row(what="    a restart on the full disk", asked="serves", seen=f"ready after {restarted_s:.1f} s", holds=True),
+        restarted,
     ]
+
+
+def restart(service: Service, model: str, version: int) -> Row:
+    """Starts the server on the full disk: whether it serves a version."""
+    what, asked = "    a restart on the full disk", "serves"
+    try:
+        ready_s = service.start()
+    except InvalidMeasurement as error:
+        return Row(what=what, asked=asked, seen=_short(str(error)), holds=False)
+    with service.client() as client:
+        served = client.metadata(model).versions
+    seen = f"ready after {ready_s:.1f} s"
+    if str(version) not in served:
+        seen += f" with version {', '.join(served)}, not {version}"
+    return Row(what=what, asked=asked, seen=seen, holds=str(version) in served)
 
 
 @contextlib.contextmanager
