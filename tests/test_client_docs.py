@@ -52,9 +52,7 @@ def recommender(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedSe
         yield server
 
 
-def test_the_examples_run(
-    recommender: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_examples_run(recommender: EmbeddedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ca_cert, context = make_certificate(tmp_path)
     gateway = Relay((recommender.address, recommender.http_port), tls=context)
     second = Relay((recommender.address, recommender.grpc_port))

@@ -306,7 +306,7 @@ def test_a_search_without_a_better_setting_says_so() -> None:
     assert "star holds" not in tuning_page(found).partition("</style>")[2]
 
 
-def test_the_command_draws_searches_alone_and_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_draws_searches_alone_and_several_runs(tmp_path: Path) -> None:
     build = tmp_path / "recommender"
     runs = [saved_run(build / "loadtests" / name, steady(), model="recommender").folder for name in ("1", "2")]
     CAPACITY.save(build / "capacity.json")

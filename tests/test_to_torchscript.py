@@ -144,7 +144,7 @@ def test_a_model_of_one_shape_is_checked_at_it(tmp_path: Path) -> None:
     assert "as PyTorch at its only shape (worst error " in run.stdout, run.stderr
 
 
-def test_another_precision_is_refused(tmp_path: Path) -> None:
+def test_another_precision_is_refused() -> None:
     run = run_module("export.to_torchscript", "--precision", "int8")
     assert run.returncode == 2
     assert "invalid choice: 'int8'" in run.stderr
