@@ -29,10 +29,10 @@ from deepseek_client import InferenceClient, InferenceError
 from deepseek.spec import InputError
 from deepseek.spec.children import ends_with_us
 
-# The server of the target onnxruntime; {names} are filled in.
+# The server of the target onnxruntime; {names} are filled in. Nothing is in flight when it is told to stop.
 EMBEDDED = (
     f"{shlex.quote(sys.executable)} -m serving.embedded --repository {{repository}} --http-port {{http_port}} "
-    "--grpc-port {grpc_port} --metrics-port {metrics_port}"
+    "--grpc-port {grpc_port} --metrics-port {metrics_port} --exit-timeout-s 1"
 )
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
