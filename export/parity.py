@@ -59,6 +59,7 @@ from deepseek.spec import (
     Tolerance,
     add_model_arguments,
     build_dir,
+    kept_for_json,
     run_command,
     variables_for,
 )
@@ -325,8 +326,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.rows is not None and args.rows < 1:
         raise InputError(f"--rows {args.rows}; it must be 1 or more")
-    source = Source(args.model, args.models)
-    with client_errors():
+    with kept_for_json(args.json), client_errors():
+        source = Source(args.model, args.models)
         result = compare_served(source, args.url, args.http_url, timeout_s=args.timeout_s, most_rows=args.rows)
     text = json_text(result)
     path = build_dir(args.model) / "parity.json"

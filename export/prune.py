@@ -32,7 +32,7 @@ from rich.table import Table
 from deepseek.distillation import distil
 from deepseek.prunable import Inputs
 from deepseek.pruning import PruneConfig, PruneReport, prune_model, save_pruned, weights_digest
-from deepseek.spec import GateFailed, Parser, add_model_arguments, build_dir, run_command
+from deepseek.spec import GateFailed, Parser, add_model_arguments, build_dir, kept_for_json, run_command
 from deepseek.spec.folders import scratch_in
 from export.accuracy import metric_drop, parity, similarity, task_metrics, too_small
 from export.artifact import (
@@ -228,7 +228,8 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args()
-    result = prune_source(Source(args.model, args.models), args.ratio)
+    with kept_for_json(args.json):
+        result = prune_source(Source(args.model, args.models), args.ratio)
     if args.json:
         print(json.dumps(result, indent=2))
     else:

@@ -42,6 +42,7 @@ from deepseek.spec import (
     add_model_arguments,
     build_dir,
     flags_for,
+    kept_for_json,
     run_command,
 )
 from deepseek.spec.folders import scratch_in
@@ -404,10 +405,11 @@ def main() -> None:
     )
     wants_pass = args.precision != "fp16" and not args.no_sensitivity
     try:
-        result = in_child(
-            f"making or running the {args.precision} graph",
-            lambda: quantize_model(spec, config, Source(args.model, args.models) if wants_pass else None),
-        )
+        with kept_for_json(args.json):
+            result = in_child(
+                f"making or running the {args.precision} graph",
+                lambda: quantize_model(spec, config, Source(args.model, args.models) if wants_pass else None),
+            )
     except GateFailed as error:
         if not args.candidate:
             raise

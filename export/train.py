@@ -19,11 +19,10 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from deepseek.spec import InputError, Parser, add_model_arguments, build_dir, run_command
+from deepseek.spec import InputError, Parser, add_model_arguments, build_dir, kept_for_json, run_command
 from deepseek.spec.folders import scratch_in
 from export.cache import alone_with, drop, fetch, key_of, root, store
 from export.reference import weights_digest
@@ -120,8 +119,8 @@ def main() -> None:
     add_model_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args()
-    source = Source(args.model, args.models)
-    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+    with kept_for_json(args.json):
+        source = Source(args.model, args.models)
         how = make_weights(source)
     if args.json:
         result: dict[str, Any] = {"model": args.model, "weights": how, "folder": str(build_dir(args.model))}

@@ -38,6 +38,11 @@ class Answer:
 
     def checked(self, *allowed: int) -> Any:
         """The data; where the exit code is neither 0 nor allowed, the error that it stands for."""
+        if self.code == 0 and self.data is None:
+            raise InvalidMeasurement(
+                f"{self.name} ended with status 0, but what it printed is no JSON: something that it runs prints, too; "
+                "let that print to standard error"
+            )
         if self.code == 0 or self.code in allowed:
             return self.data
         raise error_of(self.code, self.name, self.reason)

@@ -207,6 +207,8 @@ def test_with_many_axes_corners_stay_few_and_hold_the_extremes() -> None:
 
 
 def test_a_served_model_that_is_right_passes_over_both_protocols(folder: Path, triton: EmbeddedServer) -> None:
+    with (folder / "models" / "text" / "model.py").open("a") as model:
+        model.write("\nprint('which is not part of the JSON')\n")
     run = run_module("export.parity", *flags(folder, triton, "text"), "--json")
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)

@@ -19,7 +19,7 @@ from loadtests import shadow, steady
 from loadtests.shadow import Differences, Shadow, judged
 from loadtests.steady import Sent, rate_of, result_of
 from serving import release, rollback
-from serving.commands import ask, error_of
+from serving.commands import Answer, ask, error_of
 from serving.live import MOST_RPS, Live
 from serving.release import Release
 from serving.releases import Journal, LeftOut, Steps, alone, history, last_number, read, report
@@ -103,6 +103,8 @@ def test_the_exit_code_of_a_command_becomes_its_error() -> None:
     assert (answer.code, answer.data) == (2, None)
     with pytest.raises(InputError, match="--nonsense"):
         answer.checked()
+    with pytest.raises(InvalidMeasurement, match="x ended with status 0, but what it printed is no JSON"):
+        Answer(name="x", code=0, data=None, reason="").checked()
 
 
 def test_a_command_runs_in_the_build_folder_that_it_is_given(tmp_path: Path) -> None:

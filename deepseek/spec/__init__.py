@@ -11,6 +11,7 @@ from deepseek.spec.command import (
     InvalidMeasurement,
     Parser,
     add_model_arguments,
+    kept_for_json,
     run_command,
 )
 from deepseek.spec.deployment import DeploymentSpec, build_dir, flags_for, variables_for
@@ -59,6 +60,7 @@ __all__ = [
     "build_dir",
     "flags_for",
     "histogram_bounds_ms",
+    "kept_for_json",
     "run_command",
     "variables_for",
 ]

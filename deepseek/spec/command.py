@@ -6,10 +6,11 @@ Exit codes: 0 holds, 1 a gate failed, 2 the user's input is wrong, 3 the measure
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -49,6 +50,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model and --models, as every command that works on one model takes them."""
     parser.add_argument("--model", default="recommender", help="name of the model folder (default: %(default)s)")
     parser.add_argument("--models", default="models", help="folder of model folders (default: %(default)s)")
+
+
+@contextlib.contextmanager
+def kept_for_json(as_json: bool) -> Iterator[None]:
+    """With --json, standard output is the result's alone: what a model's own code prints goes to standard error."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield
 
 
 def quiet_interrupts() -> None:
