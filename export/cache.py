@@ -23,11 +23,11 @@ import platform
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from deepseek.spec import InputError, Parser, run_command
+from deepseek.spec import GateFailed, InputError, Parser, run_command
 from deepseek.spec.folders import scratch_in
 from export.artifact import human_bytes, sha256, tool_versions
 
@@ -140,10 +140,30 @@ def fetch(key: str, destination: Path) -> bool:
     except (OSError, ValueError, AttributeError) as error:
         if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):  # damaged, or making room for others
             _remove(place / key)
-        for path in destination.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _empty(destination)
         return False
     return True
+
+
+def fetch_checked(key: str, destination: Path, check: Callable[[], object]) -> bool:
+    """As `fetch`, of an entry that still passes `check`; one that raises GateFailed is dropped.
+
+    A key cannot tell what a model reads outside its folder.
+    """
+    if not fetch(key, destination):
+        return False
+    try:
+        check()
+    except GateFailed:
+        drop(key)
+        _empty(destination)
+        return False
+    return True
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_file(path: Path) -> bool:

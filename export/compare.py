@@ -31,11 +31,14 @@ from deepseek.spec import (
     GateFailed,
     InputError,
     InvalidMeasurement,
+    ParitySpec,
     Parser,
     Precision,
     Target,
     add_model_arguments,
     build_dir,
+    flags_for,
+    kept_for_json,
     run_command,
 )
 from export.accuracy import too_small
@@ -167,6 +170,8 @@ def compare(source: Source, target: Target, only: Precision | None) -> dict[str,
                 spec.name,
                 lambda name=name: {**baseline().measure(runners[name]), "pytorch": baseline().metrics},  # type: ignore[misc]
             )
+            if name == "fp32":
+                _check_fp32(spec, target, variants[name]["parity"], module)
             metrics = variants[name].pop("pytorch")
             variants[name]["size_bytes"] = read_manifest(engine_path(spec.name, name, target)).size_bytes
     rows = load_rows(build_dir(spec.name) / "evaluation.npz")
@@ -200,6 +205,29 @@ def compare(source: Source, target: Target, only: Precision | None) -> dict[str,
         "refused": refused,
         "sensitivity": {name: report for name in candidates if (report := _sensitivity(spec, name))},
     }
+
+
+def _check_fp32(spec: DeploymentSpec, target: Target, parity: dict[str, dict[str, float]], module: Any) -> None:
+    """Raises GateFailed where fp32 is not what PyTorch gives: a metric may not tell a graph of another model."""
+    allowed = spec.parity.fp32.worst_error
+    if target == "tensorrt":  # TF32 has fp16's mantissa
+        allowed = max(allowed, ParitySpec().fp16.worst_error)
+    for name, numbers in parity.items():
+        error = numbers.get("worst_error", 0.0)
+        if error > allowed and error > _lost_digits(spec, module).get(name, 0.0):
+            raise GateFailed(
+                f"fp32 on {target}: output {name!r} is off by {error:.2g} from PyTorch, allowed {allowed:g}; where "
+                f"the model has changed since, run python -m export.to_onnx {flags_for(spec.name)} and make engine, "
+                "else set [parity.fp32] worst_error in deploy.toml"
+            )
+
+
+def _lost_digits(spec: DeploymentSpec, module: Any) -> dict[str, float]:
+    """By output, what fp32 may be off in any order of its sums."""
+    from export.reference import AS_NEAR, own_errors  # torch, as below
+
+    own = own_errors(spec, module, load_rows(build_dir(spec.name) / "evaluation.npz"))
+    return {name: AS_NEAR * error for name, error in own.items()}
 
 
 def _weights_digest(module: Any) -> str:
@@ -306,8 +334,9 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args()
-    source = Source(args.model, args.models)
-    result = compare(source, args.target, None if args.precision == "auto" else args.precision)
+    with kept_for_json(args.json):
+        source = Source(args.model, args.models)
+        result = compare(source, args.target, None if args.precision == "auto" else args.precision)
     if args.json:
         print(json_text(result))
     else:

@@ -7,6 +7,7 @@ baked in is found there. Of a profile with one shape it is that one, with other 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deepseek.spec import BATCH, DeploymentSpec, GateFailed, InputError
+from deepseek.spec import BATCH, Axis, DeploymentSpec, GateFailed, InputError
 from export.artifact import Row, human_bytes, join
 from export.source import Predict, folder_of, in_order, user_code
 
@@ -32,19 +33,28 @@ INTEGER_AGREEMENT = 0.99  # equal entries of an integer output: ties may fall ei
 
 
 def traced_sizes(spec: DeploymentSpec) -> dict[str, int]:
-    """Sizes that the graph is traced at: opt, but never 1, which torch.export would bake in."""
-    return {name: min(max(axis.opt, 2), axis.max) for name, axis in spec.axes.items()}
+    """Sizes that the graph is traced at: opt, or near it where that is an end and there is room between the ends.
+
+    Never 1, which torch.export would bake in, unless it is the only one.
+    """
+    return {name: _traced_size(axis) for name, axis in spec.axes.items()}
+
+
+def _traced_size(axis: Axis) -> int:
+    between = range(max(axis.min + 1, 2), axis.max)
+    return min(max(axis.opt, between[0]), between[-1]) if between else min(max(axis.opt, 2), axis.max)
 
 
 def checked_sizes(spec: DeploymentSpec) -> list[dict[str, int]]:
-    """Smallest, largest and one between, the traced sizes left out; those alone where the profile has no others."""
+    """Smallest, largest and one between, as far as there are such besides the traced sizes; else those alone."""
     traced = traced_sizes(spec)
     between = {}
     for name, axis in spec.axes.items():
         middle = (axis.min + axis.max) // 2
         between[name] = middle if middle != traced[name] else min(middle + 1, axis.max)
     corners = [{name: getattr(axis, end) for name, axis in spec.axes.items()} for end in ("min", "max")]
-    return [sizes for sizes in [*corners, between] if sizes != traced] or [traced]
+    found = [sizes for sizes in [*corners, between] if sizes != traced]
+    return [sizes for place, sizes in enumerate(found) if sizes not in found[:place]] or [traced]
 
 
 def _checked_inputs(spec: DeploymentSpec, rows: list[Row]) -> Iterator[tuple[dict[str, int], Row]]:
@@ -55,7 +65,7 @@ def _checked_inputs(spec: DeploymentSpec, rows: list[Row]) -> Iterator[tuple[dic
 
 def inputs_at(spec: DeploymentSpec, rows: list[Row], sizes: dict[str, int]) -> Row:
     """Real inputs brought to `sizes`: rows follow one another along the batch, and within a row that is too short."""
-    inputs = {}
+    rows, inputs = _still_valid(spec, rows, sizes), {}
     for name, tensor in spec.inputs.items():
         fitted = []
         for first in range(sizes[BATCH]):
@@ -63,6 +73,30 @@ def inputs_at(spec: DeploymentSpec, rows: list[Row], sizes: dict[str, int]) -> R
             fitted.append(_at_sizes(following, tensor.shape, sizes))
         inputs[name] = np.concatenate(fitted)
     return inputs
+
+
+def _still_valid(spec: DeploymentSpec, rows: list[Row], sizes: dict[str, int]) -> list[Row]:
+    """Rows without those whose integers would point past an axis that is cut to `sizes`; all where none is left.
+
+    Integers that exceed an axis in no row are taken for lengths or positions along it.
+    """
+    for axis, (sized, place) in _sized_by(spec).items():
+        for name in [name for name, tensor in spec.inputs.items() if tensor.dtype.startswith("int")]:
+            beyond = [int(row[name].max(initial=-1)) - row[sized].shape[place] for row in rows]
+            if max(beyond) <= 0:
+                most = sizes[axis] - (max(beyond) < 0)  # positions count from 0
+                rows = [row for row in rows if row[name].max(initial=-1) <= most] or rows
+    return rows
+
+
+def _sized_by(spec: DeploymentSpec) -> dict[str, tuple[str, int]]:
+    """By axis within a row, an input that has it and at which place."""
+    return {
+        dim: (name, place)
+        for name, tensor in spec.inputs.items()
+        for place, dim in enumerate(tensor.shape)
+        if isinstance(dim, str) and dim != BATCH
+    }
 
 
 def _at_sizes(arrays: Iterator[np.ndarray], shape: tuple[int | str, ...], sizes: dict[str, int]) -> np.ndarray:
@@ -104,7 +138,7 @@ def run_torch(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> Row:
     what = (
         f"forward({arguments}) on samples brought to these sizes{_WIDENED if getattr(model, 'widened', False) else ''}"
     )
-    with user_code(folder_of(spec), what), torch.inference_mode():
+    with _hinted(), user_code(folder_of(spec), what), torch.inference_mode():
         values = in_order(spec, model(*(torch.tensor(inputs[name]) for name in spec.inputs)))  # copies: it may write
         outputs = {name: value.numpy() for name, value in zip(spec.outputs, values, strict=True)}
     for name, tensor in spec.outputs.items():
@@ -120,6 +154,20 @@ def run_torch(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> Row:
                 f"deploy.toml says {tensor.dtype} {list(tensor.shape)}, here {list(expected)}"
             )
     return outputs
+
+
+@contextlib.contextmanager
+def _hinted() -> Iterator[None]:
+    """Says what to do where a sample that was cut still has the length, or positions, of its whole."""
+    try:
+        yield
+    except InputError as error:
+        if "out of bounds" not in str(error):
+            raise
+        raise InputError(
+            f"{error}; if the index is an input's value that depends on a size, let samples() give some of these sizes "
+            "or smaller, or clamp it in forward"
+        ) from error
 
 
 def run_in_float64(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> Row | None:
@@ -250,7 +298,7 @@ def check_corners(
 def checked_at(spec: DeploymentSpec, checks: list[dict[str, Any]]) -> str:
     """Where `check_corners` looked, for messages."""
     only = [check["sizes"] for check in checks] == [traced_sizes(spec)]
-    return "at its only shape" if only else f"at {len(checks)} other shapes"
+    return "at its only shape" if only else f"at {len(checks)} other shape{'s' if len(checks) > 1 else ''}"
 
 
 def error_of(value: np.ndarray, reference: np.ndarray) -> float:

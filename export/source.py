@@ -108,8 +108,12 @@ class Source:
         """The `torch.nn.Module` as deploy.toml describes it: in eval mode, its outputs a tuple in that order.
 
         Weights of 16 bits are widened to float32, which every later stage starts from; inputs and outputs
-        keep the signature's types.
+        keep the signature's types. PyTorch's fast path of attention is off from here on.
         """
+        import torch  # heavy, and only for what loads the module
+
+        # An operator that ONNX has not, and where there is padding another result: zeros at padded places.
+        torch.backends.mha.set_fastpath_enabled(False)
         with user_code(self.folder, "load()"):
             model = self._module.load()
         if not callable(getattr(model, "named_parameters", None)):

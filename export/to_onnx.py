@@ -14,6 +14,7 @@ Examples:
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import os
@@ -37,6 +38,7 @@ from deepseek.spec import (
     Parser,
     add_model_arguments,
     build_dir,
+    kept_for_json,
     run_command,
 )
 from deepseek.spec.folders import scratch_in
@@ -57,7 +59,7 @@ from export.artifact import (
     tool_versions,
     write_manifest,
 )
-from export.cache import alone_with, fetch, key_of, store
+from export.cache import alone_with, fetch_checked, key_of, store
 from export.calibration import pool_size, stratified
 from export.reference import (
     check_corners,
@@ -96,7 +98,7 @@ def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) 
                 model,
                 tuple(torch.from_numpy(example[name]) for name in spec.inputs),
                 input_names=[_placeholder(name) for name in spec.inputs],
-                dynamic_shapes=shapes,
+                dynamic_shapes=_as_declared(model, shapes),
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -109,11 +111,17 @@ def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) 
     return graph
 
 
+def _as_declared(model: torch.nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Shapes by argument of forward: those that it takes as `*args` are one argument."""
+    for place, parameter in enumerate(inspect.signature(model.forward).parameters.values()):
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            return (*shapes[:place], shapes[place:])
+    return shapes
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps back what the exporter prints and logs of its own insides; how it went is told by its exception."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # an operator of its own, which ONNX has not
     logging.disable(logging.CRITICAL)
     try:
         with (
@@ -126,7 +134,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _why_not_exported(error: BaseException, folder: Path) -> str:
@@ -203,12 +210,14 @@ def export_model(source: Source) -> dict[str, Any]:
     key = key_of(
         "to_onnx",
         sources={"weights": weights_digest(model), **{split: sha256(file) for split, file in files.items()}},
+        reads=source.reads(),
         spec=spec.model_facts(),
         pruning=pruning_of(spec.name),
     )
     with scratch_in(path.parent) as scratch, alone_with(key):
-        if not fetch(key, scratch):
-            _export(spec, model, rows["evaluation"], scratch)
+        graph = scratch / path.name
+        if not fetch_checked(key, scratch, lambda: _check(spec, model, rows["evaluation"], graph)):
+            _export(spec, model, rows["evaluation"], graph)
             store(key, scratch)
         publish(scratch, path)
     manifest = read_manifest(path)
@@ -237,25 +246,18 @@ def _rows(source: Source) -> dict[str, list[Row]]:
     return {"calibration": calibration, "evaluation": evaluation}
 
 
-def _export(spec: DeploymentSpec, model: torch.nn.Module, evaluation: list[Row], scratch: Path) -> None:
-    """Writes graph and manifest into the folder `scratch`, the graph checked against PyTorch."""
+def _export(spec: DeploymentSpec, model: torch.nn.Module, evaluation: list[Row], path: Path) -> None:
+    """Writes the graph to `path`, checked against PyTorch, and its manifest beside it."""
     clock = Clock()
     example = inputs_at(spec, evaluation, traced_sizes(spec))
     check_repeatable(spec, model, example)
     check_rows_independent(spec, model, example)
-    path = scratch / "model.onnx"
     with log.status("exporting with the dynamo exporter"):
         graph = onnx_from_torch(spec, model, example)
         save_graph(graph, path)
         onnx.checker.check_model(path, full_check=True)
-    with log.status("comparing with PyTorch"):
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-        def predict(inputs: Row) -> Row:
-            return dict(zip(spec.outputs, session.run(list(spec.outputs), inputs), strict=True))
-
-        checks = check_corners(spec, model, predict, "model.onnx", evaluation)
-    size = sum(file.stat().st_size for file in scratch.iterdir())
+    checks = _check(spec, model, evaluation, path)
+    size = sum(file.stat().st_size for file in path.parent.iterdir())
     manifest = Manifest(
         model=spec.name,
         precision="fp32",
@@ -267,7 +269,18 @@ def _export(spec: DeploymentSpec, model: torch.nn.Module, evaluation: list[Row],
         size_bytes=size,
         build_s=clock.elapsed_s,
     )
-    write_manifest(scratch / "manifest.json", manifest)
+    write_manifest(path.with_name("manifest.json"), manifest)
+
+
+def _check(spec: DeploymentSpec, model: torch.nn.Module, evaluation: list[Row], path: Path) -> list[dict[str, Any]]:
+    """The graph against PyTorch; raises GateFailed where they differ."""
+    with log.status("comparing with PyTorch"):
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+        def predict(inputs: Row) -> Row:
+            return dict(zip(spec.outputs, session.run(list(spec.outputs), inputs), strict=True))
+
+        return check_corners(spec, model, predict, path.name, evaluation)
 
 
 def main() -> None:
@@ -276,8 +289,9 @@ def main() -> None:
     add_model_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args()
-    source = Source(args.model, args.models)
-    result = export_model(source)
+    with kept_for_json(args.json):
+        source = Source(args.model, args.models)
+        result = export_model(source)
     if args.json:
         print(json.dumps(result, indent=2))
         return

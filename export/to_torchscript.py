@@ -36,6 +36,7 @@ from deepseek.spec import (
     Precision,
     add_model_arguments,
     build_dir,
+    kept_for_json,
     run_command,
 )
 from deepseek.spec.folders import scratch_in
@@ -54,7 +55,7 @@ from export.artifact import (
     tool_versions,
     write_manifest,
 )
-from export.cache import alone_with, fetch, key_of, store
+from export.cache import alone_with, fetch_checked, key_of, store
 from export.reference import check_corners, checked_at, inputs_at, run_torch, traced_sizes, weights_digest
 from export.runners import gpu_name, torchscript_runner
 from export.source import Source
@@ -167,13 +168,19 @@ def export_model(source: Source) -> dict[str, Any]:
         "to_torchscript",
         weights=weights_digest(reference),
         evaluation=sha256(data),
+        reads=source.reads(),
         spec=spec.model_facts(),
         pruning=pruning_of(spec.name),
         device=[device, gpu_name()],
     )
     with scratch_in(path.parent) as scratch, alone_with(key):
-        if not fetch(key, scratch):
-            _export(source, reference, rows, device, scratch)
+
+        def check() -> list[dict[str, Any]]:
+            file = scratch / path.name
+            return check_corners(spec, reference, torchscript_runner(spec, file, device), file.name, rows)
+
+        if not fetch_checked(key, scratch, check):
+            _export(source, reference, rows, device, scratch, check)
             store(key, scratch)
         publish(scratch, path)
     manifest = read_manifest(path)
@@ -188,18 +195,25 @@ def export_model(source: Source) -> dict[str, Any]:
     }
 
 
-def _export(source: Source, reference: torch.nn.Module, rows: list[Row], device: str, scratch: Path) -> None:
-    """Writes module and manifest into the folder `scratch`, the module checked against PyTorch."""
+def _export(
+    source: Source,
+    reference: torch.nn.Module,
+    rows: list[Row],
+    device: str,
+    scratch: Path,
+    check: Callable[[], list[dict[str, Any]]],
+) -> None:
+    """Writes module and manifest into the folder `scratch`, the module checked against PyTorch by `check`."""
     spec, clock, path = source.spec, Clock(), scratch / "model.pt"
     inputs = inputs_at(spec, rows, traced_sizes(spec))
     example = tuple(torch.from_numpy(inputs[name]).to(device) for name in spec.inputs)
     run_torch(spec, reference, inputs)
 
-    def check(module: Any) -> list[dict[str, Any]]:
+    def checked(module: Any) -> list[dict[str, Any]]:
         module.save(path)
-        return check_corners(spec, reference, torchscript_runner(spec, path, device), path.name, rows)
+        return check()
 
-    made = torchscript_from_torch(spec, lambda: source.load().to(device), example, check)
+    made = torchscript_from_torch(spec, lambda: source.load().to(device), example, checked)
     made.module.save(path)
     manifest = Manifest(
         model=spec.name,
@@ -234,8 +248,9 @@ def main() -> None:
     parser.add_argument("--precision", default=PRECISION, choices=(PRECISION,), help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args()
-    source = Source(args.model, args.models)
-    result = export_model(source)
+    with kept_for_json(args.json):
+        source = Source(args.model, args.models)
+        result = export_model(source)
     if result["baked_in"]:
         print(
             "warning: tracing kept one side of a branch, or one number, that inputs decide "

@@ -218,6 +218,14 @@ def test_a_number_that_is_none_is_null_in_json(text: Path) -> None:
         assert (int8["drop"], int8["parity"]["embedding"]["worst_error"]) == (None, None)
 
 
+def test_a_graph_of_another_model_is_no_fp32_however_good_its_metric(text: Path) -> None:
+    model = text / "models" / "text" / "model.py"
+    model.write_text(model.read_text().replace("manual_seed(0)", "manual_seed(1)"))
+    run = stage(text, "compare", "--precision", "fp32")
+    assert run.returncode == 1
+    assert "fp32 on onnxruntime: output 'embedding' is off by" in run.stderr
+
+
 def test_a_variant_past_the_budget_exits_1_and_changes_no_choice(built: Path, tmp_path: Path) -> None:
     shutil.copytree(built / "build" / "image", tmp_path / "build" / "image")
     shutil.copytree("tests/models/image", tmp_path / "models" / "image")

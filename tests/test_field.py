@@ -17,7 +17,7 @@ from deepseek_client import InferenceClient
 from deepseek.quantization import QuantConfig
 from deepseek.spec import DeploymentSpec, InputError
 from export import artifact
-from export.artifact import load_rows
+from export.artifact import batches, load_rows
 from export.quantize import quantize_model
 from export.runners import torch_runner
 from export.source import Source
@@ -111,6 +111,41 @@ def test_a_model_over_two_gigabytes_is_exported(tmp_path: Path, monkeypatch: pyt
     body = "return self.line(x) + self.table[(x[:, 0] > 0).long()]"
     export_model(tiny(tmp_path, body=body, code=code))
     assert (tmp_path / "build" / "tiny" / "fp32" / "model.onnx.data").stat().st_size > 2 << 30
+
+
+PADDED = """
+class Tagger(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = torch.nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x):
+        return self.encoder(x, src_key_padding_mask=x[..., 0] == 0)
+
+def load():
+    torch.manual_seed(0)
+    return Tagger()
+
+def samples(split):
+    random = np.random.default_rng(len(split))
+    for length in (5, 1, 3, 2, 4, 5):
+        x = random.standard_normal((1, 5, 8)).astype(np.float32)
+        x[:, length:] = 0
+        yield {"x": x}
+"""
+
+
+def test_pytorchs_own_encoder_with_padding_is_what_its_graph_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    source = tiny(tmp_path, toml=TOML.replace('["batch", 8]', '["batch", 5, 8]'), code=PADDED)
+    session = onnxruntime.InferenceSession(export_model(source)["path"])
+    _, inputs = next(batches(list(source.rows("evaluation", 6)), 4))
+    reference = torch_runner(source.spec, source)(inputs)["y"]
+    assert np.abs(reference[inputs["x"][..., 0] == 0]).min() > 0, "the fast path writes zeros where there is padding"
+    np.testing.assert_allclose(session.run(["y"], inputs)[0], reference, atol=1e-5)
 
 
 HALF = """

@@ -23,7 +23,8 @@ LIGHT = {f"deepseek/{name}.py" for name in ("__init__", "config", "quantization"
     str(path) for path in (*Path("deepseek/spec").glob("*.py"), *Path("deepseek/sizing").glob("*.py"))
 } - {"deepseek/sizing/traced.py", "deepseek/sizing/live.py"}
 TORCH_STAGES = {
-    f"export/{name}.py" for name in ("prune", "to_onnx", "to_torchscript", "reference", "runners", "to_tensorrt")
+    f"export/{name}.py"
+    for name in ("prune", "to_onnx", "to_torchscript", "reference", "runners", "source", "to_tensorrt")
 }
 STAGES = {
     "train",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -116,6 +117,22 @@ def test_a_command_ends_with_the_line_and_exit_2(tmp_path: Path) -> None:
     run = run_module("export.to_onnx", "--models", str(tmp_path), "--model", "broken")
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "broken/model.py:2: importing it: SyntaxError" in run.stderr
+
+
+def test_what_a_model_prints_is_not_in_the_json(tmp_path: Path) -> None:
+    code = (
+        "\nprint('importing')\n_load, _samples = load, samples\ndef load():\n    print('loading')\n    return _load()\n"
+    )
+    code += "def samples(split):\n    print('reading')\n    return _samples(split)\n"
+    code += "def evaluate(predict):\n    print('evaluating')\n    return {'score': 1.0}\n"
+    toml = TOML + '[precision]\nmetric = "score"\n'
+    tiny(tmp_path, toml=toml, body="print('running'); return self.line(x)", code=code)
+    for stage in ("train", "to_onnx", "to_torchscript", "compare --precision fp32"):
+        name, *flags = stage.split()
+        which = ("--models", str(tmp_path), "--model", "tiny", *flags, "--json")
+        run = run_module(f"export.{name}", *which, BUILD=str(tmp_path / "build"))
+        assert isinstance(json.loads(run.stdout), dict), run.stderr
+        assert "importing" in run.stderr
 
 
 def test_a_mapping_is_read_by_name_and_may_hold_more() -> None:

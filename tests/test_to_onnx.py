@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError
 from export.artifact import load_rows
+from export.cache import INDEX
 from export.reference import TOLERANCES, check_corners, checked_sizes, error_of, inputs_at, run_torch, traced_sizes
 from export.source import Source
 from export.to_onnx import export_model
@@ -81,6 +84,21 @@ def test_it_is_checked_at_the_corners_and_between_never_where_it_was_traced() ->
     assert sizes[:2] == [{"batch": 1, "length": 1}, {"batch": 8, "length": 64}]
     assert len(sizes) == 3
     assert traced_sizes(spec) not in sizes
+
+
+@pytest.mark.parametrize(
+    ("ends", "traced", "checked"),
+    [((1, 8, 8), 7, [1, 8, 4]), ((4, 4, 9), 5, [4, 9, 6]), ((1, 2, 3), 2, [1, 3]), ((1, 1, 2), 2, [1]), ((3, 3, 3), 3, [3])],
+    ids=["opt is the largest", "opt is the smallest", "three sizes", "two sizes", "one size"],
+)  # fmt: skip
+def test_it_is_traced_between_the_ends_where_there_is_room(
+    ends: tuple[int, int, int], traced: int, checked: list[int]
+) -> None:
+    data = DeploymentSpec.load("tests/models/image").model_dump(mode="json")
+    data["axes"]["batch"] = dict(zip(("min", "opt", "max"), ends, strict=True))
+    spec = DeploymentSpec.model_validate_json(json.dumps(data))
+    assert traced_sizes(spec)["batch"] == traced
+    assert [sizes["batch"] for sizes in checked_sizes(spec)] == checked
 
 
 def test_json_tells_shapes_errors_and_rows(tmp_path: Path) -> None:
@@ -231,6 +249,66 @@ def test_longer_inputs_are_made_of_further_samples_so_that_no_score_comes_twice(
         [*range(10, 15), *range(20, 25), 30, 31],
     ]
     assert np.array_equal(inputs["input_ids"], inputs["attention_mask"])
+
+
+LENGTHS = (
+    TOML.replace('float32"\nshape = ["batch", 8]', 'int64"\nshape = ["batch", "length"]', 1).replace(
+        "[outputs", '[inputs.lengths]\ndtype = "int64"\nshape = ["batch", 1]\n[outputs'
+    )
+    + "[axes.length]\nmin = 2\nopt = 8\nmax = 20\n"
+)
+LAST_OF = """
+def forward(self, x, lengths):
+    return self.line(x.unsqueeze(-1).expand(-1, -1, 8).float().gather(1, (lengths - 1)[..., None].expand(-1, 1, 8))[:, 0])
+Tiny.forward = forward
+
+def samples(split):
+    for length in {lengths}:
+        yield {{"x": np.full((1, length), length + len(split)), "lengths": np.array([[length]])}}
+"""
+
+
+def test_a_sample_is_not_cut_to_fewer_than_its_own_values_point_to(tmp_path: Path) -> None:
+    source = tiny(tmp_path, toml=LENGTHS, code=LAST_OF.format(lengths="(20, 2, 7, 15, 3)"))
+    rows = list(source.rows("evaluation", 5))
+    assert inputs_at(source.spec, rows, {"batch": 3, "length": 8})["lengths"].ravel().tolist() == [2, 7, 3]
+    assert [check["sizes"]["length"] for check in export_model(source)["checks"]] == [2, 20, 11]
+
+
+def test_where_all_would_be_cut_it_is_said_what_to_do(tmp_path: Path) -> None:
+    source = tiny(tmp_path, toml=LENGTHS, code=LAST_OF.format(lengths="(20, 9, 15)"))
+    with pytest.raises(InputError, match=r"\[4, 8\].*index 19 is out of bounds .* or clamp it in forward"):
+        export_model(source)
+
+
+@pytest.mark.parametrize("arguments", ["*xs", "x, *more"])
+def test_forward_may_take_any_number_of_arguments(tmp_path: Path, arguments: str) -> None:
+    code = f"\ndef forward(self, {arguments}):\n    return self.line({arguments[-4:].lstrip('*')}[-1])\nTiny.forward = forward\n"
+    toml = TOML.replace("[outputs", '[inputs.other]\ndtype = "float32"\nshape = ["batch", 8]\n[outputs')
+    code += "_own = samples\ndef samples(split):\n    for row in _own(split):\n        yield row | {'other': row['x'] + 1}\n"
+    assert len(export_model(tiny(tmp_path, toml=toml, code=code))["checks"]) == 3
+
+
+def scaled(folder: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> tuple[Source, Path]:
+    """A model with a number that its load() reads from the file `place`, and that file; the cache is on."""
+    monkeypatch.setenv("CACHE", str(folder / "cache"))
+    code = f"\n_own = load\ndef load():\n    model = _own()\n    model.scale = float(np.loadtxt({str(folder / place)!r}))\n"
+    source = tiny(folder, body="return self.line(x) * self.scale", code=code + "    return model\n")
+    return source, folder / place
+
+
+@pytest.mark.parametrize(("place", "entries"), [("tiny/scale", 2), ("scale", 1)], ids=["beside model.py", "elsewhere"])
+def test_the_cache_gives_no_graph_of_what_load_gave_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, entries: int
+) -> None:
+    source, file = scaled(tmp_path, monkeypatch, place)
+    for scale in ("1", "3"):
+        file.write_text(scale)
+        graph = onnx.load(export_model(source)["path"])
+        x = np.ones((2, 8), np.float32)
+        served: Any = ReferenceEvaluator(graph).run(["y"], {"x": x})
+        np.testing.assert_allclose(served[0], run_torch(source.spec, source.load(), {"x": x})["y"], rtol=1e-5)
+    assert len(list((tmp_path / "cache").glob(f"*/{INDEX}"))) == entries
 
 
 def test_what_differences_of_large_numbers_lose_is_no_fault_of_the_graph(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from export.source import Source
 from export.to_torchscript import check_names, export_model
 from serving.embedded import EmbeddedServer
 from tests.conftest import run_module
-from tests.test_to_onnx import FIXED, TOML, tiny
+from tests.test_to_onnx import FIXED, TOML, scaled, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # TorchScript as such
 
@@ -142,6 +142,18 @@ def test_a_model_of_one_shape_is_checked_at_it(tmp_path: Path) -> None:
     save_rows(tmp_path / "build" / "tiny" / "evaluation.npz", source.rows("evaluation", 12))
     run = run_module("export.to_torchscript", "--models", str(tmp_path), "--model", "tiny")
     assert "as PyTorch at its only shape (worst error " in run.stdout, run.stderr
+
+
+@pytest.mark.parametrize("place", ["tiny/scale", "scale"], ids=["beside model.py", "elsewhere"])
+def test_the_cache_gives_no_module_of_what_load_gave_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    source, file = scaled(tmp_path, monkeypatch, place)
+    save_rows(tmp_path / "build" / "tiny" / "evaluation.npz", source.rows("evaluation", 12))
+    for scale in (1.0, 3.0):
+        file.write_text(str(scale))
+        served = torch.jit.load(export_model(source)["path"])(torch.zeros(1, 8))
+        torch.testing.assert_close(served[0], scale * source.load().line.bias.detach())
 
 
 def test_another_precision_is_refused() -> None:
