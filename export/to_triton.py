@@ -42,6 +42,7 @@ from deepseek.spec import (
     variables_for,
 )
 from deepseek.spec.folders import alone_in, scratch_in
+from deepseek.spec.repository import retired, versions_of
 from export.artifact import (
     Row,
     choice_path,
@@ -54,7 +55,6 @@ from export.artifact import (
 )
 from export.runners import optimizers_left_out
 
-KEPT_VERSIONS = 3  # the one that is served and two to go back to
 ROOT = Path(__file__).parent.parent
 # What the Python backend runs, by its name in a version.
 BACKEND_SOURCES = {
@@ -255,7 +255,7 @@ def publish_version(spec: DeploymentSpec, precision: Precision, target: Target, 
             # either loads it or goes on with the one that it has.
             _rename(scratch / str(version), model / str(version))
             _rename(scratch / "config.pbtxt", model / "config.pbtxt")
-            _retire(model, version, scratch)
+            _retire(model, scratch)
     return {"path": str(model / str(version)), "version": version, "precision": precision, "target": target}
 
 
@@ -269,7 +269,7 @@ def _stage(
     scratch: Path, spec: DeploymentSpec, precision: Precision, target: Target, engine: Path, row: Row, model: Path
 ) -> int:
     """Lays out version, warm-up and configuration in `scratch`; returns the version."""
-    version = max((int(path.name) for path in model.glob("[0-9]*") if path.name.isdigit()), default=0) + 1
+    version = max(versions_of(model), default=0) + 1
     folder = scratch / str(version)
     folder.mkdir()
     for file in engine.parent.glob(f"{engine.name}*"):
@@ -320,13 +320,12 @@ def _rename(source: Path, destination: Path) -> None:
             os.rename(copied, destination)
 
 
-def _retire(model: Path, version: int, scratch: Path) -> None:
+def _retire(model: Path, scratch: Path) -> None:
     """Takes versions out that are too old to go back to, with their warm-up files."""
-    for old in model.iterdir():
-        if old.name.isdigit() and int(old.name) <= version - KEPT_VERSIONS:
-            _rename(old, scratch / f"retired-{old.name}")
-            for file in (model / "warmup").glob(f"{old.name}-*"):
-                file.unlink()
+    for old in retired(model):
+        _rename(model / str(old), scratch / f"retired-{old}")
+        for file in (model / "warmup").glob(f"{old}-*"):
+            file.unlink()
 
 
 def chosen_precision(name: str, target: Target) -> Precision:

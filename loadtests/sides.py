@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek.spec import InputError
+from deepseek.spec.repository import versions_of
 from loadtests.results import Run
 
 CONFIG = "config.pbtxt"
@@ -56,7 +57,7 @@ class Side:
     def _config(self) -> Path:
         """`config.pbtxt` belongs to the newest version; an older one brings its own."""
         assert self.model is not None
-        newest = max((int(path.name) for path in self.model.iterdir() if path.name.isdigit()), default=0)
+        newest = max(versions_of(self.model), default=0)
         own = self.model / (self.version or "") / CONFIG
         return own if self.version not in (None, str(newest)) and own.is_file() else self.model / CONFIG
 
@@ -96,5 +97,7 @@ def side_of(name: str, given: str, model: str, repository: Path) -> Side:
 
 
 def _versions(model: Path) -> str:
-    found = sorted((path.name for path in model.glob("[0-9]*") if path.name.isdigit()), key=int)
-    return ", ".join(f"{model.name}/{version}" for version in found) or f"it has none of {model.name}"
+    return (
+        ", ".join(f"{model.name}/{version}" for version in reversed(versions_of(model)))
+        or f"it has none of {model.name}"
+    )

@@ -26,6 +26,7 @@ from rich.table import Table
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import BATCH, InputError, Parser, PublishedManifest, run_command
+from deepseek.spec.repository import versions_of
 from serving.flags import VERSION_COMPATIBLE
 from serving.machine import OLDEST_TAG, TRITON_TAG, Gpu, Machine, parse_tag
 from serving.repository import (
@@ -41,7 +42,6 @@ from serving.repository import (
     not_ours,
     publish_again,
     read_config,
-    versions_of,
     wanted_versions,
 )
 

@@ -19,6 +19,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelQueuePolicy
 
 from deepseek.spec import BATCH, TRITON_DTYPES, FileDigest, InputError, PublishedManifest, TensorSpec
+from deepseek.spec.repository import versions_of
 
 MANIFEST = "manifest.json"
 CONFIG = "config.pbtxt"
@@ -50,12 +51,6 @@ def models_in(repository: Path) -> list[Path]:
     if not found:
         raise InputError(f"{repository}: no model in it (no */{CONFIG}); make one with: make engine")
     return found
-
-
-def versions_of(model: Path) -> list[int]:
-    """Numbers of the version directories as Triton sees them, newest first: it leaves out those with leading zeros."""
-    names = [path.name for path in model.iterdir() if path.is_dir() and path.name.isascii() and path.name.isdigit()]
-    return sorted((int(name) for name in names if name == str(int(name))), reverse=True)
 
 
 def made_here(model: Path) -> bool:

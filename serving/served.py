@@ -18,7 +18,8 @@ import numpy as np
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from deepseek.spec import BATCH, DeploymentSpec, Objective, PublishedManifest, Target
-from serving.repository import MANIFEST, config_of, models_in, versions_of, wanted_versions
+from deepseek.spec.repository import versions_of
+from serving.repository import MANIFEST, config_of, models_in, wanted_versions
 
 MIB = 2**20
 JSON_BYTES = 26  # a number as JSON has it, at the most: -1.2345678901234567e-308 and a comma

@@ -27,15 +27,15 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from deepseek.spec import GateFailed, InputError, PublishedManifest
 from deepseek.spec.command import PLACE_ERRORS
 from deepseek.spec.folders import alone_in
-from serving.repository import CONFIG, MANIFEST, check_config, check_version, config_of, read_config, versions_of
+from deepseek.spec.repository import retired, versions_of
+from serving.repository import CONFIG, MANIFEST, check_config, check_version, config_of, read_config
 
-KEPT_VERSIONS = 3  # the one that is served and two to go back to, as export.to_triton keeps them
 WARMUP = "warmup"
 
 
 def newest(model: Path) -> int | None:
     """The number of the newest version; None where there is none, or no model."""
-    return next(iter(versions_of(model)), None) if model.is_dir() else None
+    return next(iter(versions_of(model)), None)
 
 
 def stage(source: Path, *, number: int, folder: Path) -> Path:
@@ -122,7 +122,7 @@ def put_live(staged: Path, number: int, model: Path) -> None:
 
 def retire(model: Path) -> list[int]:
     """Removes versions that are too old to go back to; returns their numbers."""
-    old = versions_of(model)[KEPT_VERSIONS:]
+    old = retired(model)
     for version in old:
         _remove(model, version)
     return old

@@ -18,6 +18,7 @@ from typing import Literal
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import GateFailed, InputError
+from deepseek.spec.repository import versions_of
 from serving.repository import (
     CONFIG,
     Finding,
@@ -30,7 +31,6 @@ from serving.repository import (
     not_ours,
     publish_again,
     read_config,
-    versions_of,
     wanted_versions,
 )
 

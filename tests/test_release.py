@@ -207,7 +207,7 @@ def test_a_good_version_goes_live_under_load_without_a_failed_request_and_back(w
 def test_a_switch_that_is_refused_costs_no_version_to_go_back_to(
     world: World, candidate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.versions.KEPT_VERSIONS", 1)
+    monkeypatch.setattr("deepseek.spec.repository.KEPT_VERSIONS", 1)
     switched = ("--switch-s", "0.001")  # no server takes it so soon
     command = world.command(*("serving.release", "--new", str(candidate), *switched))
     monkeypatch.setattr("sys.argv", list(command))

@@ -19,7 +19,8 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, 
 
 from deepseek.spec import DeploymentSpec, InputError, SloSpec, TensorrtSpec
 from deepseek.spec.folders import alone_in
-from export.to_triton import KEPT_VERSIONS, config_text, model_config, publish_version
+from deepseek.spec.repository import KEPT_VERSIONS, versions_of
+from export.to_triton import config_text, model_config, publish_version
 from serving.doctor import examine
 from serving.embedded import EmbeddedServer
 from serving.machine import Machine
@@ -155,8 +156,7 @@ def test_a_target_overrides_batching() -> None:
 def test_each_build_becomes_the_next_version_and_the_oldest_go(build: Path, tmp_path: Path) -> None:
     for expected in range(1, KEPT_VERSIONS + 3):
         assert publish_version(IMAGE, "fp32", "onnxruntime", tmp_path)["version"] == expected
-    versions = sorted(int(path.name) for path in (tmp_path / "image").iterdir() if path.name.isdigit())
-    assert versions == [3, 4, 5]
+    assert versions_of(tmp_path / "image") == [5, 4, 3]
     assert {path.name.split("-")[0] for path in (tmp_path / "image" / "warmup").iterdir()} == {"3", "4", "5"}
     assert {path.name for path in (tmp_path / "image" / "5").iterdir()} == {
         "config.pbtxt",
@@ -167,6 +167,13 @@ def test_each_build_becomes_the_next_version_and_the_oldest_go(build: Path, tmp_
         "turns.py",
     }
     assert {path.name for path in tmp_path.iterdir()} == {"image"}
+
+
+def test_versions_to_go_back_to_are_kept_however_their_numbers_lie(build: Path, tmp_path: Path) -> None:
+    for there in ("1", "5"):  # those between were rolled back
+        (tmp_path / "image" / there).mkdir(parents=True)
+    publish_version(IMAGE, "fp32", "onnxruntime", tmp_path)
+    assert versions_of(tmp_path / "image") == [6, 5, 1]
 
 
 def test_an_engine_of_another_profile_is_refused(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

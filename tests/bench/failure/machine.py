@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deepseek.spec import InputError, InvalidMeasurement
+from deepseek.spec.repository import versions_of
 from tests.bench.failure.load import Load
 from tests.bench.failure.setting import MIB, WAYS, Answers, Row, Service, Setting, lost, told
 from tests.conftest import run_module
@@ -138,7 +139,7 @@ def _publish(setting: Setting, repository: Path) -> subprocess.CompletedProcess[
 
 def _versions(setting: Setting, repository: Path) -> int:
     """The newest."""
-    return max(int(path.name) for path in (repository / setting.model.name).iterdir() if path.name.isdigit())
+    return versions_of(repository / setting.model.name)[0]
 
 
 def _files(repository: Path) -> dict[str, tuple[int, int]]:
