@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from accelerate import Accelerator
 
 from deepseek.spec import InputError
+from deepseek.spec.folders import beside
 
 COMPLETE, UNFINISHED = "checkpoint-", "writing-"
 PROBED_ROWS = 8
@@ -88,12 +88,8 @@ class Checkpoints:
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file beside its place and renames it, so that a kill leaves no half file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with beside(path) as draft:
+        write(draft)
 
 
 def probe(data: Any) -> str:

@@ -32,10 +32,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepseek.attention import HeadAttention, split_attention
-from deepseek.checkpoints import digest, replace
+from deepseek.checkpoints import digest
 from deepseek.config import check_float, check_int
 from deepseek.prunable import Inputs, Kind, Layer, Prunable, restore, state_of
 from deepseek.spec import InputError
+from deepseek.spec.folders import beside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +200,8 @@ def save_pruned(module: nn.Module, report: PruneReport, path: str | Path, *, of:
     """
     about = {"of": of, "ratio": report.ratio, "replaced": report.replaced, "sizes": report.sizes}
     weights = {names[0]: tensor.detach().contiguous() for names, tensor in _tensors(module)}
-    replace(Path(path), lambda beside: save_file(weights, beside, metadata={"pruned": json.dumps(about)}))
+    with beside(Path(path)) as draft:
+        save_file(weights, draft, metadata={"pruned": json.dumps(about)})
 
 
 def load_pruned(module: nn.Module, path: str | Path) -> nn.Module:

@@ -20,6 +20,7 @@ import gevent
 from locust.env import Environment
 from locust.runners import MasterRunner
 
+from deepseek.spec.folders import write_whole
 from loadtests import server_statistics
 from loadtests.recorder import Recorder, rows_file
 from loadtests.results import LONGEST_PREPARATION_S, Settings
@@ -121,9 +122,7 @@ class Coordinator:
             "generator": together(self._generators, self._workers),
             "parts": [{"lengths": lengths, "server": server} for lengths, server in found],
         }
-        draft = self._folder / "measured.json.part"
-        draft.write_text(json.dumps(measured), encoding="utf-8")
-        draft.rename(self._folder / "measured.json")
+        write_whole(self._folder / "measured.json", json.dumps(measured))
         print(json.dumps({"finished": True}), flush=True)
         self._end()
 

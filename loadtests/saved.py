@@ -13,7 +13,6 @@ Example:
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -21,6 +20,7 @@ from pydantic import ValidationError
 
 from deepseek.spec import InputError
 from deepseek.spec.checks import Table, first_error
+from deepseek.spec.folders import write_whole
 
 
 class Saved(Table):
@@ -45,11 +45,3 @@ class Saved(Table):
     def save(self, path: Path) -> None:
         """Writes it, whole or not at all."""
         write_whole(path, self.model_dump_json(indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Makes or replaces a file, whole or not at all, and the folders above it; its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    return draft.replace(path)

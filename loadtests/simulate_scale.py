@@ -33,11 +33,11 @@ from rich.progress import track
 from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, Parser, add_model_arguments, build_dir, run_command
+from deepseek.spec.folders import write_whole
 from loadtests.autoscaler import Autoscaler
 from loadtests.capacity import Capacity, capacity_path
 from loadtests.cluster import Day, Setup, replay
 from loadtests.report.scaling import page
-from loadtests.saved import write_whole
 from loadtests.service_curve import ServiceCurve
 from loadtests.slo import latency_limits
 from loadtests.traffic import TICK_S, Shape, read_traffic, shape_of_day

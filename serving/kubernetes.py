@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from deepseek.spec import InputError, Parser, run_command
+from deepseek.spec.folders import beside, write_whole
 from serving.alerts import RUNBOOK, as_yaml, rules
 from serving.certificate import is_signed_by
 from serving.keys import gateway_folder
@@ -50,7 +51,7 @@ from serving.manifests import (
 )
 from serving.packed import pack
 from serving.served import MIB, Served, served_models
-from serving.stack import gateway_sizes, limits, sizes, write_whole
+from serving.stack import gateway_sizes, limits, sizes
 
 CONFIG_MAP_BYTES = 900_000  # a ConfigMap holds 1 MiB, its other entries included; kubectl apply --server-side
 
@@ -131,18 +132,15 @@ def _own_authority(args: argparse.Namespace) -> bool:
 
 def _copy_inputs(source: Path, copy: Path) -> None:
     """The inputs, or as many of their rows as a ConfigMap holds; entries are `<row>/<input>`."""
-    part = copy.with_name(f".{os.getpid()}.npz")
-    with np.load(source) as file:
+    with np.load(source) as file, beside(copy) as draft:
         rows = sorted({name.partition("/")[0] for name in file.files})
         step = math.ceil(source.stat().st_size / CONFIG_MAP_BYTES)
         while True:
             chosen = set(rows[::step])
-            np.savez_compressed(part, **{name: file[name] for name in file.files if name.partition("/")[0] in chosen})
-            if part.stat().st_size <= CONFIG_MAP_BYTES:
-                part.replace(copy)
+            np.savez_compressed(draft, **{name: file[name] for name in file.files if name.partition("/")[0] in chosen})
+            if draft.stat().st_size <= CONFIG_MAP_BYTES:
                 return
             if len(chosen) == 1:
-                part.unlink()
                 raise InputError(f"{source}: a single row is larger than a ConfigMap holds ({CONFIG_MAP_BYTES} bytes)")
             step *= 2
 

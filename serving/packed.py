@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 import tarfile
 from pathlib import Path
 
+from deepseek.spec.folders import beside
 from serving.repository import models_in
 
 
 def pack(repository: Path, archive: Path) -> tuple[str, int]:
     """Writes the archive, whole or not at all; its sha256 and how large it is when unpacked."""
-    part = archive.with_name(f".{archive.name}.{os.getpid()}")
     size_bytes = 0
     with (
-        part.open("wb") as file,
+        beside(archive) as draft,
+        draft.open("wb") as file,
         gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w", dereference=True) as tar,
     ):
@@ -31,9 +31,8 @@ def pack(repository: Path, archive: Path) -> tuple[str, int]:
                 member = tar.gettarinfo(path, str(path.relative_to(repository)))
                 size_bytes += member.size
                 _add(tar, member, path)
-    with part.open("rb") as written:
+    with archive.open("rb") as written:
         digest = hashlib.file_digest(written, "sha256").hexdigest()
-    part.replace(archive)
     return digest, size_bytes
 
 

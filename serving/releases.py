@@ -39,6 +39,7 @@ from deepseek.spec import (
     build_dir,
     run_command,
 )
+from deepseek.spec.folders import write_whole
 from serving.keys import gateway_folder
 from serving.repository import MANIFEST
 from serving.stack import observe_folder, refresh
@@ -103,9 +104,7 @@ class Journal:
     def keep(self, name: str, content: object) -> None:
         """What a step found, as a file beside the journal."""
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-        draft = self.folder / f".{name}"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(self.folder / name)
+        write_whole(self.folder / name, text)
 
 
 class LeftOut(str):

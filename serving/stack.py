@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deepseek.spec import InputError, Parser, histogram_bounds_ms, run_command
+from deepseek.spec.folders import write_whole
 from serving.alerts import RUNBOOK, as_yaml, rules
 from serving.certificate import STAND_IN, give, name_of, owner
 from serving.dashboard import dashboard
@@ -222,14 +222,6 @@ def write_observed(models: list[Served], folder: Path, runbook: str = RUNBOOK) -
         write_whole(folder / part, content)
         (folder / part).chmod(0o644)
         (folder / part).parent.chmod(0o755)
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Makes or replaces a file, whole or not at all, and the folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(content, encoding="utf-8")
-    part.replace(path)
 
 
 def main() -> None:

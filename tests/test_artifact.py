@@ -13,6 +13,7 @@ from deepseek_client.__main__ import _write
 
 from deepseek.spec.folders import scratch_in
 from export.artifact import save_arrays, staged
+from serving.packed import pack
 from tests.conftest import run_module
 
 OWNER = """
@@ -56,3 +57,14 @@ def test_a_missing_artifact_is_told_with_the_command_that_makes_it_for_this_mode
     assert run.stderr.endswith("; make it with: python -m export.to_onnx --model image --models tests/models\n")
     run = run_module("export.to_tensorrt", *model, "--precision", "fp32", BUILD=str(tmp_path))
     assert run.stderr.endswith("; make it with: make engine MODEL=image MODELS=tests/models PRECISION=fp32\n")
+
+
+def test_what_fails_while_it_is_written_leaves_the_file_that_was_and_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "repository" / "text").mkdir(parents=True)
+    (tmp_path / "repository" / "text" / "config.pbtxt").touch()
+    pack(tmp_path / "repository", archive := tmp_path / "packed" / "models.tar.gz")
+    before = archive.read_bytes()
+    (tmp_path / "repository" / "text" / "labels.txt").symlink_to("gone")
+    with pytest.raises(FileNotFoundError):
+        pack(tmp_path / "repository", archive)
+    assert [(path.name, path.read_bytes()) for path in archive.parent.iterdir()] == [("models.tar.gz", before)]

@@ -1,20 +1,18 @@
 """Small SVG files, drawn as text: bars that are stacked, bars, and predictions against measurements.
 
 Contract: a chart is one self-contained `<svg>`: no script, no outside resource, colours for light and for dark; as wide
-as the window where that is narrow. Values are finite and not negative. Written beside its place and renamed.
+as the window where that is narrow. Values are finite and not negative.
 
 Examples:
-    write_svg(path, bar_chart({"l4": 560.0, "t4": 387.0}, title="Cost a month", unit="USD"))
+    write_whole(path, bar_chart({"l4": 560.0, "t4": 387.0}, title="Cost a month", unit="USD"))
 """
 
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 
 WIDTH, MARGIN, ROW, LINE = 480, 12, 26, 18
 LETTER = 6.7  # width of a letter of 12 px, about
@@ -25,14 +23,6 @@ text{font:12px system-ui,sans-serif;fill:#333}.title{font-weight:600;font-size:1
 .band{fill:#8883}.page{fill:#fff}
 @media(prefers-color-scheme:dark){text{fill:#ddd}.faint{fill:#aaa}.grid{stroke:#444}.page{fill:#16181d}}
 """
-
-
-def write_svg(path: Path, svg: str) -> None:
-    """Writes a chart, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(svg, encoding="utf-8")
-    beside.replace(path)
 
 
 def stacked_chart(bars: Mapping[str, Mapping[str, float]], *, title: str, unit: str) -> str:

@@ -27,6 +27,7 @@ from deepseek.sizing.memory import FILL
 from deepseek.sizing.training_step import Platform
 from deepseek.spec import InputError
 from deepseek.spec.checks import Table, first_error, listed
+from deepseek.spec.folders import write_whole
 
 THIS_MACHINE = "this-machine"
 Type = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "int8"]
@@ -141,10 +142,7 @@ def write_device(path: Path, key: str, device: Device) -> None:
     lines = [f"[{key}]"]
     for name, value in device.model_dump(exclude_none=True, exclude_defaults=True).items():
         lines.append(f"{name} = {_toml(value)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def _toml(value: object) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.sizing.charts import bar_chart, stacked_chart, write_svg
+from deepseek.sizing.charts import bar_chart, stacked_chart
 from deepseek.sizing.cost import Bill, Serving
 from deepseek.sizing.devices import Device
 from deepseek.sizing.measure import measure_graph
@@ -21,6 +21,7 @@ from deepseek.sizing.onnx_graph import OnnxModel
 from deepseek.sizing.parallel import Layout
 from deepseek.sizing.plan import Plan
 from deepseek.sizing.roofline import predict
+from deepseek.spec.folders import write_whole
 
 FRONT_END_RPS = 10_000  # of one server, in order of magnitude: no prediction has it
 MOST_EXPLAINED = 4  # devices; a page of reasons is not read
@@ -219,7 +220,7 @@ def draw_charts(plan: Plan, folder: Path) -> list[Path]:
         for name, each in plan.training.items()
     }
     drawn = [folder / "memory.svg"]
-    write_svg(
+    write_whole(
         drawn[0],
         stacked_chart(
             bars, title=f"Training memory of {plan.name}, {plan.training_batch} samples of {plan.length}", unit="GB"
@@ -232,5 +233,5 @@ def draw_charts(plan: Plan, folder: Path) -> list[Path]:
         marks = {key: "" if plan.devices[key].calibrated else " ~" for key in by_cost}
         notes = {key: f"{bills[key].replicas} replicas{marks[key]}" for key in by_cost}
         drawn.append(folder / "cost.svg")
-        write_svg(drawn[1], bar_chart(by_cost, title=f"Cost a month of {plan.name}", unit="USD", notes=notes))
+        write_whole(drawn[1], bar_chart(by_cost, title=f"Cost a month of {plan.name}", unit="USD", notes=notes))
     return drawn

@@ -26,11 +26,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.sizing.charts import scatter_chart, write_svg
+from deepseek.sizing.charts import scatter_chart
 from deepseek.sizing.counting import presets
 from deepseek.sizing.devices import Device, load_devices, read_devices
 from deepseek.sizing.roofline import CONSTANTS, Constants, efficiency, of_ops
 from deepseek.spec import GateFailed, InputError, Parser, run_command
+from deepseek.spec.folders import write_whole
 
 FITTED_MODEL, FITTED_BATCHES = "bert-base", (1, 8, 32, 128)
 OLDER = {
@@ -209,7 +210,7 @@ def main() -> int:
     else:
         _print(rows, devices, args.device if args.table else None, args.table)
     if args.chart:
-        write_svg(args.chart, _chart(devices))
+        write_whole(args.chart, _chart(devices))
     held = rows["held out, batch >= 8"]
     if held.worst > args.worst:
         raise GateFailed(f"a held-out figure is missed by {held.worst:.1%}; at most {args.worst:.0%} is allowed")

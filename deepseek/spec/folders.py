@@ -1,7 +1,7 @@
-"""Folders of one process: its own to work in, or one that it alone may change. Both end with it, however it ends.
+"""Folders of one process: its own to work in, or one that it alone may change; files that appear whole or not at all.
 
-Contract: locks are `flock` on the folder itself, so nothing is left of them, and no process is taken for another that
-has its number.
+Contract: both kinds of folder end with their process, however it ends. Locks are `flock` on the folder itself, so
+nothing is left of them, and no process is taken for another that has its number.
 """
 
 from __future__ import annotations
@@ -56,6 +56,28 @@ def _lock(folder: Path, flags: int = 0) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, whose place it takes when the block ends well; else nothing is left of it.
+
+    It has the same suffix. The folders above are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield draft
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Makes or replaces a file, whole or not at all, and the folders above it; its path."""
+    with beside(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+    return path
 
 
 @contextmanager

@@ -11,7 +11,6 @@ Example:
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pydantic import Field, ValidationError
 
 from deepseek.spec.checks import Table, first_error
 from deepseek.spec.command import InputError
+from deepseek.spec.folders import write_whole
 from deepseek.spec.tables import INT32, MOST_COPIES, Target
 
 HEADER = """\
@@ -89,14 +89,10 @@ class TunedFile(Table):
         for target, values in sorted(self.targets.items()):
             lines += [f"[targets.{target}]", *_rows(values.model_dump(exclude_none=True, exclude={"batching"}))]
             lines += [f"[targets.{target}.batching]", *_rows(values.batching.model_dump(exclude_none=True)), ""]
-        part = path.with_name(f".{path.name}.part-{os.getpid()}")
         try:
-            part.write_text("\n".join(lines), encoding="utf-8")
-            part.replace(path)
+            write_whole(path, "\n".join(lines))
         except OSError as error:
             raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def _rows(values: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from deepseek.checkpoints import replace
+from deepseek.spec.folders import write_whole
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 54, 12, 12, 24  # letters of 11 px on a telephone
 STYLE = """
@@ -41,10 +41,8 @@ Points = Sequence[tuple[float, float]]
 def write_report(path: str | Path, record: Mapping[str, Any]) -> None:
     """Writes the page, and the figures beside it."""
     page, record = Path(path), _finite(record)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    figures = json.dumps(record, indent=1)
-    replace(page.with_suffix(".json"), lambda beside: beside.write_text(figures + "\n", encoding="utf-8"))
-    replace(page, lambda beside: beside.write_text(draw(record), encoding="utf-8"))
+    write_whole(page.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    write_whole(page, draw(record))
 
 
 def draw(record: Mapping[str, Any]) -> str:

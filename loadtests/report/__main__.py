@@ -31,13 +31,13 @@ from deepseek.spec import (
     build_dir,
     run_command,
 )
+from deepseek.spec.folders import write_whole
 from loadtests.capacity import Capacity, capacity_path
 from loadtests.report.mix_page import write_mix_report
 from loadtests.report.run_page import write_report
 from loadtests.report.searches import capacity_page, tuning_page
 from loadtests.report.verdict import LETTERS
 from loadtests.results import Run, latest_run
-from loadtests.saved import write_whole
 from loadtests.slo import load_mix
 from loadtests.tuning import Tuning, tuning_path
 

@@ -7,12 +7,12 @@ from html import escape
 from pathlib import Path
 
 from deepseek.spec import InputError, SloSpec
+from deepseek.spec.folders import write_whole
 from loadtests.report import details
 from loadtests.report.page import card, document, grid, ms, numbers, percentile
 from loadtests.report.run_page import charts
 from loadtests.report.verdict import LETTERS, SHORT, SYMBOLS, badge, load_of, names_of, objectives, tiled
 from loadtests.results import Run
-from loadtests.saved import write_whole
 from loadtests.slo import Judgement, Verdict, judge, overall
 
 HEADLINES: dict[Verdict, str] = {

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepseek.spec import SloSpec
+from deepseek.spec.folders import write_whole
 from loadtests.capacity import Capacity
 from loadtests.report import curves, details
 from loadtests.report.curves import Slos
@@ -13,7 +14,6 @@ from loadtests.report.page import card, document, grid
 from loadtests.report.searches import capacity_card, tuning_card
 from loadtests.report.verdict import SHORT, compared, headline, tiles
 from loadtests.results import Run
-from loadtests.saved import write_whole
 from loadtests.server_statistics import Split
 from loadtests.slo import judge
 from loadtests.tuning import Tuning

@@ -32,11 +32,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import TensorDataset
 
-from deepseek.checkpoints import replace as replace_file
 from deepseek.sizing import TrainingSetup, TransformerSize, largest_batch, training_memory
-from deepseek.sizing.charts import write_svg
 from deepseek.sizing.live import LiveBytes
 from deepseek.spec import Parser, build_dir, run_command
+from deepseek.spec.folders import write_whole
 from deepseek.training import TrainingDiverged, train_model
 from deepseek.training.batch_size import fitting_batch
 from deepseek.training.memory import besides_bytes
@@ -287,11 +286,9 @@ def main() -> int:
         with log.status(name):
             claims += PARTS[name]()
     if args.charts:
-        write_svg(args.charts / "memory.svg", chart())
+        write_whole(args.charts / "memory.svg", chart())
     text = json.dumps([asdict(claim) for claim in claims], indent=2)
-    path = build_dir("bench-training.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda beside: beside.write_text(text + "\n", encoding="utf-8"))
+    write_whole(build_dir("bench-training.json"), text + "\n")
     if args.json:
         print(text)
     else:

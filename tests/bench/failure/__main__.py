@@ -27,8 +27,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.checkpoints import replace as replace_file
 from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, Parser, build_dir, run_command
+from deepseek.spec.folders import write_whole
 from export.artifact import choice_path
 from tests.bench.failure.connections import cut_connections, half_open_connections
 from tests.bench.failure.killed import backend_killed, server_killed, server_restarted
@@ -117,7 +117,7 @@ def main() -> int:
         )
         rows, measured = run_all(args.only or list(EXPERIMENTS), setting)
     text = json.dumps([asdict(row) for row in rows], indent=2)
-    replace_file(build_dir("bench-failure.json"), lambda beside: beside.write_text(text + "\n", encoding="utf-8"))
+    write_whole(build_dir("bench-failure.json"), text + "\n")
     if args.json:
         print(text)
     else:
