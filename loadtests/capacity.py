@@ -133,7 +133,7 @@ def capacity_path(model: str) -> Path:
     return build_dir(model) / "capacity.json"
 
 
-class Journal:
+class KeptTrials:
     """Keeps every trial on disk as it is made, and gives those of a search that was cut off again."""
 
     def __init__(self, head: Capacity, attempt: Attempt, say: Callable[[Trial, bool], None], *, fresh: bool) -> None:
@@ -254,17 +254,17 @@ def find(head: Capacity, plan: Plan, attempt: Attempt, console: Console, *, fres
     def say(trial: Trial, again: bool) -> None:
         console.print(trial_line(trial, again), soft_wrap=True)
 
-    journal = Journal(head, attempt, say, fresh=fresh)
+    kept = KeptTrials(head, attempt, say, fresh=fresh)
     try:
-        found = Search(plan, journal).run()
+        found = Search(plan, kept).run()
     except BaseException:
-        if journal.so_far.trials:
-            console.print(table(journal.so_far.trials, None))
-            console.print(f"so far: {journal.path}; the same command goes on from there", soft_wrap=True)
+        if kept.so_far.trials:
+            console.print(table(kept.so_far.trials, None))
+            console.print(f"so far: {kept.path}; the same command goes on from there", soft_wrap=True)
         raise
-    capacity = journal.so_far.with_found(found)
+    capacity = kept.so_far.with_found(found)
     capacity.save(capacity_path(head.model))
-    journal.path.unlink(missing_ok=True)
+    kept.path.unlink(missing_ok=True)
     return capacity
 
 

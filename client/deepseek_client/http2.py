@@ -1,7 +1,7 @@
 """gRPC's unary calls as HTTP/2 frames: what is to be sent, what has come. No socket, no thread, no waiting.
 
 For where gRPC's own library cannot be used well: under gevent it hands every event from a thread to the loop, at
-several times the cost of the call itself. `green_wire` puts it on a socket.
+several times the cost of the call itself. `plain_wires` puts it on a socket.
 
 Contract: RFC 9113 and "gRPC over HTTP/2", the client's side, one message each way, uncompressed, without TLS. Frames to
 send gather until `take`; `feed` says which calls ended. Flow control of both sides, the server's limit on streams,

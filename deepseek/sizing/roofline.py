@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deepseek.sizing.counting import Countable, Op, TransformerSize, flops
+from deepseek.sizing.counting import Countable, Op, TransformerSize
 from deepseek.sizing.devices import Device
 from deepseek.sizing.memory import BYTES, activation_width
 from deepseek.spec import InputError
@@ -62,17 +62,12 @@ class Prediction:
 
     latency_s: float
     batch: int
-    flops: float
     calibrated: bool
     """Whether the device's efficiency in this type was fitted or measured, not assumed."""
 
     @property
     def samples_s(self) -> float:
         return self.batch / self.latency_s
-
-    @property
-    def tflops(self) -> float:
-        return self.flops / self.latency_s / 1e12
 
 
 def efficiency(device: Device, precision: str) -> tuple[float, bool]:
@@ -109,7 +104,7 @@ def of_ops(
     known, calibrated = efficiency(device, precision)
     rate = device.rate(precision) * (known if share is None else share)
     seconds = sum(_seconds(op, device, rate, precision, constants) * op.count for op in ops)
-    return Prediction(latency_s=seconds, batch=batch, flops=flops(ops), calibrated=calibrated)
+    return Prediction(latency_s=seconds, batch=batch, calibrated=calibrated)
 
 
 def _seconds(op: Op, device: Device, rate: float, precision: str, constants: Constants) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.bench.failure.load import Load
-from tests.bench.failure.setting import WAYS, Answers, Row, Service, Setting, lost, told
+from tests.bench.failure.setting import WAYS, Answers, Row, Service, Setting, grown_row, lost, told
 
 RATE = 10  # requests/s of each stream that goes on meanwhile
 CUTS = 200  # on each way
@@ -136,12 +136,7 @@ def _held(setting: Setting, service: Service, name: str, opened: Open) -> list[R
             seen=f"{held_ms:.0f} ms, {quiet_ms:.0f} ms before",
             holds=held_ms <= limit_ms,
         ),
-        Row(
-            what="    memory",
-            asked=f"{GROWTH_MIB:g} MiB more at most",
-            seen=f"{grown_mib[0]:+.0f} MiB on {before_mib:.0f}",
-            holds=grown_mib[0] <= GROWTH_MIB,
-        ),
+        grown_row(grown_mib[0], before_mib, most_mib=GROWTH_MIB),
         _left_over(left),
     ]
 

@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 from tests.bench.failure.load import Answers, Load
-from tests.bench.failure.setting import MemoryWatch, Row, Service, Setting, Way, counted
+from tests.bench.failure.setting import MemoryWatch, Row, Service, Setting, Way, counted, grown_row
 from tests.bench.setting import on
 
 WAYS_OVERLOADED: tuple[Way, ...] = ("grpc", "http by gateway")
@@ -62,7 +62,6 @@ def _overload(setting: Setting, service: Service, way: Way, load_cores: list[int
     goodput = len(during.kept) / setting.overload_s / capacity
     p99_ms, limit_ms = during.kept.latency_ms(99), setting.other.p99_ms
     refused_ms, recovered_s = during.failed.latency_ms(99), _recovered_s(after, ends_s, limit_ms)
-    grown_mib = memory.most_mib - before_mib
     what = (
         f"{TIMES} times capacity, {setting.other.name} over {way}, {TIMES * capacity:.0f}/s for {setting.overload_s} s"
     )
@@ -85,12 +84,7 @@ def _overload(setting: Setting, service: Service, way: Way, load_cores: list[int
             seen=f"{counted(during.kinds)}; p50 {during.failed.latency_ms(50):.0f} ms, p99 {refused_ms:.0f} ms",
             holds=set(during.kinds) == REFUSED_AS and refused_ms <= limit_ms,
         ),
-        Row(
-            what="    memory",
-            asked=f"{GROWTH_MIB:g} MiB more at most",
-            seen=f"{grown_mib:+.0f} MiB on {before_mib:.0f}",
-            holds=grown_mib <= GROWTH_MIB,
-        ),
+        grown_row(memory.most_mib - before_mib, before_mib, most_mib=GROWTH_MIB),
         Row(
             what="    afterwards, at half the capacity",
             asked=f"as usual within {RECOVERED_S:g} s",

@@ -50,6 +50,16 @@ class Row:
     """None: shown, not judged."""
 
 
+def grown_row(grown_mib: float, before_mib: float, *, most_mib: float) -> Row:
+    """The row about the service's memory."""
+    return Row(
+        what="    memory",
+        asked=f"{most_mib:g} MiB more at most",
+        seen=f"{grown_mib:+.0f} MiB on {before_mib:.0f}",
+        holds=grown_mib <= most_mib,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """One that is served, with its real inputs."""
