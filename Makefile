@@ -397,7 +397,7 @@ CANDIDATE := $(if $(filter auto,$(PRECISION)),--candidate)
 $(B)/fp16/model.onnx: $(QUANTIZE)
 	@$(PY) -m export.quantize $(WHICH) --precision fp16 $(CANDIDATE)
 $(B)/int8/model.onnx $(B)/fp8/model.onnx: $(B)/%/model.onnx: $(QUANTIZE) \
-    $(addprefix export/,sensitivity.py curve.py budget.py accuracy.py) $(B)/settings/high-precision
+    $(addprefix export/,eight_bits.py sensitivity.py curve.py budget.py accuracy.py) $(B)/settings/high-precision
 	@$(PY) -m export.quantize $(WHICH) --precision $* --high-precision $(HIGH) $(CANDIDATE)
 
 $(B)/%/torchscript/model.pt: $(B)/fp32/model.onnx $(addprefix export/,to_torchscript.py reference.py)

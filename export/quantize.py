@@ -21,18 +21,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import onnx
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.quantization import Method, MethodChoice, QuantConfig
+from deepseek.quantization import MethodChoice, QuantConfig
 from deepseek.spec import (
     DeploymentSpec,
     GateFailed,
@@ -46,7 +43,6 @@ from deepseek.spec import (
     run_command,
 )
 from deepseek.spec.folders import scratch_in
-from export.accuracy import too_small
 from export.artifact import (
     Clock,
     Row,
@@ -66,47 +62,18 @@ from export.artifact import (
     tool_versions,
     write_manifest,
 )
-from export.budget import Baseline
 from export.cache import alone_with, fetch, key_of, store
-from export.calibration import Calibration, calibration_of, lengths_of, stratified
-from export.curve import MOST_GROWTH, Points, calibration_curve, ranges_by_samples, with_ranges, would_more_help
+from export.calibration import Calibration, calibration_of
+from export.curve import MOST_GROWTH
+from export.eight_bits import copied, log, to_8_bits
 from export.isolation import in_child
-from export.ptq import check_source, fp16_from_onnx, qdq_from_onnx
-from export.qdq import (
-    COMPUTE_OPS,
-    found_precision,
-    keep_residuals_wide,
-    load_graph,
-    share_equal_weights,
-    use_one_scale_a_tensor,
-    use_wide_activations,
-    with_8_bit_weights,
-    with_unsigned_activations,
-)
+from export.ptq import check_source, fp16_from_onnx
+from export.qdq import COMPUTE_OPS, found_precision, share_equal_weights
 from export.runners import onnx_runner, outputs_of
-from export.sensitivity import RANKING_ROWS, output_error, sensitivity_pass, shares_table, verdict
-from export.source import Predict, Source
+from export.sensitivity import shares_table, verdict
+from export.source import Source
 
 REPORTS = ("calibration", "sensitivity")
-CURVE_ROWS = 64  # evaluation rows that the curve's errors are measured on
-
-log = Console(file=sys.stderr)
-
-
-class Trials:
-    """Runs graphs that are not published yet, one after the other, in ONNX Runtime."""
-
-    def __init__(self, spec: DeploymentSpec, folder: Path, config: QuantConfig) -> None:
-        self._spec, self._path, self._config = spec, folder / "trial.onnx", config
-
-    def predict(self, model: onnx.ModelProto) -> Predict:
-        """What runs `model`; external weights are read while it is opened, so that the file may go."""
-        save_graph(finished(model, self._config), self._path)  # as it will be served: its kernels count too
-        return onnx_runner(self._spec, self._path, "onnxruntime")
-
-    def over(self, rows: list[Row]) -> Callable[[onnx.ModelProto], list[Row]]:
-        """A function from a graph to its outputs on `rows`."""
-        return lambda model: outputs_of(self._spec, self.predict(model), rows)
 
 
 def prove(config: QuantConfig, found: dict[str, Any]) -> None:
@@ -172,9 +139,9 @@ def _quantize(
     reports: dict[str, Any] = {}
     with scratch_in(scratch) as work, log.status(f"{config.precision} of {spec.name}"):
         if calibration is None or config.precision == "fp16":
-            model = fp16_from_onnx(_copied(spec, work / "fp16"), config, calibration)
+            model = fp16_from_onnx(copied(spec, work / "fp16"), config, calibration)
         else:
-            model, reports = _to_8_bits(spec, config, calibration, evaluation, work, model_folder)
+            model, reports = to_8_bits(spec, config, calibration, evaluation, work, model_folder)
         share_equal_weights(model)
         save_graph(model, graph)
     found = found_precision(graph)
@@ -194,98 +161,6 @@ def _quantize(
         build_s=clock.elapsed_s,
     )
     write_manifest(scratch / "manifest.json", manifest)
-
-
-def _to_8_bits(
-    spec: DeploymentSpec,
-    config: QuantConfig,
-    calibration: Calibration,
-    evaluation: list[Row],
-    work: Path,
-    model_folder: Source | None,
-) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """The 8-bit graph and the reports "calibration" and "sensitivity"."""
-    trials = Trials(spec, work, config)
-    sample = stratified(evaluation, CURVE_ROWS)
-    reference = trials.over(sample)(load_graph(onnx_path(spec.name, "fp32")))
-
-    def error_of(graph: onnx.ModelProto) -> float:
-        return output_error(trials.over(sample)(graph), reference)
-
-    points, growth = ranges_by_samples(_copied(spec, work / "ranges"), calibration.batches)
-    model, method, errors = _calibrated(spec, config, calibration, work, points, error_of)
-    reports: dict[str, Any] = {"sensitivity": {"layers": [], "tried": []}}  # takes the place of an earlier one
-    if model_folder is not None:
-        baseline = Baseline.of(model_folder)
-        if why := too_small(spec, baseline.metrics):
-            log.print(f"warning: {why}", soft_wrap=True)
-        model, reports["sensitivity"] = sensitivity_pass(
-            model,
-            trials.over(calibration.rows[:RANKING_ROWS]),
-            lambda graph: baseline.measure(trials.predict(graph))["drop"],
-            spec.precision.max_drop,
-        )
-    if config.weight_only:  # no ranges
-        return finished(model, config), reports
-    curve = calibration_curve(model, points[method], error_of)
-    reports["calibration"] = {
-        "method": method,
-        "errors": errors,
-        "growth": growth,
-        "rows": len(calibration.rows),
-        "elements": lengths_of(calibration.rows),
-        "curve": curve,
-        "conclusion": would_more_help(curve),
-    }
-    return finished(model, config), reports
-
-
-def finished(model: onnx.ModelProto, config: QuantConfig) -> onnx.ModelProto:
-    """The graph as it is published: weights stored at 8 bits, activations unsigned for ONNX Runtime on a CPU."""
-    model = with_8_bit_weights(model)
-    if config.precision == "int8" and config.high_precision == "fp32":
-        model = with_unsigned_activations(model)
-    return model
-
-
-def _copied(spec: DeploymentSpec, folder: Path) -> Path:
-    """The fp32 graph and its external weights in a folder of their own, to be written to and beside."""
-    source = onnx_path(spec.name, "fp32")
-    folder.mkdir()
-    for file in source.parent.glob(f"{source.name}*"):
-        shutil.copyfile(file, folder / file.name)
-    return folder / source.name
-
-
-def _calibrated(
-    spec: DeploymentSpec,
-    config: QuantConfig,
-    calibration: Calibration,
-    work: Path,
-    points: Mapping[Method, Points],
-    error_of: Callable[[onnx.ModelProto], float],
-) -> tuple[onnx.ModelProto, Method, dict[Method, float]]:
-    """The Q/DQ graph, the method that its ranges are by, and the output error by method where both were tried.
-
-    Where entropy cannot count an activation's range, max takes its place. ModelOpt calibrates once, by max; ranges by
-    entropy are put into its graph, so that errors, curve and graph are all of the same ranges.
-    """
-    by_max = qdq_from_onnx(
-        _copied(spec, work / "max"), dataclasses.replace(config, calibration_method="max"), calibration
-    )
-    keep_residuals_wide(by_max)
-    if not config.per_channel:
-        use_one_scale_a_tensor(by_max)
-    if config.weight_only:
-        use_wide_activations(by_max)
-    if config.calibration_method == "max" or config.weight_only or "entropy" not in points:
-        return by_max, "max", {}
-    final = {method: ranges[max(ranges)] for method, ranges in points.items()}
-    by_entropy = with_ranges(by_max, final["entropy"], final["max"])
-    if config.calibration_method == "entropy":
-        return by_entropy, "entropy", {}
-    errors: dict[Method, float] = {"max": error_of(by_max), "entropy": error_of(by_entropy)}
-    return (by_max, "max", errors) if errors["max"] <= errors["entropy"] else (by_entropy, "entropy", errors)
 
 
 def _check_that_it_runs(spec: DeploymentSpec, path: Path, rows: list[Row]) -> None:
