@@ -277,7 +277,7 @@ lock: $(VENV)/.ready-test ## pin anew what pyproject.toml allows
 	@echo checkov | $(PY) -m uv pip compile -q --upgrade --universal --python-version 3.11 \
 	    --no-emit-index-url --no-annotate --no-header - -o tests/checkov.lock
 
-clean: ## remove what was built for MODEL, and its repository entry
+clean: ## remove what was built for MODEL, its repository entry, and ENV_FILE
 	rm -rf "$(B)" "$(REPOSITORY)/$(MODEL)" "$(ENV_FILE)"
 
 clean-cache: $(VENV)/.ready ## remove all artifacts from the cache

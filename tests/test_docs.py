@@ -18,6 +18,15 @@ COMMANDS = [
     "export.to_tensorrt", "export.check_engine", "export.container", "export.to_triton", "export.cache", "serving.embedded", "serving.doctor", "serving.flags", "serving.keys", "serving.stack", "serving.kubernetes", "serving.fetch", "serving.release", "serving.rollback", "serving.releases", "serving.alerts", "serving.dashboard", "loadtests.run", "loadtests.slo", "loadtests.capacity", "loadtests.simulate_scale", "loadtests.compare_runs", "loadtests.tune", "loadtests.shadow", "loadtests.steady", "loadtests.report", "loadtests.profile", "loadtests.profile.record",
 ]  # fmt: skip
 
+# What they run, serve or write for others is all there is.
+WITHOUT_RESULT = (
+    "deepseek.training.launch",
+    "export.container",
+    "export.cache",
+    "serving.embedded",
+    "loadtests.profile.record",
+)
+
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_every_make_target_named_in_a_page_exists(page: Path) -> None:
@@ -59,6 +68,11 @@ def help_of(module: str) -> str:
 @pytest.mark.parametrize("module", COMMANDS)
 def test_help_has_examples_that_name_the_command(module: str) -> None:
     assert help_of(module).count(f"python -m {module}") >= 2
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_a_command_with_a_result_gives_it_as_json(module: str) -> None:
+    assert ("--json" in help_of(module)) is (module not in WITHOUT_RESULT)
 
 
 def test_every_example_of_a_commands_help_is_one_that_it_takes() -> None:
