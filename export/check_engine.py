@@ -28,7 +28,7 @@ from export.artifact import Clock, human_bytes, need, onnx_path, read_manifest, 
 from export.engine import engine_from_onnx, library_prints_to_stderr, prove, tensorrt_module, weight_bytes
 from export.isolation import in_child
 
-log = Console(file=sys.stderr)
+log = Console(file=sys.stderr, markup=False)
 
 
 def check(trt: Any, spec: DeploymentSpec, precision: Precision, *, asked: bool) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def show(result: dict[str, Any]) -> None:
             style="red" if row["failure"] else None,
         )
     print(f"TensorRT for RTX {result['tensorrt_rtx']}, ahead of time, no GPU")
-    Console(width=max(Console().width, 100)).print(table)
+    Console(width=max(Console().width, 100), markup=False).print(table)
     for row in result["rows"]:
         if row["failure"] or row["refused"]:
             print(f"{row['model']} {row['precision']}: {row['failure'] or row['refused']}")

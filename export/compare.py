@@ -67,7 +67,7 @@ from export.source import Predict, Source
 TIMING_S = 3.0
 LEAST_ROUNDS, MOST_ROUNDS = 9, 300
 
-log = Console(file=sys.stderr)
+log = Console(file=sys.stderr, markup=False)
 
 
 def time_interleaved(runners: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
@@ -303,7 +303,7 @@ def show(result: dict[str, Any]) -> None:
             human_bytes(variant["size_bytes"]),
             style="bold" if name == result["chosen"] else None,
         )
-    Console(width=max(Console().width, 100)).print(table)
+    Console(width=max(Console().width, 100), markup=False).print(table)
     if result["warning"]:
         print(f"warning: {result['warning']}")
     for name, variant in result["variants"].items():
@@ -313,7 +313,7 @@ def show(result: dict[str, Any]) -> None:
     for name, report in result["sensitivity"].items():
         if report["layers"]:
             print(f"{name:<9} sensitivity: {verdict(report, name, report['high'])}")
-            Console(width=max(Console().width, 100)).print(shares_table(report, name, report["high"]))
+            Console(width=max(Console().width, 100), markup=False).print(shares_table(report, name, report["high"]))
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ from export.source import Predict, Source
 
 CURVE_ROWS = 64  # evaluation rows that the curve's errors are measured on
 
-log = Console(file=sys.stderr)
+log = Console(file=sys.stderr, markup=False)
 
 
 class Trials:

@@ -84,7 +84,7 @@ Protocol = Literal["http", "grpc"]
 
 BUSY_PAUSE_S = 0.05
 
-log = Console(file=sys.stderr)
+log = Console(file=sys.stderr, markup=False)
 
 
 class Endpoint:
@@ -289,7 +289,7 @@ def show(result: dict[str, Any]) -> None:
     for (at, output, *cells, verdict), protocols in merged(result["checks"]).items():
         style = None if verdict == "holds" or verdict.startswith("reported") else "bold red"
         table.add_row(at, ", ".join(protocols), output, *cells, verdict, style=style)
-    Console(width=max(Console().width, 110)).print(table)
+    Console(width=max(Console().width, 110), markup=False).print(table)
     for protocol, how in result["batching"].items():
         if how:
             ran = "a number that the server does not tell" if how["executions"] is None else how["executions"]

@@ -52,7 +52,7 @@ from export.source import Predict, Source
 IMPORTANCE_ROWS = 256
 EVALUATION_ROWS = 2000  # as export.to_onnx
 
-log = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+log = Console(file=sys.stderr, highlight=False, soft_wrap=True, markup=False)
 
 
 def prune_source(source: Source, ratio: float) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def show(result: dict[str, Any]) -> None:
     for label, key in ((f"{metric}, not fine-tuned", "before_finetuning"), (f"{metric}, {how}", "pruned")):
         value = result[key][metric]
         table.add_row(label, f"{before:.4f}", f"{value:.4f}", f"{(before - value) / before:+.2%}")
-    Console(width=max(Console().width, 90)).print(table)
+    Console(width=max(Console().width, 90), markup=False).print(table)
     for layer in result["layers"]:
         print(f"{layer['name']}: {layer['before']} -> {layer['after']} {layer['kind']}")
     for name, reason in result["left_alone"].items():

@@ -200,7 +200,9 @@ def show(result: dict[str, Any], high: str) -> None:
     if "drop" in report:
         print(f"budget: {verdict(report, result['precision'], high)}")
         if report["layers"]:
-            Console(width=max(Console().width, 100)).print(shares_table(report, result["precision"], high))
+            Console(width=max(Console().width, 100), markup=False).print(
+                shares_table(report, result["precision"], high)
+            )
 
 
 def _lengths(elements: Mapping[str, Sequence[int]]) -> str:
@@ -225,7 +227,7 @@ def _show_calibration(report: dict[str, Any]) -> None:
         )
     table = Table("samples", *(str(point["samples"]) for point in report["curve"]), box=box.SIMPLE_HEAD)
     table.add_row("output error", *(f"{point['error']:.3%}" for point in report["curve"]))
-    Console(width=max(Console().width, 100)).print(table)
+    Console(width=max(Console().width, 100), markup=False).print(table)
     print(f"calibration: {report['conclusion']}")
 
 

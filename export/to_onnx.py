@@ -77,7 +77,7 @@ from export.source import Source, folder_of, place_of
 OPSET = 20  # ModelOpt needs 19 for fp8 scales; at 23 attention becomes one op that TensorRT may not take
 EVALUATION_ROWS = 2000
 
-log = Console(file=sys.stderr)  # bound now: the exporter's own output is discarded below
+log = Console(file=sys.stderr, markup=False)  # bound now: the exporter's own output is discarded below
 
 
 def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) -> onnx.ModelProto:
@@ -301,7 +301,7 @@ def main() -> None:
     for check in result["checks"]:
         for name, error in check["worst_error"].items():
             table.add_row(sizes_text(check["sizes"]), name, f"{error:.2g}")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ from export.engine import (
 )
 from export.runners import gpu_name
 
-log = Console(file=sys.stderr)
+log = Console(file=sys.stderr, markup=False)
 
 
 def build_engine(

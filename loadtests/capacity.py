@@ -279,7 +279,7 @@ def main() -> int:
     violated, unknown = quality_of(spec, settings, served)
     if violated:
         raise GateFailed(f"{'; '.join(violated)}: no rate holds every objective, whatever the load")
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     head = head_of(spec, settings, served)
     console.print(f"{head.model} over {head.protocol} at {head.url}: {', '.join(head.objectives)}", soft_wrap=True)
     for line in unknown:
@@ -290,8 +290,9 @@ def main() -> int:
     if args.json:
         print(capacity.model_dump_json(indent=2))
     else:
-        Console(width=max(Console().width, 100)).print(table(capacity.trials, capacity.capacity_rps))
-        Console().print(f"[bold]{capacity.sentence}[/]\n{capacity_path(args.model)}", soft_wrap=True)
+        Console(width=max(Console().width, 100), markup=False).print(table(capacity.trials, capacity.capacity_rps))
+        Console(markup=False).print(capacity.sentence, style="bold", soft_wrap=True)
+        print(capacity_path(args.model))
     return capacity.exit_code
 
 

@@ -73,7 +73,7 @@ def measured(sides: tuple[Side, Side], args: argparse.Namespace, spec: Deploymen
         capacity=args.capacity,
     )
     folder = build_dir(args.model) / "compare-runs" / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
-    pairs = interleaved(sides, how, folder, Console(stderr=True))
+    pairs = interleaved(sides, how, folder, Console(stderr=True, markup=False))
     return [base for base, _ in pairs], [new for _, new in pairs]
 
 

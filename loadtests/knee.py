@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from loadtests.slo import formatted
 from loadtests.trial import Outcome, Trial
@@ -17,13 +18,14 @@ STYLES: dict[Outcome, str] = {"holds": "green", "fails": "red", "invalid": "yell
 BAR = 16  # characters of the latency at the table's slowest answer
 
 
-def trial_line(trial: Trial, again: bool) -> str:
+def trial_line(trial: Trial, again: bool) -> Text:
     """One trial while the search goes on."""
     p99 = "never" if trial.p99_ms is None else formatted("ms", trial.p99_ms)
     why = ", ".join(trial.failed) if trial.outcome == "fails" else "; ".join(trial.problems[:1])
-    outcome = f"[{STYLES[trial.outcome]}]{trial.outcome}[/]{f' ({why})' if why else ''}"
     found = f"p99 {p99}, {trial.error_rate:.2%} errors"
-    return f"{trial.phase:<8} {trial.rate_rps:>7g}/s  {found:<32} {outcome}{'  (from before)' if again else ''}"
+    told = f"{f' ({why})' if why else ''}{'  (from before)' if again else ''}"
+    head = f"{trial.phase:<8} {trial.rate_rps:>7g}/s  {found:<32} "
+    return Text.assemble(head, (trial.outcome, STYLES[trial.outcome]), told)
 
 
 def table(trials: Sequence[Trial], capacity_rps: float | None) -> Table:
@@ -38,8 +40,8 @@ def table(trials: Sequence[Trial], capacity_rps: float | None) -> Table:
     for trial in sorted(trials, key=lambda each: (each.rate_rps, _certainty(each))):
         bar = "█" * max(1, round(BAR * trial.p99_ms / slowest)) if trial.p99_ms else "∞"
         figures = ("never" if ms is None else formatted("ms", ms) for ms in (trial.p50_ms, trial.p99_ms))
-        outcome = f"[{STYLES[trial.outcome]}]{trial.outcome}[/] {_first(trial.failed)}"
-        outcome += "[bold]◀ capacity[/]" if trial is knee else ""
+        mark = ("◀ capacity" if trial is knee else "", "bold")
+        outcome = Text.assemble((trial.outcome, STYLES[trial.outcome]), f" {_first(trial.failed)}", mark)
         answered = f"{trial.achieved_rps:.1f}/s"
         columns.add_row(
             f"{trial.rate_rps:g}/s", trial.phase, answered, *figures, bar, f"{trial.error_rate:.2%}", outcome

@@ -103,7 +103,7 @@ def described(settings: Settings) -> str:
 def _print(run: Run, console: Console) -> None:
     window = run.window
     if run.settings.mix:
-        console.print(f"[bold]{run.settings.model}[/]")
+        console.print(run.settings.model, style="bold")
     counts = f"{window.planned} requests, {window.ok} answered, {window.failed} failed"
     console.print(f"{counts}; {window.throughput_rps:.1f} answers/s")
     for kind, figures in summary(run)["latency"].items():
@@ -259,7 +259,7 @@ def main() -> int:
     """Checks, measures, saves, prints."""
     args = _parse()
     loads = _loads(args)
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     for load in loads:
         for warning in slo.too_short(load.settings, load.spec.slo):
             console.print(f"note: {load.settings.model}: {warning}" if args.mix else f"note: {warning}")
@@ -276,7 +276,7 @@ def main() -> int:
             print(json.dumps({"mix": args.mix, "runs": found} if args.mix else found[0], indent=2), flush=True)
         else:
             for run in runs:
-                _print(run, Console())
+                _print(run, Console(markup=False))
         if args.web is not None:
             console.print("the page stays until Ctrl-C")
             with suppress(KeyboardInterrupt):

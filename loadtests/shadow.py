@@ -225,7 +225,7 @@ def _print(result: dict[str, Any]) -> None:
     for each in result["latency"]:
         times = f"{each['ratio']:.2f}", f"{each['low']:.2f} to {each['high']:.2f}"
         table.add_row(f"p{each['percent']}", f"{each['base_ms']:.2f} ms", f"{each['new_ms']:.2f} ms", *times)
-    Console().print(table)
+    Console(markup=False).print(table)
     for name, found in result["outputs"].items():
         shown = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in found.items() if value is not None]
         print(f"{name}: {', '.join(shown)}")

@@ -284,7 +284,7 @@ def main() -> None:
     if capacity.model != spec.name:
         raise InputError(f"{args.capacity}: of the model {capacity.model!r}, not {spec.name!r}")
     curve, setup = ServiceCurve.of(capacity).slowed(args.margin), setup_of(args, spec)
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     if not capacity.confirmed or capacity.limited_by == "generator":
         console.print(f"note: {capacity.sentence}", soft_wrap=True)
     peak_rps = args.peak_rps or DEFAULT_PEAK * (capacity.capacity_rps or 0)
@@ -307,7 +307,7 @@ def main() -> None:
     if args.json:
         print(json.dumps(found, indent=2))
     else:
-        Console(width=max(Console().width, 100)).print(table(simulated, args.node_price))
+        Console(width=max(Console().width, 100), markup=False).print(table(simulated, args.node_price))
         print(f"{found['conclusion']}\n{path}\n{html}", file=sys.stdout)
     if found["chosen"] is None:
         raise GateFailed(found["conclusion"])

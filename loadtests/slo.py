@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from deepseek.spec import (
     DeploymentSpec,
@@ -323,7 +324,7 @@ def _print(run: Run, judgement: Judgement, console: Console) -> None:
     table = Table("objective", "limit", "seen", "margin", "", *[""] * noted)
     for each in judgement.objectives:
         margin = f"{each.margin:+.0%}" if math.isfinite(each.margin) else ""
-        status = f"[{STYLES[each.status]}]{each.status}[/]"
+        status = Text(each.status, STYLES[each.status])
         limit = f"{SIGNS[each.relation]} {formatted(each.kind, each.limit)}"
         table.add_row(each.name, limit, formatted(each.kind, each.seen), margin, status, *[each.note] * noted)
     console.print(table)
@@ -331,7 +332,12 @@ def _print(run: Run, judgement: Judgement, console: Console) -> None:
         console.print(line)
     if split := Split.of_run(run):
         console.print(split.sentence)
-    console.print(f"[{STYLES[judgement.verdict]} bold]{judgement.verdict}[/]  {run.folder}", soft_wrap=True)
+    console.print(_headed(judgement.verdict, str(run.folder)), soft_wrap=True)
+
+
+def _headed(verdict: Verdict, what: str) -> Text:
+    """A verdict, and of what it is."""
+    return Text.assemble((verdict, f"{STYLES[verdict]} bold"), f"  {what}")
 
 
 def load(args: Any) -> tuple[Run, SloSpec]:
@@ -378,13 +384,13 @@ def main() -> int:
         told = {"verdict": verdict, "models": found} if args.mix else next(iter(found.values()))
         print(json.dumps(told, indent=2))
         return EXIT_CODES[verdict]
-    console = Console(width=max(Console().width, 100))
+    console = Console(width=max(Console().width, 100), markup=False)
     for run, judgement in judged:
         if args.mix:
-            console.print(f"[bold]{run.settings.model}[/]")
+            console.print(run.settings.model, style="bold")
         _print(run, judgement, console)
     if args.mix:
-        console.print(f"[{STYLES[verdict]} bold]{verdict}[/]  the mix {args.mix} as a whole")
+        console.print(_headed(verdict, f"the mix {args.mix} as a whole"))
     return EXIT_CODES[verdict]
 
 

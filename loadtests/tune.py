@@ -307,14 +307,15 @@ def main() -> int:
     """Searches and prints what was found."""
     args = parse()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: cleanly
-    tuning = tune(args, Console(stderr=True))
+    tuning = tune(args, Console(stderr=True, markup=False))
     if args.json:
         print(tuning.model_dump_json(indent=2))
     else:
-        console = Console(width=max(Console().width, 110))
+        console = Console(width=max(Console().width, 110), markup=False)
         console.print(table(tuning))
         console.print(f"p50 and p99 at {tuning.reference_rps:g}/s; ◆ the front of throughput and p99")
-        console.print(f"[bold]{tuning.conclusion}[/]\n{tuning_path(tuning.model)}", soft_wrap=True)
+        console.print(tuning.conclusion, style="bold", soft_wrap=True)
+        print(tuning_path(tuning.model))
     return 0
 
 

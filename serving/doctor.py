@@ -294,7 +294,7 @@ def _print_table(engines: list[Engine], machine: Machine) -> None:
             _mib(manifest.size_bytes),
             "" if drop is None else f"{drop:+.2%}",
         )
-    Console().print(table)
+    Console(markup=False).print(table)
     gpus = ", ".join(f"{gpu.name} ({gpu.compute_capability}, driver {gpu.driver})" for gpu in machine.gpus)
     print(f"machine   {gpus or 'no GPU'}; {_mib(machine.ram_bytes)} RAM; Triton {machine.triton_tag}")
 

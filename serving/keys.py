@@ -134,7 +134,7 @@ def _print_table(keys: list[Key]) -> None:
     for key in keys:
         rate = "default" if key.rate_rps is None else f"{key.rate_rps:g}"
         table.add_row(key.name, key.id, _shown(key.created), _shown(key.expires), rate, key.state)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def main() -> None:

@@ -289,7 +289,7 @@ def _show(records: list[Record], model: str, repository: Path) -> None:
             version = f"{record.before} -> {record.version}"
         began = record.started[:19].replace("T", " ")
         table.add_row(began, record.kind, version, record.precision, record.outcome, why)
-    Console(width=max(Console().width, 120)).print(table)
+    Console(width=max(Console().width, 120), markup=False).print(table)
     there = newest(repository / model)
     print(f"{repository / model}: {'no version' if there is None else f'version {there} is the newest'}")
     if records:

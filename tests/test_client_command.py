@@ -110,3 +110,11 @@ def test_the_table_puts_the_latest_titles_beside_the_best_ones() -> None:
     assert ["last 2 of 3", "first 2 of 3", "first 2 of 3"] in lines
     assert ["Film [1]", "Film [7]", "0.5000"] in lines
     assert ["Film [2]", "Film [8]", "0.2500"] in lines
+
+
+@pytest.mark.parametrize("title", ["[rec] (2007)", "[/b]"])
+def test_a_title_in_brackets_is_shown_as_it_is(title: str) -> None:
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(answer_table(MODEL, {}, {"items": np.array([[1]])}, {"items": ["", title]}, 3))
+    assert title in capture.get()

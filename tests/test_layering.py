@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,10 @@ def test_heavy_imports_stand_where_they_are_needed(path: Path) -> None:
 def test_stages_never_import_one_another(stage: str) -> None:
     others = {f"export.{other}" for other in STAGES - {stage}}
     assert not imports(Path(f"export/{stage}.py")) & others
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] != "models"], ids=str)
+def test_no_console_reads_brackets_as_markup(path: Path) -> None:
+    """They stand in paths, names and other programs' errors; styles are given as `style=` or `Text`."""
+    calls = re.findall(r"\bConsole\(.*", re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL))
+    assert [call for call in calls if "markup=False" not in call] == []

@@ -243,10 +243,11 @@ def test_the_exit_code_is_the_verdict(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = saved_run(tmp_path / "run", steady(0.01, lag_s=0), timeout_s=5.0)
-    few = saved_run(tmp_path / "few", steady(0.01, count=20, lag_s=0))
+    few = saved_run(tmp_path / "[/few]", steady(0.01, count=20, lag_s=0))
     assert judged(monkeypatch, model, "--run", str(run.folder), "--json") == 1
     assert json.loads(capsys.readouterr().out)["objectives"][0]["status"] == "violated"
     assert judged(monkeypatch, model, "--run", str(run.folder), "--target", "tensorrt") == 0
     assert judged(monkeypatch, model, "--run", str(few.folder)) == 3
+    assert f"inconclusive  {few.folder}" in capsys.readouterr().out  # no markup
     assert judged(monkeypatch, model) == 2
     assert "no load test of tiny" in capsys.readouterr().err

@@ -130,7 +130,7 @@ def _metadata(client: InferenceClient, args: argparse.Namespace) -> int:
         )
     else:
         print(signature_line(metadata))
-        Console().print(signature_table(metadata))
+        Console(markup=False).print(signature_table(metadata))
     return 0
 
 
@@ -151,7 +151,7 @@ def _infer(client: InferenceClient, args: argparse.Namespace) -> int:
         answer = {name: array.tolist() for name, array in plain.items()}
         print(json.dumps({"model": args.model, "latency_ms": round(latency_ms, 3), "outputs": answer}))
     else:
-        Console().print(answer_table(metadata, inputs, outputs, labels, args.top))
+        Console(markup=False).print(answer_table(metadata, inputs, outputs, labels, args.top))
         print(f"{args.model} answered over {args.protocol} in {latency_ms:.1f} ms")
     return 0
 

@@ -46,7 +46,7 @@ def signature_table(metadata: ModelMetadata) -> Table:
     for kind, specs in (("input", metadata.inputs), ("output", metadata.outputs)):
         for spec in specs:
             name = f"{spec.name} (optional)" if spec.optional and metadata.max_batch_size is not None else spec.name
-            table.add_row(kind, Text(name), spec.datatype, Text(str(list(spec.shape))))
+            table.add_row(kind, Text(name), Text(spec.datatype), Text(str(list(spec.shape))))
     return table
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from deepseek.sizing.charts import bar_chart, stacked_chart
 from deepseek.sizing.cost import Bill, Serving
@@ -51,7 +52,8 @@ def rate(value: float) -> str:
 def print_plan(plan: Plan, with_cost: bool) -> None:
     """Prints the whole of it."""
     console = _console()
-    console.print(f"[bold]{plan.name}[/bold]: {count(plan.parameters)} parameters, length {plan.length}")
+    shown = f": {count(plan.parameters)} parameters, length {plan.length}"
+    console.print(Text.assemble((plan.name, "bold"), shown))
     per_token = f"{count(plan.flops_token)} FLOPs a token, " if plan.length > 1 else ""
     console.print(f"forward   {per_token}{count(plan.flops_sample)} a sample; training takes three times that")
     weights = ", ".join(f"{name} {size(value)}" for name, value in plan.bytes_by_precision.items())
@@ -67,8 +69,8 @@ def print_plan(plan: Plan, with_cost: bool) -> None:
 
 def _console() -> Console:
     """Where nobody looks on, tables are as wide as they need."""
-    console = Console(highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=120)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=120, markup=False)
 
 
 def _table(*columns: str) -> Table:

@@ -240,7 +240,7 @@ def summary(devices: dict[str, Device], only: str | None = None) -> dict[str, Er
 
 
 def _print(rows: dict[str, Errors], devices: dict[str, Device], only: str | None, table: bool) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     shown = Table("figures", "count", "median error", "worst", f"within {GOAL:.0%}", box=None, pad_edge=False)
     for name, each in rows.items():
         shown.add_row(name, str(each.count), f"{each.median:.1%}", f"{each.worst:.1%}", str(each.within_goal))

@@ -16,7 +16,7 @@ class ProgressLine:
     """Of the main process; others are silent."""
 
     def __init__(self, total_steps: int, shown: bool) -> None:
-        self.console = Console(stderr=True, quiet=not shown, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, quiet=not shown, highlight=False, soft_wrap=True, markup=False)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("training", total=total_steps)

@@ -217,7 +217,7 @@ def main() -> int:
     place = build_dir(args.model) / "profiles"
     try:
         with new_run(place) as draft:
-            found = profile(args, draft, Console(stderr=True))
+            found = profile(args, draft, Console(stderr=True, markup=False))
             folder = publish(draft)
     finally:
         with suppress(OSError):  # of a model that is not there nothing is left; what holds something stays
@@ -226,7 +226,7 @@ def main() -> int:
     if args.json:
         print(json.dumps({"folder": str(folder), **found}, indent=2))
     else:
-        _print(found, folder, Console(width=max(Console().width, 100)))
+        _print(found, folder, Console(width=max(Console().width, 100), markup=False))
     return 0
 
 
