@@ -402,6 +402,6 @@ def test_a_new_side_that_does_not_load_fails_the_gate_in_one_line(repositories: 
 
 
 def test_a_new_side_that_dies_under_load_fails_the_gate_in_one_line(repositories: Path, tmp_path: Path) -> None:
-    run = served(repositories, tmp_path, "deadly", "--no-capacity", "--timeout-s", "1")
+    run = served(repositories, tmp_path, "deadly", "--no-capacity", "--timeout-s", "2")
     assert run.returncode == 1, run.stderr
     assert "died under load" in run.stderr.splitlines()[-1]
