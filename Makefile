@@ -304,8 +304,9 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TRITON_WHEEL := nvidia-pytriton==0.7.0
 HARDWARE := $(if $(GPU),gpu,cpu)
-# Set-up goes on where it was killed. pip writes a package's RECORD last: one without it is not whole and must not pass for it.
-whole = find $(1)/lib/ -maxdepth 3 -name '*.dist-info' ! -exec test -e {}/RECORD \; -prune -exec rm -r {} +
+# Set-up goes on where it was killed. Last of all pip replaces a package's RECORD by one that lists INSTALLER: one without
+# it is not whole and must not pass for it.
+whole = find $(1)/lib/ -maxdepth 3 -name '*.dist-info' ! -exec grep -qs '/INSTALLER,' {}/RECORD \; -prune -exec rm -r {} +
 environment = $(call whole,$(1)) 2>/dev/null; $(1)/bin/python -c 'import importlib.metadata as m; m.version("pip")' 2>/dev/null || $(2) -m venv $(1)
 PIP := $(call whole,$(VENV)) && $(PY) -m pip install -q --disable-pip-version-check -c requirements.lock
 

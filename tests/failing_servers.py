@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import shutil
 import socket
 import ssl
@@ -20,6 +21,13 @@ import pytest
 from deepseek_client import InferenceClient, PreparedRequest
 
 from serving.embedded import EmbeddedServer
+
+
+def end(*connections: socket.socket) -> None:
+    """Nothing more comes or goes; who uses them closes them."""
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 class Relay:
@@ -44,31 +52,31 @@ class Relay:
                     near = self.tls.wrap_socket(near, server_side=True) if self.tls else near
                     far = socket.create_connection(self.target)
                     self.open += [near, far]
-                    threading.Thread(target=self.pump, args=(near, far, True), daemon=True).start()
-                    threading.Thread(target=self.pump, args=(far, near), daemon=True).start()
+                    threading.Thread(target=self.pump, args=(near, far), daemon=True).start()
 
-    def pump(self, source: socket.socket, sink: socket.socket, requests: bool = False) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                self.pieces += requests
-                time.sleep(0 if requests else self.delay_s)
-                sink.sendall(data)
-        self.end(source, sink)
-
-    def end(self, *connections: socket.socket) -> None:
-        for connection in connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-            connection.close()
+    def pump(self, near: socket.socket, far: socket.socket) -> None:
+        """Both ways on one thread, which alone closes them: OpenSSL writes its last alert to the file's number, whatever
+        file has that number by then.
+        """
+        with near, far, contextlib.suppress(OSError):
+            while True:
+                held = isinstance(near, ssl.SSLSocket) and near.pending()  # read from the socket, not yet from TLS
+                for source in [near] if held else select.select([near, far], [], [])[0]:
+                    if not (data := source.recv(65536)):
+                        return
+                    self.pieces += source is near
+                    time.sleep(self.delay_s if source is far else 0)
+                    (far if source is near else near).sendall(data)
 
     def cut(self) -> None:
         """Loses the connections; new ones are still taken."""
-        self.end(*self.open)
+        end(*self.open)
         self.open.clear()
 
     def close(self) -> None:
         """Refuses new connections, too."""
-        self.end(self.listener)
+        end(self.listener)
+        self.listener.close()
         self.cut()
 
     def reopen(self) -> None:

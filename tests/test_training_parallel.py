@@ -39,8 +39,12 @@ def start(folder: Path, parallel: str, **changes: Any) -> subprocess.Popen[str]:
 
 
 def finished(folder: Path) -> list[dict[str, Any]]:
-    """What each rank left."""
-    return [torch.load(folder / f"done-{rank}.pt", weights_only=False) for rank in (0, 1)]
+    """What each rank left, and its threads at the interpreter's end."""
+    return [
+        torch.load(folder / f"done-{rank}.pt", weights_only=False)
+        | {"threads": (folder / f"threads-{rank}").read_text()}
+        for rank in (0, 1)
+    ]
 
 
 def kill_rank_1(process: subprocess.Popen[str], folder: Path) -> str:
@@ -80,6 +84,11 @@ def test_two_processes_have_the_losses_and_weights_of_one(way: str, unkilled: An
         )
         for name, weight in model.state_dict().items():
             torch.testing.assert_close(rank["weights"][name], weight, rtol=TOLERANCE, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["data", "pipeline"])  # DTensor's caches keep the group of a sharded model
+def test_no_thread_of_the_process_group_is_left_to_the_interpreters_end(way: str, unkilled: Any) -> None:
+    assert [rank["threads"].count("gloo") for rank in unkilled[way]] == [0, 0]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import os
@@ -50,10 +51,16 @@ def train(model: nn.Module, settings: TrainingConfig, folder: Path | None) -> Tr
     return train_model(model, data(64, 0), data(17, 1), cross_entropy, settings, checkpoints=folder)
 
 
+def threads() -> str:
+    """Names of this process's."""
+    return " ".join(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+
+
 def main() -> None:
     """Arguments: a folder for checkpoints and process ids, the way, and changes of the settings as JSON."""
     folder, parallel, changes = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     torch.set_num_threads(1)
+    atexit.register(lambda: (folder / f"threads-{rank}").write_text(threads()))  # the last of what runs at exit
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
     model = network()

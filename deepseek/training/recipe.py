@@ -28,7 +28,12 @@ from deepseek.training.meter import LossWatch, cure
 from deepseek.training.outcome import Epoch, Position, TrainingDiverged, TrainingResult
 from deepseek.training.progress import LINE_EVERY_S, ProgressLine
 from deepseek.training.report import write_report
-from deepseek.training.switches import enable_gradient_checkpointing, make_accelerator, running_average
+from deepseek.training.switches import (
+    enable_gradient_checkpointing,
+    leave_processes_at_exit,
+    make_accelerator,
+    running_average,
+)
 from deepseek.training.ways import Data, Sharded, Way, Weights, check_parallel
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -190,6 +195,8 @@ class _Run:
             if starved and position.meter.seconds >= LINE_EVERY_S:
                 progress.console.print(starved)
         self._load_best()
+        if self.accelerator.num_processes > 1:
+            leave_processes_at_exit()
         return TrainingResult(
             best_loss=position.best_loss,
             best_epoch=position.best_epoch,

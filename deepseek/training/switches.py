@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import os
+import time
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel
 
 from deepseek.config import TrainingConfig
@@ -19,16 +22,35 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if precision == "auto":
         cuda = torch.cuda.is_available()
         precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "no"
-    # Without this accelerate takes processes on CPUs for so many single runs.
-    only_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    launched = "LOCAL_RANK" in os.environ
+    if launched and distributed.is_available():
+        # Imported after the start its functions' defaults hold the process group, whose threads then never end.
+        importlib.import_module("torch.distributed.nn")
     try:
         return Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=config.accumulation_steps,
-            cpu=only_cpus,
+            # Without this accelerate takes processes on CPUs for so many single runs.
+            cpu=launched and not torch.accelerator.is_available(),
         )
     except ValueError as error:  # fp16 without a GPU; another precision earlier in this process
         raise InputError(f"TrainingConfig: mixed_precision: seen {config.mixed_precision!r}; {error}") from None
+
+
+def leave_processes_at_exit() -> None:
+    """Ends the process group before the interpreter ends. To be called after success: failed ranks may wait for others.
+
+    A thread of the group that lets go of a tensor while the interpreter ends kills a process that had done its work
+    (pytorch/pytorch#190489).
+    """
+    atexit.unregister(_leave_processes)
+    atexit.register(_leave_processes)
+
+
+def _leave_processes() -> None:
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        time.sleep(0.1)  # DTensor's caches keep the group of a sharded model: its threads let go now
 
 
 def running_average(model: nn.Module, decay: float, device: torch.device) -> AveragedModel:
