@@ -5,10 +5,16 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from deepseek.spec import TunedBatching
 from serving.embedded import EmbeddedServer
 from tests.bench.setting import Bench, on
+
+USERS = 32
+LABEL = f"served over raw ONNX Runtime, {USERS} requests in flight"
+APART = "load generator on a core of its own"
+TOGETHER = "load generator on the same cores"
 
 
 def served(bench: Bench) -> None:
@@ -17,32 +23,44 @@ def served(bench: Bench) -> None:
     Both sides on the same cores. First the load generator has the last core to itself, so that what
     is missing is the server's; then it shares them all, as in a demo on a small machine.
     """
-    every = sorted(os.sched_getaffinity(0))
-    apart = (every[:-1] or every, every[-1:])
-    served_over_raw(bench, "encoder", *apart, "load generator on a core of its own", "goal: at least 0.97")
-    served_over_raw(bench, "encoder", every, every, "load generator on the same cores")
-    served_over_raw(bench, "recommender", every, every, "load generator on the same cores")
+    every, apart = every_core(), generator_apart()
+    encoder, recommender = bench.repository("encoder"), bench.repository("recommender")
+    goal = "goal: at least 0.97"
+    bench.record(f"{LABEL}, encoder, {APART}", served_over_raw(bench, "encoder", encoder, *apart), goal)
+    bench.record(f"{LABEL}, encoder, {TOGETHER}", served_over_raw(bench, "encoder", encoder, every, every))
+    bench.record(f"{LABEL}, recommender, {TOGETHER}", served_over_raw(bench, "recommender", recommender, every, every))
+
+
+def every_core() -> list[int]:
+    """That this process may use."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def generator_apart() -> tuple[list[int], list[int]]:
+    """Cores of the server, and of the load generator: the last one, where there are several."""
+    every = every_core()
+    return every[:-1] or every, every[-1:]
 
 
 def served_over_raw(
-    bench: Bench, name: str, server_cores: list[int], load_cores: list[int], how: str, goal: str = ""
-) -> None:
-    """One row of `served`."""
+    bench: Bench, name: str, repository: Path, server_cores: list[int], load_cores: list[int], pairs: int = 0
+) -> list[float]:
+    """Ratios of pairs that alternate; raw ONNX Runtime has the server's cores, and its own best setting on them."""
 
     def served(server: EmbeddedServer) -> float:
         with on(load_cores):
-            return bench.served_throughput(server, name, users=32)
+            return bench.served_throughput(server, name, USERS)
 
     with on(server_cores):
         raw = bench.raw_throughput(name)
-        with bench.server(bench.repository(name)) as server:
+        with bench.server(repository) as server:
             ratios = []
-            for pair in range(bench.pairs):
+            for pair in range(pairs or bench.pairs):
                 sides: list[Callable[[], float]] = [raw, functools.partial(served, server)]
                 first = pair % 2  # who goes first changes from pair to pair
                 values = {first: sides[first](), 1 - first: sides[1 - first]()}
                 ratios.append(values[1] / values[0])
-    bench.record(f"served over raw ONNX Runtime, {name}, {how}", ratios, goal)
+    return ratios
 
 
 def batching(bench: Bench) -> None:
@@ -52,6 +70,6 @@ def batching(bench: Bench) -> None:
         ratios = []
         with bench.server(bench.repository(name)) as on_server, bench.server(alone) as off_server:
             for _ in range(bench.pairs):
-                batched = bench.served_throughput(on_server, name, users=32)
-                ratios.append(batched / bench.served_throughput(off_server, name, users=32))
+                batched = bench.served_throughput(on_server, name, users=USERS)
+                ratios.append(batched / bench.served_throughput(off_server, name, users=USERS))
         bench.record(f"dynamic batching on over off, {name}", ratios)

@@ -1,46 +1,50 @@
 """What tuning gives: served over raw throughput and latency of a MiniLM-sized encoder, and the recommender's gain.
 
 The encoder has 6 layers x 384 and 64 tokens a row. Raw is ONNX Runtime's best layout, one session over all threads or
-one a core, at its best batch size. Server, raw runtime and load generator have all the cores. What `make tune` finds is
-a row of its own.
+one a core, at its best batch size, on the server's cores: on all of them beside the load generator, or on all but the load
+generator's. What `make tune` finds is a row of its own.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 
 from deepseek.spec import DeploymentSpec, TunedBatching, build_dir
 from export.artifact import choice_path, load_rows
 from loadtests.tuning import Tuning
 from serving.embedded import EmbeddedServer
+from tests.bench.served import APART, LABEL, TOGETHER, every_core, generator_apart, served_over_raw
 from tests.bench.setting import ENCODER_MODEL, ENCODER_TOML, Bench, log
 
 SHORT = "short"  # the encoder of 64 tokens
 MAX_BATCH = 16
-USERS = 32
 TUNE_S_OF_PAIR = 75  # of a search, for each pair that was asked for
 SHARE_OF_RAW = 0.7  # the rate at which latencies are compared
 LATENCY_S = 12
-# Twice as many instances as there are cores, which compute in turn (docs/triton.md).
-TUNED = TunedBatching(max_batch=4, max_queue_delay_us=0, instances=2 * len(os.sched_getaffinity(0)))
-# What a server gets that nobody thought about: one instance, all threads, large batches, a delay to fill them.
-CUSTOMARY = TunedBatching(max_batch=MAX_BATCH, max_queue_delay_us=1000, instances=1)
+
+
+def turns(cores: int) -> TunedBatching:
+    """Twice as many instances as there are cores, which compute in turn (docs/triton.md)."""
+    return TunedBatching(max_batch=4, max_queue_delay_us=0, instances=2 * cores, threads=1)
+
+
+def customary(cores: int) -> TunedBatching:
+    """What a server gets that nobody thought about: one instance, all threads, large batches, a delay to fill them."""
+    return TunedBatching(max_batch=MAX_BATCH, max_queue_delay_us=1000, instances=1, threads=cores)
 
 
 def tuned(bench: Bench) -> None:
     """All rows of this page."""
     build_short(bench)
-    raw = bench.raw_throughput(SHORT)
-    fp32 = publish(bench, "tuned", "fp32", TUNED)
-    chosen = publish(bench, "auto", json.loads(choice_path(SHORT, "onnxruntime").read_text())["chosen"], TUNED)
-    customary = publish(bench, "customary", "fp32", CUSTOMARY)
-    over_raw(bench, raw, fp32, "fp32", "goal: at least 0.98")
-    over_raw(bench, raw, chosen, "PRECISION=auto", "goal: at least 1.6")
-    latency(bench, SHARE_OF_RAW * raw(), fp32, customary)
+    chosen = json.loads(choice_path(SHORT, "onnxruntime").read_text())["chosen"]
+    every = every_core()
+    for precision, how, goal in (("fp32", "fp32", "0.98"), (chosen, "PRECISION=auto over raw fp32", "1.6")):
+        for where, cores in ((APART, generator_apart()), (TOGETHER, (every, every))):
+            repository = bench.publish(f"{precision} {where}", SHORT, precision, turns(len(cores[0])))
+            ratios = served_over_raw(bench, SHORT, repository, *cores, pairs=2 * bench.pairs)  # raw wanders by a tenth
+            bench.record(f"{LABEL}, encoder of 64 tokens, {how}, {where}", ratios, f"goal: at least {goal}")
+    latency(bench)
     for name in ("recommender", SHORT):
         gain(bench, name)
 
@@ -61,30 +65,13 @@ def build_short(bench: Bench) -> None:
     bench.rows[SHORT] = load_rows(build_dir(SHORT) / "evaluation.npz")
 
 
-def publish(bench: Bench, name: str, precision: str, batching: TunedBatching) -> Path:
-    """A repository of the encoder under these settings, its instances' threads all the cores'."""
-    if batching.instances:
-        threads = max(1, len(os.sched_getaffinity(0)) // batching.instances)
-        batching = batching.model_copy(update={"threads": threads})
-    return bench.publish(name, SHORT, precision, batching)
-
-
-def over_raw(bench: Bench, raw: Callable[[], float], repository: Path, how: str, goal: str) -> None:
-    """Served throughput over the raw fp32 limit, in many short pairs: raw alone wanders by a tenth."""
-    ratios = []
-    with bench.server(repository) as server:
-        for pair in range(2 * bench.pairs):
-            sides = (raw, lambda: bench.served_throughput(server, SHORT, USERS))
-            first = pair % 2  # who goes first changes from pair to pair
-            values = {first: sides[first](), 1 - first: sides[1 - first]()}
-            ratios.append(values[1] / values[0])
-    bench.record(f"served over raw fp32, encoder of 64 tokens, {how}, {USERS} requests in flight", ratios, goal)
-
-
-def latency(bench: Bench, rate_rps: float, ours: Path, customary: Path) -> None:
+def latency(bench: Bench) -> None:
     """p99 under Poisson arrivals, both servers up, one load after the other."""
+    rate_rps, cores = SHARE_OF_RAW * bench.raw_throughput(SHORT)(), len(every_core())
+    ours = bench.publish("turns", SHORT, "fp32", turns(cores))
+    theirs = bench.publish("customary", SHORT, "fp32", customary(cores))
     ratios = []
-    with bench.server(ours) as tuned_server, bench.server(customary) as customary_server:
+    with bench.server(ours) as tuned_server, bench.server(theirs) as customary_server:
         for pair in range(bench.pairs):
             servers = (tuned_server, customary_server)
             first = pair % 2
