@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek.spec import InputError
-from deepseek.spec.repository import versions_of
+from deepseek.spec.repository import CONFIG, config_path, versions_of
 from loadtests.results import Run
-
-CONFIG = "config.pbtxt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +53,10 @@ class Side:
         return folder / "repository"
 
     def _config(self) -> Path:
-        """`config.pbtxt` belongs to the newest version; an older one brings its own."""
+        """That of the version, or of the newest one."""
         assert self.model is not None
-        newest = max(versions_of(self.model), default=0)
-        own = self.model / (self.version or "") / CONFIG
-        return own if self.version not in (None, str(newest)) and own.is_file() else self.model / CONFIG
+        version = self.version or next(iter(versions_of(self.model)), None)
+        return self.model / CONFIG if version is None else config_path(self.model, int(version))
 
     def load_runs(self, model: str) -> list[Run]:
         """The recorded runs, by age."""

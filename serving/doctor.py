@@ -26,7 +26,7 @@ from rich.table import Table
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import BATCH, InputError, Parser, PublishedManifest, run_command
-from deepseek.spec.repository import versions_of
+from deepseek.spec.repository import config_path, versions_of
 from serving.flags import VERSION_COMPATIBLE
 from serving.machine import OLDEST_TAG, TRITON_TAG, Gpu, Machine, parse_tag
 from serving.repository import (
@@ -36,7 +36,6 @@ from serving.repository import (
     check_config,
     check_layout,
     check_version,
-    config_path,
     made_here,
     models_in,
     not_ours,

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek.spec import InputError, Parser, run_command
-from serving.repository import CONFIG, served_manifests
+from deepseek.spec.repository import CONFIG
+from serving.repository import served_manifests
 
 ADMIN_HEADER = "triton-admin-key"  # gRPC: with the prefix triton-grpc-protocol-, which Triton adds itself
 CONTROL = ("model-repository",)

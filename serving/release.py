@@ -51,13 +51,14 @@ from deepseek.spec import (
     build_dir,
     run_command,
 )
+from deepseek.spec.repository import CONFIG
 from serving.commands import Answer, SteadyLoad, ask
 from serving.doctor import examine
 from serving.embedded import EmbeddedServer, check_repository
 from serving.live import Live, add_live_arguments, check_live_arguments
 from serving.machine import Machine
 from serving.releases import Journal, LeftOut, Outcome, Steps, alone, expect_anew, finish, last_number, rolled_back
-from serving.repository import CONFIG, MANIFEST
+from serving.repository import MANIFEST
 from serving.versions import lay_out, newest, put_live, retire, same_as, stage, take_out
 
 MOST_ATTEMPTS = 2  # of a load test that the generator spoiled

@@ -19,10 +19,9 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelQueuePolicy
 
 from deepseek.spec import BATCH, TRITON_DTYPES, FileDigest, InputError, PublishedManifest, TensorSpec
-from deepseek.spec.repository import versions_of
+from deepseek.spec.repository import CONFIG, config_path, versions_of
 
 MANIFEST = "manifest.json"
-CONFIG = "config.pbtxt"
 # Triton's backends by our target, the usual one first.
 BACKENDS = {"onnxruntime": ("python", "onnxruntime"), "tensorrt": ("tensorrt",), "torchscript": ("pytorch",)}
 # Bytes of a value by Triton's type.
@@ -70,27 +69,6 @@ def read_config(path: Path) -> ModelConfig:
         return text_format.Parse(path.read_text(), ModelConfig())
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
         raise InputError(f"cannot be read: {' '.join(str(error).split())}") from None
-
-
-def config_path(model: Path, version: int) -> Path:
-    """The `config.pbtxt` of a version: the model's belongs to the newest one, an older one brings its own.
-
-    A newest one brings its own, too, where the model's is still that of another version: whoever put it there was cut
-    off between the version and its configuration.
-    """
-    common, own = model / CONFIG, model / str(version) / CONFIG
-    if not own.is_file():
-        return common
-    newest, *others = versions_of(model)
-    if version != newest:
-        return own
-    try:
-        text = common.read_bytes()
-        copies = (model / str(other) / CONFIG for other in others)
-        stale = text != own.read_bytes() and any(copy.is_file() and copy.read_bytes() == text for copy in copies)
-    except OSError:  # told by who reads the configuration
-        return common
-    return own if stale else common
 
 
 def check_layout(repository: Path) -> list[Finding]:

@@ -3,7 +3,7 @@
 Contract: what is judged is what is served later, byte for byte: a candidate is copied and given its number before the
 first check, and moved by renames afterwards. In the repository a version comes before its `config.pbtxt` and goes after
 it, so that a server that follows the repository sees at no time a version that is not whole; who is killed in between
-leaves a version that is served under its own copy (`serving.repository.config_path`); where a disk is full, in
+leaves a version that is served under its own copy (`deepseek.spec.repository.config_path`); where a disk is full, in
 one line, nothing is left of what was begun. Only versions that `export.to_triton` made are handled.
 
 Example:
@@ -27,8 +27,8 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from deepseek.spec import GateFailed, InputError, PublishedManifest
 from deepseek.spec.command import PLACE_ERRORS
 from deepseek.spec.folders import alone_in
-from deepseek.spec.repository import retired, versions_of
-from serving.repository import CONFIG, MANIFEST, check_config, check_version, config_of, read_config
+from deepseek.spec.repository import CONFIG, retired, versions_of
+from serving.repository import MANIFEST, check_config, check_version, config_of, read_config
 
 WARMUP = "warmup"
 

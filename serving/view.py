@@ -18,14 +18,13 @@ from typing import Literal
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import GateFailed, InputError
-from deepseek.spec.repository import versions_of
+from deepseek.spec.repository import config_path, versions_of
 from serving.repository import (
     CONFIG,
     Finding,
     check_config,
     check_layout,
     check_version,
-    config_path,
     made_here,
     models_in,
     not_ours,

@@ -350,6 +350,24 @@ def test_as_many_pairs_are_made_as_fit_into_the_time() -> None:
         pairs_in_time(how(), 300)
 
 
+@pytest.mark.parametrize(
+    ("common", "version", "takes"),
+    [("of 2", None, "of 2"), ("of 2", "1", "of 1"), ("of 1", None, "of 2"), ("of 1", "2", "of 2"), ("mine", "2", "mine")],
+    ids=["newest", "older", "cut-off", "cut-off-named", "edited"],
+)
+def test_a_side_is_served_under_the_configuration_of_its_version(
+    tmp_path: Path, common: str, version: str | None, takes: str
+) -> None:
+    model = tmp_path / "tiny"
+    for number in ("1", "2"):
+        (model / number).mkdir(parents=True)
+        (model / number / "config.pbtxt").write_text(f"of {number}")
+    (model / "config.pbtxt").write_text(common)  # "of 1": whoever published 2 was killed before its configuration
+    laid_out = Side(name="new", given="b", model=model, version=version).lay_out(tmp_path / "out") / "tiny"
+    assert (laid_out / "config.pbtxt").read_text() == takes
+    assert sorted(path.name for path in laid_out.iterdir() if path.is_dir()) == [version] if version else ["1", "2"]
+
+
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the repositories `fast` (5 ms a request), `slow` (15 ms), `broken` and `deadly`."""

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from deepseek.spec import FileDigest, GateFailed, InputError, PublishedManifest
+from deepseek.spec.repository import CONFIG
 from serving.doctor import examine
 from serving.machine import Machine
 from serving.releases import Journal, alone, rolled_back
-from serving.repository import CONFIG, MANIFEST, check_config, check_version, config_of, read_config
+from serving.repository import MANIFEST, check_config, check_version, config_of, read_config
 from serving.versions import earlier, put_live, retire, same_as, stage, take_out
 from serving.view import ApprovedView, decide
 from tests.conftest import run_module

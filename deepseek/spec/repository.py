@@ -1,12 +1,13 @@
-"""Versions of a model in a repository, told from the names of its folders: which there are, and which are kept.
+"""Versions of a model in a repository: which there are, which are kept, and which `config.pbtxt` is whose.
 
-Contract: numbers are those that Triton sees, newest first. Publishing, releasing and checking all go by these.
+Contract: numbers are those that Triton sees, newest first. Publishing, releasing, checking and comparing go by these.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+CONFIG = "config.pbtxt"
 KEPT_VERSIONS = 3  # the one that is served and two to go back to
 
 
@@ -23,3 +24,24 @@ def versions_of(model: Path) -> list[int]:
 def retired(model: Path) -> list[int]:
     """Versions that are too old to go back to: all but the newest few, however their numbers lie."""
     return versions_of(model)[KEPT_VERSIONS:]
+
+
+def config_path(model: Path, version: int) -> Path:
+    """The `config.pbtxt` of a version: the model's belongs to the newest one, an older one brings its own.
+
+    A newest one brings its own, too, where the model's is still that of another version: whoever put it there was cut
+    off between the version and its configuration.
+    """
+    common, own = model / CONFIG, model / str(version) / CONFIG
+    if not own.is_file():
+        return common
+    newest, *others = versions_of(model)
+    if version != newest:
+        return own
+    try:
+        text = common.read_bytes()
+        copies = (model / str(other) / CONFIG for other in others)
+        stale = text != own.read_bytes() and any(copy.is_file() and copy.read_bytes() == text for copy in copies)
+    except OSError:  # told by who reads the configuration
+        return common
+    return own if stale else common

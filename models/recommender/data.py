@@ -22,7 +22,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, InputError, Parser, build_dir, run_command
+from deepseek.spec.folders import beside
 from models.fetch import fetch_wheel, sha256_of
 
 SPEC = DeploymentSpec.load(Path(__file__).parent)
@@ -132,7 +132,7 @@ def load() -> Interactions:
             return found
     log = source()
     interactions = _movielens(wanted) if log is None else _from_csv(log, wanted)
-    _write_atomically(path, interactions)
+    _write(path, interactions)
     return interactions
 
 
@@ -151,11 +151,10 @@ def _unpacked(stored: np.lib.npyio.NpzFile) -> Interactions:
     )
 
 
-def _write_atomically(path: Path, log: Interactions) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+def _write(path: Path, log: Interactions) -> None:
+    with beside(path) as draft:
         np.savez(
-            file,
+            draft,
             items=np.concatenate(log.histories),
             times=np.concatenate(log.times),
             ends=np.cumsum([len(history) for history in log.histories]),
@@ -163,7 +162,6 @@ def _write_atomically(path: Path, log: Interactions) -> None:
             titles=np.array(json.dumps(log.titles)),
             fingerprint=np.array(log.fingerprint),
         )
-    os.replace(file.name, path)
 
 
 def _interactions(
