@@ -352,7 +352,13 @@ def test_as_many_pairs_are_made_as_fit_into_the_time() -> None:
 
 @pytest.mark.parametrize(
     ("common", "version", "takes"),
-    [("of 2", None, "of 2"), ("of 2", "1", "of 1"), ("of 1", None, "of 2"), ("of 1", "2", "of 2"), ("mine", "2", "mine")],
+    [
+        ("of 2", None, "of 2"),
+        ("of 2", "1", "of 1"),
+        ("of 1", None, "of 2"),
+        ("of 1", "2", "of 2"),
+        ("mine", "2", "mine"),
+    ],
     ids=["newest", "older", "cut-off", "cut-off-named", "edited"],
 )
 def test_a_side_is_served_under_the_configuration_of_its_version(

@@ -1,0 +1,154 @@
+"""Files of the stack that have to agree: entry points, Dockerfiles, compose files, the Makefile, Kubernetes."""
+
+from __future__ import annotations
+
+import math
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from serving.flags import CLOSED, Endpoints, behind_gateway, server_flags
+from tests.conftest import run_module
+
+DOCKERFILES = sorted(Path("docker").glob("*.Dockerfile"))
+
+
+def test_the_stacks_flags_are_the_embedded_servers_and_close_what_is_not_inference() -> None:
+    here = Endpoints(address="0.0.0.0")
+    stack, plain = behind_gateway("/models", here, "secret"), server_flags("/models", here)
+    assert set(plain) - set(stack) == {"--exit-timeout-secs=3"}
+    names = ",".join(CLOSED)
+    assert f"--http-restricted-api={names}:triton-admin-key=secret" in stack
+    assert f"--grpc-restricted-protocol={names}:triton-admin-key=secret" in stack
+    run = run_module(
+        "serving.flags",
+        "--repository",
+        "/models",
+        "--address",
+        "0.0.0.0",
+        "--behind-gateway",
+        TRITON_ADMIN_KEY="secret",
+    )
+    assert run.stdout.splitlines() == stack
+
+
+def test_both_entry_points_run_the_doctor_first_and_take_the_same_flags() -> None:
+    for name in ("server.sh", "server-cpu.sh"):
+        lines = Path("docker", name).read_text().splitlines()
+        doctor = next(
+            index for index, line in enumerate(lines) if "serving.doctor --repository /models --preflight" in line
+        )
+        server = next(index for index, line in enumerate(lines) if line.startswith("exec "))
+        assert doctor < server
+        assert "set -euo pipefail" in lines
+        assert any("--behind-gateway" in line for line in lines[doctor:])
+
+
+@pytest.mark.parametrize("name", ["server.sh", "server-cpu.sh", "gateway/gateway.sh"])
+@pytest.mark.parametrize(("hard", "soft"), [(2048, 2048), (70_000, 65_536)])
+def test_entry_points_take_the_descriptors_that_they_may_have_within_bounds(name: str, hard: int, soft: int) -> None:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:
+        pytest.skip(f"no more than {resource.getrlimit(resource.RLIMIT_NOFILE)[1]} descriptors may be had here")
+    raising = re.search(r"^ulimit -Sn .*$", Path("docker", name).read_text(), re.MULTILINE)
+    assert raising is not None
+    script = f"set -e; ulimit -Sn 1024; ulimit -Hn {hard}; {raising[0]}; ulimit -Sn"
+    run = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == (f"{soft}\n", "")
+
+
+def test_the_embedded_server_waits_for_its_models_as_long_as_the_health_checks_do() -> None:
+    waits = re.search(r' --timeout-s (\d+) "\$@"$', Path("docker/server-cpu.sh").read_text(), re.MULTILINE)
+    start = re.search(r"--start-period=(\d+)s", Path("docker/server-cpu.Dockerfile").read_text())
+    deployment, *_ = yaml.safe_load_all(Path("kubernetes/base/triton.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    probe = container["startupProbe"]
+    assert waits is not None
+    assert start is not None
+    assert waits[1] == start[1] == str(probe["periodSeconds"] * probe["failureThreshold"])
+
+
+def test_versions_stand_once() -> None:
+    makefile = Path("Makefile").read_text()
+    wheel = re.search(r"^TRITON_WHEEL := (\S+)$", makefile, re.MULTILINE)
+    tag = re.search(r"^TRITON_TAG \?= (\S+?)##", makefile, re.MULTILINE)
+    assert wheel is not None
+    assert tag is not None
+    assert f"ARG TRITON_WHEEL={wheel[1]}\n" in Path("docker/server-cpu.Dockerfile").read_text()
+    assert f"ARG TRITON_TAG={tag[1]}\n" in Path("docker/server.Dockerfile").read_text()
+
+
+def test_dockerfiles_are_clean_by_hadolint() -> None:
+    run = subprocess.run([Path(sys.prefix, "bin", "hadolint"), *DOCKERFILES], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.parametrize("path", [path for path in DOCKERFILES if path.stem != "export"], ids=str)
+def test_no_image_runs_as_root_or_takes_more_than_it_names(path: Path) -> None:
+    text = path.read_text()
+    users = re.findall(r"^USER (\S+)$", text, re.MULTILINE)
+    assert users
+    assert not users[-1].startswith(("0", "root"))
+    assert not re.search(r"^(COPY|ADD) \. ", text, re.MULTILINE)
+    assert "HEALTHCHECK" in text
+
+
+def services(*files: str) -> dict[str, Any]:
+    """Those of compose files, as YAML has them."""
+
+    class Loader(yaml.SafeLoader):
+        """Takes Compose's own tags."""
+
+    Loader.add_multi_constructor("!", lambda loader, _, node: loader.construct_sequence(node))
+    return {
+        name: service
+        for file in files
+        for name, service in yaml.load(Path(file).read_text(), Loader)["services"].items()
+    }
+
+
+@pytest.mark.parametrize("name", services("compose.yaml"))
+def test_every_service_is_hardened_and_bounded(name: str) -> None:
+    service = services("compose.yaml")[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not str(service["user"]).startswith("0")
+    assert {"memory", "pids"} <= service["deploy"]["resources"]["limits"].keys()
+    assert "privileged" not in service
+    assert "latest" not in service["image"]
+
+
+def test_only_the_gateway_is_published_beyond_loopback() -> None:
+    published = {name: service["ports"] for name, service in services("compose.yaml").items() if "ports" in service}
+    beyond = {name for name, ports in published.items() for port in ports if not port.startswith("127.0.0.1:")}
+    assert beyond == {"gateway"}
+    assert "ports" not in services("compose.yaml")["triton"]
+    assert services("compose.yaml")["triton"]["networks"] == ["inside"]
+
+
+def test_the_gateway_goes_before_all_others_where_cores_are_short() -> None:
+    set_ = {
+        name: service["cpu_shares"] for name, service in services("compose.yaml").items() if "cpu_shares" in service
+    }
+    assert set_.keys() == {"gateway"}  # all others have the default: the weight 100 of cgroup v2
+    shares = set_["gateway"]
+    linear = 1 + (shares - 2) * 9999 // 262142  # runc before 1.3.2
+    logarithm = math.log2(shares)
+    squared = math.ceil(10 ** ((logarithm**2 + 125 * logarithm) / 612 - 7 / 34))  # since, and crun
+    assert (linear, squared) == (391, 639)
+    assert str(linear) in Path("docs/operate.md").read_text()
+
+
+def test_no_setting_of_the_stack_is_called_as_a_variable_of_make() -> None:
+    """Compose takes the environment's before the env file's, and make exports its own: `make test` did not find a file, and
+    a load test got TARGET=auto."""
+    of_make = set(re.findall(r"^([A-Z_]+) \?=", Path("Makefile").read_text(), re.MULTILINE))
+    files = ("compose.yaml", *map(str, Path("docker").glob("compose.*.yaml")))
+    used = {name for file in files for name in re.findall(r"\$\{(\w+)", Path(file).read_text())}
+    assert used & of_make == {"GATEWAY_PORT", "MODEL", "TRITON_TAG"}  # the caller's choice
