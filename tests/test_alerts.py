@@ -18,7 +18,8 @@ from serving.dashboard import dashboard, queries
 from serving.served import Served, served_models
 from serving.stack import refresh
 from tests.conftest import run_module, write_add_one
-from tests.test_stack import TEXT, services
+from tests.test_stack import TEXT
+from tests.test_stack_files import services
 
 P99 = Objective(name="p99_ms", measure="p99_ms", relation="<=", limit=80)
 ERRORS = Objective(name="max_error_rate", measure="error_rate", relation="<=", limit=0.001)
