@@ -286,7 +286,11 @@ def test_locusts_own_page_shows_the_run_and_stays_until_it_is_ended(tiny: tuple[
     port = free_port()
     with command(settings(tiny, rate_rps=40.0, warmup_s=0.0), "--web", str(port), "--json") as process:
         assert process.stdout is not None
-        figures, _ = json.JSONDecoder().raw_decode("".join(iter(process.stdout.readline, "}\n")) + "}")
+        lines = [""]
+        while lines[-1] != "}\n":
+            lines.append(process.stdout.readline())
+            assert lines[-1], process.communicate()[1]  # it has ended
+        figures = json.loads("".join(lines))
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/stats/requests", timeout=10) as answer:
             shown = {entry["name"]: entry for entry in json.load(answer)["stats"]}
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
