@@ -82,4 +82,4 @@ def test_a_side_is_served_under_the_configuration_of_its_version(
     (model / "config.pbtxt").write_text(common)  # "of 1": whoever published 2 was killed before its configuration
     laid_out = Side(name="new", given="b", model=model, version=version).lay_out(tmp_path / "out") / "tiny"
     assert (laid_out / "config.pbtxt").read_text() == takes
-    assert sorted(path.name for path in laid_out.iterdir() if path.is_dir()) == [version] if version else ["1", "2"]
+    assert sorted(path.name for path in laid_out.iterdir() if path.is_dir()) == ([version] if version else ["1", "2"])

@@ -1,4 +1,4 @@
-"""Switches of `TrainingConfig` that act before the first step: precision, running average, gradient checkpointing."""
+"""Switches of `TrainingConfig` that act before the first step: precision, running average, gradient checkpointing; the end of the processes."""
 
 from __future__ import annotations
 
