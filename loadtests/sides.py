@@ -82,7 +82,8 @@ def side_of(name: str, given: str, model: str, repository: Path) -> Side:
     if (path / model / CONFIG).is_file():
         return Side(name=name, given=given, model=path / model)
     for folder in (path, repository / path):
-        if folder.name.isdigit() and folder.is_dir() and (folder.parent / CONFIG).is_file():
+        numbers = map(str, versions_of(folder.parent))  # as Triton sees them: no leading zeros
+        if folder.name in numbers and (folder.parent / CONFIG).is_file():
             named = Path(os.path.abspath(folder)).parent  # as it is called here, where it is a link, too
             if named.name != model:
                 raise InputError(f"{variable}={given}: a version of {named.name}, not of {model}")

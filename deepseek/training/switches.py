@@ -1,4 +1,7 @@
-"""Switches of `TrainingConfig` that act before the first step: precision, running average, gradient checkpointing; the end of the processes."""
+"""What acts before the first step, by switches of `TrainingConfig`, and after the last.
+
+Before: precision, running average, gradient checkpointing. After: the end of several processes.
+"""
 
 from __future__ import annotations
 
