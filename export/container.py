@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from deepseek.spec import InputError, Parser, build_dir, run_command
+from deepseek.spec.triton_release import OLDEST, OLDEST_TAG, TRITON_TAG, parse_tag
 from export.cache import root
 
-OLDEST_TAG = (26, 7)  # older Triton containers have published vulnerabilities, see docs/tensorrt.md
 DOCKERFILE = Path("docker/export.Dockerfile")
 IMAGE_FILES = (DOCKERFILE, Path("pyproject.toml"), Path("requirements.lock"))  # what an image is made of
 WITHOUT = (
@@ -33,11 +32,10 @@ WITHOUT = (
 
 def check_tag(tag: str) -> str:
     """The tag, or InputError where it is no YY.MM or too old."""
-    match = re.fullmatch(r"(\d\d)\.(0[1-9]|1[0-2])", tag)
-    if match is None:
-        raise InputError(f"TRITON_TAG: seen {tag!r}; a release as NVIDIA's containers have it, YY.MM, is needed")
-    if (int(match[1]), int(match[2])) < OLDEST_TAG:
-        raise InputError(f"TRITON_TAG: seen {tag}; 26.07 or newer is needed: published vulnerabilities in older ones")
+    if parse_tag(tag) < OLDEST_TAG:
+        raise InputError(
+            f"TRITON_TAG: seen {tag}; {OLDEST} or newer is needed: published vulnerabilities in older ones"
+        )
     return tag
 
 
@@ -106,7 +104,9 @@ def run_command_line(image: str, models: Path, command: list[str]) -> list[str]:
 def main() -> int:
     """Runs one stage in the container; its exit code is the stage's."""
     parser = Parser(__doc__, prog="python -m export.container")
-    parser.add_argument("--tag", default="26.10", help="release of NVIDIA's containers, YY.MM (default: %(default)s)")
+    parser.add_argument(
+        "--tag", default=TRITON_TAG, help="release of NVIDIA's containers, YY.MM (default: %(default)s)"
+    )
     parser.add_argument("--models", default="models", help="folder of model folders, mounted (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="only say what this machine lacks")
     parser.add_argument("command", nargs="*", metavar="module", help="module to run and, after --, its flags")

@@ -39,9 +39,9 @@ from deepseek.spec import (
     run_command,
 )
 from loadtests.check import check
+from loadtests.endpoint import add_endpoint_arguments, endpoint_of, inputs_of
 from loadtests.knee import table, trial_line
 from loadtests.results import Run, Settings
-from loadtests.run import add_endpoint_arguments, endpoint_of, inputs_of
 from loadtests.saved import Saved
 from loadtests.search import CONFIRM_LONGER, GENERATOR, INTERRUPTED, SAMPLES, UNDECIDED, Attempt, Found, Plan, Search
 from loadtests.slo import SIGNS, add_timeout_argument, formatted

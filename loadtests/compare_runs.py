@@ -39,11 +39,11 @@ from deepseek.spec import (
 )
 from deepseek.spec.folders import write_whole
 from loadtests.bootstrap import LEAST_PAIRS
+from loadtests.endpoint import inputs_of
 from loadtests.interleaved import How, interleaved
 from loadtests.local_server import EMBEDDED
 from loadtests.regression import EXIT_CODES, Comparison, Row, Thresholds, Verdict, compare, method
 from loadtests.results import Run, Settings
-from loadtests.run import inputs_of
 from loadtests.sides import Side, side_of
 from loadtests.slo import add_timeout_argument, formatted, timeout_for
 

@@ -25,8 +25,9 @@ from typing import Any, Literal
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, Precision, PublishedManifest, TunedFile
-from loadtests import run as runner
+from loadtests.check import check
 from loadtests.local_server import NotServed, last_line, local_server, our_environment
+from loadtests.measure import measure
 from loadtests.results import Settings
 from loadtests.slo import generator_problems
 from loadtests.trial import Trial, Trials, keep, seconds_needed
@@ -65,7 +66,7 @@ class Contender:
     def throughput_rps(self, users: int, duration_s: float) -> float:
         """Answers/s in a closed loop."""
         settings = replace(self.trials.settings, users=users, rate_rps=None, duration_s=duration_s)
-        run = runner.measure(settings, self.trials.spec, self.trials.served, self.trials.console)
+        run = measure(settings, self.trials.spec, self.trials.served, self.trials.console)
         run = keep(run, self.trials.folder)
         self.machine.update(run.machine)
         if problems := generator_problems(run, self.trials.spec.slo):
@@ -92,7 +93,7 @@ def contender(setting: Setting, place: Place, name: str) -> Iterator[Contender]:
         protocol, model = place.settings.protocol, place.settings.model
         with local_server(place.server, folder / "repository", folder, protocol=protocol, model=model) as server:
             settings = replace(place.settings, url=server.url)
-            served = runner.check(replace(settings, rate_rps=None, users=1), place.spec)
+            served = check(replace(settings, rate_rps=None, users=1), place.spec)
             trials = Trials(
                 spec=place.spec, settings=settings, served=served, folder=place.folder / "runs", console=place.console
             )

@@ -27,36 +27,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import signal
 import socket
 from contextlib import suppress
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.spec import (
-    DeploymentSpec,
-    InputError,
-    InvalidMeasurement,
-    Parser,
-    SloSpec,
-    Target,
-    add_model_arguments,
-    build_dir,
-    run_command,
-)
+from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, Parser, SloSpec, run_command
 from loadtests import server_statistics, slo
 from loadtests.check import check
-from loadtests.measure import Load, measure, measure_together, work_for
+from loadtests.endpoint import add_endpoint_arguments, endpoint_of, inputs_of
+from loadtests.measure import Load, measure_together, work_for
 from loadtests.mix import Mix, models_of
 from loadtests.results import Distribution, Run, Settings
 from loadtests.schedule import segments_of
-
-__all__ = ["check", "measure", "measure_together", "summary"]
-
-DEFAULT_PORTS = {"grpc": 8001, "http": 8000}
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -131,40 +117,6 @@ def _lengths_table(run: Run) -> Table:
     return table
 
 
-def add_endpoint_arguments(parser: Parser) -> None:
-    """--model, --models, --target and how to reach the endpoint, alike wherever a running server is loaded."""
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--target", choices=get_args(Target), default="onnxruntime", help="what runs the graph (default: %(default)s)"
-    )
-    parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc", help="(default: %(default)s)")
-    parser.add_argument("--url", help="host:port (default: 127.0.0.1, port 8001 for grpc, 8000 for http)")
-    parser.add_argument("--tls", action="store_true", help="speak TLS, trusting the system's authorities")
-    parser.add_argument(
-        "--ca-cert", metavar="FILE", help="speak TLS, trusting this authority; $DEEPSEEK_API_KEY is sent"
-    )
-
-
-def endpoint_of(args: argparse.Namespace, *slos: SloSpec) -> dict[str, Any]:
-    """The fields of `Settings` that they and --workers, --max-in-flight, --arrivals, --warmup-s, --timeout-s are.
-
-    `slos` are those that the answers are judged by.
-    """
-    return {
-        "models": args.models,
-        "target": args.target,
-        "protocol": args.protocol,
-        "url": args.url or f"127.0.0.1:{DEFAULT_PORTS[args.protocol]}",
-        "tls": args.tls,
-        "ca_cert": args.ca_cert,
-        "arrivals": args.arrivals,
-        "warmup_s": args.warmup_s,
-        "timeout_s": slo.timeout_for(args.timeout_s, *slos),
-        "max_in_flight": args.max_in_flight,
-        "workers": len(os.sched_getaffinity(0)) if args.workers == -1 else args.workers,
-    }
-
-
 def _parse() -> argparse.Namespace:
     parser = Parser(__doc__, prog="python -m loadtests.run")
     add_endpoint_arguments(parser)
@@ -217,11 +169,6 @@ def _settings(args: argparse.Namespace, model: str, rate: float | None, shape: s
         duration_s = sum(segment.duration_s for segment in segments_of(shape))
     own = {"rate_rps": rate, "shape": shape, "users": args.users, "seed": args.seed, "duration_s": duration_s}
     return Settings(model=model, inputs=args.inputs or inputs_of(model), **own, **endpoint_of(args, *slos))
-
-
-def inputs_of(model: str) -> str:
-    """Where `make engine` leaves a model's real inputs."""
-    return str(build_dir(model) / "evaluation.npz")
 
 
 def _of_one(args: argparse.Namespace, spec: DeploymentSpec) -> Settings:

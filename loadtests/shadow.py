@@ -35,8 +35,8 @@ from rich.table import Table
 
 from deepseek.spec import BATCH, DeploymentSpec, GateFailed, InputError, Parser, add_model_arguments, run_command
 from loadtests.bootstrap import Draws, Stretches, percentiles, ratio_interval
+from loadtests.endpoint import inputs_of
 from loadtests.inputs import Row, read_inputs, shuffled
-from loadtests.run import inputs_of
 
 BLOCKS = 20  # stretches of the run that are drawn again; what the machine did in one stays together
 LEAST_REQUESTS = 10 * BLOCKS

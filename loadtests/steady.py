@@ -45,8 +45,8 @@ from deepseek.spec import (
     add_model_arguments,
     run_command,
 )
+from loadtests.endpoint import inputs_of
 from loadtests.inputs import read_inputs, shuffled
-from loadtests.run import inputs_of
 
 DEFAULT_RPS, MOST_RPS = 50.0, 200.0  # what one process with threads sends on time
 MOST_IN_FLIGHT = 128

@@ -27,8 +27,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import BATCH, InputError, Parser, PublishedManifest, run_command
 from deepseek.spec.repository import config_path, versions_of
+from deepseek.spec.triton_release import OLDEST, OLDEST_TAG, TRITON_TAG, parse_tag
 from serving.flags import VERSION_COMPATIBLE
-from serving.machine import OLDEST_TAG, TRITON_TAG, Gpu, Machine, parse_tag
+from serving.machine import Gpu, Machine
 from serving.repository import (
     CONFIG,
     Finding,
@@ -226,8 +227,7 @@ def _machine_findings(machine: Machine, engines: list[Engine]) -> list[Finding]:
 def _check_tag(machine: Machine) -> Iterator[Finding]:
     tag = parse_tag(machine.triton_tag)
     if tag < OLDEST_TAG:
-        oldest = ".".join(f"{part:02}" for part in OLDEST_TAG)
-        what = f"{machine.triton_tag} has published vulnerabilities, {oldest} is the oldest allowed"
+        what = f"{machine.triton_tag} has published vulnerabilities, {OLDEST} is the oldest allowed"
         yield _mismatch("TRITON_TAG", what, f"set TRITON_TAG={TRITON_TAG} and build the engines in it")
     if tag >= SHM_OFF_TAG:
         what = f"shared memory of clients is off in {machine.triton_tag}; deepseek-client sends tensors without it"

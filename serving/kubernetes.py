@@ -28,10 +28,10 @@ import numpy as np
 
 from deepseek.spec import InputError, Parser, run_command
 from deepseek.spec.folders import beside, write_whole
+from deepseek.spec.triton_release import TRITON_TAG
 from serving.alerts import RUNBOOK, as_yaml, rules
 from serving.certificate import is_signed_by
 from serving.keys import gateway_folder
-from serving.machine import TRITON_TAG
 from serving.manifests import (
     DEFAULT_CORES,
     DEFAULT_SCALE,

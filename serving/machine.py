@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -18,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepseek.spec import InputError
+from deepseek.spec.triton_release import TRITON_TAG, parse_tag
 
-TRITON_TAG = "26.10"  # the Makefile's default too
-OLDEST_TAG = (26, 7)  # below it: published CVEs
 _BLOCK_BYTES = 16 << 20
 
 
@@ -83,14 +81,6 @@ class Machine:
             in_container=in_container,
             disk=None if disk_folder is None else measure_disk(disk_folder),
         )
-
-
-def parse_tag(tag: str) -> tuple[int, int]:
-    """`"26.10"` as (26, 10); raises InputError for anything else."""
-    match = re.fullmatch(r"(\d\d)\.(\d\d)", tag)
-    if not match or not 1 <= int(match[2]) <= 12:
-        raise InputError(f"TRITON_TAG: seen {tag!r}; a release of NVIDIA's containers is YY.MM, e.g. {TRITON_TAG}")
-    return int(match[1]), int(match[2])
 
 
 _NVIDIA_SMI = (

@@ -22,12 +22,12 @@ from pathlib import Path
 
 from deepseek.spec import InputError, Parser, histogram_bounds_ms, run_command
 from deepseek.spec.folders import write_whole
+from deepseek.spec.triton_release import TRITON_TAG, parse_tag
 from serving.alerts import RUNBOOK, as_yaml, rules
 from serving.certificate import STAND_IN, give, name_of, owner
 from serving.dashboard import dashboard
 from serving.flags import GATEWAY_EXIT_TIMEOUT_S
 from serving.keys import ensure_folder, gateway_folder
-from serving.machine import TRITON_TAG, parse_tag
 from serving.served import HEADER_BYTES, JSON_BYTES, LATENESS, MIB, Served, bound_s, served_models
 
 CPU_FILES, GPU_FILES = "compose.yaml", "compose.yaml:docker/compose.gpu.yaml"

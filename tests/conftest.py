@@ -257,3 +257,15 @@ def build(built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The shared `build/` folder as $BUILD."""
     monkeypatch.setenv("BUILD", str(built / "build"))
     return built / "build"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models this small lose more to waiting for a second thread than it does for them."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

@@ -18,8 +18,9 @@ from tests.bench.failure.killed import server_killed
 from tests.bench.failure.load import Answers, Load
 from tests.bench.failure.machine import clock_jumps, disk_full, restart
 from tests.bench.failure.malformed import Tally, malformed_requests
-from tests.bench.failure.mutations import HTTP, Mutation, valid_http
+from tests.bench.failure.mutations import Mutation
 from tests.bench.failure.mutations_grpc import GRPC, valid_grpc
+from tests.bench.failure.mutations_http import HTTP, valid_http
 from tests.bench.failure.setting import Model, Row, Service, Setting
 from tests.conftest import run_module
 from tests.gateway import Gateway, free_port, skip_without_nginx

@@ -17,7 +17,7 @@ from deepseek.spec import DeploymentSpec, FileDigest, InputError, PublishedManif
 from export.engine import engine_from_onnx, library_prints_to_stderr, tensorrt_module
 from export.to_triton import config_text, model_config
 from serving.doctor import examine
-from serving.machine import TRITON_TAG, Disk, Gpu, Machine, measure_disk, parse_gpus
+from serving.machine import Disk, Gpu, Machine
 from serving.repository import Finding, plan_header
 from tests.conftest import run_module, write_add_one
 
@@ -26,8 +26,6 @@ H100 = Gpu(name="NVIDIA H100 80GB HBM3", compute_capability="9.0", driver="580.9
 CPU = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",))
 GPU_HOST = replace(CPU, gpus=(H100,), docker=("nvidia", "runc"))
 TRITONS = replace(CPU, gpus=(H100,), in_container=True, tensorrt="11.2.1")  # the server's container of 26.10
-# What nvidia-smi prints for --query-gpu=name,compute_cap,driver_version,memory.total --format=csv,noheader,nounits.
-NVIDIA_SMI = "NVIDIA H100 80GB HBM3, 9.0, 580.95.05, 81559\nTesla T4, 7.5, 580.95.05, 15360\n"
 
 
 @pytest.fixture
@@ -286,17 +284,6 @@ def test_a_hosts_own_tensorrt_neither_clears_nor_condemns_an_engine(on_gpu: Path
     assert only(lines(on_gpu, host, "warning")).endswith("make engine MODEL=image TARGET=tensorrt TRITON_TAG=26.10")
 
 
-def test_the_python_package_of_tensorrt_is_nothing_that_triton_loads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = Machine.detect(in_container=True).tensorrt
-    metadata = tmp_path / "tensorrt-99.1.0.dist-info" / "METADATA"  # what NATIVE=1 puts into the environment
-    metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: tensorrt\nVersion: 99.1.0\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert Machine.detect(in_container=True).tensorrt == before
-
-
 def test_an_engine_that_is_compatible_with_newer_hardware_and_software_fits_them(on_gpu: Path) -> None:
     edit_manifest(on_gpu, settings={"hardware_compatibility": "ampere_plus", "version_compatible": True})
     blackwell = replace(TRITONS, gpus=(replace(H100, compute_capability="10.0"),), tensorrt="11.3.0")
@@ -391,44 +378,6 @@ def test_a_strict_doctor_fails_over_a_warning(repository: Path, tmp_path: Path) 
     flags = ("--repository", str(repository), "--disk", str(tmp_path))
     assert run_module("serving.doctor", *flags).returncode == 0
     assert run_module("serving.doctor", *flags, "--strict").returncode == 1
-
-
-def test_the_disk_is_measured_and_nothing_stays_on_it(tmp_path: Path) -> None:
-    disk = measure_disk(tmp_path / "new", size_bytes=32 << 20, limit_s=0.5)
-    assert min(disk.write_bytes_s, disk.read_bytes_s) > 0
-    assert list((tmp_path / "new").iterdir()) == []
-
-
-def test_a_disk_that_cannot_be_written_is_one_line() -> None:
-    with pytest.raises(InputError, match="/proc: cannot measure the disk"):
-        measure_disk(Path("/proc"))
-
-
-def test_gpus_are_read_from_nvidia_smi() -> None:
-    assert [gpu.compute_capability for gpu in parse_gpus(NVIDIA_SMI)] == ["9.0", "7.5"]
-    assert parse_gpus(NVIDIA_SMI)[0].memory_bytes == 81559 << 20
-    assert parse_gpus("No devices were found\n") == ()
-
-
-def test_this_machine_is_seen_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_TAG", "26.09")
-    machine = Machine.detect()
-    assert machine.triton_tag == "26.09"
-    assert (machine.gpus != ()) == (shutil.which("nvidia-smi") is not None)
-    assert "CPUExecutionProvider" in (machine.onnxruntime or ())
-    with pytest.raises(InputError, match=r"TRITON_TAG: seen '26.9'; .* YY.MM"):
-        Machine.detect(triton_tag="26.9")
-
-
-def test_inside_a_server_image_its_own_release_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_TAG", "26.09")
-    monkeypatch.setenv("NVIDIA_TRITON_SERVER_VERSION", "26.11")
-    assert Machine.detect(in_container=True).triton_tag == "26.11"
-    assert Machine.detect(in_container=True, triton_tag="26.10").triton_tag == "26.10"
-
-
-def test_the_default_release_is_the_makefiles() -> None:
-    assert re.findall(r"^TRITON_TAG \?= ([\d.]+)##", Path("Makefile").read_text(), re.MULTILINE) == [TRITON_TAG]
 
 
 def preflight(repository: Path) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,8 @@ import pytest
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, SloSpec
-from loadtests import run as runner
+from loadtests.check import check
+from loadtests.measure import measure
 from loadtests.results import Run, Settings, latest_run
 from loadtests.slo import judge
 from tests.conftest import run_module
@@ -53,7 +54,7 @@ def settings(endpoint: FakeEndpoint, protocol: Protocol = "grpc", **changes: Any
 
 def measured(wanted: Settings) -> Run:
     spec = DeploymentSpec.of_model(wanted.model, wanted.models)
-    return runner.measure(wanted, spec, runner.check(wanted, spec), Console(quiet=True))
+    return measure(wanted, spec, check(wanted, spec), Console(quiet=True))
 
 
 def true_ms(endpoint: FakeEndpoint) -> np.ndarray:

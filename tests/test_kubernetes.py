@@ -16,10 +16,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from deepseek.spec.triton_release import TRITON_TAG
 from loadtests import autoscaler
 from serving import flags, stack
 from serving.alerts import START_MIN
-from serving.machine import TRITON_TAG
 from serving.manifests import DEFAULT_SCALE, IMAGE_TAG, METRICS, PRE_STOP_S
 from tests import custom_resources
 from tests.manifests import FOLDERS, KUBERNETES, VARIANTS, Object, build, committed, container_of, find, pod_of, pods

@@ -21,9 +21,10 @@ import pytest
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, InputError
-from loadtests import run as runner
 from loadtests import server_statistics
+from loadtests.check import check
 from loadtests.inputs import read_inputs
+from loadtests.measure import measure
 from loadtests.results import Run, Settings, latest_run
 from serving.embedded import EmbeddedServer
 from tests.fake_endpoint import FakeEndpoint
@@ -98,7 +99,7 @@ def settings(tiny: tuple[EmbeddedServer, Path], protocol: Literal["grpc", "http"
 
 def measured(wanted: Settings) -> Run:
     spec = DeploymentSpec.of_model(wanted.model, wanted.models)
-    return runner.measure(wanted, spec, runner.check(wanted, spec), Console(quiet=True))
+    return measure(wanted, spec, check(wanted, spec), Console(quiet=True))
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -353,7 +354,7 @@ def test_what_is_wrong_is_said_in_one_line_before_any_load(
 ) -> None:
     wanted = settings(tiny, **{"rate_rps": 40.0, **changes})
     with pytest.raises(InputError, match=message) as caught:
-        runner.check(wanted, DeploymentSpec.of_model("tiny", wanted.models))
+        check(wanted, DeploymentSpec.of_model("tiny", wanted.models))
     assert "\n" not in str(caught.value)
 
 
@@ -363,45 +364,12 @@ def test_one_array_is_no_file_of_inputs(tmp_path: Path) -> None:
         read_inputs(tmp_path / "x.npy")
 
 
-REPLACED = """
-import json, sys
-from pathlib import Path
-from types import SimpleNamespace
-from locust.runners import MasterRunner, WorkerNode, WorkerNodes
-from loadtests.coordinator import Coordinator
-from loadtests.results import Settings
-
-class Master(MasterRunner):
-    def __init__(self):
-        self.clients, self.told = WorkerNodes(), []
-        for name in ("a", "b", "d"):
-            self.clients[name] = WorkerNode(name)
-
-    def send_message(self, msg_type, data=None, client_id=None):
-        self.told.append((msg_type, client_id, data["rank"], data["workers"]))
-
-more = {"models": "", "target": "onnxruntime", "url": "", "inputs": ""}
-wanted = Settings(model="m", protocol="grpc", rate_rps=10.0, duration_s=1.0, workers=3, **more)
-master = Master()
-coordinator = Coordinator(SimpleNamespace(runner=master), [wanted], Path(sys.argv[1]))
-for name in ("a", "b", "c", "d"):  # c was lost before the start, and d came for it
-    coordinator.take_prepared(name)
-coordinator.start()
-print(json.dumps(master.told))
-"""  # in a process of its own: Locust changes the one that it is imported in
-
-
-def test_a_worker_that_took_anothers_place_sends_that_ones_share(tmp_path: Path) -> None:
-    said = subprocess.run([sys.executable, "-c", REPLACED, tmp_path], check=True, capture_output=True, text=True).stdout
-    assert json.loads(said) == [["begin", "a", 0, 3], ["begin", "b", 1, 3], ["begin", "d", 2, 3]]
-
-
 def test_inputs_of_another_model_are_refused(tiny: tuple[EmbeddedServer, Path], tmp_path: Path) -> None:
     wanted = settings(tiny, rate_rps=40.0, inputs=str(tmp_path / "other.npz"))
     spec = DeploymentSpec.of_model("tiny", wanted.models)
     np.savez(tmp_path / "other.npz", **{"00000/z": np.ones((1, 4), np.float32)})  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"holds z, deploy\.toml has x"):
-        runner.check(wanted, spec)
+        check(wanted, spec)
     np.savez(tmp_path / "other.npz", **{"00000/x": np.ones((1, 4), np.float64)})  # type: ignore[arg-type]
     with pytest.raises(InputError, match="float64"):
-        runner.check(wanted, spec)
+        check(wanted, spec)

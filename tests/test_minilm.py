@@ -21,14 +21,7 @@ from models.minilm import data, model
 from models.minilm.data import SPEC
 from models.minilm.encoder import SentenceEncoder, renamed
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Short texts lose more to waiting for a second thread than it does for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")

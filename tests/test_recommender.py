@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,9 @@ from models.recommender import data, model, recipe
 from models.recommender.data import HISTORY, TOP, Interactions
 from models.recommender.model import NextItem, Recommender, transformer_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ITEMS = 90
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small lose more to waiting for a second thread than it does for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def log_lines(users: int = 40, length: int = 14) -> list[str]:
@@ -271,7 +264,7 @@ def test_finetune_brings_a_pruned_one_back(shop: Shop, monkeypatch: pytest.Monke
     assert ndcg() > 0.97 * trained
 
 
-def test_loading_what_was_never_trained_says_what_to_run(shop: Shop, tmp_path: Path) -> None:
+def test_loading_what_was_never_trained_says_what_to_run(shop: Shop) -> None:
     with pytest.raises(InputError, match=r"no such file; train it: python -m models\.recommender\.model"):
         model.load()
     model.weights_path().parent.mkdir(parents=True)

@@ -15,7 +15,6 @@ import pytest
 
 from deepseek.spec import SloSpec
 from loadtests.capacity import Capacity
-from loadtests.charts import Scale
 from loadtests.report import page, write_report
 from loadtests.report.curves import failures_over_time, latency_over_time, step_s, steps
 from loadtests.report.mix_page import Part, mix_page
@@ -404,17 +403,3 @@ def test_the_file_lies_in_the_runs_folder_and_may_be_drawn_again(tmp_path: Path)
     run = saved_run(tmp_path, steady())
     assert write_report(run, SLO) == write_report(run, SLO) == tmp_path / "report.html"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run.json", "seconds.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("scale", "ticks"),
-    [
-        (Scale(0, 103), [0, 50, 100]),
-        (Scale(-4, 20), [0, 5, 10, 15, 20]),
-        (Scale(0.9, 11000, log=True), [1, 10, 100, 1000, 10000]),
-        (Scale(4, 60, log=True), [5, 10, 20, 50]),
-    ],
-    ids=["linear", "from below zero", "four decades", "one decade"],
-)
-def test_axes_have_round_figures(scale: Scale, ticks: list[float]) -> None:
-    assert scale.ticks(5) == ticks

@@ -24,7 +24,8 @@ from deepseek_client import InferenceClient
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec
-from loadtests import run as runner
+from loadtests.check import check
+from loadtests.measure import measure
 from loadtests.results import Run, Settings
 from tests.bench.setting import Bench, log, on, perf_analyzer_program
 from tests.fake_endpoint import FakeEndpoint
@@ -152,7 +153,7 @@ def _measured(
     fixed |= {"protocol": protocol, "url": url, "inputs": str(inputs), "warmup_s": 0.0, "duration_s": 5.0}
     wanted = Settings(**fixed | load)
     with on(cores or sorted(os.sched_getaffinity(0))):
-        return runner.measure(wanted, spec, runner.check(wanted, spec), Console(quiet=True))
+        return measure(wanted, spec, check(wanted, spec), Console(quiet=True))
 
 
 def _given(bench: Bench) -> tuple[Path, DeploymentSpec]:

@@ -19,8 +19,9 @@ from typing import Any
 import grpc
 import numpy as np
 
-from tests.bench.failure.mutations import HTTP, Mutation, valid_http
+from tests.bench.failure.mutations import Mutation
 from tests.bench.failure.mutations_grpc import GRPC, valid_grpc
+from tests.bench.failure.mutations_http import HTTP, valid_http
 from tests.bench.failure.setting import WAYS, Model, Row, Service, Setting, Way, first_row
 
 SEED = 1
@@ -57,6 +58,9 @@ class Known:
 
 
 ENDS_IT = "Triton 2.51 ends at JSON whose sizes are too large for the memory; the gateway refuses it"
+COUNTS_ROWS = (
+    "Triton counts rows in 32 bits and does not compare a count of 0 with those of other inputs; the data decide"
+)
 ENDS_IT_BY = ("sizes whose product overflows", "a size that cannot be", "nested far too deep")
 KNOWN: tuple[Known, ...] = (
     Known(
@@ -93,7 +97,13 @@ KNOWN: tuple[Known, ...] = (
         ways=("grpc", "grpc by gateway"),
         status="OK",
         mutations=("a size of nothing", "a size that cannot be"),
-        reason="Triton counts rows in 32 bits and does not compare a count of 0 with those of other inputs; the data decide",
+        reason=COUNTS_ROWS,
+    ),
+    Known(
+        ways=("http",),
+        status="200",
+        mutations=("a size of nothing",),
+        reason=COUNTS_ROWS,
     ),
 )
 
