@@ -23,6 +23,10 @@ POOL = 4  # rows to choose from for each one that is used
 _GOLDEN = 0.618033988749895  # multiples of it, modulo 1, fall evenly: a spread order without a random seed
 
 
+class NotFinite(InputError):
+    """A sample holds NaN or Inf, which a model may take, and which has no range."""
+
+
 class Calibration(CalibrationDataReader):
     """Batches of real inputs, as ONNX Runtime's calibrators read them."""
 
@@ -146,7 +150,7 @@ def _check(spec: DeploymentSpec, row: Row, where: str) -> None:
             if not least <= size <= most:
                 raise InputError(f"{where}: input {name!r}: shape {list(seen.shape)}; {dim!r} takes {least} to {most}")
         if seen.dtype.kind == "f" and not np.isfinite(seen).all():
-            raise InputError(f"{where}: input {name!r}: holds NaN or Inf; ranges cannot be found with it")
+            raise NotFinite(f"{where}: input {name!r}: holds NaN or Inf; ranges cannot be found with it")
 
 
 def _said(tensor: object) -> str:

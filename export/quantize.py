@@ -63,7 +63,7 @@ from export.artifact import (
     write_manifest,
 )
 from export.cache import alone_with, fetch, key_of, store
-from export.calibration import Calibration, calibration_of
+from export.calibration import Calibration, NotFinite, calibration_of
 from export.curve import MOST_GROWTH
 from export.eight_bits import copied, log, to_8_bits
 from export.isolation import in_child
@@ -87,6 +87,11 @@ def prove(config: QuantConfig, found: dict[str, Any]) -> None:
         )
 
 
+def _samples_of(spec: DeploymentSpec) -> Path:
+    """The model's own calibration samples, which `export.to_onnx` wrote."""
+    return build_dir(spec.name) / "calibration.npz"
+
+
 def quantize_model(spec: DeploymentSpec, config: QuantConfig, model_folder: Source | None = None) -> dict[str, Any]:
     """Runs the stage; returns what it made. Without the model's folder there is no sensitivity pass."""
     source = need(onnx_path(spec.name, "fp32"), f"python -m export.to_onnx {flags_for(spec.name)}")
@@ -98,7 +103,12 @@ def quantize_model(spec: DeploymentSpec, config: QuantConfig, model_folder: Sour
     sources = {"weights": read_manifest(source).sources["weights"], "onnx": sha256(source)}
     if config.calibration_data is not None:
         data = Path(config.calibration_data)
-        calibration = calibration_of(spec, data, config.num_samples, evaluation)
+        try:
+            calibration = calibration_of(spec, data, config.num_samples, evaluation)
+        except NotFinite as error:
+            if data != _samples_of(spec):
+                raise
+            raise GateFailed(f"samples('calibration'): {str(error).removeprefix(f'{data}: ')}") from error
         sources["calibration"] = sha256(data)
     check_source(source, config)
     key = key_of(
@@ -265,9 +275,7 @@ def main() -> None:
         raise InputError(f"--weight-only: seen with --precision {args.precision}; it makes int8 weights: leave it out")
     spec = DeploymentSpec.of_model(args.model, args.models)
     precision = spec.precision
-    data = args.calibration_data or need(
-        build_dir(spec.name) / "calibration.npz", f"python -m export.to_onnx {flags_for(spec.name)}"
-    )
+    data = args.calibration_data or need(_samples_of(spec), f"python -m export.to_onnx {flags_for(spec.name)}")
     weight_only = args.precision == "int8" and (args.weight_only or precision.weight_only)
     config = QuantConfig.of_precision(
         args.precision,

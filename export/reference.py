@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from deepseek.spec import BATCH, Axis, DeploymentSpec, GateFailed, InputError
+from deepseek.spec import BATCH, Axis, DeploymentSpec, GateFailed, InputError, build_dir
 from export.artifact import Row, human_bytes, join
+from export.runners import module_runner, outputs_of
 from export.source import Predict, folder_of, in_order, user_code
 
 # Of the largest magnitude of an output: both sides compute in fp32, a float16 output rounds to 11 bits.
@@ -46,12 +47,17 @@ def _traced_size(axis: Axis) -> int:
 
 
 def checked_sizes(spec: DeploymentSpec) -> list[dict[str, int]]:
-    """Smallest, largest and one between, as far as there are such besides the traced sizes; else those alone."""
+    """Smallest, largest and one between, as far as there are such besides the traced sizes; else those alone.
+
+    Between, no two axes have the same size where there is room for it: else one may be taken for the other.
+    """
     traced = traced_sizes(spec)
-    between = {}
+    between: dict[str, int] = {}
     for name, axis in spec.axes.items():
         middle = (axis.min + axis.max) // 2
-        between[name] = middle if middle != traced[name] else min(middle + 1, axis.max)
+        sizes = [*range(middle, min(middle + len(spec.axes) + 2, axis.max + 1)), *range(middle - 1, axis.min - 1, -1)]
+        free = (size for size in sizes if size != traced[name] and size not in between.values())
+        between[name] = next(free, middle)
     corners = [{name: getattr(axis, end) for name, axis in spec.axes.items()} for end in ("min", "max")]
     found = [sizes for sizes in [*corners, between] if sizes != traced]
     return [sizes for place, sizes in enumerate(found) if sizes not in found[:place]] or [traced]
@@ -154,6 +160,22 @@ def run_torch(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> Row:
                 f"deploy.toml says {tensor.dtype} {list(tensor.shape)}, here {list(expected)}"
             )
     return outputs
+
+
+def check_samples(spec: DeploymentSpec, model: torch.nn.Module, rows: dict[str, list[Row]]) -> None:
+    """Runs every sample, since a later stage will: InputError names one that forward does not take."""
+    predict = module_runner(spec, model)
+    for split, found in rows.items():
+        try:
+            outputs_of(spec, predict, found)
+        except InputError:
+            for place, row in enumerate(found):
+                try:
+                    outputs_of(spec, predict, [row])
+                except InputError as error:
+                    kept = build_dir(spec.name) / f"{split}.npz"
+                    raise InputError(f"{error} (row {place} of samples({split!r}) as {kept} has them)") from error
+            raise
 
 
 @contextlib.contextmanager
@@ -328,6 +350,9 @@ def weights_digest(model: torch.nn.Module) -> str:
     """sha256 over names, types and values of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):  # a module's extra state
+            digest.update(f"{name} {tensor!r}".encode())
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -18,7 +18,7 @@ import onnxruntime
 from deepseek.onnxruntime_session import ProviderError, open_session
 from deepseek.spec import Axis, DeploymentSpec, GateFailed, InputError, Precision, Target, variables_for
 from export.artifact import Row, batches, engine_path, filled, join, need, onnx_path, read_manifest
-from export.source import Predict, Source
+from export.source import Predict, Source, folder_of, user_code
 
 # Optimizers of ONNX Runtime 1.32.0 that a graph with values of a type has to do without.
 _FAULTY = {
@@ -47,7 +47,7 @@ def module_runner(spec: DeploymentSpec, model: Any) -> Predict:
     import torch  # first here: only this runner needs it
 
     def predict(inputs: Row) -> Row:
-        with torch.inference_mode():
+        with user_code(folder_of(spec), "forward(...) on samples"), torch.inference_mode():
             values = model(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in spec.inputs))
         values = values if isinstance(values, tuple | list) else [values]
         return {name: value.numpy() for name, value in zip(spec.outputs, values, strict=True)}

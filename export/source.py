@@ -144,7 +144,8 @@ class Source:
             for row in range(size):
                 if count == limit:
                     return
-                yield {name: np.ascontiguousarray(sample[name][row : row + 1]) for name in self.spec.inputs}
+                # Copies: a generator may fill the same array again for the next one.
+                yield {name: np.array(sample[name][row : row + 1], order="C") for name in self.spec.inputs}
                 count += 1
         if count == 0:
             raise InputError(

@@ -30,6 +30,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch._decomp import decompositions
 
 from deepseek.spec import (
     DeploymentSpec,
@@ -66,6 +67,7 @@ from export.reference import (
     check_memory,
     check_repeatable,
     check_rows_independent,
+    check_samples,
     checked_at,
     inputs_at,
     sizes_text,
@@ -93,7 +95,7 @@ def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) 
         for tensor in spec.inputs.values()
     )
     try:
-        with _quiet():
+        with _quiet(), _gru_by_its_shape():
             program = torch.onnx.export(
                 model,
                 tuple(torch.from_numpy(example[name]) for name in spec.inputs),
@@ -134,6 +136,29 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def _gru_by_its_shape() -> Iterator[None]:
+    """Lets the exporter learn the sizes of what a GRU gives without running it step by step.
+
+    torch 2.13 unrolls it for that, over a length that is not known, and gives up where the length is computed (after a
+    strided convolution, say). The graph has ONNX's own GRU either way, and is held against PyTorch like any other.
+    """
+    unrolled = decompositions._rnn_helper
+
+    def sizes_alone(inputs: Any, hidden: Any, *settings: Any) -> Any:
+        _, _, _, _, _, bidirectional, _, layer = settings
+        if getattr(layer, "keywords", {}).get("hidden_fn") is not decompositions.gru_cell:
+            return unrolled(inputs, hidden, *settings)
+        width = hidden[0].shape[-1] * (2 if bidirectional else 1)
+        return inputs.new_empty((*inputs.shape[:2], width)), list(hidden)
+
+    decompositions._rnn_helper = sizes_alone
+    try:
+        yield
+    finally:
+        decompositions._rnn_helper = unrolled
 
 
 def _why_not_exported(error: BaseException, folder: Path) -> str:
@@ -217,7 +242,7 @@ def export_model(source: Source) -> dict[str, Any]:
     with scratch_in(path.parent) as scratch, alone_with(key):
         graph = scratch / path.name
         if not fetch_checked(key, scratch, lambda: _check(spec, model, rows["evaluation"], graph)):
-            _export(spec, model, rows["evaluation"], graph)
+            _export(spec, model, rows, graph)
             store(key, scratch)
         publish(scratch, path)
     manifest = read_manifest(path)
@@ -246,12 +271,15 @@ def _rows(source: Source) -> dict[str, list[Row]]:
     return {"calibration": calibration, "evaluation": evaluation}
 
 
-def _export(spec: DeploymentSpec, model: torch.nn.Module, evaluation: list[Row], path: Path) -> None:
+def _export(spec: DeploymentSpec, model: torch.nn.Module, rows: dict[str, list[Row]], path: Path) -> None:
     """Writes the graph to `path`, checked against PyTorch, and its manifest beside it."""
     clock = Clock()
+    evaluation = rows["evaluation"]
     example = inputs_at(spec, evaluation, traced_sizes(spec))
     check_repeatable(spec, model, example)
     check_rows_independent(spec, model, example)
+    with log.status("running PyTorch over all samples"):
+        check_samples(spec, model, rows)
     with log.status("exporting with the dynamo exporter"):
         graph = onnx_from_torch(spec, model, example)
         save_graph(graph, path)

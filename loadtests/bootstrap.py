@@ -35,11 +35,11 @@ class Draws:
     new: np.ndarray
 
     @classmethod
-    def of(cls, base: int, new: int, seed: int = 0) -> Draws:
-        """For so many runs a side: equally many are pairs and are drawn together, else each side by itself."""
+    def of(cls, base: int, new: int, seed: int = 0, *, paired: bool = True) -> Draws:
+        """For so many runs a side: pairs, of which there are equally many, are drawn together, else each by itself."""
         generator = np.random.default_rng(seed)
         first = _draws(base, generator)
-        return cls(first, first if base == new else _draws(new, generator))
+        return cls(first, first if paired else _draws(new, generator))
 
 
 def _draws(runs: int, generator: np.random.Generator) -> np.ndarray:

@@ -65,7 +65,7 @@ class Contender:
 
     def throughput_rps(self, users: int, duration_s: float) -> float:
         """Answers/s in a closed loop."""
-        settings = replace(self.trials.settings, users=users, rate_rps=None, duration_s=duration_s)
+        settings = replace(self.trials.settings, users=users, rate_rps=None, duration_s=float(math.ceil(duration_s)))
         run = measure(settings, self.trials.spec, self.trials.served, self.trials.console)
         run = keep(run, self.trials.folder)
         self.machine.update(run.machine)

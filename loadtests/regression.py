@@ -84,7 +84,8 @@ class Comparison:
     rate_rps: float
     ladder_rps: tuple[float, ...]
     runs: tuple[int, int]
-    """Valid ones, of base and of new; equally many are pairs."""
+    """Valid ones, of base and of new."""
+    paired: bool
     dropped: tuple[str, ...]
     """Why runs were left out."""
     confidence: float
@@ -126,10 +127,11 @@ def compare(
     With `capacity` runs without a ladder of rates leave that in doubt; without, they are about latencies alone.
     """
     rate, ladder = _rates([*base, *new], slo)
+    paired = len(base) == len(new)  # as they were made: what is left of unequal many may be equally many
     base, new, dropped = _valid(base, new, rate, slo)
-    draws = Draws.of(len(base), len(new))
+    draws = Draws.of(len(base), len(new), paired=paired)
     sides = [Stretches.of([step(run, rate).window for run in runs]) for runs in (base, new)]
-    each = 1 - (1 - confidence) / (3 if ladder else 2)
+    each = 1 - (1 - confidence) / (3 if ladder or capacity else 2)
     judge = _Judge(pairs=min(len(base), len(new)), confidence=each)
     rows = []
     for percent, threshold in ((50, thresholds.p50), (99, thresholds.p99)):
@@ -146,6 +148,7 @@ def compare(
         rate_rps=rate,
         ladder_rps=ladder,
         runs=(len(base), len(new)),
+        paired=paired,
         dropped=tuple(dropped),
         confidence=confidence,
         rows=tuple(rows),
@@ -227,8 +230,9 @@ class _Judge:
         if not 0 < change.ratio < math.inf or not 0 < change.low <= change.high < math.inf:
             return "the interval has no end"
         distance = abs(math.log(allowed / change.ratio))
-        half = math.log(change.high / change.low) / 2
-        pairs = math.ceil(self.pairs * (half / distance) ** 2) if distance else math.inf
+        end = change.high if allowed > change.ratio else change.low  # the one that lies beyond the threshold
+        pairs = math.ceil(self.pairs * (math.log(end / change.ratio) / distance) ** 2) if distance else math.inf
+        pairs = max(pairs, self.pairs + 1)
         if pairs <= MOST_PAIRS:
             return f"about {pairs} pairs would tell"
         if distance < CLOSE:
@@ -312,10 +316,11 @@ def _latency(side: Stretches, draws: np.ndarray, line: Objective) -> np.ndarray:
 def method(comparison: Comparison) -> str:
     """How it was judged, in a sentence or two."""
     base, new = comparison.runs
-    unit = f"{base} pairs of runs" if base == new else f"{base} and {new} runs, not paired"
+    unit = f"{base} pairs of runs" if comparison.paired else f"{base} and {new} runs, not paired"
+    drawn = "pairs" if comparison.paired else "runs"
     each = 1 - (1 - comparison.confidence) / len(comparison.rows)
     return (
         f"{unit}; percentiles of the added-up HDR histograms of intended latency, failures slower than any; expanded "
-        f"percentile bootstrap over whole {'pairs' if base == new else 'runs'}, {RESAMPLES} draws, {each:.1%} each, so "
+        f"percentile bootstrap over whole {drawn}, {RESAMPLES} draws, {each:.1%} each, so "
         f"that all {len(comparison.rows)} hold together at {comparison.confidence:.0%}."
     )

@@ -95,6 +95,11 @@ class Settings:
         return self.rate_rps is not None or self.shape is not None
 
     @property
+    def rates_rps(self) -> list[float]:
+        """The rates of an open loop that are held for a while, ascending."""
+        return sorted({each.rate_rps for each in self.segments if each.end_rps in (None, each.rate_rps)})
+
+    @property
     def segments(self) -> tuple[Segment, ...]:
         """The rates of an open loop, one after the other; none of a closed one."""
         if self.shape is not None:
@@ -303,7 +308,7 @@ class Run:
     @property
     def rates_rps(self) -> list[float]:
         """The rates that were held for a while."""
-        return sorted({each.rate_rps for each in self.settings.segments if each.end_rps in (None, each.rate_rps)})
+        return self.settings.rates_rps
 
     @property
     def judged(self) -> Latency:

@@ -98,6 +98,8 @@ class Search:
     attempt: Attempt
     clock: Callable[[], float] = time.monotonic
     trials: list[Trial] = field(default_factory=list)
+    _counted: list[Trial] = field(default_factory=list)
+    """Those that were not repeated."""
     _low: float | None = None
     _high: Trial | None = None
 
@@ -158,11 +160,14 @@ class Search:
             level += 1 if steps[-1] else -1
         if not any(steps):
             return self._found(None, confirmed=False)
+        held = max(each.rate_rps for each in self._counted if each.phase == "confirm" and each.outcome == "holds")
+        if len(turns) < 2:  # the knee is farther up than the walk came
+            return self._found(held, confirmed=False, limited_by=TRIALS)
         # The middle is between a rate that holds and one that does not: half a step lower is what holds.
-        best = self._at(sum(turns) / len(turns) - 0.5) if len(turns) > 1 else self._at(level - 1)
+        best = self._at(sum(turns) / len(turns) - 0.5)
         if best >= self._stop:
-            best = max(each.rate_rps for each in self.trials if each.outcome == "holds")
-        above = [each for each in self.trials if each.outcome != "holds" and each.rate_rps > best]
+            best = max(each.rate_rps for each in self._counted if each.outcome == "holds")
+        above = [each for each in self._counted if each.outcome != "holds" and each.rate_rps > best]
         if above:  # the lowest is what limits; a failure rather than a trial of the same rate that proved nothing
             self._high = min(above, key=lambda each: (each.rate_rps, each.outcome != "fails"))
         return self._found(best, confirmed=True)
@@ -178,9 +183,10 @@ class Search:
         duration_s = math.ceil(max(least_s, self.plan.needed_s(rate_rps)))
         trial = self._trial(rate_rps, phase, duration_s)
         counts = trial.outcome == "holds" or trial.overloaded or (trial.outcome == "fails" and phase == "confirm")
-        if counts:
-            return trial
-        return self._trial(rate_rps, phase, duration_s * (2 if trial.outcome == "inconclusive" else 1))
+        if not counts:
+            trial = self._trial(rate_rps, phase, duration_s * (2 if trial.outcome == "inconclusive" else 1))
+        self._counted.append(trial)
+        return trial
 
     def _try(self, rate_rps: float, phase: Phase) -> None:
         """Moves a bound of the search."""
@@ -208,7 +214,7 @@ class Search:
         return max(held, default=None)
 
     def _found(self, capacity_rps: float | None, *, confirmed: bool, limited_by: str = "") -> Found:
-        failing = [trial.rate_rps for trial in self.trials if trial.outcome == "fails"]
+        failing = [trial.rate_rps for trial in self._counted if trial.outcome == "fails"]
         above = [rate for rate in failing if capacity_rps is None or rate > capacity_rps]
         return Found(
             capacity_rps=capacity_rps,

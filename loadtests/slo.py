@@ -137,9 +137,14 @@ def samples_needed(percent: float) -> int:
 
 def too_short(settings: Settings, slo: SloSpec) -> Iterator[str]:
     """What a run will be too short for, known before it starts."""
-    segments = settings.segments
+    own = _own_rate(settings, slo)
     for line in slo.all_objectives():
-        meant = [each for each in segments if line.rate_rps in (None, each.rate_rps)]
+        rate = line.rate_rps or own
+        meant = [
+            each
+            for each in settings.segments
+            if rate is None or (each.rate_rps == rate and each.end_rps in (None, each.rate_rps))
+        ]
         planned = sum(each.arrivals for each in meant)
         if line.percent is not None and 0 < planned < (needed := samples_needed(line.percent)):
             seconds = math.ceil(needed / planned * sum(each.duration_s for each in meant))
@@ -208,10 +213,7 @@ def judge(run: Run, slo: SloSpec, *, alone: bool = True) -> Judgement:
 
 
 def _judged(run: Run, slo: SloSpec) -> Iterator[Judged]:
-    segments, held = run.settings.segments, run.rates_rps
-    # Of rates that change the SLO's own is the one that a line without a rate is about; a ramp passes over any.
-    stepwise = len(held) > 1 and all(each.end_rps in (None, each.rate_rps) for each in segments)
-    own = slo.rate_rps if stepwise or (len(segments) > 1 and slo.rate_rps in held) else None
+    own = _own_rate(run.settings, slo)
     for line in slo.all_objectives():
         if line.kind == "quality":
             yield _judged_quality(run, line)
@@ -220,6 +222,16 @@ def _judged(run: Run, slo: SloSpec) -> Iterator[Judged]:
         stretch = run.window if rate is None else run.at_rate(rate)
         judged = _unmeasured(run, replace(line, rate_rps=rate)) if stretch is None else _judged_load(run, stretch, line)
         yield judged if rate is None else replace(judged, name=f"{line.name} @ {rate:g} rps")
+
+
+def _own_rate(settings: Settings, slo: SloSpec) -> float | None:
+    """Of rates that change the SLO's own, which a line without a rate is about; None where that is the whole run.
+
+    A ramp passes over any rate.
+    """
+    segments, held = settings.segments, settings.rates_rps
+    stepwise = len(held) > 1 and all(each.end_rps in (None, each.rate_rps) for each in segments)
+    return slo.rate_rps if stepwise or (len(segments) > 1 and slo.rate_rps in held) else None
 
 
 def _verdict(line: Objective, seen: float, note: str = "", conclusive: bool = True, **changes: Any) -> Judged:

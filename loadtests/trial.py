@@ -98,8 +98,11 @@ def slo_at(slo: SloSpec, rate_rps: float, duration_s: float) -> SloSpec:
         line = Objective.parse(text)
         if line.kind in ("ms", "error_rate") and (line.rate_rps is None or rate_rps <= line.rate_rps):
             lines.append(re.sub(r"\s*@\s*[\d.]+\s*rps\s*$", "", text))
-    at_rate = slo.model_copy(update={"rate_rps": rate_rps, "objectives": tuple(lines)})
-    allowed = min(line.limit for line in at_rate.all_objectives() if line.kind == "error_rate")
+    errors = [line for line in slo.all_objectives() if line.kind == "error_rate"]
+    asked = [line for line in errors if line.rate_rps is None or rate_rps <= line.rate_rps]
+    unbounded = {} if asked else {"max_error_rate": 1.0}  # else the default would come back for lines that are left out
+    at_rate = slo.model_copy(update={"rate_rps": rate_rps, "objectives": tuple(lines), **unbounded})
+    allowed = min(line.limit for line in asked or errors)
     under_way_s = max(latency_limits(at_rate).values(), default=UNKNOWN_LATENCY_S * 1000) / 1000
     kept = max(0.01, 1 - allowed - under_way_s / duration_s)
     return at_rate.model_copy(update={"rate_rps": rate_rps * kept})

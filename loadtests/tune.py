@@ -227,6 +227,7 @@ def facts_of(args: argparse.Namespace, place: Place, manifest: PublishedManifest
         "machine": {"node": platform.node(), "cores": len(os.sched_getaffinity(0))},
         "versions": {name: installed[name] for name in names if name in installed},
         "inputs": FileDigest.of(inputs).sha256 if (inputs := Path(place.settings.inputs)).is_file() else None,
+        "space": [args.max_batch, args.delay_us, args.instances, args.threads],
         "measured by": [args.protocol, args.users, args.resolution, place.server],
         "seconds": [args.least_s, args.warmup_s, place.settings.timeout_s],
     }

@@ -58,6 +58,14 @@ def test_objectives_are_asked_of_the_rates_that_they_are_about() -> None:
     assert [seconds_needed(SLO, rate) for rate in (100, 10, 5)] == pytest.approx([2 * 459 / 100, 60, 459 / 5])
 
 
+def test_above_the_rate_of_its_only_line_no_limit_on_errors_is_made_up() -> None:
+    slo = SloSpec(p99_ms=50, objectives=("error_rate < 1% @ 200 rps",))
+    below, above = ({line.name: line.limit for line in slo_at(slo, rate, 10).all_objectives()} for rate in (150, 300))
+    assert (below["error_rate"], "max_error_rate" in below) == (0.01, False)
+    assert above["max_error_rate"] == 1
+    assert above["rate_rps"] / 300 == pytest.approx(below["rate_rps"] / 150)
+
+
 def test_a_trial_is_judged_at_its_own_rate(tmp_path: Path) -> None:
     run = saved_run(tmp_path, steady(0.009, count=600, lag_s=0), rate_rps=60.0)
     assert judge(run, SLO).verdict == "inconclusive"  # 100/s were not offered

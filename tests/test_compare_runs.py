@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, SloSpec
-from loadtests.bootstrap import Draws, Stretches, expanded_tail, means_ms, percentiles, ratio_interval
+from loadtests.bootstrap import Draws, Interval, Stretches, expanded_tail, means_ms, percentiles, ratio_interval
 from loadtests.compare_runs import as_json, markdown
 from loadtests.interleaved import How, pairs_in_time, shape_of
-from loadtests.regression import Thresholds, compare
+from loadtests.regression import Thresholds, _Judge, compare, method
 from loadtests.results import Run, Settings
 from loadtests.sides import Side
 from tests.conftest import run_module
@@ -169,6 +169,21 @@ def test_runs_that_differ_among_themselves_are_not_called_close_to_the_threshold
     base = [saved_run(tmp_path / "a" / f"{n}", noisy(10 * 4 ** (n % 2), n), rate_rps=20.0) for n in range(6)]
     new = [saved_run(tmp_path / "b" / f"{n}", noisy(10 * 4 ** (n // 3), n), rate_rps=20.0) for n in range(6)]
     assert compare(base, new, SLO, Thresholds()).rows[0].note.startswith("more than 200 pairs would tell; runs of")
+
+
+def test_more_pairs_are_advised_than_were_made() -> None:
+    skewed = _Judge(pairs=8, confidence=0.95)
+    assert skewed._advice(Interval(ratio=1.02, low=0.98, high=1.12), 1.10) == "about 13 pairs would tell"
+    assert skewed._advice(Interval(ratio=1.0, low=0.99, high=1.20), 1.15) == "about 14 pairs would tell"
+    assert skewed._advice(Interval(ratio=1.0, low=0.94, high=1.01), 0.95) == "about 12 pairs would tell"
+
+
+def test_what_is_left_of_unequally_many_runs_is_not_paired(tmp_path: Path) -> None:
+    base, new = runs(tmp_path / "a", 10, 0), runs(tmp_path / "b", 10, 50)
+    busy = saved_run(tmp_path / "busy", noisy(90, 1), rate_rps=20.0, thread_cpu=0.99)
+    found = compare(base, [busy, *new], SLO, Thresholds())
+    assert (found.runs, found.paired) == ((8, 8), False)
+    assert method(found).startswith("8 and 8 runs, not paired")
 
 
 def test_a_pair_in_which_the_generator_was_the_limit_is_left_out(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from deepseek.quantization import QuantConfig
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, build_dir
-from export.artifact import load_rows
+from export.artifact import load_rows, save_rows
 from export.calibration import Calibration
 from export.ptq import _forget_dims, qdq_from_onnx
 from export.qdq import found_precision, quantized_layers, share_equal_weights
@@ -191,6 +191,19 @@ def test_a_candidate_that_cannot_be_made_leaves_word_and_the_others_go_on(copied
     assert "int8      could not be made: " in run.stdout
     choice = json.loads((copied / "text" / "choice-onnxruntime.json").read_text())
     assert (choice["variants"].keys(), choice["refused"].keys()) == ({"fp32", "fp16"}, {"int8"})
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_samples_without_a_range_refuse_a_candidate_and_no_build(precision: str, built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built / "build" / "image", tmp_path / "image")
+    path = tmp_path / "image" / "calibration.npz"
+    rows = load_rows(path)
+    rows[0]["pixels"][0, 0, 0, 0] = -np.inf
+    save_rows(path, rows)
+    flags = ("--models", "tests/models", "--model", "image", "--precision", precision, "--candidate")
+    run = run_module("export.quantize", *flags, BUILD=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert "the other precisions go on: samples('calibration'): row 0: input 'pixels': holds NaN or Inf" in run.stdout
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp8"])

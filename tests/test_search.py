@@ -143,6 +143,28 @@ def test_what_a_longer_run_refutes_is_stepped_down_from() -> None:
     assert found.confirmed
 
 
+def test_what_a_repetition_refuted_limits_nothing() -> None:
+    def attempt(rate_rps: float, phase: Phase, duration_s: float, seed: int) -> Trial:
+        outcome: Outcome = (
+            "invalid" if seed == 0 else "holds" if rate_rps < (115 if phase == "bisect" else 103) else "fails"
+        )
+        return trial(rate_rps, outcome, phase, duration_s=duration_s)
+
+    found = Search(Plan(start_rps=100, duration_s=10), attempt).run()
+    assert (found.confirmed, found.limited_by) == (True, "p99_ms")
+    assert found.first_failing_rps is not None
+    assert found.first_failing_rps > 103
+
+
+@pytest.mark.parametrize(("knee_rps", "held_rps"), [(1e9, 198), (195, 189)], ids=["never", "with its last step"])
+def test_a_walk_that_hardly_turned_confirms_nothing(knee_rps: float, held_rps: float) -> None:
+    def outcome(rate_rps: float, phase: Phase) -> Outcome:  # something else had the machine during the bisection
+        return "holds" if rate_rps < (knee_rps if phase == "confirm" else 108) else "fails"
+
+    found = Search(Plan(start_rps=100, duration_s=10), server_of(outcome)).run()
+    assert (found.capacity_rps, found.confirmed, found.limited_by) == (held_rps, False, "trials")
+
+
 def test_above_a_limit_of_the_generator_the_answer_is_at_least() -> None:
     found = Search(PLAN, server_of(lambda rate, _: "holds" if rate < 95 else "invalid")).run()
     assert found.capacity_rps is not None

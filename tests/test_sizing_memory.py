@@ -25,9 +25,8 @@ from deepseek.sizing.memory import FILL
 from deepseek.spec import InputError
 from deepseek.transformer import Transformer
 from tests.bench.training_memory import peak_of_a_step
-from tests.test_training import one_thread
 
-__all__ = ["one_thread"]  # a fixture, for every test here too
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY: dict[str, Any] = {
     "num_layers": 3,

@@ -118,6 +118,15 @@ def test_a_short_run_is_announced_before_it_starts() -> None:
     assert list(too_short(settings, SLO)) == ["200 requests cannot prove p99_ms, 459 can: run for 23 s or more"]
 
 
+def test_of_several_rates_only_what_a_line_is_judged_at_counts_towards_it() -> None:
+    slo = SloSpec(rate_rps=10, p99_ms=50, objectives=("p50_ms < 10 @ 200 rps",))
+    steps = Settings(**FIXED, shape="10x30, 200x30", duration_s=60)
+    assert list(too_short(steps, slo)) == ["300 requests cannot prove p99_ms, 459 can: run for 46 s or more"]
+    bound = SloSpec(rate_rps=10, objectives=("p99_ms < 50 @ 200 rps",))
+    ramp = Settings(**FIXED, shape="200-300x60, 200x1, 10x60", duration_s=121)
+    assert list(too_short(ramp, bound)) == ["200 requests cannot prove p99_ms, 459 can: run for 3 s or more"]
+
+
 @pytest.mark.parametrize(
     ("changes", "lag_s", "problem"),
     [

@@ -81,6 +81,17 @@ def test_samples_of_another_kind_are_one_line(tmp_path: Path, code: str, message
         list(tiny(tmp_path, code=code).rows("evaluation", 4))
 
 
+def test_samples_may_fill_one_array_again_and_again(tmp_path: Path) -> None:
+    code = """
+def samples(split):
+    x = np.zeros((1, 8), np.float32)
+    for each in range(4):
+        x[:] = each
+        yield {'x': x}
+"""
+    assert [row["x"][0, 0] for row in list(tiny(tmp_path, code=code).rows("evaluation", 9))] == [0, 1, 2, 3]
+
+
 def test_an_evaluate_that_fails_is_one_line_but_a_failure_of_ours_is_not_hidden(tmp_path: Path) -> None:
     code = "\ndef evaluate(predict):\n    return {'score': predict({})['wrong name']}\n"
     source = tiny(tmp_path, code=code)

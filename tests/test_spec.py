@@ -40,6 +40,8 @@ MISTAKES = {
     "no name": ('name = "recommender"', "", "name: missing", ""),
     "a rate without end": ("rate_rps = 100", "rate_rps = inf", "slo.rate_rps: seen inf", "finite"),
     "a queue past int32": ("max_queue_size = 512", "max_queue_size = 3000000000", "batching.max_queue_size: seen 3000000000", "2147483647"),
+    "a delay past the time-out": ("max_queue_delay_us = 1000", "max_queue_delay_us = 200000", "batching.max_queue_delay_us: seen 200000", "(queue_timeout_ms) is refused"),
+    "no Python name": ("axes.batch", 'axes."x²"', "axes.x²: seen 'x²'", "a name as Python has them"),
     "a blank in an axis": ('["batch", 50]', '["batch", "a b"]', "axes are batch: add [axes.a b]", ""),
     "a slash in a tensor": ("inputs.item_ids", 'inputs."item/ids"', "inputs.item/ids: seen 'item/ids'", "no blank or slash"),
     "true for a size": ('["batch", 50]', '["batch", true]', "inputs.item_ids.shape: seen ['batch', True]", "sizes from 1 on"),
@@ -216,6 +218,13 @@ def test_a_file_where_a_folder_should_be_is_one_line_and_exit_2(tmp_path: Path) 
         run.stderr
         == f"error: {tmp_path / 'file' / 'gateway'}: Not a directory; name another place (BUILD=, REPOSITORY=, CACHE=)\n"
     )
+
+
+def test_a_file_in_place_of_the_folder_itself_is_one_line_and_exit_2(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    flags = ("--models", "tests/models", "--model", "image", "--repository", str(tmp_path / "file"))
+    run = subprocess.run([sys.executable, "-m", "export.to_triton", *flags], capture_output=True, text=True)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
 
 
 TUNED = '[targets.onnxruntime]\nmeasured = "here"\n[targets.onnxruntime.batching]\nmax_batch = 8\nthreads = 1\n'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ def test_it_is_checked_at_the_corners_and_between_never_where_it_was_traced() ->
     assert sizes[:2] == [{"batch": 1, "length": 1}, {"batch": 8, "length": 64}]
     assert len(sizes) == 3
     assert traced_sizes(spec) not in sizes
+
+
+def test_axes_of_equal_ends_are_told_apart_between_them() -> None:
+    data = DeploymentSpec.load("tests/models/text").model_dump(mode="json")
+    data["axes"]["length"] = data["axes"]["batch"]
+    between = checked_sizes(DeploymentSpec.model_validate_json(json.dumps(data)))[2]
+    assert between["batch"] != between["length"]
 
 
 @pytest.mark.parametrize(
@@ -275,6 +283,29 @@ def test_a_sample_is_not_cut_to_fewer_than_its_own_values_point_to(tmp_path: Pat
     assert [check["sizes"]["length"] for check in export_model(source)["checks"]] == [2, 20, 11]
 
 
+def test_a_sample_that_forward_does_not_take_is_named(tmp_path: Path) -> None:
+    code = """
+class Picky(Tiny):
+    def forward(self, x):
+        if not torch.compiler.is_exporting() and bool((x > 90).any()):
+            raise IndexError("index out of range")
+        return self.line(x)
+
+def load():
+    return Picky()
+
+def samples(split):
+    for each in range(40):
+        yield {"x": np.full((1, 8), 99 if each == 17 and split == "calibration" else each % 7, np.float32) + len(split) / 64}
+"""
+    says = r"model.py:25: forward\(.*IndexError.* \(row (\d+) of samples\('calibration'\) as (\S+) has them\)"
+    with pytest.raises(InputError, match=says) as caught:
+        export_model(tiny(tmp_path, code=code))
+    found = re.search(says, str(caught.value))
+    assert found is not None
+    assert load_rows(Path(found[2]))[int(found[1])]["x"].max() > 90
+
+
 def test_where_all_would_be_cut_it_is_said_what_to_do(tmp_path: Path) -> None:
     source = tiny(tmp_path, toml=LENGTHS, code=LAST_OF.format(lengths="(20, 9, 15)"))
     with pytest.raises(InputError, match=r"\[4, 8\].*index 19 is out of bounds .* or clamp it in forward"):
@@ -355,3 +386,28 @@ def test_nan_counts_as_an_infinite_error_unless_pytorch_gives_it_too() -> None:
     assert error_of(broken, clean) == float("inf")
     assert error_of(clean, broken) == float("inf")
     assert error_of(broken, broken) == 0
+
+
+RECURRENT = """
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv1d(1, 6, 8, stride=4)
+        self.gru = torch.nn.GRU(6, 4, num_layers=2, batch_first=True, bidirectional=True)
+
+    def forward(self, x):
+        y, last = self.gru(self.stem(x.unsqueeze(1)).transpose(1, 2))
+        return y.mean(1) + last[:1, :, 0].transpose(0, 1)
+
+def samples(split):
+    random = np.random.default_rng(len(split))
+    for size in (16, 40, 90):
+        yield {"x": random.standard_normal((1, size)).astype(np.float32)}
+"""
+
+
+def test_a_gru_over_a_length_that_is_computed_keeps_it_dynamic(tmp_path: Path) -> None:
+    toml = TOML.replace('["batch", 8]', '["batch", "samples"]', 1) + "[axes.samples]\nmin = 16\nopt = 40\nmax = 90\n"
+    made = export_model(tiny(tmp_path, toml=toml, code=RECURRENT))
+    assert [check["sizes"]["samples"] for check in made["checks"]] == [16, 90, 53]
+    assert [node.op_type for node in onnx.load(made["path"]).graph.node].count("GRU") == 2

@@ -20,9 +20,9 @@ from deepseek.training import train_model
 from deepseek.training.batch_size import fitting_batch
 from deepseek.training.memory import besides_bytes, limit_bytes
 from deepseek.transformer import Transformer
-from tests.test_training import cross_entropy, network, one_thread, points, settings
+from tests.test_training import cross_entropy, network, points, settings
 
-__all__ = ["one_thread"]  # a fixture, for every test here too
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 

@@ -18,9 +18,9 @@ from deepseek.spec import InputError
 from deepseek.training import TrainingDiverged, train_model
 from deepseek.training.meter import MOST, WINDOW, LossWatch, Meter
 from deepseek.training.report import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, chart, draw
-from tests.test_training import cross_entropy, network, one_thread, points, settings
+from tests.test_training import cross_entropy, network, points, settings
 
-__all__ = ["one_thread"]  # a fixture, for every test here too
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def one_step(meter: Meter, step: int, **changes: float) -> None:

@@ -45,6 +45,17 @@ def matching(pattern: str, allowed: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def identifier(allowed: str) -> AfterValidator:
+    """Of a text: it is a name as Python has them."""
+
+    def check(value: str) -> str:
+        if not value.isidentifier():
+            raise ValueError(f"seen {value!r}; allowed: {allowed}")
+        return value
+
+    return AfterValidator(check)
+
+
 def _allowed_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """Keys that the table at `loc` may have."""
     node: Any = model

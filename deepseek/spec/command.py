@@ -20,7 +20,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 PLACE_ERRORS = {
     **dict.fromkeys(_DISK, f"make room, or name another disk {_PLACES}"),
     **dict.fromkeys((errno.EACCES, errno.EPERM), f"make it yours, or name another place {_PLACES}"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG), f"name another place {_PLACES}"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG), f"name another place {_PLACES}"),
 }
 
 

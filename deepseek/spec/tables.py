@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from deepseek.spec.checks import Table, at, matching
+from deepseek.spec.checks import Table, at, identifier, matching
 
 Precision = Literal["fp32", "fp16", "int8", "fp8"]
 Target = Literal["onnxruntime", "tensorrt", "tensorrt_rtx", "torchscript"]
@@ -28,7 +28,7 @@ TRITON_DTYPES: Mapping[str, str] = {
 BATCH = "batch"  # the axis that Triton batches over: first in every tensor
 # Labels, warm-up files and rows of an .npz are named after tensors; torch.export makes a Python name of an axis.
 TensorName = Annotated[str, matching(r"\w[\w.:-]*", "letters, digits and _ . : -, no blank or slash")]
-AxisName = Annotated[str, matching(r"[^\W\d]\w*", "a name as Python has them: letters, digits and _")]
+AxisName = Annotated[str, identifier("a name as Python has them: letters, digits and _")]
 INT32 = 2**31 - 1  # what Triton's configuration holds of a count
 MOST_COPIES = 1024  # of a model, or of its threads: beyond it lies a slip of the finger, not a machine
 
@@ -124,6 +124,16 @@ class BatchingSpec(Table):
     """ONNX Runtime threads of one instance; absent: the cores divided by the instances."""
     max_batch: int | None = Field(None, ge=1)
     """Rows that Triton puts into one batch, and takes in one request; absent: the batch axis' max."""
+
+    @model_validator(mode="after")
+    def _served_in_time(self) -> BatchingSpec:
+        if self.max_queue_delay_us >= self.queue_timeout_ms * 1000:
+            raise at(
+                "batching.max_queue_delay_us",
+                f"seen {self.max_queue_delay_us}, but what waits {self.queue_timeout_ms} ms (queue_timeout_ms) is "
+                "refused: a request alone would always be; less is needed",
+            )
+        return self
 
 
 class TensorrtSpec(Table):
