@@ -104,8 +104,8 @@ def prune_model(
     batches to measure importance on. Equal arguments give equal results. Raises InputError where forward
     cannot be traced, or nothing can be pruned; the module is then as it was.
     """
-    module.eval()
     state = state_of(module.modules())
+    module.eval()
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # tracing follows gradients

@@ -60,7 +60,10 @@ def give(path: Path) -> None:
 
 
 def ensure_certificate(folder: Path, hosts: list[str]) -> bool:
-    """Makes what is missing, or ends within a month, or lacks one of `hosts`; whether anything was made."""
+    """Makes what is missing, or ends within a month, or lacks one of `hosts`; whether anything was made.
+
+    A certificate that is made anew keeps the names that it had.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     give(folder)
     for own in (folder / "tls.crt", folder / "tls.key"):
@@ -69,10 +72,12 @@ def ensure_certificate(folder: Path, hosts: list[str]) -> bool:
     if (folder / "tls.crt").is_file() and _still_good(folder, hosts):
         return False
     authority, key = _authority(folder)
-    names = dict.fromkeys(["localhost", SERVICE, "127.0.0.1", "::1", socket.gethostname(), *hosts])
+    kept = _names(_read(folder / "tls.crt")[0]) if (folder / "tls.crt").is_file() else ()
+    asked = ["localhost", SERVICE, "127.0.0.1", "::1", socket.gethostname(), *hosts]
+    names = dict.fromkeys([*map(_name, asked), *kept])
     leaf_key = ec.generate_private_key(ec.SECP256R1())
     builder = _builder("deepseek-deploy gateway", authority.subject, leaf_key, VALID_DAYS)
-    builder = builder.add_extension(x509.SubjectAlternativeName([_name(name) for name in names]), critical=False)
+    builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
     builder = builder.add_extension(
@@ -118,8 +123,12 @@ def _still_good(folder: Path, hosts: list[str]) -> bool:
     if flaw:
         return False
     left = leaf.not_valid_after_utc - datetime.now(UTC)
-    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return left > timedelta(days=RENEW_DAYS) and all(_name(host) in names for host in hosts)
+    return left > timedelta(days=RENEW_DAYS) and all(_name(host) in _names(leaf) for host in hosts)
+
+
+def _names(leaf: x509.Certificate) -> x509.SubjectAlternativeName:
+    """What a certificate of ours is for."""
+    return leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
 
 
 def _flaw_of_key(path: Path, certificate: x509.Certificate, name: str = "tls.crt") -> str:

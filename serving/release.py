@@ -385,6 +385,8 @@ def main() -> None:
         )
     if args.rate and args.rate < (spec.slo.rate_rps or 0):
         raise InputError(f"--rate {args.rate:g}: rate_rps = {spec.slo.rate_rps:g} of the SLO is not told from fewer")
+    if Path(args.repository).exists() and not Path(args.repository).is_dir():
+        raise InputError(f"{args.repository}: not a folder; name the model repository that is served (REPOSITORY=)")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: servers and load end, too
     with alone(args.model) as releases:
         model = Path(args.repository) / args.model

@@ -165,18 +165,19 @@ def _findings(model: Path, version: int) -> list[str]:
 
 
 def take_out(model: Path, number: int, *, back_to: int, archive: Path) -> None:
-    """Has `back_to` be the newest version again and moves `number` out.
+    """Has `back_to` be the newest version again: moves `number` out, and what lies between and cannot be served.
 
-    The configuration first: cut off between the two, a second call ends what the first began.
+    The configuration first and the newest last: cut off between, a second call ends what the first began.
     """
     with alone_in(model.parent):
         draft = model / f".scratch-{CONFIG}"
         with _whole(draft):
             _copy(model / str(back_to) / CONFIG, draft)
         os.replace(draft, model / CONFIG)
-        _move(model / str(number), archive / str(number))
-        for file in sorted((model / WARMUP).glob(f"{number}-*")):
-            _move(file, archive / WARMUP / file.name)
+        for version in sorted(each for each in versions_of(model) if back_to < each <= number):
+            _move(model / str(version), archive / str(version))
+            for file in sorted((model / WARMUP).glob(f"{version}-*")):
+                _move(file, archive / WARMUP / file.name)
 
 
 def _move(source: Path, destination: Path) -> None:

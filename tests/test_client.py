@@ -256,6 +256,8 @@ def test_a_server_that_comes_back_is_found_within_seconds(connect: Connect, prot
         pytest.param("502 Bad Gateway", "<html>", ConnectionLost, 1, id="502"),
         pytest.param("503 Service Unavailable", "<html>", ServerBusy, 3, id="503"),
         pytest.param("200 OK", "<html>", ServerError, 1, id="not Triton"),
+        pytest.param("200 OK", '{"status": "ok"}', ServerError, 2, id="not Triton, JSON"),
+        pytest.param("200 OK", "[]", ServerError, 2, id="not Triton, a list"),
     ],
 )
 def test_a_status_is_one_error_and_only_refusals_are_retried(

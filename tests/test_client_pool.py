@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 from deepseek_client import AsyncInferenceClient, ConnectionLost, DeadlineExceeded, InferenceClient
+from deepseek_client.http_connections import BlockingConnection
 from deepseek_client.http_pool import MOST_OPENING
+from deepseek_client.runtimes import run
+from deepseek_client.transports import Deadline
 
 from serving.embedded import EmbeddedServer
 from tests.failing_servers import Relay, answering, make_certificate, only_once, prepared
@@ -117,3 +121,26 @@ def test_where_a_reused_connection_is_closed_a_call_that_may_run_twice_goes_over
                 assert client.send(request) == {}
         asyncio.run(main(url))
     assert len(seen) == 2 * (3 + idempotent)  # one on each connection
+
+
+def test_who_reads_over_a_tls_connection_that_is_stopped_reads_no_ciphertext(tmp_path: Path) -> None:
+    ca_cert, context = make_certificate(tmp_path)
+    ours, theirs = socket.socketpair()
+    sent = bytes(100_000)
+
+    def serve() -> None:
+        with context.wrap_socket(theirs, server_side=True) as served:
+            served.sendall(sent)
+
+    with ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(serve)
+        trusting = ssl.create_default_context(cafile=ca_cert)
+        connection = BlockingConnection(trusting.wrap_socket(ours, server_hostname="localhost"))
+        received = bytearray(run(connection.receive(len(sent), Deadline(20))))
+        serving.result(20)
+    connection.stop()
+    with contextlib.suppress(OSError):
+        while piece := run(connection.receive(len(sent), Deadline(20))):
+            received += piece
+    connection.close()
+    assert not any(received)

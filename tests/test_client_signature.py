@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,13 @@ from deepseek_client import (
     InferenceClient,
     InvalidInput,
     ModelMetadata,
+    ModelNotReady,
+    ServerError,
     TensorSpec,
 )
 from deepseek_client.inputs import filled, read_inputs
-from deepseek_client.transports import to_bytes, to_numpy
+from deepseek_client.settings import check_headers
+from deepseek_client.transports import error_of_status, to_bytes, to_numpy
 
 MODEL = ModelMetadata(
     name="m",
@@ -69,6 +74,8 @@ def test_a_server_that_hides_its_configuration_decides_by_itself_on_batches_and_
     [
         pytest.param(np.array([["Amélie", "日本"]]), id="text"),
         pytest.param(np.array([[b"\xff\x00a", b""]], object), id="bytes"),
+        pytest.param(np.array([[np.bytes_(b"caf\xc3\xa9"), np.str_("é")]], object), id="numpy's own"),
+        pytest.param(np.array([[b"ab", b"c"]]), id="bytes of one size"),
         pytest.param(np.empty((0, 2), object), id="none"),
     ],
 )
@@ -76,6 +83,33 @@ def test_strings_survive_the_wire(array: np.ndarray) -> None:
     spec = TensorSpec(name="text", datatype="BYTES", shape=(-1, 2))
     back = to_numpy("BYTES", array.shape, to_bytes(spec, array))
     assert back.tolist() == [[v.encode() if isinstance(v, str) else v for v in row] for row in array.tolist()]
+
+
+class Color(str, enum.Enum):  # noqa: UP042 - whose str() is its name
+    RED = "red"
+
+
+def test_of_a_text_that_is_more_than_one_the_text_is_sent_and_half_a_character_is_refused() -> None:
+    spec = TensorSpec(name="text", datatype="BYTES", shape=(-1,))
+    assert to_bytes(spec, np.array([Color.RED], object)) == b"\x03\x00\x00\x00red"
+    with pytest.raises(InvalidInput, match=r"input 'text' holds .* no UTF-8"):
+        to_bytes(spec, np.array(["\ud800"], object))
+
+
+@pytest.mark.parametrize("outputs", ["y", np.array(["y"]), [["y"]], 3], ids=["text", "array", "list", "number"])
+def test_outputs_are_a_list_of_names(outputs: Any) -> None:
+    with pytest.raises(InvalidInput, match="pass a list of names"):
+        MODEL.check({"ids": IDS}, outputs)
+
+
+def test_a_name_of_a_header_is_a_text() -> None:
+    with pytest.raises(InvalidInput, match="headers: 1 is no name"):
+        check_headers({1: "a"})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(("status", "kind"), [(500, ServerError), (404, ModelNotReady), (503, ModelNotReady)])
+def test_a_models_own_failure_over_another_one_may_have_run(status: int, kind: type) -> None:
+    assert type(error_of_status(status, "Failed: Model 'inner' is not ready.")) is kind
 
 
 def test_rows_of_an_evaluation_file_are_picked_one_by_one(tmp_path: Path) -> None:

@@ -100,10 +100,13 @@ def test_a_certificate_about_to_end_is_renewed_by_the_same_authority(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(certificate, "VALID_DAYS", 29)
-    ensure_certificate(tmp_path, [])
+    ensure_certificate(tmp_path, ["api.example.com", "192.0.2.7"])
     authority = (tmp_path / "ca.crt").read_bytes()
     monkeypatch.undo()
     assert ensure_certificate(tmp_path, [])
+    assert not ensure_certificate(tmp_path, ["api.example.com", "192.0.2.7"])  # it has kept its names
+    assert ensure_certificate(tmp_path, ["b.example.com"])
+    assert not ensure_certificate(tmp_path, ["api.example.com", "b.example.com"])
     assert leaf(tmp_path).not_valid_after_utc - datetime.now(UTC) > timedelta(days=390)
     assert (tmp_path / "ca.crt").read_bytes() == authority
 

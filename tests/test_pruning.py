@@ -243,6 +243,7 @@ def test_a_model_that_cannot_be_pruned_is_one_line_and_stays_as_it_was(model: nn
         prune_model(model, (torch.randn(4, 8),), PruneConfig(ratio=0.1))
     assert weights_digest(model) == weights_digest(before)
     assert repr(model) == repr(before)
+    assert model.training
 
 
 def test_frozen_weights_stay_frozen() -> None:

@@ -156,11 +156,29 @@ def test_a_recurrent_layer_is_counted_by_its_gates(tmp_path: Path) -> None:
     weights = {"w": (1, 16, 3), "r": (1, 16, 4), "b": (1, 32)}
     model = OnnxModel(graph(tmp_path / "lstm.onnx", [node], weights, ["steps", 2, 3]))
     assert flops(model.ops(5, 1)) == 2 * 5 * 2 * 16 * (3 + 4)
+    last = onnx.helper.make_node("LSTM", ["x", "w", "r", "b"], ["", "y"], hidden_size=4)
+    model = OnnxModel(graph(tmp_path / "last.onnx", [last], weights, ["steps", 2, 3]))
+    assert flops(model.ops(5, 1)) == 2 * 5 * 2 * 16 * (3 + 4)
 
 
 def test_what_computes_and_is_not_counted_is_named(tmp_path: Path) -> None:
     node = onnx.helper.make_node("Einsum", ["x", "x"], ["y"], equation="bi,bj->bij")
     assert OnnxModel(graph(tmp_path / "e.onnx", [node], {}, ["batch", 3])).uncounted == ["Einsum"]
+
+    foreign = onnx.helper.make_node("FusedMatMul", ["x", "x"], ["y"], domain="com.microsoft")
+    assert OnnxModel(graph(tmp_path / "f.onnx", [foreign], {}, ["batch", 3])).uncounted == ["FusedMatMul"]
+
+
+def test_a_function_of_the_graphs_own_is_counted_by_what_is_in_it(tmp_path: Path) -> None:
+    dense = onnx.helper.make_node("Dense", ["x", "w"], ["y"], domain="own")
+    path = graph(tmp_path / "d.onnx", [dense], {"w": (8, 16)}, ["batch", 8])
+    model, product = onnx.load(path), onnx.helper.make_node("MatMul", ["a", "b"], ["c"])
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("own", 1)]
+    model.functions.append(onnx.helper.make_function("own", "Dense", ["a", "b"], ["c"], [product], opsets[:1]))
+    del model.opset_import[:]
+    model.opset_import.extend(opsets)
+    onnx.save(model, path)
+    assert flops(OnnxModel(path).ops(4, 1)) == 2 * 4 * 8 * 16
 
 
 def test_an_exported_graph_counts_what_its_module_does_and_int8_the_same(built: Path) -> None:

@@ -239,3 +239,39 @@ def test_gradient_checkpointing_needs_a_model_that_has_the_switch() -> None:
 def test_an_empty_dataset_is_one_line() -> None:
     with pytest.raises(InputError, match="validation_data: a dataset with a length of at least 1"):
         train_model(network(), points(), points(rows=0), cross_entropy, settings())
+
+
+class Named(Dataset):
+    """Items of a name and numbers, that differ from epoch to epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        x = torch.full((2,), float(index + self.epoch))
+        return {"id": f"row {index}", "x": x, "y": x.sum()[None]}
+
+
+def test_a_batch_may_begin_with_text_and_the_same_data_goes_on_after_a_stop(tmp_path: Path) -> None:
+    calls = 0
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 11:  # in the second epoch
+            raise KeyboardInterrupt
+        return nn.functional.mse_loss(model(batch["x"]), batch["y"])
+
+    data, validation = Named(), Named()
+    config = TrainingConfig(batch_size=4, max_epochs=3, checkpoint_every_s=0, seed=0)
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        train_model(nn.Linear(2, 1), data, validation, loss, config, checkpoints=tmp_path / "stopped")
+    torch.manual_seed(0)
+    again = train_model(nn.Linear(2, 1), data, validation, loss, config, checkpoints=tmp_path / "stopped")
+    assert again.resumed_at_step

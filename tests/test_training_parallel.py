@@ -155,9 +155,11 @@ def test_a_decoder_is_the_chain_of_its_layers() -> None:
         ([1, 1, 1, 1], 2, [0, 2, 4]),
         ([9, 1, 1, 1], 2, [0, 1, 4]),
         ([1, 1, 1, 9], 2, [0, 3, 4]),
-        ([5, 0, 0], 3, [0, 1, 2, 3]),
+        ([5, 1, 1], 3, [0, 1, 2, 3]),
+        ([9, 0, 1, 0, 1], 3, [0, 2, 4, 5]),
+        ([0, 9, 0, 0, 1], 2, [0, 2, 5]),
     ],
-    ids=["even", "heavy-first", "heavy-last", "one-each"],
+    ids=["even", "heavy-first", "heavy-last", "one-each", "without-parameters", "first-without"],
 )
 def test_layers_are_cut_so_that_parts_weigh_alike(sizes: list[int], parts: int, cuts: list[int]) -> None:
     assert cut(sizes, parts) == cuts
@@ -166,6 +168,8 @@ def test_layers_are_cut_so_that_parts_weigh_alike(sizes: list[int], parts: int, 
 def test_more_processes_than_layers_are_refused() -> None:
     with pytest.raises(InputError, match="2 layers do not go round 3 processes"):
         cut([1, 1], 3)
+    with pytest.raises(InputError, match="2 layers with parameters do not go round 3 processes"):
+        cut([1, 0, 1, 0], 3)
 
 
 def test_what_goes_into_a_pipeline_is_what_the_loss_gives_the_model() -> None:

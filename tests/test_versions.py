@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.spec import FileDigest, GateFailed, InputError, PublishedManifest
-from deepseek.spec.repository import CONFIG
+from deepseek.spec.repository import CONFIG, versions_of
 from serving.doctor import examine
 from serving.machine import Machine
 from serving.releases import Journal, alone, rolled_back
@@ -86,6 +86,11 @@ def test_going_back_passes_over_what_is_damaged_and_needs_something_intact(candi
         put_live(stage(candidate / "text", number=number, folder=tmp_path / "new"), number, live)
     damage(live / "2" / "model.onnx")
     assert earlier(live) == 1
+    shutil.copytree(live, tmp_path / "back")
+    take_out(tmp_path / "back", 3, back_to=1, archive=tmp_path / "withdrawn")
+    assert versions_of(tmp_path / "back") == [1]
+    assert sorted(path.name for path in (tmp_path / "withdrawn").iterdir()) == ["2", "3", "warmup"]
+    assert not list((tmp_path / "back" / "warmup").glob("2-*"))
     damage(live / "1" / "model.onnx")
     with pytest.raises(GateFailed, match=r"no version before 3 to go back to; text/2: model.onnx is damaged"):
         earlier(live)

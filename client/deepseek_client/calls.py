@@ -290,7 +290,7 @@ class Calls:
             return None
         if self._replicas.another(tried):
             return 0.0 if deadline.left_s() > 0 else None  # of which nothing bad is known
-        pause_s = random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt))
+        pause_s = random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(attempt, 10)))
         if isinstance(error, ServerBusy) and error.retry_after_s is not None:
             pause_s += error.retry_after_s
         return pause_s if pause_s < deadline.left_s() else None

@@ -52,6 +52,7 @@ class BlockingConnection:
         """Connects; raises OSError."""
         connection = connected(host, port, deadline)
         try:
+            connection.settimeout(deadline.socket_timeout_s())  # of the handshake: what connecting has left
             return cls(tls.wrap_socket(connection, server_hostname=host) if tls else connection)
         except BaseException:
             connection.close()
@@ -82,7 +83,8 @@ class BlockingConnection:
     def stop(self) -> None:
         """See Connection."""
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+            # Not SSLSocket's own: whoever is reading would go on without TLS, and take ciphertext for the answer.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """See Connection."""

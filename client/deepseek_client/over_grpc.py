@@ -262,7 +262,8 @@ def _error(url: str, error: Any, deadline: Deadline) -> InferenceError:
     """The error for a gRPC status, from Triton, a gateway before it, or gRPC itself."""
     code = error.code()
     reason = one_line(error.details() or code.name)
-    if means_not_ready(reason):
+    of_a_model = code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)  # its own failure, perhaps of another one
+    if not of_a_model and means_not_ready(reason):
         return ModelNotReady(f"{url}: {reason}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return deadline.exceeded(url)

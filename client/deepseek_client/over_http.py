@@ -86,7 +86,10 @@ class HttpTransport:
         signature, config = await self._get_json(path, deadline), None
         with contextlib.suppress(AccessDenied, ModelNotFound):  # a gateway may not show it
             config = await self._get_json(f"{path}/config", deadline)
-        return metadata_from_json(signature, config)
+        try:
+            return metadata_from_json(signature, config)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ServerError(f"{self._url}{path}: not a model's metadata ({error!r}); is this Triton?") from None
 
     def encode(self, request: PreparedRequest) -> tuple[bytes, ...]:
         """See Transport. The parts: path, JSON header up to the value of its time-out, tensors."""
@@ -193,6 +196,8 @@ class HttpTransport:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 await connection.send(*parts, deadline=deadline)
             answer = await read_answer(lambda wanted: connection.receive(wanted, deadline))
+            if cancel is not None and cancel.cancelled:  # the connection was stopped under it
+                raise ConnectionResetError("another attempt was answered first")
         finally:  # on Ctrl-C and a gevent time-out, too: half an answer may be on its way
             if cancel is not None:
                 cancel.stopped_by(None)

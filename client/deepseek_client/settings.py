@@ -131,7 +131,8 @@ def check_headers(headers: Mapping[str, str]) -> None:
         raise InvalidInput(f"headers is of type {type(headers).__name__}; pass a dict of texts by name")
     for name, value in headers.items():
         if (
-            not re.fullmatch(r"[A-Za-z0-9_.-]+", name)
+            not isinstance(name, str)
+            or not re.fullmatch(r"[A-Za-z0-9_.-]+", name)
             or name.lower().startswith("grpc-")
             or name.lower().endswith("-bin")
         ):

@@ -65,8 +65,10 @@ class ModelMetadata:
         """The arrays in the order of `self.inputs`, None for an optional one left out. Raises InvalidInput."""
         if not isinstance(inputs, Mapping):
             raise InvalidInput(f"inputs is a {type(inputs).__name__}; pass a dict of numpy arrays by input name")
-        if isinstance(outputs, str) or not isinstance(outputs, Collection | None):
+        if isinstance(outputs, str | np.ndarray) or not isinstance(outputs, Collection | None):
             raise InvalidInput(f"outputs={outputs!r}; pass a list of names: [{outputs!r}]")
+        if not all(isinstance(name, str) for name in outputs or ()):
+            raise InvalidInput(f"outputs={outputs!r}; pass a list of names, each a text")
         self._check_names("input", inputs, self.inputs)
         self._check_names("output", outputs or (), self.outputs)
         arrays = [inputs.get(spec.name) for spec in self.inputs]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor, triton_to_np_dtype
+from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 
 from deepseek_client.errors import (
     AccessDenied,
@@ -171,9 +171,14 @@ def to_bytes(spec: TensorSpec, array: np.ndarray) -> bytes:
     """The array as it goes over the wire, row-major."""
     if spec.datatype != "BYTES":
         return array.tobytes()
-    if array.dtype.kind == "U":
-        array = array.astype(object)  # what tritonclient encodes
-    return serialize_byte_tensor(array).item() if array.size else b""
+    pieces: list[bytes] = []
+    for value in array.flat:  # tritonclient's encoder sends the repr of a subclass of bytes or str
+        try:
+            data = value if isinstance(value, bytes) else str.encode(value)
+        except UnicodeEncodeError as error:
+            raise InvalidInput(f"input {spec.name!r} holds {value!r}, which is no UTF-8: {error.reason}") from None
+        pieces += (len(data).to_bytes(4, "little"), data)
+    return b"".join(pieces)
 
 
 def to_numpy(datatype: str, shape: Sequence[int], data: bytes) -> np.ndarray:
@@ -226,7 +231,7 @@ def means_not_ready(reason: str) -> bool:
 
 def error_of_status(status: int, reason: str, wait_s: float | None = None) -> InferenceError:
     """The error for an HTTP status from Triton, or from a gateway before it."""
-    if means_not_ready(reason):
+    if status != 500 and means_not_ready(reason):  # 500 is a model's own failure, which may say so of another one
         return ModelNotReady(reason)
     if status in (429, 503):
         return ServerBusy(reason if wait_s is None else f"{reason}; it asks to wait {wait_s:g} s", wait_s)

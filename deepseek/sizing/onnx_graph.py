@@ -35,6 +35,10 @@ FREE = {
     "DequantizeLinear",
 }  # fmt: skip
 CARRIERS = {"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Reshape", "Identity"}  # a weight behind them
+# Of other domains than ONNX's own, which otherwise may compute anything.
+ELEMENTWISE_ELSEWHERE = {
+    "Gelu", "FastGelu", "BiasGelu", "QuickGelu", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
+}  # fmt: skip
 # They compute, and how much is not known here.
 UNCOUNTED = {"Einsum", "Attention", "MultiHeadAttention", "GroupQueryAttention", "DeformConv", "If", "Loop", "Scan"}
 WEIGHT_TYPES = {1, 2, 3, 10, 11, 16, 17, 18, 19, 20, 21, 22}  # TensorProto: floats, and 4 and 8 bits
@@ -46,6 +50,7 @@ class OnnxModel:
     def __init__(self, path: str | Path, *, axes: Mapping[str, int] | None = None) -> None:
         try:
             import onnx
+            import onnx.inliner
         except ImportError:
             raise InputError("an ONNX file needs the package onnx; install it with: pip install onnx") from None
         self.path, self.axes, self._onnx = Path(path), dict(axes or {}), onnx
@@ -57,6 +62,8 @@ class OnnxModel:
             raise InputError(f"{path}: not an ONNX file ({type(error).__name__})") from None
         if not self.proto.graph.node:
             raise InputError(f"{path}: not an ONNX graph: it has no node")
+        if self.proto.functions:
+            self.proto = onnx.inliner.inline_local_functions(self.proto)
         self._check_axes()
         self.counted = lru_cache(maxsize=64)(self._counted)  # of this file alone
 
@@ -118,8 +125,10 @@ class OnnxModel:
 
     @property
     def uncounted(self) -> list[str]:
-        """Operators of the graph that compute and are counted as nothing."""
-        return sorted({node.op_type for node in self.proto.graph.node} & UNCOUNTED)
+        """Operators of the graph that compute, or may, and are counted as nothing."""
+        known = PRODUCTS | RECURRENT.keys() | MEMORY | FREE | CARRIERS | ELEMENTWISE_ELSEWHERE
+        foreign = {node.op_type for node in self.proto.graph.node if node.domain not in ("", "ai.onnx")} - known
+        return sorted({node.op_type for node in self.proto.graph.node} & UNCOUNTED | foreign)
 
     def ops(self, batch: int, length: int) -> list[Op]:
         return self.counted(batch, length)[0]
@@ -195,7 +204,7 @@ class OnnxModel:
         weights = [weight for weight in behind.values() if weight is not None and len(self._weights[weight]) > 1]
         if not values:
             return None  # of weights alone: computed once, when the engine is built
-        out = shapes.get(node.output[0])
+        out = shapes.get(node.output[0]) or self._of_last_state(node, shapes)
         if out is None:
             raise InputError(
                 f"{self.path}: the output of {node.op_type} {node.name or node.output[0]!r} has no known shape; give "
@@ -208,6 +217,14 @@ class OnnxModel:
         if not weights and len(out) > 2:  # queries by keys, scores by values
             return Op(kind="attention", flops=2.0 * outputs * depth, outputs=outputs, moved=float(moved))
         return Op(kind="product", flops=2.0 * outputs * depth, outputs=outputs, moved=float(moved), weights=size)
+
+    def _of_last_state(self, node: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+        """What a recurrent node that gives its last state alone computes on the way: that state at each step."""
+        state = next((shapes[name] for name in node.output[1:] if name in shapes), None)
+        if node.op_type not in RECURRENT or state is None or (steps := shapes.get(node.input[0])) is None:
+            return None
+        batch_first = any(each.name == "layout" and each.i for each in node.attribute)
+        return (steps[1 if batch_first else 0], *state)
 
     def _depth(self, node: Any, shapes: dict[str, tuple[int, ...]], weights: list[str]) -> float:
         """Multiplications an output element."""

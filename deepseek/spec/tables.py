@@ -112,7 +112,8 @@ class BatchingSpec(Table):
     """Dynamic batching and what happens when it cannot keep up; the queue is never unbounded."""
 
     max_queue_delay_us: int = Field(0, ge=0, le=INT32)
-    """How long a batch waits to fill; 0 still batches what queued up while the model was busy."""
+    """How long a batch waits to fill, less than `queue_timeout_ms`; 0 still batches what queued up while the model was
+    busy."""
     max_queue_size: int = Field(512, ge=1, le=INT32)
     """Requests that may wait; one more is refused at once (503, UNAVAILABLE)."""
     queue_timeout_ms: int = Field(200, ge=1, le=INT32)

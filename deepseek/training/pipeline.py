@@ -11,6 +11,7 @@ goes in, the last calls it with what came out. It has to be a mean over rows. Sc
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import find_batch_size, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.utils._pytree import tree_map_only
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from deepseek.config import TrainingConfig
 from deepseek.spec import InputError
-from deepseek.training.ways import LossFunction, Weights, keep_in_shards
+from deepseek.training.ways import LossFunction, Weights, keep_in_shards, rows_of
 from deepseek.transformer import Block, Transformer
 
 HEADER = 8  # integers before a tensor: how many dimensions it has, and these
@@ -78,12 +79,12 @@ class Pipeline:
         elif self.rank < self.ranks - 1:
             self.schedule.step(return_outputs=False)
         else:
-            rows = torch.arange(find_batch_size(self.batch) or 1, device=self.accelerator.device)
+            rows = torch.arange(rows_of(self.batch), device=self.accelerator.device)
             self.schedule.step(target=rows, losses=losses, return_outputs=False)
         return self._from_last(torch.stack(losses).mean() if losses else torch.zeros(()))
 
     def _loss_of_rows(self, output: Tensor, rows: Tensor) -> Tensor:
-        of_batch = find_batch_size(self.batch)
+        of_batch = rows_of(self.batch)
         batch = tree_map_only(Tensor, lambda each: each[rows] if each.shape[:1] == (of_batch,) else each, self.batch)
         with self.accelerator.autocast():
             return self.loss(_Answer(output), batch)
@@ -121,7 +122,7 @@ class Pipeline:
                 else:
                     with self.accelerator.autocast():
                         value = self.loss(_Answer(output).eval(), batch)
-                size = find_batch_size(batch) or 1
+                size = rows_of(batch)
                 loss_sum, rows = loss_sum + float(self._from_last(value)) * size, rows + size
         return loss_sum / rows
 
@@ -238,9 +239,21 @@ def part(layers: nn.Sequential, rank: int, ranks: int) -> nn.Sequential:
 
 
 def cut(sizes: Sequence[int], parts: int) -> list[int]:
-    """Where to cut a row of layers so that each part has one, and about as many parameters; with both ends."""
+    """Where to cut a row of layers so that each part has parameters, about as many; with both ends."""
     if len(sizes) < parts:
         raise InputError(f"TrainingConfig: parallel: 'pipeline': {len(sizes)} layers do not go round {parts} processes")
+    found = _cut(sizes, parts)
+    if all(any(sizes[start:end]) for start, end in itertools.pairwise(found)):
+        return found
+    heavy = [place for place, size in enumerate(sizes) if size]
+    if len(heavy) < parts:
+        layers = f"{len(heavy)} layers with parameters"
+        raise InputError(f"TrainingConfig: parallel: 'pipeline': {layers} do not go round {parts} processes")
+    starts = _cut([sizes[place] for place in heavy], parts)[1:-1]
+    return [0, *(heavy[place] for place in starts), len(sizes)]  # layers without any go along with the one before them
+
+
+def _cut(sizes: Sequence[int], parts: int) -> list[int]:
     total, found, before = sum(sizes) or 1, [0], 0
     ends = [before := before + size for size in sizes]
     for number in range(1, parts):

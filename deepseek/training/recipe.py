@@ -13,7 +13,7 @@ import accelerate
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, find_batch_size, gather_object, set_seed
+from accelerate.utils import broadcast, gather_object, set_seed
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -34,7 +34,7 @@ from deepseek.training.switches import (
     make_accelerator,
     running_average,
 )
-from deepseek.training.ways import Data, Sharded, Way, Weights, check_parallel
+from deepseek.training.ways import Data, Sharded, Way, Weights, check_parallel, rows_of
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -164,6 +164,8 @@ class _Run:
     def keep_checkpoints(self, folder: Path, identity: Mapping[str, object]) -> None:
         """From now on; and goes on from the last one, if there is any."""
         shapes = {name: [*weight.shape] for name, weight in self.given.state_dict().items()}
+        if hasattr(self.train_data, "set_epoch"):
+            self.train_data.set_epoch(0)  # an earlier run in this process may have left it elsewhere
         self.checkpoints = Checkpoints(
             folder,
             {
@@ -224,7 +226,7 @@ class _Run:
             with way.accumulating():
                 losses.append(way.backward(batch, min(in_step, in_epoch - position.batch // in_step * in_step)))
                 position.batch += 1
-                rows += find_batch_size(batch) or 1
+                rows += rows_of(batch)
                 if not way.step_is_due:
                     continue
                 self._step(torch.stack(losses).mean(), rows * way.rows_factor)

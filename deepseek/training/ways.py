@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import find_batch_size, send_to_device
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from deepseek.config import TrainingConfig
@@ -31,6 +32,14 @@ from deepseek.spec import InputError
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 Weights = dict[str, Tensor]
+
+
+def rows_of(batch: Any) -> int:
+    """Rows of a batch: the first dimension of its first tensor; 1 where it has none."""
+    try:
+        return find_batch_size(batch) or 1
+    except (TypeError, ValueError, IndexError):  # its first field is none: texts, say
+        return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
 class Way(Protocol):
@@ -142,7 +151,7 @@ class Data:
             done += 1
             if ranks > 1:
                 batch = send_to_device(batch, self.accelerator.device)
-            yield batch, (find_batch_size(batch) or 1) if rank < self.rows else 0
+            yield batch, rows_of(batch) if rank < self.rows else 0
         while done < wanted:
             done += 1
             yield batch, 0

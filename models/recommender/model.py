@@ -216,13 +216,13 @@ def train(seed: int = 0, console: Console | None = None) -> dict[str, Any]:
     """
     started = time.monotonic()
     log = data.load()
+    settings = training_config(seed, log.num_items)
     torch.manual_seed(seed)
     model = Recommender(transformer_config(log.num_items))
     model.log_popularity.copy_(_log_popularity(log))
     inputs, targets = (torch.from_numpy(rows) for rows in log.held_out("validation"))
     last_only = F.pad(targets[:, None], (HISTORY - 1, 0), value=PADDING)  # one target a row, as when serving
     checkpoints = build_dir(SPEC.name) / "checkpoints"  # of a run that was killed; none after one that ended
-    settings = training_config(seed, log.num_items)
     result = train_model(
         NextItem(model),
         Windows(log, seed, MIN_WINDOWS),
