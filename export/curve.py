@@ -44,8 +44,10 @@ class Ranges:
         self._histograms = HistogramCollector("entropy", False, _BINS, _BINS, None, None)
 
     def add(self, values: Mapping[str, np.ndarray]) -> None:
-        """Takes in the activations of a batch."""
+        """Takes in the activations of a batch; GateFailed where one has no range."""
         for name, value in values.items():
+            if not np.isfinite(value).all():
+                raise GateFailed(f"activation {name!r} is NaN or Inf on a calibration sample: it has no range")
             peak = float(np.abs(value).max(initial=0))
             first = self._first.setdefault(name, peak)
             self.peaks[name] = max(self.peaks.get(name, 0.0), peak)

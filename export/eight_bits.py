@@ -20,7 +20,7 @@ import onnx
 from rich.console import Console
 
 from deepseek.quantization import Method, QuantConfig
-from deepseek.spec import DeploymentSpec
+from deepseek.spec import DeploymentSpec, GateFailed
 from export.accuracy import too_small
 from export.artifact import Row, onnx_path, save_graph
 from export.budget import Baseline
@@ -53,7 +53,15 @@ class Trials:
     def predict(self, model: onnx.ModelProto) -> Predict:
         """What runs `model`; external weights are read while it is opened, so that the file may go."""
         save_graph(finished(model, self._config), self._path)  # as it will be served: its kernels count too
-        return onnx_runner(self._spec, self._path, "onnxruntime")
+        run = onnx_runner(self._spec, self._path, "onnxruntime")
+
+        def tried(inputs: Row) -> Row:
+            try:
+                return run(inputs)
+            except Exception as error:  # ONNX Runtime's own, of many kinds
+                raise GateFailed(f"a trial graph does not run: {' '.join(str(error).split())[:300]}") from error
+
+        return tried
 
     def over(self, rows: list[Row]) -> Callable[[onnx.ModelProto], list[Row]]:
         """A function from a graph to its outputs on `rows`."""

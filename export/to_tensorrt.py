@@ -85,6 +85,7 @@ def build_engine(
     trt = tensorrt_module(target)
     key = key_of(
         "to_tensorrt",
+        model=[spec.name, read_manifest(source).sources],  # the manifest has them
         sources={file.name: sha256(file) for file in sorted(source.parent.glob(f"{source.name}*"))},
         settings=[precision, target, trt.__version__, options.model_dump(), axes_of(spec)],
         device=gpu_name() if target == "tensorrt" else None,

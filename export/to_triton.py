@@ -51,6 +51,7 @@ from export.artifact import (
     load_rows,
     need,
     read_manifest,
+    sha256,
     write_manifest,
 )
 from export.runners import optimizers_left_out
@@ -329,9 +330,15 @@ def _retire(model: Path, scratch: Path) -> None:
 
 
 def chosen_precision(name: str, target: Target) -> Precision:
-    """What `export.compare` chose."""
-    path = need(choice_path(name, target), f"python -m export.compare {flags_for(name)} --target {target}")
-    return json.loads(path.read_text())["chosen"]
+    """What `export.compare` chose; InputError where it chose another file than the one that is there now."""
+    again = f"python -m export.compare {flags_for(name)} --target {target}"
+    path = need(choice_path(name, target), again)
+    choice = json.loads(path.read_text())
+    chosen, digests = choice["chosen"], choice.get("sha256", {})
+    engine = engine_path(name, chosen, target)
+    if chosen in digests and engine.is_file() and digests[chosen] != sha256(engine):
+        raise InputError(f"{engine}: not the one that {path} chose; compare anew: {again}")
+    return chosen
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from deepseek.spec import Axis, DeploymentSpec, InputError
+from deepseek.spec import Axis, DeploymentSpec, GateFailed, InputError
 from export.calibration import Calibration, length_of, lengths_of, pool_size, read_rows, stratified
 from export.curve import MOST_GROWTH, Ranges, ranges_by_samples, would_more_help
 from export.quantize import _lengths
@@ -162,6 +162,12 @@ def test_ranges_that_entropy_cannot_count_are_left_to_max(tmp_path: Path) -> Non
     points, growth = ranges_by_samples(tmp_path / "model.onnx", [*steady, {"x": np.full((8, 4), 1e6, np.float32)}])
     assert growth > MOST_GROWTH
     assert points.keys() == {"max"}
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_an_activation_without_a_range_fails_the_gate_of_its_precision(value: float) -> None:
+    with pytest.raises(GateFailed, match="activation 'x' is NaN or Inf on a calibration sample"):
+        Ranges().add({"x": np.array([1.0, value, 2.0], np.float32)})
 
 
 def test_entropy_clips_a_rare_value_and_max_does_not() -> None:

@@ -64,6 +64,14 @@ def test_8_bits_have_to_beat_fp16_on_a_gpu(target: Target, fp16_drop: float, riv
     assert reasons["int8"].startswith("inside, but not faster than fp16 (0.50x)") == (rival == "fp16")
 
 
+def test_8_bits_that_beat_only_a_slow_fp16_are_not_chosen() -> None:
+    variants: dict[str, Any] = {name: {"drop": 0.001} for name in ("fp32", "int8", "fp16")}
+    seconds = {"fp32": [1.0] * 20, "fp16": [1.3] * 20, "int8": [0.98] * 11 + [1.15] * 9}
+    add_speed(variants, seconds, 8, "tensorrt", 0.01)
+    assert choose(variants, ["int8", "fp16"], 0.01)[0] == "fp32"
+    assert (variants["int8"]["rival"], variants["int8"]["faster"]) == ("fp32", False)
+
+
 def test_a_hopeless_candidate_leaves_fp32() -> None:
     variants = {"fp32": variant(0, 1), "int8": variant(math.inf, 2)}
     assert choose(variants, ["int8"], 0.01)[0] == "fp32"

@@ -20,7 +20,8 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, 
 from deepseek.spec import DeploymentSpec, InputError, SloSpec, TensorrtSpec
 from deepseek.spec.folders import alone_in
 from deepseek.spec.repository import KEPT_VERSIONS, versions_of
-from export.to_triton import config_text, model_config, publish_version
+from export.artifact import choice_path, sha256
+from export.to_triton import chosen_precision, config_text, model_config, publish_version
 from serving.doctor import examine
 from serving.embedded import EmbeddedServer
 from serving.machine import Machine
@@ -192,6 +193,21 @@ def test_an_unbuilt_precision_says_how_to_build_it(build: Path, tmp_path: Path) 
     run = run_module("export.to_triton", *flags)
     assert run.returncode == 2
     assert "make engine MODEL=image MODELS=tests/models PRECISION=fp8" in run.stderr
+
+
+def test_what_was_chosen_for_another_file_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path))
+    engine = tmp_path / "m" / "int8" / "model.onnx"
+    engine.parent.mkdir(parents=True)
+    engine.write_bytes(b"compared")
+    choice = {"chosen": "int8", "sha256": {"int8": sha256(engine)}}
+    choice_path("m", "onnxruntime").write_text(json.dumps(choice))
+    assert chosen_precision("m", "onnxruntime") == "int8"
+    engine.write_bytes(b"made since")
+    with pytest.raises(
+        InputError, match=r"int8/model\.onnx: not the one that .* chose; compare anew: python -m export"
+    ):
+        chosen_precision("m", "onnxruntime")
 
 
 @pytest.mark.slow
