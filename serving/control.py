@@ -58,7 +58,7 @@ class ModelControl:
     def instances(self, model: str, version: int) -> int:
         """How many it runs of a version."""
         config = self._ask(f"models/{quote(model)}/versions/{version}/config", None, _ANSWER_S)
-        return sum(group.get("count", 1) for group in config["instance_group"])
+        return sum(group.get("count", 1) for group in config.get("instance_group", ()))
 
     def _ask(self, path: str, body: bytes | None, timeout_s: float) -> Any:
         headers = {ADMIN_HEADER: self._key}

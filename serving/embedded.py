@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator
 
 from deepseek.spec import GateFailed, InputError, Parser, run_command
+from deepseek.spec.children import ends_with_us
 from serving.flags import add_trace_arguments, trace_flags
 from serving.launcher import EmbeddedServer, check_repository
 from serving.triton_log import failure
@@ -61,7 +62,7 @@ def _serve(server: EmbeddedServer, command: list[str]) -> int:
     sys.stdout.flush()
     ports = {"HTTP_PORT": server.http_port, "GRPC_PORT": server.grpc_port, "METRICS_PORT": server.metrics_port}
     told = {name: str(port) for name, port in ports.items()}  # those that 0 picked are not on the command's line
-    child = subprocess.Popen(command, env={**os.environ, **told}) if command else None
+    child = _started(command, {**os.environ, **told}) if command else None
     try:
         while child is None or child.poll() is None:
             if server.failure or server.poll() is not None:
@@ -72,6 +73,13 @@ def _serve(server: EmbeddedServer, command: list[str]) -> int:
         if child is not None and child.poll() is None:
             child.terminate()
             child.wait()
+
+
+def _started(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(command, env=environment, preexec_fn=ends_with_us())
+    except OSError as error:
+        raise InputError(f"{command[0]}: cannot be run while serving: {error.strerror}") from None
 
 
 def main() -> int:
@@ -124,6 +132,7 @@ def main() -> int:
         try:
             return _serve(server, args.command)
         except KeyboardInterrupt:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # make and timeout send it twice; Ctrl-C still forces
             print("stopping", file=sys.stderr)
             return 0 if not args.command else 130
 

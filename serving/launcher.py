@@ -97,8 +97,8 @@ class EmbeddedServer:
         flags: tuple[str, ...] = (),
     ) -> None:
         self.repository = Path(repository)
-        self.address = address
         self._ports = HeldPorts(address, {"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port})
+        self.address = self._ports.address
         self.http_port, self.grpc_port, self.metrics_port = (
             self._ports.numbers[name] for name in ("HTTP", "gRPC", "metrics")
         )

@@ -14,7 +14,7 @@ import tarfile
 from pathlib import Path
 
 from deepseek.spec.folders import beside
-from serving.repository import models_in
+from serving.repository import everything_in, models_in
 
 
 def pack(repository: Path, archive: Path) -> tuple[str, int]:
@@ -27,7 +27,7 @@ def pack(repository: Path, archive: Path) -> tuple[str, int]:
         tarfile.open(fileobj=packed, mode="w", dereference=True) as tar,
     ):
         for folder in models_in(repository):
-            for path in [folder, *(each for each in sorted(folder.rglob("*")) if _is_served(each, folder))]:
+            for path in [folder, *(each for each in everything_in(folder) if _is_served(each, folder))]:
                 member = tar.gettarinfo(path, str(path.relative_to(repository)))
                 size_bytes += member.size
                 _add(tar, member, path)

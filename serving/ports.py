@@ -2,7 +2,7 @@
 
 Contract: each port is bound here, without listening, until `release`. Linux lets a server that sets SO_REUSEADDR, as
 Triton does, listen on it all the same, but gives it neither to whoever asks for any free port nor to an outgoing
-connection.
+connection. Another one of these would get it, too: so each also takes the port's name among the abstract sockets.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ class HeldPorts:
     def __init__(self, address: str, wanted: dict[str, int]) -> None:
         self._held: list[socket.socket] = []
         self.numbers: dict[str, int] = {}
+        self.address = address
+        """As a number."""
         try:
             for name, port in sorted(wanted.items(), key=lambda each: each[1] == 0):  # those that are named first
                 self.numbers[name] = self._hold(address, name, port)
@@ -39,6 +41,10 @@ class HeldPorts:
             if port and port in self.numbers.values():
                 raise OSError(errno.EADDRINUSE, "it is to be another one's, too")
             held.bind((address, port))
+            self.address, number = held.getsockname()
+            name_taken = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._held.append(name_taken)
+            name_taken.bind(f"\0embedded-triton-{self.address}:{number}")
         except (OSError, OverflowError) as error:
             if isinstance(error, socket.gaierror) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
                 raise InputError(
@@ -49,5 +55,4 @@ class HeldPorts:
                 f"{name} port {address}:{port} cannot be used ({error}); "
                 f"choose another, e.g. {name.upper()}_PORT={port + 1000 if 0 < port < 60000 else 9000}"
             ) from None
-        number: int = held.getsockname()[1]
-        return number
+        return int(number)

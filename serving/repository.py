@@ -44,6 +44,14 @@ class Finding:
         return f"{self.where}: {self.what}" + (f"; {self.fix}" if self.fix else "")
 
 
+def everything_in(model: Path) -> Iterator[Path]:
+    """Files and folders below a model's, in order; a version may be a link to a folder."""
+    for each in sorted(model.iterdir()) if model.is_dir() else ():
+        yield each
+        if each.is_dir():
+            yield from sorted(each.rglob("*"))
+
+
 def models_in(repository: Path) -> list[Path]:
     """Folders of the models; raises InputError where the repository has none."""
     found = sorted(path.parent for path in repository.glob(f"*/{CONFIG}"))

@@ -51,10 +51,10 @@ class Stub:
         """Whose a process is, by its command line; None where it is no stub of a model below `models`."""
         try:
             model, version = Path(arguments[1]).relative_to(models).parts[:2]
-            number = re.compile(rf"{re.escape(model)}_\d+_\d+")  # group and number
-            instance = next(each for each in arguments if number.fullmatch(each))
+            number = re.compile(rf"{re.escape(model)}_\d+_\d+")  # group and number, where the group has no name
+            instance = next((each for each in arguments if number.fullmatch(each)), model)
             return cls(model=model, version=int(version), instance=instance)
-        except (IndexError, ValueError, StopIteration):
+        except (IndexError, ValueError):
             return None
 
 

@@ -25,6 +25,7 @@ from serving.repository import (
     check_config,
     check_layout,
     check_version,
+    everything_in,
     made_here,
     models_in,
     not_ours,
@@ -305,7 +306,7 @@ def _settled(model: Path, stamp: Stamp) -> bool:
 
 def _stamp(model: Path) -> Stamp:
     found = []
-    for path in sorted(model.rglob("*")):
+    for path in everything_in(model):
         if "__pycache__" not in path.parts and path.is_file():
             status = path.stat()
             found.append((str(path.relative_to(model)), status.st_ino, status.st_size, status.st_mtime_ns))

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from deepseek_client.__main__ import _write
 from deepseek.spec.folders import scratch_in
 from export.artifact import save_arrays, staged
 from serving.packed import pack
+from serving.view import _stamp
 from tests.conftest import run_module
 
 OWNER = """
@@ -68,3 +70,19 @@ def test_what_fails_while_it_is_written_leaves_the_file_that_was_and_nothing_bes
     with pytest.raises(FileNotFoundError):
         pack(tmp_path / "repository", archive)
     assert [(path.name, path.read_bytes()) for path in archive.parent.iterdir()] == [("models.tar.gz", before)]
+
+
+def test_a_version_that_is_a_link_to_a_folder_is_packed_and_watched_like_any(tmp_path: Path) -> None:
+    model = tmp_path / "repository" / "text"
+    (tmp_path / "stored").mkdir()
+    (tmp_path / "stored" / "model.onnx").write_bytes(b"graph")
+    model.mkdir(parents=True)
+    (model / "config.pbtxt").touch()
+    (model / "1").symlink_to(tmp_path / "stored")
+    pack(tmp_path / "repository", tmp_path / "models.tar.gz")
+    with tarfile.open(tmp_path / "models.tar.gz") as tar:
+        assert tar.getnames() == ["text", "text/1", "text/1/model.onnx", "text/config.pbtxt"]
+    before = _stamp(model)
+    assert [name for name, *_ in before] == ["1/model.onnx", "config.pbtxt"]
+    (tmp_path / "stored" / "model.onnx").write_bytes(b"another")
+    assert _stamp(model) != before

@@ -20,6 +20,7 @@ from serving import caretaker
 from serving import stubs as stubs_module
 from serving.control import is_ready
 from serving.embedded import EmbeddedServer, _serve
+from serving.stubs import Stub
 from tests.conftest import ADD_ONE, write_add_one
 
 FREE: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
@@ -80,6 +81,15 @@ class Said:
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Said:
     return Said(capsys)
+
+
+def test_a_process_belongs_to_the_model_below_whose_folder_its_code_is() -> None:
+    models = Path("/scratch/models")
+    default = ["stub", "/scratch/models/m/3/model.py", "prefix", "1048576", "m_0_1", "DEFAULT", ""]
+    assert Stub.of(default, models) == Stub(model="m", version=3, instance="m_0_1")
+    named = ["stub", "/scratch/models/m/3/model.py", "prefix", "1048576", "fast_1", "DEFAULT", ""]
+    assert Stub.of(named, models) == Stub(model="m", version=3, instance="m")
+    assert Stub.of(["tritonserver", "--model-repository=/scratch/models"], models) is None
 
 
 @pytest.mark.parametrize("killed", [1, 2], ids=["one of two", "both"])

@@ -101,6 +101,16 @@ def test_a_command_runs_while_it_serves_and_its_status_is_passed_on(tmp_path: Pa
     assert process.returncode == 7
 
 
+def test_a_command_that_cannot_be_run_is_one_line(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    script = tmp_path / "script"
+    script.write_text("echo no first line that names a shell\n")
+    script.chmod(0o755)
+    process = start(tmp_path / "repository", "--", str(script))
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (2, f"error: {script}: cannot be run while serving: Exec format error\n")
+
+
 def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
     write_add_one(tmp_path / "repository")
     with socket.socket() as taken:
@@ -117,9 +127,14 @@ def test_a_port_that_was_picked_is_nobody_elses_until_the_server_listens() -> No
     for port in ports.numbers.values():
         with socket.socket() as another, pytest.raises(OSError, match="in use"):
             another.bind(("127.0.0.1", port))
+    with pytest.raises(InputError, match=rf"HTTP port localhost:{ports.numbers['gRPC']} cannot be used"):
+        HeldPorts("localhost", {"HTTP": ports.numbers["gRPC"]})  # another start, while neither listens
     ports.release()
     with socket.socket() as another:
         another.bind(("127.0.0.1", ports.numbers["HTTP"]))
+    named = HeldPorts("localhost", {"HTTP": 0})
+    named.release()
+    assert named.address == "127.0.0.1"  # Triton takes no names
 
 
 def test_two_endpoints_on_one_port_and_an_address_of_another_machine_are_one_line(tmp_path: Path) -> None:
