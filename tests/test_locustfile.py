@@ -74,7 +74,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EmbeddedSer
         (folder / "models" / name / "deploy.toml").write_text(SPEC.format(name=name))
     rows = {f"{row:05d}/x": np.full((1, 1 + row % 8), row, np.float32) for row in range(100)}
     np.savez(folder / "inputs.npz", **rows)  # type: ignore[arg-type]
-    np.savez(folder / "stall.npz", **{**rows, "00050/x": np.full((1, 4), -1, np.float32)})  # type: ignore[arg-type]
+    stalling = dict.fromkeys(
+        ("00050/x", "00090/x"), np.full((1, 4), -1, np.float32)
+    )  # one of them may be refused itself
+    np.savez(folder / "stall.npz", **{**rows, **stalling})  # type: ignore[arg-type]
     with EmbeddedServer(
         folder / "repository", http_port=0, grpc_port=0, metrics_port=0, log_path=folder / "triton.log"
     ) as server:

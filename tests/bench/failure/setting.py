@@ -275,7 +275,7 @@ class Service:
         for each in self.processes():
             name = _name(each)
             place = "gateway" if name == "nginx" else "Triton" if name == "tritonserver" else "models"
-            found[place] += _pss_bytes(each) / MIB
+            found[place] += _own_bytes(each) / MIB
         return found
 
     def descriptors(self) -> int:
@@ -313,12 +313,15 @@ def _descriptors(process: psutil.Process) -> int:
     return 0
 
 
-def _pss_bytes(process: psutil.Process) -> int:
+def _own_bytes(process: psutil.Process) -> int:
+    """What it has written: its share of files' pages would grow as other programs that read them end."""
     try:
-        return process.memory_full_info().pss
-    except psutil.AccessDenied:  # another user's
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Pss")}
+        return (kib["Pss_Anon"] + kib["Pss_Shmem"]) * 1024
+    except PermissionError:  # another user's
         return process.memory_info().rss
-    except psutil.NoSuchProcess:
+    except (OSError, psutil.NoSuchProcess):
         return 0
 
 
