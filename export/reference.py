@@ -55,7 +55,7 @@ def checked_sizes(spec: DeploymentSpec) -> list[dict[str, int]]:
     between: dict[str, int] = {}
     for name, axis in spec.axes.items():
         middle = (axis.min + axis.max) // 2
-        sizes = [*range(middle, min(middle + len(spec.axes) + 2, axis.max + 1)), *range(middle - 1, axis.min - 1, -1)]
+        sizes = itertools.chain(range(middle, axis.max + 1), range(middle - 1, axis.min - 1, -1))
         free = (size for size in sizes if size != traced[name] and size not in between.values())
         between[name] = next(free, middle)
     corners = [{name: getattr(axis, end) for name, axis in spec.axes.items()} for end in ("min", "max")]
