@@ -48,9 +48,9 @@ GATEWAY_HOSTS ?=## the gateway's names for its certificate, beside localhost
 NAME ?=## keys: whom a new API key is for
 REVOKE ?=## keys: whose are ended, or which one, by its id
 EXPIRES_DAYS ?=## keys: days until a new one ends (default: it does not)
-KEY_RPS ?=## keys: requests/s of a new one (default: twice the SLO's)
+KEY_RPS ?=## keys: requests/s of a new one (default: twice those of the SLOs, at least 100)
 REGISTRY ?=## kubernetes: where the cluster pulls the images from
-IMAGE_TAG ?=## kubernetes: of the images
+IMAGE_TAG ?=## kubernetes: tag of the images (default: 0.1.0)
 MODELS_URL ?=## kubernetes: the repository is fetched from there, as an archive (default: a volume)
 AUTOSCALER ?= hpa## kubernetes: hpa, keda or none
 TRAFFIC ?= day## simulate-scale: day, spike, launch, flat, or a file of seconds,rate_rps (.csv)
@@ -226,11 +226,11 @@ profile: $(VENV)/.ready ## trace REQUESTS= requests of USERS= users from the cli
 	    $(if $(filter command environment,$(firstword $(origin URL))),--url $(URL),--repository $(REPOSITORY))
 
 ##@ Kubernetes
-simulate-scale: $(VENV)/.ready ## a day under the autoscaler, with what make capacity measured: its target and least pods
+simulate-scale: $(VENV)/.ready ## a day under the autoscaler, with what make capacity measured: its target and minReplicas
 	@$(PY) -m loadtests.simulate_scale $(WHICH) \
 	    $(if $(filter %.csv,$(TRAFFIC)),--traffic '$(strip $(TRAFFIC))',--shape $(strip $(TRAFFIC))) $(SCALE)
 
-kubernetes: $(VENV)/.ready ## an overlay with the sums of what is in the repository; then: kubectl apply -k build/kubernetes
+kubernetes: $(VENV)/.ready ## an overlay with limits computed for what is in the repository; then: kubectl apply -k build/kubernetes
 	@$(PY) -m serving.kubernetes --repository $(REPOSITORY) --models $(MODELS) --triton-tag $(TRITON_TAG) \
 	    --autoscaler $(strip $(AUTOSCALER)) $(if $(strip $(REGISTRY)),--registry '$(strip $(REGISTRY))') \
 	    $(if $(strip $(IMAGE_TAG)),--image-tag '$(strip $(IMAGE_TAG))') \
@@ -263,10 +263,10 @@ lint: $(VENV)/.ready-test ## ruff and mypy
 measure-training: $(VENV)/.ready-test ## the guide's training advice, each piece measured here beside its claim
 	@$(PY) -m tests.bench.training
 
-measure-failure: $(VENV)/.ready-test $(VENV)/.ready-system ## overload, kills, cuts, a full disk, malformed requests, a soak of DURATION_S= (default: 1800)
+measure-failure: $(VENV)/.ready-test $(VENV)/.ready-system ## overload, kills, cuts, a full disk, malformed requests, a soak of DURATION_S= (default: 1800); after make engine of both models
 	@$(PY) -m tests.bench.failure $(if $(filter command environment,$(firstword $(origin DURATION_S))),--soak-s $(strip $(DURATION_S)))
 
-bench: $(VENV)/.ready-test ## ratios against the raw runtime, bare tritonclient and perf_analyzer
+bench: $(VENV)/.ready-test ## ratios against the raw runtime, bare tritonclient and perf_analyzer; after make engine of both models
 	@$(PY) -m tests.bench
 
 lock: $(VENV)/.ready-test ## pin anew what pyproject.toml allows

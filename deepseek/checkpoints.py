@@ -116,6 +116,8 @@ def digest(value: Any) -> str:
                 add(each)
         elif isinstance(part, str | bytes | int | float | None):
             found.update(repr(part).encode() + b"|")
+        elif isinstance(part, np.generic):
+            found.update(f"{part.dtype}".encode() + part.tobytes())
         else:  # its repr may hold an address
             found.update(type(part).__qualname__.encode() + b"|")
 

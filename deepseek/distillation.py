@@ -11,7 +11,8 @@ Examples:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,33 @@ def distil(
         before = sum(float(_error(student, _as_item(pair))) for pair in held_out) / len(held_out)
     kept = {name: value.clone() for name, value in module.state_dict().items()}
     rest = [pair for place, pair in enumerate(pairs) if place % HELD_OUT != min(HELD_OUT, len(pairs)) - 1]
-    result = train_model(
-        student, _Items(rest), _Items(held_out), _error, config or SETTINGS, checkpoints=checkpoints, identity=identity
-    )
+    with _learning(module):
+        result = train_model(
+            student,
+            _Items(rest),
+            _Items(held_out),
+            _error,
+            config or SETTINGS,
+            checkpoints=checkpoints,
+            identity=identity,
+        )
     module.cpu()
     if result.best_loss >= before:
         module.load_state_dict(kept)
     return before, min(before, result.best_loss)
+
+
+@contextmanager
+def _learning(module: nn.Module) -> Iterator[None]:
+    """All of it learns, for as long: that a model which is served is frozen says nothing of what may be tuned."""
+    frozen = [each for each in module.parameters() if each.is_floating_point() and not each.requires_grad]
+    for each in frozen:
+        each.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for each in frozen:
+            each.requires_grad_(False)
 
 
 class AsServed(nn.Module):

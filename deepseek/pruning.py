@@ -198,8 +198,10 @@ def save_pruned(module: nn.Module, report: PruneReport, path: str | Path, *, of:
     `of` is the `weights_digest` of the module before. safetensors rather than a pickle of the module: reading a
     file must not run code. It holds the weights and which sizes changed; all else is the user's own module.
     """
-    about = {"of": of, "ratio": report.ratio, "replaced": report.replaced, "sizes": report.sizes}
-    weights = {names[0]: tensor.detach().contiguous() for names, tensor in _tensors(module)}
+    tensors = _tensors(module)
+    same = {name: names[0] for names, _ in tensors for name in names[1:]}  # pruning may untie what was tied
+    about = {"of": of, "ratio": report.ratio, "replaced": report.replaced, "sizes": report.sizes, "same": same}
+    weights = {names[0]: tensor.detach().contiguous() for names, tensor in tensors}
     with beside(Path(path)) as draft:
         save_file(weights, draft, metadata={"pruned": json.dumps(about)})
 
@@ -214,6 +216,7 @@ def load_pruned(module: nn.Module, path: str | Path) -> nn.Module:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["pruned"])
+            same = about["same"]
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InputError(f"{path}: no pruned module can be read from it ({error}); {advice}") from None
@@ -226,12 +229,15 @@ def load_pruned(module: nn.Module, path: str | Path) -> nn.Module:
     for name, sizes in about["sizes"].items():
         for key, value in sizes.items():
             setattr(module.get_submodule(name), key, tuple(value) if isinstance(value, list) else value)
+    made: dict[str, Tensor] = {}
     for names, old in _tensors(module):
-        tensor = weights[names[0]].to(old.device)
-        new = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-        for name in names:  # one tensor, however many names it has
+        for name in names:
+            kept = same.get(name, name)  # one tensor, however many names it has
+            if kept not in made:
+                tensor = weights[kept].to(old.device)
+                made[kept] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
             owner, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(owner), attribute, new)
+            setattr(module.get_submodule(owner), attribute, made[kept])
     return module.eval()
 
 

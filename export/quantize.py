@@ -125,6 +125,9 @@ def quantize_model(spec: DeploymentSpec, config: QuantConfig, model_folder: Sour
         if not fetch(key, scratch):
             _quantize(spec, config, sources, calibration, evaluation, scratch, model_folder)
             store(key, scratch)
+        for name in REPORTS:  # of an earlier graph, which had another
+            if not (scratch / f"{name}.json").is_file():
+                (path.parent / f"{name}.json").unlink(missing_ok=True)
         publish(scratch, path)
     reports = {name: file for name in REPORTS if (file := path.parent / f"{name}.json").is_file()}
     return {

@@ -41,7 +41,7 @@ from deepseek.spec import (
     run_command,
     variables_for,
 )
-from deepseek.spec.folders import alone_in, scratch_in
+from deepseek.spec.folders import alone_in, let_all_read, scratch_in
 from deepseek.spec.repository import retired, versions_of
 from export.artifact import (
     Row,
@@ -245,11 +245,13 @@ def publish_version(spec: DeploymentSpec, precision: Precision, target: Target, 
         version = _stage(scratch, spec, precision, target, engine, row, model)
         if not model.exists():
             (scratch / "model").mkdir()
+            let_all_read(scratch)
             for part in (str(version), "warmup", "config.pbtxt"):
                 os.rename(scratch / part, scratch / "model" / part)
             _rename(scratch / "model", model)
         else:
             (model / "warmup").mkdir(exist_ok=True)
+            let_all_read(scratch)
             for file in (scratch / "warmup").iterdir():
                 _rename(file, model / "warmup" / file.name)
             # The version first: beside the old configuration it is whole, and the server that polls
@@ -261,9 +263,15 @@ def publish_version(spec: DeploymentSpec, precision: Precision, target: Target, 
 
 
 def _staging(name: str, repository: Path) -> Path:
-    """Where a version is laid out: in the repository where that is another disk, so that a full one changes nothing."""
-    build = build_dir(name)
-    return build if build.stat().st_dev == repository.stat().st_dev else repository
+    """Where a version is laid out: on the repository's disk, so that a full one changes nothing.
+
+    Where that is not the build's, in the model's folder: what a killed publisher leaves in the repository itself,
+    NVIDIA's Triton would take for a model.
+    """
+    build, model = build_dir(name), repository / name
+    if build.stat().st_dev == repository.stat().st_dev:
+        return build
+    return model if model.is_dir() else repository
 
 
 def _stage(

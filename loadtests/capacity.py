@@ -41,10 +41,11 @@ from deepseek.spec import (
 from loadtests.check import check
 from loadtests.endpoint import add_endpoint_arguments, endpoint_of, inputs_of
 from loadtests.knee import table, trial_line
+from loadtests.limits import add_timeout_argument
 from loadtests.results import Run, Settings
 from loadtests.saved import Saved
 from loadtests.search import CONFIRM_LONGER, GENERATOR, INTERRUPTED, SAMPLES, UNDECIDED, Attempt, Found, Plan, Search
-from loadtests.slo import SIGNS, add_timeout_argument, formatted
+from loadtests.slo import SIGNS, formatted
 from loadtests.trial import (
     DEFAULT_START_RPS,
     Phase,
@@ -195,7 +196,7 @@ def _parse() -> argparse.Namespace:
     add_timeout_argument(parser)
     parser.add_argument("--start-rps", type=float, help="first rate to try (default: the SLO's lowest)")
     parser.add_argument("--max-trials", type=int, default=30, help="(default: %(default)s)")
-    parser.add_argument("--max-s", type=float, default=1800, help="longest time in all (default: %(default)s)")
+    parser.add_argument("--max-s", type=float, default=1200, help="longest time in all (default: %(default)s)")
     parser.add_argument("--arrivals", choices=("poisson", "constant"), default="poisson", help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes that send; -1: one a core (default: 1)")
     parser.add_argument("--max-in-flight", type=int, help="a worker (default: 512, or as SLO and rate need)")

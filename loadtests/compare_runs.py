@@ -41,11 +41,12 @@ from deepseek.spec.folders import write_whole
 from loadtests.bootstrap import LEAST_PAIRS
 from loadtests.endpoint import inputs_of
 from loadtests.interleaved import How, interleaved
+from loadtests.limits import add_timeout_argument, timeout_for
 from loadtests.local_server import EMBEDDED
 from loadtests.regression import EXIT_CODES, Comparison, Row, Thresholds, Verdict, compare, method
 from loadtests.results import Run, Settings
 from loadtests.sides import Side, side_of
-from loadtests.slo import add_timeout_argument, formatted, timeout_for
+from loadtests.slo import formatted
 
 
 def measured(sides: tuple[Side, Side], args: argparse.Namespace, spec: DeploymentSpec) -> tuple[list[Run], list[Run]]:
@@ -124,9 +125,9 @@ def _write(place: Path, text: str, data: dict[str, Any]) -> None:
 
 
 def _line(row: Row) -> str:
-    kind = "ms" if row.unit == "ms" else "throughput"
+    kind = {"ms": "ms", "rps": "throughput", "share": "error_rate"}[row.unit]
     figures = f"{formatted(kind, row.base)} | {formatted(kind, row.new)}"
-    sign = "≤" if row.unit == "ms" else "≥"
+    sign = "≥" if row.unit == "rps" else "≤"
     said = "better" if row.better and row.verdict == "no worse" else str(row.verdict)
     said = f"**{said}**" if row.verdict == "worse" else said
     interval = "-" if math.isnan(row.change.low) else f"{_ratio(row.change.low)} to {_ratio(row.change.high)}"
@@ -164,7 +165,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--warmup-s", type=float, default=2, help="of each run (default: %(default)s)")
     add_timeout_argument(parser)
     parser.add_argument(
-        "--max-s", type=float, default=1800, help="longest time in all; fewer pairs fit (default: %(default)s)"
+        "--max-s", type=float, default=1200, help="longest time in all; fewer pairs fit (default: %(default)s)"
     )
     parser.add_argument(
         "--threshold", type=float, default=5, help="%% that p50 and capacity may lose (default: %(default)s)"

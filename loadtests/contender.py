@@ -30,7 +30,7 @@ from loadtests.local_server import NotServed, last_line, local_server, our_envir
 from loadtests.measure import measure
 from loadtests.results import Settings
 from loadtests.slo import generator_problems
-from loadtests.trial import Trial, Trials, keep, seconds_needed
+from loadtests.trial import Trial, Trials, seconds_needed
 from loadtests.tuning import Setting
 
 
@@ -66,8 +66,8 @@ class Contender:
     def throughput_rps(self, users: int, duration_s: float) -> float:
         """Answers/s in a closed loop."""
         settings = replace(self.trials.settings, users=users, rate_rps=None, duration_s=float(math.ceil(duration_s)))
-        run = measure(settings, self.trials.spec, self.trials.served, self.trials.console)
-        run = keep(run, self.trials.folder)
+        trials = self.trials
+        run = measure(settings, trials.spec, trials.served, trials.console, trials.folder)
         self.machine.update(run.machine)
         if problems := generator_problems(run, self.trials.spec.slo):
             self.trials.console.print(f"note: closed loop of {users}: {problems[0]}")

@@ -12,7 +12,7 @@ import os
 from typing import Any, get_args
 
 from deepseek.spec import Parser, SloSpec, Target, add_model_arguments, build_dir
-from loadtests import slo
+from loadtests import limits
 
 DEFAULT_PORTS = {"grpc": 8001, "http": 8000}
 
@@ -45,7 +45,7 @@ def endpoint_of(args: argparse.Namespace, *slos: SloSpec) -> dict[str, Any]:
         "ca_cert": args.ca_cert,
         "arrivals": args.arrivals,
         "warmup_s": args.warmup_s,
-        "timeout_s": slo.timeout_for(args.timeout_s, *slos),
+        "timeout_s": limits.timeout_for(args.timeout_s, *slos),
         "max_in_flight": args.max_in_flight,
         "workers": len(os.sched_getaffinity(0)) if args.workers == -1 else args.workers,
     }

@@ -33,7 +33,7 @@ from loadtests.schedule import segments_of
 from loadtests.search import UNDECIDED, Plan, Search, rounded
 from loadtests.sides import Side
 from loadtests.slo import formatted
-from loadtests.trial import DEFAULT_START_RPS, Trials, bound_rates, keep, ready, seconds_needed
+from loadtests.trial import DEFAULT_START_RPS, Trials, bound_rates, ready, seconds_needed
 
 LADDER = (0.75, 0.84, 0.94, 1.05, 1.17, 1.3)  # of the base's capacity
 LATENCY_SHARE = 0.3  # of a run; the ladder has the rest
@@ -79,7 +79,7 @@ class Served:
         """One run; a side that has died is no measurement."""
         settings = replace(self.settings, users=None, shape=shape, duration_s=_seconds(shape), seed=seed)
         try:
-            run = keep(measure(settings, self.spec, self.metadata, console), self.folder / "runs")
+            run = measure(settings, self.spec, self.metadata, console, self.folder / "runs")
         except InvalidMeasurement:
             self._check_alive()
             raise

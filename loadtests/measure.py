@@ -1,8 +1,8 @@
 """Runs Locust over one load or several, shows how it goes, and saves what was measured.
 
-Contract: a run takes its place under `build/<model>/loadtests/` whole or not at all; whatever happens, Locust and its
-workers are ended when the block ends. `loadtests.check` is to be asked first. The workers may be on other machines:
-there `work_for` sends a share of the same loads.
+Contract: a run takes its place, by default under `build/<model>/loadtests/`, whole or not at all; whatever happens,
+Locust and its workers are ended when the block ends. `loadtests.check` is to be asked first. The workers may be on
+other machines: there `work_for` sends a share of the same loads.
 
 Example:
     run = measure(settings, spec, check(settings, spec), Console(stderr=True))
@@ -33,10 +33,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deepseek.spec import DeploymentSpec, InvalidMeasurement
+from loadtests.limits import in_flight_for
 from loadtests.quality import of_served
 from loadtests.recorder import rows_file
 from loadtests.results import LONGEST_PREPARATION_S, Run, Settings, name_of_now, new_run, publish, runs_folder
-from loadtests.slo import in_flight_for
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 MASTER_PORT = 5557  # Locust's own
@@ -53,27 +53,31 @@ class Load:
     served: ModelMetadata
 
 
-def measure(settings: Settings, spec: DeploymentSpec, served: ModelMetadata, console: Console) -> Run:
+def measure(
+    settings: Settings, spec: DeploymentSpec, served: ModelMetadata, console: Console, folder: Path | None = None
+) -> Run:
     """One model's load, as `measure_together`."""
-    return measure_together([Load(settings=settings, spec=spec, served=served)], console)[0]
+    return measure_together([Load(settings=settings, spec=spec, served=served)], console, folder=folder)[0]
 
 
 def measure_together(
     loads: Sequence[Load],
     console: Console,
     *,
+    folder: Path | None = None,
     web_port: int | None = None,
     remote: bool = False,
     and_then: Callable[[list[Run]], None] | None = None,
 ) -> list[Run]:
     """Runs Locust over the loads and saves a run of each, all of the same name.
 
+    In `folder`, or each among its model's load tests, of which the latest is judged.
     With `remote` the workers are not started here: as many of `work_for` are waited for. `and_then` is called while
     Locust's page is still there.
     """
     loads = [_fitted(load) for load in loads]
     with ExitStack() as stack:
-        drafts = [stack.enter_context(new_run(runs_folder(load.settings.model))) for load in loads]
+        drafts = [stack.enter_context(new_run(folder or runs_folder(load.settings.model))) for load in loads]
         measured, started_at = _locust_measures(stack, loads, drafts[0], console, web_port, remote)
         if measured["generator"]["workers_lost"]:
             print((drafts[0] / "locust.log").read_text(), end="", file=sys.stderr)

@@ -1,8 +1,9 @@
 """Judges whether one side of a comparison is worse than the other, from runs that were made in turn.
 
 Contract: reads runs only, so that a comparison can be judged again. All runs have the same first rate, at which latency
-is compared; where they go on over a ladder of rates, capacity is compared, too: the rate at which the added-up runs of
-a side first break the SLO, read between two rungs of the ladder. Each measure is worse where the whole interval of its
+is compared, and what failed, where anything did: as much may as the SLO allows, or a tenth more than of base. Where the
+runs go on over a ladder of rates, capacity is compared, too: the rate at which the added-up runs of a side first break
+the SLO, read between two rungs of the ladder. Each measure is worse where the whole interval of its
 ratio lies beyond the threshold, no worse where it lies within, and inconclusive otherwise; the intervals hold together
 with the confidence asked for (Bonferroni).
 
@@ -36,13 +37,16 @@ from loadtests.bootstrap import (
     ratio_interval,
     throughputs_rps,
 )
+from loadtests.limits import samples_needed
 from loadtests.results import Run
-from loadtests.slo import RATE_TOLERANCE, generator_problems, samples_needed
+from loadtests.slo import RATE_TOLERANCE, generator_problems
 from loadtests.trial import bound_rates, slo_at
 
 Verdict = Literal["no worse", "worse", "inconclusive"]
 EXIT_CODES: dict[Verdict, int] = {"no worse": 0, "worse": 1, "inconclusive": 3}
 MOST_PAIRS = 200  # more are not advised: a smaller difference is not to be told apart this way
+MORE_FAILURES = 0.10  # than of base, where more fail there than the SLO allows
+TINY = 1e-9  # a share that no run reaches, in place of none
 CLOSE = 0.02  # of the threshold: no number of pairs tells on which side of it such a ratio lies
 
 
@@ -61,11 +65,11 @@ class Row:
     """One measure of both sides."""
 
     name: str
-    unit: Literal["ms", "rps"]
+    unit: Literal["ms", "rps", "share"]
     base: float
     new: float
     change: Interval
-    """new / base."""
+    """new / base; of failed requests ("share"): new / what is allowed."""
     allowed: float
     """The ratio up to which (capacity: down to which) the new side is no worse."""
     verdict: Verdict
@@ -74,7 +78,7 @@ class Row:
     @property
     def better(self) -> bool:
         """The whole interval is on the good side of 1."""
-        return self.change.high < 1 if self.unit == "ms" else self.change.low > 1
+        return self.unit != "share" and (self.change.high < 1 if self.unit == "ms" else self.change.low > 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +135,9 @@ def compare(
     base, new, dropped = _valid(base, new, rate, slo)
     draws = Draws.of(len(base), len(new), paired=paired)
     sides = [Stretches.of([step(run, rate).window for run in runs]) for runs in (base, new)]
-    each = 1 - (1 - confidence) / (3 if ladder or capacity else 2)
+    allowed = _allowed_failures(slo, rate, error_rates(sides[0], draws.base))
+    failing = allowed is not None and any(side.failed.any() for side in sides)
+    each = 1 - (1 - confidence) / (2 + bool(ladder or capacity) + failing)
     judge = _Judge(pairs=min(len(base), len(new)), confidence=each)
     rows = []
     for percent, threshold in ((50, thresholds.p50), (99, thresholds.p99)):
@@ -139,6 +145,9 @@ def compare(
         least = min(side.total for side in sides)
         few = f"{least} requests, {samples_needed(percent)} needed" if least < samples_needed(percent) else ""
         rows.append(judge.row(f"p{percent} at {rate:g}/s", "ms", seen[0], seen[1], threshold, few))
+    if allowed is not None and failing:
+        failed = judge.row(f"failed at {rate:g}/s", "share", allowed, error_rates(sides[1], draws.new), 0.0)
+        rows.append(replace(failed, base=float(error_rates(sides[0], draws.base)[0])))
     if ladder:
         rows.append(_capacity_row(judge, base, new, draws, ladder, slo, thresholds.capacity))
     elif capacity:
@@ -153,6 +162,13 @@ def compare(
         confidence=confidence,
         rows=tuple(rows),
     )
+
+
+def _allowed_failures(slo: SloSpec, rate_rps: float, base: np.ndarray) -> np.ndarray | None:
+    """The share of requests that may fail at a rate in each draw; None where the SLO does not bound it there."""
+    lines = [line for line in slo.all_objectives() if line.kind == "error_rate"]
+    limits = [line.limit for line in lines if line.rate_rps is None or rate_rps <= line.rate_rps]
+    return np.maximum(max(min(limits), TINY), base * (1 + MORE_FAILURES)) if limits else None
 
 
 def _rates(runs: Sequence[Run], slo: SloSpec) -> tuple[float, tuple[float, ...]]:
@@ -198,7 +214,7 @@ class _Judge:
     def row(
         self,
         name: str,
-        unit: Literal["ms", "rps"],
+        unit: Literal["ms", "rps", "share"],
         base: np.ndarray,
         new: np.ndarray,
         threshold: float,
@@ -206,7 +222,7 @@ class _Judge:
     ) -> Row:
         """From the draws of both sides; with a `doubt` nothing is concluded."""
         change = ratio_interval(new, base, pairs=self.pairs, confidence=self.confidence)
-        upper = unit == "ms"
+        upper = unit != "rps"
         allowed = 1 + threshold if upper else 1 / (1 + threshold)
         if doubt or math.isnan(change.low):
             verdict: Verdict = "inconclusive"

@@ -36,8 +36,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, Parser, SloSpec, run_command
-from loadtests import server_statistics, slo
-from loadtests.check import check
+from loadtests import limits, server_statistics, slo
+from loadtests.check import check, check_duration
 from loadtests.endpoint import add_endpoint_arguments, endpoint_of, inputs_of
 from loadtests.measure import Load, measure_together, work_for
 from loadtests.mix import Mix, models_of
@@ -124,9 +124,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--shape", help='rates that change: RATExSECONDS or RATE-RATExSECONDS, as "50x30, 50-200x60"')
     parser.add_argument("--users", type=int, help="closed loop: so many users, each back to back")
     parser.add_argument("--mix", help="several models at once, with weights of their rates: recommender:3,minilm:1")
-    parser.add_argument("--duration-s", type=float, default=20, help="measured seconds (default: %(default)s)")
+    parser.add_argument("--duration-s", type=float, default=30, help="measured seconds (default: %(default)s)")
     parser.add_argument("--warmup-s", type=float, default=5, help="seconds of load before them (default: %(default)s)")
-    slo.add_timeout_argument(parser)
+    limits.add_timeout_argument(parser)
     parser.add_argument("--arrivals", choices=("poisson", "constant"), default="poisson", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals (default: %(default)s)")
     parser.add_argument(
@@ -174,9 +174,10 @@ def _settings(args: argparse.Namespace, model: str, rate: float | None, shape: s
 def _of_one(args: argparse.Namespace, spec: DeploymentSpec) -> Settings:
     """By default at each rate that the SLO names."""
     rate, shape = args.rate, args.shape
-    if (rate, shape, args.users) == (None, None, None) and (asked := slo.rates(spec.slo)):
+    if (rate, shape, args.users) == (None, None, None) and (asked := limits.rates(spec.slo)):
         rate = asked[0] if len(asked) == 1 else None
-        shape = None if rate else ", ".join(f"{each:g}x{args.duration_s:g}" for each in asked)
+        check_duration(args.duration_s)
+        shape = None if rate else ", ".join(f"{each!r}x{args.duration_s:.0f}" for each in asked)
     return _settings(args, args.model, rate, shape, spec.slo)
 
 
@@ -208,7 +209,7 @@ def main() -> int:
     loads = _loads(args)
     console = Console(stderr=True, markup=False)
     for load in loads:
-        for warning in slo.too_short(load.settings, load.spec.slo):
+        for warning in limits.too_short(load.settings, load.spec.slo):
             console.print(f"note: {load.settings.model}: {warning}" if args.mix else f"note: {warning}")
         console.print(described(load.settings))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: cleanly

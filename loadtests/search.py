@@ -116,7 +116,7 @@ class Search:
             return self._found(self._best(), confirmed=False, limited_by=str(bound))
 
     def _bracket(self) -> None:
-        rate = rounded(min(self.plan.start_rps, HIGHEST_RPS))
+        rate = min(self._stop, rounded(min(self.plan.start_rps, HIGHEST_RPS)))
         while self._lowest <= rate <= HIGHEST_RPS:
             self._try(rate, "bracket")
             if self._low is None:

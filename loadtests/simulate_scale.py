@@ -37,9 +37,9 @@ from deepseek.spec.folders import write_whole
 from loadtests.autoscaler import Autoscaler
 from loadtests.capacity import Capacity, capacity_path
 from loadtests.cluster import Day, Setup, replay
+from loadtests.limits import latency_limits
 from loadtests.report.scaling import page
 from loadtests.service_curve import ServiceCurve
-from loadtests.slo import latency_limits
 from loadtests.traffic import TICK_S, Shape, read_traffic, shape_of_day
 
 Metric = Literal["queue", "rate"]
@@ -169,7 +169,7 @@ def described(tried: Tried) -> str:
 def table(simulated: Simulated, price: float | None) -> Table:
     """The best settings, cheapest first; then those that do not hold."""
     shown = Table("metric", box=box.SIMPLE_HEAD)
-    for name in ("target", "least pods", "most", "late requests", "for", "node hours"):
+    for name in ("target", "minReplicas", "maxReplicas", "late requests", "for", "node hours"):
         shown.add_column(name, justify="right")
     if price is not None:
         shown.add_column("cost", justify="right")

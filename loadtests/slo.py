@@ -37,20 +37,17 @@ from deepseek.spec import (
     add_model_arguments,
     run_command,
 )
+from loadtests.limits import own_rate, samples_needed
 from loadtests.mix import runs_of
-from loadtests.results import IN_FLIGHT, Run, Settings, Stretch, latest_run
+from loadtests.results import Run, Stretch, latest_run
 from loadtests.server_statistics import Split
 
-CONFIDENCE = 0.99
 LEAST_ATTEMPTED = 0.99  # of the planned requests, taken up in time
 # How late requests were sent: p99 of it, of the SLO's largest limit; and at each percentile of the SLO, of its limit.
 LARGEST_LAG = 0.05
 MOST_CPU = 0.90  # of one core, for the thread that sends
 # A rate is held within the 1 % that the generator itself may lose.
 RATE_TOLERANCE = 0.01
-TIMEOUT_S = 5.0  # of a request, at least, where none is asked for
-PATIENCE = 2  # times the largest latency limit: what is not answered by then is late beyond doubt
-MOST_IN_FLIGHT = 8192  # of a worker: below the 10,000 files that Locust lets a process open
 
 Status = Literal["holds", "violated", "inconclusive"]
 Verdict = Literal["holds", "violated", "inconclusive", "invalid"]
@@ -83,72 +80,6 @@ class Judgement:
     problems: tuple[str, ...]
     """Why the measurement is invalid."""
     notes: tuple[str, ...]
-
-
-def latency_limits(slo: SloSpec) -> dict[float, float]:
-    """Percentile -> limit in milliseconds, of those that the SLO has at its own rate."""
-    found = {line.percent: line.limit for line in slo.all_objectives() if line.rate_rps is None}
-    return {percent: limit for percent, limit in found.items() if percent is not None}
-
-
-def largest_limit_s(*slos: SloSpec) -> float:
-    """The largest latency, in seconds, that they allow, at whatever rate; 0 where they bound none."""
-    return max((line.limit for slo in slos for line in slo.all_objectives() if line.kind == "ms"), default=0.0) / 1000
-
-
-def timeout_for(asked_s: float | None, *slos: SloSpec) -> float:
-    """A request's deadline, in seconds: as asked for, or so that it cuts off no answer that is in time by these SLOs.
-
-    InputError where the one asked for would.
-    """
-    limit_s = largest_limit_s(*slos)
-    enough_s = max(TIMEOUT_S, PATIENCE * limit_s)
-    if asked_s is not None and 0 < asked_s <= limit_s:
-        raise InputError(
-            f"--timeout-s {asked_s:g}: the SLO allows an answer {limit_s:g} s, and what is given up before counts as "
-            f"failed; it must be more than that ({enough_s:g} where it is left out)"
-        )
-    return enough_s if asked_s is None else asked_s
-
-
-def add_timeout_argument(parser: Parser) -> None:
-    """--timeout-s, as every command takes it that loads a server; `timeout_for` makes a number of it."""
-    fallback = f"{TIMEOUT_S:g}, or {PATIENCE} times the SLO's largest latency where that is more"
-    parser.add_argument("--timeout-s", type=float, help=f"deadline of a request (default: {fallback})")
-
-
-def in_flight_for(settings: Settings, slo: SloSpec) -> int:
-    """Unanswered requests that a worker may have, so that none is dropped that could still be in time."""
-    highest_rps = max((max(each.rate_rps, each.end_rps or 0.0) for each in settings.segments), default=0.0)
-    needed = math.ceil(PATIENCE * highest_rps * largest_limit_s(slo) / settings.workers)
-    return min(max(IN_FLIGHT, needed), MOST_IN_FLIGHT)
-
-
-def rates(slo: SloSpec) -> list[float]:
-    """Every rate that an objective is about, in requests/s, ascending."""
-    found = {line.rate_rps for line in slo.all_objectives()} | {slo.rate_rps}
-    return sorted(rate for rate in found if rate is not None)
-
-
-def samples_needed(percent: float) -> int:
-    """Requests without which nothing is claimed of a percentile."""
-    return math.ceil(math.log(1 - CONFIDENCE) / math.log(percent / 100))
-
-
-def too_short(settings: Settings, slo: SloSpec) -> Iterator[str]:
-    """What a run will be too short for, known before it starts."""
-    own = _own_rate(settings, slo)
-    for line in slo.all_objectives():
-        rate = line.rate_rps or own
-        meant = [
-            each
-            for each in settings.segments
-            if rate is None or (each.rate_rps == rate and each.end_rps in (None, each.rate_rps))
-        ]
-        planned = sum(each.arrivals for each in meant)
-        if line.percent is not None and 0 < planned < (needed := samples_needed(line.percent)):
-            seconds = math.ceil(needed / planned * sum(each.duration_s for each in meant))
-            yield f"{planned} requests cannot prove {line.name}, {needed} can: run for {seconds} s or more"
 
 
 def generator_problems(run: Run, slo: SloSpec) -> list[str]:
@@ -213,7 +144,7 @@ def judge(run: Run, slo: SloSpec, *, alone: bool = True) -> Judgement:
 
 
 def _judged(run: Run, slo: SloSpec) -> Iterator[Judged]:
-    own = _own_rate(run.settings, slo)
+    own = own_rate(run.settings, slo)
     for line in slo.all_objectives():
         if line.kind == "quality":
             yield _judged_quality(run, line)
@@ -222,16 +153,6 @@ def _judged(run: Run, slo: SloSpec) -> Iterator[Judged]:
         stretch = run.window if rate is None else run.at_rate(rate)
         judged = _unmeasured(run, replace(line, rate_rps=rate)) if stretch is None else _judged_load(run, stretch, line)
         yield judged if rate is None else replace(judged, name=f"{line.name} @ {rate:g} rps")
-
-
-def _own_rate(settings: Settings, slo: SloSpec) -> float | None:
-    """Of rates that change the SLO's own, which a line without a rate is about; None where that is the whole run.
-
-    A ramp passes over any rate.
-    """
-    segments, held = settings.segments, settings.rates_rps
-    stepwise = len(held) > 1 and all(each.end_rps in (None, each.rate_rps) for each in segments)
-    return slo.rate_rps if stepwise or (len(segments) > 1 and slo.rate_rps in held) else None
 
 
 def _verdict(line: Objective, seen: float, note: str = "", conclusive: bool = True, **changes: Any) -> Judged:
@@ -266,6 +187,10 @@ def _judged_load(run: Run, stretch: Stretch, line: Objective) -> Judged:
     else:
         seen, needed = latency.percentile_ms(line.percent), samples_needed(line.percent)
     note = "" if latency.total >= needed else f"{latency.total} requests, {needed} needed"
+    given_up, timeout_s = stretch.errors["DeadlineExceeded"], run.settings.timeout_s
+    if math.isinf(seen) and given_up and line.limit > timeout_s * 1000:  # the run was made for another SLO
+        note = note or f"{given_up} requests were given up after {timeout_s:g} s, which the SLO allows: measure again"
+        return _verdict(line, seen, note, conclusive=False)
     if math.isinf(seen):
         note = note or f"{stretch.failed / stretch.planned:.1%} of the requests were not answered"
     return _verdict(line, seen, note, conclusive=latency.total >= needed)

@@ -24,7 +24,7 @@ from itertools import product
 from typing import Any, Literal
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError, Target
-from loadtests.slo import latency_limits
+from loadtests.limits import latency_limits
 from loadtests.tuning import Setting
 
 Part = Literal["layout", "max_batch", "max_queue_delay_us", "cuda_graphs"]

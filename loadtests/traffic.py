@@ -90,8 +90,11 @@ def read_traffic(path: Path) -> np.ndarray:
     end_s = times[-1] + times[-1] - times[-2]
     if end_s - times[0] > MOST_S:
         raise InputError(f"{path}: {(end_s - times[0]) / DAY_S:.0f} days; at most {MOST_S // DAY_S} are replayed")
-    ticks = np.arange(times[0], end_s, TICK_S)
-    return np.array(rates)[np.searchsorted(times, ticks, side="right") - 1]
+    # The mean of each tick: what comes and goes within one is load all the same.
+    edges = np.array([*times, end_s])
+    requests = np.concatenate([[0.0], np.cumsum(np.array(rates) * np.diff(edges))])
+    ticks = np.append(np.arange(times[0], end_s, TICK_S), end_s)
+    return np.diff(np.interp(ticks, edges, requests)) / np.diff(ticks)
 
 
 def _numbers(path: Path, line: int, row: list[str]) -> tuple[float, float]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,10 +31,11 @@ from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, InvalidMeasurement, Objective, SloSpec
 from deepseek.spec.checks import Table
+from loadtests.limits import latency_limits, samples_needed
 from loadtests.measure import measure
 from loadtests.quality import of_served
 from loadtests.results import Run, Settings
-from loadtests.slo import Verdict, judge, latency_limits, samples_needed
+from loadtests.slo import Verdict, judge
 
 Phase = Literal["bracket", "bisect", "confirm"]
 Outcome = Literal["holds", "fails", "invalid", "inconclusive"]
@@ -184,7 +184,7 @@ class Trials:
     def __call__(self, rate_rps: float, phase: Phase, duration_s: float, seed: int) -> Trial:
         """Runs and judges one."""
         settings = replace(self.settings, rate_rps=rate_rps, duration_s=duration_s, seed=seed)
-        run = keep(measure(settings, self.spec, self.served, self.console), self.folder)
+        run = measure(settings, self.spec, self.served, self.console, self.folder)
         self._check_alive(run)
         return judged(run, slo_at(self.spec.slo, rate_rps, duration_s), phase)
 
@@ -209,12 +209,6 @@ def ready(settings: Settings) -> bool:
             return client.ready(settings.model)
     except InferenceError:
         return False
-
-
-def keep(run: Run, folder: Path) -> Run:
-    """Moves a run that was just made into `folder`, out of the model's own load tests."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return replace(run, folder=Path(shutil.move(run.folder, folder / run.folder.name)))
 
 
 def judged(run: Run, slo: SloSpec, phase: Phase) -> Trial:

@@ -55,9 +55,10 @@ from deepseek.spec import (
 )
 from loadtests.contender import Place, publish
 from loadtests.journal import Journal
+from loadtests.limits import add_timeout_argument, timeout_for
 from loadtests.local_server import EMBEDDED, NotServed
 from loadtests.results import Settings
-from loadtests.slo import SIGNS, add_timeout_argument, formatted, timeout_for
+from loadtests.slo import SIGNS, formatted
 from loadtests.space import space_of
 from loadtests.tuner import LEAST_PAIRS, Tuner, shown_capacity, shown_ms, verdict
 from loadtests.tuning import Setting, TriedSetting, Tuning, tuning_path, with_front
@@ -74,6 +75,13 @@ def concluded(tuner: Tuner, head: dict[str, Any], best: TriedSetting) -> Tuning:
         if tuner.cut_short and not others:
             raise InvalidMeasurement(
                 "the time was up before anything but the default was tried; --max-s gives it longer"
+            )
+        undecided = [each.settings for each in journal.tried.values() if each.at_least and each != best]
+        if best.at_least and undecided:
+            raise InvalidMeasurement(
+                f"the load generator was the limit: the default holds {best.capacity_rps:g}/s or more, and so may "
+                f"{undecided[0]}{f' and {len(undecided) - 1} others' if undecided[1:] else ''}; give the generator "
+                "cores of its own"
             )
         facts["conclusion"] = f"nothing better than the default was found ({others} others were tried)"
     else:

@@ -143,12 +143,15 @@ class Tuner:
         if floor == 0:
             return self._with_first_capacity(served, tried)
         why = f"answers {tried.throughput_rps:.1f}/s at most, the best so far holds {floor * self.resolution:.1f}/s"
+        trial = None
         if tried.throughput_rps * SLACK >= floor:
             trial = self._held(served, rounded(floor), twice=tried.throughput_rps >= floor * SLACK)
             if trial.outcome == "holds":
                 return self._climbed(served, tried, trial.rate_rps)
             why = f"at {trial.rate_rps:g}/s {trial.outcome}: {', '.join((*trial.failed, *trial.problems[:1]))}"
-        return tried.model_copy(update={"stopped_early": True, "reason": why})
+        return tried.model_copy(
+            update={"stopped_early": True, "reason": why, "at_least": trial is not None and trial.outcome == "invalid"}
+        )
 
     def _climbed(self, served: Contender, tried: TriedSetting, low: float) -> TriedSetting:
         """Capacity from a rate that holds: upwards until one does not, then by bisection."""

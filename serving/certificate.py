@@ -32,6 +32,7 @@ from deepseek.spec import InputError
 # Containers are not run as root: where root made the files, they are given to this user (docs/operate.md).
 STAND_IN = 10001
 SERVICE = "gateway"  # its name inside the stack
+OURS = "deepseek-deploy "  # how the names of what is made here begin
 VALID_DAYS = 397  # the most that browsers take
 RENEW_DAYS = 30
 AUTHORITY_DAYS = 3650
@@ -76,7 +77,7 @@ def ensure_certificate(folder: Path, hosts: list[str]) -> bool:
     asked = ["localhost", SERVICE, "127.0.0.1", "::1", socket.gethostname(), *hosts]
     names = dict.fromkeys([*map(_name, asked), *kept])
     leaf_key = ec.generate_private_key(ec.SECP256R1())
-    builder = _builder("deepseek-deploy gateway", authority.subject, leaf_key, VALID_DAYS)
+    builder = _builder(f"{OURS}gateway", authority.subject, leaf_key, VALID_DAYS)
     builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -116,7 +117,7 @@ def _still_good(folder: Path, hosts: list[str]) -> bool:
     leaf, *_ = _read(folder / "tls.crt")
     flaw = _flaw_of_key(folder / "tls.key", leaf)
     authority = folder / "ca.crt"
-    if not authority.is_file() or leaf.issuer != _read(authority)[0].subject:
+    if not authority.is_file() or leaf.issuer != (ca := _read(authority)[0].subject) or not _is_ours(leaf, ca):
         if flaw:
             raise InputError(f"{folder / 'tls.key'} {flaw}; put it there, or remove tls.crt for a new certificate")
         return True  # somebody's own
@@ -124,6 +125,11 @@ def _still_good(folder: Path, hosts: list[str]) -> bool:
         return False
     left = leaf.not_valid_after_utc - datetime.now(UTC)
     return left > timedelta(days=RENEW_DAYS) and all(_name(host) in _names(leaf) for host in hosts)
+
+
+def _is_ours(leaf: x509.Certificate, authority: x509.Name) -> bool:
+    """Whether it was made here: that of somebody else may have come with its ca.crt."""
+    return all(name.rfc4514_string().startswith(f"CN={OURS}") for name in (leaf.subject, authority))
 
 
 def _names(leaf: x509.Certificate) -> x509.SubjectAlternativeName:
@@ -153,7 +159,7 @@ def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateK
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         return authority, key
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"deepseek-deploy {os.urandom(4).hex()}")])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{OURS}{os.urandom(4).hex()}")])
     builder = _builder(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value, subject, key, AUTHORITY_DAYS)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     usage = dict.fromkeys(

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek.spec import InputError, Parser, run_command
-from deepseek.spec.repository import CONFIG
+from deepseek.spec.repository import model_folders
 from serving.repository import served_manifests
 
 ADMIN_HEADER = "triton-admin-key"  # gRPC: with the prefix triton-grpc-protocol-, which Triton adds itself
@@ -99,7 +99,7 @@ def engine_flags(repository: Path) -> list[str]:
 
     Raises InputError for a configuration or manifest that cannot be read.
     """
-    served = (manifest for path in repository.glob(f"*/{CONFIG}") for manifest in served_manifests(path.parent))
+    served = (manifest for model in model_folders(repository) for manifest in served_manifests(model))
     return [VERSION_COMPATIBLE] if any(each.settings.get("version_compatible") for each in served) else []
 
 

@@ -1,4 +1,4 @@
-"""What Kubernetes needs to serve a repository: an overlay over `kubernetes/` with the sums of its models.
+"""What Kubernetes needs to serve a repository: an overlay over `kubernetes/` with limits computed for its models.
 
 Contract: reads what `serving.stack` reads, by the same sums, and `build/<model>/scale.json` of `make simulate-scale`
 where there is one; writes a folder for `kubectl apply -k`: hardware by what was built, memory, shared memory, grace

@@ -51,13 +51,16 @@ from serving.view import ApprovedView
 from serving.wheel import assemble_backend, environment, parts
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-# Waits for our end, however it comes, then for the server's, which is told of it; then ends what is left: a stub of
-# 2.51 that waits for a word of a server that has gone does so for ever. $1: server, $2: seconds, $3: what it laid out.
+# Is told the server, if it comes to one, and waits for our end, however it comes; then for the server's, which is told
+# of it; then ends what is left: a stub of 2.51 that waits for a word of a server that has gone does so for ever.
+# $1: seconds, $2: what was laid out.
 _AFTER_US = """
-read -r _
-while kill -0 "$1" && [ "$2" -gt 0 ]; do sleep 1; set -- "$1" $(($2 - 1)) "$3"; done
-kill -KILL -- "-$1"
-rm -rf -- "$3" "/dev/shm/${3##*/}"*
+read -r server && read -r _
+if [ -n "$server" ]; then
+    while kill -0 "$server" && [ "$1" -gt 0 ]; do sleep 1; set -- $(($1 - 1)) "$2"; done
+    kill -KILL -- "-$server"
+fi
+rm -rf -- "$2" "/dev/shm/${2##*/}"*
 """
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -172,6 +175,13 @@ class EmbeddedServer:
         server, libraries, backend, stub = parts()
         # Short and private: the path goes on the stub's command line, the prefix into /dev/shm.
         self._scratch = Path(tempfile.mkdtemp(prefix="embedded-triton-"))
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", _AFTER_US, "after", str(self._exit_timeout_s + 5), str(self._scratch)],
+            stdin=subprocess.PIPE,  # which closes when we end
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self._view = ApprovedView(self.repository, self._scratch / "models", _say)
         self._view.fill()
         assemble_backend(self._scratch / "backends" / "python", backend, stub)
@@ -194,14 +204,9 @@ class EmbeddedServer:
                 start_new_session=True,  # Ctrl-C is ours to pass on, and the group is ours to end
                 preexec_fn=ends_with_us(),
             )
-        guarded = [str(self._process.pid), str(self._exit_timeout_s + 5), str(self._scratch)]
-        self._guard = subprocess.Popen(
-            ["/bin/sh", "-c", _AFTER_US, "after", *guarded],
-            stdin=subprocess.PIPE,  # which closes when we end
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        assert self._guard.stdin is not None
+        self._guard.stdin.write(f"{self._process.pid}\n".encode())
+        self._guard.stdin.flush()
         if self._process.stdout is not None:
             self._echo = threading.Thread(target=self._copy_log, args=(self._process.stdout,), daemon=True)
             self._echo.start()

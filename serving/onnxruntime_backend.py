@@ -103,7 +103,11 @@ class TritonPythonModel:
     def _send(self) -> None:
         while (batch := self.answers.get()) is not None:
             for sender, response in zip(*batch, strict=True):
-                sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                try:
+                    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                except Exception as error:  # no room in /dev/shm, say: this answer is lost, and no other
+                    self.failures.increment(1)
+                    pb_utils.Logger.log_error(f"an answer could not be handed to Triton: {error}")
 
     def _responses(self, requests: list) -> list:
         """One response a request, in order."""

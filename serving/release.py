@@ -276,14 +276,14 @@ class Release:
         """Into the repository, watched; taken out again where a request was lost or the server does not take it."""
         staged = self.scratch / "new" / self.args.model
         if self.live.version is None:
-            put_live(staged, self.number, self.model)
+            put_live(staged, self.number, self.model, before=self.before)
             self._settle("in the repository")
             return f"in {self.model}; {self.live.absent}: it is served at the server's next start"
         try:
             with ExitStack() as stack:
                 load = self._steady(stack)
                 load.change()
-                put_live(staged, self.number, self.model)
+                put_live(staged, self.number, self.model, before=self.before)
                 found = load.result()
             self.journal.keep("switch.json", found)
             said = self.live.judged(found, self.number)
@@ -356,7 +356,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--target", choices=targets, default="onnxruntime", help="and its SLO (default: %(default)s)")
     add_live_arguments(parser)
     parser.add_argument("--rate", type=float, help="requests/s of the objectives (default: each that the SLO names)")
-    parser.add_argument("--duration-s", type=int, default=20, help="at least, of the objectives (default: %(default)s)")
+    parser.add_argument("--duration-s", type=int, default=30, help="at least, of the objectives (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=1000, help="of the shadow load (default: %(default)s)")
     parser.add_argument("--threshold", type=float, default=10, help="%% that p50 may lose there (default: %(default)s)")
     parser.add_argument("--parity-rows", type=int, help="evaluation rows at most (default: all)")

@@ -145,12 +145,14 @@ def expect_anew(repository: Path) -> str:
     """
     folder = gateway_folder()
     try:
-        made = refresh(repository, folder)
+        lacking = refresh(repository, folder)
     except (OSError, ValueError) as error:
         return LeftOut(f"the alerts still expect what was served before: {error}; then: python -m serving.stack")
-    if not made:
+    if lacking is None:
         return LeftOut("no stack was made for this repository")
-    return f"alerts, dashboard and limits are those of what the repository has now: {observe_folder(folder)}"
+    said = f"alerts, dashboard and limits are those of what the repository has now: {observe_folder(folder)}"
+    few = f"; its containers have too little for it ({', '.join(lacking)}): make engine && docker compose up -d"
+    return said + (few if lacking else "")
 
 
 @dataclass(frozen=True, kw_only=True)

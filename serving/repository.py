@@ -19,7 +19,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelQueuePolicy
 
 from deepseek.spec import BATCH, TRITON_DTYPES, FileDigest, InputError, PublishedManifest, TensorSpec
-from deepseek.spec.repository import CONFIG, config_path, versions_of
+from deepseek.spec.repository import CONFIG, config_path, model_folders, versions_of
 
 MANIFEST = "manifest.json"
 # Triton's backends by our target, the usual one first.
@@ -54,7 +54,7 @@ def everything_in(model: Path) -> Iterator[Path]:
 
 def models_in(repository: Path) -> list[Path]:
     """Folders of the models; raises InputError where the repository has none."""
-    found = sorted(path.parent for path in repository.glob(f"*/{CONFIG}"))
+    found = model_folders(repository)
     if not found:
         raise InputError(f"{repository}: no model in it (no */{CONFIG}); make one with: make engine")
     return found
@@ -89,7 +89,7 @@ def check_layout(repository: Path) -> list[Finding]:
             fix=f"move it elsewhere: mv '{path}' '{repository.parent}'",
         )
         for path in sorted(repository.iterdir())
-        if path.is_dir() and not (path / CONFIG).is_file()
+        if not path.name.startswith(".") and path.is_dir() and not (path / CONFIG).is_file()
     ]
 
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deepseek.spec import InputError, Parser, histogram_bounds_ms, run_command
-from deepseek.spec.folders import write_whole
+from deepseek.spec.folders import let_all_read, write_whole
 from deepseek.spec.triton_release import TRITON_TAG, parse_tag
 from serving.alerts import RUNBOOK, as_yaml, rules
 from serving.certificate import STAND_IN, give, name_of, owner
@@ -196,21 +196,39 @@ def source_file(folder: Path) -> Path:
     return folder.with_name("stack.json")
 
 
-def refresh(repository: Path, folder: Path) -> bool:
-    """Limits, rules and dashboard as a changed `repository` asks for them; False where no stack was made for it.
+def container_sizes(models: list[Served]) -> dict[str, int]:
+    """What Compose gives the containers once, when it makes them."""
+    size, gateway = sizes(models), gateway_sizes(models)
+    return {
+        "MiB of shared memory": size.shm_mib,
+        "MiB of memory of triton": size.memory_mib,
+        "MiB of /tmp of the gateway": gateway.tmp_mib,
+        "MiB of memory of the gateway": gateway.memory_mib,
+        "s to stop in": size.exit_timeout_s,
+    }
 
-    Gateway and Prometheus read them by themselves. A file that says what it said is left as it is, so that the gateway
-    starts nothing anew under load.
+
+def refresh(repository: Path, folder: Path) -> list[str] | None:
+    """Limits, rules and dashboard as a changed `repository` asks for them; None where no stack was made for it.
+
+    Returns what the stack's containers have too little of for it. Gateway and Prometheus read them by themselves. A
+    file that says what it said is left as it is, so that the gateway starts nothing anew under load.
     """
     path = source_file(folder)
     source = json.loads(path.read_text()) if path.is_file() else {}
     if source.get("repository") != str(repository.resolve()):
-        return False
+        return None
     models = served_models(repository, Path(source["models"]))
     if (folder / "limits.conf").read_text() != limits(models):
-        write_whole(folder / "limits.conf", limits(models))
+        _write_limits(models, folder)
     write_observed(models, observe_folder(folder), source["runbook"])
-    return True
+    had, asked = source.get("sizes", {}), container_sizes(models)
+    return [f"{had[name]} of {size} {name}" for name, size in asked.items() if size > had.get(name, size)]
+
+
+def _write_limits(models: list[Served], folder: Path) -> None:
+    write_whole(folder / "limits.conf", limits(models))
+    (folder / "limits.conf").chmod(0o644)  # the gateway is another user where root writes it
 
 
 def write_observed(models: list[Served], folder: Path, runbook: str = RUNBOOK) -> None:
@@ -252,11 +270,16 @@ def main() -> None:
     default = args.model or names[0]
     if default not in names:
         raise InputError(f"--model {default!r}: not in {args.repository}, which has {', '.join(names)}")
+    for path in (args.repository, args.models, folder):
+        if "'" in str(path.resolve()):
+            raise InputError(f"{path.resolve()}: Compose reads no path with an apostrophe; use one without")
     ensure_folder(folder, args.host)
-    write_whole(folder / "limits.conf", limits(models))
+    _write_limits(models, folder)
     write_observed(models, observe_folder(folder), args.runbook)
-    source = {"repository": args.repository.resolve(), "models": args.models.resolve(), "runbook": args.runbook}
-    write_whole(source_file(folder), json.dumps({name: str(value) for name, value in source.items()}, indent=2) + "\n")
+    places = {"repository": str(args.repository.resolve()), "models": str(args.models.resolve())}
+    source = {**places, "runbook": args.runbook, "sizes": container_sizes(models)}
+    write_whole(source_file(folder), json.dumps(source, indent=2) + "\n")
+    let_all_read(args.repository)
     results_folder(folder).mkdir(exist_ok=True)
     give(results_folder(folder))
     content = environment(

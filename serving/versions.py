@@ -8,7 +8,7 @@ one line, nothing is left of what was begun. Only versions that `export.to_trito
 
 Example:
     staged = stage(Path("other_repository/shop"), number=7, folder=Path("build/shop/release"))  # .../shop/7
-    put_live(staged, 7, Path("model_repository/shop"))
+    put_live(staged, 7, Path("model_repository/shop"), before=6)
     take_out(Path("model_repository/shop"), 7, back_to=6, archive=Path("build/shop/release/withdrawn"))
 """
 
@@ -26,7 +26,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import GateFailed, InputError, PublishedManifest
 from deepseek.spec.command import PLACE_ERRORS
-from deepseek.spec.folders import alone_in
+from deepseek.spec.folders import alone_in, let_all_read
 from deepseek.spec.repository import CONFIG, retired, versions_of
 from serving.repository import MANIFEST, check_config, check_version, config_of, read_config
 
@@ -97,15 +97,16 @@ def same_as(staged: Path, number: int, model: Path, version: int) -> bool:
     return files == PublishedManifest.load(place).files and config == read_config(staged / CONFIG)
 
 
-def put_live(staged: Path, number: int, model: Path) -> None:
+def put_live(staged: Path, number: int, model: Path, *, before: int | None) -> None:
     """Moves a staged version into the repository; a server that follows the repository takes it up from there.
 
-    Raises InputError where another build put a version of this number or a later one there meanwhile, or there is no
-    room.
+    Raises InputError where `before` is no longer the newest there, since another build put one there meanwhile, or
+    there is no room.
     """
     with alone_in(model.parent):
-        if (newest(model) or 0) >= number:
+        if newest(model) != before:
             raise InputError(f"{model}: version {newest(model)} came in meanwhile, by another build: release again")
+        let_all_read(staged)
         if not model.exists():
             _move(staged, model)
             return

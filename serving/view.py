@@ -18,7 +18,7 @@ from typing import Literal
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import GateFailed, InputError
-from deepseek.spec.repository import config_path, versions_of
+from deepseek.spec.repository import config_path, model_folders, versions_of
 from serving.repository import (
     CONFIG,
     Finding,
@@ -177,7 +177,7 @@ class ApprovedView:
 
     def changes(self) -> Iterator[Change]:
         """Follows the repository; after each change that it yields, the view is what Triton is to read."""
-        models = {path.parent.name: path.parent for path in sorted(self.repository.glob(f"*/{CONFIG}"))}
+        models = {path.name: path for path in model_folders(self.repository)}
         for name in self._stamps.keys() - models.keys():
             del self._stamps[name]
             if self._hide(name):

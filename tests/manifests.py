@@ -14,7 +14,7 @@ import yaml
 
 KUBERNETES = "1.37"  # whose schemas are asked
 Object = dict[str, Any]
-FOLDERS = ("base", "overlays/cpu", "overlays/gpu", "overlays/kserve", "loadtest")
+FOLDERS = ("base", "overlays/cpu", "overlays/gpu", "overlays/kserve", "loadtest", "loader")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "keda": ("--autoscaler", "keda", "--registry", "registry.example.com/shop", "--image-tag", "1.4.0"),
@@ -50,6 +50,8 @@ def pods(objects: tuple[Object, ...]) -> Iterator[Object]:
     for each in objects:
         if each["kind"] in ("Deployment", "Job"):
             yield each["spec"]["template"]["spec"]
+        elif each["kind"] == "Pod":
+            yield each["spec"]
         elif each["kind"] == "InferenceService":
             yield each["spec"]["predictor"]
 

@@ -246,3 +246,22 @@ def test_the_servers_deadline_goes_with_the_headers(timeout_s: float, said: str)
 
 def test_a_header_that_is_long_has_its_length_in_several_bytes() -> None:
     assert hpack.Decoder().decode(BLOCK) == [(":method", "POST"), ("long", "x" * 200)]
+
+
+def test_a_server_with_a_table_of_no_room_reads_our_headers() -> None:
+    frames = Frames()
+    frames.take()
+    frames.begin(BLOCK, framed(b"x"))
+    sent = frames.take()
+    size = int.from_bytes(sent[:3])
+    decoder = hpack.Decoder()
+    decoder.max_allowed_table_size = 0  # raises where it is not told
+    assert dict(decoder.decode(sent[HEAD.size : HEAD.size + size]))[":method"] == "POST"
+
+
+@pytest.mark.parametrize("payload", [b"", b"\x05ab", b"\x03ab"], ids=["empty", "too long", "as long"])
+def test_padding_longer_than_its_frame_is_no_http2(payload: bytes) -> None:
+    peer = Peer()
+    peer.frames.begin(BLOCK, framed(b"x"))
+    with pytest.raises(NotHttp2, match="padding"):
+        peer.frames.feed(frame(DATA, PADDED, 1, payload))

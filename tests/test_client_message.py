@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+from deepseek_client import InferenceClient, InvalidInput
 from deepseek_client.grpc_message import MOST_HEADS, Encoder, timeout_field, varint
 from deepseek_client.transports import PreparedRequest, Tensor
 from tritonclient.grpc import service_pb2
@@ -62,3 +64,21 @@ def test_heads_are_not_kept_without_end() -> None:
 
 def test_numbers_are_written_as_protobuf_has_them() -> None:
     assert [varint(value) for value in (0, 127, 128, 300)] == [b"\0", b"\x7f", b"\x80\x01", b"\xac\x02"]
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize(
+    ("model", "version", "said"),
+    [
+        ("m", "1 2", "version='1 2'; it must be a number"),
+        ("m", "1/ready HTTP/1.1\r\n", "it must be a number"),
+        ("", "", "model=''; pass a model's name, or None"),
+        ("\udcff", "", "cannot be written in UTF-8"),
+    ],
+    ids=["blank", "injection", "no name", "no UTF-8"],
+)
+def test_a_name_or_version_that_is_none_is_refused_before_anything_is_sent(
+    protocol: Any, model: str, version: str, said: str
+) -> None:
+    with InferenceClient("127.0.0.1:9", protocol) as client, pytest.raises(InvalidInput, match=re.escape(said)):
+        client.ready(model, version=version)

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from deepseek_client import AsyncInferenceClient, ConnectionLost, DeadlineExceeded, InferenceClient
-from deepseek_client.http_connections import BlockingConnection
+from deepseek_client.http_connections import BlockingConnection, connected
 from deepseek_client.http_pool import MOST_OPENING
 from deepseek_client.runtimes import run
 from deepseek_client.transports import Deadline
@@ -144,3 +144,17 @@ def test_who_reads_over_a_tls_connection_that_is_stopped_reads_no_ciphertext(tmp
             received += piece
     connection.close()
     assert not any(received)
+
+
+def test_a_mute_address_of_a_host_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as mute, socket.create_server(("127.0.0.1", 0)) as good, contextlib.ExitStack() as full:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen(0)
+        for _ in range(2):  # what more come are not answered
+            waiting = full.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(mute.getsockname())
+        places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", each.getsockname()) for each in (mute, good)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: places)
+        with connected("host", 1, Deadline(2)) as connection:
+            assert connection.getpeername() == good.getsockname()

@@ -370,3 +370,23 @@ def test_a_new_side_that_dies_under_load_fails_the_gate_in_one_line(repositories
     run = served(repositories, tmp_path, "deadly", "--no-capacity", "--timeout-s", "2")
     assert run.returncode == 1, run.stderr
     assert "died under load" in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("base_fails", "limit", "verdict"),
+    [(False, 0.001, "worse"), (False, 0.01, "no worse"), (True, 0.001, "no worse")],
+    ids=["more than the SLO allows", "as the SLO allows", "as of base"],
+)
+def test_a_side_that_fails_more_requests_is_worse(tmp_path: Path, base_fails: bool, limit: float, verdict: str) -> None:
+    def side(name: str, first: int, fails: bool) -> list[Run]:
+        made = [noisy(10, seed) for seed in range(first, first + 8)]
+        if fails:
+            made = [[*each[:-1], (*each[-1][:3], "ServerBusy")] for each in made]  # one in 200
+        return [saved_run(tmp_path / name / f"{place}", each, rate_rps=20.0) for place, each in enumerate(made)]
+
+    slo = SloSpec(p99_ms=50, max_error_rate=limit)
+    found = compare(side("a", 0, base_fails), side("b", 100, True), slo, Thresholds(p50=0.5, p99=5.0))
+    row = found.rows[-1]
+    assert (row.name, row.verdict, row.new, row.better) == ("failed at 20/s", verdict, 0.005, False)
+    assert found.verdict == verdict
+    assert "| failed at 20/s |" in markdown(found, (Side(name="base", given="a"), Side(name="new", given="b")), "m", {})

@@ -343,8 +343,8 @@ def test_prometheus_finds_both_programs_and_alertmanager_and_every_rule_is_well(
 def test_a_rollback_through_the_gateway_costs_no_request_and_the_alerts_go_with_it(
     stack: Stack, observed: Observed, tmp_path: Path
 ) -> None:
-    put_live(stage(stack.repository / "text", number=2, folder=tmp_path), 2, stack.repository / "text")
-    assert refresh(stack.repository, stack.gateway)
+    put_live(stage(stack.repository / "text", number=2, folder=tmp_path), 2, stack.repository / "text", before=1)
+    assert refresh(stack.repository, stack.gateway) == []
     stack.compose(*FOLLOWING, "up", "--detach", "--wait", "triton")
     stack.wait_until_served()
     wait_until(lambda: observed.expects(2), observed.rules)

@@ -83,6 +83,28 @@ def test_a_process_that_does_not_notice_is_ended_all_the_same(tmp_path: Path) ->
     assert not list(Path("/dev/shm").glob(f"{scratch.name}*"))
 
 
+def test_a_launcher_killed_before_there_is_a_server_leaves_nothing(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    (tmp_path / "tmp").mkdir()
+    dies = (
+        "import os, signal, serving.launcher as launcher\n"
+        "def dies(*_):\n"
+        "    print(launcher.tempfile.gettempdir(), *os.listdir(launcher.tempfile.gettempdir()), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "launcher.assemble_backend = dies\n"
+        f"with launcher.EmbeddedServer({str(tmp_path / 'repository')!r}, http_port=0, grpc_port=0, metrics_port=0):\n"
+        "    pass"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    ran = subprocess.run([sys.executable, "-c", dies], env=environment, capture_output=True, text=True)
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    assert "embedded-triton-" in ran.stdout
+    until_s = time.monotonic() + 10
+    while list((tmp_path / "tmp").iterdir()):
+        assert time.monotonic() < until_s
+        time.sleep(0.05)
+
+
 def test_shared_memory_and_scratch_are_removed(tmp_path: Path) -> None:
     write_add_one(tmp_path / "repository")
     with EmbeddedServer(tmp_path / "repository", log_path=tmp_path / "log", **FREE) as running:

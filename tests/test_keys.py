@@ -194,3 +194,17 @@ def test_make_keys_passes_its_variables_on() -> None:
         subprocess.run(command, capture_output=True, text=True, env=kept).stdout.replace("\\\n", " ").split()
     )
     assert text.endswith("serving.keys --name 'shop' --expires-days 90 --rate-rps 50 --host a.example --host b.example")
+
+
+def test_a_certificate_that_came_with_its_authority_stays(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("serving.certificate.OURS", "acme ")
+        ensure_certificate(tmp_path / "other", [])
+    names = ("ca.crt", "tls.crt", "tls.key")
+    for name in names:
+        (tmp_path / "other" / name).rename(folder / name)
+    before = [(folder / name).read_bytes() for name in names]
+    assert not ensure_certificate(folder, ["api.example.com"])
+    assert [(folder / name).read_bytes() for name in names] == before

@@ -278,3 +278,33 @@ def test_a_pruned_model_learns_the_outputs_that_it_had() -> None:
     assert after < 0.7 * before
     unseen = torch.randint(1, 50, (8, 9))
     assert (model(unseen) - original(unseen)).square().mean() < before
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(50, 32), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.head = nn.Linear(32, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.down(self.up(self.embed(ids)).relu()).relu())
+
+
+def test_weights_that_pruning_unties_are_read_back_apart(tmp_path: Path) -> None:
+    model = Tied().eval()
+    before, original = weights_digest(model), copy.deepcopy(model)
+    report = prune_model(model, (IDS,), PruneConfig(ratio=0.25))
+    save_pruned(model, report, tmp_path / "pruned.safetensors", of=before)
+    again = load_pruned(original, tmp_path / "pruned.safetensors")
+    torch.testing.assert_close(again(IDS), model(IDS))
+
+
+def test_a_frozen_model_is_tuned_and_stays_frozen(tmp_path: Path) -> None:
+    teacher = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).requires_grad_(False)
+    student = copy.deepcopy(teacher)
+    student[2].weight.mul_(0.5)
+    batches = [(torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)),) for seed in range(10)]
+    before, after = distil(student, teacher, batches, checkpoints=tmp_path)
+    assert after < before
+    assert not any(parameter.requires_grad for parameter in student.parameters())

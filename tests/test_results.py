@@ -13,12 +13,15 @@ import tracemalloc
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from deepseek_client import ConnectionLost
 
 from deepseek.spec import InputError, SloSpec
+from loadtests.check import ask_once
 from loadtests.recorder import FOLD_AT, LONGEST_US, Latencies, Recorder, histogram
 from loadtests.results import Run, Settings, latest_run, new_run, publish, runs_folder
 from loadtests.slo import judge
@@ -236,3 +239,22 @@ def test_a_broken_folder_is_one_clear_error(tmp_path: Path, name: str, content: 
     with pytest.raises(InputError, match=str(tmp_path)) as caught:
         Run.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+class Breaks:
+    """A client whose first calls break."""
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+
+    def infer(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left >= 0:
+            raise ConnectionLost("reset")
+
+
+def test_before_a_run_a_server_that_breaks_now_and_then_is_let_through_and_one_that_always_does_is_not() -> None:
+    settings: Any = SimpleNamespace(model="m", timeout_s=5.0)
+    ask_once(cast(Any, Breaks(4)), settings, {})
+    with pytest.raises(ConnectionLost):
+        ask_once(cast(Any, Breaks(9)), settings, {})

@@ -219,3 +219,16 @@ def test_of_two_bound_rates_within_a_step_the_second_is_not_passed_either() -> N
     outcome = server_of(lambda rate, _: "fails" if 200 < rate <= 201 else "holds")
     found = Search(Plan(start_rps=100, duration_s=10, stops_rps=(200.0, 201.0)), outcome).run()
     assert (found.capacity_rps, found.first_failing_rps, found.confirmed) == (200, 201, True)
+
+
+def test_a_bound_rate_of_four_digits_is_tried_as_it_is() -> None:
+    tried: list[float] = []
+
+    def outcome(rate_rps: float, _: Phase) -> Outcome:
+        tried.append(rate_rps)
+        return "holds" if rate_rps < 600 or rate_rps > 2048 else "fails"  # above it the objective is not asked for
+
+    found = Search(Plan(start_rps=2048, duration_s=10, stops_rps=(2048,)), server_of(outcome)).run()
+    assert found.capacity_rps is not None
+    assert found.capacity_rps < 600
+    assert max(tried) == 2048

@@ -363,3 +363,9 @@ def test_what_is_wrong_is_one_line(
     assert run.returncode == 2
     assert run.stderr.count("\n") == 1
     assert message in run.stderr
+
+
+def test_what_comes_and_goes_between_two_ticks_is_load_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "traffic.csv"
+    path.write_text("seconds,rate_rps\n0,100\n1,1000\n5,100\n6,1000\n10,0\n15,0\n")
+    assert read_traffic(path).tolist() == [820, 820, 0, 0]

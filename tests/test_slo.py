@@ -11,8 +11,9 @@ import pytest
 
 from deepseek.spec import InputError, SloSpec, run_command
 from loadtests import slo
+from loadtests.limits import in_flight_for, samples_needed, timeout_for, too_short
 from loadtests.results import Settings
-from loadtests.slo import in_flight_for, judge, samples_needed, timeout_for, too_short
+from loadtests.slo import judge
 from tests.test_capacity import write_sleeper
 from tests.test_results import saved_run, steady
 
@@ -260,3 +261,11 @@ def test_the_exit_code_is_the_verdict(
     assert f"inconclusive  {few.folder}" in capsys.readouterr().out  # no markup
     assert judged(monkeypatch, model) == 2
     assert "no load test of tiny" in capsys.readouterr().err
+
+
+def test_of_what_was_given_up_in_the_time_of_a_looser_slo_nothing_is_said(tmp_path: Path) -> None:
+    requests = [(p, s, f, "DeadlineExceeded" if i % 20 == 0 else None) for i, (p, s, f, _) in enumerate(steady())]
+    run = saved_run(tmp_path, requests, timeout_s=5.0)
+    loose, tight = (judge(run, SloSpec(p99_ms=limit_ms, max_error_rate=0.1)) for limit_ms in (8000, 4000))
+    assert (loose.verdict, tight.verdict) == ("inconclusive", "violated")
+    assert "given up after 5 s, which the SLO allows: measure again" in loose.objectives[0].note

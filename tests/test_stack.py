@@ -213,10 +213,10 @@ def test_a_release_makes_anew_what_a_running_stack_reads_and_only_of_its_own_rep
     gateway, rules = tmp_path / "build" / "gateway", tmp_path / "build" / "observe" / "rules" / "deepseek.yml"
     before = (gateway / "limits.conf").stat()
     (tmp_path / "repository" / "add_one" / "1").rename(tmp_path / "repository" / "add_one" / "2")
-    assert not refresh(tmp_path / "other", gateway)
-    assert not refresh(tmp_path / "repository", tmp_path / "no stack" / "gateway")
+    assert refresh(tmp_path / "other", gateway) is None
+    assert refresh(tmp_path / "repository", tmp_path / "no stack" / "gateway") is None
     assert 'version="1"' in rules.read_text()
-    assert refresh(tmp_path / "repository", gateway)
+    assert refresh(tmp_path / "repository", gateway) == []
     assert 'version="2"' in rules.read_text()
     assert "https://wiki.example.com/runbook#versionmismatch" in rules.read_text()
     assert (gateway / "limits.conf").stat().st_ino == before.st_ino  # a new file would have nginx start workers anew
@@ -286,3 +286,19 @@ def test_the_json_says_what_each_model_asks_for(tmp_path: Path) -> None:
     )
     (model,) = json.loads(run.stdout)
     assert (model["name"], model["needs_gpu"], model["instances"]) == ("add_one", False, 2)
+
+
+def test_what_a_release_needs_beyond_the_containers_is_said(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    write(tmp_path / "repository")
+    path = tmp_path / "build" / "stack.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sizes": {"MiB of shared memory": 64}}))
+    (lacking,) = refresh(tmp_path / "repository", tmp_path / "build" / "gateway") or ()
+    assert re.fullmatch(r"64 of \d+ MiB of shared memory", lacking)
+
+
+def test_a_path_that_compose_cannot_read_is_one_line(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "o'brien")
+    run = run_module("serving.stack", "--repository", str(tmp_path / "o'brien"), BUILD=str(tmp_path / "build"))
+    assert (run.returncode, len(run.stderr.splitlines())) == (2, 1)
+    assert "Compose reads no path with an apostrophe" in run.stderr

@@ -287,3 +287,11 @@ def test_tuning_json_of_another_schema_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "tuning.json").write_text('{"schema_version": 2}')
     with pytest.raises(InputError, match=r"tuning.json: schema_version: .*; make it anew with: make tune"):
         Tuning.load(tmp_path / "tuning.json")
+
+
+def test_where_the_generator_was_the_limit_nothing_is_concluded(tmp_path: Path) -> None:
+    limited = known(tmp_path / "a", tried(SLOW, 100, at_least=True), tried(FAST, 100, at_least=True))
+    with pytest.raises(InvalidMeasurement, match="the load generator was the limit: the default holds 100/s or more"):
+        concluded(limited, HEAD, limited.best())
+    decided = known(tmp_path / "b", tried(SLOW, 100, at_least=True), tried(FAST, 90))
+    assert "nothing better than the default" in concluded(decided, HEAD, decided.best()).conclusion

@@ -15,8 +15,8 @@ from deepseek.spec.repository import CONFIG, versions_of
 from serving.doctor import examine
 from serving.machine import Machine
 from serving.releases import Journal, alone, rolled_back
-from serving.repository import MANIFEST, check_config, check_version, config_of, read_config
-from serving.versions import earlier, put_live, retire, same_as, stage, take_out
+from serving.repository import MANIFEST, check_config, check_layout, check_version, config_of, models_in, read_config
+from serving.versions import earlier, newest, put_live, retire, same_as, stage, take_out
 from serving.view import ApprovedView, decide
 from tests.conftest import run_module
 from tests.test_embedded import damage
@@ -72,7 +72,7 @@ def test_a_candidate_takes_its_number_with_its_warmup_and_fits(candidate: Path, 
 def test_into_the_repository_and_out_of_it_again_leaves_what_was(candidate: Path, tmp_path: Path) -> None:
     live = stage(candidate / "text", number=1, folder=tmp_path / "live")
     before = files_of(live)
-    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live)
+    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live, before=newest(live))
     assert read_config(live / CONFIG).model_warmup[0].name.startswith("2-")
     assert earlier(live) == 1
     take_out(live, 2, back_to=1, archive=tmp_path / "withdrawn")
@@ -83,7 +83,7 @@ def test_into_the_repository_and_out_of_it_again_leaves_what_was(candidate: Path
 def test_going_back_passes_over_what_is_damaged_and_needs_something_intact(candidate: Path, tmp_path: Path) -> None:
     live = stage(candidate / "text", number=1, folder=tmp_path / "live")
     for number in (2, 3):
-        put_live(stage(candidate / "text", number=number, folder=tmp_path / "new"), number, live)
+        put_live(stage(candidate / "text", number=number, folder=tmp_path / "new"), number, live, before=newest(live))
     damage(live / "2" / "model.onnx")
     assert earlier(live) == 1
     shutil.copytree(live, tmp_path / "back")
@@ -99,7 +99,7 @@ def test_going_back_passes_over_what_is_damaged_and_needs_something_intact(candi
 def test_three_versions_are_kept_however_their_numbers_lie(candidate: Path, tmp_path: Path) -> None:
     live = stage(candidate / "text", number=1, folder=tmp_path / "live")
     for number in (5, 9, 12):
-        put_live(stage(candidate / "text", number=number, folder=tmp_path / "new"), number, live)
+        put_live(stage(candidate / "text", number=number, folder=tmp_path / "new"), number, live, before=newest(live))
     assert retire(live) == [1]
     assert sorted(path.name for path in live.iterdir()) == ["12", "5", "9", "config.pbtxt", "warmup"]
     assert not list((live / "warmup").glob("1-*"))
@@ -110,7 +110,7 @@ def test_what_was_rolled_back_is_known_when_it_comes_again(
 ) -> None:
     monkeypatch.setenv("BUILD", str(tmp_path))
     live = stage(candidate / "text", number=1, folder=tmp_path / "live")
-    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live)
+    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live, before=newest(live))
     manifest = PublishedManifest.load(live / "2" / "manifest.json")
     assert rolled_back("text", manifest) is None
     with alone("text") as releases:
@@ -126,12 +126,12 @@ def test_what_was_rolled_back_is_known_when_it_comes_again(
 def test_a_version_that_goes_is_no_change_of_the_one_that_is_served(candidate: Path, tmp_path: Path) -> None:
     live = stage(candidate / "text", number=1, folder=tmp_path / "live")
     for number in (2, 3, 4):
-        put_live(stage(candidate / "text", number=number, folder=tmp_path / "new"), number, live)
+        put_live(stage(candidate / "text", number=number, folder=tmp_path / "new"), number, live, before=newest(live))
     view = ApprovedView(tmp_path / "live", tmp_path / "view", print)
     view.fill()
     assert retire(live) == [1]
     assert list(view.changes()) == []
-    put_live(stage(candidate / "text", number=5, folder=tmp_path / "new"), 5, live)
+    put_live(stage(candidate / "text", number=5, folder=tmp_path / "new"), 5, live, before=newest(live))
     assert [change.versions for change in view.changes()] == [(5,)]
 
 
@@ -147,7 +147,7 @@ def test_a_version_whose_configuration_did_not_come_any_more_is_served_under_its
     own = (staged / CONFIG).read_text().replace("max_batch_size: 8", f"max_batch_size: {largest}")
     for place in (staged, staged / "2"):
         (place / CONFIG).write_text(own)
-    put_live(staged, 2, live)
+    put_live(staged, 2, live, before=newest(live))
     shutil.copyfile(live / "1" / CONFIG, live / CONFIG)  # killed between the two renames
     found = decide(live)
     assert (found.versions, found.config, found.findings) == ((2,), live / "2" / CONFIG, ())
@@ -161,7 +161,7 @@ def test_a_version_whose_configuration_does_not_fit_leaves_the_older_one_in_serv
     candidate: Path, tmp_path: Path
 ) -> None:
     live = stage(candidate / "text", number=1, folder=tmp_path / "live")
-    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live)
+    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live, before=newest(live))
     (live / CONFIG).write_text((live / CONFIG).read_text().replace("max_batch_size: 8", "max_batch_size: 64"))
     found = decide(live)
     assert (found.versions, found.config) == ((1,), live / "1" / CONFIG)
@@ -191,7 +191,7 @@ def test_a_repository_that_is_full_stays_as_it_was(
     before = files_of(live)
     staged = stage(candidate / "text", number=2, folder=tmp_path / "new")
     with pytest.raises(InputError, match=FULL):
-        put_live(staged, 2, live)
+        put_live(staged, 2, live, before=newest(live))
     assert files_of(live) == before
 
 
@@ -199,7 +199,7 @@ def test_what_has_no_room_to_be_kept_is_not_taken_out(
     candidate: Path, disk: Callable[[int], Path], tmp_path: Path
 ) -> None:
     live = stage(candidate / "text", number=1, folder=tmp_path / "live")
-    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live)
+    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live, before=newest(live))
     full = disk(64 * 1024)
     with pytest.raises(InputError, match=FULL):
         take_out(live, 2, back_to=1, archive=full / "withdrawn")
@@ -208,3 +208,33 @@ def test_what_has_no_room_to_be_kept_is_not_taken_out(
     take_out(live, 2, back_to=1, archive=tmp_path / "withdrawn")  # with room, what was begun is ended
     assert read_config(live / CONFIG) == read_config(live / "1" / CONFIG)
     assert not (live / "2").exists()
+
+
+def test_what_another_build_published_meanwhile_is_not_released_over(candidate: Path, tmp_path: Path) -> None:
+    live = stage(candidate / "text", number=4, folder=tmp_path / "live")
+    put_live(stage(candidate / "text", number=5, folder=tmp_path / "new"), 5, live, before=4)
+    with pytest.raises(InputError, match="version 5 came in meanwhile"):
+        put_live(stage(candidate / "text", number=6, folder=tmp_path / "new"), 6, live, before=4)
+    assert newest(live) == 5
+
+
+def test_what_a_killed_publisher_left_in_the_repository_is_no_model(candidate: Path, tmp_path: Path) -> None:
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+    (live.parent / ".scratch-a" / "2").mkdir(parents=True)
+    shutil.copytree(live, live.parent / ".scratch-b")
+    view = ApprovedView(live.parent, tmp_path / "view", print)
+    view.fill()
+    assert [path.name for path in models_in(live.parent)] == ["text"]
+    assert (check_layout(live.parent), list(view.changes())) == ([], [])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="what others may read is only changed for root")
+def test_what_root_puts_into_the_repository_others_can_read(candidate: Path, tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+        put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live, before=1)
+    finally:
+        os.umask(before)
+    assert (live / "2").stat().st_mode & 0o777 == 0o755
+    assert {path.stat().st_mode & 0o777 for path in (live / "2").iterdir() if path.is_file()} == {0o644}

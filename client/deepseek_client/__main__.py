@@ -1,7 +1,7 @@
 """Call a model on Triton from the command line.
 
-Exit codes: 0 done; 1 the server would not (not ready, busy, too slow, model failed); 2 the input is wrong, or
-nothing answers at the URL. An error is one line on stderr.
+Exit codes: 0 done; 1 not ready, busy, too slow, connection lost, or the model failed; 2 wrong input, key refused, no
+such model, or nothing answers at the URL. An error is one line on stderr.
 
 Examples:
     python -m deepseek_client ready

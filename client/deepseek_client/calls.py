@@ -7,7 +7,6 @@ promise to the caller. Everything here may be used by many threads at once.
 import contextlib
 import dataclasses
 import random
-import re
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
@@ -27,7 +26,7 @@ from deepseek_client.errors import (
 )
 from deepseek_client.replicas import Replica, Replicas
 from deepseek_client.runtimes import Attempt, Cancel, Runtime
-from deepseek_client.settings import Settings, as_header, check_headers, check_texts, checked_timeout
+from deepseek_client.settings import Settings, as_header, check_headers, check_texts, check_version, checked_timeout
 from deepseek_client.shared_memory import Regions, is_unknown_region
 from deepseek_client.signature import ModelMetadata
 from deepseek_client.transports import (
@@ -94,6 +93,9 @@ class Calls:
     async def ready(self, model: str | None, version: str, timeout_s: float | None) -> bool:
         """Whether any replica can take requests; the error of the last one where none answers."""
         check_texts(model="" if model is None else model, version=version)
+        check_version(version)
+        if model == "":
+            raise InvalidInput("model=''; pass a model's name, or None for the server itself")
         deadline = self.deadline(timeout_s)
         replicas = sorted(self._replicas.all, key=lambda replica: replica.ejected)
         if len(replicas) == 1:
@@ -113,8 +115,7 @@ class Calls:
     async def metadata(self, model: str, version: str, deadline: Deadline) -> ModelMetadata:
         """The signature as the server has it now."""
         check_texts(model=model, version=version)
-        if not re.fullmatch(r"\d*", version, re.ASCII):
-            raise InvalidInput(f"version={version!r}; it must be a number such as '1', or '' for the server's choice")
+        check_version(version)
         metadata = await self._retrying(lambda r, _: r.transport.metadata(model, version, deadline), deadline, model)
         self._metadata[model, version] = metadata
         return metadata

@@ -31,6 +31,7 @@ END_STREAM, ACK, END_HEADERS, PADDED, WITH_PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
 MOST_STREAMS, INITIAL_WINDOW, FRAME_SIZE = 3, 4, 5  # settings
 ENABLE_PUSH = 2
 REFUSED, CANCEL = 0x7, 0x8  # reasons of a reset
+NO_TABLE = b"\x20"  # our table of header fields has no room (RFC 7541, 6.3)
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 LARGEST = 2**31 - 1  # of a window, and of a stream's number
 DEFAULT_WINDOW, DEFAULT_FRAME = 65535, 16384
@@ -197,7 +198,8 @@ class Frames:
         self.closing = self.closing or self._next > LARGEST
         self._streams[stream] = exchange
         exchange.window = self._initial
-        block, size = exchange.block, self._size
+        # A server may have a smaller table than the usual one, and has to be told that ours is none (RFC 7541, 4.2).
+        block, size = NO_TABLE * (stream == 1) + exchange.block, self._size
         self._put(HEADERS, END_HEADERS if len(block) <= size else 0, stream, block[:size])
         for start in range(size, len(block), size):
             self._put(
@@ -353,6 +355,8 @@ class Frames:
 
 
 def _unpadded(payload: bytes) -> bytes:
+    if not payload or payload[0] >= len(payload):
+        raise NotHttp2("padding that is longer than its frame")
     return payload[1 : len(payload) - payload[0]]
 
 

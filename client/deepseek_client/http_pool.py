@@ -72,7 +72,7 @@ class BlockingPool(_Idle):
     def __init__(self, connect: OpenConnection, host: str, port: int, tls: ssl.SSLContext | None) -> None:
         super().__init__(connect, host, port, tls)
         self._changed = threading.Condition()
-        self._waiting = self._opening = 0
+        self._waiting = self._picky = self._opening = 0  # picky: who waits for one that has not lain there
 
     async def take(self, deadline: Deadline, *, idle: bool = True) -> Connection:
         """See Pool."""
@@ -89,6 +89,7 @@ class BlockingPool(_Idle):
         """Until one is given back; None: until one more may be opened."""
         with self._changed:
             self._waiting += 1
+            self._picky += not idle
             try:
                 while not (standing := (idle and self._standing()) or None) and self._opening >= MOST_OPENING:
                     self._changed.wait(deadline.socket_timeout_s())
@@ -97,6 +98,7 @@ class BlockingPool(_Idle):
                 raise
             finally:
                 self._waiting -= 1
+                self._picky -= not idle
             self._opening += standing is None
             return standing
 
@@ -105,7 +107,7 @@ class BlockingPool(_Idle):
         self._put(connection)
         if self._waiting:
             with self._changed:
-                self._changed.notify()
+                self._changed.notify(1 + self._picky)  # one of them at least can take it
 
 
 class AsyncPool(_Idle):

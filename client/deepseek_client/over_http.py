@@ -48,6 +48,8 @@ from deepseek_client.transports import (
 
 BINARY_HEADER_SIZE = "Inference-Header-Content-Length"  # the JSON's share of a body, the tensors follow
 SMALL_BYTES = 65536  # up to here one write of all is faster than a copy less
+Body = tuple[tuple[bytes, ...], str]
+"""What is sent, in parts, and the headers that it needs beside its length."""
 MakePool = Callable[[str, int, ssl.SSLContext | None], Pool]
 
 
@@ -106,10 +108,13 @@ class HttpTransport:
         """See Transport."""
         parts = (request.parts or self.encode(request)) if placement is None else _parts(request, b"", placement)
         path, opened, tensors = parts
-        header = b"%s%d}}" % (opened, deadline.left_us())
         extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        extra += f"{BINARY_HEADER_SIZE}: {len(header)}\r\n"
-        answer = await self._exchange("POST", path.decode(), deadline, (header, tensors), extra, cancel)
+
+        def body() -> Body:
+            header = b"%s%d}}" % (opened, deadline.left_us())
+            return (header, tensors), f"{extra}{BINARY_HEADER_SIZE}: {len(header)}\r\n"
+
+        answer = await self._exchange("POST", path.decode(), deadline, body, cancel)
         if answer.status != 200:
             raise self._error(answer)
         try:
@@ -134,7 +139,7 @@ class HttpTransport:
         self._pool.close()
 
     async def _post(self, path: str, body: bytes, deadline: Deadline, cancel: Cancel | None = None) -> None:
-        answer = await self._exchange("POST", path, deadline, (body,), cancel=cancel)
+        answer = await self._exchange("POST", path, deadline, lambda: ((body,), ""), cancel)
         if answer.status != 200:
             raise self._error(answer)
 
@@ -161,15 +166,19 @@ class HttpTransport:
         method: str,
         path: str,
         deadline: Deadline,
-        body: tuple[bytes, ...] = (),
-        headers: str = "",
+        body: Callable[[], Body] = lambda: ((), ""),
         cancel: Cancel | None = None,
     ) -> Answer:
-        size = sum(map(len, body))
-        if method == "POST":
-            headers += f"Content-Length: {size}\r\n"
-        head = f"{method} {path} HTTP/1.1\r\n{self._headers}{headers}\r\n".encode("latin-1")
-        parts = (b"".join((head, *body)),) if size < SMALL_BYTES else (head, *body)
+        """`body` is asked once there is a connection, for which it may have waited: what is left goes with it."""
+
+        def parts() -> tuple[bytes, ...]:
+            content, headers = body()
+            size = sum(map(len, content))
+            if method == "POST":
+                headers += f"Content-Length: {size}\r\n"
+            head = f"{method} {path} HTTP/1.1\r\n{self._headers}{headers}\r\n".encode("latin-1")
+            return (b"".join((head, *content)),) if size < SMALL_BYTES else (head, *content)
+
         connection = await self._connection(deadline)
         may_run_twice = method == "GET" or self._idempotent  # RFC 9110, 9.2.2: else not by itself
         try:
@@ -185,7 +194,7 @@ class HttpTransport:
             raise _broken(self._url, error) from None
 
     async def _exchange_over(
-        self, connection: Connection, parts: tuple[bytes, ...], deadline: Deadline, cancel: Cancel | None
+        self, connection: Connection, parts: Callable[[], tuple[bytes, ...]], deadline: Deadline, cancel: Cancel | None
     ) -> Answer:
         """The answer; gives the connection back, or closes it."""
         answer = None
@@ -194,7 +203,7 @@ class HttpTransport:
                 cancel.stopped_by(connection.stop)
             # A server that refuses a large body (413) may close while we still send: its answer is there to read.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                await connection.send(*parts, deadline=deadline)
+                await connection.send(*parts(), deadline=deadline)
             answer = await read_answer(lambda wanted: connection.receive(wanted, deadline))
             if cancel is not None and cancel.cancelled:  # the connection was stopped under it
                 raise ConnectionResetError("another attempt was answered first")

@@ -25,7 +25,7 @@ from tritonclient.grpc import service_pb2
 from deepseek_client.errors import ConnectionLost
 from deepseek_client.grpc_message import SERVICE, Metadata
 from deepseek_client.http2 import CallFailed, Exchange, Frames, NotHttp2, answer_of, framed, header_block
-from deepseek_client.http_connections import connected
+from deepseek_client.http_connections import NEXT_ADDRESS_S, connected
 from deepseek_client.runtimes import Cancel
 from deepseek_client.transports import Deadline
 
@@ -115,9 +115,11 @@ class GreenWire:
     ) -> Any:
         """See Wire."""
         ends_at = time.monotonic() + timeout_s
-        block, message = self._messages.block(method, metadata, timeout_s), framed(request)
+        message = framed(request)
         for attempt in range(1, ATTEMPTS + 1):
-            exchange = self._connected(ends_at).exchange(block, message, ends_at, cancel)
+            connection = self._connected(ends_at)
+            block = self._messages.block(method, metadata, ends_at - time.monotonic())
+            exchange = connection.exchange(block, message, ends_at, cancel)
             if not exchange.unprocessed or attempt == ATTEMPTS:
                 break
         return self._messages.answer(method, exchange)
@@ -245,8 +247,9 @@ class _Connection:
                     _tell(ended[start : start + AT_ONCE])
         except OSError as failure:
             error = failure
-        self.close(_broke(error))
-        self._socket.close()
+        finally:  # whatever it was: nobody else would notice
+            self.close(_broke(error))
+            self._socket.close()
 
     def _write(self) -> None:
         try:
@@ -285,12 +288,13 @@ class AsyncPlainWire:
         self, method: str, request: bytes, timeout_s: float, metadata: Metadata, cancel: Cancel | None
     ) -> Any:
         """See Wire. It is stopped as every task is, by its own `cancel()`."""
-        block, message = self._messages.block(method, metadata, timeout_s), framed(request)
+        ends_at, message = time.monotonic() + timeout_s, framed(request)
         try:
             async with asyncio.timeout(timeout_s):
                 for attempt in range(1, ATTEMPTS + 1):
                     if (connection := self._connection) is None or not connection.usable:
                         connection = await self._connected()
+                    block = self._messages.block(method, metadata, ends_at - time.monotonic())
                     exchange = await connection.exchange(block, message)
                     if not exchange.unprocessed or attempt == ATTEMPTS:
                         break
@@ -310,7 +314,9 @@ class AsyncPlainWire:
         async with self._opening:
             if (standing := self._connection) is None or not standing.usable:
                 try:
-                    _, standing = await loop.create_connection(lambda: _AsyncConnection(loop), *self._messages.address)
+                    _, standing = await loop.create_connection(
+                        lambda: _AsyncConnection(loop), *self._messages.address, happy_eyeballs_delay=NEXT_ADDRESS_S
+                    )
                 except TimeoutError:
                     raise
                 except OSError as error:

@@ -119,10 +119,20 @@ def checked_timeout(timeout_s: float) -> float:
 
 
 def check_texts(**values: str) -> None:
-    """Raises InvalidInput where one is none, such as version=1."""
+    """Raises InvalidInput where one is none, such as version=1, or cannot be sent."""
     for name, value in values.items():
         if not isinstance(value, str):
             raise InvalidInput(f"{name}={value!r} is of type {type(value).__name__}; pass a text: '{value}'")
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, such as Python makes of bytes on a command line
+            raise InvalidInput(f"{name}={value!r} cannot be written in UTF-8; pass a text that can") from None
+
+
+def check_version(version: str) -> None:
+    """Raises InvalidInput where it is no number."""
+    if not re.fullmatch(r"\d*", version, re.ASCII):
+        raise InvalidInput(f"version={version!r}; it must be a number such as '1', or '' for the server's choice")
 
 
 def check_headers(headers: Mapping[str, str]) -> None:

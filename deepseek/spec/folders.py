@@ -80,6 +80,14 @@ def write_whole(path: Path, text: str) -> Path:
     return path
 
 
+def let_all_read(folder: Path) -> None:
+    """What root writes, others serve: containers run as another user, and root's umask may keep it from them."""
+    if os.geteuid() == 0:
+        for path in (folder, *folder.rglob("*")):
+            if not path.is_symlink():
+                path.chmod(path.stat().st_mode | (0o755 if path.is_dir() else 0o644))
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """One process at a time in `folder`, which is made; the next waits, and says so. The lock ends with its process."""

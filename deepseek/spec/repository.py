@@ -11,6 +11,12 @@ CONFIG = "config.pbtxt"
 KEPT_VERSIONS = 3  # the one that is served and two to go back to
 
 
+def model_folders(repository: Path) -> list[Path]:
+    """Those of the models in it, by name. What begins with a dot is a version on its way, or of a publisher killed."""
+    found = sorted(path.parent for path in repository.glob(f"*/{CONFIG}"))
+    return [path for path in found if not path.name.startswith(".")]
+
+
 def versions_of(model: Path) -> list[int]:
     """Numbers of the version directories as Triton sees them, newest first: it leaves out those with leading zeros.
 

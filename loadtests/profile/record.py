@@ -122,8 +122,8 @@ def _tracing(url: str, protocol: Protocol) -> Iterator[Path]:
         before = _plain(client.get_trace_settings(**as_json))
         if not any(before.get("trace_file", [])):
             raise InputError(
-                f"the server at {url} has no trace file; start it with "
-                "--trace-config mode=triton --trace-config triton,file=/tmp/trace.json, or leave --url out"
+                f"the server at {url} has no trace file; start it with python -m serving.embedded --profile FOLDER "
+                "(NVIDIA's: --trace-config mode=triton --trace-config triton,file=/tmp/trace.json), or leave --url out"
             )
         # A log frequency of 1: written at once, not when the server ends.
         wanted = {"trace_level": ["TIMESTAMPS"], "trace_rate": "1", "trace_count": "-1", "log_frequency": "1"}

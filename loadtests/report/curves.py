@@ -16,10 +16,10 @@ import numpy as np
 
 from deepseek.spec import SloSpec
 from loadtests.charts import Chart, Point, Scale, up_to
+from loadtests.limits import latency_limits
 from loadtests.report.page import ms, percentile
 from loadtests.report.verdict import LETTERS, names_of
 from loadtests.results import Distribution, Latency, Run, Second, Stretch
-from loadtests.slo import latency_limits
 
 TAIL = (50, 90, 99, 99.9, 99.99, 99.999)  # percentiles named below the tail chart
 DIAMOND = "\N{BLACK DIAMOND}"

@@ -143,7 +143,7 @@ def page(found: dict[str, Any], day: Day, curve: ServiceCurve) -> str:
         [
             ("metric", NAMES[best["metric"]]),
             ("target, a pod", f"{best['target']:g}"),
-            ("least pods", best["min_replicas"]),
+            ("minReplicas", best["min_replicas"]),
             ("most pods seen", best["most_pods"]),
             ("late requests", f"{best['late_share']:.3%} in {best['late_s']} s"),
             ("node hours", f"{best['node_hours']:.1f}"),
