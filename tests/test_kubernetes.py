@@ -27,9 +27,17 @@ from tests.manifests import FOLDERS, KUBERNETES, VARIANTS, Object, build, commit
 # What checkov finds and is left as it is, by check and resource, with the reason; anything else fails.
 DEPLOYMENTS = ("Deployment.deepseek.triton", "Deployment.deepseek.gateway")
 JOBS = ("Job.deepseek.loadtest-master", "Job.deepseek.loadtest-worker")
+LOADER = "Pod.deepseek.models-loader"
 LEFT: dict[tuple[str, str], str] = {
-    **{("CKV_K8S_43", each): "digests are your registry's: `images:` of your own" for each in (*DEPLOYMENTS, *JOBS)},
-    **{("CKV_K8S_15", each): "a tag is not moved: the image that a node has is it" for each in (*DEPLOYMENTS, *JOBS)},
+    **{
+        ("CKV_K8S_43", each): "digests are your registry's: `images:` of your own"
+        for each in (*DEPLOYMENTS, *JOBS, LOADER)
+    },
+    **{("CKV_K8S_15", each): "a tag is not moved: a node's image is it" for each in (*DEPLOYMENTS, *JOBS, LOADER)},
+    **{
+        (check, LOADER): "it only waits to be copied to, and is nobody's service"
+        for check in ("CKV_K8S_8", "CKV_K8S_9")
+    },
     ("CKV_K8S_11", DEPLOYMENTS[0]): "without components/cpu, which sets it: beside a GPU a limit of CPU only throttles",
     ("CKV_K8S_35", DEPLOYMENTS[0]): "the store's authorization is the init container's alone, which has ended by then",
     **{("CKV_K8S_35", each): "the key is one for the load test, which reads it from its environment" for each in JOBS},
