@@ -173,7 +173,11 @@ class ApprovedView:
         """A line for each model that is shown as it is, and for each folder that is no model."""
         shown = [not_ours(self.repository / path.name) for path in sorted(self.folder.iterdir()) if path.is_symlink()]
         strays = check_layout(self.repository)
-        return shown + [Finding(level="warning", where=each.where, what=f"left out: no {CONFIG}") for each in strays]
+        left_out = f"left out: no {CONFIG}"
+        return shown + [
+            each if each.level == "warning" else Finding(level="warning", where=each.where, what=left_out)
+            for each in strays
+        ]
 
     def changes(self) -> Iterator[Change]:
         """Follows the repository; after each change that it yields, the view is what Triton is to read."""

@@ -151,7 +151,7 @@ def test_failures_make_the_new_side_worse_however_fast_the_rest_is(tmp_path: Pat
     ]
     new = [saved_run(tmp_path / "b" / f"{place}", each, rate_rps=20.0) for place, each in enumerate(lossy)]
     found = compare(base, new, SLO, Thresholds())
-    assert [row.verdict for row in found.rows] == ["no worse", "worse"]
+    assert [row.verdict for row in found.rows] == ["no worse", "worse", "worse"]
     assert math.isinf(found.rows[1].change.ratio)
     side = Side(name="new", given="b")
     assert as_json(found, (side, side), {})["rows"][1]["new"] is None

@@ -8,13 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 CONFIG = "config.pbtxt"
+SCRATCH = ".scratch-"  # how what is not published yet begins (deepseek.spec.folders)
 KEPT_VERSIONS = 3  # the one that is served and two to go back to
 
 
 def model_folders(repository: Path) -> list[Path]:
-    """Those of the models in it, by name. What begins with a dot is a version on its way, or of a publisher killed."""
+    """Those of the models in it, by name, without a version on its way, or one that a killed publisher left."""
     found = sorted(path.parent for path in repository.glob(f"*/{CONFIG}"))
-    return [path for path in found if not path.name.startswith(".")]
+    return [path for path in found if not path.name.startswith(SCRATCH)]
 
 
 def versions_of(model: Path) -> list[int]:
