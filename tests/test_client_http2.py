@@ -256,7 +256,8 @@ def test_a_server_with_a_table_of_no_room_reads_our_headers() -> None:
     size = int.from_bytes(sent[:3])
     decoder = hpack.Decoder()
     decoder.max_allowed_table_size = 0  # raises where it is not told
-    assert dict(decoder.decode(sent[HEAD.size : HEAD.size + size]))[":method"] == "POST"
+    headers = decoder.decode(sent[HEAD.size : HEAD.size + size], raw=True)
+    assert (b":method", b"POST") in [tuple(each) for each in headers]
 
 
 @pytest.mark.parametrize("payload", [b"", b"\x05ab", b"\x03ab"], ids=["empty", "too long", "as long"])

@@ -303,7 +303,7 @@ def test_weights_that_pruning_unties_are_read_back_apart(tmp_path: Path) -> None
 def test_a_frozen_model_is_tuned_and_stays_frozen(tmp_path: Path) -> None:
     teacher = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).requires_grad_(False)
     student = copy.deepcopy(teacher)
-    student[2].weight.mul_(0.5)
+    student[2].get_parameter("weight").mul_(0.5)
     batches = [(torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)),) for seed in range(10)]
     before, after = distil(student, teacher, batches, checkpoints=tmp_path)
     assert after < before

@@ -293,8 +293,9 @@ def test_what_a_release_needs_beyond_the_containers_is_said(tmp_path: Path) -> N
     write(tmp_path / "repository")
     path = tmp_path / "build" / "stack.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "sizes": {"MiB of shared memory": 64}}))
-    (lacking,) = refresh(tmp_path / "repository", tmp_path / "build" / "gateway") or ()
-    assert re.fullmatch(r"64 of \d+ MiB of shared memory", lacking)
+    lacking = refresh(tmp_path / "repository", tmp_path / "build" / "gateway")
+    assert lacking is not None
+    assert re.fullmatch(r"64 of \d+ MiB of shared memory", " ".join(lacking))
 
 
 def test_a_path_that_compose_cannot_read_is_one_line(tmp_path: Path) -> None:
