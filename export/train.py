@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepseek.spec import InputError, Parser, add_model_arguments, build_dir, kept_for_json, run_command
-from deepseek.spec.folders import scratch_in
+from deepseek.spec.folders import SCRATCH, scratch_in
 from export.cache import alone_with, drop, fetch, key_of, root, store
 from export.reference import weights_digest
 from export.source import Source
@@ -66,7 +66,7 @@ def _files(folder: Path) -> dict[str, tuple[int, int]]:
     """Time and size of each file under a folder; scratch folders of other processes are left out."""
     paths = (path for path in folder.rglob("*") if path.is_file())
     names = {str(path.relative_to(folder)): path for path in paths}
-    facts = {name: path.stat() for name, path in names.items() if not name.startswith(".scratch-")}
+    facts = {name: path.stat() for name, path in names.items() if not name.startswith(SCRATCH)}
     return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in facts.items()}
 
 

@@ -146,7 +146,9 @@ def compare(
         few = f"{least} requests, {samples_needed(percent)} needed" if least < samples_needed(percent) else ""
         rows.append(judge.row(f"p{percent} at {rate:g}/s", "ms", seen[0], seen[1], threshold, few))
     if allowed is not None and failing:
-        failed = judge.row(f"failed at {rate:g}/s", "share", allowed, error_rates(sides[1], draws.new), 0.0)
+        failed = judge.row(
+            f"failed at {rate:g}/s (new / allowed)", "share", allowed, error_rates(sides[1], draws.new), 0.0
+        )
         rows.append(replace(failed, base=float(error_rates(sides[0], draws.base)[0])))
     if ladder:
         rows.append(_capacity_row(judge, base, new, draws, ladder, slo, thresholds.capacity))

@@ -177,7 +177,7 @@ def _of_one(args: argparse.Namespace, spec: DeploymentSpec) -> Settings:
     if (rate, shape, args.users) == (None, None, None) and (asked := limits.rates(spec.slo)):
         rate = asked[0] if len(asked) == 1 else None
         check_duration(args.duration_s)
-        shape = None if rate else ", ".join(f"{each!r}x{args.duration_s:.0f}" for each in asked)
+        shape = None if rate else ", ".join(f"{each:.15g}x{args.duration_s:.0f}" for each in asked)
     return _settings(args, args.model, rate, shape, spec.slo)
 
 

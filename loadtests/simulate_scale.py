@@ -169,7 +169,7 @@ def described(tried: Tried) -> str:
 def table(simulated: Simulated, price: float | None) -> Table:
     """The best settings, cheapest first; then those that do not hold."""
     shown = Table("metric", box=box.SIMPLE_HEAD)
-    for name in ("target", "minReplicas", "maxReplicas", "late requests", "for", "node hours"):
+    for name in ("target", "minReplicas", "most pods", "late requests", "for", "node hours"):
         shown.add_column(name, justify="right")
     if price is not None:
         shown.add_column("cost", justify="right")

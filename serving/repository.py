@@ -19,7 +19,8 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelQueuePolicy
 
 from deepseek.spec import BATCH, TRITON_DTYPES, FileDigest, InputError, PublishedManifest, TensorSpec
-from deepseek.spec.repository import CONFIG, SCRATCH, config_path, model_folders, versions_of
+from deepseek.spec.folders import SCRATCH
+from deepseek.spec.repository import CONFIG, config_path, model_folders, versions_of
 
 MANIFEST = "manifest.json"
 # Triton's backends by our target, the usual one first.
@@ -81,27 +82,19 @@ def read_config(path: Path) -> ModelConfig:
 
 def check_layout(repository: Path) -> list[Finding]:
     """Folders that are no models: without automatic completion Triton fails to start over each of them."""
-    folders = [path for path in sorted(repository.iterdir()) if path.is_dir()]
-    unfinished = [
-        Finding(
-            level="warning",
-            where=path.name,
-            what=f"a version in {repository} that is being published, or whose publisher was killed; it is not served",
-            fix=f"if nothing publishes: rm -r '{path}'",
-        )
-        for path in folders
-        if path.name.startswith(SCRATCH)
-    ]
-    return unfinished + [
-        Finding(
-            level="mismatch",
-            where=path.name,
-            what=f"a folder without {CONFIG} in {repository}, over which Triton does not start",
-            fix=f"move it elsewhere: mv '{path}' '{repository.parent}'",
-        )
-        for path in folders
-        if not path.name.startswith(SCRATCH) and not (path / CONFIG).is_file()
-    ]
+    found = []
+    for path in sorted(repository.iterdir()):
+        level: Level = "mismatch"
+        what = f"a folder without {CONFIG} in {repository}, over which Triton does not start"
+        fix = f"move it elsewhere: mv '{path}' '{repository.parent}'"
+        if path.name.startswith(SCRATCH):
+            level, fix = "warning", f"if nothing publishes: rm -r '{path}'"
+            what = f"a version in {repository} that is being published, or whose publisher was killed; it is not served"
+        elif (path / CONFIG).is_file():
+            continue
+        if path.is_dir():
+            found.append(Finding(level=level, where=path.name, what=what, fix=fix))
+    return found
 
 
 def config_of(model: Path, version: int | None = None) -> ModelConfig:

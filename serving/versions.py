@@ -26,7 +26,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import GateFailed, InputError, PublishedManifest
 from deepseek.spec.command import PLACE_ERRORS
-from deepseek.spec.folders import alone_in, let_all_read
+from deepseek.spec.folders import SCRATCH, alone_in, let_all_read
 from deepseek.spec.repository import CONFIG, retired, versions_of
 from serving.repository import MANIFEST, check_config, check_version, config_of, read_config
 
@@ -105,7 +105,10 @@ def put_live(staged: Path, number: int, model: Path, *, before: int | None) -> N
     """
     with alone_in(model.parent):
         if newest(model) != before:
-            raise InputError(f"{model}: version {newest(model)} came in meanwhile, by another build: release again")
+            raise InputError(
+                f"{model}: its newest version is {newest(model) or 'none'}, not {before or 'none'} as when the release "
+                "began: another build changed it meanwhile; release again"
+            )
         let_all_read(staged)
         if not model.exists():
             _move(staged, model)
@@ -131,7 +134,7 @@ def retire(model: Path) -> list[int]:
 
 def _remove(model: Path, version: int) -> None:
     """Takes away what there is of a version, with its warm-up files; no server sees half of it while it goes."""
-    place, hidden = model / str(version), model / f".scratch-removed-{version}"
+    place, hidden = model / str(version), model / f"{SCRATCH}removed-{version}"
     if place.is_dir():
         os.rename(place, hidden)
         shutil.rmtree(hidden)
@@ -171,7 +174,7 @@ def take_out(model: Path, number: int, *, back_to: int, archive: Path) -> None:
     The configuration first and the newest last: cut off between, a second call ends what the first began.
     """
     with alone_in(model.parent):
-        draft = model / f".scratch-{CONFIG}"
+        draft = model / f"{SCRATCH}{CONFIG}"
         with _whole(draft):
             _copy(model / str(back_to) / CONFIG, draft)
         os.replace(draft, model / CONFIG)
@@ -192,12 +195,12 @@ def _move(source: Path, destination: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        beside = destination.with_name(f".scratch-{destination.name}")
+        beside = destination.with_name(f"{SCRATCH}{destination.name}")
         shutil.rmtree(beside, ignore_errors=True)
         with _whole(beside):
             _copy(source, beside)
         os.replace(beside, destination)
-        hidden = source.with_name(f".scratch-{source.name}")
+        hidden = source.with_name(f"{SCRATCH}{source.name}")
         os.replace(source, hidden)  # a server sees all of it or nothing
         shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
 
@@ -212,7 +215,7 @@ def _copy(source: Path, destination: Path) -> None:
         return
     destination.mkdir()
     for each in sorted(source.iterdir()):
-        if each.name != "__pycache__" and not each.name.startswith(".scratch-"):
+        if each.name != "__pycache__" and not each.name.startswith(SCRATCH):
             _copy(each, destination / each.name)
 
 

@@ -18,6 +18,7 @@ from typing import Literal
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import GateFailed, InputError
+from deepseek.spec.folders import SCRATCH
 from deepseek.spec.repository import config_path, model_folders, versions_of
 from serving.repository import (
     CONFIG,
@@ -132,7 +133,7 @@ class _Shown:
             folder = path.split(os.sep)[0]
             if folder == "warmup":
                 return path in decision.warmup
-            return folder in shown if folder.isdigit() else path != CONFIG and not folder.startswith(".scratch-")
+            return folder in shown if folder.isdigit() else path != CONFIG and not folder.startswith(SCRATCH)
 
         files = tuple(each for each in stamp if counts(each[0]))
         return cls(versions=decision.versions, config=decision.config.read_bytes(), files=files)
@@ -278,7 +279,7 @@ def _mirror(source: Path, target: Path) -> None:
     if any(source.glob("*.data")):
         target.symlink_to(source.resolve())
     elif source.is_dir():
-        ignored = shutil.ignore_patterns("__pycache__", ".scratch-*")
+        ignored = shutil.ignore_patterns("__pycache__", f"{SCRATCH}*")
         shutil.copytree(source, target, copy_function=_link, ignore=ignored)
     else:
         _link(str(source), str(target))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import pytest
-from deepseek_client import InferenceClient, InvalidInput
+from deepseek_client import ConnectionLost, InferenceClient, InvalidInput
 from deepseek_client.grpc_message import MOST_HEADS, Encoder, timeout_field, varint
-from deepseek_client.transports import PreparedRequest, Tensor
+from deepseek_client.over_http import HttpTransport
+from deepseek_client.runtimes import run
+from deepseek_client.transports import Deadline, PreparedRequest, Tensor
 from tritonclient.grpc import service_pb2
 
 
@@ -82,3 +85,36 @@ def test_a_name_or_version_that_is_none_is_refused_before_anything_is_sent(
 ) -> None:
     with InferenceClient("127.0.0.1:9", protocol) as client, pytest.raises(InvalidInput, match=re.escape(said)):
         client.ready(model, version=version)
+
+
+class Sends:
+    """A connection that is waited for, keeps what it is sent, and ends."""
+
+    reused = False
+    sent = b""
+
+    async def take(self, *_: Any, **__: Any) -> Any:
+        time.sleep(0.3)
+        return self
+
+    async def send(self, *parts: bytes, **_: Any) -> None:
+        self.sent = b"".join(parts)
+
+    async def receive(self, *_: Any) -> bytes:
+        return b""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_over_http_triton_is_told_what_the_wait_for_a_connection_has_left() -> None:
+    pool = Sends()
+    make: Any = lambda *_: pool  # noqa: E731
+    transport = HttpTransport("h:1", make, idempotent=False, tls=False, ca_cert=None, api_key=None)
+    with pytest.raises(ConnectionLost):
+        run(transport.send(request_of(), Deadline(2)))
+    told = re.search(rb'"timeout": (\d+)', pool.sent)
+    assert told is not None
+    assert 0 < int(told[1]) <= 1_700_000
+    head, _, body = pool.sent.partition(b"\r\n\r\n")
+    assert b"\r\nContent-Length: %d" % len(body) in head

@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from deepseek_client import AsyncInferenceClient, ConnectionLost, DeadlineExceeded, InferenceClient
 from deepseek_client.http_connections import BlockingConnection, connected
-from deepseek_client.http_pool import MOST_OPENING
+from deepseek_client.http_pool import MOST_OPENING, BlockingPool
 from deepseek_client.runtimes import run
 from deepseek_client.transports import Deadline
 
@@ -158,3 +159,33 @@ def test_a_mute_address_of_a_host_hides_no_other(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: places)
         with connected("host", 1, Deadline(2)) as connection:
             assert connection.getpeername() == good.getsockname()
+
+
+class Lies:
+    """A connection that lies in the pool, as good as new."""
+
+    def is_alive(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_who_waits_for_a_new_connection_keeps_none_that_came_back_from_the_next() -> None:
+    async def never(*_: Any) -> Any:
+        raise AssertionError
+
+    pool = BlockingPool(never, "h", 1, None)
+    pool._opening = MOST_OPENING
+    with ThreadPoolExecutor(2) as threads:
+        picky = threads.submit(lambda: run(pool.take(Deadline(2), idle=False)))
+        while pool._waiting < 1:
+            time.sleep(0.01)
+        other = threads.submit(lambda: run(pool.take(Deadline(20))))
+        while pool._waiting < 2:
+            time.sleep(0.01)
+        given: Any = Lies()
+        pool.give_back(given)
+        assert other.result(1.5) is given
+        with pytest.raises(TimeoutError):
+            picky.result(10)

@@ -387,6 +387,8 @@ def test_a_side_that_fails_more_requests_is_worse(tmp_path: Path, base_fails: bo
     slo = SloSpec(p99_ms=50, max_error_rate=limit)
     found = compare(side("a", 0, base_fails), side("b", 100, True), slo, Thresholds(p50=0.5, p99=5.0))
     row = found.rows[-1]
-    assert (row.name, row.verdict, row.new, row.better) == ("failed at 20/s", verdict, 0.005, False)
+    assert (row.name, row.verdict, row.new, row.better) == ("failed at 20/s (new / allowed)", verdict, 0.005, False)
     assert found.verdict == verdict
-    assert "| failed at 20/s |" in markdown(found, (Side(name="base", given="a"), Side(name="new", given="b")), "m", {})
+    assert "| failed at 20/s (new / allowed) |" in markdown(
+        found, (Side(name="base", given="a"), Side(name="new", given="b")), "m", {}
+    )

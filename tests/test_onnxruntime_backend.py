@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import queue
 import re
 import shutil
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import onnx
@@ -205,3 +210,32 @@ def test_a_provider_that_is_missing_is_one_line_at_start_up(build: Path, tmp_pat
     assert "install onnxruntime-migraphx" in message
     assert "At:" not in message
     assert "\n" not in message
+
+
+def test_an_answer_that_cannot_be_handed_over_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[str] = []
+    counted: list[int] = []
+
+    class Sender:
+        def send(self, response: str, **_: Any) -> None:
+            if response == "large":
+                raise RuntimeError("Failed to increase the shared memory pool size")
+            handed.append(response)
+
+    said: list[str] = []
+    utils = SimpleNamespace(TRITONSERVER_RESPONSE_COMPLETE_FINAL=1, Logger=SimpleNamespace(log_error=said.append))
+    for name, module in {"triton_python_backend_utils": utils, "onnxruntime_session": None, "turns": None}.items():
+        monkeypatch.setitem(sys.modules, name, module or MagicMock())
+    spec = importlib.util.spec_from_file_location("backend", "serving/onnxruntime_backend.py")
+    assert spec is not None
+    assert spec.loader is not None
+    backend = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(backend)
+    model = backend.TritonPythonModel()
+    model.answers, model.failures = queue.SimpleQueue(), SimpleNamespace(increment=counted.append)
+    for batch in (["large", "small"], ["next"]):
+        model.answers.put(([Sender()] * len(batch), batch))
+    model.answers.put(None)
+    model._send()
+    assert (handed, counted) == (["small", "next"], [1])
+    assert "Failed to increase" in said[0]

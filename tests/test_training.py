@@ -8,12 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from deepseek.checkpoints import digest
 from deepseek.config import TrainingConfig
 from deepseek.spec import InputError
 from deepseek.training import TrainingDiverged, train_model
@@ -275,3 +277,9 @@ def test_a_batch_may_begin_with_text_and_the_same_data_goes_on_after_a_stop(tmp_
     torch.manual_seed(0)
     again = train_model(nn.Linear(2, 1), data, validation, loss, config, checkpoints=tmp_path / "stopped")
     assert again.resumed_at_step
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.float32, np.bool_])
+def test_numpys_own_numbers_tell_one_data_set_from_another(kind: Any) -> None:
+    assert digest([kind(0)]) == digest([kind(0)])
+    assert digest([kind(0)]) != digest([kind(1)])

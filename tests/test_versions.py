@@ -213,7 +213,7 @@ def test_what_has_no_room_to_be_kept_is_not_taken_out(
 def test_what_another_build_published_meanwhile_is_not_released_over(candidate: Path, tmp_path: Path) -> None:
     live = stage(candidate / "text", number=4, folder=tmp_path / "live")
     put_live(stage(candidate / "text", number=5, folder=tmp_path / "new"), 5, live, before=4)
-    with pytest.raises(InputError, match="version 5 came in meanwhile"):
+    with pytest.raises(InputError, match="its newest version is 5, not 4 as when the release began"):
         put_live(stage(candidate / "text", number=6, folder=tmp_path / "new"), 6, live, before=4)
     assert newest(live) == 5
 

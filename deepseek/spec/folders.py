@@ -9,11 +9,14 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+SCRATCH = ".scratch-"  # how the name of what is not finished begins
 
 
 @contextmanager
@@ -23,7 +26,7 @@ def scratch_in(folder: Path) -> Iterator[Path]:
     Its owner holds a lock on it, which ends with the process, however that ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".scratch-*"):
+    for stale in folder.glob(f"{SCRATCH}*"):
         with suppress(OSError):
             lock = _lock(stale, fcntl.LOCK_NB)
             shutil.rmtree(stale, ignore_errors=True)
@@ -39,7 +42,7 @@ def scratch_in(folder: Path) -> Iterator[Path]:
 def _own_folder(folder: Path) -> tuple[Path, int]:
     """A new folder and its lock."""
     while True:
-        path = Path(tempfile.mkdtemp(prefix=".scratch-", dir=folder))
+        path = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
         with suppress(FileNotFoundError):
             lock = _lock(path)
             if path.exists():  # else another process took it for a stale one before it was locked
@@ -83,9 +86,13 @@ def write_whole(path: Path, text: str) -> Path:
 def let_all_read(folder: Path) -> None:
     """What root writes, others serve: containers run as another user, and root's umask may keep it from them."""
     if os.geteuid() == 0:
-        for path in (folder, *folder.rglob("*")):
-            if not path.is_symlink():
-                path.chmod(path.stat().st_mode | (0o755 if path.is_dir() else 0o644))
+        found = [Path(place, name) for place, folders, files in os.walk(folder) for name in (*folders, *files)]
+        for path in (folder, *found):
+            with suppress(FileNotFoundError):  # another publisher's, which it has just moved
+                mode = path.lstat().st_mode
+                wanted = mode | (0o755 if stat.S_ISDIR(mode) else 0o644)
+                if not stat.S_ISLNK(mode) and wanted != mode:  # as it is, it may be on a disk that is read alone
+                    path.chmod(wanted)
 
 
 @contextmanager

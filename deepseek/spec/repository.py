@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deepseek.spec.folders import SCRATCH
+
 CONFIG = "config.pbtxt"
-SCRATCH = ".scratch-"  # how what is not published yet begins (deepseek.spec.folders)
 KEPT_VERSIONS = 3  # the one that is served and two to go back to
 
 

@@ -7,7 +7,7 @@ disk, libfaketime for the clock: what is missing is said in its line. Writes `bu
 Exit codes: 0 all holds; 1 something does not; 2 something is not built; 3 something could not be measured.
 
 Examples:
-    python -m tests.bench.failure                                    # all, 50 minutes, of which the soak takes 30
+    python -m tests.bench.failure                                    # all, 40 minutes, of which the soak takes 30
     python -m tests.bench.failure --only overload --only malformed
     python -m tests.bench.failure --only soak --soak-s 600 --json
     python -m tests.bench.failure --only malformed --requests 100000
