@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
+import psutil
 import pytest
 from deepseek_client import InvalidInput
 
@@ -17,7 +22,7 @@ from tests.bench.failure import machine
 from tests.bench.failure.killed import server_killed
 from tests.bench.failure.load import Answers, Load
 from tests.bench.failure.machine import clock_jumps, disk_full, restart
-from tests.bench.failure.malformed import Tally, malformed_requests
+from tests.bench.failure.malformed import Tally, _pids, malformed_requests
 from tests.bench.failure.mutations import Mutation
 from tests.bench.failure.mutations_grpc import GRPC, valid_grpc
 from tests.bench.failure.mutations_http import HTTP, valid_http
@@ -282,3 +287,13 @@ def test_what_is_not_built_is_one_line(tmp_path: Path) -> None:
     assert run.returncode == 2
     assert "make engine MODEL=" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_a_process_that_ends_while_it_is_looked_at_is_none_of_the_servers() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    found = psutil.Process(child.pid)
+    service: Any = SimpleNamespace(processes=lambda: [found, psutil.Process()])
+    assert _pids(service) == {child.pid, os.getpid()}
+    child.kill()
+    child.wait()
+    assert _pids(service) == {os.getpid()}

@@ -186,6 +186,8 @@ def clock_jumps(setting: Setting) -> list[Row]:
         "FAKETIME_CACHE_DURATION": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         "DONT_FAKE_MONOTONIC": "1",
+        # Else each process has a semaphore by its number, which one that is killed leaves to the next of that number.
+        "FAKETIME_DISABLE_SHM": "1",
         "TRITON_ADMIN_KEY": ADMIN_KEY,
     }
     with setting.service("clock", **environment) as service:

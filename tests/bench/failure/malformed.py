@@ -22,7 +22,7 @@ import numpy as np
 from tests.bench.failure.mutations import Mutation
 from tests.bench.failure.mutations_grpc import GRPC, valid_grpc
 from tests.bench.failure.mutations_http import HTTP, valid_http
-from tests.bench.failure.setting import WAYS, Model, Row, Service, Setting, Way, first_row
+from tests.bench.failure.setting import WAYS, Model, Row, Service, Setting, Way, first_row, name_of
 
 SEED = 1
 LONGEST_S = 20.0  # for one answer
@@ -181,7 +181,7 @@ def _sent(setting: Setting, service: Service, way: Way) -> Tally:
 
 
 def _pids(service: Service) -> set[int]:
-    return {each.pid for each in service.processes() if each.name() != "nginx"}
+    return {each.pid for each in service.processes() if name_of(each) not in ("", "nginx")}
 
 
 def _rows(tally: Tally) -> Iterator[Row]:

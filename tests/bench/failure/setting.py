@@ -231,7 +231,7 @@ class Service:
 
     def wait_for_the_end(self) -> None:
         """Until the launcher has noticed that its server is gone."""
-        if self._process is not None and not any(_name(each) == "tritonserver" for each in self._descendants()):
+        if self._process is not None and not any(name_of(each) == "tritonserver" for each in self._descendants()):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(ENDS_S)
 
@@ -244,13 +244,13 @@ class Service:
     def triton(self) -> psutil.Process:
         """The server's process; InvalidMeasurement where there is none."""
         for each in self._descendants():
-            if _name(each) == "tritonserver":
+            if name_of(each) == "tritonserver":
                 return each
         raise InvalidMeasurement(f"the server has ended: {self.last_words}")
 
     def stubs(self, model: str = "") -> list[psutil.Process]:
         """Processes that run models, or one model."""
-        return [each for each in self._descendants() if "stub" in _name(each) and f"/{model}" in _command(each)]
+        return [each for each in self._descendants() if "stub" in name_of(each) and f"/{model}" in _command(each)]
 
     def _descendants(self) -> list[psutil.Process]:
         """Those that live."""
@@ -263,7 +263,7 @@ class Service:
     def processes(self) -> list[psutil.Process]:
         """Of the server and the gateway, the launchers left out."""
         nginx = psutil.Process(self.gateway.process.pid).children(recursive=True)
-        return [*self._descendants(), *(each for each in nginx if _name(each) == "nginx")]
+        return [*self._descendants(), *(each for each in nginx if name_of(each) == "nginx")]
 
     def memory_mib(self) -> float:
         """Of all of them, what they share counted once."""
@@ -273,7 +273,7 @@ class Service:
         """Of Triton, the models' processes and the gateway."""
         found = dict.fromkeys(("Triton", "models", "gateway"), 0.0)
         for each in self.processes():
-            name = _name(each)
+            name = name_of(each)
             place = "gateway" if name == "nginx" else "Triton" if name == "tritonserver" else "models"
             found[place] += _own_bytes(each) / MIB
         return found
@@ -295,7 +295,8 @@ def _lives(process: psutil.Process) -> bool:
     return False
 
 
-def _name(process: psutil.Process) -> str:
+def name_of(process: psutil.Process) -> str:
+    """Its name, none where it has just ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.name()
     return ""
