@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Collection
@@ -29,6 +31,9 @@ PROVIDERS = {
 }
 # TensorRT's only by name: it compiles for minutes while the model loads.
 AUTO = ("cuda", "migraphx", "cann")
+# Optimizers whose kernels on the CPU are slower than the nodes they replace: a Transformer's encoder in fp32 takes 0.8
+# to 0.96 of the time without them (docs/triton.md). Accelerators have fast ones.
+SLOW_ON_CPU = ("SkipLayerNormFusion", "BiasGeluFusion")
 
 
 class ProviderError(RuntimeError):
@@ -50,6 +55,23 @@ class Opened(NamedTuple):
         )
 
 
+def cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Cores that threads are worth having for: those that we may run on, or what the control group's quota comes to.
+
+    A container with a limit of CPU may run on all cores of its node, and is stopped once it has used its share.
+    """
+    count = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no quota is no number
+        folder = own.read_text().partition("0::/")[2].split("\n")[0]
+        quota_us, period_us = (groups / folder / "cpu.max").read_text().split()
+        return min(count, max(1, math.ceil(int(quota_us) / int(period_us))))
+    with contextlib.suppress(OSError, ValueError):  # the first version of control groups
+        quota_us, period_us = ((groups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        if int(quota_us) > 0:
+            return min(count, max(1, math.ceil(int(quota_us) / int(period_us))))
+    return count
+
+
 def open_session(
     path: str | Path,
     options: onnxruntime.SessionOptions,
@@ -61,8 +83,8 @@ def open_session(
     """Opens the graph at `path` on `provider`, a key of PROVIDERS or "auto".
 
     `provider_options` go to the provider as they are; `device_id` is the accelerator's number, by default the
-    provider's (0); `left_out` are optimizers of ONNX Runtime that this graph does without. Raises ProviderError, and
-    what ONNX Runtime raises for a graph that it cannot load.
+    provider's (0); `left_out` are optimizers of ONNX Runtime that this graph does without, as on the CPU each does
+    without SLOW_ON_CPU. Raises ProviderError, and what ONNX Runtime raises for a graph that it cannot load.
     """
     chosen = choose_provider(provider)
     name, package = PROVIDERS[chosen]
@@ -73,11 +95,12 @@ def open_session(
     wanted: list[Any] = [(name, {**(provider_options or {}), **device})]
     if chosen == "tensorrt":
         wanted.append((PROVIDERS["cuda"][0], device))  # for nodes that TensorRT does not take
+    disabled = [*left_out, *(SLOW_ON_CPU if chosen == "cpu" else ())]
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     wanted += [] if chosen == "cpu" else [CPU]
     try:
         session = onnxruntime.InferenceSession(
-            path, options, providers=wanted, enable_fallback=0, disabled_optimizers=list(left_out)
+            path, options, providers=wanted, enable_fallback=0, disabled_optimizers=disabled
         )
     except Exception as error:
         if chosen == "cpu":

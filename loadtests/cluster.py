@@ -2,9 +2,12 @@
 
 Contract: moves in ticks of TICK_S seconds; within one, all that is ready shares the load evenly, as the gateway does. A
 pod takes the place on a node that is there or on a new one, which takes `node_start_s`; then `pod_start_s` to be ready
-and known to the gateway. The autoscaler looks every SYNC_S seconds and sees means over METRIC_WINDOW_S that ended
-METRIC_LAG_S ago (scrape, rule, adapter). What is beyond the saturation of the pods waits, as long as Triton lets it;
-more is refused. A request is *late* where it was refused, or sent while the p99 was beyond the limit.
+and known to the gateway. The autoscaler looks every SYNC_S seconds and sees what Prometheus has of each pod by then:
+METRIC_WINDOW_S that ended METRIC_LAG_S ago (scrape, rule, adapter). As `rate(x[1m])` does, requests/s of a pod are what
+it answered in that window over all of it, however short it has been there: their sum over pods does not depend on who
+answers. The queue-to-compute ratio is over the pod's own ticks alone; a pod without one in the window has no value.
+What is beyond the saturation of the pods waits, as long as Triton lets it; more is refused. A request is *late* where
+it was refused, or sent while the p99 was beyond the limit.
 
 What it leaves out: all pods are alike, none fails, nodes never run out, pods are packed onto as few nodes as there may
 be, and how requests spread in time within a tick is the service curve's.
@@ -28,7 +31,8 @@ from loadtests.service_curve import ServiceCurve
 from loadtests.traffic import TICK_S
 
 METRIC_WINDOW_S = 60  # rate(...[1m]) of kubernetes/components/monitoring
-METRIC_LAG_S = 10  # 5 s between scrapes, 5 s between evaluations
+METRIC_LAG_S = 10  # 5 s between scrapes (one a tick), 5 s between evaluations
+KEPT_TICKS = (METRIC_WINDOW_S + METRIC_LAG_S) // TICK_S
 START_SHARE = 0.7  # of the capacity that the pods of the first tick are used to
 
 
@@ -141,11 +145,18 @@ class Cluster:
         """Pods that answer."""
         return sum(pod.ready_s <= now_s for pod in self.pods)
 
-    def seen(self, now_s: float, ready: int, means: dict[str, float]) -> Seen:
-        """What the autoscaler finds: the same mean on all pods that answer."""
+    def seen(self, now_s: float, load: Load) -> Seen:
+        """What the autoscaler finds, pod by pod."""
+        until_s = now_s - METRIC_LAG_S
+        ticks = [int(min(METRIC_WINDOW_S, until_s - pod.ready_s) // TICK_S) for pod in self.pods]
+        metrics = load.metrics()
+        known = [metrics[count - 1] for count in ticks if count > 0]
         pending = sum(pod.runs_s > now_s for pod in self.pods)
-        missing = len(self.pods) - ready - pending
-        return Seen(values={name: [mean] * ready for name, mean in means.items()}, missing=missing, pending=pending)
+        return Seen(
+            values={name: [each[name] for each in known] for name in metrics[0]},
+            missing=len(self.pods) - len(known) - pending,
+            pending=pending,
+        )
 
 
 @dataclass(kw_only=True)
@@ -157,9 +168,9 @@ class Load:
     _waiting: float = 0.0
     """Requests, of all pods."""
     _history: deque[tuple[float, float, float]] = field(
-        default_factory=lambda: deque(maxlen=(METRIC_WINDOW_S + METRIC_LAG_S) // TICK_S)
+        default_factory=lambda: deque([(0.0, 0.0, 0.0)] * KEPT_TICKS, maxlen=KEPT_TICKS)
     )
-    """Of each tick: requests a pod, their time in the queue, their time in the model."""
+    """Of each of the last ticks: requests a pod, their time in the queue, their time in the model (ms)."""
 
     def tick(self, rate_rps: float, ready: int) -> tuple[float, float]:
         """p99 in milliseconds, and requests that were late."""
@@ -184,14 +195,14 @@ class Load:
             self._history.append((served, 0.0, 0.0))
         return (p99_ms if requests else 0.0), late
 
-    def means(self) -> dict[str, float]:
-        """Metrics of a pod, as Prometheus has them by now."""
-        window = list(self._history)[: METRIC_WINDOW_S // TICK_S]
-        if not window:
-            return {"queue": 0.0, "rate": 0.0}
-        served, queue_ms, compute_ms = (sum(column) for column in zip(*window, strict=True))
-        ratio = queue_ms / compute_ms if compute_ms else 0.0
-        return {"queue": ratio, "rate": served / (len(window) * TICK_S)}
+    def metrics(self) -> list[dict[str, float]]:
+        """Of a pod that answered in the newest tick of the window alone, in the newest two, ... in all of it."""
+        found = []
+        served = queue_ms = compute_ms = 0.0
+        for requests, queued_ms, computed_ms in reversed(list(self._history)[: METRIC_WINDOW_S // TICK_S]):
+            served, queue_ms, compute_ms = served + requests, queue_ms + queued_ms, compute_ms + computed_ms
+            found.append({"queue": queue_ms / compute_ms if compute_ms else 0.0, "rate": served / METRIC_WINDOW_S})
+        return found
 
 
 def replay(rates_rps: np.ndarray, curve: ServiceCurve, scaler: Autoscaler, setup: Setup) -> Day:
@@ -199,12 +210,14 @@ def replay(rates_rps: np.ndarray, curve: ServiceCurve, scaler: Autoscaler, setup
     cluster, load = Cluster(setup=setup), Load(curve=curve, setup=setup)
     needed = math.ceil(float(rates_rps[0]) / (START_SHARE * curve.capacity_rps))
     cluster.start(min(max(needed, scaler.min_replicas), scaler.max_replicas))
+    for _ in range(KEPT_TICKS):
+        load.tick(float(rates_rps[0]), len(cluster.pods))
     rows = []
     for tick, rate in enumerate(rates_rps.tolist()):
         now_s = tick * TICK_S
         ready = cluster.ready(now_s)
         if now_s and now_s % SYNC_S == 0:
-            wanted = scaler.look(now_s, len(cluster.pods), cluster.seen(now_s, ready, load.means()))
+            wanted = scaler.look(now_s, len(cluster.pods), cluster.seen(now_s, load))
             if wanted != len(cluster.pods):
                 cluster.scale(now_s, wanted)
                 ready = cluster.ready(now_s)

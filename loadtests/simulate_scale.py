@@ -4,7 +4,8 @@ Contract: reads `build/<model>/capacity.json` (one server at each rate, as measu
 `deploy.toml`; `loadtests.autoscaler` is Kubernetes' algorithm, `loadtests.cluster` what happens to pods, nodes and
 requests. Each pod is taken to do --margin less than what was measured. Tried are targets for the queue-to-compute
 ratio and for requests/s of a pod, each with several least numbers of pods; chosen is the cheapest whose late requests
-stay within --late. It leaves `build/<model>/scale.json`, which `make kubernetes` reads, and `scale.html`.
+stay within --late. It leaves `build/<model>/scale.json`, which `make kubernetes` reads, and `scale.html`. Node hours,
+and their cost with --node-price, are of the servers' nodes: the gateway's pods are in no sum.
 
 Exit codes: 0 chosen; 1 none holds; 2 wrong input, no capacity.
 
@@ -166,8 +167,8 @@ def described(tried: Tried) -> str:
     return f"{what} {tried.target:g}, at least {tried.min_replicas} pods"
 
 
-def table(simulated: Simulated, price: float | None) -> Table:
-    """The best settings, cheapest first; then those that do not hold."""
+def table(simulated: Simulated, setup: Setup, price: float | None) -> Table:
+    """The best settings, cheapest first; then those that do not hold, and what it takes without an autoscaler."""
     shown = Table("metric", box=box.SIMPLE_HEAD)
     for name in ("target", "minReplicas", "most pods", "late requests", "for", "node hours"):
         shown.add_column(name, justify="right")
@@ -180,6 +181,10 @@ def table(simulated: Simulated, price: float | None) -> Table:
         figures = [f"{tried.target:g}", str(tried.min_replicas), str(tried.most_pods), f"{tried.late_share:.3%}"]
         rest = [f"{tried.late_s} s", f"{tried.node_hours:.1f}", *cost, mark or _word(tried, simulated.late)]
         shown.add_row(tried.metric, *figures, *rest)
+    hours, pods = fixed_node_hours(simulated, setup), str(simulated.fixed_pods)
+    cost = [] if price is None else [f"{hours * price:.2f}"]
+    shown.add_section()
+    shown.add_row("fixed", "", pods, pods, "", "", f"{hours:.1f}", *cost, "")
     return shown
 
 
@@ -247,9 +252,19 @@ def setup_of(args: argparse.Namespace, spec: DeploymentSpec) -> Setup:
     )
 
 
-def result(simulated: Simulated, capacity: Capacity, setup: Setup, traffic: str, max_replicas: int) -> dict[str, Any]:
-    """What `scale.json` holds; `chosen` is null where none holds."""
+def result(
+    simulated: Simulated,
+    capacity: Capacity,
+    setup: Setup,
+    *,
+    traffic: str,
+    max_replicas: int,
+    margin: float,
+    node_price: float | None,
+) -> dict[str, Any]:
+    """What `scale.json` holds; `chosen` is null where none holds, and without a price nothing has a cost."""
     best = simulated.best
+    fixed = {"pods": simulated.fixed_pods, "node_hours": round(fixed_node_hours(simulated, setup), 3)}
     chosen = {
         "targets": [{"metric": best.metric, "value": best.target}],
         "min_replicas": best.min_replicas,
@@ -259,16 +274,26 @@ def result(simulated: Simulated, capacity: Capacity, setup: Setup, traffic: str,
     return {
         "schema_version": 1,
         "model": capacity.model,
+        "target": capacity.target,
+        "precision": capacity.precision,
+        "served_versions": list(capacity.served_versions),
         "traffic": traffic,
         "capacity_rps": capacity.capacity_rps,
+        "margin": margin,
         "setup": asdict(setup),
+        "node_price": node_price,
         "late_allowed": simulated.late,
         "conclusion": sentence(simulated, setup),
         "chosen": chosen if best.holds(simulated.late) else None,
-        "best": asdict(best),
-        "fixed": {"pods": simulated.fixed_pods, "node_hours": round(fixed_node_hours(simulated, setup), 3)},
-        "tried": [asdict(each) for each in simulated.tried],
+        "best": _priced(asdict(best), node_price),
+        "fixed": _priced(fixed, node_price),
+        "tried": [_priced(asdict(each), node_price) for each in simulated.tried],
     }
+
+
+def _priced(found: dict[str, Any], node_price: float | None) -> dict[str, Any]:
+    """The same with what its node hours cost."""
+    return found if node_price is None else found | {"cost": round(found["node_hours"] * node_price, 4)}
 
 
 def _cores(capacity: Capacity) -> int | None:
@@ -300,14 +325,22 @@ def main() -> None:
     shown = track(wanted, "replaying", console=console, transient=True, disable=not console.is_terminal)
     simulated = simulate(rates, curve, setup, shown, max_replicas=max_replicas, late=late)
     path = build_dir(args.model) / "scale.json"
-    found = result(simulated, capacity, setup, traffic, max_replicas) | {"margin": args.margin}
+    found = result(
+        simulated,
+        capacity,
+        setup,
+        traffic=traffic,
+        max_replicas=max_replicas,
+        margin=args.margin,
+        node_price=args.node_price,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(found, indent=2) + "\n")
     html = write_whole(path.with_suffix(".html"), page(found, simulated.day, curve))
     if args.json:
         print(json.dumps(found, indent=2))
     else:
-        Console(width=max(Console().width, 100), markup=False).print(table(simulated, args.node_price))
+        Console(width=max(Console().width, 100), markup=False).print(table(simulated, setup, args.node_price))
         print(f"{found['conclusion']}\n{path}\n{html}", file=sys.stdout)
     if found["chosen"] is None:
         raise GateFailed(found["conclusion"])

@@ -3,7 +3,8 @@
 Contract: `rules` makes the content of a rule file. `serving.stack` writes it into `build/observe/rules/`: compose
 mounts that folder, and `serving.kubernetes` wraps the file as a PrometheusRule. Budgets are watched over several
 windows (Google's SRE workbook, "Alerting on SLOs"). Each alert has its section in docs/runbook.md. The programs are
-expected to be scraped under the jobs `triton` and `gateway`, twice a minute or more often.
+expected to be scraped under the jobs `triton` and `gateway`, twice a minute or more often. With a `Scope` they look at
+one namespace of a cluster alone, whose Prometheus may know other Tritons.
 
 Examples:
     python -m serving.alerts                                    # rules of model_repository/, for rule_files
@@ -21,12 +22,13 @@ from typing import Any, Literal
 import yaml
 
 from deepseek.spec import Parser, run_command
-from serving.recording_rules import READY, WINDOWS_S, Rule, allowed_slow, number, recording_groups, selector
+from serving.recording_rules import EVERYWHERE, READY, WINDOWS_S, Rule, Scope, allowed_slow, number, recording_groups
 from serving.served import Served, served_models
 
 RUNBOOK = "docs/runbook.md"
 PERIOD_DAYS = 30  # that an error budget is meant for
 LEAST_BAD = 10  # requests in the long window: of a few, a single slow one would be a large share
+ROLLOUT_MIN = 10  # that one instance may serve another version than the repository has
 START_MIN = 10  # that an instance may take, its image's pull included: progressDeadlineSeconds of kubernetes/base
 FULL = 0.8  # of the queue's places
 CERTIFICATE = "gateway_certificate_expiry_timestamp_seconds"
@@ -70,14 +72,19 @@ class Budget:
     """Of the share; of the rate only the model."""
 
 
-def rules(models: list[Served], runbook: str = RUNBOOK) -> dict[str, Any]:
-    """A rule file: recording rules, then the alerts."""
-    alerts = [*_stack_alerts(runbook), *_endpoint_burns(models, runbook)]
+def rules(
+    models: list[Served], runbook: str = RUNBOOK, scope: Scope = EVERYWHERE, rollout_min: int = ROLLOUT_MIN
+) -> dict[str, Any]:
+    """A rule file: recording rules, then the alerts; all instances change their version within `rollout_min`."""
+    alerts = [*_stack_alerts(scope), *_endpoint_burns(models, scope)]
     for model in models:
-        alerts += [rule for budget in _budgets(model) for rule in _burns(budget, runbook)]
-        alerts += [_queue_alert(model, runbook), _ready_alert(model, runbook)]
-        alerts += [_version_alert(model, runbook)] if model.versions else []
-    return {"groups": [*recording_groups(models), {"name": "deepseek-alerts", "rules": alerts}]}
+        alerts += [rule for budget in _budgets(model) for rule in _burns(budget, scope)]
+        alerts += [_queue_alert(model, scope), _ready_alert(model, scope)]
+        alerts += [_version_alert(model, scope, rollout_min)] if model.versions else []
+    for alert in alerts:
+        alert["labels"] |= scope.labels
+        alert["annotations"]["runbook_url"] = f"{runbook}#{alert['alert'].lower()}"
+    return {"groups": [*recording_groups(models, scope), {"name": "deepseek-alerts", "rules": alerts}]}
 
 
 def as_yaml(content: dict[str, Any]) -> str:
@@ -86,23 +93,15 @@ def as_yaml(content: dict[str, Any]) -> str:
 
 
 def _alert(
-    name: str,
-    expr: str,
-    severity: Severity,
-    summary: str,
-    description: str,
-    runbook: str,
-    wait: str = "",
-    **labels: str,
+    name: str, expr: str, severity: Severity, summary: str, description: str, wait: str = "", **labels: str
 ) -> Rule:
-    annotations = {"summary": summary, "description": description, "runbook_url": f"{runbook}#{name.lower()}"}
     pending = {"for": wait} if wait else {}
     return {
         "alert": name,
         "expr": expr,
         **pending,
         "labels": {"severity": severity, **labels},
-        "annotations": annotations,
+        "annotations": {"summary": summary, "description": description},
     }
 
 
@@ -132,7 +131,7 @@ def _budgets(model: Served) -> Iterator[Budget]:
         )
 
 
-def _endpoint_burns(models: list[Served], runbook: str) -> Iterator[Rule]:
+def _endpoint_burns(models: list[Served], scope: Scope) -> Iterator[Rule]:
     """Over gRPC nobody can tell for which model it was that no answer came: the strictest budget holds for all."""
     shares = [model.max_error_rate for model in models if model.max_error_rate is not None]
     if shares:
@@ -143,19 +142,19 @@ def _endpoint_burns(models: list[Served], runbook: str) -> Iterator[Rule]:
             allowed=min(shares),
             summary="The endpoint leaves requests unserved: no server, no room, a failure, or no answer in time",
         )
-        yield from _burns(budget, runbook)
+        yield from _burns(budget, scope)
 
 
-def _burns(budget: Budget, runbook: str) -> Iterator[Rule]:
+def _burns(budget: Budget, scope: Scope) -> Iterator[Rule]:
     """An alert for each pair of windows in which the share can exceed what it may be there."""
     model = {name: value for name, value in budget.labels.items() if name == "model"}
-    chosen, on = selector(**budget.labels), f"on ({', '.join(model)})"
+    chosen, on = scope(**budget.labels), f"on ({', '.join(model)})"
     for burn in BURNS:
         limit = burn.factor * budget.allowed
         if limit >= 1:  # no share is that large: what burns slower is left to the longer windows
             continue
         share, recent = (f"{budget.share}:ratio_rate{window}{chosen}" for window in (burn.long, burn.short))
-        total = f"{budget.total}:rate{burn.long}{selector(**model)}"
+        total = f"{budget.total}:rate{burn.long}{scope(**model)}"
         enough = f"{share} * {on} {total} * {WINDOWS_S[burn.long]} >= {LEAST_BAD}"
         yield _alert(
             budget.alert,
@@ -165,7 +164,6 @@ def _burns(budget: Budget, runbook: str) -> Iterator[Rule]:
             f"{{{{ $value | humanizePercentage }}}} in the last {burn.long}, and over {number(100 * limit)} % in the "
             f"last {burn.short}, too; {number(100 * budget.allowed)} % are allowed. Like this a budget of "
             f"{PERIOD_DAYS} days is gone after {_lasts(PERIOD_DAYS / burn.factor)} or sooner.",
-            runbook,
             window=burn.long,
             **budget.labels,
         )
@@ -178,17 +176,18 @@ def _lasts(days: float) -> str:
 # ---- states ------------------------------------------------------------------------------------------
 
 
-def _stack_alerts(runbook: str) -> Iterator[Rule]:
+def _stack_alerts(scope: Scope) -> Iterator[Rule]:
     """What concerns the programs, whichever model they serve."""
     for name, job, effect in (
         ("TritonDown", "triton", "The gateway answers 503 / UNAVAILABLE."),
         ("GatewayDown", "gateway", "Callers reach nothing."),
     ):
         none, one = f"no {job} answers Prometheus", f"{job} ({{{{ $labels.instance }}}}) does not answer Prometheus"
-        yield _alert(name, f'absent(up{{job="{job}"}} == 1)', "page", none, effect, runbook, "1m")
+        up = f"up{scope(job=job)}"
+        yield _alert(name, f"absent({up} == 1)", "page", none, effect, "1m")
         alone = f"For longer than a start may take; if it is the only one: {effect[0].lower()}{effect[1:]}"
-        yield _alert(name, f'up{{job="{job}"}} == 0', "ticket", one, alone, runbook, f"{START_MIN}m")
-    left = f"({CERTIFICATE} - time())"
+        yield _alert(name, f"{up} == 0", "ticket", one, alone, f"{START_MIN}m")
+    left = f"({CERTIFICATE}{scope()} - time())"
     for days, severity in CERTIFICATE_DAYS:
         # unless, not <: the end of a certificate that cannot be read is NaN, which is smaller than nothing
         yield _alert(
@@ -197,14 +196,13 @@ def _stack_alerts(runbook: str) -> Iterator[Rule]:
             severity,
             f"The gateway's certificate ends in less than {days} days",
             "In {{ $value | humanizeDuration }}; after that callers refuse to connect.",
-            runbook,
             "5m",
         )
 
 
-def _queue_alert(model: Served, runbook: str) -> Rule:
+def _queue_alert(model: Served, scope: Scope) -> Rule:
     """A queue that is full, or in which requests wait for half of the time after which they are refused."""
-    chosen = selector(model=model.name)
+    chosen = scope(model=model.name)
     wait_s = (model.queue_timeout_ms / 2 or model.p99_ms) / 1000
     expr = f"model:queue_seconds:mean_rate2m{chosen} > {number(wait_s)}"
     described = f"Requests wait longer than {wait_s * 1000:g} ms on average"
@@ -212,31 +210,29 @@ def _queue_alert(model: Served, runbook: str) -> Rule:
         expr = f"instance_model:queue_fill:ratio{chosen} > {FULL} or {expr}"
         described += f", or over {100 * FULL:g} % of the queue's {model.queue_size} places are taken"
     summary = f"{model.name}: requests wait, and are about to be refused"
-    return _alert("QueueSaturated", expr, "page", summary, f"{described}.", runbook, "1m", model=model.name)
+    return _alert("QueueSaturated", expr, "page", summary, f"{described}.", "1m", model=model.name)
 
 
-def _ready_alert(model: Served, runbook: str) -> Rule:
+def _ready_alert(model: Served, scope: Scope) -> Rule:
     """Triton has counters of what is loaded, and of nothing else."""
     return _alert(
         "ModelNotReady",
-        f'sum by (instance) (up{{job="triton"}} == 1) unless on (instance) {READY}{selector(model=model.name)}',
+        f"sum by (instance) (up{scope(job='triton')} == 1) unless on (instance) {READY}{scope(model=model.name)}",
         "page",
         f"{model.name} is not loaded in {{{{ $labels.instance }}}}",
         "Triton answers, and has no counters of the model: it did not load, or was unloaded.",
-        runbook,
         "5m",
         model=model.name,
     )
 
 
-def _version_alert(model: Served, runbook: str) -> Rule:
+def _version_alert(model: Served, scope: Scope, rollout_min: int) -> Rule:
     """Of each instance: a version that is served and should not be; else one that should be and is not."""
-    of_model = selector(model=model.name)
-    others = f'{of_model[:-1]},version!~"{"|".join(map(str, model.versions))}"}}'
-    extra = f"count by (instance, version) ({READY}{others})"
-    here = f"count by (instance) ({READY}{of_model})"
+    no_such = f'version!~"{"|".join(map(str, model.versions))}"'
+    extra = f"count by (instance, version) ({READY}{scope(no_such, model=model.name)})"
+    here = f"count by (instance) ({READY}{scope(model=model.name)})"
     missing = [
-        f"({here} unless on (instance) {READY}{selector(model=model.name, version=str(version))})"
+        f"({here} unless on (instance) {READY}{scope(model=model.name, version=str(version))})"
         for version in model.versions
     ]
     names = ", ".join(map(str, model.versions))
@@ -247,8 +243,7 @@ def _version_alert(model: Served, runbook: str) -> Rule:
         f"{model.name}: {{{{ $labels.instance }}}} does not serve version {names}, or serves another",
         "{{ with $labels.version }}Seen: {{ . }}. {{ end }}"
         f"The repository had {names} to serve when these rules were written.",
-        runbook,
-        "10m",
+        f"{rollout_min}m",
         model=model.name,
     )
 
@@ -261,9 +256,10 @@ def main() -> None:
         "--models", type=Path, default=Path("models"), help="folder of model folders (default: %(default)s)"
     )
     parser.add_argument("--runbook", default=RUNBOOK, help="where the alerts link to (default: %(default)s)")
+    parser.add_argument("--namespace", default="", help="of a cluster: look at this one alone (default: at all)")
     parser.add_argument("--json", action="store_true", help="as JSON")
     args = parser.parse_args()
-    content = rules(served_models(args.repository, args.models), args.runbook)
+    content = rules(served_models(args.repository, args.models), args.runbook, Scope(args.namespace))
     print(json.dumps(content, indent=2) if args.json else as_yaml(content).rstrip())
 
 

@@ -14,6 +14,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -28,8 +29,9 @@ import numpy as np
 
 from deepseek.spec import InputError, Parser, run_command
 from deepseek.spec.folders import beside, write_whole
+from deepseek.spec.repository import CONFIG
 from deepseek.spec.triton_release import TRITON_TAG
-from serving.alerts import RUNBOOK, as_yaml, rules
+from serving.alerts import ROLLOUT_MIN, RUNBOOK, as_yaml, rules
 from serving.certificate import is_signed_by
 from serving.keys import gateway_folder
 from serving.manifests import (
@@ -37,6 +39,7 @@ from serving.manifests import (
     DEFAULT_SCALE,
     GATEWAY_URL,
     IMAGE_TAG,
+    NAMESPACE,
     LoadTest,
     Overlay,
     Scale,
@@ -50,22 +53,43 @@ from serving.manifests import (
     triton_patch,
 )
 from serving.packed import pack
+from serving.recording_rules import Scope
+from serving.repository import MANIFEST
 from serving.served import MIB, Served, served_models
 from serving.stack import gateway_sizes, limits, sizes
 
+MINUTES_OF_POD = 2  # of a rollout, which goes pod by pod: a start, and that a node is found for it
 CONFIG_MAP_BYTES = 900_000  # a ConfigMap holds 1 MiB, its other entries included; kubectl apply --server-side
+
+
+def _digest(repository: Path, models: Sequence[Served]) -> str:
+    """Of what is served: each model's configuration, and its versions' manifests, which have the files' digests."""
+    found = hashlib.sha256()
+    for model in models:
+        folder = repository / model.name
+        for path in (folder / CONFIG, *(folder / str(version) / MANIFEST for version in model.versions)):
+            found.update(f"{path.relative_to(repository)}\n".encode() + (path.read_bytes() if path.is_file() else b""))
+    return found.hexdigest()[:16]
 
 
 def _scale_of(models: Sequence[Served], build: Path) -> tuple[Scale, list[str]]:
     """What was chosen for the models together, and what is to be said of that."""
     paths = {model.name: path for model in models if (path := build / model.name / "scale.json").is_file()}
-    scales = {name: Scale.load(path) for name, path in paths.items()}
-    notes = [
-        f"{paths[name]}: no setting held, so the autoscaler has no target of it; scale.html beside it shows the nearest"
-        for name, scale in scales.items()
-        if scale is None
-    ]
-    chosen = {name: scale for name, scale in scales.items() if scale}
+    notes, chosen = [], {}
+    for model in (each for each in models if each.name in paths):
+        path, scale = paths[model.name], Scale.load(paths[model.name])
+        if scale is None:
+            notes.append(
+                f"{path}: no setting held, so the autoscaler has no target of it; scale.html beside it shows the "
+                "nearest"
+            )
+        elif scale.measured and scale.measured != (model.target, model.precision):
+            notes.append(
+                f"{path}: measured on {' '.join(scale.measured)}, served is {model.target} {model.precision}, so the "
+                "autoscaler has no target of it; measure this one: make capacity simulate-scale"
+            )
+        else:
+            chosen[model.name] = scale
     missing = [model.name for model in models if model.name not in paths]
     if not paths:
         notes.append("the autoscaler has its default target; make capacity simulate-scale chooses one")
@@ -92,7 +116,9 @@ def write(folder: Path, overlay: Overlay, models: list[Served], runbook: str) ->
     if overlay.autoscaler != "none":
         files["autoscaler.yaml"] = autoscaler_patch(overlay)
     if overlay.monitoring:
-        groups = [*rules(models, runbook)["groups"], *([load_group(overlay.scale)] if overlay.scale.rates else [])]
+        rollout_min = max(ROLLOUT_MIN, MINUTES_OF_POD * overlay.scale.max_replicas)
+        groups = rules(models, runbook, Scope(NAMESPACE), rollout_min)["groups"]
+        groups += [load_group(overlay.scale)] if overlay.scale.rates else []
         files["alerts.yaml"] = alerts(as_yaml({"groups": groups}))
     for name, content in files.items():
         write_whole(folder / name, content)
@@ -234,6 +260,7 @@ def main() -> None:
         models_port=args.models_port,
         models_sha256=sha256,
         models_mib=models_mib,
+        models_digest=_digest(args.repository, models),
         load_balancer=args.load_balancer,
         monitoring=not args.no_monitoring,
     )

@@ -27,6 +27,7 @@ IMAGE_TAG = "0.1.0"  # of the manifests as they stand: the project's version
 DNS_CACHE_S, WATCH_S, RELOAD_S = 30, 2, 3  # until a gateway has taken a pod off its list
 PRE_STOP_S = DNS_CACHE_S + WATCH_S + RELOAD_S
 GATEWAY_PRE_STOP_S = 10  # until no node sends it new connections
+OUTSIDE_PRE_STOP_S = 40  # until a load balancer's health check, commonly 3 times in 10 s, has left its node out
 DISK_MIB = 512  # of Triton without models, as kubernetes/base has it
 METRICS = {"queue": "triton_queue_compute_ratio", "rate": "triton_requests_per_second", "load": "triton_load"}
 DEFAULT_CORES = 2
@@ -57,13 +58,16 @@ class Scale(BaseModel):
     """Of the server that the service curve was measured on; None where they are not known."""
     rates: dict[str, float] = {}
     """Of several models, the requests/s that a pod may have of each where it has none of the others."""
+    measured: tuple[str, str] | None = None
+    """Target and precision of the server that the service curve was measured on; None where they are not known."""
 
     @classmethod
     def load(cls, path: Path) -> Scale | None:
         """Reads it; None where nothing held; InputError in one line where it is no such file."""
         try:
-            chosen: Any = json.loads(path.read_text(encoding="utf-8"))["chosen"]
-            return None if chosen is None else cls.model_validate(chosen)
+            found: Any = json.loads(path.read_text(encoding="utf-8"))
+            measured = (found["target"], found["precision"]) if found.get("precision") else None
+            return None if found["chosen"] is None else cls.model_validate({**found["chosen"], "measured": measured})
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{path}: not what make simulate-scale writes ({reason}); make it anew") from None
@@ -120,6 +124,8 @@ class Overlay:
     models_sha256: str = ""
     models_mib: int = 0
     """Of the repository, unpacked, and of the archive."""
+    models_digest: str = ""
+    """Of what is served: other models are other pods."""
     load_balancer: bool = False
     monitoring: bool = True
 
@@ -140,7 +146,7 @@ def kustomization(overlay: Overlay) -> str:
     """The overlay's own file."""
     names = [
         "models-object-store" if overlay.models_url else "models-pvc",
-        *([overlay.autoscaler] if overlay.autoscaler != "none" else []),
+        *([overlay.autoscaler, "gateway-hpa"] if overlay.autoscaler != "none" else []),
         *(["monitoring"] if overlay.monitoring else []),
         *(["load-balancer"] if overlay.load_balancer else []),
         "gpu" if overlay.on_gpu else "cpu",  # last: it renames the image of init containers, too
@@ -200,6 +206,8 @@ kind: Deployment
 metadata: {{name: triton}}
 spec:
   template:
+    metadata:
+      annotations: {{deepseek/models: "{overlay.models_digest}"}}   # other models: a rollout
     spec:
       # preStop {PRE_STOP_S} s, then requests in flight {size.exit_timeout_s} s, then {REST_S} s for what is left
       terminationGracePeriodSeconds: {overlay.grace_s}{fetch if url else ""}
@@ -221,6 +229,7 @@ def gateway_patch(overlay: Overlay) -> str:
     """Time for the longest answer, room for the largest bodies."""
     size = overlay.gateway
     answer_s = max(GATEWAY_EXIT_TIMEOUT_S, overlay.sizes.exit_timeout_s)
+    stop_s = OUTSIDE_PRE_STOP_S if overlay.load_balancer else GATEWAY_PRE_STOP_S
     return f"""\
 apiVersion: apps/v1
 kind: Deployment
@@ -228,8 +237,8 @@ metadata: {{name: gateway}}
 spec:
   template:
     spec:
-      # preStop {GATEWAY_PRE_STOP_S} s, then requests in flight {answer_s} s, then {REST_S} s for what is left
-      terminationGracePeriodSeconds: {GATEWAY_PRE_STOP_S + answer_s + REST_S}
+      # preStop {stop_s} s, then requests in flight {answer_s} s, then {REST_S} s for what is left
+      terminationGracePeriodSeconds: {stop_s + answer_s + REST_S}
       containers:
         - name: gateway
           resources:
@@ -252,7 +261,8 @@ def autoscaler_patch(overlay: Overlay) -> str:
         return head + bounds + "".join(_hpa_metric(target) for target in scale.targets)
     head = "apiVersion: keda.sh/v1alpha1\nkind: ScaledObject\nmetadata: {name: triton}\nspec:\n"
     bounds = f"  minReplicaCount: {scale.min_replicas}\n  maxReplicaCount: {scale.max_replicas}\n"
-    fallback = f"  fallback: {{failureThreshold: 4, replicas: {scale.max_replicas}}}\n  triggers:\n"
+    kept = f"replicas: {scale.min_replicas}, behavior: currentReplicasIfHigher"
+    fallback = f"  fallback: {{failureThreshold: 4, {kept}}}\n  triggers:\n"
     return head + bounds + fallback + "".join(_keda_trigger(target) for target in scale.targets)
 
 

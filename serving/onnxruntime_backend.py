@@ -38,7 +38,7 @@ import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
-from onnxruntime_session import open_session
+from onnxruntime_session import cores, open_session
 from turns import Turns
 
 _USED = b"used_dltensor"  # kept here: a capsule only points to its name
@@ -62,8 +62,7 @@ class TritonPythonModel:
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         threads = int(parameters["threads"])
         instances = config["instance_group"][0]["count"]
-        cores = len(os.sched_getaffinity(0))
-        options.intra_op_num_threads = threads or max(1, cores // instances)
+        options.intra_op_num_threads = threads or max(1, cores() // instances)
         # Spin while a batch runs, not after it: the cores are the server's and the clients' too.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3  # why a node failed; no warnings
@@ -93,8 +92,8 @@ class TritonPythonModel:
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {opened}")
         self.session = opened.session
         threads = options.intra_op_num_threads
-        in_turn = opened.provider == "cpu" and instances * threads > cores
-        self.turns = Turns(path, max(1, cores // threads)) if in_turn else contextlib.nullcontext()
+        in_turn = opened.provider == "cpu" and instances * threads > cores()
+        self.turns = Turns(path, max(1, cores() // threads)) if in_turn else contextlib.nullcontext()
 
     def execute(self, requests: list) -> None:
         """Runs a batch; its answers follow through the requests' response senders."""

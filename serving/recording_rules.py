@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from serving.served import Served, bound_s
@@ -24,24 +25,41 @@ ANSWERED, FAILED = "200|0", "500|502|503|13|14"
 # Triton's failures; and ONNX Runtime's, which are answers to Triton's Python backend, counted as successes.
 FAILURES = '__name__=~"(nv|onnxruntime)_inference_request_failure"'
 REQUESTS = '__name__=~"nv_inference_request_(success|failure)"'
+NOT_GIVEN_UP = 'reason!="CANCELED"'  # by the caller
 SLOW = "instance_model:requests_slow:total"  # with the bound as `le`
 READY = "nv_inference_pending_request_count"  # of every version that is loaded, and of no other
 
 Rule = dict[str, Any]
 
 
-def recording_groups(models: list[Served]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Scope:
+    """Whose series count: all that Prometheus has, or those of one namespace of a cluster, which others share."""
+
+    namespace: str = ""
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Of what is recorded and of alerts."""
+        return {"namespace": self.namespace} if self.namespace else {}
+
+    def __call__(self, *matchers: str, **labels: str) -> str:
+        """`{name="value"}`, or nothing; JSON's strings are PromQL's, too. Matchers that are no equality go first."""
+        equal = (f"{name}={json.dumps(value)}" for name, value in {**labels, **self.labels}.items())
+        inside = ",".join([*matchers, *equal])
+        return f"{{{inside}}}" if inside else ""
+
+
+EVERYWHERE = Scope()
+
+
+def recording_groups(models: list[Served], scope: Scope = EVERYWHERE) -> list[dict[str, Any]]:
     """The groups of a rule file."""
+    slo = [*_slow_counts(models, scope), *_shares(models, scope), *_budgets(models, scope)]
     return [
-        {"name": "deepseek-slo", "rules": [*_slow_counts(models), *_shares(models), *_budgets(models)]},
-        {"name": "deepseek-models", "rules": list(_queues_and_batches(models))},
+        {"name": "deepseek-slo", "rules": slo},
+        {"name": "deepseek-models", "rules": list(_queues_and_batches(models, scope))},
     ]
-
-
-def selector(**labels: str) -> str:
-    """`{name="value"}`, or nothing; JSON's strings are PromQL's, too."""
-    inside = ",".join(f"{name}={json.dumps(value)}" for name, value in labels.items())
-    return f"{{{inside}}}" if inside else ""
 
 
 def allowed_slow(percent: float) -> float:
@@ -58,7 +76,7 @@ def _record(name: str, expr: str, **labels: str) -> Rule:
     return {"record": name, "expr": expr, **({"labels": labels} if labels else {})}
 
 
-def _slow_counts(models: list[Served]) -> Iterator[Rule]:
+def _slow_counts(models: list[Served], scope: Scope) -> Iterator[Rule]:
     """Counters of what took longer than the limits, each for all models.
 
     After a change of the SLO the gateway's bucket of the new limit is younger than its count of all: a difference of
@@ -66,7 +84,8 @@ def _slow_counts(models: list[Served]) -> Iterator[Rule]:
     """
     limits_ms = {limit_ms for model in models for limit_ms in model.latency_limits_ms.values()}
     for bound in sorted({bound_s(limit_ms) for limit_ms in {*limits_ms, _longest_ms(models)}}, key=float):
-        yield _record(SLOW, f"{DURATION}_count - ignoring (le) {DURATION}_bucket{selector(le=bound)}", le=bound)
+        late = f"{DURATION}_count{scope()} - ignoring (le) {DURATION}_bucket{scope(le=bound)}"
+        yield _record(SLOW, late, le=bound, **scope.labels)
 
 
 def _longest_ms(models: list[Served]) -> float:
@@ -74,25 +93,27 @@ def _longest_ms(models: list[Served]) -> float:
     return max((max(model.latency_limits_ms.values(), default=model.p99_ms) for model in models), default=0)
 
 
-def _shares(models: list[Served]) -> Iterator[Rule]:
+def _shares(models: list[Served], scope: Scope) -> Iterator[Rule]:
     """For each window the shares that the budgets are about, and the rates that they are shares of."""
+    of_a_model, here = scope('model!=""'), scope.labels
     for window in WINDOWS_S:
-        yield _record(f"model:requests:rate{window}", f'sum by (model) (rate({DURATION}_count{{model!=""}}[{window}]))')
+        requests = f"sum by (model) (rate({DURATION}_count{of_a_model}[{window}]))"
+        yield _record(f"model:requests:rate{window}", requests, **here)
         failed, everything = (
-            f'sum by (model) (rate({{{counters},reason!="CANCELED"}}[{window}]))'  # not what callers gave up
-            for counters in (FAILURES, REQUESTS)
+            f"sum by (model) (rate({scope(counters, NOT_GIVEN_UP)}[{window}]))" for counters in (FAILURES, REQUESTS)
         )
-        yield _record(f"model:triton_requests:rate{window}", everything)
-        yield _record(f"model:triton_requests_failed:ratio_rate{window}", f"{failed} / {everything}")
-        answered, unserved = _endpoint(models, window)
-        yield _record(f"endpoint:requests:rate{window}", f"{answered} + {unserved}")
-        yield _record(f"endpoint:requests_unserved:ratio_rate{window}", f"({unserved}) / ({answered} + {unserved})")
+        yield _record(f"model:triton_requests:rate{window}", everything, **here)
+        yield _record(f"model:triton_requests_failed:ratio_rate{window}", f"{failed} / {everything}", **here)
+        answered, unserved = _endpoint(models, window, scope)
+        yield _record(f"endpoint:requests:rate{window}", f"{answered} + {unserved}", **here)
+        share = f"({unserved}) / ({answered} + {unserved})"
+        yield _record(f"endpoint:requests_unserved:ratio_rate{window}", share, **here)
         for model in models:
             for percent, limit_ms in model.latency_limits_ms.items():
-                yield _slow(model.name, percent, limit_ms, window)
+                yield _slow(model.name, percent, limit_ms, window, scope)
 
 
-def _endpoint(models: list[Served], window: str) -> tuple[str, str]:
+def _endpoint(models: list[Served], window: str, scope: Scope) -> tuple[str, str]:
     """Rates of the requests that were answered, and of those that were failed, refused or waited for in vain.
 
     In vain: without an answer, and longer than any SLO has it, whether the gateway's time was up or the caller's. Else
@@ -103,41 +124,42 @@ def _endpoint(models: list[Served], window: str) -> tuple[str, str]:
         return f"(sum(rate({series}[{window}])) or vector(0))"
 
     answered, failed = (
-        rate(f'gateway_requests_total{{api="infer",status=~"{statuses}"}}') for statuses in (ANSWERED, FAILED)
+        rate("gateway_requests_total" + scope(f'status=~"{statuses}"', api="infer")) for statuses in (ANSWERED, FAILED)
     )
-    return answered, f"{failed} + {rate(SLOW + selector(model='', le=bound_s(_longest_ms(models))))}"
+    return answered, f"{failed} + {rate(SLOW + scope(model='', le=bound_s(_longest_ms(models))))}"
 
 
-def _slow(model: str, percent: float, limit_ms: float, window: str) -> Rule:
+def _slow(model: str, percent: float, limit_ms: float, window: str, scope: Scope) -> Rule:
     """The share of a model's requests that took longer than a limit."""
-    slow = f"sum(rate({SLOW}{selector(model=model, le=bound_s(limit_ms))}[{window}]))"
-    answered = f"sum(rate({DURATION}_count{selector(model=model)}[{window}]))"
-    share = f"{slow} / {answered}"
-    return _record(f"model:requests_slow:ratio_rate{window}", share, model=model, objective=f"p{percent:g}")
+    slow = f"sum(rate({SLOW}{scope(model=model, le=bound_s(limit_ms))}[{window}]))"
+    share = f"{slow} / sum(rate({DURATION}_count{scope(model=model)}[{window}]))"
+    whose = {"model": model, "objective": f"p{percent:g}", **scope.labels}
+    return _record(f"model:requests_slow:ratio_rate{window}", share, **whose)
 
 
-def _budgets(models: list[Served]) -> Iterator[Rule]:
+def _budgets(models: list[Served], scope: Scope) -> Iterator[Rule]:
     """What each share may be, for the dashboard."""
     for model in models:
         for percent in model.latency_limits_ms:
             allowed = f"vector({number(allowed_slow(percent))})"
-            yield _record("model:requests_slow:budget", allowed, model=model.name, objective=f"p{percent:g}")
+            whose = {"model": model.name, "objective": f"p{percent:g}", **scope.labels}
+            yield _record("model:requests_slow:budget", allowed, **whose)
         if model.max_error_rate is not None:
             allowed = f"vector({number(model.max_error_rate)})"
-            yield _record("model:triton_requests_failed:budget", allowed, model=model.name)
+            yield _record("model:triton_requests_failed:budget", allowed, model=model.name, **scope.labels)
 
 
-def _queues_and_batches(models: list[Served]) -> Iterator[Rule]:
+def _queues_and_batches(models: list[Served], scope: Scope) -> Iterator[Rule]:
     """What Triton's counters tell of them, over two minutes: four scrapes, of slow ones, too."""
 
     def rate(counter: str) -> str:
-        return f"sum by (model) (rate(nv_inference_{counter}[2m]))"
+        return f"sum by (model) (rate(nv_inference_{counter}{scope()}[2m]))"
 
     queue, compute = rate("queue_duration_us"), rate("compute_infer_duration_us")
-    yield _record("model:batch_size:mean_rate2m", f"{rate('count')} / {rate('exec_count')}")
-    yield _record("model:queue_to_compute:ratio_rate2m", f"{queue} / {compute}")
-    yield _record("model:queue_seconds:mean_rate2m", f"{queue} / {rate('request_success')} / 1e6")
+    yield _record("model:batch_size:mean_rate2m", f"{rate('count')} / {rate('exec_count')}", **scope.labels)
+    yield _record("model:queue_to_compute:ratio_rate2m", f"{queue} / {compute}", **scope.labels)
+    yield _record("model:queue_seconds:mean_rate2m", f"{queue} / {rate('request_success')} / 1e6", **scope.labels)
     for model in models:
         if model.queue_size:
-            waiting = f"sum by (instance) ({READY}{selector(model=model.name)})"
-            yield _record("instance_model:queue_fill:ratio", f"{waiting} / {model.queue_size}", model=model.name)
+            fill = f"sum by (instance) ({READY}{scope(model=model.name)}) / {model.queue_size}"
+            yield _record("instance_model:queue_fill:ratio", fill, model=model.name, **scope.labels)

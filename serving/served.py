@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
-from deepseek.spec import BATCH, DeploymentSpec, Objective, PublishedManifest, Target
+from deepseek.spec import BATCH, DeploymentSpec, Objective, Precision, PublishedManifest, Target
 from deepseek.spec.repository import versions_of
 from serving.repository import MANIFEST, config_of, models_in, wanted_versions
 
@@ -46,6 +46,8 @@ class Served:
     rate_rps: float
     target: Target = "onnxruntime"
     """What runs the graph of the newest version that is served."""
+    precision: Precision | None = None
+    """Of that graph; None of a model that was not made here."""
     objectives: tuple[Objective, ...] = ()
     """Of the SLO, those that hold at any rate; none where the model's `deploy.toml` is not known."""
     queue_size: int = 0
@@ -111,6 +113,7 @@ def _served(folder: Path, models: Path) -> Served:
         p99_ms=(spec.slo.p99_ms if spec else None) or DEFAULT_P99_MS,
         rate_rps=max([*rates, (spec.slo.rate_rps if spec else None) or 0]),
         target=target,
+        precision=manifest.precision if manifest else None,
         objectives=tuple(line for line in lines if line.rate_rps is None),
         queue_size=policy.max_queue_size,
         versions=tuple(wanted_versions(config, versions_of(folder))),

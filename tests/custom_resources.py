@@ -78,6 +78,7 @@ class ScaleTarget(Strict):
 class Fallback(Strict):
     failure_threshold: int
     replicas: int
+    behavior: Literal["currentReplicasIfHigher"]  # of KEDA 2.17
 
 
 class HpaConfig(Strict):

@@ -20,11 +20,20 @@ from serving.alerts import rules
 from serving.certificate import ensure_certificate
 from serving.keys import digest
 from serving.kubernetes import CONFIG_MAP_BYTES, _copy_inputs
-from serving.manifests import GATEWAY_URL, METRICS, PRE_STOP_S, Scale
+from serving.manifests import (
+    GATEWAY_PRE_STOP_S,
+    GATEWAY_URL,
+    METRICS,
+    NAMESPACE,
+    OUTSIDE_PRE_STOP_S,
+    PRE_STOP_S,
+    Scale,
+)
+from serving.recording_rules import Scope
 from serving.served import served_models
 from tests.conftest import run_module, write_add_one
 from tests.manifests import KUBERNETES, build, committed, container_of, find, pod_of
-from tests.test_alerts import check, need_promtool
+from tests.test_alerts import ALL_FAIL, HEALTHY, MODEL, Fired, check, check_fired, need_promtool
 
 
 @pytest.fixture
@@ -82,6 +91,15 @@ def test_a_load_balancers_gateway_listens_on_443_and_still_where_the_load_test_c
     assert len({port["name"] for port in ports}) == 2
 
 
+def test_a_gateway_that_a_load_balancer_still_sends_to_goes_on_for_so_long(generated: dict[str, Path]) -> None:
+    for name, stop_s in (("fetched", OUTSIDE_PRE_STOP_S), ("plain", GATEWAY_PRE_STOP_S)):
+        objects = build(generated[name])
+        container = container_of(objects, "gateway")
+        assert container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", str(stop_s)]
+        rest_s = int(container_of(objects)["args"][1]) + stack.REST_S
+        assert pod_of(objects, "gateway")["terminationGracePeriodSeconds"] == stop_s + rest_s
+
+
 @pytest.mark.parametrize(
     ("url", "port"),
     [
@@ -105,9 +123,60 @@ def test_images_come_from_the_registry_and_the_autoscaler_is_the_one_asked_for(g
     objects = build(generated["keda"])
     assert container_of(objects)["image"] == "registry.example.com/shop/deepseek-server-cpu:1.4.0"
     assert container_of(objects, "gateway")["image"] == "registry.example.com/shop/deepseek-gateway:1.4.0"
-    kinds = {name: {each["kind"] for each in build(folder)} for name, folder in generated.items()}
-    assert "HorizontalPodAutoscaler" not in kinds["keda"] | kinds["bare"]
-    assert "ServiceMonitor" not in kinds["bare"]
+    found = {name: {(each["kind"], each["metadata"]["name"]) for each in build(generated[name])} for name in generated}
+    scalers = {"plain": {"triton", "gateway"}, "keda": {"gateway"}, "bare": set()}
+    for name, expected in scalers.items():
+        assert {scaled for kind, scaled in found[name] if kind == "HorizontalPodAutoscaler"} == expected
+    assert not any(kind == "ServiceMonitor" for kind, _ in found["bare"])
+
+
+def test_the_gateways_pods_are_the_autoscalers_or_two(generated: dict[str, Path]) -> None:
+    specs = {name: find(build(generated[name]), "Deployment", "gateway")["spec"] for name in ("plain", "keda", "bare")}
+    assert {name: spec.get("replicas") for name, spec in specs.items()} == {"plain": None, "keda": None, "bare": 2}
+    scaler = find(build(generated["plain"]), "HorizontalPodAutoscaler", "gateway")["spec"]
+    assert (scaler["scaleTargetRef"]["name"], scaler["minReplicas"]) == ("gateway", 2)
+
+
+def test_without_the_metric_keda_keeps_the_pods_that_there_are(generated: dict[str, Path]) -> None:
+    spec = find(build(generated["keda"]), "ScaledObject")["spec"]
+    assert spec["fallback"]["behavior"] == "currentReplicasIfHigher"
+    assert spec["fallback"]["replicas"] == spec["minReplicaCount"]
+
+
+def test_other_models_are_other_pods(again: tuple[Path, tuple[str, ...]]) -> None:
+    folder, arguments = again
+    repository = folder / "repository"
+    write_add_one(repository)
+
+    def digest() -> str:
+        places = ("--repository", str(repository), *arguments[2:], "--output", str(folder / "overlay"))
+        assert run_module("serving.kubernetes", *places).returncode == 0
+        build.cache_clear()
+        template = find(build(folder / "overlay"), "Deployment")["spec"]["template"]
+        return str(template["metadata"]["annotations"]["deepseek/models"])
+
+    first = digest()
+    assert digest() == first
+    config = repository / "add_one" / "config.pbtxt"
+    config.write_text(f"{config.read_text()}# tuned\n")
+    assert digest() != first
+
+
+def test_what_was_measured_on_another_precision_is_no_target(tmp_path: Path, built: Path) -> None:
+    (tmp_path / "text").mkdir()
+    chosen = '{"targets": [{"metric": "rate", "value": 875}], "min_replicas": 4, "max_replicas": 12}'
+    places = ("--repository", str(built / "repository"), "--models", "tests/models", "--build", str(tmp_path))
+    served = next(each for each in served_models(built / "repository", Path("tests/models")) if each.name == "text")
+
+    def notes(precision: str) -> str:
+        found = f'{{"target": "onnxruntime", "precision": "{precision}", "chosen": {chosen}}}'
+        (tmp_path / "text" / "scale.json").write_text(found)
+        run = run_module("serving.kubernetes", *places)
+        assert run.returncode == 0, run.stderr
+        return run.stderr
+
+    assert "measured on" not in notes(str(served.precision))
+    assert f"measured on onnxruntime fp8, served is onnxruntime {served.precision}" in notes("fp8")
 
 
 def test_what_the_simulation_chose_becomes_the_autoscalers(again: tuple[Path, tuple[str, ...]]) -> None:
@@ -172,10 +241,32 @@ def test_a_day_that_no_setting_held_is_said_and_not_recommended_again(again: tup
 def test_the_alerts_are_those_of_the_stack(generated: dict[str, Path]) -> None:
     folder = generated["plain"].parent
     rule = find(build(generated["plain"]), "PrometheusRule", "deepseek")
-    assert rule["spec"] == rules(served_models(folder / "repository", folder))
+    (most,) = (each["spec"]["maxReplicas"] for each in [find(build(generated["plain"]), "HorizontalPodAutoscaler")])
+    ours = Scope(NAMESPACE)
+    assert rule["spec"] == rules(served_models(folder / "repository", folder), scope=ours, rollout_min=2 * most)
     monitors = {name: find(build(generated["plain"]), "ServiceMonitor", name)["spec"] for name in ("triton", "gateway")}
     assert monitors["triton"]["jobLabel"] == "app.kubernetes.io/name"  # the jobs that the alerts ask for
     assert monitors["gateway"]["endpoints"][0]["relabelings"][0]["replacement"] == "gateway"
+
+
+def within(namespace: str, series: dict[str, str]) -> dict[str, str]:
+    """The series as a cluster's Prometheus has them."""
+    return {name.replace("{", f'{{namespace="{namespace}",', 1): values for name, values in series.items()}
+
+
+@pytest.mark.parametrize(
+    ("series", "expected"),
+    [
+        (within("ours", HEALTHY) | within("theirs", HEALTHY | ALL_FAIL), set()),
+        (within("theirs", HEALTHY), {("TritonDown", "page"), ("GatewayDown", "page")}),
+    ],
+    ids=["theirs fails", "ours is away"],
+)
+def test_another_namespaces_servers_are_none_of_ours(tmp_path: Path, series: dict[str, str], expected: Fired) -> None:
+    content = rules([MODEL], scope=Scope("ours"))
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(content))
+    assert all(rule["labels"]["namespace"] == "ours" for group in content["groups"] for rule in group["rules"])
+    check_fired(tmp_path, series, 70, expected)
 
 
 @pytest.fixture

@@ -356,3 +356,13 @@ def test_a_set_up_killed_while_it_makes_the_environment_is_taken_up(tmp_path: Pa
     )
     for check in (("-c", whole), ("-m", "pip", "check")):
         subprocess.run([environment / "bin" / "python", *check], check=True, **QUIET)
+
+
+@pytest.mark.slow
+def test_two_makes_set_one_environment_up_once(tmp_path: Path) -> None:
+    line = [*command(tmp_path, "setup", "PIP=echo pip", "TORCH_CPU_INDEX=http://127.0.0.1:9"), f"VENV={tmp_path / 'v'}"]
+    both = [subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = "".join(each.communicate()[0] for each in both)
+    assert [each.returncode for each in both] == [0, 0]
+    assert told.count("setup     ") == 1
+    assert told.count("pip -e ") == 1

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from deepseek import onnxruntime_session
-from deepseek.onnxruntime_session import PROVIDERS, ProviderError, choose_provider, open_session
+from deepseek.onnxruntime_session import PROVIDERS, ProviderError, choose_provider, cores, open_session
 from deepseek.spec import DeploymentSpec, InputError, Provider
 from export.runners import onnx_runner
 
@@ -34,6 +36,54 @@ def test_auto_takes_what_package_and_machine_both_have_and_says_where_the_nodes_
     assert f"provider {opened.provider}, nodes: " in str(opened)
     scores, _ = opened.session.run(None, {"pixels": np.zeros((2, 3, 32, 32), np.float32)})
     assert scores.shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("quota", "wanted"), [("max 100000", 64), ("200000 100000", 2), ("150000 100000", 2), ("20000 100000", 1)]
+)
+def test_threads_are_as_many_as_the_quota_of_cores_is_worth(
+    quota: str, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(64))
+    (tmp_path / "own").write_text("0::/pod/triton\n")
+    (tmp_path / "pod" / "triton").mkdir(parents=True)
+    (tmp_path / "pod" / "triton" / "cpu.max").write_text(f"{quota}\n")
+    assert cores(tmp_path, tmp_path / "own") == wanted
+
+
+@pytest.mark.parametrize(("quota_us", "wanted"), [(-1, 64), (400_000, 4)])
+def test_the_quota_of_the_first_control_groups_counts_too(
+    quota_us: int, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(64))
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota_us}\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert cores(tmp_path, tmp_path / "own") == wanted
+
+
+def test_no_fusion_is_made_whose_kernel_is_slow_on_the_cpu(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Add", ["x", "skip"], ["sum"]),
+        helper.make_node("LayerNormalization", ["sum", "scale"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2, 8]) for name in ("x", "skip", "y")]
+    scale = numpy_helper.from_array(np.ones(8, np.float32), "scale")
+    graph = helper.make_graph(nodes, "block", ends[:2], ends[2:], [scale])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "model.onnx")
+
+    def operators(provider: str) -> set[str]:
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        if provider == "raw":
+            onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+        else:
+            open_session(tmp_path / "model.onnx", options, provider)
+        return {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+
+    assert operators("raw") == {"SkipLayerNormalization"}
+    assert operators("cpu") == {"Add", "LayerNormalization"}
 
 
 def test_auto_leaves_a_provider_whose_device_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import numpy_helper
 
 from deepseek.quantization import QuantConfig
-from deepseek.spec import DeploymentSpec, GateFailed, InputError, build_dir
-from export.artifact import load_rows, save_rows
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement, build_dir
+from export import quantize
+from export.artifact import load_rows, refusal, save_rows
 from export.calibration import Calibration
+from export.eight_bits import Trials
 from export.ptq import _forget_dims, qdq_from_onnx
 from export.qdq import found_precision, quantized_layers, share_equal_weights
 from export.quantize import prove, quantize_model
@@ -142,6 +148,24 @@ def test_the_same_calibration_data_serves_one_method_after_the_other(copied: Pat
         assert len(quantized_layers(graph)) >= 3, method
 
 
+def test_a_report_of_an_earlier_graph_does_not_stay_beside_one_that_has_none(copied: Path) -> None:
+    (copied / "text" / "fp16" / "calibration.json").write_text('{"method": "entropy"}')
+    made = quantize_model(TEXT, QuantConfig(precision="fp16"))
+    assert "calibration" not in made
+    assert not (copied / "text" / "fp16" / "calibration.json").exists()
+
+
+def test_a_trial_graph_that_does_not_run_is_one_line(copied: Path, tmp_path: Path) -> None:
+    graph = onnx.load(copied / "text" / "fp32" / "model.onnx")
+    gather = next(node for node in graph.graph.node if node.op_type == "Gather")
+    table = next(each for each in graph.graph.initializer if each.name == gather.input[0])
+    table.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(table)[:1], table.name))  # ids beyond one row
+    rows = load_rows(copied / "text" / "evaluation.npz")
+    with pytest.raises(GateFailed, match=r"^a trial graph does not run: .*Gather") as caught:
+        Trials(TEXT, tmp_path, settings(copied)).over(rows[:2])(graph)
+    assert "\n" not in str(caught.value)
+
+
 def test_calibration_on_evaluation_rows_is_refused(copied: Path) -> None:
     config = settings(copied, calibration_data=copied / "text" / "evaluation.npz")
     with pytest.raises(InputError, match="32 of 32 calibration rows are evaluation rows too; the two must be disjoint"):
@@ -191,6 +215,21 @@ def test_a_candidate_that_cannot_be_made_leaves_word_and_the_others_go_on(copied
     assert "int8      could not be made: " in run.stdout
     choice = json.loads((copied / "text" / "choice-onnxruntime.json").read_text())
     assert (choice["variants"].keys(), choice["refused"].keys()) == ({"fp32", "fp16"}, {"int8"})
+
+
+def test_a_candidate_whose_process_is_killed_leaves_word_and_the_others_go_on(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quantize, "quantize_model", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    flags = ("quantize", "--models", "tests/models", "--model", "text", "--precision", "int8")
+    monkeypatch.setattr(sys, "argv", [*flags])
+    with pytest.raises(InvalidMeasurement, match="whether memory ran out"):
+        quantize.main()
+    monkeypatch.setattr(sys, "argv", [*flags, "--candidate"])
+    quantize.main()
+    path = copied / "text" / "int8" / "model.onnx"
+    assert "int8 cannot be made, the other precisions go on: " in capsys.readouterr().out
+    assert str(refusal(path)).endswith(f"whether memory ran out; to try again: rm {path}")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])

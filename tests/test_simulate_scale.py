@@ -1,9 +1,8 @@
-"""The autoscaler's algorithm against cases worked out by hand, a cluster that is computed, and the choice of a target."""
+"""The autoscaler's algorithm against cases worked out by hand, curve and traffic, and the choice of a target."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,13 @@ import pytest
 from deepseek.spec import InputError
 from loadtests.autoscaler import UP, Autoscaler, Policy, Rules, Seen, proposal
 from loadtests.capacity import Capacity
-from loadtests.cluster import Cluster, Load, Setup, replay
 from loadtests.service_curve import ServiceCurve, never_falling
 from loadtests.simulate_scale import fixed_node_hours, least_replicas, settings, simulate, targets
 from loadtests.traffic import TICK_S, read_traffic, shape_of_day
 from loadtests.trial import Trial
 from tests.conftest import run_module
+from tests.test_cluster import CURVE, SETUP
 from tests.test_results import saved_run, steady
-
-CURVE = ServiceCurve(
-    p99=((100, 10.0), (1000, 50.0)),
-    queue=((100, 0.2), (1000, 2.0)),
-    compute=((100, 1.0), (1000, 4.0)),
-    saturation_rps=1200,
-    capacity_rps=1000,
-)
-SETUP = Setup(p99_limit_ms=60, pod_start_s=60, node_start_s=120, node_idle_s=600, pods_per_node=4)
 
 
 def scaler(target: float = 1.0, **bounds: Any) -> Autoscaler:
@@ -157,6 +147,7 @@ def capacity_of(folder: Path, **changes: Any) -> Capacity:
         "model": "recommender",
         "target": "onnxruntime",
         "precision": "int8",
+        "served_versions": ("3",),
         "url": "127.0.0.1:1",
         "protocol": "grpc",
     }
@@ -222,74 +213,6 @@ def test_a_file_that_is_no_traffic_is_one_line(tmp_path: Path, text: str, messag
     assert message in str(error.value)
 
 
-# ---- the cluster ---------------------------------------------------------------------------------
-
-
-def test_a_pod_without_room_waits_for_a_node_and_then_for_itself() -> None:
-    cluster = Cluster(setup=SETUP)
-    cluster.start(3)
-    cluster.scale(0, 5)  # the fourth fits on the first node, the fifth needs another
-    assert len(cluster.nodes) == 2
-    assert [cluster.ready(at) for at in (0, 59, 60, 179, 180)] == [3, 3, 4, 4, 5]
-    seen = cluster.seen(90, 4, {"queue": 0.5})
-    assert (seen.pending, seen.missing, len(seen.values["queue"])) == (1, 0, 4)
-
-
-def test_the_newest_pods_go_first_and_an_empty_node_is_paid_for_a_while() -> None:
-    cluster = Cluster(setup=SETUP)
-    cluster.start(4)
-    cluster.scale(0, 5)
-    cluster.scale(300, 4)
-    assert cluster.ready(300) == 4
-    cluster.release(300 + 599)
-    assert len(cluster.nodes) == 2
-    cluster.release(300 + 600)
-    assert len(cluster.nodes) == 1
-
-
-def test_what_exceeds_the_saturation_waits_as_long_as_it_may_and_then_is_refused() -> None:
-    load = Load(curve=CURVE, setup=SETUP)
-    p99_ms, late = load.tick(1000, 1)
-    assert (p99_ms, late) == (50, 0)
-    p99_ms, late = load.tick(1400, 1)  # 1000 more than 5 s of 1200/s; 240 of them may wait for 200 ms
-    assert p99_ms == pytest.approx(50 + 200)
-    assert late == 1400 * TICK_S  # beyond the limit
-    assert load.tick(500, 0) == (math.inf, 500 * TICK_S)
-
-
-def test_the_autoscaler_sees_means_of_a_minute_that_ended_ten_seconds_ago() -> None:
-    load = Load(curve=CURVE, setup=SETUP)
-    for _ in range(14):
-        load.tick(1000, 1)
-    for _ in range(2):
-        load.tick(0, 1)
-    assert load.means() == pytest.approx({"queue": 0.5, "rate": 1000})
-    for _ in range(12):
-        load.tick(0, 1)
-    assert load.means() == {"queue": 0.0, "rate": 0.0}
-
-
-def test_steady_traffic_that_fits_costs_its_nodes_and_nothing_is_late() -> None:
-    rates = np.full(720, 1500.0)  # an hour
-    day = replay(rates, CURVE, Autoscaler(targets={"rate": 700}, min_replicas=2, max_replicas=9), SETUP)
-    assert set(day.pods.tolist()) == {3}  # 1500 / 0.7 of 1000, rounded up; 500 a pod asks for 2.1
-    assert day.late_share == 0
-    assert day.node_hours == pytest.approx(1)
-    assert day.pod_hours == pytest.approx(3)
-
-
-def test_a_jump_is_late_until_the_pods_for_it_are_ready() -> None:
-    rates = np.concatenate([np.full(120, 1500.0), np.full(480, 6000.0)])  # at 600 s
-    day = replay(rates, CURVE, Autoscaler(targets={"rate": 800}, min_replicas=2, max_replicas=20), SETUP)
-    late_s = np.flatnonzero(day.late) * TICK_S
-    assert late_s[0] == 600
-    assert (
-        600 + 180 < late_s[-1] < 600 + 1200
-    )  # a node and a pod, and then some: a metric of what was answered saturates
-    assert day.ready[-1] >= 6
-    assert day.late.sum() <= rates.sum() * TICK_S
-
-
 # ---- the choice ----------------------------------------------------------------------------------
 
 
@@ -328,10 +251,27 @@ def test_the_command_leaves_what_the_overlay_reads_and_a_page(tmp_path: Path, me
     assert saved == json.loads(run.stdout)
     assert saved["chosen"]["cores"] == 2
     assert saved["chosen"]["min_replicas"] >= 2
+    assert (saved["target"], saved["precision"], saved["served_versions"]) == ("onnxruntime", "int8", ["3"])
     html = (tmp_path / "build" / "recommender" / "scale.html").read_text()
     assert saved["conclusion"][1:] in html
     assert "<script" not in html
     assert html.count("<svg") == 4
+
+
+def test_with_a_price_every_setting_and_the_fixed_number_have_a_cost(tmp_path: Path, measured: tuple[str, ...]) -> None:
+    run = run_module(
+        "loadtests.simulate_scale", *measured, "--late", "1", "--node-price", "0.5", BUILD=str(tmp_path / "build")
+    )
+    assert run.returncode == 0, run.stderr
+    saved = json.loads((tmp_path / "build" / "recommender" / "scale.json").read_text())
+    assert saved["node_price"] == 0.5
+    for each in [saved["best"], saved["fixed"], *saved["tried"]]:
+        assert each["cost"] == pytest.approx(each["node_hours"] * 0.5, abs=1e-4)
+    fixed = next(line for line in run.stdout.splitlines() if line.split()[:1] == ["fixed"])
+    assert fixed.split()[-1] == f"{saved['fixed']['cost']:.2f}"
+    html = (tmp_path / "build" / "recommender" / "scale.html").read_text()
+    assert f"{saved['fixed']['node_hours']:.1f} node hours, cost {saved['fixed']['cost']:.2f}" in html
+    assert f"<th scope='row'>cost</th><td>{saved['best']['cost']:.2f}</td>" in html
 
 
 def test_where_nothing_holds_the_command_says_what_came_nearest(tmp_path: Path, measured: tuple[str, ...]) -> None:
@@ -339,7 +279,9 @@ def test_where_nothing_holds_the_command_says_what_came_nearest(tmp_path: Path, 
     run = run_module("loadtests.simulate_scale", *measured, *flags, BUILD=str(tmp_path / "build"))
     assert run.returncode == 1, run.stderr
     assert "no setting keeps late requests within 0.000%; the nearest: " in run.stderr
-    assert json.loads((tmp_path / "build" / "recommender" / "scale.json").read_text())["chosen"] is None
+    saved = json.loads((tmp_path / "build" / "recommender" / "scale.json").read_text())
+    assert saved["chosen"] is saved["node_price"] is None
+    assert "cost" not in {*saved["best"], *saved["fixed"], *saved["tried"][0]}
 
 
 @pytest.mark.parametrize(

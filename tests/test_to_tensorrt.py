@@ -47,6 +47,19 @@ def test_a_graph_builds_and_runs_in_the_precision_asked(
     assert manifest["found"]["weight_bytes"] > 0
 
 
+def test_the_cache_gives_no_engine_that_names_another_model(
+    typed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path))
+    monkeypatch.setenv("CACHE", str(tmp_path / "cache"))
+    spec = DeploymentSpec.load("tests/models/text")
+    for name in ("text", "twin"):
+        shutil.copytree(typed / "text" / "fp32", tmp_path / name / "fp32")
+        build_engine(spec.model_copy(update={"name": name}), "fp32", "tensorrt_rtx", TensorrtSpec())
+        engine = tmp_path / name / "fp32" / "tensorrt_rtx"
+        assert json.loads((engine / "manifest.json").read_text())["model"] == name
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_an_fp32_graph_under_another_name_fails_and_leaves_no_engine(
     typed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision

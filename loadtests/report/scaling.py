@@ -1,7 +1,7 @@
 """A replayed day under the autoscaler, as a page: traffic and pods, latency, and what every setting came to.
 
 Contract: drawn from what `loadtests.simulate_scale` found; each point of a curve over time is the worst of its few
-minutes (highest rate and p99, fewest pods).
+minutes (highest rate and p99, fewest pods). Cost stands beside node hours where a node's price was given.
 """
 
 from __future__ import annotations
@@ -98,13 +98,18 @@ def settings_chart(found: dict[str, Any]) -> str:
         css, shape = ("service", "circle") if each["metric"] == "queue" else ("intended", "circle")
         if each == found["best"]:
             css, shape = ("holds", "star") if found["chosen"] else ("failed", "cross")
-        told = f"{each['late_share']:.3%} late, {each['node_hours']:.1f} node hours"
+        told = f"{each['late_share']:.3%} late, {_hours(each)}"
         tip = [f"{NAMES[each['metric']]} {each['target']:g}", f"at least {each['min_replicas']} pods", told]
         chart.point(each["node_hours"], share * 100, css, shape, tip)
     chart.legend("service circle", NAMES["queue"])
     chart.legend("intended circle", NAMES["rate"])
     chart.legend(*(("holds star", "chosen") if found["chosen"] else ("failed cross", "nearest")))
     return chart.figure()
+
+
+def _hours(each: dict[str, Any]) -> str:
+    cost = f", cost {each['cost']:.2f}" if "cost" in each else ""
+    return f"{each['node_hours']:.1f} node hours{cost}"
 
 
 def _clock(hour: float) -> str:
@@ -120,13 +125,15 @@ def _rows(found: dict[str, Any]) -> str:
             str(each["min_replicas"]),
             f"{each['late_share']:.3%}",
             f"{each['node_hours']:.1f}",
+            *([f"{each['cost']:.2f}"] if "cost" in each else []),
             "✓" if each["late_share"] <= late else "✕",
         )
         for each in ordered[:MOST_ROWS]
     ]
     left = len(ordered) - len(rows)
     note = f"<p>And {left} more in scale.json.</p>" if left > 0 else ""
-    return f"<div class='scroll'>{numbers(['', 'least', 'late', 'node hours', ''], rows)}</div>{note}"
+    head = ["", "least", "late", "node hours", *(["cost"] if found["node_price"] is not None else []), ""]
+    return f"<div class='scroll'>{numbers(head, rows)}</div>{note}"
 
 
 def page(found: dict[str, Any], day: Day, curve: ServiceCurve) -> str:
@@ -147,7 +154,8 @@ def page(found: dict[str, Any], day: Day, curve: ServiceCurve) -> str:
             ("most pods seen", best["most_pods"]),
             ("late requests", f"{best['late_share']:.3%} in {best['late_s']} s"),
             ("node hours", f"{best['node_hours']:.1f}"),
-            ("without an autoscaler", f"{found['fixed']['pods']} pods, {found['fixed']['node_hours']:.1f} node hours"),
+            *([("cost", f"{best['cost']:.2f}")] if "cost" in best else []),
+            ("without an autoscaler", f"{found['fixed']['pods']} pods, {_hours(found['fixed'])}"),
         ]
     )
     assumed = facts((name.replace("_", " "), f"{value:g}") for name, value in setup.items())
