@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help demo setup engine keys doctor serve release rollback releases infer compare metadata loadtest verdict capacity compare-runs tune report profile simulate-scale kubernetes plan bench measure-failure measure-training test lint check-engine \
+.PHONY: help demo setup engine keys stack doctor serve release rollback releases infer compare metadata loadtest verdict capacity compare-runs tune report profile simulate-scale kubernetes plan bench measure-failure measure-training test lint check-engine \
     built check-graphs can-build lock clean clean-cache distclean FORCE
 
 ##@ Variables of a build
@@ -15,6 +15,7 @@ PRUNE ?=## share of heads and channels to prune, e.g. 0.25 (default: none)
 TARGET ?= auto## auto, onnxruntime, tensorrt, tensorrt_rtx or torchscript
 TRITON_TAG ?= 26.10## release of NVIDIA's containers, of the engine build and of the server
 NATIVE ?=## 1: build tensorrt engines with this machine's own TensorRT, not in the container
+ANYWAY ?=## engine: 1: publish even what a gate of make release refused, or what was rolled back
 
 ##@ Variables of the server and of who calls it
 HTTP_PORT ?= 8000## of the embedded server, and of who calls it
@@ -43,6 +44,7 @@ NEW ?=## compare-runs: what is held against it; release: a repository to release
 NEW_BUILD ?=## release: the folder that NEW= was built in (default: BUILD)
 
 ##@ Variables of the compose stack and of Kubernetes
+PROJECT ?= deepseek## of the compose stack: names its containers, volumes and images; another for another clone's
 GATEWAY_PORT ?= 8443## of the compose stack's gateway
 GATEWAY_HOSTS ?=## the gateway's names for its certificate, beside localhost
 NAME ?=## keys: whom a new API key is for
@@ -78,7 +80,9 @@ CACHE ?=## artifacts shared by clones and branches (default: ~/.cache/deepseek-d
 CACHE_GIB ?= 10## what it may hold
 
 # A ~ that no shell took up: of quotes, of dash, of a file. On the command line, too.
-$(foreach v,MODELS DATA BUILD REPOSITORY,$(eval override $(v) := $$(patsubst ~/%,$$(HOME)/%,$$(strip $$($(v))))))
+$(foreach v,MODELS DATA BUILD REPOSITORY CA_CERT RUN BASE NEW NEW_BUILD TRAFFIC ONNX DEVICES,$(eval override $(v) := $$(patsubst ~/%,$$(HOME)/%,$$(strip $$($(v))))))
+# Of these two only what was asked for: some shells have a NAME of their own, which would make a key.
+$(foreach v,NAME REVOKE,$(eval override $(v) := $$(if $$(filter command,$$(firstword $$(origin $(v)))),$$(value $(v)))))
 NAMED := $(if $(filter command environment,$(firstword $(origin MODEL))),$(strip $(MODEL)))
 MODEL := $(strip $(MODEL))
 PRECISION := $(strip $(PRECISION))
@@ -89,6 +93,7 @@ NATIVE := $(strip $(NATIVE))
 HTTP_PORT := $(strip $(HTTP_PORT))
 GRPC_PORT := $(strip $(GRPC_PORT))
 METRICS_PORT := $(strip $(METRICS_PORT))
+PROJECT := $(strip $(PROJECT))
 GATEWAY_PORT := $(strip $(GATEWAY_PORT))
 ENV_FILE := $(strip $(ENV_FILE))
 PROTOCOL := $(strip $(PROTOCOL))
@@ -103,6 +108,10 @@ refuse = $(error $(1): seen '$($(1))'; $(2))
 $(foreach v,MODEL MODELS BUILD REPOSITORY VENV ENV_FILE,$(if $($(v)),$(if $(word 2,$($(v))),$(call refuse,$(v),a \
     name without blanks is needed)),$(call refuse,$(v),leave it out for the default)))
 $(if $(findstring /,$(MODEL))$(filter . ..,$(MODEL)),$(call refuse,MODEL,the name of a folder in MODELS=$(MODELS) is needed))
+
+# A variable for the shell, whatever it holds, and a flag with it where it was given.
+quoted = '$(subst ','\'',$(strip $($(1))))'
+given = $(if $(strip $($(1))),$(2)=$(call quoted,$(1)))
 
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 # tensorrt engines are built in the container of the server's tag, so that both have the same TensorRT: from outside,
@@ -127,7 +136,7 @@ B := $(BUILD)/$(MODEL)
 HOST = $(patsubst %:$(lastword $(subst :, ,$(URL))),%,$(URL))
 FOLDER := $(MODELS)/$(MODEL)
 WHICH := --model $(MODEL) --models $(MODELS)
-ACCESS = $(if $(strip $(CA_CERT)),--ca-cert $(strip $(CA_CERT)))
+ACCESS = $(call given,CA_CERT,--ca-cert)
 ON_TARGET := $(PY) -m
 ifeq ($(T),tensorrt)
 CONTAINER := $(PY) -m export.container --tag $(TRITON_TAG) --models $(MODELS) --
@@ -156,7 +165,7 @@ doctor: $(VENV)/.ready ## whether what is in the repository runs here: engines, 
 
 serve: $(VENV)/.ready ## the embedded Triton over the model repository, until Ctrl-C
 	@$(PY) -m serving.embedded --repository $(REPOSITORY) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
-	    --metrics-port $(METRICS_PORT) $(if $(strip $(POLL_S)),--poll-s $(strip $(POLL_S)))
+	    --metrics-port $(METRICS_PORT) $(call given,POLL_S,--poll-s)
 
 infer: LEAST_BATCH = $(shell sed -n 's/^LEAST_BATCH := //p' $(B)/spec.mk 2>/dev/null)
 infer: $(VENV)/.ready ## send a real sample to the server and show what comes back
@@ -176,8 +185,8 @@ LIVE = --repository $(REPOSITORY) --url $(URL) --protocol $(PROTOCOL) $(ACCESS) 
 
 release: $(VENV)/.ready ## what was built, or NEW=repository: every gate beside the served version, then the switch under load
 	@$(if $(strip $(NEW)),,$(ALONE) $(MAKE) --no-print-directory TARGET=$(T) $(B)/choice-$(T).json)
-	@$(PY) -m serving.release $(WHICH) $(LIVE) --target $(T) $(if $(strip $(NEW)),--new '$(strip $(NEW))') \
-	    $(if $(strip $(NEW_BUILD)),--new-build '$(strip $(NEW_BUILD))') --duration-s $(DURATION_S) $(if $(strip $(RATE)),--rate $(RATE))
+	@$(PY) -m serving.release $(WHICH) $(LIVE) --target $(T) $(call given,NEW,--new) \
+	    $(call given,NEW_BUILD,--new-build) --duration-s $(DURATION_S) $(call given,RATE,--rate)
 
 rollback: $(VENV)/.ready ## back to the version before, in seconds
 	@$(PY) -m serving.rollback $(WHICH) $(LIVE)
@@ -187,9 +196,11 @@ releases: $(VENV)/.ready ## what was released, refused and rolled back
 
 ##@ The compose stack (docker compose up)
 keys: $(VENV)/.ready ## API keys of the gateway: lists them; NAME=shop makes and prints one, REVOKE=shop ends it
-	@$(PY) -m serving.keys $(if $(strip $(NAME)),--name '$(strip $(NAME))') $(if $(strip $(REVOKE)),--revoke '$(strip $(REVOKE))') \
-	    $(if $(strip $(EXPIRES_DAYS)),--expires-days $(strip $(EXPIRES_DAYS))) $(if $(strip $(KEY_RPS)),--rate-rps $(strip $(KEY_RPS))) \
-	    $(addprefix --host ,$(GATEWAY_HOSTS))
+	@$(PY) -m serving.keys $(call given,NAME,--name) $(call given,REVOKE,--revoke) $(call given,EXPIRES_DAYS,--expires-days) \
+	    $(call given,KEY_RPS,--rate-rps) $(addprefix --host ,$(GATEWAY_HOSTS))
+
+stack: $(VENV)/.ready ## ENV_FILE, limits, certificate, alerts and dashboard for what is in the repository; publishes nothing
+	@$(WRITE_STACK)
 
 # What a search found as a page, after its own output and with its own exit status; not every end of one writes anew.
 written = $$(stat -c '%i %.Y' $(B)/$(1).json 2>/dev/null)
@@ -198,28 +209,27 @@ then-draw = status=$$?; test "$(call written,$(1))" = "$$before" || $(PY) -m loa
 ##@ Load test
 loadtest: $(VENV)/.ready ## measure the server; leaves a folder in build/<model>/loadtests/
 	@$(PY) -m loadtests.run $(WHICH) --url $(URL) --protocol $(PROTOCOL) $(ACCESS) --target $(T) --duration-s $(DURATION_S) \
-	    $(if $(strip $(MIX)),--mix='$(MIX)') \
-	    $(if $(strip $(RATE)),--rate $(RATE)) $(if $(strip $(SHAPE)),--shape='$(SHAPE)') $(if $(strip $(USERS)),--users $(USERS)) \
+	    $(call given,MIX,--mix) $(call given,RATE,--rate) $(call given,SHAPE,--shape) $(call given,USERS,--users) \
 	    --workers $(strip $(WORKERS)) $(if $(strip $(WEB)),--web $(strip $(WEB_PORT)))
 
 verdict: $(VENV)/.ready ## judge a run, or that of MIX=, against deploy.toml
-	@$(PY) -m loadtests.slo $(WHICH) $(if $(strip $(RUN)),--run $(RUN)) $(if $(strip $(MIX)),--mix '$(MIX)')
+	@$(PY) -m loadtests.slo $(WHICH) $(call given,RUN,--run) $(call given,MIX,--mix)
 
 capacity: $(VENV)/.ready ## the highest rate that holds every objective: bracket, bisect, confirm; into build/<model>/capacity.json
 	@before="$(call written,capacity)"; \
 	$(PY) -m loadtests.capacity $(WHICH) --url $(URL) --protocol $(PROTOCOL) $(ACCESS) --target $(T) --duration-s $(DURATION_S) \
-	    --workers $(strip $(WORKERS)) --max-s $(BUDGET_S) $(if $(strip $(RATE)),--start-rps $(RATE)); $(call then-draw,capacity)
+	    --workers $(strip $(WORKERS)) --max-s $(BUDGET_S) $(call given,RATE,--start-rps); $(call then-draw,capacity)
 
 compare-runs: $(VENV)/.ready ## whether NEW= is worse than BASE=: interleaved runs, confidence intervals, a table for a pull request
-	@$(PY) -m loadtests.compare_runs $(WHICH) --base '$(strip $(BASE))' --new '$(strip $(NEW))' --repository $(REPOSITORY) \
-	    --protocol $(PROTOCOL) --target $(T) --duration-s $(DURATION_S) --max-s $(BUDGET_S) $(if $(strip $(RATE)),--rate $(RATE))
+	@$(PY) -m loadtests.compare_runs $(WHICH) --base=$(call quoted,BASE) --new=$(call quoted,NEW) --repository $(REPOSITORY) \
+	    --protocol $(PROTOCOL) --target $(T) --duration-s $(DURATION_S) --max-s $(BUDGET_S) $(call given,RATE,--rate)
 
 tune: $(VENV)/.ready ## the best batch size, queue delay, instances and threads for the SLO here; takes BUDGET_S
 	@before="$(call written,tuning)"; \
 	$(PY) -m loadtests.tune $(WHICH) --target $(T) --max-s $(BUDGET_S) --protocol $(PROTOCOL); $(call then-draw,tuning)
 
 report: $(VENV)/.ready ## draw a run as one HTML file, or that of MIX=; several of RUN="a b" over each other
-	@$(PY) -m loadtests.report $(WHICH) $(addprefix --run ,$(RUN)) $(if $(strip $(MIX)),--mix '$(MIX)')
+	@$(PY) -m loadtests.report $(WHICH) $(addprefix --run ,$(RUN)) $(call given,MIX,--mix)
 
 profile: $(VENV)/.ready ## trace REQUESTS= requests of USERS= users from the client to the operators: a timeline, a CPU profile
 	@$(PY) -m loadtests.profile $(WHICH) --protocol $(PROTOCOL) --requests $(strip $(REQUESTS)) --users $(or $(strip $(USERS)),1) \
@@ -228,21 +238,19 @@ profile: $(VENV)/.ready ## trace REQUESTS= requests of USERS= users from the cli
 ##@ Kubernetes
 simulate-scale: $(VENV)/.ready ## a day under the autoscaler, with what make capacity measured: its target and minReplicas
 	@$(PY) -m loadtests.simulate_scale $(WHICH) \
-	    $(if $(filter %.csv,$(TRAFFIC)),--traffic '$(strip $(TRAFFIC))',--shape $(strip $(TRAFFIC))) $(SCALE)
+	    $(if $(filter %.csv,$(TRAFFIC)),--traffic=$(call quoted,TRAFFIC),--shape=$(call quoted,TRAFFIC)) $(SCALE)
 
 kubernetes: $(VENV)/.ready ## an overlay with limits computed for what is in the repository; then: kubectl apply -k build/kubernetes
 	@$(PY) -m serving.kubernetes --repository $(REPOSITORY) --models $(MODELS) --triton-tag $(TRITON_TAG) \
-	    --autoscaler $(strip $(AUTOSCALER)) $(if $(strip $(REGISTRY)),--registry '$(strip $(REGISTRY))') \
-	    $(if $(strip $(IMAGE_TAG)),--image-tag '$(strip $(IMAGE_TAG))') \
-	    $(if $(strip $(MODELS_URL)),--models-url '$(strip $(MODELS_URL))')
+	    --autoscaler $(strip $(AUTOSCALER)) $(call given,REGISTRY,--registry) $(call given,IMAGE_TAG,--image-tag) \
+	    $(call given,MODELS_URL,--models-url)
 
 ##@ Plan
 plan: $(VENV)/.ready ## memory, devices, parallelism, speed and, with RATE=, cost of MODEL=, PRESET=, ONNX= or LAYERS=
-	@$(PY) -m deepseek.sizing $(or $(if $(strip $(PRESET)),--preset '$(strip $(PRESET))'),$(if $(strip $(ONNX)),--onnx '$(strip $(ONNX))'),$(if \
-	    $(strip $(LAYERS)),--layers $(LAYERS) $(if $(strip $(HIDDEN)),--hidden $(HIDDEN)) $(if $(strip $(HEADS)),--heads $(HEADS))),$(WHICH)) \
-	    --precision $(PRECISION) $(if $(strip $(LENGTH)),--length $(LENGTH)) $(if $(strip $(BATCH)),--batch $(BATCH)) \
-	    $(if $(strip $(RATE)),--rate $(RATE)) $(if $(strip $(P99_MS)),--p99-ms $(P99_MS)) \
-	    $(if $(strip $(DEVICES)),--devices '$(strip $(DEVICES))') $(if $(strip $(MEASURE)),--measure) $(PLAN)
+	@$(PY) -m deepseek.sizing $(or $(call given,PRESET,--preset),$(call given,ONNX,--onnx),$(if \
+	    $(strip $(LAYERS)),--layers $(LAYERS) $(call given,HIDDEN,--hidden) $(call given,HEADS,--heads)),$(WHICH)) \
+	    --precision $(PRECISION) $(call given,LENGTH,--length) $(call given,BATCH,--batch) \
+	    $(call given,RATE,--rate) $(call given,P99_MS,--p99-ms) $(call given,DEVICES,--devices) $(if $(strip $(MEASURE)),--measure) $(PLAN)
 
 ##@ Development
 setup: $(VENV)/.ready ## the virtual environment, pinned by requirements.lock
@@ -277,14 +285,18 @@ lock: $(VENV)/.ready-test ## pin anew what pyproject.toml allows
 	@echo checkov | $(PY) -m uv pip compile -q --upgrade --universal --python-version 3.11 \
 	    --no-emit-index-url --no-annotate --no-header - -o tests/checkov.lock
 
-clean: ## remove what was built for MODEL, its repository entry, and ENV_FILE
-	rm -rf "$(B)" "$(REPOSITORY)/$(MODEL)" "$(ENV_FILE)"
+# Of ENV_FILE stays what is its owner's, which stack.py keeps below its own last line.
+no-env-file = if sed '1,/^\# Yours: /d' "$(ENV_FILE)" 2>/dev/null | grep -q .; then sed -i -n '/^\# Yours: /,$$p' "$(ENV_FILE)"; else rm -f "$(ENV_FILE)"; fi
+clean: ## remove what was built for MODEL, its repository entry, and ENV_FILE but your own lines
+	rm -rf "$(B)" "$(REPOSITORY)/$(MODEL)"
+	@$(no-env-file)
 
 clean-cache: $(VENV)/.ready ## remove all artifacts from the cache
 	@$(PY) -m export.cache --clear
 
 distclean: ## remove all that was built, and the virtual environment
-	rm -rf "$(BUILD)" "$(VENV)" "$(ENV_FILE)"
+	rm -rf "$(BUILD)" "$(VENV)"
+	@$(no-env-file)
 	find "$(REPOSITORY)" -mindepth 1 ! -name README.md -delete
 
 help:
@@ -307,29 +319,35 @@ HARDWARE := $(if $(GPU),gpu,cpu)
 # Set-up goes on where it was killed. Last of all pip replaces a package's RECORD by one that lists INSTALLER: one without
 # it is not whole and must not pass for it.
 whole = find $(1)/lib/ -maxdepth 3 -name '*.dist-info' ! -exec grep -qs '/INSTALLER,' {}/RECORD \; -prune -exec rm -r {} +
-environment = $(call whole,$(1)) 2>/dev/null; $(1)/bin/python -c 'import importlib.metadata as m; m.version("pip")' 2>/dev/null || $(2) -m venv $(1)
-PIP := $(call whole,$(VENV)) && $(PY) -m pip install -q --disable-pip-version-check -c requirements.lock
+environment = { $(call whole,$(1)) || true; } 2>/dev/null; $(1)/bin/python -c 'import importlib.metadata as m; m.version("pip")' 2>/dev/null || $(2) -m venv $(1)
+PIP := $(call whole,$(VENV)); $(PY) -m pip install -q --disable-pip-version-check -c requirements.lock
+# Of Triton's wheel the files only: its numpy<2 is for a Python API not used here.
+# One make at a time sets an environment up; who waited for another finds it done.
+once = set -e; mkdir -p $(1); exec 8<$(1); flock 8; if find $@ $(addprefix -newer ,$^) 2>/dev/null | grep -q .; then exit 0; fi
 
 $(VENV)/.ready: pyproject.toml client/pyproject.toml requirements.lock
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 with venv on PATH; e.g.: apt-get install python3-venv (or PYTHON=…)" >&2; exit 2; }
-	@echo "setup     $(VENV) with $$($(PYTHON) --version), for a $(HARDWARE) machine"
-	@$(call environment,$(VENV),$(PYTHON))
-	@$(if $(GPU),,$(PY) -c 'import urllib.request as u; u.urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5)' 2>/dev/null \
-	    && $(PIP) --index-url $(TORCH_CPU_INDEX) 'torch>=2.9,<3' || true)
-	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest,gateway]' -e ./client
-	@$(PIP) --no-deps $(TRITON_WHEEL)  # its files only: its numpy<2 is for a Python API not used here
-	@touch $@
+	@$(call once,$(VENV)); \
+	echo "setup     $(VENV) with $$($(PYTHON) --version), for a $(HARDWARE) machine"; \
+	$(call environment,$(VENV),$(PYTHON)); \
+	$(if $(GPU),,if $(PY) -c 'import urllib.request as u; u.urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5)' 2>/dev/null; then \
+	    { $(PIP) --index-url $(TORCH_CPU_INDEX) 'torch>=2.9,<3'; } || true; fi;) \
+	$(PIP) -e '.[train,export,$(HARDWARE),loadtest,gateway]' -e ./client; \
+	$(PIP) --no-deps $(TRITON_WHEEL); \
+	touch $@
 
 $(VENV)/.ready-rtx $(VENV)/.ready-test $(VENV)/.ready-tensorrt: $(VENV)/.ready-%: $(VENV)/.ready
-	@$(PIP) -e '.[train,export,$(HARDWARE),loadtest,gateway,rtx,$*]'
-	@touch $@
+	@$(call once,$(VENV)); \
+	$(PIP) -e '.[train,export,$(HARDWARE),loadtest,gateway,rtx,$*]'; \
+	touch $@
 
 # checkov, which judges the manifests, pins too many packages to live beside ours.
 $(VENV)/checkov/.ready: tests/checkov.lock | $(VENV)/.ready
-	@echo "setup     checkov, for tests"
-	@$(call environment,$(@D),$(PY))
-	@$(call whole,$(@D)) && $(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r $<
-	@touch $@
+	@$(call once,$(@D)); \
+	echo "setup     checkov, for tests"; \
+	$(call environment,$(@D),$(PY)); \
+	$(call whole,$(@D)); $(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r $<; \
+	touch $@
 
 # What tests need of the system: nginx with njs, Prometheus, kubectl; libfaketime for one of them. Installed where root may and no service manager would start
 # them as services; elsewhere one line says what is missing, and those tests are skipped with their reason.
@@ -420,13 +438,14 @@ $(B)/choice-$(T).json: $$(foreach p,$$(PRECISIONS),$(B)/$$p/$(ENGINE_NAME)) $(B)
 
 # What docker compose reads: written anew where a model is published, the first line says that it was for other settings, or
 # somebody has put a certificate there.
-STACK := $(strip $(MODEL) $(REPOSITORY) $(MODELS) $(BUILD) $(GATEWAY_PORT) $(TRITON_TAG) $(GATEWAY_HOSTS))
+STACK := $(strip $(MODEL) $(REPOSITORY) $(MODELS) $(BUILD) $(GATEWAY_PORT) $(TRITON_TAG) $(PROJECT) $(GATEWAY_HOSTS))
+WRITE_STACK = $(PY) -m serving.stack --model $(MODEL) --repository $(REPOSITORY) --models $(MODELS) --env-file $(ENV_FILE) --gateway-port $(GATEWAY_PORT) \
+    --triton-tag $(TRITON_TAG) --project=$(call quoted,PROJECT) $(addprefix --host ,$(GATEWAY_HOSTS)) --settings '$(STACK)'
 $(ENV_FILE): $(REPOSITORY)/$(MODEL)/config.pbtxt $(addprefix serving/,stack.py served.py keys.py certificate.py flags.py) \
-    $(addprefix serving/,alerts.py recording_rules.py dashboard.py) \
+    $(addprefix serving/,alerts.py recording_rules.py dashboard.py) $(wildcard docker/observe/*/*.* docker/observe/*/*/*.*) \
     $(shell [ "$$(head -n 1 $(ENV_FILE) 2>/dev/null)" = '# $(STACK)' ] \
         && [ -z "$$(find $(BUILD)/gateway/tls.crt -cnewer $(ENV_FILE) 2>/dev/null)" ] || echo FORCE)
-	@$(PY) -m serving.stack --model $(MODEL) --repository $(REPOSITORY) --models $(MODELS) --env-file $(ENV_FILE) --gateway-port $(GATEWAY_PORT) \
-	    --triton-tag $(TRITON_TAG) $(addprefix --host ,$(GATEWAY_HOSTS)) --settings '$(STACK)'
+	@$(WRITE_STACK)
 
 # check-engine: the graphs that a TensorRT target takes, and which models have them checked.
 CHECKED = $(or $(NAMED),$(sort $(notdir $(patsubst %/deploy.toml,%,$(wildcard $(MODELS)/*/deploy.toml)))))
@@ -436,4 +455,4 @@ check-graphs: $(foreach p,$(or $(CHECKED_PRECISIONS),fp32 fp16 int8 fp8),$(B)/$(
 .PRECIOUS: $(REPOSITORY)/$(MODEL)/config.pbtxt
 $(REPOSITORY)/$(MODEL)/config.pbtxt: $(B)/choice-$(T).json $(B)/settings/target $(B)/settings/tuned export/to_triton.py \
     serving/onnxruntime_backend.py serving/turns.py deepseek/onnxruntime_session.py
-	@$(PY) -m export.to_triton $(WHICH) --target $(T) --repository $(REPOSITORY)
+	@$(PY) -m export.to_triton $(WHICH) --target $(T) --repository $(REPOSITORY) $(if $(strip $(ANYWAY)),--anyway)

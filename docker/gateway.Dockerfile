@@ -9,6 +9,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 COPY docker/gateway /opt/gateway
 COPY docker/healthy.sh /usr/local/bin/
+# COPY keeps modes, of a clone made under umask 077, too; its --chmod takes BuildKit.
+RUN chmod -R a+rX /opt/gateway /usr/local/bin/healthy.sh
 USER 10001:10001
 EXPOSE 8443 9145
 STOPSIGNAL SIGTERM

@@ -36,6 +36,8 @@ COPY deepseek/spec deepseek/spec
 COPY client/deepseek_client deepseek_client
 COPY loadtests loadtests
 COPY docker/loadtests.sh /usr/local/bin/
+# COPY keeps modes, of a clone made under umask 077, too; its --chmod takes BuildKit.
+RUN chmod -R a+rX deepseek deepseek_client loadtests /usr/local/bin/loadtests.sh
 ENV PATH=/opt/loadtests/python/bin:${PATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp BUILD=/results
 USER 10001:10001

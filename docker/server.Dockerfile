@@ -25,6 +25,8 @@ COPY deepseek/__init__.py deepseek/
 COPY deepseek/spec deepseek/spec
 COPY serving serving
 COPY docker/server.sh docker/healthy.sh /usr/local/bin/
+# COPY keeps modes, of a clone made under umask 077, too; its --chmod takes BuildKit.
+RUN chmod -R a+rX deepseek serving /usr/local/bin/server.sh /usr/local/bin/healthy.sh
 ENV PATH=/opt/serving/python/bin:${PATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp BUILD=/tmp/build TRITON_TAG=${TRITON_TAG}
 USER 10001:10001

@@ -198,9 +198,11 @@ def tensor_bytes(tensor: onnx.TensorProto) -> int:
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
     """Writes a graph; past what one protobuf can hold (2 GiB), with its weights in `<name>.data` beside it."""
     large = sum(map(tensor_bytes, model.graph.initializer)) > EXTERNAL_DATA_BYTES
-    onnx.save(model, path, save_as_external_data=large, location=f"{path.name}.data" if large else None)
+    data = path.with_name(f"{path.name}.data")
+    data.unlink(missing_ok=True)  # onnx would write behind what is there
+    onnx.save(model, path, save_as_external_data=large, location=data.name if large else None)
     if large:
-        path.with_name(f"{path.name}.data").chmod(path.stat().st_mode)  # onnx writes it for its owner only
+        data.chmod(path.stat().st_mode)  # onnx writes it for its owner only
         onnx.load_external_data_for_model(model, str(path.parent))  # onnx took the weights out of `model`
 
 
@@ -274,8 +276,14 @@ def human_bytes(value_bytes: float) -> str:
     return f"{value_bytes:.2f} GiB"
 
 
-def row_digests(rows: Iterable[Mapping[str, np.ndarray]]) -> set[bytes]:
-    """One digest a row, to find rows that two sets share."""
-    return {
-        hashlib.sha256(b"".join(name.encode() + row[name].tobytes() for name in sorted(row))).digest() for row in rows
-    }
+def row_digests(rows: Iterable[Mapping[str, np.ndarray]]) -> list[bytes]:
+    """One digest a row, of names, types, shapes and values, to find rows that two sets share."""
+    return [_row_digest(row) for row in rows]
+
+
+def _row_digest(row: Mapping[str, np.ndarray]) -> bytes:
+    digest = hashlib.sha256()
+    for name, array in sorted(row.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.digest()

@@ -19,6 +19,7 @@ from export.artifact import Row, batches, filled, load_rows, row_digests
 
 CALIBRATION_BATCH = 8
 STRATA = 8  # bins of length
+LEAST_ROWS = 2
 POOL = 4  # rows to choose from for each one that is used
 _GOLDEN = 0.618033988749895  # multiples of it, modulo 1, fall evenly: a spread order without a random seed
 
@@ -89,6 +90,8 @@ def stratified(rows: Sequence[Row], limit: int) -> list[Row]:
     Strata of equal width between the shortest and the longest row take turns, so that few long rows among many
     short ones are all taken; within a stratum the rows are spread evenly over the file.
     """
+    if not rows:
+        return []
     lengths = np.array([length_of(row) for row in rows])
     strata = (lengths - lengths.min()) * STRATA // (lengths.max() - lengths.min() + 1)
     turns = np.empty(len(rows))
@@ -157,13 +160,19 @@ def _said(tensor: object) -> str:
     return f"{getattr(tensor, 'dtype')} {list(getattr(tensor, 'shape'))}"  # noqa: B009
 
 
-def check_disjoint(rows: Sequence[Row], evaluation: Sequence[Row], path: Path) -> None:
-    """Raises InputError where a calibration row is an evaluation row too."""
-    shared = row_digests(rows) & row_digests(evaluation)
-    if shared:
+def disjoint(rows: Sequence[Row], evaluation: Sequence[Row]) -> list[Row]:
+    """Rows without those that are evaluation rows too."""
+    judged = set(row_digests(evaluation))
+    return [row for row, digest in zip(rows, row_digests(rows), strict=True) if digest not in judged]
+
+
+def check_disjoint(left: Sequence[Row], rows: Sequence[Row], where: str) -> None:
+    """Raises InputError where of `rows` too few are left that are no evaluation rows."""
+    if len(left) < min(LEAST_ROWS, len(rows)):
         raise InputError(
-            f"{path}: {len(shared)} of {len(rows)} calibration rows are evaluation rows too; the two must be "
-            "disjoint, or the accuracy budget is judged on what was calibrated on"
+            f"{where}: {len(rows) - len(left)} of {len(rows)} calibration rows are evaluation rows too; the two must "
+            f"be disjoint, or the accuracy budget is judged on what was calibrated on: {LEAST_ROWS} others are needed, "
+            'or candidates = ["fp32"]'
         )
 
 
@@ -190,7 +199,8 @@ def _raw_rows(spec: DeploymentSpec, path: Path) -> list[Row]:
 
 
 def calibration_of(spec: DeploymentSpec, path: Path, limit: int, evaluation: Sequence[Row]) -> Calibration:
-    """At most `limit` rows of a file, over all lengths and disjoint from `evaluation`, as calibrators read them."""
+    """At most `limit` rows of a file, over all lengths and none of `evaluation`, as calibrators read them."""
     rows = read_rows(spec, path)
-    check_disjoint(rows, evaluation, path)
-    return Calibration(stratified(rows, limit), spec.axes[BATCH])
+    left = disjoint(rows, evaluation)
+    check_disjoint(left, rows, str(path))
+    return Calibration(stratified(left, limit), spec.axes[BATCH])

@@ -1,8 +1,8 @@
 """Every variant against fp32 PyTorch: parity, the task metric, speed; and the choice that follows.
 
 Contract: runs fp32 and each candidate of `deploy.toml` as the target runs them (ONNX Runtime, or the
-TensorRT engines) over the evaluation split, times them interleaved in one process, and picks the fastest
-that loses at most `max_drop`. fp32 is always measured: a candidate inside the budget that is not faster
+TensorRT engines) over the evaluation split, times them interleaved in one process, every axis at its opt, and picks the
+fastest that loses at most `max_drop`. fp32 is always measured: a candidate inside the budget that is not faster
 is not worth its loss, and fp32 is taken; on a GPU 8 bits have to beat fp16, too. Writes
 `build/<name>/choice-<target>.json` and the accuracy into each manifest. Exit 1 if a precision asked for by
 name is outside the budget. What drop means: export/budget.py.
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.spec import (
+    BATCH,
     DeploymentSpec,
     GateFailed,
     InputError,
@@ -43,10 +44,9 @@ from deepseek.spec import (
 )
 from export.accuracy import too_small
 from export.artifact import (
-    batches,
+    Row,
     choice_path,
     engine_path,
-    filled,
     human_bytes,
     json_text,
     load_rows,
@@ -176,9 +176,8 @@ def compare(source: Source, target: Target, only: Precision | None) -> dict[str,
             metrics = variants[name].pop("pytorch")
             variants[name]["size_bytes"] = read_manifest(engine_path(spec.name, name, target)).size_bytes
     rows = load_rows(build_dir(spec.name) / "evaluation.npz")
-    _, most = max(batches(rows, spec.axes["batch"].opt), key=lambda batch: len(batch[0]))
-    inputs = filled(most, spec.axes["batch"].min)
-    timed_rows = len(next(iter(inputs.values())))
+    inputs = _at_opt(spec, rows)
+    timed_rows = spec.axes[BATCH].opt
     with log.status("timing, interleaved"):
         timed = {"pytorch": reference, **runners}
         seconds = time_interleaved({name: functools.partial(run, inputs) for name, run in timed.items()})
@@ -229,6 +228,13 @@ def _lost_digits(spec: DeploymentSpec, module: Any) -> dict[str, float]:
 
     own = own_errors(spec, module, load_rows(build_dir(spec.name) / "evaluation.npz"))
     return {name: AS_NEAR * error for name, error in own.items()}
+
+
+def _at_opt(spec: DeploymentSpec, rows: list[Row]) -> Row:
+    """Real inputs at the usual sizes, whatever sizes the rows have."""
+    from export.reference import inputs_at  # torch, as below
+
+    return inputs_at(spec, rows, {name: axis.opt for name, axis in spec.axes.items()})
 
 
 def _weights_digest(module: Any) -> str:

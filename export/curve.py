@@ -24,6 +24,7 @@ from export.artifact import Row
 from export.qdq import COMPUTE_OPS, producers_of, quantized_names
 
 FIRST = 8
+MOST_ACTIVATION_BYTES = 1 << 30  # of a batch, all held at once; past this rows go one by one
 FLAT = 0.05  # of the final error: what is nearer than this makes no difference
 # Entropy counts in bins of the first batch's width, and tries each range: 128 bins x growth, squared.
 MOST_GROWTH = 64.0
@@ -66,15 +67,15 @@ class Ranges:
         return {name: float(max(abs(low), abs(high))) for name, (low, high, *_) in found.items()}
 
 
-def ranges_by_samples(path: Path, batches: Iterable[Row]) -> tuple[dict[Method, Points], float]:
-    """Ranges after 8, 16, 32, ... and all samples, by method; and the growth.
+def ranges_by_samples(path: Path, batches: Iterable[Row], least: int = 1) -> tuple[dict[Method, Points], float]:
+    """Ranges after 8, 16, 32, ... and all samples, by method; and the growth. `least`: the smallest batch.
 
     Past `MOST_GROWTH` there are none of entropy, which could not be counted. `path` is the fp32 graph; a copy of it
     is written beside it, so that external weights are found.
     """
     activations, ranges, seen, due = _activations(path), Ranges(), 0, FIRST
     points: dict[Method, Points] = {"max": {}, "entropy": {}}
-    batches = list(batches)
+    batches = _that_fit(list(batches), activations, least)
     for batch in batches:
         ranges.add(activations(batch))
         seen += len(next(iter(batch.values())))
@@ -85,6 +86,24 @@ def ranges_by_samples(path: Path, batches: Iterable[Row]) -> tuple[dict[Method, 
         if ranges.growth > MOST_GROWTH:
             points.pop("entropy", None)
     return points, ranges.growth
+
+
+def _that_fit(batches: list[Row], activations: Callable[[Row], Row], least: int) -> list[Row]:
+    """The batches as they are; taken apart where the activations of the largest one would take too much memory."""
+    largest = max(batches, key=lambda batch: sum(array.size for array in batch.values()))
+    first, rows = _parts(largest, least)[0], len(next(iter(largest.values())))
+    taken = sum(array.nbytes for array in activations(first).values())
+    if taken / least * rows <= MOST_ACTIVATION_BYTES:
+        return batches
+    return [part for batch in batches for part in _parts(batch, least)]
+
+
+def _parts(batch: Row, least: int) -> list[Row]:
+    """Batches of the smallest size, the last one as large as what is left."""
+    rows = len(next(iter(batch.values())))
+    starts = range(0, rows - least + 1, least)
+    ends = [*starts[1:], rows]
+    return [{name: array[start:end] for name, array in batch.items()} for start, end in zip(starts, ends, strict=True)]
 
 
 def _activations(path: Path) -> Callable[[Row], Row]:

@@ -20,7 +20,7 @@ import onnx
 from rich.console import Console
 
 from deepseek.quantization import Method, QuantConfig
-from deepseek.spec import DeploymentSpec, GateFailed
+from deepseek.spec import BATCH, DeploymentSpec, GateFailed
 from export.accuracy import too_small
 from export.artifact import Row, onnx_path, save_graph
 from export.budget import Baseline
@@ -84,7 +84,7 @@ def to_8_bits(
     def error_of(graph: onnx.ModelProto) -> float:
         return output_error(trials.over(sample)(graph), reference)
 
-    points, growth = ranges_by_samples(copied(spec, work / "ranges"), calibration.batches)
+    points, growth = ranges_by_samples(copied(spec, work / "ranges"), calibration.batches, spec.axes[BATCH].min)
     model, method, errors = _calibrated(spec, config, calibration, work, points, error_of)
     reports: dict[str, Any] = {"sensitivity": {"layers": [], "tried": []}}  # takes the place of an earlier one
     if model_folder is not None:

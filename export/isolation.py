@@ -2,8 +2,8 @@
 
 Contract: `in_child` returns what the function returns and raises what it raises, `Crashed` where the child is ended by
 a signal of its own making (ONNX Runtime, TensorRT and ModelOpt are native code, and a graph can bring them down), and
-`InvalidMeasurement` where a signal came from outside: that says nothing of the graph. The child is a fork:
-call it before this process has run torch or opened a session, whose threads a fork does not have.
+`InvalidMeasurement` where a signal came from outside: that says nothing of the graph (`Killed`: memory may have run
+out). The child is a fork, without the threads of torch or of a session: call it before this process has such.
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ class Crashed(GateFailed):
         return Crashed, (self.what, self.signal_name)
 
 
+class Killed(InvalidMeasurement):
+    """The process was ended by SIGKILL, as Linux does where memory runs out."""
+
+
 def in_child(what: str, function: Callable[[], Result]) -> Result:
     """Runs `function` in a forked child; `what` names it where it crashes."""
     sys.stdout.flush()
@@ -69,7 +73,7 @@ def in_child(what: str, function: Callable[[], Result]) -> Result:
     name = signal.Signals(-code).name
     if -code in _OWN_FAULTS:
         raise Crashed(what, name)
-    raise InvalidMeasurement(
+    raise (Killed if -code == signal.SIGKILL else InvalidMeasurement)(
         f"{what} was ended from outside ({name}); of SIGKILL the kernel's log says whether memory ran out"
     )
 

@@ -34,7 +34,7 @@ from deepseek.prunable import Inputs
 from deepseek.pruning import PruneConfig, PruneReport, prune_model, save_pruned, weights_digest
 from deepseek.spec import GateFailed, Parser, add_model_arguments, build_dir, kept_for_json, run_command
 from deepseek.spec.folders import scratch_in
-from export.accuracy import metric_drop, parity, similarity, task_metrics, too_small
+from export.accuracy import check_metric, metric_drop, parity, similarity, task_metrics, too_small
 from export.artifact import (
     Clock,
     Row,
@@ -158,7 +158,7 @@ class _Judge:
     def __init__(self, source: Source, original: torch.nn.Module, rows: list[Row]) -> None:
         self.source, self.rows = source, rows
         predict = module_runner(source.spec, original)
-        self.unpruned = task_metrics(source, predict)
+        self.unpruned = check_metric(source, predict)
         if why := too_small(source.spec, self.unpruned):
             log.print(f"warning: {why}")
         metric = None if why else source.spec.precision.metric

@@ -66,7 +66,7 @@ from export.cache import alone_with, fetch, key_of, store
 from export.calibration import Calibration, NotFinite, calibration_of
 from export.curve import MOST_GROWTH
 from export.eight_bits import copied, log, to_8_bits
-from export.isolation import in_child
+from export.isolation import Killed, in_child
 from export.ptq import check_source, fp16_from_onnx
 from export.qdq import COMPUTE_OPS, found_precision, share_equal_weights
 from export.runners import onnx_runner, outputs_of
@@ -298,11 +298,13 @@ def main() -> None:
                 f"making or running the {args.precision} graph",
                 lambda: quantize_model(spec, config, Source(args.model, args.models) if wants_pass else None),
             )
-    except GateFailed as error:
+    except (GateFailed, Killed) as error:
         if not args.candidate:
             raise
-        refuse(onnx_path(spec.name, args.precision), str(error))
-        result = {"precision": args.precision, "refused": str(error)}
+        path = onnx_path(spec.name, args.precision)
+        again = f"; to try again: rm {path}" if isinstance(error, Killed) else ""
+        refuse(path, f"{error}{again}")
+        result = {"precision": args.precision, "refused": f"{error}{again}"}
     if args.json:
         print(json_text(result))
     elif "refused" in result:

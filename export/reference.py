@@ -21,7 +21,7 @@ import torch
 
 from deepseek.spec import BATCH, Axis, DeploymentSpec, GateFailed, InputError, build_dir
 from export.artifact import Row, human_bytes, join
-from export.runners import module_runner, outputs_of
+from export.runners import module_runner, outputs_by_batch
 from export.source import Predict, folder_of, in_order, user_code
 
 # Of the largest magnitude of an output: both sides compute in fp32, a float16 output rounds to 11 bits.
@@ -126,16 +126,59 @@ def _at_sizes(arrays: Iterator[np.ndarray], shape: tuple[int | str, ...], sizes:
     return np.take(array, np.arange(size), axis=last)
 
 
+def memory_bytes() -> int:
+    """Of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def check_memory(spec: DeploymentSpec) -> None:
     """Raises InputError where a quarter of this machine's memory does not hold the tensors of the largest corner."""
-    tensors = {**spec.inputs, **spec.outputs}
-    needed = sum(math.prod(spec.shape(name, "max")) * np.dtype(tensors[name].dtype).itemsize for name in tensors)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, memory = _bytes_at_most(spec, [*spec.inputs, *spec.outputs]), memory_bytes()
     if needed > memory / 4:
         raise InputError(
             f"deploy.toml: axes: at {sizes_text({name: axis.max for name, axis in spec.axes.items()})} inputs and "
             f"outputs take {human_bytes(needed)}, this machine has {human_bytes(memory)}; lower the largest sizes"
         )
+
+
+def check_rows_fit(spec: DeploymentSpec, rows: list[Row]) -> None:
+    """Raises InputError where what later stages hold does not fit: outputs of all evaluation rows, and a batch.
+
+    The outputs are PyTorch's and those of a variant, which are compared.
+    """
+    kept, memory = 2 * sum(_output_bytes(spec, row) for row in rows), memory_bytes()
+    if kept + 4 * _bytes_at_most(spec, [*spec.inputs, *spec.outputs]) > memory:
+        raise InputError(
+            f"model.py: samples('evaluation'): the outputs of {len(rows)} rows, of PyTorch and of a variant, take "
+            f"{human_bytes(kept)}, this machine has {human_bytes(memory)}; let it give fewer rows, or forward less"
+        )
+
+
+def _bytes_at_most(spec: DeploymentSpec, names: list[str]) -> int:
+    tensors = {**spec.inputs, **spec.outputs}
+    return sum(math.prod(spec.shape(name, "max")) * np.dtype(tensors[name].dtype).itemsize for name in names)
+
+
+def _output_bytes(spec: DeploymentSpec, row: Row) -> int:
+    """Of all outputs of a row."""
+    sizes = _sizes_of(spec, row)
+    return sum(
+        math.prod(_sized(tensor.shape, sizes)) * np.dtype(tensor.dtype).itemsize for tensor in spec.outputs.values()
+    )
+
+
+def _sizes_of(spec: DeploymentSpec, inputs: Row) -> dict[str, int]:
+    """The size of each axis in these inputs."""
+    return {
+        dim: size
+        for name, tensor in spec.inputs.items()
+        for dim, size in zip(tensor.shape, inputs[name].shape, strict=True)
+        if isinstance(dim, str)
+    }
+
+
+def _sized(shape: tuple[int | str, ...], sizes: dict[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in shape)
 
 
 def run_torch(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> Row:
@@ -148,12 +191,8 @@ def run_torch(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> Row:
         values = in_order(spec, model(*(torch.tensor(inputs[name]) for name in spec.inputs)))  # copies: it may write
         outputs = {name: value.numpy() for name, value in zip(spec.outputs, values, strict=True)}
     for name, tensor in spec.outputs.items():
-        sizes = {
-            dim: size
-            for each in spec.inputs
-            for dim, size in zip(spec.inputs[each].shape, inputs[each].shape, strict=True)
-        }
-        expected = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
+        sizes = _sizes_of(spec, inputs)
+        expected = _sized(tensor.shape, sizes)
         if outputs[name].shape != expected or outputs[name].dtype != tensor.dtype:
             raise InputError(
                 f"model.py: output {name!r}: forward returned {outputs[name].dtype} {list(outputs[name].shape)}; "
@@ -167,15 +206,20 @@ def check_samples(spec: DeploymentSpec, model: torch.nn.Module, rows: dict[str, 
     predict = module_runner(spec, model)
     for split, found in rows.items():
         try:
-            outputs_of(spec, predict, found)
+            _run(spec, predict, found)
         except InputError:
             for place, row in enumerate(found):
                 try:
-                    outputs_of(spec, predict, [row])
+                    _run(spec, predict, [row])
                 except InputError as error:
                     kept = build_dir(spec.name) / f"{split}.npz"
                     raise InputError(f"{error} (row {place} of samples({split!r}) as {kept} has them)") from error
             raise
+
+
+def _run(spec: DeploymentSpec, predict: Predict, rows: list[Row]) -> None:
+    for _ in outputs_by_batch(spec, predict, rows):
+        pass
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ batches that the profile allows; `within_batch` lifts that limit.
 
 from __future__ import annotations
 
-import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from deepseek.onnxruntime_session import ProviderError, open_session
+from deepseek.onnxruntime_session import ProviderError, cores, open_session
 from deepseek.spec import Axis, DeploymentSpec, GateFailed, InputError, Precision, Target, variables_for
 from export.artifact import Row, batches, engine_path, filled, join, need, onnx_path, read_manifest
 from export.source import Predict, Source, folder_of, user_code
@@ -72,7 +72,7 @@ def onnx_runner(spec: DeploymentSpec, path: Path, target: Target, *, optimized: 
     batching = spec.for_target(target).batching
     options = onnxruntime.SessionOptions()
     options.inter_op_num_threads = 1
-    options.intra_op_num_threads = batching.threads or max(1, len(os.sched_getaffinity(0)) // batching.instances)
+    options.intra_op_num_threads = batching.threads or max(1, cores() // batching.instances)
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # or idle threads slow the next variant
     if not optimized:
@@ -165,11 +165,16 @@ def within_batch(predict: Predict, batch: Axis) -> Predict:
     return parts
 
 
+def outputs_by_batch(spec: DeploymentSpec, predict: Predict, rows: list[Row]) -> Iterator[tuple[list[int], Row]]:
+    """Outputs in batches of opt, with the places of their rows; none is kept."""
+    for places, inputs in batches(rows, spec.axes["batch"].opt):
+        yield places, predict(filled(inputs, spec.axes["batch"].min))
+
+
 def outputs_of(spec: DeploymentSpec, predict: Predict, rows: list[Row]) -> list[Row]:
     """Outputs row by row, run in batches of opt."""
     results: list[Row] = [{}] * len(rows)
-    for places, inputs in batches(rows, spec.axes["batch"].opt):
-        outputs = predict(filled(inputs, spec.axes["batch"].min))
+    for places, outputs in outputs_by_batch(spec, predict, rows):
         for index, place in enumerate(places):
             results[place] = {name: array[index] for name, array in outputs.items()}
     return results

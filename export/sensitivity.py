@@ -20,7 +20,7 @@ import onnx
 from rich import box
 from rich.table import Table
 
-from export.accuracy import common_share
+from export.accuracy import common
 from export.artifact import Row
 from export.qdq import quantized_layers, with_high
 
@@ -53,7 +53,7 @@ def squared_errors(outputs: Sequence[Row], reference: Sequence[Row]) -> list[flo
             scale = sum(float(np.square(ref.astype(np.float64)).sum()) for _, ref in pairs)
             errors.append(float(np.nan_to_num(wrong / (scale or 1.0), nan=1e9, posinf=1e9)))
         else:
-            errors.append(1 - float(np.mean([common_share(value, ref) for value, ref in pairs])))
+            errors.append(1 - common(pairs))
     return errors
 
 

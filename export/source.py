@@ -105,7 +105,7 @@ class Source:
         return module
 
     def unpruned(self) -> Any:
-        """The `torch.nn.Module` as deploy.toml describes it: in eval mode, its outputs a tuple in that order.
+        """The `torch.nn.Module` as deploy.toml describes it: on the CPU, in eval mode, outputs a tuple in that order.
 
         Weights of 16 bits are widened to float32, which every later stage starts from; inputs and outputs
         keep the signature's types. PyTorch's fast path of attention is off from here on.
@@ -125,7 +125,8 @@ class Source:
                 f"{self.folder / 'model.py'}: load() returned TorchScript ({type(model).__name__}); the exporter "
                 "traces Python: return the torch.nn.Module that it was made from"
             )
-        model.eval()
+        with user_code(self.folder, "load()"):
+            model.cpu().eval()
         if any(_is_half(parameter) for _, parameter in model.named_parameters()):
             model.float()
             model.widened = True

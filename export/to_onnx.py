@@ -43,6 +43,7 @@ from deepseek.spec import (
     run_command,
 )
 from deepseek.spec.folders import scratch_in
+from export.accuracy import check_metric
 from export.artifact import (
     Clock,
     Row,
@@ -53,7 +54,6 @@ from export.artifact import (
     pruning_of,
     publish,
     read_manifest,
-    row_digests,
     save_graph,
     save_rows,
     sha256,
@@ -61,11 +61,12 @@ from export.artifact import (
     write_manifest,
 )
 from export.cache import alone_with, fetch_checked, key_of, store
-from export.calibration import pool_size, stratified
+from export.calibration import check_disjoint, disjoint, pool_size, stratified
 from export.reference import (
     check_corners,
     check_memory,
     check_repeatable,
+    check_rows_fit,
     check_rows_independent,
     check_samples,
     checked_at,
@@ -74,6 +75,7 @@ from export.reference import (
     traced_sizes,
     weights_digest,
 )
+from export.runners import module_runner
 from export.source import Source, folder_of, place_of
 
 OPSET = 20  # ModelOpt needs 19 for fp8 scales; at 23 attention becomes one op that TensorRT may not take
@@ -227,7 +229,8 @@ def export_model(source: Source) -> dict[str, Any]:
     spec = source.spec
     path = onnx_path(spec.name, "fp32")
     check_memory(spec)
-    rows = _rows(source)
+    rows, shared = _rows(source)
+    check_rows_fit(spec, rows["evaluation"])
     model = source.load()
     files = {split: build_dir(spec.name) / f"{split}.npz" for split in rows}
     for split, file in files.items():
@@ -242,7 +245,7 @@ def export_model(source: Source) -> dict[str, Any]:
     with scratch_in(path.parent) as scratch, alone_with(key):
         graph = scratch / path.name
         if not fetch_checked(key, scratch, lambda: _check(spec, model, rows["evaluation"], graph)):
-            _export(spec, model, rows, graph)
+            _export(source, model, rows, graph)
             store(key, scratch)
         publish(scratch, path)
     manifest = read_manifest(path)
@@ -251,35 +254,35 @@ def export_model(source: Source) -> dict[str, Any]:
         "size_bytes": manifest.size_bytes,
         "checks": manifest.found["checks"],
         "rows": {split: len(found) for split, found in rows.items()},
+        "shared_rows": shared,
         "build_s": manifest.build_s,
     }
 
 
-def _rows(source: Source) -> dict[str, list[Row]]:
-    """Real inputs by split, none of them in both."""
+def _rows(source: Source) -> tuple[dict[str, list[Row]], int]:
+    """Real inputs by split, none of them in both; how many were left out of those to calibrate on."""
     spec = source.spec
     with log.status("reading samples"):
         evaluation = list(source.rows("evaluation", EVALUATION_ROWS))
         pool = list(source.rows("calibration", pool_size(spec)))
-        calibration = stratified(pool, spec.precision.calibration_samples)
-    shared = row_digests(evaluation) & row_digests(calibration)
-    if shared:
-        raise InputError(
-            f"{source.folder / 'model.py'}: {len(shared)} of {len(calibration)} calibration samples are evaluation "
-            "samples too; the two must be disjoint, or the accuracy budget is judged on what was calibrated on"
-        )
-    return {"calibration": calibration, "evaluation": evaluation}
+        left = disjoint(pool, evaluation)
+    if set(spec.precision.candidates) != {"fp32"}:
+        check_disjoint(left, pool, f"{source.folder / 'model.py'}: samples('calibration')")
+    calibration = stratified(left, spec.precision.calibration_samples)
+    return {"calibration": calibration, "evaluation": evaluation}, len(pool) - len(left)
 
 
-def _export(spec: DeploymentSpec, model: torch.nn.Module, rows: dict[str, list[Row]], path: Path) -> None:
+def _export(source: Source, model: torch.nn.Module, rows: dict[str, list[Row]], path: Path) -> None:
     """Writes the graph to `path`, checked against PyTorch, and its manifest beside it."""
-    clock = Clock()
+    spec, clock = source.spec, Clock()
     evaluation = rows["evaluation"]
     example = inputs_at(spec, evaluation, traced_sizes(spec))
     check_repeatable(spec, model, example)
     check_rows_independent(spec, model, example)
     with log.status("running PyTorch over all samples"):
         check_samples(spec, model, rows)
+    with log.status("asking evaluate()"):
+        check_metric(source, module_runner(spec, model))
     with log.status("exporting with the dynamo exporter"):
         graph = onnx_from_torch(spec, model, example)
         save_graph(graph, path)
@@ -325,6 +328,8 @@ def main() -> None:
         return
     where = checked_at(source.spec, result["checks"])
     print(f"{result['path']}: {human_bytes(result['size_bytes'])}, as PyTorch {where}")
+    if shared := result["shared_rows"]:
+        print(f"calibration: {shared} samples are evaluation samples too, and were left out")
     table = Table("checked at", "output", "worst error", box=box.SIMPLE_HEAD)
     for check in result["checks"]:
         for name, error in check["worst_error"].items():

@@ -2,9 +2,10 @@
 
 Contract: takes the precision that `export.compare` chose (or `--precision`); adds
 `<repository>/<name>/<next version>/` and replaces `config.pbtxt`, which is built as Triton's own
-protobuf message and parsed back. Both come into place by a rename, so that a running server never
-sees half of one. Batching, queue and time-out come from `deploy.toml` and its tuned values (docs/tuning.md), the
-warm-up from real samples.
+protobuf message and parsed back. Both come into place by a rename, once they are on the disk, so that a running server
+never sees half of one. What a release into the same repository refused, or a rollback took out of it, is not published
+without `--anyway` (docs/release.md). Batching, queue and time-out come from `deploy.toml` and its tuned values
+(docs/tuning.md), the warm-up from real samples.
 
 Examples:
     python -m export.to_triton --model recommender
@@ -41,7 +42,8 @@ from deepseek.spec import (
     run_command,
     variables_for,
 )
-from deepseek.spec.folders import alone_in, let_all_read, scratch_in
+from deepseek.spec.folders import alone_in, let_all_read, onto_disk, scratch_in
+from deepseek.spec.released import BAD, last_fate
 from deepseek.spec.repository import retired, versions_of
 from export.artifact import (
     Row,
@@ -229,8 +231,25 @@ def check_profile(spec: DeploymentSpec, engine: Path) -> None:
         )
 
 
-def publish_version(spec: DeploymentSpec, precision: Precision, target: Target, repository: Path) -> dict[str, Any]:
-    """Adds the next version of a model to the repository; returns what it added."""
+def check_fate(spec: DeploymentSpec, staged: Path, repository: Path) -> None:
+    """Raises InputError where what is to be published was refused by a gate, or rolled back, and not released since."""
+    fate = last_fate(spec.name, PublishedManifest.load(staged / "manifest.json").files, repository)
+    if fate is not None and fate.outcome in BAD:
+        variables = variables_for(spec.name)
+        raise InputError(
+            f"{spec.name}: what is built was {fate.outcome} as version {fate.version}, {fate.at[:16]} ({fate.folder}); "
+            f"take it through the gates: make release {variables}, or publish it all the same: make engine {variables} "
+            "ANYWAY=1 (--anyway)"
+        )
+
+
+def publish_version(
+    spec: DeploymentSpec, precision: Precision, target: Target, repository: Path, *, anyway: bool = False
+) -> dict[str, Any]:
+    """Adds the next version of a model to the repository; returns what it added.
+
+    Raises InputError where a release or rollback decided against what is built, unless it is to be `anyway`.
+    """
     if target == "tensorrt_rtx":
         raise InputError(
             "target tensorrt_rtx: Triton cannot load such an engine; publish onnxruntime, tensorrt or torchscript"
@@ -243,6 +262,9 @@ def publish_version(spec: DeploymentSpec, precision: Precision, target: Target, 
     model = repository / spec.name
     with alone_in(repository), scratch_in(_staging(spec.name, repository)) as scratch:
         version = _stage(scratch, spec, precision, target, engine, row, model)
+        if not anyway:
+            check_fate(spec, scratch / str(version), repository)
+        onto_disk(scratch)
         if not model.exists():
             (scratch / "model").mkdir()
             let_all_read(scratch)
@@ -326,6 +348,7 @@ def _rename(source: Path, destination: Path) -> None:
             raise
         with scratch_in(destination.parent) as beside:
             copied = Path(shutil.move(source, beside / source.name))
+            onto_disk(copied)
             os.rename(copied, destination)
 
 
@@ -366,6 +389,7 @@ def main() -> None:
     parser.add_argument(
         "--tuned", help="tuned values to go by, in place of those that deploy.toml names (/dev/null: none)"
     )
+    parser.add_argument("--anyway", action="store_true", help="even what a gate refused, or was rolled back")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args()
     spec = DeploymentSpec.of_model(args.model, args.models, tuned=args.tuned)
@@ -375,7 +399,7 @@ def main() -> None:
             "warning: batching.instances = 1: Triton can stall requests in a bounded queue, see docs/triton.md",
             file=sys.stderr,
         )
-    result = publish_version(spec, precision, args.target, Path(args.repository))
+    result = publish_version(spec, precision, args.target, Path(args.repository), anyway=args.anyway)
     if args.json:
         print(json.dumps(result, indent=2))
     else:

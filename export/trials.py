@@ -98,12 +98,17 @@ def rows_in(tensors: Row) -> int:
     return len(next(iter(tensors.values())))
 
 
-def beyond(tolerance: Tolerance, numbers: dict[str, float], entries: int) -> str:
-    """What of an output is past the tolerance, in words; "" where nothing is."""
+def beyond(tolerance: Tolerance, numbers: dict[str, float], entries: int, true: int = 0) -> str:
+    """What of an output is past the tolerance, in words; "" where nothing is. `true`: how many entries are True."""
     if "common" in numbers:
-        allowed = math.ceil(round((1 - tolerance.common) * entries, 6))
-        differ = round((1 - numbers["common"]) * entries)
-        return "" if differ <= allowed else f"{differ} of {entries} entries differ, {allowed} may"
+        flags = {"common_true": (true, "True entries"), "common_false": (entries - true, "False entries")}
+        counts = {key: flags[key] for key in flags if key in numbers} or {"common": (entries, "entries")}
+        for key, (count, what) in counts.items():
+            allowed = math.ceil(round((1 - tolerance.common) * count, 6))
+            differ = round((1 - numbers[key]) * count)
+            if differ > allowed:
+                return f"{differ} of {count} {what} differ, {allowed} may"
+        return ""
     if not math.isfinite(numbers["worst_error"]):
         return "NaN, Inf or shape differs"
     if not numbers["worst_error"] <= tolerance.worst_error:
@@ -136,7 +141,8 @@ class Judge:
             return
         for name, numbers in parity(self.spec, found, expected).items():
             entries = sum(row[name].size for row in expected)
-            self.add(at, name, numbers, beyond(tolerance, numbers, entries), gate=gate)
+            true = sum(int(row[name].sum()) for row in expected) if "common_true" in numbers else 0
+            self.add(at, name, numbers, beyond(tolerance, numbers, entries, true), gate=gate)
 
     def add(self, at: str, output: str, numbers: dict[str, float], problem: str, *, gate: bool = True) -> None:
         """Keeps a check, which holds where there is no problem or no gate."""

@@ -4,7 +4,8 @@ Contract: the unit that is drawn again is a whole pair of runs (a block): what t
 together, within a run and between the two of a pair. Of each draw the histograms are added, never averaged, and the
 percentiles are read from the sum. The interval is the *expanded* percentile interval (Hesterberg, What Teachers Should
 Know About the Bootstrap, 2015, section 5.3): with few blocks the plain one is too narrow, so its tails are those of
-Student's t, widened by sqrt(n / (n - 1)).
+Student's t, widened by sqrt(n / (n - 1)). No draw of n pairs leaves what they span, and the truth lies beyond that in 2
+of 2**n cases: an interval that is to be surer is none.
 
 Example:
     draws = Draws.of(8, 8)
@@ -23,7 +24,6 @@ from scipy.special import ndtr, stdtrit
 from loadtests.results import VALUES_US, Stretch
 
 RESAMPLES = 4000
-LEAST_PAIRS = 5  # with fewer, no interval of a bootstrap is worth its name
 _CHUNK = 256  # resamples at once: their pooled histograms are in memory
 
 
@@ -119,14 +119,19 @@ class Interval:
 
 
 def ratio_interval(over: np.ndarray, under: np.ndarray, *, pairs: int, confidence: float) -> Interval:
-    """Of over / under; the first of each is what was seen, the rest are draws."""
+    """Of over / under; the first of each is what was seen, the rest are draws. Of too few pairs it has no ends."""
     with np.errstate(invalid="ignore", divide="ignore"):
         ratios = over / under
-    if pairs < LEAST_PAIRS or np.isnan(ratios).any():
+    if pairs < least_pairs(confidence) or np.isnan(ratios).any():
         return Interval(ratio=float(ratios[0]), low=math.nan, high=math.nan)
     tail = expanded_tail(pairs, confidence)
     low, high = np.quantile(ratios[1:], [tail, 1 - tail], method="inverted_cdf")
     return Interval(ratio=float(ratios[0]), low=float(low), high=float(high))
+
+
+def least_pairs(confidence: float) -> int:
+    """With fewer, the truth lies beyond all of the pairs, on one side, more often than such an interval may miss it."""
+    return math.ceil(-math.log2((1 - confidence) / 2))
 
 
 def expanded_tail(blocks: int, confidence: float) -> float:

@@ -11,6 +11,7 @@ Example:
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -29,6 +30,7 @@ from loadtests.sender import planned_blocks_s
 # From Locust's start signal to the first request: time for every worker to be there.
 START_DELAY_S = 0.5
 DISTRIBUTED_START_DELAY_S = 2.0
+INVALID = 3  # exit status
 ALONE = "local"  # how Locust names the only process
 Rows = list[list[dict[str, Any]]]  # of each part
 
@@ -68,6 +70,11 @@ class Coordinator:
     def take_prepared(self, worker: str) -> None:
         """A worker could send now; Locust's own "ready" comes before that."""
         self._prepared.add(worker)
+
+    def take_unprepared(self, why: str) -> None:
+        """A worker can send nothing, and says why: without it the load is not the one that was asked for."""
+        print(json.dumps({"unprepared": why}), flush=True)
+        sys.exit(INVALID)
 
     def _await_workers(self) -> list[str]:
         give_up_at = time.time() + LONGEST_PREPARATION_S

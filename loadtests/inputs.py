@@ -30,7 +30,7 @@ Row = dict[str, np.ndarray]
 
 
 def read_inputs(path: Path, least: int = 1) -> list[Row]:
-    """The rows in order, or as many of them as may be, evenly spread; InputError in one line where there are none.
+    """The rows in order, of too many some, drawn by a fixed seed; InputError in one line where there are none.
 
     Each is repeated until it is a batch of `least`, the smallest that the profile allows.
     """
@@ -44,10 +44,11 @@ def read_inputs(path: Path, least: int = 1) -> list[Row]:
                 names.setdefault(row, []).append(name)
             if not names:
                 raise InputError(f"{path}: holds no inputs; make it anew with: make engine")
-            first = next(iter(names))
-            size = sum(arrays[f"{first}/{name}"].nbytes for name in names[first])
-            most = max(1, min(len(names), MOST_ROWS, MOST_BYTES // max(1, size)))
-            chosen = [list(names)[place * len(names) // most] for place in range(most)]
+            mean_bytes = least * sum(member.file_size for member in arrays.zip.infolist()) // len(names)
+            most = max(1, min(len(names), MOST_ROWS, MOST_BYTES // max(1, mean_bytes)))
+            # Drawn, since every n-th of rows that take turns (query, passage, query ...) may be all of one kind.
+            drawn = np.sort(np.random.default_rng(0).permutation(len(names))[:most])
+            chosen = [list(names)[place] for place in drawn]
             return [{name: _repeated(arrays[f"{row}/{name}"], least) for name in names[row]} for row in chosen]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; it holds the real inputs to send, make it with: make engine") from None

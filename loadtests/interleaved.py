@@ -23,11 +23,10 @@ from deepseek_client import ModelMetadata
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement
-from loadtests.bootstrap import LEAST_PAIRS
 from loadtests.check import check
 from loadtests.local_server import LocalServer, NotServed, local_server
 from loadtests.measure import measure
-from loadtests.regression import problems_at
+from loadtests.regression import LEAST_PAIRS, problems_at
 from loadtests.results import Run, Settings
 from loadtests.schedule import segments_of
 from loadtests.search import UNDECIDED, Plan, Search, rounded

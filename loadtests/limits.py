@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from deepseek.spec import InputError, Parser, SloSpec
+from scipy.special import betaincinv
+
+from deepseek.spec import InputError, Objective, Parser, SloSpec
 from loadtests.results import IN_FLIGHT, Settings
 
 CONFIDENCE = 0.99
@@ -50,28 +52,52 @@ def add_timeout_argument(parser: Parser) -> None:
 
 
 def in_flight_for(settings: Settings, slo: SloSpec) -> int:
-    """Unanswered requests that a worker may have, so that none is dropped that could still be in time."""
+    """Unanswered requests that a worker may have, so that none is dropped that could still be in time.
+
+    InputError where those are more than it can have.
+    """
     highest_rps = max((max(each.rate_rps, each.end_rps or 0.0) for each in settings.segments), default=0.0)
+    for line in (each for each in slo.all_objectives() if each.kind == "ms"):
+        rate_rps = min(highest_rps, line.rate_rps or highest_rps)  # one that is bound to a rate is asked of none above
+        in_time = rate_rps * line.limit / 1000
+        if in_time > MOST_IN_FLIGHT * settings.workers:
+            raise InputError(
+                f"{settings.model} at {rate_rps:g}/s: the SLO allows an answer {line.limit / 1000:g} s, so that "
+                f"{in_time:.0f} requests may be in flight and in time; a worker can have {MOST_IN_FLIGHT}, and there "
+                f"{'is' if settings.workers == 1 else 'are'} {settings.workers}: send less, or from "
+                f"{math.ceil(in_time / MOST_IN_FLIGHT)} workers (--workers, WORKERS=)"
+            )
     needed = math.ceil(PATIENCE * highest_rps * largest_limit_s(slo) / settings.workers)
     return min(max(IN_FLIGHT, needed), MOST_IN_FLIGHT)
 
 
 def rates(slo: SloSpec) -> list[float]:
-    """Every rate that an objective is about, in requests/s, ascending."""
-    found = {line.rate_rps for line in slo.all_objectives()} | {slo.rate_rps}
+    """Every rate that an objective is about, in requests/s, ascending; throughput above the SLO's own rate is one."""
+    lines, own = slo.all_objectives(), slo.rate_rps or 0.0
+    found = {line.rate_rps for line in lines} | {slo.rate_rps}
+    found |= {line.limit for line in lines if line.kind == "throughput" and not line.rate_rps and line.limit > own}
     return sorted(rate for rate in found if rate is not None)
 
 
 def samples_needed(percent: float) -> int:
     """Requests without which nothing is claimed of a percentile."""
-    return math.ceil(math.log(1 - CONFIDENCE) / math.log(percent / 100))
+    return samples_to_bound(1 - percent / 100)
+
+
+def samples_to_bound(share: float) -> int:
+    """Requests of which none may fail to show that less than this share of all do."""
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-share))
+
+
+def largest_share(failed: int, planned: int) -> float:
+    """The largest share of failures that may well give so few of so many (Clopper and Pearson's upper bound)."""
+    return float(betaincinv(failed + 1, planned - failed, CONFIDENCE)) if failed < planned else 1.0
 
 
 def too_short(settings: Settings, slo: SloSpec) -> Iterator[str]:
     """What a run will be too short for, known before it starts."""
-    own = own_rate(settings, slo)
     for line in slo.all_objectives():
-        rate = line.rate_rps or own
+        rate = rate_of(line, settings, slo)
         meant = [
             each
             for each in settings.segments
@@ -81,6 +107,15 @@ def too_short(settings: Settings, slo: SloSpec) -> Iterator[str]:
         if line.percent is not None and 0 < planned < (needed := samples_needed(line.percent)):
             seconds = math.ceil(needed / planned * sum(each.duration_s for each in meant))
             yield f"{planned} requests cannot prove {line.name}, {needed} can: run for {seconds} s or more"
+
+
+def rate_of(line: Objective, settings: Settings, slo: SloSpec) -> float | None:
+    """The rate that a line is judged at: where it names none the SLO's own; None where that is the whole run.
+
+    Throughput is judged where as much was asked for, if it was.
+    """
+    asked = line.limit if line.kind == "throughput" and len(settings.segments) > 1 else None
+    return line.rate_rps or (asked if asked in settings.rates_rps else own_rate(settings, slo))
 
 
 def own_rate(settings: Settings, slo: SloSpec) -> float | None:

@@ -22,6 +22,8 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import gevent
+from deepseek_client import InferenceError
 from locust import User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
@@ -29,11 +31,13 @@ from locust.exception import StopUser
 from locust.rpc import Message
 from locust.runners import MasterRunner, WorkerRunner
 
+from deepseek.spec import InputError
 from deepseek.spec.children import end_with
-from loadtests.coordinator import Coordinator
+from loadtests.coordinator import INVALID, Coordinator
 from loadtests.results import Settings
 from loadtests.sender import Share
 
+UNPREPARED_S = 1.0  # for the message to leave, of which the master ends
 MAIN = os.getpid()  # Locust's own workers are forked from it later
 if "LOCUST_PARENT" in os.environ:
     end_with(int(os.environ["LOCUST_PARENT"]))
@@ -53,7 +57,7 @@ class TritonUser(User):
 
 
 class TritonGrpcUser(TritonUser):
-    """Over gRPC, all requests of a model on one HTTP/2 connection."""
+    """Over gRPC, a hundred requests in flight on each HTTP/2 connection."""
 
     protocol = "grpc"
 
@@ -96,7 +100,13 @@ def _prepare(environment: Environment, **_: Any) -> None:
 def _send(environment: Environment, parts: list[Settings]) -> None:
     runner = environment.runner
     assert runner is not None
-    share = Share(parts, tell=runner.send_message, fire=environment.events.request.fire)
+    try:
+        share = Share(parts, tell=runner.send_message, fire=environment.events.request.fire)
+    except (InputError, InferenceError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        runner.send_message("unprepared", str(error))
+        gevent.sleep(UNPREPARED_S)
+        sys.exit(INVALID)
     environment.share = share  # type: ignore[attr-defined]
 
     def begin(msg: Message, **_: Any) -> None:
@@ -117,6 +127,7 @@ def _coordinate(environment: Environment, coordinator: Coordinator) -> None:
     def finished(msg: Message, **_: Any) -> None:
         coordinator.take_last(msg.data["rows"], msg.data["lengths"], msg.data["generator"])
 
+    environment.runner.register_message("unprepared", lambda msg, **_: coordinator.take_unprepared(msg.data))
     environment.runner.register_message("prepared", lambda msg, **_: coordinator.take_prepared(msg.node_id))
     environment.runner.register_message("second", second)
     environment.runner.register_message("finished", finished)

@@ -221,6 +221,8 @@ def _show_progress(process: subprocess.Popen[str], settings: Settings, console: 
             said = json.loads(line)
             if "finished" in said:
                 return
+            if "unprepared" in said:
+                raise InvalidMeasurement(f"the load generator could not be prepared: {said['unprepared']}")
             progress.update(
                 bar,
                 description="warming up" if said["second"] <= 0 else "measuring",

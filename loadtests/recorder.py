@@ -27,6 +27,7 @@ LONGEST_US = 3_600_000_000  # an hour; no request may take longer (see Settings.
 FOLD_AT = 4096  # values, so that a long run by length takes no more memory than a short one
 Latency = Literal["intended", "service", "lag"]
 KINDS: tuple[Latency, ...] = ("intended", "service", "lag")
+NO_FILE, NO_PORT = "NoFile", "NoPort"  # kinds of error: the generator's own machine had none left for a connection
 
 
 def rows_file(folder: Path, model: str) -> Path:

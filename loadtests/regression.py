@@ -26,12 +26,12 @@ import numpy as np
 
 from deepseek.spec import InputError, InvalidMeasurement, Objective, SloSpec
 from loadtests.bootstrap import (
-    LEAST_PAIRS,
     RESAMPLES,
     Draws,
     Interval,
     Stretches,
     error_rates,
+    least_pairs,
     means_ms,
     percentiles,
     ratio_interval,
@@ -44,6 +44,8 @@ from loadtests.trial import bound_rates, slo_at
 
 Verdict = Literal["no worse", "worse", "inconclusive"]
 EXIT_CODES: dict[Verdict, int] = {"no worse": 0, "worse": 1, "inconclusive": 3}
+CONFIDENCE = 0.95  # of all rows together
+LEAST_PAIRS = least_pairs(1 - (1 - CONFIDENCE) / 3)  # for p50, p99 and capacity; where requests failed, it is one more
 MOST_PAIRS = 200  # more are not advised: a smaller difference is not to be told apart this way
 MORE_FAILURES = 0.10  # than of base, where more fail there than the SLO allows
 TINY = 1e-9  # a share that no run reaches, in place of none
@@ -122,7 +124,7 @@ def compare(
     new: Sequence[Run],
     slo: SloSpec,
     thresholds: Thresholds,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
     *,
     capacity: bool = False,
 ) -> Comparison:
@@ -239,8 +241,8 @@ class _Judge:
         return Row(name=name, unit=unit, **seen, change=change, allowed=allowed, verdict=verdict, note=doubt)
 
     def _why(self, change: Interval) -> str:
-        if self.pairs < LEAST_PAIRS:
-            return f"{self.pairs} pairs, {LEAST_PAIRS} needed"
+        if self.pairs < (least := least_pairs(self.confidence)):
+            return f"{self.pairs} pairs, {least} needed"
         return "not answered often enough on either side" if math.isnan(change.ratio) else "not in every draw"
 
     def _advice(self, change: Interval, allowed: float) -> str:

@@ -40,6 +40,8 @@ from deepseek.spec import InputError, Target, build_dir
 from deepseek.spec.checks import Table, first_error
 from deepseek.spec.folders import scratch_in
 from loadtests.recorder import KINDS
+from loadtests.recorder import NO_FILE as NO_FILE
+from loadtests.recorder import NO_PORT as NO_PORT
 from loadtests.recorder import VALUES_US as VALUES_US
 from loadtests.recorder import Latency as Latency
 from loadtests.schedule import Segment, segments_of

@@ -3,7 +3,8 @@
 Contract: a `Part` is the load of one model; several of them make mixed traffic. In an open loop one greenlet takes up
 each request of all parts at its planned time and gives it to a greenlet that is free, as long as fewer than
 `max_in_flight` of its part are unanswered; else it is dropped. Nothing is re-anchored when the server stalls. In a
-closed loop each user sends its next request when the last was answered. Requests are checked and encoded once.
+closed loop each user sends its next request when the last was answered. Requests are checked and encoded once. Over
+gRPC so many greenlets share a connection that none waits in the client for one of the server's streams, unseen.
 
 Example (in a process that gevent has patched, as Locust's are):
     share = Share([settings], tell=print, fire=lambda **_: None)
@@ -13,10 +14,15 @@ Example (in a process that gevent has patched, as Locust's are):
 
 from __future__ import annotations
 
+import errno
 import gc
 import heapq
+import math
+import os
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -24,17 +30,22 @@ from typing import Any
 import gevent
 import numpy as np
 import psutil
-from deepseek_client import InferenceClient
+from deepseek_client import InferenceClient, InferenceError
 from gevent.event import Event
 
 from deepseek.spec import BATCH, DeploymentSpec
+from loadtests.check import TRIES
 from loadtests.clock import Clock, take_precedence
 from loadtests.inputs import length_classes, read_inputs, shuffled
-from loadtests.recorder import Recorder
+from loadtests.limits import TIMEOUT_S
+from loadtests.recorder import NO_FILE, NO_PORT, Recorder
 from loadtests.results import IN_FLIGHT, Settings
 from loadtests.schedule import Schedule, Segment
 
 Tell = Callable[..., None]
+MOST_STREAMS = 100  # of a connection: no server should allow fewer (RFC 9113, 6.5.2); the gateway allows 256
+SPARE_FILES = 100  # of this process, for all but connections: without one, what was measured could not be written
+OWN_LIMITS = {errno.EMFILE: NO_FILE, errno.ENFILE: NO_FILE, errno.EADDRNOTAVAIL: NO_PORT}
 
 
 def planned_blocks_s(settings: Settings, worker: int = 0, workers: int = 1) -> Iterator[np.ndarray]:
@@ -49,24 +60,37 @@ def planned_blocks_s(settings: Settings, worker: int = 0, workers: int = 1) -> I
 class Part:
     """One model's share of a worker's load. Times without `_at` are seconds of the measured window."""
 
-    def __init__(self, settings: Settings, fire: Callable[..., None]) -> None:
+    def __init__(self, settings: Settings, fire: Callable[..., None], parts: int = 1) -> None:
+        """One of so many. Raises InputError, and InferenceError where the server does not say what it takes."""
         self.settings = settings
         self._fire = fire
-        alone: dict[str, Any] = {
-            "retries": 0,
-            "retry_budget": None,
-        }  # each request is sent once, whatever becomes of it
-        self._client = InferenceClient(
-            settings.url, protocol=settings.protocol, timeout_s=settings.timeout_s, **alone, **settings.access
-        )
-        spec = DeploymentSpec.of_model(settings.model, settings.models)
+        spec = DeploymentSpec.of_model(settings.model, settings.models, tuned=os.devnull)  # signature and axes alone
         rows = shuffled(read_inputs(Path(settings.inputs), spec.axes[BATCH].min), settings.seed)
-        self._requests = [self._client.prepare(settings.model, row) for row in rows]
+        with self._client(retries=TRIES, idempotent=True, timeout_s=max(TIMEOUT_S, settings.timeout_s)) as client:
+            self._requests = [client.prepare(settings.model, row) for row in rows]
+        self._clients, self._senders = [self._client()], 0
+        with suppress(InferenceError):
+            self._clients[0].ready()  # so that the first request finds a connection
         self._lengths = length_classes(rows, spec.inputs)
         self._most_in_flight = settings.max_in_flight or IN_FLIGHT
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        files = math.inf if limit == resource.RLIM_INFINITY else (limit - SPARE_FILES) // parts
+        self._most_carried = files * (MOST_STREAMS if settings.protocol == "grpc" else 1)
         self._window_at = 0.0
         self._free: list[gevent.Greenlet] = []
         self.recorder = self._new_recorder()
+
+    def _client(self, **changes: Any) -> InferenceClient:
+        """One that sends each request once, whatever becomes of it."""
+        fixed: dict[str, Any] = {"timeout_s": self.settings.timeout_s, "retries": 0, "retry_budget": None}
+        return InferenceClient(self.settings.url, self.settings.protocol, **fixed | changes, **self.settings.access)
+
+    def _client_of_next_sender(self) -> InferenceClient:
+        """For a greenlet that has a request in flight, never two; what another client prepared it sends as well."""
+        if self.settings.protocol == "grpc" and self._senders == MOST_STREAMS * len(self._clients):
+            self._clients.append(self._client())
+        self._senders += 1
+        return self._clients[-1]
 
     def _new_recorder(self) -> Recorder:
         return Recorder(open_loop=self.settings.open_loop, duration_s=self.settings.duration_s)
@@ -92,6 +116,10 @@ class Part:
         if recorder.in_flight > self._most_in_flight:
             recorder.drop(planned_s, self._lengths[place])
             self._tell_locust(0.0, "dropped")
+        elif recorder.in_flight > self._most_carried:
+            now_s = now_at - self._window_at
+            recorder.finish(planned_s, now_s, now_s, NO_FILE, self._lengths[place])
+            self._tell_locust(0.0, NO_FILE)
         elif self._free:
             gevent.get_hub().loop.run_callback(gevent.getcurrent().switch)  # us, once the request is sent
             self._free.pop().switch((place, planned_s))
@@ -100,27 +128,28 @@ class Part:
 
     def _send_whenever_asked(self, place: int, planned_s: float) -> None:
         """Open loop: a greenlet's life. A new one for each request would map, fault in and unmap a stack for it."""
+        client = self._client_of_next_sender()
         while True:
-            self._send(place, planned_s)
+            self._send(client, place, planned_s)
             self._free.append(gevent.getcurrent())
             place, planned_s = gevent.get_hub().switch()
 
     def send_back_to_back(self, first: int) -> None:
         """Closed loop: one request after the other until the window ends."""
         gevent.sleep(max(0.0, self._window_at - self.settings.warmup_s - time.perf_counter()))
-        number = first
+        client, number = self._client_of_next_sender(), first
         while (now_s := time.perf_counter() - self._window_at) < self.settings.duration_s:
             self.recorder.attempt(now_s)
-            self._send(number % len(self._requests))
+            self._send(client, number % len(self._requests))
             number += 1
 
-    def _send(self, place: int, planned_s: float | None = None) -> None:
+    def _send(self, client: InferenceClient, place: int, planned_s: float | None = None) -> None:
         error: str | None = None
         sent_at = time.perf_counter()
         try:
-            self._client.send(self._requests[place])
+            client.send(self._requests[place])
         except Exception as failure:  # whatever it is, the request was not answered; its kind is told
-            error = type(failure).__name__
+            error = kind_of(failure)
         finished_at = time.perf_counter()
         sent_s = sent_at - self._window_at
         self.recorder.finish(
@@ -142,13 +171,23 @@ class Part:
         )
 
 
+def kind_of(failure: Exception) -> str:
+    """What a failed request counts as: its error's name, or what this machine had none of to make a connection."""
+    cause: BaseException | None = failure
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in OWN_LIMITS:
+            return OWN_LIMITS[cause.errno]
+        cause = cause.__context__
+    return type(failure).__name__
+
+
 class Share:
     """What one worker sends of a run: its part of every model's load."""
 
     def __init__(self, settings: Sequence[Settings], *, tell: Tell, fire: Callable[..., None]) -> None:
         self._settings = settings[0]  # what all parts have in common: kind of loop, warm-up, window, deadline
         self._tell_coordinator = tell
-        self.parts = [Part(each, fire) for each in settings]
+        self.parts = [Part(each, fire, len(settings)) for each in settings]
         self.finished = Event()
         self._window_at = 0.0
         self._precedence = False
@@ -241,7 +280,8 @@ class _CpuClock:
     """How busy the generator was: its Python thread (at 1 it cannot keep up), its process, the machine."""
 
     def __init__(self) -> None:
-        psutil.cpu_percent()
+        with suppress(OSError):  # no file left to read it from
+            psutil.cpu_percent()
         self._start = self._times()
 
     @staticmethod
@@ -251,5 +291,7 @@ class _CpuClock:
     def shares(self) -> dict[str, float]:
         """Since it was made; 1 is one core for thread and process, all cores for the machine."""
         wall_s, thread_s, process_s = (self._times() - self._start).tolist()
-        machine = psutil.cpu_percent() / 100
-        return {"thread_cpu": thread_s / wall_s, "process_cpu": process_s / wall_s, "machine_cpu": machine}
+        found = {"thread_cpu": thread_s / wall_s, "process_cpu": process_s / wall_s}
+        with suppress(OSError):
+            found["machine_cpu"] = psutil.cpu_percent() / 100
+        return found

@@ -1,9 +1,9 @@
 """Judges a saved run against the SLO of `deploy.toml`.
 
 Contract: reads files only, so that a run can be judged again later, or against another SLO. Failed
-requests (errors, time-outs, drops) count as slower than any limit. A percentile is claimed only from
-enough samples: with fewer than ln(0.01) / ln(p) requests, none beyond the limit would not yet mean, with
-99 % confidence, that the percentile holds (p99: 459, p95: 90, p50: 7).
+requests (errors, time-outs, drops) count as slower than any limit, but for a mean, which is of the answered
+ones. A percentile is claimed only from enough samples: with fewer than ln(0.01) / ln(p) requests, none beyond
+the limit would not yet mean, with 99 % confidence, that the percentile holds (p99: 459, p95: 90, p50: 7).
 
 Exit codes: 0 every objective holds; 1 one is violated; 2 wrong input; 3 nothing can be concluded: no or
 too few samples, a rate that was never offered, or a generator that was itself too slow.
@@ -37,15 +37,21 @@ from deepseek.spec import (
     add_model_arguments,
     run_command,
 )
-from loadtests.limits import own_rate, samples_needed
+from loadtests.limits import largest_limit_s, largest_share, rate_of, samples_needed, samples_to_bound
 from loadtests.mix import runs_of
-from loadtests.results import Run, Stretch, latest_run
+from loadtests.results import NO_FILE, NO_PORT, Distribution, Run, Stretch, latest_run
 from loadtests.server_statistics import Split
 
 LEAST_ATTEMPTED = 0.99  # of the planned requests, taken up in time
-# How late requests were sent: p99 of it, of the SLO's largest limit; and at each percentile of the SLO, of its limit.
+# How late requests were sent: p99 of it, of the SLO's largest limit; and what a line on latency reads, of its limit.
 LARGEST_LAG = 0.05
 MOST_CPU = 0.90  # of one core, for the thread that sends
+OWN_LIMITS = {
+    NO_FILE: "requests found no file for a connection on the generator's machine: raise its ulimit -n, or "
+    "send from more workers (WORKERS=)",
+    NO_PORT: "requests found no local port for a connection on the generator's machine: widen its "
+    "net.ipv4.ip_local_port_range, or send from several machines (--remote-workers)",
+}
 # A rate is held within the 1 % that the generator itself may lose.
 RATE_TOLERANCE = 0.01
 
@@ -89,11 +95,6 @@ def generator_problems(run: Run, slo: SloSpec) -> list[str]:
         problems.append(f"{lost} of {run.generator['workers']} workers were lost, and with them what they counted")
     if run.window.unsent:
         problems.append(f"{run.window.unsent} of {run.window.planned} planned requests were never sent")
-    if run.window.attempted_share < LEAST_ATTEMPTED:
-        problems.append(
-            f"the generator took up {run.window.attempted_share:.1%} of the planned requests in time, "
-            f"{LEAST_ATTEMPTED:.0%} is needed"
-        )
     problems += _lateness(run, slo)
     thread_cpu = run.generator.get("thread_cpu", 0)
     if thread_cpu > MOST_CPU:
@@ -101,25 +102,52 @@ def generator_problems(run: Run, slo: SloSpec) -> list[str]:
     if problems:
         allow = "" if run.generator.get("precedence") else ", or let it have real-time priority (root, or ulimit -r 1)"
         problems.append(f"lower the rate, or give the generator a machine with free cores{allow}")
-    return problems
+    return problems + [
+        f"{run.window.errors[kind]} {why}" for kind, why in OWN_LIMITS.items() if run.window.errors[kind]
+    ]
 
 
-def _lateness(run: Run, slo: SloSpec) -> Iterator[str]:
-    """Where requests were sent so late that it shows in a latency that is judged."""
-    lines = [line for line in slo.all_objectives() if line.kind == "ms"]
-    if not run.settings.open_loop or not lines:
+def _lateness(run: Run, slo: SloSpec) -> list[str]:
+    """Where requests left late: over the whole window, or over a part that is judged and that the whole would hide."""
+    judged: dict[float | None, list[Objective]] = {None: []}
+    for line in slo.all_objectives():
+        if line.kind != "quality":
+            judged.setdefault(rate_of(line, run.settings, slo), []).append(line)
+    whole, *parts = (list(_late_at(run, rate, lines, largest_limit_s(slo) * 1000)) for rate, lines in judged.items())
+    return whole or [problem for part in parts for problem in part]
+
+
+def _late_at(run: Run, rate: float | None, lines: list[Objective], largest_ms: float) -> Iterator[str]:
+    """Of what was planned at a rate (None: in the whole window): too little taken up, or late enough to show."""
+    stretch = run.window if rate is None else run.at_rate(rate)
+    if stretch is None or not run.settings.open_loop:
         return
-    lag = run.window.latency("lag")
-    bounds = [(99.0, max(line.limit for line in lines))]
-    bounds += [(line.percent, line.limit) for line in lines if line.percent is not None]
-    for percent, limit in bounds:
-        if (lag_ms := lag.percentile_ms(percent)) > LARGEST_LAG * limit:
+    at = "" if rate is None else f" at {rate:g}/s"
+    if stretch.attempted_share < LEAST_ATTEMPTED:
+        yield (
+            f"the generator took up {stretch.attempted_share:.1%} of the planned requests{at} in time, "
+            f"{LEAST_ATTEMPTED:.0%} is needed"
+        )
+    lag = stretch.latency("lag")
+    bounds = [("p99", lag.percentile_ms(99), largest_ms)] if largest_ms else []
+    bounds += [(line.measure.removesuffix("_ms"), _read(lag, line), line.limit) for line in lines if line.kind == "ms"]
+    for figure, lag_ms, limit_ms in bounds:
+        if lag_ms > LARGEST_LAG * limit_ms:
             yield (
-                f"the generator sent late: p{percent:g} of the lag is {lag_ms:.2f} ms, "
-                f"at most {LARGEST_LAG:.0%} of the SLO's {limit:g} ms is allowed "
+                f"the generator sent late{at}: {figure} of the lag is {lag_ms:.2f} ms, "
+                f"at most {LARGEST_LAG:.0%} of the SLO's {limit_ms:g} ms is allowed "
                 f"(its machine was busy for {run.generator.get('machine_cpu', 0):.0%} of the time)"
             )
             return
+
+
+def _read(latency: Distribution, line: Objective) -> float:
+    """The figure in ms that a line is about; inf where failures reach it, which a mean leaves out."""
+    if line.percent is not None:
+        return latency.percentile_ms(line.percent)
+    if latency.failed and (line.measure == "max_ms" or latency.failed == latency.total):
+        return math.inf
+    return latency.mean_ms if line.measure == "mean_ms" else latency.max_ms
 
 
 def judge(run: Run, slo: SloSpec, *, alone: bool = True) -> Judgement:
@@ -144,15 +172,22 @@ def judge(run: Run, slo: SloSpec, *, alone: bool = True) -> Judgement:
 
 
 def _judged(run: Run, slo: SloSpec) -> Iterator[Judged]:
-    own = own_rate(run.settings, slo)
     for line in slo.all_objectives():
         if line.kind == "quality":
             yield _judged_quality(run, line)
             continue
-        rate = line.rate_rps or own
+        rate = rate_of(line, run.settings, slo)
         stretch = run.window if rate is None else run.at_rate(rate)
-        judged = _unmeasured(run, replace(line, rate_rps=rate)) if stretch is None else _judged_load(run, stretch, line)
+        if stretch is None:
+            judged = _unmeasured(run, replace(line, rate_rps=rate))
+        else:
+            judged = _judged_load(run, stretch, line, _given_up(stretch, slo))
         yield judged if rate is None else replace(judged, name=f"{line.name} @ {rate:g} rps")
+
+
+def _given_up(stretch: Stretch, slo: SloSpec) -> int:
+    """Requests that the run did not wait for as long as this SLO allows some: it was made for another."""
+    return stretch.errors["DeadlineExceeded"] if largest_limit_s(slo) > stretch.settings.timeout_s else 0
 
 
 def _verdict(line: Objective, seen: float, note: str = "", conclusive: bool = True, **changes: Any) -> Judged:
@@ -171,41 +206,55 @@ def _unmeasured(run: Run, line: Objective) -> Judged:
     return _verdict(line, math.nan, f"{note}; make loadtest RATE={line.rate_rps:g}", conclusive=False)
 
 
-def _judged_load(run: Run, stretch: Stretch, line: Objective) -> Judged:
+def _judged_load(run: Run, stretch: Stretch, line: Objective, given_up: int) -> Judged:
     if line.kind == "throughput":
-        return _judged_throughput(run, stretch, line)
+        return _judged_throughput(run, stretch, line, given_up)
     if line.kind == "error_rate":
-        seen = stretch.failed / stretch.planned if stretch.planned else math.nan
-        note = ", ".join(f"{count} {kind}" for kind, count in stretch.errors.most_common())
-        margin = {} if line.limit else {"margin": -seen}
-        return _verdict(line, seen, note, conclusive=stretch.planned > 0, **margin)
-    latency = stretch.latency(run.judged)
-    if line.percent is None:
-        failed = stretch.failed > 0  # slower than any limit
-        seen = math.inf if failed else latency.mean_ms if line.measure == "mean_ms" else latency.max_ms
-        needed = 1
-    else:
-        seen, needed = latency.percentile_ms(line.percent), samples_needed(line.percent)
+        return _judged_errors(run, stretch, line, given_up)
+    latency, timeout_ms = stretch.latency(run.judged), run.settings.timeout_s * 1000
+    seen = _read(latency, line)
+    needed = 1 if line.percent is None else samples_needed(line.percent)
     note = "" if latency.total >= needed else f"{latency.total} requests, {needed} needed"
-    given_up, timeout_s = stretch.errors["DeadlineExceeded"], run.settings.timeout_s
-    if math.isinf(seen) and given_up and line.limit > timeout_s * 1000:  # the run was made for another SLO
-        note = note or f"{given_up} requests were given up after {timeout_s:g} s, which the SLO allows: measure again"
-        return _verdict(line, seen, note, conclusive=False)
+    left_out = line.measure == "mean_ms" and line.holds(seen)
+    if given_up and (left_out or (math.isinf(seen) and line.limit > timeout_ms)):
+        return _verdict(line, seen, note or _cut_off(run, given_up), conclusive=False)
     if math.isinf(seen):
         note = note or f"{stretch.failed / stretch.planned:.1%} of the requests were not answered"
     return _verdict(line, seen, note, conclusive=latency.total >= needed)
 
 
-def _judged_throughput(run: Run, stretch: Stretch, line: Objective) -> Judged:
+def _cut_off(run: Run, given_up: int) -> str:
+    return f"{given_up} requests were given up after {run.settings.timeout_s:g} s, which the SLO allows: measure again"
+
+
+def _judged_errors(run: Run, stretch: Stretch, line: Objective, given_up: int) -> Judged:
+    failed, planned = stretch.failed, stretch.planned
+    if not planned:
+        return _verdict(line, math.nan, conclusive=False)
+    seen = failed / planned
+    margin: dict[str, Any] = {} if line.limit else {"margin": -seen}
+    if not line.holds(seen) and line.holds((failed - given_up) / planned):
+        return _verdict(line, seen, _cut_off(run, given_up), conclusive=False, **margin)
+    notes = [f"{count} {kind}" for kind, count in stretch.errors.most_common()]
+    if line.holds(seen) and 0 < 1 - line.limit < 1 and planned < (needed := samples_to_bound(line.limit)):
+        told = f"under {100 * largest_share(failed, planned):.2g}%"
+        notes.append(f"{failed} of {planned}: tells no more than {told}, {needed} are needed for {line.limit * 100:g}%")
+    return _verdict(line, seen, ", ".join(notes), **margin)
+
+
+def _judged_throughput(run: Run, stretch: Stretch, line: Objective, given_up: int) -> Judged:
     seen, users = stretch.throughput_rps, run.settings.users
     offered = None if users is not None else stretch.planned / stretch.duration_s
-    if seen >= line.limit * (1 - RATE_TOLERANCE):
+    enough = line.limit * (1 - RATE_TOLERANCE)
+    if seen >= enough:
         return _verdict(line, seen, status="holds")
-    if offered is not None and offered < line.limit * (1 - RATE_TOLERANCE):
+    if offered is not None and offered < enough:
         return _verdict(line, seen, f"only {offered:g}/s was offered", conclusive=False)
     if users is not None:
         note = f"{users} users wait for their answers; more of them may reach it"
         return _verdict(line, seen, note, conclusive=False)
+    if seen + given_up / stretch.duration_s >= enough:
+        return _verdict(line, seen, _cut_off(run, given_up), conclusive=False)
     return _verdict(line, seen)
 
 

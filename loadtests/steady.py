@@ -9,9 +9,10 @@ standard output and writes to its standard input:
     <- {"version": 5, "requests": ...}       the end: all figures; "version" is what the server gives then
 
 Where standard input ends before the change, so does the load, and nothing is told. Latency counts from the planned
-time.
+time. "failed" and "errors" are those of requests that were not yet answered at the change, or were sent after it.
 
-Exit codes: 0 measured, whatever was found; 2 wrong input or no server; 3 the load could not be sent on time.
+Exit codes: 0 measured, whatever was found; 2 wrong input or no server; 3 the load could not be sent on time, or
+requests failed before the change (unless they may).
 
 Examples:
     (sleep 9; echo; mv new model_repository/shop/5) | python -m loadtests.steady --model shop --until 5
@@ -151,7 +152,8 @@ def result_of(sent: list[Sent], changed_s: float, seen_s: float | None) -> dict[
         "around": (each for each in sent if changed_s <= each.planned_s < end_s),
         "after": (each for each in sent if each.planned_s >= end_s),
     }
-    errors = Counter(each.error for each in sent if each.error is not None)
+    since = (each for each in sent if each.planned_s + each.latency_ms / 1000 >= changed_s)
+    errors = Counter(each.error for each in since if each.error is not None)
     return {
         "requests": len(sent),
         "failed": errors.total(),
@@ -161,13 +163,20 @@ def result_of(sent: list[Sent], changed_s: float, seen_s: float | None) -> dict[
     }
 
 
-def _check_lag(sent: list[Sent]) -> None:
-    """Said before the change: what cannot be watched is not begun."""
+def check_before(sent: list[Sent], *, may_fail: bool) -> None:
+    """Raises InvalidMeasurement before the change: what cannot be watched is not begun."""
     if not sent:
         raise InvalidMeasurement("no request was answered before the change: a longer --before-s, or a higher --rate")
     if (lag_ms := float(np.percentile([each.lag_ms for each in sent], 99))) > LATEST_MS:
         raise InvalidMeasurement(
             f"requests left late (p99 {lag_ms:.0f} ms, {LATEST_MS:g} ms allowed): lower --rate, or a quieter machine"
+        )
+    errors = Counter(each.error for each in sent if each.error is not None)
+    if errors and not may_fail:
+        error, times = errors.most_common(1)[0]
+        raise InvalidMeasurement(
+            f"{errors.total()} of {len(sent)} requests failed before the change ({times} times: {error}), so that a "
+            "failure after it would tell nothing: see to what is served now, or go back first (make rollback)"
         )
 
 
@@ -175,7 +184,7 @@ def drive(client: InferenceClient, load: Load, model: str, until: int, args: Any
     """The whole course; None where standard input ended before the change."""
     try:
         time.sleep(args.before_s)
-        _check_lag(load.sent)
+        check_before(list(load.sent), may_fail=args.may_fail)
         print(json.dumps({"steady": True, "version": version_of(client, model)}), flush=True)
         if not sys.stdin.readline():
             return None
@@ -210,6 +219,7 @@ def main() -> None:
     parser.add_argument("--after-s", type=float, default=3, help="load after it (default: %(default)s)")
     parser.add_argument("--max-s", type=float, default=60, help="longest wait for the version (default: %(default)s)")
     parser.add_argument("--timeout-s", type=float, default=10, help="deadline of a request (default: %(default)s)")
+    parser.add_argument("--may-fail", action="store_true", help="begin although requests failed before the change")
     parser.add_argument("--inputs", help="file of real inputs (default: build/<model>/evaluation.npz)")
     parser.add_argument("--json", action="store_true", help="accepted for uniformity: the output is JSON")
     args = parser.parse_args()

@@ -29,9 +29,9 @@ import tritonclient.http
 from deepseek_client import InferenceClient, InferenceError, ModelMetadata
 from rich.console import Console
 
-from deepseek.spec import DeploymentSpec, InvalidMeasurement, Objective, SloSpec
+from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, Objective, SloSpec
 from deepseek.spec.checks import Table
-from loadtests.limits import latency_limits, samples_needed
+from loadtests.limits import in_flight_for, latency_limits, samples_needed
 from loadtests.measure import measure
 from loadtests.quality import of_served
 from loadtests.results import Run, Settings
@@ -184,6 +184,10 @@ class Trials:
     def __call__(self, rate_rps: float, phase: Phase, duration_s: float, seed: int) -> Trial:
         """Runs and judges one."""
         settings = replace(self.settings, rate_rps=rate_rps, duration_s=duration_s, seed=seed)
+        if reason := _beyond(settings, self.spec.slo):
+            nothing: dict[str, Any] = {"achieved_rps": 0.0, "p50_ms": None, "p99_ms": None, "error_rate": 0.0}
+            nothing |= {"outcome": "invalid", "problems": (reason,)}
+            return Trial(rate_rps=rate_rps, phase=phase, duration_s=duration_s, **nothing)
         run = measure(settings, self.spec, self.served, self.console, self.folder)
         self._check_alive(run)
         return judged(run, slo_at(self.spec.slo, rate_rps, duration_s), phase)
@@ -198,6 +202,15 @@ class Trials:
             f"{run.settings.rate_rps:g}/s ({lost} of {run.window.planned} requests lost their connection or found "
             "none); see the server's log, start it again and repeat"
         )
+
+
+def _beyond(settings: Settings, slo: SloSpec) -> str:
+    """Why the generator cannot send at this rate, of which a search is to learn that it is the limit."""
+    try:
+        _ = settings.max_in_flight or in_flight_for(settings, slo)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def ready(settings: Settings) -> bool:

@@ -29,9 +29,10 @@ import platform
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -105,6 +106,29 @@ def concluded(tuner: Tuner, head: dict[str, Any], best: TriedSetting) -> Tuning:
     return Tuning(**facts | {"trials": with_front(journal.tried.values())})
 
 
+def check_writable(path: Path, console: Console) -> None:
+    """Whether what the search will find can be written: InputError where not, a note where it is over a broken file."""
+    reason = "it is a folder" if path.is_dir() else ""
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason:
+        hint = "the tuned values of deploy.toml are to lie there: let it be written, or search with --dry-run"
+        raise InputError(f"{path}: cannot be written: {reason}; {hint}")
+    try:
+        TunedFile.read(path)
+    except InputError as error:
+        console.print(f"note: {error}; it will be made anew", soft_wrap=True)
+
+
+def _tuned_file(path: Path) -> TunedFile:
+    """What it holds; nothing where that cannot be read, so that it is made anew."""
+    with suppress(InputError):
+        return TunedFile.read(path)
+    return TunedFile()
+
+
 def apply(tuning: Tuning, place: Place, deploy_toml: Path, dry_run: bool) -> Tuning:
     """Writes the best to where deploy.toml says that tuned values live."""
     if tuning.best is None or dry_run:
@@ -115,7 +139,7 @@ def apply(tuning: Tuning, place: Place, deploy_toml: Path, dry_run: bool) -> Tun
     path = deploy_toml.parent / place.spec.tuned
     where = f"{tuning.machine.get('cpu', platform.machine())}, {tuning.machine.get('cores', os.cpu_count())} cores"
     measured = f"{tuning.started}, {where}, {tuning.precision}, {', '.join(tuning.objectives)}: {tuning.gain}"
-    TunedFile.read(path).with_target(tuning.target, tuning.best.tuned(measured)).write(path)
+    _tuned_file(path).with_target(tuning.target, tuning.best.tuned(measured)).write(path)
     hint = f"written to {path}; make engine MODEL={tuning.model} publishes it"
     if tuning.best.max_batch < tuning.default.max_batch:
         hint += f"; from then on a request of more than {tuning.best.max_batch} rows is refused"
@@ -266,7 +290,9 @@ def tune(args: argparse.Namespace, console: Console) -> Tuning:
     """Searches, confirms, writes."""
     ends_at = time.monotonic() + args.max_s
     folder = build_dir(args.model) / "tuning"
-    place = place_of(args, folder, console)
+    place, deploy_toml = place_of(args, folder, console), Path(args.models) / args.model / "deploy.toml"
+    if place.spec.tuned is not None and not args.dry_run:
+        check_writable(deploy_toml.parent / place.spec.tuned, console)
     cores = len(os.sched_getaffinity(0))
     default = Setting.of(place.spec, args.target, cores)
     space = space_of(place.spec, args.target, cores, args.max_batch, args.delay_us, args.instances, args.threads)
@@ -305,7 +331,8 @@ def tune(args: argparse.Namespace, console: Console) -> Tuning:
             "versions": dict(manifest.versions),
         }
         tuning = concluded(tuner, head, tuner.search())
-        tuning = apply(tuning, place, Path(args.models) / args.model / "deploy.toml", args.dry_run)
+        tuning.save(tuning_path(args.model))  # whatever becomes of the file of tuned values
+        tuning = apply(tuning, place, deploy_toml, args.dry_run)
         tuning.save(tuning_path(args.model))
         if not tuner.cut_short:
             journal.path.unlink()

@@ -187,6 +187,14 @@ def _stack_alerts(scope: Scope) -> Iterator[Rule]:
         yield _alert(name, f"absent({up} == 1)", "page", none, effect, "1m")
         alone = f"For longer than a start may take; if it is the only one: {effect[0].lower()}{effect[1:]}"
         yield _alert(name, f"{up} == 0", "ticket", one, alone, f"{START_MIN}m")
+    yield _alert(
+        "GatewayReloadFails",
+        f"gateway_reload_pending{scope()} == 1",
+        "ticket",
+        "The gateway cannot load a change of its files",
+        "It serves on with what it had: after a restart it would not start.",
+        "5m",
+    )
     left = f"({CERTIFICATE}{scope()} - time())"
     for days, severity in CERTIFICATE_DAYS:
         # unless, not <: the end of a certificate that cannot be read is NaN, which is smaller than nothing

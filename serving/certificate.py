@@ -2,9 +2,9 @@
 
 Contract: `ensure_certificate` leaves `ca.crt`, `tls.crt` and `tls.key` in the gateway's folder. A certificate of
 another authority that somebody put there stays as it is, and needs its key; what root put there is given to the stack's
-user. One of our own is renewed a month before it
-ends, or where its key is not there, by the same authority, so that callers keep their `ca.crt`. The authority's key
-lies beside the folder, which alone is mounted in the gateway.
+user, who is the folder's owner. One of our own is renewed a month before it ends, or where its key is not there, by the
+same authority, so that callers keep their `ca.crt`; that is never replaced. The authority's key lies beside the folder,
+which alone is mounted in the gateway.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from deepseek.spec import InputError
 
-# Containers are not run as root: where root made the files, they are given to this user (docs/operate.md).
+# Containers are not run as root: where root made the folder, it is given to this user (docs/operate.md).
 STAND_IN = 10001
 SERVICE = "gateway"  # its name inside the stack
 OURS = "deepseek-deploy "  # how the names of what is made here begin
@@ -38,26 +38,29 @@ RENEW_DAYS = 30
 AUTHORITY_DAYS = 3650
 
 
-def owner() -> tuple[int, int]:
-    """User and group that the stack's containers run as: ours, so that they can read what we may read."""
-    return (os.getuid(), os.getgid()) if os.getuid() else (STAND_IN, STAND_IN)
+def owner(folder: Path) -> tuple[int, int]:
+    """User and group of the stack over the gateway's folder: ours; where we are root, the folder's."""
+    if os.getuid():
+        return os.getuid(), os.getgid()
+    found = folder.stat() if folder.is_dir() else None
+    return (found.st_uid, found.st_gid) if found and found.st_uid else (STAND_IN, STAND_IN)
 
 
 def write_private(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Writes a file beside its place and renames it; readable by the stack's user alone from its first byte on."""
+    """Writes a file beside its place and renames it; readable by its folder's owner alone from its first byte on."""
     part = path.with_name(f".{path.name}.part")
     part.unlink(missing_ok=True)
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
-    give(part)
+    give(part, path.parent)
     part.replace(path)
 
 
-def give(path: Path) -> None:
-    """Hands a file or folder over to the stack's user."""
+def give(path: Path, folder: Path) -> None:
+    """Hands a file or folder, not what a link leads to, over to the user of the stack over `folder`."""
     if os.getuid() == 0:
-        os.chown(path, *owner())
+        os.chown(path, *owner(folder), follow_symlinks=False)
 
 
 def ensure_certificate(folder: Path, hosts: list[str]) -> bool:
@@ -66,10 +69,10 @@ def ensure_certificate(folder: Path, hosts: list[str]) -> bool:
     A certificate that is made anew keeps the names that it had.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    give(folder)
+    give(folder, folder)
     for own in (folder / "tls.crt", folder / "tls.key"):
-        if own.is_file() and not own.is_symlink():  # what a link leads to is not the gateway's alone
-            give(own)
+        if own.is_file():
+            give(own, folder)
     if (folder / "tls.crt").is_file() and _still_good(folder, hosts):
         return False
     authority, key = _authority(folder)
@@ -149,12 +152,15 @@ def _flaw_of_key(path: Path, certificate: x509.Certificate, name: str = "tls.crt
 
 
 def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """The authority, made where it is missing."""
+    """The authority, made where it is missing: never in place of one that callers may trust."""
     key_path = folder.with_name(f"{folder.name}-authority") / "ca.key"
-    if (folder / "ca.crt").is_file() and key_path.is_file():
-        authority, *_ = _read(folder / "ca.crt")
+    path = folder / "ca.crt"
+    if path.is_file():
+        authority, *_ = _read(path)
         if flaw := _flaw_of_key(key_path, authority, "ca.crt"):
-            raise InputError(f"{key_path} {flaw}; put it back, or remove it for a new authority and hand its ca.crt on")
+            raise InputError(
+                f"{key_path} {flaw}; put it back, or remove {path} and tls.crt for a new authority and hand it on"
+            )
         key = load_pem_private_key(key_path.read_bytes(), None)
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         return authority, key
@@ -172,7 +178,10 @@ def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateK
     key_path.unlink(missing_ok=True)
     with os.fdopen(os.open(key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(_pem(key))
-    write_private(folder / "ca.crt", certificate.public_bytes(Encoding.PEM), 0o644)
+    if os.getuid() == 0:  # it stays with whoever renews by it
+        found = key_path.parent.stat()
+        os.chown(key_path, found.st_uid, found.st_gid)
+    write_private(path, certificate.public_bytes(Encoding.PEM), 0o644)
     return certificate, key
 
 

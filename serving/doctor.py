@@ -3,12 +3,14 @@
 Contract: reads each served version's `manifest.json` and files, `config.pbtxt`, and this machine; changes nothing.
 Every mismatch is one line with one fix. Exit 0: all well, or only warnings; 1: a mismatch (with --strict also a
 warning); 2: there is no repository to judge. With --preflight it is the step before `tritonserver` in a container: what
-Docker and the disk are like is the host's concern then, and only the versions that Triton would load are read.
+Docker and the disk are like is the host's concern then, and only the versions that Triton would load are read; with
+--embedded, too, only a model of which no version is good is a mismatch: that server serves an older one.
 
 Examples:
     python -m serving.doctor --repository model_repository
     python -m serving.doctor --model recommender --triton-tag 26.10 --json
     python -m serving.doctor --repository /models --preflight && exec tritonserver --model-repository /models
+    python -m serving.doctor --repository /models --preflight --embedded && exec python -m serving.embedded
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from serving.repository import (
     read_config,
     wanted_versions,
 )
+from serving.view import decide
 
 DISK_BYTES_S = 500e6  # sequential, what the deployment guide asks for checkpoints
 SHM_OFF_TAG = (26, 4)  # Triton refuses clients' shared memory from here on unless told otherwise
@@ -118,6 +121,19 @@ def _examine_model(model: Path, machine: Machine, kept: bool) -> tuple[list[Engi
         if version not in served:  # not served, but there to go back to
             findings += [replace(each, level="warning") for each in check_version(model, version)[1]]
     return engines, findings
+
+
+def for_embedded(repository: Path, findings: list[Finding]) -> list[Finding]:
+    """As the embedded server takes them, which serves the newest good version: a mismatch is a model without any."""
+    wrong = {each.where.partition("/")[0] for each in findings if each.level == "mismatch"}
+    decided = {model.name: decide(model) for model in models_in(repository) if model.name in wrong}
+    without = {name: decision for name, decision in decided.items() if decision.config is None}
+    taken = [
+        each if each.level != "mismatch" or each.where.partition("/")[0] in without else replace(each, level="warning")
+        for each in findings
+    ]
+    taken += [each for decision in without.values() for each in decision.findings if each not in taken]
+    return sorted(taken, key=lambda finding: _ORDER[finding.level])
 
 
 def _cut_off(model: Path, own: Path) -> Finding:
@@ -305,6 +321,7 @@ def main() -> int:
     parser.add_argument("--model", help="one model of it (default: all)")
     parser.add_argument("--triton-tag", help=f"Triton's release, YY.MM (default: $TRITON_TAG, else {TRITON_TAG})")
     parser.add_argument("--preflight", action="store_true", help="inside the container, before tritonserver starts")
+    parser.add_argument("--embedded", action="store_true", help="the embedded server serves an older version, too")
     parser.add_argument("--disk", help="folder whose disk is measured (default: $BUILD, else build)")
     parser.add_argument("--strict", action="store_true", help="a warning fails, too")
     parser.add_argument("--json", action="store_true", help="print all that was found as JSON")
@@ -314,6 +331,8 @@ def main() -> int:
     models_in(repository)  # nothing is measured where there is nothing to judge
     machine = Machine.detect(triton_tag=args.triton_tag, in_container=args.preflight, disk_folder=folder)
     engines, findings = examine(repository, machine, model=args.model, kept=not args.preflight)
+    if args.embedded:
+        findings = for_embedded(repository, findings)
     failing = ("mismatch", "warning") if args.strict else ("mismatch",)
     holds = not any(finding.level in failing for finding in findings)
     if args.json:

@@ -23,6 +23,7 @@ import re
 import secrets
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -69,7 +70,9 @@ def ensure_folder(folder: Path, hosts: list[str]) -> None:
         names = f" for {', '.join(hosts)}" if hosts else ""
         print(f"gateway   new certificate{names}; callers trust it by {folder / 'ca.crt'}", file=sys.stderr)
     (folder / "keys").mkdir(mode=0o700, exist_ok=True)
-    give(folder / "keys")
+    for path in (folder / "keys", *(folder / "keys").glob("*.json")):
+        with suppress(FileNotFoundError):  # ended meanwhile
+            give(path, folder)
 
 
 def digest(key: str) -> str:

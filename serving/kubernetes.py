@@ -56,7 +56,7 @@ from serving.packed import pack
 from serving.recording_rules import Scope
 from serving.repository import MANIFEST
 from serving.served import MIB, Served, served_models
-from serving.stack import gateway_sizes, limits, sizes
+from serving.stack import gateway_sizes, limits, other_folders, sizes
 
 MINUTES_OF_POD = 2  # of a rollout, which goes pod by pod: a start, and that a node is found for it
 CONFIG_MAP_BYTES = 900_000  # a ConfigMap holds 1 MiB, its other entries included; kubectl apply --server-side
@@ -128,7 +128,10 @@ def write(folder: Path, overlay: Overlay, models: list[Served], runbook: str) ->
 
 def write_loadtest(folder: Path, overlay: Overlay, model: Served, args: argparse.Namespace) -> bool:
     """A model's load test; False where its `deploy.toml` or its inputs are not known."""
-    spec, inputs = args.models / model.name / "deploy.toml", args.build / model.name / "evaluation.npz"
+    spec, inputs = (
+        (model.models or args.models) / model.name / "deploy.toml",
+        args.build / model.name / "evaluation.npz",
+    )
     if not (spec.is_file() and inputs.is_file()):
         return False
     test = LoadTest(
@@ -239,7 +242,7 @@ def main() -> None:
     """Writes the overlay."""
     args = _parse()
     folder = args.output or args.build / "kubernetes"
-    models = served_models(args.repository, args.models)
+    models = served_models(args.repository, args.models, other_folders(args.repository, args.gateway))
     folder.mkdir(parents=True, exist_ok=True)
     sha256, models_mib = "", 0
     if args.models_url:

@@ -191,8 +191,10 @@ class EmbeddedServer:
             variables["ONNXRUNTIME_PROFILE"] = str(self._profile)
         command = [str(server), *self._server_flags()]
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("wb") as log:
-            log.write(f"{' '.join(command)}\n".encode())
+        with open(self.log_path, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
+            if self.log_path.is_file():
+                self.log_path.chmod(0o600)  # one that was there
+            log.write(f"{' '.join(command)}\n".replace(self._key, "<secret>").encode())
             log.flush()
             _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # stubs orphaned by a crash become ours to reap
             self._process = subprocess.Popen(

@@ -1,8 +1,8 @@
 """The server that callers have, while a release or a rollback changes its version.
 
-Contract: asked over the client's own command, directly or through the gateway. None answering at the default address is
-no error: what is in the repository is served at the next start. At an address that was given a server has to answer,
-with the version that is the repository's newest: else it serves another repository, or does not follow this one.
+Contract: asked over the client's own command, directly or through the gateway. Nothing listening at the default address
+is no error: what is in the repository is served at the next start. A server that is there has to answer, with the
+version that is the repository's newest: else it serves another repository, or does not follow this one.
 
 Example:
     live = Live.find(args, newest=4)
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import socket
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -65,9 +66,11 @@ class Live:
         live = cls(args=args, version=None)
         version, reason = live.look()
         if version is None:
+            if not live.refuses():
+                raise InputError(f"{reason}; something may serve at {live.url}: try again when it answers, or stop it")
             if args.url and not args.may_be_absent:
                 raise InputError(f"{reason}; leave the address out to release with no server running")
-            return cls(args=args, version=None, absent=f"no server gives it at {live.url}")
+            return cls(args=args, version=None, absent=f"nothing listens at {live.url}")
         if version != newest:
             raise InputError(
                 f"the server at {live.url} gives version {version} of {args.model}, {args.repository} has {newest}: it "
@@ -93,6 +96,17 @@ class Live:
             return None, answer.reason or f"{self.url} names no version of {self.args.model}"
         return max(map(int, answer.data["versions"])), ""
 
+    def refuses(self) -> bool:
+        """Whether nothing listens there: anything but a refused connection may be a server that is busy."""
+        host, _, port = self.url.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=LONGEST_S).close()
+        except ConnectionRefusedError:
+            return True
+        except (OSError, ValueError, OverflowError):
+            return False
+        return False
+
     def load_flags(
         self, until: int, *, before_s: float = 3, after_s: float = 3, timeout_s: float = 10
     ) -> tuple[str, ...]:
@@ -102,20 +116,25 @@ class Live:
         times = ("--before-s", str(before_s), "--after-s", str(after_s), *longest)
         return (*self._access(), *times, *rate, "--until", str(until))
 
-    def judged(self, found: dict[str, Any], number: int) -> str:
-        """What the load saw, in a line; GateFailed where the server did not switch or a request was lost."""
+    def judged(self, found: dict[str, Any], number: int, *, failing: bool = False) -> str:
+        """What the load saw, in a line; GateFailed where the server did not switch or a request was lost.
+
+        With `failing`, the version before failed requests, too: those till the switch are its own.
+        """
         if found["switched_s"] is None:
             raise GateFailed(
                 f"the server at {self.url} went on with version {found['version']} for {self.args.switch_s:g} s: it "
                 "refused the new one (its log says why), or does not follow the repository (make serve POLL_S=2, or "
                 "compose with docker/compose.follow.yaml)"
             )
-        if found["failed"]:
+        if failed := found["after"]["failed"] if failing else found["failed"]:
             error, times = next(iter(found["errors"].items()))
-            raise GateFailed(f"{found['failed']} of {found['requests']} requests failed ({times} times: {error})")
+            since = "after the switch" if failing else "since the change"
+            raise GateFailed(f"{failed} of {found['requests']} requests failed {since} ({times} times: {error})")
         before, around = (_ms(found[part]["p99_ms"]) for part in ("before", "around"))
+        fate = f"{found['failed']} failed till the switch, none after it" if failing else "none failed"
         return (
-            f"version {number} after {found['switched_s']:.1f} s; {found['requests']} requests, none failed; "
+            f"version {number} after {found['switched_s']:.1f} s; {found['requests']} requests, {fate}; "
             f"p99 {around} around the switch, {before} before it"
         )
 

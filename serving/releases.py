@@ -1,9 +1,10 @@
 """What every release and rollback of a model did, as it did it; and the history of its versions.
 
 Contract: a folder each under `build/<model>/releases/`, with `journal.jsonl`, a line a step, on the disk before the
-step goes on: after a kill it says which step was not ended. Beside it lie what the steps found (`doctor.json`,
-`parity.json`, `shadow.json`, `objectives.json`, `switch.json`), the version's `manifest.json` and, at the end,
-`report.md`. One release or rollback of a model at a time.
+step goes on: after a kill it says which step was not ended. Only taking a version out goes on where the disk has no
+room for it. Beside it lie what the steps found (`doctor.json`, `parity.json`, `shadow.json`, `objectives.json`,
+`switch.json`), the `manifest.json` of the version that was released, or taken out, and, at the end, `report.md`. One
+release or rollback of a model at a time.
 
 Examples:
     python -m serving.releases --model recommender              # the history, newest first
@@ -18,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,30 +37,29 @@ from deepseek.spec import (
     Parser,
     PublishedManifest,
     add_model_arguments,
-    build_dir,
     run_command,
 )
 from deepseek.spec.folders import write_whole
+from deepseek.spec.released import JOURNAL, WITHDRAWN, journal_lines, manifest_of, record_folders, releases_dir
 from serving.keys import gateway_folder
 from serving.repository import MANIFEST
 from serving.stack import observe_folder, refresh
-from serving.versions import newest
+from serving.versions import newest, take_out
 
-JOURNAL, REPORT = "journal.jsonl", "report.md"
+REPORT = "report.md"
 State = Literal["started", "holds", "failed", "inconclusive", "wrong input", "interrupted", "left out"]
 Outcome = Literal["live", "in the repository", "refused", "rolled back", "not finished", "under way"]
-
-
-def releases_dir(model: str) -> Path:
-    """Where the history of a model lies."""
-    return build_dir(model) / "releases"
 
 
 @contextmanager
 def alone(model: str) -> Iterator[Path]:
     """The folder of the releases, for one process at a time; the lock ends with its process, however that ends."""
     folder = releases_dir(model)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a rollback does without; a release says so when it begins its journal
+        yield folder
+        return
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -84,19 +84,30 @@ def _in_use(folder: Path) -> bool:
 
 
 class Journal:
-    """One release's or rollback's, in a folder of its own."""
+    """One release's or rollback's, in a folder of its own; with `may_fail` it goes on where nothing can be written."""
 
-    def __init__(self, releases: Path, kind: Literal["release", "rollback"], version: int, **facts: Any) -> None:
+    def __init__(
+        self,
+        releases: Path,
+        kind: Literal["release", "rollback"],
+        version: int,
+        *,
+        may_fail: bool = False,
+        **facts: Any,
+    ) -> None:
         now = datetime.now(UTC)
         name = f"{now:%Y-%m-%dT%H-%M-%S}.{now.microsecond // 1000:03}Z-{kind}-{version}"
         self.folder = releases / name
-        self.folder.mkdir()
+        self.may_fail = may_fail
+        self.lines: list[dict[str, Any]] = []
+        self._warned = False
         self.write(kind=kind, version=version, **facts)
 
     def write(self, **line: Any) -> None:
         """A line, on the disk when it returns."""
         line = {"at": datetime.now(UTC).isoformat(timespec="milliseconds"), **line}
-        with (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
+        self.lines.append(line)
+        with self._on_disk(), (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -104,7 +115,32 @@ class Journal:
     def keep(self, name: str, content: object) -> None:
         """What a step found, as a file beside the journal."""
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-        write_whole(self.folder / name, text)
+        with self._on_disk():
+            write_whole(self.folder / name, text)
+
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            yield
+        except OSError as error:
+            if not self.may_fail:
+                raise
+            if not self._warned:
+                print(f"warning: {self.folder}: {error.strerror}; the record is not whole", file=sys.stderr)
+            self._warned = True
+
+    def withdraw(self, model: Path, number: int, *, back_to: int) -> None:
+        """Takes a version out of the repository into this folder; from here on no full disk stops anything."""
+        self.may_fail = True
+        text = ""
+        with suppress(OSError):
+            text = (model / str(number) / MANIFEST).read_text(errors="replace")
+        for said in take_out(model, number, back_to=back_to, archive=self.folder / WITHDRAWN):
+            self.write(step="withdrawn", state="left out", said=said)
+            print(f"note: {said}", file=sys.stderr)
+        if text:
+            self.keep(MANIFEST, text)
 
 
 class LeftOut(str):
@@ -147,11 +183,11 @@ def expect_anew(repository: Path) -> str:
     try:
         lacking = refresh(repository, folder)
     except (OSError, ValueError) as error:
-        return LeftOut(f"the alerts still expect what was served before: {error}; then: python -m serving.stack")
+        return LeftOut(f"the alerts still expect what was served before: {error}; then: make stack")
     if lacking is None:
         return LeftOut("no stack was made for this repository")
     said = f"alerts, dashboard and limits are those of what the repository has now: {observe_folder(folder)}"
-    few = f"; its containers have too little for it ({', '.join(lacking)}): make engine && docker compose up -d"
+    few = f"; its containers have too little for it ({', '.join(lacking)}): make stack && docker compose up -d"
     return said + (few if lacking else "")
 
 
@@ -192,14 +228,11 @@ class Record:
 
 def read(folder: Path, *, under_way: bool = False) -> Record | None:
     """What a journal says; None where it has no whole line. A line that a kill cut off is left out."""
-    lines = []
-    for text in (folder / JOURNAL).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    if not lines:
-        return None
+    lines = journal_lines(folder)
+    return _record(folder, lines, under_way=under_way) if lines else None
+
+
+def _record(folder: Path, lines: list[dict[str, Any]], *, under_way: bool = False) -> Record:
     steps: dict[str, Step] = {}
     outcome: Outcome = "under way" if under_way else "not finished"
     for line in lines[1:]:
@@ -208,7 +241,8 @@ def read(folder: Path, *, under_way: bool = False) -> Record | None:
         else:
             facts = {name: line[name] for name in ("said", "seconds") if name in line}
             steps[line["step"]] = Step(name=line["step"], state=line["state"], **facts)
-    head, manifest = lines[0], folder / MANIFEST
+    head = lines[0]
+    manifest = manifest_of(folder, None) if head["kind"] == "release" else None
     return Record(
         folder=str(folder),
         kind=head["kind"],
@@ -217,17 +251,14 @@ def read(folder: Path, *, under_way: bool = False) -> Record | None:
         started=head["at"],
         steps=tuple(steps.values()),
         outcome=outcome,
-        precision=PublishedManifest.load(manifest).precision if manifest.is_file() else "",
+        precision=manifest.precision if manifest else "",
     )
 
 
 def history(model: str) -> list[Record]:
     """All that was done, newest first."""
-    folder = releases_dir(model)
-    if not folder.is_dir():
-        return []
-    folders = sorted((path.parent for path in folder.glob(f"[0-9]*/{JOURNAL}")), reverse=True)
-    busy = _in_use(folder)
+    folders = record_folders(model)
+    busy = bool(folders) and _in_use(releases_dir(model))
     found = (read(each, under_way=busy and each == folders[0]) for each in folders)
     return [record for record in found if record is not None]
 
@@ -244,8 +275,8 @@ def last_number(model: str, repository_model: Path) -> int:
 def rolled_back(model: str, manifest: PublishedManifest) -> Record | None:
     """The last rollback that took out a version of the same files: who releases it again is to know."""
     for record in history(model):
-        path = Path(record.folder) / "withdrawn" / str(record.before) / MANIFEST
-        if record.kind == "rollback" and path.is_file() and PublishedManifest.load(path).files == manifest.files:
+        out = manifest_of(Path(record.folder), record.before) if record.kind == "rollback" else None
+        if out is not None and out.files == manifest.files:
             return record
     return None
 
@@ -272,8 +303,7 @@ def report(record: Record, model: str) -> str:
 
 def finish(journal: Journal, model: str, *, as_json: bool) -> None:
     """The report, and where it is."""
-    record = read(journal.folder)
-    assert record is not None
+    record = _record(journal.folder, journal.lines)
     journal.keep(REPORT, report(record, model))
     if as_json:
         print(json.dumps(record.plain()))

@@ -5,10 +5,12 @@ The version that is served leaves the repository, and the newest intact one befo
 answers; any other does at its next start. The alerts of a compose stack over the repository expect the older one from
 then on. Called again, it goes back one more.
 
-Contract: the version to go back to is checked first, digests included; where none is intact nothing is changed. What
-was taken out is kept in the record's folder, `build/<model>/releases/<time>/withdrawn/`.
+Contract: the version to go back to is checked first, digests included; where none is intact nothing is changed. No full
+disk keeps the other one in service: it is renamed out of servers' sight first, then kept in the record's folder,
+`build/<model>/releases/<time>/withdrawn/`, as far as there is room.
 
-Exit codes: 0 back; 1 there is nothing intact to go back to, the server does not follow, or requests failed on the way.
+Exit codes: 0 back; 1 there is nothing intact to go back to, the server does not follow, or requests failed on the way:
+with the version before failing some, too, only those after it count.
 
 Examples:
     python -m serving.rollback --model recommender
@@ -27,7 +29,7 @@ from deepseek.spec import GateFailed, InputError, InvalidMeasurement, Parser, ad
 from serving.commands import SteadyLoad
 from serving.live import Live, add_live_arguments, check_live_arguments
 from serving.releases import Journal, Steps, alone, expect_anew, finish
-from serving.versions import earlier, newest, take_out
+from serving.versions import earlier, newest
 
 
 class Rollback:
@@ -43,10 +45,12 @@ class Rollback:
         version, reason = self.live.look()
         steps = Steps(self.journal, as_json=self.args.json)
         try:
-            if version is None:
+            if version is not None:
+                steps.do("switch", self.switch)
+            elif self.live.refuses():
                 steps.do("repository", lambda: self._offline(reason))
             else:
-                steps.do("switch", self.switch)
+                steps.do("switch", lambda: self._unwatched(reason))
         finally:
             if not (self.model / str(self.number)).exists():
                 self.journal.write(outcome="rolled back")
@@ -55,7 +59,8 @@ class Rollback:
     def switch(self) -> str:
         """Under load where the server still takes it: a version that fails every request is no reason to keep it."""
         which = ("--model", self.args.model, "--models", self.args.models)
-        with SteadyLoad(*which, *self.live.load_flags(self.back_to, before_s=1, after_s=2, timeout_s=3)) as load:
+        times = self.live.load_flags(self.back_to, before_s=1, after_s=2, timeout_s=3)
+        with SteadyLoad(*which, *times, "--may-fail") as load:
             try:
                 load.begin()
             except (GateFailed, InputError, InvalidMeasurement) as error:
@@ -69,7 +74,7 @@ class Rollback:
                 f"the repository is back at version {self.back_to}, the server at {self.live.url} still gives "
                 f"{found['version']}: it does not follow the repository, restart it"
             )
-        return self.live.judged(found, self.back_to)
+        return self.live.judged(found, self.back_to, failing=found["before"]["failed"] > 0)
 
     def _offline(self, reason: str) -> str:
         """No server gives the model now."""
@@ -86,7 +91,7 @@ class Rollback:
         return f"{said} after {time.monotonic() - began_s:.1f} s; no load before it: {reason}"
 
     def _take_out(self) -> None:
-        take_out(self.model, self.number, back_to=self.back_to, archive=self.journal.folder / "withdrawn")
+        self.journal.withdraw(self.model, self.number, back_to=self.back_to)
 
 
 def main() -> None:
@@ -105,7 +110,8 @@ def main() -> None:
         if number is None:
             raise InputError(f"{model}: no version to go back from; make one with: make engine")
         back_to = earlier(model)
-        journal = Journal(releases, "rollback", back_to, before=number)
+        where = str(Path(args.repository).resolve())
+        journal = Journal(releases, "rollback", back_to, may_fail=True, before=number, repository=where)
         try:
             Rollback(args, journal, number, back_to).run()
         finally:

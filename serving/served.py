@@ -11,6 +11,7 @@ Example:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,8 @@ class Served:
     """Requests that may wait; 0: no bound."""
     versions: tuple[int, ...] = ()
     """Of those in the repository, the ones that its version policy serves, newest first."""
+    models: Path | None = None
+    """The folder of model folders that has its `deploy.toml`; None where none is known: neither is its SLO then."""
 
     @property
     def body_bytes(self) -> int:
@@ -85,16 +88,21 @@ class Served:
         return self.instances * (2 * (self.input_bytes + self.output_bytes) + MIB)
 
 
-def served_models(repository: Path, models: Path) -> list[Served]:
-    """What each model of a repository asks for."""
-    return [_served(folder, models) for folder in models_in(repository)]
+def served_models(repository: Path, models: Path, others: Mapping[str, Path] | None = None) -> list[Served]:
+    """What each model of a repository asks for; one that is not in `models` by the folder that `others` has for it."""
+    found = []
+    for folder in models_in(repository):
+        places = (models, (others or {}).get(folder.name))
+        known = (place for place in places if place and (place / folder.name / "deploy.toml").is_file())
+        found.append(_served(folder, next(known, None)))
+    return found
 
 
-def _served(folder: Path, models: Path) -> Served:
+def _served(folder: Path, models: Path | None) -> Served:
     config = config_of(folder)
     manifest = _manifest(folder, config)
     target: Target = manifest.target if manifest else "onnxruntime"
-    spec = _spec(folder.name, models, target)
+    spec = DeploymentSpec.of_model(folder.name, models).for_target(target) if models else None
     inputs = _tensors(config, manifest, "input")
     policy = config.dynamic_batching.default_queue_policy
     group = config.instance_group[0] if config.instance_group else ModelInstanceGroup(count=1)
@@ -117,6 +125,7 @@ def _served(folder: Path, models: Path) -> Served:
         objectives=tuple(line for line in lines if line.rate_rps is None),
         queue_size=policy.max_queue_size,
         versions=tuple(wanted_versions(config, versions_of(folder))),
+        models=models,
     )
 
 
@@ -126,13 +135,6 @@ def _manifest(folder: Path, config: ModelConfig) -> PublishedManifest | None:
         if (path := folder / str(version) / MANIFEST).is_file():
             return PublishedManifest.load(path)
     return None
-
-
-def _spec(name: str, models: Path, target: Target) -> DeploymentSpec | None:
-    """A model's `deploy.toml`, for the target it was built for; None where it is not in `models`."""
-    if not (models / name / "deploy.toml").is_file():
-        return None
-    return DeploymentSpec.of_model(name, models).for_target(target)
 
 
 def _tensors(config: ModelConfig, manifest: PublishedManifest | None, kind: str) -> list[tuple[int, int]]:

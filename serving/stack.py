@@ -1,11 +1,13 @@
 """What `docker compose up` needs to serve a repository: `.env`, the gateway's limits, alerts and a dashboard.
 
-Contract: reads the repository and, where it finds it in --models, each model's `deploy.toml`; writes the env file that
-Compose reads by itself (which server image, where things lie, sizes of memory) and, in the gateway's folder,
-`limits.conf` (longest answer, largest body, rate of a key, histogram buckets) and a certificate; beside that folder, in
-`observe/`, the rules of Prometheus (`serving.alerts`) and Grafana's dashboard (`serving.dashboard`). Which server it is
-follows from what was built: engines that need a GPU get NVIDIA's Triton, all else the embedded one. The sums are in
-the files. `refresh` writes anew what a running stack reads by itself, after a release or a rollback.
+Contract: reads the repository and each model's `deploy.toml`, in --models or where it was for an earlier build; writes
+the env file that Compose reads by itself (which server image, where things lie, sizes of memory), in which somebody's
+own lines stay, and, in the gateway's folder, `limits.conf` (longest answer, largest body, rate of a key, histogram
+buckets) and a certificate; beside that folder, in `observe/`, the rules of Prometheus (`serving.alerts`), Grafana's
+dashboard (`serving.dashboard`) and a copy of `docker/observe/`, which their users may read whatever the clone's umask
+was. Which server it is follows from what was built: engines that need a GPU get NVIDIA's Triton, all else the embedded
+one. The sums are in the files. `refresh` writes anew what a running stack reads by itself, after a release or a
+rollback.
 
 Examples:
     python -m serving.stack                                     # model_repository/ -> .env, build/gateway/
@@ -16,9 +18,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from deepseek.spec import InputError, Parser, histogram_bounds_ms, run_command
 from deepseek.spec.folders import let_all_read, write_whole
@@ -30,6 +36,11 @@ from serving.flags import GATEWAY_EXIT_TIMEOUT_S
 from serving.keys import ensure_folder, gateway_folder
 from serving.served import HEADER_BYTES, JSON_BYTES, LATENESS, MIB, Served, bound_s, served_models
 
+OBSERVE = Path(__file__).parents[1] / "docker" / "observe"
+PROJECT = "deepseek"
+WRITTEN = "# Written by make engine (python -m serving.stack)"
+OWN = "# Yours: what stands below this line is kept, and counts before what stands above."
+PROJECT_NAME = re.compile(r"[a-z0-9]+([_-][a-z0-9]+)*")  # what Compose takes, and what may stand in an image's name
 CPU_FILES, GPU_FILES = "compose.yaml", "compose.yaml:docker/compose.gpu.yaml"
 SHM_MIB = 256  # seen to be enough for small models; what is not used takes no memory
 CPU_MEMORY, GPU_MEMORY = 2**30, 8 * 2**30  # CUDA and TensorRT keep some of theirs on the host
@@ -133,21 +144,24 @@ def environment(
     port: int,
     tag: str,
     default: str,
+    project: str,
 ) -> str:
     """The env file's content; `default` is the model that a load test asks where it is told none."""
     on_gpu = [model.name for model in models if model.needs_gpu]
     size, gateway = sizes(models), gateway_sizes(models)
-    user, group = owner()
+    user, group = owner(folder)
     regions = ", ".join(f"{model.name} {model.shm_bytes / MIB:.0f} MiB" for model in models)
     why = f"{', '.join(on_gpu)} need a GPU" if on_gpu else "no model needs a GPU"
     return f"""\
 # {settings}
-# Written by make engine (python -m serving.stack); Compose reads it by itself. Not in git.
+{WRITTEN}; Compose reads it by itself. Not in git.
 # Paths are called STACK_…, not as make calls them: Compose would take a BUILD of the shell, or of a make that it runs
 # under, before what stands here.
 # The server: {why}.
 COMPOSE_FILE={GPU_FILES if on_gpu else CPU_FILES}
-COMPOSE_PROJECT_NAME=deepseek
+# Two stacks of one name are one stack, from whichever clone: PROJECT= of make names containers, volumes and images.
+COMPOSE_PROJECT_NAME={project}
+STACK_IMAGES={project}
 TRITON_TAG={tag}
 STACK_REPOSITORY='{repository.resolve()}'
 STACK_GATEWAY='{folder.resolve()}'
@@ -162,7 +176,7 @@ STACK_BUILD='{folder.resolve().parent}'
 STACK_RESULTS='{results_folder(folder).resolve()}'
 # For docker compose --profile observe up
 STACK_OBSERVE='{observe_folder(folder).resolve()}'
-# Whose the gateway's files are; what root makes is given to {STAND_IN}, since no container runs as root.
+# Whose the gateway's folder is; one that root makes is given to {STAND_IN}, since no container runs as root.
 STACK_USER={user}:{group}
 # {SHM_MIB} MiB, and for each instance 1 MiB and twice the largest batch, in and out: {regions}
 SHM_SIZE={size.shm_mib}m
@@ -178,7 +192,17 @@ GATEWAY_MEMORY={gateway.memory_mib}m
 # Requests in flight when it stops: no answer takes longer; then 10 s for what is left
 EXIT_TIMEOUT_S={size.exit_timeout_s}
 STOP_GRACE={size.exit_timeout_s + REST_S}s
+{OWN}
 """
+
+
+def _own_lines(env_file: Path) -> str:
+    """What somebody has put into the file: below our last line, or all of one that we have not written."""
+    if not env_file.is_file():
+        return ""
+    found = env_file.read_text(encoding="utf-8")
+    _, ours, below = found.partition(f"{OWN}\n")
+    return below if ours else "" if WRITTEN in found else found
 
 
 def results_folder(folder: Path) -> Path:
@@ -218,12 +242,24 @@ def refresh(repository: Path, folder: Path) -> list[str] | None:
     source = json.loads(path.read_text()) if path.is_file() else {}
     if source.get("repository") != str(repository.resolve()):
         return None
-    models = served_models(repository, Path(source["models"]))
+    models = served_models(repository, Path(source["models"]), _folders(source))
     if (folder / "limits.conf").read_text() != limits(models):
         _write_limits(models, folder)
     write_observed(models, observe_folder(folder), source["runbook"])
     had, asked = source.get("sizes", {}), container_sizes(models)
     return [f"{had[name]} of {size} {name}" for name, size in asked.items() if size > had.get(name, size)]
+
+
+def _folders(source: Mapping[str, Any]) -> dict[str, Path]:
+    """Where each model's `deploy.toml` was when the stack was last made for the repository."""
+    return {name: Path(place) for name, place in source.get("folders", {}).items()}
+
+
+def other_folders(repository: Path, folder: Path) -> dict[str, Path]:
+    """The same, of the stack over a repository: models of other builds, each with its own MODELS."""
+    path = source_file(folder)
+    source = json.loads(path.read_text()) if path.is_file() else {}
+    return _folders(source) if source.get("repository") == str(repository.resolve()) else {}
 
 
 def _write_limits(models: list[Served], folder: Path) -> None:
@@ -242,6 +278,27 @@ def write_observed(models: list[Served], folder: Path, runbook: str = RUNBOOK) -
         (folder / part).parent.chmod(0o755)
 
 
+def write_settings(folder: Path) -> None:
+    """What `docker/observe` has for those programs, readable as the above."""
+    for path in (path for path in OBSERVE.rglob("*") if path.is_file()):
+        copy = write_whole(folder / path.relative_to(OBSERVE), path.read_text())
+        copy.chmod(0o644)
+        for above in (each for each in copy.parents if folder in each.parents):
+            above.chmod(0o755)
+
+
+def other_clone(project: str) -> str | None:
+    """Where containers of a Compose project were started, if not here; None where there are none, or no Docker."""
+    label = "com.docker.compose.project"
+    command = ["docker", "ps", "--all", "--filter", f"label={label}={project}"]
+    command += ["--format", f'{{{{.Label "{label}.working_dir"}}}}']
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return next((place for place in found if place and Path(place).resolve() != Path.cwd()), None)
+
+
 def main() -> None:
     """Writes what the stack reads."""
     parser = Parser(__doc__, prog="python -m serving.stack")
@@ -254,6 +311,7 @@ def main() -> None:
     parser.add_argument(
         "--gateway-port", type=int, default=8443, help="published by the gateway (default: %(default)s)"
     )
+    parser.add_argument("--project", default=PROJECT, help="Compose's name of the stack (default: %(default)s)")
     parser.add_argument("--triton-tag", default=TRITON_TAG, help="NVIDIA's release, YY.MM (default: %(default)s)")
     parser.add_argument("--model", help="that load tests ask by default (default: the first in the repository)")
     parser.add_argument("--host", action="append", default=[], help="name of the gateway for its certificate; repeat")
@@ -263,9 +321,11 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 < args.gateway_port < 65536:
         raise InputError(f"GATEWAY_PORT: seen {args.gateway_port}; a port is 1 to 65535")
+    if not PROJECT_NAME.fullmatch(args.project):
+        raise InputError(f"PROJECT: seen {args.project!r}; lower-case letters and digits, single - or _ between them")
     parse_tag(args.triton_tag)
     folder = args.folder or gateway_folder()
-    models = served_models(args.repository, args.models)
+    models = served_models(args.repository, args.models, other_folders(args.repository, folder))
     names = [model.name for model in models]
     default = args.model or names[0]
     if default not in names:
@@ -276,18 +336,40 @@ def main() -> None:
     ensure_folder(folder, args.host)
     _write_limits(models, folder)
     write_observed(models, observe_folder(folder), args.runbook)
+    write_settings(observe_folder(folder))
     places = {"repository": str(args.repository.resolve()), "models": str(args.models.resolve())}
-    source = {**places, "runbook": args.runbook, "sizes": container_sizes(models)}
+    folders = {model.name: str(model.models.resolve()) for model in models if model.models}
+    source = {**places, "folders": folders, "runbook": args.runbook, "sizes": container_sizes(models)}
     write_whole(source_file(folder), json.dumps(source, indent=2) + "\n")
     let_all_read(args.repository)
     results_folder(folder).mkdir(exist_ok=True)
-    give(results_folder(folder))
+    give(results_folder(folder), folder)
+    for model in (model for model in models if not model.models):
+        print(
+            f"note: {model.name}: no deploy.toml of it in {args.models}, so no alert watches its SLO; make stack with "
+            "its MODELS= tells where it is",
+            file=sys.stderr,
+        )
     content = environment(
-        models, args.repository, args.models, folder, args.settings, args.gateway_port, args.triton_tag, default
+        models,
+        args.repository,
+        args.models,
+        folder,
+        args.settings,
+        args.gateway_port,
+        args.triton_tag,
+        default,
+        args.project,
     )
-    write_whole(args.env_file, content)
+    write_whole(args.env_file, content + _own_lines(args.env_file))
+    if other := other_clone(args.project):
+        print(
+            f"note: {args.project} has containers of {other}, which docker compose up would replace; "
+            "a stack of its own: make stack PROJECT=another GATEWAY_PORT=another",
+            file=sys.stderr,
+        )
     if args.json:
-        print(json.dumps([asdict(model) for model in models], indent=2))
+        print(json.dumps([asdict(model) for model in models], indent=2, default=str))
     else:
         server = "NVIDIA's Triton" if any(model.needs_gpu for model in models) else "the embedded Triton, no GPU"
         print(

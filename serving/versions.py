@@ -1,20 +1,23 @@
 """Versions of a model as files: a candidate laid out beside the repository, put into it, taken out of it again.
 
 Contract: what is judged is what is served later, byte for byte: a candidate is copied and given its number before the
-first check, and moved by renames afterwards. In the repository a version comes before its `config.pbtxt` and goes after
-it, so that a server that follows the repository sees at no time a version that is not whole; who is killed in between
-leaves a version that is served under its own copy (`deepseek.spec.repository.config_path`); where a disk is full, in
-one line, nothing is left of what was begun. Only versions that `export.to_triton` made are handled.
+first check, and moved by renames afterwards, once it is on the disk. In the repository a version comes before its
+`config.pbtxt` and goes after it, so that a server that follows the repository sees at no time a version that is not
+whole; who is killed in between leaves a version that is served under its own copy
+(`deepseek.spec.repository.config_path`); where a disk is full, in one line, nothing is left of what was begun. To take
+a version out needs no room. Only versions that `export.to_triton` made are handled.
 
 Example:
     staged = stage(Path("other_repository/shop"), number=7, folder=Path("build/shop/release"))  # .../shop/7
-    put_live(staged, 7, Path("model_repository/shop"), before=6)
+    with brought(staged, Path("model_repository/shop")) as near:
+        put_live(near, 7, Path("model_repository/shop"), before=6)
     take_out(Path("model_repository/shop"), 7, back_to=6, archive=Path("build/shop/release/withdrawn"))
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,7 +29,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import GateFailed, InputError, PublishedManifest
 from deepseek.spec.command import PLACE_ERRORS
-from deepseek.spec.folders import SCRATCH, alone_in, let_all_read
+from deepseek.spec.folders import SCRATCH, alone_in, let_all_read, onto_disk, scratch_in
 from deepseek.spec.repository import CONFIG, retired, versions_of
 from serving.repository import MANIFEST, check_config, check_version, config_of, read_config
 
@@ -97,6 +100,14 @@ def same_as(staged: Path, number: int, model: Path, version: int) -> bool:
     return files == PublishedManifest.load(place).files and config == read_config(staged / CONFIG)
 
 
+@contextmanager
+def brought(staged: Path, model: Path) -> Iterator[Path]:
+    """A staged version on the repository's own disk, where no server reads it: `put_live` then only renames."""
+    with scratch_in(model) as scratch:
+        _move(staged, scratch / model.name)
+        yield scratch / model.name
+
+
 def put_live(staged: Path, number: int, model: Path, *, before: int | None) -> None:
     """Moves a staged version into the repository; a server that follows the repository takes it up from there.
 
@@ -134,12 +145,18 @@ def retire(model: Path) -> list[int]:
 
 def _remove(model: Path, version: int) -> None:
     """Takes away what there is of a version, with its warm-up files; no server sees half of it while it goes."""
-    place, hidden = model / str(version), model / f"{SCRATCH}removed-{version}"
-    if place.is_dir():
-        os.rename(place, hidden)
-        shutil.rmtree(hidden)
+    if (model / str(version)).is_dir():
+        shutil.rmtree(_hide(model, version))
     for file in (model / WARMUP).glob(f"{version}-*"):
         file.unlink()
+
+
+def _hide(model: Path, version: int) -> Path:
+    """Gives a version a name that no server reads; returns where it is then."""
+    names = (model / f"{SCRATCH}{version}-{count}" for count in itertools.count())
+    hidden = next(name for name in names if not name.exists())
+    os.rename(model / str(version), hidden)
+    return hidden
 
 
 def earlier(model: Path) -> int:
@@ -168,20 +185,45 @@ def _findings(model: Path, version: int) -> list[str]:
     return [str(each) for each in check_config(model, config, manifest)]
 
 
-def take_out(model: Path, number: int, *, back_to: int, archive: Path) -> None:
-    """Has `back_to` be the newest version again: moves `number` out, and what lies between and cannot be served.
+def take_out(model: Path, number: int, *, back_to: int, archive: Path) -> list[str]:
+    """Has `back_to` be the newest version again: takes `number` out, and what lies between and cannot be served.
 
-    The configuration first and the newest last: cut off between, a second call ends what the first began.
+    The configuration first and the newest last: cut off between, a second call ends what the first began. Until no
+    server sees them there are only renames; then they are moved to `archive`. Returns a line for each that it has no
+    room for.
     """
     with alone_in(model.parent):
         draft = model / f"{SCRATCH}{CONFIG}"
-        with _whole(draft):
-            _copy(model / str(back_to) / CONFIG, draft)
+        _draw_up(model / str(back_to) / CONFIG, draft)
         os.replace(draft, model / CONFIG)
-        for version in sorted(each for each in versions_of(model) if back_to < each <= number):
-            _move(model / str(version), archive / str(version))
-            for file in sorted((model / WARMUP).glob(f"{version}-*")):
-                _move(file, archive / WARMUP / file.name)
+        draft.unlink(missing_ok=True)  # it stays where both names were the same file
+        out = sorted(version for version in versions_of(model) if back_to < version <= number)
+        hidden = {version: _hide(model, version) for version in out}
+        kept = [_archive(place, version, model, archive) for version, place in hidden.items()]
+        return [said for said in kept if said]
+
+
+def _draw_up(own: Path, draft: Path) -> None:
+    """A version's configuration as a draft of the model's; on a full disk the same file under a second name."""
+    draft.unlink(missing_ok=True)
+    try:
+        with _whole(draft):
+            _copy(own, draft)
+    except InputError:
+        os.link(own, draft)
+
+
+def _archive(hidden: Path, version: int, model: Path, archive: Path) -> str:
+    """Moves what was taken out to where it is kept; where that fails it stays hidden, and a line says why."""
+    try:
+        _move(hidden, archive / str(version))
+        for file in sorted((model / WARMUP).glob(f"{version}-*")):
+            _move(file, archive / WARMUP / file.name)
+    except (InputError, OSError) as error:
+        where = hidden if hidden.exists() else model / WARMUP
+        lies = f"it lies in {where}, read by no server, till the next release"
+        return f"version {version} is out, and not kept: {error}; {lies}"
+    return ""
 
 
 def _move(source: Path, destination: Path) -> None:
@@ -221,9 +263,13 @@ def _copy(source: Path, destination: Path) -> None:
 
 @contextmanager
 def _whole(place: Path) -> Iterator[None]:
-    """What is written to a file or folder is whole, or removed again: InputError where the disk is full or not ours."""
+    """What is written to a file or folder is whole and on the disk, or removed again.
+
+    Raises InputError where the disk is full or not ours.
+    """
     try:
         yield
+        onto_disk(place)
     except OSError as error:
         shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
         if error.errno not in PLACE_ERRORS:

@@ -133,7 +133,7 @@ class _Shown:
             folder = path.split(os.sep)[0]
             if folder == "warmup":
                 return path in decision.warmup
-            return folder in shown if folder.isdigit() else path != CONFIG and not folder.startswith(SCRATCH)
+            return folder in shown if folder.isdigit() else path != CONFIG
 
         files = tuple(each for each in stamp if counts(each[0]))
         return cls(versions=decision.versions, config=decision.config.read_bytes(), files=files)
@@ -250,7 +250,9 @@ class ApprovedView:
         _remove(laid_out)
         laid_out.mkdir()
         for path in model.iterdir():
-            if path.name != CONFIG and (not path.name.isdigit() or path.name in map(str, decision.versions)):
+            if path.name == CONFIG or path.name.startswith(SCRATCH):
+                continue
+            if not path.name.isdigit() or path.name in map(str, decision.versions):
                 _mirror(path, laid_out / path.name)
         shutil.copyfile(decision.config, laid_out / CONFIG)
         _remove(previous)
@@ -312,7 +314,8 @@ def _settled(model: Path, stamp: Stamp) -> bool:
 def _stamp(model: Path) -> Stamp:
     found = []
     for path in everything_in(model):
-        if "__pycache__" not in path.parts and path.is_file():
+        name = path.relative_to(model)
+        if "__pycache__" not in name.parts and not name.parts[0].startswith(SCRATCH) and path.is_file():
             status = path.stat()
-            found.append((str(path.relative_to(model)), status.st_ino, status.st_size, status.st_mtime_ns))
+            found.append((str(name), status.st_ino, status.st_size, status.st_mtime_ns))
     return tuple(found)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -49,6 +50,8 @@ class Faults:
     """What each inference meets; 0 is never."""
 
     delay_ms: float = 0.0
+    spread: float = 0.0
+    """Of the delay's logarithm: delays are log-normal around delay_ms, the same ones in the same order each time."""
     slow_every: int = 0
     slow_ms: float = 0.0
     stall_at: int = 0
@@ -60,6 +63,10 @@ class Faults:
     """Every connection is reset."""
     die_at: int = 0
     """The process ends."""
+    refuse_metadata: int = 0
+    """So many questions for a model's signature are refused, from the second on: the first is the check before a load."""
+    most_streams: int = 0
+    """Of an HTTP/2 connection at a time."""
 
 
 class Endpoint:
@@ -73,6 +80,8 @@ class Endpoint:
         self.model = ""
         """Of which the signature was asked last."""
         self._stall_ends_s = 0.0
+        self._asked = 0
+        self._random = random.Random(0)
 
     def admit(self) -> tuple[int, float]:
         """Notes an inference; its number, and how many seconds to keep it waiting (negative: refuse it)."""
@@ -90,7 +99,13 @@ class Endpoint:
         if _is(number, faults.refuse_every):
             return number, -1
         delay_s = (faults.slow_ms if _is(number, faults.slow_every) else faults.delay_ms) / 1000
+        delay_s *= self._random.lognormvariate(0, faults.spread)
         return number, max(delay_s, self._stall_ends_s - now_s)
+
+    def refuses_metadata(self) -> bool:
+        """Whether this question for a signature is one that is refused."""
+        self._asked += 1
+        return 1 < self._asked <= 1 + self.faults.refuse_metadata
 
     def signature(self, model: str) -> dict[str, Any]:
         """What a model takes and gives."""
@@ -159,13 +174,15 @@ class Http(asyncio.Protocol):
         path = bytes(head.split(b" ", 2)[1])
         if path.endswith(b"/infer"):
             self._infer()
+        elif _is_signature(path.decode()) and self._endpoint.refuses_metadata():
+            self._answer(*BUSY)
         else:
             self._answer("200 OK", _http_about(path.decode(), self._endpoint))
 
     def _infer(self) -> None:
         number, wait_s = self._endpoint.admit()
         if wait_s < 0:
-            self._answer("503 Service Unavailable", b'{"error":"Exceeds maximum queue size"}')
+            self._answer(*BUSY)
         elif wait_s == 0:
             self._endpoint.answered_s[number - 1] = time.perf_counter()
             self._transport.write(HTTP_ANSWER)
@@ -180,13 +197,17 @@ class Http(asyncio.Protocol):
         self._transport.write(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n" % (status.encode(), len(content)) + content)
 
 
+def _is_signature(path: str) -> bool:
+    return path.startswith("/v2/models/") and path.count("/") == 3
+
+
 def _http_about(path: str, endpoint: Endpoint) -> bytes:
     found: dict[str, Any] = SERVER if path == "/v2" else CONFIG
     if path.endswith("/ready"):
         return b""
     if path.endswith("/stats"):
         found = endpoint.statistics()
-    elif path.startswith("/v2/models/") and path.count("/") == 3:
+    elif _is_signature(path):
         found = endpoint.signature(path.split("/")[3])
     return json.dumps(found).encode()
 
@@ -199,6 +220,7 @@ def _http_answer() -> bytes:
 
 
 HTTP_ANSWER = _http_answer()
+BUSY = "503 Service Unavailable", b'{"error":"Exceeds maximum queue size"}'
 
 # -- gRPC ----------------------------------------------------------------------------------------
 
@@ -230,7 +252,7 @@ class Grpc(grpc.GenericRpcHandler):
     async def _infer(self, _: bytes, context: Any) -> bytes:
         number, wait_s = self._endpoint.admit()
         if wait_s < 0:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
+            await _refuse(context)
         await self._endpoint.held(number, wait_s)
         return self._answer
 
@@ -240,7 +262,9 @@ class Grpc(grpc.GenericRpcHandler):
     async def _model_ready(self, *_: Any) -> bytes:
         return service_pb2.ModelReadyResponse(ready=True).SerializeToString()
 
-    async def _metadata(self, request: bytes, _: Any) -> bytes:
+    async def _metadata(self, request: bytes, context: Any) -> bytes:
+        if self._endpoint.refuses_metadata():
+            await _refuse(context)
         name = service_pb2.ModelMetadataRequest.FromString(request).name
         return service_pb2.ModelMetadataResponse(**self._endpoint.signature(name)).SerializeToString()
 
@@ -252,6 +276,10 @@ class Grpc(grpc.GenericRpcHandler):
 
     async def _config(self, *_: Any) -> bytes:
         return service_pb2.ModelConfigResponse(config=CONFIG).SerializeToString()
+
+
+async def _refuse(context: Any) -> None:
+    await context.abort(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
 
 
 class Pipe(asyncio.Protocol):
@@ -298,7 +326,8 @@ async def serve(faults: Faults, log: Path | None) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, ended.set)
     http = await loop.create_server(lambda: Http(endpoint), "127.0.0.1", 0)
-    server = grpc.aio.server()
+    limit = [("grpc.max_concurrent_streams", faults.most_streams)] if faults.most_streams else []
+    server = grpc.aio.server(options=limit)
     server.add_generic_rpc_handlers((Grpc(endpoint),))
     grpc_port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -50,12 +50,13 @@ WAITING = f'nv_inference_pending_request_count{{{TRITON},version="5"}}'
 OLDER = f'nv_inference_pending_request_count{{{TRITON},version="4"}}'
 TRITON_UP, GATEWAY_UP = 'up{job="triton",instance="a"}', 'up{job="gateway",instance="g"}'
 STARTING, GATEWAY_STARTING = (up.replace('instance="', 'instance="new-') for up in (TRITON_UP, GATEWAY_UP))
+PENDING = 'gateway_reload_pending{instance="g"}'
 CERTIFICATE = 'gateway_certificate_expiry_timestamp_seconds{instance="g"}'
 # A hundred requests a second, all well. Values a minute: start, and what each minute adds.
 HEALTHY = {
     FAST: "0+6000", ANSWERED: "0+6000", SUCCESS: "0+6000", FAILED: "0+0", CANCELED: "0+0", QUEUE_US: "0+6000000",
     SERVED: "0+6000",
-    WAITING: "2+0", TRITON_UP: "1+0", GATEWAY_UP: "1+0", CERTIFICATE: "1e10+0",
+    WAITING: "2+0", TRITON_UP: "1+0", GATEWAY_UP: "1+0", CERTIFICATE: "1e10+0", PENDING: "0+0",
 }  # fmt: skip
 # Every request is answered at once, with 500 or INTERNAL.
 ALL_FAIL = {
@@ -124,6 +125,8 @@ def each(name: str, *severities: str) -> Fired:
     ("changed", "minutes", "expected"),
     [
         pytest.param({}, 70, set(), id="healthy"),
+        pytest.param({PENDING: "0+0x60 1+0x3"}, 63, set(), id="a change of the gateway's files is half there"),
+        pytest.param({PENDING: "1+0"}, 8, each("GatewayReloadFails", "ticket"), id="a change cannot be loaded"),
         pytest.param({FAST: "0+4800"}, 70, each("LatencyBudgetBurn", *BOTH), id="a fifth is slow"),
         pytest.param({FAST: "0+5760"}, 70, each("LatencyBudgetBurn", "ticket"), id="4 % are slow"),
         pytest.param({FAST: "0+5970"}, 70, set(), id="half of what may be slow"),

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from deepseek_client.__main__ import _write
 
 from deepseek.spec.folders import scratch_in
-from export.artifact import save_arrays, staged
+from export.artifact import Row, row_digests, save_arrays, save_graph, staged
 from serving.packed import pack
 from serving.view import _stamp
 from tests.conftest import run_module
@@ -52,6 +53,26 @@ def test_a_tensor_may_have_any_name(write: Callable[[Path, dict[str, np.ndarray]
         assert {name: read[name].tolist() for name in read} == {"file": [[0, 0]], "allow_pickle": [[1, 1]]}
 
 
+def test_weights_beside_a_graph_take_the_place_of_those_that_were_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.artifact.EXTERNAL_DATA_BYTES", 1000)
+    data = tmp_path / "trial.onnx.data"
+    for seed in range(3):
+        weights = np.random.default_rng(seed).standard_normal((32, 32)).astype(np.float32)
+        graph = onnx.parser.parse_model(
+            '<ir_version: 8, opset_import: ["": 20]> g (float[n, 32] x) => (float[n, 32] y) { y = MatMul(x, w) }'
+        )
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(weights, "w"))
+        save_graph(graph, tmp_path / "trial.onnx")
+        assert data.stat().st_size == weights.nbytes
+        (read,) = onnx.load(tmp_path / "trial.onnx").graph.initializer
+        assert np.array_equal(onnx.numpy_helper.to_array(read), weights)
+    graph.graph.ClearField("initializer")
+    save_graph(graph, tmp_path / "trial.onnx")
+    assert not data.exists()
+
+
 def test_a_missing_artifact_is_told_with_the_command_that_makes_it_for_this_model(tmp_path: Path) -> None:
     model = ("--models", "tests/models", "--model", "image")
     run = run_module("export.quantize", *model, "--precision", "int8", BUILD=str(tmp_path))
@@ -59,6 +80,13 @@ def test_a_missing_artifact_is_told_with_the_command_that_makes_it_for_this_mode
     assert run.stderr.endswith("; make it with: python -m export.to_onnx --model image --models tests/models\n")
     run = run_module("export.to_tensorrt", *model, "--precision", "fp32", BUILD=str(tmp_path))
     assert run.stderr.endswith("; make it with: make engine MODEL=image MODELS=tests/models PRECISION=fp32\n")
+
+
+def test_rows_that_differ_in_shape_or_type_alone_are_not_the_same() -> None:
+    values = np.zeros((1, 8), np.int64)
+    rows: list[Row] = [{"x": values}, {"x": values.reshape(1, 2, 4)}, {"x": values.view(np.float64)}, {"y": values}]
+    assert len(set(row_digests(rows))) == 4
+    assert row_digests([{"x": values.copy()}]) == row_digests(rows[:1])
 
 
 def test_what_fails_while_it_is_written_leaves_the_file_that_was_and_nothing_beside_it(tmp_path: Path) -> None:

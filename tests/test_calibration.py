@@ -11,7 +11,8 @@ import onnx
 import pytest
 
 from deepseek.spec import Axis, DeploymentSpec, GateFailed, InputError
-from export.calibration import Calibration, length_of, lengths_of, pool_size, read_rows, stratified
+from export import curve
+from export.calibration import Calibration, calibration_of, length_of, lengths_of, pool_size, read_rows, stratified
 from export.curve import MOST_GROWTH, Ranges, ranges_by_samples, would_more_help
 from export.quantize import _lengths
 
@@ -133,6 +134,18 @@ def test_calibration_rows_that_do_not_fit_are_refused(tmp_path: Path, pixels: np
         read_rows(IMAGE, tmp_path / "c.npz")
 
 
+def test_rows_of_a_file_that_are_evaluation_rows_are_left_out_and_too_few_others_refused(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).standard_normal((6, 3, 32, 32)).astype(np.float32)
+    path = tmp_path / "val_dataset.npy"
+    np.save(path, pixels)
+    evaluation = [{"pixels": each[None]} for each in pixels]
+    assert len(calibration_of(IMAGE, path, 8, evaluation[:4]).rows) == 2
+    with pytest.raises(InputError, match=r"5 of 6 calibration rows are evaluation rows too; .* 2 others are needed"):
+        calibration_of(IMAGE, path, 8, evaluation[:5])
+    np.save(path, pixels[5:])
+    assert len(calibration_of(IMAGE, path, 8, evaluation[:5]).rows) == 1
+
+
 def test_modelopt_sees_the_longest_row_first_and_every_row_once() -> None:
     calibration = Calibration([row(length) for length in (3, 5, 5, 7)], BATCH)
     assert calibration.get_first()["ids"].shape == (2, 7)
@@ -162,6 +175,28 @@ def test_ranges_that_entropy_cannot_count_are_left_to_max(tmp_path: Path) -> Non
     points, growth = ranges_by_samples(tmp_path / "model.onnx", [*steady, {"x": np.full((8, 4), 1e6, np.float32)}])
     assert growth > MOST_GROWTH
     assert points.keys() == {"max"}
+
+
+@pytest.mark.parametrize(
+    ("least", "most_bytes", "sizes"),
+    [(1, 1 << 30, [1, 8, 8]), (1, 8 * 16 - 1, [1] * 17), (3, 8 * 16 - 1, [3, 3, 5, 3, 5])],
+    ids=["small", "large", "large, of a batch of 3 at least"],
+)
+def test_large_activations_are_held_of_one_row_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: int, most_bytes: int, sizes: list[int]
+) -> None:
+    seen = []
+
+    def activations(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        seen.append(len(batch["x"]))
+        return batch
+
+    monkeypatch.setattr(curve, "MOST_ACTIVATION_BYTES", most_bytes)
+    monkeypatch.setattr(curve, "_activations", lambda path: activations)
+    values = np.arange(64, dtype=np.float32).reshape(16, 4)
+    points, _ = ranges_by_samples(tmp_path / "model.onnx", [{"x": values[:8]}, {"x": values[8:]}], least)
+    assert seen == sizes
+    assert (points["max"][max(points["max"])], max(points["max"])) == ({"x": 63.0}, 16)
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])

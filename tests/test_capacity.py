@@ -26,6 +26,7 @@ from loadtests.slo import judge
 from loadtests.trial import (
     Phase,
     Trial,
+    Trials,
     bound_rates,
     judged,
     required_rps,
@@ -177,6 +178,18 @@ def test_a_search_may_start_outside_the_rates_that_it_looks_through(
     attempt = server_of(lambda rate_rps, _: "holds" if rate_rps < limit else "fails")
     capacity = find(Capacity(**HEAD), plan, attempt, Console(quiet=True))
     assert sentence in capacity.sentence
+
+
+def test_a_rate_with_more_in_flight_than_the_generator_can_have_is_its_limit_and_not_sent(tmp_path: Path) -> None:
+    about: dict[str, Any] = {"model": "image", "models": "", "target": "onnxruntime", "protocol": "grpc"}
+    spec = DeploymentSpec.load("tests/models/image")
+    spec = spec.model_copy(update={"slo": SloSpec(p99_ms=2000)})
+    served = ModelMetadata(name="image", versions=("1",), platform="", inputs=(), outputs=(), max_batch_size=8)
+    settings = Settings(**about, url="nowhere:1", inputs="")
+    trials = Trials(spec=spec, settings=settings, served=served, folder=tmp_path, console=Console(quiet=True))
+    found = trials(5000, "bracket", 10, 0)
+    assert (found.outcome, found.overloaded, found.run) == ("invalid", False, "")
+    assert "10000 requests may be in flight and in time; a worker can have 8192" in found.problems[0]
 
 
 def test_a_search_does_not_go_on_over_another_version_of_the_model() -> None:

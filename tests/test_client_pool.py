@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import ssl
 import time
@@ -159,6 +160,31 @@ def test_a_mute_address_of_a_host_hides_no_other(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: places)
         with connected("host", 1, Deadline(2)) as connection:
             assert connection.getpeername() == good.getsockname()
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        ((socket.AF_INET, errno.ECONNREFUSED), (socket.AF_INET6, errno.EADDRNOTAVAIL), errno.ECONNREFUSED),
+        ((socket.AF_INET6, errno.EADDRNOTAVAIL), (socket.AF_INET, errno.ECONNREFUSED), errno.ECONNREFUSED),
+        ((socket.AF_INET6, errno.ECONNREFUSED), (socket.AF_INET, errno.EADDRNOTAVAIL), errno.EADDRNOTAVAIL),
+    ],
+    ids=["no IPv6, asked last", "no IPv6, asked first", "no port left"],
+)
+def test_that_a_machine_has_no_ipv6_hides_no_other_failure(
+    monkeypatch: pytest.MonkeyPatch, first: tuple[int, int], then: tuple[int, int], told: int
+) -> None:
+    numbers = iter((first[1], then[1]))
+
+    def connect(*_: Any) -> None:
+        raise OSError(next(numbers), "no")
+
+    places = [(family, socket.SOCK_STREAM, 6, "", ("x", 1)) for family, _ in (first, then)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: places)
+    monkeypatch.setattr("socket.socket.connect", connect)
+    with pytest.raises(OSError, match="no") as caught:
+        connected("host", 1, Deadline(2))
+    assert caught.value.errno == told
 
 
 class Lies:

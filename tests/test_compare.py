@@ -16,6 +16,7 @@ import pytest
 
 from deepseek.spec import Axis, DeploymentSpec, GateFailed, Target
 from export.accuracy import metric_drop, parity, similarity
+from export.artifact import load_rows, save_rows
 from export.compare import add_speed, choose, time_interleaved
 from export.runners import within_batch
 from tests.conftest import run_module
@@ -211,6 +212,17 @@ def test_a_profile_of_one_batch_is_compared(text: Path) -> None:
     result = json.loads(run.stdout)
     assert result["variants"]["fp32"]["metrics"] == result["pytorch"]["metrics"]
     assert result["timed_shapes"]["input_ids"][0] == 4
+
+
+def test_speed_is_measured_at_the_usual_sizes_though_no_two_rows_share_a_shape(text: Path) -> None:
+    path = text / "build" / "text" / "evaluation.npz"
+    rows = {row["input_ids"].shape: row for row in load_rows(path)}
+    save_rows(path, rows.values())
+    run = stage(text, "compare", "--precision", "fp32", "--json")
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["rows"] == len(rows)
+    assert result["timed_shapes"] == {"input_ids": [4, 16], "attention_mask": [4, 16]}
 
 
 def test_a_number_that_is_none_is_null_in_json(text: Path) -> None:

@@ -14,9 +14,18 @@ import numpy as np
 import pytest
 
 from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, SloSpec
-from loadtests.bootstrap import Draws, Interval, Stretches, expanded_tail, means_ms, percentiles, ratio_interval
-from loadtests.compare_runs import as_json, markdown
-from loadtests.interleaved import How, pairs_in_time, shape_of
+from loadtests.bootstrap import (
+    Draws,
+    Interval,
+    Stretches,
+    expanded_tail,
+    least_pairs,
+    means_ms,
+    percentiles,
+    ratio_interval,
+)
+from loadtests.compare_runs import PAIRS, as_json, markdown
+from loadtests.interleaved import SEARCH_SHARE, How, pairs_in_time, shape_of
 from loadtests.regression import Thresholds, _Judge, compare, method
 from loadtests.results import Run, Settings
 from loadtests.sides import Side
@@ -77,6 +86,18 @@ def test_the_interval_holds_the_true_ratio_as_often_as_it_says() -> None:
     assert expanded_tail(6, 0.95) < 0.025 < expanded_tail(6, 0.80)
 
 
+@pytest.mark.parametrize(("rows", "needed"), [(1, 6), (2, 7), (3, 7), (4, 8)])
+def test_no_interval_is_surer_than_its_pairs_can_be(rows: int, needed: int) -> None:
+    each = 1 - 0.05 / rows
+    assert least_pairs(each) == needed
+    found = {}
+    for pairs in (needed - 1, needed):
+        draws, values = Draws.of(pairs, pairs), np.random.default_rng(0).lognormal(0, 0.1, (2, pairs))
+        found[pairs] = ratio_interval(draws.new @ values[0], draws.base @ values[1], pairs=pairs, confidence=each)
+    assert math.isnan(found[needed - 1].low)
+    assert found[needed].low < found[needed].ratio < found[needed].high
+
+
 def test_percentiles_of_draws_are_those_of_the_added_up_runs(tmp_path: Path) -> None:
     fast, slow = saved_run(tmp_path / "a", steady(0.01, lag_s=0)), saved_run(tmp_path / "b", steady(0.1, lag_s=0))
     side = Stretches.of([fast.window, slow.window])
@@ -89,7 +110,7 @@ def test_percentiles_of_draws_are_those_of_the_added_up_runs(tmp_path: Path) -> 
     assert math.isinf(percentiles(lost, np.array([[1]]), 91)[0])
 
 
-def climbing(folder: Path, knee_rps: float, first: int, count: int = 6, lag_s: float = 0.0) -> list[Run]:
+def climbing(folder: Path, knee_rps: float, first: int, count: int = 7, lag_s: float = 0.0) -> list[Run]:
     """Runs at 20/s and up a ladder; past the knee latency leaps over the limit. From 60/s on it is sent late."""
     found = []
     for place in range(count):
@@ -160,14 +181,14 @@ def test_failures_make_the_new_side_worse_however_fast_the_rest_is(tmp_path: Pat
 
 def test_too_few_pairs_or_samples_prove_nothing_and_the_number_needed_is_said(tmp_path: Path) -> None:
     few = compare(runs(tmp_path / "a", 10, 0, 4), runs(tmp_path / "b", 30, 9, 4), SLO, Thresholds())
-    assert (few.verdict, few.rows[0].note) == ("inconclusive", "4 pairs, 5 needed")
-    short = [saved_run(tmp_path / "c" / f"{n}", noisy(10, n, 40), rate_rps=4.0) for n in range(6)]
-    assert compare(short, short, SLO, Thresholds()).rows[1].note == "240 requests, 459 needed"
+    assert (few.verdict, few.rows[0].note) == ("inconclusive", "4 pairs, 7 needed")
+    short = [saved_run(tmp_path / "c" / f"{n}", noisy(10, n, 40), rate_rps=4.0) for n in range(7)]
+    assert compare(short, short, SLO, Thresholds()).rows[1].note == "280 requests, 459 needed"
 
 
 def test_runs_that_differ_among_themselves_are_not_called_close_to_the_threshold(tmp_path: Path) -> None:
-    base = [saved_run(tmp_path / "a" / f"{n}", noisy(10 * 4 ** (n % 2), n), rate_rps=20.0) for n in range(6)]
-    new = [saved_run(tmp_path / "b" / f"{n}", noisy(10 * 4 ** (n // 3), n), rate_rps=20.0) for n in range(6)]
+    base = [saved_run(tmp_path / "a" / f"{n}", noisy(10 * 4 ** (n % 2), n), rate_rps=20.0) for n in range(8)]
+    new = [saved_run(tmp_path / "b" / f"{n}", noisy(10 * 4 ** (n // 4), n), rate_rps=20.0) for n in range(8)]
     assert compare(base, new, SLO, Thresholds()).rows[0].note.startswith("more than 200 pairs would tell; runs of")
 
 
@@ -238,8 +259,8 @@ def left(build: Path) -> tuple[str, dict[str, Any]]:
 
 
 def test_where_nothing_can_be_said_that_takes_the_place_of_an_earlier_table(tmp_path: Path) -> None:
-    base = runs(tmp_path / "a", 10, 0, 5)
-    busy = runs(tmp_path / "b", 10, 50, 5, thread_cpu=0.99)
+    base = runs(tmp_path / "a", 10, 0, 7)
+    busy = runs(tmp_path / "b", 10, 50, 7, thread_cpu=0.99)
     assert recorded(tmp_path, base, base, "--threshold", "50", "--threshold-p99", "90").returncode == 0
     assert recorded(tmp_path, base, busy).returncode == 3
     text, data = left(tmp_path / "build")
@@ -250,7 +271,7 @@ def test_where_nothing_can_be_said_that_takes_the_place_of_an_earlier_table(tmp_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--pairs", "2"), "--pairs 2: 5 or more are needed"),
+        (("--pairs", "6"), "--pairs 6: 7 or more are needed"),
         (("--threshold", "0"), "--threshold 0: it must be more than 0"),
         (("--warmup-s", "nan"), "--warmup-s nan: it must be 0 or more"),
         (("--output", "x.json"), "--output x.json: the Markdown file"),
@@ -311,7 +332,9 @@ def test_capacity_is_what_also_holds_an_objective_that_is_bound_to_a_rate(
 
 def test_as_many_pairs_are_made_as_fit_into_the_time() -> None:
     assert [pairs_in_time(how(), left_s) for left_s in (1000, 500)] == [8, 7]
-    with pytest.raises(InputError, match="5 pairs need about 1255 s in all"):
+    least = least_pairs(1 - 0.05 / 4)  # where failures are judged, too
+    assert least < pairs_in_time(how(pairs=PAIRS), 1200 * (1 - SEARCH_SHARE)) == PAIRS
+    with pytest.raises(InputError, match="7 pairs need about 1397 s in all"):
         pairs_in_time(how(), 300)
 
 
@@ -335,7 +358,7 @@ def served(repositories: Path, build: Path, new: str, *more: str) -> subprocess.
     """`fast` against another, in the shortest runs that prove anything."""
     model = ("--model", "tiny", "--models", str(repositories / "models"), "--inputs", str(repositories / "inputs.npz"))
     sides = ("--base", str(repositories / "fast"), "--new", str(repositories / new))
-    short = ("--pairs", "5", "--duration-s", "1", "--warmup-s", "0", "--rate", "40")
+    short = ("--pairs", "7", "--duration-s", "1", "--warmup-s", "0", "--rate", "40")
     return run_module("loadtests.compare_runs", *model, *sides, *short, *more, BUILD=str(build))
 
 
@@ -348,7 +371,7 @@ def test_an_added_delay_is_found_worse_and_the_same_is_not_worse_than_itself(
     assert "p50 at 40/s" in run.stdout
     (kept,) = (tmp_path / "tiny" / "compare-runs").iterdir()
     base, new = ([Run.load(each) for each in (kept / side / "runs").iterdir()] for side in ("base", "new"))
-    assert len(base) == len(new) >= 5
+    assert len(base) == len(new) >= 7
     assert not (kept / "base" / "repository").exists()
     # On a shared machine nothing may be told; but worse it is not.
     same = recorded(tmp_path, base, base, "--threshold", "60", "--threshold-p99", "200")

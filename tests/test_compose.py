@@ -20,7 +20,7 @@ import pytest
 from deepseek_client import AccessDenied, InferenceClient, InferenceError
 
 from deepseek.spec import DeploymentSpec
-from serving.keys import new_key
+from serving.keys import digest, ensure_folder, new_key
 from serving.stack import refresh
 from serving.versions import put_live, stage
 from tests.conftest import run_module
@@ -28,6 +28,7 @@ from tests.gateway import free_port
 
 HERE = Path("../shared/docker_here.sh")  # gives a machine without a registry an engine and Debian's image
 PROJECT = f"deepseek-test-{os.getpid()}"
+IMAGES = "deepseek-test"  # not those of a stack in use here; kept, so that the next run need not build them
 OBSERVED = ("--file", "compose.yaml", "--file", "docker/compose.offline.yaml", "--profile", "observe")
 FOLLOWING = ("--file", "compose.yaml", "--file", "docker/compose.follow.yaml")
 # Proved by few requests, and kept on a machine that is busy with other things.
@@ -123,7 +124,7 @@ def stack(docker: dict[str, str], built: Path, tmp_path_factory: pytest.TempPath
     running.folder.chmod(0o755)
     shutil.copytree(built / "repository", running.repository)
     arguments = ("--repository", str(running.repository), "--models", "tests/models")
-    settings = ("--gateway-port", str(running.port), "--env-file", str(running.folder / "env"))
+    settings = ("--gateway-port", str(running.port), "--env-file", str(running.folder / "env"), "--project", IMAGES)
     done = run_module("serving.stack", *arguments, *settings, "--folder", str(running.gateway))
     assert done.returncode == 0, done.stderr
     inputs = Path("build", "text", "evaluation.npz")  # where load tests look for them
@@ -194,7 +195,7 @@ def test_nobody_gets_round_the_gateway_from_another_container(stack: Stack) -> N
             network,
             "--entrypoint",
             "bash",
-            "deepseek-gateway",
+            f"{IMAGES}-gateway",
             "-c",
             knock,
         )
@@ -205,16 +206,43 @@ def test_nobody_gets_round_the_gateway_from_another_container(stack: Stack) -> N
 
 def test_the_cpu_servers_image_is_under_a_gigabyte(stack: Stack) -> None:
     size = run(
-        "docker", "image", "inspect", "--format", "{{.Size}}", "deepseek-server-cpu", environment=stack.docker
+        "docker", "image", "inspect", "--format", "{{.Size}}", f"{IMAGES}-server-cpu", environment=stack.docker
     ).stdout
     assert int(size) < 1e9
 
 
-@pytest.mark.parametrize("image", ["deepseek-server-cpu", "deepseek-loadtests"])
+@pytest.mark.parametrize("image", [f"{IMAGES}-server-cpu", f"{IMAGES}-loadtests"])
 def test_an_image_that_calls_over_https_knows_the_systems_authorities(stack: Stack, image: str) -> None:
     count = "import ssl; print(ssl.create_default_context().cert_store_stats()['x509_ca'])"
     asked = ("--entrypoint", "env", image, "--unset=SSL_CERT_FILE", "python", "-c", count)
     assert int(run("docker", "run", "--rm", *asked, environment=stack.docker).stdout) > 0
+
+
+def test_an_image_of_a_clone_that_its_owner_alone_may_read_starts(stack: Stack, tmp_path: Path) -> None:
+    shutil.copytree("docker", tmp_path / "docker")
+    for path in tmp_path.rglob("*"):
+        path.chmod(path.stat().st_mode & 0o700)
+    network = ("--network", stack.docker.get("BUILD_NETWORK", "default"))
+    build = ("docker", "build", "--quiet", *network, "--file", f"{tmp_path}/docker/gateway.Dockerfile", str(tmp_path))
+    image = run(*build, environment=stack.docker).stdout.strip()
+    look = "test -x /opt/gateway/gateway.sh -a -x /usr/local/bin/healthy.sh && cat /opt/gateway/*"
+    try:
+        run("docker", "run", "--rm", "--entrypoint", "bash", image, "-c", look, environment=stack.docker)
+    finally:
+        run("docker", "image", "rm", image, environment=stack.docker)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_a_key_that_the_gateway_may_not_read_is_told_and_given_to_it_by_roots_next_one(stack: Stack) -> None:
+    key = new_key(stack.gateway, "shop")
+    path = stack.gateway / "keys" / f"{digest(key)}.json"
+    os.chown(path, 0, 0)
+    with stack.client(api_key=key) as client:
+        with pytest.raises(AccessDenied):
+            client.infer("text", row())
+        assert f"{path.name} gives no key (Permission denied)" in stack.compose("logs", "gateway").stdout
+        ensure_folder(stack.gateway, [])
+        client.infer("text", row())
 
 
 def test_a_load_test_through_the_gateway_ends_in_a_verdict(stack: Stack, tmp_path: Path) -> None:
@@ -272,7 +300,7 @@ def test_an_engine_that_does_not_fit_is_not_served_and_the_log_says_why(stack: S
     mounts = ("--volume", f"{built / 'repository' / 'text'}:/models/other:ro")
     hardening = ("--read-only", "--cap-drop", "ALL", "--tmpfs", "/tmp")
     done = run(
-        "docker", "run", "--rm", *hardening, *mounts, "deepseek-server-cpu", check=False, environment=stack.docker
+        "docker", "run", "--rm", *hardening, *mounts, f"{IMAGES}-server-cpu", check=False, environment=stack.docker
     )
     assert done.returncode == 1
     assert f"other/{version.name}: is an engine of 'text'" in done.stdout + done.stderr

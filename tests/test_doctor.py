@@ -380,9 +380,9 @@ def test_a_strict_doctor_fails_over_a_warning(repository: Path, tmp_path: Path) 
     assert run_module("serving.doctor", *flags, "--strict").returncode == 1
 
 
-def preflight(repository: Path) -> subprocess.CompletedProcess[str]:
+def preflight(repository: Path, flags: str = "") -> subprocess.CompletedProcess[str]:
     """As a container's entrypoint runs it: tritonserver starts only after `&&`."""
-    step = f"{sys.executable} -m serving.doctor --repository {repository} --preflight && echo tritonserver"
+    step = f"{sys.executable} -m serving.doctor --repository {repository} --preflight {flags} && echo tritonserver"
     return subprocess.run(["sh", "-c", step], capture_output=True, text=True)
 
 
@@ -393,6 +393,33 @@ def test_preflight_lets_triton_start_or_says_why_not(repository: Path) -> None:
     bad = preflight(repository)
     assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (1, "", 1)
     assert bad.stderr.startswith("mismatch  image/1: model.onnx is damaged")
+
+
+def test_before_the_embedded_server_only_a_model_without_a_good_version_is_a_mismatch(repository: Path) -> None:
+    shutil.copytree(repository / "image" / "1", repository / "image" / "2")
+    damage(repository / "image" / "2" / "model.onnx")
+    (repository / "notes").mkdir()  # that server leaves it out
+    assert preflight(repository).returncode == 1
+    older = preflight(repository, "--embedded")
+    assert (older.returncode, older.stdout) == (0, "tritonserver\n")
+    assert re.search(r"^warning   image/2: model.onnx is damaged", older.stderr, re.MULTILINE)
+    assert "mismatch" not in older.stderr
+    damage(repository / "image" / "1" / "model.onnx")
+    none = preflight(repository, "--embedded")
+    assert (none.returncode, none.stdout) == (1, "")
+    assert [line[:18] for line in none.stderr.splitlines()] == [
+        "mismatch  image/2:",
+        "mismatch  image/1:",
+        "warning   notes: a",
+    ]
+
+
+def test_before_nvidias_triton_the_doctor_stays_strict() -> None:
+    scripts = {name: Path("docker", name).read_text() for name in ("server.sh", "server-cpu.sh")}
+    assert {name: "--preflight --embedded\n" in text for name, text in scripts.items()} == {
+        "server.sh": False,
+        "server-cpu.sh": True,
+    }
 
 
 def test_a_model_or_repository_that_is_not_there_is_one_line(repository: Path, tmp_path: Path) -> None:

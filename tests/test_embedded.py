@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -54,16 +55,20 @@ def test_health_metrics_and_endpoints_are_real(server: EmbeddedServer) -> None:
     assert 'nv_inference_request_success{model="add_one",version="1"}' in metrics
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
-def test_nothing_is_left_running_however_it_ends(tmp_path: Path, how: signal.Signals) -> None:
+def test_nothing_is_left_running_however_it_ends(tmp_path: Path, how: signal.Signals, again: bool) -> None:
     write_add_one(tmp_path / "repository")
     process = start(tmp_path / "repository")
     below = wait_until_serving(process)
     assert {"tritonserver"} <= {each.name() for each in below}
     process.send_signal(how)
+    if again:
+        time.sleep(0.2)  # while it is stopping
+        process.send_signal(how)
     _, errors = process.communicate(timeout=20)
     assert "Traceback" not in errors
-    assert process.returncode == (0 if how != signal.SIGKILL else -signal.SIGKILL)
+    assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130 if again else 0}.get(how, 0)
     _, alive = psutil.wait_procs(below, timeout=10)
     assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
 
@@ -103,6 +108,17 @@ def test_a_launcher_killed_before_there_is_a_server_leaves_nothing(tmp_path: Pat
     while list((tmp_path / "tmp").iterdir()):
         assert time.monotonic() < until_s
         time.sleep(0.05)
+
+
+def test_the_log_is_ours_alone_and_knows_no_secret(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    log = tmp_path / "log"
+    log.touch(0o644)
+    with EmbeddedServer(tmp_path / "repository", log_path=log, **FREE) as running:
+        assert running._key in " ".join(psutil.Process(running._process.pid).cmdline())  # type: ignore[union-attr]
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    assert running._key not in log.read_text()
+    assert "triton-admin-key=<secret>" in log.read_text()
 
 
 def test_shared_memory_and_scratch_are_removed(tmp_path: Path) -> None:

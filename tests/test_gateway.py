@@ -277,6 +277,20 @@ def served_certificate(gateway: Gateway) -> bytes | None:
         return connection.getpeercert(binary_form=True)
 
 
+def test_a_key_file_that_cannot_be_read_is_told(gateway: Gateway) -> None:
+    key = gateway.add_key("unreadable")
+    path = gateway.folder / "keys" / f"{digest(key)}.json"
+    path.unlink()
+    assert gateway.http("GET", "/v2", key=key)[0] == 401
+    assert path.name not in gateway.log_path.read_text()
+    path.mkdir()  # where no mode keeps root from a file
+    assert gateway.http("GET", "/v2", key=key)[0] == 401
+    assert re.search(
+        rf"\[error\] .*{path.name} gives no key \(.+\), so its caller gets 401", gateway.log_path.read_text()
+    )
+    path.rmdir()
+
+
 def test_requests_in_flight_are_answered_when_it_is_told_to_stop(closed: EmbeddedServer, tmp_path: Path) -> None:
     models = served_models(closed.repository, tmp_path)
     running = Gateway(tmp_path, limits(models), closed.http_url, closed.grpc_url)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 from tritonclient.utils import InferenceServerException
 
 from serving.certificate import ensure_certificate
@@ -178,21 +179,53 @@ def served_certificate(gateway: Gateway) -> bytes | None:
         return connection.getpeercert(binary_form=True)
 
 
-def test_a_certificate_that_is_taken_away_serves_on_until_a_new_pair_is_there(running: Gateway, tmp_path: Path) -> None:
+EXPIRY, PENDING = "gateway_certificate_expiry_timestamp_seconds", "gateway_reload_pending"
+
+
+def told(gateway: Gateway) -> tuple[float, float]:
+    """When the certificate ends, and whether something waits to be loaded, by its metrics."""
+    found = metrics(gateway)
+    return found[EXPIRY], found[PENDING]
+
+
+def end_of(gateway: Gateway) -> float:
+    """When the certificate ends that a new connection is shown."""
+    shown = served_certificate(gateway)
+    assert shown is not None
+    return x509.load_der_x509_certificate(shown).not_valid_after_utc.timestamp()
+
+
+def test_a_certificate_that_is_taken_away_serves_on_until_a_new_pair_is_there(
+    running: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(running.folder, tmp_path / "new" / "gateway")
     shutil.copytree(tmp_path / "gateway-authority", tmp_path / "new" / "gateway-authority")
+    monkeypatch.setattr("serving.certificate.VALID_DAYS", 100)
     assert ensure_certificate(tmp_path / "new" / "gateway", ["api.example.com"])
-    before = served_certificate(running)
+    before, end = served_certificate(running), end_of(running)
+    assert told(running) == (end, 0)
     with load(running) as seen:
         (running.folder / "tls.crt").unlink()
-        time.sleep(1)  # five looks at it
-        assert "NaN" in urllib.request.urlopen(f"http://127.0.0.1:{running.internal_port}/metrics").read().decode()
+        wait_for(lambda: told(running), lambda found: found == (end, 1))
         shutil.copy(tmp_path / "new" / "gateway" / "tls.crt", running.folder)  # whose key is not there yet
-        time.sleep(1)
+        time.sleep(1)  # five looks at it
         assert served_certificate(running) == before
+        assert told(running) == (end, 1)
         shutil.copy(tmp_path / "new" / "gateway" / "tls.key", running.folder)
         wait_for(lambda: served_certificate(running) != before)
+        wait_for(lambda: told(running), lambda found: found == (end_of(running), 0))
+    assert end_of(running) < end
     assert set(seen) == {200}
+
+
+def test_a_change_that_cannot_be_loaded_waits_and_is_told_until_it_is_taken_back(running: Gateway) -> None:
+    for name in ("tls.key", "limits.conf"):
+        good = (running.folder / name).read_bytes()
+        (running.folder / name).write_text("nothing")
+        wait_for(lambda: metrics(running)[PENDING], lambda found: found == 1)
+        assert running.http("POST", INFER, body=json_body())[0] == 200
+        (running.folder / name).write_bytes(good)
+        wait_for(lambda: metrics(running)[PENDING], lambda found: found == 0)
 
 
 GETENT = """#!/bin/bash

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import math
 import os
@@ -13,19 +15,23 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from deepseek_client import InferenceClient, Unreachable
+from deepseek_client.plain_wires import GreenWire
 from rich.console import Console
 
-from deepseek.spec import DeploymentSpec, SloSpec
+from deepseek.spec import DeploymentSpec, InputError, SloSpec
 from loadtests.check import check
 from loadtests.measure import measure
-from loadtests.results import Run, Settings, latest_run
+from loadtests.results import NO_FILE, NO_PORT, Latency, Run, Settings, latest_run
+from loadtests.sender import kind_of
 from loadtests.slo import judge
 from tests.conftest import run_module
-from tests.fake_endpoint import FakeEndpoint
+from tests.fake_endpoint import Endpoint, FakeEndpoint, Faults
 from tests.test_locustfile import SPEC, free_port
 
 ROOT = Path(__file__).parent.parent
 PROTOCOLS = ["grpc", "http"]
+SPREAD = 0.5  # of log-normal delays
 Protocol = Literal["grpc", "http"]
 
 
@@ -71,15 +77,23 @@ def nearest_rank(ordered: np.ndarray, percent: float) -> float:
 @pytest.mark.alone
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_reported_percentiles_are_the_servers_own_within_two_percent(protocol: Protocol) -> None:
-    with FakeEndpoint(delay_ms=150, slow_every=3, slow_ms=500) as endpoint:
-        run = measured(settings(endpoint, protocol, rate_rps=75.0, duration_s=2.0))
+    with FakeEndpoint(delay_ms=200, spread=SPREAD) as endpoint:
+        run = measured(settings(endpoint, protocol, rate_rps=75.0, duration_s=4.0))
         ordered = true_ms(endpoint)
-    assert run.window.ok == len(ordered) == 150
-    # Some 20 are in flight at once, the fast ones among them answered first.
-    for percent in (10, 50, 80, 99):
-        assert run.window.latency("service").percentile_ms(percent) == pytest.approx(
-            nearest_rank(ordered, percent), rel=0.02
-        )
+    assert run.window.ok == len(ordered) == 300
+    # Some 17 are in flight at once, the fast ones among them answered first.
+    kinds: tuple[Latency, ...] = ("intended", "service")
+    for kind, percent in itertools.product(kinds, (50, 90, 99, 99.9)):
+        found = run.window.latency(kind).percentile_ms(percent)
+        assert found == pytest.approx(nearest_rank(ordered, percent), rel=0.02), (kind, percent)
+
+
+def test_delays_are_so_smooth_that_an_error_of_two_percent_shows() -> None:
+    endpoint = Endpoint(Faults(delay_ms=200, spread=SPREAD))
+    ordered = np.sort([endpoint.admit()[1] for _ in range(2000)])
+    assert np.median(ordered) == pytest.approx(0.2, rel=0.05)
+    for right, wrong in ((50, 48), (90, 88), (99, 98), (99.9, 99.5)):  # whoever reads one percentile for another
+        assert nearest_rank(ordered, right) > 1.02 * nearest_rank(ordered, wrong)
 
 
 @pytest.mark.alone
@@ -159,10 +173,10 @@ def command(wanted: Settings, *more: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_rate_that_no_machine_holds_is_an_invalid_measurement_and_ends_in_time() -> None:
     with FakeEndpoint() as endpoint:
-        run = command(settings(endpoint, duration_s=2.0), "--rate", "300000", "--timeout-s", "1")
+        run = command(settings(endpoint, duration_s=2.0), "--rate", "40000", "--timeout-s", "1")
     assert run.returncode == 3
-    assert re.search(r"of 600000 planned requests were never sent", run.stderr)
-    assert Run.load(latest_run("tiny")).window.planned == 600_000
+    assert re.search(r"of 80000 planned requests were never sent", run.stderr)
+    assert Run.load(latest_run("tiny")).window.planned == 80_000
 
 
 @pytest.mark.parametrize("zero", [("--duration-s", "0", "--rate", "9"), ("--shape", "50x0")], ids=["duration", "shape"])
@@ -179,6 +193,44 @@ def test_lengths_come_in_the_proportions_of_the_file_and_are_told_apart() -> Non
     first = run.lengths["length 7"].latency("intended")
     assert first.total == 30
     assert 5 <= first.percentile_ms(50) <= first.percentile_ms(99)
+
+
+def test_requests_wait_for_no_stream_of_the_server_unseen() -> None:
+    with FakeEndpoint(delay_ms=1000, most_streams=100) as endpoint:
+        run = measured(settings(endpoint, rate_rps=250.0, duration_s=4.0))  # 250 are in flight
+    assert run.window.ok == 1000
+    assert run.window.latency("service").percentile_ms(90) < 1500
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_server_that_is_busy_while_the_generator_prepares_is_asked_again(protocol: Protocol) -> None:
+    with FakeEndpoint(refuse_metadata=3) as endpoint:
+        run = measured(settings(endpoint, protocol, rate_rps=40.0, duration_s=1.0))
+    assert run.window.ok == 40
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_generator_that_cannot_prepare_says_why_in_one_line(workers: str) -> None:
+    with FakeEndpoint(refuse_metadata=10_000) as endpoint:
+        run = command(settings(endpoint), "--rate", "40", "--workers", workers)
+    assert (run.returncode, run.stderr.count("Traceback")) == (3, 0)
+    last = run.stderr.splitlines()[-1]
+    assert re.search(r"the load generator could not be prepared: .*Exceeds maximum queue size", last)
+    assert not any("Exceeds" in line for line in run.stderr.splitlines()[:-1])
+
+
+def test_tuned_values_that_no_longer_fit_the_model_stop_no_load(models: Path) -> None:
+    stale = '[targets.onnxruntime]\nmeasured = ""\n[targets.onnxruntime.batching]\nmax_batch = 99\n'
+    (models / "tiny" / "tuned.toml").write_text(stale + "max_queue_delay_us = 0\ninstances = 1\n")
+    deploy = models / "tiny" / "deploy.toml"
+    deploy.write_text('tuned = "tuned.toml"\n' + deploy.read_text())
+    with pytest.raises(InputError, match=r"tuned\.toml"):
+        DeploymentSpec.of_model("tiny", models)
+    spec = DeploymentSpec.of_model("tiny", models, tuned=os.devnull)  # as make tune has it
+    with FakeEndpoint() as endpoint:
+        wanted = settings(endpoint, rate_rps=40.0, duration_s=1.0)
+        run = measure(wanted, spec, check(wanted, spec), Console(quiet=True))
+    assert run.window.ok == 40
 
 
 def test_a_mix_sends_each_model_its_share_and_is_judged_by_each_models_own_slo(models: Path) -> None:
@@ -269,6 +321,45 @@ share.finished.wait()
 print(ended["finished"]["now"]["in_flight"], sum(row["ok"] for row in ended["finished"]["rows"][0]), end=" ")
 print(len(share.parts[0]._free))
 """
+
+
+FEW_FILES = """
+import resource
+limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (130, limits[1]))
+"""
+ERRORS = """
+print(json.dumps(ended["finished"]["rows"][0][0]["errors"]))
+"""
+
+
+def test_connections_that_this_machine_has_no_file_for_are_no_failures_of_the_server() -> None:
+    script = GREENLETS.replace("share =", f"{FEW_FILES}share =") + ERRORS
+    with FakeEndpoint(delay_ms=1500) as endpoint:
+        wanted = settings(endpoint, "http", rate_rps=100.0, duration_s=1.0, arrivals="constant")
+        command = [sys.executable, "-c", script, json.dumps(wanted.__dict__)]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    in_flight, answered, *_ = run.stdout.split()
+    assert (in_flight, answered) == ("0", "30"), run.stderr
+    assert json.loads(run.stdout.splitlines()[-1]) == {NO_FILE: 70}
+
+
+KINDS = {errno.EMFILE: NO_FILE, errno.ENFILE: NO_FILE, errno.EADDRNOTAVAIL: NO_PORT, errno.ECONNREFUSED: "Unreachable"}
+
+
+@pytest.mark.parametrize("number", KINDS, ids=lambda number: errno.errorcode[number])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_the_generators_machine_lacks_is_told_from_a_server_that_is_not_there(
+    protocol: Protocol, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("deepseek_client.inference.blocking_wire", lambda url, _: GreenWire(url))
+    monkeypatch.setattr("socket.socket.connect", connect)
+    with InferenceClient("127.0.0.1:9", protocol, retries=0) as client, pytest.raises(Unreachable) as caught:
+        client.ready()
+    assert kind_of(caught.value) == KINDS[number]
 
 
 def test_an_open_loop_sends_from_as_many_greenlets_as_were_in_flight_at_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import ssl
 import stat
 import subprocess
@@ -44,8 +45,8 @@ def test_keys_and_private_files_are_readable_by_the_stacks_user_alone(folder: Pa
     for path in (folder / "tls.key", *(folder / "keys").iterdir()):
         found = path.stat()
         assert stat.S_IMODE(found.st_mode) == 0o600
-        assert (found.st_uid, found.st_gid) == owner()
-    assert 0 not in owner()
+        assert (found.st_uid, found.st_gid) == owner(folder)
+    assert 0 not in owner(folder)
     assert not (folder / "ca.key").exists()  # the folder is mounted in the gateway
 
 
@@ -154,7 +155,10 @@ def test_somebodys_own_certificate_without_its_key_is_one_line(folder: Path, how
     [
         ("gateway/tls.crt", "is not a PEM certificate; put one there, or remove it for a new"),
         ("gateway/ca.crt", "is not a PEM certificate; put one there, or remove it for a new"),
-        ("gateway-authority/ca.key", "is not an unencrypted PEM key; put it back, or remove it for a new authority"),
+        (
+            "gateway-authority/ca.key",
+            "is not an unencrypted PEM key; put it back, or remove .*ca.crt and tls.crt for a new",
+        ),
     ],
 )
 def test_a_damaged_file_is_one_line(folder: Path, name: str, said: str) -> None:
@@ -171,7 +175,38 @@ def test_a_certificate_that_root_puts_there_is_given_to_the_stacks_user(folder: 
         os.chown(path, 0, 0)
         path.chmod(0o600)
     assert not ensure_certificate(folder, [])
-    assert {path.stat().st_uid for path in files} == {owner()[0]}
+    assert {path.stat().st_uid for path in files} == {owner(folder)[0]}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_what_root_makes_in_an_ordinary_users_folder_is_that_users(folder: Path) -> None:
+    new_key(folder, "shop")
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, 1234, 1235)
+    (folder.parent / "linked").touch()
+    (folder / "keys" / "linked.json").symlink_to(folder.parent / "linked")
+    ensure_folder(folder, ["api.example.com"])
+    new_key(folder, "till")
+    assert owner(folder) == (1234, 1235)
+    found = [path.lstat() for path in (folder, *folder.rglob("*"))]
+    assert {(each.st_uid, each.st_gid) for each in found} == {(1234, 1235)}
+    assert (folder.parent / "linked").stat().st_uid == 0
+    os.chown(folder / "keys", 10001, 10001)  # as root's make keys once did
+    ensure_folder(folder, [])
+    assert (folder / "keys").stat().st_uid == 1234
+
+
+def test_an_authority_whose_key_is_missing_is_never_replaced(folder: Path) -> None:
+    before = (folder / "ca.crt").read_bytes()
+    (folder.parent / "gateway-authority" / "ca.key").unlink()
+    assert not ensure_certificate(folder, [])  # the certificate is still good
+    said = "ca.key cannot be read .*; put it back, or remove .*ca.crt and tls.crt for a new authority and hand it on"
+    with pytest.raises(InputError, match=said):
+        ensure_certificate(folder, ["api.example.com"])
+    assert (folder / "ca.crt").read_bytes() == before
+    (folder / "ca.crt").unlink()
+    (folder / "tls.crt").unlink()
+    assert ensure_certificate(folder, [])
 
 
 def leaf(folder: Path) -> x509.Certificate:
@@ -179,21 +214,13 @@ def leaf(folder: Path) -> x509.Certificate:
     return x509.load_pem_x509_certificate((folder / "tls.crt").read_bytes())
 
 
-def test_make_keys_passes_its_variables_on() -> None:
-    command = [
-        "make",
-        "--dry-run",
-        "keys",
-        "NAME=shop",
-        "EXPIRES_DAYS=90",
-        "KEY_RPS=50",
-        "GATEWAY_HOSTS=a.example b.example",
-    ]
+def test_make_keys_passes_its_variables_on_as_they_are() -> None:
+    variables = ["NAME=o'brien & co; id", "EXPIRES_DAYS=90", "KEY_RPS=50", "GATEWAY_HOSTS=a.example b.example"]
     kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
-    text = " ".join(
-        subprocess.run(command, capture_output=True, text=True, env=kept).stdout.replace("\\\n", " ").split()
-    )
-    assert text.endswith("serving.keys --name 'shop' --expires-days 90 --rate-rps 50 --host a.example --host b.example")
+    told = subprocess.run(["make", "--dry-run", "keys", *variables], capture_output=True, text=True, env=kept).stdout
+    given = ["--name=o'brien & co; id", "--expires-days=90", "--rate-rps=50"]
+    hosts = ["--host", "a.example", "--host", "b.example"]
+    assert [word for word in shlex.split(told) if word.strip()][1:] == ["-m", "serving.keys", *given, *hosts]
 
 
 def test_a_certificate_that_came_with_its_authority_stays(

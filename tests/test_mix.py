@@ -116,13 +116,29 @@ def test_lengths_that_differ_make_classes_and_many_of_them_powers_of_two() -> No
     ]
 
 
-def test_a_large_file_is_taken_evenly_and_sent_shuffled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arrays = {f"{row:05d}/ids": np.full((1, 4), row) for row in range(300)}
+def test_of_a_large_file_rows_of_every_kind_are_drawn_and_sent_shuffled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = {f"{row:05d}/ids": np.full((1, 4), row) for row in range(300)}  # two and three kinds in turn, say
     np.savez(tmp_path / "rows.npz", **arrays)  # type: ignore[arg-type]
-    monkeypatch.setattr(inputs, "MOST_BYTES", 100 * 4 * 8)
+    monkeypatch.setattr(inputs, "MOST_ROWS", 100)
     assert read_inputs(tmp_path / "rows.npz", least=4)[0]["ids"].shape == (4, 4)  # where the profile has no batch of 1
     read = read_inputs(tmp_path / "rows.npz")
-    assert [int(row["ids"][0, 0]) for row in read] == list(range(0, 300, 3))
+    taken = [int(row["ids"][0, 0]) for row in read]
+    assert (len(taken), taken) == (100, sorted(set(taken)))
+    for kinds in (2, 3):
+        counts = np.bincount([row % kinds for row in taken], minlength=kinds)
+        assert counts.min() > 0.6 * 100 / kinds
     sent = [int(row["ids"][0, 0]) for row in shuffled(read, seed=1)]
-    assert sorted(sent) == list(range(0, 300, 3)) != sent
+    assert sorted(sent) == taken != sent
     assert sent == [int(row["ids"][0, 0]) for row in shuffled(read, seed=1)]
+
+
+def test_the_bound_on_bytes_is_by_all_rows_and_not_by_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = {f"{row:05d}/ids": np.zeros((1, 1 if row == 0 else 1000)) for row in range(100)}
+    np.savez_compressed(tmp_path / "rows.npz", **arrays)  # type: ignore[arg-type]
+    monkeypatch.setattr(inputs, "MOST_BYTES", 25 * 8000)
+    assert 20 <= len(read_inputs(tmp_path / "rows.npz")) <= 25
+    assert len(read_inputs(tmp_path / "rows.npz", least=4)) <= 6  # each is four times as large then

@@ -150,7 +150,7 @@ def test_the_same_calibration_data_serves_one_method_after_the_other(copied: Pat
 
 def test_a_report_of_an_earlier_graph_does_not_stay_beside_one_that_has_none(copied: Path) -> None:
     (copied / "text" / "fp16" / "calibration.json").write_text('{"method": "entropy"}')
-    made = quantize_model(TEXT, QuantConfig(precision="fp16"))
+    made = quantize_model(TEXT, QuantConfig.of_precision("fp16"))
     assert "calibration" not in made
     assert not (copied / "text" / "fp16" / "calibration.json").exists()
 

@@ -19,8 +19,10 @@ import pytest
 from deepseek_client import InferenceClient
 from onnx import numpy_helper
 
-from deepseek.spec import DeploymentSpec, FileDigest, GateFailed
+from deepseek.spec import DeploymentSpec, FileDigest, GateFailed, PublishedManifest
+from deepseek.spec.released import last_fate
 from export.to_triton import publish_version
+from serving.candidate import Candidate
 from serving.embedded import EmbeddedServer
 from serving.live import Live
 from serving.release import Release
@@ -68,6 +70,11 @@ class World:
         """Versions that the alerts of the stack expect."""
         rules = (self.folder / "build" / "observe" / "rules" / "deepseek.yml").read_text()
         return set(re.findall(r'version="(\d+)"', rules))
+
+    def fate(self, version: Path) -> tuple[int, str] | None:
+        """What was decided last about what a version holds: `make engine` goes by it."""
+        fate = last_fate("text", PublishedManifest.load(version / "manifest.json").files, self.live.parent)
+        return (fate.version, fate.outcome) if fate else None
 
     def last(self) -> dict[str, Any]:
         """The latest record."""
@@ -182,6 +189,7 @@ def test_a_good_version_goes_live_under_load_without_a_failed_request_and_back(w
     run = world.release(candidate)
     assert run.returncode == 0, run.stdout + run.stderr
     assert (world.version(), world.expected()) == ("2", {"2"})
+    assert world.fate(world.live / "2") == (2, "live")
     record = world.last()
     assert (record["outcome"], record["steps"][-1]["name"], record["steps"][-1]["state"]) == ("live", "stack", "holds")
     found = json.loads((Path(record["folder"]) / "switch.json").read_text())
@@ -198,6 +206,7 @@ def test_a_good_version_goes_live_under_load_without_a_failed_request_and_back(w
     assert (world.version(), newest(world.live), world.expected()) == ("1", 1, {"1"})
     record = world.last()
     assert (record["kind"], record["outcome"]) == ("rollback", "rolled back")
+    assert world.fate(Path(record["folder"]) / "withdrawn" / "2") == (2, "rolled back")
     assert (Path(record["folder"]) / "withdrawn" / "2" / "model.onnx").is_file()
     assert json.loads((Path(record["folder"]) / "switch.json").read_text())["failed"] == 0
     assert not [finding for finding in check_version(world.live, 1)[1] if finding]
@@ -215,10 +224,10 @@ def test_a_switch_that_is_refused_costs_no_version_to_go_back_to(
     spec = DeploymentSpec.of_model(args.model, args.models)
     with alone("text") as releases:
         journal = Journal(releases, "release", 2, before=1)
-        release = Release(args, spec, journal, 2, Live.find(args, 1))
-        release.stage()
+        candidate_2 = Candidate(args, spec, journal, 2)
+        candidate_2.stage()
         with pytest.raises(GateFailed, match="went on with version 1"):
-            release.switch()
+            Release(candidate_2, Live.find(args, 1)).switch()
     assert (newest(world.live), world.version()) == (1, "1")
     assert (journal.folder / "withdrawn" / "2" / "model.onnx").is_file()
 
@@ -251,6 +260,7 @@ def test_a_damaged_candidate_is_refused_before_anything_is_started(world: World,
     assert (run.returncode, len(run.stderr.splitlines())) == (1, 1)
     assert re.search(r"text/\d+: model.onnx is damaged", run.stderr)
     assert (world.last()["steps"][-1]["name"], newest(world.live)) == ("doctor", 1)
+    assert world.fate(candidate / "text" / "1") == (world.last()["version"], "refused")
 
 
 def test_a_candidate_of_other_weights_is_compared_with_its_own_build_or_not_at_all(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,13 +20,15 @@ from deepseek_client import ServerBusy
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement
 from loadtests import shadow, steady
 from loadtests.shadow import Differences, Shadow, judged
-from loadtests.steady import Sent, rate_of, result_of
+from loadtests.steady import Sent, check_before, rate_of, result_of
 from serving import release, rollback
+from serving.candidate import Candidate
 from serving.commands import Answer, ask, error_of
 from serving.live import MOST_RPS, Live
 from serving.release import Release
 from serving.releases import Journal, LeftOut, Steps, alone, history, last_number, read, report
-from serving.versions import stage
+from serving.rollback import Rollback
+from serving.versions import newest, stage
 
 
 def test_what_was_not_made_here_is_not_released(tmp_path: Path) -> None:
@@ -38,7 +43,7 @@ def test_over_what_was_not_made_here_nothing_is_released(tmp_path: Path) -> None
     (tmp_path / "live" / "text" / "3").mkdir(parents=True)
     args = Namespace(model="text", models="tests/models", repository=tmp_path / "live", new=tmp_path, new_build=None)
     journal = Journal(tmp_path, "release", 4, before=3)
-    candidate = Release(args, DeploymentSpec.load("tests/models/text"), journal, 4, Live(args=args, version=None))
+    candidate = Candidate(args, DeploymentSpec.load("tests/models/text"), journal, 4)
     with pytest.raises(InputError, match=r"live/text/3: no manifest\.json, so it was not made by make engine"):
         candidate.stage()
 
@@ -160,9 +165,9 @@ def test_make_hands_on_what_was_given() -> None:
     ]
     given = subprocess.run([*command, "URL=host:1"], capture_output=True, text=True).stdout
     assert "--url host:1" in given
-    assert "--new 'other'" in given
-    assert "--new-build 'theirs'" in given
-    assert "--rate 5" in given
+    assert "--new='other'" in given
+    assert "--new-build='theirs'" in given
+    assert "--rate='5'" in given
     assert "--may-be-absent" not in given
     default = subprocess.run([*command, "GRPC_PORT=9001"], capture_output=True, text=True).stdout
     assert default.count("--url 127.0.0.1:9001 --protocol grpc  --may-be-absent") == 2
@@ -175,6 +180,152 @@ def test_make_without_a_repository_releases_the_build_once_it_is_up_to_date(tmp_
     assert 0 < told.index("-m export.compare") < told.index("-m serving.release")
     assert "--new" not in told
     assert "-m export.to_triton" not in told  # into the repository it comes by the release alone
+
+
+def told(*arguments: str) -> str:
+    """What make would run."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
+    return subprocess.run(
+        ["make", "-n", *arguments, f"VENV={sys.prefix}"], capture_output=True, text=True, env=kept
+    ).stdout
+
+
+def test_make_stack_is_what_make_engine_does_for_the_stack_and_publishes_nothing(tmp_path: Path) -> None:
+    where = ("MODEL=text", "MODELS=tests/models", f"BUILD={tmp_path}", f"REPOSITORY={tmp_path}/r", "GATEWAY_HOSTS=a b")
+    (stack,) = (line for line in told("stack", *where).splitlines() if "-m " in line)
+    assert "-m serving.stack --model text" in stack
+    assert " ".join(stack.split()) in " ".join(told("engine", *where).split())
+
+
+def test_make_engine_publishes_what_was_refused_only_where_it_is_told_to(tmp_path: Path) -> None:
+    where = ("engine", "MODEL=text", "MODELS=tests/models", f"BUILD={tmp_path}", f"REPOSITORY={tmp_path}/r")
+    assert "--anyway" not in told(*where)
+    assert f"--repository {tmp_path}/r --anyway" in told(*where, "ANYWAY=1")
+
+
+@pytest.fixture
+def hung() -> Iterator[str]:
+    """The address of a server that takes connections and answers none."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+def live_arguments(url: str, **more: Any) -> Namespace:
+    """Of the server that callers have."""
+    facts = {"model": "text", "models": "tests/models", "protocol": "http", "ca_cert": None, "may_be_absent": True}
+    return Namespace(url=url, load_rate=None, switch_s=1, json=True, **facts, **more)
+
+
+def test_only_where_nothing_listens_is_there_no_server(hung: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"did not answer .*; something may serve at 127"):
+        Live.find(live_arguments(hung, repository=tmp_path), 1)
+    absent = Live.find(live_arguments("127.0.0.1:9", repository=tmp_path), 1)
+    assert (absent.version, absent.absent) == (None, "nothing listens at 127.0.0.1:9")
+
+
+def test_a_server_that_came_up_during_the_gates_is_not_switched_unwatched(
+    hung: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Live, "look", lambda live: (None, "it did not answer"))
+    args = live_arguments(hung, repository=tmp_path)
+    (tmp_path / "text" / "1").mkdir(parents=True)
+    candidate: Any = SimpleNamespace(args=args, journal=None, number=2, model=tmp_path / "text", before=1, folder=None)
+    with pytest.raises(InputError, match="it did not answer; something may serve"):
+        Release(candidate, Live(args=args, version=None, absent="nothing listens")).switch()
+
+
+def test_the_bytes_of_a_version_are_in_the_repository_before_the_switch_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, staged = tmp_path / "repository" / "text", tmp_path / "build" / "text"
+    (model / "1").mkdir(parents=True)
+    for name in ("2/model.onnx", "warmup/2-x", "config.pbtxt"):
+        (staged / name).parent.mkdir(parents=True, exist_ok=True)
+        (staged / name).write_text(name)
+    there: list[Path] = []
+
+    def change() -> None:
+        there.extend(model.glob(".scratch-*/text/2/model.onnx"))
+
+    result = {"version": 2, **result_of([sent_at(1.5, 1)], 1, 2)}
+    load = SimpleNamespace(change=change, result=lambda: result)
+    monkeypatch.setattr(Release, "_steady", lambda release, stack: load)
+    args = live_arguments("127.0.0.1:9", repository=tmp_path)
+    journal = Journal(tmp_path / "releases", "release", 2, before=1)
+    candidate: Any = SimpleNamespace(args=args, journal=journal, number=2, model=model, before=1, folder=staged)
+    assert "none failed" in Release(candidate, Live(args=args, version=1)).switch()
+    assert (len(there), newest(model), list(model.glob(".scratch-*"))) == (1, 2, [])
+
+
+def test_a_server_that_hangs_is_rolled_back_and_waited_for(
+    hung: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Live, "look", lambda live: (None, "it did not answer"))
+    monkeypatch.setattr("serving.rollback.expect_anew", lambda repository: LeftOut("no stack"))
+    monkeypatch.setattr("serving.releases.take_out", lambda model, number, **_: (model / str(number)).rmdir() or [])
+    for version in ("1", "2"):
+        (tmp_path / "text" / version).mkdir(parents=True)
+    journal = Journal(tmp_path / "releases", "rollback", 1, before=2)
+    with pytest.raises(GateFailed, match="the repository has version 1, the server gives none: restart it"):
+        Rollback(live_arguments(hung, repository=tmp_path), journal, 2, 1).run()
+    record = read(journal.folder)
+    assert record is not None
+    assert (newest(tmp_path / "text"), record.outcome) == (1, "rolled back")
+
+
+def sent_at(planned_s: float, latency_ms: float, error: str | None = None) -> Sent:
+    """A request of the steady load."""
+    return Sent(planned_s=planned_s, lag_ms=0, latency_ms=latency_ms, error=error)
+
+
+def test_requests_that_failed_before_the_change_are_not_held_against_the_switch() -> None:
+    live = Live(args=live_arguments("127.0.0.1:9"), version=1)
+    early = [sent_at(0, 1), sent_at(0.5, 1, "ServerError: x"), sent_at(2.5, 3), sent_at(4, 4)]
+    assert "3 requests failed" not in live.judged({"version": 2, **result_of(early, 1, 2)}, 2)
+    in_flight = [*early, sent_at(0.9, 200, "ConnectionLost: y")]
+    with pytest.raises(GateFailed, match=r"1 of 5 requests failed since the change \(1 times: ConnectionLost: y\)"):
+        live.judged({"version": 2, **result_of(in_flight, 1, 2)}, 2)
+
+
+@pytest.mark.parametrize("late", [None, "ServerError: x"], ids=["none after it", "after it, too"])
+def test_the_failures_of_a_version_that_is_rolled_back_are_its_own(
+    late: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = [sent_at(0.5, 1, "ServerError: x"), sent_at(1.5, 1, "ServerError: x"), sent_at(4, 1), sent_at(4.5, 1, late)]
+    flags: list[str] = []
+
+    class Steady:
+        """In place of a load."""
+
+        def __init__(self, *given: str) -> None:
+            flags.extend(given)
+
+        def __enter__(self) -> SimpleNamespace:
+            result = {"version": 1, **result_of(sent, 1, 2)}
+            return SimpleNamespace(begin=lambda: 2, change=lambda: None, result=lambda: result)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr("serving.rollback.SteadyLoad", Steady)
+    monkeypatch.setattr(Rollback, "_take_out", lambda _: None)
+    args = live_arguments("127.0.0.1:9", repository=tmp_path)
+    rollback = Rollback(args, Journal(tmp_path, "rollback", 1, before=2), 2, 1)
+    if late:
+        with pytest.raises(GateFailed, match="1 of 4 requests failed after the switch"):
+            rollback.switch()
+    else:
+        assert "1 failed till the switch, none after it" in rollback.switch()
+    assert "--may-fail" in flags
+
+
+def test_a_switch_is_not_begun_while_requests_fail() -> None:
+    sent = [sent_at(0, 1), sent_at(1, 2, "ServerBusy: full")]
+    with pytest.raises(
+        InvalidMeasurement, match=r"1 of 2 requests failed before the change \(1 times: ServerBusy: full"
+    ):
+        check_before(sent, may_fail=False)
+    check_before(sent, may_fail=True)
 
 
 class Answers:
@@ -255,10 +406,7 @@ def test_differences_between_versions_are_told() -> None:
 
 
 def test_the_load_is_told_before_around_and_after_the_change() -> None:
-    def at(planned_s: float, latency_ms: float, error: str | None = None) -> Sent:
-        return Sent(planned_s=planned_s, lag_ms=0, latency_ms=latency_ms, error=error)
-
-    sent = [at(0, 1), at(1, 2), at(2, 50), at(2.5, 3, "ServerBusy: full"), at(4, 4)]
+    sent = [sent_at(0, 1), sent_at(1, 2), sent_at(2, 50), sent_at(2.5, 3, "ServerBusy: full"), sent_at(4, 4)]
     found = result_of(sent, changed_s=2, seen_s=2.7)
     assert (found["requests"], found["failed"], found["switched_s"]) == (5, 1, 0.7)
     assert found["before"] == {"requests": 2, "failed": 0, "p50_ms": 1, "p99_ms": 2, "max_ms": 2}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from deepseek.spec import InputError, SloSpec, run_command
 from loadtests import slo
-from loadtests.limits import in_flight_for, samples_needed, timeout_for, too_short
+from loadtests.limits import in_flight_for, rates, samples_needed, timeout_for, too_short
 from loadtests.results import Settings
 from loadtests.slo import judge
 from tests.test_capacity import write_sleeper
@@ -98,6 +100,18 @@ def test_no_answer_that_is_in_time_is_given_up_or_dropped(
     assert in_flight_for(settings, asked) == in_flight
 
 
+@pytest.mark.parametrize(("rate_rps", "workers"), [(4100.0, 1), (8200.0, 2)])
+def test_a_rate_at_which_answers_in_time_would_be_dropped_is_refused(rate_rps: float, workers: int) -> None:
+    asked, settings = SloSpec(p99_ms=2000), Settings(**FIXED, rate_rps=rate_rps, workers=workers)
+    with pytest.raises(
+        InputError, match=rf"at {rate_rps:g}/s: .* a worker can have 8192, .* from {workers + 1} workers"
+    ):
+        in_flight_for(settings, asked)
+    assert in_flight_for(replace(settings, workers=workers + 1), asked) == 8192
+    bound = SloSpec(p99_ms=50, objectives=("max_ms < 2000 @ 100 rps",))  # asked of 100/s alone
+    assert in_flight_for(settings, bound) > 512
+
+
 @pytest.mark.parametrize("command", ["run", "capacity", "compare_runs", "tune"])
 def test_a_deadline_within_the_slos_latency_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
@@ -146,6 +160,53 @@ def test_an_unhealthy_generator_makes_the_run_invalid(
     assert {each.status for each in judgement.objectives} == {"inconclusive"}
 
 
+@pytest.mark.parametrize(
+    ("lag_s", "problem"),
+    [
+        (0.02, "the generator sent late at 10/s: p99 of the lag is 20.0"),
+        (0.6, "the generator took up 88.0% of the planned requests at 10/s in time"),
+    ],
+    ids=["late", "behind"],
+)
+def test_a_generator_that_fails_in_a_stretch_is_not_hidden_by_the_whole(
+    tmp_path: Path, lag_s: float, problem: str
+) -> None:
+    few = [(at / 10, at / 10 + lag_s, at / 10 + lag_s + 0.001, None) for at in range(50)]
+    many = [(5 + at / 1000, 5 + at / 1000, 5.001 + at / 1000, None) for at in range(5000)]
+    run = saved_run(tmp_path, [*few, *many], rate_rps=None, shape="10x5, 1000x5")
+    slo = SloSpec(p50_ms=50, rate_rps=10, objectives=("p50_ms < 10 @ 1000 rps",))
+    judgement = judge(run, slo)
+    assert judgement.verdict == "invalid"
+    assert judgement.problems[0].startswith(problem)
+    assert judge(run, SloSpec(p50_ms=50, rate_rps=1000)).verdict == "holds"  # nothing is judged at 10/s
+
+
+@pytest.mark.parametrize(
+    ("line", "late", "problem"),
+    [("max_ms < 50", 1, "max of the lag is 3.0"), ("mean_ms < 50", 1000, "mean of the lag is 3.0")],
+    ids=["max", "mean"],
+)
+def test_the_generators_lag_is_held_against_a_maximum_and_a_mean(
+    tmp_path: Path, line: str, late: int, problem: str
+) -> None:
+    requests = [(p, p + 0.003 * (i < late), p + 0.01, None) for i, (p, *_) in enumerate(steady())]
+    judgement = judge(saved_run(tmp_path, requests), SloSpec(p50_ms=100, objectives=(line,)))
+    assert judgement.verdict == "invalid"
+    assert problem in judgement.problems[0]
+
+
+@pytest.mark.parametrize(("kind", "advice"), [("NoFile", "ulimit -n"), ("NoPort", "ip_local_port_range")])
+def test_connections_that_the_generators_machine_could_not_make_make_the_run_invalid(
+    tmp_path: Path, kind: str, advice: str
+) -> None:
+    requests = [(p, s, f, kind if i % 100 == 0 else None) for i, (p, s, f, _) in enumerate(steady())]
+    judgement = judge(saved_run(tmp_path, requests), SLO)
+    assert judgement.verdict == "invalid"
+    assert len(judgement.problems) == 1
+    assert judgement.problems[0].startswith("10 requests found no ")
+    assert advice in judgement.problems[0]
+
+
 def test_no_samples_are_no_pass(tmp_path: Path) -> None:
     judgement = judge(saved_run(tmp_path, []), SLO)
     assert (judgement.verdict, judgement.objectives) == ("invalid", ())
@@ -155,6 +216,53 @@ def test_a_rate_that_was_never_offered_is_not_judged(tmp_path: Path) -> None:
     judgement = judge(saved_run(tmp_path, steady(count=500), rate_rps=50.0), SLO)
     assert judgement.verdict == "inconclusive"
     assert "only 50/s was offered" in [each.note for each in judgement.objectives]
+
+
+@pytest.mark.parametrize(
+    ("slo", "found"),
+    [
+        ({"rate_rps": 100, "objectives": ("throughput >= 150", "p50_ms < 10 @ 200 rps")}, [100, 150, 200]),
+        ({"rate_rps": 100, "objectives": ("throughput >= 95", "throughput >= 120 @ 130 rps")}, [100, 130]),
+        ({"objectives": ("throughput >= 150",)}, [150]),
+        ({"objectives": ("throughput >= 0",)}, []),
+    ],
+    ids=["above", "within", "alone", "none"],
+)
+def test_a_throughput_above_the_slos_rate_is_a_rate_to_send_at(slo: dict[str, Any], found: list[float]) -> None:
+    assert rates(SloSpec(**slo)) == found
+
+
+def test_a_throughput_is_judged_where_as_much_was_asked_for(tmp_path: Path) -> None:
+    times = [*(i / 100 for i in range(500)), *(5 + i / 150 for i in range(750))]
+    run = saved_run(tmp_path, [(at, at, at + 0.001, None) for at in times], rate_rps=None, shape="100x5, 150x5")
+    judgement = judge(run, SloSpec(rate_rps=100, objectives=("throughput >= 150", "throughput >= 160")))
+    found = {each.name: (each.status, round(each.seen)) for each in judgement.objectives if each.kind == "throughput"}
+    assert found["rate_rps @ 100 rps"] == ("holds", 100)
+    assert found["throughput @ 150 rps"] == ("holds", 150)
+    assert found["throughput @ 100 rps"] == ("inconclusive", 100)  # 160/s were never asked for
+
+
+@pytest.mark.parametrize(
+    ("count", "failed", "note"),
+    [
+        (100, 0, "0 of 100: tells no more than under 4.5%, 4603 are needed for 0.1%"),
+        (4000, 1, "1 ServerBusy, 1 of 4000: tells no more than under 0.17%, 4603 are needed for 0.1%"),
+        (4603, 0, ""),
+    ],
+)
+def test_how_little_few_requests_tell_of_errors_is_said(tmp_path: Path, count: int, failed: int, note: str) -> None:
+    requests = [(p, s, f, "ServerBusy" if i < failed else None) for i, (p, s, f, _) in enumerate(steady(count=count))]
+    found = judge(saved_run(tmp_path, requests, rate_rps=count / 10), SloSpec()).objectives[0]
+    assert (found.status, found.note) == ("holds", note)
+    unbounded = judge(saved_run(tmp_path, requests, rate_rps=count / 10), SloSpec(max_error_rate=1)).objectives[0]
+    assert unbounded.note == ("1 ServerBusy" if failed else "")
+
+
+@pytest.mark.parametrize(("every", "status", "seen"), [(1000, "holds", 10), (1, "violated", math.inf)])
+def test_a_mean_is_of_what_was_answered(tmp_path: Path, every: int, status: str, seen: float) -> None:
+    requests = [(p, s, f, None if i % every else "ServerBusy") for i, (p, s, f, _) in enumerate(steady(lag_s=0))]
+    found = judge(saved_run(tmp_path, requests), SloSpec(objectives=("mean_ms < 12",))).objectives[-1]
+    assert (found.status, found.seen) == (status, pytest.approx(seen, rel=2e-3))
 
 
 def test_a_part_of_a_mix_tells_of_the_whole_where_it_is_judged_alone(tmp_path: Path) -> None:
@@ -197,7 +305,7 @@ def test_a_line_is_judged_by_what_it_names(tmp_path: Path, line: str, status: st
 
 def test_of_several_rates_each_line_is_judged_at_its_own(tmp_path: Path) -> None:
     slow = [(planned, sent, sent + (0.03 if planned >= 5 else 0.01), None) for planned, sent, *_ in steady(lag_s=0)]
-    slo = SloSpec(p50_ms=20, rate_rps=100, objectives=("p50_ms < 20 @ 200 rps", "throughput > 100 @ 50 rps"))
+    slo = SloSpec(p50_ms=20, rate_rps=100, objectives=("p50_ms < 20 @ 200 rps", "throughput > 40 @ 50 rps"))
     run = saved_run(tmp_path, slow, rate_rps=None, shape="100x5, 200x5")
     found = {each.name: (each.status, each.note) for each in judge(run, slo).objectives}
     assert found["p50_ms @ 100 rps"][0] == "holds"
@@ -266,6 +374,17 @@ def test_the_exit_code_is_the_verdict(
 def test_of_what_was_given_up_in_the_time_of_a_looser_slo_nothing_is_said(tmp_path: Path) -> None:
     requests = [(p, s, f, "DeadlineExceeded" if i % 20 == 0 else None) for i, (p, s, f, _) in enumerate(steady())]
     run = saved_run(tmp_path, requests, timeout_s=5.0)
-    loose, tight = (judge(run, SloSpec(p99_ms=limit_ms, max_error_rate=0.1)) for limit_ms in (8000, 4000))
-    assert (loose.verdict, tight.verdict) == ("inconclusive", "violated")
-    assert "given up after 5 s, which the SLO allows: measure again" in loose.objectives[0].note
+    fixed: dict[str, Any] = {"rate_rps": 100, "max_error_rate": 0.01, "objectives": ("mean_ms < 12",)}
+    loose, tight = (judge(run, SloSpec(p99_ms=limit_ms, **fixed)) for limit_ms in (8000, 4000))
+    assert [each.status for each in loose.objectives] == ["inconclusive"] * 4
+    assert {each.note for each in loose.objectives} == {
+        "50 requests were given up after 5 s, which the SLO allows: measure again"
+    }
+    assert [each.status for each in tight.objectives] == ["violated"] * 3 + ["holds"]
+
+
+def test_what_fails_for_other_reasons_is_violated_by_a_looser_slo_too(tmp_path: Path) -> None:
+    errors = {0: "DeadlineExceeded", 1: "ServerBusy"}
+    requests = [(p, s, f, errors.get(i % 20)) for i, (p, s, f, _) in enumerate(steady())]
+    judgement = judge(saved_run(tmp_path, requests), SloSpec(p50_ms=8000, rate_rps=100, max_error_rate=0.01))
+    assert [each.status for each in judgement.objectives] == ["holds", "violated", "violated"]

@@ -13,7 +13,7 @@ import torch
 from deepseek.spec import DeploymentSpec, InputError
 from export.accuracy import task_metrics
 from export.reference import run_torch
-from export.source import in_order
+from export.source import Source, in_order
 from tests.conftest import run_module
 from tests.test_to_onnx import TOML, tiny
 
@@ -160,6 +160,27 @@ def test_a_tuple_is_taken_as_it_stands_and_must_fit() -> None:
     assert in_order(TEXT, SCORES) == (SCORES,)
     with pytest.raises(InputError, match=r"forward returned 2 value\(s\) \(Tensor, NoneType\)"):
         in_order(IMAGE, (SCORES, None))
+
+
+def test_a_module_is_brought_to_the_cpu_and_one_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    code = """
+class Elsewhere(Tiny):
+    def cpu(self):
+        if not hasattr(self, "line"):
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+        self.came = True
+        return self
+
+def load():
+    return Elsewhere()
+"""
+    source = tiny(tmp_path, code=code)
+    module = source.load()
+    assert (module.came, module.training) == (True, False)
+    code = "_own = load\ndef load():\n    module = _own()\n    del module.line\n    return module\n"
+    (tmp_path / "tiny" / "model.py").write_text((tmp_path / "tiny" / "model.py").read_text() + code)
+    with pytest.raises(InputError, match=r"model.py:25: load\(\): NotImplementedError: Cannot copy out of meta tensor"):
+        Source("tiny", tmp_path).load()
 
 
 def test_a_module_in_training_mode_is_put_into_eval_mode(tmp_path: Path) -> None:

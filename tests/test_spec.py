@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.spec import DeploymentSpec, InputError, Objective, SloSpec, TunedBatching, TunedFile, TunedTarget
+from deepseek.spec.deployment import NO_MODELS
 
 GOOD = Path("models/recommender/deploy.toml").read_text()
 
@@ -30,6 +31,9 @@ MISTAKES = {
     "precision": ('"fp16"', '"fp12"', "precision.candidates.0: seen 'fp12'", "'fp16'"),
     "negative override": ("p99_ms = 80", "p99_ms = -1", "targets.onnxruntime.slo.p99_ms: seen -1", "greater than 0"),
     "unknown override": ("p99_ms = 80", "p98_ms = 80", "targets.onnxruntime.slo.p98_ms: unknown key", "p99_ms"),
+    "wrong objective of a target": ("p99_ms = 80", 'objectives = ["p99_ms > 80"]', "targets.onnxruntime.slo.objectives: seen 'p99_ms > 80'", "bounded from above"),
+    "a number for a target's objectives": ("p99_ms = 80", "objectives = 3", "targets.onnxruntime.slo.objectives: seen 3", "a list is needed"),
+    "a folder of ours": ('name = "recommender"', 'name = "gateway"', "name: seen 'gateway', but build/gateway is no model's", "serving, stack"),
     "unknown target": ("targets.onnxruntime", "targets.onnx", "targets.onnx", "'onnxruntime'"),
     "unbounded queue": ("max_queue_size = 512", "max_queue_size = 0", "batching.max_queue_size: seen 0", "greater than"),
     "input named as an output": ("outputs.items", "outputs.item_ids", "outputs.item_ids", "same name"),
@@ -92,6 +96,19 @@ def test_a_target_overrides_only_what_it_names() -> None:
     assert (spec.batching.max_queue_delay_us, onnxruntime.batching.max_queue_delay_us) == (1000, 0)
     assert onnxruntime.batching.max_queue_size == spec.batching.max_queue_size
     assert spec.for_target("tensorrt") == spec
+
+
+def test_a_target_may_have_objectives_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "deploy.toml").write_text(GOOD.replace("p99_ms = 80", 'objectives = ["p99.9_ms < 80"]'))
+    spec = DeploymentSpec.load(tmp_path)
+    assert spec.for_target("onnxruntime").slo.objectives == ("p99.9_ms < 80",)
+    assert spec.slo.objectives == spec.for_target("tensorrt").slo.objectives == ()
+
+
+def test_no_model_is_named_like_what_else_lies_in_the_build_folder() -> None:
+    code = "".join(file.read_text() for file in Path("serving").glob("*.py"))
+    found = set(re.findall(r'(?:get\("BUILD", "build"\)\)|args\.build) / "([\w-]+)"', code))
+    assert {"gateway", "serving"} <= found <= NO_MODELS
 
 
 def test_shapes_come_from_the_corners_of_the_profile() -> None:
@@ -176,6 +193,7 @@ def test_an_objective_is_a_line(line: str, expected: dict[str, object]) -> None:
         ("error_rate < 0%", "no share is below 0; where nothing may fail: error_rate <= 0"),
         ("p99_ms < 1 * baseline", "only a quality metric"),
         ("p99_ms < 5 @ 0 rps", "of more than 0"),
+        ("throughput >= 150 @ 100 rps", "more than is asked: the rate is 150 rps or more, or is left out"),
         (
             "accuracy > 0.9",
             "nothing measures 'accuracy'; known: p<percent>_ms, mean_ms, max_ms, error_rate, throughput",

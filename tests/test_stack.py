@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from deepseek.spec import DeploymentSpec
 from serving.embedded import EmbeddedServer
-from serving.stack import LEAST_RATE_RPS, MIB, Served, gateway_sizes, limits, refresh, served_models
+from serving.stack import LEAST_RATE_RPS, MIB, OWN, WRITTEN, Served, gateway_sizes, limits, refresh, served_models
 from tests.conftest import run_module, write_add_one
 
 TEXT = Served(
@@ -227,6 +228,10 @@ def test_a_release_makes_anew_what_a_running_stack_reads_and_only_of_its_own_rep
     [
         (("--gateway-port", "0"), "GATEWAY_PORT: seen 0"),
         (("--repository", "nosuch"), "nosuch: no model in it"),
+        (
+            ("--project", "My shop"),
+            "PROJECT: seen 'My shop'; lower-case letters and digits, single - or _ between them",
+        ),
         (("--triton-tag", "x"), "TRITON_TAG: seen 'x'; a release of NVIDIA's containers is YY.MM"),
     ],
 )
@@ -264,6 +269,7 @@ def test_make_writes_the_env_file_of_the_repository_it_filled(tmp_path: Path) ->
         f"VENV={sys.prefix}",
         f"ENV_FILE={tmp_path}/env",
         "GATEWAY_PORT=9443",
+        "PROJECT=shop-2",
     ]
     kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "BUILD")}
     text = subprocess.run(command, capture_output=True, text=True, env=kept).stdout
@@ -271,6 +277,87 @@ def test_make_writes_the_env_file_of_the_repository_it_filled(tmp_path: Path) ->
         f"serving.stack --model text --repository {tmp_path}/r --models tests/models --env-file {tmp_path}/env --gateway-port 9443"
         in text
     )
+    assert "--project='shop-2'" in text
+
+
+def with_docker(folder: Path, answer: str) -> str:
+    """A PATH on which `docker` gives that answer."""
+    (folder / "docker").write_text(f'#!/bin/bash\necho "$*" >>{folder}/asked\necho "{answer}"\n')
+    (folder / "docker").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_a_second_clones_stack_has_a_name_of_its_own_and_one_in_use_is_told(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    found = write(tmp_path / "repository")
+    assert (found["COMPOSE_PROJECT_NAME"], found["STACK_IMAGES"]) == ("deepseek", "deepseek")
+    assert write(tmp_path / "repository", "--project", "shop-2")["COMPOSE_PROJECT_NAME"] == "shop-2"
+
+    def told(answer: str) -> str:
+        arguments = ("--repository", str(tmp_path / "repository"), "--env-file", str(tmp_path / "env"))
+        path = with_docker(tmp_path, answer)
+        return run_module("serving.stack", *arguments, BUILD=str(tmp_path / "build"), PATH=path).stderr
+
+    assert "deepseek has containers of /srv/other, which docker compose up would replace" in told("/srv/other")
+    assert "label=com.docker.compose.project=deepseek" in (tmp_path / "asked").read_text()
+    assert "would replace" not in told(str(Path.cwd()))
+
+
+def test_what_the_observing_containers_mount_is_readable_whatever_the_umask(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    before = os.umask(0o077)
+    try:
+        observe = Path(write(tmp_path / "repository")["STACK_OBSERVE"])
+    finally:
+        os.umask(before)
+    found = [path for path in observe.rglob("*") if not path.name.startswith(".")]
+    names = {str(path.relative_to(observe)) for path in found}
+    assert {"rules/deepseek.yml", "prometheus/prometheus.sh", "grafana/datasources/prometheus.yml"} <= names
+    assert "alertmanager/alertmanager.yml" in names
+    assert {path.stat().st_mode & 0o777 for path in found} == {0o755, 0o644}
+
+
+def test_what_is_somebodys_own_in_the_env_file_stays_below_what_is_ours(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    env_file = tmp_path / ".env"
+    places = ("--repository", str(tmp_path / "repository"), "--models", str(tmp_path), "--folder", str(tmp_path / "g"))
+    env_file.write_text(f"{WRITTEN}; by a version that kept nothing\nTRITON_MEMORY=1m\n")
+    assert run_module("serving.stack", *places, "--env-file", str(env_file)).returncode == 0
+    assert env_file.read_text().endswith(f"{OWN}\n")
+    env_file.write_text("HTTPS_PROXY=http://proxy.example\n")  # before the first make engine
+    for added in ("TRITON_MEMORY=4000m\n", ""):
+        assert run_module("serving.stack", *places, "--env-file", str(env_file)).returncode == 0
+        env_file.write_text(env_file.read_text() + added)
+    assert env_file.read_text().endswith(f"{OWN}\nHTTPS_PROXY=http://proxy.example\nTRITON_MEMORY=4000m\n")
+    command = ["make", "clean", "MODEL=add_one", f"ENV_FILE={env_file}", f"BUILD={tmp_path / 'b'}"]
+    subprocess.run([*command, f"REPOSITORY={tmp_path / 'repository'}"], check=True, capture_output=True)
+    assert env_file.read_text() == f"{OWN}\nHTTPS_PROXY=http://proxy.example\nTRITON_MEMORY=4000m\n"
+
+
+def test_models_of_several_folders_keep_their_objectives(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built / "repository", tmp_path / "repository")
+    places = ("--repository", str(tmp_path / "repository"), "--folder", str(tmp_path / "g"))
+    files = ("--env-file", str(tmp_path / ".env"))
+
+    def watched(models: Path) -> set[str]:
+        run = run_module("serving.stack", *places, *files, "--models", str(models))
+        assert run.returncode == 0, run.stderr
+        told.append(run.stderr)
+        rules = yaml.safe_load((tmp_path / "observe" / "rules" / "deepseek.yml").read_text())
+        return {
+            rule["labels"]["model"]
+            for group in rules["groups"]
+            for rule in group["rules"]
+            if rule.get("alert") == "LatencyBudgetBurn"
+        }
+
+    told: list[str] = []
+    shutil.copytree("tests/models/text", tmp_path / "elsewhere" / "text")
+    assert watched(tmp_path / "elsewhere") == {"text"}
+    assert "note: image: no deploy.toml of it in " in told[-1]
+    assert watched(Path("tests/models")) >= {"text", "image"}
+    assert watched(tmp_path / "elsewhere") >= {"text", "image"}
+    assert "no deploy.toml" not in told[-1]
 
 
 def test_the_json_says_what_each_model_asks_for(tmp_path: Path) -> None:

@@ -98,6 +98,22 @@ def test_no_image_runs_as_root_or_takes_more_than_it_names(path: Path) -> None:
     assert "HEALTHCHECK" in text
 
 
+@pytest.mark.parametrize("path", [path for path in DOCKERFILES if path.stem not in ("export", "observe")], ids=str)
+def test_what_an_image_copies_is_readable_by_its_user_whatever_the_clones_umask(path: Path) -> None:
+    """Without BuildKit, whose COPY --chmod the classic builder refuses."""
+    last = path.read_text().rpartition("\nFROM ")[2]
+    copied, _, after = last.rpartition("\nCOPY ")
+    readable = re.search(r"^RUN chmod -R a\+rX (.*)$", after, re.MULTILINE)
+    assert readable is not None
+    assert after.index("RUN chmod") < after.index("\nUSER ")
+    for line in re.findall(r"^COPY (?!--from)(.*)$", f"{copied}\nCOPY {after}", re.MULTILINE):
+        *sources, target = line.split()
+        if target == "./":  # read by root, while the image is built
+            continue
+        to = {f"{target}{Path(source).name}" for source in sources} if target.startswith("/usr/") else {target}
+        assert {each.split("/")[0] if each[0] != "/" else each for each in to} <= set(readable[1].split()), line
+
+
 def services(*files: str) -> dict[str, Any]:
     """Those of compose files, as YAML has them."""
 

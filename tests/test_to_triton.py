@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from export.to_triton import chosen_precision, config_text, model_config, publis
 from serving.doctor import examine
 from serving.embedded import EmbeddedServer
 from serving.machine import Machine
+from serving.releases import Journal
 from tests.conftest import run_module
 
 IMAGE, TEXT = DeploymentSpec.load("tests/models/image"), DeploymentSpec.load("tests/models/text")
@@ -186,6 +188,67 @@ def test_an_engine_of_another_profile_is_refused(built: Path, tmp_path: Path, mo
         publish_version(
             DeploymentSpec.model_validate_json(json.dumps(data)), "fp32", "onnxruntime", tmp_path / "repository"
         )
+
+
+@pytest.fixture
+def recorded(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with version 1 of `image`, and a build folder of its own for records."""
+    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    shutil.copytree(built / "build" / "image", tmp_path / "build" / "image")
+    publish_version(IMAGE, "fp32", "onnxruntime", tmp_path / "repository")
+    return tmp_path / "repository"
+
+
+def record(repository: Path, outcome: str, kind: Any = "release", version: int = 2, before: int = 1) -> None:
+    """Leaves the record of a release, or rollback, of what `image/1` holds."""
+    where = str(repository.resolve())
+    journal = Journal(
+        repository.parent / "build" / "image" / "releases", kind, version, before=before, repository=where
+    )
+    journal.keep("manifest.json", (repository / "image" / "1" / "manifest.json").read_text())
+    if outcome:
+        journal.write(outcome=outcome)
+    time.sleep(0.002)  # records are told apart by their ms
+
+
+def test_what_a_gate_refused_is_published_only_where_that_is_asked_for(recorded: Path) -> None:
+    record(recorded, "refused")
+    record(recorded, "")  # one that was killed decides nothing
+    flags = ("--models", "tests/models", "--model", "image", "--precision", "fp32", "--repository", str(recorded))
+    run = run_module("export.to_triton", *flags)
+    (said,) = (line for line in run.stderr.splitlines() if not line.startswith("warning"))
+    assert (run.returncode, versions_of(recorded / "image")) == (2, [1])
+    assert said.startswith("error: image: what is built was refused as version 2, ")
+    assert "make release MODEL=image MODELS=tests/models" in said
+    assert said.endswith("make engine MODEL=image MODELS=tests/models ANYWAY=1 (--anyway)")
+    assert publish_version(IMAGE, "fp32", "onnxruntime", recorded.parent / "other")["version"] == 1
+    assert run_module("export.to_triton", *flags, "--anyway").returncode == 0
+    assert versions_of(recorded / "image") == [2, 1]
+
+
+def test_the_latest_that_was_decided_about_the_same_files_counts(recorded: Path) -> None:
+    record(recorded, "refused")
+    record(recorded, "live")
+    assert publish_version(IMAGE, "fp32", "onnxruntime", recorded)["version"] == 2
+    record(recorded, "rolled back", kind="rollback", version=1, before=2)
+    with pytest.raises(InputError, match="what is built was rolled back as version 2"):
+        publish_version(IMAGE, "fp32", "onnxruntime", recorded)
+    assert publish_version(IMAGE, "fp16", "onnxruntime", recorded)["version"] == 3  # other files
+
+
+def test_what_is_published_is_on_the_disk_before_its_rename(
+    build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        assert not (tmp_path / "image" / "1").exists()
+
+    monkeypatch.setattr("os.fsync", fsync)
+    publish_version(IMAGE, "fp32", "onnxruntime", tmp_path)
+    model = tmp_path / "image"
+    assert {path.stat().st_ino for path in (model / "1", *(model / "1").iterdir(), model / "config.pbtxt")} <= synced
 
 
 def test_an_unbuilt_precision_says_how_to_build_it(build: Path, tmp_path: Path) -> None:

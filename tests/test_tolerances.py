@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from deepseek.spec import DeploymentSpec, InputError, ParitySpec, Precision, Tolerance
+from deepseek.spec.tables import Int8Tolerance
 from export.accuracy import parity
 from export.trials import beyond, failures
 from tests.test_parity import TEXT, TOML
@@ -89,6 +90,48 @@ def test_single_numbers_are_compared_as_one_vector_since_each_alone_has_no_direc
     assert of_one_output("float32", [0.9, -0.9], [0.9, 0.9])["cosine"] == pytest.approx(0)
 
 
+@pytest.mark.parametrize("dead", [288.0, 250.0, 0.0], ids=["mean", "another", "nothing"])
+def test_a_graph_that_says_one_number_whatever_it_is_given_has_lost_all(dead: float) -> None:
+    kelvin = np.random.default_rng(0).normal(288, 10, 200).tolist()
+    found = of_one_output("float32", [dead] * 200, kelvin)
+    assert found["cosine"] < 0.5
+    assert beyond(Int8Tolerance(), {**found, "worst_error": 0.1}, 200).startswith("cosine")
+    near = of_one_output("float32", (np.array(kelvin) + np.linspace(-0.3, 0.3, 200)).tolist(), kelvin)
+    assert 1 - near["cosine"] < 1e-3
+
+
+def test_numbers_that_hardly_vary_are_compared_as_they_are() -> None:
+    constant = [288 + 1e-4 * place for place in range(8)]
+    assert of_one_output("float32", constant[::-1], constant)["cosine"] == pytest.approx(1)
+
+
+def test_a_rare_flag_weighs_as_much_as_all_others() -> None:
+    flags = [[place % 100 == 0] for place in range(1000)]
+    none, two_fewer = [[False]] * 1000, [[place % 100 == 0 and place > 100] for place in range(1000)]
+    assert of_one_output("bool", none, flags)["common"] == 0.5
+    assert of_one_output("bool", [[True]] * 1000, flags)["common"] == 0.5
+    assert of_one_output("bool", two_fewer, flags)["common"] == pytest.approx(0.9)
+    assert of_one_output("bool", none, none)["common"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "seen", "problem"),
+    [
+        ([[True]] + [[False]] * 7, [[False]] * 8, ""),  # a tie may fall either way
+        ([[True]] + [[False]] * 7, [[True]] * 8, "7 of 7 False entries differ, 2 may"),
+        ([[True]] * 20 + [[False]] * 980, [[False]] * 1000, "20 of 20 True entries differ, 4 may"),
+        ([[True]] * 20 + [[False]] * 980, [[False]] * 4 + [[True]] * 16 + [[False]] * 980, ""),
+        ([[False]] * 8, [[False]] * 8, ""),
+    ],
+    ids=["one of one", "all of the others", "all of the rare ones", "some of them", "none there"],
+)
+def test_each_flag_is_held_to_the_tolerance_by_itself(
+    flags: list[list[bool]], seen: list[list[bool]], problem: str
+) -> None:
+    found = of_one_output("bool", seen, flags)
+    assert beyond(Int8Tolerance(), found, len(flags), sum(row[0] for row in flags)) == problem
+
+
 def test_a_row_of_zeros_is_judged_by_its_error() -> None:
     reference = [[0, 0], [1, 2]]
     assert of_one_output("float32", [[1e-6, 0], [1, 2]], reference)["worst_cosine"] == pytest.approx(1)
@@ -98,7 +141,6 @@ def test_a_row_of_zeros_is_judged_by_its_error() -> None:
 def test_rankings_count_in_any_order_and_labels_place_by_place() -> None:
     assert of_one_output("int64", [[3, 1, 2, 4]], [[1, 2, 3, 4]])["common"] == 1
     assert of_one_output("int64", [[0, 1, 0, 1]], [[1, 0, 1, 0]])["common"] == 0
-    assert of_one_output("bool", [[True, True, False]], [[True, False, False]])["common"] == pytest.approx(2 / 3)
     assert of_one_output("bool", [[True, False]], [[False, True]])["common"] == 0
 
 

@@ -8,21 +8,23 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement
+from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, TunedFile
 from loadtests.contender import Place
 from loadtests.journal import Journal
 from loadtests.results import Settings
 from loadtests.space import space_of
 from loadtests.trial import Trial, slo_at
-from loadtests.tune import apply, concluded
+from loadtests.tune import apply, concluded, parse, tune
 from loadtests.tuner import Tuner, verdict
-from loadtests.tuning import Pair, Setting, TriedSetting, Tuning, interval, with_front
+from loadtests.tuning import Pair, Setting, TriedSetting, Tuning, interval, tuning_path, with_front
 from tests.test_search import trial
 
 SLOW, FAST = (Setting(max_batch=size, max_queue_delay_us=0, instances=2, threads=1) for size in (1, 8))
@@ -264,6 +266,56 @@ def test_a_line_that_a_kill_cut_off_is_left_out_of_the_journal(tmp_path: Path) -
     path.write_text(before)
     other = Journal(path, {"machine": "b"})
     assert (other.changed, other.tried) == (["machine"], {})
+
+
+def arguments_for(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    """Of a search over a copy of the model image, whose deploy.toml names a file of tuned values."""
+    patch.setenv("BUILD", str(folder / "build"))
+    (folder / "models" / "image").mkdir(parents=True)
+    deploy = Path("tests/models/image/deploy.toml").read_text()
+    (folder / "models" / "image" / "deploy.toml").write_text(f'tuned = "tuned.toml"\n{deploy}')
+    return ["--models", str(folder / "models"), "--model", "image"]
+
+
+def test_what_was_found_is_kept_whatever_becomes_of_the_tuned_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = parse(arguments_for(tmp_path, monkeypatch))
+    search = known(tmp_path / "known", tried(SLOW, 100), tried(FAST, 120))
+    for pair in pairs(1.2, 1.21, 1.19):
+        search.journal.add_pair(FAST, pair)
+    found = concluded(search, HEAD, search.search())
+    published = SimpleNamespace(precision="fp32", versions={}, files={})
+    monkeypatch.setattr("loadtests.tune.publish", lambda *_: published)
+    monkeypatch.setattr("loadtests.tune.Tuner.search", lambda _: search.best())
+    monkeypatch.setattr("loadtests.tune.concluded", lambda *_: found)
+    monkeypatch.setattr(TunedFile, "write", Mock(side_effect=InputError("tuned.toml: cannot be written")))
+    with pytest.raises(InputError, match="cannot be written"):
+        tune(args, Console(quiet=True))
+    kept = Tuning.load(tuning_path("image"))
+    assert (kept.best, kept.applied) == (FAST, False)
+
+
+def test_a_place_that_takes_no_tuned_values_is_refused_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = parse(arguments_for(tmp_path, monkeypatch))
+    (tmp_path / "models" / "image" / "tuned.toml").mkdir()
+    monkeypatch.setattr("loadtests.tune.publish", Mock(side_effect=AssertionError))
+    with pytest.raises(InputError, match=r"tuned\.toml: cannot be written: it is a folder; .* --dry-run$"):
+        tune(args, Console(quiet=True))
+
+
+def test_a_broken_file_of_tuned_values_is_made_anew(tmp_path: Path) -> None:
+    search = known(tmp_path, tried(SLOW, 100), tried(FAST, 120))
+    for pair in pairs(1.2, 1.21, 1.19):
+        search.journal.add_pair(FAST, pair)
+    spec = search.place.spec.model_copy(update={"tuned": "tuned.toml"})
+    (tmp_path / "tuned.toml").write_text("[targets")
+    found = concluded(search, HEAD, search.search())
+    result = apply(found, replace(search.place, spec=spec), tmp_path / "deploy.toml", dry_run=False)
+    assert result.applied
+    assert TunedFile.read(tmp_path / "tuned.toml").targets["onnxruntime"].batching.max_batch == 8
 
 
 def test_layouts_share_the_cores_out_or_take_turns_and_one_instance_alone_is_left_out() -> None:

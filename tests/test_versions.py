@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from deepseek.spec import FileDigest, GateFailed, InputError, PublishedManifest
 from deepseek.spec.repository import CONFIG, versions_of
+from serving import versions
 from serving.doctor import examine
 from serving.machine import Machine
 from serving.releases import Journal, alone, rolled_back
 from serving.repository import MANIFEST, check_config, check_layout, check_version, config_of, models_in, read_config
-from serving.versions import earlier, newest, put_live, retire, same_as, stage, take_out
+from serving.versions import brought, earlier, newest, put_live, retire, same_as, stage, take_out
 from serving.view import ApprovedView, decide
 from tests.conftest import run_module
 from tests.test_embedded import damage
@@ -195,19 +199,103 @@ def test_a_repository_that_is_full_stays_as_it_was(
     assert files_of(live) == before
 
 
-def test_what_has_no_room_to_be_kept_is_not_taken_out(
+def test_what_has_no_room_to_be_kept_is_taken_out_all_the_same(
     candidate: Path, disk: Callable[[int], Path], tmp_path: Path
 ) -> None:
     live = stage(candidate / "text", number=1, folder=tmp_path / "live")
     put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live, before=newest(live))
     full = disk(64 * 1024)
-    with pytest.raises(InputError, match=FULL):
-        take_out(live, 2, back_to=1, archive=full / "withdrawn")
+    (said,) = take_out(live, 2, back_to=1, archive=full / "withdrawn")
+    assert re.search(
+        rf"version 2 is out, and not kept: .*{FULL}.* it lies in \S+/\.scratch-2-0, read by no server", said
+    )
     assert not list(full.rglob("model.onnx"))
-    assert check_version(live, 2)[1] == []
-    take_out(live, 2, back_to=1, archive=tmp_path / "withdrawn")  # with room, what was begun is ended
+    assert (newest(live), decide(live).versions) == (1, (1,))
     assert read_config(live / CONFIG) == read_config(live / "1" / CONFIG)
-    assert not (live / "2").exists()
+    with brought(stage(candidate / "text", number=3, folder=tmp_path / "new"), live) as near:
+        put_live(near, 3, live, before=1)
+    assert not list(live.glob(".scratch-*"))
+
+
+def fill(place: Path) -> None:
+    """Writes until no byte more finds room."""
+    with (place / "filler").open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(b"0" * 4096):
+            pass
+    assert os.statvfs(place).f_bavail == 0
+
+
+def test_out_of_a_repository_without_a_byte_left_a_version_is_taken(
+    candidate: Path, disk: Callable[[int], Path], tmp_path: Path
+) -> None:
+    place = disk(16 << 20)
+    live = stage(candidate / "text", number=1, folder=place / "repository")
+    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live, before=1)
+    fill(place)
+    assert take_out(live, 2, back_to=1, archive=tmp_path / "withdrawn") == []
+    assert (decide(live).versions, read_config(live / CONFIG)) == ((1,), read_config(live / "1" / CONFIG))
+    assert check_version(tmp_path / "withdrawn", 2)[0] is not None
+
+
+def test_no_server_sees_a_version_while_it_is_copied_away(
+    candidate: Path, disk: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live, before=1)
+    seen: list[int | None] = []
+
+    def copy(source: Path, destination: Path, original: Callable[[Path, Path], None] = versions._copy) -> None:
+        if destination.is_relative_to(tmp_path / "disk"):
+            seen.append(newest(live))
+        original(source, destination)
+
+    monkeypatch.setattr(versions, "_copy", copy)
+    assert take_out(live, 2, back_to=1, archive=disk(16 << 20) / "withdrawn") == []
+    assert set(seen) == {1}
+
+
+def test_what_is_brought_to_the_repositorys_disk_is_hidden_and_then_only_renamed(
+    candidate: Path, disk: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = stage(candidate / "text", number=1, folder=disk(16 << 20) / "live")
+    view = ApprovedView(live.parent, tmp_path / "view", print)
+    view.fill()
+    with brought(stage(candidate / "text", number=2, folder=tmp_path / "new"), live) as near:
+        assert (newest(live), list(view.changes())) == (1, [])
+        monkeypatch.setattr(versions, "_copy", None)
+        put_live(near, 2, live, before=1)
+        assert [change.versions for change in view.changes()] == [(2,)]
+        assert not list((tmp_path / "view" / "text").glob(".scratch-*"))
+    assert check_version(live, 2)[1] == []
+
+
+def test_what_comes_into_the_repository_is_on_the_disk_before_its_rename(
+    candidate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    monkeypatch.setattr("os.fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live, before=1)
+    assert {path.stat().st_ino for path in (live / "2", *(live / "2").iterdir(), live / CONFIG)} <= synced
+
+
+def test_a_rollback_goes_on_where_no_record_can_be_written(
+    candidate: Path, disk: Callable[[int], Path], tmp_path: Path
+) -> None:
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live, before=1)
+    place = disk(64 * 1024)
+    (place / "text" / "releases").mkdir(parents=True)
+    fill(place)
+    run = run_module(
+        *("serving.rollback", "--model", "text", "--models", "tests/models", "--repository", str(live.parent)),
+        *("--url", "127.0.0.1:9", "--json"),
+        BUILD=str(place),
+    )
+    assert (run.returncode, newest(live), json.loads(run.stdout)["outcome"]) == (0, 1, "rolled back"), run.stderr
+    assert "No space left on device; the record is not whole" in run.stderr
+    assert "version 2 is out, and not kept" in run.stderr
+    assert (live / ".scratch-2-0" / "model.onnx").is_file()
 
 
 def test_what_another_build_published_meanwhile_is_not_released_over(candidate: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ used by one call at a time.
 
 import asyncio
 import contextlib
+import errno
 import select
 import socket
 import ssl
@@ -217,5 +218,7 @@ def connected(host: str, port: int, deadline: Deadline) -> socket.socket:
             return connection
         except OSError as error:
             connection.close()
-            failure = error
+            no_ipv6 = family == socket.AF_INET6 and error.errno == errno.EADDRNOTAVAIL
+            if left == len(found) or not no_ipv6:  # of a further address that tells less than what the first came to
+                failure = error
     raise failure

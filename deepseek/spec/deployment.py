@@ -6,9 +6,9 @@ import json
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from deepseek.spec.checks import Table, at, first_error, listed, matching
 from deepseek.spec.command import InputError
@@ -29,10 +29,25 @@ from deepseek.spec.tables import (
 )
 from deepseek.spec.tuned import TunedFile
 
-ModelName = Annotated[str, matching("[A-Za-z0-9][A-Za-z0-9_-]*", "ASCII letters, digits, - and _")]
+# What lies in build/ beside the folders of the models, which have their names.
+NO_MODELS = frozenset({"gateway", "gateway-authority", "key", "kubernetes", "observe", "serving", "stack"})
+
+
+def _not_ours(name: str) -> str:
+    if name in NO_MODELS:
+        raise ValueError(
+            f"seen {name!r}, but build/{name} is no model's; any but {listed(NO_MODELS)}, and so the model's folder"
+        )
+    return name
+
+
+ModelName = Annotated[
+    str, matching("[A-Za-z0-9][A-Za-z0-9_-]*", "ASCII letters, digits, - and _"), AfterValidator(_not_ours)
+]
 TomlName = Annotated[str, matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.toml", "a file's name, such as tuned.toml")]
 
 
+_Overridden = TypeVar("_Overridden", bound=Table)
 _MODELS = Path("models")
 _models_of: dict[str, Path] = {}  # where each model was last looked for
 
@@ -79,9 +94,8 @@ class DeploymentSpec(Table):
                 raise at("tensorrt.cuda_graph_batches", f"seen {size}; axis batch takes {axis.min} to {axis.max}")
         for target in self.targets:
             for part, table_type in (("batching", BatchingSpec), ("slo", SloSpec)):
-                merged = self._merged(target, part)
                 try:
-                    table_type.model_validate(merged)
+                    self._overridden(target, part, table_type)
                 except ValidationError as error:
                     raise at(*first_error(error, table_type, f"targets.{target}.{part}.")) from None
         if self.tuned == "deploy.toml":
@@ -108,15 +122,17 @@ class DeploymentSpec(Table):
                 known = f"{MEASURES}, {metric}" if metric else f"{MEASURES}, and precision.metric, which is not set"
                 raise at(f"{key}.objectives", f"seen {line!r}; nothing measures {objective.measure!r}; known: {known}")
 
-    def _merged(self, target: Target, part: str) -> dict[str, Any]:
-        return {**getattr(self, part).model_dump(exclude_unset=True), **getattr(self.targets[target], part)}
+    def _overridden(self, target: Target, part: str, table_type: type[_Overridden]) -> _Overridden:
+        """The table `part` with what the target has in place of its own."""
+        merged = {**getattr(self, part).model_dump(exclude_unset=True), **getattr(self.targets[target], part)}
+        return table_type.model_validate_json(json.dumps(merged, default=str))  # JSON: an array may fill a tuple
 
     def for_target(self, target: Target) -> DeploymentSpec:
         """The same spec with what `[targets.<target>]` overrides put in place."""
         if target not in self.targets:
             return self
-        batching = BatchingSpec.model_validate(self._merged(target, "batching"))
-        slo = SloSpec.model_validate(self._merged(target, "slo"))
+        batching = self._overridden(target, "batching", BatchingSpec)
+        slo = self._overridden(target, "slo", SloSpec)
         return self.model_copy(update={"batching": batching, "slo": slo})
 
     def shape(self, tensor: str, corner: Literal["min", "opt", "max"], **sizes: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ nothing is left of them, and no process is taken for another that has its number
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -81,6 +82,20 @@ def write_whole(path: Path, text: str) -> Path:
     with beside(path) as draft:
         draft.write_text(text, encoding="utf-8")
     return path
+
+
+def onto_disk(place: Path) -> None:
+    """A file, or a folder and what is in it, is on the disk when this returns: a rename then outlasts a power cut."""
+    found = [Path(folder, name) for folder, _, names in os.walk(place) for name in (*names, "")]
+    for path in found or [place]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system that has no such thing for folders
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def let_all_read(folder: Path) -> None:

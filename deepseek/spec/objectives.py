@@ -40,7 +40,7 @@ class Objective:
     """In ms, as a share, in requests/s, or of the quality metric (with `of_baseline` a share of the baseline)."""
     of_baseline: bool = False
     rate_rps: float | None = None
-    """The rate at which it must hold; None: at the SLO's own."""
+    """The rate at which it must hold; None: at the SLO's own, of throughput where its limit is asked for."""
 
     @property
     def percent(self) -> float | None:
@@ -103,6 +103,8 @@ class Objective:
             return "only a quality metric has a baseline (fp32 PyTorch)"
         if self.rate_rps is not None and (self.kind == "quality" or self.rate_rps <= 0):
             return "a rate, of more than 0, belongs to what load changes: " + MEASURES
+        if self.kind == "throughput" and self.limit > (self.rate_rps or math.inf):
+            return f"nobody answers more than is asked: the rate is {self.limit:g} rps or more, or is left out"
         return None
 
 

@@ -22,11 +22,15 @@ function entryOf(r) {
         return null;
     }
     const hash = crypto.createHash('sha256').update(match[1]).digest('hex');
+    const path = `${r.variables.folder}/keys/${hash}.json`;
     try {
-        const entry = JSON.parse(fs.readFileSync(`${r.variables.folder}/keys/${hash}.json`));
+        const entry = JSON.parse(fs.readFileSync(path));
         entry.hash = hash;
         return entry.expires === null || entry.expires > Date.now() / 1000 ? entry : null;
     } catch (error) {
+        if (error.code !== 'ENOENT') {
+            ngx.log(ngx.ERR, `${path} gives no key (${error.message}), so its caller gets 401; the gateway's user must own it`);
+        }
         return null;
     }
 }
@@ -278,12 +282,12 @@ function observed(r) {
     return '';
 }
 
-// When the certificate ends, in seconds since 1970, NaN if it cannot be read: of the first in tls.crt, the gateway's own.
-function certificateEnd(folder) {
+// When the certificate that is served ends, in seconds since 1970, NaN if it cannot be read: of the first, the gateway's own.
+function certificateEnd(run) {
     let pem = '';
     try {
-        pem = fs.readFileSync(`${folder}/tls.crt`).toString().split('-----')[2] || '';
-    } catch (error) {  // it is being replaced, or gone: the old one serves on
+        pem = fs.readFileSync(`${run}/served.crt`).toString().split('-----')[2] || '';
+    } catch (error) {  // somebody has emptied the folder
     }
     const found = VALIDITY.exec(Buffer.from(pem.replace(/\s/g, ''), 'base64').toString('hex'));
     if (!found) {
@@ -292,6 +296,16 @@ function certificateEnd(folder) {
     const text = Buffer.from(found[1] || found[2], 'hex').toString();
     const full = found[2] ? text : (text < '50' ? '20' : '19') + text;  // RFC 5280: two digits are 1950 to 2049
     return Date.parse(full.replace(/(....)(..)(..)(..)(..)(..)/, '$1-$2-$3T$4:$5:$6Z')) / 1000;
+}
+
+// Whether certificate, key, limits or addresses have a change that cannot be loaded (gateway.sh).
+function isPending(run) {
+    try {
+        fs.accessSync(`${run}/pending`);
+        return true;
+    } catch (error) {
+        return false;
+    }
 }
 
 function numberOf(bound) {
@@ -323,7 +337,9 @@ function metrics(r) {
         text += `${DURATION}_count{${labels}} ${upTo(Infinity)}\n`;
     });
     text += '# TYPE gateway_certificate_expiry_timestamp_seconds gauge\n';
-    text += `gateway_certificate_expiry_timestamp_seconds ${certificateEnd(r.variables.folder)}\n`;
+    text += `gateway_certificate_expiry_timestamp_seconds ${certificateEnd(r.variables.run)}\n`;
+    text += '# TYPE gateway_reload_pending gauge\n';
+    text += `gateway_reload_pending ${isPending(r.variables.run) ? 1 : 0}\n`;
     r.headersOut['Content-Type'] = 'text/plain; version=0.0.4';
     r.return(200, text);
 }

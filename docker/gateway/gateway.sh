@@ -1,6 +1,7 @@
 #!/bin/bash
 # Starts nginx as the gateway, and has it read its files again, without a restart, where the addresses of the servers,
-# the certificate or the limits have changed. SIGTERM lets requests in flight finish.
+# the certificate or the limits have changed. What it cannot read or load waits (the metric gateway_reload_pending), and
+# what it had serves on. SIGTERM lets requests in flight finish.
 #
 #   FOLDER=build/gateway TRITON_HTTP=127.0.0.1:8000 TRITON_GRPC=127.0.0.1:8001 docker/gateway/gateway.sh
 #
@@ -54,18 +55,25 @@ upstream() {
 endpoints() {
     upstream triton_http "${TRITON_HTTP:-triton:8000}"
     upstream triton_grpc "${TRITON_GRPC:-triton:8001}"
-    # shellcheck disable=SC2016  # nginx's variable, not the shell's
-    printf 'js_var $folder "%s";\n' "$folder"
+    # shellcheck disable=SC2016  # nginx's variables, not the shell's
+    printf 'js_var $folder "%s";\njs_var $run "%s";\n' "$folder" "$run"
     for kind in client_body proxy fastcgi uwsgi scgi; do
         printf '%s_temp_path %s/%s;\n' "$kind" "$run" "$kind"
     done
 }
 
-watched() { cat "$run/endpoints.conf" "$folder/tls.crt" "$folder/limits.conf" | sha256sum; }
+# What nginx reads again. Of the certificate a copy is kept: which one is served, not which one lies there, is told.
+watched() {
+    cat "$folder/tls.crt" >"$run/next.crt" &&
+        cat "$run"/{endpoints.conf,next.crt} "$folder"/{tls.key,limits.conf} | sha256sum
+}
+loads() { nginx -p "$run" -c "$run/nginx.conf" -t -q; }
 
 endpoints >"$run/endpoints.conf"
 before="$(watched)"
-nginx -p "$run" -c "$run/nginx.conf" -t -q
+loads
+mv "$run/next.crt" "$run/served.crt"
+rm -f "$run/pending"
 nginx -p "$run" -c "$run/nginx.conf" &
 nginx=$!
 trap 'kill -QUIT "$nginx"' TERM INT
@@ -73,10 +81,17 @@ while kill -0 "$nginx" 2>/dev/null; do
     sleep "$every_s" &
     wait -n "$nginx" $! || break
     endpoints >"$run/endpoints.conf.part" && mv "$run/endpoints.conf.part" "$run/endpoints.conf"
-    after="$(watched)" || continue  # one of them is being replaced: what nginx has read serves on
-    if [ "$after" != "$before" ] && nginx -p "$run" -c "$run/nginx.conf" -t -q; then
+    if ! after="$(watched)"; then  # one of them is being replaced, or not ours to read
+        : >"$run/pending" || true
+    elif [ "$after" = "$before" ]; then
+        rm -f "$run/pending"
+    elif loads; then
         kill -HUP "$nginx"
+        mv "$run/next.crt" "$run/served.crt"
+        rm -f "$run/pending"
         before="$after"
+    else
+        : >"$run/pending" || true
     fi
 done
 wait "$nginx"

@@ -26,12 +26,14 @@ from rich.console import Console
 from deepseek.spec import DeploymentSpec
 from loadtests.check import check
 from loadtests.measure import measure
-from loadtests.results import Run, Settings
+from loadtests.results import Latency, Run, Settings
 from tests.bench.setting import Bench, log, on, perf_analyzer_program
 from tests.fake_endpoint import FakeEndpoint
 
 Protocol = Literal["grpc", "http"]
 PROTOCOLS: tuple[Protocol, ...] = ("grpc", "http")
+KINDS: tuple[Latency, ...] = ("intended", "service")
+PERCENTS = (50, 90, 99, 99.9)
 USERS = 16  # in a closed loop, to take a ceiling
 REPETITIONS = 3  # of a search for the capacity
 LENGTH = 50  # of an input, in floats
@@ -46,24 +48,28 @@ slo = { p99_ms = 50 }
 
 
 def accuracy(bench: Bench) -> None:
-    """What is reported over what the server itself says; and a planned stall of 2 s in open and closed loop."""
+    """What is reported over what the server itself says; and a planned stall of 2 s in open and closed loop.
+
+    The server's delays are log-normal: beside a smooth curve, unlike a plateau, a percentile that is a little off shows.
+    They are long enough that the way to the server and back, which it does not see, is a small part of them.
+    """
     for protocol in PROTOCOLS:
-        ratios: dict[float, list[float]] = {50: [], 90: [], 99: []}
+        ratios = {(kind, percent): list[float]() for kind in KINDS for percent in PERCENTS}
         stalls: dict[str, list[float]] = {
             "open loop, intended": [],
             "closed loop": [],
             "perf_analyzer, closed loop": [],
         }
         for _ in range(max(3, bench.pairs // 4)):
-            with FakeEndpoint(delay_ms=100, slow_every=5, slow_ms=300) as endpoint:
-                run = _measured(bench, endpoint, protocol, rate_rps=100.0, duration_s=10.0)
+            with FakeEndpoint(delay_ms=100, spread=0.5) as endpoint:  # 20 to 500 ms, some 22 in flight
+                run = _measured(bench, endpoint, protocol, rate_rps=200.0, duration_s=10.0)
                 true_ms = _true_ms(endpoint)
-            for percent, found in ratios.items():
-                found.append(run.window.latency("service").percentile_ms(percent) / _nearest(true_ms, percent))
+            for (kind, percent), found in ratios.items():
+                found.append(run.window.latency(kind).percentile_ms(percent) / _nearest(true_ms, percent))
             for how, found in stalls.items():
                 found.append(_stall(bench, protocol, how))
-        for percent, found in ratios.items():
-            name = f"reported p{percent:g} over the server's own, {protocol}"
+        for (kind, percent), found in ratios.items():
+            name = f"reported p{percent:g} ({kind}) over the server's own, {protocol}"
             bench.record(name, found, "goal: 0.98 to 1.02")
         for how, found in stalls.items():
             goal = "goal: 0.98 to 1.02" if how.startswith("open") else "hides it"
