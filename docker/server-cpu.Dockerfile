@@ -1,5 +1,5 @@
 # Triton without a GPU: the embedded server with its Python backend and ONNX Runtime, over a repository mounted at
-# /models. The doctor goes first: a repository that does not fit ends the container with a line for each reason.
+# /models. The doctor goes first, a line for each reason: a model without any good version ends the container.
 # Runs as any user id, with a read-only root file system, no capabilities, /tmp and /dev/shm writable (compose.yaml).
 ARG BASE=debian:trixie-slim
 FROM ${BASE} AS build

@@ -92,11 +92,11 @@ def percentiles(side: Stretches, draws: np.ndarray, percent: float) -> np.ndarra
 
 
 def means_ms(side: Stretches, draws: np.ndarray) -> np.ndarray:
-    """The mean of each draw; inf where a request failed."""
+    """The mean of what was answered in each draw; inf where nothing was, nan of nothing."""
     answered = draws @ side.counts.sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         means = draws @ (side.counts @ side.values_ms) / answered
-    return np.where(draws @ side.failed > 0, math.inf, means)
+    return np.where((answered == 0) & (draws @ side.failed > 0), math.inf, means)
 
 
 def error_rates(side: Stretches, draws: np.ndarray) -> np.ndarray:

@@ -58,7 +58,7 @@ def in_flight_for(settings: Settings, slo: SloSpec) -> int:
     """
     highest_rps = max((max(each.rate_rps, each.end_rps or 0.0) for each in settings.segments), default=0.0)
     for line in (each for each in slo.all_objectives() if each.kind == "ms"):
-        rate_rps = min(highest_rps, line.rate_rps or highest_rps)  # one that is bound to a rate is asked of none above
+        rate_rps = min(highest_rps, rate_of(line, settings, slo) or highest_rps)  # of none above is it asked
         in_time = rate_rps * line.limit / 1000
         if in_time > MOST_IN_FLIGHT * settings.workers:
             raise InputError(

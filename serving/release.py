@@ -173,7 +173,8 @@ def main() -> None:
     """Releases one model."""
     args = _parse()
     spec = DeploymentSpec.of_model(args.model, args.models).for_target(args.target)
-    if not (args.rate or spec.slo.rate_rps or any(line.rate_rps for line in spec.slo.all_objectives())):
+    lines = spec.slo.all_objectives()
+    if not (args.rate or spec.slo.rate_rps or any(line.rate_rps or line.kind == "throughput" for line in lines)):
         raise InputError(
             f"{args.model}: no rate to measure at; give --rate (RATE=), or rate_rps in [slo] of deploy.toml"
         )

@@ -108,6 +108,7 @@ def test_percentiles_of_draws_are_those_of_the_added_up_runs(tmp_path: Path) -> 
     lost = Stretches.of([saved_run(tmp_path / "c", [*steady(count=90), *[(9.5, 9.5, 0.0, "dropped")] * 10]).window])
     assert percentiles(lost, np.array([[1]]), 90)[0] == pytest.approx(10.1, rel=2e-3)
     assert math.isinf(percentiles(lost, np.array([[1]]), 91)[0])
+    assert means_ms(lost, np.array([[1]]))[0] == pytest.approx(10.1, rel=2e-2)  # of what was answered
 
 
 def climbing(folder: Path, knee_rps: float, first: int, count: int = 7, lag_s: float = 0.0) -> list[Run]:
