@@ -44,8 +44,8 @@ NEW ?=## compare-runs: what is held against it; release: a repository to release
 NEW_BUILD ?=## release: the folder that NEW= was built in (default: BUILD)
 
 ##@ Variables of the compose stack and of Kubernetes
-PROJECT ?= deepseek## of the compose stack: names its containers, volumes and images; another for another clone's
-GATEWAY_PORT ?= 8443## of the compose stack's gateway
+PROJECT ?= $(call as-before,COMPOSE_PROJECT_NAME,deepseek)## of the compose stack: names its containers, volumes and images (default: as before, at first deepseek)
+GATEWAY_PORT ?= $(call as-before,GATEWAY_PORT,8443)## of the compose stack's gateway (default: as before, at first 8443)
 GATEWAY_HOSTS ?=## the gateway's names for its certificate, beside localhost
 NAME ?=## keys: whom a new API key is for
 REVOKE ?=## keys: whose are ended, or which one, by its id
@@ -79,10 +79,12 @@ ENV_FILE ?= .env## what docker compose reads; engine writes it
 CACHE ?=## artifacts shared by clones and branches (default: ~/.cache/deepseek-deploy; off: none)
 CACHE_GIB ?= 10## what it may hold
 
+# Of the compose stack what ENV_FILE has, which is what runs.
+as-before = $(or $(shell sed -n 's/^$(1)=//p' "$(strip $(ENV_FILE))" 2>/dev/null | tail -n 1),$(2))
 # A ~ that no shell took up: of quotes, of dash, of a file. On the command line, too.
 $(foreach v,MODELS DATA BUILD REPOSITORY CA_CERT RUN BASE NEW NEW_BUILD TRAFFIC ONNX DEVICES,$(eval override $(v) := $$(patsubst ~/%,$$(HOME)/%,$$(strip $$($(v))))))
-# Of these two only what was asked for: some shells have a NAME of their own, which would make a key.
-$(foreach v,NAME REVOKE,$(eval override $(v) := $$(if $$(filter command,$$(firstword $$(origin $(v)))),$$(value $(v)))))
+# Some shells have a NAME of their own, which would make a key.
+override NAME := $(if $(filter command,$(firstword $(origin NAME))),$(value NAME))
 NAMED := $(if $(filter command environment,$(firstword $(origin MODEL))),$(strip $(MODEL)))
 MODEL := $(strip $(MODEL))
 PRECISION := $(strip $(PRECISION))
@@ -286,7 +288,8 @@ lock: $(VENV)/.ready-test ## pin anew what pyproject.toml allows
 	    --no-emit-index-url --no-annotate --no-header - -o tests/checkov.lock
 
 # Of ENV_FILE stays what is its owner's, which stack.py keeps below its own last line.
-no-env-file = if sed '1,/^\# Yours: /d' "$(ENV_FILE)" 2>/dev/null | grep -q .; then sed -i -n '/^\# Yours: /,$$p' "$(ENV_FILE)"; else rm -f "$(ENV_FILE)"; fi
+no-env-file = if sed '0,/^\# Yours: /d' "$(ENV_FILE)" 2>/dev/null | grep -q .; then sed -i -n '/^\# Yours: /,$$p' "$(ENV_FILE)"; \
+    elif grep -qs '^\# Yours: \|^\# Written by make engine' "$(ENV_FILE)"; then rm "$(ENV_FILE)"; fi
 clean: ## remove what was built for MODEL, its repository entry, and ENV_FILE but your own lines
 	rm -rf "$(B)" "$(REPOSITORY)/$(MODEL)"
 	@$(no-env-file)

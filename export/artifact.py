@@ -278,10 +278,11 @@ def human_bytes(value_bytes: float) -> str:
 
 def row_digests(rows: Iterable[Mapping[str, np.ndarray]]) -> list[bytes]:
     """One digest a row, of names, types, shapes and values, to find rows that two sets share."""
-    return [_row_digest(row) for row in rows]
+    return [row_digest(row) for row in rows]
 
 
-def _row_digest(row: Mapping[str, np.ndarray]) -> bytes:
+def row_digest(row: Mapping[str, np.ndarray]) -> bytes:
+    """Of one."""
     digest = hashlib.sha256()
     for name, array in sorted(row.items()):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())

@@ -1,8 +1,9 @@
 """The accuracy budget: what a variant loses against fp32 PyTorch, measured on the evaluation split.
 
 Words: drop = (fp32 - variant) / fp32 of the metric, larger being better; without a metric it is
-1 - the similarity of the outputs (mean cosine for floats, share of common entries for integers). So it is where fp32
-PyTorch has 0 of the metric, of which nothing can be lost.
+1 - the similarity of the outputs: of floats the mean cosine of the rows (of one number a row: that of all rows, less
+fp32's mean); of integers the share of common entries; of flags that share over True and over False, averaged. So it is
+where fp32 PyTorch has 0 of the metric, of which nothing can be lost.
 """
 
 from __future__ import annotations

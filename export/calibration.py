@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from onnxruntime.quantization import CalibrationDataReader
 
 from deepseek.spec import BATCH, Axis, DeploymentSpec, InputError
-from export.artifact import Row, batches, filled, load_rows, row_digests
+from export.artifact import Row, batches, filled, load_rows, row_digest, row_digests
 
 CALIBRATION_BATCH = 8
 STRATA = 8  # bins of length
 LEAST_ROWS = 2
+FEW_ROWS = 8  # with fewer there is a note
 POOL = 4  # rows to choose from for each one that is used
 _GOLDEN = 0.618033988749895  # multiples of it, modulo 1, fall evenly: a spread order without a random seed
 
@@ -29,10 +30,10 @@ class NotFinite(InputError):
 
 
 class Calibration(CalibrationDataReader):
-    """Batches of real inputs, as ONNX Runtime's calibrators read them."""
+    """Batches of real inputs, as ONNX Runtime's calibrators read them; `note` tells what was left out."""
 
-    def __init__(self, rows: list[Row], batch: Axis) -> None:
-        self.rows, self._batch = rows, batch
+    def __init__(self, rows: list[Row], batch: Axis, note: str = "") -> None:
+        self.rows, self._batch, self.note = rows, batch, note
         size = min(max(CALIBRATION_BATCH, batch.min), batch.max)
         self.batches = [filled(inputs, batch.min) for _, inputs in batches(rows, size)]
         self.rewind()
@@ -160,17 +161,33 @@ def _said(tensor: object) -> str:
     return f"{getattr(tensor, 'dtype')} {list(getattr(tensor, 'shape'))}"  # noqa: B009
 
 
-def disjoint(rows: Sequence[Row], evaluation: Sequence[Row]) -> list[Row]:
-    """Rows without those that are evaluation rows too."""
-    judged = set(row_digests(evaluation))
-    return [row for row, digest in zip(rows, row_digests(rows), strict=True) if digest not in judged]
+def disjoint(rows: Iterable[Row], evaluation: Sequence[Row], limit: int | None = None) -> tuple[list[Row], int]:
+    """Rows that are no evaluation rows too, `limit` at most, and how many were met that are."""
+    judged, left, shared = set(row_digests(evaluation)), [], 0
+    for row in rows:
+        if row_digest(row) in judged:
+            shared += 1
+            continue
+        left.append(row)
+        if len(left) == limit:
+            break
+    return left, shared
 
 
-def check_disjoint(left: Sequence[Row], rows: Sequence[Row], where: str) -> None:
-    """Raises InputError where of `rows` too few are left that are no evaluation rows."""
-    if len(left) < min(LEAST_ROWS, len(rows)):
+def left_out(left: Sequence[Row], shared: int) -> str:
+    """What there is to tell of rows that were left out, and of how few remain; "" where nothing is."""
+    if not shared:
+        return ""
+    few = f"; {len(left)} are left, few to find ranges by" if len(left) < FEW_ROWS else ""
+    return f"calibration: {shared} samples are evaluation samples too, and were left out{few}"
+
+
+def check_disjoint(left: Sequence[Row], shared: int, where: str) -> None:
+    """Raises InputError where beside `shared` ones too few rows are left that are no evaluation rows."""
+    rows = len(left) + shared
+    if len(left) < min(LEAST_ROWS, rows):
         raise InputError(
-            f"{where}: {len(rows) - len(left)} of {len(rows)} calibration rows are evaluation rows too; the two must "
+            f"{where}: {shared} of {rows} calibration rows are evaluation rows too; the two must "
             f"be disjoint, or the accuracy budget is judged on what was calibrated on: {LEAST_ROWS} others are needed, "
             'or candidates = ["fp32"]'
         )
@@ -200,7 +217,6 @@ def _raw_rows(spec: DeploymentSpec, path: Path) -> list[Row]:
 
 def calibration_of(spec: DeploymentSpec, path: Path, limit: int, evaluation: Sequence[Row]) -> Calibration:
     """At most `limit` rows of a file, over all lengths and none of `evaluation`, as calibrators read them."""
-    rows = read_rows(spec, path)
-    left = disjoint(rows, evaluation)
-    check_disjoint(left, rows, str(path))
-    return Calibration(stratified(left, limit), spec.axes[BATCH])
+    left, shared = disjoint(read_rows(spec, path), evaluation)
+    check_disjoint(left, shared, str(path))
+    return Calibration(stratified(left, limit), spec.axes[BATCH], left_out(left, shared))

@@ -158,7 +158,7 @@ class _Judge:
     def __init__(self, source: Source, original: torch.nn.Module, rows: list[Row]) -> None:
         self.source, self.rows = source, rows
         predict = module_runner(source.spec, original)
-        self.unpruned = check_metric(source, predict)
+        self.unpruned = check_metric(source, predict, log)
         if why := too_small(source.spec, self.unpruned):
             log.print(f"warning: {why}")
         metric = None if why else source.spec.precision.metric

@@ -105,6 +105,8 @@ def quantize_model(spec: DeploymentSpec, config: QuantConfig, model_folder: Sour
         data = Path(config.calibration_data)
         try:
             calibration = calibration_of(spec, data, config.num_samples, evaluation)
+            if calibration.note:
+                log.print(calibration.note, soft_wrap=True)
         except NotFinite as error:
             if data != _samples_of(spec):
                 raise

@@ -147,10 +147,12 @@ def check_rows_fit(spec: DeploymentSpec, rows: list[Row]) -> None:
     The outputs are PyTorch's and those of a variant, which are compared.
     """
     kept, memory = 2 * sum(_output_bytes(spec, row) for row in rows), memory_bytes()
-    if kept + 4 * _bytes_at_most(spec, [*spec.inputs, *spec.outputs]) > memory:
+    batches = 4 * _bytes_at_most(spec, [*spec.inputs, *spec.outputs])
+    if kept + batches > memory:
         raise InputError(
             f"model.py: samples('evaluation'): the outputs of {len(rows)} rows, of PyTorch and of a variant, take "
-            f"{human_bytes(kept)}, this machine has {human_bytes(memory)}; let it give fewer rows, or forward less"
+            f"{human_bytes(kept)}, running the largest sizes of deploy.toml {human_bytes(batches)}, this machine has "
+            f"{human_bytes(memory)}; let samples give fewer rows, or forward less, or lower the largest sizes"
         )
 
 

@@ -61,7 +61,7 @@ from export.artifact import (
     write_manifest,
 )
 from export.cache import alone_with, fetch_checked, key_of, store
-from export.calibration import check_disjoint, disjoint, pool_size, stratified
+from export.calibration import check_disjoint, disjoint, left_out, pool_size, stratified
 from export.reference import (
     check_corners,
     check_memory,
@@ -80,6 +80,7 @@ from export.source import Source, folder_of, place_of
 
 OPSET = 20  # ModelOpt needs 19 for fp8 scales; at 23 attention becomes one op that TensorRT may not take
 EVALUATION_ROWS = 2000
+MOST_READ = 16  # times the calibration rows: samples() may go on without end, and give evaluation rows alone
 
 log = Console(file=sys.stderr, markup=False)  # bound now: the exporter's own output is discarded below
 
@@ -229,7 +230,7 @@ def export_model(source: Source) -> dict[str, Any]:
     spec = source.spec
     path = onnx_path(spec.name, "fp32")
     check_memory(spec)
-    rows, shared = _rows(source)
+    rows, shared, note = _rows(source)
     check_rows_fit(spec, rows["evaluation"])
     model = source.load()
     files = {split: build_dir(spec.name) / f"{split}.npz" for split in rows}
@@ -255,21 +256,22 @@ def export_model(source: Source) -> dict[str, Any]:
         "checks": manifest.found["checks"],
         "rows": {split: len(found) for split, found in rows.items()},
         "shared_rows": shared,
+        "note": note,
         "build_s": manifest.build_s,
     }
 
 
-def _rows(source: Source) -> tuple[dict[str, list[Row]], int]:
-    """Real inputs by split, none of them in both; how many were left out of those to calibrate on."""
+def _rows(source: Source) -> tuple[dict[str, list[Row]], int, str]:
+    """Real inputs by split, none of them in both; how many were left out of those to calibrate on, and a note."""
     spec = source.spec
     with log.status("reading samples"):
         evaluation = list(source.rows("evaluation", EVALUATION_ROWS))
-        pool = list(source.rows("calibration", pool_size(spec)))
-        left = disjoint(pool, evaluation)
+        pool = pool_size(spec)
+        left, shared = disjoint(source.rows("calibration", MOST_READ * pool), evaluation, pool)
     if set(spec.precision.candidates) != {"fp32"}:
-        check_disjoint(left, pool, f"{source.folder / 'model.py'}: samples('calibration')")
+        check_disjoint(left, shared, f"{source.folder / 'model.py'}: samples('calibration')")
     calibration = stratified(left, spec.precision.calibration_samples)
-    return {"calibration": calibration, "evaluation": evaluation}, len(pool) - len(left)
+    return {"calibration": calibration, "evaluation": evaluation}, shared, left_out(left, shared)
 
 
 def _export(source: Source, model: torch.nn.Module, rows: dict[str, list[Row]], path: Path) -> None:
@@ -282,7 +284,7 @@ def _export(source: Source, model: torch.nn.Module, rows: dict[str, list[Row]], 
     with log.status("running PyTorch over all samples"):
         check_samples(spec, model, rows)
     with log.status("asking evaluate()"):
-        check_metric(source, module_runner(spec, model))
+        check_metric(source, module_runner(spec, model), log)
     with log.status("exporting with the dynamo exporter"):
         graph = onnx_from_torch(spec, model, example)
         save_graph(graph, path)
@@ -328,8 +330,8 @@ def main() -> None:
         return
     where = checked_at(source.spec, result["checks"])
     print(f"{result['path']}: {human_bytes(result['size_bytes'])}, as PyTorch {where}")
-    if shared := result["shared_rows"]:
-        print(f"calibration: {shared} samples are evaluation samples too, and were left out")
+    if result["note"]:
+        print(result["note"])
     table = Table("checked at", "output", "worst error", box=box.SIMPLE_HEAD)
     for check in result["checks"]:
         for name, error in check["worst_error"].items():

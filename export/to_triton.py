@@ -43,7 +43,7 @@ from deepseek.spec import (
     variables_for,
 )
 from deepseek.spec.folders import alone_in, let_all_read, onto_disk, scratch_in
-from deepseek.spec.released import BAD, last_fate
+from deepseek.spec.released import last_fate
 from deepseek.spec.repository import retired, versions_of
 from export.artifact import (
     Row,
@@ -232,9 +232,13 @@ def check_profile(spec: DeploymentSpec, engine: Path) -> None:
 
 
 def check_fate(spec: DeploymentSpec, staged: Path, repository: Path) -> None:
-    """Raises InputError where what is to be published was refused by a gate, or rolled back, and not released since."""
-    fate = last_fate(spec.name, PublishedManifest.load(staged / "manifest.json").files, repository)
-    if fate is not None and fate.outcome in BAD:
+    """Raises InputError where what is to be published failed a gate or was rolled back, and neither was released since
+    nor is what is served."""
+    files = PublishedManifest.load(staged / "manifest.json").files
+    newest = next((each for each in versions_of(repository / spec.name)), None)
+    served = repository / spec.name / str(newest) / "manifest.json"
+    fate = last_fate(spec.name, files, repository)
+    if fate is not None and fate.bad and not (served.is_file() and PublishedManifest.load(served).files == files):
         variables = variables_for(spec.name)
         raise InputError(
             f"{spec.name}: what is built was {fate.outcome} as version {fate.version}, {fate.at[:16]} ({fate.folder}); "

@@ -47,7 +47,7 @@ from loadtests.results import Run, Settings
 from loadtests.sides import Side, side_of
 from loadtests.slo import formatted
 
-PAIRS = 10  # what judges failures, too, needs 8; two may be left out
+PAIRS = 10  # two may be left out
 
 
 def measured(sides: tuple[Side, Side], args: argparse.Namespace, spec: DeploymentSpec) -> tuple[list[Run], list[Run]]:

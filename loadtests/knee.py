@@ -20,9 +20,8 @@ BAR = 16  # characters of the latency at the table's slowest answer
 
 def trial_line(trial: Trial, again: bool) -> Text:
     """One trial while the search goes on."""
-    p99 = "never" if trial.p99_ms is None else formatted("ms", trial.p99_ms)
     why = ", ".join(trial.failed) if trial.outcome == "fails" else "; ".join(trial.problems[:1])
-    found = f"p99 {p99}, {trial.error_rate:.2%} errors"
+    found = f"p99 {_shown(trial.p99_ms)}, {trial.error_rate:.2%} errors" if trial.sent else "not sent"
     told = f"{f' ({why})' if why else ''}{'  (from before)' if again else ''}"
     head = f"{trial.phase:<8} {trial.rate_rps:>7g}/s  {found:<32} "
     return Text.assemble(head, (trial.outcome, STYLES[trial.outcome]), told)
@@ -39,14 +38,18 @@ def table(trials: Sequence[Trial], capacity_rps: float | None) -> Table:
     knee = max(below, key=lambda trial: (trial.rate_rps, *_certainty(trial)), default=None)
     for trial in sorted(trials, key=lambda each: (each.rate_rps, _certainty(each))):
         bar = "█" * max(1, round(BAR * trial.p99_ms / slowest)) if trial.p99_ms else "∞"
-        figures = ("never" if ms is None else formatted("ms", ms) for ms in (trial.p50_ms, trial.p99_ms))
         mark = ("◀ capacity" if trial is knee else "", "bold")
         outcome = Text.assemble((trial.outcome, STYLES[trial.outcome]), f" {_first(trial.failed)}", mark)
-        answered = f"{trial.achieved_rps:.1f}/s"
-        columns.add_row(
-            f"{trial.rate_rps:g}/s", trial.phase, answered, *figures, bar, f"{trial.error_rate:.2%}", outcome
-        )
+        answered, errors = f"{trial.achieved_rps:.1f}/s", f"{trial.error_rate:.2%}"
+        figures = (answered, _shown(trial.p50_ms), _shown(trial.p99_ms), bar, errors)
+        if not trial.sent:
+            figures = ("-", "-", "-", "", "-")
+        columns.add_row(f"{trial.rate_rps:g}/s", trial.phase, *figures, outcome)
     return columns
+
+
+def _shown(latency_ms: float | None) -> str:
+    return "never" if latency_ms is None else formatted("ms", latency_ms)
 
 
 def _first(names: Sequence[str]) -> str:

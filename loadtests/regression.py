@@ -45,7 +45,9 @@ from loadtests.trial import bound_rates, slo_at
 Verdict = Literal["no worse", "worse", "inconclusive"]
 EXIT_CODES: dict[Verdict, int] = {"no worse": 0, "worse": 1, "inconclusive": 3}
 CONFIDENCE = 0.95  # of all rows together
-LEAST_PAIRS = least_pairs(1 - (1 - CONFIDENCE) / 3)  # for p50, p99 and capacity; where requests failed, it is one more
+LEAST_PAIRS = least_pairs(
+    1 - (1 - CONFIDENCE) / 4
+)  # for p50, p99, capacity, and failures, of which nobody knows before
 MOST_PAIRS = 200  # more are not advised: a smaller difference is not to be told apart this way
 MORE_FAILURES = 0.10  # than of base, where more fail there than the SLO allows
 TINY = 1e-9  # a share that no run reaches, in place of none

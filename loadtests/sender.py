@@ -45,7 +45,7 @@ from loadtests.schedule import Schedule, Segment
 Tell = Callable[..., None]
 MOST_STREAMS = 100  # of a connection: no server should allow fewer (RFC 9113, 6.5.2); the gateway allows 256
 SPARE_FILES = 100  # of this process, for all but connections: without one, what was measured could not be written
-OWN_LIMITS = {errno.EMFILE: NO_FILE, errno.ENFILE: NO_FILE, errno.EADDRNOTAVAIL: NO_PORT}
+KIND_OF_ERRNO = {errno.EMFILE: NO_FILE, errno.ENFILE: NO_FILE, errno.EADDRNOTAVAIL: NO_PORT}
 
 
 def planned_blocks_s(settings: Settings, worker: int = 0, workers: int = 1) -> Iterator[np.ndarray]:
@@ -175,8 +175,8 @@ def kind_of(failure: Exception) -> str:
     """What a failed request counts as: its error's name, or what this machine had none of to make a connection."""
     cause: BaseException | None = failure
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in OWN_LIMITS:
-            return OWN_LIMITS[cause.errno]
+        if isinstance(cause, OSError) and cause.errno in KIND_OF_ERRNO:
+            return KIND_OF_ERRNO[cause.errno]
         cause = cause.__context__
     return type(failure).__name__
 

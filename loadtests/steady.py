@@ -9,7 +9,8 @@ standard output and writes to its standard input:
     <- {"version": 5, "requests": ...}       the end: all figures; "version" is what the server gives then
 
 Where standard input ends before the change, so does the load, and nothing is told. Latency counts from the planned
-time. "failed" and "errors" are those of requests that were not yet answered at the change, or were sent after it.
+time. "failed" and "errors" are those of requests that were not yet answered at the change, or were sent after it;
+"failed_before" is the others', "since_seen" has those of what was to be sent once the version was seen.
 
 Exit codes: 0 measured, whatever was found; 2 wrong input or no server; 3 the load could not be sent on time, or
 requests failed before the change (unless they may).
@@ -144,6 +145,11 @@ def wait_for(client: InferenceClient, load: Load, model: str, until: int, timeou
     return None
 
 
+def _failures(sent: list[Sent]) -> dict[str, Any]:
+    errors = Counter(each.error for each in sent if each.error is not None)
+    return {"failed": errors.total(), "errors": dict(errors.most_common(10))}
+
+
 def result_of(sent: list[Sent], changed_s: float, seen_s: float | None) -> dict[str, Any]:
     """The load before, around and after the change."""
     end_s = (seen_s or float("inf")) + AROUND_S
@@ -152,12 +158,14 @@ def result_of(sent: list[Sent], changed_s: float, seen_s: float | None) -> dict[
         "around": (each for each in sent if changed_s <= each.planned_s < end_s),
         "after": (each for each in sent if each.planned_s >= end_s),
     }
-    since = (each for each in sent if each.planned_s + each.latency_ms / 1000 >= changed_s)
-    errors = Counter(each.error for each in since if each.error is not None)
+    ended = [each.planned_s + each.latency_ms / 1000 < changed_s for each in sent]
+    before = [each for each, early in zip(sent, ended, strict=True) if early]
+    since = [each for each, early in zip(sent, ended, strict=True) if not early]
     return {
         "requests": len(sent),
-        "failed": errors.total(),
-        "errors": dict(errors.most_common(10)),
+        **_failures(since),
+        "failed_before": _failures(before)["failed"],
+        "since_seen": _failures([each for each in sent if seen_s is not None and each.planned_s >= seen_s]),
         "switched_s": None if seen_s is None else round(seen_s - changed_s, 3),
         **{name: asdict(Figures.of(part)) for name, part in stretches.items()},
     }

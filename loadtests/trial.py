@@ -54,7 +54,7 @@ UNKNOWN_LATENCY_S = 1.0  # may be under way at the end, where the SLO bounds no 
 
 
 class Trial(Table):
-    """What one trial found; a percentile that only failures reached is null."""
+    """What one trial found; a percentile that only failures reached is null, as is one of a trial never sent."""
 
     rate_rps: float
     phase: Phase
@@ -70,7 +70,12 @@ class Trial(Table):
     problems: tuple[str, ...] = ()
     """Why the trial is invalid."""
     run: str = ""
-    """The run's folder."""
+    """The run's folder; empty where nothing was sent, since the generator cannot at this rate."""
+
+    @property
+    def sent(self) -> bool:
+        """There is something to be shown of it."""
+        return bool(self.run)
 
     @property
     def overloaded(self) -> bool:
@@ -206,8 +211,10 @@ class Trials:
 
 def _beyond(settings: Settings, slo: SloSpec) -> str:
     """Why the generator cannot send at this rate, of which a search is to learn that it is the limit."""
+    if settings.max_in_flight:  # as many as were asked for
+        return ""
     try:
-        _ = settings.max_in_flight or in_flight_for(settings, slo)
+        in_flight_for(settings, slo)
     except InputError as error:
         return str(error)
     return ""

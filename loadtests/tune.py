@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -119,14 +119,21 @@ def check_writable(path: Path, console: Console) -> None:
     try:
         TunedFile.read(path)
     except InputError as error:
-        console.print(f"note: {error}; it will be made anew", soft_wrap=True)
+        console.print(f"note: {error}; it will be kept as {_broken(path)}, and made anew", soft_wrap=True)
+
+
+def _broken(path: Path) -> Path:
+    """Where a file of tuned values is kept that cannot be read: those of other targets are in it."""
+    return path.with_suffix(".toml.broken")
 
 
 def _tuned_file(path: Path) -> TunedFile:
-    """What it holds; nothing where that cannot be read, so that it is made anew."""
-    with suppress(InputError):
+    """What it holds; nothing where that cannot be read: then it is moved out of the way, to be made anew."""
+    try:
         return TunedFile.read(path)
-    return TunedFile()
+    except InputError:
+        path.replace(_broken(path))
+        return TunedFile()
 
 
 def apply(tuning: Tuning, place: Place, deploy_toml: Path, dry_run: bool) -> Tuning:

@@ -217,9 +217,10 @@ class Candidate:
     def _duration_s(self) -> int:
         """Long enough for what the SLO's percentiles need to be told."""
         lines = self.spec.slo.all_objectives()
+        lowest = min((line.limit for line in lines if line.kind == "throughput"), default=None)
         needed = 0.0
         for line in lines:
-            rate = self.args.rate or line.rate_rps or self.spec.slo.rate_rps
+            rate = self.args.rate or line.rate_rps or self.spec.slo.rate_rps or lowest
             if line.percent is not None and rate:
                 needed = max(needed, SPARE * math.log(0.01) / math.log(line.percent / 100) / rate)
         return max(self.args.duration_s, math.ceil(needed))

@@ -123,14 +123,23 @@ def _examine_model(model: Path, machine: Machine, kept: bool) -> tuple[list[Engi
     return engines, findings
 
 
-def for_embedded(repository: Path, findings: list[Finding]) -> list[Finding]:
-    """As the embedded server takes them, which serves the newest good version: a mismatch is a model without any."""
+def for_embedded(repository: Path, findings: list[Finding], engines: list[Engine], machine: Machine) -> list[Finding]:
+    """As the embedded server takes them, which serves the newest good version: a mismatch is a model without any.
+
+    What is the machine's stays: no older version changes that.
+    """
+    checked = [(engine, _TARGET_CHECKS.get(engine.manifest.target)) for engine in engines]
+    here = [each for engine, check in checked if check for each in check(engine, machine)]
     wrong = {each.where.partition("/")[0] for each in findings if each.level == "mismatch"}
     decided = {model.name: decide(model) for model in models_in(repository) if model.name in wrong}
     without = {name: decision for name, decision in decided.items() if decision.config is None}
+
+    def is_left_out(finding: Finding) -> bool:
+        folder = finding.where.partition("/")[0]
+        return folder not in without and finding not in here and (repository / folder).is_dir()
+
     taken = [
-        each if each.level != "mismatch" or each.where.partition("/")[0] in without else replace(each, level="warning")
-        for each in findings
+        replace(each, level="warning") if each.level == "mismatch" and is_left_out(each) else each for each in findings
     ]
     taken += [each for decision in without.values() for each in decision.findings if each not in taken]
     return sorted(taken, key=lambda finding: _ORDER[finding.level])
@@ -332,7 +341,7 @@ def main() -> int:
     machine = Machine.detect(triton_tag=args.triton_tag, in_container=args.preflight, disk_folder=folder)
     engines, findings = examine(repository, machine, model=args.model, kept=not args.preflight)
     if args.embedded:
-        findings = for_embedded(repository, findings)
+        findings = for_embedded(repository, findings, engines, machine)
     failing = ("mismatch", "warning") if args.strict else ("mismatch",)
     holds = not any(finding.level in failing for finding in findings)
     if args.json:

@@ -86,8 +86,10 @@ def _scale_of(models: Sequence[Served], build: Path) -> tuple[Scale, list[str]]:
         elif scale.measured and scale.measured != (model.target, model.precision):
             notes.append(
                 f"{path}: measured on {' '.join(scale.measured)}, served is {model.target} {model.precision}, so the "
-                "autoscaler has no target of it; measure this one: make capacity simulate-scale"
+                f"autoscaler has its default target, from {scale.min_replicas} to {scale.max_replicas} pods as before; "
+                "measure this one: make capacity simulate-scale"
             )
+            chosen[model.name] = scale.model_copy(update={"targets": DEFAULT_SCALE.targets, "rates": {}})
         else:
             chosen[model.name] = scale
     missing = [model.name for model in models if model.name not in paths]

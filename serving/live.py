@@ -127,10 +127,13 @@ class Live:
                 "refused the new one (its log says why), or does not follow the repository (make serve POLL_S=2, or "
                 "compose with docker/compose.follow.yaml)"
             )
-        if failed := found["after"]["failed"] if failing else found["failed"]:
-            error, times = next(iter(found["errors"].items()))
+        lost = found["since_seen"] if failing else found
+        if lost["failed"]:
+            error, times = next(iter(lost["errors"].items()))
             since = "after the switch" if failing else "since the change"
-            raise GateFailed(f"{failed} of {found['requests']} requests failed {since} ({times} times: {error})")
+            raise GateFailed(
+                f"{lost['failed']} of {found['requests']} requests failed {since} ({times} times: {error})"
+            )
         before, around = (_ms(found[part]["p99_ms"]) for part in ("before", "around"))
         fate = f"{found['failed']} failed till the switch, none after it" if failing else "none failed"
         return (

@@ -126,7 +126,7 @@ class Release:
         """The version before again; what was refused is kept beside the journal."""
         ours, there = (place / MANIFEST for place in (self.journal.folder, self.model / str(self.number)))
         if self.before is not None and there.is_file() and there.read_bytes() == ours.read_bytes():
-            self.journal.withdraw(self.model, self.number, back_to=self.before)
+            self.journal.withdraw(self.model, self.number, back_to=self.before, outcome="refused")
             self.journal.write(step="taken back", state="holds", said=self.live.back(self.before))
 
     def _settle(self, outcome: Outcome) -> None:

@@ -14,6 +14,7 @@ Examples:
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import sys
@@ -107,22 +108,24 @@ class Journal:
         """A line, on the disk when it returns."""
         line = {"at": datetime.now(UTC).isoformat(timespec="milliseconds"), **line}
         self.lines.append(line)
-        with self._on_disk(), (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+
+        def append() -> None:
+            with (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+        self._on_disk(append)
 
     def keep(self, name: str, content: object) -> None:
         """What a step found, as a file beside the journal."""
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-        with self._on_disk():
-            write_whole(self.folder / name, text)
+        self._on_disk(lambda: write_whole(self.folder / name, text))
 
-    @contextmanager
-    def _on_disk(self) -> Iterator[None]:
+    def _on_disk(self, write: Callable[[], object]) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            yield
+            write()
         except OSError as error:
             if not self.may_fail:
                 raise
@@ -130,17 +133,19 @@ class Journal:
                 print(f"warning: {self.folder}: {error.strerror}; the record is not whole", file=sys.stderr)
             self._warned = True
 
-    def withdraw(self, model: Path, number: int, *, back_to: int) -> None:
-        """Takes a version out of the repository into this folder; from here on no full disk stops anything."""
+    def withdraw(self, model: Path, number: int, *, back_to: int, outcome: Outcome) -> None:
+        """Takes a version out of the repository into this folder; from here on no full disk stops anything.
+
+        Its manifest is here before, and the outcome as soon as no server sees it: a kill after that changes neither.
+        """
         self.may_fail = True
-        text = ""
         with suppress(OSError):
-            text = (model / str(number) / MANIFEST).read_text(errors="replace")
-        for said in take_out(model, number, back_to=back_to, archive=self.folder / WITHDRAWN):
+            self.keep(MANIFEST, (model / str(number) / MANIFEST).read_text(errors="replace"))
+        archive = self.folder / WITHDRAWN
+        decided = functools.partial(self.write, outcome=outcome)
+        for said in take_out(model, number, back_to=back_to, archive=archive, decided=decided):
             self.write(step="withdrawn", state="left out", said=said)
             print(f"note: {said}", file=sys.stderr)
-        if text:
-            self.keep(MANIFEST, text)
 
 
 class LeftOut(str):

@@ -53,7 +53,6 @@ class Rollback:
                 steps.do("switch", lambda: self._unwatched(reason))
         finally:
             if not (self.model / str(self.number)).exists():
-                self.journal.write(outcome="rolled back")
                 steps.do("stack", lambda: expect_anew(self.model.parent))
 
     def switch(self) -> str:
@@ -74,7 +73,7 @@ class Rollback:
                 f"the repository is back at version {self.back_to}, the server at {self.live.url} still gives "
                 f"{found['version']}: it does not follow the repository, restart it"
             )
-        return self.live.judged(found, self.back_to, failing=found["before"]["failed"] > 0)
+        return self.live.judged(found, self.back_to, failing=found["failed_before"] > 0)
 
     def _offline(self, reason: str) -> str:
         """No server gives the model now."""
@@ -91,7 +90,7 @@ class Rollback:
         return f"{said} after {time.monotonic() - began_s:.1f} s; no load before it: {reason}"
 
     def _take_out(self) -> None:
-        self.journal.withdraw(self.model, self.number, back_to=self.back_to)
+        self.journal.withdraw(self.model, self.number, back_to=self.back_to, outcome="rolled back")
 
 
 def main() -> None:

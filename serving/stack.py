@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.spec import InputError, Parser, histogram_bounds_ms, run_command
-from deepseek.spec.folders import let_all_read, write_whole
+from deepseek.spec.folders import beside, let_all_read, write_whole
 from deepseek.spec.triton_release import TRITON_TAG, parse_tag
 from serving.alerts import RUNBOOK, as_yaml, rules
 from serving.certificate import STAND_IN, give, name_of, owner
@@ -238,9 +238,8 @@ def refresh(repository: Path, folder: Path) -> list[str] | None:
     Returns what the stack's containers have too little of for it. Gateway and Prometheus read them by themselves. A
     file that says what it said is left as it is, so that the gateway starts nothing anew under load.
     """
-    path = source_file(folder)
-    source = json.loads(path.read_text()) if path.is_file() else {}
-    if source.get("repository") != str(repository.resolve()):
+    source = source_of(repository, folder)
+    if not source:
         return None
     models = served_models(repository, Path(source["models"]), _folders(source))
     if (folder / "limits.conf").read_text() != limits(models):
@@ -255,11 +254,16 @@ def _folders(source: Mapping[str, Any]) -> dict[str, Path]:
     return {name: Path(place) for name, place in source.get("folders", {}).items()}
 
 
-def other_folders(repository: Path, folder: Path) -> dict[str, Path]:
-    """The same, of the stack over a repository: models of other builds, each with its own MODELS."""
+def source_of(repository: Path, folder: Path) -> dict[str, Any]:
+    """What the stack over a repository was made from when it was last made; nothing where none was."""
     path = source_file(folder)
-    source = json.loads(path.read_text()) if path.is_file() else {}
-    return _folders(source) if source.get("repository") == str(repository.resolve()) else {}
+    source: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return source if source.get("repository") == str(repository.resolve()) else {}
+
+
+def other_folders(repository: Path, folder: Path) -> dict[str, Path]:
+    """Where the `deploy.toml` of each model of other builds is, each with its own MODELS."""
+    return _folders(source_of(repository, folder))
 
 
 def _write_limits(models: list[Served], folder: Path) -> None:
@@ -280,8 +284,14 @@ def write_observed(models: list[Served], folder: Path, runbook: str = RUNBOOK) -
 
 def write_settings(folder: Path) -> None:
     """What `docker/observe` has for those programs, readable as the above."""
-    for path in (path for path in OBSERVE.rglob("*") if path.is_file()):
-        copy = write_whole(folder / path.relative_to(OBSERVE), path.read_text())
+    files = [path for path in OBSERVE.rglob("*") if path.is_file() and not re.match(r"\.|.*~$", path.name)]
+    kept = {folder / path.relative_to(OBSERVE) for path in files}
+    for gone in {path for part in OBSERVE.iterdir() for path in (folder / part.name).rglob("*")} - kept:
+        if gone.is_file():
+            gone.unlink()
+    for path in files:
+        with beside(copy := folder / path.relative_to(OBSERVE)) as draft:
+            draft.write_bytes(path.read_bytes())
         copy.chmod(0o644)
         for above in (each for each in copy.parents if folder in each.parents):
             above.chmod(0o755)
@@ -315,7 +325,7 @@ def main() -> None:
     parser.add_argument("--triton-tag", default=TRITON_TAG, help="NVIDIA's release, YY.MM (default: %(default)s)")
     parser.add_argument("--model", help="that load tests ask by default (default: the first in the repository)")
     parser.add_argument("--host", action="append", default=[], help="name of the gateway for its certificate; repeat")
-    parser.add_argument("--runbook", default=RUNBOOK, help="where alerts link to (default: %(default)s)")
+    parser.add_argument("--runbook", help=f"where alerts link to (default: as before, at first {RUNBOOK})")
     parser.add_argument("--settings", default="python -m serving.stack", help="first line of the env file, for make")
     parser.add_argument("--json", action="store_true", help="print what each model asks for as JSON")
     args = parser.parse_args()
@@ -325,7 +335,9 @@ def main() -> None:
         raise InputError(f"PROJECT: seen {args.project!r}; lower-case letters and digits, single - or _ between them")
     parse_tag(args.triton_tag)
     folder = args.folder or gateway_folder()
-    models = served_models(args.repository, args.models, other_folders(args.repository, folder))
+    before = source_of(args.repository, folder)
+    models = served_models(args.repository, args.models, _folders(before))
+    runbook = args.runbook or before.get("runbook") or RUNBOOK
     names = [model.name for model in models]
     default = args.model or names[0]
     if default not in names:
@@ -335,11 +347,11 @@ def main() -> None:
             raise InputError(f"{path.resolve()}: Compose reads no path with an apostrophe; use one without")
     ensure_folder(folder, args.host)
     _write_limits(models, folder)
-    write_observed(models, observe_folder(folder), args.runbook)
+    write_observed(models, observe_folder(folder), runbook)
     write_settings(observe_folder(folder))
     places = {"repository": str(args.repository.resolve()), "models": str(args.models.resolve())}
     folders = {model.name: str(model.models.resolve()) for model in models if model.models}
-    source = {**places, "folders": folders, "runbook": args.runbook, "sizes": container_sizes(models)}
+    source = {**places, "folders": folders, "runbook": runbook, "sizes": container_sizes(models)}
     write_whole(source_file(folder), json.dumps(source, indent=2) + "\n")
     let_all_read(args.repository)
     results_folder(folder).mkdir(exist_ok=True)
@@ -361,7 +373,10 @@ def main() -> None:
         default,
         args.project,
     )
+    mode = args.env_file.stat().st_mode & 0o777 if args.env_file.is_file() else None
     write_whole(args.env_file, content + _own_lines(args.env_file))
+    if mode is not None:
+        args.env_file.chmod(mode)
     if other := other_clone(args.project):
         print(
             f"note: {args.project} has containers of {other}, which docker compose up would replace; "

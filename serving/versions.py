@@ -20,7 +20,7 @@ import errno
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -185,12 +185,14 @@ def _findings(model: Path, version: int) -> list[str]:
     return [str(each) for each in check_config(model, config, manifest)]
 
 
-def take_out(model: Path, number: int, *, back_to: int, archive: Path) -> list[str]:
+def take_out(
+    model: Path, number: int, *, back_to: int, archive: Path, decided: Callable[[], object] = lambda: None
+) -> list[str]:
     """Has `back_to` be the newest version again: takes `number` out, and what lies between and cannot be served.
 
     The configuration first and the newest last: cut off between, a second call ends what the first began. Until no
-    server sees them there are only renames; then they are moved to `archive`. Returns a line for each that it has no
-    room for.
+    server sees them there are only renames; then `decided` is called, and they are moved to `archive`. Returns a line
+    for each that it has no room for.
     """
     with alone_in(model.parent):
         draft = model / f"{SCRATCH}{CONFIG}"
@@ -199,6 +201,7 @@ def take_out(model: Path, number: int, *, back_to: int, archive: Path) -> list[s
         draft.unlink(missing_ok=True)  # it stays where both names were the same file
         out = sorted(version for version in versions_of(model) if back_to < version <= number)
         hidden = {version: _hide(model, version) for version in out}
+        decided()
         kept = [_archive(place, version, model, archive) for version, place in hidden.items()]
         return [said for said in kept if said]
 

@@ -139,7 +139,9 @@ def test_rows_of_a_file_that_are_evaluation_rows_are_left_out_and_too_few_others
     path = tmp_path / "val_dataset.npy"
     np.save(path, pixels)
     evaluation = [{"pixels": each[None]} for each in pixels]
-    assert len(calibration_of(IMAGE, path, 8, evaluation[:4]).rows) == 2
+    found = calibration_of(IMAGE, path, 8, evaluation[:4])
+    assert (len(found.rows), found.note.split(" samples")[0]) == (2, "calibration: 4")
+    assert "2 are left, few" in found.note
     with pytest.raises(InputError, match=r"5 of 6 calibration rows are evaluation rows too; .* 2 others are needed"):
         calibration_of(IMAGE, path, 8, evaluation[:5])
     np.save(path, pixels[5:])

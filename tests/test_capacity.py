@@ -20,6 +20,7 @@ from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, InputError, SloSpec
 from loadtests.capacity import Capacity, capacity_path, find, head_of
+from loadtests.knee import table, trial_line
 from loadtests.results import Settings
 from loadtests.search import Plan
 from loadtests.slo import judge
@@ -190,6 +191,8 @@ def test_a_rate_with_more_in_flight_than_the_generator_can_have_is_its_limit_and
     found = trials(5000, "bracket", 10, 0)
     assert (found.outcome, found.overloaded, found.run) == ("invalid", False, "")
     assert "10000 requests may be in flight and in time; a worker can have 8192" in found.problems[0]
+    assert "not sent" in trial_line(found, again=False)
+    assert list(table([found], None).columns[2].cells) == ["-"]
 
 
 def test_a_search_does_not_go_on_over_another_version_of_the_model() -> None:

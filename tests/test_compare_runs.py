@@ -26,7 +26,7 @@ from loadtests.bootstrap import (
 )
 from loadtests.compare_runs import PAIRS, as_json, markdown
 from loadtests.interleaved import SEARCH_SHARE, How, pairs_in_time, shape_of
-from loadtests.regression import Thresholds, _Judge, compare, method
+from loadtests.regression import LEAST_PAIRS, Thresholds, _Judge, compare, method
 from loadtests.results import Run, Settings
 from loadtests.sides import Side
 from tests.conftest import run_module
@@ -272,7 +272,7 @@ def test_where_nothing_can_be_said_that_takes_the_place_of_an_earlier_table(tmp_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--pairs", "6"), "--pairs 6: 7 or more are needed"),
+        (("--pairs", "7"), "--pairs 7: 8 or more are needed"),
         (("--threshold", "0"), "--threshold 0: it must be more than 0"),
         (("--warmup-s", "nan"), "--warmup-s nan: it must be 0 or more"),
         (("--output", "x.json"), "--output x.json: the Markdown file"),
@@ -332,10 +332,10 @@ def test_capacity_is_what_also_holds_an_objective_that_is_bound_to_a_rate(
 
 
 def test_as_many_pairs_are_made_as_fit_into_the_time() -> None:
-    assert [pairs_in_time(how(), left_s) for left_s in (1000, 500)] == [8, 7]
+    assert [pairs_in_time(how(pairs=10), left_s) for left_s in (1000, 600)] == [10, 8]
     least = least_pairs(1 - 0.05 / 4)  # where failures are judged, too
-    assert least < pairs_in_time(how(pairs=PAIRS), 1200 * (1 - SEARCH_SHARE)) == PAIRS
-    with pytest.raises(InputError, match="7 pairs need about 1397 s in all"):
+    assert least == LEAST_PAIRS < pairs_in_time(how(pairs=PAIRS), 1200 * (1 - SEARCH_SHARE)) == PAIRS
+    with pytest.raises(InputError, match="8 pairs need about 1468 s in all"):
         pairs_in_time(how(), 300)
 
 
@@ -359,7 +359,7 @@ def served(repositories: Path, build: Path, new: str, *more: str) -> subprocess.
     """`fast` against another, in the shortest runs that prove anything."""
     model = ("--model", "tiny", "--models", str(repositories / "models"), "--inputs", str(repositories / "inputs.npz"))
     sides = ("--base", str(repositories / "fast"), "--new", str(repositories / new))
-    short = ("--pairs", "7", "--duration-s", "1", "--warmup-s", "0", "--rate", "40")
+    short = ("--pairs", "8", "--duration-s", "1", "--warmup-s", "0", "--rate", "40")
     return run_module("loadtests.compare_runs", *model, *sides, *short, *more, BUILD=str(build))
 
 

@@ -16,7 +16,7 @@ import pytest
 from deepseek.spec import DeploymentSpec, FileDigest, InputError, PublishedManifest, TensorrtSpec
 from export.engine import engine_from_onnx, library_prints_to_stderr, tensorrt_module
 from export.to_triton import config_text, model_config
-from serving.doctor import examine
+from serving.doctor import examine, for_embedded
 from serving.machine import Disk, Gpu, Machine
 from serving.repository import Finding, plan_header
 from tests.conftest import run_module, write_add_one
@@ -412,6 +412,13 @@ def test_before_the_embedded_server_only_a_model_without_a_good_version_is_a_mis
         "mismatch  image/1:",
         "warning   notes: a",
     ]
+
+
+def test_what_the_machine_lacks_stays_a_mismatch_before_the_embedded_server_too(repository: Path) -> None:
+    small = replace(CPU, ram_bytes=1)
+    engines, findings = examine(repository, small)
+    kept = for_embedded(repository, findings, engines, small)
+    assert [each.where for each in kept if each.level == "mismatch"] == ["RAM"]
 
 
 def test_before_nvidias_triton_the_doctor_stays_strict() -> None:

@@ -177,6 +177,9 @@ def test_what_was_measured_on_another_precision_is_no_target(tmp_path: Path, bui
 
     assert "measured on" not in notes(str(served.precision))
     assert f"measured on onnxruntime fp8, served is onnxruntime {served.precision}" in notes("fp8")
+    spec = find(build(tmp_path / "kubernetes"), "HorizontalPodAutoscaler")["spec"]
+    assert (spec["minReplicas"], spec["maxReplicas"]) == (4, 12)
+    assert [each["pods"]["metric"]["name"] for each in spec["metrics"]] == [METRICS["queue"]]
 
 
 def test_what_the_simulation_chose_becomes_the_autoscalers(again: tuple[Path, tuple[str, ...]]) -> None:

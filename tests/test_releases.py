@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from deepseek_client import ServerBusy
 
-from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement, SloSpec
 from loadtests import shadow, steady
 from loadtests.shadow import Differences, Shadow, judged
 from loadtests.steady import Sent, check_before, rate_of, result_of
@@ -262,7 +262,13 @@ def test_a_server_that_hangs_is_rolled_back_and_waited_for(
 ) -> None:
     monkeypatch.setattr(Live, "look", lambda live: (None, "it did not answer"))
     monkeypatch.setattr("serving.rollback.expect_anew", lambda repository: LeftOut("no stack"))
-    monkeypatch.setattr("serving.releases.take_out", lambda model, number, **_: (model / str(number)).rmdir() or [])
+
+    def out(model: Path, number: int, *, decided: Callable[[], object], **_: object) -> list[str]:
+        (model / str(number)).rmdir()
+        decided()
+        return []
+
+    monkeypatch.setattr("serving.releases.take_out", out)
     for version in ("1", "2"):
         (tmp_path / "text" / version).mkdir(parents=True)
     journal = Journal(tmp_path / "releases", "rollback", 1, before=2)
@@ -287,11 +293,11 @@ def test_requests_that_failed_before_the_change_are_not_held_against_the_switch(
         live.judged({"version": 2, **result_of(in_flight, 1, 2)}, 2)
 
 
-@pytest.mark.parametrize("late", [None, "ServerError: x"], ids=["none after it", "after it, too"])
+@pytest.mark.parametrize("late", [None, "ConnectionLost: y"], ids=["none after it", "after it, too"])
 def test_the_failures_of_a_version_that_is_rolled_back_are_its_own(
     late: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent = [sent_at(0.5, 1, "ServerError: x"), sent_at(1.5, 1, "ServerError: x"), sent_at(4, 1), sent_at(4.5, 1, late)]
+    sent = [sent_at(0.5, 1, "ServerError: x"), sent_at(1.5, 1, "ServerError: x"), sent_at(4, 1), sent_at(2.1, 1, late)]
     flags: list[str] = []
 
     class Steady:
@@ -312,11 +318,26 @@ def test_the_failures_of_a_version_that_is_rolled_back_are_its_own(
     args = live_arguments("127.0.0.1:9", repository=tmp_path)
     rollback = Rollback(args, Journal(tmp_path, "rollback", 1, before=2), 2, 1)
     if late:
-        with pytest.raises(GateFailed, match="1 of 4 requests failed after the switch"):
+        with pytest.raises(GateFailed, match=r"1 of 4 requests failed after the switch \(1 times: ConnectionLost: y\)"):
             rollback.switch()
     else:
         assert "1 failed till the switch, none after it" in rollback.switch()
     assert "--may-fail" in flags
+
+
+def test_a_request_that_the_change_lost_is_not_booked_to_the_version_before() -> None:
+    in_flight = result_of([sent_at(0.5, 1), sent_at(0.9, 200, "ConnectionLost: y")], 1, 2)
+    assert (in_flight["failed_before"], in_flight["failed"], in_flight["since_seen"]["failed"]) == (0, 1, 0)
+    assert result_of([sent_at(0.5, 1, "ServerError: x")], 1, 2)["failed_before"] == 1
+
+
+@pytest.mark.parametrize("slo", [{"objectives": ("throughput >= 10",)}, {"rate_rps": 10}], ids=["throughput", "rate"])
+def test_a_load_test_lasts_as_long_as_its_percentiles_need_at_the_lowest_rate(
+    slo: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = DeploymentSpec.load("tests/models/text").model_copy(update={"slo": SloSpec(p99_ms=50, **slo)})
+    args = Namespace(model="text", models="", repository=tmp_path, new_build=None, rate=None, duration_s=30)
+    assert Candidate(args, spec, Journal(tmp_path, "release", 2), 2)._duration_s() == 55  # 1.2 x 459 at 10/s
 
 
 def test_a_switch_is_not_begun_while_requests_fail() -> None:

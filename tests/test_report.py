@@ -47,7 +47,14 @@ def trial(rate_rps: float, outcome: Outcome, p99_ms: float | None, phase: Phase 
     failed = ("p99_ms",) if outcome == "fails" else ()
     figures: dict[str, Any] = {"achieved_rps": rate_rps, "p50_ms": p99_ms and p99_ms / 2, "p99_ms": p99_ms}
     return Trial(
-        rate_rps=rate_rps, phase=phase, outcome=outcome, error_rate=0.0, duration_s=10, failed=failed, **figures
+        rate_rps=rate_rps,
+        phase=phase,
+        outcome=outcome,
+        error_rate=0.0,
+        duration_s=10,
+        failed=failed,
+        run="x",
+        **figures,
     )
 
 
@@ -269,6 +276,13 @@ def test_no_line_is_drawn_over_the_word_of_a_shade(tmp_path: Path) -> None:
     html = page(saved_run(tmp_path, steady(0.01)), SLO)
     (chart,) = re.findall(r'<svg[^>]*aria-label="Latency over time".*?</svg>', html, re.DOTALL)
     assert max(chart.rindex(f'class="{name}') for name in ("line", "grid")) < chart.index(">warm-up<")
+
+
+def test_a_trial_that_was_never_sent_is_no_point() -> None:
+    unsent = trial(5000, "invalid", None).model_copy(update={"run": ""})
+    html = capacity_page(CAPACITY.model_copy(update={"trials": (*CAPACITY.trials, unsent)}))
+    assert "5000/s invalid" not in html
+    assert "5000 - - - - ?" in text_of(html)
 
 
 def test_the_knee_is_drawn_where_the_capacity_is() -> None:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from deepseek.spec import DeploymentSpec
+from serving import stack
 from serving.embedded import EmbeddedServer
 from serving.stack import LEAST_RATE_RPS, MIB, OWN, WRITTEN, Served, gateway_sizes, limits, refresh, served_models
 from tests.conftest import run_module, write_add_one
@@ -329,9 +330,46 @@ def test_what_is_somebodys_own_in_the_env_file_stays_below_what_is_ours(tmp_path
         assert run_module("serving.stack", *places, "--env-file", str(env_file)).returncode == 0
         env_file.write_text(env_file.read_text() + added)
     assert env_file.read_text().endswith(f"{OWN}\nHTTPS_PROXY=http://proxy.example\nTRITON_MEMORY=4000m\n")
+    env_file.chmod(0o600)
+    assert run_module("serving.stack", *places, "--env-file", str(env_file)).returncode == 0
+    assert env_file.stat().st_mode & 0o777 == 0o600
     command = ["make", "clean", "MODEL=add_one", f"ENV_FILE={env_file}", f"BUILD={tmp_path / 'b'}"]
-    subprocess.run([*command, f"REPOSITORY={tmp_path / 'repository'}"], check=True, capture_output=True)
-    assert env_file.read_text() == f"{OWN}\nHTTPS_PROXY=http://proxy.example\nTRITON_MEMORY=4000m\n"
+    for _ in range(2):
+        subprocess.run([*command, f"REPOSITORY={tmp_path / 'repository'}"], check=True, capture_output=True)
+        assert env_file.read_text() == f"{OWN}\nHTTPS_PROXY=http://proxy.example\nTRITON_MEMORY=4000m\n"
+    for text, stays in ((f"{WRITTEN}\n{OWN}\n", False), ("A=1\n", True)):
+        env_file.write_text(text)
+        subprocess.run([*command, f"REPOSITORY={tmp_path / 'repository'}"], check=True, capture_output=True)
+        assert env_file.exists() is stays
+
+
+def test_make_keeps_the_name_and_port_that_a_stack_has(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("GATEWAY_PORT=9443\nCOMPOSE_PROJECT_NAME=shop-2\n")
+    kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+
+    def told(*variables: str) -> str:
+        command = ["make", "-n", "stack", f"ENV_FILE={tmp_path / '.env'}", f"VENV={sys.prefix}", *variables]
+        return subprocess.run(command, capture_output=True, text=True, env=kept).stdout
+
+    assert "--gateway-port 9443" in told()
+    assert "--project='shop-2'" in told()
+    assert "--gateway-port 443 " in told("GATEWAY_PORT=443")
+    (tmp_path / ".env").unlink()
+    assert "--gateway-port 8443" in told()
+    assert "--project='deepseek'" in told()
+
+
+def test_what_an_editor_leaves_beside_a_setting_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(stack.OBSERVE, tmp_path / "settings")
+    (tmp_path / "settings" / "alertmanager" / ".alertmanager.yml.swp").write_bytes(b"\xff\xfe")
+    (tmp_path / "settings" / "alertmanager" / "more.yml").write_text("a: 1\n")
+    monkeypatch.setattr(stack, "OBSERVE", tmp_path / "settings")
+    stack.write_settings(tmp_path / "observe")
+    copies = tmp_path / "observe" / "alertmanager"
+    assert {path.name for path in copies.iterdir()} == {"alertmanager.yml", "more.yml"}
+    (tmp_path / "settings" / "alertmanager" / "more.yml").unlink()
+    stack.write_settings(tmp_path / "observe")
+    assert {path.name for path in copies.iterdir()} == {"alertmanager.yml"}
 
 
 def test_models_of_several_folders_keep_their_objectives(built: Path, tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError
 from export import reference
+from export.accuracy import check_metric
 from export.artifact import load_rows
 from export.cache import INDEX
 from export.reference import (
@@ -28,6 +30,7 @@ from export.reference import (
     run_torch,
     traced_sizes,
 )
+from export.runners import module_runner
 from export.source import Source
 from export.to_onnx import export_model
 from tests.conftest import run_module
@@ -381,9 +384,17 @@ def samples(split):
 def test_samples_that_both_splits_have_are_left_out_of_the_calibration(tmp_path: Path) -> None:
     tiny(tmp_path, code=FEW_IDS.format(evaluation=5))
     run = run_module("export.to_onnx", "--models", str(tmp_path), "--model", "tiny")
-    assert "calibration: 5 samples are evaluation samples too, and were left out" in run.stdout, run.stderr
+    assert "calibration: 5 samples are evaluation samples too, and were left out; 7 are left, few" in run.stdout, (
+        run.stderr
+    )
     left = load_rows(tmp_path / "build" / "tiny" / "calibration.npz")
     assert sorted(float(row["x"][0, 0]) for row in left) == [5, 6, 7, 8, 9, 10, 11]
+
+
+def test_in_place_of_samples_that_both_splits_have_others_are_read(tmp_path: Path) -> None:
+    code, toml = FEW_IDS.format(evaluation=5), TOML + "[precision]\ncalibration_samples = 6\n"
+    result = export_model(tiny(tmp_path, toml=toml, code=code))
+    assert (result["rows"]["calibration"], result["shared_rows"]) == (6, 5)
 
 
 @pytest.mark.parametrize("evaluation", [11, 12])
@@ -402,7 +413,8 @@ def test_outputs_that_memory_does_not_hold_are_one_line_before_anything_is_run(
     source = tiny(tmp_path, body="raise RuntimeError('run')")
     monkeypatch.setattr(reference, "memory_bytes", lambda: 3000)  # four times 9 rows, and 2 x 12 rows of 32 bytes
     with pytest.raises(
-        InputError, match=r"outputs of 12 rows, of PyTorch and of a variant, take 768 B, this machine has"
+        InputError,
+        match=r"of a variant, take 768 B, running the largest sizes of deploy.toml 2.2 KiB, this machine has",
     ):
         export_model(source)
     monkeypatch.setattr(reference, "memory_bytes", lambda: 3100)
@@ -445,7 +457,7 @@ def evaluate(predict):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ("np.sqrt(((true - seen) ** 2).mean())", r"deploy.toml: precision.metric: score of fp32 PyTorch is 0.1, and \S+ where rows get the outputs of others"),
+        ("np.sqrt(((true - seen) ** 2).mean())", r"deploy.toml: precision.metric: score of fp32 PyTorch is 0.1, and \S+ or more where rows get the outputs of others"),
         ("-np.abs(true - seen).mean()", r"score of fp32 PyTorch is -0.1; a relative drop needs a positive one"),
     ],
     ids=["an error", "an error with its sign turned"],
@@ -465,6 +477,17 @@ def test_a_metric_of_which_less_is_better_is_refused_before_anything_is_built(
 )  # fmt: skip
 def test_a_metric_of_which_more_is_better_or_that_cannot_tell_is_taken(tmp_path: Path, returned: str) -> None:
     assert len(export_model(judged(tmp_path, returned))["checks"]) == 3
+
+
+@pytest.mark.parametrize("values", [(1, 2, 2, 2), (1, 2.5, 9, 2.5)], ids=["not far", "as far as they differ"])
+def test_a_metric_near_chance_is_noted_and_taken(
+    tmp_path: Path, values: tuple[float, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = judged(tmp_path, f"next(globals().setdefault('own_then_dealt', iter({values})))")
+    check_metric(source, module_runner(source.spec, source.load()), Console())
+    assert (
+        "or more where rows get the outputs of others: the model is no better than chance"
+    ) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
-from deepseek.spec import FileDigest, Manifest, TunedBatching, TunedFile
+from deepseek.spec import FileDigest, Manifest, TunedBatching, TunedFile, TunedTarget
 from export.artifact import save_rows, write_manifest
 from loadtests.journal import Journal
-from loadtests.tune import parse, tune
+from loadtests.tune import _tuned_file, check_writable, parse, tune
 from loadtests.tuning import Tuning
 from tests.conftest import run_module
 
@@ -167,6 +167,16 @@ def test_what_was_found_is_written_and_used_by_the_next_publish(found: Tuning, w
     config = (tmp_path / "wide" / "config.pbtxt").read_text()
     assert "max_batch_size: 8" in config
     assert Tuning.load(wide / "build" / "wide" / "tuning.json") == found
+
+
+def test_a_file_of_tuned_values_that_cannot_be_read_is_kept_beside_the_new_one(tmp_path: Path) -> None:
+    path, console = tmp_path / "tuned.toml", Console(file=io.StringIO())
+    path.write_text(broken := "[targets.tensorrt\n")
+    check_writable(path, console)
+    assert f"it will be kept as {path}.broken, and made anew" in console.file.getvalue()  # type: ignore[attr-defined]
+    _tuned_file(path).with_target("onnxruntime", TunedTarget()).write(path)
+    assert (tmp_path / "tuned.toml.broken").read_text() == broken
+    assert set(TunedFile.read(path).targets) == {"onnxruntime"}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.spec import FileDigest, GateFailed, InputError, PublishedManifest
+from deepseek.spec.released import last_fate
 from deepseek.spec.repository import CONFIG, versions_of
 from serving import versions
 from serving.doctor import examine
@@ -118,8 +119,7 @@ def test_what_was_rolled_back_is_known_when_it_comes_again(
     manifest = PublishedManifest.load(live / "2" / "manifest.json")
     assert rolled_back("text", manifest) is None
     with alone("text") as releases:
-        journal = Journal(releases, "rollback", 1, before=2)
-        take_out(live, 2, back_to=1, archive=journal.folder / "withdrawn")
+        Journal(releases, "rollback", 1, before=2).withdraw(live, 2, back_to=1, outcome="rolled back")
     found = rolled_back("text", manifest)
     assert found is not None
     assert found.before == 2
@@ -252,6 +252,51 @@ def test_no_server_sees_a_version_while_it_is_copied_away(
     monkeypatch.setattr(versions, "_copy", copy)
     assert take_out(live, 2, back_to=1, archive=disk(16 << 20) / "withdrawn") == []
     assert set(seen) == {1}
+
+
+def test_a_rollback_that_is_killed_while_it_archives_is_decided_all_the_same(
+    candidate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path))
+    live = stage(candidate / "text", number=1, folder=tmp_path / "live")
+    put_live(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live, before=1)
+    files = PublishedManifest.load(live / "2" / "manifest.json").files
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(versions, "_archive", killed)
+    with alone("text") as releases:
+        journal = Journal(releases, "rollback", 1, before=2, repository=str(live.parent))
+        with pytest.raises(KeyboardInterrupt):
+            journal.withdraw(live, 2, back_to=1, outcome="rolled back")
+    fate = last_fate("text", files, live.parent)
+    assert fate is not None
+    assert (newest(live), fate.outcome, fate.bad) == (1, "rolled back", True)
+
+
+@pytest.mark.parametrize(("state", "bad"), [("failed", True), ("inconclusive", False), ("wrong input", False)])
+def test_only_what_failed_a_gate_is_refused_for_good(
+    state: str, bad: bool, candidate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILD", str(tmp_path))
+    own = candidate / "text" / "1" / "manifest.json"
+    with alone("text") as releases:
+        journal = Journal(releases, "release", 2, before=1, repository=str(tmp_path / "live"))
+        journal.keep(MANIFEST, own.read_text())
+        journal.write(step="shadow", state=state, said="why")
+        journal.write(outcome="refused")
+    fate = last_fate("text", PublishedManifest.load(own).files, tmp_path / "live")
+    assert fate is not None
+    assert (fate.outcome, fate.bad) == ("refused", bad)
+
+
+def test_a_record_without_a_folder_stops_no_rollback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "releases").write_text("no folder")
+    journal = Journal(tmp_path / "releases", "rollback", 1, may_fail=True, before=2)
+    journal.keep("manifest.json", "{}")
+    assert [line["kind"] for line in journal.lines] == ["rollback"]
+    assert capsys.readouterr().err.count("the record is not whole") == 1
 
 
 def test_what_is_brought_to_the_repositorys_disk_is_hidden_and_then_only_renamed(

@@ -219,6 +219,6 @@ def connected(host: str, port: int, deadline: Deadline) -> socket.socket:
         except OSError as error:
             connection.close()
             no_ipv6 = family == socket.AF_INET6 and error.errno == errno.EADDRNOTAVAIL
-            if left == len(found) or not no_ipv6:  # of a further address that tells less than what the first came to
+            if left == len(found) or not no_ipv6:  # that this machine has no IPv6 must not hide why the first failed
                 failure = error
     raise failure

@@ -21,7 +21,6 @@ from deepseek.spec.deployment import build_dir
 from deepseek.spec.manifest import FileDigest, PublishedManifest
 
 JOURNAL, MANIFEST, WITHDRAWN = "journal.jsonl", "manifest.json", "withdrawn"
-BAD = ("refused", "rolled back")  # outcomes after which a version is served by nobody
 
 
 def releases_dir(model: str) -> Path:
@@ -61,6 +60,8 @@ class Fate:
     outcome: str
     at: str
     folder: Path
+    bad: bool
+    """A gate failed, or it was rolled back; not where a gate could not tell."""
 
 
 def last_fate(model: str, files: Mapping[str, FileDigest], repository: Path) -> Fate | None:
@@ -73,5 +74,7 @@ def last_fate(model: str, files: Mapping[str, FileDigest], repository: Path) -> 
         manifest = manifest_of(folder, head.get("before"))
         if manifest is not None and manifest.files == files:
             version = head["before"] if head["kind"] == "rollback" else head["version"]
-            return Fate(version=version, outcome=outcome, at=head["at"], folder=folder)
+            failed = outcome == "refused" and any(line.get("state") == "failed" for line in rest)
+            bad = failed or outcome == "rolled back"
+            return Fate(version=version, outcome=outcome, at=head["at"], folder=folder, bad=bad)
     return None

@@ -17,7 +17,7 @@ run="${RUN_FOLDER:-/tmp/gateway}"
 every_s="${WATCH_S:-2}"
 
 for name in tls.crt tls.key limits.conf keys; do
-    [ -r "$folder/$name" ] || { echo "error: $folder/$name cannot be read by user $(id -u); make keys and make engine write it" >&2; exit 2; }
+    [ -r "$folder/$name" ] || { echo "error: $folder/$name cannot be read by user $(id -u); make keys and make stack write it" >&2; exit 2; }
 done
 mkdir -p "$run"
 cp "$here"/{nginx.conf,grpc_pass.conf,grpc_error.conf,gateway.js} "$run/"

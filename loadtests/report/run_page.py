@@ -21,7 +21,7 @@ from loadtests.tuning import Tuning
 READ_TAIL = "Read from the left: this share of the requests was at least as fast. "
 WAITED = "The gap between the lines is time that requests waited to be sent. "
 RATES = "Answers by when they came, the rest by planned time. "
-FAILED_SLOW = "Failed requests count as slower than any limit."
+FAILED_SLOW = "Failed requests count as slower than any limit; a mean leaves them out."
 
 
 def page(

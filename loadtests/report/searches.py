@@ -48,8 +48,9 @@ def p99_limit(objectives: Sequence[str]) -> float | None:
 def knee(capacity: Capacity) -> str:
     """p99 of every trial over its rate, with the highest rate that holds."""
     limit = p99_limit(capacity.objectives)
-    seen = [trial.p99_ms for trial in capacity.trials if trial.p99_ms is not None]
-    rates = [trial.rate_rps for trial in capacity.trials]
+    trials = [trial for trial in capacity.trials if trial.sent]
+    seen = [trial.p99_ms for trial in trials if trial.p99_ms is not None]
+    rates = [trial.rate_rps for trial in trials]
     y = _scale([*seen, *([limit] if limit else [])])
     chart = Chart(_scale(rates, 1.15), y, "p99 by rate", x_title="planned rate, requests/s")
     chart.axes(x_unit="", y_unit="p99, ms")
@@ -58,11 +59,11 @@ def knee(capacity: Capacity) -> str:
     if capacity.capacity_rps is not None:
         least = "at least " if capacity.limited_by == "generator" else ""
         chart.at(capacity.capacity_rps, f"{least}{capacity.capacity_rps:g}/s", "knee")
-    chart.line(_typical(capacity.trials), "median")
-    for trial in capacity.trials:
+    chart.line(_typical(trials), "median")
+    for trial in trials:
         css, shape = LOOKS[trial.outcome]
         chart.point(trial.rate_rps, y.high if trial.p99_ms is None else trial.p99_ms, css, shape, _trial_tip(trial))
-    for css in dict.fromkeys(LOOKS[trial.outcome][0] for trial in capacity.trials):
+    for css in dict.fromkeys(LOOKS[trial.outcome][0] for trial in trials):
         shape = next(shape for name, shape in LOOKS.values() if name == css)
         chart.legend(f"{css} {shape}", OUTCOMES[css])
     return chart.figure()
@@ -98,15 +99,17 @@ def _trials(capacity: Capacity) -> str:
     rows = [
         (
             f"{trial.rate_rps:g}",
-            f"{trial.achieved_rps:.4g}",
-            ms(trial.p50_ms).removesuffix(" ms"),
-            ms(trial.p99_ms).removesuffix(" ms"),
-            f"{trial.error_rate:.1%}",
+            *(_figures(trial) if trial.sent else ("-",) * 4),
             MARKS[LOOKS[trial.outcome][0]],
         )
         for trial in sorted(capacity.trials, key=lambda each: (each.rate_rps, each.duration_s))
     ]
     return numbers(["planned", "answered", "p50", "p99", "failed", ""], rows)
+
+
+def _figures(trial: Trial) -> tuple[str, ...]:
+    latencies = (ms(each).removesuffix(" ms") for each in (trial.p50_ms, trial.p99_ms))
+    return (f"{trial.achieved_rps:.4g}", *latencies, f"{trial.error_rate:.1%}")
 
 
 def front(tuning: Tuning) -> str:
