@@ -31,8 +31,8 @@ PROVIDERS = {
 }
 # TensorRT's only by name: it compiles for minutes while the model loads.
 AUTO = ("cuda", "migraphx", "cann")
-# Optimizers whose kernels on the CPU are slower than the nodes they replace: an encoder like MiniLM in fp32 takes 0.83 to
-# 0.96 of the time without them (docs/triton.md). Accelerators have fast ones.
+# Optimizers whose kernels on the CPU are slower than the nodes they replace: an encoder like MiniLM in fp32 takes 0.83
+# to 0.96 of the time without them (docs/triton.md). Accelerators have fast ones.
 SLOW_ON_CPU = ("SkipLayerNormFusion", "BiasGeluFusion")
 
 
