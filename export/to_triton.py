@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -232,19 +233,29 @@ def check_profile(spec: DeploymentSpec, engine: Path) -> None:
 
 
 def check_fate(spec: DeploymentSpec, staged: Path, repository: Path) -> None:
-    """Raises InputError where what is to be published failed a gate or was rolled back, and neither was released since
-    nor is what is served."""
+    """Raises InputError where what is to be published failed a gate or was rolled back, and was not released since.
+
+    What is served already is no news, whatever became of another configuration of it.
+    """
     files = PublishedManifest.load(staged / "manifest.json").files
-    newest = next((each for each in versions_of(repository / spec.name)), None)
-    served = repository / spec.name / str(newest) / "manifest.json"
     fate = last_fate(spec.name, files, repository)
-    if fate is not None and fate.bad and not (served.is_file() and PublishedManifest.load(served).files == files):
+    served = [repository / spec.name / str(version) for version in versions_of(repository / spec.name)[:1]]
+    if fate is not None and fate.bad and not any(_is_the_same(staged, each) for each in served):
         variables = variables_for(spec.name)
         raise InputError(
             f"{spec.name}: what is built was {fate.outcome} as version {fate.version}, {fate.at[:16]} ({fate.folder}); "
             f"take it through the gates: make release {variables}, or publish it all the same: make engine {variables} "
             "ANYWAY=1 (--anyway)"
         )
+
+
+def _is_the_same(staged: Path, served: Path) -> bool:
+    """Whether two versions are the same files under the same configuration, whose warm-up is named by the number."""
+    if not all((folder / name).is_file() for folder in (staged, served) for name in ("manifest.json", "config.pbtxt")):
+        return False
+    configs = [re.sub(rf'"{folder.name}-', '"', (folder / "config.pbtxt").read_text()) for folder in (staged, served)]
+    files = [PublishedManifest.load(folder / "manifest.json").files for folder in (staged, served)]
+    return configs[0] == configs[1] and files[0] == files[1]
 
 
 def publish_version(

@@ -192,20 +192,23 @@ def test_an_engine_of_another_profile_is_refused(built: Path, tmp_path: Path, mo
 
 @pytest.fixture
 def recorded(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with version 1 of `image`, and a build folder of its own for records."""
+    """A repository with version 1 of `image`, in fp16, and a build folder of its own for records; fp32 beside it."""
     monkeypatch.setenv("BUILD", str(tmp_path / "build"))
     shutil.copytree(built / "build" / "image", tmp_path / "build" / "image")
-    publish_version(IMAGE, "fp32", "onnxruntime", tmp_path / "repository")
+    publish_version(IMAGE, "fp16", "onnxruntime", tmp_path / "repository")
+    publish_version(IMAGE, "fp32", "onnxruntime", tmp_path / "fp32")
     return tmp_path / "repository"
 
 
 def record(repository: Path, outcome: str, kind: Any = "release", version: int = 2, before: int = 1) -> None:
-    """Leaves the record of a release, or rollback, of what `image/1` holds."""
+    """Leaves the record of a release, or rollback, of the model in fp32; the step `parity` failed."""
     where = str(repository.resolve())
     journal = Journal(
         repository.parent / "build" / "image" / "releases", kind, version, before=before, repository=where
     )
-    journal.keep("manifest.json", (repository / "image" / "1" / "manifest.json").read_text())
+    journal.keep("manifest.json", (repository.parent / "fp32" / "image" / "1" / "manifest.json").read_text())
+    if outcome == "refused":
+        journal.write(step="parity", state="failed", said="why")
     if outcome:
         journal.write(outcome=outcome)
     time.sleep(0.002)  # records are told apart by their ms
@@ -230,10 +233,20 @@ def test_the_latest_that_was_decided_about_the_same_files_counts(recorded: Path)
     record(recorded, "refused")
     record(recorded, "live")
     assert publish_version(IMAGE, "fp32", "onnxruntime", recorded)["version"] == 2
+    shutil.rmtree(recorded / "image" / "2")
     record(recorded, "rolled back", kind="rollback", version=1, before=2)
     with pytest.raises(InputError, match="what is built was rolled back as version 2"):
         publish_version(IMAGE, "fp32", "onnxruntime", recorded)
-    assert publish_version(IMAGE, "fp16", "onnxruntime", recorded)["version"] == 3  # other files
+    assert publish_version(IMAGE, "int8", "onnxruntime", recorded)["version"] == 2  # other files
+
+
+def test_another_configuration_that_was_refused_keeps_nobody_from_what_is_served(recorded: Path) -> None:
+    publish_version(IMAGE, "fp32", "onnxruntime", recorded)
+    record(recorded, "refused", version=3, before=2)  # the same files
+    assert publish_version(IMAGE, "fp32", "onnxruntime", recorded)["version"] == 3
+    slow = IMAGE.model_copy(update={"batching": IMAGE.batching.model_copy(update={"max_queue_delay_us": 777})})
+    with pytest.raises(InputError, match="what is built was refused as version 3"):
+        publish_version(slow, "fp32", "onnxruntime", recorded)
 
 
 def test_what_is_published_is_on_the_disk_before_its_rename(
