@@ -81,6 +81,7 @@ while kill -0 "$nginx" 2>/dev/null; do
     sleep "$every_s" &
     wait -n "$nginx" $! || break
     endpoints >"$run/endpoints.conf.part" && mv "$run/endpoints.conf.part" "$run/endpoints.conf"
+    # A full /tmp, which has no room for the mark, ends no gateway.
     if ! after="$(watched)"; then  # one of them is being replaced, or not ours to read
         : >"$run/pending" || true
     elif [ "$after" = "$before" ]; then
