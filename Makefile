@@ -355,8 +355,8 @@ $(VENV)/checkov/.ready: tests/checkov.lock | $(VENV)/.ready
 # What tests need of the system: nginx with njs, Prometheus, kubectl; libfaketime for one of them. Installed where root may and no service manager would start
 # them as services; elsewhere one line says what is missing, and those tests are skipped with their reason.
 NJS := /usr/lib/nginx/modules/ngx_http_js_module.so
-SYSTEM := nginx-light libnginx-mod-http-js prometheus prometheus-alertmanager kubectl libfaketime
-HAS_SYSTEM := test -e $(NJS) && type prometheus promtool amtool kubectl >/dev/null 2>&1
+SYSTEM := gcc libc6-dev nginx-light libnginx-mod-http-js prometheus prometheus-alertmanager kubectl libfaketime
+HAS_SYSTEM := test -e $(NJS) && type cc prometheus promtool amtool kubectl >/dev/null 2>&1
 $(VENV)/.ready-system: | $(VENV)/.ready
 	@if ! { $(HAS_SYSTEM); } && [ "$$(id -u)" = 0 ] && [ ! -d /run/systemd/system ] && command -v apt-get >/dev/null; then \
 	    echo "setup     $(SYSTEM), for tests"; \

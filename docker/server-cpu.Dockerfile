@@ -6,7 +6,7 @@ FROM ${BASE} AS build
 # Debian's packages are not pinned: a security update takes the old version off the mirrors, and the build would fail.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3-venv \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/serving
 COPY pyproject.toml requirements.lock ./
@@ -25,6 +25,9 @@ RUN python3 -m venv /opt/serving/python \
     && find python -path '*/python_backend_stubs/3.*' -prune ! -name "$(python3 -c \
         'import sys; print("{}.{}".format(*sys.version_info[:2]))')" -exec rm -r {} + \
     && rm requirements.txt requirements.lock pyproject.toml
+# What serving/wakeup.py would build where it serves.
+COPY serving/wakeup.c serving/
+RUN cc -std=gnu11 -O2 -shared -fPIC -o serving/wakeup.so serving/wakeup.c -ldl
 
 FROM ${BASE}
 # ca-certificates: whom serving.fetch trusts over https

@@ -4,6 +4,18 @@
 ARG TRITON_TAG=26.10
 # Another base to try this file with, where nvcr.io cannot be reached.
 ARG BASE=nvcr.io/nvidia/tritonserver:${TRITON_TAG}-py3
+# A glibc of 2.34 or newer is enough for what is compiled there.
+ARG COMPILER=debian:trixie-slim
+FROM ${COMPILER} AS build
+# Debian's packages are not pinned: a security update takes the old version off the mirrors, and the build would fail.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /build
+COPY serving/wakeup.c ./
+RUN cc -std=gnu11 -O2 -shared -fPIC -o wakeup.so wakeup.c -ldl
+
 FROM ${BASE}
 ARG TRITON_TAG
 
@@ -24,6 +36,7 @@ RUN python3 -m venv --system-site-packages --without-pip python \
 COPY deepseek/__init__.py deepseek/
 COPY deepseek/spec deepseek/spec
 COPY serving serving
+COPY --from=build /build/wakeup.so serving/
 COPY docker/server.sh docker/healthy.sh /usr/local/bin/
 # COPY keeps modes, of a clone made under umask 077, too; its --chmod takes BuildKit.
 RUN chmod -R a+rX deepseek serving /usr/local/bin/server.sh /usr/local/bin/healthy.sh

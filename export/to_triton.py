@@ -411,7 +411,7 @@ def main() -> None:
     precision = args.precision or chosen_precision(spec.name, args.target)
     if spec.for_target(args.target).batching.instances == 1:
         print(
-            "warning: batching.instances = 1: Triton can stall requests in a bounded queue, see docs/triton.md",
+            "warning: batching.instances = 1: a Triton that this project does not start can stall, see docs/triton.md",
             file=sys.stderr,
         )
     result = publish_version(spec, precision, args.target, Path(args.repository), anyway=args.anyway)

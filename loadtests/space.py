@@ -5,7 +5,7 @@ number of cores:
 
 - layouts of the target onnxruntime on a CPU: instances that share the cores out (2, 4, ... up to one a core), and twice
   as many as the cores have room for, from two that take all of them, which compute in turn: the others hold the next
-  batches. One instance alone is left out: with a bounded queue it can stall (docs/triton.md).
+  batches. One instance alone is left out: two that compute in turn have the next batch at hand.
 - layouts elsewhere: 1, 2, 3 and 4 instances a GPU.
 - batch sizes: powers of 4, opt and max of the batch axis, and twice and half the best so far.
 - queue delays: none, and up to a quarter of the tightest latency of the SLO.

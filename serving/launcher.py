@@ -48,6 +48,7 @@ from serving.repository import Finding, models_in
 from serving.stubs import LOOK_S, StubWatch
 from serving.triton_log import KILLED, CrashWatch, failure, load_failures
 from serving.view import ApprovedView
+from serving.wakeup import MISSING, library, preload
 from serving.wheel import assemble_backend, environment, parts
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -125,6 +126,7 @@ class EmbeddedServer:
         self._stubs: StubWatch | None = None
         self._caretaker: Caretaker | None = None
         self._echo: threading.Thread | None = None
+        self._without: list[Finding] = []
         self._crashed = CrashWatch(self.log_path)
         self._started = threading.Event()
 
@@ -150,8 +152,8 @@ class EmbeddedServer:
 
     @property
     def notes(self) -> list[Finding]:
-        """What is served unchecked, and what of the repository is left out."""
-        return self._view.notes if self._view else []
+        """What is served unchecked, what of the repository is left out, and what this machine lacks."""
+        return [*(self._view.notes if self._view else []), *self._without]
 
     def __enter__(self) -> EmbeddedServer:
         try:
@@ -186,6 +188,10 @@ class EmbeddedServer:
         self._view.fill()
         assemble_backend(self._scratch / "backends" / "python", backend, stub)
         variables = environment(libraries, self._scratch)
+        if wakeup := library():
+            variables["LD_PRELOAD"] = preload(wakeup, self._scratch, variables.get("LD_PRELOAD", ""))
+        else:
+            self._without = [MISSING]
         if self._profile is not None:
             self._profile.mkdir(parents=True, exist_ok=True)
             variables["ONNXRUNTIME_PROFILE"] = str(self._profile)

@@ -105,7 +105,7 @@ parameters {{ key: "delay_s" value {{ string_value: "{delay_s}" }} }}
 def write_add_one(
     repository: Path, name: str = "add_one", *, delay_s: float = 0.0, queue: int = 64, instances: int = 2
 ) -> None:
-    """A model y = x + 1 over (batch, 2, any) floats. With one instance a bounded queue can stall (docs/triton.md)."""
+    """A model y = x + 1 over (batch, 2, any) floats."""
     version = repository / name / "1"
     version.mkdir(parents=True)
     (version / "model.py").write_text(ADD_ONE)

@@ -119,7 +119,7 @@ class BatchingSpec(Table):
     queue_timeout_ms: int = Field(200, ge=1, le=INT32)
     """Longest wait in the queue; then the request is refused."""
     instances: int = Field(2, ge=1, le=MOST_COPIES)
-    """Copies of the model that run side by side. With one, Triton's bounded queue can stall: see
+    """Copies of the model that run side by side. With one, a Triton that this project does not start can stall: see
     docs/triton.md."""
     threads: int | None = Field(None, ge=1, le=MOST_COPIES)
     """ONNX Runtime threads of one instance; absent: the cores divided by the instances."""

@@ -43,16 +43,26 @@ def generator_apart() -> tuple[list[int], list[int]]:
 
 
 def served_over_raw(
-    bench: Bench, name: str, repository: Path, server_cores: list[int], load_cores: list[int], pairs: int = 0
+    bench: Bench,
+    name: str,
+    repository: Path,
+    server_cores: list[int],
+    load_cores: list[int],
+    *,
+    pairs: int = 0,
+    without: tuple[str, ...] = (),
 ) -> list[float]:
-    """Ratios of pairs that alternate; raw ONNX Runtime has the server's cores, and its own best setting on them."""
+    """Ratios of pairs that alternate; raw ONNX Runtime has the server's cores, and its own best setting on them.
+
+    It has all of its optimizers but those that it is to do `without`.
+    """
 
     def served(server: EmbeddedServer) -> float:
         with on(load_cores):
             return bench.served_throughput(server, name, USERS)
 
     with on(server_cores):
-        raw = bench.raw_throughput(name)
+        raw = bench.raw_throughput(name, without)
         with bench.server(repository) as server:
             ratios = []
             for pair in range(pairs or bench.pairs):

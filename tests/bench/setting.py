@@ -103,20 +103,21 @@ class Bench:
 
     # -- the raw runtime -------------------------------------------------------------------------
 
-    def raw_sessions(self, path: Path, count: int) -> list[onnxruntime.InferenceSession]:
-        """`count` sessions that share the cores out."""
+    def raw_sessions(self, path: Path, count: int, without: tuple[str, ...] = ()) -> list[onnxruntime.InferenceSession]:
+        """`count` sessions that share the cores out, `without` some of ONNX Runtime's optimizers."""
         options = onnxruntime.SessionOptions()
         options.inter_op_num_threads = 1
         options.intra_op_num_threads = max(1, len(os.sched_getaffinity(0)) // count)
         options.log_severity_level = 3
-        return [onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for _ in range(count)]
+        settings: dict[str, Any] = {"providers": ["CPUExecutionProvider"], "disabled_optimizers": list(without)}
+        return [onnxruntime.InferenceSession(path, options, **settings) for _ in range(count)]
 
-    def raw_throughput(self, name: str) -> Callable[[], float]:
+    def raw_throughput(self, name: str, without: tuple[str, ...] = ()) -> Callable[[], float]:
         """Rows/s of raw ONNX Runtime in the best of its settings: sessions x batch."""
         path = onnx_path(name, "fp32")
         settings = {}
         for count in (1, len(os.sched_getaffinity(0))):
-            sessions = self.raw_sessions(path, count)
+            sessions = self.raw_sessions(path, count, without)
             for batch in sorted({1, 2, 4, self.specs[name].max_batch}):
                 _, inputs = next(batches(self.rows[name], batch))
                 settings[count, batch] = _rows_per_s_of(sessions, inputs)
