@@ -27,7 +27,7 @@ RUN python3 -m venv /opt/serving/python \
     && rm requirements.txt requirements.lock pyproject.toml
 # What serving/wakeup.py would build where it serves.
 COPY serving/wakeup.c serving/
-RUN cc -std=gnu11 -O2 -shared -fPIC -o serving/wakeup.so serving/wakeup.c -ldl
+RUN cc -std=gnu11 -O2 -shared -fPIC -o serving/libwakeup.so serving/wakeup.c -ldl
 
 FROM ${BASE}
 # ca-certificates: whom serving.fetch trusts over https

@@ -14,7 +14,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
 COPY serving/wakeup.c ./
-RUN cc -std=gnu11 -O2 -shared -fPIC -o wakeup.so wakeup.c -ldl
+RUN cc -std=gnu11 -O2 -shared -fPIC -o libwakeup.so wakeup.c -ldl
 
 FROM ${BASE}
 ARG TRITON_TAG
@@ -36,7 +36,7 @@ RUN python3 -m venv --system-site-packages --without-pip python \
 COPY deepseek/__init__.py deepseek/
 COPY deepseek/spec deepseek/spec
 COPY serving serving
-COPY --from=build /build/wakeup.so serving/
+COPY --from=build /build/libwakeup.so serving/
 COPY docker/server.sh docker/healthy.sh /usr/local/bin/
 # COPY keeps modes, of a clone made under umask 077, too; its --chmod takes BuildKit.
 RUN chmod -R a+rX deepseek serving /usr/local/bin/server.sh /usr/local/bin/healthy.sh

@@ -11,6 +11,6 @@ python -m serving.doctor --repository /models --preflight
 mapfile -t flags < <(python -m serving.flags --repository /models --address 0.0.0.0 --behind-gateway "$@")
 [ "${#flags[@]}" -gt 0 ] || exit 2  # the reason has been printed
 # Triton's batcher in time (serving/wakeup.c); the loader passes over a library that does not fit.
-export LD_PRELOAD=/opt/serving/serving/wakeup.so${LD_PRELOAD:+:$LD_PRELOAD}
+export LD_PRELOAD=/opt/serving/serving/libwakeup.so${LD_PRELOAD:+:$LD_PRELOAD}
 # Histograms of latency, which the embedded Triton does not have; clients' shared memory is off by default since 26.04.
 exec tritonserver "${flags[@]}" --metrics-config=histogram_latencies=true

@@ -20,8 +20,8 @@ refuses (an id out of the vocabulary), is the caller's fault: INVALID_ARG, over 
 INTERNAL, over HTTP 500. Triton counts as a success whatever is answered here, errors, too: so these are counted here.
 
 Answers are sent by a thread of their own, after `execute` has returned. With a bounded queue a Triton without
-`serving/wakeup.c` otherwise misses now and then that the instance has become free: a client that is answered fast enough
-has its next request queued before that, and nothing wakes the batcher for 500 ms (docs/triton.md).
+`serving/wakeup.c` otherwise misses now and then that the instance has become free: a client that is answered fast has
+its next request queued before that, and nothing wakes the batcher for 500 ms (docs/triton.md).
 
 Tensors cross by DLPack: the embedded server's stub was compiled for numpy 1, and under numpy 2 its
 `as_numpy()` has zero strides and its `Tensor(name, array)` sends zero bytes, both silently.

@@ -29,17 +29,17 @@ MISSING = Finding(
 
 def library() -> Path | None:
     """What to preload into `tritonserver`."""
-    brought = SOURCE.with_suffix(".so")
+    brought = SOURCE.with_name("libwakeup.so")  # wakeup.so would be a module's name, taken before this one
     if brought.is_file():
         return brought
     version = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
-    path = build_dir("serving").absolute() / f"wakeup-{version}.so"
+    path = build_dir("serving").absolute() / f"libwakeup-{version}.so"
     return path if _loads(path) or _built(path) else None  # one that another kind of machine built is not ours
 
 
 def preload(wakeup: Path, folder: Path, others: str) -> str:
     """The value of `LD_PRELOAD`, in which a path with a space would be two: it is linked to from `folder`."""
-    link = folder / "wakeup.so"
+    link = folder / "libwakeup.so"
     link.symlink_to(wakeup)
     return ":".join(filter(None, [str(link), others]))
 

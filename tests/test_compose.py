@@ -204,6 +204,16 @@ def test_nobody_gets_round_the_gateway_from_another_container(stack: Stack) -> N
     assert stack.compose(*inside).returncode == 0  # the knock itself works
 
 
+def test_the_server_wakes_its_batcher_in_time(stack: Stack) -> None:
+    """By the library that the image brings: it has no compiler."""
+    script = (
+        "for maps in /proc/[0-9]*/maps; do grep -q bin/tritonserver $maps && grep -o '/[^ ]*libwakeup.so' $maps; done"
+    )
+    found = stack.compose("exec", "triton", "bash", "-c", script, check=False).stdout.split()
+    assert set(found) == {"/opt/serving/serving/libwakeup.so"}
+    assert "C compiler" not in stack.compose("logs", "triton").stdout
+
+
 def test_the_cpu_servers_image_is_under_a_gigabyte(stack: Stack) -> None:
     size = run(
         "docker", "image", "inspect", "--format", "{{.Size}}", f"{IMAGES}-server-cpu", environment=stack.docker

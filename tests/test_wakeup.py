@@ -113,7 +113,7 @@ def test_it_is_built_once_and_anew_where_another_machines_is(
 
 
 def test_others_that_are_preloaded_stay(wakeup: Path, tmp_path: Path) -> None:
-    assert preload(wakeup, tmp_path, "libtcmalloc.so") == f"{tmp_path}/wakeup.so:libtcmalloc.so"
+    assert preload(wakeup, tmp_path, "libtcmalloc.so") == f"{tmp_path}/libwakeup.so:libtcmalloc.so"
 
 
 def test_one_instance_behind_a_bounded_queue_does_not_stall(tmp_path: Path) -> None:
