@@ -45,8 +45,8 @@ def preload(wakeup: Path, folder: Path, others: str) -> str:
 
 
 def _built(path: Path) -> bool:
-    command = [*shlex.split(os.environ.get("CC") or "cc"), "-std=gnu11", "-O2", "-shared", "-fPIC"]
     try:
+        command = [*shlex.split(os.environ.get("CC") or "cc"), "-std=gnu11", "-O2", "-shared", "-fPIC"]
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".wakeup-") as folder:
             made = Path(folder) / path.name
@@ -54,7 +54,7 @@ def _built(path: Path) -> bool:
             if fits := _loads(made):
                 made.rename(path)
             return fits
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, ValueError, subprocess.CalledProcessError):  # ValueError: a CC with a quote that is not closed
         return False
 
 
