@@ -5,8 +5,8 @@
  * it just before it counts as free: a batcher that is quicker to look than the instance is to say so sleeps on beside
  * a free instance, until the next request or for the 500 ms.
  *
- * That wait alone has its mutex on the waiting thread's own stack. Such waits are cut to a millisecond here, after which the
- * caller looks again, as after any spurious wake-up; all others are passed on as they are.
+ * Its mutex lies on the waiting thread's own stack, where no other thread could notify it in step. Waits with such a mutex
+ * are cut to a millisecond here, after which the caller looks again, as after any spurious wake-up; all others are passed on.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
