@@ -1,12 +1,14 @@
 /* Wakes Triton's dynamic batcher in time; preloaded into tritonserver (serving/wakeup.py, docs/triton.md).
  *
- * With a bound on the queue or a time-out the batcher waits for a free instance on a condition variable with a time-out of
- * 500 ms (WaitForPayloadSlotAvailable in Triton's dynamic_batch_scheduler.cc). An instance that comes to its end notifies
- * it just before it counts as free: a batcher that is quicker to look than the instance is to say so sleeps on beside
- * a free instance, until the next request or for the 500 ms.
+ * With a bound on the queue or a time-out the batcher only takes up a request while an instance is free, and waits on a
+ * condition variable for at most 500 ms (dynamic_batch_scheduler.cc). An instance that comes to its end notifies it just
+ * before it counts as free. The batcher sleeps on beside a free instance, until the next request or for the 500 ms, where
+ * - it holds a request, and is quicker to look than the instance is to be free (WaitForPayloadSlotAvailable), or
+ * - it holds none, and one comes in between the two: no instance is free, so that the request does not wake it.
  *
- * Its mutex lies on the waiting thread's own stack, where no other thread could notify it in step. Waits with such a mutex
- * are cut to a millisecond here, after which the caller looks again, as after any spurious wake-up; all others are passed on.
+ * In the first wait the mutex lies on the waiting thread's own stack, where no other thread could notify it in step; the
+ * second is known by its half second. The first is cut to a millisecond, the second to one that doubles for as long as
+ * nothing is heard, after which the caller looks again, as after any spurious wake-up. All others are passed on.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -15,7 +17,8 @@
 #include <stdint.h>
 #include <time.h>
 
-enum { LOOK_AGAIN_NS = 1000000, SECOND_NS = 1000000000, FRAME_BYTES = 4096 };
+enum { FRAME_BYTES = 4096 };
+static const int64_t MS = 1000000, SECOND = 1000000000;
 
 typedef int (*clockwait)(pthread_cond_t *, pthread_mutex_t *, clockid_t, const struct timespec *);
 
@@ -28,17 +31,21 @@ __attribute__((constructor)) static void find_libc(void)
 
 int pthread_cond_clockwait(pthread_cond_t *condition, pthread_mutex_t *mutex, clockid_t clock, const struct timespec *end)
 {
-    uintptr_t above = (uintptr_t)mutex - (uintptr_t)__builtin_frame_address(0);
-    struct timespec soon;
-    if (above >= FRAME_BYTES || clock_gettime(clock, &soon) != 0)
+    static __thread int64_t patience; /* of this thread in its waits of half a second, in ns */
+    struct timespec now;
+    if (clock_gettime(clock, &now) != 0)
         return libc_clockwait(condition, mutex, clock, end);
-    soon.tv_nsec += LOOK_AGAIN_NS;
-    if (soon.tv_nsec >= SECOND_NS) {
-        soon.tv_nsec -= SECOND_NS;
-        soon.tv_sec++;
-    }
-    if (soon.tv_sec > end->tv_sec || (soon.tv_sec == end->tv_sec && soon.tv_nsec >= end->tv_nsec))
-        return libc_clockwait(condition, mutex, clock, end);
-    int status = libc_clockwait(condition, mutex, clock, &soon);
-    return status == ETIMEDOUT ? 0 : status;
+    int64_t seconds = end->tv_sec - now.tv_sec; /* in a wait without an end too many for nanoseconds */
+    int64_t left = (seconds > 2 ? 2 : seconds) * SECOND + end->tv_nsec - now.tv_nsec;
+    int holds_a_request = (uintptr_t)mutex - (uintptr_t)__builtin_frame_address(0) < FRAME_BYTES;
+    int holds_none = !holds_a_request && left > 400 * MS && left <= 500 * MS;
+    if (holds_none)
+        patience = patience == 0 ? MS : patience < 500 * MS ? 2 * patience : patience;
+    int64_t cut = holds_a_request ? MS : holds_none ? patience : left;
+    int64_t nsec = now.tv_nsec + cut;
+    struct timespec soon = {.tv_sec = now.tv_sec + nsec / SECOND, .tv_nsec = nsec % SECOND};
+    int status = libc_clockwait(condition, mutex, clock, cut < left ? &soon : end);
+    if (status == 0)
+        patience = 0;
+    return status == ETIMEDOUT && cut < left ? 0 : status;
 }
