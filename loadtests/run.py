@@ -225,12 +225,17 @@ def main() -> int:
         else:
             for run in runs:
                 _print(run, Console(markup=False))
-        if args.web is not None:
-            console.print("the page stays until Ctrl-C")
-            with suppress(KeyboardInterrupt):
-                signal.pause()
 
-    runs = measure_together(loads, console, web_port=args.web, remote=args.remote_workers is not None, and_then=show)
+    def show_beside_page(runs: list[Run]) -> None:
+        with suppress(KeyboardInterrupt):  # the runs are saved, so that it only ends the page
+            show(runs)
+            console.print("the page stays until Ctrl-C")
+            signal.pause()
+
+    and_then = show if args.web is None else show_beside_page
+    runs = measure_together(
+        loads, console, web_port=args.web, remote=args.remote_workers is not None, and_then=and_then
+    )
     problems = {
         str(run.folder): found
         for run, load in zip(runs, loads, strict=True)

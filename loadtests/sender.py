@@ -117,9 +117,7 @@ class Part:
             recorder.drop(planned_s, self._lengths[place])
             self._tell_locust(0.0, "dropped")
         elif recorder.in_flight > self._most_carried:
-            now_s = now_at - self._window_at
-            recorder.finish(planned_s, now_s, now_s, NO_FILE, self._lengths[place])
-            self._tell_locust(0.0, NO_FILE)
+            self._lack_file(planned_s, now_at - self._window_at, place)
         elif self._free:
             gevent.get_hub().loop.run_callback(gevent.getcurrent().switch)  # us, once the request is sent
             self._free.pop().switch((place, planned_s))
@@ -137,11 +135,20 @@ class Part:
     def send_back_to_back(self, first: int) -> None:
         """Closed loop: one request after the other until the window ends."""
         gevent.sleep(max(0.0, self._window_at - self.settings.warmup_s - time.perf_counter()))
+        if self._senders >= self._most_carried:  # a user without a file for a connection sends nothing, and is told
+            gevent.sleep(max(0.0, self._window_at - time.perf_counter()))
+            self.recorder.attempt(0.0)
+            self._lack_file(0.0, 0.0, first % len(self._requests))
+            return
         client, number = self._client_of_next_sender(), first
         while (now_s := time.perf_counter() - self._window_at) < self.settings.duration_s:
             self.recorder.attempt(now_s)
             self._send(client, number % len(self._requests))
             number += 1
+
+    def _lack_file(self, planned_s: float, now_s: float, place: int) -> None:
+        self.recorder.finish(planned_s, now_s, now_s, NO_FILE, self._lengths[place])
+        self._tell_locust(0.0, NO_FILE)
 
     def _send(self, client: InferenceClient, place: int, planned_s: float | None = None) -> None:
         error: str | None = None

@@ -333,10 +333,11 @@ print(json.dumps(ended["finished"]["rows"][0][0]["errors"]))
 """
 
 
-def test_connections_that_this_machine_has_no_file_for_are_no_failures_of_the_server() -> None:
+@pytest.mark.parametrize("loop", [{"rate_rps": 100.0}, {"users": 100}], ids=["open", "closed"])
+def test_connections_that_this_machine_has_no_file_for_are_no_failures_of_the_server(loop: dict[str, Any]) -> None:
     script = GREENLETS.replace("share =", f"{FEW_FILES}share =") + ERRORS
     with FakeEndpoint(delay_ms=1500) as endpoint:
-        wanted = settings(endpoint, "http", rate_rps=100.0, duration_s=1.0, arrivals="constant")
+        wanted = settings(endpoint, "http", **loop, duration_s=1.0, arrivals="constant")
         command = [sys.executable, "-c", script, json.dumps(wanted.__dict__)]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     in_flight, answered, *_ = run.stdout.split()
