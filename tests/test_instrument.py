@@ -133,9 +133,9 @@ def test_a_server_that_refuses_everything_is_measured_and_violates_its_slo() -> 
     with FakeEndpoint(refuse_every=1) as endpoint:
         run = command(settings(endpoint, duration_s=1.0), "--rate", "50")
     judged = judge(Run.load(latest_run("tiny")), SloSpec(p50_ms=1000))
-    assert run.returncode in (0, 3), run.stderr  # 3 where this machine is too busy to measure on
+    assert run.returncode in (0, 3), run.stderr  # 3 where this machine is too busy to measure within deploy.toml's SLO
     assert math.isinf(judged.objectives[0].seen)
-    assert judged.verdict == ("violated" if run.returncode == 0 else "invalid")
+    assert judged.verdict in (["violated"] if run.returncode == 0 else ["violated", "invalid"])
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
