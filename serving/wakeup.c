@@ -8,7 +8,8 @@
  *
  * In the first wait the mutex lies on the waiting thread's own stack, where no other thread could notify it in step; the
  * second is known by its half second. The first is cut to a millisecond, the second to one that doubles for as long as
- * nothing is heard, after which the caller looks again, as after any spurious wake-up. All others are passed on.
+ * nothing is heard, after which the caller looks again, as after any spurious wake-up; so does whoever else waits for half
+ * a second. All others are passed on.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
