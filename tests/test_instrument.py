@@ -198,6 +198,7 @@ def test_lengths_come_in_the_proportions_of_the_file_and_are_told_apart() -> Non
     assert 5 <= first.percentile_ms(50) <= first.percentile_ms(99)
 
 
+@pytest.mark.alone
 def test_requests_wait_for_no_stream_of_the_server_unseen() -> None:
     with FakeEndpoint(delay_ms=1000, most_streams=100) as endpoint:
         run = measured(settings(endpoint, rate_rps=250.0, duration_s=4.0))  # 250 are in flight

@@ -18,6 +18,7 @@ from unittest import mock
 from deepseek.onnxruntime_session import SLOW_ON_CPU
 from deepseek.spec import DeploymentSpec, TunedBatching, build_dir
 from export.artifact import choice_path, load_rows
+from loadtests.tuner import LEAST_PAIRS
 from loadtests.tuning import Tuning
 from serving.embedded import EmbeddedServer
 from tests.bench.served import APART, LABEL, TOGETHER, every_core, generator_apart, served_over_raw
@@ -48,7 +49,7 @@ def samples(split):
 MAX_BATCH = 16
 TUNE_S_OF_PAIR = 200  # of a search, for each pair that was asked for
 SHARE_OF_RAW = 0.7  # the rate at which latencies are compared
-LATENCY_S = 12
+LATENCY_S = 30
 
 
 def one_a_core(cores: int) -> TunedBatching:
@@ -164,7 +165,7 @@ def gain(bench: Bench, name: str) -> None:
     """Rate inside the SLO that `make tune` finds over the default, from its own pairs."""
     shutil.rmtree(build_dir(name) / "tuning", ignore_errors=True)
     most_s = TUNE_S_OF_PAIR * bench.pairs
-    flags = ("--precision", "fp32", "--pairs", str(max(3, bench.pairs // 2)), "--max-s", str(most_s), "--dry-run")
+    flags = ("--precision", "fp32", "--pairs", str(max(LEAST_PAIRS, bench.pairs)), "--max-s", str(most_s), "--dry-run")
     with log.status(f"make tune of the {name}, at most {most_s} s"):
         said = bench.run("loadtests.tune", name, *flags, "--json", allowed=(0, 3))
     if not said:
