@@ -54,7 +54,7 @@ LATENCY_S = 30
 
 def one_a_core(cores: int) -> TunedBatching:
     """As raw ONNX Runtime's best layout, one thread each (docs/triton.md)."""
-    return TunedBatching(max_batch=3, max_queue_delay_us=0, instances=cores, threads=1)
+    return TunedBatching(max_batch=4, max_queue_delay_us=0, instances=cores, threads=1)
 
 
 def customary(cores: int) -> TunedBatching:
