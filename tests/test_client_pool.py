@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import socket
 import ssl
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from deepseek_client import AsyncInferenceClient, ConnectionLost, DeadlineExceeded, InferenceClient
-from deepseek_client.http_connections import BlockingConnection, connected
+from deepseek_client.http_connections import AsyncConnection, BlockingConnection, connected
 from deepseek_client.http_pool import MOST_OPENING, BlockingPool
 from deepseek_client.runtimes import run
 from deepseek_client.transports import Deadline
@@ -160,6 +161,33 @@ def test_a_mute_address_of_a_host_hides_no_other(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: places)
         with connected("host", 1, Deadline(2)) as connection:
             assert connection.getpeername() == good.getsockname()
+
+
+@pytest.mark.parametrize("addresses", [1, 2])
+def test_a_task_that_is_cancelled_as_it_connects_leaves_no_socket(
+    monkeypatch: pytest.MonkeyPatch, addresses: int
+) -> None:
+    ends = []
+
+    async def main(port: int) -> None:
+        places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("127.0.0.2", "127.0.0.1")]
+        found = places[-addresses:]  # of two the first refuses
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", lambda *_, **__: asyncio.sleep(0, found))
+        for turns in range(40):
+            task = asyncio.ensure_future(AsyncConnection.open("host", port, None, Deadline(5)))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                (await task).close()
+            ends.append(task.cancelled())
+            await asyncio.sleep(0)  # an aborted transport is closed in the loop's next turn
+
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as there:
+        asyncio.run(main(there.getsockname()[1]))
+    assert ends[0]
+    assert not ends[-1]
+    gc.collect()  # a socket that is still open warns, and warnings are errors
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ import ssl
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from aiohappyeyeballs import start_connection
+
 from deepseek_client.transports import Deadline
 
 NEXT_ADDRESS_S = 0.25  # after which a host's next address is tried beside the first (RFC 8305)
@@ -111,10 +113,9 @@ class AsyncConnection(asyncio.Protocol):
         """Connects; raises OSError."""
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(deadline.socket_timeout_s()):
+            opened = await connected_on_loop(host, port)
             name = host if tls else None
-            _, protocol = await loop.create_connection(
-                cls, host, port, ssl=tls, server_hostname=name, happy_eyeballs_delay=NEXT_ADDRESS_S
-            )
+            _, protocol = await loop.create_connection(cls, sock=opened, ssl=tls, server_hostname=name)
         return protocol
 
     async def send(self, *parts: bytes, deadline: Deadline) -> None:
@@ -199,6 +200,15 @@ def _is_readable(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(0))
+
+
+async def connected_on_loop(host: str, port: int) -> socket.socket:
+    """For a loop, which closes it with a protocol's transport. Raises OSError.
+
+    asyncio's own race of a host's addresses leaves the socket open where it is cancelled as that is connected.
+    """
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return await start_connection(found, happy_eyeballs_delay=NEXT_ADDRESS_S)
 
 
 def connected(host: str, port: int, deadline: Deadline) -> socket.socket:

@@ -25,7 +25,7 @@ from tritonclient.grpc import service_pb2
 from deepseek_client.errors import ConnectionLost
 from deepseek_client.grpc_message import SERVICE, Metadata
 from deepseek_client.http2 import CallFailed, Exchange, Frames, NotHttp2, answer_of, framed, header_block
-from deepseek_client.http_connections import NEXT_ADDRESS_S, connected
+from deepseek_client.http_connections import connected, connected_on_loop
 from deepseek_client.runtimes import Cancel
 from deepseek_client.transports import Deadline
 
@@ -314,9 +314,8 @@ class AsyncPlainWire:
         async with self._opening:
             if (standing := self._connection) is None or not standing.usable:
                 try:
-                    _, standing = await loop.create_connection(
-                        lambda: _AsyncConnection(loop), *self._messages.address, happy_eyeballs_delay=NEXT_ADDRESS_S
-                    )
+                    opened = await connected_on_loop(*self._messages.address)
+                    _, standing = await loop.create_connection(lambda: _AsyncConnection(loop), sock=opened)
                 except TimeoutError:
                     raise
                 except OSError as error:
