@@ -9,6 +9,7 @@ import errno
 import gc
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -188,6 +189,21 @@ def test_a_task_that_is_cancelled_as_it_connects_leaves_no_socket(
     assert ends[0]
     assert not ends[-1]
     gc.collect()  # a socket that is still open warns, and warnings are errors
+
+
+def test_an_address_needs_none_of_the_loops_threads() -> None:
+    async def main(port: int, done: threading.Event) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = loop.run_in_executor(None, done.wait)
+        try:
+            (await AsyncConnection.open("127.0.0.1", port, None, Deadline(5))).close()
+        finally:
+            done.set()
+            await busy
+
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        asyncio.run(main(there.getsockname()[1], threading.Event()))
 
 
 @pytest.mark.parametrize(

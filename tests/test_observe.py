@@ -55,7 +55,7 @@ class Collector(http.server.ThreadingHTTPServer):
         """Where spans go."""
         return f"http://127.0.0.1:{self.server_address[1]}/v1/traces"
 
-    def of_trace(self, trace_id: str, wait_s: float = 30) -> dict[str, dict[str, Any]]:
+    def of_trace(self, trace_id: str, wait_s: float = 10) -> dict[str, dict[str, Any]]:
         """The spans of a trace by name, once the outermost has come, which is sent last."""
         deadline = time.monotonic() + wait_s
         while True:

@@ -207,7 +207,10 @@ async def connected_on_loop(host: str, port: int) -> socket.socket:
 
     asyncio's own race of a host's addresses leaves the socket open where it is cancelled as that is connected.
     """
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:  # a name, for which the loop's threads wait
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return await start_connection(found, happy_eyeballs_delay=NEXT_ADDRESS_S)
 
 
