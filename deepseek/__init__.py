@@ -1,6 +1,6 @@
 """Take a PyTorch model to a Triton endpoint that proves its SLO.
 
-Light to import: each name is loaded when it is first used, so torch comes only with one that needs it.
+Light to import: each name is loaded on first use, and torch only with a name that needs it.
 """
 
 import importlib
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from deepseek.transformer import init_weights as init_weights
 
 __version__ = "0.1.0"
-_MODULE_OF = {
+MODULE_OF = {
     "DeploymentSpec": "spec",
     "PruneConfig": "pruning",
     "QuantConfig": "quantization",
@@ -27,14 +27,14 @@ _MODULE_OF = {
     "init_weights": "transformer",
     "prune_model": "pruning",
 }
-__all__ = list(_MODULE_OF)
+__all__ = list(MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF})
+    return sorted({*globals(), *MODULE_OF})

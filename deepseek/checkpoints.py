@@ -1,7 +1,7 @@
-"""Checkpoints that a kill cannot break and that no other run picks up.
+"""Training checkpoints: atomic, and tied to one run.
 
-Contract: a checkpoint is a folder that takes its name only when it is complete; the one before goes
-only then. Each says which run it belongs to (`identity`), and loading it into another is an InputError.
+Contract: a checkpoint is a folder that gets its final name only when it is complete; only then is the previous one
+deleted. Each records the run that it belongs to (`identity`); loading it into another run raises InputError.
 
 Examples:
     checkpoints = Checkpoints("build/mine/checkpoints", {"learning_rate": 1e-3, "data": probe(dataset)})
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,20 @@ import torch
 from accelerate import Accelerator
 
 from deepseek.spec import InputError
-from deepseek.spec.folders import beside
 
 COMPLETE, UNFINISHED = "checkpoint-", "writing-"
 PROBED_ROWS = 8
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder of its own; accelerate writes and reads what is in them."""
+    """The checkpoints of one run, in its own folder; accelerate writes and reads their content."""
 
     def __init__(self, folder: str | Path, identity: Mapping[str, object]) -> None:
         self.folder = Path(folder)
-        self.identity = json.loads(json.dumps(identity, default=str))  # as it will be read back
+        self.identity = json.loads(json.dumps(identity, default=str))  # in the form in which it is read back
 
     def save(self, accelerator: Accelerator) -> None:
-        """Saves all that the accelerator has prepared or registered, and the random states."""
+        """Saves everything that the accelerator has prepared or registered, and the random states."""
         older = self._complete()
         number = int(older[-1].name.removeprefix(COMPLETE)) + 1 if older else 0
         unfinished = self.folder / f"{UNFINISHED}{number:06d}"
@@ -51,49 +50,43 @@ class Checkpoints:
         accelerator.wait_for_everyone()
 
     def resume(self, accelerator: Accelerator) -> bool:
-        """Loads the last checkpoint; False where there is none. Raises InputError for another run's."""
+        """Loads the last checkpoint; False if there is none. Raises InputError if it belongs to another run."""
         found = self._complete()
         if accelerator.is_main_process:
-            for stale in (*self.folder.glob(f"{UNFINISHED}*"), *found[:-1]):  # left by a kill
+            for stale in (*self.folder.glob(f"{UNFINISHED}*"), *found[:-1]):  # left by a killed process
                 shutil.rmtree(stale)
-        accelerator.wait_for_everyone()  # before one of them begins to write
+        accelerator.wait_for_everyone()  # before any process writes
         if not found:
             return False
         last = found[-1]
         try:
             theirs = json.loads((last / "identity.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise InputError(f"{last}: not a checkpoint of ours ({error}); delete {self.folder}") from None
+            raise InputError(f"{last}: not a valid checkpoint ({error}); delete {self.folder}") from None
         for key in sorted(self.identity.keys() | theirs.keys()):
             seen, ours = theirs.get(key), self.identity.get(key)
             if seen != ours:
                 raise InputError(
                     f"{last} belongs to another run: {key} was {seen!r}, now it is {ours!r}; "
-                    f"delete {self.folder} to begin anew, or name another folder"
+                    f"delete {self.folder} to start over, or use another folder"
                 )
         accelerator.load_state(str(last))
         return True
 
     def recorded(self, key: str) -> Any:
-        """What the last checkpoint says of the run that it belongs to; None where there is none, or it says nothing."""
+        """A value of the last checkpoint's `identity`; None if there is no checkpoint or no such key."""
         found = self._complete()
         try:
             return json.loads((found[-1] / "identity.json").read_text(encoding="utf-8")).get(key) if found else None
         except (OSError, ValueError):
-            return None  # `resume` says what is wrong
+            return None  # `resume` reports what is wrong
 
     def _complete(self) -> list[Path]:
         return sorted(self.folder.glob(f"{COMPLETE}*"))
 
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file beside its place and renames it, so that a kill leaves no half file."""
-    with beside(path) as draft:
-        write(draft)
-
-
 def probe(data: Any) -> str:
-    """Length and hash of a few rows of a dataset: cheap, and tells most other data apart."""
+    """Length of a dataset and hash of a few of its rows: cheap, and detects most changes of the data."""
     rows = sorted({round(place) for place in np.linspace(0, len(data) - 1, PROBED_ROWS)})
     return f"{len(data)} rows, {digest([data[row] for row in rows])}"
 
@@ -118,7 +111,7 @@ def digest(value: Any) -> str:
             found.update(repr(part).encode() + b"|")
         elif isinstance(part, np.generic):
             found.update(f"{part.dtype}".encode() + part.tobytes())
-        else:  # its repr may hold an address
+        else:  # its repr may contain an address
             found.update(type(part).__qualname__.encode() + b"|")
 
     add(value)

@@ -1,9 +1,12 @@
-"""ONNX Runtime on the execution provider asked for: CPU, CUDA, TensorRT, MIGraphX (AMD) or CANN (Ascend).
+"""Opens ONNX Runtime sessions on a given execution provider: CPU, CUDA, TensorRT, MIGraphX (AMD) or CANN (Ascend).
 
-Contract: `open_session` gives a session that runs where it was told to, or raises `ProviderError` in one line. ONNX
-Runtime by itself goes on with the CPU, silently, where a provider is missing, cannot load its libraries or takes no
-node of the graph. Used by `export` and by the server, which has a copy beside the backend's model.py
-(`export.to_triton` lays it there): so it imports nothing of ours.
+Contract: `open_session` returns a session that runs on the requested provider, or raises `ProviderError` in one line.
+ONNX Runtime alone would silently fall back to the CPU if a provider is missing, cannot load its libraries or supports
+no node of the graph.
+
+`export` and the server use this module. The server has a copy beside the backend's model.py, put there by
+`export.stages.publish`, so it must not import other modules of this project. It imports ONNX Runtime lazily, because
+`deepseek.targets` reads PROVIDERS from it.
 """
 
 from __future__ import annotations
@@ -14,41 +17,75 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import onnxruntime
+if TYPE_CHECKING:
+    import onnxruntime
 
 CPU = "CPUExecutionProvider"
-# ONNX Runtime's own name, and the package that carries it.
-PROVIDERS = {
-    "cpu": (CPU, "onnxruntime"),
-    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
-    "tensorrt": ("TensorrtExecutionProvider", "onnxruntime-gpu and tensorrt"),
-    "migraphx": ("MIGraphXExecutionProvider", "onnxruntime-migraphx"),
-    "cann": ("CANNExecutionProvider", "onnxruntime-cann"),
-}
-# TensorRT's only by name: it compiles for minutes while the model loads.
-AUTO = ("cuda", "migraphx", "cann")
-# Optimizers whose kernels on the CPU are slower than the nodes they replace: an encoder like MiniLM in fp32 takes 0.83
-# to 0.96 of the time without them (docs/triton.md). Accelerators have fast ones.
+# Optimizers whose CPU kernels are slower than the nodes they replace: without them, an encoder like MiniLM takes 0.83
+# to 0.96 of the time in fp32 (docs/triton.md). Accelerators have fast kernels for them.
 SLOW_ON_CPU = ("SkipLayerNormFusion", "BiasGeluFusion")
 
 
+def _has_nvidia_gpu() -> bool:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def _has_amd_gpu() -> bool:
+    return Path("/dev/kfd").exists()  # the compute interface of AMD's driver
+
+
+def _has_ascend_npu() -> bool:
+    return any(Path("/dev").glob("davinci[0-9]*"))
+
+
+class ProviderFacts(NamedTuple):
+    """An execution provider of ONNX Runtime."""
+
+    name: str
+    """Its name in ONNX Runtime."""
+    package: str
+    """The package that contains it."""
+    is_accelerator: bool = True
+    is_nvidia: bool = False
+    """Triton can place instances on its devices, and Triton's own ONNX Runtime backend has the provider."""
+    is_there: Callable[[], bool] | None = None
+    """Detects the hardware: a package lists its providers on any machine. None: "auto" never chooses it."""
+
+
+PROVIDERS = {
+    "cpu": ProviderFacts(CPU, "onnxruntime", is_accelerator=False),
+    "cuda": ProviderFacts("CUDAExecutionProvider", "onnxruntime-gpu", is_nvidia=True, is_there=_has_nvidia_gpu),
+    # Only by name: it compiles for minutes while the model loads.
+    "tensorrt": ProviderFacts("TensorrtExecutionProvider", "onnxruntime-gpu and tensorrt", is_nvidia=True),
+    "migraphx": ProviderFacts("MIGraphXExecutionProvider", "onnxruntime-migraphx", is_there=_has_amd_gpu),
+    "cann": ProviderFacts("CANNExecutionProvider", "onnxruntime-cann", is_there=_has_ascend_npu),
+}
+
+
 class ProviderError(RuntimeError):
-    """The graph cannot run on the execution provider asked for."""
+    """The graph cannot run on the requested execution provider."""
 
 
 class Opened(NamedTuple):
-    """A session and where it runs."""
+    """A session and the provider that it runs on."""
 
     session: onnxruntime.InferenceSession
     provider: str
     nodes: dict[str, int]
-    """Nodes of the graph by ONNX Runtime's name of the provider that runs them; empty where it does not say."""
+    """Number of nodes by provider, with ONNX Runtime's names; empty if ONNX Runtime does not report it."""
 
     def __str__(self) -> str:
+        import onnxruntime
+
         placed = ", ".join(f"{count} on {name}" for name, count in self.nodes.items())
         return f"ONNX Runtime {onnxruntime.__version__}, provider {self.provider}" + (
             f", nodes: {placed}" if placed else ""
@@ -56,16 +93,16 @@ class Opened(NamedTuple):
 
 
 def cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Cores that threads are worth having for: those that we may run on, or what the control group's quota comes to.
+    """Cores that this process can use: its CPU affinity, capped by the quota of its control group.
 
-    A container with a limit of CPU may run on all cores of its node, and is stopped once it has used its share.
+    A container with a CPU limit may run on all cores of its node, but is throttled once it has used its quota.
     """
     count = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):  # no quota is no number
+    with contextlib.suppress(OSError, ValueError):  # "max": no quota
         folder = own.read_text().partition("0::/")[2].split("\n")[0]
         quota_us, period_us = (groups / folder / "cpu.max").read_text().split()
         return min(count, max(1, math.ceil(int(quota_us) / int(period_us))))
-    with contextlib.suppress(OSError, ValueError):  # the first version of control groups
+    with contextlib.suppress(OSError, ValueError):  # control groups version 1
         quota_us, period_us = ((groups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         if int(quota_us) > 0:
             return min(count, max(1, math.ceil(int(quota_us) / int(period_us))))
@@ -82,75 +119,68 @@ def open_session(
 ) -> Opened:
     """Opens the graph at `path` on `provider`, a key of PROVIDERS or "auto".
 
-    `provider_options` go to the provider as they are; `device_id` is the accelerator's number, by default the
-    provider's (0); `left_out` are optimizers of ONNX Runtime that this graph does without, as on the CPU each does
-    without SLOW_ON_CPU. Raises ProviderError, and what ONNX Runtime raises for a graph that it cannot load.
+    `provider_options` are passed to the provider unchanged. `device_id` is the accelerator's number, by default the
+    provider's own default, 0. `left_out` are ONNX Runtime optimizers to disable; on the CPU, SLOW_ON_CPU are always
+    disabled. Raises ProviderError, or ONNX Runtime's own error for a graph that it cannot load.
     """
+    import onnxruntime
+
     chosen = choose_provider(provider)
-    name, package = PROVIDERS[chosen]
-    if chosen in ("cuda", "tensorrt"):
-        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
-            onnxruntime.preload_dlls()  # CUDA and cuDNN out of pip's nvidia-* packages, where they are
-    device = {} if device_id is None or chosen == "cpu" else {"device_id": str(device_id)}
-    wanted: list[Any] = [(name, {**(provider_options or {}), **device})]
+    facts = PROVIDERS[chosen]
+    if facts.is_nvidia:
+        with contextlib.redirect_stdout(sys.stderr):  # it prints the libraries that it does not find
+            onnxruntime.preload_dlls()  # CUDA and cuDNN from pip's nvidia-* packages, if installed
+    device = {} if device_id is None or not facts.is_accelerator else {"device_id": str(device_id)}
+    wanted: list[Any] = [(facts.name, {**(provider_options or {}), **device})]
     if chosen == "tensorrt":
-        wanted.append((PROVIDERS["cuda"][0], device))  # for nodes that TensorRT does not take
-    disabled = [*left_out, *(SLOW_ON_CPU if chosen == "cpu" else ())]
+        wanted.append((PROVIDERS["cuda"].name, device))  # for nodes that TensorRT does not support
+    disabled = [*left_out, *(() if facts.is_accelerator else SLOW_ON_CPU)]
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    wanted += [] if chosen == "cpu" else [CPU]
+    wanted += [CPU] if facts.is_accelerator else []
     try:
         session = onnxruntime.InferenceSession(
             path, options, providers=wanted, enable_fallback=0, disabled_optimizers=disabled
         )
     except Exception as error:
-        if chosen == "cpu":
+        if not facts.is_accelerator:
             raise
         raise ProviderError(f"execution provider {chosen!r}: {' '.join(str(error).split())[:500]}") from None
-    if name not in session.get_providers():
+    if facts.name not in session.get_providers():
         raise ProviderError(
-            f"execution provider {chosen!r} did not start, ONNX Runtime took {_listed(session.get_providers())}: "
-            f"the device or a library that {package} needs is missing (ONNX Runtime's log says which)"
+            f"execution provider {chosen!r} did not start, ONNX Runtime uses {_listed(session.get_providers())}: "
+            f"the device or a library that {facts.package} needs is missing (ONNX Runtime's log says which)"
         )
     nodes = _placement(session)
-    if nodes and name not in nodes:
-        raise ProviderError(f"execution provider {chosen!r} takes no node of {path}; {_listed(nodes)} would run them")
+    if nodes and facts.name not in nodes:
+        raise ProviderError(f"execution provider {chosen!r} supports no node of {path}; {_listed(nodes)} would run it")
     return Opened(session, chosen, nodes)
 
 
 def choose_provider(asked: str) -> str:
-    """`asked`, if the installed ONNX Runtime has it; for "auto" the accelerator that is there, else the CPU."""
+    """Returns `asked` if the installed ONNX Runtime has it; for "auto", this machine's accelerator, else the CPU."""
+    import onnxruntime
+
     available = onnxruntime.get_available_providers()
     if asked == "auto":
-        return next((name for name in AUTO if PROVIDERS[name][0] in available and _has_device(name)), "cpu")
+        for key, facts in PROVIDERS.items():
+            if facts.name in available and facts.is_there is not None and facts.is_there():
+                return key
+        return "cpu"
     if asked not in PROVIDERS:
-        raise ProviderError(f"execution provider {asked!r} is not known; allowed: auto, {', '.join(PROVIDERS)}")
-    name, package = PROVIDERS[asked]
-    if name not in available:
+        raise ProviderError(f"execution provider {asked!r} is unknown; allowed: auto, {', '.join(PROVIDERS)}")
+    facts = PROVIDERS[asked]
+    if facts.name not in available:
         raise ProviderError(
             f"execution provider {asked!r} is not in ONNX Runtime {onnxruntime.__version__}, which has "
-            f"{_listed(available)}; install {package}, or set onnxruntime.provider in deploy.toml to auto"
+            f"{_listed(available)}; install {facts.package}, or set onnxruntime.provider in deploy.toml to auto"
         )
     return asked
 
 
-def _has_device(provider: str) -> bool:
-    """Whether the hardware is there: a package lists its providers on any machine."""
-    if provider == "migraphx":
-        return Path("/dev/kfd").exists()  # the compute interface of AMD's driver
-    if provider == "cann":
-        return any(Path("/dev").glob("davinci[0-9]*"))
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int()
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-
-
 def _placement(session: onnxruntime.InferenceSession) -> dict[str, int]:
-    """Nodes by provider."""
-    told = getattr(session, "get_provider_graph_assignment_info", None)  # not in older ones
-    return dict(Counter(part.ep_name for part in (told() if told else ()) for _ in part.get_nodes()))
+    """Number of nodes by provider."""
+    placed = getattr(session, "get_provider_graph_assignment_info", None)  # missing in older versions
+    return dict(Counter(part.ep_name for part in (placed() if placed else ()) for _ in part.get_nodes()))
 
 
 def _listed(names: Any) -> str:

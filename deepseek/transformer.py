@@ -1,16 +1,15 @@
 """A pre-norm Transformer on `scaled_dot_product_attention`, and weight initialisation for any module.
 
-Contract: `Transformer(config)(ids)` maps ids (B, T) to hidden states (B, T, D). Padding is never
-attended to and never makes a NaN, not even in a row of nothing else. The graph exports through
-`torch.onnx.export(dynamo=True)` with batch and sequence axes dynamic, and holds in fp16: masked
-scores are a finite number that fp16 can carry.
+Contract: `Transformer(config)(ids)` maps ids (B, T) to hidden states (B, T, D). Tokens never attend to padding, and
+padding never causes a NaN, even in a row of padding only. The graph exports through `torch.onnx.export(dynamo=True)`
+with dynamic batch and sequence axes, and works in fp16: masked scores are finite and within its range.
 
 Examples:
     model = Transformer(TransformerConfig(num_layers=12, hidden_size=768, num_attention_heads=12,
                                           intermediate_size=3072, vocab_size=30_000, causal=True))
     hidden = model(ids)                         # padding is where ids == config.padding_id
     hidden = model(ids, attention_mask)         # or where the mask is 0
-    model.gradient_checkpointing = True         # less memory in training, a third more compute
+    model.gradient_checkpointing = True         # less memory in training, about a third more compute
     init_weights(torch.nn.LSTM(8, 16))          # any module
 """
 
@@ -18,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +25,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from deepseek.config import TransformerConfig, check_choice
+from deepseek.config import TransformerConfig
 from deepseek.spec import InputError
 
-# Added to a score that must not count. Finite, and small enough for fp16 (65504) and for ModelOpt's
-# AutoCast, which leaves in fp32 whatever exceeds 512: with -1e4 here no softmax becomes fp16. Exactly
-# nothing leaks through: exp(x) is 0 in fp32 below -104, and attention scores do not differ by 196.
+# Added to masked attention scores. Finite, within the range of fp16 (65504) and within 512, above which ModelOpt's
+# AutoCast keeps values in fp32: with -1e4, no softmax would become fp16. Masked tokens get a weight of exactly 0:
+# exp(x) is 0 in fp32 below -104, and attention scores do not differ by 196.
 MASKED = -300.0
 
 Scheme = Literal["auto", "xavier_uniform", "kaiming_uniform"]
@@ -39,7 +38,6 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "si
 Fill = Callable[[Tensor], object]
 _XAVIER: Fill = nn.init.xavier_uniform_
 _KAIMING: Fill = partial(nn.init.kaiming_uniform_, nonlinearity="relu")
-SPECTRAL_STEPS = 15  # as many as torch's spectral_norm begins with
 _RELUS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU)
 _DENSE = (
     nn.Linear,
@@ -54,12 +52,12 @@ _DENSE = (
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017): softmax(q kᵀ / √head_size + mask) v, in every head."""
+    """Multi-head self-attention (Vaswani et al. 2017): softmax(q kᵀ / √head_size + mask) v in each head."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.head_size = config.head_size  # how many heads there are, the layers' width says: pruning takes some
+        self.head_size = config.head_size  # the number of heads follows from the layers' width: pruning removes heads
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
@@ -74,16 +72,13 @@ class Attention(nn.Module):
             value,
             attn_mask=None if mask is None else mask.to(query.dtype),
             dropout_p=self.config.attention_dropout if self.training else 0.0,
-            is_causal=mask is None and self.config.causal,  # no mask to build: the fused kernels take this one
+            is_causal=mask is None and self.config.causal,  # without a mask, fused kernels apply the causal one
         )
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """x + attention, then x + feed-forward, each behind a LayerNorm.
-
-    Pre-norm, which trains stably when deep (Xiong et al. 2020).
-    """
+    """x + attention(norm(x)), then x + feed-forward(norm(x)): pre-norm, stable in deep models (Xiong et al. 2020)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -104,7 +99,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder (or, with `causal`, decoder) from ids to hidden states."""
+    """Encoder, or decoder with `config.causal`: token ids (B, T) to hidden states (B, T, D).
+
+    It exports to ONNX with dynamic batch and sequence axes. Set `gradient_checkpointing = True` to save memory in
+    training.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -118,15 +117,15 @@ class Transformer(nn.Module):
         init_weights(self, config.initialization)
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D) of ids (B, T); `attention_mask` (B, T) is 0 where there is padding.
+        """Computes the hidden states (B, T, D) of `ids` (B, T).
 
-        Without a mask, padding is where ids equal `config.padding_id`. What stands at padding is
-        finite and means nothing. Raises InputError for a sequence longer than `config.max_length`.
+        `attention_mask` (B, T) is 0 at padding; without it, padding is where ids equal `config.padding_id`. Hidden
+        states at padding are finite and meaningless. Raises InputError for a sequence longer than `config.max_length`.
         """
         length = ids.shape[1]
-        exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # where a size is no plain number
+        exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # sizes are symbolic there
         if not exporting and length > self.config.max_length:
-            raise InputError(f"sequence of {length} tokens; the model's max_length is {self.config.max_length}")
+            raise InputError(f"seen a sequence of {length} tokens; the model's max_length is {self.config.max_length}")
         if attention_mask is None and self.config.padding_id is not None:
             attention_mask = ids != self.config.padding_id
         mask = None if attention_mask is None else self._additive(attention_mask)
@@ -139,32 +138,35 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def _additive(self, attention_mask: Tensor) -> Tensor:
-        """What is added to the scores (B, 1, T, T): 0 where query may see key, MASKED elsewhere."""
+        """The mask (B, 1, T, T) added to the scores: 0 where the query may attend to the key, else MASKED."""
         steps = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         visible = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
         if self.config.causal:
             visible = visible & (steps[:, None] >= steps)
-        # Every token sees itself, so that no row of scores is masked throughout: the softmax of such a
-        # row is 0/0. Real tokens lose nothing by it, and nobody sees the padding that does.
+        # Every token attends to itself, so no row of scores is fully masked: its softmax would be 0/0. This does not
+        # change real tokens, and no other token attends to padding.
         visible = visible | (steps[:, None] == steps)
         return torch.where(visible, 0.0, MASKED)
 
 
 def init_weights(module: nn.Module, scheme: Scheme = "auto") -> nn.Module:
-    """Initialises the layers of any module in place and returns it; normalisation layers stay as they are.
+    """Initialises the layers of any module in place and returns the module. Normalisation layers are unchanged.
 
-    - Linear, convolution, embedding, attention: Xavier uniform, ±√(6 / (fan in + fan out)) (Glorot and
-      Bengio 2010); Kaiming uniform, ±√(6 / fan in) (He et al. 2015), where the next activation is a ReLU
-      ("auto" goes by the order in which layers are registered; a ReLU that is only called as a function is
-      not seen: pass "kaiming_uniform"). Biases 0, padding embeddings 0.
-    - LSTM, GRU, RNN and their cells: Xavier uniform for each gate by itself, biases 0, forget bias 1
-      (Jozefowicz et al. 2015).
-      torch adds two bias vectors, `bias_ih` and `bias_hh`: the 1 stands in `bias_ih` only, so that the
-      sum is 1. A GRU has no forget gate; what keeps the old state is its update gate z, as torch has it
-      (h' = (1 - z) * n + z * h), so z gets the 1: both kinds then remember at the start of training.
-    - A weight with a parametrization (weight_norm, spectral_norm) is assigned through it.
+    - Linear, convolution, embedding and attention layers: Xavier uniform, ±√(6 / (fan in + fan out)) (Glorot and
+      Bengio 2010). Layers before a ReLU: Kaiming uniform, ±√(6 / fan in) (He et al. 2015). Biases and padding
+      embeddings are 0.
+    - LSTM, GRU, RNN and their cells: Xavier uniform for each gate separately, biases 0, forget bias 1 (Jozefowicz et
+      al. 2015). torch adds two bias vectors; only `bias_ih` gets the 1, so that the sum is 1. A GRU has no forget
+      gate: its update gate z, which keeps the old state (h' = (1 - z) * n + z * h), gets the 1.
+
+    `scheme` "auto" finds ReLUs by the order in which layers are registered. It does not see a ReLU that is only called
+    as a function: pass "kaiming_uniform" then, or "xavier_uniform" to use Xavier everywhere.
+
+    Raises InputError for an unknown scheme, for a lazy layer that has no shape yet, and for a weight that is computed
+    from other tensors, as by weight_norm.
     """
-    check_choice("init_weights", "scheme", scheme, Scheme)
+    if scheme not in get_args(Scheme):
+        raise InputError(f"init_weights: scheme: seen {scheme!r}; allowed: {', '.join(get_args(Scheme))}")
     kaiming = _layers_before_relu(module) if scheme == "auto" else set()
     with torch.no_grad():
         for layer in module.modules():
@@ -180,7 +182,7 @@ def init_weights(module: nn.Module, scheme: Scheme = "auto") -> nn.Module:
                 _init_multihead(layer)
             elif isinstance(layer, nn.RNNBase | nn.RNNCellBase):
                 _init_recurrent(layer)
-        for layer in module.modules():  # last: a layer that shares an embedding's weights has filled all of its rows
+        for layer in module.modules():  # last, as a layer that shares an embedding's weights fills all of its rows
             if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.padding_idx is not None:
                 _set(layer, "weight", partial(_zero_row, row=layer.padding_idx))
     return module
@@ -198,37 +200,23 @@ def _layers_before_relu(module: nn.Module) -> set[nn.Module]:
             last = layer
         elif isinstance(layer, _RELUS) and last is not None:
             found.add(last)
-        elif type(layer).__module__ == nn.GELU.__module__:  # another activation stands between
+        elif type(layer).__module__ == nn.GELU.__module__:  # another activation comes first
             last = None
     return found
 
 
 def _set(layer: nn.Module, name: str, fill: Fill) -> None:
-    """Fills a tensor of a layer; what is computed from others is gone by the next forward pass unless they are set."""
-    if any(hasattr(layer, f"{name}_{end}") for end in ("v", "orig")):
+    """Fills a tensor of a layer; refuses computed tensors, which the next forward pass would overwrite."""
+    if parametrize.is_parametrized(layer, name) or any(hasattr(layer, f"{name}_{end}") for end in ("v", "orig")):
         raise InputError(
-            f"init_weights: {name} of {type(layer).__name__} is computed by a hook (torch.nn.utils.weight_norm, "
-            "spectral_norm or prune); run init_weights before it, or use torch.nn.utils.parametrizations"
+            f"init_weights: {name} of {type(layer).__name__} is computed from other tensors (weight_norm, "
+            "spectral_norm, prune); run init_weights before you apply them"
         )
-    if not parametrize.is_parametrized(layer, name):
-        fill(getattr(layer, name))
-        return
-    value = getattr(layer, name).clone()
-    fill(value)
-    through: Any = getattr(layer.parametrizations, name)
-    try:
-        setattr(layer, name, value)
-    except RuntimeError:  # one that has no inverse
-        fill(through.original)
-    training = through.training
-    through.train()
-    for _ in range(SPECTRAL_STEPS):  # spectral_norm steps as it is read; its vectors were those of the old weight
-        getattr(layer, name)
-    through.train(training)
+    fill(getattr(layer, name))
 
 
 def _init_multihead(layer: nn.MultiheadAttention) -> None:
-    """The projections in one packed tensor are three layers; `out_proj` is a Linear of its own."""
+    """Initialises the three packed projections as separate layers; `out_proj` is a Linear and handled as one."""
     if layer.in_proj_weight is not None:
         _set(layer, "in_proj_weight", partial(_xavier_of_each, parts=3))
     else:

@@ -1,9 +1,9 @@
-# Load tests as a container: Locust, the client, the verdict. The profile `loadtest` of compose.yaml runs it against the
-# gateway or Triton; models/ is mounted at /models, real inputs at /inputs.npz, and its runs are left in /results.
-# Runs as any user id, with a read-only root file system, no capabilities, /tmp writable.
+# Load tests: Locust, the client, the verdict. The profile `loadtest` of compose.yaml runs it against the gateway or Triton.
+# It reads models at /models and inputs at /inputs.npz, and leaves its runs in /results.
+# Runs as any user id, with a read-only root file system, no capabilities and a writable /tmp.
 ARG BASE=debian:trixie-slim
 FROM ${BASE} AS build
-# Debian's packages are not pinned: a security update takes the old version off the mirrors, and the build would fail.
+# Debian's packages are not pinned: mirrors drop old versions after a security update, and the build would fail.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3-venv \
@@ -24,23 +24,24 @@ RUN python3 -m venv /opt/loadtests/python \
     && rm -r requirements.txt requirements.lock pyproject.toml client
 
 FROM ${BASE}
-# ca-certificates: whom --tls trusts
+# ca-certificates: what --tls trusts
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates python3 \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/loadtests /opt/loadtests
 WORKDIR /opt/loadtests
-COPY deepseek/__init__.py deepseek/
+COPY deepseek/__init__.py deepseek/onnxruntime_session.py deepseek/precisions.py deepseek/targets.py deepseek/
 COPY deepseek/spec deepseek/spec
 COPY client/deepseek_client deepseek_client
+COPY cli cli
 COPY loadtests loadtests
 COPY docker/loadtests.sh /usr/local/bin/
-# COPY keeps modes, of a clone made under umask 077, too; its --chmod takes BuildKit.
-RUN chmod -R a+rX deepseek deepseek_client loadtests /usr/local/bin/loadtests.sh
+# COPY keeps file modes, also those of a clone made with umask 077. COPY --chmod would need BuildKit.
+RUN chmod -R a+rX cli deepseek deepseek_client loadtests /usr/local/bin/loadtests.sh
 ENV PATH=/opt/loadtests/python/bin:${PATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    HOME=/tmp BUILD=/results
+    HOME=/tmp DEEPSEEK_BUILD=/results
 USER 10001:10001
-# It runs to its end: there is nothing whose health could be asked.
+# It runs and ends: nothing to check.
 HEALTHCHECK NONE
 ENTRYPOINT ["loadtests.sh"]

@@ -1,7 +1,7 @@
-# Prometheus and Alertmanager out of Debian's packages, for docker/compose.offline.yaml: where no registry can be reached.
+# Prometheus and Alertmanager from Debian's packages, for docker/compose.offline.yaml: without a registry.
 ARG BASE=debian:trixie-slim
 FROM ${BASE}
-# Debian's packages are not pinned: a security update takes the old version off the mirrors, and the build would fail.
+# Debian's packages are not pinned: mirrors drop old versions after a security update, and the build would fail.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends prometheus prometheus-alertmanager \
@@ -9,5 +9,5 @@ RUN apt-get update \
     && mkdir /prometheus /alertmanager \
     && chown 65534:65534 /prometheus /alertmanager
 USER 65534:65534
-# Two programs in one image: compose.yaml says how each is asked for its health.
+# One image for two programs: compose.yaml has the health check of each.
 HEALTHCHECK NONE

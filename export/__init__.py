@@ -1,5 +1,4 @@
-"""The export stages, each a command: `python -m export.<stage> --help`."""
+"""The build: from PyTorch to the model repository. `pipeline` declares the stages, `build` runs them.
 
-from deepseek.spec.command import quiet_interrupts
-
-quiet_interrupts()
+Enter: `deepseek engine`. Imports: `deepseek`; `checks` also the client.
+"""

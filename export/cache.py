@@ -1,43 +1,40 @@
 """A content-addressed cache of artifacts, shared by branches and clones.
 
-Contract: an entry is a folder named by the digest of all that its files were made from: sources, settings, the
-Python that is loaded (ours and the model's) and the versions of what it imports. `$CACHE` says where (by default
-`~/.cache/deepseek-deploy`; `off` turns it off), `$CACHE_GIB` how much it may hold (10); the entries used longest
-ago go first. Entries come into place by a rename and are checked by their digests when taken out: a killed build
-or a damaged file cost a build, never a wrong artifact. Of two builds at once one makes what both need, the other waits.
-
-Examples:
-    python -m export.cache
-    python -m export.cache --clear
+Contract: an entry is a folder named by a key, the digest of all inputs of its files (see `export.pipeline`).
+`$DEEPSEEK_CACHE` is the cache's folder (default: `~/.cache/deepseek-deploy`; `off` turns the cache off),
+`$DEEPSEEK_CACHE_GIB` its maximum size (default: 10). Least recently used entries are evicted first. Entries appear by a
+rename, and their digests are checked on every read: a killed build or a damaged file costs a rebuild, never a wrong
+artifact. If two builds need the same entry at once, one makes it and the other waits.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import sys
-import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO
 
-from deepseek.spec import GateFailed, InputError, Parser, run_command
-from deepseek.spec.folders import scratch_in
-from export.artifact import human_bytes, sha256, tool_versions
+from deepseek.spec import GateFailed, InputError
+from deepseek.spec.files.folders import scratch_in
+from export.artifact import human_bytes, publish, sha256
 
 LOCKS = ".lock"
-INDEX = "entry.json"  # digests of the entry's files; its time is when the entry was last used
+INDEX = "entry.json"  # digests of the entry's files; its mtime is when the entry was last used
+NOTE = "note.json"  # the only file of an entry that points to another entry
+STAGE_KEYS = "DEEPSEEK_STAGE_KEYS"  # JSON: keys by part, "" for the stage itself
 
 
 def root() -> Path | None:
-    """Folder of the cache, None where it is off, or the user has no home."""
-    place = os.environ.get("CACHE") or "~/.cache/deepseek-deploy"
+    """Folder of the cache; None if it is off or the user has no home."""
+    place = os.environ.get("DEEPSEEK_CACHE") or "~/.cache/deepseek-deploy"
     try:
         return None if place == "off" else Path(place).expanduser()
     except RuntimeError:
@@ -45,8 +42,8 @@ def root() -> Path | None:
 
 
 def limit_bytes() -> int:
-    """What the cache may hold."""
-    value = os.environ.get("CACHE_GIB") or "10"
+    """Maximum size of the cache; raises InputError if `$DEEPSEEK_CACHE_GIB` is not a number >= 0."""
+    value = os.environ.get("DEEPSEEK_CACHE_GIB") or "10"
     try:
         size = float(value)
     except ValueError:
@@ -56,77 +53,73 @@ def limit_bytes() -> int:
     return int(size * 2**30)
 
 
-def key_of(stage: str, **made_from: Any) -> str:
-    """Digest of what an artifact is made from: `made_from` (JSON), the code that is loaded, and its versions."""
-    limit_bytes()  # InputError before anything is built, not after
-    facts = {"stage": stage, "code": _code(), "versions": _versions(), **made_from}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def stage_key(part: str = "") -> str | None:
+    """The key of the stage that this process runs, or of a part of it; None if run by hand or the cache is off.
 
-
-def _code() -> dict[str, str]:
-    """Digest by module of all Python that is loaded and not installed: ours, and the model's with what it imports."""
-    installed = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-    found = {}
-    for name, module in sorted(sys.modules.items()):
-        path = getattr(module, "__file__", None)
-        if path and path.endswith(".py") and not path.startswith(installed):  # __main__, the stage itself, too
-            with contextlib.suppress(OSError):  # a module made up at run time
-                found[name] = sha256(Path(path))
-    return found
-
-
-def _versions() -> dict[str, str]:
-    """Of Python, of the tools, and of each distribution that is loaded."""
-    loaded = {name.partition(".")[0] for name in sys.modules}
-    owners = importlib.metadata.packages_distributions()
-    names = {owner for package in loaded for owner in owners.get(package, ())}
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {**found, **tool_versions(), "python": platform.python_version()}
-
-
-def files_in(folder: Path) -> dict[str, str]:
-    """Digest of each file in a model folder: what its functions read beside Python that is loaded.
-
-    Links are followed; what is hidden (.git, .venv) is no source of a model. The Makefile looks at the same files.
+    `deepseek engine` sets it for each stage that it runs.
     """
-    found = {}
-    for place, folders, names in os.walk(folder, followlinks=True):
-        here = Path(place)
-        folders[:] = [name for name in folders if _is_source(name) and not _leads_back(here / name)]
-        files = [here / name for name in names if _is_source(name) and (here / name).is_file()]
-        found.update({str(path.relative_to(folder)): sha256(path) for path in files})
-    return found
+    keys = json.loads(os.environ.get(STAGE_KEYS) or "{}")
+    return keys.get(part) if root() is not None else None
 
 
-def _is_source(name: str) -> bool:
-    return name != "__pycache__" and not name.startswith(".")
+def refined(key: str | None, **also: str) -> str | None:
+    """A key that also depends on `also`: values that only the running stage knows, such as digests of samples.
+
+    Stores a note under `key`, so that `deepseek engine --explain` finds the entry.
+    """
+    if key is None:
+        return None
+    entry = hashlib.sha256(json.dumps([key, also], sort_keys=True).encode()).hexdigest()
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / NOTE).write_text(json.dumps({"entry": entry, "also": also}))
+        drop(key)
+        store(key, Path(folder))
+    return entry
 
 
-def _leads_back(folder: Path) -> bool:
-    """Whether it is a link to a folder that it lies in."""
-    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
-
-
-def data_digest() -> str | None:
-    """Digest of the file that DATA names; None without one."""
-    path = Path(os.environ.get("DATA", ""))
-    return sha256(path) if path.is_file() else None
-
-
-def cpu() -> str:
-    """What computes here, as far as results depend on it: another instruction set rounds, and saturates, otherwise."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {flags.partition(':')[2].strip()}"
-
-
-def fetch(key: str, destination: Path) -> bool:
-    """Copies the entry's files into the folder `destination`; False where there is none that is whole."""
+def predicted(key: str) -> dict[str, str] | None:
+    """Digests, by name, of the files that a stage would take from the cache; None without an entry."""
     place = root()
-    if place is None or not _is_file(place / key / INDEX):
+    if place is None or not (place / key / INDEX).is_file():
+        return None
+    try:
+        files: dict[str, str] = json.loads((place / key / INDEX).read_text())
+        if NOTE not in files:
+            return files
+        note = json.loads((place / key / NOTE).read_text())
+        found = predicted(note["entry"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if found is None else {**note["also"], **found}
+
+
+def put_in_place(
+    key: str | None, artifact: Path, make: Callable[[Path], object], check: Callable[[Path], object] | None = None
+) -> None:
+    """Publishes `artifact` and the files beside it, from the cache entry `key` or else from `make(folder)`.
+
+    An entry that fails `check` (GateFailed) is dropped and made again.
+    """
+    with scratch_in(artifact.parent) as scratch:
+        fill(scratch, key, make, check)
+        publish(scratch, artifact)
+
+
+def fill(
+    folder: Path, key: str | None, make: Callable[[Path], object], check: Callable[[Path], object] | None = None
+) -> None:
+    """Fills an empty folder from the cache entry; without one, runs `make` and stores its files."""
+    with alone_with(key):
+        if key is None or not fetch(key, folder, check):
+            make(folder)
+            if key is not None:
+                store(key, folder)
+
+
+def fetch(key: str, destination: Path, check: Callable[[Path], object] | None = None) -> bool:
+    """Copies the entry's files into the folder `destination`; False if it is missing, damaged or fails `check`."""
+    place = root()
+    if place is None or not (place / key / INDEX).is_file():
         return False
     try:
         files: Mapping[str, str] = json.loads((place / key / INDEX).read_text())
@@ -135,26 +128,11 @@ def fetch(key: str, destination: Path) -> bool:
             shutil.copyfile(place / key / name, destination / name)
             if sha256(destination / name) != digest:
                 raise ValueError(name)
-        with contextlib.suppress(OSError):  # another user's entry: it may be read, and not touched
+        with contextlib.suppress(OSError):  # a read-only cache
             os.utime(place / key / INDEX)
-    except (OSError, ValueError, AttributeError) as error:
-        if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):  # damaged, or making room for others
-            _remove(place / key)
-        _empty(destination)
-        return False
-    return True
-
-
-def fetch_checked(key: str, destination: Path, check: Callable[[], object]) -> bool:
-    """As `fetch`, of an entry that still passes `check`; one that raises GateFailed is dropped.
-
-    A key cannot tell what a model reads outside its folder.
-    """
-    if not fetch(key, destination):
-        return False
-    try:
-        check()
-    except GateFailed:
+        if check is not None:
+            check(destination)
+    except (OSError, ValueError, AttributeError, GateFailed):
         drop(key)
         _empty(destination)
         return False
@@ -166,52 +144,33 @@ def _empty(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _is_file(path: Path) -> bool:
-    """Whether it is there, as far as we may look."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
 @contextlib.contextmanager
 def alone_with(key: str | None) -> Iterator[None]:
-    """One process at a time makes the entry of a key: the next waits, says so, and then finds it made.
+    """Lets one process at a time make the entry of a key; others print that they wait, and then find it.
 
-    The lock is a byte of one file, at the place that the key tells, and ends with its process. Where there is no cache,
-    or none that can be written, nobody waits.
+    The lock is one byte of a shared file, at an offset derived from the key, and ends with its process. Without a
+    writable cache there is no lock.
     """
-    lock = _lock_of(key)
-    try:
+    with contextlib.ExitStack() as held:
+        place = root()
+        if place is not None and key is not None:
+            with contextlib.suppress(OSError):
+                place.mkdir(parents=True, exist_ok=True)
+                _lock(held.enter_context((place / LOCKS).open("a")), key, place)
         yield
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
-def _lock_of(key: str | None) -> int | None:
-    """A descriptor that holds the lock until it is closed; None where there is none to hold."""
-    place = root()
-    if place is None or key is None:
-        return None
-    descriptor, offset = None, int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)
+def _lock(file: IO[str], key: str, place: Path) -> None:
+    offset = int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(place / LOCKS, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
-        except BlockingIOError:
-            print(f"waiting for another build that makes the same into {place} (CACHE=off: not)", file=sys.stderr)
-            fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, offset)
-    except OSError:
-        if descriptor is not None:
-            os.close(descriptor)
-        return None
-    return descriptor
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
+    except BlockingIOError:
+        print(f"waiting for another build of the same entry in {place} (CACHE=off skips the cache)", file=sys.stderr)
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, offset)
 
 
 def store(key: str, files: Path) -> None:
-    """Adds all files under the folder `files`. A cache that cannot be written is no error: the build has succeeded."""
+    """Adds all files under the folder `files`. Write errors are ignored: the build has succeeded."""
     place = root()
     if place is None:
         return
@@ -220,23 +179,23 @@ def store(key: str, files: Path) -> None:
 
 
 def drop(key: str) -> None:
-    """Removes an entry that turned out to be of no use."""
+    """Removes an unusable entry."""
     place = root()
     if place is not None:
         _remove(place / key)
 
 
 def _remove(entry: Path) -> None:
-    """Takes an entry away at once for others, then deletes it: a kill leaves no half of it."""
+    """Renames an entry away, then deletes it: a kill leaves no partial entry."""
     with contextlib.suppress(OSError), scratch_in(entry.parent) as scratch:
         os.rename(entry, scratch / entry.name)
 
 
 def _store(place: Path, key: str, files: Path) -> None:
     names = sorted(str(path.relative_to(files)) for path in files.rglob("*") if path.is_file())
-    if _is_file(place / key / INDEX) or sum((files / name).stat().st_size for name in names) > limit_bytes():
+    if (place / key / INDEX).is_file() or sum((files / name).stat().st_size for name in names) > limit_bytes():
         return
-    if (place / key).exists():  # half of one, however it came about
+    if (place / key).exists():  # a partial entry
         _remove(place / key)
     with scratch_in(place) as scratch:
         entry = scratch / key
@@ -244,12 +203,12 @@ def _store(place: Path, key: str, files: Path) -> None:
             (entry / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(files / name, entry / name)
         (entry / INDEX).write_text(json.dumps({name: sha256(entry / name) for name in names}))
-        os.rename(entry, place / key)  # fails where another build has just added the same
+        os.rename(entry, place / key)  # fails if another build has just added the entry
     trim(place, limit_bytes())
 
 
 def entries(place: Path) -> dict[Path, int]:
-    """Bytes of each entry, the one used longest ago first."""
+    """Size of each entry in bytes, least recently used first."""
     found = []
     for index in place.glob(f"*/{INDEX}"):
         with contextlib.suppress(OSError):  # just removed by another build
@@ -259,7 +218,7 @@ def entries(place: Path) -> dict[Path, int]:
 
 
 def trim(place: Path, limit: int) -> None:
-    """Removes the entries used longest ago until `limit` bytes hold the rest."""
+    """Evicts least recently used entries until the rest fits in `limit` bytes."""
     sizes = entries(place)
     total = sum(sizes.values())
     for path, size in sizes.items():
@@ -269,21 +228,12 @@ def trim(place: Path, limit: int) -> None:
         total -= size
 
 
-def main() -> None:
-    """Says what the cache holds, or empties it."""
-    parser = Parser(__doc__, prog="python -m export.cache")
-    parser.add_argument("--clear", action="store_true", help="remove all entries")
-    args = parser.parse_args()
+def clear(options: argparse.Namespace) -> None:
+    """The command `clean-cache`."""
     place = root()
     if place is None:
         print("cache     off (CACHE=off)")
         return
-    limit = limit_bytes()
-    if args.clear and place.is_dir():
-        trim(place, -1)
-    sizes = entries(place)
-    print(f"{place}: {len(sizes)} artifacts, {human_bytes(sum(sizes.values()))} of at most {human_bytes(limit)}")
-
-
-if __name__ == "__main__":
-    run_command(main)
+    size = sum(entries(place).values())
+    trim(place, -1)
+    print(f"{place}: {human_bytes(size)} removed")

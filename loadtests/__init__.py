@@ -1,5 +1,1 @@
-"""Load tests, each step a command: `python -m loadtests.<step> --help`."""
-
-from deepseek.spec.command import quiet_interrupts
-
-quiet_interrupts()
+"""Load tests, each step a command: `deepseek loadtest`, `verdict`, `report` ...."""

@@ -1,16 +1,11 @@
-"""The Locust file: sends real inputs of one model, or of several, to Triton over HTTP or gRPC.
+"""The Locust file: sends real inputs of one or several models to Triton over HTTP or gRPC.
 
-Contract: everything is decided by a settings file: `results.Settings` as JSON, or a list of them, one a model (the
-loop, times and protocol are the same in all). The load is sent by `loadtests.sender`, whatever `--users` and
-`--spawn-rate` say: Locust's users wait beside it for its end, the one kind of them that speaks the settings' protocol.
-Locust's own statistics are fed for its page and its summary.
+Contract: a settings file determines the load: `loadtests.results.settings.LoadSettings` as JSON, or a list of them, one
+for each model (with the same loop, times and protocol). `loadtests.load.workers.worker` sends the load and ignores
+`--users` and `--spawn-rate`: Locust's users only wait for its end. Each worker sends every n-th request of the plan,
+by the master's clock (workers on other machines need synchronized clocks).
 
-With Locust's master and workers each worker sends every n-th request of the one schedule, so that together they
-are that schedule; they start in step, by the master's clock (workers on other machines need theirs in time), and
-hand their counts and histograms to the master, which writes them beside the settings file.
-
-`python -m loadtests.run` checks everything first and then starts this; alone it runs so:
-    locust -f loadtests/locustfile.py --headless --settings build/load/settings.json
+`deepseek loadtest` checks everything first and then starts this file. To run it alone:
     locust -f loadtests/locustfile.py --headless --processes -1 --settings build/load/settings.json
 """
 
@@ -20,7 +15,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import gevent
 from deepseek_client import InferenceError
@@ -31,52 +26,35 @@ from locust.exception import StopUser
 from locust.rpc import Message
 from locust.runners import MasterRunner, WorkerRunner
 
-from deepseek.spec import InputError
+from deepseek.spec import ExitCode, InputError
 from deepseek.spec.children import end_with
-from loadtests.coordinator import INVALID, Coordinator
-from loadtests.results import Settings
-from loadtests.sender import Share
+from loadtests.load.workers.master import Master
+from loadtests.load.workers.worker import Worker
+from loadtests.results.settings import LoadSettings
 
-UNPREPARED_S = 1.0  # for the message to leave, of which the master ends
-MAIN = os.getpid()  # Locust's own workers are forked from it later
+UNPREPARED_S = 1.0  # time for the message to reach the master, which then ends
+MAIN = os.getpid()  # Locust forks its workers from this process later
 if "LOCUST_PARENT" in os.environ:
     end_with(int(os.environ["LOCUST_PARENT"]))
 
 
 class TritonUser(User):
-    """Stands for the load while it is sent; `protocol` is the subclass's."""
-
-    abstract = True
-    protocol: ClassVar[Literal["grpc", "http"]]
+    """Waits while the worker sends the load, so that Locust's waits and task switches do not disturb it."""
 
     @task
     def wait_for_the_end(self) -> None:
-        """The whole run of this user: Locust's own waits and task switches stay out of the way."""
         self.environment.share.finished.wait()
         raise StopUser
 
 
-class TritonGrpcUser(TritonUser):
-    """Over gRPC, a hundred requests in flight on each HTTP/2 connection."""
-
-    protocol = "grpc"
-
-
-class TritonHttpUser(TritonUser):
-    """Over HTTP/1.1, one kept-alive connection for each request in flight."""
-
-    protocol = "http"
-
-
 @events.init_command_line_parser.add_listener
 def _add_arguments(parser: LocustArgumentParser) -> None:
-    parser.add_argument("--settings", required=True, help="JSON file of loadtests.results.Settings, one or a list")
+    parser.add_argument("--settings", required=True, help="JSON file of LoadSettings, one or a list")
 
 
-def read_settings(path: Path) -> list[Settings]:
-    """The parts of a load."""
+def read_settings(path: Path) -> list[LoadSettings]:
     found = json.loads(path.read_text(encoding="utf-8"))
-    return [Settings(**each) for each in (found if isinstance(found, list) else [found])]
+    return [LoadSettings(**each) for each in (found if isinstance(found, list) else [found])]
 
 
 @events.init.add_listener
@@ -85,28 +63,26 @@ def _prepare(environment: Environment, **_: Any) -> None:
         end_with(MAIN)
     path = Path(environment.parsed_options.settings)  # type: ignore[union-attr]
     parts = read_settings(path)
-    protocol = parts[0].protocol
-    environment.user_classes[:] = [kind for kind in (TritonGrpcUser, TritonHttpUser) if kind.protocol == protocol]
     if not isinstance(environment.runner, WorkerRunner):
-        _coordinate(environment, Coordinator(environment, parts, path.parent))
+        _be_master(environment, Master(environment, parts, path.parent))
     if not isinstance(environment.runner, MasterRunner):
-        if protocol == "grpc":
+        if parts[0].protocol == "grpc":
             import grpc.experimental.gevent
 
             grpc.experimental.gevent.init_gevent()  # after Locust's patching, before any channel
         _send(environment, parts)
 
 
-def _send(environment: Environment, parts: list[Settings]) -> None:
+def _send(environment: Environment, parts: list[LoadSettings]) -> None:
     runner = environment.runner
     assert runner is not None
     try:
-        share = Share(parts, tell=runner.send_message, fire=environment.events.request.fire)
+        share = Worker(parts, tell=runner.send_message, fire=environment.events.request.fire)
     except (InputError, InferenceError) as error:
         print(f"error: {error}", file=sys.stderr)
         runner.send_message("unprepared", str(error))
         gevent.sleep(UNPREPARED_S)
-        sys.exit(INVALID)
+        sys.exit(ExitCode.INVALID)
     environment.share = share  # type: ignore[attr-defined]
 
     def begin(msg: Message, **_: Any) -> None:
@@ -117,21 +93,21 @@ def _send(environment: Environment, parts: list[Settings]) -> None:
     runner.send_message("prepared")
 
 
-def _coordinate(environment: Environment, coordinator: Coordinator) -> None:
+def _be_master(environment: Environment, master: Master) -> None:
     assert environment.runner is not None
-    environment.events.test_start.add_listener(lambda **_: coordinator.start())
+    environment.events.test_start.add_listener(lambda **_: master.start())
 
     def second(msg: Message, **_: Any) -> None:
-        coordinator.take_second(msg.data["second"], msg.data["rows"], msg.data["now"])
+        master.take_second(msg.data["second"], msg.data["rows"], msg.data["now"])
 
     def finished(msg: Message, **_: Any) -> None:
-        coordinator.take_last(msg.data["rows"], msg.data["lengths"], msg.data["generator"])
+        master.take_last(msg.data["rows"], msg.data["lengths"], msg.data["generator"])
 
-    environment.runner.register_message("unprepared", lambda msg, **_: coordinator.take_unprepared(msg.data))
-    environment.runner.register_message("prepared", lambda msg, **_: coordinator.take_prepared(msg.node_id))
+    environment.runner.register_message("unprepared", lambda msg, **_: master.take_unprepared(msg.data))
+    environment.runner.register_message("prepared", lambda msg, **_: master.take_prepared(msg.node_id))
     environment.runner.register_message("second", second)
     environment.runner.register_message("finished", finished)
 
 
 if __name__ == "__main__":
-    sys.exit("run this file with locust, or as part of: python -m loadtests.run")
+    sys.exit("run this file with locust, or use: deepseek loadtest")

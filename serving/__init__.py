@@ -1,5 +1,4 @@
-"""What serves a model repository, each part a command: `python -m serving.<part> --help`."""
+"""Serves a model repository: the rooms repository < embedded < doctor, observe < stack < release, kubernetes.
 
-from deepseek.spec.command import quiet_interrupts
-
-quiet_interrupts()
+Each room imports only rooms to its left. `backend/` runs inside Triton and imports nothing of the project.
+"""

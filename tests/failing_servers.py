@@ -1,8 +1,10 @@
-"""Servers that fail in stated ways, for the tests of the client: each a few lines over a real socket."""
+"""Servers that fail in known ways, for tests of the client: each a few lines over a real socket."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import select
 import shutil
 import socket
@@ -10,34 +12,34 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import numpy as np
 import pytest
-from deepseek_client import InferenceClient, PreparedRequest
+from deepseek_client import AsyncInferenceClient, InferenceClient, PreparedRequest
 
-from serving.embedded import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 
 
 def end(*connections: socket.socket) -> None:
-    """Nothing more comes or goes; who uses them closes them."""
+    """Shuts the connections down; their users close them."""
     for connection in connections:
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
 
 
 class Relay:
-    """A TCP relay to the server, ending TLS where `tls` is given, that can lose its connections, stall or be slow."""
+    """A TCP relay to the server that can lose its connections, stall or be slow; it terminates TLS if `tls` is given."""
 
     def __init__(self, target: tuple[str, int], tls: ssl.SSLContext | None = None) -> None:
         self.target, self.tls = target, tls
         self.open: list[socket.socket] = []
-        self.accepted = self.pieces = 0  # connections, and pieces of requests: of HTTP and small ones, requests
-        self.delay_s = 0.0  # of answers
+        self.accepted = self.pieces = 0  # connections, and pieces of requests: one per small HTTP request
+        self.delay_s = 0.0  # added to answers
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.url = f"localhost:{self.port}" if tls else f"127.0.0.1:{self.port}"
@@ -48,15 +50,19 @@ class Relay:
             while True:
                 near = listener.accept()[0]
                 self.accepted += 1
-                with contextlib.suppress(ssl.SSLError):
+                try:
                     near = self.tls.wrap_socket(near, server_side=True) if self.tls else near
                     far = socket.create_connection(self.target)
-                    self.open += [near, far]
-                    threading.Thread(target=self.pump, args=(near, far), daemon=True).start()
+                except OSError:  # no handshake, or the server is gone
+                    near.close()
+                    continue
+                self.open += [near, far]
+                threading.Thread(target=self.pump, args=(near, far), daemon=True).start()
 
     def pump(self, near: socket.socket, far: socket.socket) -> None:
-        """Both ways on one thread, which alone closes them: OpenSSL writes its last alert to the file's number, whatever
-        file has that number by then.
+        """Relays both directions on one thread, which also closes both sockets.
+
+        OpenSSL writes its last alert to the descriptor's number, even if another file has that number by then.
         """
         with near, far, contextlib.suppress(OSError):
             while True:
@@ -69,12 +75,12 @@ class Relay:
                     (far if source is near else near).sendall(data)
 
     def cut(self) -> None:
-        """Loses the connections; new ones are still taken."""
+        """Drops the connections; still accepts new ones."""
         end(*self.open)
         self.open.clear()
 
     def close(self) -> None:
-        """Refuses new connections, too."""
+        """Drops the connections and refuses new ones."""
         end(self.listener)
         self.listener.close()
         self.cut()
@@ -86,12 +92,12 @@ class Relay:
 
 @contextlib.contextmanager
 def answering(answer: Callable[[socket.socket], Any]) -> Iterator[tuple[str, list[bytes]]]:
-    """A socket server that reads a request's head and its body, then does `answer`; its URL and what it read."""
+    """A socket server that reads a request's head and body, then calls `answer`. Yields its URL and what it read."""
     seen: list[bytes] = []
 
     def serve(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
-            if request := connection.recv(65536):  # else one that was opened and never used
+            if request := connection.recv(65536):  # otherwise opened and never used
                 seen.append(request)
                 answer(connection)
 
@@ -108,21 +114,36 @@ def answering(answer: Callable[[socket.socket], Any]) -> Iterator[tuple[str, lis
     thread.join(5)
 
 
+@contextlib.contextmanager
+def dropping() -> Iterator[str]:
+    """An address that drops connection requests: its backlog is full. Yields its URL."""
+    with socket.socket() as listener, contextlib.ExitStack() as full:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(2):
+            waiting = full.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
 def status(line: str, body: str = "{}") -> Callable[[socket.socket], None]:
     head = f"HTTP/1.1 {line}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     return lambda connection: connection.sendall((head + body).encode())
 
 
 def mute(connection: socket.socket) -> None:
+    """Sends nothing until the other end closes."""
     with contextlib.suppress(OSError):
-        connection.settimeout(1)
         while connection.recv(65536):
             pass
 
 
 def trickle(connection: socket.socket) -> None:
-    for byte in b"HTTP/1.1 200 OK\r\nX-Patience: " + 60 * b"z":
-        connection.sendall(bytes([byte]))
+    """Sends a byte now and then until the other end closes."""
+    connection.sendall(b"HTTP/1.1 200 OK\r\nX-Patience: ")
+    while True:
+        connection.sendall(b"z")
         time.sleep(0.05)
 
 
@@ -131,8 +152,10 @@ def half_an_answer(connection: socket.socket) -> None:
 
 
 def only_once(connection: socket.socket) -> None:
-    """Answers, and closes at the next request, as nginx may where it reads its files again."""
-    connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"outputs": []}')
+    """Answers once and closes at the next request, as nginx may while it reloads."""
+    y = {"name": "y", "datatype": "FP32", "shape": X.shape, "data": X.tolist()}
+    body = json.dumps({"outputs": [y]}).encode()
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     connection.recv(65536)
 
 
@@ -140,7 +163,7 @@ def only_once(connection: socket.socket) -> None:
 def grpc_answering(
     answer: Callable[[bytes, grpc.ServicerContext], bytes],
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A gRPC server whose every method is `answer`; its URL and the metadata of each call."""
+    """A gRPC server that answers every method with `answer`. Yields its URL and the metadata of each call."""
     seen: list[dict[str, Any]] = []
 
     class Everything(grpc.GenericRpcHandler):
@@ -157,7 +180,7 @@ def grpc_answering(
 
 
 def refuse(code: grpc.StatusCode, details: str, **trailing: str) -> Callable[[bytes, grpc.ServicerContext], bytes]:
-    """What `grpc_answering` takes: every call ends with this status and these trailing metadata."""
+    """An `answer` for `grpc_answering`: every call ends with this status and trailing metadata."""
 
     def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
         context.set_trailing_metadata([(name.replace("_", "-"), value) for name, value in trailing.items()])
@@ -168,9 +191,9 @@ def refuse(code: grpc.StatusCode, details: str, **trailing: str) -> Callable[[by
 
 
 def make_certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
-    """A self-signed certificate of localhost, and a server's TLS with it."""
+    """A self-signed certificate for localhost, and a server's TLS context with it."""
     if not shutil.which("openssl"):
-        pytest.skip("openssl, which makes the certificate, is not installed")
+        pytest.skip("openssl is not installed; it makes the certificate")
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout key -out ca.crt -days 1"
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     subprocess.run([*command.split(), *names], cwd=folder, check=True, capture_output=True)
@@ -180,16 +203,51 @@ def make_certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
     return folder / "ca.crt", context
 
 
+class Awaited:
+    """AsyncInferenceClient with the blocking calls of InferenceClient; its loop runs in a thread."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._client = AsyncInferenceClient(*arguments, **options)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.statistics = self._client.statistics
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        call = getattr(self._client, name)
+        return lambda *arguments, **options: self._run(call(*arguments, **options))
+
+    def _run(self, call: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        self._run(asyncio.sleep(0))  # the loop closes an aborted transport in its next iteration
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+Client = InferenceClient | Awaited
+protocols = pytest.mark.parametrize("protocol", ["http", "grpc"])
+kinds = pytest.mark.parametrize("kind", [InferenceClient, Awaited], ids=["threads", "asyncio"])
 X = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
-MakeRelays = Callable[[str, int], list[Relay]]  # of the fixture `relays`: protocol, how many
+MakeRelays = Callable[[str, int], list[Relay]]  # the type of the fixture `relays`: protocol, count
 
 
-def client_of(relays: list[Relay] | list[str], protocol: str, **settings: Any) -> InferenceClient:
-    urls = [relay if isinstance(relay, str) else relay.url for relay in relays]
-    return InferenceClient(urls, protocol, **settings)  # type: ignore[arg-type]
+def client_of(
+    relays: Sequence[Relay | str], protocol: str, kind: Callable[..., Any] = InferenceClient, **settings: Any
+) -> Any:
+    return kind([relay if isinstance(relay, str) else relay.url for relay in relays], protocol, **settings)
+
+
+def url_of(server: EmbeddedServer, protocol: str) -> str:
+    return server.http_url if protocol == "http" else server.grpc_url
 
 
 def prepared(server: EmbeddedServer, protocol: str, model: str = "add_one") -> PreparedRequest:
-    url = server.http_url if protocol == "http" else server.grpc_url
-    with InferenceClient(url, protocol) as client:  # type: ignore[arg-type]
+    with InferenceClient(url_of(server, protocol), protocol) as client:  # type: ignore[arg-type]
         return client.prepare(model, {"x": X})

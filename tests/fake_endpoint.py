@@ -1,10 +1,9 @@
-"""A KServe v2 endpoint that computes nothing and goes wrong as told: what the load generator is measured against.
+"""A KServe v2 endpoint that computes nothing and fails on request; the load generator is measured against it.
 
-Tests of serving use the real Triton. Here the point is a server of which everything is known: it notes when it had
-received each inference and when it answered, by the clock that the load generator reads, too (CLOCK_MONOTONIC), so
-that a reported percentile can be set against the truth. Any model's name is served: x (batch, any) float32 in,
-y (batch, 1) float32 out, over HTTP and gRPC, the signature of tests/test_locustfile.py. Faults count inferences from
-1, whatever their protocol, so that they come at the same place of a schedule each time.
+It logs when it received and answered each inference, by the load generator's clock (CLOCK_MONOTONIC), so that reported
+percentiles can be compared with the true ones. It serves any model name, over HTTP and gRPC: x (batch, any) float32 in,
+y (batch, 1) float32 out, the signature of tests/test_locustfile.py. Faults count inferences from 1, over both protocols,
+so that they hit the same place of a schedule each time.
 
 Examples:
     with FakeEndpoint(delay_ms=20, stall_at=300, stall_s=2) as endpoint:
@@ -47,26 +46,24 @@ SERVER = {"name": "triton", "version": "0", "extensions": ["statistics"]}  # per
 
 @dataclass(frozen=True, kw_only=True)
 class Faults:
-    """What each inference meets; 0 is never."""
+    """The delay and the faults; 0 is never."""
 
     delay_ms: float = 0.0
     spread: float = 0.0
-    """Of the delay's logarithm: delays are log-normal around delay_ms, the same ones in the same order each time."""
-    slow_every: int = 0
-    slow_ms: float = 0.0
+    """Standard deviation of the delay's logarithm. Delays are log-normal around delay_ms, the same in each run."""
     stall_at: int = 0
-    """From this inference on nothing is answered, until `stall_s` later all is."""
+    """From this inference on, all answers wait until `stall_s` is over."""
     stall_s: float = 0.0
     refuse_every: int = 0
-    """Refused as Triton's full queue does."""
+    """Refuse every n-th inference, as Triton does with a full queue."""
     reset_every: int = 0
-    """Every connection is reset."""
+    """Reset all connections at every n-th inference."""
     die_at: int = 0
-    """The process ends."""
+    """End the process at this inference."""
     refuse_metadata: int = 0
-    """So many questions for a model's signature are refused, from the second on: the first is the check before a load."""
+    """How many metadata requests to refuse, from the second on; the first is the check before a load."""
     most_streams: int = 0
-    """Of an HTTP/2 connection at a time."""
+    """Limit on concurrent streams per HTTP/2 connection."""
 
 
 class Endpoint:
@@ -78,13 +75,13 @@ class Endpoint:
         self.answered_s: list[float] = []
         self.connections: set[asyncio.Transport] = set()
         self.model = ""
-        """Of which the signature was asked last."""
+        """The model of the last metadata request."""
         self._stall_ends_s = 0.0
         self._asked = 0
         self._random = random.Random(0)
 
     def admit(self) -> tuple[int, float]:
-        """Notes an inference; its number, and how many seconds to keep it waiting (negative: refuse it)."""
+        """Logs an inference; returns its number, and the seconds to hold it (negative: refuse it)."""
         now_s, faults = time.perf_counter(), self.faults
         self.received_s.append(now_s)
         self.answered_s.append(np.nan)
@@ -98,17 +95,17 @@ class Endpoint:
                 connection.abort()
         if _is(number, faults.refuse_every):
             return number, -1
-        delay_s = (faults.slow_ms if _is(number, faults.slow_every) else faults.delay_ms) / 1000
+        delay_s = faults.delay_ms / 1000
         delay_s *= self._random.lognormvariate(0, faults.spread)
         return number, max(delay_s, self._stall_ends_s - now_s)
 
     def refuses_metadata(self) -> bool:
-        """Whether this question for a signature is one that is refused."""
+        """Whether to refuse this metadata request."""
         self._asked += 1
         return 1 < self._asked <= 1 + self.faults.refuse_metadata
 
     def signature(self, model: str) -> dict[str, Any]:
-        """What a model takes and gives."""
+        """A model's metadata."""
         self.model = model
         return {
             "name": model,
@@ -119,16 +116,16 @@ class Endpoint:
         }
 
     def statistics(self) -> dict[str, Any]:
-        """Triton's, as far as perf_analyzer insists on them: all models together, without times."""
+        """The part of Triton's statistics that perf_analyzer needs: all models together, without times."""
         count = len(self.received_s)
         counts = {"name": self.model, "version": "1", "inference_count": count, "execution_count": count}
         parts = ("fail", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
         zero: dict[str, dict[str, int]] = {part: {"count": 0, "ns": 0} for part in parts}
-        asked = {part: {"count": count, "ns": 0} for part in ("success", "queue")}  # by the latter it knows the version
+        asked = {part: {"count": count, "ns": 0} for part in ("success", "queue")}  # perf_analyzer needs both
         return {"model_stats": [{**counts, "inference_stats": {**zero, **asked}}]}
 
     async def held(self, number: int, wait_s: float) -> None:
-        """Waits so long, and on while a stall has begun meanwhile."""
+        """Waits `wait_s`, and longer if a stall begins in the meantime."""
         while wait_s > 0:
             await asyncio.sleep(wait_s)
             wait_s = self._stall_ends_s - time.perf_counter()
@@ -143,7 +140,7 @@ def _is(number: int, every: int) -> bool:
 
 
 class Http(asyncio.Protocol):
-    """HTTP/1.1 as far as clients of Triton need it: one request after the other, bodies of known length."""
+    """The part of HTTP/1.1 that clients of Triton need: sequential requests, bodies of known length."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -161,7 +158,7 @@ class Http(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._received += data
         if len(self._received) < self._wanted:
-            return  # a large body, in many pieces
+            return  # a large body that arrives in pieces
         head, end, body = self._received.partition(b"\r\n\r\n")
         if not end:
             return
@@ -226,7 +223,7 @@ BUSY = "503 Service Unavailable", b'{"error":"Exceeds maximum queue size"}'
 
 
 class Grpc(grpc.GenericRpcHandler):
-    """Messages stay bytes: an inference is answered with the same ones each time."""
+    """Messages stay bytes: each inference gets the same answer."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -283,7 +280,7 @@ async def _refuse(context: Any) -> None:
 
 
 class Pipe(asyncio.Protocol):
-    """One direction of a connection that is handed on: gRPC's own server has no way to reset one."""
+    """One direction of a forwarded connection: gRPC's own server cannot reset connections."""
 
     def __init__(self, endpoint: Endpoint, port: int, peer: Pipe | None = None) -> None:
         self._endpoint, self._port, self._peer = endpoint, port, peer
@@ -321,7 +318,7 @@ class Pipe(asyncio.Protocol):
 
 
 async def serve(faults: Faults, log: Path | None) -> None:
-    """Serves until SIGTERM or SIGINT, then writes the log: received and answered, as an array of two rows."""
+    """Serves until SIGTERM or SIGINT, then writes the log: an array of two rows, received and answered."""
     endpoint, loop, ended = Endpoint(faults), asyncio.get_running_loop(), asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, ended.set)
@@ -338,11 +335,11 @@ async def serve(faults: Faults, log: Path | None) -> None:
     await ended.wait()
     if log is not None:
         np.save(log, np.array([endpoint.received_s, endpoint.answered_s]))
-    os._exit(0)  # what is still held is answered to nobody
+    os._exit(0)  # held requests are never answered
 
 
 class FakeEndpoint:
-    """Starts the process, and ends it."""
+    """Starts and stops the process."""
 
     def __init__(self, **faults: float) -> None:
         self._log = Path(tempfile.mkdtemp()) / "log.npy"
@@ -356,12 +353,12 @@ class FakeEndpoint:
         return self
 
     def stop(self) -> None:
-        """Ends it; its log is there afterwards, unless it died of a fault."""
+        """Stops the process, which then writes its log, unless a fault ended it before."""
         self.process.terminate()
         self.process.wait(10)
 
     def log(self) -> np.ndarray:
-        """When each inference had been received and was answered, in seconds of `time.perf_counter()`."""
+        """When each inference was received and answered, in seconds of `time.perf_counter()`; shape (2, N)."""
         return np.load(self._log)
 
     def __exit__(
@@ -375,7 +372,7 @@ class FakeEndpoint:
 
 
 if __name__ == "__main__":
-    with suppress(AttributeError, OSError):  # a busy machine is not to add to what it injects; threads inherit it
+    with suppress(AttributeError, OSError):  # so that a busy machine adds no delay; threads inherit it
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     chosen = Faults(**json.loads(sys.argv[1])) if len(sys.argv) > 1 else Faults()
     asyncio.run(serve(chosen, Path(sys.argv[2]) if len(sys.argv) > 2 else None))

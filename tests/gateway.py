@@ -1,4 +1,4 @@
-"""A gateway as tests need it: docker/gateway before a Triton on loopback, without Docker, and raw HTTP to attack it with."""
+"""A gateway for tests: docker/gateway in front of a Triton on loopback, without Docker, and raw HTTP to attack it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import socket
 import ssl
 import subprocess
 import time
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,8 +19,11 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from deepseek_client import InferenceClient
 
-from serving.keys import ensure_folder, new_key, revoke
+from loadtests.load.child_process import free_ports
+from serving.stack.api_keys import new_key, revoke
+from serving.stack.gateway_folder import ensure_folder
 
 INFER = "/v2/models/add_one/infer"
 SERVICE = "/inference.GRPCInferenceService"
@@ -26,36 +31,37 @@ NJS = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
 
 
 def skip_without_nginx() -> None:
-    """One line that says what is missing."""
+    """Skips the test if nginx with njs is missing."""
     if not (shutil.which("nginx") and NJS.is_file()):
-        pytest.skip("no nginx with njs here: apt-get install nginx-light libnginx-mod-http-js")
+        pytest.skip("nginx with njs is not installed: apt-get install nginx-light libnginx-mod-http-js")
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """A free port on loopback."""
+    return free_ports(1)[0]
 
 
 def mounting() -> list[str]:
-    """The command that runs another where it may mount; skips where nobody may."""
+    """The command prefix that allows mounts; skips the test if mounts are not allowed."""
     command = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
     tried = subprocess.run([*command, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, text=True)
     if tried.returncode:
-        pytest.skip(f"no mount of one's own here: {tried.stderr.strip()}")
+        pytest.skip(f"mounting is not allowed here: {tried.stderr.strip()}")
     return command
 
 
 class Gateway:
-    """gateway.sh over `folder`, before the Triton at the given `host:port`s; ended by `stop`.
+    """Runs gateway.sh in `folder`, in front of the Triton at the given `host:port`s, until `stop`.
 
-    With `room_mib` its files, large bodies among them, lie in a memory file system of that size, as in a container.
+    `local` is the address of its ports without TLS; "" closes them. With `room_mib` its files, such as large bodies, are in a memory file system of that size, as in a container.
     """
 
-    def __init__(self, folder: Path, limits: str, http: str, grpc_: str, *, room_mib: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, limits: str, http: str, grpc_: str, *, room_mib: int | None = None, local: str = "127.0.0.1"
+    ) -> None:
         self.folder = folder / "gateway"
         self.port, self.internal_port = free_port(), free_port()
+        self.local_http, self.local_grpc = (f"{local}:{free_port()}" for _ in range(2))
         self.log_path = folder / "gateway.log"
         ensure_folder(self.folder, [])
         (self.folder / "limits.conf").write_text(limits)
@@ -64,6 +70,8 @@ class Gateway:
             "FOLDER": self.folder,
             "RUN_FOLDER": folder / "run",
             "LISTEN": f"127.0.0.1:{self.port}",
+            "LOCAL_PORTS": "8000,8001" if local else "0",
+            "LOCAL_LISTEN": f"{self.local_http} {self.local_grpc}",
             "INTERNAL_LISTEN": f"127.0.0.1:{self.internal_port}",
             "TRITON_HTTP": http,
             "TRITON_GRPC": grpc_,
@@ -87,27 +95,27 @@ class Gateway:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and self.process.poll() is None:
             with contextlib.suppress(OSError):
-                return self.connect().close()  # with its handshake: a bare probe of a free port may meet itself
+                return self.connect().close()  # with TLS: a bare connection to a free port may meet itself
             time.sleep(0.05)
         raise AssertionError(self.log_path.read_text())
 
     def stop(self) -> int:
-        """Lets requests finish; the exit status."""
+        """Stops the gateway after its requests have finished; returns the exit code."""
         self.process.terminate()
         status = self.process.wait(20)
         self._log.close()
         return status
 
     def add_key(self, name: str, **settings: Any) -> str:
-        """A new key that counts at once."""
+        """Adds a key, valid at once, and returns it."""
         return new_key(self.folder, name, **settings)
 
     def end_key(self, name: str) -> None:
-        """From now on the keys of a name do not count."""
+        """Revokes the keys with a name."""
         revoke(self.folder, name)
 
     def lines(self, **fields: Any) -> list[dict[str, Any]]:
-        """Those of the access log with such fields; waits for the first, which is written after the answer."""
+        """Lines of the access log with these fields; waits for the first, which is written after the answer."""
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
             lines = [json.loads(line) for line in self.log_path.read_text().splitlines() if line.endswith("}")]
@@ -116,8 +124,13 @@ class Gateway:
             time.sleep(0.02)
         raise AssertionError(f"no line with {fields}")
 
+    def metrics(self) -> dict[str, float]:
+        """The gateway's own metrics, by series."""
+        lines = urllib.request.urlopen(f"http://127.0.0.1:{self.internal_port}/metrics").read().decode().splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
     def connect(self, *protocols: str, version: ssl.TLSVersion | None = None) -> ssl.SSLSocket:
-        """A TLS connection that trusts the gateway's authority alone."""
+        """A TLS connection that trusts only the gateway's authority."""
         context = ssl.create_default_context(cafile=str(self.folder / "ca.crt"))
         context.set_alpn_protocols(list(protocols) or ["http/1.1"])
         if version is not None:
@@ -126,24 +139,31 @@ class Gateway:
         return context.wrap_socket(plain, server_hostname="localhost")
 
     def send(self, request: bytes) -> tuple[int, bytes]:
-        """Raw bytes in, status and all that came back until the connection closed; 0 where nothing came."""
+        """Sends raw bytes; returns the status (0: no answer) and all bytes received until the connection closed."""
+        answer = b""
         with self.connect() as connection:
-            connection.sendall(request)
-            answer = b""
-            while part := connection.recv(65536):
-                answer += part
+            with contextlib.suppress(OSError):  # refused and closed before all was sent
+                connection.sendall(request)
+            with contextlib.suppress(OSError):
+                while part := connection.recv(65536):
+                    answer += part
         return (int(answer.split(b" ", 2)[1]) if answer else 0), answer
 
     def http(
         self, method: str, target: str, *headers: str, body: bytes = b"", key: str | None = None
     ) -> tuple[int, bytes]:
-        """One HTTP/1.1 request, the target as it is; `key` "" sends none."""
+        """Sends one HTTP/1.1 request with an unchanged target; `key` "" sends no key."""
         lines = [f"{method} {target} HTTP/1.1", "Host: localhost", "Connection: close", *headers]
         if key != "":
             lines.append(f"Authorization: Bearer {self.key if key is None else key}")
         if body:
             lines.append(f"Content-Length: {len(body)}")
         return self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+
+    def client(self, protocol: str, **settings: Any) -> InferenceClient:
+        """This project's client."""
+        access = {"ca_cert": str(self.folder / "ca.crt"), "api_key": self.key, **settings}
+        return InferenceClient(f"localhost:{self.port}", protocol, **access)  # type: ignore[arg-type]
 
     def grpc_client(self) -> triton.InferenceServerClient:
         """Bare tritonclient over gRPC; its calls take `headers`."""
@@ -152,7 +172,7 @@ class Gateway:
         )
 
     def grpc_status(self, path: str, *, key: str | None = None, metadata: tuple[tuple[str, str], ...] = ()) -> str:
-        """Status of an empty call of any method, by name."""
+        """The status name of an empty call of any method."""
         credentials = grpc.ssl_channel_credentials((self.folder / "ca.crt").read_bytes())
         with grpc.secure_channel(f"localhost:{self.port}", credentials) as channel:
             sent = (("authorization", f"Bearer {self.key if key is None else key}"),) if key != "" else ()
@@ -163,8 +183,17 @@ class Gateway:
         return "OK"
 
 
+def wait_for(ask: Callable[[], Any], holds: Callable[[Any], bool] = bool, wait_s: float = 60) -> Any:
+    """Calls `ask` until the result holds, and returns it: a request is counted and logged after its answer."""
+    deadline = time.monotonic() + wait_s
+    while not holds(found := ask()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.02)
+    return found
+
+
 def authorized(key: str) -> dict[str, str]:
-    """The header that tritonclient is to send."""
+    """The header for tritonclient."""
     return {"authorization": f"Bearer {key}"}
 
 
@@ -176,7 +205,7 @@ def grpc_input(rows: int = 1, columns: int = 3) -> list[triton.InferInput]:
 
 
 def json_body(rows: int = 1, columns: int = 3) -> bytes:
-    """The same as JSON."""
+    """The same input as JSON."""
     data = [0.5] * (rows * 2 * columns)
     return json.dumps(
         {"inputs": [{"name": "x", "shape": [rows, 2, columns], "datatype": "FP32", "data": data}]}

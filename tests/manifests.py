@@ -1,4 +1,4 @@
-"""Manifests as the cluster would get them: the folders in `kubernetes/`, and overlays that are generated."""
+"""Manifests as the cluster gets them: the folders in `kubernetes/`, and generated overlays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-KUBERNETES = "1.37"  # whose schemas are asked
+KUBERNETES = "1.37"  # the version of the schemas
 Object = dict[str, Any]
 FOLDERS = ("base", "overlays/cpu", "overlays/gpu", "overlays/kserve", "loadtest", "loader")
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -25,9 +25,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 @functools.cache
 def build(folder: Path) -> tuple[Object, ...]:
-    """What `kubectl kustomize` makes of a folder."""
+    """The objects that `kubectl kustomize` makes from a folder."""
     if shutil.which("kubectl") is None:
-        pytest.skip("no kubectl here: apt-get install kubectl")
+        pytest.skip("kubectl is not installed: apt-get install kubectl")
     done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # nothing deprecated
@@ -35,18 +35,18 @@ def build(folder: Path) -> tuple[Object, ...]:
 
 
 def committed(name: str) -> tuple[Object, ...]:
-    """The same of one in `kubernetes/`."""
+    """The objects of a folder in `kubernetes/`."""
     return build(Path("kubernetes") / name)
 
 
 def find(objects: tuple[Object, ...], kind: str, name: str = "triton") -> Object:
-    """The one object of a kind and name."""
+    """The object with a kind and name."""
     (found,) = (each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name)
     return found
 
 
 def pods(objects: tuple[Object, ...]) -> Iterator[Object]:
-    """The spec of every pod."""
+    """The spec of each pod."""
     for each in objects:
         if each["kind"] in ("Deployment", "Job"):
             yield each["spec"]["template"]["spec"]
@@ -57,11 +57,11 @@ def pods(objects: tuple[Object, ...]) -> Iterator[Object]:
 
 
 def pod_of(objects: tuple[Object, ...], name: str = "triton") -> Object:
-    """The spec of a Deployment's pods."""
+    """The pod spec of a Deployment."""
     return find(objects, "Deployment", name)["spec"]["template"]["spec"]
 
 
 def container_of(objects: tuple[Object, ...], name: str = "triton") -> Object:
-    """Its only container."""
+    """The Deployment's only container."""
     (found,) = pod_of(objects, name)["containers"]
     return found

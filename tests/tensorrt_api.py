@@ -1,9 +1,9 @@
-"""Reads the Python API of a TensorRT version off its bindings wheel, without the library and without a GPU.
+"""Reads the Python API of a TensorRT version from its bindings wheel, without the library and without a GPU.
 
-Contract: makes `tests/tensorrt_api.json`, which `tests/test_tensorrt_api.py` compares the code with: for each version the
-public names of the module and of its classes. The bindings are one shared object that needs five libraries of
-TensorRT; empty ones with the functions that it links to let it be imported, and then it tells its names. Needs `cc`
-and the Python that the wheel is for.
+Contract: writes `tests/tensorrt_api.json`, which `tests/test_tensorrt_api.py` compares with the code: for each version,
+the public names of the module and of its classes, and the signatures of the methods that the code calls. The bindings are one shared object that needs five TensorRT
+libraries. Empty libraries with the linked functions are enough to import it and list its names. Needs `cc` and the
+Python that the wheel is for.
 
 Example:
     python -m tests.tensorrt_api tensorrt-cu12-bindings==10.12.0.36 tensorrt-cu13-bindings==11.0.0.114 \\
@@ -19,12 +19,14 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
-API = Path(__file__).parent / "tensorrt_api.json"
-# Classes whose objects the code holds, and enumerations of which it names members.
+API: Path = Path(__file__).parent / "tensorrt_api.json"
+# Classes that the code uses, and enumerations whose members it names.
 CLASSES = (
-    *("Builder", "BuilderFlag", "HardwareCompatibilityLevel", "IBuilderConfig", "ICudaEngine", "IExecutionContext"),
-    *("ILayer", "ILogger", "INetworkDefinition", "IOptimizationProfile", "ITensor", "ITimingCache", "LayerType"),
+    *("Builder", "BuilderFlag", "EngineInspector", "HardwareCompatibilityLevel", "IBuilderConfig", "ICudaEngine"),
+    *("IExecutionContext", "ILayer", "ILogger", "INetworkDefinition", "IOptimizationProfile", "ITensor"),
+    *("ITimingCache", "LayerInformationFormat", "LayerType", "ProfilingVerbosity"),
     *("Logger", "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "ParserError", "Runtime"),
 )
 LINKED = (
@@ -33,16 +35,23 @@ LINKED = (
     *("getNvOnnxParserVersion", "getPluginRegistry", "initLibNvInferPlugins"),
 )
 READ = """
-import json, sys
+import json, re, sys
 sys.path.insert(0, sys.argv[1])
 import tensorrt as trt
 public = lambda thing: " ".join(name for name in dir(thing) if not name.startswith("_"))
-print(json.dumps({"": public(trt), **{name: public(getattr(trt, name)) for name in sys.argv[2:]}}))
+def signatures(method):
+    owner, _, name = method.rpartition(".")
+    found = getattr(getattr(trt, owner) if owner else trt, name)
+    text = (found.__init__ if isinstance(found, type) else found).__doc__ or ""
+    return re.findall(r"^(?:\\d+\\. )?(?:__init__|%s)(\\(.*\\)) ->" % name, text, re.MULTILINE)
+classes, methods = (argument.split() for argument in sys.argv[2:])
+names = {"": public(trt), **{name: public(getattr(trt, name)) for name in classes}}
+print(json.dumps({"names": names, "signatures": {method: signatures(method) for method in methods}}))
 """
 
 
-def api_of(requirement: str) -> dict[str, str]:
-    """Public names, spaces between, by class ("" for the module) of one `distribution==version`."""
+def api_of(requirement: str, methods: list[str]) -> dict[str, dict[str, Any]]:
+    """Of one `distribution==version`: "names", separated by spaces, by class ("" for the module); "signatures"."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, requirement]
@@ -55,10 +64,13 @@ def api_of(requirement: str) -> dict[str, str]:
         for library in map(bytes.decode, wanted):
             made = [f"-Wl,-soname,{library}", "-o", str(folder / library), str(folder / "empty.c")]
             subprocess.run(["cc", "-shared", "-fPIC", *made], check=True)
-        read = [sys.executable, "-c", READ, str(binding.parent), *CLASSES]
+        read = [sys.executable, "-c", READ, str(binding.parent), " ".join(CLASSES), " ".join(methods)]
         run = subprocess.run(read, env={"LD_LIBRARY_PATH": scratch}, check=True, capture_output=True, text=True)
         return json.loads(run.stdout)
 
 
 if __name__ == "__main__":
-    API.write_text(json.dumps({requirement: api_of(requirement) for requirement in sys.argv[1:]}, indent=1) + "\n")
+    from tests.test_tensorrt_api import calls
+
+    called = sorted({f"{owner}.{name}".strip(".") for owner, name, _ in calls()})
+    API.write_text(json.dumps({each: api_of(each, called) for each in sys.argv[1:]}, indent=1) + "\n")

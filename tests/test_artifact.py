@@ -1,4 +1,4 @@
-"""Places and atomic writes."""
+"""Paths of artifacts, and atomic writes."""
 
 import os
 import signal
@@ -11,25 +11,27 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from deepseek_client.__main__ import _write
+from deepseek_client.cli.commands import _write
 
-from deepseek.spec.folders import scratch_in
-from export.artifact import Row, row_digests, save_arrays, save_graph, staged
-from serving.packed import pack
-from serving.view import _stamp
+from deepseek.spec.files.folders import scratch_in
+from export.artifact import staged
+from export.graph_file import save_graph
+from export.rows import Row, row_digests, save_arrays
+from serving.embedded.verified_repository import _stamp
+from serving.repository.archive import pack
 from tests.conftest import run_module
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from deepseek.spec.folders import scratch_in
+from deepseek.spec.files.folders import scratch_in
 with scratch_in(Path(sys.argv[1])):
     print("there", flush=True)
     time.sleep(60)
 """
 
 
-def test_a_scratch_folder_outlives_neighbours_but_not_its_killed_owner(tmp_path: Path) -> None:
+def test_a_scratch_folder_stays_while_its_owner_runs_and_is_removed_after_a_kill(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", OWNER, tmp_path], stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None
         owner.stdout.readline()
@@ -39,7 +41,7 @@ def test_a_scratch_folder_outlives_neighbours_but_not_its_killed_owner(tmp_path:
                 path.write_text("in a scratch folder of a scratch folder")
         assert len(list(tmp_path.iterdir())) == 1
         owner.send_signal(signal.SIGKILL)
-        os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)  # ended, and its entry in /proc still there
+        os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)  # a zombie: ended, but still in /proc
         with scratch_in(tmp_path) as mine:
             assert list(tmp_path.iterdir()) == [mine]
     assert list(tmp_path.iterdir()) == []
@@ -53,10 +55,8 @@ def test_a_tensor_may_have_any_name(write: Callable[[Path, dict[str, np.ndarray]
         assert {name: read[name].tolist() for name in read} == {"file": [[0, 0]], "allow_pickle": [[1, 1]]}
 
 
-def test_weights_beside_a_graph_take_the_place_of_those_that_were_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("export.artifact.EXTERNAL_DATA_BYTES", 1000)
+def test_external_weights_replace_those_of_the_earlier_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.graph_file.EXTERNAL_DATA_BYTES", 1000)
     data = tmp_path / "trial.onnx.data"
     for seed in range(3):
         weights = np.random.default_rng(seed).standard_normal((32, 32)).astype(np.float32)
@@ -73,23 +73,23 @@ def test_weights_beside_a_graph_take_the_place_of_those_that_were_there(
     assert not data.exists()
 
 
-def test_a_missing_artifact_is_told_with_the_command_that_makes_it_for_this_model(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_artifact_names_the_command_that_makes_it(tmp_path: Path) -> None:
     model = ("--models", "tests/models", "--model", "image")
-    run = run_module("export.quantize", *model, "--precision", "int8", BUILD=str(tmp_path))
+    run = run_module("cli", "quantize", *model, "--precision", "int8", DEEPSEEK_BUILD=str(tmp_path))
     assert run.returncode == 2
-    assert run.stderr.endswith("; make it with: python -m export.to_onnx --model image --models tests/models\n")
-    run = run_module("export.to_tensorrt", *model, "--precision", "fp32", BUILD=str(tmp_path))
+    assert run.stderr.endswith("; make it with: deepseek to-onnx --model image --models tests/models\n")
+    run = run_module("cli", "to-tensorrt", *model, "--precision", "fp32", DEEPSEEK_BUILD=str(tmp_path))
     assert run.stderr.endswith("; make it with: make engine MODEL=image MODELS=tests/models PRECISION=fp32\n")
 
 
-def test_rows_that_differ_in_shape_or_type_alone_are_not_the_same() -> None:
+def test_rows_that_differ_only_in_shape_or_type_are_different() -> None:
     values = np.zeros((1, 8), np.int64)
     rows: list[Row] = [{"x": values}, {"x": values.reshape(1, 2, 4)}, {"x": values.view(np.float64)}, {"y": values}]
     assert len(set(row_digests(rows))) == 4
     assert row_digests([{"x": values.copy()}]) == row_digests(rows[:1])
 
 
-def test_what_fails_while_it_is_written_leaves_the_file_that_was_and_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
     (tmp_path / "repository" / "text").mkdir(parents=True)
     (tmp_path / "repository" / "text" / "config.pbtxt").touch()
     pack(tmp_path / "repository", archive := tmp_path / "packed" / "models.tar.gz")

@@ -1,7 +1,8 @@
-"""The experiments of tests/bench/failure, each in a few seconds on one shared service, and what they are made of."""
+"""The experiments of tests/bench/failure, each in a few seconds on one shared service, and their parts."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,22 +11,19 @@ from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import psutil
 import pytest
 from deepseek_client import InvalidInput
 
-from deepseek.spec import DeploymentSpec, InvalidMeasurement
-from tests.bench.failure import machine
+from deepseek.spec import DeploymentSpec
+from loadtests.load.request_log import RequestLog, SentRequest
+from tests.bench.failure import disk
+from tests.bench.failure.disk import disk_full
 from tests.bench.failure.killed import server_killed
-from tests.bench.failure.load import Answers, Load
-from tests.bench.failure.machine import clock_jumps, disk_full, restart
 from tests.bench.failure.malformed import Tally, _pids, malformed_requests
-from tests.bench.failure.mutations import Mutation
-from tests.bench.failure.mutations_grpc import GRPC, valid_grpc
-from tests.bench.failure.mutations_http import HTTP, valid_http
+from tests.bench.failure.mutations import MUTATIONS, Mutation, valid
 from tests.bench.failure.setting import Model, Row, Service, Setting
 from tests.conftest import run_module
 from tests.gateway import Gateway, free_port, skip_without_nginx
@@ -52,19 +50,13 @@ def broken(rows: list[Row]) -> list[str]:
     return [f"{row.what}: {row.seen}" for row in rows if row.holds is False]
 
 
-def test_malformed_requests_are_refused_and_end_no_process(setting: Setting) -> None:
+def test_malformed_requests_are_refused_and_crash_no_process(setting: Setting) -> None:
     rows = malformed_requests(setting)
     assert broken(rows) == []
     assert sum(row.what.startswith("100 malformed requests") for row in rows) == 4
 
 
-# -- what the gateway takes and what it does not, one by one -------------------------------------
-
-
-def asked(gateway: Gateway, model: str, document: object, *headers: str, tail: bytes = b"") -> tuple[int, bytes]:
-    """An inference over HTTP by the gateway; a string is sent as it is."""
-    text = document.encode() if isinstance(document, str) else json.dumps(document).encode()
-    return gateway.http("POST", f"/v2/models/{model}/infer", *headers, body=text + tail)
+# -- requests that the gateway accepts or refuses ------------------------------------------------
 
 
 IDS = [101, 7, 102]
@@ -76,40 +68,65 @@ TEXT: dict[str, list[dict]] = {
 }
 
 
+def text(**changes: object) -> str:
+    """A request as JSON, with changes."""
+    return json.dumps({**TEXT, **changes})
+
+
+def ids(**changes: object) -> str:
+    """A request with changes to its first input."""
+    return text(inputs=[{**TEXT["inputs"][0], **changes}, TEXT["inputs"][1]])
+
+
+def with_id(id_: str) -> str:
+    """A request with an id given as raw text."""
+    return json.dumps({"id": 0, **TEXT}).replace("0", id_, 1)
+
+
+SIZES, VALUES = "must be a list of sizes", "must be a list of values of INT64"
+TWICE, HALF = "a name occurs twice", "half a surrogate pair"  # of two values, Triton would take the first
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("document", "status", "says"),
     [
-        {},
-        {"id": "7", "parameters": {"timeout": 5_000_000, "priority": 0, "note": "x", "share": 0.5}},
-        {"id": "a text: .5, 01, 1."},
-        {"outputs": [{"name": "embedding", "parameters": {"binary_data": True}}]},
-        {"inputs": [{**TEXT["inputs"][0], "data": [IDS]}, TEXT["inputs"][1]]},
+        (text(), 200, "embedding"),
+        (text(id="7", parameters={"timeout": 5_000_000, "priority": 0, "note": "x", "share": 0.5}), 200, "embedding"),
+        (text(id="a text: .5, 01, 1."), 200, "embedding"),
+        (text(outputs=[{"name": "embedding", "parameters": {"binary_data": True}}]), 200, "embedding"),
+        (ids(data=[IDS]), 200, "embedding"),
+        *((with_id(id_), 200, "embedding") for id_ in (r'"\ud83d\ude00"', r'"\\ud83d"', r'"\"id\": : \\"')),
+        *((text(parameters={"x": "?"}).replace('"?"', number), 400, "") for number in ("01", "-01", ".5", "-.5", "1.", "1.e1")),
+        (ids(shape=[1, 2**40]), 400, "values by its shape"),
+        (ids(shape=[2**62, 2**62]), 400, SIZES),
+        (ids(shape=[1, -3]), 400, SIZES),
+        (ids(data="x"), 400, VALUES),
+        (ids(data=[1.5, 2, 3]), 400, VALUES),
+        (ids(data=[[[[1, 2, 3], 4]]]), 400, "4 in"),
+        (with_id('"7", "id": "8"'), 400, TWICE),
+        (with_id('"7", "parameters": {"priority": 0, "pri\\u006frity": 0}'), 400, TWICE),
+        *((with_id(id_), 400, HALF) for id_ in (r'"\ud83d"', r'"\ud83d\\\ude00"', r'"\ude00"')),
+        ("", 400, ""),
     ],
-    ids=["plain", "parameters", "numbers in a string", "binary output", "nested data"],
-)
-def test_the_gateway_hands_on_what_the_protocol_has(setting: Setting, changes: dict) -> None:
+    ids=str,
+)  # fmt: skip
+def test_the_gateway_forwards_valid_requests_and_explains_the_others(
+    setting: Setting, document: str, status: int, says: str
+) -> None:
     assert setting.shared is not None
-    status, answer = asked(setting.shared.gateway, "text", {**TEXT, **changes})
-    assert (status, b"embedding" in answer) == (200, True), answer
+    answer = setting.shared.gateway.http("POST", "/v2/models/text/infer", body=document.encode())
+    assert (answer[0], says in answer[1].decode(errors="replace")) == (status, True), answer
 
 
-def test_the_gateway_hands_on_numbers_that_are_none(setting: Setting) -> None:
+def test_the_gateway_forwards_nan_and_infinity(setting: Setting) -> None:
     assert setting.shared is not None
     numbers = ",".join(["NaN", "-Infinity", "0"] * 1024)
-    text = f'{{"inputs":[{{"name":"pixels","shape":[1,3,32,32],"datatype":"FP32","data":[{numbers}]}}]}}'
-    status, answer = asked(setting.shared.gateway, "image", text)
+    document = f'{{"inputs":[{{"name":"pixels","shape":[1,3,32,32],"datatype":"FP32","data":[{numbers}]}}]}}'
+    status, answer = setting.shared.gateway.http("POST", "/v2/models/image/infer", body=document.encode())
     assert status == 200, answer
 
 
-@pytest.mark.parametrize("number", ["01", "-01", ".5", "-.5", "1.", "1.e1"])
-def test_the_gateway_refuses_numbers_that_json_does_not_have(setting: Setting, number: str) -> None:
-    """Triton before 26.05 answers them with 500."""
-    assert setting.shared is not None
-    text = json.dumps({**TEXT, "parameters": {"share": "?"}}).replace('"?"', number)
-    assert asked(setting.shared.gateway, "text", text)[0] == 400
-
-
-def test_a_large_body_is_looked_at_too_and_has_its_own_errors(tmp_path: Path) -> None:
+def test_large_bodies_are_checked_and_have_their_own_errors(tmp_path: Path) -> None:
     skip_without_nginx()
     text = (
         "client_max_body_size 9m;\nclient_body_buffer_size 1m;\njs_var $default_rate_rps 100;\njs_var $buckets_s '1';\n"
@@ -117,9 +134,9 @@ def test_a_large_body_is_looked_at_too_and_has_its_own_errors(tmp_path: Path) ->
     gateway = Gateway(tmp_path, text, f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}")
     try:
         large = {"x": np.zeros((2, 100_000), np.float64)}
-        method, path, headers, body = valid_http("any", large, binary=True).encoded()
+        method, path, headers, body = valid("any", large, binary=True).over_http()
         lines = [f"{name}: {value}" for name, value in headers.items()]
-        assert gateway.http(method, path, *lines, body=body)[0] == 503  # there is no server to hand it on to
+        assert gateway.http(method, path, *lines, body=body)[0] == 503  # there is no server behind the gateway
         assert gateway.http(method, path, *lines, body=body[:-4])[0] == 400
         assert gateway.http(method, path, *lines, body=body * 7)[0] == 413
     finally:
@@ -127,62 +144,14 @@ def test_a_large_body_is_looked_at_too_and_has_its_own_errors(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("shape", "data", "says"),
-    [
-        ([1, 2**40], IDS, b"values by its shape"),
-        ([2**62, 2**62], IDS, b"must be a list of sizes"),
-        ([1, -3], IDS, b"must be a list of sizes"),
-        ([1, 3], "x", b"must be a list of values of INT64"),
-        ([1, 3], [1.5, 2, 3], b"must be a list of values of INT64"),
-        ([1, 3], [[[[1, 2, 3], 4]]], b"4 in"),
-    ],
-)
-def test_the_gateway_says_what_is_wrong(setting: Setting, shape: list, data: object, says: bytes) -> None:
-    assert setting.shared is not None
-    wrong = {**TEXT["inputs"][0], "shape": shape, "data": data}
-    status, answer = asked(setting.shared.gateway, "text", {"inputs": [wrong, TEXT["inputs"][1]]})
-    assert (status, says in answer) == (400, True), answer
-
-
-@pytest.mark.parametrize(
-    ("id_", "says"),
-    [
-        ('"7", "id": "8"', b"a name comes twice"),
-        ('"7", "parameters": {"priority": 0, "pri\\u006frity": 0}', b"a name comes twice"),
-        (r'"\ud83d"', b"half a character"),
-        (r'"\ud83d\\\ude00"', b"half a character"),
-        (r'"\ude00"', b"half a character"),
-    ],
-)
-def test_the_gateway_refuses_what_triton_reads_otherwise(setting: Setting, id_: str, says: bytes) -> None:
-    """Of a name that comes twice, Triton takes the first value: a size that is not looked at would end it."""
-    assert setting.shared is not None
-    status, answer = asked(setting.shared.gateway, "text", json.dumps({"id": 0, **TEXT}).replace("0", id_, 1))
-    assert (status, says in answer) == (400, True), answer
-
-
-def test_the_gateway_refuses_an_empty_body(setting: Setting) -> None:
-    assert setting.shared is not None
-    for headers in ((), ("Content-Length: 0",)):
-        assert setting.shared.gateway.http("POST", "/v2/models/text/infer", *headers)[0] == 400
-
-
-def test_the_gateway_hands_on_strings_that_look_wrong_and_are_not(setting: Setting) -> None:
-    assert setting.shared is not None
-    for id_ in (r'"\ud83d\ude00"', r'"\\ud83d"', r'"\"id\": : \\"'):
-        status, answer = asked(setting.shared.gateway, "text", json.dumps({"id": 0, **TEXT}).replace("0", id_, 1))
-        assert status == 200, answer
-
-
-@pytest.mark.parametrize(
     ("ids", "mask", "says"),
     [
-        (9, 5, "axis length is 5, in input_ids it is 9"),
+        (9, 5, "axis length is 5, but 9 in input_ids"),
         (9, 9, "99999"),
     ],
-    ids=["inputs that do not fit each other", "an id out of the vocabulary"],
+    ids=["inputs that do not fit each other", "an id outside the vocabulary"],
 )
-def test_a_request_that_the_model_cannot_take_is_the_callers_fault(
+def test_a_request_that_does_not_fit_the_model_is_a_client_error(
     setting: Setting, ids: int, mask: int, says: str
 ) -> None:
     assert setting.shared is not None
@@ -194,62 +163,35 @@ def test_a_request_that_the_model_cannot_take_is_the_callers_fault(
 # -- experiments ---------------------------------------------------------------------------------
 
 
-def test_a_client_that_retries_loses_nothing_over_a_server_that_is_killed(setting: Setting) -> None:
+def test_a_client_that_retries_loses_no_call_when_the_server_is_killed(setting: Setting) -> None:
     rows = server_killed(setting)
     assert broken([row for row in rows if "until it is ready" not in row.what]) == []
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("build")
-def test_a_full_disk_leaves_the_repository_whole_and_the_server_serving(
+def test_a_full_disk_leaves_the_repository_and_the_server_intact(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "SERVED_S", 60.0)
+    monkeypatch.setattr(disk, "SERVED_S", 60.0)
     rows = disk_full(setting)
     if "not run" in rows[0].seen:
         pytest.skip(rows[0].seen)
     assert broken(rows) == []
 
 
-def test_a_server_that_does_not_start_on_the_full_disk_does_not_hold() -> None:
-    service = Mock(spec=Service)
-    service.start.side_effect = InvalidMeasurement("the server did not start: no space")
-    row = restart(service, "text", 2)
-    assert (row.holds, row.seen) == (False, "the server did not start: no space")
+# -- parts of the experiments --------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_clock_that_jumps_disturbs_nobody(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "JUMP_WATCH_S", 2.0)  # until libfaketime has looked
-    monkeypatch.setattr(machine, "RATE", 5)
-    rows = clock_jumps(setting)
-    if "not run" in rows[0].seen:
-        pytest.skip(rows[0].seen)
-    assert broken([row for row in rows if "p99" not in row.what]) == []
-
-
-# -- what they are made of -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mutation", HTTP, ids=lambda each: each.name)
-def test_a_malformed_request_over_http_is_another_one_and_the_same_each_time(mutation: Mutation) -> None:
-    for binary in (False, True):
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda each: each.name)
+def test_each_mutation_changes_the_request_and_is_reproducible(mutation: Mutation) -> None:
+    for protocol, binary in itertools.product(mutation.protocols, (False, True)):
         made = []
-        for _ in range(2):
-            random, draft = Random(mutation.name), valid_http("text", ROW, binary=binary)
-            mutation.apply(random, draft)
-            made.append(draft.encoded())
-        assert made[0] == made[1] != valid_http("text", ROW, binary=binary).encoded()
-
-
-@pytest.mark.parametrize("mutation", GRPC, ids=lambda each: each.name)
-def test_a_malformed_message_is_another_one_and_the_same_each_time(mutation: Mutation) -> None:
-    made = []
-    for _ in range(2):
-        random, draft = Random(mutation.name), valid_grpc("text", ROW, raw=True)
-        mutation.apply(random, draft)
-        made.append(draft.encoded())
-    assert made[0] == made[1] != valid_grpc("text", ROW, raw=True).encoded()
+        for apply in (lambda *_: None, mutation.apply, mutation.apply):
+            draft = valid("text", ROW, binary=binary)
+            apply(Random(mutation.name), draft)
+            made.append(draft.over_http() if protocol == "http" else draft.over_grpc())
+        assert made[0] != made[1] == made[2]
 
 
 @pytest.mark.parametrize(
@@ -257,39 +199,38 @@ def test_a_malformed_message_is_another_one_and_the_same_each_time(mutation: Mut
     [("400", False, True), ("500", False, False), ("200", False, False), ("200", True, True), ("no answer", True, False),
      ("INVALID_ARGUMENT", False, True), ("INTERNAL", True, False), ("OK", True, True)],
 )  # fmt: skip
-def test_an_answer_is_judged_by_whose_fault_it_says_it_is(status: str, may_pass: bool, right: bool) -> None:
+def test_an_answer_is_right_if_it_is_a_client_error(status: str, may_pass: bool, right: bool) -> None:
     tally = Tally("http by gateway")
-    tally.add(1, Mutation(name="x", apply=lambda *_: None, may_pass=may_pass), status, "reason")
+    tally.add(1, status, "reason", mutation="x", may_pass=may_pass)
     assert (not tally.wrong and not tally.known) == right
 
 
-def test_a_load_sends_all_that_its_shape_has(setting: Setting) -> None:
+def test_a_load_sends_its_whole_shape(setting: Setting) -> None:
     assert setting.shared is not None
     right = setting.stream(setting.shared, "http", "30x2", setting.other)
-    with Load([right]) as load:
+    with setting.load(setting.shared, [right]) as load:
         answers = load.wait()[right.name]
-    assert len(answers) == len(answers.kept) == 60
+    assert len(answers) == len(answers.answered) == 60
     assert answers.latency_ms(50) > 0
 
 
 def test_latencies_count_from_the_planned_time() -> None:
-    answers = Answers(
-        np.array([0.0, 1.0]), np.array([0.5, 1.0]), np.array([1.0, 1.1]), np.array(["", "ServerBusy"]), {}
-    )
-    assert answers.kept.latency_ms(99) == 1000
-    assert answers.failed.latency_ms(99) == pytest.approx(100)
-    assert answers.kinds == {"ServerBusy": 1}
+    log = RequestLog([SentRequest(0.0, 0.5, 1.0, None), SentRequest(1.0, 1.0, 1.1, "ServerBusy: full")])
+    assert log.answered.latency_ms(99) == 1000
+    assert log.failed.latency_ms(99) == pytest.approx(100)
+    assert log.lag_ms(99) == 500
+    assert (log.errors, log.messages) == ({"ServerBusy": 1}, ["ServerBusy: full"])
 
 
-def test_what_is_not_built_is_one_line(tmp_path: Path) -> None:
+def test_a_model_that_is_not_built_is_one_line(tmp_path: Path) -> None:
     skip_without_nginx()
-    run = run_module("tests.bench.failure", "--only", "cut", BUILD=str(tmp_path))
+    run = run_module("tests.bench.failure", "--only", "cut", DEEPSEEK_BUILD=str(tmp_path))
     assert run.returncode == 2
     assert "make engine MODEL=" in run.stderr
     assert "Traceback" not in run.stderr
 
 
-def test_a_process_that_ends_while_it_is_looked_at_is_none_of_the_servers() -> None:
+def test_a_process_that_ends_during_inspection_is_ignored() -> None:
     child = subprocess.Popen(["sleep", "60"])
     found = psutil.Process(child.pid)
     service: Any = SimpleNamespace(processes=lambda: [found, psutil.Process()])

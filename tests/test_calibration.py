@@ -1,4 +1,4 @@
-"""Calibration rows: read from any file, over all lengths, and the curve that says whether more would help."""
+"""Calibration rows: file formats, coverage of all lengths, and whether more samples would help."""
 
 from __future__ import annotations
 
@@ -11,22 +11,29 @@ import onnx
 import pytest
 
 from deepseek.spec import Axis, DeploymentSpec, GateFailed, InputError
-from export import curve
-from export.calibration import Calibration, calibration_of, length_of, lengths_of, pool_size, read_rows, stratified
-from export.curve import MOST_GROWTH, Ranges, ranges_by_samples, would_more_help
-from export.quantize import _lengths
+from export.precision.calibration import (
+    Calibration,
+    calibration_of,
+    length_of,
+    lengths_of,
+    pool_size,
+    read_rows,
+    stratified,
+)
+from export.precision.calibration_curve import MOST_GROWTH, ActivationRanges, ranges_by_samples, would_more_help
+from export.stages.quantize import _lengths
 
 IMAGE, TEXT = (DeploymentSpec.load(f"tests/models/{name}") for name in ("image", "text"))
 BATCH = Axis(min=1, opt=4, max=8)
 
 
 def row(length: int, width: int = 0) -> dict[str, np.ndarray]:
-    """Ids of a length, padded with 0 to a width."""
+    """`length` ids, padded with 0 to a width."""
     return {"ids": np.pad(np.ones((1, length), np.int64), ((0, 0), (0, max(width - length, 0))))}
 
 
 @pytest.mark.parametrize("width", [0, 64], ids=["of any length", "padded"])
-def test_few_long_rows_among_many_short_ones_are_all_taken(width: int) -> None:
+def test_a_few_long_rows_among_many_short_ones_are_all_taken(width: int) -> None:
     rows = [row(1 + index % 3, width) for index in range(200)] + [row(40, width), row(64, width)]
     assert [length_of(each) for each in (rows[0], rows[-1])] == [1, 64]
     for limit in (8, 16, 32):
@@ -35,21 +42,21 @@ def test_few_long_rows_among_many_short_ones_are_all_taken(width: int) -> None:
         assert {40, 64} < set(lengths)
 
 
-def test_lengths_are_told_by_input_and_inputs_of_one_size_not_at_all() -> None:
+def test_lengths_are_shown_by_input_without_inputs_of_constant_size() -> None:
     rows = [{**row(length), "mask": np.ones((1, length)), "image": np.ones((1, 9))} for length in (3, 7, 5)]
     assert lengths_of(rows) == {"ids": (3, 7), "mask": (3, 7), "image": (9, 9)}
     assert _lengths(lengths_of(rows)) == "elements of ids and mask: 3 to 7"
     assert _lengths(lengths_of(rows[:1])) == "all of one size"
 
 
-def test_rows_of_one_length_are_spread_over_the_file() -> None:
+def test_rows_of_one_length_are_taken_evenly_from_the_file() -> None:
     rows = [{"x": np.full((1, 2), index, np.float32)} for index in range(100)]
     places = sorted(int(each["x"][0, 0]) for each in stratified(rows, 10))
     assert max(np.diff([0, *places, 99])) <= 20
     assert len(stratified(rows, 1000)) == len({float(each["x"][0, 0]) for each in stratified(rows, 1000)}) == 100
 
 
-def test_more_rows_are_read_than_used_only_where_lengths_can_differ() -> None:
+def test_more_rows_are_read_than_used_only_if_lengths_can_differ() -> None:
     assert (pool_size(IMAGE), pool_size(TEXT)) == (32, 128)
 
 
@@ -89,20 +96,20 @@ def test_a_truncated_calibration_file_is_one_line(tmp_path: Path, suffix: str, s
     np.savez(path, pixels=pixels) if suffix == "npz" else np.save(path, pixels)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(
-        InputError, match=r"c\.np.: cannot be read \(.*\); a whole \.npz or \.npy file of numbers is needed"
+        InputError, match=r"c\.np.: cannot be read \(.*\); a complete \.npz or \.npy file of numbers is needed"
     ):
         read_rows(IMAGE, path)
 
 
 @pytest.mark.parametrize("suffix", ["npz", "npy"])
-def test_python_objects_are_no_calibration_data(tmp_path: Path, suffix: str) -> None:
+def test_python_objects_are_refused_as_calibration_data(tmp_path: Path, suffix: str) -> None:
     path, objects = tmp_path / f"c.{suffix}", np.array([{}, {}])
     np.savez(path, pixels=objects) if suffix == "npz" else np.save(path, objects)
-    with pytest.raises(InputError, match=r"cannot be read .*; a whole"):
+    with pytest.raises(InputError, match=r"cannot be read .*; a complete"):
         read_rows(IMAGE, path)
 
 
-def test_a_packed_file_with_damaged_bytes_is_one_line(tmp_path: Path) -> None:
+def test_a_damaged_compressed_file_is_one_error_line(tmp_path: Path) -> None:
     path = tmp_path / "c.npz"
     np.savez_compressed(path, pixels=np.random.default_rng(0).standard_normal((6, 3, 32, 32)).astype(np.float32))
     data = bytearray(path.read_bytes())
@@ -112,7 +119,7 @@ def test_a_packed_file_with_damaged_bytes_is_one_line(tmp_path: Path) -> None:
         read_rows(IMAGE, path)
 
 
-def test_one_array_is_not_taken_for_each_of_several_inputs(tmp_path: Path) -> None:
+def test_one_array_for_several_inputs_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.ones((4, 8), np.int64))
     with pytest.raises(InputError, match=r"one array, for inputs input_ids, attention_mask; use an \.npz file"):
         read_rows(TEXT, tmp_path / "ids.npy")
@@ -124,7 +131,7 @@ def test_one_array_is_not_taken_for_each_of_several_inputs(tmp_path: Path) -> No
         (np.zeros((4, 3, 32, 32)), "row 0: input 'pixels': seen float64"),
         (np.zeros((4, 3, 32, 31), np.float32), r"shape \[1, 3, 32, 31\]; 32 takes 32 to 32"),
         (np.float32(1), "holds no samples"),
-        (np.full((4, 3, 32, 32), np.nan, np.float32), "holds NaN or Inf; ranges cannot be found with it"),
+        (np.full((4, 3, 32, 32), np.nan, np.float32), "holds NaN or Inf; calibration needs finite values"),
     ],
     ids=["dtype", "size", "number", "nan"],
 )
@@ -134,15 +141,17 @@ def test_calibration_rows_that_do_not_fit_are_refused(tmp_path: Path, pixels: np
         read_rows(IMAGE, tmp_path / "c.npz")
 
 
-def test_rows_of_a_file_that_are_evaluation_rows_are_left_out_and_too_few_others_refused(tmp_path: Path) -> None:
+def test_evaluation_rows_in_a_file_are_left_out_and_too_few_other_rows_are_refused(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).standard_normal((6, 3, 32, 32)).astype(np.float32)
     path = tmp_path / "val_dataset.npy"
     np.save(path, pixels)
     evaluation = [{"pixels": each[None]} for each in pixels]
     found = calibration_of(IMAGE, path, 8, evaluation[:4])
     assert (len(found.rows), found.note.split(" samples")[0]) == (2, "calibration: 4")
-    assert "2 are left, few" in found.note
-    with pytest.raises(InputError, match=r"5 of 6 calibration rows are evaluation rows too; .* 2 others are needed"):
+    assert "only 2 are left, which is few" in found.note
+    with pytest.raises(
+        InputError, match=r"5 of 6 calibration rows are also evaluation rows; .* add at least 2 other rows"
+    ):
         calibration_of(IMAGE, path, 8, evaluation[:5])
     np.save(path, pixels[5:])
     assert len(calibration_of(IMAGE, path, 8, evaluation[:5]).rows) == 1
@@ -157,13 +166,13 @@ def test_modelopt_sees_the_longest_row_first_and_every_row_once() -> None:
     assert sorted(seen) == [3, 5, 5, 7]
 
 
-def test_a_fixed_batch_is_filled_up() -> None:
+def test_a_fixed_batch_is_padded() -> None:
     calibration = Calibration([row(3)] * 6, Axis(min=4, opt=4, max=4))
     assert [len(batch["ids"]) for batch in [calibration.get_first(), *calibration.batches]] == [4, 4, 4]
 
 
-def test_ranges_that_entropy_cannot_count_are_left_to_max(tmp_path: Path) -> None:
-    """Its bins are as wide as the first batch's: a millionfold range would take millions of them."""
+def test_max_replaces_entropy_for_ranges_that_entropy_cannot_count(tmp_path: Path) -> None:
+    """Bins are as wide as in the first batch: a millionfold range would need millions."""
     graph = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["": 20]> g (float[n, 4] x) => (float[n, 4] y) '
         "<float[4, 4] w = {1,0,0,0, 0,1,0,0, 0,0,1,0, 0,0,0,1}> { y = MatMul(x, w) }"
@@ -179,36 +188,14 @@ def test_ranges_that_entropy_cannot_count_are_left_to_max(tmp_path: Path) -> Non
     assert points.keys() == {"max"}
 
 
-@pytest.mark.parametrize(
-    ("least", "most_bytes", "sizes"),
-    [(1, 1 << 30, [1, 8, 8]), (1, 8 * 16 - 1, [1] * 17), (3, 8 * 16 - 1, [3, 3, 5, 3, 5])],
-    ids=["small", "large", "large, of a batch of 3 at least"],
-)
-def test_large_activations_are_held_of_one_row_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: int, most_bytes: int, sizes: list[int]
-) -> None:
-    seen = []
-
-    def activations(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        seen.append(len(batch["x"]))
-        return batch
-
-    monkeypatch.setattr(curve, "MOST_ACTIVATION_BYTES", most_bytes)
-    monkeypatch.setattr(curve, "_activations", lambda path: activations)
-    values = np.arange(64, dtype=np.float32).reshape(16, 4)
-    points, _ = ranges_by_samples(tmp_path / "model.onnx", [{"x": values[:8]}, {"x": values[8:]}], least)
-    assert seen == sizes
-    assert (points["max"][max(points["max"])], max(points["max"])) == ({"x": 63.0}, 16)
-
-
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_an_activation_without_a_range_fails_the_gate_of_its_precision(value: float) -> None:
     with pytest.raises(GateFailed, match="activation 'x' is NaN or Inf on a calibration sample"):
-        Ranges().add({"x": np.array([1.0, value, 2.0], np.float32)})
+        ActivationRanges().add({"x": np.array([1.0, value, 2.0], np.float32)})
 
 
 def test_entropy_clips_a_rare_value_and_max_does_not() -> None:
-    ranges = Ranges()
+    ranges = ActivationRanges()
     values = np.random.default_rng(0).standard_normal((4000, 1)).astype(np.float32)
     ranges.add({"x": values})
     ranges.add({"x": np.concatenate([values, [[40.0]]]).astype(np.float32)})
@@ -227,6 +214,6 @@ def test_entropy_clips_a_rare_value_and_max_does_not() -> None:
     ],
     ids=["flat", "falling", "rising", "short", "no error"],
 )
-def test_a_sentence_says_whether_more_samples_would_help(errors: list[float], message: str) -> None:
+def test_the_conclusion_says_whether_more_samples_would_help(errors: list[float], message: str) -> None:
     curve: list[dict[str, Any]] = [{"samples": 8 << index, "error": error} for index, error in enumerate(errors)]
     assert re.match(message, would_more_help(curve))

@@ -1,11 +1,12 @@
-"""The client against a real Triton, and against servers that are gone, mute, slow or cut off."""
+"""Both clients against a real Triton, and against servers that are gone, never answer or lose the connection."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import socket
-import ssl
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -14,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 from deepseek_client import (
     AccessDenied,
+    AsyncInferenceClient,
     ConnectionLost,
     DeadlineExceeded,
     InferenceClient,
@@ -27,91 +28,115 @@ from deepseek_client import (
     ModelNotFound,
     ServerBusy,
     ServerError,
-    TensorSpec,
+    TensorMetadata,
     Unreachable,
 )
 
-from serving.embedded import EmbeddedServer
+from serving.embedded.serve import EmbeddedServer
 from tests.conftest import write_add_one
-from tests.failing_servers import Relay, answering, half_an_answer, make_certificate, mute, status, trickle
+from tests.failing_servers import (
+    Client,
+    Relay,
+    X,
+    answering,
+    half_an_answer,
+    kinds,
+    mute,
+    protocols,
+    status,
+    trickle,
+    url_of,
+)
 
-X = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
-both = pytest.mark.parametrize("protocol", ["http", "grpc"])
-Connect = Callable[..., InferenceClient]
+Connect = Callable[..., Client]
 
 
 @pytest.fixture
-def connect(server: EmbeddedServer) -> Iterator[Connect]:
+def kind() -> Callable[..., Client]:
+    """The blocking client, for tests without `kinds`."""
+    return InferenceClient
+
+
+@pytest.fixture
+def connect(server: EmbeddedServer, kind: Callable[..., Client]) -> Iterator[Connect]:
     """Makes clients of the real server, or of `url`, and closes them."""
     with contextlib.ExitStack() as stack:
 
-        def make(protocol: str, url: str = "", **settings: Any) -> InferenceClient:
-            default = server.http_url if protocol == "http" else server.grpc_url
-            return stack.enter_context(InferenceClient(url or default, protocol, **settings))  # type: ignore[arg-type]
+        def make(protocol: str, url: str = "", **settings: Any) -> Client:
+            client = kind(url or url_of(server, protocol), protocol, **settings)
+            stack.callback(client.__exit__, None, None, None)
+            return client
 
         yield make
 
 
 @pytest.fixture
-def relay(server: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[Relay]:
-    port = server.http_port if request.getfixturevalue("protocol") == "http" else server.grpc_port
-    running = Relay((server.address, port))
+def relay(server: EmbeddedServer, protocol: str) -> Iterator[Relay]:
+    running = Relay((server.address, server.http_port if protocol == "http" else server.grpc_port))
     yield running
     running.close()
 
 
-@pytest.fixture
-def refused_url() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"127.0.0.1:{listener.getsockname()[1]}"
-
-
-@both
-def test_infer_gives_the_outputs_by_name(connect: Connect, protocol: str) -> None:
-    outputs = connect(protocol).infer("add_one", {"x": X}, request_id="7", version="1")
+@kinds
+@protocols
+def test_metadata_readiness_and_inference_match_the_server(connect: Connect, protocol: str) -> None:
+    client = connect(protocol)
+    metadata = client.metadata("add_one")
+    assert metadata.inputs == (TensorMetadata(name="x", datatype="FP32", shape=(-1, 2, -1)),)
+    assert (metadata.name, metadata.versions, metadata.max_batch_size) == ("add_one", ("1",), 8)
+    assert metadata.parameters == {"delay_s": "0.0"}
+    assert (client.ready(), client.ready("add_one"), client.ready("absent")) == (True, True, False)
+    outputs = client.infer("add_one", {"x": X}, request_id="7", version="1", outputs=["y"])
     assert list(outputs) == ["y"]
     np.testing.assert_array_equal(outputs["y"], X + 1)
 
 
-@both
-def test_arrays_that_are_not_contiguous_arrive_in_order(connect: Connect, protocol: str) -> None:
-    x = np.arange(24, dtype=np.float32).reshape(2, 4, 3).transpose(0, 2, 1)[:, ::2]  # (2, 2, 4)
-    np.testing.assert_array_equal(connect(protocol).infer("add_one", {"x": x}, outputs=["y"])["y"], x + 1)
+@kinds
+@protocols
+def test_large_and_non_contiguous_tensors_arrive_intact(connect: Connect, protocol: str) -> None:
+    client = connect(protocol, timeout_s=60)
+    large = np.random.default_rng(0).random((2, 2, 1_000_000), np.float32)  # 16 MB
+    strided = np.arange(24, dtype=np.float32).reshape(2, 4, 3).transpose(0, 2, 1)[:, ::2]  # (2, 2, 4)
+    for x in (large, strided):
+        np.testing.assert_array_equal(client.infer("add_one", {"x": x})["y"], x + 1)
 
 
-@both
-def test_metadata_and_readiness_say_what_the_server_has(connect: Connect, protocol: str) -> None:
-    client = connect(protocol)
-    metadata = client.metadata("add_one")
-    assert metadata.inputs == (TensorSpec(name="x", datatype="FP32", shape=(-1, 2, -1)),)
-    assert (metadata.name, metadata.versions, metadata.max_batch_size) == ("add_one", ("1",), 8)
-    assert metadata.parameters == {"delay_s": "0.0"}
-    assert client.ready()
-    assert client.ready("add_one")
-    assert not client.ready("absent")
-
-
-@both
-def test_a_prepared_request_can_be_sent_many_times_from_many_threads(connect: Connect, protocol: str) -> None:
-    client = connect(protocol)
+@kinds
+@protocols
+def test_many_callers_share_a_client_and_its_prepared_requests(connect: Connect, protocol: str, relay: Relay) -> None:
+    client = connect(protocol, relay.url)
     requests = [client.prepare("add_one", {"x": X + k}) for k in range(8)]
+    accepted = relay.accepted
+    for request in requests:
+        client.send(request)
+    assert relay.accepted == accepted  # sequential calls share one connection
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(client.send, requests * 20))
     for k, answer in enumerate(answers):
         np.testing.assert_array_equal(answer["y"], X + k % 8 + 1)
 
 
-@both
+@protocols
 @pytest.mark.parametrize(
     ("call", "expected", "says"),
     [
         pytest.param({"model": "absent"}, ModelNotFound, "'absent' is not found", id="unknown model"),
         pytest.param({"version": "9"}, ModelNotFound, "version 9 is not found", id="unknown version"),
-        pytest.param({"version": "../x"}, InvalidInput, "version='../x'; it must be a number", id="no version"),
+        pytest.param({"version": "../x"}, InvalidInput, "version='../x'; it must be a number", id="invalid version"),
+        pytest.param(
+            {"version": 1}, InvalidInput, "version=1 is of type int; pass a text: '1'", id="version as a number"
+        ),
+        pytest.param({"request_id": 7}, InvalidInput, "request_id=7 is of type int", id="request_id"),
         pytest.param({"inputs": [X]}, InvalidInput, "inputs is a list; pass a dict", id="no names"),
         pytest.param({"outputs": "y"}, InvalidInput, r"pass a list of names: \['y'\]", id="one name"),
+        pytest.param({"outputs": 5}, InvalidInput, "outputs=5; pass a list of names", id="outputs as a number"),
         pytest.param({"outputs": ["z"]}, InvalidInput, r"no output 'z'; its outputs are y \(FP32", id="output"),
+        pytest.param({"headers": 5}, InvalidInput, "headers is of type int; pass a dict", id="headers"),
         pytest.param({"timeout_s": 0}, InvalidInput, "timeout_s=0; it must be a positive number", id="no time"),
+        pytest.param(
+            {"timeout_s": "1"}, InvalidInput, "timeout_s='1'; it must be a positive number", id="time as text"
+        ),
+        pytest.param({"timeout_s": 1e10}, InvalidInput, "at most 1e.09", id="too long a time"),
     ],
 )
 def test_a_wrong_call_is_refused(connect: Connect, protocol: str, call: dict, expected: type, says: str) -> None:
@@ -119,148 +144,128 @@ def test_a_wrong_call_is_refused(connect: Connect, protocol: str, call: dict, ex
         connect(protocol).infer(**{"model": "add_one", "inputs": {"x": X}} | call)
 
 
-def check_ends_within(limit_s: float, call: Callable[[], object]) -> float:
-    """Seconds that a call took; it has three, since other work on the machine may hold one up."""
-    took_s: list[float] = []
-    while not took_s or took_s[-1] >= limit_s:
-        assert len(took_s) < 3, f"{took_s}, allowed: {limit_s}"
-        start = time.monotonic()
-        call()
-        took_s.append(time.monotonic() - start)
-    return took_s[-1]
+@kinds
+@protocols
+def test_a_refused_connection_is_retried_until_the_deadline(connect: Connect, protocol: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        refused_url = f"127.0.0.1:{listener.getsockname()[1]}"
+    with pytest.raises(Unreachable, match="Connection refused"):
+        connect(protocol, refused_url, retries=0).ready()
+    client = connect(protocol, refused_url, retries=1000, timeout_s=1)
+    with pytest.raises((Unreachable, DeadlineExceeded)):  # the second if the deadline passes during an attempt
+        client.infer("add_one", {"x": X})
+    assert 1 <= client.statistics().models["add_one"].retries < 1000
 
 
-@both
-def test_a_refused_connection_is_unreachable_and_retried_within_the_deadline(
-    connect: Connect, protocol: str, refused_url: str
-) -> None:
-    def call() -> None:
-        with pytest.raises(Unreachable, match="Connection refused"):
-            connect(protocol, refused_url, retries=1000, timeout_s=0.5).infer("add_one", {"x": X})
-
-    check_ends_within(0.7, call)
-
-
-@both
-def test_a_server_that_never_answers_costs_no_more_than_the_deadline(connect: Connect, protocol: str) -> None:
-    with answering(mute) as (url, _):
+@kinds
+@pytest.mark.parametrize(
+    ("protocol", "answer"), [("http", mute), ("grpc", mute), ("http", trickle)], ids=["http", "grpc", "trickle"]
+)
+def test_a_server_that_never_answers_ends_at_the_deadline(connect: Connect, protocol: str, answer: Callable) -> None:
+    """These servers never answer: without the deadline the call would not end."""
+    with answering(answer) as (url, _):
         client = connect(protocol, url, retries=5)
-
-        def call() -> None:
-            with pytest.raises(DeadlineExceeded, match=r"did not answer within timeout_s=0\.3"):
-                client.infer("add_one", {"x": X}, timeout_s=0.3)
-
-        assert check_ends_within(0.6, call) > 0.29
+        with pytest.raises(DeadlineExceeded, match=r"did not answer within timeout_s=0\.3"):
+            client.metadata("m", timeout_s=0.3) if protocol == "http" else client.ready(timeout_s=0.3)
+        client.close()
 
 
-def test_a_server_that_trickles_bytes_costs_no_more_than_the_deadline(connect: Connect) -> None:
-    with answering(trickle) as (url, _):
-
-        def call() -> None:
-            with pytest.raises(DeadlineExceeded):
-                connect("http", url, timeout_s=0.3).ready()
-
-        check_ends_within(1, call)
-
-
-@both
-def test_the_deadline_of_one_call_is_not_that_of_the_next(connect: Connect, protocol: str) -> None:
+@kinds
+@protocols
+def test_a_passed_deadline_does_not_affect_the_next_call(connect: Connect, protocol: str) -> None:
     client = connect(protocol)
     with pytest.raises(DeadlineExceeded):
         client.infer("slow", {"x": X}, timeout_s=0.05)
-    np.testing.assert_array_equal(client.infer("slow", {"x": X}, timeout_s=5)["y"], X + 1)
+    np.testing.assert_array_equal(client.infer("slow", {"x": X}, timeout_s=20)["y"], X + 1)
 
 
 def executed(server: EmbeddedServer, model: str) -> int:
-    """How many requests the model has run, by Triton's own count."""
+    """The number of requests that the model has run, by Triton's own count."""
     with urllib.request.urlopen(f"http://{server.http_url}/v2/models/{model}/stats") as answer:
         return json.load(answer)["model_stats"][0]["inference_count"]
 
 
-@both
+@protocols
 def test_the_server_drops_a_queued_request_whose_deadline_is_over(
     connect: Connect, protocol: str, server: EmbeddedServer
 ) -> None:
     client = connect(protocol, retries=0)
-    before = executed(server, "slow")
+    request, before, late = client.prepare("slow", {"x": X}), executed(server, "slow"), 0
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(client.infer, "slow", {"x": X})
-        time.sleep(0.1)
-        with pytest.raises(InferenceError):
-            client.infer("slow", {"x": X}, timeout_s=0.03)
-        running.result()
-    client.infer("slow", {"x": X})  # the queue is empty after this one
-    assert executed(server, "slow") - before == 2
+        while executed(server, "slow") - before == 3 * late and late < 20:  # until one has been queued behind the other
+            running = pool.submit(client.send, request)  # its batch takes 0.2 s
+            time.sleep(0.1)
+            with contextlib.suppress(InferenceError):
+                client.send(request, timeout_s=0.03)
+            running.result()
+            client.send(request)  # the queue is empty after this one
+            late += 1
+    assert executed(server, "slow") - before < 3 * late
 
 
-@both
+@kinds
+@protocols
 def test_a_full_queue_is_busy_and_retries_get_through(connect: Connect, protocol: str) -> None:
-    hasty, patient = connect(protocol, retries=0), connect(protocol, retries=30, retry_budget=None)
-    x = np.repeat(X, 8, axis=0)  # a batch to itself: 0.2 s each
-    with ThreadPoolExecutor(6) as pool:
-        running = [pool.submit(patient.infer, "slow", {"x": x}) for _ in range(6)]
-        time.sleep(0.1)
-        with pytest.raises(ServerBusy, match="Exceeds maximum queue size"):
-            hasty.infer("slow", {"x": x})
-        assert [future.result()["y"].shape for future in running] == 6 * [(8, 2, 3)]
+    hasty, patient = connect(protocol, retries=0), connect(protocol, retries=100, retry_budget=None, timeout_s=60)
+    request = hasty.prepare("slow", {"x": np.repeat(X, 8, axis=0)})  # fills a batch: 0.2 s each
+
+    def outcome(client: Client) -> str:
+        try:
+            return str(client.send(request)["y"].shape)
+        except ServerBusy as error:
+            return str(error)
+
+    with ThreadPoolExecutor(12) as pool:
+        said = list(pool.map(outcome, [hasty] * 12))
+        assert any("Exceeds maximum queue size" in each for each in said)
+        assert list(pool.map(outcome, [patient] * 12)) == ["(8, 2, 3)"] * 12
 
 
-@both
-def test_a_connection_lost_in_the_middle_is_not_retried(connect: Connect, protocol: str, relay: Relay) -> None:
-    client = connect(protocol, relay.url)
-    request = client.prepare("slow", {"x": X})
-    threading.Timer(0.1, relay.cut).start()
-    with pytest.raises(ConnectionLost, match="broke before the answer was complete"):
-        client.send(request)
-
-
-@both
-def test_an_idempotent_client_retries_a_connection_lost_in_the_middle(
-    connect: Connect, protocol: str, relay: Relay
+@kinds
+@protocols
+@pytest.mark.parametrize("idempotent", [False, True], ids=["once", "idempotent"])
+def test_a_lost_connection_is_retried_only_if_idempotent(
+    connect: Connect, protocol: str, relay: Relay, idempotent: bool
 ) -> None:
-    client = connect(protocol, relay.url, idempotent=True, retries=10)
+    client = connect(protocol, relay.url, idempotent=idempotent, retries=10, timeout_s=60)
     request = client.prepare("slow", {"x": X})
     threading.Timer(0.1, relay.cut).start()
-    np.testing.assert_array_equal(client.send(request)["y"], X + 1)
+    lost = pytest.raises(ConnectionLost, match="broke before the answer was complete")
+    with contextlib.nullcontext() if idempotent else lost:
+        np.testing.assert_array_equal(client.send(request)["y"], X + 1)
 
 
-@both
-def test_an_idle_connection_that_was_closed_is_replaced(connect: Connect, protocol: str, relay: Relay) -> None:
-    client = connect(protocol, relay.url, retries=0)
+@kinds
+@protocols
+def test_the_client_reconnects_to_a_restarted_server(connect: Connect, protocol: str, relay: Relay) -> None:
+    # Idempotent: the client may not have noticed the closed connection when it makes the call.
+    client = connect(protocol, relay.url, retries=50, idempotent=True, timeout_s=60)
     client.infer("add_one", {"x": X})
-    relay.cut()
-    time.sleep(0.1)
+    relay.cut()  # an idle connection
     np.testing.assert_array_equal(client.infer("add_one", {"x": X})["y"], X + 1)
-
-
-@both
-def test_a_server_that_comes_back_is_found_within_seconds(connect: Connect, protocol: str, relay: Relay) -> None:
-    # Idempotent: the connection's end may not have been seen yet when the call is made.
-    client = connect(protocol, relay.url, retries=50, idempotent=True)
-    client.infer("add_one", {"x": X})
     relay.close()
-    threading.Timer(1.0, relay.reopen).start()
-    start = time.monotonic()
+    threading.Timer(0.5, relay.reopen).start()
     np.testing.assert_array_equal(client.infer("add_one", {"x": X})["y"], X + 1)
-    assert time.monotonic() - start < 10
 
 
+@kinds
 @pytest.mark.parametrize(
     ("line", "body", "expected", "attempts"),
     [
         pytest.param("400 Bad Request", '{"error": "batch-size\\nmust be <= 8"}', InvalidInput, 1, id="400"),
         pytest.param("401 Unauthorized", "<html>", AccessDenied, 1, id="401"),
+        pytest.param("404 Not Found", "<html>", ModelNotFound, 1, id="404"),
         pytest.param("413 Content Too Large", "<html>", InvalidInput, 1, id="413"),
         pytest.param("429 Too Many Requests", "", ServerBusy, 3, id="429"),
         pytest.param("500 Internal Server Error", '{"error": "boom"}', ServerError, 1, id="500"),
-        pytest.param("502 Bad Gateway", "<html>", ConnectionLost, 1, id="502"),
+        pytest.param("502 Bad Gateway", "<html>", ConnectionLost, 3, id="502"),
         pytest.param("503 Service Unavailable", "<html>", ServerBusy, 3, id="503"),
         pytest.param("200 OK", "<html>", ServerError, 1, id="not Triton"),
         pytest.param("200 OK", '{"status": "ok"}', ServerError, 2, id="not Triton, JSON"),
-        pytest.param("200 OK", "[]", ServerError, 2, id="not Triton, a list"),
+        pytest.param("200 OK", "[]", ServerError, 1, id="not Triton, a list"),
     ],
 )
-def test_a_status_is_one_error_and_only_refusals_are_retried(
+def test_each_status_maps_to_one_error_and_only_refusals_are_retried(
     connect: Connect, line: str, body: str, expected: type, attempts: int
 ) -> None:
     with answering(status(line, body)) as (url, seen), pytest.raises(expected) as caught:
@@ -270,35 +275,35 @@ def test_a_status_is_one_error_and_only_refusals_are_retried(
     assert len(seen) == attempts
 
 
+@kinds
 def test_half_an_answer_is_a_lost_connection(connect: Connect) -> None:
     with answering(half_an_answer) as (url, _), pytest.raises(ConnectionLost, match="IncompleteRead"):
         connect("http", url).metadata("m")
 
 
-def test_an_early_refusal_of_a_large_body_is_read(connect: Connect, server: EmbeddedServer) -> None:
-    client = connect("http")
-    request = client.prepare("add_one", {"x": np.zeros((8, 2, 200_000), np.float32)})  # 12.8 MB
+def test_an_early_refusal_of_a_large_body_is_read(connect: Connect) -> None:
+    request = connect("http").prepare("add_one", {"x": np.zeros((8, 2, 200_000), np.float32)})  # 12.8 MB
     with answering(status("413 Content Too Large")) as (url, _):
         other = connect("http", url)
-        with pytest.raises((InvalidInput, ConnectionLost)):  # the second where the reset overtakes the answer
+        with pytest.raises((InvalidInput, ConnectionLost)):  # the second if the reset overtakes the answer
             other.send(request)
 
 
-def test_the_wrong_port_is_named(connect: Connect, server: EmbeddedServer) -> None:
+def test_the_grpc_port_used_for_http_is_named_in_the_error(connect: Connect, server: EmbeddedServer) -> None:
     with pytest.raises(ServerError, match="does not speak HTTP; is it Triton's gRPC port"):
-        connect("http", server.grpc_url, timeout_s=3).ready()
+        connect("http", server.grpc_url, timeout_s=10).ready()
     with pytest.raises(Unreachable, match="correct the url"):
-        connect("grpc", server.http_url, timeout_s=3).ready()
+        connect("grpc", server.http_url, timeout_s=10).ready()
 
 
-@both
-def test_a_new_signature_needs_no_new_client(tmp_path: Path, protocol: str) -> None:
+@protocols
+def test_a_model_with_a_new_signature_needs_no_new_client(tmp_path: Path, protocol: str) -> None:
     write_add_one(tmp_path / "repository")
     config = tmp_path / "repository" / "add_one" / "config.pbtxt"
     with EmbeddedServer(
         tmp_path / "repository", http_port=0, grpc_port=0, metrics_port=0, poll_s=1, log_path=tmp_path / "log"
     ) as running:
-        url = running.http_url if protocol == "http" else running.grpc_url
+        url = url_of(running, protocol)
         with InferenceClient(url, protocol) as client, InferenceClient(url, protocol) as watcher:  # type: ignore[arg-type]
             client.infer("add_one", {"x": X})
             config.write_text(config.read_text().replace("[2, -1]", "[3, -1]"))
@@ -309,91 +314,68 @@ def test_a_new_signature_needs_no_new_client(tmp_path: Path, protocol: str) -> N
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with contextlib.suppress(InferenceError):
             if condition():
                 return
         time.sleep(0.1)
-    pytest.fail("waited 20 s in vain")
+    pytest.fail("not true after 60 s")
 
 
-@both
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"version": 1}, "version=1 is of type int; pass a text: '1'"),
-        ({"request_id": 7}, "request_id=7 is of type int"),
-        ({"timeout_s": "1"}, "timeout_s='1'; it must be a positive number"),
-        ({"timeout_s": 1e10}, "at most 1e.09"),
-        ({"headers": 5}, "headers is of type int; pass a dict"),
-        ({"outputs": 5}, "outputs=5; pass a list of names"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_an_option_of_the_wrong_type_is_refused(connect: Connect, protocol: str, options: dict, says: str) -> None:
-    with pytest.raises(InvalidInput, match=says):
-        connect(protocol).infer("add_one", {"x": X}, **options)
-
-
-def test_a_closed_client_says_so(server: EmbeddedServer) -> None:
-    client = InferenceClient(server.grpc_url)
+def test_a_closed_client_refuses_calls(connect: Connect, server: EmbeddedServer) -> None:
+    client = connect("grpc")
     client.close()
     with pytest.raises(RuntimeError, match="is closed"):
         client.ready()
 
 
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLContext]:
-    """A self-signed certificate of localhost, and a server's TLS with it."""
-    return make_certificate(tmp_path_factory.mktemp("tls"))
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        pytest.param({"url": "http://h:8000"}, "must be host:port without a scheme", id="scheme"),
+        pytest.param({"url": "h"}, "must be host:port", id="no port"),
+        pytest.param({"url": "h:99999"}, "must be host:port", id="no such port"),
+        pytest.param({"url": f"h:{'9' * 5000}"}, "must be host:port", id="port of many digits"),
+        pytest.param({"url": "foo..bar:8000"}, "must be host:port", id="empty label"),
+        pytest.param({"url": ".foo:8000"}, "must be host:port", id="empty first label"),
+        pytest.param({"url": f"{'a' * 64}.bar:8000"}, "must be host:port", id="long label"),
+        pytest.param({"url": "[1]:8000"}, "must be host:port", id="no IPv6 address"),
+        pytest.param({"url": "[127.0.0.1]:8000"}, "must be host:port", id="IPv4 address in brackets"),
+        pytest.param({"url": None}, "must be host:port", id="no url"),
+        pytest.param({"url": []}, "one address, or a list of different ones", id="no address"),
+        pytest.param({"url": ["a:1", "a:1"]}, "list of different ones", id="duplicate address"),
+        pytest.param({"url": ["a:1", "http://b:1"]}, "without a scheme", id="a scheme in a list"),
+        pytest.param({"protocol": "rest"}, "'grpc' or 'http'", id="protocol"),
+        pytest.param({"retries": -1}, "0 or more", id="retries"),
+        pytest.param({"retries": "3"}, "a whole number", id="retries as text"),
+        pytest.param({"retry_budget": "0.1"}, "a share of the calls", id="budget as text"),
+        pytest.param({"retry_budget": -1}, "a share of the calls", id="budget"),
+        pytest.param({"hedge_after_ms": 5}, "set idempotent=True", id="hedge of a request that may not run twice"),
+        pytest.param({"hedge_after_ms": "95", "idempotent": True}, "such as 'p95'", id="percentile"),
+        pytest.param({"hedge_after_ms": 0, "idempotent": True}, "it must be milliseconds", id="hedge after 0 ms"),
+        pytest.param({"shared_memory": "yes"}, "False, True or 'auto'", id="shared memory"),
+        pytest.param({"timeout_s": float("inf")}, "positive number of seconds", id="time-out"),
+        pytest.param({"tls": "no"}, "tls is of type str; it must be True or False", id="tls as text"),
+        pytest.param({"ca_cert": 5}, "a file's path", id="certificate as a number"),
+        pytest.param({"ca_cert": "/absent.pem"}, "No such file", id="no certificate"),
+        pytest.param({"ca_cert": __file__}, "must be a PEM file", id="bad certificate"),
+        pytest.param({"api_key": "k"}, "only sent over TLS", id="key in the clear"),
+        pytest.param({"api_key": "k\r\nX: y", "tls": True}, "pass the bare key", id="key with a newline"),
+    ],
+)
+@pytest.mark.parametrize("of", [InferenceClient, AsyncInferenceClient])
+def test_wrong_options_are_refused_at_once(of: type, settings: dict, says: str) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        of(**settings)
 
 
-@both
-def test_tls_trusts_the_given_authority_and_no_other(
-    connect: Connect, protocol: str, server: EmbeddedServer, certificate: tuple[Path, ssl.SSLContext]
-) -> None:
-    ca_cert, context = certificate
-    port = server.http_port if protocol == "http" else server.grpc_port
-    relay = Relay((server.address, port), tls=context)
-    client = connect(protocol, relay.url, ca_cert=ca_cert, api_key="secret")
-    for _ in range(3):  # over a connection that is kept
-        np.testing.assert_array_equal(client.infer("add_one", {"x": X})["y"], X + 1)
-    with pytest.raises(Unreachable):
-        connect(protocol, relay.url, tls=True, timeout_s=3, retries=0).ready()
-    relay.close()
+@pytest.mark.parametrize("host", ["localhost", "a.b-c.", "triton_1", "127.0.0.1", "[::1]", "[::ffff:127.0.0.1]"])
+def test_names_and_addresses_are_hosts(host: str) -> None:
+    InferenceClient(f"{host}:8001").close()
 
 
-def test_the_api_key_travels_as_a_bearer_token(
-    connect: Connect, server: EmbeddedServer, certificate: tuple[Path, ssl.SSLContext]
-) -> None:
-    ca_cert, context = certificate
-    with answering(status("200 OK")) as (url, seen):
-        relay = Relay(("127.0.0.1", int(url.split(":")[1])), tls=context)
-        assert connect("http", relay.url, ca_cert=ca_cert, api_key="secret").ready()
-        relay.close()
-    assert b"\r\nAuthorization: Bearer secret\r\n" in seen[0]
-
-
-def test_the_api_key_travels_as_grpc_metadata(connect: Connect, certificate: tuple[Path, ssl.SSLContext]) -> None:
-    ca_cert, _ = certificate
-    headers: dict[str, str | bytes] = {}
-
-    def refuse(request: bytes, context: grpc.ServicerContext) -> bytes:
-        headers.update(context.invocation_metadata())
-        context.abort(grpc.StatusCode.UNAUTHENTICATED, "key expired")
-        return b""
-
-    with ThreadPoolExecutor(1) as pool:
-        gateway = grpc.server(pool)
-        call = {"ServerReady": grpc.unary_unary_rpc_method_handler(refuse)}
-        gateway.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("inference.GRPCInferenceService", call),)
-        )
-        key = grpc.ssl_server_credentials([((ca_cert.parent / "key").read_bytes(), ca_cert.read_bytes())])
-        port = gateway.add_secure_port("localhost:0", key)
-        gateway.start()
-        with pytest.raises(AccessDenied, match="key expired"):
-            connect("grpc", f"localhost:{port}", ca_cert=ca_cert, api_key="secret").ready()
-        gateway.stop(None).wait()
-    assert headers["authorization"] == "Bearer secret"
+def test_the_package_imports_no_torch_gevent_or_other_room() -> None:
+    code = "import sys, deepseek_client; print(*{'torch', 'gevent', 'deepseek', 'pydantic'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deepseek_client.__main__ import main
-from deepseek_client.tables import answer_table
+from deepseek_client.cli.main import main
+from deepseek_client.cli.tables import answer_table
 from rich.console import Console
 
-from serving.embedded import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 from tests.test_client_signature import MODEL
 
 both = pytest.mark.parametrize("protocol", ["http", "grpc"])
 
 
 @both
-def test_the_command_line_tells_readiness_by_its_exit_code(
+def test_the_exit_code_of_ready_is_the_readiness(
     server: EmbeddedServer, protocol: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     at = ["--protocol", protocol, "--url", server.http_url if protocol == "http" else server.grpc_url]
@@ -27,14 +27,14 @@ def test_the_command_line_tells_readiness_by_its_exit_code(
     assert capsys.readouterr().out == 'add_one is ready\n{"ready": false}\n'
 
 
-def test_the_command_line_shows_a_signature(server: EmbeddedServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_metadata_prints_the_signature(server: EmbeddedServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["metadata", "add_one", "--url", server.grpc_url]) == 0
     assert "add_one, version 1 (python, batches up to 8)" in capsys.readouterr().out
     assert main(["metadata", "add_one", "--url", server.grpc_url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 2, -1]}]
 
 
-def test_the_command_line_infers_from_a_file_and_writes_the_answer(
+def test_infer_reads_a_file_and_writes_the_answer(
     server: EmbeddedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "request.json").write_text('{"x": [[[0.1, 2], [3, 4]]]}')
@@ -60,7 +60,7 @@ def test_the_command_line_infers_from_a_file_and_writes_the_answer(
         pytest.param("infer slow --url GRPC --inputs x.json --timeout-s 0.05", 1, "did not answer", id="slow"),
     ],
 )
-def test_the_command_line_fails_in_one_line(
+def test_command_line_errors_are_one_line(
     server: EmbeddedServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -80,7 +80,7 @@ def test_the_command_line_fails_in_one_line(
     assert says in error
 
 
-def test_titles_and_scores_stay_in_step_where_a_title_is_missing() -> None:
+def test_titles_and_scores_stay_aligned_if_a_title_is_missing() -> None:
     outputs = {"items": np.array([[1, 0, 2, 0]]), "scores": np.array([[0.5, 0.25, 0.125, 0]], np.float32)}
     console = Console(width=100)
     with console.capture() as capture:
@@ -88,7 +88,7 @@ def test_titles_and_scores_stay_in_step_where_a_title_is_missing() -> None:
     assert [line.split("│")[1:3] for line in capture.get().splitlines() if "third" in line] == [[" third ", " 0.1250 "]]
 
 
-def test_padding_of_an_input_is_left_out_at_either_end() -> None:
+def test_padding_at_both_ends_of_an_input_is_not_shown() -> None:
     inputs = {"ids": np.array([[1, 2, 0, 1, 0, 0]]), "mask": np.array([[1, 1, 1, 1, 0, 0]])}
     console = Console(width=100)
     with console.capture() as capture:
@@ -113,7 +113,7 @@ def test_the_table_puts_the_latest_titles_beside_the_best_ones() -> None:
 
 
 @pytest.mark.parametrize("title", ["[rec] (2007)", "[/b]"])
-def test_a_title_in_brackets_is_shown_as_it_is(title: str) -> None:
+def test_a_title_in_brackets_is_shown_unchanged(title: str) -> None:
     console = Console(width=100)
     with console.capture() as capture:
         console.print(answer_table(MODEL, {}, {"items": np.array([[1]])}, {"items": ["", title]}, 3))

@@ -1,10 +1,12 @@
-"""docs/client.md and the client's README say what is so: their examples run, their tables hold."""
+"""The pages about the client: the examples run, and the tables match the code."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import pydoc
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from deepseek_client import AsyncInferenceClient, InferenceClient, ModelStatistics, Statistics, errors
 
-from serving.embedded import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 from tests.failing_servers import Relay, make_certificate
 
 PAGE, README = Path("docs/client.md"), Path("client/README.md")
@@ -64,8 +66,10 @@ def test_the_examples_run(recommender: EmbeddedServer, tmp_path: Path, capsys: p
         '"…"': '"key"',
     }
     names: dict[str, object] = {}
-    for page in (README, PAGE):
+    for page in (Path("README.md"), README, PAGE):
         for example in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+            if "import torch" in example:  # a model, not a call
+                continue
             for said, meant in real.items():
                 example = example.replace(said, meant)
             if "client.prepare" in example:  # inside the `with` of the example before it
@@ -82,8 +86,15 @@ def test_the_examples_run(recommender: EmbeddedServer, tmp_path: Path, capsys: p
     second.close()
 
 
+def test_the_readmes_curl_is_answered(recommender: EmbeddedServer) -> None:
+    (line,) = re.findall(r"^(curl -s localhost:8000/.*?\}')$", Path("README.md").read_text(), re.MULTILINE | re.DOTALL)
+    line = line.replace("localhost:8000", recommender.http_url)
+    run = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert [output["name"] for output in json.loads(run.stdout)["outputs"]] == ["items", "scores"]
+
+
 @pytest.mark.parametrize("kind", [InferenceClient, AsyncInferenceClient])
-def test_the_options_and_their_defaults_are_those_of_the_clients(kind: type) -> None:
+def test_the_page_lists_the_clients_options_and_defaults(kind: type) -> None:
     section = PAGE.read_text().partition("## Options")[2].partition("\n## ")[0]
     told = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", section, re.MULTILINE))
     parameters = inspect.signature(kind).parameters
@@ -94,7 +105,7 @@ def test_the_options_and_their_defaults_are_those_of_the_clients(kind: type) -> 
         assert f" {name}: " in pydoc.render_doc(kind)
 
 
-def test_what_the_page_says_is_retried_is_what_the_errors_say() -> None:
+def test_the_page_and_the_errors_agree_on_what_is_retried() -> None:
     section = PAGE.read_text().partition("## What is safe to retry")[2].partition("\n## ")[0]
     for names, request, retried in re.findall(r"^\| (`.*?`) \| (.*?) \| (.*?) \|$", section, re.MULTILINE):
         for name in re.findall(r"`(\w+)`", names):
@@ -103,14 +114,14 @@ def test_what_the_page_says_is_retried_is_what_the_errors_say() -> None:
             assert error.may_have_run == ("may have run" in request and not retried.startswith("no")), name
 
 
-def test_every_statistic_is_named() -> None:
+def test_the_page_names_every_statistic() -> None:
     section = PAGE.read_text().partition("## Statistics")[2].partition("\n## ")[0]
     for kind in (ModelStatistics, Statistics):
         for name in set(kind.__dataclass_fields__) - {"models"}:
             assert f"`{name}`" in section, name
 
 
-def test_the_readme_draws_the_tree_of_errors_as_the_package_does() -> None:
+def test_the_readme_has_the_packages_error_tree() -> None:
     assert errors.__doc__ is not None
     tree = re.search(r"    InferenceError .*?\n\n", errors.__doc__, re.DOTALL)
     assert tree is not None

@@ -1,4 +1,4 @@
-"""The client's shared memory, with a real Triton that allows it, refuses it, is killed, or is still at it."""
+"""The client's shared memory, with a real Triton that allows it, refuses it, is killed or is busy."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from deepseek_client import (
     ModelStatistics,
     PreparedRequest,
 )
-from deepseek_client.transports import Tensor
+from deepseek_client.transport import Tensor
 
-from serving.embedded import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import write_add_one
-from tests.failing_servers import answering, grpc_answering, refuse, status
+from tests.failing_servers import answering, grpc_answering, protocols, refuse, status, url_of
 
 X = np.arange(240_000, dtype=np.float32).reshape(1, 2, 120_000)  # 960 kB
 REQUEST = PreparedRequest(
@@ -41,12 +41,11 @@ REQUEST = PreparedRequest(
     parts=(),
     tensors=(Tensor(name="x", datatype="FP32", shape=X.shape, data=X.tobytes()),),
 )
-both = pytest.mark.parametrize("protocol", ["http", "grpc"])
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`add_one`, whose outputs may have any size; `fixed`, whose signature tells it; `slow`."""
+    """The models `add_one`, with outputs of any size, `fixed`, with outputs of a fixed size, and `slow`."""
     folder = tmp_path_factory.mktemp("memory") / "repository"
     for name, delay_s in (("add_one", 0.0), ("fixed", 0.0), ("slow", 0.3)):
         write_add_one(folder, name, delay_s=delay_s, instances=1)
@@ -66,16 +65,13 @@ def serve(repository: Path, *flags: str, **ports: int) -> EmbeddedServer:
     return EmbeddedServer(repository, log_path=repository.parent / "triton.log", flags=flags, **free)
 
 
-def url_of(server: EmbeddedServer, protocol: str) -> str:
-    return server.http_url if protocol == "http" else server.grpc_url
-
-
 def client_of(server: EmbeddedServer, protocol: str, shared_memory: Any, **settings: Any) -> InferenceClient:
     return InferenceClient(url_of(server, protocol), protocol, shared_memory=shared_memory, **settings)  # type: ignore[arg-type]
 
 
-def left_behind() -> list[str]:
-    return [path.name for path in Path("/dev/shm").glob("deepseek-client-*")]
+def left_behind(pid: int = os.getpid()) -> list[str]:
+    """The regions of a process, by default this one: other tests may run at the same time."""
+    return [path.name for path in Path("/dev/shm").glob(f"deepseek-client-{pid}-*")]
 
 
 def registered(server: EmbeddedServer) -> list[str]:
@@ -84,14 +80,21 @@ def registered(server: EmbeddedServer) -> list[str]:
         return [region["name"] for region in json.load(answer)]
 
 
+def wait_for_one(server: EmbeddedServer) -> None:
+    give_up_at = time.monotonic() + 60
+    while len(registered(server)) > 1 and time.monotonic() < give_up_at:
+        time.sleep(0.1)
+    assert len(registered(server)) == 1
+
+
 def shared(client: InferenceClient, model: str) -> int:
     told: ModelStatistics = client.statistics().models[model]
     return told.through_shared_memory
 
 
-@both
+@protocols
 @pytest.mark.parametrize("model", ["add_one", "fixed"])
-def test_tensors_pass_through_shared_memory(server: EmbeddedServer, protocol: str, model: str) -> None:
+def test_tensors_go_through_shared_memory(server: EmbeddedServer, protocol: str, model: str) -> None:
     with client_of(server, protocol, "auto") as client:
         for k in range(3):
             answer = client.infer(model, {"x": X + k})["y"]
@@ -103,8 +106,8 @@ def test_tensors_pass_through_shared_memory(server: EmbeddedServer, protocol: st
     assert registered(server) == []
 
 
-@both
-def test_tasks_at_the_same_time_have_regions_of_their_own(server: EmbeddedServer, protocol: str) -> None:
+@protocols
+def test_concurrent_tasks_use_separate_regions(server: EmbeddedServer, protocol: str) -> None:
     async def main() -> list[dict[str, np.ndarray]]:
         async with AsyncInferenceClient(url_of(server, protocol), protocol, shared_memory="auto") as client:  # type: ignore[arg-type]
             answers = await asyncio.gather(*(client.infer("fixed", {"x": X + k}) for k in range(6)))
@@ -116,7 +119,7 @@ def test_tasks_at_the_same_time_have_regions_of_their_own(server: EmbeddedServer
     assert registered(server) == left_behind() == []
 
 
-def test_small_tensors_travel_as_usual_unless_asked_for(server: EmbeddedServer) -> None:
+def test_small_tensors_use_the_socket_unless_shared_memory_is_required(server: EmbeddedServer) -> None:
     small = X[:, :, :3]
     with client_of(server, "grpc", "auto") as auto, client_of(server, "grpc", True) as always:
         for client in (auto, always):
@@ -124,34 +127,28 @@ def test_small_tensors_travel_as_usual_unless_asked_for(server: EmbeddedServer) 
         assert (shared(auto, "add_one"), shared(always, "add_one")) == (0, 1)
 
 
-@both
+@protocols
 def test_a_growing_request_gets_a_larger_region(server: EmbeddedServer, protocol: str) -> None:
     with client_of(server, protocol, True) as client:
         for size in (100, 60_000, 120_000, 100):
             np.testing.assert_array_equal(client.infer("add_one", {"x": X[:, :, :size]})["y"], X[:, :, :size] + 1)
-        time.sleep(0.3)  # what was given up is unregistered beside the calls
-        assert len(registered(server)) == 1
+        wait_for_one(server)  # abandoned regions are unregistered in the background
 
 
-@both
-def test_after_a_deadline_the_region_is_given_up_and_the_server_lets_go_of_it(
-    server: EmbeddedServer, protocol: str
-) -> None:
+@protocols
+def test_after_a_deadline_the_region_is_abandoned_and_unregistered(server: EmbeddedServer, protocol: str) -> None:
     with client_of(server, protocol, True, retries=0) as client:
         request = client.prepare("slow", {"x": X})
         for _ in range(2):
             with pytest.raises(DeadlineExceeded):
                 client.send(request, timeout_s=0.1)
         np.testing.assert_array_equal(client.send(request)["y"], X + 1)
-        deadline = time.monotonic() + 10
-        while len(registered(server)) > 1 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert len(registered(server)) == 1
+        wait_for_one(server)
     assert registered(server) == left_behind() == []
 
 
-@both
-def test_a_server_that_refuses_gets_the_tensors_as_usual(repository: Path, protocol: str) -> None:
+@protocols
+def test_tensors_use_the_socket_if_the_server_refuses_shared_memory(repository: Path, protocol: str) -> None:
     flag = f"--{protocol}-restricted-{'api' if protocol == 'http' else 'protocol'}=shared-memory:key=value"
     with serve(repository, flag) as refusing:
         with client_of(refusing, protocol, "auto") as client:
@@ -171,8 +168,8 @@ def test_a_server_that_refuses_gets_the_tensors_as_usual(repository: Path, proto
 DISABLED = "client shared memory is disabled; enable it with --allow-client-shm=true"
 
 
-@both
-def test_a_server_that_has_it_off_is_not_taken_for_a_lost_connection(protocol: str) -> None:
+@protocols
+def test_disabled_shared_memory_is_not_mistaken_for_a_lost_connection(protocol: str) -> None:
     refusing: Any = (
         answering(status("503 Service Unavailable", json.dumps({"error": DISABLED})))
         if protocol == "http"
@@ -180,23 +177,22 @@ def test_a_server_that_has_it_off_is_not_taken_for_a_lost_connection(protocol: s
     )
     with refusing as (url, seen):
         client = InferenceClient(url, protocol, shared_memory=True)  # type: ignore[arg-type]
-        with client, pytest.raises(InvalidInput, match=r"is disabled.*'auto' goes without"):
+        with client, pytest.raises(InvalidInput, match=r"is disabled.*'auto' uses the socket"):
             client.send(REQUEST)
     assert len(seen) == 1
 
 
-def test_a_killed_server_that_comes_back_gets_new_regions(repository: Path) -> None:
+def test_a_restarted_server_gets_new_regions(repository: Path) -> None:
     with serve(repository) as first:
         client = client_of(first, "http", "auto", retries=0)
         client.infer("fixed", {"x": X})
-        assert first._process is not None
-        os.kill(first._process.pid, signal.SIGKILL)
+        os.kill(first.pid, signal.SIGKILL)
         assert left_behind() == []
         ports = {"http_port": first.http_port, "grpc_port": first.grpc_port}
     with serve(repository, **ports), client:
         for _ in range(3):
             np.testing.assert_array_equal(client.infer("fixed", {"x": X})["y"], X + 1)
-        assert shared(client, "fixed") == 3  # one of four went without: by it the client learned of the restart
+        assert shared(client, "fixed") == 3  # one of four used the socket: it showed the client the restart
     assert left_behind() == []
 
 
@@ -209,11 +205,12 @@ client.infer("fixed", {{"x": np.zeros((1, 2, 120_000), np.float32)}})
 assert client.statistics().models["fixed"].through_shared_memory == 1
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    assert left_behind() == []
+    killed = subprocess.Popen([sys.executable, "-c", code])
+    assert killed.wait() == -signal.SIGKILL
+    assert left_behind(killed.pid) == []
 
 
-def test_a_full_dev_shm_is_no_obstacle(server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_dev_shm_falls_back_to_the_socket(server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""A cluster that is computed: pods and nodes, what waits and is refused, and what the autoscaler sees of it."""
+"""The simulated cluster: pods and nodes, waiting and refused requests, and the autoscaler's metrics."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from loadtests.autoscaler import Autoscaler
-from loadtests.cluster import START_SHARE, Cluster, Load, Setup, replay
-from loadtests.service_curve import ServiceCurve
-from loadtests.traffic import TICK_S
+from loadtests.scale.autoscaler import Autoscaler
+from loadtests.scale.cluster import START_SHARE, Cluster, ClusterSettings, PodLoad, replay
+from loadtests.scale.service_curve import ServiceCurve
+from loadtests.scale.traffic import TICK_S
 
 CURVE = ServiceCurve(
     p99=((100, 10.0), (1000, 50.0)),
@@ -20,38 +20,38 @@ CURVE = ServiceCurve(
     saturation_rps=1200,
     capacity_rps=1000,
 )
-SETUP = Setup(p99_limit_ms=60, pod_start_s=60, node_start_s=120, node_idle_s=600, pods_per_node=4)
+SETTINGS = ClusterSettings(p99_limit_ms=60, pod_start_s=60, node_start_s=120, node_idle_s=600, pods_per_node=4)
 
 
 def curve_at(rate_rps: float) -> ServiceCurve:
-    """Of a server whose capacity makes a day begin with pods at that rate."""
+    """A service curve; its capacity determines the pods at the start of a day."""
     return replace(CURVE, capacity_rps=rate_rps / START_SHARE)
 
 
-def test_a_pod_without_room_waits_for_a_node_and_then_for_itself() -> None:
-    cluster = Cluster(setup=SETUP)
+def test_a_pod_without_room_waits_for_a_node_and_then_for_its_own_start() -> None:
+    cluster = Cluster(settings=SETTINGS)
     cluster.start(3)
     cluster.scale(0, 5)  # the fourth fits on the first node, the fifth needs another
     assert len(cluster.nodes) == 2
     assert [cluster.ready(at) for at in (0, 59, 60, 179, 180)] == [3, 3, 4, 4, 5]
-    seen = cluster.seen(75, Load(curve=CURVE, setup=SETUP))
-    assert (seen.pending, seen.missing, len(seen.values["queue"])) == (1, 0, 4)
+    seen = cluster.metrics(75, PodLoad(curve=CURVE, settings=SETTINGS), "queue")
+    assert (seen.pending, seen.missing, len(seen.values)) == (1, 0, 4)
 
 
-def test_the_newest_pods_go_first_and_an_empty_node_is_paid_for_a_while() -> None:
-    cluster = Cluster(setup=SETUP)
+def test_the_newest_pods_are_removed_first_and_an_empty_node_is_paid_for_a_while() -> None:
+    cluster = Cluster(settings=SETTINGS)
     cluster.start(4)
     cluster.scale(0, 5)
     cluster.scale(300, 4)
     assert cluster.ready(300) == 4
-    cluster.release(300 + 599)
+    cluster.release_nodes(300 + 599)
     assert len(cluster.nodes) == 2
-    cluster.release(300 + 600)
+    cluster.release_nodes(300 + 600)
     assert len(cluster.nodes) == 1
 
 
-def test_what_exceeds_the_saturation_waits_as_long_as_it_may_and_then_is_refused() -> None:
-    load = Load(curve=CURVE, setup=SETUP)
+def test_requests_beyond_the_saturation_wait_until_the_time_out_and_are_refused() -> None:
+    load = PodLoad(curve=CURVE, settings=SETTINGS)
     p99_ms, late = load.tick(1000, 1)
     assert (p99_ms, late) == (50, 0)
     p99_ms, late = load.tick(1400, 1)  # 1000 more than 5 s of 1200/s; 240 of them may wait for 200 ms
@@ -61,7 +61,7 @@ def test_what_exceeds_the_saturation_waits_as_long_as_it_may_and_then_is_refused
 
 
 def test_the_autoscaler_sees_a_minute_that_ended_ten_seconds_ago() -> None:
-    load = Load(curve=CURVE, setup=SETUP)
+    load = PodLoad(curve=CURVE, settings=SETTINGS)
     for rate in [1000] * 14 + [0] * 2:
         load.tick(rate, 1)
     assert load.metrics()[-1] == pytest.approx({"queue": 0.5, "rate": 1000})
@@ -70,15 +70,15 @@ def test_the_autoscaler_sees_a_minute_that_ended_ten_seconds_ago() -> None:
     assert load.metrics()[-1] == {"queue": 0.0, "rate": 0.0}
 
 
-def test_a_new_pods_rate_is_over_the_whole_window_and_its_ratio_over_its_own_ticks() -> None:
-    cluster, load = Cluster(setup=SETUP), Load(curve=CURVE, setup=SETUP)
+def test_a_new_pods_rate_covers_the_whole_window_and_its_ratio_its_own_ticks() -> None:
+    cluster, load = Cluster(settings=SETTINGS), PodLoad(curve=CURVE, settings=SETTINGS)
     cluster.start(1)
     cluster.scale(0, 2)  # on the same node: ready at 60 s
     for rate, ready in [(1000, 1)] * 12 + [(200, 2)] * 5:  # until 85 s
         load.tick(rate, ready)
-    seen = cluster.seen(85, load)  # what was until 75 s: 3 ticks of the new one
-    assert seen.values["rate"] == pytest.approx([(9 * 1000 + 3 * 100) / 12, 3 * 100 / 12])
-    assert seen.values["queue"] == pytest.approx([(9 * 2000 + 3 * 20) / (9 * 4000 + 3 * 100), 0.2])
+    # The window ends at 75 s: 3 ticks of the new pod.
+    assert cluster.metrics(85, load, "rate").values == pytest.approx([(9 * 1000 + 3 * 100) / 12, 3 * 100 / 12])
+    assert cluster.metrics(85, load, "queue").values == pytest.approx([(9 * 2000 + 3 * 20) / (9 * 4000 + 3 * 100), 0.2])
 
 
 @pytest.mark.parametrize(
@@ -87,31 +87,25 @@ def test_a_new_pods_rate_is_over_the_whole_window_and_its_ratio_over_its_own_tic
     ids=["no node", "starts", "no tick", "one tick"],
 )
 def test_a_pod_is_missing_until_its_first_tick_is_known(now_s: float, missing: int, pending: int, known: int) -> None:
-    cluster = Cluster(setup=SETUP)
+    cluster = Cluster(settings=SETTINGS)
     cluster.start(4)
     cluster.scale(0, 5)  # ready at 180 s; its first tick ends at 185 s, known 10 s later
-    seen = cluster.seen(now_s, Load(curve=CURVE, setup=SETUP))
-    assert (seen.missing, seen.pending, len(seen.values["rate"])) == (missing, pending, known)
+    seen = cluster.metrics(now_s, PodLoad(curve=CURVE, settings=SETTINGS), "rate")
+    assert (seen.missing, seen.pending, len(seen.values)) == (missing, pending, known)
 
 
 def test_under_constant_traffic_a_new_pod_does_not_ask_for_another() -> None:
     rates = np.full(720, 3900.0)
-    setup = replace(SETUP, pods_per_node=5)
-    day = replay(rates, curve_at(3900 / 4), Autoscaler(targets={"rate": 875}, min_replicas=1, max_replicas=9), setup)
+    settings = replace(SETTINGS, pods_per_node=5)
+    day = replay(rates, curve_at(3900 / 4), "rate", Autoscaler(target=875, min_replicas=1, max_replicas=9), settings)
     assert day.pods[0] == day.ready[0] == 4
     assert set(day.pods[3:].tolist()) == {5}  # 975 of 875 asks for 4.46; with five 780 each: 4.46
     assert day.ready[-1] == 5
 
 
-def test_the_pods_of_the_beginning_are_known_at_the_first_look() -> None:
-    rates = np.full(4, 4200.0)
-    day = replay(rates, curve_at(4200 / 4), Autoscaler(targets={"rate": 700}, min_replicas=1, max_replicas=9), SETUP)
-    assert day.pods.tolist() == [4, 4, 4, 6]  # 1050 of 700
-
-
 def test_steady_traffic_that_fits_costs_its_nodes_and_nothing_is_late() -> None:
     rates = np.full(720, 1500.0)  # an hour
-    day = replay(rates, CURVE, Autoscaler(targets={"rate": 700}, min_replicas=2, max_replicas=9), SETUP)
+    day = replay(rates, CURVE, "rate", Autoscaler(target=700, min_replicas=2, max_replicas=9), SETTINGS)
     assert set(day.pods.tolist()) == {3}  # 1500 / 0.7 of 1000, rounded up; 500 a pod asks for 2.1
     assert day.late_share == 0
     assert day.node_hours == pytest.approx(1)
@@ -120,11 +114,9 @@ def test_steady_traffic_that_fits_costs_its_nodes_and_nothing_is_late() -> None:
 
 def test_a_jump_is_late_until_the_pods_for_it_are_ready() -> None:
     rates = np.concatenate([np.full(120, 1500.0), np.full(480, 6000.0)])  # at 600 s
-    day = replay(rates, CURVE, Autoscaler(targets={"rate": 800}, min_replicas=2, max_replicas=20), SETUP)
+    day = replay(rates, CURVE, "rate", Autoscaler(target=800, min_replicas=2, max_replicas=20), SETTINGS)
     late_s = np.flatnonzero(day.late) * TICK_S
     assert late_s[0] == 600
-    assert (
-        600 + 180 < late_s[-1] < 600 + 1200
-    )  # a node and a pod, and then some: a metric of what was answered saturates
+    assert 600 + 180 < late_s[-1] < 600 + 1200  # a node, a pod, and more time: a metric of answered requests saturates
     assert day.ready[-1] >= 6
     assert day.late.sum() <= rates.sum() * TICK_S

@@ -1,9 +1,7 @@
-"""TransformerConfig and TrainingConfig: what is valid, what only warns, what each error says."""
+"""TransformerConfig and TrainingConfig: valid values, warnings and errors."""
 
 import dataclasses
 import pickle
-import subprocess
-import sys
 import warnings
 from typing import Any
 
@@ -21,14 +19,14 @@ LARGE: dict[str, Any] = {
 }
 
 
-def test_the_guides_model_needs_no_more_than_four_sizes_and_gets_the_guides_dropouts() -> None:
+def test_the_guides_model_needs_only_four_sizes_and_gets_the_guides_dropouts() -> None:
     config = TransformerConfig(num_layers=12, hidden_size=1024, num_attention_heads=16, intermediate_size=4096)
     assert config.head_size == 64
     assert (config.embedding_dropout, config.attention_dropout, config.ffn_dropout) == (0.1, 0.1, 0.2)
     assert pickle.loads(pickle.dumps(config)) == config
 
 
-def test_a_config_cannot_be_changed_and_takes_no_positional_arguments() -> None:
+def test_a_config_is_frozen_and_takes_no_positional_arguments() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         TransformerConfig(**LARGE).num_layers = 3  # type: ignore[misc]
     with pytest.raises(TypeError):
@@ -39,19 +37,19 @@ def test_a_config_cannot_be_changed_and_takes_no_positional_arguments() -> None:
     ("change", "says"),
     [
         ({"num_attention_heads": 12}, "hidden_size 1024 is not divisible by num_attention_heads 12; .* 1, 2, 4, 8"),
-        ({"num_layers": -1}, "num_layers: seen -1; an integer of at least 1"),
-        ({"num_layers": "12"}, r"num_layers: seen '12' \(str\)"),
-        ({"num_layers": True}, r"num_layers: seen True \(bool\)"),
-        ({"hidden_size": 1024.0}, r"hidden_size: seen 1024.0 \(float\)"),
-        ({"ffn_dropout": 1.0}, "ffn_dropout: seen 1.0; a number from 0, below 1"),
+        ({"num_layers": -1}, "num_layers: seen -1; allowed: greater than or equal to 1"),
+        ({"num_layers": "12"}, "num_layers: seen '12'; allowed: a whole number"),
+        ({"num_layers": True}, "num_layers: seen True; allowed: a whole number"),
+        ({"hidden_size": 1024.0}, "hidden_size: seen 1024.0; allowed: a whole number"),
+        ({"ffn_dropout": 1.0}, "ffn_dropout: seen 1.0; allowed: less than 1"),
         ({"attention_dropout": float("nan")}, "attention_dropout: seen nan"),
-        ({"activation": "tanh"}, "activation: seen 'tanh'; allowed: gelu, relu, silu"),
-        ({"padding_id": 32_000}, "padding_id: seen 32000; an integer from 0 to 31999"),
-        ({"causal": 1}, "causal: seen 1; True or False"),
+        ({"activation": "tanh"}, "activation: seen 'tanh'; allowed: 'gelu', 'relu' or 'silu'"),
+        ({"padding_id": 32_000}, "padding_id: seen 32000; allowed: 0 to 31999"),
+        ({"causal": 1}, "causal: seen 1; allowed: True or False"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_wrong_value_is_one_line_that_names_it(change: dict[str, Any], says: str) -> None:
+def test_a_wrong_value_is_a_one_line_error_that_names_it(change: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says) as error:
         TransformerConfig(**(LARGE | change))
     assert "\n" not in str(error.value)
@@ -62,13 +60,13 @@ def test_a_wrong_value_is_one_line_that_names_it(change: dict[str, Any], says: s
     [({"num_layers": 2}, "12 to 24"), ({"hidden_size": 64}, "768 to 2048"), ({"num_attention_heads": 32}, "8 to 16")],
     ids=["layers", "width", "heads"],
 )
-def test_a_size_outside_of_the_advice_warns_where_it_is_written_and_no_more(change: dict[str, int], says: str) -> None:
+def test_a_size_outside_the_advice_only_warns_at_the_callers_line(change: dict[str, int], says: str) -> None:
     with pytest.warns(AdviceWarning, match=says) as seen:
         assert TransformerConfig(**(LARGE | change))
     assert seen[0].filename == __file__
 
 
-def test_a_size_inside_of_the_advice_is_silent() -> None:
+def test_a_size_within_the_advice_does_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         TransformerConfig(**LARGE)
@@ -78,22 +76,22 @@ def test_a_size_inside_of_the_advice_is_silent() -> None:
     ("change", "says"),
     [
         ({"max_epochs": 0}, "max_epochs: seen 0"),
-        ({"learning_rate": 0}, "learning_rate: seen 0; a number above 0"),
+        ({"learning_rate": 0}, "learning_rate: seen 0; allowed: greater than 0"),
         ({"learning_rate": float("inf")}, "learning_rate: seen inf"),
         ({"betas": (0.9, 1.0)}, "betas: seen 1.0"),
-        ({"betas": 0.9}, "betas: seen 0.9; two numbers"),
+        ({"betas": 0.9}, "betas: seen 0.9; allowed: a tuple"),
         ({"warmup_fraction": 1.5}, "warmup_fraction: seen 1.5"),
         ({"seed": -1}, "seed: seen -1"),
-        ({"ema_decay": 1}, "ema_decay: seen 1; a number above 0, below 1"),
-        ({"mixed_precision": "fp8"}, "mixed_precision: seen 'fp8'; allowed: auto, no, fp16, bf16"),
+        ({"ema_decay": 1}, "ema_decay: seen 1; allowed: less than 1"),
+        ({"batch_size": "most"}, "batch_size: seen 'most'; allowed: a whole number or 'auto'"),
+        ({"clip_norm": 0}, "clip_norm: seen 0"),
+        ({"explosion_factor": 1}, "explosion_factor: seen 1; allowed: greater than 1"),
+        ({"parallel": "tensor"}, "parallel: seen 'tensor'; allowed: 'data', 'sharded' or 'pipeline'"),
+        ({"epochs": 3}, "TrainingConfig: epochs: unknown"),
+        ({"mixed_precision": "fp8"}, "mixed_precision: seen 'fp8'; allowed: 'auto', 'no', 'fp16' or 'bf16'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_wrong_training_setting_is_one_line_that_names_it(change: dict[str, Any], says: str) -> None:
+def test_a_wrong_training_setting_is_an_error_that_names_it(change: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         TrainingConfig(**({"max_epochs": 3} | change))
-
-
-def test_configs_are_written_and_checked_without_torch() -> None:
-    code = "import deepseek, deepseek.config, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

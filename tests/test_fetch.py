@@ -1,4 +1,4 @@
-"""Models fetched from a server that is real: checked before they are unpacked, and unpacked nowhere else."""
+"""Models fetched from a real server: checked before they are unpacked, and unpacked only into the folder."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from deepseek.spec import GateFailed, InputError
-from serving.certificate import ensure_certificate
-from serving.fetch import fetch
-from serving.packed import pack
+from serving.repository.archive import pack
+from serving.repository.fetch import fetch
+from serving.stack.certificate import ensure_certificate
 from tests.conftest import run_module, write_add_one
 
 
 class Store(ThreadingHTTPServer):
-    """Answers by path with what `answers` makes; keeps the headers that it was sent."""
+    """Answers each path with what `answers` makes; keeps the request headers."""
 
     scheme = "http"
 
@@ -34,7 +34,7 @@ class Store(ThreadingHTTPServer):
         return f"{self.scheme}://127.0.0.1:{self.server_port}{path}"
 
     def speak_tls(self, certificate: Path, key: Path) -> None:
-        """From now on."""
+        """Sets the answers."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, key)
         # The handshake is the request's thread's: one that fails does not end the server.
@@ -42,11 +42,11 @@ class Store(ThreadingHTTPServer):
         self.scheme = "https"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A caller that hangs up is no news."""
+        """Ignores callers that hang up."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request."""
+    """Answers one request."""
 
     server: Store
 
@@ -62,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @pytest.fixture
@@ -105,12 +105,12 @@ def test_over_https_a_certificate_of_an_authority_that_is_trusted_is_asked_for(
     store.answers["/m.tar.gz"] = lambda request: request.give(archive[0])
     store.speak_tls(tmp_path / "tls.crt", tmp_path / "tls.key")
     arguments = ("--url", store.url("/m.tar.gz"), "--sha256", archive[1], "--into", str(into))
-    stranger = run_module("serving.fetch", *arguments)  # at once, not after a minute of tries
+    stranger = run_module("cli", "fetch", *arguments)  # at once, not after a minute of tries
     assert stranger.returncode == 1
     assert "CERTIFICATE_VERIFY_FAILED" in stranger.stderr
     assert stranger.stderr.count("\n") == 1
     assert store.seen == []
-    run = run_module("serving.fetch", *arguments, SSL_CERT_FILE=str(tmp_path / "ca.crt"))
+    run = run_module("cli", "fetch", *arguments, SSL_CERT_FILE=str(tmp_path / "ca.crt"))
     assert run.returncode == 0, run.stderr
     assert (into / "add_one" / "config.pbtxt").is_file()
 
@@ -188,7 +188,7 @@ def test_links_and_devices_are_refused(store: Store, into: Path, kind: bytes) ->
 
 
 def packed(member: tarfile.TarInfo) -> bytes:
-    """An archive of one member without content."""
+    """An archive with one empty member."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         tar.addfile(member)
@@ -209,6 +209,6 @@ def test_what_is_no_archive_is_one_line(store: Store, into: Path) -> None:
 def test_wrong_input_is_said(into: Path, url: str, sha256: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         fetch(url, sha256, into)
-    run = run_module("serving.fetch", "--url", url, "--sha256", sha256, "--into", str(into))
+    run = run_module("cli", "fetch", "--url", url, "--sha256", sha256, "--into", str(into))
     assert run.returncode == 2
     assert run.stderr.count("\n") == 1

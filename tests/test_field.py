@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,20 +13,25 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from deepseek_client import InferenceClient
+from deepseek_client import InferenceClient, InvalidInput
 
 from deepseek.quantization import QuantConfig
 from deepseek.spec import DeploymentSpec, InputError
-from export import artifact
-from export.artifact import batches, load_rows
-from export.quantize import quantize_model
-from export.runners import torch_runner
-from export.source import Source
-from export.to_onnx import export_model
-from export.to_triton import publish_version
-from serving.embedded import EmbeddedServer
+from export import graph_file
+from export.model_folder import ModelFolder
+from export.rows import batches, load_rows
+from export.runtimes.pytorch_predictor import torch_predictor
+from export.stages.publish import publish_version
+from export.stages.quantize import quantize_model
+from export.stages.to_onnx import export_model
+from loadtests.results.run import Run, latest_run
+from serving.doctor.examine import examine
+from serving.doctor.machine import Machine
+from serving.embedded.launcher import EmbeddedServer
+from tests.conftest import run_module
 from tests.test_to_onnx import MODEL, TOML, tiny
 
+CPU = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",))
 FP16 = QuantConfig.of_precision("fp16")
 
 
@@ -34,10 +40,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`build/` and `repository/` of `ranker` (fp32, its weights in a file of their own) and `branch` (fp16)."""
     folder = tmp_path_factory.mktemp("field")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BUILD", str(folder / "build"))
-        patch.setattr(artifact, "EXTERNAL_DATA_BYTES", 1 << 10)  # stands in for 1 GiB
+        patch.setenv("DEEPSEEK_BUILD", str(folder / "build"))
+        patch.setattr(graph_file, "EXTERNAL_DATA_BYTES", 1 << 10)  # stands in for 1 GiB
         for name in ("ranker", "branch"):
-            export_model(Source(name, "tests/models"))
+            export_model(ModelFolder(name, "tests/models"))
         quantize_model(DeploymentSpec.load("tests/models/branch"), FP16)
         publish_version(DeploymentSpec.load("tests/models/ranker"), "fp32", "onnxruntime", folder / "repository")
         publish_version(DeploymentSpec.load("tests/models/branch"), "fp16", "onnxruntime", folder / "repository")
@@ -57,26 +63,71 @@ def server(folder: Path) -> Iterator[EmbeddedServer]:
 def test_what_is_served_is_what_pytorch_gives(
     server: EmbeddedServer, folder: Path, name: str, tolerance: float, protocol: Literal["grpc", "http"]
 ) -> None:
-    source = Source(name, "tests/models")
-    reference = torch_runner(source.spec, source)
+    source = ModelFolder(name, "tests/models")
+    reference = torch_predictor(source.spec, source)
     url = server.grpc_url if protocol == "grpc" else server.http_url
     with InferenceClient(url, protocol=protocol) as client:
         for row in load_rows(folder / "build" / name / "evaluation.npz"):
             served = client.infer(name, row)
             for output, expected in reference(row).items():
-                np.testing.assert_allclose(served[output], expected, atol=tolerance * np.abs(expected).max())
+                np.testing.assert_allclose(
+                    served[output].reshape(expected.shape), expected, atol=tolerance * np.abs(expected).max()
+                )
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_callers_send_one_number_per_row_with_or_without_its_dimension(
+    server: EmbeddedServer, folder: Path, protocol: Literal["grpc", "http"]
+) -> None:
+    row = load_rows(folder / "build" / "ranker" / "evaluation.npz")[0]
+    assert row["user_id"].shape == (1,)
+    batch = {name: np.concatenate([array] * 3) for name, array in row.items()}
+    columns = {**batch, "user_id": batch["user_id"][:, None], "weekday": batch["weekday"][:, None]}
+    with InferenceClient(getattr(server, f"{protocol}_url"), protocol=protocol) as client:
+        answers = [client.infer("ranker", inputs) for inputs in (batch, columns)]
+        with pytest.raises(InvalidInput, match="batch sizes disagree"):
+            client.infer("ranker", {**batch, "user_id": np.zeros(2, np.int64)})
+    assert [answer["best"].shape for answer in answers] == [(3, 1)] * 2
+    np.testing.assert_array_equal(answers[0]["scores"], answers[1]["scores"])
+
+
+def test_parity_doctor_and_load_test_pass_on_a_model_with_one_number_per_row(
+    server: EmbeddedServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(folder / "build"))
+
+    def run(command: str, *more: str) -> None:
+        model = ("--models", "tests/models", "--model", "ranker")
+        ran = run_module("cli", command, *model, *more)
+        assert ran.returncode == 0, ran.stderr
+
+    run("parity", "--url", server.grpc_url, "--http-url", server.http_url)
+    found = examine(server.repository, CPU)[1]
+    assert [finding for finding in found if finding.level == "mismatch"] == []
+    run("loadtest", "--url", server.grpc_url, "--rate", "20", "--duration-s", "1", "--warmup-s", "0")
+    assert Run.load(latest_run("ranker")).window.ok == 20
+
+
+def test_the_doctor_says_how_one_number_per_row_is_configured(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "repository" / "ranker", tmp_path / "ranker")
+    config = tmp_path / "ranker" / "config.pbtxt"
+    config.write_text(re.sub(r"  reshape \{\s+\}\n", "", config.read_text(), count=1))
+    found = [str(finding) for finding in examine(tmp_path, CPU)[1] if finding.level == "mismatch"]
+    assert len(found) == 1
+    assert "input 'user_id' has dims [1]: " in found[0]
+    assert "set dims: [1] and reshape: { shape: [ ] }" in found[0]
 
 
 def test_large_weights_are_quantized_and_replaced_by_small_ones(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("BUILD", str(tmp_path))
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
     shutil.copytree(folder / "build" / "ranker", tmp_path / "ranker")
-    source = Source("ranker", "tests/models")
+    source = ModelFolder("ranker", "tests/models")
     int8 = QuantConfig.of_precision("int8", calibration_data=tmp_path / "ranker" / "calibration.npz")
     weights = tmp_path / "ranker" / "int8" / "model.onnx.data"
     with monkeypatch.context() as patch:
-        patch.setattr(artifact, "EXTERNAL_DATA_BYTES", 1 << 10)
+        patch.setattr(graph_file, "EXTERNAL_DATA_BYTES", 1 << 10)
         quantize_model(source.spec, int8, source)
         assert weights.is_file()
     quantize_model(source.spec, int8, source)
@@ -95,8 +146,8 @@ def test_both_sides_of_a_branch_survive_fp16(folder: Path) -> None:
     path = folder / "build" / "branch" / "fp16" / "model.onnx"
     assert [node.op_type for node in onnx.load(path).graph.node].count("If") == 1
     session = onnxruntime.InferenceSession(path)
-    source = Source("branch", "tests/models")
-    reference = torch_runner(source.spec, source)
+    source = ModelFolder("branch", "tests/models")
+    reference = torch_predictor(source.spec, source)
     for shift in (-1.0, 1.0):
         inputs = {"x": np.random.default_rng(0).standard_normal((1, 32)).astype(np.float32) + np.float32(shift)}
         np.testing.assert_allclose(session.run(["linear"], inputs)[0], reference(inputs)["linear"], atol=5e-3)
@@ -105,7 +156,7 @@ def test_both_sides_of_a_branch_survive_fp16(folder: Path) -> None:
 @pytest.mark.skipif(not os.environ.get("LARGE"), reason="takes 8 GB of memory and a minute: LARGE=1 runs it")
 @pytest.mark.slow
 def test_a_model_over_two_gigabytes_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     code = "\ndef load():\n    model = Tiny()\n    model.line.weight = torch.nn.Parameter(torch.zeros(8, 8))\n"
     code += "    model.table = torch.nn.Parameter(torch.zeros(70_000_000, 8))\n    return model\n"
     body = "return self.line(x) + self.table[(x[:, 0] > 0).long()]"
@@ -139,11 +190,11 @@ def samples(split):
 def test_pytorchs_own_encoder_with_padding_is_what_its_graph_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     source = tiny(tmp_path, toml=TOML.replace('["batch", 8]', '["batch", 5, 8]'), code=PADDED)
     session = onnxruntime.InferenceSession(export_model(source)["path"])
     _, inputs = next(batches(list(source.rows("evaluation", 6)), 4))
-    reference = torch_runner(source.spec, source)(inputs)["y"]
+    reference = torch_predictor(source.spec, source)(inputs)["y"]
     assert np.abs(reference[inputs["x"][..., 0] == 0]).min() > 0, "the fast path writes zeros where there is padding"
     np.testing.assert_allclose(session.run(["y"], inputs)[0], reference, atol=1e-5)
 
@@ -168,11 +219,11 @@ def samples(split):
 def test_sixteen_bit_weights_start_from_fp32_and_keep_the_signature(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cast: str, dtype: str
 ) -> None:
-    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "deploy.toml").write_text(TOML.replace("float32", dtype))
     (tmp_path / "tiny" / "model.py").write_text(HALF.format(cast=cast, dtype=dtype))
-    export_model(Source("tiny", tmp_path))
+    export_model(ModelFolder("tiny", tmp_path))
     graph = onnx.load(tmp_path / "build" / "tiny" / "fp32" / "model.onnx").graph
     assert {tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 2} == {onnx.TensorProto.FLOAT}
     kind = onnx.TensorProto.FLOAT16 if dtype == "float16" else onnx.TensorProto.FLOAT
@@ -186,4 +237,4 @@ def test_a_cast_to_16_bits_in_forward_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "tiny" / "deploy.toml").write_text(TOML)
     (tmp_path / "tiny" / "model.py").write_text(code)
     with pytest.raises(InputError, match=r"model.py:11: forward\(x: float32 \[4, 8\]\).*16-bit weights were widened"):
-        export_model(Source("tiny", tmp_path))
+        export_model(ModelFolder("tiny", tmp_path))

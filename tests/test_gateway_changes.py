@@ -1,52 +1,33 @@
-"""What changes under a running gateway: the SLO, its certificate, the names of its servers. Nothing is lost by it."""
+"""Changes under a running gateway lose no request: the SLO, its certificate, the addresses of its servers."""
 
 from __future__ import annotations
 
 import contextlib
-import http.client
-import http.server
 import os
 import re
 import shutil
-import ssl
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cryptography import x509
 from tritonclient.utils import InferenceServerException
 
-from serving.certificate import ensure_certificate
-from serving.embedded import EmbeddedServer
-from serving.stack import limits, served_models
-from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body, skip_without_nginx
+from serving.embedded.launcher import EmbeddedServer
+from serving.repository.served_models import served_models
+from serving.stack.certificate import ensure_certificate
+from serving.stack.gateway_limits import limits
+from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body, skip_without_nginx, wait_for
 
 DURATION = "gateway_request_duration_seconds"
 
 
-def metrics(gateway: Gateway) -> dict[str, float]:
-    """Its own, by series."""
-    lines = urllib.request.urlopen(f"http://127.0.0.1:{gateway.internal_port}/metrics").read().decode().splitlines()
-    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
-
-
-def wait_for(ask: Callable[[], Any], holds: Callable[[Any], bool] = bool) -> Any:
-    """What `ask` gives, once it is so."""
-    deadline = time.monotonic() + 20
-    while not holds(found := ask()):
-        assert time.monotonic() < deadline, found
-        time.sleep(0.02)
-    return found
-
-
 @pytest.fixture
 def running(closed: EmbeddedServer, tmp_path: Path) -> Iterator[Gateway]:
-    """A gateway of the test's own before the real Triton."""
+    """A gateway for one test in front of the real Triton."""
     skip_without_nginx()
     gateway = before_by_name(closed, tmp_path)
     yield gateway
@@ -54,7 +35,7 @@ def running(closed: EmbeddedServer, tmp_path: Path) -> Iterator[Gateway]:
 
 
 def before_by_name(server: EmbeddedServer, folder: Path) -> Gateway:
-    """A gateway that looks the server up."""
+    """A gateway that finds the server by name."""
     urls = (url.replace("127.0.0.1", "localhost") for url in (server.http_url, server.grpc_url))
     return Gateway(folder, limits(served_models(server.repository, folder)), *urls)
 
@@ -63,10 +44,10 @@ def before_by_name(server: EmbeddedServer, folder: Path) -> Gateway:
 
 
 def up_to(gateway: Gateway) -> dict[str, float]:
-    """How many inferences over HTTP took no longer than each bound; `count` is that of all."""
+    """Number of HTTP inferences up to each histogram bound; `count` is the total."""
     labels = '{protocol="http",api="infer",model="add_one"'
     series = re.compile(rf'{DURATION}_bucket{labels},le="(.*)"\}}')
-    found = metrics(gateway)
+    found = gateway.metrics()
     by_bound = {match[1]: value for name, value in found.items() if (match := series.fullmatch(name))}
     return by_bound | {"count": found.get(f"{DURATION}_count{labels}}}", 0)}
 
@@ -88,8 +69,8 @@ def test_a_changed_slo_takes_nothing_from_what_was_counted(
 
 
 def timed_without_a_model(gateway: Gateway) -> float:
-    """How many inferences that no model answered are in its histogram."""
-    return sum(value for name, value in metrics(gateway).items() if re.match(rf'{DURATION}_count{{.*,model=""', name))
+    """Number of inferences in the histogram that no model answered."""
+    return sum(value for name, value in gateway.metrics().items() if re.match(rf'{DURATION}_count{{.*,model=""', name))
 
 
 def test_of_those_without_an_answer_only_who_waited_in_vain_is_timed(gateway: Gateway) -> None:
@@ -111,39 +92,9 @@ def test_who_found_no_server_is_counted_by_the_status_alone(
     assert alone.http("POST", INFER, body=json_body())[0] == 503
     assert alone.grpc_status(f"{SERVICE}/ModelInfer") == "UNAVAILABLE"
     wait_for(
-        lambda: sum(name.startswith("gateway_requests_total") for name in metrics(alone)), lambda found: found == 2
+        lambda: sum(name.startswith("gateway_requests_total") for name in alone.metrics()), lambda found: found == 2
     )
     assert timed_without_a_model(alone) == 0
-
-
-class _Anything(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *arguments: object) -> None:
-        """Nothing."""
-
-
-def test_all_series_are_shown_however_many_models_there_are(running: Gateway, tmp_path: Path) -> None:
-    """Of a server of 1100 models, all of which it calls ready."""
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Anything))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        stack.callback(server.shutdown)
-        address = f"127.0.0.1:{server.server_address[1]}"
-        many = Gateway(tmp_path / "many", (running.folder / "limits.conf").read_text(), address, address)
-        stack.callback(many.stop)
-        context = ssl.create_default_context(cafile=str(many.folder / "ca.crt"))
-        connection = http.client.HTTPSConnection("localhost", many.port, context=context)
-        for model in range(1100):
-            connection.request("GET", f"/v2/models/m{model}/ready", headers=authorized(many.key))
-            connection.getresponse().read()
-        connection.close()
-        wait_for(lambda: sum('api="ready"' in name for name in metrics(many)), lambda found: found == 1100)
 
 
 # ---- its certificate and its servers -----------------------------------------------------------------
@@ -151,7 +102,7 @@ def test_all_series_are_shown_however_many_models_there_are(running: Gateway, tm
 
 @contextlib.contextmanager
 def load(gateway: Gateway) -> Iterator[list[int]]:
-    """Calls over new connections meanwhile; their statuses, 0 where one broke."""
+    """Calls over new connections during the change; their statuses, 0 for a broken connection."""
     done = threading.Event()
     seen: list[int] = []
 
@@ -174,7 +125,7 @@ def load(gateway: Gateway) -> Iterator[list[int]]:
 
 
 def served_certificate(gateway: Gateway) -> bytes | None:
-    """The one that a new connection is shown."""
+    """The certificate that a new connection gets."""
     with gateway.connect() as connection:
         return connection.getpeercert(binary_form=True)
 
@@ -183,13 +134,13 @@ EXPIRY, PENDING = "gateway_certificate_expiry_timestamp_seconds", "gateway_reloa
 
 
 def told(gateway: Gateway) -> tuple[float, float]:
-    """When the certificate ends, and whether something waits to be loaded, by its metrics."""
-    found = metrics(gateway)
+    """The gateway's metrics: when its certificate expires, and whether a change waits to be loaded."""
+    found = gateway.metrics()
     return found[EXPIRY], found[PENDING]
 
 
 def end_of(gateway: Gateway) -> float:
-    """When the certificate ends that a new connection is shown."""
+    """Expiry of the certificate that a new connection gets."""
     shown = served_certificate(gateway)
     assert shown is not None
     return x509.load_der_x509_certificate(shown).not_valid_after_utc.timestamp()
@@ -200,7 +151,7 @@ def test_a_certificate_that_is_taken_away_serves_on_until_a_new_pair_is_there(
 ) -> None:
     shutil.copytree(running.folder, tmp_path / "new" / "gateway")
     shutil.copytree(tmp_path / "gateway-authority", tmp_path / "new" / "gateway-authority")
-    monkeypatch.setattr("serving.certificate.VALID_DAYS", 100)
+    monkeypatch.setattr("serving.stack.certificate.VALID_DAYS", 100)
     assert ensure_certificate(tmp_path / "new" / "gateway", ["api.example.com"])
     before, end = served_certificate(running), end_of(running)
     assert told(running) == (end, 0)
@@ -221,10 +172,10 @@ def test_a_change_that_cannot_be_loaded_waits_and_is_told_until_it_is_taken_back
     for name in ("tls.key", "limits.conf"):
         good = (running.folder / name).read_bytes()
         (running.folder / name).write_text("nothing")
-        wait_for(lambda: metrics(running)[PENDING], lambda found: found == 1)
+        wait_for(lambda: running.metrics()[PENDING], lambda found: found == 1)
         assert running.http("POST", INFER, body=json_body())[0] == 200
         (running.folder / name).write_bytes(good)
-        wait_for(lambda: metrics(running)[PENDING], lambda found: found == 0)
+        wait_for(lambda: running.metrics()[PENDING], lambda found: found == 0)
 
 
 GETENT = """#!/bin/bash

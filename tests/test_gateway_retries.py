@@ -1,12 +1,11 @@
-"""What the gateway says where a server is down or breaks, and what the client makes of it: again only what did not run."""
+"""What the gateway answers if a server is down or breaks, and that the client retries only requests that did not run."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +15,11 @@ import numpy as np
 import pytest
 from deepseek_client import ConnectionLost, InferenceClient, ModelNotReady, PreparedRequest, ServerBusy
 
-from serving.embedded import EmbeddedServer
-from serving.stack import limits, served_models
+from serving.embedded.launcher import EmbeddedServer
+from serving.repository.served_models import served_models
+from serving.stack.gateway_limits import limits
 from tests.failing_servers import Relay, X, answering, grpc_answering, prepared, refuse, status
-from tests.gateway import INFER, SERVICE, Gateway, json_body, skip_without_nginx
-from tests.test_gateway_changes import metrics
+from tests.gateway import INFER, SERVICE, Gateway, json_body, skip_without_nginx, wait_for
 
 Protocol = Literal["http", "grpc"]
 both = pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -28,38 +27,29 @@ both = pytest.mark.parametrize("protocol", ["http", "grpc"])
 
 @dataclass(frozen=True, kw_only=True)
 class Breakable:
-    """A gateway before relays to a real Triton: over HTTP and over gRPC."""
+    """A gateway in front of relays to a real Triton, over HTTP and gRPC."""
 
     gateway: Gateway
     relays: dict[str, Relay]
     server: EmbeddedServer
 
     def client(self, protocol: Protocol, **settings: Any) -> InferenceClient:
-        """As an application has it."""
-        access: dict[str, Any] = {"ca_cert": str(self.gateway.folder / "ca.crt"), "api_key": self.gateway.key}
-        return InferenceClient(f"localhost:{self.gateway.port}", protocol, **access, **settings)
+        """A client with the patience that a busy machine needs."""
+        return self.gateway.client(protocol, timeout_s=120, **settings)
 
     def request(self, protocol: Protocol, model: str) -> PreparedRequest:
-        """One that needs no metadata of the gateway."""
+        """A request that needs no metadata from the gateway."""
         return prepared(self.server, protocol, model)
 
     def statuses(self, count: int) -> list[tuple[int, str]]:
-        """Of the inferences so far, which are at least so many; a line is written after its answer."""
+        """Statuses of the inferences so far; waits for `count` lines, since each is logged after its answer."""
         wait_for(lambda: len(self.gateway.lines(api="infer")) >= count)
         return [(line["status"], line["grpc_status"]) for line in self.gateway.lines(api="infer")]
 
 
-def wait_for(holds: Callable[[], bool]) -> None:
-    """Until it is so."""
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def breakable(closed: EmbeddedServer, tmp_path: Path) -> Iterator[Breakable]:
-    """One that breaks neither of them."""
+    """A gateway whose relays both work at first."""
     skip_without_nginx()
     ports = {"http": closed.http_port, "grpc": closed.grpc_port}
     relays = {protocol: Relay((closed.address, port)) for protocol, port in ports.items()}
@@ -128,7 +118,7 @@ def test_where_no_connection_is_made_nothing_was_sent(
 
 
 def test_requests_for_a_model_that_is_being_loaded_anew_count_as_unserved(breakable: Breakable, tmp_path: Path) -> None:
-    """In Triton's own words, which say NOT_FOUND of it as of a model that it does not know."""
+    """Triton itself answers NOT_FOUND, as for an unknown model."""
     said = "Request for unknown model: 'add_one' has no available versions"
     text = (breakable.gateway.folder / "limits.conf").read_text()
     protocols: tuple[Protocol, ...] = ("http", "grpc")
@@ -149,4 +139,4 @@ def test_requests_for_a_model_that_is_being_loaded_anew_count_as_unserved(breaka
             f'gateway_requests_total{{protocol="{protocol}",api="infer",model="",status="{status}"}}'
             for protocol, status in (("http", 503), ("grpc", 14))
         ]
-        wait_for(lambda: [metrics(gateway).get(series) for series in unserved] == [3, 3])
+        wait_for(lambda: [gateway.metrics().get(series) for series in unserved] == [3, 3])

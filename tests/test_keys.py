@@ -1,23 +1,24 @@
-"""API keys and the certificate: printed once, kept as a hash, ended at once; wrong input is one line."""
+"""API keys and the certificate: keys are printed once, stored as a hash, revoked at once; bad input is one line."""
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
+import re
 import ssl
 import stat
-import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 
+from cli.main import values_of
 from deepseek.spec import InputError
-from serving import certificate
-from serving.certificate import ensure_certificate, owner
-from serving.keys import digest, ensure_folder, keys_in, new_key, revoke
+from serving.stack import api_keys, certificate
+from serving.stack.api_keys import digest, keys_in, new_key, revoke
+from serving.stack.certificate import ensure_certificate, owner
+from serving.stack.gateway_folder import ensure_folder
 from tests.conftest import run_module
 
 
@@ -29,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_key_is_printed_alone_and_kept_nowhere(tmp_path: Path) -> None:
-    run = run_module("serving.keys", "--name", "shop", BUILD=str(tmp_path))
+    run = run_module("cli", "keys", "--name", "shop", DEEPSEEK_BUILD=str(tmp_path))
     key = run.stdout.strip()
     assert key.startswith("dsk_")
     assert len(key) == 47
@@ -62,7 +63,7 @@ def test_an_expired_key_is_listed_as_such(folder: Path, tmp_path: Path) -> None:
     new_key(folder, "old", expires_s=1e-9)
     new_key(folder, "new", expires_s=60, rate_rps=5)
     assert [(key.name, key.state) for key in keys_in(folder)] == [("new", "valid"), ("old", "expired")]
-    run = run_module("serving.keys", BUILD=str(tmp_path))
+    run = run_module("cli", "keys", DEEPSEEK_BUILD=str(tmp_path))
     assert "expired" in run.stdout
     assert run.stdout.count("valid") == 1
 
@@ -70,23 +71,21 @@ def test_an_expired_key_is_listed_as_such(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--name", "a b"), "key name 'a b': letters, digits"),
+        (("--name", "a b"), "key name 'a b': use 1 to 64 letters, digits"),
         (("--name", "../up"), "key name '../up'"),
-        (("--name", "shop", "--expires-days", "0"), "expiry 0 days: it must be more than 0"),
-        (("--name", "shop", "--expires-days", "1e9"), "expiry 1e+09 days: it must be more than 0, and at most 36500"),
-        (("--name", "shop", "--rate-rps", "-1"), "rate -1: it must be a whole number of requests a second, 1 or more"),
-        (("--name", "shop", "--rate-rps", "0.5"), "rate 0.5: it must be a whole number"),
-        (("--name", "shop", "--rate-rps", "inf"), "rate inf: it must be a whole number"),
+        (("--name", "shop", "--expires-days", "0"), "expiry 0 days: must be more than 0"),
+        (("--name", "shop", "--expires-days", "1e9"), "expiry 1e+09 days: must be more than 0 and at most 36500"),
+        (("--name", "shop", "--rate-rps", "-1"), "rate -1: must be a whole number of requests/s, 1 or more"),
+        (("--name", "shop", "--rate-rps", "0.5"), "rate 0.5: must be a whole number"),
+        (("--name", "shop", "--rate-rps", "inf"), "rate inf: must be a whole number"),
         (("--revoke", "nobody"), "no key 'nobody' in"),
-        (("--name", "a", "--revoke", "b"), "one at a time"),
-        (("--name", "shop", "--host", "bü.example"), "cannot stand in a certificate"),
+        (("--name", "a", "--revoke", "b"), "use one of them"),
+        (("--name", "shop", "--host", "bü.example"), "is not a host name or address"),
     ],
 )
 def test_wrong_input_is_one_line(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
-    run = run_module("serving.keys", *arguments, BUILD=str(tmp_path))
-    assert run.returncode == 2
-    assert said in run.stderr.splitlines()[-1]
-    assert "Traceback" not in run.stderr
+    with pytest.raises(InputError, match=re.escape(said)):
+        api_keys.main(values_of("keys", "--folder", str(tmp_path / "gateway"), *arguments))
 
 
 def test_the_certificate_is_signed_by_the_authority_for_the_hosts_asked_for(folder: Path) -> None:
@@ -112,15 +111,6 @@ def test_a_certificate_about_to_end_is_renewed_by_the_same_authority(
     assert (tmp_path / "ca.crt").read_bytes() == authority
 
 
-def test_a_certificate_of_somebody_else_stays(folder: Path, tmp_path: Path) -> None:
-    ensure_certificate(tmp_path / "other", [])
-    own = (tmp_path / "other" / "tls.crt").read_bytes()
-    for name in ("tls.crt", "tls.key"):
-        (tmp_path / "other" / name).rename(folder / name)
-    assert not ensure_certificate(folder, ["api.example.com"])
-    assert (folder / "tls.crt").read_bytes() == own
-
-
 def break_key(folder: Path, how: str) -> None:
     """Leaves no key, no PEM, or the key of another certificate."""
     (folder / "tls.key").unlink()
@@ -131,33 +121,31 @@ def break_key(folder: Path, how: str) -> None:
         (folder.parent / "other" / "tls.key").rename(folder / "tls.key")
 
 
-@pytest.mark.parametrize("how", ["none", "no PEM", "another"])
-def test_a_certificate_without_its_key_is_made_anew(folder: Path, how: str) -> None:
-    break_key(folder, how)
-    assert ensure_certificate(folder, [])
-    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(folder / "tls.crt", folder / "tls.key")  # they are a pair
-
-
 @pytest.mark.parametrize(
     ("how", "said"),
     [("none", "cannot be read"), ("no PEM", "is not an unencrypted PEM key"), ("another", "is not the key of tls.crt")],
 )
-def test_somebodys_own_certificate_without_its_key_is_one_line(folder: Path, how: str, said: str) -> None:
+def test_a_certificate_without_its_key_is_made_anew_unless_it_is_somebodys_own(
+    folder: Path, how: str, said: str
+) -> None:
+    break_key(folder, how)
+    assert ensure_certificate(folder, [])
+    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(folder / "tls.crt", folder / "tls.key")  # they are a pair
     (folder / "ca.crt").unlink()
     assert not ensure_certificate(folder, [])
     break_key(folder, how)
-    with pytest.raises(InputError, match=f"tls.key {said}.*; put it there, or remove tls.crt for a new certificate"):
+    with pytest.raises(InputError, match=f"tls.key {said}.*; replace it, or remove tls.crt"):
         ensure_certificate(folder, [])
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("gateway/tls.crt", "is not a PEM certificate; put one there, or remove it for a new"),
-        ("gateway/ca.crt", "is not a PEM certificate; put one there, or remove it for a new"),
+        ("gateway/tls.crt", "is not a PEM certificate; replace it, or remove it to get a new one"),
+        ("gateway/ca.crt", "is not a PEM certificate; replace it, or remove it to get a new one"),
         (
             "gateway-authority/ca.key",
-            "is not an unencrypted PEM key; put it back, or remove .*ca.crt and tls.crt for a new",
+            "is not an unencrypted PEM key; put it back, or remove .*ca.crt and tls.crt: make keys",
         ),
     ],
 )
@@ -191,16 +179,13 @@ def test_what_root_makes_in_an_ordinary_users_folder_is_that_users(folder: Path)
     found = [path.lstat() for path in (folder, *folder.rglob("*"))]
     assert {(each.st_uid, each.st_gid) for each in found} == {(1234, 1235)}
     assert (folder.parent / "linked").stat().st_uid == 0
-    os.chown(folder / "keys", 10001, 10001)  # as root's make keys once did
-    ensure_folder(folder, [])
-    assert (folder / "keys").stat().st_uid == 1234
 
 
 def test_an_authority_whose_key_is_missing_is_never_replaced(folder: Path) -> None:
     before = (folder / "ca.crt").read_bytes()
     (folder.parent / "gateway-authority" / "ca.key").unlink()
     assert not ensure_certificate(folder, [])  # the certificate is still good
-    said = "ca.key cannot be read .*; put it back, or remove .*ca.crt and tls.crt for a new authority and hand it on"
+    said = "ca.key cannot be read .*; put it back, or remove .*ca.crt and tls.crt: make keys then makes a new authority"
     with pytest.raises(InputError, match=said):
         ensure_certificate(folder, ["api.example.com"])
     assert (folder / "ca.crt").read_bytes() == before
@@ -214,22 +199,9 @@ def leaf(folder: Path) -> x509.Certificate:
     return x509.load_pem_x509_certificate((folder / "tls.crt").read_bytes())
 
 
-def test_make_keys_passes_its_variables_on_as_they_are() -> None:
-    variables = ["NAME=o'brien & co; id", "EXPIRES_DAYS=90", "KEY_RPS=50", "GATEWAY_HOSTS=a.example b.example"]
-    kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
-    told = subprocess.run(["make", "--dry-run", "keys", *variables], capture_output=True, text=True, env=kept).stdout
-    given = ["--name=o'brien & co; id", "--expires-days=90", "--rate-rps=50"]
-    hosts = ["--host", "a.example", "--host", "b.example"]
-    assert [word for word in shlex.split(told) if word.strip()][1:] == ["-m", "serving.keys", *given, *hosts]
-
-
-def test_a_certificate_that_came_with_its_authority_stays(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("serving.certificate.OURS", "acme ")
-        ensure_certificate(tmp_path / "other", [])
-    names = ("ca.crt", "tls.crt", "tls.key")
+def test_a_certificate_of_somebody_else_stays(folder: Path, tmp_path: Path) -> None:
+    ensure_certificate(tmp_path / "other", [])
+    names = ("tls.crt", "tls.key")
     for name in names:
         (tmp_path / "other" / name).rename(folder / name)
     before = [(folder / name).read_bytes() for name in names]

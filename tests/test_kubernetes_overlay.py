@@ -1,4 +1,4 @@
-"""What `make kubernetes` writes: an overlay with the sums, models and autoscaler of a repository, and its load tests."""
+"""The overlay that `make kubernetes` writes: limits, models and autoscaler of a repository, and its load tests."""
 
 from __future__ import annotations
 
@@ -15,22 +15,19 @@ import numpy as np
 import pytest
 import yaml
 
-from serving import stack
-from serving.alerts import rules
-from serving.certificate import ensure_certificate
-from serving.keys import digest
-from serving.kubernetes import CONFIG_MAP_BYTES, _copy_inputs
-from serving.manifests import (
-    GATEWAY_PRE_STOP_S,
-    GATEWAY_URL,
-    METRICS,
-    NAMESPACE,
-    OUTSIDE_PRE_STOP_S,
-    PRE_STOP_S,
-    Scale,
-)
-from serving.recording_rules import Scope
-from serving.served import served_models
+from cli.main import values_of
+from deepseek.spec import InputError
+from serving.kubernetes import overlay
+from serving.kubernetes.autoscaling import METRICS, ScaleChoice
+from serving.kubernetes.loadtest_jobs import CONFIG_MAP_BYTES, GATEWAY_URL, _copy_inputs
+from serving.kubernetes.manifests import GATEWAY_PRE_STOP_S, NAMESPACE, OUTSIDE_PRE_STOP_S, PRE_STOP_S
+from serving.observe.alerts import rules
+from serving.observe.recording_rules import Scope
+from serving.repository.served_models import served_models
+from serving.stack.api_keys import digest
+from serving.stack.certificate import ensure_certificate
+from serving.stack.gateway_limits import gateway_sizes, limits
+from serving.stack.server_sizes import REST_S, server_sizes
 from tests.conftest import run_module, write_add_one
 from tests.manifests import KUBERNETES, build, committed, container_of, find, pod_of
 from tests.test_alerts import ALL_FAIL, HEALTHY, MODEL, Fired, check, check_fired, need_promtool
@@ -38,7 +35,7 @@ from tests.test_alerts import ALL_FAIL, HEALTHY, MODEL, Fired, check, check_fire
 
 @pytest.fixture
 def again(generated: dict[str, Path], tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
-    """A build folder of its own, and the arguments for an overlay from it."""
+    """A separate build folder, and the arguments for an overlay from it."""
     repository = generated["plain"].parent / "repository"
     return tmp_path, ("--repository", str(repository), "--models", str(tmp_path), "--build", str(tmp_path))
 
@@ -46,17 +43,17 @@ def again(generated: dict[str, Path], tmp_path: Path) -> tuple[Path, tuple[str, 
 def test_the_overlay_has_the_sums_of_the_compose_stack(generated: dict[str, Path]) -> None:
     folder = generated["plain"].parent
     models = served_models(folder / "repository", folder)
-    size = stack.sizes(models)
+    size = server_sizes(models)
     objects = build(generated["plain"])
     pod, container = pod_of(objects), container_of(objects)
     assert container["resources"]["limits"]["memory"] == f"{size.memory_mib}Mi"
     (shm,) = (volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm")
     assert shm == {"medium": "Memory", "sizeLimit": f"{size.shm_mib}Mi"}
     assert container["args"][1] == str(size.exit_timeout_s)
-    assert pod["terminationGracePeriodSeconds"] == PRE_STOP_S + size.exit_timeout_s + stack.REST_S
-    assert pod_of(objects, "gateway")["terminationGracePeriodSeconds"] == 10 + size.exit_timeout_s + stack.REST_S
-    assert find(objects, "ConfigMap", "gateway-limits")["data"]["limits.conf"] == stack.limits(models)
-    room = stack.gateway_sizes(models)
+    assert pod["terminationGracePeriodSeconds"] == PRE_STOP_S + size.exit_timeout_s + REST_S
+    assert pod_of(objects, "gateway")["terminationGracePeriodSeconds"] == 10 + size.exit_timeout_s + REST_S
+    assert find(objects, "ConfigMap", "gateway-limits")["data"]["limits.conf"] == limits(models)
+    room = gateway_sizes(models)
     assert container_of(objects, "gateway")["resources"]["limits"]["memory"] == f"{room.memory_mib}Mi"
     (tmp,) = (volume for volume in pod_of(objects, "gateway")["volumes"] if volume["name"] == "tmp")
     assert tmp["emptyDir"] == {"medium": "Memory", "sizeLimit": f"{room.tmp_mib}Mi"}
@@ -75,8 +72,8 @@ def test_fetched_models_come_by_their_checksum_into_a_folder_of_their_size(gener
     given = {each["name"]: each.get("value") for each in fetch["env"]}
     archive = generated["fetched"] / "models.tar.gz"
     checksum = subprocess.run(["sha256sum", archive], capture_output=True, text=True, check=True).stdout.split()[0]
-    assert given["MODELS_SHA256"] == checksum
-    assert given["MODELS_URL"] == "https://models.example.com/shop/models.tar.gz"
+    assert given["DEEPSEEK_MODELS_SHA256"] == checksum
+    assert given["DEEPSEEK_MODELS_URL"] == "https://models.example.com/shop/models.tar.gz"
     (models,) = (volume for volume in pod_of(objects)["volumes"] if volume["name"] == "models")
     assert models.keys() == {"name", "emptyDir"}
     assert not any(each["kind"] == "PersistentVolumeClaim" for each in objects)
@@ -96,27 +93,19 @@ def test_a_gateway_that_a_load_balancer_still_sends_to_goes_on_for_so_long(gener
         objects = build(generated[name])
         container = container_of(objects, "gateway")
         assert container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", str(stop_s)]
-        rest_s = int(container_of(objects)["args"][1]) + stack.REST_S
+        rest_s = int(container_of(objects)["args"][1]) + REST_S
         assert pod_of(objects, "gateway")["terminationGracePeriodSeconds"] == stop_s + rest_s
 
 
-@pytest.mark.parametrize(
-    ("url", "port"),
-    [
-        ("https://models.example.com/m.tar.gz", 443),
-        ("http://minio.storage.svc:9000/shop/m.tar.gz?X-Signature=a:1/b", 9000),
-        ("http://models.storage.svc/m.tar.gz", 80),
-    ],
-    ids=["https", "its own", "http"],
-)
-def test_tritons_pods_may_call_the_port_that_the_models_are_at(
-    again: tuple[Path, tuple[str, ...]], url: str, port: int
-) -> None:
+def test_tritons_pods_may_call_the_port_that_the_models_are_at(again: tuple[Path, tuple[str, ...]]) -> None:
     folder, arguments = again
-    assert run_module("serving.kubernetes", *arguments, "--models-url", url).returncode == 0
+    url = "http://minio.storage.svc:9000/shop/m.tar.gz?X-Signature=a:1/b"
+    assert run_module("cli", "kubernetes", *arguments, "--models-url", url).returncode == 0
     first, dns = find(build(folder / "kubernetes"), "NetworkPolicy", "triton-fetches-models")["spec"]["egress"]
-    assert first == {"ports": [{"port": port}]}
+    assert first == {"ports": [{"port": 9000}]}
     assert {each["port"] for each in dns["ports"]} == {53}
+    schemes = {"https://models.example.com/m.tar.gz": 443, "http://models.storage.svc/m.tar.gz": 80}
+    assert {url: overlay._port_of(url) for url in schemes} == schemes
 
 
 def test_images_come_from_the_registry_and_the_autoscaler_is_the_one_asked_for(generated: dict[str, Path]) -> None:
@@ -128,6 +117,9 @@ def test_images_come_from_the_registry_and_the_autoscaler_is_the_one_asked_for(g
     for name, expected in scalers.items():
         assert {scaled for kind, scaled in found[name] if kind == "HorizontalPodAutoscaler"} == expected
     assert not any(kind == "ServiceMonitor" for kind, _ in found["bare"])
+    spec = find(build(generated["keda"]), "ScaledObject")["spec"]  # without the metric it keeps the pods that there are
+    assert spec["fallback"]["behavior"] == "currentReplicasIfHigher"
+    assert spec["fallback"]["replicas"] == spec["minReplicaCount"]
 
 
 def test_the_gateways_pods_are_the_autoscalers_or_two(generated: dict[str, Path]) -> None:
@@ -137,12 +129,6 @@ def test_the_gateways_pods_are_the_autoscalers_or_two(generated: dict[str, Path]
     assert (scaler["scaleTargetRef"]["name"], scaler["minReplicas"]) == ("gateway", 2)
 
 
-def test_without_the_metric_keda_keeps_the_pods_that_there_are(generated: dict[str, Path]) -> None:
-    spec = find(build(generated["keda"]), "ScaledObject")["spec"]
-    assert spec["fallback"]["behavior"] == "currentReplicasIfHigher"
-    assert spec["fallback"]["replicas"] == spec["minReplicaCount"]
-
-
 def test_other_models_are_other_pods(again: tuple[Path, tuple[str, ...]]) -> None:
     folder, arguments = again
     repository = folder / "repository"
@@ -150,7 +136,7 @@ def test_other_models_are_other_pods(again: tuple[Path, tuple[str, ...]]) -> Non
 
     def digest() -> str:
         places = ("--repository", str(repository), *arguments[2:], "--output", str(folder / "overlay"))
-        assert run_module("serving.kubernetes", *places).returncode == 0
+        assert run_module("cli", "kubernetes", *places).returncode == 0
         build.cache_clear()
         template = find(build(folder / "overlay"), "Deployment")["spec"]["template"]
         return str(template["metadata"]["annotations"]["deepseek/models"])
@@ -171,12 +157,12 @@ def test_what_was_measured_on_another_precision_is_no_target(tmp_path: Path, bui
     def notes(precision: str) -> str:
         found = f'{{"target": "onnxruntime", "precision": "{precision}", "chosen": {chosen}}}'
         (tmp_path / "text" / "scale.json").write_text(found)
-        run = run_module("serving.kubernetes", *places)
+        run = run_module("cli", "kubernetes", *places)
         assert run.returncode == 0, run.stderr
         return run.stderr
 
     assert "measured on" not in notes(str(served.precision))
-    assert f"measured on onnxruntime fp8, served is onnxruntime {served.precision}" in notes("fp8")
+    assert f"measured on onnxruntime fp8, but served is onnxruntime {served.precision}" in notes("fp8")
     spec = find(build(tmp_path / "kubernetes"), "HorizontalPodAutoscaler")["spec"]
     assert (spec["minReplicas"], spec["maxReplicas"]) == (4, 12)
     assert [each["pods"]["metric"]["name"] for each in spec["metrics"]] == [METRICS["queue"]]
@@ -187,7 +173,7 @@ def test_what_the_simulation_chose_becomes_the_autoscalers(again: tuple[Path, tu
     (folder / "add_one").mkdir()
     chosen = '{"targets": [{"metric": "queue", "value": 0.283}], "min_replicas": 3, "max_replicas": 7, "cores": 4}'
     (folder / "add_one" / "scale.json").write_text(f'{{"chosen": {chosen}}}')
-    assert run_module("serving.kubernetes", *arguments).returncode == 0
+    assert run_module("cli", "kubernetes", *arguments).returncode == 0
     objects = build(folder / "kubernetes")
     spec = find(objects, "HorizontalPodAutoscaler")["spec"]
     assert (spec["minReplicas"], spec["maxReplicas"]) == (3, 7)
@@ -213,9 +199,9 @@ def test_several_models_in_a_pod_are_scaled_by_what_each_may_have_of_it(tmp_path
             (tmp_path / name).mkdir()
             (tmp_path / name / "scale.json").write_text(f'{{"chosen": {chosen}}}')
     places = ("--repository", str(tmp_path / "repository"), "--models", str(tmp_path), "--build", str(tmp_path))
-    run = run_module("serving.kubernetes", *places)
+    run = run_module("cli", "kubernetes", *places)
     assert (run.returncode, run.stderr.count("\n")) == (0, 1)
-    assert "the autoscaler leaves out other;" in run.stderr
+    assert "the autoscaler ignores other;" in run.stderr
     objects = build(tmp_path / "kubernetes")
     spec = find(objects, "HorizontalPodAutoscaler")["spec"]
     assert (spec["minReplicas"], spec["maxReplicas"]) == (7, 22)
@@ -231,13 +217,13 @@ def test_several_models_in_a_pod_are_scaled_by_what_each_may_have_of_it(tmp_path
 
 def test_a_day_that_no_setting_held_is_said_and_not_recommended_again(again: tuple[Path, tuple[str, ...]]) -> None:
     folder, arguments = again
-    run = run_module("serving.kubernetes", *arguments)
-    assert run.stderr == "note: the autoscaler has its default target; make capacity simulate-scale chooses one\n"
+    run = run_module("cli", "kubernetes", *arguments)
+    assert run.stderr == "note: the autoscaler has its default target; to choose one: make capacity simulate-scale\n"
     (folder / "add_one").mkdir()
     (folder / "add_one" / "scale.json").write_text('{"chosen": null}')
-    run = run_module("serving.kubernetes", *arguments)
+    run = run_module("cli", "kubernetes", *arguments)
     assert run.returncode == 0
-    assert f"note: {folder}/add_one/scale.json: no setting held" in run.stderr
+    assert f"note: {folder}/add_one/scale.json: no setting met the SLO" in run.stderr
     assert run.stderr.count("\n") == 1
 
 
@@ -253,7 +239,7 @@ def test_the_alerts_are_those_of_the_stack(generated: dict[str, Path]) -> None:
 
 
 def within(namespace: str, series: dict[str, str]) -> dict[str, str]:
-    """The series as a cluster's Prometheus has them."""
+    """The series in a cluster's Prometheus."""
     return {name.replace("{", f'{{namespace="{namespace}",', 1): values for name, values in series.items()}
 
 
@@ -274,14 +260,14 @@ def test_another_namespaces_servers_are_none_of_ours(tmp_path: Path, series: dic
 
 @pytest.fixture
 def of_text(built: Path, tmp_path: Path) -> tuple[str, ...]:
-    """Arguments for an overlay with a load test of the model `text`; the gateway's folder is $BUILD's."""
+    """Arguments for an overlay with a load test of the model `text`; the gateway's folder is $DEEPSEEK_BUILD's."""
     shutil.copytree(built / "build" / "text", tmp_path / "text")
     places = ("--repository", str(built / "repository"), "--models", "tests/models", "--build", str(tmp_path))
     return (*places, "--gateway", str(tmp_path))
 
 
 def test_a_load_test_has_the_models_spec_its_rate_and_inputs_that_fit(tmp_path: Path, of_text: tuple[str, ...]) -> None:
-    assert run_module("serving.kubernetes", *of_text).returncode == 0
+    assert run_module("cli", "kubernetes", *of_text).returncode == 0
     objects = build(tmp_path / "kubernetes" / "loadtest" / "text")
     for each in objects:
         kubernetes_validate.validate(each, KUBERNETES, strict=True)
@@ -302,7 +288,7 @@ def test_both_jobs_call_the_gateway_by_its_name_and_trust_whom_they_are_told_to(
     tmp_path: Path, of_text: tuple[str, ...], flags: tuple[str, ...]
 ) -> None:
     ensure_certificate(tmp_path, [])
-    assert run_module("serving.kubernetes", *of_text, *flags).returncode == 0
+    assert run_module("cli", "kubernetes", *of_text, *flags).returncode == 0
     objects = build(tmp_path / "kubernetes" / "loadtest" / "text")
     wanted = ["--url=api.example.com:443", "--tls"] if flags else ["--url=gateway:8443", "--ca-cert=/inputs/ca.crt"]
     for name in ("loadtest-master", "loadtest-worker"):
@@ -311,17 +297,6 @@ def test_both_jobs_call_the_gateway_by_its_name_and_trust_whom_they_are_told_to(
     egress = find(objects, "NetworkPolicy", "loadtest")["spec"]["egress"]
     assert ({"ports": [{"port": 443}]} in egress) == bool(flags)
     assert ("ca.crt" in find(objects, "ConfigMap", "loadtest-inputs").get("data", {})) != bool(flags)
-
-
-def test_an_authority_that_did_not_sign_the_gateways_certificate_is_not_trusted(
-    tmp_path: Path, of_text: tuple[str, ...]
-) -> None:
-    ensure_certificate(tmp_path, [])
-    ensure_certificate(tmp_path / "other", [])
-    shutil.copyfile(tmp_path / "other" / "tls.crt", tmp_path / "tls.crt")
-    assert run_module("serving.kubernetes", *of_text).returncode == 0
-    (job, *_) = (each for each in build(tmp_path / "kubernetes" / "loadtest" / "text") if each["kind"] == "Job")
-    assert job["spec"]["template"]["spec"]["containers"][0]["args"][1] == "--tls"
 
 
 # `make` and `kubectl` of the page, here: what would be applied is kept.
@@ -333,13 +308,13 @@ kubectl() { case " $* " in *" apply "*) echo "--- # $*"; cat;; *) command kubect
 
 def test_the_pages_commands_for_a_load_test_make_its_key_known_to_the_gateway_before_it_starts(tmp_path: Path) -> None:
     if shutil.which("kubectl") is None:
-        pytest.skip("no kubectl here: apt-get install kubectl")
+        pytest.skip("kubectl is not installed: apt-get install kubectl")
     page = Path("docs/kubernetes.md").read_text()
     block = page[page.index("\n## Load test") :].partition("```sh\n")[2].partition("```")[0]
     before, _, after = block.partition("sleep ")
     assert "kubectl apply --server-side -k" in after
     kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
-    places = {"BUILD": str(tmp_path / "build"), "VENV": sys.prefix, "ROOT": str(Path.cwd())}
+    places = {"DEEPSEEK_BUILD": str(tmp_path / "build"), "VENV": sys.prefix, "ROOT": str(Path.cwd())}
     script = ["bash", "-euo", "pipefail", "-c", HERE + before]
     done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, env={**kept, **places})
     assert done.returncode == 0, done.stderr
@@ -363,7 +338,7 @@ def test_the_workers_flags_are_the_masters_and_what_its_script_adds() -> None:
     jobs = {each["metadata"]["name"]: each for each in committed("loadtest") if each["kind"] == "Job"}
     (master,), (worker,) = (job["spec"]["template"]["spec"]["containers"] for job in jobs.values())
     script = Path("docker/loadtests.sh").read_text()
-    added = re.findall(r" --(model|models|target) ", script[script.index("python -m loadtests.run") :].splitlines()[0])
+    added = re.findall(r" --(model|models|target) ", script[script.index("python -m cli loadtest") :].splitlines()[0])
     extra = [flag.removeprefix("--").split("=")[0] for flag in worker["args"] if flag not in master["args"]]
     assert extra == [*added, "worker-of"]
     assert master["args"] == worker["args"][: len(master["args"])]
@@ -378,22 +353,18 @@ def test_the_workers_flags_are_the_masters_and_what_its_script_adds() -> None:
         (("--models-url", "http://minio:90000/m.tar.gz"), "a port is a number from 1 to 65535"),
         (("--loadtest-url", "https://api.example.com"), "it must be host:port, such as api.example.com:443"),
         (("--loadtest-url", "api.example.com:0"), "it must be host:port, such as api.example.com:443"),
-        (("--no-monitoring",), "--no-monitoring with --autoscaler hpa: it scales by what monitoring records"),
-        (("--registry", "a b"), "--registry 'a b': no name of an image has that"),
+        (("--no-monitoring",), "--no-monitoring with --autoscaler hpa: the autoscaler needs monitoring's metrics"),
+        (("--registry", "a b"), "--registry 'a b': not valid in an image name"),
     ],
     ids=["repository", "base", "url", "port", "scheme", "port 0", "unmonitored", "registry"],
 )
 def test_what_is_wrong_is_one_line(again: tuple[Path, tuple[str, ...]], flags_: tuple[str, ...], message: str) -> None:
-    run = run_module("serving.kubernetes", *again[1], *flags_)
-    assert run.returncode == 2
-    assert message in run.stderr
-    assert run.stderr.count("\n") == 1
+    with pytest.raises(InputError, match=re.escape(message)):
+        overlay.main(values_of("kubernetes", *again[1], *flags_))
 
 
-def test_a_scale_file_that_is_none_is_one_line_and_one_without_a_choice_counts_for_nothing(tmp_path: Path) -> None:
+def test_a_scale_file_that_is_none_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "scale.json"
-    path.write_text('{"chosen": null}')
-    assert Scale.load(path) is None
     path.write_text('{"chosen": {"targets": []}}')
-    with pytest.raises(ValueError, match="not what make simulate-scale writes"):
-        Scale.load(path)
+    with pytest.raises(ValueError, match="not written by make simulate-scale"):
+        ScaleChoice.load(path)

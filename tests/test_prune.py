@@ -1,4 +1,4 @@
-"""`export.prune`: the budget, fine-tuning, what is kept after a kill."""
+"""`export.stages.prune`: the budget, fine-tuning, resuming after a kill."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cli.main import values_of
 from deepseek.checkpoints import Checkpoints
-from deepseek.distillation import SETTINGS
+from deepseek.pruning.distillation import SETTINGS
 from deepseek.spec import GateFailed
 from export.artifact import pruning_of, read_manifest
-from export.budget import Baseline
-from export.prune import main, prune_source
-from export.source import Source
-from export.to_onnx import export_model
+from export.checks import parity_cases
+from export.model_folder import ModelFolder
+from export.precision.accuracy_budget import Baseline
+from export.stages.prune import main, prune_source
+from export.stages.to_onnx import export_model
 from tests.conftest import run_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,19 +31,19 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build folder with the model `image`, pruned and exported."""
     build = tmp_path_factory.mktemp("pruned") / "build"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BUILD", str(build))
-        prune_source(Source("image", "tests/models"), 0.25)
-        export_model(Source("image", "tests/models"))
+        patch.setenv("DEEPSEEK_BUILD", str(build))
+        prune_source(ModelFolder("image", "tests/models"), 0.25)
+        export_model(ModelFolder("image", "tests/models"))
     return build
 
 
 @pytest.fixture
 def build(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BUILD", str(pruned))
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(pruned))
     return pruned
 
 
-def test_the_stage_reports_what_went_and_what_it_cost(build: Path) -> None:
+def test_the_stage_reports_what_it_removed_and_what_that_cost(build: Path) -> None:
     facts = json.loads((build / "image" / "pruning.json").read_text())
     assert facts["channels"] == [32, 24]
     assert facts["layers"] == [{"name": "body.0", "kind": "channels", "before": 32, "after": 24}]
@@ -50,16 +53,16 @@ def test_the_stage_reports_what_went_and_what_it_cost(build: Path) -> None:
     assert not (build / "image" / "checkpoints-pruning").exists()
 
 
-def test_what_is_exported_is_the_pruned_module_and_the_manifest_says_so(build: Path) -> None:
+def test_the_pruned_module_is_exported_and_the_manifest_says_so(build: Path) -> None:
     manifest = read_manifest(build / "image" / "fp32" / "model.onnx")
     assert manifest.settings["pruned"] == pruning_of("image")["ratio"] == 0.25
-    source = Source("image", "tests/models")
+    source = ModelFolder("image", "tests/models")
     assert source.load().body[0].out_channels == 24
     assert source.unpruned().body[0].out_channels == 32
 
 
-def test_the_budget_of_a_pruned_build_counts_from_the_unpruned_model(build: Path) -> None:
-    baseline = Baseline.of(Source("image", "tests/models"))
+def test_the_budget_of_a_pruned_build_is_relative_to_the_unpruned_model(build: Path) -> None:
+    baseline = Baseline.of(ModelFolder("image", "tests/models"))
     measured = baseline.measure(baseline.predict)
     assert measured["parity"]["scores"]["worst_error"] == 0
     assert measured["drop"] == pytest.approx(pruning_of("image")["drop"], abs=1e-6)
@@ -74,17 +77,16 @@ def finetune(module: nn.Module) -> None:
 """
 
 
-def test_a_finetune_of_the_models_own_is_what_runs_and_too_much_lost_publishes_nothing(
+def test_the_models_own_finetune_runs_and_too_much_loss_publishes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree("tests/models/image", tmp_path / "models" / "image")
     with (tmp_path / "models" / "image" / "model.py").open("a") as file:
         file.write(FINETUNE)
-    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
-    arguments = ["export.prune", "--models", str(tmp_path / "models"), "--model", "image"]
-    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    options = values_of("prune", "--models", str(tmp_path / "models"), "--model", "image")
     with pytest.raises(GateFailed, match=r"pruned by 0\.25, image loses .* of similarity; .* max_drop is 5\.00%"):
-        main()
+        main(options)
     assert list(tmp_path.rglob("prun*")) == []
 
 
@@ -96,27 +98,25 @@ def evaluate(predict):
 """
 
 
-def test_a_verdict_is_asked_anew_where_nobody_knows_what_evaluate_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_is_evaluated_again_if_its_data_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "models" / "image"
     shutil.copytree("tests/models/image", folder)
     with (folder / "model.py").open("a") as file:
         file.write(EVALUATE)
     toml = (folder / "deploy.toml").read_text()
     (folder / "deploy.toml").write_text(toml.replace("[precision]\n", '[precision]\nmetric = "accuracy"\n'))
-    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
-    monkeypatch.setenv("CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "cache"))
     found = []
-    for score in ("0.5", "0.5", "0.25"):  # what is imported on the way of the first is a part of the others' key
+    for score in ("0.5", "0.5", "0.25"):  # modules that the first one imports are part of the key of the others
         (tmp_path / "models" / "score").write_text(score)
-        found.append(prune_source(Source("image", str(tmp_path / "models")), 0.25)["pruned"])
+        found.append(prune_source(ModelFolder("image", str(tmp_path / "models")), 0.25)["pruned"])
     assert found == [{"accuracy": 0.5}, {"accuracy": 0.5}, {"accuracy": 0.25}]
 
 
-def test_a_killed_fine_tuning_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BUILD", str(tmp_path))
-    source = Source("image", "tests/models")
+def test_a_killed_fine_tuning_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+    source = ModelFolder("image", "tests/models")
     whole = prune_source(source, 0.25)
     (tmp_path / "image" / "pruned.safetensors").unlink()
 
@@ -129,7 +129,7 @@ def test_a_killed_fine_tuning_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
         saved(self, accelerator)
         raise Killed
 
-    monkeypatch.setattr("deepseek.distillation.SETTINGS", dataclasses.replace(SETTINGS, checkpoint_every_s=0.0))
+    monkeypatch.setattr("deepseek.pruning.distillation.SETTINGS", dataclasses.replace(SETTINGS, checkpoint_every_s=0.0))
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", save_and_die)
         with pytest.raises(Killed):
@@ -139,8 +139,25 @@ def test_a_killed_fine_tuning_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     assert again["pruned"] == whole["pruned"]
 
 
-def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
-    run = run_module("export.prune", "--models", "tests/models", "--model", "text", BUILD=str(tmp_path))
+def test_a_wrong_command_is_a_one_line_error(tmp_path: Path) -> None:
+    run = run_module("cli", "prune", "--models", "tests/models", "--model", "text", DEEPSEEK_BUILD=str(tmp_path))
     assert run.returncode == 2
-    assert run.stderr.startswith("error: nothing of Encoder can be pruned: ")
+    assert run.stderr.startswith("error: nothing in Encoder can be pruned: ")
     assert len(run.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("ratio", "drop", "against"), [(0.25, -0.0125, "unpruned PyTorch"), (0, 0.0122, "PyTorch")])
+def test_parity_compares_the_metric_with_the_model_that_the_user_brought(
+    ratio: float, drop: float, against: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = {"brought": 0.80, "loaded": 0.82, "served": 0.81}
+    monkeypatch.setattr(parity_cases, "pruning_of", lambda name: {"ratio": ratio} if ratio else {})
+    monkeypatch.setattr(parity_cases, "module_predictor", lambda spec, module: module)
+    monkeypatch.setattr(parity_cases, "task_metrics", lambda source, predict: {"accuracy": metrics[predict]})
+    monkeypatch.setattr(parity_cases, "too_small", lambda spec, metrics: False)
+    precision = SimpleNamespace(metric="accuracy", max_drop=0.01)
+    source: Any = SimpleNamespace(spec=SimpleNamespace(name="tiny", precision=precision), unpruned=lambda: "brought")
+    judge: Any = SimpleNamespace(protocol="grpc", predict="served")
+    found = parity_cases.compare_metric(source, "loaded", [judge])  # type: ignore[arg-type]
+    assert found["served"]["grpc"]["drop"] == pytest.approx(drop, abs=1e-4)
+    assert found["against"] == against

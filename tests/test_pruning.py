@@ -1,4 +1,4 @@
-"""Structured pruning: what goes, that it is proved, that what is left is the same module with less in it."""
+"""Structured pruning: what it removes, that it verifies this, and that the rest of the module is unchanged."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deepseek.attention import HeadAttention
 from deepseek.config import TransformerConfig
-from deepseek.distillation import distil
 from deepseek.pruning import PruneConfig, load_pruned, prune_model, save_pruned, weights_digest
+from deepseek.pruning.attention import HeadAttention
+from deepseek.pruning.distillation import distil
 from deepseek.spec import InputError
 from deepseek.transformer import Transformer
 
@@ -39,7 +39,7 @@ def theirs(**settings: Any) -> nn.Module:
 
 
 class SelfAttention(nn.Module):
-    """As Hugging Face's BERT has it: the output layer is another module's, three numbers say the shape."""
+    """Like Hugging Face's BERT: the output layer is in another module, and three numbers hold the shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Bert(nn.Module):
 
 
 class Packed(nn.Module):
-    """As in vision Transformers: query, key and value out of one layer; and a gated feed-forward layer."""
+    """Like vision Transformers: one layer for query, key and value; and a gated feed-forward layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Residual(nn.Module):
         return self.head(F.relu(self.wide(self.depthwise(x))).flatten(1))
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, int, int]] = {  # heads and channels that can go
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, int, int]] = {  # removable heads and channels
     "ours": (ours, IDS, 8, 128),
     "torch": (theirs, IDS, 8, 128),
     "bert": (Bert, IDS, 4, 64),
@@ -113,7 +113,7 @@ each_model = pytest.mark.parametrize("name", MODELS)
 
 
 @each_model
-def test_a_quarter_of_heads_and_channels_goes_and_outputs_keep_their_shape(name: str) -> None:
+def test_a_quarter_of_heads_and_channels_is_removed_and_outputs_keep_their_shape(name: str) -> None:
     make, inputs, heads, channels = MODELS[name]
     model = make().eval()
     shape, parameters = model(inputs).shape, sum(each.numel() for each in model.parameters())
@@ -128,7 +128,7 @@ def test_a_quarter_of_heads_and_channels_goes_and_outputs_keep_their_shape(name:
 
 
 @each_model
-def test_a_saved_one_is_the_same_model_again(name: str, tmp_path: Path) -> None:
+def test_a_saved_model_is_equal_when_loaded(name: str, tmp_path: Path) -> None:
     make, inputs, _, _ = MODELS[name]
     model = make().eval()
     fresh, of = copy.deepcopy(model), weights_digest(model)
@@ -138,7 +138,7 @@ def test_a_saved_one_is_the_same_model_again(name: str, tmp_path: Path) -> None:
         load_pruned(make(), tmp_path / "pruned.safetensors")
 
 
-def test_what_counts_for_nothing_goes_first() -> None:
+def test_useless_channels_are_removed_first() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     useless = [1, 4, 11, 14]
     with torch.no_grad():
@@ -150,14 +150,14 @@ def test_what_counts_for_nothing_goes_first() -> None:
     torch.testing.assert_close(model(x), expected, atol=1e-2, rtol=0)
 
 
-def test_the_head_that_counts_for_nothing_goes_and_the_others_stay_as_they_were() -> None:
+def test_a_useless_head_is_removed_and_the_others_are_unchanged() -> None:
     model = ours().eval()
     attention = model.blocks[1].attention  # type: ignore[union-attr, index]
     with torch.no_grad():
         for head in (0, 2):
             attention.out.weight[:, head * 8 : head * 8 + 8] = 0
     expected, kept = model(IDS), attention.query.weight[8:16].clone()
-    pruned = prune_model(model, (IDS,), PruneConfig(multiple=64))  # no block of 64 channels may go: heads alone
+    pruned = prune_model(model, (IDS,), PruneConfig(multiple=64))  # no block of 64 channels can be removed: only heads
     assert pruned.count("channels")[0] == pruned.count("channels")[1]
     assert torch.equal(attention.query.weight[:8], kept)
     torch.testing.assert_close(model(IDS), expected)
@@ -171,7 +171,7 @@ def test_equal_arguments_prune_equally() -> None:
     assert weights_digest(one) == weights_digest(other)
 
 
-def test_attention_whose_forward_takes_no_fewer_heads_is_left_alone_and_named() -> None:
+def test_attention_whose_forward_fails_with_fewer_heads_is_not_pruned_and_named() -> None:
     class Stubborn(Packed):
         def joined(self, heads: Tensor, x: Tensor) -> Tensor:
             return heads.reshape(x.shape)
@@ -179,10 +179,10 @@ def test_attention_whose_forward_takes_no_fewer_heads_is_left_alone_and_named() 
     report = prune_model(Stubborn().eval(), (IDS,), PruneConfig(ratio=0.5))
     assert report.count("heads") == (0, 0)
     assert report.count("channels") == (64, 32)
-    assert report.left_alone["qkv"] == "forward does not take fewer heads"
+    assert report.left_alone["qkv"] == "forward does not work with fewer heads"
 
 
-def test_channels_that_depend_on_one_another_are_left_alone() -> None:
+def test_channels_that_depend_on_each_other_are_not_pruned() -> None:
     class Softmax(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -193,10 +193,10 @@ def test_channels_that_depend_on_one_another_are_left_alone() -> None:
 
     report = prune_model(Softmax(), (torch.randn(4, 8),))
     assert [layer.name for layer in report.layers] == ["two"]
-    assert report.left_alone["one"] == "its channels depend on one another"
+    assert report.left_alone["one"] == "its channels depend on each other"
 
 
-def test_channels_whose_places_the_tracer_gets_wrong_are_left_alone() -> None:
+def test_channels_whose_positions_the_tracer_gets_wrong_are_not_pruned() -> None:
     class Joined(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -212,8 +212,8 @@ def test_channels_whose_places_the_tracer_gets_wrong_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, math.nan, True, "a"], ids=str)
-def test_a_ratio_that_is_none_is_one_line(ratio: Any) -> None:
-    with pytest.raises(InputError, match=r"PruneConfig: ratio: seen .*; a number above 0, below 1 is needed"):
+def test_an_invalid_ratio_is_a_one_line_error(ratio: Any) -> None:
+    with pytest.raises(InputError, match=r"PruneConfig: ratio: seen .*; allowed: "):
         PruneConfig(ratio=ratio)
 
 
@@ -229,15 +229,15 @@ class Counting(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Linear(8, 8), "nothing of Linear can be pruned"),
-        (nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)), "the width between blocks stays"),
+        (nn.Linear(8, 8), "nothing in Linear can be pruned"),
+        (nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)), "the width between blocks is fixed"),
         (nn.Sequential(nn.Linear(8, 2), nn.ReLU(), nn.Linear(2, 4)), "less than one head or channel"),
         (Counting(), "no output of forward has a gradient"),
         (nn.Sequential(nn.Linear(9, 16), nn.Linear(16, 4)), "does not run on the example inputs: RuntimeError"),
     ],
     ids=["one layer", "width", "too little", "integers", "wrong input"],
 )
-def test_a_model_that_cannot_be_pruned_is_one_line_and_stays_as_it_was(model: nn.Module, message: str) -> None:
+def test_a_model_that_cannot_be_pruned_is_a_one_line_error_and_unchanged(model: nn.Module, message: str) -> None:
     before = copy.deepcopy(model)
     with pytest.raises(InputError, match=message):
         prune_model(model, (torch.randn(4, 8),), PruneConfig(ratio=0.1))
@@ -254,7 +254,7 @@ def test_frozen_weights_stay_frozen() -> None:
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_head_attention_is_multihead_attention(batch_first: bool, need_weights: bool) -> None:
+def test_head_attention_equals_multihead_attention(batch_first: bool, need_weights: bool) -> None:
     theirs = nn.MultiheadAttention(32, 4, batch_first=batch_first).eval()
     query, memory = torch.randn(3, 3, 32), torch.randn(3, 5, 32)
     memory = memory if batch_first else memory.transpose(0, 1)
@@ -269,7 +269,7 @@ def test_head_attention_is_multihead_attention(batch_first: bool, need_weights: 
         torch.testing.assert_close(seen_weights, weights)
 
 
-def test_a_pruned_model_learns_the_outputs_that_it_had() -> None:
+def test_a_pruned_model_learns_the_outputs_of_the_original() -> None:
     model = ours().eval()
     original = copy.deepcopy(model)
     prune_model(model, (IDS,), PruneConfig(ratio=0.4))
@@ -291,7 +291,7 @@ class Tied(nn.Module):
         return self.head(self.down(self.up(self.embed(ids)).relu()).relu())
 
 
-def test_weights_that_pruning_unties_are_read_back_apart(tmp_path: Path) -> None:
+def test_weights_that_pruning_unties_are_loaded_separately(tmp_path: Path) -> None:
     model = Tied().eval()
     before, original = weights_digest(model), copy.deepcopy(model)
     report = prune_model(model, (IDS,), PruneConfig(ratio=0.25))

@@ -1,4 +1,4 @@
-"""QuantConfig: checked where it is made."""
+"""QuantConfig checks its values when it is created."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def test_the_guides_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ({"number_format": "float"}, "fp8"),
         ({"weight_bits": 16, "activation_bits": 16}, "fp16"),
     ],
-    ids=["default", "weights alone", "8-bit float", "16 bits"],
+    ids=["default", "only the weights", "8-bit float", "16 bits"],
 )
-def test_bits_and_format_make_the_precision(settings: dict, precision: str) -> None:
+def test_bits_and_format_determine_the_precision(settings: dict, precision: str) -> None:
     assert QuantConfig(**settings).precision == precision
     assert QuantConfig.of_precision(QuantConfig(**settings).precision).precision == precision
 
@@ -36,30 +36,33 @@ def test_bits_and_format_make_the_precision(settings: dict, precision: str) -> N
     ("settings", "message"),
     [
         ({"weight_bits": 3}, "3-bit weights with 8-bit activations; supported .*8/8 int"),
-        ({"weight_bits": "8"}, "weight_bits: seen '8'; a whole number"),
+        ({"weight_bits": "8"}, "weight_bits: seen '8'; allowed: a whole number"),
         ({"weight_bits": True}, "weight_bits: seen True"),
-        ({"calibration_method": "mean"}, "calibration_method: seen 'mean'; allowed: auto, max, entropy"),
-        ({"num_samples": 1}, "num_samples: seen 1; at least 2"),
+        ({"calibration_method": "mean"}, "calibration_method: seen 'mean'; allowed: 'auto', 'max' or 'entropy'"),
+        ({"num_samples": 1}, "num_samples: seen 1; allowed: greater than or equal to 2"),
         ({"calibration_data": "nosuch.bin"}, "nosuch.bin: no such file"),
-        ({"keep_high": ("(",)}, "not a regular expression"),
-        ({"keep_high": "node_1"}, "keep_high: seen 'node_1'; a tuple of texts"),
-        ({"calibration_data": 5}, "calibration_data: seen 5; the path of a file"),
-        ({"per_channel": 1}, "per_channel: seen 1; True or False"),
-        ({"op_types": ("LSTM",)}, "op_types: seen LSTM; allowed: one or more of MatMul, Gemm, Conv"),
-        ({"op_types": ()}, "op_types: seen none; allowed"),
+        ({"keep_high": ("(",)}, r"keep_high: seen '\('; allowed: a regular expression"),
+        ({"keep_high": "node_1"}, "keep_high: seen 'node_1'; allowed: a tuple"),
+        ({"calibration_data": 5}, "calibration_data: seen 5; allowed: a string or a path"),
+        ({"per_channel": 1}, "per_channel: seen 1; allowed: True or False"),
+        ({"op_types": ("LSTM",)}, "op_types: seen 'LSTM'; allowed: 'MatMul', 'Gemm' or 'Conv'"),
+        ({"op_types": ()}, r"op_types: seen \(\); allowed: at least one"),
         ({"weight_bits": 8, "activation_bits": 4}, "8-bit weights with 4-bit activations; supported"),
-        ({"activation_bits": 32}, "32-bit activations with high_precision fp16; they stay in it: it has to be fp32"),
-        ({"high_precision": "fp64"}, "high_precision: seen 'fp64'; allowed: fp16, fp32"),
+        (
+            {"activation_bits": 32},
+            "32-bit activations with high_precision fp16; activations keep the high precision: set it to fp32",
+        ),
+        ({"high_precision": "fp64"}, "high_precision: seen 'fp64'; allowed: 'fp16' or 'fp32'"),
         ({"number_format": "float", "weight_bits": 4, "activation_bits": 4}, "4-bit weights .* as float"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_mistake_is_one_clear_error(settings: dict, message: str) -> None:
+def test_a_mistake_is_a_one_line_error(settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         QuantConfig(**settings)
     assert "\n" not in str(caught.value)
 
 
-def test_fp32_is_no_quantization() -> None:
-    with pytest.raises(InputError, match="seen 'fp32'; allowed: int8, fp8, fp16"):
+def test_fp32_is_not_a_quantization() -> None:
+    with pytest.raises(InputError, match="seen 'fp32'; allowed: fp16, int8, fp8"):
         QuantConfig.of_precision("fp32")

@@ -1,14 +1,9 @@
-"""The recommender: what of a log is learned from, what the graph promises, and what a wrong log says."""
+"""The recommender: how it splits a log, the contract of its graph, and errors for wrong logs."""
 
 import json
-import os
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepseek.pruning import PruneConfig, prune_model
-from deepseek.sizing.live import LiveBytes
+from deepseek.sizing.model.live_memory import LiveBytes
 from deepseek.spec import InputError
 from models.recommender import data, model, recipe
 from models.recommender.data import HISTORY, TOP, Interactions
@@ -28,7 +23,7 @@ ITEMS = 90
 
 
 def log_lines(users: int = 40, length: int = 14) -> list[str]:
-    """Every user walks through the catalogue in steps of 3: easy to learn."""
+    """A log in which every user moves through the catalogue in steps of 3, which is easy to learn."""
     rng = np.random.default_rng(0)
     starts = rng.integers(0, ITEMS, users)
     rows = [f"user {u},sku-{(s + 3 * t) % ITEMS},{t},web" for u, s in enumerate(starts) for t in range(length)]
@@ -37,13 +32,13 @@ def log_lines(users: int = 40, length: int = 14) -> list[str]:
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], Path]:
-    """Makes the lines given the log that DATA names, with a build folder of its own."""
-    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    """A function that writes lines into a log, sets DATA to it, and uses a new build folder."""
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
 
     def write(lines: list[str]) -> Path:
         path = tmp_path / "log.csv"
         path.write_text("\n".join(lines) + "\n")
-        monkeypatch.setenv("DATA", str(path))
+        monkeypatch.setenv("DEEPSEEK_DATA", str(path))
         return path
 
     write(log_lines())
@@ -67,7 +62,7 @@ def row() -> Tensor:
     return torch.cat([torch.zeros(HISTORY - 10, dtype=torch.long), torch.arange(31, 41)])[None]
 
 
-def test_equal_timestamps_keep_the_files_order_and_a_repeated_item_counts_where_it_was_first(shop: Shop) -> None:
+def test_equal_timestamps_keep_the_files_order_and_a_repeated_item_counts_once(shop: Shop) -> None:
     shop([*log_lines(), "x,sku-5,7,", "x,sku-3,9,", "x,sku-1,9,", "x,sku-5,9,", "x,sku-2,8.5,"])
     log = data.load()
     assert [log.item_ids[item] for item in log.histories[-1]] == ["sku-5", "sku-2", "sku-3", "sku-1"]
@@ -84,7 +79,7 @@ def test_the_last_item_is_the_test_and_the_one_before_the_validation(shop: Shop)
     assert (inputs[-1] == log.histories[-1][-HISTORY - 1 : -1]).all()
 
 
-def test_users_too_short_to_hold_two_items_out_are_learned_from_and_not_tested(shop: Shop) -> None:
+def test_users_with_too_few_items_to_hold_out_two_are_trained_on_and_not_tested(shop: Shop) -> None:
     shop([*log_lines(), "short,sku-1,1,", "short,sku-2,2,"])
     log = data.load()
     assert len(log.tested) == len(log.histories) - 1
@@ -92,7 +87,7 @@ def test_users_too_short_to_hold_two_items_out_are_learned_from_and_not_tested(s
 
 
 def interactions(*histories: Sequence[int], times: Sequence[float] | None = None) -> Interactions:
-    """A log of which everything is learned from: two items to hold out are put behind each history."""
+    """A log in which all items are training data: two items to hold out are appended to each history."""
     longer = tuple(np.array([*history, 1, 2]) for history in histories)
     moments = tuple(np.array([*(times or range(len(history))), 998.0, 999.0]) for history in histories)
     return Interactions(histories=longer, times=moments, item_ids=(), titles=(), fingerprint="")
@@ -111,7 +106,7 @@ def test_windows_of_a_long_history_differ_by_epoch_and_the_targets_are_the_next_
     assert [part[-2:].tolist() for part in windows[4]] == [[0, 7], [7, 8]]
 
 
-def test_what_was_seen_at_the_same_moment_comes_in_any_order_and_nothing_else_does() -> None:
+def test_only_items_seen_at_the_same_moment_are_shuffled() -> None:
     windows = recipe.Windows(interactions([5, 6, 7, 8], times=[1.0, 2.0, 2.0, 3.0]), seed=0, at_least=1)
     seen = set()
     for epoch in range(20):
@@ -120,7 +115,7 @@ def test_what_was_seen_at_the_same_moment_comes_in_any_order_and_nothing_else_do
     assert seen == {(5, 6, 7, 8), (5, 7, 6, 8)}
 
 
-def test_an_epoch_of_a_small_log_goes_through_it_more_than_once() -> None:
+def test_an_epoch_repeats_a_small_log() -> None:
     assert len(recipe.Windows(interactions([7, 8], [7, 8], [7, 8]), seed=0, at_least=64)) == 66
 
 
@@ -146,14 +141,14 @@ def test_a_step_of_a_large_catalogue_stays_within_half_of_the_memory(
     assert live.most < limit / 2
 
 
-def test_a_catalogue_that_no_memory_holds_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_catalogue_too_large_for_the_memory_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "limit_bytes", lambda _: 8e9)
-    says = r"20,000,000 items: training takes 73.44 GB at one history a batch, half of the memory is 4.00 GB; leave"
+    says = r"20,000,000 items: training takes 73.44 GB at one history per batch, but half of the memory is 4.00 GB"
     with pytest.raises(InputError, match=says):
         recipe.training_config(0, 20_000_000)
 
 
-def test_recommended_items_are_never_in_the_input_nor_padding(recommender: Recommender) -> None:
+def test_recommendations_contain_neither_items_of_the_input_nor_padding(recommender: Recommender) -> None:
     ids = torch.randint(0, ITEMS + 1, (64, HISTORY), generator=torch.Generator().manual_seed(0))
     items, scores = recommender(ids)
     assert items.shape == scores.shape == (64, TOP)
@@ -165,12 +160,12 @@ def test_recommended_items_are_never_in_the_input_nor_padding(recommender: Recom
 
 
 @pytest.mark.parametrize("shift", [1, 17, HISTORY - 10], ids=str)
-def test_padding_on_the_right_gives_the_same_answer(shift: int, recommender: Recommender, row: Tensor) -> None:
+def test_padding_on_the_right_gives_the_same_result(shift: int, recommender: Recommender, row: Tensor) -> None:
     torch.testing.assert_close(recommender(row.roll(-shift, dims=1)), recommender(row))
 
 
 @pytest.mark.parametrize("unknown", [-1, ITEMS + 1, 2**40, -(2**63)], ids=str)
-def test_an_unknown_id_is_as_if_it_were_not_there(unknown: int, recommender: Recommender, row: Tensor) -> None:
+def test_an_unknown_id_is_ignored(unknown: int, recommender: Recommender, row: Tensor) -> None:
     holes = torch.cat([row[:, 5:], torch.full((1, 5), unknown)], dim=1)
     holes[0, -4:] = torch.tensor([39, unknown, 40, unknown])
     holes[0, -7:-4] = torch.tensor([37, 38, unknown])
@@ -180,26 +175,26 @@ def test_an_unknown_id_is_as_if_it_were_not_there(unknown: int, recommender: Rec
 
 
 @pytest.mark.parametrize("nothing", [0, -7, ITEMS + 5], ids=["padding", "negative", "unknown"])
-def test_a_row_of_nothing_known_gets_what_is_popular(nothing: int, recommender: Recommender) -> None:
+def test_a_row_without_known_items_gets_the_popular_ones(nothing: int, recommender: Recommender) -> None:
     items, scores = recommender(torch.full((1, HISTORY), nothing))
     assert bool(scores.isfinite().all())
     assert items[0].tolist() == list(range(ITEMS, ITEMS - TOP, -1))
 
 
-def test_a_row_does_not_depend_on_the_others_of_its_batch(recommender: Recommender, row: Tensor) -> None:
+def test_a_row_does_not_depend_on_other_rows_of_its_batch(recommender: Recommender, row: Tensor) -> None:
     batch = torch.cat([torch.zeros_like(row), row, row.flip(1)])
     alone, together = recommender(row), recommender(batch)
     assert alone[0][0].tolist() == together[0][1].tolist()
     torch.testing.assert_close(alone[1][0], together[1][1])
 
 
-def test_in_fp16_nothing_of_the_input_comes_back_either(recommender: Recommender, row: Tensor) -> None:
+def test_recommendations_in_fp16_contain_no_items_of_the_input(recommender: Recommender, row: Tensor) -> None:
     items, scores = recommender.half()(row)
     assert bool(scores.isfinite().all())
     assert not {*items[0].tolist()} & {0, *row[0].tolist()}
 
 
-def test_every_position_with_a_target_is_asked_in_one_pass(recommender: Recommender, row: Tensor) -> None:
+def test_every_position_with_a_target_is_predicted_in_one_pass(recommender: Recommender, row: Tensor) -> None:
     targets = row.roll(-1, dims=1)
     targets[0, -1] = 41
     logits, asked = NextItem(recommender)(row, targets)
@@ -223,7 +218,6 @@ def test_a_shops_log_is_trained_evaluated_and_labelled_and_beats_popularity(
     monkeypatch.setattr(model, "MIN_WINDOWS", 128)
     facts = model.train()
     assert facts["test"]["ndcg@10"] > 3 * facts["popularity"]["ndcg@10"]
-    assert facts["published"] is None
     folder = tmp_path / "build" / "recommender"
     names = (folder / "labels" / "items.txt").read_text().split("\n")
     assert (names[0], names[1], len(names)) == ("", data.load().item_ids[1], ITEMS + 2)
@@ -245,7 +239,7 @@ def test_a_shops_log_is_trained_evaluated_and_labelled_and_beats_popularity(
 
 
 @pytest.mark.slow
-def test_finetune_brings_a_pruned_one_back(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finetune_restores_a_pruned_model(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "MIN_WINDOWS", 256)
     settings = recipe.finetuning_config(ITEMS)
     monkeypatch.setattr(model, "finetuning_config", lambda num_items: replace(settings, max_epochs=4))
@@ -264,8 +258,8 @@ def test_finetune_brings_a_pruned_one_back(shop: Shop, monkeypatch: pytest.Monke
     assert ndcg() > 0.97 * trained
 
 
-def test_loading_what_was_never_trained_says_what_to_run(shop: Shop) -> None:
-    with pytest.raises(InputError, match=r"no such file; train it: python -m models\.recommender\.model"):
+def test_loading_an_untrained_model_is_an_error_that_says_what_to_run(shop: Shop) -> None:
+    with pytest.raises(InputError, match=r"no such file; train it: deepseek train --model recommender"):
         model.load()
     model.weights_path().parent.mkdir(parents=True)
     model.weights_path().write_bytes(b"half a file")
@@ -284,12 +278,12 @@ def test_loading_what_was_never_trained_says_what_to_run(shop: Shop) -> None:
         (["user,item,timestamp", "a,b"], "line 2: 2 fields; the header has 3"),
         (["user,item,timestamp", "a,,1"], "line 2: item is empty"),
         (["user,item,timestamp", 'a,"b,1'], "not valid csv: unexpected end of data"),
-        (["user,item,timestamp", "a,b,1"], "1 different items; at least 70 are needed: 20 .* beside an input of 50"),
+        (["user,item,timestamp", "a,b,1"], "1 different items; at least 70 are needed: 20 .* besides an input of 50"),
         (log_lines(users=3), "4 users with 4 or more different items; at least 10"),
     ],
     ids=["empty", "semicolons", "column", "timestamp", "nan", "short", "blank", "quote", "items", "users"],
 )
-def test_a_broken_log_is_one_line_that_says_where(lines: list[str], says: str, shop: Shop) -> None:
+def test_a_broken_log_is_a_one_line_error_that_says_where(lines: list[str], says: str, shop: Shop) -> None:
     path = shop(lines)
     with pytest.raises(InputError, match=says) as error:
         data.load()
@@ -297,54 +291,21 @@ def test_a_broken_log_is_one_line_that_says_where(lines: list[str], says: str, s
     assert "\n" not in str(error.value)
 
 
-def test_a_log_that_is_no_text_or_no_file_is_one_line(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_is_not_text_or_missing_is_a_one_line_error(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     path = shop([])
     path.write_bytes(b"user,item,timestamp\n\xff\xfe,b,1\n")
     with pytest.raises(InputError, match="not UTF-8 text"):
         data.load()
     for odd, says in ((path.parent, "Is a directory"), (path.parent / "none.csv", "No such file")):
-        monkeypatch.setenv("DATA", str(odd))
+        monkeypatch.setenv("DEEPSEEK_DATA", str(odd))
         with pytest.raises(InputError, match=says):
             data.load()
 
 
-def test_what_is_prepared_is_kept_until_the_log_changes_and_made_anew_when_broken(shop: Shop) -> None:
-    first = data.load()
-    written = data.prepared_path().stat().st_mtime_ns
-    assert data.load().item_ids == first.item_ids
-    assert data.prepared_path().stat().st_mtime_ns == written
-    data.prepared_path().write_bytes(b"half a file")
-    assert data.load().item_ids == first.item_ids
-    shop([*log_lines(), "x,sku-new,1,"])
-    assert data.load().num_items == ITEMS + 1
-
-
-def test_a_wheel_with_another_checksum_is_refused(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DATA")
-    wheel = data.prepared_path().with_name(data.WHEEL)
-    wheel.parent.mkdir(parents=True)
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("odd", "")
-    with pytest.raises(InputError, match=f"SHA-256 is .*, {data.WHEEL_SHA256} is needed; delete the file"):
-        data.load()
-
-
-def test_no_network_says_so_and_what_else_can_be_done(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DATA")
+def test_without_a_network_the_error_says_so_and_offers_alternatives(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DEEPSEEK_DATA")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(InputError, match=r"could not be fetched .* put the file at .* or name your own log: DATA="):
+    with pytest.raises(InputError, match=r"could not be fetched .* put the file at .* or use your own log: DATA="):
         data.load()
-    assert not list(data.prepared_path().parent.iterdir())
-
-
-def test_the_data_stage_prints_facts_and_one_line_errors(shop: Shop) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "models.recommender.data", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-
-    facts: dict[str, Any] = json.loads(run("--json").stdout)
-    assert (facts["users"], facts["items"]) == (41, ITEMS)
-    shop(["user"])
-    failed = run()
-    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
-    assert "Examples:" in run("--help").stdout

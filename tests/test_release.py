@@ -1,4 +1,4 @@
-"""A new version beside the one that is served: worse ones never serve, a good one costs no request, and back."""
+"""Releases: worse versions never serve, a good one loses no request at the switch, and rollback goes back."""
 
 from __future__ import annotations
 
@@ -19,73 +19,73 @@ import pytest
 from deepseek_client import InferenceClient
 from onnx import numpy_helper
 
+from cli.main import values_of
 from deepseek.spec import DeploymentSpec, FileDigest, GateFailed, PublishedManifest
-from deepseek.spec.released import last_fate
-from export.to_triton import publish_version
-from serving.candidate import Candidate
-from serving.embedded import EmbeddedServer
-from serving.live import Live
-from serving.release import Release
-from serving.release import _parse as parsed
-from serving.releases import Journal, alone
-from serving.repository import check_version
-from serving.versions import newest
-from tests.conftest import run_module
+from deepseek.spec.files.released import last_fate
+from export.stages.publish import publish_version
+from serving.embedded.launcher import EmbeddedServer
+from serving.release.candidate import Candidate
+from serving.release.journal import ReleaseJournal, exclusive
+from serving.release.live_server import LiveServer
+from serving.release.release import Release
+from serving.release.versions import newest
+from serving.repository.checks import check_version
+from tests.conftest import FREE, run_module
 from tests.test_embedded import damage
 
 # The SLO can be proved in a second, and holds on a machine that is busy with other things.
-SLO = '[slo]\nobjectives = ["p50_ms < 5000 @ 40 rps", "error_rate <= 0.01"]\n'
+SLO = '[slo]\nobjectives = ["p50_ms < 5000 @ 40 rps", "error_rate <= 0"]\n'
 
 
 @dataclass(frozen=True)
 class World:
-    """A model that was built, a repository that serves version 1 of it, and the server that callers have."""
+    """A built model, a repository with version 1 of it, and the live server."""
 
     folder: Path
     server: EmbeddedServer
 
     @property
     def live(self) -> Path:
-        """The model in the repository that is served."""
+        """The model's folder in the served repository."""
         return self.folder / "repository" / "text"
 
-    def command(self, stage: str, *flags: str) -> tuple[str, ...]:
-        """Of a release or rollback, in the shortest runs that prove anything."""
+    def command(self, command: str, *flags: str) -> tuple[str, ...]:
+        """Arguments of a release or rollback of the served model."""
         which = ("--model", "text", "--models", str(self.folder / "models"))
-        return (stage, *which, "--repository", str(self.live.parent), "--url", self.server.grpc_url, *flags)
+        return ("cli", command, *which, "--repository", str(self.live.parent), "--url", self.server.grpc_url, *flags)
 
     def release(self, candidate: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-        """`python -m serving.release` to its end."""
+        """Runs `deepseek release` with the shortest useful loads."""
         short = ("--requests", "200", "--threshold", "60", "--duration-s", "1", "--parity-rows", "8")
-        command = self.command("serving.release", "--new", str(candidate), *short, *flags)
-        return run_module(*command, BUILD=str(self.folder / "build"))
+        command = self.command("release", "--new", str(candidate), *short, *flags)
+        return run_module(*command, DEEPSEEK_BUILD=str(self.folder / "build"))
 
     def version(self) -> str:
-        """The one that answers."""
+        """The version that answers a request."""
         with InferenceClient(self.server.grpc_url) as client:
             client.infer("text", {"input_ids": np.ones((1, 5), np.int64), "attention_mask": np.ones((1, 5), np.int64)})
             return client.metadata("text").versions[-1]
 
     def expected(self) -> set[str]:
-        """Versions that the alerts of the stack expect."""
+        """The versions that the stack's alerts expect."""
         rules = (self.folder / "build" / "observe" / "rules" / "deepseek.yml").read_text()
         return set(re.findall(r'version="(\d+)"', rules))
 
     def fate(self, version: Path) -> tuple[int, str] | None:
-        """What was decided last about what a version holds: `make engine` goes by it."""
+        """The last outcome for the content of a version, which `make engine` reads."""
         fate = last_fate("text", PublishedManifest.load(version / "manifest.json").files, self.live.parent)
         return (fate.version, fate.outcome) if fate else None
 
     def last(self) -> dict[str, Any]:
         """The latest record."""
-        run = run_module("serving.releases", "--model", "text", "--json", BUILD=str(self.folder / "build"))
+        run = run_module("cli", "releases", "--model", "text", "--json", DEEPSEEK_BUILD=str(self.folder / "build"))
         found: dict[str, Any] = json.loads(run.stdout)["releases"][0]
         return found
 
 
 @pytest.fixture(scope="module")
 def world(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """As behind the gateway, following the repository."""
+    """A server as behind the gateway, which follows the repository."""
     folder = tmp_path_factory.mktemp("release")
     (folder / "models" / "text").mkdir(parents=True)
     toml = Path("tests/models/text/deploy.toml").read_text()
@@ -93,21 +93,21 @@ def world(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wor
     (folder / "models" / "text" / "model.py").write_bytes(Path("tests/models/text/model.py").read_bytes())
     subprocess.run(["cp", "-r", str(built / "build"), str(folder / "build")], check=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BUILD", str(folder / "build"))
+        patch.setenv("DEEPSEEK_BUILD", str(folder / "build"))
         publish_version(DeploymentSpec.load(folder / "models" / "text"), "fp32", "onnxruntime", folder / "repository")
     stack = ("--repository", str(folder / "repository"), "--models", str(folder / "models"))
-    made = run_module("serving.stack", *stack, "--env-file", str(folder / "env"), BUILD=str(folder / "build"))
+    made = run_module("cli", "stack", *stack, "--env-file", str(folder / "env"), DEEPSEEK_BUILD=str(folder / "build"))
     assert made.returncode == 0, made.stderr
-    free: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
-    free |= {"log_path": folder / "triton.log", "exit_timeout_s": 1}
-    with EmbeddedServer(folder / "repository", poll_s=1, behind_gateway=True, **free) as server:
+    with EmbeddedServer(
+        folder / "repository", poll_s=1, behind_gateway=True, exit_timeout_s=1, log_path=folder / "triton.log", **FREE
+    ) as server:
         yield World(folder, server)
 
 
 @pytest.fixture
 def candidate(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with the same engine under other batching: a version that is new, and as good."""
-    monkeypatch.setenv("BUILD", str(world.folder / "build"))
+    """A repository with the same engine and other batching: a new version that is as good."""
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(world.folder / "build"))
     toml = (world.folder / "models" / "text" / "deploy.toml").read_text()
     (tmp_path / "deploy.toml").write_text(toml.replace("queue_timeout_ms = 1000", "queue_timeout_ms = 900"))
     publish_version(DeploymentSpec.load(tmp_path), "fp32", "onnxruntime", tmp_path / "candidate")
@@ -115,7 +115,7 @@ def candidate(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def changed(version: Path, name: str, content: bytes) -> None:
-    """A version as a build would have made it with another file in it: its digests are right."""
+    """Replaces a file of a version and updates its digests, as a build would."""
     (version / name).write_bytes(content)
     manifest = json.loads((version / "manifest.json").read_text())
     manifest["files"][name] = FileDigest.of(version / name).model_dump()
@@ -123,7 +123,7 @@ def changed(version: Path, name: str, content: bytes) -> None:
 
 
 def with_noise(path: Path) -> bytes:
-    """The graph with weights that are not the model's."""
+    """The graph with other weights than the model's."""
     graph = onnx.load(path)
     for tensor in graph.graph.initializer:
         values = numpy_helper.to_array(tensor)
@@ -186,7 +186,7 @@ def test_a_version_true_to_a_worse_model_is_refused(world: World, candidate: Pat
 @pytest.mark.alone
 @pytest.mark.slow
 def test_a_good_version_goes_live_under_load_without_a_failed_request_and_back(world: World, candidate: Path) -> None:
-    run = world.release(candidate)
+    run = world.release(candidate, "--threshold", "10000")  # how fast the machine is must not decide
     assert run.returncode == 0, run.stdout + run.stderr
     assert (world.version(), world.expected()) == ("2", {"2"})
     assert world.fate(world.live / "2") == (2, "live")
@@ -199,10 +199,8 @@ def test_a_good_version_goes_live_under_load_without_a_failed_request_and_back(w
     again = world.release(candidate)
     assert (again.returncode, len(again.stderr.splitlines())) == (2, 1)
     assert "nothing to release" in again.stderr
-    began_s = time.monotonic()
-    back = run_module(*world.command("serving.rollback"), BUILD=str(world.folder / "build"))
+    back = run_module(*world.command("rollback"), DEEPSEEK_BUILD=str(world.folder / "build"))
     assert back.returncode == 0, back.stdout + back.stderr
-    assert time.monotonic() - began_s < 60
     assert (world.version(), newest(world.live), world.expected()) == ("1", 1, {"1"})
     record = world.last()
     assert (record["kind"], record["outcome"]) == ("rollback", "rolled back")
@@ -216,18 +214,16 @@ def test_a_good_version_goes_live_under_load_without_a_failed_request_and_back(w
 def test_a_switch_that_is_refused_costs_no_version_to_go_back_to(
     world: World, candidate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deepseek.spec.repository.KEPT_VERSIONS", 1)
+    monkeypatch.setattr("deepseek.spec.files.repository.KEPT_VERSIONS", 1)
     switched = ("--switch-s", "0.001")  # no server takes it so soon
-    command = world.command(*("serving.release", "--new", str(candidate), *switched))
-    monkeypatch.setattr("sys.argv", list(command))
-    args = parsed()
-    spec = DeploymentSpec.of_model(args.model, args.models)
-    with alone("text") as releases:
-        journal = Journal(releases, "release", 2, before=1)
-        candidate_2 = Candidate(args, spec, journal, 2)
+    options = values_of(*world.command("release", "--new", str(candidate), *switched)[1:])
+    spec = DeploymentSpec.of_model(options.model, options.models)
+    with exclusive("text") as releases:
+        journal = ReleaseJournal(releases, "release", 2, before=1)
+        candidate_2 = Candidate(options, spec, journal, 2)
         candidate_2.stage()
-        with pytest.raises(GateFailed, match="went on with version 1"):
-            Release(candidate_2, Live.find(args, 1)).switch()
+        with pytest.raises(GateFailed, match="still had version 1"):
+            Release(candidate_2, LiveServer.find(options, 1)).switch()
     assert (newest(world.live), world.version()) == (1, "1")
     assert (journal.folder / "withdrawn" / "2" / "model.onnx").is_file()
 
@@ -236,8 +232,8 @@ def test_a_switch_that_is_refused_costs_no_version_to_go_back_to(
 def test_a_kill_in_the_middle_leaves_the_old_one_serving_and_says_where_it_stopped(
     world: World, candidate: Path
 ) -> None:
-    command = [sys.executable, "-m", *world.command("serving.release", "--new", str(candidate))]
-    environment = {**os.environ, "BUILD": str(world.folder / "build")}
+    command = [sys.executable, "-m", *world.command("release", "--new", str(candidate))]
+    environment = {**os.environ, "DEEPSEEK_BUILD": str(world.folder / "build")}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     assert process.stdout is not None
     for line in process.stdout:
@@ -250,7 +246,7 @@ def test_a_kill_in_the_middle_leaves_the_old_one_serving_and_says_where_it_stopp
     record = world.last()
     assert record["outcome"] == "not finished"
     assert (record["steps"][-1]["name"], record["steps"][-1]["state"]) == ("parity", "started")
-    shown = run_module("serving.releases", "--model", "text", BUILD=str(world.folder / "build")).stdout
+    shown = run_module("cli", "releases", "--model", "text", DEEPSEEK_BUILD=str(world.folder / "build")).stdout
     assert "parity: started" in " ".join(shown.split())
 
 
@@ -275,7 +271,7 @@ def test_a_candidate_of_other_weights_is_compared_with_its_own_build_or_not_at_a
         manifest.write_text(json.dumps(told))
     run = world.release(candidate)
     assert (run.returncode, len(run.stderr.splitlines())) == (2, 1)
-    assert re.search(r"made of the weights 0123456789ab, \S+/text/fp32/manifest.json has [0-9a-f]{12}, so", run.stderr)
+    assert re.search(r"made from the weights 0123456789ab, but \S+/fp32/manifest.json has [0-9a-f]{12}, so", run.stderr)
     assert world.last()["steps"][-1]["name"] == "stage"
     damage(candidate / "text" / "1" / "model.onnx")
     run = world.release(candidate, "--new-build", str(tmp_path / "build"))
@@ -286,10 +282,10 @@ def test_a_server_of_another_version_or_none_at_a_given_address_is_said_before_a
     world: World, candidate: Path
 ) -> None:
     flags = ("--model", "text", "--models", str(world.folder / "models"), "--url")
-    elsewhere = run_module("serving.release", *flags, "127.0.0.1:9", "--repository", str(world.live.parent))
+    elsewhere = run_module("cli", "release", *flags, "127.0.0.1:9", "--repository", str(world.live.parent))
     assert (elsewhere.returncode, len(elsewhere.stderr.splitlines())) == (2, 1)
     assert "leave the address out" in elsewhere.stderr
     (candidate / "text" / "1").rename(candidate / "text" / "7")
-    other = run_module("serving.release", *flags, world.server.grpc_url, "--repository", str(candidate))
+    other = run_module("cli", "release", *flags, world.server.grpc_url, "--repository", str(candidate))
     assert other.returncode == 2
-    assert "gives version 1 of text" in other.stderr
+    assert "has version 1 of text" in other.stderr

@@ -1,4 +1,4 @@
-"""The sensitivity pass: which layers stay high where 8 bits break the budget, and what is hopeless."""
+"""The sensitivity pass: which layers stay high if 8 bits break the budget, and when none helps."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import pytest
 from deepseek.quantization import HighPrecision, QuantConfig
 from deepseek.spec import build_dir
 from export.artifact import json_text
-from export.compare import compare
-from export.compare import show as show_choice
-from export.quantize import quantize_model, show
-from export.sensitivity import fewest_high, squared_errors
-from export.source import Source
-from export.to_onnx import export_model
+from export.model_folder import ModelFolder
+from export.precision import sensitivity
+from export.precision.sensitivity import fewest_high, sensitivity_pass, squared_errors, verdict
+from export.stages.quantize import quantize_model, show
+from export.stages.select_precision import compare
+from export.stages.select_precision import show as show_choice
+from export.stages.to_onnx import export_model
 
 TOML = """
 name = "small"
@@ -64,16 +65,16 @@ def samples(split):
 OUTLIERS = "((self.first(x) * self.spread) @ self.told)"
 
 
-def small(folder: Path, body: str, *, batch: tuple[int, int] = (1, 4)) -> Source:
-    """A model folder `small` of three layers of 64, whose forward is `body`."""
+def small(folder: Path, body: str, *, batch: tuple[int, int] = (1, 4)) -> ModelFolder:
+    """A model folder `small` with three layers of width 64, whose forward is `body`."""
     (folder / "small").mkdir()
     (folder / "small" / "deploy.toml").write_text(TOML.format(least=batch[0], most=batch[1]))
     (folder / "small" / "model.py").write_text(MODEL.format(body=body))
-    return Source("small", folder)
+    return ModelFolder("small", folder)
 
 
-def in_int8(source: Source, high: HighPrecision = "fp32") -> dict[str, Any]:
-    """Takes `small` through export and quantization."""
+def in_int8(source: ModelFolder, high: HighPrecision = "fp32") -> dict[str, Any]:
+    """Exports and quantizes `small`."""
     export_model(source)
     data = build_dir("small") / "calibration.npz"
     return quantize_model(source.spec, QuantConfig(calibration_data=data, high_precision=high), source)
@@ -81,7 +82,7 @@ def in_int8(source: Source, high: HighPrecision = "fp32") -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _own_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
 
 
 @pytest.mark.parametrize("high", ["fp32", "fp16"])
@@ -98,10 +99,28 @@ def test_the_layer_that_breaks_the_budget_is_found_and_stays_high(
     assert result["settings"]["keep_high"] == [f"^{report['layers'][0]['name']}$"]
     assert json.loads((build_dir("small") / "int8" / "sensitivity.json").read_text()) == report
     show(result, high)
-    assert f"1 of 4 layers stay {high}" in capsys.readouterr().out
+    said, rows = capsys.readouterr().out, report["rows"]
+    assert f"1 of 4 layers stay {high}" in said
+    assert f"layers chosen on {rows['chosen_on']} rows, judged on {rows['judged_on']} others" in said
+    assert (rows["chosen_on"] + rows["judged_on"], min(rows.values()) > 0) == (48, True)
 
 
-def test_a_hopeless_model_is_said_to_be_and_fp32_is_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_choice_that_keeps_the_budget_only_on_its_own_rows_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "quantized_layers", lambda model: {"a": "MatMul", "b": "MatMul"})
+    monkeypatch.setattr(sensitivity, "layer_shares", lambda model, run: {"a": 0.9, "b": 0.1})
+    monkeypatch.setattr(sensitivity, "with_high", lambda model, names: model)
+    graph: Any = "graph"
+    drops = {True: 0.001, False: 0.03}
+    _, report = sensitivity_pass(graph, lambda model: [], lambda model: 0.5, lambda model, own: drops[own], 0.01)
+    assert (report["held"], report["drop"]) == (False, 0.03)
+    assert report["tried"] == [{"high": 1, "drop": 0.001}]
+    told = "int8 misses the budget on the rows that judge: drop 3.00%, 1.00% allowed"
+    assert verdict(report, "int8", "fp16") == told
+
+
+def test_a_model_that_cannot_meet_the_budget_is_reported_and_fp32_is_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = small(tmp_path, "return (x * self.spread) @ self.told + (x.relu() * self.spread) @ self.told.flip(1)")
     result = in_int8(source)
     assert result["found"]["compute_operators"] == {"int8": 2}
@@ -110,23 +129,21 @@ def test_a_hopeless_model_is_said_to_be_and_fp32_is_served(tmp_path: Path, capsy
     assert choice["variants"]["int8"]["reason"].startswith("outside the budget: drop ")
     show_choice(choice)
     shown = capsys.readouterr().out
-    assert "hopeless in int8: drop " in shown
+    assert "int8 cannot meet the budget: drop " in shown
     assert "share of the error" in shown
 
 
-def test_a_drop_without_a_number_is_null_in_json_and_infinite_in_words(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_nan_drop_is_null_in_json_and_infinite_in_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = in_int8(small(tmp_path, "return 1 / ((x * self.spread) @ self.told)"))  # at 8 bits one over nothing
     written = (build_dir("small") / "int8" / "sensitivity.json").read_text()
     assert json.loads(written, parse_constant=pytest.fail)["drop"] is None
     json.loads(json_text(result), parse_constant=pytest.fail)
     show(result, "fp32")
-    assert "hopeless in int8: drop infinite, 0.10% allowed" in capsys.readouterr().out
+    assert "int8 cannot meet the budget: drop infinite, 0.10% allowed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["[/x]", "[batch]"])
-def test_a_layer_in_brackets_is_shown_as_it_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_layer_name_in_brackets_is_shown_unchanged(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     layers = [{"name": name, "operator": "MatMul", "share": 1.0, "high": True}]
     report = {"held": True, "drop": 0.0, "max_drop": 0.001, "layers": layers, "tried": []}
     found = {"compute_operators": {"fp32": 1}}
@@ -140,7 +157,7 @@ def test_inside_the_budget_nothing_is_tried(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("needed", "tries"), [(1, 1), (2, 2), (5, 6), (9, 5)])
-def test_as_few_layers_stay_high_as_the_budget_needs(needed: int, tries: int) -> None:
+def test_only_as_many_layers_stay_high_as_the_budget_needs(needed: int, tries: int) -> None:
     names = [f"layer{index}" for index in range(10)]
     kept, tried = fewest_high(names, lambda high: 0.0 if len(high) >= needed else 0.5, 0.01)
     assert kept == names[:needed]
@@ -148,7 +165,7 @@ def test_as_few_layers_stay_high_as_the_budget_needs(needed: int, tries: int) ->
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_one_layer_at_least_has_to_stay_at_8_bits(count: int) -> None:
+def test_at_least_one_layer_has_to_stay_at_8_bits(count: int) -> None:
     names = [f"layer{index}" for index in range(count)]
     kept, tried = fewest_high(names, lambda _: float("nan"), 0.01)
     assert kept is None
@@ -163,6 +180,6 @@ def test_errors_are_relative_squares_and_shares_of_entries() -> None:
     assert squared_errors(outputs, reference)[0] == 1e9
 
 
-def test_errors_of_labels_count_place_by_place() -> None:
+def test_errors_of_labels_count_by_position() -> None:
     reference, outputs = [{"labels": np.array([0, 1, 0, 1])}], [{"labels": np.array([0, 0, 0, 1])}]
     assert squared_errors(outputs, reference) == [pytest.approx(0.25)]

@@ -1,4 +1,4 @@
-"""Where the time goes: what Triton accounts for, and what is left to client and network."""
+"""The split of a mean request's time between Triton, and client and network."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from deepseek_client import InferenceClient
 
-from loadtests.server_statistics import Split, difference, fetch
-from serving.embedded import EmbeddedServer
+from loadtests.load.server_statistics import difference, fetch
+from loadtests.slo.time_split import TimeSplit
+from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import run_module
+from tests.saved_runs import saved_run, steady
 from tests.test_report import STATISTICS
-from tests.test_results import saved_run, steady
 
 
-def test_parts_and_what_is_left_add_up_to_what_the_client_saw() -> None:
-    split = Split.of(STATISTICS, service_ms=60.0)
+def test_the_parts_and_the_rest_add_up_to_the_clients_latency() -> None:
+    split = TimeSplit.of(STATISTICS, service_ms=60.0)
     assert split is not None
     assert split.parts == pytest.approx(
         {"queue": 2.0, "compute_input": 0.1, "compute_infer": 6.5, "compute_output": 0.4}
@@ -26,8 +27,8 @@ def test_parts_and_what_is_left_add_up_to_what_the_client_saw() -> None:
     assert (split.outside, split.total, split.late) == (pytest.approx(51.0), pytest.approx(60.0), 0.0)
 
 
-def test_eight_ms_of_infer_and_sixty_end_to_end_explain_themselves() -> None:
-    split = Split.of(STATISTICS, service_ms=60.0)
+def test_a_sentence_explains_sixty_ms_end_to_end_with_eight_in_the_model() -> None:
+    split = TimeSplit.of(STATISTICS, service_ms=60.0)
     assert split is not None
     assert split.sentence.startswith(
         "A mean request took 60.0 ms: 6.50 ms in the model, 2.00 ms in Triton's queue, 0.50 ms handing tensors over "
@@ -35,21 +36,21 @@ def test_eight_ms_of_infer_and_sixty_end_to_end_explain_themselves() -> None:
     )
 
 
-def test_a_late_send_is_named_where_it_matters() -> None:
-    late = Split.of(STATISTICS, service_ms=10.0, intended_ms=15.0)
-    on_time = Split.of(STATISTICS, service_ms=10.0, intended_ms=10.2)
+def test_a_late_send_is_named_if_it_matters() -> None:
+    late = TimeSplit.of(STATISTICS, service_ms=10.0, intended_ms=15.0)
+    on_time = TimeSplit.of(STATISTICS, service_ms=10.0, intended_ms=10.2)
     assert late is not None
     assert on_time is not None
-    assert "it left 5.00 ms after its planned time" in late.account
+    assert "it was sent 5.00 ms after its planned time" in late.account
     assert "planned" not in on_time.account
 
 
-def test_answers_of_the_cache_are_part_of_the_mean() -> None:
+def test_answers_from_the_cache_are_part_of_the_mean() -> None:
     cached: dict[str, Any] = {**STATISTICS, "cache_hit": {"count": 500, "ns": 250_000_000}}
     cached["compute_infer"] = {"count": 500, "ns": 3_000_000_000}
-    split = Split.of(cached, service_ms=10.0)
+    split = TimeSplit.of(cached, service_ms=10.0)
     assert split is not None
-    assert split.parts["compute_infer"] == pytest.approx(3.0)  # of all requests, not of those that were computed
+    assert split.parts["compute_infer"] == pytest.approx(3.0)  # over all requests, not only the computed ones
     assert split.parts["cache"] == pytest.approx(0.25)
     assert "0.25 ms in the cache" in split.account
 
@@ -59,8 +60,8 @@ def test_answers_of_the_cache_are_part_of_the_mean() -> None:
     [({}, 10.0), ({**STATISTICS, "success": {"count": 0, "ns": 0}}, 10.0), (STATISTICS, float("nan"))],
     ids=["no statistics", "no request", "no answer"],
 )
-def test_what_is_not_known_is_not_split(statistics: dict[str, Any], service_ms: float) -> None:
-    assert Split.of(statistics, service_ms=service_ms) is None
+def test_unknown_times_are_not_split(statistics: dict[str, Any], service_ms: float) -> None:
+    assert TimeSplit.of(statistics, service_ms=service_ms) is None
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -70,7 +71,7 @@ def test_a_real_servers_delay_lies_in_the_model(server: EmbeddedServer, protocol
     with InferenceClient(server.grpc_url) as client:
         for _ in range(2):
             client.infer("slow", {"x": np.ones((1, 2, 1), np.float32)})
-    split = Split.of(difference(before, fetch(url, protocol, "slow")), service_ms=300.0)
+    split = TimeSplit.of(difference(before, fetch(url, protocol, "slow")), service_ms=300.0)
     assert split is not None
     assert split.parts["compute_infer"] >= 200
     assert split.total >= sum(split.parts.values())
@@ -79,7 +80,7 @@ def test_a_real_servers_delay_lies_in_the_model(server: EmbeddedServer, protocol
 def test_the_verdict_says_where_the_time_goes(tmp_path: Path) -> None:
     server = {"version": "3", "statistics": STATISTICS}
     saved_run(tmp_path, steady(0.06), server=server, model="recommender", url="127.0.0.1:8001")
-    arguments = ("loadtests.slo", "--run", str(tmp_path))
+    arguments = ("cli", "verdict", "--run", str(tmp_path))
     told = " ".join(run_module(*arguments).stdout.split())
     assert "A mean request took 60.0 ms: 6.50 ms in the model" in told
     found = json.loads(run_module(*arguments, "--json").stdout)["where_time_goes_ms"]

@@ -1,32 +1,45 @@
-"""`python -m deepseek.sizing`: plans people and machines can read, and one line for each mistake."""
+"""`deepseek plan`: plans for people and machines, and one-line errors."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
-from deepseek.sizing.__main__ import planned
-from deepseek.sizing.charts import bar_chart, scatter_chart, stacked_chart
+from cli.main import main, values_of
 from deepseek.sizing.devices import THIS_MACHINE, load_devices
+from deepseek.sizing.plan_hardware import planned
 from deepseek.spec import InputError
-from tests.conftest import run_module
 
 SIZES = ["--layers", "4", "--hidden", "64", "--heads", "4"]
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No measured machine of the checkout's own."""
-    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    """Hides the measured machine of this checkout."""
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
 
 
-def test_a_plan_is_short_and_names_what_it_predicts() -> None:
-    run = run_module("deepseek.sizing", "--preset", "bert-base", "--length", "384", "--rate", "2000", "--p99-ms", "30")
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `deepseek plan …` in this process."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        code = main(["plan", *arguments])
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run
+
+
+def test_a_plan_is_short_and_names_what_it_predicts(plan: Run) -> None:
+    run = plan("--preset", "bert-base", "--length", "384", "--rate", "2000", "--p99-ms", "30")
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.splitlines()) < 55
     for word in (
@@ -40,37 +53,37 @@ def test_a_plan_is_short_and_names_what_it_predicts() -> None:
         assert word in run.stdout
 
 
-def test_json_has_the_whole_plan() -> None:
-    run = run_module("deepseek.sizing", *SIZES, "--json", "--device", "t4", "--rate", "10")
-    plan = json.loads(run.stdout)
-    assert plan["training"]["fp32"]["total_bytes"] > plan["training"]["fp32"]["activation_bytes"] > 0
-    assert plan["devices"]["t4"]["training"]["way"] == "single"
-    assert plan["devices"]["t4"]["bill"]["replicas"] == 2
+def test_json_has_the_whole_plan(plan: Run) -> None:
+    run = plan(*SIZES, "--json", "--device", "t4", "--rate", "10")
+    found = json.loads(run.stdout)
+    assert found["training"]["fp32"]["total_bytes"] > found["training"]["fp32"]["activation_bytes"] > 0
+    assert found["devices"]["t4"]["training"]["way"] == "single"
+    assert found["devices"]["t4"]["bill"]["replicas"] == 2
 
 
-def test_json_has_null_where_no_number_of_devices_can_share_a_product() -> None:
-    run = run_module("deepseek.sizing", "--preset", "gpt2-xl", "--json", "--device", "t4")  # 25 heads
-    plan = json.loads(run.stdout, parse_constant=pytest.fail)
-    (tensor,) = [way for way in plan["devices"]["t4"]["training_ways"] if way["way"] == "tensor"]
+def test_json_has_null_where_no_number_of_devices_can_share_a_product(plan: Run) -> None:
+    run = plan("--preset", "gpt2-xl", "--json", "--device", "t4")  # 25 heads
+    found = json.loads(run.stdout, parse_constant=pytest.fail)
+    (tensor,) = [way for way in found["devices"]["t4"]["training_ways"] if way["way"] == "tensor"]
     assert (tensor["devices"], tensor["memory_bytes"]) == (None, None)
 
 
-def test_a_model_that_generates_is_told_in_tokens() -> None:
+def test_a_generating_model_is_planned_in_tokens(plan: Run) -> None:
     for flags, unit in ((["--generate"], "tokens/s"), ([], "samples/s")):
-        assert f"latency {unit}" in re.sub(" +", " ", run_module("deepseek.sizing", *SIZES, *flags).stdout)
+        assert f"latency {unit}" in re.sub(" +", " ", plan(*SIZES, *flags).stdout)
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "seen none of them; one of --model, --onnx, --preset or --layers"),
         (["--preset", "bert-base", "--layers", "3"], "seen --preset and --layers"),
         (["--preset", "bert"], "--preset: seen 'bert'; allowed: bert-base"),
         (["--layers", "3"], "--layers: --hidden is missing"),
         (["--layers", "3", "--hidden", "10", "--heads", "3"], "not divisible by num_attention_heads 3"),
         ([*SIZES, "--rate", "0"], "rate_rps: seen 0.0"),
         ([*SIZES, "--batch", "-1"], "batch: seen -1"),
-        ([*SIZES, "--disk-mb-s", "0"], "disk_bytes_s: seen 0.0; a number above 0"),
+        ([*SIZES, "--rate", "14", "--capacity", "nowhere.json"], "nowhere.json: cannot be read"),
+        ([*SIZES, "--disk-mb-s", "0"], "disk_bytes_s: seen 0; a number above 0"),
         ([*SIZES, "--disk-mb-s", "nan"], "disk_bytes_s: seen nan"),
         ([*SIZES, "--devices", "nowhere.toml"], "nowhere.toml: cannot be read"),
         (["--onnx", "README.md"], "README.md: not an ONNX file"),
@@ -81,17 +94,17 @@ def test_a_model_that_generates_is_told_in_tokens() -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_line_and_exit_2(arguments: list[str], says: str) -> None:
-    run = run_module("deepseek.sizing", *arguments)
+def test_a_mistake_is_a_one_line_error_and_exit_2(arguments: list[str], says: str, plan: Run) -> None:
+    run = plan(*arguments)
     assert run.returncode == 2
     assert says in run.stderr
     assert run.stderr.count("\n") == 1
 
 
-def test_a_device_of_1_gb_is_planned_and_says_what_does_not_fit(tmp_path: Path) -> None:
+def test_a_device_of_1_gb_is_planned_and_says_what_does_not_fit(tmp_path: Path, plan: Run) -> None:
     text = 'name = "Small"\nmemory_gib = 1\nbandwidth_gb_s = 50\ncompute_units = 4\nrates = { fp32 = 1 }\nsource = "mine"\n'
     (tmp_path / "mine.toml").write_text(f"[small]\n{text}")
-    run = run_module("deepseek.sizing", "--preset", "gpt2-xl", "--devices", str(tmp_path / "mine.toml"), "--rate", "5")
+    run = plan("--preset", "gpt2-xl", "--devices", str(tmp_path / "mine.toml"), "--rate", "5")
     assert run.returncode == 0, run.stderr
     assert "does not fit" in run.stdout
     assert "small     single: needs more than 80 % of 1 GiB" in run.stdout
@@ -117,8 +130,8 @@ def test_a_device_of_1_gb_is_planned_and_says_what_does_not_fit(tmp_path: Path) 
     ],
     ids=["long-with-tiny-heads", "70b", "least", "gpt3"],
 )
-def test_configurations_that_nobody_wrote_down_are_planned(arguments: list[str]) -> None:
-    plan = planned(arguments)
+def test_unusual_configurations_are_planned(arguments: list[str]) -> None:
+    plan = planned(values_of("plan", *arguments))
     for device in plan.devices.values():
         assert device.latency_ms is None or device.latency_ms > 0
         fits = [way for way in device.training_ways if way.devices]
@@ -130,59 +143,29 @@ def test_configurations_that_nobody_wrote_down_are_planned(arguments: list[str])
         )
 
 
-def test_a_graph_is_planned_at_deploy_tomls_sizes_and_measured_here(built: Path, tmp_path: Path) -> None:
+def test_a_graph_is_planned_at_deploy_tomls_sizes_and_measured_here(built: Path, tmp_path: Path, plan: Run) -> None:
     shutil.copytree(built / "build" / "text", tmp_path / "build" / "text")
     arguments = ("--model", "text", "--models", "tests/models", "--measure", "--device", THIS_MACHINE, "--rate", "5")
-    run = run_module("deepseek.sizing", *arguments)
+    run = plan(*arguments)
     assert run.returncode == 0, run.stderr
     assert "on this machine, one instance" in run.stdout
     assert load_devices()[THIS_MACHINE].rates.keys() == {"fp32", "int8"}
-    plan = planned(list(arguments))
-    assert (there := plan.devices[THIS_MACHINE]).calibrated
+    found = planned(values_of("plan", *arguments))
+    assert (there := found.devices[THIS_MACHINE]).calibrated
     assert there.capacity is not None
     assert there.capacity.batch == 8  # deploy.toml's largest, at 5/s within 50 ms
     with pytest.raises(InputError, match=r"model.onnx: axis: seen 'lenght'; allowed: length "):
-        planned([*arguments, "--axis", "lenght=8"])
-    assert plan.notes
+        planned(values_of("plan", *arguments, "--axis", "lenght=8"))
+    assert found.notes
 
 
-def test_what_make_capacity_measured_stands_beside_the_predictions(tmp_path: Path) -> None:
+def test_the_measured_capacity_is_shown_beside_the_predictions(tmp_path: Path, plan: Run) -> None:
     path = tmp_path / "capacity.json"
     path.write_text(json.dumps({"capacity_rps": 7.0, "objectives": ["p99_ms <= 20 ms"]}))
     asked = ["--rate", "14", "--p99-ms", "20", "--growth", "0", "--capacity", str(path), "--price", "0.5"]
-    plan = planned([*SIZES, *asked])
-    assert plan.measured is not None
-    assert plan.measured.bill is not None
-    assert (plan.measured.bill.replicas, plan.measured.bill.month_usd) == (3, 3 * 0.5 * 730)
-    assert (there := plan.devices["t4"].capacity) is not None
-    assert not there.measured
-    run = run_module("deepseek.sizing", *SIZES, *asked)
+    found = planned(values_of("plan", *SIZES, *asked))
+    assert found.measured is not None
+    assert found.measured.bill is not None
+    assert (found.measured.bill.replicas, found.measured.bill.month_usd) == (3, 3 * 0.5 * 730)
+    run = plan(*SIZES, *asked)
     assert re.search(r"as measured +7/s +- +3 +1,095 +\S+ measurement", run.stdout)
-
-
-def test_a_capacity_file_that_is_not_there_is_one_line() -> None:
-    run = run_module("deepseek.sizing", *SIZES, "--rate", "14", "--capacity", "nowhere.json")
-    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-    assert "nowhere.json: cannot be read" in run.stderr
-
-
-def test_charts_are_drawn_beside_the_plan(tmp_path: Path) -> None:
-    run = run_module("deepseek.sizing", *SIZES, "--rate", "100", "--charts", str(tmp_path / "drawn"))
-    assert run.returncode == 0, run.stderr
-    for name in ("memory.svg", "cost.svg"):
-        assert ElementTree.parse(tmp_path / "drawn" / name).getroot().tag.endswith("svg")
-    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["cost.svg", "memory.svg"]
-
-
-def test_a_chart_stands_alone_and_escapes_what_it_is_told() -> None:
-    charts = [
-        stacked_chart({"<a>": {"x": 1.0, "y": 2.0}}, title="A & B", unit="GB"),
-        bar_chart({"<a>": 0.0}, title="A & B", unit="USD", notes={"<a>": "&"}),
-        scatter_chart(
-            {"<a>": [(1.0, 2.0), (90.0, 80.0)]}, title="A & B", unit="ms", x_label="x", y_label="y", band=0.25
-        ),
-    ]
-    for chart in charts:
-        root = ElementTree.fromstring(chart)
-        assert "A & B" in "".join(root.itertext())
-        assert "http" not in chart.replace("http://www.w3.org/2000/svg", "")

@@ -1,4 +1,4 @@
-"""Replicas and money, by measurement and by prediction."""
+"""Replicas and cost, from a measurement and from a prediction."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BERT = presets()["bert-base"]
 
 
 def capacity(tmp_path: Path, **changes: Any) -> Path:
-    """A file as `make capacity` leaves it."""
+    """A file like the one that `make capacity` writes."""
     path = tmp_path / "capacity.json"
     found = {
         "model": "m",
@@ -32,14 +32,14 @@ def capacity(tmp_path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_replicas_bear_the_rate_as_it_has_grown_and_the_loss_of_one() -> None:
+def test_replicas_handle_growth_during_scale_out_and_the_loss_of_one() -> None:
     demand = Demand(rate_rps=2000, p99_ms=30, growth_per_minute=0.1, scale_out_s=120)
     assert demand.grown_rps == 2400
     assert bill(demand, 500, 1.0).replicas == math.ceil(2400 / 500) + 1
     assert bill(Demand(rate_rps=1, p99_ms=30), 500, 1.0).replicas == 2
 
 
-def test_cost_a_million_is_the_months_bill_over_the_months_inferences() -> None:
+def test_cost_per_million_is_the_monthly_cost_over_the_monthly_inferences() -> None:
     found = bill(Demand(rate_rps=100, p99_ms=30, mean_share=0.5, growth_per_minute=0), 50, 2.0)
     assert found.month_usd == 3 * 2.0 * 730
     assert found.million_usd == pytest.approx(3 * 2.0 / (50 * 3600) * 1e6)
@@ -50,7 +50,7 @@ def test_cost_a_million_is_the_months_bill_over_the_months_inferences() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"rate_rps": 0}, "rate_rps: seen 0; a number above 0"),
+        ({"rate_rps": 0}, "rate_rps: seen 0; allowed: greater than 0"),
         ({"rate_rps": -5}, "rate_rps: seen -5"),
         ({"rate_rps": math.nan}, "rate_rps: seen nan"),
         ({"p99_ms": 0}, "p99_ms: seen 0"),
@@ -59,12 +59,12 @@ def test_cost_a_million_is_the_months_bill_over_the_months_inferences() -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_demand_that_makes_no_sense_is_one_line(change: dict[str, float], says: str) -> None:
+def test_an_invalid_demand_is_a_one_line_error(change: dict[str, float], says: str) -> None:
     with pytest.raises(InputError, match=says):
         Demand(**({"rate_rps": 10, "p99_ms": 30} | change))
 
 
-def test_the_predicted_batch_keeps_p99_and_the_next_does_not() -> None:
+def test_the_predicted_batch_meets_p99_and_the_next_does_not() -> None:
     found = predicted_serving(BERT, DEVICES["a30"], precision="fp16", length=128, p99_ms=10)
     assert isinstance(found, Serving)
     assert found.batch is not None
@@ -74,10 +74,9 @@ def test_the_predicted_batch_keeps_p99_and_the_next_does_not() -> None:
     ]
     assert 2 * ms[0] + SERVER_MS <= 10 < 2 * ms[1] + SERVER_MS
     assert found.capacity_rps == pytest.approx(0.7 * 1000 * found.batch / ms[0])
-    assert not found.measured
 
 
-def test_the_predicted_batch_is_one_that_the_model_takes() -> None:
+def test_the_predicted_batch_is_within_the_models_limit() -> None:
     found = [
         predicted_serving(BERT, DEVICES["a30"], precision="fp16", length=128, p99_ms=1000, most_batch=most)
         for most in (1, 12, 256)
@@ -85,7 +84,7 @@ def test_the_predicted_batch_is_one_that_the_model_takes() -> None:
     assert [each.batch for each in found if isinstance(each, Serving)] == [1, 8, 256]
 
 
-def test_a_limit_that_no_batch_keeps_and_a_device_that_is_too_small_say_so() -> None:
+def test_an_unreachable_limit_and_a_too_small_device_are_reported() -> None:
     slow = predicted_serving(BERT, DEVICES["t4"], precision="fp16", length=512, p99_ms=2)
     assert isinstance(slow, str)
     assert "one sample takes" in slow
@@ -94,25 +93,27 @@ def test_a_limit_that_no_batch_keeps_and_a_device_that_is_too_small_say_so() -> 
     assert small == "does not fit in 80 % of 0.5 GiB"
 
 
-def test_a_measured_capacity_is_used_where_its_p99_is_as_strict(tmp_path: Path) -> None:
+def test_a_measured_capacity_is_used_if_its_p99_is_as_strict(tmp_path: Path) -> None:
     found = measured_serving(capacity(tmp_path), 50)
     assert isinstance(found, Serving)
-    assert (found.capacity_rps, found.measured) == (120.0, True)
+    assert found.capacity_rps == 120.0
     loose = measured_serving(capacity(tmp_path), 30)
     assert isinstance(loose, str)
-    assert "measured for p99 <= 50 ms, 30 ms are asked for" in loose
+    assert "measured for p99 <= 50 ms, but the limit is 30 ms" in loose
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"capacity_rps": None}, "no rate held the SLO"),
+        ({"capacity_rps": None}, "no rate met the SLO"),
         ({"objectives": ["error_rate <= 0.1%"]}, "measured for no p99"),
         ({"objectives": ["p99_ms < 5 @ 100 rps"]}, "measured for no p99"),
     ],
     ids=["none", "no-p99", "p99-of-a-lower-rate"],
 )
-def test_a_capacity_that_says_nothing_is_not_used(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+def test_a_capacity_without_a_matching_objective_is_not_used(
+    tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
     found = measured_serving(capacity(tmp_path, **changes), 50)
     assert isinstance(found, str)
     assert says in found
@@ -121,16 +122,15 @@ def test_a_capacity_that_says_nothing_is_not_used(tmp_path: Path, changes: dict[
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "not valid JSON"),
-        ("[]", "capacity_rps: missing"),
-        ('{"capacity_rps": "12"}', "capacity_rps: seen '12'; a number above 0 or null"),
-        ('{"capacity_rps": true}', "capacity_rps: seen True"),
-        ('{"capacity_rps": NaN}', "capacity_rps: seen nan"),
+        ("{", "capacity.json: not valid JSON: EOF"),
+        ("[]", "seen \\[\\]"),
+        ("{}", "capacity_rps: missing"),
+        ('{"capacity_rps": 0}', "capacity_rps: seen 0"),
         ('{"capacity_rps": 1e3, "objectives": 5}', "objectives: seen 5"),
     ],
-    ids=["cut", "list", "text", "bool", "nan", "objectives"],
+    ids=["cut", "list", "empty", "zero", "objectives"],
 )
-def test_a_file_that_is_none_is_one_line(tmp_path: Path, text: str, says: str) -> None:
+def test_an_invalid_file_is_a_one_line_error(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "capacity.json"
     path.write_text(text)
     with pytest.raises(InputError, match=says):
@@ -138,8 +138,8 @@ def test_a_file_that_is_none_is_one_line(tmp_path: Path, text: str, says: str) -
 
 
 def test_objectives_as_the_capacity_search_writes_them_are_read() -> None:
-    from loadtests.capacity import Capacity
-    from loadtests.slo import SIGNS, formatted
+    from loadtests.figures import SIGNS, formatted
+    from loadtests.search.capacity_result import Capacity
 
     assert {"capacity_rps", "objectives", "confirmed"} <= Capacity.model_fields.keys()
     slo = SloSpec(p99_ms=80, p50_ms=9.5, rate_rps=100, objectives=("mean_ms < 20",))

@@ -1,4 +1,4 @@
-"""The file of devices: complete, sourced, and checked where it is read."""
+"""The file of devices: complete, with sources, and checked when it is read."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ source = "a datasheet"
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No measured machine of the checkout's own."""
-    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    """Hides the measured machine of this checkout."""
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
 
 
-def test_every_device_of_the_issue_is_there_with_a_source() -> None:
+def test_every_required_device_exists_with_a_source() -> None:
     devices = load_devices()
     wanted = [
         "t4",
@@ -49,7 +49,7 @@ def test_every_device_of_the_issue_is_there_with_a_source() -> None:
     assert all(device.rates["fp16"] > device.rates["fp32"] for device in devices.values())
 
 
-def test_a_file_of_ones_own_takes_the_place_of_the_projects(tmp_path: Path) -> None:
+def test_your_own_file_replaces_the_projects(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(MINE)
     (device,) = load_devices(path).values()
@@ -63,16 +63,15 @@ def test_a_file_of_ones_own_takes_the_place_of_the_projects(tmp_path: Path) -> N
     [
         ("memory_gib = 1", "memory_gib = -1", "mine.memory_gib: seen -1.*greater than 0"),
         ("memory_gib = 1", 'memory_gib = "1 GB"', "mine.memory_gib: seen '1 GB'.*valid number"),
-        ("memory_gib = 1", "memory_gib = nan", "mine.memory_gib: seen nan; it has to be a finite number"),
+        ("memory_gib = 1", "memory_gib = nan", "mine.memory_gib: seen nan; it must be a finite number"),
         ("memory_gib = 1", "memory_gib = inf", "mine.memory_gib: seen inf"),
         ("memory_gib = 1\n", "", "mine.memory_gib: missing"),
         ("memory_gib = 1", "memory_gb = 1", "mine.memory_gb: unknown key .* did you mean memory_gib"),
-        ("fp32 = 1, ", "", "mine.rates: seen fp16; fp32 has to be among them"),
+        ("fp32 = 1, ", "", "mine.rates: seen fp16; fp32 is required"),
         ("fp32 = 1", "fp31 = 1", "mine.rates.fp31"),
-        ("source =", "efficiency = { int8 = 0.5 }\nsource =", "mine.efficiency: seen int8; rates has fp16, fp32"),
         ("compute_units = 10", "compute_units = 0", "mine.compute_units: seen 0"),
         ("[mine]", "[mine", "not valid TOML"),
-        ("[mine]", 'mine = "yes"\n[other]', "mine: seen 'yes'; each device is a table"),
+        ("[mine]", 'mine = "yes"\n[other]', "each device is a table.*seen mine, other"),
     ],
     ids=[
         "negative",
@@ -83,13 +82,12 @@ def test_a_file_of_ones_own_takes_the_place_of_the_projects(tmp_path: Path) -> N
         "unknown",
         "no-fp32",
         "no-type",
-        "no-rate",
         "none",
         "syntax",
         "no-table",
     ],
 )
-def test_a_malformed_file_is_one_line_with_its_key(tmp_path: Path, old: str, new: str, says: str) -> None:
+def test_a_malformed_file_is_a_one_line_error_with_the_key(tmp_path: Path, old: str, new: str, says: str) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(MINE.replace(old, new))
     with pytest.raises(InputError, match=says) as error:
@@ -98,15 +96,15 @@ def test_a_malformed_file_is_one_line_with_its_key(tmp_path: Path, old: str, new
     assert "\n" not in str(error.value)
 
 
-def test_an_empty_or_absent_file_is_one_line(tmp_path: Path) -> None:
+def test_an_empty_or_missing_file_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "empty.toml").write_text("")
-    with pytest.raises(InputError, match="no device in it"):
+    with pytest.raises(InputError, match="each device is a table"):
         read_devices(tmp_path / "empty.toml")
     with pytest.raises(InputError, match="cannot be read: No such file"):
         read_devices(tmp_path / "absent.toml")
 
 
-def test_a_name_that_is_not_there_lists_those_that_are() -> None:
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"device 'a1000' is not in .* it has t4, "):
         load_devices(names=["a1000"])
     with pytest.raises(InputError, match="MEASURE=1"):

@@ -8,20 +8,23 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from deepseek.spec import DeploymentSpec
-from serving import stack
-from serving.embedded import EmbeddedServer
-from serving.stack import LEAST_RATE_RPS, MIB, OWN, WRITTEN, Served, gateway_sizes, limits, refresh, served_models
+from cli.main import values_of
+from deepseek.spec import DeploymentSpec, InputError
+from deepseek.spec.files.image_tag import image_tag
+from serving.repository.served_models import MIB, ServedModel, served_models
+from serving.stack import stack
+from serving.stack.env_file import OWN, WRITTEN
+from serving.stack.gateway_limits import LEAST_RATE_RPS, gateway_sizes, limits
+from serving.stack.refresh import refresh
 from tests.conftest import run_module, write_add_one
 
-TEXT = Served(
+TEXT = ServedModel(
     name="text",
     needs_gpu=False,
     instances=2,
@@ -43,11 +46,11 @@ def settings_of(path: Path) -> dict[str, str]:
 
 
 def write(repository: Path, *arguments: str) -> dict[str, str]:
-    """What `python -m serving.stack` writes for a repository."""
+    """What `deepseek stack` writes for a repository."""
     folder = repository.parent
     run = run_module(
-        "serving.stack", "--repository", str(repository), "--env-file", str(folder / "env"), *arguments,
-        BUILD=str(folder / "build"),
+        "cli", "stack", "--repository", str(repository), "--env-file", str(folder / "env"), *arguments,
+        DEEPSEEK_BUILD=str(folder / "build"),
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return settings_of(folder / "env")
@@ -73,7 +76,25 @@ def test_one_engine_that_needs_a_gpu_takes_nvidias_triton_for_all(tmp_path: Path
     config.write_text(config.read_text().replace('backend: "python"', changed))
     found = write(tmp_path / "repository", "--triton-tag", "26.08")
     assert found["COMPOSE_FILE"] == "compose.yaml:docker/compose.gpu.yaml"
+    assert found["SERVER_TAG"] == image_tag("server") != image_tag("server-cpu")
     assert found["TRITON_TAG"] == "26.08"
+
+
+def test_an_image_has_another_tag_after_each_change_of_what_it_copies(tmp_path: Path) -> None:
+    shutil.copy(".dockerignore", tmp_path)
+    (tmp_path / "docker").mkdir()
+    (tmp_path / "docker" / "shop.Dockerfile").write_text("FROM base\nCOPY --from=base /x /x\nCOPY cli lock ./\n")
+    tags = []
+    for path in ("lock", "cli/main.py", "cli/room/other.py", "docker/shop.Dockerfile"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        with (tmp_path / path).open("a") as file:
+            file.write("# changed\n")
+        tags.append(image_tag("shop", tmp_path))
+    (tmp_path / "cli" / "__pycache__").mkdir()
+    (tmp_path / "cli" / "__pycache__" / "main.pyc").touch()
+    (tmp_path / "README.md").touch()
+    assert image_tag("shop", tmp_path) == tags[-1]
+    assert len(set(tags)) == 4
 
 
 def test_load_tests_ask_the_model_named_by_the_slo_of_what_it_was_built_for(built: Path, tmp_path: Path) -> None:
@@ -103,7 +124,7 @@ def test_the_load_tests_container_finds_its_models_target_and_the_gateway(tmp_pa
     assert "shop.example.com" not in told("--url=triton:8001", MODEL="text")
     assert (
         told(MODEL="image")
-        == "error: MODEL=image: the stack serves text=tensorrt text.2=onnxruntime; name one of them\n"
+        == "error: MODEL=image: the stack serves text=tensorrt text.2=onnxruntime; set MODEL to one of these\n"
     )
 
 
@@ -138,23 +159,12 @@ def put_certificate(folder: Path, names: list[str]) -> None:
         "-nodes",
         "-days",
         "9",
+        "-subj",
+        "/CN=shop",
     ]
-    command += ["-subj", "/CN=shop", "-keyout", f"{folder}/tls.key", "-out", f"{folder}/tls.crt"]
+    command += ["-keyout", f"{folder}/tls.key", "-out", f"{folder}/tls.crt"]
     names_of = ["-addext", "subjectAltName=" + ",".join(f"DNS:{name}" for name in names)] if names else []
     subprocess.run([*command, *names_of], check=True, capture_output=True)
-
-
-def test_the_line_of_the_embedded_server_about_compose_is_true(tmp_path: Path) -> None:
-    """What it refuses is what `.env` sends to the GPU server."""
-    write_add_one(tmp_path / "repository")
-    config = tmp_path / "repository" / "add_one" / "config.pbtxt"
-    config.write_text(config.read_text().replace('backend: "python"', 'backend: "tensorrt"'))
-    with (
-        pytest.raises(ValueError, match="docker compose up serves it on a machine with a GPU"),
-        EmbeddedServer(tmp_path / "repository", http_port=0, grpc_port=0, metrics_port=0),
-    ):
-        pass
-    assert "compose.gpu.yaml" in write(tmp_path / "repository")["COMPOSE_FILE"]
 
 
 def test_limits_are_the_sums_of_the_models(built: Path) -> None:
@@ -182,22 +192,17 @@ def test_the_gateway_has_room_for_as_many_of_the_largest_bodies_as_it_takes_at_o
     assert (found["GATEWAY_TMP"], found["GATEWAY_MEMORY"]) == (f"{size.tmp_mib}m", f"{size.memory_mib}m")
 
 
-def test_the_time_out_is_the_queues_and_ten_times_the_p99() -> None:
+def test_the_time_out_is_the_queues_and_ten_times_the_p99_which_is_a_bound_of_the_histogram() -> None:
     assert TEXT.timeout_s == 1
     assert replace(TEXT, p99_ms=1000, queue_timeout_ms=1500).timeout_s == 12
     text = limits([TEXT, replace(TEXT, name="slow", p99_ms=1000)])
+    bounds = re.search(r'\$buckets_s "(.*)";', text)
+    assert bounds is not None
+    assert {"0.08", "1.0"} <= set(bounds[1].split())
     assert "proxy_read_timeout 11s;" in text
     assert "grpc_read_timeout 11s;" in text
     assert "$default_rate_rps 400;" in text
     assert f"$default_rate_rps {LEAST_RATE_RPS};" in limits([replace(TEXT, rate_rps=1)])
-
-
-def test_the_p99_is_a_bound_of_the_histogram() -> None:
-    bounds = re.search(r'\$buckets_s "(.*)";', limits([TEXT]))
-    assert bounds is not None
-    numbers = [float(bound) for bound in bounds[1].split()]
-    assert 0.08 in numbers
-    assert numbers == sorted(set(numbers))
 
 
 def test_a_slow_model_gets_longer_to_finish_when_the_server_stops(tmp_path: Path) -> None:
@@ -215,10 +220,10 @@ def test_a_release_makes_anew_what_a_running_stack_reads_and_only_of_its_own_rep
     gateway, rules = tmp_path / "build" / "gateway", tmp_path / "build" / "observe" / "rules" / "deepseek.yml"
     before = (gateway / "limits.conf").stat()
     (tmp_path / "repository" / "add_one" / "1").rename(tmp_path / "repository" / "add_one" / "2")
-    assert refresh(tmp_path / "other", gateway) is None
-    assert refresh(tmp_path / "repository", tmp_path / "no stack" / "gateway") is None
+    assert not refresh(tmp_path / "other", gateway)
+    assert not refresh(tmp_path / "repository", tmp_path / "no stack" / "gateway")
     assert 'version="1"' in rules.read_text()
-    assert refresh(tmp_path / "repository", gateway) == []
+    assert refresh(tmp_path / "repository", gateway)
     assert 'version="2"' in rules.read_text()
     assert "https://wiki.example.com/runbook#versionmismatch" in rules.read_text()
     assert (gateway / "limits.conf").stat().st_ino == before.st_ino  # a new file would have nginx start workers anew
@@ -228,26 +233,42 @@ def test_a_release_makes_anew_what_a_running_stack_reads_and_only_of_its_own_rep
     ("arguments", "said"),
     [
         (("--gateway-port", "0"), "GATEWAY_PORT: seen 0"),
+        (("--local-ports", "8000"), "LOCAL_PORTS: seen '8000'; use two ports, HTTP,GRPC, such as 8000,8001, or 0"),
+        (("--local-ports", "8000,8000"), "LOCAL_PORTS: seen '8000,8000'"),
+        (("--local-ports", "8443,8001"), "GATEWAY_PORT=8443 is one of LOCAL_PORTS"),
         (("--repository", "nosuch"), "nosuch: no model in it"),
-        (
-            ("--project", "My shop"),
-            "PROJECT: seen 'My shop'; lower-case letters and digits, single - or _ between them",
-        ),
-        (("--triton-tag", "x"), "TRITON_TAG: seen 'x'; a release of NVIDIA's containers is YY.MM"),
+        (("--model", "x"), "--model 'x': not in "),
+        (("--models", "o'brien"), ".*: Compose cannot read a path with an apostrophe"),
+        (("--project", "My shop"), "PROJECT: seen 'My shop'; use lower-case letters and digits"),
+        (("--triton-tag", "26.07"), "TRITON_TAG: seen 26.07; 26.08 or newer is needed"),
+        (("--triton-tag", "x"), "TRITON_TAG: seen 'x'; allowed: a release of NVIDIA's containers, YY.MM"),
     ],
 )
 def test_wrong_input_is_one_line(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
-    run = run_module("serving.stack", "--env-file", str(tmp_path / "env"), *arguments, BUILD=str(tmp_path))
-    assert run.returncode == 2
-    assert run.stderr.startswith(f"error: {said}")
+    write_add_one(tmp_path / "repository")
+    words = ("--repository", str(tmp_path / "repository"), "--folder", str(tmp_path / "g"), *arguments)
+    with pytest.raises(InputError, match=said):
+        stack.main(values_of("stack", "--env-file", str(tmp_path / "env"), *words))
     assert not (tmp_path / "env").exists()
 
 
-def test_a_model_that_is_not_served_is_one_line(tmp_path: Path) -> None:
+def test_the_port_and_the_name_stay_as_the_env_file_has_them(tmp_path: Path) -> None:
     write_add_one(tmp_path / "repository")
-    arguments = ("--repository", str(tmp_path / "repository"), "--env-file", str(tmp_path / "env"), "--model", "x")
-    run = run_module("serving.stack", *arguments, BUILD=str(tmp_path))
-    assert (run.returncode, run.stderr) == (2, f"error: --model 'x': not in {tmp_path}/repository, which has add_one\n")
+    write(tmp_path / "repository", "--gateway-port", "9443", "--project", "shop-2")
+    found = write(tmp_path / "repository")
+    assert (found["GATEWAY_PORT"], found["COMPOSE_PROJECT_NAME"]) == ("9443", "shop-2")
+    assert write(tmp_path / "repository", "--gateway-port", "443")["GATEWAY_PORT"] == "443"
+
+
+def test_the_local_ports_stay_as_the_env_file_has_them_and_0_closes_them(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    found = write(tmp_path / "repository")
+    assert (found["LOCAL_PORTS"], found["LOCAL_HTTP_PORT"], found["LOCAL_GRPC_PORT"]) == ("8000,8001", "8000", "8001")
+    write(tmp_path / "repository", "--local-ports", "8100,8101")
+    assert write(tmp_path / "repository")["LOCAL_GRPC_PORT"] == "8101"
+    found = write(tmp_path / "repository", "--local-ports", "0")
+    assert (found["LOCAL_PORTS"], found["COMPOSE_FILE"]) == ("0", "compose.yaml:docker/compose.closed.yaml")
+    assert write(tmp_path / "repository")["LOCAL_PORTS"] == "0"
 
 
 def test_every_variable_of_the_compose_files_is_written_or_has_a_default(tmp_path: Path) -> None:
@@ -256,52 +277,6 @@ def test_every_variable_of_the_compose_files_is_written_or_has_a_default(tmp_pat
     for file in ("compose.yaml", *map(str, Path("docker").glob("compose.*.yaml"))):
         for name, rest in re.findall(r"\$\{(\w+)([^}]*)\}", Path(file).read_text()):
             assert name in written or rest.startswith(":-"), f"{file}: {name}"
-
-
-def test_make_writes_the_env_file_of_the_repository_it_filled(tmp_path: Path) -> None:
-    command = [
-        "make",
-        "--dry-run",
-        "engine",
-        "MODEL=text",
-        "MODELS=tests/models",
-        f"BUILD={tmp_path}",
-        f"REPOSITORY={tmp_path}/r",
-        f"VENV={sys.prefix}",
-        f"ENV_FILE={tmp_path}/env",
-        "GATEWAY_PORT=9443",
-        "PROJECT=shop-2",
-    ]
-    kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "BUILD")}
-    text = subprocess.run(command, capture_output=True, text=True, env=kept).stdout
-    assert (
-        f"serving.stack --model text --repository {tmp_path}/r --models tests/models --env-file {tmp_path}/env --gateway-port 9443"
-        in text
-    )
-    assert "--project='shop-2'" in text
-
-
-def with_docker(folder: Path, answer: str) -> str:
-    """A PATH on which `docker` gives that answer."""
-    (folder / "docker").write_text(f'#!/bin/bash\necho "$*" >>{folder}/asked\necho "{answer}"\n')
-    (folder / "docker").chmod(0o755)
-    return f"{folder}:{os.environ['PATH']}"
-
-
-def test_a_second_clones_stack_has_a_name_of_its_own_and_one_in_use_is_told(tmp_path: Path) -> None:
-    write_add_one(tmp_path / "repository")
-    found = write(tmp_path / "repository")
-    assert (found["COMPOSE_PROJECT_NAME"], found["STACK_IMAGES"]) == ("deepseek", "deepseek")
-    assert write(tmp_path / "repository", "--project", "shop-2")["COMPOSE_PROJECT_NAME"] == "shop-2"
-
-    def told(answer: str) -> str:
-        arguments = ("--repository", str(tmp_path / "repository"), "--env-file", str(tmp_path / "env"))
-        path = with_docker(tmp_path, answer)
-        return run_module("serving.stack", *arguments, BUILD=str(tmp_path / "build"), PATH=path).stderr
-
-    assert "deepseek has containers of /srv/other, which docker compose up would replace" in told("/srv/other")
-    assert "label=com.docker.compose.project=deepseek" in (tmp_path / "asked").read_text()
-    assert "would replace" not in told(str(Path.cwd()))
 
 
 def test_what_the_observing_containers_mount_is_readable_whatever_the_umask(tmp_path: Path) -> None:
@@ -322,16 +297,13 @@ def test_what_is_somebodys_own_in_the_env_file_stays_below_what_is_ours(tmp_path
     write_add_one(tmp_path / "repository")
     env_file = tmp_path / ".env"
     places = ("--repository", str(tmp_path / "repository"), "--models", str(tmp_path), "--folder", str(tmp_path / "g"))
-    env_file.write_text(f"{WRITTEN}; by a version that kept nothing\nTRITON_MEMORY=1m\n")
-    assert run_module("serving.stack", *places, "--env-file", str(env_file)).returncode == 0
-    assert env_file.read_text().endswith(f"{OWN}\n")
     env_file.write_text("HTTPS_PROXY=http://proxy.example\n")  # before the first make engine
     for added in ("TRITON_MEMORY=4000m\n", ""):
-        assert run_module("serving.stack", *places, "--env-file", str(env_file)).returncode == 0
+        assert run_module("cli", "stack", *places, "--env-file", str(env_file)).returncode == 0
         env_file.write_text(env_file.read_text() + added)
     assert env_file.read_text().endswith(f"{OWN}\nHTTPS_PROXY=http://proxy.example\nTRITON_MEMORY=4000m\n")
     env_file.chmod(0o600)
-    assert run_module("serving.stack", *places, "--env-file", str(env_file)).returncode == 0
+    assert run_module("cli", "stack", *places, "--env-file", str(env_file)).returncode == 0
     assert env_file.stat().st_mode & 0o777 == 0o600
     command = ["make", "clean", "MODEL=add_one", f"ENV_FILE={env_file}", f"BUILD={tmp_path / 'b'}"]
     for _ in range(2):
@@ -343,88 +315,23 @@ def test_what_is_somebodys_own_in_the_env_file_stays_below_what_is_ours(tmp_path
         assert env_file.exists() is stays
 
 
-def test_make_keeps_the_name_and_port_that_a_stack_has(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text("GATEWAY_PORT=9443\nCOMPOSE_PROJECT_NAME=shop-2\n")
-    kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
-
-    def told(*variables: str) -> str:
-        command = ["make", "-n", "stack", f"ENV_FILE={tmp_path / '.env'}", f"VENV={sys.prefix}", *variables]
-        return subprocess.run(command, capture_output=True, text=True, env=kept).stdout
-
-    assert "--gateway-port 9443" in told()
-    assert "--project='shop-2'" in told()
-    assert "--gateway-port 443 " in told("GATEWAY_PORT=443")
-    (tmp_path / ".env").unlink()
-    assert "--gateway-port 8443" in told()
-    assert "--project='deepseek'" in told()
-
-
-def test_what_an_editor_leaves_beside_a_setting_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(stack.OBSERVE, tmp_path / "settings")
-    (tmp_path / "settings" / "alertmanager" / ".alertmanager.yml.swp").write_bytes(b"\xff\xfe")
-    (tmp_path / "settings" / "alertmanager" / "more.yml").write_text("a: 1\n")
-    monkeypatch.setattr(stack, "OBSERVE", tmp_path / "settings")
-    stack.write_settings(tmp_path / "observe")
-    copies = tmp_path / "observe" / "alertmanager"
-    assert {path.name for path in copies.iterdir()} == {"alertmanager.yml", "more.yml"}
-    (tmp_path / "settings" / "alertmanager" / "more.yml").unlink()
-    stack.write_settings(tmp_path / "observe")
-    assert {path.name for path in copies.iterdir()} == {"alertmanager.yml"}
-
-
 def test_models_of_several_folders_keep_their_objectives(built: Path, tmp_path: Path) -> None:
     shutil.copytree(built / "repository", tmp_path / "repository")
     places = ("--repository", str(tmp_path / "repository"), "--folder", str(tmp_path / "g"))
     files = ("--env-file", str(tmp_path / ".env"))
 
     def watched(models: Path) -> set[str]:
-        run = run_module("serving.stack", *places, *files, "--models", str(models))
+        run = run_module("cli", "stack", *places, *files, "--models", str(models))
         assert run.returncode == 0, run.stderr
         told.append(run.stderr)
         rules = yaml.safe_load((tmp_path / "observe" / "rules" / "deepseek.yml").read_text())
-        return {
-            rule["labels"]["model"]
-            for group in rules["groups"]
-            for rule in group["rules"]
-            if rule.get("alert") == "LatencyBudgetBurn"
-        }
+        alerts = [rule for group in rules["groups"] for rule in group["rules"]]
+        return {rule["labels"]["model"] for rule in alerts if rule.get("alert") == "LatencyBudgetBurn"}
 
     told: list[str] = []
     shutil.copytree("tests/models/text", tmp_path / "elsewhere" / "text")
     assert watched(tmp_path / "elsewhere") == {"text"}
-    assert "note: image: no deploy.toml of it in " in told[-1]
+    assert "note: image: no deploy.toml in " in told[-1]
     assert watched(Path("tests/models")) >= {"text", "image"}
     assert watched(tmp_path / "elsewhere") >= {"text", "image"}
     assert "no deploy.toml" not in told[-1]
-
-
-def test_the_json_says_what_each_model_asks_for(tmp_path: Path) -> None:
-    write_add_one(tmp_path / "repository")
-    run = run_module(
-        "serving.stack",
-        "--repository",
-        str(tmp_path / "repository"),
-        "--env-file",
-        str(tmp_path / "env"),
-        "--json",
-        BUILD=str(tmp_path / "b"),
-    )
-    (model,) = json.loads(run.stdout)
-    assert (model["name"], model["needs_gpu"], model["instances"]) == ("add_one", False, 2)
-
-
-def test_what_a_release_needs_beyond_the_containers_is_said(tmp_path: Path) -> None:
-    write_add_one(tmp_path / "repository")
-    write(tmp_path / "repository")
-    path = tmp_path / "build" / "stack.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "sizes": {"MiB of shared memory": 64}}))
-    lacking = refresh(tmp_path / "repository", tmp_path / "build" / "gateway")
-    assert lacking is not None
-    assert re.fullmatch(r"64 of \d+ MiB of shared memory", " ".join(lacking))
-
-
-def test_a_path_that_compose_cannot_read_is_one_line(tmp_path: Path) -> None:
-    write_add_one(tmp_path / "o'brien")
-    run = run_module("serving.stack", "--repository", str(tmp_path / "o'brien"), BUILD=str(tmp_path / "build"))
-    assert (run.returncode, len(run.stderr.splitlines())) == (2, 1)
-    assert "Compose reads no path with an apostrophe" in run.stderr

@@ -1,10 +1,10 @@
-"""Files of the stack that have to agree: entry points, Dockerfiles, compose files, the Makefile, Kubernetes."""
+"""Files of the stack that must agree: entry points, Dockerfiles, compose files, the Makefile, Kubernetes."""
 
 from __future__ import annotations
 
-import math
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from serving.flags import CLOSED, Endpoints, behind_gateway, server_flags
+from cli.commands import COMMANDS
+from cli.environment import TRITON_WHEEL
+from deepseek.spec.triton_release import TRITON_TAG
+from serving.embedded.flags import CLOSED, Endpoints, behind_gateway, server_flags
 from tests.conftest import run_module
 
 DOCKERFILES = sorted(Path("docker").glob("*.Dockerfile"))
@@ -27,7 +30,8 @@ def test_the_stacks_flags_are_the_embedded_servers_and_close_what_is_not_inferen
     assert f"--http-restricted-api={names}:triton-admin-key=secret" in stack
     assert f"--grpc-restricted-protocol={names}:triton-admin-key=secret" in stack
     run = run_module(
-        "serving.flags",
+        "cli",
+        "flags",
         "--repository",
         "/models",
         "--address",
@@ -38,16 +42,12 @@ def test_the_stacks_flags_are_the_embedded_servers_and_close_what_is_not_inferen
     assert run.stdout.splitlines() == stack
 
 
-def test_both_entry_points_run_the_doctor_first_and_take_the_same_flags() -> None:
-    for name in ("server.sh", "server-cpu.sh"):
-        lines = Path("docker", name).read_text().splitlines()
-        doctor = next(
-            index for index, line in enumerate(lines) if "serving.doctor --repository /models --preflight" in line
-        )
-        server = next(index for index, line in enumerate(lines) if line.startswith("exec "))
-        assert doctor < server
-        assert "set -euo pipefail" in lines
-        assert any("--behind-gateway" in line for line in lines[doctor:])
+def test_nvidias_triton_starts_after_the_doctor_and_both_servers_behind_the_gateway() -> None:
+    text = Path("docker/server.sh").read_text()
+    assert text.index("set -euo pipefail") < text.index("cli doctor --repository /models --preflight\n")
+    assert text.index("cli doctor") < text.index("\nexec tritonserver")
+    assert "--behind-gateway" in text
+    assert re.search(r"^exec python -m cli serve .*--behind-gateway", Path("docker/server-cpu.sh").read_text(), re.M)
 
 
 @pytest.mark.parametrize("name", ["server.sh", "server-cpu.sh", "gateway/gateway.sh"])
@@ -74,13 +74,8 @@ def test_the_embedded_server_waits_for_its_models_as_long_as_the_health_checks_d
 
 
 def test_versions_stand_once() -> None:
-    makefile = Path("Makefile").read_text()
-    wheel = re.search(r"^TRITON_WHEEL := (\S+)$", makefile, re.MULTILINE)
-    tag = re.search(r"^TRITON_TAG \?= (\S+?)##", makefile, re.MULTILINE)
-    assert wheel is not None
-    assert tag is not None
-    assert f"ARG TRITON_WHEEL={wheel[1]}\n" in Path("docker/server-cpu.Dockerfile").read_text()
-    assert f"ARG TRITON_TAG={tag[1]}\n" in Path("docker/server.Dockerfile").read_text()
+    assert f"ARG TRITON_WHEEL={TRITON_WHEEL}\n" in Path("docker/server-cpu.Dockerfile").read_text()
+    assert f"ARG TRITON_TAG={TRITON_TAG}\n" in Path("docker/server.Dockerfile").read_text()
 
 
 def test_dockerfiles_are_clean_by_hadolint() -> None:
@@ -100,7 +95,7 @@ def test_no_image_runs_as_root_or_takes_more_than_it_names(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in DOCKERFILES if path.stem not in ("export", "observe")], ids=str)
 def test_what_an_image_copies_is_readable_by_its_user_whatever_the_clones_umask(path: Path) -> None:
-    """Without BuildKit, whose COPY --chmod the classic builder refuses."""
+    """The images build without BuildKit: the classic builder has no COPY --chmod."""
     last = path.read_text().rpartition("\nFROM ")[2]
     copied, _, after = last.rpartition("\nCOPY ")
     readable = re.search(r"^RUN chmod -R a\+rX (.*)$", after, re.MULTILINE)
@@ -114,11 +109,36 @@ def test_what_an_image_copies_is_readable_by_its_user_whatever_the_clones_umask(
         assert {each.split("/")[0] if each[0] != "/" else each for each in to} <= set(readable[1].split()), line
 
 
+@pytest.mark.parametrize(
+    ("image", "modules"),
+    [
+        ("server", ("cli.main", "serving.doctor.doctor", "serving.embedded.flags")),
+        ("server-cpu", ("cli.main", "serving.embedded.serve", "serving.repository.fetch")),
+        ("loadtests", ("cli.main", "loadtests.load.loadtest", "loadtests.slo.verdict")),
+    ],
+)
+def test_what_an_image_copies_is_all_that_its_commands_import(
+    image: str, modules: tuple[str, ...], tmp_path: Path
+) -> None:
+    for line in re.findall(r"^COPY (?!--from)(.*)$", Path("docker", f"{image}.Dockerfile").read_text(), re.MULTILINE):
+        *sources, target = line.split()
+        for source in (each for each in sources if not target.startswith("/")):
+            to = tmp_path / target / (Path(source).name if target.endswith("/") else "")
+            if Path(source).is_dir():
+                shutil.copytree(source, to, dirs_exist_ok=True)
+            else:
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, to)
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; import {', '.join(modules)}, deepseek; print(deepseek.__file__)"
+    run = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.stdout.startswith(str(tmp_path)), run.stderr
+
+
 def services(*files: str) -> dict[str, Any]:
-    """Those of compose files, as YAML has them."""
+    """The content of the compose files."""
 
     class Loader(yaml.SafeLoader):
-        """Takes Compose's own tags."""
+        """Reads Compose's own YAML tags."""
 
     Loader.add_multi_constructor("!", lambda loader, _, node: loader.construct_sequence(node))
     return {
@@ -152,19 +172,13 @@ def test_the_gateway_goes_before_all_others_where_cores_are_short() -> None:
     set_ = {
         name: service["cpu_shares"] for name, service in services("compose.yaml").items() if "cpu_shares" in service
     }
-    assert set_.keys() == {"gateway"}  # all others have the default: the weight 100 of cgroup v2
-    shares = set_["gateway"]
-    linear = 1 + (shares - 2) * 9999 // 262142  # runc before 1.3.2
-    logarithm = math.log2(shares)
-    squared = math.ceil(10 ** ((logarithm**2 + 125 * logarithm) / 612 - 7 / 34))  # since, and crun
-    assert (linear, squared) == (391, 639)
-    assert str(linear) in Path("docs/operate.md").read_text()
+    assert set_ == {"gateway": 10240}  # all others have the default: 1024
 
 
 def test_no_setting_of_the_stack_is_called_as_a_variable_of_make() -> None:
-    """Compose takes the environment's before the env file's, and make exports its own: `make test` did not find a file, and
-    a load test got TARGET=auto."""
-    of_make = set(re.findall(r"^([A-Z_]+) \?=", Path("Makefile").read_text(), re.MULTILINE))
+    """Compose prefers the environment to the env file, and make exports its variables, such as TARGET=auto."""
+    of_make = {option.variable_name for command in COMMANDS for option in command.options}
     files = ("compose.yaml", *map(str, Path("docker").glob("compose.*.yaml")))
     used = {name for file in files for name in re.findall(r"\$\{(\w+)", Path(file).read_text())}
-    assert used & of_make == {"GATEWAY_PORT", "MODEL", "TRITON_TAG"}  # the caller's choice
+    of_callers = {"GATEWAY_PORT", "LOCAL_PORTS", "MODEL", "TRITON_TAG", "TRACE_URL", "TRACE_EVERY"}
+    assert used & of_make == of_callers

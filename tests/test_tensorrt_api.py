@@ -1,13 +1,14 @@
 """The TensorRT names that the code uses exist in TensorRT 10.12, in 11 and in TensorRT for RTX.
 
-Which names it uses is read off its source. Those of 10.12 and 11 are in `tests/tensorrt_api.json`, which
-`tests/tensorrt_api.py` reads off the bindings that NVIDIA publishes; those of RTX are the installed package's.
+The names are read from the source. Those of 10.12 and 11 are in `tests/tensorrt_api.json`, which
+`tests/tensorrt_api.py` makes from the bindings that NVIDIA publishes; those of RTX come from the installed package.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,20 @@ from tests.tensorrt_api import API, CLASSES
 
 trt = pytest.importorskip("tensorrt_rtx")
 
-VERSIONS: dict[str, dict[str, str]] = json.loads(API.read_text())
-# The class of what a variable holds; "" is the module.
+VERSIONS: dict[str, dict[str, Any]] = json.loads(API.read_text())
+# The class of a variable's value; "" is the module.
 ENGINE = {
     **{"trt": "", "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser"},
     **{"config": "IBuilderConfig", "profile": "IOptimizationProfile", "cache": "ITimingCache"},
-    **{"error": "ParserError", "layer": "ILayer", "producer": "ILayer", "tensor": "ITensor", "inputs": "ITensor"},
+    **{"error": "ParserError"},
 }
-RUNNER = {"trt": "", "engine": "ICudaEngine", "context": "IExecutionContext"}
-# The class of what a method returns, where more is asked of it.
+LAYERS = {
+    **{"trt": "", "network": "INetworkDefinition", "runtime": "Runtime", "engine": "ICudaEngine"},
+    **{"context": "IExecutionContext", "inspector": "EngineInspector", "layer": "ILayer", "producer": "ILayer"},
+    **{"tensor": "ITensor", "inputs": "ITensor"},
+}
+RUNNER = {"trt": "", "runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext"}
+# The class that a method returns, if the code uses its attributes.
 RETURNS = {
     ("INetworkDefinition", "get_input"): "ITensor",
     ("ILayer", "get_input"): "ITensor",
@@ -36,7 +42,7 @@ RETURNS = {
 
 
 def class_of(node: ast.expr, variables: dict[str, str]) -> str | None:
-    """The TensorRT class that an expression has, None where it is not TensorRT's."""
+    """The TensorRT class of an expression; None if it is not TensorRT's."""
     if isinstance(node, ast.Name):
         return variables.get(node.id)
     if isinstance(node, ast.Subscript):
@@ -57,25 +63,68 @@ def used(tree: ast.AST, variables: dict[str, str]) -> set[tuple[str, str]]:
     return {(owner, name) for owner, name in owners if owner is not None and not name.startswith("_")}
 
 
+def sources() -> list[tuple[ast.AST, dict[str, str]]]:
+    """The code that uses TensorRT, with the classes of its variables."""
+    runners = ast.parse(Path("export/runtimes/tensorrt_predictor.py").read_text())
+    layers = ast.parse(Path("export/runtimes/engine_layers.py").read_text())
+    functions = {getattr(node, "name", ""): node for tree in (runners, layers) for node in ast.walk(tree)}
+    of_trt = [functions[name] for name in ("_inspected", "network_layers", "_layer_type")]
+    engine = ast.parse(Path("export/runtimes/tensorrt_engine.py").read_text())
+    of_runner = [functions[name] for name in ("_loaded", "_bound", "_execute")]
+    return [(engine, ENGINE), *((each, RUNNER) for each in of_runner), *((each, LAYERS) for each in of_trt)]
+
+
 def names() -> set[tuple[str, str]]:
-    """All that the project uses of TensorRT."""
-    runners = ast.parse(Path("export/runners.py").read_text())
-    runner = next(node for node in ast.walk(runners) if getattr(node, "name", "") == "tensorrt_runner")
-    return used(ast.parse(Path("export/engine.py").read_text()), ENGINE) | used(runner, RUNNER)
+    """All TensorRT names that the project uses."""
+    return {name for tree, variables in sources() for name in used(tree, variables)}
+
+
+def calls() -> list[tuple[str, str, ast.Call]]:
+    """Class, name and call of every method or class of TensorRT that the code calls."""
+    found = []
+    for tree, variables in sources():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = class_of(node.func.value, variables)
+                if owner is not None and not node.func.attr.startswith("_"):
+                    found.append((owner, node.func.attr, node))
+    return found
+
+
+def fits(call: ast.Call, signature: str) -> bool:
+    """Whether a call passes arguments that the signature allows: `(self: X, flag: Y, value: bool = True)`."""
+    listed = re.findall(r"(\w+): .*?(?=, \w+: |\)$)", signature)
+    parts = dict(zip(listed, re.split(r", (?=\w+: )", signature.strip("()")), strict=True))
+    parts.pop("self", None)
+    if any(isinstance(argument, ast.Starred) for argument in call.args):
+        return len(parts) >= len(call.args)
+    given = [*list(parts)[: len(call.args)], *(keyword.arg for keyword in call.keywords)]
+    needed = [name for name, text in parts.items() if " = " not in text]
+    return len(call.args) <= len(parts) and set(needed) <= set(given) <= set(parts)
 
 
 def test_the_names_are_found_in_the_source() -> None:
     found = names()
     assert {("", "Builder"), ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED"), ("ITensor", "dtype")} <= found
     assert {("Builder", "build_serialized_network"), ("ITimingCache", "serialize"), ("ParserError", "desc")} <= found
-    assert {("Runtime", "deserialize_cuda_engine"), ("IExecutionContext", "execute_async_v3")} <= found
-    assert {owner for owner, _ in found} >= {*ENGINE.values(), *RUNNER.values()}
+    assert {("Runtime", "engine_host_code_allowed"), ("Runtime", "deserialize_cuda_engine")} <= found
+    assert {("IBuilderConfig", "add_optimization_profile"), ("IExecutionContext", "execute_async_v3")} <= found
+    assert {("IBuilderConfig", "profiling_verbosity"), ("EngineInspector", "get_engine_information")} <= found
+    assert {owner for owner, _ in found} >= {*ENGINE.values(), *RUNNER.values()} - {"ILayer", "ITensor"}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_name_used_exists_in_tensorrt_10_12_and_11(version: str) -> None:
-    missing = [(owner, name) for owner, name in names() if name not in VERSIONS[version][owner].split()]
+    missing = [(owner, name) for owner, name in names() if name not in VERSIONS[version]["names"][owner].split()]
     assert missing == []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_call_fits_a_signature_of_tensorrt_10_12_and_11(version: str) -> None:
+    signatures = VERSIONS[version]["signatures"]
+    for owner, name, call in calls():
+        known = signatures[f"{owner}.{name}".strip(".")]
+        assert any(fits(call, each) for each in known), f"{ast.unparse(call)}: {known}"
 
 
 def test_every_name_used_exists_in_tensorrt_for_rtx() -> None:
@@ -85,8 +134,20 @@ def test_every_name_used_exists_in_tensorrt_for_rtx() -> None:
     assert [(owner, name) for owner, name in names() if not hasattr(owner_of(owner), name)] == []
 
 
-def test_the_list_knows_what_11_removed() -> None:
+def test_the_list_lacks_names_that_11_removed() -> None:
     first, *later = VERSIONS.values()
-    assert "FP16" in first["BuilderFlag"].split()
-    assert all("FP16" not in version["BuilderFlag"].split() for version in later)
-    assert all("STRONGLY_TYPED" in version["NetworkDefinitionCreationFlag"].split() for version in VERSIONS.values())
+    assert "FP16" in first["names"]["BuilderFlag"].split()
+    assert all("FP16" not in version["names"]["BuilderFlag"].split() for version in later)
+    assert all(
+        "STRONGLY_TYPED" in version["names"]["NetworkDefinitionCreationFlag"].split() for version in VERSIONS.values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("f(1)", True), ("f(1, b=2)", True), ("f()", False), ("f(1, 2, 3)", False), ("f(1, c=2)", False)],
+)
+def test_a_call_with_missing_surplus_or_unknown_arguments_fits_no_signature(text: str, expected: bool) -> None:
+    call = ast.parse(text, mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert fits(call, "(self: tensorrt.X, a: int, b: tensorrt.Y = <Y.Z: 0>)") == expected

@@ -1,9 +1,8 @@
-"""PyTorch to ONNX: the signature holds, and what forward bakes in is found."""
+"""PyTorch to ONNX: the graph has the signature, and values that forward bakes in are found."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError
-from export.artifact import load_rows
-from export.cache import INDEX
-from export.reference import (
-    TOLERANCES,
+from export.model_folder import ModelFolder
+from export.rows import load_rows
+from export.runtimes.pytorch_reference import (
     check_corners,
     checked_sizes,
     error_of,
@@ -24,8 +22,7 @@ from export.reference import (
     run_torch,
     traced_sizes,
 )
-from export.source import Source
-from export.to_onnx import export_model
+from export.stages.to_onnx import export_model
 from tests.conftest import run_module
 
 TOML = """
@@ -64,17 +61,19 @@ def samples(split):
 """
 
 
-def tiny(folder: Path, *, toml: str = TOML, body: str = "return self.line(x)", rows: int = 1, code: str = "") -> Source:
+def tiny(
+    folder: Path, *, toml: str = TOML, body: str = "return self.line(x)", rows: int = 1, code: str = ""
+) -> ModelFolder:
     """A model folder `tiny` whose forward is `body`."""
     (folder / "tiny").mkdir()
     (folder / "tiny" / "deploy.toml").write_text(toml)
     (folder / "tiny" / "model.py").write_text(MODEL.format(body=body, rows=rows) + code)
-    return Source("tiny", folder)
+    return ModelFolder("tiny", folder)
 
 
 @pytest.fixture(autouse=True)
 def _own_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
 
 
 def test_the_graph_has_the_signatures_names_types_and_axes(built: Path) -> None:
@@ -87,7 +86,7 @@ def test_the_graph_has_the_signatures_names_types_and_axes(built: Path) -> None:
     assert shapes["embedding"] == ["batch", 32]
 
 
-def test_it_is_checked_at_the_corners_and_between_never_where_it_was_traced() -> None:
+def test_it_is_checked_at_the_corners_and_between_never_at_the_traced_sizes() -> None:
     spec = DeploymentSpec.load("tests/models/text")
     sizes = checked_sizes(spec)
     assert sizes[:2] == [{"batch": 1, "length": 1}, {"batch": 8, "length": 64}]
@@ -95,7 +94,7 @@ def test_it_is_checked_at_the_corners_and_between_never_where_it_was_traced() ->
     assert traced_sizes(spec) not in sizes
 
 
-def test_axes_of_equal_ends_are_told_apart_between_them() -> None:
+def test_axes_with_equal_ends_get_different_sizes_between() -> None:
     data = DeploymentSpec.load("tests/models/text").model_dump(mode="json")
     data["axes"]["length"] = data["axes"]["batch"]
     between = checked_sizes(DeploymentSpec.model_validate_json(json.dumps(data)))[2]
@@ -107,7 +106,7 @@ def test_axes_of_equal_ends_are_told_apart_between_them() -> None:
     [((1, 8, 8), 7, [1, 8, 4]), ((4, 4, 9), 5, [4, 9, 6]), ((1, 2, 3), 2, [1, 3]), ((1, 1, 2), 2, [1]), ((3, 3, 3), 3, [3])],
     ids=["opt is the largest", "opt is the smallest", "three sizes", "two sizes", "one size"],
 )  # fmt: skip
-def test_it_is_traced_between_the_ends_where_there_is_room(
+def test_it_is_traced_between_the_ends_if_there_are_sizes(
     ends: tuple[int, int, int], traced: int, checked: list[int]
 ) -> None:
     data = DeploymentSpec.load("tests/models/image").model_dump(mode="json")
@@ -117,9 +116,9 @@ def test_it_is_traced_between_the_ends_where_there_is_room(
     assert [sizes["batch"] for sizes in checked_sizes(spec)] == checked
 
 
-def test_json_tells_shapes_errors_and_rows(tmp_path: Path) -> None:
+def test_json_has_shapes_errors_and_rows(tmp_path: Path) -> None:
     tiny(tmp_path)
-    run = run_module("export.to_onnx", "--models", str(tmp_path), "--model", "tiny", "--json")
+    run = run_module("cli", "to-onnx", "--models", str(tmp_path), "--model", "tiny", "--json")
     result = json.loads(run.stdout)
     assert [check["sizes"]["batch"] for check in result["checks"]] == [1, 9, 5]
     assert result["rows"] == {"calibration": 12, "evaluation": 12}
@@ -131,8 +130,8 @@ FIXED = TOML.replace("min = 1\nopt = 4\nmax = 9", "min = 4\nopt = 4\nmax = 4")
 
 def test_a_model_of_one_shape_is_checked_at_it(tmp_path: Path) -> None:
     tiny(tmp_path, toml=FIXED)
-    run = run_module("export.to_onnx", "--models", str(tmp_path), "--model", "tiny")
-    assert "as PyTorch at its only shape" in run.stdout, run.stderr
+    run = run_module("cli", "to-onnx", "--models", str(tmp_path), "--model", "tiny")
+    assert "matches PyTorch at its only shape" in run.stdout, run.stderr
     assert "batch 4" in run.stdout
 
 
@@ -169,7 +168,7 @@ def test_a_size_baked_into_forward_is_refused(tmp_path: Path, body: str) -> None
     ],
     ids=["too many outputs", "shape", "dtype", "no tensor"],
 )
-def test_outputs_that_are_not_the_signatures_are_one_line(tmp_path: Path, body: str, message: str) -> None:
+def test_outputs_that_do_not_fit_the_signature_are_one_error_line(tmp_path: Path, body: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         export_model(tiny(tmp_path, body=body))
 
@@ -199,17 +198,17 @@ def test_an_input_may_be_named_like_a_value_or_a_weight_inside(tmp_path: Path, n
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "deploy.toml").write_text(toml)
     (tmp_path / "tiny" / "model.py").write_text(code.format(body="return self.line(x.relu()).relu()", rows=1))
-    result = export_model(Source("tiny", tmp_path))
+    result = export_model(ModelFolder("tiny", tmp_path))
     assert len(result["checks"]) == 3
     graph = onnx.load(result["path"]).graph
     assert [value.name for value in graph.input] == [name]
 
 
-def test_a_data_dependent_branch_is_refused_with_its_line_and_what_to_write(
+def test_a_data_dependent_branch_is_refused_with_its_line_and_a_fix(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     body = "return self.line(x) if x.sum() > 0 else x"
-    with pytest.raises(InputError, match=r"model\.py:11: cannot be exported: .* write torch.where .* torch.cond"):
+    with pytest.raises(InputError, match=r"model\.py:11: cannot be exported: .* use torch.where .* torch.cond"):
         export_model(tiny(tmp_path, body=body))
     assert "def forward" not in capfd.readouterr().err
 
@@ -228,13 +227,13 @@ def test_a_data_dependent_branch_is_refused_with_its_line_and_what_to_write(
     ],
     ids=["random", "state", "batch of 1", "batch of 1 squeezed", "no batch", "operator", "rows that mix", "bug"],
 )  # fmt: skip
-def test_a_forward_that_no_graph_can_follow_is_one_line(tmp_path: Path, body: str, message: str) -> None:
+def test_a_forward_that_cannot_be_traced_is_one_error_line(tmp_path: Path, body: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         export_model(tiny(tmp_path, body=body))
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
-def test_ids_have_the_type_of_the_signature_or_forward_says_what_it_needs(tmp_path: Path, dtype: str) -> None:
+def test_ids_of_the_wrong_type_are_reported_with_the_type_that_forward_needs(tmp_path: Path, dtype: str) -> None:
     toml = TOML.replace('"float32"', f'"{dtype}"', 1)
     code = f"\ndef samples(split):\n    for i in range(6):\n        yield {{'x': np.full((1, 8), i + len(split) % 2 * 6, np.{dtype})}}\n"
     source = tiny(tmp_path, toml=toml, body="return torch.nn.functional.one_hot(x, 20).sum(2).float()", code=code)
@@ -247,16 +246,11 @@ def test_ids_have_the_type_of_the_signature_or_forward_says_what_it_needs(tmp_pa
         export_model(source)
 
 
-def test_an_axis_that_no_machine_can_fill_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"at batch 2000000000 inputs and outputs take 119.21 GiB, this machine has"):
-        export_model(tiny(tmp_path, toml=TOML.replace("max = 9", "max = 2000000000")))
-
-
-def test_a_forward_may_write_into_its_input_and_hand_it_on(tmp_path: Path) -> None:
+def test_a_forward_may_change_its_input_and_return_it(tmp_path: Path) -> None:
     export_model(tiny(tmp_path, body="x += 1; return self.line(x)"))
 
 
-def test_longer_inputs_are_made_of_further_samples_so_that_no_score_comes_twice() -> None:
+def test_long_inputs_are_extended_with_other_samples_so_that_no_score_repeats() -> None:
     spec = DeploymentSpec.load("tests/models/text")
     rows = [{name: np.arange(start, start + 5)[None] for name in spec.inputs} for start in (0, 10, 20, 30)]
     inputs = inputs_at(spec, rows, {"batch": 2, "length": 12})
@@ -284,14 +278,14 @@ def samples(split):
 """
 
 
-def test_a_sample_is_not_cut_to_fewer_than_its_own_values_point_to(tmp_path: Path) -> None:
+def test_a_sample_is_not_cut_below_the_positions_that_its_values_point_to(tmp_path: Path) -> None:
     source = tiny(tmp_path, toml=LENGTHS, code=LAST_OF.format(lengths="(20, 2, 7, 15, 3)"))
     rows = list(source.rows("evaluation", 5))
     assert inputs_at(source.spec, rows, {"batch": 3, "length": 8})["lengths"].ravel().tolist() == [2, 7, 3]
     assert [check["sizes"]["length"] for check in export_model(source)["checks"]] == [2, 20, 11]
 
 
-def test_a_sample_that_forward_does_not_take_is_named(tmp_path: Path) -> None:
+def test_a_sample_that_forward_does_not_take_is_found_before_a_later_stage_runs_it(tmp_path: Path) -> None:
     code = """
 class Picky(Tiny):
     def forward(self, x):
@@ -306,15 +300,11 @@ def samples(split):
     for each in range(40):
         yield {"x": np.full((1, 8), 99 if each == 17 and split == "calibration" else each % 7, np.float32) + len(split) / 64}
 """
-    says = r"model.py:25: forward\(.*IndexError.* \(row (\d+) of samples\('calibration'\) as (\S+) has them\)"
-    with pytest.raises(InputError, match=says) as caught:
+    with pytest.raises(InputError, match=r"model.py:25: forward\(.*IndexError"):
         export_model(tiny(tmp_path, code=code))
-    found = re.search(says, str(caught.value))
-    assert found is not None
-    assert load_rows(Path(found[2]))[int(found[1])]["x"].max() > 90
 
 
-def test_where_all_would_be_cut_it_is_said_what_to_do(tmp_path: Path) -> None:
+def test_if_every_sample_would_be_cut_the_error_says_what_to_do(tmp_path: Path) -> None:
     source = tiny(tmp_path, toml=LENGTHS, code=LAST_OF.format(lengths="(20, 9, 15)"))
     with pytest.raises(InputError, match=r"\[4, 8\].*index 19 is out of bounds .* or clamp it in forward"):
         export_model(source)
@@ -328,18 +318,16 @@ def test_forward_may_take_any_number_of_arguments(tmp_path: Path, arguments: str
     assert len(export_model(tiny(tmp_path, toml=toml, code=code))["checks"]) == 3
 
 
-def scaled(folder: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> tuple[Source, Path]:
-    """A model with a number that its load() reads from the file `place`, and that file; the cache is on."""
-    monkeypatch.setenv("CACHE", str(folder / "cache"))
+def scaled(folder: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> tuple[ModelFolder, Path]:
+    """A model whose load() reads a number from a file, and that file; the cache is on."""
+    monkeypatch.setenv("DEEPSEEK_CACHE", str(folder / "cache"))
     code = f"\n_own = load\ndef load():\n    model = _own()\n    model.scale = float(np.loadtxt({str(folder / place)!r}))\n"
     source = tiny(folder, body="return self.line(x) * self.scale", code=code + "    return model\n")
     return source, folder / place
 
 
-@pytest.mark.parametrize(("place", "entries"), [("tiny/scale", 2), ("scale", 1)], ids=["beside model.py", "elsewhere"])
-def test_the_cache_gives_no_graph_of_what_load_gave_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, entries: int
-) -> None:
+@pytest.mark.parametrize("place", ["tiny/scale", "scale"], ids=["beside model.py", "elsewhere"])
+def test_the_graph_has_the_current_weights_of_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     source, file = scaled(tmp_path, monkeypatch, place)
     for scale in ("1", "3"):
         file.write_text(scale)
@@ -347,24 +335,27 @@ def test_the_cache_gives_no_graph_of_what_load_gave_before(
         x = np.ones((2, 8), np.float32)
         served: Any = ReferenceEvaluator(graph).run(["y"], {"x": x})
         np.testing.assert_allclose(served[0], run_torch(source.spec, source.load(), {"x": x})["y"], rtol=1e-5)
-    assert len(list((tmp_path / "cache").glob(f"*/{INDEX}"))) == entries
 
 
-def test_what_differences_of_large_numbers_lose_is_no_fault_of_the_graph(tmp_path: Path) -> None:
+def test_the_error_for_a_model_that_loses_digits_names_the_key_that_allows_it(tmp_path: Path) -> None:
     body = "there = (x + 3e3).repeat(1, 32) @ self.mix; return self.line(x) + (there @ self.mix.T)[:, :8] - 3e3 - x"
     code = "\n_load = load\ndef load():\n    model = _load()\n"
     code += "    model.mix = torch.nn.Buffer(torch.linalg.qr(torch.randn(256, 256))[0])\n    return model\n"
-    result = export_model(tiny(tmp_path, body=body, code=code))
-    assert max(check["worst_error"]["y"] for check in result["checks"]) > TOLERANCES["float32"]
+    source = tiny(tmp_path, body=body, code=code)
+    with pytest.raises(GateFailed, match=r"set \[parity.fp32\] in deploy.toml"):
+        export_model(source)
+    with (tmp_path / "tiny" / "deploy.toml").open("a") as file:
+        file.write("[parity.fp32]\nworst_error = 0.1\n")
+    assert len(export_model(ModelFolder("tiny", tmp_path))["checks"]) == 3
 
 
-def test_neighbours_of_model_py_can_be_imported(tmp_path: Path) -> None:
+def test_files_beside_model_py_can_be_imported(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "words.py").write_text("WORDS = 3\n")
     (tmp_path / "tiny" / "deploy.toml").write_text(TOML)
     code = "from . import words\nfrom models.tiny.words import WORDS\n"
     (tmp_path / "tiny" / "model.py").write_text(code + MODEL.format(body="return x", rows=1))
-    assert Source("tiny", tmp_path).spec.name == "tiny"
+    assert ModelFolder("tiny", tmp_path).spec.name == "tiny"
 
 
 def test_nan_counts_as_an_infinite_error_unless_pytorch_gives_it_too() -> None:
@@ -372,28 +363,3 @@ def test_nan_counts_as_an_infinite_error_unless_pytorch_gives_it_too() -> None:
     assert error_of(broken, clean) == float("inf")
     assert error_of(clean, broken) == float("inf")
     assert error_of(broken, broken) == 0
-
-
-RECURRENT = """
-class Tiny(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = torch.nn.Conv1d(1, 6, 8, stride=4)
-        self.gru = torch.nn.GRU(6, 4, num_layers=2, batch_first=True, bidirectional=True)
-
-    def forward(self, x):
-        y, last = self.gru(self.stem(x.unsqueeze(1)).transpose(1, 2))
-        return y.mean(1) + last[:1, :, 0].transpose(0, 1)
-
-def samples(split):
-    random = np.random.default_rng(len(split))
-    for size in (16, 40, 90):
-        yield {"x": random.standard_normal((1, size)).astype(np.float32)}
-"""
-
-
-def test_a_gru_over_a_length_that_is_computed_keeps_it_dynamic(tmp_path: Path) -> None:
-    toml = TOML.replace('["batch", 8]', '["batch", "samples"]', 1) + "[axes.samples]\nmin = 16\nopt = 40\nmax = 90\n"
-    made = export_model(tiny(tmp_path, toml=toml, code=RECURRENT))
-    assert [check["sizes"]["samples"] for check in made["checks"]] == [16, 90, 53]
-    assert [node.op_type for node in onnx.load(made["path"]).graph.node].count("GRU") == 2

@@ -1,4 +1,4 @@
-"""PyTorch to TorchScript: traced, or scripted where a trace would not do, and named as Triton's backend wants it."""
+"""PyTorch to TorchScript: traced, or scripted if a trace is not enough, with the names that Triton's backend needs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from deepseek.spec import DeploymentSpec, GateFailed, InputError
-from export.artifact import read_manifest, save_rows
-from export.runners import torchscript_runner
-from export.source import Source
-from export.to_torchscript import check_names, export_model
-from serving.embedded import EmbeddedServer
+from deepseek.spec import GateFailed, InputError
+from export.artifact import read_manifest
+from export.model_folder import ModelFolder
+from export.rows import save_rows
+from export.runtimes.torchscript_predictor import torchscript_predictor
+from export.stages.to_torchscript import export_model
+from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import run_module
 from tests.test_to_onnx import FIXED, TOML, scaled, tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # TorchScript as such
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # TorchScript itself is deprecated
 
 TWO_OUTPUTS = TOML.replace("[axes", '[outputs.z]\ndtype = "float32"\nshape = ["batch", 8]\n[axes')
 BRANCH = "\n        if x.sum() > 0:\n            return self.line(x)\n        return -x"
@@ -30,11 +31,11 @@ NOT_COMPILED = "\n        import math\n        x = x * math.ceil(0.5)\n        "
 
 @pytest.fixture(autouse=True)
 def _own_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
 
 
-def export(folder: Path, **model: Any) -> tuple[dict[str, Any], Source]:
-    """What the stage made of a tiny model, whose evaluation rows are laid out for it."""
+def export(folder: Path, **model: Any) -> tuple[dict[str, Any], ModelFolder]:
+    """Runs the stage on a tiny model, whose evaluation rows it writes first."""
     source = tiny(folder, **model)
     save_rows(folder / "build" / "tiny" / "evaluation.npz", source.rows("evaluation", 12))
     return export_model(source), source
@@ -45,11 +46,11 @@ def export(folder: Path, **model: Any) -> tuple[dict[str, Any], Source]:
     [("return self.line(x)", "traced"), (BRANCH, "scripted"), (LOOP, "scripted"), (LOOP.replace("torch", "{'y': torch") + "}", "scripted")],
     ids=["plain", "branch on values", "loop over the batch", "loop, outputs by name"],
 )  # fmt: skip
-def test_what_a_trace_would_bake_in_is_scripted_instead(tmp_path: Path, body: str, way: str) -> None:
+def test_a_model_whose_trace_would_bake_in_values_is_scripted(tmp_path: Path, body: str, way: str) -> None:
     result, source = export(tmp_path, body=body)
     assert (result["made_by"], result["baked_in"]) == (way, [])
     assert [check["sizes"]["batch"] for check in result["checks"]] == [1, 9, 5]
-    predict = torchscript_runner(source.spec, Path(result["path"]), "cpu")
+    predict = torchscript_predictor(source.spec, Path(result["path"]), "cpu")
     for sign in (1, -1):  # both sides of the branch
         x = sign * np.ones((3, 8), np.float32)
         with torch.no_grad():
@@ -57,18 +58,18 @@ def test_what_a_trace_would_bake_in_is_scripted_instead(tmp_path: Path, body: st
         np.testing.assert_allclose(predict({"x": x})["y"], expected.numpy(), rtol=1e-5)
 
 
-def test_a_branch_that_cannot_be_compiled_is_told_with_its_line(tmp_path: Path) -> None:
+def test_a_branch_that_cannot_be_compiled_is_reported_with_its_line(tmp_path: Path) -> None:
     source = tiny(tmp_path, body=NOT_COMPILED + BRANCH)
     save_rows(tmp_path / "build" / "tiny" / "evaluation.npz", source.rows("evaluation", 12))
-    run = run_module("export.to_torchscript", "--models", str(tmp_path), "--model", "tiny")
+    run = run_module("cli", "to-torchscript", "--models", str(tmp_path), "--model", "tiny")
     assert run.returncode == 0, run.stderr
-    assert "warning: tracing kept one side of a branch, or one number, that inputs decide (model.py:15)" in run.stderr
+    assert "warning: tracing fixed a branch or a number that depends on inputs (model.py:15)" in run.stderr
     assert "traced on" in run.stdout
     path = tmp_path / "build" / "tiny" / "fp32" / "torchscript" / "model.pt"
     assert read_manifest(path).settings["baked_in"] == ["model.py:15"]
 
 
-def test_a_size_that_neither_way_keeps_open_is_refused(tmp_path: Path) -> None:
+def test_a_size_that_tracing_and_scripting_both_fix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GateFailed, match=r"traced: model.pt: does not run at batch 1.*; scripted: import statements"):
         export(tmp_path, body=NOT_COMPILED + LOOP)
     assert not (tmp_path / "build" / "tiny" / "fp32" / "torchscript" / "model.pt").exists()
@@ -78,7 +79,7 @@ def test_a_size_that_neither_way_keeps_open_is_refused(tmp_path: Path) -> None:
     "body", ["return self.line(x), x + 1", "return [self.line(x), x + 1]", "return {'z': x + 1, 'y': self.line(x)}"],
     ids=["tuple", "list", "dict"],
 )  # fmt: skip
-def test_outputs_come_as_a_tuple_in_deploy_tomls_order(tmp_path: Path, body: str) -> None:
+def test_outputs_are_a_tuple_in_the_order_of_deploy_toml(tmp_path: Path, body: str) -> None:
     result, _ = export(tmp_path, toml=TWO_OUTPUTS, body=body)
     module = torch.jit.load(result["path"])
     assert [argument.name for argument in module.forward.schema.arguments[1:]] == ["x"]
@@ -88,41 +89,25 @@ def test_outputs_come_as_a_tuple_in_deploy_tomls_order(tmp_path: Path, body: str
 
 
 @pytest.mark.parametrize("name", ["in-put", "lambda", "returned"])
-def test_an_input_that_python_cannot_name_goes_by_its_place(tmp_path: Path, name: str) -> None:
+def test_an_input_that_is_no_python_name_is_passed_by_position(tmp_path: Path, name: str) -> None:
     code = f"\n_own = samples\ndef samples(split):\n    for row in _own(split):\n        yield {{{name!r}: row['x']}}\n"
     result, _ = export(tmp_path, toml=TOML.replace("inputs.x", f"inputs.{name}"), code=code)
     schema = torch.jit.load(result["path"]).forward.schema
     assert [argument.name for argument in schema.arguments[1:]] == ["argument_0"]
 
 
-@pytest.mark.parametrize(
-    ("outputs", "fits"),
-    [(["y"], True), (["y__1", "z"], True), (["y__0", "z__1"], True), (["y__1", "z__0"], False), (["y__"], True), (["y__3"], False)],
-    ids=["plain", "not all numbered", "in order", "swapped", "no number is 0", "beyond"],
-)  # fmt: skip
-def test_names_that_triton_would_take_for_other_places_are_refused(outputs: list[str], fits: bool) -> None:
-    data = DeploymentSpec.load("tests/models/image").model_dump(mode="json")
-    data["outputs"] = dict.fromkeys(outputs, data["outputs"]["scores"])
-    spec = DeploymentSpec.model_validate_json(json.dumps(data))
-    if fits:
-        check_names(spec)
-    else:
-        with pytest.raises(InputError, match="takes the number after __ for the place"):
-            check_names(spec)
-
-
 @pytest.mark.slow
-def test_it_is_chosen_compared_and_published_and_the_embedded_server_says_that_it_cannot_serve_it(
+def test_it_is_compared_and_published_and_the_embedded_server_reports_that_it_cannot_serve_it(
     built: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(built / "build" / "text", tmp_path / "build" / "text")
     which = ("--models", "tests/models", "--model", "text")
     for stage, *flags in (
-        ("export.to_torchscript",),
-        ("export.compare", "--target", "torchscript", "--precision", "fp32"),
-        ("export.to_triton", "--target", "torchscript", "--repository", str(tmp_path / "repository")),
+        ("to-torchscript",),
+        ("select-precision", "--target", "torchscript", "--precision", "fp32"),
+        ("publish", "--target", "torchscript", "--repository", str(tmp_path / "repository")),
     ):
-        run = run_module(stage, *which, *flags)
+        run = run_module("cli", stage, *which, *flags)
         assert run.returncode == 0, run.stderr
     choice = json.loads((tmp_path / "build" / "text" / "choice-torchscript.json").read_text())
     assert choice["chosen"] == "fp32"
@@ -140,12 +125,12 @@ def test_it_is_chosen_compared_and_published_and_the_embedded_server_says_that_i
 def test_a_model_of_one_shape_is_checked_at_it(tmp_path: Path) -> None:
     source = tiny(tmp_path, toml=FIXED)
     save_rows(tmp_path / "build" / "tiny" / "evaluation.npz", source.rows("evaluation", 12))
-    run = run_module("export.to_torchscript", "--models", str(tmp_path), "--model", "tiny")
-    assert "as PyTorch at its only shape (worst error " in run.stdout, run.stderr
+    run = run_module("cli", "to-torchscript", "--models", str(tmp_path), "--model", "tiny")
+    assert "matches PyTorch at its only shape (worst error " in run.stdout, run.stderr
 
 
 @pytest.mark.parametrize("place", ["tiny/scale", "scale"], ids=["beside model.py", "elsewhere"])
-def test_the_cache_gives_no_module_of_what_load_gave_before(
+def test_the_cache_returns_no_module_with_earlier_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     source, file = scaled(tmp_path, monkeypatch, place)
@@ -156,15 +141,9 @@ def test_the_cache_gives_no_module_of_what_load_gave_before(
         torch.testing.assert_close(served[0], scale * source.load().line.bias.detach())
 
 
-def test_another_precision_is_refused() -> None:
-    run = run_module("export.to_torchscript", "--precision", "int8")
-    assert run.returncode == 2
-    assert "invalid choice: 'int8'" in run.stderr
-
-
 def test_a_damaged_module_is_one_line(tmp_path: Path) -> None:
     result, source = export(tmp_path)
     path = Path(result["path"])
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"model\.pt: TorchScript cannot load it"):
-        torchscript_runner(source.spec, path, "cpu")
+        torchscript_predictor(source.spec, path, "cpu")

@@ -1,4 +1,4 @@
-"""What parity tolerates: read from deploy.toml, told in the page, judged by numbers whose verdict is known."""
+"""Tolerances of parity: in deploy.toml, on the documentation page, and applied to known cases."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from deepseek.spec import DeploymentSpec, InputError, ParitySpec, Precision, Tolerance
-from deepseek.spec.tables import Int8Tolerance
-from export.accuracy import parity
-from export.trials import beyond, failures
+from deepseek.spec import DeploymentSpec, InputError, ParitySpec, Precision
+from export.checks.parity_cases import beyond, failures
+from export.precision.accuracy import parity
 from tests.test_parity import TEXT, TOML
 
 
 @pytest.mark.parametrize("drop", [0.011, np.inf, np.nan])
-def test_a_metric_that_drops_too_far_is_a_failure_over_that_protocol(drop: float) -> None:
+def test_a_metric_that_drops_too_far_fails_for_that_protocol(drop: float) -> None:
     metric = {"name": "accuracy", "max_drop": 0.01, "served": {"http": {"drop": 0.01}, "grpc": {"drop": drop}}}
     assert len(failures([], metric)) == 1
     assert failures([], metric)[0].startswith("accuracy over grpc: drop ")
@@ -33,20 +32,16 @@ def test_a_metric_that_drops_too_far_is_a_failure_over_that_protocol(drop: float
         ({"worst_error": np.inf, "cosine": -1.0}, 8, "NaN, Inf or shape differs"),
         ({"worst_error": np.nan, "cosine": 1.0}, 8, "NaN, Inf or shape differs"),
         ({"common": 0.95}, 20, ""),  # a tie may fall either way
-        ({"common": 0.9}, 20, "2 of 20 entries differ, 1 may"),
-        ({"common": 0.98}, 1000, "20 of 1000 entries differ, 10 may"),
+        ({"common": 0.9}, 20, "2 of 20 entries differ, 1 allowed"),
+        ({"common": 0.98}, 1000, "20 of 1000 entries differ, 10 allowed"),
     ],
 )
-def test_what_is_past_a_tolerance_is_said_in_words(numbers: dict[str, float], entries: int, problem: str) -> None:
-    assert beyond(Tolerance(), numbers, entries) == problem
-
-
-def test_every_precision_has_tolerances() -> None:
-    assert set(get_args(Precision)) == ParitySpec.model_fields.keys() - {"nonfinite_inputs"}
+def test_an_exceeded_tolerance_is_described(numbers: dict[str, float], entries: int, problem: str) -> None:
+    assert beyond(ParitySpec().of("fp32"), numbers, entries) == problem
 
 
 @pytest.mark.parametrize("precision", get_args(Precision))
-def test_the_page_on_parity_tells_the_tolerances(precision: Precision) -> None:
+def test_the_parity_page_lists_the_tolerances(precision: Precision) -> None:
     line = re.search(
         rf"^\| {precision} \| (.*?) \| (.*?) \| (.*?) \|", Path("docs/parity.md").read_text(), re.MULTILINE
     )
@@ -60,11 +55,11 @@ def test_the_page_on_parity_tells_the_tolerances(precision: Precision) -> None:
     [
         ("[parity.int8]\ncosin = 0.9", "parity.int8.cosin: unknown key (seen 0.9); allowed: common, cosine, worst_error"),
         ("[parity.int9]\ncosine = 0.9", "parity.int9: unknown key"),
-        ("[parity.fp16]\ncosine = 1.5", "parity.fp16.cosine: seen 1.5; it has to be less than or equal to 1"),
+        ("[parity.fp16]\ncosine = 1.5", "parity.fp16.cosine: seen 1.5; it must be less than or equal to 1"),
         ("[parity.fp32]\nworst_error = -1", "parity.fp32.worst_error: seen -1"),
-        ("[parity.fp32]\nworst_error = inf", "parity.fp32.worst_error: seen inf; it has to be a finite number"),
-        ("[parity.fp8]\ncommon = nan", "parity.fp8.common: seen nan; it has to be a finite number"),
-        ('[parity]\nnonfinite_inputs = "no"', "parity.nonfinite_inputs: seen 'no'; it has to be 'gate' or 'report'"),
+        ("[parity.fp32]\nworst_error = inf", "parity.fp32.worst_error: seen inf; it must be a finite number"),
+        ("[parity.fp8]\ncommon = nan", "parity.fp8.common: seen nan; it must be a finite number"),
+        ('[parity]\nnonfinite_inputs = "no"', "parity.nonfinite_inputs: seen 'no'; it must be 'gate' or 'report'"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_tolerances_is_one_line(tmp_path: Path, table: str, message: str) -> None:
@@ -75,7 +70,7 @@ def test_a_mistake_in_the_tolerances_is_one_line(tmp_path: Path, table: str, mes
 
 
 def of_one_output(dtype: str, value: list[Any], reference: list[Any]) -> dict[str, float]:
-    """Parity of one output `a`, a row an entry of the lists."""
+    """Parity of one output `a`; each entry of the lists is a row."""
     data = {"name": "x", "inputs": {"x": {"dtype": "int64", "shape": ["batch", 1]}}, "axes": TEXT.model_dump()["axes"]}
     del data["axes"]["length"]
     data["outputs"] = {"a": {"dtype": dtype, "shape": ["batch", 4]}}
@@ -84,23 +79,23 @@ def of_one_output(dtype: str, value: list[Any], reference: list[Any]) -> dict[st
     return parity(spec, *rows)["a"]
 
 
-def test_single_numbers_are_compared_as_one_vector_since_each_alone_has_no_direction() -> None:
+def test_single_numbers_are_compared_as_one_vector() -> None:
     found = of_one_output("float32", [0.9, -1e-6, 2.0], [0.9, 1e-6, 2.0])
     assert found["cosine"] == pytest.approx(1)
     assert of_one_output("float32", [0.9, -0.9], [0.9, 0.9])["cosine"] == pytest.approx(0)
 
 
 @pytest.mark.parametrize("dead", [288.0, 250.0, 0.0], ids=["mean", "another", "nothing"])
-def test_a_graph_that_says_one_number_whatever_it_is_given_has_lost_all(dead: float) -> None:
+def test_a_graph_with_constant_output_has_lost_everything(dead: float) -> None:
     kelvin = np.random.default_rng(0).normal(288, 10, 200).tolist()
     found = of_one_output("float32", [dead] * 200, kelvin)
     assert found["cosine"] < 0.5
-    assert beyond(Int8Tolerance(), {**found, "worst_error": 0.1}, 200).startswith("cosine")
+    assert beyond(ParitySpec().of("int8"), {**found, "worst_error": 0.1}, 200).startswith("cosine")
     near = of_one_output("float32", (np.array(kelvin) + np.linspace(-0.3, 0.3, 200)).tolist(), kelvin)
     assert 1 - near["cosine"] < 1e-3
 
 
-def test_numbers_that_hardly_vary_are_compared_as_they_are() -> None:
+def test_numbers_that_hardly_vary_are_compared_without_centring() -> None:
     constant = [288 + 1e-4 * place for place in range(8)]
     assert of_one_output("float32", constant[::-1], constant)["cosine"] == pytest.approx(1)
 
@@ -118,18 +113,16 @@ def test_a_rare_flag_weighs_as_much_as_all_others() -> None:
     ("flags", "seen", "problem"),
     [
         ([[True]] + [[False]] * 7, [[False]] * 8, ""),  # a tie may fall either way
-        ([[True]] + [[False]] * 7, [[True]] * 8, "7 of 7 False entries differ, 2 may"),
-        ([[True]] * 20 + [[False]] * 980, [[False]] * 1000, "20 of 20 True entries differ, 4 may"),
+        ([[True]] + [[False]] * 7, [[True]] * 8, "7 of 7 False entries differ, 2 allowed"),
+        ([[True]] * 20 + [[False]] * 980, [[False]] * 1000, "20 of 20 True entries differ, 4 allowed"),
         ([[True]] * 20 + [[False]] * 980, [[False]] * 4 + [[True]] * 16 + [[False]] * 980, ""),
         ([[False]] * 8, [[False]] * 8, ""),
     ],
     ids=["one of one", "all of the others", "all of the rare ones", "some of them", "none there"],
 )
-def test_each_flag_is_held_to_the_tolerance_by_itself(
-    flags: list[list[bool]], seen: list[list[bool]], problem: str
-) -> None:
+def test_each_flag_has_to_meet_the_tolerance(flags: list[list[bool]], seen: list[list[bool]], problem: str) -> None:
     found = of_one_output("bool", seen, flags)
-    assert beyond(Int8Tolerance(), found, len(flags), sum(row[0] for row in flags)) == problem
+    assert beyond(ParitySpec().of("int8"), found, len(flags), sum(row[0] for row in flags)) == problem
 
 
 def test_a_row_of_zeros_is_judged_by_its_error() -> None:
@@ -138,12 +131,12 @@ def test_a_row_of_zeros_is_judged_by_its_error() -> None:
     assert of_one_output("float32", [[0.5, 0], [1, 2]], reference)["worst_cosine"] == 0
 
 
-def test_rankings_count_in_any_order_and_labels_place_by_place() -> None:
+def test_rankings_count_in_any_order_and_labels_by_position() -> None:
     assert of_one_output("int64", [[3, 1, 2, 4]], [[1, 2, 3, 4]])["common"] == 1
     assert of_one_output("int64", [[0, 1, 0, 1]], [[1, 0, 1, 0]])["common"] == 0
     assert of_one_output("bool", [[True, False]], [[False, True]])["common"] == 0
 
 
-def test_another_shape_is_as_far_off_as_can_be() -> None:
+def test_another_shape_is_the_largest_error() -> None:
     assert of_one_output("float32", [[1, 2, 3]], [[1, 2]])["worst_error"] == np.inf
     assert of_one_output("int64", [[1, 2, 3]], [[1, 2]])["common"] == 0

@@ -1,10 +1,9 @@
-"""The training recipe: what it learns, its schedule, and that neither a kill nor a NaN costs a run."""
+"""The training recipe: learning, its schedule, and recovery after a kill or a NaN."""
 
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from deepseek.checkpoints import digest
 from deepseek.config import TrainingConfig
 from deepseek.spec import InputError
 from deepseek.training import TrainingDiverged, train_model
+from deepseek.training.ways import rows_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,7 +58,7 @@ def test_it_learns_and_leaves_the_best_weights_in_eval_mode() -> None:
     assert not model.training
 
 
-def test_the_average_of_the_weights_is_what_is_validated_and_kept() -> None:
+def test_the_average_of_the_weights_is_validated_and_kept() -> None:
     seen: list[Tensor] = []
 
     def watched(model: nn.Module, batch: Any) -> Tensor:
@@ -75,7 +75,7 @@ def test_the_average_of_the_weights_is_what_is_validated_and_kept() -> None:
     assert 0 < float((seen[0] - start).detach().norm()) < float((end - start).detach().norm())
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_one_others() -> None:
+def test_equal_seeds_give_equal_weights_and_different_seeds_different_ones() -> None:
     models = [network() for _ in range(3)]
     for model, seed in zip(models, (0, 0, 1), strict=True):
         train_model(model, points(), points(1), cross_entropy, settings(seed=seed))
@@ -93,7 +93,7 @@ def test_the_learning_rate_rises_linearly_and_falls_on_a_plateau() -> None:
     assert rates == pytest.approx([0.05, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 1e-4, 1e-4])
 
 
-def test_early_stopping_ends_a_run_that_no_longer_gets_better() -> None:
+def test_early_stopping_ends_a_run_that_no_longer_improves() -> None:
     def rising(model: nn.Module, batch: Any) -> Tensor:
         return cross_entropy(model, batch) if model.training else model[0].weight.abs().sum()  # type: ignore[index]
 
@@ -102,8 +102,8 @@ def test_early_stopping_ends_a_run_that_no_longer_gets_better() -> None:
     assert len(result.epochs) == result.best_epoch + 3 < 50
 
 
-@pytest.mark.parametrize(("rows", "taken"), [(64, 4), (72, 6)], ids=["all of a size", "the last of one batch"])
-def test_accumulated_batches_make_the_step_of_one_large_batch(rows: int, taken: int) -> None:
+@pytest.mark.parametrize(("rows", "taken"), [(64, 4), (72, 6)], ids=["equal steps", "last step of one batch"])
+def test_accumulated_batches_give_the_step_of_one_large_batch(rows: int, taken: int) -> None:
     models = [network() for _ in range(2)]
     for model, (size, steps) in zip(models, ((32, 1), (8, 4)), strict=True):
         model[2].p = 0.0  # type: ignore[index]
@@ -114,7 +114,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(rows: int, taken: 
 
 
 class Shifting(Dataset[tuple[Tensor, Tensor]]):
-    """Other rows in every epoch, as the epoch and the index say."""
+    """Different rows in every epoch, determined by epoch and index."""
 
     def __init__(self) -> None:
         self.epoch, self.seen = 0, set[int]()
@@ -130,48 +130,56 @@ class Shifting(Dataset[tuple[Tensor, Tensor]]):
         return points(100 * self.epoch + index, rows=1)[0]
 
 
-def test_a_dataset_is_told_the_epoch() -> None:
+def test_a_dataset_gets_the_epoch() -> None:
     data = Shifting()
     train_model(network(), data, points(1), cross_entropy, settings(max_epochs=3))
     assert data.seen == {0, 1, 2}
 
 
 KILLED = """
-import sys, torch
+import os, signal, sys, torch
+from accelerate import Accelerator
 torch.set_num_threads(1)
 sys.path.insert(0, "tests")
 from test_training import *
+folder, out, losses, saves = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+save_state = Accelerator.save_state
+
+def count(name, seen={"losses": losses, "saves": saves}):
+    seen[name] -= 1
+    if seen[name] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def loss(model, batch):
+    count("losses")
+    return cross_entropy(model, batch)
+
+def save(*arguments):
+    save_state(*arguments)
+    count("saves")  # before the checkpoint has its final name
+
+Accelerator.save_state = save
 model = network()
-config = settings(max_epochs=12, checkpoint_every_s=0.0, batch_size=4, accumulation_steps=2, ema_decay=0.9)
-train_model(model, Shifting(), points(1), cross_entropy, config, checkpoints=sys.argv[1])
-torch.save(model.state_dict(), sys.argv[2])
+config = settings(max_epochs=3, checkpoint_every_s=0.0, batch_size=4, accumulation_steps=2, ema_decay=0.9)
+train_model(model, Shifting(), points(1), loss, config, checkpoints=folder)
+torch.save(model.state_dict(), out)
 """
 
 
-def test_a_run_killed_again_and_again_ends_with_the_bits_of_an_unkilled_one(tmp_path: Path) -> None:
-    folder, out = tmp_path / "checkpoints", tmp_path / "weights.pt"
-    command = [sys.executable, "-c", KILLED, str(folder), str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
-    for _ in range(2):
-        last = _last_number(folder)
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        while _last_number(folder) < last + 12 and process.poll() is None:
-            time.sleep(0.003)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
-    subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+def test_a_run_killed_repeatedly_ends_with_the_exact_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    out = tmp_path / "weights.pt"
+    for losses, saves, code in ((17, -1, -signal.SIGKILL), (-1, 9, -signal.SIGKILL), (-1, -1, 0)):
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "checkpoints"), str(out), str(losses), str(saves)]
+        run = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(Path.cwd())}, capture_output=True, text=True)
+        assert run.returncode == code, run.stderr
 
     unkilled = network()
-    config = settings(max_epochs=12, batch_size=4, accumulation_steps=2, ema_decay=0.9)
+    config = settings(max_epochs=3, batch_size=4, accumulation_steps=2, ema_decay=0.9)
     train_model(unkilled, Shifting(), points(1), cross_entropy, config)
     assert all(torch.equal(weight, torch.load(out)[name]) for name, weight in unkilled.state_dict().items())
 
 
-def _last_number(folder: Path) -> int:
-    return max((int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")), default=-1)
-
-
-def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     first, again = network(), network(5)
     done = train_model(first, points(), points(1), cross_entropy, settings(), checkpoints=tmp_path)
     repeated = train_model(again, points(), points(1), cross_entropy, settings(), checkpoints=tmp_path)
@@ -218,15 +226,7 @@ def test_a_nan_stops_the_run_with_step_rate_and_norm_and_keeps_the_last_good_wei
         assert torch.equal(kept[name], validated[-1][name])
 
 
-def test_an_infinite_validation_loss_stops_the_run_too() -> None:
-    def breaking(model: nn.Module, batch: Any) -> Tensor:
-        return cross_entropy(model, batch) * (1 if model.training else float("inf"))
-
-    with pytest.raises(TrainingDiverged, match="validation loss is inf"):
-        train_model(network(), points(), points(1), breaking, settings())
-
-
-def test_gradient_checkpointing_needs_a_model_that_has_the_switch() -> None:
+def test_gradient_checkpointing_needs_a_model_with_the_switch() -> None:
     class Switched(nn.Linear):
         gradient_checkpointing = False
 
@@ -238,48 +238,18 @@ def test_gradient_checkpointing_needs_a_model_that_has_the_switch() -> None:
         train_model(network(), points(), points(1), cross_entropy, config)
 
 
-def test_an_empty_dataset_is_one_line() -> None:
+def test_a_wrong_argument_is_a_one_line_error() -> None:
+    with pytest.raises(InputError, match=r"report: seen 'run.json'; use a name that ends in .html"):
+        train_model(network(), points(), points(1), cross_entropy, settings(), report="run.json")
     with pytest.raises(InputError, match="validation_data: a dataset with a length of at least 1"):
         train_model(network(), points(), points(rows=0), cross_entropy, settings())
 
 
-class Named(Dataset):
-    """Items of a name and numbers, that differ from epoch to epoch."""
-
-    epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        x = torch.full((2,), float(index + self.epoch))
-        return {"id": f"row {index}", "x": x, "y": x.sum()[None]}
-
-
-def test_a_batch_may_begin_with_text_and_the_same_data_goes_on_after_a_stop(tmp_path: Path) -> None:
-    calls = 0
-
-    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 11:  # in the second epoch
-            raise KeyboardInterrupt
-        return nn.functional.mse_loss(model(batch["x"]), batch["y"])
-
-    data, validation = Named(), Named()
-    config = TrainingConfig(batch_size=4, max_epochs=3, checkpoint_every_s=0, seed=0)
-    torch.manual_seed(0)
-    with pytest.raises(KeyboardInterrupt):
-        train_model(nn.Linear(2, 1), data, validation, loss, config, checkpoints=tmp_path / "stopped")
-    torch.manual_seed(0)
-    again = train_model(nn.Linear(2, 1), data, validation, loss, config, checkpoints=tmp_path / "stopped")
-    assert again.resumed_at_step
-
-
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.float32, np.bool_])
-def test_numpys_own_numbers_tell_one_data_set_from_another(kind: Any) -> None:
+def test_numpy_scalars_distinguish_datasets(kind: Any) -> None:
     assert digest([kind(0)]) == digest([kind(0)])
     assert digest([kind(0)]) != digest([kind(1)])
+
+
+def test_rows_are_counted_in_a_batch_that_begins_with_strings() -> None:
+    assert rows_of({"id": ["a", "b"], "x": torch.ones(2, 3)}) == 2

@@ -1,8 +1,7 @@
-"""`batch_size="auto"`: what fits, checked by measuring it and against the plan's prediction."""
+"""`batch_size="auto"`: the batch size found, compared with measured memory and with the plan's prediction."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
-from deepseek.config import AdviceWarning, TransformerConfig
+from deepseek.config import TransformerConfig
 from deepseek.sizing import TrainingSetup, TransformerSize, largest_batch, training_memory
-from deepseek.sizing.live import LiveBytes
+from deepseek.sizing.model.live_memory import LiveBytes
 from deepseek.spec import InputError
 from deepseek.training import train_model
 from deepseek.training.batch_size import fitting_batch
@@ -28,9 +27,7 @@ CPU = torch.device("cpu")
 
 def shape(**changes: Any) -> TransformerConfig:
     sizes = {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 128}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AdviceWarning)
-        return TransformerConfig(**(sizes | {"vocab_size": 200, "max_length": 24} | changes))
+    return TransformerConfig.of_any_size(**(sizes | {"vocab_size": 200, "max_length": 24} | changes))
 
 
 def ids(rows: int = 2000) -> TensorDataset:
@@ -41,7 +38,7 @@ def mean_square(model: nn.Module, batch: Any) -> Tensor:
     return model(batch[0]).square().mean()
 
 
-def test_live_bytes_are_the_most_at_once_and_not_the_sum() -> None:
+def test_live_bytes_are_the_peak_and_not_the_sum() -> None:
     with LiveBytes() as live:
         for _ in range(5):
             made = torch.ones(1000)
@@ -53,7 +50,7 @@ def test_live_bytes_are_the_most_at_once_and_not_the_sum() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
 @pytest.mark.parametrize("steps", [1, 2], ids=["one-batch", "accumulated"])
-def test_the_batch_that_fits_is_the_plans_and_fills_the_room(checkpointing: bool, steps: int) -> None:
+def test_the_batch_that_fits_equals_the_plans_and_fills_the_memory(checkpointing: bool, steps: int) -> None:
     config = shape()
     size, model = TransformerSize(config=config), Transformer(config)
     model.gradient_checkpointing = checkpointing
@@ -74,21 +71,21 @@ def test_the_batch_that_fits_is_the_plans_and_fills_the_room(checkpointing: bool
     assert found.batch_size > 8
 
 
-def test_a_small_room_shrinks_the_batch_below_the_guides_and_a_large_one_takes_all_rows() -> None:
+def test_little_memory_gives_a_smaller_batch_than_the_guides_and_much_memory_takes_all_rows() -> None:
     model = Transformer(shape())
     outside = besides_bytes(CPU, model.parameters())
     small = fitting_batch(model, ids(), mean_square, settings(), CPU, limit=(outside + 10e6) / 0.8)
     large = fitting_batch(model, ids(600), mean_square, settings(), CPU, limit=outside + 1e12)
     assert small.batch_size < 256 < large.batch_size == 600
-    assert "from the guide's 256" in small.line
+    assert "instead of the guide's 256" in small.line
 
 
-def test_a_model_of_which_no_row_fits_is_one_line() -> None:
-    with pytest.raises(InputError, match=r"batch_size: auto: .* GB are needed .*; set gradient_checkpointing=True"):
+def test_a_model_for_which_not_even_one_row_fits_is_a_one_line_error() -> None:
+    with pytest.raises(InputError, match=r"batch_size: auto: \d rows need .* GB, .*; set gradient_checkpointing=True"):
         fitting_batch(Transformer(shape()), ids(), mean_square, settings(), CPU, limit=1e6)
 
 
-def test_the_search_leaves_weights_buffers_mode_and_random_states_as_they_were() -> None:
+def test_the_search_does_not_change_weights_buffers_mode_or_random_states() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2)).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
@@ -99,7 +96,7 @@ def test_the_search_leaves_weights_buffers_mode_and_random_states_as_they_were()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_run_that_found_its_batch_trains_as_one_that_was_given_it() -> None:
+def test_a_run_with_a_found_batch_size_equals_a_run_with_that_batch_size_given() -> None:
     found, given = network(), network()
     result = train_model(found, points(), points(1), cross_entropy, settings(batch_size="auto"))
     assert result.batch_size == 64  # all rows
@@ -107,7 +104,7 @@ def test_a_run_that_found_its_batch_trains_as_one_that_was_given_it() -> None:
     assert all(torch.equal(*pair) for pair in zip(found.parameters(), given.parameters(), strict=True))
 
 
-def test_a_resumed_run_keeps_the_batch_that_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_the_batch_size_that_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(batch_size="auto")
     first = train_model(network(), points(), points(1), cross_entropy, config, checkpoints=tmp_path)
     monkeypatch.setattr("deepseek.training.recipe.fitting_batch", lambda *_, **__: 1 / 0)
@@ -120,19 +117,3 @@ def test_the_limit_of_a_process_is_its_share_of_the_machine(monkeypatch: pytest.
     whole = limit_bytes(CPU)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert limit_bytes(CPU) == whole / 4
-
-
-class Uneven(Dataset[Tensor]):
-    """One row: less than a trial wants."""
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.ones(4)
-
-
-def test_one_row_of_data_is_a_batch_of_one() -> None:
-    model = nn.Linear(4, 2)
-    found = fitting_batch(model, Uneven(), lambda net, batch: net(batch).mean(), settings(), CPU)
-    assert found.batch_size == 1

@@ -1,41 +1,44 @@
-"""The search for better settings on real servers of a model for which batching is known to help."""
+"""The command `tune`: candidates on real servers, and the files that a search over computed servers writes."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, save
 from rich.console import Console
 
-from deepseek.spec import FileDigest, Manifest, TunedBatching, TunedFile, TunedTarget
-from export.artifact import save_rows, write_manifest
-from loadtests.journal import Journal
-from loadtests.tune import _tuned_file, check_writable, parse, tune
-from loadtests.tuning import Tuning
-from tests.conftest import run_module
+from cli.main import values_of
+from deepseek.spec import DeploymentSpec, FileDigest, InputError, Manifest, TunedBatching, TunedFile
+from export.artifact import write_manifest
+from export.rows import save_rows
+from loadtests.search.local_server import EMBEDDED
+from loadtests.tune.candidate_server import candidate_server
+from loadtests.tune.search_space import ServingSettings
+from loadtests.tune.tune import conditions_of, default_and_space, tune
+from loadtests.tune.tune_result import TuneResult, tuning_path
+from tests.test_settings_search import FAST, SLOW, a_search, serving
 
-# Each batch reads 128 MB of weights, whatever its size: batches of 8 are several times as fast as batches of 1.
-WIDTH, LAYERS = 2048, 8
-DEPLOY = """
+WIDTH = 8
+DEPLOY = f"""
 name = "wide"
 tuned = "tuned.toml"
 [inputs.x]
 dtype = "float32"
-shape = ["batch", 2048]
+shape = ["batch", {WIDTH}]
 [outputs.y]
 dtype = "float32"
-shape = ["batch", 2048]
+shape = ["batch", {WIDTH}]
 [axes.batch]
 min = 1
 opt = 4
@@ -45,154 +48,184 @@ max_batch = 1
 [slo]
 max_error_rate = 0.05
 """
-# Coarse: what is to be found is a factor of 3.
 SPACE = ("--max-batch", "1,8", "--delay-us", "0", "--instances", "2", "--threads", "1")
 QUICK = (*SPACE, "--least-s", "1", "--warmup-s", "0", "--resolution", "1.4", "--pairs", "3")
 
 
-def write_graph(path: Path) -> None:
-    """y = x W1 W2 ..."""
-    generator = np.random.default_rng(0)
-    nodes, weights, name = [], [], "x"
-    for layer in range(LAYERS):
-        weight = generator.standard_normal((WIDTH, WIDTH), np.float32) / WIDTH**0.5
-        weights.append(numpy_helper.from_array(weight, f"w{layer}"))
-        result = "y" if layer == LAYERS - 1 else f"h{layer}"
-        nodes.append(helper.make_node("MatMul", [name, f"w{layer}"], [result]))
-        name = result
-    ends = [helper.make_tensor_value_info(each, TensorProto.FLOAT, ["batch", WIDTH]) for each in ("x", "y")]
-    graph = helper.make_graph(nodes, "wide", ends[:1], ends[1:], weights)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
-
-
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `models/wide`, which is served in batches of 1 unless tuned, and its `build/`."""
+    """A folder with `models/wide`, y = x W, which is served in batches of 1 unless tuned, and its `build/`."""
     folder = tmp_path_factory.mktemp("wide")
     (folder / "models" / "wide").mkdir(parents=True)
     (folder / "models" / "wide" / "deploy.toml").write_text(DEPLOY)
     place = folder / "build" / "wide" / "fp32"
     place.mkdir(parents=True)
-    write_graph(place / "model.onnx")
+    weight = numpy_helper.from_array(np.eye(WIDTH, dtype=np.float32), "w")
+    ends = [helper.make_tensor_value_info(each, TensorProto.FLOAT, ["batch", WIDTH]) for each in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "wide", ends[:1], ends[1:], [weight])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), place / "model.onnx")
     digest = FileDigest.of(place / "model.onnx")
     facts = {"precision": "fp32", "found": {}, "sources": {}, "versions": {}, "build_s": 0}
     size = {"size_bytes": digest.size_bytes, "axes": {"batch": {"min": 1, "opt": 4, "max": 8}}}
     write_manifest(place / "manifest.json", Manifest(model="wide", files={"model.onnx": digest}, **facts, **size))
-    rows = [{"x": np.full((1, WIDTH), 0.1, np.float32)}]
-    save_rows(folder / "build" / "wide" / "evaluation.npz", rows)
+    save_rows(folder / "build" / "wide" / "evaluation.npz", [{"x": np.full((1, WIDTH), 0.1, np.float32)}])
     return folder
 
 
 def flags(wide: Path, *more: str) -> list[str]:
-    """Of a short search over the model `wide`, which is only there in fp32."""
+    """The options of a short search over the model `wide`, which is published only in fp32."""
     return ["--models", str(wide / "models"), "--model", "wide", "--precision", "fp32", *QUICK, *more]
 
 
-def journal_of(wide: Path) -> Path:
-    return wide / "build" / "wide" / "tuning" / "journal.jsonl"
+@pytest.mark.slow
+def test_a_candidate_is_published_and_served_with_its_settings(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(wide / "build"))
+    conditions = conditions_of(values_of("tune", *flags(wide)), wide / "served", Console(file=io.StringIO()))
+    settings = ServingSettings(max_batch=8, max_queue_delay_us=0, instances=2, threads=1)
+    with candidate_server(settings, conditions, "candidate") as server:
+        assert server.runner.served.max_batch_size == 8
+        assert server.runner.served.parameters["precision"] == "fp32"
+        assert server.throughput_rps(users=2, duration_s=1) > 0
+        assert server.try_rate(20, seed=0).sent
+    assert [path.name for path in conditions.folder.iterdir()] == ["runs"]
 
 
-def processes_over(folder: Path) -> list[str]:
-    """Command lines of running processes that name the folder."""
+def servers_over(folder: Path) -> list[str]:
+    """Command lines of running servers over the folder."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-    return [line for line in lines if str(folder) in line]
+    return [line for line in lines if str(folder) in line and "{repository}" not in line and " tune " not in line]
 
 
-@pytest.fixture(scope="module")
-def killed(wide: Path) -> Path:
-    """The same after a search that was killed outright, with one setting measured and another under way."""
-    command = [sys.executable, "-m", "loadtests.tune", *flags(wide)]
-    environment = {**os.environ, "BUILD": str(wide / "build")}
+@pytest.mark.slow
+def test_a_killed_search_leaves_no_server(wide: Path) -> None:
+    command = [sys.executable, "-m", "cli", "tune", *flags(wide, "--dry-run")]
+    environment = {**os.environ, "DEEPSEEK_BUILD": str(wide / "build")}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         ends_at = time.monotonic() + 400
-        while process.poll() is None and time.monotonic() < ends_at:
-            if journal_of(wide).exists() and '"tried"' in journal_of(wide).read_text():
-                break
+        while process.poll() is None and time.monotonic() < ends_at and not servers_over(wide):
             time.sleep(0.1)
+        assert servers_over(wide)
         process.send_signal(signal.SIGKILL)
         assert process.stderr is not None
         said = process.stderr.read().decode()
     assert process.returncode == -signal.SIGKILL, said
-    return wide
-
-
-@pytest.fixture(scope="module")
-def found(killed: Path) -> Tuning:
-    """What the same command finds afterwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BUILD", str(killed / "build"))
-        known = Journal(journal_of(killed), json.loads(journal_of(killed).read_text().splitlines()[0])["facts"])
-        result = tune(parse(flags(killed)), Console(file=io.StringIO()))
-    (before,) = known.tried.values()
-    (after,) = [tried for tried in result.trials if tried.settings == before.settings]
-    assert after.model_copy(update={"pareto": False}) == before  # it was not measured again
-    assert result.started == known.started
-    return result
-
-
-@pytest.mark.alone
-@pytest.mark.slow
-def test_a_killed_search_leaves_no_server(killed: Path) -> None:
-    ends_at = time.monotonic() + 20
-    while processes_over(killed) and time.monotonic() < ends_at:
+    ends_at = time.monotonic() + 60
+    while servers_over(wide) and time.monotonic() < ends_at:
         time.sleep(0.2)
-    assert processes_over(killed) == []
+    assert servers_over(wide) == []
 
 
-@pytest.mark.alone
-@pytest.mark.slow
-def test_the_search_goes_on_after_a_kill_and_finds_what_is_better(found: Tuning, wide: Path) -> None:
-    assert (found.default.max_batch, found.best and found.best.max_batch) == (1, 8), found
-    assert found.gain is not None
-    assert (found.gain.of, found.gain.pairs) == ("capacity_rps", 3)
-    assert found.gain.low > 1.2
-    assert found.applied
-    assert not journal_of(wide).exists()
-    assert {tried.settings.max_batch for tried in found.trials} == {1, 8}
-    assert all(tried.throughput_rps > 0 for tried in found.trials)
-    assert 8 in [tried.settings.max_batch for tried in found.trials if tried.pareto]
+def over_computed_servers(folder: Path, patch: pytest.MonkeyPatch, fast_rps: float) -> list[str]:
+    """Arguments of a search over a copy of the model `image`, on computed servers."""
+    patch.setenv("DEEPSEEK_BUILD", str(folder / "build"))
+    (folder / "models" / "image").mkdir(parents=True)
+    deploy = Path("tests/models/image/deploy.toml").read_text()
+    (folder / "models" / "image" / "deploy.toml").write_text(f'tuned = "tuned.toml"\n{deploy}')
+    patch.setattr("loadtests.tune.tune.ServingSettings.of", lambda *_: SLOW)
+    serving(a_search(folder), patch, slow={"limit_rps": 500}, fast={"limit_rps": fast_rps})
+    return ["--models", str(folder / "models"), "--model", "image", *SPACE, "--pairs", "3"]
 
 
-@pytest.mark.alone
-@pytest.mark.slow
-def test_what_was_found_is_written_and_used_by_the_next_publish(found: Tuning, wide: Path, tmp_path: Path) -> None:
-    values = TunedFile.read(wide / "models" / "wide" / "tuned.toml").targets["onnxruntime"]
+def test_settings_that_are_proved_better_are_written_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = values_of("tune", *over_computed_servers(tmp_path, monkeypatch, fast_rps=800))
+    result = tune(options, Console(quiet=True))
+    assert (result.best, result.applied, len(result.pairs)) == (FAST, True, 3)
+    assert result.gain is not None
+    assert result.gain.low > 1.02
+    path = tmp_path / "models" / "image" / "tuned.toml"
+    values = TunedFile.read(path).targets["onnxruntime"]
     assert values.batching == TunedBatching(max_batch=8, max_queue_delay_us=0, instances=2, threads=1)
-    assert str(found.gain) in values.measured
-    which = ("--models", str(wide / "models"), "--model", "wide", "--precision", "fp32", "--repository", str(tmp_path))
-    assert run_module("export.to_triton", *which, BUILD=str(wide / "build")).returncode == 0
-    config = (tmp_path / "wide" / "config.pbtxt").read_text()
-    assert "max_batch_size: 8" in config
-    assert Tuning.load(wide / "build" / "wide" / "tuning.json") == found
+    assert str(result.gain) in values.measured
+    assert f"written to {path}; make engine MODEL=image publishes it" in result.conclusion
+    assert TuneResult.load(tuning_path("image")) == result
+    assert "A better setting" in (tmp_path / "build" / "image" / "tuning.html").read_text()
+    assert DeploymentSpec.of_model("image", tmp_path / "models").for_target("onnxruntime").batching.max_batch == 8
 
 
-def test_a_file_of_tuned_values_that_cannot_be_read_is_kept_beside_the_new_one(tmp_path: Path) -> None:
-    path, console = tmp_path / "tuned.toml", Console(file=io.StringIO())
-    path.write_text(broken := "[targets.tensorrt\n")
-    check_writable(path, console)
-    assert f"it will be kept as {path}.broken, and made anew" in console.file.getvalue()  # type: ignore[attr-defined]
-    _tuned_file(path).with_target("onnxruntime", TunedTarget()).write(path)
-    assert (tmp_path / "tuned.toml.broken").read_text() == broken
-    assert set(TunedFile.read(path).targets) == {"onnxruntime"}
+@pytest.mark.parametrize(
+    ("more", "tuned", "told"),
+    [
+        (("--dry-run",), 'tuned = "tuned.toml"\n', "rate inside the SLO x 1."),
+        ((), "", 'names no file of tuned values; add tuned = "tuned.toml" at its top'),
+    ],
+    ids=["dry run", "no file named"],
+)
+def test_a_gain_may_be_only_reported(
+    more: tuple[str, ...], tuned: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = over_computed_servers(tmp_path, monkeypatch, fast_rps=800)
+    deploy = tmp_path / "models" / "image" / "deploy.toml"
+    deploy.write_text(deploy.read_text().replace('tuned = "tuned.toml"\n', tuned))
+    result = tune(values_of("tune", *arguments, *more), Console(quiet=True))
+    assert (result.best, result.applied, told in result.conclusion) == (FAST, False, True), result.conclusion
+    assert not deploy.with_name("tuned.toml").exists()
+
+
+def test_the_result_is_kept_if_the_tuned_values_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = values_of("tune", *over_computed_servers(tmp_path, monkeypatch, fast_rps=800))
+    monkeypatch.setattr(TunedFile, "write", Mock(side_effect=InputError("tuned.toml: cannot be written")))
+    with pytest.raises(InputError, match="cannot be written"):
+        tune(options, Console(quiet=True))
+    kept = TuneResult.load(tuning_path("image"))
+    assert (kept.best, kept.applied) == (FAST, False)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, r"tuned\.toml: cannot be read"), ("[targets", r"tuned\.toml: not valid TOML")],
+    ids=["a folder", "broken"],
+)
+def test_an_unusable_file_of_tuned_values_is_reported_before_the_search(
+    content: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = values_of("tune", *over_computed_servers(tmp_path, monkeypatch, fast_rps=800))
+    path = tmp_path / "models" / "image" / "tuned.toml"
+    path.mkdir() if content is None else path.write_text(content)
+    monkeypatch.setattr("loadtests.tune.tune.SettingsSearch", Mock(side_effect=AssertionError))
+    with pytest.raises(InputError, match=message):
+        tune(options, Console(quiet=True))
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--max-batch", "9"), "--max-batch 9: 1 to 8 are possible"),
-        (("--pairs", "1"), "--pairs 1: it must be 2 or more"),
-        (("--target", "tensorrt"), "the embedded Triton cannot serve it; give the command of a server that can"),
+        (("--max-batch", "9"), "--max-batch: seen 9; allowed: 1 to 8"),
+        (("--delay-us", "0,1000"), "--delay-us: seen 1000; the embedded Triton serves only 0"),
+        (
+            ("--target", "tensorrt", "--env-file", "tests/.env"),
+            "/.env of the stack; run make engine there, or give the command of a server: --server",
+        ),
         (("--precision", "fp16"), "/models PRECISION=fp16"),
-        (("--server", "serve {port}"), "the fields are {repository}, {http_port}, {grpc_port}, {metrics_port}"),
-        (("--server", "false"), "the default setting is not served: "),
+        (("--server", "serve {port}"), "the allowed fields are {repository}, {http_port}, {grpc_port}, {metrics_port}"),
+        (("--server", "false"), "the default settings: not served: "),
     ],
-    ids=["batch", "pairs", "tensorrt", "not built", "fields", "server"],
-)  # fmt: skip
-def test_what_cannot_be_searched_is_one_line_and_exit_2(wide: Path, more: tuple[str, ...], message: str) -> None:
-    run = run_module("loadtests.tune", *flags(wide), *more, BUILD=str(wide / "build"))
-    assert run.returncode == 2, run.stderr
-    assert message in run.stderr
-    assert "Traceback" not in run.stderr
+    ids=["batch", "delay", "tensorrt", "not built", "fields", "server"],
+)
+def test_bad_input_is_one_line(
+    wide: Path, more: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(wide / "build"))
+    with pytest.raises(InputError) as error:
+        tune(values_of("tune", *flags(wide), *more), Console(quiet=True))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_queue_delays_are_tried_only_on_a_server_that_serves_them() -> None:
+    spec = DeploymentSpec.load("tests/models/text")  # 1000 us
+    default, space = default_and_space(values_of("tune"), EMBEDDED, spec, 2)
+    assert (default.max_queue_delay_us, space.delays_us) == (0, (0,))
+    default, space = default_and_space(values_of("tune"), "triton {repository}", spec, 2)
+    assert (default.max_queue_delay_us, space.delays_us) == (1000, (0, 200, 1000, 5000))
+
+
+def test_serving_settings_of_a_spec() -> None:
+    spec: Any = DeploymentSpec.load("tests/models/image")
+    found = ServingSettings.of(spec, "onnxruntime", cores=8)
+    assert (found.instances, found.threads, found.cuda_graphs) == (2, 4, None)
+    assert str(found).startswith("2 instances x 4 threads, batches of ")

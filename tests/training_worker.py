@@ -1,4 +1,4 @@
-"""One process of a training run that tests start several of. See `tests/test_training_parallel.py`."""
+"""One process of a parallel training run, started by `tests/test_training_parallel.py`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def data(rows: int, seed: int) -> TensorDataset:
 
 
 def network() -> nn.Module:
-    """No dropout: processes draw masks of their own."""
+    """A network without dropout: each process would draw different masks."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
 
@@ -38,7 +38,7 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
 
 
 def config(parallel: str, processes: int, **changes: Any) -> TrainingConfig:
-    """Sixteen rows a step, however they are divided."""
+    """Settings with 16 rows per step, over any number of processes."""
     batch = {"batch_size": ROWS_A_STEP // processes, "accumulation_steps": 1}
     if parallel == "pipeline" and processes > 1:
         batch = {"batch_size": ROWS_A_STEP // 4, "accumulation_steps": 4}
@@ -47,25 +47,27 @@ def config(parallel: str, processes: int, **changes: Any) -> TrainingConfig:
 
 
 def train(model: nn.Module, settings: TrainingConfig, folder: Path | None) -> TrainingResult:
-    """64 rows to learn from; 17 to validate on, which two processes cannot halve."""
+    """Trains on 64 rows and validates on 17, which two processes cannot halve."""
     return train_model(model, data(64, 0), data(17, 1), cross_entropy, settings, checkpoints=folder)
 
 
 def threads() -> str:
-    """Names of this process's."""
+    """The names of this process's threads."""
     return " ".join(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
 
 
 def main() -> None:
-    """Arguments: a folder for checkpoints and process ids, the way, and changes of the settings as JSON."""
-    folder, parallel, changes = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    """Trains in each way in turn. Arguments: a folder for checkpoints and process ids, the ways, settings as JSON."""
+    folder, ways, changes = Path(sys.argv[1]), sys.argv[2].split(","), json.loads(sys.argv[3])
     torch.set_num_threads(1)
-    atexit.register(lambda: (folder / f"threads-{rank}").write_text(threads()))  # the last of what runs at exit
+    atexit.register(lambda: (folder / f"threads-{rank}").write_text(threads()))  # runs after later handlers
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
-    model = network()
-    result = train(model, config(parallel, processes, **changes), folder / "checkpoints")
-    torch.save({"weights": model.state_dict(), "result": dataclasses.asdict(result)}, folder / f"done-{rank}.pt")
+    for way in ways:
+        model = network()
+        result = train(model, config(way, processes, **changes), folder / way / "checkpoints")
+        done = {"weights": model.state_dict(), "result": dataclasses.asdict(result)}
+        torch.save(done, folder / way / f"done-{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""`python -m …` by a fork of a process that has the heavy libraries loaded: a command without seconds of imports.
+"""Runs `python -m ...` in a fork of a process with the heavy libraries loaded, which saves seconds of imports.
 
-Contract: `run_warm` gives what `subprocess.run` gives for `python -m` with these arguments in this environment. Every
-command is a process of its own, which loads our modules itself; only the third-party libraries in `PRELOADED` are
-there already. Not for commands that patch the standard library as they start (Locust's gevent): they come first.
+Contract: `run_warm` returns what `subprocess.run` returns for `python -m` with these arguments in this environment. Each
+command is a separate process, which imports this project's modules itself; only the third-party libraries in
+`PRELOADED` are already loaded. Not for commands that must patch the standard library first (Locust's gevent).
 
 Example:
-    run_warm(["export.to_onnx", "--help"], dict(os.environ)).stdout
+    run_warm(["cli", "to-onnx", "--help"], dict(os.environ)).stdout
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PRELOADED = ["torch", "onnx", "onnxruntime", "numpy", "pydantic", "rich", "google.protobuf"]
-LIBRARIES_OF = {"export", "serving", "deepseek"}  # rooms whose commands load some of them
+LIBRARIES_OF = {"serving", "deepseek"}  # rooms whose commands import some of them
+HEAVY_COMMANDS = {
+    *("train", "prune", "to-onnx", "quantize", "to-torchscript", "to-tensorrt", "select-precision", "publish"),
+    *("parity", "check-engine"),
+}
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
@@ -29,7 +33,7 @@ _context.set_forkserver_preload(PRELOADED)
 def run_warm(
     arguments: Sequence[str], environment: dict[str, str], cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """A module and its arguments, as `python -m` takes them, in the folder `cwd` (default: the current one)."""
+    """Runs a module with arguments, as `python -m` does, in the folder `cwd` (default: the current one)."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         process = _context.Process(
@@ -42,7 +46,7 @@ def run_warm(
 
 
 def _become(arguments: list[str], environment: dict[str, str], folder: str, out: Path, err: Path) -> None:
-    """Inside the fork: it turns into the command."""
+    """Turns the fork into the command."""
     for path, descriptor in ((out, 1), (err, 2)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(opened, descriptor)

@@ -1,14 +1,15 @@
 """Call a model on Triton, over HTTP or gRPC: numpy in, numpy out, deadlines, safe retries, one error tree.
 
+Enter: `InferenceClient`, `AsyncInferenceClient`, or `python -m deepseek_client` (`cli/`). Imports: no other room. The
+modules here never import `cli/`, and only `client.py` imports `http/` and `grpc/`.
+
 Example:
     >>> from deepseek_client import InferenceClient
     >>> client = InferenceClient("127.0.0.1:8001")
     >>> client.infer("recommender", {"item_ids": item_ids})
-
-`AsyncInferenceClient` is the same for asyncio.
 """
 
-from deepseek_client.counters import ModelStatistics, Statistics
+from deepseek_client.client import AsyncInferenceClient, InferenceClient
 from deepseek_client.errors import (
     AccessDenied,
     ConnectionLost,
@@ -22,9 +23,9 @@ from deepseek_client.errors import (
     ServerError,
     Unreachable,
 )
-from deepseek_client.inference import AsyncInferenceClient, InferenceClient
-from deepseek_client.signature import ModelMetadata, TensorSpec
-from deepseek_client.transports import PreparedRequest
+from deepseek_client.metadata import ModelMetadata, TensorMetadata
+from deepseek_client.statistics import ModelStatistics, Statistics
+from deepseek_client.transport import PreparedRequest
 
 __all__ = [
     "AccessDenied",
@@ -43,6 +44,6 @@ __all__ = [
     "ServerBusy",
     "ServerError",
     "Statistics",
-    "TensorSpec",
+    "TensorMetadata",
     "Unreachable",
 ]

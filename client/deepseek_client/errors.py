@@ -1,4 +1,4 @@
-"""Everything that can go wrong with a call, as one tree, the same for HTTP and gRPC.
+"""All errors of a call as one tree, the same for HTTP and gRPC.
 
     InferenceError                 catch this one to catch them all
     +-- InvalidInput               the request is wrong: names, types, shapes, sizes, or the client's own settings
@@ -6,6 +6,7 @@
     +-- Unreachable             *  no connection: refused, unknown host, TLS failure; nothing was sent
     +-- ConnectionLost          +  the connection broke after sending began: the request may have run
     +-- ServerBusy              *  refused before it ran: queue full, queue time-out, rate limit; `retry_after_s`
+    |                           +  a 503 that neither Triton nor this project's gateway explains
     +-- DeadlineExceeded           `timeout_s` is over; the server may still be at it
     +-- ModelUnavailable           the server is there, the model is not
     |   +-- ModelNotFound          no such model or version
@@ -18,24 +19,22 @@
 `str(error)` is one line: what is wrong, the value seen, what is allowed, what to do.
 """
 
-from typing import ClassVar
-
 
 class InferenceError(Exception):
     """Root of the tree."""
 
-    did_not_run: ClassVar[bool] = False
-    """The request was certainly not executed, and trying again may help."""
-    may_have_run: ClassVar[bool] = False
-    """Trying again may help, and may execute the request a second time."""
+    did_not_run = False
+    """The request certainly did not run, and a retry may help."""
+    may_have_run = False
+    """A retry may help, and may run the request a second time."""
 
 
 class InvalidInput(InferenceError):
-    """The request cannot be right, whoever found it: client or server."""
+    """The request is wrong; the client or the server found it."""
 
 
 class AccessDenied(InferenceError):
-    """Missing, wrong or expired API key, or a call that the gateway does not let through."""
+    """Missing, wrong or expired API key, or a call that the gateway does not allow."""
 
 
 class Unreachable(InferenceError):
@@ -45,7 +44,7 @@ class Unreachable(InferenceError):
 
 
 class ConnectionLost(InferenceError):
-    """The connection broke between sending and the end of the answer."""
+    """The connection broke after sending began and before the answer was complete."""
 
     may_have_run = True
 
@@ -55,18 +54,19 @@ class ServerBusy(InferenceError):
 
     did_not_run = True
 
-    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+    def __init__(self, message: str, retry_after_s: float | None = None, *, did_not_run: bool = True) -> None:
         super().__init__(message)
+        self.did_not_run, self.may_have_run = did_not_run, not did_not_run
         self.retry_after_s = retry_after_s
-        """Seconds that it asked to be left alone for (Retry-After), None where it did not say."""
+        """Seconds to wait before the next request (Retry-After); None if the server gave none."""
 
 
 class DeadlineExceeded(InferenceError):
-    """The time given to the call, all its retries together, is over."""
+    """The call, with all its retries, took longer than its deadline."""
 
 
 class ModelUnavailable(InferenceError):
-    """The server answers but has no such model to run."""
+    """The server answers but cannot run the model."""
 
 
 class ModelNotFound(ModelUnavailable):
@@ -81,11 +81,3 @@ class ModelNotReady(ModelUnavailable):
 
 class ServerError(InferenceError):
     """The request reached the model and failed there."""
-
-
-def untrusted(url: str, why: str) -> Unreachable:
-    """The server's certificate does not prove who it is; nothing was sent."""
-    return Unreachable(
-        f"the certificate of {url} is not trusted ({why}); have the server renew it, ask it by the name that the "
-        "certificate is for, or give the authority that signed it (ca_cert=)"
-    )

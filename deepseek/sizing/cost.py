@@ -1,86 +1,74 @@
-"""From a rate and a latency limit to replicas and money, by what was measured or by prediction.
+"""Replicas and cost for a request rate and a latency limit, from a measurement or a prediction.
 
-Contract: no torch. What `make capacity` measured (`build/<model>/capacity.json`) is used for the machine it was
-measured on, where its own p99 objective is at least as strict as what is asked; all else is prediction, and says so.
+Contract: no torch. The result of `make capacity` (`build/<model>/capacity.json`) is used for the machine that it was
+measured on, if its p99 objective is at least as strict as the requested one. Everything else is marked as a prediction.
 
-Rules of the prediction, stated and not fitted:
-    batch     the largest (a power of two that the model takes) with 2 x time of a batch + SERVER_MS <= p99: who just
-              misses a batch waits for all of it and then for its own
-    capacity  UTILISATION of what such batches give a second: queues grow without bound towards 100 %
-    replicas  what the rate needs by the time that new ones answer (it grows meanwhile), and one more, so that any one
-              may be lost (N+1)
-
-Examples:
-    demand = Demand(rate_rps=2000, p99_ms=30)
-    serving = predicted_serving(model, device, precision="fp16", length=128, p99_ms=30)
-    bill(demand, serving.capacity_rps, device.price_usd_hour)
+Rules of the prediction; none is fitted:
+    batch     the largest power of two that the model accepts with 2 x batch time + SERVER_MS <= p99: a request that
+              just misses a batch waits for that batch and then for its own
+    capacity  UTILISATION of the throughput in such batches: queues grow without bound towards 100 %
+    replicas  enough for the rate at the time when new replicas answer, as it grows until then, plus one spare (N+1)
 """
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from deepseek.config import check_float
-from deepseek.sizing.counting import Countable
+from pydantic import BaseModel, Field
+
+from deepseek.settings import NotNegative, Positive, settings
 from deepseek.sizing.devices import Device
 from deepseek.sizing.memory import InferenceSetup, inference_memory
+from deepseek.sizing.model.counting import Countable
 from deepseek.sizing.roofline import predict
 from deepseek.spec import InputError, Objective
+from deepseek.spec.checks import checked
 
 HOURS_A_MONTH = 730
 UTILISATION = 0.7
 SERVER_MS = 1.0
-"""Triton, copies and a network within one zone, on top of the model's time."""
+"""Time of Triton, copies and a network within one zone, in addition to the model's."""
 LARGEST_BATCH = 256
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Demand:
-    """What has to be answered."""
+    """The load to serve."""
 
-    rate_rps: float
-    """At its peak: machines are rented for it."""
-    p99_ms: float
-    mean_share: float = 1.0
-    """Mean rate as a share of the peak: inferences that a month's bill is divided by."""
-    growth_per_minute: float = 0.1
-    """Share by which the rate may rise in a minute."""
-    scale_out_s: float = 120.0
-    """From the alarm until a new replica answers: scheduling, pulling, loading, warming up."""
-
-    def __post_init__(self) -> None:
-        owner = type(self).__name__
-        check_float(owner, "rate_rps", self.rate_rps, 0, math.inf, open_low=True)
-        check_float(owner, "p99_ms", self.p99_ms, 0, math.inf, open_low=True)
-        check_float(owner, "mean_share", self.mean_share, 0, 1 + 1e-9, open_low=True)
-        check_float(owner, "growth_per_minute", self.growth_per_minute, 0, math.inf)
-        check_float(owner, "scale_out_s", self.scale_out_s, 0, math.inf)
+    rate_rps: Positive
+    """Peak request rate, which determines the number of machines."""
+    p99_ms: Positive
+    """Limit for the 99th percentile of latency."""
+    mean_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Mean rate as a share of the peak; determines the cost per inference."""
+    growth_per_minute: NotNegative = 0.1
+    """Largest growth of the rate per minute, as a share."""
+    scale_out_s: NotNegative = 120.0
+    """Time from the alarm until a new replica answers: scheduling, pulling, loading, warm-up."""
 
     @property
     def grown_rps(self) -> float:
-        """The rate by the time that replicas ordered now answer."""
+        """The rate when replicas that are requested now answer."""
         return self.rate_rps * (1 + self.growth_per_minute * self.scale_out_s / 60)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """What one replica bears within the latency limit."""
+    """Capacity of one replica within the latency limit."""
 
     capacity_rps: float
-    measured: bool
-    batch: int | None
-    """Of the prediction."""
-    latency_ms: float | None
+    batch: int | None = None
+    """Batch size of a prediction."""
     note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bill:
-    """What a demand takes."""
+    """Replicas and cost for a demand."""
 
     replicas: int
     month_usd: float | None
@@ -89,7 +77,7 @@ class Bill:
 
 
 def bill(demand: Demand, capacity_rps: float, price_usd_hour: float | None) -> Bill:
-    """Replicas (N+1, and what scale-out takes) and their cost."""
+    """Number of replicas (N+1, with room for growth during scale-out) and their cost."""
     if capacity_rps <= 0:
         raise InputError(f"capacity_rps: seen {capacity_rps:g}; a capacity above 0 is needed")
     replicas = math.ceil(demand.grown_rps / capacity_rps) + 1
@@ -109,7 +97,7 @@ def predicted_serving(
     p99_ms: float,
     most_batch: int = LARGEST_BATCH,
 ) -> Serving | str:
-    """What one device bears by the roofline, in batches of up to `most_batch`; a sentence where it cannot at all."""
+    """Capacity of one device by the roofline, in batches of up to `most_batch`; a sentence if it cannot serve."""
     length = model.default_length if length is None else length
     best: tuple[int, float] | None = None
     batch, first_ms = 1, math.inf
@@ -119,7 +107,6 @@ def predicted_serving(
             length=length,
             precision=precision,  # type: ignore[arg-type]
             instances=device.instances,
-            shared_weights=device.platform == "accelerator",
             platform=device.platform,
         )
         if inference_memory(model, setup).total_bytes > device.usable_bytes:
@@ -133,53 +120,43 @@ def predicted_serving(
         batch *= 2
     if best is not None:
         capacity = UTILISATION * device.instances * best[0] / best[1] * 1e3
-        return Serving(capacity_rps=capacity, measured=False, batch=best[0], latency_ms=best[1])
+        return Serving(capacity_rps=capacity, batch=best[0])
     if math.isinf(first_ms):
         return f"does not fit in 80 % of {device.memory_gib:g} GiB"
-    return (
-        f"one sample takes {first_ms:.1f} ms: p99 would be {2 * first_ms + SERVER_MS:.1f} ms, {p99_ms:g} are asked for"
-    )
+    return f"one sample takes {first_ms:.1f} ms: p99 would be {2 * first_ms + SERVER_MS:.1f} ms, above {p99_ms:g} ms"
+
+
+class MeasuredCapacity(BaseModel):
+    """The keys that are read from the file that `make capacity` writes."""
+
+    capacity_rps: Positive | None
+    objectives: tuple[str, ...] = ()
+    confirmed: bool = True
 
 
 def measured_serving(path: Path, p99_ms: float) -> Serving | str:
-    """What `make capacity` measured; a sentence where it cannot be used. Raises InputError for another kind of file."""
+    """The result of `make capacity`; a sentence if it cannot be used. Raises InputError for another kind of file."""
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        found = checked(MeasuredCapacity, path.read_bytes(), path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; measure it with: make capacity") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}; measure it anew with: make capacity") from None
-    if not isinstance(data, dict) or "capacity_rps" not in data:
-        raise InputError(f"{path}: capacity_rps: missing; measure it anew with: make capacity")
-    capacity = data["capacity_rps"]
-    if capacity is None:
-        return f"{path}: no rate held the SLO on the machine that was measured"
-    if isinstance(capacity, bool) or not isinstance(capacity, int | float) or not 0 < capacity < math.inf:
-        raise InputError(f"{path}: capacity_rps: seen {capacity!r}; a number above 0 or null is allowed")
-    objectives = data.get("objectives") or []
-    if not isinstance(objectives, list):
-        raise InputError(f"{path}: objectives: seen {objectives!r}; a list is needed")
-    limits = p99_limits(objectives, capacity)
+    if found.capacity_rps is None:
+        return f"{path}: no rate met the SLO on the measured machine"
+    limits = p99_limits(found.objectives, found.capacity_rps)
     if not limits or min(limits) > p99_ms:
         held = f"p99 <= {min(limits):g} ms" if limits else "no p99"
-        return f"{path}: measured for {held}, {p99_ms:g} ms are asked for: set slo.p99_ms and run make capacity"
-    confirmed = "" if data.get("confirmed", True) else "; not confirmed by a longer run"
-    return Serving(
-        capacity_rps=float(capacity),
-        measured=True,
-        batch=None,
-        latency_ms=None,
-        note=f"{path}, for p99 <= {min(limits):g} ms{confirmed}",
-    )
+        return f"{path}: measured for {held}, but the limit is {p99_ms:g} ms: set slo.p99_ms and run make capacity"
+    confirmed = "" if found.confirmed else "; not confirmed by a longer run"
+    return Serving(capacity_rps=found.capacity_rps, note=f"{path}, for p99 <= {min(limits):g} ms{confirmed}")
 
 
-def p99_limits(objectives: list[Any], rate_rps: float = 0.0) -> list[float]:
-    """Limits on p99, in ms, that lines of an SLO set at a rate; lines as in deploy.toml, or as they are printed."""
+def p99_limits(objectives: Iterable[str], rate_rps: float = 0.0) -> list[float]:
+    """Limits on p99, in ms, that lines of an SLO set at a rate; accepts the notations of deploy.toml and of reports."""
     found = []
     for line in objectives:
         try:
-            objective = Objective.parse(str(line).replace("≤", "<=").replace("≥", ">="))
-        except ValueError:  # of a kind that bounds no latency
+            objective = Objective.parse(line.replace("≤", "<=").replace("≥", ">="))
+        except ValueError:  # not an objective for latency
             continue
         if objective.percent == 99 and (objective.rate_rps is None or objective.rate_rps >= rate_rps):
             found.append(objective.limit)

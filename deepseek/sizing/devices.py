@@ -1,60 +1,54 @@
-"""The devices that a plan may choose from: `deepseek/devices.toml`, a file of one's own, and this machine.
+"""The devices that a plan compares: those of `deepseek/devices.toml` or of your own file, and this machine.
 
-Contract: every figure is checked when the file is read; a mistake is an InputError in one line, with the file, the key,
-the value seen and what is allowed. "this-machine" is what `make plan MEASURE=1` measured
-(`$BUILD/this-machine.toml`, the same format).
-
-Examples:
-    devices = load_devices()                         # deepseek/devices.toml, and this machine if it was measured
-    devices["a100-80"].rate("fp16")                  # 3.12e14 FLOPs a second
-    load_devices("my-devices.toml", names=["h100"])
+Contract: every figure is checked when the file is read; a mistake raises InputError in one line with the file, the key,
+the value seen and what is allowed. `make plan MEASURE=1` measures "this-machine" and writes it to
+`$DEEPSEEK_BUILD/this-machine.toml`, in the same format.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import tomllib
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
+from deepseek.precisions import NumberType
 from deepseek.sizing.memory import FILL
 from deepseek.sizing.training_step import Platform
 from deepseek.spec import InputError
-from deepseek.spec.checks import Table, first_error, listed
-from deepseek.spec.folders import write_whole
+from deepseek.spec.checks import Table, checked, listed, read_toml
+from deepseek.spec.files.folders import write_whole
 
 THIS_MACHINE = "this-machine"
-Type = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "int8"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Device(Table):
-    """One kind of accelerator, or a machine's CPU; units as the names say. See `deepseek/devices.toml`."""
+    """One kind of accelerator, or a machine's CPU. `deepseek/devices.toml` explains the keys."""
 
     name: str = Field(min_length=1)
     memory_gib: Positive
     bandwidth_gb_s: Positive
     compute_units: int = Field(ge=1)
-    rates: dict[Type, Positive] = Field(min_length=1)
+    rates: dict[NumberType, Positive] = Field(min_length=1)
     """Dense TFLOPS (TOPS) of matrix products by type."""
-    efficiency: dict[Type, Share] = {}
+    efficiency: dict[NumberType, Share] = {}
     """Share of the rate that large products reach; absent: the default of `deepseek.sizing.roofline`."""
-    attention_share: dict[Type, Share] = {}
-    """Share of what products reach that attention's do; absent: the default of `deepseek.sizing.roofline`."""
+    attention_share: dict[NumberType, Share] = {}
+    """Rate of the products in attention, as a share of that of large products; absent: the default of
+    `deepseek.sizing.roofline`."""
     bandwidth_efficiency: Share | None = None
     launch_us: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """Time that each operation takes on top; absent: that of a GPU with CUDA graphs."""
+    """Launch overhead per operation; absent: that of a GPU with CUDA graphs."""
     elements_g_s: Positive | None = None
-    """Of a CPU: results a second, in 1e9, of operations between products, which nothing fuses."""
+    """On a CPU: 1e9 results/s of the elementwise operations between products, which are not fused."""
     instances: int = Field(1, ge=1)
-    """Copies of a model that run side by side, each at these figures: a CPU's cores divided."""
+    """Copies of a model that run in parallel, each at these figures: they divide the cores of a CPU."""
     platform: Platform = "accelerator"
     interconnect: str = "none"
     interconnect_gb_s: Positive | None = None
@@ -65,38 +59,27 @@ class Device(Table):
     @classmethod
     def _has_a_common_type(cls, rates: dict[str, float]) -> dict[str, float]:
         if "fp32" not in rates:
-            raise ValueError(f"seen {listed(rates)}; fp32 has to be among them")
+            raise ValueError(f"seen {listed(rates)}; fp32 is required")
         return rates
-
-    @field_validator("efficiency", "attention_share")
-    @classmethod
-    def _is_of_a_rate(cls, shares: dict[str, float], info: ValidationInfo) -> dict[str, float]:
-        if without := shares.keys() - info.data.get("rates", shares).keys():
-            raise ValueError(f"seen {listed(without)}; rates has {listed(info.data['rates'])}")
-        return shares
-
-    @property
-    def memory_bytes(self) -> float:
-        return self.memory_gib * 2**30
 
     @property
     def usable_bytes(self) -> float:
-        """What a plan fills: 80 %."""
-        return FILL * self.memory_bytes
+        """Memory that a plan may fill: 80 %."""
+        return FILL * self.memory_gib * 2**30
 
     def runs(self, precision: str) -> bool:
-        """Whether it has units for a type. tf32 falls back to fp32, bf16 does not to fp16."""
+        """Whether it has units for a type."""
         return precision in self.rates
 
     def rate(self, precision: str) -> float:
-        """FLOPs a second of matrix products. Raises InputError for a type that it has no units for."""
+        """FLOP/s of matrix products. Raises InputError for a type without units."""
         if precision not in self.rates:
             raise InputError(f"{self.name} has no rate for {precision}; it has {listed(self.rates)}")
         return self.rates[precision] * 1e12
 
 
 def load_devices(path: str | Path | None = None, *, names: Iterable[str] = ()) -> dict[str, Device]:
-    """Devices by their key, all or those named; `path` takes the place of the file that comes with the project."""
+    """Devices by key, all or only `names`; `path` replaces the project's own file."""
     file = Path(path) if path else Path(str(files("deepseek") / "devices.toml"))
     found = read_devices(file)
     if not path and measured_path().is_file():
@@ -110,44 +93,23 @@ def load_devices(path: str | Path | None = None, *, names: Iterable[str] = ()) -
 
 
 def measured_path() -> Path:
-    """Where the measured machine is kept."""
-    return Path(os.environ.get("BUILD", "build")) / f"{THIS_MACHINE}.toml"
+    """The file of the measured machine."""
+    return Path(os.environ.get("DEEPSEEK_BUILD", "build")) / f"{THIS_MACHINE}.toml"
 
 
 def read_devices(path: Path) -> dict[str, Device]:
     """Reads one file of devices. Raises InputError in one line."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
-    if not tables:
-        raise InputError(f"{path}: no device in it; each is a table, as [t4] in deepseek/devices.toml")
-    found = {}
-    for key, table in tables.items():
-        if not isinstance(table, dict):
-            raise InputError(f"{path}: {key}: seen {table!r}; each device is a table: [{key}]")
-        try:
-            # JSON: types are exact, but a whole number may stand for a float.
-            found[key] = Device.model_validate_json(json.dumps(table, default=str))
-        except ValidationError as error:
-            where, message = first_error(error, Device, f"{key}.")
-            raise InputError(f"{path}: {where}: {message}") from None
-    return found
+    tables = read_toml(path)
+    if not tables or not all(isinstance(table, dict) for table in tables.values()):
+        raise InputError(f"{path}: each device is a table, like [t4] in deepseek/devices.toml; seen {listed(tables)}")
+    return {key: checked(Device, table, path, f"{key}.") for key, table in tables.items()}
 
 
 def write_device(path: Path, key: str, device: Device) -> None:
-    """Writes one device as a file that `read_devices` takes."""
+    """Writes one device to a file that `read_devices` can read."""
     lines = [f"[{key}]"]
     for name, value in device.model_dump(exclude_none=True, exclude_defaults=True).items():
-        lines.append(f"{name} = {_toml(value)}")
+        # Numbers and strings are written as in JSON; objects become dotted keys.
+        each = {f"{name}.{kind}": share for kind, share in value.items()} if isinstance(value, dict) else {name: value}
+        lines += [f"{full} = {json.dumps(part, ensure_ascii=False)}" for full, part in each.items()]
     write_whole(path, "\n".join(lines) + "\n")
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(each)}" for key, each in value.items()) + " }"
-    if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) and "e" not in f"{value:.4g}" else repr(value)
-    return json.dumps(value, ensure_ascii=False)

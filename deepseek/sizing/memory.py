@@ -1,22 +1,15 @@
 """How much memory training and serving a model take, part by part.
 
-Contract: no torch; bytes of one device that holds the whole model (`deepseek.sizing.parallel` divides).
-`training_memory` and `inference_memory` take any `Countable`; what backward needs of a Transformer is computed by
-`deepseek.sizing.training_step`, and of another module measured by `deepseek.sizing.traced`.
+Contract: no torch; bytes on one device that holds the whole model (`deepseek.sizing.parallel` divides it).
+`deepseek.sizing.training_step` computes the activations of a Transformer and the memory at each moment of a step; other
+modules and graphs provide theirs (`saved`).
 
-Training state a parameter (Rajbhandari et al. 2020, ZeRO, section 3.1, counts the last): weights + gradients + Adam
+Training state per parameter: weights + gradients + Adam (ZeRO, Rajbhandari et al. 2020, section 3.1, counts the last):
     fp32                  4 + 4 + 8      = 16 bytes
-    fp16, bf16: autocast  4 + 4 + 8 + 2  = 18 bytes: weights stay fp32, their 16-bit copies live until backward is over.
-                                              This is what `deepseek.training` does
+    fp16, bf16: autocast  4 + 4 + 8 + 2  = 18 bytes: weights stay fp32, their 16-bit copies live until backward ends.
+                                              `deepseek.training` works this way
     fp16, bf16: master    2 + 2 + (4+8)  = 16 bytes: 16-bit weights and gradients, an fp32 master copy in the optimizer
-So mixed precision saves nothing of the state; what it saves is activations and time.
-
-What backward keeps, and what lies there at each moment of a step: `deepseek.sizing.training_step`.
-
-Examples:
-    memory = training_memory(model, TrainingSetup(batch=32, length=512, precision="fp32"))
-    memory.total_bytes, memory.activation_bytes
-    largest_batch(lambda batch: training_memory(model, replace(setup, batch=batch)).total_bytes, 0.8 * 80e9)
+So mixed precision does not reduce the training state; it reduces activations and time.
 """
 
 from __future__ import annotations
@@ -24,78 +17,82 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-from deepseek.config import check_choice, check_float, check_int
-from deepseek.sizing.counting import Countable, TransformerSize
-from deepseek.sizing.training_step import Platform, Saved, TrainingSetup, moments, saved_bytes
+from deepseek.precisions import BITS, NumberType
+from deepseek.settings import Count, settings
+from deepseek.sizing.model.counting import Countable, TransformerSize
+from deepseek.sizing.training_step import (
+    AnyModel,
+    Platform,
+    SavedActivations,
+    TrainingSetup,
+    TransformerStep,
+    saved_bytes,
+)
 from deepseek.spec import InputError
 
-InferencePrecision = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "int8"]
-
-BYTES: dict[str, int] = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
-OPTIMIZER_BYTES: dict[str, int] = {"adamw": 8, "momentum": 4, "sgd": 0}  # fp32 state a parameter
+BYTES: dict[str, int] = {name: bits // 8 for name, bits in BITS.items()}
+OPTIMIZER_BYTES: dict[str, int] = {"adamw": 8, "momentum": 4, "sgd": 0}  # fp32 state per parameter
 FILL = 0.8
-"""Share of a device's memory that a plan uses; the rest is fragmentation, and what no sum foresees."""
+"""Share of a device's memory that a plan uses; the rest is for fragmentation and unpredicted memory."""
 CONTEXT_BYTES: dict[str, int] = {"accelerator": 600 * 2**20, "cpu": 50 * 2**20}
-"""Of one process: CUDA context and libraries (300 to 700 MiB by driver and version); an interpreter, a runtime."""
+"""Overhead per process: CUDA context and libraries (300 to 700 MiB by driver and version); interpreter and runtime."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
-    """Bytes while training, by what they are for."""
+    """Bytes while training, by purpose."""
 
     weight_bytes: float
-    """With the 16-bit copies that autocast makes."""
+    """Includes the 16-bit copies that autocast makes."""
     gradient_bytes: float
     optimizer_bytes: float
     activation_bytes: float
     """Kept from forward to backward."""
     workspace_bytes: float
-    """On top at the worst moment of backward: a recomputed block, gradients of activations, the logits."""
+    """Additional bytes at the peak of backward: a recomputed block, gradients of activations, the logits."""
     context_bytes: float = 0.0
     moments: Mapping[str, float]
-    """Bytes at each moment of a step that may be the worst, all but the process's own."""
+    """Bytes at each moment of a step that may be the peak, without `context_bytes`."""
 
     @property
     def state_bytes(self) -> float:
-        """What does not depend on the batch."""
+        """The part that does not depend on the batch."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     @property
     def total_bytes(self) -> float:
-        """State and activations at once, whether or not they are: what has to fit."""
+        """Bytes that must fit: state and activations, as if all existed at once."""
         at_once = self.state_bytes + self.activation_bytes + self.workspace_bytes
         return self.context_bytes + max(at_once, *self.moments.values())
 
     @property
     def peak_at(self) -> str:
-        """The worst moment: gradients come while activations and autocast's copies go."""
+        """The moment of the peak: gradients appear while activations and autocast's copies are freed."""
         return max(self.moments, key=lambda name: self.moments[name])
 
     @property
     def peak_bytes(self) -> float:
-        """What a measurement should see then."""
+        """The peak that a measurement should see."""
         return self.context_bytes + self.moments[self.peak_at]
 
 
-def training_memory(model: Countable, setup: TrainingSetup, *, saved: Saved | None = None) -> TrainingMemory:
-    """Memory of a training step. `saved` is what a trace measured; without it the model has to be a Transformer."""
+def training_memory(model: AnyModel, setup: TrainingSetup) -> TrainingMemory:
+    """Memory of a training step."""
     count, full = model.parameters, setup.full_bytes
     master = 4 if full == 2 else 0
     weights, gradients = float(full * count), float(full * count)
     optimizer = float(count * (OPTIMIZER_BYTES[setup.optimizer] + master))
     lying = {"optimizer's step": gradients + _step_bytes(model, setup)}
-    if saved is not None:
+    if isinstance(model, TransformerSize):
+        saved, copies = saved_bytes(model, setup), _copy_bytes(model, setup)
+        lying |= TransformerStep(model, setup).moments()
+    else:
+        saved = model.saved(setup)
         copies = 0.0 if saved.with_copies else _copy_bytes(model, setup)
         lying |= _moments_of(saved, copies + (0.0 if setup.accumulation_steps == 1 else gradients), gradients)
-    elif isinstance(model, TransformerSize):
-        lying |= moments(model, setup)
-        saved = saved_bytes(model, setup)
-    else:
-        raise InputError(f"{model.name}: what backward keeps is known of a TransformerConfig or a traced nn.Module")
     return TrainingMemory(
-        weight_bytes=weights + (0.0 if saved.with_copies else _copy_bytes(model, setup)),
+        weight_bytes=weights + copies,
         gradient_bytes=gradients,
         optimizer_bytes=optimizer,
         activation_bytes=saved.kept,
@@ -105,8 +102,8 @@ def training_memory(model: Countable, setup: TrainingSetup, *, saved: Saved | No
     )
 
 
-def _moments_of(saved: Saved, before: float, gradients: float) -> dict[str, float]:
-    """Of a module that is no Transformer: as traced; else the ends of backward, as it is not known what goes when."""
+def _moments_of(saved: SavedActivations, before: float, gradients: float) -> dict[str, float]:
+    """Moments of a traced module; for a graph, only the ends of backward, as the order of frees is unknown."""
     if saved.backward_bytes is not None:
         return {"backward": saved.backward_bytes}
     begins = before + saved.kept + saved.workspace
@@ -114,15 +111,15 @@ def _moments_of(saved: Saved, before: float, gradients: float) -> dict[str, floa
 
 
 def _step_bytes(model: Countable, setup: TrainingSetup) -> float:
-    """On top when the optimizer steps: AdamW on an accelerator takes all parameters together (a root of each second
-    moment), on a CPU one after the other; the others work in place."""
+    """Temporaries of the optimizer's step. AdamW takes the roots of all second moments at once on an accelerator, and
+    one after the other on a CPU; other optimizers work in place."""
     if setup.optimizer != "adamw":
         return 0.0
     return 4.0 * model.parameters if setup.platform == "accelerator" else 4.0 * model.stepped_elements
 
 
 def _copy_bytes(model: Countable, setup: TrainingSetup) -> float:
-    """16-bit copies that autocast makes of weights: all, or those of the block that is run again and of the logits."""
+    """Autocast's 16-bit copies of all weights; with checkpointing, of the recomputed block and the logits."""
     if not setup.autocast:
         return 0.0
     if not isinstance(model, TransformerSize):
@@ -132,32 +129,23 @@ def _copy_bytes(model: Countable, setup: TrainingSetup) -> float:
     return 2.0 * (blocks * model.block_product_parameters + logits)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class InferenceSetup:
     """How a model is served on one device."""
 
-    batch: int
-    length: int
-    precision: InferencePrecision = "fp16"
-    instances: int = 1
-    """Copies that run side by side."""
-    shared_weights: bool = True
-    """TensorRT's instances on one device share the engine's weights; instances that are processes do not."""
+    batch: Count
+    length: Count
+    precision: NumberType = "fp16"
+    instances: Count = 1
+    """Copies of the model that run in parallel."""
     generate: bool = False
-    """Whether keys and values of all `length` tokens are cached, as in a model that writes a token at a time."""
+    """Whether keys and values of all `length` tokens are cached, as in token-by-token generation."""
     platform: Platform = "accelerator"
-
-    def __post_init__(self) -> None:
-        owner = type(self).__name__
-        for name in ("batch", "length", "instances"):
-            check_int(owner, name, getattr(self, name), 1)
-        check_choice(owner, "precision", self.precision, InferencePrecision)
-        check_choice(owner, "platform", self.platform, Platform)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceMemory:
-    """Bytes while serving, by what they are for."""
+    """Bytes while serving, by purpose."""
 
     weight_bytes: float
     activation_bytes: float
@@ -175,9 +163,10 @@ def inference_memory(model: Countable, setup: InferenceSetup) -> InferenceMemory
     cached, width = 0.0, activation_width(setup.precision, setup.platform)
     if setup.generate:
         if not isinstance(model, TransformerSize):
-            raise InputError(f"{model.name}: the cache of keys and values is known of a TransformerConfig only")
+            raise InputError(f"{model.name}: the size of the key-value cache is only known for a TransformerConfig")
         cached = model.cache_elements(setup.batch * setup.length) * width
-    copies = 1 if setup.shared_weights else setup.instances
+    # TensorRT's instances on one device share the engine's weights; instances that are processes do not.
+    copies = 1 if setup.platform == "accelerator" else setup.instances
     return InferenceMemory(
         weight_bytes=float(copies * weight_bytes(model, setup.precision, setup.platform)),
         activation_bytes=setup.instances * width * model.live_elements(setup.batch, setup.length),
@@ -187,20 +176,20 @@ def inference_memory(model: Countable, setup: InferenceSetup) -> InferenceMemory
 
 
 def weight_bytes(model: Countable, precision: str, platform: Platform = "accelerator") -> int:
-    """Weights on disk and in memory: 8 bits are for products, all else stays at 16 bits (on a CPU at 32)."""
+    """Bytes of the weights, on disk and in memory. In 8 bits, only products have 8 bits; the rest has 16 (CPU: 32)."""
     width = BYTES[precision]
     high = width if width > 1 else (4 if platform == "cpu" else 2)
     return width * model.product_parameters + high * (model.parameters - model.product_parameters)
 
 
 def activation_width(precision: str, platform: Platform = "accelerator") -> int:
-    """Bytes of an activation, or of a cached key or value: 8-bit engines keep the residual, and so the worst moment,
-    at 16 bits."""
+    """Bytes of an activation, or of a cached key or value: 8-bit engines keep the residual, which sets the peak, at 16
+    bits."""
     return max(BYTES[precision], 4 if platform == "cpu" else 2)
 
 
 def largest_batch(bytes_of: Callable[[int], float], limit_bytes: float, *, most: int = 2**20) -> int:
-    """The largest batch whose memory is within a limit; 0 where a batch of 1 is not. `bytes_of` must not fall."""
+    """The largest batch whose memory is within a limit; 0 if not even 1 fits. `bytes_of` must not decrease."""
     if bytes_of(1) > limit_bytes:
         return 0
     low, high = 1, 2
@@ -214,12 +203,12 @@ def largest_batch(bytes_of: Callable[[int], float], limit_bytes: float, *, most:
 
 @dataclass(frozen=True, kw_only=True)
 class HostNeeds:
-    """What the machine around the devices needs."""
+    """RAM and disk of the host machine."""
 
     ram_bytes: tuple[float, float]
     """The guide's 2 to 3 times the training state."""
     ram_computed_bytes: float
-    """Weights loaded, once, and the state that a checkpoint gathers in RAM before it is written."""
+    """The loaded weights, and the state that a checkpoint collects in RAM before it is written."""
     checkpoint_bytes: float
     """Weights and optimizer state."""
     checkpoint_s: float
@@ -227,8 +216,9 @@ class HostNeeds:
 
 
 def host_needs(model: Countable, training: TrainingMemory, *, disk_bytes_s: float = 500e6) -> HostNeeds:
-    """RAM and disk of a training machine; the guide asks for 500 MB/s of sequential bandwidth."""
-    check_float("HostNeeds", "disk_bytes_s", disk_bytes_s, 0, math.inf, open_low=True)
+    """RAM and disk of a training machine; the guide requires 500 MB/s of sequential bandwidth."""
+    if not 0 < disk_bytes_s < math.inf:
+        raise InputError(f"disk_bytes_s: seen {disk_bytes_s:g}; a number above 0 is needed")
     state, weights = training.state_bytes, 4.0 * model.parameters
     checkpoint = weights + training.optimizer_bytes
     return HostNeeds(

@@ -1,11 +1,7 @@
-"""One plan: what a model needs, which devices bear it, how, how fast and at what cost.
+"""One plan: what a model needs, which devices fit it, how, how fast and at what cost.
 
-Contract: no torch; nothing is measured here. `make_plan` puts together what the other modules compute; `Plan.as_dict`
-is what `--json` prints.
-
-Examples:
-    plan = make_plan(model, Request(training=TrainingSetup(batch=32, length=128)), load_devices())
-    plan.devices["a100-80"].training.way
+Contract: no torch; nothing is measured here. `make_plan` combines the results of the other modules; `--json` prints
+`HardwarePlan.as_dict`.
 """
 
 from __future__ import annotations
@@ -15,8 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deepseek.precisions import PRECISIONS
 from deepseek.sizing.cost import LARGEST_BATCH, Bill, Demand, Serving, bill, measured_serving, predicted_serving
-from deepseek.sizing.counting import Countable, TransformerSize, flops
 from deepseek.sizing.devices import Device
 from deepseek.sizing.memory import (
     BYTES,
@@ -30,15 +26,16 @@ from deepseek.sizing.memory import (
     training_memory,
     weight_bytes,
 )
-from deepseek.sizing.onnx_graph import OnnxModel
+from deepseek.sizing.model.counting import TransformerSize, flops
+from deepseek.sizing.model.onnx_graph import OnnxModel
 from deepseek.sizing.parallel import Layout, choose, serving_layouts, training_layouts
 from deepseek.sizing.roofline import predict, predict_decode
-from deepseek.sizing.training_step import Saved, TrainingSetup
+from deepseek.sizing.training_step import AnyModel, TrainingSetup
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a plan is asked for."""
+    """The input of a plan."""
 
     training: TrainingSetup
     serving_batch: int = 8
@@ -46,15 +43,15 @@ class Request:
     """auto: fp16 on an accelerator, fp32 on a CPU."""
     instances: int = 1
     generate: bool = False
-    """Whether the model writes a token at a time, with keys and values cached."""
+    """Whether the model generates token by token, with cached keys and values."""
     disk_mb_s: float = 500.0
     demand: Demand | None = None
     most_batch: int = LARGEST_BATCH
-    """Samples that a server of the model takes at once."""
+    """Largest batch that the model's server accepts."""
     capacity: Path | None = None
-    """What `make capacity` measured, on the machine where it ran."""
+    """Result file of `make capacity`, for the machine where it ran."""
     price_usd_hour: float | None = None
-    """Of that machine."""
+    """Price of that machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +64,23 @@ class DevicePlan:
     """None: nothing fits."""
     training_ways: tuple[Layout, ...]
     largest_training_batch: int
-    """On one device that holds everything; 0: none."""
+    """Largest batch on a single device that holds everything; 0: none fits."""
     serving: Layout | None
     precision: str
     latency_ms: float | None
-    """Of the serving batch (of one token, in a model that generates)."""
+    """Latency of the serving batch; of one token, if the model generates."""
     samples_s: float | None
-    """Tokens, in a model that generates."""
+    """Samples per second; tokens per second, if the model generates."""
     calibrated: bool
     capacity: Serving | None
     no_capacity: str
-    """Why there is none, where it was asked for."""
+    """Why `capacity` is None although it was requested."""
     bill: Bill | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredPlan:
-    """What the machine that `make capacity` measured takes for the demand."""
+    """Replicas and cost for the demand on the machine that `make capacity` measured."""
 
     serving: Serving | None
     why_not: str
@@ -91,8 +88,8 @@ class MeasuredPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All of it."""
+class HardwarePlan:
+    """The complete plan."""
 
     name: str
     parameters: int
@@ -103,16 +100,16 @@ class Plan:
     generate: bool
     bytes_by_precision: Mapping[str, int]
     training: Mapping[str, TrainingMemory]
-    """By how it is run: as asked, and the variants beside it."""
-    host: HostNeeds | None
+    """By variant: the requested set-up first, then others."""
+    host: HostNeeds
     inference: Mapping[str, InferenceMemory]
     devices: Mapping[str, DevicePlan]
     measured: MeasuredPlan | None
-    """None: no capacity was measured, or no rate is asked for."""
+    """None: no capacity was measured, or no rate was requested."""
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; the totals of the memory tables are written out."""
+        """The plan for JSON, with the totals of the memory tables."""
         found = asdict(self)
         for table in ("training", "inference"):
             for name, memory in getattr(self, table).items():
@@ -122,12 +119,13 @@ class Plan:
         return found
 
 
-def make_plan(model: Countable, request: Request, devices: Mapping[str, Device]) -> Plan:
-    """Works it all out. Raises InputError for sizes that the model does not take."""
+def make_plan(model: AnyModel, request: Request, devices: Mapping[str, Device]) -> HardwarePlan:
+    """Computes the whole plan. Raises InputError for sizes that the model does not support."""
     setup = request.training
     length, sample = setup.length, flops(model.ops(1, setup.length))
     variants = training_variants(model, setup)
-    return Plan(
+    one_a_width = list({row.bits: name for name, row in reversed(PRECISIONS.items())}.values())[::-1]
+    return HardwarePlan(
         name=model.name,
         parameters=model.parameters,
         flops_sample=sample,
@@ -138,7 +136,7 @@ def make_plan(model: Countable, request: Request, devices: Mapping[str, Device])
         bytes_by_precision={name: weight_bytes(model, name) for name in BYTES if name != "tf32"},
         training=variants,
         host=host_needs(model, next(iter(variants.values())), disk_bytes_s=request.disk_mb_s * 1e6),
-        inference={name: inference_memory(model, _serving(request, name)) for name in ("fp32", "fp16", "int8")},
+        inference={name: inference_memory(model, _serving(request, name)) for name in one_a_width},
         devices={key: plan_device(model, request, device) for key, device in devices.items()},
         measured=plan_measured(request),
         notes=_notes(model, request, devices),
@@ -146,7 +144,7 @@ def make_plan(model: Countable, request: Request, devices: Mapping[str, Device])
 
 
 def plan_measured(request: Request) -> MeasuredPlan | None:
-    """Replicas of the machine that was measured. Raises InputError for a file that is none of `make capacity`'s."""
+    """Replicas of the measured machine. Raises InputError if the file was not written by `make capacity`."""
     if request.demand is None or request.capacity is None:
         return None
     found = measured_serving(request.capacity, request.demand.p99_ms)
@@ -156,40 +154,31 @@ def plan_measured(request: Request) -> MeasuredPlan | None:
     return MeasuredPlan(serving=found, why_not="", bill=paid)
 
 
-def training_variants(model: Countable, setup: TrainingSetup) -> dict[str, TrainingMemory]:
-    """As asked, then with 16 bits, with checkpointing, and with both."""
+def training_variants(model: AnyModel, setup: TrainingSetup) -> dict[str, TrainingMemory]:
+    """The requested set-up, then with 16 bits, with checkpointing, and with both."""
     low = "bf16" if setup.precision == "fp32" else setup.precision
     wanted = {described(setup): setup}
     for precision in ("fp32", low):
         for checkpointing in (False, True):
             other = replace(setup, precision=precision, checkpointing=checkpointing)
             wanted.setdefault(described(other), other)
-    if isinstance(model, OnnxModel):  # where to checkpoint, a graph does not say
+    if isinstance(model, OnnxModel):  # a graph does not define blocks to checkpoint
         wanted = {name: each for name, each in wanted.items() if not each.checkpointing}
-    return {name: training_memory(model, each, saved=graph_saved(model, each)) for name, each in wanted.items()}
+    return {name: training_memory(model, each) for name, each in wanted.items()}
 
 
 def described(setup: TrainingSetup) -> str:
-    """A setup in words."""
+    """A set-up in words."""
     mixed = (
         f"{setup.precision} {setup.mixed}" if setup.precision != "fp32" and setup.mixed == "master" else setup.precision
     )
     return f"{mixed}{', checkpointing' if setup.checkpointing else ''}"
 
 
-def graph_saved(model: Countable, setup: TrainingSetup) -> Saved | None:
-    """What backward would keep of an ONNX graph: at most every value between two operations."""
-    if not isinstance(model, OnnxModel):
-        return None
-    width = 4 if setup.precision == "fp32" else 2
-    kept = width * model.kept_elements(setup.batch, setup.length)
-    return Saved(kept=kept, workspace=width * model.live_elements(setup.batch, setup.length))
-
-
-def plan_device(model: Countable, request: Request, device: Device) -> DevicePlan:
-    """One device's part."""
+def plan_device(model: AnyModel, request: Request, device: Device) -> DevicePlan:
+    """The plan of one device."""
     setup = replace(request.training, platform=device.platform)
-    ways = tuple(training_layouts(model, setup, device, saved=graph_saved(model, setup)))
+    ways = tuple(training_layouts(model, setup, device))
     precision = precision_of(request, device)
     serving = _serving(request, precision, device)
     chosen = choose(serving_layouts(model, serving, device))
@@ -215,7 +204,7 @@ def plan_device(model: Countable, request: Request, device: Device) -> DevicePla
 
 
 def precision_of(request: Request, device: Device) -> str:
-    """What is served there: what was asked for where the device has units for it, else the next best."""
+    """The precision to serve on a device: the requested one if the device has units for it, else the next best."""
     if request.serving_precision == "auto":
         return "fp16" if device.platform == "accelerator" and device.runs("fp16") else "fp32"
     if device.runs(request.serving_precision):
@@ -230,14 +219,13 @@ def _serving(request: Request, precision: str, device: Device | None = None) -> 
         length=request.training.length,
         precision=precision,  # type: ignore[arg-type]
         instances=max(request.instances, device.instances) if device else request.instances,
-        shared_weights=not cpu,
         generate=request.generate,
         platform="cpu" if cpu else "accelerator",
     )
 
 
 def _latency_s(
-    model: Countable, request: Request, device: Device, precision: str, chosen: Layout | None
+    model: AnyModel, request: Request, device: Device, precision: str, chosen: Layout | None
 ) -> tuple[float | None, bool]:
     if chosen is None:
         return None, False
@@ -252,12 +240,12 @@ def _latency_s(
 
 
 def _capacity(
-    model: Countable, request: Request, device: Device, precision: str, chosen: Layout | None
+    model: AnyModel, request: Request, device: Device, precision: str, chosen: Layout | None
 ) -> tuple[Serving | None, str]:
     if request.demand is None:
         return None, ""
     if request.generate:
-        return None, "a model that generates has no single latency: plan by tokens a second"
+        return None, "a model that generates has no single latency: plan by tokens per second"
     if chosen is not None and chosen.devices != 1:
         return None, f"one copy needs {chosen.devices} devices: plan by the latency above"
     length, p99_ms = request.training.length, request.demand.p99_ms
@@ -267,24 +255,22 @@ def _capacity(
     return (None, predicted) if isinstance(predicted, str) else (predicted, "")
 
 
-def _largest_training_batch(model: Countable, setup: TrainingSetup, device: Device) -> int:
-    def total(batch: int) -> float:
-        each = replace(setup, batch=batch)
-        return training_memory(model, each, saved=graph_saved(model, each)).total_bytes
-
-    return largest_batch(total, device.usable_bytes)
+def _largest_training_batch(model: AnyModel, setup: TrainingSetup, device: Device) -> int:
+    return largest_batch(
+        lambda batch: training_memory(model, replace(setup, batch=batch)).total_bytes, device.usable_bytes
+    )
 
 
-def _notes(model: Countable, request: Request, devices: Mapping[str, Device]) -> tuple[str, ...]:
+def _notes(model: AnyModel, request: Request, devices: Mapping[str, Device]) -> tuple[str, ...]:
     notes, precision = [], request.training.precision
     if precision != "fp32" and (without := [key for key, device in devices.items() if not device.runs(precision)]):
-        notes.append(f"{', '.join(without)}: no units for {precision}; train in another type there")
+        notes.append(f"{', '.join(without)}: no units for {precision}; train in another precision there")
     if isinstance(model, OnnxModel):
         notes.append(
-            "training memory of a graph is at most that: every value between two operations kept, without checkpointing"
+            "training memory of a graph is an upper bound: every intermediate value is kept, without checkpointing"
         )
         if model.uncounted:
-            notes.append(f"not counted, so that the plan is too low: {', '.join(model.uncounted)}")
+            notes.append(f"not counted, so the plan is too low: {', '.join(model.uncounted)}")
         if model.open_axes and request.training.length == 1:
             notes.append(f"axes {', '.join(model.open_axes)} are 1 here: give --length, or --axis name=size")
     return tuple(notes)

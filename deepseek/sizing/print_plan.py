@@ -1,35 +1,31 @@
-"""A plan for people: tables on a terminal, charts as SVG files, predicted beside measured.
+"""Prints a plan: tables on a terminal, and predictions beside measurements.
 
-Contract: reads a `Plan`, changes nothing. A prediction for a device whose efficiency was never fitted or measured is
-marked with a tilde.
+Contract: reads a `HardwarePlan`, changes nothing. A tilde marks predictions for a device whose efficiency was neither
+fitted nor measured.
 """
 
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepseek.sizing.charts import bar_chart, stacked_chart
 from deepseek.sizing.cost import Bill, Serving
 from deepseek.sizing.devices import Device
-from deepseek.sizing.measure import measure_graph
 from deepseek.sizing.memory import FILL
-from deepseek.sizing.onnx_graph import OnnxModel
+from deepseek.sizing.model.onnx_graph import OnnxModel
 from deepseek.sizing.parallel import Layout
-from deepseek.sizing.plan import Plan
+from deepseek.sizing.plan import HardwarePlan
 from deepseek.sizing.roofline import predict
-from deepseek.spec.folders import write_whole
 
-FRONT_END_RPS = 10_000  # of one server, in order of magnitude: no prediction has it
-MOST_EXPLAINED = 4  # devices; a page of reasons is not read
+FRONT_END_RPS = 10_000  # order of magnitude of one server's limit, which predictions do not include
+MOST_EXPLAINED = 4  # devices; nobody reads a page of reasons
 
 
 def size(value: float) -> str:
-    """Bytes in the unit that suits them, decimal."""
+    """Bytes in a suitable decimal unit."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if value >= scale:
             return f"{value / scale:.3g} {unit}" if value < 100 * scale else f"{value / scale:,.0f} {unit}"
@@ -45,12 +41,12 @@ def count(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """Of something a second; below ten its first digits count."""
+    """A rate per second, with two significant digits below ten."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def print_plan(plan: Plan, with_cost: bool) -> None:
-    """Prints the whole of it."""
+def print_plan(plan: HardwarePlan, with_cost: bool) -> None:
+    """Prints the whole plan."""
     console = _console()
     shown = f": {count(plan.parameters)} parameters, length {plan.length}"
     console.print(Text.assemble((plan.name, "bold"), shown))
@@ -68,7 +64,7 @@ def print_plan(plan: Plan, with_cost: bool) -> None:
 
 
 def _console() -> Console:
-    """Where nobody looks on, tables are as wide as they need."""
+    """A console; if it is not a terminal, tables are as wide as they need to be."""
     console = Console(highlight=False, soft_wrap=True, markup=False)
     return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=120, markup=False)
 
@@ -80,28 +76,22 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _print_training(console: Console, plan: Plan) -> None:
+def _print_training(console: Console, plan: HardwarePlan) -> None:
     columns = ("weights", "gradients", "optimizer", "activations", "work", "in all", "worst at")
     table = _table("one device trains", *columns)
     for name, each in plan.training.items():
-        parts = (
-            each.weight_bytes,
-            each.gradient_bytes,
-            each.optimizer_bytes,
-            each.activation_bytes,
-            each.workspace_bytes,
-        )
-        table.add_row(name, *map(size, parts), size(each.total_bytes), each.peak_at)
+        state = (each.weight_bytes, each.gradient_bytes, each.optimizer_bytes)
+        parts = (*state, each.activation_bytes, each.workspace_bytes, each.total_bytes)
+        table.add_row(name, *map(size, parts), each.peak_at)
     console.print(table)
-    if host := plan.host:
-        low, high = host.ram_bytes
-        ram = f"{size(low)} to {size(high)} (2 to 3 times the training state), {size(host.ram_computed_bytes)} computed"
-        console.print(f"host      RAM {ram}")
-        saving = f"a checkpoint of {size(host.checkpoint_bytes)} takes {host.checkpoint_s:.3g} s"
-        console.print(f"disk      {saving}, loading the weights {host.model_load_s:.3g} s\n")
+    low, high = plan.host.ram_bytes
+    ram = f"{size(low)} to {size(high)} (2 to 3 times the training state)"
+    console.print(f"host      RAM {ram}, {size(plan.host.ram_computed_bytes)} computed")
+    saving = f"a checkpoint of {size(plan.host.checkpoint_bytes)} takes {plan.host.checkpoint_s:.3g} s"
+    console.print(f"disk      {saving}, loading the weights {plan.host.model_load_s:.3g} s\n")
 
 
-def _print_inference(console: Console, plan: Plan) -> None:
+def _print_inference(console: Console, plan: HardwarePlan) -> None:
     table = _table("one device serves", "weights", "activations", "cache", "process", "in all")
     for name, each in plan.inference.items():
         parts = (each.weight_bytes, each.activation_bytes, each.cache_bytes, each.context_bytes)
@@ -116,7 +106,7 @@ def _way(layout: Layout | None) -> str:
     return "1 device" if layout.devices == 1 else f"{layout.devices} x {layout.way}"
 
 
-def _print_devices(console: Console, plan: Plan) -> None:
+def _print_devices(console: Console, plan: HardwarePlan) -> None:
     a_second = "tokens/s" if plan.generate else "samples/s"
     table = _table("device", "trains on", "largest batch", "serves on", "type", "latency", a_second)
     for key, each in plan.devices.items():
@@ -126,36 +116,34 @@ def _print_devices(console: Console, plan: Plan) -> None:
         speed = f"{mark}{rate(each.samples_s)}" if each.samples_s is not None else "-"
         table.add_row(key, _way(each.training), batch, _way(each.serving), each.precision, latency, speed)
     console.print(table)
-    console.print(
-        f"fits      means {FILL:.0%} of memory; ~ no figures were published of it: the prediction may be far off"
-    )
-    split = any(
-        layout is None or layout.devices != 1
-        for each in plan.devices.values()
-        for layout in (each.training, each.serving)
-    )
-    if split and len(plan.devices) > MOST_EXPLAINED:
-        console.print("why       is said of a device that is named: --device a100-80\n")
+    console.print(f"fits      means {FILL:.0%} of memory; ~ no published figures: the prediction may be far off")
+    shared = {
+        key: [(verb, layout) for verb, layout in (("trains:", each.training), ("serves:", each.serving))
+              if layout is None or layout.devices != 1]
+        for key, each in plan.devices.items()
+    }  # fmt: skip
+    if any(shared.values()) and len(plan.devices) > MOST_EXPLAINED:
+        console.print("why       --device a100-80 explains one device\n")
         return
-    for key, each in plan.devices.items():
-        for verb, layout in (("trains:", each.training), ("serves:", each.serving)):
-            if layout is not None and layout.devices != 1:
+    for key, layouts in shared.items():
+        for verb, layout in layouts:
+            if layout is not None:
                 console.print(f"{key:<9} {verb} {layout.reason}; {_each(layout)}")
-        if each.training is None:
-            why = "; ".join(f"{way.way}: {way.reason}" for way in each.training_ways if way.reason)
+        if plan.devices[key].training is None:
+            why = "; ".join(f"{way.way}: {way.reason}" for way in plan.devices[key].training_ways if way.reason)
             console.print(f"{key:<9} {why}")
     console.print()
 
 
 def _each(layout: Layout) -> str:
-    """What one device of several has to do."""
+    """Memory, sending and idling of one device of several."""
     assert layout.memory_bytes is not None  # it fits
     idle = f", {layout.idle_share:.0%} of the time idle" if layout.idle_share else ""
     return f"{size(layout.memory_bytes)} each, {size(layout.sent_bytes)} sent a step{idle}"
 
 
-def _print_cost(console: Console, plan: Plan) -> None:
-    table = _table("serving", "a replica bears", "batch", "replicas", "USD a month", "USD a million", "by")
+def _print_cost(console: Console, plan: HardwarePlan) -> None:
+    table = _table("serving", "per replica", "batch", "replicas", "USD a month", "USD a million", "by")
     lines, refused = [], dict[str, list[str]]()
     if plan.measured is not None:
         found = plan.measured.serving
@@ -170,19 +158,19 @@ def _print_cost(console: Console, plan: Plan) -> None:
     predicted = [each.capacity.capacity_rps for each in plan.devices.values() if each.capacity]
     if predicted and max(predicted) > FRONT_END_RPS:
         lines.append(
-            f"beware    above {FRONT_END_RPS:,}/s a server's front end is the limit: confirm with make capacity"
+            f"note      above {FRONT_END_RPS:,}/s a server's front end is the limit: confirm with make capacity"
         )
     if table.row_count:
         console.print(table)
         console.print(
-            "replicas  bear the rate as it has grown when new ones answer, and one more (N+1); prices are examples"
+            "replicas  cover the growth of the rate until new ones answer, and one more (N+1); prices are examples"
         )
     for line in (*lines, *(f"{', '.join(keys)}: {why}" for why, keys in refused.items())):
         console.print(line)
 
 
 def _paid(serving: Serving, paid: Bill) -> tuple[str, ...]:
-    """Cells of what is served, and of what it costs."""
+    """Table cells of capacity and cost."""
     priced = ("no price", "-") if paid.month_usd is None else (f"{paid.month_usd:,.0f}", f"{paid.million_usd:.3g}")
     return f"{rate(serving.capacity_rps)}/s", str(serving.batch or "-"), str(paid.replicas), *priced
 
@@ -190,7 +178,9 @@ def _paid(serving: Serving, paid: Bill) -> tuple[str, ...]:
 def print_measured(
     model: OnnxModel, device: Device, precision: str, batch: int, length: int, *, quiet: bool = False
 ) -> list[float]:
-    """Runs the graph at a small grid, prints predicted beside measured, and gives the relative errors."""
+    """Runs the graph at a few sizes, prints predictions beside measurements, and returns the relative errors."""
+    from deepseek.sizing.measure import measure_graph  # needs onnx
+
     found = measure_graph(model.path, axes=model.axes, batches=sorted({1, 4, batch}), lengths=[length])
     kind = precision if precision in device.rates else "fp32"
     table, errors = _table("on this machine, one instance", "measured", "predicted", "error"), []
@@ -206,34 +196,3 @@ def print_measured(
             f"error     median {statistics.median(map(abs, errors)):.0%}, worst {worst:.0%}; fastest of many runs"
         )
     return errors
-
-
-def draw_charts(plan: Plan, folder: Path) -> list[Path]:
-    """Memory of training by its parts, and cost by device where a rate was asked for."""
-    bars = {
-        name: {
-            "weights": each.weight_bytes / 1e9,
-            "gradients": each.gradient_bytes / 1e9,
-            "optimizer": each.optimizer_bytes / 1e9,
-            "activations": each.activation_bytes / 1e9,
-            "work": each.workspace_bytes / 1e9,
-            "process": each.context_bytes / 1e9,
-        }
-        for name, each in plan.training.items()
-    }
-    drawn = [folder / "memory.svg"]
-    write_whole(
-        drawn[0],
-        stacked_chart(
-            bars, title=f"Training memory of {plan.name}, {plan.training_batch} samples of {plan.length}", unit="GB"
-        ),
-    )
-    bills = {key: each.bill for key, each in plan.devices.items() if each.bill}
-    costs = {key: each.month_usd for key, each in bills.items() if each.month_usd is not None}
-    if costs:
-        by_cost = dict(sorted(costs.items(), key=lambda item: item[1]))
-        marks = {key: "" if plan.devices[key].calibrated else " ~" for key in by_cost}
-        notes = {key: f"{bills[key].replicas} replicas{marks[key]}" for key in by_cost}
-        drawn.append(folder / "cost.svg")
-        write_whole(drawn[1], bar_chart(by_cost, title=f"Cost a month of {plan.name}", unit="USD", notes=notes))
-    return drawn

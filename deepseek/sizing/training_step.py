@@ -1,70 +1,56 @@
-"""What a Transformer's training step holds beside weights and optimizer state: for backward, and moment by moment.
+"""Memory of a Transformer's training step besides weights and optimizer state: activations, and peaks over time.
 
-Contract: no torch; bytes of one device. `saved_bytes` is what autograd keeps of a forward pass, tensor by tensor, for
-this project's pre-norm block (tests compare it with the module's own saved tensors, to the byte). `moments` is what
-lies there at each moment that may be the worst; nothing in it is fitted.
+Contract: no torch; bytes on one device. `kept` is what autograd keeps from a forward pass, tensor by tensor, for this
+project's pre-norm block; tests compare it with the module's saved tensors, to the byte. `moments` has the bytes at each
+moment that may be the peak; nothing is fitted.
 
-Activations: Korthikanti et al. 2022, "Reducing Activation Recomputation", equation 1, has sbh(34 + 5as/h) bytes for a
+Activations: Korthikanti et al. 2022, "Reducing Activation Recomputation", equation 1, gives sbh(34 + 5as/h) bytes for a
 16-bit Megatron block. Here, with n = s*b*h, F = s*b*(inner width), fused kernels and 16 bits by autocast:
     8n        the residual before each LayerNorm, which autocast keeps in fp32
-    6n + 2n   the inputs of query, key and value (a cast each), and of the feed-forward layer
-    6n + 2n   query, key and value; what attention gives
+    6n + 2n   the inputs of query, key and value (one cast each), and of the feed-forward layer
+    6n + 2n   query, key and value; the output of attention
     n + F     dropout masks of one byte
-    2F + 2F   before the activation, and behind it: 25n + 5F in all, or 45n where F = 4n
-The 5as/h belongs to the T x T scores. Flash and memory-efficient kernels keep none of them (only a sum a row), which is
-what CUDA devices run here; the math kernel keeps them: softmax, dropout mask and what was dropped out. A CPU runs the
-math kernel where attention_dropout > 0, and keeps dropout masks in the width of the values instead of one byte.
+    2F + 2F   before and after the activation: 25n + 5F in total, or 45n if F = 4n
+The term 5as/h is for the T x T scores. Flash and memory-efficient kernels, which CUDA devices use here, keep only one
+sum per row. The math kernel keeps softmax, dropout mask and dropped-out scores. A CPU uses the math kernel if
+attention_dropout > 0, and keeps dropout masks in the width of the values instead of one byte.
 
-Moments: backward goes from the last block to the first. With each block its activations and autocast's copies of its
-weights go, and its gradients come, so that what lies there between two blocks is a straight line: the worst is at the
-last block or at the first, in its feed-forward layer or in its attention. Beside these: the loss, the product of the
-head, the gradients of the embeddings, the optimizer's step; and the end of forward, until which the padding mask is
-there and, with checkpointing, autocast's cache has the copies of all weights.
-
-Examples:
-    saved_bytes(model, TrainingSetup(batch=32, length=512)).kept
-    max(moments(model, setup), key=moments(model, setup).get)      # "last block", "embeddings", ...
+Moments: backward runs from the last block to the first. Each block frees its activations and autocast's copies of its
+weights, and adds its gradients. So memory changes linearly from block to block, and the peak is at the last or the
+first block, in its feed-forward layer or its attention. Other candidates: the loss, the product of the head, the
+gradients of the embeddings, the optimizer's step, and the end of forward, when the padding mask still exists and, with
+checkpointing, autocast's cache holds the copies of all weights.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-from deepseek.config import check_choice, check_int
-from deepseek.sizing.counting import TransformerSize
+from deepseek.settings import Count, settings
+from deepseek.sizing.model.counting import Countable, TransformerSize
 
 TrainingPrecision = Literal["fp32", "fp16", "bf16"]
 Mixed = Literal["autocast", "master"]
 Optimizer = Literal["adamw", "momentum", "sgd"]
-AttentionKernel = Literal["auto", "fused", "math"]
 Platform = Literal["accelerator", "cpu"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class TrainingSetup:
-    """How a step is run on one device."""
+    """How one device runs a training step."""
 
-    batch: int
-    """Samples that go through at once on one device (the micro-batch)."""
-    length: int
+    batch: Count
+    """Samples per forward pass on one device (the micro-batch)."""
+    length: Count
     precision: TrainingPrecision = "fp32"
     mixed: Mixed = "autocast"
-    """What a 16-bit precision means; see `deepseek.sizing.memory`."""
+    """How a 16-bit precision is implemented; `deepseek.sizing.memory` explains both ways."""
     optimizer: Optimizer = "adamw"
     checkpointing: bool = False
-    """Keep each block's input only, and run the block again in backward."""
-    accumulation_steps: int = 1
-    attention: AttentionKernel = "auto"
+    """Keep only the input of each block, and recompute the block in backward."""
+    accumulation_steps: Count = 1
     platform: Platform = "accelerator"
-
-    def __post_init__(self) -> None:
-        owner = type(self).__name__
-        for name in ("batch", "length", "accumulation_steps"):
-            check_int(owner, name, getattr(self, name), 1)
-        choices = {"precision": TrainingPrecision, "mixed": Mixed, "optimizer": Optimizer, "attention": AttentionKernel}
-        for name, literal in (choices | {"platform": Platform}).items():
-            check_choice(owner, name, getattr(self, name), literal)
 
     @property
     def autocast(self) -> bool:
@@ -72,239 +58,244 @@ class TrainingSetup:
 
     @property
     def value_bytes(self) -> int:
-        """Of an element that products read and write."""
+        """Bytes of an element that products read or write."""
         return 4 if self.precision == "fp32" else 2
 
     @property
     def full_bytes(self) -> int:
-        """Of an element of the residual, of a weight and of its gradient."""
+        """Bytes of an element of the residual, of a weight and of its gradient."""
         return 4 if self.precision == "fp32" or self.autocast else 2
 
     @property
     def mask_bytes(self) -> int:
-        """Of an element of a dropout's mask: on a CPU what to multiply by."""
+        """Bytes of an element of a dropout mask; on a CPU, the mask is a factor."""
         return self.value_bytes if self.platform == "cpu" else 1
-
-    @property
-    def score_bytes(self) -> int:
-        """Of a score in the math kernel; a CPU computes them in fp32."""
-        return 4 if self.platform == "cpu" else self.value_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
-    """Bytes of activations: kept for backward, and on top of them at its worst moment."""
+class SavedActivations:
+    """Bytes of activations: those kept for backward, and the additional ones at its peak."""
 
     kept: float
     workspace: float
     with_copies: bool = False
-    """Whether 16-bit copies of weights are among what is kept."""
+    """Whether `kept` includes 16-bit copies of weights."""
     backward_bytes: float | None = None
-    """Where forward and backward were traced: the most beside weights and optimizer state, gradients included."""
+    """Peak of a traced forward and backward pass, with gradients, without weights and optimizer state."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockSaved:
-    """What autograd keeps of one block, without checkpointing."""
+class Measured(Countable, Protocol):
+    """A module or a graph that provides its own saved activations."""
 
-    attention: float
-    ffn: float
+    def saved(self, setup: TrainingSetup) -> SavedActivations: ...
+
+
+AnyModel = TransformerSize | Measured
+
+
+@dataclass(frozen=True)
+class TransformerStep:
+    """The memory of a Transformer's training step, tensor by tensor, in bytes unless stated otherwise."""
+
+    model: TransformerSize
+    setup: TrainingSetup
+
+    def __post_init__(self) -> None:
+        self.model.check_length(self.setup.length)
 
     @property
-    def whole(self) -> float:
+    def tokens(self) -> int:
+        return self.setup.batch * self.setup.length
+
+    @property
+    def width(self) -> int:
+        """Elements of the hidden states."""
+        return self.tokens * self.model.config.hidden_size
+
+    @property
+    def inner(self) -> int:
+        """Elements inside a feed-forward layer."""
+        return self.tokens * self.model.config.intermediate_size
+
+    @property
+    def scores(self) -> int:
+        return self.tokens * self.model.config.num_attention_heads * self.setup.length
+
+    @property
+    def math(self) -> bool:
+        """Whether attention uses the math kernel, which stores the scores."""
+        return self.setup.platform == "cpu" and self.model.config.attention_dropout > 0
+
+    @property
+    def head_weights(self) -> int:
+        """Weights of the head. Their gradient comes before the blocks'; a tied head's is added to the embeddings'."""
+        return 0 if self.model.head == "none" else self.model.config.vocab_size * self.model.config.hidden_size
+
+    @property
+    def mask(self) -> float:
+        """The padding mask, in fp32."""
+        return 4.0 * self.tokens * self.setup.length if self.model.config.padding_id is not None else 0.0
+
+    @property
+    def block_input(self) -> float:
+        return float(self.setup.full_bytes * self.width)
+
+    # ---- kept for backward ------------------------------------------------------------------------
+
+    @property
+    def kept_mask(self) -> float:
+        """The mask that all blocks share, if it is kept until backward."""
+        held = self.setup.checkpointing or not (self.math or self.setup.autocast)
+        return self.mask if held else 0.0
+
+    @property
+    def attention(self) -> float:
+        """Kept from a block's first half: the residual before it, the inputs of query, key and value, and attention's
+        own tensors: query, key, value, its output, and the scores in the math kernel."""
+        value = self.setup.value_bytes
+        kept = self.block_input + 8.0 * self.tokens  # a LayerNorm's input and statistics
+        kept += value * self.width * (3 if self.setup.autocast else 1)
+        if self.math:  # in fp32; for the scores: softmax, dropout mask and dropped-out scores
+            return kept + (12.0 + value) * self.width + 12.0 * self.scores
+        kept += 4.0 * value * self.width + 4.0 * self.tokens * self.model.config.num_attention_heads  # and a sum a row
+        return kept + (self.mask / 2 if self.setup.autocast else 0.0)  # each block casts the mask
+
+    @property
+    def ffn(self) -> float:
+        """Kept from a block's second half, with the residual before it."""
+        value, mask, config = self.setup.value_bytes, self.setup.mask_bytes, self.model.config
+        kept = self.block_input + 8.0 * self.tokens + value * self.width + value * self.inner  # activation's input, too
+        if config.ffn_dropout:
+            kept += (value + mask) * self.inner + mask * self.width
+        elif config.activation != "relu":  # a ReLU keeps its output instead of its input
+            kept += value * self.inner
+        return kept
+
+    @property
+    def block(self) -> float:
+        """Kept from one block, without checkpointing."""
         return self.attention + self.ffn
 
+    @property
+    def body(self) -> float:
+        """Kept from blocks and embeddings, without loss and head."""
+        config = self.model.config
+        each = self.block_input if self.setup.checkpointing else self.block
+        around = 4.0 * self.width + 16 * self.tokens  # the last LayerNorm's input and statistics, the ids
+        if config.embedding_dropout:
+            around += self.width * (4 if self.setup.platform == "cpu" else 1)
+        return config.num_layers * each + around + self.kept_mask
 
-def saved_bytes(model: TransformerSize, setup: TrainingSetup) -> Saved:
-    """What autograd keeps of a Transformer's forward pass, and the workspace of its backward pass."""
-    model.check_length(setup.length)
-    tokens, width, _ = _elements(model, setup)
-    kept = _kept(model, setup)
-    on_top = max(_ffn_on_top(model, setup), _attention_on_top(model, setup))
-    if setup.checkpointing:
-        on_top += block_saved(model, setup).whole - setup.full_bytes * width  # its input is kept anyhow
-    if model.head != "none":
-        kept += setup.value_bytes * width + 4.0 * tokens * model.config.vocab_size  # input; fp32 log-softmax
-    return Saved(kept=kept, workspace=max(on_top, _loss_on_top(model, setup)))
+    @property
+    def kept(self) -> float:
+        """Everything that autograd keeps from a forward pass."""
+        if self.model.head == "none":
+            return self.body  # input of the logits' product; fp32 log-softmax:
+        return self.body + self.setup.value_bytes * self.width + 4.0 * self.tokens * self.model.config.vocab_size
 
+    # ---- on top, at a moment of backward ------------------------------------------------------------
 
-def _elements(model: TransformerSize, setup: TrainingSetup) -> tuple[int, int, int]:
-    """Tokens of a batch, elements of their hidden states, and of the feed-forward layer's."""
-    tokens = setup.batch * setup.length
-    return tokens, tokens * model.config.hidden_size, tokens * model.config.intermediate_size
+    @property
+    def workspace(self) -> float:
+        on_top = max(self.ffn_on_top, self.attention_on_top)
+        if self.setup.checkpointing:
+            on_top += self.block - self.block_input  # its input is kept anyway
+        return max(on_top, self.loss_on_top)
 
+    @property
+    def ffn_on_top(self) -> float:
+        """Additional bytes in backward of the feed-forward layer's second product: its gradients."""
+        config, value = self.model.config, self.setup.value_bytes
+        weight = float(config.hidden_size * config.intermediate_size)
+        product = value * (self.inner + weight)
+        if config.activation == "relu" and not config.ffn_dropout:
+            product = max(product, 2 * value * self.inner + self.setup.full_bytes * weight)
+        if self.setup.autocast:  # the weight's gradient becomes fp32 after the input and the weight's copy are freed
+            product = max(product, 4 * weight)
+        apart = self.width * value if self.setup.autocast or config.ffn_dropout else 0.0  # from the residual's gradient
+        return product + apart - (self.width * self.setup.mask_bytes if config.ffn_dropout else 0.0)
 
-def _kept(model: TransformerSize, setup: TrainingSetup) -> float:
-    """Of blocks and embeddings, without loss and head."""
-    config = model.config
-    tokens, width, _ = _elements(model, setup)
-    each = setup.full_bytes * width if setup.checkpointing else block_saved(model, setup).whole
-    around = 4.0 * width + 8 * tokens + 8 * tokens  # the last LayerNorm's input and statistics, the ids
-    if config.embedding_dropout:
-        around += width * (4 if setup.platform == "cpu" else 1)
-    return config.num_layers * each + around + _padding_mask(model, setup)
+    @property
+    def attention_on_top(self) -> float:
+        """Additional bytes in backward of attention: gradients of output, query, key and value, or of the scores."""
+        if not self.math:
+            return 4.0 * self.setup.value_bytes * self.width
+        # Softmax, mask and product are kept; the product's gradient is added, then the mask's replaces the product.
+        return 4.0 * (self.scores + self.width)
 
+    @property
+    def loss_on_top(self) -> float:
+        """Additional bytes when backward begins: gradients of the logits before and after the softmax.
 
-def _padding_mask(model: TransformerSize, setup: TrainingSetup) -> float:
-    """The fp32 one that all blocks share, where something holds it until backward."""
-    held = setup.checkpointing or not (_math(model, setup) or setup.autocast)
-    return 4.0 * setup.batch * setup.length**2 if held and model.config.padding_id is not None else 0.0
+        Without a head, the loss is a mean square of the hidden states: the states, their square and product, and two
+        gradients.
+        """
+        return 20.0 * self.width if self.model.head == "none" else 8.0 * self.tokens * self.model.config.vocab_size
 
+    @property
+    def head_on_top(self) -> float:
+        """Additional bytes in backward of the logits' product: gradients of the logits, the input and the weight."""
+        logits, weight = self.tokens * self.model.config.vocab_size, self.head_weights
+        product = self.setup.value_bytes * (logits + weight + 2.0 * self.width) + self.copies(weight)
+        return max(product, 6.0 * weight) if self.setup.autocast else product
 
-def block_saved(model: TransformerSize, setup: TrainingSetup) -> BlockSaved:
-    """What autograd keeps of one block's two halves, each with the residual before it."""
-    config, value, mask = model.config, setup.value_bytes, setup.mask_bytes
-    tokens, width, inner = _elements(model, setup)
-    residual = setup.full_bytes * width + 8.0 * tokens  # a LayerNorm's input and statistics
-    ffn = residual + value * width + value * inner  # and the activation's input (of ReLU its output)
-    if config.ffn_dropout:
-        ffn += (value + mask) * inner + mask * width
-    elif config.activation != "relu":
-        ffn += value * inner
-    attention = residual + value * width * (3 if setup.autocast else 1)  # inputs of query, key and value
-    return BlockSaved(attention=attention + _kernel_saved(model, setup), ffn=ffn)
+    def copies(self, weights: int) -> float:
+        """Bytes of autocast's 16-bit copies of `weights` weights of products."""
+        return 2.0 * weights if self.setup.autocast else 0.0
 
+    # ---- moments ------------------------------------------------------------------------------------
 
-def _kernel_saved(model: TransformerSize, setup: TrainingSetup) -> float:
-    """What attention itself keeps: query, key, value, its output, and the scores where the kernel writes them down."""
-    config, value, score = model.config, setup.value_bytes, setup.score_bytes
-    _, width, _ = _elements(model, setup)
-    if _math(model, setup):
-        kept = 3.0 * score * width + value * width + score * _scores(model, setup)
-        if config.attention_dropout:
-            kept += (score + (4 if setup.platform == "cpu" else 1)) * _scores(model, setup)
-        return kept
-    kept = 4.0 * value * width + 4.0 * setup.batch * config.num_attention_heads * setup.length  # and a sum a row
-    if setup.autocast and config.padding_id is not None:
-        kept += 2.0 * setup.batch * setup.length**2  # each block casts the padding mask
-    return kept
+    def moments(self) -> dict[str, float]:
+        """Bytes without weights and optimizer state, at each moment of forward and backward that may be the peak.
 
+        With accumulation, the gradients of earlier micro-batches exist from the start.
+        """
+        model, setup, grown = self.model, self.setup, self.setup.accumulation_steps > 1
+        gradient = 0.0 if grown else float(setup.full_bytes)  # bytes that each parameter adds
+        before = float(setup.full_bytes * model.parameters) if grown else 0.0
+        blocks = model.config.num_layers * model.block_product_parameters
+        copies = 0.0 if setup.checkpointing else self.copies(blocks)
+        masked = self.kept + self.mask - self.kept_mask + 4.0 * self.width
+        found = {
+            "loss": self.kept + self.loss_on_top + copies + self.copies(self.head_weights),
+            "end of forward": masked + self.copies(blocks + self.head_weights),
+        }
+        if self.head_weights:
+            found["head"] = self.body + copies + self.head_on_top
+        # A tied head's gradient is new even if the others already exist.
+        waiting = (setup.full_bytes if model.head == "tied" else gradient) * self.head_weights
+        found |= self._block_moments(gradient, waiting)
+        found["embeddings"] = self._embedding_moment(gradient) + waiting
+        return {name: before + value for name, value in found.items()}
 
-def _scores(model: TransformerSize, setup: TrainingSetup) -> int:
-    return setup.batch * model.config.num_attention_heads * setup.length**2
+    def _block_moments(self, gradient: float, waiting: float) -> dict[str, float]:
+        """Bytes at the last and the first block, each at the larger of its halves."""
+        model, config, setup = self.model, self.model.config, self.setup
+        ffn_weights = 2 * config.hidden_size * config.intermediate_size
+        goes, copies, again = self.block, self.copies(model.block_product_parameters), 0.0
+        lying = self.body + config.num_layers * copies + waiting
+        if setup.checkpointing:  # recomputes one block at a time: its output, and its input before autocast's cast
+            again = float(self.width * (setup.value_bytes + (4 if setup.autocast else 0)))
+            goes = self.block_input
+            lying = self.body + copies + waiting + self.block - goes
+            copies = 0.0
+        half = gradient * ffn_weights - self.copies(ffn_weights) - self.ffn + self.attention_on_top
+        last = lying + max(self.ffn_on_top, half, again)
+        first = last + (config.num_layers - 1) * (gradient * model.block_parameters - goes - copies)
+        return {"last block": last, "first block": first}
 
-
-def _math(model: TransformerSize, setup: TrainingSetup) -> bool:
-    if setup.attention != "auto":
-        return setup.attention == "math"
-    return setup.platform == "cpu" and model.config.attention_dropout > 0
-
-
-def _ffn_on_top(model: TransformerSize, setup: TrainingSetup) -> float:
-    """At the backward of the feed-forward layer's second product: gradients of its output, its input, its weight."""
-    _, width, inner = _elements(model, setup)
-    weight = float(model.config.hidden_size * model.config.intermediate_size)
-    value = setup.value_bytes
-    product = value * (inner + weight)
-    if model.config.activation == "relu" and not model.config.ffn_dropout:  # keeps what it gave, not what it took
-        product = max(product, 2 * value * inner + setup.full_bytes * weight)
-    if setup.autocast:  # then the weight's becomes fp32, when the product's input and the weight's copy have gone
-        product = max(product, 4 * weight)
-    apart = width * value if setup.autocast or model.config.ffn_dropout else 0.0  # from the residual's gradient
-    gone = width * setup.mask_bytes if model.config.ffn_dropout else 0.0
-    return product + apart - gone
-
-
-def _forward_on_top(model: TransformerSize, setup: TrainingSetup) -> float:
-    """At the end of a block's forward: the layer's output, and its input before autocast made it small."""
-    _, width, _ = _elements(model, setup)
-    return float(width * (setup.value_bytes + (4 if setup.autocast else 0)))
-
-
-def _attention_on_top(model: TransformerSize, setup: TrainingSetup) -> float:
-    """At the backward of attention itself: gradients of its output, of query, key and value, or of scores."""
-    _, width, _ = _elements(model, setup)
-    if not _math(model, setup):
-        return 4.0 * setup.value_bytes * width
-    # Softmax, mask and product are kept; the product's gradient comes, then the mask's in the product's place. Without
-    # dropout the softmax's own gradient comes on top of the product's.
-    times = 1 if model.config.attention_dropout else 2
-    return float(setup.score_bytes * (times * _scores(model, setup) + width))
-
-
-def _loss_on_top(model: TransformerSize, setup: TrainingSetup) -> float:
-    """Where backward begins: gradients of the logits on both sides of the softmax, beside the log-softmax that is kept.
-
-    Without a head: of a mean square of the hidden states, these, what they are raised and multiplied to, and the
-    gradient on both sides.
-    """
-    tokens, width, _ = _elements(model, setup)
-    return 20.0 * width if model.head == "none" else 8.0 * tokens * model.config.vocab_size
-
-
-def moments(model: TransformerSize, setup: TrainingSetup) -> dict[str, float]:
-    """Bytes beside weights and optimizer state at each moment of forward and backward that may be the worst.
-
-    With accumulation the gradients of earlier micro-batches are there from the start.
-    """
-    config, saved, grown = model.config, saved_bytes(model, setup), setup.accumulation_steps > 1
-    gradient = 0.0 if grown else float(setup.full_bytes)  # bytes that come with each parameter
-    before = float(setup.full_bytes * model.parameters) if grown else 0.0
-    blocks, head = config.num_layers * model.block_product_parameters, _head_weights(model)
-    copies = 0.0 if setup.checkpointing else _copies(blocks, setup)
-    found = {"loss": saved.kept + _loss_on_top(model, setup) + copies + _copies(head, setup)}
-    mask = 4.0 * setup.batch * setup.length**2 if config.padding_id is not None else 0.0
-    width = 4.0 * setup.batch * setup.length * config.hidden_size
-    masked = saved.kept + mask - _padding_mask(model, setup) + width
-    found["end of forward"] = masked + _copies(blocks + head, setup)
-    if head:
-        found["head"] = _kept(model, setup) + copies + _head_on_top(model, setup)
-    found |= _block_moments(model, setup, gradient)
-    found["embeddings"] = _embedding_moment(model, setup, gradient)
-    return {name: before + value for name, value in found.items()}
+    def _embedding_moment(self, gradient: float) -> float:
+        """Bytes when all gradients exist, and the token embeddings' gradient is added to another one."""
+        config, full = self.model.config, self.setup.full_bytes
+        table, positions = config.vocab_size * config.hidden_size, config.max_length * config.hidden_size
+        made = gradient * (table + positions) or float(full * max(table, positions))
+        if self.model.head == "tied":
+            made += full * table  # the sum of both
+        blocks = config.num_layers * self.model.block_parameters
+        return gradient * blocks + made + 4.0 * self.width + 16.0 * self.tokens
 
 
-def _block_moments(model: TransformerSize, setup: TrainingSetup, gradient: float) -> dict[str, float]:
-    """At the last block and at the first, each at the worse of its halves."""
-    config, block, kept = model.config, block_saved(model, setup), _kept(model, setup)
-    _, width, _ = _elements(model, setup)
-    ffn_weights = 2 * config.hidden_size * config.intermediate_size
-    waiting = _head_gradient(model, setup, gradient)
-    goes, copies = block.whole, _copies(model.block_product_parameters, setup)
-    lying = kept + config.num_layers * copies + waiting
-    if setup.checkpointing:  # one block at a time is run again
-        goes = float(setup.full_bytes * width)
-        lying = kept + copies + waiting + block.whole - goes
-        copies = 0.0
-    half = gradient * ffn_weights - _copies(ffn_weights, setup) - block.ffn + _attention_on_top(model, setup)
-    again = _forward_on_top(model, setup) if setup.checkpointing else 0.0
-    last = lying + max(_ffn_on_top(model, setup), half, again)
-    others = config.num_layers - 1
-    first = last + others * (gradient * model.block_parameters - goes - copies)
-    return {"last block": last, "first block": first}
-
-
-def _embedding_moment(model: TransformerSize, setup: TrainingSetup, gradient: float) -> float:
-    """All gradients there, and that of the tokens' table just made, beside another to which it is added."""
-    config = model.config
-    tokens, width, _ = _elements(model, setup)
-    table, blocks = config.vocab_size * config.hidden_size, config.num_layers * model.block_parameters
-    positions = config.max_length * config.hidden_size
-    made = gradient * (table + positions) or float(setup.full_bytes * max(table, positions))
-    if model.head == "tied":
-        made += setup.full_bytes * table  # the sum of both
-    return gradient * blocks + _head_gradient(model, setup, gradient) + made + 4.0 * width + 16.0 * tokens
-
-
-def _head_gradient(model: TransformerSize, setup: TrainingSetup, gradient: float) -> float:
-    """What lies there of the head's weights from its backward on: a tied one's gradient even where others stay."""
-    return (setup.full_bytes if model.head == "tied" else gradient) * _head_weights(model)
-
-
-def _head_weights(model: TransformerSize) -> int:
-    """Whose gradient is made before the blocks'; a tied head's waits for the embeddings', and is added to it."""
-    return 0 if model.head == "none" else model.config.vocab_size * model.config.hidden_size
-
-
-def _head_on_top(model: TransformerSize, setup: TrainingSetup) -> float:
-    """At the backward of the logits' product: their gradient, and those of its input and of its weight."""
-    tokens, width, _ = _elements(model, setup)
-    value, weight = setup.value_bytes, _head_weights(model)
-    copy = 2.0 * weight if setup.autocast else 0.0
-    product = value * (tokens * model.config.vocab_size + weight + 2.0 * width) + copy
-    return max(product, 6.0 * weight) if setup.autocast else product
-
-
-def _copies(weights: int, setup: TrainingSetup) -> float:
-    """16-bit copies that autocast makes of so many weights of products."""
-    return 2.0 * weights if setup.autocast else 0.0
+def saved_bytes(model: TransformerSize, setup: TrainingSetup) -> SavedActivations:
+    """Bytes that autograd keeps from a Transformer's forward pass, and the workspace of its backward pass."""
+    step = TransformerStep(model, setup)
+    return SavedActivations(kept=step.kept, workspace=step.workspace)

@@ -1,41 +1,48 @@
-"""What `deploy.toml` says: the one file that drives export, engine, server, load test and verdict.
+"""`deploy.toml`: the one file that drives export, engine, server, load test and verdict.
 
-Contract: `DeploymentSpec` is the only thing of ours that both islands (build and use) import, so this package needs
-pydantic and nothing heavier. With it stand what every command shares (`deepseek.spec.command`) and the manifest of an
-artifact.
+`deepseek spec` shows it. Both islands (build and use) import this room, so pydantic is its heaviest dependency. May
+import `deepseek.precisions` and `deepseek.targets`.
+
+| module | holds |
+| `deployment`, `tables`, `objectives`, `tuned` | the tables of `deploy.toml`, and the tuned values that override it |
+| `checks`, `keys`, `show_spec` | one-line errors; all keys; the command |
+| `manifest`, `repository`, `released` | an artifact's manifest; versions in a repository; outcomes of releases |
+| `command` | errors and exit codes of every command |
+| `folders`, `children` | atomic writes, locked folders, child processes that end with their parent |
+| `triton_release`, `metric_windows` | tags of NVIDIA's containers; Prometheus rate windows |
 """
 
+from deepseek.precisions import Precision
 from deepseek.spec.command import (
+    ExitCode,
     GateFailed,
     InputError,
     InvalidMeasurement,
     Parser,
-    add_model_arguments,
     kept_for_json,
     run_command,
 )
 from deepseek.spec.deployment import DeploymentSpec, build_dir, flags_for, variables_for
-from deepseek.spec.manifest import FileDigest, Manifest, PublishedManifest
+from deepseek.spec.files.manifest import FileDigest, Manifest, PublishedManifest
 from deepseek.spec.objectives import Objective, Relation, SloSpec, histogram_bounds_ms
 from deepseek.spec.tables import (
     BATCH,
     TRITON_DTYPES,
     Axis,
     ParitySpec,
-    Precision,
-    Provider,
-    Target,
     TensorrtSpec,
     TensorSpec,
     Tolerance,
 )
 from deepseek.spec.tuned import TunedBatching, TunedFile, TunedTarget
+from deepseek.targets import Provider, Target
 
 __all__ = [
     "BATCH",
     "TRITON_DTYPES",
     "Axis",
     "DeploymentSpec",
+    "ExitCode",
     "FileDigest",
     "GateFailed",
     "InputError",
@@ -56,7 +63,6 @@ __all__ = [
     "TunedBatching",
     "TunedFile",
     "TunedTarget",
-    "add_model_arguments",
     "build_dir",
     "flags_for",
     "histogram_bounds_ms",

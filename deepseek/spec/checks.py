@@ -1,15 +1,23 @@
-"""How a mistake in a file of ours becomes one line: the key, the value seen, what is allowed."""
+"""Turns a mistake in a configuration file into one line: the key, the value seen, what is allowed."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
-from typing import Any, get_args
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
 
-# pydantic's words where they name its own types; all others begin with "Input should be".
+from deepseek.spec.command import InputError
+
+Made = TypeVar("Made", bound=BaseModel)
+
+# Replacements for messages in which pydantic names its own types; all other messages begin with "Input should be".
 _WORDS = {
     "tuple_type": "a list is needed, in [ ]",
     "dict_type": "a table is needed",
@@ -19,45 +27,45 @@ _WORDS = {
 
 
 class Table(BaseModel):
-    """A table of a file: its keys are all known, its types are exact, it does not change."""
+    """A table of a configuration file: frozen, with exact types; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 def listed(names: Any) -> str:
-    """Names in order, for a message."""
+    """Sorted names, for a message."""
     return ", ".join(map(str, sorted(names))) or "none"
 
 
 def at(key: str, message: str) -> PydanticCustomError:
-    """For a validator to raise: a mistake of another key than the one that is validated."""
+    """An error for a validator to raise about a key other than the one it validates."""
     return PydanticCustomError("at", "{message}", {"key": key, "message": message})
 
 
-def matching(pattern: str, allowed: str) -> AfterValidator:
-    """Of a text: it matches all of `pattern`, which the message says in words."""
+def fitting(fits: Callable[[str], object], allowed: str) -> AfterValidator:
+    """A validator for strings: requires that `fits(value)` is true; the message describes the rule as `allowed`."""
 
     def check(value: str) -> str:
-        if not re.fullmatch(pattern, value):
+        if not fits(value):
             raise ValueError(f"seen {value!r}; allowed: {allowed}")
         return value
 
     return AfterValidator(check)
 
 
-def identifier(allowed: str) -> AfterValidator:
-    """Of a text: it is a name as Python has them."""
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
-    def check(value: str) -> str:
-        if not value.isidentifier():
-            raise ValueError(f"seen {value!r}; allowed: {allowed}")
-        return value
 
-    return AfterValidator(check)
+RegularExpression = Annotated[str, fitting(_compiles, "a regular expression")]
 
 
 def _allowed_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """Keys that the table at `loc` may have."""
+    """Keys allowed in the table at `loc`."""
     node: Any = model
     for part in loc:
         if isinstance(node, type) and issubclass(node, BaseModel):
@@ -69,14 +77,16 @@ def _allowed_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[st
 
 def first_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> tuple[str, str]:
     """Key and one-line message of the first error that pydantic found."""
-    found = error.errors(include_url=False)  # a misspelt key is also a missing one: say the former
+    found = error.errors(include_url=False)  # a misspelt key is also reported as missing: report the misspelling
     first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
     loc = tuple(part for part in first["loc"] if part != "[key]")
     key = prefix + ".".join(str(part) if str(part).isprintable() else repr(part) for part in loc)
     if first["type"] == "at":
         return first["ctx"]["key"], first["ctx"]["message"]
+    if first["type"] == "json_invalid":
+        return key, f"not valid JSON: {first['ctx']['error']}"
     if first["type"] == "missing":
-        return key, "missing; it has to be given"
+        return key, "missing; it is required"
     if first["type"] == "extra_forbidden":
         allowed = _allowed_keys(model, loc[:-1])
         close = difflib.get_close_matches(str(loc[-1]), allowed, n=1)
@@ -84,5 +94,26 @@ def first_error(error: ValidationError, model: type[BaseModel], prefix: str = ""
         return key, f"unknown key (seen {first['input']!r}); allowed: {', '.join(allowed)}{hint}"
     if first["type"] == "value_error":
         return key, first["msg"].removeprefix("Value error, ")
-    message = _WORDS.get(first["type"]) or first["msg"].replace("Input should be", "it has to be").replace("\n", " ")
+    message = _WORDS.get(first["type"]) or first["msg"].replace("Input should be", "it must be").replace("\n", " ")
     return key, f"seen {first['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def checked(model: type[Made], data: dict[str, Any] | str | bytes, place: object, prefix: str = "") -> Made:
+    """Validates JSON, or parsed TOML, as `model`. Raises InputError with `place` and the first wrong key."""
+    # TOML is validated as JSON: types are exact, but an array may fill a tuple, and an integer a float.
+    text = json.dumps(data, default=str) if isinstance(data, dict) else data
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        key, message = first_error(error, model, prefix)
+        raise InputError(": ".join(map(str, filter(None, (place, key, message))))) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parses a TOML file. Raises InputError in one line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None

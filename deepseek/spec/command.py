@@ -1,7 +1,4 @@
-"""What every command shares: the errors that become exit codes, the parser of its flags, and the run itself.
-
-Exit codes: 0 holds, 1 a gate failed, 2 the user's input is wrong, 3 the measurement is invalid.
-"""
+"""Shared by every command: errors with exit codes, the flag parser, and the function that runs a command."""
 
 from __future__ import annotations
 
@@ -11,90 +8,93 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
-from types import TracebackType
+from enum import IntEnum
 from typing import Any, NoReturn
 
-# What is wrong with a place that the user named, not with the program, and what to do about it.
+
+class ExitCode(IntEnum):
+    """Exit codes of every command."""
+
+    PASS = 0
+    GATE_FAILED = 1
+    """Accuracy, parity or the SLO failed."""
+    BAD_INPUT = 2
+    """One line says what is wrong, the value seen and what is allowed."""
+    INVALID = 3
+    """The measurement is invalid or inconclusive."""
+    INTERRUPTED = 130
+
+
+# OS errors caused by a path that the user chose, and what to do about each.
 _PLACES = "(BUILD=, REPOSITORY=, CACHE=)"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 PLACE_ERRORS = {
-    **dict.fromkeys(_DISK, f"make room, or name another disk {_PLACES}"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), f"make it yours, or name another place {_PLACES}"),
-    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG), f"name another place {_PLACES}"),
+    **dict.fromkeys(_DISK, f"free some space, or use another disk {_PLACES}"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), f"change its owner, or use another path {_PLACES}"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG), f"use another path {_PLACES}"),
 }
 
 
 class InputError(ValueError):
-    """The user's input is wrong: one line that says what, seen, allowed and what to do. Exit 2."""
+    """The user's input is wrong: one line says what is wrong, the value seen, what is allowed and what to do."""
+
+    exit_code = ExitCode.BAD_INPUT
 
 
 class GateFailed(Exception):
-    """A gate did not hold: accuracy, parity, SLO. Exit 1."""
+    """A gate failed: accuracy, parity or SLO."""
+
+    exit_code = ExitCode.GATE_FAILED
 
 
 class InvalidMeasurement(Exception):
-    """Nothing can be concluded from what was measured. Exit 3."""
+    """The measurement is invalid or inconclusive."""
+
+    exit_code = ExitCode.INVALID
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with help from the module's docstring and errors in one line, exit code 2."""
+    """argparse with help from the module's docstring and one-line errors."""
 
     def __init__(self, doc: str | None, **kwargs: Any) -> None:
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model and --models, as every command that works on one model takes them."""
-    parser.add_argument("--model", default="recommender", help="name of the model folder (default: %(default)s)")
-    parser.add_argument("--models", default="models", help="folder of model folders (default: %(default)s)")
+        self.exit(ExitCode.BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
 
 
 @contextlib.contextmanager
 def kept_for_json(as_json: bool) -> Iterator[None]:
-    """With --json, standard output is the result's alone: what a model's own code prints goes to standard error."""
+    """With --json, only the result goes to standard output; whatever the model's code prints goes to standard error."""
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         yield
 
 
-def quiet_interrupts() -> None:
-    """Ctrl-C is one line from here on: also while a command still imports what it needs, before `run_command`."""
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, KeyboardInterrupt):
-            _say("interrupted", 130)
-        else:
-            sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = hook
-
-
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a command and ends the process with the exit code that its outcome has."""
+    """Runs a command and exits with its exit code."""
+    sys.exit(exit_code(main))
+
+
+def exit_code(main: Callable[[], int | None]) -> int:
+    """Runs a command, prints an error in one line if there is one, and returns the exit code."""
     try:
-        code = main() or 0
+        code = main() or ExitCode.PASS
         sys.stdout.flush()
-    except InputError as error:
-        code = _say(error, 2)
-    except GateFailed as error:
-        code = _say(error, 1)
-    except InvalidMeasurement as error:
-        code = _say(error, 3)
+    except (InputError, GateFailed, InvalidMeasurement) as error:
+        code = _say(error, error.exit_code)
     except KeyboardInterrupt:
-        code = _say("interrupted", 130)
-    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+        code = _say("interrupted", ExitCode.INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has closed it, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = ExitCode.PASS
     except OSError as error:
-        named = error.filename or error.errno in _DISK  # standard output is a place without a name
+        named = error.filename or error.errno in _DISK  # standard output has no file name
         if error.errno not in PLACE_ERRORS or not named:
             raise
         where = error.filename2 or error.filename or "the folder written to"
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 what it still holds may be what did not fit
-        code = _say(f"{where}: {error.strerror}; {PLACE_ERRORS[error.errno]}", 2)
-    sys.exit(code)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 its buffer may be what did not fit on the disk
+        code = _say(f"{where}: {error.strerror}; {PLACE_ERRORS[error.errno]}", ExitCode.BAD_INPUT)
+    return code
 
 
 def _say(message: object, code: int) -> int:

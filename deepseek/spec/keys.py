@@ -1,19 +1,12 @@
-"""Every key of `deploy.toml`: what it takes, its default, what it means; read off the tables themselves.
+"""Every key of `deploy.toml`, with its type, default and meaning, read from the table classes.
 
-Contract: a key's meaning is the text under its field, its table's that of the class, so that nothing is said twice.
-
-Example:
-    for key in keys_of(DeploymentSpec):
-        print(key.name, key.takes, key.default, key.meaning)
+Contract: the meaning of a key is the text under its field; the meaning of a table is the docstring of its class.
 """
 
 from __future__ import annotations
 
-import ast
 import inspect
-import itertools
 import json
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -23,63 +16,48 @@ from pydantic.fields import FieldInfo
 
 from deepseek.spec.checks import Table
 
-_WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 _NAMES = {"inputs": "<tensor>", "outputs": "<tensor>", "axes": "<axis>", "targets": "<target>"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Key:
+class SpecKey:
     """One key, or a table of keys."""
 
     name: str
-    """From the top of the file: `batching.max_queue_size`."""
+    """Full name, from the top of the file: `batching.max_queue_size`."""
     takes: str
     """Empty for a table."""
     default: str | None
-    """As TOML has it; None where the key has to be given, empty where it may be left out."""
+    """In TOML; None if the key is required, empty if it is optional without a default."""
     meaning: str
 
 
-def keys_of(table: type[Table], prefix: str = "") -> Iterator[Key]:
-    """The keys of a table, those of the tables in it after their own."""
-    meanings = _meanings(table)
+def keys_of(table: type[Table], prefix: str = "") -> Iterator[SpecKey]:
+    """The keys of a table, then the tables inside it with their keys."""
     tables: list[tuple[str, type[Table], bool]] = []
     for name, field in table.model_fields.items():
         if inner := _table_in(field.annotation):
             many = f".{_NAMES[name]}" if get_origin(field.annotation) is dict else ""
             tables.append((f"{prefix}{name}{many}", inner, field.is_required()))
         else:
-            yield Key(name=prefix + name, takes=_takes(field), default=_default(field), meaning=meanings.get(name, ""))
+            meaning = " ".join((field.description or "").split())
+            yield SpecKey(name=prefix + name, takes=_takes(field), default=_default(field), meaning=meaning)
     for place, inner, required in tables:
         meaning = inspect.getdoc(inner) or ""
-        yield Key(name=place, takes="", default=None if required else "", meaning=meaning)
+        yield SpecKey(name=place, takes="", default=None if required else "", meaning=meaning)
         yield from keys_of(inner, f"{place}.")
 
 
-def _meanings(table: type[Table]) -> dict[str, str]:
-    """By field the text that stands under it, in the class or in one that it is made from."""
-    found: dict[str, str] = {}
-    for owner in reversed(table.__mro__):
-        if not issubclass(owner, Table) or owner is Table:
-            continue
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        assert isinstance(body, ast.ClassDef)
-        for field, below in itertools.pairwise(body.body):
-            match field, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    found[name] = " ".join(text.split())
-    return found
-
-
 def _table_in(annotation: Any) -> type[Table] | None:
-    """The table that a field is, or holds by name."""
+    """The table class of a field that is a table or a dict of tables; None for other fields."""
     if get_origin(annotation) is dict:
         annotation = get_args(annotation)[1]
     return annotation if isinstance(annotation, type) and issubclass(annotation, Table) else None
 
 
 def _takes(field: FieldInfo) -> str:
-    """The values that a key takes, in words."""
+    """The values that a key accepts, in words."""
     low = next((each for each in field.metadata if isinstance(each, Ge | Gt)), None)
     high = next((each for each in field.metadata if isinstance(each, Le)), None)
     text = _in_words(field.annotation)

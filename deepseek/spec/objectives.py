@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,15 +16,18 @@ from pydantic import Field, field_validator
 from deepseek.spec.checks import Table
 
 Relation = Literal["<", "<=", ">", ">="]
+Kind = Literal["ms", "error_rate", "throughput", "quality"]
+SIGNS: dict[Relation, str] = {"<": "<", "<=": "≤", ">": ">", ">=": "≥"}
+MEASURES = "p<percent>_ms, mean_ms, max_ms, error_rate, throughput"
 _OBJECTIVE = re.compile(
     r"(?P<measure>[^\s<>=]+)\s*(?P<relation><=|>=|<|>)\s*(?P<limit>\d+\.?\d*|\.\d+)\s*(?P<unit>%|ms|rps)?"
     r"(?P<baseline>\s*\*\s*baseline)?(\s*@\s*(?P<rate>\d+\.?\d*)\s*rps)?"
 )
 _PERCENTILE = re.compile(r"p(\d+(?:\.\d+)?)_ms")
-MEASURES = "p<percent>_ms, mean_ms, max_ms, error_rate, throughput"
-# Shares of the p99: a bound is the p99 itself, so that the histogram tells how many met it.
+CONFIDENCE = 0.95  # of a verdict
+BURST_S = 0.2  # assumed length of a burst of slow answers that a run has not shown
+# As shares of the p99. One bound is the p99 itself, so that the histogram counts the requests that met it.
 _BOUNDS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 4, 10)
-_UNITS = {"ms": (None, "ms"), "error_rate": (None, "%"), "throughput": (None, "rps"), "quality": (None,)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,36 +36,45 @@ class Objective:
     `ndcg@10 >= 0.99 * baseline`."""
 
     name: str
-    """As deploy.toml has it: a key such as `p99_ms`, or the line's measure."""
+    """A key of deploy.toml such as `p99_ms`, or the line's measure."""
     measure: str
     relation: Relation
     limit: float
-    """In ms, as a share, in requests/s, or of the quality metric (with `of_baseline` a share of the baseline)."""
+    """In ms, as a share, in requests/s, or in the metric's own unit; with `of_baseline`, as a share of the baseline."""
     of_baseline: bool = False
     rate_rps: float | None = None
-    """The rate at which it must hold; None: at the SLO's own, of throughput where its limit is asked for."""
+    """The request rate at which it must hold. None: the SLO's `rate_rps`; for throughput, the limit itself."""
 
     @property
     def percent(self) -> float | None:
-        """99 of p99_ms; None where no percentile is meant."""
+        """99 for p99_ms; None if the measure is not a percentile."""
         found = _PERCENTILE.fullmatch(self.measure)
         return float(found[1]) if found else None
 
     @property
-    def kind(self) -> Literal["ms", "error_rate", "throughput", "quality"]:
-        """What is measured: a latency, a share, a rate, or the model's task metric."""
-        if self.percent is not None or self.measure in ("mean_ms", "max_ms"):
-            return "ms"
-        return self.measure if self.measure in ("error_rate", "throughput") else "quality"  # type: ignore[return-value]
+    def allowed_share(self) -> float | None:
+        """The share of requests that may be over the limit, from 0 to 1; None if it allows none or all of them."""
+        share = self.limit if self.kind == "error_rate" else None if self.percent is None else 1 - self.percent / 100
+        return share if share and share < 1 else None
+
+    @property
+    def kind(self) -> Kind:
+        """Kind of the measure: a latency, a share, a rate, or the model's task metric."""
+        return next(kind for kind, facts in KINDS.items() if facts.measures.fullmatch(self.measure))
+
+    @property
+    def facts(self) -> KindFacts:
+        """The row of KINDS for its kind."""
+        return KINDS[self.kind]
 
     def holds(self, seen: float) -> bool:
-        """Whether a measured value keeps to it; nothing does that is not a number."""
+        """Whether a measured value meets the objective; NaN never does."""
         relations = {"<": seen < self.limit, "<=": seen <= self.limit}
         return {**relations, ">": seen > self.limit, ">=": seen >= self.limit}[self.relation]
 
     @classmethod
     def parse(cls, text: str) -> Objective:
-        """The objective that a line states; ValueError in one line where it states none."""
+        """Parses a line. Raises ValueError in one line if it is not an objective."""
         found = _OBJECTIVE.fullmatch(text.strip())
         if found is None:
             example = "p50_ms < 10 @ 200 rps, error_rate < 0.1%, ndcg@10 >= 0.99 * baseline"
@@ -80,55 +92,157 @@ class Objective:
         return self
 
     def _fault(self, unit: str | None) -> str | None:
-        """What makes no sense of it."""
-        upper = self.kind in ("ms", "error_rate")
-        if self.kind == "quality" and self.relation[0] == "<":
-            meant = f"; did you mean {self.measure}_ms?" if _PERCENTILE.fullmatch(f"{self.measure}_ms") else ""
-            return f"{self.measure} is none of {MEASURES}, and a quality metric is bounded from below: > or >={meant}"
-        if (self.relation[0] == "<") != upper:
-            return f"{self.measure} is bounded from {'above: < or <=' if upper else 'below: > or >='}"
+        """Why the objective makes no sense; None if it does."""
+        facts = self.facts
+        if (self.relation[0] == "<") != facts.from_above:
+            return facts.wrong_side(self)
         if not math.isfinite(self.limit) or not math.isfinite(self.rate_rps or 0):
             return "a number in it is too large"
-        if self.kind == "ms" and self.limit <= 0:
-            return "a latency is more than 0"
-        if unit not in _UNITS[self.kind]:
-            return f"{self.measure} is not given in {unit}"
-        if self.percent is not None and not 0 < self.percent < 100:
-            return "a percentile lies between 0 and 100"
-        if self.kind == "error_rate" and self.limit > 1:
-            return "a share is at most 1, or 100%"
-        if self.kind == "error_rate" and self.limit == 0 and self.relation == "<":
-            return "no share is below 0; where nothing may fail: error_rate <= 0"
-        if self.kind != "quality" and self.of_baseline:
+        if unit is not None and unit != facts.unit:
+            return f"{self.measure} does not take the unit {unit}"
+        if fault := facts.fault(self):
+            return fault
+        if self.of_baseline and not facts.has_baseline:
             return "only a quality metric has a baseline (fp32 PyTorch)"
-        if self.rate_rps is not None and (self.kind == "quality" or self.rate_rps <= 0):
-            return "a rate, of more than 0, belongs to what load changes: " + MEASURES
-        if self.kind == "throughput" and self.limit > (self.rate_rps or math.inf):
-            return f"nobody answers more than is asked: the rate is {self.limit:g} rps or more, or is left out"
+        if self.rate_rps is not None and (not facts.of_load or self.rate_rps <= 0):
+            return "a rate must be above 0, and applies only to " + MEASURES
         return None
 
 
+def _wrong_side(line: Objective) -> str:
+    return f"{line.measure} needs {'an upper limit: < or <=' if line.facts.from_above else 'a lower limit: > or >='}"
+
+
+def _unknown_measure(line: Objective) -> str:
+    meant = f"; did you mean {line.measure}_ms?" if _PERCENTILE.fullmatch(f"{line.measure}_ms") else ""
+    return f"{line.measure} is not one of {MEASURES}, and a quality metric needs a lower limit: > or >={meant}"
+
+
+def _latency_fault(line: Objective) -> str | None:
+    if line.limit <= 0:
+        return "a latency limit must be above 0"
+    return None if line.percent is None or 0 < line.percent < 100 else "a percentile must be between 0 and 100"
+
+
+def _error_rate_fault(line: Objective) -> str | None:
+    if line.limit > 1:
+        return "a share is at most 1, or 100%"
+    below_zero = line.limit == 0 and line.relation == "<"
+    return "a share cannot be below 0; to allow no errors: error_rate <= 0" if below_zero else None
+
+
+def _throughput_fault(line: Objective) -> str | None:
+    if line.limit <= (line.rate_rps or math.inf):
+        return None
+    return f"throughput cannot exceed the request rate: set the rate to {line.limit:g} rps or more, or leave it out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KindFacts:
+    """Facts about a kind of objective that all rooms share; each room measures it by the kind's name."""
+
+    measures: re.Pattern[str]
+    """Matches the names of its measures."""
+    from_above: bool
+    """Lower is better: a limit is an upper limit."""
+    of_load: bool = True
+    """It depends on load, so a line may give a rate."""
+    has_baseline: bool = False
+    unit: str | None = None
+    """The unit that a line may write after its limit."""
+    meaning: str
+    """The measure, in words."""
+    fault: Callable[[Objective], str | None] = lambda line: None
+    """Why a line's numbers make no sense; None if they do."""
+    wrong_side: Callable[[Objective], str] = _wrong_side
+    """Message for a line with a limit on the wrong side."""
+    figure: Callable[[float], str]
+    """Formats a value with its unit."""
+
+
+# To add a kind of objective, add a row here, and a function with its name where a run is judged and where two are
+# compared. A line has the kind of the first row whose `measures` matches.
+KINDS: dict[Kind, KindFacts] = {
+    "ms": KindFacts(
+        measures=re.compile(f"{_PERCENTILE.pattern}|mean_ms|max_ms"),
+        from_above=True,
+        unit="ms",
+        meaning="latency",
+        fault=_latency_fault,
+        figure=lambda value: f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms",
+    ),
+    "error_rate": KindFacts(
+        measures=re.compile("error_rate"),
+        from_above=True,
+        unit="%",
+        meaning="requests that fail",
+        fault=_error_rate_fault,
+        figure=lambda value: f"{value:.3%}",
+    ),
+    "throughput": KindFacts(
+        measures=re.compile("throughput"),
+        from_above=False,
+        unit="rps",
+        meaning="successful responses per second",
+        fault=_throughput_fault,
+        figure=lambda value: f"{value:.1f}/s",
+    ),
+    "quality": KindFacts(
+        measures=re.compile(".*"),
+        from_above=False,
+        of_load=False,
+        has_baseline=True,
+        meaning="task metric of the served model",
+        wrong_side=_unknown_measure,
+        figure=lambda value: f"{value:.4f}",
+    ),
+}
+
+
+def formatted(kind: Kind, value: float) -> str:
+    """A value with its unit; "-" for NaN, "never" for infinity."""
+    if not math.isfinite(value):
+        return "-" if math.isnan(value) else "never"
+    return KINDS[kind].figure(value)
+
+
+def samples_needed(percent: float) -> int:
+    """The minimum of independent requests that prove a percentile: all of them are within the limit."""
+    return _samples(1 - percent / 100, CONFIDENCE)
+
+
+def requests_needed(share: float, rate_rps: float, confidence: float = CONFIDENCE) -> int:
+    """The number of requests that prove a share below `share` at a rate, if none is over the limit."""
+    return math.ceil(_samples(share, confidence) * max(1.0, BURST_S * rate_rps))
+
+
+def _samples(share: float, confidence: float) -> int:
+    return math.ceil(round(math.log(1 - confidence) / math.log1p(-share), 9))
+
+
 def histogram_bounds_ms(p99_ms: float, limits_ms: Iterable[float] = ()) -> list[float]:
-    """Bounds of a latency histogram, ascending: shares of the p99, and each latency that the SLO names, to the ns."""
+    """Ascending bounds of a latency histogram: shares of the p99, and each latency in the SLO, rounded to 1 ns."""
     return sorted({round(bound, 6) for bound in (*(share * p99_ms for share in _BOUNDS), *limits_ms)})
 
 
 class SloSpec(Table):
-    """Objectives of the service, judged by `loadtests.slo` at `rate_rps`."""
+    """Objectives of the service. `make loadtest verdict` judges them at `rate_rps`."""
 
     p50_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Latency that half of the requests keep."""
+    """Limit for the median latency."""
     p95_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Latency that 95 of 100 keep."""
+    """Limit for the 95th percentile of latency."""
     p99_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Latency that 99 of 100 keep."""
+    """Limit for the 99th percentile of latency."""
     rate_rps: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Requests/s that are sent, and answered."""
-    max_error_rate: float = Field(0.001, ge=0, le=1)
-    """Share of the requests that may fail: errors, refusals, time-outs."""
+    """Requests per second that the load test sends, and that the service must sustain."""
+    max_error_rate: float = Field(0.01, ge=0, le=1)
+    """Share of the requests that may fail: errors, refusals and timeouts."""
+    confidence: float = Field(CONFIDENCE, ge=0.5, lt=1)
+    """Confidence of each verdict: an objective holds, or is violated, only if the bound of this confidence says so."""
     objectives: tuple[str, ...] = ()
-    """Further ones, a line each: "p99.9_ms < 80", "p50_ms < 10 @ 200 rps", "error_rate < 0.1%", "throughput >= 150",
-    "ndcg@10 >= 0.99 * baseline" (`precision.metric`, against fp32 PyTorch)."""
+    """More objectives, one string each: `p99.9_ms < 80`, `p50_ms < 10 @ 200 rps`, `error_rate < 0.1%`,
+    `throughput >= 150`, `ndcg@10 >= 0.99 * baseline` (the `precision.metric`, relative to fp32 PyTorch)."""
 
     @field_validator("objectives")
     @classmethod
@@ -138,7 +252,7 @@ class SloSpec(Table):
         return lines
 
     def all_objectives(self) -> list[Objective]:
-        """Those of the simple keys, then the lines. A line on errors takes the place of the default limit."""
+        """Objectives of the simple keys, then of `objectives`. An error-rate line there replaces the default limit."""
         lines = [Objective.parse(line) for line in self.objectives]
         found = [
             Objective(name=name, measure=name, relation="<=", limit=limit)
@@ -148,6 +262,7 @@ class SloSpec(Table):
         if self.rate_rps is not None:
             found.append(Objective(name="rate_rps", measure="throughput", relation=">=", limit=self.rate_rps))
         if "max_error_rate" in self.model_fields_set or all(line.kind != "error_rate" for line in lines):
-            limit = self.max_error_rate
-            found.append(Objective(name="max_error_rate", measure="error_rate", relation="<=", limit=limit))
+            found.append(
+                Objective(name="max_error_rate", measure="error_rate", relation="<=", limit=self.max_error_rate)
+            )
         return found + lines

@@ -6,15 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
-from deepseek.spec.checks import Table, at, identifier, matching
+from deepseek.precisions import PRECISIONS, Precision, PrecisionFacts
+from deepseek.spec.checks import RegularExpression, Table, at, fitting
+from deepseek.targets import PROVIDERS, Provider, is_accelerator
 
-Precision = Literal["fp32", "fp16", "int8", "fp8"]
-Target = Literal["onnxruntime", "tensorrt", "tensorrt_rtx", "torchscript"]
-# Execution providers of ONNX Runtime, as deepseek.onnxruntime_session opens them.
-Provider = Literal["auto", "cpu", "cuda", "tensorrt", "migraphx", "cann"]
-# Types that ONNX, TensorRT and Triton all carry; numpy knows each by the same name.
+# Types that ONNX, TensorRT and Triton all support; numpy uses the same names.
 DType = Literal["bool", "uint8", "int8", "int32", "int64", "float16", "float32"]
 TRITON_DTYPES: Mapping[str, str] = {
     "bool": "BOOL",
@@ -26,134 +24,155 @@ TRITON_DTYPES: Mapping[str, str] = {
     "float32": "FP32",
 }
 BATCH = "batch"  # the axis that Triton batches over: first in every tensor
-# Labels, warm-up files and rows of an .npz are named after tensors; torch.export makes a Python name of an axis.
-TensorName = Annotated[str, matching(r"\w[\w.:-]*", "letters, digits and _ . : -, no blank or slash")]
-AxisName = Annotated[str, identifier("a name as Python has them: letters, digits and _")]
-INT32 = 2**31 - 1  # what Triton's configuration holds of a count
-MOST_COPIES = 1024  # of a model, or of its threads: beyond it lies a slip of the finger, not a machine
+# Labels, warm-up files and rows of an .npz are named after tensors; torch.export turns an axis into a Python name.
+_TENSOR_NAME = re.compile(r"\w[\w.:-]*")
+TensorName = Annotated[str, fitting(_TENSOR_NAME.fullmatch, "letters, digits and _ . : -, no space or slash")]
+AxisName = Annotated[str, fitting(str.isidentifier, "a Python identifier: letters, digits and _")]
+_STRINGS = ("str", "string", "bytes", "object", "text", "utf8")
+INT32 = 2**31 - 1  # largest count in Triton's configuration
+MOST_COPIES = 1024  # of a model or of its threads: no machine needs more, so a larger number is a typing error
 
 
 class Axis(Table):
-    """Sizes that a named axis takes: the ONNX dynamic dim and the TensorRT profile."""
+    """Range of sizes of a named axis: the dynamic dimension in ONNX and the profile in TensorRT."""
 
     min: int = Field(ge=1)
-    """Least size that a request may have."""
+    """Smallest size in a request."""
     opt: int = Field(ge=1)
     """The usual size, for which TensorRT chooses its kernels."""
     max: int = Field(ge=1, le=INT32)
-    """Largest size; of the axis `batch` Triton's max_batch_size."""
+    """Largest size. For the axis `batch`, also Triton's max_batch_size unless `batching.max_batch` sets it."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Axis:
         if not self.min <= self.opt <= self.max:
-            raise ValueError(f"min {self.min}, opt {self.opt}, max {self.max}: min <= opt <= max is needed")
+            raise ValueError(f"seen min {self.min}, opt {self.opt}, max {self.max}; allowed: min <= opt <= max")
         return self
 
 
 class TensorSpec(Table):
-    """Type and shape of one input or output; a dimension is a size or the name of an axis."""
+    """Type and shape of one input or output."""
 
     dtype: DType
-    """As numpy names it."""
+    """numpy name of the type."""
     shape: tuple[int | str, ...]
-    """`["batch", ...]`: after the axis batch sizes, and names of other axes."""
+    """Dimensions, `"batch"` first. Each other one is a fixed size or the name of an axis: `["batch", "length", 64]`.
+    `["batch"]` is one number per row."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _required(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "optional" in data:
+            raise ValueError(
+                "seen optional; every input is sent with each request: let callers send a neutral value, such as zeros "
+                "with a mask as one more input, or deploy a second model without the input"
+            )
+        return data
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _number(cls, dtype: Any) -> Any:
+        if isinstance(dtype, str) and dtype.lower() in _STRINGS:
+            raise ValueError(
+                f"seen {dtype!r}; graphs take and return numbers: let callers send token ids or category ids (int64), "
+                f"and name the ids of an output in labels; allowed: {', '.join(TRITON_DTYPES)}"
+            )
+        return dtype
 
     @field_validator("shape", mode="before")
     @classmethod
     def _batch_first(cls, shape: Any) -> Any:
         if not isinstance(shape, list | tuple) or not shape or shape[0] != BATCH:
-            raise ValueError(f'seen {shape!r}; the first dimension must be the axis "{BATCH}": ["{BATCH}", ...]')
+            raise ValueError(
+                f'seen {shape!r}; the first dimension must be the axis "{BATCH}": ["{BATCH}", ...]; for a tensor '
+                f"without it, add it, set [axes.{BATCH}] to min = opt = max = 1, and drop or add it in forward"
+            )
         for dim in shape[1:]:
             size = isinstance(dim, int) and not isinstance(dim, bool) and 1 <= dim <= INT32
             if not size and (not isinstance(dim, str) or dim == BATCH):
-                raise ValueError(f'seen {list(shape)}; after "{BATCH}" come sizes from 1 on, or names of other axes')
-        if len(shape) == 1:
-            raise ValueError(
-                f'seen ["{BATCH}"]; Triton needs a dimension beside the batch: write ["{BATCH}", 1], and squeeze(1) '
-                "the input or unsqueeze(1) the output in forward"
-            )
+                raise ValueError(f'seen {list(shape)}; after "{BATCH}", use sizes from 1 or names of other axes')
         return tuple(shape)
+
+    @property
+    def triton_dims(self) -> tuple[int | str, ...]:
+        """Dimensions after the batch in Triton, which needs at least one: a number per row has the dimension 1."""
+        return self.shape[1:] or (1,)
 
 
 class PrecisionSpec(Table):
-    """The accuracy budget: the fastest of `candidates` that loses at most `max_drop` is served."""
+    """The accuracy budget: the server uses the fastest of `candidates` that loses at most `max_drop`."""
 
     candidates: tuple[Precision, ...] = Field(("fp16", "int8"), min_length=1)
-    """What is built and compared beside fp32, which is what is left where none is inside the budget, or faster."""
+    """Precisions to build and compare with fp32. fp32 is served if no candidate is faster within the budget."""
     metric: str | None = None
-    """Key of what model.py's evaluate() returns, larger being better; absent: similarity of the outputs."""
+    """A key of the dict that `evaluate()` in model.py returns; larger is better. Absent: similarity of the outputs."""
     max_drop: float = Field(0.01, ge=0, le=1)
-    """Allowed loss relative to fp32 PyTorch."""
+    """Largest allowed loss, relative to fp32 PyTorch: 0.01 is 1 %."""
     calibration_method: Literal["auto", "max", "entropy"] = "auto"
-    """Where ranges end: the largest magnitude, least KL divergence, or whichever leaves the outputs nearer to fp32."""
+    """How to choose the int8 and fp8 ranges: `max` by the largest magnitude, `entropy` by the smallest KL divergence,
+    `auto` whichever keeps the outputs closer to fp32."""
     calibration_samples: int = Field(512, ge=2)
-    """Rows of samples("calibration") that are used at most."""
+    """Largest number of rows of `samples("calibration")` to use."""
     per_channel: bool = True
-    """A scale for each output channel of the weights; false: one for each tensor."""
+    """One scale per output channel of the weights; false: one per tensor."""
     weight_only: bool = False
-    """int8 of the weights alone: activations stay high, no range can clip them; small, but hardly faster."""
+    """Quantize only the weights to int8. Activations keep the high precision, so none is clipped: the file is small,
+    but hardly faster."""
     op_types: tuple[Literal["MatMul", "Gemm", "Conv"], ...] = Field(("MatMul", "Gemm", "Conv"), min_length=1)
-    """Operators that are brought to 8 bits; all others stay high."""
-    keep_high: tuple[str, ...] = ()
+    """Operators to quantize to 8 bits; all others keep the high precision."""
+    keep_high: tuple[RegularExpression, ...] = ()
     """Regular expressions of ONNX node names that are never quantized."""
-
-    @field_validator("keep_high")
-    @classmethod
-    def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"seen {pattern!r}: not a regular expression ({error})") from None
-        return patterns
 
 
 class BatchingSpec(Table):
-    """Dynamic batching and what happens when it cannot keep up; the queue is never unbounded."""
+    """Dynamic batching, and the limits of the queue."""
 
     max_queue_delay_us: int = Field(0, ge=0, le=INT32)
-    """How long a batch waits to fill, less than `queue_timeout_ms`; 0 still batches what queued up while the model was
-    busy."""
+    """How long Triton waits for a batch to fill; must be less than `queue_timeout_ms`. With 0, it still batches the
+    requests that queued up while the model was busy. The embedded Triton always uses 0 (docs/triton.md)."""
     max_queue_size: int = Field(512, ge=1, le=INT32)
-    """Requests that may wait; one more is refused at once (503, UNAVAILABLE)."""
+    """Requests that may wait. When the queue is full, further requests are refused at once (HTTP 503, gRPC
+    UNAVAILABLE)."""
     queue_timeout_ms: int = Field(200, ge=1, le=INT32)
-    """Longest wait in the queue; then the request is refused."""
+    """Requests that wait longer in the queue are refused."""
     instances: int = Field(2, ge=1, le=MOST_COPIES)
-    """Copies of the model that run side by side. With one, a Triton that this project does not start can stall: see
+    """Copies of the model that run in parallel. With 1, a Triton that this project did not start can stall: see
     docs/triton.md."""
     threads: int | None = Field(None, ge=1, le=MOST_COPIES)
-    """ONNX Runtime threads of one instance; absent: the cores divided by the instances."""
+    """ONNX Runtime threads per instance; absent: the number of cores divided by `instances`."""
     max_batch: int | None = Field(None, ge=1)
-    """Rows that Triton puts into one batch, and takes in one request; absent: the batch axis' max."""
+    """Most rows in one batch, and in one request; absent: `axes.batch.max`."""
 
     @model_validator(mode="after")
     def _served_in_time(self) -> BatchingSpec:
         if self.max_queue_delay_us >= self.queue_timeout_ms * 1000:
             raise at(
                 "batching.max_queue_delay_us",
-                f"seen {self.max_queue_delay_us}, but what waits {self.queue_timeout_ms} ms (queue_timeout_ms) is "
-                "refused: a request alone would always be; less is needed",
+                f"seen {self.max_queue_delay_us}; allowed: less than queue_timeout_ms ({self.queue_timeout_ms} ms), "
+                "or every request that comes alone is refused",
             )
         return self
 
 
 class TensorrtSpec(Table):
-    """How an engine of the targets `tensorrt` and `tensorrt_rtx` is built, and how Triton runs it."""
+    """How to build an engine for the targets `tensorrt` and `tensorrt_rtx`, and how Triton runs it."""
 
     optimization_level: int = Field(3, ge=0, le=5)
-    """TensorRT's own scale: 0 builds fastest, 5 tries the most kernels."""
+    """TensorRT's builder optimization level: 0 builds fastest, 5 tries the most kernels."""
     workspace_mib: int | None = Field(None, ge=1)
-    """Scratch memory that layers may use; absent: all of the GPU's."""
+    """Scratch memory that layers may use; absent: all memory of the GPU."""
     hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
-    """GPUs that the engine runs on: the model it was built on, or more of them at some loss of speed."""
+    """GPUs that can run the engine: only the GPU model it was built on, or more models at some loss of speed."""
     version_compatible: bool = False
-    """A later TensorRT of the same major version may load the engine, which brings code that Triton then runs."""
+    """Lets a later TensorRT of the same major version load the engine. Such an engine contains code that Triton
+    executes: load only engines that you trust."""
     timing_cache: bool = True
-    """Reuse what earlier builds of the model measured on this GPU."""
+    """Reuse kernel timings from earlier builds of the model on this GPU."""
     cuda_graphs: bool = False
-    """Triton replays a batch as one launch; pays where kernels are short and only the batch varies."""
+    """Triton replays a whole batch as one launch. It pays if kernels are short and only the batch size varies."""
     cuda_graph_batches: tuple[int, ...] = ()
-    """Batch sizes to capture; absent: 1, 2, 4, ... and the batch axis' opt and max."""
+    """Batch sizes to capture; absent: 1, 2, 4, ..., the axis' `opt` and the largest batch. Sizes above
+    `batching.max_batch` are left out."""
 
     @model_validator(mode="after")
     def _graphs_wanted(self) -> TensorrtSpec:
@@ -170,53 +189,36 @@ WorstError = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Tolerance(Table):
-    """How far served outputs may be from fp32 PyTorch: what holds for fp32.
+    """How far served outputs may be from fp32 PyTorch. `deepseek.precisions` has the defaults of each precision."""
 
-    Sums run in another order, which costs about 1e-6; 1e-3 is what `export.to_onnx` allows, too. TensorRT's TF32
-    keeps 10 bits of mantissa, so a deep network there may need what fp16 has.
-    """
-
-    worst_error: WorstError = 1e-3
-    """Of any value of a float output, relative to the output's largest magnitude."""
-    cosine: Cosine = 0.9999
-    """Least mean cosine of a float output's rows."""
-    common: Share = 0.99
-    """Least share of equal entries of an integer output; one entry more may differ, since ties fall either way."""
+    worst_error: WorstError
+    """Largest error of any value of a float output, relative to the largest magnitude in that output."""
+    cosine: Cosine
+    """Smallest mean cosine similarity of the rows of a float output."""
+    common: Share
+    """Smallest share of equal entries in an integer output. One more entry may differ: ties can fall either way."""
 
 
-class Fp16Tolerance(Tolerance):
-    """10 bits of mantissa: each value is off by up to 5e-4, and 20 layers of that add up to no more than 1e-2."""
-
-    worst_error: WorstError = 1e-2
-    cosine: Cosine = 0.999
-    common: Share = 0.95
-
-
-class Int8Tolerance(Tolerance):
-    """A tensor has 255 steps up to its calibrated range and is clipped past it.
-
-    One value may be far off while the row still points where it did: here the cosine is the sharper bound.
-    """
-
-    worst_error: WorstError = 0.25
-    cosine: Cosine = 0.98
-    common: Share = 0.8
+def _table_of(name: str, facts: PrecisionFacts) -> tuple[type[Tolerance], Tolerance]:
+    """The class of `[parity.<name>]` and its default; a key left out keeps the precision's default."""
+    fields: dict[str, Any] = {
+        key: (field.rebuild_annotation(), Field(getattr(facts, key), description=field.description))
+        for key, field in Tolerance.model_fields.items()
+    }
+    table = create_model(f"{name.capitalize()}Tolerance", __base__=Tolerance, __doc__=facts.why_tolerances, **fields)
+    return table, table.model_validate({})
 
 
-class Fp8Tolerance(Int8Tolerance):
-    """3 bits of mantissa: each value is off by up to 6 %, large and small ones alike; as far as int8 in all."""
+_tables: dict[str, Any] = {name: _table_of(name, facts) for name, facts in PRECISIONS.items()}
+_Tolerances: Any = create_model("_Tolerances", __base__=Table, **_tables)
 
 
-class ParitySpec(Table):
-    """Tolerances of `export.parity` by the precision that is served; a key left out keeps that precision's own."""
+class ParitySpec(_Tolerances):
+    """How far served outputs may be from PyTorch's, for each served precision: the gate of `deepseek parity`."""
 
-    fp32: Tolerance = Tolerance()
-    fp16: Fp16Tolerance = Fp16Tolerance()
-    int8: Int8Tolerance = Int8Tolerance()
-    fp8: Fp8Tolerance = Fp8Tolerance()
     nonfinite_inputs: Literal["gate", "report"] = "report"
-    """Whether a row with a NaN or an Inf in its input must give what PyTorch gives, where fp32 or fp16 is served.
-    "report" says where it does not: a runtime's LSTM, ReduceMax or Gelu may see to it otherwise (docs/parity.md)."""
+    """What to do when an input row with NaN or Inf gives another result than in PyTorch, for fp32 and fp16: `gate`
+    fails, `report` only reports it. LSTM, ReduceMax and Gelu of a runtime may differ here: see docs/parity.md."""
 
     def of(self, precision: Precision) -> Tolerance:
         """The tolerance of a precision."""
@@ -224,28 +226,30 @@ class ParitySpec(Table):
 
 
 class OnnxRuntimeSpec(Table):
-    """What runs the graph of the target `onnxruntime`; see docs/targets.md."""
+    """How ONNX Runtime runs the graph of the target `onnxruntime`; see docs/targets.md."""
 
     provider: Provider = "auto"
-    """auto: the accelerator that the installed ONNX Runtime and the machine both have, else the CPU."""
+    """Execution provider. `auto`: the accelerator that this machine has and the installed ONNX Runtime supports, else
+    the CPU."""
     options: dict[str, bool | int | float | str] = {}
-    """Of that provider, by the names that ONNX Runtime documents, e.g. gpu_mem_limit."""
+    """Options of that provider, with the names that ONNX Runtime documents, e.g. `gpu_mem_limit`."""
     backend: Literal["python", "onnxruntime"] = "python"
-    """Of Triton: serving/onnxruntime_backend.py, or its own, which NVIDIA's full images have."""
+    """Triton backend: `python` is this project's (serving/backend/onnxruntime_backend.py), `onnxruntime` is Triton's
+    own, which comes with NVIDIA's full images."""
 
     @model_validator(mode="after")
     def _fits(self) -> OnnxRuntimeSpec:
-        if self.options and self.provider in ("auto", "cpu"):
-            raise at("onnxruntime.options", f"provider is {self.provider}; options need an accelerator's by name")
-        if self.backend == "onnxruntime" and self.provider in ("migraphx", "cann"):
-            raise at("onnxruntime.backend", f"Triton's own has no {self.provider}; python has, or leave the key out")
+        if self.options and not is_accelerator(self.provider):
+            raise at("onnxruntime.options", f"provider is {self.provider}; name an accelerator as the provider")
+        if self.backend == "onnxruntime" and is_accelerator(self.provider) and not PROVIDERS[self.provider].is_nvidia:
+            raise at("onnxruntime.backend", f"seen onnxruntime, which has no {self.provider}; use python, the default")
         return self
 
 
 class TargetSpec(Table):
-    """What one target overrides; the same keys as `[batching]` and `[slo]`, each optional."""
+    """Overrides for one target, with the keys of `[batching]` and `[slo]`."""
 
     batching: dict[str, Any] = {}
-    """Keys of `[batching]`."""
+    """Keys of `[batching]` with this target's values."""
     slo: dict[str, Any] = {}
-    """Keys of `[slo]`."""
+    """Keys of `[slo]` with this target's values."""

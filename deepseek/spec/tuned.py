@@ -1,7 +1,7 @@
-"""The file of tuned values: what `make tune` found better on this machine than what `deploy.toml` has.
+"""The file of tuned values: settings that `make tune` found to be faster on this machine than those of `deploy.toml`.
 
-Contract: the key `tuned` of `deploy.toml` names the file, beside it; where it is there, every stage that reads
-`deploy.toml` goes by it. It holds per target the few keys that depend on the machine, and nothing else.
+Contract: the key `tuned` of `deploy.toml` names the file, in the same folder. If it exists, its values override those
+of `deploy.toml` in every stage. It holds, per target, only the few keys that depend on the machine.
 
 Example:
     tuned = TunedFile.read(Path("models/recommender/tuned.toml"))
@@ -11,25 +11,25 @@ Example:
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from deepseek.spec.checks import Table, first_error
+from deepseek.spec.checks import Table, checked, read_toml
 from deepseek.spec.command import InputError
-from deepseek.spec.folders import write_whole
-from deepseek.spec.tables import INT32, MOST_COPIES, Target
+from deepseek.spec.files.folders import write_whole
+from deepseek.spec.tables import INT32, MOST_COPIES
+from deepseek.targets import Target
 
 HEADER = """\
-# Written by `make tune`: values that were measured to be better on one machine than those of deploy.toml, which they
-# take the place of. Not to be edited: `make tune` writes it anew. Without it deploy.toml's own values hold again.
+# Written by `make tune`: these values were measured to be better on this machine and override those of deploy.toml.
+# Do not edit: `make tune` overwrites this file. To return to the values of deploy.toml, delete it.
 """
 
 
 class TunedBatching(Table):
-    """The keys of `[batching]` that the machine decides; those left out stay as `deploy.toml` has them."""
+    """The keys of `[batching]` that depend on the machine; a key left out keeps the value of `deploy.toml`."""
 
     max_batch: int | None = Field(None, ge=1, le=INT32)
     max_queue_delay_us: int | None = Field(None, ge=0, le=INT32)
@@ -38,13 +38,13 @@ class TunedBatching(Table):
 
 
 class TunedTarget(Table):
-    """What one target takes, and how it is known."""
+    """Tuned values of one target, and their evidence."""
 
     measured: str = ""
-    """When, on which machine, by which objective, with which gain."""
+    """Date, machine, objective and gain of the measurement."""
     batching: TunedBatching = TunedBatching()
     cuda_graphs: bool | None = None
-    """In place of `[tensorrt]`'s."""
+    """Overrides `tensorrt.cuda_graphs`."""
 
 
 class TunedFile(Table):
@@ -54,26 +54,15 @@ class TunedFile(Table):
 
     @classmethod
     def read(cls, path: Path) -> TunedFile:
-        """What the file holds; nothing where there is none. Raises InputError in one line."""
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-            return cls.model_validate_json(json.dumps(data, default=str))
-        except FileNotFoundError:
-            return cls()
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not valid TOML: {error}; delete it, or make it anew with: make tune") from None
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-        except ValidationError as error:
-            key, message = first_error(error, cls)
-            raise InputError(f"{path}: {key}: {message}") from None
+        """Reads the file; empty if it does not exist. Raises InputError in one line."""
+        return checked(cls, read_toml(path), path) if path.exists() else cls()
 
     def with_target(self, target: Target, values: TunedTarget) -> TunedFile:
-        """The same with other values of one target."""
+        """A copy with the values of one target replaced."""
         return TunedFile(targets={**self.targets, target: values})
 
     def over(self, data: dict[str, Any]) -> dict[str, Any]:
-        """The content of a `deploy.toml` that is known to be right, with these values in place of its own."""
+        """The content of a valid `deploy.toml` with these values applied."""
         targets, tensorrt = dict(data.get("targets", {})), dict(data.get("tensorrt", {}))
         for target, values in self.targets.items():
             table = dict(targets.get(target, {}))
@@ -84,7 +73,7 @@ class TunedFile(Table):
         return {**data, "targets": targets, "tensorrt": tensorrt}
 
     def write(self, path: Path) -> None:
-        """Replaces the file, whole or not at all."""
+        """Replaces the file atomically."""
         lines = [HEADER]
         for target, values in sorted(self.targets.items()):
             lines += [f"[targets.{target}]", *_rows(values.model_dump(exclude_none=True, exclude={"batching"}))]
@@ -96,5 +85,5 @@ class TunedFile(Table):
 
 
 def _rows(values: dict[str, Any]) -> list[str]:
-    """Lines of TOML: JSON's strings, numbers and booleans are written alike."""
+    """Lines of TOML; its strings, numbers and booleans are written as in JSON."""
     return [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]

@@ -1,25 +1,25 @@
 """The training recipe, on Hugging Face accelerate: for any module, any loss, any map-style dataset.
 
 AdamW (0.9, 0.999) with weight decay 1e-4, linear warm-up over the first tenth of the steps, then ReduceLROnPlateau
-(patience 3, factor 0.1) on the validation loss, gradients clipped at norm 1, gradient accumulation and checkpointing,
-mixed precision where the device has it; on request a running average of the weights. Each is a switch of
-`TrainingConfig`. The best weights by validation loss are what the model holds in the end.
+(patience 3, factor 0.1) on the validation loss. Gradients are clipped at norm 1. Gradient accumulation, gradient
+checkpointing, mixed precision and a running average of the weights are switches of `TrainingConfig`. At the end, the
+model holds the weights with the best validation loss.
 
-Contract: a run that is killed at any moment, and started again with the same arguments, goes on from
-its last checkpoint and ends with the weights of an unkilled run: bit for bit on a CPU, and on a GPU as
-far as its kernels are deterministic. For that an item of a dataset may depend on its index, on the
-epoch (`set_epoch(epoch)` is called on a dataset that has it) and on nothing else. A checkpoint of other
-settings, other data or another number of processes is an InputError. A loss that turns NaN or explodes raises
-TrainingDiverged, which says since when, and what to change.
+Contract: a run that is killed at any moment and started again with the same arguments resumes from its last checkpoint.
+It ends with the weights of an uninterrupted run: bit for bit on a CPU, and on a GPU if its kernels are deterministic.
+For this, an item of a dataset may depend only on its index and on the epoch; if the dataset has `set_epoch(epoch)`, it
+is called. A checkpoint with other settings, other data or another number of processes raises InputError. A loss that
+becomes NaN or explodes raises TrainingDiverged, which says at which step and what to change.
 
-Under torchrun, or `python -m deepseek.training.launch`, the same call trains over several processes (`parallel`).
+Under torchrun, or `deepseek launch-training`, the same call trains on several processes (`parallel`). May import
+`deepseek.config`, `deepseek.checkpoints`, `deepseek.sizing`, `deepseek.spec` and `deepseek.svg_chart`.
 
 | module | holds |
-| `recipe`, `outcome`, `switches` | the loop, its schedule, what a run came to |
+| `recipe`, `outcome`, `switches` | the training loop, its schedule, its results |
 | `ways`, `pipeline` | rows, training state or layers divided over processes |
 | `batch_size`, `memory` | `batch_size="auto"` |
-| `meter`, `report` | curves, the data pipeline's share, explosions; the page that draws them |
-| `launch` | several processes, and one line where one of them dies |
+| `meter`, `report` | curves, time spent waiting for data, exploding losses; the HTML report |
+| `launch` | starts several processes; reports in one line if one of them dies |
 
 Examples:
     def loss(model, batch):

@@ -1,15 +1,11 @@
-"""`batch_size="auto"`: from the guide's 256 up or down to what fills 80 % of the memory.
+"""`batch_size="auto"`: the batch size that fills 80 % of the memory, more or less than the guide's 256.
 
-Contract: peaks of a forward and backward pass are measured, never guessed: at 4 and at 16 rows, then at the size that
-their line leads to, and again along the new line where that was too much. Weights, buffers and random states are as
-before; the optimizer's state, which is not there yet, is added by its sum. A multiple of 8, and no more than there are
-rows of data. What was found stands in the checkpoints of a run, so that a resumed one keeps it.
+Contract: the peak memory of a forward and backward pass is measured, never guessed: at 4 and 16 rows, then at the size
+extrapolated from these two points. If that is too large, a new line is fitted and tried. Weights, buffers and random
+states are unchanged afterwards. The optimizer's state, which does not exist yet, is computed and added. The result is a
+multiple of 8 and at most the number of rows. Checkpoints record it, so that a resumed run keeps it.
 
-A larger batch means fewer steps an epoch: the learning rate is not changed with it.
-
-Examples:
-    found = fitting_batch(model, data, loss, config, torch.device("cpu"))
-    found.batch_size, found.needed_bytes, found.limit_bytes
+A larger batch means fewer steps per epoch; the learning rate is not adjusted.
 """
 
 from __future__ import annotations
@@ -26,32 +22,31 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
 from deepseek.config import TrainingConfig
-from deepseek.sizing.live import LiveBytes
 from deepseek.sizing.memory import FILL, OPTIMIZER_BYTES, largest_batch
+from deepseek.sizing.model.live_memory import LiveBytes
 from deepseek.spec import InputError
 from deepseek.training.memory import besides_bytes, limit_bytes
+from deepseek.training.ways import LossFunction
 
 GUIDE = 256
 PROBES = (4, 16)
 TRIES = 4
 
-LossFunction = Callable[[nn.Module, Any], Tensor]
-
 
 @dataclass(frozen=True, kw_only=True)
 class FittingBatch:
-    """What was found; bytes are of one process."""
+    """The batch size found; bytes are per process."""
 
     batch_size: int
     needed_bytes: float
-    """Measured at this size, with the optimizer's state and what the process has beside tensors."""
+    """Measured at this size, including the optimizer's state and the memory of the process outside tensors."""
     room_bytes: float
-    """80 % of the limit."""
+    """80 % of `limit_bytes`."""
     limit_bytes: float
 
     @property
     def line(self) -> str:
-        moved = "as the guide has it" if self.batch_size == GUIDE else f"from the guide's {GUIDE}"
+        moved = "as in the guide" if self.batch_size == GUIDE else f"instead of the guide's {GUIDE}"
         needs = f"needs {self.needed_bytes / 1e9:.2f} of {self.room_bytes / 1e9:.2f} GB"
         return f"batch size {self.batch_size}, {moved}: {needs} (80 % of {self.limit_bytes / 1e9:.2f} GB)"
 
@@ -67,13 +62,13 @@ def fitting_batch(
     limit: float | None = None,
     processes: int = 1,
 ) -> FittingBatch:
-    """The largest batch whose step stays within 80 % of the memory. Raises InputError where not even one row's does.
+    """The largest batch whose step fits in 80 % of the memory. Raises InputError if not even one row fits.
 
-    `processes` share the rows of the data, so that none takes more than its part of them.
+    `processes` divide the rows of the data, so no batch is larger than the share of one process.
     """
     limit = limit_bytes(device) if limit is None else limit
     room = FILL * limit
-    passes = min(2, config.accumulation_steps)  # with gradients of an earlier batch already there
+    passes = min(2, config.accumulation_steps)  # the second pass runs beside the gradients of the first
     outside = besides_bytes(device, model.parameters()) + _state_bytes(model, config)
     step = _step_bytes(model, device)
     rows = max(1, len(data) // processes)  # type: ignore[arg-type]
@@ -90,20 +85,20 @@ def fitting_batch(
             if size == 0:
                 least = min(bytes_ for _, bytes_ in points)
                 raise InputError(
-                    f"TrainingConfig: batch_size: auto: {least / 1e9:.3f} GB are needed at {points[0][0]} rows, and 80 "
-                    f"% of the memory is {room / 1e9:.3f} GB; set gradient_checkpointing=True, or take a smaller model"
+                    f"TrainingConfig: batch_size: auto: {points[0][0]} rows need {least / 1e9:.3f} GB, and 80 % of the "
+                    f"memory is {room / 1e9:.3f} GB; set gradient_checkpointing=True, or use a smaller model"
                 )
             found = dict(points).get(size) or needed(size)
             if found <= room:
                 return FittingBatch(batch_size=size, needed_bytes=found, room_bytes=room, limit_bytes=limit)
             points = [points[0], (size, found)] if math.isfinite(found) else [points[0], (size, 2 * room)]
     raise InputError(
-        f"TrainingConfig: batch_size: auto: {TRIES} trials needed more than {room / 1e9:.3f} GB; set a number"
+        f"TrainingConfig: batch_size: auto: all {TRIES} trials needed more than {room / 1e9:.3f} GB; set a number"
     )
 
 
 def _next(points: list[tuple[int, float]], room: float, rows: int) -> int:
-    """Where the line through two trials meets the room; from 256 up or down is the same place."""
+    """The batch size at which the line through two trials reaches `room`."""
     (small, least), (large, most) = points[0], points[-1]
     slope = max(0.0, (most - least) / (large - small)) if large > small else 0.0
     found = largest_batch(lambda size: least + slope * (size - small), room, most=rows)
@@ -112,14 +107,14 @@ def _next(points: list[tuple[int, float]], room: float, rows: int) -> int:
 
 
 def _state_bytes(model: nn.Module, config: TrainingConfig) -> float:
-    """AdamW's moments, and the running average's copy."""
+    """Bytes of AdamW's moments and of the running average's copy."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     copy = sum(tensor.nbytes for tensor in model.state_dict().values()) if config.ema_decay else 0
     return float(OPTIMIZER_BYTES["adamw"] * trained + copy)
 
 
 def _step_bytes(model: nn.Module, device: torch.device) -> float:
-    """Weights and gradients while AdamW steps: of all parameters at once on a GPU, one by one on a CPU."""
+    """Bytes while AdamW steps: it updates all parameters at once on a GPU, one after the other on a CPU."""
     sizes = [parameter.nbytes for parameter in model.parameters()]
     return 2.0 * sum(sizes) + (2 * max(sizes, default=0) if device.type == "cpu" else sum(sizes))
 
@@ -136,7 +131,7 @@ def _peak_bytes(
     autocast: Callable[[], contextlib.AbstractContextManager[None]],
     passes: int,
 ) -> float:
-    """The most that weights, batch, activations and gradients take; infinite where the GPU had not so much."""
+    """Peak bytes of weights, batch, activations and gradients; infinite if the GPU runs out of memory."""
     batch = tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
     model.zero_grad(set_to_none=True)
     try:
@@ -157,7 +152,7 @@ def _peak_bytes(
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Buffers, mode and random states come back as they were."""
+    """Restores buffers, training mode and random states."""
     buffers, training = {name: buffer.clone() for name, buffer in model.named_buffers()}, model.training
     try:
         with torch.random.fork_rng():

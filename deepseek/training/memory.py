@@ -1,10 +1,7 @@
-"""How much memory there is, and how much this process has taken of it.
+"""How much memory this process may use, and how much it uses.
 
-Contract: `limit_bytes` is what this process may fill: of its GPU, or its share of the machine (of its container, where
-that has less). What a step takes, tensor by tensor: `deepseek.sizing.live`.
-
-Examples:
-    limit_bytes(torch.device("cpu")), used_bytes(torch.device("cpu"))
+Contract: `limit_bytes` is the memory of its GPU, or its share of the machine's or the container's memory, whichever is
+less. `deepseek.sizing.model.live_memory` measures a step tensor by tensor.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def limit_bytes(device: torch.device) -> float:
-    """Memory that this process may have: its GPU's, or an equal share of this machine's."""
+    """Memory that this process may use: its GPU's, or an equal share of this machine's."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[1])
     limits = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
@@ -31,23 +28,20 @@ def limit_bytes(device: torch.device) -> float:
     for path in CGROUP_LIMITS:
         try:
             limits.append(float(Path(path).read_text()))
-        except (OSError, ValueError):  # another system; "max"
+        except (OSError, ValueError):  # another cgroup version, or "max": no limit
             continue
     return min(limits) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def used_bytes(device: torch.device) -> int:
-    """What this process has now; of a GPU the most that its tensors ever had."""
+    """Memory that this process uses now; on a GPU, the peak of its tensors so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not a Linux: the most that it ever had
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def besides_bytes(device: torch.device, held: Iterable[Tensor]) -> float:
-    """What the process has beside tensors: interpreter and libraries, or a CUDA context and other processes."""
+    """Memory outside tensors: interpreter and libraries, or a CUDA context and other processes on the GPU."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return float(total - free - torch.cuda.memory_reserved(device))

@@ -1,14 +1,8 @@
-"""What a run looks like from step to step: curves of constant size, the data pipeline's share, a loss that explodes.
+"""Metrics of a run, step by step: curves of bounded size, time spent waiting for data, exploding losses.
 
-Contract: state is plain values, so that a checkpoint holds it and a resumed run draws one curve. A curve has at most
-`MOST` points: when it is full, each two become one. Time is that of training steps; validation and checkpoints are not
-in it.
-
-Examples:
-    for batch in meter.timed(loader):
-        ...
-        meter.step(step=1, loss=0.7, learning_rate=1e-3, gradient_norm=2.0, rows=32, memory_bytes=used_bytes(device))
-    meter.data_share, meter.rows_per_s
+Contract: the state is plain values, so a checkpoint can hold it and a resumed run continues its curves. A curve has at
+most `MOST` points: when it is full, pairs of points are merged. Only the time of training steps counts, not that of
+validation and checkpoints.
 """
 
 from __future__ import annotations
@@ -20,17 +14,17 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 MOST = 512  # points of a curve
-STARVED = 0.2  # of the time waiting for data: worth a word
-WINDOW = 16  # steps whose median is the loss's level: a few broken rows do not move it
+STARVED = 0.2  # a larger share of the time spent waiting for data is reported
+WINDOW = 16  # steps whose median is the level of the loss: a few bad rows do not change it
 Item = TypeVar("Item")
 
 
 class Meter:
-    """Steps with their losses and times."""
+    """Records steps with their losses and times."""
 
     def __init__(self) -> None:
         self.points: list[dict[str, float]] = []
-        self.stride = 1  # steps a point
+        self.stride = 1  # steps per point
         self._open: list[dict[str, float]] = []  # steps of the next point
         self._waited_s = self._spent_s = 0.0
         self._began: float | None = None
@@ -42,7 +36,7 @@ class Meter:
         self.points, self.stride, self._open = state["points"], state["stride"], state["open"]
 
     def timed(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """The batches; how long each was waited for is counted."""
+        """Yields the batches, and measures how long each took to arrive."""
         iterator = iter(batches)
         self._began = None
         while True:
@@ -66,7 +60,7 @@ class Meter:
         self._pass()
         self._open.append(values | {"seconds": self._spent_s, "waited_s": self._waited_s})
         self._waited_s = self._spent_s = 0.0
-        self._began = None  # what comes until the next batch is asked for is no training
+        self._began = None  # time until the next batch is requested does not count
         if len(self._open) == self.stride:
             self.points.append(_merged(self._open))
             self._open = []
@@ -76,7 +70,7 @@ class Meter:
 
     @property
     def curve(self) -> list[dict[str, float]]:
-        """All points, the unfinished one too."""
+        """All points, including the unfinished one."""
         return [*self.points, _merged(self._open)] if self._open else list(self.points)
 
     def _sum(self, name: str) -> float:
@@ -88,7 +82,7 @@ class Meter:
 
     @property
     def data_share(self) -> float:
-        """Part of the time of training steps that was spent waiting for the next batch."""
+        """Share of the time of training steps spent waiting for the next batch."""
         return self._sum("waited_s") / self.seconds if self.seconds else 0.0
 
     @property
@@ -100,7 +94,7 @@ class Meter:
         return int(max((point["memory_bytes"] for point in self.curve), default=0))
 
     def starved(self, workers: int) -> str | None:
-        """One line where the device waits for data; None where it hardly does."""
+        """A one-line warning if the model waits for data; None if it hardly waits."""
         if self.data_share <= STARVED:
             return None
         cure = "raise num_workers (seen 0)" if workers == 0 else f"raise num_workers (seen {workers}), or read faster"
@@ -108,7 +102,7 @@ class Meter:
 
 
 def _merged(points: list[dict[str, float]]) -> dict[str, float]:
-    """One point of several: sums of rows and times, mean loss, largest norm and memory, last step and rate."""
+    """Merges points: sums of rows and times, mean loss, largest norm and memory, last step and learning rate."""
     last = points[-1]
     found = {name: math.fsum(point[name] for point in points) for name in ("rows", "seconds", "waited_s")}
     found["loss"] = statistics.fmean(point["loss"] for point in points)
@@ -117,7 +111,7 @@ def _merged(points: list[dict[str, float]]) -> dict[str, float]:
 
 
 class LossWatch:
-    """Whether the loss has exploded: its median over 16 steps is `factor` times that of the first 16."""
+    """Detects an exploding loss: its median over 16 steps exceeds `factor` times that of the first 16."""
 
     def __init__(self, factor: float | None) -> None:
         self.factor = factor
@@ -135,7 +129,7 @@ class LossWatch:
         vars(self).update(state)
 
     def see(self, step: int, loss: float, norm: float) -> str | None:
-        """What happened, where it exploded."""
+        """Records a step; returns a description if the loss has exploded, else None."""
         self.losses = [*self.losses[1 - WINDOW :], loss]
         if norm > self.largest_norm:
             self.largest_norm, self.largest_at = norm, step
@@ -151,10 +145,10 @@ class LossWatch:
             self.limit = now + (self.factor - 1) * scale if scale else math.inf
         if now <= self.limit:
             return None
-        times = f", {now / self.level:.0f} times" if self.level > 0 else ", against"
+        times = f", {now / self.level:.0f} times" if self.level > 0 else ", from"
         return (
-            f"the loss has exploded to {now:.3g}{times} the {self.level:.3g} it began with (medians of {WINDOW} steps)"
-            f"; the largest gradient norm, {self.largest_norm:.3g}, was at step {self.largest_at}, the usual one was "
+            f"the loss exploded to {now:.3g}{times} its initial {self.level:.3g} (medians of {WINDOW} steps); the "
+            f"largest gradient norm was {self.largest_norm:.3g}, at step {self.largest_at}, and the median "
             f"{self.usual_norm:.3g}"
         )
 
@@ -163,8 +157,8 @@ def cure(clip_norm: float | None, usual_norm: float) -> str:
     """What to change after an explosion."""
     if clip_norm is None or clip_norm > 10 * max(usual_norm, 1e-12):
         seen = "not clipped" if clip_norm is None else f"clipped only at {clip_norm:g}"
-        return f"Gradients were {seen}: set clip_norm=1.0; and look at the rows of that step"
+        return f"Gradients were {seen}: set clip_norm=1.0, and check the rows of that step"
     return (
         f"Gradients were clipped at {clip_norm:g}, so single steps are not the cause: lower the learning rate, or "
-        "raise warmup_fraction; and look for huge values in the data"
+        "raise warmup_fraction, and look for huge values in the data"
     )

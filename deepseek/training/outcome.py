@@ -1,4 +1,4 @@
-"""What a run comes to, where it stands meanwhile, and how it fails."""
+"""Result, progress and failure of a training run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deepseek.training.ways import Weights
 
 
 class TrainingDiverged(GateFailed):
-    """The loss or its gradient is no finite number, or has exploded; the last good weights are in the model."""
+    """The loss or its gradient is NaN or infinite, or the loss exploded. The model holds the last good weights."""
 
     def __init__(self, message: str, *, step: int, learning_rate: float, gradient_norm: float) -> None:
         super().__init__(message)
@@ -22,7 +22,7 @@ class TrainingDiverged(GateFailed):
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """What one epoch came to; the learning rate is that of its last step."""
+    """Result of one epoch; the learning rate is that of its last step."""
 
     epoch: int
     train_loss: float
@@ -32,30 +32,30 @@ class Epoch:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a run came to; `epochs[best_epoch]` is where the model's weights are from."""
+    """Result of a run. The model's weights are those of `epochs[best_epoch]`."""
 
     best_loss: float
     best_epoch: int
     steps: int
     epochs: tuple[Epoch, ...]
     resumed_at_step: int | None
-    """The step of the checkpoint that this run went on from; None: it began anew."""
+    """Step of the checkpoint from which this run resumed; None: it started from the beginning."""
     batch_size: int
-    """Rows at once in each process: what `batch_size="auto"` found, or was given."""
+    """Rows per batch in each process, as configured or found by `batch_size="auto"`."""
     rows_per_s: float
-    """Of all processes, over the time of training steps."""
+    """Throughput of all processes together, over the time of training steps."""
     data_share: float
-    """Part of that time spent waiting for the next batch."""
+    """Share of that time spent waiting for the next batch."""
     peak_memory_bytes: int
-    """Of this process, or on its GPU."""
+    """Peak memory of this process, or of its tensors on the GPU."""
 
 
 @dataclass
 class Position:
-    """Where a run stands. accelerate saves and loads it with model, optimizer and random states."""
+    """Progress of a run. accelerate saves and loads it with model, optimizer and random states."""
 
     epoch: int = 0
-    batch: int = 0  # batches of this epoch that are done
+    batch: int = 0  # finished batches of this epoch
     step: int = 0
     loss_sum: float = 0.0  # over this epoch's steps
     gradient_norm: float = math.nan

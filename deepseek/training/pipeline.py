@@ -1,11 +1,12 @@
-"""`parallel="pipeline"`: each process has some layers, and micro-batches flow through them (1F1B).
+"""`parallel="pipeline"`: each process holds some layers, and micro-batches flow through them (1F1B).
 
-Contract: the model is an `nn.Sequential` (in it, or instead of it, a Transformer with `padding_id=None`); its layers
-are cut into as many parts as there are processes, by parameters. A step takes `accumulation_steps` micro-batches of
-`batch_size` rows, at least one a process; rows that fill no step are left out of an epoch. The same `loss(model,
-batch)` as everywhere: it has to call the model once, with tensors by position; the first process takes from it what
-goes in, the last calls it with what came out. It has to be a mean over rows. Schedule and sends are
-`torch.distributed.pipelining`'s.
+Contract: the model is an `nn.Sequential`, or a Transformer with `padding_id=None`, or an `nn.Sequential` that contains
+one. Its layers are cut into one part per process, with about equally many parameters. A step takes `accumulation_steps`
+micro-batches of `batch_size` rows, at least one per process; an epoch leaves out rows that do not fill a step.
+
+`loss(model, batch)` must be a mean over rows and call the model exactly once, with one tensor by position. The first
+process takes the model's input from that call; the last process calls the loss with the model's output.
+`torch.distributed.pipelining` does the scheduling and sending.
 """
 
 from __future__ import annotations
@@ -31,13 +32,11 @@ from deepseek.spec import InputError
 from deepseek.training.ways import LossFunction, Weights, keep_in_shards, rows_of
 from deepseek.transformer import Block, Transformer
 
-HEADER = 8  # integers before a tensor: how many dimensions it has, and these
-
 
 class Pipeline:
     """Layers divided over the processes."""
 
-    accumulation_steps = 1  # the micro-batches of a step come in one batch, and are all of one size
+    accumulation_steps = 1  # one batch contains all micro-batches of a step, which have equal sizes
     drop_last = True
     rows_factor = 1
 
@@ -58,7 +57,7 @@ class Pipeline:
         self.batch: Any = None
 
     def prepare(self, optimizer: torch.optim.Optimizer, train: DataLoader[Any], validation: Dataset[Any]) -> None:
-        """Every process goes through all rows; only some of them read what is in them."""
+        """Sets up the loaders: every process iterates over all rows, but only some processes use their content."""
         rows = len(train.dataset)  # type: ignore[arg-type]
         if rows < self.batch_rows:
             raise InputError(f"train_data: seen {rows} rows; a step of this pipeline takes {self.batch_rows}")
@@ -109,36 +108,26 @@ class Pipeline:
         return loss
 
     def validate(self, model: nn.Module) -> float:
-        """Batch after batch through all processes; every size of batch is allowed here."""
+        """Mean validation loss. Each batch passes through all processes; batches may differ in size."""
         model.eval()
         loss_sum, rows = 0.0, 0
         with torch.no_grad():
             for each in self.validation:
                 batch = send_to_device(each, self.accelerator.device)
-                taken = arguments(self.loss, batch) if self.rank == 0 else (self._receive(),)
-                output, value = model(*taken), torch.zeros(())
+                received: list[Any] = [None]
+                if self.rank == 0:
+                    received = list(arguments(self.loss, batch))
+                else:
+                    dist.recv_object_list(received, self.rank - 1)
+                output, value = model(received[0].to(self.accelerator.device)), torch.zeros(())
                 if self.rank < self.ranks - 1:
-                    self._send(output)
+                    dist.send_object_list([output.cpu()], self.rank + 1)
                 else:
                     with self.accelerator.autocast():
                         value = self.loss(_Answer(output).eval(), batch)
                 size = rows_of(batch)
                 loss_sum, rows = loss_sum + float(self._from_last(value)) * size, rows + size
         return loss_sum / rows
-
-    def _send(self, tensor: Tensor) -> None:
-        header = torch.zeros(HEADER, dtype=torch.int64)
-        header[: tensor.dim() + 1] = torch.tensor([tensor.dim(), *tensor.shape])
-        dist.send(header.to(tensor.device), self.rank + 1)
-        dist.send(tensor.contiguous(), self.rank + 1)
-
-    def _receive(self) -> Tensor:
-        header = torch.zeros(HEADER, dtype=torch.int64, device=self.accelerator.device)
-        dist.recv(header, self.rank - 1)
-        dims, *shape = header.tolist()
-        tensor = torch.empty(shape[:dims], device=self.accelerator.device)
-        dist.recv(tensor, self.rank - 1)
-        return tensor
 
     def weights(self) -> Weights:
         mine = {name: weight.detach().cpu().clone() for name, weight in self.mine.state_dict().items()}
@@ -151,7 +140,7 @@ class Pipeline:
 
 
 class _Stage(nn.Module):
-    """The layers of one process; what it hands on is fp32, also under autocast."""
+    """The layers of one process; its output is fp32, also under autocast."""
 
     def __init__(self, accelerator: Accelerator, layers: nn.Sequential) -> None:
         super().__init__()
@@ -164,7 +153,7 @@ class _Stage(nn.Module):
 
 
 class _Answer(nn.Module):
-    """Stands in for the model where its output is known."""
+    """Stand-in for the model that returns a known output."""
 
     def __init__(self, output: Tensor) -> None:
         super().__init__()
@@ -180,21 +169,21 @@ class _Asked(Exception):
 
 
 class _Asking(nn.Module):
-    """Stands in for the model where its input is wanted."""
+    """Stand-in for the model that captures its input."""
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         if named or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-            raise InputError("a pipeline's loss has to call the model with one tensor, by position")
+            raise InputError("parallel='pipeline': the loss must call the model with one tensor, by position")
         raise _Asked(inputs)
 
 
 def arguments(loss: LossFunction, batch: Any) -> tuple[Any, ...]:
-    """What a loss gives to the model. Raises InputError where it does not call it, or not with one tensor."""
+    """The arguments with which a loss calls the model. Raises InputError unless it does so with one tensor."""
     try:
         loss(_Asking(), batch)
     except _Asked as asked:
         return asked.inputs
-    raise InputError("a pipeline's loss has to call the model that it is given")
+    raise InputError("parallel='pipeline': the loss must call the model that it is given")
 
 
 class _Embedding(nn.Module):
@@ -219,7 +208,7 @@ class _Layer(nn.Module):
 
 
 def as_layers(model: nn.Module) -> nn.Sequential:
-    """The layers in their order, with the model's own parameters. Raises InputError for a model that has none."""
+    """The layers in order, sharing the model's parameters. Raises InputError for a model without a known order."""
     if isinstance(model, Transformer) and model.config.padding_id is None:
         blocks = [_Layer(block, model.gradient_checkpointing) for block in model.blocks]  # type: ignore[arg-type]
         return nn.Sequential(_Embedding(model), *blocks, model.norm)
@@ -227,37 +216,27 @@ def as_layers(model: nn.Module) -> nn.Sequential:
         parts = [as_layers(child) if isinstance(child, Transformer) else [child] for child in model]
         return nn.Sequential(*(layer for each in parts for layer in each))
     raise InputError(
-        f"TrainingConfig: parallel: 'pipeline' needs an nn.Sequential, or a Transformer with padding_id=None (a mask "
-        f"is not handed on); seen {type(model).__name__}"
+        f"TrainingConfig: parallel: 'pipeline' needs an nn.Sequential, or a Transformer with padding_id=None (masks "
+        f"are not passed on); seen {type(model).__name__}"
     )
 
 
 def part(layers: nn.Sequential, rank: int, ranks: int) -> nn.Sequential:
-    """The layers of one process, under their names in the whole."""
+    """The layers of one process, with their names in the whole model."""
     cuts = cut([sum(each.numel() for each in layer.parameters()) for layer in layers], ranks)
     return nn.Sequential(OrderedDict([*layers.named_children()][cuts[rank] : cuts[rank + 1]]))
 
 
 def cut(sizes: Sequence[int], parts: int) -> list[int]:
-    """Where to cut a row of layers so that each part has parameters, about as many; with both ends."""
-    if len(sizes) < parts:
-        raise InputError(f"TrainingConfig: parallel: 'pipeline': {len(sizes)} layers do not go round {parts} processes")
-    found = _cut(sizes, parts)
-    if all(any(sizes[start:end]) for start, end in itertools.pairwise(found)):
-        return found
+    """Cut points, including both ends, that give each part about equally many parameters, and at least one layer."""
     heavy = [place for place, size in enumerate(sizes) if size]
     if len(heavy) < parts:
         layers = f"{len(heavy)} layers with parameters"
-        raise InputError(f"TrainingConfig: parallel: 'pipeline': {layers} do not go round {parts} processes")
-    starts = _cut([sizes[place] for place in heavy], parts)[1:-1]
-    return [0, *(heavy[place] for place in starts), len(sizes)]  # layers without any go along with the one before them
-
-
-def _cut(sizes: Sequence[int], parts: int) -> list[int]:
-    total, found, before = sum(sizes) or 1, [0], 0
-    ends = [before := before + size for size in sizes]
+        raise InputError(f"TrainingConfig: parallel: 'pipeline': seen {layers}, too few for {parts} processes")
+    ends, first, found = list(itertools.accumulate(sizes[place] for place in heavy)), 0, [0]
     for number in range(1, parts):
-        goal = total * number / parts
+        goal = ends[-1] * number / parts
         nearest = min(range(len(ends)), key=lambda index: abs(ends[index] - goal)) + 1
-        found.append(min(max(nearest, found[-1] + 1), len(sizes) - (parts - number)))
+        first = min(max(nearest, first + 1), len(heavy) - (parts - number))
+        found.append(heavy[first])  # layers without parameters stay with the layer before them
     return [*found, len(sizes)]

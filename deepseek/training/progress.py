@@ -1,4 +1,4 @@
-"""What a run says while it goes on: a bar on a terminal, elsewhere a line now and then."""
+"""Progress of a run: a bar on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LINE_EVERY_S = 10.0  # without a terminal to draw a bar on
 
 
 class ProgressLine:
-    """Of the main process; others are silent."""
+    """Progress output of the main process; other processes print nothing."""
 
     def __init__(self, total_steps: int, shown: bool) -> None:
         self.console = Console(stderr=True, quiet=not shown, highlight=False, soft_wrap=True, markup=False)

@@ -1,13 +1,13 @@
-"""The loop of the training recipe. See `deepseek.training`, which has its contract and an example."""
+"""The training loop. The package docstring of `deepseek.training` has its contract and an example."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import accelerate
 import numpy as np
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from deepseek.checkpoints import Checkpoints, digest, probe
-from deepseek.checkpoints import replace as replace_file
 from deepseek.config import TrainingConfig
 from deepseek.spec import InputError
+from deepseek.spec.files.folders import beside
 from deepseek.training.batch_size import fitting_batch
 from deepseek.training.memory import used_bytes
 from deepseek.training.meter import LossWatch, cure
@@ -34,13 +34,14 @@ from deepseek.training.switches import (
     make_accelerator,
     running_average,
 )
-from deepseek.training.ways import Data, Sharded, Way, Weights, check_parallel, rows_of
+from deepseek.training.ways import Data, LossFunction, Sharded, Weights, check_parallel, rows_of
 
-LossFunction = Callable[[nn.Module, Any], Tensor]
+if TYPE_CHECKING:
+    from deepseek.training.pipeline import Pipeline
 
 
 class _EpochSampler(Sampler[int]):
-    """An order that depends on the seed and the epoch alone, so that a resumed epoch has the same one."""
+    """A random order that depends only on seed and epoch, so that a resumed epoch has the same order."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed, self.epoch = size, seed, 0
@@ -66,19 +67,19 @@ def train_model(
     identity: Mapping[str, object] | None = None,
     report: str | Path | None = None,
 ) -> TrainingResult:
-    """Trains in place; the model ends with its best weights by validation loss, in eval mode.
+    """Trains `model` in place; it ends in eval mode with the weights of the best validation loss.
 
-    `loss(model, batch)` gives the mean over a batch, as a scalar; it must call the model that it is
-    given. `checkpoints` is a folder for this run alone; without it nothing can be resumed. `identity`
-    is what else tells this run from another, as a hash of the data (of which a few rows are looked at
-    anyhow). `report` is a page (HTML) with curves, its figures beside it (JSON), drawn after each epoch.
+    `loss(model, batch)` returns the mean over a batch, as a scalar, and must call the model that it is given.
+    `checkpoints` is a folder used only by this run; without it, the run cannot be resumed. `identity` is anything else
+    that distinguishes this run from others, such as a hash of the data; a few rows are always compared. `report` is an
+    HTML file for curves, written after each epoch with a JSON file of the figures beside it.
     Raises TrainingDiverged, and InputError for data, a model or a checkpoint that does not fit.
     """
     for name, data in (("train_data", train_data), ("validation_data", validation_data)):
         if not isinstance(data, Sized) or len(data) == 0:
             raise InputError(f"{name}: a dataset with a length of at least 1 is needed; seen {type(data).__name__}")
     if report is not None and Path(report).suffix != ".html":
-        raise InputError(f"report: seen {str(report)!r}; a name that ends in .html is needed (.json comes beside it)")
+        raise InputError(f"report: seen {str(report)!r}; use a name that ends in .html (a .json is written beside it)")
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     run = _Run(model, train_data, validation_data, loss, config, checkpoints, report)
@@ -100,10 +101,10 @@ class _Run:
     ) -> None:
         self.given, self.train_data, self.validation_data = model, train_data, validation_data
         self.accelerator = make_accelerator(config)
-        self.found = ""  # what batch_size="auto" came to
+        self.found = ""  # the result of batch_size="auto", in words
         self.config = config = self._with_batch_size(config, loss, checkpoints)
         self.report_path = None if report is None else Path(report)
-        self.way: Way = _way(self.accelerator, model, loss, config)
+        self.way = _way(self.accelerator, model, loss, config)
         device = self.accelerator.device
         self.average = running_average(model, config.ema_decay, device) if config.ema_decay else None
         self.raw_optimizer = torch.optim.AdamW(
@@ -120,12 +121,12 @@ class _Run:
         self.warmup_steps = round(config.warmup_fraction * config.max_epochs * self.steps_per_epoch)
         self.checkpoints: Checkpoints | None = None
         self.resumed_at_step: int | None = None
-        set_seed(config.seed, device_specific=True)  # each process has dropouts of its own
+        set_seed(config.seed, device_specific=True)  # each process has its own dropout masks
 
     def _with_batch_size(
         self, config: TrainingConfig, loss: LossFunction, checkpoints: str | Path | None
     ) -> TrainingConfig:
-        """`auto` made a number: that of the run's checkpoint, or what the process with least memory bears."""
+        """Resolves `auto`: the batch size in the run's checkpoint, or the one that fits in every process."""
         if config.batch_size != "auto":
             return config
         if config.parallel == "pipeline" and self.accelerator.num_processes > 1:
@@ -149,8 +150,8 @@ class _Run:
         return replace(config, batch_size=min(gather_object([mine.batch_size])))
 
     def _loader(self) -> DataLoader[Any]:
-        # A generator of its own: a loader that begins an epoch would else draw from the global random
-        # state, once more in a resumed run than in an unkilled one, and dropout would differ.
+        # With its own generator: otherwise a loader draws from the global random state at the start of each epoch,
+        # once more in a resumed run than in an uninterrupted one, and dropout would differ.
         generator = torch.Generator().manual_seed(self.config.seed)
         return DataLoader(
             self.train_data,
@@ -162,7 +163,7 @@ class _Run:
         )
 
     def keep_checkpoints(self, folder: Path, identity: Mapping[str, object]) -> None:
-        """From now on; and goes on from the last one, if there is any."""
+        """Keeps checkpoints from now on, and resumes from the last one if there is any."""
         shapes = {name: [*weight.shape] for name, weight in self.given.state_dict().items()}
         if hasattr(self.train_data, "set_epoch"):
             self.train_data.set_epoch(0)  # an earlier run in this process may have left it elsewhere
@@ -177,7 +178,7 @@ class _Run:
                 **identity,
             },
         )
-        set_seed(self.config.seed, device_specific=True)  # the probes may have drawn from it
+        set_seed(self.config.seed, device_specific=True)  # the probes may have drawn random numbers
         if self.checkpoints.resume(self.accelerator):
             self.resumed_at_step = self.position.step
 
@@ -243,7 +244,7 @@ class _Run:
         norm = way.clip(math.inf if config.clip_norm is None else config.clip_norm)
         loss = way.mean(loss)
         loss_value, norm_value = torch.stack([loss.float(), norm.float().to(loss.device)]).tolist()
-        # With fp16's loss scaling an infinite gradient is ordinary: that step is skipped, the scale halved.
+        # With fp16's loss scaling, an infinite gradient is normal: the step is skipped and the scale is halved.
         if not math.isfinite(loss_value) or (not math.isfinite(norm_value) and self.accelerator.scaler is None):
             advice = "Try a lower learning rate, and look for NaN or huge values in the data"
             raise self._diverged(f"loss is {loss_value:g}", norm_value, advice)
@@ -269,7 +270,7 @@ class _Run:
         )
 
     def _validate(self) -> float:
-        """Mean validation loss over all rows. Raises TrainingDiverged where that is no number."""
+        """Mean validation loss over all rows. Raises TrainingDiverged if it is NaN or infinite."""
         found = self.way.validate(self.way.model if self.average is None else self.average.module)
         if not math.isfinite(found):
             advice = "Try a lower learning rate, and look for NaN or huge values in the data"
@@ -318,12 +319,13 @@ class _Run:
         if self.checkpoints and self.accelerator.is_main_process:
             path = self.checkpoints.folder / "last_good.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, lambda beside: save_model(self.given, str(beside)))
+            with beside(path) as draft:
+                save_model(self.given, str(draft))
             kept += f", in {path}"
         step, rate = position.step + 1, self._learning_rate()
         message = (
             f"training stopped at step {step}: {what}; learning rate {rate:.3g}, gradient norm {norm:.3g} "
-            f"(the step before: {position.gradient_norm:.3g}). Last good weights: {kept}. {advice}"
+            f"(step before: {position.gradient_norm:.3g}). Last good weights: {kept}. {advice}"
         )
         self._write_report(message)
         return TrainingDiverged(message, step=step, learning_rate=rate, gradient_norm=norm)
@@ -357,14 +359,14 @@ class _Run:
         if self.checkpoints is None:
             return
         due = due or time.monotonic() - self.checkpointed_at >= self.config.checkpoint_every_s
-        if self.accelerator.num_processes > 1:  # clocks differ: the first process says when
+        if self.accelerator.num_processes > 1:  # clocks differ, so the first process decides
             due = bool(broadcast(torch.tensor([int(due)], device=self.accelerator.device), 0).item())
         if due:
             self.checkpoints.save(self.accelerator)
             self.checkpointed_at = time.monotonic()
 
 
-def _way(accelerator: Accelerator, model: nn.Module, loss: LossFunction, config: TrainingConfig) -> Way:
+def _way(accelerator: Accelerator, model: nn.Module, loss: LossFunction, config: TrainingConfig) -> Data | Pipeline:
     if accelerator.num_processes == 1 or config.parallel == "data":
         return Data(accelerator, model, loss, config)
     check_parallel(accelerator, config)

@@ -1,6 +1,6 @@
-"""What acts before the first step, by switches of `TrainingConfig`, and after the last.
+"""Set-up and tear-down of a run, by switches of `TrainingConfig`.
 
-Before: precision, running average, gradient checkpointing. After: the end of several processes.
+Before the first step: precision, running average, gradient checkpointing. After the last: the process group's end.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from deepseek.spec import InputError
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """For mixed precision, accumulation and several processes. Raises InputError for a precision that is not here."""
+    """Sets up mixed precision, accumulation and processes. Raises InputError for an unsupported precision."""
     precision: str = config.mixed_precision
     if precision == "auto":
         cuda = torch.cuda.is_available()
         precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "no"
     launched = "LOCAL_RANK" in os.environ
     if launched and distributed.is_available():
-        # Imported after the start its functions' defaults hold the process group, whose threads then never end.
+        # If imported later, its functions' defaults keep the process group alive, and its threads never end.
         importlib.import_module("torch.distributed.nn")
     try:
         return Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=config.accumulation_steps,
-            # Without this accelerate takes processes on CPUs for so many single runs.
+            # Without this, accelerate treats each process on a CPU as a separate run.
             cpu=launched and not torch.accelerator.is_available(),
         )
     except ValueError as error:  # fp16 without a GPU; another precision earlier in this process
@@ -41,10 +41,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def leave_processes_at_exit() -> None:
-    """Ends the process group before the interpreter ends. To be called after success: failed ranks may wait for others.
+    """Ends the process group before the interpreter exits. Call it only after success: failed ranks may be waiting.
 
-    A thread of the group that lets go of a tensor while the interpreter ends kills a process that had done its work
-    (pytorch/pytorch#190489).
+    Otherwise, a thread of the group that releases a tensor while the interpreter exits kills a process that has already
+    finished its work (pytorch/pytorch#190489).
     """
     atexit.unregister(_leave_processes)
     atexit.register(_leave_processes)
@@ -53,11 +53,11 @@ def leave_processes_at_exit() -> None:
 def _leave_processes() -> None:
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-        time.sleep(0.1)  # DTensor's caches keep the group of a sharded model: its threads let go now
+        time.sleep(0.1)  # DTensor's caches keep the group of a sharded model; its threads need a moment to release it
 
 
 def running_average(model: nn.Module, decay: float, device: torch.device) -> AveragedModel:
-    """A copy of the model that follows its weights; soon at first, when they still change much."""
+    """A copy of the model that averages its weights; with a faster decay at first, while they change a lot."""
 
     def follow(averaged: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:
         done = float(steps)
@@ -67,7 +67,7 @@ def running_average(model: nn.Module, decay: float, device: torch.device) -> Ave
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Switches it on in our modules, and in Hugging Face models by their own method."""
+    """Enables it by a module's `gradient_checkpointing` attribute, or by the method of Hugging Face models."""
     ours = [module for module in model.modules() if isinstance(getattr(module, "gradient_checkpointing", None), bool)]
     enable = getattr(model, "gradient_checkpointing_enable", None)
     if callable(enable):

@@ -1,14 +1,14 @@
 """How the processes of a run divide the work: rows (`Data`), or rows and training state (`Sharded`).
 
-Contract: what the recipe asks of a way of training is `Way`; `deepseek.training.pipeline` is the third. All processes
-see the same loss, gradient norm and validation loss, so that they decide alike: when to stop, what is best.
-`weights()` gives the whole model's on every process. One process is `Data` with nobody to share with, whatever
-`parallel` says.
+Contract: `deepseek.training.pipeline.Pipeline` is the third way, with the same methods. All processes see the same
+loss, gradient norm and validation loss, so they make the same decisions: when to stop, which weights are best.
+`weights()` returns the weights of the whole model on every process. A single process always uses `Data`, whatever
+`parallel` is.
 
-    data       each process holds all of the model, gradients are averaged (DistributedDataParallel); where batches do
-               not go round, accelerate repeats rows of the epoch's beginning
-    sharded    each holds a share of weights, gradients and moments (FSDP2, `fully_shard`), layer by layer; the model
-               that was given stays whole in RAM, and gets the best weights in the end
+    data       each process holds the whole model, gradients are averaged (DistributedDataParallel); if batches cannot
+               be divided evenly, accelerate repeats rows from the beginning of the epoch
+    sharded    each process holds a share of weights, gradients and moments (FSDP2, `fully_shard`), layer by layer; the
+               given model stays whole in RAM, and gets the best weights at the end
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -35,60 +35,36 @@ Weights = dict[str, Tensor]
 
 
 def rows_of(batch: Any) -> int:
-    """Rows of a batch: the first dimension of its first tensor; 1 where it has none."""
+    """Rows of a batch: the first dimension of its first tensor, or 1 if it has no tensor."""
     try:
         return find_batch_size(batch) or 1
-    except (TypeError, ValueError, IndexError):  # its first field is none: texts, say
+    except (TypeError, ValueError, IndexError):  # its first field is not a tensor, but strings, for example
         return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
-class Way(Protocol):
-    """What the recipe needs."""
+class Data:
+    """One process, or several that each train on their own rows."""
 
-    model: nn.Module
     optimizer: Any
     train: Any
     accumulation_steps: int
-    """Batches of `train` that make a step."""
+    """Batches of `train` per optimizer step."""
     batch_rows: int
-    """Rows of such a batch."""
-    drop_last: bool
-    """Whether a last batch of fewer rows is left out of an epoch."""
+    """Rows per batch."""
+    drop_last = False
+    """Whether an epoch leaves out a last batch with fewer rows."""
     rows_factor: int
-    """Rows of a step, over those that this process sees of it."""
-
-    def prepare(self, optimizer: torch.optim.Optimizer, train: DataLoader[Any], validation: Dataset[Any]) -> None: ...
-    def accumulating(self) -> contextlib.AbstractContextManager[Any]: ...
-    def backward(self, batch: Any, batches: int) -> Tensor:
-        """Loss of a batch, when its share of the gradients has been added; so many `batches` make this step."""
-        ...
-
-    @property
-    def step_is_due(self) -> bool: ...
-    def clip(self, max_norm: float) -> Tensor: ...
-    def mean(self, loss: Tensor) -> Tensor:
-        """Over the processes."""
-        ...
-
-    def validate(self, model: nn.Module) -> float: ...
-    def weights(self) -> Weights: ...
-    def load(self, weights: Weights) -> None:
-        """Into the model that the user gave."""
-        ...
-
-
-class Data:
-    """One process, or several that each go through rows of their own."""
+    """Rows of a step in all processes, divided by those in this process."""
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, loss: LossFunction, config: TrainingConfig) -> None:
         self.accelerator, self.given, self.loss, self.config = accelerator, model, loss, config
         self.accumulation_steps, self.rows_factor = config.accumulation_steps, accelerator.num_processes
-        self.batch_rows, self.drop_last = int(config.batch_size), False
+        self.batch_rows = int(config.batch_size)
         self.model = model
-        self.rows = 0  # to validate on
+        self.rows = 0  # validation rows
 
     def prepare(self, optimizer: torch.optim.Optimizer, train: DataLoader[Any], validation: Dataset[Any]) -> None:
-        """Places model and loaders; from here on all processes take part in each call."""
+        """Prepares model and loaders; from now on, all processes must take part in each call."""
         self.model, self.optimizer, self.train = self.accelerator.prepare(self.given, optimizer, train)
         self._prepare_validation(validation)
 
@@ -105,10 +81,11 @@ class Data:
         return self.accelerator.accumulate(self.model)
 
     def backward(self, batch: Any, batches: int) -> Tensor:
+        """Loss of a batch, whose gradients are added; `batches` is the number of batches in this step."""
         return self._add_gradients(self.loss(self.model, batch), batches)
 
     def _add_gradients(self, loss: Tensor, batches: int) -> Tensor:
-        # accelerate divides by accumulation_steps, also in an epoch's last step, which may have fewer batches.
+        # accelerate divides by accumulation_steps, even in an epoch's last step, which may have fewer batches.
         self.accelerator.backward(loss * (self.accumulation_steps / batches))
         return loss.detach()
 
@@ -121,6 +98,7 @@ class Data:
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def mean(self, loss: Tensor) -> Tensor:
+        """Mean of a loss over the processes."""
         if self.accelerator.num_processes == 1:
             return loss
         return self.accelerator.reduce(loss.float(), "mean")
@@ -131,7 +109,7 @@ class Data:
         loss_sum, rows = 0.0, 0
         with torch.no_grad():
             for batch, counted in self._validation_batches():
-                value = self._validation_loss(model, batch)  # also where it does not count: see below
+                value = self._validation_loss(model, batch)  # even if it does not count: see below
                 loss_sum += value * counted if counted else 0.0
                 rows += counted
         if self.accelerator.num_processes > 1:
@@ -143,7 +121,7 @@ class Data:
         return float(self.loss(model, batch))
 
     def _validation_batches(self) -> Iterator[tuple[Any, int]]:
-        """As many on each process: shards are gathered in every forward pass, so nobody may stay away."""
+        """Equally many batches on each process: every forward pass gathers shards, so all processes must take part."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         wanted = math.ceil(math.ceil(self.rows / ranks) / self.batch_rows)
         done, batch = 0, None
@@ -161,6 +139,7 @@ class Data:
         return {name: weight.detach().cpu().clone() for name, weight in state.items()}
 
     def load(self, weights: Weights) -> None:
+        """Loads weights into the model that the user passed in."""
         self.given.load_state_dict(weights)
 
 
@@ -169,7 +148,7 @@ class Sharded(Data):
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, loss: LossFunction, config: TrainingConfig) -> None:
         super().__init__(accelerator, model, loss, config)
-        self.model = shards(model, accelerator)  # before an optimizer is made of the parameters: they are others now
+        self.model = shards(model, accelerator)  # before the optimizer is made: the parameters are new objects
 
     def prepare(self, optimizer: torch.optim.Optimizer, train: DataLoader[Any], validation: Dataset[Any]) -> None:
         self.train = self.accelerator.prepare(train)
@@ -196,7 +175,7 @@ class Sharded(Data):
 
 
 def shards(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """A copy of a model of which each process holds a part: layer by layer, and what is outside of layers together."""
+    """A sharded copy of a model: each layer is one unit, and everything outside layers is another."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -216,11 +195,11 @@ def shards(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def keep_in_shards(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Has accelerate's checkpoints hold each process's part of model and optimizer (torch.distributed.checkpoint)."""
+    """Makes accelerate's checkpoints hold each process's part of model and optimizer (torch.distributed.checkpoint)."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-    options = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter: stages have others each
+    options = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter: each stage has different ones
 
     def state() -> dict[str, Any]:
         weights, moments = get_state_dict(model, optimizer, options=options)
@@ -240,9 +219,9 @@ def keep_in_shards(accelerator: Accelerator, model: nn.Module, optimizer: torch.
 
 
 def check_parallel(accelerator: Accelerator, config: TrainingConfig) -> None:
-    """Raises InputError for settings that this way of training does not have."""
+    """Raises InputError for settings that `config.parallel` does not support."""
     owner = f"TrainingConfig: parallel: {config.parallel!r}"
     if config.ema_decay is not None:
-        raise InputError(f"{owner} keeps no running average; set ema_decay=None, or parallel='data'")
+        raise InputError(f"{owner} supports no running average; set ema_decay=None, or parallel='data'")
     if accelerator.mixed_precision == "fp16":
-        raise InputError(f"{owner}: mixed_precision: seen 'fp16'; allowed: bf16, no (nothing scales the loss here)")
+        raise InputError(f"{owner}: mixed_precision: seen 'fp16'; allowed: bf16, no (loss scaling is not supported)")

@@ -1,21 +1,21 @@
-// Decides about each request, and counts it. Contract: `refusal` gives the HTTP status with which nginx.conf refuses, or
-// an empty string; `infer` refuses what is no inference. A key is 256 random bits; what is kept of it is a file named after its SHA-256, so that the check is
-// one look into a folder: a key that is added, changed or removed there counts from the next request on.
+// Decides on each request and counts it. Contract: `refusal` returns the HTTP status with which nginx.conf refuses, or an
+// empty string; `infer` refuses malformed inferences. A key is 256 random bits, stored as a file named after its SHA-256.
+// The check is one look-up in that folder, so a new, changed or removed key takes effect at the next request.
 import fs from 'fs';
 import crypto from 'crypto';
 
 const BEARER = /^Bearer (dsk_[A-Za-z0-9_-]{43})$/;
 const MODEL = /^\/v2\/models\/([A-Za-z0-9._-]+)/;
 const NAME = /^[A-Za-z0-9._-]{1,127}$/;
-// Of an X.509 certificate, in hex: the sequence of two times, each a UTCTime (YYMMDD…Z) or a GeneralizedTime (YYYYMMDD…Z).
+// An X.509 certificate's validity, in hex: two times, each a UTCTime (YYMMDD…Z) or a GeneralizedTime (YYYYMMDD…Z).
 const VALIDITY = /30(?:1e|20|22)(?:170d(?:3\d){12}5a|180f(?:3\d){14}5a)(?:170d((?:3\d){12})5a|180f((?:3\d){14})5a)/;
 const DURATION = 'gateway_request_duration_seconds';
 const BUCKET = /_bucket\{(.*),le="([^"]+)"\}$/;
-const IN_VAIN = /^(?:499|504|4|200)$/;  // who had no answer and went, or when the time was up; 200: of a gRPC call that broke
+const IN_VAIN = /^(?:499|504|4|200)$/;  // callers without an answer: gave up, or timed out; 200: a broken gRPC call
 const NOT_LOADED = 'has no available versions';
 const MOST_SERIES = 65536;  // more than the 2 MiB of `counts` hold; without a number njs gives 1024
 
-// The entry of the key that a request carries: {name, expires, rate_rps, hash}; null where it has none that counts.
+// The entry of the request's key: {name, expires, rate_rps, hash}; null without a valid key.
 function entryOf(r) {
     const match = BEARER.exec(r.headersIn['Authorization'] || '');
     if (!match) {
@@ -29,25 +29,35 @@ function entryOf(r) {
         return entry.expires === null || entry.expires > Date.now() / 1000 ? entry : null;
     } catch (error) {
         if (error.code !== 'ENOENT') {
-            ngx.log(ngx.ERR, `${path} gives no key (${error.message}), so its caller gets 401; the gateway's user must own it`);
+            ngx.log(ngx.ERR, `${path} gives no key (${error.message}), so its caller gets 401; the gateway's user must own the file`);
         }
         return null;
     }
 }
 
+// Whether a web page in a browser on this machine may have sent it: pages send their Origin, or a Host of their own.
+function isFromAPage(r) {
+    return Boolean(r.headersIn['Origin']) || !/^(localhost|127\.0\.0\.1)$/.test(r.variables.host);
+}
+
 function refusal(r) {
-    const entry = entryOf(r);
+    // The ports without TLS need no key from this machine, have no rate, and also allow statistics.
+    const isLocal = r.variables.https !== 'on' && r.variables.from_this_machine && !isFromAPage(r);
+    const entry = isLocal ? { name: 'local' } : entryOf(r);
     if (!entry) {
         return '401';
     }
     r.variables.caller = entry.name;
-    r.variables.key = entry.hash;  // of one name there may be several, each with limits of its own
-    if (!r.variables.api) {
+    r.variables.key = entry.hash || '';  // several keys may share a name; each has its own limits
+    if (!r.variables.api && !(isLocal && r.variables.statistics)) {
         return '403';
     }
     const encodings = [r.headersIn['Content-Encoding'], r.headersIn['grpc-encoding']];
-    if (encodings.some(each => each && each !== 'identity')) {  // a few bytes could become any number of them in Triton
+    if (encodings.some(each => each && each !== 'identity')) {  // Triton unpacks without a limit
         return '415';
+    }
+    if (isLocal) {
+        return '';
     }
     const rate = entry.rate_rps || Number(r.variables.default_rate_rps);
     const second = Math.floor(Date.now() / 1000);
@@ -55,15 +65,15 @@ function refusal(r) {
 }
 
 // -- malformed inferences over HTTP --------------------------------------------------------------
-// Triton before 26.05 answers JSON that it cannot read with 500, and ends at sizes too large to allocate and at JSON nested
-// deeper than its stack. So what the KServe protocol says of a request is checked here, and Triton sees none that is not one.
+// Triton before 26.05 answers unreadable JSON with 500, and crashes at sizes too large to allocate and at deeply nested
+// JSON. So requests are checked against the KServe protocol here.
 
 const BYTES_OF = {
     BOOL: 1, UINT8: 1, INT8: 1, UINT16: 2, INT16: 2, FP16: 2, BF16: 2, UINT32: 4, INT32: 4, FP32: 4, UINT64: 8, INT64: 8, FP64: 8,
 };
-const NO_NUMBER = /-?\b(?:NaN|Infinity|Inf)\b/g;  // Triton takes them, JSON has none
-const LAX = /[[,:\s]-?(?:0\d|\.)|\.\D/;  // numbers that JSON.parse of njs takes: 01, .5, 1.
-const STRING = /"[^"\\]*(?:\\.[^"\\]*)*"(?:\s*:)?/g;  // with the colon that makes it a name
+const NO_NUMBER = /-?\b(?:NaN|Infinity|Inf)\b/g;  // Triton accepts them, JSON does not
+const LAX = /[[,:\s]-?(?:0\d|\.)|\.\D/;  // numbers that njs's JSON.parse accepts: 01, .5, 1.
+const STRING = /"[^"\\]*(?:\\.[^"\\]*)*"(?:\s*:)?/g;  // with the colon after a name
 const ESCAPED = /\\\\/g;
 const PAIR = /\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}/g;
 const HALF = /\\u[dD][89a-fA-F]/;
@@ -73,7 +83,7 @@ const PARAMETERS = {
     shared_memory_byte_size: 'size', shared_memory_offset: 'size',
 };
 
-// Content handler of an inference: refuses it, or hands it on as it came.
+// Content handler of an inference: refuses it, or passes it on unchanged.
 function infer(r) {
     const reason = flawOfRequest(r);
     if (reason) {
@@ -84,7 +94,7 @@ function infer(r) {
 }
 
 function flawOfRequest(r) {
-    const file = r.variables.request_body_file;  // of a large one, which nginx keeps until the end of the request
+    const file = r.variables.request_body_file;  // set for a large body, which nginx keeps until the request ends
     const body = file ? fs.readFileSync(file) : r.requestBuffer || Buffer.alloc(0), size = body.length;
     const said = r.headersIn['Inference-Header-Content-Length'];
     if (said !== undefined && (!/^\d{1,15}$/.test(said) || Number(said) > size)) {
@@ -92,27 +102,27 @@ function flawOfRequest(r) {
     }
     const length = said === undefined ? size : Number(said);
     if (said !== undefined && length === 0) {
-        return '';  // tensors alone: of them Triton knows all from the model
+        return '';  // only tensors: Triton knows their shapes from the model
     }
     let document, flaw;
     try {
         const text = body.slice(0, length).toString();
         document = parsed(text);
         const lax = LAX.test(text) && LAX.test(text.replace(STRING, ' '));
-        flaw = lax ? 'no JSON: a number like 01, .5 or 1.' : flawOfStrings(text.match(STRING) || [], document);
+        flaw = lax ? 'invalid JSON: a number like 01, .5 or 1.' : flawOfStrings(text.match(STRING) || [], document);
     } catch (error) {
-        return `no JSON: ${error.message}`;
+        return `invalid JSON: ${error.message}`;
     }
     return flaw || flawOf(document, size - length);
 }
 
-// What JSON.parse takes, and Triton reads otherwise or not at all: of a name that comes twice Triton sees the first value,
-// so that what is looked at here would not be what it gets; half a character it cannot read.
+// What JSON.parse accepts and Triton reads differently: of a duplicate name Triton takes the first value, so the check here
+// would see another one than Triton. Half a surrogate pair it cannot read.
 function flawOfStrings(strings, document) {
     if (strings.filter(each => each.endsWith(':')).length !== namesIn(document)) {
-        return 'a name comes twice';
+        return 'a name occurs twice';
     }
-    return strings.some(each => each.includes('\\u') && HALF.test(each.replace(ESCAPED, ' ').replace(PAIR, ' '))) ? 'half a character' : '';
+    return strings.some(each => each.includes('\\u') && HALF.test(each.replace(ESCAPED, ' ').replace(PAIR, ' '))) ? 'half a surrogate pair' : '';
 }
 
 function namesIn(value) {
@@ -140,7 +150,7 @@ function isSize(value) {
     return typeof value === 'number' && value >= 0 && value <= 9007199254740991 && Math.floor(value) === value;
 }
 
-// What is wrong with a request, '' if nothing is; `tail` is how many bytes follow the JSON.
+// What is wrong with a request, or ''; `tail` is the number of bytes after the JSON.
 function flawOf(document, tail) {
     if (!isObject(document) || !Array.isArray(document.inputs)) {
         return 'it must be an object with a list "inputs"';
@@ -192,7 +202,7 @@ function flawOfInput(input) {
     }
     const count = input.shape.reduce((product, each) => product * each, 1), width = BYTES_OF[input.datatype];
     if (parameters.shared_memory_region !== undefined) {
-        return '';  // none can be made known from here, and Triton says so
+        return '';  // callers cannot register one, and Triton says so
     }
     if (parameters.binary_data_size !== undefined) {
         return width === undefined || count * width === parameters.binary_data_size ? '' : `${name}: ${count} values of \
@@ -210,7 +220,7 @@ function kindOf(datatype) {
     return datatype === 'BYTES' ? 'string' : datatype === 'BOOL' ? 'boolean' : /^(INT|UINT)/.test(datatype) ? 'integer' : 'number';
 }
 
-// Counts the values of a list of any depth, and those that are none of a kind.
+// Counts the values of a nested list, and those of a wrong type.
 function countValues(data, kind, found) {
     if (Array.isArray(data)) {
         data.forEach(each => countValues(each, kind, found));
@@ -223,8 +233,8 @@ function countValues(data, kind, found) {
     found.wrong += right ? 0 : 1;
 }
 
-// Header filter of gRPC's answers: bytes that are no message are the caller's fault, for which gRPC's library says INTERNAL;
-// a model that is being loaded anew is not, for which Triton says NOT_FOUND.
+// Header filter of gRPC answers. Unreadable bytes are the caller's fault: INVALID_ARGUMENT instead of the library's INTERNAL.
+// A model that is being reloaded is not the caller's fault: UNAVAILABLE instead of Triton's NOT_FOUND.
 function blame(r) {
     const status = r.headersOut['grpc-status'], message = r.headersOut['grpc-message'] || '';
     if (status === '13' && message.startsWith('Unable to parse request')) {
@@ -235,30 +245,30 @@ function blame(r) {
     }
 }
 
-// The same of an inference over HTTP, whose reason is in the body: callers get Triton's 404, which is counted as 503.
+// The same for an inference over HTTP, with the reason in the body: callers get Triton's 404, counted as 503.
 function excused(r, data, flags) {
     if (r.status === 404 && data.toString().includes(NOT_LOADED)) {
         r.variables.not_loaded = '1';
     }
     if (data.length) {
-        r.done();  // it stands in the first part of the answer
+        r.done();  // the reason is in the first part of the answer
     }
     r.sendBuffer(data, flags);
 }
 
-// Notes which model answered over gRPC: the first field of a ModelInferResponse, behind five bytes that frame the message.
+// Notes which model answered over gRPC: the first field of a ModelInferResponse, after the five bytes of the frame.
 function answered(r, data, flags) {
     if (data.length > 7) {
         const name = r.variables.api === 'infer' && data[5] === 0x0a ? data.slice(7, 7 + data[6]).toString() : '';
         r.variables.answered = NAME.test(name) ? name : '';
-        r.done();  // the rest of the answer goes by without us
+        r.done();  // the rest of the answer passes unread
     }
     r.sendBuffer(data, flags);
 }
 
-// Counts a request that has been answered, for `metrics`; evaluated once, when it is logged. Only models that answered
-// become labels, so that no caller can make up more: over gRPC the request's own name is inside its message. Of those that no
-// model answered only who waited in vain is timed: a failure is counted by its status already, and a caller may send slowly.
+// Counts a request for `metrics`, once, when it is logged. Only models that answered become labels, so that callers cannot
+// invent any. Without an answer, only requests that timed out or were given up are timed: failures are counted by status,
+// and a caller may send slowly.
 function observed(r) {
     const variables = r.variables;
     const grpc = variables.sent_http_grpc_status || variables.upstream_trailer_grpc_status || '';
@@ -282,23 +292,23 @@ function observed(r) {
     return '';
 }
 
-// When the certificate that is served ends, in seconds since 1970, NaN if it cannot be read: of the first, the gateway's own.
+// End of the served certificate (the first in the chain) in seconds since 1970; NaN if it cannot be read.
 function certificateEnd(run) {
     let pem = '';
     try {
         pem = fs.readFileSync(`${run}/served.crt`).toString().split('-----')[2] || '';
-    } catch (error) {  // somebody has emptied the folder
+    } catch (error) {  // the folder was emptied
     }
     const found = VALIDITY.exec(Buffer.from(pem.replace(/\s/g, ''), 'base64').toString('hex'));
     if (!found) {
         return NaN;
     }
     const text = Buffer.from(found[1] || found[2], 'hex').toString();
-    const full = found[2] ? text : (text < '50' ? '20' : '19') + text;  // RFC 5280: two digits are 1950 to 2049
+    const full = found[2] ? text : (text < '50' ? '20' : '19') + text;  // RFC 5280: two digits mean 1950 to 2049
     return Date.parse(full.replace(/(....)(..)(..)(..)(..)(..)/, '$1-$2-$3T$4:$5:$6Z')) / 1000;
 }
 
-// Whether certificate, key, limits or addresses have a change that cannot be loaded (gateway.sh).
+// Whether gateway.sh could not load a changed certificate, key, limit or address.
 function isPending(run) {
     try {
         fs.accessSync(`${run}/pending`);
@@ -312,8 +322,8 @@ function numberOf(bound) {
     return bound === '+Inf' ? Infinity : Number(bound);
 }
 
-// What has been counted, as Prometheus reads it. Kept is how many fell into each bucket; shown, how many up to its bound.
-// The counts outlive a change of limits.conf: buckets of bounds that are no longer there count for those above them.
+// The metrics page. Stored is the count per bucket; shown, as Prometheus expects, the count up to its bound. Counts survive a
+// change of limits.conf: buckets of removed bounds count for the next bound above.
 function metrics(r) {
     const counts = {}, fell = {};
     ngx.shared.counts.items(MOST_SERIES).forEach(item => { counts[item[0]] = item[1]; });

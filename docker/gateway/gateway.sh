@@ -1,38 +1,48 @@
 #!/bin/bash
-# Starts nginx as the gateway, and has it read its files again, without a restart, where the addresses of the servers,
-# the certificate or the limits have changed. What it cannot read or load waits (the metric gateway_reload_pending), and
-# what it had serves on. SIGTERM lets requests in flight finish.
+# Starts nginx as the gateway and reloads it when server addresses, certificate or limits change. If it cannot read or load a
+# change, the old files stay in effect and the metric gateway_reload_pending is 1. SIGTERM lets requests in flight finish.
 #
 #   FOLDER=build/gateway TRITON_HTTP=127.0.0.1:8000 TRITON_GRPC=127.0.0.1:8001 docker/gateway/gateway.sh
 #
-# FOLDER has ca.crt, tls.crt, tls.key, limits.conf and keys/ (python -m serving.keys, python -m serving.stack).
-# TRITON_HTTP and TRITON_GRPC are host:port, several with commas; a name stands for all of its addresses.
+# FOLDER has ca.crt, tls.crt, tls.key, limits.conf and keys/ (deepseek keys, deepseek stack).
+# With LOCAL_PORTS (any value but 0) it also listens without TLS at LOCAL_LISTEN, by default 8000 and 8001.
+# TRITON_HTTP and TRITON_GRPC are host:port, separated by commas; a name means all of its addresses.
 set -euo pipefail
-# Descriptors, one or more a connection: a current Docker starts with 1024. A limit of a billion would cost some programs dear.
+# Each connection takes file descriptors, and Docker starts with 1024. Not unlimited: some programs walk all of them.
 ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"
-exec > >(exec cat)  # nginx opens its standard output by name, which it may only where it is ours
+exec > >(exec cat)  # nginx opens its standard output by name and must own it
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 folder="$(cd "${FOLDER:-/etc/gateway}" && pwd)"
 run="${RUN_FOLDER:-/tmp/gateway}"
 every_s="${WATCH_S:-2}"
 
 for name in tls.crt tls.key limits.conf keys; do
-    [ -r "$folder/$name" ] || { echo "error: $folder/$name cannot be read by user $(id -u); make keys and make stack write it" >&2; exit 2; }
+    [ -r "$folder/$name" ] || { echo "error: $folder/$name cannot be read by user $(id -u); it must exist (make stack) and belong to that user" >&2; exit 2; }
 done
 mkdir -p "$run"
 cp "$here"/{nginx.conf,grpc_pass.conf,grpc_error.conf,gateway.js} "$run/"
 ln -sfn "$folder/limits.conf" "$run/limits.conf"
 printf 'pid %s/nginx.pid;\nworker_processes %s;\n' "$run" "${WORKERS:-2}" >"$run/main.conf"
-# Root is meant here only where it is nobody outside: in a rootless engine. nginx would change to another user.
+# Root here means a rootless Docker, where it is your own user outside. nginx would otherwise switch to another user.
 [ "$(id -u)" != 0 ] || echo 'user root;' >>"$run/main.conf"
 printf 'listen %s ssl backlog=4096;\nssl_certificate "%s/tls.crt";\nssl_certificate_key "%s/tls.key";\n' \
     "${LISTEN:-8443}" "$folder" "$folder" >"$run/listen.conf"
+[ "${LOCAL_PORTS:-0}" = 0 ] || printf 'listen %s backlog=4096;\n' ${LOCAL_LISTEN:-8000 8001} >>"$run/listen.conf"
+# Docker passes on calls to a published port of 127.0.0.1 from the host's address on the bridge: the default gateway. No
+# other container has it.
+{
+    printf 'geo $from_this_machine {\n    default "";\n    127.0.0.0/8 1;\n'
+    while read -r _ destination via _; do
+        [ "$destination" != 00000000 ] ||
+            printf '    %d.%d.%d.%d 1;\n' "0x${via:6:2}" "0x${via:4:2}" "0x${via:2:2}" "0x${via:0:2}"
+    done </proc/net/route
+    printf '}\n'
+} >"$run/local.conf"
 printf 'listen %s;\n' "${INTERNAL_LISTEN:-9145}" >"$run/internal.conf"
 
-# One upstream: each address of each host:port. Connections are kept for a while only: a Triton that is told to stop takes
-# no new ones and waits for those that are open, idle or not, until its exit time-out. One that failed is left alone for a
-# second. An answer that is too late is a failure, too, so that in an overload all of them may be left alone: each is
-# therefore a spare as well, and whoever is alive is asked. Where a look-up finds nothing, the addresses found before stay.
+# Prints one upstream with each address of each host:port. Connections are short-lived, because a stopping Triton waits for
+# open ones, even idle, until its exit time-out. A failed server is ejected for a second. A late answer counts as a failure,
+# so an overload can eject all servers: each is also listed as a backup. If a look-up fails, the old addresses stay.
 declare -A known=()
 upstream() {
     local name="$1" servers="" spares="" host found address count=0
@@ -46,7 +56,7 @@ upstream() {
             count=$((count + 1))
         done
     done
-    [ "$count" -gt 1 ] || spares=""  # nginx never leaves a single one alone
+    [ "$count" -gt 1 ] || spares=""  # nginx never ejects a single server
     printf 'upstream %s {\n%s%s    keepalive 128;\n    keepalive_timeout 1s;\n    keepalive_time 5s;\n}\n' "$name" \
         "${servers:-    server 127.0.0.1:9 down;
 }" "$spares"
@@ -62,7 +72,7 @@ endpoints() {
     done
 }
 
-# What nginx reads again. Of the certificate a copy is kept: which one is served, not which one lies there, is told.
+# A checksum of the files that nginx loads. A copy of the certificate is kept, since the metrics report the served one.
 watched() {
     cat "$folder/tls.crt" >"$run/next.crt" &&
         cat "$run"/{endpoints.conf,next.crt} "$folder"/{tls.key,limits.conf} | sha256sum
@@ -81,13 +91,13 @@ while kill -0 "$nginx" 2>/dev/null; do
     sleep "$every_s" &
     wait -n "$nginx" $! || break
     endpoints >"$run/endpoints.conf.part" && mv "$run/endpoints.conf.part" "$run/endpoints.conf"
-    # A full /tmp, which has no room for the mark, ends no gateway.
-    if ! after="$(watched)"; then  # one of them is being replaced, or not ours to read
+    # A full /tmp, without room for the mark, must not end the gateway.
+    if ! after="$(watched)"; then  # a file is being replaced, or is not readable
         : >"$run/pending" || true
     elif [ "$after" = "$before" ]; then
         rm -f "$run/pending"
     elif loads; then
-        kill -HUP "$nginx"
+        kill -HUP "$nginx" || true  # it may just have stopped
         mv "$run/next.crt" "$run/served.crt"
         rm -f "$run/pending"
         before="$after"

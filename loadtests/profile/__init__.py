@@ -1,5 +1,4 @@
-"""Where the time of single requests goes, from the client to the operators of the graph and back.
+"""Traces single requests from the client to the operators of the graph and back.
 
-`python -m loadtests.profile` (`make profile`) is the command. `record` sends the requests beside the server, `sources`
-reads what the server and its backend left, `timeline` draws it for Perfetto, `tables` sums it up.
+Enter: `deepseek profile` (`profile.py`); `record.py` sends the requests beside the server. Imports: `loadtests.load`.
 """

@@ -1,29 +1,25 @@
-"""Sends the requests of a profile to a server and leaves what was seen; `loadtests.profile` runs it beside the server.
+"""Sends the requests of a profile to a server and records them; `loadtests.profile` runs it beside the server.
 
-Contract: `trace` turns Triton's tracing on for some requests and puts it back as it was; the server must have a trace
-file (`--trace-config triton,file=...`), which cannot be set while it runs. `sample` has py-spy look at the model's
-backend processes while they are busy, one file an instance for speedscope.app; where it may not, it says why. The CPU
-times of the threads are taken beside it: py-spy also sees threads that only wait for their turn.
-
-Examples:
-    python -m loadtests.profile.record --what trace --folder /tmp/profile --url 127.0.0.1:8001 --requests 3
-    python -m loadtests.profile.record --what cpu --folder /tmp/profile --url 127.0.0.1:8001 --seconds 2
+Contract: `trace` turns Triton's tracing on for its requests and then restores the settings; the server must have a
+trace file (`--trace-config triton,file=...`), which cannot be set while it runs. `sample` lets py-spy sample the
+model's busy backend processes, one file per instance for speedscope.app; without permission it notes the reason. It
+also records the CPU times of the threads, since py-spy also samples threads that only wait.
 """
 
 from __future__ import annotations
 
-import itertools
+import argparse
 import json
 import os
 import re
 import secrets
-import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,15 +30,19 @@ import tritonclient.http
 from deepseek_client import InferenceClient, InferenceError, ServerBusy
 from tritonclient.utils import InferenceServerException
 
-from deepseek.spec import BATCH, DeploymentSpec, InputError, Parser, add_model_arguments, build_dir, run_command
-from loadtests.inputs import read_inputs
-from loadtests.profile.sources import Call, read_traces, write_calls
+from deepseek.spec import BATCH, DeploymentSpec, InputError
+from loadtests.load.background_load import BackgroundLoad, Stream
+from loadtests.load.endpoint import inputs_of
+from loadtests.load.inputs import read_inputs
+from loadtests.profile.recording import Call, read_traces
+from loadtests.results.settings import LoadSettings
 
 Protocol = Literal["grpc", "http"]
-WARM_UP = 20  # requests, so that neither connections nor the graph are new
+WARM_UP = 20  # requests, for the connections and the graph
 TRACE_WAIT_S = 10
 SAMPLES_PER_S = 200
-MOST_INSTANCES = 4  # that are looked at
+LONGEST_S = 3600.0  # of a load that is stopped earlier
+MOST_INSTANCES = 4  # sampled
 
 
 def trace(
@@ -55,10 +55,10 @@ def trace(
     users: int,
     trace_file: Path | None = None,
 ) -> None:
-    """Sends so many requests, of so many users at once, and waits until Triton has written their traces.
+    """Sends `requests` requests from `users` concurrent users and waits until Triton has written their traces.
 
-    What was not answered has none, but a note. `trace_file` where Triton's lies elsewhere, seen from here, than it says
-    itself.
+    Unanswered requests give a note instead. `trace_file` replaces the path that Triton reports, for a server with
+    another view of the file system.
     """
     with InferenceClient(url, protocol, retries=0) as client:
         for index in range(max(WARM_UP, users)):
@@ -67,12 +67,13 @@ def trace(
         with _tracing(url, protocol) as said:
             seen = trace_file or said
             calls, note = _send(client, model, rows, requests, users)
-            # As long as Triton writes: a trace is complete when it has sent the answer.
+            # Triton completes a trace after it has sent the answer.
             deadline = time.monotonic() + TRACE_WAIT_S
             while len(read_traces(seen, calls)) < len(calls) and time.monotonic() < deadline:
                 time.sleep(0.05)
-    write_calls(folder, calls, time.time_ns() - time.monotonic_ns())
-    (folder / "traced.json").write_text(json.dumps({"trace_file": str(seen), "note": note}), encoding="utf-8")
+    found = {"trace_file": str(seen), "note": note, "realtime_offset_ns": time.time_ns() - time.monotonic_ns()}
+    data = {**found, "calls": [asdict(call) for call in calls]}
+    (folder / "calls.json").write_text(json.dumps(data), encoding="utf-8")
 
 
 def _send(
@@ -80,9 +81,9 @@ def _send(
 ) -> tuple[list[Call], str]:
     """Each user sends its share, one request after the other; all users start together.
 
-    Gives what was answered, and a note on what was not. Raises InferenceError where nothing was.
+    Returns the answered requests, and a note on the others. Raises InferenceError if none was answered.
     """
-    mark = secrets.token_hex(4)  # tells ours from other clients', and from an earlier profile's
+    mark = secrets.token_hex(4)  # distinguishes these requests from those of other clients and earlier profiles
     calls: list[Call] = []
     errors: list[InferenceError] = []
     together = threading.Barrier(users)
@@ -114,7 +115,7 @@ def _send(
 
 @contextmanager
 def _tracing(url: str, protocol: Protocol) -> Iterator[Path]:
-    """Every request is traced inside; gives the file that the traces go to."""
+    """Traces every request inside the block; gives the file of the traces."""
     kind: Any = tritonclient.grpc if protocol == "grpc" else tritonclient.http
     client = kind.InferenceServerClient(url)
     as_json = {"as_json": True} if protocol == "grpc" else {}
@@ -122,10 +123,10 @@ def _tracing(url: str, protocol: Protocol) -> Iterator[Path]:
         before = _plain(client.get_trace_settings(**as_json))
         if not any(before.get("trace_file", [])):
             raise InputError(
-                f"the server at {url} has no trace file; start it with python -m serving.embedded --profile FOLDER "
+                f"the server at {url} has no trace file; start it with deepseek serve --profile FOLDER "
                 "(NVIDIA's: --trace-config mode=triton --trace-config triton,file=/tmp/trace.json), or leave --url out"
             )
-        # A log frequency of 1: written at once, not when the server ends.
+        # A log frequency of 1: Triton writes at once, not when it ends.
         wanted = {"trace_level": ["TIMESTAMPS"], "trace_rate": "1", "trace_count": "-1", "log_frequency": "1"}
         client.update_trace_settings(settings=wanted)
         try:
@@ -134,13 +135,13 @@ def _tracing(url: str, protocol: Protocol) -> Iterator[Path]:
             rest = {name: before[name][0] for name in ("trace_rate", "trace_count", "log_frequency")}
             client.update_trace_settings(settings={"trace_level": before["trace_level"], **rest})
     except InferenceServerException as error:
-        raise InputError(f"{url}: the server does not let itself be traced: {error.message()}") from None
+        raise InputError(f"{url}: the server refuses tracing: {error.message()}") from None
     finally:
         client.close()
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, list[str]]:
-    """Trace settings as name -> values, whichever protocol they came by."""
+    """Trace settings as name -> values, from either protocol."""
     values = (
         {name: each.get("value", []) for name, each in settings["settings"].items()}
         if "settings" in settings
@@ -149,68 +150,28 @@ def _plain(settings: dict[str, Any]) -> dict[str, list[str]]:
     return {name: each if isinstance(each, list) else [each] for name, each in values.items()}
 
 
-def sample(
-    folder: Path,
-    url: str,
-    protocol: Protocol,
-    model: str,
-    rows: list[dict[str, np.ndarray]],
-    seconds: float,
-    server: int,
-) -> None:
-    """Keeps the model's backend processes busy and samples their stacks meanwhile."""
-    backends = backend_processes(server, model)
-    program = _py_spy()
-    note = "" if program else "py-spy is not installed; pip install py-spy"
+def sample(folder: Path, settings: LoadSettings, seconds: float, server: int) -> None:
+    """Keeps the model's backend processes busy, with one user each, and samples their stacks."""
+    backends, note = backend_processes(server, settings.model), ""
     if not backends:
-        note = f"no CPU samples: {model} has no Python backend process below process {server}"
-    before = _thread_cpu_s(backends.values())
-    with _busy(url, protocol, model, rows, users=max(1, len(backends))) as answered:
-        until = time.monotonic() + seconds
-        samplers = [_sampler(program, folder, name, each, seconds) for name, each in backends.items() if program]
-        for sampler in samplers:
+        note = f"no CPU samples: {settings.model} has no Python backend process below process {server}"
+    users = Stream(name=settings.model, settings=replace(settings, users=max(1, len(backends))))
+    with BackgroundLoad([users]) as load:
+        before, until_s = _thread_cpu_s(backends.values()), load.now_s + seconds
+        for sampler in [_sampler(folder, name, each, seconds) for name, each in backends.items()]:
             _, said = sampler.communicate(timeout=seconds + 60)
             if sampler.returncode:
-                note = f"py-spy could not look at the backend: {_last_line(said)} (it needs root or CAP_SYS_PTRACE)"
-        time.sleep(max(0.0, until - time.monotonic()))
+                reason = (said.strip().splitlines() or ["no reason given"])[-1].removeprefix("Error: ")
+                note = f"py-spy could not look at the backend: {reason} (it needs root or CAP_SYS_PTRACE)"
+        time.sleep(max(0.0, until_s - load.now_s))
+        answered = len(load.stop()[settings.model].answered)
     used = {thread: cpu_s - before.get(thread, 0.0) for thread, cpu_s in _thread_cpu_s(backends.values()).items()}
-    found = {"note": note, "requests": sum(answered), "thread_cpu_s": used}
+    found = {"note": note, "requests": answered, "thread_cpu_s": used}
     (folder / "sampled.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-@contextmanager
-def _busy(
-    url: str, protocol: Protocol, model: str, rows: list[dict[str, np.ndarray]], users: int
-) -> Iterator[list[int]]:
-    """So many users back to back inside; gives how many requests each had answered, once it has ended."""
-    stop = threading.Event()
-    answered: list[int] = []
-
-    def be_busy() -> None:
-        with InferenceClient(url, protocol, retries=0) as client:
-            requests = [client.prepare(model, row) for row in rows]
-            count = 0
-            for request in itertools.cycle(requests):
-                if stop.is_set():
-                    break
-                with suppress(InferenceError):  # a refusal or a time-out: the next one
-                    client.send(request)
-                    count += 1
-            answered.append(count)
-
-    threads = [threading.Thread(target=be_busy) for _ in range(users)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield answered
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-
-
 def backend_processes(server: int, model: str) -> dict[str, psutil.Process]:
-    """Instance -> the stub that runs it, of a Python model, below the process that started Triton."""
+    """Instance of a Python model -> its stub process, below the process `server` that started Triton."""
     instance = re.compile(rf"{re.escape(model)}_\d+_\d+")  # group and number
     found: dict[str, psutil.Process] = {}
     for process in psutil.Process(server).children(recursive=True):
@@ -220,57 +181,29 @@ def backend_processes(server: int, model: str) -> dict[str, psutil.Process]:
 
 
 def _thread_cpu_s(processes: Iterable[psutil.Process]) -> dict[int, float]:
-    """Thread id -> CPU seconds since it began."""
+    """Thread id -> CPU seconds since the thread began."""
     return {each.id: each.user_time + each.system_time for process in processes for each in process.threads()}
 
 
-def _py_spy() -> str | None:
-    return shutil.which("py-spy", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-
-
-def _sampler(
-    program: str, folder: Path, instance: str, process: psutil.Process, seconds: float
-) -> subprocess.Popen[str]:
-    output = folder / f"cpu-{instance}.speedscope.json"
-    command = [program, "record", "--pid", str(process.pid), "--format", "speedscope", "--output", str(output)]
+def _sampler(folder: Path, instance: str, process: psutil.Process, seconds: float) -> subprocess.Popen[str]:
+    command = [str(Path(sys.executable).with_name("py-spy")), "record", "--pid", str(process.pid)]
+    command += ["--format", "speedscope", "--output", str(folder / f"cpu-{instance}.speedscope.json")]
     command += ["--duration", f"{max(1, round(seconds))}", "--rate", str(SAMPLES_PER_S)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1].removeprefix("Error: ") if lines else "no reason given"
-
-
-def main() -> None:
-    """One recording, into the folder."""
-    parser = Parser(__doc__, prog="python -m loadtests.profile.record")
-    add_model_arguments(parser)
-    parser.add_argument("--what", choices=("trace", "cpu"), default="trace", help="(default: %(default)s)")
-    parser.add_argument("--folder", required=True, type=Path, help="where to leave what was seen")
-    parser.add_argument("--url", help="host:port (default: 127.0.0.1 and $GRPC_PORT or $HTTP_PORT)")
-    parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc", help="(default: %(default)s)")
-    parser.add_argument("--inputs", type=Path, help="real inputs (default: build/<model>/evaluation.npz)")
-    parser.add_argument("--trace-file", type=Path, help="where it is seen from here (default: as the server says)")
-    parser.add_argument("--requests", type=int, default=1, help="to trace (default: %(default)s)")
-    parser.add_argument("--users", type=int, default=1, help="that send them at once (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=2, help="of CPU samples (default: %(default)s)")
-    parser.add_argument(
-        "--server", type=int, default=os.getppid(), help="process that started Triton (default: parent)"
-    )
-    args = parser.parse_args()
-    port = os.environ.get("GRPC_PORT", "8001") if args.protocol == "grpc" else os.environ.get("HTTP_PORT", "8000")
-    url = args.url or f"127.0.0.1:{port}"
+def main(args: argparse.Namespace) -> None:
     spec = DeploymentSpec.of_model(args.model, args.models)
-    rows = read_inputs(args.inputs or build_dir(args.model) / "evaluation.npz", spec.axes[BATCH].min)
+    inputs = args.inputs or inputs_of(args.model)
     try:
         if args.what == "trace":
-            trace(args.folder, url, args.protocol, args.model, rows, args.requests, args.users, args.trace_file)
+            rows = read_inputs(Path(inputs), spec.axes[BATCH].min)
+            trace(args.folder, args.url, args.protocol, args.model, rows, args.requests, args.users, args.trace_file)
         else:
-            sample(args.folder, url, args.protocol, args.model, rows, args.seconds, args.server)
+            settings = LoadSettings(
+                model=args.model, models=str(args.models), target="onnxruntime", protocol=args.protocol, url=args.url,
+                inputs=inputs, warmup_s=0.0, duration_s=LONGEST_S,
+            )  # fmt: skip
+            sample(args.folder, settings, args.seconds, args.server or os.getppid())
     except InferenceError as error:
         raise InputError(str(error)) from None
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,10 +1,7 @@
 """The figures of a profile: phases of the requests, operators of the graph, functions of the backend.
 
-Contract: phases follow one another without a gap, so that their means add up to the mean request. An operator's time
-is that of its runs within the traced requests; a function's is CPU time: of a thread's, its share of the samples.
-
-Example:
-    phases(calls, traces)[0]    # Row(name="encode", mean_ms=0.05, largest_ms=0.06, share=0.02)
+Contract: phases have no gaps, so their means add up to the mean request. An operator's time is that of its runs within
+the traced requests. A function's CPU time is its share of the samples of a thread, times the CPU time of the thread.
 """
 
 from __future__ import annotations
@@ -14,9 +11,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-from loadtests.profile.sources import PHASES, Call, GraphRun, Trace, run_of
+from loadtests.profile.recording import PHASES, Call, GraphRun, Recorded
 
 NATIVE = ("threads without Python", "ONNX Runtime's pool, Triton's stub")
 MEANINGS = {
@@ -41,7 +39,7 @@ class Row:
     mean_ms: float
     largest_ms: float
     share: float
-    """Of the mean request."""
+    """Share of the mean request."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,99 +48,89 @@ class Operator:
 
     op: str
     calls: float
-    """Runs in one run of the graph."""
+    """Operator runs in one run of the graph."""
     mean_ms: float
     """All of them together, in one run of the graph."""
     share: float
-    """Of the time in operators."""
+    """Share of the time in operators."""
     slowest_node: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Function:
-    """A function of the backend by CPU samples."""
+    """A function of the backend, measured by CPU samples."""
 
     name: str
     place: str
     cpu_ms: float
-    """In the function itself, a request."""
+    """In the function itself, per request."""
     share: float
-    """The same, of the backend's CPU time."""
+    """In the function itself, as a share of the backend's CPU time."""
     whole: float
-    """With what it called."""
+    """With its callees, as a share of the backend's CPU time."""
 
 
-def phases(calls: Sequence[Call], traces: dict[str, list[Trace]]) -> list[Row]:
-    """In the order in which a request goes through them; those that no request had are left out."""
+def phases(recorded: Recorded) -> list[Row]:
+    """The phases that occurred, in the order of a request."""
     found: dict[str, list[float]] = defaultdict(list)
-    traced = [call for call in calls if call.request_id in traces]
-    for call in traced:
+    for call in recorded.traced:
         own: dict[str, float] = defaultdict(float)
-        for span in traces[call.request_id][0].phases(call):
+        for span in recorded.traces[call.request_id].phases(call):
             own[span.name] += (span.end_ns - span.start_ns) / 1e6
         for name, duration_ms in own.items():
             found[name].append(duration_ms)
-    whole_ms = sum(call.finish_ns - call.encode_ns for call in traced) / 1e6
-    return [
-        Row(
-            name=name,
-            mean_ms=sum(found[name]) / len(traced),
-            largest_ms=max(found[name]),
-            share=sum(found[name]) / whole_ms if whole_ms else 0.0,
-        )
-        for name in PHASES
-        if name in found
-    ]
+    return _rows({name: found[name] for name in PHASES if name in found}, recorded.traced)
 
 
-def within_infer(calls: Sequence[Call], traces: dict[str, list[Trace]], runs: Sequence[GraphRun]) -> list[Row]:
-    """What infer consists of: before the graph runs (the backend is woken, takes its turn), the graph, after it."""
-    parts: dict[str, list[float]] = defaultdict(list)
-    whole_ms = 0.0
-    for call in calls:
-        for trace in traces.get(call.request_id, ())[:1]:
-            infer, run = trace.phase("infer", call), run_of(trace, call, runs)
-            if infer is not None and run is not None:
-                whole_ms += (call.finish_ns - call.encode_ns) / 1e6
-                marks = [infer.start_ns, max(infer.start_ns, run.start_ns), min(infer.end_ns, run.end_ns), infer.end_ns]
-                for name, start, end in zip(
-                    ("before the graph", "the graph", "after it"), marks, marks[1:], strict=False
-                ):
-                    parts[name].append((end - start) / 1e6)
+def _rows(parts: dict[str, list[float]], calls: Sequence[Call]) -> list[Row]:
+    """Rows of the parts, over all these calls."""
+    whole_ms = sum(call.finish_ns - call.encode_ns for call in calls) / 1e6
     return [
-        Row(name=name, mean_ms=sum(each) / len(each), largest_ms=max(each), share=sum(each) / whole_ms)
+        Row(name=name, mean_ms=sum(each) / len(calls), largest_ms=max(each), share=sum(each) / whole_ms)
         for name, each in parts.items()
     ]
 
 
+def within_infer(recorded: Recorded) -> list[Row]:
+    """The parts of infer: before the graph (the backend wakes and waits for its turn), the graph, after it."""
+    parts: dict[str, list[float]] = defaultdict(list)
+    calls = []
+    for call in recorded.traced:
+        if (run := recorded.run_of(call)) is not None:
+            calls.append(call)
+            spans = recorded.traces[call.request_id].phases(call)
+            infer = next(span for span in spans if span.name == "infer")
+            marks = [infer.start_ns, max(infer.start_ns, run.start_ns), min(infer.end_ns, run.end_ns), infer.end_ns]
+            for name, (start, end) in zip(
+                ("before the graph", "the graph", "after the graph"), pairwise(marks), strict=True
+            ):
+                parts[name].append((end - start) / 1e6)
+    return _rows(parts, calls)
+
+
 def operators(runs: Iterable[GraphRun]) -> list[Operator]:
-    """By the time that they take, the most first."""
-    total_ms: dict[str, float] = defaultdict(float)
-    count: dict[str, int] = defaultdict(int)
-    by_node: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    number = 0
+    """The operators, slowest first."""
+    runs = list(runs)
+    by_node: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))  # operator -> node -> ms
     for run in runs:
-        number += 1
         for span in run.operators:
-            duration_ms = (span.end_ns - span.start_ns) / 1e6
-            total_ms[span.args["op"]] += duration_ms
-            count[span.args["op"]] += 1
-            by_node[span.args["op"]][span.name] += duration_ms
+            by_node[span.args["op"]][span.name].append((span.end_ns - span.start_ns) / 1e6)
+    total_ms = {op: sum(map(sum, nodes.values())) for op, nodes in by_node.items()}
     whole_ms = sum(total_ms.values()) or 1.0
     return [
         Operator(
             op=op,
-            calls=count[op] / number,
-            mean_ms=total_ms[op] / number,
+            calls=sum(map(len, nodes.values())) / len(runs),
+            mean_ms=total_ms[op] / len(runs),
             share=total_ms[op] / whole_ms,
-            slowest_node=max(by_node[op], key=by_node[op].__getitem__),
+            slowest_node=max(nodes.items(), key=lambda each: sum(each[1]))[0],
         )
-        for op in sorted(total_ms, key=total_ms.__getitem__, reverse=True)
+        for op, nodes in sorted(by_node.items(), key=lambda each: -total_ms[each[0]])
     ]
 
 
 def functions(folder: Path) -> list[Function]:
-    """Of py-spy's samples of every instance, each thread weighed by its CPU time; the most first."""
+    """The functions in py-spy's samples of all instances, weighted by CPU time per thread, slowest first."""
     path = folder / "sampled.json"
     if not path.is_file():
         return []
@@ -156,7 +144,7 @@ def functions(folder: Path) -> list[Function]:
             own[stack[-1]] += weight * used
             for frame in set(stack):
                 whole[frame] += weight * used
-    if own and sum(cpu_s.values()) > 0:  # threads that Python does not know
+    if own and sum(cpu_s.values()) > 0:  # threads without Python
         own[NATIVE] = whole[NATIVE] = sum(cpu_s.values())
     total = sum(own.values())
     requests = max(1, sampled["requests"])
@@ -173,7 +161,7 @@ def functions(folder: Path) -> list[Function]:
 
 
 def _sampled_threads(folder: Path) -> Iterator[tuple[dict[tuple[tuple[str, str], ...], float], int]]:
-    """Of each thread the weight of each stack (functions, the innermost last), and its id."""
+    """The weight of each stack (functions, the innermost last) of each thread, and the thread's id."""
     for path in sorted(folder.glob("cpu-*.speedscope.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
         frames = [(frame["name"], Path(frame.get("file") or "?").name) for frame in data["shared"]["frames"]]

@@ -1,7 +1,6 @@
-"""The report: one HTML file that needs nothing else, drawn from saved files.
+"""The report: one self-contained HTML file, drawn from saved files.
 
-`python -m loadtests.report` (`make report`) is the command. `page` is the frame, `verdict` what stands first, `curves`
-the charts of one run or several, `details` the tables, `searches` capacity and tuning.
+Enter: `deepseek report` (`report.py`). Imports: the packages whose results it draws.
 """
 
 from loadtests.report.run_page import page, write_report

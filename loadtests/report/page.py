@@ -1,42 +1,24 @@
 """The frame of a page: HTML, style, cards and tables.
 
-Contract: no script and nothing from outside, which the page's own Content-Security-Policy forbids as well; light or
-dark is the reader's choice. Text given to these functions is escaped here, apart from `body` and `explanation`.
+Contract: no scripts and no external resources; the page's Content-Security-Policy forbids both. Light or dark follows
+the reader's system. These functions escape the text they are given, except `body` and `explanation`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 
-from loadtests.results import Distribution
-
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
-def ms(value: float | None) -> str:
-    """Milliseconds with three figures; "never" for what no answer reached."""
-    if value is None or math.isinf(value):
-        return "never"
-    if math.isnan(value):
-        return "-"
-    return f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms" if value < 100 else f"{value:.0f} ms"
-
-
-def percentile(latency: Distribution, percent: float) -> str:
-    """A percentile in milliseconds; "-" of fewer requests than 1 in 1 - p, where it would be the slowest alone."""
-    return ms(latency.percentile_ms(percent)) if latency.total * (100 - percent) >= 100 - 1e-6 else "-"
-
-
 def sentence(text: str) -> str:
-    """With a capital and a full stop, escaped."""
+    """The text with a capital letter and a full stop, escaped."""
     return escape(f"{text[0].upper()}{text[1:]}{'' if text[-1] in '.!?' else '.'}") if text else ""
 
 
 def facts(rows: Iterable[tuple[str, object]]) -> str:
-    """Names and their values, one a line."""
     cells = "".join(
         f"<tr><th scope='row'>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in rows
     )
@@ -44,7 +26,7 @@ def facts(rows: Iterable[tuple[str, object]]) -> str:
 
 
 def numbers(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of figures, the first column their name."""
+    """A table of figures; the first column has their names."""
     top = "".join(f"<th scope='col'>{escape(name)}</th>" for name in head)
     body = "".join(
         f"<tr><th scope='row'>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
@@ -54,18 +36,15 @@ def numbers(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def card(title: str, body: str, explanation: str = "", css: str = "") -> str:
-    """A titled part of the page."""
     text = f"<p class='explained'>{explanation}</p>" if explanation else ""
     return f"<section class='card {css}'><h2>{escape(title)}</h2>{body}{text}</section>"
 
 
 def grid(cards: Iterable[str]) -> str:
-    """Cards, two beside one another where there is room."""
     return f"<div class='grid'>{''.join(cards)}</div>"
 
 
 def document(title: str, body: str, footer: str) -> str:
-    """The whole file."""
     style = files("loadtests.report").joinpath("report.css").read_text(encoding="utf-8")
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"

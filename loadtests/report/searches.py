@@ -1,7 +1,7 @@
-"""Capacity and tuning: the knee of latency over rate, and the front of latency and throughput.
+"""Capacity and tuning: latency over rate, and latency over throughput for every setting.
 
-Contract: drawn from `capacity.json` and `tuning.json` alone (`loadtests.capacity`, `loadtests.tuning`); as cards of a
-run's report where they are of its model and target, or as pages of their own.
+Contract: drawn only from `capacity.json` and `tuning.json` (`loadtests.search.capacity_result`,
+`loadtests.tune.tune_result`), as cards in the report of a run with the same model and target, or as separate pages.
 """
 
 from __future__ import annotations
@@ -10,26 +10,27 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from loadtests.capacity import Capacity
-from loadtests.charts import Chart, Point, Scale, up_to
-from loadtests.report.page import card, document, facts, grid, ms, numbers, sentence
-from loadtests.trial import Trial
-from loadtests.tuning import Setting, TriedSetting, Tuning
+from deepseek.spec import ExitCode
+from deepseek.svg_chart import Chart, Point, Scale, up_to
+from loadtests.figures import ms
+from loadtests.report.page import card, document, facts, grid, numbers, sentence
+from loadtests.search.capacity_result import Capacity
+from loadtests.search.rate_trial import RateTrial
+from loadtests.tune.tune_result import MeasuredSettings, TuneResult
 
-LOOKS = {
-    "holds": ("holds", "circle"),
-    "fails": ("failed", "cross"),
-    "invalid": ("doubtful", "diamond"),
-    "inconclusive": ("doubtful", "diamond"),
-}
-MARKS = {"holds": "✓", "failed": "✕", "doubtful": "?"}
-OUTCOMES = {"holds": "holds", "failed": "fails", "doubtful": "proves nothing"}
-TRIALS_READ = "Rates in requests/s, latencies in ms. ✓ holds, ✕ fails, ? proves nothing."
-MOST_SETTINGS = 12  # of the table; all are in tuning.json
+DOUBTFUL = ("doubtful diamond", "inconclusive", "?")
+OUTCOMES = {
+    "holds": ("holds circle", "holds", "✓"),
+    "fails": ("failed cross", "fails", "✕"),
+    "invalid": DOUBTFUL,
+    "inconclusive": DOUBTFUL,
+}  # CSS class and shape, word, mark
+TRIALS_READ = "Rates in requests/s, latencies in ms. ✓ holds, ✕ fails, ? inconclusive."
+MOST_SETTINGS = 12  # of the table; tuning.json has all
 
 
 def _scale(values: Sequence[float], room: float = 1.3) -> Scale:
-    """Logarithmic where the values differ by more than tenfold."""
+    """A scale for the values, logarithmic if they differ by more than tenfold."""
     low, high = min(values, default=1.0), max(values, default=1.0)
     if low > 0 and high > 10 * low:
         return Scale(low / room, high * room, log=True)
@@ -37,7 +38,7 @@ def _scale(values: Sequence[float], room: float = 1.3) -> Scale:
 
 
 def p99_limit(objectives: Sequence[str]) -> float | None:
-    """The SLO's limit for p99 at every rate, in milliseconds, where one of the objectives is that."""
+    """The SLO's limit for p99 at every rate in milliseconds; None if no objective sets it."""
     for text in objectives:
         found = re.fullmatch(r"p99_ms\s*(?:<=?|≤)\s*([\d.]+)(?:\s*ms)?", text.strip())
         if found:
@@ -45,7 +46,7 @@ def p99_limit(objectives: Sequence[str]) -> float | None:
     return None
 
 
-def knee(capacity: Capacity) -> str:
+def latency_by_rate(capacity: Capacity) -> str:
     """p99 of every trial over its rate, with the highest rate that holds."""
     limit = p99_limit(capacity.objectives)
     trials = [trial for trial in capacity.trials if trial.sent]
@@ -55,30 +56,29 @@ def knee(capacity: Capacity) -> str:
     chart = Chart(_scale(rates, 1.15), y, "p99 by rate", x_title="planned rate, requests/s")
     chart.axes(x_unit="", y_unit="p99, ms")
     if limit:
-        chart.limit(limit, f"SLO: p99 {ms(limit)}", left=True)  # low rates are far below it
+        chart.limit(limit, f"SLO: p99 {ms(limit)}", left=True)  # the left end, where low rates leave room
     if capacity.capacity_rps is not None:
         least = "at least " if capacity.limited_by == "generator" else ""
-        chart.at(capacity.capacity_rps, f"{least}{capacity.capacity_rps:g}/s", "knee")
+        chart.at(capacity.capacity_rps, f"{least}{capacity.capacity_rps:g}/s", "capacity")
     chart.line(_typical(trials), "median")
     for trial in trials:
-        css, shape = LOOKS[trial.outcome]
+        css, shape = OUTCOMES[trial.outcome][0].split()
         chart.point(trial.rate_rps, y.high if trial.p99_ms is None else trial.p99_ms, css, shape, _trial_tip(trial))
-    for css in dict.fromkeys(LOOKS[trial.outcome][0] for trial in trials):
-        shape = next(shape for name, shape in LOOKS.values() if name == css)
-        chart.legend(f"{css} {shape}", OUTCOMES[css])
+    for look, word, _ in dict.fromkeys(OUTCOMES[trial.outcome] for trial in trials):
+        chart.legend(look, word)
     return chart.figure()
 
 
-def _typical(trials: Sequence[Trial]) -> list[Point]:
-    """One point a rate: of its longest trial."""
-    longest: dict[float, Trial] = {}
+def _typical(trials: Sequence[RateTrial]) -> list[Point]:
+    """One point per rate, from its longest trial."""
+    longest: dict[float, RateTrial] = {}
     for trial in trials:
         if trial.p99_ms is not None and trial.duration_s >= getattr(longest.get(trial.rate_rps), "duration_s", 0):
             longest[trial.rate_rps] = trial
     return [(rate, longest[rate].p99_ms or 0.0) for rate in sorted(longest)]
 
 
-def _trial_tip(trial: Trial) -> list[str]:
+def _trial_tip(trial: RateTrial) -> list[str]:
     why = f": {', '.join(trial.failed)}" if trial.failed else ""
     return [
         f"{trial.rate_rps:g}/s {trial.outcome}{why}",
@@ -89,131 +89,95 @@ def _trial_tip(trial: Trial) -> list[str]:
 
 
 def capacity_card(capacity: Capacity) -> str:
-    """The knee with its sentence."""
     told = f"<p class='told'>{sentence(capacity.sentence)}</p>"
-    when = f"{capacity.started.replace('T', ' ').replace('+00:00', ' UTC')}, {capacity.protocol}"
-    return card("Capacity", told + knee(capacity), f"Every trial of make capacity, {escape(when)}.")
+    when = f"{_time(capacity.started)}, {capacity.protocol}"
+    return card("Capacity", told + latency_by_rate(capacity), f"All trials of make capacity, {escape(when)}.")
+
+
+def _time(started: str) -> str:
+    return started.replace("T", " ").replace("+00:00", " UTC")
 
 
 def _trials(capacity: Capacity) -> str:
-    rows = [
-        (
-            f"{trial.rate_rps:g}",
-            *(_figures(trial) if trial.sent else ("-",) * 4),
-            MARKS[LOOKS[trial.outcome][0]],
-        )
-        for trial in sorted(capacity.trials, key=lambda each: (each.rate_rps, each.duration_s))
-    ]
+    rows = []
+    for trial in sorted(capacity.trials, key=lambda each: (each.rate_rps, each.duration_s)):
+        latencies = (ms(each).removesuffix(" ms") for each in (trial.p50_ms, trial.p99_ms))
+        figures = (f"{trial.achieved_rps:.4g}", *latencies, f"{trial.error_rate:.1%}") if trial.sent else ("-",) * 4
+        rows.append((f"{trial.rate_rps:g}", *figures, OUTCOMES[trial.outcome][2]))
     return numbers(["planned", "answered", "p50", "p99", "failed", ""], rows)
 
 
-def _figures(trial: Trial) -> tuple[str, ...]:
-    latencies = (ms(each).removesuffix(" ms") for each in (trial.p50_ms, trial.p99_ms))
-    return (f"{trial.achieved_rps:.4g}", *latencies, f"{trial.error_rate:.1%}")
-
-
-def front(tuning: Tuning) -> str:
-    """p99 over throughput of every setting, the ones that none beats in both joined by a line."""
+def settings_chart(tuning: TuneResult) -> str:
+    """p99 over throughput of every setting."""
     tried = [each for each in tuning.trials if each.p99_ms is not None]
     x = _scale([each.throughput_rps for each in tried], 1.1)
     y = _scale([each.p99_ms or 0.0 for each in tried])
     chart = Chart(x, y, "p99 and throughput of every setting", x_title="throughput, answers/s")
     chart.axes(x_unit="", y_unit=f"p99 at {tuning.reference_rps:g}/s, ms")
-    best = sorted((each.throughput_rps, each.p99_ms or 0.0) for each in tried if each.pareto)
-    chart.line(
-        [point for pair in zip(best, [*best[1:], best[-1]], strict=True) for point in _corner(*pair)] if best else [],
-        "intended",
-    )
-    for each in sorted(tried, key=lambda one: _rank(one, tuning)):
-        css, shape = _look(each, tuning)
-        chart.point(each.throughput_rps, each.p99_ms or 0.0, css, shape, _setting_tip(each))
-    chart.legend("median circle", "tried")
-    chart.legend("intended circle", "on the front")
-    chart.legend("service diamond", "default")
-    if tuning.best is not None:
-        chart.legend("holds star", "best")
+    drawn: list[tuple[str, str]] = [("median circle", "tried"), ("service diamond", "default"), ("holds star", "best")]
+    for look, _ in drawn:  # the last is on top
+        for each in tried:
+            if _look(each, tuning) == look:
+                css, shape = look.split()
+                chart.point(each.throughput_rps, each.p99_ms or 0.0, css, shape, _setting_tip(each))
+    for look, word in drawn[: 2 if tuning.best is None else 3]:
+        chart.legend(look, word)
     return chart.figure()
 
 
-def _corner(left: Point, right: Point) -> list[Point]:
-    """Steps: between two settings of the front nothing was measured."""
-    return [left, (right[0], left[1])]
-
-
-def _look(each: TriedSetting, tuning: Tuning) -> tuple[str, str]:
+def _look(each: MeasuredSettings, tuning: TuneResult) -> str:
     if tuning.best is not None and each.settings == tuning.best:
-        return "holds", "star"
-    if each.settings == tuning.default:
-        return "service", "diamond"
-    return ("intended" if each.pareto else "median"), "circle"
+        return "holds star"
+    return "service diamond" if each.settings == tuning.default else "median circle"
 
 
-def _rank(each: TriedSetting, tuning: Tuning) -> int:
-    """What is drawn last lies on top."""
-    return ["median", "intended", "service", "holds"].index(_look(each, tuning)[0])
-
-
-def _parts(setting: Setting) -> list[str]:
-    """A setting in short lines."""
-    return [part.strip() for part in str(setting).split(",")]
-
-
-def _setting_tip(each: TriedSetting) -> list[str]:
-    rate = "" if each.capacity_rps is None else f", {each.capacity_rps:g}/s in the SLO"
+def _setting_tip(each: MeasuredSettings) -> list[str]:
+    rate = "" if each.capacity_rps is None else f", {each.capacity_rps:g}/s within the SLO"
     figures = f"p99 {ms(each.p99_ms)}, {each.throughput_rps:.4g}/s{rate}"
-    first, *others = _parts(each.settings)
-    return [figures, first, ", ".join(others)]
+    return [figures, *str(each.settings).split(", ", 1)]
 
 
-def tuning_card(tuning: Tuning) -> str:
-    """The front with what was concluded."""
+def tuning_card(tuning: TuneResult) -> str:
     told = f"<p class='told'>{sentence(tuning.conclusion)}</p>"
     rows: list[tuple[str, object]] = [("default", tuning.default)]
     if tuning.best is not None:
         rows += [("best", tuning.best), ("gain", tuning.gain or "not confirmed")]
-        rows.append(("written to the tuned values", "yes" if tuning.applied else "no"))
-    when = tuning.started.replace("T", " ").replace("+00:00", " UTC")
-    explanation = (
-        f"Further right and lower is better. make tune, {escape(when)}; throughput with {tuning.users} in flight."
-    )
-    return card("Tuning", told + front(tuning) + facts(rows), explanation)
+        rows.append(("written to the file of tuned values", "yes" if tuning.applied else "no"))
+    made = f"make tune, {escape(_time(tuning.started))}; throughput with {tuning.users} in flight."
+    return card("Tuning", told + settings_chart(tuning) + facts(rows), f"Further right and lower is better. {made}")
 
 
-def _settings_tried(tuning: Tuning) -> str:
+def _settings_tried(tuning: TuneResult) -> str:
     ordered = sorted(tuning.trials, key=lambda each: (-(each.capacity_rps or 0), -each.throughput_rps))
     rows = [
         (
             str(each.settings),
-            "-" if each.capacity_rps is None else f"{each.capacity_rps:g}/s",
+            each.capacity,
             f"{each.throughput_rps:.1f}/s",
             "-" if each.p99_ms is None else ms(each.p99_ms),
         )
         for each in ordered[:MOST_SETTINGS]
     ]
     left = len(ordered) - len(rows)
-    note = f"<p>And {left} more in tuning.json.</p>" if left > 0 else ""
-    return f"<div class='scroll'>{numbers(['', 'in the SLO', 'throughput', 'p99'], rows)}</div>{note}"
+    note = f"<p>{left} more are in tuning.json.</p>" if left > 0 else ""
+    return f"<div class='scroll'>{numbers(['', 'within the SLO', 'throughput', 'p99'], rows)}</div>{note}"
 
 
-def _environment(found: Capacity | Tuning) -> list[str]:
-    """A card, where anything is known."""
+def _page(found: Capacity | TuneResult, title: str, subject: str, css: str, cards: Sequence[str]) -> str:
     rows = [(name.replace("_gib", " (GiB)"), value) for name, value in found.machine.items() if name != "versions"]
     rows += found.versions.items()
-    return [card("Machine and versions", facts(rows))] if rows else []
-
-
-def _head(title: str, subject: str, css: str) -> str:
-    return f"<header class='{css}'><h1>{escape(title)}</h1><p class='subject'>{escape(subject)}</p></header>"
+    environment = [card("Machine and versions", facts(rows))] if rows else []
+    head = f"<header class='{css}'><h1>{escape(title)}</h1><p class='subject'>{escape(subject)}</p></header>"
+    return document(f"{found.model}: {title}", head + grid([*cards, *environment]), found.started)
 
 
 def capacity_page(capacity: Capacity) -> str:
-    """A page of its own."""
     held = capacity.capacity_rps
-    title = "No rate holds" if held is None else f"Holds its SLO up to {held:g} requests/s"
-    if capacity.exit_code == 3:
+    title = "No rate meets the SLO" if held is None else f"Meets the SLO up to {held:g} requests/s"
+    if capacity.exit_code == ExitCode.INVALID:
         title = "Inconclusive" if held is None else f"At least {held:g} requests/s"
-    status = {0: "holds", 1: "violated"}.get(capacity.exit_code, "inconclusive")
-    about = f"{capacity.model} on {capacity.target}, {capacity.precision or 'precision not said'}, {capacity.protocol}"
+    status = {ExitCode.PASS: "holds", ExitCode.GATE_FAILED: "violated"}.get(capacity.exit_code, "inconclusive")
+    about = f"{capacity.model} on {capacity.target}, {capacity.precision or 'unknown precision'}, {capacity.protocol}"
     subject = f"{about} at {capacity.url}: {', '.join(capacity.objectives)}"
     settings = [
         (name.replace("_", " "), "automatic" if (name, value) == ("threads", 0) else value)
@@ -221,15 +185,12 @@ def capacity_page(capacity: Capacity) -> str:
         if value is not None
     ]
     cards = [capacity_card(capacity), card("Trials", _trials(capacity), TRIALS_READ)]
-    cards += [card("Settings served", facts(settings))] if settings else []
-    cards += _environment(capacity)
-    return document(f"{capacity.model}: {title}", _head(title, subject, status) + grid(cards), capacity.started)
+    cards += [card("Serving settings", facts(settings))] if settings else []
+    return _page(capacity, title, subject, status, cards)
 
 
-def tuning_page(tuning: Tuning) -> str:
-    """A page of its own."""
-    title = "No setting is better than the default" if tuning.best is None else "A better setting"
+def tuning_page(tuning: TuneResult) -> str:
+    title = "No setting is proved better than the default" if tuning.best is None else "A better setting was found"
     subject = f"{tuning.model} on {tuning.target}, {tuning.precision}: {', '.join(tuning.objectives)}"
-    cards = [tuning_card(tuning), card("Settings tried", _settings_tried(tuning)), *_environment(tuning)]
-    status = "plain" if tuning.best is None else "holds"
-    return document(f"{tuning.model}: {title}", _head(title, subject, status) + grid(cards), tuning.started)
+    cards = [tuning_card(tuning), card("Settings tried", _settings_tried(tuning))]
+    return _page(tuning, title, subject, "plain" if tuning.best is None else "holds", cards)

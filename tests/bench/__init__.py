@@ -1,1 +1,1 @@
-"""Benchmarks: ratios of two sides measured in one run. See `python -m tests.bench --help`."""
+"""Benchmarks: ratios of two sides, measured in one run. `python -m tests.bench --help` lists them."""

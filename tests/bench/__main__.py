@@ -1,8 +1,7 @@
-"""The ratios that the README's table shows, each from one run on this machine.
+"""Measures the ratios of docs/benchmarks.md, each in one run on this machine.
 
-No absolute time is kept: both sides of a ratio are measured in turn, many times, and the median of the
-pairs is printed with its quartiles. Needs both models built
-(`make engine`, `make engine MODEL=minilm`). Writes `build/bench.json`.
+Both sides of a ratio are measured in turn, many times. The table has the median of the pairs and its quartiles, and no
+absolute times. Needs both models built (`make engine`, `make engine MODEL=minilm`). Writes `build/bench.json`.
 
 Examples:
     python -m tests.bench
@@ -47,7 +46,7 @@ def main() -> None:
     """Runs the benchmarks and prints the table."""
     parser = Parser(__doc__, prog="python -m tests.bench")
     parser.add_argument("--only", choices=BENCHMARKS, action="append", help="only this one (may be repeated)")
-    parser.add_argument("--pairs", type=int, default=12, help="pairs of a ratio (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=12, help="pairs per ratio (default: %(default)s)")
     args = parser.parse_args()
     result_path = build_dir("bench.json")
     with tempfile.TemporaryDirectory() as folder:

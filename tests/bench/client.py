@@ -1,4 +1,4 @@
-"""Our client beside bare tritonclient and perf_analyzer: latency, what one core carries, shared memory."""
+"""This project's client against bare tritonclient and perf_analyzer: latency, requests per core, shared memory."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from tritonclient import http as triton_http
 from tritonclient.grpc import aio as triton_grpc_aio
 from tritonclient.http import aio as triton_http_aio
 
-from export.artifact import Row
-from serving.embedded import EmbeddedServer
-from tests.bench.setting import Bench, on, seconds
+from export.rows import Row
+from tests.bench.setting import Bench, on, seconds, url_of
 from tests.conftest import write_add_one
 
 MODEL = "recommender"
-TASKS = 16  # in flight, asynchronous
-CALLS = 2000  # of a side, asynchronous
+TASKS = 16  # asynchronous calls in flight
+CALLS = 2000  # asynchronous calls per side
 LARGE = 1_000_000  # 8 MB each way: (1, 2, LARGE) float32
 Call = Callable[[], Awaitable[object]]
-MakeBare = Callable[[EmbeddedServer, Row], tuple[Any, Call]]
 
 
 def client(bench: Bench) -> None:
-    """p50 of our client over bare tritonclient's, one call after the other, and over perf_analyzer's with one user."""
+    """p50 of sequential calls over bare tritonclient's, and over perf_analyzer's with one user."""
     row = bench.rows[MODEL][0]
     with bench.server(bench.repository(MODEL)) as server:
-        for protocol, bare in (("grpc", _bare_grpc(server, row)), ("http", _bare_http(server, row))):
-            with InferenceClient(_url(server, protocol), protocol) as ours:  # type: ignore[arg-type]
+        for protocol, kind in (("grpc", triton_grpc), ("http", triton_http)):
+            bare = _bare(kind, url_of(server, protocol), row)
+            with InferenceClient(url_of(server, protocol), protocol) as ours:  # type: ignore[arg-type]
                 own = functools.partial(ours.infer, MODEL, row)
                 ratios = [_p50_s(own) / _p50_s(bare) for _ in range(max(10, bench.pairs))]
                 bench.record(f"client p50 over bare tritonclient, {protocol}", ratios, "goal: at most 1.1")
@@ -45,10 +44,10 @@ def client(bench: Bench) -> None:
 
 
 def client_async(bench: Bench) -> None:
-    """Requests that one core carries, asynchronous, over bare tritonclient's: 16 in flight, the client on one core.
+    """Asynchronous requests per second of one core over bare tritonclient's: 16 in flight, the client on one core.
 
-    By the client's CPU time, so that the server's speed does not count: on a core of its own a client is limited by
-    nothing else. The server has the other cores, where there are any.
+    The rate is per second of the client's CPU time, so the server's speed does not count. The server has the other
+    cores, if there are any.
     """
     every = sorted(os.sched_getaffinity(0))
     repository = bench.folder / "repository-small"
@@ -56,13 +55,13 @@ def client_async(bench: Bench) -> None:
         write_add_one(repository, "small")
     inputs = {"x": np.zeros((1, 2, 50), np.float32)}
     with on(every[:-1] or every), bench.server(repository) as server, on(every[-1:]):
-        for protocol, bare in (("grpc", _bare_grpc_aio), ("http", _bare_http_aio)):
-            ratios = asyncio.run(_async_ratios(server, protocol, bare, inputs, max(5, bench.pairs // 2)))
+        for protocol in ("grpc", "http"):
+            ratios = asyncio.run(_async_ratios(url_of(server, protocol), protocol, inputs, max(5, bench.pairs // 2)))
             bench.record(f"async client's requests on one core over bare tritonclient's, {protocol}", ratios)
 
 
 def client_memory(bench: Bench) -> None:
-    """p50 of a large tensor through shared memory over the same through the socket."""
+    """p50 of a large tensor through shared memory over p50 through the socket."""
     repository = bench.folder / "repository-large"
     if not repository.exists():
         write_add_one(repository, "large")
@@ -71,7 +70,7 @@ def client_memory(bench: Bench) -> None:
     inputs = {"x": np.zeros((1, 2, LARGE), np.float32)}
     with bench.server(repository) as server:
         for protocol in ("grpc", "http"):
-            url = _url(server, protocol)
+            url = url_of(server, protocol)
             shared: Any = InferenceClient(url, protocol, shared_memory=True)
             with shared, InferenceClient(url, protocol) as plain:
                 ratios = []
@@ -81,23 +80,25 @@ def client_memory(bench: Bench) -> None:
             bench.record(f"8 MB each way through shared memory over the socket, p50, {protocol}", ratios)
 
 
-def _url(server: EmbeddedServer, protocol: str) -> str:
-    return server.grpc_url if protocol == "grpc" else server.http_url
-
-
 def _p50_s(call: Callable[[], object], calls: int = 200) -> float:
     return statistics.median(seconds(call) for _ in range(calls))
 
 
-async def _async_ratios(
-    server: EmbeddedServer, protocol: str, make_bare: MakeBare, inputs: Row, pairs: int
-) -> list[float]:
+async def _async_ratios(url: str, protocol: str, inputs: Row, pairs: int) -> list[float]:
     ratios = []
-    bare, call_bare = make_bare(server, inputs)
-    async with AsyncInferenceClient(_url(server, protocol), protocol) as ours:  # type: ignore[arg-type]
+    if protocol == "grpc":
+        bare: Any = triton_grpc_aio.InferenceServerClient(url)
+    else:
+        bare = triton_http_aio.InferenceServerClient(url, conn_limit=TASKS)
+    kind = triton_grpc if protocol == "grpc" else triton_http
+
+    async def call_bare() -> object:
+        return (await bare.infer("small", [_tensor(kind, inputs)])).as_numpy("y")
+
+    async with AsyncInferenceClient(url, protocol) as ours:  # type: ignore[arg-type]
         for pair in range(pairs):
             sides: list[Call] = [functools.partial(ours.infer, "small", inputs), call_bare]
-            first = pair % 2  # who goes first changes from pair to pair
+            first = pair % 2  # the side that runs first alternates
             rates = {side: await _requests_per_cpu_s(sides[side]) for side in (first, 1 - first)}
             ratios.append(rates[0] / rates[1])
     await bare.close()
@@ -122,39 +123,11 @@ def _tensor(kind: Any, inputs: Row) -> Any:
     return tensor
 
 
-def _bare_grpc(server: EmbeddedServer, row: Row) -> Callable[[], object]:
-    client = triton_grpc.InferenceServerClient(server.grpc_url)
+def _bare(kind: Any, url: str, row: Row) -> Callable[[], object]:
+    client = kind.InferenceServerClient(url)
 
     def call() -> object:
-        result = client.infer(MODEL, [_tensor(triton_grpc, row)])
+        result = client.infer(MODEL, [_tensor(kind, row)])
         return result.as_numpy("items"), result.as_numpy("scores")
 
     return call
-
-
-def _bare_http(server: EmbeddedServer, row: Row) -> Callable[[], object]:
-    client = triton_http.InferenceServerClient(server.http_url)
-
-    def call() -> object:
-        result = client.infer(MODEL, [_tensor(triton_http, row)])
-        return result.as_numpy("items"), result.as_numpy("scores")
-
-    return call
-
-
-def _bare_grpc_aio(server: EmbeddedServer, inputs: Row) -> tuple[Any, Call]:
-    client = triton_grpc_aio.InferenceServerClient(server.grpc_url)
-
-    async def call() -> object:
-        return (await client.infer("small", [_tensor(triton_grpc, inputs)])).as_numpy("y")
-
-    return client, call
-
-
-def _bare_http_aio(server: EmbeddedServer, inputs: Row) -> tuple[Any, Call]:
-    client = triton_http_aio.InferenceServerClient(server.http_url, conn_limit=TASKS)
-
-    async def call() -> object:
-        return (await client.infer("small", [_tensor(triton_http, inputs)])).as_numpy("y")
-
-    return client, call

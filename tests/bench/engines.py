@@ -1,4 +1,4 @@
-"""The precisions and sizes of the graphs, pruning and the cache."""
+"""Benchmarks of the build: speed and size of int8, pruning, the cache."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from pathlib import Path
 import onnxruntime
 
 from deepseek.spec import InputError, build_dir
-from export.artifact import Row, batches, choice_path, onnx_path, read_manifest
+from export.artifact import choice_path, onnx_path, read_manifest
+from export.rows import Row, batches
 from tests.bench.setting import Bench, log, seconds
 from tests.conftest import run_module
 
 
 def int8(bench: Bench) -> None:
-    """int8 over fp32 in raw ONNX Runtime, by batch, with what the metric loses; and the graphs' sizes."""
+    """int8 over fp32 in raw ONNX Runtime by batch size, with the loss of the task metric, and the graphs' sizes."""
     for name in ("recommender", "minilm", "encoder"):
         lost = _lost(name, "int8")
         sessions = {precision: bench.raw_sessions(onnx_path(name, precision), 1)[0] for precision in ("fp32", "int8")}
@@ -32,7 +33,7 @@ def int8(bench: Bench) -> None:
 
 
 def speedups(bench: Bench, sessions: dict[str, onnxruntime.InferenceSession], inputs: Row) -> list[float]:
-    """How many times faster the second session is, in pairs."""
+    """How many times faster the second session is, for each pair."""
     ratios = []
     for _ in range(4 * bench.pairs):
         first, second = (_seconds_of_runs(session, inputs) for session in sessions.values())
@@ -41,13 +42,13 @@ def speedups(bench: Bench, sessions: dict[str, onnxruntime.InferenceSession], in
 
 
 def pruned(bench: Bench) -> None:
-    """The recommender without a quarter of its heads and channels over the whole one, raw fp32."""
+    """The recommender without a quarter of its heads and channels over the full model, in raw fp32."""
     whole = bench.raw_sessions(onnx_path("recommender", "fp32"), 1)[0]
     build = str(bench.folder / "pruned")
     subprocess.run(["cp", "-r", build_dir("recommender").parent, build], check=True)
-    for stage, *flags in (("export.prune", "--ratio", "0.25"), ("export.to_onnx",)):
+    for stage, *flags in (("prune", "--ratio", "0.25"), ("to-onnx",)):
         with log.status(f"{stage} of the recommender"):
-            run = run_module(stage, *flags, BUILD=build, PYTHONWARNINGS="ignore")
+            run = run_module("cli", stage, *flags, DEEPSEEK_BUILD=build, PYTHONWARNINGS="ignore")
         if run.returncode:
             raise InputError(run.stderr)
     report = json.loads((Path(build) / "recommender" / "pruning.json").read_text())
@@ -58,7 +59,7 @@ def pruned(bench: Bench) -> None:
 
 
 def cached(bench: Bench) -> None:
-    """Time of `make engine` whose artifacts are in the cache over one that makes them."""
+    """Time of `make engine` with a full cache over a cold build."""
     for models, name, note in (("tests/models", "text", ""), ("models", "recommender", "training included")):
         ratios = []
         for pair in range(3):
@@ -69,21 +70,15 @@ def cached(bench: Bench) -> None:
 
 
 def _make_seconds(bench: Bench, folder: Path, turn: str, models: str, name: str) -> float:
-    """Of `make engine` in a build folder and a repository of its own, with the cache of `folder`."""
+    """Seconds of `make engine` in a new build folder and repository, with the cache in `folder`."""
     made = folder / turn
     data = bench.folder / "build" / name / "data"
-    if data.is_dir():  # what is fetched is no part of it
+    if data.is_dir():  # downloads do not count
         shutil.copytree(data, made / "build" / name / "data")
-    settings = {
-        "MODELS": models,
-        "MODEL": name,
-        "CACHE": folder / "cache",
-        "VENV": sys.prefix,
-        "ENV_FILE": made / "env",
-    }
-    settings |= {"BUILD": made / "build", "REPOSITORY": made / "repository"}
+    settings = {"MODELS": models, "MODEL": name, "CACHE": folder / "cache", "VENV": sys.prefix}
+    settings |= {"ENV_FILE": made / "env", "BUILD": made / "build", "REPOSITORY": made / "repository"}
     command = ["make", "engine", *(f"{key}={value}" for key, value in settings.items())]
-    kept = {key: value for key, value in os.environ.items() if key not in ("BUILD", "MAKEFLAGS", "MAKELEVEL")}
+    kept = {key: value for key, value in os.environ.items() if key not in ("DEEPSEEK_BUILD", "MAKEFLAGS", "MAKELEVEL")}
     with log.status(f"make engine MODEL={name}, {turn}"):
         start = time.perf_counter()
         run = subprocess.run(command, capture_output=True, text=True, env=kept)
@@ -93,7 +88,7 @@ def _make_seconds(bench: Bench, folder: Path, turn: str, models: str, name: str)
 
 
 def _lost(name: str, precision: str) -> str:
-    """What the task metric loses, as `export.compare` measured it."""
+    """The loss of the task metric that `export.stages.select_precision` measured."""
     path = choice_path(name, "onnxruntime")
     if not path.is_file():
         return ""
@@ -102,5 +97,5 @@ def _lost(name: str, precision: str) -> str:
 
 
 def _seconds_of_runs(session: onnxruntime.InferenceSession, inputs: Row) -> float:
-    """Of enough runs for a small model to be timed."""
+    """Seconds of a batch of runs, enough to time a small model."""
     return seconds(lambda: [session.run(None, inputs) for _ in range(10)])

@@ -1,18 +1,16 @@
-"""The load generator itself: how true its figures are, what one core of it can send, and perf_analyzer beside it.
+"""The load generator itself: accuracy, the highest rate of one core, and a comparison with perf_analyzer.
 
-Accuracy and ceiling are taken against `tests/fake_endpoint.py`, which computes nothing, says itself when it received
-and answered, and has a core of its own where there are two. A ceiling is requests for each second of CPU time that the
-generator took, all its threads together: what one core sends at most. Taken so, it depends little on what else runs.
+Accuracy and ceiling are measured with `tests/fake_endpoint.py`, which computes nothing, logs when it received and
+answered, and has its own core if there are two. The ceiling is requests per second of the generator's CPU time, over all
+its threads: the most that one core can send. It depends little on what else runs.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
 import resource
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,19 +22,21 @@ from deepseek_client import InferenceClient
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec
-from loadtests.check import check
-from loadtests.measure import measure
-from loadtests.results import Latency, Run, Settings
-from tests.bench.setting import Bench, log, on, perf_analyzer_program
+from loadtests.load.measure import measure
+from loadtests.load.preflight import check
+from loadtests.results.histogram import Latency
+from loadtests.results.run import Run
+from loadtests.results.settings import LoadSettings
+from tests.bench.setting import Bench, log, on, perf_analyzer_command, perf_analyzer_row, url_of
 from tests.fake_endpoint import FakeEndpoint
 
 Protocol = Literal["grpc", "http"]
 PROTOCOLS: tuple[Protocol, ...] = ("grpc", "http")
 KINDS: tuple[Latency, ...] = ("intended", "service")
 PERCENTS = (50, 90, 99, 99.9)
-USERS = 16  # in a closed loop, to take a ceiling
-REPETITIONS = 3  # of a search for the capacity
-LENGTH = 50  # of an input, in floats
+USERS = 16  # of the closed loop that measures the ceiling
+REPETITIONS = 3  # of the capacity search
+LENGTH = 50  # floats per input
 SPEC = """
 name = "fake"
 inputs.x = { dtype = "float32", shape = ["batch", "length"] }
@@ -48,10 +48,10 @@ slo = { p99_ms = 50 }
 
 
 def accuracy(bench: Bench) -> None:
-    """What is reported over what the server itself says; and a planned stall of 2 s in open and closed loop.
+    """Reported latency over the server's own, and a planned stall of 2 s in open and closed loop.
 
-    The server's delays are log-normal: beside a smooth curve, unlike a plateau, a percentile that is a little off shows.
-    They are long enough that the way to the server and back, which it does not see, is a small part of them.
+    The server's delays are log-normal: on a smooth curve, unlike on a plateau, a small error of a percentile shows.
+    They are long compared with the time on the network, which the server does not see.
     """
     for protocol in PROTOCOLS:
         ratios = {(kind, percent): list[float]() for kind in KINDS for percent in PERCENTS}
@@ -73,12 +73,12 @@ def accuracy(bench: Bench) -> None:
             bench.record(name, found, "goal: 0.98 to 1.02")
         for how, found in stalls.items():
             goal = "goal: 0.98 to 1.02" if how.startswith("open") else "hides it"
-            highest = "p99" if how.startswith("perf") else "p99.9"  # all that its table has
+            highest = "p99" if how.startswith("perf") else "p99.9"  # the highest in its table
             bench.record(f"{highest} over a stall of 2 s, {how}, {protocol}", found, goal)
 
 
 def _stall(bench: Bench, protocol: Protocol, how: str) -> float:
-    """What a load reports whose server stands still for 2 s in the midst of it, over the longest wait that it caused."""
+    """The reported latency over the longest wait at the server, which stalls for 2 s during the load."""
     with FakeEndpoint(stall_at=600, stall_s=2) as endpoint:
         if how.startswith("open"):
             run = _measured(bench, endpoint, protocol, rate_rps=200.0, duration_s=10.0, arrivals="constant")
@@ -87,13 +87,13 @@ def _stall(bench: Bench, protocol: Protocol, how: str) -> float:
             run = _measured(bench, endpoint, protocol, users=1, duration_s=10.0)
             seen_ms = run.window.latency("service").percentile_ms(99.9)
         else:
-            flags = ("--percentile", "99", "--measurement-interval", "3000", "--max-trials", "3")
+            flags = ("--percentile", "99", "--measurement-interval", "3000")
             seen_ms = float(_perf_analyzer(bench, endpoint, protocol, 1, *flags)["p99 latency"]) / 1000
         return seen_ms / float(_true_ms(endpoint)[-1])
 
 
 def ceiling(bench: Bench) -> None:
-    """Requests for each second of CPU time, over perf_analyzer's; and how late they leave at half of that."""
+    """Requests per second of CPU time over perf_analyzer's, and the send lag at half of that rate."""
     for protocol in PROTOCOLS:
         ratios, lags_ms, ours, theirs = [], [], [], []
         for _ in range(max(3, bench.pairs // 4)):
@@ -109,7 +109,7 @@ def ceiling(bench: Bench) -> None:
 
 
 class _Apart:
-    """A free endpoint on the first core, the generator on the last."""
+    """A fake endpoint without delay on the first core, the generator on the last."""
 
     def __enter__(self) -> _Apart:
         every = sorted(os.sched_getaffinity(0))
@@ -131,8 +131,7 @@ def _own_ceiling(bench: Bench, protocol: Protocol) -> float:
 def _peer_ceiling(bench: Bench, protocol: Protocol) -> float:
     with _Apart() as apart, on(apart.cores):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        flags = ("--measurement-interval", "2000", "--max-trials", "3")
-        _perf_analyzer(bench, apart.endpoint, protocol, USERS, *flags)
+        _perf_analyzer(bench, apart.endpoint, protocol, USERS, "--measurement-interval", "2000")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         apart.endpoint.stop()
         sent = apart.endpoint.log().shape[1]
@@ -140,24 +139,25 @@ def _peer_ceiling(bench: Bench, protocol: Protocol) -> float:
 
 
 def _perf_analyzer(bench: Bench, endpoint: FakeEndpoint, protocol: Protocol, users: int, *flags: str) -> dict[str, str]:
-    """The line of its table."""
-    url, table = endpoint.grpc_url if protocol == "grpc" else endpoint.http_url, bench.folder / "fake.csv"
-    command = [perf_analyzer_program(), "-m", "fake", "-u", url, "-i", protocol, "--shape", f"x:{LENGTH}", "-b", "1"]
-    command += ["--concurrency-range", str(users), "--stability-percentage", "99999", "-f", str(table), *flags]
-    subprocess.run(command, check=True, capture_output=True)
-    with table.open() as file:
-        return next(csv.DictReader(file))
+    """The row of perf_analyzer's table."""
+    url, table, shape = url_of(endpoint, protocol), bench.folder / "fake.csv", ("--shape", f"x:{LENGTH}")
+    return perf_analyzer_row(perf_analyzer_command(url, "fake", protocol, users, table, *shape, *flags), table)
 
 
 def _measured(
     bench: Bench, endpoint: FakeEndpoint, protocol: Protocol, cores: list[int] | None = None, **load: Any
 ) -> Run:
-    """A load test of the endpoint, its generator on some cores only."""
+    """A load test of the endpoint, with the generator on `cores` only."""
     inputs, spec = _given(bench)
-    url = endpoint.grpc_url if protocol == "grpc" else endpoint.http_url
     fixed: dict[str, Any] = {"model": "fake", "models": str(bench.folder / "models"), "target": "onnxruntime"}
-    fixed |= {"protocol": protocol, "url": url, "inputs": str(inputs), "warmup_s": 0.0, "duration_s": 5.0}
-    wanted = Settings(**fixed | load)
+    fixed |= {
+        "protocol": protocol,
+        "url": url_of(endpoint, protocol),
+        "inputs": str(inputs),
+        "warmup_s": 0.0,
+        "duration_s": 5.0,
+    }
+    wanted = LoadSettings(**fixed | load)
     with on(cores or sorted(os.sched_getaffinity(0))):
         return measure(wanted, spec, check(wanted, spec), Console(quiet=True))
 
@@ -174,7 +174,7 @@ def _given(bench: Bench) -> tuple[Path, DeploymentSpec]:
 
 
 def _true_ms(endpoint: FakeEndpoint) -> np.ndarray:
-    """How long the server had each request, ascending; the first was the check before the load."""
+    """Latencies measured by the server, ascending; without the first, which is the check before the load."""
     endpoint.stop()
     received_s, answered_s = endpoint.log()[:, 1:]
     return np.sort(answered_s - received_s) * 1000
@@ -185,16 +185,14 @@ def _nearest(ordered: np.ndarray, percent: float) -> float:
 
 
 def encoding(bench: Bench) -> None:
-    """CPU time of a request that was encoded once over that of one encoded at each sending: an image of 600 kB."""
+    """CPU time of a request encoded once over one encoded for each send: an image of 600 kB."""
     image = {"x": np.random.default_rng(0).random((1, 3 * 224 * 224), np.float32)}
     for protocol in PROTOCOLS:
-        with FakeEndpoint() as endpoint:
-            url = endpoint.grpc_url if protocol == "grpc" else endpoint.http_url
-            with InferenceClient(url, protocol) as client:
-                once = partial(client.send, client.prepare("fake", image))
-                anew = partial(client.infer, "fake", image)
-                ratios = [_cpu_s(once) / _cpu_s(anew) for _ in range(max(10, bench.pairs))]
-        bench.record(f"CPU of a request encoded once over one encoded anew, 600 kB, {protocol}", ratios)
+        with FakeEndpoint() as endpoint, InferenceClient(url_of(endpoint, protocol), protocol) as client:
+            once = partial(client.send, client.prepare("fake", image))
+            anew = partial(client.infer, "fake", image)
+            ratios = [_cpu_s(once) / _cpu_s(anew) for _ in range(max(10, bench.pairs))]
+        bench.record(f"CPU of a request encoded once over one encoded each time, 600 kB, {protocol}", ratios)
 
 
 def _cpu_s(call: Callable[[], object]) -> float:
@@ -205,7 +203,7 @@ def _cpu_s(call: Callable[[], object]) -> float:
 
 
 def peer(bench: Bench) -> None:
-    """Our load test beside perf_analyzer: throughput, p50 and p99 on the same server under the same load."""
+    """The load test over perf_analyzer: throughput, p50 and p99 on the same server under the same load."""
     with bench.server(bench.repository("encoder")) as server:
         for protocol in PROTOCOLS:
             ours, theirs = [], []
@@ -218,7 +216,7 @@ def peer(bench: Bench) -> None:
 
 
 def capacity(bench: Bench) -> None:
-    """How far three searches for the capacity of one server lie apart, for a model that computes and a light one."""
+    """The spread of three capacity searches on one server, for a compute-bound model and a light one."""
     for name in ("minilm", "recommender"):
         with bench.server(bench.repository(name)) as server:
             _capacity_of(bench, name, server.grpc_url)
@@ -226,14 +224,12 @@ def capacity(bench: Bench) -> None:
 
 def _capacity_of(bench: Bench, name: str, url: str) -> None:
     found = []
-    for place in range(REPETITIONS):
-        with log.status(f"make capacity of {name}, {place + 1} of {REPETITIONS}"):
-            flags = ("--url", url, "--fresh", "--json")
-            said = bench.run("loadtests.capacity", name, *flags, allowed=(0, 1, 3))
+    for _ in range(REPETITIONS):
+        said = bench.run("cli capacity", name, "--url", url, "--json", allowed=(0, 1, 3))
         if not said or (rate := json.loads(said)["capacity_rps"]) is None:
-            log.print(f"capacity of {name}, searched for again: one search found none, no row")
+            log.print(f"capacity of {name}: one search found none, no row")
             return
         found.append(rate)
     ratios = [rate / sorted(found)[len(found) // 2] for rate in found]
-    what = f"capacity of {name}, searched for three times on one server: each over the middle one"
+    what = f"capacity of {name}, three searches on one server: each over the median"
     bench.record(what, ratios, f"goal: within 10 %; lowest {min(ratios):.2f}, highest {max(ratios):.2f}")

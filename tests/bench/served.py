@@ -1,4 +1,4 @@
-"""Served throughput over raw ONNX Runtime, and dynamic batching on over off."""
+"""Served throughput over raw ONNX Runtime's, and dynamic batching on over off."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deepseek.spec import TunedBatching
-from serving.embedded import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 from tests.bench.setting import Bench, on
 
 USERS = 32
 LABEL = f"served over raw ONNX Runtime, {USERS} requests in flight"
-APART = "load generator on a core of its own"
+APART = "load generator on its own core"
 TOGETHER = "load generator on the same cores"
 
 
 def served(bench: Bench) -> None:
     """Served throughput over raw ONNX Runtime's best.
 
-    Both sides on the same cores. First the load generator has the last core to itself, so that what
-    is missing is the server's; then it shares them all, as in a demo on a small machine.
+    Both sides use the same cores. First the load generator has the last core to itself, so that the difference is the
+    server's; then it shares all cores, as in a demo on a small machine.
     """
     every, apart = every_core(), generator_apart()
     encoder, recommender = bench.repository("encoder"), bench.repository("recommender")
@@ -32,12 +32,12 @@ def served(bench: Bench) -> None:
 
 
 def every_core() -> list[int]:
-    """That this process may use."""
+    """The cores that this process may use."""
     return sorted(os.sched_getaffinity(0))
 
 
 def generator_apart() -> tuple[list[int], list[int]]:
-    """Cores of the server, and of the load generator: the last one, where there are several."""
+    """The cores of the server, and of the load generator: the last core, if there are several."""
     every = every_core()
     return every[:-1] or every, every[-1:]
 
@@ -52,9 +52,9 @@ def served_over_raw(
     pairs: int = 0,
     without: tuple[str, ...] = (),
 ) -> list[float]:
-    """Ratios of pairs that alternate; raw ONNX Runtime has the server's cores, and its own best setting on them.
+    """Ratios of alternating pairs. Raw ONNX Runtime has the server's cores, and its best setting on them.
 
-    It has all of its optimizers but those that it is to do `without`.
+    `without` names ONNX Runtime's optimizers to disable on the raw side.
     """
 
     def served(server: EmbeddedServer) -> float:
@@ -67,7 +67,7 @@ def served_over_raw(
             ratios = []
             for pair in range(pairs or bench.pairs):
                 sides: list[Callable[[], float]] = [raw, functools.partial(served, server)]
-                first = pair % 2  # who goes first changes from pair to pair
+                first = pair % 2  # the side that runs first alternates
                 values = {first: sides[first](), 1 - first: sides[1 - first]()}
                 ratios.append(values[1] / values[0])
     return ratios

@@ -1,6 +1,6 @@
-"""What the benchmarks share: the models, raw sessions, servers, loads, and what was measured.
+"""Shared parts of the benchmarks: models, raw sessions, servers, loads and results.
 
-A benchmark is a function `name(bench: Bench) -> None` in a module of this package that calls `bench.record` once a
+A benchmark is a function `name(bench: Bench) -> None` in a module of this package that calls `bench.record` once per
 ratio; `tests/bench/__main__.py` lists them. Both sides of a ratio are measured in turn, many times.
 """
 
@@ -14,19 +14,21 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
+from deepseek_client import InferenceClient
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, InputError, TunedBatching, TunedFile, TunedTarget, build_dir
-from export.artifact import Row, batches, choice_path, load_rows, onnx_path
-from serving.embedded import EmbeddedServer
+from export.artifact import choice_path, onnx_path
+from export.rows import Row, batches, load_rows
+from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import run_module
+from tests.fake_endpoint import FakeEndpoint
 
 ENCODER_TOML = """
 name = "encoder"
@@ -76,25 +78,25 @@ def samples(split):
     for _ in range(64):
         yield {"input_ids": random.integers(1, 30522, (1, 128))}
 """
-BUILT = ("recommender", "minilm")  # by `make engine`, before
-SIDE_S = 4.0  # of one side of a pair
+BUILT = ("recommender", "minilm")  # must be built before, by `make engine`
+SIDE_S = 4.0  # duration of one side of a pair
 
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 log = Console(stderr=True)
 
 
 class Bench:
-    """Both models, served with and without dynamic batching, and what was measured."""
+    """The models, how to run them raw, served and under load, and the results."""
 
     def __init__(self, folder: Path, pairs: int) -> None:
         self.folder, self.pairs = folder, pairs
         self.results: list[dict[str, Any]] = []
-        os.environ["BUILD"] = str(folder / "build")
+        os.environ["DEEPSEEK_BUILD"] = str(folder / "build")
         self.specs = {name: DeploymentSpec.of_model(name, folder / "models") for name in ("encoder", *BUILT)}
         self.rows = {name: load_rows(build_dir(name) / "evaluation.npz") for name in self.specs}
 
     def record(self, name: str, ratios: list[float], goal: str = "") -> None:
-        """Keeps the median and the quartiles of the pairs."""
+        """Records the median and the quartiles of the pairs."""
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         self.results.append(
             {"name": name, "ratio": middle, "quartiles": [low, high], "pairs": len(ratios), "goal": goal}
@@ -104,7 +106,7 @@ class Bench:
     # -- the raw runtime -------------------------------------------------------------------------
 
     def raw_sessions(self, path: Path, count: int, without: tuple[str, ...] = ()) -> list[onnxruntime.InferenceSession]:
-        """`count` sessions that share the cores out, `without` some of ONNX Runtime's optimizers."""
+        """`count` sessions that share the cores, `without` some of ONNX Runtime's optimizers."""
         options = onnxruntime.SessionOptions()
         options.inter_op_num_threads = 1
         options.intra_op_num_threads = max(1, len(os.sched_getaffinity(0)) // count)
@@ -113,7 +115,7 @@ class Bench:
         return [onnxruntime.InferenceSession(path, options, **settings) for _ in range(count)]
 
     def raw_throughput(self, name: str, without: tuple[str, ...] = ()) -> Callable[[], float]:
-        """Rows/s of raw ONNX Runtime in the best of its settings: sessions x batch."""
+        """Finds raw ONNX Runtime's best setting, sessions x batch; returns a function that measures its rows/s."""
         path = onnx_path(name, "fp32")
         settings = {}
         for count in (1, len(os.sched_getaffinity(0))):
@@ -128,8 +130,8 @@ class Bench:
 
     # -- loads -----------------------------------------------------------------------------------
 
-    def perf_analyzer(self, server: EmbeddedServer, name: str, protocol: str, users: int, table: Path) -> list[str]:
-        """The command: `users` in a closed loop, requests of one real row each."""
+    def perf_analyzer(self, server: EmbeddedServer, name: str, protocol: str, users: int) -> tuple[list[str], Path]:
+        """The command, with requests of one real row each, and the path of its table."""
         data = self.folder / f"{name}.json"
         if not data.exists():
             content = [
@@ -137,92 +139,52 @@ class Bench:
                 for row in self.rows[name][:64]
             ]
             data.write_text(json.dumps({"data": content}))
-        url = server.grpc_url if protocol == "grpc" else server.http_url
-        # Three windows, whatever their spread: the pairs of a ratio are what tells of noise.
-        windows = [
-            "--measurement-interval",
-            str(int(SIDE_S * 1000)),
-            "--stability-percentage",
-            "999",
-            "--max-trials",
-            "3",
-        ]
-        command = [
-            perf_analyzer_program(),
-            "-m",
-            name,
-            "-u",
-            url,
-            "-i",
-            protocol,
-            "-b",
-            "1",
-            "--concurrency-range",
-            str(users),
-        ]
-        return [*map(str, command), *windows, "--input-data", str(data), "-f", str(table)]
+        table = self.folder / "perf_analyzer.csv"
+        flags = ("--measurement-interval", str(int(SIDE_S * 1000)), "--input-data", str(data))
+        return perf_analyzer_command(url_of(server, protocol), name, protocol, users, table, *flags), table
 
     def peer_figures(self, server: EmbeddedServer, name: str, protocol: str, users: int) -> dict[str, float]:
         """Throughput (1/s), p50 and p99 (us) that perf_analyzer reports."""
-        table = self.folder / "perf_analyzer.csv"
-        subprocess.run(self.perf_analyzer(server, name, protocol, users, table), check=True, capture_output=True)
-        with table.open() as file:
-            row = next(csv.DictReader(file))
+        row = perf_analyzer_row(*self.perf_analyzer(server, name, protocol, users))
         latency = {f"p{percent}_us": float(row[f"p{percent} latency"]) for percent in (50, 99)}
         return {"throughput": float(row["Inferences/Second"]), **latency}
 
     def served_throughput(self, server: EmbeddedServer, name: str, users: int) -> float:
-        """Rows/s by Triton's own count, in the midst of a closed loop of perf_analyzer's."""
-        load = subprocess.Popen(
-            self.perf_analyzer(server, name, "grpc", users, self.folder / "load.csv"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        """Rows/s by Triton's own count, during a closed loop of perf_analyzer."""
+        command, _ = self.perf_analyzer(server, name, "grpc", users)
+        load = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            time.sleep(2)  # until all users are at it
-            started, before = time.perf_counter(), self.inferences(server, name)
+            time.sleep(2)  # until all users send
+            started, before = time.perf_counter(), _inferences(server, name)
             time.sleep(SIDE_S)
-            done = self.inferences(server, name) - before
+            done = _inferences(server, name) - before
             return done / (time.perf_counter() - started)
         finally:
             load.kill()
             load.wait()
-            time.sleep(0.5)  # what was in flight
-
-    def inferences(self, server: EmbeddedServer, name: str) -> int:
-        """Rows that Triton has inferred."""
-        with urllib.request.urlopen(f"http://{server.http_url}/v2/models/{name}/stats") as response:
-            return json.load(response)["model_stats"][0]["inference_count"]
+            time.sleep(0.5)  # for requests in flight
 
     def loadtest(self, server: EmbeddedServer, name: str, protocol: str, *flags: str) -> dict[str, float]:
-        """The same of our load test."""
-        url = server.grpc_url if protocol == "grpc" else server.http_url
-        which = ("--models", str(self.folder / "models"), "--model", name, "--url", url, "--protocol", protocol)
-        run = run_module("loadtests.run", *which, "--warmup-s", "2", "--duration-s", "12", "--json", *flags)
-        if run.returncode not in (0, 3):
-            raise InputError(run.stderr)
-        result = json.loads(run.stdout)
+        """The same figures from this project's load test."""
+        where = ("--url", url_of(server, protocol), "--protocol", protocol, "--warmup-s", "2", "--duration-s", "12")
+        result = json.loads(self.run("cli loadtest", name, *where, "--json", *flags, allowed=(0, 3)))
         latency = {f"p{percent}_us": result["latency"]["service"][f"p{percent}_ms"] * 1000 for percent in (50, 99)}
         return {"throughput": result["throughput_rps"], **latency}
 
     def run(self, command: str, model: str, *flags: str, allowed: tuple[int, ...] = (0,)) -> str:
-        """A command of ours over one of the bench's models; returns what it printed."""
-        which = ("--model", model, "--models", str(self.folder / "models"))
-        found = run_module(command, *which, *flags, BUILD=str(self.folder / "build"), PYTHONWARNINGS="ignore")
-        if found.returncode not in allowed:
-            raise InputError(f"{command} of {model}: {found.stderr}")
-        return found.stdout
+        """Runs a command of this project on one of the bench's models; returns its output."""
+        return run_ours(self.folder, command, model, *flags, allowed=allowed)
 
     def repository(self, name: str) -> Path:
         """The model repository of one model."""
         return self.folder / f"repository-{name}"
 
     def publish(self, folder: str, name: str, precision: str, batching: TunedBatching) -> Path:
-        """A repository of one model under settings of its own."""
+        """Publishes one model with the given settings; returns its repository."""
         values, repository = self.folder / f"{folder}.toml", self.repository(folder)
         TunedFile(targets={"onnxruntime": TunedTarget(batching=batching)}).write(values)
         flags = ("--precision", precision, "--tuned", str(values), "--repository", str(repository))
-        self.run("export.to_triton", name, *flags)
+        self.run("cli publish", name, *flags)
         return repository
 
     def server(self, repository: Path) -> EmbeddedServer:
@@ -231,14 +193,44 @@ class Bench:
         return EmbeddedServer(repository, log_path=self.folder / f"{repository.name}.log", **ports)
 
 
-def perf_analyzer_program() -> str:
-    """Where its package has it."""
-    return str(Path(sys.executable).parent.parent / "lib" / PYTHON / "site-packages/perf_analyzer/bin/perf_analyzer")
+def url_of(server: EmbeddedServer | FakeEndpoint, protocol: str) -> str:
+    return server.grpc_url if protocol == "grpc" else server.http_url
+
+
+def _inferences(server: EmbeddedServer, name: str) -> int:
+    """The rows that Triton has inferred, by its own count."""
+    with InferenceClient(server.http_url, "http") as client:
+        return client.model_statistics(name)["model_stats"][0]["inference_count"]
+
+
+def perf_analyzer_command(url: str, model: str, protocol: str, users: int, table: Path, *flags: str) -> list[str]:
+    """A closed loop of perf_analyzer, over three windows regardless of their spread: the pairs show the noise."""
+    program = Path(sys.prefix, "lib", PYTHON, "site-packages/perf_analyzer/bin/perf_analyzer")
+    command = [str(program), "-m", model, "-u", url, "-i", protocol, "-b", "1", "--concurrency-range", str(users)]
+    return [*command, "--stability-percentage", "99999", "--max-trials", "3", "-f", str(table), *flags]
+
+
+def perf_analyzer_row(command: list[str], table: Path) -> dict[str, str]:
+    """Runs perf_analyzer; returns the row of its table."""
+    subprocess.run(command, check=True, capture_output=True)
+    with table.open() as file:
+        return next(csv.DictReader(file))
+
+
+def run_ours(folder: Path, command: str, model: str, *flags: str, allowed: tuple[int, ...] = (0,)) -> str:
+    """Runs a command of this project on the models and the build of a folder; returns its output."""
+    which = ("--model", model, "--models", str(folder / "models"))
+    settings = {"DEEPSEEK_BUILD": str(folder / "build"), "PYTHONWARNINGS": "ignore"}
+    with log.status(f"{command} of {model}"):
+        found = run_module(*command.split(), *which, *flags, **settings)
+    if found.returncode not in allowed:
+        raise InputError(f"{command} of {model}: {found.stderr}")
+    return found.stdout
 
 
 @contextlib.contextmanager
 def on(cores: list[int]) -> Iterator[None]:
-    """Runs this thread, and what it starts, on some cores only."""
+    """Restricts this thread, and what it starts, to some cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -248,7 +240,7 @@ def on(cores: list[int]) -> Iterator[None]:
 
 
 def _rows_per_s_of(sessions: list[onnxruntime.InferenceSession], inputs: Row) -> Callable[[], float]:
-    """Measures sessions that run side by side for a while."""
+    """A function that measures the rows/s of sessions running in parallel."""
     size = len(next(iter(inputs.values())))
 
     def run(session: onnxruntime.InferenceSession) -> float:
@@ -257,7 +249,7 @@ def _rows_per_s_of(sessions: list[onnxruntime.InferenceSession], inputs: Row) ->
         while (elapsed := time.perf_counter() - start) < SIDE_S:
             session.run(None, inputs)
             done += size
-        return done / elapsed  # to the end of the last batch: SIDE_S would count it whole
+        return done / elapsed  # up to the end of the last batch, which SIDE_S would cut off
 
     def measure() -> float:
         with ThreadPoolExecutor(len(sessions)) as pool:
@@ -273,7 +265,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def prepare(folder: Path) -> None:
-    """Builds the encoder and publishes all three models in fp32, each in a repository of its own."""
+    """Builds the encoder and publishes all three models in fp32, each in its own repository."""
     for name in BUILT:
         if not choice_path(name, "onnxruntime").is_file():
             raise InputError(
@@ -286,14 +278,8 @@ def prepare(folder: Path) -> None:
     for name in BUILT:
         (folder / "models" / name).symlink_to(Path("models", name).resolve())
         subprocess.run(["cp", "-r", build_dir(name), folder / "build"], check=True)
-    models = ("--models", str(folder / "models"))
-    int8 = ("--precision", "int8", "--high-precision", "fp32")
-    steps = [("export.to_onnx", "--model", "encoder"), ("export.quantize", "--model", "encoder", *int8)]
+    run_ours(folder, "cli to-onnx", "encoder")
+    run_ours(folder, "cli quantize", "encoder", "--precision", "int8", "--high-precision", "fp32")
     for name in ("encoder", *BUILT):
         repository = ("--repository", str(folder / f"repository-{name}"))
-        steps.append(("export.to_triton", "--model", name, "--precision", "fp32", *repository))
-    for stage, *flags in steps:
-        with log.status(" ".join((stage, *flags))):
-            run = run_module(stage, *flags, *models, BUILD=str(folder / "build"), PYTHONWARNINGS="ignore")
-        if run.returncode:
-            raise InputError(run.stderr)
+        run_ours(folder, "cli publish", name, "--precision", "fp32", *repository)

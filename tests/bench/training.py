@@ -1,19 +1,17 @@
-"""The guide's training advice, each piece measured in one run on this machine and printed beside its claim.
+"""Measures the guide's claims about training in one run on this machine, and prints each result beside its claim.
 
-Memory is counted tensor by tensor (`deepseek.sizing.live`), so it is exact and does not depend on what else runs here;
-times are medians of pairs, in turn. Needs nothing built. Writes `build/bench-training.json`. Exit 1 where something does
-not hold; times are shown and never judged.
+Memory is counted tensor by tensor (`deepseek.sizing.model.live_memory`), so it is exact and independent of other
+programs. Times are medians of alternating runs; they are shown, not judged. Needs no built model. Writes
+`build/bench-training.json`. Exit codes: 0 all claims hold, 1 one does not.
 
 Examples:
     python -m tests.bench.training
-    python -m tests.bench.training --only checkpointing --json
-    python -m tests.bench.training --only prediction --charts docs/train
+    python -m tests.bench.training --only checkpointing
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -33,14 +31,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import TensorDataset
 
 from deepseek.sizing import TrainingSetup, TransformerSize, largest_batch, training_memory
-from deepseek.sizing.live import LiveBytes
+from deepseek.sizing.model.live_memory import LiveBytes
 from deepseek.spec import Parser, build_dir, run_command
-from deepseek.spec.folders import write_whole
+from deepseek.spec.files.folders import write_whole
 from deepseek.training import TrainingDiverged, train_model
 from deepseek.training.batch_size import fitting_batch
 from deepseek.training.memory import besides_bytes
 from deepseek.transformer import Transformer
-from tests.bench.training_memory import DRAWS, chart, drawn, grid, peak_of_a_step, said, shape
+from tests.bench.training_memory import DRAWS, drawn, grid, peak_of_a_step, said, shape
+from tests.conftest import run_module
 from tests.test_training import cross_entropy, network, points, settings
 from tests.test_training_meter import explode
 from tests.training_worker import config as shared_config
@@ -62,7 +61,7 @@ class Claim:
 
 
 def checkpointing() -> list[Claim]:
-    """Twelve layers with and without, in memory and time."""
+    """Memory and time of twelve layers with and without checkpointing."""
     kept, peaks, models = dict[bool, int](), dict[bool, int](), dict[bool, Transformer]()
     ids = torch.ones(8, 128, dtype=torch.int64)
     for on in (False, True):
@@ -90,7 +89,7 @@ def checkpointing() -> list[Claim]:
 
 
 def accumulation() -> list[Claim]:
-    """Gradients of each step of 4 batches of 8 against those of one of 32; the epoch's last step has 8 rows."""
+    """Gradients of each step of 4 batches of 8 against one batch of 32; the epoch's last step has 8 rows."""
     found = [_gradients(size, steps) for size, steps in ((32, 1), (8, 4))]
     pairs = [*zip(*found, strict=True)]
     worst = max(float((one - two).norm() / one.norm().clamp(min=1e-12)) for one, two in pairs)
@@ -100,7 +99,7 @@ def accumulation() -> list[Claim]:
 
 
 def _gradients(batch_size: int, accumulation_steps: int) -> list[Tensor]:
-    """What the optimizer is given in each step of an epoch of 72 rows; the weights hardly move meanwhile."""
+    """The gradients at each optimizer step of an epoch of 72 rows; the weights hardly change between steps."""
     torch.manual_seed(0)
     model = Transformer(shape(num_layers=4, embedding_dropout=0.0, attention_dropout=0.0, ffn_dropout=0.0))
     data, found = TensorDataset(torch.randint(1, 1000, (72, 64))), list[Tensor]()
@@ -124,7 +123,7 @@ def _gradients(batch_size: int, accumulation_steps: int) -> list[Tensor]:
 
 
 def prediction() -> list[Claim]:
-    """The plan's peak memory against that of real steps: over a grid, and of sizes that nobody chose."""
+    """The planned peak memory against real steps, over a grid of sizes and over random sizes."""
     claims = []
     for what, peaks in (("of a grid of sizes", grid()), (f"of {DRAWS} configurations drawn at random", drawn())):
         text, holds = said(peaks)
@@ -133,7 +132,7 @@ def prediction() -> list[Claim]:
 
 
 def mixed_precision() -> list[Claim]:
-    """bf16 on this CPU: memory, time, and what is learned."""
+    """bf16 on this CPU: memory, time and validation loss."""
     config = shape(num_layers=3)
     setups = [TrainingSetup(batch=8, length=64, precision=name, platform="cpu") for name in ("fp32", "bf16")]
     peaks = [peak_of_a_step(TransformerSize(config=config), setup) for setup in setups]
@@ -165,7 +164,7 @@ def mixed_precision() -> list[Claim]:
 
 
 def _losses_by_precision() -> list[float]:
-    """Each in a process of its own: accelerate keeps its first precision."""
+    """The best loss by precision, each in its own process: accelerate keeps its first precision."""
     code = (
         "import sys; from tests.test_training import *\n"
         "config = settings(max_epochs=20, mixed_precision=sys.argv[1])\n"
@@ -178,7 +177,7 @@ def _losses_by_precision() -> list[float]:
 
 
 def clipping() -> list[Claim]:
-    """A run with two broken labels of 512, without and with clipping."""
+    """A run in which 2 of 512 labels are broken, with and without clipping."""
     try:
         explode(None)
         caught = "not caught"
@@ -197,7 +196,7 @@ def clipping() -> list[Claim]:
 
 
 def batch_size() -> list[Claim]:
-    """`auto` in 512 MB against the plan's largest batch."""
+    """`batch_size="auto"` in 512 MB against the plan's largest batch."""
     config, device = shape(num_layers=4), torch.device("cpu")
     model, room = Transformer(config), 512e6
     data = TensorDataset(torch.ones(4096, 64, dtype=torch.int64))
@@ -220,14 +219,14 @@ def batch_size() -> list[Claim]:
 
 
 def parallel() -> list[Claim]:
-    """Two processes against one: the worst epoch's loss."""
+    """Two processes against one: the largest difference of an epoch's loss."""
     found = []
     for way in ("data", "sharded", "pipeline"):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "deepseek.training.launch", "--processes", "2", "tests/training_worker.py"]
-            environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
-            subprocess.run([*command, folder, way, "{}"], check=True, env=environment, capture_output=True)
-            two = torch.load(Path(folder) / "done-0.pt", weights_only=False)["result"]["epochs"]
+            run_module(
+                "cli", "launch-training", "--processes", "2", "tests/training_worker.py", "--", folder, way, "{}"
+            )
+            two = torch.load(Path(folder) / way / "done-0.pt", weights_only=False)["result"]["epochs"]
         one = train_alone(shared_network(), shared_config(way, 1), None).epochs
         pairs = zip(two, one, strict=True)
         worst = max(abs(each["validation_loss"] / alone.validation_loss - 1) for each, alone in pairs)
@@ -237,7 +236,7 @@ def parallel() -> list[Claim]:
 
 
 def data_pipeline() -> list[Claim]:
-    """What the recipe says of a loader that is slower than the model."""
+    """The share of time spent on data, as the trainer reports it, with a loader slower than the model."""
 
     class Slow(TensorDataset):
         def __getitem__(self, index: Any) -> Any:
@@ -251,7 +250,7 @@ def data_pipeline() -> list[Claim]:
 
 
 def _median_s(sides: list[Callable[[], object]]) -> list[float]:
-    """Median seconds of each side, in turn."""
+    """Median seconds of each side; the sides alternate."""
     times: list[list[float]] = [[] for _ in sides]
     for _ in range(PAIRS + 1):
         for kept, side in zip(times, sides, strict=True):
@@ -274,29 +273,21 @@ PARTS: dict[str, Callable[[], list[Claim]]] = {
 
 
 def main() -> int:
-    """Measures, and prints the table."""
+    """Runs the measurements and prints the table."""
     parser = Parser(__doc__, prog="python -m tests.bench.training")
     parser.add_argument("--only", choices=PARTS, action="append", help="only this part (may be repeated)")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--charts", type=Path, metavar="FOLDER", help="draw predicted against measured memory there")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # what else runs here disturbs one less
+    torch.set_num_threads(1)  # other programs disturb one thread less
     log, claims = Console(stderr=True), list[Claim]()
     for name in args.only or PARTS:
         with log.status(name):
             claims += PARTS[name]()
-    if args.charts:
-        write_whole(args.charts / "memory.svg", chart())
-    text = json.dumps([asdict(claim) for claim in claims], indent=2)
-    write_whole(build_dir("bench-training.json"), text + "\n")
-    if args.json:
-        print(text)
-    else:
-        table = Table("", "guide", "measured here", "holds", box=box.SIMPLE_HEAD)
-        for claim in claims:
-            held = "" if claim.holds is None else "yes" if claim.holds else "NO"
-            table.add_row(claim.what, claim.guide, claim.measured, held)
-        Console(width=max(Console().width, 140)).print(table)
+    write_whole(build_dir("bench-training.json"), json.dumps([asdict(claim) for claim in claims], indent=2) + "\n")
+    table = Table("", "guide", "measured here", "holds", box=box.SIMPLE_HEAD)
+    for claim in claims:
+        held = "" if claim.holds is None else "yes" if claim.holds else "NO"
+        table.add_row(claim.what, claim.guide, claim.measured, held)
+    Console(width=max(Console().width, 140)).print(table)
     return int(any(claim.holds is False for claim in claims))
 
 

@@ -1,12 +1,12 @@
-"""Peak memory of real training steps, counted tensor by tensor, against what the plan says of them.
+"""Compares the planned peak memory with that of real training steps, counted tensor by tensor.
 
-Contract: `grid` is every combination of a few sizes; `drawn` are configurations drawn at random, by a fixed seed, from
-far wider ranges: heads of 2 to 64, feed-forward layers of 1 to 8 widths, tied and untied logits, with and without
-dropout, padding, accumulation. Of both: bytes predicted and measured, by name.
+Contract: `grid` has every combination of a few sizes; `drawn` has random configurations, from a fixed seed, of far wider
+ranges: heads of 2 to 64, feed-forward layers of 1 to 8 widths, tied and untied logits, with and without dropout, padding
+and accumulation. Both return predicted and measured bytes by name.
 
 Examples:
-    python -m tests.bench.training --only prediction --charts docs/train
-    python -m tests.bench.training_memory --draws 200 --seed 7          # others than those of the table
+    python -m tests.bench.training_memory --draws 200 --seed 7     # configurations that are not in the table
+    python -m tests.bench.training_memory --chart docs/train/memory.svg
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ import functools
 import itertools
 import random
 import statistics
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
 
-from deepseek.config import AdviceWarning, TransformerConfig
+from deepseek.config import TransformerConfig
 from deepseek.sizing import TrainingSetup, TransformerSize, training_memory
-from deepseek.sizing.charts import scatter_chart
-from deepseek.sizing.live import LiveBytes
+from deepseek.sizing.model.live_memory import LiveBytes
 from deepseek.spec import Parser, run_command
+from deepseek.spec.files.folders import write_whole
 from deepseek.transformer import Transformer
+from tests.bench.scatter import scatter_chart
 
 ALLOWED = 0.1
-DRAWS, SEED, MOST_BYTES = 40, 0, 300e6  # of a configuration: so that drawing takes seconds
+DRAWS, SEED, MOST_BYTES = 40, 0, 300e6  # limit per configuration, so that drawing takes seconds
 GRID: dict[str, tuple[Any, ...]] = {
     "num_layers": (2, 12),
     "hidden_size": (64, 192),
@@ -45,12 +46,12 @@ GRID: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """Bytes of one step at its worst moment, without the process's own."""
+    """Peak bytes of one step, without the process's own memory."""
 
     planned: float
     measured: float
     at: str
-    """The moment that the plan takes for the worst."""
+    """The moment of the peak, according to the plan."""
 
     @property
     def error(self) -> float:
@@ -58,16 +59,14 @@ class Peak:
 
 
 def shape(**changes: Any) -> TransformerConfig:
-    """A small Transformer's sizes, without the advice to make it larger."""
+    """A small Transformer's configuration, without the warning that it is small."""
     sizes = {"num_layers": 12, "hidden_size": 128, "num_attention_heads": 4, "vocab_size": 1000, "max_length": 256}
     sizes |= changes
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AdviceWarning)
-        return TransformerConfig(**({"intermediate_size": 4 * sizes["hidden_size"]} | sizes))  # type: ignore[arg-type]
+    return TransformerConfig.of_any_size(**({"intermediate_size": 4 * sizes["hidden_size"]} | sizes))
 
 
 def peak_of_a_step(size: TransformerSize, setup: TrainingSetup) -> int:
-    """Of a Transformer; the loss is the mean square of the hidden states, or the cross-entropy of the logits."""
+    """Peak bytes of a Transformer's step. The loss is the hidden states' mean square, or the logits' cross-entropy."""
     model = Transformer(size.config).train()
     model.gradient_checkpointing = setup.checkpointing
     weight = model.tokens.weight
@@ -85,7 +84,7 @@ def peak_of_a_step(size: TransformerSize, setup: TrainingSetup) -> int:
 
 
 def peak_of(loss: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor], setup: TrainingSetup) -> int:
-    """Measured, of a step of the optimizer; two micro-batches are as bad as more."""
+    """Measured peak bytes of an optimizer step; two micro-batches need as much as more."""
     weights = list(parameters)
     optimizer = _optimizer(weights, setup)
 
@@ -98,7 +97,7 @@ def peak_of(loss: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor]
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # makes the optimizer's state
+    step()  # creates the optimizer's state
     with LiveBytes() as live:
         state = [each for of in optimizer.state.values() for each in of.values() if isinstance(each, torch.Tensor)]
         live.watch([*weights, *state])
@@ -113,7 +112,7 @@ def _optimizer(weights: list[torch.Tensor], setup: TrainingSetup) -> torch.optim
 
 
 def peak(size: TransformerSize, setup: TrainingSetup) -> Peak:
-    """Planned and measured."""
+    """The planned and the measured peak."""
     planned = training_memory(size, setup)
     found = planned.peak_bytes - planned.context_bytes
     return Peak(planned=found, measured=float(peak_of_a_step(size, setup)), at=planned.peak_at)
@@ -133,7 +132,7 @@ def grid() -> dict[str, Peak]:
 
 @functools.cache
 def drawn(draws: int = DRAWS, seed: int = SEED) -> dict[str, Peak]:
-    """So many configurations at random."""
+    """The peaks of `draws` random configurations."""
     found, source = dict[str, Peak](), random.Random(seed)
     while len(found) < draws:
         sizes, setup, head = _draw(source)
@@ -186,7 +185,7 @@ def _draw(source: random.Random) -> tuple[dict[str, Any], TrainingSetup, Any]:
 
 
 def said(peaks: Mapping[str, Peak]) -> tuple[str, bool]:
-    """Median and worst in words, and whether all are within a tenth."""
+    """The median and worst error as text, and whether all are within 10 %."""
     worst = max(peaks, key=lambda name: abs(peaks[name].error))
     median = statistics.median(abs(each.error) for each in peaks.values())
     within = sum(abs(each.error) <= ALLOWED for each in peaks.values())
@@ -195,24 +194,27 @@ def said(peaks: Mapping[str, Peak]) -> tuple[str, bool]:
 
 
 def chart() -> str:
-    """Both as a chart."""
+    """A chart of the grid and the random configurations, as SVG."""
     of: dict[str, list[tuple[float, float]]] = {}
     for name, each in grid().items():
         group = "bf16" if "bf16" in name else "fp32"
         group += ", checkpointed" if "checkpointing True" in name else ""
         of.setdefault(group, []).append((each.measured / 2**20, each.planned / 2**20))
     of["drawn at random"] = [(each.measured / 2**20, each.planned / 2**20) for each in drawn().values()]
-    title, y_label = "Peak memory of a training step", "predicted; band: 10 %"
-    return scatter_chart(of, title=title, unit="MiB", x_label="measured", y_label=y_label, band=ALLOWED)
+    title, y_label = "Peak memory of a training step", "predicted, MiB; band: 10 %"
+    return scatter_chart(of, title=title, x_label="measured, MiB", y_label=y_label, band=ALLOWED)
 
 
 def main() -> int:
-    """Draws others than the table's, and prints those that are missed by more than a tenth."""
+    """Draws random configurations, and prints those whose prediction is off by more than 10 %."""
     parser = Parser(__doc__, prog="python -m tests.bench.training_memory")
     parser.add_argument("--draws", type=int, default=DRAWS, help="configurations (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=SEED, help="another seed draws others (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the drawing (default: %(default)s)")
+    parser.add_argument("--chart", type=Path, help="draw the grid and the table's configurations into this SVG file")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.chart:
+        write_whole(args.chart, chart())
     found, console = drawn(args.draws, args.seed), Console(highlight=False, soft_wrap=True)
     for name, each in found.items():
         if abs(each.error) > ALLOWED:

@@ -1,8 +1,8 @@
-"""What tuning gives: served over raw throughput and latency of MiniLM at one length, and the recommender's gain.
+"""The gain from tuning: served over raw throughput, latency of MiniLM at one length, and the result of `make tune`.
 
-Rows of 64 tokens out of real texts. Raw is ONNX Runtime's best layout, one session over all threads or one a core, at its best
-batch size, on the server's cores: on all of them beside the load generator, or on all but the load generator's. It is
-ONNX Runtime as it comes and, in rows of their own, with what makes our sessions faster. What `make tune` finds is a row, too.
+Inputs are rows of 64 tokens from real texts. Raw is ONNX Runtime's best layout at its best batch size: one session over
+all threads, or one per core, on the server's cores. These are all cores, shared with the load generator, or all but the
+load generator's. Raw is measured with ONNX Runtime's defaults and, in separate rows, with this project's session options.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from unittest import mock
 
 from deepseek.onnxruntime_session import SLOW_ON_CPU
 from deepseek.spec import DeploymentSpec, TunedBatching, build_dir
-from export.artifact import choice_path, load_rows
-from loadtests.tuner import LEAST_PAIRS
-from loadtests.tuning import Tuning
-from serving.embedded import EmbeddedServer
+from export.artifact import choice_path
+from export.rows import load_rows
+from loadtests.tune.confirmation import LEAST_PAIRS
+from loadtests.tune.tune_result import TuneResult
+from serving.embedded.serve import EmbeddedServer
 from tests.bench.served import APART, LABEL, TOGETHER, every_core, generator_apart, served_over_raw
 from tests.bench.setting import ENCODER_TOML, Bench, log
 
-SHORT = "short"  # MiniLM over rows of 64 tokens, none of them padding
+SHORT = "short"  # MiniLM over rows of 64 tokens, without padding
 SHORT_MODEL = """
 import numpy as np
 import torch
@@ -47,30 +48,30 @@ def samples(split):
     return ({"input_ids": row[None]} for row in rows)
 """
 MAX_BATCH = 16
-TUNE_S_OF_PAIR = 200  # of a search, for each pair that was asked for
+TUNE_S_OF_PAIR = 200  # time limit of a search, per requested pair
 SHARE_OF_RAW = 0.7  # the rate at which latencies are compared
 LATENCY_S = 30
 
 
 def one_a_core(cores: int) -> TunedBatching:
-    """As raw ONNX Runtime's best layout, one thread each (docs/triton.md)."""
+    """Raw ONNX Runtime's best layout: one instance per core, one thread each."""
     return TunedBatching(max_batch=4, max_queue_delay_us=0, instances=cores, threads=1)
 
 
 def customary(cores: int) -> TunedBatching:
-    """What a server gets that nobody thought about: one instance, all threads, large batches, a delay to fill them."""
+    """The customary layout: one instance with all threads, large batches, and a delay to fill them."""
     return TunedBatching(max_batch=MAX_BATCH, max_queue_delay_us=1000, instances=1, threads=cores)
 
 
 def tuned(bench: Bench) -> None:
-    """All rows of this page."""
+    """Runs all benchmarks of this module."""
     build_short(bench)
     chosen = json.loads(choice_path(SHORT, "onnxruntime").read_text())["chosen"]
     every = every_core()
     for precision, how, goal in (("fp32", "fp32", "0.98"), (chosen, "PRECISION=auto over raw fp32", "1.6")):
         for where, cores in ((APART, generator_apart()), (TOGETHER, (every, every))):
             repository = bench.publish(f"{precision} {where}", SHORT, precision, one_a_core(len(cores[0])))
-            pairs = 2 * bench.pairs  # raw wanders by a tenth
+            pairs = 2 * bench.pairs  # raw varies by a tenth
             ratios = served_over_raw(bench, SHORT, repository, *cores, pairs=pairs)
             bench.record(f"{LABEL}, MiniLM of 64 tokens, {how}, {where}", ratios, f"goal: at least {goal}")
             if precision == "fp32":
@@ -82,7 +83,7 @@ def tuned(bench: Bench) -> None:
 
 
 def build_short(bench: Bench) -> None:
-    """Takes MiniLM over rows of 64 tokens through every stage up to the choice of its precision."""
+    """Builds MiniLM over rows of 64 tokens, up to the choice of its precision."""
     folder = bench.folder / "models" / SHORT
     folder.mkdir()
     toml = ENCODER_TOML.replace("128", "64").replace('"encoder"', f'"{SHORT}"')
@@ -90,18 +91,18 @@ def build_short(bench: Bench) -> None:
     (folder / "deploy.toml").write_text(toml.replace("p99_ms = 1000", "p99_ms = 150"))
     (folder / "model.py").write_text(SHORT_MODEL)
     int8 = ("--precision", "int8", "--high-precision", "fp32")
-    for stage, *flags in (("export.to_onnx",), ("export.quantize", *int8), ("export.compare",)):
-        with log.status(f"{stage} of MiniLM over 64 tokens"):
-            bench.run(stage, SHORT, *flags)
+    for stage, *flags in (("cli to-onnx",), ("cli quantize", *int8), ("cli select-precision",)):
+        bench.run(stage, SHORT, *flags)
     bench.specs[SHORT] = DeploymentSpec.of_model(SHORT, bench.folder / "models")
     bench.rows[SHORT] = load_rows(build_dir(SHORT) / "evaluation.npz")
 
 
 def latency(bench: Bench) -> None:
-    """p99 under Poisson arrivals of one instance a core over the customary layout, one load after the other.
+    """p99 under Poisson arrivals of one instance per core over the customary layout, one load after the other.
 
-    Each as ONNX Runtime and Triton come, and with our sessions and wake-up, which make the customary layout faster, too. At
-    a share of raw ONNX Runtime as it comes, and of raw ONNX Runtime without the fusions that slow it down.
+    Each is measured with the defaults of ONNX Runtime and Triton, and with this project's sessions and batcher wake-up,
+    which make the customary layout faster too. The rate is a share of raw ONNX Runtime's throughput with its defaults, or
+    without the fusions that slow it down.
     """
     cores = len(every_core())
     raw, faster_raw = "raw", "raw without its slow fusions"
@@ -112,33 +113,37 @@ def latency(bench: Bench) -> None:
     ours, customary_ours, as_it_comes, customary_as_it_comes = (
         bench.publish(folder, SHORT, "fp32", batching)
         for folder, batching in (
-            ("one a core", one_a_core(cores)),
+            ("one per core", one_a_core(cores)),
             ("customary", customary(cores)),
-            ("one a core as it comes", one_a_core(cores)),
-            ("customary as it comes", customary(cores)),
+            ("one per core, defaults", one_a_core(cores)),
+            ("customary, defaults", customary(cores)),
         )
     )
     layout = f"1 instance x all threads, batch {MAX_BATCH}, delay 1 ms"
-    both_ours = "both with our sessions and wake-up"
+    both_ours = "both with this project's sessions and wake-up"
     rows = {
-        f"p99 at {SHARE_OF_RAW:.0%} of {raw}, Poisson, over {layout}, as ONNX Runtime and Triton come": (
+        f"p99 at {SHARE_OF_RAW:.0%} of {raw}, Poisson, over {layout}, with the defaults of ONNX Runtime and Triton": (
             (raw, ours),
             (raw, customary_as_it_comes),
         ),
-        "    one instance a core over it, both as ONNX Runtime and Triton come": (
+        "    one instance per core over it, both with the defaults of ONNX Runtime and Triton": (
             (raw, as_it_comes),
             (raw, customary_as_it_comes),
         ),
-        f"    one instance a core over it, {both_ours}": ((raw, ours), (raw, customary_ours)),
-        f"    one instance a core over it, {both_ours}, at {SHARE_OF_RAW:.0%} of {faster_raw}": (
+        f"    one instance per core over it, {both_ours}": ((raw, ours), (raw, customary_ours)),
+        f"    one instance per core over it, {both_ours}, at {SHARE_OF_RAW:.0%} of {faster_raw}": (
             (faster_raw, ours),
             (faster_raw, customary_ours),
         ),
     }
     found: dict[tuple[str, Path], list[float]] = {load: [] for pair in rows.values() for load in pair}
     with contextlib.ExitStack() as stack:
+        # The embedded Triton takes the queue delay out: with one instance, as here, it does no harm.
+        stack.enter_context(mock.patch("serving.embedded.verified_repository.VerifiedRepository._write_config", copied))
         servers = {repository: stack.enter_context(bench.server(repository)) for repository in (ours, customary_ours)}
-        with mock.patch("serving.launcher.library", return_value=None):  # without serving/wakeup.c
+        with mock.patch(
+            "serving.embedded.launcher.library", return_value=None
+        ):  # without serving/embedded/batcher_wakeup.c
             for repository in (as_it_comes, customary_as_it_comes):
                 with_slow_fusions(repository / SHORT)
                 servers[repository] = stack.enter_context(bench.server(repository))
@@ -151,8 +156,13 @@ def latency(bench: Bench) -> None:
         bench.record(name, ratios, "goal: at most 0.6")
 
 
+def copied(_: object, source: Path, target: Path) -> None:
+    """The configuration as it was published."""
+    shutil.copyfile(source, target)
+
+
 def with_slow_fusions(model: Path) -> None:
-    """Makes the sessions of a published model those of ONNX Runtime as it comes; sizes stay, digests follow."""
+    """Gives a published model ONNX Runtime's default sessions; file sizes stay, digests are updated."""
     for source in model.glob("*/onnxruntime_session.py"):
         before = source.read_bytes()
         after = re.sub(rb"^SLOW_ON_CPU = .+$", lambda line: b"SLOW_ON_CPU = ()".ljust(len(line[0])), before, flags=re.M)
@@ -164,25 +174,24 @@ def with_slow_fusions(model: Path) -> None:
 
 
 def p99_ms(bench: Bench, server: EmbeddedServer, rate_rps: float, seed: int) -> float:
-    """Intended latency; the timeout of a request where it was not answered."""
+    """p99 of the intended latency; an unanswered request counts with its timeout."""
     which = ("--url", server.grpc_url, "--rate", f"{rate_rps:.3g}", "--seed", str(seed))
     length = ("--warmup-s", "2", "--duration-s", str(LATENCY_S), "--timeout-s", "5")
-    result = json.loads(bench.run("loadtests.run", SHORT, *which, *length, "--json", allowed=(0, 3)))
+    result = json.loads(bench.run("cli loadtest", SHORT, *which, *length, "--json", allowed=(0, 3)))
     return result["latency"]["intended"]["p99_ms"] or 5000.0
 
 
 def gain(bench: Bench, name: str) -> None:
-    """Rate inside the SLO that `make tune` finds over the default, from its own pairs."""
+    """Rate inside the SLO of the setting that `make tune` finds over the default's, from its own pairs."""
     shutil.rmtree(build_dir(name) / "tuning", ignore_errors=True)
     most_s = TUNE_S_OF_PAIR * bench.pairs
     flags = ("--precision", "fp32", "--pairs", str(max(LEAST_PAIRS, bench.pairs)), "--max-s", str(most_s), "--dry-run")
-    with log.status(f"make tune of the {name}, at most {most_s} s"):
-        said = bench.run("loadtests.tune", name, *flags, "--json", allowed=(0, 3))
+    said = bench.run("cli tune", name, *flags, "--json", allowed=(0, 3))
     if not said:
         log.print(f"rate inside the SLO, tuned over default, {name}: not confirmed within {most_s} s, no row")
         return
-    found = Tuning.model_validate_json(said)
+    found = TuneResult.model_validate_json(said)
     log.print(f"{name}: {found.conclusion}")
     ratios = [pair.best_rps / pair.default_rps for pair in found.pairs] or [1.0, 1.0]  # the default itself is best
-    best = str(found.best) if found.best else "nothing is proved better than the default"
+    best = str(found.best) if found.best else "no setting is proved better than the default"
     bench.record(f"rate inside the SLO, tuned over default, {name}", ratios, best)

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Prometheus, which reads its configuration and rules again where they have changed: make engine, make release and make
-# rollback write the rules anew. Arguments go to prometheus. What is wrong with a new file, Prometheus logs, and keeps
-# the old one. /bin/sh alone: Prometheus's own image has busybox.
+# Runs Prometheus and reloads it when its configuration or rules change (make engine, make release, make rollback write
+# rules). Arguments go to prometheus. If a new file is invalid, Prometheus logs why and keeps the old one. Only /bin/sh:
+# Prometheus's own image has busybox.
 set -eu
 config="${CONFIG:-/etc/prometheus/prometheus.yml}"
 rules="${RULES:-/rules}"

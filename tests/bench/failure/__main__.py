@@ -1,13 +1,13 @@
-"""Overload and failure on the real server and gateway: what was asked beside what was seen, each in one run here.
+"""Runs overload and failure experiments on the real server and gateway: requirement and result of each, on this machine.
 
-Serves what is built (`make engine`, `make engine MODEL=minilm`) from a repository of its own, on free ports, and ends all
-that it started. Latencies are this machine's: on a busy one they may not hold. Needs nginx with njs; root for the full
-disk, libfaketime for the clock: what is missing is said in its line. Writes `build/bench-failure.json`.
+Serves the built models (`make engine`, `make engine MODEL=minilm`) from a separate repository, on free ports, and stops
+all that it started. On a busy machine, latency limits may not hold. Needs nginx with njs. The experiment with a full
+disk needs root and is skipped without it. Writes `build/bench-failure.json`.
 
-Exit codes: 0 all holds; 1 something does not; 2 something is not built; 3 something could not be measured.
+Exit codes: 0 all requirements hold; 1 one does not; 2 a model is not built; 3 one could not be measured.
 
 Examples:
-    python -m tests.bench.failure                                    # all, 40 minutes, of which the soak takes 30
+    python -m tests.bench.failure                                    # all: 40 minutes, 30 of them for the soak
     python -m tests.bench.failure --only overload --only malformed
     python -m tests.bench.failure --only soak --soak-s 600 --json
     python -m tests.bench.failure --only malformed --requests 100000
@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, Parser, build_dir, run_command
-from deepseek.spec.folders import write_whole
+from deepseek.spec.files.folders import write_whole
 from export.artifact import choice_path
 from tests.bench.failure.connections import cut_connections, half_open_connections
+from tests.bench.failure.disk import disk_full
 from tests.bench.failure.killed import backend_killed, server_killed, server_restarted
-from tests.bench.failure.machine import clock_jumps, disk_full
 from tests.bench.failure.malformed import malformed_requests
 from tests.bench.failure.overload import overload
 from tests.bench.failure.setting import Model, Row, Setting
@@ -48,7 +48,6 @@ EXPERIMENTS: dict[str, Callable[[Setting], list[Row]]] = {
     "cut": cut_connections,
     "half-open": half_open_connections,
     "disk-full": disk_full,
-    "clock": clock_jumps,
     "malformed": malformed_requests,
     "soak": soak,
 }
@@ -57,10 +56,10 @@ log = Console(stderr=True)
 
 
 def published(name: str, repository: Path) -> Model:
-    """Publishes what was built of a model; InputError where nothing was."""
+    """Publishes a built model. Raises InputError if it is not built."""
     if not choice_path(name, "onnxruntime").is_file():
         raise InputError(f"{choice_path(name, 'onnxruntime')}: no such file; make engine MODEL={name}")
-    run = run_module("export.to_triton", "--model", name, "--repository", str(repository))
+    run = run_module("cli", "publish", "--model", name, "--repository", str(repository))
     if run.returncode:
         raise InputError(run.stderr)
     spec = DeploymentSpec.of_model(name).for_target("onnxruntime")
@@ -68,7 +67,7 @@ def published(name: str, repository: Path) -> Model:
 
 
 def shown(rows: list[Row]) -> Table:
-    """The table."""
+    """The rows as a table."""
     table = Table("", "asked", "seen", "holds", box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(row.what, row.asked, row.seen, {None: "", True: "yes", False: "NO"}[row.holds])
@@ -76,7 +75,7 @@ def shown(rows: list[Row]) -> Table:
 
 
 def run_all(names: list[str], setting: Setting) -> tuple[list[Row], bool]:
-    """The rows of some experiments, and whether each could be measured."""
+    """Runs experiments; returns their rows, and whether all could be measured."""
     rows, measured = list[Row](), True
     for name in names:
         with log.status(name):
@@ -96,19 +95,19 @@ def main() -> int:
     parser.add_argument("--only", choices=EXPERIMENTS, action="append", help="only this one (may be repeated)")
     parser.add_argument("--overload-s", type=int, default=60, help="seconds of overload (default: %(default)s)")
     parser.add_argument("--soak-s", type=int, default=1800, help="seconds of the soak (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=10_000, help="malformed ones (default: %(default)s)")
-    parser.add_argument("--connections", type=int, default=1000, help="half-open ones (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=10_000, help="malformed requests (default: %(default)s)")
+    parser.add_argument("--connections", type=int, default=1000, help="half-open connections (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     args = parser.parse_args()
     if not (shutil.which("nginx") and NJS.is_file()):
         raise InputError(
-            "no nginx with njs here, which the gateway is: apt-get install nginx-light libnginx-mod-http-js"
+            "the gateway needs nginx with njs, which is not installed: apt-get install nginx-light libnginx-mod-http-js"
         )
-    for name, least in (("overload_s", 5), ("soak_s", 60), ("requests", 4), ("connections", 1)):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be {least} or more")
     sizes = {name: getattr(args, name) for name in ("overload_s", "soak_s", "requests", "connections")}
-    os.environ["BUILD"] = os.path.abspath(os.environ.get("BUILD", "build"))
+    for name, least in zip(sizes, (5, 60, 4, 1), strict=True):
+        if sizes[name] < least:
+            raise InputError(f"--{name.replace('_', '-')} {sizes[name]}: it must be {least} or more")
+    os.environ["DEEPSEEK_BUILD"] = os.path.abspath(os.environ.get("DEEPSEEK_BUILD", "build"))
     with tempfile.TemporaryDirectory(prefix="failure-") as folder:
         repository = Path(folder) / "repository"
         model, other = (published(name, repository) for name in (MODEL, OTHER))

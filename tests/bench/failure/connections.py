@@ -1,4 +1,4 @@
-"""Connections that are cut in the middle of a request, and connections whose request never comes to its end."""
+"""Connections that are cut in the middle of a request, and half-open connections, whose request never ends."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tests.bench.failure.load import Load
-from tests.bench.failure.setting import WAYS, Answers, Row, Service, Setting, grown_row, lost, told
+from loadtests.load.request_log import RequestLog
+from tests.bench.failure.setting import WAYS, Row, Service, Setting, grown_row, lost, told
 
-RATE = 10  # requests/s of each stream that goes on meanwhile
-CUTS = 200  # on each way
-SLOWER = 100.0  # ms that the others' p99 may rise by, or
+RATE = 10  # requests/s of each concurrent stream
+CUTS = 200  # per way
+SLOWER = 100.0  # the other callers' p99 may rise by this many ms, or by this factor:
 SLOWER_TIMES = 3.0
-GROWTH_MIB = 128.0  # for a thousand: what a TLS connection and the body of a request take, 64 KiB each
-LEFT_OVER = 20  # descriptors that may stay: connections kept for the next request
+GROWTH_MIB = 128.0  # for a thousand connections: 64 KiB each for TLS and for the body of a request
+LEFT_OVER = 20  # descriptors that may stay open: idle connections
 SETTLES_S = 15.0
 
 Open = Callable[[Service, str], socket.socket]
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """One of HTTP/2."""
+    """An HTTP/2 frame."""
     return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
 
 
 def begun_call(headers: dict[str, str], size_bytes: int = 100_000) -> bytes:
-    """The start of a connection and of a call of ModelInfer whose message never comes to its end."""
+    """The start of a connection and of a ModelInfer call whose message never ends."""
     fields = {":method": "POST", ":scheme": "http", ":path": "/inference.GRPCInferenceService/ModelInfer"}
     fields |= {":authority": "localhost", "content-type": "application/grpc", "te": "trailers", **headers}
     block = b"".join(b"\x00" + _hpack(name) + _hpack(value) for name, value in fields.items())
@@ -40,12 +40,12 @@ def begun_call(headers: dict[str, str], size_bytes: int = 100_000) -> bytes:
 
 
 def _hpack(text: str) -> bytes:
-    """A literal, not compressed; up to 126 bytes."""
+    """An uncompressed literal of up to 126 bytes."""
     return bytes([len(text)]) + text.encode()
 
 
 def begun_post(headers: str, model: str) -> bytes:
-    """A request over HTTP/1.1 whose body never comes to its end."""
+    """An HTTP/1.1 request whose body never ends."""
     head = f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: 100000\r\n\r\n"
     return head.encode() + b"{" * 1000
 
@@ -85,7 +85,7 @@ HALF_OPEN: dict[str, Open] = {**CUT, "gateway, no TLS handshake": no_handshake}
 
 
 def cut_connections(setting: Setting) -> list[Row]:
-    """Cut with a reset, in the middle of the body."""
+    """Resets connections in the middle of the body, while others call."""
     with setting.service("cut") as service:
         before = service.descriptors()
 
@@ -104,9 +104,9 @@ def cut_connections(setting: Setting) -> list[Row]:
 
 
 def half_open_connections(setting: Setting) -> list[Row]:
-    """Held while others call; then let go of."""
+    """Holds half-open connections while others call, then closes them."""
     with setting.service("half-open") as service:
-        # After the server has started: it keeps what it is given here.
+        # Raised after the server has started: a child process inherits the limit.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, setting.connections + 1000)), hard))
         return [row for name, opened in HALF_OPEN.items() for row in _held(setting, service, name, opened)]
@@ -143,30 +143,30 @@ def _held(setting: Setting, service: Service, name: str, opened: Open) -> list[R
 
 def _meanwhile(
     setting: Setting, service: Service, act: Callable[[], Any]
-) -> tuple[dict[str, Answers], tuple[float, float, float]]:
-    """A load on every way before, while and after something is done; when it began, was changed and was over."""
+) -> tuple[dict[str, RequestLog], tuple[float, float, float]]:
+    """Runs a load on every way before, during and after `act`; returns the answers, and 0, the start and the end of it."""
     streams = [setting.stream(service, way, f"{RATE}x600") for way in WAYS]
-    with Load(streams) as load:
+    with setting.load(service, streams) as load:
         time.sleep(setting.watch_s)
-        began_s = time.perf_counter()
+        began_s = load.now_s
         act()
-        ended_s = time.perf_counter()
+        ended_s = load.now_s
         time.sleep(1)
-        return load.stop(), (load.began_s, began_s, ended_s)
+        return load.stop(), (0.0, began_s, ended_s)
 
 
-def _p99_ms(answers: dict[str, Answers], begins_s: float, ends_s: float) -> float:
-    return max(each.between(begins_s, ends_s).kept.latency_ms(99) for each in answers.values())
+def _p99_ms(answers: dict[str, RequestLog], begins_s: float, ends_s: float) -> float:
+    return max(each.between(begins_s, ends_s).answered.latency_ms(99) for each in answers.values())
 
 
-def _others(what: str, answers: dict[str, Answers]) -> Row:
+def _others(what: str, answers: dict[str, RequestLog]) -> Row:
     sent = sum(len(each) for each in answers.values())
     seen = f"{lost(answers)} of {sent} failed{told(answers)}"
     return Row(what=f"{what}: other callers", asked="no request fails", seen=seen, holds=lost(answers) == 0)
 
 
 def _settled(service: Service, before: int) -> int:
-    """Descriptors above those before, once they are as few, or after a while."""
+    """Waits until the extra descriptors are closed, for at most SETTLES_S; returns how many are left."""
     ends_s = time.monotonic() + SETTLES_S
     while (left := service.descriptors() - before) > LEFT_OVER and time.monotonic() < ends_s:
         time.sleep(0.5)
@@ -175,4 +175,4 @@ def _settled(service: Service, before: int) -> int:
 
 def _left_over(left: int) -> Row:
     seen = f"{left:+d} descriptors"
-    return Row(what="    afterwards", asked="let go of", seen=seen, holds=left <= LEFT_OVER)
+    return Row(what="    afterwards", asked="closed", seen=seen, holds=left <= LEFT_OVER)

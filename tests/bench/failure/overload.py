@@ -1,9 +1,10 @@
-"""Three times what the server can do, for a minute: who is served, how the others are told, and how soon it is over.
+"""Three times the server's capacity for a minute: accepted requests, refused requests, and recovery.
 
-In an overload a queue that is served in order always holds as much as its time-out lets in, and whoever is accepted has
-waited about that long. So `queue_timeout_ms`, half of the SLO's p99, decides that what is accepted is on time.
+In an overload, a first-in-first-out queue is always full up to its time-out, so an accepted request has waited about
+that long. Accepted requests are on time because `queue_timeout_ms` is half of the SLO's p99.
 
-The load has the last core to itself: callers are other machines, and a thousand of them a second cost half a core.
+The load generator has the last core to itself: real callers run on other machines, and a thousand requests a second
+cost half a core.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import time
 
 import numpy as np
 
-from tests.bench.failure.load import Answers, Load
-from tests.bench.failure.setting import MemoryWatch, Row, Service, Setting, Way, counted, grown_row
+from loadtests.load.request_log import RequestLog
+from tests.bench.failure.setting import MemoryWatch, Row, Service, Setting, Way, check_lag, counted, grown_row
 from tests.bench.setting import on
 
 WAYS_OVERLOADED: tuple[Way, ...] = ("grpc", "http by gateway")
-USERS = 16  # closed loop that measures the capacity
+USERS = 16  # of the closed loop that measures the capacity
 CAPACITY_S = 8.0
 TIMES = 3
 AFTERWARDS_S = 15
@@ -29,22 +30,21 @@ REFUSED_AS = {"ServerBusy"}  # 503, UNAVAILABLE
 
 
 def overload(setting: Setting) -> list[Row]:
-    """As shipped, on two ways."""
+    """Overloads the service with default settings, on two ways."""
     cores = sorted(os.sched_getaffinity(0))
     with on(cores[:-1] or cores), setting.service("overload") as service:
         return [row for way in WAYS_OVERLOADED for row in _overload(setting, service, way, cores[-1:])]
 
 
 def capacity_rps(setting: Setting, service: Service, way: Way, load_cores: list[int]) -> float:
-    """Answers a second to users who send back to back."""
-    stream = setting.stream(service, way, "", setting.other, users=USERS)
+    """Answers per second to users who send back to back."""
+    stream = setting.stream(service, way, None, setting.other, users=USERS)
     with on(load_cores):
-        load = Load([stream])
+        load = setting.load(service, [stream])
     with load:
         time.sleep(2 + CAPACITY_S)
-        answers = load.stop()[stream.name].kept
-    done = (answers.finished > load.began_s + 2) & (answers.finished <= load.began_s + 2 + CAPACITY_S)
-    return float(done.sum()) / CAPACITY_S
+        answers = load.stop()[stream.name].answered
+    return sum(2 < each.finished_s <= 2 + CAPACITY_S for each in answers.requests) / CAPACITY_S
 
 
 def _overload(setting: Setting, service: Service, way: Way, load_cores: list[int]) -> list[Row]:
@@ -53,36 +53,36 @@ def _overload(setting: Setting, service: Service, way: Way, load_cores: list[int
     shape = f"{TIMES * capacity:.1f}x{setting.overload_s}, {capacity / 2:.1f}x{AFTERWARDS_S}"
     stream = setting.stream(service, way, shape, setting.other)
     with on(load_cores):
-        load = Load([stream])
+        load = setting.load(service, [stream])
     with MemoryWatch(service) as memory, load:
         answers = load.wait()[stream.name]
-    answers.check_lag()
-    ends_s = load.began_s + setting.overload_s
-    during, after = answers.between(load.began_s, ends_s), answers.between(ends_s)
-    goodput = len(during.kept) / setting.overload_s / capacity
-    p99_ms, limit_ms = during.kept.latency_ms(99), setting.other.p99_ms
+    check_lag(answers)
+    ends_s = setting.overload_s
+    during, after = answers.between(0, ends_s), answers.between(ends_s)
+    goodput = len(during.answered) / setting.overload_s / capacity
+    p99_ms, limit_ms = during.answered.latency_ms(99), setting.other.p99_ms
     refused_ms, recovered_s = during.failed.latency_ms(99), _recovered_s(after, ends_s, limit_ms)
     what = (
         f"{TIMES} times capacity, {setting.other.name} over {way}, {TIMES * capacity:.0f}/s for {setting.overload_s} s"
     )
     return [
         Row(
-            what=f"{what}: what is accepted",
+            what=f"{what}: accepted requests",
             asked=f"p99 within the SLO's {limit_ms:g} ms",
-            seen=f"p99 {p99_ms:.0f} ms, p50 {during.kept.latency_ms(50):.0f} ms, of {len(during.kept)}",
+            seen=f"p99 {p99_ms:.0f} ms, p50 {during.answered.latency_ms(50):.0f} ms, of {len(during.answered)}",
             holds=p99_ms <= limit_ms,
         ),
         Row(
-            what="    and how much of it",
+            what="    how many are answered",
             asked=f"{GOODPUT:.0%} of the capacity",
             seen=f"{goodput:.0%}",
             holds=goodput >= GOODPUT,
         ),
         Row(
-            what="    the rest is refused",
-            asked="as busy (503, UNAVAILABLE), no later than the SLO",
-            seen=f"{counted(during.kinds)}; p50 {during.failed.latency_ms(50):.0f} ms, p99 {refused_ms:.0f} ms",
-            holds=set(during.kinds) == REFUSED_AS and refused_ms <= limit_ms,
+            what="    the rest",
+            asked="refused as busy (503, UNAVAILABLE) within the SLO",
+            seen=f"{counted(during.errors)}; p50 {during.failed.latency_ms(50):.0f} ms, p99 {refused_ms:.0f} ms",
+            holds=set(during.errors) == REFUSED_AS and refused_ms <= limit_ms,
         ),
         grown_row(memory.most_mib - before_mib, before_mib, most_mib=GROWTH_MIB),
         Row(
@@ -94,8 +94,8 @@ def _overload(setting: Setting, service: Service, way: Way, load_cores: list[int
     ]
 
 
-def _recovered_s(after: Answers, ends_s: float, limit_ms: float) -> float:
-    """Seconds until the first second in which all are answered and 99 % of them in time."""
+def _recovered_s(after: RequestLog, ends_s: float, limit_ms: float) -> float:
+    """Seconds until the first second in which all requests are answered, 99 % of them in time."""
     for start_s in np.arange(0, AFTERWARDS_S, 0.25):
         found = after.between(ends_s + start_s, ends_s + start_s + 1)
         if len(found) and not len(found.failed) and found.latency_ms(99) <= limit_ms:

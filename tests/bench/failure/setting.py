@@ -1,8 +1,8 @@
-"""What the experiments share: the models, the service that they break, and what was asked and seen.
+"""Shared parts of the experiments: the models, the service, and the rows of the table.
 
-Contract: the server is `python -m serving.embedded` with the flags of the stack, in a process of its own, on ports that
-stay its own over restarts; before it is the gateway of `docker/gateway`. Both end with this process. No process is started
-with a `preexec_fn`: one that is forked while gRPC's threads run may crash.
+Contract: the server is `deepseek serve` with the flags of the stack, as a child process, behind the gateway of
+`docker/gateway`. It keeps its ports over restarts. Both end with this process. No process is started with a
+`preexec_fn`: a process that is forked while gRPC's threads run may crash.
 """
 
 from __future__ import annotations
@@ -14,29 +14,35 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import psutil
-import pytest
 from deepseek_client import InferenceClient, InferenceError
 
 from deepseek.spec import DeploymentSpec, InvalidMeasurement
-from loadtests.inputs import read_inputs
-from loadtests.local_server import our_environment
-from serving.served import served_models
-from serving.stack import limits
-from tests.bench.failure.load import Answers, Stream
+from loadtests.load.background_load import BackgroundLoad, Stream
+from loadtests.load.child_process import our_environment
+from loadtests.load.inputs import read_inputs
+from loadtests.load.request_log import RequestLog
+from loadtests.results.schedule import segments_of
+from loadtests.results.settings import LoadSettings
+from serving.repository.served_models import served_models
+from serving.stack.gateway_limits import limits
 from tests.gateway import Gateway, free_port, skip_without_nginx
 
-READY_S = 120.0
+T = TypeVar("T")
+READY_S = 600.0  # how long a start may take on a busy machine
 ENDS_S = 40.0
 MIB = 2**20
-MOST_MEMORY = 8 * 2**30  # of addresses, of each process of the server
+LONGEST_S = 3600.0  # duration of a load by users, which is stopped earlier
+LATEST_MS = 50.0  # limit on the p99 of the send lag
+MOST_MEMORY = 8 * 2**30  # address space of each process of the server
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,7 @@ class Row:
 
 
 def grown_row(grown_mib: float, before_mib: float, *, most_mib: float) -> Row:
-    """The row about the service's memory."""
+    """The row for the service's memory."""
     return Row(
         what="    memory",
         asked=f"{most_mib:g} MiB more at most",
@@ -62,7 +68,7 @@ def grown_row(grown_mib: float, before_mib: float, *, most_mib: float) -> Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """One that is served, with its real inputs."""
+    """A served model with its real inputs."""
 
     spec: DeploymentSpec
     inputs: Path
@@ -73,36 +79,36 @@ class Model:
 
     @property
     def p99_ms(self) -> float:
-        """Of the SLO; 1 s where it names none."""
+        """The SLO's p99; 1 s if it has none."""
         return self.spec.slo.p99_ms or 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What an experiment works with, and how much of it."""
+    """The models and sizes of the experiments."""
 
     folder: Path
     repository: Path
     models: Path
     """Folder of model folders."""
     model: Model
-    """What is broken."""
+    """The model that is broken."""
     other: Model
-    """What nothing is done to; and what is overloaded, since the load generator is no match for it."""
+    """The model that stays intact; also the one that is overloaded, since the load generator can exceed its capacity."""
     overload_s: int = 60
     soak_s: int = 1800
     requests: int = 10_000
-    """Malformed ones, over all ways."""
+    """Malformed requests, over all ways."""
     connections: int = 1000
-    """Half-open ones, on each way."""
+    """Half-open connections per way."""
     watch_s: float = 5.0
-    """How long is looked before and after something is done."""
+    """How long to observe before and after a fault."""
     shared: Service | None = None
-    """What experiments that need nothing of their own work on, in place of a service each."""
+    """A service that experiments without special settings share; None: each starts its own."""
 
     @contextlib.contextmanager
     def service(self, name: str, **settings: Any) -> Iterator[Service]:
-        """A server and a gateway over the repository, or over another one, for one experiment."""
+        """A server and a gateway over `repository` (default: the setting's), for one experiment."""
         if self.shared is not None and not settings:
             yield self.shared
             return
@@ -110,17 +116,40 @@ class Setting:
         with Service(self.folder / name, repository, self.models, **settings) as running:
             yield running
 
-    def stream(self, service: Service, way: Way, shape: str, model: Model | None = None, **settings: Any) -> Stream:
-        """A load on one way."""
+    def stream(
+        self,
+        service: Service,
+        way: Way,
+        shape: str | None,
+        model: Model | None = None,
+        *,
+        users: int | None = None,
+        timeout_s: float = 5.0,
+        name: str | None = None,
+        **client: Any,
+    ) -> Stream:
+        """A load on one way: a shape, or users who send back to back."""
         chosen = model or self.model
         protocol: Literal["grpc", "http"] = "grpc" if way.startswith("grpc") else "http"
-        access: dict[str, Any] = {}
+        ca_cert = None
         url = service.grpc_url if protocol == "grpc" else service.http_url
         if way.endswith("gateway"):
             url = f"localhost:{service.gateway.port}"
-            access = {"ca_cert": str(service.gateway.folder / "ca.crt"), "api_key": service.gateway.key}
-        settings = {"name": f"{way} {chosen.name}", "shape": shape, "inputs": str(chosen.inputs), **access, **settings}
-        return Stream(url=url, protocol=protocol, model=chosen.name, **settings)
+            ca_cert = str(service.gateway.folder / "ca.crt")
+        settings = LoadSettings(
+            model=chosen.name, models=str(self.models), target="onnxruntime", protocol=protocol, url=url,
+            inputs=str(chosen.inputs), shape=shape, users=users, warmup_s=0.0, timeout_s=timeout_s, ca_cert=ca_cert,
+            duration_s=sum(each.duration_s for each in segments_of(shape)) if shape else LONGEST_S,
+        )  # fmt: skip
+        return Stream(name=name or f"{way} {chosen.name}", settings=settings, **client)
+
+    def patient(self, service: Service, way: Way, shape: str) -> Stream:
+        """A load whose client retries until a restarted server is back."""
+        return self.stream(service, way, shape, timeout_s=600.0, retries=10_000, retry_budget=None, idempotent=True)
+
+    def load(self, service: Service, streams: list[Stream]) -> BackgroundLoad:
+        """The streams as one background load, with the gateway's key."""
+        return BackgroundLoad(streams, {"DEEPSEEK_API_KEY": service.gateway.key})
 
 
 Way = Literal["grpc", "http", "grpc by gateway", "http by gateway"]
@@ -128,18 +157,15 @@ WAYS: tuple[Way, ...] = ("grpc", "http", "grpc by gateway", "http by gateway")
 
 
 class Service:
-    """The server and the gateway, up inside the `with` block."""
+    """The server and the gateway; they run inside the `with` block."""
 
-    def __init__(
-        self, folder: Path, repository: Path, models: Path, *, poll_s: int | None = None, **environment: str
-    ) -> None:
+    def __init__(self, folder: Path, repository: Path, models: Path, *, poll_s: int | None = None) -> None:
         self.folder, self.repository, self._models = folder, repository, models
         self.ports = {name: free_port() for name in ("http", "grpc", "metrics")}
         self.http_url, self.grpc_url = (f"127.0.0.1:{self.ports[name]}" for name in ("http", "grpc"))
         self._poll = [] if poll_s is None else ["--poll-s", str(poll_s)]
-        # Triton fills the memory that a malformed request asks for until the kernel ends something: it is to end at once.
+        # A malformed request can make Triton allocate until the kernel kills some process. With a limit Triton ends first.
         self._bound = ["prlimit", f"--as={MOST_MEMORY}", "setpriv", "--pdeathsig", "TERM"]
-        self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self.gateway: Gateway
         self.crowd_key: str
@@ -150,12 +176,9 @@ class Service:
         try:
             self.start()
             text = limits(served_models(self.repository, self._models))
-            with pytest.MonkeyPatch.context() as patch:
-                for name, value in self._environment.items():
-                    patch.setenv(name, value)
-                self.gateway = Gateway(self.folder, text, self.http_url, self.grpc_url)
+            self.gateway = Gateway(self.folder, text, self.http_url, self.grpc_url)
             self._put_the_gateway_first()
-            # Who misbehaves has a key of its own: a key is held to a number of requests at a time.
+            # Callers that misbehave use a separate key: each key has a limit on concurrent requests.
             self.crowd_key = self.gateway.add_key("crowd", rate_rps=100_000)
         except BaseException:
             self.end()
@@ -169,24 +192,24 @@ class Service:
         self.end()
 
     def _put_the_gateway_first(self) -> None:
-        """Where that is allowed (root, or a `ulimit -r`): in the stack its share of the cores is larger than Triton's.
+        """Gives the gateway priority, if allowed (root, or `ulimit -r`), as its CPU share in the stack does.
 
-        Here it would wait for them behind the models and the load generator: all of its answers would be late.
+        Without it the gateway would wait for a core behind the models and the load generator, and answer late.
         """
         gateway = psutil.Process(self.gateway.process.pid)
-        for each in (gateway, *gateway.children(recursive=True)):  # workers that are started later inherit it
+        for each in (gateway, *gateway.children(recursive=True)):  # later workers inherit it
             with contextlib.suppress(PermissionError, ProcessLookupError):
                 os.sched_setscheduler(each.pid, os.SCHED_RR, os.sched_param(1))
 
     def start(self) -> float:
-        """Starts the server; how many seconds it took until every model was ready."""
+        """Starts the server; returns the seconds until every model was ready."""
         flags = [each for name, port in self.ports.items() for each in (f"--{name}-port", str(port))]
-        command = [sys.executable, "-m", "serving.embedded", "--repository", str(self.repository), *flags, *self._poll]
-        # setpriv in place of a preexec_fn: nothing of ours runs between fork and exec. It ends with this process.
+        command = [sys.executable, "-m", "cli", "serve", "--repository", str(self.repository), *flags, *self._poll]
+        # setpriv instead of a preexec_fn: no Python runs between fork and exec. The server ends with this process.
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [*self._bound, *command, "--behind-gateway", "--exit-timeout-s", "3"],
-                env=our_environment(BUILD=str(self.folder), **self._environment),
+                env=our_environment(DEEPSEEK_BUILD=str(self.folder)),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         began_s = time.monotonic()
@@ -211,7 +234,7 @@ class Service:
         return lines[-1] if lines else ""
 
     def end(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """Tells the launcher to end, and waits until all of it has."""
+        """Stops the launcher and waits until all its processes have ended."""
         if self._process is None:
             return
         self._process.send_signal(how)
@@ -223,111 +246,99 @@ class Service:
         self._process = None
 
     def kill(self) -> None:
-        """Kills Triton outright, as the kernel does where memory is short; waits until its launcher has ended, too."""
+        """Kills Triton, as the kernel does when memory is short; waits until its launcher has ended too."""
         self.triton.kill()
         assert self._process is not None
         self._process.wait(ENDS_S)
         self._process = None
 
     def wait_for_the_end(self) -> None:
-        """Until the launcher has noticed that its server is gone."""
+        """Waits until the launcher of an ended server has ended too."""
         if self._process is not None and not any(name_of(each) == "tritonserver" for each in self._descendants()):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(ENDS_S)
 
     def bring_back(self) -> None:
-        """Starts it again where it has ended, as a container's restart policy does."""
+        """Starts the server again if it has ended, as a container's restart policy does."""
         if self._process is None or self._process.poll() is not None:
             self.start()
 
     @property
     def triton(self) -> psutil.Process:
-        """The server's process; InvalidMeasurement where there is none."""
+        """The server's process. Raises InvalidMeasurement if it has ended."""
         for each in self._descendants():
             if name_of(each) == "tritonserver":
                 return each
         raise InvalidMeasurement(f"the server has ended: {self.last_words}")
 
     def stubs(self, model: str = "") -> list[psutil.Process]:
-        """Processes that run models, or one model."""
-        return [each for each in self._descendants() if "stub" in name_of(each) and f"/{model}" in _command(each)]
+        """The backend processes of all models, or of one."""
+        found = [each for each in self._descendants() if "stub" in name_of(each)]
+        return [each for each in found if f"/{model}" in " ".join(_ask(each.cmdline, []))]
 
     def _descendants(self) -> list[psutil.Process]:
-        """Those that live."""
-        try:
-            found = psutil.Process(self._process.pid).children(recursive=True) if self._process else []
-        except psutil.NoSuchProcess:
+        """The launcher's living descendants."""
+        if self._process is None:
             return []
-        return [each for each in found if _lives(each)]
+        nobody: list[psutil.Process] = []
+        found = _ask(partial(_children, self._process.pid), nobody)
+        return [each for each in found if _ask(each.status, psutil.STATUS_ZOMBIE) != psutil.STATUS_ZOMBIE]
 
     def processes(self) -> list[psutil.Process]:
-        """Of the server and the gateway, the launchers left out."""
+        """The processes of the server and the gateway, without the launchers."""
         nginx = psutil.Process(self.gateway.process.pid).children(recursive=True)
         return [*self._descendants(), *(each for each in nginx if name_of(each) == "nginx")]
 
     def memory_mib(self) -> float:
-        """Of all of them, what they share counted once."""
+        """The memory of all processes."""
         return sum(self.memory_of_each_mib().values())
 
     def memory_of_each_mib(self) -> dict[str, float]:
-        """Of Triton, the models' processes and the gateway."""
+        """The memory of Triton, the models' processes and the gateway."""
         found = dict.fromkeys(("Triton", "models", "gateway"), 0.0)
         for each in self.processes():
             name = name_of(each)
             place = "gateway" if name == "nginx" else "Triton" if name == "tritonserver" else "models"
-            found[place] += _own_bytes(each) / MIB
+            found[place] += _ask(partial(_own_bytes, each), 0) / MIB
         return found
 
     def descriptors(self) -> int:
-        """Files and connections that they have open."""
-        return sum(_descriptors(each) for each in self.processes())
+        """Open files and connections of all processes."""
+        return sum(_ask(each.num_fds, 0) for each in self.processes())
 
     @contextlib.contextmanager
     def client(self) -> Iterator[InferenceClient]:
-        """A client over HTTP, straight to the server, that tries nothing twice."""
+        """An HTTP client of the server itself, without retries."""
         with InferenceClient(self.http_url, "http", timeout_s=10, retries=0) as client:
             yield client
 
 
-def _lives(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.status() != psutil.STATUS_ZOMBIE
-    return False
+def _ask(question: Callable[[], T], ended: T) -> T:
+    """The answer of a process; `ended` if it has just ended."""
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        return question()
+    return ended
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
 
 
 def name_of(process: psutil.Process) -> str:
-    """Its name, none where it has just ended."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.name()
-    return ""
-
-
-def _command(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-        return " ".join(process.cmdline())
-    return ""
-
-
-def _descriptors(process: psutil.Process) -> int:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.num_fds()
-    return 0
+    """The process's name; "" if it has just ended."""
+    return _ask(process.name, "")
 
 
 def _own_bytes(process: psutil.Process) -> int:
-    """What it has written: its share of files' pages would grow as other programs that read them end."""
+    """Memory not shared with other processes: counted shares would grow when other readers of the same files end."""
     try:
-        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Pss")}
-        return (kib["Pss_Anon"] + kib["Pss_Shmem"]) * 1024
-    except PermissionError:  # another user's
+        return process.memory_full_info().uss
+    except psutil.AccessDenied:  # another user's process
         return process.memory_info().rss
-    except (OSError, psutil.NoSuchProcess):
-        return 0
 
 
 class MemoryWatch:
-    """Looks at a service's memory every so often, inside the `with` block; MiB by place in `samples`."""
+    """Samples a service's memory every `every_s` seconds inside the `with` block: MiB by place, in `samples`."""
 
     def __init__(self, service: Service, every_s: float = 1.0) -> None:
         self._service, self._every_s = service, every_s
@@ -357,23 +368,31 @@ class MemoryWatch:
 
 
 def first_row(model: Model) -> dict[str, np.ndarray]:
-    """A real input."""
+    """The model's first real input."""
     return read_inputs(model.inputs)[0]
 
 
 def counted(kinds: dict[str, int]) -> str:
-    """Failures by kind, in words."""
+    """Failures by kind, as text."""
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
 
 
-def lost(streams: dict[str, Answers]) -> int:
+def lost(streams: dict[str, RequestLog]) -> int:
     """Requests that were not answered, over all streams."""
     return sum(len(each.failed) for each in streams.values())
 
 
-def told(streams: dict[str, Answers]) -> str:
-    """What failed on which stream, and a reason for each kind; empty where nothing did."""
-    failed = {name: each for name, each in streams.items() if each.kinds}
+def told(streams: dict[str, RequestLog]) -> str:
+    """The failures of each stream with a reason for each kind; "" if there are none."""
+    failed = {name: each for name, each in streams.items() if each.errors}
     return "".join(
-        f"; {name}: {counted(each.kinds)} ({'; '.join(each.messages.values())[:200]})" for name, each in failed.items()
+        f"; {name}: {counted(each.errors)} ({'; '.join(each.messages)[:200]})" for name, each in failed.items()
     )
+
+
+def check_lag(log: RequestLog) -> None:
+    """Raises InvalidMeasurement if the load was sent late."""
+    if not (lag_ms := log.lag_ms(99)) <= LATEST_MS or log.errors["dropped"]:
+        raise InvalidMeasurement(
+            f"requests left late: p99 {lag_ms:.0f} ms, allowed {LATEST_MS:g} ms; use a less busy machine"
+        )

@@ -1,4 +1,4 @@
-"""A long steady load on every way: neither memory nor latency drifts, and no request fails."""
+"""A long steady load on every way: memory and latency must not drift, and no request may fail."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import itertools
 
 import numpy as np
 
-from tests.bench.failure.load import Answers, Load
+from loadtests.load.request_log import RequestLog
 from tests.bench.failure.setting import WAYS, MemoryWatch, Row, Setting, lost, told
 
 RATE = 10  # requests/s of each stream of each model
-PARTS = 3  # the first, which warms up, is compared with the last
-GROWTH = 0.05  # of the memory
+PARTS = 3  # the first, which includes the warm-up, is compared with the last
+GROWTH = 0.05  # limit on the growth of memory, as a share
 GROWTH_MIB = 16.0
 SLOWER_TIMES = 1.5
-SLICES = 10  # of a part: its latency is the median of theirs, so that one disturbance of the machine is none of ours
+SLICES = 10  # per part: its latency is the median over the slices, so one disturbance of the machine does not count
 
 
 def soak(setting: Setting) -> list[Row]:
-    """Both models, over HTTP and gRPC, straight and by the gateway."""
+    """Loads both models over HTTP and gRPC, directly and through the gateway."""
     with setting.service("soak") as service:
         shape = f"{RATE}x{setting.soak_s}"
         models = (setting.model, setting.other)
         streams = [
             setting.stream(service, way, shape, model, retries=3) for way, model in itertools.product(WAYS, models)
         ]
-        with MemoryWatch(service, max(1.0, setting.soak_s / 300)) as memory, Load(streams) as load:
+        with MemoryWatch(service, max(1.0, setting.soak_s / 300)) as memory, setting.load(service, streams) as load:
             answers = load.wait()
     sent = sum(len(each) for each in answers.values())
     thirds = {place: _thirds([each[place] for each in memory.samples]) for place in memory.samples[0]}
@@ -43,7 +43,7 @@ def soak(setting: Setting) -> list[Row]:
             seen=f"{last_mib:.0f} MiB, {first_mib:.0f} MiB ({places})",
             holds=last_mib <= limit_mib,
         ),
-        *(_latency(name, each, load.began_s, setting.soak_s) for name, each in answers.items()),
+        *(_latency(name, each, setting.soak_s) for name, each in answers.items()),
     ]
 
 
@@ -52,10 +52,11 @@ def _thirds(values_mib: list[float]) -> list[float]:
     return [float(np.median(part)) for part in np.array_split(values_mib, PARTS)]
 
 
-def _latency(name: str, answers: Answers, began_s: float, soak_s: int) -> Row:
-    edges = np.linspace(began_s, began_s + soak_s, PARTS * SLICES + 1)
+def _latency(name: str, answers: RequestLog, soak_s: int) -> Row:
+    edges = np.linspace(0, soak_s, PARTS * SLICES + 1)
     p50s, p99s = (
-        [answers.between(*edge).kept.latency_ms(percent) for edge in itertools.pairwise(edges)] for percent in (50, 99)
+        [answers.between(*edge).answered.latency_ms(percent) for edge in itertools.pairwise(edges)]
+        for percent in (50, 99)
     )
     first_ms, last_ms = (float(np.median(part)) for part in (p50s[:SLICES], p50s[-SLICES:]))
     first_p99_ms, last_p99_ms = (float(np.median(part)) for part in (p99s[:SLICES], p99s[-SLICES:]))

@@ -35,10 +35,10 @@ class TwoTower(nn.Module):
         item_ids: torch.Tensor,
         is_new: torch.Tensor,
     ) -> Ranking:
-        user = self.user_tower(torch.cat([self.users(user_id.squeeze(1)), user_features.float()], dim=-1))  # (B, 32)
+        user = self.user_tower(torch.cat([self.users(user_id), user_features.float()], dim=-1))  # (B, 32)
         items = self.item_tower(torch.cat([self.items(item_ids), is_new.unsqueeze(-1).float()], dim=-1))  # (B, N, 32)
         scores = torch.einsum("bd,bnd->bn", user, items)
-        return Ranking(best=scores.argmax(-1, keepdim=True), scores=scores, user=user)
+        return Ranking(best=scores.argmax(-1), scores=scores, user=user)
 
 
 def load() -> nn.Module:
@@ -51,9 +51,9 @@ def samples(split: str) -> Iterator[dict[str, np.ndarray]]:
     for _ in range(16):
         count = int(random.integers(2, 61))
         yield {
-            "user_id": random.integers(0, 50, (1, 1)),
+            "user_id": random.integers(0, 50, 1),
             "user_features": random.standard_normal((1, 16)).astype(np.float16),
-            "weekday": random.integers(0, 7, (1, 1)).astype(np.uint8),
+            "weekday": random.integers(0, 7, 1).astype(np.uint8),
             "item_ids": random.permutation(400)[None, :count].astype(np.int32),
             "is_new": random.random((1, count)) < 0.1,
         }

@@ -1,0 +1,31 @@
+"""`deepseek infer` and `deepseek metadata`: the client's commands, for a model built here."""
+
+from __future__ import annotations
+
+import argparse
+
+from deepseek_client.cli.main import main as client
+
+from deepseek.spec import BATCH, DeploymentSpec, build_dir
+
+
+def infer(options: argparse.Namespace) -> int:
+    """Sends one evaluation sample, repeated to fill the smallest batch that the model takes."""
+    folder = build_dir(options.model)
+    least = DeploymentSpec.of_model(options.model, options.models).axes[BATCH].min
+    words = ["infer", options.model, *_access(options), "--inputs", str(options.inputs or folder / "evaluation.npz")]
+    words += ["--row", str(options.row), "--fill", str(least), "--top", str(options.top)]
+    words += ["--labels", str(folder / "labels")] if (folder / "labels").exists() else []
+    words += ["--output", str(options.output)] if options.output else []
+    return client(words)
+
+
+def metadata(options: argparse.Namespace) -> int:
+    """Prints the model's inputs and outputs, as the server reports them."""
+    return client(["metadata", options.model, *_access(options), "--timeout-s", str(options.timeout_s)])
+
+
+def _access(options: argparse.Namespace) -> list[str]:
+    words = ["--url", options.url, "--protocol", options.protocol]
+    words += ["--ca-cert", options.ca_cert] if options.ca_cert else []
+    return words + (["--json"] if options.json else [])

@@ -1,0 +1,242 @@
+"""Commands that build: from weights to the model repository."""
+
+from typing import get_args
+
+from cli.commands.serve import HOSTS, TRITON_TAG
+from cli.commands.shared_options import (
+    BUILD,
+    CACHE,
+    CACHE_GIB,
+    ENV_FILE,
+    GATEWAY_PORT,
+    JSON,
+    LOCAL_PORTS,
+    MODEL,
+    MODELS,
+    PROJECT,
+    REPOSITORY,
+)
+from cli.options import Option, folder_name, path, path_text, switch
+from cli.table import Command
+from deepseek.precisions import CHOICES, PRECISIONS, REDUCED, HighPrecision
+from deepseek.targets import PUBLISHABLE, TARGETS
+
+ANYWAY = Option("--anyway", "publish even what a release gate refused or a rollback removed", kind=switch)
+CANDIDATE = Option("--candidate", "one of several: if it fails to build, record why and exit 0", kind=switch)
+BUILD_OPTIONS = (
+    *MODEL,
+    REPOSITORY,
+    Option("--precision", "precision to serve; auto: the fastest inside the budget", choices=CHOICES, default="auto"),
+    Option(
+        "--target",
+        "what runs the model; auto: TensorRT where it can be built",
+        choices=("auto", *TARGETS),
+        default="auto",
+    ),
+    Option("--prune", "share of heads and channels to prune, such as 0.25 (default: none)", kind=float),
+    Option(
+        "--data",
+        "click log in place of MovieLens-100K (csv: user,item,timestamp)",
+        kind=path_text,
+        exported=True,
+    ),
+    TRITON_TAG,
+    Option("--native", "build TensorRT engines with this machine's TensorRT, not in NVIDIA's container", kind=switch),
+    CACHE,
+    CACHE_GIB,
+)
+"""Commands that build."""
+
+ROWS = (
+    Command(
+        "Build",
+        "engine",
+        "export.build",
+        "build a model up to the repository; rebuild only what changed",
+        options=(
+            *BUILD_OPTIONS,
+            ANYWAY,
+            Option(
+                "--explain",
+                "build nothing; print one line for each stage: up to date, cached, or why it is rebuilt",
+                kind=switch,
+                variable="",
+            ),
+            ENV_FILE,
+            GATEWAY_PORT,
+            LOCAL_PORTS,
+            PROJECT,
+            HOSTS,
+        ),
+        examples=(
+            "deepseek engine",
+            "deepseek engine --explain",
+            "deepseek engine --model minilm --precision int8 --prune 0.25",
+        ),
+        newcomer=True,
+    ),
+    Command(
+        "Build",
+        "clean",
+        "export.clean",
+        "remove what was built for a model; keep your own lines in the env file",
+        options=(*MODEL, REPOSITORY, ENV_FILE),
+        examples=("deepseek clean --model minilm",),
+    ),
+    Command(
+        "Build",
+        "check-engine",
+        "export.checks.check_engine",
+        "build every precision of every model with TensorRT for RTX, no GPU needed",
+        options=(
+            Option("--model", "only this model; repeat (default: all in --models)", kind=folder_name, repeat=True),
+            MODELS,
+            BUILD,
+            Option("--precision", "only this one; repeat (default: all)", choices=CHOICES, repeat=True),
+            Option("--no-build", "check existing graphs; build none", kind=switch),
+            JSON,
+        ),
+        examples=("deepseek check-engine", "deepseek check-engine --model recommender --precision int8 --json"),
+    ),
+    Command(
+        "Build",
+        "clean-cache",
+        "export.cache:clear",
+        "remove all artifacts from the shared cache",
+        options=(CACHE,),
+        examples=("deepseek clean-cache",),
+    ),
+    Command(
+        "Stages",
+        "train",
+        "export.stages.train",
+        "train the model, or take its weights from the cache",
+        options=(*MODEL, JSON),
+        examples=("deepseek train", "deepseek train --models /some/dir --model other"),
+    ),
+    Command(
+        "Stages",
+        "prune",
+        "export.stages.prune",
+        "remove attention heads and channels, then fine-tune",
+        options=(
+            *MODEL,
+            Option("--ratio", "share of the heads, and of the removable channels", kind=float, default=0.25),
+            JSON,
+        ),
+        examples=("deepseek prune --ratio 0.2", "deepseek prune --models tests/models --model image --json"),
+    ),
+    Command(
+        "Stages",
+        "to-onnx",
+        "export.stages.to_onnx",
+        "export PyTorch to the fp32 ONNX graph",
+        options=(*MODEL, JSON),
+        examples=("deepseek to-onnx", "deepseek to-onnx --models /some/dir --model other --json"),
+    ),
+    Command(
+        "Stages",
+        "quantize",
+        "export.stages.quantize",
+        "write fp16, int8 or fp8 into the graph",
+        options=(
+            *MODEL,
+            Option("--precision", "precision of the new graph", choices=REDUCED, required=True),
+            Option("--calibration-data", "real inputs (default: build/<name>/calibration.npz)", kind=path_text),
+            Option(
+                "--high-precision",
+                "precision of everything that is not quantized",
+                choices=get_args(HighPrecision),
+                default="fp16",
+            ),
+            Option(
+                "--target",
+                "what will run the graph; trials use its execution provider, or the CPU",
+                choices=tuple(TARGETS),
+                default="onnxruntime",
+            ),
+            CANDIDATE,
+            JSON,
+        ),
+        examples=(
+            "deepseek quantize --precision int8",
+            "deepseek quantize --precision int8 --high-precision fp32 --calibration-data val_dataset.bin",
+        ),
+    ),
+    Command(
+        "Stages",
+        "to-tensorrt",
+        "export.stages.to_tensorrt",
+        "compile an ONNX graph to a TensorRT engine",
+        options=(
+            *MODEL,
+            Option("--precision", "precision of the graph", choices=tuple(PRECISIONS), required=True),
+            Option("--target", "what runs the engine", choices=("tensorrt", "tensorrt_rtx"), default="tensorrt"),
+            CANDIDATE,
+            JSON,
+        ),
+        examples=(
+            "deepseek to-tensorrt --precision fp16 --target tensorrt_rtx",
+            "deepseek to-tensorrt --precision int8 --target tensorrt",
+        ),
+    ),
+    Command(
+        "Stages",
+        "to-torchscript",
+        "export.stages.to_torchscript",
+        "export PyTorch to TorchScript",
+        options=(*MODEL, JSON),
+        examples=("deepseek to-torchscript", "deepseek to-torchscript --models /some/dir --model other --json"),
+    ),
+    Command(
+        "Stages",
+        "select-precision",
+        "export.stages.select_precision",
+        "compare every precision with fp32 and choose one",
+        options=(
+            *MODEL,
+            Option("--target", "what runs the model", choices=tuple(TARGETS), default="onnxruntime"),
+            Option("--precision", "judge this one only; auto: all candidates", choices=CHOICES, default="auto"),
+            JSON,
+        ),
+        examples=("deepseek select-precision", "deepseek select-precision --precision int8 --json"),
+    ),
+    Command(
+        "Stages",
+        "publish",
+        "export.stages.publish",
+        "publish the chosen precision to the model repository",
+        options=(
+            *MODEL,
+            Option("--target", "what runs the model", choices=PUBLISHABLE, default="onnxruntime"),
+            Option("--precision", "precision to publish (default: the chosen one)", choices=tuple(PRECISIONS)),
+            REPOSITORY,
+            Option(
+                "--tuned", "file of tuned values (default: the one that deploy.toml names; /dev/null: none)", kind=path
+            ),
+            Option("--if-changed", "publish only if something differs from the latest version", kind=switch),
+            ANYWAY,
+            JSON,
+        ),
+        examples=(
+            "deepseek publish",
+            "deepseek publish --target tensorrt --precision fp16 --repository /models",
+        ),
+    ),
+    Command(
+        "Inside",
+        "tensorrt-container",
+        "export.runtimes.tensorrt_container",
+        "run a stage in NVIDIA's TensorRT container",
+        options=(
+            Option("--tag", "release of NVIDIA's containers, YY.MM (default: the one this project is tested with)"),
+            MODELS,
+            BUILD,
+            Option("command", "command of deepseek and its flags, after --", rest=True),
+        ),
+        examples=(
+            "deepseek tensorrt-container -- to-tensorrt --precision int8",
+            "deepseek tensorrt-container --tag 26.10 -- to-tensorrt --precision fp16",
+        ),
+    ),
+)

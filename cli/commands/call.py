@@ -1,0 +1,57 @@
+"""Commands that send single requests."""
+
+from cli.commands.shared_options import JSON, MODEL, SERVER
+from cli.options import Option, path
+from cli.table import Command
+
+ROWS = (
+    Command(
+        "Call",
+        "infer",
+        "cli.call:infer",
+        "send a real sample to the server and show the answer",
+        options=(
+            *MODEL,
+            *SERVER,
+            Option("--row", "which sample of the inputs is sent, from 0", kind=int, default=0),
+            Option("--inputs", "file of inputs, .npz or .json (default: build/<model>/evaluation.npz)", kind=path),
+            Option("--top", "values to show of each output", kind=int, default=10),
+            Option("--output", "write the whole answer to this .npz file", kind=path),
+            JSON,
+        ),
+        examples=("deepseek infer", "deepseek infer --model minilm --row 3", "deepseek infer --protocol http --json"),
+        newcomer=True,
+    ),
+    Command(
+        "Call",
+        "metadata",
+        "cli.call:metadata",
+        "show the inputs, outputs and versions that the server reports",
+        options=(
+            *MODEL,
+            *SERVER,
+            Option("--timeout-s", "longest wait for the answer", kind=float, default=10.0, variable=""),
+            JSON,
+        ),
+        examples=("deepseek metadata", "deepseek metadata --model minilm --json"),
+    ),
+    Command(
+        "Call",
+        "parity",
+        "export.checks.parity",
+        "compare the answers over HTTP and gRPC with fp32 PyTorch",
+        options=(
+            *MODEL,
+            *SERVER,
+            Option("--http-url", "host:port of HTTP (default: --url through a gateway, else its host and --http-port)"),
+            Option("--timeout-s", "deadline of a request", kind=float, default=120.0),
+            Option("--rows", "most evaluation rows (default: all)", kind=int, variable=""),
+            JSON,
+        ),
+        examples=(
+            "deepseek parity --model recommender",
+            "deepseek parity --url 10.0.0.5:8001 --http-url 10.0.0.5:8000 --json",
+        ),
+        aliases=("compare",),
+    ),
+)

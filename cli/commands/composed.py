@@ -1,0 +1,78 @@
+"""Commands that consist of other commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from cli.commands import build, call, measure, serve
+from cli.commands.shared_options import BUILD, JSON, MODEL, MODELS
+from cli.options import Option, at_least, folder_name, path
+from cli.table import Command
+
+_OPTIONS = {row.name: row.options for row in (*build.ROWS, *call.ROWS, *measure.ROWS, *serve.ROWS)}
+_STEPS = [option for name in ("infer", "parity", "loadtest", "report", "verdict") for option in _OPTIONS[name]]
+_NOT_OF_A_DEMO = ("url", "ca_cert", "run", "json")
+
+
+def _once(options: Iterable[Option]) -> tuple[Option, ...]:
+    """Each option once: the first where several commands have it."""
+    found: dict[str, Option] = {}
+    for option in options:
+        found.setdefault(option.name, option)
+    return tuple(found.values())
+
+
+def _of_a_demo(options: Iterable[Option]) -> tuple[Option, ...]:
+    """Those with a variable, for the server that the demo itself starts."""
+    return _once(option for option in options if option.variable_name and option.name not in _NOT_OF_A_DEMO)
+
+
+ROWS = (
+    Command(
+        "First steps",
+        "demo",
+        "cli.demo",
+        "go from nothing to a verdict: build, serve, infer, parity, load test, report",
+        options=_of_a_demo((*_OPTIONS["engine"], *_OPTIONS["serve"], *_STEPS)),
+        examples=("deepseek demo", "deepseek demo --model minilm --duration-s 10"),
+        newcomer=True,
+    ),
+    Command(
+        "Inside",
+        "demo-steps",
+        "cli.demo:steps",
+        "run the steps of the demo while the model is served",
+        options=_of_a_demo(_STEPS),
+        examples=("deepseek demo-steps --duration-s 10",),
+    ),
+    Command(
+        "Measure",
+        "gpu-check",
+        "cli.gpu_check",
+        "on a GPU host: build, prove, serve and measure everything that needs a GPU, and write a report",
+        options=(
+            Option(
+                "--model", "only this model; repeat (default: recommender and minilm)", kind=folder_name, repeat=True
+            ),
+            MODELS,
+            BUILD,
+            serve.TRITON_TAG,
+            Option(
+                "--output", "folder of the report (default: gpu-check/ in the build folder)", kind=path, variable=""
+            ),
+            JSON,
+        ),
+        examples=("deepseek gpu-check", "deepseek gpu-check --model recommender --json"),
+        notes="Exit codes: 0 all steps passed, 1 a step failed, 3 some skipped or inconclusive. docs/gpu-check.md",
+    ),
+    Command(
+        "Inside",
+        "gpu-baselines",
+        "export.checks.gpu_baselines",
+        "time a model on the GPU with PyTorch, torch.compile and ONNX Runtime",
+        options=(*MODEL, Option("--runs", "runs of each", kind=at_least(1), default=100, variable=""), JSON),
+        examples=("deepseek gpu-baselines --model minilm",),
+    ),
+    replace(serve.RELEASE, module="cli.release", options=_once((*build.BUILD_OPTIONS, *serve.RELEASE.options))),
+)

@@ -1,0 +1,100 @@
+"""Commands for work on this repository: lint, types, tests, benchmarks and the lock files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from deepseek.spec import InputError, build_dir
+
+LINT = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
+# A file's tests stay in one process, so that shared fixtures are set up once.
+TWO_PROCESSES = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+# torch and its dependencies (CUDA, compiler) are not pinned: the build of torch depends on the machine.
+UNLOCKED = re.compile(r"torch=|triton=|cuda-|nvidia-(cu|nccl|nvj|nvs|nvt)")
+
+
+def lint(options: argparse.Namespace) -> int:
+    """ruff and mypy; stops at the first failure."""
+    return _all(*LINT)
+
+
+def check(options: argparse.Namespace) -> int:
+    """Lint, types and the quick tests that start no server."""
+    return _all(*LINT, ("pytest", "-m", "not server and not slow", *TWO_PROCESSES, *options.words))
+
+
+def test(options: argparse.Namespace) -> int:
+    """Lint, types and all tests except the slow ones."""
+    return _all(*LINT, ("pytest", "-m", "not slow", *TWO_PROCESSES, *options.words))
+
+
+def test_all(options: argparse.Namespace) -> int:
+    """The slow tests, which `test` leaves out; without arguments for pytest also a sample of mutants."""
+    mutants = () if options.words else (("tests.mutants", "--count", "10"),)
+    return _all(("pytest", "-m", "slow", *TWO_PROCESSES, *options.words), *mutants)
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Ratios against the raw runtime, bare tritonclient and perf_analyzer."""
+    return _all(("tests.bench", *options.words))
+
+
+def measure_failure(options: argparse.Namespace) -> int:
+    """Overload, kills, cuts, a full disk, malformed requests, a soak."""
+    soak = () if options.duration_s is None else ("--soak-s", str(options.duration_s))
+    return _all(("tests.bench.failure", *soak, *options.words))
+
+
+def measure_training(options: argparse.Namespace) -> int:
+    """The guide's claims about training, each beside its measurement."""
+    return _all(("tests.bench.training", *options.words))
+
+
+def docs(options: argparse.Namespace) -> int:
+    """Generates the pages of `docs/reference/`, and builds the site in `build/site`; a broken link is an error."""
+    from cli.reference import write_pages
+
+    write_pages()
+    os.environ["NO_MKDOCS_2_WARNING"] = "1"  # an advertisement for its successor
+    site = build_dir("") / "site"
+    code = _all(("mkdocs", "build", "--strict", "--site-dir", str(site.resolve())))
+    if not code:
+        print(f"built     {site / 'index.html'}")
+    return code
+
+
+def lock(options: argparse.Namespace) -> None:
+    """Writes both lock files from `pyproject.toml`, for all platforms."""
+    _all(("pip", "install", "-q", "uv"))
+    everything = _pins("--all-extras", "pyproject.toml", "client/pyproject.toml")
+    kept = [line for line in everything.splitlines(keepends=True) if not UNLOCKED.match(line)]
+    Path("requirements.lock").write_text("".join(kept))
+    wish = build_dir("") / "checkov.in"
+    wish.parent.mkdir(parents=True, exist_ok=True)
+    wish.write_text("checkov\n")
+    Path("tests/checkov.lock").write_text(_pins(str(wish)))
+
+
+def _pins(*sources: str) -> str:
+    """The pinned packages, one per line."""
+    flags = ("-q", "--upgrade", "--universal", "--python-version", "3.11")
+    quiet = ("--no-emit-index-url", "--no-annotate", "--no-header")
+    command = [sys.executable, "-m", "uv", "pip", "compile", *flags, *quiet, *sources]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        raise InputError(f"uv ended with {run.returncode}; its own lines are above")
+    return run.stdout
+
+
+def _all(*modules: tuple[str, ...]) -> int:
+    """Runs modules in order, up to the first that fails; returns its exit code."""
+    for module in modules:
+        code = subprocess.run([sys.executable, "-m", *module]).returncode
+        if code:
+            return code
+    return 0

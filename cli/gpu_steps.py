@@ -1,0 +1,231 @@
+"""The steps of `deepseek gpu-check`: what each runs, what it needs, its time limit and the guide's claim.
+
+Contract: a step is one command. `needs` names facts of the machine (`cli.gpu_check.missing`) or an earlier step that
+must have passed. Everything is built and published in the check's own folder, with free ports and a stack of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+PRECISIONS = ("int8", "fp8", "fp16", "fp32")
+ON_GPU = ("gpu", "runtime")
+PROJECT = "deepseek-gpu-check"
+STACK_UP, STACK_DOWN = "stack up", "stack down"
+FIRST_BUILD_S = 3600  # pulls NVIDIA's images, about 40 GB
+# Both fail if there is nothing to kill, or if Docker does not restart it.
+KILL = (
+    'killed=1; for each in /proc/[0-9]*; do [ "$(cat "$each/comm")" != tritonserver ] || '
+    '{ kill -9 "${each#/proc/}" && killed=0; }; done; exit $killed'
+)
+RESTARTED = (
+    'until [ "$(docker inspect --format "{{.RestartCount}} {{.State.Health.Status}}" "$(docker compose "$@" ps --quiet '
+    'triton)" | sed "s/^[1-9][0-9]* /restarted /")" = "restarted healthy" ]; do sleep 1; done'
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One line of the report."""
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: int
+    needs: tuple[str, ...] = ()
+    claim: str = ""
+    """What the guide says; the step's output has the figure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Where the check builds and serves."""
+
+    folder: Path
+    models: str
+    triton_tag: str
+    gateway_port: int
+    http_port: int
+    grpc_port: int
+
+
+def ours(*words: str) -> tuple[str, ...]:
+    """A command of this project."""
+    return (sys.executable, "-m", "cli", *words)
+
+
+def steps(where: Where, models: list[str]) -> list[Step]:
+    """All steps, in order."""
+    first = models[0]
+    return [
+        *look(),
+        *(step for model in models for step in build(where, model)),
+        Step(
+            name="doctor",
+            command=ours("doctor", "--repository", f"{where.folder}/repository"),
+            limit_s=60,
+            needs=(f"engine {models[-1]}",),
+        ),
+        *serve(where, models),
+        *improve(where, first),
+        *train_and_plan(where, models),
+    ]
+
+
+def look() -> list[Step]:
+    """What is there."""
+    query = "--query-gpu=name,driver_version,compute_cap,memory.total,clocks.sm,clocks.max.sm"
+    listed = ("docker", "images", "--filter", "reference=nvcr.io/nvidia/*", "--filter", "reference=deepseek*")
+    return [
+        Step(name="GPU and driver", command=("nvidia-smi", query, "--format=csv"), limit_s=60, needs=("gpu",)),
+        Step(name="Docker and Compose", command=("docker", "compose", "version"), limit_s=60, needs=("docker",)),
+        Step(name="NVIDIA's runtime", command=("docker", "info"), limit_s=60, needs=("runtime",)),
+        Step(name="images", command=listed, limit_s=60, needs=("docker",)),
+    ]
+
+
+def build(where: Where, model: str) -> list[Step]:
+    """An engine of each precision, then the choice, then the same model without TensorRT."""
+    which = ("--model", model, "--models", where.models)
+    tag = ("--target", "tensorrt", "--triton-tag", where.triton_tag)
+    ports = ("--gateway-port", str(where.gateway_port), "--local-ports", f"{where.http_port},{where.grpc_port}")
+    stack = (*ports, "--project", PROJECT, "--env-file", f"{where.folder}/env")
+    claims = {
+        "fp16": "TensorRT in FP16 has 40 % less latency",
+        "int8": "INT8: a quarter of the size, 2 to 3 times as fast",
+        "fp8": "FP8: a quarter of the size, 2 to 3 times as fast",
+    }
+    each = [
+        Step(
+            name=f"engine {model} {precision}",
+            command=ours(
+                *("engine", *which, *tag, *stack, "--precision", precision),
+                *("--repository", f"{where.folder}/repository-{precision}"),
+            ),
+            limit_s=FIRST_BUILD_S,
+            needs=(*ON_GPU, "fp8") if precision == "fp8" else ON_GPU,
+            claim=claims.get(precision, ""),
+        )
+        for precision in PRECISIONS
+    ]
+    chosen = ours("engine", *which, *tag, *stack, "--repository", f"{where.folder}/repository")
+    return [
+        *each,
+        Step(name=f"engine {model}", command=chosen, limit_s=FIRST_BUILD_S, needs=ON_GPU),
+        Step(
+            name=f"PyTorch, torch.compile, ONNX Runtime CUDA: {model}",
+            command=ours("gpu-baselines", *which),
+            limit_s=300,
+            needs=("gpu", f"engine {model}"),
+        ),
+    ]
+
+
+def serve(where: Where, models: list[str]) -> list[Step]:
+    """The stack, what callers get, a kill."""
+    project = ("--project-name", PROJECT, "--env-file", f"{where.folder}/env")
+    compose = ("docker", "compose", *project)
+    grpc, http = f"127.0.0.1:{where.grpc_port}", f"127.0.0.1:{where.http_port}"
+    found = [
+        Step(
+            name=STACK_UP,
+            command=(*compose, "up", "--detach", "--wait", "triton", "gateway"),
+            limit_s=FIRST_BUILD_S,
+            needs=(f"engine {models[-1]}",),
+        )
+    ]
+    for model in models:
+        which = ("--model", model, "--models", where.models)
+        slo = (*which, "--target", "tensorrt", "--url", grpc)
+        words: list[tuple[str, tuple[str, ...], int]] = [
+            ("parity", ("parity", *which, "--url", grpc, "--http-url", http), 300),
+            ("load test", ("loadtest", *slo), 240),
+            ("verdict", ("verdict", *which), 60),
+            ("capacity", ("capacity", *slo, "--duration-s", "10", "--max-s", "60"), 180),
+        ]
+        found += [
+            Step(
+                name=f"{name} {model}",
+                command=ours(*command),
+                limit_s=limit_s,
+                needs=(f"load test {model}",) if name == "verdict" else ("stack up",),
+            )
+            for name, command, limit_s in words
+        ]
+    return [
+        *found,
+        Step(
+            name="a kill",
+            command=(*compose, "exec", "-T", "triton", "bash", "-c", KILL),
+            limit_s=60,
+            needs=("stack up",),
+        ),
+        Step(
+            name="serving again after the kill",
+            command=("sh", "-c", RESTARTED, "sh", *project),
+            limit_s=300,
+            needs=("a kill",),
+        ),
+        Step(
+            name=STACK_DOWN,
+            command=(*compose, "down", "--volumes"),
+            limit_s=120,
+            needs=("docker", f"engine {models[-1]}"),
+        ),
+    ]
+
+
+def improve(where: Where, model: str) -> list[Step]:
+    """Settings on and off, a release and a rollback, a profile; the stack is down, so the GPU is free."""
+    which = ("--model", model, "--models", where.models)
+    tune = ("tune", *which, "--target", "tensorrt", "--server", "stack", "--env-file", f"{where.folder}/env")
+    short = ("--instances", "1", "--delay-us", "0", "--pairs", "2", "--max-s", "180", "--dry-run")
+    grpc = ("--grpc-port", str(where.grpc_port))
+    other = (*which, "--repository", f"{where.folder}/repository-fp32", *grpc)
+    report = f"{where.folder}/nsys"
+    return [
+        Step(
+            name="dynamic batching and CUDA graphs, on and off",
+            command=ours(*tune, "--max-batch", "1,8", *short),
+            limit_s=600,
+            needs=(*ON_GPU, "stack up"),
+            claim="dynamic batching gives 30 % more throughput",
+        ),
+        Step(
+            name="release",
+            command=ours("release", *other, "--target", "tensorrt", "--triton-tag", where.triton_tag),
+            limit_s=600,
+            needs=(*ON_GPU, f"engine {model}", f"engine {model} fp32"),
+        ),
+        Step(name="rollback", command=ours("rollback", *other), limit_s=120, needs=("release",)),
+        Step(
+            name="nsys profile",
+            command=("nsys", "profile", "--force-overwrite=true", f"--output={report}", *ours("gpu-baselines", *which)),
+            limit_s=300,
+            needs=("gpu", "nsys", f"engine {model}"),
+            claim="Nsight finds the cause of slow inference",
+        ),
+    ]
+
+
+def train_and_plan(where: Where, models: list[str]) -> list[Step]:
+    """The guide's claims about training, and the plan's predictions."""
+    return [
+        Step(
+            name="mixed precision and checkpointing against fp32",
+            command=ours("measure-training"),
+            limit_s=300,
+            needs=("gpu",),
+            claim="mixed precision is 1.8 times as fast; checkpointing saves 60 % of memory",
+        ),
+        *(
+            Step(
+                name=f"plan against measured: {model}",
+                command=ours("plan", "--model", model, "--models", where.models, "--measure"),
+                limit_s=180,
+                needs=("gpu", f"engine {model}"),
+            )
+            for model in models
+        ),
+    ]

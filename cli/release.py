@@ -1,0 +1,20 @@
+"""`deepseek release`: releases the build, brought up to date first, or another candidate if one is named."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cli.commands.shared_options import published_target
+from cli.main import values_of, words_of
+from export.build import build
+from serving.release.release import main as release
+
+
+def main(options: argparse.Namespace) -> None:
+    """The candidate is what `deepseek engine` would publish, or the newest version in the repository --new."""
+    if not options.new:
+        options.target = build(values_of("engine", *words_of("engine", options)), publish=False).target
+    elif options.target == "auto":
+        options.target = published_target(options, Path(options.new))
+    release(options)

@@ -1,0 +1,131 @@
+"""The commands as functions of parsed values: they print a result and return an exit code, or raise InferenceError.
+
+`main.py` parses `python -m deepseek_client`; another command line may call them too. Exit codes: 0 done, 1 not ready.
+"""
+
+import json
+import os
+import time
+import zipfile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+
+from deepseek_client.cli.input_file import filled, read_inputs
+from deepseek_client.cli.tables import answer_table, read_labels, signature_line, signature_table
+from deepseek_client.client import InferenceClient
+from deepseek_client.errors import AccessDenied, InferenceError, InvalidInput, ModelNotFound, Unreachable
+from deepseek_client.metadata import TensorMetadata
+
+Protocol = Literal["grpc", "http"]
+PORTS: dict[Protocol, int] = {"grpc": 8001, "http": 8000}
+
+
+def connect(
+    url: str | None = None,
+    protocol: Protocol = "grpc",
+    *,
+    timeout_s: float = 10.0,
+    tls: bool = False,
+    ca_cert: str | None = None,
+    api_key_file: Path | None = None,
+) -> InferenceClient:
+    """A client of `url` (default: this machine). Over TLS the key comes from the file, else from $DEEPSEEK_API_KEY."""
+    api_key = _read_key(api_key_file, tls=tls or ca_cert is not None)
+    url = url or f"127.0.0.1:{PORTS[protocol]}"
+    return InferenceClient(url, protocol, timeout_s=timeout_s, tls=tls, ca_cert=ca_cert, api_key=api_key)
+
+
+def _read_key(path: Path | None, *, tls: bool) -> str | None:
+    """The file's key, or the environment's. A server without TLS never gets the environment's key."""
+    if path is None:
+        return os.environ.get("DEEPSEEK_API_KEY") or None if tls else None
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"--api-key-file {path}: {error}; it must be a file that holds the key alone") from None
+
+
+def exit_code(error: InferenceError) -> int:
+    """2 for bad input, a refused key, an unknown model, or no server at the URL; else 1."""
+    return 2 if isinstance(error, InvalidInput | AccessDenied | ModelNotFound | Unreachable) else 1
+
+
+def ready(client: InferenceClient, model: str | None = None, *, as_json: bool = False) -> int:
+    """Whether the server, or the model, can take requests."""
+    is_ready = client.ready(model)
+    if as_json:
+        print(json.dumps({"ready": is_ready}))
+    else:
+        print(f"{model or 'server'} is {'ready' if is_ready else 'not ready'}")
+    return 0 if is_ready else 1
+
+
+def metadata(client: InferenceClient, model: str, *, as_json: bool = False) -> int:
+    """A model's inputs and outputs."""
+    found = client.metadata(model)
+    if as_json:
+        facts = {"name": found.name, "versions": found.versions, "platform": found.platform}
+        print(json.dumps(facts | {"inputs": _as_json(found.inputs), "outputs": _as_json(found.outputs)}))
+    else:
+        print(signature_line(found))
+        Console(markup=False).print(signature_table(found))
+    return 0
+
+
+def _as_json(specs: tuple[TensorMetadata, ...]) -> list[dict[str, Any]]:
+    return [{"name": spec.name, "datatype": spec.datatype, "shape": spec.shape} for spec in specs]
+
+
+def infer(
+    client: InferenceClient,
+    model: str,
+    inputs: Path,
+    *,
+    row: int | None = None,
+    fill: int = 1,
+    labels: Path | None = None,
+    top: int = 10,
+    output: Path | None = None,
+    as_json: bool = False,
+) -> int:
+    """Sends the request in a file and shows it beside the answer."""
+    if top < 1:
+        raise InvalidInput(f"--top {top}; it must be 1 or more")
+    names = read_labels(labels) if labels else {}
+    signature = client.metadata(model)
+    arrays = filled(read_inputs(inputs, signature, row), fill)
+    request = client.prepare(model, arrays)
+    start = time.perf_counter()
+    outputs = client.send(request)
+    latency_ms = (time.perf_counter() - start) * 1e3
+    plain = {name: _decoded(array) for name, array in outputs.items()}
+    if output:
+        _write(output, plain)
+    if as_json:
+        answer = {name: array.tolist() for name, array in plain.items()}
+        print(json.dumps({"model": model, "latency_ms": round(latency_ms, 3), "outputs": answer}))
+    else:
+        Console(markup=False).print(answer_table(signature, arrays, outputs, names, top))
+        print(f"{model} answered over {client.protocol} in {latency_ms:.1f} ms")
+    return 0
+
+
+def _decoded(array: np.ndarray) -> np.ndarray:
+    """Converts strings, which arrive as objects, to text: JSON and .npz without pickle cannot hold objects."""
+    if array.dtype != np.object_:
+        return array
+    return np.array([value.decode("utf-8", "replace") for value in array.flat], dtype=str).reshape(array.shape)
+
+
+def _write(path: Path, outputs: dict[str, np.ndarray]) -> None:
+    """Like numpy.savez, but also writes arrays named `file` or `allow_pickle`."""
+    try:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, array in outputs.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, array, allow_pickle=False)
+    except OSError as error:
+        raise InvalidInput(f"--output {path}: {error.strerror}; it must be a file in a folder that exists") from None

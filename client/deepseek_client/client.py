@@ -1,0 +1,286 @@
+"""`InferenceClient` and `AsyncInferenceClient`: numpy in, numpy out, within a deadline, over HTTP or gRPC.
+
+Contract
+- The client checks names, types and shapes against the server's metadata before it sends anything. It fetches the
+  metadata once per model and version, and again when a request does not fit: the model may have a new version.
+- `timeout_s` covers the whole call, on all replicas: retries, hedges, waits and the first fetch of the metadata. Each
+  attempt sends the time left, in microseconds. A dynamic batcher drops the request when that time is over, if its
+  queue policy has `allow_timeout_override` and a longer default. Over gRPC the server also sees a cancelled call.
+- Retries: see `retry`. Several addresses: see `replicas`.
+- Threads: many may use one client at once; the tasks of one loop may share one asynchronous client. gRPC uses one
+  connection per replica, HTTP one per call in flight.
+
+Example:
+    >>> with InferenceClient("127.0.0.1:8001", timeout_s=0.5) as client:
+    ...     client.infer("recommender", {"item_ids": np.zeros((1, 50), np.int64)})["items"].shape
+    (1, 20)
+"""
+
+import ssl
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Literal, Self
+from urllib.parse import urlsplit
+
+import grpc
+import numpy as np
+
+from deepseek_client.concurrency import AsyncConcurrency, Concurrency, ThreadConcurrency, run
+from deepseek_client.core import ClientCore
+from deepseek_client.grpc.channel import AsyncChannel, BlockingChannel
+from deepseek_client.grpc.transport import GrpcTransport
+from deepseek_client.http.connection import AsyncConnection, BlockingConnection
+from deepseek_client.http.pool import AsyncPool, BlockingPool
+from deepseek_client.http.transport import HttpTransport
+from deepseek_client.metadata import ModelMetadata
+from deepseek_client.options import ClientOptions, read_pem
+from deepseek_client.statistics import Statistics
+from deepseek_client.transport import PreparedRequest, Transport
+
+
+class _Client:
+    """The base of both clients."""
+
+    _concurrency: ClassVar[type[Concurrency]]
+
+    def __init__(
+        self,
+        url: str | Sequence[str] = "127.0.0.1:8001",
+        protocol: Literal["grpc", "http"] = "grpc",
+        *,
+        timeout_s: float = 10.0,
+        retries: int = 3,
+        retry_budget: float | None = 0.1,
+        idempotent: bool = False,
+        hedge_after_ms: float | str | None = None,
+        shared_memory: bool | Literal["auto"] = False,
+        max_response_bytes: int = 128 * 2**20,
+        tls: bool = False,
+        ca_cert: str | Path | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        """Checks the options; the first call connects.
+
+        Args:
+            url: host:port without a scheme, or a list of them (replicas of one service); 8001 is Triton's gRPC port,
+                8000 its HTTP port.
+            protocol: "grpc" or "http".
+            timeout_s: default deadline of a call, in seconds.
+            retries: attempts after the first, for errors that are safe to retry.
+            retry_budget: limit on retries and hedges in the last ten seconds, as a share of the calls, plus 10.
+                None: no limit.
+            idempotent: True if running a request twice does no harm, as with every stateless model. Lost connections
+                are then retried too, and hedging is allowed.
+            hedge_after_ms: without an answer after this time, the client sends the request once more, to another
+                replica if there is one, and takes the first answer. Milliseconds, or a percentile of the latest
+                calls to the model such as "p95".
+            shared_memory: pass tensors through /dev/shm to a server on this machine that allows it: False, True
+                (required) or "auto" (large tensors, if possible).
+            max_response_bytes: the largest answer; a larger one is a ServerError.
+            tls: use TLS; implied by `ca_cert`.
+            ca_cert: PEM file of the certificate authority to trust instead of the system's.
+            api_key: sent as `Authorization: Bearer ...`, over TLS only.
+        """
+        options = ClientOptions(
+            urls=tuple(url) if isinstance(url, Iterable) and not isinstance(url, str) else (url,),
+            protocol=protocol,
+            timeout_s=timeout_s,
+            retries=retries,
+            retry_budget=retry_budget,
+            idempotent=idempotent,
+            hedge_after_ms=hedge_after_ms,
+            shared_memory=shared_memory,
+            max_response_bytes=max_response_bytes,
+            tls=tls,
+            ca_cert=ca_cert,
+            api_key=api_key,
+        )
+        self.protocol, self.timeout_s = protocol, timeout_s
+        transports = {url: self._transport(url, options) for url in options.urls}
+        self._core = ClientCore(options, self._concurrency(), transports)
+
+    def _transport(self, url: str, options: ClientOptions) -> Transport:
+        """To one address. The load generator's client brings connections of its own."""
+        make = async_transport if self._concurrency is AsyncConcurrency else blocking_transport
+        return make(url, options)
+
+    def statistics(self) -> Statistics:
+        """Calls, errors, retries, hedges and latency percentiles by model, and the state of the replicas."""
+        return self._core.statistics()
+
+
+def blocking_transport(url: str, options: ClientOptions) -> Transport:
+    """The transport to one address, for threads."""
+    if options.protocol == "grpc":
+        return GrpcTransport(
+            url, BlockingChannel(url, _credentials(options), options.max_response_bytes), options.api_key
+        )
+    return _http(url, options, BlockingPool(partial(BlockingConnection.open, *address_of(url), _context(options))))
+
+
+def async_transport(url: str, options: ClientOptions) -> Transport:
+    """The transport to one address, for the tasks of a loop."""
+    if options.protocol == "grpc":
+        return GrpcTransport(url, AsyncChannel(url, _credentials(options), options.max_response_bytes), options.api_key)
+    return _http(url, options, AsyncPool(partial(AsyncConnection.open, *address_of(url), _context(options))))
+
+
+def _http(url: str, options: ClientOptions, pool: BlockingPool | AsyncPool) -> HttpTransport:
+    return HttpTransport(
+        url,
+        pool,
+        idempotent=options.idempotent,
+        tls=options.speaks_tls,
+        api_key=options.api_key,
+        max_response_bytes=options.max_response_bytes,
+    )
+
+
+def address_of(url: str) -> tuple[str, int]:
+    """Host and port."""
+    parsed = urlsplit(f"//{url}")
+    return parsed.hostname or "", parsed.port or 0
+
+
+def _authority(options: ClientOptions) -> bytes | None:
+    return None if options.ca_cert is None else read_pem(options.ca_cert)
+
+
+def _credentials(options: ClientOptions) -> grpc.ChannelCredentials | None:
+    return grpc.ssl_channel_credentials(_authority(options)) if options.speaks_tls else None
+
+
+def _context(options: ClientOptions) -> ssl.SSLContext | None:
+    authority = _authority(options)
+    return ssl.create_default_context(cadata=authority and authority.decode()) if options.speaks_tls else None
+
+
+class InferenceClient(_Client):
+    """A client of one server, or of several replicas. Close it, or use it in a `with` block."""
+
+    _concurrency = ThreadConcurrency
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections; no call after it."""
+        run(self._core.close())
+
+    def ready(self, model: str | None = None, *, version: str = "", timeout_s: float | None = None) -> bool:
+        """Whether the server, or the model, can take requests on any replica. Raises Unreachable if none answers."""
+        return run(self._core.ready(model, version, timeout_s))
+
+    def metadata(self, model: str, *, version: str = "", timeout_s: float | None = None) -> ModelMetadata:
+        """The model's inputs and outputs, fetched now."""
+        return run(self._core.metadata(model, version, self._core.deadline(timeout_s)))
+
+    def model_statistics(self, model: str, *, timeout_s: float | None = None) -> dict:
+        """Triton's statistics since it started: `{"model_stats": [...]}`, one entry per version."""
+        return run(self._core.model_statistics(model, self._core.deadline(timeout_s)))
+
+    def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        outputs: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+        version: str = "",
+        request_id: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Runs the model and returns its outputs by name: all, or those in `outputs`. Raises InferenceError.
+
+        The arrays are read-only views of the response; copy one to change it. With `version` "" the server chooses.
+        `request_id` appears in Triton's log and traces, and is sent as the header x-request-id. `headers`, such as a
+        W3C `traceparent`, are sent with every attempt; over gRPC as metadata.
+        """
+        deadline = self._core.deadline(timeout_s)
+        return run(self._core.infer(model, inputs, outputs, version, request_id, headers, deadline))
+
+    def prepare(
+        self,
+        model: str,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        outputs: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+        version: str = "",
+        request_id: str = "",
+    ) -> PreparedRequest:
+        """Checks and encodes a request once, for `send` to send many times, from any thread."""
+        deadline = self._core.deadline(timeout_s)
+        return run(self._core.prepare(model, inputs, outputs, version, request_id, deadline))
+
+    def send(
+        self, request: PreparedRequest, *, timeout_s: float | None = None, headers: Mapping[str, str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Like `infer`, for a request made by this client's `prepare`."""
+        return run(self._core.send(request, headers, self._core.deadline(timeout_s)))
+
+
+class AsyncInferenceClient(_Client):
+    """`InferenceClient` with awaitable calls, on one asyncio loop. Close it, or use it in an `async with` block."""
+
+    _concurrency = AsyncConcurrency
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connections; no call after it."""
+        await self._core.close()
+
+    async def ready(self, model: str | None = None, *, version: str = "", timeout_s: float | None = None) -> bool:
+        return await self._core.ready(model, version, timeout_s)
+
+    async def metadata(self, model: str, *, version: str = "", timeout_s: float | None = None) -> ModelMetadata:
+        return await self._core.metadata(model, version, self._core.deadline(timeout_s))
+
+    async def model_statistics(self, model: str, *, timeout_s: float | None = None) -> dict:
+        return await self._core.model_statistics(model, self._core.deadline(timeout_s))
+
+    async def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        outputs: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+        version: str = "",
+        request_id: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> dict[str, np.ndarray]:
+        deadline = self._core.deadline(timeout_s)
+        return await self._core.infer(model, inputs, outputs, version, request_id, headers, deadline)
+
+    async def prepare(
+        self,
+        model: str,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        outputs: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+        version: str = "",
+        request_id: str = "",
+    ) -> PreparedRequest:
+        deadline = self._core.deadline(timeout_s)
+        return await self._core.prepare(model, inputs, outputs, version, request_id, deadline)
+
+    async def send(
+        self, request: PreparedRequest, *, timeout_s: float | None = None, headers: Mapping[str, str] | None = None
+    ) -> dict[str, np.ndarray]:
+        return await self._core.send(request, headers, self._core.deadline(timeout_s))

@@ -1,0 +1,187 @@
+"""Checks the options of a client and of a call.
+
+Contract: each check raises InvalidInput in one line, with the value seen and what is allowed.
+"""
+
+import ipaddress
+import math
+import re
+import ssl
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from deepseek_client.errors import InvalidInput
+
+# Headers that the protocols or this client write.
+OWN_HEADERS = {
+    *("host", "authorization", "connection", "te", "expect", "timeout", "user-agent", "accept-encoding"),
+    *("content-type", "content-encoding", "content-length", "transfer-encoding", "inference-header-content-length"),
+}
+LABEL = r"[\w-]{1,63}"  # one label of a host name
+URL = rf"(\[(?P<ipv6>.+)\]|{LABEL}(\.{LABEL})*\.?):(?P<port>\d{{1,5}})"
+LONGEST_S = 1e9  # the longest that sockets and locks can wait
+TRACEPARENT = r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientOptions:
+    """The options of both clients; `InferenceClient` explains them."""
+
+    urls: tuple[str, ...]
+    protocol: Literal["grpc", "http"] = "grpc"
+    timeout_s: float = 10.0
+    retries: int = 3
+    retry_budget: float | None = 0.1
+    idempotent: bool = False
+    hedge_after_ms: float | str | None = None
+    shared_memory: bool | Literal["auto"] = False
+    max_response_bytes: int = 128 * 2**20
+    tls: bool = False
+    ca_cert: str | Path | None = None
+    api_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.protocol not in ("grpc", "http"):
+            raise InvalidInput(f"protocol={self.protocol!r}; it must be 'grpc' or 'http'")
+        if not self.urls or len(set(self.urls)) < len(self.urls):
+            raise InvalidInput(f"url={list(self.urls)}; it must be one address, or a list of different ones")
+        for url in self.urls:
+            check_url(url)
+        checked_timeout(self.timeout_s)
+        if not isinstance(self.retries, int) or self.retries < 0:
+            raise InvalidInput(f"retries={self.retries!r}; it must be a whole number, 0 or more")
+        if self.retry_budget is not None and not (_is_number(self.retry_budget) and self.retry_budget >= 0):
+            raise InvalidInput(
+                f"retry_budget={self.retry_budget!r}; it must be a share of the calls, such as 0.1; None: no limit"
+            )
+        for name, types, needed in (
+            ("tls", bool, "True or False"),
+            ("ca_cert", str | Path | None, "a file's path"),
+            ("api_key", str | None, "a text"),
+        ):
+            if not isinstance(value := getattr(self, name), types):
+                raise InvalidInput(f"{name} is of type {type(value).__name__}; it must be {needed}")
+        if self.shared_memory not in (False, True, "auto"):
+            raise InvalidInput(f"shared_memory={self.shared_memory!r}; it must be False, True or 'auto'")
+        if type(self.max_response_bytes) is not int or not 0 < self.max_response_bytes < 2**31:
+            raise InvalidInput(f"max_response_bytes={self.max_response_bytes!r}; it must be a whole number below 2**31")
+        self._check_hedging()
+        _check_key(self.api_key, self.speaks_tls)
+
+    @property
+    def speaks_tls(self) -> bool:
+        """Whether to use TLS; `ca_cert` implies it."""
+        return self.tls or self.ca_cert is not None
+
+    def hedge_percent(self) -> float | None:
+        """The latency percentile after which a call is hedged; None for a fixed time."""
+        return float(self.hedge_after_ms[1:]) if isinstance(self.hedge_after_ms, str) else None
+
+    def _check_hedging(self) -> None:
+        after = self.hedge_after_ms
+        if after is None:
+            return
+        fits = re.fullmatch(r"p\d{1,2}(\.\d+)?", after) if isinstance(after, str) else _is_number(after) and after > 0
+        if not fits:
+            raise InvalidInput(
+                f"hedge_after_ms={after!r}; it must be milliseconds, or a percentile of the latest calls such as 'p95'"
+            )
+        if not self.idempotent:
+            raise InvalidInput(
+                "hedge_after_ms sends a request a second time while the first may run; "
+                "set idempotent=True if running it twice does no harm (true of every stateless model)"
+            )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def check_url(url: str) -> None:
+    """Raises InvalidInput unless `url` is host:port."""
+    match = re.fullmatch(URL, url, re.ASCII) if isinstance(url, str) else None
+    if not match or not 0 < int(match["port"]) < 65536 or not (match["ipv6"] is None or _is_ipv6(match["ipv6"])):
+        raise InvalidInput(f"url={url!r}; it must be host:port without a scheme, such as 127.0.0.1:8001 or [::1]:8001")
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ipaddress.IPv6Address(text).scope_id is None
+    except ValueError:
+        return False
+
+
+def checked_timeout(timeout_s: float) -> float:
+    """Returns `timeout_s`. Raises InvalidInput unless it is a positive number up to LONGEST_S."""
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s <= LONGEST_S:
+        raise InvalidInput(f"timeout_s={timeout_s!r}; it must be a positive number of seconds, at most {LONGEST_S:g}")
+    return timeout_s
+
+
+def check_texts(**values: str) -> None:
+    """Raises InvalidInput unless all are strings that UTF-8 can encode."""
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise InvalidInput(f"{name}={value!r} is of type {type(value).__name__}; pass a text: '{value}'")
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # a lone surrogate, which Python makes of undecodable bytes on a command line
+            raise InvalidInput(f"{name}={value!r} cannot be written in UTF-8; pass a text that can") from None
+
+
+def check_version(version: str) -> None:
+    """Raises InvalidInput unless it is a number or empty."""
+    if not re.fullmatch(r"\d*", version, re.ASCII):
+        raise InvalidInput(f"version={version!r}; it must be a number such as '1', or '' for the server's choice")
+
+
+def check_headers(headers: Mapping[str, str]) -> None:
+    """Raises InvalidInput unless both protocols can send them unchanged."""
+    if not isinstance(headers, Mapping):
+        raise InvalidInput(f"headers is of type {type(headers).__name__}; pass a dict of texts by name")
+    for name, value in headers.items():
+        if (
+            not isinstance(name, str)
+            or not re.fullmatch(r"[A-Za-z0-9_.-]+", name)
+            or name.lower().startswith("grpc-")
+            or name.lower().endswith("-bin")
+        ):
+            raise InvalidInput(f"headers: {name!r} cannot be a name; letters, digits, '-', '_' and '.' are allowed")
+        if name.lower() in OWN_HEADERS:
+            raise InvalidInput(f"headers: {name!r} is written by the client itself; leave it out")
+        if not isinstance(value, str) or not re.fullmatch(r"[!-~]([ -~]*[!-~])?", value):
+            raise InvalidInput(f"headers: {name}={value!r}; it must be printable ASCII text in one line")
+        if name.lower() == "traceparent" and not re.fullmatch(TRACEPARENT, value):
+            raise InvalidInput(
+                f"headers: traceparent={value!r}; it must be version-trace-parent-flags in lower-case hex, such as "
+                "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+            )
+
+
+def as_header(text: str) -> str:
+    """Text as a header's value, percent-encoded if needed."""
+    if re.fullmatch(r"[!-$&-~]([!-$&-~ ]*[!-$&-~])?", text):
+        return text
+    return urllib.parse.quote(text, safe="".join(map(chr, range(33, 127))).replace("%", ""))
+
+
+def read_pem(path: str | Path) -> bytes:
+    """The bytes of a PEM file of certificates. Raises InvalidInput."""
+    try:
+        pem = Path(path).read_bytes()
+        ssl.create_default_context(cadata=pem.decode("ascii"))  # refuses anything else
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"ca_cert={str(path)!r}: {error}; it must be a PEM file of certificates") from None
+    return pem
+
+
+def _check_key(api_key: str | None, tls: bool) -> None:
+    if api_key is not None and not tls:
+        raise InvalidInput("api_key is only sent over TLS; give ca_cert=FILE, or tls=True for the system's authorities")
+    if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
+        raise InvalidInput(
+            "api_key holds a blank, control or non-ASCII character; pass the bare key, without a newline"
+        )

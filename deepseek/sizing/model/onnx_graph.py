@@ -1,0 +1,253 @@
+"""An ONNX file as a `Countable`: its parameters, and the operations of one forward pass at any size of its axes.
+
+Contract: needs onnx, not torch. It reads only shapes, so weights in external files cost nothing. The first dimension of
+every input is the batch; `length` is the size of all other open axes, unless `axes` gives one by name. Quantized graphs
+(Q/DQ) count as the operations that they compute. Raises InputError if a product has no known shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from deepseek.sizing.model.counting import Op, stepped
+from deepseek.sizing.training_step import SavedActivations, TrainingSetup
+from deepseek.spec import InputError
+
+PRODUCTS = {"MatMul", "Gemm", "Conv", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"}
+# Operators that read their input again; elementwise operators are fused with the operation before them.
+MEMORY = {
+    "LayerNormalization", "Softmax", "ReduceMean", "ReduceSum", "ReduceMax", "Gather", "TopK", "BatchNormalization",
+    "InstanceNormalization", "GlobalAveragePool", "AveragePool", "MaxPool", "Resize", "SimplifiedLayerNormalization",
+}  # fmt: skip
+# DequantizeLinear is fused with the product after it. QuantizeLinear is fused in an engine, but not on a CPU.
+FREE = {
+    "Reshape", "Shape", "Constant", "Unsqueeze", "Squeeze", "Flatten", "Identity", "ConstantOfShape",
+    "DequantizeLinear",
+}  # fmt: skip
+CARRIERS = {
+    "DequantizeLinear",
+    "QuantizeLinear",
+    "Cast",
+    "Transpose",
+    "Reshape",
+    "Identity",
+}  # weights pass through them
+# Known elementwise operators of foreign domains; other foreign operators may compute anything.
+ELEMENTWISE_ELSEWHERE = {
+    "Gelu", "FastGelu", "BiasGelu", "QuickGelu", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
+}  # fmt: skip
+# Operators with an unknown amount of computation.
+UNCOUNTED = {
+    "Einsum", "Attention", "MultiHeadAttention", "GroupQueryAttention", "ConvTranspose", "DeformConv", "LSTM", "GRU",
+    "RNN", "If", "Loop", "Scan",
+}  # fmt: skip
+WEIGHT_TYPES = {1, 2, 3, 10, 11, 16, 17, 18, 19, 20, 21, 22}  # TensorProto: floats, and 4 and 8 bits
+
+
+class OnnxModel:
+    """A `Countable` from an ONNX file."""
+
+    def __init__(self, path: str | Path, *, axes: Mapping[str, int] | None = None) -> None:
+        try:
+            import onnx
+            import onnx.inliner
+        except ImportError:
+            raise InputError("an ONNX file needs the package onnx; install it with: pip install onnx") from None
+        self.path, self.axes, self._onnx = Path(path), dict(axes or {}), onnx
+        try:
+            self.proto = onnx.load(self.path, load_external_data=False)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        except Exception as error:  # protobuf's own errors
+            raise InputError(f"{path}: not an ONNX file ({type(error).__name__})") from None
+        if not self.proto.graph.node:
+            raise InputError(f"{path}: not an ONNX graph: it has no nodes")
+        if self.proto.functions:
+            self.proto = onnx.inliner.inline_local_functions(self.proto)
+        self._check_axes()
+        self.counted = lru_cache(maxsize=64)(self._counted)  # one cache per file
+
+    def _check_axes(self) -> None:
+        """Raises InputError if `axes` names an axis that no input has."""
+        known = sorted({dim.dim_param for dim in self._dims() if dim.dim_param})
+        for name in self.axes:
+            if name not in known:
+                allowed = f"{', '.join(known) or 'none'} (open axes of its inputs, besides the batch)"
+                raise InputError(f"{self.path}: axis: seen {name!r}; allowed: {allowed}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.parent.parent.name or self.path.stem} ({self.path})"
+
+    @cached_property
+    def _weights(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of weights by name, without small constants for shapes and axes."""
+        found = {each.name: tuple(each.dims) for each in self.proto.graph.initializer if each.data_type in WEIGHT_TYPES}
+        for node in self.proto.graph.node:
+            if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
+                tensor = node.attribute[0].t
+                if tensor.data_type in WEIGHT_TYPES and tensor.dims:
+                    found[node.output[0]] = tuple(tensor.dims)
+        scales = {
+            name for node in self.proto.graph.node if "izeLinear" in node.op_type for name in node.input[1:]
+        }  # scales and zero points
+        return {name: shape for name, shape in found.items() if name not in scales}
+
+    @cached_property
+    def parameters(self) -> int:
+        """Elements of all weights."""
+        return sum(math.prod(shape) for shape in self._weights.values())
+
+    @cached_property
+    def product_parameters(self) -> int:
+        used = {
+            weight for node in self.proto.graph.node if node.op_type in PRODUCTS
+            for weight in (self._weight_of(name) for name in node.input)
+            if weight is not None and len(self._weights[weight]) > 1
+        }  # fmt: skip
+        return sum(math.prod(self._weights[name]) for name in used)
+
+    @cached_property
+    def stepped_elements(self) -> int:
+        return stepped(math.prod(shape) for shape in self._weights.values())
+
+    @property
+    def default_length(self) -> int:
+        """1: the sizes of other axes must be given."""
+        return 1
+
+    @property
+    def open_axes(self) -> list[str]:
+        """Names of the axes besides the batch without a fixed size."""
+        return sorted(
+            {dim.dim_param or "?" for dim in self._dims() if not dim.dim_value and dim.dim_param not in self.axes}
+        )
+
+    @property
+    def uncounted(self) -> list[str]:
+        """Operators of the graph that may compute something, but are not counted."""
+        known = PRODUCTS | MEMORY | FREE | CARRIERS | ELEMENTWISE_ELSEWHERE
+        foreign = {node.op_type for node in self.proto.graph.node if node.domain not in ("", "ai.onnx")} - known
+        return sorted({node.op_type for node in self.proto.graph.node} & UNCOUNTED | foreign)
+
+    def ops(self, batch: int, length: int) -> list[Op]:
+        return self.counted(batch, length)[0]
+
+    def live_elements(self, batch: int, length: int) -> float:
+        """The largest total of inputs and outputs of one operation."""
+        return self.counted(batch, length)[1]
+
+    def saved(self, setup: TrainingSetup) -> SavedActivations:
+        """An upper bound: every intermediate value is kept for backward."""
+        _, live, kept = self.counted(setup.batch, setup.length)
+        return SavedActivations(kept=setup.value_bytes * kept, workspace=setup.value_bytes * live)
+
+    def _counted(self, batch: int, length: int) -> tuple[list[Op], float, float]:
+        shapes = self._shapes(batch, length)
+        ops = list(self._ops(shapes))
+        live, kept = 0.0, 0.0
+        for node in self.proto.graph.node:
+            sizes = [_size(shapes[name]) for name in (*node.input, *node.output) if name in shapes]
+            live = max(live, sum(sizes))
+            kept += sum(_size(shapes[name]) for name in node.output if name in shapes)
+        return ops, live, kept
+
+    def _inputs(self) -> list[Any]:
+        weights = {each.name for each in self.proto.graph.initializer}
+        return [value for value in self.proto.graph.input if value.name not in weights]
+
+    def _dims(self) -> list[Any]:
+        """Axes of the inputs besides the batch."""
+        return [dim for value in self._inputs() for dim in list(value.type.tensor_type.shape.dim)[1:]]
+
+    def _shapes(self, batch: int, length: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of all activations, by ONNX's shape inference with every axis at one size."""
+        proto = self._onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        del proto.graph.value_info[:]
+        named = {value.name for value in self._inputs()}
+        for value in proto.graph.input:
+            if value.name in named:
+                for index, dim in enumerate(value.type.tensor_type.shape.dim):
+                    if index == 0 or not dim.dim_value:
+                        dim.dim_value = batch if index == 0 else self.axes.get(dim.dim_param, length)
+        for value in proto.graph.output:
+            value.type.tensor_type.ClearField("shape")
+        try:
+            proto = self._onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        except Exception as error:
+            raise InputError(
+                f"{self.path}: shapes at batch {batch}, length {length}: {' '.join(str(error).split())}"
+            ) from None
+        found = {}
+        for value in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
+            dims = value.type.tensor_type.shape.dim
+            if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
+                found[value.name] = tuple(dim.dim_value for dim in dims)
+        return {name: shape for name, shape in found.items() if name not in self._weights}
+
+    def _ops(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[Op]:
+        for node in self.proto.graph.node:
+            if node.op_type in PRODUCTS and (op := self._product(node, shapes)):
+                yield op
+            elif node.op_type not in FREE and not self._of_a_weight(node):
+                if node.op_type in MEMORY:
+                    yield Op(kind="memory")
+                yield Op(kind="elementwise", outputs=float(sum(_size(shapes.get(name, (0,))) for name in node.output)))
+
+    def _of_a_weight(self, node: Any) -> bool:
+        """Whether the node only converts a weight, which happens once, when the graph is loaded."""
+        return node.op_type in CARRIERS and self._weight_of(node.input[0]) is not None
+
+    def _product(self, node: Any, shapes: dict[str, tuple[int, ...]]) -> Op | None:
+        behind = {name: self._weight_of(name) for name in node.input if name}
+        values = [name for name, weight in behind.items() if weight is None and name in shapes]
+        weights = [weight for weight in behind.values() if weight is not None and len(self._weights[weight]) > 1]
+        if not values:
+            return None  # a product of weights: computed once, when the engine is built
+        out = shapes.get(node.output[0])
+        if out is None:
+            raise InputError(
+                f"{self.path}: the output of {node.op_type} {node.name or node.output[0]!r} has no known shape; give "
+                f"the sizes of the axes {', '.join(self.open_axes) or 'that it depends on'}"
+            )
+        outputs = _size(out)
+        depth = self._depth(node, shapes, weights)
+        moved = sum(_size(shapes[name]) for name in values) + outputs
+        size = float(sum(math.prod(self._weights[name]) for name in weights))
+        if not weights and len(out) > 2:  # queries by keys, scores by values
+            return Op(kind="attention", flops=2.0 * outputs * depth, outputs=outputs, moved=float(moved))
+        return Op(kind="product", flops=2.0 * outputs * depth, outputs=outputs, moved=float(moved), weights=size)
+
+    def _depth(self, node: Any, shapes: dict[str, tuple[int, ...]], weights: list[str]) -> float:
+        """Multiplications per output element."""
+        first = shapes.get(node.input[0]) or self._weights.get(self._weight_of(node.input[0]) or "", (1,))
+        if "Conv" in node.op_type:
+            kernel = self._weights[weights[0]] if weights else (1, first[1])
+            return math.prod(kernel[1:])  # channels of a group, times the kernel
+        if node.op_type == "Gemm" and any(each.name == "transA" and each.i for each in node.attribute):
+            return first[-2]
+        return first[-1]
+
+    def _weight_of(self, name: str) -> str | None:
+        """The weight that an input is, directly or through conversions; None if it is an activation."""
+        for _ in range(8):
+            if name in self._weights:
+                return name
+            node = self._producers.get(name)
+            if node is None or node.op_type not in CARRIERS:
+                return None
+            name = node.input[0]
+        return None
+
+    @cached_property
+    def _producers(self) -> dict[str, Any]:
+        return {name: node for node in self.proto.graph.node for name in node.output}
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)

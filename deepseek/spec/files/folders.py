@@ -1,0 +1,125 @@
+"""Scratch folders, locked folders and atomic file writes.
+
+Contract: scratch folders and locks are released when their process ends, even if it is killed. A lock is `flock` on the
+folder itself: it leaves no lock file behind, and a reused process number cannot confuse it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+SCRATCH = ".scratch-"  # prefix of the names of unfinished folders
+
+
+@contextmanager
+def scratch_in(folder: Path) -> Iterator[Path]:
+    """An empty folder inside `folder`, removed at the end. Also removes those that killed processes left behind.
+
+    The owner holds a lock on it until the process ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(f"{SCRATCH}*"):
+        with suppress(OSError):
+            lock = _lock(stale, fcntl.LOCK_NB)
+            shutil.rmtree(stale, ignore_errors=True)
+            os.close(lock)
+    scratch, lock = _own_folder(folder)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
+def _own_folder(folder: Path) -> tuple[Path, int]:
+    """A new folder and its lock."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
+        with suppress(FileNotFoundError):
+            lock = _lock(path)
+            if path.exists():  # else another process removed it as stale before it was locked
+                return path, lock
+            os.close(lock)
+
+
+def _lock(folder: Path, flags: int = 0) -> int:
+    """A descriptor that holds the folder's lock until it is closed."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A draft file beside `path`, which replaces `path` if the block succeeds and is deleted otherwise.
+
+    The draft has the suffix of `path`. Missing parent folders are created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield draft
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Writes a file atomically, creates missing parent folders, and returns the path."""
+    with beside(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+    return path
+
+
+def onto_disk(place: Path) -> None:
+    """Flushes a file, or a folder with its contents, to disk: a rename that follows survives a power cut."""
+    found = [Path(folder, name) for folder, _, names in os.walk(place) for name in (*names, "")]
+    for path in found or [place]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # this file system cannot fsync folders
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def let_all_read(folder: Path) -> None:
+    """Makes what root wrote readable to all: containers run as another user, and root's umask may shut them out."""
+    if os.geteuid() == 0:
+        found = [Path(place, name) for place, folders, files in os.walk(folder) for name in (*folders, *files)]
+        for path in (folder, *found):
+            with suppress(FileNotFoundError):  # another publisher has just moved its file
+                mode = path.lstat().st_mode
+                wanted = mode | (0o755 if stat.S_ISDIR(mode) else 0o644)
+                if not stat.S_ISLNK(mode) and wanted != mode:  # no needless chmod: the disk may be read-only
+                    path.chmod(wanted)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Lets one process at a time into `folder`, which it creates; the next one says that it waits, and waits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = _lock(folder, fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another process in {folder}", file=sys.stderr, flush=True)
+        lock = _lock(folder)
+    try:
+        yield
+    finally:
+        os.close(lock)

@@ -1,0 +1,56 @@
+"""Versions of a model in a repository: which exist, which are kept, and which `config.pbtxt` belongs to which.
+
+Contract: version numbers are those that Triton sees, newest first. Publish, release, check and compare all use these
+functions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deepseek.spec.files.folders import SCRATCH
+
+CONFIG = "config.pbtxt"
+KEPT_VERSIONS = 3  # the served version and two to roll back to
+
+
+def model_folders(repository: Path) -> list[Path]:
+    """Folders of the models in it, sorted; skips unfinished ones, also those of a killed publisher."""
+    found = sorted(path.parent for path in repository.glob(f"*/{CONFIG}"))
+    return [path for path in found if not path.name.startswith(SCRATCH)]
+
+
+def versions_of(model: Path) -> list[int]:
+    """Numbers of the version directories, newest first; like Triton, it ignores names with leading zeros.
+
+    Empty if there is no such model.
+    """
+    places = model.iterdir() if model.is_dir() else ()
+    names = [path.name for path in places if path.is_dir() and path.name.isascii() and path.name.isdigit()]
+    return sorted((int(name) for name in names if name == str(int(name))), reverse=True)
+
+
+def retired(model: Path) -> list[int]:
+    """Versions too old to roll back to: all but the newest KEPT_VERSIONS, also if numbers are missing between them."""
+    return versions_of(model)[KEPT_VERSIONS:]
+
+
+def config_path(model: Path, version: int) -> Path:
+    """The `config.pbtxt` of a version: the model's for the newest version, the version's own for an older one.
+
+    The newest version also uses its own if the model's still belongs to another version: its publisher was killed
+    after it had moved the version and before it replaced the configuration.
+    """
+    common, own = model / CONFIG, model / str(version) / CONFIG
+    if not own.is_file():
+        return common
+    newest, *others = versions_of(model)
+    if version != newest:
+        return own
+    try:
+        text = common.read_bytes()
+        copies = (model / str(other) / CONFIG for other in others)
+        stale = text != own.read_bytes() and any(copy.is_file() and copy.read_bytes() == text for copy in copies)
+    except OSError:  # the reader of the configuration reports it
+        return common
+    return own if stale else common

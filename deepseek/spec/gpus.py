@@ -1,0 +1,69 @@
+"""The NVIDIA GPUs of this machine, and which of them run an engine of TensorRT.
+
+Contract: `gpus` asks the driver's management library (NVML) through `nvidia-smi`, so it needs neither torch nor CUDA.
+GPUs are in the order of the PCI bus; CUDA has the same order with CUDA_DEVICE_ORDER=PCI_BUS_ID, which the images set.
+
+Example:
+    [gpu.compute_capability for gpu in gpus()]      # ["9.0", "7.5"]
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One line of nvidia-smi."""
+
+    name: str
+    compute_capability: str
+    driver: str
+    memory_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.compute_capability}"
+
+
+_QUERY = ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader,nounits")
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """All GPUs of this machine; empty if there is none, or no driver."""
+    try:
+        run = subprocess.run(["nvidia-smi", *_QUERY], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return parse_gpus(run.stdout) if run.returncode == 0 else ()
+
+
+def parse_gpus(text: str) -> tuple[Gpu, ...]:
+    """Parses nvidia-smi's CSV, which gives memory in MiB."""
+    found = []
+    for line in text.strip().splitlines():
+        parts = [part.strip() for part in line.split(",")]
+        if len(parts) == 4 and parts[3].isdigit():
+            name, capability, driver, memory_mib = parts
+            memory_bytes = int(memory_mib) << 20
+            found.append(Gpu(name=name, compute_capability=capability, driver=driver, memory_bytes=memory_bytes))
+    return tuple(found)
+
+
+def runs_engine(gpu: Gpu, built_for: str | None, settings: Mapping[str, object]) -> bool:
+    """Whether an engine built for a compute capability runs on a GPU, by TensorRT's hardware compatibility levels.
+
+    `settings` are those of the engine's manifest. An engine whose compute capability is unknown may run anywhere.
+    """
+    if built_for is None:
+        return True
+    if settings.get("hardware_compatibility") == "ampere_plus":
+        return tuple(map(int, gpu.compute_capability.split("."))) >= (8, 0)
+    return gpu.compute_capability == built_for
+
+
+def matching(found: tuple[Gpu, ...], built_for: str | None, settings: Mapping[str, object]) -> list[int]:
+    """Numbers of the GPUs that run the engine, if there are others too; empty if all do, or none does."""
+    numbers = [number for number, gpu in enumerate(found) if runs_engine(gpu, built_for, settings)]
+    return numbers if len(numbers) < len(found) else []

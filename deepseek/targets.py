@@ -1,0 +1,54 @@
+"""The targets, which are the runtimes of a graph, and ONNX Runtime's execution providers: one row each.
+
+Imports only the standard library.
+
+Example:
+    TARGETS["torchscript"].engine                     # "model.pt"
+    is_accelerator("auto"), is_accelerator("cuda")    # False, True
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from deepseek.onnxruntime_session import PROVIDERS
+from deepseek.precisions import HighPrecision, Precision
+
+Target = Literal["onnxruntime", "tensorrt", "tensorrt_rtx", "torchscript"]
+Provider = Literal["auto", "cpu", "cuda", "tensorrt", "migraphx", "cann"]
+"""A key of PROVIDERS, or "auto": the accelerator of this machine, else the CPU."""
+DEFAULT: Target = "onnxruntime"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetFacts:
+    """Facts about a target that other rooms need."""
+
+    engine: str
+    """Name of the file that it runs, in a version directory and in the build folder."""
+    is_graph: bool = False
+    """Whether it runs the ONNX graph itself, without compiling."""
+    backends: tuple[str, ...]
+    """Triton backends that load it, the default first; empty if Triton cannot load it."""
+    high_precision: HighPrecision
+    """Precision of layers that are not quantized: a CPU has no fast fp16."""
+    needs_gpu: bool = False
+    only: Precision | None = None
+    """The only precision that it can be built in; None: any."""
+
+
+TARGETS: dict[Target, TargetFacts] = {
+    "onnxruntime": TargetFacts(
+        engine="model.onnx", is_graph=True, backends=("python", "onnxruntime"), high_precision="fp32"
+    ),
+    "tensorrt": TargetFacts(engine="model.plan", backends=("tensorrt",), high_precision="fp16", needs_gpu=True),
+    "tensorrt_rtx": TargetFacts(engine="model.plan", backends=(), high_precision="fp16"),
+    "torchscript": TargetFacts(engine="model.pt", backends=("pytorch",), high_precision="fp16", only="fp32"),
+}
+PUBLISHABLE: tuple[Target, ...] = tuple(name for name, row in TARGETS.items() if row.backends)
+
+
+def is_accelerator(provider: str) -> bool:
+    """Whether an execution provider names an accelerator; "auto" does not, as it may fall back to the CPU."""
+    return provider in PROVIDERS and PROVIDERS[provider].is_accelerator

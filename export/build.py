@@ -1,0 +1,272 @@
+"""Builds a model up to the repository: runs the stages whose inputs changed, and nothing else.
+
+Contract: a stage runs if its output is missing or modified, or if its inputs (`export.pipeline`) have changed;
+`build/<name>/pipeline.json` records both. One build at a time runs in a model's folder; the next one waits. A killed
+build leaves no partial files, and the next build resumes where it stopped. `--explain` prints one line per stage and
+builds nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepseek.precisions import Precision
+from deepseek.spec import build_dir
+from deepseek.spec.children import ends_with_us
+from deepseek.spec.files.folders import write_whole
+from deepseek.targets import PUBLISHABLE
+from export.artifact import choice_path, pruned_path, pruning_path, refusal
+from export.cache import STAGE_KEYS, limit_bytes, predicted
+from export.digests import RememberedDigests
+from export.pipeline import Stage, StageInputs, graph_stages, key_of, named, publish_stage, stack_stage, stages_of
+from export.plan import Plan, plan_of
+from export.requirements import install
+
+INSIDE = "/opt/export/bin/python"  # of the export image
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageStatus:
+    """A stage, its current inputs, and why it has to run."""
+
+    stage: Stage
+    inputs: dict[str, str]
+    reason: str
+    """"" if it is up to date."""
+
+    @property
+    def key(self) -> str:
+        """Cache key of the stage's output."""
+        return key_of(self.stage.name, self.inputs)
+
+
+class BuildRecord:
+    """`build/<name>/pipeline.json`: inputs and outputs of each completed stage."""
+
+    def __init__(self, model: str) -> None:
+        self._path = build_dir(model) / "pipeline.json"
+        self._stages: dict[str, dict[str, dict[str, str]]] = {}
+        with contextlib.suppress(OSError, ValueError):
+            self._stages = json.loads(self._path.read_text())
+
+    def of(self, stage: Stage) -> dict[str, dict[str, str]] | None:
+        """The recorded inputs and outputs of a stage; None if it has no record."""
+        return self._stages.get(stage.name)
+
+    def keep(self, stage: Stage, inputs: dict[str, str], outputs: dict[str, str]) -> None:
+        """Records a completed stage."""
+        self._stages[stage.name] = {"inputs": inputs, "outputs": outputs}
+        self._write()
+
+    def forget(self, stages: Iterable[Stage]) -> None:
+        """Drops the records of stages that are about to run: their recorded outputs are no longer valid."""
+        for stage in stages:
+            self._stages.pop(stage.name, None)
+        self._write()
+
+    def _write(self) -> None:
+        write_whole(self._path, json.dumps(self._stages, indent=1))
+
+
+class Builder:
+    """Runs or explains the stages of one plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.digests = RememberedDigests(build_dir("") / ".digests.json")
+        self.inputs = StageInputs(plan, self.digests)
+        self.record = BuildRecord(plan.model)
+        self._remade: dict[Path, str] = {}
+        """Files rebuilt in this build, with the stage that makes them."""
+
+    def step(self, stage: Stage) -> StageStatus:
+        """A stage's current inputs, and why it has to run."""
+        inputs = self.inputs.of(stage)
+        return StageStatus(stage=stage, inputs=inputs, reason=self._reason(stage, inputs))
+
+    def _reason(self, stage: Stage, inputs: dict[str, str]) -> str:
+        remade = next((self._remade[path] for path in stage.reads if path in self._remade), "")
+        if remade:
+            return f"{remade} is rebuilt"
+        refused = any(map(refusal, stage.writes))  # then there is no manifest beside it
+        for path in (*stage.writes, *(() if refused else stage.beside)):
+            if path not in self.inputs.foreseen and not path.is_file():
+                return f"{named(path)} is missing"
+        before = self.record.of(stage)
+        if before is None:
+            return "its inputs are not recorded"
+        made_from, made = before["inputs"], before["outputs"]
+        changes = [_change(name, made_from.get(name), inputs.get(name)) for name in {**made_from, **inputs}]
+        changes += [f"{name} was changed" for name, digest in self.outputs(stage).items() if made.get(name) != digest]
+        return next(filter(None, changes), "")
+
+    def outputs(self, stage: Stage) -> dict[str, str]:
+        """Digests of the files that a stage wrote, by name."""
+        return {name: digest for path in stage.writes for name, digest in self.inputs.files(path).items()}
+
+    def run(self, stages: Sequence[Stage], lock: int) -> None:
+        """Runs the stages that have to run; their processes inherit `lock`."""
+        for place, stage in enumerate(stages):
+            step = self.step(stage)
+            if not step.reason:
+                continue
+            if self.record.of(stage) is not None:
+                print(f"engine    {stage.name}: {step.reason}", flush=True)
+            self._remade |= dict.fromkeys(stage.writes, stage.name)
+            self.record.forget([stage, *_followers(stage, stages[place + 1 :])])
+            self.digests.save()
+            self._execute(stage, lock)
+            self.record.keep(stage, step.inputs, self.outputs(stage))
+        self.digests.save()
+
+    def keys(self, stage: Stage) -> dict[str, str]:
+        """Cache keys of a stage (under "") and of its parts."""
+        own = {"": key_of(stage.name, self.inputs.of(stage))}
+        return own | {part.name: key_of(part.name, self.inputs.of(part)) for part in stage.parts}
+
+    def _execute(self, stage: Stage, lock: int) -> None:
+        """Runs the stage's command; if that fails, exits with the same code."""
+        environment = {**os.environ, STAGE_KEYS: json.dumps(self.keys(stage))}
+        if stage.command[0] in ("train", "prune"):  # idle threads sleep instead of spinning
+            environment["OMP_WAIT_POLICY"] = "passive"
+        if self.plan.data:
+            environment["DEEPSEEK_DATA"] = self.plan.data
+        process = subprocess.Popen(self.command(stage), env=environment, pass_fds=[lock], preexec_fn=ends_with_us())
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            sys.exit(130)
+        if code:
+            sys.exit(code if code > 0 else 128 - code)
+
+    def command(self, stage: Stage) -> list[str]:
+        """The command line of a stage; if the stage needs TensorRT, with the plan's compiler."""
+        name, *flags = stage.command
+        words = [name, "--model", self.plan.model, "--models", str(self.plan.models), *flags]
+        compiler = self.plan.compiler if stage.on_compiler else ""
+        if compiler == "container":
+            models = str(self.plan.models)
+            words = ["tensorrt-container", "--tag", self.plan.triton_tag, "--models", models, "--", *words]
+        return [INSIDE if compiler == "inside" else sys.executable, "-m", "cli", *words]
+
+    def explain(self, stages: Iterable[Stage]) -> None:
+        """Prints one line per stage; builds nothing."""
+        unknown: set[Path] = set()  # files whose content cannot be predicted
+        for stage in stages:
+            step = self.step(stage)
+            found = None if unknown.intersection(stage.reads) or not stage.writes else predicted(step.key)
+            if not step.reason:
+                told = "up to date"
+            else:
+                told = f"{'rebuild' if found is None else 'from the cache'}: {step.reason}"
+                self._remade |= dict.fromkeys((*stage.writes, *stage.beside), stage.name)
+                self._foresee(stage, found or {})
+                unknown.update(() if found else (*stage.writes, *stage.beside))
+            print(f"{stage.name:<28} {told}")
+        self.digests.save()
+
+    def _foresee(self, stage: Stage, found: dict[str, str]) -> None:
+        for path in (*stage.writes, *stage.beside):
+            near = [name for name in found if name == path.name or name.startswith(f"{path.name}.")]
+            self.inputs.foreseen |= {path.with_name(name): found[name] for name in near}
+
+
+def _followers(stage: Stage, later: Sequence[Stage]) -> list[Stage]:
+    """Later stages that depend on this one, directly or indirectly."""
+    written, found = set(stage.writes), []
+    for each in later:
+        if written.intersection(each.reads):
+            written.update(each.writes)
+            found.append(each)
+    return found
+
+
+def _change(name: str, before: str | None, now: str | None) -> str:
+    """How an input changed; "" if it did not."""
+    if before == now:
+        return ""
+    if before is None or now is None:
+        return f"{name} is {'new' if before is None else 'gone'}"
+    return f"{name} changed" + (f" from {before} to {now}" if max(len(before), len(now)) < 40 else "")
+
+
+@contextlib.contextmanager
+def alone_in_build(model: str) -> Iterator[int]:
+    """Allows one build at a time in a model's folder. Stages inherit the lock, so it ends with the last process."""
+    folder = build_dir(model)
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"engine    waiting for another build in {folder}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.is_dir() and os.path.samestat(os.fstat(lock), folder.stat()):
+            break
+        os.close(lock)  # `clean` removed the folder while this build waited
+    try:
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def build(options: argparse.Namespace, publish: bool = True) -> Plan:
+    """Builds what `options` ask for, through precision selection; with `publish`, also into the repository."""
+    plan = plan_of(options)
+    if publish and plan.not_tensorrt:
+        print(f"engine    target {plan.target}, not tensorrt: {plan.not_tensorrt}", flush=True)
+    limit_bytes()
+    with alone_in_build(plan.model) as lock:
+        install(plan.folder, *([INSIDE] if plan.compiler == "inside" else ()))
+        builder = Builder(plan)
+        _drop_pruned(plan)
+        builder.run(list(stages_of(plan)), lock)
+        if publish:
+            for stage in published_stages(plan, options):
+                builder.run([stage], lock)
+    return plan
+
+
+def published_stages(plan: Plan, options: argparse.Namespace) -> Iterator[Stage]:
+    """The stages after precision selection; none for tensorrt_rtx, whose engines Triton cannot load."""
+    if plan.target in PUBLISHABLE:
+        yield publish_stage(plan)
+        yield stack_stage(plan, options)
+
+
+def build_graphs(plan: Plan, precisions: list[Precision]) -> None:
+    """Builds only the graphs of a model, for `deepseek check-engine`."""
+    with alone_in_build(plan.model) as lock:
+        install(plan.folder)
+        _drop_pruned(plan)
+        Builder(plan).run(list(graph_stages(plan, precisions)), lock)
+
+
+def _drop_pruned(plan: Plan) -> None:
+    """Without PRUNE, removes an earlier pruned module, so that later stages start from the whole one."""
+    if not plan.prune:
+        for path in (pruned_path(plan.model), pruning_path(plan.model)):
+            path.unlink(missing_ok=True)
+
+
+def main(options: argparse.Namespace) -> None:
+    """The command `engine`."""
+    if options.explain:
+        plan = plan_of(options)
+        Builder(plan).explain([*stages_of(plan), *published_stages(plan, options)])
+        return
+    plan = build(options)
+    published = plan.target in PUBLISHABLE
+    ready = plan.repository / plan.model / "config.pbtxt" if published else choice_path(plan.model, plan.target)
+    print(f"engine    {ready} is up to date")

@@ -1,0 +1,111 @@
+"""Times a model on the GPU outside Triton: PyTorch eager, torch.compile and ONNX Runtime on CUDA.
+
+Contract: one batch of the profile's opt shape, made of real rows. PyTorch's inputs stay on the device, and CUDA events
+time it. ONNX Runtime copies inputs and outputs, and the host's clock times it. A candidate that fails is one line; exit
+code 1 if any failed, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from deepseek.spec import DeploymentSpec, InputError, build_dir, variables_for
+from export.artifact import need, onnx_path
+from export.model_folder import ModelFolder
+from export.rows import Row, load_rows
+
+WARM_UP = 10
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prints the median time of a batch for each candidate, lower is better."""
+    import torch  # heavy; needed only here
+
+    if not torch.cuda.is_available():
+        raise InputError("PyTorch sees no GPU; run this on a GPU host, with a CUDA build of PyTorch")
+    source = ModelFolder(options.model, options.models)
+    inputs = opt_batch(source.spec, load_rows(build_dir(options.model) / "evaluation.npz")[0])
+    found: dict[str, Any] = {}
+    for name, make in candidates(source, inputs).items():
+        try:
+            found[name] = make(options.runs)
+        except Exception as error:  # any fault of a compiler or a runtime is this candidate's result
+            found[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    lines = [f"{name:24} {f'{it:.3f} ms' if isinstance(it, float) else it}" for name, it in found.items()]
+    print(json.dumps(found, indent=2) if options.json else "\n".join(lines))
+    return 0 if all(isinstance(it, float) for it in found.values()) else 1
+
+
+def opt_batch(spec: DeploymentSpec, row: Row) -> Row:
+    """A batch of the profile's opt shape: the row's values, repeated."""
+    return {name: np.resize(row[name], spec.shape(name, "opt")) for name in spec.inputs}
+
+
+def candidates(source: ModelFolder, inputs: Row) -> dict[str, Callable[[int], float]]:
+    """Functions that take a number of runs and return the median milliseconds of one."""
+    import torch
+
+    module = source.load().cuda().eval()
+    held = [torch.from_numpy(inputs[name]).cuda() for name in source.spec.inputs]
+
+    def run(model: Any, precision: Any) -> Callable[[int], float]:
+        def call() -> None:
+            with torch.inference_mode(), torch.autocast("cuda", precision, enabled=precision is not torch.float32):
+                model(*held)
+
+        return lambda runs: device_ms(call, runs)
+
+    return {
+        "PyTorch eager, fp32": run(module, torch.float32),
+        "PyTorch eager, fp16": run(module, torch.float16),
+        "torch.compile, fp16": run(torch.compile(module), torch.float16),
+        "ONNX Runtime CUDA, fp32": lambda runs: host_ms(session_call(source.spec, inputs), runs),
+    }
+
+
+def session_call(spec: DeploymentSpec, inputs: Row) -> Callable[[], Any]:
+    """A call of the fp32 graph on ONNX Runtime's CUDA provider, copies included."""
+    import onnxruntime
+
+    from deepseek.onnxruntime_session import open_session
+
+    session = open_session(
+        need(onnx_path(spec.name, "fp32"), f"make engine {variables_for(spec.name)}"),
+        onnxruntime.SessionOptions(),
+        "cuda",
+    ).session
+    return lambda: session.run(None, inputs)
+
+
+def device_ms(call: Callable[[], Any], runs: int) -> float:
+    """Median time between CUDA events around the call."""
+    import torch
+
+    for _ in range(WARM_UP):
+        call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for begin, end in events:
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(float(begin.elapsed_time(end)) for begin, end in events)
+
+
+def host_ms(call: Callable[[], Any], runs: int) -> float:
+    """Median time of the call by the host's clock; the call waits for its result."""
+    for _ in range(WARM_UP):
+        call()
+    times = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - began) * 1000)
+    return statistics.median(times)

@@ -1,0 +1,362 @@
+"""The stages of a build: what each one reads, what it writes, and the command that runs it.
+
+Contract: a stage's inputs are files of earlier stages, the keys of `deploy.toml` that it reads, the model folder, the
+data, its settings, our modules that it imports, and the versions of the packages that it uses. `StageInputs.of` maps
+each by name to its value; `key_of` is their digest. `export.build` runs the stages of `stages_of`, in that order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deepseek.precisions import EIGHT_BITS, Precision
+from deepseek.spec import DeploymentSpec, build_dir
+from deepseek.spec.files.image_tag import image_tag
+from deepseek.spec.gpus import gpus
+from export.artifact import choice_path, engine_path, onnx_path, rows_path, weights_path
+from export.digests import RememberedDigests
+from export.machine import accelerator, cpu, gpu
+from export.plan import Plan
+from export.requirements import requirements_in
+from export.runtimes.tensorrt_container import image_name
+from export.sources import ROOT, InstalledVersions, Sources, files_in
+
+SIGNATURE = ("name", "inputs", "outputs", "axes")
+MODELOPT = "nvidia-modelopt[onnx]"  # imports the packages of its extra only at run time
+ABSENT = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of a build. A path in `reads` includes files that extend its name, such as `.data`."""
+
+    name: str
+    command: tuple[str, ...]
+    """Subcommand of `deepseek` and its flags, without --model and --models; empty for a part."""
+    module: str
+    reads: tuple[Path, ...] = ()
+    keys: tuple[str, ...] = ()
+    """Keys of deploy.toml that it reads, dotted."""
+    tuned: bool = False
+    """Whether the keys are read for the target, with tuned values applied."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    runs_model: bool = False
+    """Whether it runs model.py; then the model folder, its imports and the data are inputs."""
+    leaves_out: tuple[str, ...] = ()
+    """Packages of this repository whose code does not affect the result."""
+    packages: tuple[str, ...] = ()
+    """Packages that it uses beyond its imports."""
+    on_compiler: bool = False
+    """Whether it runs with the plan's TensorRT; in a container it does not use our installed packages."""
+    writes: tuple[Path, ...] = ()
+    beside: tuple[Path, ...] = ()
+    """Files that must exist with any content: later stages add to them."""
+    parts: tuple[Stage, ...] = ()
+    """Results within the stage that are cached under their own keys."""
+
+
+def stages_of(plan: Plan) -> Iterator[Stage]:
+    """All stages through precision selection, in order."""
+    yield from graph_stages(plan, plan.precisions)
+    for precision in plan.precisions:
+        if plan.target in ("tensorrt", "tensorrt_rtx"):
+            yield _to_tensorrt(plan, precision)
+        elif plan.target == "torchscript":
+            yield _to_torchscript(plan)
+    yield _select_precision(plan)
+
+
+def graph_stages(plan: Plan, precisions: list[Precision]) -> Iterator[Stage]:
+    """The stages that make the graphs."""
+    yield _train(plan)
+    if plan.prune:
+        yield _prune(plan)
+    yield _to_onnx(plan)
+    yield from (_quantize(plan, precision) for precision in precisions if precision != "fp32")
+
+
+def _train(plan: Plan) -> Stage:
+    return Stage(
+        name="train",
+        command=("train",),
+        module="export.stages.train",
+        keys=SIGNATURE,
+        runs_model=True,
+        leaves_out=("export", "deepseek.spec"),  # only train() of model.py makes the weights
+        writes=(weights_path(plan.model),),
+    )
+
+
+def _prune(plan: Plan) -> Stage:
+    made: dict[str, Any] = {
+        "module": "export.stages.prune",
+        "reads": (weights_path(plan.model),),
+        "settings": {"PRUNE": plan.prune},
+        "runs_model": True,
+    }
+    keys = (*SIGNATURE, "precision.calibration_samples", "precision.metric")
+    return Stage(
+        name="prune",
+        command=("prune", "--ratio", plan.prune),
+        keys=(*keys, "precision.max_drop"),
+        writes=plan.pruned,
+        parts=(Stage(name="fine-tune", command=(), keys=keys, **made),),
+        **made,
+    )
+
+
+def _to_onnx(plan: Plan) -> Stage:
+    graph = onnx_path(plan.model, "fp32")
+    return Stage(
+        name="to_onnx",
+        command=("to-onnx",),
+        module="export.stages.to_onnx",
+        reads=(weights_path(plan.model), *plan.pruned),
+        keys=(*SIGNATURE, "precision.calibration_samples", "precision.metric", "precision.candidates", "parity.fp32"),
+        runs_model=True,
+        writes=(rows_path(plan.model, "calibration"), rows_path(plan.model, "evaluation"), graph),
+        beside=(graph.with_name("manifest.json"),),
+    )
+
+
+def _quantize(plan: Plan, precision: Precision) -> Stage:
+    graph, eight_bits = onnx_path(plan.model, precision), precision in EIGHT_BITS
+    rows = tuple(rows_path(plan.model, split) for split in ("calibration", "evaluation"))
+    how = ("calibration_method", "calibration_samples", "per_channel", "weight_only", "op_types", "keep_high")
+    keys = (*SIGNATURE, "onnxruntime", *(f"precision.{key}" for key in how))
+    high = ("--high-precision", plan.high) if eight_bits else ()
+    shared: dict[str, Any] = {
+        "module": "export.stages.quantize",
+        "packages": (MODELOPT,),
+        "settings": {"--precision": precision, "--high-precision": " ".join(high), "accelerator": _accelerator(plan)},
+    }
+    made_from = (onnx_path(plan.model, "fp32"), *rows)
+    calibrate = Stage(
+        name=f"calibrate {precision}",
+        command=(),
+        **{**shared, "module": "export.precision.calibrated_graph"},
+        reads=made_from,
+        keys=keys,
+    )
+    return Stage(
+        name=f"quantize {precision}",
+        command=("quantize", "--precision", precision, *high, "--target", plan.target, *_candidate(plan, precision)),
+        **shared,
+        reads=(*made_from, *((weights_path(plan.model), *plan.pruned) if eight_bits else ())),
+        keys=(*keys, *(("precision.max_drop", "precision.metric") if eight_bits else ())),
+        runs_model=eight_bits,
+        writes=(graph,),
+        beside=(graph.with_name("manifest.json"),),
+        parts=(calibrate,) if eight_bits else (),
+    )
+
+
+def _to_tensorrt(plan: Plan, precision: Precision) -> Stage:
+    engine = engine_path(plan.model, precision, plan.target)
+    options: tuple[str, ...] = ("optimization_level", "workspace_mib")
+    if plan.target == "tensorrt":
+        options += ("hardware_compatibility", "version_compatible", "timing_cache")
+    return Stage(
+        name=f"to_tensorrt {precision}",
+        command=("to-tensorrt", "--precision", precision, "--target", plan.target, *_candidate(plan, precision)),
+        module="export.stages.to_tensorrt",
+        reads=(onnx_path(plan.model, precision),),
+        keys=(*SIGNATURE, *(f"tensorrt.{option}" for option in options)),
+        settings=_device(plan),
+        packages=(plan.target.replace("_", "-"),),
+        on_compiler=True,
+        writes=(engine,),
+        beside=(engine.with_name("manifest.json"),),
+    )
+
+
+def _candidate(plan: Plan, precision: Precision) -> tuple[str, ...]:
+    """Lets a candidate fail alone. fp32, the baseline, and a precision asked for by name end the build instead."""
+    return ("--candidate",) if plan.precision is None and precision != "fp32" else ()
+
+
+def _device(plan: Plan) -> dict[str, str]:
+    """Settings that identify the TensorRT and the GPU that compile and run engines."""
+    compilers = {"container": lambda: image_name(plan.triton_tag), "inside": lambda: plan.triton_tag}
+    compiler = compilers.get(plan.compiler, lambda: plan.compiler)()
+    return {"target": plan.target, "TensorRT": compiler, "GPU": gpu() if plan.compiler else _accelerator(plan)}
+
+
+def _accelerator(plan: Plan) -> str:
+    """The accelerator that ONNX Runtime may use: only if it serves the model, and not if deploy.toml says the CPU."""
+    return accelerator() if plan.target == "onnxruntime" and plan.spec.onnxruntime.provider != "cpu" else ""
+
+
+def _to_torchscript(plan: Plan) -> Stage:
+    module = engine_path(plan.model, "fp32", "torchscript")
+    return Stage(
+        name="to_torchscript",
+        command=("to-torchscript",),
+        module="export.stages.to_torchscript",
+        reads=(weights_path(plan.model), *plan.pruned, rows_path(plan.model, "evaluation")),
+        keys=(*SIGNATURE, "parity.fp32"),
+        settings={"GPU": gpu()},
+        runs_model=True,
+        writes=(module,),
+        beside=(module.with_name("manifest.json"),),
+    )
+
+
+def _select_precision(plan: Plan) -> Stage:
+    engines = {name: engine_path(plan.model, name, plan.target) for name in plan.precisions}
+    graphs = tuple(onnx_path(plan.model, name) for name in plan.precisions)
+    asked = plan.precision or "auto"
+    measured: dict[str, Any] = {
+        "keys": (*SIGNATURE, "precision.metric", "onnxruntime"),
+        "settings": {**_device(plan), "CPU": cpu()},
+        "runs_model": True,
+        "on_compiler": True,
+        "packages": ("tensorrt",) if plan.target == "tensorrt" else (),
+    }
+    reference = (weights_path(plan.model), *plan.pruned, rows_path(plan.model, "evaluation"))
+    accuracies = [
+        Stage(
+            name=f"accuracy {name}",
+            command=(),
+            module="export.precision.accuracy_budget",
+            reads=(engine, *reference),
+            **measured,
+        )
+        for name, engine in engines.items()
+    ]
+    budget = ("precision.max_drop", "precision.candidates", "parity.fp32", "batching.instances", "batching.threads")
+    return Stage(
+        name=f"select_precision {plan.target}",
+        command=("select-precision", "--target", plan.target, "--precision", asked),
+        module="export.stages.select_precision",
+        reads=(*dict.fromkeys([*engines.values(), *graphs]), *reference),
+        **{
+            **measured,
+            "keys": (*measured["keys"], *budget, f"targets.{plan.target}.batching"),
+            "settings": {**measured["settings"], "PRECISION": asked},
+        },
+        writes=(choice_path(plan.model, plan.target),),
+        parts=tuple(accuracies),
+    )
+
+
+def publish_stage(plan: Plan) -> Stage:
+    """The stage that adds the next version to the repository."""
+    served = ("batching", "slo", "onnxruntime", "tensorrt.cuda_graphs", "tensorrt.cuda_graph_batches")
+    return Stage(
+        name=f"publish {plan.repository}",
+        command=(
+            *("publish", "--target", plan.target, "--repository", str(plan.repository), "--if-changed"),
+            *(("--anyway",) if plan.anyway else ()),
+        ),
+        module="export.stages.publish",
+        reads=(
+            choice_path(plan.model, plan.target),
+            *(ROOT / "serving" / "backend" / f"{name}.py" for name in ("onnxruntime_backend", "compute_slots")),
+            ROOT / "deepseek" / "onnxruntime_session.py",
+        ),
+        keys=(*SIGNATURE, *served),
+        tuned=True,
+        settings={"target": plan.target, "GPUs": ", ".join(map(str, gpus() if plan.target == "tensorrt" else ()))},
+        beside=(plan.repository / plan.model / "config.pbtxt",),
+    )
+
+
+STACK_IMAGES = ("server", "server-cpu", "gateway", "loadtests")
+
+
+def stack_stage(plan: Plan, options: argparse.Namespace) -> Stage:
+    """The stage that rewrites the env file when the repository, a setting or the certificate changed."""
+    env_file, given = Path(options.env_file), ["--triton-tag", plan.triton_tag]
+    kept = (("--gateway-port", options.gateway_port), ("--local-ports", options.local_ports))
+    for flag, value in (*kept, ("--project", options.project)):
+        given += [flag, str(value)] if value else []  # otherwise the env file keeps its value
+    given += [word for host in options.host or () for word in ("--host", host)]
+    settings = " ".join([plan.model, str(plan.repository), str(plan.models), str(build_dir("")), *given[1::2]])
+    return Stage(
+        name=f"stack {env_file}",
+        command=(
+            *("stack", "--repository", str(plan.repository), "--env-file", str(env_file)),
+            *given,
+        ),
+        module="serving.stack.stack",
+        reads=(
+            *sorted({plan.repository / plan.model / "config.pbtxt", *plan.repository.glob("*/config.pbtxt")}),
+            *sorted(path for path in (ROOT / "docker" / "observe").rglob("*.*") if path.is_file()),
+        ),
+        settings={"settings": settings, "images": " ".join(map(image_tag, STACK_IMAGES))},
+        writes=(env_file, build_dir("gateway") / "tls.crt"),
+    )
+
+
+class StageInputs:
+    """The current inputs of stages, by name; each file is digested once."""
+
+    def __init__(self, plan: Plan, digests: RememberedDigests) -> None:
+        self._plan, self._digests = plan, digests
+        self._sources, self._versions = Sources(digests, plan.folder), InstalledVersions()
+        self.foreseen: dict[Path, str] = {}
+        """Digests of files that earlier stages would write."""
+        untuned = DeploymentSpec.load(plan.folder, tuned="/dev/null")
+        self._deploy = untuned.model_dump(mode="json")
+        self._tuned = plan.spec.for_target(plan.target).model_dump(mode="json")
+
+    def of(self, stage: Stage) -> dict[str, str]:
+        """Each input of a stage by its name, with its value or digest."""
+        found = dict(stage.settings)
+        for path in stage.reads:
+            found |= self.files(path)
+        for key in stage.keys:
+            value = _value_at(self._tuned if stage.tuned else self._deploy, key)
+            found[f"deploy.toml {key}"] = json.dumps(value, sort_keys=True)
+        code = self._sources.of_module(stage.module, stage.leaves_out)
+        files, packages, needed = dict(code.files), set(code.packages), set(stage.packages)
+        if stage.runs_model:
+            imported = self._sources.of_model(("deepseek.spec",) if stage.leaves_out else ())
+            files |= imported.files | self._model_folder()
+            packages |= imported.packages
+            needed |= {requirement.name for _, requirement in requirements_in(self._plan.folder)}
+            found["DATA"] = self._digest(Path(self._plan.data)) if self._plan.data else ABSENT
+        found |= {name: self._digest(path) for name, path in files.items()}
+        if not (stage.on_compiler and self._plan.compiler in ("container", "inside")):
+            found |= {f"package {name}": version for name, version in self._versions.of(packages, needed).items()}
+        return found
+
+    def files(self, path: Path) -> dict[str, str]:
+        """Digests of a file and of files that extend its name by a dot, such as external weights."""
+        near = {path, *path.parent.glob(f"{path.name}.*"), *(p for p in self.foreseen if str(p).startswith(f"{path}."))}
+        return {named(each): self._digest(each) for each in sorted(near)}
+
+    def _model_folder(self) -> dict[str, Path]:
+        skipped = {"deploy.toml", self._plan.spec.tuned}
+        found = {name: path for name, path in files_in(self._plan.folder).items() if name not in skipped}
+        return {f"models/{self._plan.model}/{name}": path for name, path in found.items()}
+
+    def _digest(self, path: Path) -> str:
+        return self.foreseen.get(path) or self._digests.of(path) or ABSENT
+
+
+def named(path: Path) -> str:
+    """A file's display name, the same in each clone: relative to the build folder or this repository."""
+    for root in (build_dir(""), ROOT):
+        if path.is_relative_to(root):
+            return str(path.relative_to(root))
+    return str(path)
+
+
+def _value_at(table: Mapping[str, Any], key: str) -> Any:
+    value: Any = table
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def key_of(name: str, inputs: Mapping[str, str]) -> str:
+    """Cache key of a stage's output: a digest of the stage's name and inputs."""
+    return hashlib.sha256(json.dumps([name, inputs], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,244 @@
+"""Measures how far outputs are from those of fp32 PyTorch: parity and the task metric."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Mapping
+
+import numpy as np
+from rich.console import Console
+
+from deepseek.spec import BATCH, DeploymentSpec, InputError
+from export.model_folder import ModelFolder, Predict, check_inputs
+from export.rows import Row, join
+from export.runtimes.batching import within_batch
+
+Pairs = list[tuple[np.ndarray, np.ndarray]]  # (value, reference) of one output, row by row
+DROP_DIGITS = 9  # summing fp32 in another order moves a cosine by 1e-13: no loss, even if `max_drop` is 0
+# Relative to the output's largest magnitude: up to this error a row of zeros counts as equal, and up to this variation
+# single numbers count as constant.
+NEGLIGIBLE = 1e-3
+# The metric with outputs given to other rows, relative to the model's own. Above LEAST_WORSE in each trial it is worth
+# a note. Above FAR_WORSE, and farther away than the trials are from one another, it is not chance.
+LEAST_WORSE, FAR_WORSE = 1.25, 2.0
+DISTANCES = (5, 17, 31)  # by how many rows outputs are shifted, one trial each
+
+
+def parity(spec: DeploymentSpec, variant: list[Row], reference: list[Row]) -> dict[str, dict[str, float]]:
+    """By output: worst and mean error relative to the largest magnitude, cosine, and top agreement.
+
+    If every row is a single number, the cosine is over all rows as one vector, minus the reference's mean.
+    Integer and bool outputs have the share of common entries (`common`) and of equal first entries.
+    A shape, NaN or Inf that PyTorch does not give is an infinite error and a cosine of -1; a NaN or Inf that PyTorch
+    gives at the same place is no error.
+    """
+    report = {}
+    for name, tensor in spec.outputs.items():
+        rows = zip(variant, reference, strict=True)
+        pairs = [(np.asarray(row[name]), np.asarray(expected[name])) for row, expected in rows]
+        report[name] = _float_parity(pairs) if tensor.dtype.startswith("float") else _integer_parity(pairs)
+    return report
+
+
+def _float_parity(pairs: Pairs) -> dict[str, float]:
+    scale = max((float(np.abs(ref[np.isfinite(ref)]).max(initial=0.0)) for _, ref in pairs), default=0.0) or 1.0
+    worst, total, count = 0.0, 0.0, 0
+    cosines: list[float] = []
+    tops: list[float] = []
+    numbers = all(value.size == ref.size == 1 for value, ref in pairs)
+    for value, ref in [_as_vector(pairs)] if numbers else pairs:
+        if not _alike(value, ref):
+            worst, cosines, tops = math.inf, [*cosines, -1.0], [*tops, 0.0]
+            continue
+        finite = np.isfinite(ref)
+        value, ref = value[finite].astype(np.float64), ref[finite].astype(np.float64)
+        error = np.abs(value - ref) / scale
+        worst, total, count = max(worst, float(error.max(initial=0.0))), total + float(error.sum()), count + error.size
+        if numbers:
+            value, ref = _centred(value, ref)
+        cosines.append(_cosine(value, ref) if ref.any() else float(error.max(initial=0.0) <= NEGLIGIBLE))
+        tops.append(float(value.argmax() == ref.argmax()) if value.size else 1.0)
+    return {
+        "worst_error": worst,
+        "mean_error": total / count if count else worst,
+        "cosine": statistics.fmean(cosines),
+        "worst_cosine": min(cosines),
+        "top_agreement": statistics.fmean(tops) if len(tops) == len(pairs) else 1.0,  # a single number is its own top
+    }
+
+
+def _as_vector(numbers: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a single number as one vector: a single number has no direction."""
+    return np.array([value.item() for value, _ in numbers]), np.array([ref.item() for _, ref in numbers])
+
+
+def _centred(value: np.ndarray, ref: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both minus the reference's mean, if it varies: otherwise a constant answer would have a high cosine."""
+    if ref.size and ref.std() > NEGLIGIBLE * np.abs(ref).max():
+        return value - ref.mean(), ref - ref.mean()
+    return value, ref
+
+
+def _alike(value: np.ndarray, ref: np.ndarray) -> bool:
+    """Same shape, and NaN and Inf at the same places."""
+    special = ~np.isfinite(ref)
+    return (
+        value.shape == ref.shape
+        and np.array_equal(special, ~np.isfinite(value))
+        and np.array_equal(value[special], ref[special], equal_nan=True)
+    )
+
+
+def _cosine(value: np.ndarray, ref: np.ndarray) -> float:
+    if ref.any() and np.array_equal(value, ref):
+        return 1.0  # the quotient may be off in the last digit
+    norms = float(np.linalg.norm(value) * np.linalg.norm(ref))
+    return float(value @ ref) / norms if norms else 0.0
+
+
+def _integer_parity(pairs: Pairs) -> dict[str, float]:
+    first = [float(np.array_equal(value.ravel()[:1], ref.ravel()[:1])) for value, ref in pairs]
+    return {"common": common(pairs), **_by_flag(pairs), "top_agreement": float(np.mean(first))}
+
+
+def common(pairs: Pairs) -> float:
+    """For integers or flags: the share of the reference's entries that `value` also has.
+
+    Distinct integers in a row are a ranking, whose entries count in any order; anything else (labels, masks) is
+    compared position by position. True and False flags weigh the same, so that a rare flag is not outvoted.
+    """
+    flags = _by_flag(pairs)
+    return statistics.fmean(flags.values() if flags else [float(_right(*pair).mean()) for pair in pairs])
+
+
+def _by_flag(pairs: Pairs) -> dict[str, float]:
+    """For a bool output: the share of the reference's True entries, and of its False ones, that `value` also has."""
+    if any(ref.dtype.kind != "b" for _, ref in pairs):
+        return {}
+    right = np.concatenate([_right(*pair).ravel() for pair in pairs])
+    flags = np.concatenate([ref.ravel() for _, ref in pairs])
+    return {f"common_{flag}".lower(): float(right[flags == flag].mean()) for flag in np.unique(flags)}
+
+
+def _right(value: np.ndarray, ref: np.ndarray) -> np.ndarray:
+    """Mask of the reference's entries in one row that `value` also has."""
+    if value.shape != ref.shape:
+        return np.zeros(ref.shape, bool)
+    ranking = ref.dtype.kind != "b" and ref.size > 1 and len(np.unique(ref)) == ref.size
+    return np.asarray(np.isin(ref, value) if ranking else value == ref)
+
+
+def similarity(report: dict[str, dict[str, float]]) -> float:
+    """One number for parity without a task metric: the similarity of the least similar output."""
+    return min(output.get("cosine", output.get("common", 0.0)) for output in report.values())
+
+
+def task_metrics(source: ModelFolder, predict: Predict) -> dict[str, float]:
+    """The metrics that model.py's evaluate() returns for `predict`; empty if deploy.toml names no metric.
+
+    Raises InputError if evaluate() calls `predict` with inputs outside the signature, does not return a dict of
+    numbers, or does not return the metric.
+    """
+    metric = source.spec.precision.metric
+    if metric is None:
+        return {}
+    if source.evaluate is None:
+        raise InputError(
+            f"{source.folder / 'deploy.toml'}: precision.metric: seen {metric!r}, but model.py has no "
+            "evaluate(predict); write one or remove the key (outputs are then compared)"
+        )
+    file, limited = source.folder / "model.py", within_batch(predict, source.spec.axes[BATCH])
+
+    def asked(inputs: Row) -> Row:
+        if check_inputs(source.spec, inputs, f"{file}: evaluate(): argument of predict") == 0:
+            raise InputError(f"{file}: evaluate(): calls predict with an empty batch")
+        return limited(inputs)
+
+    returned = source.evaluate(asked)
+    try:
+        found = {str(name): float(value) for name, value in returned.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(
+            f"{file}: evaluate() returned {str(returned)[:100]}; a dict of names and numbers is needed, such as "
+            f"{{{metric!r}: 0.9}}"
+        ) from None
+    if metric not in found:
+        raise InputError(
+            f"{source.folder / 'deploy.toml'}: precision.metric: seen {metric!r}; evaluate() returns {', '.join(found)}"
+        )
+    return found
+
+
+def too_small(spec: DeploymentSpec, reference: Mapping[str, float]) -> str:
+    """Why the metric cannot show a drop, for users; "" if it can, or if deploy.toml names none.
+
+    A metric of 0 cannot drop. This happens if few rows are evaluated and the model gets none of them right.
+    """
+    metric = spec.precision.metric
+    if metric is None or reference[metric] != 0:
+        return ""
+    return (
+        f"{metric} of fp32 PyTorch is 0: evaluate() has too little data to judge by, or a mistake; the similarity of "
+        "the outputs is judged instead"
+    )
+
+
+_LARGER = "larger must be better: if {metric} is an error, let evaluate() return for example 1 / (1 + {metric})"
+
+
+def metric_drop(metric: str, value: float, reference: float) -> float:
+    """Loss of the metric relative to fp32 PyTorch's, rounded; raises InputError if that is not positive."""
+    if not reference > 0:
+        raise InputError(
+            f"precision.metric: {metric} of fp32 PyTorch is {reference:g}; a relative drop needs a positive one, and "
+            f"{_LARGER.format(metric=metric)}"
+        )
+    return round((reference - value) / reference, DROP_DIGITS)
+
+
+def check_metric(source: ModelFolder, predict: Predict, log: Console) -> dict[str, float]:
+    """`task_metrics` of fp32 PyTorch; raises InputError if the metric is not positive, or smaller seems better.
+
+    Smaller is better if the metric becomes far larger when rows get the outputs of other rows. If it becomes a little
+    larger, only a note is printed: a model near chance does the same.
+    """
+    metric, metrics = source.spec.precision.metric, task_metrics(source, predict)
+    if metric is None or too_small(source.spec, metrics):
+        return metrics
+    own = metrics[metric]
+    metric_drop(metric, own, own)
+    dealt: list[float] = []
+    for distance in DISTANCES:  # the first is usually enough
+        try:
+            dealt.append(task_metrics(source, _dealt(predict, distance))[metric])
+        except InputError:  # evaluate() needs outputs that match its rows
+            return metrics
+        if not dealt[-1] > LEAST_WORSE * own:
+            return metrics
+    least, most = min(dealt), max(dealt)
+    said = f"{metric} of fp32 PyTorch is {own:g}, and {least:g} or more if rows get the outputs of other rows"
+    if least > FAR_WORSE * own and least - own > most - least:
+        raise InputError(
+            f"{source.folder / 'deploy.toml'}: precision.metric: {said}; {_LARGER.format(metric=metric)}; or the model "
+            "is no better than chance"
+        )
+    log.print(f"note: {said}: the model is no better than chance, or a smaller metric is better", soft_wrap=True)
+    return metrics
+
+
+def _dealt(predict: Predict, distance: int) -> Predict:
+    """The same function, but each row gets the outputs of a row of the same shapes, `distance` rows earlier."""
+    earlier: defaultdict[tuple[tuple[int, ...], ...], deque[Row]] = defaultdict(lambda: deque(maxlen=distance + 1))
+
+    def dealt(inputs: Row) -> Row:
+        outputs, given = predict(inputs), []
+        for row in range(len(next(iter(outputs.values())))):
+            own = {name: array[row : row + 1].copy() for name, array in outputs.items()}
+            hand = earlier[tuple(array.shape for array in own.values())]
+            hand.append(own)
+            given.append(hand[0])
+        return join(given)
+
+    return dealt

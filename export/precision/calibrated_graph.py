@@ -1,0 +1,162 @@
+"""Adds calibrated Q/DQ pairs to the fp32 graph: tries each calibration method and keeps the better one.
+
+Contract: reads `build/<name>/fp32/model.onnx` and publishes nothing. A build caches the result, so that a changed
+accuracy budget needs no new calibration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from deepseek.quantization import Method, QuantConfig
+from deepseek.spec import DeploymentSpec, GateFailed
+from export.artifact import onnx_path
+from export.cache import fill, stage_key
+from export.graph_file import save_graph
+from export.model_folder import Predict
+from export.precision.calibration import Calibration
+from export.precision.calibration_curve import Points, ranges_by_samples, with_ranges
+from export.precision.ptq import qdq_from_onnx
+from export.precision.qdq import (
+    keep_residuals_wide,
+    use_one_scale_a_tensor,
+    use_wide_activations,
+    with_8_bit_weights,
+    with_unsigned_activations,
+)
+from export.precision.sensitivity import output_error
+from export.rows import Row
+from export.runtimes.batching import outputs_of
+from export.runtimes.onnxruntime_predictor import onnx_predictor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedGraph:
+    """A graph with Q/DQ pairs around activations and (still wide) weights, and how their ranges were found."""
+
+    model: onnx.ModelProto
+    method: Method
+    errors: dict[Method, float]
+    """Output error by method, if both were tried."""
+    points: Points
+    """Ranges by number of samples, for the method that was kept."""
+    growth: float
+    """Largest ratio of an activation's range to its range in the first batch."""
+
+
+class UnpublishedGraphs:
+    """Runs graphs that are not published yet, one at a time, in ONNX Runtime."""
+
+    def __init__(self, spec: DeploymentSpec, folder: Path, config: QuantConfig) -> None:
+        self._spec, self._path, self._config = spec, folder / "trial.onnx", config
+
+    def predict(self, model: onnx.ModelProto) -> Predict:
+        """A predictor of `model`. External weights are read on opening, so the file may be removed afterwards."""
+        save_graph(finished(model, self._config), self._path)  # as it will be served, with the same kernels
+        run = onnx_predictor(self._spec, self._path, "onnxruntime")
+
+        def tried(inputs: Row) -> Row:
+            try:
+                return run(inputs)
+            except Exception as error:  # ONNX Runtime raises many types
+                raise GateFailed(f"a trial graph does not run: {' '.join(str(error).split())[:300]}") from error
+
+        return tried
+
+    def over(self, rows: list[Row]) -> Callable[[onnx.ModelProto], list[Row]]:
+        """A function from a graph to its outputs on `rows`."""
+        return lambda model: outputs_of(self._spec, self.predict(model), rows)
+
+
+def finished(model: onnx.ModelProto, config: QuantConfig) -> onnx.ModelProto:
+    """The graph to publish: weights stored at 8 bits, activations unsigned for ONNX Runtime on a CPU."""
+    model = with_8_bit_weights(model)
+    if config.precision == "int8" and config.high_precision == "fp32":
+        model = with_unsigned_activations(model)
+    return model
+
+
+def copied(spec: DeploymentSpec, folder: Path) -> Path:
+    """Copies the fp32 graph and its external weights to a new folder, where they may be changed."""
+    source = onnx_path(spec.name, "fp32")
+    folder.mkdir()
+    for file in source.parent.glob(f"{source.name}*"):
+        shutil.copyfile(file, folder / file.name)
+    return folder / source.name
+
+
+def kept_calibration(
+    spec: DeploymentSpec, config: QuantConfig, calibration: Calibration, sample: list[Row], work: Path
+) -> CalibratedGraph:
+    """The result of `calibrate`, from the cache if a build has run the same calibration before."""
+    folder = work / "calibrated"
+    folder.mkdir()
+    key = stage_key(f"calibrate {config.precision}")
+    fill(folder, key, lambda folder: _write(calibrate(spec, config, calibration, sample, work), folder))
+    return _read(folder)
+
+
+def _write(calibrated: CalibratedGraph, folder: Path) -> None:
+    facts = {
+        each.name: getattr(calibrated, each.name) for each in dataclasses.fields(calibrated) if each.name != "model"
+    }
+    (folder / "calibrated.json").write_text(json.dumps(facts))
+    save_graph(calibrated.model, folder / "model.onnx")
+
+
+def _read(folder: Path) -> CalibratedGraph:
+    facts: dict[str, Any] = json.loads((folder / "calibrated.json").read_text())
+    facts["points"] = {int(samples): ranges for samples, ranges in facts["points"].items()}
+    return CalibratedGraph(model=onnx.load(folder / "model.onnx"), **facts)
+
+
+def calibrate(
+    spec: DeploymentSpec, config: QuantConfig, calibration: Calibration, sample: list[Row], work: Path
+) -> CalibratedGraph:
+    """The calibrated graph; methods are compared by their output error on the rows of `sample`."""
+    runs = UnpublishedGraphs(spec, work, config).over(sample)
+    reference = runs(onnx.load(onnx_path(spec.name, "fp32")))
+    points, growth = ranges_by_samples(copied(spec, work / "ranges"), calibration.batches)
+    model, method, errors = _calibrated(
+        spec, config, calibration, work, points, lambda graph: output_error(runs(graph), reference)
+    )
+    return CalibratedGraph(model=model, method=method, errors=errors, points=points[method], growth=growth)
+
+
+def _calibrated(
+    spec: DeploymentSpec,
+    config: QuantConfig,
+    calibration: Calibration,
+    work: Path,
+    points: Mapping[Method, Points],
+    error_of: Callable[[onnx.ModelProto], float],
+) -> tuple[onnx.ModelProto, Method, dict[Method, float]]:
+    """The Q/DQ graph, the method of its ranges, and the output error by method if both were tried.
+
+    Falls back to max if entropy cannot count an activation's range. ModelOpt calibrates once, by max; entropy ranges
+    are put into its graph, so that errors, curve and graph use the same ranges.
+    """
+    by_max = qdq_from_onnx(
+        copied(spec, work / "max"), dataclasses.replace(config, calibration_method="max"), calibration
+    )
+    keep_residuals_wide(by_max)
+    if not config.per_channel:
+        use_one_scale_a_tensor(by_max)
+    if config.weight_only:
+        use_wide_activations(by_max)
+    if config.calibration_method == "max" or config.weight_only or "entropy" not in points:
+        return by_max, "max", {}
+    final = {method: ranges[max(ranges)] for method, ranges in points.items()}
+    by_entropy = with_ranges(by_max, final["entropy"], final["max"])
+    if config.calibration_method == "entropy":
+        return by_entropy, "entropy", {}
+    errors: dict[Method, float] = {"max": error_of(by_max), "entropy": error_of(by_entropy)}
+    return (by_max, "max", errors) if errors["max"] <= errors["entropy"] else (by_entropy, "entropy", errors)

@@ -1,0 +1,296 @@
+"""Inspects and edits Q/DQ pairs: finds the layers that compute at 8 bits, and returns some to high precision.
+
+Contract: works on ModelOpt's graph, where weights are still in high precision before their pair
+(initializer -> QuantizeLinear -> DequantizeLinear -> MatMul). Removing a layer's pairs gives the graph that
+calibration without that layer would give, without calibrating again. `found_precision` takes any graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from export.graph_file import tensor_bytes
+
+COMPUTE_OPS = ("MatMul", "Gemm", "Conv")
+_CARRIERS = ("Transpose", "Reshape", "Cast")  # may stand between a pair and its layer
+_WORTH_SHARING_BYTES = 256
+_PAIR = ("QuantizeLinear", "DequantizeLinear")
+_FLOAT_TYPES: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "fp32",
+    onnx.TensorProto.FLOAT16: "fp16",
+    onnx.TensorProto.BFLOAT16: "bf16",
+}
+
+Producers = Mapping[str, onnx.NodeProto]
+
+
+def producers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    """The node that makes each value, by the value's name."""
+    return {output: node for node in graph.node for output in node.output}
+
+
+def quantized_layers(model: onnx.ModelProto) -> dict[str, str]:
+    """Operator type by node name of the compute operators with a Q/DQ pair on an operand, in graph order."""
+    producers = producers_of(model.graph)
+    return {
+        node.name: node.op_type
+        for node in model.graph.node
+        if node.op_type in COMPUTE_OPS and any(_pair(name, producers)[1] for name in node.input[:2])
+    }
+
+
+def _pair(name: str, producers: Producers) -> tuple[list[onnx.NodeProto], onnx.NodeProto | None]:
+    """The carriers before an operand, last first, and the DequantizeLinear before them (None if there is none)."""
+    carriers, node = [], producers.get(name)
+    while node is not None and node.op_type in _CARRIERS:
+        carriers.append(node)
+        node = producers.get(node.input[0])
+    return carriers, node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def with_high(model: onnx.ModelProto, layers: Collection[str]) -> onnx.ModelProto:
+    """A copy in which `layers` read the values before their Q/DQ pairs; pairs that nothing reads are removed."""
+    copy = deepcopy(model)
+    producers, nodes = producers_of(copy.graph), []
+    for node in copy.graph.node:
+        if node.name in layers:
+            for place, name in enumerate(node.input[:2]):
+                carriers, dequantize = _pair(name, producers)
+                if dequantize is not None:
+                    source = producers[dequantize.input[0]].input[0]
+                    nodes += _copied(carriers[::-1], source, f"{node.name}_high_{place}")
+                    node.input[place] = nodes[-1].output[0] if carriers else source
+        nodes.append(node)
+    _replace_nodes(copy.graph, nodes)
+    drop_unread(copy.graph)
+    return copy
+
+
+def _copied(carriers: Iterable[onnx.NodeProto], source: str, prefix: str) -> list[onnx.NodeProto]:
+    """Copies of the carriers, in data order, that read `source`; other layers may read the originals."""
+    copies = []
+    for index, carrier in enumerate(carriers):
+        copy = deepcopy(carrier)
+        copy.name = f"{prefix}_{index}"
+        copy.input[0] = source
+        copy.output[0] = source = copy.name
+        copies.append(copy)
+    return copies
+
+
+def _replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    kept = [deepcopy(node) for node in nodes]  # copied first: clearing the field frees its nodes
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _read(graph: onnx.GraphProto) -> set[str]:
+    """Names that the outputs and the nodes, including those of subgraphs, read."""
+    names = {value.name for value in graph.output}
+    for node in graph.node:
+        names.update(node.input)
+        for subgraph in _subgraphs(node):
+            names |= _read(subgraph)
+    return names
+
+
+def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The branches or the body of a control-flow node."""
+    return [
+        graph
+        for attribute in node.attribute
+        for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
+    ]
+
+
+def drop_unread(graph: onnx.GraphProto) -> None:
+    """Removes the pairs, carriers and initializers that nothing reads."""
+    while True:
+        read = _read(graph)
+        kept = [node for node in graph.node if node.op_type not in (*_PAIR, *_CARRIERS) or read & set(node.output)]
+        if len(kept) == len(graph.node):
+            break
+        _replace_nodes(graph, kept)
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
+        graph.initializer.remove(tensor)
+
+
+def quantized_names(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    """The pair of each quantized value, by the value's name in the fp32 graph, even behind casts."""
+    pairs: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        if node.op_type in _PAIR:
+            between = node.output[0] if node.op_type == "QuantizeLinear" else node.input[0]
+            pairs.setdefault(between.removesuffix("_QuantizeLinear_Output"), []).append(node)
+    return pairs
+
+
+def use_wide_activations(model: onnx.ModelProto) -> None:
+    """Removes the pairs of all activations; those of the weights stay."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    wide = {
+        pair[-1].output[0]: pair[0].input[0]
+        for pair in quantized_names(model).values()
+        if pair[0].op_type == "QuantizeLinear" and pair[0].input[0] not in weights
+    }
+    for node in model.graph.node:
+        node.input[:] = [wide.get(name, name) for name in node.input]
+    drop_unread(model.graph)
+
+
+def keep_residuals_wide(model: onnx.ModelProto) -> None:
+    """Lets additions read values from before a pair that was inserted for a product beside them.
+
+    A residual then loses no precision, and ONNX Runtime fuses the pair into the product, its only reader.
+    """
+    producers = producers_of(model.graph)
+    for node in model.graph.node:
+        for place, name in enumerate(node.input if node.op_type == "Add" else ()):
+            dequantize = producers.get(name)
+            if dequantize is not None and dequantize.op_type == "DequantizeLinear":
+                quantize = producers.get(dequantize.input[0])
+                if quantize is not None and quantize.op_type == "QuantizeLinear":
+                    node.input[place] = quantize.input[0]
+    drop_unread(model.graph)
+
+
+def with_unsigned_activations(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose int8 activations are uint8 with a zero point of 128: the same steps, the same values.
+
+    ONNX Runtime's x86 kernels take unsigned activations. It converts signed pairs itself, except one that several
+    products read: it runs those in fp32 and dequantizes their weights at every call.
+    """
+    copy = deepcopy(model)
+    tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
+    zero = onnx.numpy_helper.from_array(np.array(128, np.uint8), "zero_point_of_unsigned_activations")
+    signed = {
+        node.output[0]
+        for node in copy.graph.node
+        if node.op_type == "QuantizeLinear"
+        and len(node.input) > 2
+        and tensors[node.input[2]].data_type == onnx.TensorProto.INT8
+        and not tensors[node.input[2]].dims  # per channel: a weight behind another node
+    }
+    for node in copy.graph.node:
+        if (node.op_type == "QuantizeLinear" and node.output[0] in signed) or (
+            node.op_type == "DequantizeLinear" and node.input[0] in signed
+        ):
+            node.input[2] = zero.name
+    for value in [value for value in copy.graph.value_info if value.name in signed]:
+        copy.graph.value_info.remove(value)
+    copy.graph.initializer.append(zero)
+    drop_unread(copy.graph)
+    return copy
+
+
+def share_equal_weights(model: onnx.ModelProto) -> None:
+    """Deduplicates equal weights: AutoCast gives each reader its own copy (tied embeddings, LSTM gates)."""
+    kept: dict[tuple[object, ...], str] = {}
+    same: dict[str, str] = {}
+    for tensor in model.graph.initializer:
+        if tensor_bytes(tensor) >= _WORTH_SHARING_BYTES:
+            facts = (tensor.data_type, tuple(tensor.dims), onnx.numpy_helper.to_array(tensor).tobytes())
+            first = kept.setdefault((*facts[:2], hashlib.sha256(facts[2]).digest()), tensor.name)
+            same |= {tensor.name: first} if first != tensor.name else {}
+    _read_instead(model.graph, same)
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name in same]:
+        model.graph.initializer.remove(tensor)
+
+
+def _read_instead(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        for subgraph in _subgraphs(node):
+            _read_instead(subgraph, names)
+
+
+def use_one_scale_a_tensor(model: onnx.ModelProto) -> None:
+    """Gives every weight one scale: the largest of its channels' scales, since both are max |w| / 127."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for pair in quantized_names(model).values():
+        for node in pair if pair[0].input[0] in tensors else []:
+            for axis in [attribute for attribute in node.attribute if attribute.name == "axis"]:
+                node.attribute.remove(axis)
+            scale, zero = tensors[node.input[1]], tensors[node.input[2]]
+            largest = onnx.numpy_helper.to_array(scale).max()
+            scale.CopyFrom(onnx.numpy_helper.from_array(np.asarray(largest), scale.name))
+            bits = bytes(onnx.helper.tensor_dtype_to_np_dtype(zero.data_type).itemsize)
+            zero.CopyFrom(onnx.helper.make_tensor(zero.name, zero.data_type, [], bits, raw=True))
+
+
+def with_8_bit_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose weights are quantized now and not at each load: initializer -> DequantizeLinear."""
+    copy = deepcopy(model)
+    tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
+    kept = []
+    for node in copy.graph.node:
+        if node.op_type == "QuantizeLinear" and node.input[0] in tensors:
+            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+            weight, scale, zero = (tensors[name] for name in node.input)
+            values = _quantized(weight, scale, zero, axis)
+            copy.graph.initializer.append(onnx.numpy_helper.from_array(values, node.output[0]))
+        else:
+            kept.append(node)
+    _replace_nodes(copy.graph, kept)
+    drop_unread(copy.graph)
+    return copy
+
+
+def _quantized(
+    weight: onnx.TensorProto, scale: onnx.TensorProto, zero: onnx.TensorProto, axis: int
+) -> np.ndarray[Any, Any]:
+    """QuantizeLinear of the ONNX standard with zero point 0: divide by the scale, round half to even, saturate."""
+    wide = onnx.numpy_helper.to_array(weight).astype(np.float32)
+    steps = onnx.numpy_helper.to_array(scale).astype(np.float32)
+    if steps.ndim:
+        steps = steps.reshape([-1 if place == axis % wide.ndim else 1 for place in range(wide.ndim)])
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(zero.data_type)
+    if zero.data_type == onnx.TensorProto.FLOAT8E4M3FN:
+        return np.clip(wide / steps, -448, 448).astype(dtype)
+    return np.clip(np.rint(wide / steps), -128, 127).astype(dtype)
+
+
+def found_precision(path: Path) -> dict[str, Any]:
+    """Counts a graph's compute operators by the type they run in, its bytes of weights, and their scales."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), data_prop=True)
+    values = [*model.graph.value_info, *model.graph.input, *model.graph.output]
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    producers = producers_of(model.graph)
+    counts: Counter[str] = Counter()
+    for node in model.graph.node:
+        if node.op_type in COMPUTE_OPS:
+            counts[_compute_type(node, producers, types)] += 1
+    weights: Counter[str] = Counter()
+    for tensor in model.graph.initializer:
+        weights[onnx.TensorProto.DataType.Name(tensor.data_type).lower()] += tensor_bytes(tensor)
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    copies = sum(tensor_bytes(tensor) * max(readers[tensor.name], 1) for tensor in model.graph.initializer)
+    found = {"compute_operators": dict(counts), "weight_bytes": dict(weights), "bytes_by_reader": copies}
+    dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    scales = Counter(
+        "per_channel" if dims.get(node.input[1]) else "per_tensor"
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in dims
+    )
+    return found | ({"weight_scales": dict(scales)} if scales else {})
+
+
+def _compute_type(node: onnx.NodeProto, producers: Producers, types: Mapping[str, int]) -> str:
+    """The type a MatMul, Gemm or Conv runs in: that of its Q/DQ pairs if both operands have one.
+
+    `int8_weights` if only a weight, stored at 8 bits, has one.
+    """
+    first, second = (_pair(name, producers)[1] for name in node.input[:2])
+    if second is not None and (first is not None or second.input[0] not in producers):
+        narrow = "fp8" if types.get(second.input[2]) == onnx.TensorProto.FLOAT8E4M3FN else "int8"
+        return narrow if first is not None else f"{narrow}_weights"
+    return _FLOAT_TYPES.get(types.get(node.input[0], 0), "other")

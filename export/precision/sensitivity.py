@@ -1,0 +1,165 @@
+"""Finds the layers to keep in high precision if an 8-bit graph breaks the accuracy budget.
+
+Contract: ranks the quantized layers by the output error that each causes alone, on calibration rows. Then keeps the
+worst ones high: the fewest that bring the drop on one half of the evaluation split inside the budget. The other half
+judges the choice. Nothing is recalibrated.
+
+Share of a layer: its part of the sum of the squared output errors that each layer causes alone, averaged over the
+outputs. Errors of single layers add up about like independent noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from rich import box
+from rich.table import Table
+
+from export.precision.accuracy import common
+from export.precision.qdq import quantized_layers, with_high
+from export.rows import Row
+
+RANKING_ROWS = 32
+SHOWN_LAYERS = 20
+
+Run = Callable[[onnx.ModelProto], list[Row]]
+"""The outputs of a graph, row by row."""
+
+
+def layer_shares(model: onnx.ModelProto, run: Run) -> dict[str, float]:
+    """Each quantized layer's share of the output error, worst first; the shares add up to 1."""
+    layers = quantized_layers(model)
+    reference = run(with_high(model, layers))
+    alone = {name: run(with_high(model, layers.keys() - {name})) for name in layers}
+    errors = np.array([squared_errors(outputs, reference) for outputs in alone.values()])  # (layers, outputs)
+    totals = errors.sum(axis=0)
+    shares = np.divide(errors, totals, out=np.zeros_like(errors), where=totals > 0)
+    means = shares[:, totals > 0].mean(axis=1) if (totals > 0).any() else np.full(len(layers), 1 / len(layers))
+    return dict(sorted(zip(layers, map(float, means), strict=True), key=lambda pair: -pair[1]))
+
+
+def squared_errors(outputs: Sequence[Row], reference: Sequence[Row]) -> list[float]:
+    """By output: squared error relative to the squared reference; for integers the share of differing entries."""
+    errors = []
+    for name in reference[0]:
+        pairs = [(row[name], expected[name]) for row, expected in zip(outputs, reference, strict=True)]
+        if reference[0][name].dtype.kind == "f":
+            wrong = sum(float(np.square(value.astype(np.float64) - ref).sum()) for value, ref in pairs)
+            scale = sum(float(np.square(ref.astype(np.float64)).sum()) for _, ref in pairs)
+            errors.append(float(np.nan_to_num(wrong / (scale or 1.0), nan=1e9, posinf=1e9)))
+        else:
+            errors.append(1 - common(pairs))
+    return errors
+
+
+def output_error(outputs: Sequence[Row], reference: Sequence[Row]) -> float:
+    """Root mean relative squared error over the float outputs, or over all outputs if none is float."""
+    floats = [value.dtype.kind == "f" for value in reference[0].values()]
+    errors = squared_errors(outputs, reference)
+    chosen = [error for error, is_float in zip(errors, floats, strict=True) if is_float or not any(floats)]
+    return math.sqrt(sum(chosen) / len(chosen))
+
+
+def fewest_high(
+    worst_first: Sequence[str], drop_with: Callable[[Sequence[str]], float], max_drop: float
+) -> tuple[list[str] | None, list[dict[str, Any]]]:
+    """The shortest prefix of `worst_first` that has to stay high, and what was tried.
+
+    Doubles the number until the drop is inside the budget, then bisects. None if even a single layer left at 8 bits
+    breaks the budget.
+    """
+    tried: list[dict[str, Any]] = []
+
+    def inside(count: int) -> bool:
+        tried.append({"high": count, "drop": drop_with(worst_first[:count])})
+        return tried[-1]["drop"] <= max_drop
+
+    most = max(len(worst_first) - 1, 0)
+    fails, holds = 0, min(1, most)
+    while holds and not inside(holds):
+        fails, holds = holds, min(2 * holds, most) if holds < most else 0
+    if not holds:
+        return None, tried
+    while holds - fails > 1:
+        middle = (fails + holds) // 2
+        fails, holds = (fails, middle) if inside(middle) else (middle, holds)
+    return list(worst_first[:holds]), tried
+
+
+def sensitivity_pass(
+    model: onnx.ModelProto,
+    run: Run,
+    drop_of: Callable[[onnx.ModelProto], float],
+    drop_on_half: Callable[[onnx.ModelProto, bool], float],
+    max_drop: float,
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """The graph that is inside the budget, and the report; `model` itself if no graph is.
+
+    `drop_on_half` takes a graph, and whether the half of the rows is the one to choose on or the one to judge on. If
+    `model` is inside the budget, that one measurement is the only cost.
+    """
+    drop = drop_of(model)
+    report: dict[str, Any] = {"max_drop": max_drop, "drop": drop, "held": drop <= max_drop, "layers": [], "tried": []}
+    if report["held"]:
+        return model, report
+    layers = quantized_layers(model)
+    if not layers:
+        return model, report
+    shares = layer_shares(model, run)
+    high, report["tried"] = fewest_high(
+        list(shares), lambda names: drop_on_half(with_high(model, names), True), max_drop
+    )
+    report["layers"] = [
+        {"name": name, "operator": layers[name], "share": share, "high": name in (high or ())}
+        for name, share in shares.items()
+    ]
+    if high is None:
+        return model, report
+    found = with_high(model, high)
+    drop = drop_on_half(found, False)
+    report |= {"held": drop <= max_drop, "drop": drop, "judged": True}
+    return found, report
+
+
+def verdict(report: dict[str, Any], precision: str, high: str) -> str:
+    """The report in one line; `high` is the precision of layers that are not quantized.
+
+    In a report read from JSON, an infinite drop is None.
+    """
+    allowed, drop = f"{report['max_drop']:.2%} allowed", _percent(report["drop"])
+    halves = "; layers chosen on {chosen_on} rows, judged on {judged_on} others"
+    told = halves.format(**report["rows"]) if "rows" in report else ""
+    if not report["layers"]:
+        return f"drop {drop}, {'inside' if report['held'] else 'outside'} the {allowed}"
+    if report["held"]:
+        kept = sum(layer["high"] for layer in report["layers"])
+        return f"{kept} of {len(report['layers'])} layers stay {high}; drop {drop}, inside the {allowed}{told}"
+    if report.get("judged"):
+        return f"{precision} misses the budget on the rows that judge: drop {drop}, {allowed}{told}"
+    line = f"{precision} cannot meet the budget: drop {drop}, {allowed}"
+    if report["tried"]:
+        least = min(report["tried"], key=lambda each: math.inf if each["drop"] is None else each["drop"])
+        line += (
+            f"; at best {_percent(least['drop'])}, with {least['high']} of {len(report['layers'])} layers kept {high}"
+        )
+    return line
+
+
+def _percent(drop: float | None) -> str:
+    return "infinite" if drop is None else f"{drop:.2%}"
+
+
+def shares_table(report: dict[str, Any], precision: str, high: str) -> Table:
+    """A table of each layer's share of the error, worst first, and its precision."""
+    table = Table("layer", "operator", box=box.SIMPLE_HEAD)
+    table.add_column("share of the error", justify="right")
+    table.add_column("runs in")
+    for layer in report["layers"][:SHOWN_LAYERS]:
+        table.add_row(layer["name"], layer["operator"], f"{layer['share']:.1%}", high if layer["high"] else precision)
+    if rest := report["layers"][SHOWN_LAYERS:]:
+        table.add_row(f"{len(rest)} more", "", f"{sum(layer['share'] for layer in rest):.1%}", "")
+    return table

@@ -1,0 +1,121 @@
+"""The compute layers (matrix products, convolutions) of a TensorRT network or engine, by the type they run in.
+
+Contract: `found_layers` reads the built engine with TensorRT's inspector if this machine can load it, since the builder
+decides there which kernels run. Otherwise, or if the engine shows too few of them (fused regions hide layers), it reads
+the network that was compiled. "read_from" and "note" say which, and why.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+# Types of layers in the inspector's JSON: convolutions, matrix products, and fused attention, which holds two of them.
+_COMPUTE = re.compile(r"conv|gemm|matrixmultiply|matmul|fullyconnected|mha|attention", re.IGNORECASE)
+# Words of its "Format/Datatype", in this order: BFloat16 contains Float.
+_TYPES = {
+    "int8": ("int8",),
+    "fp8": ("fp8", "e4m3"),
+    "bf16": ("bf16", "bfloat16"),
+    "fp16": ("half", "fp16", "float16"),
+    "fp32": ("float", "fp32"),
+}
+# An engine whose inspector shows a smaller share of the network's compute layers hides the others in fused regions.
+LEAST_SHOWN = 0.5
+
+
+def found_layers(trt: Any, network: Any, plan: bytes, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Counts the compute layers by type. `shapes` are the inputs' at opt; the inspector needs them for dynamic axes."""
+    found = {**network_layers(trt, network), "read_from": "network"}
+    layers, note = _inspected(trt, plan, shapes)
+    counts = compute_layers(layers)
+    if layers and sum(counts.values()) < LEAST_SHOWN * sum(found["compute_layers"].values()):
+        note = f"the engine shows {sum(counts.values())} of {sum(found['compute_layers'].values())} compute layers"
+    if note:
+        return {**found, "note": note}
+    return {"compute_layers": dict(counts), "layers": len(layers), "read_from": "engine"}
+
+
+def _inspected(trt: Any, plan: bytes, shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[Any], str]:
+    """The layers of the built engine, and why they cannot be read."""
+    try:
+        runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))
+        runtime.engine_host_code_allowed = True  # it was built here
+        engine = runtime.deserialize_cuda_engine(plan)
+    except TypeError:  # the bindings raise this for a null pointer
+        engine = None
+    if engine is None:
+        return [], "the engine cannot be loaded here"
+    context = engine.create_execution_context()
+    for name, shape in shapes.items():
+        context.set_input_shape(name, shape)
+    inspector = engine.create_engine_inspector()
+    inspector.execution_context = context
+    return json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))["Layers"], ""
+
+
+def compute_layers(layers: list[Any]) -> Counter[str]:
+    """The compute layers of an inspector's JSON by type; layers given by name only, without details, do not count."""
+    return Counter(
+        _engine_type(layer)
+        for layer in layers
+        if isinstance(layer, dict) and _COMPUTE.search(f"{layer.get('LayerType')} {layer.get('ParameterType')}")
+    )
+
+
+def _engine_type(layer: dict[str, Any]) -> str:
+    """The type of the first input; `int8_weights` if only the weights have another, smaller type."""
+    inputs = [each for each in layer.get("Inputs", ()) if isinstance(each, dict)]
+    first = _type_of(inputs[0].get("Format/Datatype") if inputs else "")
+    weights = layer.get("Weights")
+    stored = _type_of(weights.get("Type")) if isinstance(weights, dict) else first
+    return f"{stored}_weights" if stored in ("int8", "fp8") and first not in ("int8", "fp8") else first
+
+
+def _type_of(text: object) -> str:
+    words = str(text).lower()
+    return next((name for name, signs in _TYPES.items() if any(sign in words for sign in signs)), "other")
+
+
+def network_layers(trt: Any, network: Any) -> dict[str, Any]:
+    """Counts the compute layers of a network before it is compiled."""
+    names = {trt.float32: "fp32", trt.float16: "fp16", trt.bfloat16: "bf16", trt.int8: "int8", trt.fp8: "fp8"}
+    compute = (trt.LayerType.MATRIX_MULTIPLY, trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION)
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    producers = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
+    counts = Counter(_layer_type(trt, layer, producers, names) for layer in layers if layer.type in compute)
+    return {"compute_layers": dict(counts), "layers": len(layers)}
+
+
+def _layer_type(trt: Any, layer: Any, producers: dict[str, Any], names: dict[Any, str]) -> str:
+    """The quantized type if every operand is dequantized, else the type of the first operand.
+
+    `int8_weights` if only the second operand, a constant, is dequantized.
+    """
+    carriers = (trt.LayerType.SHUFFLE, trt.LayerType.CAST, trt.LayerType.IDENTITY)
+    quantized = []
+    inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
+    for tensor in inputs[:2]:
+        producer = producers.get(tensor.name) if tensor is not None else None
+        while producer is not None and producer.type in carriers:
+            producer = producers.get(producer.get_input(0).name)
+        if producer is not None and producer.type == trt.LayerType.DEQUANTIZE:
+            quantized.append(names.get(producer.get_input(0).dtype, "other"))
+    if len(quantized) == 2:
+        return quantized[0]
+    if quantized and producer is not None and producer.type == trt.LayerType.DEQUANTIZE:
+        stored = producers.get(producer.get_input(0).name)
+        if stored is not None and stored.type == trt.LayerType.CONSTANT:
+            return f"{quantized[0]}_weights"
+    return names.get(inputs[0].dtype, "other")
+
+
+def described(found: Mapping[str, Any], precision: str) -> str:
+    """The compute layers in words, where they were read, and for fp32 whether TF32 was allowed."""
+    counts = ", ".join(f"{count} in {name}" for name, count in found["compute_layers"].items()) or "none"
+    tf32 = f", TF32 {'on' if found['tf32'] else 'off'}" if precision == "fp32" else ""
+    note = f" ({found['note']})" if "note" in found else ""
+    return f"{counts}{tf32}, read from the {found['read_from']}{note}"

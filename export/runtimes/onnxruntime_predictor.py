@@ -1,0 +1,63 @@
+"""A graph in ONNX Runtime as a function from a dict of arrays to a dict of arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnxruntime
+
+from deepseek.onnxruntime_session import ProviderError, cores, open_session
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, Target
+from deepseek.spec.tables import OnnxRuntimeSpec
+from export.model_folder import Predict
+
+# Optimizers of ONNX Runtime 1.32.0 to disable for graphs with values of a type.
+_FAULTY = {
+    # It moves a Transpose past the Cast to fp32 that a CPU needs and leaves a node without a definition; the layout
+    # optimizer then reads a null pointer (microsoft/onnxruntime#28392; happens with vision Transformers).
+    onnx.TensorProto.FLOAT16: "MatmulTransposeFusion",
+    # It mistakes fp8 for uint8 and drops a Relu before QuantizeLinear as implied by the range: negative values pass.
+    onnx.TensorProto.FLOAT8E4M3FN: "ReluQuantRewrite",
+}
+
+
+def optimizers_left_out(path: Path) -> list[str]:
+    """Optimizers of ONNX Runtime to disable for the graph at `path`, here and in the server."""
+    graph = onnx.load(path, load_external_data=False).graph
+    types = {tensor.data_type for tensor in graph.initializer}
+    types |= {value.type.tensor_type.elem_type for value in [*graph.input, *graph.value_info]}
+    types |= {attribute.i for node in graph.node if node.op_type == "Cast" for attribute in node.attribute}
+    return [optimizer for type_, optimizer in _FAULTY.items() if type_ in types]
+
+
+def on_host(spec: DeploymentSpec, target: Target) -> DeploymentSpec:
+    """The spec with ONNX Runtime on the CPU if another target serves: the build then needs no CUDA in ONNX Runtime."""
+    if target == "onnxruntime":
+        return spec
+    return spec.model_copy(update={"onnxruntime": OnnxRuntimeSpec(provider="cpu")})
+
+
+def onnx_predictor(spec: DeploymentSpec, path: Path, target: Target, *, optimized: bool = True) -> Predict:
+    """A predictor of the graph with the threads of one served instance; without `optimized`, the graph as written.
+
+    Raises InputError if the execution provider is missing, GateFailed if the graph cannot be loaded.
+    """
+    spec = on_host(spec, target)
+    batching = spec.for_target(target).batching
+    options = onnxruntime.SessionOptions()
+    options.inter_op_num_threads = 1
+    options.intra_op_num_threads = batching.threads or max(1, cores() // batching.instances)
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # otherwise idle threads slow the next variant
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        left_out = optimizers_left_out(path)
+        opened = open_session(path, options, spec.onnxruntime.provider, spec.provider_options, left_out=left_out)
+    except ProviderError as error:
+        raise InputError(str(error)) from None
+    except Exception as error:
+        raise GateFailed(f"{path}: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from None
+    session = opened.session
+    return lambda inputs: dict(zip(spec.outputs, session.run(list(spec.outputs), inputs), strict=True))

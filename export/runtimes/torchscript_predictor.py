@@ -1,0 +1,32 @@
+"""A TorchScript module as a function from a dict of arrays to a dict of arrays."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from deepseek.spec import DeploymentSpec, InputError
+from export.model_folder import Predict
+from export.rows import Row
+
+
+def torchscript_predictor(spec: DeploymentSpec, path: Path, device: str) -> Predict:
+    """A predictor of a module on the device that it was made for; raises InputError if it cannot be loaded."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript itself is deprecated
+        try:
+            module = torch.jit.load(path, map_location=device)
+        except RuntimeError as error:
+            raise InputError(f"{path}: TorchScript cannot load it: {' '.join(str(error).split())[:300]}") from None
+
+    def predict(inputs: Row) -> Row:
+        with torch.inference_mode():
+            values = module(*(torch.from_numpy(np.ascontiguousarray(inputs[name])).to(device) for name in spec.inputs))
+        values = values if isinstance(values, tuple) else (values,)
+        return {name: value.cpu().numpy() for name, value in zip(spec.outputs, values, strict=True)}
+
+    return predict

@@ -1,0 +1,205 @@
+"""Structured pruning of a model: removes heads and channels, fine-tunes, and checks the accuracy budget.
+
+Contract: prunes the module of `load()` and fine-tunes it in place with model.py's `finetune(module)`. Without that
+function, the pruned module learns the unpruned one's outputs on the calibration rows. The evaluation split is used only
+for the verdict, before and after. Writes `build/<name>/pruned.safetensors`, which every later stage uses, and
+`pruning.json`. Exit 1 if the drop exceeds deploy.toml's `max_drop`; then nothing is written. A killed fine-tuning
+resumes. Results are cached, unless model.py has `finetune` or `evaluate` but no `fingerprint` of the data they read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from deepseek.pruning import PruneConfig, PruneReport, prune_model, save_pruned, weights_digest
+from deepseek.pruning.distillation import distil
+from deepseek.pruning.prunable import Inputs
+from deepseek.spec import GateFailed, build_dir, kept_for_json
+from deepseek.spec.files.folders import scratch_in
+from export.artifact import Stopwatch, human_bytes, pruned_path, pruning_path, publish
+from export.cache import fill, refined, stage_key
+from export.model_folder import ModelFolder, Predict
+from export.precision.accuracy import check_metric, metric_drop, parity, similarity, task_metrics, too_small
+from export.rows import Row, batches, row_digests
+from export.runtimes.batching import outputs_of
+from export.runtimes.pytorch_predictor import module_predictor
+
+IMPORTANCE_ROWS = 256
+EVALUATION_ROWS = 2000  # as export.stages.to_onnx
+
+log = Console(file=sys.stderr, highlight=False, soft_wrap=True, markup=False)
+
+
+def prune_source(source: ModelFolder, ratio: float) -> dict[str, Any]:
+    """Runs the stage; returns the content of pruning.json, written with the module if the drop is allowed."""
+    spec, config = source.spec, PruneConfig(ratio=ratio)
+    with log.status("reading samples"):
+        rows = list(source.rows("calibration", spec.precision.calibration_samples))
+        evaluation = list(source.rows("evaluation", EVALUATION_ROWS))
+    original = source.unpruned()
+    known = source.fingerprint() is not None or (source.finetune is None and spec.precision.metric is None)
+    digests = ["".join(sorted(digest.hex() for digest in row_digests(split))) for split in (rows, evaluation)]
+    key = refined(stage_key("fine-tune") if known else None, calibration=digests[0], evaluation=digests[1])
+    path = pruned_path(spec.name)
+    with scratch_in(path.parent) as scratch:
+        fill(scratch, key, lambda folder: _prune(source, original, config, _batches(source, rows), evaluation, folder))
+        report = json.loads((scratch / pruning_path(spec.name).name).read_text())
+        result: dict[str, Any] = {**report, "max_drop": spec.precision.max_drop}  # a cached report may have another one
+        if result["drop"] <= result["max_drop"]:
+            publish(scratch, path)
+    return result
+
+
+def _prune(
+    source: ModelFolder,
+    original: torch.nn.Module,
+    config: PruneConfig,
+    data: list[Inputs],
+    evaluation: list[Row],
+    scratch: Path,
+) -> None:
+    """Prunes, fine-tunes and measures; writes module and report into `scratch`."""
+    spec, clock, module = source.spec, Stopwatch(), source.unpruned()
+    with log.status("ranking heads and channels"):
+        few = data[: max(1, IMPORTANCE_ROWS // len(data[0][0]))]
+        report = prune_model(module, few[0], config, few[1:])
+    judge = _PruningMetric(source, original, evaluation)
+    before_tuning = judge.value(module)
+    how = _finetune(source, module, original, data)
+    pruned = judge.value(module)
+    shutil.rmtree(_checkpoints(source), ignore_errors=True)  # the run has ended; the next may have other settings
+    result = {
+        "model": spec.name,
+        "ratio": config.ratio,
+        "metric": judge.metric,
+        "unpruned": judge.unpruned,
+        "before_finetuning": before_tuning,
+        "pruned": pruned,
+        "drop": metric_drop(judge.metric, pruned[judge.metric], judge.unpruned[judge.metric]),
+        "max_drop": spec.precision.max_drop,
+        "finetuned": how,
+        **_facts(report),
+        "seconds": clock.elapsed_s,
+    }
+    save_pruned(module, report, scratch / pruned_path(spec.name).name, of=weights_digest(original))
+    (scratch / pruning_path(spec.name).name).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _batches(source: ModelFolder, rows: list[Row]) -> list[Inputs]:
+    """Calibration rows as batches of tensors, the largest batch first."""
+    spec = source.spec
+    parts = sorted(batches(rows, spec.axes["batch"].opt), key=lambda part: -len(part[0]))
+    return [tuple(torch.from_numpy(inputs[name]) for name in spec.inputs) for _, inputs in parts]
+
+
+def _checkpoints(source: ModelFolder) -> Any:
+    return build_dir(source.spec.name) / "checkpoints-pruning"
+
+
+def _finetune(source: ModelFolder, module: torch.nn.Module, original: torch.nn.Module, data: list[Inputs]) -> str:
+    """Fine-tunes in place; returns how."""
+    if source.finetune is not None:
+        log.print("fine-tuning with model.py's finetune(module)")
+        source.finetune(module)
+        module.cpu().eval()
+        return "finetune"
+    log.print(
+        f"{source.folder / 'model.py'} has no finetune(module): the pruned module learns the outputs of the unpruned "
+        f"one on {sum(len(batch[0]) for batch in data)} calibration rows; fine-tuning on training data recovers more"
+    )
+    if len(data) < 2:
+        log.print("too few calibration rows for that: the module is not fine-tuned")
+        return "nothing"
+    folder = _checkpoints(source) / weights_digest(module)  # unique to this ratio and these weights
+    distil(module, original, data, checkpoints=folder)
+    return "distillation"
+
+
+class _PruningMetric:
+    """The metric of deploy.toml; without one that can show a drop, similarity to the unpruned outputs."""
+
+    def __init__(self, source: ModelFolder, original: torch.nn.Module, rows: list[Row]) -> None:
+        self.source, self.rows = source, rows
+        predict = module_predictor(source.spec, original)
+        self.unpruned = check_metric(source, predict, log)
+        if why := too_small(source.spec, self.unpruned):
+            log.print(f"warning: {why}")
+        metric = None if why else source.spec.precision.metric
+        self.by_task, self.metric = metric is not None, metric or "similarity"
+        if not self.by_task:
+            self.reference = self._outputs(predict)
+            self.unpruned = {"similarity": 1.0}
+
+    def value(self, module: torch.nn.Module) -> dict[str, float]:
+        predict = module_predictor(self.source.spec, module)
+        if self.by_task:
+            return task_metrics(self.source, predict)
+        return {"similarity": similarity(parity(self.source.spec, self._outputs(predict), self.reference))}
+
+    def _outputs(self, predict: Predict) -> list[Row]:
+        return outputs_of(self.source.spec, predict, self.rows)
+
+
+def _facts(report: PruneReport) -> dict[str, Any]:
+    """The parts of the report that people and later stages read."""
+    layers = [vars(layer) for layer in report.layers]
+    counts = {kind: report.count(kind) for kind in ("heads", "channels")}
+    names = ("parameters", "prunable_parameters", "flops", "size_bytes", "left_alone")
+    return {**counts, **{name: getattr(report, name) for name in names}, "layers": layers}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the tables."""
+    metric, how = result["metric"], result["finetuned"]
+    print(f"{result['model']} pruned by {result['ratio']:g}, budget {result['max_drop']:.2%}")
+    table = Table("", box=box.SIMPLE_HEAD)
+    for column in ("unpruned", "pruned", "reduction"):
+        table.add_column(column, justify="right")
+    named = {
+        "heads": "attention heads",
+        "channels": "channels",
+        "prunable_parameters": "parameters of those layers",
+        "parameters": "parameters, all",
+        "flops": "FLOPs a row",
+        "size_bytes": "size",
+    }
+    for key, label in named.items():
+        before, after = result[key]
+        if before:
+            shown = [human_bytes(value) if key == "size_bytes" else f"{value:,}" for value in (before, after)]
+            table.add_row(label, *shown, f"{1 - after / before:.1%}")
+    before = result["unpruned"][metric]
+    for label, key in ((f"{metric}, not fine-tuned", "before_finetuning"), (f"{metric}, {how}", "pruned")):
+        value = result[key][metric]
+        table.add_row(label, f"{before:.4f}", f"{value:.4f}", f"{(before - value) / before:+.2%}")
+    Console(width=max(Console().width, 90), markup=False).print(table)
+    for layer in result["layers"]:
+        print(f"{layer['name']}: {layer['before']} -> {layer['after']} {layer['kind']}")
+    for name, reason in result["left_alone"].items():
+        print(f"{name}: left alone, {reason}")
+
+
+def main(options: argparse.Namespace) -> None:
+    """The command `prune`."""
+    with kept_for_json(options.json):
+        result = prune_source(ModelFolder(options.model, options.models), options.ratio)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(result)
+    if not result["drop"] <= result["max_drop"]:
+        raise GateFailed(
+            f"pruned by {options.ratio:g}, {options.model} loses {result['drop']:.2%} of {result['metric']}; "
+            f"deploy.toml's max_drop is {result['max_drop']:.2%}: take a smaller ratio, or fine-tune longer in "
+            "finetune(module)"
+        )

@@ -1,0 +1,268 @@
+"""An engine to Triton's model repository: the next version directory and `config.pbtxt`.
+
+Contract: takes the precision that `export.stages.select_precision` chose (or `--precision`); adds
+`<repository>/<name>/<next version>/` and replaces `config.pbtxt`, which names the version to serve. Both are flushed to
+disk and renamed into place: a server, running or starting, never sees a partial version or one under another's
+configuration. A version that a release into the same
+repository refused, or that a rollback removed, is published only with `--anyway` (docs/release.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from deepseek.spec import (
+    DeploymentSpec,
+    GateFailed,
+    InputError,
+    Precision,
+    PublishedManifest,
+    Target,
+    build_dir,
+    flags_for,
+    variables_for,
+)
+from deepseek.spec.files.folders import alone_in, let_all_read, onto_disk, scratch_in
+from deepseek.spec.files.released import last_fate
+from deepseek.spec.files.repository import retired, versions_of
+from deepseek.spec.gpus import gpus, matching
+from deepseek.targets import PUBLISHABLE
+from export.artifact import choice_path, digests, engine_path, need, read_manifest, sha256, write_manifest
+from export.rows import Row, load_rows
+from export.runtimes.onnxruntime_predictor import optimizers_left_out
+from export.triton_config import config_text, cuda_graph_batches, model_config
+
+ROOT = Path(__file__).parents[2]
+# Sources of the Python backend, by file name in a version folder.
+BACKEND_SOURCES = {
+    "model.py": ROOT / "serving" / "backend" / "onnxruntime_backend.py",
+    "onnxruntime_session.py": ROOT / "deepseek" / "onnxruntime_session.py",
+    "compute_slots.py": ROOT / "serving" / "backend" / "compute_slots.py",
+}
+
+
+def check_profile(spec: DeploymentSpec, engine: Path) -> None:
+    """Raises InputError if the engine was built for another profile than deploy.toml has now."""
+    built = read_manifest(engine).axes
+    now = {name: axis.model_dump() for name, axis in spec.axes.items()}
+    if built != now:
+        raise InputError(
+            f"{engine} was built for the axes {json.dumps(built)}, deploy.toml now has {json.dumps(now)}; "
+            f"build it again: make engine {variables_for(spec.name)}"
+        )
+
+
+def check_fate(spec: DeploymentSpec, staged: Path, repository: Path) -> None:
+    """Raises InputError if this version failed a gate or was rolled back, and has not been released since.
+
+    A version that is already being served is allowed, even if another configuration of it was refused.
+    """
+    files = PublishedManifest.load(staged / "manifest.json").files
+    fate = last_fate(spec.name, files, repository)
+    served = [repository / spec.name / str(version) for version in versions_of(repository / spec.name)[:1]]
+    if fate is not None and fate.bad and not any(_is_the_same(staged, each) for each in served):
+        variables = variables_for(spec.name)
+        raise InputError(
+            f"{spec.name}: this build was {fate.outcome} as version {fate.version}, {fate.at[:16]} ({fate.folder}); "
+            f"take it through the gates: make release {variables}, or publish it anyway: make engine {variables} "
+            "ANYWAY=1 (--anyway)"
+        )
+
+
+def _is_the_same(staged: Path, served: Path) -> bool:
+    """Whether two versions have the same files and configuration, apart from version numbers in warm-up names."""
+    if not all((folder / name).is_file() for folder in (staged, served) for name in ("manifest.json", "config.pbtxt")):
+        return False
+    configs = [_unnumbered(folder) for folder in (staged, served)]
+    files = [PublishedManifest.load(folder / "manifest.json").files for folder in (staged, served)]
+    return configs[0] == configs[1] and files[0] == files[1]
+
+
+def _unnumbered(folder: Path) -> str:
+    """The configuration of a version without its number."""
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig())
+    config.ClearField("version_policy")
+    return re.sub(rf'"{folder.name}-', '"', text_format.MessageToString(config))
+
+
+def publish_version(
+    spec: DeploymentSpec,
+    precision: Precision,
+    target: Target,
+    repository: Path,
+    *,
+    anyway: bool = False,
+    if_changed: bool = False,
+) -> dict[str, Any]:
+    """Adds the next version of a model to the repository; returns what it added.
+
+    `if_changed`: adds nothing if files and configuration equal those of the newest version. Raises InputError if a
+    release or rollback rejected this build, unless `anyway`.
+    """
+    if target not in PUBLISHABLE:
+        raise InputError(f"target {target}: Triton cannot load such an engine; publish one of {', '.join(PUBLISHABLE)}")
+    engine = need(
+        engine_path(spec.name, precision, target), f"make engine {variables_for(spec.name)} PRECISION={precision}"
+    )
+    check_profile(spec, engine)
+    row = load_rows(build_dir(spec.name) / "evaluation.npz")[0]
+    model = repository / spec.name
+    with alone_in(repository), scratch_in(_staging(spec.name, repository)) as scratch:
+        version = _stage(scratch, spec, precision, target, engine, row, model)
+        served = model / str(version - 1)
+        if if_changed and _is_the_same(scratch / str(version), served):
+            return {"path": str(served), "version": version - 1, "precision": precision, "target": target, "new": False}
+        if not anyway:
+            check_fate(spec, scratch / str(version), repository)
+        onto_disk(scratch)
+        if not model.exists():
+            (scratch / "model").mkdir()
+            let_all_read(scratch)
+            for part in (str(version), "warmup", "config.pbtxt"):
+                os.rename(scratch / part, scratch / "model" / part)
+            _rename(scratch / "model", model)
+        else:
+            (model / "warmup").mkdir(exist_ok=True)
+            let_all_read(scratch)
+            for file in (scratch / "warmup").iterdir():
+                _rename(file, model / "warmup" / file.name)
+            # The version first: until the new configuration names it, NVIDIA's Triton serves the old version.
+            _rename(scratch / str(version), model / str(version))
+            _rename(scratch / "config.pbtxt", model / "config.pbtxt")
+            _retire(model, scratch)
+    return {
+        "path": str(model / str(version)),
+        "version": version,
+        "precision": precision,
+        "target": target,
+        "new": True,
+    }
+
+
+def _staging(name: str, repository: Path) -> Path:
+    """Where a version is laid out: on the repository's disk, so that a full disk changes nothing.
+
+    If the build folder is on another disk, in the model's folder: NVIDIA's Triton would take what a killed publisher
+    leaves in the repository itself for a model.
+    """
+    build, model = build_dir(name), repository / name
+    if build.stat().st_dev == repository.stat().st_dev:
+        return build
+    return model if model.is_dir() else repository
+
+
+def _stage(
+    scratch: Path, spec: DeploymentSpec, precision: Precision, target: Target, engine: Path, row: Row, model: Path
+) -> int:
+    """Lays out version, warm-up and configuration in `scratch`; returns the version number."""
+    version = max(versions_of(model), default=0) + 1
+    folder = scratch / str(version)
+    folder.mkdir()
+    for file in engine.parent.glob(f"{engine.name}*"):
+        shutil.copyfile(file, folder / file.name)
+    if target == "onnxruntime" and spec.onnxruntime.backend == "python":
+        for name, source in BACKEND_SOURCES.items():
+            shutil.copyfile(source, folder / name)
+    write_manifest(folder / "manifest.json", published_manifest(spec, target, engine, folder))
+    (scratch / "warmup").mkdir()
+    for name, array in row.items():
+        (scratch / "warmup" / f"{version}-{name}").write_bytes(array.tobytes())
+    built = read_manifest(engine)
+    device, on_gpus = built.settings.get("device", "cpu"), []
+    if target == "tensorrt":
+        on_gpus = matching(gpus(), built.compute_capability, built.settings)
+    left_out = optimizers_left_out(engine) if target == "onnxruntime" else []
+    config = model_config(spec, precision, target, {str(version): row}, device, left_out, on_gpus)
+    config.version_policy.specific.versions.append(version)
+    for place in (scratch, folder):  # a server that rolls back to the version uses its own copy
+        (place / "config.pbtxt").write_text(config_text(config))
+    return version
+
+
+def published_manifest(spec: DeploymentSpec, target: Target, engine: Path, folder: Path) -> PublishedManifest:
+    """The manifest for a copy of an engine in `folder`; raises GateFailed if the copy differs from the build."""
+    built = read_manifest(engine)
+    files = digests(folder)
+    for name, digest in built.files.items():
+        if name.startswith(engine.name) and files.get(name) != digest:
+            raise GateFailed(
+                f"{engine.parent / name} was changed after the build; build it again: make clean engine "
+                f"{variables_for(spec.name)}"
+            )
+    signature = {"inputs": spec.inputs, "outputs": spec.outputs}
+    graphs = {"cuda_graph_batches": cuda_graph_batches(spec.for_target(target))} if target == "tensorrt" else {}
+    settings = {**built.settings, **graphs}
+    return PublishedManifest(**{**dict(built), "target": target, "files": files, "settings": settings, **signature})
+
+
+def _rename(source: Path, destination: Path) -> None:
+    """Renames; across file systems, copies beside the destination first."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.rename(source, destination)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise InputError(f"{destination} was just added by another build; run it again") from None
+        if error.errno != errno.EXDEV:
+            raise
+        with scratch_in(destination.parent) as beside:
+            copied = Path(shutil.move(source, beside / source.name))
+            onto_disk(copied)
+            os.rename(copied, destination)
+
+
+def _retire(model: Path, scratch: Path) -> None:
+    """Removes versions that are too old to roll back to, with their warm-up files."""
+    for old in retired(model):
+        _rename(model / str(old), scratch / f"retired-{old}")
+        for file in (model / "warmup").glob(f"{old}-*"):
+            file.unlink()
+
+
+def choice_of(name: str, target: Target) -> tuple[Precision, str | None]:
+    """The precision that `export.stages.select_precision` chose, and the execution provider that it measured.
+
+    Raises InputError if the engine has changed since.
+    """
+    again = f"deepseek select-precision {flags_for(name)} --target {target}"
+    path = need(choice_path(name, target), again)
+    choice = json.loads(path.read_text())
+    precision, digests = choice["chosen"], choice["sha256"]
+    engine = engine_path(name, precision, target)
+    if engine.is_file() and digests[precision] != sha256(engine):
+        raise InputError(f"{engine} has changed since {path} chose it; re-run: {again}")
+    return precision, choice.get("provider")
+
+
+def main(options: argparse.Namespace) -> None:
+    """The command `publish`."""
+    spec = DeploymentSpec.of_model(options.model, options.models, tuned=options.tuned)
+    precision, provider = (options.precision, None) if options.precision else choice_of(spec.name, options.target)
+    if provider:  # the server must not run on other hardware than the one that was measured
+        spec = spec.model_copy(update={"onnxruntime": spec.onnxruntime.model_copy(update={"provider": provider})})
+    if spec.for_target(options.target).batching.instances == 1:
+        print(
+            "warning: batching.instances = 1: a Triton that this project does not start can stall, see docs/triton.md",
+            file=sys.stderr,
+        )
+    result = publish_version(
+        spec, precision, options.target, Path(options.repository), anyway=options.anyway, if_changed=options.if_changed
+    )
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print(
+            f"{result['path']}: {'' if result['new'] else 'unchanged, '}{result['precision']} for {result['target']}, "
+            f"batches of up to {spec.for_target(options.target).max_served_batch}"
+        )

@@ -1,0 +1,258 @@
+"""Converts the fp32 graph to fp16, int8 or fp8; the precision is written into the graph itself.
+
+Contract: reads `build/<name>/fp32/model.onnx` and real calibration inputs; writes `build/<name>/<precision>/model.onnx`
+with unchanged input and output types. fp16 is ModelOpt AutoCast; int8 and fp8 are ModelOpt PTQ, whose Q/DQ nodes both
+ONNX Runtime and TensorRT accept. The stage then checks that the graph runs in the precision asked for. An 8-bit graph
+that breaks the budget goes through the sensitivity pass, which keeps the worst layers high. Beside the graph lie
+sensitivity.json (each layer's share of the error) and calibration.json (would more samples help?).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from deepseek.precisions import BITS, EIGHT_BITS, PRECISIONS
+from deepseek.quantization import QuantConfig
+from deepseek.spec import (
+    DeploymentSpec,
+    GateFailed,
+    InputError,
+    Manifest,
+    build_dir,
+    flags_for,
+    kept_for_json,
+)
+from deepseek.spec.files.folders import scratch_in
+from export.artifact import (
+    Stopwatch,
+    axes_of,
+    human_bytes,
+    json_text,
+    need,
+    onnx_path,
+    pruned_settings,
+    read_manifest,
+    sha256,
+    tool_versions,
+    write_manifest,
+)
+from export.cache import put_in_place, stage_key
+from export.graph_file import save_graph
+from export.model_folder import ModelFolder
+from export.precision.calibrated_graph import copied
+from export.precision.calibration import Calibration, NotFinite, calibration_of
+from export.precision.calibration_curve import MOST_GROWTH
+from export.precision.ptq import check_source, fp16_from_onnx
+from export.precision.qdq import COMPUTE_OPS, found_precision, share_equal_weights
+from export.precision.quantize_8bit import log, to_8_bits
+from export.precision.sensitivity import shares_table, verdict
+from export.rows import Row, load_rows
+from export.runtimes.batching import outputs_of
+from export.runtimes.isolation import made_alone
+from export.runtimes.onnxruntime_predictor import on_host, onnx_predictor
+
+REPORTS = ("calibration", "sensitivity")
+
+
+def prove(config: QuantConfig, found: dict[str, Any]) -> None:
+    """Raises GateFailed if the graph has no operator in the precision that was asked for."""
+    counts = found["compute_operators"]
+    if not counts.get(f"{config.precision}_weights" if config.weight_only else config.precision):
+        raise GateFailed(
+            f"{config.precision} was asked for, but no {'/'.join(COMPUTE_OPS)} of the graph runs in it "
+            f"(found: {counts or 'none of them'}); the layers may be too small to gain (ModelOpt skips sizes under "
+            "16), not be of these operators, or all in keep_high"
+        )
+
+
+def _samples_of(spec: DeploymentSpec) -> Path:
+    """Path of the model's own calibration samples, written by `export.stages.to_onnx`."""
+    return build_dir(spec.name) / "calibration.npz"
+
+
+def quantize_model(
+    spec: DeploymentSpec, config: QuantConfig, model_folder: ModelFolder | None = None
+) -> dict[str, Any]:
+    """Runs the stage; returns what it made. Without `model_folder` there is no sensitivity pass."""
+    source = need(onnx_path(spec.name, "fp32"), f"deepseek to-onnx {flags_for(spec.name)}")
+    path = onnx_path(spec.name, config.precision)
+    if config.precision != "fp16" and config.calibration_data is None:
+        raise InputError(f"{config.precision}: no calibration data; random data would give wrong ranges")
+    evaluation = load_rows(build_dir(spec.name) / "evaluation.npz")
+    calibration: Calibration | None = None
+    sources = {"weights": read_manifest(source).sources["weights"], "onnx": sha256(source)}
+    if config.calibration_data is not None:
+        data = Path(config.calibration_data)
+        try:
+            calibration = calibration_of(spec, data, config.num_samples, evaluation)
+            if calibration.note:
+                log.print(calibration.note, soft_wrap=True)
+        except NotFinite as error:
+            if data != _samples_of(spec):
+                raise
+            raise GateFailed(f"samples('calibration'): {str(error).removeprefix(f'{data}: ')}") from error
+        sources["calibration"] = sha256(data)
+    check_source(source, config)
+    for name in REPORTS:  # reports of an earlier graph
+        (path.parent / f"{name}.json").unlink(missing_ok=True)
+    known = model_folder is None or spec.precision.metric is None or model_folder.fingerprint() is not None
+    put_in_place(
+        stage_key() if known else None,
+        path,
+        lambda folder: _quantize(spec, config, sources, calibration, evaluation, folder, model_folder),
+    )
+    reports = {name: file for name in REPORTS if (file := path.parent / f"{name}.json").is_file()}
+    return {
+        "path": str(path),
+        **read_manifest(path).model_dump(include={"precision", "found", "settings", "size_bytes", "build_s"}),
+        **({name: json.loads(file.read_text()) for name, file in reports.items()}),
+    }
+
+
+def _quantize(
+    spec: DeploymentSpec,
+    config: QuantConfig,
+    sources: dict[str, str],
+    calibration: Calibration | None,
+    evaluation: list[Row],
+    scratch: Path,
+    model_folder: ModelFolder | None,
+) -> None:
+    """Writes graph, reports and manifest into the folder `scratch`."""
+    clock = Stopwatch()
+    graph = scratch / "model.onnx"
+    reports: dict[str, Any] = {}
+    with scratch_in(scratch) as work, log.status(f"{config.precision} of {spec.name}"):
+        if calibration is None or config.precision == "fp16":
+            model = fp16_from_onnx(copied(spec, work / "fp16"), config, calibration)
+        else:
+            model, reports = to_8_bits(spec, config, calibration, evaluation, work, model_folder)
+        share_equal_weights(model)
+        save_graph(model, graph)
+    found = found_precision(graph)
+    prove(config, found)
+    _check_that_it_runs(spec, graph, evaluation)
+    for name, report in reports.items():
+        (scratch / f"{name}.json").write_text(json_text(report) + "\n")
+    manifest = Manifest(
+        model=spec.name,
+        precision=config.precision,
+        found=found,
+        sources=sources,
+        settings={**_settings(config, calibration, reports), **pruned_settings(spec.name)},
+        axes=axes_of(spec),
+        versions=tool_versions(),
+        size_bytes=sum(file.stat().st_size for file in scratch.glob("model.onnx*")),
+        build_s=clock.elapsed_s,
+    )
+    write_manifest(scratch / "manifest.json", manifest)
+
+
+def _check_that_it_runs(spec: DeploymentSpec, path: Path, rows: list[Row]) -> None:
+    """Raises GateFailed if ONNX Runtime refuses the graph (casts can break control flow).
+
+    Runs the graph without optimizers; `export.stages.select_precision` runs it with them, on the target.
+    """
+    try:
+        outputs_of(spec, onnx_predictor(spec, path, "onnxruntime", optimized=False), rows[:1])
+    except InputError:  # a missing execution provider
+        raise
+    except Exception as error:
+        raise GateFailed(f"the graph that was made does not run: {' '.join(str(error).split())[:300]}") from error
+
+
+def _settings(config: QuantConfig, calibration: Calibration | None, reports: dict[str, Any]) -> dict[str, Any]:
+    """Settings for the manifest: those asked for, and those the graph was made with."""
+    layers = reports.get("sensitivity", {}).get("layers", [])
+    return {
+        "calibration_method": reports.get("calibration", {}).get("method", config.calibration_method),
+        "samples": len(calibration.rows) if calibration is not None else 0,
+        "per_channel": config.per_channel,
+        "weight_only": config.weight_only,
+        "op_types": config.op_types,
+        "keep_high": [*config.keep_high, *(f"^{re.escape(each['name'])}$" for each in layers if each["high"])],
+        "high_precision": config.high_precision,
+    }
+
+
+def show(result: dict[str, Any], high: str) -> None:
+    """Prints what the graph holds, the calibration curve and the layers' shares."""
+    counts = ", ".join(f"{count} in {name}" for name, count in result["found"]["compute_operators"].items())
+    print(f"{result['path']}: {human_bytes(result['size_bytes'])}; {'/'.join(COMPUTE_OPS)}: {counts}")
+    if calibration := result.get("calibration"):
+        _show_calibration(calibration)
+    report = result.get("sensitivity", {})
+    if "drop" in report:
+        print(f"budget: {verdict(report, result['precision'], high)}")
+        if report["layers"]:
+            Console(width=max(Console().width, 100), markup=False).print(
+                shares_table(report, result["precision"], high)
+            )
+
+
+def _lengths(elements: Mapping[str, Sequence[int]]) -> str:
+    """The range of elements per row, for inputs whose rows differ; inputs with the same range share an entry."""
+    together: dict[tuple[int, ...], list[str]] = {}
+    for name, ends in elements.items():
+        together.setdefault(tuple(ends), []).append(name)
+    varied = [f"{' and '.join(names)}: {least} to {most}" for (least, most), names in together.items() if least < most]
+    return f"elements of {', '.join(varied)}" if varied else "all of one size"
+
+
+def _show_calibration(report: dict[str, Any]) -> None:
+    print(f"calibration: {report['rows']} rows ({_lengths(report['elements'])}), by {report['method']}")
+    if report["errors"]:
+        print(
+            "calibration: output error "
+            + ", ".join(f"{error:.3%} by {name}" for name, error in report["errors"].items())
+        )
+    elif report["growth"] > MOST_GROWTH:
+        print(
+            f"calibration: an activation grows {report['growth']:.3g}-fold past its first batch: no ranges by entropy"
+        )
+    table = Table("samples", *(str(point["samples"]) for point in report["curve"]), box=box.SIMPLE_HEAD)
+    table.add_row("output error", *(f"{point['error']:.3%}" for point in report["curve"]))
+    Console(width=max(Console().width, 100), markup=False).print(table)
+    print(f"calibration: {report['conclusion']}")
+
+
+def main(options: argparse.Namespace) -> None:
+    """The command `quantize`."""
+    spec = on_host(DeploymentSpec.of_model(options.model, options.models), options.target)
+    precision = spec.precision
+    data = options.calibration_data or need(_samples_of(spec), f"deepseek to-onnx {flags_for(spec.name)}")
+    weight_only = precision.weight_only and PRECISIONS[options.precision].may_quantize_weights_alone
+    config = QuantConfig.of_precision(
+        options.precision,
+        **({"activation_bits": BITS[options.high_precision]} if weight_only else {}),
+        calibration_data=data,
+        calibration_method=precision.calibration_method,
+        num_samples=precision.calibration_samples,
+        per_channel=precision.per_channel,
+        op_types=precision.op_types,
+        keep_high=precision.keep_high,
+        high_precision=options.high_precision,
+    )
+    eight_bits = options.precision in EIGHT_BITS
+    with kept_for_json(options.json):
+        result = made_alone(
+            f"making or running the {options.precision} graph",
+            onnx_path(spec.name, options.precision),
+            lambda: quantize_model(spec, config, ModelFolder(options.model, options.models) if eight_bits else None),
+            candidate=options.candidate,
+        )
+    if options.json:
+        print(json_text(result))
+    elif "refused" in result:
+        print(f"{options.precision} cannot be made; the build continues without it: {result['refused']}")
+    else:
+        show(result, options.high_precision)

@@ -1,0 +1,313 @@
+"""Compares every variant with fp32 PyTorch (parity, task metric, speed) and chooses the precision to serve.
+
+Contract: runs fp32 and each candidate of `deploy.toml` over the evaluation split, as the target runs them. Times them
+interleaved in one process, every axis at its opt (`export.runtimes.timing`), and chooses the fastest that loses at most
+`max_drop`. A candidate has to be faster than every more accurate one; within the noise the more accurate one is served.
+Writes `build/<name>/choice-<target>.json` and the
+accuracy into each manifest. Exit 1 if a precision asked for by name is outside the budget. Definition of drop:
+export/precision/accuracy_budget.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from deepseek.onnxruntime_session import choose_provider
+from deepseek.precisions import EIGHT_BITS, PRECISIONS
+from deepseek.spec import (
+    BATCH,
+    DeploymentSpec,
+    GateFailed,
+    InputError,
+    InvalidMeasurement,
+    Precision,
+    Target,
+    build_dir,
+    flags_for,
+    kept_for_json,
+)
+from export.artifact import (
+    choice_path,
+    engine_path,
+    human_bytes,
+    json_text,
+    onnx_path,
+    read_manifest,
+    refusal,
+    sha256,
+    staged,
+    write_manifest,
+)
+from export.model_folder import ModelFolder, Predict
+from export.precision.accuracy import too_small
+from export.precision.accuracy_budget import Baseline, accuracy_key, measured
+from export.precision.sensitivity import shares_table, verdict
+from export.rows import load_rows
+from export.runtimes.batching import outputs_of
+from export.runtimes.isolation import Crashed, in_child
+from export.runtimes.pytorch_predictor import module_predictor
+from export.runtimes.pytorch_reference import inputs_at, weights_digest
+from export.runtimes.timing import Timer, clocks, compared, time_interleaved, wall
+from export.runtimes.variants import variant_predictor, variant_timers
+
+log = Console(file=sys.stderr, markup=False)
+
+
+def choose(
+    variants: dict[str, dict[str, Any]],
+    candidates: Sequence[str],
+    max_drop: float,
+    seconds: dict[str, list[float]],
+    *,
+    asked: bool = False,
+) -> tuple[str, dict[str, str]]:
+    """The precision to serve and, for each variant, why it was chosen or not.
+
+    From the most accurate on, a candidate inside the budget is taken if it is faster than the one taken so far. If the
+    difference is within the noise, the more accurate one stays. `asked`: the one candidate was asked for by name, and
+    only the budget can refuse it. Raises GateFailed if not even fp32 is inside.
+    """
+    reasons = {name: "inside" if name in ("fp32", *candidates) else "not a candidate" for name in variants}
+    for name, variant in variants.items():
+        if not variant["drop"] <= max_drop:
+            reasons[name] = f"outside the budget: drop {variant['drop']:.2%} > {max_drop:.2%}"
+    wanted = list(dict.fromkeys(candidates if asked else ["fp32", *candidates]))
+    inside = [name for name in wanted if variants[name]["drop"] <= max_drop]
+    if not inside:
+        drops = ", ".join(f"{name} {variants[name]['drop']:.2%}" for name in variants if asked <= (name in candidates))
+        advice = "raise it, or choose with PRECISION=auto" if asked else "not even fp32 is"
+        raise GateFailed(f"no candidate is inside max_drop {max_drop:.2%} (drops: {drops}); {advice}")
+    chosen, *others = sorted(inside, key=lambda name: (-_bits(name), variants[name]["drop"]))
+    for name in others:
+        found = compared(seconds[name], seconds[chosen])
+        if found.result == "faster":
+            chosen = name
+        else:
+            how = "not faster than" if found.result == "slower" else "not distinguishable in speed from"
+            reasons[name] = f"inside, but {how} {chosen} ({found.ratio:.2f}x)"
+    if asked:
+        reasons[chosen] = "chosen: asked for, inside the budget"
+    elif chosen == "fp32":
+        reasons[chosen] = "chosen: no candidate is faster inside the budget"
+    else:
+        reasons[chosen] = "chosen: the fastest inside the budget"
+    return chosen, reasons
+
+
+def _bits(name: str) -> int:
+    return next(row.bits for known, row in PRECISIONS.items() if known == name)
+
+
+def add_speed(variants: dict[str, dict[str, Any]], seconds: dict[str, list[float]], rows: int) -> None:
+    """Adds the speed of each variant, and its speedup over fp32."""
+    for name, variant in variants.items():
+        variant["rows_per_s"] = rows / statistics.median(seconds[name])
+        variant["speedup"] = compared(seconds[name], seconds["fp32"]).ratio
+
+
+def compare(source: ModelFolder, target: Target, only: Precision | None) -> dict[str, Any]:
+    """Runs the stage; returns the measurements and, under "chosen", the choice ("" if there is none)."""
+    spec = source.spec
+    max_drop = spec.precision.max_drop
+    wanted: list[Precision] = [only] if only else list(spec.precision.candidates)
+    tried: list[Precision] = ["fp32", *(name for name in wanted if name != "fp32")]
+    refused = {name: why for name in tried if (why := _refusal(spec, name, target) or _failure(spec, name, target))}
+    if only in refused or "fp32" in refused:
+        raise GateFailed(refused[only if only in refused else "fp32"])
+    candidates = [name for name in wanted if name not in refused]
+    names = [name for name in tried if name not in refused]
+    module = source.load()
+    weights = weights_digest(module)
+    keys = {name: accuracy_key(source, name, weights) for name in names}
+    reference = module_predictor(spec, module)
+    baseline = functools.cache(lambda: Baseline.of(source, reference))  # not needed if all results are cached
+    variants: dict[str, dict[str, Any]] = {}
+    runners: dict[str, Predict] = {}
+    for name in names:
+        with log.status(f"{name} on {target}"):
+            runners[name] = variant_predictor(spec, name, target)
+            variants[name] = measured(
+                keys[name],
+                spec.name,
+                lambda name=name: {  # type: ignore[misc]
+                    **baseline().measure(runners[name]),
+                    **_judged(baseline(), runners[name], _sensitivity(spec, name)),
+                    "pytorch": baseline().metrics,
+                },
+            )
+            if name == "fp32":
+                _check_fp32(spec, target, variants[name]["parity"])
+            metrics = variants[name].pop("pytorch")
+            variants[name]["size_bytes"] = read_manifest(engine_path(spec.name, name, target)).size_bytes
+    rows = load_rows(build_dir(spec.name) / "evaluation.npz")
+    inputs = inputs_at(spec, rows, {name: axis.opt for name, axis in spec.axes.items()})
+    timed_rows = spec.axes[BATCH].opt
+    with log.status("timing, interleaved"):
+        timers = {name: variant_timers(spec, name, target, runners[name], inputs) for name in names}
+        before = clocks()
+        on_host = {"pytorch": wall(lambda: reference(inputs))}
+        runs: dict[str, Timer] = {name: run for name, (run, _) in timers.items()}
+        # Beside an engine on a GPU, PyTorch on the host would take all the time: it gets rounds of its own.
+        seconds = time_interleaved(runs if target == "tensorrt" else on_host | runs)
+        seconds |= time_interleaved(on_host) if target == "tensorrt" else {}
+        copies = time_interleaved({name: copy for name, (_, copy) in timers.items() if copy is not None})
+    add_speed(variants, seconds, timed_rows)
+    for copied, each in copies.items():
+        variants[copied]["copies_ms"] = 1000 * statistics.median(each)
+    try:
+        chosen, reasons = choose(variants, candidates, max_drop, seconds, asked=only is not None)
+        failure = ""
+    except GateFailed as error:
+        chosen, reasons, failure = "", {}, str(error)
+    warning = too_small(spec, metrics)
+    for name in names:
+        variants[name]["reason"] = reasons.get(name, f"drop {variants[name]['drop']:.2%}")
+    return {
+        "model": spec.name,
+        "target": target,
+        "provider": choose_provider(spec.onnxruntime.provider) if target == "onnxruntime" else None,
+        "chosen": chosen,
+        "failure": failure,
+        "metric": "similarity" if warning else spec.precision.metric or "similarity",
+        "warning": warning,
+        "max_drop": max_drop,
+        "rows": len(rows),
+        "clocks": {"before": before, "after": clocks()},
+        "timed_shapes": {name: list(array.shape) for name, array in inputs.items()},
+        "pytorch": {"metrics": metrics, "rows_per_s": timed_rows / statistics.median(seconds["pytorch"])},
+        "variants": variants,
+        "refused": refused,
+        "sensitivity": {name: report for name in candidates if (report := _sensitivity(spec, name))},
+    }
+
+
+def _judged(baseline: Baseline, predict: Predict, sensitivity: dict[str, Any] | None) -> dict[str, Any]:
+    """The drop on the rows that judge, if layers were chosen on the others."""
+    if not (sensitivity or {}).get("judged"):
+        return {}
+    return {"drop": baseline.drop_on_half(predict, choosing=False), "rows": baseline.half_sizes()}
+
+
+def _check_fp32(spec: DeploymentSpec, target: Target, parity: dict[str, dict[str, float]]) -> None:
+    """Raises GateFailed if fp32 differs from PyTorch: a metric might not reveal a graph of another model."""
+    allowed = spec.parity.of("fp32").worst_error
+    if target == "tensorrt":  # TF32 has fp16's mantissa
+        allowed = max(allowed, PRECISIONS["fp16"].worst_error)
+    for name, numbers in parity.items():
+        error = numbers.get("worst_error", 0.0)
+        if error > allowed:
+            raise GateFailed(
+                f"fp32 on {target}: output {name!r} is off by {error:.2g} from PyTorch, allowed {allowed:g}; if "
+                f"the model has changed since the build, run deepseek to-onnx {flags_for(spec.name)} and "
+                "make engine, else set [parity.fp32] worst_error in deploy.toml"
+            )
+
+
+def _refusal(spec: DeploymentSpec, name: Precision, target: Target) -> str | None:
+    """Why the graph or the engine of a precision could not be made; None if both were."""
+    return refusal(onnx_path(spec.name, name)) or refusal(engine_path(spec.name, name, target))
+
+
+def _failure(spec: DeploymentSpec, name: Precision, target: Target) -> str | None:
+    """Why a graph or an engine does not run as it is served, tried in a child process; None if it runs."""
+    runtime, what = ("TensorRT", "engine") if target == "tensorrt" else ("ONNX Runtime", "graph")
+    if target == "torchscript":  # has fp32 only, without which there is nothing to compare
+        return None
+    row = load_rows(build_dir(spec.name) / "evaluation.npz")[:1]
+    try:
+        in_child(runtime, lambda: outputs_of(spec, variant_predictor(spec, name, target), row))
+    except (InputError, InvalidMeasurement):  # never built, no such execution provider, or out of memory
+        raise
+    except Crashed as crash:
+        return f"{crash} on its {what}"
+    except Exception as error:
+        return f"its {what} does not run: {' '.join(str(error).split())[:300]}"
+    return None
+
+
+def _sensitivity(spec: DeploymentSpec, name: Precision) -> dict[str, Any] | None:
+    """The sensitivity report and the precision of the layers kept high; None if there was no sensitivity pass."""
+    path = onnx_path(spec.name, name)
+    report = path.with_name("sensitivity.json")
+    if name not in EIGHT_BITS or not report.is_file():
+        return None
+    return {**json.loads(report.read_text()), "high": read_manifest(path).settings["high_precision"]}
+
+
+def record(result: dict[str, Any], spec: DeploymentSpec, target: Target) -> None:
+    """Writes the accuracy into each manifest, and the choice."""
+    for name, variant in result["variants"].items():
+        path = engine_path(spec.name, name, target)
+        accuracy = {key: variant[key] for key in ("drop", "metrics", "parity")}
+        manifest = read_manifest(path).model_copy(update={"accuracy": {"against": "fp32 PyTorch", **accuracy}})
+        write_manifest(path.parent / "manifest.json", manifest)
+    result["sha256"] = {name: sha256(engine_path(spec.name, name, target)) for name in result["variants"]}
+    with staged(choice_path(spec.name, target)) as file:
+        file.write_text(json_text(result) + "\n")
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the table, and why each variant was chosen or not."""
+    metric, base = result["metric"], result["pytorch"]
+    print(f"{result['model']} on {result['target']}: {result['rows']} evaluation rows, budget {result['max_drop']:.2%}")
+    table = Table("precision", box=box.SIMPLE_HEAD)
+    for column in (metric, "drop", "worst error", "cosine", "top", "speed", "size"):
+        table.add_column(column, justify="right")
+    speed = base["rows_per_s"] / result["variants"]["fp32"]["rows_per_s"]
+    reference = f"{base['metrics'][metric]:.4f}" if metric in base["metrics"] else "1"
+    table.add_row("PyTorch fp32", reference, "", "", "", "", f"{speed:.2f}x", "")
+    for name, variant in result["variants"].items():
+        outputs = variant["parity"].values()
+        errors = [output["worst_error"] for output in outputs if "worst_error" in output]
+        cosines = [output["cosine"] for output in outputs if "cosine" in output]
+        table.add_row(
+            name,
+            f"{variant['metrics'].get(metric, 1 - variant['drop']):.4f}",
+            f"{variant['drop']:+.2%}",
+            f"{max(errors):.2g}" if errors else "",
+            f"{min(cosines):.5f}" if cosines else "",
+            f"{min(output['top_agreement'] for output in outputs):.1%}",
+            f"{variant['speedup']:.2f}x",
+            human_bytes(variant["size_bytes"]),
+            style="bold" if name == result["chosen"] else None,
+        )
+    Console(width=max(Console().width, 100), markup=False).print(table)
+    if result["warning"]:
+        print(f"warning: {result['warning']}")
+    for name, variant in result["variants"].items():
+        print(f"{name:<9} {variant['reason']}")
+    copies = {name: each["copies_ms"] for name, each in result["variants"].items() if "copies_ms" in each}
+    if copies:
+        listed = ", ".join(f"{name} {each_ms:.3f} ms" for name, each_ms in copies.items())
+        print(f"copies to and from the GPU, not part of the speed: {listed}")
+        print(f"GPU clocks: {result['clocks']['before']}; after timing: {result['clocks']['after']}")
+    for name, reason in result["refused"].items():
+        print(f"{name:<9} could not be made: {reason}")
+    for name, report in result["sensitivity"].items():
+        if report["layers"]:
+            print(f"{name:<9} sensitivity: {verdict(report, name, report['high'])}")
+            Console(width=max(Console().width, 100), markup=False).print(shares_table(report, name, report["high"]))
+
+
+def main(options: argparse.Namespace) -> None:
+    """The command `select-precision`."""
+    with kept_for_json(options.json):
+        source = ModelFolder(options.model, options.models)
+        result = compare(source, options.target, None if options.precision == "auto" else options.precision)
+    if options.json:
+        print(json_text(result))
+    else:
+        show(result)
+    if result["failure"]:
+        raise GateFailed(result["failure"])
+    record(result, source.spec, options.target)

@@ -1,0 +1,114 @@
+"""Makes a model's weights with its own train(), or takes them from the cache if the same training ran before.
+
+Contract: `train()` of model.py writes under `build/<name>/`; then `build/<name>/weights-digest.json` records the digest
+of what `load()` gives. In `deepseek engine`, if model.py has `fingerprint()` (a text that changes with what `train()`
+reads outside the model folder), the files that `train()` wrote are cached. If cached files load() to other weights than
+before, they are dropped and training runs. Without `fingerprint()`, training runs each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from deepseek.spec import InputError, build_dir, kept_for_json
+from deepseek.spec.files.folders import SCRATCH, scratch_in
+from export.artifact import staged, weights_path
+from export.cache import alone_with, drop, fetch, refined, stage_key, store
+from export.model_folder import ModelFolder
+from export.runtimes.pytorch_reference import weights_digest
+
+How = Literal["brought", "cached", "trained"]
+SAID = {
+    "brought": "comes with its weights: no train() in {file}",
+    "cached": "was trained before from the same code, data, settings and versions: using the cache "
+    "(CACHE=off trains again)",
+}
+FILES = "files"  # folder of a cache entry with the files of train(); beside it is the digest of load()'s weights
+
+
+def make_weights(source: ModelFolder) -> How:
+    """Runs the stage; returns how the weights were made."""
+    told = source.fingerprint()
+    how = "brought" if source.train is None else _trained(source, told)
+    with staged(weights_path(source.spec.name)) as file:
+        file.write_text(_facts(source, told))
+    return how
+
+
+def _facts(source: ModelFolder, fingerprint: str | None) -> str:
+    """What later stages depend on, as JSON."""
+    return json.dumps({"weights": weights_digest(source.unpruned()), "fingerprint": fingerprint}) + "\n"
+
+
+def _trained(source: ModelFolder, fingerprint: str | None) -> How:
+    key = refined(stage_key(), fingerprint=fingerprint) if fingerprint is not None else None
+    with alone_with(key):
+        if key is not None and _fetched(source, key, fingerprint):
+            return "cached"
+        before = _files(build_dir(source.spec.name))
+        assert source.train is not None
+        source.train()
+        if key is not None:
+            _store(source, key, before, fingerprint)
+    return "trained"
+
+
+def _files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Time and size of each file under a folder, without scratch folders of other processes."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    names = {str(path.relative_to(folder)): path for path in paths}
+    facts = {name: path.stat() for name, path in names.items() if not name.startswith(SCRATCH)}
+    return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in facts.items()}
+
+
+def _store(source: ModelFolder, key: str, before: dict[str, tuple[int, int]], fingerprint: str | None) -> None:
+    """Caches the files that train() has written or changed."""
+    folder = build_dir(source.spec.name)
+    written = [name for name, facts in _files(folder).items() if before.get(name) != facts]
+    if not written:  # train() found all files in place, or wrote elsewhere
+        return
+    facts = _facts(source, fingerprint)
+    with scratch_in(folder) as scratch:
+        for name in written:
+            (scratch / FILES / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, scratch / FILES / name)
+        (scratch / weights_path(source.spec.name).name).write_text(facts)
+        store(key, scratch)
+
+
+def _fetched(source: ModelFolder, key: str, fingerprint: str | None) -> bool:
+    """Restores the files of a cache entry; False if there is none, or if it does not give the same weights."""
+    folder = build_dir(source.spec.name)
+    with scratch_in(folder) as scratch:
+        if not fetch(key, scratch):
+            return False
+        facts = (scratch / weights_path(source.spec.name).name).read_text()
+        names = list(_files(scratch / FILES))
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(scratch / FILES / name, folder / name)
+    with contextlib.suppress(InputError):
+        if _facts(source, fingerprint) == facts:
+            return True
+    drop(key)  # load() also needs files from before train(): remove these, so that train() writes all
+    for name in names:
+        (folder / name).unlink()
+    return False
+
+
+def main(options: argparse.Namespace) -> None:
+    """The command `train`."""
+    with kept_for_json(options.json):
+        folder = ModelFolder(options.model, options.models)
+        how = make_weights(folder)
+    if options.json:
+        result: dict[str, Any] = {"model": options.model, "weights": how, "folder": str(build_dir(options.model))}
+        print(json.dumps(result, indent=2))
+    elif how in SAID:  # train() prints its own report
+        print(f"{options.model} {SAID[how].format(file=folder.folder / 'model.py')}")

@@ -1,0 +1,169 @@
+"""Builds `config.pbtxt`, Triton's configuration of a model, as Triton's own protobuf message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup, ModelQueuePolicy
+
+from deepseek.spec import BATCH, TRITON_DTYPES, DeploymentSpec, Precision, Target, histogram_bounds_ms
+from deepseek.targets import PROVIDERS, TARGETS, is_accelerator
+from export.rows import Row
+
+
+def model_config(
+    spec: DeploymentSpec,
+    precision: Precision,
+    target: Target,
+    warmup: dict[str, Row],
+    device: str = "cpu",
+    left_out: Sequence[str] = (),
+    gpus: Sequence[int] = (),
+) -> ModelConfig:
+    """Triton's configuration of a model.
+
+    `warmup` maps a file-name prefix to the row stored under it. `device` is the one a TorchScript module was made for,
+    `left_out` the optimizers of ONNX Runtime to disable for the graph, `gpus` the GPUs that run a TensorRT engine if
+    there are others.
+    """
+    spec = spec.for_target(target)
+    config = ModelConfig(name=spec.name, max_batch_size=spec.max_served_batch)
+    for tensors, added in ((spec.inputs, config.input), (spec.outputs, config.output)):
+        for name, tensor in tensors.items():
+            entry = added.add(name=name, data_type=_data_type(tensor.dtype))
+            entry.dims.extend(_dim(spec, dim) for dim in tensor.triton_dims)
+            if len(tensor.shape) == 1:
+                entry.reshape.SetInParent()  # to no dimension: the engine takes [batch] where callers send [batch, 1]
+    _set_backend(config, spec, target, device)
+    config.instance_group[0].gpus.extend(gpus)
+    if target == "onnxruntime" and left_out:
+        _leave_out(config, left_out)
+    config.parameters["precision"].string_value = precision
+    batching = config.dynamic_batching
+    batching.max_queue_delay_microseconds = spec.batching.max_queue_delay_us
+    policy = batching.default_queue_policy
+    policy.max_queue_size = spec.batching.max_queue_size
+    policy.timeout_action = ModelQueuePolicy.REJECT
+    policy.default_timeout_microseconds = spec.batching.queue_timeout_ms * 1000
+    policy.allow_timeout_override = True  # clients may set a shorter timeout
+    if config.backend != "python":
+        _set_buckets(config, spec)
+    for prefix, row in warmup.items():
+        for batch in sorted({spec.axes[BATCH].min, spec.max_served_batch}):
+            sample = config.model_warmup.add(name=f"{prefix}-batch-{batch}", batch_size=batch)
+            for name, array in row.items():
+                entry = sample.inputs[name]
+                entry.data_type = _data_type(spec.inputs[name].dtype)
+                entry.dims.extend(array.shape[1:] or (1,))
+                entry.input_data_file = f"{prefix}-{name}"
+    return config
+
+
+def _set_backend(config: ModelConfig, spec: DeploymentSpec, target: Target, device: str) -> None:
+    """Sets the Triton backend that runs the model, and the number and kind of its instances."""
+    group = config.instance_group.add(count=spec.batching.instances, kind=ModelInstanceGroup.KIND_GPU)
+    if target == "tensorrt":
+        config.backend = "tensorrt"
+        config.default_model_filename = TARGETS[target].engine
+        for batch in cuda_graph_batches(spec):
+            _capture(config, spec, batch)
+    elif target == "torchscript":
+        config.backend, config.platform = "pytorch", "pytorch_libtorch"
+        config.default_model_filename = TARGETS[target].engine
+        if device == "cpu":
+            group.kind = ModelInstanceGroup.KIND_CPU
+        else:
+            group.gpus.append(int(device.removeprefix("cuda:")))  # a trace is bound to its device's number
+        if spec.batching.threads:
+            config.parameters["INTRA_OP_THREAD_COUNT"].string_value = str(spec.batching.threads)
+    elif spec.onnxruntime.backend == "onnxruntime":
+        _set_own_onnxruntime(config, group, spec)
+    else:
+        config.backend = "python"
+        # `auto` is resolved only when the model loads, so it gets one device; Triton has no kind for AMD or Ascend.
+        provider = PROVIDERS.get(spec.onnxruntime.provider)
+        if provider is None or not provider.is_nvidia:
+            group.kind = ModelInstanceGroup.KIND_CPU
+        config.parameters["threads"].string_value = str(spec.batching.threads or 0)
+        config.parameters["provider"].string_value = spec.onnxruntime.provider
+        config.parameters["provider_options"].string_value = json.dumps(spec.provider_options)
+
+
+def _set_buckets(config: ModelConfig, spec: DeploymentSpec) -> None:
+    """Bounds of Triton's latency histogram, derived from the SLO; Triton's defaults if it has no latency.
+
+    Source: docs/user_guide/metrics.md, "Histograms", of NVIDIA's server, 24.11 and later. The embedded 2.51 rejects
+    unknown fields, so configurations that it may load (Python backend) go without.
+    """
+    limits_ms = [line.limit for line in spec.slo.all_objectives() if line.percent and line.rate_rps is None]
+    if limits_ms:
+        control = config.model_metrics.metric_control.add()
+        control.metric_identifier.family = "nv_inference_first_response_histogram_ms"
+        control.histogram_options.buckets.extend(histogram_bounds_ms(spec.slo.p99_ms or max(limits_ms), limits_ms))
+
+
+def _leave_out(config: ModelConfig, optimizers: Sequence[str]) -> None:
+    """Disables some of ONNX Runtime's optimizers.
+
+    Triton's own backend cannot disable single ones: on a CPU it is set to the basic level, which excludes these.
+    """
+    if config.backend == "python":
+        config.parameters["left_out"].string_value = " ".join(optimizers)
+    elif config.instance_group[0].kind != ModelInstanceGroup.KIND_GPU:
+        config.optimization.graph.level = -1
+
+
+def cuda_graph_batches(spec: DeploymentSpec) -> list[int]:
+    """Batch sizes to capture as CUDA graphs: those named, else powers of two, opt and the largest batch.
+
+    Sizes above `max_batch_size` are left out: Triton would refuse the model. With dynamic batching, its own default is
+    only 1 and the largest. Call it on the result of `for_target`.
+    """
+    if not spec.tensorrt.cuda_graphs:
+        return []
+    axis, most = spec.axes[BATCH], spec.max_served_batch
+    powers = {1 << power for power in range(most.bit_length())}
+    sizes = spec.tensorrt.cuda_graph_batches or powers | {axis.opt, most}
+    return sorted(size for size in set(sizes) if axis.min <= size <= most)
+
+
+def _capture(config: ModelConfig, spec: DeploymentSpec, batch: int) -> None:
+    """Captures a batch size as a CUDA graph, other axes at opt; other shapes are launched kernel by kernel."""
+    config.optimization.cuda.graphs = True
+    captured = config.optimization.cuda.graph_spec.add(batch_size=batch)
+    for name in spec.inputs:
+        captured.input[name].dim.extend(spec.shape(name, "opt")[1:])
+
+
+def _set_own_onnxruntime(config: ModelConfig, group: ModelInstanceGroup, spec: DeploymentSpec) -> None:
+    """Sets Triton's own ONNX Runtime backend, which runs everything on its instance's GPU."""
+    provider = spec.onnxruntime.provider
+    config.backend = "onnxruntime"
+    config.default_model_filename = "model.onnx"
+    if not is_accelerator(provider):
+        group.kind = ModelInstanceGroup.KIND_CPU if provider == "cpu" else ModelInstanceGroup.KIND_AUTO
+    else:
+        accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
+        accelerators.add(name=provider, parameters=spec.provider_options)
+    if spec.batching.threads:
+        config.parameters["intra_op_thread_count"].string_value = str(spec.batching.threads)
+
+
+def _data_type(dtype: str) -> DataType:
+    return DataType.Value(f"TYPE_{TRITON_DTYPES[dtype]}")
+
+
+def _dim(spec: DeploymentSpec, dim: int | str) -> int:
+    if isinstance(dim, int):
+        return dim
+    axis = spec.axes[dim]
+    return axis.max if axis.min == axis.max else -1
+
+
+def config_text(config: ModelConfig) -> str:
+    """The configuration as text, checked to parse back to the same message."""
+    text = text_format.MessageToString(config)
+    assert text_format.Parse(text, ModelConfig()) == config
+    return text

@@ -1,0 +1,33 @@
+"""Settings from the options that all commands share which load a running server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from deepseek.spec import SloSpec, build_dir
+from loadtests.slo.slo_demands import timeout_for
+
+
+def endpoint_of(args: argparse.Namespace, *slos: SloSpec) -> dict[str, Any]:
+    """Fields of `LoadSettings`; `slos` judge the answers and set the default time-out."""
+    return {
+        "models": str(args.models),
+        "target": args.target,
+        "protocol": args.protocol,
+        "url": args.url,
+        "tls": args.tls,
+        "ca_cert": args.ca_cert,
+        "arrivals": args.arrivals,
+        "warmup_s": args.warmup_s,
+        "timeout_s": timeout_for(args.timeout_s, *slos),
+        "max_in_flight": args.max_in_flight,
+        "priority": args.priority,
+        "workers": args.workers if args.workers > 0 else len(os.sched_getaffinity(0)),
+    }
+
+
+def inputs_of(model: str) -> str:
+    """The file of real inputs that `make engine` writes for a model."""
+    return str(build_dir(model) / "evaluation.npz")

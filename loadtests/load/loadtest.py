@@ -1,0 +1,228 @@
+"""Runs one load test, or a mix, against a running server and saves the measurements.
+
+Contract: `preflight` reports mistakes before any load. A run appears atomically under `build/<model>/loadtests/`.
+`loadtests.slo.verdict` judges it, `loadtests.report` draws it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import signal
+import socket
+from contextlib import suppress
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, SloSpec
+from loadtests.figures import SUMMARY
+from loadtests.load.endpoint import endpoint_of, inputs_of
+from loadtests.load.measure import ModelLoad, measure_together, work_for
+from loadtests.load.preflight import check
+from loadtests.load.until_decided import measure_until_decided, planned_looks
+from loadtests.results.histogram import Latency
+from loadtests.results.mixes import Mix, models_of
+from loadtests.results.run import Run
+from loadtests.results.schedule import segments_of
+from loadtests.results.settings import LoadSettings
+from loadtests.results.stretch import Distribution, shown_percentile
+from loadtests.slo import slo_demands as limits
+from loadtests.slo.generator_health import generator_problems
+from loadtests.slo.time_split import mean_batch, means_ms
+
+ALONE = ("mix", "remote_workers", "worker_of", "web")  # options that do not go with --until-decided
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """The figures of a run, as `--json` prints them; a percentile that falls on a failed request is null."""
+    kinds: tuple[Latency, ...] = ("intended", "service") if run.settings.open_loop else ("service",)
+    return {
+        "run": str(run.folder),
+        "planned": run.window.planned,
+        "answered": run.window.ok,
+        "errors": dict(run.window.errors),
+        "throughput_rps": run.window.throughput_rps,
+        "latency": {kind: _figures(run.window.latency(kind)) for kind in kinds},
+        "lengths": {
+            length: {"planned": found.planned, "errors": dict(found.errors), **_figures(found.latency(run.judged))}
+            for length, found in run.lengths.items()
+        },
+        "generator": {
+            **run.generator,
+            "attempted_share": run.window.attempted_share,
+            "lag": _figures(run.window.latency("lag")) if run.settings.open_loop else None,
+        },
+        "server": run.server,
+    }
+
+
+def _figures(found: Distribution) -> dict[str, float | None]:
+    figures = {f"p{percent:g}_ms": found.percentile_ms(percent) for percent in SUMMARY}
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
+
+def described(settings: LoadSettings) -> str:
+    if settings.open_loop:
+        loop = f"open loop at {settings.shape if settings.rate_rps is None else f'{settings.rate_rps:g}'}/s"
+    else:
+        loop = f"closed loop, {settings.users} users"
+    seconds = f"{settings.warmup_s:g} s of warm-up and {settings.duration_s:g} s"
+    return f"{settings.model} over {settings.protocol} at {settings.url}, {loop}, {seconds}"
+
+
+def _print(run: Run, console: Console) -> None:
+    window = run.window
+    if run.settings.mix:
+        console.print(run.settings.model, style="bold")
+    counts = f"{window.planned} requests, {window.ok} answered, {window.failed} failed"
+    console.print(f"{counts}; {window.throughput_rps:.1f} answers/s")
+    for kind, figures in summary(run)["latency"].items():
+        shown = ", ".join(f"{name[:-3]} {'never' if ms is None else f'{ms:.2f} ms'}" for name, ms in figures.items())
+        console.print(f"{kind} latency: {shown}")
+    if run.lengths:
+        console.print(_lengths_table(run))
+    statistics = run.server["statistics"]
+    if means := means_ms(statistics):
+        shown = ", ".join(f"{name.replace('_', ' ')} {mean:.2f} ms" for name, mean in means.items())
+        batch, failed = mean_batch(statistics), statistics["fail"]["count"]
+        console.print(f"in the server: {shown}; mean batch {batch:.2f}; {failed} failed, as Triton counts")
+    console.print(f"run: {run.folder}", soft_wrap=True)
+
+
+def _lengths_table(run: Run) -> Table:
+    table = Table(
+        "inputs of",
+        "requests",
+        "failed",
+        *(f"p{percent:g}" for percent in SUMMARY),
+        title=f"{run.judged} latency by length",
+    )
+    for length, found in run.lengths.items():
+        latency = found.latency(run.judged)
+        shown = [shown_percentile(latency, percent) for percent in SUMMARY]
+        table.add_row(length, str(found.planned), str(found.failed), *shown)
+    return table
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.worker_of and args.remote_workers is None:
+        raise InputError("--worker-of: repeat all flags of the master, including --remote-workers")
+    if args.remote_workers is not None:
+        args.workers = args.remote_workers
+    if args.until_decided and (
+        other := next((name for name in ALONE if getattr(args, name) not in (None, False)), None)
+    ):
+        raise InputError(f"--until-decided: not with --{other.replace('_', '-')}; leave one of them out")
+    if args.web:
+        _check_port(args.web_port)
+
+
+def _check_port(port: int) -> None:
+    """Raises InputError if Locust's page cannot listen on the port."""
+    try:
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(("127.0.0.1", port))
+    except OverflowError:
+        raise InputError(f"--web-port {port}: not a port; allowed: 1 to 65535") from None
+    except OSError as error:
+        raise InputError(f"--web-port {port}: {error.strerror}; choose another port for the page") from None
+
+
+def _settings(
+    args: argparse.Namespace, model: str, rate: float | None, shape: str | None, *slos: SloSpec
+) -> LoadSettings:
+    """The settings of the command line, for one model or a whole mix."""
+    duration_s = args.duration_s
+    if shape is not None:
+        duration_s = sum(segment.duration_s for segment in segments_of(shape))
+    own = {"rate_rps": rate, "shape": shape, "users": args.users, "seed": args.seed, "duration_s": duration_s}
+    return LoadSettings(model=model, inputs=args.inputs or inputs_of(model), **own, **endpoint_of(args, *slos))
+
+
+def _of_one(args: argparse.Namespace, spec: DeploymentSpec) -> LoadSettings:
+    """The settings for one model; by default at each rate that the SLO names."""
+    rate, shape = args.rate, args.shape
+    if (rate, shape, args.users) == (None, None, None) and (asked := limits.rates(spec.slo)):
+        rate = asked[0] if len(asked) == 1 else None
+        shape = None if rate else ", ".join(f"{each:.15g}x{args.duration_s:.0f}" for each in asked)
+    return _settings(args, args.model, rate, shape, spec.slo)
+
+
+def _of_mix(args: argparse.Namespace, specs: dict[str, DeploymentSpec]) -> list[LoadSettings]:
+    """The settings of a mix's models; by default at the lowest rate that gives each model the rate of its SLO."""
+    if args.inputs is not None:
+        raise InputError("--inputs: not with --mix, whose models each use build/<model>/evaluation.npz; leave it out")
+    mix = Mix.parse(args.mix, {model: spec.slo.rate_rps for model, spec in specs.items()})
+    rate = args.rate
+    if (rate, args.shape, args.users) == (None, None, None):
+        rate = mix.least_rate_rps
+    whole = _settings(args, next(iter(specs)), rate, args.shape, *(spec.slo for spec in specs.values()))
+    return mix.parts(whole, {model: inputs_of(model) for model in specs})
+
+
+def _loads(args: argparse.Namespace) -> list[ModelLoad]:
+    """The checked loads that the options ask for."""
+    models = models_of(args.mix) if args.mix else [args.model]
+    specs = {model: DeploymentSpec.of_model(model, args.models).for_target(args.target) for model in models}
+    parts = _of_mix(args, specs) if args.mix else [_of_one(args, specs[args.model])]
+    return [ModelLoad(settings=each, spec=specs[each.model], served=check(each, specs[each.model])) for each in parts]
+
+
+def main(args: argparse.Namespace) -> int:
+    _check(args)
+    loads = _loads(args)
+    console = Console(stderr=True, markup=False)
+    if args.until_decided:
+        first = loads[0].settings
+        seconds = [f"{lengths * first.duration_s:g}" for lengths in planned_looks(first, args.max_s)]
+        console.print(f"until decided: looks after {', '.join(seconds)} s")
+    for load in loads:
+        for warning in () if args.until_decided else limits.too_short(load.settings, load.spec.slo):
+            console.print(f"note: {load.settings.model}: {warning}" if args.mix else f"note: {warning}")
+        console.print(described(load.settings))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean shutdown, as on Ctrl-C
+    if args.worker_of:
+        return work_for(args.worker_of, loads)
+    web_port = args.web_port if args.web else None
+    if web_port is not None:
+        console.print(f"Locust's page: http://127.0.0.1:{web_port}")
+
+    def show(runs: list[Run]) -> None:
+        if args.json:
+            found = [summary(run) for run in runs]
+            print(json.dumps({"mix": args.mix, "runs": found} if args.mix else found[0], indent=2), flush=True)
+        else:
+            for run in runs:
+                _print(run, Console(markup=False))
+
+    def show_beside_page(runs: list[Run]) -> None:
+        with suppress(KeyboardInterrupt):  # the runs are saved: Ctrl-C only closes the page
+            show(runs)
+            console.print("Locust's page stays open until Ctrl-C")
+            signal.pause()
+
+    and_then = show if web_port is None else show_beside_page
+    if args.until_decided:
+        runs = [measure_until_decided(loads[0], console, budget_s=args.max_s)]
+        show(runs)
+        return _checked(runs, loads)
+    runs = measure_together(
+        loads, console, web_port=web_port, remote=args.remote_workers is not None, and_then=and_then
+    )
+    return _checked(runs, loads)
+
+
+def _checked(runs: list[Run], loads: list[ModelLoad]) -> int:
+    """0 if the runs are valid; else InvalidMeasurement."""
+    problems = {
+        str(run.folder): found
+        for run, load in zip(runs, loads, strict=True)
+        if (found := generator_problems(run, load.spec.slo))
+    }
+    if problems:
+        raise InvalidMeasurement("; ".join(f"{folder}: {'; '.join(found)}" for folder, found in problems.items()))
+    return 0

@@ -1,0 +1,74 @@
+"""Checks a load test before any load: the settings, the inputs, the server.
+
+Contract: raises a one-line `InputError`, or returns the server's metadata of the model.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from deepseek_client import (
+    DeadlineExceeded,
+    InferenceClient,
+    InferenceError,
+    ModelMetadata,
+    ServerBusy,
+    ServerError,
+)
+
+from deepseek.spec import BATCH, DeploymentSpec, InputError
+from loadtests.load.inputs import read_inputs
+from loadtests.results.settings import IN_FLIGHT, LoadSettings
+
+TRIES = 5  # enough for a server that breaks half of its connections
+MOST_REQUESTS = 1_000_000_000  # more is a typing error; a week at 1000/s is 605 million
+
+
+def check(settings: LoadSettings, spec: DeploymentSpec) -> ModelMetadata:
+    """Checks settings, inputs and server; returns the server's metadata of the model, InputError otherwise."""
+    _check_numbers(settings)
+    rows = read_inputs(Path(settings.inputs), spec.axes[BATCH].min)
+    for row in rows:
+        if row.keys() != spec.inputs.keys():
+            raise InputError(f"{settings.inputs}: contains {_listed(row)}, deploy.toml has {_listed(spec.inputs)}")
+    try:
+        options = {"timeout_s": settings.timeout_s, "retries": TRIES, "idempotent": True, **settings.access}
+        with InferenceClient(settings.url, settings.protocol, **options) as client:
+            if not client.ready():
+                raise InputError(f"the server at {settings.url} is not ready; wait for it or read its log")
+            if not client.ready(settings.model):
+                raise InputError(f"{settings.model} is not ready at {settings.url}; is it in the model repository?")
+            served = client.metadata(settings.model)
+            for row in rows:
+                client.prepare(settings.model, row)
+            with suppress(ServerBusy, ServerError, DeadlineExceeded):  # the load test measures these
+                client.infer(settings.model, rows[0])
+    except InferenceError as error:
+        raise InputError(str(error)) from None
+    return served
+
+
+def _check_numbers(settings: LoadSettings) -> None:
+    """Checks options that depend on each other; the command line checks the others."""
+    if [settings.rate_rps, settings.shape, settings.users].count(None) != 2:
+        raise InputError(
+            "give one of --rate and --shape (open loop) or --users (closed loop); slo.rate_rps is the default rate"
+        )
+    if settings.open_loop:
+        planned = sum(segment.arrivals for segment in settings.segments)
+        if not 1 <= planned <= MOST_REQUESTS:
+            what = f"--rate {settings.rate_rps:g} for {settings.duration_s:g} s"
+            raise InputError(
+                f"{what if settings.shape is None else f'--shape {settings.shape}'} plans {planned} requests; "
+                f"allowed: 1 to {MOST_REQUESTS}"
+            )
+    elif settings.users is not None and settings.mix is None and settings.users < settings.workers:
+        raise InputError(f"--users {settings.users} for --workers {settings.workers}: each worker needs at least one")
+    elif settings.users is not None and settings.users > (most := settings.max_in_flight or IN_FLIGHT):
+        raise InputError(f"--users {settings.users}: at most {most} are allowed; raise --max-in-flight")
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names)) or "nothing"

@@ -1,0 +1,46 @@
+"""`InferenceClient` over the load generator's own connections.
+
+Contract: with TLS it uses the client's connections. `send` makes one attempt and keeps no counts; everything else is
+the client's. For processes that gevent has patched, such as Locust's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+from deepseek_client import InferenceClient, PreparedRequest
+from deepseek_client.client import address_of, blocking_transport
+from deepseek_client.concurrency import run
+from deepseek_client.grpc.transport import GrpcTransport
+from deepseek_client.http.pool import BlockingPool
+from deepseek_client.http.transport import HttpTransport
+from deepseek_client.options import ClientOptions
+from deepseek_client.transport import NO_HEADERS, Deadline, Transport
+
+from loadtests.load.wire.grpc_channel import GreenChannel
+from loadtests.load.wire.http_connection import GreenConnection
+
+
+def green_transport(url: str, options: ClientOptions) -> Transport:
+    if options.speaks_tls:
+        return blocking_transport(url, options)
+    if options.protocol == "grpc":
+        return GrpcTransport(url, GreenChannel(url))
+    pool = BlockingPool(partial(GreenConnection.open, *address_of(url)))
+    return HttpTransport(
+        url, pool, idempotent=options.idempotent, tls=False, api_key=None, max_response_bytes=options.max_response_bytes
+    )
+
+
+class WireClient(InferenceClient):
+    def _transport(self, url: str, options: ClientOptions) -> Transport:
+        return green_transport(url, options)
+
+    def send(
+        self, request: PreparedRequest, *, timeout_s: float | None = None, headers: Mapping[str, str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Makes one attempt."""
+        deadline = Deadline(self.timeout_s if timeout_s is None else timeout_s)
+        return run(self._core.transport.send(request, deadline, headers or NO_HEADERS))

@@ -1,0 +1,156 @@
+"""Starts the workers of a load test at the same time, then collects and writes their counts.
+
+Contract: runs in Locust's master, or in its only process. It writes rows as they arrive, so memory does not grow with
+the run. Beside the settings file it writes `<model>.seconds.jsonl` for each part (model), and at the end, atomically,
+`measured.json`: the generator's health, and for each part the server's statistics and counts by length.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import gevent
+from locust.env import Environment
+from locust.runners import MasterRunner
+
+from deepseek.spec import ExitCode
+from deepseek.spec.files.folders import write_whole
+from loadtests.load import server_statistics
+from loadtests.load.workers.recorder import Recorder, rows_file
+from loadtests.load.workers.sender import planned_blocks_s
+from loadtests.results.settings import LONGEST_PREPARATION_S, LoadSettings
+
+# From Locust's start signal to the first request, so that every worker gets the message in time.
+START_DELAY_S = 0.5
+DISTRIBUTED_START_DELAY_S = 2.0
+ALONE = "local"  # Locust's name for the only process
+Rows = list[list[dict[str, Any]]]  # one list for each part
+
+
+class Master:
+    def __init__(self, environment: Environment, parts: list[LoadSettings], folder: Path) -> None:
+        self._environment, self._parts, self._folder = environment, parts, folder
+        self._settings = parts[0]  # for the fields that all parts share
+        self._lengths: Rows = [[] for _ in parts]
+        self._generators: list[dict[str, Any]] = []
+        self._now: dict[int, Counter[str]] = defaultdict(Counter)
+        self._workers = 1
+        self._prepared: set[str] = set()
+        self._started = False
+
+    def start(self) -> None:
+        """Tells every worker when the measured window starts. A second start, from Locust's page, does nothing."""
+        runner = self._environment.runner
+        assert runner is not None
+        if self._started:
+            return
+        self._started = True
+        for part in self._parts:
+            rows_file(self._folder, part.model).write_text("")
+        self._write([list(planned_rows(part)) for part in self._parts])
+        workers = self._await_workers()
+        self._workers = len(workers)
+        delay_s = DISTRIBUTED_START_DELAY_S if isinstance(runner, MasterRunner) else START_DELAY_S
+        starts_at = time.time() + delay_s + self._settings.warmup_s
+        for rank, worker in enumerate(workers):  # Locust's own numbers have gaps if a worker was replaced
+            begin = {"starts_at": starts_at, "rank": rank, "workers": self._workers}
+            runner.send_message("begin", begin, worker)
+        gevent.spawn(self._gather, starts_at)
+
+    def take_prepared(self, worker: str) -> None:
+        """A worker is ready to send; Locust's own "ready" comes earlier."""
+        self._prepared.add(worker)
+
+    def take_unprepared(self, why: str) -> None:
+        """A worker cannot send: ends the test with the reason, since the load would be too low without it."""
+        print(json.dumps({"unprepared": why}), flush=True)
+        sys.exit(ExitCode.INVALID)
+
+    def _await_workers(self) -> list[str]:
+        give_up_at = time.time() + LONGEST_PREPARATION_S
+        while not self._prepared.issuperset(self._alive()) and time.time() < give_up_at:
+            gevent.sleep(0.02)
+        return self._alive()
+
+    def _alive(self) -> list[str]:
+        runner = self._environment.runner
+        if not isinstance(runner, MasterRunner):
+            return [ALONE]
+        nodes = runner.clients
+        return [node.id for node in (*nodes.ready, *nodes.spawning, *nodes.running)]
+
+    def _write(self, rows: Rows) -> None:
+        for part, found in zip(self._parts, rows, strict=True):
+            if found:
+                with rows_file(self._folder, part.model).open("a", encoding="utf-8") as file:
+                    file.writelines(f"{json.dumps(row)}\n" for row in found)
+
+    def take_second(self, second: int, rows: Rows, now: dict[str, int]) -> None:
+        """Takes a second from a worker; the last worker's completes the progress line on standard output."""
+        self._write(rows)
+        counts = self._now[second]
+        counts.update({**now, "workers": 1})
+        if counts["workers"] >= min(self._workers, len(self._alive())):
+            line = {"second": second, **{name: counts[name] for name in ("completed", "failed", "in_flight")}}
+            print(json.dumps(line), flush=True)
+            del self._now[second]
+
+    def take_last(self, rows: Rows, lengths: Rows, generator: dict[str, Any]) -> None:
+        self._write(rows)
+        for known, found in zip(self._lengths, lengths, strict=True):
+            known += found
+        self._generators.append(generator)
+
+    def _statistics(self) -> list[server_statistics.Statistics | None]:
+        return [server_statistics.fetch(part.url, part.protocol, part.model) for part in self._parts]
+
+    def _gather(self, starts_at: float) -> None:
+        settings = self._settings
+        gevent.sleep(max(0.0, starts_at - time.time()))
+        before = self._statistics()
+        gevent.sleep(max(0.0, starts_at + settings.duration_s - time.time()))
+        give_up_at = time.time() + settings.timeout_s + 5
+        while len(self._generators) < self._workers and time.time() < give_up_at:
+            gevent.sleep(0.02)
+        # The answers of a lost worker are lost too: its requests stay planned and count as never sent.
+        found = zip(self._lengths, map(server_statistics.difference, before, self._statistics()), strict=True)
+        measured = {
+            "generator": together(self._generators, self._workers),
+            "parts": [{"lengths": lengths, "server": server} for lengths, server in found],
+        }
+        write_whole(self._folder / "measured.json", json.dumps(measured))
+        print(json.dumps({"finished": True}), flush=True)
+        self._end()
+
+    def _end(self) -> None:
+        self._environment.process_exit_code = 0  # failed requests are a result, not a failure of Locust
+        runner = self._environment.runner
+        assert runner is not None
+        if self._environment.web_ui is None:
+            runner.quit()
+        else:
+            runner.stop()  # keeps the page open
+
+
+def planned_rows(settings: LoadSettings) -> list[dict[str, Any]]:
+    """The planned requests of all workers together, as one row per second."""
+    recorder = Recorder(open_loop=settings.open_loop)
+    for block in planned_blocks_s(settings):
+        recorder.plan(block)
+        gevent.sleep(0)  # a long schedule must not keep Locust's heartbeats waiting
+    return list(recorder.take())
+
+
+def together(generators: list[dict[str, Any]], workers: int) -> dict[str, Any]:
+    """The health of all workers: the worst value of each figure."""
+    worst = {
+        name: max((each[name] for each in generators), default=0.0)
+        for name in ("thread_cpu", "process_cpu", "machine_cpu")
+    }
+    precedence = bool(generators) and all(each["precedence"] for each in generators)
+    return {**worst, "precedence": precedence, "workers": workers, "workers_lost": workers - len(generators)}

@@ -1,0 +1,154 @@
+"""Records every request of a load test while it runs.
+
+Contract: latencies go into histograms in batches of thousands, since adding a single one would cost more than the rest
+of the record. A second is handed on when few of its requests are open; late ones make another row, and rows of a second
+are summed. So memory does not grow with the length of a run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hdrh.histogram import HdrHistogram
+
+from loadtests.results.histogram import LONGEST_US, VALUES_US, Latency, histogram
+
+FOLD_AT = 4096  # pending values, which bounds the memory of a long run
+
+
+def rows_file(folder: Path, model: str) -> Path:
+    """The file of the rows of a running load."""
+    return folder / f"{model}.seconds.jsonl"
+
+
+class Latencies:
+    """A histogram and the values to be added to it."""
+
+    __slots__ = ("_folded", "_pending")
+
+    def __init__(self) -> None:
+        self._pending: list[int] = []
+        self._folded: HdrHistogram | None = None
+
+    def add(self, seconds: float) -> None:
+        """Adds one latency, clipped to the histogram's range."""
+        self._pending.append(min(max(round(seconds * 1e6), 0), LONGEST_US))
+        if len(self._pending) >= FOLD_AT:
+            self.folded()
+
+    def folded(self) -> HdrHistogram:
+        found = self._folded = self._folded or histogram()
+        if self._pending:
+            values = np.array(self._pending)
+            self._pending.clear()
+            counts = np.ctypeslib.as_array(found.counts)
+            counts += np.bincount(np.searchsorted(VALUES_US, values), minlength=len(counts)).astype(counts.dtype)
+            found.total_count += len(values)
+            found.min_value = min(found.min_value, int(values.min()))
+            found.max_value = max(found.max_value, int(values.max()))
+        return found
+
+
+class _Second:
+    """The requests planned in one second; `attempted` and `completed` count the events within it."""
+
+    __slots__ = ("attempted", "completed", "dropped", "errors", "latencies", "ok", "planned")
+
+    def __init__(self) -> None:
+        self.planned = self.attempted = self.ok = self.completed = self.dropped = 0
+        self.errors: Counter[str] = Counter()
+        self.latencies: dict[Latency, Latencies] = {}
+
+    def row(self, second: int) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in ("planned", "attempted", "ok", "completed", "dropped")}
+        encoded: dict[str, str] = {kind: found.folded().encode().decode() for kind, found in self.latencies.items()}
+        return {"second": second, **counts, "errors": dict(self.errors), **encoded}
+
+
+class Recorder:
+    """Records requests, in a few microseconds each. Times are seconds of the measured window."""
+
+    def __init__(self, planned_s: np.ndarray | None = None, *, open_loop: bool, duration_s: float = math.inf) -> None:
+        self.in_flight = 0
+        self._open_loop = open_loop
+        self._duration_s = duration_s
+        self._seconds: dict[int, _Second] = {}
+        self._lengths: dict[str, _Second] = {}
+        if planned_s is not None:
+            self.plan(planned_s)
+
+    def plan(self, planned_s: np.ndarray) -> None:
+        for second, count in zip(*np.unique(np.floor(planned_s), return_counts=True), strict=True):
+            self._at(second).planned += int(count)
+
+    def _at(self, time_s: float) -> _Second:
+        second = math.floor(time_s)
+        found = self._seconds.get(second)
+        if found is None:
+            found = self._seconds[second] = _Second()
+        return found
+
+    def attempt(self, now_s: float) -> None:
+        """Records that the generator takes up a due request."""
+        self._at(now_s).attempted += 1
+        self.in_flight += 1
+
+    def drop(self, planned_s: float, length: str = "") -> None:
+        self.in_flight -= 1
+        self._at(planned_s).dropped += 1
+        if length and 0 <= planned_s < self._duration_s:
+            self._of(length).dropped += 1
+
+    def finish(self, planned_s: float, sent_s: float, finished_s: float, error: str | None, length: str = "") -> None:
+        """Records an answer, or a failure of the kind `error`; `length` is its class, "" if there is only one."""
+        self.in_flight -= 1
+        second = self._at(planned_s)
+        if error is None:
+            self._at(finished_s).completed += 1
+        self._count(second, planned_s, sent_s, finished_s, error)
+        if self._open_loop:
+            _record(second, "lag", sent_s - planned_s)
+        if length and 0 <= planned_s < self._duration_s:
+            self._count(self._of(length), planned_s, sent_s, finished_s, error)
+
+    def _count(self, counted: _Second, planned_s: float, sent_s: float, finished_s: float, error: str | None) -> None:
+        if error is not None:
+            counted.errors[error] += 1
+            return
+        counted.ok += 1
+        _record(counted, "service", finished_s - sent_s)
+        if self._open_loop:
+            _record(counted, "intended", finished_s - planned_s)
+
+    def _of(self, length: str) -> _Second:
+        return self._lengths.setdefault(length, _Second())
+
+    def take_lengths(self) -> Iterator[dict[str, Any]]:
+        """Removes and returns the rows of the window's requests by length class."""
+        for length in sorted(self._lengths):
+            counted = self._lengths.pop(length)
+            counted.planned = counted.ok + counted.errors.total() + counted.dropped
+            yield {"length": length, **counted.row(0)}
+
+    def take(self, before_s: float = math.inf) -> Iterator[dict[str, Any]]:
+        """Removes and returns the rows of the seconds before `before_s`."""
+        for second in sorted(self._seconds):
+            if second < before_s:
+                yield self._seconds.pop(second).row(second)
+
+    def totals(self, second: int) -> tuple[int, int]:
+        """Answered and failed requests of a second so far, for the progress line."""
+        found = self._seconds.get(second)
+        return (found.completed, found.errors.total() + found.dropped) if found else (0, 0)
+
+
+def _record(second: _Second, kind: Latency, seconds: float) -> None:
+    found = second.latencies.get(kind)
+    if found is None:
+        found = second.latencies[kind] = Latencies()
+    found.add(seconds)

@@ -1,0 +1,227 @@
+"""Sends the requests of one model, each at its planned time, and records the outcomes.
+
+Contract: in an open loop a free greenlet takes up each request at its planned time; with `max_in_flight` requests
+unanswered it is dropped. In a closed loop each user sends its next request after the last answer. Requests are checked
+and encoded once. Over gRPC at most MOST_STREAMS greenlets share a connection, so that none waits for a stream inside
+the client, where nothing measures it. Runs in a process that gevent has patched.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import math
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import gevent
+import numpy as np
+from deepseek_client import InferenceClient, InferenceError
+
+from deepseek.spec import BATCH, DeploymentSpec
+from loadtests.load.inputs import length_classes, read_inputs, shuffled
+from loadtests.load.preflight import TRIES
+from loadtests.load.request_log import RequestRecorder
+from loadtests.load.wire.client import WireClient
+from loadtests.load.workers.clock import Clock
+from loadtests.load.workers.recorder import Recorder
+from loadtests.results.schedule import Schedule, Segment
+from loadtests.results.settings import IN_FLIGHT, LoadSettings
+from loadtests.results.stretch import NO_FILE, NO_PORT
+from loadtests.slo.slo_demands import TIMEOUT_S
+
+MOST_STREAMS = 100  # of a connection: no server should allow fewer (RFC 9113, 6.5.2); the gateway allows 256
+SPARE_FILES = 100  # open files of this process kept for other uses than connections, such as writing the results
+KIND_OF_ERRNO = {errno.EMFILE: NO_FILE, errno.ENFILE: NO_FILE, errno.EADDRNOTAVAIL: NO_PORT}
+
+
+def planned_blocks_s(settings: LoadSettings, worker: int = 0, workers: int = 1) -> Iterator[np.ndarray]:
+    """Planned times of a worker, in seconds of the measured window, thousands per block; none in a closed loop."""
+    if settings.open_loop:
+        warmup = Segment(duration_s=settings.warmup_s, rate_rps=settings.segments[0].rate_rps)
+        schedule = Schedule((warmup, *settings.segments), settings.arrivals, settings.seed)
+        for times in schedule.blocks(worker, workers):
+            yield times - settings.warmup_s
+
+
+class ModelSender:
+    """One model's share of the load of a process. Times without `_at` are seconds of the measured window."""
+
+    def __init__(
+        self,
+        settings: LoadSettings,
+        recorder: Recorder | RequestRecorder,
+        *,
+        models: int = 1,
+        describe: Callable[[Exception], str] | None = None,
+        fire: Callable[..., None] = lambda **_: None,
+        **client_options: Any,
+    ) -> None:
+        """Prepares the requests of one of `models` models.
+
+        `describe` names a failure for the record (default: `kind_of`); `fire` is called for each request, like
+        Locust's event. The client makes one attempt per request unless its options say otherwise. Raises InputError, or
+        InferenceError if the server does not return the model's metadata.
+        """
+        self.settings, self.recorder = settings, recorder
+        self._describe, self._fire = describe or kind_of, fire
+        self._client_options: dict[str, Any] = {"retries": 0, "retry_budget": None, **client_options}
+        spec = DeploymentSpec.of_model(settings.model, settings.models, tuned=os.devnull)  # only signature and axes
+        rows = shuffled(read_inputs(Path(settings.inputs), spec.axes[BATCH].min), settings.seed)
+        with self._client(retries=TRIES, idempotent=True, timeout_s=max(TIMEOUT_S, settings.timeout_s)) as client:
+            self._requests = [client.prepare(settings.model, row) for row in rows]
+        self._clients, self._senders = [self._client()], 0
+        with suppress(InferenceError):
+            self._clients[0].ready()  # so that the first request finds a connection
+        self._lengths = length_classes(rows, spec.inputs)
+        self._most_in_flight = settings.max_in_flight or IN_FLIGHT
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        files = math.inf if limit == resource.RLIM_INFINITY else (limit - SPARE_FILES) // models
+        self._most_carried = files * (MOST_STREAMS if settings.protocol == "grpc" else 1)
+        self.window_at = 0.0
+        """Start of the measured window, in the time of `time.perf_counter()`."""
+        self.stopped = False
+        """Set to stop sending."""
+        self._free: list[gevent.Greenlet] = []
+
+    def _client(self, **changes: Any) -> InferenceClient:
+        kind = InferenceClient if self._client_options["retries"] else WireClient  # which makes one attempt
+        options = {"timeout_s": self.settings.timeout_s, **self._client_options, **changes, **self.settings.access}
+        return kind(self.settings.url, self.settings.protocol, **options)
+
+    def _client_of_next_sender(self) -> InferenceClient:
+        """A client for a greenlet with one request in flight at a time; clients can send each other's requests."""
+        if self.settings.protocol == "grpc" and self._senders == MOST_STREAMS * len(self._clients):
+            self._clients.append(self._client())
+        self._senders += 1
+        return self._clients[-1]
+
+    def planned(self, worker: int, workers: int) -> Iterator[tuple[float, int, ModelSender]]:
+        """A worker's share of the schedule: planned time, number of the request, this sender."""
+        number = worker
+        for block in planned_blocks_s(self.settings, worker, workers):
+            for planned_s in block.tolist():
+                yield planned_s, number, self
+                number += workers
+
+    def take_up(self, planned_s: float, number: int, now_at: float) -> None:
+        """Lets a free greenlet send the due request, or drops it; returns once it is sent."""
+        recorder = self.recorder
+        recorder.attempt(now_at - self.window_at)
+        place = number % len(self._requests)
+        if recorder.in_flight > self._most_in_flight:
+            recorder.drop(planned_s, self._lengths[place])
+            self._tell_locust(0.0, "dropped")
+        elif recorder.in_flight > self._most_carried:
+            self._lack_file(planned_s, now_at - self.window_at, place)
+        elif self._free:
+            gevent.get_hub().loop.run_callback(gevent.getcurrent().switch)  # back to here once the request is sent
+            self._free.pop().switch((place, planned_s))
+        else:
+            gevent.spawn(self._send_whenever_asked, place, planned_s)
+
+    def _send_whenever_asked(self, place: int, planned_s: float) -> None:
+        """Open loop: a greenlet that sends one request after another; a new one for each would map a stack."""
+        client = self._client_of_next_sender()
+        while True:
+            self._send(client, place, planned_s)
+            self._free.append(gevent.getcurrent())
+            place, planned_s = gevent.get_hub().switch()
+
+    def send_back_to_back(self, first: int) -> None:
+        """Closed loop: one request after the other until the window ends."""
+        gevent.sleep(max(0.0, self.window_at - self.settings.warmup_s - time.perf_counter()))
+        if self._senders >= self._most_carried:  # no file left for a connection: the user only records NO_FILE
+            gevent.sleep(max(0.0, self.window_at - time.perf_counter()))
+            self.recorder.attempt(0.0)
+            self._lack_file(0.0, 0.0, first % len(self._requests))
+            return
+        client, number = self._client_of_next_sender(), first
+        while (now_s := time.perf_counter() - self.window_at) < self.settings.duration_s and not self.stopped:
+            self.recorder.attempt(now_s)
+            self._send(client, number % len(self._requests))
+            number += 1
+
+    def _lack_file(self, planned_s: float, now_s: float, place: int) -> None:
+        self.recorder.finish(planned_s, now_s, now_s, NO_FILE, self._lengths[place])
+        self._tell_locust(0.0, NO_FILE)
+
+    def _send(self, client: InferenceClient, place: int, planned_s: float | None = None) -> None:
+        error: str | None = None
+        sent_at = time.perf_counter()
+        try:
+            client.send(self._requests[place])
+        except Exception as failure:  # every kind of error means that the request was not answered
+            error = self._describe(failure)
+        finished_at = time.perf_counter()
+        sent_s = sent_at - self.window_at
+        self.recorder.finish(
+            sent_s if planned_s is None else planned_s,
+            sent_s,
+            finished_at - self.window_at,
+            error,
+            self._lengths[place],
+        )
+        self._tell_locust(finished_at - sent_at, error)
+
+    def _tell_locust(self, seconds: float, error: str | None) -> None:
+        self._fire(
+            request_type=self.settings.protocol,
+            name=self.settings.model,
+            response_time=seconds * 1000,
+            response_length=0,
+            exception=error,
+        )
+
+
+def start(senders: Sequence[ModelSender], window_at: float, worker: int = 0, workers: int = 1) -> list[gevent.Greenlet]:
+    """Starts a worker's share of all models' load; the greenlets end with the load or when the senders are stopped."""
+    for sender in senders:
+        sender.window_at = window_at
+    users = [sender for sender in senders for _ in range(sender.settings.users or 0)]
+    greenlets = [
+        gevent.spawn(sender.send_back_to_back, 997 * user)  # users start far apart in the inputs
+        for user, sender in enumerate(users)
+        if user % workers == worker
+    ]
+    if scheduled := [sender for sender in senders if sender.settings.open_loop]:
+        greenlets.append(gevent.spawn(_run_schedules, scheduled, worker, workers))
+    return greenlets
+
+
+def _run_schedules(senders: Sequence[ModelSender], worker: int, workers: int) -> None:
+    """Open loop: takes up each request at its planned time, late ones until the last deadline."""
+    clock, window_at = Clock(), senders[0].window_at
+    give_up_at = window_at + max(sender.settings.duration_s + sender.settings.timeout_s for sender in senders)
+    streams = [sender.planned(worker, workers) for sender in senders]
+    planned = streams[0] if len(streams) == 1 else heapq.merge(*streams, key=itemgetter(0))
+    for planned_s, number, sender in planned:
+        due_at = window_at + planned_s
+        now_at = time.perf_counter()
+        if now_at < due_at:
+            clock.wait_until(due_at, now_at)
+            now_at = time.perf_counter()
+        elif now_at < give_up_at:
+            gevent.sleep(0)  # late: still process answers between two requests
+        else:
+            break
+        if sender.stopped:
+            break
+        sender.take_up(planned_s, number, now_at)
+    clock.close()
+
+
+def kind_of(failure: Exception) -> str:
+    """The kind of a failed request: the name of its error, or the resource that this machine lacked to connect."""
+    cause: BaseException | None = failure
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in KIND_OF_ERRNO:
+            return KIND_OF_ERRNO[cause.errno]
+        cause = cause.__context__
+    return type(failure).__name__

@@ -1,0 +1,217 @@
+"""Sends the same requests to two servers and compares their answers and latencies.
+
+Contract: BASE serves the current version, NEW its replacement. Each request goes to both, one after the other, and the
+order alternates, so that other load on the machine affects both alike. NEW fails if it
+
+- refuses a request,
+- returns outputs with other names, types or shapes, or NaN or Inf where BASE returns a number,
+- is slower: the whole confidence interval of the ratio of the medians lies above the allowed ratio.
+
+A request that is refused as busy is retried; one that stays refused makes the run inconclusive. Differing numbers and
+tail latencies are reported, not judged (`export.checks.parity` judges the numbers).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from deepseek_client import InferenceClient, InferenceError, InvalidInput, ServerBusy
+
+from deepseek.spec import BATCH, DeploymentSpec, ExitCode, GateFailed, InputError
+from loadtests.load.endpoint import inputs_of
+from loadtests.load.inputs import Row, read_inputs, shuffled
+from loadtests.slo.confidence import paired_ratio
+
+BLOCKS = 20  # stretches of the run, so that a disturbance of the machine stays within one
+LEAST_REQUESTS = 10 * BLOCKS
+WARMUP = 20  # requests to both before the count starts
+BUSY_TRIES, BUSY_PAUSE_S = 5, 0.1  # attempts of a request that is refused as busy
+CONFIDENCE = 0.99
+SIDES = ("base", "new")
+
+Verdict = Literal["holds", "fails", "inconclusive"]
+EXIT_CODES: dict[Verdict, ExitCode] = {
+    "holds": ExitCode.PASS,
+    "fails": ExitCode.GATE_FAILED,
+    "inconclusive": ExitCode.INVALID,
+}
+
+
+@dataclass(kw_only=True)
+class Differences:
+    """How one output of NEW differs from BASE's, over all rows."""
+
+    worst_error: float = 0.0
+    """Largest absolute difference of a number."""
+    equal: int = 0
+    """Count of equal numbers."""
+    numbers: int = 0
+
+    def add(self, base: np.ndarray, new: np.ndarray) -> None:
+        """Adds the output of one row, as an array of the same shape from each side."""
+        self.numbers += base.size
+        self.equal += int(np.count_nonzero(base == new))
+        if base.dtype.kind in "fiu":
+            finite = np.isfinite(base) & np.isfinite(new)
+            apart = np.abs(base[finite].astype(np.float64) - new[finite].astype(np.float64))
+            self.worst_error = max(self.worst_error, float(apart.max(initial=0.0)))
+
+    def figures(self) -> dict[str, float | None]:
+        """The worst error and the share of equal numbers, None without numbers."""
+        return {"worst_error": self.worst_error, "same": self.equal / self.numbers if self.numbers else None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """A percentile of both sides; `low` to `high` is the confidence interval of `ratio`, new / base."""
+
+    percent: int
+    base_ms: float
+    new_ms: float
+    ratio: float
+    low: float
+    high: float
+
+
+class Shadow:
+    """Sends the requests, compares the answers and counts errors."""
+
+    def __init__(self, model: str, clients: dict[str, InferenceClient], rows: list[Row]) -> None:
+        self._model, self._clients, self._rows = model, clients, rows
+        self.latencies_ms: dict[str, list[float]] = {side: [] for side in SIDES}
+        self.errors: dict[str, Counter[str]] = {side: Counter() for side in SIDES}
+        self.busy: dict[str, Counter[str]] = {side: Counter() for side in SIDES}
+        """Requests that were refused as busy at every attempt."""
+        self.outputs: dict[str, Differences] = {}
+        self.broken: Counter[str] = Counter()
+        """Answers of NEW that callers of BASE cannot use."""
+
+    def run(self, count: int) -> None:
+        """Sends `count` requests to both, after WARMUP uncounted ones."""
+        requests = {side: [self._prepare(side, row) for row in self._rows] for side in SIDES}
+        for number in range(-WARMUP, count):
+            place, answers = number % len(self._rows), {}
+            for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+                answers[side] = self._send(side, requests[side][place], counted=number >= 0)
+            if number < len(self._rows) and answers["base"] is not None and answers["new"] is not None:
+                self._compare(answers["base"], answers["new"])
+
+    def _prepare(self, side: str, row: Row) -> Any:
+        try:
+            return self._clients[side].prepare(self._model, row)
+        except InvalidInput as error:
+            raise GateFailed(f"{side} rejects inputs that the other accepts: {error}") from None
+
+    def _send(self, side: str, request: Any, *, counted: bool) -> dict[str, np.ndarray] | None:
+        tries = BUSY_TRIES
+        while True:
+            started_s = time.perf_counter()
+            try:
+                answer = self._clients[side].send(request)
+                break
+            except ServerBusy as error:
+                tries -= 1
+                if not tries or self.busy[side]:  # one request that stays refused already makes the run inconclusive
+                    self.busy[side][f"{type(error).__name__}: {error}"] += 1
+                    return None
+                time.sleep(BUSY_PAUSE_S)
+            except InferenceError as error:
+                self.errors[side][f"{type(error).__name__}: {error}"] += 1
+                return None
+        if counted:
+            self.latencies_ms[side].append((time.perf_counter() - started_s) * 1000)
+        return answer
+
+    def _compare(self, base: dict[str, np.ndarray], new: dict[str, np.ndarray]) -> None:
+        if base.keys() != new.keys():
+            self.broken[f"returns the outputs {', '.join(sorted(new))}, base returns {', '.join(sorted(base))}"] += 1
+            return
+        for name, one in base.items():
+            other = new[name]
+            if (one.dtype, one.shape) != (other.dtype, other.shape):
+                found = f"{other.dtype} {list(other.shape)}, base's {one.dtype} {list(one.shape)}"
+                self.broken[f"output {name!r} is {found}"] += 1
+                continue
+            if one.dtype.kind == "f" and np.any(np.isfinite(one) & ~np.isfinite(other)):
+                self.broken[f"output {name!r} has a NaN or Inf where base has a number"] += 1
+            self.outputs.setdefault(name, Differences()).add(one, other)
+
+
+def speeds(base_ms: list[float], new_ms: list[float]) -> list[Speed]:
+    """Percentiles of both sides, with confidence intervals of their ratios: Student's t over stretches of the run."""
+    count, found = min(len(base_ms), len(new_ms)), []
+    both = np.array([base_ms[:count], new_ms[:count]])
+    for percent in (50, 90, 99):
+        parts = np.array([np.percentile(part, percent, axis=1) for part in np.array_split(both, BLOCKS, axis=1)])
+        each = paired_ratio(list(parts[:, 1] / parts[:, 0]), CONFIDENCE)
+        base, new = np.percentile(both, percent, axis=1).tolist()
+        ends = {"ratio": each.ratio, "low": each.low, "high": each.high}
+        found.append(Speed(percent=percent, base_ms=base, new_ms=new, **ends))
+    return found
+
+
+def judged(shadow: Shadow, threshold: float) -> dict[str, Any]:
+    """The figures and the verdict; `threshold` is the allowed increase of the median, as a share."""
+    failures = [f"{what} ({times} times)" for what, times in shadow.broken.items()]
+    failures += [f"{times} requests failed on new: {what}" for what, times in shadow.errors["new"].items()]
+    found: list[Speed] = []
+    verdict: Verdict = "fails" if failures else "holds"
+    least = min(len(each) for each in shadow.latencies_ms.values())
+    note = ""
+    if least >= LEAST_REQUESTS:
+        found = speeds(shadow.latencies_ms["base"], shadow.latencies_ms["new"])
+        median, allowed = found[0], 1 + threshold
+        range_ = f"{median.low:.2f} to {median.high:.2f}, allowed {allowed:.2f}"
+        if median.low > allowed:
+            failures.append(f"slower: p50 {median.new_ms:.2f} ms, base {median.base_ms:.2f} ms: {range_} times")
+            verdict = "fails"
+        elif median.high > allowed and verdict == "holds":
+            verdict, note = "inconclusive", f"p50 {range_} times: try more requests or a quieter machine"
+    elif not failures:
+        verdict, note = "inconclusive", f"both answered only {least} requests, {LEAST_REQUESTS} needed"
+    if verdict != "fails" and (busy := shadow.busy["new"]):
+        reason, times = next(iter(busy.items()))
+        verdict = "inconclusive"
+        note = f"new refused {times} requests, although sent one at a time: {reason}; try a quieter machine"
+    if verdict == "holds" and (failed := shadow.errors["base"] + shadow.busy["base"]):
+        reason, times = next(iter(failed.items()))
+        verdict, note = "inconclusive", f"{times} requests failed on base, so the two cannot be compared: {reason}"
+    return {
+        "verdict": verdict,
+        "requests": least,
+        "failures": failures,
+        "note": note,
+        "outputs": {name: each.figures() for name, each in shadow.outputs.items()},
+        "latency": [asdict(each) for each in found],
+        "allowed": 1 + threshold,
+        "errors": {side: dict(shadow.errors[side] + shadow.busy[side]) for side in SIDES},
+    }
+
+
+def main(args: argparse.Namespace) -> int:
+    """Sends the requests, judges the answers, prints the result as JSON; returns the exit code."""
+    if args.requests < LEAST_REQUESTS:
+        raise InputError(f"--requests {args.requests}: a confidence interval needs {LEAST_REQUESTS} or more")
+    spec = DeploymentSpec.of_model(args.model, args.models)
+    rows = shuffled(read_inputs(Path(args.inputs or inputs_of(args.model)), spec.axes[BATCH].min), seed=0)
+    with ExitStack() as stack:
+        clients = {
+            side: stack.enter_context(InferenceClient(url, args.protocol, timeout_s=args.timeout_s, retries=0))
+            for side, url in (("base", args.base_url), ("new", args.new_url))
+        }
+        shadow = Shadow(args.model, clients, rows)
+        try:
+            shadow.run(args.requests)
+        except InferenceError as error:
+            raise InputError(str(error)) from None
+    result = judged(shadow, args.threshold / 100)
+    print(json.dumps(result, indent=2))
+    return EXIT_CODES[result["verdict"]]

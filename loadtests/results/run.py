@@ -1,0 +1,158 @@
+"""The results of a load test, stored in one folder.
+
+Contract: seconds count from the start of the measured window; the warm-up is below 0. A request belongs to the second
+for which it was *planned*, even if it was answered later. A run's folder, `build/<name>/loadtests/<time>/`, appears
+atomically:
+    run.json        settings, machine, versions, the generator's health, the server's statistics; also counts and
+                    histograms of the window by length, if the inputs have several lengths
+    seconds.jsonl   one line per second (and worker): counts, errors by kind, encoded histograms
+The models of a mix have one folder each, all with the same name.
+
+Example:
+    Run.load(latest_run("recommender")).window.latency("intended").percentile_ms(99)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from deepseek.spec import InputError, build_dir
+from deepseek.spec.checks import Table, first_error
+from deepseek.spec.files.folders import scratch_in
+from loadtests.results.histogram import Latency
+from loadtests.results.settings import LoadSettings
+from loadtests.results.stretch import Second, Stretch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    folder: Path
+    settings: LoadSettings
+    started_at: str
+    generator: dict[str, Any]
+    server: dict[str, Any]
+    machine: dict[str, Any]
+    quality: dict[str, dict[str, Any]]
+    """Task metric -> `seen`, `baseline` (fp32 PyTorch) and `source` for the served model; empty if not measured."""
+    seconds: tuple[Second, ...]
+    """In order; the warm-up is below 0, late answers after the window at `duration_s` and above."""
+    lengths: dict[str, Stretch]
+    """The window by the lengths of the inputs, shortest first; empty if all inputs have one length."""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        """Reads a run's folder; InputError if it is not one or is damaged."""
+        folder = Path(folder)
+        try:
+            head = RunFile.model_validate_json((folder / "run.json").read_bytes())
+            lines = (folder / "seconds.jsonl").read_bytes().splitlines()
+        except OSError as error:
+            raise InputError(f"{folder}: not a load test run ({error.strerror}: {error.filename})") from None
+        except ValidationError as error:
+            raise _unreadable(folder / "run.json", ": ".join(filter(None, first_error(error, RunFile)))) from None
+        if head.rows != len(lines):
+            raise _unreadable(folder / "seconds.jsonl", f"{len(lines)} rows of {head.rows}")
+        seconds: dict[int, Second] = {}
+        lengths: dict[str, Second] = {}
+        place = folder / "run.json"
+        try:
+            for row in head.lengths:
+                lengths.setdefault(row["length"], Second(0)).add(row)
+            place = folder / "seconds.jsonl"
+            for row in map(json.loads, lines):
+                seconds.setdefault(row["second"], Second(row["second"])).add(row)
+        except Exception as error:  # the histograms' decoder has a dozen error types
+            raise _unreadable(place, f"counts cannot be read ({type(error).__name__})") from None
+        return cls(
+            folder=folder,
+            seconds=tuple(seconds[second] for second in sorted(seconds)),
+            lengths={
+                name: Stretch(head.settings, [lengths[name]], head.settings.duration_s)
+                for name in sorted(lengths, key=lambda name: [int(size) for size in re.findall(r"\b\d+\b", name)])
+            },
+            **{name: getattr(head, name) for name in type(head).model_fields if name not in ("lengths", "rows")},
+        )
+
+    @cached_property
+    def window(self) -> Stretch:
+        """The measured window, without warm-up and late answers."""
+        inside = [second for second in self.seconds if 0 <= second.second < self.settings.duration_s]
+        return Stretch(self.settings, inside, self.settings.duration_s)
+
+    def at_rate(self, rate_rps: float) -> Stretch | None:
+        """The part of the window with exactly this planned rate; None if there is none."""
+        seconds: list[Second] = []
+        start = total = 0.0
+        for segment in self.settings.segments:
+            end = start + segment.duration_s
+            if segment.rate_rps == rate_rps and segment.end_rps in (None, rate_rps):
+                seconds += [second for second in self.window.seconds if start <= second.second < end]
+                total += segment.duration_s
+            start = end
+        return Stretch(self.settings, seconds, total) if total else None
+
+    @property
+    def rates_rps(self) -> list[float]:
+        return self.settings.rates_rps
+
+    @property
+    def judged(self) -> Latency:
+        """The latency that the SLO limits: intended latency, or service latency in a closed loop."""
+        return "intended" if self.settings.open_loop else "service"
+
+
+class RunFile(Table):
+    settings: LoadSettings
+    started_at: str
+    generator: dict[str, Any]
+    server: dict[str, Any]
+    machine: dict[str, Any]
+    quality: dict[str, dict[str, Any]]
+    lengths: list[dict[str, Any]]
+    rows: int
+    """Lines of seconds.jsonl."""
+
+
+def _unreadable(path: Path, why: str) -> InputError:
+    return InputError(f"{path}: {why}; it is damaged or from another version, measure again with: make loadtest")
+
+
+def runs_folder(name: str) -> Path:
+    return build_dir(name) / "loadtests"
+
+
+def latest_run(name: str) -> Path:
+    """The newest complete run of a model."""
+    found = sorted(path.parent for path in runs_folder(name).glob("[!.]*/run.json"))
+    if not found:
+        raise InputError(f"no load test of {name} in {runs_folder(name)}; make one with: make loadtest")
+    return found[-1]
+
+
+@contextmanager
+def new_run(folder: Path) -> Iterator[Path]:
+    """A draft folder for a run below `folder`; it is deleted after the block unless `publish` moved it."""
+    with scratch_in(folder) as scratch:
+        draft = scratch / "run"
+        draft.mkdir()
+        yield draft
+
+
+def publish(draft: Path, name: str | None = None) -> Path:
+    """Moves a complete draft to its place; the default name is the time, so that names sort by age."""
+    return draft.rename(draft.parent.parent / (name or name_of_now()))
+
+
+def name_of_now() -> str:
+    """The name of a run that completes now, in UTC."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")[:-3] + "Z"

@@ -1,0 +1,78 @@
+"""The settings of a load test."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from deepseek.spec import Target
+from loadtests.results.schedule import Segment, segments_of
+
+# For workers to read and encode their inputs after they have joined, on a busy machine.
+LONGEST_PREPARATION_S = 60.0
+IN_FLIGHT = 512  # unanswered requests of a worker, unless the SLO and the rate need more
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSettings:
+    """Determines a run; exactly one of `rate_rps`, `shape` (both open loop) and `users` (closed loop) is given."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)
+    model: str
+    models: str
+    target: Target
+    protocol: Literal["grpc", "http"]
+    url: str
+    inputs: str
+    """The .npz file of real inputs."""
+    rate_rps: float | None = None
+    shape: str | None = None
+    """Changing rates, in the syntax of `schedule.segments_of`."""
+    users: int | None = None
+    arrivals: Literal["constant", "poisson"] = "poisson"
+    seed: int = 0
+    warmup_s: float = 5.0
+    duration_s: float = 20.0
+    timeout_s: float = 5.0
+    """Deadline of a request; a later answer counts as an error."""
+    max_in_flight: int | None = None
+    """Open loop: unanswered requests of a worker; a request due beyond them is dropped and counts as an error. None:
+    `measure` computes the number from the SLO and the rate."""
+    workers: int = 1
+    """Sending processes."""
+    priority: bool = False
+    """Real-time priority for the workers, if the system allows it."""
+    looks: int = 1
+    """How often the run could have been judged and ended; the verdict corrects its confidence for it."""
+    tls: bool = False
+    ca_cert: str | None = None
+    """Authority of the gateway's certificate; turns TLS on. The key comes from $DEEPSEEK_API_KEY and is never saved."""
+    mix: str | None = None
+    """The mix that this run was a part of, in the syntax of `loadtests.results.mixes`."""
+
+    @property
+    def access(self) -> dict[str, Any]:
+        """The client's options for TLS and the API key."""
+        if not (self.tls or self.ca_cert):
+            return {}
+        return {"tls": True, "ca_cert": self.ca_cert, "api_key": os.environ.get("DEEPSEEK_API_KEY") or None}
+
+    @property
+    def open_loop(self) -> bool:
+        """Whether requests are sent on a fixed schedule rather than after an answer."""
+        return self.rate_rps is not None or self.shape is not None
+
+    @property
+    def rates_rps(self) -> list[float]:
+        """The steady rates of an open loop, ascending."""
+        return sorted({each.rate_rps for each in self.segments if each.end_rps in (None, each.rate_rps)})
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The segments of an open loop, in order; empty for a closed loop."""
+        if self.shape is not None:
+            return segments_of(self.shape)
+        return () if self.rate_rps is None else (Segment(duration_s=self.duration_s, rate_rps=self.rate_rps),)

@@ -1,0 +1,158 @@
+"""Finds the highest rate at which a server meets every objective of its SLO.
+
+Contract: `loadtests.search.highest_rate` chooses the rates, `loadtests.search.trial_runner` runs and judges a trial at
+each. The result is written atomically to `build/<model>/capacity.json` and drawn as `capacity.html`. The runs of the
+trials are kept under `build/<model>/capacity/`. docs/capacity.md says what an objective means at each rate.
+
+Exit codes: 0 found and confirmed; 1 no rate holds, or the capacity is below the SLO's own rate; 2 bad input or no
+server; 3 inconclusive: the load generator was the limit, time or trials ran out, or the confirmation failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from deepseek.spec import DeploymentSpec, GateFailed, SloSpec, build_dir
+from deepseek.spec.files.folders import write_whole
+from loadtests.figures import formatted
+from loadtests.load.endpoint import endpoint_of, inputs_of
+from loadtests.load.preflight import check
+from loadtests.report.searches import capacity_page
+from loadtests.results.settings import LoadSettings
+from loadtests.search.capacity_result import Capacity, ServerSettings, capacity_path
+from loadtests.search.highest_rate import CONFIRM_LONGER, RateSearch, SearchPlan
+from loadtests.search.rate_trial import RateTrial, TrialOutcome
+from loadtests.search.slo_at_rate import bound_rates, objective_lines, quality_of, required_rps, seconds_to_prove
+from loadtests.search.trial_runner import DEFAULT_START_RPS, TrialRunner
+
+STYLES: dict[TrialOutcome, str] = {"holds": "green", "fails": "red", "invalid": "yellow", "inconclusive": "yellow"}
+BAR = 16  # characters of the longest latency bar
+
+
+def main(options: argparse.Namespace) -> int:
+    """Checks the server, searches, saves and draws the result, prints it; returns the exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean shutdown, as on Ctrl-C
+    spec = DeploymentSpec.of_model(options.model, options.models).for_target(options.target)
+    inputs = options.inputs or inputs_of(options.model)
+    settings = LoadSettings(model=options.model, inputs=inputs, **endpoint_of(options, spec.slo))
+    start_rps = first_rate(options.start_rps, spec.slo)
+    trial_s = options.duration_s / CONFIRM_LONGER
+    served = check(replace(settings, rate_rps=start_rps, duration_s=float(max(1, round(trial_s)))), spec)
+    violated, unknown = quality_of(spec, settings, served)
+    if violated:
+        raise GateFailed(f"{'; '.join(violated)}: quality does not depend on the load, so no rate meets the SLO")
+    console = Console(stderr=True, markup=False)
+    lines = ", ".join(objective_lines(spec.slo))
+    console.print(f"{settings.model} over {settings.protocol} at {settings.url}: {lines}", soft_wrap=True)
+    for line in unknown:
+        console.print(f"note: {line} is skipped: not measured for the served model; run: make parity", soft_wrap=True)
+    started = datetime.now(UTC)
+    folder = build_dir(options.model) / "capacity" / started.strftime("%Y-%m-%dT%H-%M-%SZ")
+    runner = TrialRunner(spec=spec, settings=settings, served=served, folder=folder, console=console)
+    plan = runner.plan(
+        start_rps=start_rps,
+        duration_s=trial_s,
+        max_trials=options.max_trials,
+        max_s=options.max_s,
+        proof_s=lambda rate_rps: seconds_to_prove(spec.slo, rate_rps),
+    )
+    capacity = find(runner, plan, started)
+    path = capacity_path(options.model)
+    capacity.save(path)
+    write_whole(path.with_suffix(".html"), capacity_page(capacity))
+    _show(capacity, as_json=options.json)
+    return capacity.exit_code
+
+
+def first_rate(asked_rps: float | None, slo: SloSpec) -> float:
+    """The first rate of the bracket: `asked_rps`, or the lowest rate that the SLO names."""
+    named = [*bound_rates(slo), *([slo.rate_rps] if slo.rate_rps else [])]
+    return asked_rps or min(named, default=DEFAULT_START_RPS)
+
+
+def find(runner: TrialRunner, plan: SearchPlan, started: datetime) -> Capacity:
+    """Runs the search; if it is interrupted, prints the trials so far."""
+    console, settings, served = runner.console, runner.settings, runner.served
+    search = RateSearch(plan, runner, show=lambda trial: console.print(trial_line(trial), soft_wrap=True))
+    try:
+        found = search.run()
+    except BaseException:
+        if search.trials:
+            console.print(table(search.trials, None))
+        raise
+    machine = dict(runner.machine)
+    return Capacity(
+        model=settings.model,
+        target=settings.target,
+        precision=served.parameters.get("precision"),
+        served_versions=served.versions,
+        url=settings.url,
+        protocol=settings.protocol,
+        objectives=objective_lines(runner.spec.slo),
+        trials=tuple(search.trials),
+        **asdict(found),
+        required_rps=required_rps(runner.spec.slo),
+        settings=ServerSettings.of(served),
+        versions=machine.pop("versions", {}),
+        machine=machine,
+        started=started.isoformat(timespec="seconds"),
+    )
+
+
+def _show(capacity: Capacity, *, as_json: bool) -> None:
+    if as_json:
+        print(capacity.model_dump_json(indent=2))
+        return
+    Console(width=max(Console().width, 100), markup=False).print(table(capacity.trials, capacity.capacity_rps))
+    Console(markup=False).print(capacity.sentence, style="bold", soft_wrap=True)
+    path = capacity_path(capacity.model)
+    print(path, path.with_suffix(".html"), sep="\n")
+
+
+def trial_line(trial: RateTrial) -> Text:
+    """One trial as a line of progress."""
+    found = f"p99 {_shown(trial.p99_ms)}, {trial.error_rate:.2%} errors" if trial.sent else "not sent"
+    head = f"{trial.phase:<8} {trial.rate_rps:>7g}/s  {found:<32} "
+    why = f" ({trial.reason})" if trial.failed or trial.problems else ""
+    return Text.assemble(head, (trial.outcome, STYLES[trial.outcome]), why)
+
+
+def table(trials: Sequence[RateTrial], capacity_rps: float | None) -> Table:
+    """The trials by rate, with the latency as a bar and the capacity marked."""
+    columns = Table("rate", "", "answered", "p50", "p99")
+    columns.add_column(no_wrap=True, min_width=BAR)
+    columns.add_column("errors")
+    columns.add_column("outcome", no_wrap=True)
+    slowest = max((trial.p99_ms for trial in trials if trial.p99_ms), default=1.0)
+    below = [trial for trial in trials if capacity_rps and trial.rate_rps <= capacity_rps]  # may lie between two trials
+    best = max(below, key=lambda trial: (trial.rate_rps, *_certainty(trial)), default=None)
+    for trial in sorted(trials, key=lambda each: (each.rate_rps, _certainty(each))):
+        bar = "█" * max(1, round(BAR * trial.p99_ms / slowest)) if trial.p99_ms else "∞"
+        mark = ("◀ capacity" if trial is best else "", "bold")
+        outcome = Text.assemble((trial.outcome, STYLES[trial.outcome]), f" {_first(trial.failed)}", mark)
+        answered, errors = f"{trial.achieved_rps:.1f}/s", f"{trial.error_rate:.2%}"
+        figures = (answered, _shown(trial.p50_ms), _shown(trial.p99_ms), bar, errors)
+        if not trial.sent:
+            figures = ("-", "-", "-", "", "-")
+        columns.add_row(f"{trial.rate_rps:g}/s", trial.phase, *figures, outcome)
+    return columns
+
+
+def _shown(latency_ms: float | None) -> str:
+    return "never" if latency_ms is None else formatted("ms", latency_ms)
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] + (f" +{len(names) - 1}" if names[1:] else "") if names else ""
+
+
+def _certainty(trial: RateTrial) -> tuple[bool, float]:
+    return trial.outcome == "holds", trial.duration_s

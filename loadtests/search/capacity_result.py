@@ -1,0 +1,107 @@
+"""The result of a capacity search, as stored in `build/<model>/capacity.json`.
+
+Example:
+    Capacity.load(capacity_path("recommender")).capacity_rps
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from deepseek_client import ModelMetadata
+
+from deepseek.spec import ExitCode, Target, build_dir
+from deepseek.spec.checks import Table
+from loadtests.search.highest_rate import GENERATOR, SAMPLES, UNDECIDED
+from loadtests.search.rate_trial import RateTrial
+from loadtests.search.saved_result import SavedResult
+
+
+class ServerSettings(Table):
+    """How the server runs the model; null if the server does not report it."""
+
+    max_batch: int | None = None
+    instances: int | None = None
+    threads: int | None = None
+    """Per instance; 0: the cores divided by the instances."""
+    max_queue_delay_us: int | None = None
+
+    @classmethod
+    def of(cls, served: ModelMetadata) -> ServerSettings:
+        """Reads the settings from the metadata that the server returns."""
+        threads = served.parameters.get("threads") or served.parameters.get("intra_op_thread_count")
+        return cls(
+            max_batch=served.max_batch_size,
+            instances=served.instances,
+            threads=int(threads) if threads else None,
+            max_queue_delay_us=served.max_queue_delay_us,
+        )
+
+
+class Capacity(SavedResult):
+    """One search."""
+
+    made_by: ClassVar[str] = "make capacity"
+    schema_version: Literal[1] = 1
+    model: str
+    target: Target
+    precision: str | None
+    """Of the served model; null if the server does not report it."""
+    served_versions: tuple[str, ...] = ()
+    url: str
+    protocol: Literal["grpc", "http"]
+    objectives: tuple[str, ...]
+    trials: tuple[RateTrial, ...] = ()
+    """In chronological order."""
+    capacity_rps: float | None = None
+    """The highest rate that meets every objective; a lower bound if `limited_by` is "generator"."""
+    first_failing_rps: float | None = None
+    """The lowest rate above `capacity_rps` that failed."""
+    confirmed: bool = False
+    """Longer runs confirmed `capacity_rps`."""
+    limited_by: str
+    """The objectives that fail above `capacity_rps`; or generator, samples, time, trials."""
+    required_rps: float | None = None
+    """The rate that the SLO asks for."""
+    settings: ServerSettings = ServerSettings()
+    machine: dict[str, Any] = {}
+    """The load generator's; also the server's if the URL is local."""
+    versions: dict[str, str] = {}
+    started: str
+    """UTC."""
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """0 found, confirmed and as high as the SLO asks; 1 no rate holds, or it is too low; 3 inconclusive."""
+        held = any(trial.outcome == "holds" for trial in self.trials)
+        if self.limited_by in UNDECIDED or (held and not self.confirmed):
+            return ExitCode.INVALID
+        short = self.capacity_rps is None or self.capacity_rps < (self.required_rps or 0)
+        return ExitCode.GATE_FAILED if short else ExitCode.PASS
+
+    @property
+    def sentence(self) -> str:
+        """The result in a line."""
+        rate = "" if self.capacity_rps is None else f"{self.capacity_rps:g}/s"
+        if self.limited_by in UNDECIDED:
+            return self._undecided(rate)
+        if not rate and self.exit_code == ExitCode.INVALID:
+            return f"capacity inconclusive: every longer run to confirm a rate failed ({self.limited_by})"
+        if not rate:
+            return f"no rate holds, down to {min(each.rate_rps for each in self.trials):g}/s: {self.limited_by}"
+        wanted = f"; the SLO asks for {self.required_rps:g}/s" if self.required_rps else ""
+        fails = f" (fails at {self.first_failing_rps:g}/s)" if self.first_failing_rps else ""
+        return f"capacity {rate}, limited by {self.limited_by}{fails}{wanted}"
+
+    def _undecided(self, rate: str) -> str:
+        least = f"at least {rate}{'' if self.confirmed else ', not confirmed'}" if rate else "inconclusive"
+        if self.limited_by == GENERATOR:
+            return f"capacity {least}; the generator, not the server, is the limit: see the invalid trials"
+        why = "too few samples" if self.limited_by == SAMPLES else f"the limit on {self.limited_by} was reached"
+        return f"capacity {least}: {why}"
+
+
+def capacity_path(model: str) -> Path:
+    """The file of the latest result."""
+    return build_dir(model) / "capacity.json"

@@ -1,0 +1,103 @@
+"""Confidence bounds on what a run says about the service: shares of requests, and means.
+
+Contract: one-sided bounds, each at the given confidence. Slow answers come in bursts, so requests are not independent:
+the counts of each second give the design effect (Kish), the mean number of requests that share one fate, and the bounds
+are those of Clopper and Pearson on `requests / design effect`. Few bursts say little about their length, so the design
+effect is pulled towards a burst of `BURST_S`, and without any burst it is that. So no share below 1 % is proved in less
+than a minute, at any rate: 299 bursts of 0.2 s, at 95 %.
+
+`tests/test_bounds.py` measures how often the verdict is wrong; docs/explanation/load-testing.md has its table.
+
+Example:
+    share_bounds(np.zeros(90), np.full(90, 100), seconds=90)    # low 0, high 0.0066: p99 holds
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import betaincinv, stdtrit
+
+from deepseek.spec.objectives import BURST_S, CONFIDENCE
+
+_UNSEEN_BURSTS = 2  # of that length, added to the bursts seen
+_DOUBT = 2  # widens a design effect above 1 by this share over the root of the bursts seen: runs with few and short
+# bursts would pass too often, since both make a service look better
+_MOST_LONGER = 1000.0  # times the run: beyond, the share is too close to the limit to be decided
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """One-sided bounds of a share or mean; arrays if several runs were given."""
+
+    low: np.ndarray
+    high: np.ndarray
+    bursts: np.ndarray
+    """Requests that count as one: the design effect."""
+
+
+def share_bounds(over: np.ndarray, planned: np.ndarray, *, seconds: float, confidence: float = CONFIDENCE) -> Bounds:
+    """Bounds of the share of requests over a limit, from the counts of each second: (..., seconds)."""
+    found, total = over.sum(-1), planned.sum(-1)
+    effect = _design_effect(over, planned, seconds)
+    low, high = _clopper_pearson(found / effect, total / effect, confidence)
+    return Bounds(low, high, effect)
+
+
+def _clopper_pearson(found: np.ndarray, total: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    others = np.maximum(total - found, 0)
+    tiny = np.finfo(float).tiny
+    low = np.where(found > 0, betaincinv(np.maximum(found, tiny), others + 1, 1 - confidence), 0.0)
+    return low, np.where(others > 0, betaincinv(found + 1, np.maximum(others, tiny), confidence), 1.0)
+
+
+def _design_effect(over: np.ndarray, planned: np.ndarray, seconds: float) -> np.ndarray:
+    """The variance of the count over that of independent requests, at least 1."""
+    found, total, blocks = over.sum(-1), planned.sum(-1), over.shape[-1]
+    share = found / np.maximum(total, 1)
+    expected = total * share * (1 - share)
+    seen = _variance(over - share[..., None] * planned) / np.where(expected > 0, expected, 1.0)
+    seen = np.maximum(1.0, np.where(expected > 0, seen, 1.0))
+    bursts = np.minimum(found, total - found) / seen
+    unseen = np.maximum(1.0, BURST_S * total / max(seconds, 1e-9))
+    pulled = np.maximum(seen, (bursts * seen + _UNSEEN_BURSTS * unseen) / (bursts + _UNSEEN_BURSTS))
+    widened = pulled * (1 + _DOUBT * (1 - 1 / seen) / np.sqrt(bursts + 1))
+    return np.clip(widened, 1.0, np.maximum(total, 1)) if blocks else np.ones_like(share)
+
+
+def _variance(residuals: np.ndarray) -> np.ndarray:
+    """The variance of the sum of residuals that depend on their neighbours (Newey and West)."""
+    blocks = residuals.shape[-1]
+    lags = min(blocks - 1, round(blocks ** (1 / 3)))
+    found = (residuals**2).sum(-1)
+    for lag in range(1, lags + 1):
+        found = found + 2 * (1 - lag / (lags + 1)) * (residuals[..., lag:] * residuals[..., :-lag]).sum(-1)
+    return found * blocks / max(1, blocks - 1)
+
+
+def ratio_bounds(totals: np.ndarray, weights: np.ndarray, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Bounds of sum(totals) / sum(weights) by Student's t over seconds; nan with fewer than two seconds."""
+    if len(totals) < 2 or not weights.sum():
+        return math.nan, math.nan
+    ratio = totals.sum() / weights.sum()
+    error = math.sqrt(max(0.0, float(_variance(totals - ratio * weights)))) / weights.sum()
+    half = float(stdtrit(len(totals) - 1, confidence)) * error
+    return float(ratio - half), float(ratio + half)
+
+
+def more_requests(over: int, total: int, bounds: Bounds, limit: float, confidence: float) -> int | None:
+    """About how many more requests decide, if they go on as so far; None if the share is too close to the limit."""
+    found, independent = over / bounds.bursts, total / bounds.bursts
+
+    def decided(longer: float) -> bool:
+        low, high = _clopper_pearson(found * longer, independent * longer, confidence)
+        return bool(high <= limit or low > limit)
+
+    longer = 1.0
+    while not decided(longer):
+        longer *= 1.02
+        if longer > _MOST_LONGER:
+            return None
+    return math.ceil((longer - 1) * total)

@@ -1,0 +1,88 @@
+"""Checks the load generator of a run: the requests it sent, their delay, and its CPU use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from deepseek.spec import Objective, SloSpec
+from loadtests.results.run import Run
+from loadtests.results.stretch import NO_FILE, NO_PORT, Stretch
+from loadtests.slo.objectives import value_of
+from loadtests.slo.slo_demands import largest_limit_s, rate_of
+
+LEAST_ATTEMPTED = 0.99  # of the planned requests, started in time
+# Sending delay as a share: its p99 of the SLO's largest latency limit; the figure of each objective of its limit.
+LARGEST_LAG = 0.05
+MOST_CPU = 0.90  # of one core, for the thread that sends
+OWN_LIMITS = {
+    NO_FILE: "requests failed because the generator ran out of open files: raise its ulimit -n, or use more "
+    "workers (WORKERS=)",
+    NO_PORT: "requests failed because the generator ran out of local ports: widen its "
+    "net.ipv4.ip_local_port_range, or send from several machines (--remote-workers)",
+}
+
+
+def generator_problems(run: Run, slo: SloSpec) -> list[str]:
+    """Why the load generator was the limit of this run; empty if it was not."""
+    problems = []
+    if lost := run.generator.get("workers_lost"):
+        problems.append(f"{lost} of {run.generator['workers']} workers were lost with their results")
+    if run.window.unsent:
+        problems.append(f"{run.window.unsent} of {run.window.planned} planned requests were never sent")
+    problems += _lateness(run, slo)
+    thread_cpu = run.generator.get("thread_cpu", 0)
+    if thread_cpu > MOST_CPU:
+        problems.append(f"the generator's thread was {thread_cpu:.0%} busy, at most {MOST_CPU:.0%} is allowed")
+    if problems:
+        allow = "" if run.generator.get("precedence") else ", or give it real-time priority (--priority, PRIORITY=1)"
+        problems.append(f"lower the rate, or give the generator a machine with free cores{allow}")
+    errors, timeout_s = run.window.errors, run.settings.timeout_s
+    problems += [f"{errors[kind]} {why}" for kind, why in OWN_LIMITS.items() if errors[kind]]
+    if (given_up := errors["DeadlineExceeded"]) and largest_limit_s(slo) > timeout_s:  # made for another SLO
+        problems.append(
+            f"{given_up} requests timed out after {timeout_s:g} s, but the SLO allows longer answers: measure again"
+        )
+    return problems
+
+
+def _lateness(run: Run, slo: SloSpec) -> list[str]:
+    """Problems with late requests in the whole window, or else in the parts that are judged on their own."""
+    judged: dict[float | None, list[Objective]] = {None: []}
+    for line in slo.all_objectives():
+        if line.facts.of_load:
+            judged.setdefault(rate_of(line, run.settings, slo), []).append(line)
+    whole, *parts = (list(_late_at(run, rate, lines, largest_limit_s(slo) * 1000)) for rate, lines in judged.items())
+    return whole or [problem for part in parts for problem in part]
+
+
+def _late_at(run: Run, rate: float | None, lines: list[Objective], largest_ms: float) -> Iterator[str]:
+    """Problems at a rate (None: the whole window): too few requests were started, or so late that it matters."""
+    stretch = run.window if rate is None else run.at_rate(rate)
+    if stretch is None or not run.settings.open_loop:
+        return
+    at = "" if rate is None else f" at {rate:g}/s"
+    if stretch.attempted_share < LEAST_ATTEMPTED:
+        yield (
+            f"the generator started {stretch.attempted_share:.1%} of the planned requests{at} in time; "
+            f"{LEAST_ATTEMPTED:.0%} is needed"
+        )
+    lag = stretch.latency("lag")
+    bounds = [("p99", lag.percentile_ms(99), largest_ms)] if largest_ms else []
+    bounds += [
+        (line.measure.removesuffix("_ms"), value_of(lag, line), line.limit)
+        for line in lines
+        if line.kind == "ms" and not _holds_anyway(run, stretch, line)
+    ]
+    for figure, lag_ms, limit_ms in bounds:
+        if lag_ms > LARGEST_LAG * limit_ms:
+            yield (
+                f"the generator sent late{at}: {figure} of the lag is {lag_ms:.2f} ms, "
+                f"at most {LARGEST_LAG:.0%} of the SLO's {limit_ms:g} ms is allowed "
+                f"(its machine was busy for {run.generator.get('machine_cpu', 0):.0%} of the time)"
+            )
+            return
+
+
+def _holds_anyway(run: Run, stretch: Stretch, line: Objective) -> bool:
+    """Whether a maximum or mean holds in spite of the lag, which intended latency includes."""
+    return line.percent is None and run.judged == "intended" and line.holds(value_of(stretch.latency("intended"), line))

@@ -1,0 +1,164 @@
+"""Finds the batch size, queue delay, instances and threads that serve the SLO best on this machine.
+
+Each candidate is published as `make engine` does it, served by its own real server and loaded like any load test. The
+best candidate has the highest rate that meets the SLO and, among candidates within noise of it, the lowest p99. It is
+then compared with the default of `deploy.toml` in interleaved pairs. If the confidence interval of the gain lies above
+1, the settings are written to the file that the key `tuned` of `deploy.toml` names, and `make engine` publishes them.
+
+Contract: the result is `build/<model>/tuning.json` (`loadtests.tune.tune_result.TuneResult`), drawn as `tuning.html`.
+docs/tuning.md is the user's page.
+
+Exit codes: 0 the search finished, with or without a gain; 2 bad input; 3 inconclusive: the load generator was the
+limit, the default does not answer, or the time ran out before anything was tried or confirmed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import signal
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from deepseek.spec import DeploymentSpec, InputError, TunedFile, build_dir
+from deepseek.spec.files.folders import alone_in, write_whole
+from loadtests.report.searches import tuning_page
+from loadtests.search.local_server import EMBEDDED, settings_of_local
+from loadtests.search.slo_at_rate import objective_lines
+from loadtests.search.stack_server import server_command
+from loadtests.tune.candidate_server import TuneConditions
+from loadtests.tune.confirmation import concluded
+from loadtests.tune.search_space import SearchSpace, ServingSettings
+from loadtests.tune.settings_search import SettingsSearch
+from loadtests.tune.tune_result import TuneResult, shown_ms, tuning_path
+
+
+def main(options: argparse.Namespace) -> int:
+    """Searches and prints the result."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean shutdown, as on Ctrl-C
+    result = tune(options, Console(stderr=True, markup=False))
+    if options.json:
+        print(result.model_dump_json(indent=2))
+    else:
+        console = Console(width=max(Console().width, 110), markup=False)
+        console.print(table(result))
+        console.print(f"p50 and p99 at {result.reference_rps:g}/s")
+        console.print(result.conclusion, style="bold", soft_wrap=True)
+        path = tuning_path(result.model)
+        print(path, path.with_suffix(".html"), sep="\n")
+    return 0
+
+
+def table(result: TuneResult) -> Table:
+    """The measured candidates, the highest rate first."""
+    flight = f"{result.users} in flight"
+    columns = Table("", "instances", "threads", "batch", "delay", "holds", flight, "p50", "p99", "")
+    for measured in sorted(result.trials, key=lambda each: (-(each.capacity_rps or 0), -each.throughput_rps)):
+        settings = measured.settings
+        name = {result.default: "default", result.best: "best"}.get(settings, "")
+        shape = (settings.instances, settings.threads or "-", settings.max_batch, f"{settings.max_queue_delay_us} us")
+        latencies = (shown_ms(measured.p50_ms), shown_ms(measured.p99_ms))
+        figures = (measured.capacity, f"{measured.throughput_rps:.1f}/s", *latencies)
+        note = f"{'CUDA graphs ' if settings.cuda_graphs else ''}{measured.reason}"
+        columns.add_row(name, *map(str, shape), *figures, note, style="bold" if name else None)
+    return columns
+
+
+def default_and_space(
+    options: argparse.Namespace, server: str, spec: DeploymentSpec, cores: int
+) -> tuple[ServingSettings, SearchSpace]:
+    """The settings of `deploy.toml` as the server serves them, and what to vary.
+
+    The embedded Triton serves every queue delay as 0 (`serving.embedded.verified_repository`).
+    """
+    default, delays_us = ServingSettings.of(spec, options.target, cores), options.delay_us
+    if server == EMBEDDED:
+        if any(delays_us or ()):
+            raise InputError(
+                f"--delay-us: seen {max(delays_us)}; the embedded Triton serves only 0 (docs/triton.md); for others, "
+                "give the command of Triton 26.08 or newer: --server"
+            )
+        default, delays_us = default.model_copy(update={"max_queue_delay_us": 0}), (0,)
+    named = {"max_batch": options.max_batch, "instances": options.instances, "threads": options.threads}
+    return default, SearchSpace.of(spec, options.target, cores, delays_us=delays_us, **named)
+
+
+def conditions_of(options: argparse.Namespace, folder: Path, console: Console) -> TuneConditions:
+    """The conditions that the options ask for."""
+    spec = DeploymentSpec.of_model(options.model, options.models, tuned=os.devnull).for_target(options.target)
+    return TuneConditions(
+        spec=spec,
+        settings=settings_of_local(options, spec.slo),
+        precision=None if options.precision == "auto" else options.precision,
+        server=server_command(options.server, options.target, options.env_file),
+        folder=folder,
+        least_s=options.least_s,
+        ends_at=time.monotonic() + options.max_s,
+        console=console,
+    )
+
+
+def tune(options: argparse.Namespace, console: Console) -> TuneResult:
+    """Searches, confirms the best candidate, writes the result and its page, and tuned.toml if a gain is proved."""
+    folder, started = build_dir(options.model) / "tuning", datetime.now(UTC).isoformat(timespec="seconds")
+    with alone_in(folder):
+        conditions, cores = conditions_of(options, folder, console), len(os.sched_getaffinity(0))
+        spec = conditions.spec
+        tuned = None if spec.tuned is None else options.models / options.model / spec.tuned
+        if tuned is not None:
+            TunedFile.read(tuned)  # a broken file is reported now, not after the search
+        default, space = default_and_space(options, conditions.server, spec, cores)
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+        search = SettingsSearch(
+            conditions=conditions,
+            default=default,
+            space=space,
+            users=options.users,
+            confirm_s=options.max_s / 2,
+            resolution=options.resolution,
+        )
+        facts = concluded(search, search.run(), options.pairs)
+        machine, published = dict(search.machine), search.published
+        assert published is not None
+        result = TuneResult(
+            model=options.model,
+            target=options.target,
+            precision=published.precision,
+            versions=machine.pop("versions", {}) | dict(published.versions),
+            objectives=objective_lines(spec.slo),
+            default=default,
+            users=options.users,
+            trials=tuple(search.measured.values()),
+            reference_rps=search.reference_rps,
+            machine=machine,
+            started=started,
+            **facts,
+        )
+        path = tuning_path(options.model)
+        result.save(path)  # first, in case tuned.toml cannot be written
+        if result.best is not None and not options.dry_run:
+            result = write_best(result, result.best, tuned)
+            result.save(path)
+        write_whole(path.with_suffix(".html"), tuning_page(result))
+    return result
+
+
+def write_best(result: TuneResult, best: ServingSettings, path: Path | None) -> TuneResult:
+    """Writes the best settings to the file of tuned values, if there is one; the result's conclusion says so."""
+    if path is None:
+        hint = 'not written: deploy.toml names no file of tuned values; add tuned = "tuned.toml" at its top'
+        return result.model_copy(update={"conclusion": f"{result.conclusion}; {hint}"})
+    machine = result.machine
+    where = f"{machine.get('cpu', platform.machine())}, {machine.get('cores', os.cpu_count())} cores"
+    measured = f"{result.started}, {where}, {result.precision}, {', '.join(result.objectives)}: {result.gain}"
+    TunedFile.read(path).with_target(result.target, best.tuned(measured)).write(path)
+    hint = f"written to {path}; make engine MODEL={result.model} publishes it"
+    if best.max_batch < result.default.max_batch:
+        hint += f"; the server then refuses requests of more than {best.max_batch} rows"
+    return result.model_copy(update={"applied": True, "conclusion": f"{result.conclusion}; {hint}"})

@@ -1,0 +1,197 @@
+"""Triton Python-backend model that runs `model.onnx` beside it in ONNX Runtime, a whole batch at once.
+
+Contract: `export.stages.publish` copies this file into a version directory as `model.py`, together with
+`deepseek/onnxruntime_session.py`, which opens the session, and `serving/backend/compute_slots.py`. Names and types come
+from `config.pbtxt`. Its parameters: `threads`, intra-op threads of one instance (0 divides the cores among the
+instances); `provider` and `provider_options`, from `[onnxruntime]` in deploy.toml; `left_out`, the ONNX Runtime
+optimizers to turn off. ONNXRUNTIME_PROFILE names a folder for operator times.
+
+If a batch fails, its requests run one by one, so that only a bad request fails. Two mistakes are the caller's and get
+INVALID_ARG (HTTP 400): sizes outside the profile or inconsistent, and values that ONNX Runtime rejects, such as an id
+outside the vocabulary. All other errors are the server's: INTERNAL (HTTP 500). Triton counts every answer as a
+success, even an error, so this module counts failures itself.
+
+A separate thread sends the answers after `execute` has returned. Otherwise a client's next request can be queued before
+the instance is free, and a Triton without `serving/embedded/batcher_wakeup.c` can miss it (docs/triton.md).
+
+Tensors are passed as DLPack: the embedded server's stub was compiled for numpy 1. Under numpy 2 its `as_numpy()` has
+zero strides and its `Tensor(name, array)` sends zero bytes, both silently.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import queue
+import threading
+
+import numpy as np
+import onnxruntime
+import triton_python_backend_utils as pb_utils
+from compute_slots import ComputeSlots
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+from onnxruntime_session import cores, open_session
+
+_USED = b"used_dltensor"  # module level, so that it stays alive: a capsule only points to its name
+_set_capsule_name = ctypes.pythonapi.PyCapsule_SetName
+_set_capsule_name.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+
+class TritonPythonModel:
+    """The three calls that Triton's Python backend makes."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Opens the session; Triton reports an exception here as the reason why the model did not load."""
+        config = json.loads(args["model_config"])
+        self.inputs = [tensor["name"] for tensor in config["input"]]
+        self.outputs = [tensor["name"] for tensor in config["output"]]
+        version = os.path.join(args["model_repository"], args["model_version"])
+        path = os.path.join(version, "model.onnx")
+        self.profile_axes, self.shapes = _profile(os.path.join(version, "manifest.json"))
+        options = onnxruntime.SessionOptions()
+        options.inter_op_num_threads = 1
+        parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
+        threads = int(parameters["threads"])
+        instances = config["instance_group"][0]["count"]
+        options.intra_op_num_threads = threads or max(1, cores() // instances)
+        # Spin while a batch runs, not after it: the server and the clients need the cores too.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.log_severity_level = 3  # errors only
+        self.profile = None
+        if folder := os.environ.get("ONNXRUNTIME_PROFILE"):
+            self.profile = os.path.join(folder, f"onnxruntime-{args['model_instance_name']}")
+            options.enable_profiling, options.profile_file_prefix = True, self.profile
+        self.answers: queue.SimpleQueue = queue.SimpleQueue()
+        self.sender = threading.Thread(target=self._send, daemon=True)
+        self.sender.start()
+        self.counter = pb_utils.MetricFamily(
+            name="onnxruntime_inference_request_failure",
+            description="Inference requests that failed in ONNX Runtime; nv_inference_request_success includes them",
+            kind=pb_utils.MetricFamily.COUNTER,
+        )
+        labels = {"model": args["model_name"], "version": args["model_version"], "reason": "INTERNAL"}
+        self.failures = self.counter.Metric(labels=labels)  # one counter for all instances
+        device_id = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
+        opened = open_session(
+            path,
+            options,
+            parameters["provider"],
+            json.loads(parameters["provider_options"]),
+            device_id,
+            parameters.get("left_out", "").split(),
+        )
+        pb_utils.Logger.log_info(f"{args['model_instance_name']}: {opened}")
+        self.session = opened.session
+        threads = options.intra_op_num_threads
+        shared = opened.provider == "cpu" and instances * threads > cores()
+        self.slots = ComputeSlots(path, max(1, cores() // threads)) if shared else contextlib.nullcontext()
+
+    def execute(self, requests: list) -> None:
+        """Runs a batch; the sender thread sends the answers through the requests' response senders."""
+        self.answers.put(([request.get_response_sender() for request in requests], self._responses(requests)))
+
+    def _send(self) -> None:
+        while (batch := self.answers.get()) is not None:
+            for sender, response in zip(*batch, strict=True):
+                try:
+                    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                except Exception as error:  # for example a full /dev/shm: only this answer is lost
+                    self.failures.increment(1)
+                    pb_utils.Logger.log_error(f"an answer could not be handed to Triton: {error}")
+
+    def _responses(self, requests: list) -> list:
+        """One response per request, in order."""
+        feeds = [
+            {name: np.from_dlpack(pb_utils.get_input_tensor_by_name(request, name)) for name in self.inputs}
+            for request in requests
+        ]
+        if misfit := self._misfit(feeds[0]):  # as TensorRT does; all requests of a batch have the same sizes
+            error = pb_utils.TritonError(misfit, pb_utils.TritonError.INVALID_ARG)
+            return [pb_utils.InferenceResponse(error=error) for _ in requests]
+        try:
+            return self._run(feeds)
+        except Exception as error:
+            if len(feeds) == 1:
+                return [self._failure(error)]
+        return [response for request in requests for response in self._responses([request])]
+
+    def _misfit(self, feed: dict[str, np.ndarray]) -> str:
+        """What is wrong with a request's sizes; empty if they fit."""
+        seen: dict[str, tuple[int, str]] = {}
+        for name, array in feed.items():
+            for axis, size in zip(self.shapes.get(name, ()), array.shape, strict=False):
+                if axis not in self.profile_axes:
+                    continue
+                least, most = self.profile_axes[axis]
+                if not least <= size <= most:
+                    return f"{name}: axis {axis} is {size}; allowed: {least} to {most}"
+                other, other_name = seen.setdefault(axis, (size, name))
+                if size != other:
+                    return f"{name}: axis {axis} is {size}, but {other} in {other_name}: both must be equal"
+        return ""
+
+    def _run(self, feeds: list[dict[str, np.ndarray]]) -> list:
+        if len(feeds) == 1:
+            joined = feeds[0]
+        else:
+            joined = {name: np.concatenate([feed[name] for feed in feeds]) for name in self.inputs}
+        results = self._results(joined)
+        responses, start = [], 0
+        for feed in feeds:
+            end = start + len(feed[self.inputs[0]])
+            tensors = [_tensor(name, result[start:end]) for name, result in zip(self.outputs, results, strict=True)]
+            responses.append(pb_utils.InferenceResponse(tensors))
+            start = end
+        return responses
+
+    def _failure(self, error: Exception) -> object:
+        """The answer that says why a request failed; counts the failure unless it is the caller's mistake."""
+        code = pb_utils.TritonError.INVALID_ARG
+        if not isinstance(error, InvalidArgument):
+            code = pb_utils.TritonError.INTERNAL
+            self.failures.increment(1)
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(_reason(error), code))
+
+    def _results(self, joined: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """The outputs of a batch, computed once this instance holds a slot.
+
+        Two batches at once on one core evict each other's weights from the caches: measured 4 to 8 % slower.
+        """
+        with self.slots:
+            return self.session.run(self.outputs, joined)
+
+    def finalize(self) -> None:
+        """Sends the remaining answers and frees the session."""
+        self.answers.put(None)
+        self.sender.join()
+        if self.profile is not None:
+            start_ns = self.session.get_profiling_start_time_ns()  # event times are relative to it
+            os.replace(self.session.end_profiling(), f"{self.profile}.{start_ns}.json")
+        del self.session
+
+
+def _profile(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, list]]:
+    """The smallest and largest size of each named axis, and the inputs' shapes; both empty without a manifest.
+
+    The batch axis is left out: Triton limits it by max_batch_size and merges small batches.
+    """
+    if not os.path.isfile(path):
+        return {}, {}
+    with open(path, encoding="utf-8") as file:
+        manifest = json.load(file)
+    axes = {name: (axis["min"], axis["max"]) for name, axis in manifest.get("axes", {}).items() if name != "batch"}
+    return axes, {name: tensor["shape"] for name, tensor in manifest.get("inputs", {}).items()}
+
+
+def _tensor(name: str, array: np.ndarray) -> object:
+    """A Triton tensor over an array's memory."""
+    capsule = array.__dlpack__()
+    tensor = pb_utils.Tensor.from_dlpack(name, capsule)
+    # The stub takes over the memory but does not rename the capsule; numpy would print a traceback for each one.
+    _set_capsule_name(capsule, _USED)
+    return tensor
+
+
+def _reason(error: Exception) -> str:
+    """ONNX Runtime's message in one line, without its source positions."""
+    return "inference failed: " + " ".join(str(error).split())[:500]

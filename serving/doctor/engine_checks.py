@@ -1,0 +1,124 @@
+"""Checks whether an engine runs on a machine: its target's runtime, chip and release.
+
+Contract: `check_engine` compares one engine's manifest and configuration with a `Machine`; each finding is one line
+with one fix.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from deepseek.spec import PublishedManifest
+from deepseek.spec.gpus import runs_engine
+from serving.doctor.machine import Machine
+from serving.repository.checks import Finding, mismatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedEngine:
+    """A version that Triton would serve."""
+
+    model: str
+    version: int
+    manifest: PublishedManifest
+    config: ModelConfig
+
+    @property
+    def memory_bytes(self) -> int:
+        """Least memory for its weights: each instance of the Python backend is a process with its own."""
+        copies = self.config.instance_group[0].count if self.config.instance_group else 1
+        return self.manifest.size_bytes * (copies if self.config.backend == "python" else 1)
+
+
+def check_engine(engine: ServedEngine, machine: Machine) -> list[Finding]:
+    """Findings that keep an engine from running on the machine; empty if it runs."""
+    check = _TARGET_CHECKS.get(engine.manifest.target)
+    return list(check(engine, machine)) if check else []
+
+
+def _rebuild(engine: ServedEngine) -> str:
+    return f"rebuild it for this machine: make engine MODEL={engine.model} TARGET={engine.manifest.target}"
+
+
+def _check_tensorrt(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
+    """An engine runs on the GPUs and in the TensorRT that it was built for."""
+    yield from _check_chip(engine, machine)
+    yield from _check_release(engine, machine)
+
+
+def _check_chip(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
+    where, manifest = f"{engine.model}/{engine.version}", engine.manifest
+    built = manifest.compute_capability
+    if not machine.gpus:
+        what = f"needs a GPU{f' of compute capability {built}' if built else ''}, but nvidia-smi shows none"
+        yield mismatch(where, what, "give it a GPU (docker run --gpus all), or make engine TARGET=onnxruntime")
+        return
+    others = {
+        number: str(gpu) for number, gpu in enumerate(machine.gpus) if not runs_engine(gpu, built, manifest.settings)
+    }
+    if len(others) == len(machine.gpus):
+        here = ", ".join(others.values())
+        yield mismatch(where, f"was built for compute capability {built}, this machine has {here}", _rebuild(engine))
+        return
+    loaded = set(engine.config.instance_group[0].gpus) if engine.config.instance_group else set()
+    matching = [number for number in range(len(machine.gpus)) if number not in others]
+    named = ", ".join(f"GPU {number} ({gpu})" for number, gpu in others.items())
+    if absent := loaded - set(range(len(machine.gpus))):
+        here = f"this machine has {len(machine.gpus)} GPU{'s' * (len(machine.gpus) > 1)}"
+        what = f"instance_group names GPU {', '.join(map(str, sorted(absent)))}, but {here}"
+        yield mismatch(where, what, _rebuild(engine))
+    elif others and (not loaded or loaded & others.keys()):
+        what = f"was built for compute capability {built}, which {named} cannot run"
+        yield mismatch(where, what, f"set gpus: {matching} in instance_group, or {_rebuild(engine)}")
+    elif others:
+        what = f"was built for compute capability {built}: {named} will not serve it"
+        yield Finding(level="warning", where=where, what=what, fix=f"GPU {', '.join(map(str, matching))} will")
+
+
+def _check_release(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
+    """Compares TensorRT inside Triton's container, else the container tags: the host's own TensorRT is not used."""
+    where, manifest = f"{engine.model}/{engine.version}", engine.manifest
+    built, tag = manifest.versions.get("tensorrt"), manifest.versions.get("triton_tag")
+    here = machine.tensorrt if machine.in_container else None
+    rebuild = f"{_rebuild(engine)} TRITON_TAG={machine.triton_tag}"
+    if here and built:
+        if not _loads(manifest, built, here):
+            yield mismatch(where, f"was built by TensorRT {built}, this container has {here}", rebuild)
+    elif tag is None or (manifest.settings.get("version_compatible") and tag < machine.triton_tag):
+        place = f"in the container of {tag}" if tag else "outside the containers"
+        builder = f"TensorRT {built or 'of unknown version'} {place}"
+        what = f"was built by {builder}; only Triton {machine.triton_tag} itself can tell at start-up if it loads"
+        yield Finding(level="warning", where=where, what=what, fix=rebuild)
+    elif tag != machine.triton_tag:
+        what = f"was built in the container of {tag}, but Triton will be {machine.triton_tag}"
+        yield mismatch(where, what, rebuild)
+
+
+def _loads(manifest: PublishedManifest, built: str, here: str) -> bool:
+    """Whether TensorRT `here` loads the plan: the same version, or for a version-compatible plan a later minor one."""
+    old, new = built.split(".")[:3], here.split(".")[:3]
+    if manifest.settings.get("version_compatible"):
+        return old[0] == new[0] and [int(part) for part in new] >= [int(part) for part in old]
+    return old == new
+
+
+def _check_onnxruntime(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
+    """The Python backend needs ONNX Runtime with the execution provider that the configuration names."""
+    where = f"{engine.model}/{engine.version}"
+    if engine.config.backend != "python":
+        return
+    if machine.onnxruntime is None:
+        yield mismatch(where, "ONNX Runtime cannot be imported here", f"{sys.executable} -m pip install onnxruntime")
+        return
+    asked = engine.config.parameters["provider"].string_value
+    names = {name.lower().removesuffix("executionprovider") for name in machine.onnxruntime}
+    if asked not in ("", "auto") and asked not in names:
+        what = f"needs the execution provider {asked!r}, ONNX Runtime here has {', '.join(sorted(names))}"
+        yield mismatch(where, what, f"install a build that has it, or {_rebuild(engine)}")
+
+
+_TARGET_CHECKS = {"tensorrt": _check_tensorrt, "onnxruntime": _check_onnxruntime}

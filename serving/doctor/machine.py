@@ -1,0 +1,122 @@
+"""Facts about a machine that decide whether an engine runs on it: GPUs, memory, Triton's release, Docker.
+
+Contract: `Machine` is plain data, so the doctor can check for another machine than this one; `detect` fills it for this
+one. An unknown fact is None, never a guess.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepseek.spec.gpus import Gpu, gpus
+from deepseek.spec.triton_release import TRITON_TAG, parse_tag
+
+# Where NVIDIA's images have libnvinfer.so.
+TENSORRT_FOLDERS = (
+    "/usr/lib/x86_64-linux-gnu",
+    "/usr/lib/aarch64-linux-gnu",
+    "/usr/local/tensorrt/lib",
+    "/opt/tritonserver/lib",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The machine that engines will run on."""
+
+    triton_tag: str = TRITON_TAG
+    """Release of NVIDIA's containers, YY.MM."""
+    tensorrt: str | None = None
+    """Version of the system's TensorRT library, which Triton loads in its container; not used on a host."""
+    gpus: tuple[Gpu, ...] = ()
+    ram_bytes: int
+    """Memory that processes may use in total: the machine's, or the container's limit."""
+    onnxruntime: tuple[str, ...] | None = None
+    """Execution providers of the installed ONNX Runtime; None if it cannot be imported."""
+    docker: tuple[str, ...] | None = None
+    """Runtimes of the Docker engine; None if no engine answers."""
+    in_container: bool = False
+    """Docker is not checked in a container: it is the host's."""
+
+    @classmethod
+    def detect(cls, *, triton_tag: str | None = None, in_container: bool = False) -> Machine:
+        """Detects this machine. The tag is the argument, $DEEPSEEK_TRITON_TAG, the container's own, or the default.
+
+        Raises InputError for a tag that is not YY.MM.
+        """
+        own = os.environ.get("NVIDIA_TRITON_SERVER_VERSION")  # set in NVIDIA's server images
+        tag = (
+            triton_tag or (own if in_container else None) or os.environ.get("DEEPSEEK_TRITON_TAG") or own or TRITON_TAG
+        )
+        parse_tag(tag)
+        return cls(
+            triton_tag=tag,
+            tensorrt=_tensorrt_version(),
+            gpus=gpus(),
+            ram_bytes=_ram_bytes(),
+            onnxruntime=_onnxruntime_providers(),
+            docker=None if in_container else _docker_runtimes(),
+            in_container=in_container,
+        )
+
+
+def _output(*command: str) -> str | None:
+    """A command's standard output; None if it is missing, fails or takes over 20 s."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout if run.returncode == 0 else None
+
+
+def _tensorrt_version() -> str | None:
+    """Version of the library that Triton's backend loads in this container; Python packages may bring another one."""
+    for folder in TENSORRT_FOLDERS:
+        for path in Path(folder).glob("libnvinfer.so.*.*.*"):
+            return path.name.removeprefix("libnvinfer.so.")
+    return None
+
+
+def _onnxruntime_providers() -> tuple[str, ...] | None:
+    try:
+        import onnxruntime  # heavy: imported only if needed
+    except ImportError:
+        return None
+    return tuple(onnxruntime.get_available_providers())
+
+
+def _docker_runtimes() -> tuple[str, ...] | None:
+    """Names of the runtimes; an NVIDIA CDI device counts as the runtime "nvidia"."""
+    text = _output("docker", "info", "--format", "{{json .}}")
+    if text is None:
+        return None
+    try:
+        information = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    names = set(information.get("Runtimes") or ())
+    if any(
+        str(device.get("ID", "")).startswith("nvidia.com/gpu") for device in information.get("DiscoveredDevices") or ()
+    ):
+        names.add("nvidia")
+    return tuple(sorted(names))
+
+
+def _ram_bytes() -> int:
+    """The machine's memory, or the cgroup's limit if that is lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(limit).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            total = min(total, int(text))
+    return total

@@ -1,0 +1,53 @@
+/* Wakes Triton's dynamic batcher in time; preloaded into tritonserver (serving/embedded/batcher_wakeup.py, docs/triton.md).
+ *
+ * If the queue has a bound or a time-out, the batcher takes a request only while an instance is free, and waits on a
+ * condition variable for at most 500 ms (dynamic_batch_scheduler.cc). An instance that finishes notifies the batcher just
+ * before it counts as free. In two cases the batcher misses that and sleeps beside a free instance, until the next request
+ * or for the 500 ms:
+ * - it holds a request and checks before the instance counts as free (WaitForPayloadSlotAvailable), or
+ * - it holds none and a request arrives between the two: no instance is free yet, so the request does not wake it.
+ *
+ * The first wait is recognized by its mutex, which is on the waiting thread's own stack; the second by its half second.
+ * The first is cut to a millisecond. The second starts at a millisecond and doubles until the thread is notified. Then the
+ * caller checks again, as after any spurious wake-up; this also affects other waits of half a second. All other waits are
+ * passed on unchanged.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <time.h>
+
+enum { FRAME_BYTES = 4096 };
+static const int64_t MS = 1000000, SECOND = 1000000000;
+
+typedef int (*clockwait)(pthread_cond_t *, pthread_mutex_t *, clockid_t, const struct timespec *);
+
+static clockwait libc_clockwait;
+
+__attribute__((constructor)) static void find_libc(void)
+{
+    libc_clockwait = (clockwait)(intptr_t)dlsym(RTLD_NEXT, "pthread_cond_clockwait");
+}
+
+int pthread_cond_clockwait(pthread_cond_t *condition, pthread_mutex_t *mutex, clockid_t clock, const struct timespec *end)
+{
+    static __thread int64_t patience; /* this thread's cut for waits of half a second, in ns */
+    struct timespec now;
+    if (clock_gettime(clock, &now) != 0)
+        return libc_clockwait(condition, mutex, clock, end);
+    int64_t seconds = end->tv_sec - now.tv_sec; /* an endless wait would overflow in nanoseconds */
+    int64_t left = (seconds > 2 ? 2 : seconds) * SECOND + end->tv_nsec - now.tv_nsec;
+    int holds_a_request = (uintptr_t)mutex - (uintptr_t)__builtin_frame_address(0) < FRAME_BYTES;
+    int holds_none = !holds_a_request && left > 400 * MS && left <= 500 * MS;
+    if (holds_none)
+        patience = patience == 0 ? MS : patience < 500 * MS ? 2 * patience : patience;
+    int64_t cut = holds_a_request ? MS : holds_none ? patience : left;
+    int64_t nsec = now.tv_nsec + cut;
+    struct timespec soon = {.tv_sec = now.tv_sec + nsec / SECOND, .tv_nsec = nsec % SECOND};
+    int status = libc_clockwait(condition, mutex, clock, cut < left ? &soon : end);
+    if (status == 0)
+        patience = 0;
+    return status == ETIMEDOUT && cut < left ? 0 : status;
+}

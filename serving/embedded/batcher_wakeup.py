@@ -1,0 +1,66 @@
+"""The library that wakes Triton's dynamic batcher in time, built from `batcher_wakeup.c` if there is a C compiler.
+
+Contract: `library` returns the one in the CPU image, or builds one under `$DEEPSEEK_BUILD/serving`; None if the
+compiler (`$CC`, else `cc`) cannot build one that loads. Without it a bounded queue can hold a request for up to 500 ms
+beside a free instance (docs/triton.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+from deepseek.spec import build_dir
+from serving.repository.checks import Finding
+
+SOURCE = Path(__file__).with_name("batcher_wakeup.c")
+MISSING = Finding(
+    level="warning",
+    where="queue",
+    what="without a C compiler Triton can hold a request for up to 500 ms beside a free instance",
+    fix="apt-get install gcc libc6-dev",
+)
+
+
+def library() -> Path | None:
+    """The library to preload into `tritonserver`; None if it cannot be built."""
+    brought = SOURCE.with_name("libwakeup.so")  # a name that Python cannot import as a module
+    if brought.is_file():
+        return brought
+    version = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
+    path = build_dir("serving").absolute() / f"libwakeup-{version}.so"
+    return path if _loads(path) or _built(path) else None  # rebuilt if another kind of machine built it
+
+
+def preload(wakeup: Path, folder: Path, others: str) -> str:
+    """The value of `LD_PRELOAD`: a link in `folder` to the library, since a path with a space would count as two."""
+    link = folder / "libwakeup.so"
+    link.symlink_to(wakeup)
+    return ":".join(filter(None, [str(link), others]))
+
+
+def _built(path: Path) -> bool:
+    try:
+        command = [*shlex.split(os.environ.get("CC") or "cc"), "-std=gnu11", "-O2", "-shared", "-fPIC"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".wakeup-") as folder:
+            made = Path(folder) / path.name
+            subprocess.run([*command, "-o", str(made), str(SOURCE), "-ldl"], check=True, capture_output=True)
+            if fits := _loads(made):
+                made.rename(path)
+            return fits
+    except (OSError, ValueError, subprocess.CalledProcessError):  # ValueError: a CC with an unclosed quote
+        return False
+
+
+def _loads(path: Path) -> bool:
+    try:
+        ctypes.CDLL(str(path))
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,268 @@
+"""The embedded Triton as an object: started, supervised and stopped by a `with` block.
+
+The wheel `nvidia-pytriton` ships the server and its Python backend (`serving.embedded.wheel`). This module starts the
+server over a repository, waits until it is ready and stops it. Nothing of it outlives this process
+(`serving.embedded.server_process`).
+
+Contract: Triton sees only versions that `serving.embedded.verified_repository` verified. A version that is damaged or
+does not fit its configuration is refused in one line, and an older intact one is served. A model that lost a process is
+reloaded (`serving.embedded.supervisor`); if that does not help, the server ends and `failure` says why.
+
+Example:
+    with EmbeddedServer("model_repository", http_port=0, grpc_port=0, metrics_port=0) as server:
+        print(server.grpc_url)
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+
+from deepseek.spec import GateFailed, InputError, build_dir
+from serving.embedded.batcher_wakeup import MISSING, library, preload
+from serving.embedded.flags import (
+    CLOSED,
+    CONTROL,
+    EXIT_TIMEOUT_S,
+    GATEWAY_EXIT_TIMEOUT_S,
+    Endpoints,
+    admin_key,
+    server_flags,
+)
+from serving.embedded.model_control import ModelControl, is_ready
+from serving.embedded.ports import ReservedPorts
+from serving.embedded.server_process import ServerProcess
+from serving.embedded.stub_processes import StubMonitor
+from serving.embedded.supervisor import Supervisor
+from serving.embedded.triton_log import KILLED, failure, load_failures
+from serving.embedded.verified_repository import VerifiedRepository
+from serving.embedded.wheel import assemble_backend, environment, parts
+from serving.repository.checks import Finding, models_in
+
+
+class EmbeddedServer:
+    """A real Triton over `repository`, running inside the `with` block.
+
+    Ports are bound on `address`; 0 picks a free port, which the attributes then hold. `poll_s`: seconds between checks
+    of the repository for changes; None: changes are ignored. The server's log is at `log_path`
+    (`$DEEPSEEK_BUILD/serving/triton-<port>.log`); `echo_log` sends it to standard output and keeps only the start-up
+    part in the file. `behind_gateway` closes every API that callers do not need and gives requests in flight more time
+    at shutdown. `profile` is a folder for Triton's traces, `trace.json.<n>`, once a client turns them on (trace level
+    TIMESTAMPS), and at shutdown for ONNX Runtime's operator times,
+    `onnxruntime-<instance>.<start in ns since 1970>.json`.
+
+    Raises:
+        InputError: port in use, wheel missing, a repository that cannot be served, a model that does
+            not load (with Triton's reason), or not ready within `timeout_s`.
+        GateFailed: no version of a model can be served, or a model's process was killed while it loaded.
+    """
+
+    def __init__(
+        self,
+        repository: str | Path,
+        *,
+        http_port: int = 8000,
+        grpc_port: int = 8001,
+        metrics_port: int = 8002,
+        address: str = "127.0.0.1",
+        timeout_s: float = 120,
+        poll_s: int | None = None,
+        log_path: str | Path | None = None,
+        profile: str | Path | None = None,
+        echo_log: bool = False,
+        behind_gateway: bool = False,
+        exit_timeout_s: int | None = None,
+        flags: tuple[str, ...] = (),
+    ) -> None:
+        self.repository = Path(repository)
+        self._ports = ReservedPorts(address, {"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port})
+        self.address = self._ports.address
+        self.http_port, self.grpc_port, self.metrics_port = (
+            self._ports.numbers[name] for name in ("HTTP", "gRPC", "metrics")
+        )
+        # One log per server: a crash found in the log must be this server's.
+        default_log = build_dir("serving") / f"triton-{self.http_port}.log"
+        self.log_path = Path(log_path or default_log)
+        self.timeout_s = timeout_s
+        self.models: list[str] = []
+        self._poll_s, self._echo_log, self._flags = poll_s, echo_log, flags
+        self._exit_timeout_s = exit_timeout_s or (GATEWAY_EXIT_TIMEOUT_S if behind_gateway else EXIT_TIMEOUT_S)
+        self._restricted = CLOSED if behind_gateway else CONTROL
+        self._key = admin_key()  # only this process may load and unload models
+        self._control = ModelControl(self.http_url, self._key, timeout_s)
+        self._profile = None if profile is None else Path(profile).absolute()
+        self._process: ServerProcess | None = None
+        self._verified: VerifiedRepository | None = None
+        self._supervisor: Supervisor | None = None
+        self._missing: list[Finding] = []
+
+    @property
+    def http_url(self) -> str:
+        """`host:port` of the HTTP endpoint."""
+        return f"{self.address}:{self.http_port}"
+
+    @property
+    def grpc_url(self) -> str:
+        """`host:port` of the gRPC endpoint."""
+        return f"{self.address}:{self.grpc_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        """URL for Prometheus."""
+        return f"http://{self.address}:{self.metrics_port}/metrics"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the running server."""
+        assert self._process is not None
+        assert self._process.popen is not None
+        return self._process.popen.pid
+
+    @property
+    def failure(self) -> str | None:
+        """Why the supervisor stopped the server; None if it did not."""
+        return self._supervisor.failure if self._supervisor else None
+
+    @property
+    def notes(self) -> list[Finding]:
+        """Warnings: models served unchecked, folders that are ignored, and what this machine lacks."""
+        return [*(self._verified.notes if self._verified else []), *self._missing]
+
+    def __enter__(self) -> EmbeddedServer:
+        try:
+            self.models = check_repository(self.repository)
+            stubs = self._start()
+            self._wait_until_ready(stubs)
+            self._ports.release()
+            self._supervise(stubs)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _start(self) -> StubMonitor:
+        server, libraries, backend, stub = parts()
+        self._process = ServerProcess(self.log_path, exit_timeout_s=self._exit_timeout_s, echo_log=self._echo_log)
+        scratch = self._process.scratch
+        self._verified = VerifiedRepository(self.repository, scratch / "models", _say)
+        self._verified.fill()
+        assemble_backend(scratch / "backends" / "python", backend, stub)
+        variables = environment(libraries, scratch)
+        if wakeup := library():
+            variables["LD_PRELOAD"] = preload(wakeup, scratch, variables.get("LD_PRELOAD", ""))
+        else:
+            self._missing = [MISSING]
+        if self._profile is not None:
+            self._profile.mkdir(parents=True, exist_ok=True)
+            variables["ONNXRUNTIME_PROFILE"] = str(self._profile)
+        popen = self._process.start([str(server), *self._server_flags(scratch)], variables, secret=self._key)
+        return StubMonitor(popen.pid, self._verified.folder, self._control)
+
+    def _server_flags(self, scratch: Path) -> list[str]:
+        endpoints = Endpoints(
+            address=self.address, http_port=self.http_port, grpc_port=self.grpc_port, metrics_port=self.metrics_port
+        )
+        flags = server_flags(
+            scratch / "models",
+            endpoints,
+            restricted=self._restricted,
+            key=self._key,
+            # Instead of Triton's own polling: this process decides what is loaded, and gets the reason of a failure.
+            explicit_control=True,
+            exit_timeout_s=self._exit_timeout_s,
+        )
+        flags += [
+            f"--backend-directory={scratch / 'backends'}",
+            # Each server has its own region names, so that two never collide and leftovers can be removed.
+            f"--backend-config=python,shm-region-prefix-name={scratch.name}",
+        ]
+        if self._profile is not None:
+            # One file per trace: with a frequency of 0 (one file at the end) this version writes none.
+            flags += ["--trace-config=mode=triton", "--trace-config=level=OFF", "--trace-config=rate=1"]
+            flags += [f"--trace-config=triton,file={self._profile / 'trace.json'}"]
+            flags += ["--trace-config=triton,log-frequency=1"]
+        return [*flags, *self._flags]
+
+    def _wait_until_ready(self, stubs: StubMonitor) -> None:
+        began_s = time.monotonic()
+        while time.monotonic() - began_s < self.timeout_s:
+            if (status := self.poll()) is not None:
+                raise self._start_failure(status)
+            if is_ready(self.http_url):
+                stubs.list_all()
+                return
+            time.sleep(0.05)
+        raise InputError(
+            f"Triton was not ready within {self.timeout_s:g} s; "
+            f"{self._in_repository_words(load_failures(self.log_path)) or 'it is still loading'}; "
+            f"see {self.log_path} or give it longer with --timeout-s"
+        )
+
+    def _start_failure(self, status: int) -> InputError | GateFailed:
+        reason = self._in_repository_words(load_failures(self.log_path)).rstrip(".")
+        if KILLED in reason:
+            return GateFailed(f"{reason}; its process was killed, perhaps because memory ran out")
+        return InputError(self._in_repository_words(failure(self.log_path, status)))
+
+    def _in_repository_words(self, text: str) -> str:
+        """Triton's message in one line, with the repository's paths in place of the verified copy's."""
+        copy = str(self._verified.folder) if self._verified else ""
+        return " ".join(text.replace(copy, str(self.repository)).split()) if copy else text
+
+    def _supervise(self, stubs: StubMonitor) -> None:
+        assert self._process is not None
+        assert self._process.popen is not None
+        assert self._verified is not None
+        self._process.ready.set()
+        self._supervisor = Supervisor(
+            self._process.popen,
+            stubs=stubs,
+            control=self._control,
+            verified=self._verified,
+            crashed=self._process.crashed,
+            reworded=self._in_repository_words,
+            say=_say,
+            drain_s=self._exit_timeout_s,
+        )
+        self._supervisor.start(self._poll_s)
+
+    def poll(self) -> int | None:
+        """The exit status of a server that ended by itself; None while it runs."""
+        return self._process.poll() if self._process else None
+
+    def stop(self) -> None:
+        """Lets requests in flight finish, ends the server and its stubs, removes its files."""
+        self._ports.release()
+        if self._supervisor is not None:
+            self._supervisor.prepare_to_stop()
+        if self._process is not None:
+            self._process.end()
+        if self._supervisor is not None:
+            self._supervisor.stop()  # after the server has ended, so that its pending calls fail at once
+        if self._process is not None:
+            self._process.remove_files()
+            self._process = None
+
+
+def check_repository(repository: Path) -> list[str]:
+    """Names of the models in `repository`; raises InputError if the embedded server cannot serve them."""
+    configs = [model / "config.pbtxt" for model in models_in(repository)]
+    for config in configs:
+        text = config.read_text(errors="replace")  # the model's check reports unreadable files
+        named = dict(re.findall(r'^\s*(backend|platform)\s*:\s*"([^"]*)"', text, re.MULTILINE))
+        backend = named.get("backend") or named.get("platform", "python")
+        if backend != "python":
+            raise InputError(
+                f"{config}: this server has no {backend} backend: the embedded Triton has only python; "
+                "docker compose up serves it on a machine with a GPU; or rebuild with: make engine TARGET=onnxruntime"
+            )
+    return [config.parent.name for config in configs]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

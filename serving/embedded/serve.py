@@ -1,0 +1,91 @@
+"""The command `serve`: runs the embedded Triton, a real `tritonserver` without Docker or a GPU.
+
+Contract: serves a repository until Ctrl-C or SIGTERM, or while a command runs (`serving.embedded.launcher`). Exit
+codes: the command's own, else 0; 1 the server ended by itself, or no version of a model can be served; 2 bad input.
+Errors are one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+from deepseek.spec import GateFailed, InputError
+from deepseek.spec.children import ends_with_us
+from serving.embedded.flags import trace_flags
+from serving.embedded.launcher import EmbeddedServer, check_repository
+from serving.embedded.triton_log import failure
+
+__all__ = ["EmbeddedServer", "check_repository", "main"]
+
+
+def _serve(server: EmbeddedServer, command: list[str]) -> int:
+    """Prints the endpoints; waits for Ctrl-C, or runs `command` and returns its exit status."""
+    print(f"serving   {', '.join(server.models)} from {server.repository}")
+    for finding in server.notes:
+        print(f"warning   {finding}")
+    print(f"HTTP      http://{server.http_url}/v2")
+    print(f"gRPC      {server.grpc_url}")
+    print(f"metrics   {server.metrics_url}")
+    print(f"log       {server.log_path}")
+    if not command:
+        print("Ctrl-C stops it.", flush=True)
+    sys.stdout.flush()
+    ports = {"HTTP": server.http_port, "GRPC": server.grpc_port, "METRICS": server.metrics_port}
+    told = {f"DEEPSEEK_{name}_PORT": str(port) for name, port in ports.items()}  # with the free ports that 0 picked
+    child = _started(command, {**os.environ, **told}) if command else None
+    try:
+        while child is None or child.poll() is None:
+            if server.failure or server.poll() is not None:
+                raise GateFailed(server.failure or failure(server.log_path, server.poll() or 0))
+            time.sleep(0.1)
+        return child.returncode if child.returncode >= 0 else 128 - child.returncode
+    finally:
+        if child is not None and child.poll() is None:
+            child.terminate()
+            child.wait()
+
+
+def _started(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(command, env=environment, preexec_fn=ends_with_us())
+    except OSError as error:
+        raise InputError(f"{command[0]}: cannot be run while serving: {error.strerror}") from None
+
+
+def main(options: argparse.Namespace) -> int:
+    """Serves a repository until it is stopped."""
+    if options.profile and options.trace_url:
+        raise InputError("--profile writes traces to files, --trace-url sends them: give only one (TRACE_URL=)")
+    for name in ("timeout_s", "poll_s", "exit_timeout_s"):
+        if (value := getattr(options, name)) is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {value:g}: it must be more than 0")
+    if options.command and shutil.which(options.command[0]) is None:
+        raise InputError(f"{options.command[0]}: no such command to run while serving; see deepseek serve --help")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    with EmbeddedServer(
+        options.repository,
+        http_port=options.http_port,
+        grpc_port=options.grpc_port,
+        metrics_port=options.metrics_port,
+        address=options.address,
+        timeout_s=options.timeout_s,
+        poll_s=options.poll_s,
+        profile=options.profile,
+        echo_log=options.echo_log,
+        behind_gateway=options.behind_gateway,
+        exit_timeout_s=options.exit_timeout_s,
+        flags=tuple(trace_flags(options.trace_url, options.trace_every)),
+    ) as server:
+        try:
+            return _serve(server, options.command)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # make and timeout send it twice; Ctrl-C still forces
+            print("stopping", file=sys.stderr)
+            return 0 if not options.command else 130

@@ -1,0 +1,125 @@
+"""A load test on the cluster: the Jobs of one model, through the gateway.
+
+Contract: `write_loadtest` writes a folder for `kubectl apply -k`, with the model's `deploy.toml`, as many of its inputs
+as fit into a ConfigMap, and the authority of the gateway's certificate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deepseek.spec import InputError
+from deepseek.spec.files.folders import beside, write_whole
+from serving.kubernetes.manifests import NAMESPACE, Overlay, image
+from serving.repository.served_models import ServedModel
+
+WORKER_RPS = 500  # requests/s that one worker process sends without delay
+GATEWAY_URL = "gateway:8443"  # inside the namespace
+CONFIG_MAP_BYTES = 900_000  # a ConfigMap holds 1 MiB, its other entries included; kubectl apply --server-side
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadTestJobs:
+    """The settings of a model's load test."""
+
+    model: str
+    target: str
+    rate_rps: float
+    url: str
+    own_authority: bool
+    """Whether `ca.crt` signed the gateway's certificate, instead of an authority that every system trusts."""
+
+    @property
+    def workers(self) -> int:
+        """Number of workers, at least 2."""
+        return max(2, math.ceil(self.rate_rps / WORKER_RPS))
+
+
+def loadtest_kustomization(overlay: Overlay, test: LoadTestJobs, base: str) -> str:
+    """The kustomization of the Jobs, with the model's name, rate and files."""
+    trust = "--ca-cert=/inputs/ca.crt" if test.own_authority else "--tls"
+    egress = (
+        f"""\
+  - target: {{kind: NetworkPolicy, name: loadtest}}
+    patch: "- {{op: add, path: /spec/egress/-, value: {{ports: [{{port: {test.url.rpartition(":")[2]}}}]}}}}"
+"""
+        if test.url != GATEWAY_URL
+        else ""
+    )
+    files = "inputs.npz, ca.crt" if test.own_authority else "inputs.npz"
+    return f"""\
+# Written by deepseek kubernetes: the load test of {test.model}, through the gateway.
+# Use kubectl apply --server-side -k: otherwise kubectl copies the inputs to an annotation, which holds only 256 KiB.
+apiVersion: kustomize.config.k8s.io/v1beta1
+kind: Kustomization
+namespace: {NAMESPACE}
+resources: [{base}/loadtest]
+configMapGenerator:
+  - name: loadtest
+    namespace: {NAMESPACE}
+    behavior: merge
+    literals: [MODEL={test.model}, TARGET={test.target}, RATE={test.rate_rps:g}, WORKERS={test.workers}]
+  - {{name: loadtest-model, namespace: {NAMESPACE}, behavior: replace, files: [deploy.toml]}}
+  - {{name: loadtest-inputs, namespace: {NAMESPACE}, behavior: replace, files: [{files}]}}
+generatorOptions: {{disableNameSuffixHash: true}}
+images:
+{image(overlay, "deepseek-loadtests")}
+patches:
+  - target: {{kind: Job}}
+    patch: |
+      - {{op: replace, path: /spec/template/spec/containers/0/volumeMounts/2/mountPath, value: /models/{test.model}}}
+      - {{op: replace, path: /spec/template/spec/containers/0/args/0, value: "--url={test.url}"}}
+      - {{op: replace, path: /spec/template/spec/containers/0/args/1, value: {trust}}}
+  # {test.rate_rps:g} requests/s, {WORKER_RPS} per worker
+  - target: {{kind: Job, name: loadtest-worker}}
+    patch: |
+      - {{op: replace, path: /spec/parallelism, value: {test.workers}}}
+      - {{op: replace, path: /spec/completions, value: {test.workers}}}
+{egress}"""
+
+
+def write_loadtest(folder: Path, overlay: Overlay, model: ServedModel, options: argparse.Namespace) -> bool:
+    """Writes a model's load test; returns False if its `deploy.toml` or inputs are missing."""
+    spec, inputs = (
+        (model.models or options.models) / model.name / "deploy.toml",
+        options.build / model.name / "evaluation.npz",
+    )
+    if not (spec.is_file() and inputs.is_file()):
+        return False
+    test = LoadTestJobs(
+        model=model.name,
+        target=model.target,
+        rate_rps=model.rate_rps or 1,
+        url=options.loadtest_url,
+        own_authority=not options.loadtest_tls and (options.gateway / "ca.crt").is_file(),
+    )
+    base = os.path.relpath(options.base.resolve(), folder.resolve())
+    write_whole(folder / "kustomization.yaml", loadtest_kustomization(overlay, test, base))
+    write_whole(folder / "deploy.toml", spec.read_text(encoding="utf-8"))
+    if test.own_authority:
+        write_whole(folder / "ca.crt", (options.gateway / "ca.crt").read_text(encoding="utf-8"))
+    else:
+        (folder / "ca.crt").unlink(missing_ok=True)
+    _copy_inputs(inputs, folder / "inputs.npz")
+    return True
+
+
+def _copy_inputs(source: Path, copy: Path) -> None:
+    """Copies the inputs, or as many rows as fit into a ConfigMap; entries are `<row>/<input>`."""
+    with np.load(source) as file, beside(copy) as draft:
+        rows = sorted({name.partition("/")[0] for name in file.files})
+        step = math.ceil(source.stat().st_size / CONFIG_MAP_BYTES)
+        while True:
+            chosen = set(rows[::step])
+            np.savez_compressed(draft, **{name: file[name] for name in file.files if name.partition("/")[0] in chosen})
+            if draft.stat().st_size <= CONFIG_MAP_BYTES:
+                return
+            if len(chosen) == 1:
+                raise InputError(f"{source}: one row is larger than a ConfigMap can hold ({CONFIG_MAP_BYTES} bytes)")
+            step *= 2

@@ -1,0 +1,249 @@
+"""The Grafana dashboard for a repository, for the data source that Compose provisions.
+
+Contract: `dashboard` makes the content of a dashboard file. It reads what `serving.observe.recording_rules` records,
+and the gateway's and Triton's own metrics; the GPU row is there if a model needs one. `queries` gives the
+panels' queries as Grafana sends them with every model selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from deepseek.spec.metric_windows import QUEUES
+from serving.observe.alerts import BURNS
+from serving.observe.recording_rules import DURATION, FAILURES, READY
+from serving.repository.served_models import ServedModel
+
+UID, SOURCE = "deepseek", {"type": "prometheus", "uid": "prometheus"}
+ROW_WIDTH, PANEL_HEIGHT = 24, 8  # of Grafana's grid
+MODEL = 'model=~"$model"'
+RANGE = "[$__rate_interval]"  # Grafana's: at least four scrapes
+Panel = dict[str, Any]
+
+
+def _panel(
+    title: str,
+    unit: str,
+    queries: dict[str, str],
+    description: str = "",
+    *,
+    kind: Literal["timeseries", "stat"] = "timeseries",
+    limits: tuple[float, ...] = (),
+) -> Panel:
+    """One panel: queries by legend; `limits` are horizontal lines."""
+    targets = [
+        {"refId": chr(ord("A") + index), "datasource": SOURCE, "expr": expr, "legendFormat": legend}
+        for index, (legend, expr) in enumerate(queries.items())
+    ]
+    steps: list[dict[str, Any]] = [{"color": "green", "value": None}]
+    steps += [{"color": "red", "value": limit} for limit in sorted(limits)]
+    defaults: dict[str, Any] = {"unit": unit, "thresholds": {"mode": "absolute", "steps": steps}}
+    if kind == "timeseries":
+        defaults["custom"] = {"fillOpacity": 10, "thresholdsStyle": {"mode": "dashed" if limits else "off"}}
+    return {
+        "type": kind,
+        "title": title,
+        "description": description,
+        "datasource": SOURCE,
+        "fieldConfig": {"defaults": defaults, "overrides": []},
+        "targets": targets,
+    }
+
+
+def _rate(metric: str, by: str, *chosen: str) -> str:
+    return f"sum by ({by}) (rate({metric}{{{','.join(chosen)}}}{RANGE}))"
+
+
+def _quantile(share: float) -> str:
+    return f"histogram_quantile({share}, {_rate(f'{DURATION}_bucket', 'le, model', MODEL)})"
+
+
+def _slo() -> list[Panel]:
+    slow, failed = "model:requests_slow", "model:triton_requests_failed"
+    of_slow, of_failed = "/ on (model, objective)", "/ on (model)"
+    chosen = f"{{{MODEL}}}"
+    fast = tuple(burn.factor for burn in BURNS)
+    return [
+        _panel(
+            "Burn rate, 1 h",
+            "none",
+            {
+                "{{model}} slower than {{objective}}": f"{slow}:ratio_rate1h{chosen} {of_slow} {slow}:budget{chosen}",
+                "{{model}} failed": f"{failed}:ratio_rate1h{chosen} {of_failed} {failed}:budget{chosen}",
+            },
+            description="At 1 the error budget lasts 30 days. Alerts fire at the lines: docs/runbook.md.",
+            limits=fast,
+        ),
+        _panel(
+            "Error budget left, 3 days",
+            "percentunit",
+            {
+                "{{model}} {{objective}}": f"1 - {slow}:ratio_rate3d{chosen} {of_slow} {slow}:budget{chosen}",
+                "{{model}} errors": f"1 - {failed}:ratio_rate3d{chosen} {of_failed} {failed}:budget{chosen}",
+            },
+            description="Below 0, the SLO is missed over these 3 days.",
+            kind="stat",
+        ),
+        _panel("Firing alerts", "none", {"pages": _firing("page"), "tickets": _firing("ticket")}, kind="stat"),
+    ]
+
+
+def _firing(severity: str) -> str:
+    return f'count(ALERTS{{alertstate="firing",severity="{severity}"}}) or vector(0)'
+
+
+def _gateway() -> list[Panel]:
+    requests = "gateway_requests_total"
+    mean = f"{_rate(f'{DURATION}_sum', 'model', MODEL)} / {_rate(f'{DURATION}_count', 'model', MODEL)}"
+    triton = f"{_rate('nv_inference_request_duration_us', 'model', MODEL)} / 1e6"
+    return [
+        _panel(
+            "Answered requests",
+            "reqps",
+            {"{{model}} {{protocol}}": _rate(f"{DURATION}_count", "model, protocol", MODEL)},
+        ),
+        _panel(
+            "Answers by status",
+            "reqps",
+            {"{{protocol}} {{status}}": _rate(requests, "protocol, status", 'api="infer"')},
+            description="Three digits: HTTP. One or two digits: gRPC (0 OK, 4 deadline exceeded, 8 resource exhausted, "
+            "13 internal, 14 unavailable).",
+        ),
+        _panel(
+            "Unanswered requests",
+            "percentunit",
+            {"unserved": "endpoint:requests_unserved:ratio_rate5m"},
+            description="No server, a full queue, a failure or a time-out. Callers' mistakes do not count.",
+        ),
+        _panel(
+            "Latency at the gateway",
+            "s",
+            {f"{{{{model}}}} p{100 * share:g}": _quantile(share) for share in (0.5, 0.95, 0.99)},
+        ),
+        _panel(
+            "Mean latency: gateway and Triton",
+            "s",
+            {
+                "{{model}} gateway": mean,
+                "{{model}} Triton": f"{triton} / {_rate('nv_inference_request_success', 'model', MODEL)}",
+            },
+            description="The difference is TLS, keys, and callers that send or read slowly.",
+        ),
+    ]
+
+
+def _triton() -> list[Panel]:
+    parts = ("queue", "compute_input", "compute_infer", "compute_output")
+    each = f"1e6 / {_rate('nv_inference_request_success', 'model', MODEL)}"
+    return [
+        _panel(
+            "Queue over compute",
+            "none",
+            {"{{model}}": f"model:queue_to_compute:ratio_rate{QUEUES}{{{MODEL}}}"},
+            description="Above 1, requests wait longer than they compute: add replicas.",
+            limits=(1,),
+        ),
+        _panel("Mean batch size", "none", {"{{model}}": f"model:batch_size:mean_rate{QUEUES}{{{MODEL}}}"}),
+        _panel("Queued requests", "none", {"{{model}} {{instance}}": f"sum by (model, instance) ({READY}{{{MODEL}}})"}),
+        _panel(
+            "Where a request's time goes",
+            "s",
+            {
+                f"{{{{model}}}} {part}": f"{_rate(f'nv_inference_{part}_duration_us', 'model', MODEL)} / {each}"
+                for part in parts
+            },
+        ),
+        _panel(
+            "Failures by reason",
+            "reqps",
+            {"{{model}} {{reason}}": _rate("", "model, reason", FAILURES, MODEL)},
+            description="REJECTED: full queue or queue time-out. CANCELED: the caller gave up. INTERNAL: ONNX Runtime "
+            "failed. BACKEND: another backend failed, or the model's process died.",
+        ),
+        _panel(
+            "Versions served",
+            "none",
+            {"{{model}} {{version}}": f"count by (model, version) ({READY}{{{MODEL}}})"},
+            description="Number of replicas per version.",
+            kind="stat",
+        ),
+    ]
+
+
+def _machine() -> list[Panel]:
+    memory = "nv_cpu_memory_used_bytes / nv_cpu_memory_total_bytes"
+    certificate = "gateway_certificate_expiry_timestamp_seconds - time()"
+    return [
+        _panel(
+            "CPU and memory", "percentunit", {"CPU {{instance}}": "nv_cpu_utilization", "memory {{instance}}": memory}
+        ),
+        _panel("Up", "none", {"{{job}}": "sum by (job) (up)"}, kind="stat"),
+        _panel("Certificate expires in", "s", {"{{instance}}": certificate}, kind="stat"),
+    ]
+
+
+def _gpu() -> list[Panel]:
+    memory = "nv_gpu_memory_used_bytes / nv_gpu_memory_total_bytes"
+    return [
+        _panel("GPU", "percentunit", {"{{gpu_uuid}}": "nv_gpu_utilization"}),
+        _panel("GPU memory", "percentunit", {"{{gpu_uuid}}": memory}),
+        _panel("GPU power", "watt", {"{{gpu_uuid}}": "nv_gpu_power_usage"}),
+    ]
+
+
+def dashboard(models: list[ServedModel]) -> dict[str, Any]:
+    """A dashboard file."""
+    rows = {"Objectives": _slo(), "Requests": _gateway(), "Triton": _triton(), "Machine": _machine()}
+    if any(model.needs_gpu for model in models):
+        rows["GPU"] = _gpu()
+    return {
+        "uid": UID,
+        "title": "Models on Triton",
+        "description": ", ".join(model.name for model in models),
+        "schemaVersion": 39,
+        "editable": True,
+        "refresh": "10s",
+        "time": {"from": "now-1h", "to": "now"},
+        "templating": {"list": [_model_variable()]},
+        "panels": _laid_out(rows),
+    }
+
+
+def _model_variable() -> dict[str, Any]:
+    """The variable `model`: the models that Triton has loaded."""
+    found = "label_values(nv_inference_request_success, model)"
+    return {
+        "name": "model",
+        "type": "query",
+        "datasource": SOURCE,
+        "definition": found,
+        "query": {"query": found, "refId": "models"},
+        "refresh": 2,
+        "includeAll": True,
+        "multi": True,
+        "current": {"text": ["All"], "value": ["$__all"]},
+    }
+
+
+def _laid_out(rows: dict[str, list[Panel]]) -> list[dict[str, Any]]:
+    """Panels with positions and ids, three per line under their row's title."""
+    found: list[dict[str, Any]] = []
+    y = 0
+    for title, panels in rows.items():
+        place = {"x": 0, "y": y, "w": ROW_WIDTH, "h": 1}
+        found.append({"id": len(found) + 1, "type": "row", "title": title, "gridPos": place, "panels": []})
+        y += 1
+        for index, panel in enumerate(panels):
+            line, column = divmod(index, 3)
+            place = {"x": column * 8, "y": y + line * PANEL_HEIGHT, "w": 8, "h": PANEL_HEIGHT}
+            found.append({"id": len(found) + 1, "gridPos": place, **panel})
+        y += -(-len(panels) // 3) * PANEL_HEIGHT
+    return found
+
+
+def queries(content: dict[str, Any], interval: str = "1m") -> Iterator[tuple[str, str]]:
+    """Title and query of each panel's lines, as Grafana sends them with all models selected."""
+    for panel in content["panels"]:
+        for target in panel.get("targets", ()):
+            yield panel["title"], target["expr"].replace("$__rate_interval", interval).replace("$model", ".*")

@@ -1,0 +1,164 @@
+"""Recording rules for Prometheus: what budgets, dashboard and autoscaling read, named level:metric:operation.
+
+Contract: latencies come from the gateway's histogram, which has the SLO's own limits among its bounds. Failures,
+queues, batches and versions come from Triton's counters; `serving/backend/onnxruntime_backend.py` adds one. The alerts
+in `serving.observe.alerts` build on these rules.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from deepseek.spec.metric_windows import BUDGETS, QUEUES
+from serving.repository.served_models import ServedModel, bound_s
+
+DURATION = "gateway_request_duration_seconds"
+# The gateway's HTTP and gRPC statuses: answers, and requests that no server took or that a server failed. Mistakes of
+# callers are in neither.
+ANSWERED, FAILED = "200|0", "500|502|503|13|14"
+# Triton's failures, and ONNX Runtime's, which Triton's Python backend counts as successes.
+FAILURES = '__name__=~"(nv|onnxruntime)_inference_request_failure"'
+REQUESTS = '__name__=~"nv_inference_request_(success|failure)"'
+NOT_GIVEN_UP = 'reason!="CANCELED"'  # by the caller
+SLOW = "instance_model:requests_slow:total"  # with the bound as `le`
+READY = "nv_inference_pending_request_count"  # exists for loaded versions only
+
+Rule = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which series count: all in Prometheus, or those of one namespace of a shared cluster."""
+
+    namespace: str = ""
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Labels of recorded series and of alerts."""
+        return {"namespace": self.namespace} if self.namespace else {}
+
+    def __call__(self, *matchers: str, **labels: str) -> str:
+        """`{name="value"}` or ""; PromQL reads JSON's strings. `matchers`, which are not equalities, go first."""
+        equal = (f"{name}={json.dumps(value)}" for name, value in {**labels, **self.labels}.items())
+        inside = ",".join([*matchers, *equal])
+        return f"{{{inside}}}" if inside else ""
+
+
+EVERYWHERE = Scope()
+
+
+def recording_groups(models: list[ServedModel], scope: Scope = EVERYWHERE) -> list[dict[str, Any]]:
+    """The groups of a rule file."""
+    slo = [*_slow_counts(models, scope), *_shares(models, scope), *_budgets(models, scope)]
+    return [
+        {"name": "deepseek-slo", "rules": slo},
+        {"name": "deepseek-models", "rules": list(_queues_and_batches(models, scope))},
+    ]
+
+
+def allowed_slow(percent: float) -> float:
+    """The share of the requests that may be slower than a percentile's limit."""
+    return 1 - percent / 100
+
+
+def number(value: float) -> str:
+    """A number as PromQL reads it."""
+    return f"{value:.6g}"
+
+
+def _record(name: str, expr: str, **labels: str) -> Rule:
+    return {"record": name, "expr": expr, **({"labels": labels} if labels else {})}
+
+
+def _slow_counts(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
+    """Counters of requests slower than each limit, for all models.
+
+    After a change of the SLO, the bucket of the new limit is younger than the count of all requests. A difference of
+    their rates would count all earlier requests as slow; the difference of the counters is as young as the bucket.
+    """
+    limits_ms = {limit_ms for model in models for limit_ms in model.latency_limits_ms.values()}
+    for bound in sorted({bound_s(limit_ms) for limit_ms in {*limits_ms, _longest_ms(models)}}, key=float):
+        late = f"{DURATION}_count{scope()} - ignoring (le) {DURATION}_bucket{scope(le=bound)}"
+        yield _record(SLOW, late, le=bound, **scope.labels)
+
+
+def _longest_ms(models: list[ServedModel]) -> float:
+    """The longest latency limit of any SLO."""
+    return max((max(model.latency_limits_ms.values(), default=model.p99_ms) for model in models), default=0)
+
+
+def _shares(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
+    """For each window, the shares that the budgets limit, and their total rates."""
+    of_a_model, here = scope('model!=""'), scope.labels
+    for window in BUDGETS:
+        requests = f"sum by (model) (rate({DURATION}_count{of_a_model}[{window}]))"
+        yield _record(f"model:requests:rate{window}", requests, **here)
+        failed, everything = (
+            f"sum by (model) (rate({scope(counters, NOT_GIVEN_UP)}[{window}]))" for counters in (FAILURES, REQUESTS)
+        )
+        yield _record(f"model:triton_requests:rate{window}", everything, **here)
+        yield _record(f"model:triton_requests_failed:ratio_rate{window}", f"{failed} / {everything}", **here)
+        answered, unserved = _endpoint(models, window, scope)
+        yield _record(f"endpoint:requests:rate{window}", f"{answered} + {unserved}", **here)
+        share = f"({unserved}) / ({answered} + {unserved})"
+        yield _record(f"endpoint:requests_unserved:ratio_rate{window}", share, **here)
+        for model in models:
+            for percent, limit_ms in model.latency_limits_ms.items():
+                yield _slow(model.name, percent, limit_ms, window, scope)
+
+
+def _endpoint(models: list[ServedModel], window: str, scope: Scope) -> tuple[str, str]:
+    """Rates of answered requests, and of requests that failed, were refused or timed out.
+
+    Timed out: no answer for longer than any SLO's limit, whether the gateway or the caller gave up. Otherwise an
+    endpoint so slow that all callers give up would look healthy.
+    """
+
+    def rate(series: str) -> str:
+        return f"(sum(rate({series}[{window}])) or vector(0))"
+
+    answered, failed = (
+        rate("gateway_requests_total" + scope(f'status=~"{statuses}"', api="infer")) for statuses in (ANSWERED, FAILED)
+    )
+    return answered, f"{failed} + {rate(SLOW + scope(model='', le=bound_s(_longest_ms(models))))}"
+
+
+def _slow(model: str, percent: float, limit_ms: float, window: str, scope: Scope) -> Rule:
+    """The share of a model's requests that took longer than a limit."""
+    slow = f"sum(rate({SLOW}{scope(model=model, le=bound_s(limit_ms))}[{window}]))"
+    share = f"{slow} / sum(rate({DURATION}_count{scope(model=model)}[{window}]))"
+    whose = {"model": model, "objective": f"p{percent:g}", **scope.labels}
+    return _record(f"model:requests_slow:ratio_rate{window}", share, **whose)
+
+
+def _budgets(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
+    """The allowed shares, for the dashboard."""
+    for model in models:
+        for percent in model.latency_limits_ms:
+            allowed = f"vector({number(allowed_slow(percent))})"
+            whose = {"model": model.name, "objective": f"p{percent:g}", **scope.labels}
+            yield _record("model:requests_slow:budget", allowed, **whose)
+        if model.max_error_rate is not None:
+            allowed = f"vector({number(model.max_error_rate)})"
+            yield _record("model:triton_requests_failed:budget", allowed, model=model.name, **scope.labels)
+
+
+def _queues_and_batches(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
+    """Queues and batches from Triton's counters."""
+
+    def rate(counter: str) -> str:
+        return f"sum by (model) (rate(nv_inference_{counter}{scope()}[{QUEUES}]))"
+
+    queue, compute = rate("queue_duration_us"), rate("compute_infer_duration_us")
+    yield _record(f"model:batch_size:mean_rate{QUEUES}", f"{rate('count')} / {rate('exec_count')}", **scope.labels)
+    yield _record(f"model:queue_to_compute:ratio_rate{QUEUES}", f"{queue} / {compute}", **scope.labels)
+    yield _record(
+        f"model:queue_seconds:mean_rate{QUEUES}", f"{queue} / {rate('request_success')} / 1e6", **scope.labels
+    )
+    for model in models:
+        if model.queue_size:
+            fill = f"sum by (instance) ({READY}{scope(model=model.name)}) / {model.queue_size}"
+            yield _record("instance_model:queue_fill:ratio", fill, model=model.name, **scope.labels)

@@ -1,0 +1,251 @@
+"""The candidate: a new version staged where no server sees it, and the gates that it passes before the switch.
+
+Contract: writes only to the release's folder. Each gate returns a line for the user, or raises what stops the release:
+GateFailed, InvalidMeasurement or InputError.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from deepseek.spec import (
+    DeploymentSpec,
+    GateFailed,
+    InputError,
+    InvalidMeasurement,
+    Manifest,
+    PublishedManifest,
+    build_dir,
+)
+from deepseek.spec.objectives import requests_needed
+from serving.doctor.examine import examine
+from serving.doctor.machine import Machine
+from serving.embedded.launcher import EmbeddedServer, check_repository
+from serving.release.gate_commands import CommandResult, run_json
+from serving.release.journal import ReleaseJournal
+from serving.release.steps import Skipped
+from serving.release.versions import copy_version, newest, same_as, stage
+from serving.repository.checks import MANIFEST
+
+MOST_ATTEMPTS = 2  # at a load test, if the load generator was too slow
+SPARE = 1.5  # times the requests that decide if all are within the limits: a few are not
+
+
+class Candidate:
+    """The new version, `number`, and the served version, `before`."""
+
+    def __init__(self, options: argparse.Namespace, spec: DeploymentSpec, journal: ReleaseJournal, number: int) -> None:
+        self.options, self.spec, self.journal, self.number = options, spec, journal, number
+        self.model = options.repository / options.model
+        self.before = newest(self.model)
+        self.scratch = journal.folder / "candidate"
+        self.build = Path(options.new_build) / options.model if options.new_build else build_dir(options.model)
+        self.which = ("--model", options.model, "--models", str(options.models))
+        self._servers: dict[str, EmbeddedServer] = {}
+        self._parity: dict[str, Any] = {}
+
+    @property
+    def folder(self) -> Path:
+        """The model folder that contains the candidate."""
+        return self.scratch / "new" / str(self.options.model)
+
+    def stage(self) -> str:
+        """Stages the candidate alone, under its number."""
+        if self.before is not None and not (self.model / str(self.before) / MANIFEST).is_file():
+            raise InputError(
+                f"{self.model / str(self.before)}: no {MANIFEST}, so make engine did not publish it and no candidate "
+                "can be compared with it; publish once with make engine, without gates, or release into another "
+                "repository (--repository, REPOSITORY=)"
+            )
+        if self.options.new:
+            source = Path(self.options.new) / self.options.model
+        else:
+            flags = ("--target", self.options.target, "--repository", str(self.scratch / "built"), "--json")
+            self._ask("publish", *flags).checked()
+            source = self.scratch / "built" / self.options.model
+        staged = stage(source, number=self.number, folder=self.scratch / "new")
+        if self.before is not None and same_as(staged, self.number, self.model, self.before):
+            what = f"the newest version in {source}" if self.options.new else "what is built"
+            raise InputError(
+                f"nothing to release: {self.model / str(self.before)} equals {what}; change the model or its "
+                "deploy.toml, or name another repository (NEW=)"
+            )
+        self.journal.keep(MANIFEST, (staged / str(self.number) / MANIFEST).read_text())
+        manifest = self._manifest(staged, self.number)
+        if self.options.new:
+            self._check_weights(manifest)
+        source_name = self.options.new or "the build"
+        return f"version {self.number}, {manifest.precision} for {manifest.target}, from {source_name}"
+
+    def _check_weights(self, manifest: PublishedManifest) -> None:
+        """Raises InputError if parity would compare the candidate with a model of other weights."""
+        path = self.build / "fp32" / MANIFEST
+        ours = Manifest.load(path).sources.get("weights", "") if path.is_file() else ""
+        theirs = manifest.sources.get("weights", "")
+        if not ours or ours != theirs:
+            raise InputError(
+                f"{self.options.new}: made from the weights {theirs[:12] or 'none'}, but {path} has "
+                f"{ours[:12] or 'none'}, so parity would compare with another model; name the build folder that it was "
+                "made in (--new-build, NEW_BUILD=)"
+            )
+
+    def _ask(self, name: str, *flags: str) -> CommandResult:
+        """Runs another room's command for this model, with the candidate's build folder."""
+        return run_json(name, *self.which, *flags, build=self.options.new_build)
+
+    def doctor(self) -> str:
+        """Checks its files, and whether it runs on this machine."""
+        machine = Machine.detect(in_container=True)  # skips Docker, which does not depend on the version
+        _, findings = examine(self.scratch / "new", machine, model=self.options.model, kept=False)
+        self.journal.keep("doctor.json", [{"level": each.level, "said": str(each)} for each in findings])
+        # Without the fix, which would name the copy.
+        wrong = [f"{each.where}: {each.what}" for each in findings if each.level == "mismatch"]
+        if wrong:
+            raise GateFailed("; ".join(wrong))
+        return f"{len(findings)} notes, no mismatch"
+
+    def start(self, stack: ExitStack) -> str:
+        """Starts its own server, which is ready once the warm-up has run."""
+        check_repository(self.scratch / "new")
+        began_s = time.monotonic()
+        try:
+            self._servers["new"] = self._serve(stack, "new")
+        except InputError as error:
+            raise GateFailed(f"it does not start: {error}") from None
+        return f"ready after {time.monotonic() - began_s:.1f} s"
+
+    def _serve(self, stack: ExitStack, side: str) -> EmbeddedServer:
+        return stack.enter_context(
+            EmbeddedServer(
+                self.scratch / side,
+                http_port=0,
+                grpc_port=0,
+                metrics_port=0,
+                log_path=self.journal.folder / f"triton-{side}.log",
+                timeout_s=self.options.start_timeout_s,
+            )
+        )
+
+    def parity(self) -> str:
+        """Compares its answers with fp32 PyTorch."""
+        server = self._servers["new"]
+        flags = ("--url", server.grpc_url, "--http-url", server.http_url, "--json")
+        rows = ("--rows", str(self.options.parity_rows)) if self.options.parity_rows else ()
+        answer = self._ask("parity", *flags, *rows)
+        if answer.data is not None:
+            self.journal.keep("parity.json", answer.data)
+        self._parity = answer.checked()
+        return f"{len(self._parity['checks'])} checks over HTTP and gRPC"
+
+    def accuracy(self) -> str:
+        """Compares its task metric with the served version's: parity cannot see that a retrained model is worse."""
+        metric = self._parity["metric"]
+        if not metric:
+            return Skipped("no precision.metric in deploy.toml")
+        value = min(each["value"] for each in metric["served"].values())
+        if self.before is None:
+            return Skipped(f"{metric['name']} {value:.4f}; no served version to compare with")
+        served = self._recorded(metric["name"])
+        if served is None:
+            return Skipped(f"{metric['name']} {value:.4f}; version {self.before} has none in its manifest")
+        said = f"{metric['name']} {value:.4f}, version {self.before} has {served:.4f}"
+        if not value >= served * (1 - metric["max_drop"]):
+            raise GateFailed(f"{said}: allowed is a loss of {metric['max_drop']:.2%}")
+        return said
+
+    def shadow(self, stack: ExitStack) -> str:
+        """Sends the same requests to it and to a server with the served version."""
+        if self.before is None:
+            return Skipped("no served version to compare with")
+        copy_version(self.model, self.before, number=self.before, folder=self.scratch / "base")
+        self._servers["base"] = self._serve(stack, "base")
+        urls = ("--base-url", self._servers["base"].grpc_url, "--new-url", self._servers["new"].grpc_url)
+        how = ("--requests", str(self.options.requests), "--threshold", str(self.options.threshold))
+        found = self._ask("shadow-load", *urls, *how)
+        if found.data is None:
+            found.checked()
+        data = found.data
+        self.journal.keep("shadow.json", data)
+        if data["verdict"] == "fails":
+            raise GateFailed("; ".join(data["failures"]))
+        if data["verdict"] == "inconclusive":
+            raise InvalidMeasurement(data["note"])
+        median = data["latency"][0]
+        same = [
+            f"{name} {each['same']:.1%} equal" for name, each in data["outputs"].items() if each["same"] is not None
+        ]
+        speed = (
+            f"p50 {median['new_ms']:.2f} ms, {median['ratio']:.2f} ({median['low']:.2f} to {median['high']:.2f}) times"
+        )
+        return f"{speed} version {self.before}'s; {', '.join(same)}"
+
+    def objectives(self) -> str:
+        """Judges every line of the SLO under load on both servers; the candidate's verdict decides."""
+        sides = [side for side in ("base", "new") if side in self._servers]
+        judged = {side: self._judged(side) for side in sides}
+        self.journal.keep("objectives.json", judged)
+        base = {each["name"]: each for each in judged.get("base", {}).get("objectives", [])}
+        said = "; ".join(_compared(each, base.get(each["name"])) for each in judged["new"]["objectives"])
+        if judged["new"]["verdict"] == "violated":
+            raise GateFailed(said)
+        if judged["new"]["verdict"] != "holds":
+            raise InvalidMeasurement("; ".join([*judged["new"]["problems"], said]))
+        return said
+
+    def _judged(self, side: str) -> dict[str, Any]:
+        """The verdict of a load test of one server; repeats the test if the load generator was too slow."""
+        url = self._servers[side].grpc_url
+        how = ("--url", url, "--target", self.options.target, "--duration-s", str(self._duration_s()), "--json")
+        rate = ("--rate", str(self.options.rate)) if self.options.rate else ()
+        for attempt in range(1, MOST_ATTEMPTS + 1):
+            answer = self._ask("loadtest", *how, *rate)
+            made = answer.checked(3)
+            if made is None:
+                raise InvalidMeasurement(answer.reason)
+            kept = self.journal.folder / f"run-{side}-{attempt}"
+            shutil.move(made["run"], kept)  # so that it is not the latest run of the model
+            if answer.code == 0:
+                break
+        verdict: dict[str, Any] = self._ask("verdict", "--run", str(kept), "--json").checked(1, 3)
+        return verdict
+
+    def _duration_s(self) -> int:
+        """Seconds in which enough requests are sent to judge the SLO's percentiles and error rates."""
+        lines = self.spec.slo.all_objectives()
+        rates = [line.limit if line.kind == "throughput" else line.rate_rps for line in lines]
+        lowest = min(filter(None, rates), default=None)  # a line without a rate is judged over the whole run
+        needed = 0.0
+        for line in lines:
+            rate = self.options.rate or line.rate_rps or self.spec.slo.rate_rps or lowest
+            if line.allowed_share and rate:
+                requests = requests_needed(line.allowed_share, rate, self.spec.slo.confidence)
+                needed = max(needed, SPARE * requests / rate)
+        return max(self.options.duration_s, math.ceil(needed))
+
+    def _recorded(self, metric: str) -> float | None:
+        """A task metric from the served version's manifest; None if it is not there."""
+        if self.before is None or not (self.model / str(self.before) / MANIFEST).is_file():
+            return None
+        found: float | None = (self._manifest(self.model, self.before).accuracy or {}).get("metrics", {}).get(metric)
+        return found
+
+    def _manifest(self, model: Path, version: int) -> PublishedManifest:
+        return PublishedManifest.load(model / str(version) / MANIFEST)
+
+
+def _compared(line: dict[str, Any], base: dict[str, Any] | None) -> str:
+    """An objective of the candidate next to the served version's, in a line."""
+    beside = "" if base is None else f", served {_number(base['seen'])}"
+    limit = f"{line['relation']} {_number(line['limit'])}"
+    note = f", {line['note']}" if line["note"] and line["status"] != "holds" else ""
+    return f"{line['name']} {_number(line['seen'])} ({limit}{beside}): {line['status']}{note}"
+
+
+def _number(value: float | None) -> str:
+    return "never" if value is None else f"{value:.4g}"

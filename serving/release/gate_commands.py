@@ -1,0 +1,127 @@
+"""Runs other rooms' commands as a user would, and a load on a server while its version changes.
+
+Contract: a command's JSON becomes the result and its exit code the matching error. Commands end with this process, even
+if it is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from deepseek.spec import GateFailed, InputError, InvalidMeasurement
+from deepseek.spec.children import ends_with_us
+
+_ROOT = str(Path(__file__).resolve().parents[2])
+SWITCH_OVER_LOAD = "switch-over-load"
+_ERRORS: dict[int, type[Exception]] = {1: GateFailed, 2: InputError, 3: InvalidMeasurement}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandResult:
+    """The result of a command."""
+
+    name: str
+    code: int
+    data: Any
+    """Its JSON; None if it printed none."""
+    reason: str
+    """The last line of its standard error."""
+
+    def checked(self, *allowed: int) -> Any:
+        """Returns the data, or raises the error for an exit code that is neither 0 nor allowed."""
+        if self.code == 0 and self.data is None:
+            raise InvalidMeasurement(
+                f"{self.name} ended with status 0, but its output is not JSON: code that it runs prints to standard "
+                "output; make that print to standard error"
+            )
+        if self.code == 0 or self.code in allowed:
+            return self.data
+        raise error_of(self.code, self.name, self.reason)
+
+
+def error_of(code: int, name: str, reason: str) -> Exception:
+    """The error for an exit code; InvalidMeasurement for unknown codes: the command itself failed."""
+    known = _ERRORS.get(code)
+    return known(reason) if known and reason else InvalidMeasurement(f"{name} ended with status {code}: {reason}")
+
+
+def run_json(name: str, *flags: str, build: str | None = None) -> CommandResult:
+    """Runs `deepseek <name>`, which prints JSON; `build` is its build folder (default: this process's)."""
+    run = subprocess.run(
+        [sys.executable, "-m", "cli", name, *flags],
+        capture_output=True,
+        text=True,
+        env=_environment(build),
+        preexec_fn=ends_with_us(),
+    )
+    try:
+        data = json.loads(run.stdout)
+    except ValueError:
+        data = None
+    return CommandResult(name=name, code=run.returncode, data=data, reason=_last_line(run.stderr))
+
+
+class SteadyLoad:
+    """`deepseek switch-over-load` around a change: call `begin`, `change`, make the change, then call `result`.
+
+    `build` is the build folder with the inputs that it sends (default: this process's).
+    """
+
+    def __init__(self, *flags: str, build: str | None = None) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "cli", SWITCH_OVER_LOAD, *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,  # a line or a traceback: less than a pipe holds
+            text=True,
+            env=_environment(build),
+            preexec_fn=ends_with_us(),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+        self._process.communicate()
+
+    def begin(self) -> int | None:
+        """Waits until the load runs; returns the version that the server reports."""
+        return self._read()["version"]
+
+    def change(self) -> None:
+        """Marks the start of the change."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+    def result(self) -> dict[str, Any]:
+        """Waits for the end of the load; returns its figures."""
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line:
+            found: dict[str, Any] = json.loads(line)
+            return found
+        _, errors = self._process.communicate()
+        raise error_of(self._process.returncode, SWITCH_OVER_LOAD, _last_line(errors))
+
+
+def _environment(build: str | None) -> dict[str, str]:
+    """The environment in which a child process finds the project's modules from any folder."""
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))}
+    return found if build is None else {**found, "DEEPSEEK_BUILD": build}
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].removeprefix("error: ") if lines else ""

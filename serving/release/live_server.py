@@ -1,0 +1,143 @@
+"""The live server, while a release or rollback changes its version.
+
+Contract: queried with `deepseek metadata`, directly or through the gateway. If nothing listens at the default address,
+the version is served at the next start. A server that listens must report the repository's newest version: otherwise it
+serves another repository, or does not follow this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from deepseek.spec import GateFailed, InputError
+from serving.release.gate_commands import run_json
+from serving.stack.env_file import running_gateway
+
+LOOK_S = 0.5
+MOST_RPS = 200  # that `deepseek switch-over-load` sends
+LONGEST_S = 3  # for the version: a server that hangs must not delay a rollback
+
+
+def check_live_options(options: argparse.Namespace) -> None:
+    """Raises InputError for bad options of the switch, before any gate runs."""
+    if options.load_rate is not None and not 0 < options.load_rate <= MOST_RPS:
+        raise InputError(f"--load-rate {options.load_rate:g}: it must be more than 0 and at most {MOST_RPS} requests/s")
+    if not 0 < options.switch_s < math.inf:
+        raise InputError(f"--switch-s {options.switch_s:g}: it must be more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveServer:
+    """The server, as it was when the release or rollback began."""
+
+    options: argparse.Namespace
+    version: int | None
+    absent: str = ""
+    """Why there is no server."""
+
+    @classmethod
+    def find(cls, options: argparse.Namespace, newest: int | None) -> LiveServer:
+        """Asks the server for its version; raises InputError if that is not the repository's `newest`."""
+        if newest is None:
+            return cls(options=options, version=None, absent="nothing was served before")
+        live = cls(options=options, version=None)
+        version, reason = live.look()
+        if version is None:
+            if not live.refuses():
+                raise InputError(f"{reason}; a server may run at {live.url}: try again when it answers, or stop it")
+            if "url" in options.given:
+                raise InputError(f"{reason}; leave the address out to release with no server running")
+            if gateway := running_gateway(options.repository):
+                raise InputError(
+                    f"{reason}, but the stack of this repository runs behind {gateway} and would load the version "
+                    f"without the switch gate; name it: URL={gateway} CA_CERT=build/gateway/ca.crt with a key in "
+                    "DEEPSEEK_API_KEY, or the gRPC port of LOCAL_PORTS: URL=127.0.0.1:8101"
+                )
+            return cls(options=options, version=None, absent=f"nothing listens at {live.url}")
+        if version != newest:
+            raise InputError(
+                f"the server at {live.url} has version {version} of {options.model}, but {options.repository} has "
+                f"{newest}: it serves another repository, or does not follow it; restart it with: make serve POLL_S=2"
+            )
+        return cls(options=options, version=version)
+
+    @property
+    def url(self) -> str:
+        """The server's host:port."""
+        return str(self.options.url)
+
+    def _access(self) -> tuple[str, ...]:
+        tls = ("--ca-cert", self.options.ca_cert) if self.options.ca_cert else ()
+        return ("--url", self.url, "--protocol", self.options.protocol, *tls)
+
+    def look(self) -> tuple[int | None, str]:
+        """The server's version now and "", or None and the reason."""
+        answer = run_json(
+            "metadata", "--model", self.options.model, *self._access(), "--timeout-s", str(LONGEST_S), "--json"
+        )
+        if answer.code or not answer.data["versions"]:
+            return None, answer.reason or f"{self.url} has no version of {self.options.model}"
+        return max(map(int, answer.data["versions"])), ""
+
+    def refuses(self) -> bool:
+        """Whether nothing listens there; anything but a refused connection could be a busy server."""
+        host, _, port = self.url.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=LONGEST_S).close()
+        except ConnectionRefusedError:
+            return True
+        except (OSError, ValueError, OverflowError):
+            return False
+        return False
+
+    def load_flags(
+        self, until: int, *, before_s: float = 3, after_s: float = 3, timeout_s: float = 10
+    ) -> tuple[str, ...]:
+        """Flags of `deepseek switch-over-load`; `timeout_s` is for one request."""
+        rate = ("--rate", str(self.options.load_rate)) if self.options.load_rate else ()
+        longest = ("--max-s", str(self.options.switch_s), "--timeout-s", str(timeout_s))
+        times = ("--before-s", str(before_s), "--after-s", str(after_s), *longest)
+        return (*self._access(), *times, *rate, "--until", str(until))
+
+    def judged(self, found: dict[str, Any], number: int, *, failing: bool = False) -> str:
+        """Sums up the load in a line; raises GateFailed if the server did not switch or a request was lost.
+
+        With `failing`, the old version failed requests too: only failures after the switch count.
+        """
+        if found["switched_s"] is None:
+            raise GateFailed(
+                f"the server at {self.url} still had version {found['version']} after {self.options.switch_s:g} s: it "
+                "refused the new one (its log says why), or does not follow the repository (make serve POLL_S=2, or "
+                "the stack on a CPU)"
+            )
+        lost = found["since_seen"] if failing else found
+        if lost["failed"]:
+            error, times = next(iter(lost["errors"].items()))
+            since = "after the switch" if failing else "since the change"
+            raise GateFailed(
+                f"{lost['failed']} of {found['requests']} requests failed {since} ({times} times: {error})"
+            )
+        before, around = (_ms(found[part]["p99_ms"]) for part in ("before", "around"))
+        fate = f"{found['failed']} failed before the switch, none after it" if failing else "none failed"
+        return (
+            f"version {number} after {found['switched_s']:.1f} s; {found['requests']} requests, {fate}; "
+            f"p99 {around} around the switch, {before} before it"
+        )
+
+    def back(self, version: int, timeout_s: float = 30) -> str:
+        """Waits until the server has a version again; returns a line that says whether it has."""
+        ends_at = time.monotonic() + timeout_s
+        while (seen := self.look()[0]) != version:
+            if time.monotonic() > ends_at:
+                return f"the repository has version {version}, the server has {seen or 'none'}: restart it"
+            time.sleep(LOOK_S)
+        return f"version {version} serves"
+
+
+def _ms(value: float | None) -> str:
+    return "of no request" if value is None else f"{value:.1f} ms"

@@ -1,0 +1,157 @@
+"""The command `release`: takes a new version through every gate, then switches the live server to it.
+
+The candidate is what `make engine` would publish, or the newest version of another repository (--new). docs/release.md
+says what each gate refuses.
+
+Contract: a version that fails a gate never enters the repository. If a request fails at the switch, or the server
+refuses the version, it is taken out again. Versions too old for a rollback are removed only after that. Each step is in
+`build/<model>/releases/` before the next begins (serving.release.journal); after a kill the old version keeps serving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+
+from deepseek.spec import (
+    DeploymentSpec,
+    GateFailed,
+    InputError,
+    InvalidMeasurement,
+)
+from deepseek.spec.files.repository import CONFIG
+from serving.release.candidate import MOST_ATTEMPTS, Candidate
+from serving.release.gate_commands import SteadyLoad
+from serving.release.history import finish, last_number
+from serving.release.journal import Outcome, ReleaseJournal, exclusive
+from serving.release.live_server import LiveServer, check_live_options
+from serving.release.steps import StepRunner, refresh_stack
+from serving.release.versions import beside_repository, move_in, newest, retire
+from serving.repository.checks import MANIFEST
+
+LEAST_REQUESTS = 200  # fewer give the shadow load no confidence interval
+
+
+class Release:
+    """The release of one candidate."""
+
+    def __init__(self, candidate: Candidate, live: LiveServer) -> None:
+        self.candidate, self.live = candidate, live
+        self.options, self.journal, self.number = candidate.options, candidate.journal, candidate.number
+        self.model, self.before = candidate.model, candidate.before
+
+    def run(self) -> None:
+        """Runs all gates, then the switch; raises the error that stopped the release."""
+        steps = StepRunner(self.journal, as_json=self.options.json)
+        new = self.candidate
+        try:
+            with ExitStack() as servers:
+                steps.do("stage", new.stage)
+                steps.do("doctor", new.doctor)
+                steps.do("warm-up", lambda: new.start(servers))
+                steps.do("parity", new.parity)
+                steps.do("accuracy", new.accuracy)
+                steps.do("shadow", lambda: new.shadow(servers))
+                steps.do("objectives", new.objectives)
+            steps.do("switch", self.switch)
+            steps.do("stack", lambda: refresh_stack(self.model.parent))
+        except (GateFailed, InvalidMeasurement, InputError):
+            self.journal.write(outcome="refused")
+            raise
+        finally:
+            shutil.rmtree(new.scratch, ignore_errors=True)
+
+    def switch(self) -> str:
+        """Moves the candidate into the repository under load; takes it out again if a request or the switch fails."""
+        if self.live.version is None:
+            self.live = LiveServer.find(self.options, self.before)  # one may have been started meanwhile
+        if self.live.version is None:
+            move_in(self.candidate.folder, self.number, self.model, before=self.before)
+            self._settle("in the repository")
+            return f"in {self.model}; {self.live.absent}: it is served at the server's next start"
+        try:
+            with beside_repository(self.candidate.folder, self.model) as near, ExitStack() as stack:
+                load = self._steady(stack)
+                load.change()
+                move_in(near, self.number, self.model, before=self.before)
+                found = load.result()
+            self.journal.keep("switch.json", found)
+            said = self.live.judged(found, self.number)
+        except BaseException:
+            self._take_back()
+            raise
+        self._settle("live")
+        return said
+
+    def _steady(self, stack: ExitStack) -> SteadyLoad:
+        """Starts a load on the live server; tries again if a busy machine delayed it."""
+        for attempt in range(1, MOST_ATTEMPTS + 1):
+            flags = (*self.candidate.which, *self.live.load_flags(self.number))
+            load = stack.enter_context(SteadyLoad(*flags, build=self.options.new_build))
+            try:
+                load.begin()
+                break
+            except InvalidMeasurement:  # nothing has been changed yet
+                if attempt == MOST_ATTEMPTS:
+                    raise
+        return load
+
+    def _take_back(self) -> None:
+        """Goes back to the old version; the refused one is kept beside the journal."""
+        ours, there = (place / MANIFEST for place in (self.journal.folder, self.model / str(self.number)))
+        if self.before is not None and there.is_file() and there.read_bytes() == ours.read_bytes():
+            self.journal.withdraw(self.model, self.number, back_to=self.before, outcome="refused")
+            self.journal.write(step="taken back", state="holds", said=self.live.back(self.before))
+
+    def _settle(self, outcome: Outcome) -> None:
+        """Records the outcome and removes versions too old for a rollback."""
+        self.journal.write(outcome=outcome)
+        for old in retire(self.model):
+            self.journal.write(step=f"retired {old}", state="holds", said="too old for a rollback")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises InputError for bad options."""
+    for name in ("rate", "duration_s", "threshold", "parity_rows", "start_timeout_s"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {value:g}: it must be more than 0")
+    if options.requests < LEAST_REQUESTS:
+        raise InputError(f"--requests {options.requests}: it must be {LEAST_REQUESTS} or more, for an interval")
+    if options.new_build and not options.new:
+        raise InputError(f"--new-build {options.new_build}: name its repository too (--new, NEW=)")
+    check_live_options(options)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Releases one model."""
+    _check(options)
+    spec = DeploymentSpec.of_model(options.model, options.models).for_target(options.target)
+    lines = spec.slo.all_objectives()
+    if not (options.rate or spec.slo.rate_rps or any(line.rate_rps or line.kind == "throughput" for line in lines)):
+        raise InputError(
+            f"{options.model}: no rate to measure at; set --rate (RATE=), or rate_rps in [slo] of deploy.toml"
+        )
+    if options.rate and options.rate < (spec.slo.rate_rps or 0):
+        raise InputError(f"--rate {options.rate:g}: it must be at least the SLO's rate_rps, {spec.slo.rate_rps:g}")
+    if Path(options.repository).exists() and not Path(options.repository).is_dir():
+        raise InputError(f"{options.repository}: not a folder; name the model repository that is served (REPOSITORY=)")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: ends servers and load too
+    with exclusive(options.model) as releases:
+        model = Path(options.repository) / options.model
+        if newest(model) is not None and not (model / CONFIG).is_file():
+            raise InputError(f"{model / CONFIG}: no such file; publish it again: make engine")
+        live = LiveServer.find(options, newest(model))
+        number = last_number(options.model, model) + 1
+        for left in releases.glob("*/candidate"):  # left by a killed release
+            shutil.rmtree(left)
+        where = str(Path(options.repository).resolve())
+        journal = ReleaseJournal(releases, "release", number, before=newest(model), repository=where)
+        try:
+            Release(Candidate(options, spec, journal, number), live).run()
+        finally:
+            finish(journal, options.model, as_json=options.json)

@@ -1,0 +1,104 @@
+"""The command `rollback`: goes back to the previous version, in seconds.
+
+The served version leaves the repository, and the newest intact one before it is the newest again, with its own
+`config.pbtxt`. A server that follows the repository goes back at once, under a steady load if it still answers; any
+other server does at its next start.
+
+Contract: the version to go back to is checked first, digests included; if none is intact, nothing changes. A full disk
+does not stop a rollback: the withdrawn version is first hidden from servers by a rename, then moved to the record's
+folder if there is room. If the withdrawn version fails requests, only failures after the switch count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from typing import Any
+
+from deepseek.spec import GateFailed, InputError, InvalidMeasurement
+from serving.release.gate_commands import SteadyLoad
+from serving.release.history import finish
+from serving.release.journal import ReleaseJournal, exclusive
+from serving.release.live_server import LiveServer, check_live_options
+from serving.release.steps import StepRunner, refresh_stack
+from serving.release.versions import newest, previous_intact
+
+
+class Rollback:
+    """The rollback from version `number` to `back_to`."""
+
+    def __init__(self, options: argparse.Namespace, journal: ReleaseJournal, number: int, back_to: int) -> None:
+        self.options, self.journal, self.number, self.back_to = options, journal, number, back_to
+        self.model = options.repository / options.model
+        self.live = LiveServer(options=options, version=None)
+
+    def run(self) -> None:
+        """Changes the repository and watches the server."""
+        version, reason = self.live.look()
+        steps = StepRunner(self.journal, as_json=self.options.json)
+        try:
+            if version is not None:
+                steps.do("switch", self.switch)
+            elif self.live.refuses():
+                steps.do("repository", lambda: self._offline(reason))
+            else:
+                steps.do("switch", lambda: self._unwatched(reason))
+        finally:
+            if not (self.model / str(self.number)).exists():
+                steps.do("stack", lambda: refresh_stack(self.model.parent))
+
+    def switch(self) -> str:
+        """Switches under load; goes back without load if the server fails every request."""
+        which = ("--model", self.options.model, "--models", str(self.options.models))
+        times = self.live.load_flags(self.back_to, before_s=1, after_s=2, timeout_s=3)
+        with SteadyLoad(*which, *times, "--may-fail") as load:
+            try:
+                load.begin()
+            except (GateFailed, InputError, InvalidMeasurement) as error:
+                return self._unwatched(str(error))
+            load.change()
+            self._take_out()
+            found: dict[str, Any] = load.result()
+        self.journal.keep("switch.json", found)
+        if found["switched_s"] is None:
+            raise GateFailed(
+                f"the repository is back at version {self.back_to}, but the server at {self.live.url} still has "
+                f"{found['version']}: it does not follow the repository; restart it"
+            )
+        return self.live.judged(found, self.back_to, failing=found["failed_before"] > 0)
+
+    def _offline(self, reason: str) -> str:
+        """Changes the repository only: no server runs."""
+        self._take_out()
+        return f"version {self.back_to} is the newest in {self.model}, served at the server's next start; {reason}"
+
+    def _unwatched(self, reason: str) -> str:
+        """Changes the repository and watches only the server's version: it does not answer requests."""
+        began_s = time.monotonic()
+        self._take_out()
+        said = self.live.back(self.back_to, timeout_s=self.options.switch_s)
+        if "serves" not in said:
+            raise GateFailed(said)
+        return f"{said} after {time.monotonic() - began_s:.1f} s; not watched under load: {reason}"
+
+    def _take_out(self) -> None:
+        self.journal.withdraw(self.model, self.number, back_to=self.back_to, outcome="rolled back")
+
+
+def main(options: argparse.Namespace) -> None:
+    """Rolls one model back."""
+    check_live_options(options)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with exclusive(options.model) as releases:
+        model = options.repository / options.model
+        number = newest(model)
+        if number is None:
+            raise InputError(f"{model}: no version to go back from; build one with: make engine")
+        back_to = previous_intact(model)
+        where = str(options.repository.resolve())
+        journal = ReleaseJournal(releases, "rollback", back_to, may_fail=True, before=number, repository=where)
+        try:
+            Rollback(options, journal, number, back_to).run()
+        finally:
+            finish(journal, options.model, as_json=options.json)

@@ -1,0 +1,141 @@
+"""The command `keys`: API keys of the gateway as files, made, listed and revoked while it runs.
+
+Contract: a key is `dsk_` and 256 random bits and is not stored. `<folder>/keys/<sha256 of the key>.json` keeps its
+name, an optional expiry and an optional rate. The gateway looks there at each request, so changes take effect at once.
+SHA-256 without salt or stretching is enough: those protect passwords that people choose, not 256 random bits. The first
+use also creates a certificate authority for trying and a certificate (`serving.stack.certificate`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import secrets
+import sys
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from deepseek.spec import InputError
+from serving.stack.certificate import write_private
+from serving.stack.gateway_folder import ensure_folder, gateway_folder
+
+PREFIX = "dsk_"  # secret scanners can search for it
+ID_DIGITS = 8
+DAY_S = 86_400
+LONGEST_S = 100 * 365 * DAY_S
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiKey:
+    """A stored key entry; times in seconds since 1970."""
+
+    id: str
+    name: str
+    created: float
+    expires: float | None
+    rate_rps: float | None
+    """Requests/s; None: the stack's default."""
+
+    @property
+    def state(self) -> str:
+        """valid or expired."""
+        return "expired" if self.expires is not None and self.expires <= time.time() else "valid"
+
+
+def digest(key: str) -> str:
+    """The name of a key's file: its SHA-256 in hex."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def check_wish(name: str, *, expires_s: float | None = None, rate_rps: float | None = None) -> None:
+    """Raises InputError if the name, expiry or rate is not allowed."""
+    if not NAME.fullmatch(name):
+        raise InputError(f"key name {name!r}: use 1 to 64 letters, digits, dots, dashes and underscores")
+    if rate_rps is not None and not (1 <= rate_rps < float("inf") and rate_rps % 1 == 0):  # counted by the second
+        raise InputError(f"rate {rate_rps:g}: must be a whole number of requests/s, 1 or more")
+    if expires_s is not None and not 0 < expires_s <= LONGEST_S:
+        raise InputError(f"expiry {expires_s / DAY_S:g} days: must be more than 0 and at most {LONGEST_S // DAY_S}")
+
+
+def new_key(folder: Path, name: str, *, expires_s: float | None = None, rate_rps: float | None = None) -> str:
+    """Makes a key that is valid at once; earlier keys of the same name stay valid."""
+    check_wish(name, expires_s=expires_s, rate_rps=rate_rps)
+    key = PREFIX + secrets.token_urlsafe(32)
+    now = time.time()
+    entry = {
+        "name": name,
+        "created": now,
+        "expires": None if expires_s is None else now + expires_s,
+        "rate_rps": rate_rps,
+    }
+    write_private(folder / "keys" / f"{digest(key)}.json", json.dumps(entry).encode())
+    return key
+
+
+def keys_in(folder: Path) -> list[ApiKey]:
+    """All stored keys, by name, newest first."""
+    found = []
+    for path in (folder / "keys").glob("*.json"):
+        try:
+            found.append(ApiKey(id=path.stem[:ID_DIGITS], **json.loads(path.read_bytes())))
+        except (ValueError, TypeError):
+            raise InputError(f"{path} is not a key entry; remove it") from None
+    return sorted(found, key=lambda key: (key.name, -key.created))
+
+
+def revoke(folder: Path, which: str) -> list[ApiKey]:
+    """Revokes all keys with a name, or the one with an id; returns them."""
+    ended = [key for key in keys_in(folder) if which in (key.name, key.id)]
+    if not ended:
+        names = ", ".join(sorted({key.name for key in keys_in(folder)})) or "none"
+        raise InputError(f"no key {which!r} in {folder / 'keys'}; the names are: {names}")
+    for key in ended:
+        for path in (folder / "keys").glob(f"{key.id}*.json"):
+            path.unlink()
+    return ended
+
+
+def _shown(seconds: float | None) -> str:
+    return "never" if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(" ", "minutes")[:16]
+
+
+def _print_table(keys: list[ApiKey]) -> None:
+    table = Table("name", "id", "created (UTC)", "expires (UTC)", "requests/s", "", box=box.SIMPLE_HEAD)
+    for key in keys:
+        rate = "default" if key.rate_rps is None else f"{key.rate_rps:g}"
+        table.add_row(key.name, key.id, _shown(key.created), _shown(key.expires), rate, key.state)
+    Console(markup=False).print(table)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Makes, revokes or lists keys."""
+    folder = options.folder or gateway_folder()
+    if options.name is not None and options.revoke is not None:
+        raise InputError("--name makes a key and --revoke revokes one; use one of them")
+    if options.revoke is not None:
+        ended = revoke(folder, options.revoke)
+        lines = "\n".join(f"revoked   {key.name} {key.id}" for key in ended)
+        print(json.dumps([asdict(key) for key in ended], indent=2) if options.json else lines)
+    elif options.name is not None:
+        expires_s = None if options.expires_days is None else options.expires_days * DAY_S
+        check_wish(options.name, expires_s=expires_s, rate_rps=options.rate_rps)  # before anything is made
+        ensure_folder(folder, options.host)
+        key = new_key(folder, options.name, expires_s=expires_s, rate_rps=options.rate_rps)
+        result = {"name": options.name, "key": key, "id": digest(key)[:ID_DIGITS]}
+        print(json.dumps(result) if options.json else key)
+        print("this key cannot be shown again; callers send it as Authorization: Bearer <key>", file=sys.stderr)
+    else:
+        keys = keys_in(folder)
+        if options.json:
+            print(json.dumps([asdict(key) for key in keys], indent=2))
+        else:
+            _print_table(keys)

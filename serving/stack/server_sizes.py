@@ -1,0 +1,46 @@
+"""The server's memory, shared memory and stop time, computed from the models that it serves.
+
+Contract: the Compose stack and Kubernetes use the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from serving.embedded.flags import GATEWAY_EXIT_TIMEOUT_S
+from serving.repository.served_models import MIB, ServedModel
+
+SHM_MIB = 256  # enough for small models; unused shared memory takes none
+CPU_MEMORY, GPU_MEMORY = 2**30, 8 * 2**30  # CUDA and TensorRT use host memory too
+REST_S = 10  # spare time after the requests in flight
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSizes:
+    """What the server needs, under Compose and on Kubernetes."""
+
+    base_mib: int
+    weights_mib: int
+    """All instances together."""
+    work_mib: int
+    shm_mib: int
+    memory_mib: int
+    """All memory, shared memory included."""
+    exit_timeout_s: int
+
+
+def server_sizes(models: list[ServedModel]) -> ServerSizes:
+    """The sizes for all models together."""
+    shm = SHM_MIB * MIB + sum(model.shm_bytes for model in models)
+    weights = sum(model.weights_bytes * model.instances for model in models)
+    work = sum(32 * model.instances * (model.input_bytes + model.output_bytes) for model in models)
+    base = GPU_MEMORY if any(model.needs_gpu for model in models) else CPU_MEMORY
+    return ServerSizes(
+        base_mib=base // MIB,
+        weights_mib=round(weights / MIB),
+        work_mib=round(work / MIB),
+        shm_mib=math.ceil(shm / MIB),
+        memory_mib=math.ceil((base + 4 * weights + work + shm) / MIB),
+        exit_timeout_s=max(GATEWAY_EXIT_TIMEOUT_S, max(model.timeout_s for model in models)),
+    )

@@ -1,0 +1,59 @@
+"""Trials on simulated servers: a function of the rate gives the outcome, without delay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepseek_client import ModelMetadata
+from rich.console import Console
+
+from deepseek.spec import DeploymentSpec, SloSpec
+from loadtests.results.settings import LoadSettings
+from loadtests.search.highest_rate import TryRate
+from loadtests.search.rate_trial import Phase, RateTrial, TrialOutcome
+from loadtests.search.trial_runner import TrialRunner
+
+
+def trial(rate_rps: float, outcome: TrialOutcome, phase: Phase = "bisect", **changes: Any) -> RateTrial:
+    """A trial in which the server answered all requests."""
+    facts: dict[str, Any] = {
+        "achieved_rps": rate_rps,
+        "p50_ms": 5.0,
+        "p99_ms": 20.0,
+        "error_rate": 0.0,
+        "duration_s": 10.0,
+    }
+    facts |= {"failed": ("p99_ms",) if outcome == "fails" else (), "run": "a run"}
+    return RateTrial.model_validate({"rate_rps": rate_rps, "phase": phase, "outcome": outcome, **facts, **changes})
+
+
+def server_of(outcome: Callable[[float, Phase], TrialOutcome]) -> TryRate:
+    """Trials whose outcome is a function of the rate and the phase."""
+    return lambda rate_rps, phase, duration_s, seed: trial(
+        rate_rps, outcome(rate_rps, phase), phase, duration_s=duration_s
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputedRunner(TrialRunner):
+    """Runs trials on a simulated server."""
+
+    try_rate: TryRate
+
+    def __call__(self, rate_rps: float, phase: Phase, duration_s: float, seed: int) -> RateTrial:
+        return self.try_rate(rate_rps, phase, duration_s, seed)
+
+
+def runner(folder: Path, try_rate: TryRate | None = None, slo: SloSpec | None = None) -> TrialRunner:
+    """Trials of the model `image`; on a simulated server if `try_rate` is given."""
+    spec = DeploymentSpec.load("tests/models/image")
+    spec = spec.model_copy(update={"slo": slo or spec.slo})
+    served = ModelMetadata(name="image", versions=("1",), platform="", inputs=(), outputs=(), max_batch_size=8)
+    about: dict[str, Any] = {"model": "image", "models": "", "target": "onnxruntime", "protocol": "grpc"}
+    settings = LoadSettings(**about, url="nowhere:1", inputs="", tls=True)  # a gateway: nothing else is queried
+    fixed: dict[str, Any] = {"spec": spec, "settings": settings, "served": served, "folder": folder}
+    fixed["console"] = Console(stderr=True)
+    return TrialRunner(**fixed) if try_rate is None else ComputedRunner(**fixed, try_rate=try_rate)

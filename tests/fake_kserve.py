@@ -1,0 +1,102 @@
+"""Small KServe v2 servers whose every byte a test chooses, over HTTP and gRPC."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2
+
+from tests.failing_servers import end
+
+Y = {"name": "y", "datatype": "FP32", "shape": [1, 3]}
+SIGNATURE = {
+    "name": "m",
+    "versions": ["1"],
+    "platform": "",
+    "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 3]}],
+    "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 3]}],
+}
+
+
+def http_answer(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def http_json(value: Any, tensors: bytes = b"", **kwargs: Any) -> bytes:
+    """An answer with a JSON head; with `tensors` in Triton's binary format."""
+    head = json.dumps(value).encode()
+    return http_answer(
+        head + tensors, *([f"Inference-Header-Content-Length: {len(head)}"] if tensors else []), **kwargs
+    )
+
+
+def binary(**changes: Any) -> dict[str, Any]:
+    """One output of 12 bytes, changed."""
+    return {**copy.deepcopy(Y), "parameters": {"binary_data_size": 12}, **changes}
+
+
+@contextlib.contextmanager
+def http_serving(answer: Callable[[str, bytes], bytes | None]) -> Iterator[str]:
+    """A server that keeps connections alive and sends `answer(path, body)`; None closes the connection."""
+    open_connections: list[socket.socket] = []
+
+    def serve(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError), connection.makefile("rb") as stream:
+            while (line := stream.readline()).strip():
+                head = line + b"".join(iter(stream.readline, b"\r\n"))
+                size = re.search(rb"(?i)content-length: (\d+)", head.replace(b"Inference-Header-Content-Length", b""))
+                body = stream.read(int(size[1])) if size else b""
+                if (raw := answer(line.split()[1].decode(), body)) is None:
+                    return
+                connection.sendall(raw)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                open_connections.append(listener.accept()[0])
+                threading.Thread(target=serve, args=(open_connections[-1],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        end(listener, *open_connections)
+
+
+@contextlib.contextmanager
+def grpc_serving(infer: Callable[[bytes], bytes], signature: Any = SIGNATURE) -> Iterator[str]:
+    """A gRPC server with this signature and no configuration; `infer` makes the bytes of its answers."""
+
+    class Everything(grpc.GenericRpcHandler):
+        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+            metadata = service_pb2.ModelMetadataResponse(**signature).SerializeToString()
+            answers = {"ModelInfer": infer, "ModelMetadata": lambda _: metadata}
+            found = answers.get(details.method.rpartition("/")[2])
+            return found and grpc.unary_unary_rpc_method_handler(lambda request, _: found(request))
+
+    with ThreadPoolExecutor(4) as pool:
+        server = grpc.server(pool, [Everything()], options=[("grpc.max_send_message_length", -1)])
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        yield f"127.0.0.1:{port}"
+        server.stop(None).wait()
+
+
+def triton(infer: Callable[[], bytes | None], signature: Any = SIGNATURE) -> Callable[[str, bytes], bytes | None]:
+    """The answers of a Triton over HTTP that hides its configuration and server metadata."""
+
+    def answer(path: str, body: bytes) -> bytes | None:
+        if path.endswith("/infer"):
+            return infer()
+        return http_json(signature) if path.endswith("/m") else http_answer(b"", status="404 Not Found")
+
+    return answer

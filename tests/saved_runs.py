@@ -1,0 +1,66 @@
+"""Makes saved runs for tests from lists of requests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loadtests.load.workers.recorder import Recorder
+from loadtests.results.run import Run
+from loadtests.results.settings import LoadSettings
+
+Request = tuple[float, float, float, str | None]  # planned, sent, finished, error
+
+
+def saved_run(folder: Path, requests: Iterable[Request], **changes: Any) -> Run:
+    """Writes a run made from a list of requests; `changes` apply to its settings and generator."""
+    requests = list(requests)
+    generator = {"thread_cpu": changes.pop("thread_cpu", 0.2), "process_cpu": 0.3, "machine_cpu": 0.5}
+    server = changes.pop("server", {"version": "1", "statistics": {}})
+    quality = changes.pop("quality", {})
+    fixed: dict[str, Any] = {"model": "tiny", "models": "models", "target": "onnxruntime", "protocol": "grpc"}
+    fixed |= {"url": "127.0.0.1:8001", "inputs": "evaluation.npz", "rate_rps": 100.0, "duration_s": 10.0}
+    settings = LoadSettings(**fixed | changes)
+    planned_s = np.array([planned for planned, *_ in requests]) if settings.open_loop else None
+    recorder = Recorder(planned_s, open_loop=settings.open_loop)
+    for planned, sent, finished, error in requests:
+        recorder.attempt(sent)
+        if error == "dropped":
+            recorder.drop(planned)
+        else:
+            recorder.finish(planned, sent, finished, error)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [f"{json.dumps(row)}\n" for row in recorder.take()]
+    (folder / "seconds.jsonl").write_text("".join(rows))
+    data: dict[str, Any] = {
+        "settings": asdict(settings),
+        "started_at": "2026-11-25T12:00:00+00:00",
+        "generator": generator,
+    }
+    data |= {"rows": len(rows), "lengths": []}
+    data |= {
+        "server": server,
+        "quality": quality,
+        "machine": {"cpu": "test", "cores": 2, "versions": {"python": "3.11"}},
+    }
+    (folder / "run.json").write_text(json.dumps(data))
+    return Run.load(folder)
+
+
+def damage(folder: Path, file: str, old: str, new: str) -> None:
+    """Replaces `old` in a run's file by `new`; if `new` is empty, truncates the file at `old`."""
+    text = (folder / file).read_text()
+    head, found, tail = text.partition(old)
+    assert found
+    (folder / file).write_text(head + (new + tail if new else ""))
+
+
+def steady(latency_s: float = 0.01, count: int = 1000, lag_s: float = 0.0001, seconds: float = 10) -> list[Request]:
+    """`count` requests over `seconds`, all with the same latency and lag."""
+    times = np.arange(count) / count * seconds
+    return [(time, time + lag_s, time + lag_s + latency_s, None) for time in times.tolist()]

@@ -1,0 +1,124 @@
+"""How often a verdict is wrong about a service, counted over thousands of simulated runs."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loadtests.slo.bounds import more_requests, ratio_bounds, share_bounds
+
+RUNS, RATE, SECONDS, LOOKS = 1000, 100, 90, 3  # looks after 90, 180 and 360 s
+ALLOWED = 0.01  # of a p99
+SHARES = (0.005, 0.009, 0.01, 0.011, 0.015, 0.02)
+BURSTS = {"independent": 1, "bursts of 10": 10, "bursts of 20": 20}
+WRONG = 0.05
+NOISE = 2.6 * (WRONG * (1 - WRONG) / RUNS) ** 0.5  # 99.5 % of the estimates of a true 5 % are below
+
+
+@cache
+def slow_each_second(share: float, burst: int) -> np.ndarray:
+    """Slow requests of each second: each request, or a burst of `burst` requests on average (geometric)."""
+    generator, seconds = np.random.default_rng(round(1e6 * share) + burst), SECONDS * 2 ** (LOOKS - 1)
+    if burst == 1:
+        return generator.binomial(RATE, share, (RUNS, seconds))
+    begins = share / (1 - share) / burst  # a fast request is followed by a slow one
+    slow, counts = generator.random(RUNS) < share, np.zeros((RUNS, seconds), int)
+    for place in range(seconds * RATE):
+        drawn = generator.random(RUNS)
+        slow = np.where(slow, drawn >= 1 / burst, drawn < begins)
+        counts[:, place // RATE] += slow
+    return counts
+
+
+def judged(slow: np.ndarray, confidence: float) -> np.ndarray:
+    """1 holds, -1 violated, 0 inconclusive, for each run."""
+    planned = np.full(slow.shape, RATE)
+    bounds = share_bounds(slow, planned, seconds=slow.shape[1], confidence=confidence)
+    return np.where(bounds.high <= ALLOWED, 1, np.where(bounds.low > ALLOWED, -1, 0))
+
+
+def fixed(share: float, burst: int) -> np.ndarray:
+    """The verdicts on runs of SECONDS."""
+    return judged(slow_each_second(share, burst)[:, :SECONDS], 1 - WRONG)
+
+
+def until_decided(share: float, burst: int) -> np.ndarray:
+    """The verdicts on runs that go on until they are decided, or the last look."""
+    slow, found = slow_each_second(share, burst), np.zeros(RUNS, int)
+    for look in range(LOOKS):
+        found = np.where(found, found, judged(slow[:, : SECONDS * 2**look], 1 - WRONG / LOOKS))
+    return found
+
+
+RULES = {"fixed": fixed, "until decided": until_decided}
+
+
+def table() -> list[str]:
+    """The rows of the table in docs/explanation/load-testing.md: passes and fails in %."""
+    rows = []
+    for rule, verdicts in RULES.items():
+        for name, burst in BURSTS.items():
+            found = [verdicts(share, burst) for share in SHARES]
+            cells = [f"{100 * (each == 1).mean():.1f} / {100 * (each == -1).mean():.1f}" for each in found]
+            rows.append(f"| {rule} | {name} | {' | '.join(cells)} |")
+    return rows
+
+
+@pytest.mark.parametrize("burst", BURSTS.values(), ids=BURSTS)
+@pytest.mark.parametrize("rule", RULES)
+def test_at_most_one_verdict_in_twenty_is_wrong(rule: str, burst: int) -> None:
+    verdicts = {share: RULES[rule](share, burst) for share in SHARES}
+    passes = {share: float((found == 1).mean()) for share, found in verdicts.items() if share >= ALLOWED}
+    fails = {share: float((found == -1).mean()) for share, found in verdicts.items() if share <= ALLOWED}
+    assert max(passes.values()) <= WRONG + NOISE, passes
+    assert max(fails.values()) <= WRONG + NOISE, fails
+
+
+def test_a_service_clearly_inside_or_outside_its_limit_is_decided() -> None:
+    assert (fixed(0.005, 1) == 1).mean() > 0.95
+    assert (fixed(0.02, 1) == -1).mean() > 0.95
+    assert (until_decided(0.02, 10) == -1).mean() > 0.9
+
+
+def test_the_documentation_prints_the_counted_table() -> None:
+    page = Path("docs/explanation/load-testing.md").read_text()
+    assert [row for row in table() if row not in page] == []
+
+
+def test_without_a_slow_request_the_bound_assumes_bursts() -> None:
+    bounds = share_bounds(np.zeros(60, int), np.full(60, 100), seconds=60.0)
+    assert (float(bounds.low), float(bounds.bursts)) == (0, 20)  # 0.2 s at 100/s
+    assert float(bounds.high) == pytest.approx(1 - 0.05 ** (1 / 300))
+    alone = share_bounds(np.zeros(299, int), np.ones(299, int), seconds=299.0)
+    assert (float(alone.bursts), float(alone.high) <= 0.01) == (1, True)
+
+
+def test_the_bounds_of_independent_requests_are_nearly_clopper_and_pearsons() -> None:
+    slow = np.tile([9, 10, 11, 10], 250)  # 10,000 of 100,000
+    bounds = share_bounds(slow, np.full(1000, 100), seconds=1000.0)
+    assert (float(bounds.low), float(bounds.high)) == pytest.approx((0.0984, 0.1016), abs=2e-4)
+
+
+def test_the_requests_that_would_decide_do_decide() -> None:
+    slow, planned = np.tile([0, 0, 0, 0, 1], 4), np.full(20, 50)  # 0.4 %
+    bounds = share_bounds(slow, planned, seconds=20.0)
+    more = more_requests(4, 1000, bounds, ALLOWED, 0.95)
+    assert float(bounds.high) > ALLOWED
+    assert more is not None
+    longer = 1 + round(more / 1000 + 0.5)
+    assert float(share_bounds(np.tile(slow, longer), np.tile(planned, longer), seconds=20.0 * longer).high) < ALLOWED
+    assert more_requests(10, 1000, bounds, ALLOWED, 0.95) is None  # exactly at the limit
+
+
+def test_a_means_bounds_hold_the_true_mean_in_nineteen_of_twenty_runs() -> None:
+    generator, found = np.random.default_rng(1), []
+    for _ in range(500):
+        weights = generator.poisson(50, 60)
+        totals = np.array([generator.exponential(3.0, weight).sum() for weight in weights])
+        low, high = ratio_bounds(totals, weights)
+        found.append((low <= 3.0, high >= 3.0))
+    assert np.mean(found, axis=0) == pytest.approx([0.95, 0.95], abs=0.03)
+    assert np.isnan(ratio_bounds(np.array([1.0]), np.array([1.0]))).all()

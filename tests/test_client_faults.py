@@ -1,0 +1,369 @@
+"""The fault suite: servers that fail at every phase. Each call ends in one error, in time, and leaves nothing behind.
+
+The time allowed is the deadline plus 0.2 s, plus what the machine was late by: a thread beside the call measures how late
+it wakes up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import json
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from deepseek_client import InferenceClient, InferenceError, PreparedRequest
+from deepseek_client.http.transport import HttpTransport
+from deepseek_client.options import ClientOptions
+from tritonclient.grpc import service_pb2
+
+from tests.failing_servers import Client, answering, dropping, kinds, mute, protocols
+from tests.fake_kserve import SIGNATURE, Y, binary, grpc_serving, http_answer, http_json, http_serving, triton
+
+Kind = Callable[..., Client]
+Fault = Callable[[socket.socket], Any]
+X = {"x": np.ones((1, 3), np.float32)}
+DATA = np.arange(3, dtype=np.float32).tobytes()
+HTTP_RAW = http_json({"model_name": "m", "outputs": [binary()]}, DATA)
+GRPC_RAW = service_pb2.ModelInferResponse(
+    model_name="m", outputs=[service_pb2.ModelInferResponse.InferOutputTensor(**Y)], raw_output_contents=[DATA]
+).SerializeToString()
+TIMEOUT_S, MARGIN_S = 0.5, 0.2
+SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # HTTP/2's empty SETTINGS frame
+
+
+@contextlib.contextmanager
+def in_time(timeout_s: float = TIMEOUT_S) -> Iterator[None]:
+    """Allows `timeout_s` and the margin, plus five times the worst lateness of a thread that sleeps meanwhile."""
+    over, late_s = threading.Event(), [0.0]
+
+    def watch() -> None:
+        while not over.is_set():
+            start_s = time.monotonic()
+            time.sleep(0.01)
+            late_s[0] = max(late_s[0], time.monotonic() - start_s - 0.01)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start_s = time.monotonic()
+    try:
+        yield
+        took_s = time.monotonic() - start_s
+    finally:
+        over.set()
+        watcher.join()
+    assert took_s <= timeout_s + MARGIN_S + 5 * late_s[0], f"{took_s:.2f} s; the machine was late by {late_s[0]:.3f} s"
+
+
+@contextlib.contextmanager
+def nothing_left() -> Iterator[None]:
+    """Waits until the block's threads and sockets are gone."""
+
+    def found() -> tuple[set, set]:
+        connections = psutil.Process().net_connections("tcp")
+        threads = {each for each in threading.enumerate() if each.name.startswith("deepseek")}
+        return threads, {each.fd for each in connections}
+
+    before = found()
+    yield
+    give_up_s = time.monotonic() + 60
+    while time.monotonic() < give_up_s:
+        gc.collect()  # a call in a cycle of an exception and its frames keeps its connection open
+        if all(now <= then for now, then in zip(found(), before, strict=True)):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"left: {found()}, before: {before}")
+
+
+def reset(connection: socket.socket) -> None:
+    """Ends with a reset instead of an orderly close."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def sends(raw: bytes, then: Fault = lambda _: None) -> Fault:
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(raw)
+        then(connection)
+
+    return answer
+
+
+def trickles(raw: bytes) -> Fault:
+    """Sends a byte now and then until the other end closes, and then filler."""
+
+    def answer(connection: socket.socket) -> None:
+        for byte in raw + 10_000 * b"z":
+            connection.sendall(bytes([byte]))
+            time.sleep(0.02)
+
+    return answer
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+FAULTS: dict[str, list[tuple[str, Fault]]] = {
+    "http": [
+        *((f"silence after {size}", sends(HTTP_RAW[:size], mute)) for size in (1, 20, 90, len(HTTP_RAW) - 1)),
+        *((f"reset after {size}", sends(HTTP_RAW[:size], reset)) for size in (0, 1, 20, 90, len(HTTP_RAW) - 1)),
+        ("trickle in the head", trickles(HEAD + b"X-Patience: ")),
+        ("trickle in the body", trickles(HEAD + b"Content-Length: 9000\r\n\r\n")),
+        ("trickle of chunks", trickles(CHUNKED + 100 * b"1\r\nz\r\n")),
+        ("endless interim answers", sends(9000 * b"HTTP/1.1 100 Continue\r\n\r\n", mute)),
+        ("wrong chunk size", sends(CHUNKED + b"zz\r\n", mute)),
+        ("huge chunk size", sends(CHUNKED + b"f" * 40 + b"\r\n", mute)),
+        ("two lengths", sends(HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab", mute)),
+        ("length and chunks", sends(HEAD + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", mute)),
+        ("no HTTP", sends(b"SSH-2.0-OpenSSH\r\n", mute)),
+        ("HTTP/2", sends(SETTINGS, mute)),
+        ("TLS", sends(b"\x15\x03\x01\x00\x02\x02\x46", mute)),
+    ],
+    "grpc": [
+        ("reset at once", reset),
+        ("silence after the settings", sends(SETTINGS, mute)),
+        ("reset after the settings", sends(SETTINGS, reset)),
+        ("trickle of settings", trickles(9000 * SETTINGS)),
+        ("half a frame", sends(SETTINGS[:5], mute)),
+        ("a frame too large", sends(b"\xff\xff\xff\0\0\0\0\0\1", mute)),
+        ("data for no stream", sends(SETTINGS + b"\0\0\1\0\1\0\0\0\7z", mute)),
+        ("go away", sends(SETTINGS + b"\0\0\x08\7\0\0\0\0\0\0\0\0\0\0\0\0\1", mute)),
+        ("HTTP/1", sends(http_answer(b"{}"), mute)),
+        ("garbage", sends(bytes(range(256)), mute)),
+    ],
+}  # fmt: skip
+
+
+def prepared(protocol: Any) -> PreparedRequest:
+    serving: Any = http_serving(triton(lambda: HTTP_RAW)) if protocol == "http" else grpc_serving(lambda _: GRPC_RAW)
+    with serving as url, InferenceClient(url, protocol) as client:
+        assert client.infer("m", X)["y"].tolist() == [[0, 1, 2]]
+        return client.prepare("m", X)
+
+
+@kinds
+@pytest.mark.parametrize("idempotent", [False, True], ids=["once", "idempotent"])
+@pytest.mark.parametrize(
+    ("protocol", "fault"), [pytest.param(p, fault, id=f"{p}, {name}") for p in FAULTS for name, fault in FAULTS[p]]
+)
+def test_a_fault_ends_in_one_error_in_time(protocol: Any, fault: Fault, idempotent: bool, kind: Kind) -> None:
+    request = prepared(protocol)
+    with (
+        nothing_left(),
+        answering(fault) as (url, _),
+        kind(url, protocol, timeout_s=TIMEOUT_S, idempotent=idempotent) as client,
+    ):
+        said = error_in_time(lambda: client.send(request))
+    assert "\n" not in said
+
+
+def error_in_time(call: Callable[[], Any]) -> str:
+    """The text of the one error; its traceback, which keeps sockets open, is dropped."""
+    with in_time(), pytest.raises(InferenceError) as caught:
+        call()
+    return str(caught.value)
+
+
+@kinds
+@protocols
+@pytest.mark.parametrize("hedged", [False, True], ids=["alone", "hedged"])
+def test_addresses_that_do_not_connect_end_in_one_error_in_time(protocol: Any, hedged: bool, kind: Kind) -> None:
+    options: dict[str, Any] = {"idempotent": True, "hedge_after_ms": 50} if hedged else {}
+    request = prepared(protocol)
+    with (
+        nothing_left(),
+        dropping() as one,
+        dropping() as two,
+        kind([one, two], protocol, timeout_s=TIMEOUT_S, **options) as client,
+    ):
+        error_in_time(lambda: client.send(request))
+        error_in_time(lambda: client.infer("m", X))
+
+
+def test_an_http_answer_cut_at_any_byte_is_one_error() -> None:
+    request = prepared("http")
+    size = [0]
+    with (
+        nothing_left(),
+        answering(lambda connection: connection.sendall(HTTP_RAW[: size[0]])) as (url, _),
+        InferenceClient(url, "http", timeout_s=60) as client,
+    ):
+        for size[0] in range(len(HTTP_RAW)):
+            with pytest.raises(InferenceError):
+                client.send(request)
+        size[0] = len(HTTP_RAW)
+        assert client.send(request)["y"].tolist() == [[0, 1, 2]]
+
+
+@contextlib.contextmanager
+def cutting(target: str, limit: Callable[[], int]) -> Iterator[str]:
+    """A relay that closes each connection after so many bytes of the server's."""
+
+    def serve(near: socket.socket) -> None:
+        host, _, port = target.rpartition(":")
+        with near, socket.create_connection((host, int(port))) as far, contextlib.suppress(OSError):
+            threading.Thread(target=forward, args=(near, far), daemon=True).start()
+            left = limit()
+            while left > 0 and (data := far.recv(65536)):
+                near.sendall(data[:left])
+                left -= len(data)
+            for each in (near, far):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def forward(near: socket.socket, far: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := near.recv(65536):
+                far.sendall(data)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.slow
+def test_a_grpc_answer_cut_at_any_byte_is_one_error() -> None:
+    request, size, errors, answers = prepared("grpc"), [0], 0, 0
+    with grpc_serving(lambda _: GRPC_RAW) as target, cutting(target, lambda: size[0]) as url:
+        for size[0] in range(400):
+            with InferenceClient(url, timeout_s=60, retries=0) as client:
+                try:
+                    assert client.send(request)["y"].tolist() == [[0, 1, 2]]
+                    answers += 1
+                except InferenceError:
+                    errors += 1
+    assert errors > 100  # headers, message and trailers
+    assert answers > 50  # beyond the last byte
+
+
+NASTY: list[Any] = [
+    None,
+    -1,
+    2**63,
+    10**30,
+    1.5,
+    True,
+    "",
+    "FP33",
+    "9" * 5000,
+    [],
+    [[]],
+    {},
+    float("nan"),
+    [1, -3],
+    [2**40, 2**40],
+]
+
+
+def mutated(raw: bytes, dice: random.Random) -> bytes:
+    """The bytes with one to three changes: a bit, a slice removed, doubled or replaced, an end cut off."""
+    data = bytearray(raw)
+    for _ in range(dice.randint(1, 3)):
+        start = dice.randrange(len(data) + 1)
+        end = min(len(data), start + dice.randint(0, 12))
+        change = dice.randrange(5)
+        if change == 0 and start < len(data):
+            data[start] ^= 1 << dice.randrange(8)
+        elif change == 1:
+            del data[start:end]
+        elif change == 2:
+            data[start:start] = data[start:end]
+        elif change == 3:
+            data[start:end] = dice.randbytes(end - start)
+        elif dice.random() < 0.3:
+            del data[start:]
+    return bytes(data)
+
+
+def mutated_json(dice: random.Random) -> bytes:
+    """The HTTP answer with one value of its JSON replaced."""
+    answer: dict[str, Any] = {
+        "model_name": "m",
+        "outputs": [binary() if dice.random() < 0.5 else copy.deepcopy({**Y, "data": [1, 2, 3]})],
+    }
+    at: Any = answer
+    while True:
+        key = dice.choice(list(at) if isinstance(at, dict) else range(len(at)))
+        if not isinstance(at[key], dict | list) or not at[key] or dice.random() < 0.3:
+            at[key] = copy.deepcopy(dice.choice(NASTY))
+            break
+        at = at[key]
+    return http_json(answer, DATA if "parameters" in json.dumps(answer) else b"")
+
+
+class Canned:
+    """A pool with one connection, which answers with `raw` and then ends."""
+
+    reused = False
+    raw = b""
+
+    async def take(self, *_: Any, **__: Any) -> Any:
+        self._left = [self.raw, b""]
+        return self
+
+    async def send(self, *parts: bytes, **_: Any) -> None:
+        """Sends nothing."""
+
+    async def receive(self, *_: Any) -> bytes:
+        return self._left.pop(0)
+
+    def give_back(self, *_: Any) -> None:
+        """Keeps nothing."""
+
+    close = stop = give_back
+
+
+class CannedClient(InferenceClient):
+    def _transport(self, url: str, options: ClientOptions) -> HttpTransport:
+        self.canned = Canned()
+        pool: Any = self.canned
+        return HttpTransport(url, pool, idempotent=False, tls=False, api_key=None, max_response_bytes=1 << 20)
+
+
+def fits(answer: dict[str, np.ndarray]) -> bool:
+    """Whether it has the shape and type of the metadata."""
+    (y,) = answer.values()
+    return list(answer) == ["y"] and y.dtype == np.float32 and y.ndim == 2 and y.shape[1] == 3
+
+
+def test_ten_thousand_mutated_http_answers_are_one_error_or_an_answer_that_fits() -> None:
+    dice, errors = random.Random(20), 0
+    before = psutil.Process().memory_info().rss
+    with CannedClient("h:1", "http", retries=0) as client:
+        client.canned.raw = http_json(SIGNATURE)
+        request = client.prepare("m", X)
+        for number in range(10_000):
+            client.canned.raw = mutated_json(dice) if number % 2 else mutated(HTTP_RAW, dice)
+            try:
+                assert fits(client.send(request, timeout_s=5)), client.canned.raw
+            except InferenceError:
+                errors += 1
+    assert errors > 2000
+    assert psutil.Process().memory_info().rss - before < 200e6
+
+
+@pytest.mark.slow
+def test_ten_thousand_mutated_grpc_answers_are_one_error_or_an_answer_that_fits() -> None:
+    dice, errors = random.Random(20), 0
+    before = psutil.Process().memory_info().rss
+    with grpc_serving(lambda _: mutated(GRPC_RAW, dice)) as url, InferenceClient(url, timeout_s=60) as client:
+        request = client.prepare("m", X)
+        for _ in range(10_000):
+            try:
+                assert fits(client.send(request))
+            except InferenceError:
+                errors += 1
+    assert errors > 2000
+    assert psutil.Process().memory_info().rss - before < 200e6

@@ -1,0 +1,371 @@
+"""Retries, the retry budget and hedging, with servers that fail, ask to wait or are slow."""
+
+from __future__ import annotations
+
+import email.utils
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from deepseek_client import (
+    ConnectionLost,
+    DeadlineExceeded,
+    InferenceClient,
+    InferenceError,
+    InvalidInput,
+    ModelNotReady,
+    PreparedRequest,
+    ServerBusy,
+    Unreachable,
+)
+from deepseek_client.concurrency import run
+from deepseek_client.options import ClientOptions
+from deepseek_client.resilience.replicas import Replica, Replicas
+from deepseek_client.resilience.retry import Retrier
+from deepseek_client.resilience.retry_budget import RESERVE, RetryBudget
+from deepseek_client.statistics import Counters
+from deepseek_client.transport import Deadline
+
+from serving.embedded.serve import EmbeddedServer
+from tests.failing_servers import (
+    Client,
+    MakeRelays,
+    X,
+    answering,
+    client_of,
+    grpc_answering,
+    kinds,
+    prepared,
+    protocols,
+    refuse,
+    status,
+)
+
+Kind = Callable[..., Client]
+
+
+def test_the_budget_is_a_share_of_the_calls_of_the_last_seconds() -> None:
+    now_s = 100.0
+    budget = RetryBudget(0.1, lambda: now_s)
+    assert [budget.take() for _ in range(RESERVE + 1)] == [True] * RESERVE + [False]
+    for _ in range(50):
+        budget.count_call()
+    assert [budget.take() for _ in range(6)] == [True] * 5 + [False]
+    now_s += 9
+    assert not budget.take()
+    now_s += 1
+    assert [budget.take() for _ in range(RESERVE + 1)] == [True] * RESERVE + [False]
+
+
+class Instant:
+    """Concurrency that does not wait but records the waits."""
+
+    def __init__(self, retrier: list[Retrier], close_at: float = math.inf) -> None:
+        self.slept: list[float] = []
+        self._retrier, self._close_at = retrier, close_at
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        if seconds >= self._close_at:
+            self._retrier[0].close()
+
+    def spawn(self, background: Any) -> None:
+        """Starts no probe."""
+
+    async def race(self, first: Any, second: Any, after_s: float) -> str:
+        hedge = second()
+        return f"hedged after {after_s:g} s" if hedge else await first(None)
+
+
+def retrier_of(
+    urls: tuple[str, ...], counters: Counters, close_at: float = math.inf, **options: Any
+) -> tuple[Retrier, Instant]:
+    made: list[Retrier] = []
+    instant: Any = Instant(made, close_at)
+    transport: Any = None
+    replicas = Replicas([Replica(url, transport, None) for url in urls], instant)
+    made.append(Retrier(ClientOptions(urls=urls, **options), instant, replicas, counters))
+    return made[0], instant
+
+
+def attempts(
+    errors: Sequence[InferenceError],
+    servers: int = 1,
+    close_at: float = math.inf,
+    timeout_s: float = 60,
+    **options: Any,
+) -> tuple[list[str], list[float], Any, Counters]:
+    """Makes a call whose attempts fail with these errors, then succeed.
+
+    Returns the addresses tried, the waits in seconds, the answer or error, and the counters.
+    """
+    left, tried, counters = list(errors), list[str](), Counters()
+
+    async def attempt(replica: Replica, cancel: Any) -> str:
+        tried.append(replica.url)
+        if left:
+            raise left.pop(0)
+        return "answer"
+
+    urls = tuple(f"h{number}:1" for number in range(servers))
+    retrier, instant = retrier_of(urls, counters, close_at, **options)
+    try:
+        repeatable = options.get("idempotent", False)
+        ended: Any = run(retrier.call(attempt, Deadline(timeout_s), "m", repeatable=repeatable))
+    except InferenceError as error:
+        ended = error
+    return tried, instant.slept, ended, counters
+
+
+BUSY, LOST, GONE = ServerBusy("full"), ConnectionLost("cut"), Unreachable("refused")
+LATER = ServerBusy("full", 5.0)
+
+
+@pytest.mark.parametrize(
+    ("errors", "options", "waits"),
+    [
+        pytest.param([], {}, [], id="an answer"),
+        pytest.param([BUSY, ModelNotReady("loading")], {}, [0.05, 0.1], id="refusals"),
+        pytest.param([GONE] * 8, {"retries": 8}, [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0], id="up to 2 s"),
+        pytest.param([LATER, LATER], {}, [5.05, 5.1], id="Retry-After on top"),
+        pytest.param([LOST, BUSY], {"idempotent": True}, [0.05, 0.1], id="lost, idempotent"),
+    ],
+)
+def test_requests_that_did_not_run_are_retried_with_doubling_waits(
+    monkeypatch: pytest.MonkeyPatch, errors: list, options: dict, waits: list[float]
+) -> None:
+    monkeypatch.setattr("random.uniform", lambda least, most: most)
+    tried, slept, ended, counters = attempts(errors, **options)
+    assert (len(tried), ended) == (len(errors) + 1, "answer")
+    assert slept == pytest.approx(waits)
+    assert counters.of("m").statistics().retries == len(errors)
+
+
+@pytest.mark.parametrize(
+    ("errors", "options", "tries"),
+    [
+        pytest.param([BUSY] * 9, {}, 4, id="as many as retries"),
+        pytest.param([BUSY], {"retries": 0}, 1, id="no retries"),
+        pytest.param([LOST], {}, 1, id="may have run"),
+        pytest.param([DeadlineExceeded("late")], {"idempotent": True}, 1, id="no time"),
+        pytest.param([InvalidInput("no")], {"idempotent": True}, 1, id="would fail again"),
+        pytest.param([ServerBusy("full", 61.0)], {}, 1, id="a wait beyond the deadline"),
+        pytest.param([BUSY] * 99, {"retries": 99, "retry_budget": 0.0}, 1 + RESERVE, id="the budget"),
+        pytest.param([BUSY] * 40, {"retries": 30, "retry_budget": None}, 31, id="no budget"),
+        pytest.param([GONE] * 40, {"retries": 30, "retry_budget": 0.0, "timeout_s": 1e6}, 31, id="outside the budget"),
+        pytest.param([BUSY] * 9, {"close_at": 0.1}, 2, id="closed while waiting"),
+    ],
+)
+def test_the_number_of_attempts_is_limited(
+    monkeypatch: pytest.MonkeyPatch, errors: list, options: dict, tries: int
+) -> None:
+    monkeypatch.setattr("random.uniform", lambda least, most: most)
+    tried, _, ended, counters = attempts(errors, **options)
+    assert len(tried) == tries
+    assert ended is errors[tries - 1]
+    assert counters.of("m").statistics().denied == (options.get("retry_budget") == 0.0 and errors[0] is BUSY)
+
+
+def test_an_untried_server_is_tried_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("random.uniform", lambda least, most: most)
+    tried, slept, ended, _ = attempts([BUSY, BUSY, BUSY], servers=2)
+    assert set(tried[:2]) == {"h0:1", "h1:1"}
+    assert (len(tried), slept, ended) == (4, [0.1, 0.2], "answer")
+    assert attempts([BUSY, BUSY], servers=2, timeout_s=1e-9)[2] is BUSY  # no time is left for the other server
+
+
+def test_hedges_stay_within_the_budget_and_end_with_the_client() -> None:
+    async def attempt(replica: Replica, cancel: Any) -> str:
+        return "answer"
+
+    def call() -> str:
+        return run(retrier.call(attempt, Deadline(60), "m", hedged=True))
+
+    counters = Counters()
+    retrier, _ = retrier_of(("h:1",), counters, idempotent=True, hedge_after_ms=5, retry_budget=0.0)
+    assert [call() for _ in range(RESERVE + 1)] == ["hedged after 0.005 s"] * RESERVE + ["answer"]
+    told = counters.of("m").statistics()
+    assert (told.hedges, told.hedges_won, told.denied) == (RESERVE, 0, 1)
+    retrier, _ = retrier_of(("h:1",), counters, idempotent=True, hedge_after_ms=5)
+    retrier.close()
+    assert call() == "answer"
+
+
+def refusal(url: str, protocol: Any, request: PreparedRequest, timeout_s: float) -> ServerBusy:
+    """The error of a call with one retry."""
+    with InferenceClient(url, protocol, retries=1) as client, pytest.raises(ServerBusy) as caught:
+        client.send(request, timeout_s=timeout_s)
+    return caught.value
+
+
+def test_retry_after_delays_the_retry(server: EmbeddedServer) -> None:
+    """If the delay exceeds the deadline, the error is raised at once."""
+    date = email.utils.formatdate(time.time() + 3600, usegmt=True)
+    http = [answering(status(f"503 Busy\r\nRetry-After: {when}")) for when in ("3600", date)]
+    said: list[dict[str, str]] = [{"retry_after": "3600"}, {"grpc_retry_pushback_ms": "3600000"}]
+    grpcs = [grpc_answering(refuse(grpc.StatusCode.UNAVAILABLE, "shedding load", **each)) for each in said]
+    for protocol, failing in (("http", http), ("grpc", grpcs)):
+        for each in failing:
+            with each as (url, seen):
+                error = refusal(url, protocol, prepared(server, protocol), 1800)
+            assert len(seen) == 1
+            assert error.retry_after_s is not None
+            assert 1800 < error.retry_after_s <= 3600
+            assert protocol == "grpc" or "asks to wait" in str(error)
+
+
+ENVOY = "upstream connect error or disconnect/reset before headers. reset reason: connection termination"
+FULL, NOT_SENT = '{"error": "Exceeds maximum queue size"}', '{"error": "try again", "unsent": true}'
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("line", "body", "tries"),
+    [
+        pytest.param("503 Service Unavailable", ENVOY, 1, id="a proxy's page"),
+        pytest.param("503 Service Unavailable\r\nRetry-After: 0", ENVOY, 1, id="a time to wait proves nothing"),
+        pytest.param("503 Service Unavailable", '{"error": "stopping"}', 1, id="another reason"),
+        pytest.param("503 Service Unavailable", 9000 * "[", 1, id="nested"),
+        pytest.param("503 Service Unavailable", FULL, 3, id="Triton's queue"),
+        pytest.param("503 Service Unavailable", NOT_SENT, 3, id="the gateway's mark"),
+        pytest.param("429 Too Many Requests", ENVOY, 3, id="a rate limit"),
+    ],
+)
+def test_an_inference_is_repeated_after_503_only_if_it_did_not_run(
+    server: EmbeddedServer, line: str, body: str, tries: int, kind: Kind
+) -> None:
+    request = prepared(server, "http")
+    for idempotent in (False, True):
+        with (
+            answering(status(line, body)) as (url, seen),
+            kind(url, "http", retries=2, idempotent=idempotent) as client,
+            pytest.raises(ServerBusy),
+        ):
+            client.send(request)
+        assert len(seen) == (3 if idempotent else tries)
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("details", "trailing", "expected", "tries"),
+    [
+        ("failed to connect to all addresses; last error: x", {}, ConnectionLost, 1),
+        ("DNS resolution failed for triton:8001", {}, ConnectionLost, 1),
+        ("overloaded", {"retry_after": "0"}, ServerBusy, 1),
+        ("Exceeds maximum queue size", {}, ServerBusy, 3),
+        ("try again", {"grpc_retry_pushback_ms": "1"}, ServerBusy, 3),
+    ],
+)
+def test_an_inference_is_repeated_after_unavailable_only_if_it_did_not_run(
+    server: EmbeddedServer, details: str, trailing: dict, expected: type, tries: int, kind: Kind
+) -> None:
+    refusing = grpc_answering(refuse(grpc.StatusCode.UNAVAILABLE, details, **trailing))
+    with refusing as (url, seen), kind(url, retries=2) as client, pytest.raises(expected):
+        client.send(prepared(server, "grpc"))
+    assert len(seen) == tries
+
+
+# Hedging. A slow replica answers only after the deadline of a call that waits for it.
+
+
+@kinds
+@protocols
+def test_a_hedge_overtakes_a_slow_replica(relays: MakeRelays, protocol: str, kind: Kind) -> None:
+    slow, fast = relays(protocol, 2)
+    hedging: dict[str, Any] = {"idempotent": True, "hedge_after_ms": 50, "retry_budget": 1.0, "timeout_s": 20}
+    with client_of([slow, fast], protocol, kind, **hedging) as client:
+        request = client.prepare("add_one", {"x": X})
+        for _ in range(4):
+            client.send(request)
+        slow.delay_s = 60.0
+        for _ in range(6):
+            np.testing.assert_array_equal(client.send(request)["y"], X + 1)
+        told = client.statistics().models["add_one"]
+        assert told.hedges >= told.hedges_won >= 3
+
+
+def test_the_losing_attempt_is_stopped_and_its_connection_closed(server: EmbeddedServer, relays: MakeRelays) -> None:
+    (fast,) = relays("http", 1)
+    ended = threading.Event()
+
+    def wait_for_the_end(connection: Any) -> None:
+        while connection.recv(65536):
+            pass
+        ended.set()
+
+    with (
+        answering(wait_for_the_end) as (stalled, _),
+        client_of([stalled, fast.url], "http", idempotent=True, hedge_after_ms=50, timeout_s=600) as client,
+    ):
+        for _ in range(2):  # one of the two calls starts at the stalled replica
+            client.send(prepared(server, "http"))
+        assert ended.wait(60)
+
+
+def test_a_percentile_hedges_after_enough_calls(relays: MakeRelays) -> None:
+    slow, fast = relays("http", 2)
+    settings: dict[str, Any] = {"idempotent": True, "hedge_after_ms": "p90", "retry_budget": None, "timeout_s": 20}
+    with client_of([slow, fast], "http", **settings) as client:
+        request = client.prepare("add_one", {"x": X})
+        for _ in range(99):
+            client.send(request)
+        assert client.statistics().models["add_one"].hedges == 0
+        client.send(request)
+        slow.delay_s = 60.0
+        for _ in range(4):
+            client.send(request)
+        assert client.statistics().models["add_one"].hedges_won >= 2
+
+
+def test_a_hedge_still_answers_if_the_first_attempt_breaks(server: EmbeddedServer, relays: MakeRelays) -> None:
+    (other,) = relays("http", 1)
+    other.delay_s = 0.5
+
+    def break_once_hedged(connection: Any) -> None:
+        pieces = other.pieces
+        for _ in range(6000):
+            if other.pieces > pieces:
+                return
+            time.sleep(0.01)
+
+    with answering(break_once_hedged) as (breaks, _):
+        settings: dict[str, Any] = {"idempotent": True, "hedge_after_ms": 50, "retries": 0, "timeout_s": 60}
+        with client_of([breaks, other.url], "http", **settings) as client:
+            for _ in range(2):  # one of the two calls starts at the replica that breaks
+                np.testing.assert_array_equal(client.send(prepared(server, "http"))["y"], X + 1)
+            assert client.statistics().models["add_one"].hedges >= 1
+
+
+GREENLETS = """
+from gevent import monkey
+monkey.patch_all()
+import sys
+import gevent
+import numpy as np
+from deepseek_client import InferenceClient
+
+protocol, slow, fast = sys.argv[1:]
+with InferenceClient(fast, protocol) as client:
+    request = client.prepare("add_one", {"x": np.ones((1, 2, 3), np.float32)})
+hedging = dict(idempotent=True, hedge_after_ms=30, retry_budget=None, timeout_s=20)
+with InferenceClient([slow, fast], protocol, **hedging) as client:
+    calls = [gevent.spawn(client.send, request) for _ in range(12)]
+    gevent.joinall(calls, raise_error=True)
+    print(client.statistics().models["add_one"].hedges_won >= 4)
+"""
+
+
+@protocols
+def test_hedging_works_with_greenlets(relays: MakeRelays, protocol: str) -> None:
+    slow, fast = relays(protocol, 2)
+    slow.delay_s = 60.0
+    command = [sys.executable, "-c", GREENLETS, protocol, slow.url, fast.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True"], done.stderr

@@ -1,0 +1,95 @@
+"""Commands that run other commands: the demo and the release."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cli import demo, release
+from cli.main import values_of
+from cli.table import Command
+
+
+@pytest.mark.parametrize(
+    ("words", "target"), [((), "onnxruntime"), (("--target", "auto"), "onnxruntime"), (("--target", "torchscript"), "torchscript")]
+)  # fmt: skip
+def test_the_demo_builds_and_serves_while_the_steps_run(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], target: str
+) -> None:
+    called: list[tuple[str, argparse.Namespace]] = []
+
+    def call(command: Command, options: argparse.Namespace) -> int:
+        called.append((command.name, options))
+        return 0
+
+    monkeypatch.setattr(demo, "call", call)
+    demo.main(values_of("demo", "--model", "text", "--duration-s", "3", *words))
+    (engine, built), (serve, served) = called
+    assert (engine, built.model, built.target) == ("engine", "text", target)
+    assert (serve, served.command[1:4]) == ("serve", ["-m", "cli", "demo-steps"])
+    assert {"--model=text", "--duration-s=3"} <= set(served.command)
+
+
+def test_a_demo_serves_nothing_if_the_build_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def call(command: Command, options: argparse.Namespace) -> int:
+        called.append(command.name)
+        return 2
+
+    monkeypatch.setattr(demo, "call", call)
+    assert demo.main(values_of("demo")) == 2
+    assert called == ["engine"]
+
+
+def test_the_demo_runs_all_steps_even_if_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str]) -> SimpleNamespace:
+        ran.append(command[3:])
+        return SimpleNamespace(returncode={"loadtest": 3, "verdict": 1}.get(command[3], 0))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert demo.steps(values_of("demo-steps", "--model", "text", "--duration-s", "3")) == 3
+    assert [words[0] for words in ran] == ["infer", "parity", "loadtest", "report", "verdict"]
+    assert all("--model=text" in words for words in ran)
+    assert [words[0] for words in ran if "--duration-s=3" in words] == ["loadtest"]
+
+
+@pytest.fixture
+def released(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """Records what a release builds and releases, without doing it."""
+    done: list[tuple[str, Any]] = []
+
+    def build(options: argparse.Namespace, publish: bool) -> SimpleNamespace:
+        done.append(("build", (options.model, options.precision, publish)))
+        return SimpleNamespace(target="tensorrt")
+
+    monkeypatch.setattr(release, "build", build)
+    monkeypatch.setattr(release, "release", lambda options: done.append(("release", options.target)))
+    return done
+
+
+def test_a_release_updates_the_build_without_publishing_it(released: list[tuple[str, Any]]) -> None:
+    release.main(values_of("release", "--model", "text", "--precision", "int8"))
+    assert released == [("build", ("text", "int8", False)), ("release", "tensorrt")]
+
+
+def test_a_release_of_another_repository_builds_nothing(released: list[tuple[str, Any]], tmp_path: Path) -> None:
+    for version, target in ((2, "onnxruntime"), (10, "torchscript")):
+        folder = tmp_path / "text" / str(version)
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"target": target}))
+    (tmp_path / "text" / "config.pbtxt").touch()
+    release.main(values_of("release", "--model", "text", "--new", str(tmp_path)))
+    assert released == [("release", "torchscript")]
+    told = values_of("rollback", "--model", "text", "--repository", str(tmp_path))
+    assert release.published_target(told) == "torchscript"
+    told.repository = tmp_path / "nowhere"
+    assert release.published_target(told) == "onnxruntime"

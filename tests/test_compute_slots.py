@@ -1,0 +1,93 @@
+"""Compute slots: never more holders than slots, and a killed process loses none."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from serving.backend.compute_slots import ComputeSlots
+from tests.gateway import wait_for
+
+SPAWN = multiprocessing.get_context("fork")  # the parent's id is part of what is shared
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "model.onnx").touch()
+    return tmp_path / "model.onnx"
+
+
+def hold(model: Path, slots: int, hold_s: float, times: int, spans: multiprocessing.SimpleQueue) -> None:
+    """Takes a slot several times and reports when it held it."""
+    shared = ComputeSlots(str(model), slots)
+    for _ in range(times):
+        with shared:
+            started = time.monotonic()
+            time.sleep(hold_s)
+            spans.put((started, time.monotonic()))
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_as_many_hold_at_a_time_as_there_are_slots_and_no_more(model: Path, slots: int) -> None:
+    spans = SPAWN.SimpleQueue()
+    workers = [SPAWN.Process(target=hold, args=(model, slots, 0.01, 20, spans)) for _ in range(slots + 2)]
+    for worker in workers:
+        worker.start()
+    held = [spans.get() for _ in range(20 * len(workers))]
+    for worker in workers:
+        worker.join(60)
+    events = sorted([(start, 1) for start, _ in held] + [(end, -1) for _, end in held])
+    most = now = 0
+    for _, change in events:
+        now += change
+        most = max(most, now)
+    assert most == slots
+
+
+def test_a_killed_holder_leaves_its_slot_to_the_next(model: Path) -> None:
+    spans = SPAWN.SimpleQueue()
+    holder = SPAWN.Process(target=hold, args=(model, 1, 600, 1, spans))
+    holder.start()
+    wait_until_held(model)
+    waiting = SPAWN.Process(target=hold, args=(model, 1, 0, 1, spans))
+    waiting.start()
+    time.sleep(0.2)
+    assert waiting.is_alive()
+    assert holder.pid is not None
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join(60)
+    waiting.join(60)
+    assert waiting.exitcode == 0
+
+
+def test_a_killed_waiter_is_passed_over(model: Path) -> None:
+    spans = SPAWN.SimpleQueue()
+    holder = SPAWN.Process(target=hold, args=(model, 1, 1, 1, spans))
+    holder.start()
+    wait_until_held(model)
+    waiters = [SPAWN.Process(target=hold, args=(model, 1, 0, 1, spans)) for _ in range(2)]
+    for waiter in waiters:
+        waiter.start()
+        time.sleep(0.1)
+    assert waiters[0].pid is not None
+    os.kill(waiters[0].pid, signal.SIGKILL)
+    waiters[1].join(60)
+    assert waiters[1].exitcode == 0
+    holder.join(60)
+
+
+def wait_until_held(model: Path) -> None:
+    """Waits until a process holds the only slot."""
+
+    def held() -> bool:
+        locks = Path("/proc/locks").read_text()
+        pipes = model.parent.glob("compute-slots-*")
+        return any(f":{path.stat().st_ino} " in locks and "POSIX" in locks for path in pipes)
+
+    wait_for(held)

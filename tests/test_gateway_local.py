@@ -1,0 +1,116 @@
+"""The gateway's ports without TLS: callers on its machine need no key, and get the same allow-list plus statistics."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+from deepseek_client import InferenceClient
+from tritonclient.utils import InferenceServerException
+
+from loadtests.load.server_statistics import fetch
+from serving.embedded.launcher import EmbeddedServer
+from serving.repository.served_models import served_models
+from serving.stack.gateway_limits import limits
+from tests.gateway import INFER, Gateway, grpc_input, json_body
+
+ROW = {"x": np.zeros((1, 2, 3), np.float32)}
+
+
+def status(url: str, body: bytes | None = None) -> int:
+    """The status of a plain HTTP request."""
+    try:
+        return int(urllib.request.urlopen(f"http://{url}", body, timeout=10).status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_the_machine_itself_calls_without_tls_and_key(gateway: Gateway, protocol: Literal["http", "grpc"]) -> None:
+    url = gateway.local_http if protocol == "http" else gateway.local_grpc
+    with InferenceClient(url, protocol) as client:
+        assert client.infer("add_one", ROW)["y"].sum() == 6
+    assert gateway.lines(caller="local")
+
+
+def test_bare_tritonclient_and_curl_work_on_these_ports(gateway: Gateway) -> None:
+    with tritonclient.grpc.InferenceServerClient(gateway.local_grpc) as client:
+        assert client.infer("add_one", grpc_input()).as_numpy("y").sum() == 6
+        assert client.get_inference_statistics("add_one").model_stats
+    with tritonclient.http.InferenceServerClient(gateway.local_http) as client:
+        assert client.get_inference_statistics()["model_stats"]
+    command = ["curl", "-sf", f"http://{gateway.local_http}{INFER}", "-d", json_body().decode()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert json.loads(done.stdout)["outputs"][0]["data"] == [1.5] * 6, done
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_load_test_on_these_ports_reads_the_servers_statistics(
+    gateway: Gateway, protocol: Literal["http", "grpc"]
+) -> None:
+    assert fetch(gateway.local_http if protocol == "http" else gateway.local_grpc, protocol, "add_one")
+
+
+@pytest.mark.parametrize("header", [{"Origin": "https://shop.example"}, {"Host": "shop.example:8000"}])
+def test_a_web_page_in_a_browser_on_the_machine_needs_a_key(gateway: Gateway, header: dict[str, str]) -> None:
+    request = urllib.request.Request(f"http://{gateway.local_http}{INFER}", json_body(), header)
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(request, timeout=10)
+
+
+def test_statistics_stay_closed_through_the_public_port(gateway: Gateway) -> None:
+    for path in ("/v2/models/stats", "/v2/models/add_one/stats", "/v2/models/add_one/versions/1/stats"):
+        assert gateway.http("GET", path)[0] == 403
+    assert gateway.grpc_status("/inference.GRPCInferenceService/ModelStatistics") == "PERMISSION_DENIED"
+
+
+@pytest.mark.parametrize(
+    "path", ["/v2/repository/index", "/v2/logging", "/v2/models/add_one/load", "/metrics", "/v2/x/../logging"]
+)
+def test_everything_else_stays_closed(gateway: Gateway, path: str) -> None:
+    assert status(f"{gateway.local_http}{path}") == 403
+    assert status(f"{gateway.local_http}{path}", b"{}") == 403
+    with tritonclient.grpc.InferenceServerClient(gateway.local_grpc) as client, pytest.raises(InferenceServerException):
+        client.get_model_repository_index()
+
+
+def test_no_rate_limits_the_machine_itself(gateway: Gateway) -> None:
+    with InferenceClient(gateway.local_grpc) as client:
+        for _ in range(250):  # a key without a rate of its own may send 100 in a second
+            client.infer("add_one", ROW)
+
+
+def test_a_caller_from_another_address_needs_a_key_there_too(closed: EmbeddedServer, tmp_path: Path) -> None:
+    text = limits(served_models(closed.repository, tmp_path))
+    gateway = Gateway(tmp_path, text, closed.http_url, closed.grpc_url, local="0.0.0.0")
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(("192.0.2.1", 9))  # sends nothing; tells which address this machine calls from
+            except OSError:
+                pytest.skip("this machine has no address but loopback")
+            address = probe.getsockname()[0]
+        port = gateway.local_http.partition(":")[2]
+        assert status(f"127.0.0.1:{port}/v2/health/ready") == 200
+        assert status(f"{address}:{port}/v2/health/ready") == 401
+    finally:
+        gateway.stop()
+
+
+def test_without_local_ports_the_gateway_does_not_listen_there(closed: EmbeddedServer, tmp_path: Path) -> None:
+    text = limits(served_models(closed.repository, tmp_path))
+    gateway = Gateway(tmp_path, text, closed.http_url, closed.grpc_url, local="")
+    try:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", int(gateway.local_http.partition(":")[2])), timeout=5)
+    finally:
+        gateway.stop()

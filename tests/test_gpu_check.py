@@ -1,0 +1,158 @@
+"""`deepseek gpu-check`: its table of steps, and its runner on a machine without a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cli import gpu_check
+from cli.gpu_check import missing, run, unmet
+from cli.gpu_steps import Step, Where, steps
+from cli.main import values_of
+from serving.doctor.machine import Gpu, Machine
+from tests.conftest import run_module
+from tests.gateway import wait_for
+
+WHERE = Where(folder=Path("/check"), models="models", triton_tag="26.10", gateway_port=1, http_port=2, grpc_port=3)
+ADA = Gpu(name="L4", compute_capability="8.9", driver="580.1", memory_bytes=1)
+
+
+def python(name: str, code: str, *, limit_s: int = 60, needs: tuple[str, ...] = ()) -> Step:
+    """A step that runs Python code."""
+    return Step(name=name, command=(sys.executable, "-c", code), limit_s=limit_s, needs=needs, claim=f"claim of {name}")
+
+
+def ended(pid: int) -> bool:
+    """Whether a process has ended, even if nobody has collected it."""
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def check(monkeypatch: pytest.MonkeyPatch, folder: Path, *table: Step) -> tuple[int, dict[str, dict]]:
+    """Exit code of a check of these steps, and its results by name."""
+    monkeypatch.setattr(gpu_check, "steps", lambda where, models: list(table))
+    code = gpu_check.main(values_of("gpu-check", "--output", str(folder)))
+    return code, {step["name"]: step for step in json.loads((folder / "gpu-check.json").read_text())["steps"]}
+
+
+def test_a_failed_step_ends_only_the_steps_that_need_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bad = python("bad", "print('seen <this>'); raise SystemExit(2)")
+    table = (bad, python("after", "", needs=("bad",)), python("next", "print(1)"))
+    code, found = check(monkeypatch, tmp_path, *table)
+    assert code == 1
+    assert [step["outcome"] for step in found.values()] == ["failed", "skipped", "passed"]
+    assert (found["bad"]["reason"], found["bad"]["last_lines"]) == ("exit code 2", ["seen <this>"])
+    assert found["after"]["reason"] == "needs 'bad', which failed"
+
+
+def test_an_inconclusive_measurement_is_not_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    load, other = python("load", "raise SystemExit(3)"), python("other", "exit(3)")
+    monkeypatch.setattr(gpu_check, "ours", lambda: load.command)  # a command of this project
+    code, found = check(monkeypatch, tmp_path, load, python("judge", "", needs=("load",)))
+    assert code == 3
+    assert [step["outcome"] for step in found.values()] == ["inconclusive", "skipped"]
+    assert found["judge"]["reason"] == "needs 'load', which was inconclusive"
+    assert check(monkeypatch, tmp_path, other)[0] == 1  # of another program, 3 means something else
+
+
+def test_an_interrupted_check_takes_its_stack_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def interrupted(step: Step, log: Path, environment: dict[str, str]) -> None:
+        ran.append(step.name)
+        if step.name == "load":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_check, "run", interrupted)
+    monkeypatch.setattr(gpu_check, "line", str)
+    monkeypatch.setattr(gpu_check, "asdict", str)
+    monkeypatch.setattr(gpu_check, "page", str)
+    with pytest.raises(KeyboardInterrupt):
+        check(monkeypatch, tmp_path, *(python(name, "") for name in ("stack up", "load", "stack down")))
+    assert ran == ["stack up", "load", "stack down"]
+
+
+def test_a_step_gets_no_setting_of_another_stack(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COMPOSE_PROJECT_NAME", "mine")
+    found = run(python("names", "import os; print([n for n in os.environ if 'COMPOSE' in n])"), tmp_path / "log", {})
+    assert found.last_lines == ("[]",)
+
+
+def test_a_step_over_its_limit_may_stop_what_it_started(tmp_path: Path) -> None:
+    inner = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('stopped', flush=True))); print('up', flush=True); time.sleep(600)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    found = run(python("slow", outer, limit_s=5), tmp_path / "log", {})
+    assert found.last_lines[0] == "up"
+    assert "stopped" in found.last_lines
+
+
+def test_the_page_has_a_line_for_each_step_beside_the_guides_claim(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check(monkeypatch, tmp_path, python("one", "print('a <b>')"), python("two", "raise SystemExit(1)"))
+    text = (tmp_path / "gpu-check.html").read_text()
+    assert "claim of one" in text
+    assert "failed: exit code 1" in text
+    assert "a &lt;b&gt;" in text
+
+
+def test_a_step_over_its_limit_is_ended_with_its_children(tmp_path: Path) -> None:
+    child = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+    found = run(python("slow", child, limit_s=5), tmp_path / "log", {})
+    assert (found.outcome, found.reason) == ("failed", "not done within 5 s")
+    wait_for(lambda: ended(int(found.last_lines[0])))
+
+
+def test_a_command_that_is_not_there_is_a_failed_step(tmp_path: Path) -> None:
+    found = run(Step(name="no", command=("/nosuch",), limit_s=1), tmp_path / "log", {})
+    assert (found.outcome, found.reason) == ("failed", "/nosuch cannot be started: No such file or directory")
+
+
+def test_every_need_is_a_fact_of_the_machine_or_an_earlier_step() -> None:
+    known = set(missing(Machine(ram_bytes=1)))
+    for step in steps(WHERE, ["recommender", "minilm"]):
+        assert known.issuperset(step.needs), step
+        assert step.name not in known
+        known.add(step.name)
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"), [("8.9", ""), ("10.0", ""), ("8.6", "compute capability 8.6 has no FP8")]
+)
+def test_fp8_needs_a_chip_that_has_it(capability: str, reason: str) -> None:
+    gpu = Gpu(name="x", compute_capability=capability, driver="1", memory_bytes=1)
+    lacks = missing(Machine(ram_bytes=1, gpus=(gpu,), docker=("runc", "nvidia")))
+    (step,) = (each for each in steps(WHERE, ["recommender"]) if each.name == "engine recommender fp8")
+    assert unmet(step, lacks, {}) == reason
+
+
+def test_without_nvidias_runtime_no_engine_is_built() -> None:
+    lacks = missing(Machine(ram_bytes=1, gpus=(ADA,), docker=("runc",)))
+    (step,) = (each for each in steps(WHERE, ["recommender"]) if each.name == "engine recommender")
+    assert unmet(step, lacks, {}) == "Docker has no NVIDIA runtime"
+
+
+def test_each_command_of_the_project_in_the_table_can_be_parsed() -> None:
+    for step in steps(WHERE, ["recommender", "minilm"]):
+        words = list(step.command)
+        if "cli" in words:
+            name, *rest = words[words.index("cli") + 1 :]
+            values_of(name, *rest)
+
+
+def test_a_machine_without_a_gpu_gets_a_line_for_each_step(tmp_path: Path) -> None:
+    done = run_module("cli", "gpu-check", "--output", str(tmp_path), "--json", PATH=str(tmp_path))
+    assert done.returncode == 3, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(steps(WHERE, ["recommender", "minilm"]))
+    assert "skipped           0 s  engine minilm: no GPU: nvidia-smi lists none" in lines
+    assert {step["outcome"] for step in json.loads(done.stdout)["steps"]} == {"skipped"}
+
+
+def test_the_baselines_say_that_there_is_no_gpu() -> None:
+    done = run_module("cli", "gpu-baselines")
+    assert done.returncode == 2
+    assert "PyTorch sees no GPU" in done.stderr

@@ -1,0 +1,40 @@
+"""The master of a distributed load test: the shares of its workers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+REPLACED = """
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+from locust.runners import MasterRunner, WorkerNode, WorkerNodes
+from loadtests.load.workers.master import Master
+from loadtests.results.settings import LoadSettings
+
+class Runner(MasterRunner):
+    def __init__(self):
+        self.clients, self.told = WorkerNodes(), []
+        for name in ("a", "b", "d"):
+            self.clients[name] = WorkerNode(name)
+
+    def send_message(self, msg_type, data=None, client_id=None):
+        self.told.append((msg_type, client_id, data["rank"], data["workers"]))
+
+more = {"models": "", "target": "onnxruntime", "url": "", "inputs": ""}
+wanted = LoadSettings(model="m", protocol="grpc", rate_rps=10.0, duration_s=1.0, workers=3, **more)
+runner = Runner()
+master = Master(SimpleNamespace(runner=runner), [wanted], Path(sys.argv[1]))
+for name in ("a", "b", "c", "d"):  # c was lost before the start, and d replaced it
+    master.take_prepared(name)
+master.start()
+print(json.dumps(runner.told))
+"""  # in a child process, since Locust patches the process that imports it
+
+
+def test_a_replacement_worker_sends_the_share_of_the_lost_one(tmp_path: Path) -> None:
+    said = subprocess.run([sys.executable, "-c", REPLACED, tmp_path], check=True, capture_output=True, text=True).stdout
+    assert json.loads(said) == [["begin", "a", 0, 3], ["begin", "b", 1, 3], ["begin", "d", 2, 3]]

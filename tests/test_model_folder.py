@@ -1,0 +1,214 @@
+"""Model folders: errors in user code are one line with the place, and forward's results become outputs."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deepseek.spec import DeploymentSpec, InputError
+from export.model_folder import ModelFolder, in_order
+from export.precision.accuracy import task_metrics
+from export.runtimes.pytorch_reference import run_torch
+from tests.conftest import run_module
+from tests.test_to_onnx import TOML, tiny
+
+TEXT = DeploymentSpec.load("tests/models/text")
+IMAGE = DeploymentSpec.load("tests/models/image")
+SCORES, FEATURES = torch.ones(2, 10), torch.zeros(2, 32)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("\ndef f(:\n", r"model.py:22: importing it: SyntaxError: invalid syntax"),
+        (
+            "\nimport no_such_module\n",
+            "model.py:22: importing it: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+        ("\nload = None\n", r"model.py: no function load\(\)"),
+    ],
+    ids=["syntax", "import", "no function"],
+)
+def test_a_model_that_cannot_be_imported_is_one_line(tmp_path: Path, code: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny(tmp_path, code=code)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("\ndef load():\n    return open('/no/weights')\n", r"model.py:23: load\(\): FileNotFoundError: .*/no/weights"),
+        ("\ndef load():\n    return {}\n", r"load\(\) returned dict; a torch.nn.Module is needed"),
+        ("\ndef load():\n    Tiny()\n", r"load\(\) returned NoneType"),
+        ("\ndef load():\n    raise SystemExit('no weights')\n", r"model.py:23: load\(\): SystemExit: no weights"),
+    ],
+    ids=["raises", "no module", "return forgotten", "exits"],
+)
+def test_a_load_that_returns_no_module_is_one_error_line(tmp_path: Path, code: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny(tmp_path, code=code).load()
+
+
+def test_a_torchscript_module_is_refused(tmp_path: Path) -> None:
+    code = "\ndef load():\n    import warnings\n    warnings.simplefilter('ignore')\n    return torch.jit.script(Tiny().line)\n"
+    source = tiny(tmp_path, code=code)
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(InputError, match=r"returned TorchScript .* return the torch.nn.Module that it was made from"),
+    ):
+        source.load()
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("\ndef samples(split):\n    yield {'x': [[0.5] * 8]}\n", "seen list; deploy.toml says a numpy array of float32"),
+        ("\ndef samples(split):\n    yield {'x': torch.zeros(1, 8)}\n", "seen Tensor; deploy.toml says a numpy array"),
+        ("\ndef samples(split):\n    return {'x': np.zeros((1, 8))}\n", r"seen str; a dict of \['x'\] is needed"),
+        ("\ndef samples(split):\n    pass\n", "TypeError: 'NoneType' object is not iterable"),
+        ("\ndef samples():\n    return []\n", "TypeError: samples.. takes 0 positional arguments"),
+        ("\ndef samples(split):\n    raise OSError('disk full')\n    yield\n", r"model.py:23: samples\('evaluation'\): OSError: disk full"),
+    ],
+    ids=["list", "tensor", "dict", "None", "no split", "raises"],
+)  # fmt: skip
+def test_samples_of_the_wrong_type_are_one_error_line(tmp_path: Path, code: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        list(tiny(tmp_path, code=code).rows("evaluation", 4))
+
+
+def test_samples_may_reuse_one_array(tmp_path: Path) -> None:
+    code = """
+def samples(split):
+    x = np.zeros((1, 8), np.float32)
+    for each in range(4):
+        x[:] = each
+        yield {'x': x}
+"""
+    assert [row["x"][0, 0] for row in list(tiny(tmp_path, code=code).rows("evaluation", 9))] == [0, 1, 2, 3]
+
+
+def test_an_error_in_evaluate_is_one_line_but_our_own_errors_keep_their_traceback(tmp_path: Path) -> None:
+    code = "\ndef evaluate(predict):\n    return {'score': predict({})['wrong name']}\n"
+    source = tiny(tmp_path, code=code)
+    assert source.evaluate is not None
+    with pytest.raises(InputError, match=r"model.py:23: evaluate\(\): KeyError: 'wrong name'"):
+        source.evaluate(lambda inputs: inputs)
+    with pytest.raises(
+        KeyError, match="'x'"
+    ):  # raised in export/runtimes/pytorch_reference.py, which evaluate() called
+        source.evaluate(lambda inputs: run_torch(source.spec, torch.nn.Identity(), inputs))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return 0.9", r"evaluate\(\) returned 0.9; a dict of names and numbers is needed, such as {'score': 0.9}"),
+        ("return {'score': 'good'}", r"evaluate\(\) returned {'score': 'good'}; a dict of names and numbers is needed"),
+        ("return {'acc': 1}", "precision.metric: seen 'score'; evaluate.. returns acc"),
+        ("predict(np.ones((1, 8)))", r"argument of predict: seen ndarray; a dict of \['x'\] is needed"),
+        ("predict({'x': np.ones((1, 8))})", r"argument of predict\['x'\]: seen float64; deploy.toml says .* float32"),
+        ("predict({'x': np.ones((0, 8), np.float32)})", "calls predict with an empty batch"),
+    ],
+    ids=["no dict", "no number", "other name", "array", "type", "empty"],
+)
+def test_a_mistake_in_evaluate_is_one_line(tmp_path: Path, body: str, message: str) -> None:
+    toml = TOML + '[precision]\nmetric = "score"\n'
+    source = tiny(tmp_path, toml=toml, code=f"\ndef evaluate(predict):\n    {body}\n")
+    with pytest.raises(InputError, match=message):
+        task_metrics(source, lambda inputs: inputs)
+
+
+def test_a_command_ends_with_the_line_and_exit_2(tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "deploy.toml").write_text(TOML.replace("tiny", "broken"))
+    (tmp_path / "broken" / "model.py").write_text("def load():\n    return 1 +\n")
+    run = run_module("cli", "to-onnx", "--models", str(tmp_path), "--model", "broken")
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "broken/model.py:2: importing it: SyntaxError" in run.stderr
+
+
+def test_what_a_model_prints_is_not_in_the_json(tmp_path: Path) -> None:
+    code = (
+        "\nprint('importing')\n_load, _samples = load, samples\ndef load():\n    print('loading')\n    return _load()\n"
+    )
+    code += "def samples(split):\n    print('reading')\n    return _samples(split)\n"
+    code += "def evaluate(predict):\n    print('evaluating')\n    return {'score': 1.0}\n"
+    toml = TOML + '[precision]\nmetric = "score"\n'
+    tiny(tmp_path, toml=toml, body="print('running'); return self.line(x)", code=code)
+    for stage in ("train", "to_onnx", "to_torchscript", "select_precision --precision fp32"):
+        name, *flags = stage.split()
+        which = ("--models", str(tmp_path), "--model", "tiny", *flags, "--json")
+        run = run_module("cli", name.replace("_", "-"), *which, DEEPSEEK_BUILD=str(tmp_path / "build"))
+        assert isinstance(json.loads(run.stdout), dict), run.stderr
+        assert "importing" in run.stderr
+
+
+def test_a_mapping_is_read_by_name_and_may_have_more_entries() -> None:
+    values = in_order(IMAGE, {"attentions": None, "features": FEATURES, "scores": SCORES})
+    assert [tuple(value.shape) for value in values] == [(2, 10), (2, 32)]
+    with pytest.raises(
+        InputError, match=r"forward returned dict of logits; no scores, features, which deploy.toml names"
+    ):
+        in_order(IMAGE, {"logits": SCORES})
+
+
+def test_a_tuple_is_read_by_position_and_must_fit() -> None:
+    assert in_order(IMAGE, [SCORES, FEATURES]) == (SCORES, FEATURES)
+    assert in_order(TEXT, SCORES) == (SCORES,)
+    with pytest.raises(InputError, match=r"forward returned 2 value\(s\) \(Tensor, NoneType\)"):
+        in_order(IMAGE, (SCORES, None))
+
+
+def test_a_module_is_moved_to_the_cpu_or_fails_in_one_line(tmp_path: Path) -> None:
+    code = """
+class Elsewhere(Tiny):
+    def cpu(self):
+        if not hasattr(self, "line"):
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+        self.came = True
+        return self
+
+def load():
+    return Elsewhere()
+"""
+    source = tiny(tmp_path, code=code)
+    module = source.load()
+    assert (module.came, module.training) == (True, False)
+    code = "_own = load\ndef load():\n    module = _own()\n    del module.line\n    return module\n"
+    (tmp_path / "tiny" / "model.py").write_text((tmp_path / "tiny" / "model.py").read_text() + code)
+    with pytest.raises(InputError, match=r"model.py:25: load\(\): NotImplementedError: Cannot copy out of meta tensor"):
+        ModelFolder("tiny", tmp_path).load()
+
+
+def test_a_module_in_training_mode_is_put_into_eval_mode(tmp_path: Path) -> None:
+    source = tiny(tmp_path, code="\ndef load():\n    return torch.nn.Sequential(torch.nn.Dropout(0.5)).train()\n")
+    inputs = {"x": np.ones((4, 8), np.float32)}
+    assert np.array_equal(run_torch(source.spec, source.load(), inputs)["y"], inputs["x"])
+
+
+@pytest.mark.parametrize(
+    ("parameters", "why"),
+    [
+        ("**named", "too many positional arguments"),
+        ("*, x", "too many positional arguments"),
+        ("x, y", "missing a required argument: 'y'"),
+        ("batch: dict[str, torch.Tensor]", "it takes a dict"),
+    ],
+)
+def test_a_forward_that_takes_keywords_or_a_dict_is_refused_with_the_way_round(
+    tmp_path: Path, parameters: str, why: str
+) -> None:
+    source = tiny(tmp_path)
+    path = tmp_path / "tiny" / "model.py"
+    path.write_text(path.read_text().replace("forward(self, x)", f"forward(self, {parameters})"))
+    with pytest.raises(InputError) as caught:
+        ModelFolder("tiny", tmp_path).load()
+    assert f"cannot take the inputs {', '.join(source.spec.inputs)} as tensors in this order: {why}" in str(
+        caught.value
+    )
+    assert "let load() return a module whose forward(self, x)" in str(caught.value)

@@ -1,0 +1,79 @@
+"""`deepseek new`: each template builds unchanged and is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from deepseek_client import InferenceClient
+
+from deepseek.spec import DeploymentSpec
+from serving.embedded.serve import EmbeddedServer
+from tests.conftest import run_module
+
+KINDS = ("vision", "text", "ranking")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one model from each template."""
+    folder = tmp_path_factory.mktemp("new") / "models"
+    for kind in KINDS:
+        run = run_module("cli", "new", f"my-{kind}", "--from", kind, "--models", str(folder))
+        assert run.returncode == 0, run.stderr
+        assert f"make engine serve MODEL=my-{kind} MODELS={folder}" in run.stdout
+    return folder
+
+
+REQUESTS: dict[str, dict[str, np.ndarray]] = {
+    "vision": {"pixels": np.zeros((2, 3, 64, 64), np.float32)},
+    "text": {"input_ids": np.ones((2, 5), np.int64), "attention_mask": np.ones((2, 5), np.int64)},
+    "ranking": {
+        "user_id": np.ones(2, np.int64),
+        "user_features": np.zeros((2, 16), np.float32),
+        "item_ids": np.array([[1, 2, 3], [4, 5, 6]]),
+    },
+}
+SHAPES = {"vision": (2, 10), "text": (2, 64), "ranking": (2, 3)}
+
+
+@pytest.mark.slow
+def test_each_template_builds_and_is_served_unchanged(models: Path) -> None:
+    repository = models.parent / "repository"
+    stages = (("to-onnx",), ("publish", "--precision", "fp32", "--repository", str(repository)))
+    for kind in KINDS:
+        for stage in stages:
+            which = ("--model", f"my-{kind}", "--models", str(models))
+            run = run_module("cli", *stage, *which, DEEPSEEK_BUILD=str(models.parent / "build"))
+            assert run.returncode == 0, run.stderr
+    with EmbeddedServer(repository, http_port=0, grpc_port=0, metrics_port=0) as server:
+        client = InferenceClient(server.grpc_url)
+        for kind, request in REQUESTS.items():
+            (output,) = client.infer(f"my-{kind}", request).values()
+            assert output.shape == SHAPES[kind]
+
+
+def test_comments_explain_each_key_and_function(models: Path) -> None:
+    for kind in KINDS:
+        assert DeploymentSpec.of_model(f"my-{kind}", models).precision.metric is not None
+        toml, code = ((models / f"my-{kind}" / name).read_text() for name in ("deploy.toml", "model.py"))
+        assert toml.count("#") >= 10
+        assert code.count('"""') >= 12
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("my-vision",), "my-vision: already exists; choose another name, or another folder with --models"),
+        (("gateway",), "name: seen 'gateway', but build/gateway is reserved"),
+        (("a b",), "name: seen 'a b'; a folder's name without blanks and slashes is needed"),
+        (("x", "--from", "vison"), "--from: seen 'vison'; allowed: vision, text, ranking; did you mean vision?"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_one_line(models: Path, words: tuple[str, ...], told: str) -> None:
+    before = sorted(models.iterdir())
+    run = run_module("cli", "new", *words, "--models", str(models))
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert told in run.stderr
+    assert sorted(models.iterdir()) == before

@@ -1,0 +1,592 @@
+"""The build pipeline: what a change rebuilds, what a kill leaves, how builds share folders and the cache."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import onnx
+import pytest
+
+from cli.main import values_of
+from deepseek.spec import DeploymentSpec, InputError
+from deepseek.spec.checks import Table
+from deepseek.spec.files.folders import SCRATCH
+from export import build, cache, clean, digests, pipeline, plan
+from export.artifact import refuse
+from export.pipeline import Stage
+from export.rows import load_rows
+from export.runtimes import isolation
+from export.sources import files_in
+from export.stages import select_precision
+
+DEPLOY = """
+name = "tiny"
+tuned = "tuned.toml"
+[inputs.x]
+dtype = "float32"
+shape = ["batch", 4]
+[outputs.y]
+dtype = "float32"
+shape = ["batch", 4]
+[axes.batch]
+min = 1
+opt = 2
+max = 4
+"""
+MODEL = "import torch\nimport words\nfrom deepseek import Transformer\n"
+GRAPHS = ["quantize fp16", "quantize int8"]
+SELECT = "select_precision onnxruntime"
+
+
+def options_of(folder: Path, **changed: Any) -> argparse.Namespace:
+    """Options of `deepseek engine` for the model in `folder`."""
+    known: dict[str, Any] = {"model": "tiny", "models": folder / "models", "precision": "auto", "target": "onnxruntime"}
+    known |= {"prune": None, "data": "", "native": False, "triton_tag": "26.10", "repository": folder / "repository"}
+    known |= {"anyway": False, "env_file": folder / "env", "project": None, "gateway_port": None, "host": []}
+    known |= {"local_ports": None}
+    return argparse.Namespace(**known | changed, explain=False)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model folder `models/tiny`, with a build folder and a cache of its own."""
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "models" / "tiny"
+    folder.mkdir(parents=True)
+    for name, text in {"deploy.toml": DEPLOY, "model.py": MODEL, "words.py": "import shared_words\n"}.items():
+        (folder / name).write_text(text)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "shared_words.py").write_text("WORDS = []\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    return tmp_path
+
+
+Run = Callable[..., list[str]]
+
+
+@pytest.fixture
+def engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Builds with stages that write only their keys; returns the stages that ran."""
+    ran: list[str] = []
+
+    def pretend(builder: build.Builder, stage: Stage, lock: int) -> None:
+        ran.append(stage.name.split(" /")[0])
+        for path in (*stage.writes, *stage.beside):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(builder.keys(stage)))
+
+    def run(**changed: Any) -> list[str]:
+        ran.clear()
+        build.build(options_of(tiny, **changed))
+        return list(ran)
+
+    monkeypatch.setattr(build.Builder, "_execute", pretend)
+    return run
+
+
+def test_a_second_build_runs_nothing(engine: Run) -> None:
+    assert engine() == ["train", "to_onnx", *GRAPHS, SELECT, "publish", "stack"]
+    assert engine() == []
+
+
+def edit(name: str, text: str) -> Callable[[Path, pytest.MonkeyPatch], None]:
+    """Adds text to a file below the test's folder."""
+
+    def change(folder: Path, patch: pytest.MonkeyPatch) -> None:
+        with (folder / name).open("a") as file:
+            file.write(text)
+
+    return change
+
+
+def source(name: str) -> Callable[[Path, pytest.MonkeyPatch], None]:
+    """Changes the digest of a file of this repository."""
+
+    def change(folder: Path, patch: pytest.MonkeyPatch) -> None:
+        of, path = digests.RememberedDigests.of, Path(name).resolve()
+        patch.setattr(
+            digests.RememberedDigests, "of", lambda self, file: "edited" if file.resolve() == path else of(self, file)
+        )
+
+    return change
+
+
+def version(name: str) -> Callable[[Path, pytest.MonkeyPatch], None]:
+    """Changes the version of an installed package."""
+
+    def change(folder: Path, patch: pytest.MonkeyPatch) -> None:
+        of = importlib.metadata.version
+        patch.setattr(importlib.metadata, "version", lambda each: "0.0.1" if each == name else of(each))
+
+    return change
+
+
+SERVED = ["publish", "stack"]
+CHOSEN = [SELECT, *SERVED]
+ALL = ["train", "to_onnx", *GRAPHS, *CHOSEN]
+
+
+@pytest.mark.parametrize(
+    ("change", "ran"),
+    [
+        (edit("models/tiny/deploy.toml", "# a comment\n"), []),
+        (edit("models/tiny/deploy.toml", "[tensorrt]\nworkspace_mib = 64\n"), []),
+        (edit("models/tiny/deploy.toml", "[precision]\nmax_drop = 0.02\n"), ["quantize int8", *CHOSEN]),
+        (edit("models/tiny/deploy.toml", "[precision]\nkeep_high = ['x']\n"), [*GRAPHS, *CHOSEN]),
+        (edit("models/tiny/deploy.toml", "[slo]\np99_ms = 7\n"), SERVED),
+        (edit("models/tiny/deploy.toml", "[batching]\nmax_queue_size = 7\n"), SERVED),
+        (edit("models/tiny/tuned.toml", "[targets.onnxruntime.batching]\nmax_batch = 2\n"), SERVED),
+        (edit("models/tiny/notes.txt", "new"), ALL),
+        (edit("models/tiny/requirements.txt", "pytest\n"), ALL),
+        (edit("models/tiny/.git", "hidden"), []),
+        (edit("elsewhere/shared_words.py", "MORE = 1\n"), ALL),
+        (source("deepseek/transformer.py"), ALL),
+        (source("export/stages/to_onnx.py"), ["to_onnx", *GRAPHS, *CHOSEN]),
+        (source("export/stages/quantize.py"), [*GRAPHS, *CHOSEN]),
+        (source("export/stages/select_precision.py"), CHOSEN),
+        (source("serving/backend/compute_slots.py"), SERVED),
+        (source("serving/stack/stack.py"), ["stack"]),
+        (source("deepseek/spec/files/manifest.py"), ["to_onnx", *GRAPHS, *CHOSEN]),
+        (version("onnxslim"), [*GRAPHS, *CHOSEN]),
+        (version("onnx-graphsurgeon"), [*GRAPHS, *CHOSEN]),
+        (version("onnxconverter-common"), [*GRAPHS, *CHOSEN]),
+        (version("torch"), ALL),
+    ],
+)
+def test_a_change_rebuilds_only_what_depends_on_it(
+    engine: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., None], ran: list[str]
+) -> None:
+    engine()
+    change(tiny, monkeypatch)
+    assert engine() == ran
+    assert engine() == []
+
+
+def keys(folder: Path, stage: str) -> dict[str, str]:
+    """The cache keys of a stage and of its parts."""
+    builder = build.Builder(build.plan_of(options_of(folder)))
+    return next(builder.keys(each) for each in build.stages_of(builder.plan) if each.name == stage)
+
+
+def test_the_version_of_a_required_package_is_an_input_even_if_it_is_not_imported(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tiny / "models" / "tiny" / "requirements.txt").write_text("pytest\n")
+    before = keys(tiny, "to_onnx")
+    version("pytest")(tiny, monkeypatch)
+    assert keys(tiny, "to_onnx") != before
+
+
+@pytest.mark.parametrize(("stage", "parts"), [("quantize int8", ["calibrate int8"]), (SELECT, ["accuracy fp16"])])
+def test_changing_the_accuracy_budget_neither_recalibrates_nor_remeasures(
+    engine: Run, tiny: Path, stage: str, parts: list[str]
+) -> None:
+    engine()
+    before = keys(tiny, stage)
+    with (tiny / "models" / "tiny" / "deploy.toml").open("a") as file:
+        file.write("[precision]\nmax_drop = 0.02\n")
+    after = keys(tiny, stage)
+    assert [after[part] for part in parts] == [before[part] for part in parts]
+    assert after[""] != before[""]
+
+
+def test_only_candidates_may_fail_alone(tiny: Path) -> None:
+    def alone(**changed: Any) -> list[str]:
+        of_plan = build.stages_of(build.plan_of(options_of(tiny, target="tensorrt_rtx", **changed)))
+        return [stage.name for stage in of_plan if "--candidate" in stage.command]
+
+    assert alone() == [*GRAPHS, "to_tensorrt fp16", "to_tensorrt int8"]
+    assert alone(precision="int8") == []
+
+
+def test_a_candidate_that_could_not_be_made_is_not_tried_again(
+    engine: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = build.Builder._execute
+
+    def refusing(builder: build.Builder, stage: Stage, lock: int) -> None:
+        written(builder, stage, lock)
+        if stage.name == "quantize int8":
+            stage.beside[0].unlink()
+            refuse(stage.writes[0], "no layer to quantize")
+
+    monkeypatch.setattr(build.Builder, "_execute", refusing)
+    assert "quantize int8" in engine()
+    assert engine() == []
+
+
+def test_changed_external_weights_change_the_accuracy_key(engine: Run, tiny: Path) -> None:
+    engine()
+    before = keys(tiny, SELECT)
+    (tiny / "build" / "tiny" / "fp16" / "model.onnx.data").write_bytes(b"weights")
+    changed = {part for part, key in keys(tiny, SELECT).items() if key != before[part]}
+    assert changed == {"", "accuracy fp16"}
+
+
+def test_an_engine_is_recompiled_if_the_workspace_or_tensorrt_changes(
+    engine: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rtx = {"target": "tensorrt_rtx", "precision": "fp16"}
+    compiled = ["to_tensorrt fp16", "to_tensorrt fp32", "select_precision tensorrt_rtx"]
+    assert engine(**rtx) == ["train", "to_onnx", "quantize fp16", *compiled]
+    with (tiny / "models" / "tiny" / "deploy.toml").open("a") as file:
+        file.write("[tensorrt]\nworkspace_mib = 64\n")
+    assert engine(**rtx) == compiled
+    version("tensorrt-rtx")(tiny, monkeypatch)
+    assert engine(**rtx) == compiled
+
+
+def test_explain_names_the_input_and_builds_nothing(
+    engine: Run, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine()
+    (tiny / "models" / "tiny" / "deploy.toml").write_text(DEPLOY + "[precision]\nmax_drop = 0.02\n")
+    capsys.readouterr()
+    options = options_of(tiny)
+    options.explain = True
+    build.main(options)
+    assert capsys.readouterr().out.splitlines()[:5] == [
+        f"{name:<28} {told}"
+        for name, told in {
+            "train": "up to date",
+            "to_onnx": "up to date",
+            "quantize fp16": "up to date",
+            "quantize int8": "rebuild: deploy.toml precision.max_drop changed from 0.01 to 0.02",
+            SELECT: "rebuild: quantize int8 is rebuilt",
+        }.items()
+    ]
+    assert engine() == ["quantize int8", *CHOSEN]
+
+
+def test_explain_reports_what_comes_from_the_cache(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    builder = build.Builder(build.plan_of(options_of(tiny)))
+    train, to_onnx = list(build.stages_of(builder.plan))[:2]
+    files = tiny / "made"
+    files.mkdir()
+    (files / train.writes[0].name).write_text("weights")
+    cache.store(builder.keys(train)[""], files)
+    builder.inputs.foreseen[train.writes[0]] = cache.sha256(files / train.writes[0].name)
+    (files / "model.onnx").write_text("graph")
+    cache.store(builder.keys(to_onnx)[""], files)
+    build.Builder(builder.plan).explain([train, to_onnx])
+    told = [line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines()]
+    missing = "from the cache: tiny/weights-digest.json is missing"
+    assert told == [missing, "from the cache: train is rebuilt"]
+
+
+def test_the_outputs_of_a_killed_stage_are_rebuilt(engine: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine()
+    deploy = tiny / "models" / "tiny" / "deploy.toml"
+    deploy.write_text(DEPLOY + "[precision]\nmax_drop = 0.02\n")
+    with monkeypatch.context() as patch:
+
+        def killed(builder: build.Builder, stage: Stage, lock: int) -> None:
+            stage.beside[0].write_text("half of another")
+            raise KeyboardInterrupt
+
+        patch.setattr(build.Builder, "_execute", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build.build(options_of(tiny))
+    deploy.write_text(DEPLOY)  # back again: inputs and graph are as before, the manifest is not
+    assert engine() == ["quantize int8", SELECT, "publish"]
+
+
+def test_a_changed_or_removed_output_is_rebuilt(engine: Run, tiny: Path) -> None:
+    engine()
+    (tiny / "build" / "tiny" / "fp16" / "model.onnx").write_text("by hand")
+    (tiny / "build" / "tiny" / "int8" / "manifest.json").unlink()
+    assert engine() == [*GRAPHS, SELECT, "publish"]
+
+
+def test_pruning_can_be_turned_on_and_off(engine: Run, tiny: Path) -> None:
+    engine()
+    assert engine(prune=0.25) == ["prune", "to_onnx", *GRAPHS, *CHOSEN]
+    assert engine() == ["to_onnx", *GRAPHS, *CHOSEN]
+    assert not (tiny / "build" / "tiny" / "pruned.safetensors").exists()
+
+
+def test_a_second_build_of_a_folder_waits_and_so_does_clean(
+    engine: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine()
+    graph = tiny / "build" / "tiny" / "fp16" / "model.onnx"
+    said: SimpleQueue[str] = SimpleQueue()
+    monkeypatch.setattr(build, "print", lambda text, **_: said.put(text), raising=False)
+    for command, left in ((engine, True), (lambda: clean.main(options_of(tiny)), False)):
+        other = threading.Thread(target=command)
+        with build.alone_in_build("tiny"):
+            other.start()
+            assert "waiting for another build" in said.get()
+            assert graph.exists()
+        other.join()
+        assert graph.exists() is left
+
+
+def test_clean_keeps_the_users_own_lines(tiny: Path) -> None:
+    env = tiny / "env"
+    for before, after in (
+        ("# Written by make engine\nA=1\n# Yours: below\nMINE=1\n", "# Yours: below\nMINE=1\n"),
+        ("# Written by make engine\nA=1\n# Yours: below\n", None),
+        ("MINE=1\n", "MINE=1\n"),
+    ):
+        env.write_text(before)
+        clean.main(options_of(tiny))
+        assert (env.read_text() if env.exists() else None) == after
+
+
+def test_files_of_a_model_folder_are_found_through_links_and_hidden_ones_ignored(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    hidden = ("model/.git/index", "model/.venv/lib/x.py", "model/__pycache__/x.pyc")
+    for name in ("model/model.py", "words/a b.txt", *hidden):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (folder / "words").symlink_to(tmp_path / "words")
+    (folder / "back").symlink_to(tmp_path)
+    assert sorted(files_in(folder)) == ["model.py", "words/a b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "nosuch"}, "no model 'nosuch'"),
+        ({"target": "torchscript", "precision": "int8"}, "target torchscript has fp32 only"),
+        ({"target": "tensorrt"}, "TARGET=tensorrt: this machine lacks an NVIDIA GPU"),
+    ],
+)
+def test_an_impossible_build_fails_in_one_line_before_it_starts(
+    tiny: Path, options: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "missing_for_container", lambda: ["an NVIDIA GPU"])
+    with pytest.raises(InputError, match=message):
+        build.build(options_of(tiny, **options))
+    assert not (tiny / "build").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "missing", "native", "inside", "target", "why"),
+    [
+        ("", ["a GPU", "Docker"], False, False, "onnxruntime", "a GPU"),
+        ("L4", ["Docker"], False, False, "onnxruntime", "Docker"),
+        ("L4", [], False, False, "tensorrt", ""),
+        ("L4", ["Docker"], True, False, "tensorrt", ""),
+        ("L4", ["Docker"], False, True, "tensorrt", ""),
+        ("", ["a GPU"], True, False, "onnxruntime", "a GPU"),
+    ],
+)
+def test_the_auto_target_is_tensorrt_if_this_machine_can_compile_and_else_says_why_not(
+    monkeypatch: pytest.MonkeyPatch, gpu: str, missing: list[str], native: bool, inside: bool, target: str, why: str
+) -> None:
+    monkeypatch.setattr(plan, "gpu", lambda: gpu)
+    monkeypatch.setattr(plan, "missing_for_container", lambda: missing)
+    monkeypatch.setattr(plan, "inside_container", lambda tag: inside)
+    compiler = plan.compiler_of(native, "26.10")
+    assert plan.resolved_target("auto", compiler) == (target, f"this machine lacks {why}" if why else "")
+    assert plan.resolved_target("torchscript", compiler) == ("torchscript", "")
+
+
+def test_a_build_that_does_nothing_loads_neither_torch_nor_numpy(engine: Run, tiny: Path) -> None:
+    engine()
+    places = {"--models": tiny / "models", "--repository": tiny / "repository", "--env-file": tiny / "env"}
+    where = [str(each) for pair in places.items() for each in pair]
+    program = "import sys; from cli.main import main; assert main() == 0; print({'torch', 'numpy', 'onnx'} & set(sys.modules))"
+    flags = ("engine", "--model", "tiny", *where, "--target", "onnxruntime", "--explain")
+    environment = {**os.environ, "PYTHONPATH": f".:{tiny}/elsewhere"}
+    run = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True, env=environment)
+    assert run.stdout.splitlines()[-1] == "set()", run.stderr
+    assert run.stdout.count("up to date") == 7, run.stdout
+
+
+@pytest.mark.parametrize(
+    ("compiler", "command"),
+    [
+        ("container", ["tensorrt-container", "--tag", "26.08", "--models", "MODELS", "--"]),
+        ("inside", ["to-tensorrt"]),
+        ("native", ["to-tensorrt"]),
+    ],
+)
+def test_tensorrt_runs_in_the_container_inside_it_or_natively(
+    tiny: Path, compiler: plan.Compiler, command: list[str]
+) -> None:
+    asked = plan.plan_of(options_of(tiny, triton_tag="26.08"))
+    builder = build.Builder(replace(asked, target="tensorrt", compiler=compiler))
+    stages = {stage.name: stage for stage in build.stages_of(builder.plan)}
+    python = "/opt/export/bin/python" if compiler == "inside" else sys.executable
+    expected = [python, "-m", "cli", *(word.replace("MODELS", str(tiny / "models")) for word in command)]
+    assert builder.command(stages["to_tensorrt fp16"])[: len(expected)] == expected
+    assert builder.command(stages["quantize fp16"])[:4] == [sys.executable, "-m", "cli", "quantize"]
+
+
+def test_an_engine_is_rebuilt_if_another_tensorrt_would_build_it(tiny: Path) -> None:
+    asked = plan.plan_of(options_of(tiny))
+    found = set()
+    cases: list[tuple[plan.Compiler, str]] = [("container", "26.10"), ("container", "26.11"), ("native", "26.10")]
+    cases.append(("inside", "26.10"))
+    for compiler, tag in cases:
+        builder = build.Builder(replace(asked, target="tensorrt", compiler=compiler, triton_tag=tag))
+        stage = next(stage for stage in build.stages_of(builder.plan) if stage.name == "to_tensorrt fp16")
+        found.add(builder.keys(stage)[""])
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [("sys.exit(1)", 1), ("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", 137)]
+)
+def test_a_failed_stage_ends_the_build_with_its_exit_code(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, code: str, expected: int
+) -> None:
+    monkeypatch.setattr(
+        build.Builder, "command", lambda builder, stage: [sys.executable, "-c", f"import os, sys; {code}"]
+    )
+    with pytest.raises(SystemExit) as caught:
+        build.build(options_of(tiny))
+    assert caught.value.code == expected
+
+
+def test_the_command_names_what_is_ready(engine: Run, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for target, ready in (
+        ("onnxruntime", "repository/tiny/config.pbtxt"),
+        ("tensorrt_rtx", "choice-tensorrt_rtx.json"),
+    ):
+        build.main(options_of(tiny, target=target))
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.endswith("is up to date")
+        assert ready in line
+
+
+def test_stages_that_run_the_model_depend_on_its_code_and_only_gpu_stages_on_the_gpu(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "gpu", lambda: "H100")
+    seen = {}
+    for target in ("onnxruntime", "torchscript"):
+        builder = build.Builder(plan.plan_of(options_of(tiny, target=target)))
+        for stage in build.stages_of(builder.plan):
+            seen[stage.name] = builder.inputs.of(stage)
+    with_model = {name for name, inputs in seen.items() if "models/tiny/model.py" in inputs}
+    assert {"train", "to_onnx", "to_torchscript", SELECT, "select_precision torchscript"} <= with_model
+    assert "quantize fp16" not in with_model
+    assert seen["to_torchscript"]["GPU"] == "H100"
+    assert seen[SELECT]["GPU"] == ""
+    assert "package tensorrt" not in seen[SELECT]
+
+
+def declared_tables() -> dict[type, str]:
+    """The tables of deploy.toml that a stage may declare keys of, by their type."""
+    types = {name: field.annotation for name, field in DeploymentSpec.model_fields.items()}
+    return {of: name for name, of in types.items() if isinstance(of, type) and issubclass(of, Table)}
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Keys of deploy.toml that code reads from now on, dotted, without reads of the spec's own checks."""
+    keys: set[str] = set()
+    tables, plain = declared_tables() | {DeploymentSpec: ""}, Table.__getattribute__
+    own = ("load", "of_model", "for_target")
+
+    def recorded(table: Table, name: str) -> Any:
+        value = plain(table, name)
+        if name in type(table).model_fields and type(table) in tables and type(value) not in tables:
+            frame = sys._getframe(1)
+            while frame.f_back is not None and not (
+                "deepseek/spec/" in frame.f_code.co_filename and frame.f_code.co_name in own
+            ):
+                frame = frame.f_back
+            if frame.f_back is None:
+                keys.add(f"{tables[type(table)]}.{name}".lstrip("."))
+        return value
+
+    monkeypatch.setattr(Table, "__getattribute__", recorded, raising=False)
+    return keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["train", "prune", "to_onnx", "quantize fp16", "quantize int8", "to_torchscript", "select_precision", "publish"],
+)
+def test_a_stage_reads_only_the_keys_of_deploy_toml_that_the_pipeline_declares(
+    name: str, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: set[str]
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    model = "image" if name == "prune" else "text"
+    shutil.copytree(built / "build" / model, tmp_path / "build" / model)
+    for user in (isolation, select_precision):  # reads in a child process are not recorded
+        monkeypatch.setattr(user, "in_child", lambda what, function: function())
+    known = {"model": model, "models": Path("tests/models"), "prune": 0.25 if name == "prune" else None}
+    known["target"] = "torchscript" if name == "to_torchscript" else "onnxruntime"
+    builder = build.Builder(build.plan_of(options_of(tmp_path, **known)))
+    stages = (*build.stages_of(builder.plan), build.publish_stage(builder.plan))
+    stage = next(each for each in stages if each.name.startswith(name))
+    command, *flags = builder.command(stage)[3:]
+    options = values_of(command, *flags)
+    read.clear()
+    importlib.import_module(stage.module).main(options)
+    assert "name" in read
+    declared = {*stage.keys, "batching.threads", "batching.instances"}  # threads change only the speed of a graph
+    assert [key for key in read if not any(f"{key}.".startswith(f"{each}.") for each in declared)] == []
+
+
+def check_whole(folder: Path) -> None:
+    """Checks that every published file, version and cache entry is complete."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            if path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.suffix == ".onnx":
+                onnx.load(path)
+            elif path.suffix == ".npz":
+                assert load_rows(path)
+    for manifest in folder.glob("*/repository/text/*/manifest.json"):
+        files = json.loads(manifest.read_text())["files"]
+        assert {name: cache.sha256(manifest.parent / name) for name in files} == {
+            name: digest["sha256"] for name, digest in files.items()
+        }
+    for index in folder.glob(f"cache/*/{cache.INDEX}"):
+        files = json.loads(index.read_text())
+        assert {name: cache.sha256(index.parent / name) for name in files} == files
+
+
+@pytest.mark.slow
+def test_builds_of_two_clones_killed_at_any_moment_leave_no_partial_files(tmp_path: Path) -> None:
+    shutil.copytree("tests/models/text", tmp_path / "models" / "text")
+    toml = tmp_path / "models" / "text" / "deploy.toml"
+    toml.write_text(toml.read_text().replace('"fp32", "fp16", "int8"', '"fp16"'))
+    clones, moments = [tmp_path / "a", tmp_path / "b"], random.Random(7)
+
+    def start(clone: Path) -> subprocess.Popen[bytes]:
+        places = {"--models": tmp_path / "models", "--repository": clone / "repository", "--env-file": clone / "env"}
+        flags = ["--model", "text", "--target", "onnxruntime", *(str(each) for pair in places.items() for each in pair)]
+        own = {"DEEPSEEK_BUILD": str(clone / "build"), "DEEPSEEK_CACHE": str(tmp_path / "cache")}
+        command = [sys.executable, "-m", "cli", "engine", *flags]
+        return subprocess.Popen(command, env={**os.environ, **own}, start_new_session=True)
+
+    for _ in range(6):
+        for process in [start(clone) for clone in clones]:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(moments.uniform(1, 12))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        check_whole(tmp_path)
+    assert [process.wait() for process in [start(clone) for clone in clones]] == [0, 0]
+    check_whole(tmp_path)
+    graphs = [clone / "build" / "text" / "fp16" / "model.onnx" for clone in clones]
+    assert cache.sha256(graphs[0]) == cache.sha256(graphs[1])
+    for clone in clones:
+        assert not list(clone.rglob(f"{SCRATCH}*"))

@@ -1,0 +1,544 @@
+"""Publishing: configuration, versions, and servers that never see a partial version."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf import text_format
+from tritonclient import grpc as triton
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, ModelQueuePolicy
+
+from cli.main import values_of
+from deepseek.onnxruntime_session import choose_provider
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, PublishedManifest, SloSpec, TensorrtSpec
+from deepseek.spec.files.folders import alone_in
+from deepseek.spec.files.repository import KEPT_VERSIONS, versions_of
+from deepseek.spec.gpus import parse_gpus
+from deepseek.spec.tables import TargetSpec
+from export.artifact import choice_path, digests, read_manifest, sha256, write_manifest
+from export.rows import Row
+from export.stages import publish
+from export.stages.publish import choice_of, publish_version
+from export.triton_config import config_text, model_config
+from serving.doctor.examine import examine
+from serving.doctor.machine import Machine
+from serving.embedded.launcher import EmbeddedServer
+from serving.release.journal import ReleaseJournal
+from serving.repository.checks import read_config
+from serving.repository.served_models import served_models
+from tests.conftest import run_module
+
+IMAGE, TEXT = DeploymentSpec.load("tests/models/image"), DeploymentSpec.load("tests/models/text")
+
+
+def test_config_pbtxt_has_the_values_of_deploy_toml() -> None:
+    config = model_config(TEXT, "int8", "onnxruntime", {})
+    assert text_format.Parse(config_text(config), ModelConfig()) == config
+    assert (config.name, config.backend, config.max_batch_size) == ("text", "python", 8)
+    assert {entry.name: list(entry.dims) for entry in config.input} == {"input_ids": [-1], "attention_mask": [-1]}
+    policy = config.dynamic_batching.default_queue_policy
+    assert policy.max_queue_size == 512
+    assert policy.default_timeout_microseconds == 1_000_000
+    assert policy.timeout_action == ModelQueuePolicy.REJECT
+    assert config.dynamic_batching.max_queue_delay_microseconds == 1000
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "torchscript"])
+def test_one_number_per_row_is_one_dimension_for_callers_and_none_for_the_engine(target: Any) -> None:
+    ranker = DeploymentSpec.load("tests/models/ranker")
+    row: Row = {"user_id": np.zeros(1, np.int64), "user_features": np.zeros((1, 16), np.float16)}
+    config = model_config(ranker, "fp32", target, {"1": row})
+    for entry in (config.input[0], config.output[1]):
+        assert (list(entry.dims), entry.HasField("reshape"), list(entry.reshape.shape)) == ([1], True, [])
+    assert not config.input[1].HasField("reshape")
+    assert list(config.model_warmup[0].inputs["user_id"].dims) == [1]
+
+
+def test_tensorrt_uses_its_own_backend_on_the_gpu() -> None:
+    config = model_config(IMAGE, "fp16", "tensorrt", {})
+    assert config.backend == "tensorrt"
+    assert config.default_model_filename == "model.plan"
+    assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "torchscript"])
+def test_configurations_only_for_nvidias_server_take_histogram_bounds_from_the_slo(target: Any) -> None:
+    slo = {"p50_ms": 3, "p99_ms": 80, "rate_rps": 40, "objectives": ["p99.9_ms < 200", "p99_ms < 7 @ 5 rps"]}
+    spec = DeploymentSpec.model_validate_json(json.dumps(IMAGE.model_dump(mode="json") | {"slo": slo}))
+    control = model_config(spec, "fp32", target, {}).model_metrics.metric_control[0]
+    assert control.metric_identifier.family == "nv_inference_first_response_histogram_ms"
+    assert list(control.histogram_options.buckets) == [3, 8, 20, 40, 60, 80, 120, 160, 200, 320, 800]
+
+
+def test_configurations_for_the_embedded_server_have_no_field_unknown_to_it() -> None:
+    assert not model_config(IMAGE, "fp32", "onnxruntime", {}).HasField("model_metrics")
+    rateless = IMAGE.model_copy(update={"slo": SloSpec(rate_rps=5)})
+    assert not model_config(rateless, "fp16", "tensorrt", {}).HasField("model_metrics")
+
+
+def test_torchscript_uses_the_pytorch_backend_on_the_device_it_was_made_for() -> None:
+    config = model_config(IMAGE, "fp32", "torchscript", {})
+    assert (config.backend, config.platform) == ("pytorch", "pytorch_libtorch")
+    assert config.default_model_filename == "model.pt"
+    assert [entry.name for entry in config.output] == ["scores", "features"]  # the backend uses the order
+    assert config.instance_group[0].kind == ModelInstanceGroup.KIND_CPU
+    group = model_config(IMAGE, "fp32", "torchscript", {}, "cuda:1").instance_group[0]
+    assert (group.kind, list(group.gpus)) == (ModelInstanceGroup.KIND_GPU, [1])
+
+
+def on_provider(spec: DeploymentSpec, **keys: object) -> DeploymentSpec:
+    """The spec with keys in [onnxruntime]."""
+    return DeploymentSpec.model_validate_json(json.dumps({**spec.model_dump(mode="json"), "onnxruntime": keys}))
+
+
+@pytest.mark.parametrize(
+    ("provider", "kind"),
+    [("auto", "KIND_CPU"), ("cpu", "KIND_CPU"), ("cuda", "KIND_GPU"), ("tensorrt", "KIND_GPU"), ("migraphx", "KIND_CPU")],
+)  # fmt: skip
+def test_a_named_nvidia_provider_uses_all_gpus(provider: str, kind: str) -> None:
+    config = model_config(on_provider(TEXT, provider=provider), "fp32", "onnxruntime", {})
+    assert config.backend == "python"
+    assert ModelInstanceGroup.Kind.Name(config.instance_group[0].kind) == kind
+    assert config.parameters["provider"].string_value == provider
+
+
+def test_provider_options_reach_the_server_and_those_of_tensorrt_include_the_profile() -> None:
+    spec = on_provider(TEXT, provider="tensorrt", options={"trt_engine_cache_enable": True, "device_id": 1})
+    config = model_config(spec, "fp32", "onnxruntime", {})
+    assert json.loads(config.parameters["provider_options"].string_value) == {
+        "trt_profile_min_shapes": "input_ids:1x1,attention_mask:1x1",
+        "trt_profile_opt_shapes": "input_ids:4x16,attention_mask:4x16",
+        "trt_profile_max_shapes": "input_ids:8x64,attention_mask:8x64",
+        "trt_engine_cache_enable": "1",
+        "device_id": "1",
+    }
+    plain = model_config(on_provider(TEXT, provider="cuda"), "fp32", "onnxruntime", {})
+    assert plain.parameters["provider_options"].string_value == "{}"
+
+
+@pytest.mark.parametrize(
+    ("provider", "kind", "accelerators"),
+    [("auto", "KIND_AUTO", []), ("cpu", "KIND_CPU", []), ("cuda", "KIND_GPU", ["cuda"]), ("tensorrt", "KIND_GPU", ["tensorrt"])],
+)  # fmt: skip
+def test_tritons_own_onnx_runtime_backend_takes_the_same_options(
+    build: Path, tmp_path: Path, provider: str, kind: str, accelerators: list[str]
+) -> None:
+    spec = on_provider(TEXT, backend="onnxruntime", provider=provider)
+    config = model_config(spec, "fp32", "onnxruntime", {})
+    assert (config.backend, config.default_model_filename) == ("onnxruntime", "model.onnx")
+    assert ModelInstanceGroup.Kind.Name(config.instance_group[0].kind) == kind
+    found = config.optimization.execution_accelerators.gpu_execution_accelerator
+    assert [accelerator.name for accelerator in found] == accelerators
+    assert all(accelerator.parameters == spec.provider_options for accelerator in found)
+    publish_version(spec, "fp32", "onnxruntime", tmp_path)
+    assert not list((tmp_path / "text" / "1").glob("*.py"))
+
+
+@pytest.mark.parametrize(("batches", "captured"), [((), [1, 2, 4, 8]), ((3, 8), [3, 8])], ids=["default", "named"])
+def test_cuda_graphs_are_captured_at_opt_for_each_batch_size(batches: tuple[int, ...], captured: list[int]) -> None:
+    table = {"cuda_graphs": True, "cuda_graph_batches": batches}
+    spec = DeploymentSpec.model_validate_json(json.dumps(TEXT.model_dump(mode="json") | {"tensorrt": table}))
+    cuda = model_config(spec, "fp16", "tensorrt", {}).optimization.cuda
+    assert cuda.graphs
+    assert [graph.batch_size for graph in cuda.graph_spec] == captured
+    opt = {"input_ids": [16], "attention_mask": [16]}  # of the axis `length`
+    assert all({name: list(shape.dim) for name, shape in graph.input.items()} == opt for graph in cuda.graph_spec)
+
+
+@pytest.mark.parametrize(("batches", "captured"), [((), [1, 2, 4]), ((3, 8), [3])], ids=["default", "named"])
+def test_no_cuda_graph_is_captured_above_the_largest_served_batch(
+    batches: tuple[int, ...], captured: list[int]
+) -> None:
+    tables = {"tensorrt": {"cuda_graphs": True, "cuda_graph_batches": batches}, "batching": {"max_batch": 4}}
+    spec = DeploymentSpec.model_validate_json(json.dumps(TEXT.model_dump(mode="json") | tables))
+    config = model_config(spec, "fp16", "tensorrt", {})
+    assert config.max_batch_size == 4
+    assert [graph.batch_size for graph in config.optimization.cuda.graph_spec] == captured
+
+
+def test_cuda_graphs_are_opt_in_and_only_for_tensorrt() -> None:
+    assert not model_config(TEXT, "fp16", "tensorrt", {}).HasField("optimization")
+    spec = TEXT.model_copy(update={"tensorrt": TensorrtSpec(cuda_graphs=True)})
+    assert not model_config(spec, "fp16", "onnxruntime", {}).HasField("optimization")
+
+
+def test_the_warm_up_uses_no_batch_below_the_profile() -> None:
+    data = IMAGE.model_dump(mode="json")
+    data["axes"]["batch"]["min"] = 2
+    row = {"pixels": np.zeros((1, 3, 32, 32), np.float32)}
+    config = model_config(DeploymentSpec.model_validate_json(json.dumps(data)), "fp16", "tensorrt", {"1": row})
+    assert [(sample.name, sample.batch_size) for sample in config.model_warmup] == [("1-batch-2", 2), ("1-batch-8", 8)]
+    pixels = config.model_warmup[0].inputs["pixels"]
+    assert (list(pixels.dims), pixels.input_data_file) == ([3, 32, 32], "1-pixels")
+
+
+@pytest.mark.parametrize(
+    ("target", "backend", "key", "unset"),
+    [
+        ("onnxruntime", "python", "threads", "0"),
+        ("onnxruntime", "onnxruntime", "intra_op_thread_count", ""),
+        ("torchscript", "python", "INTRA_OP_THREAD_COUNT", ""),
+    ],
+)
+def test_threads_are_set_under_the_name_that_the_backend_uses(target: Any, backend: str, key: str, unset: str) -> None:
+    spec = on_provider(TEXT, backend=backend)
+    three = spec.model_copy(update={"batching": spec.batching.model_copy(update={"threads": 3})})
+    found = [model_config(each, "fp32", target, {}).parameters for each in (spec, three)]
+    assert [each[key].string_value for each in found] == [unset, "3"]
+
+
+@pytest.mark.parametrize(
+    ("target", "keys", "text", "level"),
+    [
+        ("onnxruntime", {}, "A B", 0),
+        ("onnxruntime", {"backend": "onnxruntime", "provider": "cpu"}, "", -1),
+        ("onnxruntime", {"backend": "onnxruntime"}, "", -1),
+        ("onnxruntime", {"backend": "onnxruntime", "provider": "cuda"}, "", 0),
+        ("tensorrt", {}, "", 0),
+    ],
+    ids=["python", "own on a CPU", "own on any", "own on a GPU", "tensorrt"],
+)
+def test_optimizers_that_break_a_graph_are_disabled_for_it(target: Any, keys: Any, text: str, level: int) -> None:
+    config = model_config(on_provider(TEXT, **keys), "fp32", target, {}, left_out=["A", "B"])
+    assert (config.parameters["left_out"].string_value, config.optimization.graph.level) == (text, level)
+
+
+def test_a_target_overrides_batching() -> None:
+    data = IMAGE.model_dump(mode="json") | {"targets": {"tensorrt": {"batching": {"instances": 5}}}}
+    spec = DeploymentSpec.model_validate_json(json.dumps(data))
+    assert model_config(spec, "fp16", "tensorrt", {}).instance_group[0].count == 5
+    assert model_config(spec, "fp16", "onnxruntime", {}).instance_group[0].count == 2
+
+
+def test_each_build_adds_a_version_and_the_oldest_are_removed(build: Path, tmp_path: Path) -> None:
+    for expected in range(1, KEPT_VERSIONS + 3):
+        assert publish_version(IMAGE, "fp32", "onnxruntime", tmp_path)["version"] == expected
+    assert versions_of(tmp_path / "image") == [5, 4, 3]
+    assert {path.name.split("-")[0] for path in (tmp_path / "image" / "warmup").iterdir()} == {"3", "4", "5"}
+    assert {path.name for path in (tmp_path / "image" / "5").iterdir()} == {
+        "config.pbtxt",
+        "manifest.json",
+        "model.onnx",
+        "model.py",
+        "onnxruntime_session.py",
+        "compute_slots.py",
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"image"}
+
+
+def test_an_engine_of_another_profile_is_refused(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+    shutil.copytree(built / "build" / "image", tmp_path / "image")
+    data = IMAGE.model_dump(mode="json")
+    data["axes"]["batch"]["max"] = 64
+    with pytest.raises(InputError, match=r'was built for the axes .*"max": 8.* deploy.toml now has .*"max": 64'):
+        publish_version(
+            DeploymentSpec.model_validate_json(json.dumps(data)), "fp32", "onnxruntime", tmp_path / "repository"
+        )
+
+
+@pytest.fixture
+def planned(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A separate build folder for `image`, with a stand-in for a TensorRT engine in fp16."""
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    shutil.copytree(built / "build" / "image", tmp_path / "build" / "image")
+    plan = tmp_path / "build" / "image" / "fp16" / "tensorrt" / "model.plan"
+    plan.parent.mkdir()
+    plan.write_bytes(b"compiled")
+    manifest = read_manifest(plan.parents[1] / "model.onnx").model_copy(update={"files": {}})
+    write_manifest(plan.with_name("manifest.json"), manifest)
+    return plan
+
+
+def test_a_compiled_engine_is_published_alone_and_its_manifest_lists_its_cuda_graphs(
+    planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "optimizers_left_out", pytest.fail)  # of an ONNX graph
+    on_tensorrt = {"tensorrt": TargetSpec(batching={"max_batch": 4})}
+    spec = IMAGE.model_copy(update={"tensorrt": TensorrtSpec(cuda_graphs=True), "targets": on_tensorrt})
+    publish_version(spec, "fp16", "tensorrt", tmp_path / "repository")
+    version = tmp_path / "repository" / "image" / "1"
+    assert sorted(path.name for path in version.iterdir()) == ["config.pbtxt", "manifest.json", "model.plan"]
+    manifest = PublishedManifest.load(version / "manifest.json")
+    assert (manifest.target, manifest.settings["cuda_graph_batches"]) == ("tensorrt", [1, 2, 4])
+
+
+def test_among_several_kinds_of_gpu_an_engine_is_loaded_on_those_that_run_it(
+    planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_manifest(
+        planned.with_name("manifest.json"), read_manifest(planned).model_copy(update={"compute_capability": "9.0"})
+    )
+    listed = "Tesla T4, 7.5, 580.95.05, 15360\nNVIDIA H100, 9.0, 580.95.05, 81559\n"
+    monkeypatch.setattr(publish, "gpus", lambda: parse_gpus(listed))
+    publish_version(IMAGE, "fp16", "tensorrt", tmp_path / "repository")
+    group = read_config(tmp_path / "repository" / "image" / "config.pbtxt").instance_group[0]
+    assert list(group.gpus) == [1]
+
+
+def test_a_copy_that_differs_from_the_build_is_refused(planned: Path, tmp_path: Path) -> None:
+    planned.write_bytes(b"damaged")
+    with pytest.raises(GateFailed, match=r"model\.plan was changed after the build; build it again: make clean engine"):
+        publish_version(IMAGE, "fp16", "tensorrt", tmp_path / "repository")
+    assert not (tmp_path / "repository" / "image").exists()
+    with pytest.raises(InputError, match="Triton cannot load such an engine"):
+        publish_version(IMAGE, "fp16", "tensorrt_rtx", tmp_path / "repository")
+
+
+def test_across_mounts_of_one_disk_a_version_is_copied_beside_its_destination_first(
+    build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, model = os.rename, tmp_path / "image"
+
+    def across(source: Path, destination: Path) -> None:
+        if Path(source).is_relative_to(build) != Path(destination).is_relative_to(build):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", across)
+    monkeypatch.setattr(publish, "_staging", lambda *_: build / "image")
+    for _ in range(KEPT_VERSIONS + 1):
+        publish_version(IMAGE, "fp32", "onnxruntime", tmp_path)
+    assert versions_of(model) == [4, 3, 2]
+    assert {path.name for path in model.iterdir()} == {"4", "3", "2", "warmup", "config.pbtxt"}
+    files = PublishedManifest.load(model / "4" / "manifest.json").files
+    assert digests(model / "4").items() >= files.items()
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        (errno.ENOTEMPTY, InputError, "image was just added by another build; run it again"),
+        (errno.EEXIST, InputError, "image was just added by another build; run it again"),
+        (errno.EIO, OSError, "no such luck"),
+    ],
+)
+def test_a_failed_rename_reports_the_reason(
+    code: int, error: type[Exception], message: str, build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def fails(source: Path, destination: Path) -> None:
+        if Path(destination) == tmp_path / "image":
+            raise OSError(code, "no such luck")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(error, match=message):
+        publish_version(IMAGE, "fp32", "onnxruntime", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_version_is_staged_on_the_disk_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    (tmp_path / "build" / "image").mkdir(parents=True)
+    assert publish._staging("image", tmp_path) == tmp_path / "build" / "image"
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        assert publish._staging("image", Path(other)) == Path(other)
+        (Path(other) / "image").mkdir()
+        assert publish._staging("image", Path(other)) == Path(other) / "image"
+
+
+def test_the_command_reports_what_it_published_and_warns_about_a_single_instance(
+    build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.toml").write_text("[targets.onnxruntime.batching]\ninstances = 1\nmax_batch = 4\n")
+    flags = ["--models", "tests/models", "--model", "image", "--repository", str(tmp_path / "repository")]
+    chosen = json.loads((build / "image" / "choice-onnxruntime.json").read_text())["chosen"]
+    said = []
+    for more in (["--tuned", str(tmp_path / "one.toml")], ["--precision", "fp32", "--json"]):
+        publish.main(values_of("publish", *flags, *more))
+        said.append(capsys.readouterr())
+    model = tmp_path / "repository" / "image"
+    assert said[0].out == f"{model}/1: {chosen} for onnxruntime, batches of up to 4\n"
+    assert [each.err.startswith("warning: batching.instances = 1") for each in said] == [True, False]
+    added = {"path": f"{model}/2", "version": 2, "new": True}
+    assert json.loads(said[1].out) == added | {"precision": "fp32", "target": "onnxruntime"}
+
+
+@pytest.fixture
+def recorded(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with version 1 of `image` in fp16, and a separate build folder for records; fp32 beside it."""
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    shutil.copytree(built / "build" / "image", tmp_path / "build" / "image")
+    publish_version(IMAGE, "fp16", "onnxruntime", tmp_path / "repository")
+    publish_version(IMAGE, "fp32", "onnxruntime", tmp_path / "fp32")
+    return tmp_path / "repository"
+
+
+def record(repository: Path, outcome: str, kind: Any = "release", version: int = 2, before: int = 1) -> None:
+    """Writes the record of a release or rollback of the fp32 model, whose step `parity` failed."""
+    where = str(repository.resolve())
+    journal = ReleaseJournal(
+        repository.parent / "build" / "image" / "releases", kind, version, before=before, repository=where
+    )
+    journal.keep("manifest.json", (repository.parent / "fp32" / "image" / "1" / "manifest.json").read_text())
+    if outcome == "refused":
+        journal.write(step="parity", state="failed", said="why")
+    if outcome:
+        journal.write(outcome=outcome)
+    time.sleep(0.002)  # records differ by their milliseconds
+
+
+def test_a_version_that_a_gate_refused_is_published_only_on_request(recorded: Path) -> None:
+    record(recorded, "refused")
+    record(recorded, "")  # a killed release decides nothing
+    flags = ("--models", "tests/models", "--model", "image", "--precision", "fp32", "--repository", str(recorded))
+    run = run_module("cli", "publish", *flags)
+    (said,) = (line for line in run.stderr.splitlines() if not line.startswith("warning"))
+    assert (run.returncode, versions_of(recorded / "image")) == (2, [1])
+    assert said.startswith("error: image: this build was refused as version 2, ")
+    assert "make release MODEL=image MODELS=tests/models" in said
+    assert said.endswith("make engine MODEL=image MODELS=tests/models ANYWAY=1 (--anyway)")
+    assert publish_version(IMAGE, "fp32", "onnxruntime", recorded.parent / "other")["version"] == 1
+    assert run_module("cli", "publish", *flags, "--anyway").returncode == 0
+    assert versions_of(recorded / "image") == [2, 1]
+
+
+def test_the_latest_decision_about_the_same_files_counts(recorded: Path) -> None:
+    record(recorded, "refused")
+    record(recorded, "live")
+    assert publish_version(IMAGE, "fp32", "onnxruntime", recorded)["version"] == 2
+    shutil.rmtree(recorded / "image" / "2")
+    record(recorded, "rolled back", kind="rollback", version=1, before=2)
+    with pytest.raises(InputError, match="this build was rolled back as version 2"):
+        publish_version(IMAGE, "fp32", "onnxruntime", recorded)
+    assert publish_version(IMAGE, "int8", "onnxruntime", recorded)["version"] == 2  # other files
+
+
+def test_a_refused_configuration_does_not_block_the_version_that_is_served(recorded: Path) -> None:
+    publish_version(IMAGE, "fp32", "onnxruntime", recorded)
+    record(recorded, "refused", version=3, before=2)  # the same files
+    assert publish_version(IMAGE, "fp32", "onnxruntime", recorded)["version"] == 3
+    slow = IMAGE.model_copy(update={"batching": IMAGE.batching.model_copy(update={"max_queue_delay_us": 777})})
+    with pytest.raises(InputError, match="this build was refused as version 3"):
+        publish_version(slow, "fp32", "onnxruntime", recorded)
+
+
+def test_published_files_are_flushed_to_disk_before_the_rename(
+    build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        assert not (tmp_path / "image" / "1").exists()
+
+    monkeypatch.setattr("os.fsync", fsync)
+    publish_version(IMAGE, "fp32", "onnxruntime", tmp_path)
+    model = tmp_path / "image"
+    assert {path.stat().st_ino for path in (model / "1", *(model / "1").iterdir(), model / "config.pbtxt")} <= synced
+
+
+def test_the_error_for_an_unbuilt_precision_says_how_to_build_it(build: Path, tmp_path: Path) -> None:
+    flags = ("--models", "tests/models", "--model", "image", "--precision", "fp8", "--repository", str(tmp_path))
+    run = run_module("cli", "publish", *flags)
+    assert run.returncode == 2
+    assert "make engine MODEL=image MODELS=tests/models PRECISION=fp8" in run.stderr
+
+
+def test_the_execution_provider_that_was_measured_is_the_one_that_serves(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built / "build" / "image", tmp_path / "build" / "image")
+    choice = tmp_path / "build" / "image" / "choice-onnxruntime.json"
+    measured = json.loads(choice.read_text())
+    assert measured["provider"] == choose_provider("auto")
+    choice.write_text(json.dumps(measured | {"provider": "cuda"}))
+    flags = ("--models", "tests/models", "--model", "image", "--repository", str(tmp_path / "repository"))
+    run = run_module("cli", "publish", *flags, DEEPSEEK_BUILD=str(tmp_path / "build"))
+    assert run.returncode == 0, run.stderr
+    config = read_config(tmp_path / "repository" / "image" / "config.pbtxt")
+    assert config.parameters["provider"].string_value == "cuda"  # which the stack serves with NVIDIA's image
+    assert served_models(tmp_path / "repository", Path("tests/models"))[0].needs_gpu
+
+
+def test_optimizers_that_break_the_graph_are_published_as_disabled(build: Path, tmp_path: Path) -> None:
+    publish_version(IMAGE, "fp16", "onnxruntime", tmp_path)
+    config = read_config(tmp_path / "image" / "config.pbtxt")
+    assert config.parameters["left_out"].string_value == "MatmulTransposeFusion"
+
+
+def test_a_choice_made_for_another_file_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+    engine = tmp_path / "m" / "int8" / "model.onnx"
+    engine.parent.mkdir(parents=True)
+    engine.write_bytes(b"compared")
+    choice = {"chosen": "int8", "provider": "cpu", "sha256": {"int8": sha256(engine)}}
+    choice_path("m", "onnxruntime").write_text(json.dumps(choice))
+    assert choice_of("m", "onnxruntime") == ("int8", "cpu")
+    engine.write_bytes(b"made since")
+    with pytest.raises(
+        InputError, match=r"int8/model\.onnx has changed since .* chose it; re-run: deepseek select-precision"
+    ):
+        choice_of("m", "onnxruntime")
+
+
+@pytest.mark.slow
+def test_a_polling_server_keeps_serving_while_versions_change(build: Path, tmp_path: Path) -> None:
+    publish_version(TEXT, "fp32", "onnxruntime", tmp_path / "repository")
+    served: list[str] = []
+    failures: list[Exception] = []
+    done = threading.Event()
+    ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+    with EmbeddedServer(tmp_path / "repository", poll_s=1, log_path=tmp_path / "triton.log", **ports) as server:
+
+        def call() -> None:
+            client = triton.InferenceServerClient(server.grpc_url)
+            inputs = [triton.InferInput(name, [1, 5], "INT64") for name in TEXT.inputs]
+            for tensor in inputs:
+                tensor.set_data_from_numpy(np.ones((1, 5), np.int64))
+            while not done.is_set():
+                try:
+                    served.append(client.infer("text", inputs).get_response().model_version)
+                except Exception as error:
+                    failures.append(error)
+                time.sleep(0.01)
+
+        caller = threading.Thread(target=call)
+        caller.start()
+        for version, precision in (("2", "fp16"), ("3", "int8"), ("4", "fp32")):
+            publish_version(TEXT, precision, "onnxruntime", tmp_path / "repository")  # type: ignore[arg-type]
+            end = time.monotonic() + 120
+            while version not in served[-1:] and time.monotonic() < end:
+                time.sleep(0.05)
+        done.set()
+        caller.join()
+    assert failures == []
+    assert served[0] == "1"
+    assert served[-1] == "4"
+
+
+def test_max_batch_may_be_below_the_profile(build: Path, tmp_path: Path) -> None:
+    (tmp_path / "tuned.toml").write_text("[targets.onnxruntime.batching]\nmax_batch = 4\ninstances = 3\nthreads = 1\n")
+    flags = ("--models", "tests/models", "--model", "image", "--repository", str(tmp_path), "--precision", "fp32")
+    assert run_module("cli", "publish", *flags, "--tuned", str(tmp_path / "tuned.toml")).returncode == 0
+    config = text_format.Parse((tmp_path / "image" / "config.pbtxt").read_text(), ModelConfig())
+    assert config.max_batch_size == 4
+    assert [sample.batch_size for sample in config.model_warmup] == [1, 4]
+    assert (config.instance_group[0].count, config.parameters["threads"].string_value) == (3, "1")
+    assert json.loads((tmp_path / "image" / "1" / "manifest.json").read_text())["axes"]["batch"]["max"] == 8
+    machine = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",))
+    assert not [line for line in examine(tmp_path, machine)[1] if line.level == "mismatch"]
+
+
+def test_a_publisher_waits_for_another_one_and_reports_it(build: Path, tmp_path: Path) -> None:
+    arguments = ("cli", "publish", "--models", "tests/models", "--model", "image", "--repository", str(tmp_path))
+    with alone_in(tmp_path):
+        waiting = subprocess.Popen([sys.executable, "-m", *arguments], stderr=subprocess.PIPE, text=True)
+        assert waiting.stderr is not None
+        assert waiting.stderr.readline() == f"waiting for another process in {tmp_path}\n"
+        assert list(tmp_path.iterdir()) == []
+    waiting.communicate()
+    assert waiting.returncode == 0
+    assert (tmp_path / "image" / "1").is_dir()

@@ -1,0 +1,148 @@
+"""Checks of a model's samples and metric before anything is exported or quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from deepseek.spec import InputError
+from export.model_folder import ModelFolder
+from export.precision.accuracy import check_metric
+from export.rows import load_rows
+from export.runtimes import pytorch_reference as reference
+from export.runtimes.pytorch_predictor import module_predictor
+from export.stages.to_onnx import export_model
+from tests.conftest import run_module
+from tests.test_to_onnx import TOML, tiny
+
+
+@pytest.fixture(autouse=True)
+def _own_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+
+
+def test_calibration_and_evaluation_must_be_disjoint(tmp_path: Path) -> None:
+    code = "\n_own = samples\ndef samples(split):\n    return _own('same')\n"
+    says = r"model.py: samples\('calibration'\): 12 of 12 calibration rows are also evaluation rows; .*add at least 2 other rows"
+    with pytest.raises(InputError, match=says):
+        export_model(tiny(tmp_path, code=code))
+
+
+FEW_IDS = """
+def samples(split):
+    for each in range({evaluation} if split == "evaluation" else 12):
+        yield {{"x": np.full((1, 8), each, np.float32)}}
+"""
+
+
+def test_samples_in_both_splits_are_left_out_of_the_calibration(tmp_path: Path) -> None:
+    tiny(tmp_path, code=FEW_IDS.format(evaluation=5))
+    run = run_module("cli", "to-onnx", "--models", str(tmp_path), "--model", "tiny")
+    assert "calibration: 5 samples are also evaluation samples and were left out; only 7 are left" in run.stdout, (
+        run.stderr
+    )
+    left = load_rows(tmp_path / "build" / "tiny" / "calibration.npz")
+    assert sorted(float(row["x"][0, 0]) for row in left) == [5, 6, 7, 8, 9, 10, 11]
+
+
+def test_samples_in_both_splits_are_replaced_by_others(tmp_path: Path) -> None:
+    code, toml = FEW_IDS.format(evaluation=5), TOML + "[precision]\ncalibration_samples = 6\n"
+    result = export_model(tiny(tmp_path, toml=toml, code=code))
+    assert (result["rows"]["calibration"], result["shared_rows"]) == (6, 5)
+
+
+@pytest.mark.parametrize("evaluation", [11, 12])
+def test_without_calibration_samples_only_fp32_is_built(tmp_path: Path, evaluation: int) -> None:
+    code, toml = FEW_IDS.format(evaluation=evaluation), TOML + '[precision]\ncandidates = ["fp32"]\n'
+    result = export_model(tiny(tmp_path, toml=toml, code=code))
+    assert (result["rows"]["calibration"], result["shared_rows"]) == (12 - evaluation, evaluation)
+    (tmp_path / "tiny" / "deploy.toml").write_text(TOML)
+    with pytest.raises(InputError, match=f"{evaluation} of 12 calibration rows are also evaluation rows"):
+        export_model(ModelFolder("tiny", tmp_path))
+
+
+def test_outputs_that_do_not_fit_in_memory_are_one_error_line_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny(tmp_path, body="raise RuntimeError('run')")
+    monkeypatch.setattr(reference, "memory_bytes", lambda: 3000)  # four times 9 rows, and 2 x 12 rows of 32 bytes
+    with pytest.raises(
+        InputError,
+        match=r"of a variant, take 768 B, running the largest sizes of deploy.toml 2.2 KiB, this machine has",
+    ):
+        export_model(source)
+    monkeypatch.setattr(reference, "memory_bytes", lambda: 3100)
+    with pytest.raises(InputError, match="RuntimeError: run"):
+        export_model(source)
+
+
+def judged(folder: Path, returned: str) -> ModelFolder:
+    """A model whose targets are its own outputs plus an error, and whose metric is `returned`."""
+    code = """
+def evaluate(predict):
+    model = load()
+    true, seen = [], []
+    for sample in samples("evaluation"):
+        with torch.inference_mode():
+            true.append(model(torch.tensor(sample["x"]))[0, 0].item() + {noise} * (len(true) % 2 - 0.5))
+        seen.append(predict(sample)["y"][0, 0].item())
+    true, seen = np.array(true), np.array(seen)
+    return {{"score": {returned}}}
+"""
+    return tiny(folder, toml=TOML + '[precision]\nmetric = "score"\n', code=code.format(returned=returned, noise=0.2))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("np.sqrt(((true - seen) ** 2).mean())", r"deploy.toml: precision.metric: score of fp32 PyTorch is 0.1, and \S+ or more if rows get the outputs of other rows"),
+        ("-np.abs(true - seen).mean()", r"score of fp32 PyTorch is -0.1; a relative drop needs a positive one"),
+    ],
+    ids=["an error", "a negated error"],
+)  # fmt: skip
+def test_a_metric_where_smaller_is_better_is_refused_before_anything_is_built(
+    tmp_path: Path, returned: str, message: str
+) -> None:
+    with pytest.raises(
+        InputError, match=f"{message}.* larger must be better: .* return for example 1 / \\(1 \\+ score\\)"
+    ):
+        export_model(judged(tmp_path, returned))
+    assert not (tmp_path / "build" / "tiny" / "fp32" / "model.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    "returned",
+    ["1 / (1 + np.sqrt(((true - seen) ** 2).mean()))", "1.0", "np.mean(seen > 0) + 0.5", "1 // int((np.abs(true - seen) < 0.11).all())"],
+    ids=["error turned around", "constant", "independent of the order", "fails on other outputs"],
+)  # fmt: skip
+def test_a_metric_where_larger_is_better_or_that_is_undecided_is_accepted(tmp_path: Path, returned: str) -> None:
+    assert len(export_model(judged(tmp_path, returned))["checks"]) == 3
+
+
+@pytest.mark.parametrize("values", [(1, 2, 2, 2), (1, 2.5, 9, 2.5)], ids=["not far", "as far as they differ"])
+def test_a_metric_near_chance_is_accepted_with_a_note(
+    tmp_path: Path, values: tuple[float, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = judged(tmp_path, f"next(globals().setdefault('own_then_dealt', iter({values})))")
+    check_metric(source, module_predictor(source.spec, source.load()), Console())
+    assert (
+        "or more if rows get the outputs of other rows: the model is no better than chance"
+    ) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("\ndef samples(split):\n    return []\n", "is empty; evaluation needs real inputs"),
+        ("\ndef samples(split):\n    yield {'x': np.zeros(8, np.float32)}\n", r"shape \(8,\); deploy.toml says"),
+        ("\ndef samples(split):\n    yield {'x': np.zeros((1, 8))}\n", "seen float64; deploy.toml says a numpy array of float32"),
+        ("\ndef samples(split):\n    yield {'z': np.zeros((1, 8))}\n", r"seen \['z'\]; a dict of \['x'\]"),
+        ("\ndef samples(split):\n    yield {'x': np.zeros((1, 7), np.float32)}\n", r"shape \(1, 7\); deploy.toml says \['batch', 8\]"),
+    ],
+    ids=["none", "no batch dimension", "dtype", "name", "size"],
+)  # fmt: skip
+def test_samples_that_do_not_fit_the_signature_are_one_line(tmp_path: Path, code: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        export_model(tiny(tmp_path, code=code))

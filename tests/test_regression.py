@@ -1,0 +1,377 @@
+"""Whether a candidate is worse: made-up runs with a known answer, and the command on real servers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cli.main import values_of
+from deepseek.spec import InputError, InvalidMeasurement, SloSpec
+from loadtests.regression.compared_version import ComparedVersion
+from loadtests.regression.comparison import Comparison, RowJudge, Thresholds, compare
+from loadtests.regression.ladder_capacity import step
+from loadtests.regression.regression import as_json, main, markdown
+from loadtests.results.run import Run
+from tests.conftest import run_module
+from tests.saved_runs import Request, saved_run, steady
+from tests.sleeper import SPEC, write_sleeper
+
+SLO = SloSpec(p99_ms=50)
+VERSIONS = (ComparedVersion(role="baseline", given="a"), ComparedVersion(role="candidate", given="b"))
+
+
+def noisy(median_ms: float, seed: int, count: int = 200) -> list[Request]:
+    """The requests of a run; each run is a little faster or slower than the next, as on a shared machine."""
+    generator = np.random.default_rng(seed)
+    latencies = generator.lognormal(math.log(median_ms / 1000), 0.3, count) * generator.lognormal(0, 0.02)
+    times = np.arange(count) / count * 10
+    return [(time, time, time + each, None) for time, each in zip(times, latencies, strict=True)]
+
+
+def losing(requests: list[Request], *lost: int) -> list[Request]:
+    """The same requests, some of them refused."""
+    return [(*each[:3], "ServerBusy") if place in lost else each for place, each in enumerate(requests)]
+
+
+def saved(folder: Path, made: Sequence[list[Request]], **changes: Any) -> list[Run]:
+    """Runs at 20/s."""
+    fixed = {"rate_rps": 20.0, **changes}
+    return [saved_run(folder / f"{place:02d}", each, **fixed) for place, each in enumerate(made)]
+
+
+def runs(folder: Path, median_ms: float, first: int, count: int = 8, **changes: Any) -> list[Run]:
+    """Noisy runs at 20/s."""
+    return saved(folder, [noisy(median_ms, seed) for seed in range(first, first + count)], **changes)
+
+
+@pytest.mark.parametrize(
+    ("candidate_ms", "verdict"),
+    [(10.0, "no worse"), (8.0, "no worse"), (10.8, "inconclusive"), (13.0, "worse")],
+    ids=["the same", "faster", "at the threshold", "slower"],
+)
+def test_a_candidate_is_worse_if_its_whole_interval_is_beyond_the_threshold(
+    tmp_path: Path, candidate_ms: float, verdict: str
+) -> None:
+    thresholds = Thresholds(p50=0.08, p99=0.3)
+    found = compare(runs(tmp_path / "a", 10, 0), runs(tmp_path / "b", candidate_ms, 100), SLO, thresholds)
+    assert found.rows[0].verdict == verdict
+    assert found.rows[0].change.ratio == pytest.approx(candidate_ms / 10, rel=0.04)
+    assert found.rows[0].better == (candidate_ms == 8)
+
+
+@pytest.mark.parametrize(
+    ("unit", "low", "high", "verdict"),
+    [
+        ("ms", 1.02, 1.05, "no worse"),
+        ("ms", 1.05, 1.2, "inconclusive"),
+        ("ms", 1.0501, 1.2, "worse"),
+        ("rps", 1 / 1.05, 1.2, "no worse"),
+        ("rps", 0.9, 1 / 1.05, "inconclusive"),
+        ("rps", 0.9, 0.9523, "worse"),
+    ],
+)
+def test_an_interval_that_touches_the_threshold(unit: Any, low: float, high: float, verdict: str) -> None:
+    values = np.concatenate([[math.sqrt(low * high)], np.linspace(low, high, 1001)])
+    judge = RowJudge(pairs=50, confidence=1 - 1e-12)  # so high that no draw is excluded
+    found = judge.row("x", unit, np.ones(1002), values, 0.05)
+    assert (found.change.low, found.change.high) == (low, high)
+    assert found.verdict == verdict
+
+
+def climbing(folder: Path, limit_rps: float, first: int, count: int = 7, lag_s: float = 0.0) -> list[Run]:
+    """Runs at 20/s and up a ladder; the latency is 50 ms at `limit_rps`. At 60/s and above requests are sent late."""
+    found = []
+    for place in range(count):
+        generator = np.random.default_rng(first + place)
+        requests: list[Request] = []
+        for start, rate in ((0, 20), (10, 40), (14, 50), (18, 60), (22, 70)):
+            length = 10 if rate == 20 else 4
+            latency_s = 0.05 * (rate / limit_rps) ** 4
+            times = start + np.arange(rate * length) / rate
+            lag = lag_s if rate >= 60 else 0.0
+            takes_s = latency_s * generator.uniform(0.9, 1.0, len(times))
+            requests += [(time, time + lag, time + each, None) for time, each in zip(times, takes_s, strict=True)]
+        shape = "20x10, 40x4, 50x4, 60x4, 70x4"
+        found.append(saved_run(folder / f"{place}", requests, rate_rps=None, shape=shape, duration_s=26.0))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("baseline_rps", "candidate_rps", "verdict", "note"),
+    [
+        (56, 56, "no worse", ""),
+        (56, 47, "worse", ""),
+        (56, 66, "no worse", ""),
+        (56, 30, "worse", "the candidate's is below the ladder"),
+        (56, 90, "no worse", "the candidate's is above the ladder"),
+        (90, 90, "inconclusive", "the baseline's is above the ladder, 40 to 70/s"),
+        (90, 50, "worse", ""),
+        (30, 30, "inconclusive", "the baseline's is below the ladder, 40 to 70/s"),
+    ],
+)
+def test_capacity_is_read_between_the_rungs_of_the_ladder(
+    tmp_path: Path, baseline_rps: float, candidate_rps: float, verdict: str, note: str
+) -> None:
+    both = climbing(tmp_path / "a", baseline_rps, 0), climbing(tmp_path / "b", candidate_rps, 50)
+    row = compare(*both, SLO, Thresholds()).rows[2]
+    assert (row.name, row.verdict, row.note) == ("capacity", verdict, note)
+    assert row.baseline == pytest.approx(min(max(baseline_rps, 40), 70), rel=0.02)
+    assert row.candidate == pytest.approx(min(max(candidate_rps, 40), 70), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("by_side", "side"), [((0, 6), "candidate"), ((6, 0), "baseline"), ((0, 5), None), ((1, 9), None)]
+)
+def test_a_side_that_alone_makes_the_generator_late_is_a_finding(by_side: tuple[int, int], side: str | None) -> None:
+    found = Comparison(rate_rps=20, ladder_rps=(), pairs=8, dropped=("a: late",), dropped_by_side=by_side, rows=())
+    assert (found.starves, found.verdict) == (side, "inconclusive" if side else "no worse")
+
+
+def test_a_maximum_does_not_decide_the_capacity_of_a_ladder(tmp_path: Path) -> None:
+    both = climbing(tmp_path / "a", 56, 0), climbing(tmp_path / "b", 56, 50)
+    with_maximum = SLO.model_copy(update={"objectives": ("max_ms < 1",)})
+    assert compare(*both, with_maximum, Thresholds()).rows[2] == compare(*both, SLO, Thresholds()).rows[2]
+
+
+def test_a_rung_is_the_seconds_at_its_rate_counted_from_0(tmp_path: Path) -> None:
+    (run,) = climbing(tmp_path, 56, 0, count=1)
+    rung = step(run, 50)
+    assert [second.second for second in rung.seconds] == [0, 1, 2, 3]
+    assert [second.planned for second in rung.seconds] == [50] * 4
+    assert (rung.window.planned, rung.window.duration_s, rung.settings.rates_rps) == (200, 4, [50])
+    # An answer counts in the second in which it arrives: some of the last second arrive later.
+    assert 0.9 * 200 < rung.window.throughput_rps * 4 <= 200
+
+
+def test_the_generators_limit_is_not_a_capacity(tmp_path: Path) -> None:
+    late = climbing(tmp_path, 56, 0, lag_s=0.004)
+    row = compare(late, late, SLO, Thresholds()).rows[2]
+    assert (row.verdict, row.note) == ("inconclusive", "the generator is the limit at 60/s")
+
+
+@pytest.mark.parametrize(("bound_rps", "breaks_rps"), [(50, 45), (20, 18)], ids=["a rung", "the rate of the latencies"])
+def test_capacity_also_respects_an_objective_that_is_bound_to_a_rate(
+    tmp_path: Path, bound_rps: int, breaks_rps: float
+) -> None:
+    limit_ms = 0.95 * 50 * (breaks_rps / 56) ** 4
+    slo = SloSpec(p99_ms=50, objectives=(f"p50_ms < {limit_ms} @ {bound_rps} rps",))
+    found = compare(climbing(tmp_path / "a", 90, 0), climbing(tmp_path / "b", 56, 50), slo, Thresholds())
+    assert found.rows[2].candidate == pytest.approx(max(breaks_rps, 20), rel=0.02)
+
+
+def test_a_capacity_that_could_not_be_measured_is_inconclusive(tmp_path: Path) -> None:
+    base = runs(tmp_path / "a", 10, 0)
+    assert compare(base, base, SLO, Thresholds()).verdict == "no worse"
+    found = compare(base, base, SLO, Thresholds(), capacity=True)
+    assert [(row.name, row.verdict) for row in found.rows][2] == ("capacity", "inconclusive")
+    assert "| capacity | - | - | - | - |" in markdown(found, VERSIONS, "tiny", {})
+
+
+@pytest.mark.parametrize(
+    ("ladder", "capacity", "fails", "rows"),
+    [(False, False, False, 2), (False, True, False, 3), (True, False, False, 3), (False, True, True, 4)],
+)
+def test_the_rows_share_the_error_that_is_allowed(
+    tmp_path: Path, ladder: bool, capacity: bool, fails: bool, rows: int
+) -> None:
+    made = climbing(tmp_path, 56, 0) if ladder else runs(tmp_path, 10, 0, 7)
+    if fails:
+        made = saved(tmp_path, [losing(noisy(10, seed), 7) for seed in range(7)])
+    found = compare(made, made, SLO, Thresholds(), capacity=capacity)
+    assert len(found.rows) == rows
+    assert f"{1 - 0.05 / rows:.1%} each, so that all {rows} hold together at 95%" in found.method
+    # Seven pairs are enough for the intervals of three rows, but not of four.
+    assert ("7 pairs, 8 needed" in {row.note for row in found.rows}) == (rows == 4)
+
+
+@pytest.mark.parametrize(
+    ("baseline_fails", "objectives", "verdict"),
+    [
+        (False, {"max_error_rate": 0.001}, "worse"),
+        (False, {"max_error_rate": 0.01}, "no worse"),
+        (True, {"max_error_rate": 0.001}, "no worse"),
+        (False, {"objectives": ("error_rate < 0.1% @ 20 rps",)}, "worse"),
+        (False, {"objectives": ("error_rate < 0.1% @ 19 rps",)}, None),
+        (False, {"objectives": ("error_rate < 0.1% @ 19 rps", "error_rate < 1%")}, "no worse"),
+    ],
+    ids=["too many", "as the SLO allows", "as the baseline", "bound to this rate", "bound below it", "both"],
+)
+def test_a_candidate_that_fails_more_requests_than_allowed_is_worse(
+    tmp_path: Path, baseline_fails: bool, objectives: dict[str, Any], verdict: str | None
+) -> None:
+    lossy = [losing(noisy(10, seed), 199) for seed in range(100, 108)]  # one in 200
+    other = [losing(noisy(10, seed), 199) if baseline_fails else noisy(10, seed) for seed in range(8)]
+    slo = SloSpec(p99_ms=50, **objectives)
+    both = saved(tmp_path / "a", other), saved(tmp_path / "b", lossy)
+    found = compare(*both, slo, Thresholds(p50=0.5, p99=5.0))
+    rows = [row for row in found.rows if row.unit == "share"]
+    assert [row.verdict for row in rows] == ([verdict] if verdict else [])
+    assert found.verdict == (verdict or "no worse")
+    for row in rows:
+        assert (row.name, row.better) == ("failed at 20/s (candidate / allowed)", False)
+        assert (row.baseline, row.candidate) == (0.005 if baseline_fails else 0, 0.005)
+
+
+def test_failures_make_a_fast_candidate_worse(tmp_path: Path) -> None:
+    lossy = [losing(noisy(5, seed), *range(0, 200, 30)) for seed in range(8)]
+    found = compare(runs(tmp_path / "a", 10, 0), saved(tmp_path / "b", lossy), SLO, Thresholds())
+    assert [row.verdict for row in found.rows] == ["no worse", "worse", "worse"]
+    assert math.isinf(found.rows[1].change.ratio)
+    assert as_json(found, VERSIONS, {})["rows"][1]["candidate"] is None
+    assert "| never | ∞ |" in markdown(found, VERSIONS, "tiny", {})
+
+
+def test_too_few_pairs_or_samples_are_inconclusive_and_the_note_says_how_many_are_needed(tmp_path: Path) -> None:
+    few = compare(runs(tmp_path / "a", 10, 0, 4), runs(tmp_path / "b", 30, 9, 4), SLO, Thresholds())
+    assert (few.verdict, few.rows[0].note) == ("inconclusive", "4 pairs, 7 needed")
+    short = saved(tmp_path / "c", [noisy(10, seed, 40) for seed in range(7)], rate_rps=4.0)
+    assert compare(short, short, SLO, Thresholds()).rows[1].note == "280 requests, 299 needed"
+
+
+def test_a_pair_in_which_the_generator_was_the_limit_is_dropped(tmp_path: Path) -> None:
+    busy = saved_run(tmp_path / "busy", noisy(90, 1), rate_rps=20.0, thread_cpu=0.99)
+    found = compare(runs(tmp_path / "a", 10, 0), [busy, *runs(tmp_path / "b", 10, 50)[1:]], SLO, Thresholds())
+    assert found.pairs == 7
+    assert "99% busy" in found.dropped[0]
+    assert "1 runs dropped (0 of the baseline, 1 of the candidate)" in markdown(found, VERSIONS, "tiny", {})
+    with pytest.raises(InvalidMeasurement, match="no run is valid"):
+        compare([busy], [busy], SLO, Thresholds())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rate_rps": 25.0}, "measured at 25/s"),
+        ({"rate_rps": None, "users": 2}, "not an open loop"),
+        ({"rate_rps": None, "shape": "20-30x10"}, "not an open loop that starts at a steady rate"),
+        ({}, "1 runs of the baseline, 0 of the candidate; runs are compared in pairs"),
+    ],
+    ids=["another rate", "closed loop", "ramp", "not as many"],
+)
+def test_runs_of_different_kinds_are_not_compared(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    others = [saved_run(tmp_path / "b", steady(), **changes)] if changes else []
+    with pytest.raises(InputError, match=message):
+        compare(runs(tmp_path / "a", 10, 0, 1), others, SLO, Thresholds())
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs the command over two folders of runs with a matching spec; returns its exit code."""
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    write_sleeper(tmp_path / "spec", 0.002)
+
+    def run(base: Sequence[Run], new: Sequence[Run], *more: str) -> int:
+        both = ("--base", str(base[0].folder.parent), "--new", str(new[0].folder.parent))
+        model = ("--model", "tiny", "--models", str(tmp_path / "spec" / "models"))
+        return main(values_of("regression", *model, *both, *more))
+
+    return run
+
+
+def left(build: Path) -> tuple[str, dict[str, Any]]:
+    """The written table and figures."""
+    place = build / "tiny" / "regression.md"
+    return place.read_text(), json.loads(place.with_suffix(".json").read_text())
+
+
+def test_recorded_runs_are_judged_and_the_table_suits_a_pull_request(
+    tmp_path: Path, recorded: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, new = runs(tmp_path / "a", 10, 0), runs(tmp_path / "b", 14, 50)
+    assert recorded(base, new) == 1
+    text, data = left(tmp_path / "build")
+    assert text in capsys.readouterr().out
+    assert f"`{new[0].folder.parent}` is worse than `{base[0].folder.parent}`" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {8}
+    assert "**worse**" in table[2]
+    assert (data["verdict"], data["rows"][0]["name"]) == ("worse", "p50 at 20/s")
+
+
+def test_a_measurement_without_a_result_replaces_an_earlier_table(tmp_path: Path, recorded: Callable[..., int]) -> None:
+    base, busy = runs(tmp_path / "a", 10, 0, 7), runs(tmp_path / "b", 10, 50, 7, thread_cpu=0.99)
+    assert recorded(base, base, "--threshold", "50", "--threshold-p99", "90") == 0
+    with pytest.raises(InvalidMeasurement, match="no run is valid"):
+        recorded(base, busy)
+    text, data = left(tmp_path / "build")
+    assert (data["verdict"], data["rows"], data["candidate"]) == ("inconclusive", [], str(busy[0].folder.parent))
+    assert "no run is valid" in data["reason"] in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--output", "x.json"), "--output x.json: name the Markdown file"),
+        (("--new", "tests/models"), "NEW=tests/models: neither a repository"),
+    ],
+    ids=["output", "version"],
+)
+def test_bad_input_gives_a_one_line_error(
+    tmp_path: Path, recorded: Callable[..., int], flags: tuple[str, ...], message: str
+) -> None:
+    base = runs(tmp_path / "a", 10, 0, 1)
+    with pytest.raises(InputError, match=message):
+        recorded(base, base, *flags)
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the repositories `fast` (5 ms a request), `broken` and `deadly`."""
+    folder = tmp_path_factory.mktemp("repositories")
+    for name in ("fast", "broken", "deadly"):
+        write_sleeper(folder, 0.005, name)
+    late = SPEC.replace("p50_ms = 100", "p50_ms = 1000")  # a busy machine may answer late
+    (folder / "models" / "tiny" / "deploy.toml").write_text(late)
+    (folder / "broken" / "tiny" / "1" / "model.py").write_text("raise RuntimeError('no weights here')")
+    deadly = folder / "deadly" / "tiny" / "1" / "model.py"
+    kill = "os.kill(int(next(line for line in open('/proc/self/status') if line.startswith('PPid')).split()[1]), 9)"
+    count = "self.count = getattr(self, 'count', 0) + 1"
+    dies = f"{count}\n        if self.count > 30:\n            import os; {kill}\n        answers = []"
+    deadly.write_text(deadly.read_text().replace("answers = []", dies))
+    return folder
+
+
+def options(repositories: Path, new: str, *more: str) -> list[str]:
+    """The options that compare `fast` with another repository, in short runs."""
+    model = ["--model", "tiny", "--models", str(repositories / "models"), "--inputs", str(repositories / "inputs.npz")]
+    both = ["--base", str(repositories / "fast"), "--new", str(repositories / new)]
+    return [*model, *both, "--duration-s", "1", "--warmup-s", "0", "--rate", "40", "--no-capacity", *more]
+
+
+@pytest.mark.slow
+def test_two_repositories_are_measured_in_turn(
+    repositories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+    monkeypatch.setattr("loadtests.regression.interleaved_runs.LEAST_PAIRS", 2)
+    for module in ("interleaved_runs", "comparison"):  # a busy machine must not fail this
+        monkeypatch.setattr(f"loadtests.regression.{module}.problems_at", lambda *_: [])
+    asked = values_of("regression", *options(repositories, "fast"))
+    asked.pairs = 2  # too few to conclude anything
+    assert main(asked) == 3
+    assert "2 pairs, 7 needed" in left(tmp_path)[0]
+    (kept,) = (tmp_path / "tiny" / "regression").iterdir()
+    for role in ("baseline", "candidate"):
+        made = [Run.load(each) for each in (kept / role / "runs").iterdir()]
+        assert [run.settings.shape for run in made] == ["40x1", "40x1"]
+        assert not (kept / role / "repository").exists()
+
+
+@pytest.mark.parametrize(
+    ("new", "reason"), [("broken", "no weights here"), ("deadly", "died under load")], ids=["broken", "deadly"]
+)
+def test_a_candidate_that_does_not_load_or_dies_is_worse(
+    repositories: Path, tmp_path: Path, new: str, reason: str
+) -> None:
+    run = run_module("cli", "regression", *options(repositories, new, "--timeout-s", "2"), DEEPSEEK_BUILD=str(tmp_path))
+    assert run.returncode == 1, run.stderr
+    assert run.stderr.splitlines()[-1].startswith("error: NEW=")
+    text, data = left(tmp_path)
+    assert data["verdict"] == "worse"
+    assert reason in data["reason"] in text

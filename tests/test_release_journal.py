@@ -1,0 +1,262 @@
+"""What a release records and reports: journal, version numbers, errors of its steps, the verdict of a shadow load."""
+
+from __future__ import annotations
+
+import re
+import socket
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cli.main import values_of
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement, SloSpec
+from loadtests.load.request_log import RequestLog
+from loadtests.release import shadow_load as shadow
+from loadtests.release import switch_over_load as steady
+from loadtests.release.switch_over_load import result_of
+from serving.release import release, rollback
+from serving.release.candidate import Candidate
+from serving.release.gate_commands import CommandResult, error_of, run_json
+from serving.release.history import history, last_number, read, report
+from serving.release.journal import ReleaseJournal, exclusive
+from serving.release.live_server import MOST_RPS, LiveServer
+from serving.release.release import Release
+from serving.release.rollback import Rollback
+from serving.release.steps import Skipped, StepRunner
+from serving.release.versions import newest
+from tests.test_switch_over_load import sent_at
+
+
+def test_over_what_was_not_made_here_nothing_is_released(tmp_path: Path) -> None:
+    (tmp_path / "live" / "text" / "3").mkdir(parents=True)
+    args = Namespace(model="text", models="tests/models", repository=tmp_path / "live", new=tmp_path, new_build=None)
+    journal = ReleaseJournal(tmp_path, "release", 4, before=3)
+    candidate = Candidate(args, DeploymentSpec.load("tests/models/text"), journal, 4)
+    with pytest.raises(InputError, match=r"live/text/3: no manifest\.json, so make engine did not publish it"):
+        candidate.stage()
+
+
+def test_a_journal_cut_off_in_a_line_tells_what_is_whole(tmp_path: Path) -> None:
+    journal = ReleaseJournal(tmp_path, "release", 4, before=3)
+    steps = StepRunner(journal, as_json=True)
+    steps.do("stage", lambda: "a copy")
+    steps.do("shadow", lambda: Skipped("nothing served"))
+    journal.write(step="switch", state="started")
+    with (journal.folder / "journal.jsonl").open("a") as file:
+        file.write('{"step": "switch", "sta')
+    record = read(journal.folder)
+    assert record is not None
+    assert [step.state for step in record.steps] == ["holds", "left out", "started"]
+    assert (record.outcome, record.stopped_in) == ("not finished", record.steps[-1])
+    assert "Stopped in switch: started" in report(record, "text")
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (GateFailed, "failed"),
+        (InvalidMeasurement, "inconclusive"),
+        (InputError, "wrong input"),
+        (KeyboardInterrupt, "interrupted"),
+    ],
+)
+def test_how_a_step_ended_is_in_the_journal_before_the_error_goes_on(
+    tmp_path: Path, error: type[BaseException], state: str
+) -> None:
+    journal = ReleaseJournal(tmp_path, "release", 4)
+
+    def step() -> str:
+        raise error("why | not")
+
+    with pytest.raises(error):
+        StepRunner(journal, as_json=True).do("parity", step)
+    record = read(journal.folder)
+    assert record is not None
+    assert (record.steps[0].state, record.steps[0].said) == (state, "why | not")
+    assert r"why \| not" in report(record, "text")
+
+
+def test_one_release_at_a_time_and_no_number_serves_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+    with exclusive("text") as releases:
+        with pytest.raises(InputError, match="another release or rollback of text is under way"), exclusive("text"):
+            pass
+        ReleaseJournal(releases, "release", 4, before=3)
+        assert last_number("text", tmp_path / "repository" / "text") == 0  # it never came into the repository
+        ReleaseJournal(releases, "rollback", 3, before=5)
+    assert last_number("text", tmp_path / "repository" / "text") == 5
+    assert [record.outcome for record in history("text")] == ["not finished", "not finished"]
+
+
+def test_the_exit_code_of_a_command_becomes_its_error() -> None:
+    assert isinstance(error_of(1, "x", "why"), GateFailed)
+    assert "ended with status 137" in str(error_of(137, "loadtest", ""))
+    answer = run_json("releases", "--nonsense")
+    assert (answer.code, answer.data) == (2, None)
+    with pytest.raises(InputError, match="--nonsense"):
+        answer.checked()
+    with pytest.raises(InvalidMeasurement, match="x ended with status 0, but its output is not JSON"):
+        CommandResult(name="x", code=0, data=None, reason="").checked()
+
+
+def test_a_command_runs_in_the_build_folder_that_it_is_given(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPSEEK_BUILD", str(tmp_path / "there"))
+        with exclusive("text") as releases:
+            ReleaseJournal(releases, "rollback", 3, before=5)
+    asked = ("releases", "--model", "text", "--models", "tests/models", "--json")
+    assert [each["before"] for each in run_json(*asked, build=str(tmp_path / "there")).data["releases"]] == [5]
+    assert run_json(*asked, build=str(tmp_path / "here")).data["releases"] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "said"),
+    [
+        ("release", "--requests 199", "--requests 199: it must be 200 or more"),
+        ("release", "--load-rate 201", "--load-rate 201: it must be more than 0 and at most 200 requests/s"),
+        ("rollback", "--load-rate 0", "--load-rate 0: it must be more than 0"),
+        ("release", "--threshold 0", "--threshold 0: it must be more than 0"),
+        ("release", "--rate inf", "--rate inf: it must be more than 0"),
+        ("release", "--rate 19", "--rate 19: it must be at least the SLO's rate_rps, 20"),
+        ("release", "--parity-rows 0", "--parity-rows 0: it must be more than 0"),
+        ("rollback", "--switch-s -1", "--switch-s -1: it must be more than 0"),
+        ("release", "--new-build b", "--new-build b: name its repository too"),
+    ],
+    ids=lambda text: str(text).split(":")[0],
+)
+def test_what_no_gate_could_do_is_refused_before_the_first(command: str, flags: str, said: str) -> None:
+    main = {"release": release.main, "rollback": rollback.main}[command]
+    with pytest.raises(InputError, match=re.escape(said)):
+        main(values_of(command, "--model", "text", "--models", "tests/models", *flags.split()))
+
+
+def test_the_limits_of_a_release_are_those_of_the_loads_that_it_runs() -> None:
+    assert (release.LEAST_REQUESTS, MOST_RPS) == (shadow.LEAST_REQUESTS, steady.MOST_RPS)
+
+
+@pytest.fixture
+def hung() -> Iterator[str]:
+    """The address of a server that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+def live_options(url: str, **more: Any) -> Namespace:
+    """Options of a rollback with the live server at `url`."""
+    options = values_of("rollback", "--model", "text", "--models", "tests/models", "--protocol", "http", "--json")
+    return Namespace(**{**vars(options), "url": url, "switch_s": 1, **more})
+
+
+def test_only_where_nothing_listens_is_there_no_server(hung: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"did not answer .*; a server may run at 127"):
+        LiveServer.find(live_options(hung, repository=tmp_path), 1)
+    absent = LiveServer.find(live_options("127.0.0.1:9", repository=tmp_path), 1)
+    assert (absent.version, absent.absent) == (None, "nothing listens at 127.0.0.1:9")
+
+
+def test_a_server_that_came_up_during_the_gates_is_not_switched_unwatched(
+    hung: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LiveServer, "look", lambda live: (None, "it did not answer"))
+    args = live_options(hung, repository=tmp_path)
+    (tmp_path / "text" / "1").mkdir(parents=True)
+    candidate: Any = SimpleNamespace(
+        options=args, journal=None, number=2, model=tmp_path / "text", before=1, folder=None
+    )
+    with pytest.raises(InputError, match="it did not answer; a server may run"):
+        Release(candidate, LiveServer(options=args, version=None, absent="nothing listens")).switch()
+
+
+def test_a_server_that_hangs_is_rolled_back_and_waited_for(
+    hung: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LiveServer, "look", lambda live: (None, "it did not answer"))
+    monkeypatch.setattr("serving.release.rollback.refresh_stack", lambda repository: Skipped("no stack"))
+
+    def out(model: Path, number: int, *, decided: Callable[[], object], **_: object) -> list[str]:
+        (model / str(number)).rmdir()
+        decided()
+        return []
+
+    monkeypatch.setattr("serving.release.journal.move_out", out)
+    for version in ("1", "2"):
+        (tmp_path / "text" / version).mkdir(parents=True)
+    journal = ReleaseJournal(tmp_path / "releases", "rollback", 1, before=2)
+    with pytest.raises(GateFailed, match="the repository has version 1, the server has none: restart it"):
+        Rollback(live_options(hung, repository=tmp_path), journal, 2, 1).run()
+    record = read(journal.folder)
+    assert record is not None
+    assert (newest(tmp_path / "text"), record.outcome) == (1, "rolled back")
+
+
+def test_requests_that_failed_before_the_change_are_not_held_against_the_switch() -> None:
+    live = LiveServer(options=live_options("127.0.0.1:9"), version=1)
+    early = [sent_at(0, 1), sent_at(0.5, 1, "ServerError: x"), sent_at(2.5, 3), sent_at(4, 4)]
+    assert "3 requests failed" not in live.judged({"version": 2, **result_of(RequestLog(early), 1, 2)}, 2)
+    in_flight = [*early, sent_at(0.9, 200, "ConnectionLost: y")]
+    with pytest.raises(GateFailed, match=r"1 of 5 requests failed since the change \(1 times: ConnectionLost: y\)"):
+        live.judged({"version": 2, **result_of(RequestLog(in_flight), 1, 2)}, 2)
+
+
+@pytest.mark.parametrize("late", [None, "ConnectionLost: y"], ids=["none after it", "after it, too"])
+def test_the_failures_of_a_version_that_is_rolled_back_are_its_own(
+    late: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = [sent_at(0.5, 1, "ServerError: x"), sent_at(1.5, 1, "ServerError: x"), sent_at(4, 1), sent_at(2.1, 1, late)]
+    flags: list[str] = []
+
+    class Steady:
+        """Stands in for a load."""
+
+        def __init__(self, *given: str) -> None:
+            flags.extend(given)
+
+        def __enter__(self) -> SimpleNamespace:
+            result = {"version": 1, **result_of(RequestLog(sent), 1, 2)}
+            return SimpleNamespace(begin=lambda: 2, change=lambda: None, result=lambda: result)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr("serving.release.rollback.SteadyLoad", Steady)
+    monkeypatch.setattr(Rollback, "_take_out", lambda _: None)
+    args = live_options("127.0.0.1:9", repository=tmp_path)
+    rollback = Rollback(args, ReleaseJournal(tmp_path, "rollback", 1, before=2), 2, 1)
+    if late:
+        with pytest.raises(GateFailed, match=r"1 of 4 requests failed after the switch \(1 times: ConnectionLost: y\)"):
+            rollback.switch()
+    else:
+        assert "1 failed before the switch, none after it" in rollback.switch()
+    assert "--may-fail" in flags
+
+
+@pytest.mark.parametrize(
+    "slo",
+    [{"objectives": ("throughput >= 10",)}, {"rate_rps": 10}, {"objectives": ("p50_ms < 5 @ 10 rps",)}],
+    ids=["throughput", "rate", "a line's rate"],
+)
+def test_a_load_test_lasts_as_long_as_its_percentiles_need_at_the_lowest_rate(
+    slo: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = DeploymentSpec.load("tests/models/text").model_copy(update={"slo": SloSpec(p99_ms=50, **slo)})
+    args = Namespace(model="text", models="", repository=tmp_path, new_build=None, rate=None, duration_s=30)
+    assert (
+        Candidate(args, spec, ReleaseJournal(tmp_path, "release", 2), 2)._duration_s() == 90
+    )  # 1.5 x 299 bursts of 0.2 s
+
+
+def test_a_stack_of_the_repository_at_another_address_is_not_passed_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = live_options("127.0.0.1:9", repository=tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as gateway:
+        port = gateway.getsockname()[1]
+        Path(".env").write_text(f"STACK_REPOSITORY='{tmp_path}'\nGATEWAY_PORT={port}\n")
+        with pytest.raises(InputError, match=f"runs behind localhost:{port} and would load the version without"):
+            LiveServer.find(options, 1)
+    assert "nothing listens" in LiveServer.find(options, 1).absent  # the stack is down

@@ -1,0 +1,495 @@
+"""Choosing a precision: parity, the accuracy budget and speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from deepseek.precisions import Precision
+from deepseek.spec import Axis, DeploymentSpec, GateFailed, Target
+from export.artifact import engine_path, onnx_path
+from export.model_folder import Predict
+from export.precision import accuracy_budget
+from export.precision.accuracy import metric_drop, parity, similarity
+from export.precision.accuracy_budget import Baseline, measured
+from export.rows import load_rows, save_rows
+from export.runtimes.batching import within_batch
+from export.runtimes.pytorch_reference import weights_digest
+from export.stages import select_precision
+from export.stages.select_precision import add_speed, choose, show
+from tests.conftest import run_module
+
+IMAGE = DeploymentSpec.load("tests/models/image")
+
+
+def variant(drop: float, speedup: float) -> dict[str, Any]:
+    return {"drop": drop, "speedup": speedup}
+
+
+def seconds_of(variants: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    """Rounds in which each variant has its speedup."""
+    return {name: [1 / variant["speedup"]] * 8 for name, variant in variants.items()}
+
+
+THREE = {"fp32": (0, 1), "fp16": (0.001, 1.5), "int8": (0.009, 2)}
+
+
+@pytest.mark.parametrize(
+    ("measured_as", "candidates", "max_drop", "chosen", "why"),
+    [
+        (THREE, ["fp16", "int8"], 0.01, "int8", {"fp32": "inside", "int8": "chosen: the fastest inside the budget"}),
+        (THREE, ["fp16", "int8"], 0.005, "fp16", {"int8": "outside the budget: drop 0.90% > 0.50%"}),
+        (THREE, ["fp16"], 0.001, "fp16", {"int8": "outside the budget: drop 0.90% > 0.10%"}),
+        (THREE, ["fp16"], 0.01, "fp16", {"int8": "not a candidate"}),
+        (
+            {"fp32": (0, 1), "fp16": (0, 0.5), "int8": (0.2, 3)},
+            ["fp16", "int8"],
+            0.01,
+            "fp32",
+            {
+                "fp16": "inside, but not faster than fp32 (0.50x)",
+                "fp32": "chosen: no candidate is faster inside the budget",
+            },
+        ),
+        ({"fp32": (0, 1), "int8": (math.inf, 2)}, ["int8"], 0.01, "fp32", {}),
+    ],
+    ids=["fastest", "inside", "at the budget", "candidates", "not faster", "infinite drop"],
+)
+def test_the_fastest_candidate_inside_the_budget_is_chosen_if_it_beats_fp32(
+    measured_as: dict[str, tuple[float, float]],
+    candidates: list[str],
+    max_drop: float,
+    chosen: str,
+    why: dict[str, str],
+) -> None:
+    variants = {name: variant(*seen) for name, seen in measured_as.items()}
+    found, reasons = choose(variants, candidates, max_drop, seconds_of(variants))
+    assert (found, {name: reasons[name] for name in why}) == (chosen, why)
+
+
+def test_a_precision_asked_for_by_name_needs_only_the_budget() -> None:
+    variants = {"fp32": variant(0, 1), "int8": variant(0.01, 0.5)}
+    chosen, reasons = choose(variants, ["int8"], 0.01, seconds_of(variants), asked=True)
+    assert (chosen, reasons["int8"]) == ("int8", "chosen: asked for, inside the budget")
+
+
+@pytest.mark.parametrize(
+    ("int8", "chosen", "why"),
+    [
+        ([0.98] * 11 + [1.15] * 9, "fp16", "inside, but not distinguishable in speed from fp16 (1.02x)"),
+        ([1.5] * 20, "fp16", "inside, but not faster than fp16 (0.67x)"),
+        ([0.9] * 20, "int8", "chosen: the fastest inside the budget"),
+    ],
+    ids=["within the noise", "slower", "faster"],
+)
+def test_within_the_noise_the_more_accurate_precision_is_served(int8: list[float], chosen: str, why: str) -> None:
+    variants = {name: {"drop": drop} for name, drop in {"int8": -0.001, "fp32": 0.0, "fp16": 0.001}.items()}
+    seconds = {"fp32": [1.6] * 20, "fp16": [1.0] * 20, "int8": int8}
+    found, reasons = choose(variants, ["int8", "fp16"], 0.01, seconds)
+    assert (found, reasons["int8"]) == (chosen, why)
+
+
+def test_8_bits_that_beat_only_a_slow_fp16_are_not_chosen() -> None:
+    variants: dict[str, Any] = {name: {"drop": 0.001} for name in ("fp32", "int8", "fp16")}
+    seconds = {"fp32": [1.0] * 20, "fp16": [1.3] * 20, "int8": [0.98] * 11 + [1.15] * 9}
+    assert choose(variants, ["int8", "fp16"], 0.01, seconds)[0] == "fp32"
+
+
+def test_three_of_four_rounds_must_be_faster_and_speed_is_the_median() -> None:
+    variants: dict[str, Any] = {name: {"drop": 0.0} for name in ("fp32", "fp16", "int8")}
+    base = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
+    seconds = {
+        "fp32": base,
+        "fp16": [*(second / 2 for second in base[:5]), *base[5:]],  # in five of eight
+        "int8": [*(second / 2 for second in base[:6]), *base[6:]],  # in six
+    }
+    add_speed(variants, seconds, 24)
+    assert [variant["speedup"] for variant in variants.values()] == [1, 2, 2]
+    assert [variant["rows_per_s"] for variant in variants.values()] == [2, 4, 4]
+    chosen, reasons = choose(variants, ["fp16", "int8"], 0.01, seconds)
+    assert (chosen, reasons["int8"]) == ("int8", "chosen: the fastest inside the budget")
+    assert reasons["fp16"] == "inside, but not distinguishable in speed from fp32 (2.00x)"
+
+
+@pytest.mark.parametrize(
+    ("drops", "asked", "message"),
+    [
+        ((0.03, 0.02), True, r"\(drops: int8 2.00%\); raise it, or choose with PRECISION=auto"),
+        ((0.03, 0.02), False, r"\(drops: fp32 3.00%, int8 2.00%\); not even fp32 is"),
+        ((0, math.inf), True, "no candidate is inside max_drop 1.00%"),
+        ((0, math.nan), True, "no candidate is inside max_drop 1.00%"),
+    ],
+)
+def test_if_nothing_is_inside_the_budget_the_error_has_the_drops_and_a_fix(
+    drops: tuple[float, float], asked: bool, message: str
+) -> None:
+    with pytest.raises(GateFailed, match=message):
+        choose({"fp32": variant(drops[0], 1), "int8": variant(drops[1], 2)}, ["int8"], 0.01, {}, asked=asked)
+
+
+def test_rounding_is_no_drop() -> None:
+    assert metric_drop("similarity", 1 - 1e-13, 1.0) == 0
+    assert metric_drop("similarity", 1 - 1e-7, 1.0) > 0
+
+
+def outputs(scores: list[float], features: list[float]) -> dict[str, np.ndarray]:
+    return {"scores": np.array(scores, np.float32), "features": np.array(features, np.float32)}
+
+
+def test_parity_has_errors_cosine_and_top_agreement_of_each_output() -> None:
+    reference = [outputs([1, 2], [4, 0]), outputs([2, 1], [0, 4])]
+    report = parity(IMAGE, [outputs([1, 2], [4, 0]), outputs([1, 2], [0, 3])], reference)
+    assert report["scores"]["worst_error"] == pytest.approx(0.5)
+    assert report["scores"]["top_agreement"] == 0.5
+    assert report["features"]["worst_error"] == pytest.approx(0.25)
+    assert report["features"]["cosine"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_counts_as_an_infinite_error_in_parity(bad: float) -> None:
+    report = parity(IMAGE, [outputs([1, bad], [1, 1])], [outputs([1, 2], [1, 1])])
+    assert report["scores"]["worst_error"] == math.inf
+    assert similarity(report) == -1
+
+
+@pytest.mark.parametrize(("least", "seen"), [(1, [4, 4, 2]), (4, [4, 4, 4])], ids=["any batch", "a fixed one"])
+def test_a_batch_past_the_profile_is_split(least: int, seen: list[int]) -> None:
+    sizes = []
+
+    def predict(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        sizes.append(len(inputs["x"]))
+        return {"y": inputs["x"] * 2}
+
+    result = within_batch(predict, Axis(min=least, opt=4, max=4))({"x": np.arange(10)})
+    assert sizes == seen
+    assert result["y"].tolist() == list(range(0, 20, 2))
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "passes"),
+    [
+        ("onnxruntime", 0.001, True),
+        ("onnxruntime", 0.0011, False),
+        ("tensorrt", 0.01, True),  # TF32
+        ("tensorrt", 0.011, False),
+    ],
+)
+def test_fp32_has_to_match_pytorch(target: Target, error: float, passes: bool) -> None:
+    report = {"items": {"common": 1.0}, "scores": {"worst_error": error}}
+    with nullcontext() if passes else pytest.raises(GateFailed, match=r"output 'scores' is off by 0\.0+11 from"):
+        select_precision._check_fp32(IMAGE, target, report)
+
+
+ROWS = [{"pixels": np.full((3, 32, 32), value, np.float32)} for value in (1, 2)]
+SCORES = [outputs([1, 2], [4, 0]), outputs([2, 1], [0, 4])]
+
+
+def scaled(scale: float, answers: list[dict[str, np.ndarray]] = SCORES) -> Predict:
+    """A predictor that returns these outputs, with the features times `scale`."""
+    rows = {"scores": [row["scores"] for row in answers], "features": [row["features"] * scale for row in answers]}
+    return lambda inputs: {name: np.stack(arrays)[: len(inputs["pixels"])] for name, arrays in rows.items()}
+
+
+def baseline(metric: str | None = None, reference: float = 0.8, **changes: Any) -> Baseline:
+    """A baseline with outputs SCORES over ROWS; evaluate() returns 0.6 for every variant."""
+    precision = IMAGE.precision.model_copy(update={"metric": metric})
+    source: Any = SimpleNamespace(
+        spec=IMAGE.model_copy(update={"precision": precision}), folder=Path("m"), evaluate=lambda _: {"accuracy": 0.6}
+    )
+    facts = {"rows": ROWS, "outputs": SCORES, "unpruned_outputs": SCORES, "metrics": {"accuracy": reference}}
+    return Baseline(source=source, predict=scaled(1), **facts | changes)
+
+
+def test_the_drop_is_that_of_the_metric_or_without_one_of_the_outputs() -> None:
+    assert baseline("accuracy").measure(scaled(1))["drop"] == pytest.approx(0.25)
+    assert baseline("accuracy", reference=0.0).measure(scaled(1))["drop"] == 0  # a metric of 0 cannot drop
+    plain = baseline().measure(scaled(0.5))
+    assert (plain["drop"], plain["metrics"]) == (0, {})  # the direction is the same
+    assert plain["parity"]["features"]["worst_error"] == pytest.approx(0.5)
+    pruned = baseline(unpruned_outputs=[outputs([1, 2], [0, 1]), outputs([2, 1], [0, 4])]).measure(scaled(1))
+    assert (pruned["drop"], pruned["parity"]["features"]["cosine"]) == (pytest.approx(0.5), pytest.approx(1))
+
+
+def test_each_half_of_the_rows_has_its_own_drop_also_with_a_metric() -> None:
+    rows = [{"x": np.full((1, 3), place, np.float32)} for place in range(40)]
+    answers = [{"scores": row["x"][0], "features": row["x"][0]} for row in rows]
+    known = {"outputs": answers, "unpruned_outputs": answers}
+
+    def reference(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"scores": inputs["x"], "features": inputs["x"]}
+
+    def wrong(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every fourth row is wrong."""
+        return {name: np.where(inputs["x"] % 4 == 0, -1, array) for name, array in reference(inputs).items()}
+
+    def evaluate(predict: Predict) -> dict[str, float]:
+        inputs = np.concatenate([row["x"] for row in rows])
+        return {"accuracy": float((predict({"x": inputs})["scores"] == inputs).mean())}
+
+    found = dataclasses.replace(baseline("accuracy", 1.0, rows=rows, **known), predict=reference)
+    source: Any = SimpleNamespace(**{**vars(found.source), "evaluate": evaluate})
+    spec = source.spec.model_copy(
+        update={"inputs": {"x": source.spec.inputs["pixels"].model_copy(update={"shape": ("batch", 3)})}}
+    )
+    source.spec = spec
+    found = dataclasses.replace(found, source=source)
+    halves = [
+        [row["x"][0, 0] % 4 == 0 for row in rows if accuracy_budget._chooses(row) == own] for own in (True, False)
+    ]
+    assert found.half_sizes() == {"chosen_on": len(halves[0]), "judged_on": len(halves[1])}
+    drops = [found.drop_on_half(wrong, choosing=own) for own in (True, False)]
+    assert drops == pytest.approx([sum(half) / len(half) for half in halves])
+
+
+@pytest.mark.parametrize("metric", [None, "accuracy"])
+def test_rows_that_are_all_in_one_half_judge_no_layers(metric: str | None) -> None:
+    row = {"x": np.zeros((1, 3), np.float32)}
+    found = baseline(metric, 1.0, rows=[row, row])
+    for own in (True, False):
+        with pytest.raises(GateFailed, match="too few different evaluation rows to choose layers on one half"):
+            found.drop_on_half(scaled(1), choosing=own)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_outputs_are_an_infinite_drop_with_any_metric(bad: float) -> None:
+    answers = [outputs([1, 2], [bad, 0]), SCORES[1]]
+    assert baseline("accuracy").measure(scaled(1, answers))["drop"] == math.inf
+
+
+@pytest.mark.parametrize(("pruning", "drop"), [(None, 0.0), ({"ratio": 0.5}, 0.5)])
+def test_the_loss_of_pruning_counts_toward_the_budget(
+    pruning: Any, drop: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpruned = scaled(1, [outputs([1, 2], [0, 1]), outputs([2, 1], [0, 4])])
+    monkeypatch.setattr(accuracy_budget, "load_rows", lambda _: ROWS)
+    monkeypatch.setattr(accuracy_budget, "pruning_of", lambda _: pruning)
+    monkeypatch.setattr(accuracy_budget, "module_predictor", lambda *_: unpruned)
+    source: Any = SimpleNamespace(spec=IMAGE, unpruned=object, evaluate=None)
+    assert Baseline.of(source, scaled(1)).measure(scaled(1))["drop"] == pytest.approx(drop)
+
+
+def no_kernel(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    raise RuntimeError("no kernel\n  for it")
+
+
+def crash(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("predict", "target", "why"),
+    [
+        (no_kernel, "onnxruntime", "its graph does not run: no kernel for it"),
+        (no_kernel, "tensorrt_rtx", "its graph does not run: no kernel for it"),
+        (no_kernel, "tensorrt", "its engine does not run: no kernel for it"),
+        (crash, "tensorrt", "TensorRT crashed (SIGSEGV) on its engine"),
+        (crash, "onnxruntime", "ONNX Runtime crashed (SIGSEGV) on its graph"),
+        (scaled(1), "onnxruntime", None),
+    ],
+)
+def test_a_candidate_that_does_not_run_is_refused_with_its_reason(
+    predict: Predict, target: Target, why: str | None, build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select_precision, "variant_predictor", lambda *_: predict)
+    assert select_precision._failure(IMAGE, "fp16", target) == why
+
+
+def test_a_candidate_that_could_not_be_made_is_refused_with_its_recorded_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+    found = []
+    for artifact in (engine_path("image", "fp16", "tensorrt"), onnx_path("image", "fp16")):
+        artifact.parent.mkdir(parents=True, exist_ok=True)
+        artifact.touch()
+        (artifact.parent / "refused.txt").write_text(artifact.name)
+        found.append(select_precision._refusal(IMAGE, "fp16", "tensorrt"))
+    assert found == ["model.plan", "model.onnx"]  # a graph that is refused comes before its engine
+    assert select_precision._refusal(IMAGE, "int8", "tensorrt") is None
+
+
+def test_only_8_bits_have_a_sensitivity_report_and_only_if_needed(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(text / "build"))
+    spec = DeploymentSpec.load("tests/models/text")
+    names: tuple[Precision, ...] = ("fp16", "int8")
+    for name in names:
+        onnx_path("text", name).with_name("sensitivity.json").unlink(missing_ok=True)
+    assert [select_precision._sensitivity(spec, name) for name in names] == [None, None]
+    for name in names:
+        onnx_path("text", name).with_name("sensitivity.json").write_text('{"layers": []}')
+    found = [select_precision._sensitivity(spec, name) for name in names]
+    assert found == [None, {"layers": [], "high": "fp32"}]
+
+
+def test_the_reference_is_identified_by_its_weights() -> None:
+    import torch
+
+    module = torch.nn.Linear(2, 2)
+    before = weights_digest(module)
+    assert before == weights_digest(module)
+    torch.nn.init.zeros_(module.weight)
+    assert weights_digest(module) not in (before, None)
+
+
+def test_accuracy_is_measured_once_per_key_and_always_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+    monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "m").mkdir()
+    numbers = iter(range(9))
+    found = [measured(key, "m", lambda: {"drop": next(numbers)})["drop"] for key in ("a", "a", "b", "a", None, None)]
+    assert found == [0, 0, 1, 0, 2, 3]
+
+
+def test_the_table_has_a_row_per_precision_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = {"worst_error": 0.25, "cosine": 0.5, "top_agreement": 0.75}
+    own = {"metrics": {"ndcg": 0.4}, "parity": {"y": numbers, "ids": {"common": 1.0, "top_agreement": 1.0}}}
+    rows = {
+        name: {**variant(0.01, 2), **own, "rows_per_s": 50, "size_bytes": 2048, "reason": f"{name} it is"}
+        for name in ("fp32", "int8")
+    }
+    layer = {"name": "fc1", "operator": "Gemm", "share": 0.9, "high": True}
+    report = {"max_drop": 0.02, "drop": 0.01, "held": True, "high": "fp16", "layers": [layer]}
+    fixed = {"model": "m", "target": "onnxruntime", "rows": 64, "max_drop": 0.02, "chosen": "int8", "variants": rows}
+    pytorch = {"metrics": {"ndcg": 0.5}, "rows_per_s": 100}
+    found = {"warning": "too few", "refused": {"fp8": "no"}, "sensitivity": {"int8": report}}
+    show(fixed | found | {"metric": "ndcg", "pytorch": pytorch})
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert said[0] == "m on onnxruntime: 64 evaluation rows, budget 2.00%"
+    assert "PyTorch fp32 0.5000 2.00x" in said
+    assert "int8 0.4000 +1.00% 0.25 0.50000 75.0% 2.00x 2.0 KiB" in said
+    for line in ("warning: too few", "int8 int8 it is", "fp8 could not be made: no", "fc1 Gemm 90.0% fp16"):
+        assert line in said
+    show(fixed | {"metric": "similarity", "pytorch": pytorch, "warning": "", "refused": {}, "sensitivity": {}})
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "PyTorch fp32 1 2.00x" in said
+    assert "int8 0.9900 +1.00% 0.25 0.50000 75.0% 2.00x 2.0 KiB" in said
+    assert not [line for line in said if "warning" in line]
+
+
+def test_the_choice_and_each_manifest_have_the_accuracy(built: Path) -> None:
+    choice = json.loads((built / "build" / "text" / "choice-onnxruntime.json").read_text())
+    assert choice["chosen"] in choice["variants"]
+    assert choice["metric"] == "self_retrieval"
+    for precision in ("fp32", "fp16", "int8"):
+        manifest = json.loads((built / "build" / "text" / precision / "manifest.json").read_text())
+        assert manifest["accuracy"]["metrics"] == choice["variants"][precision]["metrics"]
+
+
+@pytest.fixture
+def text(built: Path, tmp_path: Path) -> Path:
+    """A folder with `models/` and `build/` of the model `text` that the test may change."""
+    shutil.copytree(built / "build" / "text", tmp_path / "build" / "text")
+    shutil.copytree("tests/models/text", tmp_path / "models" / "text")
+    return tmp_path
+
+
+def stage(folder: Path, name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Runs a stage of the build for the model in that folder."""
+    which = ("--models", str(folder / "models"), "--model", "text")
+    return run_module("cli", name.replace("_", "-"), *which, *flags, DEEPSEEK_BUILD=str(folder / "build"))
+
+
+def test_if_the_metric_of_fp32_is_0_outputs_are_compared_and_a_warning_says_so(text: Path) -> None:
+    model = text / "models" / "text" / "model.py"
+    model.write_text(model.read_text().replace('{"self_retrieval": float(', '{"self_retrieval": 0 * float('))
+    said = "warning: self_retrieval of fp32 PyTorch is 0: evaluate() has too little data to judge by, or a mistake"
+    made = stage(text, "quantize", "--precision", "int8", "--high-precision", "fp32")
+    assert (made.returncode, said in " ".join(made.stderr.split())) == (0, True), made.stderr
+    compared = stage(text, "select_precision")
+    assert (compared.returncode, said in compared.stdout) == (0, True), compared.stderr
+    choice = json.loads((text / "build" / "text" / "choice-onnxruntime.json").read_text())
+    assert choice["metric"] == "similarity"
+    int8 = choice["variants"]["int8"]
+    assert int8["drop"] == pytest.approx(1 - int8["parity"]["embedding"]["cosine"], abs=1e-9)
+
+
+def test_an_unbuilt_precision_is_an_input_error_that_says_how_to_build_it(text: Path) -> None:
+    shutil.rmtree(text / "build" / "text" / "int8")
+    for flags in (("--precision", "int8"), ()):
+        run = stage(text, "select_precision", *flags)
+        assert run.returncode == 2
+        assert "int8/model.onnx: no such file; make it with: make engine " in run.stderr
+
+
+def test_a_missing_execution_provider_is_an_error_only_if_it_would_serve(text: Path) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this machine's ONNX Runtime has it")
+    toml = text / "models" / "text" / "deploy.toml"
+    toml.write_text(toml.read_text() + '[onnxruntime]\nprovider = "cuda"\n')
+    made = stage(text, "quantize", "--precision", "fp16", "--candidate")
+    compared = stage(text, "select_precision")
+    for run in (made, compared):
+        assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+        assert "execution provider 'cuda' is not in ONNX Runtime" in run.stderr
+    assert (text / "build" / "text" / "fp16" / "model.onnx").stat().st_size > 0
+    other = stage(text, "quantize", "--precision", "fp16", "--target", "tensorrt")
+    assert other.returncode == 0, other.stderr  # if TensorRT serves, the trials run on the CPU
+
+
+def test_a_graph_that_cannot_be_loaded_is_refused_and_the_others_are_compared(text: Path) -> None:
+    path = text / "build" / "text" / "fp16" / "model.onnx"
+    path.write_bytes(path.read_bytes()[:1000])
+    run = stage(text, "select_precision", "--json")
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert (result["refused"].keys(), result["metric"]) == ({"fp16"}, "self_retrieval")
+    assert stage(text, "select_precision", "--precision", "fp16").returncode == 1
+
+
+def test_a_profile_with_one_batch_size_is_compared(text: Path) -> None:
+    toml = text / "models" / "text" / "deploy.toml"
+    toml.write_text(toml.read_text().replace("min = 1\nopt = 4\nmax = 8", "min = 4\nopt = 4\nmax = 4"))
+    assert stage(text, "to_onnx").returncode == 0
+    run = stage(text, "select_precision", "--precision", "fp32", "--json")
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["variants"]["fp32"]["metrics"] == result["pytorch"]["metrics"]
+    assert result["timed_shapes"]["input_ids"][0] == 4
+
+
+def test_speed_is_measured_at_opt_even_if_no_two_rows_share_a_shape(text: Path) -> None:
+    path = text / "build" / "text" / "evaluation.npz"
+    rows = {row["input_ids"].shape: row for row in load_rows(path)}
+    save_rows(path, rows.values())
+    run = stage(text, "select_precision", "--precision", "fp32", "--json")
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["rows"] == len(rows)
+    assert result["timed_shapes"] == {"input_ids": [4, 16], "attention_mask": [4, 16]}
+
+
+def test_an_fp32_graph_of_another_model_fails_even_with_a_good_metric(text: Path) -> None:
+    model = text / "models" / "text" / "model.py"
+    model.write_text(model.read_text().replace("manual_seed(0)", "manual_seed(1)"))
+    run = stage(text, "select_precision", "--precision", "fp32")
+    assert run.returncode == 1
+    assert "fp32 on onnxruntime: output 'embedding' is off by" in run.stderr
+
+
+def test_a_variant_past_the_budget_exits_1_and_changes_no_choice(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built / "build" / "image", tmp_path / "build" / "image")
+    shutil.copytree("tests/models/image", tmp_path / "models" / "image")
+    toml = tmp_path / "models" / "image" / "deploy.toml"
+    toml.write_text(toml.read_text().replace("max_drop = 0.05", "max_drop = 0.0"))
+    before = (tmp_path / "build" / "image" / "choice-onnxruntime.json").read_bytes()
+    flags = ("--models", str(tmp_path / "models"), "--model", "image", "--precision", "int8")
+    run = run_module("cli", "select-precision", *flags, DEEPSEEK_BUILD=str(tmp_path / "build"))
+    assert run.returncode == 1
+    assert "no candidate is inside max_drop 0.00%" in run.stderr
+    assert (tmp_path / "build" / "image" / "choice-onnxruntime.json").read_bytes() == before

@@ -1,0 +1,201 @@
+"""A model whose process is killed serves again, or the server ends and says why."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from deepseek_client import InferenceClient, ModelNotReady, ServerError
+
+from deepseek.spec import GateFailed
+from serving.embedded import supervisor as supervisor
+from serving.embedded.launcher import EmbeddedServer
+from serving.embedded.model_control import is_ready
+from serving.embedded.serve import _serve
+from serving.embedded.stub_processes import StubProcess
+from tests.conftest import ADD_ONE, FREE, write_add_one
+from tests.gateway import wait_for
+
+X = {"x": np.zeros((1, 2, 3), np.float32)}
+INITIALIZE = "    def initialize(self, args):\n"
+
+
+def write_model(repository: Path, name: str, *, initialize: str = "", instances: int = 2) -> Path:
+    """A model y = x + 1 that runs code when it is loaded; returns its model.py."""
+    write_add_one(repository, name, instances=instances)
+    path = repository / name / "1" / "model.py"
+    path.write_text(ADD_ONE.replace(INITIALIZE, f"{INITIALIZE}        {initialize}\n", 1))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """A server as in a container, which follows the repository. `pair` takes a second to load; `other` is unaffected."""
+    folder = tmp_path_factory.mktemp("watched")
+    write_model(folder / "repository", "pair", initialize="import time; time.sleep(1)")
+    write_add_one(folder / "repository", "other")
+    with EmbeddedServer(
+        folder / "repository", **FREE, poll_s=1, behind_gateway=True, exit_timeout_s=1, log_path=folder / "log"
+    ) as running:
+        yield running
+
+
+def stubs(running: EmbeddedServer, model: str) -> list[psutil.Process]:
+    """The live processes of a model that already have their own command line."""
+    found = []
+    for each in psutil.Process(running.pid).children():
+        with contextlib.suppress(psutil.Error):
+            found += [each] if f"/{model}/" in " ".join(each.cmdline()) else []
+    return found
+
+
+class Said:
+    """The server's output since the test began."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys, self._text = capsys, ""
+
+    def __call__(self) -> str:
+        self._text += self._capsys.readouterr().err
+        return self._text
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Said:
+    return Said(capsys)
+
+
+def test_a_process_belongs_to_the_model_below_whose_folder_its_code_is() -> None:
+    models = Path("/scratch/models")
+    default = ["stub", "/scratch/models/m/3/model.py", "prefix", "1048576", "m_0_1", "DEFAULT", ""]
+    assert StubProcess.of(default, models) == StubProcess(model="m", version=3, instance="m_0_1")
+    named = ["stub", "/scratch/models/m/3/model.py", "prefix", "1048576", "fast_1", "DEFAULT", ""]
+    assert StubProcess.of(named, models) == StubProcess(model="m", version=3, instance="m")
+    assert StubProcess.of(["tritonserver", "--model-repository=/scratch/models"], models) is None
+
+
+@pytest.mark.parametrize("killed", [1, 2], ids=["one of two", "both"])
+def test_a_model_that_lost_a_process_is_not_ready_and_then_serves_again(
+    server: EmbeddedServer, said: Said, killed: int
+) -> None:
+    with InferenceClient(server.grpc_url, retries=0) as client:
+        client.infer("pair", X)
+        for stub in stubs(server, "pair")[:killed]:
+            stub.kill()
+        wait_for(lambda: not is_ready(server.http_url))
+        np.testing.assert_array_equal(client.infer("other", X)["y"], X["x"] + 1)
+        wait_for(lambda: "serves again" in said())
+        assert is_ready(server.http_url)
+        wait_for(lambda: len(stubs(server, "pair")) == 2)  # the others of what was unloaded have ended
+        for _ in range(8):
+            np.testing.assert_array_equal(client.infer("pair", X)["y"], X["x"] + 1)
+    first, second = said().splitlines()
+    assert first.startswith("died      pair: process ")
+    assert first.count(" of pair_0_") == killed
+    assert "was killed by SIGKILL" in first
+    assert second.startswith("          pair: serves again after ")
+
+
+def test_callers_notice_a_delay_and_no_process_of_what_was_lost_lives_on(server: EmbeddedServer, said: Said) -> None:
+    """Once the model is unloaded, its requests are refused, not failed. Triton alone would keep the other process."""
+    before = stubs(server, "pair")
+    load = ThreadPoolExecutor(4)
+    with load, InferenceClient(server.grpc_url, retries=0) as client:
+        under_way = [load.submit(client.infer, "pair", X) for _ in range(200)]
+        before[0].kill()
+        wait_for(lambda: not is_ready(server.http_url))
+        with InferenceClient(server.grpc_url, retries=20, timeout_s=20) as patient:
+            np.testing.assert_array_equal(patient.infer("pair", X)["y"], X["x"] + 1)
+    assert {type(each.exception()) for each in under_way} <= {type(None), ServerError, ModelNotReady}
+    wait_for(lambda: "serves again" in said())
+    wait_for(lambda: not {each.pid for each in before} & {each.pid for each in stubs(server, "pair")})
+
+
+def test_loads_that_replace_a_model_are_no_deaths(server: EmbeddedServer, said: Said) -> None:
+    path = server.repository / "pair" / "1" / "model.py"
+    before = stubs(server, "pair")
+    part = path.with_suffix(".part")
+    part.write_text(f"{path.read_text()}\n# a new one\n")
+    part.replace(path)
+    _, alive = psutil.wait_procs(before, timeout=60)
+    assert not alive
+    shutil.rmtree(server.repository / "other")  # and is unloaded
+    wait_for(lambda: not stubs(server, "other"))
+    time.sleep(3 * 0.5)
+    assert said() == ""
+    write_add_one(server.repository, "other")
+    wait_for(lambda: stubs(server, "other"))
+
+
+# ---- killed while it loads -------------------------------------------------------------------------
+
+ONCE = "import os, pathlib; f = pathlib.Path({flag!r}); f.exists() and (f.unlink(), os.kill(os.getpid(), 9))"
+
+
+def test_a_process_killed_while_a_new_version_loads_gets_a_second_try(
+    server: EmbeddedServer, said: Said, tmp_path: Path
+) -> None:
+    flag = tmp_path / "kill"
+    flag.touch()
+    write_model(tmp_path, "new", initialize=ONCE.format(flag=str(flag)), instances=1)
+    (tmp_path / "new").rename(server.repository / "new")
+    wait_for(lambda: not flag.exists() and stubs(server, "new"))
+    with InferenceClient(server.grpc_url) as client:
+        wait_for(lambda: client.ready("new"))
+        np.testing.assert_array_equal(client.infer("new", X)["y"], X["x"] + 1)
+    assert "died" not in said()
+
+
+def test_a_process_killed_during_the_start_ends_it_with_one_line(tmp_path: Path) -> None:
+    write_model(tmp_path / "repository", "doomed", initialize="import os; os.kill(os.getpid(), 9)")
+    with (
+        pytest.raises(GateFailed, match=r"'doomed'.*not healthy; its process was killed, perhaps"),
+        EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "log"),
+    ):
+        pass
+
+
+# ---- killed again and again ------------------------------------------------------------------------
+
+
+def test_a_model_that_dies_again_and_again_ends_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Said
+) -> None:
+    monkeypatch.setattr(supervisor, "MOST_TIMES", 1)
+    dies_later = "import os, threading; threading.Timer(1.5, os.kill, (os.getpid(), 11)).start()"
+    write_model(tmp_path / "repository", "dying", initialize=dies_later, instances=1)
+    with (
+        EmbeddedServer(tmp_path / "repository", **FREE, exit_timeout_s=1, log_path=tmp_path / "log") as running,
+        pytest.raises(GateFailed, match=r"dying: .* was ended by SIGSEGV; it was reloaded 1 times and served for less"),
+    ):
+        _serve(running, [])
+    assert said().count("reloading the model") == 1
+
+
+def test_a_server_that_is_killed_itself_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    with EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "log") as running:
+        os.kill(running.pid, signal.SIGKILL)
+        wait_for(lambda: running.poll() is not None)
+        with pytest.raises(GateFailed, match="tritonserver was killed by SIGKILL"):
+            _serve(running, [])
+
+
+def test_a_server_that_crashed_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "CRASH_S", 0.1)
+    write_add_one(tmp_path / "repository")
+    log = tmp_path / "log"
+    with EmbeddedServer(tmp_path / "repository", **FREE, log_path=log) as running:
+        with log.open("ab") as file:
+            file.write(b"Signal (11) received.\n")  # and then, where the cores are busy, nothing for a minute
+        with pytest.raises(GateFailed, match="tritonserver crashed but does not exit"):
+            _serve(running, [])

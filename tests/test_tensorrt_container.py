@@ -1,0 +1,127 @@
+"""The container of the engine build: what a machine lacks, the command line, and the Dockerfile.
+
+There is no GPU and no NVIDIA runtime here. Small programs named nvidia-smi and docker stand in for them and record the
+command line that would run.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from deepseek.spec import InputError
+from deepseek.spec.triton_release import TRITON_TAG, check_tag
+from export.runtimes.tensorrt_container import DOCKERFILE, image_name
+from tests.conftest import run_module
+
+NVIDIA_SMI = "echo 'GPU 0: NVIDIA L4'"
+DOCKER = 'echo "$@" >>"$RECORD"; case "$1" in info) echo "Runtimes: runc nvidia";; run) exit 7;; esac'
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of programs that is the whole PATH; the file $RECORD has the arguments of `docker`."""
+    (tmp_path / "bin").mkdir()
+    for tool in ("bash", "cat"):
+        (tmp_path / "bin" / tool).symlink_to(f"/bin/{tool}")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("RECORD", str(tmp_path / "record"))
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    return tmp_path / "bin"
+
+
+def program(folder: Path, name: str, body: str) -> None:
+    """A shell script on the machine's PATH."""
+    (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("programs", "lacks"),
+    [
+        ({}, "an NVIDIA GPU (no nvidia-smi) and Docker (no docker on PATH)"),
+        ({"nvidia-smi": NVIDIA_SMI}, "Docker (no docker on PATH)"),
+        ({"nvidia-smi": "echo No devices found", "docker": DOCKER}, "an NVIDIA GPU (nvidia-smi lists none)"),
+        ({"nvidia-smi": NVIDIA_SMI, "docker": "exit 1"}, "a Docker engine that answers"),
+        (
+            {"nvidia-smi": NVIDIA_SMI, "docker": "echo Runtimes: runc; echo Name: nvidia"},
+            "the NVIDIA runtime of Docker",
+        ),
+        ({"nvidia-smi": NVIDIA_SMI, "docker": "echo permission denied >&2; exit 1"}, "permission to use Docker"),
+    ],
+    ids=["nothing", "no docker", "no gpu", "no engine", "no runtime", "no permission"],
+)
+def test_what_a_machine_lacks_is_one_error_line(machine: Path, programs: dict[str, str], lacks: str) -> None:
+    for name, body in programs.items():
+        program(machine, name, body)
+    run = run_module("cli", "tensorrt-container")
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"error: TARGET=tensorrt: this machine lacks {lacks}")
+    assert "make check-engine" in run.stderr
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_a_stage_runs_in_the_image_with_the_gpus_the_tree_and_no_network(machine: Path, tmp_path: Path) -> None:
+    program(machine, "nvidia-smi", NVIDIA_SMI)
+    program(machine, "docker", DOCKER)
+    stage = ("to-tensorrt", "--model", "image", "--precision", "fp16")
+    flags = ("--models", str(tmp_path), "--", *stage)
+    run = run_module("cli", "tensorrt-container", *flags, DEEPSEEK_DATA="/elsewhere/clicks.csv")
+    assert run.returncode == 7  # the stage's own
+    lines = (tmp_path / "record").read_text().splitlines()
+    command = next(line for line in lines if line.startswith("run "))
+    here, build = Path.cwd(), tmp_path / "build"
+    assert "--gpus all --network none" in command
+    assert f"--user {os.getuid()}:{os.getgid()}" in command
+    assert f"--volume {here}:{here}:ro --volume {build}:{build} --volume {tmp_path}:{tmp_path}:ro" in command
+    assert "--env DEEPSEEK_DATA=/elsewhere/clicks.csv" in command
+    assert "--volume /elsewhere/clicks.csv:/elsewhere/clicks.csv:ro" in command
+    assert command.endswith(f"{image_name('26.10')} python -m cli {' '.join(stage)}")
+    assert build.is_dir()
+
+
+def test_the_image_is_built_once_and_named_after_its_inputs(machine: Path, tmp_path: Path) -> None:
+    program(machine, "nvidia-smi", NVIDIA_SMI)
+    program(
+        machine,
+        "docker",
+        DOCKER.replace(
+            "run)", 'image) [ -e "$RECORD.made" ] && echo id;; build) touch="$RECORD.made"; : >"$touch";; run)'
+        ),
+    )
+    for _ in range(2):
+        run_module("cli", "tensorrt-container", "--tag", "26.08", "--", "to-tensorrt")
+    builds = [line for line in (tmp_path / "record").read_text().splitlines() if line.startswith("build ")]
+    assert builds == [f"build --tag {image_name('26.08')} --file {DOCKERFILE} --build-arg TRITON_TAG=26.08 ."]
+
+
+def test_the_requirements_of_a_model_folder_are_installed_in_an_image_on_top(machine: Path, tmp_path: Path) -> None:
+    program(machine, "nvidia-smi", NVIDIA_SMI)
+    program(machine, "docker", DOCKER.replace("run)", 'build) cat "${@: -1}"/Dockerfile* >>"$RECORD" || true;; run)'))
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "requirements.txt").write_text("timm>=1\n")
+    stage = ("--models", str(tmp_path), "--", "select-precision", "--model", "shop")
+    assert run_module("cli", "tensorrt-container", *stage).returncode == 7
+    record = (tmp_path / "record").read_text()
+    assert f"FROM {image_name('26.10')}\nCOPY requirements.txt" in record
+    own = next(
+        line.split()[2] for line in record.splitlines() if line.startswith(f"build --tag {image_name('26.10')}-")
+    )
+    assert f" {own} python -m cli select-precision" in record
+
+
+@pytest.mark.parametrize("tag", ["26.07", "25.12", "26.13", "latest", "26.7", ""])
+def test_an_invalid_tag_or_a_release_with_known_faults_is_refused(tag: str) -> None:
+    with pytest.raises(InputError, match="TRITON_TAG: seen"):
+        check_tag(tag)
+
+
+@pytest.mark.parametrize("tag", ["26.08", "26.10", "27.01"])
+def test_a_newer_tag_is_accepted(tag: str) -> None:
+    assert check_tag(tag) == tag
+
+
+def test_the_dockerfile_and_the_code_have_the_same_tag() -> None:
+    assert f"ARG TRITON_TAG={TRITON_TAG}\n" in DOCKERFILE.read_text()

@@ -1,0 +1,501 @@
+"""The verdict on a saved run: objectives that hold, are violated, or are inconclusive."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.commands import BY_NAME
+from cli.main import main as command_line
+from cli.main import values_of
+from deepseek.spec import InputError, SloSpec
+from deepseek.spec.objectives import Kind
+from loadtests.figures import formatted
+from loadtests.results.settings import LoadSettings
+from loadtests.slo.judge import judge, overall
+from loadtests.slo.objectives import SloStatus
+from loadtests.slo.slo_demands import in_flight_for, latency_limits, rates, timeout_for, too_short
+from tests.saved_runs import Request, saved_run, steady
+from tests.sleeper import write_sleeper
+
+SLO = SloSpec(p99_ms=50, rate_rps=100, max_error_rate=0.01)
+FIXED: dict[str, Any] = {
+    "model": "m",
+    "models": "",
+    "target": "onnxruntime",
+    "protocol": "grpc",
+    "url": "",
+    "inputs": "",
+}
+
+
+def decided(latency_s: float = 0.01, lag_s: float = 0.0001) -> list[Request]:
+    """Requests of 70 s at 100/s, which decide a p99."""
+    return steady(latency_s, 7000, lag_s, seconds=70)
+
+
+def test_a_run_within_every_limit_holds_with_its_margins(tmp_path: Path) -> None:
+    judgement = judge(saved_run(tmp_path, decided(), duration_s=70.0), SLO)
+    margins = {each.name: round(each.margin, 2) for each in judgement.objectives}
+    assert judgement.verdict == "holds"
+    assert margins == {"p99_ms": 0.80, "rate_rps": 0.00, "max_error_rate": 1.00}
+
+
+@pytest.mark.parametrize(
+    ("limits", "violated"),
+    [
+        ({"p99_ms": 5.0}, "p99_ms"),
+        ({"p95_ms": 9.0}, "p95_ms"),
+        ({"p50_ms": 9.99, "p99_ms": 50.0}, "p50_ms"),
+        ({"rate_rps": 99.0}, None),
+        ({"rate_rps": 100.5}, None),
+        ({}, None),
+    ],
+    ids=["p99", "p95", "p50", "rate below", "rate within 1 %", "error rate alone"],
+)
+def test_each_objective_is_judged_independently(tmp_path: Path, limits: dict[str, Any], violated: str | None) -> None:
+    judgement = judge(saved_run(tmp_path, decided(lag_s=0), duration_s=70.0), SloSpec(**limits))
+    assert [each.name for each in judgement.objectives if each.status == "violated"] == ([violated] if violated else [])
+    assert judgement.verdict == ("violated" if violated else "holds")
+
+
+def test_the_judged_latency_counts_from_the_planned_send(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, steady(0.01, lag_s=0.002))
+    seen = {each.name: each.seen for each in judge(run, SLO).objectives}
+    assert seen["p99_ms"] == pytest.approx(12, rel=2e-3)
+
+
+def test_errors_and_drops_count_against_the_slo(tmp_path: Path) -> None:
+    requests = [(p, s, f, {0: "ServerBusy", 5: "dropped"}.get(i % 10)) for i, (p, s, f, _) in enumerate(steady())]
+    judgement = judge(saved_run(tmp_path, requests), SLO)
+    statuses = {each.name: each.status for each in judgement.objectives}
+    assert statuses["max_error_rate"] == statuses["p99_ms"] == statuses["rate_rps"] == "violated"
+    assert "100 ServerBusy" in judgement.objectives[-1].note
+
+
+@pytest.mark.parametrize(("percent", "independent"), [(99, 299), (95, 59), (50, 5)])
+def test_a_percentile_is_decided_by_as_many_independent_requests_as_its_confidence_needs(
+    tmp_path: Path, percent: int, independent: int
+) -> None:
+    slo, slow = SloSpec(objectives=(f"p{percent}_ms < 50",)), {"rate_rps": 1.0, "duration_s": float(independent)}
+    few, enough = steady(count=independent - 1, seconds=independent), steady(count=independent, seconds=independent)
+    assert judge(saved_run(tmp_path / "few", few, **slow), slo).objectives[-1].status == "inconclusive"
+    assert judge(saved_run(tmp_path / "enough", enough, **slow), slo).objectives[-1].status == "holds"
+
+
+def test_the_confidence_of_the_slo_decides_what_a_run_proves(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, decided(), duration_s=70.0)
+    statuses = [judge(run, SloSpec(p99_ms=50, confidence=level)).objectives[0].status for level in (0.9, 0.95, 0.99)]
+    assert statuses == ["holds", "holds", "inconclusive"]
+    watched = replace(run, settings=replace(run.settings, looks=4))  # each look spends a quarter of the error
+    assert judge(watched, SloSpec(p99_ms=50)).objectives[0].status == "inconclusive"
+    assert "4 looks" in judge(watched, SloSpec(p99_ms=50)).notes[0]
+
+
+def test_a_sample_inside_the_limit_is_inconclusive_and_says_how_many_more_requests_decide(tmp_path: Path) -> None:
+    requests = [(p, s, f + 0.1 * (i % 200 == 0), None) for i, (p, s, f, _) in enumerate(steady(count=2000, seconds=20))]
+    found = judge(saved_run(tmp_path, requests, duration_s=20.0), SloSpec(p99_ms=50)).objectives[0]
+    assert (found.status, found.within, found.low < 0.005 < found.high) == ("inconclusive", True, True)
+    assert found.more_requests is not None
+    assert f"1% allowed; about {found.more_requests} more requests would decide" in found.note
+
+
+def test_slow_answers_in_bursts_prove_less_than_scattered_ones(tmp_path: Path) -> None:
+    slow = [{place * 25 for place in range(80)}, set(range(500, 540)) | set(range(1500, 1540))]
+    bounds = []
+    for name, places in enumerate(slow):  # 4 % of the requests each
+        requests = [(p, s, f + 0.1 * (i in places), None) for i, (p, s, f, _) in enumerate(steady(count=2000))]
+        run = saved_run(tmp_path / str(name), requests, rate_rps=200.0)
+        bounds.append(judge(run, SloSpec(p99_ms=50)).objectives[0])
+    assert [each.status for each in bounds] == ["violated", "inconclusive"]
+    assert bounds[1].low < bounds[0].low < 0.04 < bounds[0].high < bounds[1].high
+
+
+@pytest.mark.parametrize(
+    ("slo", "timeout_s", "in_flight"),
+    [
+        ({"p99_ms": 50}, 5, 512),
+        ({"p99_ms": 2000}, 5, 1600),
+        ({"p50_ms": 50, "objectives": ("max_ms < 15000 @ 10 rps",)}, 30, 8192),
+        ({"rate_rps": 100}, 5, 512),
+    ],
+    ids=["fast", "rate", "slow", "no latency"],
+)
+def test_defaults_neither_time_out_nor_drop_answers_in_time(
+    slo: dict[str, Any], timeout_s: float, in_flight: int
+) -> None:
+    asked = SloSpec(**slo)
+    assert timeout_for(None, asked) == timeout_for(None, SloSpec(), asked) == timeout_s
+    assert timeout_for(timeout_s + 1, asked) == timeout_s + 1
+    settings = LoadSettings(**FIXED, shape="10x5, 10-800x5", workers=2)
+    assert in_flight_for(settings, asked) == in_flight
+
+
+@pytest.mark.parametrize(("rate_rps", "workers"), [(4100.0, 1), (8200.0, 2)])
+def test_a_rate_at_which_answers_in_time_would_be_dropped_is_an_error(rate_rps: float, workers: int) -> None:
+    asked, settings = SloSpec(p99_ms=2000), LoadSettings(**FIXED, rate_rps=rate_rps, workers=workers)
+    with pytest.raises(
+        InputError, match=rf"at {rate_rps:g}/s: .* a worker can have 8192, .* use {workers + 1} workers"
+    ):
+        in_flight_for(settings, asked)
+    assert in_flight_for(replace(settings, workers=workers + 1), asked) == 8192
+    bound = SloSpec(p99_ms=50, objectives=("max_ms < 2000 @ 100 rps",))  # applies only at 100/s
+    assert in_flight_for(settings, bound) > 512
+
+
+@pytest.mark.parametrize("command", ["loadtest", "capacity", "regression", "tune"])
+def test_a_time_out_within_the_slos_latency_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    write_sleeper(tmp_path, 0.01)  # its p50 is 100 ms
+    sides = ("--base", str(tmp_path / "repository"), "--new", str(tmp_path / "repository"))
+    which = ("--model", "tiny", "--models", str(tmp_path / "models"), *(sides if "regression" in command else ()))
+    module = importlib.import_module(BY_NAME[command].module)
+    with pytest.raises(
+        InputError, match=r"--timeout-s 0\.1: the SLO allows answers up to 0\.1 s.*leave it out \(default 5\)"
+    ):
+        module.main(values_of(command, *which, "--timeout-s", "0.1"))
+
+
+def test_a_short_run_is_announced_before_it_starts() -> None:
+    settings = LoadSettings(**FIXED, rate_rps=20, duration_s=10)
+    assert list(too_short(settings, SLO)) == [
+        "200 requests cannot prove p99_ms, 1196 can: run for 60 s or more",
+        "200 requests cannot prove max_error_rate, 1196 can: run for 60 s or more",
+    ]
+    one = replace(settings, rate_rps=1, duration_s=1)
+    assert list(too_short(one, SLO)) == [
+        "1 requests cannot prove p99_ms, 299 can: run for 299 s or more",
+        "1 requests cannot prove max_error_rate, 299 can: run for 299 s or more",
+    ]
+
+
+def test_only_requests_at_the_rate_of_an_objective_count_towards_its_samples() -> None:
+    slo = SloSpec(rate_rps=10, p99_ms=50, max_error_rate=1, objectives=("p50_ms < 10 @ 200 rps",))
+    steps = LoadSettings(**FIXED, shape="10x30, 200x30", duration_s=60)
+    assert list(too_short(steps, slo)) == ["300 requests cannot prove p99_ms, 598 can: run for 60 s or more"]
+    bound = SloSpec(rate_rps=10, max_error_rate=1, objectives=("p99_ms < 50 @ 200 rps",))
+    ramp = LoadSettings(**FIXED, shape="200-300x60, 200x1, 10x60", duration_s=121)
+    assert list(too_short(ramp, bound)) == ["200 requests cannot prove p99_ms, 11960 can: run for 60 s or more"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "lag_s", "problem"),
+    [
+        ({}, 0.003, "sent late"),
+        ({"thread_cpu": 0.95}, 0.0, "95% busy"),
+        ({"duration_s": 9.0}, 1.5, "in time"),
+    ],
+    ids=["late", "busy", "behind"],
+)
+def test_an_unhealthy_generator_makes_the_run_invalid(
+    tmp_path: Path, changes: dict[str, Any], lag_s: float, problem: str
+) -> None:
+    judgement = judge(saved_run(tmp_path, steady(lag_s=lag_s), **changes), SLO)
+    assert judgement.verdict == "invalid"
+    assert any(problem in line for line in judgement.problems)
+    assert {each.status for each in judgement.objectives} == {"inconclusive"}
+
+
+@pytest.mark.parametrize(
+    ("lag_s", "problem"),
+    [
+        (0.02, "the generator sent late at 10/s: p99 of the lag is 20.0"),
+        (0.6, "the generator started 88.0% of the planned requests at 10/s in time"),
+    ],
+    ids=["late", "behind"],
+)
+def test_a_generator_that_fails_in_one_stretch_makes_the_run_invalid(
+    tmp_path: Path, lag_s: float, problem: str
+) -> None:
+    few = [(at / 10, at / 10 + lag_s, at / 10 + lag_s + 0.001, None) for at in range(50)]
+    many = [(5 + at / 1000, 5 + at / 1000, 5.001 + at / 1000, None) for at in range(5000)]
+    run = saved_run(tmp_path, [*few, *many], rate_rps=None, shape="10x5, 1000x5")
+    slo = SloSpec(p50_ms=50, rate_rps=10, max_error_rate=1, objectives=("p50_ms < 10 @ 1000 rps",))
+    judgement = judge(run, slo)
+    assert judgement.verdict == "invalid"
+    assert judgement.problems[0].startswith(problem)
+    assert (
+        judge(run, SloSpec(p50_ms=50, rate_rps=1000, max_error_rate=1)).verdict == "holds"
+    )  # nothing is judged at 10/s
+
+
+@pytest.mark.parametrize(
+    ("line", "late", "problem"),
+    [("max_ms < 9", 1, "max of the lag is 3.0"), ("mean_ms < 9", 1000, "mean of the lag is 3.0")],
+    ids=["max", "mean"],
+)
+def test_the_generators_lag_invalidates_a_maximum_or_mean_that_it_breaks(
+    tmp_path: Path, line: str, late: int, problem: str
+) -> None:
+    requests = [(p, p + 0.003 * (i < late), p + 0.01, None) for i, (p, *_) in enumerate(steady())]
+    judgement = judge(saved_run(tmp_path, requests), SloSpec(p50_ms=100, max_error_rate=1, objectives=(line,)))
+    assert judgement.verdict == "invalid"
+    assert problem in judgement.problems[0]
+    wider = SloSpec(p50_ms=100, max_error_rate=1, objectives=(line.replace("< 9", "< 50"),))
+    assert judge(saved_run(tmp_path, requests), wider).verdict == "holds"
+
+
+@pytest.mark.parametrize(("kind", "advice"), [("NoFile", "ulimit -n"), ("NoPort", "ip_local_port_range")])
+def test_connections_that_the_generators_machine_cannot_open_make_the_run_invalid(
+    tmp_path: Path, kind: str, advice: str
+) -> None:
+    requests = [(p, s, f, kind if i % 100 == 0 else None) for i, (p, s, f, _) in enumerate(steady())]
+    judgement = judge(saved_run(tmp_path, requests), SLO)
+    assert judgement.verdict == "invalid"
+    assert len(judgement.problems) == 1
+    assert judgement.problems[0].startswith("10 requests failed because the generator ran out of ")
+    assert advice in judgement.problems[0]
+
+
+def test_no_samples_are_no_pass(tmp_path: Path) -> None:
+    judgement = judge(saved_run(tmp_path, []), SLO)
+    assert (judgement.verdict, judgement.objectives) == ("invalid", ())
+
+
+def test_a_rate_that_was_never_offered_is_not_judged(tmp_path: Path) -> None:
+    judgement = judge(saved_run(tmp_path, steady(count=500), rate_rps=50.0), SLO)
+    assert judgement.verdict == "inconclusive"
+    assert "only 50/s was offered" in [each.note for each in judgement.objectives]
+
+
+@pytest.mark.parametrize(
+    ("slo", "found"),
+    [
+        ({"rate_rps": 100, "objectives": ("throughput >= 150", "p50_ms < 10 @ 200 rps")}, [100, 150, 200]),
+        ({"rate_rps": 100, "objectives": ("throughput >= 95", "throughput >= 120 @ 130 rps")}, [100, 130]),
+        ({"objectives": ("throughput >= 150",)}, [150]),
+        ({"objectives": ("throughput >= 0",)}, []),
+    ],
+    ids=["above", "within", "alone", "none"],
+)
+def test_a_throughput_above_the_slos_rate_adds_a_rate_to_send(slo: dict[str, Any], found: list[float]) -> None:
+    assert rates(SloSpec(**slo)) == found
+
+
+def test_a_throughput_is_judged_at_the_rate_of_its_limit(tmp_path: Path) -> None:
+    times = [*(i / 100 for i in range(500)), *(5 + i / 150 for i in range(750))]
+    run = saved_run(tmp_path, [(at, at, at + 0.001, None) for at in times], rate_rps=None, shape="100x5, 150x5")
+    judgement = judge(run, SloSpec(rate_rps=100, objectives=("throughput >= 150", "throughput >= 160")))
+    found = {each.name: (each.status, round(each.seen)) for each in judgement.objectives if each.kind == "throughput"}
+    assert found["rate_rps @ 100 rps"] == ("holds", 100)
+    assert found["throughput @ 150 rps"] == ("holds", 150)
+    assert found["throughput @ 100 rps"] == ("inconclusive", 100)  # 160/s were never offered
+
+
+@pytest.mark.parametrize(
+    ("seconds", "failed", "status", "note"),
+    [
+        (30, 0, "inconclusive", "0% to 2% failed, 1% allowed; about 3000 more requests would decide"),
+        (30, 1, "inconclusive", "1 ServerBusy, "),
+        (60, 0, "holds", "at most 0.99% failed"),
+        (60, 600, "violated", "600 ServerBusy, at least "),
+    ],
+)
+def test_an_error_rate_is_judged_by_its_bounds(
+    tmp_path: Path, seconds: int, failed: int, status: str, note: str
+) -> None:
+    every = steady(count=100 * seconds, seconds=seconds)
+    step = len(every) // max(1, failed)
+    requests = [(p, s, f, "ServerBusy" if failed and i % step == 0 else None) for i, (p, s, f, _) in enumerate(every)]
+    run = saved_run(tmp_path, requests, duration_s=float(seconds))
+    found = judge(run, SloSpec(max_error_rate=0.01)).objectives[0]
+    assert (found.status, found.note[: len(note)]) == (status, note)
+    assert judge(run, SloSpec(max_error_rate=1)).objectives[0].status == "holds"
+
+
+@pytest.mark.parametrize(("every", "status", "seen"), [(1000, "holds", 10), (1, "violated", math.inf)])
+def test_a_mean_is_over_the_answered_requests(tmp_path: Path, every: int, status: str, seen: float) -> None:
+    requests = [(p, s, f, None if i % every else "ServerBusy") for i, (p, s, f, _) in enumerate(steady(lag_s=0))]
+    found = judge(saved_run(tmp_path, requests), SloSpec(objectives=("mean_ms < 12",))).objectives[-1]
+    assert (found.status, found.seen) == (status, pytest.approx(seen, rel=2e-3))
+
+
+def test_a_part_of_a_mix_judged_alone_refers_to_the_whole_mix(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, steady(), mix="tiny:3,text:1")
+    assert judge(run, SLO).notes == (
+        "part of the mix tiny:3,text:1; to judge the whole mix: make verdict MIX=tiny:3,text:1",
+    )
+    assert judge(run, SLO, alone=False).notes == ()
+
+
+def test_a_closed_loop_is_judged_by_service_latency_and_says_so(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, decided(), rate_rps=None, users=4, duration_s=70.0)
+    judgement = judge(run, SLO)
+    assert judgement.verdict == "holds"
+    assert "coordinated omission" in judgement.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "margin"),
+    [
+        ("p99.9_ms < 50", "inconclusive", 0.8),
+        ("mean_ms < 12", "holds", 1 / 6),
+        ("max_ms < 5", "violated", -1.0),
+        ("p50_ms < 10 @ 100 rps", "violated", 0.0),
+        ("p50_ms <= 10 @ 300 rps", "inconclusive", None),
+        ("error_rate < 0.1%", "inconclusive", 1.0),
+        ("error_rate < 10%", "holds", 1.0),
+        ("p90_ms < 12", "holds", 1 / 6),
+        ("throughput >= 150", "inconclusive", -1 / 3),
+        ("throughput >= 80", "holds", 0.25),
+        ("throughput >= 0", "holds", math.inf),
+        ("error_rate <= 0%", "holds", 0.0),
+        ("ndcg@10 >= 0.99 * baseline", "holds", 0.0101),
+        ("ndcg@10 > 0.1", "violated", -0.01),
+    ],
+)
+def test_an_objective_is_judged_by_the_figure_that_it_names(
+    tmp_path: Path, line: str, status: str, margin: float | None
+) -> None:
+    quality = {"ndcg@10": {"seen": 0.099, "baseline": 0.099, "source": "make parity"}}
+    run = saved_run(tmp_path, steady(0.01, lag_s=0), quality=quality)
+    found = judge(run, SloSpec(objectives=(line,))).objectives[-1]
+    assert found.status == status
+    assert margin is None or found.margin == pytest.approx(margin, abs=2e-3)
+
+
+def test_the_limits_of_percentiles_are_those_at_the_slos_own_rate() -> None:
+    lines = ("p99.9_ms < 90", "max_ms < 500", "error_rate < 1%", "p50_ms < 5 @ 10 rps", "p99_ms < 20 @ 10 rps")
+    assert latency_limits(SloSpec(p99_ms=50, rate_rps=100, objectives=lines)) == {99: 50, 99.9: 90}
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "text"),
+    [
+        ("ms", 9.994, "9.99 ms"),
+        ("ms", 10.04, "10.0 ms"),
+        ("ms", math.inf, "never"),
+        ("ms", math.nan, "-"),
+        ("throughput", 99.96, "100.0/s"),
+        ("quality", 0.12346, "0.1235"),
+        ("error_rate", 0.00123, "0.123%"),
+    ],
+)
+def test_a_figure_is_written_with_its_unit(kind: Kind, value: float, text: str) -> None:
+    assert formatted(kind, value) == text
+
+
+def test_each_objective_is_judged_at_its_own_rate(tmp_path: Path) -> None:
+    slow = [(planned, sent, sent + (0.03 if planned >= 5 else 0.01), None) for planned, sent, *_ in steady(lag_s=0)]
+    slo = SloSpec(p50_ms=20, rate_rps=100, objectives=("p50_ms < 20 @ 200 rps", "throughput > 40 @ 50 rps"))
+    run = saved_run(tmp_path, slow, rate_rps=None, shape="100x5, 200x5")
+    found = {each.name: (each.status, each.note) for each in judge(run, slo).objectives}
+    assert found["p50_ms @ 100 rps"][0] == "holds"
+    assert found["p50_ms @ 200 rps"][0] == "violated"
+    assert found["throughput @ 50 rps"] == ("inconclusive", "measured at 100, 200/s; make loadtest RATE=50")
+
+
+def test_several_rates_without_the_slos_own_are_inconclusive(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, steady(count=1500), rate_rps=None, shape="100x5, 200x5")
+    judgement = judge(run, SloSpec(p99_ms=50, rate_rps=150))
+    assert judgement.verdict == "inconclusive"
+    assert {each.note for each in judgement.objectives} == {"measured at 100, 200/s; make loadtest RATE=150"}
+    whole = judge(run, SloSpec(p95_ms=50, max_error_rate=1, confidence=0.9))  # an SLO without a rate: the whole run
+    assert whole.verdict == "holds"
+
+
+def test_a_rate_too_low_for_a_request_has_no_error_rate(tmp_path: Path) -> None:
+    sent = [request for request in steady() if request[0] >= 4]
+    run = saved_run(tmp_path, sent, rate_rps=None, shape="0.1x4, 100x6")
+    found = judge(run, SloSpec(objectives=("error_rate < 1% @ 0.1 rps",))).objectives[-1]
+    assert (found.name, found.status) == ("error_rate @ 0.1 rps", "inconclusive")
+
+
+@pytest.mark.parametrize("shape", ["100x5, 100-500x5", "10-100x5, 100x5"])
+def test_in_a_run_with_a_ramp_an_objective_is_judged_at_the_slos_rate(tmp_path: Path, shape: str) -> None:
+    first = shape.startswith("100x")
+    sent = [(at, at, at + (0.01 if (at < 5) == first else 0.5), None) for at, *_ in steady(lag_s=0)]
+    run = saved_run(tmp_path, sent, rate_rps=None, shape=shape)
+    found = judge(run, SloSpec(p50_ms=20, rate_rps=100)).objectives[0]
+    assert (found.name, found.status) == ("p50_ms @ 100 rps", "holds")
+
+
+def test_a_quality_that_was_not_measured_is_no_pass(tmp_path: Path) -> None:
+    judgement = judge(saved_run(tmp_path, steady()), SloSpec(objectives=("ndcg@10 > 0.1",)))
+    assert (judgement.verdict, judgement.objectives[-1].status) == ("inconclusive", "inconclusive")
+    assert "make parity" in judgement.objectives[-1].note
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A models folder with `tiny`; its runs are under tmp_path."""
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    tiny = tmp_path / "models" / "tiny"
+    tiny.mkdir(parents=True)
+    (tiny / "deploy.toml").write_text(
+        'name = "tiny"\n[inputs.x]\ndtype = "float32"\nshape = ["batch", 2]\n[outputs.y]\ndtype = "float32"\n'
+        'shape = ["batch", 2]\n[axes.batch]\nmin = 1\nopt = 2\nmax = 4\n[slo]\np99_ms = 5\n'
+        "[targets.tensorrt.slo]\np99_ms = 50\n"
+    )
+    return tmp_path / "models"
+
+
+def judged(models: Path, *arguments: str) -> int:
+    return command_line(["verdict", "--model", "tiny", "--models", str(models), *arguments])
+
+
+def test_the_exit_code_is_the_verdict(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = saved_run(tmp_path / "run", decided(lag_s=0), timeout_s=5.0, duration_s=70.0)
+    few = saved_run(tmp_path / "[/few]", steady(0.001, count=20, lag_s=0))
+    assert judged(model, "--run", str(run.folder), "--json") == 1
+    assert json.loads(capsys.readouterr().out)["objectives"][0]["status"] == "violated"
+    assert judged(model, "--run", str(run.folder), "--target", "tensorrt") == 0
+    assert judged(model, "--run", str(few.folder)) == 3
+    assert f"inconclusive  {few.folder}" in capsys.readouterr().out  # no markup
+    assert judged(model) == 2
+    assert "no load test of tiny" in capsys.readouterr().err
+
+
+def test_a_mix_is_judged_model_by_model_and_as_a_whole(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model / "tiny", model / "other")
+    toml = model / "other" / "deploy.toml"
+    toml.write_text(toml.read_text().replace('"tiny"', '"other"').replace("p99_ms = 5\n", "p99_ms = 50\n", 1))
+    for name in ("tiny", "other"):
+        runs = tmp_path / "build" / name / "loadtests" / "2026-11-25T12-00-00.000Z"
+        saved_run(runs, decided(lag_s=0), timeout_s=5.0, duration_s=70.0, model=name, mix="tiny:1,other:1")
+    arguments = ("--mix", "tiny:1,other:1", "--json")
+    assert judged(model, *arguments) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["verdict"], {name: each["verdict"] for name, each in found["models"].items()}) == (
+        "violated",
+        {"tiny": "violated", "other": "holds"},
+    )
+    assert found["models"]["tiny"]["notes"] == []
+    assert judged(model, *arguments, "--target", "tensorrt") == 0
+    assert judged(model, "--mix", "tiny:1,other:1") == 1
+    assert "the mix tiny:1,other:1 as a whole" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "whole"),
+    [
+        (("holds", "violated", "invalid"), "violated"),
+        (("inconclusive", "invalid", "holds"), "invalid"),
+        (("holds", "inconclusive"), "inconclusive"),
+        (("holds", "holds"), "holds"),
+    ],
+)
+def test_the_worst_verdict_is_that_of_the_mix(verdicts: tuple[SloStatus, ...], whole: str) -> None:
+    assert overall(verdicts) == whole
+
+
+def test_a_run_that_gave_up_what_a_looser_slo_allows_is_invalid_by_it(tmp_path: Path) -> None:
+    requests = [(p, s, f, "DeadlineExceeded" if i % 20 == 0 else None) for i, (p, s, f, _) in enumerate(steady())]
+    run = saved_run(tmp_path, requests, timeout_s=5.0)
+    loose, tight = (judge(run, SloSpec(p99_ms=limit_ms, max_error_rate=0.1)) for limit_ms in (5001, 5000))
+    assert (loose.verdict, tight.verdict) == ("invalid", "violated")
+    assert loose.problems == ("50 requests timed out after 5 s, but the SLO allows longer answers: measure again",)

@@ -1,0 +1,187 @@
+"""The load generator's connections over real sockets, to the real server and to mute, slow or dead servers."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+from deepseek_client import ConnectionLost, DeadlineExceeded, InferenceError, ModelNotFound, Unreachable
+
+from loadtests.load.wire.client import WireClient
+from serving.embedded.serve import EmbeddedServer
+from tests.failing_servers import Relay, answering, half_an_answer, mute, status, trickle
+
+X = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
+both = pytest.mark.parametrize("protocol", ["http", "grpc"])
+Connect = Callable[..., WireClient]
+
+
+@pytest.fixture
+def connect(server: EmbeddedServer) -> Iterator[Connect]:
+    """Makes clients for the real server, or for `url`, and closes them."""
+    with ExitStack() as stack:
+
+        def make(protocol: str, url: str = "", **settings: Any) -> WireClient:
+            default = server.http_url if protocol == "http" else server.grpc_url
+            return stack.enter_context(WireClient(url or default, protocol, **{"retries": 0, **settings}))  # type: ignore[arg-type]
+
+        yield make
+
+
+@pytest.fixture
+def relay(server: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[Relay]:
+    port = server.http_port if request.getfixturevalue("protocol") == "http" else server.grpc_port
+    running = Relay((server.address, port))
+    yield running
+    running.close()
+
+
+@both
+def test_triton_answers_over_these_connections(connect: Connect, protocol: str) -> None:
+    client = connect(protocol)
+    assert client.ready("add_one")
+    assert client.metadata("add_one").max_batch_size == 8
+    request = client.prepare("add_one", {"x": X}, outputs=["y"], request_id="7")
+    np.testing.assert_array_equal(client.send(request, headers={"x-load": "1"})["y"], X + 1)
+    with pytest.raises(ModelNotFound, match="absent"):
+        client.metadata("absent")
+
+
+@both
+def test_large_tensors_are_sent_and_received(connect: Connect, protocol: str) -> None:
+    large = np.random.default_rng(0).random((8, 2, 200_000), np.float32)  # 12.8 MB
+    np.testing.assert_array_equal(connect(protocol, timeout_s=60).infer("add_one", {"x": large})["y"], large + 1)
+
+
+@both
+def test_a_connection_is_reused_and_replaced_after_a_close(connect: Connect, protocol: str, relay: Relay) -> None:
+    client = connect(protocol, relay.url)
+    request = client.prepare("add_one", {"x": X})
+    for _ in range(5):
+        np.testing.assert_array_equal(client.send(request)["y"], X + 1)
+    assert relay.accepted == 1
+    relay.cut()
+    while relay.accepted == 1:  # a call fails if the cut was not noticed yet
+        try:
+            client.send(request)
+        except ConnectionLost:
+            time.sleep(0.01)
+    np.testing.assert_array_equal(client.send(request)["y"], X + 1)
+    assert relay.accepted == 2
+
+
+def test_a_deadline_keeps_the_connection_for_other_calls(connect: Connect, server: EmbeddedServer) -> None:
+    relay = Relay((server.address, server.grpc_port))
+    client = connect("grpc", relay.url)
+    request = client.prepare("add_one", {"x": X})
+    relay.delay_s = 1.0
+    with pytest.raises(DeadlineExceeded):
+        client.send(request, timeout_s=0.2)
+    relay.delay_s = 0.0
+    np.testing.assert_array_equal(client.send(request)["y"], X + 1)
+    assert relay.accepted == 1
+    relay.close()
+
+
+@both
+def test_a_connection_that_breaks_during_a_call_raises_connection_lost(
+    connect: Connect, protocol: str, relay: Relay
+) -> None:
+    client = connect(protocol, relay.url)
+    request = client.prepare("slow", {"x": X})
+    threading.Timer(0.1, relay.cut).start()
+    with pytest.raises(ConnectionLost, match="broke before the answer was complete"):
+        client.send(request)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "answer"), [("grpc", mute), ("http", mute), ("http", trickle)], ids=["mute", "mute", "trickle"]
+)
+def test_a_mute_or_slow_server_ends_at_the_deadline(connect: Connect, protocol: str, answer: Callable) -> None:
+    with answering(answer) as (url, _), pytest.raises(DeadlineExceeded):
+        connect(protocol, url, timeout_s=0.4).metadata("m")
+
+
+def test_a_body_that_the_server_does_not_read_ends_at_the_deadline(connect: Connect) -> None:
+    request = connect("http").prepare("add_one", {"x": np.zeros((8, 2, 400_000), np.float32)})
+    with answering(lambda _: time.sleep(1)) as (url, _), pytest.raises(DeadlineExceeded):
+        connect("http", url, timeout_s=0.3).send(request)
+
+
+def speak_http(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("protocol", "answer", "error", "says"),
+    [
+        ("http", half_an_answer, ConnectionLost, "IncompleteRead"),
+        ("http", status("500 Internal Server Error"), InferenceError, "500"),
+        ("grpc", speak_http, ConnectionLost, "does not speak HTTP/2"),
+    ],
+    ids=["half an answer", "a status", "another protocol"],
+)
+def test_failures_raise_the_clients_errors(
+    connect: Connect, protocol: str, answer: Callable, error: type[InferenceError], says: str
+) -> None:
+    with answering(answer) as (url, _), pytest.raises(error, match=says):
+        connect(protocol, url).metadata("m")
+
+
+@both
+def test_a_port_without_a_server_is_unreachable(connect: Connect, protocol: str) -> None:
+    with pytest.raises(Unreachable, match="Connection refused"):
+        connect(protocol, "127.0.0.1:9").ready()
+
+
+def test_all_addresses_of_a_host_share_the_deadline(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+
+    def connect_never(opened: socket.socket, *_: Any) -> None:
+        shares.append(opened.gettimeout() or 0.0)
+        raise TimeoutError
+
+    addresses = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in range(1, 5)]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: addresses)
+    monkeypatch.setattr("socket.socket.connect", connect_never)
+    with pytest.raises(DeadlineExceeded):
+        connect("grpc", "four.test:1", timeout_s=8).ready()
+    assert shares == pytest.approx([2, 8 / 3, 4, 8], rel=0.1)  # each gets its share of the remaining time
+
+
+GREENLETS = """
+from gevent import monkey
+monkey.patch_all()
+import gc, sys
+import gevent.pool
+import numpy as np
+from loadtests.load.wire.client import WireClient
+
+with WireClient(sys.argv[1], sys.argv[2]) as client:
+    request = client.prepare("add_one", {"x": np.ones((1, 2, 3), np.float32)})
+    pool = gevent.pool.Pool(16)
+    calls = [pool.spawn(client.send, request) for _ in range(200)]
+    gevent.joinall(calls, raise_error=True)
+    killed = gevent.spawn(client.send, request)
+    gevent.sleep(0)
+    killed.kill()
+    print(sum(call.value["y"][0, 0, 0] for call in calls), client.send(request)["y"][0, 0, 0])
+    gevent.joinall([gevent.spawn(client.send, request) for _ in range(16)], raise_error=True)
+"""
+
+
+@both
+def test_greenlets_share_a_client(server: EmbeddedServer, protocol: str) -> None:
+    url = server.http_url if protocol == "http" else server.grpc_url
+    command = [sys.executable, "-W", "error", "-c", GREENLETS, url, protocol]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["400.0", "2.0"], done.stderr
+    assert not done.stderr
