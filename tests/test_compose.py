@@ -366,6 +366,7 @@ def test_a_rollback_through_the_gateway_costs_no_request_and_the_alerts_go_with_
     done = run_module("cli", "rollback", *which, *there, **settings)
     assert done.returncode == 0, done.stdout + done.stderr + stack.compose("logs", "--tail", "30").stdout
     record = json.loads(done.stdout)
+    assert "not watched" not in done.stdout, record
     switch = json.loads(Path(record["folder"], "switch.json").read_text())
     assert (record["outcome"], switch["version"], switch["failed"]) == ("rolled back", 1, 0)
     assert switch["before"]["requests"] > 10

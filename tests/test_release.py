@@ -204,6 +204,7 @@ def test_a_good_version_goes_live_under_load_without_a_failed_request_and_back(w
     assert (world.version(), newest(world.live), world.expected()) == ("1", 1, {"1"})
     record = world.last()
     assert (record["kind"], record["outcome"]) == ("rollback", "rolled back")
+    assert "not watched" not in record["steps"][0]["said"], record
     assert world.fate(Path(record["folder"]) / "withdrawn" / "2") == (2, "rolled back")
     assert (Path(record["folder"]) / "withdrawn" / "2" / "model.onnx").is_file()
     assert json.loads((Path(record["folder"]) / "switch.json").read_text())["failed"] == 0

@@ -34,14 +34,18 @@ def test_a_switch_is_not_begun_while_requests_fail() -> None:
         InvalidMeasurement, match=r"1 of 2 requests failed before the change \(1 times: ServerBusy: full"
     ):
         check_before(log, may_fail=False)
-    check_before(log, may_fail=True)
+    late = RequestLog([SentRequest(0, 0.2, 0.21, None)])
+    with pytest.raises(InvalidMeasurement, match="sent late: p99 200 ms"):
+        check_before(late, may_fail=False)
+    for roll_back_now in (log, late):  # a rollback waits for neither
+        check_before(roll_back_now, may_fail=True)
 
 
 def test_the_figures_cover_the_load_before_around_and_after_the_change() -> None:
     log = RequestLog([sent_at(0, 1), sent_at(1, 2), sent_at(2, 50), sent_at(2.5, 3, "ServerBusy: full"), sent_at(4, 4)])
     found = result_of(log, changed_s=2, seen_s=2.7)
     assert (found["requests"], found["failed"], found["switched_s"]) == (5, 1, 0.7)
-    assert found["before"] == {"requests": 2, "failed": 0, "p50_ms": 1, "p99_ms": 2, "max_ms": 2}
+    assert found["before"] == {"requests": 2, "failed": 0, "p50_ms": 1, "p99_ms": 2, "max_ms": 2, "send_lag_ms": 0}
     assert (found["around"]["p99_ms"], found["around"]["failed"], found["after"]["requests"]) == (50, 1, 1)
     never = result_of(log, changed_s=2, seen_s=None)
     assert (never["switched_s"], never["around"]["requests"], never["after"]["p50_ms"]) == (None, 3, None)

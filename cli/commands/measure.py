@@ -167,7 +167,7 @@ ROWS = (
             Option("--after-s", "seconds of load after it", kind=float, default=3.0),
             Option("--max-s", "longest wait for the version", kind=float, default=60.0),
             Option("--timeout-s", "deadline of a request", kind=float, default=10.0),
-            Option("--may-fail", "start even if requests failed before the change", kind=switch),
+            Option("--may-fail", "start even if requests failed or were sent late before the change", kind=switch),
             INPUTS,
         ),
         examples=(

@@ -40,13 +40,15 @@ LATEST_MS = 100.0  # largest p99 of the sending delay
 
 
 def figures(log: RequestLog) -> dict[str, float | None]:
-    """Figures of one stretch of the load; latencies of the answered requests, None if there are none."""
+    """Figures of one stretch of the load, None where it has no requests: latencies of the answered ones, and how late
+    this machine sent (`send_lag_ms`, p99), which is part of those latencies."""
     answered = log.answered
     latencies = {
         name: round(answered.latency_ms(percent), 3) if len(answered) else None
         for name, percent in (("p50_ms", 50), ("p99_ms", 99), ("max_ms", 100))
     }
-    return {"requests": len(log), "failed": len(log) - len(answered), **latencies}
+    lag_ms = round(log.lag_ms(99), 3) if len(log) else None
+    return {"requests": len(log), "failed": len(log) - len(answered), **latencies, "send_lag_ms": lag_ms}
 
 
 def version_of(client: InferenceClient, model: str) -> int | None:
@@ -89,16 +91,21 @@ def result_of(log: RequestLog, changed_s: float, seen_s: float | None) -> dict[s
 
 
 def check_before(log: RequestLog, *, may_fail: bool) -> None:
-    """Raises InvalidMeasurement if the load is not steady, so that the change does not begin unobserved."""
+    """Raises InvalidMeasurement if the load is not steady, so that the change does not begin unobserved.
+
+    With `may_fail` (a rollback, which must not wait) it only has to run.
+    """
     if not len(log):
         raise InvalidMeasurement("no request was answered before the change: raise --before-s or --rate")
+    if may_fail:
+        return
     if (lag_ms := log.lag_ms(99)) > LATEST_MS:
         raise InvalidMeasurement(
             f"requests were sent late: p99 {lag_ms:.0f} ms, allowed {LATEST_MS:g} ms; lower --rate or use a less busy "
             "machine"
         )
     errors = Counter(each.error for each in log.failed.requests)
-    if errors and not may_fail:
+    if errors:
         error, times = errors.most_common(1)[0]
         raise InvalidMeasurement(
             f"{errors.total()} of {len(log)} requests failed before the change ({times} times: {error}), so failures "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import ssl
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -145,12 +146,35 @@ def _sent(setting: Setting, service: Service, way: Way) -> Tally:
             status, reason = send(draft)
             tally.add(number, status, reason, mutation=mutation.name, may_pass=protocol in mutation.may_pass)
             suspect = status in (NO_ANSWER, "UNAVAILABLE", "500", "502", "503", "INTERNAL")
-            if (suspect or number % LOOK_EVERY == 0 or number == share - 1) and _pids(service) != pids:
+            look = suspect or number % LOOK_EVERY == 0 or number == share - 1
+            if look and _has_ended(service, pids, dying=status == NO_ANSWER):
                 tally.crashes.append(f"{mutation.name} (request {number})")
                 service.wait_for_the_end()
                 service.bring_back()
                 pids = _pids(service)
     return tally
+
+
+def _has_ended(service: Service, pids: set[int], *, dying: bool) -> bool:
+    """Whether a process of the server ended.
+
+    A dying server closes its connections before its process is gone: wait until it is, or until the server answers.
+    """
+    until = time.monotonic() + (LONGEST_S if dying else 0)
+    while _pids(service) == pids:
+        if time.monotonic() >= until or _is_ready(service):
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _is_ready(service: Service) -> bool:
+    with closing(http.client.HTTPConnection("127.0.0.1", service.ports["http"], timeout=LONGEST_S)) as connection:
+        try:
+            connection.request("GET", "/v2/health/ready")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
 
 
 def _pids(service: Service) -> set[int]:
