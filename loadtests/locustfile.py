@@ -3,7 +3,7 @@
 Contract: a settings file determines the load: `loadtests.results.settings.LoadSettings` as JSON, or a list of them, one
 for each model (with the same loop, times and protocol). `loadtests.load.workers.worker` sends the load and ignores
 `--users` and `--spawn-rate`: Locust's users only wait for its end. Each worker sends every n-th request of the plan,
-by the master's clock (workers on other machines need synchronized clocks).
+by the master's monotonic clock. Workers on other machines count from the arrival of its message to start.
 
 `deepseek loadtest` checks everything first and then starts this file. To run it alone:
     locust -f loadtests/locustfile.py --headless --processes -1 --settings build/load/settings.json
@@ -64,13 +64,18 @@ def _prepare(environment: Environment, **_: Any) -> None:
     path = Path(environment.parsed_options.settings)  # type: ignore[union-attr]
     parts = read_settings(path)
     if not isinstance(environment.runner, WorkerRunner):
-        _be_master(environment, Master(environment, parts, path.parent))
+        _be_master(environment, Master(environment, parts, path.parent, remote=_awaits_remote_workers(environment)))
     if not isinstance(environment.runner, MasterRunner):
         if parts[0].protocol == "grpc":
             import grpc.experimental.gevent
 
             grpc.experimental.gevent.init_gevent()  # after Locust's patching, before any channel
         _send(environment, parts)
+
+
+def _awaits_remote_workers(environment: Environment) -> bool:
+    """Whether this master did not fork its workers: they may run on other machines."""
+    return isinstance(environment.runner, MasterRunner) and not environment.parsed_options.processes  # type: ignore[union-attr]
 
 
 def _send(environment: Environment, parts: list[LoadSettings]) -> None:
@@ -86,7 +91,8 @@ def _send(environment: Environment, parts: list[LoadSettings]) -> None:
     environment.share = share  # type: ignore[attr-defined]
 
     def begin(msg: Message, **_: Any) -> None:
-        share.begin(msg.data["starts_at"], msg.data["rank"], msg.data["workers"])
+        data = msg.data
+        share.begin(data["rank"], data["workers"], data["starts_in_s"], data.get("starts_at"))
 
     runner.register_message("begin", begin)
     environment.events.test_stop.add_listener(lambda **_: share.stop())

@@ -211,6 +211,23 @@ def test_workers_send_one_schedule_together(tiny: tuple[EmbeddedServer, Path]) -
     assert 0 < inferred <= 180  # read at the window's ends, while requests are in flight
 
 
+WALL_CLOCK = """
+import os, time
+starter, wall = os.getpid(), time.time
+time.time = lambda: wall() + 30 * (os.getpid() != starter)
+"""  # Locust itself ends a worker at a jump of a minute
+
+
+def test_workers_keep_the_window_if_the_wall_clock_jumps(
+    tiny: tuple[EmbeddedServer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WALL_CLOCK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = measured(settings(tiny, rate_rps=60.0, workers=2))
+    assert run.window.ok == run.window.planned == 120
+    assert run.seconds[0].second == -1  # the warm-up
+
+
 def test_workers_on_other_machines_send_one_schedule_together(tiny: tuple[EmbeddedServer, Path]) -> None:
     wanted, remote = settings(tiny, rate_rps=60.0), ("--remote-workers", "2", "--json")
     with command(wanted, *remote) as master, contextlib.ExitStack() as stack:

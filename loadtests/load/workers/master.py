@@ -3,6 +3,9 @@
 Contract: runs in Locust's master, or in its only process. It writes rows as they arrive, so memory does not grow with
 the run. Beside the settings file it writes `<model>.seconds.jsonl` for each part (model), and at the end, atomically,
 `measured.json`: the generator's health, and for each part the server's statistics and counts by length.
+
+The wall clock decides nothing. The workers of this machine share its monotonic clock, `time.perf_counter()`. Workers on
+other machines count the seconds to the start from the arrival of the message, so they start later by its travel time.
 """
 
 from __future__ import annotations
@@ -33,8 +36,11 @@ Rows = list[list[dict[str, Any]]]  # one list for each part
 
 
 class Master:
-    def __init__(self, environment: Environment, parts: list[LoadSettings], folder: Path) -> None:
-        self._environment, self._parts, self._folder = environment, parts, folder
+    def __init__(
+        self, environment: Environment, parts: list[LoadSettings], folder: Path, *, remote: bool = False
+    ) -> None:
+        """`remote`: the workers run on other machines, whose clocks are not this one's."""
+        self._environment, self._parts, self._folder, self._remote = environment, parts, folder, remote
         self._settings = parts[0]  # for the fields that all parts share
         self._lengths: Rows = [[] for _ in parts]
         self._generators: list[dict[str, Any]] = []
@@ -56,9 +62,11 @@ class Master:
         workers = self._await_workers()
         self._workers = len(workers)
         delay_s = DISTRIBUTED_START_DELAY_S if isinstance(runner, MasterRunner) else START_DELAY_S
-        starts_at = time.time() + delay_s + self._settings.warmup_s
+        starts_at = time.perf_counter() + delay_s + self._settings.warmup_s
         for rank, worker in enumerate(workers):  # Locust's own numbers have gaps if a worker was replaced
-            begin = {"starts_at": starts_at, "rank": rank, "workers": self._workers}
+            begin = {"starts_in_s": starts_at - time.perf_counter(), "rank": rank, "workers": self._workers}
+            if not self._remote:
+                begin["starts_at"] = starts_at
             runner.send_message("begin", begin, worker)
         gevent.spawn(self._gather, starts_at)
 
@@ -72,8 +80,8 @@ class Master:
         sys.exit(ExitCode.INVALID)
 
     def _await_workers(self) -> list[str]:
-        give_up_at = time.time() + LONGEST_PREPARATION_S
-        while not self._prepared.issuperset(self._alive()) and time.time() < give_up_at:
+        give_up_at = time.perf_counter() + LONGEST_PREPARATION_S
+        while not self._prepared.issuperset(self._alive()) and time.perf_counter() < give_up_at:
             gevent.sleep(0.02)
         return self._alive()
 
@@ -111,11 +119,11 @@ class Master:
 
     def _gather(self, starts_at: float) -> None:
         settings = self._settings
-        gevent.sleep(max(0.0, starts_at - time.time()))
+        gevent.sleep(max(0.0, starts_at - time.perf_counter()))
         before = self._statistics()
-        gevent.sleep(max(0.0, starts_at + settings.duration_s - time.time()))
-        give_up_at = time.time() + settings.timeout_s + 5
-        while len(self._generators) < self._workers and time.time() < give_up_at:
+        gevent.sleep(max(0.0, starts_at + settings.duration_s - time.perf_counter()))
+        give_up_at = time.perf_counter() + settings.timeout_s + 5
+        while len(self._generators) < self._workers and time.perf_counter() < give_up_at:
             gevent.sleep(0.02)
         # The answers of a lost worker are lost too: its requests stay planned and count as never sent.
         found = zip(self._lengths, map(server_statistics.difference, before, self._statistics()), strict=True)

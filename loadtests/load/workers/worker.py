@@ -39,13 +39,16 @@ class Worker:
         self._precedence = False
         self._sending: list[gevent.Greenlet] = []
 
-    def begin(self, starts_at: float, worker: int, workers: int) -> None:
-        """Starts sending; the measured window begins at `starts_at`, in the time of the master's `time.time()`."""
+    def begin(self, worker: int, workers: int, starts_in_s: float, starts_at: float | None = None) -> None:
+        """Starts sending; the measured window begins `starts_in_s` from now, or at the master's `starts_at`.
+
+        `starts_at` is a time of `time.perf_counter()`, for workers on the master's machine.
+        """
+        self._window_at = time.perf_counter() + starts_in_s if starts_at is None else starts_at
         gc.collect()
         gc.freeze()  # later collections skip all present objects and are short
         # A closed loop has no planned times, and real-time priority would only take CPU from the server.
         self._precedence = self._settings.priority and self._settings.open_loop and take_precedence()
-        self._window_at = time.perf_counter() + starts_at - time.time()
         self._sending = start(self.senders, self._window_at, worker, workers)
         gevent.spawn(self._watch)
 
