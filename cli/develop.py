@@ -41,7 +41,8 @@ def test_all(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """Ratios against the raw runtime, bare tritonclient and perf_analyzer."""
-    return _all(("tests.bench", *options.words))
+    parts = ("--parts", options.bench) if options.bench else ()
+    return _all(("tests.bench", *parts, *options.words))
 
 
 def measure_failure(options: argparse.Namespace) -> int:

@@ -50,9 +50,12 @@ ROWS = (
         "bench",
         "cli.develop:bench",
         "compare with the raw runtime, tritonclient and perf_analyzer; needs engine of both models",
-        options=FLAGS,
+        options=(
+            Option("--bench", "parts, with commas (default: all): server, engine, client, generator, capacity, tuned"),
+            *FLAGS,
+        ),
         flags_variable="ARGS",
-        examples=("deepseek bench", "deepseek bench -- --pairs 4"),
+        examples=("deepseek bench --bench server,client", "deepseek bench -- --pairs 4"),
     ),
     Command(
         "Develop",

@@ -18,6 +18,7 @@ from tritonclient.grpc import aio as triton_grpc_aio
 from tritonclient.http import aio as triton_http_aio
 
 from export.rows import Row
+from tests.bench.results import Goal
 from tests.bench.setting import Bench, on, seconds, url_of
 from tests.conftest import write_add_one
 
@@ -37,7 +38,7 @@ def client(bench: Bench) -> None:
             with InferenceClient(url_of(server, protocol), protocol) as ours:  # type: ignore[arg-type]
                 own = functools.partial(ours.infer, MODEL, row)
                 ratios = [_p50_s(own) / _p50_s(bare) for _ in range(max(10, bench.pairs))]
-                bench.record(f"client p50 over bare tritonclient, {protocol}", ratios, "goal: at most 1.1")
+                bench.record(f"client p50 over bare tritonclient, {protocol}", ratios, Goal(most=1.1))
                 peer = functools.partial(bench.peer_figures, server, MODEL, protocol, 1)
                 ratios = [_p50_s(own) * 1e6 / peer()["p50_us"] for _ in range(max(3, bench.pairs // 4))]
                 bench.record(f"client p50 over perf_analyzer's, one user, {protocol}", ratios)

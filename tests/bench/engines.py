@@ -27,7 +27,7 @@ def int8(bench: Bench) -> None:
         batch_axis = bench.specs[name].axes["batch"]
         for batch in sorted({1, batch_axis.opt, batch_axis.max}):
             _, inputs = max(batches(bench.rows[name], batch), key=lambda found: len(found[0]))
-            bench.record(f"int8 over fp32, {name}, batch {batch}", speedups(bench, sessions, inputs), lost)
+            bench.record(f"int8 over fp32, {name}, batch {batch}", speedups(bench, sessions, inputs), note=lost)
         sizes = {key: read_manifest(onnx_path(name, key)).size_bytes for key in sessions}
         bench.record(f"size of int8 over fp32, {name}", [sizes["int8"] / sizes["fp32"]] * 2)
 
@@ -55,7 +55,7 @@ def pruned(bench: Bench) -> None:
     pruned = bench.raw_sessions(Path(build) / "recommender" / "fp32" / "model.onnx", 1)[0]
     _, inputs = next(batches(bench.rows["recommender"], bench.specs["recommender"].axes["batch"].opt))
     ratios = speedups(bench, {"whole": whole, "pruned": pruned}, inputs)
-    bench.record("pruned over unpruned, recommender, batch 16", ratios, f"drop {report['drop']:+.2%}")
+    bench.record("pruned over unpruned, recommender, batch 16", ratios, note=f"drop {report['drop']:+.2%}")
 
 
 def cached(bench: Bench) -> None:
@@ -66,7 +66,7 @@ def cached(bench: Bench) -> None:
             folder = bench.folder / f"engine-{name}-{pair}"
             cold, warm = (_make_seconds(bench, folder, turn, models, name) for turn in ("cold", "cached"))
             ratios.append(warm / cold)
-        bench.record(f"cached make engine over a cold one, {models}/{name}", ratios, note)
+        bench.record(f"cached make engine over a cold one, {models}/{name}", ratios, note=note)
 
 
 def _make_seconds(bench: Bench, folder: Path, turn: str, models: str, name: str) -> float:

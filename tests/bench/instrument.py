@@ -27,6 +27,7 @@ from loadtests.load.preflight import check
 from loadtests.results.histogram import Latency
 from loadtests.results.run import Run
 from loadtests.results.settings import LoadSettings
+from tests.bench.results import Goal
 from tests.bench.setting import Bench, log, on, perf_analyzer_command, perf_analyzer_row, url_of
 from tests.fake_endpoint import FakeEndpoint
 
@@ -70,11 +71,11 @@ def accuracy(bench: Bench) -> None:
                 found.append(_stall(bench, protocol, how))
         for (kind, percent), found in ratios.items():
             name = f"reported p{percent:g} ({kind}) over the server's own, {protocol}"
-            bench.record(name, found, "goal: 0.98 to 1.02")
+            bench.record(name, found, Goal(0.98, 1.02))
         for how, found in stalls.items():
-            goal = "goal: 0.98 to 1.02" if how.startswith("open") else "hides it"
+            goal, note = (Goal(0.98, 1.02), "") if how.startswith("open") else (None, "hides the stall")
             highest = "p99" if how.startswith("perf") else "p99.9"  # the highest in its table
-            bench.record(f"{highest} over a stall of 2 s, {how}, {protocol}", found, goal)
+            bench.record(f"{highest} over a stall of 2 s, {how}, {protocol}", found, goal, note)
 
 
 def _stall(bench: Bench, protocol: Protocol, how: str) -> float:
@@ -104,8 +105,8 @@ def ceiling(bench: Bench) -> None:
                 run = _measured(bench, apart.endpoint, protocol, cores=apart.cores, rate_rps=round(ours[-1] / 2))
             lags_ms.append(run.window.latency("lag").percentile_ms(99))
         said = f"{np.median(ours):.0f}/s over {np.median(theirs):.0f}/s"
-        bench.record(f"requests/s of one core over perf_analyzer's, {protocol}", ratios, said)
-        bench.record(f"send lag p99 in ms at half of that, {protocol}", lags_ms, "goal: under 1")
+        bench.record(f"requests/s of one core over perf_analyzer's, {protocol}", ratios, note=said)
+        bench.record(f"send lag p99 in ms at half of that, {protocol}", lags_ms, Goal(most=1))
 
 
 class _Apart:
@@ -212,7 +213,7 @@ def peer(bench: Bench) -> None:
                 theirs.append(bench.peer_figures(server, "encoder", protocol, 4))
             for key, title in (("throughput", "throughput"), ("p50_us", "p50"), ("p99_us", "p99")):
                 ratios = [own[key] / other[key] for own, other in zip(ours, theirs, strict=True)]
-                bench.record(f"load test over perf_analyzer, {title}, {protocol}", ratios, "goal: 0.95 to 1.05")
+                bench.record(f"load test over perf_analyzer, {title}, {protocol}", ratios, Goal(0.95, 1.05))
 
 
 def capacity(bench: Bench) -> None:
@@ -232,4 +233,4 @@ def _capacity_of(bench: Bench, name: str, url: str) -> None:
         found.append(rate)
     ratios = [rate / sorted(found)[len(found) // 2] for rate in found]
     what = f"capacity of {name}, three searches on one server: each over the median"
-    bench.record(what, ratios, f"goal: within 10 %; lowest {min(ratios):.2f}, highest {max(ratios):.2f}")
+    bench.record(what, ratios, note=f"goal: within 10 %; lowest {min(ratios):.2f}, highest {max(ratios):.2f}")

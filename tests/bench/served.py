@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deepseek.spec import TunedBatching
 from serving.embedded.launcher import EmbeddedServer
+from tests.bench.results import Goal
 from tests.bench.setting import Bench, on
 
 USERS = 32
@@ -25,7 +26,7 @@ def served(bench: Bench) -> None:
     """
     every, apart = every_core(), generator_apart()
     encoder, recommender = bench.repository("encoder"), bench.repository("recommender")
-    goal = "goal: at least 0.97"
+    goal = Goal(least=0.97)
     bench.record(f"{LABEL}, encoder, {APART}", served_over_raw(bench, "encoder", encoder, *apart), goal)
     bench.record(f"{LABEL}, encoder, {TOGETHER}", served_over_raw(bench, "encoder", encoder, every, every))
     bench.record(f"{LABEL}, recommender, {TOGETHER}", served_over_raw(bench, "recommender", recommender, every, every))

@@ -27,6 +27,7 @@ from deepseek.spec import DeploymentSpec, InputError, TunedBatching, TunedFile, 
 from export.artifact import choice_path, onnx_path
 from export.rows import Row, batches, load_rows
 from serving.embedded.launcher import EmbeddedServer
+from tests.bench.results import Goal, Ratio
 from tests.conftest import run_module
 from tests.fake_endpoint import FakeEndpoint
 
@@ -90,18 +91,15 @@ class Bench:
 
     def __init__(self, folder: Path, pairs: int) -> None:
         self.folder, self.pairs = folder, pairs
-        self.results: list[dict[str, Any]] = []
+        self.results: list[Ratio] = []
         os.environ["DEEPSEEK_BUILD"] = str(folder / "build")
         self.specs = {name: DeploymentSpec.of_model(name, folder / "models") for name in ("encoder", *BUILT)}
         self.rows = {name: load_rows(build_dir(name) / "evaluation.npz") for name in self.specs}
 
-    def record(self, name: str, ratios: list[float], goal: str = "") -> None:
+    def record(self, name: str, ratios: list[float], goal: Goal | None = None, note: str = "") -> None:
         """Records the median and the quartiles of the pairs."""
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        self.results.append(
-            {"name": name, "ratio": middle, "quartiles": [low, high], "pairs": len(ratios), "goal": goal}
-        )
-        log.print(f"{name}: {middle:.2f} ({low:.2f} to {high:.2f}) {goal}")
+        self.results.append(result := Ratio.of(name, ratios, goal, note))
+        log.print(f"{name}: {result.ratio:.2f} ({result.quartiles[0]:.2f} to {result.quartiles[1]:.2f}) {result.said}")
 
     # -- the raw runtime -------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from export.rows import load_rows
 from loadtests.tune.confirmation import LEAST_PAIRS
 from loadtests.tune.tune_result import TuneResult
 from serving.embedded.serve import EmbeddedServer
+from tests.bench.results import Goal
 from tests.bench.served import APART, LABEL, TOGETHER, every_core, generator_apart, served_over_raw
 from tests.bench.setting import ENCODER_TOML, Bench, log
 
@@ -68,12 +69,12 @@ def tuned(bench: Bench) -> None:
     build_short(bench)
     chosen = json.loads(choice_path(SHORT, "onnxruntime").read_text())["chosen"]
     every = every_core()
-    for precision, how, goal in (("fp32", "fp32", "0.98"), (chosen, "PRECISION=auto over raw fp32", "1.6")):
+    for precision, how, goal in (("fp32", "fp32", 0.98), (chosen, "PRECISION=auto over raw fp32", 1.6)):
         for where, cores in ((APART, generator_apart()), (TOGETHER, (every, every))):
             repository = bench.publish(f"{precision} {where}", SHORT, precision, one_a_core(len(cores[0])))
             pairs = 2 * bench.pairs  # raw varies by a tenth
             ratios = served_over_raw(bench, SHORT, repository, *cores, pairs=pairs)
-            bench.record(f"{LABEL}, MiniLM of 64 tokens, {how}, {where}", ratios, f"goal: at least {goal}")
+            bench.record(f"{LABEL}, MiniLM of 64 tokens, {how}, {where}", ratios, Goal(least=goal))
             if precision == "fp32":
                 ratios = served_over_raw(bench, SHORT, repository, *cores, pairs=pairs, without=SLOW_ON_CPU)
                 bench.record(f"    and over raw without {' and '.join(SLOW_ON_CPU)}, {where}", ratios)
@@ -153,7 +154,7 @@ def latency(bench: Bench) -> None:
                 found[load].append(p99_ms(bench, servers[repository], rates[rate], seed=pair))
     for name, (mine, others) in rows.items():
         ratios = [one / other for one, other in zip(found[mine], found[others], strict=True)]
-        bench.record(name, ratios, "goal: at most 0.6")
+        bench.record(name, ratios, Goal(most=0.6))
 
 
 def copied(_: object, source: Path, target: Path) -> None:
@@ -194,4 +195,4 @@ def gain(bench: Bench, name: str) -> None:
     log.print(f"{name}: {found.conclusion}")
     ratios = [pair.best_rps / pair.default_rps for pair in found.pairs] or [1.0, 1.0]  # the default itself is best
     best = str(found.best) if found.best else "no setting is proved better than the default"
-    bench.record(f"rate inside the SLO, tuned over default, {name}", ratios, best)
+    bench.record(f"rate inside the SLO, tuned over default, {name}", ratios, note=best)
