@@ -11,7 +11,6 @@ by the master's monotonic clock. Workers on other machines count from the arriva
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from locust.env import Environment
 from locust.exception import StopUser
 from locust.rpc import Message
 from locust.runners import MasterRunner, WorkerRunner
+from pydantic import TypeAdapter
 
 from deepseek.spec import ExitCode, InputError
 from deepseek.spec.children import end_with
@@ -53,8 +53,8 @@ def _add_arguments(parser: LocustArgumentParser) -> None:
 
 
 def read_settings(path: Path) -> list[LoadSettings]:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return [LoadSettings(**each) for each in (found if isinstance(found, list) else [found])]
+    found = TypeAdapter(LoadSettings | list[LoadSettings]).validate_json(path.read_bytes())
+    return found if isinstance(found, list) else [found]
 
 
 @events.init.add_listener
@@ -70,7 +70,7 @@ def _prepare(environment: Environment, **_: Any) -> None:
             import grpc.experimental.gevent
 
             grpc.experimental.gevent.init_gevent()  # after Locust's patching, before any channel
-        _send(environment, parts)
+        _send(environment, parts, path.parent)
 
 
 def _awaits_remote_workers(environment: Environment) -> bool:
@@ -78,11 +78,11 @@ def _awaits_remote_workers(environment: Environment) -> bool:
     return isinstance(environment.runner, MasterRunner) and not environment.parsed_options.processes  # type: ignore[union-attr]
 
 
-def _send(environment: Environment, parts: list[LoadSettings]) -> None:
+def _send(environment: Environment, parts: list[LoadSettings], folder: Path) -> None:
     runner = environment.runner
     assert runner is not None
     try:
-        share = Worker(parts, tell=runner.send_message, fire=environment.events.request.fire)
+        share = Worker(parts, folder, tell=runner.send_message, fire=environment.events.request.fire)
     except (InputError, InferenceError) as error:
         print(f"error: {error}", file=sys.stderr)
         runner.send_message("unprepared", str(error))

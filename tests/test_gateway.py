@@ -9,6 +9,7 @@ import re
 import signal
 import ssl
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,6 +22,7 @@ import tritonclient.http as triton_http
 from deepseek_client import ServerBusy
 from tritonclient.utils import InferenceServerException
 
+from loadtests.load.traffic_file import read_traffic
 from serving.embedded.launcher import EmbeddedServer
 from serving.repository.served_models import served_models
 from serving.stack.api_keys import digest
@@ -210,6 +212,9 @@ def test_servers_that_were_all_too_late_once_are_asked_again_at_once(closed: Emb
                 each.result()
         for _ in range(4):
             assert client.infer("add_one", grpc_input(), headers=authorized(both.key)).as_numpy("y").sum() == 6
+        assert {line["model"] for line in both.lines(grpc_status="4")} == {
+            "stuck"
+        }  # from the request: no model answered
 
 
 def test_each_request_is_a_line_of_json_with_its_id_and_without_its_key(gateway: Gateway) -> None:
@@ -220,6 +225,35 @@ def test_each_request_is_a_line_of_json_with_its_id_and_without_its_key(gateway:
     _, answer = gateway.http("GET", "/v2", "X-Request-Id: <script>")
     assert re.search(rb"X-Request-Id: [0-9a-f]{32}\r", answer)
     assert gateway.key not in gateway.log_path.read_text()
+
+
+def test_the_log_makes_a_file_to_replay(gateway: Gateway, tmp_path: Path) -> None:
+    """With the lines of docs/loadtests.md."""
+    page = Path("docs/loadtests.md").read_text()
+    (script,) = re.findall(r"gateway \| python3 -c '\n(.*?)' > traffic.csv", page, re.DOTALL)
+    begun_s, sizes = time.time(), []
+    for protocol, rows in (("http", 1), ("http", 8), ("grpc", 2), ("grpc", 8)):
+        name = f"replay-{protocol}{rows}"
+        with gateway.client(protocol) as client:
+            request = client.prepare("add_one", {"x": np.zeros((rows, 2, 3), np.float32)}, request_id=name)
+            sizes.append(sum(map(len, request.parts[1:] or request.parts)))
+            client.send(request)
+        gateway.lines(id=name)
+    gateway.http("POST", INFER, key="wrong", body=json_body())
+    log = gateway.log_path.read_text()
+    recent = log[log.index("replay-http1") :].splitlines()[1:]
+    first = next(line for line in log.splitlines() if "replay-http1" in line)
+    (tmp_path / "gateway.log").write_text("\n".join(["nginx: not JSON", first, *recent]))
+    with (tmp_path / "gateway.log").open() as lines:
+        made = subprocess.run([sys.executable, "-c", script], stdin=lines, check=True, capture_output=True, text=True)
+    (tmp_path / "traffic.csv").write_text(made.stdout)
+    found = read_traffic(tmp_path / "traffic.csv", {"add_one": 1}).of("add_one")
+    assert len(found.values) == 4
+    more = found.values - sizes
+    assert (more > 0).all()
+    assert (more[:2] < 20).all()  # the time-out
+    assert (more[2:] < 100).all()  # the frames of gRPC and HTTP/2
+    assert begun_s - 0.1 < float(made.stdout.splitlines()[1].split(",")[0]) < time.time()
 
 
 def test_a_key_file_that_cannot_be_read_is_told(gateway: Gateway) -> None:

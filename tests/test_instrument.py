@@ -275,13 +275,14 @@ def test_locusts_command_sends_the_whole_schedule_with_any_number_of_users(tmp_p
 GREENLETS = """
 from gevent import monkey
 monkey.patch_all()
-import json, sys, time
+import json, sys
+from pathlib import Path
 from loadtests.results.settings import LoadSettings
 from loadtests.load.workers.worker import Worker
 
 ended = {}
-worker = Worker([LoadSettings(**json.loads(sys.argv[1]))], tell=ended.__setitem__, fire=lambda **_: None)
-worker.begin(time.time() + 0.2, worker=0, workers=1)
+worker = Worker([LoadSettings(**json.loads(sys.argv[1]))], Path(), tell=ended.__setitem__, fire=lambda **_: None)
+worker.begin(worker=0, workers=1, starts_in_s=0.2)
 worker.finished.wait()
 print(ended["finished"]["now"]["in_flight"], sum(row["ok"] for row in ended["finished"]["rows"][0]), end=" ")
 print(len(worker.senders[0]._free))

@@ -256,14 +256,28 @@ function excused(r, data, flags) {
     r.sendBuffer(data, flags);
 }
 
-// Notes which model answered over gRPC: the first field of a ModelInferResponse, after the five bytes of the frame.
+// The model in a gRPC message: the first field of a ModelInferRequest or ModelInferResponse, after the five bytes of the frame.
+function modelIn(data) {
+    const name = data.length > 7 && data[5] === 0x0a ? data.slice(7, 7 + data[6]).toString() : '';
+    return NAME.test(name) ? name : '';
+}
+
+// Notes which model answered over gRPC.
 function answered(r, data, flags) {
     if (data.length > 7) {
-        const name = r.variables.api === 'infer' && data[5] === 0x0a ? data.slice(7, 7 + data[6]).toString() : '';
-        r.variables.answered = NAME.test(name) ? name : '';
+        r.variables.answered = r.variables.api === 'infer' ? modelIn(data) : '';
         r.done();  // the rest of the answer passes unread
     }
     r.sendBuffer(data, flags);
+}
+
+// The model that the caller asked for, for the log; empty if the gateway refused a gRPC request before it read the body.
+function model(r) {
+    const path = MODEL.exec(r.variables.request_uri);
+    if (path || r.variables.answered || r.variables.api !== 'infer') {
+        return path ? path[1] : r.variables.answered;
+    }
+    return modelIn(r.requestBuffer || Buffer.alloc(0));
 }
 
 // Counts a request for `metrics`, once, when it is logged. Only models that answered become labels, so that callers cannot
@@ -354,4 +368,4 @@ function metrics(r) {
     r.return(200, text);
 }
 
-export default { refusal, infer, blame, excused, answered, observed, metrics };
+export default { refusal, infer, blame, excused, answered, model, observed, metrics };

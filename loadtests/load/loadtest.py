@@ -12,6 +12,8 @@ import math
 import signal
 import socket
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,8 +22,11 @@ from rich.table import Table
 from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, SloSpec
 from loadtests.figures import SUMMARY
 from loadtests.load.endpoint import endpoint_of, inputs_of
+from loadtests.load.inputs import count_rows
 from loadtests.load.measure import ModelLoad, measure_together, work_for
 from loadtests.load.preflight import check
+from loadtests.load.replay import plan_of, rows_in, with_replay
+from loadtests.load.traffic_file import read_traffic
 from loadtests.load.until_decided import measure_until_decided, planned_looks
 from loadtests.results.histogram import Latency
 from loadtests.results.mixes import Mix, models_of
@@ -33,7 +38,8 @@ from loadtests.slo import slo_demands as limits
 from loadtests.slo.generator_health import generator_problems
 from loadtests.slo.time_split import mean_batch, means_ms
 
-ALONE = ("mix", "remote_workers", "worker_of", "web")  # options that do not go with --until-decided
+ALONE = ("mix", "remote_workers", "worker_of", "web", "replay")  # options that do not go with --until-decided
+TIMES = ("rate", "shape", "users", "arrivals", "duration_s")  # options that do not go with --replay
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -65,7 +71,10 @@ def _figures(found: Distribution) -> dict[str, float | None]:
 
 
 def described(settings: LoadSettings) -> str:
-    if settings.open_loop:
+    if settings.replay is not None:
+        replay = settings.replay
+        loop = f"{replay.requests} requests of {replay.file} at speed {replay.speed:g}"
+    elif settings.open_loop:
         loop = f"open loop at {settings.shape if settings.rate_rps is None else f'{settings.rate_rps:g}'}/s"
     else:
         loop = f"closed loop, {settings.users} users"
@@ -116,6 +125,10 @@ def _check(args: argparse.Namespace) -> None:
         other := next((name for name in ALONE if getattr(args, name) not in (None, False)), None)
     ):
         raise InputError(f"--until-decided: not with --{other.replace('_', '-')}; leave one of them out")
+    if args.replay is None and "speed" in args.given:
+        raise InputError(f"--speed {args.speed:g}: only for --replay; give a file of recorded traffic, or leave it out")
+    if args.replay is not None and (other := next((name for name in TIMES if name in args.given), None)):
+        raise InputError(f"--{other.replace('_', '-')}: not with --replay, which has its own times; leave one out")
     if args.web:
         _check_port(args.web_port)
 
@@ -164,10 +177,31 @@ def _of_mix(args: argparse.Namespace, specs: dict[str, DeploymentSpec]) -> list[
     return mix.parts(whole, {model: inputs_of(model) for model in specs})
 
 
+def _of_replay(args: argparse.Namespace, specs: dict[str, DeploymentSpec]) -> list[ModelLoad]:
+    """The checked loads of recorded traffic, one for each model of it."""
+    if args.mix and ":" in args.mix:
+        raise InputError(f"--mix {args.mix}: a replay has its own shares; name only the models: {','.join(specs)}")
+    if args.mix and args.inputs is not None:
+        raise InputError("--inputs: not with --mix, whose models each use build/<model>/evaluation.npz; leave it out")
+    inputs = {model: args.inputs or inputs_of(model) for model in specs}
+    traffic = read_traffic(args.replay, {model: count_rows(Path(file)) for model, file in inputs.items()})
+    whole = _settings(args, next(iter(specs)), None, None, *(spec.slo for spec in specs.values()))
+    mix = "".join(args.mix.split()) if args.mix else None
+    loads = []
+    for place, (model, spec) in enumerate(specs.items()):
+        own = replace(whole, model=model, inputs=inputs[model], seed=whole.seed + place, mix=mix)
+        settings = with_replay(own, traffic, args.speed)
+        plan = plan_of(traffic, settings, spec)
+        loads.append(ModelLoad(settings=settings, spec=spec, served=check(settings, spec, rows_in(plan)), plan=plan))
+    return loads
+
+
 def _loads(args: argparse.Namespace) -> list[ModelLoad]:
     """The checked loads that the options ask for."""
     models = models_of(args.mix) if args.mix else [args.model]
     specs = {model: DeploymentSpec.of_model(model, args.models).for_target(args.target) for model in models}
+    if args.replay is not None:
+        return _of_replay(args, specs)
     parts = _of_mix(args, specs) if args.mix else [_of_one(args, specs[args.model])]
     return [ModelLoad(settings=each, spec=specs[each.model], served=check(each, specs[each.model])) for each in parts]
 

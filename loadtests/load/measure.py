@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import psutil
 from deepseek_client import ModelMetadata
 from rich.console import Console
@@ -29,6 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deepseek.spec import DeploymentSpec, InvalidMeasurement
 from loadtests.load.child_process import free_ports, our_environment
+from loadtests.load.replay import plan_file
 from loadtests.load.task_metric import of_served
 from loadtests.load.workers.recorder import rows_file
 from loadtests.results.run import Run, name_of_now, new_run, publish, runs_folder
@@ -46,6 +48,8 @@ class ModelLoad:
     settings: LoadSettings
     spec: DeploymentSpec
     served: ModelMetadata
+    plan: np.ndarray | None = None
+    """Of a replay: an array of `replay.PLAN`."""
 
 
 def measure(
@@ -83,6 +87,8 @@ def measure_together(
             (draft / "run.json").write_text(json.dumps(data, indent=2), encoding="utf-8")
         for leftover in ("settings.json", "measured.json", "locust.log"):
             (drafts[0] / leftover).unlink()
+        for load in loads:
+            plan_file(drafts[0], load.settings.model).unlink(missing_ok=True)
         name = name_of_now()
         runs = [Run.load(publish(draft, name)) for draft in drafts]
         if and_then is not None:
@@ -192,6 +198,9 @@ def work_for(master: str, loads: Sequence[ModelLoad]) -> int:
 
 def _write_settings(loads: Sequence[ModelLoad], path: Path) -> None:
     path.write_text(json.dumps([asdict(load.settings) for load in loads]), encoding="utf-8")
+    for load in loads:
+        if load.plan is not None:
+            np.save(plan_file(path.parent, load.settings.model), load.plan)
 
 
 def _show_progress(process: subprocess.Popen[str], settings: LoadSettings, console: Console) -> None:

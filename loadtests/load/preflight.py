@@ -5,6 +5,7 @@ Contract: raises a one-line `InputError`, or returns the server's metadata of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,20 @@ from deepseek_client import (
 )
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError
-from loadtests.load.inputs import read_inputs
+from loadtests.load.inputs import read_rows
 from loadtests.results.settings import IN_FLIGHT, LoadSettings
 
 TRIES = 5  # enough for a server that breaks half of its connections
 MOST_REQUESTS = 1_000_000_000  # more is a typing error; a week at 1000/s is 605 million
 
 
-def check(settings: LoadSettings, spec: DeploymentSpec) -> ModelMetadata:
-    """Checks settings, inputs and server; returns the server's metadata of the model, InputError otherwise."""
+def check(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[int] | None = None) -> ModelMetadata:
+    """Checks settings, inputs and server; returns the server's metadata of the model, InputError otherwise.
+
+    `only` are the rows of the inputs that will be sent, if not those that `read_rows` draws.
+    """
     _check_numbers(settings)
-    rows = read_inputs(Path(settings.inputs), spec.axes[BATCH].min)
+    rows = list(read_rows(Path(settings.inputs), spec.axes[BATCH].min, only).values())
     for row in rows:
         if row.keys() != spec.inputs.keys():
             raise InputError(f"{settings.inputs}: contains {_listed(row)}, deploy.toml has {_listed(spec.inputs)}")
@@ -52,9 +56,10 @@ def check(settings: LoadSettings, spec: DeploymentSpec) -> ModelMetadata:
 
 def _check_numbers(settings: LoadSettings) -> None:
     """Checks options that depend on each other; the command line checks the others."""
-    if [settings.rate_rps, settings.shape, settings.users].count(None) != 2:
+    if [settings.rate_rps, settings.shape, settings.replay, settings.users].count(None) != 3:
         raise InputError(
-            "give one of --rate and --shape (open loop) or --users (closed loop); slo.rate_rps is the default rate"
+            "give one of --rate, --shape and --replay (open loop) or --users (closed loop); slo.rate_rps is the "
+            "default rate"
         )
     if settings.open_loop:
         planned = sum(segment.arrivals for segment in settings.segments)

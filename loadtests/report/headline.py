@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 from deepseek.spec import SloSpec
 from deepseek.spec.objectives import KINDS
@@ -40,6 +41,9 @@ def load_of(settings: LoadSettings) -> str:
     """The load as text."""
     if not settings.open_loop:
         return f"{settings.users} users (closed loop)"
+    if settings.replay is not None:
+        name, rate_rps = Path(settings.replay.file).name, settings.segments[0].rate_rps
+        return f"replay of {name} at speed {settings.replay.speed:g}, {rate_rps:.4g} requests/s on average (open loop)"
     rate = f"{settings.rate_rps:g}" if settings.shape is None else settings.shape
     return f"{rate} requests/s, {settings.arrivals.capitalize()} arrivals (open loop)"
 

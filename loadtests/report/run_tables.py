@@ -151,7 +151,12 @@ def settings(run: Run) -> str:
         ("time-out", f"{own.timeout_s:g} s"),
         ("limit in flight", own.max_in_flight or IN_FLIGHT if own.open_loop else own.users),
     ]
-    if own.open_loop:
+    if own.replay is not None:
+        replay = own.replay
+        rows.append(("replay, speed", f"{Path(replay.file).name}, {replay.speed:g}"))
+        rows.append(("requests, most in a second", f"{replay.requests:,}, {replay.peak_rps:g}"))
+        rows.append(("SHA-256 of the file", replay.sha256))
+    elif own.open_loop:
         rows.append(("arrivals, seed", f"{own.arrivals}, {own.seed}"))
     if own.mix:
         rows.append(("part of the mix", own.mix))

@@ -17,8 +17,26 @@ IN_FLIGHT = 512  # unanswered requests of a worker, unless the SLO and the rate 
 
 
 @dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Recorded traffic, as `make loadtest REPLAY=` sends it."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)
+    file: str
+    sha256: str
+    speed: float
+    """The recorded times are divided by it."""
+    requests: int
+    """Of this model."""
+    peak_rps: float
+    """Requests of this model in the busiest second."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadSettings:
-    """Determines a run; exactly one of `rate_rps`, `shape` (both open loop) and `users` (closed loop) is given."""
+    """Determines a run.
+
+    Exactly one of `rate_rps`, `shape`, `replay` (all three open loop) and `users` (closed loop) is given.
+    """
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)
     model: str
@@ -32,7 +50,9 @@ class LoadSettings:
     shape: str | None = None
     """Changing rates, in the syntax of `schedule.segments_of`."""
     users: int | None = None
+    replay: Replay | None = None
     arrivals: Literal["constant", "poisson"] = "poisson"
+    """Of a replay: only those of the warm-up, at the mean rate."""
     seed: int = 0
     warmup_s: float = 5.0
     duration_s: float = 20.0
@@ -63,7 +83,7 @@ class LoadSettings:
     @property
     def open_loop(self) -> bool:
         """Whether requests are sent on a fixed schedule rather than after an answer."""
-        return self.rate_rps is not None or self.shape is not None
+        return self.rate_rps is not None or self.shape is not None or self.replay is not None
 
     @property
     def rates_rps(self) -> list[float]:
@@ -72,7 +92,9 @@ class LoadSettings:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The segments of an open loop, in order; empty for a closed loop."""
+        """The segments of an open loop, in order; empty for a closed loop. A replay is one, at its mean rate."""
+        if self.replay is not None:
+            return (Segment(duration_s=self.duration_s, rate_rps=self.replay.requests / self.duration_s),)
         if self.shape is not None:
             return segments_of(self.shape)
         return () if self.rate_rps is None else (Segment(duration_s=self.duration_s, rate_rps=self.rate_rps),)

@@ -49,6 +49,8 @@ def in_flight_for(settings: LoadSettings, slo: SloSpec) -> int:
     InputError if that is more than a worker can have.
     """
     highest_rps = max((max(each.rate_rps, each.end_rps or 0.0) for each in settings.segments), default=0.0)
+    if settings.replay is not None:
+        highest_rps = settings.replay.peak_rps
     for line in (each for each in slo.all_objectives() if each.kind == "ms"):
         rate_rps = min(highest_rps, rate_of(line, settings, slo) or highest_rps)  # it applies at no higher rate
         in_time = rate_rps * line.limit / 1000

@@ -14,16 +14,19 @@ import json
 import sys
 import time
 from collections import Counter, defaultdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import gevent
+import numpy as np
 from locust.env import Environment
 from locust.runners import MasterRunner
 
 from deepseek.spec import ExitCode
 from deepseek.spec.files.folders import write_whole
 from loadtests.load import server_statistics
+from loadtests.load.replay import blocks, open_plan
 from loadtests.load.workers.recorder import Recorder, rows_file
 from loadtests.load.workers.sender import planned_blocks_s
 from loadtests.results.settings import LONGEST_PREPARATION_S, LoadSettings
@@ -58,7 +61,7 @@ class Master:
         self._started = True
         for part in self._parts:
             rows_file(self._folder, part.model).write_text("")
-        self._write([list(planned_rows(part)) for part in self._parts])
+        self._write([list(planned_rows(part, open_plan(self._folder, part))) for part in self._parts])
         workers = self._await_workers()
         self._workers = len(workers)
         delay_s = DISTRIBUTED_START_DELAY_S if isinstance(runner, MasterRunner) else START_DELAY_S
@@ -145,10 +148,11 @@ class Master:
             runner.stop()  # keeps the page open
 
 
-def planned_rows(settings: LoadSettings) -> list[dict[str, Any]]:
-    """The planned requests of all workers together, as one row per second."""
+def planned_rows(settings: LoadSettings, plan: np.ndarray | None = None) -> list[dict[str, Any]]:
+    """The planned requests of all workers together, as one row per second; a replay has its own `plan`."""
     recorder = Recorder(open_loop=settings.open_loop)
-    for block in planned_blocks_s(settings):
+    recorded = () if plan is None else (part["time_s"] for part in blocks(plan))
+    for block in chain(planned_blocks_s(settings, warmup_only=plan is not None), recorded):
         recorder.plan(block)
         gevent.sleep(0)  # a long schedule must not keep Locust's heartbeats waiting
     return list(recorder.take())

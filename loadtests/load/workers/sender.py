@@ -25,8 +25,9 @@ import numpy as np
 from deepseek_client import InferenceClient, InferenceError
 
 from deepseek.spec import BATCH, DeploymentSpec
-from loadtests.load.inputs import length_classes, read_inputs, shuffled
+from loadtests.load.inputs import length_classes, read_rows, shuffled
 from loadtests.load.preflight import TRIES
+from loadtests.load.replay import blocks, rows_in
 from loadtests.load.request_log import RequestRecorder
 from loadtests.load.wire.client import WireClient
 from loadtests.load.workers.clock import Clock
@@ -41,11 +42,14 @@ SPARE_FILES = 100  # open files of this process kept for other uses than connect
 KIND_OF_ERRNO = {errno.EMFILE: NO_FILE, errno.ENFILE: NO_FILE, errno.EADDRNOTAVAIL: NO_PORT}
 
 
-def planned_blocks_s(settings: LoadSettings, worker: int = 0, workers: int = 1) -> Iterator[np.ndarray]:
+def planned_blocks_s(
+    settings: LoadSettings, worker: int = 0, workers: int = 1, *, warmup_only: bool = False
+) -> Iterator[np.ndarray]:
     """Planned times of a worker, in seconds of the measured window, thousands per block; none in a closed loop."""
     if settings.open_loop:
         warmup = Segment(duration_s=settings.warmup_s, rate_rps=settings.segments[0].rate_rps)
-        schedule = Schedule((warmup, *settings.segments), settings.arrivals, settings.seed)
+        segments = () if warmup_only else settings.segments
+        schedule = Schedule((warmup, *segments), settings.arrivals, settings.seed)
         for times in schedule.blocks(worker, workers):
             yield times - settings.warmup_s
 
@@ -59,11 +63,12 @@ class ModelSender:
         recorder: Recorder | RequestRecorder,
         *,
         models: int = 1,
+        plan: np.ndarray | None = None,
         describe: Callable[[Exception], str] | None = None,
         fire: Callable[..., None] = lambda **_: None,
         **client_options: Any,
     ) -> None:
-        """Prepares the requests of one of `models` models.
+        """Prepares the requests of one of `models` models; of a replay, those of its `plan` (of `replay.PLAN`).
 
         `describe` names a failure for the record (default: `kind_of`); `fire` is called for each request, like
         Locust's event. The client makes one attempt per request unless its options say otherwise. Raises InputError, or
@@ -73,7 +78,11 @@ class ModelSender:
         self._describe, self._fire = describe or kind_of, fire
         self._client_options: dict[str, Any] = {"retries": 0, "retry_budget": None, **client_options}
         spec = DeploymentSpec.of_model(settings.model, settings.models, tuned=os.devnull)  # only signature and axes
-        rows = shuffled(read_inputs(Path(settings.inputs), spec.axes[BATCH].min), settings.seed)
+        only = None if plan is None else rows_in(plan)
+        found = read_rows(Path(settings.inputs), spec.axes[BATCH].min, only)
+        numbers = shuffled(list(found), settings.seed)
+        rows = [found[number] for number in numbers]
+        self._plan, self._place_of = plan, {number: place for place, number in enumerate(numbers)}
         with self._client(retries=TRIES, idempotent=True, timeout_s=max(TIMEOUT_S, settings.timeout_s)) as client:
             self._requests = [client.prepare(settings.model, row) for row in rows]
         self._clients, self._senders = [self._client()], 0
@@ -103,12 +112,15 @@ class ModelSender:
         return self._clients[-1]
 
     def planned(self, worker: int, workers: int) -> Iterator[tuple[float, int, ModelSender]]:
-        """A worker's share of the schedule: planned time, number of the request, this sender."""
+        """A worker's share of the schedule: planned time, number of the input, this sender."""
         number = worker
-        for block in planned_blocks_s(self.settings, worker, workers):
+        for block in planned_blocks_s(self.settings, worker, workers, warmup_only=self._plan is not None):
             for planned_s in block.tolist():
                 yield planned_s, number, self
                 number += workers
+        for part in () if self._plan is None else blocks(self._plan, worker, workers):
+            for planned_s, row in part.tolist():
+                yield planned_s, self._place_of[row], self
 
     def take_up(self, planned_s: float, number: int, now_at: float) -> None:
         """Lets a free greenlet send the due request, or drops it; returns once it is sent."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -15,6 +16,7 @@ import numpy as np
 import psutil
 from gevent.event import Event
 
+from loadtests.load.replay import open_plan
 from loadtests.load.workers.clock import Clock, take_precedence
 from loadtests.load.workers.recorder import Recorder
 from loadtests.load.workers.sender import ModelSender, start
@@ -26,12 +28,15 @@ Tell = Callable[..., None]
 class Worker:
     """The share of a run that one worker sends: its part of every model's load."""
 
-    def __init__(self, settings: Sequence[LoadSettings], *, tell: Tell, fire: Callable[..., None]) -> None:
+    def __init__(
+        self, settings: Sequence[LoadSettings], folder: Path, *, tell: Tell, fire: Callable[..., None]
+    ) -> None:
+        """`folder` has the settings file, and the plan of a replay."""
         self._settings = settings[0]  # for the fields that all models share: loop, warm-up, window, time-out
         self._tell_master = tell
         self._recorders = [Recorder(open_loop=each.open_loop, duration_s=each.duration_s) for each in settings]
         self.senders = [
-            ModelSender(each, recorder, models=len(settings), fire=fire)
+            ModelSender(each, recorder, models=len(settings), plan=open_plan(folder, each), fire=fire)
             for each, recorder in zip(settings, self._recorders, strict=True)
         ]
         self.finished = Event()

@@ -1,0 +1,266 @@
+"""Replays: recorded traffic sent at its own times to the embedded Triton, as `make loadtest REPLAY=` does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deepseek.spec import InputError
+from loadtests.load import traffic_file
+from loadtests.load.replay import PLAN, blocks, rows_in
+from loadtests.load.traffic_file import read_traffic
+from loadtests.report.headline import load_of
+from loadtests.report.run_tables import settings as settings_table
+from loadtests.results.run import Run
+from serving.embedded.launcher import EmbeddedServer
+
+ROOT = Path(__file__).parent.parent
+MODEL = '''
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    """y = x; notes the first number and the length of every x."""
+
+    def execute(self, requests):
+        inputs = [np.from_dlpack(pb_utils.get_input_tensor_by_name(request, "x")) for request in requests]
+        with open("{log}", "a") as log:
+            log.writelines(f"{{x[0, 0]:g}} {{x.shape[1]}}\\n" for x in inputs)
+        return [pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack("y", x + 0)]) for x in inputs]
+'''
+CONFIG = """
+name: "{name}" backend: "python" max_batch_size: 8 instance_group {{ kind: KIND_CPU }}
+input {{ name: "x" data_type: TYPE_FP32 dims: [-1] }} output {{ name: "y" data_type: TYPE_FP32 dims: [-1] }}
+"""
+SPEC = """
+name = "{name}"
+inputs.x = {{ dtype = "float32", shape = ["batch", "length"] }}
+outputs.y = {{ dtype = "float32", shape = ["batch", "length"] }}
+axes.batch = {{ min = 1, opt = 4, max = 8 }}
+axes.length = {{ min = 1, opt = 4, max = 64 }}
+slo = {{ p99_ms = 2000 }}
+"""
+LENGTHS = (4, 16, 64)
+ROWS = 30  # row k has the number k, and a length of LENGTHS[k % 3]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EmbeddedServer, Path]]:
+    """A Triton with the models `cart` and `search`, which log what they get; their folders and inputs."""
+    folder = tmp_path_factory.mktemp("replay")
+    rows = {f"{row:05d}/x": np.full((1, LENGTHS[row % 3]), row, np.float32) for row in range(ROWS)}
+    for name in ("cart", "search"):
+        for path in (folder / "repository" / name / "1", folder / "models" / name, folder / "build" / name):
+            path.mkdir(parents=True)
+        (folder / "repository" / name / "1" / "model.py").write_text(MODEL.format(log=folder / f"{name}.log"))
+        (folder / "repository" / name / "config.pbtxt").write_text(CONFIG.format(name=name))
+        (folder / "models" / name / "deploy.toml").write_text(SPEC.format(name=name))
+        np.savez(folder / "build" / name / "evaluation.npz", **rows)  # type: ignore[arg-type]
+    with EmbeddedServer(
+        folder / "repository", http_port=0, grpc_port=0, metrics_port=0, log_path=folder / "triton.log"
+    ) as server:
+        yield server, folder
+
+
+def replay(
+    served: tuple[EmbeddedServer, Path], csv: str, *more: str, protocol: str = "grpc"
+) -> tuple[int, dict[str, Any], str]:
+    """Runs `deepseek loadtest --replay`: exit code, figures, error output. The models' logs begin empty."""
+    server, folder = served
+    for name in ("cart", "search"):
+        (folder / f"{name}.log").write_text("")
+    (folder / "traffic.csv").write_text(csv)
+    url = server.grpc_url if protocol == "grpc" else server.http_url
+    command = [sys.executable, "-m", "cli", "loadtest", "--model", "cart", "--models", str(folder / "models")]
+    command += ["--protocol", protocol, "--url", url, "--json", *more]
+    command += ["--replay", str(folder / "traffic.csv")] if csv and "--replay" not in more else []
+    environment = {**os.environ, "DEEPSEEK_BUILD": str(folder / "build")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, json.loads(done.stdout or "{}"), done.stderr
+
+
+def received(served: tuple[EmbeddedServer, Path], name: str = "cart") -> list[tuple[int, int]]:
+    """The row and length of each request of the load that a model got, sorted."""
+    lines = (served[1] / f"{name}.log").read_text().splitlines()[1:]  # the first one is the check before the load
+    return sorted((int(row), int(length)) for row, length in map(str.split, lines))
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_recorded_rows_are_sent_at_their_times_and_the_run_says_which(
+    served: tuple[EmbeddedServer, Path], workers: str
+) -> None:
+    rows = [3, 3, 7, 29, 0, 12, 3, 8]
+    times = [1767225600.25 + second for second in (0, 0.5, 1, 1.5, 2, 6, 2.5, 3)]  # one line is late
+    csv = "time,row\n" + "".join(f"{time:.3f},{row}\n" for time, row in zip(times, rows, strict=True))
+    code, figures, errors = replay(served, csv, "--speed", "2", "--warmup-s", "0", "--workers", workers)
+    assert code in (0, 3), errors  # 3 if this machine is too busy
+    run = Run.load(figures["run"])
+    assert (run.window.planned, run.window.ok, run.window.unsent) == (8, 8, 0)
+    assert [(second.second, second.planned) for second in run.window.seconds] == [(0, 4), (1, 3), (3, 1)]
+    assert [row for row, _ in received(served)] == sorted(rows)
+    assert run.settings.duration_s == 4
+    assert run.settings.replay is not None
+    assert run.settings.replay.sha256 == hashlib.sha256(csv.encode()).hexdigest()
+    assert (run.settings.replay.speed, run.settings.replay.requests, run.settings.replay.peak_rps) == (2, 8, 4)
+    assert load_of(run.settings) == "replay of traffic.csv at speed 2, 2 requests/s on average (open loop)"
+    assert run.settings.replay.sha256 in settings_table(run)
+    assert sorted(path.name for path in run.folder.iterdir()) == ["run.json", "seconds.jsonl"]
+
+
+def test_the_warm_up_is_at_the_mean_rate(served: tuple[EmbeddedServer, Path]) -> None:
+    csv = "time\n" + "".join(f"{k / 10}\n" for k in range(20))
+    code, figures, errors = replay(served, csv, "--warmup-s", "1")
+    assert code in (0, 3), errors
+    run = Run.load(figures["run"])
+    assert [(second.second, second.planned) for second in run.seconds] == [(-1, 10), (0, 10), (1, 10)]
+    assert len(received(served)) == 30
+
+
+def test_several_models_are_replayed_as_a_mix(served: tuple[EmbeddedServer, Path]) -> None:
+    csv = "time,model,row\n0,cart,1\n0.2,search,2\n0.4,cart,3\n2.4,search,4\n"
+    code, figures, errors = replay(served, csv, "--mix", "cart,search", "--warmup-s", "0")
+    assert code in (0, 3), errors
+    cart, search = (Run.load(each["run"]) for each in figures["runs"])
+    assert [row for row, _ in received(served)] == [1, 3]
+    assert [row for row, _ in received(served, "search")] == [2, 4]
+    assert [(run.settings.mix, run.settings.duration_s) for run in (cart, search)] == [("cart,search", 3)] * 2
+    assert (cart.window.ok, search.window.ok) == (2, 2)
+    assert {second.second: second.planned for second in search.window.seconds} == {0: 1, 2: 1}
+    verdict = [sys.executable, "-m", "cli", "verdict", "--models", str(served[1] / "models"), "--mix", "cart,search"]
+    environment = {**os.environ, "DEEPSEEK_BUILD": str(served[1] / "build")}
+    judged = subprocess.run([*verdict, "--json"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert judged.returncode == 3, judged.stderr  # too few requests to judge
+
+
+def test_the_nearest_length_is_sent_and_equal_keys_send_equal_rows(served: tuple[EmbeddedServer, Path]) -> None:
+    wanted = [1, 4, 10, 11, 40, 41, 900]
+    csv = "time,length\n" + "".join(f"{k / 10},{length}\n" for k, length in enumerate(wanted))
+    assert replay(served, csv, "--warmup-s", "0")[0] in (0, 3)
+    assert sorted(length for _, length in received(served)) == [4, 4, 4, 16, 16, 64, 64]
+    rows = [row for row, _ in received(served)]
+    assert len(set(rows)) == len(rows)  # rows of one length take turns
+    csv = "time,length,key\n" + "".join(f"{k / 20},16,user {k % 2}\n" for k in range(10))
+    assert replay(served, csv, "--warmup-s", "0")[0] in (0, 3)
+    found = Counter(received(served))
+    assert {length for _, length in found} == {16}
+    assert sorted(found.values()) == [5, 5]
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_the_nearest_size_of_the_encoded_request_is_sent(served: tuple[EmbeddedServer, Path], protocol: str) -> None:
+    code, _, errors = replay(served, "time,bytes\n0,1\n0.1,100000\n", "--warmup-s", "0", protocol=protocol)
+    assert code in (0, 3), errors
+    assert sorted(length for _, length in received(served)) == [4, 64]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rate", "5"), "--rate: not with --replay"),
+        (("--arrivals", "constant"), "--arrivals: not with --replay"),
+        (("--duration-s", "5"), "--duration-s: not with --replay"),
+        (("--until-decided",), "--until-decided: not with --replay"),
+        (("--mix", "cart:1,search:2"), "name only the models: cart,search"),
+        (("--mix", "cart,ghost"), "ghost"),
+        (("--mix", "cart,search"), "no column model, which --mix needs"),
+        (("--speed", "1e-9"), "allowed: 604800 s"),
+        (("--replay", "/absent.csv"), "/absent.csv: No such file or directory"),
+    ],
+)
+def test_options_that_contradict_a_replay_are_refused_before_any_request(
+    served: tuple[EmbeddedServer, Path], options: tuple[str, ...], message: str
+) -> None:
+    code, _, errors = replay(served, "time\n0\n1\n", *options)
+    assert (code, len(errors.splitlines())) == (2, 1), errors
+    assert message in errors
+    assert (served[1] / "cart.log").read_text() == ""
+
+
+def test_a_speed_without_a_replay_is_refused(served: tuple[EmbeddedServer, Path]) -> None:
+    code, _, errors = replay(served, "", "--speed", "2")
+    assert (code, errors) == (
+        2,
+        "error: --speed 2: only for --replay; give a file of recorded traffic, or leave it out\n",
+    )
+
+
+def test_a_mistake_in_the_file_is_refused_before_any_request(served: tuple[EmbeddedServer, Path]) -> None:
+    code, _, errors = replay(served, "time,row\n0,1\n1,30\n")
+    assert (code, len(errors.splitlines())) == (2, 1), errors
+    assert "traffic.csv, line 3: row '30'; allowed: 0 to 29" in errors
+    assert (served[1] / "cart.log").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("csv", "message"),
+    [
+        ("", "line 1: the columns are ''; allowed: time"),
+        ("time\n", "no request"),
+        ("row,model\n1,a\n", "line 1: the columns are 'row,model'; allowed: time"),
+        ("time,lenght\n0,4\n", "line 1: the columns are 'time,lenght'"),
+        ("time,time\n0,4\n", "each once"),
+        ("time,row,length\n0,1,4\n", "row and length both choose the input"),
+        ("time,row,key\n0,1,4\n", "row and key both choose the input"),
+        ("time\n0\nsoon\n", "line 3: time 'soon'; allowed: seconds"),
+        ("time\n0\n\nnan\n", "line 4: time 'nan'"),
+        ("time\n1767225600\n2026-01-01T00:00:01Z\n7\n", "line 4: time '7' is 1767225593 s from the first"),
+        ("time,model\n0,a\n1,c\n", "line 3: model 'c'; allowed: a, b; .*MIX="),
+        ("time,model,row\n0,a,4\n1,b,4\n2,a,5\n", "line 4: row '5'; allowed: 0 to 4"),
+        ("time,row\n0,-1\n", "line 2: row '-1'; allowed: 0 to 4"),
+        ("time,length\n0,\n", "line 2: length ''; allowed: a number"),
+        ("time,bytes\n0,-4\n", "line 2: bytes '-4'; allowed: a number"),
+        ("time,model,row\n0,a\n", "line 2: 2 values; the first line names 3"),
+        ('time,key\n0,"a\n', "line 2: unexpected end of data"),
+        ("time,key\n0," + "k" * 70000, "a line of 65536 bytes or more"),
+        (b"time,key\n0,\xff\n", "line 2: not UTF-8"),
+        ("time\n0\n1\n2\n3\n4\n", "line 6: more than 4 requests"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line_with_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, csv: str | bytes, message: str
+) -> None:
+    monkeypatch.setattr(traffic_file, "MOST_REQUESTS", 4)
+    path = tmp_path / "traffic.csv"
+    path.write_bytes(csv if isinstance(csv, bytes) else csv.encode())
+    models = {"a": 5, "b": 9} if isinstance(csv, str) and "model" in csv else {"a": 5}
+    with pytest.raises(InputError, match=message) as caught:
+        read_traffic(path, models)
+    assert "\n" not in str(caught.value)
+
+
+def test_times_are_seconds_or_iso_times_and_may_be_out_of_order(tmp_path: Path) -> None:
+    path = tmp_path / "traffic.csv"
+    times = ["2026-01-01T00:00:01.500Z", "2026-01-01T01:00:00+01:00", "2026-01-01T00:00:03"]
+    path.write_text("\ufefftime,row\n" + "".join(f"{time},{row}\n" for row, time in enumerate(times)))
+    found = read_traffic(path, {"a": 3}).of("a")
+    assert (found.times_s.tolist(), found.values.tolist()) == ([0, 1.5, 3], [1, 0, 2])
+
+
+def test_a_model_without_a_request_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "traffic.csv"
+    path.write_text("time,model\n0,a\n1,a\n")
+    traffic = read_traffic(path, {"a": 3, "b": 3})
+    assert traffic.of("a").times_s.tolist() == [0, 1]
+    with pytest.raises(InputError, match="no request of b; leave it out of --mix"):
+        traffic.of("b")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_share_a_plan(workers: int) -> None:
+    plan = np.zeros(10_000, PLAN)
+    plan["time_s"], plan["row"] = np.arange(len(plan)), np.arange(len(plan)) % 7
+    shares = [np.concatenate(list(blocks(plan, worker, workers))) for worker in range(workers)]
+    assert sorted(np.concatenate(shares)["time_s"].tolist()) == plan["time_s"].tolist()
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert rows_in(plan) == list(range(7))
