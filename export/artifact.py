@@ -17,7 +17,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deepseek.spec import DeploymentSpec, FileDigest, InputError, Manifest, Target, build_dir, flags_for, variables_for
+from deepseek.spec import (
+    DeploymentSpec,
+    FileDigest,
+    InputError,
+    Manifest,
+    Precision,
+    Target,
+    build_dir,
+    flags_for,
+    variables_for,
+)
 from deepseek.spec.files.folders import scratch_in
 from deepseek.targets import TARGETS
 
@@ -87,6 +97,21 @@ def pruned_settings(name: str) -> dict[str, Any]:
     """The manifest settings that record pruning."""
     pruning = pruning_of(name)
     return {"pruned": pruning["ratio"]} if pruning else {}
+
+
+def choice_of(name: str, target: Target) -> tuple[Precision, str | None]:
+    """The precision that `export.stages.select_precision` chose, and the execution provider that it measured.
+
+    Raises InputError if the engine has changed since.
+    """
+    again = f"deepseek select-precision {flags_for(name)} --target {target}"
+    path = need(choice_path(name, target), again)
+    choice = json.loads(path.read_text())
+    precision, digests = choice["chosen"], choice["sha256"]
+    engine = engine_path(name, precision, target)
+    if engine.is_file() and digests[precision] != sha256(engine):
+        raise InputError(f"{engine} has changed since {path} chose it; re-run: {again}")
+    return precision, choice.get("provider")
 
 
 def need(path: Path, made_by: str) -> Path:

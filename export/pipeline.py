@@ -17,7 +17,9 @@ from typing import Any
 
 from deepseek.precisions import EIGHT_BITS, Precision
 from deepseek.spec import DeploymentSpec, build_dir
+from deepseek.spec.cpu import this_cpu
 from deepseek.spec.files.image_tag import image_tag
+from deepseek.spec.files.measured_batches import batches_path
 from deepseek.spec.gpus import gpus
 from export.artifact import choice_path, engine_path, onnx_path, rows_path, weights_path
 from export.digests import RememberedDigests
@@ -62,7 +64,7 @@ class Stage:
 
 
 def stages_of(plan: Plan) -> Iterator[Stage]:
-    """All stages through precision selection, in order."""
+    """All stages but publishing, in order."""
     yield from graph_stages(plan, plan.precisions)
     for precision in plan.precisions:
         if plan.target in ("tensorrt", "tensorrt_rtx"):
@@ -70,6 +72,8 @@ def stages_of(plan: Plan) -> Iterator[Stage]:
         elif plan.target == "torchscript":
             yield _to_torchscript(plan)
     yield _select_precision(plan)
+    if plan.target == "onnxruntime":
+        yield _measure_batches(plan)
 
 
 def graph_stages(plan: Plan, precisions: list[Precision]) -> Iterator[Stage]:
@@ -246,6 +250,20 @@ def _select_precision(plan: Plan) -> Stage:
     )
 
 
+def _measure_batches(plan: Plan) -> Stage:
+    layout = tuple(f"batching.{key}" for key in ("instances", "threads", "max_batch"))
+    return Stage(
+        name=f"measure-batches {plan.target}",
+        command=("measure-batches", "--target", plan.target),
+        module="export.stages.measure_batches",
+        reads=(choice_path(plan.model, plan.target), rows_path(plan.model, "evaluation")),
+        keys=(*SIGNATURE, *layout, "slo", "onnxruntime"),
+        tuned=True,
+        settings={**_device(plan), "CPU": f"{this_cpu()}: {cpu()}"},
+        writes=(batches_path(plan.model, plan.target),),
+    )
+
+
 def publish_stage(plan: Plan) -> Stage:
     """The stage that adds the next version to the repository."""
     served = ("batching", "slo", "onnxruntime", "tensorrt.cuda_graphs", "tensorrt.cuda_graph_batches")
@@ -258,6 +276,7 @@ def publish_stage(plan: Plan) -> Stage:
         module="export.stages.publish",
         reads=(
             choice_path(plan.model, plan.target),
+            *((batches_path(plan.model, plan.target),) if plan.target == "onnxruntime" else ()),
             *(ROOT / "serving" / "backend" / f"{name}.py" for name in ("onnxruntime_backend", "compute_slots")),
             ROOT / "deepseek" / "onnxruntime_session.py",
         ),

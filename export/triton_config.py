@@ -9,6 +9,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup, ModelQueuePolicy
 
 from deepseek.spec import BATCH, TRITON_DTYPES, DeploymentSpec, Precision, Target, histogram_bounds_ms
+from deepseek.spec.files.measured_batches import BatchingPlan, plan_of
 from deepseek.targets import PROVIDERS, TARGETS, is_accelerator
 from export.rows import Row
 
@@ -21,14 +22,16 @@ def model_config(
     device: str = "cpu",
     left_out: Sequence[str] = (),
     gpus: Sequence[int] = (),
+    plan: BatchingPlan | None = None,
 ) -> ModelConfig:
     """Triton's configuration of a model.
 
     `warmup` maps a file-name prefix to the row stored under it. `device` is the one a TorchScript module was made for,
     `left_out` the optimizers of ONNX Runtime to disable for the graph, `gpus` the GPUs that run a TensorRT engine if
-    there are others.
+    there are others. `plan` is the batching and queue; None: without a measurement.
     """
     spec = spec.for_target(target)
+    plan = plan or plan_of(spec, None, precision)
     config = ModelConfig(name=spec.name, max_batch_size=spec.max_served_batch)
     for tensors, added in ((spec.inputs, config.input), (spec.outputs, config.output)):
         for name, tensor in tensors.items():
@@ -43,10 +46,12 @@ def model_config(
     config.parameters["precision"].string_value = precision
     batching = config.dynamic_batching
     batching.max_queue_delay_microseconds = spec.batching.max_queue_delay_us
+    if plan.preferred_batch is not None:
+        batching.preferred_batch_size.append(plan.preferred_batch)
     policy = batching.default_queue_policy
-    policy.max_queue_size = spec.batching.max_queue_size
+    policy.max_queue_size = plan.max_queue_size
     policy.timeout_action = ModelQueuePolicy.REJECT
-    policy.default_timeout_microseconds = spec.batching.queue_timeout_ms * 1000
+    policy.default_timeout_microseconds = plan.queue_timeout_ms * 1000
     policy.allow_timeout_override = True  # clients may set a shorter timeout
     if config.backend != "python":
         _set_buckets(config, spec)

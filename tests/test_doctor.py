@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from deepseek.spec import DeploymentSpec, FileDigest, InputError, PublishedManifest
+from deepseek.spec.cpu import Cpu
+from deepseek.spec.files.measured_batches import BatchingPlan, BatchTime, MeasuredBatches
 from deepseek.spec.gpus import Gpu
 from export.runtimes.tensorrt_engine import engine_from_onnx, library_prints_to_stderr, tensorrt_module
 from export.triton_config import config_text, model_config
@@ -355,3 +357,17 @@ def test_a_model_or_repository_that_is_not_there_is_one_line(repository: Path, t
         examine(repository, CPU, model="nosuch")
     run = run_module("cli", "doctor", "--repository", str(tmp_path / "nosuch"))
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+
+
+def test_batches_measured_on_another_cpu_are_a_warning(repository: Path) -> None:
+    epyc = Cpu(model="EPYC", cores=2)
+    times = (BatchTime(rows=1, ms=3.0),)
+    measured = MeasuredBatches(precision="fp32", instances=2, threads=1, at_once=2, cpu=epyc, times=times)
+    plan = BatchingPlan(queue_timeout_ms=194, max_queue_size=259, reasons={}, measured=measured)
+    says(batching=plan.model_dump(mode="json"))(repository / "image" / "1" / "model.onnx")
+    assert lines(repository, replace(CPU, cpu=epyc), "warning") == []
+    assert lines(repository, replace(CPU, cpu=None), "warning") == []
+    assert only(lines(repository, replace(CPU, cpu=replace(epyc, cores=8)), "warning")) == (
+        "image/1: its batching and queue follow from batches measured on EPYC, 2 cores; this machine has EPYC, 8 cores; "
+        "measure here: make engine MODEL=image TARGET=onnxruntime"
+    )

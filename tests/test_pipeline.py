@@ -25,6 +25,7 @@ import pytest
 from cli.main import values_of
 from deepseek.spec import DeploymentSpec, InputError
 from deepseek.spec.checks import Table
+from deepseek.spec.cpu import Cpu
 from deepseek.spec.files.folders import SCRATCH
 from export import build, cache, clean, digests, pipeline, plan
 from export.artifact import refuse
@@ -50,7 +51,7 @@ max = 4
 """
 MODEL = "import torch\nimport words\nfrom deepseek import Transformer\n"
 GRAPHS = ["quantize fp16", "quantize int8"]
-SELECT = "select_precision onnxruntime"
+SELECT, MEASURE = "select_precision onnxruntime", "measure-batches onnxruntime"
 
 
 def options_of(folder: Path, **changed: Any) -> argparse.Namespace:
@@ -101,7 +102,7 @@ def engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_a_second_build_runs_nothing(engine: Run) -> None:
-    assert engine() == ["train", "to_onnx", *GRAPHS, SELECT, "publish", "stack"]
+    assert engine() == ["train", "to_onnx", *GRAPHS, SELECT, MEASURE, "publish", "stack"]
     assert engine() == []
 
 
@@ -137,8 +138,17 @@ def version(name: str) -> Callable[[Path, pytest.MonkeyPatch], None]:
     return change
 
 
+def another_cpu(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pipeline, "cpu", lambda: "arm64 sve")
+
+
+def fewer_cores(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pipeline, "this_cpu", lambda: Cpu(model="EPYC", cores=1))
+
+
 SERVED = ["publish", "stack"]
-CHOSEN = [SELECT, *SERVED]
+MEASURED = [MEASURE, *SERVED]
+CHOSEN = [SELECT, *MEASURED]
 ALL = ["train", "to_onnx", *GRAPHS, *CHOSEN]
 
 
@@ -149,9 +159,13 @@ ALL = ["train", "to_onnx", *GRAPHS, *CHOSEN]
         (edit("models/tiny/deploy.toml", "[tensorrt]\nworkspace_mib = 64\n"), []),
         (edit("models/tiny/deploy.toml", "[precision]\nmax_drop = 0.02\n"), ["quantize int8", *CHOSEN]),
         (edit("models/tiny/deploy.toml", "[precision]\nkeep_high = ['x']\n"), [*GRAPHS, *CHOSEN]),
-        (edit("models/tiny/deploy.toml", "[slo]\np99_ms = 7\n"), SERVED),
+        (edit("models/tiny/deploy.toml", "[slo]\np99_ms = 7\n"), MEASURED),
         (edit("models/tiny/deploy.toml", "[batching]\nmax_queue_size = 7\n"), SERVED),
-        (edit("models/tiny/tuned.toml", "[targets.onnxruntime.batching]\nmax_batch = 2\n"), SERVED),
+        (edit("models/tiny/tuned.toml", "[targets.onnxruntime.batching]\nmax_batch = 2\n"), MEASURED),
+        (edit("models/tiny/deploy.toml", "[batching]\nthreads = 3\n"), CHOSEN),
+        (edit("models/tiny/deploy.toml", "[batching]\npreferred_batch = 2\n"), SERVED),
+        (another_cpu, CHOSEN),
+        (fewer_cores, MEASURED),
         (edit("models/tiny/notes.txt", "new"), ALL),
         (edit("models/tiny/requirements.txt", "pytest\n"), ALL),
         (edit("models/tiny/.git", "hidden"), []),
@@ -160,6 +174,7 @@ ALL = ["train", "to_onnx", *GRAPHS, *CHOSEN]
         (source("export/stages/to_onnx.py"), ["to_onnx", *GRAPHS, *CHOSEN]),
         (source("export/stages/quantize.py"), [*GRAPHS, *CHOSEN]),
         (source("export/stages/select_precision.py"), CHOSEN),
+        (source("export/stages/measure_batches.py"), MEASURED),
         (source("serving/backend/compute_slots.py"), SERVED),
         (source("serving/stack/stack.py"), ["stack"]),
         (source("deepseek/spec/files/manifest.py"), ["to_onnx", *GRAPHS, *CHOSEN]),
@@ -304,14 +319,14 @@ def test_the_outputs_of_a_killed_stage_are_rebuilt(engine: Run, tiny: Path, monk
         with pytest.raises(KeyboardInterrupt):
             build.build(options_of(tiny))
     deploy.write_text(DEPLOY)  # back again: inputs and graph are as before, the manifest is not
-    assert engine() == ["quantize int8", SELECT, "publish"]
+    assert engine() == ["quantize int8", SELECT, MEASURE, "publish"]
 
 
 def test_a_changed_or_removed_output_is_rebuilt(engine: Run, tiny: Path) -> None:
     engine()
     (tiny / "build" / "tiny" / "fp16" / "model.onnx").write_text("by hand")
     (tiny / "build" / "tiny" / "int8" / "manifest.json").unlink()
-    assert engine() == [*GRAPHS, SELECT, "publish"]
+    assert engine() == [*GRAPHS, SELECT, MEASURE, "publish"]
 
 
 def test_pruning_can_be_turned_on_and_off(engine: Run, tiny: Path) -> None:

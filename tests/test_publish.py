@@ -27,10 +27,10 @@ from deepseek.spec.files.folders import alone_in
 from deepseek.spec.files.repository import KEPT_VERSIONS, versions_of
 from deepseek.spec.gpus import parse_gpus
 from deepseek.spec.tables import TargetSpec
-from export.artifact import choice_path, digests, read_manifest, sha256, write_manifest
+from export.artifact import choice_of, choice_path, digests, read_manifest, sha256, write_manifest
 from export.rows import Row
 from export.stages import publish
-from export.stages.publish import choice_of, publish_version
+from export.stages.publish import publish_version
 from export.triton_config import config_text, model_config
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine

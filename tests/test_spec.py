@@ -34,13 +34,13 @@ MISTAKES = {
     "a number for a target's objectives": ("p99_ms = 80", "objectives = 3", "targets.onnxruntime.slo.objectives: seen 3", "a list is needed"),
     "a reserved name": ('name = "recommender"', 'name = "gateway"', "name: seen 'gateway', but build/gateway is reserved", "serving, stack"),
     "unknown target": ("targets.onnxruntime", "targets.onnx", "targets.onnx", "'onnxruntime'"),
-    "unbounded queue": ("max_queue_size = 512", "max_queue_size = 0", "batching.max_queue_size: seen 0", "greater than"),
+    "unbounded queue": ("max_queue_delay_us = 1000", "max_queue_size = 0", "batching.max_queue_size: seen 0", "greater than"),
     "input named as an output": ("outputs.items", "outputs.item_ids", "outputs.item_ids", "same name"),
     "CUDA graph batches without CUDA graphs": ("[slo]", "[tensorrt]\ncuda_graph_batches = [1]\n[slo]", "tensorrt.cuda_graph_batches: seen [1]", "cuda_graphs is not true"),
     "a CUDA graph batch past the axis": ("[slo]", "[tensorrt]\ncuda_graphs = true\ncuda_graph_batches = [65]\n[slo]", "tensorrt.cuda_graph_batches: seen 65", "1 to 64"),
     "missing name": ('name = "recommender"', "", "name: missing", ""),
     "an infinite rate": ("rate_rps = 100", "rate_rps = inf", "slo.rate_rps: seen inf", "finite"),
-    "a delay past the timeout": ("max_queue_delay_us = 1000", "max_queue_delay_us = 200000", "batching.max_queue_delay_us: seen 200000", "less than queue_timeout_ms (25 ms)"),
+    "a delay past the timeout": ("max_queue_delay_us = 1000", "max_queue_delay_us = 200000\nqueue_timeout_ms = 25", "batching.max_queue_delay_us: seen 200000", "less than queue_timeout_ms (25 ms)"),
     "an axis that is not a Python identifier": ("axes.batch", 'axes."x²"', "axes.x²: seen 'x²'", "a Python identifier"),
     "a space in an axis": ('["batch", 50]', '["batch", "a b"]', "axes are batch: add [axes.a b]", ""),
     "a slash in a tensor": ("inputs.item_ids", 'inputs."item/ids"', "inputs.item/ids: seen 'item/ids'", "no space or slash"),
@@ -91,7 +91,7 @@ def test_a_target_overrides_only_what_it_names() -> None:
     assert (spec.slo.p99_ms, onnxruntime.slo.p99_ms) == (50, 80)
     assert onnxruntime.slo.rate_rps == spec.slo.rate_rps == 100
     assert (spec.batching.max_queue_delay_us, onnxruntime.batching.max_queue_delay_us) == (1000, 0)
-    assert onnxruntime.batching.max_queue_size == spec.batching.max_queue_size
+    assert onnxruntime.batching.instances == spec.batching.instances
     assert spec.for_target("tensorrt") == spec
 
 

@@ -203,6 +203,18 @@ ROWS = (
     ),
     Command(
         "Stages",
+        "measure-batches",
+        "export.stages.measure_batches",
+        "measure how long batches take here, from which batching and queue follow",
+        options=(
+            *MODEL,
+            Option("--target", "what runs the model", choices=("onnxruntime",), default="onnxruntime"),
+            JSON,
+        ),
+        examples=("deepseek measure-batches", "deepseek measure-batches --model minilm --json"),
+    ),
+    Command(
+        "Stages",
         "publish",
         "export.stages.publish",
         "publish the chosen precision to the model repository",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 
 from deepseek.sizing.devices import Device
 from deepseek.spec import InputError
+from deepseek.spec.cpu import cpu_model
 
 try:
     import onnx
@@ -55,7 +55,7 @@ def measure_machine() -> Device:
         seconds = _graph_s(f"{shapes} {{ y = {product}(x, k) }}", feeds)
         shares[name] = min(1.0, 2.0 * HEADS * TOKENS * TOKENS * HEAD / seconds / 1e12 / rates[name])
     return Device(
-        name=f"{_processor()}, {cores} cores",
+        name=f"{cpu_model()}, {cores} cores",
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 2),
         bandwidth_gb_s=round(_bandwidth() / 1e9, 2),
         compute_units=threads,
@@ -159,13 +159,3 @@ def _made_up(value: Any, batch: int, length: int, axes: Mapping[str, int]) -> np
         return np.ones(shape, dtype.get(value.type, np.int8))
     dtype16 = np.float16 if "float16" in value.type else np.float32
     return np.random.default_rng(0).standard_normal(shape).astype(dtype16)
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -9,6 +9,7 @@ import `deepseek.precisions` and `deepseek.targets`.
 | `manifest`, `repository`, `released` | an artifact's manifest; versions in a repository; outcomes of releases |
 | `command` | errors and exit codes of every command |
 | `folders`, `children` | atomic writes, locked folders, child processes that end with their parent |
+| `measured_batches`, `cpu` | how long batches take, and the batching and queue that follow; this machine's CPU |
 | `triton_release`, `metric_windows` | tags of NVIDIA's containers; Prometheus rate windows |
 """
 

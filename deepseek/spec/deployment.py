@@ -115,6 +115,10 @@ class DeploymentSpec(Table):
         axis, size = self.axes.get(BATCH), batching.max_batch
         if axis is not None and size is not None and not axis.min <= size <= axis.max:
             raise at(f"{key}.max_batch", f"seen {size}; axis batch allows {axis.min} to {axis.max}")
+        preferred = batching.preferred_batch
+        if axis is not None and preferred is not None and not axis.min <= preferred <= (size or axis.max):
+            allowed = f"{axis.min} to {size or axis.max}, the largest batch"
+            raise at(f"{key}.preferred_batch", f"seen {preferred}; allowed: {allowed}")
 
     def _check_measures(self, slo: SloSpec, key: str) -> None:
         """Checks that each objective names a known measure."""

@@ -130,22 +130,28 @@ class BatchingSpec(Table):
     max_queue_delay_us: int = Field(0, ge=0, le=INT32)
     """How long Triton waits for a batch to fill; must be less than `queue_timeout_ms`. With 0, it still batches the
     requests that queued up while the model was busy. The embedded Triton always uses 0 (docs/triton.md)."""
-    max_queue_size: int = Field(512, ge=1, le=INT32)
+    max_queue_size: int | None = Field(None, ge=1, le=INT32)
     """Requests that may wait. When the queue is full, further requests are refused at once (HTTP 503, gRPC
-    UNAVAILABLE)."""
-    queue_timeout_ms: int = Field(200, ge=1, le=INT32)
-    """Requests that wait longer in the queue are refused."""
+    UNAVAILABLE). Absent: twice what the measured batches serve within the queue time-out; 512 if nothing was
+    measured."""
+    queue_timeout_ms: int | None = Field(None, ge=1, le=INT32)
+    """Requests that wait longer in the queue are refused. Absent: `slo.p99_ms` less the time of two measured batches;
+    half of `slo.p99_ms` if nothing was measured; 200 without a latency in the SLO."""
     instances: int = Field(2, ge=1, le=MOST_COPIES)
     """Copies of the model that run in parallel. With 1, a Triton that this project did not start can stall: see
     docs/triton.md."""
     threads: int | None = Field(None, ge=1, le=MOST_COPIES)
     """ONNX Runtime threads per instance; absent: the number of cores divided by `instances`."""
     max_batch: int | None = Field(None, ge=1)
-    """Most rows in one batch, and in one request; absent: `axes.batch.max`."""
+    """Most rows in one request, and in one batch; absent: `axes.batch.max`."""
+    preferred_batch: int | None = Field(None, ge=1)
+    """Most rows that Triton joins into one batch; a request with more rows runs alone. Absent: on a CPU with ONNX
+    Runtime, the build measures it (docs/explanation/batching.md); elsewhere `max_batch`. A queue delay above 0 lifts
+    this limit."""
 
     @model_validator(mode="after")
     def _served_in_time(self) -> BatchingSpec:
-        if self.max_queue_delay_us >= self.queue_timeout_ms * 1000:
+        if self.queue_timeout_ms is not None and self.max_queue_delay_us >= self.queue_timeout_ms * 1000:
             raise at(
                 "batching.max_queue_delay_us",
                 f"seen {self.max_queue_delay_us}; allowed: less than queue_timeout_ms ({self.queue_timeout_ms} ms), "

@@ -32,6 +32,7 @@ class TunedBatching(Table):
     """The keys of `[batching]` that depend on the machine; a key left out keeps the value of `deploy.toml`."""
 
     max_batch: int | None = Field(None, ge=1, le=INT32)
+    preferred_batch: int | None = Field(None, ge=1, le=INT32)
     max_queue_delay_us: int | None = Field(None, ge=0, le=INT32)
     instances: int | None = Field(None, ge=1, le=MOST_COPIES)
     threads: int | None = Field(None, ge=1, le=MOST_COPIES)

@@ -30,15 +30,15 @@ from deepseek.spec import (
     PublishedManifest,
     Target,
     build_dir,
-    flags_for,
     variables_for,
 )
 from deepseek.spec.files.folders import alone_in, let_all_read, onto_disk, scratch_in
+from deepseek.spec.files.measured_batches import plan_of, read_measured
 from deepseek.spec.files.released import last_fate
 from deepseek.spec.files.repository import retired, versions_of
 from deepseek.spec.gpus import gpus, matching
 from deepseek.targets import PUBLISHABLE
-from export.artifact import choice_path, digests, engine_path, need, read_manifest, sha256, write_manifest
+from export.artifact import choice_of, digests, engine_path, need, read_manifest, write_manifest
 from export.rows import Row, load_rows
 from export.runtimes.onnxruntime_predictor import optimizers_left_out
 from export.triton_config import config_text, cuda_graph_batches, model_config
@@ -174,7 +174,9 @@ def _stage(
     if target == "onnxruntime" and spec.onnxruntime.backend == "python":
         for name, source in BACKEND_SOURCES.items():
             shutil.copyfile(source, folder / name)
-    write_manifest(folder / "manifest.json", published_manifest(spec, target, engine, folder))
+    plan = plan_of(spec.for_target(target), read_measured(spec.name, target), precision)
+    manifest = published_manifest(spec, target, engine, folder).model_copy(update={"batching": plan})
+    write_manifest(folder / "manifest.json", manifest)
     (scratch / "warmup").mkdir()
     for name, array in row.items():
         (scratch / "warmup" / f"{version}-{name}").write_bytes(array.tobytes())
@@ -183,7 +185,7 @@ def _stage(
     if target == "tensorrt":
         on_gpus = matching(gpus(), built.compute_capability, built.settings)
     left_out = optimizers_left_out(engine) if target == "onnxruntime" else []
-    config = model_config(spec, precision, target, {str(version): row}, device, left_out, on_gpus)
+    config = model_config(spec, precision, target, {str(version): row}, device, left_out, on_gpus, plan)
     config.version_policy.specific.versions.append(version)
     for place in (scratch, folder):  # a server that rolls back to the version uses its own copy
         (place / "config.pbtxt").write_text(config_text(config))
@@ -228,21 +230,6 @@ def _retire(model: Path, scratch: Path) -> None:
         _rename(model / str(old), scratch / f"retired-{old}")
         for file in (model / "warmup").glob(f"{old}-*"):
             file.unlink()
-
-
-def choice_of(name: str, target: Target) -> tuple[Precision, str | None]:
-    """The precision that `export.stages.select_precision` chose, and the execution provider that it measured.
-
-    Raises InputError if the engine has changed since.
-    """
-    again = f"deepseek select-precision {flags_for(name)} --target {target}"
-    path = need(choice_path(name, target), again)
-    choice = json.loads(path.read_text())
-    precision, digests = choice["chosen"], choice["sha256"]
-    engine = engine_path(name, precision, target)
-    if engine.is_file() and digests[precision] != sha256(engine):
-        raise InputError(f"{engine} has changed since {path} chose it; re-run: {again}")
-    return precision, choice.get("provider")
 
 
 def main(options: argparse.Namespace) -> None:

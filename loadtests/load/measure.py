@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deepseek.spec import DeploymentSpec, InvalidMeasurement
+from deepseek.spec.cpu import cpu_model
 from loadtests.load.child_process import free_ports, our_environment
 from loadtests.load.replay import plan_file
 from loadtests.load.task_metric import of_served
@@ -225,15 +226,11 @@ def _show_progress(process: subprocess.Popen[str], settings: LoadSettings, conso
 
 
 def _machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     versions = {"python": platform.python_version()}
     for name in ("locust", "grpcio", "tritonclient"):
         versions[name] = importlib.metadata.version(name)
     return {
-        "cpu": cpu,
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",

@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from deepseek.spec import DeploymentSpec, GateFailed, InputError, build_dir
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, Target, build_dir
 from deepseek.spec.files.folders import write_whole
+from deepseek.spec.files.measured_batches import plan_of, read_measured
 from loadtests.report.scaling import page
 from loadtests.scale.cluster import ClusterSettings, Metric
 from loadtests.scale.service_curve import ServiceCurve
@@ -54,7 +55,7 @@ def main(options: argparse.Namespace) -> None:
         raise InputError(f"{options.capacity}: capacity of the model {capacity.model!r}, not of {spec.name!r}")
     if not capacity.confirmed or capacity.limited_by == "generator":
         console.print(f"note: {capacity.sentence}", soft_wrap=True)
-    curve, settings = ServiceCurve.of(capacity).slowed(options.margin), cluster_settings(options, spec)
+    curve, settings = ServiceCurve.of(capacity).slowed(options.margin), cluster_settings(options, spec, capacity.target)
     rates, traffic = traffic_of(options, capacity)
     peak_pods = math.ceil(float(rates.max()) / curve.capacity_rps)
     max_replicas = options.max_replicas or max(LEAST_REPLICAS, 2 * peak_pods)
@@ -79,13 +80,14 @@ def main(options: argparse.Namespace) -> None:
         raise GateFailed(choice.sentence)
 
 
-def cluster_settings(options: argparse.Namespace, spec: DeploymentSpec) -> ClusterSettings:
+def cluster_settings(options: argparse.Namespace, spec: DeploymentSpec, target: Target) -> ClusterSettings:
     """The SLO's p99 limit, Triton's queue time-out, and the delays of the command line."""
     limit = latency_limits(spec.slo).get(99)
     if limit is None:
         raise InputError(f"{options.models}/{options.model}/deploy.toml: [slo] has no p99_ms; set one to judge the day")
     delays = {name: getattr(options, name) for name in ("pod_start_s", "node_start_s", "node_idle_s", "pods_per_node")}
-    return ClusterSettings(p99_limit_ms=limit, queue_timeout_ms=spec.batching.queue_timeout_ms, **delays)
+    timeout_ms = plan_of(spec, read_measured(spec.name, target)).queue_timeout_ms
+    return ClusterSettings(p99_limit_ms=limit, queue_timeout_ms=timeout_ms, **delays)
 
 
 def traffic_of(options: argparse.Namespace, capacity: Capacity) -> tuple[np.ndarray, str]:

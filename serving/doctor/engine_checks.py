@@ -114,11 +114,22 @@ def _check_onnxruntime(engine: ServedEngine, machine: Machine) -> Iterator[Findi
     if machine.onnxruntime is None:
         yield mismatch(where, "ONNX Runtime cannot be imported here", f"{sys.executable} -m pip install onnxruntime")
         return
+    yield from _check_batches(engine, machine)
     asked = engine.config.parameters["provider"].string_value
     names = {name.lower().removesuffix("executionprovider") for name in machine.onnxruntime}
     if asked not in ("", "auto") and asked not in names:
         what = f"needs the execution provider {asked!r}, ONNX Runtime here has {', '.join(sorted(names))}"
         yield mismatch(where, what, f"install a build that has it, or {_rebuild(engine)}")
+
+
+def _check_batches(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
+    """Batches measured on another CPU may be too large for the SLO here, and the queue too long."""
+    plan = engine.manifest.batching
+    measured = plan.measured if plan else None
+    if measured is not None and machine.cpu is not None and measured.cpu != machine.cpu:
+        what = f"its batching and queue follow from batches measured on {measured.cpu}; this machine has {machine.cpu}"
+        fix = f"measure here: make engine MODEL={engine.model} TARGET={engine.manifest.target}"
+        yield Finding(level="warning", where=f"{engine.model}/{engine.version}", what=what, fix=fix)
 
 
 _TARGET_CHECKS = {"tensorrt": _check_tensorrt, "onnxruntime": _check_onnxruntime}

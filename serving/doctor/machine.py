@@ -13,6 +13,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepseek.spec.cpu import Cpu, this_cpu
 from deepseek.spec.gpus import Gpu, gpus
 from deepseek.spec.triton_release import TRITON_TAG, parse_tag
 
@@ -38,6 +39,7 @@ class Machine:
     """Memory that processes may use in total: the machine's, or the container's limit."""
     onnxruntime: tuple[str, ...] | None = None
     """Execution providers of the installed ONNX Runtime; None if it cannot be imported."""
+    cpu: Cpu | None = None
     docker: tuple[str, ...] | None = None
     """Runtimes of the Docker engine; None if no engine answers."""
     in_container: bool = False
@@ -60,6 +62,7 @@ class Machine:
             gpus=gpus(),
             ram_bytes=_ram_bytes(),
             onnxruntime=_onnxruntime_providers(),
+            cpu=this_cpu(),
             docker=None if in_container else _docker_runtimes(),
             in_container=in_container,
         )

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deepseek.precisions import Precision
 from deepseek.spec.checks import Table, at, checked
+from deepseek.spec.files.measured_batches import BatchingPlan
 from deepseek.spec.tables import TensorSpec
 from deepseek.targets import Target
 
@@ -67,6 +68,8 @@ class PublishedManifest(Manifest):
     inputs: dict[str, TensorSpec] = Field(min_length=1)
     outputs: dict[str, TensorSpec] = Field(min_length=1)
     files: dict[str, FileDigest] = Field(min_length=1)
+    batching: BatchingPlan | None = None
+    """Batching and queue, where each value comes from, and the measurement; None in versions of earlier releases."""
 
     @model_validator(mode="after")
     def _has_a_profile(self) -> PublishedManifest:

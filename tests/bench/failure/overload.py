@@ -1,7 +1,7 @@
 """Three times the server's capacity for a minute: accepted requests, refused requests, and recovery.
 
 In an overload, a first-in-first-out queue is always full up to its time-out, so an accepted request has waited about
-that long. Accepted requests are on time because `queue_timeout_ms` is half of the SLO's p99.
+that long. Accepted requests are on time because `queue_timeout_ms` leaves time for their batch before the SLO's p99.
 
 The load generator has the last core to itself: real callers run on other machines, and a thousand requests a second
 cost half a core.

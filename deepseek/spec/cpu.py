@@ -1,0 +1,37 @@
+"""The CPU of this machine: its model, and the cores that this process can use."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepseek.onnxruntime_session import cores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cpu:
+    """What decides how long a batch takes on a CPU."""
+
+    model: str
+    """As the kernel names it."""
+    cores: int
+    """Of the process: its CPU affinity, capped by the quota of its control group."""
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.cores} core{'s' * (self.cores > 1)}"
+
+
+def this_cpu() -> Cpu:
+    """The CPU that this process runs on."""
+    return Cpu(model=cpu_model(), cores=cores())
+
+
+def cpu_model(file: Path = Path("/proc/cpuinfo")) -> str:
+    """The model's name; the architecture if the kernel gives none, as on ARM."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

@@ -1,0 +1,185 @@
+"""How long batches take on the machine that serves, and the batching and queue that follow from it.
+
+Contract: the stage `measure-batches` writes `MeasuredBatches` to `build/<name>/batches-<target>.json`. `plan_of` turns
+it and the SLO into the values of `config.pbtxt`. A value that `deploy.toml` or tuned.toml sets wins. `publish` stores
+the plan, with the measurement and the arithmetic, in the version's manifest.
+
+The arithmetic, with L the SLO's p99, t(b) the time of a batch of b rows, and n the batches that run at once:
+
+- `preferred_batch` is the smallest b that keeps 97 % of the best throughput, n b / t(b), of all with t(b) <= L / 4. A
+  request may wait for a running batch, and for one ahead of it in the queue, before its own: three of the four.
+- `queue_timeout_ms` is L - 2 t(b): a request that waits longer cannot be answered in time. One t(b) is its own batch,
+  the other is reserve for longer rows and for noise.
+- `max_queue_size` is twice the rows that n instances serve within that time: shorter rows take less time.
+
+Example:
+    plan_of(spec.for_target("onnxruntime"), read_measured(spec.name, "onnxruntime")).preferred_batch      # 4
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from deepseek.precisions import Precision
+from deepseek.spec.checks import Table, checked
+from deepseek.spec.cpu import Cpu
+from deepseek.spec.deployment import DeploymentSpec, build_dir
+from deepseek.spec.objectives import SloSpec
+from deepseek.targets import Target
+
+KEPT_THROUGHPUT = 0.97
+BATCHES_IN_LIMIT = 4  # a batch takes at most this part of the SLO's p99
+RESERVED_BATCHES = 2  # of a request's time limit: what the queue leaves
+QUEUE_RESERVE = 2
+# Without a measurement.
+SHARE_IN_QUEUE = 0.5  # of the SLO's p99
+DEFAULT_TIMEOUT_MS, DEFAULT_QUEUE_SIZE = 200, 512
+
+
+class BatchTime(Table):
+    """One point of the curve."""
+
+    rows: int = Field(ge=1)
+    ms: float = Field(gt=0, allow_inf_nan=False)
+    """Median time of a batch while the other instances run one too."""
+
+
+class MeasuredBatches(Table):
+    """How long batches take with the layout that serves."""
+
+    schema_version: Literal[1] = 1
+    precision: Precision
+    skipped: str = ""
+    """Why nothing was measured."""
+    instances: int = Field(ge=1)
+    threads: int = Field(ge=1)
+    """Per instance."""
+    at_once: int = Field(ge=1)
+    """Batches that run at the same time: fewer than `instances` if these have more threads than there are cores."""
+    cpu: Cpu
+    sizes: dict[str, int] = {}
+    """The other axes, at their `opt`."""
+    times: tuple[BatchTime, ...] = ()
+    """Ascending; ends after the first batch that takes too long for the SLO."""
+
+    def fits(self, spec: DeploymentSpec, precision: str | None) -> bool:
+        """Whether it was measured with this layout and precision. `spec` is the result of `for_target`."""
+        threads = spec.batching.threads or max(1, self.cpu.cores // spec.batching.instances)
+        layout = (spec.batching.instances, threads, precision or self.precision)
+        return bool(self.times) and layout == (self.instances, self.threads, self.precision)
+
+    def ms_of(self, rows: int) -> float:
+        """Time of a batch: that of the next larger one measured, or of the largest in proportion."""
+        larger = next((point for point in self.times if point.rows >= rows), None)
+        last = self.times[-1]
+        return larger.ms if larger else last.ms * rows / last.rows
+
+    def rows_per_s(self, rows: int) -> float:
+        """Throughput in batches of so many rows."""
+        return 1000 * self.at_once * rows / self.ms_of(rows)
+
+
+class BatchingPlan(Table):
+    """Batching and queue of a version, and where each value comes from."""
+
+    preferred_batch: int | None = None
+    """Most rows that Triton joins; None: up to `max_batch`."""
+    queue_timeout_ms: int
+    max_queue_size: int
+    reasons: dict[str, str]
+    """By key: the arithmetic, or who set the value."""
+    measured: MeasuredBatches | None = None
+    """What the values follow from; None if none of them follows from a measurement."""
+
+
+def tail_limit_ms(slo: SloSpec) -> float | None:
+    """The SLO's limit for p99 or a higher percentile; without one, its strictest latency limit. None without both."""
+    lines = [line for line in slo.all_objectives() if line.percent is not None and line.rate_rps is None]
+    tails = [line.limit for line in lines if (line.percent or 0) >= 99]
+    return min(tails or [line.limit for line in lines], default=None)
+
+
+def plan_of(spec: DeploymentSpec, measured: MeasuredBatches | None, precision: str | None = None) -> BatchingPlan:
+    """The batching and queue to serve; without a precision, that of the measurement.
+
+    `spec` is the result of `for_target`.
+    """
+    fitting = measured if measured is not None and measured.fits(spec, precision) else None
+    batching, limit_ms, reasons = spec.batching, tail_limit_ms(spec.slo), dict[str, str]()
+    batch, reasons["preferred_batch"] = _preferred(spec, fitting, limit_ms)
+    timeout_ms, reasons["queue_timeout_ms"] = _timeout(fitting, batch or spec.max_served_batch, limit_ms)
+    timeout_ms = max(timeout_ms, math.ceil(2 * batching.max_queue_delay_us / 1000))
+    if batching.queue_timeout_ms is not None:
+        timeout_ms, reasons["queue_timeout_ms"] = batching.queue_timeout_ms, "set by hand"
+    size, reasons["max_queue_size"] = _queue_size(fitting, batch or spec.max_served_batch, timeout_ms)
+    if batching.max_queue_size is not None:
+        size, reasons["max_queue_size"] = batching.max_queue_size, "set by hand"
+    follows = fitting is not None and any(reason != "set by hand" for reason in reasons.values())
+    return BatchingPlan(
+        preferred_batch=batch if batch != spec.max_served_batch else None,
+        queue_timeout_ms=timeout_ms,
+        max_queue_size=size,
+        reasons=reasons,
+        measured=fitting if follows else None,
+    )
+
+
+def _preferred(
+    spec: DeploymentSpec, measured: MeasuredBatches | None, limit_ms: float | None
+) -> tuple[int | None, str]:
+    """The most rows to join, and why; None without a cap of its own."""
+    most = spec.max_served_batch
+    if spec.batching.preferred_batch is not None:
+        return spec.batching.preferred_batch, "set by hand"
+    if measured is None:
+        return None, "not measured: batches grow to max_batch"
+    sizes = [point.rows for point in measured.times if point.rows <= most] or [most]
+    longest_ms = math.inf if limit_ms is None else limit_ms / BATCHES_IN_LIMIT
+    if not (inside := [rows for rows in sizes if measured.ms_of(rows) <= longest_ms]):
+        took = f"{sizes[0]} takes {measured.ms_of(sizes[0]):.3g} ms"
+        return sizes[0], f"the smallest: even a batch of {took}, more than {longest_ms:.3g} ms (p99 / 4)"
+    best = max(inside, key=measured.rows_per_s)
+    enough = KEPT_THROUGHPUT * measured.rows_per_s(best)
+    rows = next(rows for rows in inside if measured.rows_per_s(rows) >= enough)
+    bound = "" if limit_ms is None else f" of up to {longest_ms:.3g} ms (p99 / 4)"
+    return rows, (
+        f"batches of {rows} take {measured.ms_of(rows):.3g} ms and give {measured.rows_per_s(rows):.4g} rows/s; "
+        f"the best{bound}, of {best}, give {measured.rows_per_s(best):.4g} rows/s"
+    )
+
+
+def _timeout(measured: MeasuredBatches | None, rows: int, limit_ms: float | None) -> tuple[int, str]:
+    """How long a request may wait, in ms, and why."""
+    if limit_ms is None:
+        return DEFAULT_TIMEOUT_MS, "the default, for an SLO without a latency"
+    if measured is None:
+        return max(1, math.floor(SHARE_IN_QUEUE * limit_ms)), f"half of p99, {limit_ms:g} ms; no batch was measured"
+    batch_ms = measured.ms_of(rows)
+    left_ms = limit_ms - RESERVED_BATCHES * batch_ms
+    if left_ms >= batch_ms:
+        return max(1, math.floor(left_ms)), f"p99 {limit_ms:g} ms - {RESERVED_BATCHES} x {batch_ms:.3g} ms, a batch"
+    return math.ceil(batch_ms), f"one batch, {batch_ms:.3g} ms: p99 {limit_ms:g} ms leaves less to wait"
+
+
+def _queue_size(measured: MeasuredBatches | None, rows: int, timeout_ms: int) -> tuple[int, str]:
+    """Requests that may wait, and why."""
+    if measured is None:
+        return DEFAULT_QUEUE_SIZE, "the default; no batch was measured"
+    rate = measured.rows_per_s(rows)
+    size = max(math.ceil(QUEUE_RESERVE * rate * timeout_ms / 1000), 2 * rows * measured.at_once)
+    return size, f"{QUEUE_RESERVE} x {rate:.4g} rows/s x {timeout_ms} ms, at least two batches an instance"
+
+
+def batches_path(name: str, target: Target) -> Path:
+    """Path of the measurement."""
+    return build_dir(name) / f"batches-{target}.json"
+
+
+def read_measured(name: str, target: Target) -> MeasuredBatches | None:
+    """The measurement in the build folder; None if there is none. Raises InputError in one line if it is damaged."""
+    path = batches_path(name, target)
+    return checked(MeasuredBatches, path.read_bytes(), path) if path.is_file() else None

@@ -1,0 +1,319 @@
+"""Measured batches: the curve, the batching and queue that follow, and what the server then joins."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from deepseek_client import InferenceClient
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from deepseek.spec import DeploymentSpec, InputError, PublishedManifest
+from deepseek.spec.checks import checked
+from deepseek.spec.cpu import Cpu, cpu_model, this_cpu
+from deepseek.spec.files.measured_batches import (
+    BatchTime,
+    MeasuredBatches,
+    batches_path,
+    plan_of,
+    read_measured,
+    tail_limit_ms,
+)
+from export.stages import measure_batches
+from export.stages.measure_batches import BusySessions, measure, measured_batches, sizes_to_measure
+from export.stages.publish import publish_version
+from export.triton_config import model_config
+from serving.embedded.launcher import EmbeddedServer
+from serving.repository.checks import read_config
+from tests.conftest import ADD_ONE, FREE, run_stage
+
+IMAGE = DeploymentSpec.load("tests/models/image")
+ENCODER = {1: 9.0, 2: 16.0, 4: 30.0, 8: 59.0}  # ms; MiniLM in fp32 on one thread
+SMALL = {1: 1.0, 2: 1.2, 4: 1.6, 8: 2.4, 16: 4.0, 32: 7.2, 64: 13.0}
+
+
+def spec_of(most: int = 64, p99_ms: float | None = 200, **batching: Any) -> DeploymentSpec:
+    """A spec with two instances of one thread."""
+    facts: dict[str, Any] = IMAGE.model_dump(mode="json", exclude_none=True) | {"targets": {}}
+    facts["axes"]["batch"] = {"min": 1, "opt": 4, "max": most}
+    facts |= {"batching": {"instances": 2, "threads": 1, **batching}, "slo": {"p99_ms": p99_ms} if p99_ms else {}}
+    return DeploymentSpec.model_validate_json(json.dumps(facts))
+
+
+def measured_as(times_ms: dict[int, float], **facts: Any) -> MeasuredBatches:
+    """A measurement with this curve."""
+    known: dict[str, Any] = {
+        "precision": "fp32",
+        "instances": 2,
+        "threads": 1,
+        "at_once": 2,
+        "cpu": Cpu(model="EPYC", cores=2),
+    }
+    times = tuple(BatchTime(rows=rows, ms=ms) for rows, ms in times_ms.items())
+    return MeasuredBatches(**known | {"times": times} | facts)
+
+
+# -- what follows from a curve --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("times_ms", "p99_ms", "batch"),
+    [
+        (ENCODER, 200, 4),
+        (ENCODER, 1000, 4),  # 8 rows are only 1.7 % faster than 4
+        (ENCODER, 70, 2),
+        (SMALL, 80, None),  # all 64: half of them lose more than 3 %
+        (SMALL, 40, 32),
+        ({1: 10.0, 2: 20.0, 4: 40.0}, None, 1),  # a batch gains nothing
+        ({1: 60.0}, 200, 1),  # even one row is too slow
+    ],
+)
+def test_the_preferred_batch_is_the_smallest_that_keeps_the_throughput_and_fits_a_quarter_of_p99(
+    times_ms: dict[int, float], p99_ms: float | None, batch: int | None
+) -> None:
+    assert plan_of(spec_of(p99_ms=p99_ms), measured_as(times_ms)).preferred_batch == batch
+
+
+def test_queue_and_timeout_follow_from_the_same_numbers_which_the_plan_states() -> None:
+    plan = plan_of(spec_of(), measured_as(ENCODER))
+    assert (plan.queue_timeout_ms, plan.max_queue_size) == (140, 75)  # 200 - 2 x 30; 2 x 266.7/s x 0.14 s
+    assert plan.reasons == {
+        "preferred_batch": "batches of 4 take 30 ms and give 266.7 rows/s; the best of up to 50 ms (p99 / 4), of 4, "
+        "give 266.7 rows/s",
+        "queue_timeout_ms": "p99 200 ms - 2 x 30 ms, a batch",
+        "max_queue_size": "2 x 266.7 rows/s x 140 ms, at least two batches an instance",
+    }
+    assert plan.measured == measured_as(ENCODER)
+
+
+def test_a_model_too_slow_for_its_slo_lets_a_request_wait_for_one_batch() -> None:
+    plan = plan_of(spec_of(), measured_as({1: 90.0}))
+    assert (plan.preferred_batch, plan.queue_timeout_ms, plan.max_queue_size) == (1, 90, 4)
+    assert plan.reasons["queue_timeout_ms"] == "one batch, 90 ms: p99 200 ms leaves less to wait"
+
+
+def test_values_set_by_hand_win() -> None:
+    by_hand: dict[str, Any] = {"preferred_batch": 16, "queue_timeout_ms": 70, "max_queue_size": 9}
+    plan = plan_of(spec_of(**by_hand), measured_as(ENCODER))
+    assert plan.model_dump(include=set(by_hand)) == by_hand
+    assert (set(plan.reasons.values()), plan.measured) == ({"set by hand"}, None)
+    plan = plan_of(spec_of(preferred_batch=2), measured_as(ENCODER))
+    assert (plan.preferred_batch, plan.queue_timeout_ms) == (2, 168)
+
+
+@pytest.mark.parametrize(
+    "other", [{"instances": 1}, {"threads": 2}, {"precision": "int8"}, {"times": (), "skipped": "on a GPU"}]
+)
+def test_a_measurement_of_another_layout_or_precision_is_not_used(other: dict[str, Any]) -> None:
+    plan = plan_of(spec_of(), measured_as(ENCODER, **other), "fp32")
+    assert (plan.preferred_batch, plan.queue_timeout_ms, plan.max_queue_size) == (None, 100, 512)
+    assert plan.measured is None
+
+
+def test_without_a_latency_in_the_slo_the_timeout_is_the_default_and_above_the_queue_delay() -> None:
+    assert plan_of(spec_of(p99_ms=None), None).queue_timeout_ms == 200
+    assert plan_of(spec_of(p99_ms=4, max_queue_delay_us=5000), None).queue_timeout_ms == 10
+
+
+def test_the_limit_is_the_tail_or_else_the_strictest_latency() -> None:
+    slo = spec_of().slo
+    assert tail_limit_ms(slo.model_copy(update={"objectives": ("p99.9_ms < 150", "p50_ms < 9")})) == 150
+    assert tail_limit_ms(slo.model_copy(update={"p99_ms": None, "p95_ms": 40.0})) == 40
+
+
+def test_max_batch_also_limits_the_preferred_batch() -> None:
+    assert plan_of(spec_of(max_batch=8), measured_as(SMALL)).preferred_batch is None
+    facts = IMAGE.model_dump(mode="json", exclude_none=True)
+    with pytest.raises(InputError, match=r"batching.preferred_batch: seen 16; allowed: 1 to 8, the largest batch"):
+        checked(DeploymentSpec, {**facts, "batching": {"max_batch": 8, "preferred_batch": 16}}, "")
+
+
+# -- the curve ------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that only turns move."""
+
+    def __init__(self, times_s: Callable[[int], float]) -> None:
+        self.now, self.turns, self._times_s = 0.0, list[int](), times_s
+
+    def __call__(self) -> float:
+        return self.now
+
+    def turn(self, size: int) -> float:
+        self.turns.append(size)
+        self.now += self._times_s(size)
+        return self._times_s(size)
+
+
+def test_sizes_are_powers_of_two_and_both_ends() -> None:
+    assert sizes_to_measure(1, 32) == [1, 2, 4, 8, 16, 32]
+    assert sizes_to_measure(3, 24) == [3, 4, 8, 16, 24]
+    assert sizes_to_measure(1, 1) == [1]
+
+
+def test_sizes_take_turns_up_to_the_first_that_is_too_slow() -> None:
+    clock = Clock(lambda size: 0.01 * size)
+    found = measure(clock.turn, [1, 2, 4, 8, 16], longest_s=0.05, budget_s=100, clock=clock)
+    assert found == {size: pytest.approx(0.01 * size) for size in (1, 2, 4, 8)}
+    assert clock.turns[12:20] == [1, 2, 4, 8] * 2
+
+
+@pytest.mark.parametrize("row_s", [0.001, 0.1, 1, 30])
+def test_the_measurement_ends_within_its_budget_or_after_one_size(row_s: float) -> None:
+    clock = Clock(lambda size: row_s * size)
+    found = measure(clock.turn, sizes_to_measure(1, 256), longest_s=float("inf"), budget_s=5, clock=clock)
+    assert 1 in found
+    assert clock.now <= 5.5 or list(found) == [1]
+
+
+def test_noise_in_some_turns_does_not_count() -> None:
+    calls = iter(range(1000))
+    clock = Clock(lambda size: 0.01 * size * (5 if next(calls) % 7 == 3 else 1))
+    found = measure(clock.turn, [1, 2, 4], longest_s=1, budget_s=100, clock=clock)
+    assert found == {size: pytest.approx(0.01 * size) for size in (1, 2, 4)}
+
+
+def test_all_sessions_run_a_batch_at_the_same_time() -> None:
+    meeting, shapes = threading.Barrier(3, timeout=60), set[tuple[int, ...]]()
+
+    def predict(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        meeting.wait()  # breaks unless three run at once
+        shapes.add(inputs["x"].shape)
+        return {}
+
+    sessions = BusySessions([predict] * 3, lambda size: {"x": np.zeros((size, 2))})
+    sessions.turn(4)
+    assert shapes == {(4, 2)}
+
+
+# -- the stage ------------------------------------------------------------------------------------
+
+
+def test_the_stage_measures_the_chosen_graph_and_publishing_uses_it(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(built / "build" / "image", tmp_path / "build" / "image")
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    run_stage("image", "measure-batches", build=tmp_path / "build")
+    measured = read_measured("image", "onnxruntime")
+    assert measured is not None
+    assert measured.times[0].rows == 1
+    assert (measured.instances, measured.cpu, measured.skipped) == (2, this_cpu(), "")
+    chosen = json.loads((tmp_path / "build" / "image" / "choice-onnxruntime.json").read_text())["chosen"]
+    slow = measured_as({1: 7.0, 2: 9.0, 4: 14.0, 8: 28.0}, precision=chosen, threads=measured.threads, cpu=measured.cpu)
+    batches_path("image", "onnxruntime").write_text(slow.model_dump_json())
+    spec = IMAGE.model_copy(update={"slo": IMAGE.slo.model_copy(update={"p99_ms": 60.0})})
+    publish_version(spec, chosen, "onnxruntime", tmp_path / "repository")
+    batching = read_config(tmp_path / "repository" / "image" / "config.pbtxt").dynamic_batching
+    manifest = PublishedManifest.load(tmp_path / "repository" / "image" / "1" / "manifest.json")
+    assert list(batching.preferred_batch_size) == [4]
+    assert batching.default_queue_policy.default_timeout_microseconds == 32_000
+    assert manifest.batching is not None
+    assert manifest.batching.measured == slow
+
+
+@pytest.mark.parametrize(
+    ("provider", "backend", "why"),
+    [("cuda", "python", "execution provider cuda"), ("cpu", "onnxruntime", "Triton's own ONNX Runtime backend")],
+)
+def test_accelerators_and_tritons_own_backend_are_not_measured(provider: str, backend: Any, why: str) -> None:
+    spec = IMAGE.model_copy(update={"onnxruntime": IMAGE.onnxruntime.model_copy(update={"backend": backend})})
+    assert measured_batches(spec, "fp32", provider, "onnxruntime").skipped == f"not measured on {why}"
+
+
+def test_instances_with_more_threads_than_cores_compute_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_batches, "this_cpu", lambda: Cpu(model="EPYC", cores=4))
+
+    def at_once(**batching: Any) -> tuple[int, int]:
+        found = measured_batches(spec_of(**batching), "fp32", "cuda", "onnxruntime")
+        return found.at_once, found.threads
+
+    assert at_once(instances=2, threads=2) == (2, 2)
+    assert at_once(instances=6, threads=2) == (2, 2)
+    assert at_once(instances=2, threads=None) == (2, 2)
+    assert at_once(instances=2, threads=8) == (1, 8)
+
+
+def test_the_cpu_has_a_name_also_where_the_kernel_gives_none(tmp_path: Path) -> None:
+    (tmp_path / "x86").write_text("processor\t: 0\nmodel name\t: AMD EPYC 9654\n")
+    (tmp_path / "arm").write_text("processor\t: 0\nCPU part\t: 0xd40\n")
+    assert cpu_model(tmp_path / "x86") == "AMD EPYC 9654"
+    assert cpu_model(tmp_path / "arm") == cpu_model(tmp_path / "none") != ""
+    assert str(Cpu(model="EPYC", cores=1)) == "EPYC, 1 core"
+
+
+# -- what Triton does with it ---------------------------------------------------------------------
+
+RECORDING = ADD_ONE.replace(
+    "        time.sleep(self.delay_s)\n",
+    """        import os
+        rows = [np.from_dlpack(pb_utils.get_input_tensor_by_name(each, "x")).shape[0] for each in requests]
+        with open(os.environ["BATCHES"], "a") as file:
+            print(rows, file=file, flush=True)
+        while len(rows) == 1 and rows[0] == 7 and not os.path.exists(os.environ["BATCHES"] + ".go"):
+            time.sleep(0.01)
+""",
+)
+
+
+def test_triton_joins_up_to_the_preferred_batch_and_runs_larger_requests_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One instance is held by a request of 7 rows while nine others queue up behind it."""
+    batches, version = tmp_path / "batches", tmp_path / "repository" / "add_one" / "1"
+    monkeypatch.setenv("BATCHES", str(batches))
+    version.mkdir(parents=True)
+    (version / "model.py").write_text(RECORDING)
+    config = ModelConfig(name="add_one", backend="python", max_batch_size=8)
+    config.input.add(name="x", data_type="TYPE_FP32", dims=[2])
+    config.output.add(name="y", data_type="TYPE_FP32", dims=[2])
+    config.instance_group.add(count=1, kind="KIND_CPU")
+    wanted = model_config(spec_of(most=8, queue_timeout_ms=60_000, preferred_batch=4), "fp32", "onnxruntime", {})
+    config.dynamic_batching.CopyFrom(wanted.dynamic_batching)
+    (version.parent / "config.pbtxt").write_text(str(config))
+
+    with (
+        EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "log") as server,
+        InferenceClient(server.grpc_url, "grpc") as client,
+        ThreadPoolExecutor(10) as pool,
+    ):
+
+        def send(rows: int) -> Any:
+            return pool.submit(client.infer, "add_one", {"x": np.zeros((rows, 2), np.float32)})
+
+        sent = [send(7)]
+        wait_until(lambda: batches.is_file() and batches.read_text() == "[7]\n")
+        for waiting, rows in enumerate([1, 1, 1, 1, 1, 1, 6, 1, 1], 1):
+            sent.append(send(rows))
+            wait_until(partial(_is_pending, server, waiting))
+        Path(f"{batches}.go").touch()
+        for each in sent:
+            each.result(timeout=60)
+    assert batches.read_text().split("\n")[1:-1] == ["[1, 1, 1, 1]", "[1, 1]", "[6]", "[1, 1]"]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Polls until `holds()`; fails after a minute."""
+    event = threading.Event()
+    for _ in range(6000):
+        if holds():
+            return
+        event.wait(0.01)
+    raise AssertionError("waited for a minute")
+
+
+def _is_pending(server: EmbeddedServer, requests: int) -> bool:
+    """Whether so many requests wait in the queue, by Triton's gauge."""
+    text = urllib.request.urlopen(server.metrics_url).read().decode()
+    lines = [line for line in text.splitlines() if line.startswith("nv_inference_pending_request_count{")]
+    return float(lines[0].rpartition(" ")[2]) == requests
