@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from loadtests.results.schedule import Schedule, Segment
-from loadtests.search.highest_rate import RateSearch, SearchPlan, TryRate
+from loadtests.search.highest_rate import SAMPLES, TIME, RateSearch, SearchPlan, TryRate
 from loadtests.search.rate_trial import Phase, RateTrial, TrialOutcome
 from tests.computed_server import server_of, trial
 
@@ -62,6 +62,25 @@ def test_the_result_is_a_rate_that_holds_with_confidence() -> None:
     assert lower.trials[-1].duration_s == math.ceil(9000 / found.capacity_rps)
     assert (unproved.capacity_rps, unproved.confirmed, unproved.limited_by) == (None, False, "p99_ms")
     assert [trial.phase for trial in none.trials].count("prove") == 5
+
+
+@pytest.mark.parametrize(
+    ("outcome", "max_s", "proved", "limited_by"),
+    [
+        ("holds", 1000, 88, ""),
+        ("fails", 1000, None, "p99_ms"),
+        ("inconclusive", 1000, None, SAMPLES),
+        ("holds", 100, None, TIME),
+    ],
+)
+def test_the_rate_of_another_search_can_be_proved(
+    outcome: TrialOutcome, max_s: float, proved: float | None, limited_by: str
+) -> None:
+    plan = SearchPlan(start_rps=88, duration_s=10, max_s=max_s, proof_s=lambda rate_rps: 9000 / rate_rps)
+    search = RateSearch(plan, server_of(lambda rate_rps, phase: outcome))
+    found = search.prove(88)
+    assert (found.capacity_rps, found.confirmed, found.limited_by) == (proved, proved is not None, limited_by)
+    assert {trial.phase for trial in search.trials} <= {"prove"}
 
 
 def test_repeated_on_the_same_queue_three_searches_agree_within_ten_percent() -> None:

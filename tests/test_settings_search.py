@@ -79,14 +79,17 @@ def computed(
     answers_rps: float = 1000,
     trial_takes_s: float = 1,
     valid: Callable[[int], bool] = lambda count: True,
+    proves: bool = True,
     tried: list[float] | None = None,
 ) -> ComputedServer:
-    """A server for `settings`; `valid`: whether the n-th trial, from 1, is valid."""
+    """A server for `settings`; `valid`: whether the n-th trial, from 1, is valid; `proves`: whether proofs may hold."""
     slo, made = search.conditions.spec.slo, [] if tried is None else tried
 
     def try_rate(rate_rps: float, phase: Phase, duration_s: float, seed: int) -> RateTrial:
         made.append(rate_rps)
         bound = "p50_ms" in [line.name for line in slo_at(slo, rate_rps, 10).all_objectives()]
+        if phase == "prove" and not proves:
+            return trial(rate_rps, "inconclusive")
         if not valid(len(made)):
             return trial(rate_rps, "invalid", problems=("the generator was late",))
         return trial(rate_rps, "holds" if rate_rps < (p50_limit_rps if bound else limit_rps) else "fails")
@@ -185,7 +188,7 @@ def test_if_the_default_holds_no_rate_the_gain_is_a_lower_bound(
     search = serving(a_search(tmp_path), monkeypatch, slow={"limit_rps": 1}, fast={"limit_rps": 500})
     facts = concluded(search, search.run(), 3)
     assert facts["best"] == FAST
-    assert facts["conclusion"].endswith(", or more: no rate holds with the default")
+    assert ", or more: no rate holds with the default; " in facts["conclusion"]
 
 
 def test_no_trial_begins_that_would_end_too_late_and_a_cut_off_candidate_is_dropped(
@@ -291,7 +294,22 @@ def test_pairs_confirm_the_best_but_not_a_lucky_candidate(tmp_path: Path, monkey
         facts = concluded(search, search.best(), 3)
         assert (facts["best"], facts["candidate"], len(facts["pairs"])) == (FAST if better else None, FAST, 3)
         assert facts["conclusion"].startswith("nothing is proved better") is not better
+        if not better:
+            assert facts["proved_rps"] is None
+            continue
+        assert 0.8 * limit_rps < facts["proved_rps"] < limit_rps
+        assert f"{facts['proved_rps']:g}/s hold with 95% confidence" in facts["conclusion"]
         assert facts["gain"].ratio == pytest.approx(limit_rps / 100, rel=0.05)
+
+
+def test_a_gain_counts_without_a_proved_rate_and_the_conclusion_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = a_search(tmp_path, measured(SLOW, 100), measured(FAST, 150))
+    serving(search, monkeypatch, slow={"limit_rps": 100}, fast={"limit_rps": 150, "proves": False})
+    facts = concluded(search, search.best(), 3)
+    assert (facts["best"], facts["proved_rps"]) == (FAST, None)
+    assert facts["conclusion"].endswith("no rate was proved to hold with 95% confidence (too close to the limit)")
 
 
 def test_layouts_share_the_cores_or_take_turns() -> None:

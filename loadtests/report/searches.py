@@ -142,6 +142,9 @@ def tuning_card(tuning: TuneResult) -> str:
     rows: list[tuple[str, object]] = [("default", tuning.default)]
     if tuning.best is not None:
         rows += [("best", tuning.best), ("gain", tuning.gain or "not confirmed")]
+        rows.append(
+            ("holds with confidence", "not proved" if tuning.proved_rps is None else f"{tuning.proved_rps:g}/s")
+        )
         rows.append(("written to the file of tuned values", "yes" if tuning.applied else "no"))
     made = f"make tune, {escape(_time(tuning.started))}; throughput with {tuning.users} in flight."
     return card("Tuning", told + settings_chart(tuning) + facts(rows), f"Further right and lower is better. {made}")

@@ -116,9 +116,11 @@ class RateSearch:
     _low: float | None = None
     _high: RateTrial | None = None
 
+    def __post_init__(self) -> None:
+        self._ends_at = self.clock() + self.plan.max_s
+
     def run(self) -> HighestRate:
         """Searches until the rate is found or a limit of the plan is reached."""
-        self._ends_at = self.clock() + self.plan.max_s
         try:
             self._bracket()
             if self._low is None:
@@ -190,13 +192,33 @@ class RateSearch:
         """The highest rate, from the confirmed one down, at which the verdict holds with confidence."""
         if self.plan.proof_s is None or not found.confirmed or found.capacity_rps is None:
             return found
+        proof = self._prove(found.capacity_rps, self.plan.proof_s)
+        if proof.outcome == "holds":
+            return self._found(proof.rate_rps, confirmed=True, limited_by=found.limited_by)
+        return self._found(None, confirmed=False, limited_by=_limit_of(proof))
+
+    def prove(self, rate_rps: float) -> HighestRate:
+        """Only the proof, for a rate that another search found; the plan must have `proof_s`."""
+        assert self.plan.proof_s is not None
+        try:
+            proof = self._prove(rate_rps, self.plan.proof_s)
+        except _Ended as bound:
+            return self._found(None, confirmed=False, limited_by=str(bound))
+        held = proof.outcome == "holds"
+        limit = "" if held else _limit_of(proof)
+        return HighestRate(
+            capacity_rps=proof.rate_rps if held else None, first_failing_rps=None, confirmed=held, limited_by=limit
+        )
+
+    def _prove(self, rate_rps: float, proof_s: Callable[[float], float]) -> RateTrial:
+        """The first proof that holds, at this rate or a few steps lower; else the last one."""
         for step in range(MOST_PROOFS):
-            rate = max(self._lowest, rounded(found.capacity_rps / self.plan.resolution**step))
-            trial = self._trial(rate, "prove", math.ceil(max(self.plan.duration_s, self.plan.proof_s(rate))))
+            rate = max(self._lowest, rounded(rate_rps / self.plan.resolution**step))
+            trial = self._trial(rate, "prove", math.ceil(max(self.plan.duration_s, proof_s(rate))))
             self._counted.append(trial)
             if trial.outcome == "holds":
-                return self._found(rate, confirmed=True, limited_by=found.limited_by)
-        return self._found(None, confirmed=False, limited_by=_limit_of(trial))
+                break
+        return trial
 
     def _at(self, level: float) -> float:
         """The rate that is `level` steps above the one that the bisection found."""

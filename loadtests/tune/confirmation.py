@@ -2,7 +2,8 @@
 
 Contract: the best of many candidates may owe its rank to luck, so it and the default are measured again, in the order
 ABBA, with both servers up. Each measurement is a short search for the highest rate around the known one, and the p99 at
-the reference rate.
+the reference rate. If the best is proved better, the verdict then proves a rate of it, as in `make capacity`: in a
+longer run that holds with confidence.
 
 Example:
     concluded(search, search.run(), pairs=6)["conclusion"]
@@ -17,7 +18,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from deepseek.spec import InvalidMeasurement
-from loadtests.search.highest_rate import LOWEST_RPS, TIME, UNDECIDED, RateSearch
+from loadtests.search.highest_rate import GENERATOR, LOWEST_RPS, SAMPLES, TIME, UNDECIDED, HighestRate, RateSearch
+from loadtests.search.slo_at_rate import seconds_to_prove
 from loadtests.slo.confidence import paired_ratio
 from loadtests.tune.candidate_server import CandidateServer, TimeUp, candidate_server
 from loadtests.tune.settings_search import LEAST_P99_GAIN, SettingsSearch
@@ -29,19 +31,31 @@ LEAST_PAIRS = 3
 LEAST_GAIN = 1.02  # a smaller gain does not justify a change
 NOT_WORSE = 0.95  # lowest ratio of the rates at which a better p99 counts as a gain
 STEP = 1.4  # of a pair's bracket, up and down
+UNPROVED = {
+    TIME: "out of time: raise --max-s",
+    SAMPLES: "too close to the limit",
+    GENERATOR: "the load generator was the limit",
+}
 MOST_TRIES = 2  # of a pair whose runs are invalid
 
 
-def confirm(search: SettingsSearch, best: MeasuredSettings, wanted: int) -> list[DefaultAndBest]:
-    """Measures up to `wanted` pairs in the time left; InvalidMeasurement if there are too few."""
+def confirm(
+    search: SettingsSearch, best: MeasuredSettings, wanted: int
+) -> tuple[list[DefaultAndBest], HighestRate | None]:
+    """Measures up to `wanted` pairs in the time left; InvalidMeasurement if there are too few.
+
+    Also the proof of a rate, if the best is better.
+    """
     conditions, pairs = search.conditions, list[DefaultAndBest]()
+    proof_s = seconds_to_prove(conditions.spec.slo, search.reference_rps)
     why = "out of time; raise --max-s"
     with (
         candidate_server(search.default, conditions, "default") as default_server,
         candidate_server(best.settings, conditions, "best") as best_server,
     ):
         for index in range(MOST_TRIES * wanted):
-            if len(pairs) == wanted or time.monotonic() > conditions.ends_at:
+            kept_s = proof_s if len(pairs) >= LEAST_PAIRS else 0  # for the proof
+            if len(pairs) == wanted or time.monotonic() > conditions.ends_at - kept_s:
                 break
             try:
                 pairs.append(measure_pair(search, default_server, best_server, index))
@@ -52,9 +66,27 @@ def confirm(search: SettingsSearch, best: MeasuredSettings, wanted: int) -> list
                 conditions.console.print(f"pair dropped: {error}", soft_wrap=True)
             else:
                 conditions.console.print(f"pair {len(pairs)} of {wanted}: {pairs[-1]}", soft_wrap=True)
-    if len(pairs) < min(LEAST_PAIRS, wanted):
-        raise InvalidMeasurement(f"{best.settings} was not confirmed ({len(pairs)} of {wanted} pairs): {why}")
-    return pairs
+        if len(pairs) < min(LEAST_PAIRS, wanted):
+            raise InvalidMeasurement(f"{best.settings} was not confirmed ({len(pairs)} of {wanted} pairs): {why}")
+        return pairs, proof(search, best_server, pairs) if gain_of(pairs)[1] else None
+
+
+def proof(search: SettingsSearch, server: CandidateServer, pairs: Sequence[DefaultAndBest]) -> HighestRate:
+    """Proves the mean rate of the pairs, or one a few steps lower."""
+    mean_rps = math.exp(sum(math.log(pair.best_rps) for pair in pairs) / len(pairs))
+    slo = search.conditions.spec.slo
+    plan = server.plan(
+        mean_rps / math.sqrt(search.resolution),  # the pairs' rates lie half a step above one that holds
+        resolution=search.resolution,
+        lowest_rps=LOWEST_RPS,
+        proof_s=lambda rate_rps: seconds_to_prove(slo, rate_rps),
+    )
+    with search.conditions.console.status("proving the rate of the best"):
+        try:
+            return RateSearch(plan, server.runner).prove(plan.start_rps)
+        except InvalidMeasurement as error:
+            search.conditions.console.print(f"not proved: {error}", soft_wrap=True)
+            return HighestRate(capacity_rps=None, first_failing_rps=None, confirmed=False, limited_by=str(error))
 
 
 def measure_pair(
@@ -128,18 +160,28 @@ def concluded(search: SettingsSearch, best: MeasuredSettings, wanted: int) -> di
     end = "; out of time before all candidates were tried: raise --max-s" if search.cut_short else ""
     if best.settings == search.default:
         return {"conclusion": _default_is_best(search, best) + end}
-    pairs = confirm(search, best, wanted)
+    pairs, proved = confirm(search, best, wanted)
     gain, better = gain_of(pairs)
     said = f"{best.settings}: {gain}"
     if search.measured[search.default].capacity_rps is None:
         said += ", or more: no rate holds with the default"
+    if proved is not None:
+        said += f"; {_proof_said(proved, search.conditions.spec.slo.confidence)}"
     return {
+        "proved_rps": proved and proved.capacity_rps,
         "pairs": tuple(pairs),
         "candidate": best.settings,
         "gain": gain,
         "best": best.settings if better else None,
         "conclusion": (said if better else f"nothing is proved better than the default; nearest: {said}") + end,
     }
+
+
+def _proof_said(proved: HighestRate, confidence: float) -> str:
+    if proved.capacity_rps is not None:
+        return f"{proved.capacity_rps:g}/s hold with {confidence:.0%} confidence"
+    why = UNPROVED.get(proved.limited_by, proved.limited_by)
+    return f"no rate was proved to hold with {confidence:.0%} confidence ({why})"
 
 
 def _default_is_best(search: SettingsSearch, best: MeasuredSettings) -> str:

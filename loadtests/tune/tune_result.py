@@ -101,6 +101,8 @@ class TuneResult(SavedResult):
     pairs: tuple[DefaultAndBest, ...] = ()
     gain: Gain | None = None
     """Of `candidate` over `default`; null if there is no candidate."""
+    proved_rps: float | None = None
+    """The rate at which the verdict on `candidate` holds with confidence; null if it is no gain or was not proved."""
     applied: bool = False
     """`best` was written to the file of tuned values."""
     conclusion: str
