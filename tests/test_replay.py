@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepseek.spec import InputError
+from deepseek.spec import InputError, SloSpec
 from loadtests.load import traffic_file
 from loadtests.load.replay import PLAN, blocks, rows_in
 from loadtests.load.traffic_file import read_traffic
 from loadtests.report.headline import load_of
 from loadtests.report.run_tables import settings as settings_table
 from loadtests.results.run import Run
+from loadtests.results.settings import LoadSettings, Replay
+from loadtests.slo.slo_demands import in_flight_for
 from serving.embedded.launcher import EmbeddedServer
 
 ROOT = Path(__file__).parent.parent
@@ -141,6 +143,13 @@ def test_several_models_are_replayed_as_a_mix(served: tuple[EmbeddedServer, Path
     environment = {**os.environ, "DEEPSEEK_BUILD": str(served[1] / "build")}
     judged = subprocess.run([*verdict, "--json"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert judged.returncode == 3, judged.stderr  # too few requests to judge
+
+
+def test_requests_in_flight_are_bounded_by_the_busiest_second() -> None:
+    about: dict[str, Any] = {"model": "a", "models": "", "target": "onnxruntime", "protocol": "grpc", "url": ""}
+    recorded = Replay(file="traffic.csv", sha256="", speed=1.0, requests=1000, peak_rps=900.0)
+    settings = LoadSettings(**about, inputs="", replay=recorded, duration_s=1000.0)
+    assert in_flight_for(settings, SloSpec(p99_ms=1000)) == 1800  # twice what may be in time; the mean rate is 1/s
 
 
 def test_the_nearest_length_is_sent_and_equal_keys_send_equal_rows(served: tuple[EmbeddedServer, Path]) -> None:
