@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement
+from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, TunedBatching
+from deepseek.spec.cpu import Cpu
+from deepseek.spec.files.folders import write_whole
+from deepseek.spec.files.measured_batches import BatchTime, MeasuredBatches, batches_path
 from loadtests.search.local_server import NotServed
 from loadtests.search.rate_trial import Phase, RateTrial
 from loadtests.search.slo_at_rate import slo_at
@@ -325,6 +328,31 @@ def test_layouts_share_the_cores_or_take_turns() -> None:
     tensorrt = SearchSpace.of(spec, "tensorrt", 8)
     assert tensorrt.layouts == ((1, None), (2, None), (3, None), (4, None))
     assert tensorrt.cuda_graphs == (False, True)
+
+
+def test_the_search_starts_from_the_measured_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+    spec = DeploymentSpec.load("tests/models/image")
+    assert ServingSettings.of(spec, "onnxruntime", 2).max_batch == 8
+    times = (BatchTime(rows=1, ms=10.0), BatchTime(rows=2, ms=14.0), BatchTime(rows=4, ms=28.0))
+    cpu = Cpu(model="EPYC", cores=2)
+    measured = MeasuredBatches(precision="fp32", instances=2, threads=1, at_once=2, cpu=cpu, times=times)
+    write_whole(batches_path("image", "onnxruntime"), measured.model_dump_json())
+    assert ServingSettings.of(spec, "onnxruntime", 2).max_batch == 2
+
+
+def test_a_tuned_batch_limits_requests_only_with_a_queue_delay() -> None:
+    assert FAST.tuned().batching == TunedBatching(preferred_batch=8, max_queue_delay_us=0, instances=2, threads=1)
+    delayed = FAST.model_copy(update={"max_queue_delay_us": 200})
+    assert (delayed.tuned().batching.max_batch, delayed.tuned().batching.preferred_batch) == (8, 8)
+
+
+def test_no_batch_above_max_batch_is_tried() -> None:
+    image = DeploymentSpec.load("tests/models/image")
+    spec = image.model_copy(update={"batching": image.batching.model_copy(update={"max_batch": 6})})
+    assert SearchSpace.of(spec, "onnxruntime", 2).max_batch == (1, 4, 6)
+    with pytest.raises(InputError, match="--max-batch: seen 8; allowed: 1 to 6"):
+        SearchSpace.of(spec, "onnxruntime", 2, max_batch=(8,))
 
 
 def test_batch_sizes_near_the_best_are_tried_too_within_the_profile() -> None:

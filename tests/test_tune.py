@@ -44,7 +44,7 @@ min = 1
 opt = 4
 max = 8
 [batching]
-max_batch = 1
+preferred_batch = 1
 [slo]
 max_error_rate = 0.05
 """
@@ -81,9 +81,10 @@ def flags(wide: Path, *more: str) -> list[str]:
 def test_a_candidate_is_published_and_served_with_its_settings(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPSEEK_BUILD", str(wide / "build"))
     conditions = conditions_of(values_of("tune", *flags(wide)), wide / "served", Console(file=io.StringIO()))
-    settings = ServingSettings(max_batch=8, max_queue_delay_us=0, instances=2, threads=1)
+    settings = ServingSettings(max_batch=4, max_queue_delay_us=0, instances=2, threads=1)
     with candidate_server(settings, conditions, "candidate") as server:
-        assert server.runner.served.max_batch_size == 8
+        served = server.runner.served
+        assert (served.max_batch_size, served.preferred_batch_sizes) == (8, (4,))
         assert server.runner.served.parameters["precision"] == "fp32"
         assert server.throughput_rps(users=2, duration_s=1) > 0
         assert server.try_rate(20, seed=0).sent
@@ -137,12 +138,12 @@ def test_settings_that_are_proved_better_are_written_and_drawn(tmp_path: Path, m
     assert result.gain.low > 1.02
     path = tmp_path / "models" / "image" / "tuned.toml"
     values = TunedFile.read(path).targets["onnxruntime"]
-    assert values.batching == TunedBatching(max_batch=8, max_queue_delay_us=0, instances=2, threads=1)
+    assert values.batching == TunedBatching(preferred_batch=8, max_queue_delay_us=0, instances=2, threads=1)
     assert str(result.gain) in values.measured
     assert f"written to {path}; make engine MODEL=image publishes it" in result.conclusion
     assert TuneResult.load(tuning_path("image")) == result
     assert "A better setting" in (tmp_path / "build" / "image" / "tuning.html").read_text()
-    assert DeploymentSpec.of_model("image", tmp_path / "models").for_target("onnxruntime").batching.max_batch == 8
+    assert DeploymentSpec.of_model("image", tmp_path / "models").for_target("onnxruntime").batching.preferred_batch == 8
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ TUNE = Command(
         ),
         _warmup(1.0),
         TIMEOUT_S,
-        Option("--max-batch", "batch sizes to try", kind=numbers, metavar="N,...", variable=""),
+        Option("--max-batch", "batch sizes to try: rows that Triton joins", kind=numbers, metavar="N,...", variable=""),
         Option(
             "--delay-us",
             "queue delays to try, microseconds; the embedded Triton serves only 0",

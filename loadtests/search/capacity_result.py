@@ -22,6 +22,9 @@ class ServerSettings(Table):
     """How the server runs the model; null if the server does not report it."""
 
     max_batch: int | None = None
+    """Rows of the largest request."""
+    preferred_batch: int | None = None
+    """Rows that Triton joins; null: up to `max_batch`."""
     instances: int | None = None
     threads: int | None = None
     """Per instance; 0: the cores divided by the instances."""
@@ -33,6 +36,7 @@ class ServerSettings(Table):
         threads = served.parameters.get("threads") or served.parameters.get("intra_op_thread_count")
         return cls(
             max_batch=served.max_batch_size,
+            preferred_batch=max(served.preferred_batch_sizes, default=None),
             instances=served.instances,
             threads=int(threads) if threads else None,
             max_queue_delay_us=served.max_queue_delay_us,

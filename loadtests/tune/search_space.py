@@ -7,7 +7,8 @@ the number of cores:
   many instances as the cores can run, which take turns: while one half computes, the other holds the next batches. A
   single instance is never tried: with two that take turns, the next batch is always ready.
 - layouts of the other targets: 1, 2, 3 and 4 instances per GPU.
-- batch sizes: powers of 4, opt and max of the batch axis, and twice and half the best so far.
+- batch sizes: powers of 4, opt and max of the batch axis, and twice and half the best so far. The search starts from
+  the size that the build measured.
 - queue delays: none, and up to a quarter of the tightest latency limit of the SLO (`tune` tries only
   none on the embedded Triton).
 - CUDA graphs on and off for the target tensorrt, unless deploy.toml names the batches to capture.
@@ -24,6 +25,7 @@ from typing import Any, Literal
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError, Target, TunedBatching, TunedTarget
 from deepseek.spec.checks import Table
+from deepseek.spec.files.measured_batches import plan_of, read_measured
 from loadtests.slo.slo_demands import latency_limits
 
 Part = Literal["layout", "max_batch", "max_queue_delay_us", "cuda_graphs"]
@@ -39,6 +41,7 @@ class ServingSettings(Table):
     """The settings that a search varies: batching, instances, threads, CUDA graphs."""
 
     max_batch: int
+    """Most rows that Triton joins into one batch."""
     max_queue_delay_us: int
     instances: int
     threads: int | None = None
@@ -48,11 +51,12 @@ class ServingSettings(Table):
 
     @classmethod
     def of(cls, spec: DeploymentSpec, target: Target, cores: int) -> ServingSettings:
-        """The settings of a spec on a machine with `cores`."""
-        batching = spec.for_target(target).batching
+        """The settings that `make engine` serves for a spec, on a machine with `cores`."""
+        spec = spec.for_target(target)
+        batching, plan = spec.batching, plan_of(spec, read_measured(spec.name, target))
         shared = max(1, cores // batching.instances) if target == "onnxruntime" else None
         return cls(
-            max_batch=batching.max_batch or spec.max_batch,
+            max_batch=plan.preferred_batch or spec.max_served_batch,
             max_queue_delay_us=batching.max_queue_delay_us,
             instances=batching.instances,
             threads=batching.threads or shared,
@@ -60,9 +64,20 @@ class ServingSettings(Table):
         )
 
     def tuned(self, measured: str = "") -> TunedTarget:
-        """The settings as an entry of tuned.toml; `measured` is its note on how they were measured."""
-        batching = TunedBatching(**self.model_dump(exclude={"cuda_graphs"}))
+        """The settings as an entry of tuned.toml; `measured` is its note on how they were measured.
+
+        Without a queue delay Triton keeps to the preferred batch, so callers may send more rows. With one, only
+        `max_batch` limits what it joins.
+        """
+        kept = {"max_queue_delay_us", "instances", "threads"}
+        largest = {"max_batch": self.max_batch} if self.limits_requests else {}
+        batching = TunedBatching(preferred_batch=self.max_batch, **largest, **self.model_dump(include=kept))
         return TunedTarget(measured=measured, batching=batching, cuda_graphs=self.cuda_graphs)
+
+    @property
+    def limits_requests(self) -> bool:
+        """Whether the server refuses requests of more rows than a batch."""
+        return self.max_queue_delay_us > 0
 
     def __str__(self) -> str:
         threads = "" if self.threads is None else f" x {self.threads} thread{'s' * (self.threads > 1)}"
@@ -96,15 +111,15 @@ class SearchSpace:
         threads: Values = None,
     ) -> SearchSpace:
         """The space for a target; InputError if a given value is out of range."""
-        axis = spec.axes[BATCH]
-        _check("--max-batch", max_batch, axis.min, axis.max)
+        axis, most = spec.axes[BATCH], spec.for_target(target).max_served_batch
+        _check("--max-batch", max_batch, axis.min, most)
         _check("--delay-us", delays_us, 0, 10_000_000)
         _check("--instances", instances, 1, 1024)
         _check("--threads", threads, 1, 1024)
         if threads and target != "onnxruntime":
             raise InputError(f"--threads: applies only to the target onnxruntime, not to {target}")
-        powers = {4**power for power in range(axis.max.bit_length())}
-        sizes = {size for size in powers | {axis.opt, axis.max} if axis.min <= size <= axis.max}
+        powers = {4**power for power in range(most.bit_length())}
+        sizes = {size for size in powers | {axis.opt, most} if axis.min <= size <= most}
         choose_graphs = target == "tensorrt" and not spec.tensorrt.cuda_graph_batches
         graphs = spec.tensorrt.cuda_graphs if target == "tensorrt" else None
         limit_ms = min(latency_limits(spec.slo).values(), default=float("inf"))
@@ -114,7 +129,7 @@ class SearchSpace:
             max_batch=max_batch or tuple(sorted(sizes)),
             delays_us=delays_us or tuple(delays),
             cuda_graphs=(False, True) if choose_graphs else (graphs,),
-            refine=None if max_batch else (axis.min, axis.max),
+            refine=None if max_batch else (axis.min, most),
         )
 
     def varied(self, settings: ServingSettings, part: Part) -> list[ServingSettings]:

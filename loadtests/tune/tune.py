@@ -159,6 +159,6 @@ def write_best(result: TuneResult, best: ServingSettings, path: Path | None) -> 
     measured = f"{result.started}, {where}, {result.precision}, {', '.join(result.objectives)}: {result.gain}"
     TunedFile.read(path).with_target(result.target, best.tuned(measured)).write(path)
     hint = f"written to {path}; make engine MODEL={result.model} publishes it"
-    if best.max_batch < result.default.max_batch:
+    if best.limits_requests and best.max_batch < result.default.max_batch:
         hint += f"; the server then refuses requests of more than {best.max_batch} rows"
     return result.model_copy(update={"applied": True, "conclusion": f"{result.conclusion}; {hint}"})
