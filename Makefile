@@ -13,7 +13,7 @@ SET_UP = @$(or $(ANY_PYTHON),python3) -S cli/environment.py --venv "$(VENV)"
 DEEPSEEK = @"$(VENV)/bin/python" -m cli --make
 
 # ---- what users do --------------------------------------------------------------------------------
-COMMANDS := demo new engine serve doctor keys stack kubernetes infer metadata parity \
+COMMANDS := demo new import engine serve doctor keys stack kubernetes infer metadata parity \
     loadtest verdict report capacity regression tune profile simulate-scale release rollback releases plan \
     clean clean-cache
 .PHONY: $(COMMANDS)

@@ -5,6 +5,8 @@ from cli.environment import NEEDS
 from cli.options import Option, folder_name, path
 from cli.table import Command
 
+_TASKS = ("auto", "encoder", "classifier", "token-classifier", "cross-encoder")
+
 ROWS = (
     Command(
         "First steps",
@@ -33,5 +35,27 @@ ROWS = (
             "deepseek new words --from text --models ../models",
         ),
         newcomer=True,
+    ),
+    Command(
+        "First steps",
+        "import",
+        "cli.import_checkpoint",
+        "write a model folder from a checkpoint of Hugging Face transformers on this machine",
+        options=(
+            Option("folder", "folder of the checkpoint, with config.json", kind=path, required=True),
+            Option(
+                "--name",
+                "name of the model (default: that of the checkpoint's folder)",
+                kind=folder_name,
+                from_make_line_only=True,
+            ),
+            Option("--task", "what the model does; auto: what its architecture says", choices=_TASKS, default="auto"),
+            MODELS,
+        ),
+        examples=(
+            "deepseek import all-MiniLM-L6-v2",
+            "deepseek import ~/checkpoints/bert-mnli --name mnli --task cross-encoder",
+        ),
+        notes="The model folder gets a copy of the weights and the tokenizer. Nothing is downloaded.",
     ),
 )

@@ -1,0 +1,269 @@
+"""What the files of a transformers checkpoint say: its task, labels, pooling, longest text and which files it needs.
+
+Contract: `Checkpoint.read(folder, task)` reads JSON only: no network, no torch, no code of the checkpoint. It raises
+InputError, one line, for a folder that `deepseek import` cannot turn into a model folder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepseek.spec import InputError
+
+HEADS = {
+    "encoder": "",
+    "classifier": "ForSequenceClassification",
+    "token-classifier": "ForTokenClassification",
+    "cross-encoder": "ForSequenceClassification",
+}
+"""The end of the architecture's name that a task needs; an encoder needs none."""
+LONGEST = 512  # tokens; a longer sequence costs more memory and time than most texts need
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What the config.json of a model_type may leave out."""
+
+    padding: int = 0
+    after_padding: bool = False
+    """Positions count from pad_token_id + 1, so that many of max_position_embeddings are not for tokens."""
+    types: int = 0
+    """type_vocab_size: 2 or more if the model tells the two texts of a pair apart."""
+
+
+KINDS = {
+    "albert": Kind(types=2),
+    "bert": Kind(types=2),
+    "camembert": Kind(padding=1, after_padding=True, types=1),
+    "deberta-v2": Kind(),
+    "distilbert": Kind(),
+    "electra": Kind(types=2),
+    "modernbert": Kind(padding=50283),
+    "mpnet": Kind(padding=1, after_padding=True),
+    "roberta": Kind(padding=1, after_padding=True, types=1),
+    "xlm-roberta": Kind(padding=1, after_padding=True, types=1),
+}
+"""The model_types that are tested."""
+POOLINGS = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max"}
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "spm.model",
+)  # fmt: skip
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that can be imported."""
+
+    folder: Path
+    """The folder with config.json: the given one, or the one that modules.json names."""
+    task: str
+    width: int
+    """Entries of an embedding."""
+    labels: tuple[str, ...]
+    """Names of the logits, in order; of no use for an encoder."""
+    pooling: str
+    pooling_from: str
+    normalized: bool
+    padding: int
+    token_types: bool
+    """Whether token_type_ids is an input: the model has such types, and the task may have pairs of texts."""
+    longest: int
+    """Tokens of the longest text."""
+    limits: dict[str, int]
+    """Limits of the length by the file that sets them."""
+    files: tuple[str, ...]
+    """Names of the files to copy, in `folder`."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return "tokenizer.json" in self.files
+
+    @classmethod
+    def read(cls, folder: Path, task: str) -> Checkpoint:
+        """Reads the checkpoint in `folder`; task "auto" takes the task of its architecture."""
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder}: no such folder; allowed: the folder of a checkpoint on this machine, with config.json "
+                "and its weights; the import downloads nothing"
+            )
+        modules = _modules(folder)
+        inside = folder / modules.get("Transformer", "")
+        config = _object(inside / "config.json", "a checkpoint of transformers has one")
+        kind = _kind(inside / "config.json", config)
+        task, pairs = _task(inside / "config.json", config, task)
+        limits = _limits(inside, config, kind)
+        pooling, pooling_from = _pooling(folder, modules)
+        types = _number(inside / "config.json", config, "type_vocab_size", kind.types) > 1
+        return cls(
+            folder=inside,
+            task=task,
+            width=_number(inside / "config.json", config, "dim" if "dim" in config else "hidden_size"),
+            labels=_labels(inside / "config.json", config),
+            pooling=pooling,
+            pooling_from=pooling_from,
+            normalized="Normalize" in modules,
+            padding=_number(inside / "config.json", config, "pad_token_id", kind.padding),
+            token_types=types and pairs,
+            longest=min(LONGEST, *limits.values()),
+            limits=limits,
+            files=("config.json", *_weights(inside), *(name for name in TOKENIZER if (inside / name).is_file())),
+        )
+
+
+def _object(path: Path, why: str) -> dict[str, Any]:
+    """The object in a JSON file; raises InputError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; {why}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); copy the checkpoint again") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: seen {type(found).__name__}; a JSON object is needed; copy the checkpoint again")
+    return found
+
+
+def _number(path: Path, config: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number of a JSON object, 0 or more; raises InputError."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InputError(f"{path}: {key}: seen {value!r}; a whole number, 0 or more, is needed")
+    return value
+
+
+def _kind(path: Path, config: dict[str, Any]) -> Kind:
+    """Raises InputError for a checkpoint that is no text encoder of a known type."""
+    if "auto_map" in config:
+        raise InputError(
+            f"{path}: auto_map: the checkpoint brings code of its own (trust_remote_code), which the import does not "
+            "run; read the code, then write the folder with `deepseek new --from text`"
+        )
+    name, decoder = config.get("model_type"), config.get("is_encoder_decoder") or config.get("is_decoder")
+    if not isinstance(name, str) or name not in KINDS or decoder:
+        seen = f"{name!r}{' as a decoder' if decoder and name in KINDS else ''}"
+        raise InputError(
+            f"{path}: model_type: seen {seen}; allowed: encoders of the types {', '.join(KINDS)}; a model that "
+            "generates text belongs to vLLM; for another encoder, write the folder with `deepseek new --from text`"
+        )
+    return KINDS[name]
+
+
+def _task(path: Path, config: dict[str, Any], wanted: str) -> tuple[str, bool]:
+    """The task, and whether its texts may be pairs."""
+    names = config.get("architectures") or ["none"]
+    architecture = str(names[0] if isinstance(names, list) else names)
+    head = next((head for head in HEADS.values() if head and architecture.endswith(head)), None)
+    task = wanted
+    if wanted == "auto" and head == "ForSequenceClassification":
+        task = "cross-encoder" if len(_labels(path, config)) == 1 else "classifier"
+    elif wanted == "auto" and head:
+        task = "token-classifier"
+    elif wanted == "auto" and architecture.endswith(("Model", "ForMaskedLM", "ForPreTraining")):
+        task = "encoder"
+    if task == "auto" or HEADS[task] not in ("", head):
+        allowed = ", ".join(f"...{head}" for head in dict.fromkeys(filter(None, HEADS.values())))
+        raise InputError(
+            f"{path}: architectures: seen {architecture}, which has no weights for "
+            f"{'a known task' if task == 'auto' else f'--task {task}'}; allowed: {allowed}, or --task encoder for its "
+            "embeddings"
+        )
+    return task, head == "ForSequenceClassification" and task != "encoder"
+
+
+def _labels(path: Path, config: dict[str, Any]) -> tuple[str, ...]:
+    """The labels in the order of the logits; transformers leaves them out if there are two without names."""
+    named = config.get("id2label")
+    if not named:
+        return tuple(f"LABEL_{place}" for place in range(_number(path, config, "num_labels", 2)))
+    try:
+        return tuple(" ".join(str(named[str(place)]).split()) for place in range(len(named)))
+    except (TypeError, KeyError):
+        raise InputError(f"{path}: id2label: seen {named!r:.80}; a name for each id from 0 is needed") from None
+
+
+def _limits(folder: Path, config: dict[str, Any], kind: Kind) -> dict[str, int]:
+    """Limits of the length in tokens by the file that sets them."""
+    path = folder / "config.json"
+    positions = _number(path, config, "max_position_embeddings", 512)
+    reserved = _number(path, config, "pad_token_id", kind.padding) + 1 if kind.after_padding else 0
+    found = {"config.json": positions - reserved}
+    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+        if (folder / name).is_file():
+            value = _object(folder / name, "").get(key)
+            if isinstance(value, int | float) and 1 <= value < 2**31:  # huge if the tokenizer has no limit
+                found[name] = int(value)
+    if found["config.json"] < 1:
+        raise InputError(f"{path}: max_position_embeddings: seen {positions}; more than {max(reserved, 0)} is needed")
+    return found
+
+
+def _modules(folder: Path) -> dict[str, str]:
+    """The modules of sentence-transformers: the folder of each by its kind; none for a plain checkpoint."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return {}
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        found = {row["type"].rpartition(".")[2]: str(row.get("path", "")) for row in rows}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read ({error!r}); copy the checkpoint again") from None
+    if unknown := found.keys() - {"Transformer", "Pooling", "Normalize"}:
+        raise InputError(
+            f"{path}: seen the module {', '.join(sorted(unknown))}; allowed: Transformer, Pooling, Normalize; add it "
+            "to forward() of a folder that `deepseek new --from text` writes"
+        )
+    return found
+
+
+def _pooling(folder: Path, modules: dict[str, str]) -> tuple[str, str]:
+    """How an embedding is made of the tokens' vectors, and the file that says so ("" if none does)."""
+    if "Pooling" not in modules:
+        return "mean", ""
+    path = folder / modules["Pooling"] / "config.json"
+    settings = _object(path, "modules.json names it")
+    mode = settings.get("pooling_mode")
+    modes = [mode] if isinstance(mode, str) else mode if isinstance(mode, list) else None
+    if modes is None:
+        modes = [
+            key.removeprefix("pooling_mode_") for key, on in settings.items() if key.startswith("pooling_mode_") and on
+        ]
+    names = [POOLINGS.get(each, each) for each in modes]
+    if len(names) != 1 or names[0] not in POOLINGS.values():
+        seen = ", ".join(map(str, names)) or "none"
+        raise InputError(
+            f"{path}: seen the pooling {seen}; allowed: one of mean, cls, max; write it in forward() of a folder that "
+            "`deepseek new --from text` writes"
+        )
+    return names[0], path.name if path.parent == folder else f"{path.parent.name}/{path.name}"
+
+
+def _weights(folder: Path) -> tuple[str, ...]:
+    """Names of the files with the weights, safetensors before pickles; raises InputError if one is missing."""
+    first = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    if first is None:
+        raise InputError(f"{folder}: no weights; allowed: {', '.join(WEIGHTS)}")
+    names = [first]
+    if first.endswith(".index.json"):
+        parts = _object(folder / first, "").get("weight_map")
+        if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
+            raise InputError(f"{folder / first}: no weight_map; copy the checkpoint again")
+        names += sorted(set(parts.values()))
+    for name in names[-1:] if len(names) == 1 else names[1:]:
+        _check_weights(folder / name, folder)
+    return tuple(names)
+
+
+def _check_weights(path: Path, folder: Path) -> None:
+    """Raises InputError for a file that is missing, elsewhere, or only a pointer to the weights."""
+    if path.parent != folder or not path.is_file():
+        raise InputError(f"{path}: no such file, but the index of the weights names it; copy the checkpoint again")
+    with path.open("rb") as file:
+        start = file.read(24)
+    if start == b"version https://git-lfs.":
+        raise InputError(f"{path}: only a Git LFS pointer to the weights; fetch them: git -C {folder} lfs pull")

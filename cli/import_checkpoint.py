@@ -1,0 +1,143 @@
+"""`deepseek import`: writes a model folder from a checkpoint of Hugging Face transformers.
+
+Contract: the folder is complete, with a copy of the weights and the tokenizer, and appears at once or not at all.
+Nothing is downloaded and no code of the checkpoint runs. The build loads the weights and finds out whether they fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from pathlib import Path
+from string import Template
+
+from cli.checkpoint import HEADS, Checkpoint
+from cli.new import TEMPLATES
+from deepseek.spec import DeploymentSpec, InputError
+from deepseek.spec.files.folders import onto_disk, scratch_in
+
+TITLES = {
+    "encoder": "A text encoder",
+    "classifier": "A text classifier",
+    "token-classifier": "A token classifier",
+    "cross-encoder": "A cross-encoder, which scores pairs of texts",
+}
+TYPES = """\
+[inputs.token_type_ids]     # 0 for the first text of a pair, 1 for the second; 0 for a single text
+dtype = "int64"
+shape = ["batch", "sequence"]
+"""
+BATCH_TOKENS = 8192  # most tokens of one batch: 32 texts of 256 tokens, 16 of 512
+SHOWN_LABELS = 20
+
+
+def main(options: argparse.Namespace) -> None:
+    """Writes `<models>/<name>/` with deploy.toml, model.py, texts.py, texts.tsv, requirements.txt and checkpoint/."""
+    checkpoint = Checkpoint.read(options.folder, options.task)
+    name = options.name or re.sub(r"[^A-Za-z0-9_-]+", "-", options.folder.resolve().name).strip("-_")
+    folder = options.models / name
+    exists = f"{folder}: already exists; choose another name with --name, or another folder with --models"
+    if folder.exists():
+        raise InputError(exists)
+    with scratch_in(options.models) as scratch:
+        draft = scratch / name
+        draft.mkdir()
+        _write_code(draft, name, checkpoint)
+        try:
+            DeploymentSpec.load(draft)
+        except InputError as error:
+            raise InputError(str(error).replace(f"{draft / 'deploy.toml'}: ", "", 1)) from None
+        size = _copy(checkpoint, draft / "checkpoint")
+        onto_disk(draft)
+        try:
+            draft.rename(folder)
+        except OSError:
+            if folder.exists():  # another import was faster
+                raise InputError(exists) from None
+            raise
+    _report(options, folder, checkpoint, size)
+
+
+def _write_code(folder: Path, name: str, checkpoint: Checkpoint) -> None:
+    """Writes everything but the checkpoint."""
+    source = TEMPLATES / "checkpoint"
+    settings = {
+        "encoder.py": {
+            'POOLING = "mean"': f'POOLING = "{checkpoint.pooling}"',
+            "NORMALIZED = False": f"NORMALIZED = {checkpoint.normalized}",
+        },
+        "classifier.py": {"ForSequenceClassification": HEADS[checkpoint.task] or "ForSequenceClassification"},
+        "texts.py": {
+            "PADDING = 0": f"PADDING = {checkpoint.padding}",
+            "PAIRS = False": f"PAIRS = {checkpoint.task == 'cross-encoder'}",
+        },
+    }
+    module = "encoder.py" if checkpoint.task == "encoder" else "classifier.py"
+    for template, target in ((module, "model.py"), ("texts.py", "texts.py")):
+        text = (source / template).read_text(encoding="utf-8")
+        for default, value in settings[template].items():
+            assert default in text
+            text = text.replace(default, value)
+        (folder / target).write_text(text, encoding="utf-8")
+    shutil.copyfile(source / "texts.tsv", folder / "texts.tsv")
+    (folder / "requirements.txt").write_text("transformers>=5,<6\n")
+    (folder / "deploy.toml").write_text(_deploy_toml(name, checkpoint), encoding="utf-8")
+
+
+def _deploy_toml(name: str, checkpoint: Checkpoint) -> str:
+    largest = max(1, min(32, BATCH_TOKENS // checkpoint.longest))
+    files = " and ".join(file for file, limit in checkpoint.limits.items() if limit == checkpoint.longest)
+    enough = f"the checkpoint takes {min(checkpoint.limits.values())}; longer texts cost more memory and time"
+    template = Template((TEMPLATES / "checkpoint" / "deploy.toml").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=TITLES[checkpoint.task],
+        name=name,
+        types=TYPES if checkpoint.token_types else "",
+        output=_output(checkpoint),
+        usual_batch=min(8, largest),
+        largest_batch=largest,
+        usual=min(32, checkpoint.longest),
+        longest=checkpoint.longest,
+        why_longest=f"as {files} says; longer texts are truncated" if files else enough,
+        # Without real texts, int8 would be calibrated with ids that no caller sends.
+        candidates='["fp16", "int8"]' if checkpoint.has_tokenizer else '["fp16"]',
+    )
+
+
+def _output(checkpoint: Checkpoint) -> str:
+    """The table of the output, with the names of the labels."""
+    if checkpoint.task == "encoder":
+        comment = f"{checkpoint.pooling} of the vectors of the tokens{', of length 1' if checkpoint.normalized else ''}"
+        return f'[outputs.embedding]         # {comment}\ndtype = "float32"\nshape = ["batch", {checkpoint.width}]'
+    count = len(checkpoint.labels)
+    axes = '"batch", "sequence"' if checkpoint.task == "token-classifier" else '"batch"'
+    names = [f"{place} {label}" for place, label in enumerate(checkpoint.labels[:SHOWN_LABELS])]
+    more = [f"and {count - SHOWN_LABELS} more in checkpoint/config.json"] if count > SHOWN_LABELS else []
+    comment = f"without softmax; {', '.join([*names, *more])}" if count > 1 else "the score, without sigmoid"
+    return f'[outputs.logits]            # {comment}\ndtype = "float32"\nshape = [{axes}, {count}]'
+
+
+def _copy(checkpoint: Checkpoint, folder: Path) -> int:
+    """Copies the checkpoint's files; returns their bytes. Links, as in a cache of Hugging Face, become files."""
+    folder.mkdir()
+    for name in checkpoint.files:
+        shutil.copyfile(checkpoint.folder / name, folder / name)
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _report(options: argparse.Namespace, folder: Path, checkpoint: Checkpoint, size: int) -> None:
+    where = "" if options.models == Path("models") else f" MODELS={options.models}"
+    print(f"task      {checkpoint.task}; texts of up to {checkpoint.longest} tokens")
+    if checkpoint.task == "encoder" and not checkpoint.pooling_from:
+        print(f"note      the checkpoint names no pooling: {checkpoint.pooling}; POOLING in model.py changes it")
+    if not checkpoint.has_tokenizer:
+        print(
+            "note      no tokenizer.json: the samples are random ids, and int8 is left out; if "
+            f"AutoTokenizer.from_pretrained({str(checkpoint.folder)!r}).save_pretrained(...) writes it, import again"
+        )
+    print(f"import    {folder}/checkpoint/: {len(checkpoint.files)} files, {size / 1e6:.1f} MB, copied")
+    print(f"import    {folder}/deploy.toml: what is served, and how fast it must be")
+    print(f"import    {folder}/model.py and requirements.txt: the module and the packages that it imports")
+    print(f"import    {folder}/texts.py and texts.tsv: the samples; replace the texts with those of your users")
+    print(f"next      make engine serve MODEL={folder.name}{where}")

@@ -1,0 +1,55 @@
+"""A text encoder from a checkpoint of Hugging Face transformers: token ids in, one embedding per text out.
+
+`samples` stands in texts.py. For a metric of your own, add `evaluate(predict)` and name it in deploy.toml.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.utils import logging
+
+from .texts import samples
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+POOLING = "mean"  # of the vectors of the tokens: "mean", "max", or "cls" for the first one
+NORMALIZED = False  # True divides each embedding by its length
+
+__all__ = ["load", "samples"]
+
+
+class Encoder(nn.Module):
+    """input_ids, attention_mask (B, L) -> embedding (B, D)."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        vectors = self.transformer(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, L, D)
+        embedding = pooled(vectors, attention_mask.unsqueeze(-1).to(vectors.dtype))
+        return nn.functional.normalize(embedding, dim=-1) if NORMALIZED else embedding
+
+
+def pooled(vectors: Tensor, mask: Tensor) -> Tensor:
+    """One vector for each text (B, D), from those of its tokens (B, L, D); mask (B, L, 1) is 0 for padding."""
+    if POOLING == "cls":
+        return vectors[:, 0]
+    if POOLING == "max":
+        return vectors.masked_fill(mask == 0, -1e4).amax(1)  # a number that fp16 has too
+    return (vectors * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def load() -> nn.Module:
+    """The encoder with its weights. Raises ValueError if the checkpoint lacks some."""
+    logging.disable_progress_bar()
+    transformer, report = AutoModel.from_pretrained(
+        CHECKPOINT, local_files_only=True, weights_only=True, dtype=torch.float32, output_loading_info=True
+    )
+    missing = [name for name in report["missing_keys"] if "pooler" not in name]  # the pooler is not used
+    if missing:
+        raise ValueError(f"{CHECKPOINT}: no weights for {', '.join(sorted(missing)[:3])}")
+    return Encoder(transformer)

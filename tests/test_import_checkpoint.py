@@ -1,0 +1,320 @@
+"""`deepseek import`: a checkpoint of transformers becomes a model folder that gives the checkpoint's outputs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from deepseek_client import InferenceClient
+
+from cli.checkpoint import HEADS, KINDS, Checkpoint
+from cli.commands import BY_NAME
+from cli.import_checkpoint import main
+from cli.main import main as command
+from cli.main import values_of
+from deepseek.spec import DeploymentSpec, InputError
+from export.checks.parity import main as parity
+from export.model_folder import ModelFolder
+from export.stages.publish import main as publish
+from export.stages.to_onnx import export_model
+from serving.embedded.serve import EmbeddedServer
+from tests.conftest import FREE
+from tests.tiny_checkpoints import CONFIGS, LABELS, POSITIONS, change, write_checkpoint, write_modules
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MEAN = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+KIND_OF = {"encoder": "bert", "classifier": "distilbert", "token-classifier": "roberta", "cross-encoder": "bert"}
+OUTPUT = {"encoder": ("embedding", (2, 32)), "classifier": ("logits", (2, 3)), "token-classifier": ("logits", (2, 64, 4)), "cross-encoder": ("logits", (2, 1))}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with a checkpoint for each task, imported into models/, and the modules of transformers by task."""
+    folder = tmp_path_factory.mktemp("import")
+    modules = {}
+    for task, kind in KIND_OF.items():
+        modules[task] = write_checkpoint(folder / "checkpoints" / task, kind, task)
+        if task == "encoder":
+            write_modules(folder / "checkpoints" / task, MEAN, "Normalize")
+        main(values_of("import", str(folder / "checkpoints" / task), "--models", str(folder / "models")))
+    return folder, modules
+
+
+@pytest.fixture
+def build(checkpoints: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of artifacts as $DEEPSEEK_BUILD; no hub is called."""
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(checkpoints[0] / "build"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return checkpoints[0] / "build"
+
+
+def batch(root: Path, task: str) -> dict[str, np.ndarray]:
+    """Two samples of the longest length; one of them has padding."""
+    samples = list(ModelFolder(task, root / "models").rows("evaluation", 500))
+    rows = [row for row in samples if row["input_ids"].shape[1] == 64]
+    rows = [min(rows, key=lambda row: row["attention_mask"].sum()), rows[-1]]
+    assert rows[0]["attention_mask"].sum() < 64
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def of_transformers(task: str, module: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """What the checkpoint's own module gives, each row alone and without padding."""
+    found = []
+    for place, mask in enumerate(inputs["attention_mask"]):
+        row = {name: torch.from_numpy(array[place : place + 1, : mask.sum()]) for name, array in inputs.items()}
+        with torch.inference_mode():
+            outputs = module(**row)
+        if task == "encoder":
+            mean = outputs.last_hidden_state[0].mean(0)
+            found.append((mean / mean.norm()).numpy())
+        else:
+            found.append(outputs.logits[0].numpy())
+    return np.array(found) if task != "token-classifier" else np.array(found, dtype=object)
+
+
+@pytest.mark.parametrize("task", list(HEADS))
+def test_the_graph_gives_what_transformers_gives(
+    checkpoints: tuple[Path, dict[str, Any]], build: Path, task: str
+) -> None:
+    root, modules = checkpoints
+    export_model(ModelFolder(task, root / "models"))
+    session = onnxruntime.InferenceSession(build / task / "fp32" / "model.onnx", providers=["CPUExecutionProvider"])
+    inputs = batch(root, task)
+    name, shape = OUTPUT[task]
+    assert ("token_type_ids" in inputs) == (task == "cross-encoder")
+    (found,) = session.run([name], inputs)
+    assert found.shape == shape
+    for row, expected in zip(found, of_transformers(task, modules[task], inputs), strict=True):
+        np.testing.assert_allclose(row[: len(expected)], expected.astype(np.float32), atol=2e-5)
+
+
+def test_an_imported_encoder_is_served(checkpoints: tuple[Path, dict[str, Any]], build: Path, tmp_path: Path) -> None:
+    root, modules = checkpoints
+    export_model(ModelFolder("encoder", root / "models"))
+    which = ("--model", "encoder", "--models", str(root / "models"))
+    publish(values_of("publish", *which, "--precision", "fp32", "--repository", str(tmp_path / "repository")))
+    inputs = batch(root, "encoder")
+    with (
+        EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "triton.log") as server,
+        InferenceClient(server.grpc_url) as client,
+    ):
+        found = client.infer("encoder", inputs)["embedding"]
+        parity(values_of("parity", *which, "--url", server.grpc_url, "--http-url", server.http_url))
+    np.testing.assert_allclose(found, of_transformers("encoder", modules["encoder"], inputs), atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in KIND_OF.values()])
+def test_each_allowed_kind_of_model_builds(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    for task in ("encoder", "classifier", "token-classifier"):
+        write_checkpoint(tmp_path / "checkpoints" / task, kind, task)
+        main(values_of("import", str(tmp_path / "checkpoints" / task), "--models", str(tmp_path / "models")))
+        export_model(ModelFolder(task, tmp_path / "models"))
+
+
+def test_each_allowed_kind_and_task_is_tested_and_an_option() -> None:
+    assert CONFIGS.keys() == KINDS.keys()
+    (task,) = (option for option in BY_NAME["import"].options if option.name == "task")
+    assert task.choices == ("auto", *HEADS)
+
+
+def test_the_folder_says_what_the_checkpoint_says(checkpoints: tuple[Path, dict[str, Any]]) -> None:
+    root, _ = checkpoints
+    for task, longest in (("encoder", 66), ("classifier", 66), ("token-classifier", 64), ("cross-encoder", 66)):
+        spec = DeploymentSpec.of_model(task, root / "models")
+        assert spec.axes["sequence"].max == longest, task  # RoBERTa counts from the id of padding, 1, plus 1
+        text = (root / "models" / task / "deploy.toml").read_text()
+        names = LABELS.get(task, [])
+        assert all(f"{place} {label}" in text for place, label in enumerate(names) if len(names) > 1)
+
+
+def test_samples_are_texts_of_all_lengths_and_pairs_for_a_cross_encoder(
+    checkpoints: tuple[Path, dict[str, Any]],
+) -> None:
+    root, _ = checkpoints
+    for task in HEADS:
+        folder = ModelFolder(task, root / "models")
+        rows = {
+            split: list(folder.rows(split, 500))
+            for split in typing.get_args(typing.Literal["calibration", "evaluation"])
+        }
+        seen = [{row["input_ids"].tobytes() for row in found} for found in rows.values()]
+        assert min(map(len, seen)) > 50
+        assert not seen[0] & seen[1]
+        lengths = {row["input_ids"].shape[1] for row in rows["evaluation"]}
+        assert lengths >= {48, 64} if task == "cross-encoder" else lengths >= {16, 32, 48, 64}
+        if task == "cross-encoder":
+            assert all(row["token_type_ids"].max() == 1 for row in rows["evaluation"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "normalize", "expected"),
+    [
+        (MEAN, False, lambda vectors: vectors.mean(0)),
+        ({"pooling_mode_cls_token": True}, False, lambda vectors: vectors[0]),
+        ({"pooling_mode_max_tokens": True}, False, lambda vectors: vectors.amax(0)),
+        ({"pooling_mode": "cls"}, True, lambda vectors: vectors[0] / vectors[0].norm()),
+    ],
+)
+def test_an_embedding_is_pooled_as_the_checkpoint_says(
+    settings: dict[str, Any], normalize: bool, expected: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    module = write_checkpoint(tmp_path / "some", "bert")
+    write_modules(tmp_path / "some", settings, *["Normalize"] * normalize)
+    main(values_of("import", str(tmp_path / "some"), "--models", str(tmp_path / "models")))
+    ids, mask = torch.tensor([[1, 9, 17, 2, 0, 0]]), torch.tensor([[1, 1, 1, 1, 0, 0]])
+    with torch.inference_mode():
+        (found,) = ModelFolder("some", tmp_path / "models").load()(ids, mask)
+        vectors = module(ids[:, :4], mask[:, :4]).last_hidden_state[0]
+    torch.testing.assert_close(found[0], expected(vectors), atol=1e-5, rtol=0)
+
+
+def test_the_longest_text_fits_the_positions_of_roberta(checkpoints: tuple[Path, dict[str, Any]]) -> None:
+    model = ModelFolder("token-classifier", checkpoints[0] / "models").load()
+    with torch.inference_mode():
+        model(torch.full((1, 64), 5), torch.ones(1, 64, dtype=torch.int64))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, 65), 5), torch.ones(1, 65, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "longest"),
+    [
+        ("sentence_bert_config.json", {"max_seq_length": 24}, 24),
+        ("tokenizer_config.json", {"model_max_length": 32}, 32),
+        ("tokenizer_config.json", {"model_max_length": 10**30}, POSITIONS),
+    ],
+)
+def test_the_lowest_limit_of_the_length_counts(name: str, values: dict[str, int], longest: int, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "bert")
+    (tmp_path / name).write_text(json.dumps(values))
+    assert Checkpoint.read(tmp_path, "auto").longest == longest
+
+
+def test_weights_in_parts_pickles_and_links_are_copied_and_loaded(tmp_path: Path) -> None:
+    module = write_checkpoint(tmp_path / "parts", "bert", max_shard_size="40KB")
+    assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 1
+    shutil.copytree(tmp_path / "parts", tmp_path / "pickle", ignore=shutil.ignore_patterns("*.safetensors*"))
+    torch.save(module.state_dict(), tmp_path / "pickle" / "pytorch_model.bin")
+    (tmp_path / "links").mkdir()
+    for path in (tmp_path / "pickle").iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    inputs = torch.tensor([[1, 9, 17, 2]]), torch.ones(1, 4, dtype=torch.int64)
+    with torch.inference_mode():
+        expected = module(*inputs).last_hidden_state[0].mean(0)
+        for name in ("parts", "pickle", "links"):
+            main(values_of("import", str(tmp_path / name), "--models", str(tmp_path / "models")))
+            assert not any(path.is_symlink() for path in (tmp_path / "models" / name).rglob("*"))
+            (found,) = ModelFolder(name, tmp_path / "models").load()(*inputs)
+            torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=0)
+
+
+def test_without_a_tokenizer_the_samples_are_random_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "some.v1", "bert", "classifier", tokenizer=False)
+    main(values_of("import", str(tmp_path / "some.v1"), "--models", str(tmp_path / "models")))
+    assert "no tokenizer.json: the samples are random ids" in capsys.readouterr().out
+    folder = ModelFolder("some-v1", tmp_path / "models")
+    assert folder.spec.precision.candidates == ("fp16",)
+    rows = list(folder.rows("evaluation", 100))
+    assert len({row["input_ids"].shape[1] for row in rows}) > 3
+    assert folder.load()(*(torch.from_numpy(rows[0][name]) for name in folder.spec.inputs))[0].shape == (1, 3)
+
+
+def test_weights_without_the_head_are_one_line(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "some", "bert")
+    change(tmp_path / "some", architectures=["BertForSequenceClassification"])
+    main(values_of("import", str(tmp_path / "some"), "--models", str(tmp_path / "models")))
+    with pytest.raises(InputError, match=r"no weights for classifier.bias, classifier.weight"):
+        ModelFolder("some", tmp_path / "models").load()
+
+
+def gone(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def with_file(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: typing.cast(None, (folder / name).write_text(text))
+
+
+def config(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: change(folder, **values)
+
+
+def modules(settings: dict[str, Any], *more: str) -> Callable[[Path], None]:
+    return lambda folder: write_modules(folder, settings, *more)
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+REFUSALS: list[tuple[Callable[[Path], None], tuple[str, ...], str]] = [
+    (gone, (), "some: no such folder; allowed: the folder of a checkpoint on this machine"),
+    (without("config.json"), (), "config.json: no such file; a checkpoint of transformers has one"),
+    (with_file("config.json", "{"), (), "config.json: cannot be read as JSON"),
+    (with_file("config.json", "[]"), (), "config.json: seen list; a JSON object is needed"),
+    (config(hidden_size=None), (), "config.json: hidden_size: seen None; a whole number, 0 or more, is needed"),
+    (config(max_position_embeddings=0), (), "max_position_embeddings: seen 0; more than 0 is needed"),
+    (config(id2label={"1": "x"}), (), "id2label: seen {'1': 'x'}; a name for each id from 0 is needed"),
+    (config(auto_map={"AutoModel": "code.Bert"}), (), "auto_map: the checkpoint brings code of its own (trust_remote_code)"),
+    (config(model_type="gpt2"), (), "model_type: seen 'gpt2'; allowed: encoders of the types albert, bert, "),
+    (config(model_type="t5", is_encoder_decoder=True), (), "a model that generates text belongs to vLLM"),
+    (config(model_type=None), (), "model_type: seen None; allowed"),
+    (config(is_decoder=True), (), "model_type: seen 'bert' as a decoder"),
+    (config(architectures=["BertForQuestionAnswering"]), (), "architectures: seen BertForQuestionAnswering, which has no weights for a known task"),
+    (config(architectures=None), (), "architectures: seen none, which has no weights for a known task"),
+    ((lambda folder: None), ("--task", "classifier"), "architectures: seen BertModel, which has no weights for --task classifier"),
+    ((lambda folder: None), ("--task", "classify"), "--task: seen 'classify'; allowed: auto, encoder, classifier, "),
+    (without("model.safetensors"), (), "some: no weights; allowed: model.safetensors, "),
+    (with_file("model.safetensors", LFS), (), "model.safetensors: only a Git LFS pointer to the weights"),
+    (modules(MEAN, "Dense"), (), "modules.json: seen the module Dense; allowed: Transformer, Pooling, Normalize"),
+    (modules({"pooling_mode_lasttoken": True}), (), "1_Pooling/config.json: seen the pooling lasttoken; allowed: one of mean, cls, max"),
+    (modules({}), (), "1_Pooling/config.json: seen the pooling none"),
+    (with_file("modules.json", "[{}]"), (), "modules.json: cannot be read"),
+    ((lambda folder: None), ("--name", "gateway"), "name: seen 'gateway', but build/gateway is reserved"),
+    ((lambda folder: None), ("--name", "taken"), "taken: already exists; choose another name with --name"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain") / "some"
+    write_checkpoint(folder, "bert")
+    return folder
+
+
+@pytest.mark.parametrize(("spoil", "words", "told"), REFUSALS)
+def test_what_cannot_be_imported_is_one_line_and_writes_nothing(
+    spoil: Callable[[Path], None],
+    words: tuple[str, ...],
+    told: str,
+    plain: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(plain, tmp_path / "some")
+    (tmp_path / "models" / "taken").mkdir(parents=True)
+    spoil(tmp_path / "some")
+    assert command(["import", str(tmp_path / "some"), "--models", str(tmp_path / "models"), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert told in error
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["taken"]
+
+
+def test_a_missing_part_of_the_weights_is_one_line(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "bert", max_shard_size="40KB")
+    min(tmp_path.glob("model-*.safetensors")).unlink()
+    with pytest.raises(InputError, match=r"00001-of-.*: no such file, but the index of the weights names it"):
+        Checkpoint.read(tmp_path, "auto")

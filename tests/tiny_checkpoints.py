@@ -1,0 +1,104 @@
+"""Checkpoints of transformers with tiny random weights and a tokenizer of single characters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+POSITIONS = 66  # max_position_embeddings
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 120,
+    "max_position_embeddings": POSITIONS,
+}
+CONFIGS: dict[str, Any] = {
+    "albert": lambda: transformers.AlbertConfig(**SIZES, embedding_size=16),
+    "bert": lambda: transformers.BertConfig(**SIZES),
+    "camembert": lambda: transformers.CamembertConfig(**SIZES),
+    "deberta-v2": lambda: transformers.DebertaV2Config(
+        **SIZES | {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
+    ),
+    "distilbert": lambda: transformers.DistilBertConfig(
+        dim=32, n_layers=2, n_heads=2, hidden_dim=64, vocab_size=120, max_position_embeddings=POSITIONS
+    ),
+    "electra": lambda: transformers.ElectraConfig(**SIZES, embedding_size=16),
+    "modernbert": lambda: transformers.ModernBertConfig(
+        **SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, local_attention=16
+    ),
+    "mpnet": lambda: transformers.MPNetConfig(**SIZES),
+    "roberta": lambda: transformers.RobertaConfig(**SIZES),
+    "xlm-roberta": lambda: transformers.XLMRobertaConfig(**SIZES),
+}
+HEADS = {
+    "encoder": transformers.AutoModel,
+    "classifier": transformers.AutoModelForSequenceClassification,
+    "token-classifier": transformers.AutoModelForTokenClassification,
+    "cross-encoder": transformers.AutoModelForSequenceClassification,
+}
+LABELS = {
+    "classifier": ["bad", "fair", "good"],
+    "token-classifier": ["O", "B-PER", "I-PER", "B-LOC"],
+    "cross-encoder": ["0"],
+}
+
+
+def write_checkpoint(folder: Path, kind: str, task: str = "encoder", *, tokenizer: bool = True, **saving: Any) -> Any:
+    """Saves a checkpoint with `save_pretrained(**saving)`; returns its model."""
+    config = CONFIGS[kind]()
+    if labels := LABELS.get(task):
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: place for place, label in enumerate(labels)}
+    torch.manual_seed(0)
+    model = HEADS[task].from_config(config).eval()
+    for weights in model.parameters():
+        torch.nn.init.normal_(weights, std=0.2)
+    model.save_pretrained(folder, **saving)
+    if tokenizer:
+        write_tokenizer(folder / "tokenizer.json", config.pad_token_id)
+    return model
+
+
+def write_tokenizer(path: Path, padding: int) -> None:
+    """A WordPiece tokenizer of single characters that frames texts as BERT's does."""
+    vocabulary = {"[PAD]": padding, "[CLS]": 1 - padding, "[SEP]": 2, "[UNK]": 3}
+    for character in "abcdefghijklmnopqrstuvwxyz0123456789.,?!'%-:()":
+        vocabulary |= {character: len(vocabulary), f"##{character}": len(vocabulary) + 1}
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ends = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", 2)]
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
+    )
+    made.save(str(path))
+
+
+def write_modules(folder: Path, pooling: dict[str, Any], *more: str) -> None:
+    """The files that sentence-transformers writes beside a checkpoint: modules.json and the pooling's settings."""
+    kinds = ("Transformer", "Pooling", *more)
+    rows = [
+        {
+            "idx": place,
+            "name": str(place),
+            "path": f"{place}_{kind}" if place else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for place, kind in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(rows))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+
+
+def change(folder: Path, **values: Any) -> None:
+    """Sets keys of config.json; None removes one."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
