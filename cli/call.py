@@ -6,15 +6,21 @@ import argparse
 
 from deepseek_client.cli.main import main as client
 
-from deepseek.spec import BATCH, DeploymentSpec, build_dir
+from deepseek.spec import BATCH, DeploymentSpec, InputError, build_dir
 
 
 def infer(options: argparse.Namespace) -> int:
-    """Sends one evaluation sample, repeated to fill the smallest batch that the model takes."""
+    """Sends a text, or one evaluation sample, repeated to fill the smallest batch that the model takes."""
+    if options.text and options.inputs:
+        raise InputError("--text and --inputs: seen both; give one of them")
     folder = build_dir(options.model)
     least = DeploymentSpec.of_model(options.model, options.models).axes[BATCH].min
-    words = ["infer", options.model, *_access(options), "--inputs", str(options.inputs or folder / "evaluation.npz")]
-    words += ["--row", str(options.row), "--fill", str(least), "--top", str(options.top)]
+    words = ["infer", options.model, *_access(options)]
+    if options.text:
+        words.append(f"--text={options.text}")
+    else:
+        words += ["--inputs", str(options.inputs or folder / "evaluation.npz"), "--row", str(options.row)]
+    words += ["--fill", str(least), "--top", str(options.top)]
     words += ["--labels", str(folder / "labels")] if (folder / "labels").exists() else []
     words += ["--output", str(options.output)] if options.output else []
     return client(words)

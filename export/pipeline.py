@@ -266,7 +266,8 @@ def _measure_batches(plan: Plan) -> Stage:
 
 def publish_stage(plan: Plan) -> Stage:
     """The stage that adds the next version to the repository."""
-    served = ("batching", "slo", "onnxruntime", "tensorrt.cuda_graphs", "tensorrt.cuda_graph_batches")
+    served = ("batching", "slo", "onnxruntime", "text", "tensorrt.cuda_graphs", "tensorrt.cuda_graph_batches")
+    text = plan.spec.text_for(plan.target)
     return Stage(
         name=f"publish {plan.repository}",
         command=(
@@ -279,6 +280,8 @@ def publish_stage(plan: Plan) -> Stage:
             *((batches_path(plan.model, plan.target),) if plan.target == "onnxruntime" else ()),
             *(ROOT / "serving" / "backend" / f"{name}.py" for name in ("onnxruntime_backend", "compute_slots")),
             ROOT / "deepseek" / "onnxruntime_session.py",
+            *(ROOT / "serving" / "backend" / f"{name}.py" for name in ("text_requests", "numpy1_stub") if text),
+            *((plan.folder / text.tokenizer, build_dir(plan.model) / text.tokenizer) if text else ()),
         ),
         keys=(*SIGNATURE, *served),
         tuned=True,

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup, ModelQueuePolicy
 
-from deepseek.spec import BATCH, TRITON_DTYPES, DeploymentSpec, Precision, Target, histogram_bounds_ms
+from deepseek.spec import (
+    BATCH,
+    TEXT,
+    TOKENS,
+    TRITON_DTYPES,
+    DeploymentSpec,
+    Precision,
+    Target,
+    TextSpec,
+    histogram_bounds_ms,
+)
 from deepseek.spec.files.measured_batches import BatchingPlan, plan_of
+from deepseek.spec.text import text_axis
 from deepseek.targets import PROVIDERS, TARGETS, is_accelerator
 from export.rows import Row
 
@@ -63,7 +74,36 @@ def model_config(
                 entry.data_type = _data_type(spec.inputs[name].dtype)
                 entry.dims.extend(array.shape[1:] or (1,))
                 entry.input_data_file = f"{prefix}-{name}"
+    if text := spec.text_for(target):
+        _take_text(config, spec, text, warmup)
     return config
+
+
+def _take_text(config: ModelConfig, spec: DeploymentSpec, text: TextSpec, warmup: Iterable[str]) -> None:
+    """Adds the input for texts beside the others, which become optional, and the output with the tokens.
+
+    Warm-up then covers texts too: the file `<prefix>-text` holds one.
+    """
+    for entry in config.input:
+        entry.optional = True
+    config.input.add(name=TEXT, data_type=DataType.TYPE_STRING, dims=[1], optional=True)
+    config.output.add(name=TOKENS, data_type=DataType.TYPE_INT32, dims=[1])
+    axis = spec.axes[text_axis(text, spec.inputs)]
+    settings = {
+        "inputs": text.fills(spec.inputs),
+        "max_tokens": text.max_tokens or axis.max,
+        "min_tokens": axis.min,
+        "max_bytes": text.max_bytes,
+        "batch_tokens": text.batch_tokens,
+    }
+    config.parameters[TEXT].string_value = json.dumps(settings)
+    for prefix in warmup:
+        for batch in sorted({1, spec.max_served_batch}):
+            sample = config.model_warmup.add(name=f"{prefix}-text-batch-{batch}", batch_size=batch)
+            entry = sample.inputs[TEXT]
+            entry.data_type = DataType.TYPE_STRING
+            entry.dims.append(1)
+            entry.input_data_file = f"{prefix}-{TEXT}"
 
 
 def _set_backend(config: ModelConfig, spec: DeploymentSpec, target: Target, device: str) -> None:

@@ -34,7 +34,7 @@ from deepseek_client.grpc.transport import GrpcTransport
 from deepseek_client.http.connection import AsyncConnection, BlockingConnection
 from deepseek_client.http.pool import AsyncPool, BlockingPool
 from deepseek_client.http.transport import HttpTransport
-from deepseek_client.metadata import ModelMetadata
+from deepseek_client.metadata import Inputs, ModelMetadata
 from deepseek_client.options import ClientOptions, read_pem
 from deepseek_client.statistics import Statistics
 from deepseek_client.transport import PreparedRequest, Transport
@@ -189,7 +189,7 @@ class InferenceClient(_Client):
     def infer(
         self,
         model: str,
-        inputs: Mapping[str, np.ndarray],
+        inputs: Inputs,
         *,
         outputs: Sequence[str] | None = None,
         timeout_s: float | None = None,
@@ -199,6 +199,7 @@ class InferenceClient(_Client):
     ) -> dict[str, np.ndarray]:
         """Runs the model and returns its outputs by name: all, or those in `outputs`. Raises InferenceError.
 
+        An input of strings may be a list of texts: `{"text": ["one", "another"]}`.
         The arrays are read-only views of the response; copy one to change it. With `version` "" the server chooses.
         `request_id` appears in Triton's log and traces, and is sent as the header x-request-id. `headers`, such as a
         W3C `traceparent`, are sent with every attempt; over gRPC as metadata.
@@ -209,7 +210,7 @@ class InferenceClient(_Client):
     def prepare(
         self,
         model: str,
-        inputs: Mapping[str, np.ndarray],
+        inputs: Inputs,
         *,
         outputs: Sequence[str] | None = None,
         timeout_s: float | None = None,
@@ -256,7 +257,7 @@ class AsyncInferenceClient(_Client):
     async def infer(
         self,
         model: str,
-        inputs: Mapping[str, np.ndarray],
+        inputs: Inputs,
         *,
         outputs: Sequence[str] | None = None,
         timeout_s: float | None = None,
@@ -270,7 +271,7 @@ class AsyncInferenceClient(_Client):
     async def prepare(
         self,
         model: str,
-        inputs: Mapping[str, np.ndarray],
+        inputs: Inputs,
         *,
         outputs: Sequence[str] | None = None,
         timeout_s: float | None = None,

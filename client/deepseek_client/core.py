@@ -14,7 +14,7 @@ import numpy as np
 
 from deepseek_client.concurrency import Cancel, Concurrency
 from deepseek_client.errors import InferenceError, InvalidInput, ModelNotFound, ServerError
-from deepseek_client.metadata import ModelMetadata
+from deepseek_client.metadata import Inputs, ModelMetadata
 from deepseek_client.options import ClientOptions, as_header, check_headers, check_texts, check_version, checked_timeout
 from deepseek_client.resilience.replicas import Replica, Replicas
 from deepseek_client.resilience.retry import Retrier
@@ -122,7 +122,7 @@ class ClientCore:
     async def prepare(
         self,
         model: str,
-        inputs: Mapping[str, np.ndarray],
+        inputs: Inputs,
         outputs: Sequence[str] | None,
         version: str,
         request_id: str,
@@ -141,7 +141,7 @@ class ClientCore:
         self,
         metadata: ModelMetadata,
         version: str,
-        inputs: Mapping[str, np.ndarray],
+        inputs: Inputs,
         outputs: Sequence[str] | None,
         request_id: str,
     ) -> PreparedRequest:
@@ -168,7 +168,7 @@ class ClientCore:
     async def infer(
         self,
         model: str,
-        inputs: Mapping[str, np.ndarray],
+        inputs: Inputs,
         outputs: Sequence[str] | None,
         version: str,
         request_id: str,

@@ -24,6 +24,8 @@ INTEGERS = [f"{kind}{bits}" for kind in ("INT", "UINT") for bits in (8, 16, 32, 
 DTYPES = {
     name: np.dtype(triton_to_np_dtype(name)) for name in ("BOOL", *INTEGERS, "FP16", "FP32", "FP64", "BF16", "BYTES")
 }
+Inputs = Mapping[str, np.ndarray | Sequence[str | bytes]]
+"""Arrays by input name; an input of strings may be a list of texts."""
 UNREADABLE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
 """What reading a malformed answer raises."""
 
@@ -71,7 +73,7 @@ class ModelMetadata:
     binary: bool = True
     """Whether the server takes tensors as bytes over HTTP; without this extension of KServe v2 they are JSON."""
 
-    def with_inputs(self, inputs: Mapping[str, np.ndarray]) -> "ModelMetadata":
+    def with_inputs(self, inputs: Inputs) -> "ModelMetadata":
         """The same; if the server describes no inputs, as MLServer may, those of the request count as its inputs."""
         if self.inputs or not isinstance(inputs, Mapping):
             return self
@@ -100,7 +102,7 @@ class ModelMetadata:
             if not fits or array.dtype != spec.dtype:
                 raise ServerError(f"{self.name} answered {name!r} as {array.dtype} {list(sizes)}; expected {spec}")
 
-    def check(self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> list[np.ndarray | None]:
+    def check(self, inputs: Inputs, outputs: Sequence[str] | None = None) -> list[np.ndarray | None]:
         """The arrays in the order of `self.inputs`; None for a missing optional input. Raises InvalidInput."""
         if not isinstance(inputs, Mapping):
             raise InvalidInput(f"inputs is a {type(inputs).__name__}; pass a dict of numpy arrays by input name")
@@ -129,8 +131,9 @@ class ModelMetadata:
     def _check_array(self, spec: TensorMetadata, array: np.ndarray) -> None:
         where = f"{self.name}: input {spec.name!r}"
         if not isinstance(array, np.ndarray):
+            wanted = "a list of texts, or a numpy array" if spec.datatype == "BYTES" else "a numpy array"
             raise InvalidInput(
-                f"{where} is a {type(array).__name__}; pass a numpy array: np.asarray(..., dtype={_named(spec.dtype)})"
+                f"{where} is a {type(array).__name__}; pass {wanted}: np.asarray(..., dtype={_named(spec.dtype)})"
             )
         if spec.datatype == "BYTES":
             _check_strings(where, array)
@@ -230,8 +233,13 @@ def _whole(value: Any, least: int = 0) -> int:
     return value
 
 
-def _as_column(spec: TensorMetadata, array: np.ndarray | None) -> np.ndarray | None:
-    """One number per row, passed as [batch], in the shape [batch, 1] that Triton takes; any other array as it is."""
+def _as_column(spec: TensorMetadata, array: Any) -> Any:
+    """One value per row, passed as [batch], in the shape [batch, 1] that Triton takes; any other array as it is.
+
+    Texts may also come as a list: `{"text": ["one", "another"]}`.
+    """
+    if spec.datatype == "BYTES" and isinstance(array, list | tuple):
+        array = np.array(array, dtype=object)
     if isinstance(array, np.ndarray) and array.ndim == 1 and spec.shape == (-1, 1):
         return array.reshape(-1, 1)
     return array

@@ -4,7 +4,7 @@
 import `deepseek.precisions` and `deepseek.targets`.
 
 | module | holds |
-| `deployment`, `tables`, `objectives`, `tuned` | the tables of `deploy.toml`, and the tuned values that override it |
+| `deployment`, `tables`, `text`, `objectives`, `tuned` | the tables of `deploy.toml`, and tuned values |
 | `checks`, `keys`, `show_spec` | one-line errors; all keys; the command |
 | `manifest`, `repository`, `released` | an artifact's manifest; versions in a repository; outcomes of releases |
 | `command` | errors and exit codes of every command |
@@ -23,7 +23,7 @@ from deepseek.spec.command import (
     kept_for_json,
     run_command,
 )
-from deepseek.spec.deployment import DeploymentSpec, build_dir, flags_for, variables_for
+from deepseek.spec.deployment import DeploymentSpec, build_dir, flags_for, tokenizer_path, variables_for
 from deepseek.spec.files.manifest import FileDigest, Manifest, PublishedManifest
 from deepseek.spec.objectives import Objective, Relation, SloSpec, histogram_bounds_ms
 from deepseek.spec.tables import (
@@ -35,11 +35,15 @@ from deepseek.spec.tables import (
     TensorSpec,
     Tolerance,
 )
+from deepseek.spec.text import TEXT, TOKENIZER, TOKENS, TextSpec
 from deepseek.spec.tuned import TunedBatching, TunedFile, TunedTarget
 from deepseek.targets import Provider, Target
 
 __all__ = [
     "BATCH",
+    "TEXT",
+    "TOKENIZER",
+    "TOKENS",
     "TRITON_DTYPES",
     "Axis",
     "DeploymentSpec",
@@ -60,6 +64,7 @@ __all__ = [
     "Target",
     "TensorSpec",
     "TensorrtSpec",
+    "TextSpec",
     "Tolerance",
     "TunedBatching",
     "TunedFile",
@@ -69,5 +74,6 @@ __all__ = [
     "histogram_bounds_ms",
     "kept_for_json",
     "run_command",
+    "tokenizer_path",
     "variables_for",
 ]

@@ -72,6 +72,8 @@ def _allowed_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[st
             node = node.model_fields[str(part)].annotation if part in node.model_fields else None
         else:  # dict[str, Table]
             node = get_args(node)[-1] if get_args(node) else None
+        if type(None) in get_args(node):  # an optional table
+            node = get_args(node)[0]
     return sorted(node.model_fields) if isinstance(node, type) and issubclass(node, BaseModel) else []
 
 

@@ -26,6 +26,7 @@ from deepseek.spec.tables import (
     TensorrtSpec,
     TensorSpec,
 )
+from deepseek.spec.text import TextSpec, check_text
 from deepseek.spec.tuned import TunedFile
 from deepseek.targets import Target
 
@@ -69,6 +70,7 @@ class DeploymentSpec(Table):
     slo: SloSpec = SloSpec()
     tensorrt: TensorrtSpec = TensorrtSpec()
     onnxruntime: OnnxRuntimeSpec = OnnxRuntimeSpec()
+    text: TextSpec | None = None
     targets: dict[Target, TargetSpec] = {}
     tuned: TomlName | None = None
     """File in the same folder to which `make tune` writes faster settings for this machine. It may be missing."""
@@ -103,6 +105,8 @@ class DeploymentSpec(Table):
                     raise at(*first_error(error, table_type, f"targets.{target}.{part}.")) from None
         if self.tuned == "deploy.toml":
             raise at("tuned", "seen 'deploy.toml'; name a separate file for tuned values, such as tuned.toml")
+        if self.text is not None and BATCH in self.axes:
+            check_text(self.text, self.inputs, self.outputs, self.axes)
         self._check_max_batch(self.batching, "batching")
         self._check_measures(self.slo, "slo")
         for target in self.targets:
@@ -182,6 +186,10 @@ class DeploymentSpec(Table):
         """Triton's max_batch_size. Call it on the result of `for_target`."""
         return self.batching.max_batch or self.max_batch
 
+    def text_for(self, target: Target) -> TextSpec | None:
+        """`[text]` if the server can take texts for this target; None without `[text]`, and if only ids can be sent."""
+        return self.text if target == "onnxruntime" and self.onnxruntime.backend == "python" else None
+
     def with_batches_up_to(self, size: int) -> DeploymentSpec:
         """A copy whose batch axis ends at `size`: the profile of a server with that max_batch_size."""
         axis = self.axes[BATCH]
@@ -190,7 +198,7 @@ class DeploymentSpec(Table):
 
     def model_facts(self) -> dict[str, Any]:
         """The keys that a graph is built from: all but those of serving."""
-        return self.model_dump(mode="json", exclude={"parity", "batching", "slo", "targets", "tuned"})
+        return self.model_dump(mode="json", exclude={"parity", "batching", "slo", "targets", "text", "tuned"})
 
     @classmethod
     def load(cls, path: str | Path, *, tuned: str | Path | None = None) -> DeploymentSpec:
@@ -240,3 +248,14 @@ def variables_for(name: str) -> str:
 def build_dir(name: str) -> Path:
     """The folder of a model's intermediate artifacts: `$DEEPSEEK_BUILD/<name>`, by default `build/<name>`."""
     return Path(os.environ.get("DEEPSEEK_BUILD", "build")) / name
+
+
+def tokenizer_path(spec: DeploymentSpec) -> Path:
+    """The file that `text.tokenizer` names: in the model folder, else in the build folder. Raises InputError."""
+    assert spec.text is not None
+    folders = (_models_of.get(spec.name, _MODELS) / spec.name, build_dir(spec.name))
+    places = [folder / spec.text.tokenizer for folder in folders]
+    for path in places:
+        if path.is_file():
+            return path
+    raise InputError(f"text.tokenizer: no file {' and no file '.join(map(str, places))}; put the tokenizer.json there")

@@ -50,9 +50,11 @@ def keys_of(table: type[Table], prefix: str = "") -> Iterator[SpecKey]:
 
 
 def _table_in(annotation: Any) -> type[Table] | None:
-    """The table class of a field that is a table or a dict of tables; None for other fields."""
+    """The table class of a field that is a table, an optional one or a dict of tables; None for other fields."""
     if get_origin(annotation) is dict:
         annotation = get_args(annotation)[1]
+    elif type(None) in get_args(annotation):
+        annotation = get_args(annotation)[0]
     return annotation if isinstance(annotation, type) and issubclass(annotation, Table) else None
 
 

@@ -2,7 +2,8 @@
 
 Contract: needs a server that has the model, and `build/<name>/evaluation.npz`. The server reports the version and
 precision that it serves. Compared within `[parity.<precision>]` of `deploy.toml`: the evaluation split and the task
-metric, the corners of the profile, small requests sent at once, and NaN or Inf in one row of a batch (docs/parity.md).
+metric, the corners of the profile, small requests sent at once, NaN or Inf in one row of a batch, and for a model with
+`[text]` texts with the ids of the same texts (docs/parity.md).
 Writes `build/<name>/parity.json`. Exit 1 past a tolerance, 2 if nothing serves the model, 3 if the server is too busy
 or too slow.
 """
@@ -38,6 +39,8 @@ from rich.table import Table
 from tritonclient.utils import InferenceServerException
 
 from deepseek.spec import (
+    TEXT,
+    TOKENS,
     TRITON_DTYPES,
     DeploymentSpec,
     GateFailed,
@@ -62,6 +65,7 @@ from export.checks.parity_cases import (
     rows_in,
     trials,
 )
+from export.checks.parity_texts import AT, compare_texts, takes_text
 from export.model_folder import ModelFolder, Predict
 from export.rows import Row, load_rows
 from export.runtimes.pytorch_reference import run_torch
@@ -128,6 +132,8 @@ def what_is_served(spec: DeploymentSpec, endpoints: list[ServedEndpoint]) -> dic
             ("outputs", spec.outputs, metadata.outputs),
         ):
             wanted = {name: TRITON_DTYPES[tensor.dtype] for name, tensor in ours.items()}
+            if takes_text(spec, metadata.platform):
+                wanted |= {TEXT: "BYTES"} if kind == "inputs" else {TOKENS: "INT32"}
             seen = {tensor.name: tensor.datatype for tensor in theirs}
             if seen != wanted:
                 raise GateFailed(
@@ -202,6 +208,9 @@ def compare_served(
                 None if ca_cert else execution_count(grpc_url, spec.name, served["version"])
             ),  # the gateway refuses it
         )
+        if takes_text(spec, endpoints[0].metadata.platform):
+            with log.status(AT):
+                compare_texts(spec, judges)
     checks = [check for judge in judges for check in judge.checks]
     places = list(dict.fromkeys(check.at for check in checks))
     checks.sort(key=lambda check: places.index(check.at))  # the two protocols next to each other

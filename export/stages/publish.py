@@ -23,6 +23,8 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import (
+    TEXT,
+    TOKENIZER,
     DeploymentSpec,
     GateFailed,
     InputError,
@@ -30,6 +32,7 @@ from deepseek.spec import (
     PublishedManifest,
     Target,
     build_dir,
+    tokenizer_path,
     variables_for,
 )
 from deepseek.spec.files.folders import alone_in, let_all_read, onto_disk, scratch_in
@@ -41,6 +44,7 @@ from deepseek.targets import PUBLISHABLE
 from export.artifact import choice_of, digests, engine_path, need, read_manifest, write_manifest
 from export.rows import Row, load_rows
 from export.runtimes.onnxruntime_predictor import optimizers_left_out
+from export.text_inputs import text_encoder
 from export.triton_config import config_text, cuda_graph_batches, model_config
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +54,13 @@ BACKEND_SOURCES = {
     "onnxruntime_session.py": ROOT / "deepseek" / "onnxruntime_session.py",
     "compute_slots.py": ROOT / "serving" / "backend" / "compute_slots.py",
 }
+# The same for a model with [text].
+TEXT_SOURCES = {
+    "text_requests.py": ROOT / "serving" / "backend" / "text_requests.py",
+    "numpy1_stub.py": ROOT / "serving" / "backend" / "numpy1_stub.py",
+    "text_encoder.py": ROOT / "deepseek" / "text_encoder.py",
+}
+WARMUP_TEXT = b"A short text, such as a caller may send."
 
 
 def check_profile(spec: DeploymentSpec, engine: Path) -> None:
@@ -174,10 +185,12 @@ def _stage(
     if target == "onnxruntime" and spec.onnxruntime.backend == "python":
         for name, source in BACKEND_SOURCES.items():
             shutil.copyfile(source, folder / name)
+    (scratch / "warmup").mkdir()
+    if spec.text_for(target):
+        _stage_text(scratch, spec, version)
     plan = plan_of(spec.for_target(target), read_measured(spec.name, target), precision)
     manifest = published_manifest(spec, target, engine, folder).model_copy(update={"batching": plan})
     write_manifest(folder / "manifest.json", manifest)
-    (scratch / "warmup").mkdir()
     for name, array in row.items():
         (scratch / "warmup" / f"{version}-{name}").write_bytes(array.tobytes())
     built = read_manifest(engine)
@@ -190,6 +203,16 @@ def _stage(
     for place in (scratch, folder):  # a server that rolls back to the version uses its own copy
         (place / "config.pbtxt").write_text(config_text(config))
     return version
+
+
+def _stage_text(scratch: Path, spec: DeploymentSpec, version: int) -> None:
+    """Adds what a model needs to take texts: sources, tokenizer and a text to warm up with. Raises InputError."""
+    tokenizer = tokenizer_path(spec)
+    text_encoder(spec, tokenizer)  # raises if it cannot be read
+    for name, source in {**TEXT_SOURCES, TOKENIZER: tokenizer}.items():
+        shutil.copyfile(source, scratch / str(version) / name)
+    length = len(WARMUP_TEXT).to_bytes(4, "little")
+    (scratch / "warmup" / f"{version}-{TEXT}").write_bytes(length + WARMUP_TEXT)
 
 
 def published_manifest(spec: DeploymentSpec, target: Target, engine: Path, folder: Path) -> PublishedManifest:
@@ -243,6 +266,9 @@ def main(options: argparse.Namespace) -> None:
             "warning: batching.instances = 1: a Triton that this project does not start can stall, see docs/triton.md",
             file=sys.stderr,
         )
+    if spec.text and not spec.text_for(options.target):
+        what = "the backend onnxruntime" if options.target == "onnxruntime" else f"the target {options.target}"
+        print(f"warning: [text]: {what} takes token ids only; its callers cannot send text", file=sys.stderr)
     result = publish_version(
         spec, precision, options.target, Path(options.repository), anyway=options.anyway, if_changed=options.if_changed
     )

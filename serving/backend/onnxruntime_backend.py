@@ -4,12 +4,13 @@ Contract: `export.stages.publish` copies this file into a version directory as `
 `deepseek/onnxruntime_session.py`, which opens the session, and `serving/backend/compute_slots.py`. Names and types come
 from `config.pbtxt`. Its parameters: `threads`, intra-op threads of one instance (0 divides the cores among the
 instances); `provider` and `provider_options`, from `[onnxruntime]` in deploy.toml; `left_out`, the ONNX Runtime
-optimizers to turn off. ONNXRUNTIME_PROFILE names a folder for operator times.
+optimizers to turn off; `text`, if callers may send texts (`serving/backend/text_requests.py`). ONNXRUNTIME_PROFILE
+names a folder for operator times.
 
-If a batch fails, its requests run one by one, so that only a bad request fails. Two mistakes are the caller's and get
-INVALID_ARG (HTTP 400): sizes outside the profile or inconsistent, and values that ONNX Runtime rejects, such as an id
-outside the vocabulary. All other errors are the server's: INTERNAL (HTTP 500). Triton counts every answer as a
-success, even an error, so this module counts failures itself.
+If a batch fails, its requests run one by one, so that only a bad request fails. Three mistakes are the caller's and get
+INVALID_ARG (HTTP 400): sizes outside the profile or inconsistent, texts that are too long or not UTF-8, and values that
+ONNX Runtime rejects, such as an id outside the vocabulary. All other errors are the server's: INTERNAL (HTTP 500).
+Triton counts every answer as a success, even an error, so this module counts failures itself.
 
 A separate thread sends the answers after `execute` has returned. Otherwise a client's next request can be queued before
 the instance is free, and a Triton without `serving/embedded/batcher_wakeup.c` can miss it (docs/triton.md).
@@ -24,6 +25,7 @@ import json
 import os
 import queue
 import threading
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -43,14 +45,16 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Opens the session; Triton reports an exception here as the reason why the model did not load."""
         config = json.loads(args["model_config"])
-        self.inputs = [tensor["name"] for tensor in config["input"]]
-        self.outputs = [tensor["name"] for tensor in config["output"]]
         version = os.path.join(args["model_repository"], args["model_version"])
         path = os.path.join(version, "model.onnx")
         self.profile_axes, self.shapes = _profile(os.path.join(version, "manifest.json"))
         options = onnxruntime.SessionOptions()
         options.inter_op_num_threads = 1
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
+        self.text: Any = _text_requests(version, parameters["text"], config) if "text" in parameters else None
+        added = ("text", "tokens") if self.text else ()
+        self.inputs = [tensor["name"] for tensor in config["input"] if tensor["name"] not in added]
+        self.outputs = [tensor["name"] for tensor in config["output"] if tensor["name"] not in added]
         threads = int(parameters["threads"])
         instances = config["instance_group"][0]["count"]
         options.intra_op_num_threads = threads or max(1, cores() // instances)
@@ -71,6 +75,11 @@ class TritonPythonModel:
         )
         labels = {"model": args["model_name"], "version": args["model_version"], "reason": "INTERNAL"}
         self.failures = self.counter.Metric(labels=labels)  # one counter for all instances
+        if self.text:
+            self.tokens = _counter("onnxruntime_text_tokens", "Tokens of the texts, before truncation", args)
+            self.padded_tokens = _counter(
+                "onnxruntime_text_padded_tokens", "Tokens that ran for texts, after truncation and with padding", args
+            )
         device_id = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         opened = open_session(
             path,
@@ -101,13 +110,18 @@ class TritonPythonModel:
 
     def _responses(self, requests: list) -> list:
         """One response per request, in order."""
+        if self.text:
+            sent = [name for name in ("text", *self.inputs) if pb_utils.get_input_tensor_by_name(requests[0], name)]
+            if wrong := self.text.wrong_inputs(sent, self.inputs):  # Triton batches only requests with the same inputs
+                return [_refused(wrong) for _ in requests]
+            if "text" in sent:
+                return self._text_responses(requests)
         feeds = [
             {name: np.from_dlpack(pb_utils.get_input_tensor_by_name(request, name)) for name in self.inputs}
             for request in requests
         ]
         if misfit := self._misfit(feeds[0]):  # as TensorRT does; all requests of a batch have the same sizes
-            error = pb_utils.TritonError(misfit, pb_utils.TritonError.INVALID_ARG)
-            return [pb_utils.InferenceResponse(error=error) for _ in requests]
+            return [_refused(misfit) for _ in requests]
         try:
             return self._run(feeds)
         except Exception as error:
@@ -135,19 +149,44 @@ class TritonPythonModel:
             joined = feeds[0]
         else:
             joined = {name: np.concatenate([feed[name] for feed in feeds]) for name in self.inputs}
-        results = self._results(joined)
-        responses, start = [], 0
-        for feed in feeds:
-            end = start + len(feed[self.inputs[0]])
-            tensors = [_tensor(name, result[start:end]) for name, result in zip(self.outputs, results, strict=True)]
-            responses.append(pb_utils.InferenceResponse(tensors))
-            start = end
-        return responses
+        results = dict(zip(self.outputs, self._results(joined), strict=True))
+        if self.text:
+            results["tokens"] = self.text.tokens_of(joined)
+        return _split(results, [len(feed[self.inputs[0]]) for feed in feeds])
 
-    def _failure(self, error: Exception) -> object:
-        """The answer that says why a request failed; counts the failure unless it is the caller's mistake."""
+    def _text_responses(self, requests: list) -> list:
+        """One response per request with texts, in order; a request with a bad text is refused alone."""
+        texts: dict[int, list[str]] = {}
+        responses: dict[int, object] = {}
+        for place, request in enumerate(requests):
+            try:
+                texts[place] = self.text.read(pb_utils.get_input_tensor_by_name(request, "text").as_numpy())
+            except ValueError as error:
+                responses[place] = _refused(str(error))
+        if texts:
+            responses.update(zip(texts, self._run_texts(list(texts.values())), strict=True))
+        return [responses[place] for place in range(len(requests))]
+
+    def _run_texts(self, groups: list[list[str]]) -> list:
+        """One response per group of texts, in order."""
+        try:
+            values, tokens, padded = self.text.run([text for group in groups for text in group], self._results)
+            self.tokens[1].increment(int(tokens.sum()))
+            self.padded_tokens[1].increment(padded)
+            results = {**dict(zip(self.outputs, values, strict=True)), "tokens": tokens}
+            return _split(results, [len(group) for group in groups])
+        except Exception as error:
+            if len(groups) == 1:
+                return [self._failure(error, callers=False)]
+        return [response for group in groups for response in self._run_texts([group])]
+
+    def _failure(self, error: Exception, *, callers: bool = True) -> object:
+        """The answer that says why a request failed; counts the failure unless it is the caller's mistake.
+
+        `callers`: whether values that ONNX Runtime rejects came from the caller.
+        """
         code = pb_utils.TritonError.INVALID_ARG
-        if not isinstance(error, InvalidArgument):
+        if not (callers and isinstance(error, InvalidArgument)):
             code = pb_utils.TritonError.INTERNAL
             self.failures.increment(1)
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(_reason(error), code))
@@ -181,6 +220,37 @@ def _profile(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, list]]:
         manifest = json.load(file)
     axes = {name: (axis["min"], axis["max"]) for name, axis in manifest.get("axes", {}).items() if name != "batch"}
     return axes, {name: tensor["shape"] for name, tensor in manifest.get("inputs", {}).items()}
+
+
+def _text_requests(version: str, settings: str, config: dict) -> Any:
+    """Sets up the tokenizer; only a model with `[text]` imports it."""
+    from numpy1_stub import fix_strides
+    from text_requests import TextRequests
+
+    fix_strides()
+    types = {tensor["name"]: tensor["data_type"].removeprefix("TYPE_").lower() for tensor in config["input"]}
+    return TextRequests(version, settings, types)
+
+
+def _counter(name: str, description: str, args: dict[str, str]) -> tuple:
+    """A counter of this model for all instances: its family, which must stay alive, and the counter."""
+    family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
+    return family, family.Metric(labels={"model": args["model_name"], "version": args["model_version"]})
+
+
+def _split(results: dict[str, np.ndarray], sizes: list[int]) -> list:
+    """One response per request, from the results of their joined rows."""
+    responses, start = [], 0
+    for size in sizes:
+        tensors = [_tensor(name, result[start : start + size]) for name, result in results.items()]
+        responses.append(pb_utils.InferenceResponse(tensors))
+        start += size
+    return responses
+
+
+def _refused(reason: str) -> object:
+    """The answer to a caller's mistake."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(reason, pb_utils.TritonError.INVALID_ARG))
 
 
 def _tensor(name: str, array: np.ndarray) -> object:

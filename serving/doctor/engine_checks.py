@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from deepseek.spec import PublishedManifest
+from deepseek.spec import TEXT, TOKENIZER, PublishedManifest
 from deepseek.spec.gpus import runs_engine
 from serving.doctor.machine import Machine
 from serving.repository.checks import Finding, mismatch
@@ -107,7 +107,10 @@ def _loads(manifest: PublishedManifest, built: str, here: str) -> bool:
 
 
 def _check_onnxruntime(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
-    """The Python backend needs ONNX Runtime with the execution provider that the configuration names."""
+    """The Python backend needs ONNX Runtime with the execution provider that the configuration names.
+
+    For texts it also needs the tokenizer and its package.
+    """
     where = f"{engine.model}/{engine.version}"
     if engine.config.backend != "python":
         return
@@ -120,6 +123,12 @@ def _check_onnxruntime(engine: ServedEngine, machine: Machine) -> Iterator[Findi
     if asked not in ("", "auto") and asked not in names:
         what = f"needs the execution provider {asked!r}, ONNX Runtime here has {', '.join(sorted(names))}"
         yield mismatch(where, what, f"install a build that has it, or {_rebuild(engine)}")
+    if TEXT in engine.config.parameters:
+        if TOKENIZER not in engine.manifest.files:
+            yield mismatch(where, f"takes texts, but has no {TOKENIZER}", _rebuild(engine))
+        if machine.tokenizers is False:
+            fix = f"{sys.executable} -m pip install tokenizers"
+            yield mismatch(where, "takes texts, but the package tokenizers is not installed here", fix)
 
 
 def _check_batches(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ one. An unknown fact is None, never a guess.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -40,6 +41,8 @@ class Machine:
     onnxruntime: tuple[str, ...] | None = None
     """Execution providers of the installed ONNX Runtime; None if it cannot be imported."""
     cpu: Cpu | None = None
+    tokenizers: bool | None = None
+    """Whether the package tokenizers, which models with `[text]` need, is installed."""
     docker: tuple[str, ...] | None = None
     """Runtimes of the Docker engine; None if no engine answers."""
     in_container: bool = False
@@ -63,6 +66,7 @@ class Machine:
             ram_bytes=_ram_bytes(),
             onnxruntime=_onnxruntime_providers(),
             cpu=this_cpu(),
+            tokenizers=importlib.util.find_spec("tokenizers") is not None,
             docker=None if in_container else _docker_runtimes(),
             in_container=in_container,
         )

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelQueuePolicy
 
-from deepseek.spec import BATCH, TRITON_DTYPES, PublishedManifest, TensorSpec
+from deepseek.spec import BATCH, TEXT, TOKENS, TRITON_DTYPES, PublishedManifest, TensorSpec
 from deepseek.spec.files.repository import CONFIG
 from deepseek.targets import TARGETS
 from serving.repository.checks import Finding, mismatch, publish_again
@@ -89,9 +89,11 @@ def _queue(config: ModelConfig) -> Iterator[tuple[str, str]]:
 def _tensors(
     kind: Literal["input", "output"], config: ModelConfig, manifest: PublishedManifest
 ) -> Iterator[tuple[str, str]]:
+    """Tensors that differ from the engine's; with `[text]`, the backend adds one input and one output."""
     built = manifest.inputs if kind == "input" else manifest.outputs
     configured = {entry.name: entry for entry in (config.input if kind == "input" else config.output)}
-    for name in sorted(configured.keys() - built.keys()):
+    added = {TEXT if kind == "input" else TOKENS} if TEXT in config.parameters else set()
+    for name in sorted(configured.keys() - built.keys() - added):
         yield f"{kind} {name!r} is unknown to the engine, which has {', '.join(built)}", "rename or remove it"
     for name, tensor in built.items():
         entry = configured.get(name)

@@ -6,6 +6,7 @@ Limits, memory, alerts and dashboard are all computed from these facts.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
-from deepseek.spec import BATCH, DeploymentSpec, Objective, Precision, PublishedManifest, Target
+from deepseek.spec import BATCH, TEXT, DeploymentSpec, Objective, Precision, PublishedManifest, Target
 from deepseek.spec.files.repository import versions_of
 from deepseek.targets import is_accelerator
 from serving.repository.checks import config_of, models_in, served_manifests, wanted_versions
@@ -52,13 +53,15 @@ class ServedModel:
     """Requests that may wait in the queue; 0: unbounded."""
     versions: tuple[int, ...] = ()
     """Versions that the version policy serves, newest first."""
+    text_bytes: int = 0
+    """Size of the texts in the largest request; 0 for a model that takes none."""
     models: Path | None = None
     """The folder of model folders with its `deploy.toml`; None if it was not found: the SLO is then unknown."""
 
     @property
     def body_bytes(self) -> int:
         """Size of the largest request body: JSON, which is larger than raw tensors."""
-        return max(self.input_numbers * JSON_BYTES, self.input_bytes) + HEADER_BYTES
+        return max(self.input_numbers * JSON_BYTES, self.input_bytes, self.text_bytes) + HEADER_BYTES
 
     @property
     def timeout_s(self) -> int:
@@ -82,7 +85,7 @@ class ServedModel:
     @property
     def shm_bytes(self) -> int:
         """Shared memory of the Python backend: per instance 1 MiB, the running batch and the one being answered."""
-        return self.instances * (2 * (self.input_bytes + self.output_bytes) + MIB)
+        return self.instances * (2 * (max(self.input_bytes, self.text_bytes) + self.output_bytes) + MIB)
 
 
 def served_models(repository: Path, models: Path, others: Mapping[str, Path] | None = None) -> list[ServedModel]:
@@ -114,6 +117,7 @@ def _served(folder: Path, models: Path | None) -> ServedModel:
         input_bytes=sum(numbers * size for numbers, size in inputs),
         output_bytes=sum(numbers * size for numbers, size in _tensors(config, manifest, "output")),
         input_numbers=sum(numbers for numbers, _ in inputs),
+        text_bytes=_text_bytes(config),
         queue_timeout_ms=policy.default_timeout_microseconds / 1000,
         p99_ms=(spec.slo.p99_ms if spec else None) or DEFAULT_P99_MS,
         rate_rps=max([*rates, (spec.slo.rate_rps if spec else None) or 0]),
@@ -124,6 +128,13 @@ def _served(folder: Path, models: Path | None) -> ServedModel:
         versions=tuple(wanted_versions(config, versions_of(folder))),
         models=models,
     )
+
+
+def _text_bytes(config: ModelConfig) -> int:
+    """Bytes of the largest texts that a request may have, each after its length in four bytes."""
+    if TEXT not in config.parameters:
+        return 0
+    return config.max_batch_size * (json.loads(config.parameters[TEXT].string_value)["max_bytes"] + 4)
 
 
 def _tensors(config: ModelConfig, manifest: PublishedManifest | None, kind: str) -> list[tuple[int, int]]:

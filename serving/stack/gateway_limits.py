@@ -32,7 +32,7 @@ def limits(models: list[ServedModel]) -> str:
     large = gateway_sizes(models).at_once
     return f"""\
 # Written by deepseek stack for the models in the repository. The gateway reloads it when it changes.
-# {body.name}: {body.input_numbers} numbers of up to {JSON_BYTES} bytes each in JSON + {HEADER_BYTES} bytes
+# {body.name}: {_largest(body)} + {HEADER_BYTES} bytes
 client_max_body_size {body.body_bytes};
 client_body_buffer_size {min(body.body_bytes, MIB)};
 # concurrent JSON bodies of 1 MB or more; GATEWAY_MEMORY is computed for this number
@@ -45,6 +45,13 @@ js_var $default_rate_rps {rate};
 # histogram buckets: fractions of each p99, and every latency that an SLO names
 js_var $buckets_s "{" ".join(bounds)}";
 """
+
+
+def _largest(model: ServedModel) -> str:
+    """What the largest body of a model holds."""
+    if model.text_bytes > max(model.input_numbers * JSON_BYTES, model.input_bytes):
+        return f"{model.text_bytes} bytes of texts"
+    return f"{model.input_numbers} numbers of up to {JSON_BYTES} bytes each in JSON"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import json
 import os
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,8 +83,9 @@ def _as_json(specs: tuple[TensorMetadata, ...]) -> list[dict[str, Any]]:
 def infer(
     client: InferenceClient,
     model: str,
-    inputs: Path,
+    inputs: Path | None = None,
     *,
+    text: Sequence[str] | None = None,
     row: int | None = None,
     fill: int = 1,
     labels: Path | None = None,
@@ -91,12 +93,13 @@ def infer(
     output: Path | None = None,
     as_json: bool = False,
 ) -> int:
-    """Sends the request in a file and shows it beside the answer."""
+    """Sends the request in a file, or texts, and shows it beside the answer."""
     if top < 1:
         raise InvalidInput(f"--top {top}; it must be 1 or more")
     names = read_labels(labels) if labels else {}
     signature = client.metadata(model)
-    arrays = filled(read_inputs(inputs, signature, row), fill)
+    texts = {} if text is None else {"text": np.array(text, dtype=object)}
+    arrays = filled(texts if inputs is None else read_inputs(inputs, signature, row), fill)
     request = client.prepare(model, arrays)
     start = time.perf_counter()
     outputs = client.send(request)

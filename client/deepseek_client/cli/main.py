@@ -9,6 +9,7 @@ Examples:
     python -m deepseek_client metadata recommender --json
     python -m deepseek_client infer recommender --inputs evaluation.npz --row 3 --labels build/recommender/labels
     python -m deepseek_client infer recommender --inputs request.json --output answer.npz
+    python -m deepseek_client infer minilm --text "A plane is taking off." --text "An aircraft departs."
     DEEPSEEK_API_KEY=... python -m deepseek_client ready --url localhost:8443 --ca-cert build/gateway/ca.crt
 """
 
@@ -69,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     metadata.add_argument("model", metavar="MODEL")
     infer = rows.add_parser("infer", parents=[connection], help="send one request and show it beside the answer")
     infer.add_argument("model", metavar="MODEL")
-    infer.add_argument("--inputs", type=Path, required=True, metavar="FILE", help=".npz or .json, by input name")
+    what = infer.add_mutually_exclusive_group(required=True)
+    what.add_argument("--inputs", type=Path, metavar="FILE", help=".npz or .json, by input name")
+    what.add_argument("--text", action="append", metavar="TEXT", help="for a model that takes texts; repeat for more")
     infer.add_argument("--row", type=int, metavar="K", help="only row K of the file, from 0")
     infer.add_argument("--fill", type=int, default=1, metavar="N", help="repeat the last row until there are N")
     infer.add_argument("--labels", type=Path, metavar="FOLDER", help="FOLDER/TENSOR.txt: line k names the id k, from 0")

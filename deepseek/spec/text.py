@@ -1,0 +1,96 @@
+"""`[text]` of `deploy.toml`: the server makes the model's inputs from texts.
+
+Contract: `TextSpec.fills` names the inputs; `check_text` raises if the model cannot take texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from deepseek.spec.checks import Table, at, fitting, listed
+from deepseek.spec.tables import BATCH, Axis, TensorName, TensorSpec
+
+TEXT, TOKENS = "text", "tokens"
+"""The input that takes texts, and the output with the number of tokens of each."""
+TOKENIZER = "tokenizer.json"
+"""The tokenizer's file name in a version of the model repository."""
+Role = Literal["input_ids", "attention_mask", "token_type_ids"]
+
+
+def _inside(path: str) -> bool:
+    parts = PurePosixPath(path)
+    return bool(path) and not parts.is_absolute() and ".." not in parts.parts
+
+
+class TextSpec(Table):
+    """Lets callers send texts: the server tokenizes them and fills the model's inputs. All inputs must be filled.
+    For the target `onnxruntime` with this project's backend; other targets serve token ids only. See docs/text.md."""
+
+    tokenizer: Annotated[str, fitting(_inside, "a path inside the model folder")] = TOKENIZER
+    """Hugging Face `tokenizer.json`: a path in the model folder, else in `build/<name>`."""
+    input_ids: TensorName = "input_ids"
+    """The input that gets the token ids."""
+    attention_mask: TensorName | None = None
+    """The input that gets 1 for each token and 0 for padding; absent: `attention_mask`, if the model has it."""
+    token_type_ids: TensorName | None = None
+    """The input that gets the token types; absent: `token_type_ids`, if the model has it."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Longer texts are truncated to this many tokens; absent: the largest size of the axis."""
+    max_bytes: int = Field(131072, ge=1, le=2**24)
+    """Largest text in UTF-8; a longer one is refused."""
+    batch_tokens: int = Field(512, ge=1)
+    """Most tokens, padding included, that run at once. The server splits a batch of texts into parts of similar
+    length."""
+
+    def fills(self, inputs: Mapping[str, TensorSpec]) -> dict[Role, str]:
+        """The inputs that the tokenizer fills, by what they get."""
+        found: dict[Role, str] = {"input_ids": self.input_ids}
+        roles: tuple[Role, ...] = ("attention_mask", "token_type_ids")
+        for role in roles:
+            if name := getattr(self, role) or (role if role in inputs else None):
+                found[role] = name
+        return found
+
+
+def check_text(
+    text: TextSpec,
+    inputs: Mapping[str, TensorSpec],
+    outputs: Mapping[str, TensorSpec],
+    axes: Mapping[str, Axis],
+) -> None:
+    """Raises an error that names the key if a model with these tensors cannot take texts."""
+    filled = text.fills(inputs)
+    for role, name in filled.items():
+        if name not in inputs:
+            raise at(f"text.{role}", f"seen {name!r}; inputs are {listed(inputs)}")
+    if len(set(filled.values())) < len(filled):
+        raise at("text", f"two keys name one input: {', '.join(f'{key} = {name}' for key, name in filled.items())}")
+    if missing := inputs.keys() - set(filled.values()):
+        raise at(
+            "text", f"the tokenizer fills {listed(filled.values())}; remove [text], or the input {listed(missing)}"
+        )
+    axis = text_axis(text, inputs)
+    for name in filled.values():
+        tensor = inputs[name]
+        if tensor.dtype not in ("int32", "int64") or tensor.shape != (BATCH, axis) or axis not in axes:
+            seen = f"{tensor.dtype} {list(tensor.shape)}"
+            raise at("text", f'input {name} is {seen}; allowed: int32 or int64, ["{BATCH}", <axis>], one axis for all')
+    for name, output in outputs.items():
+        if axis in output.shape:
+            raise at("text", f"output {name} has the axis {axis}; with [text], an output has one size for each text")
+    for name in (TEXT, TOKENS):
+        if name in inputs or name in outputs:
+            raise at("text", f"[text] adds the input {TEXT} and the output {TOKENS}; rename the model's own {name}")
+    if axes[BATCH].min > 1:
+        raise at("text", f"axes.{BATCH}.min is {axes[BATCH].min}; with [text], it must be 1")
+    if text.max_tokens is not None and not axes[axis].min <= text.max_tokens <= axes[axis].max:
+        raise at("text.max_tokens", f"seen {text.max_tokens}; axis {axis} allows {axes[axis].min} to {axes[axis].max}")
+
+
+def text_axis(text: TextSpec, inputs: Mapping[str, TensorSpec]) -> str:
+    """The axis of the tokens."""
+    return str(inputs[text.input_ids].shape[-1])

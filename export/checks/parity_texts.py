@@ -1,0 +1,44 @@
+"""Parity's check of texts: a text must give what the token ids of the same text give.
+
+Contract: the ids are made here with the model's tokenizer and sent one text at a time; the texts are sent in batches.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from deepseek.spec import TEXT, DeploymentSpec
+from export.checks.parity_cases import EndpointComparison, outputs_of_batches, same_engine
+from export.text_inputs import text_encoder
+
+AT = "texts beside their ids"
+TEXTS = (
+    "",
+    "A plane is taking off.",
+    "   spaces,\ttabs\nand lines  ",
+    "Der Zug fährt über die Brücke. 列车驶过大桥。 القطار يعبر الجسر",
+    "good \U0001f600 and bad \U0001f469\u200d\U0001f680",
+    "control \x00\x07\x1b characters, and e\u0301 for \u00e9",
+    "1234567890 !?&%$# https://example.com/a?b=c",
+    "a word and another " * 200,  # truncated
+)
+
+
+def takes_text(spec: DeploymentSpec, platform: str) -> bool:
+    """Whether the served model must take texts: deploy.toml has `[text]`, and Triton runs this project's backend."""
+    return spec.text is not None and platform == "python"
+
+
+def compare_texts(spec: DeploymentSpec, judges: list[EndpointComparison]) -> None:
+    """Adds the checks to the judges."""
+    encoder = text_encoder(spec)
+    ids = [encoder.batch([row]) for row in encoder.encode(TEXTS)]
+    column = np.array(TEXTS, dtype=object)[:, None]
+    starts = range(0, len(TEXTS), spec.max_batch)
+    texts = [{TEXT: column[start : start + spec.max_batch]} for start in starts]
+    for judge in judges:
+        expected = judge.ask(AT, lambda predict: outputs_of_batches(predict, ids))
+        if expected is not None:
+            judge.compare(
+                AT, judge.ask(AT, lambda predict: outputs_of_batches(predict, texts)), expected, same_engine(spec)
+            )

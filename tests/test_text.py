@@ -1,0 +1,276 @@
+"""A model that takes texts, on a real Triton: a text gives what its ids give, and a bad request is one 400."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from deepseek_client import InferenceClient, InferenceError, InvalidInput
+from tokenizers import Tokenizer
+
+from deepseek.spec import DeploymentSpec
+from export.checks.parity import compare_served, endpoints_of
+from export.checks.parity_cases import EndpointComparison
+from export.checks.parity_texts import AT, compare_texts
+from export.model_folder import ModelFolder
+from serving.doctor.examine import examine
+from serving.doctor.machine import Machine
+from serving.embedded.launcher import EmbeddedServer
+from serving.repository.served_models import served_models
+from serving.stack.gateway_limits import limits
+from tests.conftest import FREE, once, run_module, run_stage
+from tests.test_onnxruntime_backend import counter, statistics
+
+MODELS = Path("tests/models")
+PROTOCOLS = ("http", "grpc")
+MOST_TOKENS = 48
+TEXTS = {
+    "short": "Hello, World",
+    "empty": "",
+    "blanks": " \t\n ",
+    "other scripts": "Der Zug fährt. 列车驶过大桥 القطار",
+    "emoji": "good \U0001f600 and \U0001f469\u200d\U0001f680",
+    "control characters": "a\x00b\x07\x1b c",
+    "combining": "e\u0301 and \u00e9",
+    "100 kB": "a long text " * 8500,
+    "one long word": "x" * 100_000,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(of_the_run: Path) -> Path:
+    """`build/` and `repository/` of the model `sentence`."""
+    place = of_the_run / "sentence"
+
+    def make() -> None:
+        run_stage("sentence", "to-onnx", build=place / "build")
+        flags = ("--precision", "fp32", "--repository", str(place / "repository"))
+        run_stage("sentence", "publish", *flags, build=place / "build")
+
+    return once(place, make)
+
+
+@pytest.fixture(scope="module")
+def sentence(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """The model, served."""
+    log = tmp_path_factory.mktemp("log") / "triton.log"
+    with EmbeddedServer(folder / "repository", **FREE, log_path=log) as running:
+        yield running
+
+
+@pytest.fixture(params=PROTOCOLS)
+def client(sentence: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[InferenceClient]:
+    """A client over each protocol."""
+    protocol: Literal["http", "grpc"] = request.param
+    with InferenceClient(getattr(sentence, f"{protocol}_url"), protocol, timeout_s=60) as made:
+        yield made
+
+
+def ids_of(text: str) -> tuple[dict[str, np.ndarray], int]:
+    """The inputs that the tokenizer itself gives for a text, and the number of tokens before truncation."""
+    tokenizer = Tokenizer.from_file(str(MODELS / "sentence" / "tokenizer.json"))
+    tokenizer.no_padding()
+    whole = len(tokenizer.encode(text))
+    tokenizer.enable_truncation(MOST_TOKENS)
+    row = np.array([tokenizer.encode(text).ids])
+    return {"ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}, whole
+
+
+def cosine(first: np.ndarray, second: np.ndarray) -> float:
+    return float((first * second).sum() / np.linalg.norm(first) / np.linalg.norm(second))
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_a_text_gives_what_its_ids_give(client: InferenceClient, text: str) -> None:
+    ids, whole = ids_of(text)
+    expected, found = client.infer("sentence", ids), client.infer("sentence", {"text": [text]})
+    assert cosine(found["embedding"], expected["embedding"]) >= 0.9999
+    np.testing.assert_allclose(found["score"], expected["score"], rtol=1e-4, atol=1e-4)
+    assert found["tokens"].tolist() == [[whole]]
+    assert expected["tokens"].tolist() == [[min(whole, MOST_TOKENS)]]
+
+
+def test_a_batch_of_texts_is_answered_in_order(client: InferenceClient) -> None:
+    texts = list(TEXTS.values())[:8]
+    found = client.infer("sentence", {"text": texts})
+    for place, text in enumerate(texts):
+        ids, whole = ids_of(text)
+        assert cosine(found["embedding"][place], client.infer("sentence", ids)["embedding"][0]) >= 0.9999
+        assert found["tokens"][place] == [whole]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["a", "b"], ("a", "b"), [b"a", b"b"], np.array(["a", "b"]), np.array([["a"], ["b"]], object), [["a"], ["b"]]],
+    ids=["list", "tuple", "bytes", "array", "column", "lists"],
+)
+def test_texts_may_be_a_list_an_array_or_a_column(client: InferenceClient, texts: Any) -> None:
+    found = client.infer("sentence", {"text": texts})
+    np.testing.assert_array_equal(found["embedding"], client.infer("sentence", {"text": ["a", "b"]})["embedding"])
+
+
+def test_texts_of_any_length_run_as_one_batch(sentence: EmbeddedServer) -> None:
+    before = statistics(sentence, "sentence")
+    with InferenceClient(sentence.grpc_url, timeout_s=60) as client, ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda k: client.infer("sentence", {"text": ["ab " * (k % 16)]}), range(160)))
+    after = statistics(sentence, "sentence")
+    assert after["inference_count"] - before["inference_count"] == 160
+    assert after["execution_count"] - before["execution_count"] < 160
+    for place, answer in enumerate(answers):
+        assert answer["tokens"].tolist() == [[2 + 2 * (place % 16)]]
+        assert cosine(answer["embedding"], answers[place % 16]["embedding"]) >= 0.9999
+
+
+IDS = np.ones((1, 3), np.int64)
+ALL_IDS = {"ids": IDS, "attention_mask": IDS, "token_type_ids": IDS}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"text": [b"ab\xff"]}, "text is not UTF-8: invalid start byte at byte 2"),
+        ({"text": ["a", "b" * 110_001]}, "text 1 has 110001 bytes; allowed: up to 110000"),
+        ({"text": []}, "a batch of 0; from 1 to 8 are allowed"),
+        ({"text": ["a"] * 9}, "a batch of 9; from 1 to 8 are allowed"),
+        ({"text": "a"}, "a str; pass a list of texts, or a numpy array"),
+        ({"text": [1]}, "holds 1 (int); the model takes only bytes and str"),
+        ({"text": [["a", "b"]]}, "dimension 1 must be 1, not 2"),
+        ({"text": ["a"], **ALL_IDS}, "seen text with ids with attention_mask with token_type_ids; allowed: text alone"),
+        ({"ids": IDS}, "input attention_mask is missing; allowed: text alone, or ids with attention_mask"),
+        ({}, "request has 0 inputs"),
+    ],
+    ids=[
+        "not UTF-8",
+        "too long",
+        "empty",
+        "too many",
+        "not a list",
+        "a number",
+        "nested",
+        "both",
+        "no mask",
+        "nothing",
+    ],
+)
+def test_a_bad_request_is_one_line(client: InferenceClient, inputs: Any, message: str) -> None:
+    with pytest.raises(InvalidInput) as error:
+        client.infer("sentence", inputs)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "data", "reason"),
+    [
+        ([9, 1], ["a"] * 9, "batch-size must be <= 8"),
+        ([0, 1], [], "expected 1 string elements"),
+        ([1, 2], ["a", "b"], "unexpected shape for input 'text'"),
+        ([1, 1], ["b" * 110_001], "text has 110001 bytes; allowed: up to 110000"),
+    ],
+)
+def test_a_bad_request_of_any_client_is_a_400(sentence: EmbeddedServer, shape: Any, data: Any, reason: str) -> None:
+    body = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": shape, "data": data}]}
+    url = f"http://{sentence.http_url}/v2/models/sentence/infer"
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(urllib.request.Request(url, data=json.dumps(body).encode()))
+    assert error.value.code == 400
+    assert reason in json.loads(error.value.read())["error"]
+
+
+def test_a_bad_text_fails_alone(sentence: EmbeddedServer) -> None:
+    with InferenceClient(sentence.grpc_url, timeout_s=60) as client, ThreadPoolExecutor(16) as pool:
+
+        def call(text: str | bytes) -> str:
+            try:
+                return str(client.infer("sentence", {"text": [text]})["embedding"].shape)
+            except InferenceError as error:
+                return type(error).__name__
+
+        answers = list(pool.map(call, ["a text", b"\xff"] * 40))
+    assert answers == ["(1, 32)", "InvalidInput"] * 40
+    labels = '{model="sentence",reason="INTERNAL",version="1"}'  # a caller's mistake is no failure of the model
+    assert counter(sentence, f"onnxruntime_inference_request_failure{labels}") == 0
+
+
+def test_tokens_are_counted_with_and_without_padding(sentence: EmbeddedServer) -> None:
+    names = [f'onnxruntime_text_{name}{{model="sentence",version="1"}}' for name in ("tokens", "padded_tokens")]
+    before = [counter(sentence, name) for name in names]
+    with InferenceClient(sentence.grpc_url) as client:
+        client.infer("sentence", {"text": ["abc", "a", "a " * 100]})  # 5, 3 and 102 tokens; 48 run, then 2 rows of 5
+    assert [counter(sentence, name) - old for name, old in zip(names, before, strict=True)] == [110, 58]
+
+
+def test_the_command_sends_a_text(sentence: EmbeddedServer) -> None:
+    place = ("--model", "sentence", "--models", str(MODELS), "--url", sentence.grpc_url)
+    run = run_module("cli", "infer", *place, "--text", "-- a text", "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["outputs"]["tokens"] == [[9]]
+    run = run_module("cli", "infer", *place, "--text", "a", "--inputs", "x.json")
+    assert (run.returncode, run.stderr) == (2, "error: --text and --inputs: seen both; give one of them\n")
+
+
+def test_parity_compares_texts_with_their_ids(
+    sentence: EmbeddedServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(folder / "build"))
+    source = ModelFolder("sentence", MODELS)
+    result = compare_served(source, sentence.grpc_url, sentence.http_url, most_rows=2)
+    assert result["failures"] == []
+    assert len([check for check in result["checks"] if check["at"] == AT]) == 4  # two outputs over two protocols
+
+
+def test_parity_finds_a_server_with_another_tokenizer(sentence: EmbeddedServer, tmp_path: Path) -> None:
+    shutil.copytree(MODELS / "sentence", tmp_path / "sentence")
+    file = tmp_path / "sentence" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"a": 5', '"a": 6').replace('"b": 6', '"b": 5'))
+    spec = DeploymentSpec.of_model("sentence", tmp_path)
+    with endpoints_of(spec, sentence.http_url, sentence.grpc_url, 60) as endpoints:
+        judge = EndpointComparison(spec, "http", endpoints[0])
+        compare_texts(spec, [judge])
+    assert not judge.checks[0].holds
+
+
+HERE = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",), tokenizers=True)
+
+
+def test_the_doctor_finds_what_texts_need(folder: Path, tmp_path: Path) -> None:
+    assert [str(each) for each in examine(folder / "repository", HERE)[1] if each.level == "mismatch"] == []
+    (finding,) = examine(folder / "repository", replace(HERE, tokenizers=False))[1]
+    assert "takes texts, but the package tokenizers is not installed here" in str(finding)
+    copied = Path(shutil.copytree(folder / "repository", tmp_path / "repository"))
+    (copied / "sentence" / "1" / "tokenizer.json").write_text("{}")
+    (finding, *_) = examine(copied, HERE)[1]
+    assert "tokenizer.json" in str(finding)
+
+
+def test_the_gateway_lets_the_largest_texts_pass(folder: Path) -> None:
+    (model,) = served_models(folder / "repository", MODELS)
+    assert model.text_bytes == 8 * (110_000 + 4)
+    assert f"# sentence: {model.text_bytes} bytes of texts + 65536 bytes\nclient_max_body_size 945568;" in limits(
+        [model]
+    )
+
+
+def test_a_tokenizer_that_cannot_be_read_is_one_line_before_anything_is_published(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(MODELS / "sentence", tmp_path / "models" / "sentence")
+    file = tmp_path / "models" / "sentence" / "tokenizer.json"
+    place = ("--model", "sentence", "--models", str(tmp_path / "models"), "--repository", str(tmp_path / "repository"))
+    command = ("cli", "publish", *place, "--precision", "fp32")
+    file.write_text("{}")
+    run = run_module(*command, DEEPSEEK_BUILD=str(folder / "build"))
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"error: {file}: not a tokenizer that fits [text]: ")
+    file.unlink()
+    run = run_module(*command, DEEPSEEK_BUILD=str(folder / "build"))
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"error: text.tokenizer: no file {file}")
+    assert not (tmp_path / "repository" / "sentence").exists()

@@ -1,0 +1,104 @@
+"""Texts to a model's inputs, and what `[text]` of deploy.toml allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from deepseek.spec import DeploymentSpec, InputError
+from deepseek.text_encoder import TextEncoder, split_points
+from export.triton_config import model_config
+
+FOLDER = Path("tests/models/sentence")
+GOOD = (FOLDER / "deploy.toml").read_text()
+ROLES = {"input_ids": "ids", "attention_mask": "mask"}
+TYPES = {"ids": "int64", "mask": "int32"}
+
+
+def encoder(path: Path = FOLDER / "tokenizer.json", **settings: int) -> TextEncoder:
+    return TextEncoder(str(path), ROLES, TYPES, **{"max_tokens": 8, **settings})
+
+
+def test_rows_are_padded_to_the_longest_and_truncated() -> None:
+    made = encoder()
+    rows = made.encode(["ab", "", "a b c d e f g h i"])
+    batch = made.batch(rows)
+    assert batch["ids"].tolist()[:2] == [[2, 5, 32, 3, 0, 0, 0, 0], [2, 3, 0, 0, 0, 0, 0, 0]]
+    assert batch["ids"][2].tolist() == [2, 5, 6, 7, 8, 9, 10, 3]  # the last token is [SEP], also after truncation
+    assert batch["mask"].sum(axis=1).tolist() == [4, 2, 8]
+    assert (batch["ids"].dtype, batch["mask"].dtype) == (np.int64, np.int32)
+    assert [made.tokens(row) for row in rows] == [4, 2, 11]
+
+
+def test_a_row_is_padded_to_the_smallest_length_of_the_model() -> None:
+    made = encoder(min_tokens=5)
+    assert made.batch(made.encode([""]))["mask"].tolist() == [[1, 1, 0, 0, 0]]
+
+
+def test_padding_follows_the_tokenizers_file(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    tokenizer.enable_padding(direction="left", pad_id=4)
+    tokenizer.enable_truncation(100, direction="left")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    made = encoder(tmp_path / "tokenizer.json")
+    batch = made.batch(made.encode(["a", "a b c d e f g h i"]))
+    assert batch["ids"].tolist() == [[4, 4, 4, 4, 4, 2, 5, 3], [2, 8, 9, 10, 11, 12, 13, 3]]
+    assert batch["mask"].tolist() == [[0, 0, 0, 0, 0, 1, 1, 1], [1] * 8]
+
+
+def test_a_batch_is_split_by_length_and_each_row_runs_once() -> None:
+    made = encoder()
+    rows = made.encode(["a", "a b c d e f", "", "a b c d e", "a b"])  # 3, 8, 2, 7 and 4 tokens
+    parts = [(places, batch["ids"].shape) for places, batch in made.parts(rows, 12)]
+    assert parts == [([1], (1, 8)), ([3], (1, 7)), ([4, 0, 2], (3, 4))]
+    assert [places for places, _ in made.parts(rows, 1)] == [[1], [3], [4], [0], [2]]
+
+
+def test_a_short_row_is_not_padded_to_a_much_longer_one() -> None:
+    assert split_points([64, 60, 5, 3], 512) == [2, 4]
+    assert split_points([8, 7, 4, 3, 2], 512) == [5]  # a second run would cost more than the padding
+    assert split_points([], 512) == []
+
+
+MISTAKES = {
+    "a tokenizer elsewhere": ("[text]", '[text]\ntokenizer = "../t.json"', "text.tokenizer: seen '../t.json'; allowed: a path inside"),
+    "an unknown input": ('input_ids = "ids"', 'input_ids = "x"', "text.input_ids: seen 'x'; inputs are attention_mask, ids"),
+    "one input twice": ('input_ids = "ids"', 'input_ids = "ids"\nattention_mask = "ids"', "text: two keys name one input: input_ids = ids"),
+    "an input that nothing fills": ("[outputs.score]", '[inputs.x]\ndtype = "int64"\nshape = ["batch", 2]\n[outputs.score]', "the tokenizer fills attention_mask, ids, token_type_ids; remove [text], or the input x"),
+    "a float input": ('[inputs.ids]\ndtype = "int64"', '[inputs.ids]\ndtype = "float32"', 'text: input ids is float32 [\'batch\', \'length\']; allowed: int32 or int64, ["batch", <axis>]'),
+    "an input of a fixed size": ('[inputs.ids]\ndtype = "int64"\nshape = ["batch", "length"]', '[inputs.ids]\ndtype = "int64"\nshape = ["batch", 9]', "text: input ids is int64 ['batch', 9]"),
+    "an output per token": ('shape = ["batch", 32]', 'shape = ["batch", "length"]', "output embedding has the axis length"),
+    "an output with the added name": ("outputs.score", "outputs.tokens", "[text] adds the input text and the output tokens; rename the model's own tokens"),
+    "a smallest batch": ("[axes.batch]\nmin = 1", "[axes.batch]\nmin = 2", "axes.batch.min is 2; with [text], it must be 1"),
+    "more tokens than the axis": ("max_tokens = 48", "max_tokens = 65", "text.max_tokens: seen 65; axis length allows 2 to 64"),
+    "no bytes": ("max_bytes = 110000", "max_bytes = 0", "text.max_bytes: seen 0"),
+    "a misspelt key": ("max_bytes", "max_byte", "did you mean max_bytes?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("seen", "put", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_text_is_one_line(tmp_path: Path, seen: str, put: str, message: str) -> None:
+    assert seen in GOOD
+    (tmp_path / "deploy.toml").write_text(GOOD.replace(seen, put))
+    with pytest.raises(InputError) as error:
+        DeploymentSpec.load(tmp_path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_only_a_model_with_text_has_optional_inputs() -> None:
+    spec = DeploymentSpec.load(FOLDER)
+    with_text, without = (model_config(spec, "fp32", target, {}) for target in ("onnxruntime", "tensorrt"))
+    assert [(entry.name, entry.optional) for entry in with_text.input] == [
+        ("ids", True),
+        ("attention_mask", True),
+        ("token_type_ids", True),
+        ("text", True),
+    ]
+    assert [entry.name for entry in with_text.output] == ["embedding", "score", "tokens"]
+    assert not any(entry.optional for entry in without.input)
+    assert [entry.name for entry in without.output] == ["embedding", "score"]
+    assert "text" not in without.parameters
