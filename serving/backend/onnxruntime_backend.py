@@ -76,9 +76,9 @@ class TritonPythonModel:
         labels = {"model": args["model_name"], "version": args["model_version"], "reason": "INTERNAL"}
         self.failures = self.counter.Metric(labels=labels)  # one counter for all instances
         if self.text:
-            self.tokens = _counter("onnxruntime_text_tokens", "Tokens of the texts, before truncation", args)
+            self.tokens = _counter("onnxruntime_text_tokens", "Tokens that ran for texts, without padding", args)
             self.padded_tokens = _counter(
-                "onnxruntime_text_padded_tokens", "Tokens that ran for texts, after truncation and with padding", args
+                "onnxruntime_text_padded_tokens", "Tokens that ran for texts, with padding", args
             )
         device_id = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         opened = open_session(
@@ -170,9 +170,9 @@ class TritonPythonModel:
     def _run_texts(self, groups: list[list[str]]) -> list:
         """One response per group of texts, in order."""
         try:
-            values, tokens, padded = self.text.run([text for group in groups for text in group], self._results)
-            self.tokens[1].increment(int(tokens.sum()))
-            self.padded_tokens[1].increment(padded)
+            values, tokens, ran = self.text.run([text for group in groups for text in group], self._results)
+            for (_, counter), count in zip((self.tokens, self.padded_tokens), ran, strict=True):
+                counter.increment(count)
             results = {**dict(zip(self.outputs, values, strict=True)), "tokens": tokens}
             return _split(results, [len(group) for group in groups])
         except Exception as error:

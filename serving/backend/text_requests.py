@@ -57,8 +57,8 @@ class TextRequests:
 
     def run(
         self, texts: Sequence[str], outputs_of: Callable[[dict[str, np.ndarray]], list[np.ndarray]]
-    ) -> tuple[list[np.ndarray], np.ndarray, int]:
-        """Outputs of all texts, their tokens before truncation (texts, 1), and how many tokens ran with padding.
+    ) -> tuple[list[np.ndarray], np.ndarray, tuple[int, int]]:
+        """Outputs of all texts, their tokens before truncation (texts, 1), and how many ran, without and with padding.
 
         `outputs_of` runs one batch of the model's inputs.
         """
@@ -71,7 +71,8 @@ class TextRequests:
             for whole, output in zip(found, outputs, strict=True):
                 whole[places] = output
             padded += next(iter(inputs.values())).size
-        return found, np.array([[self._encoder.tokens(row)] for row in rows], np.int32), padded
+        tokens = np.array([[self._encoder.tokens(row)] for row in rows], np.int32)
+        return found, tokens, (sum(map(len, rows)), padded)
 
     def tokens_of(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """The tokens (batch, 1) of a batch that came as ids."""
