@@ -28,6 +28,10 @@ TYPES = """\
 dtype = "int64"
 shape = ["batch", "sequence"]
 """
+TEXT = """
+[text]                      # callers may send texts; longer ones than the largest sequence are truncated
+tokenizer = "checkpoint/tokenizer.json"
+"""
 BATCH_TOKENS = 8192  # most tokens of one batch: 32 texts of 256 tokens, 16 of 512
 SHOWN_LABELS = 20
 
@@ -95,6 +99,7 @@ def _deploy_toml(name: str, checkpoint: Checkpoint) -> str:
         name=name,
         types=TYPES if checkpoint.token_types else "",
         output=_output(checkpoint),
+        text=TEXT if checkpoint.has_tokenizer and checkpoint.task in ("encoder", "classifier") else "",
         usual_batch=min(8, largest),
         largest_batch=largest,
         usual=min(32, checkpoint.longest),

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from deepseek_client import InferenceClient
+from tokenizers import Tokenizer
 
 from cli.checkpoint import HEADS, KINDS, Checkpoint
 from cli.commands import BY_NAME
@@ -109,7 +110,18 @@ def test_an_imported_encoder_is_served(checkpoints: tuple[Path, dict[str, Any]],
     ):
         found = client.infer("encoder", inputs)["embedding"]
         parity(values_of("parity", *which, "--url", server.grpc_url, "--http-url", server.http_url))
+        from_text = client.infer("encoder", {"text": ["a text of letters"]})["embedding"]
     np.testing.assert_allclose(found, of_transformers("encoder", modules["encoder"], inputs), atol=2e-5)
+    ids = np.array(
+        [Tokenizer.from_file(str(root / "models/encoder/checkpoint/tokenizer.json")).encode("a text of letters").ids]
+    )
+    expected = of_transformers("encoder", modules["encoder"], {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    np.testing.assert_allclose(from_text, expected, atol=2e-5)
+
+
+def test_a_model_of_single_texts_takes_texts(checkpoints: tuple[Path, dict[str, Any]]) -> None:
+    specs = {task: DeploymentSpec.of_model(task, checkpoints[0] / "models") for task in HEADS}
+    assert {task for task, spec in specs.items() if spec.text} == {"encoder", "classifier"}
 
 
 @pytest.mark.slow
