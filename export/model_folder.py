@@ -1,9 +1,9 @@
 """Opens and checks a model folder: `deploy.toml` and `model.py`, inside the repository or anywhere.
 
 Contract of `model.py` (plain functions): `load() -> nn.Module`, `samples(split)` with split "calibration" or
-"evaluation", optionally `evaluate(predict)`, `train()`, `finetune(module)` (in place, for a pruned module) and
-`fingerprint()` (a text that changes with what the last three read outside the folder). Exceptions in them become one
-line with the place in the user's file.
+"evaluation", optionally `evaluate(predict)` (metrics by name, each a number or one value a row), `train()`,
+`finetune(module)` (in place, for a pruned module) and `fingerprint()` (a text that changes with what the last three
+read outside the folder). Exceptions in them become one line with the place in the user's file.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ModelFolder:
                 raise InputError(
                     f"{self.folder / 'model.py'}: no function {name}(); it needs load() and samples(split)"
                 )
-        self.evaluate: Callable[[Predict], dict[str, float]] | None = self._function("evaluate")
+        self.evaluate: Callable[[Predict], Mapping[str, Any]] | None = self._function("evaluate")
         self.train: Callable[[], Any] | None = self._function("train")
         self.finetune: Callable[[Any], Any] | None = self._function("finetune")
 

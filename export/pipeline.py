@@ -30,6 +30,7 @@ from export.runtimes.tensorrt_container import image_name
 from export.sources import ROOT, InstalledVersions, Sources, files_in
 
 SIGNATURE = ("name", "inputs", "outputs", "axes")
+BUDGET = ("precision.max_drop", "precision.candidates")  # the confidence depends on the number of candidates
 MODELOPT = "nvidia-modelopt[onnx]"  # imports the packages of its extra only at run time
 ABSENT = "-"
 
@@ -108,7 +109,7 @@ def _prune(plan: Plan) -> Stage:
     return Stage(
         name="prune",
         command=("prune", "--ratio", plan.prune),
-        keys=(*keys, "precision.max_drop"),
+        keys=(*keys, *BUDGET),
         writes=plan.pruned,
         parts=(Stage(name="fine-tune", command=(), keys=keys, **made),),
         **made,
@@ -153,7 +154,7 @@ def _quantize(plan: Plan, precision: Precision) -> Stage:
         command=("quantize", "--precision", precision, *high, "--target", plan.target, *_candidate(plan, precision)),
         **shared,
         reads=(*made_from, *((weights_path(plan.model), *plan.pruned) if eight_bits else ())),
-        keys=(*keys, *(("precision.max_drop", "precision.metric") if eight_bits else ())),
+        keys=(*keys, *((*BUDGET, "precision.metric") if eight_bits else ())),
         runs_model=eight_bits,
         writes=(graph,),
         beside=(graph.with_name("manifest.json"),),
@@ -234,7 +235,7 @@ def _select_precision(plan: Plan) -> Stage:
         )
         for name, engine in engines.items()
     ]
-    budget = ("precision.max_drop", "precision.candidates", "parity.fp32", "batching.instances", "batching.threads")
+    budget = (*BUDGET, "parity.fp32", "batching.instances", "batching.threads")
     return Stage(
         name=f"select_precision {plan.target}",
         command=("select-precision", "--target", plan.target, "--precision", asked),

@@ -12,7 +12,7 @@ import torch
 
 from deepseek.spec import DeploymentSpec, InputError
 from export.model_folder import ModelFolder, in_order
-from export.precision.accuracy import task_metrics
+from export.precision.accuracy import evaluated
 from export.runtimes.pytorch_reference import run_torch
 from tests.conftest import run_module
 from tests.test_to_onnx import TOML, tiny
@@ -109,18 +109,24 @@ def test_an_error_in_evaluate_is_one_line_but_our_own_errors_keep_their_tracebac
     [
         ("return 0.9", r"evaluate\(\) returned 0.9; a dict of names and numbers is needed, such as {'score': 0.9}"),
         ("return {'score': 'good'}", r"evaluate\(\) returned {'score': 'good'}; a dict of names and numbers is needed"),
+        (
+            "return {'score': np.ones((2, 2))}",
+            r"evaluate\(\): 'score': shape \[2, 2\]; a number is needed, or an array",
+        ),
+        ("return {'score': [np.nan] * 3}", r"evaluate\(\): 'score': none of 3 rows has a value; a number is needed"),
+        ("return {'score': 0.5, 'other': []}", r"evaluate\(\): 'other': none of 0 rows has a value"),
         ("return {'acc': 1}", "precision.metric: seen 'score'; evaluate.. returns acc"),
         ("predict(np.ones((1, 8)))", r"argument of predict: seen ndarray; a dict of \['x'\] is needed"),
         ("predict({'x': np.ones((1, 8))})", r"argument of predict\['x'\]: seen float64; deploy.toml says .* float32"),
         ("predict({'x': np.ones((0, 8), np.float32)})", "calls predict with an empty batch"),
     ],
-    ids=["no dict", "no number", "other name", "array", "type", "empty"],
+    ids=["no dict", "no number", "2-D", "only NaN", "no rows", "other name", "array", "type", "empty"],
 )
 def test_a_mistake_in_evaluate_is_one_line(tmp_path: Path, body: str, message: str) -> None:
     toml = TOML + '[precision]\nmetric = "score"\n'
     source = tiny(tmp_path, toml=toml, code=f"\ndef evaluate(predict):\n    {body}\n")
     with pytest.raises(InputError, match=message):
-        task_metrics(source, lambda inputs: inputs)
+        evaluated(source, lambda inputs: inputs)
 
 
 def test_a_command_ends_with_the_line_and_exit_2(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from deepseek.spec import GateFailed
 from export.artifact import pruning_of, read_manifest
 from export.checks import parity_cases
 from export.model_folder import ModelFolder
-from export.precision.accuracy_budget import Baseline
+from export.precision.accuracy import Evaluated, paired_drop
+from export.precision.accuracy_budget import Baseline, judged
 from export.stages.prune import main, prune_source
 from export.stages.to_onnx import export_model
 from tests.conftest import run_module
@@ -153,11 +154,35 @@ def test_parity_compares_the_metric_with_the_model_that_the_user_brought(
     metrics = {"brought": 0.80, "loaded": 0.82, "served": 0.81}
     monkeypatch.setattr(parity_cases, "pruning_of", lambda name: {"ratio": ratio} if ratio else {})
     monkeypatch.setattr(parity_cases, "module_predictor", lambda spec, module: module)
-    monkeypatch.setattr(parity_cases, "task_metrics", lambda source, predict: {"accuracy": metrics[predict]})
-    monkeypatch.setattr(parity_cases, "too_small", lambda spec, metrics: False)
-    precision = SimpleNamespace(metric="accuracy", max_drop=0.01)
+    monkeypatch.setattr(
+        parity_cases, "evaluated", lambda source, predict: Evaluated(metrics={"accuracy": metrics[predict]})
+    )
+    precision = SimpleNamespace(metric="accuracy", max_drop=0.01, candidates=("int8",))
     source: Any = SimpleNamespace(spec=SimpleNamespace(name="tiny", precision=precision), unpruned=lambda: "brought")
     judge: Any = SimpleNamespace(protocol="grpc", predict="served")
-    found = parity_cases.compare_metric(source, "loaded", [judge])  # type: ignore[arg-type]
+    found = parity_cases.compare_metric(source, "loaded", [judge], "fp32")  # type: ignore[arg-type]
     assert found["served"]["grpc"]["drop"] == pytest.approx(drop, abs=1e-4)
     assert found["against"] == against
+
+
+@pytest.mark.parametrize(("lost", "accepted"), [(0, True), (1, True), (4, False)])
+def test_build_and_parity_judge_the_same_rows_alike(lost: int, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModelFolder("image", "tests/models").spec
+    spec = spec.model_copy(
+        update={"precision": spec.precision.model_copy(update={"metric": "accuracy", "max_drop": 0.02})}
+    )
+    values = {"brought": [1.0] * 100, "served": [0.0] * lost + [1.0] * (100 - lost)}
+    monkeypatch.setattr(parity_cases, "pruning_of", lambda name: {})
+    monkeypatch.setattr(
+        parity_cases,
+        "evaluated",
+        lambda source, predict: Evaluated(metrics={"accuracy": sum(values[predict]) / 100}, values=values[predict]),
+    )
+    source: Any = SimpleNamespace(spec=spec, folder=Path("m"))
+    judge: Any = SimpleNamespace(protocol="grpc", predict="served")
+    found = parity_cases.compare_metric(source, "brought", [judge], "fp16")  # type: ignore[arg-type]
+    told = found["served"]["grpc"]
+    drop, paired = paired_drop(source, *(parity_cases.evaluated(source, name) for name in ("served", "brought")))  # type: ignore[arg-type]
+    assert told["judgement"] == dataclasses.asdict(judged(spec, drop, paired))
+    assert told["judgement"]["rows"] == 100
+    assert (parity_cases.failures([], found) == []) == accepted

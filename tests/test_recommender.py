@@ -207,7 +207,9 @@ def test_metrics_of_known_ranks() -> None:
     def predict(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"items": np.tile(np.arange(1, TOP + 1), (len(inputs["item_ids"]), 1))}
 
-    metrics = model.ranking_metrics(predict, np.zeros((200, HISTORY), np.int64), np.repeat([1, 3, 10, 11], 50))
+    rows = model.ranking_metrics(predict, np.zeros((200, HISTORY), np.int64), np.repeat([1, 3, 10, 11], 50))
+    assert rows["hr@10"].tolist() == [*[True] * 150, *[False] * 50]
+    metrics = model.means(rows)
     assert metrics["hr@10"] == 0.75
     assert metrics["ndcg@10"] == pytest.approx((1 + 1 / 2 + 1 / np.log2(11)) / 4)
 
@@ -225,7 +227,7 @@ def test_a_shops_log_is_trained_evaluated_and_labelled_and_beats_popularity(
     assert not (folder / "checkpoints").exists()
 
     loaded = model.load()
-    assert model.evaluate(model.predictor(loaded)) == facts["test"]
+    assert model.means(model.evaluate(model.predictor(loaded))) == facts["test"]
     evaluation = [sample["item_ids"] for sample in model.samples("evaluation")]
     calibration = [sample["item_ids"] for sample in model.samples("calibration")]
     assert len(evaluation) == 41
@@ -250,7 +252,8 @@ def test_finetune_restores_a_pruned_model(shop: Shop, monkeypatch: pytest.Monkey
     assert report.count("channels")[1] < 0.65 * 384
 
     def ndcg() -> float:
-        return model.ranking_metrics(model.predictor(pruned), *data.load().held_out("validation"))["ndcg@10"]
+        found = model.ranking_metrics(model.predictor(pruned), *data.load().held_out("validation"))
+        return float(found["ndcg@10"].mean())
 
     before = ndcg()
     model.finetune(pruned)

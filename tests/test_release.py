@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from onnx import numpy_helper
 from cli.main import values_of
 from deepseek.spec import DeploymentSpec, FileDigest, GateFailed, PublishedManifest
 from deepseek.spec.files.released import last_fate
+from deepseek.spec.paired_drop import values_text
 from export.stages.publish import publish_version
 from serving.embedded.launcher import EmbeddedServer
 from serving.release.candidate import Candidate
@@ -165,6 +167,39 @@ def test_a_slower_version_is_refused_and_the_old_one_goes_on_serving(world: Worl
     assert "slower: p50" in run.stderr
     assert (world.version(), newest(world.live)) == ("1", 1)
     assert world.last()["steps"][-1]["name"] == "shadow"
+
+
+def right(rows: int, lost: int) -> str:
+    """A metric row by row: all right, but `lost` rows."""
+    return values_text([0.0] * lost + [1.0] * (rows - lost))
+
+
+@pytest.mark.parametrize(
+    ("served", "new", "said", "refused"),
+    [
+        ((1.0, None), (0.95, None), "drop 5.00%, outside the budget of 2.00%", True),
+        ((1.0, None), (0.99, None), "drop 1.00%, inside the budget of 2.00%", False),
+        ((1.0, right(500, 0)), (0.98, None), "drop 2.00%, inside the budget of 2.00%", False),  # not row by row
+        ((1.0, right(500, 0)), (0.98, right(400, 8)), "drop 2.00%, inside the budget of 2.00%", False),  # other rows
+        ((1.0, right(500, 0)), (0.998, right(500, 1)), "budget 2.00%: inside", False),
+        ((1.0, right(500, 0)), (0.95, right(500, 25)), "budget 2.00%: outside", True),
+        ((1.0, right(50, 0)), (1.0, right(50, 0)), "not distinguishable from no loss on 50 rows; about ", False),
+        ((1.0, right(500, 0)), (0.974, right(500, 13)), "budget 2.00%: undecided on 500 rows; about ", True),
+    ],
+)
+def test_the_accuracy_gate_judges_the_drop_against_the_served_version_as_the_build_does(
+    served: tuple[float, str | None], new: tuple[float, str | None], said: str, refused: bool
+) -> None:
+    metric = {"name": "acc", "max_drop": 0.02, "served": {"grpc": {"value": new[0], "values": new[1]}}}
+    recorded = {"metrics": {"acc": served[0]}, "values": served[1]}
+    gate: Any = SimpleNamespace(
+        _parity={"metric": metric}, before=1, _recorded=lambda: recorded, spec=DeploymentSpec.load("tests/models/text")
+    )
+    if refused:
+        with pytest.raises(GateFailed, match=re.escape(said)):
+            Candidate.accuracy(gate)
+    else:
+        assert said in Candidate.accuracy(gate)
 
 
 @pytest.mark.slow

@@ -19,11 +19,12 @@ import onnxruntime
 import pytest
 
 from deepseek.precisions import Precision
-from deepseek.spec import Axis, DeploymentSpec, GateFailed, Target
+from deepseek.spec import Axis, DeploymentSpec, GateFailed, InputError, Target
+from deepseek.spec.paired_drop import DropJudgement, PairedRows, judge_drop, values_of
 from export.artifact import engine_path, onnx_path
 from export.model_folder import Predict
 from export.precision import accuracy_budget
-from export.precision.accuracy import metric_drop, parity, similarity
+from export.precision.accuracy import Evaluated, evaluated, metric_drop, paired_drop, parity, similarity
 from export.precision.accuracy_budget import Baseline, measured
 from export.rows import load_rows, save_rows
 from export.runtimes.batching import within_batch
@@ -35,13 +36,8 @@ from tests.conftest import run_module
 IMAGE = DeploymentSpec.load("tests/models/image")
 
 
-def variant(drop: float, speedup: float) -> dict[str, Any]:
-    return {"drop": drop, "speedup": speedup}
-
-
-def seconds_of(variants: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
-    """Rounds in which each variant has its speedup."""
-    return {name: [1 / variant["speedup"]] * 8 for name, variant in variants.items()}
+def judged_by_number(drops: dict[str, float], max_drop: float = 0.01) -> dict[str, DropJudgement]:
+    return {name: judge_drop(drop, None, max_drop=max_drop, candidates=2) for name, drop in drops.items()}
 
 
 THREE = {"fp32": (0, 1), "fp16": (0.001, 1.5), "int8": (0.009, 2)}
@@ -75,15 +71,33 @@ def test_the_fastest_candidate_inside_the_budget_is_chosen_if_it_beats_fp32(
     chosen: str,
     why: dict[str, str],
 ) -> None:
-    variants = {name: variant(*seen) for name, seen in measured_as.items()}
-    found, reasons = choose(variants, candidates, max_drop, seconds_of(variants))
+    judged = judged_by_number({name: drop for name, (drop, _) in measured_as.items()}, max_drop)
+    seconds = {name: [1 / speedup] * 8 for name, (_, speedup) in measured_as.items()}
+    found, reasons = choose(judged, candidates, seconds)
     assert (found, {name: reasons[name] for name in why}) == (chosen, why)
 
 
 def test_a_precision_asked_for_by_name_needs_only_the_budget() -> None:
-    variants = {"fp32": variant(0, 1), "int8": variant(0.01, 0.5)}
-    chosen, reasons = choose(variants, ["int8"], 0.01, seconds_of(variants), asked=True)
+    chosen, reasons = choose(judged_by_number({"fp32": 0, "int8": 0.01}), ["int8"], {}, asked=True)
     assert (chosen, reasons["int8"]) == ("int8", "chosen: asked for, inside the budget")
+
+
+def by_rows(rows: int, lost: int) -> DropJudgement:
+    """The judgement of a candidate that answers `lost` of `rows` rows wrongly, all right before; budget 1 %."""
+    paired = PairedRows.of([1.0] * rows, [0.0] * lost + [1.0] * (rows - lost))
+    return judge_drop(paired.drop, paired, max_drop=0.01, candidates=1)
+
+
+def test_a_candidate_that_may_have_lost_nothing_is_accepted_and_one_that_has_lost_is_not_without_proof() -> None:
+    seconds = {"fp32": [2.0] * 8, "fp16": [1.5] * 8, "int8": [1.0] * 8}
+    judged = {"fp32": by_rows(200, 0), "fp16": by_rows(200, 1), "int8": by_rows(1500, 13)}
+    chosen, reasons = choose(judged, ["fp16", "int8"], seconds)
+    doubt = "not distinguishable from no loss on 200 rows"
+    assert chosen == "fp16"
+    assert reasons["fp16"].startswith(f"chosen: the fastest accepted: {doubt}; about ")
+    assert reasons["int8"].startswith("undecided on 1,500 rows; about ")
+    with pytest.raises(GateFailed, match=r"\(drops: int8 0\.87% \(undecided on 1,500 rows; about .* would decide\)\)"):
+        choose(judged, ["int8"], seconds, asked=True)
 
 
 @pytest.mark.parametrize(
@@ -96,16 +110,16 @@ def test_a_precision_asked_for_by_name_needs_only_the_budget() -> None:
     ids=["within the noise", "slower", "faster"],
 )
 def test_within_the_noise_the_more_accurate_precision_is_served(int8: list[float], chosen: str, why: str) -> None:
-    variants = {name: {"drop": drop} for name, drop in {"int8": -0.001, "fp32": 0.0, "fp16": 0.001}.items()}
+    judged = judged_by_number({"int8": -0.001, "fp32": 0.0, "fp16": 0.001})
     seconds = {"fp32": [1.6] * 20, "fp16": [1.0] * 20, "int8": int8}
-    found, reasons = choose(variants, ["int8", "fp16"], 0.01, seconds)
+    found, reasons = choose(judged, ["int8", "fp16"], seconds)
     assert (found, reasons["int8"]) == (chosen, why)
 
 
 def test_8_bits_that_beat_only_a_slow_fp16_are_not_chosen() -> None:
-    variants: dict[str, Any] = {name: {"drop": 0.001} for name in ("fp32", "int8", "fp16")}
+    judged = judged_by_number({"fp32": 0.001, "int8": 0.001, "fp16": 0.001})
     seconds = {"fp32": [1.0] * 20, "fp16": [1.3] * 20, "int8": [0.98] * 11 + [1.15] * 9}
-    assert choose(variants, ["int8", "fp16"], 0.01, seconds)[0] == "fp32"
+    assert choose(judged, ["int8", "fp16"], seconds)[0] == "fp32"
 
 
 def test_three_of_four_rounds_must_be_faster_and_speed_is_the_median() -> None:
@@ -119,7 +133,7 @@ def test_three_of_four_rounds_must_be_faster_and_speed_is_the_median() -> None:
     add_speed(variants, seconds, 24)
     assert [variant["speedup"] for variant in variants.values()] == [1, 2, 2]
     assert [variant["rows_per_s"] for variant in variants.values()] == [2, 4, 4]
-    chosen, reasons = choose(variants, ["fp16", "int8"], 0.01, seconds)
+    chosen, reasons = choose(judged_by_number(dict.fromkeys(variants, 0.0)), ["fp16", "int8"], seconds)
     assert (chosen, reasons["int8"]) == ("int8", "chosen: the fastest inside the budget")
     assert reasons["fp16"] == "inside, but not distinguishable in speed from fp32 (2.00x)"
 
@@ -137,7 +151,7 @@ def test_if_nothing_is_inside_the_budget_the_error_has_the_drops_and_a_fix(
     drops: tuple[float, float], asked: bool, message: str
 ) -> None:
     with pytest.raises(GateFailed, match=message):
-        choose({"fp32": variant(drops[0], 1), "int8": variant(drops[1], 2)}, ["int8"], 0.01, {}, asked=asked)
+        choose(judged_by_number({"fp32": drops[0], "int8": drops[1]}), ["int8"], {}, asked=asked)
 
 
 def test_rounding_is_no_drop() -> None:
@@ -209,7 +223,8 @@ def baseline(metric: str | None = None, reference: float = 0.8, **changes: Any) 
     source: Any = SimpleNamespace(
         spec=IMAGE.model_copy(update={"precision": precision}), folder=Path("m"), evaluate=lambda _: {"accuracy": 0.6}
     )
-    facts = {"rows": ROWS, "outputs": SCORES, "unpruned_outputs": SCORES, "metrics": {"accuracy": reference}}
+    facts: dict[str, Any] = {"rows": ROWS, "outputs": SCORES, "unpruned_outputs": SCORES}
+    facts["evaluated"] = Evaluated(metrics={"accuracy": reference})
     return Baseline(source=source, predict=scaled(1), **facts | changes)
 
 
@@ -223,7 +238,8 @@ def test_the_drop_is_that_of_the_metric_or_without_one_of_the_outputs() -> None:
     assert (pruned["drop"], pruned["parity"]["features"]["cosine"]) == (pytest.approx(0.5), pytest.approx(1))
 
 
-def test_each_half_of_the_rows_has_its_own_drop_also_with_a_metric() -> None:
+@pytest.mark.parametrize("by_row", [False, True])
+def test_each_half_of_the_rows_has_its_own_drop_also_with_a_metric(by_row: bool) -> None:
     rows = [{"x": np.full((1, 3), place, np.float32)} for place in range(40)]
     answers = [{"scores": row["x"][0], "features": row["x"][0]} for row in rows]
     known = {"outputs": answers, "unpruned_outputs": answers}
@@ -235,9 +251,10 @@ def test_each_half_of_the_rows_has_its_own_drop_also_with_a_metric() -> None:
         """Every fourth row is wrong."""
         return {name: np.where(inputs["x"] % 4 == 0, -1, array) for name, array in reference(inputs).items()}
 
-    def evaluate(predict: Predict) -> dict[str, float]:
+    def evaluate(predict: Predict) -> dict[str, Any]:
         inputs = np.concatenate([row["x"] for row in rows])
-        return {"accuracy": float((predict({"x": inputs})["scores"] == inputs).mean())}
+        right = (predict({"x": inputs})["scores"] == inputs).all(1)
+        return {"accuracy": right if by_row else float(right.mean())}
 
     found = dataclasses.replace(baseline("accuracy", 1.0, rows=rows, **known), predict=reference)
     source: Any = SimpleNamespace(**{**vars(found.source), "evaluate": evaluate})
@@ -245,13 +262,59 @@ def test_each_half_of_the_rows_has_its_own_drop_also_with_a_metric() -> None:
         update={"inputs": {"x": source.spec.inputs["pixels"].model_copy(update={"shape": ("batch", 3)})}}
     )
     source.spec = spec
-    found = dataclasses.replace(found, source=source)
+    found = dataclasses.replace(found, source=source, evaluated=evaluated(source, reference))
     halves = [
         [row["x"][0, 0] % 4 == 0 for row in rows if accuracy_budget._chooses(row) == own] for own in (True, False)
     ]
     assert found.half_sizes() == {"chosen_on": len(halves[0]), "judged_on": len(halves[1])}
-    drops = [found.drop_on_half(wrong, choosing=own) for own in (True, False)]
-    assert drops == pytest.approx([sum(half) / len(half) for half in halves])
+    measured_on = [found.drop_on_half(wrong, choosing=own) for own in (True, False)]
+    assert [drop for drop, _ in measured_on] == pytest.approx([sum(half) / len(half) for half in halves])
+    sizes = [None if paired is None else paired.rows for _, paired in measured_on]
+    assert sizes == ([len(half) for half in halves] if by_row else [None, None])
+
+
+def returning(*metrics: Any) -> Any:
+    """A source whose evaluate() returns these, one a call."""
+    answers = iter(metrics)
+    source = baseline("accuracy").source
+    return SimpleNamespace(**{**vars(source), "evaluate": lambda _: {"accuracy": next(answers), "other": 3}})
+
+
+def test_a_metric_row_by_row_is_the_mean_of_the_rows_that_have_a_value() -> None:
+    found = evaluated(returning([True, False, True, np.nan]), scaled(1))
+    assert found.metrics == {"accuracy": pytest.approx(2 / 3), "other": 3}
+    assert np.array_equal(found.values or [], [1, 0, 1, np.nan], equal_nan=True)
+    assert evaluated(returning(0.5), scaled(1)) == Evaluated(metrics={"accuracy": 0.5, "other": 3})
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "seen"),
+    [
+        ([1, 0, 1], [1, 0], "2 rows, 0 of them without a value for one predict, 3 rows, 0 of them without"),
+        ([1, 0, 1], 0.5, "one number for one predict, 3 rows"),
+        (0.5, [1, 0, 1], "3 rows, 0 of them without a value for one predict, one number for fp32 PyTorch"),
+        ([1, 0, np.nan], [1, 0, 1], "3 rows, 0 of them without a value for one predict, 3 rows, 1 of them"),
+    ],
+)
+def test_rows_that_cannot_be_paired_are_an_input_error(base: Any, own: Any, seen: str) -> None:
+    source = returning(base, own)
+    reference, found = evaluated(source, scaled(1)), evaluated(source, scaled(1))
+    with pytest.raises(InputError, match=rf"m/model.py: evaluate\(\): 'accuracy': {seen}.* must not depend on predict"):
+        paired_drop(source, found, reference)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_row_that_loses_its_value_is_an_infinite_drop(bad: float) -> None:
+    source = returning([1, 1, np.nan], [1, bad, np.nan])
+    reference, found = evaluated(source, scaled(1)), evaluated(source, scaled(1))
+    assert paired_drop(source, found, reference) == (math.inf, None)
+
+
+def test_the_drop_of_paired_rows_is_of_the_rows_with_a_value() -> None:
+    source = returning([1, 1, np.nan, 0, 1], [1, 0, np.nan, 0, 1])
+    reference, found = evaluated(source, scaled(1)), evaluated(source, scaled(1))
+    drop, paired = paired_drop(source, found, reference)
+    assert (drop, paired and paired.rows, paired and paired.drop) == (pytest.approx(1 / 3), 4, pytest.approx(1 / 3))
 
 
 @pytest.mark.parametrize("metric", [None, "accuracy"])
@@ -328,10 +391,10 @@ def test_only_8_bits_have_a_sensitivity_report_and_only_if_needed(text: Path, mo
     names: tuple[Precision, ...] = ("fp16", "int8")
     for name in names:
         onnx_path("text", name).with_name("sensitivity.json").unlink(missing_ok=True)
-    assert [select_precision._sensitivity(spec, name) for name in names] == [None, None]
+    assert [accuracy_budget.sensitivity_of(spec, name) for name in names] == [None, None]
     for name in names:
         onnx_path("text", name).with_name("sensitivity.json").write_text('{"layers": []}')
-    found = [select_precision._sensitivity(spec, name) for name in names]
+    found = [accuracy_budget.sensitivity_of(spec, name) for name in names]
     assert found == [None, {"layers": [], "high": "fp32"}]
 
 
@@ -358,9 +421,14 @@ def test_accuracy_is_measured_once_per_key_and_always_without_one(
 
 def test_the_table_has_a_row_per_precision_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     numbers = {"worst_error": 0.25, "cosine": 0.5, "top_agreement": 0.75}
-    own = {"metrics": {"ndcg": 0.4}, "parity": {"y": numbers, "ids": {"common": 1.0, "top_agreement": 1.0}}}
+    own: dict[str, Any] = {
+        "metrics": {"ndcg": 0.4},
+        "parity": {"y": numbers, "ids": {"common": 1.0, "top_agreement": 1.0}},
+        "judgement": dataclasses.asdict(judged_by_number({"x": 0.01})["x"]),
+        "rows": {"drop": None, "metric": None, "parity": 64},
+    }
     rows = {
-        name: {**variant(0.01, 2), **own, "rows_per_s": 50, "size_bytes": 2048, "reason": f"{name} it is"}
+        name: {**own, "drop": 0.01, "speedup": 2, "rows_per_s": 50, "size_bytes": 2048, "reason": f"{name} it is"}
         for name in ("fp32", "int8")
     }
     layer = {"name": "fc1", "operator": "Gemm", "share": 0.9, "high": True}
@@ -380,6 +448,29 @@ def test_the_table_has_a_row_per_precision_with_the_reason(capsys: pytest.Captur
     assert "PyTorch fp32 1 2.00x" in said
     assert "int8 0.9900 +1.00% 0.25 0.50000 75.0% 2.00x 2.0 KiB" in said
     assert not [line for line in said if "warning" in line]
+
+
+def test_each_number_of_the_table_says_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    """Layers of int8 were chosen on some rows, so its drop is of the others."""
+    numbers = {"worst_error": 0.25, "cosine": 0.5, "top_agreement": 0.75}
+    paired = PairedRows.of([1.0] * 40, [1.0] * 40)
+    judged = judge_drop(0.0, paired, max_drop=0.01, candidates=2)
+    own: dict[str, Any] = {
+        "metrics": {"ndcg": 0.4},
+        "drop": 0.0,
+        "parity": {"y": numbers},
+        "judgement": dataclasses.asdict(judged),
+        "rows": {"drop": 40, "chosen_on": 50, "metric": 90, "parity": 90},
+        "reason": "it is",
+        **{"speedup": 2, "rows_per_s": 50, "size_bytes": 2048},
+    }
+    fixed = {"model": "m", "target": "onnxruntime", "rows": 90, "max_drop": 0.01, "chosen": "int8", "warning": ""}
+    rest = {"metric": "ndcg", "refused": {}, "sensitivity": {}, "pytorch": {"metrics": {"ndcg": 0.5}, "rows_per_s": 1}}
+    show({**fixed, **rest, "variants": {"fp32": own, "int8": own}})
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"int8 0.4000 +0.00% {judged.low:+.2%} to {judged.high:+.2%} 40 0.25 0.50000 75.0% 2.00x 2.0 KiB" in said
+    assert "interval: bounds of the drop, each at 97.50%; rows: those of drop and interval" in said
+    assert "int8: layers were chosen on other rows; drop from 40 rows, ndcg from all 90" in said
 
 
 def test_the_choice_and_each_manifest_have_the_accuracy(built: Path) -> None:
@@ -417,6 +508,38 @@ def test_if_the_metric_of_fp32_is_0_outputs_are_compared_and_a_warning_says_so(t
     assert choice["metric"] == "similarity"
     int8 = choice["variants"]["int8"]
     assert int8["drop"] == pytest.approx(1 - int8["parity"]["embedding"]["cosine"], abs=1e-9)
+
+
+BY_ROW = (
+    '{"self_retrieval": float(np.mean(nearest == np.arange(len(originals))))}',
+    '{"self_retrieval": nearest == np.arange(len(originals))}',
+)
+
+
+def test_a_metric_row_by_row_has_an_interval_in_the_table_the_choice_and_the_manifest(text: Path) -> None:
+    model = text / "models" / "text" / "model.py"
+    model.write_text(model.read_text().replace(*BY_ROW))
+    run = stage(text, "select_precision")
+    assert run.returncode == 0, run.stderr
+    assert "interval: bounds of the drop, each at " in run.stdout
+    choice = json.loads((text / "build" / "text" / "choice-onnxruntime.json").read_text())
+    found = choice["variants"]["int8"]
+    judged = DropJudgement(**found["judgement"])
+    assert (judged.rows, found["rows"]) == (32, {"drop": 32, "metric": 32, "parity": 32})
+    assert judged.low is not None
+    assert "values" not in found
+    told = json.loads((text / "build" / "text" / "int8" / "manifest.json").read_text())["accuracy"]
+    assert (told["judgement"], told["rows"]) == (found["judgement"], found["rows"])
+    assert np.mean(values_of(told["values"])) == pytest.approx(found["metrics"]["self_retrieval"])
+
+
+def test_rows_that_depend_on_predict_end_the_command_with_one_line(text: Path) -> None:
+    model = text / "models" / "text" / "model.py"
+    code = model.read_text().replace(BY_ROW[0], '{"self_retrieval": CALLS.append(1) or np.ones(len(CALLS))}')
+    model.write_text(code + "\n\nCALLS = []\n")
+    run = stage(text, "select_precision", "--precision", "fp32")
+    assert (run.returncode, len(run.stderr.splitlines())) == (2, 1), run.stderr
+    assert "which rows have a value must not depend on predict" in run.stderr
 
 
 def test_an_unbuilt_precision_is_an_input_error_that_says_how_to_build_it(text: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from deepseek.quantization import HighPrecision, QuantConfig
 from deepseek.spec import build_dir
+from deepseek.spec.paired_drop import DropJudgement, judge_drop
 from export.artifact import json_text
 from export.model_folder import ModelFolder
 from export.precision import sensitivity
@@ -111,7 +112,13 @@ def test_a_choice_that_keeps_the_budget_only_on_its_own_rows_does_not_hold(monke
     monkeypatch.setattr(sensitivity, "with_high", lambda model, names: model)
     graph: Any = "graph"
     drops = {True: 0.001, False: 0.03}
-    _, report = sensitivity_pass(graph, lambda model: [], lambda model: 0.5, lambda model, own: drops[own], 0.01)
+
+    def judged(drop: float) -> DropJudgement:
+        return judge_drop(drop, None, max_drop=0.01, candidates=1)
+
+    _, report = sensitivity_pass(
+        graph, lambda model: [], lambda model: judged(0.5), lambda model, own: judged(drops[own])
+    )
     assert (report["held"], report["drop"]) == (False, 0.03)
     assert report["tried"] == [{"high": 1, "drop": 0.001}]
     told = "int8 misses the budget on the rows that judge: drop 3.00%, 1.00% allowed"

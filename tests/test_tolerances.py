@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from deepseek.spec import DeploymentSpec, InputError, ParitySpec, Precision
+from deepseek.spec.paired_drop import judge_drop
 from export.checks.parity_cases import beyond, failures
 from export.precision.accuracy import parity
 from tests.test_parity import TEXT, TOML
@@ -18,7 +20,9 @@ from tests.test_parity import TEXT, TOML
 
 @pytest.mark.parametrize("drop", [0.011, np.inf, np.nan])
 def test_a_metric_that_drops_too_far_fails_for_that_protocol(drop: float) -> None:
-    metric = {"name": "accuracy", "max_drop": 0.01, "served": {"http": {"drop": 0.01}, "grpc": {"drop": drop}}}
+    judged = [asdict(judge_drop(each, None, max_drop=0.01, candidates=2)) for each in (0.01, drop)]
+    served = {"http": {"judgement": judged[0]}, "grpc": {"judgement": judged[1]}}
+    metric = {"name": "accuracy", "max_drop": 0.01, "served": served}
     assert len(failures([], metric)) == 1
     assert failures([], metric)[0].startswith("accuracy over grpc: drop ")
 

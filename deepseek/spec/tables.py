@@ -105,7 +105,8 @@ class PrecisionSpec(Table):
     candidates: tuple[Precision, ...] = Field(("fp16", "int8"), min_length=1)
     """Precisions to build and compare with fp32. fp32 is served if no candidate is faster within the budget."""
     metric: str | None = None
-    """A key of the dict that `evaluate()` in model.py returns; larger is better. Absent: similarity of the outputs."""
+    """A key of the dict that `evaluate()` in model.py returns; larger is better. Absent: similarity of the outputs.
+    A metric row by row gives each loss an interval."""
     max_drop: float = Field(0.01, ge=0, le=1)
     """Largest allowed loss, relative to fp32 PyTorch: 0.01 is 1 %."""
     calibration_method: Literal["auto", "max", "entropy"] = "auto"

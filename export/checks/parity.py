@@ -52,6 +52,7 @@ from deepseek.spec import (
     kept_for_json,
     variables_for,
 )
+from deepseek.spec.paired_drop import DropJudgement
 from export.artifact import json_text, staged
 from export.checks.parity_cases import (
     SPECIAL_ROW,
@@ -247,7 +248,7 @@ def run_trials(
             for judge in judges:
                 compare_specials(judge, rows, reference, tolerance, gate=gate)
     with log.status("the task metric"):
-        metric = compare_metric(source, reference, judges)
+        metric = compare_metric(source, reference, judges, precision)
     return {"tolerance": tolerance.model_dump(), "batching": batching, "metric": metric}
 
 
@@ -288,7 +289,7 @@ def show(result: dict[str, Any]) -> None:
     for protocol, value in metric.get("served", {}).items():
         print(
             f"{metric['name']} over {protocol}: {value['value']:.4f}, {metric['against']} {metric['pytorch']:.4f}: "
-            f"drop {value['drop']:+.2%}, allowed {metric['max_drop']:.2%}"
+            f"{DropJudgement(**value['judgement']).reason}"
         )
 
 

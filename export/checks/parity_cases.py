@@ -11,13 +11,15 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from deepseek.spec import BATCH, DeploymentSpec, InputError, ParitySpec, Tolerance
+from deepseek.spec import BATCH, DeploymentSpec, InputError, ParitySpec, Precision, Tolerance
+from deepseek.spec.paired_drop import DropJudgement, values_text
 from export.artifact import pruning_of
 from export.model_folder import ModelFolder, Predict
-from export.precision.accuracy import metric_drop, parity, task_metrics, too_small
+from export.precision.accuracy import evaluated, paired_drop, parity, too_small
+from export.precision.accuracy_budget import Baseline, judged, sensitivity_of
 from export.rows import Row
 from export.runtimes.batching import outputs_of
 from export.runtimes.pytorch_predictor import module_predictor
@@ -249,27 +251,42 @@ def compare_specials(
             )
 
 
-def compare_metric(source: ModelFolder, reference: Predict, judges: list[EndpointComparison]) -> dict[str, Any]:
+def compare_metric(
+    source: ModelFolder, reference: Predict, judges: list[EndpointComparison], precision: Precision
+) -> dict[str, Any]:
     """The task metric of PyTorch and of each endpoint, and the drop; empty if the spec has no metric.
 
-    The drop is against the model that the user brought, as in the build: for a pruned model, the unpruned one.
+    Judged as in the build: against the model that the user brought (for a pruned model, the unpruned one), on the rows
+    that judge a graph whose layers were chosen on the others, and by the same interval.
     """
-    metric = source.spec.precision.metric
+    spec, metric = source.spec, source.spec.precision.metric
     if metric is None:
         return {}
-    pruned = bool(pruning_of(source.spec.name))
-    brought = module_predictor(source.spec, source.unpruned()) if pruned else reference
-    base = task_metrics(source, brought)[metric]
+    pruned = bool(pruning_of(spec.name))
+    base = evaluated(source, module_predictor(spec, source.unpruned()) if pruned else reference)
+    halved = bool((sensitivity_of(spec, precision) or {}).get("judged")) and not too_small(spec, base.metrics)
+    baseline = Baseline.of(source, reference) if halved else None
     served: dict[str, dict[str, Any]] = {}
     for judge in judges:
         try:
-            value = task_metrics(source, judge.predict)[metric]
-            drop = 0.0 if too_small(source.spec, {metric: base}) else metric_drop(metric, value, base)
-            served[judge.protocol] = {"value": value, "drop": drop}
+            found = evaluated(source, judge.predict)
+            if baseline is not None:
+                drop, paired = baseline.drop_on_half(judge.predict, choosing=False)
+            else:
+                drop, paired = (0.0, None) if too_small(spec, base.metrics) else paired_drop(source, found, base)
+            values = None if found.values is None else values_text(found.values)
+            facts: dict[str, Any] = {"value": found.metrics[metric], "drop": drop, "values": values}
         except RequestRefused as error:
-            served[judge.protocol] = {"value": math.nan, "drop": math.inf, "refused": str(error)}
-    facts = {"max_drop": source.spec.precision.max_drop, "against": "unpruned PyTorch" if pruned else "PyTorch"}
-    return {"name": metric, **facts, "pytorch": base, "served": served}
+            facts, paired = {"value": math.nan, "drop": math.inf, "values": None, "refused": str(error)}, None
+        served[judge.protocol] = {**facts, "judgement": asdict(judged(spec, facts["drop"], paired))}
+    against = "unpruned PyTorch" if pruned else "PyTorch"
+    return {
+        "name": metric,
+        "max_drop": spec.precision.max_drop,
+        "against": against,
+        "pytorch": base.metrics[metric],
+        "served": served,
+    }
 
 
 def trials(spec: DeploymentSpec, rows: list[Row]) -> Iterator[tuple[str, Outputs]]:
@@ -286,7 +303,7 @@ def failures(checks: list[ParityCheck], metric: dict[str, Any]) -> list[str]:
         f"{check.at} over {check.protocol}, {check.output}: {check.verdict}" for check in checks if not check.holds
     ]
     for protocol, value in metric.get("served", {}).items():
-        if not value["drop"] <= metric["max_drop"]:
-            reason = value.get("refused", f"drop {value['drop']:.2%} > {metric['max_drop']:.2%}")
-            found.append(f"{metric['name']} over {protocol}: {reason}")
+        judgement = DropJudgement(**value["judgement"])
+        if not judgement.accepted:
+            found.append(f"{metric['name']} over {protocol}: {value.get('refused', judgement.reason)}")
     return found

@@ -6,11 +6,13 @@ import math
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Console
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError
+from deepseek.spec.paired_drop import PairedRows
 from export.model_folder import ModelFolder, Predict, check_inputs
 from export.rows import Row, join
 from export.runtimes.batching import within_batch
@@ -135,15 +137,25 @@ def similarity(report: dict[str, dict[str, float]]) -> float:
     return min(output.get("cosine", output.get("common", 0.0)) for output in report.values())
 
 
-def task_metrics(source: ModelFolder, predict: Predict) -> dict[str, float]:
-    """The metrics that model.py's evaluate() returns for `predict`; empty if deploy.toml names no metric.
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What evaluate() returned for one predictor."""
+
+    metrics: dict[str, float]
+    """Each metric as one number; the mean of its rows, if it came row by row."""
+    values: list[float] | None = None
+    """The budget's metric row by row, NaN for a row without a value; None if evaluate() gave one number."""
+
+
+def evaluated(source: ModelFolder, predict: Predict) -> Evaluated:
+    """What model.py's evaluate() returns for `predict`; empty if deploy.toml names no metric.
 
     Raises InputError if evaluate() calls `predict` with inputs outside the signature, does not return a dict of
-    numbers, or does not return the metric.
+    numbers or of rows of numbers, or does not return the metric.
     """
     metric = source.spec.precision.metric
     if metric is None:
-        return {}
+        return Evaluated(metrics={})
     if source.evaluate is None:
         raise InputError(
             f"{source.folder / 'deploy.toml'}: precision.metric: seen {metric!r}, but model.py has no "
@@ -158,17 +170,28 @@ def task_metrics(source: ModelFolder, predict: Predict) -> dict[str, float]:
 
     returned = source.evaluate(asked)
     try:
-        found = {str(name): float(value) for name, value in returned.items()}
+        arrays = {str(name): np.asarray(value, np.float64) for name, value in returned.items()}
     except (AttributeError, TypeError, ValueError):
         raise InputError(
             f"{file}: evaluate() returned {str(returned)[:100]}; a dict of names and numbers is needed, such as "
-            f"{{{metric!r}: 0.9}}"
+            f"{{{metric!r}: 0.9}}, or of names and arrays with one number a row"
         ) from None
-    if metric not in found:
+    for name, array in arrays.items():
+        if array.ndim > 1 or (array.ndim == 1 and np.isnan(array).all()):
+            seen = f"shape {list(array.shape)}" if array.ndim > 1 else f"none of {array.size} rows has a value"
+            raise InputError(
+                f"{file}: evaluate(): {name!r}: {seen}; a number is needed, or an array with one number a row (NaN for "
+                "a row without a value)"
+            )
+    if metric not in arrays:
         raise InputError(
-            f"{source.folder / 'deploy.toml'}: precision.metric: seen {metric!r}; evaluate() returns {', '.join(found)}"
+            f"{source.folder / 'deploy.toml'}: precision.metric: seen {metric!r}; evaluate() returns "
+            f"{', '.join(arrays)}"
         )
-    return found
+    return Evaluated(
+        metrics={name: float(np.nanmean(array) if array.ndim else array) for name, array in arrays.items()},
+        values=arrays[metric].tolist() if arrays[metric].ndim else None,
+    )
 
 
 def too_small(spec: DeploymentSpec, reference: Mapping[str, float]) -> str:
@@ -198,25 +221,56 @@ def metric_drop(metric: str, value: float, reference: float) -> float:
     return round((reference - value) / reference, DROP_DIGITS)
 
 
-def check_metric(source: ModelFolder, predict: Predict, log: Console) -> dict[str, float]:
-    """`task_metrics` of fp32 PyTorch; raises InputError if the metric is not positive, or smaller seems better.
+def paired_drop(
+    source: ModelFolder, found: Evaluated, baseline: Evaluated, *, share: float = 1.0
+) -> tuple[float, PairedRows | None]:
+    """The drop of the budget's metric, and what its rows say about it; None without rows.
+
+    `share`: as in `PairedRows.of`. The drop is infinite if a row has a value in the baseline and none in `found`.
+    Raises InputError if the rows cannot be paired, or if `metric_drop` does.
+    """
+    metric = str(source.spec.precision.metric)
+    if found.values is None and baseline.values is None:
+        return metric_drop(metric, found.metrics[metric], baseline.metrics[metric]), None
+    own, base = (np.array(math.nan if each.values is None else each.values) for each in (found, baseline))
+    valued = ~np.isnan(base)
+    if own.shape != base.shape or not np.isnan(own[~valued]).all():
+        seen = [_rows_text(each) for each in (found, baseline)]
+        raise InputError(
+            f"{source.folder / 'model.py'}: evaluate(): {metric!r}: {seen[0]} for one predict, {seen[1]} for fp32 "
+            "PyTorch; which rows have a value must not depend on predict: give a row that fails its worst value"
+        )
+    if not np.isfinite(own[valued]).all() or not np.isfinite(base[valued]).all():
+        return math.inf, None
+    drop = metric_drop(metric, float(own[valued].mean()), float(base[valued].mean()))
+    return drop, PairedRows.of(base[valued].tolist(), own[valued].tolist(), share=share)
+
+
+def _rows_text(each: Evaluated) -> str:
+    if each.values is None:
+        return "one number"
+    return f"{len(each.values)} rows, {int(np.isnan(each.values).sum())} of them without a value"
+
+
+def check_metric(source: ModelFolder, predict: Predict, log: Console) -> Evaluated:
+    """`evaluated` of fp32 PyTorch; raises InputError if the metric is not positive, or smaller seems better.
 
     Smaller is better if the metric becomes far larger when rows get the outputs of other rows. If it becomes a little
     larger, only a note is printed: a model near chance does the same.
     """
-    metric, metrics = source.spec.precision.metric, task_metrics(source, predict)
-    if metric is None or too_small(source.spec, metrics):
-        return metrics
-    own = metrics[metric]
+    metric, found = source.spec.precision.metric, evaluated(source, predict)
+    if metric is None or too_small(source.spec, found.metrics):
+        return found
+    own = found.metrics[metric]
     metric_drop(metric, own, own)
     dealt: list[float] = []
     for distance in DISTANCES:  # the first is usually enough
         try:
-            dealt.append(task_metrics(source, _dealt(predict, distance))[metric])
+            dealt.append(evaluated(source, _dealt(predict, distance)).metrics[metric])
         except InputError:  # evaluate() needs outputs that match its rows
-            return metrics
+            return found
         if not dealt[-1] > LEAST_WORSE * own:
-            return metrics
+            return found
     least, most = min(dealt), max(dealt)
     said = f"{metric} of fp32 PyTorch is {own:g}, and {least:g} or more if rows get the outputs of other rows"
     if least > FAR_WORSE * own and least - own > most - least:
@@ -225,7 +279,7 @@ def check_metric(source: ModelFolder, predict: Predict, log: Console) -> dict[st
             "is no better than chance"
         )
     log.print(f"note: {said}: the model is no better than chance, or a smaller metric is better", soft_wrap=True)
-    return metrics
+    return found
 
 
 def _dealt(predict: Predict, distance: int) -> Predict:

@@ -5,7 +5,9 @@ scores 0, drop = 1 - similarity of the outputs. Similarity is, for floats, the m
 per row, the cosine over all rows minus fp32's mean); for integers, the share of common entries; for flags, the mean of
 that share over True and over False.
 
-If the sensitivity pass chose layers by the drop, it did so on one half of the rows, and the other half judges.
+If evaluate() returns the metric row by row, the drop has an interval (`deepseek.spec.paired_drop`), and `judged`
+decides by it; else by the number alone. If the sensitivity pass chose layers by the drop, it did so on one half of the
+rows, and the other half judges.
 """
 
 from __future__ import annotations
@@ -14,18 +16,28 @@ import dataclasses
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from deepseek.spec import GateFailed, Precision, build_dir
+from deepseek.precisions import EIGHT_BITS
+from deepseek.spec import DeploymentSpec, GateFailed, Precision, build_dir
 from deepseek.spec.files.folders import scratch_in
-from export.artifact import pruning_of
+from deepseek.spec.paired_drop import DropJudgement, PairedRows, judge_drop, values_text
+from export.artifact import onnx_path, pruning_of, read_manifest
 from export.cache import fill, refined, stage_key
 from export.model_folder import ModelFolder, Predict
-from export.precision.accuracy import metric_drop, parity, similarity, task_metrics, too_small
+from export.precision.accuracy import (
+    Evaluated,
+    evaluated,
+    metric_drop,
+    paired_drop,
+    parity,
+    similarity,
+    too_small,
+)
 from export.rows import Row, load_rows
 from export.runtimes.batching import outputs_of
 from export.runtimes.pytorch_predictor import module_predictor, torch_predictor
@@ -44,8 +56,12 @@ class Baseline:
     rows: list[Row]
     outputs: list[Row]
     unpruned_outputs: list[Row]
-    metrics: dict[str, float]
+    evaluated: Evaluated
     """Metrics of the unpruned module."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.evaluated.metrics
 
     @classmethod
     def of(cls, source: ModelFolder, predict: Predict | None = None) -> Baseline:
@@ -63,60 +79,108 @@ class Baseline:
             rows=rows,
             outputs=outputs,
             unpruned_outputs=unpruned_outputs,
-            metrics=task_metrics(source, unpruned),
+            evaluated=evaluated(source, unpruned),
         )
 
     def measure(self, predict: Predict) -> dict[str, Any]:
-        """The drop, metrics and parity of a variant; a NaN or Inf that PyTorch does not give is an infinite drop."""
-        spec = self.source.spec
-        outputs = outputs_of(spec, predict, self.rows)
-        report = parity(spec, outputs, self.outputs)
-        metrics = task_metrics(self.source, predict)
-        metric = spec.precision.metric
-        if metric is None or too_small(spec, self.metrics):
-            drop = metric_drop("similarity", similarity(parity(spec, outputs, self.unpruned_outputs)), 1.0)
+        """A variant's drop, metrics and parity, ready for JSON; `rows` says how many rows each number is of.
+
+        A NaN or Inf that PyTorch does not give is an infinite drop. `rows` has None for a metric of one number.
+        """
+        outputs = outputs_of(self.source.spec, predict, self.rows)
+        report = parity(self.source.spec, outputs, self.outputs)
+        found = evaluated(self.source, predict)
+        if self._by_similarity:
+            same = parity(self.source.spec, outputs, self.unpruned_outputs)
+            drop, paired = metric_drop("similarity", similarity(same), 1.0), None
         else:
-            drop = metric_drop(metric, metrics[metric], self.metrics[metric])
+            drop, paired = paired_drop(self.source, found, self.evaluated)
+        if not _finite(report) or not math.isfinite(drop):
+            drop, paired = math.inf, None
+        rows = {
+            "drop": len(self.rows) if self._by_similarity else None if paired is None else paired.rows,
+            "metric": None if found.values is None else int(np.isfinite(found.values).sum()),
+            "parity": len(self.rows),
+        }
         return {
-            "drop": drop if _finite(report) and math.isfinite(drop) else math.inf,
-            "metrics": metrics,
+            "drop": drop,
+            "paired": None if paired is None else dataclasses.asdict(paired),
+            "rows": rows,
+            "metrics": found.metrics,
+            "values": None if found.values is None else values_text(found.values),
             "parity": report,
         }
 
-    def drop_on_half(self, predict: Predict, *, choosing: bool) -> float:
+    @property
+    def _by_similarity(self) -> bool:
+        spec = self.source.spec
+        return spec.precision.metric is None or bool(too_small(spec, self.metrics))
+
+    def drop_on_half(self, predict: Predict, *, choosing: bool) -> tuple[float, PairedRows | None]:
         """The drop on one half of the rows: `choosing` is the half on which layers are chosen, the other one judges.
 
-        evaluate() cannot be given a half: it runs over all rows, PyTorch answers those of the other half, and the drop
-        is divided by the share of rows that the variant answered.
+        evaluate() cannot be given a half: it runs over all rows, PyTorch answers those of the other half, and the
+        losses are divided by the share of rows that the variant answered.
         """
         places = [place for place, row in enumerate(self.rows) if _chooses(row) == choosing]
-        part = dataclasses.replace(
-            self,
-            rows=[self.rows[place] for place in places],
-            outputs=[self.outputs[place] for place in places],
-            unpruned_outputs=[self.unpruned_outputs[place] for place in places],
-        )
         if not 0 < len(places) < len(self.rows):
             raise _too_few_rows()
-        metric = self.source.spec.precision.metric
-        if metric is None or too_small(self.source.spec, self.metrics):
-            return float(part.measure(predict)["drop"])
+        outputs = outputs_of(self.source.spec, predict, [self.rows[place] for place in places])
+        if not _finite(parity(self.source.spec, outputs, [self.outputs[place] for place in places])):
+            return math.inf, None
+        if self._by_similarity:
+            unpruned = [self.unpruned_outputs[place] for place in places]
+            return metric_drop("similarity", similarity(parity(self.source.spec, outputs, unpruned)), 1.0), None
         mixed = _Mixed(predict, self.predict, choosing)
-        drop = metric_drop(metric, task_metrics(self.source, mixed)[metric], self.metrics[metric])
-        if not _finite(parity(self.source.spec, outputs_of(self.source.spec, predict, part.rows), part.outputs)):
-            return math.inf
-        own = 0.0  # the drop of pruning alone
-        if pruning_of(self.source.spec.name):
-            own = metric_drop(metric, task_metrics(self.source, self.predict)[metric], self.metrics[metric])
+        found = evaluated(self.source, mixed)
         if not 0 < mixed.share < 1:
             raise _too_few_rows()
-        found = own + (drop - own) / mixed.share
-        return found if math.isfinite(found) else math.inf
+        pruned = evaluated(self.source, self.predict) if pruning_of(self.source.spec.name) else self.evaluated
+        drop, paired = paired_drop(
+            self.source, _rescaled(found, pruned, mixed.share), self.evaluated, share=mixed.share
+        )
+        return (drop, paired) if math.isfinite(drop) else (math.inf, None)
 
     def half_sizes(self) -> dict[str, int]:
         """Evaluation rows on which layers are chosen, and on which the choice is judged."""
         chosen_on = sum(map(_chooses, self.rows))
         return {"chosen_on": chosen_on, "judged_on": len(self.rows) - chosen_on}
+
+
+def judged(spec: DeploymentSpec, drop: float, paired: PairedRows | None) -> DropJudgement:
+    """The judgement of a drop against deploy.toml's budget."""
+    budget = spec.precision
+    return judge_drop(drop, paired, max_drop=budget.max_drop, candidates=len(budget.candidates))
+
+
+def judged_variant(spec: DeploymentSpec, measured: Mapping[str, Any]) -> DropJudgement:
+    """The judgement of a drop and its rows as `Baseline.measure` returns them."""
+    return judged(spec, measured["drop"], PairedRows(**measured["paired"]) if measured["paired"] else None)
+
+
+def sensitivity_of(spec: DeploymentSpec, name: Precision) -> dict[str, Any] | None:
+    """The sensitivity report and the precision of the layers kept high; None if there was no sensitivity pass.
+
+    If it has "judged", layers were chosen on one half of the rows, and only the other half may judge the drop.
+    """
+    path = onnx_path(spec.name, name)
+    report = path.with_name("sensitivity.json")
+    if name not in EIGHT_BITS or not report.is_file():
+        return None
+    return {**json.loads(report.read_text()), "high": read_manifest(path).settings["high_precision"]}
+
+
+def _rescaled(mixed: Evaluated, reference: Evaluated, share: float) -> Evaluated:
+    """Metrics with the losses against `reference` divided by the share of rows in which there may be one."""
+
+    def scaled(value: float, base: float) -> float:
+        return base - (base - value) / share
+
+    values = mixed.values
+    if values is not None and reference.values is not None and len(values) == len(reference.values):
+        values = list(map(scaled, values, reference.values))
+    metrics = {name: scaled(value, reference.metrics[name]) for name, value in mixed.metrics.items()}
+    return Evaluated(metrics=metrics, values=values)
 
 
 def _finite(report: dict[str, dict[str, float]]) -> bool:

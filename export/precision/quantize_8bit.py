@@ -18,7 +18,7 @@ from deepseek.spec import DeploymentSpec
 from export.artifact import onnx_path
 from export.model_folder import ModelFolder
 from export.precision.accuracy import too_small
-from export.precision.accuracy_budget import Baseline
+from export.precision.accuracy_budget import Baseline, judged, judged_variant
 from export.precision.calibrated_graph import UnpublishedGraphs, finished, kept_calibration
 from export.precision.calibration import Calibration, lengths_of, stratified
 from export.precision.calibration_curve import calibration_curve, would_more_help
@@ -50,9 +50,8 @@ def to_8_bits(
         model, reports["sensitivity"] = sensitivity_pass(
             model,
             graphs.over(calibration.rows[:RANKING_ROWS]),
-            lambda graph: baseline.measure(graphs.predict(graph))["drop"],
-            lambda graph, choosing: baseline.drop_on_half(graphs.predict(graph), choosing=choosing),
-            spec.precision.max_drop,
+            lambda graph: judged_variant(spec, baseline.measure(graphs.predict(graph))),
+            lambda graph, choosing: judged(spec, *baseline.drop_on_half(graphs.predict(graph), choosing=choosing)),
         )
         if reports["sensitivity"]["layers"]:
             reports["sensitivity"]["rows"] = baseline.half_sizes()

@@ -1,8 +1,8 @@
 """Finds the layers to keep in high precision if an 8-bit graph breaks the accuracy budget.
 
 Contract: ranks the quantized layers by the output error that each causes alone, on calibration rows. Then keeps the
-worst ones high: the fewest that bring the drop on one half of the evaluation split inside the budget. The other half
-judges the choice. Nothing is recalibrated.
+worst ones high: the fewest that bring the drop on one half of the evaluation split inside the budget, by its number.
+The other half judges the choice, with an interval if there is one. Nothing is recalibrated.
 
 Share of a layer: its part of the sum of the squared output errors that each layer causes alone, averaged over the
 outputs. Errors of single layers add up about like independent noise.
@@ -19,6 +19,7 @@ import onnx
 from rich import box
 from rich.table import Table
 
+from deepseek.spec.paired_drop import DropJudgement, interval_text
 from export.precision.accuracy import common
 from export.precision.qdq import quantized_layers, with_high
 from export.rows import Row
@@ -93,17 +94,16 @@ def fewest_high(
 def sensitivity_pass(
     model: onnx.ModelProto,
     run: Run,
-    drop_of: Callable[[onnx.ModelProto], float],
-    drop_on_half: Callable[[onnx.ModelProto, bool], float],
-    max_drop: float,
+    judged: Callable[[onnx.ModelProto], DropJudgement],
+    judged_on_half: Callable[[onnx.ModelProto, bool], DropJudgement],
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """The graph that is inside the budget, and the report; `model` itself if no graph is.
+    """The graph that the budget accepts, and the report; `model` itself if it accepts no graph.
 
-    `drop_on_half` takes a graph, and whether the half of the rows is the one to choose on or the one to judge on. If
-    `model` is inside the budget, that one measurement is the only cost.
+    `judged_on_half` takes a graph, and whether the half of the rows is the one to choose on or the one to judge on. If
+    the budget accepts `model`, that one measurement is the only cost.
     """
-    drop = drop_of(model)
-    report: dict[str, Any] = {"max_drop": max_drop, "drop": drop, "held": drop <= max_drop, "layers": [], "tried": []}
+    found = judged(model)
+    report: dict[str, Any] = {"max_drop": found.max_drop, **_facts(found), "layers": [], "tried": []}
     if report["held"]:
         return model, report
     layers = quantized_layers(model)
@@ -111,7 +111,7 @@ def sensitivity_pass(
         return model, report
     shares = layer_shares(model, run)
     high, report["tried"] = fewest_high(
-        list(shares), lambda names: drop_on_half(with_high(model, names), True), max_drop
+        list(shares), lambda names: judged_on_half(with_high(model, names), True).drop, found.max_drop
     )
     report["layers"] = [
         {"name": name, "operator": layers[name], "share": share, "high": name in (high or ())}
@@ -119,10 +119,15 @@ def sensitivity_pass(
     ]
     if high is None:
         return model, report
-    found = with_high(model, high)
-    drop = drop_on_half(found, False)
-    report |= {"held": drop <= max_drop, "drop": drop, "judged": True}
-    return found, report
+    graph = with_high(model, high)
+    report |= {**_facts(judged_on_half(graph, False)), "judged": True}
+    return graph, report
+
+
+def _facts(found: DropJudgement) -> dict[str, Any]:
+    """A judgement in a report."""
+    bounds = None if found.low is None else [found.low, found.high]
+    return {"drop": found.drop, "interval": bounds, "verdict": found.verdict, "held": found.accepted}
 
 
 def verdict(report: dict[str, Any], precision: str, high: str) -> str:
@@ -131,13 +136,15 @@ def verdict(report: dict[str, Any], precision: str, high: str) -> str:
     In a report read from JSON, an infinite drop is None.
     """
     allowed, drop = f"{report['max_drop']:.2%} allowed", _percent(report["drop"])
+    if report.get("interval") and None not in report["interval"]:
+        drop += f" ({interval_text(*report['interval'])})"
     halves = "; layers chosen on {chosen_on} rows, judged on {judged_on} others"
     told = halves.format(**report["rows"]) if "rows" in report else ""
     if not report["layers"]:
-        return f"drop {drop}, {'inside' if report['held'] else 'outside'} the {allowed}"
+        return f"drop {drop}, {_standing(report, allowed)}"
     if report["held"]:
         kept = sum(layer["high"] for layer in report["layers"])
-        return f"{kept} of {len(report['layers'])} layers stay {high}; drop {drop}, inside the {allowed}{told}"
+        return f"{kept} of {len(report['layers'])} layers stay {high}; drop {drop}, {_standing(report, allowed)}{told}"
     if report.get("judged"):
         return f"{precision} misses the budget on the rows that judge: drop {drop}, {allowed}{told}"
     line = f"{precision} cannot meet the budget: drop {drop}, {allowed}"
@@ -147,6 +154,11 @@ def verdict(report: dict[str, Any], precision: str, high: str) -> str:
             f"; at best {_percent(least['drop'])}, with {least['high']} of {len(report['layers'])} layers kept {high}"
         )
     return line
+
+
+def _standing(report: dict[str, Any], allowed: str) -> str:
+    word = report.get("verdict", "inside" if report["held"] else "outside")
+    return f"{word} the {allowed}" if word in ("inside", "outside") else f"{word}, {allowed}"
 
 
 def _percent(drop: float | None) -> str:

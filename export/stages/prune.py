@@ -3,7 +3,7 @@
 Contract: prunes the module of `load()` and fine-tunes it in place with model.py's `finetune(module)`. Without that
 function, the pruned module learns the unpruned one's outputs on the calibration rows. The evaluation split is used only
 for the verdict, before and after. Writes `build/<name>/pruned.safetensors`, which every later stage uses, and
-`pruning.json`. Exit 1 if the drop exceeds deploy.toml's `max_drop`; then nothing is written. A killed fine-tuning
+`pruning.json`. Exit 1 if deploy.toml's budget refuses the drop; then nothing is written. A killed fine-tuning
 resumes. Results are cached, unless model.py has `finetune` or `evaluate` but no `fingerprint` of the data they read.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,21 @@ from deepseek.pruning.distillation import distil
 from deepseek.pruning.prunable import Inputs
 from deepseek.spec import GateFailed, build_dir, kept_for_json
 from deepseek.spec.files.folders import scratch_in
+from deepseek.spec.paired_drop import DropJudgement, PairedRows
 from export.artifact import Stopwatch, human_bytes, pruned_path, pruning_path, publish
 from export.cache import fill, refined, stage_key
 from export.model_folder import ModelFolder, Predict
-from export.precision.accuracy import check_metric, metric_drop, parity, similarity, task_metrics, too_small
+from export.precision.accuracy import (
+    Evaluated,
+    check_metric,
+    evaluated,
+    metric_drop,
+    paired_drop,
+    parity,
+    similarity,
+    too_small,
+)
+from export.precision.accuracy_budget import judged_variant
 from export.rows import Row, batches, row_digests
 from export.runtimes.batching import outputs_of
 from export.runtimes.pytorch_predictor import module_predictor
@@ -54,10 +66,10 @@ def prune_source(source: ModelFolder, ratio: float) -> dict[str, Any]:
     with scratch_in(path.parent) as scratch:
         fill(scratch, key, lambda folder: _prune(source, original, config, _batches(source, rows), evaluation, folder))
         report = json.loads((scratch / pruning_path(spec.name).name).read_text())
-        result: dict[str, Any] = {**report, "max_drop": spec.precision.max_drop}  # a cached report may have another one
-        if result["drop"] <= result["max_drop"]:
+        judged = judged_variant(spec, report)  # a cached report may be of another budget
+        if judged.accepted:
             publish(scratch, path)
-    return result
+    return {**report, "max_drop": spec.precision.max_drop, "judgement": asdict(judged)}
 
 
 def _prune(
@@ -77,15 +89,17 @@ def _prune(
     before_tuning = judge.value(module)
     how = _finetune(source, module, original, data)
     pruned = judge.value(module)
+    drop, paired = judge.drop(pruned)
     shutil.rmtree(_checkpoints(source), ignore_errors=True)  # the run has ended; the next may have other settings
     result = {
         "model": spec.name,
         "ratio": config.ratio,
         "metric": judge.metric,
-        "unpruned": judge.unpruned,
-        "before_finetuning": before_tuning,
-        "pruned": pruned,
-        "drop": metric_drop(judge.metric, pruned[judge.metric], judge.unpruned[judge.metric]),
+        "unpruned": judge.unpruned.metrics,
+        "before_finetuning": before_tuning.metrics,
+        "pruned": pruned.metrics,
+        "drop": drop,
+        "paired": None if paired is None else asdict(paired),
         "max_drop": spec.precision.max_drop,
         "finetuned": how,
         **_facts(report),
@@ -132,19 +146,26 @@ class _PruningMetric:
         self.source, self.rows = source, rows
         predict = module_predictor(source.spec, original)
         self.unpruned = check_metric(source, predict, log)
-        if why := too_small(source.spec, self.unpruned):
+        if why := too_small(source.spec, self.unpruned.metrics):
             log.print(f"warning: {why}")
         metric = None if why else source.spec.precision.metric
         self.by_task, self.metric = metric is not None, metric or "similarity"
         if not self.by_task:
             self.reference = self._outputs(predict)
-            self.unpruned = {"similarity": 1.0}
+            self.unpruned = Evaluated(metrics={"similarity": 1.0})
 
-    def value(self, module: torch.nn.Module) -> dict[str, float]:
+    def value(self, module: torch.nn.Module) -> Evaluated:
         predict = module_predictor(self.source.spec, module)
         if self.by_task:
-            return task_metrics(self.source, predict)
-        return {"similarity": similarity(parity(self.source.spec, self._outputs(predict), self.reference))}
+            return evaluated(self.source, predict)
+        same = similarity(parity(self.source.spec, self._outputs(predict), self.reference))
+        return Evaluated(metrics={"similarity": same})
+
+    def drop(self, pruned: Evaluated) -> tuple[float, PairedRows | None]:
+        """The drop of the pruned module, and what its rows say about it."""
+        if self.by_task:
+            return paired_drop(self.source, pruned, self.unpruned)
+        return metric_drop(self.metric, pruned.metrics[self.metric], 1.0), None
 
     def _outputs(self, predict: Predict) -> list[Row]:
         return outputs_of(self.source.spec, predict, self.rows)
@@ -161,7 +182,8 @@ def _facts(report: PruneReport) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Prints the tables."""
     metric, how = result["metric"], result["finetuned"]
-    print(f"{result['model']} pruned by {result['ratio']:g}, budget {result['max_drop']:.2%}")
+    judged = DropJudgement(**result["judgement"])
+    print(f"{result['model']} pruned by {result['ratio']:g}: {judged.reason}")
     table = Table("", box=box.SIMPLE_HEAD)
     for column in ("unpruned", "pruned", "reduction"):
         table.add_column(column, justify="right")
@@ -197,9 +219,10 @@ def main(options: argparse.Namespace) -> None:
         print(json.dumps(result, indent=2))
     else:
         show(result)
-    if not result["drop"] <= result["max_drop"]:
+    judged = DropJudgement(**result["judgement"])
+    if not judged.accepted:
         raise GateFailed(
             f"pruned by {options.ratio:g}, {options.model} loses {result['drop']:.2%} of {result['metric']}; "
-            f"deploy.toml's max_drop is {result['max_drop']:.2%}: take a smaller ratio, or fine-tune longer in "
-            "finetune(module)"
+            f"deploy.toml's max_drop is {result['max_drop']:.2%}{judged.doubt}: take a smaller ratio, or "
+            "fine-tune longer in finetune(module)"
         )

@@ -1,21 +1,20 @@
 """Compares every variant with fp32 PyTorch (parity, task metric, speed) and chooses the precision to serve.
 
 Contract: runs fp32 and each candidate of `deploy.toml` over the evaluation split, as the target runs them. Times them
-interleaved in one process, every axis at its opt (`export.runtimes.timing`), and chooses the fastest that loses at most
-`max_drop`. A candidate has to be faster than every more accurate one; within the noise the more accurate one is served.
-Writes `build/<name>/choice-<target>.json` and the
-accuracy into each manifest. Exit 1 if a precision asked for by name is outside the budget. Definition of drop:
-export/precision/accuracy_budget.py.
+interleaved in one process, every axis at its opt (`export.runtimes.timing`), and chooses the fastest that the budget
+accepts (`deepseek.spec.paired_drop`). A candidate has to be faster than every more accurate one; within the noise the
+more accurate one is served. Writes `build/<name>/choice-<target>.json` and the accuracy into each manifest. Exit 1 if
+the budget refuses a precision asked for by name. Definition of drop: export/precision/accuracy_budget.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich import box
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.onnxruntime_session import choose_provider
-from deepseek.precisions import EIGHT_BITS, PRECISIONS
+from deepseek.precisions import PRECISIONS
 from deepseek.spec import (
     BATCH,
     DeploymentSpec,
@@ -36,12 +35,14 @@ from deepseek.spec import (
     flags_for,
     kept_for_json,
 )
+from deepseek.spec.paired_drop import DropJudgement, interval_text
 from export.artifact import (
     choice_path,
     engine_path,
     human_bytes,
     json_text,
     onnx_path,
+    pruning_of,
     read_manifest,
     refusal,
     sha256,
@@ -50,7 +51,13 @@ from export.artifact import (
 )
 from export.model_folder import ModelFolder, Predict
 from export.precision.accuracy import too_small
-from export.precision.accuracy_budget import Baseline, accuracy_key, measured
+from export.precision.accuracy_budget import (
+    Baseline,
+    accuracy_key,
+    judged_variant,
+    measured,
+    sensitivity_of,
+)
 from export.precision.sensitivity import shares_table, verdict
 from export.rows import load_rows
 from export.runtimes.batching import outputs_of
@@ -64,44 +71,55 @@ log = Console(file=sys.stderr, markup=False)
 
 
 def choose(
-    variants: dict[str, dict[str, Any]],
+    judged: Mapping[str, DropJudgement],
     candidates: Sequence[str],
-    max_drop: float,
-    seconds: dict[str, list[float]],
+    seconds: Mapping[str, list[float]],
     *,
     asked: bool = False,
 ) -> tuple[str, dict[str, str]]:
     """The precision to serve and, for each variant, why it was chosen or not.
 
-    From the most accurate on, a candidate inside the budget is taken if it is faster than the one taken so far. If the
-    difference is within the noise, the more accurate one stays. `asked`: the one candidate was asked for by name, and
-    only the budget can refuse it. Raises GateFailed if not even fp32 is inside.
+    From the most accurate on, a candidate that the budget accepts is taken if it is faster than the one taken so far.
+    If the difference is within the noise, the more accurate one stays. `asked`: the one candidate was asked for by
+    name, and only the budget can refuse it. Raises GateFailed if not even fp32 is accepted.
     """
-    reasons = {name: "inside" if name in ("fp32", *candidates) else "not a candidate" for name in variants}
-    for name, variant in variants.items():
-        if not variant["drop"] <= max_drop:
-            reasons[name] = f"outside the budget: drop {variant['drop']:.2%} > {max_drop:.2%}"
+    reasons = {name: _standing(each) for name, each in judged.items()}
+    reasons |= {
+        name: "not a candidate" for name, each in judged.items() if each.accepted and name not in ("fp32", *candidates)
+    }
     wanted = list(dict.fromkeys(candidates if asked else ["fp32", *candidates]))
-    inside = [name for name in wanted if variants[name]["drop"] <= max_drop]
-    if not inside:
-        drops = ", ".join(f"{name} {variants[name]['drop']:.2%}" for name in variants if asked <= (name in candidates))
+    accepted = [name for name in wanted if judged[name].accepted]
+    if not accepted:
+        shown = {name: each for name, each in judged.items() if asked <= (name in candidates)}
+        drops = ", ".join(f"{name} {each.drop:.2%}{each.doubt}" for name, each in shown.items())
         advice = "raise it, or choose with PRECISION=auto" if asked else "not even fp32 is"
-        raise GateFailed(f"no candidate is inside max_drop {max_drop:.2%} (drops: {drops}); {advice}")
-    chosen, *others = sorted(inside, key=lambda name: (-_bits(name), variants[name]["drop"]))
+        allowed = next(iter(judged.values())).max_drop
+        raise GateFailed(f"no candidate is inside max_drop {allowed:.2%} (drops: {drops}); {advice}")
+    chosen, *others = sorted(accepted, key=lambda name: (-_bits(name), judged[name].drop))
     for name in others:
         found = compared(seconds[name], seconds[chosen])
         if found.result == "faster":
             chosen = name
         else:
             how = "not faster than" if found.result == "slower" else "not distinguishable in speed from"
-            reasons[name] = f"inside, but {how} {chosen} ({found.ratio:.2f}x)"
+            but = ", but" if judged[name].verdict == "inside" else ";"
+            reasons[name] = f"{_standing(judged[name])}{but} {how} {chosen} ({found.ratio:.2f}x)"
+    best = judged[chosen]
+    within = "inside the budget" if best.verdict == "inside" else f"accepted: {_standing(best)}"
     if asked:
-        reasons[chosen] = "chosen: asked for, inside the budget"
+        reasons[chosen] = f"chosen: asked for, {within}"
     elif chosen == "fp32":
         reasons[chosen] = "chosen: no candidate is faster inside the budget"
     else:
-        reasons[chosen] = "chosen: the fastest inside the budget"
+        reasons[chosen] = f"chosen: the fastest {within}"
     return chosen, reasons
+
+
+def _standing(judged: DropJudgement) -> str:
+    """How a variant stands to the budget."""
+    if judged.verdict == "outside":
+        return f"outside the budget: drop {judged.drop:.2%} > {judged.max_drop:.2%}"
+    return f"{judged.verdict}{judged.more}"
 
 
 def _bits(name: str) -> int:
@@ -118,7 +136,6 @@ def add_speed(variants: dict[str, dict[str, Any]], seconds: dict[str, list[float
 def compare(source: ModelFolder, target: Target, only: Precision | None) -> dict[str, Any]:
     """Runs the stage; returns the measurements and, under "chosen", the choice ("" if there is none)."""
     spec = source.spec
-    max_drop = spec.precision.max_drop
     wanted: list[Precision] = [only] if only else list(spec.precision.candidates)
     tried: list[Precision] = ["fp32", *(name for name in wanted if name != "fp32")]
     refused = {name: why for name in tried if (why := _refusal(spec, name, target) or _failure(spec, name, target))}
@@ -140,8 +157,7 @@ def compare(source: ModelFolder, target: Target, only: Precision | None) -> dict
                 keys[name],
                 spec.name,
                 lambda name=name: {  # type: ignore[misc]
-                    **baseline().measure(runners[name]),
-                    **_judged(baseline(), runners[name], _sensitivity(spec, name)),
+                    **_measured(baseline(), runners[name], sensitivity_of(spec, name)),
                     "pytorch": baseline().metrics,
                 },
             )
@@ -164,14 +180,16 @@ def compare(source: ModelFolder, target: Target, only: Precision | None) -> dict
     add_speed(variants, seconds, timed_rows)
     for copied, each in copies.items():
         variants[copied]["copies_ms"] = 1000 * statistics.median(each)
+    judged: dict[str, DropJudgement] = {name: judged_variant(spec, variants[name]) for name in names}
     try:
-        chosen, reasons = choose(variants, candidates, max_drop, seconds, asked=only is not None)
+        chosen, reasons = choose(judged, candidates, seconds, asked=only is not None)
         failure = ""
     except GateFailed as error:
         chosen, reasons, failure = "", {}, str(error)
     warning = too_small(spec, metrics)
     for name in names:
-        variants[name]["reason"] = reasons.get(name, f"drop {variants[name]['drop']:.2%}")
+        del variants[name]["paired"]
+        variants[name] |= {"reason": reasons.get(name, judged[name].reason), "judgement": asdict(judged[name])}
     return {
         "model": spec.name,
         "target": target,
@@ -180,22 +198,31 @@ def compare(source: ModelFolder, target: Target, only: Precision | None) -> dict
         "failure": failure,
         "metric": "similarity" if warning else spec.precision.metric or "similarity",
         "warning": warning,
-        "max_drop": max_drop,
+        "max_drop": spec.precision.max_drop,
         "rows": len(rows),
         "clocks": {"before": before, "after": clocks()},
         "timed_shapes": {name: list(array.shape) for name, array in inputs.items()},
         "pytorch": {"metrics": metrics, "rows_per_s": timed_rows / statistics.median(seconds["pytorch"])},
         "variants": variants,
         "refused": refused,
-        "sensitivity": {name: report for name in candidates if (report := _sensitivity(spec, name))},
+        "sensitivity": {name: report for name in candidates if (report := sensitivity_of(spec, name))},
     }
 
 
-def _judged(baseline: Baseline, predict: Predict, sensitivity: dict[str, Any] | None) -> dict[str, Any]:
-    """The drop on the rows that judge, if layers were chosen on the others."""
+def _measured(baseline: Baseline, predict: Predict, sensitivity: dict[str, Any] | None) -> dict[str, Any]:
+    """What `Baseline.measure` returns; the drop is of the rows that judge, if layers were chosen on the others."""
+    found = baseline.measure(predict)
     if not (sensitivity or {}).get("judged"):
-        return {}
-    return {"drop": baseline.drop_on_half(predict, choosing=False), "rows": baseline.half_sizes()}
+        return found
+    drop, paired = baseline.drop_on_half(predict, choosing=False)
+    halves = baseline.half_sizes()
+    rows = {"drop": halves["judged_on"] if paired is None else paired.rows, "chosen_on": halves["chosen_on"]}
+    return {
+        **found,
+        "drop": drop,
+        "paired": None if paired is None else asdict(paired),
+        "rows": {**found["rows"], **rows},
+    }
 
 
 def _check_fp32(spec: DeploymentSpec, target: Target, parity: dict[str, dict[str, float]]) -> None:
@@ -235,25 +262,27 @@ def _failure(spec: DeploymentSpec, name: Precision, target: Target) -> str | Non
     return None
 
 
-def _sensitivity(spec: DeploymentSpec, name: Precision) -> dict[str, Any] | None:
-    """The sensitivity report and the precision of the layers kept high; None if there was no sensitivity pass."""
-    path = onnx_path(spec.name, name)
-    report = path.with_name("sensitivity.json")
-    if name not in EIGHT_BITS or not report.is_file():
-        return None
-    return {**json.loads(report.read_text()), "high": read_manifest(path).settings["high_precision"]}
-
-
 def record(result: dict[str, Any], spec: DeploymentSpec, target: Target) -> None:
-    """Writes the accuracy into each manifest, and the choice."""
+    """Writes the accuracy into each manifest, with the metric row by row, and the choice."""
+    against = "unpruned fp32 PyTorch" if pruning_of(spec.name) else "fp32 PyTorch"
     for name, variant in result["variants"].items():
         path = engine_path(spec.name, name, target)
-        accuracy = {key: variant[key] for key in ("drop", "metrics", "parity")}
-        manifest = read_manifest(path).model_copy(update={"accuracy": {"against": "fp32 PyTorch", **accuracy}})
+        accuracy = {key: variant[key] for key in ("drop", "judgement", "rows", "metrics", "values", "parity")}
+        manifest = read_manifest(path).model_copy(update={"accuracy": {"against": against, **accuracy}})
         write_manifest(path.parent / "manifest.json", manifest)
+    result = without_rows(result)
     result["sha256"] = {name: sha256(engine_path(spec.name, name, target)) for name in result["variants"]}
     with staged(choice_path(spec.name, target)) as file:
         file.write_text(json_text(result) + "\n")
+
+
+def without_rows(result: dict[str, Any]) -> dict[str, Any]:
+    """The result without the metric's values row by row, which only the manifests keep."""
+    variants = {
+        name: {key: value for key, value in each.items() if key != "values"}
+        for name, each in result["variants"].items()
+    }
+    return {**result, "variants": variants}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -261,19 +290,21 @@ def show(result: dict[str, Any]) -> None:
     metric, base = result["metric"], result["pytorch"]
     print(f"{result['model']} on {result['target']}: {result['rows']} evaluation rows, budget {result['max_drop']:.2%}")
     table = Table("precision", box=box.SIMPLE_HEAD)
-    for column in (metric, "drop", "worst error", "cosine", "top", "speed", "size"):
-        table.add_column(column, justify="right")
+    for column in (metric, "drop", "interval", "rows", "worst error", "cosine", "top", "speed", "size"):
+        table.add_column(column, justify="right", no_wrap=column == "interval")
     speed = base["rows_per_s"] / result["variants"]["fp32"]["rows_per_s"]
     reference = f"{base['metrics'][metric]:.4f}" if metric in base["metrics"] else "1"
-    table.add_row("PyTorch fp32", reference, "", "", "", "", f"{speed:.2f}x", "")
+    table.add_row("PyTorch fp32", reference, "", "", "", "", "", "", f"{speed:.2f}x", "")
     for name, variant in result["variants"].items():
-        outputs = variant["parity"].values()
+        outputs, judged = variant["parity"].values(), variant["judgement"]
         errors = [output["worst_error"] for output in outputs if "worst_error" in output]
         cosines = [output["cosine"] for output in outputs if "cosine" in output]
         table.add_row(
             name,
             f"{variant['metrics'].get(metric, 1 - variant['drop']):.4f}",
             f"{variant['drop']:+.2%}",
+            interval_text(judged["low"], judged["high"]) if judged["low"] is not None else "",
+            "" if variant["rows"]["drop"] is None else str(variant["rows"]["drop"]),
             f"{max(errors):.2g}" if errors else "",
             f"{min(cosines):.5f}" if cosines else "",
             f"{min(output['top_agreement'] for output in outputs):.1%}",
@@ -281,7 +312,9 @@ def show(result: dict[str, Any]) -> None:
             human_bytes(variant["size_bytes"]),
             style="bold" if name == result["chosen"] else None,
         )
-    Console(width=max(Console().width, 100), markup=False).print(table)
+    Console(width=max(Console().width, 118), markup=False).print(table)
+    for line in _about_rows(result):
+        print(line)
     if result["warning"]:
         print(f"warning: {result['warning']}")
     for name, variant in result["variants"].items():
@@ -299,13 +332,32 @@ def show(result: dict[str, Any]) -> None:
             Console(width=max(Console().width, 100), markup=False).print(shares_table(report, name, report["high"]))
 
 
+def _about_rows(result: dict[str, Any]) -> list[str]:
+    """What the table's intervals and rows are, one line each."""
+    metric, variants = result["metric"], result["variants"]
+    confidence = next((each["judgement"]["confidence"] for each in variants.values()), None)
+    lines = []
+    if confidence is not None:
+        lines.append(f"interval: bounds of the drop, each at {confidence:.2%}; rows: those of drop and interval")
+    elif metric != "similarity":
+        lines.append(f"{metric} is judged by one number, no interval: evaluate() does not return it row by row")
+    for name, each in variants.items():
+        rows = each["rows"]
+        if "chosen_on" in rows:
+            whole = rows["parity"] if metric == "similarity" or rows["metric"] is None else rows["metric"]
+            lines.append(
+                f"{name}: layers were chosen on other rows; drop from {rows['drop']} rows, {metric} from all {whole}"
+            )
+    return lines
+
+
 def main(options: argparse.Namespace) -> None:
     """The command `select-precision`."""
     with kept_for_json(options.json):
         source = ModelFolder(options.model, options.models)
         result = compare(source, options.target, None if options.precision == "auto" else options.precision)
     if options.json:
-        print(json_text(result))
+        print(json_text(without_rows(result)))
     else:
         show(result)
     if result["failure"]:

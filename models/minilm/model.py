@@ -91,8 +91,8 @@ def embed(predict: Predict, texts: Sequence[str]) -> NDArray[np.float32]:
     return found
 
 
-def evaluate(predict: Predict) -> dict[str, float]:
-    """Spearman's correlation on the graded pairs; mrr@10 and recall@1 on the searches."""
+def evaluate(predict: Predict) -> dict[str, float | np.ndarray]:
+    """Spearman's correlation on the graded pairs; mrr@10 and recall@1 of each search."""
     pairs = data.graded_pairs()
     first = embed(predict, [pair.first for pair in pairs])
     second = embed(predict, [pair.second for pair in pairs])
@@ -115,14 +115,11 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (last - (sizes - 1) / 2)[group]
 
 
-def retrieval_metrics(scores: np.ndarray) -> dict[str, float]:
-    """Mean of 1 / rank up to rank 10, and share of rank 1, for scores (N, N) with targets on the diagonal."""
+def retrieval_metrics(scores: np.ndarray) -> dict[str, np.ndarray]:
+    """For each row of scores (N, N) with targets on the diagonal: 1 / rank up to rank 10, and whether it is rank 1."""
     ranks = 1 + (scores > scores.diagonal()[:, None]).sum(axis=1)
     ranks = np.where(np.isnan(scores).any(axis=1), len(scores) + 1, ranks)  # a comparison with NaN is never true
-    return {
-        "mrr@10": float(np.where(ranks <= CUTOFF, 1 / ranks, 0).mean()),
-        "recall@1": float((ranks == 1).mean()),
-    }
+    return {"mrr@10": np.where(ranks <= CUTOFF, 1 / ranks, 0), "recall@1": ranks == 1}
 
 
 def predictor(model: SentenceEncoder) -> Predict:

@@ -160,22 +160,27 @@ def _calibration_rows(log: Interactions, tests: Rows) -> Rows:
     return rows[[row.tobytes() not in taken for row in rows]][:CALIBRATION_ROWS]
 
 
-def evaluate(predict: Callable[[dict[str, np.ndarray]], Arrays]) -> dict[str, float]:
-    """NDCG@10 and HR@10 on the test split, ranked over the full catalogue."""
+def evaluate(predict: Callable[[dict[str, np.ndarray]], Arrays]) -> dict[str, np.ndarray]:
+    """NDCG@10 and HR@10 of each user of the test split, ranked over the full catalogue."""
     return ranking_metrics(predict, *data.load().held_out("test"))
 
 
 def ranking_metrics(
     predict: Callable[[dict[str, np.ndarray]], Arrays], inputs: Rows, targets: Rows
-) -> dict[str, float]:
-    """NDCG and HR of the first 10 of `items`; with one target a row, NDCG is 1 / log2(rank + 1)."""
+) -> dict[str, np.ndarray]:
+    """NDCG and HR of the first 10 of `items`, row by row; with one target a row, NDCG is 1 / log2(rank + 1)."""
     gains = np.zeros(len(targets))
     for start in range(0, len(inputs), SPEC.max_batch):
         rows = slice(start, start + SPEC.max_batch)
         items = np.asarray(predict({"item_ids": inputs[rows]})["items"])[:, :CUTOFF]
         hits = items == targets[rows, None]  # (B, 10), at most one in a row
         gains[rows] = (hits / np.log2(np.arange(CUTOFF) + 2)).sum(axis=1)
-    return {"ndcg@10": float(gains.mean()), "hr@10": float((gains > 0).mean())}
+    return {"ndcg@10": gains, "hr@10": gains > 0}
+
+
+def means(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The mean of each metric over its rows."""
+    return {name: float(rows.mean()) for name, rows in metrics.items()}
 
 
 def predictor(model: Recommender) -> Callable[[dict[str, np.ndarray]], Arrays]:
@@ -231,10 +236,10 @@ def train(seed: int = 0) -> dict[str, Any]:
         "best_epoch": result.best_epoch + 1,
         "epochs": len(result.epochs),
         "validation_loss": result.best_loss,
-        "validation": ranking_metrics(predictor(model), *log.held_out("validation")),
-        "test": evaluate(predictor(model)),
+        "validation": means(ranking_metrics(predictor(model), *log.held_out("validation"))),
+        "test": means(evaluate(predictor(model))),
         "test_users": len(log.tested),
-        "popularity": evaluate(_popular(log)),
+        "popularity": means(evaluate(_popular(log))),
         "seconds": round(time.monotonic() - started, 1),
     }
     _write(model, log, facts)

@@ -24,6 +24,7 @@ from deepseek.spec import (
     build_dir,
 )
 from deepseek.spec.objectives import requests_needed
+from deepseek.spec.paired_drop import judge_drop, pair_values
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer, check_repository
@@ -148,15 +149,24 @@ class Candidate:
         metric = self._parity["metric"]
         if not metric:
             return Skipped("no precision.metric in deploy.toml")
-        value = min(each["value"] for each in metric["served"].values())
+        new = min(metric["served"].values(), key=lambda each: each["value"])
+        value = new["value"]
         if self.before is None:
             return Skipped(f"{metric['name']} {value:.4f}; no served version to compare with")
-        served = self._recorded(metric["name"])
+        recorded = self._recorded()
+        served = recorded.get("metrics", {}).get(metric["name"])
         if served is None:
             return Skipped(f"{metric['name']} {value:.4f}; version {self.before} has none in its manifest")
-        said = f"{metric['name']} {value:.4f}, version {self.before} has {served:.4f}"
-        if not value >= served * (1 - metric["max_drop"]):
-            raise GateFailed(f"{said}: allowed is a loss of {metric['max_drop']:.2%}")
+        paired = pair_values(recorded.get("values"), new["values"])
+        judged = judge_drop(
+            paired.drop if paired else (served - value) / served if served > 0 else 0.0,
+            paired,
+            max_drop=metric["max_drop"],
+            candidates=len(self.spec.precision.candidates),
+        )
+        said = f"{metric['name']} {value:.4f}, version {self.before} has {served:.4f}: {judged.reason}"
+        if not judged.accepted:
+            raise GateFailed(said)
         return said
 
     def shadow(self, stack: ExitStack) -> str:
@@ -228,12 +238,11 @@ class Candidate:
                 needed = max(needed, SPARE * requests / rate)
         return max(self.options.duration_s, math.ceil(needed))
 
-    def _recorded(self, metric: str) -> float | None:
-        """A task metric from the served version's manifest; None if it is not there."""
+    def _recorded(self) -> dict[str, Any]:
+        """The accuracy in the served version's manifest; empty if it has none."""
         if self.before is None or not (self.model / str(self.before) / MANIFEST).is_file():
-            return None
-        found: float | None = (self._manifest(self.model, self.before).accuracy or {}).get("metrics", {}).get(metric)
-        return found
+            return {}
+        return self._manifest(self.model, self.before).accuracy or {}
 
     def _manifest(self, model: Path, version: int) -> PublishedManifest:
         return PublishedManifest.load(model / str(version) / MANIFEST)
