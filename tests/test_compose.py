@@ -27,9 +27,9 @@ from serving.stack.api_keys import new_key
 from serving.stack.refresh import refresh
 from tests.checkout import BUSY, Checkout, blocks
 from tests.conftest import run_module
+from tests.docker_engine import HERE, answers, own_engine, run
 from tests.gateway import free_port, wait_for
 
-HERE = Path("../shared/docker_here.sh")  # gives a machine without a registry an engine and Debian's image
 PROJECT = f"deepseek-test-{os.getpid()}"
 IMAGES = "deepseek-test"  # not those of a stack in use here; kept, so that the next run need not build them
 OBSERVED = ("--file", "compose.yaml", "--file", "docker/compose.offline.yaml", "--profile", "observe")
@@ -39,37 +39,14 @@ PROFILES = ("--profile", "loadtest", "--profile", "observe")
 pytestmark = pytest.mark.slow
 
 
-def run(
-    *command: str, check: bool = True, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """A command to its end."""
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
-    assert not check or done.returncode == 0, f"{command}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
-    return done
-
-
-def answers(**environment: str) -> bool:
-    """Whether a Docker engine with Compose is there."""
-    asked = (("docker", "compose", "version"), ("docker", "info"))
-    found = shutil.which("docker") is not None
-    return found and all(run(*each, check=False, environment=environment).returncode == 0 for each in asked)
-
-
 @pytest.fixture(scope="module")
 def docker() -> Iterator[dict[str, str]]:
     """Environment in which `docker` reaches an engine: this machine's, or one that is started for the tests."""
-    network = {"BUILD_NETWORK": "host"} if HERE.is_file() else {}
     if answers():
-        yield network
+        yield {"BUILD_NETWORK": "host"} if HERE.is_file() else {}
         return
-    if not HERE.is_file() or os.getuid() != 0:
-        pytest.skip("no Docker engine with Compose answers, and none can be started (that takes root)")
-    folder = os.environ.get("DOCKER_HERE") or f"{os.environ.get('TMPDIR', '/tmp')}/docker-here"
-    ran = answers(DOCKER_HOST=f"unix://{folder}/docker.sock")
-    lines = run(str(HERE)).stdout.splitlines()
-    yield {**dict(word.split("=", 1) for word in lines[-1].split()[1:]), **network}
-    if not ran:
-        run(str(HERE), "stop")
+    with own_engine("") as environment:
+        yield environment
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,13 @@ def test_the_image_is_built_once_and_named_after_its_inputs(machine: Path, tmp_p
     assert builds == [f"build --tag {image_name('26.08')} --file {DOCKERFILE} --build-arg TRITON_TAG=26.08 ."]
 
 
+def test_the_image_is_built_with_the_network_that_the_stacks_images_take(machine: Path, tmp_path: Path) -> None:
+    program(machine, "nvidia-smi", NVIDIA_SMI)
+    program(machine, "docker", DOCKER)
+    run_module("cli", "tensorrt-container", "--", "to-tensorrt", BUILD_NETWORK="host")
+    assert f"build --tag {image_name('26.10')} --network host --file" in (tmp_path / "record").read_text()
+
+
 def test_the_requirements_of_a_model_folder_are_installed_in_an_image_on_top(machine: Path, tmp_path: Path) -> None:
     program(machine, "nvidia-smi", NVIDIA_SMI)
     program(machine, "docker", DOCKER.replace("run)", 'build) cat "${@: -1}"/Dockerfile* >>"$RECORD" || true;; run)'))

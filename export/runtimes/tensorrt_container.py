@@ -62,7 +62,9 @@ def _build(image: str, arguments: list[str], what: str, needs: str) -> None:
     if output_of("docker", "image", "inspect", "--format", "{{.Id}}", image):
         return
     print(f"image     {image}: building, once ({what})", file=sys.stderr)
-    if subprocess.run(["docker", "build", "--tag", image, *arguments], stdout=sys.stderr).returncode:
+    network = os.environ.get("BUILD_NETWORK")  # as for compose.yaml
+    command = ["docker", "build", "--tag", image, *(("--network", network) if network else ())]
+    if subprocess.run([*command, *arguments], stdout=sys.stderr).returncode:
         raise InputError(f"{image}: docker build failed, see above; it needs {needs} once")
 
 
