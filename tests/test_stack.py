@@ -65,6 +65,21 @@ def test_what_needs_no_gpu_is_served_by_the_embedded_triton(tmp_path: Path) -> N
     assert not found["STACK_USER"].startswith("0:")
 
 
+@pytest.mark.parametrize("provider", ["migraphx", "cann"])
+def test_a_model_for_amd_or_ascend_takes_no_nvidia_image_and_the_stack_says_that_it_cannot_serve_it(
+    tmp_path: Path, provider: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_add_one(tmp_path / "repository")
+    config = tmp_path / "repository" / "add_one" / "config.pbtxt"
+    own = f'parameters {{ key: "provider" value {{ string_value: "{provider}" }} }}'
+    config.write_text(config.read_text() + own)
+    places = ("--env-file", str(tmp_path / "env"), "--folder", str(tmp_path / "gateway"))
+    stack.main(values_of("stack", "--repository", str(tmp_path / "repository"), *places))
+    assert settings_of(tmp_path / "env")["COMPOSE_FILE"] == "compose.yaml"
+    told = f"note: add_one: no image has the execution provider {provider!r}, so the stack cannot serve it; make serve"
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "changed",
     ['backend: "tensorrt"', 'backend: "pytorch"', 'backend: "python"\nparameters { key: "provider" value { string_value: "cuda" } }'],

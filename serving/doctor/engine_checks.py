@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import TEXT, TOKENIZER, PublishedManifest
-from deepseek.spec.gpus import runs_engine
+from deepseek.spec.gpus import Gpu, runs_engine
 from serving.doctor.machine import Machine
 from serving.repository.checks import Finding, mismatch
 
@@ -32,6 +32,12 @@ class ServedEngine:
         """Least memory for its weights: each instance of the Python backend is a process with its own."""
         copies = self.config.instance_group[0].count if self.config.instance_group else 1
         return self.manifest.size_bytes * (copies if self.config.backend == "python" else 1)
+
+    def loads_on(self, number: int, gpu: Gpu) -> bool:
+        """Whether Triton loads it on a GPU, and it runs there."""
+        named = self.config.instance_group[0].gpus if self.config.instance_group else ()
+        fits = runs_engine(gpu, self.manifest.compute_capability, self.manifest.settings)
+        return fits and (not named or number in named)
 
 
 def check_engine(engine: ServedEngine, machine: Machine) -> list[Finding]:

@@ -20,12 +20,11 @@ def machine_findings(machine: Machine, engines: list[ServedEngine]) -> list[Find
     """Findings about the machine, given all engines that it has to serve."""
     on_gpu = [engine for engine in engines if TARGETS[engine.manifest.target].needs_gpu]
     on_cpu = [engine for engine in engines if not TARGETS[engine.manifest.target].needs_gpu]
-    gpu_bytes = max((gpu.memory_bytes for gpu in machine.gpus), default=0)
     return [
         *_check_tag(machine),
         *(_check_driver(machine) if on_gpu else ()),
-        *(_check_memory("GPU memory", gpu_bytes, on_gpu) if gpu_bytes else ()),
-        *_check_memory("RAM", machine.ram_bytes, on_cpu),
+        *_check_gpu_memory(machine, on_gpu),
+        *_check_memory("RAM", "this machine", machine.ram_bytes, on_cpu),
         *(_check_docker(machine) if on_gpu and not machine.in_container else ()),
     ]
 
@@ -47,11 +46,18 @@ def _check_driver(machine: Machine) -> Iterator[Finding]:
             yield Finding(level="warning", where="driver", what=what, fix=fix)
 
 
-def _check_memory(kind: str, have_bytes: int, engines: list[ServedEngine]) -> Iterator[Finding]:
+def _check_gpu_memory(machine: Machine, engines: list[ServedEngine]) -> Iterator[Finding]:
+    """Triton loads an engine on each GPU of its instance group, so every one of them needs the memory."""
+    for number, gpu in enumerate(machine.gpus):
+        loaded = [engine for engine in engines if engine.loads_on(number, gpu)]
+        yield from _check_memory("GPU memory", f"GPU {number} ({gpu})", gpu.memory_bytes, loaded)
+
+
+def _check_memory(kind: str, place: str, have_bytes: int, engines: list[ServedEngine]) -> Iterator[Finding]:
     need_bytes = sum(engine.memory_bytes for engine in engines)
     if need_bytes > 0.8 * have_bytes:
         names = ", ".join(sorted({engine.model for engine in engines}))
-        what = f"this machine has {mib(have_bytes)}, the weights of {names} alone take {mib(need_bytes)}"
+        what = f"{place} has {mib(have_bytes)}, the weights of {names} alone take {mib(need_bytes)}"
         level: Level = "mismatch" if need_bytes > have_bytes else "warning"
         fix = "serve fewer models or instances here, or use a lower precision"
         yield Finding(level=level, where=kind, what=what, fix=fix)

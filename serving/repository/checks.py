@@ -7,7 +7,6 @@ it is reported as unchecked, and Triton decides whether it loads.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +154,7 @@ def _file_errors(folder: Path, manifest: PublishedManifest) -> Iterator[str]:
 
 
 def _plan_error(folder: Path, manifest: PublishedManifest) -> str | None:
-    """Why `model.plan` contradicts the manifest, from its first 28 bytes: kind, length, TensorRT version."""
+    """Why `model.plan` contradicts the manifest, from its first 28 bytes: kind and TensorRT version."""
     path = folder / "model.plan"
     if manifest.target == "tensorrt_rtx":
         return "is an engine of TensorRT for RTX, which Triton cannot load"
@@ -163,29 +162,25 @@ def _plan_error(folder: Path, manifest: PublishedManifest) -> str | None:
         return None
     if not path.is_file() or not (header := plan_header(path)):
         return "its target is tensorrt, but it has no TensorRT model.plan"
-    kind, length, version = header
+    kind, version = header
     built_with = manifest.versions.get("tensorrt", "")
     if kind == "tensorrt_rtx":
         return f"model.plan is an engine of TensorRT for RTX {version}, which Triton cannot load"
-    if length > path.stat().st_size:
-        return f"model.plan is truncated: {path.stat().st_size} bytes, its header says {length}"
     if built_with and version.split(".")[:3] != built_with.split(".")[:3]:
         return f"model.plan was built by TensorRT {version}, but its manifest says {built_with}"
     return None
 
 
-def plan_header(path: Path) -> tuple[str, int, str] | None:
-    """Kind, length in bytes and TensorRT version of a plan; None if the file is not a plan.
+def plan_header(path: Path) -> tuple[str, str] | None:
+    """Kind and TensorRT version of a plan; None if the file is not a plan.
 
-    The version is in the four bytes at byte 24, where trtexec's --getPlanVersionOnly reads it. The length at byte 16 is
-    undocumented: found in plans of TensorRT for RTX 1.7.
+    The version is in the four bytes at byte 24, where trtexec's --getPlanVersionOnly reads it.
     """
     with path.open("rb") as file:
         head = file.read(28)
     if len(head) < 28 or head[:4] not in (_TENSORRT, _TENSORRT_RTX):
         return None
-    (length,) = struct.unpack_from("<Q", head, 16)
-    return ("tensorrt" if head[:4] == _TENSORRT else "tensorrt_rtx"), length, ".".join(map(str, head[24:28]))
+    return ("tensorrt" if head[:4] == _TENSORRT else "tensorrt_rtx"), ".".join(map(str, head[24:28]))
 
 
 def not_ours(model: Path) -> Finding:

@@ -17,7 +17,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from deepseek.spec import BATCH, TEXT, DeploymentSpec, Objective, Precision, PublishedManifest, Target
 from deepseek.spec.files.repository import versions_of
-from deepseek.targets import is_accelerator
+from deepseek.targets import PROVIDERS, is_accelerator
 from serving.repository.checks import config_of, models_in, served_manifests, wanted_versions
 
 MIB = 2**20
@@ -34,6 +34,7 @@ class ServedModel:
 
     name: str
     needs_gpu: bool
+    """Whether it needs NVIDIA's Triton and a GPU."""
     instances: int
     weights_bytes: int
     input_bytes: int
@@ -43,6 +44,8 @@ class ServedModel:
     queue_timeout_ms: float
     p99_ms: float
     rate_rps: float
+    provider: str = "auto"
+    """Execution provider of the Python backend's ONNX Runtime."""
     target: Target = "onnxruntime"
     """Target of the newest served version."""
     precision: Precision | None = None
@@ -57,6 +60,11 @@ class ServedModel:
     """Size of the texts in the largest request; 0 for a model that takes none."""
     models: Path | None = None
     """The folder of model folders with its `deploy.toml`; None if it was not found: the SLO is then unknown."""
+
+    @property
+    def has_image(self) -> bool:
+        """Whether an image of the stack can run it: none has a provider for AMD or Ascend."""
+        return not is_accelerator(self.provider) or _is_nvidia(self.provider)
 
     @property
     def body_bytes(self) -> int:
@@ -88,6 +96,10 @@ class ServedModel:
         return self.instances * (2 * (max(self.input_bytes, self.text_bytes) + self.output_bytes) + MIB)
 
 
+def _is_nvidia(provider: str) -> bool:
+    return provider in PROVIDERS and PROVIDERS[provider].is_nvidia
+
+
 def served_models(repository: Path, models: Path, others: Mapping[str, Path] | None = None) -> list[ServedModel]:
     """All models of a repository. `others`: model name -> folder of model folders, if `models` has no `deploy.toml`."""
     found = []
@@ -111,7 +123,8 @@ def _served(folder: Path, models: Path | None) -> ServedModel:
     rates = [line.rate_rps for line in lines if line.rate_rps]
     return ServedModel(
         name=folder.name,
-        needs_gpu=config.backend not in ("", "python") or is_accelerator(provider),
+        needs_gpu=config.backend not in ("", "python") or _is_nvidia(provider),
+        provider=provider,
         instances=max(1, group.count),
         weights_bytes=manifest.size_bytes if manifest else 0,
         input_bytes=sum(numbers * size for numbers, size in inputs),

@@ -99,6 +99,12 @@ def _report(options: argparse.Namespace, models: list[ServedModel]) -> None:
             "make stack MODELS=...",
             file=sys.stderr,
         )
+    for model in (model for model in models if not model.has_image):
+        print(
+            f"note: {model.name}: no image has the execution provider {model.provider!r}, so the stack cannot serve "
+            "it; make serve does, with this machine's ONNX Runtime",
+            file=sys.stderr,
+        )
     if options.json:
         print(json.dumps([asdict(model) for model in models], indent=2, default=str))
         return
