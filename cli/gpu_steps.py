@@ -194,7 +194,10 @@ def improve(where: Where, model: str) -> list[Step]:
         ),
         Step(
             name="release",
-            command=ours("release", *other, "--target", "tensorrt", "--triton-tag", where.triton_tag),
+            command=ours(
+                *("release", *other, "--target", "tensorrt", "--triton-tag", where.triton_tag),
+                *("--env-file", f"{where.folder}/env"),
+            ),
             limit_s=600,
             needs=(*ON_GPU, f"engine {model}", f"engine {model} fp32"),
         ),

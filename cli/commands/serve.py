@@ -68,6 +68,7 @@ RELEASE = Command(
         ),
         Option("--parity-rows", "most evaluation rows of parity (default: all)", kind=int, variable=""),
         Option("--start-timeout-s", "longest wait for the candidate to start", kind=float, default=300.0, variable=""),
+        ENV_FILE,
         JSON,
     ),
     examples=(

@@ -30,6 +30,7 @@ from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer, check_repository
 from serving.release.gate_commands import CommandResult, run_json
 from serving.release.journal import ReleaseJournal
+from serving.release.stack_server import StackServer, needs_stack
 from serving.release.steps import Skipped
 from serving.release.versions import copy_version, newest, same_as, stage
 from serving.repository.checks import MANIFEST
@@ -48,7 +49,7 @@ class Candidate:
         self.scratch = journal.folder / "candidate"
         self.build = Path(options.new_build) / options.model if options.new_build else build_dir(options.model)
         self.which = ("--model", options.model, "--models", str(options.models))
-        self._servers: dict[str, EmbeddedServer] = {}
+        self._servers: dict[str, EmbeddedServer | StackServer] = {}
         self._parity: dict[str, Any] = {}
 
     @property
@@ -113,7 +114,8 @@ class Candidate:
 
     def start(self, stack: ExitStack) -> str:
         """Starts its own server, which is ready once the warm-up has run."""
-        check_repository(self.scratch / "new")
+        if not needs_stack(self.options.target):
+            check_repository(self.scratch / "new")
         began_s = time.monotonic()
         try:
             self._servers["new"] = self._serve(stack, "new")
@@ -121,16 +123,14 @@ class Candidate:
             raise GateFailed(f"it does not start: {error}") from None
         return f"ready after {time.monotonic() - began_s:.1f} s"
 
-    def _serve(self, stack: ExitStack, side: str) -> EmbeddedServer:
+    def _serve(self, stack: ExitStack, side: str) -> EmbeddedServer | StackServer:
+        log_path, timeout_s = self.journal.folder / f"triton-{side}.log", self.options.start_timeout_s
+        if needs_stack(self.options.target):
+            settings = {"env_file": self.options.env_file, "log_path": log_path, "timeout_s": timeout_s}
+            return stack.enter_context(StackServer(self.scratch / side, **settings))
+        free = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
         return stack.enter_context(
-            EmbeddedServer(
-                self.scratch / side,
-                http_port=0,
-                grpc_port=0,
-                metrics_port=0,
-                log_path=self.journal.folder / f"triton-{side}.log",
-                timeout_s=self.options.start_timeout_s,
-            )
+            EmbeddedServer(self.scratch / side, **free, log_path=log_path, timeout_s=timeout_s)  # type: ignore[arg-type]
         )
 
     def parity(self) -> str:

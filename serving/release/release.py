@@ -29,6 +29,7 @@ from serving.release.gate_commands import SteadyLoad
 from serving.release.history import finish, last_number
 from serving.release.journal import Outcome, ReleaseJournal, exclusive
 from serving.release.live_server import LiveServer, check_live_options
+from serving.release.stack_server import check_stack, needs_stack
 from serving.release.steps import StepRunner, refresh_stack
 from serving.release.versions import beside_repository, move_in, newest, retire
 from serving.repository.checks import MANIFEST
@@ -131,6 +132,8 @@ def main(options: argparse.Namespace) -> None:
     """Releases one model."""
     _check(options)
     spec = DeploymentSpec.of_model(options.model, options.models).for_target(options.target)
+    if needs_stack(options.target):
+        check_stack(options.target, options.env_file)
     lines = spec.slo.all_objectives()
     if not (options.rate or spec.slo.rate_rps or any(line.rate_rps or line.kind == "throughput" for line in lines)):
         raise InputError(

@@ -1,0 +1,95 @@
+"""A release's candidate in the stack's Triton; a small program stands in for docker and starts the embedded Triton."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from deepseek_client import InferenceClient
+
+from deepseek.spec import InputError
+from serving.embedded.model_control import is_ready
+from serving.release.stack_server import StackServer, check_stack, needs_stack
+from tests.conftest import write_add_one
+from tests.test_tensorrt_container import program
+
+GPU_ENV = "COMPOSE_FILE=compose.yaml:docker/compose.gpu.yaml\n"
+# Compose would give the container the ports and the repository from these variables.
+DOCKER = f"""
+echo "$COMPOSE_FILE $*" >>"$RECORD"
+case "$*" in
+    *' build triton') exit "${{BUILT:-0}}" ;;
+    *' run '*) echo $$ >"$RECORD.pid"; exec {sys.executable} -m cli serve --repository "$STACK_REPOSITORY" --http-port "$TUNE_HTTP_PORT" \\
+        --grpc-port "$TUNE_GRPC_PORT" --metrics-port 0 ;;
+    'rm --force '*) kill $(<"$RECORD.pid"); while kill -0 $(<"$RECORD.pid"); do sleep 0.1; done ;;
+esac
+"""
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with an env file of a GPU stack, and `docker` on PATH; `record` has its calls."""
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "bin", "docker", DOCKER)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    monkeypatch.setenv("RECORD", str(tmp_path / "record"))
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    (tmp_path / "env").write_text(GPU_ENV)
+    return tmp_path
+
+
+def server(host: Path) -> StackServer:
+    """The server of a candidate."""
+    return StackServer(host / "new", env_file=host / "env", log_path=host / "triton.log", timeout_s=60)
+
+
+def test_a_candidate_is_served_on_loopback_by_the_stacks_triton_and_its_container_is_removed(host: Path) -> None:
+    write_add_one(host / "new")
+    with server(host) as running, InferenceClient(running.grpc_url) as client:
+        answer = client.infer("add_one", {"x": np.ones((1, 2, 3), np.float32)})
+        assert (answer["y"] == 2).all()
+    calls = (host / "record").read_text().splitlines()
+    files = "compose.yaml:docker/compose.gpu.yaml:docker/compose.tune.yaml"
+    assert calls[0] == f"{files} compose --env-file {host / 'env'} build triton"
+    assert f"{files} compose --env-file {host / 'env'} run --rm --no-TTY --no-deps --service-ports --name" in calls[1]
+    assert "rm --force deepseek-stack-server-" in calls[2]
+    assert not is_ready(running.http_url)
+
+
+def test_a_candidate_that_does_not_start_is_one_line_with_the_servers_last_words(host: Path) -> None:
+    (host / "new").mkdir()
+    with pytest.raises(InputError, match=r"no model in it .*triton\.log\)"), server(host):
+        pass
+
+
+def test_an_image_that_cannot_be_built_is_one_line(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUILT", "1")
+    write_add_one(host / "new")
+    with pytest.raises(InputError, match=r"the image of the stack's Triton cannot be built, see "), server(host):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "env: is missing, but the candidate for tensorrt starts in NVIDIA's Triton; publish a first version with"),
+        ("COMPOSE_FILE=compose.yaml\n", "env: has COMPOSE_FILE=compose.yaml, but the candidate for tensorrt starts in"),
+    ],
+)
+def test_without_the_env_file_of_a_gpu_stack_a_release_says_what_to_do(host: Path, content: str, reason: str) -> None:
+    (host / "env").write_text(content)
+    with pytest.raises(InputError, match=reason):
+        check_stack("tensorrt", host / "env")
+
+
+def test_without_docker_a_release_for_a_gpu_says_so(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match="no docker on PATH"):
+        check_stack("tensorrt", host / "env")
+
+
+def test_only_targets_that_the_embedded_triton_cannot_load_need_the_stack() -> None:
+    assert [needs_stack(target) for target in ("onnxruntime", "tensorrt", "torchscript")] == [False, True, True]
