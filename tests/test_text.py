@@ -216,6 +216,9 @@ def test_the_command_sends_a_text(sentence: EmbeddedServer) -> None:
     run = run_module("cli", "infer", *place, "--text", "-- a text", "--json")
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["outputs"]["tokens"] == [[9]]
+    run = run_module("cli", "infer", *place, "--text", "A text, as typed")
+    assert run.returncode == 0, run.stderr
+    assert "A text, as typed" in run.stdout
     run = run_module("cli", "infer", *place, "--text", "a", "--inputs", "x.json")
     assert (run.returncode, run.stderr) == (2, "error: --text and --inputs: seen both; give one of them\n")
 

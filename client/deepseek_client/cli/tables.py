@@ -62,7 +62,7 @@ def answer_table(
     columns = []
     for arrays, last in ((inputs, True), (outputs, False)):
         for name, array in arrays.items():
-            row = array[0] if batched and array.ndim and len(array) else array
+            row = np.asarray(array[0] if batched and array.ndim and len(array) else array)
             counts, cells = _cells(row, labels.get(name), top, last=last)
             numeric = name not in labels and row.dtype.kind in "fiu"
             justify: Literal["left", "right"] = "right" if numeric else "left"
@@ -70,8 +70,8 @@ def answer_table(
             columns.append(cells)
     for line in range(max(map(len, columns), default=0)):
         # One line per row: a narrow screen truncates names, not numbers.
-        row = (cells[line] if line < len(cells) else "" for cells in columns)
-        table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in row))
+        line_of = (cells[line] if line < len(cells) else "" for cells in columns)
+        table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in line_of))
     return table
 
 
