@@ -19,7 +19,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import DeploymentSpec, InputError, PublishedManifest
 from deepseek.spec.checks import checked
-from deepseek.spec.cpu import Cpu, cpu_model, this_cpu
+from deepseek.spec.cpu import Cpu, cpu_model, has_int8_dot_products, this_cpu
 from deepseek.spec.files.measured_batches import (
     BatchTime,
     MeasuredBatches,
@@ -251,6 +251,25 @@ def test_the_cpu_has_a_name_also_where_the_kernel_gives_none(tmp_path: Path) -> 
     assert cpu_model(tmp_path / "x86") == "AMD EPYC 9654"
     assert cpu_model(tmp_path / "arm") == cpu_model(tmp_path / "none") != ""
     assert str(Cpu(model="EPYC", cores=1)) == "EPYC, 1 core"
+
+
+@pytest.mark.parametrize(
+    ("line", "has"),
+    [
+        ("flags\t\t: fpu avx2 avx512_vnni", True),
+        ("flags\t\t: fpu amx_int8", True),
+        ("flags\t\t: fpu avx2 avx512f", False),
+        ("Features\t: fp asimd asimddp", True),
+        ("Features\t: fp asimd", False),
+        ("isa\t: rv64imafdc", None),
+    ],
+)
+def test_a_cpu_has_dot_products_of_8_bit_integers_if_the_kernel_says_so(
+    tmp_path: Path, line: str, has: bool | None
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n\nprocessor\t: 1\n{line}\n")
+    assert has_int8_dot_products(tmp_path / "cpuinfo") is has
+    assert has_int8_dot_products(tmp_path / "none") is None
 
 
 # -- what Triton does with it ---------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The CPU of this machine: its model, and the cores that this process can use."""
+"""The CPU of this machine: its model, the cores that this process can use, and whether it is fast at int8."""
 
 from __future__ import annotations
 
@@ -35,3 +35,17 @@ def cpu_model(file: Path = Path("/proc/cpuinfo")) -> str:
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
+
+
+# Flags of /proc/cpuinfo for products of 8-bit integers: VNNI and AMX on x86, dot products and i8mm on ARM.
+INT8_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
+
+
+def has_int8_dot_products(file: Path = Path("/proc/cpuinfo")) -> bool | None:
+    """Whether the CPU multiplies 8-bit integers faster than floats; None if the kernel does not say."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return None
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), None)
+    return None if flags is None else not INT8_DOT_PRODUCTS.isdisjoint(flags)

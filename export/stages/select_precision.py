@@ -35,6 +35,7 @@ from deepseek.spec import (
     flags_for,
     kept_for_json,
 )
+from deepseek.spec.cpu import has_int8_dot_products
 from deepseek.spec.paired_drop import DropJudgement, interval_text
 from export.artifact import (
     choice_path,
@@ -190,10 +191,12 @@ def compare(source: ModelFolder, target: Target, only: Precision | None) -> dict
     for name in names:
         del variants[name]["paired"]
         variants[name] |= {"reason": reasons.get(name, judged[name].reason), "judgement": asdict(judged[name])}
+    provider = choose_provider(spec.onnxruntime.provider) if target == "onnxruntime" else None
     return {
         "model": spec.name,
         "target": target,
-        "provider": choose_provider(spec.onnxruntime.provider) if target == "onnxruntime" else None,
+        "provider": provider,
+        "int8_dot_products": has_int8_dot_products() if provider == "cpu" else None,
         "chosen": chosen,
         "failure": failure,
         "metric": "similarity" if warning else spec.precision.metric or "similarity",
@@ -319,6 +322,9 @@ def show(result: dict[str, Any]) -> None:
         print(f"warning: {result['warning']}")
     for name, variant in result["variants"].items():
         print(f"{name:<9} {variant['reason']}")
+    if result["int8_dot_products"] is False and (int8 := result["variants"].get("int8")):
+        gain = f"{int8['speedup']:.2f} times fp32"
+        print(f"int8      gains less on this CPU ({gain}): it has no 8-bit dot products (VNNI, AMX)")
     copies = {name: each["copies_ms"] for name, each in result["variants"].items() if "copies_ms" in each}
     if copies:
         listed = ", ".join(f"{name} {each_ms:.3f} ms" for name, each_ms in copies.items())
