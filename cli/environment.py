@@ -33,7 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST, NEWEST = (3, 11), (3, 13)  # the embedded Triton has stubs for these Pythons
-BASE = ("train", "export", "loadtest", "gateway")
+BASE = ("train", "export", "loadtest", "gateway", "openai")
 EXTRAS = {"base": (), "rtx": ("rtx",), "tensorrt": ("tensorrt",), "test": ("rtx", "test", "docs")}
 """Extras of pyproject.toml by need, in addition to BASE and the hardware's."""
 NEEDS = (*EXTRAS, "checkov", "system")

@@ -37,11 +37,11 @@ class Checkout:
             if name and not name.startswith("tests/") and Path(name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(name, folder / name)
-        return cls(folder, tuple(free_ports(3)))
+        return cls(folder, tuple(free_ports(4)))
 
     @property
     def environment(self) -> dict[str, str]:
-        names = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
+        names = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "OPENAI_PORT")
         ports = {f"DEEPSEEK_{name}": str(port) for name, port in zip(names, self.ports, strict=True)}
         path = f"{sys.prefix}/bin:{os.environ['PATH']}"
         clean = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}

@@ -44,7 +44,7 @@ def test_a_need_is_set_up_again_only_if_its_sources_change(
 ) -> None:
     set_up(tmp_path, ["test", "checkov", "system"])
     assert [words[0] for words in installed] == ["-e", "--no-deps", "--no-deps"]
-    assert installed[0][1].endswith("[train,export,loadtest,gateway,cpu,rtx,test,docs]")
+    assert installed[0][1].endswith("[train,export,loadtest,gateway,openai,cpu,rtx,test,docs]")
     assert installed[2][-1] is None  # checkov's lock conflicts with the project's
     assert missing(tmp_path, list(environment.NEEDS)) == ["rtx", "tensorrt"]
     set_up(tmp_path, ["test", "checkov", "system"])
@@ -60,7 +60,7 @@ def test_with_a_gpu_torch_is_the_cuda_build(
 ) -> None:
     monkeypatch.setattr(environment, "has_gpu", lambda: True)
     set_up(tmp_path, ["rtx"])
-    assert installed[0][1].endswith("[train,export,loadtest,gateway,gpu,rtx]")
+    assert installed[0][1].endswith("[train,export,loadtest,gateway,openai,gpu,rtx]")
 
 
 def test_without_a_gpu_torch_comes_from_the_index_of_cpu_builds(

@@ -18,6 +18,7 @@ class ReservedPorts:
 
     def __init__(self, address: str, wanted: dict[str, int]) -> None:
         self._held: list[socket.socket] = []
+        self._bound: dict[str, socket.socket] = {}
         self.numbers: dict[str, int] = {}
         self.address = address
         """The numeric address."""
@@ -28,6 +29,11 @@ class ReservedPorts:
             self.release()
             raise
 
+    def listen(self, name: str) -> socket.socket:
+        """Listens on a port, for a child process that inherits the socket; `release` closes it."""
+        self._bound[name].listen(1024)
+        return self._bound[name]
+
     def release(self) -> None:
         """Releases the ports; call it once the server listens or has failed."""
         while self._held:
@@ -36,6 +42,7 @@ class ReservedPorts:
     def _hold(self, address: str, name: str, port: int) -> int:
         held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self._held.append(held)
+        self._bound[name] = held
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             if port and port in self.numbers.values():

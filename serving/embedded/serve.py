@@ -15,41 +15,66 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 from deepseek.spec import GateFailed, InputError
 from deepseek.spec.children import ends_with_us
-from serving.embedded.flags import trace_flags
+from serving.embedded.flags import EXIT_TIMEOUT_S, trace_flags
 from serving.embedded.launcher import EmbeddedServer, check_repository
+from serving.embedded.openai_process import OpenAIProcess, missing_packages, takes_texts
 from serving.embedded.triton_log import failure
 
 __all__ = ["EmbeddedServer", "check_repository", "main"]
 
 
-def _serve(server: EmbeddedServer, command: list[str]) -> int:
+def _serve(server: EmbeddedServer, command: list[str], routes: OpenAIProcess | None = None) -> int:
     """Prints the endpoints; waits for Ctrl-C, or runs `command` and returns its exit status."""
     print(f"serving   {', '.join(server.models)} from {server.repository}")
     for finding in server.notes:
         print(f"warning   {finding}")
     print(f"HTTP      http://{server.http_url}/v2")
     print(f"gRPC      {server.grpc_url}")
+    if routes:
+        print(f"OpenAI    {routes.url}")
     print(f"metrics   {server.metrics_url}")
     print(f"log       {server.log_path}")
     if not command:
         print("Ctrl-C stops it.", flush=True)
     sys.stdout.flush()
     ports = {"HTTP": server.http_port, "GRPC": server.grpc_port, "METRICS": server.metrics_port}
+    if routes:
+        ports["OPENAI"] = routes.port
     told = {f"DEEPSEEK_{name}_PORT": str(port) for name, port in ports.items()}  # with the free ports that 0 picked
     child = _started(command, {**os.environ, **told}) if command else None
     try:
         while child is None or child.poll() is None:
             if server.failure or server.poll() is not None:
                 raise GateFailed(server.failure or failure(server.log_path, server.poll() or 0))
+            if routes and (reason := routes.look()):
+                raise GateFailed(reason)
             time.sleep(0.1)
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
     finally:
         if child is not None and child.poll() is None:
             child.terminate()
             child.wait()
+
+
+def _routes(options: argparse.Namespace, server: EmbeddedServer) -> AbstractContextManager[OpenAIProcess | None]:
+    """The OpenAI routes, if a model takes texts; behind a gateway they would have no keys and limits."""
+    if options.behind_gateway or not takes_texts(server.repository):
+        return nullcontext()
+    if finding := missing_packages():
+        print(f"warning   {finding}")
+        return nullcontext()
+    return OpenAIProcess(
+        server.repository,
+        address=server.address,
+        port=options.openai_port,
+        grpc_port=server.grpc_port,
+        drain_s=options.exit_timeout_s or EXIT_TIMEOUT_S,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
 
 
 def _started(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -69,7 +94,7 @@ def main(options: argparse.Namespace) -> int:
     if options.command and shutil.which(options.command[0]) is None:
         raise InputError(f"{options.command[0]}: no such command to run while serving; see deepseek serve --help")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    with EmbeddedServer(
+    server = EmbeddedServer(
         options.repository,
         http_port=options.http_port,
         grpc_port=options.grpc_port,
@@ -82,9 +107,10 @@ def main(options: argparse.Namespace) -> int:
         behind_gateway=options.behind_gateway,
         exit_timeout_s=options.exit_timeout_s,
         flags=tuple(trace_flags(options.trace_url, options.trace_every)),
-    ) as server:
+    )
+    with server, _routes(options, server) as routes:  # the routes end before the server
         try:
-            return _serve(server, options.command)
+            return _serve(server, options.command, routes)
         except KeyboardInterrupt:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # make and timeout send it twice; Ctrl-C still forces
             print("stopping", file=sys.stderr)

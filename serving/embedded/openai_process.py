@@ -1,0 +1,116 @@
+"""The process of the OpenAI routes (`serving.openai`) beside the embedded server.
+
+Contract: this process listens, and the routes inherit the socket. Callers wait while the routes restart after a crash.
+`look` reports a failure if they crash repeatedly. They end before the server, within `drain_s`, and also if
+this process is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from deepseek.spec import TEXT
+from deepseek.spec.children import ends_with_us
+from serving.embedded.ports import ReservedPorts
+from serving.embedded.supervisor import MOST_TIMES, WITHIN_S
+from serving.repository.checks import Finding, config_of, models_in
+
+NAME = "OpenAI"
+KILL_AFTER_S = 2.0  # beyond `drain_s`
+PACKAGES = ("aiohttp", "deepseek_client")
+
+
+class OpenAIProcess:
+    """Runs the routes inside the `with` block. `port` 0 picks a free port, which the attribute then holds."""
+
+    def __init__(
+        self,
+        repository: Path,
+        *,
+        address: str,
+        port: int,
+        grpc_port: int,
+        drain_s: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self._ports = ReservedPorts(address, {NAME: port})
+        self.port = self._ports.numbers[NAME]
+        self.url = f"http://{self._ports.address}:{self.port}/v1"
+        self._drain_s, self._say = drain_s, say
+        host = "127.0.0.1" if self._ports.address == "0.0.0.0" else self._ports.address
+        self._flags = [
+            f"--grpc-url={host}:{grpc_port}",
+            f"--repository={repository}",
+            f"--drain-s={drain_s}",
+        ]
+        self._restarted_s: list[float] = []
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> OpenAIProcess:
+        try:
+            self._start()
+        except BaseException:
+            self._ports.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(self._drain_s + KILL_AFTER_S)
+            finally:  # a second Ctrl-C
+                self._process.kill()
+                self._process.wait()
+        self._ports.release()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the current process."""
+        assert self._process is not None
+        return self._process.pid
+
+    def look(self) -> str | None:
+        """Restarts the process if it ended; returns the reason if that does not help."""
+        status = self._process.poll() if self._process else None
+        if status is None:
+            return None
+        now_s = time.monotonic()
+        self._restarted_s = [each for each in self._restarted_s if now_s - each < WITHIN_S]
+        if len(self._restarted_s) >= MOST_TIMES:
+            return f"the OpenAI routes ended {MOST_TIMES + 1} times within {WITHIN_S} s, last with exit status {status}"
+        self._say(f"died      the OpenAI routes: exit status {status}; restarting them")
+        self._restarted_s.append(now_s)
+        self._start()
+        return None
+
+    def _start(self) -> None:
+        listener = self._ports.listen(NAME)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "serving.openai", f"--socket={listener.fileno()}", *self._flags],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(listener.fileno(),),
+            start_new_session=True,  # Ctrl-C does not reach it directly: it ends before the server
+            preexec_fn=ends_with_us(),
+        )
+
+
+def takes_texts(repository: Path) -> bool:
+    """Whether any model of the repository has `[text]`."""
+    return any(TEXT in config_of(model).parameters for model in models_in(repository))
+
+
+def missing_packages() -> Finding | None:
+    """What keeps the routes from running here."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    what = f"off: {' and '.join(missing)} not installed here"
+    return Finding(level="warning", where="OpenAI routes", what=what, fix="install: make setup")

@@ -1,0 +1,102 @@
+"""The HTTP routes, with bounded memory: the size of a body, and of all bodies that are held at once.
+
+Contract: every refusal has OpenAI's error shape. A call is cancelled when its caller disconnects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+from aiohttp import web
+
+from serving.openai.embedding_request import read_request
+from serving.openai.embeddings import Embeddings
+from serving.openai.errors import ApiError, busy
+
+BODY_BYTES = 8 * 2**20
+HELD_BYTES = 64 * 2**20  # of all requests at once
+READ_S = 30.0  # longest upload of a body
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Routes:
+    """The handlers of one server."""
+
+    def __init__(self, embeddings: Embeddings) -> None:
+        self._embeddings = embeddings
+        self._held_bytes = 0
+
+    def runner(self, drain_s: float) -> web.AppRunner:
+        """Runs the routes; its clean-up gives requests in flight `drain_s` seconds."""
+        app = web.Application(middlewares=[_errors], client_max_size=BODY_BYTES)
+        app.router.add_post("/v1/embeddings", self._embed)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models/{model:.+}", self._model)
+        return web.AppRunner(
+            app,
+            handler_cancellation=True,
+            auto_decompress=False,  # a small compressed body may be huge; the routes refuse it
+            access_log=None,
+            shutdown_timeout=drain_s,
+        )
+
+    async def _embed(self, request: web.Request) -> web.Response:
+        if (encoding := request.headers.get("Content-Encoding", "identity")) != "identity":
+            raise ApiError(415, f"Content-Encoding: seen {encoding[:60]!r}; send the body uncompressed")
+        size = BODY_BYTES if request.content_length is None else request.content_length
+        if size > BODY_BYTES:
+            raise web.HTTPRequestEntityTooLarge(BODY_BYTES, size)
+        with self._hold(size):
+            try:
+                async with asyncio.timeout(READ_S):
+                    body = await request.read()
+            except TimeoutError:
+                raise ApiError(408, f"the body did not arrive within {READ_S:g} s") from None
+            answer = await self._embeddings.answer(read_request(body))
+        return web.Response(text=answer, content_type="application/json")
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": await self._embeddings.models()})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        return web.json_response(await self._embeddings.model(request.match_info["model"]))
+
+    @contextmanager
+    def _hold(self, size: int) -> Iterator[None]:
+        if self._held_bytes + size > HELD_BYTES:
+            raise busy(f"requests in flight have {self._held_bytes} bytes; allowed: {HELD_BYTES} in all")
+        self._held_bytes += size
+        try:
+            yield
+        finally:
+            self._held_bytes -= size
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    headers = {}
+    try:
+        return await handler(request)
+    except ApiError as raised:
+        error = raised
+    except web.HTTPRequestEntityTooLarge:
+        error = ApiError(413, f"the body is too large; allowed: {BODY_BYTES} bytes: send fewer texts at once")
+    except web.HTTPMethodNotAllowed as raised:
+        allowed = ", ".join(sorted(raised.allowed_methods))
+        headers["Allow"] = allowed
+        error = ApiError(405, f"{request.method} {request.path}: allowed: {allowed}", code="method_not_allowed")
+    except web.HTTPNotFound:
+        known = "POST /v1/embeddings, GET /v1/models, GET /v1/models/{model}"
+        error = ApiError(404, f"{request.method} {request.path}: no such route; allowed: {known}", code="unknown_url")
+    except web.HTTPException as raised:
+        error = ApiError(raised.status, raised.reason)
+    except Exception:
+        print(f"error     {request.method} {request.path}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        error = ApiError(500, "internal error; the server's output has the traceback")
+    if error.retry_after_s:
+        headers["Retry-After"] = str(error.retry_after_s)
+    return web.json_response(error.body(), status=error.status, headers=headers)
