@@ -132,8 +132,6 @@ def main(options: argparse.Namespace) -> None:
     """Releases one model."""
     _check(options)
     spec = DeploymentSpec.of_model(options.model, options.models).for_target(options.target)
-    if needs_stack(options.target):
-        check_stack(options.target, options.env_file)
     lines = spec.slo.all_objectives()
     if not (options.rate or spec.slo.rate_rps or any(line.rate_rps or line.kind == "throughput" for line in lines)):
         raise InputError(
@@ -143,6 +141,8 @@ def main(options: argparse.Namespace) -> None:
         raise InputError(f"--rate {options.rate:g}: it must be at least the SLO's rate_rps, {spec.slo.rate_rps:g}")
     if Path(options.repository).exists() and not Path(options.repository).is_dir():
         raise InputError(f"{options.repository}: not a folder; name the model repository that is served (REPOSITORY=)")
+    if needs_stack(options.target):
+        check_stack(options.target, options.env_file)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: ends servers and load too
     with exclusive(options.model) as releases:
         model = Path(options.repository) / options.model
