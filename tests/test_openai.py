@@ -28,7 +28,7 @@ from deepseek_client import InferenceClient, InferenceError
 from serving.embedded.openai_process import OpenAIProcess
 from serving.embedded.supervisor import MOST_TIMES
 from serving.openai.embedding_request import EmbeddingRequest
-from serving.openai.embeddings import Embeddings
+from serving.openai.embeddings import Embeddings, TextModel
 from serving.openai.errors import ApiError, from_client
 from serving.openai.routes import BODY_BYTES, HELD_BYTES, Routes
 from tests.conftest import write_add_one
@@ -309,6 +309,28 @@ def test_a_full_queue_is_429_with_retry_after(blocked: tuple[Serving, Path]) -> 
     assert refused[0][2]["error"]["code"] == "rate_limit_exceeded"
     assert statuses.count(200) >= 2
     assert set(statuses) == {200, 429}
+
+
+class Refusing:
+    """A client whose server refuses every list of texts once."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[str]] = []
+
+    async def infer(self, model: str, inputs: dict[str, list[str]], **_: Any) -> dict[str, list[str]]:
+        self.sent.append(inputs["text"])
+        if self.sent.count(inputs["text"]) == 1:
+            raise deepseek_client.ServerBusy("full")
+        return {"embedding": inputs["text"]}
+
+
+def test_a_refused_part_of_a_long_list_is_sent_again() -> None:
+    embeddings = Embeddings(Refusing(), Path())  # type: ignore[arg-type]
+    model = TextModel(name="m", output="embedding", size=1, max_batch=2, parts_at_once=1, max_tokens=8, max_bytes=8)
+    found = asyncio.run(embeddings._infer(model, list("abc")))
+    assert [list(part["embedding"]) for part in found] == [["a", "b"], ["c"]]
+    with pytest.raises(deepseek_client.ServerBusy):  # one batch: the caller decides
+        asyncio.run(embeddings._infer(model, list("de")))
 
 
 def test_a_model_that_takes_ids_only_is_not_listed(blocked: tuple[Serving, Path]) -> None:

@@ -2,7 +2,8 @@
 
 Contract: a model is listed if it takes texts (`[text]`) and has a vector: a float output [batch, size], the only one or
 the one named `embedding`. A list longer than the largest batch is split; a few parts run at once, and the answer
-is in the order of the list. If one part fails, the request fails.
+is in the order of the list. A part that Triton's queue refuses is sent again until the deadline; any other failure of a
+part fails the request.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from deepseek_client import AsyncInferenceClient, InferenceError, ModelMetadata, ModelUnavailable
+from deepseek_client import AsyncInferenceClient, InferenceError, ModelMetadata, ModelUnavailable, ServerBusy
 
 from deepseek.spec import TEXT, TOKENS
 from deepseek.spec.files.repository import CONFIG, model_folders
@@ -25,7 +27,7 @@ from serving.openai.errors import ApiError, from_client, no_such_model
 OUTPUT = "embedding"
 FLOATS = ("FP16", "FP32", "FP64", "BF16")
 TIMEOUT_S = 60.0  # of a request, with all its parts
-PARTS_PER_INSTANCE = 2  # one runs, one waits
+RETRY_S = 0.1  # before a refused part of a long list is sent again
 ROWS_IN_A_TURN = 16  # vectors written as JSON before other requests get their turn
 METADATA_S = 2.0  # how long a model's metadata counts: a new version may have another size
 
@@ -61,7 +63,7 @@ class TextModel:
             output=chosen[0].name,
             size=chosen[0].shape[1],
             max_batch=metadata.max_batch_size or 1,
-            parts_at_once=PARTS_PER_INSTANCE * (metadata.instances or 1),
+            parts_at_once=metadata.instances or 1,
             max_tokens=settings["max_tokens"],
             max_bytes=settings["max_bytes"],
         )
@@ -150,10 +152,16 @@ class Embeddings:
         until_s = time.monotonic() + TIMEOUT_S
 
         async def run(part: list[str]) -> dict[str, np.ndarray]:
+            outputs = (model.output, TOKENS)
             async with gate:
-                left_s = max(until_s - time.monotonic(), 0.001)
-                outputs = (model.output, TOKENS)
-                return await self._client.infer(model.name, {TEXT: part}, outputs=outputs, timeout_s=left_s)
+                while True:
+                    left_s = max(until_s - time.monotonic(), 0.001)
+                    try:
+                        return await self._client.infer(model.name, {TEXT: part}, outputs=outputs, timeout_s=left_s)
+                    except ServerBusy:  # a long list waits: it would lose the parts that are done
+                        if len(parts) == 1 or left_s < 2 * RETRY_S:
+                            raise
+                    await asyncio.sleep(RETRY_S * random.uniform(0.5, 1.5))
 
         if len(parts) == 1:
             return [await run(texts)]
