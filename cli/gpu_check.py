@@ -31,6 +31,7 @@ from deepseek.spec import build_dir
 from deepseek.spec.children import ends_with_us
 from deepseek.spec.files.folders import alone_in, write_whole
 from deepseek.spec.triton_release import TRITON_TAG, check_tag
+from export.checks.gpu_baselines import without_gpu
 from loadtests.load.child_process import free_ports
 from loadtests.report.page import card, document, facts
 from serving.doctor.machine import Machine
@@ -66,6 +67,7 @@ def missing(machine: Machine) -> dict[str, str]:
     docker = "no Docker engine answers this user: see docker info" if installed else "docker is not installed"
     return {
         "gpu": "" if machine.gpus else "no GPU: nvidia-smi lists none",
+        "torch": without_gpu() if machine.gpus else "",
         "fp8": "" if _numbers(capability) >= _numbers(FP8) else f"compute capability {capability or 'none'} has no FP8",
         "docker": "" if engines else docker,
         "runtime": "" if "nvidia" in engines else "Docker has no NVIDIA runtime" if engines else docker,

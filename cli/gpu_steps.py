@@ -12,6 +12,7 @@ from pathlib import Path
 
 PRECISIONS = ("int8", "fp8", "fp16", "fp32")
 ON_GPU = ("gpu", "runtime")
+IN_PYTORCH = ("gpu", "torch")
 PROJECT = "deepseek-gpu-check"
 STACK_UP, STACK_DOWN = "stack up", "stack down"
 FIRST_BUILD_S = 3600  # pulls NVIDIA's images, about 40 GB
@@ -117,7 +118,7 @@ def build(where: Where, model: str) -> list[Step]:
             name=f"PyTorch, torch.compile, ONNX Runtime CUDA: {model}",
             command=ours("gpu-baselines", *which),
             limit_s=300,
-            needs=("gpu", f"engine {model}"),
+            needs=(*IN_PYTORCH, f"engine {model}"),
         ),
     ]
 
@@ -142,7 +143,7 @@ def serve(where: Where, models: list[str]) -> list[Step]:
             ("parity", ("parity", *which, "--url", grpc, "--http-url", http), 300),
             ("load test", ("loadtest", *slo), 240),
             ("verdict", ("verdict", *which), 60),
-            ("capacity", ("capacity", *slo, "--duration-s", "10", "--max-s", "60"), 180),
+            ("capacity", ("capacity", *slo, "--duration-s", "5", "--max-s", "60"), 180),
         ]
         found += [
             Step(
@@ -180,14 +181,15 @@ def improve(where: Where, model: str) -> list[Step]:
     """Settings on and off, a release and a rollback, a profile; the stack is down, so the GPU is free."""
     which = ("--model", model, "--models", where.models)
     tune = ("tune", *which, "--target", "tensorrt", "--server", "stack", "--env-file", f"{where.folder}/env")
-    short = ("--instances", "1", "--delay-us", "0", "--pairs", "2", "--max-s", "180", "--dry-run")
+    short = ("--instances", "1", "--delay-us", "0", "--pairs", "2", "--max-s", "240", "--dry-run")
+    coarse = ("--least-s", "2", "--resolution", "1.25")  # else the default settings alone take half of the time
     grpc = ("--grpc-port", str(where.grpc_port))
     other = (*which, "--repository", f"{where.folder}/repository-fp32", *grpc)
     report = f"{where.folder}/nsys"
     return [
         Step(
             name="dynamic batching and CUDA graphs, on and off",
-            command=ours(*tune, "--max-batch", "1,8", *short),
+            command=ours(*tune, "--max-batch", "1,8", *short, *coarse),
             limit_s=600,
             needs=(*ON_GPU, "stack up"),
             claim="dynamic batching gives 30 % more throughput",
@@ -196,17 +198,19 @@ def improve(where: Where, model: str) -> list[Step]:
             name="release",
             command=ours(
                 *("release", *other, "--target", "tensorrt", "--triton-tag", where.triton_tag),
-                *("--env-file", f"{where.folder}/env"),
+                # Not the choice, which may be the fp32 that the repository has: then there is nothing to release.
+                # Which of them is faster is for the engines' steps to say.
+                *("--precision", "fp16", "--threshold", "100", "--env-file", f"{where.folder}/env"),
             ),
-            limit_s=600,
-            needs=(*ON_GPU, f"engine {model}", f"engine {model} fp32"),
+            limit_s=900,
+            needs=(*ON_GPU, f"engine {model} fp16", f"engine {model} fp32"),
         ),
         Step(name="rollback", command=ours("rollback", *other), limit_s=120, needs=("release",)),
         Step(
             name="nsys profile",
             command=("nsys", "profile", "--force-overwrite=true", f"--output={report}", *ours("gpu-baselines", *which)),
             limit_s=300,
-            needs=("gpu", "nsys", f"engine {model}"),
+            needs=(*IN_PYTORCH, "nsys", f"engine {model}"),
             claim="Nsight finds the cause of slow inference",
         ),
     ]
@@ -219,12 +223,12 @@ def train_and_plan(where: Where, models: list[str]) -> list[Step]:
             name="mixed precision and checkpointing against fp32",
             command=ours("measure-training"),
             limit_s=300,
-            needs=("gpu",),
+            needs=IN_PYTORCH,
             claim="mixed precision is 1.8 times as fast; checkpointing saves 60 % of memory",
         ),
         *(
             Step(
-                name=f"plan against measured: {model}",
+                name=f"plan against measured, on the CPU: {model}",
                 command=ours("plan", "--model", model, "--models", where.models, "--measure"),
                 limit_s=180,
                 needs=("gpu", f"engine {model}"),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from cli import gpu_check
 from cli.gpu_check import missing, run, unmet
 from cli.gpu_steps import Step, Where, steps
 from cli.main import values_of
+from export.checks.gpu_baselines import without_gpu
 from serving.doctor.machine import Gpu, Machine
 from tests.conftest import run_module
 from tests.gateway import wait_for
@@ -135,6 +138,19 @@ def test_without_nvidias_runtime_no_engine_is_built() -> None:
     assert unmet(step, lacks, {}) == "Docker has no NVIDIA runtime"
 
 
+def test_steps_of_pytorch_are_skipped_where_only_nvidia_smi_sees_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "without_gpu", lambda: "PyTorch sees none")
+    lacks = missing(Machine(ram_bytes=1, gpus=(ADA,), docker=("runc", "nvidia"))) | {"nsys": ""}
+    built = replace(gpu_check.skipped(python("", ""), ""), outcome="passed")
+    before = {step.name: built for step in steps(WHERE, ["minilm"])}
+    found = [step.name for step in steps(WHERE, ["minilm"]) if unmet(step, lacks, before) == "PyTorch sees none"]
+    assert found == [
+        "PyTorch, torch.compile, ONNX Runtime CUDA: minilm",
+        "nsys profile",
+        "mixed precision and checkpointing against fp32",
+    ]
+
+
 def test_each_command_of_the_project_in_the_table_can_be_parsed() -> None:
     for step in steps(WHERE, ["recommender", "minilm"]):
         words = list(step.command)
@@ -155,4 +171,9 @@ def test_a_machine_without_a_gpu_gets_a_line_for_each_step(tmp_path: Path) -> No
 def test_the_baselines_say_that_there_is_no_gpu() -> None:
     done = run_module("cli", "gpu-baselines")
     assert done.returncode == 2
-    assert "PyTorch sees no GPU" in done.stderr
+    assert f"PyTorch {torch.__version__} sees no GPU" in done.stderr
+
+
+def test_a_pytorch_that_cannot_be_imported_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert without_gpu().startswith("PyTorch cannot be imported: ")

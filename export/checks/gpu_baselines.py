@@ -26,10 +26,8 @@ WARM_UP = 10
 
 def main(options: argparse.Namespace) -> int:
     """Prints the median time of a batch for each candidate, lower is better."""
-    import torch  # heavy; needed only here
-
-    if not torch.cuda.is_available():
-        raise InputError("PyTorch sees no GPU; run this on a GPU host, with a CUDA build of PyTorch")
+    if reason := without_gpu():
+        raise InputError(f"{reason}; run this on a GPU host, with a CUDA build of PyTorch")
     source = ModelFolder(options.model, options.models)
     inputs = opt_batch(source.spec, load_rows(build_dir(options.model) / "evaluation.npz")[0])
     found: dict[str, Any] = {}
@@ -41,6 +39,15 @@ def main(options: argparse.Namespace) -> int:
     lines = [f"{name:24} {f'{it:.3f} ms' if isinstance(it, float) else it}" for name, it in found.items()]
     print(json.dumps(found, indent=2) if options.json else "\n".join(lines))
     return 0 if all(isinstance(it, float) for it in found.values()) else 1
+
+
+def without_gpu() -> str:
+    """Why PyTorch cannot use a GPU here, or ""."""
+    try:
+        import torch  # heavy; needed only here
+    except (ImportError, OSError) as error:  # also a CUDA library that it cannot load
+        return f"PyTorch cannot be imported: {' '.join(str(error).split())}"
+    return "" if torch.cuda.is_available() else f"PyTorch {torch.__version__} sees no GPU"
 
 
 def opt_batch(spec: DeploymentSpec, row: Row) -> Row:
