@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,13 @@ from tests.checkout import BUSY, Checkout, blocks
 @pytest.fixture
 def checkout(tmp_path: Path) -> Checkout:
     return Checkout.copied_to(tmp_path)
+
+
+def check_judged(run: subprocess.CompletedProcess[str]) -> None:
+    """A load test and its verdict, or the reason why the run does not count: other tests keep this machine busy."""
+    told = run.stdout + run.stderr
+    assert run.returncode in BUSY, told
+    assert "p99_ms" in run.stdout or "the generator sent late" in run.stderr, told
 
 
 @pytest.mark.slow
@@ -27,9 +35,7 @@ def test_the_tutorial_releases_a_second_version(checkout: Checkout) -> None:
             run = checkout.sh(script)
             assert run.returncode == 0, run.stdout + run.stderr
         assert checkout.python(call) == "(2, 10)\n"
-        run = checkout.sh(verdict)
-        assert "p99_ms" in run.stdout
-        assert run.returncode in BUSY
+        check_judged(checkout.sh(verdict))
         assert checkout.sh(report).returncode == 0
         run = checkout.sh(release)
         assert "accuracy    holds" in run.stdout, run.stdout + run.stderr  # the gates after it measure this machine
@@ -48,6 +54,6 @@ def test_the_readmes_model_is_built_served_and_called(checkout: Checkout) -> Non
     serve, measure = script.splitlines()
     with checkout.serve("digits", serve.partition("#")[0]):
         run = checkout.sh(measure)
-        assert "p99_ms" in run.stdout, run.stdout + run.stderr
-        assert run.returncode in BUSY
+        assert "evaluation split" in run.stdout, run.stdout + run.stderr  # of make parity
+        check_judged(run)
     assert "deepseek_client" in call
