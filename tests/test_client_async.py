@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deepseek_client import AsyncInferenceClient, ConnectionLost, ModelNotFound
+from deepseek_client import AsyncInferenceClient, ConnectionLost, ModelNotFound, ServerBusy
 
 from serving.embedded.serve import EmbeddedServer
 from tests.failing_servers import Relay, X, answering, mute, protocols, url_of
@@ -42,7 +42,8 @@ def test_calls_left_by_a_failed_gather_leave_no_connection(server: EmbeddedServe
             with pytest.raises(ModelNotFound):
                 await asyncio.gather(*left, client.infer("absent", {"x": X}))
         await asyncio.wait(left)  # they end, with or without an error, after the client was closed
-        assert not [each for each in left if each.exception() and not isinstance(each.exception(), ConnectionLost)]
+        allowed = (type(None), ConnectionLost, ServerBusy)  # busy: calls of another test may still be in the queue
+        assert [each for each in left if not isinstance(each.exception(), allowed)] == []
         await asyncio.sleep(0)  # the loop closes an aborted transport in its next iteration
 
     asyncio.run(main())
