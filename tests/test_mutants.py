@@ -95,3 +95,13 @@ def test_tests_that_fail_without_a_mutant_are_one_line(tree: Path, monkeypatch: 
     monkeypatch.setattr(sys, "argv", ["mutants"])
     with pytest.raises(InputError, match=r"core: tests/test_core.py::test_it fails without a mutant"):
         probe.main()
+
+
+@pytest.mark.parametrize(
+    ("caught", "total", "missed"), [(0, 0, False), (55, 55, False), (42, 55, False), (41, 55, True), (8, 10, False)]
+)
+def test_a_small_sample_fails_only_if_chance_cannot_explain_its_survivors(
+    caught: int, total: int, missed: bool
+) -> None:
+    outcomes = ["caught"] * caught + ["survived"] * (total - caught) + ["equivalent"] * 3
+    assert probe.surely_missed([{"outcome": outcome} for outcome in outcomes]) is missed

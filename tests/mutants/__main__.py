@@ -4,7 +4,8 @@ Contract: works in copies of the tree, one per process, never in the checkout. A
 fails or exceeds its time limit. Tests marked `alone` or `slow` do not run. Mutants in `tests/mutants/equivalent.toml` do
 not count.
 
-With fewer than 30 mutants per module, a module's share means little: then all modules are judged together.
+With fewer than 30 mutants per module, a module's share means little: then all modules are judged together, and fail only
+if chance cannot explain the survivors (exact binomial test, 95 %).
 
 Exit codes: 0 at least 85 % caught in every module, 1 less in one, 2 bad input.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -39,7 +41,7 @@ from deepseek.spec import InputError, Parser, run_command
 from tests.mutants.mutations import Mutant, mutants_of, sample
 
 LEAST_CAUGHT = 0.85
-LEAST_OF_A_MODULE = 30  # mutants; with fewer, two survivors by chance would fail a module
+LEAST_OF_A_MODULE = 30  # mutants; with fewer, the sample fails only if chance cannot explain its survivors
 QUICK_S = 0.1
 LEAST_TIMEOUT_S = 60  # and at least four times the tests' time on the unchanged code
 OUTCOMES = ("caught", "survived", "equivalent")
@@ -215,6 +217,14 @@ def share_caught(rows: Sequence[Row]) -> float:
     return sum(row["outcome"] == "caught" for row in counted) / len(counted) if counted else 1.0
 
 
+def surely_missed(rows: Sequence[Row]) -> bool:
+    """Whether a sample shows, at 95 % confidence, that fewer than LEAST_CAUGHT are caught (exact binomial test)."""
+    counted = [row for row in rows if row["outcome"] != "equivalent"]
+    total, caught = len(counted), sum(row["outcome"] == "caught" for row in counted)
+    chances = (math.comb(total, k) * LEAST_CAUGHT**k * (1 - LEAST_CAUGHT) ** (total - k) for k in range(caught + 1))
+    return total > 0 and sum(chances) < 0.05
+
+
 def show(by_module: dict[str, list[Row]]) -> None:
     """Prints every survivor, and the table."""
     table = Table("module", "mutants", *OUTCOMES, "share caught (higher is better)", f"under {LEAST_CAUGHT:.0%}")
@@ -252,8 +262,9 @@ def main() -> int:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     by_module = {name: [row for row in rows if row["module"] == name] for name in names}
     show(by_module)
-    judged = list(by_module.values()) if args.count >= LEAST_OF_A_MODULE else [rows]
-    return int(any(share_caught(each) < LEAST_CAUGHT for each in judged))
+    if args.count < LEAST_OF_A_MODULE:
+        return int(surely_missed(rows))
+    return int(any(share_caught(each) < LEAST_CAUGHT for each in by_module.values()))
 
 
 if __name__ == "__main__":
