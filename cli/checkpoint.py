@@ -1,4 +1,4 @@
-"""What the files of a transformers checkpoint say: its task, labels, pooling, longest text and which files it needs.
+"""Reads the files of a transformers checkpoint: its task, labels, pooling, longest text and which files it needs.
 
 Contract: `Checkpoint.read(folder, task)` reads JSON only: no network, no torch, no code of the checkpoint. It raises
 InputError, one line, for a folder that `deepseek import` cannot turn into a model folder.
@@ -25,7 +25,7 @@ LONGEST = 512  # tokens; a longer sequence costs more memory and time than most 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What the config.json of a model_type may leave out."""
+    """Defaults of a model_type that its config.json may leave out."""
 
     padding: int = 0
     after_padding: bool = False
@@ -138,7 +138,7 @@ def _number(path: Path, config: dict[str, Any], key: str, default: int | None = 
 
 
 def _kind(path: Path, config: dict[str, Any]) -> Kind:
-    """Raises InputError for a checkpoint that is no text encoder of a known type."""
+    """Raises InputError unless the checkpoint is a text encoder of a known type."""
     if "auto_map" in config:
         raise InputError(
             f"{path}: auto_map: the checkpoint brings code of its own (trust_remote_code), which the import does not "

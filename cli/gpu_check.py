@@ -193,7 +193,7 @@ def main(options: argparse.Namespace) -> int:
                 write_whole(folder / "gpu-check.json", json.dumps(report, indent=2) + "\n")
                 write_whole(folder / "gpu-check.html", page(report))
         finally:
-            if is_up and STACK_DOWN not in results:  # interrupted: nothing of the check goes on running
+            if is_up and STACK_DOWN not in results:  # interrupted: stop what the check started
                 (down,) = (step for step in table if step.name == STACK_DOWN)
                 run(down, folder / "logs" / "stack-down.log", environment)
     if options.json:

@@ -36,7 +36,7 @@ class Step:
     limit_s: int
     needs: tuple[str, ...] = ()
     claim: str = ""
-    """What the guide says; the step's output has the figure."""
+    """The guide's claim; the step's output has the figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def steps(where: Where, models: list[str]) -> list[Step]:
 
 
 def look() -> list[Step]:
-    """What is there."""
+    """Lists what this machine has."""
     query = "--query-gpu=name,driver_version,compute_cap,memory.total,clocks.sm,clocks.max.sm"
     listed = ("docker", "images", "--filter", "reference=nvcr.io/nvidia/*", "--filter", "reference=deepseek*")
     return [
