@@ -40,9 +40,10 @@ def check(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[int] | No
     try:
         options = {"timeout_s": settings.timeout_s, "retries": TRIES, "idempotent": True, **settings.access}
         with InferenceClient(settings.url, settings.protocol, **options) as client:
-            if not client.ready():
-                raise InputError(f"the server at {settings.url} is not ready; wait for it or read its log")
+            # The model is asked first: while an old version of any model is unloaded, Triton calls the server not ready.
             if not client.ready(settings.model):
+                if not client.ready():
+                    raise InputError(f"the server at {settings.url} is not ready; wait for it or read its log")
                 raise InputError(f"{settings.model} is not ready at {settings.url}; is it in the model repository?")
             served = client.metadata(settings.model)
             for row in rows:
