@@ -95,6 +95,7 @@ def _take_text(config: ModelConfig, spec: DeploymentSpec, text: TextSpec, warmup
         "min_tokens": axis.min,
         "max_bytes": text.max_bytes,
         "batch_tokens": text.batch_tokens,
+        "dimensions": text.dimensions,  # for serving/openai
     }
     config.parameters[TEXT].string_value = json.dumps(settings)
     for prefix in warmup:

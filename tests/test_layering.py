@@ -22,7 +22,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Exceptions: parity and the OpenAI routes call the server through the client that applications use.
 ALSO = {
     "export/checks/parity.py": {"deepseek_client"},
-    **{f"serving/openai/{name}.py": {"deepseek_client"} for name in ("__main__", "embeddings", "errors")},
+    **{
+        f"serving/openai/{name}.py": {"deepseek_client"}
+        for name in ("__main__", "embeddings", "errors", "inference", "text_models")
+    },
 }
 OURS = {"cli", "deepseek", "deepseek_client", "models", "export", "serving", "loadtests", "tests"}
 LIGHT = {f"deepseek/{name}.py" for name in ("__init__", "config", "quantization")} | {

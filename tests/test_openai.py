@@ -28,9 +28,11 @@ from deepseek_client import InferenceClient, InferenceError
 from serving.embedded.openai_process import OpenAIProcess
 from serving.embedded.supervisor import MOST_TIMES
 from serving.openai.embedding_request import EmbeddingRequest
-from serving.openai.embeddings import Embeddings, TextModel
+from serving.openai.embeddings import Embeddings, _shortened
 from serving.openai.errors import ApiError, from_client
+from serving.openai.inference import infer_texts
 from serving.openai.routes import BODY_BYTES, HELD_BYTES, Routes
+from serving.openai.text_models import TextModel
 from tests.conftest import write_add_one
 from tests.gateway import free_port, wait_for
 from tests.test_embedded import FREE_FLAGS, start
@@ -129,6 +131,19 @@ def test_base64_holds_the_same_numbers_as_float(serving: Serving, client: openai
     assert isinstance(answer["data"][0]["embedding"], str)
 
 
+def test_a_shorter_vector_is_the_first_numbers_scaled_to_length_1(client: openai.OpenAI, expected: np.ndarray) -> None:
+    units = {size: expected[:, :size] / np.linalg.norm(expected[:, :size], axis=1, keepdims=True) for size in (8, 16)}
+    for size, wanted in {**units, 32: expected}.items():
+        answer = client.embeddings.create(model="sentence", input=TEXTS, dimensions=size)
+        np.testing.assert_allclose([each.embedding for each in answer.data], wanted, atol=1e-5)
+
+
+def test_a_vector_of_zeros_stays_one_when_it_is_shortened() -> None:
+    found = _shortened(np.array([[0, 0, 5], [3, 4, 5]], np.float32), 2)
+    np.testing.assert_allclose(found, [[0.0, 0.0], [0.6, 0.8]], atol=1e-7)
+    assert found.dtype == np.float32
+
+
 def test_usage_counts_the_tokens_that_ran(client: openai.OpenAI) -> None:
     usage = client.embeddings.create(model="sentence", input=TEXTS).usage
     counts = [ids_of(text)[1] for text in TEXTS]
@@ -167,13 +182,13 @@ NESTED = b'{"model": "sentence", "input": ' + b"[" * 100_000 + b"]" * 100_000 + 
         ({"model": "sentence", "input": ["a", ""]}, "input", "input[1]: an empty string"),
         ({"model": "sentence", "input": ["a", None]}, "input", "input[1]: seen null; allowed: a string"),
         ({"model": "sentence", "input": [["a"]]}, "input", "input[0]: seen an array; allowed: a string"),
-        ({"model": "sentence", "input": [1, 2]}, "input", "input[0]: token ids; this server takes strings"),
-        ({"model": "sentence", "input": [[1, 2]]}, "input", "input[0]: token ids; this server takes strings"),
+        ({"model": "sentence", "input": [1, 2]}, "input", "input[0]: token ids; send strings"),
+        ({"model": "sentence", "input": [[1, 2]]}, "input", "(LangChain: check_embedding_ctx_length=False)"),
         ({"model": "sentence", "input": "\ud800"}, "input", "input: half of a surrogate pair"),
         ({"model": "sentence", "input": ["a", "b" * 110_001]}, "input", "input[1]: 110001 bytes; allowed: up to 110000"),
         ({"model": "sentence", "input": "a", "encoding_format": "int8"}, "encoding_format", 'seen "int8"; allowed: float or base64'),
         ({"model": "sentence", "input": "a", "encoding_format": []}, "encoding_format", "seen an array"),
-        ({"model": "sentence", "input": "a", "dimensions": 16}, "dimensions", "seen 16; vectors of sentence have 32 numbers"),
+        ({"model": "sentence", "input": "a", "dimensions": 31}, "dimensions", "seen 31; allowed for sentence: 8, 16, 32"),
         ({"model": "sentence", "input": "a", "dimensions": True}, "dimensions", "seen true; allowed: a whole number"),
         ({"model": "sentence", "input": "a", "user": 1}, "user", "seen 1; allowed: a string"),
         ({"model": "sentence", "inputs": "a", "input": "a"}, None, '"inputs": no such field; allowed: input, model'),
@@ -233,7 +248,7 @@ def test_each_error_of_a_call_has_its_status(error: InferenceError, status: int)
 
 
 def test_bodies_are_refused_beyond_the_memory_they_may_take() -> None:
-    routes = Routes(None)  # type: ignore[arg-type]
+    routes = Routes(None, None)  # type: ignore[arg-type]
     with routes._hold(HELD_BYTES):
         with pytest.raises(ApiError) as error, routes._hold(1):
             pass
@@ -317,20 +332,20 @@ class Refusing:
     def __init__(self) -> None:
         self.sent: list[list[str]] = []
 
-    async def infer(self, model: str, inputs: dict[str, list[str]], **_: Any) -> dict[str, list[str]]:
+    async def infer(self, model: str, inputs: dict[str, list[str]], **_: Any) -> dict[str, np.ndarray]:
         self.sent.append(inputs["text"])
         if self.sent.count(inputs["text"]) == 1:
             raise deepseek_client.ServerBusy("full")
-        return {"embedding": inputs["text"]}
+        return {"embedding": np.array(inputs["text"])}
 
 
 def test_a_refused_part_of_a_long_list_is_sent_again() -> None:
-    embeddings = Embeddings(Refusing(), Path())  # type: ignore[arg-type]
+    client: Any = Refusing()
     model = TextModel(name="m", output="embedding", size=1, max_batch=2, parts_at_once=1, max_tokens=8, max_bytes=8)
-    found = asyncio.run(embeddings._infer(model, list("abc")))
-    assert [list(part["embedding"]) for part in found] == [["a", "b"], ["c"]]
+    found = asyncio.run(infer_texts(client, model, list("abc"), ["embedding"]))
+    assert list(found["embedding"]) == ["a", "b", "c"]
     with pytest.raises(deepseek_client.ServerBusy):  # one batch: the caller decides
-        asyncio.run(embeddings._infer(model, list("de")))
+        asyncio.run(infer_texts(client, model, list("de"), ["embedding"]))
 
 
 def test_a_model_that_takes_ids_only_is_not_listed(blocked: tuple[Serving, Path]) -> None:
@@ -358,7 +373,7 @@ class Waiting(Embeddings):
 def test_a_call_is_cancelled_when_its_caller_disconnects() -> None:
     async def leave() -> None:
         waiting = Waiting()
-        runner = Routes(waiting).runner(1)
+        runner = Routes(None, waiting).runner(1)  # type: ignore[arg-type]
         await runner.setup()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             await web.SockSite(runner, listener).start()

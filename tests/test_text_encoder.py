@@ -74,6 +74,9 @@ MISTAKES = {
     "an output with the added name": ("outputs.score", "outputs.tokens", "[text] adds the input text and the output tokens; rename the model's own tokens"),
     "a smallest batch": ("[axes.batch]\nmin = 1", "[axes.batch]\nmin = 2", "axes.batch.min is 2; with [text], it must be 1"),
     "more tokens than the axis": ("max_tokens = 48", "max_tokens = 65", "text.max_tokens: seen 65; axis length allows 2 to 64"),
+    "dimensions above the size": ("dimensions = [8, 16]", "dimensions = [8, 33]", "text.dimensions: seen 33; output embedding has 32 numbers"),
+    "dimensions without a vector": ('shape = ["batch", 32]', 'shape = ["batch", 4, 8]', 'text.dimensions: outputs of this shape are none; a float output ["batch", <size>], the only one or named embedding, is needed'),
+    "a dimension of 0": ("dimensions = [8, 16]", "dimensions = [0]", "text.dimensions.0: seen 0; it must be greater than or equal to 1"),
     "no bytes": ("max_bytes = 110000", "max_bytes = 0", "text.max_bytes: seen 0"),
     "a misspelt key": ("max_bytes", "max_byte", "did you mean max_bytes?"),
 }  # fmt: skip

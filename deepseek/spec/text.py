@@ -18,6 +18,8 @@ TEXT, TOKENS = "text", "tokens"
 """The input that takes texts, and the output with the number of tokens of each."""
 TOKENIZER = "tokenizer.json"
 """The tokenizer's file name in a version of the model repository."""
+EMBEDDING = "embedding"
+"""The output with a text's vector, if several may be meant."""
 Role = Literal["input_ids", "attention_mask", "token_type_ids"]
 
 
@@ -45,6 +47,10 @@ class TextSpec(Table):
     batch_tokens: int = Field(512, ge=1)
     """Most tokens, padding included, that run at once. The server splits a batch of texts into parts of similar
     length."""
+
+    dimensions: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Sizes that callers of `/v1/embeddings` may ask for besides the model's own: the first numbers of each vector,
+    scaled to length 1. For models trained with such sizes (Matryoshka)."""
 
     def fills(self, inputs: Mapping[str, TensorSpec]) -> dict[Role, str]:
         """The inputs that the tokenizer fills, by what they get."""
@@ -87,8 +93,27 @@ def check_text(
             raise at("text", f"[text] adds the input {TEXT} and the output {TOKENS}; rename the model's own {name}")
     if axes[BATCH].min > 1:
         raise at("text", f"axes.{BATCH}.min is {axes[BATCH].min}; with [text], it must be 1")
+    sizes = {
+        name: output.shape[1]
+        for name, output in outputs.items()
+        if output.dtype.startswith("float") and len(output.shape) == 2 and isinstance(output.shape[1], int)
+    }
+    vector = vector_output(sizes)
+    if text.dimensions and vector is None:
+        needed = f'a float output ["{BATCH}", <size>], the only one or named {EMBEDDING}, is needed'
+        raise at("text.dimensions", f"outputs of this shape are {listed(sizes)}; {needed}")
+    if vector is not None and max(text.dimensions, default=0) > sizes[vector]:
+        raise at("text.dimensions", f"seen {max(text.dimensions)}; output {vector} has {sizes[vector]} numbers")
     if text.max_tokens is not None and not axes[axis].min <= text.max_tokens <= axes[axis].max:
         raise at("text.max_tokens", f"seen {text.max_tokens}; axis {axis} allows {axes[axis].min} to {axes[axis].max}")
+
+
+def vector_output(sizes: Mapping[str, int]) -> str | None:
+    """The output that holds a text's vector; None if there is none.
+
+    `sizes` are those of the float outputs ["batch", size]: the only one, or the one named EMBEDDING.
+    """
+    return EMBEDDING if EMBEDDING in sizes else next(iter(sizes)) if len(sizes) == 1 else None
 
 
 def text_axis(text: TextSpec, inputs: Mapping[str, TensorSpec]) -> str:

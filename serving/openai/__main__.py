@@ -16,6 +16,7 @@ from deepseek_client import AsyncInferenceClient
 
 from serving.openai.embeddings import Embeddings
 from serving.openai.routes import Routes
+from serving.openai.text_models import TextModels
 
 
 async def _serve(given: argparse.Namespace) -> None:
@@ -23,7 +24,8 @@ async def _serve(given: argparse.Namespace) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     # No retries: a refusal goes back to the caller at once, with Retry-After.
     async with AsyncInferenceClient(given.grpc_url, retries=0) as client:
-        runner = Routes(Embeddings(client, given.repository)).runner(given.drain_s)
+        models = TextModels(client, given.repository)
+        runner = Routes(models, Embeddings(client, models)).runner(given.drain_s)
         await runner.setup()
         await web.SockSite(runner, socket.socket(fileno=given.socket), backlog=1024).start()
         await stop.wait()

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
-from serving.openai.embedding_request import read_request
+from serving.openai.embedding_request import EmbeddingRequest
 from serving.openai.embeddings import Embeddings
 from serving.openai.errors import ApiError, busy
+from serving.openai.text_models import TextModels
 
 BODY_BYTES = 8 * 2**20
 HELD_BYTES = 64 * 2**20  # of all requests at once
@@ -26,16 +27,16 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Routes:
     """The handlers of one server."""
 
-    def __init__(self, embeddings: Embeddings) -> None:
-        self._embeddings = embeddings
+    def __init__(self, models: TextModels, embeddings: Embeddings) -> None:
+        self._models, self._embeddings = models, embeddings
         self._held_bytes = 0
 
     def runner(self, drain_s: float) -> web.AppRunner:
         """Runs the routes; its clean-up gives requests in flight `drain_s` seconds."""
         app = web.Application(middlewares=[_errors], client_max_size=BODY_BYTES)
         app.router.add_post("/v1/embeddings", self._embed)
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/v1/models/{model:.+}", self._model)
+        app.router.add_get("/v1/models", self._list)
+        app.router.add_get("/v1/models/{model:.+}", self._describe)
         return web.AppRunner(
             app,
             handler_cancellation=True,
@@ -56,14 +57,15 @@ class Routes:
                     body = await request.read()
             except TimeoutError:
                 raise ApiError(408, f"the body did not arrive within {READ_S:g} s") from None
-            answer = await self._embeddings.answer(read_request(body))
+            answer = await self._embeddings.answer(EmbeddingRequest.read(body))
         return web.Response(text=answer, content_type="application/json")
 
-    async def _models(self, _: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": await self._embeddings.models()})
+    async def _list(self, _: web.Request) -> web.Response:
+        found = [self._models.described(model) for model in await self._models.all()]
+        return web.json_response({"object": "list", "data": found})
 
-    async def _model(self, request: web.Request) -> web.Response:
-        return web.json_response(await self._embeddings.model(request.match_info["model"]))
+    async def _describe(self, request: web.Request) -> web.Response:
+        return web.json_response(self._models.described(await self._models.named(request.match_info["model"])))
 
     @contextmanager
     def _hold(self, size: int) -> Iterator[None]:

@@ -1,0 +1,98 @@
+"""The models of one Triton that turn texts into vectors.
+
+Contract: a model is listed if it takes texts (`[text]`) and has a vector for each (`deepseek.spec.text.vector_output`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepseek_client import AsyncInferenceClient, InferenceError, ModelMetadata, ModelUnavailable
+
+from deepseek.spec import TEXT
+from deepseek.spec.files.repository import CONFIG, model_folders
+from deepseek.spec.text import EMBEDDING, vector_output
+from serving.openai.errors import ApiError, from_client, no_such_model
+
+FLOATS = ("FP16", "FP32", "FP64", "BF16")
+METADATA_S = 2.0  # how long a model's metadata counts: a new version may have another size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModel:
+    """A served model that turns texts into vectors."""
+
+    name: str
+    output: str
+    size: int
+    """Numbers in a vector."""
+    max_batch: int
+    parts_at_once: int
+    max_tokens: int
+    max_bytes: int
+    dimensions: tuple[int, ...] = ()
+    """Sizes that callers may ask for besides the model's own."""
+
+    @classmethod
+    def of(cls, metadata: ModelMetadata) -> TextModel:
+        """Raises ApiError 404 if the model takes no texts, or has no vector for a text."""
+        if TEXT not in metadata.parameters:
+            raise no_such_model(metadata.name, "takes no texts (no [text] in its deploy.toml)")
+        sizes = {
+            out.name: out.shape[1]
+            for out in metadata.outputs
+            if out.datatype in FLOATS and len(out.shape) == 2 and out.shape[1] > 0
+        }
+        if (output := vector_output(sizes)) is None:
+            seen = f"outputs [batch, size] are {', '.join(sizes) or 'none'}"
+            raise no_such_model(metadata.name, f"{seen}; one, or one named {EMBEDDING}, is needed")
+        settings = json.loads(metadata.parameters[TEXT])
+        return cls(
+            name=metadata.name,
+            output=output,
+            size=sizes[output],
+            max_batch=metadata.max_batch_size or 1,
+            parts_at_once=metadata.instances or 1,
+            max_tokens=settings["max_tokens"],
+            max_bytes=settings["max_bytes"],
+            dimensions=tuple(settings.get("dimensions", ())),  # an older version has no such setting
+        )
+
+
+class TextModels:
+    """The models of one Triton. `repository`: its folder, for the list of models."""
+
+    def __init__(self, client: AsyncInferenceClient, repository: Path) -> None:
+        self._client, self._repository = client, repository
+        self._read: dict[str, tuple[float, TextModel]] = {}  # name -> when it was read, and the model
+
+    async def all(self) -> list[TextModel]:
+        """All models, by name."""
+        found = []
+        for name in sorted(folder.name for folder in model_folders(self._repository)):
+            try:
+                found.append(await self.named(name))
+            except ApiError as error:
+                if error.status != 404 and not isinstance(error.__cause__, ModelUnavailable):
+                    raise
+        return found
+
+    async def named(self, name: str) -> TextModel:
+        """Raises ApiError 404 if there is no such model."""
+        read_s, model = self._read.get(name, (0.0, None))
+        if model is None or time.monotonic() - read_s > METADATA_S:
+            try:
+                model = TextModel.of(await self._client.metadata(name))
+            except InferenceError as error:
+                raise from_client(error, name) from error
+            self._read[name] = (time.monotonic(), model)
+        return model
+
+    def described(self, model: TextModel) -> dict:
+        """A model as OpenAI lists it."""
+        config = self._repository / model.name / CONFIG
+        created_s = int(config.stat().st_mtime) if config.is_file() else 0
+        return {"id": model.name, "object": "model", "created": created_s, "owned_by": "deepseek-deploy"}
