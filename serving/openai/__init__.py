@@ -1,4 +1,4 @@
-"""OpenAI's routes for models that take texts: `POST /v1/embeddings`, `GET /v1/models`.
+"""HTTP routes for models that take texts: OpenAI's `/v1/embeddings` and `/v1/models`, and `/similarity`.
 
 Enter: `deepseek serve` starts `python -m serving.openai` beside the embedded Triton (`embedded/openai_process.py`).
 Imports: `deepseek.spec` and the client.

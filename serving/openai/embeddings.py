@@ -1,4 +1,4 @@
-"""Answers `POST /v1/embeddings`: the vectors of texts, and how many tokens ran."""
+"""Answers `POST /v1/embeddings` and `POST /similarity` with the vectors of texts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from deepseek.spec import TOKENS
 from serving.openai.embedding_request import EmbeddingRequest
 from serving.openai.errors import ApiError, from_client
 from serving.openai.inference import infer_texts
+from serving.openai.similarity_request import SimilarityRequest
 from serving.openai.text_models import TextModel, TextModels
 
 ROWS_IN_A_TURN = 16  # vectors written as JSON before other requests get their turn
@@ -29,7 +30,7 @@ class Embeddings:
         """The vectors of the texts, as the JSON of OpenAI's object."""
         model = await self._models.named(request.model)
         size = _size(request.dimensions, model)
-        _check_bytes(request.texts, model)
+        _check_bytes("input", request.texts, model)
         vectors, tokens = await self._vectors(model, request.texts)
         used = int(np.minimum(tokens, model.max_tokens).sum())
         usage = {
@@ -45,6 +46,16 @@ class Embeddings:
                 await asyncio.sleep(0)
         data, name = ",".join(rows), json.dumps(model.name)
         return f'{{"object":"list","data":[{data}],"model":{name},"usage":{json.dumps(usage)}}}'
+
+    async def similarities(self, request: SimilarityRequest) -> list[float]:
+        """The cosine of the source sentence and each of the sentences; 0 if a vector is all zeros."""
+        model = await self._models.named(request.model) if request.model else await self._models.only()
+        source, sentences = request.inputs.source_sentence, request.inputs.sentences
+        _check_bytes("inputs.source_sentence", [source], model)
+        _check_bytes("inputs.sentences", sentences, model)
+        vectors, _ = await self._vectors(model, [source, *sentences])
+        units = _units(vectors)
+        return (units[1:] @ units[0]).tolist()
 
     async def _vectors(self, model: TextModel, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Vectors (texts, size) as little-endian float32, and tokens (texts, 1) before truncation."""
@@ -67,12 +78,12 @@ def _size(asked: int | None, model: TextModel) -> int:
     raise ApiError(400, f"dimensions: seen {asked}; allowed for {model.name}: {sizes}", param="dimensions")
 
 
-def _check_bytes(texts: Sequence[str], model: TextModel) -> None:
+def _check_bytes(field: str, texts: Sequence[str], model: TextModel) -> None:
     for place, text in enumerate(texts):
         if len(text) * 4 > model.max_bytes and (size := len(text.encode())) > model.max_bytes:
-            raise ApiError(
-                400, f"input[{place}]: {size} bytes; allowed: up to {model.max_bytes} (max_bytes)", param="input"
-            )
+            reason = f"{size} bytes; allowed: up to {model.max_bytes} (max_bytes)"
+            at = f"[{place}]" if len(texts) > 1 else ""
+            raise ApiError(400, f"{field}{at}: {reason}", param=field)
 
 
 def _shortened(vectors: np.ndarray, size: int) -> np.ndarray:
@@ -82,9 +93,14 @@ def _shortened(vectors: np.ndarray, size: int) -> np.ndarray:
     """
     if vectors.shape[1] == size:
         return vectors
-    cut = vectors[:, :size].astype(np.float64)
-    lengths = np.linalg.norm(cut, axis=1, keepdims=True)  # (texts, 1)
-    return (cut / np.where(lengths, lengths, 1)).astype(vectors.dtype)
+    return _units(vectors[:, :size]).astype(vectors.dtype)
+
+
+def _units(vectors: np.ndarray) -> np.ndarray:
+    """The vectors (texts, size) in float64, each scaled to length 1 unless it is all zeros."""
+    wide = vectors.astype(np.float64)
+    lengths = np.linalg.norm(wide, axis=1, keepdims=True)  # (texts, 1)
+    return wide / np.where(lengths, lengths, 1)
 
 
 def _base64(vector: np.ndarray) -> str:

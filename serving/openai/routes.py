@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from aiohttp import web
 
 from serving.openai.embedding_request import EmbeddingRequest
 from serving.openai.embeddings import Embeddings
 from serving.openai.errors import ApiError, busy
+from serving.openai.similarity_request import SimilarityRequest
 from serving.openai.text_models import TextModels
 
 BODY_BYTES = 8 * 2**20
@@ -35,6 +36,7 @@ class Routes:
         """Runs the routes; its clean-up gives requests in flight `drain_s` seconds."""
         app = web.Application(middlewares=[_errors], client_max_size=BODY_BYTES)
         app.router.add_post("/v1/embeddings", self._embed)
+        app.router.add_post("/similarity", self._compare)
         app.router.add_get("/v1/models", self._list)
         app.router.add_get("/v1/models/{model:.+}", self._describe)
         return web.AppRunner(
@@ -46,6 +48,24 @@ class Routes:
         )
 
     async def _embed(self, request: web.Request) -> web.Response:
+        async with self._body(request) as body:
+            answer = await self._embeddings.answer(EmbeddingRequest.read(body))
+        return web.Response(text=answer, content_type="application/json")
+
+    async def _compare(self, request: web.Request) -> web.Response:
+        async with self._body(request) as body:
+            return web.json_response(await self._embeddings.similarities(SimilarityRequest.read(body)))
+
+    async def _list(self, _: web.Request) -> web.Response:
+        found = [self._models.described(model) for model in await self._models.all()]
+        return web.json_response({"object": "list", "data": found})
+
+    async def _describe(self, request: web.Request) -> web.Response:
+        return web.json_response(self._models.described(await self._models.named(request.match_info["model"])))
+
+    @asynccontextmanager
+    async def _body(self, request: web.Request) -> AsyncIterator[bytes]:
+        """The body, which counts as held inside the block. Raises ApiError."""
         if (encoding := request.headers.get("Content-Encoding", "identity")) != "identity":
             raise ApiError(415, f"Content-Encoding: seen {encoding[:60]!r}; send the body uncompressed")
         size = BODY_BYTES if request.content_length is None else request.content_length
@@ -57,15 +77,7 @@ class Routes:
                     body = await request.read()
             except TimeoutError:
                 raise ApiError(408, f"the body did not arrive within {READ_S:g} s") from None
-            answer = await self._embeddings.answer(EmbeddingRequest.read(body))
-        return web.Response(text=answer, content_type="application/json")
-
-    async def _list(self, _: web.Request) -> web.Response:
-        found = [self._models.described(model) for model in await self._models.all()]
-        return web.json_response({"object": "list", "data": found})
-
-    async def _describe(self, request: web.Request) -> web.Response:
-        return web.json_response(self._models.described(await self._models.named(request.match_info["model"])))
+            yield body
 
     @contextmanager
     def _hold(self, size: int) -> Iterator[None]:
@@ -92,7 +104,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         headers["Allow"] = allowed
         error = ApiError(405, f"{request.method} {request.path}: allowed: {allowed}", code="method_not_allowed")
     except web.HTTPNotFound:
-        known = "POST /v1/embeddings, GET /v1/models, GET /v1/models/{model}"
+        known = "POST /v1/embeddings, POST /similarity, GET /v1/models, GET /v1/models/{model}"
         error = ApiError(404, f"{request.method} {request.path}: no such route; allowed: {known}", code="unknown_url")
     except web.HTTPException as raised:
         error = ApiError(raised.status, raised.reason)

@@ -91,6 +91,14 @@ class TextModels:
             self._read[name] = (time.monotonic(), model)
         return model
 
+    async def only(self) -> TextModel:
+        """The model of a request that names none. Raises ApiError if there is not exactly one."""
+        found = await self.all()
+        if len(found) != 1:
+            names = ", ".join(model.name for model in found) or "none: no model here turns texts into vectors"
+            raise ApiError(400, f"model: missing; allowed: {names}", param="model")
+        return found[0]
+
     def described(self, model: TextModel) -> dict:
         """A model as OpenAI lists it."""
         config = self._repository / model.name / CONFIG

@@ -1,0 +1,96 @@
+"""`POST /similarity` beside a real Triton."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from deepseek_client import InferenceClient
+from huggingface_hub import InferenceClient as HuggingFaceClient
+
+from tests.test_embedded import start
+from tests.test_openai import Serving, call
+from tests.test_text import folder
+
+__all__ = ["folder"]  # a fixture
+TEXTS = ["ab " * (1 + 7 * k % 30) for k in range(20)]  # more than two batches
+
+
+@pytest.fixture(scope="module")
+def serving(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """`deepseek serve` with the model `sentence`, and `another`, a copy of it."""
+    repository = tmp_path_factory.mktemp("several") / "repository"
+    shutil.copytree(folder / "repository", repository)
+    shutil.copytree(repository / "sentence", repository / "another")
+    for file in ("config.pbtxt", "1/manifest.json"):
+        path = repository / "another" / file
+        path.write_text(path.read_text().replace('"sentence"', '"another"'))
+    process = start(repository, "--openai-port", "0")
+    try:
+        yield Serving.of(process)
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def compare(serving: Serving, **fields: Any) -> tuple[int, Any]:
+    """Status and JSON of a comparison."""
+    body = {"inputs": {"source_sentence": "ab cd", "sentences": TEXTS}, "model": "sentence", **fields}
+    body = {name: value for name, value in body.items() if value != "left out"}
+    status, _, answer = call(serving.places["OpenAI"], "POST", "/similarity", json.dumps(body).encode())
+    return status, answer
+
+
+def test_the_answer_is_the_cosine_of_each_sentence_in_order(serving: Serving) -> None:
+    with InferenceClient(serving.places["gRPC"], timeout_s=60) as client:
+        source, *vectors = (client.infer("sentence", {"text": [text]})["embedding"][0] for text in ["ab cd", *TEXTS])
+    cosines = [source @ each / np.linalg.norm(source) / np.linalg.norm(each) for each in vectors]
+    status, answer = compare(serving)
+    assert status == 200
+    np.testing.assert_allclose(answer, cosines, atol=1e-5)
+
+
+def test_the_client_of_hugging_face_works_unchanged(folder: Path) -> None:
+    process = start(folder / "repository", "--openai-port", "0")
+    try:
+        url = Serving.of(process).places["OpenAI"].removesuffix("/v1")
+        found = HuggingFaceClient(model=f"{url}/similarity").sentence_similarity("ab cd", ["ab cd", "ef"])
+    finally:
+        process.terminate()
+        process.communicate()
+    assert found[0] == pytest.approx(1, abs=1e-5)  # it names no model: the only one answers
+    assert found[1] < 0.999
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"model": "left out"}, "model", "model: missing; allowed: another, sentence"),
+        ({"model": 1}, "model", "model: seen 1; allowed: the name of a model"),
+        ({"inputs": "left out"}, "inputs", "inputs: missing; allowed: an object with source_sentence and sentences"),
+        ({"inputs": {"sentences": ["a"]}}, "inputs.source_sentence", "inputs.source_sentence: missing; allowed: a string"),
+        ({"inputs": {"source_sentence": "a", "sentences": "b"}}, "inputs.sentences", 'inputs.sentences: seen "b"; allowed: a list'),
+        ({"inputs": {"source_sentence": "a", "sentences": []}}, "inputs.sentences", "a list of 0; allowed: 1 to 2048 texts"),
+        ({"inputs": {"source_sentence": "a", "sentences": ["b", ""]}}, "inputs.sentences", "inputs.sentences[1]: an empty string"),
+        ({"inputs": {"source_sentence": "b" * 110_001, "sentences": ["b"]}}, "inputs.source_sentence", "inputs.source_sentence: 110001 bytes"),
+        ({"inputs": {"source_sentence": "a", "sentences": ["b"], "x": 1}}, None, '"x": no such field; allowed: source_sentence, sentences'),
+        ({"parameters": {"truncate": True}}, None, '"truncate": no such field'),
+        ({"parameters": 1}, "parameters", "parameters: seen 1; allowed: an object"),
+        ({"input": "a"}, None, '"input": no such field; allowed: inputs, model, parameters'),
+    ],
+)  # fmt: skip
+def test_a_bad_request_is_one_400(serving: Serving, fields: dict[str, Any], param: str | None, message: str) -> None:
+    status, answer = compare(serving, **fields)
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert message in answer["error"]["message"]
+    assert "\n" not in answer["error"]["message"]
+
+
+def test_an_unknown_model_is_404(serving: Serving) -> None:
+    status, answer = compare(serving, model="nosuch")
+    assert (status, answer["error"]["code"]) == (404, "model_not_found")
