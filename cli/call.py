@@ -10,14 +10,16 @@ from deepseek.spec import BATCH, DeploymentSpec, InputError, build_dir
 
 
 def infer(options: argparse.Namespace) -> int:
-    """Sends a text, or one evaluation sample, repeated to fill the smallest batch that the model takes."""
+    """Sends a text, a pair, or one evaluation sample, repeated to fill the smallest batch that the model takes."""
     if options.text and options.inputs:
         raise InputError("--text and --inputs: seen both; give one of them")
+    if options.pair and not options.text:
+        raise InputError("--pair: seen without --text; give the first text of the pair with --text")
     folder = build_dir(options.model)
     least = DeploymentSpec.of_model(options.model, options.models).axes[BATCH].min
     words = ["infer", options.model, *_access(options)]
     if options.text:
-        words.append(f"--text={options.text}")
+        words += [f"--text={text}" for text in (options.text, options.pair) if text]
     else:
         words += ["--inputs", str(options.inputs or folder / "evaluation.npz"), "--row", str(options.row)]
     words += ["--fill", str(least), "--top", str(options.top)]

@@ -32,6 +32,11 @@ TEXT = """
 [text]                      # callers may send texts; longer ones than the largest sequence are truncated
 tokenizer = "checkpoint/tokenizer.json"
 """
+TEXTS = {
+    "encoder": TEXT,
+    "classifier": TEXT + "# pairs = true              # if trained on pairs: also set PAIRS = True in texts.py\n",
+    "cross-encoder": TEXT + "pairs = true                # a row of texts is a pair, such as a query and a document\n",
+}
 BATCH_TOKENS = 8192  # most tokens of one batch: 32 texts of 256 tokens, 16 of 512
 SHOWN_LABELS = 20
 
@@ -99,7 +104,7 @@ def _deploy_toml(name: str, checkpoint: Checkpoint) -> str:
         name=name,
         types=TYPES if checkpoint.token_types else "",
         output=_output(checkpoint),
-        text=TEXT if checkpoint.has_tokenizer and checkpoint.task in ("encoder", "classifier") else "",
+        text=TEXTS.get(checkpoint.task, "") if checkpoint.has_tokenizer else "",
         usual_batch=min(8, largest),
         largest_batch=largest,
         usual=min(32, checkpoint.longest),

@@ -1,4 +1,6 @@
-"""Texts to a model's inputs, with a Hugging Face `tokenizer.json`: tokenizes, truncates, pads, splits by length.
+"""Texts, or pairs of texts, to a model's inputs, with a Hugging Face `tokenizer.json`.
+
+Tokenizes, truncates, pads, and splits a batch by length.
 
 Contract: imports only numpy and `tokenizers`, and nothing of the project: the build copies this file beside a model
 that takes texts (`serving/backend/text_requests.py`), and parity computes the same inputs with it.
@@ -12,6 +14,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -20,15 +23,37 @@ from tokenizers import Encoding, Tokenizer
 ROLES = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 RUN_TOKENS = 16  # what a run costs besides its tokens: all-MiniLM-L6-v2 on one core takes 4.2 ms and 0.27 ms a token
 PADDING_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>")  # where the file does not name one
+Text = str | tuple[str, str]
+"""A text, or a pair of texts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The tokens of a text or a pair, truncated but not padded."""
+
+    values: dict[str, list[int]]
+    """By what the model's inputs get: a key of ROLES."""
+    tokens: int
+    """Number of tokens before truncation, special tokens included."""
+
+    def __len__(self) -> int:
+        return len(self.values["input_ids"])
 
 
 class TextEncoder:
     """A tokenizer, and the inputs that it fills."""
 
     def __init__(
-        self, path: str, inputs: Mapping[str, str], dtypes: Mapping[str, str], *, max_tokens: int, min_tokens: int = 1
+        self,
+        path: str,
+        inputs: Mapping[str, str],
+        dtypes: Mapping[str, str],
+        *,
+        max_tokens: int,
+        min_tokens: int = 1,
+        pairs: bool = False,
     ) -> None:
-        """Reads the file. Raises Exception, the library's only error, if it is not a tokenizer.
+        """Reads the file. Raises Exception, the library's only error, if it is not a tokenizer, or does not fit.
 
         Args:
             path: the `tokenizer.json`.
@@ -36,6 +61,7 @@ class TextEncoder:
             dtypes: numpy type of each input, by its name.
             max_tokens: longer texts are truncated to this length, special tokens included.
             min_tokens: shorter rows are padded to this length.
+            pairs: whether `encode` gets pairs of texts.
         """
         self.tokenizer = Tokenizer.from_file(path)
         self._inputs, self._dtypes, self._min_tokens = inputs, dtypes, min_tokens
@@ -45,18 +71,40 @@ class TextEncoder:
         self._padding = {"input_ids": pad, "attention_mask": 0, "token_type_ids": padding.get("pad_type_id", 0)}
         self._pads_left = padding.get("direction") == "left"
         self.tokenizer.no_padding()  # `batch` pads to the longest row of its own batch
-        self.tokenizer.enable_truncation(max_tokens, direction=truncation.get("direction", "right"))
-        self._special = self.tokenizer.num_special_tokens_to_add(False)
+        self._cuts_left = truncation.get("direction") == "left"
+        self._special = self.tokenizer.num_special_tokens_to_add(pairs)
+        self._pairs, self._max_tokens = pairs, max_tokens
+        if not pairs:
+            self.tokenizer.enable_truncation(max_tokens, direction="left" if self._cuts_left else "right")
+            return
+        # `_pair` truncates: for two long texts, the library keeps each part of one with each part of the other, which
+        # takes gigabytes for two of 100 kB.
+        self.tokenizer.no_truncation()
+        if max_tokens <= self._special:
+            raise ValueError(f"a pair has {self._special} special tokens, and max_tokens is {max_tokens}; allow more")
 
-    def encode(self, texts: Sequence[str]) -> list[Encoding]:
-        """Tokens of each text, truncated but not padded."""
-        return self.tokenizer.encode_batch_fast(list(texts))
+    def encode(self, texts: Sequence[Text]) -> list[Row]:
+        """Tokens of each text, or of each pair."""
+        return list(map(self._pair if self._pairs else self._single, self.tokenizer.encode_batch_fast(list(texts))))
 
-    def tokens(self, row: Encoding) -> int:
-        """Number of tokens of a text before truncation, special tokens included."""
-        return len(row) + sum(len(part) - self._special for part in row.overflowing)
+    def _single(self, found: Encoding) -> Row:
+        tokens = len(found) + sum(len(part) - self._special for part in found.overflowing)
+        return Row(values={role: getattr(found, ROLES[role]) for role in self._inputs}, tokens=tokens)
 
-    def batch(self, rows: Sequence[Encoding]) -> dict[str, np.ndarray]:
+    def _pair(self, found: Encoding) -> Row:
+        values = {role: getattr(found, ROLES[role]) for role in self._inputs}
+        if len(found) > self._max_tokens:
+            of = found.sequence_ids  # of each token: 0 or 1, the text that it is from; None for a special one
+            texts = [[place for place, text in enumerate(of) if text == number] for number in (0, 1)]
+            kept = {place for place, text in enumerate(of) if text is None}
+            counts = pair_lengths(len(texts[0]), len(texts[1]), self._max_tokens - len(kept))
+            for places, count in zip(texts, counts, strict=True):
+                kept.update(places[len(places) - count :] if self._cuts_left else places[:count])
+            order = sorted(kept)
+            values = {role: [column[place] for place in order] for role, column in values.items()}
+        return Row(values=values, tokens=len(found))
+
+    def batch(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
         """The model's inputs for rows, each (rows, length of the longest)."""
         length = max(self._min_tokens, *map(len, rows))
         found = {}
@@ -64,11 +112,11 @@ class TextEncoder:
             array = np.full((len(rows), length), self._padding[role], dtype=self._dtypes[name])
             for place, row in enumerate(rows):
                 start = length - len(row) if self._pads_left else 0
-                array[place, start : start + len(row)] = getattr(row, ROLES[role])
+                array[place, start : start + len(row)] = row.values[role]
             found[name] = array
         return found
 
-    def parts(self, rows: Sequence[Encoding], most_tokens: int) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+    def parts(self, rows: Sequence[Row], most_tokens: int) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
         """Batches of rows of similar length, the longest first: `most_tokens` with padding, or one row.
 
         Yields the places of the rows in `rows`, and the model's inputs.
@@ -79,6 +127,17 @@ class TextEncoder:
             places = order[start:end]
             yield places, self.batch([rows[place] for place in places])
             start = end
+
+
+def pair_lengths(first: int, second: int, most: int) -> tuple[int, int]:
+    """How many tokens of each text of a pair are kept if both may have `most`: the longer one is cut first.
+
+    Hugging Face's default, `longest_first`: tokenizers/src/utils/truncation.rs.
+    """
+    if first + second <= most:
+        return first, second
+    short = min(first, second, most // 2)
+    return (short, most - short) if first <= second else (most - short, short)
 
 
 def split_points(lengths: Sequence[int], most_tokens: int) -> list[int]:

@@ -24,6 +24,13 @@ def text_encoder(spec: DeploymentSpec, path: Path | None = None) -> TextEncoder:
     inputs = {str(role): name for role, name in spec.text.fills(spec.inputs).items()}
     dtypes = {name: tensor.dtype for name, tensor in spec.inputs.items()}
     try:
-        return TextEncoder(str(path), inputs, dtypes, max_tokens=spec.text.max_tokens or axis.max, min_tokens=axis.min)
+        return TextEncoder(
+            str(path),
+            inputs,
+            dtypes,
+            max_tokens=spec.text.max_tokens or axis.max,
+            min_tokens=axis.min,
+            pairs=spec.text.pairs,
+        )
     except Exception as error:  # the library has no narrower one
         raise InputError(f"{path}: not a tokenizer that fits [text]: {error}") from None

@@ -82,11 +82,12 @@ def model_config(
 def _take_text(config: ModelConfig, spec: DeploymentSpec, text: TextSpec, warmup: Iterable[str]) -> None:
     """Adds the input for texts beside the others, which become optional, and the output with the tokens.
 
-    Warm-up then covers texts too: the file `<prefix>-text` holds one.
+    Warm-up then covers texts too: the file `<prefix>-text` holds one, or a pair.
     """
     for entry in config.input:
         entry.optional = True
-    config.input.add(name=TEXT, data_type=DataType.TYPE_STRING, dims=[1], optional=True)
+    size = 2 if text.pairs else 1
+    config.input.add(name=TEXT, data_type=DataType.TYPE_STRING, dims=[size], optional=True)
     config.output.add(name=TOKENS, data_type=DataType.TYPE_INT32, dims=[1])
     axis = spec.axes[text_axis(text, spec.inputs)]
     settings = {
@@ -96,6 +97,7 @@ def _take_text(config: ModelConfig, spec: DeploymentSpec, text: TextSpec, warmup
         "max_bytes": text.max_bytes,
         "batch_tokens": text.batch_tokens,
         "dimensions": text.dimensions,  # for serving/openai
+        "pairs": text.pairs,
     }
     config.parameters[TEXT].string_value = json.dumps(settings)
     for prefix in warmup:
@@ -103,7 +105,7 @@ def _take_text(config: ModelConfig, spec: DeploymentSpec, text: TextSpec, warmup
             sample = config.model_warmup.add(name=f"{prefix}-text-batch-{batch}", batch_size=batch)
             entry = sample.inputs[TEXT]
             entry.data_type = DataType.TYPE_STRING
-            entry.dims.append(1)
+            entry.dims.append(size)
             entry.input_data_file = f"{prefix}-{TEXT}"
 
 

@@ -119,9 +119,9 @@ def test_an_imported_encoder_is_served(checkpoints: tuple[Path, dict[str, Any]],
     np.testing.assert_allclose(from_text, expected, atol=2e-5)
 
 
-def test_a_model_of_single_texts_takes_texts(checkpoints: tuple[Path, dict[str, Any]]) -> None:
+def test_a_model_takes_texts_unless_it_answers_for_each_token(checkpoints: tuple[Path, dict[str, Any]]) -> None:
     specs = {task: DeploymentSpec.of_model(task, checkpoints[0] / "models") for task in HEADS}
-    assert {task for task, spec in specs.items() if spec.text} == {"encoder", "classifier"}
+    assert {task for task, spec in specs.items() if spec.text} == {"encoder", "classifier", "cross-encoder"}
 
 
 @pytest.mark.slow

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from deepseek.spec import DeploymentSpec, InputError
 from deepseek.text_encoder import TextEncoder, split_points
@@ -18,7 +20,7 @@ ROLES = {"input_ids": "ids", "attention_mask": "mask"}
 TYPES = {"ids": "int64", "mask": "int32"}
 
 
-def encoder(path: Path = FOLDER / "tokenizer.json", **settings: int) -> TextEncoder:
+def encoder(path: Path = FOLDER / "tokenizer.json", **settings: Any) -> TextEncoder:
     return TextEncoder(str(path), ROLES, TYPES, **{"max_tokens": 8, **settings})
 
 
@@ -30,7 +32,7 @@ def test_rows_are_padded_to_the_longest_and_truncated() -> None:
     assert batch["ids"][2].tolist() == [2, 5, 6, 7, 8, 9, 10, 3]  # the last token is [SEP], also after truncation
     assert batch["mask"].sum(axis=1).tolist() == [4, 2, 8]
     assert (batch["ids"].dtype, batch["mask"].dtype) == (np.int64, np.int32)
-    assert [made.tokens(row) for row in rows] == [4, 2, 11]
+    assert [row.tokens for row in rows] == [4, 2, 11]
 
 
 def test_a_row_is_padded_to_the_smallest_length_of_the_model() -> None:
@@ -55,6 +57,55 @@ def test_a_batch_is_split_by_length_and_each_row_runs_once() -> None:
     parts = [(places, batch["ids"].shape) for places, batch in made.parts(rows, 12)]
     assert parts == [([1], (1, 8)), ([3], (1, 7)), ([4, 0, 2], (3, 4))]
     assert [places for places, _ in made.parts(rows, 1)] == [[1], [3], [4], [0], [2]]
+
+
+LAYOUTS = {
+    "BERT": lambda ends: processors.BertProcessing(*reversed(ends)),
+    "RoBERTa": lambda ends: processors.RobertaProcessing(*reversed(ends)),
+    "a template": lambda ends: processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS]:0 $B:1 [SEP]:1 $A:0", special_tokens=ends
+    ),
+    "several": lambda ends: processors.Sequence(
+        [processors.ByteLevel(), processors.TemplateProcessing(pair="$A [SEP] $B:1", special_tokens=ends[1:])]
+    ),
+}
+
+
+@pytest.mark.parametrize("direction", ["right", "left"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_pair_is_truncated_as_the_library_does(layout: Any, direction: str, tmp_path: Path) -> None:
+    plain = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    made_of = layout([("[CLS]", 2), ("[SEP]", 3)])
+    data = json.loads(plain.to_str())
+    data["post_processor"] = json.loads(made_of.__getstate__())
+    reference = Tokenizer.from_str(json.dumps(data))
+    reference.enable_truncation(9, direction=direction)
+    reference.save(str(tmp_path / "tokenizer.json"))
+    reference.no_padding()
+    roles = {**ROLES, "token_type_ids": "types"}
+    types = {**TYPES, "types": "int64"}
+    made = TextEncoder(str(tmp_path / "tokenizer.json"), roles, types, max_tokens=9, pairs=True)
+    texts = ["", "a", "b c d", "a b c d e", "f g h i j k l m n o p"]
+    pairs = [(first, second) for first in texts for second in texts]
+    for pair, row in zip(pairs, made.encode(pairs), strict=True):
+        expected = reference.encode(*pair)
+        assert row.values["input_ids"] == expected.ids, pair
+        assert row.values["token_type_ids"] == expected.type_ids, pair
+        assert row.values["attention_mask"] == expected.attention_mask, pair
+        reference.no_truncation()
+        assert row.tokens == len(reference.encode(*pair)), pair
+        reference.enable_truncation(9, direction=direction)
+
+
+def test_two_long_texts_take_as_many_tokens_as_they_have() -> None:
+    made = encoder(pairs=True)
+    (row,) = made.encode([("a " * 20_000, "b " * 20_000)])  # the library alone would make 50 million parts of this
+    assert (len(row), row.tokens) == (8, 40_003)
+
+
+def test_a_pair_needs_room_for_a_token() -> None:
+    with pytest.raises(ValueError, match="a pair has 3 special tokens, and max_tokens is 3; allow more"):
+        encoder(max_tokens=3, pairs=True)
 
 
 def test_a_short_row_is_not_padded_to_a_much_longer_one() -> None:

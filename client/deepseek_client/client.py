@@ -199,7 +199,7 @@ class InferenceClient(_Client):
     ) -> dict[str, np.ndarray]:
         """Runs the model and returns its outputs by name: all, or those in `outputs`. Raises InferenceError.
 
-        An input of strings may be a list of texts: `{"text": ["one", "another"]}`.
+        An input of strings may be a list of texts, `{"text": ["one", "another"]}`, or of pairs of texts.
         The arrays are read-only views of the response; copy one to change it. With `version` "" the server chooses.
         `request_id` appears in Triton's log and traces, and is sent as the header x-request-id. `headers`, such as a
         W3C `traceparent`, are sent with every attempt; over gRPC as metadata.

@@ -24,8 +24,8 @@ INTEGERS = [f"{kind}{bits}" for kind in ("INT", "UINT") for bits in (8, 16, 32, 
 DTYPES = {
     name: np.dtype(triton_to_np_dtype(name)) for name in ("BOOL", *INTEGERS, "FP16", "FP32", "FP64", "BF16", "BYTES")
 }
-Inputs = Mapping[str, np.ndarray | Sequence[str | bytes]]
-"""Arrays by input name; an input of strings may be a list of texts."""
+Inputs = Mapping[str, np.ndarray | Sequence[str | bytes] | Sequence[tuple[str | bytes, ...]]]
+"""Arrays by input name; an input of strings may be a list of texts, or of pairs of texts."""
 UNREADABLE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
 """What reading a malformed answer raises."""
 
@@ -236,7 +236,7 @@ def _whole(value: Any, least: int = 0) -> int:
 def _as_column(spec: TensorMetadata, array: Any) -> Any:
     """One value per row, passed as [batch], in the shape [batch, 1] that Triton takes; any other array as it is.
 
-    Texts may also come as a list: `{"text": ["one", "another"]}`.
+    Texts may also come as a list, `{"text": ["one", "another"]}`, and pairs as a list of tuples.
     """
     if spec.datatype == "BYTES" and isinstance(array, list | tuple):
         array = np.array(array, dtype=object)

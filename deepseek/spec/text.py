@@ -1,4 +1,4 @@
-"""`[text]` of `deploy.toml`: the server makes the model's inputs from texts.
+"""`[text]` of `deploy.toml`: the server makes the model's inputs from texts, or from pairs of texts.
 
 Contract: `TextSpec.fills` names the inputs; `check_text` raises if the model cannot take texts.
 """
@@ -40,8 +40,12 @@ class TextSpec(Table):
     """The input that gets 1 for each token and 0 for padding; absent: `attention_mask`, if the model has it."""
     token_type_ids: TensorName | None = None
     """The input that gets the token types; absent: `token_type_ids`, if the model has it."""
+    pairs: bool = False
+    """Whether the model takes two texts at once, such as a query and a document. The input `text` is then
+    `[batch, 2]`."""
     max_tokens: int | None = Field(None, ge=1)
-    """Longer texts are truncated to this many tokens; absent: the largest size of the axis."""
+    """Longer texts are truncated to this many tokens, a pair at its longer text; absent: the largest size of the
+    axis."""
     max_bytes: int = Field(131072, ge=1, le=2**24)
     """Largest text in UTF-8; a longer one is refused."""
     batch_tokens: int = Field(512, ge=1)

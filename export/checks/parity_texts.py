@@ -22,6 +22,7 @@ TEXTS = (
     "1234567890 !?&%$# https://example.com/a?b=c",
     "a word and another " * 200,  # truncated
 )
+PAIRS = tuple(zip(TEXTS, TEXTS[1:] + TEXTS[-1:], strict=True))  # the last: both texts are truncated
 
 
 def takes_text(spec: DeploymentSpec, platform: str) -> bool:
@@ -32,10 +33,11 @@ def takes_text(spec: DeploymentSpec, platform: str) -> bool:
 def compare_texts(spec: DeploymentSpec, judges: list[EndpointComparison]) -> None:
     """Adds the checks to the judges."""
     encoder = text_encoder(spec)
-    ids = [encoder.batch([row]) for row in encoder.encode(TEXTS)]
-    column = np.array(TEXTS, dtype=object)[:, None]
-    starts = range(0, len(TEXTS), spec.max_batch)
-    texts = [{TEXT: column[start : start + spec.max_batch]} for start in starts]
+    sent = PAIRS if spec.text and spec.text.pairs else TEXTS
+    ids = [encoder.batch([row]) for row in encoder.encode(sent)]
+    rows = np.array(sent, dtype=object).reshape(len(sent), -1)  # (texts, 1), or (pairs, 2)
+    starts = range(0, len(sent), spec.max_batch)
+    texts = [{TEXT: rows[start : start + spec.max_batch]} for start in starts]
     for judge in judges:
         expected = judge.ask(AT, lambda predict: outputs_of_batches(predict, ids))
         if expected is not None:

@@ -212,7 +212,8 @@ def _stage_text(scratch: Path, spec: DeploymentSpec, version: int) -> None:
     for name, source in {**TEXT_SOURCES, TOKENIZER: tokenizer}.items():
         shutil.copyfile(source, scratch / str(version) / name)
     length = len(WARMUP_TEXT).to_bytes(4, "little")
-    (scratch / "warmup" / f"{version}-{TEXT}").write_bytes(length + WARMUP_TEXT)
+    texts = 2 if spec.text and spec.text.pairs else 1
+    (scratch / "warmup" / f"{version}-{TEXT}").write_bytes((length + WARMUP_TEXT) * texts)
 
 
 def published_manifest(spec: DeploymentSpec, target: Target, engine: Path, folder: Path) -> PublishedManifest:

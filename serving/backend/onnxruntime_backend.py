@@ -156,7 +156,7 @@ class TritonPythonModel:
 
     def _text_responses(self, requests: list) -> list:
         """One response per request with texts, in order; a request with a bad text is refused alone."""
-        texts: dict[int, list[str]] = {}
+        texts: dict[int, list] = {}
         responses: dict[int, object] = {}
         for place, request in enumerate(requests):
             try:
@@ -167,8 +167,8 @@ class TritonPythonModel:
             responses.update(zip(texts, self._run_texts(list(texts.values())), strict=True))
         return [responses[place] for place in range(len(requests))]
 
-    def _run_texts(self, groups: list[list[str]]) -> list:
-        """One response per group of texts, in order."""
+    def _run_texts(self, groups: list[list]) -> list:
+        """One response per group of texts or pairs, in order."""
         try:
             values, tokens, ran = self.text.run([text for group in groups for text in group], self._results)
             for (_, counter), count in zip((self.tokens, self.padded_tokens), ran, strict=True):

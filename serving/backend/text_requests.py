@@ -2,7 +2,8 @@
 
 Contract: the build copies this file beside the backend's model.py if deploy.toml has `[text]`, together with
 `deepseek/text_encoder.py`, `serving/backend/numpy1_stub.py` and the tokenizer. The parameter `text` of config.pbtxt
-holds the settings as JSON: `inputs` (by what they get), `max_tokens`, `min_tokens`, `max_bytes`, `batch_tokens`.
+holds the settings as JSON: `inputs` (by what they get), `max_tokens`, `min_tokens`, `max_bytes`, `batch_tokens`, and
+`pairs` if a row is two texts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from text_encoder import TextEncoder
+from text_encoder import Text, TextEncoder
 
 INPUT, OUTPUT = "text", "tokens"
 
@@ -24,6 +25,7 @@ class TextRequests:
         """`folder` is the version's; `dtypes` are the numpy types of the model's inputs."""
         given = json.loads(settings)
         self._max_bytes, self._batch_tokens = given["max_bytes"], given["batch_tokens"]
+        self._pairs = given["pairs"]
         self._mask = given["inputs"].get("attention_mask")
         self._encoder = TextEncoder(
             os.path.join(folder, "tokenizer.json"),
@@ -31,6 +33,7 @@ class TextRequests:
             dtypes,
             max_tokens=given["max_tokens"],
             min_tokens=given["min_tokens"],
+            pairs=self._pairs,
         )
 
     def wrong_inputs(self, sent: Sequence[str], inputs: Sequence[str]) -> str:
@@ -42,21 +45,25 @@ class TextRequests:
             return f"input {missing[0]} is missing; {allowed}"
         return ""
 
-    def read(self, values: np.ndarray) -> list[str]:
-        """The texts (batch, 1) of a request. Raises ValueError with the reason if one cannot be taken."""
-        texts = []
-        for place, value in enumerate(values.ravel()):
-            which = f"{INPUT} {place}" if values.size > 1 else INPUT
+    def read(self, values: np.ndarray) -> list[Text]:
+        """The texts (batch, 1), or the pairs (batch, 2), of a request.
+
+        Raises ValueError with the reason if one cannot be taken.
+        """
+        texts: list[str] = []
+        for (place, number), value in np.ndenumerate(values):
+            which = f"{INPUT} {place}" if len(values) > 1 else INPUT
+            which += f", {('first', 'second')[number]} of the pair," if self._pairs else ""
             if len(value) > self._max_bytes:
                 raise ValueError(f"{which} has {len(value)} bytes; allowed: up to {self._max_bytes}")
             try:
                 texts.append(value.decode())
             except UnicodeDecodeError as error:
                 raise ValueError(f"{which} is not UTF-8: {error.reason} at byte {error.start}") from None
-        return texts
+        return list(zip(texts[::2], texts[1::2], strict=True)) if self._pairs else list(texts)
 
     def run(
-        self, texts: Sequence[str], outputs_of: Callable[[dict[str, np.ndarray]], list[np.ndarray]]
+        self, texts: Sequence[Text], outputs_of: Callable[[dict[str, np.ndarray]], list[np.ndarray]]
     ) -> tuple[list[np.ndarray], np.ndarray, tuple[int, int]]:
         """Outputs of all texts, their tokens before truncation (texts, 1), and how many ran, without and with padding.
 
@@ -71,7 +78,7 @@ class TextRequests:
             for whole, output in zip(found, outputs, strict=True):
                 whole[places] = output
             padded += next(iter(inputs.values())).size
-        tokens = np.array([[self._encoder.tokens(row)] for row in rows], np.int32)
+        tokens = np.array([[row.tokens] for row in rows], np.int32)
         return found, tokens, (sum(map(len, rows)), padded)
 
     def tokens_of(self, inputs: dict[str, np.ndarray]) -> np.ndarray:

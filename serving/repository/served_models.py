@@ -147,7 +147,8 @@ def _text_bytes(config: ModelConfig) -> int:
     """Bytes of the largest texts that a request may have, each after its length in four bytes."""
     if TEXT not in config.parameters:
         return 0
-    return config.max_batch_size * (json.loads(config.parameters[TEXT].string_value)["max_bytes"] + 4)
+    settings = json.loads(config.parameters[TEXT].string_value)
+    return config.max_batch_size * (2 if settings.get("pairs") else 1) * (settings["max_bytes"] + 4)
 
 
 def _tensors(config: ModelConfig, manifest: PublishedManifest | None, kind: str) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from deepseek_client.cli.input_file import filled, read_inputs
 from deepseek_client.cli.tables import answer_table, read_labels, signature_line, signature_table
 from deepseek_client.client import InferenceClient
 from deepseek_client.errors import AccessDenied, InferenceError, InvalidInput, ModelNotFound, Unreachable
-from deepseek_client.metadata import TensorMetadata
+from deepseek_client.metadata import ModelMetadata, TensorMetadata
 
 Protocol = Literal["grpc", "http"]
 PORTS: dict[Protocol, int] = {"grpc": 8001, "http": 8000}
@@ -98,7 +98,7 @@ def infer(
         raise InvalidInput(f"--top {top}; it must be 1 or more")
     names = read_labels(labels) if labels else {}
     signature = client.metadata(model)
-    texts = {} if text is None else {"text": np.array(text, dtype=object)}
+    texts = {} if text is None else {"text": _texts(text, signature)}
     arrays = filled(texts if inputs is None else read_inputs(inputs, signature, row), fill)
     request = client.prepare(model, arrays)
     start = time.perf_counter()
@@ -114,6 +114,16 @@ def infer(
         Console(markup=False).print(answer_table(signature, arrays, outputs, names, top))
         print(f"{model} answered over {client.protocol} in {latency_ms:.1f} ms")
     return 0
+
+
+def _texts(texts: Sequence[str], signature: ModelMetadata) -> np.ndarray:
+    """One text a row, or two if the model takes pairs."""
+    values = np.array(texts, dtype=object)
+    if all(spec.name != "text" or spec.shape != (-1, 2) for spec in signature.inputs):
+        return values
+    if len(texts) % 2:
+        raise InvalidInput(f"--text: seen {len(texts)}; {signature.name} takes pairs of texts: give two for each pair")
+    return values.reshape(-1, 2)
 
 
 def _decoded(array: np.ndarray) -> np.ndarray:

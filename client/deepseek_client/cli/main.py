@@ -72,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     infer.add_argument("model", metavar="MODEL")
     what = infer.add_mutually_exclusive_group(required=True)
     what.add_argument("--inputs", type=Path, metavar="FILE", help=".npz or .json, by input name")
-    what.add_argument("--text", action="append", metavar="TEXT", help="for a model that takes texts; repeat for more")
+    what.add_argument(
+        "--text", action="append", metavar="TEXT", help="text for the model; repeat for more, or for a pair"
+    )
     infer.add_argument("--row", type=int, metavar="K", help="only row K of the file, from 0")
     infer.add_argument("--fill", type=int, default=1, metavar="N", help="repeat the last row until there are N")
     infer.add_argument("--labels", type=Path, metavar="FOLDER", help="FOLDER/TENSOR.txt: line k names the id k, from 0")

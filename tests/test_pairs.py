@@ -1,0 +1,160 @@
+"""A cross-encoder that takes pairs of texts, on a real Triton: it scores them as transformers does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from deepseek_client import InferenceClient, InvalidInput
+
+from deepseek.spec import DeploymentSpec
+from export.checks.parity import compare_served
+from export.checks.parity_texts import AT
+from export.model_folder import ModelFolder
+from serving.doctor.examine import examine
+from serving.doctor.machine import Machine
+from serving.embedded.launcher import EmbeddedServer
+from serving.repository.served_models import served_models
+from tests.conftest import FREE, once, run_module
+from tests.test_openai import call
+from tests.tiny_checkpoints import write_checkpoint
+
+LONGEST = 66  # tokens of the checkpoint
+QUERY = "how long do eggs keep?"
+DOCUMENTS = ["about a week", "", "eggs, milk " * 30, "for two hours: 20 (25)", "x" * 5000, "Grüße 列車"]
+PAIRS = [*((QUERY, document) for document in DOCUMENTS), ("q " * 40, "d " * 50), ("q " * 5000, "d"), ("", "")]
+
+
+@pytest.fixture(scope="module")
+def place(of_the_run: Path) -> Path:
+    """The folders of a tiny cross-encoder, imported and published: `models/`, `build/` and `repository/`."""
+    folder = of_the_run / "pairs"
+
+    def make() -> None:
+        write_checkpoint(folder / "reranker", "bert", "cross-encoder")
+        models = ("--models", str(folder / "models"))
+        publish = ("publish", "--precision", "fp32", "--repository", str(folder / "repository"))
+        for command in (("import", str(folder / "reranker")), ("to-onnx",), publish):
+            which = ("--model", "reranker") if command[0] != "import" else ()
+            run = run_module("cli", *command, *which, *models, DEEPSEEK_BUILD=str(folder / "build"))
+            assert run.returncode == 0, run.stderr
+
+    return once(folder, make)
+
+
+@pytest.fixture(scope="module")
+def server(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """The model, served."""
+    log = tmp_path_factory.mktemp("log") / "triton.log"
+    with EmbeddedServer(place / "repository", **FREE, log_path=log) as running:
+        yield running
+
+
+@pytest.fixture(params=["http", "grpc"])
+def client(server: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[InferenceClient]:
+    """A client over each protocol."""
+    protocol: Literal["http", "grpc"] = request.param
+    with InferenceClient(getattr(server, f"{protocol}_url"), protocol, timeout_s=60) as made:
+        yield made
+
+
+def scores_of_transformers(folder: Path, pairs: list[tuple[str, str]]) -> np.ndarray:
+    """The scores (pairs, 1) as a user of transformers gets them, each pair alone."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    scores = []
+    settings = {"truncation": True, "max_length": LONGEST, "return_token_type_ids": True, "return_tensors": "pt"}
+    for first, second in pairs:
+        with torch.inference_mode():
+            inputs = tokenizer([first], [second], **settings)
+            scores.append(model(**inputs).logits[0].numpy())
+    return np.array(scores)
+
+
+def test_scores_are_those_of_transformers(place: Path, client: InferenceClient) -> None:
+    expected = scores_of_transformers(place / "reranker", PAIRS)
+    found = client.infer("reranker", {"text": PAIRS})
+    np.testing.assert_allclose(found["logits"], expected, atol=1e-4)
+    assert np.ptp(expected) > 0.05
+    assert (found["tokens"] > LONGEST).sum() == 3
+    alone = [client.infer("reranker", {"text": [pair]})["logits"][0] for pair in PAIRS]
+    np.testing.assert_allclose(alone, expected, atol=1e-4)
+    swapped = client.infer("reranker", {"text": [(QUERY, DOCUMENTS[0]), (DOCUMENTS[0], QUERY)]})["logits"]
+    assert abs(swapped[0] - swapped[1]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["a", "b"], "has shape [2], of 1 dimensions; the model takes 2: [-1, 2]"),
+        ([("a",)], "dimension 1 must be 2, not 1: the model takes [-1, 2]"),
+        ([("a", "b", "c")], "dimension 1 must be 2, not 3"),
+        ([("a", "b"), ("a",)], "holds ('a', 'b') (tuple); the model takes only bytes and str"),
+        ([("a", b"b\xff")], "text, second of the pair, is not UTF-8: invalid start byte at byte 1"),
+        ([("a", "b"), ("b" * 131_073, "a")], "text 1, first of the pair, has 131073 bytes; allowed: up to 131072"),
+        ([("a", "b")] * 33, "a batch of 33; from 1 to 32 are allowed"),
+    ],
+)
+def test_a_bad_pair_is_one_line(client: InferenceClient, texts: Any, message: str) -> None:
+    with pytest.raises(InvalidInput) as error:
+        client.infer("reranker", {"text": texts})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("shape", "data"), [([1, 1], ["a"]), ([2], ["a", "b"]), ([1, 3], ["a", "b", "c"])])
+def test_a_wrong_shape_of_any_client_is_a_400(server: EmbeddedServer, shape: list[int], data: list[str]) -> None:
+    body = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": shape, "data": data}]}
+    status, _, answer = call(server.http_url, "POST", "/v2/models/reranker/infer", json.dumps(body).encode())
+    assert status == 400
+    assert "unexpected shape for input 'text'" in answer["error"]
+    assert "Expected [-1,2]" in answer["error"]
+
+
+def test_the_import_writes_pairs_for_a_cross_encoder_only(place: Path, tmp_path: Path) -> None:
+    text = DeploymentSpec.of_model("reranker", place / "models").text
+    assert text is not None
+    assert text.pairs
+    write_checkpoint(tmp_path / "classifier", "bert", "classifier")
+    run = run_module("cli", "import", str(tmp_path / "classifier"), "--models", str(tmp_path / "models"))
+    assert run.returncode == 0, run.stderr
+    written = (tmp_path / "models" / "classifier" / "deploy.toml").read_text()
+    assert "\n# pairs = true              # if trained on pairs: also set PAIRS = True in texts.py\n" in written
+    assert not DeploymentSpec.of_model("classifier", tmp_path / "models").text.pairs  # type: ignore[union-attr]
+
+
+def test_parity_compares_pairs_with_their_ids(
+    server: EmbeddedServer, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(place / "build"))
+    source = ModelFolder("reranker", place / "models")
+    result = compare_served(source, server.grpc_url, server.http_url, most_rows=2)
+    assert result["failures"] == []
+    assert len([check for check in result["checks"] if check["at"] == AT]) == 2  # one output over two protocols
+
+
+def test_the_doctor_and_the_gateway_know_pairs(place: Path) -> None:
+    here = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",), tokenizers=True)
+    assert [str(each) for each in examine(place / "repository", here)[1] if each.level == "mismatch"] == []
+    (model,) = served_models(place / "repository", place / "models")
+    assert model.text_bytes == 32 * 2 * (131_072 + 4)
+
+
+def test_the_command_sends_a_pair(server: EmbeddedServer, place: Path) -> None:
+    which = ("--model", "reranker", "--models", str(place / "models"), "--url", server.grpc_url)
+    run = run_module("cli", "infer", *which, "--text", "a query", "--pair", "a document")
+    assert run.returncode == 0, run.stderr
+    assert "a query" in run.stdout
+    assert "a document" in run.stdout
+    run = run_module("cli", "infer", *which, "--text", "a query")
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "--text: seen 1; reranker takes pairs of texts: give two for each pair" in run.stderr
+    run = run_module("cli", "infer", *which, "--pair", "a document")
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "--pair: seen without --text" in run.stderr
