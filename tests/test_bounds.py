@@ -18,24 +18,31 @@ WRONG = 0.05
 NOISE = 2.6 * (WRONG * (1 - WRONG) / RUNS) ** 0.5  # 99.5 % of the estimates of a true 5 % are below
 
 
+STALLS_S, LENGTHS_S = (0.2, 0.5, 1, 2), (90, 400, 800, 1600)  # mean bursts, and runs, in seconds
+SLOW_RATE = 20  # requests/s of the long runs: it makes no difference, and they are shorter to simulate
+ENOUGH = 800  # times the burst: the length that docs/loadtests.md asks for
+
+
 @cache
-def slow_each_second(share: float, burst: int) -> np.ndarray:
+def slow_each_second(
+    share: float, burst: int, seconds: int = SECONDS * 2 ** (LOOKS - 1), rate: int = RATE
+) -> np.ndarray:
     """Slow requests of each second: each request, or a burst of `burst` requests on average (geometric)."""
-    generator, seconds = np.random.default_rng(round(1e6 * share) + burst), SECONDS * 2 ** (LOOKS - 1)
+    generator = np.random.default_rng(round(1e6 * share) + burst)
     if burst == 1:
-        return generator.binomial(RATE, share, (RUNS, seconds))
+        return generator.binomial(rate, share, (RUNS, seconds))
     begins = share / (1 - share) / burst  # a fast request is followed by a slow one
     slow, counts = generator.random(RUNS) < share, np.zeros((RUNS, seconds), int)
-    for place in range(seconds * RATE):
+    for place in range(seconds * rate):
         drawn = generator.random(RUNS)
         slow = np.where(slow, drawn >= 1 / burst, drawn < begins)
-        counts[:, place // RATE] += slow
+        counts[:, place // rate] += slow
     return counts
 
 
-def judged(slow: np.ndarray, confidence: float) -> np.ndarray:
+def judged(slow: np.ndarray, confidence: float, rate: int = RATE) -> np.ndarray:
     """1 holds, -1 violated, 0 inconclusive, for each run."""
-    planned = np.full(slow.shape, RATE)
+    planned = np.full(slow.shape, rate)
     bounds = share_bounds(slow, planned, seconds=slow.shape[1], confidence=confidence)
     return np.where(bounds.high <= ALLOWED, 1, np.where(bounds.low > ALLOWED, -1, 0))
 
@@ -67,6 +74,29 @@ def table() -> list[str]:
     return rows
 
 
+def wrong_passes(stall_s: float) -> list[float]:
+    """The share of runs that hold, by LENGTHS_S, at a share of 1 % of slow requests in bursts of `stall_s`."""
+    slow = slow_each_second(ALLOWED, round(stall_s * SLOW_RATE), LENGTHS_S[-1], SLOW_RATE)
+    return [float((judged(slow[:, :length], 1 - WRONG, SLOW_RATE) == 1).mean()) for length in LENGTHS_S]
+
+
+def stalls_table() -> list[str]:
+    """The rows of the table of bursts in docs/loadtests.md, in %."""
+    return [
+        f"| {stall:g} s | {' | '.join(f'{100 * each:.0f}' for each in wrong_passes(stall))} |" for stall in STALLS_S
+    ]
+
+
+@pytest.mark.parametrize("stall_s", STALLS_S)
+def test_a_run_of_800_bursts_is_long_enough(stall_s: float) -> None:
+    enough = [length >= ENOUGH * stall_s for length in LENGTHS_S]
+    assert max(np.array(wrong_passes(stall_s))[enough]) <= WRONG + NOISE
+
+
+def test_a_long_burst_escapes_a_short_run() -> None:
+    assert wrong_passes(0.5)[0] > 3 * WRONG
+
+
 @pytest.mark.parametrize("burst", BURSTS.values(), ids=BURSTS)
 @pytest.mark.parametrize("rule", RULES)
 def test_at_most_one_verdict_in_twenty_is_wrong(rule: str, burst: int) -> None:
@@ -84,8 +114,9 @@ def test_a_service_clearly_inside_or_outside_its_limit_is_decided() -> None:
 
 
 def test_the_documentation_prints_the_counted_table() -> None:
-    page = Path("docs/explanation/load-testing.md").read_text()
-    assert [row for row in table() if row not in page] == []
+    for page, rows in (("explanation/load-testing.md", table()), ("loadtests.md", stalls_table())):
+        text = Path("docs", page).read_text()
+        assert [row for row in rows if row not in text] == []
 
 
 def test_without_a_slow_request_the_bound_assumes_bursts() -> None:

@@ -232,6 +232,7 @@ FULL, NOT_SENT = '{"error": "Exceeds maximum queue size"}', '{"error": "try agai
         pytest.param("503 Service Unavailable", ENVOY, 1, id="a proxy's page"),
         pytest.param("503 Service Unavailable\r\nRetry-After: 0", ENVOY, 1, id="a time to wait proves nothing"),
         pytest.param("503 Service Unavailable", '{"error": "stopping"}', 1, id="another reason"),
+        pytest.param("503 Service Unavailable", '{"error": "upstream is not ready"}', 1, id="a proxy's word"),
         pytest.param("503 Service Unavailable", 9000 * "[", 1, id="nested"),
         pytest.param("503 Service Unavailable", FULL, 3, id="Triton's queue"),
         pytest.param("503 Service Unavailable", NOT_SENT, 3, id="the gateway's mark"),
@@ -258,6 +259,7 @@ def test_an_inference_is_repeated_after_503_only_if_it_did_not_run(
     [
         ("failed to connect to all addresses; last error: x", {}, ConnectionLost, 1),
         ("DNS resolution failed for triton:8001", {}, ConnectionLost, 1),
+        ("the upstream is not ready", {}, ConnectionLost, 1),
         ("overloaded", {"retry_after": "0"}, ServerBusy, 1),
         ("Exceeds maximum queue size", {}, ServerBusy, 3),
         ("try again", {"grpc_retry_pushback_ms": "1"}, ServerBusy, 3),

@@ -166,3 +166,11 @@ def test_a_throughput_near_its_limit_is_undecided_only_if_the_load_can_reach_it(
     )
     assert found.status == "inconclusive"
     assert until_decided.undecided(found) == open_
+
+
+@pytest.mark.parametrize("words", [("--mix", "a,b"), ("--web",), ("--remote-workers", "2"), ("--replay", "t.csv")])
+def test_options_that_exclude_until_decided_are_refused_in_one_line(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(["loadtest", "--until-decided", *words]) == 2
+    assert capsys.readouterr().err == f"error: --until-decided: not with {words[0]}; leave one of them out\n"

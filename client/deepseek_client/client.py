@@ -56,7 +56,7 @@ class _Client:
         idempotent: bool = False,
         hedge_after_ms: float | str | None = None,
         shared_memory: bool | Literal["auto"] = False,
-        max_response_bytes: int = 128 * 2**20,
+        max_response_bytes: int | None = 128 * 2**20,
         tls: bool = False,
         ca_cert: str | Path | None = None,
         api_key: str | None = None,
@@ -78,7 +78,7 @@ class _Client:
                 calls to the model such as "p95".
             shared_memory: pass tensors through /dev/shm to a server on this machine that allows it: False, True
                 (required) or "auto" (large tensors, if possible).
-            max_response_bytes: the largest answer; a larger one is a ServerError.
+            max_response_bytes: the largest answer; a larger one is a ServerError. None: 2 GiB, all that gRPC allows.
             tls: use TLS; implied by `ca_cert`.
             ca_cert: PEM file of the certificate authority to trust instead of the system's.
             api_key: sent as `Authorization: Bearer ...`, over TLS only.
@@ -114,16 +114,14 @@ class _Client:
 def blocking_transport(url: str, options: ClientOptions) -> Transport:
     """The transport to one address, for threads."""
     if options.protocol == "grpc":
-        return GrpcTransport(
-            url, BlockingChannel(url, _credentials(options), options.max_response_bytes), options.api_key
-        )
+        return GrpcTransport(url, BlockingChannel(url, _credentials(options), options.response_limit), options.api_key)
     return _http(url, options, BlockingPool(partial(BlockingConnection.open, *address_of(url), _context(options))))
 
 
 def async_transport(url: str, options: ClientOptions) -> Transport:
     """The transport to one address, for the tasks of a loop."""
     if options.protocol == "grpc":
-        return GrpcTransport(url, AsyncChannel(url, _credentials(options), options.max_response_bytes), options.api_key)
+        return GrpcTransport(url, AsyncChannel(url, _credentials(options), options.response_limit), options.api_key)
     return _http(url, options, AsyncPool(partial(AsyncConnection.open, *address_of(url), _context(options))))
 
 
@@ -134,7 +132,7 @@ def _http(url: str, options: ClientOptions, pool: BlockingPool | AsyncPool) -> H
         idempotent=options.idempotent,
         tls=options.speaks_tls,
         api_key=options.api_key,
-        max_response_bytes=options.max_response_bytes,
+        max_response_bytes=options.response_limit,
     )
 
 

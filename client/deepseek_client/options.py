@@ -22,6 +22,7 @@ OWN_HEADERS = {
 }
 LABEL = r"[\w-]{1,63}"  # one label of a host name
 URL = rf"(\[(?P<ipv6>.+)\]|{LABEL}(\.{LABEL})*\.?):(?P<port>\d{{1,5}})"
+LARGEST_RESPONSE_BYTES = 2**31 - 1  # of a gRPC message
 LONGEST_S = 1e9  # the longest that sockets and locks can wait
 TRACEPARENT = r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 
@@ -38,7 +39,7 @@ class ClientOptions:
     idempotent: bool = False
     hedge_after_ms: float | str | None = None
     shared_memory: bool | Literal["auto"] = False
-    max_response_bytes: int = 128 * 2**20
+    max_response_bytes: int | None = 128 * 2**20
     tls: bool = False
     ca_cert: str | Path | None = None
     api_key: str | None = None
@@ -66,8 +67,10 @@ class ClientOptions:
                 raise InvalidInput(f"{name} is of type {type(value).__name__}; it must be {needed}")
         if self.shared_memory not in (False, True, "auto"):
             raise InvalidInput(f"shared_memory={self.shared_memory!r}; it must be False, True or 'auto'")
-        if type(self.max_response_bytes) is not int or not 0 < self.max_response_bytes < 2**31:
-            raise InvalidInput(f"max_response_bytes={self.max_response_bytes!r}; it must be a whole number below 2**31")
+        if type(self.response_limit) is not int or not 0 < self.response_limit <= LARGEST_RESPONSE_BYTES:
+            raise InvalidInput(
+                f"max_response_bytes={self.max_response_bytes!r}; it must be a whole number below 2**31, or None"
+            )
         self._check_hedging()
         _check_key(self.api_key, self.speaks_tls)
 
@@ -75,6 +78,11 @@ class ClientOptions:
     def speaks_tls(self) -> bool:
         """Whether to use TLS; `ca_cert` implies it."""
         return self.tls or self.ca_cert is not None
+
+    @property
+    def response_limit(self) -> int:
+        """The bytes of the largest answer."""
+        return LARGEST_RESPONSE_BYTES if self.max_response_bytes is None else self.max_response_bytes
 
     def hedge_percent(self) -> float | None:
         """The latency percentile after which a call is hedged; None for a fixed time."""

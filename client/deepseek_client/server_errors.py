@@ -26,9 +26,14 @@ def one_line(reason: str) -> str:
     return " ".join(reason.replace("[request id: <id_unknown>]", "").split())
 
 
-def means_not_ready(reason: str) -> bool:
-    """Whether Triton's message says that it knows the model but has not loaded it; the status code varies."""
-    return "no available versions" in reason or "not at ready state" in reason or "is not ready" in reason
+def means_not_ready(reason: str, *, refused: bool) -> bool:
+    """Whether the message says that the server knows the model but has not loaded it; the status code varies.
+
+    `refused`: the status refuses the request itself (400, 404). With any other, "is not ready" may be the message of a
+    proxy that lost the server, and the request may have run.
+    """
+    by_triton = "no available versions" in reason or "not at ready state" in reason
+    return by_triton or (refused and "is not ready" in reason)
 
 
 def means_refused(reason: str) -> bool:
@@ -44,7 +49,8 @@ def error_of_status(status: int, reason: str, wait_s: float | None = None, *, un
         unsent: this project's gateway says that it sent nothing to a server. Other proxies also answer 503 after they
             lost the server (Envoy: "upstream connect error or disconnect/reset before headers").
     """
-    if status != 500 and means_not_ready(reason):  # 500 is the model's own failure, which may name another model
+    # 500 is the model's own failure, which may name another model.
+    if status != 500 and means_not_ready(reason, refused=status in (400, 404)):
         return ModelNotReady(reason)
     if status in (429, 503):
         text = reason if wait_s is None else f"{reason}; it asks to wait {wait_s:g} s"

@@ -172,7 +172,7 @@ def endpoints_of(
     """The model's endpoints, HTTP first; closes the connections on exit. A CA means TLS and the caller's key."""
     key = os.environ.get("DEEPSEEK_API_KEY") if ca_cert else None
     access: dict[str, Any] = {"timeout_s": timeout_s, "retries": 0, "ca_cert": ca_cert, "api_key": key}
-    access["max_response_bytes"] = 2**31 - 1
+    access["max_response_bytes"] = None
     with (
         InferenceClient(http_url, "http", **access) as http,
         InferenceClient(grpc_url, "grpc", **access) as grpc,

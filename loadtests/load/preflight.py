@@ -40,7 +40,7 @@ def check(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[int] | No
     try:
         options = {"timeout_s": settings.timeout_s, "retries": TRIES, "idempotent": True, **settings.access}
         with InferenceClient(settings.url, settings.protocol, **options) as client:
-            # The model is asked first: while an old version of any model is unloaded, Triton calls the server not ready.
+            # The model is asked first: while Triton unloads an old version of any model, it calls the server not ready.
             if not client.ready(settings.model):
                 if not client.ready():
                     raise InputError(f"the server at {settings.url} is not ready; wait for it or read its log")

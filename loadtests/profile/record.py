@@ -60,7 +60,7 @@ def trace(
     Unanswered requests give a note instead. `trace_file` replaces the path that Triton reports, for a server with
     another view of the file system.
     """
-    with InferenceClient(url, protocol, retries=0) as client:
+    with InferenceClient(url, protocol, retries=0, max_response_bytes=None) as client:
         for index in range(max(WARM_UP, users)):
             with suppress(ServerBusy):
                 client.infer(model, rows[index % len(rows)])

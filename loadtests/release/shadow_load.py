@@ -204,7 +204,9 @@ def main(args: argparse.Namespace) -> int:
     rows = shuffled(read_inputs(Path(args.inputs or inputs_of(args.model)), spec.axes[BATCH].min), seed=0)
     with ExitStack() as stack:
         clients = {
-            side: stack.enter_context(InferenceClient(url, args.protocol, timeout_s=args.timeout_s, retries=0))
+            side: stack.enter_context(
+                InferenceClient(url, args.protocol, timeout_s=args.timeout_s, retries=0, max_response_bytes=None)
+            )
             for side, url in (("base", args.base_url), ("new", args.new_url))
         }
         shadow = Shadow(args.model, clients, rows)

@@ -75,10 +75,12 @@ class LoadSettings:
 
     @property
     def access(self) -> dict[str, Any]:
-        """The client's options for TLS and the API key."""
-        if not (self.tls or self.ca_cert):
-            return {}
-        return {"tls": True, "ca_cert": self.ca_cert, "api_key": os.environ.get("DEEPSEEK_API_KEY") or None}
+        """The client's options: answers of any size, TLS, the API key."""
+        options: dict[str, Any] = {"max_response_bytes": None}
+        if self.tls or self.ca_cert:
+            key = os.environ.get("DEEPSEEK_API_KEY") or None
+            options |= {"tls": True, "ca_cert": self.ca_cert, "api_key": key}
+        return options
 
     @property
     def open_loop(self) -> bool:

@@ -36,7 +36,8 @@ def connect(
     """A client of `url` (default: this machine). Over TLS the key comes from the file, else from $DEEPSEEK_API_KEY."""
     api_key = _read_key(api_key_file, tls=tls or ca_cert is not None)
     url = url or f"127.0.0.1:{PORTS[protocol]}"
-    return InferenceClient(url, protocol, timeout_s=timeout_s, tls=tls, ca_cert=ca_cert, api_key=api_key)
+    access: dict[str, Any] = {"tls": tls, "ca_cert": ca_cert, "api_key": api_key}
+    return InferenceClient(url, protocol, timeout_s=timeout_s, max_response_bytes=None, **access)
 
 
 def _read_key(path: Path | None, *, tls: bool) -> str | None:

@@ -48,7 +48,7 @@ def error_of_rpc(url: str, error: Any, deadline: Deadline, *, connected: bool) -
     code = error.code()
     reason = one_line(error.details() or code.name)
     of_the_model = code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)  # which may name another model
-    if not of_the_model and means_not_ready(reason):
+    if not of_the_model and means_not_ready(reason, refused=KINDS.get(code) in (InvalidInput, ModelNotFound)):
         return ModelNotReady(f"{url}: {reason}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return deadline.exceeded(url)

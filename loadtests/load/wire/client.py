@@ -30,7 +30,7 @@ def green_transport(url: str, options: ClientOptions) -> Transport:
         return GrpcTransport(url, GreenChannel(url))
     pool = BlockingPool(partial(GreenConnection.open, *address_of(url)))
     return HttpTransport(
-        url, pool, idempotent=options.idempotent, tls=False, api_key=None, max_response_bytes=options.max_response_bytes
+        url, pool, idempotent=options.idempotent, tls=False, api_key=None, max_response_bytes=options.response_limit
     )
 
 
