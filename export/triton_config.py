@@ -96,8 +96,10 @@ def _take_text(config: ModelConfig, spec: DeploymentSpec, text: TextSpec, warmup
         "min_tokens": axis.min,
         "max_bytes": text.max_bytes,
         "batch_tokens": text.batch_tokens,
-        "dimensions": text.dimensions,  # for serving/openai
         "pairs": text.pairs,
+        "dimensions": text.dimensions,  # this and the next for serving/openai
+        "prompts": text.prompts,
+        "default_prompt": text.default_prompt,
     }
     config.parameters[TEXT].string_value = json.dumps(settings)
     for prefix in warmup:

@@ -190,6 +190,8 @@ NESTED = b'{"model": "sentence", "input": ' + b"[" * 100_000 + b"]" * 100_000 + 
         ({"model": "sentence", "input": "a", "encoding_format": []}, "encoding_format", "seen an array"),
         ({"model": "sentence", "input": "a", "dimensions": 31}, "dimensions", "seen 31; allowed for sentence: 8, 16, 32"),
         ({"model": "sentence", "input": "a", "dimensions": True}, "dimensions", "seen true; allowed: a whole number"),
+        ({"model": "sentence", "input": "a", "prompt_name": "x"}, "prompt_name", 'seen "x"; prompts of sentence: none, query'),
+        ({"model": "sentence", "input": "a", "prompt_name": 1}, "prompt_name", "seen 1; allowed: the name of a prompt"),
         ({"model": "sentence", "input": "a", "user": 1}, "user", "seen 1; allowed: a string"),
         ({"model": "sentence", "inputs": "a", "input": "a"}, None, '"inputs": no such field; allowed: input, model'),
     ],

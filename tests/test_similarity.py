@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 from deepseek_client import InferenceClient
 from huggingface_hub import InferenceClient as HuggingFaceClient
@@ -18,18 +19,19 @@ from tests.test_openai import Serving, call
 from tests.test_text import folder
 
 __all__ = ["folder"]  # a fixture
+NO_DEFAULT, DEFAULT = r"\"default_prompt\": null", r"\"default_prompt\": \"query\""  # in config.pbtxt
 TEXTS = ["ab " * (1 + 7 * k % 30) for k in range(20)]  # more than two batches
 
 
 @pytest.fixture(scope="module")
 def serving(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """`deepseek serve` with the model `sentence`, and `another`, a copy of it."""
+    """`deepseek serve` with the model `sentence`, and `another`, a copy of it with a default prompt."""
     repository = tmp_path_factory.mktemp("several") / "repository"
     shutil.copytree(folder / "repository", repository)
     shutil.copytree(repository / "sentence", repository / "another")
     for file in ("config.pbtxt", "1/manifest.json"):
         path = repository / "another" / file
-        path.write_text(path.read_text().replace('"sentence"', '"another"'))
+        path.write_text(path.read_text().replace('"sentence"', '"another"').replace(NO_DEFAULT, DEFAULT))
     process = start(repository, "--openai-port", "0")
     try:
         yield Serving.of(process)
@@ -53,6 +55,41 @@ def test_the_answer_is_the_cosine_of_each_sentence_in_order(serving: Serving) ->
     status, answer = compare(serving)
     assert status == 200
     np.testing.assert_allclose(answer, cosines, atol=1e-5)
+
+
+def test_a_prompt_begins_all_texts(serving: Serving) -> None:
+    prompted = {"source_sentence": "ab ab: ab cd", "sentences": [f"ab ab: {text}" for text in TEXTS]}
+    _, expected = compare(serving, inputs=prompted)
+    assert compare(serving, parameters={"prompt_name": "query"})[1] == pytest.approx(expected, abs=1e-5)
+    assert compare(serving)[1] != pytest.approx(expected, abs=1e-5)
+
+
+def test_the_prompt_of_embeddings_is_the_named_one_or_the_default(serving: Serving) -> None:
+    with openai.OpenAI(base_url=serving.places["OpenAI"], api_key="unused") as client:
+
+        def embed(model: str, text: str, prompt: str | None = None) -> tuple[np.ndarray, int]:
+            answer = client.embeddings.create(model=model, input=text, extra_body={"prompt_name": prompt})
+            return np.array(answer.data[0].embedding), answer.usage.prompt_tokens
+
+        plain, prompted = embed("sentence", "cd"), embed("sentence", "ab ab: cd")
+        assert prompted[1] > plain[1]
+        for model, prompt, (vector, tokens) in (
+            ("sentence", "none", plain),
+            ("another", "none", plain),
+            ("sentence", "query", prompted),
+            ("another", None, prompted),
+            ("another", "query", prompted),
+        ):
+            found = embed(model, "cd", prompt)
+            np.testing.assert_allclose(found[0], vector, atol=1e-5)
+            assert found[1] == tokens
+
+
+def test_a_prompt_counts_among_the_bytes_of_a_text(serving: Serving) -> None:
+    inputs = {"source_sentence": "a", "sentences": ["b", "b" * 109_994]}
+    status, answer = compare(serving, inputs=inputs, parameters={"prompt_name": "query"})
+    assert status == 400
+    assert "inputs.sentences[1]: 110001 bytes with the prompt; allowed: up to 110000" in answer["error"]["message"]
 
 
 def test_the_client_of_hugging_face_works_unchanged(folder: Path) -> None:
@@ -79,6 +116,8 @@ def test_the_client_of_hugging_face_works_unchanged(folder: Path) -> None:
         ({"inputs": {"source_sentence": "a", "sentences": ["b", ""]}}, "inputs.sentences", "inputs.sentences[1]: an empty string"),
         ({"inputs": {"source_sentence": "b" * 110_001, "sentences": ["b"]}}, "inputs.source_sentence", "inputs.source_sentence: 110001 bytes"),
         ({"inputs": {"source_sentence": "a", "sentences": ["b"], "x": 1}}, None, '"x": no such field; allowed: source_sentence, sentences'),
+        ({"parameters": {"prompt_name": "x"}}, "parameters.prompt_name", 'parameters.prompt_name: seen "x"; prompts of sentence: none, query'),
+        ({"parameters": {"prompt_name": 1}}, "parameters.prompt_name", "parameters.prompt_name: seen 1; allowed: the name of a prompt"),
         ({"parameters": {"truncate": True}}, None, '"truncate": no such field'),
         ({"parameters": 1}, "parameters", "parameters: seen 1; allowed: an object"),
         ({"input": "a"}, None, '"input": no such field; allowed: inputs, model, parameters'),

@@ -128,6 +128,8 @@ MISTAKES = {
     "dimensions above the size": ("dimensions = [8, 16]", "dimensions = [8, 33]", "text.dimensions: seen 33; output embedding has 32 numbers"),
     "dimensions without a vector": ('shape = ["batch", 32]', 'shape = ["batch", 4, 8]', 'text.dimensions: outputs of this shape are none; a float output ["batch", <size>], the only one or named embedding, is needed'),
     "a dimension of 0": ("dimensions = [8, 16]", "dimensions = [0]", "text.dimensions.0: seen 0; it must be greater than or equal to 1"),
+    "an unknown default prompt": ('prompts = {', 'default_prompt = "passage"\nprompts = {', "text.default_prompt: seen 'passage'; prompts are none, query"),
+    "a prompt that is no string": ('none = ""', 'none = 1', "text.prompts.none: seen 1"),
     "no bytes": ("max_bytes = 110000", "max_bytes = 0", "text.max_bytes: seen 0"),
     "a misspelt key": ("max_bytes", "max_byte", "did you mean max_bytes?"),
 }  # fmt: skip

@@ -51,10 +51,14 @@ class TextSpec(Table):
     batch_tokens: int = Field(512, ge=1)
     """Most tokens, padding included, that run at once. The server splits a batch of texts into parts of similar
     length."""
-
     dimensions: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Sizes that callers of `/v1/embeddings` may ask for besides the model's own: the first numbers of each vector,
     scaled to length 1. For models trained with such sizes (Matryoshka)."""
+    prompts: dict[str, str] = {}
+    """Beginnings of texts by name, such as `{ query = "query: " }`. Callers of `/v1/embeddings` and `/similarity` name
+    one as `prompt_name`."""
+    default_prompt: str | None = None
+    """The prompt for callers of these routes that name none; absent: texts are taken as they are."""
 
     def fills(self, inputs: Mapping[str, TensorSpec]) -> dict[Role, str]:
         """The inputs that the tokenizer fills, by what they get."""
@@ -97,6 +101,8 @@ def check_text(
             raise at("text", f"[text] adds the input {TEXT} and the output {TOKENS}; rename the model's own {name}")
     if axes[BATCH].min > 1:
         raise at("text", f"axes.{BATCH}.min is {axes[BATCH].min}; with [text], it must be 1")
+    if text.default_prompt is not None and text.default_prompt not in text.prompts:
+        raise at("text.default_prompt", f"seen {text.default_prompt!r}; prompts are {listed(text.prompts)}")
     sizes = {
         name: output.shape[1]
         for name, output in outputs.items()

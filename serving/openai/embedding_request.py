@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from serving.openai.request_body import Allowed, ModelName, RequestBody, TextOrTexts
+from serving.openai.request_body import Allowed, ModelName, PromptName, RequestBody, TextOrTexts
 
 
 class EmbeddingRequest(RequestBody):
@@ -20,6 +20,8 @@ class EmbeddingRequest(RequestBody):
     """Numbers, the default, or the base64 of little-endian float32."""
     dimensions: Annotated[int | None, Field(ge=1), Allowed("a whole number from 1 on")] = None
     """Length of the vectors: the model's own, the default, or one of `dimensions` in its deploy.toml."""
+    prompt_name: PromptName = None
+    """A prompt that begins each text: one of `prompts` in the model's deploy.toml; absent: its `default_prompt`."""
     user: Annotated[str | None, Allowed("a string")] = None
     """Ignored."""
 

@@ -14,7 +14,7 @@ from deepseek.spec import TOKENS
 from serving.openai.embedding_request import EmbeddingRequest
 from serving.openai.errors import ApiError, from_client
 from serving.openai.inference import infer_texts
-from serving.openai.similarity_request import SimilarityRequest
+from serving.openai.similarity_request import SimilarityParameters, SimilarityRequest
 from serving.openai.text_models import TextModel, TextModels
 
 ROWS_IN_A_TURN = 16  # vectors written as JSON before other requests get their turn
@@ -30,8 +30,8 @@ class Embeddings:
         """The vectors of the texts, as the JSON of OpenAI's object."""
         model = await self._models.named(request.model)
         size = _size(request.dimensions, model)
-        _check_bytes("input", request.texts, model)
-        vectors, tokens = await self._vectors(model, request.texts)
+        prompt = model.prompt(request.prompt_name, param="prompt_name")
+        vectors, tokens = await self._vectors(model, _prepared(request.texts, prompt, model, param="input"))
         used = int(np.minimum(tokens, model.max_tokens).sum())
         usage = {
             "prompt_tokens": used,
@@ -50,10 +50,11 @@ class Embeddings:
     async def similarities(self, request: SimilarityRequest) -> list[float]:
         """The cosine of the source sentence and each of the sentences; 0 if a vector is all zeros."""
         model = await self._models.named(request.model) if request.model else await self._models.only()
-        source, sentences = request.inputs.source_sentence, request.inputs.sentences
-        _check_bytes("inputs.source_sentence", [source], model)
-        _check_bytes("inputs.sentences", sentences, model)
-        vectors, _ = await self._vectors(model, [source, *sentences])
+        given, parameters = request.inputs, request.parameters or SimilarityParameters()
+        prompt = model.prompt(parameters.prompt_name, param="parameters.prompt_name")
+        source = _prepared([given.source_sentence], prompt, model, param="inputs.source_sentence")
+        sentences = _prepared(given.sentences, prompt, model, param="inputs.sentences")
+        vectors, _ = await self._vectors(model, source + sentences)
         units = _units(vectors)
         return (units[1:] @ units[0]).tolist()
 
@@ -78,12 +79,15 @@ def _size(asked: int | None, model: TextModel) -> int:
     raise ApiError(400, f"dimensions: seen {asked}; allowed for {model.name}: {sizes}", param="dimensions")
 
 
-def _check_bytes(field: str, texts: Sequence[str], model: TextModel) -> None:
-    for place, text in enumerate(texts):
+def _prepared(texts: Sequence[str], prompt: str, model: TextModel, *, param: str) -> list[str]:
+    """The texts with the prompt; raises ApiError if one is too large."""
+    found = [prompt + text for text in texts]
+    for place, text in enumerate(found):
         if len(text) * 4 > model.max_bytes and (size := len(text.encode())) > model.max_bytes:
-            reason = f"{size} bytes; allowed: up to {model.max_bytes} (max_bytes)"
-            at = f"[{place}]" if len(texts) > 1 else ""
-            raise ApiError(400, f"{field}{at}: {reason}", param=field)
+            at = f"[{place}]" if len(found) > 1 else ""
+            seen = f"{size} bytes{' with the prompt' if prompt else ''}"
+            raise ApiError(400, f"{param}{at}: {seen}; allowed: up to {model.max_bytes} (max_bytes)", param=param)
+    return found
 
 
 def _shortened(vectors: np.ndarray, size: int) -> np.ndarray:

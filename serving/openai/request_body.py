@@ -52,7 +52,7 @@ class RequestBody(Fields):
             raise ApiError(400, f"the body is not JSON: {error}") from None
         if not isinstance(fields, dict):
             allowed = f"a JSON object with {', '.join(cls.model_fields)}"
-            raise ApiError(400, f"the body is {_shown(fields)}; allowed: {allowed}")
+            raise ApiError(400, f"the body is {shown(fields)}; allowed: {allowed}")
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
@@ -67,11 +67,11 @@ def _refusal(fields: type[BaseModel], error: ValidationError) -> ApiError:
         annotation: Any = fields.model_fields[each].annotation
         fields = next(iter(get_args(annotation)), annotation)  # of an optional one
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{_shown(name)}: no such field; allowed: {', '.join(fields.model_fields)}")
+        return ApiError(400, f"{shown(name)}: no such field; allowed: {', '.join(fields.model_fields)}")
     place = ".".join([*outer, name])
     if first["type"] == "refused":
         return ApiError(400, f"{place}{first['ctx']['at']}: {first['ctx']['why']}", param=place)
-    seen = "missing" if first["type"] == "missing" else f"seen {_shown(first['input'])}"
+    seen = "missing" if first["type"] == "missing" else f"seen {shown(first['input'])}"
     words = next(each.words for each in fields.model_fields[name].metadata if isinstance(each, Allowed))
     return ApiError(400, f"{place}: {seen}; allowed: {words}", param=place)
 
@@ -85,7 +85,7 @@ def _check_text(text: Any, at: str = "") -> Any:
         advice = "send strings: ids of another tokenizer have another meaning here"
         raise _refused(f"token ids; {advice} (LangChain: check_embedding_ctx_length=False)", at)
     if not isinstance(text, str):
-        raise _refused(f"seen {_shown(text)}; allowed: a string", at)
+        raise _refused(f"seen {shown(text)}; allowed: a string", at)
     if not text:
         raise _refused("an empty string; leave it out", at)
     if not _is_unicode(text):
@@ -95,7 +95,7 @@ def _check_text(text: Any, at: str = "") -> Any:
 
 def _check_texts(texts: Any, allowed: str = "a list of strings") -> Any:
     if not isinstance(texts, list):
-        raise _refused(f"seen {_shown(texts)}; allowed: {allowed}")
+        raise _refused(f"seen {shown(texts)}; allowed: {allowed}")
     if not 1 <= len(texts) <= MOST_TEXTS:
         raise _refused(f"a list of {len(texts)}; allowed: 1 to {MOST_TEXTS} texts")
     for place, text in enumerate(texts):
@@ -115,7 +115,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value of a request, short."""
     if isinstance(value, list | dict):
         return "an array" if isinstance(value, list) else "an object"
@@ -133,4 +133,5 @@ TextOrTexts = Annotated[
     _NonEmpty | _Listed, BeforeValidator(_check_text_or_texts), Allowed("a string or a list of strings")
 ]
 ModelName = Annotated[_Name, _NAME]
+PromptName = Annotated[str | None, Allowed("the name of a prompt of the model")]
 OptionalModelName = Annotated[_Name | None, _NAME]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from serving.openai.request_body import Allowed, Fields, OptionalModelName, RequestBody, Text, Texts
+from serving.openai.request_body import Allowed, Fields, OptionalModelName, PromptName, RequestBody, Text, Texts
 
 
 class SimilarityInputs(Fields):
@@ -15,7 +15,10 @@ class SimilarityInputs(Fields):
 
 
 class SimilarityParameters(Fields):
-    """Settings of a comparison; there are none yet."""
+    """Settings of a comparison."""
+
+    prompt_name: PromptName = None
+    """A prompt that begins each text, as in `/v1/embeddings`."""
 
 
 class SimilarityRequest(RequestBody):
@@ -24,4 +27,4 @@ class SimilarityRequest(RequestBody):
     inputs: Annotated[SimilarityInputs, Allowed("an object with source_sentence and sentences")]
     model: OptionalModelName = None
     """A model of `GET /v1/models`; needed if there are several."""
-    parameters: Annotated[SimilarityParameters | None, Allowed("an object, empty")] = None
+    parameters: Annotated[SimilarityParameters | None, Allowed("an object with prompt_name")] = None

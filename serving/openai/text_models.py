@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepseek_client import AsyncInferenceClient, InferenceError, ModelMetadata, ModelUnavailable
@@ -16,6 +17,7 @@ from deepseek.spec import TEXT
 from deepseek.spec.files.repository import CONFIG, model_folders
 from deepseek.spec.text import EMBEDDING, vector_output
 from serving.openai.errors import ApiError, from_client, no_such_model
+from serving.openai.request_body import shown
 
 FLOATS = ("FP16", "FP32", "FP64", "BF16")
 METADATA_S = 2.0  # how long a model's metadata counts: a new version may have another size
@@ -35,6 +37,8 @@ class TextModel:
     max_bytes: int
     dimensions: tuple[int, ...] = ()
     """Sizes that callers may ask for besides the model's own."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
 
     @classmethod
     def of(cls, metadata: ModelMetadata) -> TextModel:
@@ -58,8 +62,18 @@ class TextModel:
             parts_at_once=metadata.instances or 1,
             max_tokens=settings["max_tokens"],
             max_bytes=settings["max_bytes"],
-            dimensions=tuple(settings.get("dimensions", ())),  # an older version has no such setting
+            dimensions=tuple(settings.get("dimensions", ())),  # an older version lacks this and the next
+            prompts=settings.get("prompts", {}),
+            default_prompt=settings.get("default_prompt"),
         )
+
+    def prompt(self, name: str | None, *, param: str) -> str:
+        """The beginning of texts; None: the default. Raises ApiError if there is no such prompt."""
+        name = self.default_prompt if name is None else name
+        if name is not None and name not in self.prompts:
+            known = ", ".join(sorted(self.prompts)) or "none"
+            raise ApiError(400, f"{param}: seen {shown(name)}; prompts of {self.name}: {known}", param=param)
+        return "" if name is None else self.prompts[name]
 
 
 class TextModels:
