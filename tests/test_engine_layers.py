@@ -28,18 +28,49 @@ ATTENTION = [
 ]
 
 
+SHAPES = {"x": (2, 3)}
+
+
+class Fake:
+    """TensorRT's runtime, engine, context and inspector in one; `layers` None: the plan cannot be loaded.
+
+    The plan contains code, which runs only if that is allowed. The inspector needs a context with the shapes.
+    """
+
+    engine_host_code_allowed, execution_context = False, None
+
+    def __init__(self, layers: list[Any] | None) -> None:
+        self.layers, self.shapes = layers, dict[str, tuple[int, ...]]()
+
+    def deserialize_cuda_engine(self, plan: bytes) -> Any:
+        """The engine, or None as TensorRT returns it."""
+        return self if self.layers is not None and self.engine_host_code_allowed else None
+
+    def create_execution_context(self) -> Any:
+        """The context."""
+        return self
+
+    def create_engine_inspector(self) -> Any:
+        """The inspector."""
+        return self
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Sets the shape of an input."""
+        self.shapes[name] = shape
+
+    def get_engine_information(self, kind: int) -> str:
+        """The layers as JSON."""
+        ready = self.execution_context is self and self.shapes == SHAPES
+        return json.dumps({"Layers": self.layers if ready else [], "Bindings": []})
+
+
 def fake(layers: list[Any] | None) -> Any:
-    """A fake of TensorRT's module: a runtime that loads a plan with these layers; None: it cannot load it."""
-    context = SimpleNamespace(set_input_shape=lambda name, shape: True)
-    told = json.dumps({"Layers": layers, "Bindings": []})
-    inspector = SimpleNamespace(get_engine_information=lambda kind: told)
-    engine = SimpleNamespace(create_execution_context=lambda: context, create_engine_inspector=lambda: inspector)
-    runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: None if layers is None else engine)
-    logger = SimpleNamespace(INTERNAL_ERROR=0)
+    """A fake of TensorRT's module."""
     return SimpleNamespace(
-        Runtime=lambda _: runtime, Logger=type("Logger", (), {"INTERNAL_ERROR": 0, "__init__": lambda self, _: None}),
-        LayerInformationFormat=SimpleNamespace(JSON=1), logger=logger,
-    )  # fmt: skip
+        Runtime=lambda _: Fake(layers),
+        Logger=type("Logger", (), {"INTERNAL_ERROR": 0, "__init__": lambda self, _: None}),
+        LayerInformationFormat=SimpleNamespace(JSON=1),
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +81,7 @@ def _network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_with_a_fake_inspector_the_types_are_those_of_the_built_engine() -> None:
-    found = found_layers(fake(ATTENTION), None, b"plan", {"x": (2, 3)})
+    found = found_layers(fake(ATTENTION), None, b"plan", SHAPES)
     assert found["compute_layers"] == {"int8": 2, "int8_weights": 1, "fp16": 1, "bf16": 1}
     assert (found["read_from"], found["layers"]) == ("engine", 7)
 
@@ -59,6 +90,7 @@ def test_with_a_fake_inspector_the_types_are_those_of_the_built_engine() -> None
     ("layers", "why"),
     [
         (None, "the engine cannot be loaded here"),
+        ([], "the engine shows 0 of 5 compute layers"),
         ([layer("Myelin", "Half"), "a layer by name only"], "the engine shows 0 of 5 compute layers"),
         (ATTENTION[:3], "the engine shows 2 of 5 compute layers"),
     ],
@@ -66,7 +98,7 @@ def test_with_a_fake_inspector_the_types_are_those_of_the_built_engine() -> None
 def test_with_a_fake_inspector_that_shows_too_little_the_network_is_read_and_the_report_says_why(
     layers: list[Any] | None, why: str
 ) -> None:
-    found = found_layers(fake(layers), None, b"plan", {})
+    found = found_layers(fake(layers), None, b"plan", SHAPES)
     assert (found["compute_layers"], found["read_from"], found["note"]) == ({"int8": 5}, "network", why)
     assert described(found, "int8") == f"5 in int8, read from the network ({why})"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import random
@@ -415,6 +416,15 @@ def test_the_auto_target_is_tensorrt_if_this_machine_can_compile_and_else_says_w
     assert plan.resolved_target("torchscript", compiler) == ("torchscript", "")
 
 
+def test_a_build_with_the_auto_target_prints_why_it_is_not_for_tensorrt(
+    engine: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "missing_for_container", lambda: ["Docker (no docker on PATH)"])
+    engine(target="auto")
+    told = "engine    target onnxruntime, not tensorrt: this machine lacks Docker (no docker on PATH)"
+    assert capsys.readouterr().out.splitlines().count(told) == 1
+
+
 def test_a_build_that_does_nothing_loads_neither_torch_nor_numpy(engine: Run, tiny: Path) -> None:
     engine()
     places = {"--models": tiny / "models", "--repository": tiny / "repository", "--env-file": tiny / "env"}
@@ -499,6 +509,19 @@ def test_stages_that_run_the_model_depend_on_its_code_and_only_gpu_stages_on_the
     assert seen["to_torchscript"]["GPU"] == "H100"
     assert seen[SELECT]["GPU"] == ""
     assert "package tensorrt" not in seen[SELECT]
+
+
+def test_graphs_are_made_on_the_cpu_unless_onnx_runtime_serves_them_on_an_accelerator(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "accelerator", lambda: "H100")
+    found = {}
+    for target in ("onnxruntime", "tensorrt_rtx"):
+        builder = build.Builder(plan.plan_of(options_of(tiny, target=target)))
+        stage = next(stage for stage in build.stages_of(builder.plan) if stage.name == "quantize int8")
+        assert ("--target", target) in itertools.pairwise(stage.command)
+        found[target] = builder.inputs.of(stage)["accelerator"]
+    assert found == {"onnxruntime": "H100", "tensorrt_rtx": ""}
 
 
 def declared_tables() -> dict[type, str]:

@@ -22,11 +22,12 @@ from deepseek.precisions import Precision
 from deepseek.spec import Axis, DeploymentSpec, GateFailed, InputError, Target
 from deepseek.spec.paired_drop import DropJudgement, PairedRows, judge_drop, values_of
 from export.artifact import engine_path, onnx_path
-from export.model_folder import Predict
+from export.model_folder import ModelFolder, Predict
 from export.precision import accuracy_budget
 from export.precision.accuracy import Evaluated, evaluated, metric_drop, paired_drop, parity, similarity
 from export.precision.accuracy_budget import Baseline, measured
 from export.rows import load_rows, save_rows
+from export.runtimes import variants
 from export.runtimes.batching import within_batch
 from export.runtimes.pytorch_reference import weights_digest
 from export.stages import select_precision
@@ -543,6 +544,31 @@ def test_rows_that_depend_on_predict_end_the_command_with_one_line(text: Path) -
     run = stage(text, "select_precision", "--precision", "fp32")
     assert (run.returncode, len(run.stderr.splitlines())) == (2, 1), run.stderr
     assert "which rows have a value must not depend on predict" in run.stderr
+
+
+def test_with_a_fake_of_a_gpu_the_speed_is_that_of_the_runs_and_copies_and_clocks_are_apart(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(text / "build"))
+    seconds = {"fp32": 0.004, "fp16": 0.001, "int8": 0.002}
+    for name in seconds:
+        folder = text / "build" / "text" / name
+        (folder / "tensorrt").mkdir()
+        (folder / "tensorrt" / "model.plan").write_bytes(b"ptrt")
+        shutil.copy(folder / "manifest.json", folder / "tensorrt")
+    graphs = variants.variant_predictor
+    monkeypatch.setattr(select_precision, "variant_predictor", lambda spec, name, _: graphs(spec, name, "onnxruntime"))
+    timers = {name: (lambda each_s=each_s: each_s, lambda: 0.003) for name, each_s in seconds.items()}
+    monkeypatch.setattr(select_precision, "variant_timers", lambda spec, name, *_: timers[name])
+    monkeypatch.setattr(select_precision, "clocks", lambda: "SM 1410 MHz of 1980 MHz")
+    result = select_precision.compare(ModelFolder("text", text / "models"), "tensorrt", None)
+    assert result["chosen"] == "fp16"
+    assert {name: each["speedup"] for name, each in result["variants"].items()} == {"fp32": 1, "fp16": 4, "int8": 2}
+    show(result)
+    printed = capsys.readouterr().out
+    copies = ", ".join(f"{name} 3.000 ms" for name in result["variants"])
+    assert f"copies to and from the GPU, not part of the speed: {copies}" in printed
+    assert "GPU clocks: SM 1410 MHz of 1980 MHz; after timing: SM 1410 MHz of 1980 MHz" in printed
 
 
 def test_an_unbuilt_precision_is_an_input_error_that_says_how_to_build_it(text: Path) -> None:

@@ -164,8 +164,17 @@ def test_only_the_gateway_is_published_beyond_loopback() -> None:
     published = {name: service["ports"] for name, service in services("compose.yaml").items() if "ports" in service}
     beyond = {name for name, ports in published.items() for port in ports if not port.startswith("127.0.0.1:")}
     assert beyond == {"gateway"}
+    on_loopback = [port.rpartition(":")[2] for port in published["gateway"] if port.startswith("127.0.0.1:")]
+    assert on_loopback == ["8000", "8001"]  # without TLS and key
     assert "ports" not in services("compose.yaml")["triton"]
     assert services("compose.yaml")["triton"]["networks"] == ["inside"]
+
+
+def test_each_image_that_a_clone_builds_carries_the_digest_of_its_content() -> None:
+    for file in ("compose.yaml", "docker/compose.gpu.yaml"):
+        images = [service["image"] for service in services(file).values() if "build" in service]
+        assert images
+        assert all(re.search(r"\$\{(SERVER|GATEWAY|LOADTESTS)_TAG", image) for image in images), images
 
 
 def test_the_gateway_goes_before_all_others_where_cores_are_short() -> None:

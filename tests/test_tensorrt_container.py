@@ -13,6 +13,7 @@ import pytest
 
 from deepseek.spec import InputError
 from deepseek.spec.triton_release import TRITON_TAG, check_tag
+from export.runtimes import tensorrt_container
 from export.runtimes.tensorrt_container import DOCKERFILE, image_name
 from tests.conftest import run_module
 
@@ -95,6 +96,13 @@ def test_the_image_is_built_once_and_named_after_its_inputs(machine: Path, tmp_p
         run_module("cli", "tensorrt-container", "--tag", "26.08", "--", "to-tensorrt")
     builds = [line for line in (tmp_path / "record").read_text().splitlines() if line.startswith("build ")]
     assert builds == [f"build --tag {image_name('26.08')} --file {DOCKERFILE} --build-arg TRITON_TAG=26.08 ."]
+
+
+def test_a_changed_dockerfile_gives_another_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "changed").write_bytes(DOCKERFILE.read_bytes() + b"# changed\n")
+    before, files = image_name("26.10"), tensorrt_container.IMAGE_FILES[1:]
+    monkeypatch.setattr(tensorrt_container, "IMAGE_FILES", (tmp_path / "changed", *files))
+    assert image_name("26.10") != before
 
 
 def test_the_image_is_built_with_the_network_that_the_stacks_images_take(machine: Path, tmp_path: Path) -> None:

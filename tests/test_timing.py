@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from deepseek.spec import DeploymentSpec
-from export.runtimes import timing
+from export.runtimes import timing, variants
 from export.runtimes.onnxruntime_predictor import onnx_predictor
 from export.runtimes.tensorrt_predictor import RUNS, tensorrt_timers
 from export.runtimes.timing import clocks, compared, time_interleaved, wall
+from export.runtimes.variants import variant_timers
 from tests.test_tensorrt_container import program
 
 IMAGE = DeploymentSpec.load("tests/models/image")
@@ -108,6 +109,16 @@ def test_with_a_fake_of_cuda_runs_and_copies_are_timed_apart_by_events_over_the_
     assert [run(), copy(), run()] == pytest.approx([0.002, 0.003, 0.002])
     assert gpu.now_ms == RUNS * (2 + 3 + 2)
     assert len(bound) == len(set(bound)) == 3  # buffers of one input and two outputs, bound once
+
+
+def test_engines_are_timed_on_their_gpu_and_graphs_by_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = (lambda: 2.0, lambda: 1.0)
+    monkeypatch.setattr(variants, "tensorrt_timers", lambda *_: on_gpu)
+    assert variant_timers(IMAGE, "fp16", "tensorrt", lambda row: row, {}) == on_gpu
+    ran: list[Any] = []
+    run, copies = variant_timers(IMAGE, "fp16", "onnxruntime", ran.append, {})  # type: ignore[arg-type]
+    run()
+    assert (ran, copies) == ([{}], None)
 
 
 def test_the_clocks_of_the_gpu_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

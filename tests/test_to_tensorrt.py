@@ -20,11 +20,12 @@ from onnx import TensorProto, helper
 from cli.main import values_of
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, Precision, TensorrtSpec
 from export.artifact import refusal
-from export.runtimes.tensorrt_engine import applied, engine_from_onnx, prove, tensorrt_module
+from export.runtimes.tensorrt_engine import _builder_config, applied, engine_from_onnx, prove, tensorrt_module
 from export.runtimes.tensorrt_predictor import tensorrt_predictor
 from export.stages import to_tensorrt
 from export.stages.to_tensorrt import build_engine
 from tests.conftest import run_module
+from tests.test_tensorrt_container import program
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -164,6 +165,20 @@ def test_axes_that_tensorrt_refuses_as_a_profile_are_one_line(built: Path) -> No
     with pytest.raises(InputError, match=r"refuses the axes as its profile: .*MIN<=OPT<=MAX") as caught:
         engine_from_onnx(trt, source, spec.model_copy(update={"axes": {"batch": upside_down}}))
     assert "\n" not in str(caught.value)
+
+
+def test_the_builder_is_asked_for_what_the_inspector_has_to_tell() -> None:
+    config = _builder_config(trt, trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR)), TensorrtSpec())
+    assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
+
+
+def test_if_torch_sees_no_gpu_nvidia_smi_tells_the_compute_capability(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(tmp_path, "nvidia-smi", "echo 'NVIDIA L4, 8.9, 580.95.05, 23034'")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert to_tensorrt._compute_capability() == "8.9"
 
 
 class StandInRuntime:

@@ -139,6 +139,31 @@ def test_into_the_repository_and_out_of_it_again_leaves_what_was(live: Path, rel
     assert check_version(tmp_path / "withdrawn", 2)[0] is not None
 
 
+def test_at_no_moment_does_the_configuration_name_a_version_that_is_not_there(
+    live: Path, release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments: list[bool] = []
+
+    def named() -> list[int]:
+        return list(read_config(live / CONFIG).version_policy.specific.versions)
+
+    def watched(rename: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+        def then_looked_at(source: Path, destination: Path) -> None:
+            rename(source, destination)
+            moments.append(set(named()) <= set(versions_of(live)))
+
+        return then_looked_at
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    release(2)
+    assert named() == [2]
+    move_out(live, 2, back_to=1, archive=tmp_path / "withdrawn")
+    assert named() == [1]
+    assert len(moments) > 5
+    assert all(moments)
+
+
 def test_going_back_passes_over_what_is_damaged_and_needs_something_intact(
     live: Path, release: Release, tmp_path: Path
 ) -> None:

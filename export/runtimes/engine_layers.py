@@ -32,7 +32,7 @@ def found_layers(trt: Any, network: Any, plan: bytes, shapes: Mapping[str, tuple
     found = {**network_layers(trt, network), "read_from": "network"}
     layers, note = _inspected(trt, plan, shapes)
     counts = compute_layers(layers)
-    if layers and sum(counts.values()) < LEAST_SHOWN * sum(found["compute_layers"].values()):
+    if not note and sum(counts.values()) < LEAST_SHOWN * sum(found["compute_layers"].values()):
         note = f"the engine shows {sum(counts.values())} of {sum(found['compute_layers'].values())} compute layers"
     if note:
         return {**found, "note": note}
