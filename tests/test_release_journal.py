@@ -249,6 +249,28 @@ def test_a_load_test_lasts_as_long_as_its_percentiles_need_at_the_lowest_rate(
     )  # 1.5 x 299 bursts of 0.2 s
 
 
+def test_nvidias_triton_of_the_stack_is_left_to_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("serving.release.rollback.refresh_stack", lambda repository: Skipped("no stack"))
+    monkeypatch.setattr(LiveServer, "look", lambda live: (2, ""))  # what it serves until then
+    options = live_options("127.0.0.1:9", repository=tmp_path)
+    taken: list[str] = []
+    monkeypatch.setattr(Rollback, "_take_out", lambda _: taken.append("out"))
+    with socket.create_server(("127.0.0.1", 0)) as gateway:
+        stack = f"STACK_REPOSITORY='{tmp_path}'\nGATEWAY_PORT={gateway.getsockname()[1]}\n"
+        Path(".env").write_text(f"COMPOSE_FILE=compose.yaml:docker/compose.gpu.yaml\n{stack}")
+        live = LiveServer.find(options, 2)
+        told = "does not follow it (docker compose restart triton)"
+        assert (live.version, told in live.absent) == (None, True)
+        journal = ReleaseJournal(tmp_path / "releases", "rollback", 1, before=2)
+        Rollback(options, journal, 2, 1).run()
+        record = read(journal.folder)
+        assert record is not None
+        assert (taken, record.steps[0].name, told in record.steps[0].said) == (["out"], "repository", True)
+        Path(".env").write_text(f"COMPOSE_FILE=compose.yaml\n{stack}")
+        assert LiveServer.find(options, 2).version == 2
+
+
 def test_a_stack_of_the_repository_at_another_address_is_not_passed_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

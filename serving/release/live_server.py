@@ -1,8 +1,8 @@
 """The live server, while a release or rollback changes its version.
 
 Contract: queried with `deepseek metadata`, directly or through the gateway. If nothing listens at the default address,
-the version is served at the next start. A server that listens must report the repository's newest version: otherwise it
-serves another repository, or does not follow this one.
+or NVIDIA's Triton of the stack runs, the version is served at the next start. Any other server that listens must report
+the repository's newest version: otherwise it serves another repository, or does not follow this one.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import math
 import socket
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from deepseek.spec import GateFailed, InputError
 from serving.release.gate_commands import run_json
-from serving.stack.env_file import running_gateway
+from serving.stack.env_file import GPU_FILES, running_gateway, setting_before
 
 LOOK_S = 0.5
 MOST_RPS = 200  # that `deepseek switch-over-load` sends
@@ -29,6 +30,13 @@ def check_live_options(options: argparse.Namespace) -> None:
         raise InputError(f"--load-rate {options.load_rate:g}: it must be more than 0 and at most {MOST_RPS} requests/s")
     if not 0 < options.switch_s < math.inf:
         raise InputError(f"--switch-s {options.switch_s:g}: it must be more than 0")
+
+
+def needs_restart(repository: Path) -> str:
+    """Why the running stack loads a new version of the repository only at a restart; "" if none runs, or it follows."""
+    on_gpu = setting_before(Path(".env"), "COMPOSE_FILE").startswith(GPU_FILES)
+    gateway = running_gateway(repository) if on_gpu else ""
+    return f"NVIDIA's Triton behind {gateway} does not follow it (docker compose restart triton)" if gateway else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,8 @@ class LiveServer:
         """Asks the server for its version; raises InputError if that is not the repository's `newest`."""
         if newest is None:
             return cls(options=options, version=None, absent="nothing was served before")
+        if restart := needs_restart(options.repository):
+            return cls(options=options, version=None, absent=restart)
         live = cls(options=options, version=None)
         version, reason = live.look()
         if version is None:

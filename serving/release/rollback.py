@@ -2,7 +2,7 @@
 
 The served version leaves the repository, and the newest intact one before it is the newest again, with its own
 `config.pbtxt`. A server that follows the repository goes back at once, under a steady load if it still answers; any
-other server does at its next start.
+other server does at its next start, NVIDIA's Triton of the stack included.
 
 Contract: the version to go back to is checked first, digests included; if none is intact, nothing changes. A full disk
 does not stop a rollback: the withdrawn version is first hidden from servers by a rename, then moved to the record's
@@ -20,7 +20,7 @@ from deepseek.spec import GateFailed, InputError, InvalidMeasurement
 from serving.release.gate_commands import SteadyLoad
 from serving.release.history import finish
 from serving.release.journal import ReleaseJournal, exclusive
-from serving.release.live_server import LiveServer, check_live_options
+from serving.release.live_server import LiveServer, check_live_options, needs_restart
 from serving.release.steps import StepRunner, refresh_stack
 from serving.release.versions import newest, previous_intact
 
@@ -35,12 +35,13 @@ class Rollback:
 
     def run(self) -> None:
         """Changes the repository and watches the server."""
-        version, reason = self.live.look()
+        restart = needs_restart(self.options.repository)
+        version, reason = (None, restart) if restart else self.live.look()
         steps = StepRunner(self.journal, as_json=self.options.json)
         try:
             if version is not None:
                 steps.do("switch", self.switch)
-            elif self.live.refuses():
+            elif restart or self.live.refuses():
                 steps.do("repository", lambda: self._offline(reason))
             else:
                 steps.do("switch", lambda: self._unwatched(reason))
