@@ -31,6 +31,7 @@ from serving.openai.embedding_request import EmbeddingRequest
 from serving.openai.embeddings import Embeddings, _shortened
 from serving.openai.errors import ApiError, from_client
 from serving.openai.inference import infer_texts
+from serving.openai.metrics import Metrics
 from serving.openai.routes import BODY_BYTES, HELD_BYTES, Routes
 from serving.openai.text_models import TextModel
 from tests.conftest import write_add_one
@@ -250,7 +251,7 @@ def test_each_error_of_a_call_has_its_status(error: InferenceError, status: int)
 
 
 def test_bodies_are_refused_beyond_the_memory_they_may_take() -> None:
-    routes = Routes(None, None)  # type: ignore[arg-type]
+    routes = Routes(None, None, None)  # type: ignore[arg-type]
     with routes._hold(HELD_BYTES):
         with pytest.raises(ApiError) as error, routes._hold(1):
             pass
@@ -374,8 +375,8 @@ class Waiting(Embeddings):
 
 def test_a_call_is_cancelled_when_its_caller_disconnects() -> None:
     async def leave() -> None:
-        waiting = Waiting()
-        runner = Routes(None, waiting).runner(1)  # type: ignore[arg-type]
+        waiting, metrics = Waiting(), Metrics()
+        runner = Routes(None, waiting, metrics).runner(1)  # type: ignore[arg-type]
         await runner.setup()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             await web.SockSite(runner, listener).start()
@@ -387,6 +388,7 @@ def test_a_call_is_cancelled_when_its_caller_disconnects() -> None:
             writer.close()
             await asyncio.wait_for(waiting.cancelled.wait(), 60)
             await runner.cleanup()
+        assert 'openai_requests_total{route="/v1/embeddings",status="499"} 1\n' in metrics.text()
 
     asyncio.run(leave())
 

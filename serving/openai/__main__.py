@@ -15,6 +15,7 @@ from aiohttp import web
 from deepseek_client import AsyncInferenceClient
 
 from serving.openai.embeddings import Embeddings
+from serving.openai.metrics import Metrics
 from serving.openai.routes import Routes
 from serving.openai.text_models import TextModels
 
@@ -25,7 +26,8 @@ async def _serve(given: argparse.Namespace) -> None:
     # No retries: a refusal goes back to the caller at once, with Retry-After.
     async with AsyncInferenceClient(given.grpc_url, retries=0) as client:
         models = TextModels(client, given.repository)
-        runner = Routes(models, Embeddings(client, models)).runner(given.drain_s)
+        metrics = Metrics()
+        runner = Routes(models, Embeddings(client, models, metrics), metrics).runner(given.drain_s)
         await runner.setup()
         await web.SockSite(runner, socket.socket(fileno=given.socket), backlog=1024).start()
         await stop.wait()

@@ -14,6 +14,7 @@ from deepseek.spec import TOKENS
 from serving.openai.embedding_request import EmbeddingRequest
 from serving.openai.errors import ApiError, from_client
 from serving.openai.inference import infer_texts
+from serving.openai.metrics import Metrics
 from serving.openai.similarity_request import SimilarityParameters, SimilarityRequest
 from serving.openai.text_models import TextModel, TextModels
 
@@ -23,8 +24,8 @@ ROWS_IN_A_TURN = 16  # vectors written as JSON before other requests get their t
 class Embeddings:
     """The vectors of the models of one Triton."""
 
-    def __init__(self, client: AsyncInferenceClient, models: TextModels) -> None:
-        self._client, self._models = client, models
+    def __init__(self, client: AsyncInferenceClient, models: TextModels, metrics: Metrics) -> None:
+        self._client, self._models, self._metrics = client, models, metrics
 
     async def answer(self, request: EmbeddingRequest) -> str:
         """The vectors of the texts, as the JSON of OpenAI's object."""
@@ -67,7 +68,9 @@ class Embeddings:
         vectors = answer[model.output].astype("<f4")
         if not np.isfinite(vectors).all():
             raise ApiError(500, f"model {model.name!r} answered numbers that are not finite")
-        return vectors, answer[TOKENS]
+        tokens = answer[TOKENS]
+        self._metrics.count_texts(model.name, len(texts), int(np.minimum(tokens, model.max_tokens).sum()))
+        return vectors, tokens
 
 
 def _size(asked: int | None, model: TextModel) -> int:

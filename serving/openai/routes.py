@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -16,29 +17,32 @@ from aiohttp import web
 from serving.openai.embedding_request import EmbeddingRequest
 from serving.openai.embeddings import Embeddings
 from serving.openai.errors import ApiError, busy
+from serving.openai.metrics import CONTENT_TYPE, Metrics
 from serving.openai.similarity_request import SimilarityRequest
 from serving.openai.text_models import TextModels
 
 BODY_BYTES = 8 * 2**20
 HELD_BYTES = 64 * 2**20  # of all requests at once
 READ_S = 30.0  # longest upload of a body
+CALLER_LEFT = 499  # as nginx counts it
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Routes:
     """The handlers of one server."""
 
-    def __init__(self, models: TextModels, embeddings: Embeddings) -> None:
-        self._models, self._embeddings = models, embeddings
+    def __init__(self, models: TextModels, embeddings: Embeddings, metrics: Metrics) -> None:
+        self._models, self._embeddings, self._metrics = models, embeddings, metrics
         self._held_bytes = 0
 
     def runner(self, drain_s: float) -> web.AppRunner:
         """Runs the routes; its clean-up gives requests in flight `drain_s` seconds."""
-        app = web.Application(middlewares=[_errors], client_max_size=BODY_BYTES)
+        app = web.Application(middlewares=[self._count, _errors], client_max_size=BODY_BYTES)
         app.router.add_post("/v1/embeddings", self._embed)
         app.router.add_post("/similarity", self._compare)
         app.router.add_get("/v1/models", self._list)
         app.router.add_get("/v1/models/{model:.+}", self._describe)
+        app.router.add_get("/metrics", self._measure)
         return web.AppRunner(
             app,
             handler_cancellation=True,
@@ -62,6 +66,9 @@ class Routes:
 
     async def _describe(self, request: web.Request) -> web.Response:
         return web.json_response(self._models.described(await self._models.named(request.match_info["model"])))
+
+    async def _measure(self, _: web.Request) -> web.Response:
+        return web.Response(text=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     @asynccontextmanager
     async def _body(self, request: web.Request) -> AsyncIterator[bytes]:
@@ -89,6 +96,18 @@ class Routes:
         finally:
             self._held_bytes -= size
 
+    @web.middleware
+    async def _count(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        resource = request.match_info.route.resource
+        start_s, status = time.perf_counter(), CALLER_LEFT
+        try:
+            answer = await handler(request)
+            status = answer.status
+            return answer
+        finally:
+            seconds = time.perf_counter() - start_s
+            self._metrics.count_request(resource.canonical if resource else "other", status, seconds)
+
 
 @web.middleware
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -104,7 +123,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         headers["Allow"] = allowed
         error = ApiError(405, f"{request.method} {request.path}: allowed: {allowed}", code="method_not_allowed")
     except web.HTTPNotFound:
-        known = "POST /v1/embeddings, POST /similarity, GET /v1/models, GET /v1/models/{model}"
+        known = "POST /v1/embeddings, POST /similarity, GET /v1/models, GET /v1/models/{model}, GET /metrics"
         error = ApiError(404, f"{request.method} {request.path}: no such route; allowed: {known}", code="unknown_url")
     except web.HTTPException as raised:
         error = ApiError(raised.status, raised.reason)

@@ -1,0 +1,66 @@
+"""What the routes count, and how they write it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+
+import pytest
+
+from serving.openai.metrics import Metrics
+from tests.test_openai import Serving, call, serving
+from tests.test_text import MOST_TOKENS, folder, ids_of
+
+__all__ = ["folder", "serving"]  # fixtures
+
+
+def scrape(serving: Serving) -> dict[str, float]:
+    """The value of each series."""
+    connection = http.client.HTTPConnection(serving.places["OpenAI"].removeprefix("http://").removesuffix("/v1"))
+    connection.request("GET", "/metrics")
+    answer = connection.getresponse()
+    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
+    connection.close()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+
+def test_requests_texts_and_tokens_are_counted(serving: Serving) -> None:
+    texts, url, before = ["ab", "ab " * 100], serving.places["OpenAI"], scrape(serving)
+    call(url, "POST", "/v1/embeddings", json.dumps({"model": "sentence", "input": texts}).encode())
+    call(url, "POST", "/v1/embeddings", b"{}")
+    call(url, "GET", "/v1/models/sentence")
+    call(url, "GET", "/v1/nosuch")
+    after = scrape(serving)
+    added = {name: value - before.get(name, 0) for name, value in after.items()}
+    tokens = sum(min(ids_of(text)[1], MOST_TOKENS) for text in texts)
+    expected = {
+        'openai_requests_total{route="/v1/embeddings",status="200"}': 1,
+        'openai_requests_total{route="/v1/embeddings",status="400"}': 1,
+        'openai_requests_total{route="/v1/models/{model}",status="200"}': 1,
+        'openai_requests_total{route="other",status="404"}': 1,
+        'openai_texts_total{model="sentence"}': 2,
+        'openai_tokens_total{model="sentence"}': tokens,
+        'openai_request_duration_seconds_count{route="/v1/embeddings"}': 2,
+        'openai_request_duration_seconds_bucket{route="/v1/embeddings",le="+Inf"}': 2,
+    }
+    assert {name: added[name] for name in expected} == expected
+    assert added['openai_request_duration_seconds_sum{route="/v1/embeddings"}'] > 0
+
+
+def test_each_bucket_counts_the_requests_up_to_its_end() -> None:
+    metrics = Metrics()
+    for seconds in (0.003, 0.005, 0.2, 100):
+        metrics.count_request("/a", 200, seconds)
+    lines = [line for line in metrics.text().splitlines() if line.startswith("openai_request_duration_seconds")]
+    name = 'openai_request_duration_seconds_bucket{route="/a",le='
+    counts = {line.removeprefix(name).split('"')[1]: int(line.split()[-1]) for line in lines if line.startswith(name)}
+    assert [counts[end] for end in ("0.005", "0.1", "0.25", "60", "+Inf")] == [2, 2, 3, 3, 4]
+    assert float(lines[-2].removeprefix('openai_request_duration_seconds_sum{route="/a"} ')) == pytest.approx(100.208)
+    assert lines[-1] == 'openai_request_duration_seconds_count{route="/a"} 4'
+
+
+def test_a_label_is_escaped() -> None:
+    metrics = Metrics()
+    metrics.count_texts('a"b\\c\nd', 1, 2)
+    assert 'openai_texts_total{model="a\\"b\\\\c\\nd"} 1\n' in metrics.text()
