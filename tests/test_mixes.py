@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepseek.spec import InputError, TensorSpec
+from deepseek.spec import DeploymentSpec, InputError
 from loadtests.load import inputs
 from loadtests.load.inputs import length_classes, read_inputs, shuffled
 from loadtests.results.mixes import Mix, runs_of
@@ -97,23 +97,20 @@ def test_the_latest_run_of_the_same_mix_is_found(tmp_path: Path, monkeypatch: py
 
 
 def rows(lengths: list[int]) -> list[dict[str, np.ndarray]]:
-    return [{"ids": np.zeros((1, length), np.int64)} for length in lengths]
-
-
-IDS = {"ids": TensorSpec(dtype="int64", shape=("batch", "sequence"))}
+    return [{"input_ids": np.zeros((1, length), np.int64)} for length in lengths]
 
 
 def test_different_lengths_make_classes_and_many_are_grouped_by_powers_of_two() -> None:
-    assert length_classes(rows([16, 128, 16]), IDS) == ["sequence 16", "sequence 128", "sequence 16"]
-    assert length_classes(rows([50, 50]), IDS) == ["", ""]
-    many = length_classes(rows([*range(1, 20), 128]), IDS)
-    assert [many[0], many[1], many[2], many[18], many[19]] == [
-        "sequence 1 to 1",
-        "sequence 2 to 2",
-        "sequence 3 to 4",
-        "sequence 17 to 32",
-        "sequence 65 to 128",
-    ]
+    spec = DeploymentSpec.load("tests/models/text")
+
+    def titles(lengths: list[int]) -> list[str]:
+        return [length.title for length in length_classes(rows(lengths), spec)]
+
+    assert titles([16, 128, 16]) == ["length 16", "length 128", "length 16"]
+    assert titles([50, 50]) == ["", ""]
+    many = titles([*range(1, 20), 128])
+    wanted = ["length 1 to 1", "length 2 to 2", "length 3 to 4", "length 17 to 32", "length 65 to 128"]
+    assert [many[place] for place in (0, 1, 2, 18, 19)] == wanted
 
 
 def test_rows_of_every_kind_are_drawn_from_a_large_file_and_sent_shuffled(

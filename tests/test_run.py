@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from deepseek.spec import InputError
+from loadtests.load.inputs import Length
 from loadtests.load.workers.recorder import FOLD_AT, Latencies, Recorder
 from loadtests.results.histogram import LONGEST_US, histogram
 from loadtests.results.run import Run, latest_run, new_run, publish, runs_folder
@@ -133,9 +134,9 @@ def test_only_requests_within_the_window_are_counted_by_length() -> None:
     recorder = Recorder(open_loop=True, duration_s=10)
     for planned_s in (-1.0, 1.0, 2.0, 11.0):
         recorder.attempt(planned_s)
-        recorder.finish(planned_s, planned_s, planned_s + 0.1, None, "sequence 16")
+        recorder.finish(planned_s, planned_s, planned_s + 0.1, None, Length("sequence 16"))
     recorder.attempt(3.0)
-    recorder.drop(3.0, "sequence 128")
+    recorder.drop(3.0, Length("sequence 128"))
     found = {row["length"]: (row["planned"], row["ok"], row["dropped"]) for row in recorder.take_lengths()}
     assert found == {"sequence 16": (2, 2, 0), "sequence 128": (1, 0, 1)}
     assert list(recorder.take_lengths()) == []

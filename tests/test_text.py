@@ -223,6 +223,46 @@ def test_the_command_sends_a_text(sentence: EmbeddedServer) -> None:
     assert (run.returncode, run.stderr) == (2, "error: --text and --inputs: seen both; give one of them\n")
 
 
+def load_of_texts(server: EmbeddedServer, folder: Path, texts: str, model: str = "sentence") -> Any:
+    """Runs `deepseek loadtest` with a file of texts."""
+    (folder / "texts.txt").write_bytes(texts.encode())
+    where = ("--model", model, "--models", str(MODELS), "--url", server.grpc_url, "--inputs", str(folder / "texts.txt"))
+    load = ("--rate", "20", "--duration-s", "2", "--warmup-s", "0", "--arrivals", "constant", "--json")
+    return run_module("cli", "loadtest", *where, *load, DEEPSEEK_BUILD=str(folder / "build"))
+
+
+def test_a_load_test_sends_texts_and_counts_their_tokens(sentence: EmbeddedServer, tmp_path: Path) -> None:
+    """Three texts of 3, 4 and 48 (truncated) tokens take turns: 40 requests, each as often as the others, or once more."""
+    texts = ("a", "a\u2028b", "a long text " * 100)
+    tokens = [ids_of(text)[0]["ids"].shape[1] for text in texts]
+    assert len(set(tokens)) == 3
+    assert tokens[2] == MOST_TOKENS
+    series = 'onnxruntime_text_tokens{model="sentence",version="1"}'
+    before = counter(sentence, series)
+    done = load_of_texts(sentence, tmp_path, "\n\n".join(texts) + "\r\n")
+    assert done.returncode in (0, 3), done.stderr  # 3: the machine was too busy to send in time
+    found = json.loads(done.stdout)
+    planned = {length: figures["planned"] for length, figures in found["lengths"].items()}
+    assert list(planned) == [f"tokens {count}" for count in tokens]
+    assert sorted(planned.values()) == [13, 13, 14]
+    assert found["answered"] == 40
+    assert found["tokens_per_s"] == sum(count * planned[f"tokens {count}"] for count in tokens) / 2
+    sent = counter(sentence, series) - before
+    assert sent >= 2 * found["tokens_per_s"]  # and those of the check before the load
+
+
+@pytest.mark.parametrize(
+    ("texts", "model", "message"),
+    [("\n \n", "sentence", "contains no text"), ("a", "text", "has texts, but deploy.toml of text has no [text]")],
+)
+def test_a_load_of_texts_that_cannot_be_sent_is_one_line(
+    sentence: EmbeddedServer, tmp_path: Path, texts: str, model: str, message: str
+) -> None:
+    done = load_of_texts(sentence, tmp_path, texts, model)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert message in done.stderr
+
+
 def test_parity_compares_texts_with_their_ids(
     sentence: EmbeddedServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,7 +35,11 @@ TIMEOUT_S = Option(
     "deadline of a request, seconds (default: 5, or twice the SLO's largest latency if that is more)",
     kind=POSITIVE,
 )
-INPUTS = Option("--inputs", "file of real inputs (default: build/<model>/evaluation.npz)", kind=path_text)
+INPUTS = Option(
+    "--inputs",
+    "file of real inputs, .npz, or .txt with one text a line (default: build/<model>/evaluation.npz)",
+    kind=path_text,
+)
 
 
 def _warmup(seconds: float) -> Option:

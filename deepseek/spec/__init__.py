@@ -5,6 +5,7 @@ import `deepseek.precisions` and `deepseek.targets`.
 
 | module | holds |
 | `deployment`, `tables`, `text`, `objectives`, `tuned` | the tables of `deploy.toml`, and tuned values |
+| `tokenizer` | the tokenizer of a model with `[text]` |
 | `paired_drop` | when the accuracy budget accepts a drop: for build, parity and release |
 | `checks`, `keys`, `show_spec` | one-line errors; all keys; the command |
 | `manifest`, `repository`, `released` | an artifact's manifest; versions in a repository; outcomes of releases |

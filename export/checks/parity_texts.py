@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from deepseek.spec import TEXT, DeploymentSpec
+from deepseek.spec.tokenizer import text_encoder
 from export.checks.parity_cases import EndpointComparison, outputs_of_batches, same_engine
-from export.text_inputs import text_encoder
 
 AT = "texts beside their ids"
 TEXTS = (

@@ -40,11 +40,11 @@ from deepseek.spec.files.measured_batches import plan_of, read_measured
 from deepseek.spec.files.released import last_fate
 from deepseek.spec.files.repository import retired, versions_of
 from deepseek.spec.gpus import gpus, matching
+from deepseek.spec.tokenizer import text_encoder
 from deepseek.targets import PUBLISHABLE
 from export.artifact import choice_of, digests, engine_path, need, read_manifest, write_manifest
 from export.rows import Row, load_rows
 from export.runtimes.onnxruntime_predictor import optimizers_left_out
-from export.text_inputs import text_encoder
 from export.triton_config import config_text, cuda_graph_batches, model_config
 
 ROOT = Path(__file__).parents[2]

@@ -1,8 +1,9 @@
-"""Reads the real inputs of a model that the build wrote.
+"""Reads the real inputs of a model that the build wrote, or texts.
 
 Contract: an .npz file with keys `<row, five digits>/<input name>`, each array with batch size 1; lengths of axes
-may differ between rows. A request is one row, repeated if the profile's smallest batch is larger than 1. Rows are sent
-shuffled, so that lengths mix in their true proportions.
+may differ between rows. Or a .txt file in UTF-8 with one text on each line, for a model with `[text]`; empty lines are
+left out. A request is one row, repeated if the profile's smallest batch is larger than 1. Rows are sent shuffled, so
+that lengths mix in their true proportions.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from deepseek.spec import BATCH, InputError, TensorSpec
+from deepseek.spec import BATCH, TEXT, TOKENS, DeploymentSpec, InputError, TensorSpec
+from deepseek.spec.tokenizer import text_encoder
 
 MOST_ROWS = 1000  # enough variety; more would only fill memory with encoded requests
 MOST_BYTES = 256 * 2**20  # of a worker's rows; large rows reduce their number
@@ -26,6 +28,18 @@ Row = dict[str, np.ndarray]
 T = TypeVar("T")
 
 
+class Length(NamedTuple):
+    """The length of an input."""
+
+    title: str
+    """Of its class, such as "sequence 17 to 32"; "" if all inputs have one length."""
+    tokens: int = 0
+    """Of a text, after truncation."""
+
+
+NO_LENGTH = Length("")
+
+
 def read_inputs(path: Path, least: int = 1) -> list[Row]:
     """The rows of `read_rows`."""
     return list(read_rows(path, least).values())
@@ -33,7 +47,7 @@ def read_inputs(path: Path, least: int = 1) -> list[Row]:
 
 def count_rows(path: Path) -> int:
     """The number of rows of a file; InputError if there are none."""
-    return len(_read(path, lambda arrays: _names(path, arrays)))
+    return len(_texts(path) if _has_texts(path) else _read(path, lambda arrays: _names(path, arrays)))
 
 
 def read_rows(path: Path, least: int = 1, only: Sequence[int] | None = None) -> dict[int, Row]:
@@ -45,19 +59,43 @@ def read_rows(path: Path, least: int = 1, only: Sequence[int] | None = None) -> 
 
     def read(arrays: Any) -> dict[int, Row]:
         names = _names(path, arrays)
-        mean_bytes = least * sum(member.file_size for member in arrays.zip.infolist()) // len(names)
-        most = max(1, min(len(names), MOST_ROWS, MOST_BYTES // max(1, mean_bytes)))
-        if only is not None and len(only) > most:
-            raise InputError(f"{path}: {len(only)} different rows are to be sent; allowed: {most} of this size")
-        # Random, since every n-th of alternating rows (query, passage, query ...) could be of one kind.
-        drawn = np.sort(np.random.default_rng(0).permutation(len(names))[:most]).tolist() if only is None else only
+        total_bytes = least * sum(member.file_size for member in arrays.zip.infolist())
         rows = list(names)
         return {
             place: {name: _repeated(arrays[f"{rows[place]}/{name}"], least) for name in names[rows[place]]}
-            for place in drawn
+            for place in _drawn(path, len(names), total_bytes, only)
         }
 
-    return _read(path, read)
+    if not _has_texts(path):
+        return _read(path, read)
+    texts = _texts(path)
+    drawn = _drawn(path, len(texts), least * sum(map(len, texts)), only)
+    return {place: {TEXT: np.full((least, 1), texts[place], dtype=object)} for place in drawn}
+
+
+def _drawn(path: Path, count: int, total_bytes: int, only: Sequence[int] | None) -> Sequence[int]:
+    """The places of the rows to send: a random subset if they are too many, or exactly `only`."""
+    most = max(1, min(count, MOST_ROWS, MOST_BYTES * count // max(1, total_bytes)))
+    if only is not None and len(only) > most:
+        raise InputError(f"{path}: {len(only)} different rows are to be sent; allowed: {most} of this size")
+    # Random, since every n-th of alternating rows (query, passage, query ...) could be of one kind.
+    return np.sort(np.random.default_rng(0).permutation(count)[:most]).tolist() if only is None else only
+
+
+def _has_texts(path: Path) -> bool:
+    return path.suffix == ".txt"
+
+
+def _texts(path: Path) -> list[str]:
+    """The lines of a file of texts that are not empty."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines, which also splits at U+2028 and others
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise InputError(f"{path}: contains no text; write one on each line")
+    return texts
 
 
 def _names(path: Path, arrays: Any) -> dict[str, list[str]]:
@@ -94,25 +132,32 @@ def shuffled(rows: Sequence[T], seed: int) -> list[T]:
     return [rows[place] for place in np.random.default_rng(seed).permutation(len(rows))]
 
 
-def length_classes(rows: Sequence[Row], inputs: Mapping[str, TensorSpec]) -> list[str]:
-    """The length class of each row, from the axes whose sizes differ between rows; "" if none differ."""
-    axes, lengths = _lengths(rows, inputs)
+def length_classes(rows: Sequence[Row], spec: DeploymentSpec) -> list[Length]:
+    """The length of each row, from the axes whose sizes differ between rows, or from the tokens of texts."""
+    axes, sizes = _lengths(rows, spec)
     if not axes:
-        return [""] * len(rows)
-    title = " x ".join(axes)
-    if len(set(lengths)) <= MOST_CLASSES:
-        return [f"{title} {' x '.join(map(str, length))}" for length in lengths]
-    return [f"{title} {_power_range(math.prod(length))}" for length in lengths]
+        return [NO_LENGTH] * len(rows)
+    name, texts = " x ".join(axes), axes == [TOKENS]
+    few = len(set(sizes)) <= MOST_CLASSES
+    return [
+        Length(
+            f"{name} {' x '.join(map(str, size)) if few else _power_range(math.prod(size))}",
+            tokens=size[0] if texts else 0,
+        )
+        for size in sizes
+    ]
 
 
-def lengths_of(rows: Sequence[Row], inputs: Mapping[str, TensorSpec]) -> list[int]:
-    """The length of each row: the product of the axes whose sizes differ between rows."""
-    return [math.prod(length) for length in _lengths(rows, inputs)[1]]
+def lengths_of(rows: Sequence[Row], spec: DeploymentSpec) -> list[int]:
+    """The length of each row: the product of the axes whose sizes differ between rows, or the tokens of a text."""
+    return [math.prod(size) for size in _lengths(rows, spec)[1]]
 
 
-def _lengths(rows: Sequence[Row], inputs: Mapping[str, TensorSpec]) -> tuple[list[str], list[tuple[int, ...]]]:
-    """The axes whose sizes differ between rows, and their sizes for each row."""
-    sizes = [_sizes(row, inputs) for row in rows]
+def _lengths(rows: Sequence[Row], spec: DeploymentSpec) -> tuple[list[str], list[tuple[int, ...]]]:
+    """The axes whose sizes differ between rows, and their sizes for each row; of texts, the tokens."""
+    if TEXT in rows[0]:
+        return [TOKENS], [(len(row),) for row in text_encoder(spec).encode([str(row[TEXT][0, 0]) for row in rows])]
+    sizes = [_sizes(row, spec.inputs) for row in rows]
     axes = [axis for axis in sizes[0] if len({size.get(axis) for size in sizes}) > 1]
     return axes, [tuple(size[axis] for axis in axes) for size in sizes]
 

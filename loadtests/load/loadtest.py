@@ -51,6 +51,7 @@ def summary(run: Run) -> dict[str, Any]:
         "answered": run.window.ok,
         "errors": dict(run.window.errors),
         "throughput_rps": run.window.throughput_rps,
+        "tokens_per_s": run.tokens_per_s,
         "latency": {kind: _figures(run.window.latency(kind)) for kind in kinds},
         "lengths": {
             length: {"planned": found.planned, "errors": dict(found.errors), **_figures(found.latency(run.judged))}
@@ -87,7 +88,8 @@ def _print(run: Run, console: Console) -> None:
     if run.settings.mix:
         console.print(run.settings.model, style="bold")
     counts = f"{window.planned} requests, {window.ok} answered, {window.failed} failed"
-    console.print(f"{counts}; {window.throughput_rps:.1f} answers/s")
+    tokens = f", {run.tokens_per_s:.0f} tokens/s" if run.tokens_per_s else ""
+    console.print(f"{counts}; {window.throughput_rps:.1f} answers/s{tokens}")
     for kind, figures in summary(run)["latency"].items():
         shown = ", ".join(f"{name[:-3]} {'never' if ms is None else f'{ms:.2f} ms'}" for name, ms in figures.items())
         console.print(f"{kind} latency: {shown}")

@@ -19,7 +19,7 @@ from deepseek_client import (
     ServerError,
 )
 
-from deepseek.spec import BATCH, DeploymentSpec, InputError
+from deepseek.spec import BATCH, TEXT, DeploymentSpec, InputError
 from loadtests.load.inputs import read_rows
 from loadtests.results.settings import IN_FLIGHT, LoadSettings
 
@@ -35,7 +35,10 @@ def check(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[int] | No
     _check_numbers(settings)
     rows = list(read_rows(Path(settings.inputs), spec.axes[BATCH].min, only).values())
     for row in rows:
-        if row.keys() != spec.inputs.keys():
+        if row.keys() == {TEXT} and (spec.text is None or spec.text.pairs):
+            takes = "has no [text]" if spec.text is None else "takes pairs of texts; send token ids"
+            raise InputError(f"{settings.inputs}: has texts, but deploy.toml of {settings.model} {takes}")
+        if row.keys() not in (spec.inputs.keys(), {TEXT}):
             raise InputError(f"{settings.inputs}: contains {_listed(row)}, deploy.toml has {_listed(spec.inputs)}")
     try:
         options = {"timeout_s": settings.timeout_s, "retries": TRIES, "idempotent": True, **settings.access}

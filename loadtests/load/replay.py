@@ -86,7 +86,7 @@ def _chosen(requests: Requests, rows: dict[int, Row], settings: LoadSettings, sp
     if requests.choice is None:
         return numbers[_places(requests.keys, np.arange(len(requests.times_s)), len(numbers))]
     arrays = [rows[number] for number in numbers.tolist()]
-    sizes = np.array(lengths_of(arrays, spec.inputs) if requests.choice == "length" else _bytes(arrays, settings))
+    sizes = np.array(lengths_of(arrays, spec) if requests.choice == "length" else _bytes(arrays, settings))
     kinds = np.unique(sizes)
     nearest = np.searchsorted((kinds[:-1] + kinds[1:]) / 2, requests.values)  # between two, the smaller
     chosen = np.empty(len(nearest), np.int64)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from loadtests.load.inputs import NO_LENGTH, Length
+
 
 class SentRequest(NamedTuple):
     """One request; times are seconds since the load began."""
@@ -80,9 +82,11 @@ class RequestRecorder:
     def attempt(self, now_s: float) -> None:
         self.in_flight += 1
 
-    def drop(self, planned_s: float, length: str = "") -> None:
+    def drop(self, planned_s: float, length: Length = NO_LENGTH) -> None:
         self.finish(planned_s, planned_s, planned_s, "dropped: too many requests in flight")
 
-    def finish(self, planned_s: float, sent_s: float, finished_s: float, error: str | None, length: str = "") -> None:
+    def finish(
+        self, planned_s: float, sent_s: float, finished_s: float, error: str | None, length: Length = NO_LENGTH
+    ) -> None:
         self.in_flight -= 1
         self.requests.append(SentRequest(planned_s, sent_s, finished_s, error))

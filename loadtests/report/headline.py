@@ -93,6 +93,7 @@ def tiles(run: Run) -> str:
     latency = run.window.latency(run.judged)
     shown = [(f"p{percent:g}", shown_percentile(latency, percent)) for percent in SUMMARY]
     shown += [("slowest", ms(latency.max_ms)), ("answered", f"{run.window.throughput_rps:.1f}/s")]
+    shown += [("tokens", f"{run.tokens_per_s:.0f}/s")] if run.tokens_per_s else []
     shown += [("requests", f"{run.window.planned:,}"), ("failed", f"{run.window.failed:,}")]
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown)
     return f"<dl class='tiles'>{cells}</dl>"

@@ -106,6 +106,12 @@ class Run:
         return self.settings.rates_rps
 
     @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens/s of the answered requests, if the run sent texts."""
+        tokens = sum(second.tokens for part in self.lengths.values() for second in part.seconds)
+        return tokens / self.settings.duration_s if tokens else None
+
+    @property
     def judged(self) -> Latency:
         """The latency that the SLO limits: intended latency, or service latency in a closed loop."""
         return "intended" if self.settings.open_loop else "service"

@@ -65,6 +65,7 @@ class Second:
     ok: int = 0
     completed: int = 0
     dropped: int = 0
+    tokens: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     latencies: dict[Latency, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
     """Non-zero places of each worker's histogram and their counts; whole histograms would need too much memory."""
@@ -72,6 +73,7 @@ class Second:
     def add(self, row: dict[str, Any]) -> None:
         for name in ("planned", "attempted", "ok", "completed", "dropped"):
             setattr(self, name, getattr(self, name) + row[name])
+        self.tokens += row.get("tokens", 0)
         self.errors.update(row["errors"])
         for kind in KINDS:
             if kind in row:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from hdrh.histogram import HdrHistogram
 
+from loadtests.load.inputs import NO_LENGTH, Length
 from loadtests.results.histogram import LONGEST_US, VALUES_US, Latency, histogram
 
 FOLD_AT = 4096  # pending values, which bounds the memory of a long run
@@ -57,10 +58,10 @@ class Latencies:
 class _Second:
     """The requests planned in one second; `attempted` and `completed` count the events within it."""
 
-    __slots__ = ("attempted", "completed", "dropped", "errors", "latencies", "ok", "planned")
+    __slots__ = ("attempted", "completed", "dropped", "errors", "latencies", "ok", "planned", "tokens")
 
     def __init__(self) -> None:
-        self.planned = self.attempted = self.ok = self.completed = self.dropped = 0
+        self.planned = self.attempted = self.ok = self.completed = self.dropped = self.tokens = 0
         self.errors: Counter[str] = Counter()
         self.latencies: dict[Latency, Latencies] = {}
 
@@ -98,14 +99,16 @@ class Recorder:
         self._at(now_s).attempted += 1
         self.in_flight += 1
 
-    def drop(self, planned_s: float, length: str = "") -> None:
+    def drop(self, planned_s: float, length: Length = NO_LENGTH) -> None:
         self.in_flight -= 1
         self._at(planned_s).dropped += 1
-        if length and 0 <= planned_s < self._duration_s:
+        if length.title and 0 <= planned_s < self._duration_s:
             self._of(length).dropped += 1
 
-    def finish(self, planned_s: float, sent_s: float, finished_s: float, error: str | None, length: str = "") -> None:
-        """Records an answer, or a failure of the kind `error`; `length` is its class, "" if there is only one."""
+    def finish(
+        self, planned_s: float, sent_s: float, finished_s: float, error: str | None, length: Length = NO_LENGTH
+    ) -> None:
+        """Records an answer, or a failure of the kind `error`."""
         self.in_flight -= 1
         second = self._at(planned_s)
         if error is None:
@@ -113,8 +116,10 @@ class Recorder:
         self._count(second, planned_s, sent_s, finished_s, error)
         if self._open_loop:
             _record(second, "lag", sent_s - planned_s)
-        if length and 0 <= planned_s < self._duration_s:
-            self._count(self._of(length), planned_s, sent_s, finished_s, error)
+        if length.title and 0 <= planned_s < self._duration_s:
+            counted = self._of(length)
+            self._count(counted, planned_s, sent_s, finished_s, error)
+            counted.tokens += length.tokens if error is None else 0
 
     def _count(self, counted: _Second, planned_s: float, sent_s: float, finished_s: float, error: str | None) -> None:
         if error is not None:
@@ -125,15 +130,15 @@ class Recorder:
         if self._open_loop:
             _record(counted, "intended", finished_s - planned_s)
 
-    def _of(self, length: str) -> _Second:
-        return self._lengths.setdefault(length, _Second())
+    def _of(self, length: Length) -> _Second:
+        return self._lengths.setdefault(length.title, _Second())
 
     def take_lengths(self) -> Iterator[dict[str, Any]]:
         """Removes and returns the rows of the window's requests by length class."""
         for length in sorted(self._lengths):
             counted = self._lengths.pop(length)
             counted.planned = counted.ok + counted.errors.total() + counted.dropped
-            yield {"length": length, **counted.row(0)}
+            yield {"length": length, **counted.row(0), "tokens": counted.tokens}
 
     def take(self, before_s: float = math.inf) -> Iterator[dict[str, Any]]:
         """Removes and returns the rows of the seconds before `before_s`."""

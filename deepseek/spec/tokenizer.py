@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepseek.spec import DeploymentSpec, InputError, tokenizer_path
+from deepseek.spec.command import InputError
+from deepseek.spec.deployment import DeploymentSpec, tokenizer_path
 from deepseek.spec.text import text_axis
 
 if TYPE_CHECKING:
