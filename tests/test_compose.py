@@ -165,7 +165,7 @@ def test_the_machine_itself_calls_the_stack_without_key_and_reads_its_statistics
 
 
 def test_another_container_of_the_stack_needs_a_key_at_the_local_ports(stack: Stack) -> None:
-    ask = "exec 3<>/dev/tcp/gateway/8000; printf 'GET /v2/health/ready HTTP/1.0\r\n\r\n' >&3; cat <&3"
+    ask = "exec 3<>/dev/tcp/gateway/8000; printf 'GET /v2 HTTP/1.0\r\nHost: localhost\r\n\r\n' >&3; cat <&3"
     seen = stack.compose("exec", "triton", "bash", "-c", ask).stdout
     assert seen.startswith("HTTP/1.1 401"), seen
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import urllib.error
@@ -26,10 +27,11 @@ from tests.gateway import INFER, Gateway, grpc_input, json_body
 ROW = {"x": np.zeros((1, 2, 3), np.float32)}
 
 
-def status(url: str, body: bytes | None = None) -> int:
+def status(url: str, body: bytes | None = None, **headers: str) -> int:
     """The status of a plain HTTP request."""
+    request = urllib.request.Request(f"http://{url}", body, headers)
     try:
-        return int(urllib.request.urlopen(f"http://{url}", body, timeout=10).status)
+        return int(urllib.request.urlopen(request, timeout=10).status)
     except urllib.error.HTTPError as error:
         return error.code
 
@@ -83,10 +85,17 @@ def test_everything_else_stays_closed(gateway: Gateway, path: str) -> None:
         client.get_model_repository_index()
 
 
-def test_no_rate_limits_the_machine_itself(gateway: Gateway) -> None:
-    with InferenceClient(gateway.local_grpc) as client:
-        for _ in range(250):  # a key without a rate of its own may send 100 in a second
-            client.infer("add_one", ROW)
+def test_no_rate_limits_the_machine_itself(closed: EmbeddedServer, tmp_path: Path) -> None:
+    text = limits(served_models(closed.repository, tmp_path))
+    slowest, count = re.subn(r"(\$default_rate_rps) \d+", r"\1 1", text)  # of a key without a rate of its own
+    assert count == 1
+    gateway = Gateway(tmp_path, slowest, closed.http_url, closed.grpc_url)
+    try:
+        with InferenceClient(gateway.local_grpc) as client:
+            for _ in range(50):
+                client.infer("add_one", ROW)
+    finally:
+        gateway.stop()
 
 
 def test_a_caller_from_another_address_needs_a_key_there_too(closed: EmbeddedServer, tmp_path: Path) -> None:
@@ -101,7 +110,7 @@ def test_a_caller_from_another_address_needs_a_key_there_too(closed: EmbeddedSer
             address = probe.getsockname()[0]
         port = gateway.local_http.partition(":")[2]
         assert status(f"127.0.0.1:{port}/v2/health/ready") == 200
-        assert status(f"{address}:{port}/v2/health/ready") == 401
+        assert status(f"{address}:{port}/v2/health/ready", Host="localhost") == 401
     finally:
         gateway.stop()
 

@@ -253,6 +253,7 @@ def test_nvidias_triton_of_the_stack_is_left_to_a_restart(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("serving.release.rollback.refresh_stack", lambda repository: Skipped("no stack"))
     monkeypatch.setattr(LiveServer, "look", lambda live: (2, ""))  # what it serves until then
+    monkeypatch.setattr(LiveServer, "refuses", lambda live: False)
     options = live_options("127.0.0.1:9", repository=tmp_path)
     taken: list[str] = []
     monkeypatch.setattr(Rollback, "_take_out", lambda _: taken.append("out"))
