@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -14,7 +15,7 @@ from deepseek_client.tensors import listed_to_numpy
 from tritonclient.grpc import service_pb2
 
 from loadtests.results.settings import LoadSettings
-from tests.failing_servers import answering, grpc_answering, refuse
+from tests.failing_servers import Client, answering, grpc_answering, kinds, refuse
 from tests.fake_kserve import SIGNATURE, Y, binary, grpc_serving, http_answer, http_json, http_serving, triton
 
 X = {"x": np.ones((1, 3), np.float32)}
@@ -167,6 +168,23 @@ def test_a_large_grpc_message_is_refused() -> None:
     answer = message({**Y, "shape": [1, 1 << 20]}, raw=(bytes(4 << 20),))
     with pytest.raises(ServerError, match="which is max_response_bytes; allow more"):
         grpc_answered(answer, max_response_bytes=1 << 20)
+
+
+@kinds
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.ready(),
+        lambda client: client.metadata("m"),
+        lambda client: client.model_statistics("m"),
+        lambda client: client.infer("m", X),
+    ],
+    ids=["ready", "metadata", "statistics", "infer"],
+)
+def test_bytes_that_are_no_message_are_one_error(kind: Callable[..., Client], call: Callable[[Any], Any]) -> None:
+    answers = grpc_answering(lambda request, context: b"\xff\x01")
+    with answers as (url, _), kind(url, retries=0) as client, pytest.raises(ServerError):
+        call(client)
 
 
 # A server without the binary extension; these are the bytes of MLServer 1.7.1.

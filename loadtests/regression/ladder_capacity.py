@@ -3,6 +3,9 @@
 Contract: each draw of the bootstrap merges its runs at every rung. The capacity lies between the last rung that holds
 and the first that violates an objective, where the ratio of measured value to limit crosses 1 on logarithmic axes. A
 capacity beyond the ladder is reported as the end of the ladder.
+
+The rungs are judged by the sample: this capacity serves only for the ratio of two versions, which the comparison judges
+by its interval over the pairs. `loadtests.search` proves a rate by the verdict's bounds; a rung is too short for that.
 """
 
 from __future__ import annotations

@@ -95,9 +95,12 @@ class GrpcTransport:
         if headers:
             metadata += tuple((name.lower(), value) for name, value in headers.items())
         try:
-            return await self._channel.call(method, request, deadline.left_s(), metadata, cancel)
+            answer = await self._channel.call(method, request, deadline.left_s(), metadata, cancel)
         except grpc.RpcError as error:
             raise error_of_rpc(self._url, error, deadline, connected=self._channel.is_connected()) from None
+        if answer is None:  # grpc.aio returns this for bytes that are no message
+            raise ServerError(f"{self._url}: an answer that cannot be read as gRPC's {method}Response")
+        return answer
 
 
 def _arrays(answer: Any, placement: Placement | None) -> dict[str, np.ndarray]:
