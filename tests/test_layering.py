@@ -24,7 +24,7 @@ ALSO = {
     "export/checks/parity.py": {"deepseek_client"},
     **{
         f"serving/openai/{name}.py": {"deepseek_client"}
-        for name in ("__main__", "embeddings", "errors", "inference", "text_models")
+        for name in ("__main__", "embeddings", "errors", "inference", "rerank", "text_models")
     },
 }
 OURS = {"cli", "deepseek", "deepseek_client", "models", "export", "serving", "loadtests", "tests"}

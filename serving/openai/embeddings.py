@@ -16,7 +16,7 @@ from serving.openai.errors import ApiError, from_client
 from serving.openai.inference import infer_texts
 from serving.openai.metrics import Metrics
 from serving.openai.similarity_request import SimilarityParameters, SimilarityRequest
-from serving.openai.text_models import TextModel, TextModels
+from serving.openai.text_models import TextModel, TextModels, prepared
 
 ROWS_IN_A_TURN = 16  # vectors written as JSON before other requests get their turn
 
@@ -29,10 +29,10 @@ class Embeddings:
 
     async def answer(self, request: EmbeddingRequest) -> str:
         """The vectors of the texts, as the JSON of OpenAI's object."""
-        model = await self._models.named(request.model)
+        model = await self._models.chosen(request.model)
         size = _size(request.dimensions, model)
         prompt = model.prompt(request.prompt_name, param="prompt_name")
-        vectors, tokens = await self._vectors(model, _prepared(request.texts, prompt, model, param="input"))
+        vectors, tokens = await self._vectors(model, prepared(request.texts, prompt, model, param="input"))
         used = int(np.minimum(tokens, model.max_tokens).sum())
         usage = {
             "prompt_tokens": used,
@@ -50,11 +50,11 @@ class Embeddings:
 
     async def similarities(self, request: SimilarityRequest) -> list[float]:
         """The cosine of the source sentence and each of the sentences; 0 if a vector is all zeros."""
-        model = await self._models.named(request.model) if request.model else await self._models.only()
+        model = await self._models.chosen(request.model)
         given, parameters = request.inputs, request.parameters or SimilarityParameters()
         prompt = model.prompt(parameters.prompt_name, param="parameters.prompt_name")
-        source = _prepared([given.source_sentence], prompt, model, param="inputs.source_sentence")
-        sentences = _prepared(given.sentences, prompt, model, param="inputs.sentences")
+        source = prepared([given.source_sentence], prompt, model, param="inputs.source_sentence")
+        sentences = prepared(given.sentences, prompt, model, param="inputs.sentences")
         vectors, _ = await self._vectors(model, source + sentences)
         units = _units(vectors)
         return (units[1:] @ units[0]).tolist()
@@ -80,17 +80,6 @@ def _size(asked: int | None, model: TextModel) -> int:
         return asked or model.size
     sizes = ", ".join(map(str, allowed))
     raise ApiError(400, f"dimensions: seen {asked}; allowed for {model.name}: {sizes}", param="dimensions")
-
-
-def _prepared(texts: Sequence[str], prompt: str, model: TextModel, *, param: str) -> list[str]:
-    """The texts with the prompt; raises ApiError if one is too large."""
-    found = [prompt + text for text in texts]
-    for place, text in enumerate(found):
-        if len(text) * 4 > model.max_bytes and (size := len(text.encode())) > model.max_bytes:
-            at = f"[{place}]" if len(found) > 1 else ""
-            seen = f"{size} bytes{' with the prompt' if prompt else ''}"
-            raise ApiError(400, f"{param}{at}: {seen}; allowed: up to {model.max_bytes} (max_bytes)", param=param)
-    return found
 
 
 def _shortened(vectors: np.ndarray, size: int) -> np.ndarray:

@@ -23,14 +23,17 @@ RETRY_S = 0.1  # before a refused part of a long list is sent again
 
 
 async def infer_texts(
-    client: AsyncInferenceClient, model: TextModel, texts: Sequence[str], outputs: Sequence[str]
+    client: AsyncInferenceClient,
+    model: TextModel,
+    texts: Sequence[str] | Sequence[tuple[str, str]],
+    outputs: Sequence[str],
 ) -> dict[str, np.ndarray]:
-    """The outputs of all texts, each (texts, ...). Raises InferenceError."""
+    """The outputs of all texts or pairs, each (texts, ...). Raises InferenceError."""
     parts = [texts[first : first + model.max_batch] for first in range(0, len(texts), model.max_batch)]
     gate = asyncio.Semaphore(model.parts_at_once)
     until_s = time.monotonic() + TIMEOUT_S
 
-    async def run(part: Sequence[str]) -> dict[str, np.ndarray]:
+    async def run(part: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
         async with gate:
             while True:
                 left_s = max(until_s - time.monotonic(), 0.001)

@@ -18,12 +18,22 @@ from serving.openai.embedding_request import EmbeddingRequest
 from serving.openai.embeddings import Embeddings
 from serving.openai.errors import ApiError, busy
 from serving.openai.metrics import CONTENT_TYPE, Metrics
+from serving.openai.rerank import scores_of
+from serving.openai.rerank_request import RerankRequest
 from serving.openai.similarity_request import SimilarityRequest
 from serving.openai.text_models import TextModels
 
 BODY_BYTES = 8 * 2**20
 HELD_BYTES = 64 * 2**20  # of all requests at once
 READ_S = 30.0  # longest upload of a body
+ROUTES = (
+    "POST /v1/embeddings",
+    "POST /similarity",
+    "POST /rerank",
+    "GET /v1/models",
+    "GET /v1/models/{model}",
+    "GET /metrics",
+)
 CALLER_LEFT = 499  # as nginx counts it
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -40,6 +50,7 @@ class Routes:
         app = web.Application(middlewares=[self._count, _errors], client_max_size=BODY_BYTES)
         app.router.add_post("/v1/embeddings", self._embed)
         app.router.add_post("/similarity", self._compare)
+        app.router.add_post("/rerank", self._rerank)
         app.router.add_get("/v1/models", self._list)
         app.router.add_get("/v1/models/{model:.+}", self._describe)
         app.router.add_get("/metrics", self._measure)
@@ -59,6 +70,15 @@ class Routes:
     async def _compare(self, request: web.Request) -> web.Response:
         async with self._body(request) as body:
             return web.json_response(await self._embeddings.similarities(SimilarityRequest.read(body)))
+
+    async def _rerank(self, request: web.Request) -> web.Response:
+        async with self._body(request) as body:
+            asked = RerankRequest.read(body)
+            model = await self._models.chosen(asked.model, pairs=True)
+            copies = min(len(asked.texts), model.max_batch * model.parts_at_once)  # each text goes with the query
+            with self._hold(copies * len(asked.query.encode())):
+                answer = await scores_of(self._models.client, model, asked, self._metrics)
+        return web.Response(text=answer, content_type="application/json")
 
     async def _list(self, _: web.Request) -> web.Response:
         found = [self._models.described(model) for model in await self._models.all()]
@@ -123,7 +143,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         headers["Allow"] = allowed
         error = ApiError(405, f"{request.method} {request.path}: allowed: {allowed}", code="method_not_allowed")
     except web.HTTPNotFound:
-        known = "POST /v1/embeddings, POST /similarity, GET /v1/models, GET /v1/models/{model}, GET /metrics"
+        known = ", ".join(ROUTES)
         error = ApiError(404, f"{request.method} {request.path}: no such route; allowed: {known}", code="unknown_url")
     except web.HTTPException as raised:
         error = ApiError(raised.status, raised.reason)

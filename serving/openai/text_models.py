@@ -1,13 +1,14 @@
-"""The models of one Triton that turn texts into vectors.
+"""The models of one Triton that turn texts into vectors, or pairs of texts into scores.
 
 Contract: a model is listed if it takes texts (`[text]`) and has a vector for each (`deepseek.spec.text.vector_output`).
+A score is a vector with one number.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +26,7 @@ METADATA_S = 2.0  # how long a model's metadata counts: a new version may have a
 
 @dataclass(frozen=True, kw_only=True)
 class TextModel:
-    """A served model that turns texts into vectors."""
+    """A served model that turns texts into vectors, or pairs of texts into scores."""
 
     name: str
     output: str
@@ -39,21 +40,23 @@ class TextModel:
     """Sizes that callers may ask for besides the model's own."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
+    pairs: bool = False
 
     @classmethod
     def of(cls, metadata: ModelMetadata) -> TextModel:
-        """Raises ApiError 404 if the model takes no texts, or has no vector for a text."""
+        """Raises ApiError 404 if the model takes no texts, or has no vector for a text, or no score for a pair."""
         if TEXT not in metadata.parameters:
             raise no_such_model(metadata.name, "takes no texts (no [text] in its deploy.toml)")
+        settings = json.loads(metadata.parameters[TEXT])  # an older version lacks some
+        pairs = settings.get("pairs", False)
         sizes = {
             out.name: out.shape[1]
             for out in metadata.outputs
-            if out.datatype in FLOATS and len(out.shape) == 2 and out.shape[1] > 0
+            if out.datatype in FLOATS and len(out.shape) == 2 and (out.shape[1] == 1 if pairs else out.shape[1] > 0)
         }
         if (output := vector_output(sizes)) is None:
-            seen = f"outputs [batch, size] are {', '.join(sizes) or 'none'}"
+            seen = f"outputs [batch, {1 if pairs else 'size'}] are {', '.join(sizes) or 'none'}"
             raise no_such_model(metadata.name, f"{seen}; one, or one named {EMBEDDING}, is needed")
-        settings = json.loads(metadata.parameters[TEXT])
         return cls(
             name=metadata.name,
             output=output,
@@ -62,7 +65,8 @@ class TextModel:
             parts_at_once=metadata.instances or 1,
             max_tokens=settings["max_tokens"],
             max_bytes=settings["max_bytes"],
-            dimensions=tuple(settings.get("dimensions", ())),  # an older version lacks this and the next
+            pairs=pairs,
+            dimensions=tuple(settings.get("dimensions", ())),
             prompts=settings.get("prompts", {}),
             default_prompt=settings.get("default_prompt"),
         )
@@ -80,7 +84,7 @@ class TextModels:
     """The models of one Triton. `repository`: its folder, for the list of models."""
 
     def __init__(self, client: AsyncInferenceClient, repository: Path) -> None:
-        self._client, self._repository = client, repository
+        self.client, self._repository = client, repository
         self._read: dict[str, tuple[float, TextModel]] = {}  # name -> when it was read, and the model
 
     async def all(self) -> list[TextModel]:
@@ -99,17 +103,24 @@ class TextModels:
         read_s, model = self._read.get(name, (0.0, None))
         if model is None or time.monotonic() - read_s > METADATA_S:
             try:
-                model = TextModel.of(await self._client.metadata(name))
+                model = TextModel.of(await self.client.metadata(name))
             except InferenceError as error:
                 raise from_client(error, name) from error
             self._read[name] = (time.monotonic(), model)
         return model
 
-    async def only(self) -> TextModel:
-        """The model of a request that names none. Raises ApiError if there is not exactly one."""
-        found = await self.all()
+    async def chosen(self, name: str | None, *, pairs: bool = False) -> TextModel:
+        """The named model, or the only one. Raises ApiError unless it takes texts, or pairs of them."""
+        if name is not None:
+            model = await self.named(name)
+            if model.pairs != pairs:
+                takes = "single texts, not pairs" if pairs else "pairs of texts; send them to POST /rerank"
+                raise no_such_model(name, f"takes {takes}")
+            return model
+        found = [model for model in await self.all() if model.pairs == pairs]
         if len(found) != 1:
-            names = ", ".join(model.name for model in found) or "none: no model here turns texts into vectors"
+            what = "scores pairs of texts" if pairs else "turns texts into vectors"
+            names = ", ".join(model.name for model in found) or f"none: no model here {what}"
             raise ApiError(400, f"model: missing; allowed: {names}", param="model")
         return found[0]
 
@@ -118,3 +129,14 @@ class TextModels:
         config = self._repository / model.name / CONFIG
         created_s = int(config.stat().st_mtime) if config.is_file() else 0
         return {"id": model.name, "object": "model", "created": created_s, "owned_by": "deepseek-deploy"}
+
+
+def prepared(texts: Sequence[str], prompt: str, model: TextModel, *, param: str) -> list[str]:
+    """The texts with the prompt; raises ApiError if one is too large."""
+    found = [prompt + text for text in texts]
+    for place, text in enumerate(found):
+        if len(text) * 4 > model.max_bytes and (size := len(text.encode())) > model.max_bytes:
+            at = f"[{place}]" if len(found) > 1 else ""
+            seen = f"{size} bytes{' with the prompt' if prompt else ''}"
+            raise ApiError(400, f"{param}{at}: {seen}; allowed: up to {model.max_bytes} (max_bytes)", param=param)
+    return found

@@ -1,0 +1,173 @@
+"""`POST /rerank` beside a real Triton: the scores of a cross-encoder, the best first."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import socket
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from serving.openai.metrics import Metrics
+from serving.openai.routes import HELD_BYTES, Routes
+from serving.openai.text_models import TextModel
+from tests.test_embedded import start
+from tests.test_openai import Serving, call
+from tests.test_pairs import LONGEST, place, scores_of_transformers
+from tests.test_text import folder
+
+__all__ = ["folder", "place"]  # fixtures
+QUERY = "how long do eggs keep?"
+TEXTS = [f"{'eggs ' * (k % 7)}number {k}{', then' * (k % 20)}" for k in range(70)]  # more than two batches
+
+
+@pytest.fixture(scope="module")
+def expected(place: Path) -> np.ndarray:
+    """The scores of TEXTS by transformers."""
+    return scores_of_transformers(place / "reranker", [(QUERY, text) for text in TEXTS])[:, 0]
+
+
+@pytest.fixture(scope="module")
+def url(place: Path) -> Iterator[str]:
+    """The routes of a server with one cross-encoder."""
+    process = start(place / "repository", "--openai-port", "0")
+    try:
+        yield Serving.of(process).places["OpenAI"]
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def two_urls(place: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The routes of a server with two cross-encoders, and the encoder `sentence`."""
+    repository = tmp_path_factory.mktemp("two") / "repository"
+    shutil.copytree(folder / "repository", repository)
+    for name in ("first", "second"):
+        model = Path(shutil.copytree(place / "repository" / "reranker", repository / name))
+        for file in (*model.rglob("config.pbtxt"), *model.rglob("manifest.json")):
+            file.write_text(file.read_text().replace('"reranker"', f'"{name}"'))
+    process = start(repository, "--openai-port", "0")
+    try:
+        yield Serving.of(process).places["OpenAI"]
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def rerank(url: str, **fields: Any) -> tuple[int, Any]:
+    status, _, answer = call(url, "POST", "/rerank", json.dumps(fields).encode())
+    return status, answer
+
+
+def test_a_long_list_is_scored_and_sorted(url: str, expected: np.ndarray) -> None:
+    status, answer = rerank(url, query=QUERY, texts=TEXTS, raw_scores=True)
+    assert status == 200
+    assert sorted(row["index"] for row in answer) == list(range(len(TEXTS)))
+    scores = [row["score"] for row in answer]
+    assert scores == sorted(scores, reverse=True)
+    np.testing.assert_allclose(scores, expected[[row["index"] for row in answer]], atol=1e-4)
+    assert {frozenset(row) for row in answer} == {frozenset({"index", "score"})}
+
+
+def test_scores_are_between_0_and_1_by_default_and_texts_come_back(url: str, expected: np.ndarray) -> None:
+    fields = {"query": QUERY, "texts": TEXTS[:5], "return_text": True, "truncate": None, "model": "reranker"}
+    _, answer = rerank(url, **fields)
+    for row in answer:
+        assert row["text"] == TEXTS[row["index"]]
+        assert row["score"] == pytest.approx(1 / (1 + np.exp(-expected[row["index"]])), abs=1e-4)
+
+
+def test_a_long_pair_is_refused_if_the_caller_says_so(url: str) -> None:
+    fields = {"query": "q", "texts": ["a", "b " * 70]}
+    assert rerank(url, **fields, truncate=True)[0] == 200
+    status, answer = rerank(url, **fields, truncate=False)
+    assert status == 400
+    assert answer["error"]["message"].startswith(f"texts[1]: 74 tokens with the query; allowed: up to {LONGEST}")
+    assert rerank(url, query="q", texts=["a"], truncate=False)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"texts": ["a"]}, "query", "query: missing; allowed: a string"),
+        ({"query": ["a"], "texts": ["a"]}, "query", "query: seen an array; allowed: a string"),
+        ({"query": "", "texts": ["a"]}, "query", "query: an empty string"),
+        ({"query": "a"}, "texts", "texts: missing; allowed: a list of strings"),
+        ({"query": "a", "texts": []}, "texts", "texts: a list of 0; allowed: 1 to 2048 texts"),
+        ({"query": "a", "texts": ["a", 1.5]}, "texts", "texts[1]: seen 1.5; allowed: a string"),
+        ({"query": "a", "texts": ["a"] * 2049}, "texts", "texts: a list of 2049; allowed: 1 to 2048 texts"),
+        ({"query": "a" * 131_073, "texts": ["a"]}, "query", "query: 131073 bytes; allowed: up to 131072"),
+        ({"query": "a", "texts": ["a", "b" * 131_073]}, "texts", "texts[1]: 131073 bytes; allowed: up to 131072"),
+        ({"query": "a", "texts": ["a"], "raw_scores": 1}, "raw_scores", "raw_scores: seen 1; allowed: true or false"),
+        ({"query": "a", "texts": "a"}, "texts", 'texts: seen "a"; allowed: a list of strings'),
+        ({"query": "a", "texts": ["a"], "model": 1}, "model", "model: seen 1"),
+        ({"query": "a", "documents": ["a"]}, None, '"documents": no such field; allowed: query, texts, model'),
+    ],
+)
+def test_a_bad_request_is_one_400(url: str, fields: dict[str, Any], param: str | None, message: str) -> None:
+    status, answer = rerank(url, **fields)
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert message in answer["error"]["message"]
+    assert "\n" not in answer["error"]["message"]
+
+
+def test_pairs_and_their_tokens_are_counted(url: str) -> None:
+    def counted(name: str) -> int:
+        with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(int(line.split()[-1]) for line in lines if line.startswith(f'openai_{name}_total{{model="reranker"'))
+
+    before = counted("texts"), counted("tokens")
+    rerank(url, query="ab", texts=["abc", "a " * 100])
+    assert (counted("texts") - before[0], counted("tokens") - before[1]) == (2, 2 + 3 + 3 + LONGEST)
+
+
+class LargeModel:
+    """Stands in for the models of a Triton: one that takes large pairs."""
+
+    async def chosen(self, name: str | None, *, pairs: bool) -> TextModel:
+        sizes: dict[str, Any] = {"size": 1, "max_batch": 32, "parts_at_once": 2, "max_tokens": 8, "max_bytes": 2**24}
+        return TextModel(name="large", output="logits", pairs=pairs, **sizes)
+
+
+def test_the_copies_of_the_query_count_as_memory() -> None:
+    body = json.dumps({"query": "q" * (HELD_BYTES // 64), "texts": ["a"] * 100}).encode()
+
+    async def ask() -> tuple[int, Any]:
+        runner = Routes(LargeModel(), None, Metrics()).runner(1)  # type: ignore[arg-type]
+        await runner.setup()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            await web.SockSite(runner, listener).start()
+            url = f"127.0.0.1:{listener.getsockname()[1]}"
+            status, _, answer = await asyncio.to_thread(call, url, "POST", "/rerank", body)
+            await runner.cleanup()
+        return status, answer
+
+    status, answer = asyncio.run(ask())
+    assert status == 429
+    assert "requests in flight have" in answer["error"]["message"]
+
+
+def test_the_model_is_named_if_there_are_several(two_urls: str) -> None:
+    fields = {"query": QUERY, "texts": TEXTS[:3]}
+    assert rerank(two_urls, **fields, model="first") == rerank(two_urls, **fields, model="second")
+    status, answer = rerank(two_urls, **fields)
+    assert (status, answer["error"]["message"]) == (400, "model: missing; allowed: first, second")
+    status, answer = rerank(two_urls, **fields, model="sentence")
+    assert (status, answer["error"]["code"]) == (404, "model_not_found")
+    assert "model 'sentence': takes single texts, not pairs" in answer["error"]["message"]
+
+
+def test_a_model_of_pairs_has_no_embeddings(url: str) -> None:
+    status, _, answer = call(url, "POST", "/v1/embeddings", b'{"model": "reranker", "input": "a"}')
+    assert (status, answer["error"]["code"]) == (404, "model_not_found")
+    assert "takes pairs of texts; send them to POST /rerank" in answer["error"]["message"]
+    assert [model["id"] for model in call(url, "GET", "/v1/models")[2]["data"]] == ["reranker"]
