@@ -9,15 +9,17 @@ import asyncio
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from aiohttp import web
 
+from serving.openai.answers import EmbeddingList, Model, ModelList, Ranking, Similarities
 from serving.openai.embedding_request import EmbeddingRequest
 from serving.openai.embeddings import Embeddings
 from serving.openai.errors import ApiError, busy
 from serving.openai.metrics import CONTENT_TYPE, Metrics
+from serving.openai.openapi import Handler, Route, document
 from serving.openai.rerank import scores_of
 from serving.openai.rerank_request import RerankRequest
 from serving.openai.similarity_request import SimilarityRequest
@@ -26,16 +28,7 @@ from serving.openai.text_models import TextModels
 BODY_BYTES = 8 * 2**20
 HELD_BYTES = 64 * 2**20  # of all requests at once
 READ_S = 30.0  # longest upload of a body
-ROUTES = (
-    "POST /v1/embeddings",
-    "POST /similarity",
-    "POST /rerank",
-    "GET /v1/models",
-    "GET /v1/models/{model}",
-    "GET /metrics",
-)
 CALLER_LEFT = 499  # as nginx counts it
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Routes:
@@ -44,16 +37,49 @@ class Routes:
     def __init__(self, models: TextModels, embeddings: Embeddings, metrics: Metrics) -> None:
         self._models, self._embeddings, self._metrics = models, embeddings, metrics
         self._held_bytes = 0
+        self._routes = (
+            Route(
+                method="POST",
+                path="/v1/embeddings",
+                summary="Vectors of texts",
+                handler=self._embed,
+                body=EmbeddingRequest,
+                answer=EmbeddingList,
+            ),
+            Route(
+                method="POST",
+                path="/similarity",
+                summary="Similarity of a text to others",
+                handler=self._compare,
+                body=SimilarityRequest,
+                answer=Similarities,
+            ),
+            Route(
+                method="POST",
+                path="/rerank",
+                summary="Texts by their score with a query, the best first",
+                handler=self._rerank,
+                body=RerankRequest,
+                answer=Ranking,
+            ),
+            Route(method="GET", path="/v1/models", summary="All models", handler=self._list, answer=ModelList),
+            Route(method="GET", path="/v1/models/{model}", summary="One model", handler=self._describe, answer=Model),
+            Route(
+                method="GET",
+                path="/metrics",
+                summary="Metrics of these routes for Prometheus",
+                handler=self._measure,
+                answer_type="text/plain",
+            ),
+            Route(method="GET", path="/openapi.json", summary="This document", handler=self._document),
+        )
 
     def runner(self, drain_s: float) -> web.AppRunner:
         """Runs the routes; its clean-up gives requests in flight `drain_s` seconds."""
-        app = web.Application(middlewares=[self._count, _errors], client_max_size=BODY_BYTES)
-        app.router.add_post("/v1/embeddings", self._embed)
-        app.router.add_post("/similarity", self._compare)
-        app.router.add_post("/rerank", self._rerank)
-        app.router.add_get("/v1/models", self._list)
-        app.router.add_get("/v1/models/{model:.+}", self._describe)
-        app.router.add_get("/metrics", self._measure)
+        app = web.Application(middlewares=[self._count, self._refuse], client_max_size=BODY_BYTES)
+        for route in self._routes:
+            path = route.path.replace("}", ":.+}")  # a parameter may contain slashes
+            app.router.add_route(route.method, path, route.handler)
         return web.AppRunner(
             app,
             handler_cancellation=True,
@@ -89,6 +115,9 @@ class Routes:
 
     async def _measure(self, _: web.Request) -> web.Response:
         return web.Response(text=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _document(self, _: web.Request) -> web.Response:
+        return web.json_response(document(self._routes))
 
     @asynccontextmanager
     async def _body(self, request: web.Request) -> AsyncIterator[bytes]:
@@ -128,28 +157,29 @@ class Routes:
             seconds = time.perf_counter() - start_s
             self._metrics.count_request(resource.canonical if resource else "other", status, seconds)
 
-
-@web.middleware
-async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    headers = {}
-    try:
-        return await handler(request)
-    except ApiError as raised:
-        error = raised
-    except web.HTTPRequestEntityTooLarge:
-        error = ApiError(413, f"the body is too large; allowed: {BODY_BYTES} bytes: send fewer texts at once")
-    except web.HTTPMethodNotAllowed as raised:
-        allowed = ", ".join(sorted(raised.allowed_methods))
-        headers["Allow"] = allowed
-        error = ApiError(405, f"{request.method} {request.path}: allowed: {allowed}", code="method_not_allowed")
-    except web.HTTPNotFound:
-        known = ", ".join(ROUTES)
-        error = ApiError(404, f"{request.method} {request.path}: no such route; allowed: {known}", code="unknown_url")
-    except web.HTTPException as raised:
-        error = ApiError(raised.status, raised.reason)
-    except Exception:
-        print(f"error     {request.method} {request.path}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        error = ApiError(500, "internal error; the server's output has the traceback")
-    if error.retry_after_s:
-        headers["Retry-After"] = str(error.retry_after_s)
-    return web.json_response(error.body(), status=error.status, headers=headers)
+    @web.middleware
+    async def _refuse(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        headers = {}
+        try:
+            return await handler(request)
+        except ApiError as raised:
+            error = raised
+        except web.HTTPRequestEntityTooLarge:
+            error = ApiError(413, f"the body is too large; allowed: {BODY_BYTES} bytes: send fewer texts at once")
+        except web.HTTPMethodNotAllowed as raised:
+            allowed = ", ".join(sorted(raised.allowed_methods))
+            headers["Allow"] = allowed
+            error = ApiError(405, f"{request.method} {request.path}: allowed: {allowed}", code="method_not_allowed")
+        except web.HTTPNotFound:
+            known = ", ".join(map(str, self._routes))
+            error = ApiError(
+                404, f"{request.method} {request.path}: no such route; allowed: {known}", code="unknown_url"
+            )
+        except web.HTTPException as raised:
+            error = ApiError(raised.status, raised.reason)
+        except Exception:
+            print(f"error     {request.method} {request.path}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            error = ApiError(500, "internal error; the server's output has the traceback")
+        if error.retry_after_s:
+            headers["Retry-After"] = str(error.retry_after_s)
+        return web.json_response(error.body(), status=error.status, headers=headers)
