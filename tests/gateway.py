@@ -53,11 +53,22 @@ def mounting() -> list[str]:
 class Gateway:
     """Runs gateway.sh in `folder`, in front of the Triton at the given `host:port`s, until `stop`.
 
-    `local` is the address of its ports without TLS; "" closes them. With `room_mib` its files, such as large bodies, are in a memory file system of that size, as in a container.
+    `local` is the address of its ports without TLS; "" closes them. With `room_mib` its files, such as large bodies, are
+    in a memory file system of that size, as in a container. `openai` is the process of the OpenAI routes;
+    `program` is the folder of gateway.sh.
     """
 
     def __init__(
-        self, folder: Path, limits: str, http: str, grpc_: str, *, room_mib: int | None = None, local: str = "127.0.0.1"
+        self,
+        folder: Path,
+        limits: str,
+        http: str,
+        grpc_: str,
+        *,
+        openai: str = "127.0.0.1:9",
+        room_mib: int | None = None,
+        local: str = "127.0.0.1",
+        program: Path = Path("docker/gateway"),
     ) -> None:
         self.folder = folder / "gateway"
         self.port, self.internal_port = free_port(), free_port()
@@ -75,9 +86,10 @@ class Gateway:
             "INTERNAL_LISTEN": f"127.0.0.1:{self.internal_port}",
             "TRITON_HTTP": http,
             "TRITON_GRPC": grpc_,
+            "TRITON_OPENAI": openai,
             "WATCH_S": "0.2",
         }
-        command = ["docker/gateway/gateway.sh"]
+        command = [str(program / "gateway.sh")]
         if room_mib is not None:
             (folder / "run").mkdir()
             mount = f'mount -t tmpfs -o size={room_mib}m tmpfs "$RUN_FOLDER"'

@@ -16,6 +16,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from cli.main import values_of
 from deepseek.spec.triton_release import TRITON_TAG
 from loadtests.scale import autoscaler
 from serving.embedded import flags
@@ -134,7 +135,8 @@ def test_only_the_gateway_reaches_tritons_ports_and_all_that_is_not_named_is_ref
     assert "egress" not in triton
     callers = {port["port"]: rule["from"] for rule in triton["ingress"] for port in rule["ports"]}
     gateway = [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "gateway"}}}]
-    assert callers[8000] == callers[8001] == gateway
+    assert callers[8000] == callers[8001] == callers[8003] == gateway
+    assert policies["gateway"]["egress"][0]["ports"] == triton["ingress"][0]["ports"]
     assert callers[8002][0]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "monitoring"}
 
 
@@ -156,7 +158,10 @@ def test_triton_is_started_as_the_stack_starts_it(name: str) -> None:
     assert container["args"] == ["--exit-timeout-s", str(flags.GATEWAY_EXIT_TIMEOUT_S)]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     listens = flags.Endpoints()
-    assert ports == {"http": listens.http_port, "grpc": listens.grpc_port, "metrics": listens.metrics_port}
+    triton = {"http": listens.http_port, "grpc": listens.grpc_port, "metrics": listens.metrics_port}
+    assert ports == {**triton, "openai": values_of("serve").openai_port}
+    service = find(committed(name), "Service", "triton")["spec"]["ports"]
+    assert {port["name"]: port["port"] for port in service} == ports
     image = f"deepseek-server:{TRITON_TAG}" if name.endswith("gpu") else f"deepseek-server-cpu:{IMAGE_TAG}"
     assert container["image"] == image
     assert tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"] == IMAGE_TAG

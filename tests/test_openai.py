@@ -446,11 +446,9 @@ def test_a_port_in_use_is_one_line(folder: Path) -> None:
     assert run.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("gateway", [False, True])
-def test_there_are_no_routes_without_texts_or_behind_a_gateway(folder: Path, tmp_path: Path, gateway: bool) -> None:
-    if not gateway:
-        write_add_one(tmp_path)
-    process = start(folder / "repository" if gateway else tmp_path, *(["--behind-gateway"] if gateway else []))
+def test_there_are_no_routes_without_texts(tmp_path: Path) -> None:
+    write_add_one(tmp_path)
+    process = start(tmp_path)
     assert "OpenAI" not in Serving.of(process).places
     process.terminate()
     process.communicate()

@@ -15,6 +15,7 @@ import yaml
 
 from cli.commands import COMMANDS
 from cli.environment import TRITON_WHEEL
+from cli.main import values_of
 from deepseek.spec.triton_release import TRITON_TAG
 from serving.embedded.flags import CLOSED, Endpoints, behind_gateway, server_flags
 from tests.conftest import run_module
@@ -73,6 +74,13 @@ def test_the_embedded_server_waits_for_its_models_as_long_as_the_health_checks_d
     assert waits[1] == start[1] == str(probe["periodSeconds"] * probe["failureThreshold"])
 
 
+def test_the_gateway_looks_for_the_openai_routes_at_the_servers_port() -> None:
+    place = f"triton:{values_of('serve').openai_port}"
+    assert f"${{TRITON_OPENAI:-{place}}}" in Path("docker/gateway/gateway.sh").read_text()
+    assert f'{{name: TRITON_OPENAI, value: "{place}"}}' in Path("kubernetes/base/gateway.yaml").read_text()
+    assert f" {place[7:]}\n" in Path("docker/server-cpu.Dockerfile").read_text()
+
+
 def test_versions_stand_once() -> None:
     assert f"ARG TRITON_WHEEL={TRITON_WHEEL}\n" in Path("docker/server-cpu.Dockerfile").read_text()
     assert f"ARG TRITON_TAG={TRITON_TAG}\n" in Path("docker/server.Dockerfile").read_text()
@@ -113,7 +121,7 @@ def test_what_an_image_copies_is_readable_by_its_user_whatever_the_clones_umask(
     ("image", "modules"),
     [
         ("server", ("cli.main", "serving.doctor.doctor", "serving.embedded.flags")),
-        ("server-cpu", ("cli.main", "serving.embedded.serve", "serving.repository.fetch")),
+        ("server-cpu", ("cli.main", "serving.embedded.serve", "serving.openai.__main__", "serving.repository.fetch")),
         ("loadtests", ("cli.main", "loadtests.load.loadtest", "loadtests.slo.verdict")),
     ],
 )

@@ -52,6 +52,9 @@ function refusal(r) {
     if (!r.variables.api && !(isLocal && r.variables.statistics)) {
         return '403';
     }
+    if (r.variables.api === 'openai' && !r.variables.openai) {  // unset in a limits.conf without such models
+        return '404';
+    }
     const encodings = [r.headersIn['Content-Encoding'], r.headersIn['grpc-encoding']];
     if (encodings.some(each => each && each !== 'identity')) {  // Triton unpacks without a limit
         return '415';

@@ -2,11 +2,12 @@
 # Starts nginx as the gateway and reloads it when server addresses, certificate or limits change. If it cannot read or load a
 # change, the old files stay in effect and the metric gateway_reload_pending is 1. SIGTERM lets requests in flight finish.
 #
-#   FOLDER=build/gateway TRITON_HTTP=127.0.0.1:8000 TRITON_GRPC=127.0.0.1:8001 docker/gateway/gateway.sh
+#   FOLDER=build/gateway TRITON_HTTP=127.0.0.1:8000 TRITON_GRPC=127.0.0.1:8001 TRITON_OPENAI=127.0.0.1:8003 docker/gateway/gateway.sh
 #
 # FOLDER has ca.crt, tls.crt, tls.key, limits.conf and keys/ (deepseek keys, deepseek stack).
 # With LOCAL_PORTS (any value but 0) it also listens without TLS at LOCAL_LISTEN, by default 8000 and 8001.
-# TRITON_HTTP and TRITON_GRPC are host:port, separated by commas; a name means all of its addresses.
+# TRITON_HTTP, TRITON_GRPC and TRITON_OPENAI (the process of the /v1 routes) are host:port, separated by commas; a name means all
+# of its addresses.
 set -euo pipefail
 # Each connection takes file descriptors, and Docker starts with 1024. Not unlimited: some programs walk all of them.
 ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"
@@ -65,6 +66,7 @@ upstream() {
 endpoints() {
     upstream triton_http "${TRITON_HTTP:-triton:8000}"
     upstream triton_grpc "${TRITON_GRPC:-triton:8001}"
+    upstream triton_openai "${TRITON_OPENAI:-triton:8003}"
     # shellcheck disable=SC2016  # nginx's variables, not the shell's
     printf 'js_var $folder "%s";\njs_var $run "%s";\n' "$folder" "$run"
     for kind in client_body proxy fastcgi uwsgi scgi; do

@@ -88,7 +88,7 @@ class EmbeddedServer:
         self.timeout_s = timeout_s
         self.models: list[str] = []
         self._poll_s, self._echo_log, self._flags = poll_s, echo_log, flags
-        self._exit_timeout_s = exit_timeout_s or (GATEWAY_EXIT_TIMEOUT_S if behind_gateway else EXIT_TIMEOUT_S)
+        self.exit_timeout_s = exit_timeout_s or (GATEWAY_EXIT_TIMEOUT_S if behind_gateway else EXIT_TIMEOUT_S)
         self._restricted = CLOSED if behind_gateway else CONTROL
         self._key = admin_key()  # only this process may load and unload models
         self._control = ModelControl(self.http_url, self._key, timeout_s)
@@ -147,7 +147,7 @@ class EmbeddedServer:
 
     def _start(self) -> StubMonitor:
         server, libraries, backend, stub = parts()
-        self._process = ServerProcess(self.log_path, exit_timeout_s=self._exit_timeout_s, echo_log=self._echo_log)
+        self._process = ServerProcess(self.log_path, exit_timeout_s=self.exit_timeout_s, echo_log=self._echo_log)
         scratch = self._process.scratch
         self._verified = VerifiedRepository(self.repository, scratch / "models", _say)
         self._verified.fill()
@@ -174,7 +174,7 @@ class EmbeddedServer:
             key=self._key,
             # Instead of Triton's own polling: this process decides what is loaded, and gets the reason of a failure.
             explicit_control=True,
-            exit_timeout_s=self._exit_timeout_s,
+            exit_timeout_s=self.exit_timeout_s,
         )
         flags += [
             f"--backend-directory={scratch / 'backends'}",
@@ -227,7 +227,7 @@ class EmbeddedServer:
             crashed=self._process.crashed,
             reworded=self._in_repository_words,
             say=_say,
-            drain_s=self._exit_timeout_s,
+            drain_s=self.exit_timeout_s,
         )
         self._supervisor.start(self._poll_s)
 

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from deepseek.spec import GateFailed, InputError
 from deepseek.spec.children import ends_with_us
-from serving.embedded.flags import EXIT_TIMEOUT_S, trace_flags
+from serving.embedded.flags import trace_flags
 from serving.embedded.launcher import EmbeddedServer, check_repository
 from serving.embedded.openai_process import OpenAIProcess, missing_packages, takes_texts
 from serving.embedded.triton_log import failure
@@ -61,8 +61,8 @@ def _serve(server: EmbeddedServer, command: list[str], routes: OpenAIProcess | N
 
 
 def _routes(options: argparse.Namespace, server: EmbeddedServer) -> AbstractContextManager[OpenAIProcess | None]:
-    """The OpenAI routes, if a model takes texts; behind a gateway they would have no keys and limits."""
-    if options.behind_gateway or not takes_texts(server.repository):
+    """The OpenAI routes, if a model takes texts."""
+    if not takes_texts(server.repository):
         return nullcontext()
     if finding := missing_packages():
         print(f"warning   {finding}")
@@ -72,7 +72,7 @@ def _routes(options: argparse.Namespace, server: EmbeddedServer) -> AbstractCont
         address=server.address,
         port=options.openai_port,
         grpc_port=server.grpc_port,
-        drain_s=options.exit_timeout_s or EXIT_TIMEOUT_S,
+        drain_s=server.exit_timeout_s,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
 

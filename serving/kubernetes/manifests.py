@@ -134,7 +134,7 @@ spec:
           resources:
             # {size.base_mib} MiB for the server, four times the weights of all instances ({size.weights_mib} MiB),
             # 32 times their largest batches for intermediate tensors ({size.work_mib} MiB),
-            # and the shared memory ({size.shm_mib} MiB)
+            # {size.openai_mib} MiB for the /v1 routes, and the shared memory ({size.shm_mib} MiB)
             requests: {{{cores}memory: {size.memory_mib}Mi{disk}}}
             limits: {{{cores}memory: {size.memory_mib}Mi{disk}}}
       volumes:

@@ -100,6 +100,11 @@ def _is_nvidia(provider: str) -> bool:
     return provider in PROVIDERS and PROVIDERS[provider].is_nvidia
 
 
+def has_openai_routes(models: list[ServedModel]) -> bool:
+    """Whether the stack's server has `/v1/embeddings`: a model takes texts, and the image is not NVIDIA's."""
+    return any(model.text_bytes for model in models) and not any(model.needs_gpu for model in models)
+
+
 def served_models(repository: Path, models: Path, others: Mapping[str, Path] | None = None) -> list[ServedModel]:
     """All models of a repository. `others`: model name -> folder of model folders, if `models` has no `deploy.toml`."""
     found = []

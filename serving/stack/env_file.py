@@ -67,7 +67,7 @@ STACK_USER={user}:{group}
 # {SHM_MIB} MiB + per instance 1 MiB and twice the largest batch with its answer ({regions})
 SHM_SIZE={size.shm_mib}m
 # {size.base_mib} MiB for the server + 4 x the weights of all instances ({size.weights_mib} MiB)
-# + 32 x their largest batches ({size.work_mib} MiB) + shared memory
+# + 32 x their largest batches ({size.work_mib} MiB) + {size.openai_mib} MiB for the /v1 routes + shared memory
 TRITON_MEMORY={size.memory_mib}m
 # {GATEWAY_FILES_MIB} MiB + {gateway.at_once} x the largest body ({gateway.body_mib:.2f} MiB); more bodies are refused
 GATEWAY_TMP={gateway.tmp_mib}m

@@ -10,7 +10,15 @@ import math
 from dataclasses import dataclass
 
 from deepseek.spec import histogram_bounds_ms
-from serving.repository.served_models import HEADER_BYTES, JSON_BYTES, LATENESS, MIB, ServedModel, bound_s
+from serving.repository.served_models import (
+    HEADER_BYTES,
+    JSON_BYTES,
+    LATENESS,
+    MIB,
+    ServedModel,
+    bound_s,
+    has_openai_routes,
+)
 
 LEAST_RATE_RPS = 100
 RATE_HEADROOM = 2  # a key may send this many times the SLOs' rates
@@ -19,6 +27,11 @@ GATEWAY_FILES_MIB = 16  # what gateway.sh writes
 LEAST_LARGE, MOST_LARGE = 4, 512  # concurrent largest bodies: as many as fit into LARGE_BYTES
 LARGE_BYTES = 128 * MIB
 BODY_IN_MEMORY = 5  # times a JSON body: up to three copies, 35 bytes per number; measured with nginx 1.26, njs 0.8
+
+OPENAI = """\
+# a model takes texts, so the server has OpenAI's routes
+js_var $openai 1;
+"""
 
 
 def limits(models: list[ServedModel]) -> str:
@@ -44,7 +57,7 @@ grpc_read_timeout {late.timeout_s}s;
 js_var $default_rate_rps {rate};
 # histogram buckets: fractions of each p99, and every latency that an SLO names
 js_var $buckets_s "{" ".join(bounds)}";
-"""
+""" + (OPENAI if has_openai_routes(models) else "")
 
 
 def _largest(model: ServedModel) -> str:

@@ -9,10 +9,11 @@ import math
 from dataclasses import dataclass
 
 from serving.embedded.flags import GATEWAY_EXIT_TIMEOUT_S
-from serving.repository.served_models import MIB, ServedModel
+from serving.repository.served_models import MIB, ServedModel, has_openai_routes
 
 SHM_MIB = 256  # enough for small models; unused shared memory takes none
 CPU_MEMORY, GPU_MEMORY = 2**30, 8 * 2**30  # CUDA and TensorRT use host memory too
+OPENAI_MIB = 512  # the process of the OpenAI routes: 76 MiB idle, the rest for texts and vectors in flight
 REST_S = 10  # spare time after the requests in flight
 
 
@@ -24,6 +25,8 @@ class ServerSizes:
     weights_mib: int
     """All instances together."""
     work_mib: int
+    openai_mib: int
+    """For the process of the OpenAI routes; 0 without one."""
     shm_mib: int
     memory_mib: int
     """All memory, shared memory included."""
@@ -35,12 +38,14 @@ def server_sizes(models: list[ServedModel]) -> ServerSizes:
     shm = SHM_MIB * MIB + sum(model.shm_bytes for model in models)
     weights = sum(model.weights_bytes * model.instances for model in models)
     work = sum(32 * model.instances * (model.input_bytes + model.output_bytes) for model in models)
+    openai_mib = OPENAI_MIB if has_openai_routes(models) else 0
     base = GPU_MEMORY if any(model.needs_gpu for model in models) else CPU_MEMORY
     return ServerSizes(
         base_mib=base // MIB,
         weights_mib=round(weights / MIB),
         work_mib=round(work / MIB),
+        openai_mib=openai_mib,
         shm_mib=math.ceil(shm / MIB),
-        memory_mib=math.ceil((base + 4 * weights + work + shm) / MIB),
+        memory_mib=math.ceil((base + 4 * weights + work + shm) / MIB) + openai_mib,
         exit_timeout_s=max(GATEWAY_EXIT_TIMEOUT_S, max(model.timeout_s for model in models)),
     )

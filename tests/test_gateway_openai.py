@@ -1,0 +1,325 @@
+"""OpenAI's routes behind the gateway: the package `openai` with a key, and errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import shutil
+import socket
+import ssl
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from serving.repository.served_models import MIB, ServedModel, has_openai_routes, served_models
+from serving.stack.gateway_limits import limits
+from serving.stack.server_sizes import OPENAI_MIB, server_sizes
+from tests.failing_servers import Relay
+from tests.gateway import Gateway, skip_without_nginx, wait_for
+from tests.test_embedded import start
+from tests.test_openai import Serving
+from tests.test_text import folder
+
+__all__ = ["folder"]  # a fixture
+BODY = b'{"model": "sentence", "input": ["ab", "cd ab"]}'
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> list[ServedModel]:
+    return served_models(folder / "repository", Path("tests/models"))
+
+
+@pytest.fixture(scope="module")
+def serving(folder: Path) -> Iterator[Serving]:
+    """The server as the CPU image starts it."""
+    skip_without_nginx()
+    process = start(folder / "repository", "--openai-port", "0", "--behind-gateway", "--exit-timeout-s", "1")
+    try:
+        yield Serving.of(process)
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def address(serving: Serving) -> str:
+    """host:port of the routes."""
+    return serving.places["OpenAI"].removeprefix("http://").removesuffix("/v1")
+
+
+def in_front(
+    serving: Serving, folder: Path, models: list[ServedModel], openai: str | None = None, **settings: Any
+) -> Gateway:
+    """A gateway in front of the server; `openai`: another address of the routes."""
+    triton = serving.places["HTTP"].removeprefix("http://").removesuffix("/v2")
+    routes = address(serving) if openai is None else openai
+    return Gateway(folder, limits(models), triton, serving.places["gRPC"], openai=routes, **settings)
+
+
+@pytest.fixture(scope="module")
+def gateway(serving: Serving, models: list[ServedModel], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    running = in_front(serving, tmp_path_factory.mktemp("gateway"), models)
+    yield running
+    assert running.stop() == 0
+
+
+def client_of(gateway: Gateway, key: str | None = None) -> openai.OpenAI:
+    """OpenAI's client, as an application uses it."""
+    trusted = ssl.create_default_context(cafile=str(gateway.folder / "ca.crt"))
+    return openai.OpenAI(
+        base_url=f"https://localhost:{gateway.port}/v1",
+        api_key=gateway.key if key is None else key,
+        max_retries=0,
+        http_client=openai.DefaultHttpxClient(verify=trusted),
+    )
+
+
+def embed(gateway: Gateway, *headers: str, body: bytes = BODY, key: str | None = None) -> tuple[int, bytes, Any]:
+    """Status, headers and JSON of a bare request."""
+    status, answer = gateway.http("POST", "/v1/embeddings", *headers, body=body, key=key)
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    return status, head, json.loads(rest)
+
+
+def refused(head: bytes, answer: Any) -> tuple[str, str | None, str]:
+    """Type, code and message of an error; "retry" is in front of the type of one with Retry-After."""
+    assert answer.keys() == {"error"}
+    error = answer["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    waits = re.findall(rb"(?mi)^retry-after: (\S+)\r?$", head)
+    assert waits in ([], [b"1"])
+    return "retry " * len(waits) + error["type"], error["code"], error["message"]
+
+
+def test_openais_client_works_with_a_key(gateway: Gateway) -> None:
+    texts = ["ab " * (1 + place % 30) for place in range(40)]  # more than a batch
+    with client_of(gateway) as client:
+        answer = client.embeddings.create(model="sentence", input=texts)
+        assert [len(each.embedding) for each in answer.data] == [32] * 40
+        assert answer.usage.prompt_tokens > 40
+        assert [model.id for model in client.models.list()] == ["sentence"]
+        assert client.models.retrieve("sentence").id == "sentence"
+    pair = {"source_sentence": "ab", "sentences": ["ab", "cd"]}
+    status, cosines = gateway.http("POST", "/similarity", body=json.dumps({"inputs": pair}).encode())
+    assert (status, len(json.loads(cosines.partition(b"\r\n\r\n")[2]))) == (200, 2)
+    (line,) = gateway.lines(path="/v1/embeddings", status=200)[:1]
+    assert (line["caller"], line["api"], line["model"]) == ("shop", "openai", "")
+    counted = 'gateway_requests_total{protocol="http",api="openai",model="",status="200"}'
+    wait_for(lambda: gateway.metrics().get(counted, 0) >= 4)
+
+
+def test_the_machine_itself_needs_no_key(gateway: Gateway) -> None:
+    with openai.OpenAI(base_url=f"http://{gateway.local_http}/v1", api_key="unused", max_retries=0) as client:
+        assert len(client.embeddings.create(model="sentence", input="ab").data[0].embedding) == 32
+    asked = http.client.HTTPConnection(gateway.local_http)
+    asked.request("POST", "/v1/embeddings", BODY, {"Origin": "https://example.com"})  # a page in a browser
+    assert asked.getresponse().status == 401
+    asked.close()
+
+
+@pytest.mark.parametrize("key", ["", "dsk_" + "A" * 43, "unused"])
+def test_without_a_key_it_is_401_whatever_is_asked(gateway: Gateway, key: str) -> None:
+    for path in ("/v1/embeddings", "/v1/models", "/v1/models/sentence", "/v1/completions", "/v1/", "/similarity"):
+        status, answer = gateway.http("GET", path, key=key)
+        head, _, rest = answer.partition(b"\r\n\r\n")
+        assert (status, refused(head, json.loads(rest))[:2]) == (401, ("invalid_request_error", "invalid_api_key"))
+    with client_of(gateway, key or "none") as client, pytest.raises(openai.AuthenticationError, match="Bearer <key>"):
+        client.embeddings.create(model="sentence", input="ab")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/embeddings"),
+        ("POST", "/v1/models"),
+        ("POST", "/v1/completions"),
+        ("GET", "/v1/"),
+        ("GET", "/v1/metrics"),
+        ("GET", "/v1/models/../metrics"),
+        ("GET", "/v1/models/%2e%2e/metrics"),
+        ("GET", "/v1//models"),
+        ("GET", "/v1/models?x=1"),
+        ("POST", "/v1/embeddings/"),
+        ("GET", "/similarity"),
+        ("GET", "/rerank"),
+        ("POST", "/rerank?x=1"),
+        ("GET", "/metrics"),
+        ("GET", "/v1/../metrics"),
+    ],
+)
+def test_no_other_route_of_that_process_is_reached(gateway: Gateway, method: str, path: str) -> None:
+    status, answer = gateway.http(method, path, body=b"{}" if method == "POST" else b"")
+    if status == 403:  # outside /v1/ once nginx has normalized the path
+        assert b"not a path for inference" in answer
+    else:
+        head, _, rest = answer.partition(b"\r\n\r\n")
+        assert (status, refused(head, json.loads(rest))[1]) == (404, "unknown_url")
+    assert {line["triton"] for line in gateway.lines(method=method, path=path)} == {""}
+
+
+def test_refusals_of_the_routes_pass_unchanged(gateway: Gateway) -> None:
+    status, head, answer = embed(gateway, body=b'{"model": "another", "input": "a"}')
+    assert (status, refused(head, answer)[:2]) == (404, ("invalid_request_error", "model_not_found"))
+    status, head, answer = embed(gateway, body=b'{"model": "sentence"}')
+    assert (status, answer["error"]["param"]) == (400, "input")
+
+
+def test_a_body_that_is_too_large_or_compressed_is_refused(gateway: Gateway, models: list[ServedModel]) -> None:
+    with client_of(gateway) as client, pytest.raises(openai.APIStatusError, match="send fewer texts at once") as error:
+        client.embeddings.create(model="sentence", input=["a" * models[0].body_bytes])
+    assert (error.value.status_code, error.value.type) == (413, "invalid_request_error")
+    status, head, answer = embed(gateway, "Content-Encoding: gzip")
+    assert (status, refused(head, answer)[0]) == (415, "invalid_request_error")
+
+
+def test_the_rate_of_a_key_holds_there_too(gateway: Gateway) -> None:
+    slow = gateway.add_key("slow", rate_rps=1)
+    found: list[Any] = []
+
+    def is_refused() -> bool:
+        with client_of(gateway, slow) as client:
+            try:
+                client.models.list()
+            except openai.RateLimitError as error:
+                found.append(error)
+        return bool(found)
+
+    wait_for(is_refused)
+    assert (found[0].type, found[0].code, found[0].response.headers["Retry-After"]) == (
+        "rate_limit_error",
+        "rate_limit_exceeded",
+        "1",
+    )
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_retry_after_of_the_routes_stands_alone(
+    serving: Serving, models: list[ServedModel], tmp_path: Path, status: int
+) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        """Refuses everything for 7 s."""
+
+        def do_GET(self) -> None:
+            """The refusal."""
+            self.send_response(status)
+            self.send_header("Retry-After", "7")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        running = in_front(serving, tmp_path, models, f"127.0.0.1:{server.server_port}")
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(server.handle_request)
+            found, answer = running.http("GET", "/v1/models")
+        running.stop()
+    assert found == status
+    assert re.findall(rb"(?mi)^retry-after: (\S+)\r?$", answer) == [b"7"]
+
+
+def test_without_a_process_of_the_routes_it_starts_and_answers_503(
+    serving: Serving, models: list[ServedModel], tmp_path: Path
+) -> None:
+    alone = in_front(serving, tmp_path, models, "127.0.0.1:9")
+    status, head, answer = embed(alone)
+    assert (status, refused(head, answer)) == (
+        503,
+        ("retry server_error", None, "the server is not available; try again"),
+    )
+    assert alone.http("GET", "/v2/models/sentence")[0] == 200
+    assert alone.stop() == 0
+
+
+def test_a_connection_that_breaks_is_502(serving: Serving, models: list[ServedModel], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        relay = Relay(silent.getsockname())
+        running = in_front(serving, tmp_path, models, relay.url)
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(embed, running)
+            wait_for(lambda: relay.pieces > 0)
+            relay.close()
+            status, head, answer = call.result()
+        running.stop()
+    assert (status, refused(head, answer)[0]) == (502, "server_error")
+    assert "the request may have run" in answer["error"]["message"]
+
+
+def test_a_late_answer_is_504_and_a_key_has_its_concurrency(
+    serving: Serving, models: list[ServedModel], tmp_path: Path
+) -> None:
+    """With one request at a time, and a second to answer."""
+    program = shutil.copytree("docker/gateway", tmp_path / "program")
+    text = (program / "nginx.conf").read_text()
+    assert "limit_conn keys 512;" in text
+    assert "proxy_read_timeout 65s;" in text
+    (program / "nginx.conf").write_text(text.replace("keys 512;", "keys 1;").replace("timeout 65s;", "timeout 1s;"))
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(4) as pool:
+        running = in_front(serving, tmp_path, models, f"127.0.0.1:{silent.getsockname()[1]}", program=program)
+        found: dict[int, tuple[str, str | None, str]] = {}
+
+        def seen_both() -> bool:
+            for status, head, answer in pool.map(lambda _: embed(running), range(4)):
+                found[status] = refused(head, answer)
+            return len(found) > 1
+
+        wait_for(seen_both)
+        running.stop()
+    assert found == {
+        429: ("retry rate_limit_error", "rate_limit_exceeded", "this key has too many concurrent requests"),
+        504: ("server_error", None, "the server did not answer in time"),
+    }
+
+
+def test_large_bodies_that_find_no_room_are_429(serving: Serving, models: list[ServedModel], tmp_path: Path) -> None:
+    """Room for two."""
+    wide = [replace(model, text_bytes=4 * MIB) for model in models]
+    running = in_front(serving, tmp_path, wide, room_mib=8)
+    body = json.dumps({"model": "sentence", "input": "a" * 3 * MIB}).encode()
+    found: dict[int, tuple[str, str | None, str]] = {}
+
+    def send(_: int) -> None:
+        with contextlib.suppress(ValueError):  # closed before the caller had read why
+            status, head, answer = embed(running, body=body)
+            found[status] = refused(head, answer)
+
+    with ThreadPoolExecutor(8) as pool:
+        wait_for(lambda: list(pool.map(send, range(8))) and len(found) > 1)
+    assert running.stop() == 0
+    assert found.keys() == {400, 429}
+    assert found[400][2].endswith("(max_bytes)")
+    no_room = "no memory for another large request; try again"
+    assert found[429] == ("retry rate_limit_error", "rate_limit_exceeded", no_room)
+
+
+def test_without_a_model_that_takes_texts_it_is_404_until_there_is_one(
+    serving: Serving, models: list[ServedModel], tmp_path: Path
+) -> None:
+    running = in_front(serving, tmp_path, [replace(model, text_bytes=0) for model in models])
+    with client_of(running) as client:
+        with pytest.raises(openai.NotFoundError, match="not served here: no model takes texts"):
+            client.models.list()
+        status, head, answer = embed(running)
+        assert (status, refused(head, answer)[:2]) == (404, ("invalid_request_error", "unknown_url"))
+        assert embed(running, key="")[0] == 401
+        (running.folder / "limits.conf").write_text(limits(models))
+        wait_for(lambda: embed(running)[0], lambda found: found == 200)
+        assert [model.id for model in client.models.list()] == ["sentence"]
+    assert running.stop() == 0
+
+
+def test_the_cpu_image_has_memory_for_the_routes_and_nvidias_has_none(models: list[ServedModel]) -> None:
+    assert has_openai_routes(models)
+    on_gpu = replace(models[0], name="other", text_bytes=0, needs_gpu=True)
+    assert not has_openai_routes([*models, on_gpu])
+    assert "openai" not in limits([*models, on_gpu])
+    without = [replace(models[0], text_bytes=0)]
+    assert server_sizes(without).openai_mib == server_sizes([*models, on_gpu]).openai_mib == 0
+    assert server_sizes([replace(models[0], text_bytes=1)]).memory_mib == server_sizes(without).memory_mib + OPENAI_MIB
