@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from deepseek_client.cli import tables
 from deepseek_client.cli.main import main
 from deepseek_client.cli.tables import answer_table
 from rich.console import Console
@@ -118,3 +119,14 @@ def test_a_title_in_brackets_is_shown_unchanged(title: str) -> None:
     with console.capture() as capture:
         console.print(answer_table(MODEL, {}, {"items": np.array([[1]])}, {"items": ["", title]}, 3))
     assert title in capture.get()
+
+
+def test_only_the_numbers_that_are_shown_become_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer may have millions of numbers."""
+    made: list[float] = []
+    monkeypatch.setattr(tables, "_value", lambda value: made.append(value) or f"{value:.1f}")
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(answer_table(MODEL, {}, {"scores": np.arange(5000.0)[None]}, {}, 3))
+    assert "first 3 of 5000" in capture.get()
+    assert made == [0, 1, 2]

@@ -82,11 +82,17 @@ def _cells(row: np.ndarray, names: Sequence[str] | None, top: int, *, last: bool
         if not row.size or row.dtype.kind not in "fiub":
             return shape, []
         return shape, [f"min {_value(row.min())}", f"mean {_value(row.mean())}", f"max {_value(row.max())}"]
-    values = [_value(value) if names is None else _label(value, names) for value in row.reshape(-1)]
+    flat = row.reshape(-1)
+    if names is None and row.dtype.kind in "fiub":  # no blanks: millions of numbers are not made texts
+        return _captioned([_value(value) for value in (flat[-top:] if last else flat[:top])], len(flat), last=last)
+    values = [_value(value) if names is None else _label(value, names) for value in flat]
     filled = [k for k, value in enumerate(values) if value] or [0]
     shown = values[filled[0] if last else 0 : filled[-1] + 1]  # blanks in between stay, so that columns stay aligned
-    few = shown[-top:] if last else shown[:top]
-    return f"{'last' if last else 'first'} {len(few)} of {len(shown)}" if len(few) < len(shown) else "", few
+    return _captioned(shown[-top:] if last else shown[:top], len(shown), last=last)
+
+
+def _captioned(few: list[str], count: int, *, last: bool) -> tuple[str, list[str]]:
+    return f"{'last' if last else 'first'} {len(few)} of {count}" if len(few) < count else "", few
 
 
 def _value(value: Any) -> str:
