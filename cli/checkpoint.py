@@ -111,7 +111,7 @@ class Checkpoint:
             token_types=types and pairs,
             longest=min(LONGEST, *limits.values()),
             limits=limits,
-            files=("config.json", *_weights(inside), *(name for name in TOKENIZER if (inside / name).is_file())),
+            files=("config.json", *_weights(inside), *_tokenizer(inside)),
         )
 
 
@@ -263,7 +263,21 @@ def _check_weights(path: Path, folder: Path) -> None:
     """Raises InputError for a file that is missing, elsewhere, or only a pointer to the weights."""
     if path.parent != folder or not path.is_file():
         raise InputError(f"{path}: no such file, but the index of the weights names it; copy the checkpoint again")
+    _check_fetched(path)
+
+
+def _check_fetched(path: Path) -> None:
+    """Raises InputError for a file that Git LFS has not fetched."""
     with path.open("rb") as file:
         start = file.read(24)
     if start == b"version https://git-lfs.":
-        raise InputError(f"{path}: only a Git LFS pointer to the weights; fetch them: git -C {folder} lfs pull")
+        raise InputError(f"{path}: only a Git LFS pointer; fetch the file: git -C {path.parent} lfs pull")
+
+
+def _tokenizer(folder: Path) -> tuple[str, ...]:
+    """Names of the tokenizer's files; raises InputError for a tokenizer.json that is not JSON."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        _check_fetched(path)
+        _object(path, "")
+    return tuple(name for name in TOKENIZER if (folder / name).is_file())

@@ -124,7 +124,12 @@ def test_a_title_in_brackets_is_shown_unchanged(title: str) -> None:
 def test_only_the_numbers_that_are_shown_become_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer may have millions of numbers."""
     made: list[float] = []
-    monkeypatch.setattr(tables, "_value", lambda value: made.append(value) or f"{value:.1f}")
+
+    def text_of(value: float) -> str:
+        made.append(value)
+        return str(value)
+
+    monkeypatch.setattr(tables, "_value", text_of)
     console = Console(width=100)
     with console.capture() as capture:
         console.print(answer_table(MODEL, {}, {"scores": np.arange(5000.0)[None]}, {}, 3))
