@@ -274,6 +274,26 @@ def test_each_half_of_the_rows_has_its_own_drop_also_with_a_metric(by_row: bool)
     assert sizes == ([len(half) for half in halves] if by_row else [None, None])
 
 
+@pytest.mark.parametrize(
+    ("sensitivity", "drop", "rows"),
+    [
+        (None, 0.0, {"drop": 40}),
+        ({"layers": [], "held": True}, 0.0, {"drop": 40}),
+        ({"judged": True}, 0.5, {"drop": 22, "chosen_on": 18}),
+    ],
+)
+def test_rows_on_which_layers_were_chosen_do_not_judge_the_drop(
+    sensitivity: Any, drop: float, rows: dict[str, int]
+) -> None:
+    reference: Any = SimpleNamespace(
+        measure=lambda _: {"drop": 0.0, "paired": None, "rows": {"drop": 40}},
+        drop_on_half=lambda _, choosing: (0.0 if choosing else 0.5, None),
+        half_sizes=lambda: {"chosen_on": 18, "judged_on": 22},
+    )
+    found = select_precision._measured(reference, scaled(1), sensitivity)
+    assert (found["drop"], found["rows"]) == (drop, rows)
+
+
 def returning(*metrics: Any) -> Any:
     """A source whose evaluate() returns these, one a call."""
     answers = iter(metrics)
