@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,8 +22,6 @@ import pytest
 from aiohttp import web
 from deepseek_client import InferenceClient, InferenceError
 
-from serving.embedded.openai_process import OpenAIProcess
-from serving.embedded.supervisor import MOST_TIMES
 from serving.openai.embedding_request import EmbeddingRequest
 from serving.openai.embeddings import Embeddings, _shortened
 from serving.openai.errors import ApiError, from_client
@@ -35,8 +30,8 @@ from serving.openai.metrics import Metrics
 from serving.openai.routes import BODY_BYTES, HELD_BYTES, Routes
 from serving.openai.text_models import TextModel
 from tests.conftest import write_add_one
-from tests.gateway import free_port, wait_for
-from tests.test_embedded import FREE_FLAGS, start
+from tests.gateway import wait_for
+from tests.test_embedded import start
 from tests.test_text import MOST_TOKENS, folder, ids_of
 
 __all__ = ["folder"]  # a fixture
@@ -391,64 +386,3 @@ def test_a_call_is_cancelled_when_its_caller_disconnects() -> None:
         assert 'openai_requests_total{route="/v1/embeddings",status="499"} 1\n' in metrics.text()
 
     asyncio.run(leave())
-
-
-def test_crashed_routes_are_restarted_and_all_ends_with_the_server(folder: Path) -> None:
-    serving = Serving.of(start(folder / "repository", "--openai-port", "0"))
-    first = serving.routes
-    first.kill()
-    with openai.OpenAI(base_url=serving.places["OpenAI"], api_key="unused", max_retries=5) as client:
-        assert len(client.embeddings.create(model="sentence", input="ab").data[0].embedding) == 32
-    second = serving.routes
-    assert second.pid != first.pid
-    serving.process.send_signal(signal.SIGKILL)
-    _, errors = serving.process.communicate()
-    assert errors == "died      the OpenAI routes: exit status -9; restarting them\n"
-    second.wait(60)
-
-
-def test_routes_that_crash_again_and_again_are_a_failure(tmp_path: Path) -> None:
-    said: list[str] = []
-    place = {"address": "127.0.0.1", "port": 0, "grpc_port": 1, "drain_s": 1.0}
-    with OpenAIProcess(tmp_path, **place, say=said.append) as routes:  # type: ignore[arg-type]
-        reasons: list[str] = []
-
-        def crash() -> bool:
-            os.kill(routes.pid, signal.SIGKILL)
-            reasons.extend(filter(None, [routes.look()]))
-            return bool(reasons)
-
-        wait_for(crash)
-    assert len(said) == MOST_TIMES
-    assert "ended 4 times within 60 s, last with exit status -9" in reasons[0]
-
-
-def test_without_a_server_it_is_503_with_retry_after(tmp_path: Path) -> None:
-    place = {"address": "127.0.0.1", "port": 0, "grpc_port": free_port(), "drain_s": 1.0}
-    (tmp_path / "sentence").mkdir()
-    (tmp_path / "sentence" / "config.pbtxt").touch()
-    with OpenAIProcess(tmp_path, **place, say=print) as routes:  # type: ignore[arg-type]
-        for request in (("POST", "/v1/embeddings", b'{"model": "sentence", "input": "a"}'), ("GET", "/v1/models")):
-            status, headers, answer = call(routes.url, *request)
-            assert (status, headers["Retry-After"], answer["error"]["type"]) == (503, "1", "server_error")
-
-
-def test_a_port_in_use_is_one_line(folder: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        flags = ["--repository", str(folder / "repository"), *FREE_FLAGS, "--openai-port", str(port)]
-        environment = {**os.environ, "DEEPSEEK_BUILD": str(folder / "build")}
-        command = [sys.executable, "-m", "cli", "serve", *flags]
-        run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 2
-    assert f"OpenAI port 127.0.0.1:{port} cannot be used" in run.stderr
-    assert "OPENAI_PORT=" in run.stderr
-    assert run.stderr.count("\n") == 1
-
-
-def test_there_are_no_routes_without_texts(tmp_path: Path) -> None:
-    write_add_one(tmp_path)
-    process = start(tmp_path)
-    assert "OpenAI" not in Serving.of(process).places
-    process.terminate()
-    process.communicate()

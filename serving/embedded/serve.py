@@ -15,7 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 
 from deepseek.spec import GateFailed, InputError
 from deepseek.spec.children import ends_with_us
@@ -27,23 +28,48 @@ from serving.embedded.triton_log import failure
 __all__ = ["EmbeddedServer", "check_repository", "main"]
 
 
-def _serve(server: EmbeddedServer, command: list[str], routes: OpenAIProcess | None = None) -> int:
+class _Routes:
+    """The OpenAI routes: started when a model takes texts, at the start or, with --poll-s, later."""
+
+    def __init__(self, start: Callable[[], OpenAIProcess | None], poll_s: float | None) -> None:
+        self._start, self._poll_s = start, poll_s
+        self._looked_s, self._said = time.monotonic(), ""
+        self.process = start()
+
+    def look(self) -> str | None:
+        """The reason if the process failed. Starts it if a model takes texts by now."""
+        if self.process:
+            return self.process.look()
+        if self._poll_s is not None and time.monotonic() - self._looked_s >= self._poll_s:
+            self._looked_s = time.monotonic()
+            try:
+                self.process = self._start()
+                said = f"OpenAI    {self.process.url}" if self.process else ""
+            except InputError as error:  # the port is in use, or a configuration cannot be read: the server goes on
+                said = f"warning   no OpenAI routes: {error}"
+            if said and said != self._said:
+                _say(said)
+            self._said = said
+        return None
+
+
+def _serve(server: EmbeddedServer, command: list[str], routes: _Routes | None = None) -> int:
     """Prints the endpoints; waits for Ctrl-C, or runs `command` and returns its exit status."""
     print(f"serving   {', '.join(server.models)} from {server.repository}")
     for finding in server.notes:
         print(f"warning   {finding}")
     print(f"HTTP      http://{server.http_url}/v2")
     print(f"gRPC      {server.grpc_url}")
-    if routes:
-        print(f"OpenAI    {routes.url}")
+    if routes and routes.process:
+        print(f"OpenAI    {routes.process.url}")
     print(f"metrics   {server.metrics_url}")
     print(f"log       {server.log_path}")
     if not command:
         print("Ctrl-C stops it.", flush=True)
     sys.stdout.flush()
     ports = {"HTTP": server.http_port, "GRPC": server.grpc_port, "METRICS": server.metrics_port}
-    if routes:
-        ports["OPENAI"] = routes.port
+    if routes and routes.process:
+        ports["OPENAI"] = routes.process.port
     told = {f"DEEPSEEK_{name}_PORT": str(port) for name, port in ports.items()}  # with the free ports that 0 picked
     child = _started(command, {**os.environ, **told}) if command else None
     try:
@@ -60,21 +86,29 @@ def _serve(server: EmbeddedServer, command: list[str], routes: OpenAIProcess | N
             child.wait()
 
 
-def _routes(options: argparse.Namespace, server: EmbeddedServer) -> AbstractContextManager[OpenAIProcess | None]:
-    """The OpenAI routes, if a model takes texts."""
-    if not takes_texts(server.repository):
-        return nullcontext()
-    if finding := missing_packages():
+def _routes(options: argparse.Namespace, server: EmbeddedServer, running: ExitStack) -> _Routes:
+    """The OpenAI routes, which end with `running`."""
+
+    def start() -> OpenAIProcess | None:
+        if not takes_texts(server.repository):
+            return None
+        process = OpenAIProcess(
+            server.repository,
+            address=server.address,
+            port=options.openai_port,
+            grpc_port=server.grpc_port,
+            drain_s=server.exit_timeout_s,
+            say=_say,
+        )
+        return running.enter_context(process)
+
+    if (finding := missing_packages()) and takes_texts(server.repository):
         print(f"warning   {finding}")
-        return nullcontext()
-    return OpenAIProcess(
-        server.repository,
-        address=server.address,
-        port=options.openai_port,
-        grpc_port=server.grpc_port,
-        drain_s=server.exit_timeout_s,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    return _Routes((lambda: None) if finding else start, options.poll_s)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _started(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -108,9 +142,9 @@ def main(options: argparse.Namespace) -> int:
         exit_timeout_s=options.exit_timeout_s,
         flags=tuple(trace_flags(options.trace_url, options.trace_every)),
     )
-    with server, _routes(options, server) as routes:  # the routes end before the server
+    with server, ExitStack() as running:  # the routes end before the server
         try:
-            return _serve(server, options.command, routes)
+            return _serve(server, options.command, _routes(options, server, running))
         except KeyboardInterrupt:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # make and timeout send it twice; Ctrl-C still forces
             print("stopping", file=sys.stderr)

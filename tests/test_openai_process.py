@@ -1,0 +1,103 @@
+"""The process of the OpenAI routes: when it starts, crashes, and ends with the server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+
+from serving.embedded.openai_process import OpenAIProcess
+from serving.embedded.supervisor import MOST_TIMES
+from tests.conftest import write_add_one
+from tests.gateway import free_port, wait_for
+from tests.test_embedded import FREE_FLAGS, start
+from tests.test_openai import Serving, call
+from tests.test_text import folder
+
+__all__ = ["folder"]  # a fixture
+
+
+def test_crashed_routes_are_restarted_and_all_ends_with_the_server(folder: Path) -> None:
+    serving = Serving.of(start(folder / "repository", "--openai-port", "0"))
+    first = serving.routes
+    first.kill()
+    with openai.OpenAI(base_url=serving.places["OpenAI"], api_key="unused", max_retries=5) as client:
+        assert len(client.embeddings.create(model="sentence", input="ab").data[0].embedding) == 32
+    second = serving.routes
+    assert second.pid != first.pid
+    serving.process.send_signal(signal.SIGKILL)
+    _, errors = serving.process.communicate()
+    assert errors == "died      the OpenAI routes: exit status -9; restarting them\n"
+    second.wait(60)
+
+
+def test_routes_that_crash_again_and_again_are_a_failure(tmp_path: Path) -> None:
+    said: list[str] = []
+    place = {"address": "127.0.0.1", "port": 0, "grpc_port": 1, "drain_s": 1.0}
+    with OpenAIProcess(tmp_path, **place, say=said.append) as routes:  # type: ignore[arg-type]
+        reasons: list[str] = []
+
+        def crash() -> bool:
+            os.kill(routes.pid, signal.SIGKILL)
+            reasons.extend(filter(None, [routes.look()]))
+            return bool(reasons)
+
+        wait_for(crash)
+    assert len(said) == MOST_TIMES
+    assert "ended 4 times within 60 s, last with exit status -9" in reasons[0]
+
+
+def test_without_a_server_it_is_503_with_retry_after(tmp_path: Path) -> None:
+    place = {"address": "127.0.0.1", "port": 0, "grpc_port": free_port(), "drain_s": 1.0}
+    (tmp_path / "sentence").mkdir()
+    (tmp_path / "sentence" / "config.pbtxt").touch()
+    with OpenAIProcess(tmp_path, **place, say=print) as routes:  # type: ignore[arg-type]
+        for request in (("POST", "/v1/embeddings", b'{"model": "sentence", "input": "a"}'), ("GET", "/v1/models")):
+            status, headers, answer = call(routes.url, *request)
+            assert (status, headers["Retry-After"], answer["error"]["type"]) == (503, "1", "server_error")
+
+
+def test_a_port_in_use_is_one_line(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        flags = ["--repository", str(folder / "repository"), *FREE_FLAGS, "--openai-port", str(port)]
+        environment = {**os.environ, "DEEPSEEK_BUILD": str(folder / "build")}
+        command = [sys.executable, "-m", "cli", "serve", *flags]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 2
+    assert f"OpenAI port 127.0.0.1:{port} cannot be used" in run.stderr
+    assert "OPENAI_PORT=" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+def test_there_are_no_routes_without_texts(tmp_path: Path) -> None:
+    write_add_one(tmp_path)
+    process = start(tmp_path)
+    assert "OpenAI" not in Serving.of(process).places
+    process.terminate()
+    process.communicate()
+
+
+def test_routes_start_when_a_polling_server_gets_its_first_model_that_takes_texts(folder: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    write_add_one(repository)
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # the server goes on without the routes until it is free
+        port = taken.getsockname()[1]
+        process = start(repository, "--poll-s", "1", "--openai-port", str(port))
+        assert "OpenAI" not in Serving.of(process).places
+        shutil.copytree(folder / "repository" / "sentence", tmp_path / "sentence")
+        (tmp_path / "sentence").rename(repository / "sentence")
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        assert any(f"warning   no OpenAI routes: OpenAI port 127.0.0.1:{port} cannot be used" in line for line in lines)
+    assert f"OpenAI    http://127.0.0.1:{port}/v1\n" in lines
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=5) as client:
+        assert len(client.embeddings.create(model="sentence", input="ab").data[0].embedding) == 32
+    process.terminate()
+    process.communicate()
