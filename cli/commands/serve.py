@@ -89,7 +89,12 @@ ROWS = (
         options=(
             REPOSITORY,
             *LISTEN,
-            Option("--openai-port", "port of /v1/embeddings; opened if a model takes texts", kind=int, default=8003),
+            Option(
+                "--openai-port",
+                "port of /v1/embeddings, /similarity and /rerank; opened if a model takes texts",
+                kind=int,
+                default=8003,
+            ),
             Option("--poll-s", "interval at which the server looks for new versions (default: never)", kind=int),
             Option("--timeout-s", "longest wait for readiness", kind=float, default=120.0, variable=""),
             Option("--profile", "folder for request traces and operator times", kind=path, variable=""),

@@ -95,12 +95,15 @@ def check_text(
             raise at("text", f'input {name} is {seen}; allowed: int32 or int64, ["{BATCH}", <axis>], one axis for all')
     for name, output in outputs.items():
         if axis in output.shape:
-            raise at("text", f"output {name} has the axis {axis}; with [text], an output has one size for each text")
+            allowed = "with [text], an output has one size for each text; remove [text]: callers then send token ids"
+            raise at("text", f"output {name} has the axis {axis}; {allowed}")
     for name in (TEXT, TOKENS):
         if name in inputs or name in outputs:
             raise at("text", f"[text] adds the input {TEXT} and the output {TOKENS}; rename the model's own {name}")
     if axes[BATCH].min > 1:
         raise at("text", f"axes.{BATCH}.min is {axes[BATCH].min}; with [text], it must be 1")
+    if text.pairs and (text.dimensions or text.prompts):
+        raise at("text.pairs", "seen true with dimensions or prompts, which are for single texts; remove them")
     if text.default_prompt is not None and text.default_prompt not in text.prompts:
         raise at("text.default_prompt", f"seen {text.default_prompt!r}; prompts are {listed(text.prompts)}")
     sizes = {
