@@ -78,6 +78,9 @@ class Checkpoint:
     """Limits of the length by the file that sets them."""
     files: tuple[str, ...]
     """Names of the files to copy, in `folder`."""
+    prompts: dict[str, str]
+    """Beginnings of texts by name; none unless one of them says something."""
+    default_prompt: str | None
 
     @property
     def has_tokenizer(self) -> bool:
@@ -98,6 +101,7 @@ class Checkpoint:
         task, pairs = _task(inside / "config.json", config, task)
         limits = _limits(inside, config, kind)
         pooling, pooling_from = _pooling(folder, modules)
+        prompts, default_prompt = _prompts(folder)
         types = _number(inside / "config.json", config, "type_vocab_size", kind.types) > 1
         return cls(
             folder=inside,
@@ -112,6 +116,8 @@ class Checkpoint:
             longest=min(LONGEST, *limits.values()),
             limits=limits,
             files=("config.json", *_weights(inside), *_tokenizer(inside)),
+            prompts=prompts,
+            default_prompt=default_prompt,
         )
 
 
@@ -219,6 +225,20 @@ def _modules(folder: Path) -> dict[str, str]:
             "to forward() of a folder that `deepseek new --from text` writes"
         )
     return found
+
+
+def _prompts(folder: Path) -> tuple[dict[str, str], str | None]:
+    """The prompts that sentence-transformers uses, and the name of the default."""
+    path = folder / "config_sentence_transformers.json"
+    settings = _object(path, "") if path.is_file() else {}
+    prompts, default = settings.get("prompts") or {}, settings.get("default_prompt_name")
+    try:
+        "".join([*prompts.keys(), *prompts.values()]).encode()
+        if default not in (None, *prompts):
+            raise ValueError(f"default_prompt_name {default!r} is none of the prompts")
+    except (AttributeError, TypeError, ValueError) as error:  # no object of strings, or no Unicode
+        raise InputError(f"{path}: prompts cannot be read ({error}); copy the checkpoint again") from None
+    return (prompts, default) if any(prompts.values()) else ({}, None)
 
 
 def _pooling(folder: Path, modules: dict[str, str]) -> tuple[str, str]:

@@ -7,6 +7,7 @@ Nothing is downloaded and no code of the checkpoint runs. The build loads the we
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 from pathlib import Path
@@ -104,7 +105,7 @@ def _deploy_toml(name: str, checkpoint: Checkpoint) -> str:
         name=name,
         types=TYPES if checkpoint.token_types else "",
         output=_output(checkpoint),
-        text=TEXTS.get(checkpoint.task, "") if checkpoint.has_tokenizer else "",
+        text=_text(checkpoint),
         usual_batch=min(8, largest),
         largest_batch=largest,
         usual=min(32, checkpoint.longest),
@@ -113,6 +114,23 @@ def _deploy_toml(name: str, checkpoint: Checkpoint) -> str:
         # Without real texts, int8 would be calibrated with ids that no caller sends.
         candidates='["fp16", "int8"]' if checkpoint.has_tokenizer else '["fp16"]',
     )
+
+
+def _text(checkpoint: Checkpoint) -> str:
+    """The table `[text]`, with the prompts of an encoder."""
+    text = TEXTS.get(checkpoint.task, "") if checkpoint.has_tokenizer else ""
+    if not text or checkpoint.task != "encoder" or not checkpoint.prompts:
+        return text
+    pairs = (f"{_toml(name)} = {_toml(prompt)}" for name, prompt in checkpoint.prompts.items())
+    text += f"prompts = {{ {', '.join(pairs)} }}\n"
+    if checkpoint.default_prompt is not None:
+        text += f"default_prompt = {_toml(checkpoint.default_prompt)}\n"
+    return text
+
+
+def _toml(text: str) -> str:
+    """A string of TOML: JSON's, but DEL must be escaped too."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _output(checkpoint: Checkpoint) -> str:

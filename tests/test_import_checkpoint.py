@@ -124,6 +124,19 @@ def test_a_model_takes_texts_unless_it_answers_for_each_token(checkpoints: tuple
     assert {task for task, spec in specs.items() if spec.text} == {"encoder", "classifier", "cross-encoder"}
 
 
+def test_the_prompts_of_an_encoder_are_kept(tmp_path: Path) -> None:
+    prompts = {"query": 'Find $name\n"it": \x7f\U0001f600 ', "a b": ""}
+    for task, default in (("encoder", "query"), ("encoder", None), ("classifier", None)):
+        folder, name = tmp_path / task, f"{task}-{default}"
+        write_checkpoint(folder, "bert", task)
+        settings = {"prompts": prompts, "default_prompt_name": default}
+        (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+        main(values_of("import", str(folder), "--models", str(tmp_path / "models"), "--name", name))
+        text = DeploymentSpec.of_model(name, tmp_path / "models").text
+        assert text is not None
+        assert (text.prompts, text.default_prompt) == ((prompts, default) if task == "encoder" else ({}, None))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in KIND_OF.values()])
 def test_each_allowed_kind_of_model_builds(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +308,9 @@ REFUSALS: list[tuple[Callable[[Path], None], tuple[str, ...], str]] = [
     (modules(MEAN, "Dense"), (), "modules.json: seen the module Dense; allowed: Transformer, Pooling, Normalize"),
     (modules({"pooling_mode_lasttoken": True}), (), "1_Pooling/config.json: seen the pooling lasttoken; allowed: one of mean, cls, max"),
     (modules({}), (), "1_Pooling/config.json: seen the pooling none"),
+    (with_file("config_sentence_transformers.json", '{"prompts": ["a"]}'), (), "config_sentence_transformers.json: prompts cannot be read ("),
+    (with_file("config_sentence_transformers.json", '{"prompts": {"a": 1}}'), (), "config_sentence_transformers.json: prompts cannot be read ("),
+    (with_file("config_sentence_transformers.json", '{"prompts": {"a": "b"}, "default_prompt_name": "c"}'), (), "default_prompt_name 'c' is none of the prompts"),
     (with_file("modules.json", "[{}]"), (), "modules.json: cannot be read"),
     ((lambda folder: None), ("--name", "gateway"), "name: seen 'gateway', but build/gateway is reserved"),
     ((lambda folder: None), ("--name", "taken"), "taken: already exists; choose another name with --name"),

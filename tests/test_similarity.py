@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,10 @@ import pytest
 from deepseek_client import InferenceClient
 from huggingface_hub import InferenceClient as HuggingFaceClient
 
+from serving.openai.embeddings import Embeddings
+from serving.openai.metrics import Metrics
+from serving.openai.similarity_request import SimilarityRequest
+from serving.openai.text_models import TextModel
 from tests.test_embedded import start
 from tests.test_openai import Serving, call
 from tests.test_text import folder
@@ -55,6 +60,24 @@ def test_the_answer_is_the_cosine_of_each_sentence_in_order(serving: Serving) ->
     status, answer = compare(serving)
     assert status == 200
     np.testing.assert_allclose(answer, cosines, atol=1e-5)
+
+
+class Fixed:
+    """A client, and models, with vectors that are not of length 1."""
+
+    async def chosen(self, name: str | None) -> TextModel:
+        return TextModel(name="m", output="v", size=2, max_batch=8, parts_at_once=1, max_tokens=8, max_bytes=8)
+
+    async def infer(self, *_: Any, **__: Any) -> dict[str, np.ndarray]:
+        vectors = np.array([[3, 4], [6, 8], [-8, 6], [-3, -4], [0, 0]], np.float32)
+        return {"v": vectors, "tokens": np.ones((5, 1), np.int32)}
+
+
+def test_a_cosine_does_not_depend_on_the_lengths_of_the_vectors() -> None:
+    fixed: Any = Fixed()
+    request = SimilarityRequest.read(b'{"inputs": {"source_sentence": "a", "sentences": ["b", "c", "d", "e"]}}')
+    found = asyncio.run(Embeddings(fixed, fixed, Metrics()).similarities(request))
+    np.testing.assert_allclose(found, [1, 0, -1, 0], atol=1e-6)
 
 
 def test_a_prompt_begins_all_texts(serving: Serving) -> None:
