@@ -111,7 +111,9 @@ def test_with_a_fake_of_cuda_runs_and_copies_are_timed_apart_by_events_over_the_
     assert len(bound) == len(set(bound)) == 3  # buffers of one input and two outputs, bound once
 
 
-def test_engines_are_timed_on_their_gpu_and_graphs_by_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_fake_timers_engines_are_timed_on_their_gpu_and_graphs_by_the_whole_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     on_gpu = (lambda: 2.0, lambda: 1.0)
     monkeypatch.setattr(variants, "tensorrt_timers", lambda *_: on_gpu)
     assert variant_timers(IMAGE, "fp16", "tensorrt", lambda row: row, {}) == on_gpu
