@@ -139,12 +139,21 @@ def test_the_prompts_of_an_encoder_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in KIND_OF.values()])
-def test_each_allowed_kind_of_model_builds(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("task", list(HEADS))
+def test_each_allowed_kind_of_model_gives_what_transformers_gives(
+    kind: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
-    for task in ("encoder", "classifier", "token-classifier"):
-        write_checkpoint(tmp_path / "checkpoints" / task, kind, task)
-        main(values_of("import", str(tmp_path / "checkpoints" / task), "--models", str(tmp_path / "models")))
-        export_model(ModelFolder(task, tmp_path / "models"))
+    module = write_checkpoint(tmp_path / "checkpoints" / task, kind, task)
+    if task == "encoder":
+        write_modules(tmp_path / "checkpoints" / task, MEAN, "Normalize")
+    main(values_of("import", str(tmp_path / "checkpoints" / task), "--models", str(tmp_path / "models")))
+    export_model(ModelFolder(task, tmp_path / "models"))
+    graph = tmp_path / "build" / task / "fp32" / "model.onnx"
+    inputs = batch(tmp_path, task)
+    (found,) = onnxruntime.InferenceSession(graph).run([OUTPUT[task][0]], inputs)
+    for row, expected in zip(found, of_transformers(task, module, inputs), strict=True):
+        np.testing.assert_allclose(row[: len(expected)], expected.astype(np.float32), atol=1e-4)
 
 
 def test_each_allowed_kind_and_task_is_tested_and_an_option() -> None:
