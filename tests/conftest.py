@@ -39,8 +39,9 @@ launcher.EXIT_TIMEOUT_S = 1  # how long Triton waits for idle connections; in te
 FREE: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}  # ports of an EmbeddedServer
 
 # A test that takes one of these fixtures, or whose file has one of these names, starts a server or builds a model.
+# Other files say so with the mark `server`.
 STARTING_FIXTURES = {"server", "relays", "closed", "gateway", "built", "typed", "generated"}
-STARTING_NAMES = ("EmbeddedServer", "FakeEndpoint", "Gateway", "run_module")
+STARTING_NAMES = ("EmbeddedServer", "FakeEndpoint", "Gateway", "Serving", "answering", "run_module", "train_model")
 
 
 def is_alone(item: pytest.Item) -> bool:

@@ -21,7 +21,7 @@ from models.minilm import data, model
 from models.minilm.data import SPEC
 from models.minilm.encoder import SentenceEncoder, renamed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.server]
 
 
 @pytest.fixture(scope="session")

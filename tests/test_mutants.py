@@ -13,6 +13,8 @@ from deepseek.spec import InputError
 from tests.mutants import __main__ as probe
 from tests.mutants.mutations import mutants_of, sample
 
+pytestmark = pytest.mark.server
+
 
 @pytest.mark.parametrize(
     ("line", "mutants"),

@@ -17,7 +17,7 @@ from models.recommender import data, model, recipe
 from models.recommender.data import HISTORY, TOP, Interactions
 from models.recommender.model import NextItem, Recommender, transformer_config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.server]
 
 ITEMS = 90
 

@@ -21,6 +21,8 @@ from export.stages.select_precision import compare
 from export.stages.select_precision import show as show_choice
 from export.stages.to_onnx import export_model
 
+pytestmark = pytest.mark.server
+
 TOML = """
 name = "small"
 [inputs.x]

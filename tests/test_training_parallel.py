@@ -22,6 +22,8 @@ from deepseek.training.pipeline import arguments, as_layers, cut, part
 from deepseek.transformer import Transformer
 from tests.training_worker import config, cross_entropy, network, train
 
+pytestmark = pytest.mark.server
+
 WAYS = ("data", "sharded", "pipeline")
 TOLERANCE = 1e-4  # relative, for losses and weights after 24 steps: sums are in another order
 
