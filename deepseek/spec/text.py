@@ -58,7 +58,7 @@ class TextSpec(Table):
     """Beginnings of texts by name, such as `{ query = "query: " }`. Callers of `/v1/embeddings` and `/similarity` name
     one as `prompt_name`."""
     default_prompt: str | None = None
-    """The prompt for callers of these routes that name none; absent: texts are taken as they are."""
+    """The prompt for callers of these routes that name none; absent: texts stay unchanged."""
 
     def fills(self, inputs: Mapping[str, TensorSpec]) -> dict[Role, str]:
         """The inputs that the tokenizer fills, by what they get."""
