@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import ssl
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 from deepseek_client import AccessDenied, InferenceClient, InferenceError
 
@@ -29,7 +31,9 @@ from tests.checkout import BUSY, Checkout, blocks
 from tests.conftest import run_module
 from tests.docker_engine import HERE, answers, own_engine, run
 from tests.gateway import free_port, wait_for
+from tests.test_text import folder
 
+__all__ = ["folder"]  # a fixture
 PROJECT = f"deepseek-test-{os.getpid()}"
 IMAGES = "deepseek-test"  # not those of a stack in use here; kept, so that the next run need not build them
 OBSERVED = ("--file", "compose.yaml", "--file", "docker/compose.offline.yaml", "--profile", "observe")
@@ -106,13 +110,16 @@ class Stack:
 
 
 @pytest.fixture(scope="module")
-def stack(docker: dict[str, str], built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack(
+    docker: dict[str, str], built: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stack]:
     """Triton and the gateway, built and up; down again at the end, with nothing left."""
     running = Stack(
         folder=tmp_path_factory.mktemp("stack"), port=free_port(), local_ports=tuple(free_ports(2)), docker=docker
     )
     running.folder.chmod(0o755)
     shutil.copytree(built / "repository", running.repository)
+    shutil.copytree(folder / "repository" / "sentence", running.repository / "sentence")  # takes texts
     arguments = ("--repository", str(running.repository), "--models", "tests/models")
     local = ("--local-ports", ",".join(map(str, running.local_ports)))
     settings = (
@@ -154,6 +161,20 @@ def test_the_client_infers_through_the_gateway(stack: Stack, protocol: str) -> N
         assert np.isfinite(client.infer("text", row())["embedding"]).all()
     with stack.client(protocol, api_key="dsk_" + "A" * 43) as stranger, pytest.raises(AccessDenied):
         stranger.infer("text", row())
+
+
+def test_openais_client_works_through_the_gateway(stack: Stack) -> None:
+    trusted = ssl.create_default_context(cafile=str(stack.gateway / "ca.crt"))
+    key = new_key(stack.gateway, "openai")
+    access = {"api_key": key, "http_client": openai.DefaultHttpxClient(verify=trusted)}
+    with openai.OpenAI(base_url=f"https://localhost:{stack.port}/v1", **access) as client:  # type: ignore[arg-type]
+        assert [model.id for model in client.models.list()] == ["sentence"]
+        answer = client.embeddings.create(model="sentence", input=["ab cd"] * 20)
+        assert [len(each.embedding) for each in answer.data] == [32] * 20
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="dsk_" + "A" * 43).models.list()
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{stack.local_ports[0]}/v1", api_key="unused") as client:
+        assert len(client.embeddings.create(model="sentence", input="ab").data[0].embedding) == 32
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])

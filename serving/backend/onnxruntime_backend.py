@@ -102,11 +102,15 @@ class TritonPythonModel:
     def _send(self) -> None:
         while (batch := self.answers.get()) is not None:
             for sender, response in zip(*batch, strict=True):
+                # `send` drops outputs that the caller did not ask for, without the GIL. Their memory is numpy's, so the
+                # process would crash on Python 3.13.
+                kept = response.output_tensors()
                 try:
                     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
                 except Exception as error:  # for example a full /dev/shm: only this answer is lost
                     self.failures.increment(1)
                     pb_utils.Logger.log_error(f"an answer could not be handed to Triton: {error}")
+                del kept
 
     def _responses(self, requests: list) -> list:
         """One response per request, in order."""
