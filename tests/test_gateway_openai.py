@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import ssl
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -162,6 +163,17 @@ def test_no_other_route_of_that_process_is_reached(gateway: Gateway, method: str
         head, _, rest = answer.partition(b"\r\n\r\n")
         assert (status, refused(head, json.loads(rest))[1]) == (404, "unknown_url")
     assert {line["triton"] for line in gateway.lines(method=method, path=path)} == {""}
+
+
+def test_every_route_but_metrics_and_the_document_is_reached(serving: Serving, gateway: Gateway) -> None:
+    routes = json.load(urllib.request.urlopen(f"http://{address(serving)}/openapi.json"))["paths"]
+    assert {"/metrics", "/openapi.json", "/v1/embeddings"} < routes.keys()
+    for path, methods in routes.items():
+        (method,) = (name.upper() for name in methods)
+        target = path.replace("{model}", "sentence")
+        gateway.http(method, target, body=b"{}" if method == "POST" else b"")
+        reached = {line["triton"] for line in gateway.lines(method=method, path=target)} - {""}
+        assert bool(reached) == (path not in ("/metrics", "/openapi.json")), path
 
 
 def test_refusals_of_the_routes_pass_unchanged(gateway: Gateway) -> None:
