@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepseek_client
@@ -19,7 +20,7 @@ import numpy as np
 import openai
 import psutil
 import pytest
-from aiohttp import web
+from aiohttp import ClientSession, web
 from deepseek_client import InferenceClient, InferenceError
 
 from serving.openai.embedding_request import EmbeddingRequest
@@ -255,6 +256,53 @@ def test_bodies_are_refused_beyond_the_memory_they_may_take() -> None:
         pass
 
 
+class OneModel:
+    """A model of 384 numbers."""
+
+    async def chosen(self, _: str) -> Any:
+        return SimpleNamespace(size=384)
+
+
+def test_large_answers_are_refused_beyond_the_memory_they_may_take() -> None:
+    """2048 vectors of 384 numbers count as 48 MiB, so four fill the 192, with nothing left for the bodies."""
+
+    async def run() -> list[int]:
+        released = asyncio.Event()
+        running = 0
+
+        class Held:
+            async def answer(self, _: EmbeddingRequest) -> str:
+                nonlocal running
+                running += 1
+                await released.wait()
+                return "{}"
+
+        runner = Routes(OneModel(), Held(), Metrics()).runner(1)  # type: ignore[arg-type]
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1/embeddings"
+        async with ClientSession() as session:
+
+            async def ask(count: int) -> int:
+                async with session.post(url, json={"model": "m", "input": ["a"] * count}) as answer:
+                    return answer.status
+
+            asked = [asyncio.create_task(ask(2048)) for _ in range(3)]
+            while running < 3:
+                await asyncio.sleep(0.01)
+            refused = await ask(2048)
+            small = asyncio.create_task(ask(1))
+            while running < 4:
+                await asyncio.sleep(0.01)
+            released.set()
+            found = [refused, await small, *(await asyncio.gather(*asked)), await ask(2048)]
+        await runner.cleanup()
+        return found
+
+    assert asyncio.run(run()) == [429, 200, 200, 200, 200, 200]
+
+
 BLOCKED = """
 import json, os, time
 import numpy as np
@@ -371,7 +419,7 @@ class Waiting(Embeddings):
 def test_a_call_is_cancelled_when_its_caller_disconnects() -> None:
     async def leave() -> None:
         waiting, metrics = Waiting(), Metrics()
-        runner = Routes(None, waiting, metrics).runner(1)  # type: ignore[arg-type]
+        runner = Routes(OneModel(), waiting, metrics).runner(1)  # type: ignore[arg-type]
         await runner.setup()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             await web.SockSite(runner, listener).start()

@@ -1,4 +1,4 @@
-"""The HTTP routes, with bounded memory: the size of a body, and of all bodies that are held at once.
+"""The HTTP routes, with bounded memory: the size of a body, and of all bodies and answers that are held at once.
 
 Contract: every refusal has OpenAI's error shape. A call is cancelled when its caller disconnects.
 """
@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 
 from aiohttp import web
 
@@ -26,7 +26,9 @@ from serving.openai.similarity_request import SimilarityRequest
 from serving.openai.text_models import TextModels
 
 BODY_BYTES = 8 * 2**20
-HELD_BYTES = 64 * 2**20  # of all requests at once
+HELD_BYTES = 192 * 2**20  # of all requests at once: their bodies, and an estimate of their answers until these are sent
+NUMBER_BYTES = 24  # of a vector while it is computed and sent as base64
+DIGITS_BYTES = 64  # of one that is sent as JSON: some 20 characters, which are copied twice
 READ_S = 30.0  # longest upload of a body
 CALLER_LEFT = 499  # as nginx counts it
 
@@ -90,12 +92,19 @@ class Routes:
 
     async def _embed(self, request: web.Request) -> web.Response:
         async with self._body(request) as body:
-            answer = await self._embeddings.answer(EmbeddingRequest.read(body))
-        return web.Response(text=answer, content_type="application/json")
+            asked = EmbeddingRequest.read(body)
+            model = await self._models.chosen(asked.model)
+            per_number = NUMBER_BYTES if asked.encoding_format == "base64" else DIGITS_BYTES
+            with self._hold_answer(len(asked.texts) * model.size * per_number, len(body)):
+                answer = await self._embeddings.answer(asked)
+                return await _sent(request, web.Response(text=answer, content_type="application/json"))
 
     async def _compare(self, request: web.Request) -> web.Response:
         async with self._body(request) as body:
-            return web.json_response(await self._embeddings.similarities(SimilarityRequest.read(body)))
+            asked = SimilarityRequest.read(body)
+            model = await self._models.chosen(asked.model)
+            with self._hold_answer(len(asked.inputs.sentences) * model.size * NUMBER_BYTES, len(body)):
+                return web.json_response(await self._embeddings.similarities(asked))
 
     async def _rerank(self, request: web.Request) -> web.Response:
         async with self._body(request) as body:
@@ -134,6 +143,10 @@ class Routes:
             except TimeoutError:
                 raise ApiError(408, f"the body did not arrive within {READ_S:g} s") from None
             yield body
+
+    def _hold_answer(self, size: int, body_size: int) -> AbstractContextManager[None]:
+        """Holds an answer besides its body. One that is larger than all the room is computed if it is alone."""
+        return self._hold(min(size, HELD_BYTES - body_size))
 
     @contextmanager
     def _hold(self, size: int) -> Iterator[None]:
@@ -183,3 +196,10 @@ class Routes:
         if error.retry_after_s:
             headers["Retry-After"] = str(error.retry_after_s)
         return web.json_response(error.body(), status=error.status, headers=headers)
+
+
+async def _sent(request: web.Request, answer: web.Response) -> web.Response:
+    """The answer, once the caller has taken nearly all of it."""
+    await answer.prepare(request)
+    await answer.write_eof()
+    return answer
