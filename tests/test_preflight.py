@@ -16,6 +16,7 @@ from loadtests.results.settings import LoadSettings
 from serving.embedded.launcher import EmbeddedServer
 
 MODEL = """
+import os
 import time
 
 import triton_python_backend_utils as pb_utils
@@ -27,7 +28,9 @@ class TritonPythonModel:
         return [pb_utils.InferenceResponse([pb_utils.Tensor("y", x.as_numpy())]) for x in inputs]
 
     def finalize(self):
-        time.sleep({unloads_s})
+        ends_at = time.monotonic() + 120
+        while {waits} and not os.path.exists("{go}") and time.monotonic() < ends_at:
+            time.sleep(0.05)
 """
 CONFIG = """
 name: "{name}" backend: "python" max_batch_size: 8 instance_group {{ kind: KIND_CPU }}
@@ -43,10 +46,10 @@ axes.batch = { min = 1, opt = 4, max = 8 }
 
 def test_a_model_that_serves_is_measured_while_triton_unloads_another(tmp_path: Path) -> None:
     """Triton calls the whole server not ready until the other model is gone."""
-    for name, unloads_s in (("stays", 0), ("goes", 8)):
+    for name in ("stays", "goes"):
         version = tmp_path / "repository" / name / "1"
         version.mkdir(parents=True)
-        (version / "model.py").write_text(MODEL.format(unloads_s=unloads_s))
+        (version / "model.py").write_text(MODEL.format(waits=name == "goes", go=tmp_path / "go"))
         (version.parent / "config.pbtxt").write_text(CONFIG.format(name=name))
     (tmp_path / "deploy.toml").write_text(SPEC)
     np.savez(tmp_path / "inputs.npz", **{"00000/x": np.ones((1, 1), np.float32)})  # type: ignore[arg-type]
@@ -56,7 +59,7 @@ def test_a_model_that_serves_is_measured_while_triton_unloads_another(tmp_path: 
         InferenceClient(server.grpc_url, "grpc") as client,
     ):
         shutil.rmtree(tmp_path / "repository" / "goes")
-        ends_at = time.monotonic() + 30
+        ends_at = time.monotonic() + 60
         while client.ready():
             assert time.monotonic() < ends_at, "Triton never called itself not ready"
             time.sleep(0.05)
@@ -65,3 +68,4 @@ def test_a_model_that_serves_is_measured_while_triton_unloads_another(tmp_path: 
         settings = LoadSettings(model="stays", **about, inputs=inputs, rate_rps=10.0, duration_s=1.0)
         assert check(settings, DeploymentSpec.load(tmp_path)).versions == ("1",)
         assert not client.ready()  # it still unloads: the checks met that state
+        (tmp_path / "go").touch()
