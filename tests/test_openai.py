@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -257,10 +258,33 @@ def test_bodies_are_refused_beyond_the_memory_they_may_take() -> None:
 
 
 class OneModel:
-    """A model of 384 numbers."""
+    """A model of 384 numbers, or more."""
+
+    def __init__(self, size: int = 384) -> None:
+        self._size = size
 
     async def chosen(self, _: str) -> Any:
-        return SimpleNamespace(size=384)
+        return SimpleNamespace(size=self._size)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_answer_larger_than_all_the_room_is_computed_if_it_is_alone(chunked: bool) -> None:
+    class Ready:
+        async def answer(self, _: EmbeddingRequest) -> str:
+            return "{}"
+
+    async def run() -> int:
+        runner = Routes(OneModel(size=1_000_000), Ready(), Metrics()).runner(1)  # type: ignore[arg-type]
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1/embeddings"
+        body = json.dumps({"model": "m", "input": ["a"] * 2048}).encode()
+        async with ClientSession() as session, session.post(url, data=BytesIO(body), chunked=chunked or None) as answer:
+            status = answer.status
+        await runner.cleanup()
+        return status
+
+    assert asyncio.run(run()) == 200
 
 
 def test_large_answers_are_refused_beyond_the_memory_they_may_take() -> None:

@@ -95,7 +95,7 @@ class Routes:
             asked = EmbeddingRequest.read(body)
             model = await self._models.chosen(asked.model)
             per_number = NUMBER_BYTES if asked.encoding_format == "base64" else DIGITS_BYTES
-            with self._hold_answer(len(asked.texts) * model.size * per_number, len(body)):
+            with self._hold_answer(len(asked.texts) * model.size * per_number):
                 answer = await self._embeddings.answer(asked)
                 return await _sent(request, web.Response(text=answer, content_type="application/json"))
 
@@ -103,7 +103,7 @@ class Routes:
         async with self._body(request) as body:
             asked = SimilarityRequest.read(body)
             model = await self._models.chosen(asked.model)
-            with self._hold_answer(len(asked.inputs.sentences) * model.size * NUMBER_BYTES, len(body)):
+            with self._hold_answer(len(asked.inputs.sentences) * model.size * NUMBER_BYTES):
                 return web.json_response(await self._embeddings.similarities(asked))
 
     async def _rerank(self, request: web.Request) -> web.Response:
@@ -144,9 +144,9 @@ class Routes:
                 raise ApiError(408, f"the body did not arrive within {READ_S:g} s") from None
             yield body
 
-    def _hold_answer(self, size: int, body_size: int) -> AbstractContextManager[None]:
+    def _hold_answer(self, size: int) -> AbstractContextManager[None]:
         """Holds an answer besides its body. One that is larger than all the room is computed if it is alone."""
-        return self._hold(min(size, HELD_BYTES - body_size))
+        return self._hold(min(size, HELD_BYTES - BODY_BYTES))
 
     @contextmanager
     def _hold(self, size: int) -> Iterator[None]:
