@@ -10,7 +10,7 @@ from deepseek.spec import BATCH, DeploymentSpec, InputError, build_dir
 
 
 def infer(options: argparse.Namespace) -> int:
-    """Sends a text, a pair, or one evaluation sample, repeated to fill the smallest batch that the model takes."""
+    """Sends a text, a pair, or one evaluation sample. It is repeated if the model takes no batch of one."""
     if options.text and options.inputs:
         raise InputError("--text and --inputs: seen both; give one of them")
     if options.pair and not options.text:

@@ -235,7 +235,7 @@ def _prompts(folder: Path) -> tuple[dict[str, str], str | None]:
     try:
         "".join([*prompts.keys(), *prompts.values()]).encode()
         if default not in (None, *prompts):
-            raise ValueError(f"default_prompt_name {default!r} is none of the prompts")
+            raise ValueError(f"default_prompt_name {default!r} is not one of the prompts")
     except (AttributeError, TypeError, ValueError) as error:  # no object of strings, or no Unicode
         raise InputError(f"{path}: prompts cannot be read ({error}); copy the checkpoint again") from None
     return (prompts, default) if any(prompts.values()) else ({}, None)

@@ -32,9 +32,9 @@ class Length(NamedTuple):
     """The length of an input."""
 
     title: str
-    """Of its class, such as "sequence 17 to 32"; "" if all inputs have one length."""
+    """The class of lengths, such as "sequence 17 to 32"; "" if all inputs have one length."""
     tokens: int = 0
-    """Of a text, after truncation."""
+    """Tokens of a text after truncation; 0 if the input is not a text."""
 
 
 NO_LENGTH = Length("")
@@ -133,7 +133,7 @@ def shuffled(rows: Sequence[T], seed: int) -> list[T]:
 
 
 def length_classes(rows: Sequence[Row], spec: DeploymentSpec) -> list[Length]:
-    """The length of each row, from the axes whose sizes differ between rows, or from the tokens of texts."""
+    """The length of each row: the sizes of the axes that differ between rows, or the tokens of a text."""
     axes, sizes = _lengths(rows, spec)
     if not axes:
         return [NO_LENGTH] * len(rows)
