@@ -24,11 +24,11 @@ import pytest
 from aiohttp import ClientSession, web
 from deepseek_client import InferenceClient, InferenceError
 
-from serving.openai.embedding_request import EmbeddingRequest
 from serving.openai.embeddings import Embeddings, _shortened
 from serving.openai.errors import ApiError, from_client
 from serving.openai.inference import infer_texts
 from serving.openai.metrics import Metrics
+from serving.openai.requests import EmbeddingRequest
 from serving.openai.routes import BODY_BYTES, HELD_BYTES, Routes
 from serving.openai.text_models import TextModel
 from tests.conftest import write_add_one

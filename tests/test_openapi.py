@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from serving.openai.embedding_request import EmbeddingRequest
 from serving.openai.errors import ApiError
 from serving.openai.openapi import document
 from serving.openai.request_body import RequestBody
-from serving.openai.rerank_request import RerankRequest
+from serving.openai.requests import EmbeddingRequest, RerankRequest, SimilarityRequest
 from serving.openai.routes import Routes
-from serving.openai.similarity_request import SimilarityRequest
 from tests.test_openai import Serving, call, serving
 from tests.test_text import folder
 

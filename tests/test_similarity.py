@@ -17,7 +17,7 @@ from huggingface_hub import InferenceClient as HuggingFaceClient
 
 from serving.openai.embeddings import Embeddings
 from serving.openai.metrics import Metrics
-from serving.openai.similarity_request import SimilarityRequest
+from serving.openai.requests import SimilarityRequest
 from serving.openai.text_models import TextModel
 from tests.test_embedded import start
 from tests.test_openai import Serving, call

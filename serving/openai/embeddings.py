@@ -11,11 +11,10 @@ import numpy as np
 from deepseek_client import AsyncInferenceClient, InferenceError
 
 from deepseek.spec import TOKENS
-from serving.openai.embedding_request import EmbeddingRequest
 from serving.openai.errors import ApiError, from_client
 from serving.openai.inference import infer_texts
 from serving.openai.metrics import Metrics
-from serving.openai.similarity_request import SimilarityParameters, SimilarityRequest
+from serving.openai.requests import EmbeddingRequest, SimilarityParameters, SimilarityRequest
 from serving.openai.text_models import TextModel, TextModels, prepared
 
 ROWS_IN_A_TURN = 16  # vectors written as JSON before other requests get their turn

@@ -14,7 +14,7 @@ from deepseek.spec import TOKENS
 from serving.openai.errors import ApiError, from_client
 from serving.openai.inference import infer_texts
 from serving.openai.metrics import Metrics
-from serving.openai.rerank_request import RerankRequest
+from serving.openai.requests import RerankRequest
 from serving.openai.text_models import TextModel, prepared
 
 

@@ -15,14 +15,12 @@ from contextlib import AbstractContextManager, asynccontextmanager, contextmanag
 from aiohttp import web
 
 from serving.openai.answers import EmbeddingList, Model, ModelList, Ranking, Similarities
-from serving.openai.embedding_request import EmbeddingRequest
 from serving.openai.embeddings import Embeddings
 from serving.openai.errors import ApiError, busy
 from serving.openai.metrics import CONTENT_TYPE, Metrics
 from serving.openai.openapi import Handler, Route, document
+from serving.openai.requests import EmbeddingRequest, RerankRequest, SimilarityRequest
 from serving.openai.rerank import scores_of
-from serving.openai.rerank_request import RerankRequest
-from serving.openai.similarity_request import SimilarityRequest
 from serving.openai.text_models import TextModels
 
 BODY_BYTES = 8 * 2**20
