@@ -106,7 +106,7 @@ def metrics_page() -> str:
     return "\n".join(lines)
 
 
-METRIC = re.compile(r"\b(?:gateway|nv|onnxruntime)_[a-z_]+[a-z]\b")
+METRIC = re.compile(r"\b(?:gateway|nv|onnxruntime|openai)_[a-z_]+[a-z]\b")
 
 
 def _example_model() -> ServedModel:
@@ -127,6 +127,7 @@ def _example_model() -> ServedModel:
         objectives=tuple(slo.all_objectives()),
         queue_size=32,
         versions=(1,),
+        text_bytes=1,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cli.main import values_of
 from deepseek.spec import Objective
 from serving.observe.alerts import rules
 from serving.observe.dashboard import dashboard, queries
@@ -22,7 +23,7 @@ from tests.test_stack_files import services
 
 P99 = Objective(name="p99_ms", measure="p99_ms", relation="<=", limit=80)
 ERRORS = Objective(name="max_error_rate", measure="error_rate", relation="<=", limit=0.001)
-MODEL = replace(TEXT, objectives=(P99, ERRORS), queue_size=100, versions=(5,))
+MODEL = replace(TEXT, objectives=(P99, ERRORS), queue_size=100, versions=(5,), text_bytes=1000)
 OBSERVE = Path("docker/observe")
 Fired = set[tuple[str, str]]
 
@@ -47,6 +48,12 @@ SUCCESS = f'nv_inference_request_success{{{TRITON},version="5"}}'
 QUEUE_US = f'nv_inference_queue_duration_us{{{TRITON},version="5"}}'
 WAITING = f'nv_inference_pending_request_count{{{TRITON},version="5"}}'
 OLDER = f'nv_inference_pending_request_count{{{TRITON},version="4"}}'
+OPENAI, OPENAI_REFUSED = (f'openai_requests_total{{route="/v1/embeddings",status="{status}"}}' for status in (200, 429))
+OPENAI_WRONG = 'openai_requests_total{route="/v1/embeddings",status="400"}'
+OPENAI_UP = 'up{job="openai",instance="a"}'
+OPENAI_FAST = 'openai_request_duration_seconds_bucket{model="text",split="no",le="0.1"}'  # the next from 80 ms on
+OPENAI_LISTS = 'openai_request_duration_seconds_count{model="text",split="no"}'
+OPENAI_LONG_LISTS = 'openai_request_duration_seconds_count{model="text",split="yes"}'
 TRITON_UP, GATEWAY_UP = 'up{job="triton",instance="a"}', 'up{job="gateway",instance="g"}'
 STARTING, GATEWAY_STARTING = (up.replace('instance="', 'instance="new-') for up in (TRITON_UP, GATEWAY_UP))
 PENDING = 'gateway_reload_pending{instance="g"}'
@@ -56,6 +63,7 @@ HEALTHY = {
     FAST: "0+6000", ANSWERED: "0+6000", SUCCESS: "0+6000", FAILED: "0+0", CANCELED: "0+0", QUEUE_US: "0+6000000",
     SERVED: "0+6000",
     WAITING: "2+0", TRITON_UP: "1+0", GATEWAY_UP: "1+0", CERTIFICATE: "1e10+0", PENDING: "0+0",
+    OPENAI_UP: "1+0", OPENAI: "0+6000", OPENAI_FAST: "0+6000", OPENAI_LISTS: "0+6000",
 }  # fmt: skip
 # Every request is answered at once, with 500 or INTERNAL.
 ALL_FAIL = {
@@ -161,6 +169,13 @@ def each(name: str, *severities: str) -> Fired:
         pytest.param({STARTING: "0+0"}, 15, each("TritonDown", "ticket"), id="one of two does not come up"),
         pytest.param({GATEWAY_UP: "0+0"}, 3, each("GatewayDown", "page"), id="gateway down"),
         pytest.param({GATEWAY_STARTING: "0+0"}, 15, each("GatewayDown", "ticket"), id="one of two gateways down"),
+        pytest.param({OPENAI_UP: "0+0"}, 3, each("OpenAIDown", "page"), id="the OpenAI routes are down"),
+        pytest.param({OPENAI_REFUSED: "0+600"}, 70, each("OpenAIBudgetBurn", *BOTH), id="the routes refuse"),
+        pytest.param({OPENAI_REFUSED: "0+3"}, 70, set(), id="the routes refuse half of what they may"),
+        pytest.param({OPENAI_WRONG: "0+6000"}, 70, set(), id="callers of the routes do wrong"),
+        pytest.param({OPENAI_FAST: "0+4800"}, 70, each("OpenAILatencyBudgetBurn", *BOTH), id="a fifth is slow on the routes"),
+        pytest.param({OPENAI_FAST: "0+5970"}, 70, set(), id="half of what may be slow on the routes"),
+        pytest.param({OPENAI_LONG_LISTS: "0+6000"}, 70, set(), id="long lists take long"),
         pytest.param({CERTIFICATE: "864000+0"}, 7, each("CertificateExpires", "ticket"), id="ten days left"),
         pytest.param({CERTIFICATE: "60+0"}, 7, each("CertificateExpires", *BOTH), id="certificate ended"),
         pytest.param({CERTIFICATE: "NaN+0"}, 7, each("CertificateExpires", *BOTH), id="certificate unreadable"),
@@ -201,6 +216,17 @@ def test_without_a_known_slo_no_budget_is_watched() -> None:
     names = {rule["alert"] for rule in _alerts(replace(MODEL, objectives=()))}
     assert not {name for name in names if name.endswith("BudgetBurn")}
     assert {"QueueSaturated", "ModelNotReady", "VersionMismatch", "TritonDown"} <= names
+
+
+def test_without_models_that_take_texts_nothing_watches_the_openai_routes() -> None:
+    for model in (replace(MODEL, text_bytes=0), replace(MODEL, needs_gpu=True)):
+        assert "openai" not in yaml.safe_dump(rules([model]))
+        assert "openai" not in str(dashboard([model]))
+
+
+def test_the_openai_routes_watch_only_limits_that_their_histogram_reaches() -> None:
+    late = Objective(name="p99_ms", measure="p99_ms", relation="<=", limit=60_001)
+    assert "openai_requests_slow" not in yaml.safe_dump(rules([replace(MODEL, objectives=(late,))]))
 
 
 def test_a_share_that_no_window_can_exceed_is_left_to_the_longer_ones() -> None:
@@ -269,7 +295,8 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap(on_gpu: bool) -> None:
 
 
 def test_the_queries_of_the_dashboard_are_promql(tmp_path: Path) -> None:
-    asked = [expr for _, expr in queries(dashboard([replace(MODEL, needs_gpu=True)]))]
+    gpu_row, without = (dashboard([replace(MODEL, needs_gpu=on_gpu)]) for on_gpu in (True, False))
+    asked = sorted({expr for content in (gpu_row, without) for _, expr in queries(content)})
     recorded = [{"record": f"query:{index}:is", "expr": expr} for index, expr in enumerate(asked)]
     (tmp_path / "queries.yml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": recorded}]}))
     done = promtool("check", "rules", tmp_path / "queries.yml")
@@ -282,7 +309,9 @@ def test_what_the_dashboard_and_the_alerts_read_is_recorded() -> None:
     recorded = {rule["record"] for group in found for rule in group["rules"] if "record" in rule}
     texts = [expr for _, expr in queries(dashboard([MODEL]))]
     texts += [rule["expr"] for group in found for rule in group["rules"] if "alert" in rule]
-    read = {name for text in texts for name in re.findall(r"\b(?:model|instance_model|endpoint):[a-z_]+:\w+", text)}
+    read = {
+        name for text in texts for name in re.findall(r"\b(?:model|instance_model|endpoint|openai):[a-z_]+:\w+", text)
+    }
     assert read <= recorded
 
 
@@ -292,7 +321,8 @@ def test_compose_mounts_them_where_prometheus_and_grafana_look() -> None:
     prometheus = yaml.safe_load((OBSERVE / "prometheus" / "prometheus.yml").read_text())
     assert volumes["prometheus"]["/rules"] == "${STACK_OBSERVE:-build/observe}/rules"
     assert prometheus["rule_files"] == ["/rules/*.yml"]
-    assert {job["job_name"] for job in prometheus["scrape_configs"]} == {"triton", "gateway"}
+    ports = {job["job_name"]: job["dns_sd_configs"][0]["port"] for job in prometheus["scrape_configs"]}
+    assert ports == {"triton": 8002, "gateway": 9145, "openai": values_of("serve").openai_port}
     (provider,) = yaml.safe_load((OBSERVE / "grafana/dashboards/dashboards.yml").read_text())["providers"]
     assert volumes["grafana"][provider["options"]["path"]] == "${STACK_OBSERVE:-build/observe}/dashboards"
     (source,) = yaml.safe_load((OBSERVE / "grafana/datasources/prometheus.yml").read_text())["datasources"]

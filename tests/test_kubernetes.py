@@ -135,8 +135,10 @@ def test_only_the_gateway_reaches_tritons_ports_and_all_that_is_not_named_is_ref
     assert "egress" not in triton
     callers = {port["port"]: rule["from"] for rule in triton["ingress"] for port in rule["ports"]}
     gateway = [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "gateway"}}}]
-    assert callers[8000] == callers[8001] == callers[8003] == gateway
+    assert callers[8000] == callers[8001] == gateway
     assert policies["gateway"]["egress"][0]["ports"] == triton["ingress"][0]["ports"]
+    assert triton["ingress"][1]["ports"] == [{"port": 8002}, {"port": 8003}]
+    assert triton["ingress"][0]["ports"][2:] == [{"port": 8003}]
     assert callers[8002][0]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "monitoring"}
 
 

@@ -235,7 +235,8 @@ def test_the_alerts_are_those_of_the_stack(generated: dict[str, Path]) -> None:
     assert rule["spec"] == rules(served_models(folder / "repository", folder), scope=ours, rollout_min=2 * most)
     monitors = {name: find(build(generated["plain"]), "ServiceMonitor", name)["spec"] for name in ("triton", "gateway")}
     assert monitors["triton"]["jobLabel"] == "app.kubernetes.io/name"  # the jobs that the alerts ask for
-    assert monitors["gateway"]["endpoints"][0]["relabelings"][0]["replacement"] == "gateway"
+    for name, endpoint, job in (("gateway", 0, "gateway"), ("triton", 1, "openai")):
+        assert monitors[name]["endpoints"][endpoint]["relabelings"][0]["replacement"] == job
 
 
 def within(namespace: str, series: dict[str, str]) -> dict[str, str]:
@@ -247,7 +248,7 @@ def within(namespace: str, series: dict[str, str]) -> dict[str, str]:
     ("series", "expected"),
     [
         (within("ours", HEALTHY) | within("theirs", HEALTHY | ALL_FAIL), set()),
-        (within("theirs", HEALTHY), {("TritonDown", "page"), ("GatewayDown", "page")}),
+        (within("theirs", HEALTHY), {(f"{name}Down", "page") for name in ("Triton", "Gateway", "OpenAI")}),
     ],
     ids=["theirs fails", "ours is away"],
 )

@@ -12,6 +12,10 @@ from tests.test_openai import Serving, call, serving
 from tests.test_text import MOST_TOKENS, folder, ids_of
 
 __all__ = ["folder", "serving"]  # fixtures
+SHORT, LONG, REFUSED = (
+    f'route="/v1/embeddings",model="{model}",split="{split}"'
+    for model, split in (("sentence", "no"), ("sentence", "yes"), ("", "no"))
+)
 
 
 def scrape(serving: Serving) -> dict[str, float]:
@@ -28,24 +32,27 @@ def scrape(serving: Serving) -> dict[str, float]:
 def test_requests_texts_and_tokens_are_counted(serving: Serving) -> None:
     texts, url, before = ["ab", "ab " * 100], serving.places["OpenAI"], scrape(serving)
     call(url, "POST", "/v1/embeddings", json.dumps({"model": "sentence", "input": texts}).encode())
+    call(url, "POST", "/v1/embeddings", json.dumps({"model": "sentence", "input": ["ab"] * 40}).encode())
     call(url, "POST", "/v1/embeddings", b"{}")
     call(url, "GET", "/v1/models/sentence")
     call(url, "GET", "/v1/nosuch")
     after = scrape(serving)
     added = {name: value - before.get(name, 0) for name, value in after.items()}
-    tokens = sum(min(ids_of(text)[1], MOST_TOKENS) for text in texts)
+    tokens = sum(min(ids_of(text)[1], MOST_TOKENS) for text in texts + ["ab"] * 40)
     expected = {
-        'openai_requests_total{route="/v1/embeddings",status="200"}': 1,
+        'openai_requests_total{route="/v1/embeddings",status="200"}': 2,
         'openai_requests_total{route="/v1/embeddings",status="400"}': 1,
         'openai_requests_total{route="/v1/models/{model}",status="200"}': 1,
         'openai_requests_total{route="other",status="404"}': 1,
-        'openai_texts_total{model="sentence"}': 2,
+        'openai_texts_total{model="sentence"}': 42,
         'openai_tokens_total{model="sentence"}': tokens,
-        'openai_request_duration_seconds_count{route="/v1/embeddings"}': 2,
-        'openai_request_duration_seconds_bucket{route="/v1/embeddings",le="+Inf"}': 2,
+        f"openai_request_duration_seconds_count{{{SHORT}}}": 1,
+        f"openai_request_duration_seconds_count{{{LONG}}}": 1,
+        f"openai_request_duration_seconds_count{{{REFUSED}}}": 1,
+        f'openai_request_duration_seconds_bucket{{{SHORT},le="+Inf"}}': 1,
     }
     assert {name: added[name] for name in expected} == expected
-    assert added['openai_request_duration_seconds_sum{route="/v1/embeddings"}'] > 0
+    assert added[f"openai_request_duration_seconds_sum{{{SHORT}}}"] > 0
 
 
 def test_each_bucket_counts_the_requests_up_to_its_end() -> None:
@@ -53,11 +60,11 @@ def test_each_bucket_counts_the_requests_up_to_its_end() -> None:
     for seconds in (0.003, 0.005, 0.2, 100):
         metrics.count_request("/a", 200, seconds)
     lines = [line for line in metrics.text().splitlines() if line.startswith("openai_request_duration_seconds")]
-    name = 'openai_request_duration_seconds_bucket{route="/a",le='
+    name = 'openai_request_duration_seconds_bucket{route="/a",model="",split="no",le='
     counts = {line.removeprefix(name).split('"')[1]: int(line.split()[-1]) for line in lines if line.startswith(name)}
-    assert [counts[end] for end in ("0.005", "0.1", "0.25", "60", "+Inf")] == [2, 2, 3, 3, 4]
-    assert float(lines[-2].removeprefix('openai_request_duration_seconds_sum{route="/a"} ')) == pytest.approx(100.208)
-    assert lines[-1] == 'openai_request_duration_seconds_count{route="/a"} 4'
+    assert [counts[end] for end in ("0.005", "0.1", "0.2", "60.0", "+Inf")] == [2, 2, 3, 3, 4]
+    assert float(lines[-2].split()[-1]) == pytest.approx(100.208)
+    assert lines[-1] == 'openai_request_duration_seconds_count{route="/a",model="",split="no"} 4'
 
 
 def test_a_label_is_escaped() -> None:

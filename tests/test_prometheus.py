@@ -19,26 +19,32 @@ import pytest
 import yaml
 
 from serving.observe.dashboard import dashboard, queries
+from serving.repository.served_models import served_models
 from serving.stack.refresh import write_observed
 from tests.gateway import free_port, wait_for
 from tests.test_observe import Observed, X, observed
+from tests.test_openai import Serving, call, serving
+from tests.test_text import folder
+
+__all__ = ["folder", "serving"]  # fixtures
 
 
 class Prometheus:
-    """A real one that scrapes both programs each second, with the rules of `folder`."""
+    """A real one that scrapes each second, with the rules of `folder`."""
 
-    def __init__(self, folder: Path, running: Observed) -> None:
+    def __init__(self, folder: Path, targets: dict[str, str]) -> None:
+        """`targets`: host:port of each job; other jobs are left out."""
         if not shutil.which("prometheus"):
             pytest.skip("no prometheus here: apt-get install prometheus")
         self.port = free_port()
         config = yaml.safe_load(Path("docker/observe/prometheus/prometheus.yml").read_text())
-        targets = {"triton": running.server.metrics_port, "gateway": running.gateway.internal_port}
         config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
         config["rule_files"] = [str(folder / "observe" / "rules" / "*.yml")]
         del config["alerting"]
+        config["scrape_configs"] = [job for job in config["scrape_configs"] if job["job_name"] in targets]
         for job in config["scrape_configs"]:
             del job["dns_sd_configs"]
-            job["static_configs"] = [{"targets": [f"127.0.0.1:{targets[job['job_name']]}"]}]
+            job["static_configs"] = [{"targets": [targets[job["job_name"]]]}]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         flags = {
             "config.file": folder / "prometheus.yml",
@@ -105,7 +111,8 @@ def load(running: Observed) -> Iterator[list[Exception]]:
 def test_under_load_every_rule_evaluates_and_every_panel_has_data(tmp_path: Path) -> None:
     with observed(tmp_path) as running:
         write_observed(running.models, tmp_path / "observe")
-        prometheus = Prometheus(tmp_path, running)
+        ports = {"triton": running.server.metrics_port, "gateway": running.gateway.internal_port}
+        prometheus = Prometheus(tmp_path, {job: f"127.0.0.1:{port}" for job, port in ports.items()})
         try:
             with load(running) as wrong:
                 check_data(prometheus, running)
@@ -124,3 +131,24 @@ def check_data(prometheus: Prometheus, running: Observed) -> None:
     asked |= {f"{title}: {query}": query for title, query in queries(dashboard(running.models))}
     wait_for(lambda: [name for name, query in asked.items() if not prometheus.has(query)], [].__eq__)
     assert [rule["name"] for rule in prometheus.rules() if rule.get("alerts")] == []
+
+
+@pytest.mark.server
+def test_the_rules_and_panels_of_the_openai_routes_have_data(folder: Path, serving: Serving, tmp_path: Path) -> None:
+    models = served_models(folder / "repository", Path("tests/models"))
+    write_observed(models, tmp_path / "observe")
+    places = {"triton": serving.places["metrics"], "openai": serving.places["OpenAI"]}
+    prometheus = Prometheus(tmp_path, {job: urllib.parse.urlsplit(url).netloc for job, url in places.items()})
+    first = next(panel["id"] for panel in dashboard(models)["panels"] if panel["title"] == "OpenAI routes")
+    row = {"panels": [panel for panel in dashboard(models)["panels"] if first < panel["id"] <= first + 6]}
+    asked = {query for _, query in queries(row)} | {"openai:requests:rate5m", "model:openai_requests_slow:ratio_rate5m"}
+    try:
+
+        def without_data() -> list[str]:
+            call(serving.places["OpenAI"], "POST", "/v1/embeddings", b'{"model": "sentence", "input": ["ab", "abc"]}')
+            return [query for query in asked if not prometheus.has(query)]
+
+        wait_for(without_data, [].__eq__)
+        assert all(rule["health"] == "ok" for rule in prometheus.rules() if rule["query"].startswith("openai"))
+    finally:
+        prometheus.stop()

@@ -3,8 +3,8 @@
 Contract: `rules` makes the content of a rule file. `deepseek stack` writes it into `build/observe/rules/`, which
 compose mounts; `serving.kubernetes.overlay` wraps it as a PrometheusRule. Budgets are watched over several windows
 (Google's SRE workbook, "Alerting on SLOs"). Each alert has a section in docs/runbook.md. Prometheus must scrape the
-jobs `triton` and `gateway` at least twice a minute. A `Scope` limits all rules to one namespace, since a cluster's
-Prometheus may scrape other Tritons too.
+jobs `triton`, `gateway` and `openai` at least twice a minute. A `Scope` limits all rules to one namespace, since a
+cluster's Prometheus may scrape other Tritons too.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from serving.observe.recording_rules import (
     Scope,
     allowed_slow,
     number,
+    openai_bound_s,
     recording_groups,
 )
-from serving.repository.served_models import ServedModel, served_models
+from serving.repository.served_models import ServedModel, has_openai_routes, served_models
 
 RUNBOOK = "docs/runbook.md"
 PERIOD_DAYS = 30  # that an error budget is meant for
@@ -80,7 +81,7 @@ def rules(
     models: list[ServedModel], runbook: str = RUNBOOK, scope: Scope = EVERYWHERE, rollout_min: int = ROLLOUT_MIN
 ) -> dict[str, Any]:
     """A rule file: recording rules, then alerts. `rollout_min`: minutes that a rollout of all instances may take."""
-    alerts = [*_stack_alerts(scope), *_endpoint_burns(models, scope)]
+    alerts = [*_stack_alerts(models, scope), *_endpoint_burns(models, scope), *_openai_burns(models, scope)]
     for model in models:
         alerts += [rule for budget in _budgets(model) for rule in _burns(budget, scope)]
         alerts += [_queue_alert(model, scope), _ready_alert(model, scope)]
@@ -149,6 +150,37 @@ def _endpoint_burns(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
         yield from _burns(budget, scope)
 
 
+def _openai_burns(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
+    """Burn alerts of the OpenAI routes. A list that needs several batches has no latency limit."""
+    if not has_openai_routes(models):
+        return
+    take_texts = [model for model in models if model.text_bytes]
+    shares = [model.max_error_rate for model in take_texts if model.max_error_rate is not None]
+    if shares:
+        unserved = Budget(
+            alert="OpenAIBudgetBurn",
+            share="openai:requests_unserved",
+            total="openai:requests",
+            allowed=min(shares),
+            summary="The OpenAI routes refuse or fail too many requests: status 429 or 5xx",
+        )
+        yield from _burns(unserved, scope)
+    for model in take_texts:
+        for percent, limit_ms in model.latency_limits_ms.items():
+            if (bound := openai_bound_s(limit_ms)) is None:
+                continue
+            slow = Budget(
+                alert="OpenAILatencyBudgetBurn",
+                share="model:openai_requests_slow",
+                total="model:openai_requests",
+                allowed=allowed_slow(percent),
+                summary=f"{model.name}: too many requests of the OpenAI routes take longer than {bound:g} s; "
+                f"the SLO's p{percent:g} is {limit_ms:g} ms",
+                labels={"model": model.name, "objective": f"p{percent:g}"},
+            )
+            yield from _burns(slow, scope)
+
+
 def _burns(budget: Budget, scope: Scope) -> Iterator[Rule]:
     """One alert per pair of windows whose limit a share can exceed."""
     model = {name: value for name, value in budget.labels.items() if name == "model"}
@@ -180,12 +212,15 @@ def _lasts(days: float) -> str:
 # ---- states ------------------------------------------------------------------------------------------
 
 
-def _stack_alerts(scope: Scope) -> Iterator[Rule]:
-    """Alerts about Triton and the gateway, for all models."""
-    for name, job, effect in (
+def _stack_alerts(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
+    """Alerts about Triton, the gateway and the OpenAI routes, for all models."""
+    jobs = [
         ("TritonDown", "triton", "Callers get 503 / UNAVAILABLE."),
         ("GatewayDown", "gateway", "Callers reach no model."),
-    ):
+    ]
+    if has_openai_routes(models):
+        jobs.append(("OpenAIDown", "openai", "Callers of the OpenAI routes get 503."))
+    for name, job, effect in jobs:
         none, one = f"Prometheus reaches no {job}", f"Prometheus does not reach {job} {{{{ $labels.instance }}}}"
         up = f"up{scope(job=job)}"
         yield _alert(name, f"absent({up} == 1)", "page", none, effect, "1m")

@@ -1,8 +1,8 @@
 """The Grafana dashboard for a repository, for the data source that Compose provisions.
 
 Contract: `dashboard` makes the content of a dashboard file. It reads what `serving.observe.recording_rules` records,
-and the gateway's and Triton's own metrics; the GPU row is there if a model needs one. `queries` gives the
-panels' queries as Grafana sends them with every model selected.
+and the metrics of the gateway, Triton and the OpenAI routes. The rows of the GPU and of these routes are there if the
+models need them. `queries` gives the panels' queries as Grafana sends them with every model selected.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from deepseek.spec.metric_windows import QUEUES
 from serving.observe.alerts import BURNS
-from serving.observe.recording_rules import DURATION, FAILURES, READY
-from serving.repository.served_models import ServedModel
+from serving.observe.recording_rules import DURATION, FAILURES, OPENAI_DURATION, OPENAI_REQUESTS, READY
+from serving.repository.served_models import ServedModel, has_openai_routes
 
 UID, SOURCE = "deepseek", {"type": "prometheus", "uid": "prometheus"}
 ROW_WIDTH, PANEL_HEIGHT = 24, 8  # of Grafana's grid
@@ -171,6 +171,43 @@ def _triton() -> list[Panel]:
     ]
 
 
+def _openai() -> list[Panel]:
+    one_batch, route = 'split="no"', 'route=~"/v1/embeddings|/similarity|/rerank"'
+    padded, tokens = (_rate(f"onnxruntime_text_{name}", "model", MODEL) for name in ("padded_tokens", "tokens"))
+    buckets = _rate(f"{OPENAI_DURATION}_bucket", "le, model", MODEL, one_batch)
+    return [
+        _panel(
+            "Requests of the OpenAI routes",
+            "reqps",
+            {"{{route}} {{status}}": _rate(OPENAI_REQUESTS, "route, status", route)},
+            description="429: no room in a queue or in memory. 499: the caller disconnected.",
+        ),
+        _panel(
+            "Unserved by the OpenAI routes",
+            "percentunit",
+            {"429 and 5xx": "openai:requests_unserved:ratio_rate5m"},
+            description="Callers' mistakes and refusals of the gateway do not count.",
+        ),
+        _panel(
+            "Latency of the OpenAI routes",
+            "s",
+            {
+                f"{{{{model}}}} p{100 * share:g}": f"histogram_quantile({share}, {buckets})"
+                for share in (0.5, 0.95, 0.99)
+            },
+            description="Lists that fit into one batch. Longer lists take as long as their batches.",
+        ),
+        _panel("Texts per second", "none", {"{{model}}": _rate("openai_texts_total", "model", MODEL)}),
+        _panel("Tokens per second", "none", {"{{model}}": _rate("openai_tokens_total", "model", MODEL)}),
+        _panel(
+            "Padding of texts",
+            "none",
+            {"{{model}}": f"{padded} / {tokens}"},
+            description="Tokens that ran with padding, over those without; 1: none. Texts over KServe v2 count too.",
+        ),
+    ]
+
+
 def _machine() -> list[Panel]:
     memory = "nv_cpu_memory_used_bytes / nv_cpu_memory_total_bytes"
     certificate = "gateway_certificate_expiry_timestamp_seconds - time()"
@@ -194,7 +231,10 @@ def _gpu() -> list[Panel]:
 
 def dashboard(models: list[ServedModel]) -> dict[str, Any]:
     """A dashboard file."""
-    rows = {"Objectives": _slo(), "Requests": _gateway(), "Triton": _triton(), "Machine": _machine()}
+    rows = {"Objectives": _slo(), "Requests": _gateway(), "Triton": _triton()}
+    if has_openai_routes(models):
+        rows["OpenAI routes"] = _openai()
+    rows["Machine"] = _machine()
     if any(model.needs_gpu for model in models):
         rows["GPU"] = _gpu()
     return {

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deepseek.spec.metric_windows import BUDGETS, QUEUES
-from serving.repository.served_models import ServedModel, bound_s
+from deepseek.spec.metric_windows import BUDGETS, OPENAI_BOUNDS_S, QUEUES
+from serving.repository.served_models import ServedModel, bound_s, has_openai_routes
 
 DURATION = "gateway_request_duration_seconds"
 # The gateway's HTTP and gRPC statuses: answers, and requests that no server took or that a server failed. Mistakes of
@@ -25,6 +25,10 @@ REQUESTS = '__name__=~"nv_inference_request_(success|failure)"'
 NOT_GIVEN_UP = 'reason!="CANCELED"'  # by the caller
 SLOW = "instance_model:requests_slow:total"  # with the bound as `le`
 READY = "nv_inference_pending_request_count"  # exists for loaded versions only
+OPENAI_DURATION = "openai_request_duration_seconds"
+OPENAI_REQUESTS = "openai_requests_total"
+# What the OpenAI routes answered, and left unanswered for lack of room or by a failure.
+OPENAI_UNSERVED = "429|5.."
 
 Rule = dict[str, Any]
 
@@ -56,6 +60,7 @@ def recording_groups(models: list[ServedModel], scope: Scope = EVERYWHERE) -> li
     return [
         {"name": "deepseek-slo", "rules": slo},
         {"name": "deepseek-models", "rules": list(_queues_and_batches(models, scope))},
+        *([{"name": "deepseek-openai", "rules": list(_openai(models, scope))}] if has_openai_routes(models) else []),
     ]
 
 
@@ -162,3 +167,31 @@ def _queues_and_batches(models: list[ServedModel], scope: Scope) -> Iterator[Rul
         if model.queue_size:
             fill = f"sum by (instance) ({READY}{scope(model=model.name)}) / {model.queue_size}"
             yield _record("instance_model:queue_fill:ratio", fill, model=model.name, **scope.labels)
+
+
+def openai_bound_s(limit_ms: float) -> float | None:
+    """The first bound of the OpenAI routes' histogram from a limit on: requests above it are certainly too slow."""
+    return next((bound for bound in OPENAI_BOUNDS_S if bound * 1000 >= limit_ms), None)
+
+
+def _openai(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
+    """The OpenAI routes: unserved requests, and for each model the slow ones among the lists of one batch."""
+    one_batch = 'split="no"'
+    for window in BUDGETS:
+        unserved, total = (
+            f"(sum(rate({OPENAI_REQUESTS}{scope(f'status=~{json.dumps(statuses)}')}[{window}])) or vector(0))"
+            for statuses in (OPENAI_UNSERVED, f"200|{OPENAI_UNSERVED}")
+        )
+        yield _record(f"openai:requests:rate{window}", total, **scope.labels)
+        yield _record(f"openai:requests_unserved:ratio_rate{window}", f"{unserved} / {total}", **scope.labels)
+        requests = f"sum by (model) (rate({OPENAI_DURATION}_count{scope(one_batch)}[{window}]))"
+        yield _record(f"model:openai_requests:rate{window}", requests, **scope.labels)
+        for model in models:
+            for percent, limit_ms in model.latency_limits_ms.items() if model.text_bytes else ():
+                if (bound := openai_bound_s(limit_ms)) is None:
+                    continue
+                of = {"model": model.name, "split": "no"}
+                fast = f"sum(rate({OPENAI_DURATION}_bucket{scope(**of, le=str(bound))}[{window}]))"
+                share = f"1 - {fast} / sum(rate({OPENAI_DURATION}_count{scope(**of)}[{window}]))"
+                whose = {"model": model.name, "objective": f"p{percent:g}", **scope.labels}
+                yield _record(f"model:openai_requests_slow:ratio_rate{window}", share, **whose)

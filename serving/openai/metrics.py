@@ -10,8 +10,10 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 
+from deepseek.spec.metric_windows import OPENAI_BOUNDS_S
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+DURATION = "openai_request_duration_seconds"
 
 
 class Metrics:
@@ -21,14 +23,16 @@ class Metrics:
         self._requests: Counter[tuple[str, int]] = Counter()  # by route and status
         self._texts: Counter[str] = Counter()  # by model
         self._tokens: Counter[str] = Counter()
-        self._in_bucket: dict[str, list[int]] = {}  # by route; the last bucket has no end
-        self._seconds: dict[str, float] = {}
+        # by route, model, and whether the list was split; the last bucket has no end
+        self._in_bucket: dict[tuple[str, str, bool], list[int]] = {}
+        self._seconds: dict[tuple[str, str, bool], float] = {}
 
-    def count_request(self, route: str, status: int, seconds: float) -> None:
-        """Counts an answered request. Status 499: its caller disconnected."""
+    def count_request(self, route: str, status: int, seconds: float, model: str = "", is_split: bool = False) -> None:
+        """Counts an answered request. Status 499: its caller disconnected. `is_split`: it needed several batches."""
+        timed = (route, model, is_split)
         self._requests[route, status] += 1
-        self._in_bucket.setdefault(route, [0] * (len(BUCKETS_S) + 1))[bisect_left(BUCKETS_S, seconds)] += 1
-        self._seconds[route] = self._seconds.get(route, 0.0) + seconds
+        self._in_bucket.setdefault(timed, [0] * (len(OPENAI_BOUNDS_S) + 1))[bisect_left(OPENAI_BOUNDS_S, seconds)] += 1
+        self._seconds[timed] = self._seconds.get(timed, 0.0) + seconds
 
     def count_texts(self, model: str, texts: int, tokens: int) -> None:
         """Counts texts that ran, with their tokens after truncation."""
@@ -50,14 +54,18 @@ class Metrics:
             yield from _head(name, "counter", meaning)
             for model, count in sorted(counts.items()):
                 yield f'{name}{{model="{_escaped(model)}"}} {count}'
-        name = "openai_request_duration_seconds"
-        yield from _head(name, "histogram", "From the head of a request to its answer")
-        for route, in_bucket in sorted(self._in_bucket.items()):
-            label, total = f'route="{_escaped(route)}"', 0
-            for end, count in zip((*map(str, BUCKETS_S), "+Inf"), in_bucket, strict=True):
+        name = DURATION
+        yield from _head(
+            name, "histogram", "From the head of a request to its answer; split: it needed several batches"
+        )
+        for timed, in_bucket in sorted(self._in_bucket.items()):
+            route, model, is_split = timed
+            split = "yes" if is_split else "no"
+            label, total = f'route="{_escaped(route)}",model="{_escaped(model)}",split="{split}"', 0
+            for end, count in zip((*map(str, OPENAI_BOUNDS_S), "+Inf"), in_bucket, strict=True):
                 total += count
                 yield f'{name}_bucket{{{label},le="{end}"}} {total}'
-            yield f"{name}_sum{{{label}}} {self._seconds[route]}"
+            yield f"{name}_sum{{{label}}} {self._seconds[timed]}"
             yield f"{name}_count{{{label}}} {total}"
 
 

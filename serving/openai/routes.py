@@ -21,7 +21,7 @@ from serving.openai.metrics import CONTENT_TYPE, Metrics
 from serving.openai.openapi import Handler, Route, document
 from serving.openai.requests import EmbeddingRequest, RerankRequest, SimilarityRequest
 from serving.openai.rerank import scores_of
-from serving.openai.text_models import TextModels
+from serving.openai.text_models import TextModel, TextModels
 
 BODY_BYTES = 8 * 2**20
 HELD_BYTES = 192 * 2**20  # of all requests at once: their bodies, and an estimate of their answers until these are sent
@@ -29,6 +29,7 @@ NUMBER_BYTES = 24  # of a vector while it is computed and sent as base64
 DIGITS_BYTES = 64  # of one that is sent as JSON: some 20 characters, which are copied twice
 READ_S = 30.0  # longest upload of a body
 CALLER_LEFT = 499  # as nginx counts it
+NOTED = "noted"  # of a request: its model, and whether its list is split
 
 
 class Routes:
@@ -92,6 +93,7 @@ class Routes:
         async with self._body(request) as body:
             asked = EmbeddingRequest.read(body)
             model = await self._models.chosen(asked.model)
+            _note(request, model, len(asked.texts))
             per_number = NUMBER_BYTES if asked.encoding_format == "base64" else DIGITS_BYTES
             with self._hold_answer(len(asked.texts) * model.size * per_number):
                 answer = await self._embeddings.answer(asked)
@@ -101,6 +103,7 @@ class Routes:
         async with self._body(request) as body:
             asked = SimilarityRequest.read(body)
             model = await self._models.chosen(asked.model)
+            _note(request, model, 1 + len(asked.inputs.sentences))
             with self._hold_answer(len(asked.inputs.sentences) * model.size * NUMBER_BYTES):
                 return web.json_response(await self._embeddings.similarities(asked))
 
@@ -108,6 +111,7 @@ class Routes:
         async with self._body(request) as body:
             asked = RerankRequest.read(body)
             model = await self._models.chosen(asked.model, pairs=True)
+            _note(request, model, len(asked.texts))
             copies = min(len(asked.texts), model.max_batch * model.parts_at_once)  # each text goes with the query
             with self._hold(copies * len(asked.query.encode())):
                 answer = await scores_of(self._models.client, model, asked, self._metrics)
@@ -166,7 +170,8 @@ class Routes:
             return answer
         finally:
             seconds = time.perf_counter() - start_s
-            self._metrics.count_request(resource.canonical if resource else "other", status, seconds)
+            route = resource.canonical if resource else "other"
+            self._metrics.count_request(route, status, seconds, **request.get(NOTED, {}))
 
     @web.middleware
     async def _refuse(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -194,6 +199,11 @@ class Routes:
         if error.retry_after_s:
             headers["Retry-After"] = str(error.retry_after_s)
         return web.json_response(error.body(), status=error.status, headers=headers)
+
+
+def _note(request: web.Request, model: TextModel, texts: int) -> None:
+    """Notes for the metrics what the request needs."""
+    request[NOTED] = {"model": model.name, "is_split": texts > model.max_batch}
 
 
 async def _sent(request: web.Request, answer: web.Response) -> web.Response:
