@@ -50,8 +50,8 @@ def test_the_overlay_has_the_sums_of_the_compose_stack(generated: dict[str, Path
     (shm,) = (volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm")
     assert shm == {"medium": "Memory", "sizeLimit": f"{size.shm_mib}Mi"}
     assert container["args"][1] == str(size.exit_timeout_s)
-    assert pod["terminationGracePeriodSeconds"] == PRE_STOP_S + size.exit_timeout_s + REST_S
-    assert pod_of(objects, "gateway")["terminationGracePeriodSeconds"] == 10 + size.exit_timeout_s + REST_S
+    assert pod["terminationGracePeriodSeconds"] == PRE_STOP_S + size.stop_s
+    assert pod_of(objects, "gateway")["terminationGracePeriodSeconds"] == 10 + size.answer_s + REST_S
     assert find(objects, "ConfigMap", "gateway-limits")["data"]["limits.conf"] == limits(models)
     room = gateway_sizes(models)
     assert container_of(objects, "gateway")["resources"]["limits"]["memory"] == f"{room.memory_mib}Mi"

@@ -340,8 +340,10 @@ class TritonPythonModel:
         self.go = json.loads(args["model_config"])["parameters"]["go"]["string_value"]
 
     def execute(self, requests):
+        open(self.go + ".asked", "w").close()
         while not os.path.exists(self.go):
             time.sleep(0.01)
+        time.sleep(0.5 * os.path.exists(self.go + ".slow"))
         arrays = {"vector": np.ones((1, 3), np.float32), "tokens": np.ones((1, 1), np.int32)}
         answer = [pb_utils.Tensor.from_dlpack(name, array) for name, array in arrays.items()]
         return [pb_utils.InferenceResponse(answer) for _ in requests]

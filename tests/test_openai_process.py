@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
@@ -17,10 +20,10 @@ from serving.embedded.supervisor import MOST_TIMES
 from tests.conftest import write_add_one
 from tests.gateway import free_port, wait_for
 from tests.test_embedded import FREE_FLAGS, start
-from tests.test_openai import Serving, call
+from tests.test_openai import Serving, blocked, call
 from tests.test_text import folder
 
-__all__ = ["folder"]  # a fixture
+__all__ = ["blocked", "folder"]  # fixtures
 
 
 def test_crashed_routes_are_restarted_and_all_ends_with_the_server(folder: Path) -> None:
@@ -37,9 +40,33 @@ def test_crashed_routes_are_restarted_and_all_ends_with_the_server(folder: Path)
     second.wait(60)
 
 
+def test_a_stop_waits_until_a_long_list_is_answered(blocked: tuple[Serving, Path]) -> None:
+    """Ten batches of 0.5 s, which is more than the 3 s that Triton gets for its own requests."""
+    serving, go = blocked
+    body = b'{"model": "blocked", "input": [%s]}' % b", ".join([b'"a"'] * 10)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(call, serving.places["OpenAI"], "POST", "/v1/embeddings", body)
+        wait_for(Path(f"{go}.asked").exists)
+        serving.process.terminate()
+        wait_for(lambda: not listens(serving.places["OpenAI"]))
+        Path(f"{go}.slow").touch()
+        go.touch()
+        status, _, found = answer.result()
+    serving.process.communicate()
+    assert (status, len(found["data"]), serving.process.returncode) == (200, 10, 0)
+
+
+def listens(url: str) -> bool:
+    """Whether something accepts connections there."""
+    place = urllib.parse.urlsplit(url)
+    with contextlib.suppress(OSError), socket.create_connection((place.hostname or "", place.port or 0)):
+        return True
+    return False
+
+
 def test_routes_that_crash_again_and_again_are_a_failure(tmp_path: Path) -> None:
     said: list[str] = []
-    place = {"address": "127.0.0.1", "port": 0, "grpc_port": 1, "drain_s": 1.0}
+    place = {"address": "127.0.0.1", "port": 0, "grpc_port": 1}
     with OpenAIProcess(tmp_path, **place, say=said.append) as routes:  # type: ignore[arg-type]
         reasons: list[str] = []
 
@@ -54,7 +81,7 @@ def test_routes_that_crash_again_and_again_are_a_failure(tmp_path: Path) -> None
 
 
 def test_without_a_server_it_is_503_with_retry_after(tmp_path: Path) -> None:
-    place = {"address": "127.0.0.1", "port": 0, "grpc_port": free_port(), "drain_s": 1.0}
+    place = {"address": "127.0.0.1", "port": 0, "grpc_port": free_port()}
     (tmp_path / "sentence").mkdir()
     (tmp_path / "sentence" / "config.pbtxt").touch()
     with OpenAIProcess(tmp_path, **place, say=print) as routes:  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from serving.stack import stack
 from serving.stack.env_file import OWN, WRITTEN
 from serving.stack.gateway_limits import LEAST_RATE_RPS, gateway_sizes, limits
 from serving.stack.refresh import refresh
+from serving.stack.server_sizes import server_sizes
 from tests.conftest import run_module, write_add_one
 
 TEXT = ServedModel(
@@ -227,6 +228,13 @@ def test_a_slow_model_gets_longer_to_finish_when_the_server_stops(tmp_path: Path
     path.write_text(re.sub(r"p99_ms = \d+", "p99_ms = 6000", path.read_text()).replace('"text"', '"add_one"'))
     found = write(tmp_path / "repository", "--models", str(tmp_path / "models"))
     assert (found["EXIT_TIMEOUT_S"], found["STOP_GRACE"]) == ("65", "75s")  # 5 s in the queue and 10 x 6 s
+
+
+def test_a_stop_waits_for_the_openai_routes_and_then_for_triton() -> None:
+    size = server_sizes([replace(TEXT, text_bytes=1)])
+    assert (size.stop_s, size.answer_s) == (65 + 30 + 10, 65)  # a list may take 60 s, and 5 s to be sent
+    without = server_sizes([TEXT])
+    assert (without.stop_s, without.answer_s) == (40, 30)
 
 
 def test_a_release_makes_anew_what_a_running_stack_reads_and_only_of_its_own_repository(tmp_path: Path) -> None:

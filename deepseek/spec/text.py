@@ -20,6 +20,8 @@ TOKENIZER = "tokenizer.json"
 """The tokenizer's file name in a version of the model repository."""
 EMBEDDING = "embedding"
 """The output with a text's vector, if several may be meant."""
+LIST_TIMEOUT_S = 60
+"""The longest answer of the OpenAI routes to a list of texts, however many batches it needs."""
 Role = Literal["input_ids", "attention_mask", "token_type_ids"]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from deepseek.spec import InputError
 from deepseek.spec.files.repository import model_folders
+from deepseek.spec.text import LIST_TIMEOUT_S
 from serving.repository.checks import served_manifests
 
 ADMIN_HEADER = "triton-admin-key"  # over gRPC Triton adds the prefix triton-grpc-protocol-
@@ -27,6 +28,8 @@ CLOSED = ("model-repository", "shared-memory", "trace", "logging")
 EXIT_TIMEOUT_S = 3
 # Behind a gateway: longer than the gateway waits for an answer (serving/stack/server_sizes.py).
 GATEWAY_EXIT_TIMEOUT_S = 30
+# For requests in flight on the OpenAI routes, which stop before Triton: the longest list, and 5 s to send its answer.
+OPENAI_DRAIN_S = LIST_TIMEOUT_S + 5
 # For engines that contain their own TensorRT runtime. Triton runs that code, so the flag is set only if one is served.
 VERSION_COMPATIBLE = "--backend-config=tensorrt,version-compatible=true"
 

@@ -1,8 +1,8 @@
 """The process of the OpenAI routes (`serving.openai`) beside the embedded server.
 
 Contract: this process listens, and the routes inherit the socket. Callers wait while the routes restart after a crash.
-`look` reports a failure if they crash repeatedly. They end before the server, within `drain_s`, and also if
-this process is killed.
+`look` reports a failure if they crash repeatedly. They end before the server, once requests in flight have
+their answers (at most `OPENAI_DRAIN_S`), and also if this process is killed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from pathlib import Path
 
 from deepseek.spec import TEXT
 from deepseek.spec.children import ends_with_us
+from serving.embedded.flags import OPENAI_DRAIN_S
 from serving.embedded.ports import ReservedPorts
 from serving.embedded.supervisor import MOST_TIMES, WITHIN_S
 from serving.repository.checks import Finding, config_of, models_in
 
 NAME = "OpenAI"
-KILL_AFTER_S = 2.0  # beyond `drain_s`
+KILL_AFTER_S = 2.0  # beyond OPENAI_DRAIN_S
 PACKAGES = ("aiohttp", "deepseek_client")
 
 
@@ -36,18 +37,17 @@ class OpenAIProcess:
         address: str,
         port: int,
         grpc_port: int,
-        drain_s: float,
         say: Callable[[str], None],
     ) -> None:
         self._ports = ReservedPorts(address, {NAME: port})
         self.port = self._ports.numbers[NAME]
         self.url = f"http://{self._ports.address}:{self.port}/v1"
-        self._drain_s, self._say = drain_s, say
+        self._say = say
         host = "127.0.0.1" if self._ports.address == "0.0.0.0" else self._ports.address
         self._flags = [
             f"--grpc-url={host}:{grpc_port}",
             f"--repository={repository}",
-            f"--drain-s={drain_s}",
+            f"--drain-s={OPENAI_DRAIN_S}",
         ]
         self._restarted_s: list[float] = []
         self._process: subprocess.Popen[bytes] | None = None
@@ -61,15 +61,15 @@ class OpenAIProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ports.release()  # else callers would wait in the socket's backlog until all is over
         if self._process is not None:
             self._process.terminate()
             try:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(self._drain_s + KILL_AFTER_S)
+                    self._process.wait(OPENAI_DRAIN_S + KILL_AFTER_S)
             finally:  # a second Ctrl-C
                 self._process.kill()
                 self._process.wait()
-        self._ports.release()
 
     @property
     def pid(self) -> int:

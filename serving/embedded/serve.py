@@ -97,7 +97,6 @@ def _routes(options: argparse.Namespace, server: EmbeddedServer, running: ExitSt
             address=server.address,
             port=options.openai_port,
             grpc_port=server.grpc_port,
-            drain_s=server.exit_timeout_s,
             say=_say,
         )
         return running.enter_context(process)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 
-from serving.embedded.flags import GATEWAY_EXIT_TIMEOUT_S
 from serving.kubernetes.autoscaling import Autoscaler, ScaleChoice
 from serving.stack.gateway_limits import BODY_IN_MEMORY, GATEWAY_FILES_MIB, GATEWAY_MIB, GatewaySizes
 from serving.stack.server_sizes import REST_S, ServerSizes
@@ -49,7 +48,7 @@ class Overlay:
     @property
     def grace_s(self) -> int:
         """Triton's termination grace period."""
-        return PRE_STOP_S + self.sizes.exit_timeout_s + REST_S
+        return PRE_STOP_S + self.sizes.stop_s
 
 
 def image(overlay: Overlay, name: str) -> str:
@@ -126,7 +125,8 @@ spec:
     metadata:
       annotations: {{deepseek/models: "{overlay.models_digest}"}}   # a change starts a rollout
     spec:
-      # preStop {PRE_STOP_S} s, then requests in flight {size.exit_timeout_s} s, then {REST_S} s for the rest
+      # preStop {PRE_STOP_S} s, requests in flight on the /v1 routes {size.openai_drain_s} s,
+      # requests in flight on Triton {size.exit_timeout_s} s, and {REST_S} s for the rest
       terminationGracePeriodSeconds: {overlay.grace_s}{fetch if url else ""}
       containers:
         - name: triton
@@ -145,7 +145,7 @@ spec:
 def gateway_patch(overlay: Overlay) -> str:
     """The gateway's grace period and memory."""
     size = overlay.gateway
-    answer_s = max(GATEWAY_EXIT_TIMEOUT_S, overlay.sizes.exit_timeout_s)
+    answer_s = overlay.sizes.answer_s
     stop_s = OUTSIDE_PRE_STOP_S if overlay.load_balancer else GATEWAY_PRE_STOP_S
     return f"""\
 apiVersion: apps/v1

@@ -16,9 +16,9 @@ import numpy as np
 from deepseek_client import AsyncInferenceClient, InferenceError, ServerBusy
 
 from deepseek.spec import TEXT
+from deepseek.spec.text import LIST_TIMEOUT_S
 from serving.openai.text_models import TextModel
 
-TIMEOUT_S = 60.0  # of a list, with all its parts
 RETRY_S = 0.1  # before a refused part of a long list is sent again
 
 
@@ -31,7 +31,7 @@ async def infer_texts(
     """The outputs of all texts or pairs, each (texts, ...). Raises InferenceError."""
     parts = [texts[first : first + model.max_batch] for first in range(0, len(texts), model.max_batch)]
     gate = asyncio.Semaphore(model.parts_at_once)
-    until_s = time.monotonic() + TIMEOUT_S
+    until_s = time.monotonic() + LIST_TIMEOUT_S
 
     async def run(part: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
         async with gate:

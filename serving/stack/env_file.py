@@ -73,9 +73,10 @@ TRITON_MEMORY={size.memory_mib}m
 GATEWAY_TMP={gateway.tmp_mib}m
 # {GATEWAY_MIB} MiB for nginx and requests under 1 MB + /tmp + {BODY_IN_MEMORY} x those bodies as JSON
 GATEWAY_MEMORY={gateway.memory_mib}m
-# Longest answer, for requests in flight at a stop; then {REST_S} s spare
+# Longest answer of Triton, for requests in flight at a stop
 EXIT_TIMEOUT_S={size.exit_timeout_s}
-STOP_GRACE={size.exit_timeout_s + REST_S}s
+# {size.openai_drain_s} s before that for requests in flight on the /v1 routes, and {REST_S} s spare after it
+STOP_GRACE={size.stop_s}s
 {OWN}
 """
 

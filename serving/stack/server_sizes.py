@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from serving.embedded.flags import GATEWAY_EXIT_TIMEOUT_S
+from serving.embedded.flags import GATEWAY_EXIT_TIMEOUT_S, OPENAI_DRAIN_S
 from serving.repository.served_models import MIB, ServedModel, has_openai_routes
 
 SHM_MIB = 256  # enough for small models; unused shared memory takes none
@@ -31,6 +31,19 @@ class ServerSizes:
     memory_mib: int
     """All memory, shared memory included."""
     exit_timeout_s: int
+    """For requests in flight on Triton."""
+    openai_drain_s: int
+    """For those on the OpenAI routes, which stop before Triton; 0 without them."""
+
+    @property
+    def stop_s(self) -> int:
+        """The longest stop of the server."""
+        return self.openai_drain_s + self.exit_timeout_s + REST_S
+
+    @property
+    def answer_s(self) -> int:
+        """The longest answer, for which the gateway waits when it stops."""
+        return max(self.openai_drain_s, self.exit_timeout_s)
 
 
 def server_sizes(models: list[ServedModel]) -> ServerSizes:
@@ -48,4 +61,5 @@ def server_sizes(models: list[ServedModel]) -> ServerSizes:
         shm_mib=math.ceil(shm / MIB),
         memory_mib=math.ceil((base + 4 * weights + work + shm) / MIB) + openai_mib,
         exit_timeout_s=max(GATEWAY_EXIT_TIMEOUT_S, max(model.timeout_s for model in models)),
+        openai_drain_s=OPENAI_DRAIN_S if has_openai_routes(models) else 0,
     )
