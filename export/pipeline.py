@@ -267,8 +267,20 @@ def _measure_batches(plan: Plan) -> Stage:
 
 def publish_stage(plan: Plan) -> Stage:
     """The stage that adds the next version to the repository."""
-    served = ("batching", "slo", "onnxruntime", "text", "tensorrt.cuda_graphs", "tensorrt.cuda_graph_batches")
-    text = plan.spec.text_for(plan.target)
+    served = (
+        "batching",
+        "slo",
+        "onnxruntime",
+        "text",
+        "vocabulary",
+        "tensorrt.cuda_graphs",
+        "tensorrt.cuda_graph_batches",
+    )
+    text, vocabulary = plan.spec.text_for(plan.target), plan.spec.vocabulary_for(plan.target)
+    strings = (("text_requests", "numpy1_stub") if text else ()) + (
+        ("vocabulary_requests", "numpy1_stub") if vocabulary else ()
+    )
+    file = text.tokenizer if text else vocabulary.file if vocabulary else ""
     return Stage(
         name=f"publish {plan.repository}",
         command=(
@@ -281,8 +293,8 @@ def publish_stage(plan: Plan) -> Stage:
             *((batches_path(plan.model, plan.target),) if plan.target == "onnxruntime" else ()),
             *(ROOT / "serving" / "backend" / f"{name}.py" for name in ("onnxruntime_backend", "compute_slots")),
             ROOT / "deepseek" / "onnxruntime_session.py",
-            *(ROOT / "serving" / "backend" / f"{name}.py" for name in ("text_requests", "numpy1_stub") if text),
-            *((plan.folder / text.tokenizer, build_dir(plan.model) / text.tokenizer) if text else ()),
+            *(ROOT / "serving" / "backend" / f"{name}.py" for name in strings),
+            *((plan.folder / file, build_dir(plan.model) / file) if file else ()),
         ),
         keys=(*SIGNATURE, *served),
         tuned=True,

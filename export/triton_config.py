@@ -21,7 +21,9 @@ from deepseek.spec import (
 )
 from deepseek.spec.files.measured_batches import BatchingPlan, plan_of
 from deepseek.spec.text import text_axis
+from deepseek.spec.vocabulary import HISTORY, MOST_NAMES, UNKNOWN, VOCABULARY, K
 from deepseek.targets import PROVIDERS, TARGETS, is_accelerator
+from deepseek.vocabulary import Vocabulary
 from export.rows import Row
 
 
@@ -34,12 +36,14 @@ def model_config(
     left_out: Sequence[str] = (),
     gpus: Sequence[int] = (),
     plan: BatchingPlan | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> ModelConfig:
     """Triton's configuration of a model.
 
     `warmup` maps a file-name prefix to the row stored under it. `device` is the one a TorchScript module was made for,
     `left_out` the optimizers of ONNX Runtime to disable for the graph, `gpus` the GPUs that run a TensorRT engine if
-    there are others. `plan` is the batching and queue; None: without a measurement.
+    there are others. `plan` is the batching and queue; None: without a measurement. `vocabulary` has the names of the
+    items if callers send these.
     """
     spec = spec.for_target(target)
     plan = plan or plan_of(spec, None, precision)
@@ -76,6 +80,8 @@ def model_config(
                 entry.input_data_file = f"{prefix}-{name}"
     if text := spec.text_for(target):
         _take_text(config, spec, text, warmup)
+    if vocabulary is not None:
+        _take_names(config, spec, vocabulary, warmup)
     return config
 
 
@@ -102,13 +108,51 @@ def _take_text(config: ModelConfig, spec: DeploymentSpec, text: TextSpec, warmup
         "default_prompt": text.default_prompt,
     }
     config.parameters[TEXT].string_value = json.dumps(settings)
+    _warm_up_strings(config, spec, TEXT, size, warmup)
+
+
+def _take_names(config: ModelConfig, spec: DeploymentSpec, names: Vocabulary, warmup: Iterable[str]) -> None:
+    """Adds the inputs and outputs with names of items. All inputs become optional, and outputs may have k items.
+
+    Names come in lists of any length, which Triton may batch. Warm-up sends one: the file `<prefix>-history`.
+    """
+    vocabulary = spec.vocabulary
+    assert vocabulary is not None
+    for entry in config.input:
+        entry.optional = True
+    for kind, tensors in (("input", config.input), ("output", config.output)):
+        for name, dtype in vocabulary.added(kind).items():
+            entry = tensors.add(name=name, data_type=DataType.Value(f"TYPE_{dtype.replace('BYTES', 'STRING')}"))
+            entry.dims.append(1 if name in (K, UNKNOWN) else -1)
+            if kind == "input":
+                entry.optional, entry.allow_ragged_batch = True, dtype == "BYTES"
+    shape = spec.outputs[vocabulary.items].shape
+    cut = [name for name, tensor in spec.outputs.items() if tensor.shape == shape]
+    for entry in config.output:
+        if entry.name in cut:
+            entry.dims[:] = [-1]
+    settings = {
+        "fills": {source: (name, spec.inputs[name].shape[1]) for source, name in vocabulary.fills().items()},
+        "items": vocabulary.items,
+        "cut": cut,
+        "most": shape[1],
+        "names": MOST_NAMES,
+        "name_bytes": max(map(len, names.names)),  # this and the next for the stack's limits
+        "title_bytes": max(map(len, names.titles)),
+    }
+    config.parameters[VOCABULARY].string_value = json.dumps(settings)
+    _warm_up_strings(config, spec, HISTORY, 1, warmup)
+
+
+def _warm_up_strings(config: ModelConfig, spec: DeploymentSpec, name: str, size: int, warmup: Iterable[str]) -> None:
+    """Adds the file `<prefix>-<name>`, a row with `size` strings, to the warm-up."""
     for prefix in warmup:
         for batch in sorted({1, spec.max_served_batch}):
-            sample = config.model_warmup.add(name=f"{prefix}-text-batch-{batch}", batch_size=batch)
-            entry = sample.inputs[TEXT]
+            sample = config.model_warmup.add(name=f"{prefix}-{name}-batch-{batch}", batch_size=batch)
+            entry = sample.inputs[name]
             entry.data_type = DataType.TYPE_STRING
             entry.dims.append(size)
-            entry.input_data_file = f"{prefix}-{TEXT}"
+            entry.input_data_file = f"{prefix}-{name}"
 
 
 def _set_backend(config: ModelConfig, spec: DeploymentSpec, target: Target, device: str) -> None:

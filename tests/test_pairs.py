@@ -15,7 +15,7 @@ from deepseek_client import InferenceClient, InvalidInput
 
 from deepseek.spec import DeploymentSpec
 from export.checks.parity import compare_served
-from export.checks.parity_texts import AT
+from export.checks.parity_strings import AT
 from export.model_folder import ModelFolder
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine

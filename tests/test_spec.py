@@ -138,7 +138,7 @@ def test_a_shape_that_cannot_be_served_is_one_line(tmp_path: Path, seen: str, pu
 
 def test_an_unknown_model_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(
-        InputError, match=r"no model 'nosuch' .* tests/models has branch, image, ranker, sentence, text"
+        InputError, match=r"no model 'nosuch' .* tests/models has branch, image, ranker, sentence, shop, text"
     ):
         DeploymentSpec.of_model("nosuch", "tests/models")
 

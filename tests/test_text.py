@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from deepseek.spec import DeploymentSpec
 from export.checks.parity import compare_served, endpoints_of
 from export.checks.parity_cases import EndpointComparison
-from export.checks.parity_texts import AT, compare_texts
+from export.checks.parity_strings import AT, compare_texts
 from export.model_folder import ModelFolder
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine

@@ -24,8 +24,8 @@ INTEGERS = [f"{kind}{bits}" for kind in ("INT", "UINT") for bits in (8, 16, 32, 
 DTYPES = {
     name: np.dtype(triton_to_np_dtype(name)) for name in ("BOOL", *INTEGERS, "FP16", "FP32", "FP64", "BF16", "BYTES")
 }
-Inputs = Mapping[str, np.ndarray | Sequence[str | bytes] | Sequence[tuple[str | bytes, ...]]]
-"""Arrays by input name; an input of strings may be a list of texts, or of pairs of texts."""
+Inputs = Mapping[str, np.ndarray | Sequence[str | bytes] | Sequence[Sequence[str | bytes]]]
+"""Arrays by input name; an input of strings may be a list of texts, or of pairs or lists of texts."""
 UNREADABLE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
 """What reading a malformed answer raises."""
 

@@ -28,6 +28,7 @@ from deepseek.spec.tables import (
 )
 from deepseek.spec.text import TextSpec, check_text
 from deepseek.spec.tuned import TunedFile
+from deepseek.spec.vocabulary import VocabularySpec, check_vocabulary
 from deepseek.targets import Target
 
 # Folders in build/ that do not belong to a model; every other folder there has the name of its model.
@@ -71,6 +72,7 @@ class DeploymentSpec(Table):
     tensorrt: TensorrtSpec = TensorrtSpec()
     onnxruntime: OnnxRuntimeSpec = OnnxRuntimeSpec()
     text: TextSpec | None = None
+    vocabulary: VocabularySpec | None = None
     targets: dict[Target, TargetSpec] = {}
     tuned: TomlName | None = None
     """File in the same folder to which `make tune` writes faster settings for this machine. It may be missing."""
@@ -107,6 +109,10 @@ class DeploymentSpec(Table):
             raise at("tuned", "seen 'deploy.toml'; name a separate file for tuned values, such as tuned.toml")
         if self.text is not None and BATCH in self.axes:
             check_text(self.text, self.inputs, self.outputs, self.axes)
+        if self.vocabulary is not None and BATCH in self.axes:
+            if self.text is not None:
+                raise at("vocabulary", "seen with [text]; remove one of them")
+            check_vocabulary(self.vocabulary, self.inputs, self.outputs, self.axes)
         self._check_max_batch(self.batching, "batching")
         self._check_measures(self.slo, "slo")
         for target in self.targets:
@@ -188,7 +194,14 @@ class DeploymentSpec(Table):
 
     def text_for(self, target: Target) -> TextSpec | None:
         """`[text]` if the server can take texts for this target; None without `[text]`, and if only ids can be sent."""
-        return self.text if target == "onnxruntime" and self.onnxruntime.backend == "python" else None
+        return self.text if self._takes_strings(target) else None
+
+    def vocabulary_for(self, target: Target) -> VocabularySpec | None:
+        """The same for `[vocabulary]`."""
+        return self.vocabulary if self._takes_strings(target) else None
+
+    def _takes_strings(self, target: Target) -> bool:
+        return target == "onnxruntime" and self.onnxruntime.backend == "python"
 
     def with_batches_up_to(self, size: int) -> DeploymentSpec:
         """A copy whose batch axis ends at `size`: the profile of a server with that max_batch_size."""
@@ -198,7 +211,9 @@ class DeploymentSpec(Table):
 
     def model_facts(self) -> dict[str, Any]:
         """The keys that a graph is built from: all but those of serving."""
-        return self.model_dump(mode="json", exclude={"parity", "batching", "slo", "targets", "text", "tuned"})
+        return self.model_dump(
+            mode="json", exclude={"parity", "batching", "slo", "targets", "text", "tuned", "vocabulary"}
+        )
 
     @classmethod
     def load(cls, path: str | Path, *, tuned: str | Path | None = None) -> DeploymentSpec:
@@ -253,9 +268,18 @@ def build_dir(name: str) -> Path:
 def tokenizer_path(spec: DeploymentSpec) -> Path:
     """The file that `text.tokenizer` names: in the model folder, else in the build folder. Raises InputError."""
     assert spec.text is not None
-    folders = (_models_of.get(spec.name, _MODELS) / spec.name, build_dir(spec.name))
-    places = [folder / spec.text.tokenizer for folder in folders]
+    return _beside_the_model(spec, "text.tokenizer", spec.text.tokenizer, "the tokenizer.json")
+
+
+def catalogue_path(spec: DeploymentSpec) -> Path:
+    """The file that `vocabulary.file` names, found in the same way. Raises InputError."""
+    assert spec.vocabulary is not None
+    return _beside_the_model(spec, "vocabulary.file", spec.vocabulary.file, "a csv with id,item,title")
+
+
+def _beside_the_model(spec: DeploymentSpec, key: str, name: str, what: str) -> Path:
+    places = [folder / name for folder in (_models_of.get(spec.name, _MODELS) / spec.name, build_dir(spec.name))]
     for path in places:
         if path.is_file():
             return path
-    raise InputError(f"text.tokenizer: no file {' and no file '.join(map(str, places))}; put the tokenizer.json there")
+    raise InputError(f"{key}: no file {' and no file '.join(map(str, places))}; put {what} there")

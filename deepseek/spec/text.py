@@ -25,7 +25,8 @@ LIST_TIMEOUT_S = 60
 Role = Literal["input_ids", "attention_mask", "token_type_ids"]
 
 
-def _inside(path: str) -> bool:
+def inside(path: str) -> bool:
+    """Whether a path stays in its folder."""
     parts = PurePosixPath(path)
     return bool(path) and not parts.is_absolute() and ".." not in parts.parts
 
@@ -34,7 +35,7 @@ class TextSpec(Table):
     """Lets callers send texts: the server tokenizes them and fills the model's inputs. All inputs must be filled.
     For the target `onnxruntime` with this project's backend; other targets serve token ids only. See docs/text.md."""
 
-    tokenizer: Annotated[str, fitting(_inside, "a path inside the model folder")] = TOKENIZER
+    tokenizer: Annotated[str, fitting(inside, "a path inside the model folder")] = TOKENIZER
     """Hugging Face `tokenizer.json`: a path in the model folder, else in `build/<name>`."""
     input_ids: TensorName = "input_ids"
     """The input that gets the token ids."""

@@ -3,7 +3,7 @@
 Contract: needs a server that has the model, and `build/<name>/evaluation.npz`. The server reports the version and
 precision that it serves. Compared within `[parity.<precision>]` of `deploy.toml`: the evaluation split and the task
 metric, the corners of the profile, small requests sent at once, NaN or Inf in one row of a batch, and for a model with
-`[text]` texts with the ids of the same texts (docs/parity.md).
+`[text]` or `[vocabulary]` texts or names with the ids of the same (docs/parity.md).
 Writes `build/<name>/parity.json`. Exit 1 past a tolerance, 2 if nothing serves the model, 3 if the server is too busy
 or too slow.
 """
@@ -40,7 +40,6 @@ from tritonclient.utils import InferenceServerException
 
 from deepseek.spec import (
     TEXT,
-    TOKENS,
     TRITON_DTYPES,
     DeploymentSpec,
     GateFailed,
@@ -53,6 +52,7 @@ from deepseek.spec import (
     variables_for,
 )
 from deepseek.spec.paired_drop import DropJudgement
+from deepseek.spec.vocabulary import ADDED
 from export.artifact import json_text, staged
 from export.checks.parity_cases import (
     SPECIAL_ROW,
@@ -66,7 +66,7 @@ from export.checks.parity_cases import (
     rows_in,
     trials,
 )
-from export.checks.parity_texts import AT, compare_texts, takes_text
+from export.checks.parity_strings import AT, AT_NAMES, compare_names, compare_texts, takes_names, takes_text
 from export.model_folder import ModelFolder, Predict
 from export.rows import Row, load_rows
 from export.runtimes.pytorch_reference import run_torch
@@ -134,7 +134,9 @@ def what_is_served(spec: DeploymentSpec, endpoints: list[ServedEndpoint]) -> dic
         ):
             wanted = {name: TRITON_DTYPES[tensor.dtype] for name, tensor in ours.items()}
             if takes_text(spec, metadata.platform):
-                wanted |= {TEXT: "BYTES"} if kind == "inputs" else {TOKENS: "INT32"}
+                wanted |= ADDED[TEXT][kind.removesuffix("s")]
+            if takes_names(spec, metadata.platform) and spec.vocabulary:
+                wanted |= spec.vocabulary.added(kind.removesuffix("s"))
             seen = {tensor.name: tensor.datatype for tensor in theirs}
             if seen != wanted:
                 raise GateFailed(
@@ -212,6 +214,9 @@ def compare_served(
         if takes_text(spec, endpoints[0].metadata.platform):
             with log.status(AT):
                 compare_texts(spec, judges)
+        if takes_names(spec, endpoints[0].metadata.platform):
+            with log.status(AT_NAMES):
+                compare_names(spec, judges, rows)
     checks = [check for judge in judges for check in judge.checks]
     places = list(dict.fromkeys(check.at for check in checks))
     checks.sort(key=lambda check: places.index(check.at))  # the two protocols next to each other

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
@@ -35,13 +36,16 @@ from deepseek.spec import (
     tokenizer_path,
     variables_for,
 )
+from deepseek.spec.catalogue import catalogue_of
 from deepseek.spec.files.folders import alone_in, let_all_read, onto_disk, scratch_in
 from deepseek.spec.files.measured_batches import plan_of, read_measured
 from deepseek.spec.files.released import last_fate
 from deepseek.spec.files.repository import retired, versions_of
 from deepseek.spec.gpus import gpus, matching
 from deepseek.spec.tokenizer import text_encoder
+from deepseek.spec.vocabulary import CATALOGUE, HISTORY
 from deepseek.targets import PUBLISHABLE
+from deepseek.vocabulary import Vocabulary
 from export.artifact import choice_of, digests, engine_path, need, read_manifest, write_manifest
 from export.rows import Row, load_rows
 from export.runtimes.onnxruntime_predictor import optimizers_left_out
@@ -59,6 +63,12 @@ TEXT_SOURCES = {
     "text_requests.py": ROOT / "serving" / "backend" / "text_requests.py",
     "numpy1_stub.py": ROOT / "serving" / "backend" / "numpy1_stub.py",
     "text_encoder.py": ROOT / "deepseek" / "text_encoder.py",
+}
+# The same for a model with [vocabulary].
+VOCABULARY_SOURCES = {
+    "vocabulary_requests.py": ROOT / "serving" / "backend" / "vocabulary_requests.py",
+    "numpy1_stub.py": ROOT / "serving" / "backend" / "numpy1_stub.py",
+    "vocabulary.py": ROOT / "deepseek" / "vocabulary.py",
 }
 WARMUP_TEXT = b"A short text, such as a caller may send."
 
@@ -188,6 +198,7 @@ def _stage(
     (scratch / "warmup").mkdir()
     if spec.text_for(target):
         _stage_text(scratch, spec, version)
+    vocabulary = _stage_vocabulary(scratch, spec, version, engine) if spec.vocabulary_for(target) else None
     plan = plan_of(spec.for_target(target), read_measured(spec.name, target), precision)
     manifest = published_manifest(spec, target, engine, folder).model_copy(update={"batching": plan})
     write_manifest(folder / "manifest.json", manifest)
@@ -198,7 +209,7 @@ def _stage(
     if target == "tensorrt":
         on_gpus = matching(gpus(), built.compute_capability, built.settings)
     left_out = optimizers_left_out(engine) if target == "onnxruntime" else []
-    config = model_config(spec, precision, target, {str(version): row}, device, left_out, on_gpus, plan)
+    config = model_config(spec, precision, target, {str(version): row}, device, left_out, on_gpus, plan, vocabulary)
     config.version_policy.specific.versions.append(version)
     for place in (scratch, folder):  # a server that rolls back to the version uses its own copy
         (place / "config.pbtxt").write_text(config_text(config))
@@ -211,9 +222,30 @@ def _stage_text(scratch: Path, spec: DeploymentSpec, version: int) -> None:
     text_encoder(spec, tokenizer)  # raises if it cannot be read
     for name, source in {**TEXT_SOURCES, TOKENIZER: tokenizer}.items():
         shutil.copyfile(source, scratch / str(version) / name)
-    length = len(WARMUP_TEXT).to_bytes(4, "little")
-    texts = 2 if spec.text and spec.text.pairs else 1
-    (scratch / "warmup" / f"{version}-{TEXT}").write_bytes((length + WARMUP_TEXT) * texts)
+    _write_string(scratch / "warmup" / f"{version}-{TEXT}", WARMUP_TEXT, 2 if spec.text and spec.text.pairs else 1)
+
+
+def _stage_vocabulary(scratch: Path, spec: DeploymentSpec, version: int, engine: Path) -> Vocabulary:
+    """Adds what a model needs to take names of items: sources, catalogue and a name to warm up with. Returns the names.
+
+    Raises InputError if the catalogue cannot be read, or is not that of the graph.
+    """
+    catalogue, found = catalogue_of(spec)
+    sizes = {size for weight in onnx.load(engine, load_external_data=False).graph.initializer for size in weight.dims}
+    if len(found) + 1 not in sizes:  # an embedding of the items and of 0
+        raise InputError(
+            f"{catalogue}: {len(found)} items, but no weight of the graph has a dimension of {len(found) + 1}; put the "
+            f"catalogue of this model there: ids 1 to its number of items, and 0 for none"
+        )
+    for name, source in {**VOCABULARY_SOURCES, CATALOGUE: catalogue}.items():
+        shutil.copyfile(source, scratch / str(version) / name)
+    _write_string(scratch / "warmup" / f"{version}-{HISTORY}", found.names[1])
+    return found
+
+
+def _write_string(path: Path, value: bytes, times: int = 1) -> None:
+    """Writes a warm-up file of strings."""
+    path.write_bytes((len(value).to_bytes(4, "little") + value) * times)
 
 
 def published_manifest(spec: DeploymentSpec, target: Target, engine: Path, folder: Path) -> PublishedManifest:
@@ -267,9 +299,12 @@ def main(options: argparse.Namespace) -> None:
             "warning: batching.instances = 1: a Triton that this project does not start can stall, see docs/triton.md",
             file=sys.stderr,
         )
-    if spec.text and not spec.text_for(options.target):
+    if (spec.text and not spec.text_for(options.target)) or (
+        spec.vocabulary and not spec.vocabulary_for(options.target)
+    ):
+        table, sent = ("text", "text") if spec.text else ("vocabulary", "names of items")
         what = "the backend onnxruntime" if options.target == "onnxruntime" else f"the target {options.target}"
-        print(f"warning: [text]: {what} takes token ids only; its callers cannot send text", file=sys.stderr)
+        print(f"warning: [{table}]: {what} takes ids only; its callers cannot send {sent}", file=sys.stderr)
     result = publish_version(
         spec, precision, options.target, Path(options.repository), anyway=options.anyway, if_changed=options.if_changed
     )

@@ -1,24 +1,30 @@
-"""Lets a stub of the Python backend that was compiled for numpy 1 read strings under numpy 2.
+"""Lets a stub of the Python backend that was compiled for numpy 1 read and send strings under numpy 2.
 
-Contract: `fix_strides()` is called while the model is initialized, before the stub makes its first array. Without it,
-each byte of a string reads as the first one (docs/research/2026-11-numpy-2.md). A stub for numpy 2 is not affected.
+Contract: `fix_strings()` is called while the model is initialized, before the stub makes its first array. Without it,
+each byte of a string reads as the first one, and answers lose theirs (docs/research/2026-11-numpy-2.md). A stub for
+numpy 2 is not affected.
 
 The stub reads an array's item size at the place that it has in numpy 1. Under numpy 2 it finds 0 there, and asks
 `PyArray_NewFromDescr` for an array whose strides are all 0. The stub takes that function from the table
 `numpy.core.multiarray._ARRAY_API`, numpy 1's name. This module puts a copy of the table there, in which the function
 ignores strides of 0. Everything else finds the table in `numpy._core`, which stays as it is.
+
+To send strings, the stub calls `serialize_byte_tensor` of its module and asks the array that it returns for its item
+size. `_serialized` takes its place: it returns bytes of a type of its own, whose item size reads as 1 in both places.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import struct
 import warnings
 from typing import Any
 
 import numpy as np
 
 NEW_FROM_DESCR = 94  # place in the table: numpy/_core/code_generators/numpy_api.py
+ITEM_SIZE = 32  # where numpy 1 has the item size of a type, an int; in numpy 2 these are flags of the type
 ENTRIES = 366  # of numpy 2.0; later versions only add some
 _Pointer = ctypes.c_void_p
 _Sizes = ctypes.POINTER(ctypes.c_ssize_t)
@@ -33,10 +39,11 @@ _capsule = ctypes.PYFUNCTYPE(ctypes.py_object, _Pointer, ctypes.c_char_p, _Point
 _kept: list[Any] = []  # what the table points to must stay alive
 
 
-def fix_strides() -> None:
-    """Replaces the table that a stub for numpy 1 will look up; does nothing under numpy 1."""
+def fix_strings(stub: Any) -> None:
+    """Replaces what a stub for numpy 1 looks up in numpy and in its module `stub`; does nothing under numpy 1."""
     if np.lib.NumpyVersion(np.__version__) < "2.0.0" or _kept:
         return
+    stub.serialize_byte_tensor = _serialized
     with contextlib.suppress(ImportError), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         from numpy.core import multiarray
@@ -54,3 +61,12 @@ def fix_strides() -> None:
         table[NEW_FROM_DESCR] = ctypes.cast(new_from_descr, _Pointer).value
         _kept.extend((table, new_from_descr, original))
         multiarray._ARRAY_API = _capsule(ctypes.addressof(table), None, None)
+
+
+def _serialized(strings: np.ndarray) -> np.ndarray:
+    """The bytes of an array of bytes, each string after its length."""
+    parts = (part for each in strings.ravel().tolist() for part in (struct.pack("<I", len(each)), each))
+    # A type of its own, since its flags change. The array does not own its bytes, so numpy acts on no flag.
+    array = np.frombuffer(b"".join(parts), np.dtype(np.uint8, copy=True))
+    ctypes.c_int.from_address(id(array.dtype) + ITEM_SIZE).value = 1
+    return array

@@ -4,8 +4,9 @@ Contract: `export.stages.publish` copies this file into a version directory as `
 `deepseek/onnxruntime_session.py`, which opens the session, and `serving/backend/compute_slots.py`. Names and types come
 from `config.pbtxt`. Its parameters: `threads`, intra-op threads of one instance (0 divides the cores among the
 instances); `provider` and `provider_options`, from `[onnxruntime]` in deploy.toml; `left_out`, the ONNX Runtime
-optimizers to turn off; `text`, if callers may send texts (`serving/backend/text_requests.py`). ONNXRUNTIME_PROFILE
-names a folder for operator times.
+optimizers to turn off; `text`, if callers may send texts (`serving/backend/text_requests.py`); `vocabulary`, if they
+may send names of items (`serving/backend/vocabulary_requests.py`). ONNXRUNTIME_PROFILE names a folder for operator
+times.
 
 If a batch fails, its requests run one by one, so that only a bad request fails. Three mistakes are the caller's and get
 INVALID_ARG (HTTP 400): sizes outside the profile or inconsistent, texts that are too long or not UTF-8, and values that
@@ -34,6 +35,8 @@ from compute_slots import ComputeSlots
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from onnxruntime_session import cores, open_session
 
+_TEXT = ("text", "tokens")  # tensors that the model itself does not have
+_VOCABULARY = ("history", "exclude", "k", "skus", "titles", "unknown")
 _USED = b"used_dltensor"  # module level, so that it stays alive: a capsule only points to its name
 _set_capsule_name = ctypes.pythonapi.PyCapsule_SetName
 _set_capsule_name.argtypes = [ctypes.py_object, ctypes.c_char_p]
@@ -52,8 +55,12 @@ class TritonPythonModel:
         options.inter_op_num_threads = 1
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         self.text: Any = _text_requests(version, parameters["text"], config) if "text" in parameters else None
-        added = ("text", "tokens") if self.text else ()
-        self.inputs = [tensor["name"] for tensor in config["input"] if tensor["name"] not in added]
+        self.vocabulary: Any = None
+        if "vocabulary" in parameters:
+            self.vocabulary = _vocabulary_requests(version, parameters["vocabulary"], config)
+        self.sent = [tensor["name"] for tensor in config["input"]]
+        added = _TEXT if self.text else _VOCABULARY if self.vocabulary else ()
+        self.inputs = [name for name in self.sent if name not in added]
         self.outputs = [tensor["name"] for tensor in config["output"] if tensor["name"] not in added]
         threads = int(parameters["threads"])
         instances = config["instance_group"][0]["count"]
@@ -79,6 +86,11 @@ class TritonPythonModel:
             self.tokens = _counter("onnxruntime_text_tokens", "Tokens that ran for texts, without padding", args)
             self.padded_tokens = _counter(
                 "onnxruntime_text_padded_tokens", "Tokens that ran for texts, with padding", args
+            )
+        if self.vocabulary:
+            self.names = _counter("onnxruntime_vocabulary_names", "Names of items that callers sent", args)
+            self.unknown = _counter(
+                "onnxruntime_vocabulary_unknown_names", "Names that the vocabulary does not have", args
             )
         device_id = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         opened = open_session(
@@ -120,6 +132,8 @@ class TritonPythonModel:
                 return [_refused(wrong) for _ in requests]
             if "text" in sent:
                 return self._text_responses(requests)
+        if self.vocabulary:
+            return self._named_responses(requests)
         feeds = [
             {name: np.from_dlpack(pb_utils.get_input_tensor_by_name(request, name)) for name in self.inputs}
             for request in requests
@@ -184,6 +198,39 @@ class TritonPythonModel:
                 return [self._failure(error, callers=False)]
         return [response for group in groups for response in self._run_texts([group])]
 
+    def _named_responses(self, requests: list) -> list:
+        """One response per request with names of items, or with ids, in order; a bad request is refused alone."""
+        read: dict[int, Any] = {}
+        responses: dict[int, object] = {}
+        for place, request in enumerate(requests):
+            sent = {name: pb_utils.get_input_tensor_by_name(request, name) for name in self.sent}
+            try:
+                read[place] = self.vocabulary.read({name: each.as_numpy() for name, each in sent.items() if each})
+            except ValueError as error:
+                responses[place] = _refused(str(error))
+        if read:
+            responses.update(zip(read, self._run_named(list(read.values())), strict=True))
+        return [responses[place] for place in range(len(requests))]
+
+    def _run_named(self, read: list) -> list:
+        """One response per request that was read, in order."""
+        try:
+            joined = {name: np.concatenate([each.feed[name] for each in read]) for name in self.inputs}
+            results = dict(zip(self.outputs, self._results(joined), strict=True))
+            responses, start = [], 0
+            for each in read:
+                part = {name: result[start : start + len(each)] for name, result in results.items()}
+                tensors = [_tensor(name, array) for name, array in self.vocabulary.answer(each, part).items()]
+                responses.append(pb_utils.InferenceResponse(tensors))
+                self.names[1].increment(each.names)
+                self.unknown[1].increment(int(each.unknown.sum()))
+                start += len(each)
+            return responses
+        except Exception as error:
+            if len(read) == 1:
+                return [self._failure(error)]
+        return [response for each in read for response in self._run_named([each])]
+
     def _failure(self, error: Exception, *, callers: bool = True) -> object:
         """The answer that says why a request failed; counts the failure unless it is the caller's mistake.
 
@@ -228,12 +275,24 @@ def _profile(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, list]]:
 
 def _text_requests(version: str, settings: str, config: dict) -> Any:
     """Sets up the tokenizer; only a model with `[text]` imports it."""
-    from numpy1_stub import fix_strides
     from text_requests import TextRequests
 
-    fix_strides()
-    types = {tensor["name"]: tensor["data_type"].removeprefix("TYPE_").lower() for tensor in config["input"]}
-    return TextRequests(version, settings, types)
+    return TextRequests(version, settings, _types(config))
+
+
+def _vocabulary_requests(version: str, settings: str, config: dict) -> Any:
+    """Reads the catalogue; only a model with `[vocabulary]` imports it."""
+    from vocabulary_requests import VocabularyRequests
+
+    return VocabularyRequests(version, settings, _types(config))
+
+
+def _types(config: dict) -> dict[str, str]:
+    """The numpy types of the model's inputs; prepares for inputs and outputs that are strings."""
+    from numpy1_stub import fix_strings
+
+    fix_strings(pb_utils)
+    return {tensor["name"]: tensor["data_type"].removeprefix("TYPE_").lower() for tensor in config["input"]}
 
 
 def _counter(name: str, description: str, args: dict[str, str]) -> tuple:
@@ -258,7 +317,9 @@ def _refused(reason: str) -> object:
 
 
 def _tensor(name: str, array: np.ndarray) -> object:
-    """A Triton tensor over an array's memory."""
+    """A Triton tensor over an array's memory, or with its strings."""
+    if array.dtype == object:
+        return pb_utils.Tensor(name, array)
     capsule = array.__dlpack__()
     tensor = pb_utils.Tensor.from_dlpack(name, capsule)
     # The stub takes over the memory but does not rename the capsule; numpy would print a traceback for each one.

@@ -14,6 +14,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import TEXT, TOKENIZER, PublishedManifest
 from deepseek.spec.gpus import Gpu, runs_engine
+from deepseek.spec.vocabulary import CATALOGUE, VOCABULARY
 from serving.doctor.machine import Machine
 from serving.repository.checks import Finding, mismatch
 
@@ -115,7 +116,7 @@ def _loads(manifest: PublishedManifest, built: str, here: str) -> bool:
 def _check_onnxruntime(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
     """The Python backend needs ONNX Runtime with the execution provider that the configuration names.
 
-    For texts it also needs the tokenizer and its package.
+    For texts it also needs the tokenizer and its package, for names of items the catalogue.
     """
     where = f"{engine.model}/{engine.version}"
     if engine.config.backend != "python":
@@ -135,6 +136,8 @@ def _check_onnxruntime(engine: ServedEngine, machine: Machine) -> Iterator[Findi
         if machine.tokenizers is False:
             fix = f"{sys.executable} -m pip install tokenizers"
             yield mismatch(where, "takes texts, but the package tokenizers is not installed here", fix)
+    if VOCABULARY in engine.config.parameters and CATALOGUE not in engine.manifest.files:
+        yield mismatch(where, f"takes names of items, but has no {CATALOGUE}", _rebuild(engine))
 
 
 def _check_batches(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:

@@ -13,8 +13,9 @@ from typing import Literal
 import numpy as np
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelQueuePolicy
 
-from deepseek.spec import BATCH, TEXT, TOKENS, TRITON_DTYPES, PublishedManifest, TensorSpec
+from deepseek.spec import BATCH, TRITON_DTYPES, PublishedManifest, TensorSpec
 from deepseek.spec.files.repository import CONFIG
+from deepseek.spec.vocabulary import ADDED, VOCABULARY
 from deepseek.targets import TARGETS
 from serving.repository.checks import Finding, mismatch, publish_again
 
@@ -89,10 +90,11 @@ def _queue(config: ModelConfig) -> Iterator[tuple[str, str]]:
 def _tensors(
     kind: Literal["input", "output"], config: ModelConfig, manifest: PublishedManifest
 ) -> Iterator[tuple[str, str]]:
-    """Tensors that differ from the engine's; with `[text]`, the backend adds one input and one output."""
+    """Tensors that differ from the engine's, apart from those that the backend adds for strings."""
     built = manifest.inputs if kind == "input" else manifest.outputs
     configured = {entry.name: entry for entry in (config.input if kind == "input" else config.output)}
-    added = {TEXT if kind == "input" else TOKENS} if TEXT in config.parameters else set()
+    added = {name for parameter in ADDED.keys() & config.parameters.keys() for name in ADDED[parameter][kind]}
+    cut = VOCABULARY in config.parameters and kind == "output"
     for name in sorted(configured.keys() - built.keys() - added):
         yield f"{kind} {name!r} is unknown to the engine, which has {', '.join(built)}", "rename or remove it"
     for name, tensor in built.items():
@@ -104,6 +106,8 @@ def _tensors(
         wanted = "TYPE_" + TRITON_DTYPES[tensor.dtype]
         if DataType.Name(entry.data_type) != wanted:
             yield f"{kind} {name!r} is {DataType.Name(entry.data_type)}", f"set data_type: {wanted}"
+        if cut and entry.dims == [-1]:  # callers say how many items they want
+            continue
         dims = list(entry.reshape.shape if entry.HasField("reshape") else entry.dims)
         if reason := _dims_error(dims, tensor, manifest):
             right = [dim if isinstance(dim, int) else -1 for dim in tensor.triton_dims]

@@ -17,6 +17,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from deepseek.spec import BATCH, TEXT, DeploymentSpec, Objective, Precision, PublishedManifest, Target
 from deepseek.spec.files.repository import versions_of
+from deepseek.spec.vocabulary import VOCABULARY
 from deepseek.targets import PROVIDERS, is_accelerator
 from serving.repository.checks import config_of, models_in, served_manifests, wanted_versions
 
@@ -126,14 +127,15 @@ def _served(folder: Path, models: Path | None) -> ServedModel:
     provider = config.parameters["provider"].string_value if "provider" in config.parameters else "auto"
     lines = spec.slo.all_objectives() if spec else []
     rates = [line.rate_rps for line in lines if line.rate_rps]
+    sent, answered = _name_bytes(config)
     return ServedModel(
         name=folder.name,
         needs_gpu=config.backend not in ("", "python") or _is_nvidia(provider),
         provider=provider,
         instances=max(1, group.count),
         weights_bytes=manifest.size_bytes if manifest else 0,
-        input_bytes=sum(numbers * size for numbers, size in inputs),
-        output_bytes=sum(numbers * size for numbers, size in _tensors(config, manifest, "output")),
+        input_bytes=max(sum(numbers * size for numbers, size in inputs), sent),
+        output_bytes=sum(numbers * size for numbers, size in _tensors(config, manifest, "output")) + answered,
         input_numbers=sum(numbers for numbers, _ in inputs),
         text_bytes=_text_bytes(config),
         queue_timeout_ms=policy.default_timeout_microseconds / 1000,
@@ -146,6 +148,16 @@ def _served(folder: Path, models: Path | None) -> ServedModel:
         versions=tuple(wanted_versions(config, versions_of(folder))),
         models=models,
     )
+
+
+def _name_bytes(config: ModelConfig) -> tuple[int, int]:
+    """Bytes of the names in the largest request and answer of a model with `[vocabulary]`, with their lengths."""
+    if VOCABULARY not in config.parameters:
+        return 0, 0
+    settings = json.loads(config.parameters[VOCABULARY].string_value)
+    sent = len(settings["fills"]) * settings["names"] * (settings["name_bytes"] + 4)
+    answered = settings["most"] * (settings["name_bytes"] + settings["title_bytes"] + 8)
+    return config.max_batch_size * sent, config.max_batch_size * answered
 
 
 def _text_bytes(config: ModelConfig) -> int:

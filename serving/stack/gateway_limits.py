@@ -64,6 +64,8 @@ def _largest(model: ServedModel) -> str:
     """What the largest body of a model holds."""
     if model.text_bytes > max(model.input_numbers * JSON_BYTES, model.input_bytes):
         return f"{model.text_bytes} bytes of texts"
+    if model.input_bytes > model.input_numbers * JSON_BYTES:
+        return f"{model.input_bytes} bytes of tensors"
     return f"{model.input_numbers} numbers of up to {JSON_BYTES} bytes each in JSON"
 
 

@@ -1,6 +1,7 @@
-"""Parity's check of texts: a text must give what the token ids of the same text give.
+"""Parity's check of strings: a text, or the names of items, must give what the ids of the same give.
 
-Contract: the ids are made here with the model's tokenizer and sent one text at a time; the texts are sent in batches.
+Contract: the ids of texts are made here with the model's tokenizer and sent one text at a time; the texts are sent in
+batches. Names are those of the items in evaluation rows.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from deepseek.spec import TEXT, DeploymentSpec
+from deepseek.spec.catalogue import catalogue_of
 from deepseek.spec.tokenizer import text_encoder
 from export.checks.parity_cases import EndpointComparison, outputs_of_batches, same_engine
+from export.rows import Row
 
-AT = "texts beside their ids"
+AT, AT_NAMES = "texts beside their ids", "names beside their ids"
 TEXTS = (
     "",
     "A plane is taking off.",
@@ -44,3 +47,21 @@ def compare_texts(spec: DeploymentSpec, judges: list[EndpointComparison]) -> Non
             judge.compare(
                 AT, judge.ask(AT, lambda predict: outputs_of_batches(predict, texts)), expected, same_engine(spec)
             )
+
+
+def takes_names(spec: DeploymentSpec, platform: str) -> bool:
+    """The same for `[vocabulary]`."""
+    return spec.vocabulary is not None and platform == "python"
+
+
+def compare_names(spec: DeploymentSpec, judges: list[EndpointComparison], rows: list[Row]) -> None:
+    """Adds the check of evaluation rows, as the names of their items and as ids."""
+    assert spec.vocabulary is not None
+    names = catalogue_of(spec)[1].names
+    ids = [{name: row[name].reshape(1, -1) for name in spec.inputs} for row in rows[: len(TEXTS)]]
+    sent = [{source: names[row[name]] for source, name in spec.vocabulary.fills().items()} for row in ids]
+    for judge in judges:
+        expected = judge.ask(AT_NAMES, lambda predict: outputs_of_batches(predict, ids))
+        if expected is not None:
+            found = judge.ask(AT_NAMES, lambda predict: outputs_of_batches(predict, sent))
+            judge.compare(AT_NAMES, found, expected, same_engine(spec))

@@ -1,0 +1,97 @@
+"""Requests with names of items, such as SKUs: reads and checks them, and names the items of an answer.
+
+Contract: the build copies this file beside the backend's model.py if deploy.toml has `[vocabulary]`, together with
+`deepseek/vocabulary.py`, `serving/backend/numpy1_stub.py` and the catalogue. The parameter `vocabulary` of config.pbtxt
+holds the settings as JSON: `fills`, the model's input and its width by the input that callers send; `items`, the output
+with ids; `cut`, the outputs that end after `k` items; `most`, the largest k; `names`, the most names of a row.
+
+A request has names or ids for each of the model's inputs. Empty names are padding. Only the history is required.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from vocabulary import Vocabulary
+
+HISTORY, K = "history", "k"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedRequest:
+    """A request as the model takes it."""
+
+    feed: dict[str, np.ndarray]
+    """The model's inputs, (batch, width)."""
+    k: int
+    names: int
+    """How many names were sent."""
+    unknown: np.ndarray
+    """How many of them were unknown, by row: (batch, 1)."""
+
+    def __len__(self) -> int:
+        return len(self.unknown)
+
+
+class VocabularyRequests:
+    """Turns names into the model's inputs, and the ids of an answer into names."""
+
+    def __init__(self, folder: str, settings: str, dtypes: dict[str, str]) -> None:
+        """`folder` is the version's; `dtypes` are the numpy types of the model's inputs."""
+        given = json.loads(settings)
+        self.fills, self._most, self._most_names = given["fills"], given["most"], given["names"]
+        self._items, self._cut, self._dtypes = given["items"], given["cut"], dtypes
+        self._vocabulary = Vocabulary(os.path.join(folder, "catalogue.csv"))
+
+    def read(self, sent: Mapping[str, np.ndarray]) -> NamedRequest:
+        """The request with these inputs. Raises ValueError with the reason if it cannot be taken."""
+        batch = len(next(iter(sent.values())))
+        feed, names, unknown = {}, 0, np.zeros((batch, 1), np.int32)
+        for source, (name, width) in self.fills.items():
+            if source in sent and name in sent:
+                raise ValueError(f"seen {source} with {name}; send one of them")
+            if name in sent:
+                feed[name] = sent[name]
+                continue
+            if source not in sent and source == HISTORY:
+                raise ValueError(f"input {source} is missing; send it, or ids as {name}")
+            feed[name] = np.zeros((batch, width), self._dtypes[name])
+            for place, row in enumerate(sent.get(source, ())):
+                kept = [each for each in row.tolist() if each]
+                known = [number for number in self._vocabulary.ids(kept) if number]
+                names, unknown[place] = names + len(kept), unknown[place] + len(kept) - len(known)
+                self._fill(feed[name][place], source, row, known)
+        return NamedRequest(feed=feed, k=self._k(sent.get(K)), names=names, unknown=unknown)
+
+    def _fill(self, target: np.ndarray, source: str, row: np.ndarray, known: list[int]) -> None:
+        """Writes the known ids of a row to the end of `target`: the latest of a history, all that are excluded."""
+        if len(row) > self._most_names:
+            raise ValueError(f"{source} has {len(row)} names in a row; allowed: up to {self._most_names}")
+        if source != HISTORY:
+            known = list(dict.fromkeys(known))
+            if len(known) > len(target):
+                raise ValueError(f"{source} has {len(known)} known items in a row; allowed: up to {len(target)}")
+        known = known[-len(target) :]
+        target[len(target) - len(known) :] = known
+
+    def _k(self, sent: np.ndarray | None) -> int:
+        if sent is None:
+            return self._most
+        seen = sorted({*sent.ravel().tolist()})
+        if len(seen) > 1:
+            raise ValueError(f"k is {seen[0]} in one row and {seen[-1]} in another; send one number for all")
+        if not 1 <= seen[0] <= self._most:
+            raise ValueError(f"k is {seen[0]}; allowed: 1 to {self._most}")
+        return int(seen[0])
+
+    def answer(self, request: NamedRequest, results: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The model's outputs for a request with k items each, their names and titles, and the unknown names."""
+        found = {name: array[:, : request.k] if name in self._cut else array for name, array in results.items()}
+        ids = found[self._items]
+        ids = np.where((ids > 0) & (ids <= len(self._vocabulary)), ids, 0)
+        names, titles = self._vocabulary.names[ids], self._vocabulary.titles[ids]
+        return {**found, "skus": names, "titles": titles, "unknown": request.unknown}

@@ -1,0 +1,296 @@
+"""A model that takes names of items, on a real Triton: names give what ids give, and a bad request is one 400."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from deepseek_client import InferenceClient, InferenceError, InvalidInput
+
+from deepseek.spec import DeploymentSpec, InputError
+from deepseek.vocabulary import Vocabulary
+from export.checks.parity import compare_served
+from export.checks.parity_cases import EndpointComparison
+from export.checks.parity_strings import AT_NAMES, compare_names
+from export.model_folder import ModelFolder
+from export.rows import load_rows
+from serving.doctor.examine import examine
+from serving.doctor.machine import Machine
+from serving.embedded.launcher import EmbeddedServer
+from serving.repository.served_models import served_models
+from serving.stack.gateway_limits import limits
+from tests.conftest import FREE, once, run_module, run_stage
+from tests.test_onnxruntime_backend import counter, statistics
+from tests.test_openai import call
+
+MODELS = Path("tests/models")
+VOCABULARY = Vocabulary(MODELS / "shop" / "catalogue.csv")
+NAMES = [name.decode() for name in VOCABULARY.names]
+METRICS = [f'onnxruntime_vocabulary_{name}{{model="shop",version="1"}}' for name in ("names", "unknown_names")]
+
+
+@pytest.fixture(scope="module")
+def folder(of_the_run: Path) -> Path:
+    """`build/` and `repository/` of the model `shop`."""
+    place = of_the_run / "shop"
+
+    def make() -> None:
+        run_stage("shop", "to-onnx", build=place / "build")
+        flags = ("--precision", "fp32", "--repository", str(place / "repository"))
+        run_stage("shop", "publish", *flags, build=place / "build")
+
+    return once(place, make)
+
+
+@pytest.fixture(scope="module")
+def shop(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """The model, served."""
+    log = tmp_path_factory.mktemp("log") / "triton.log"
+    with EmbeddedServer(folder / "repository", **FREE, log_path=log) as running:
+        yield running
+
+
+@pytest.fixture(params=["http", "grpc"])
+def client(shop: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[InferenceClient]:
+    """A client over each protocol."""
+    protocol: Literal["http", "grpc"] = request.param
+    with InferenceClient(getattr(shop, f"{protocol}_url"), protocol, timeout_s=60) as made:
+        yield made
+
+
+def k_of(*numbers: int) -> np.ndarray:
+    return np.array(numbers, np.int32)[:, None]
+
+
+def ranked(seen: list[int], never: list[int]) -> list[int]:
+    """Every item that may be answered, best first, from the model's weights."""
+    weights = ModelFolder("shop", MODELS).load().embed.weight.detach()
+    mean = torch.stack([weights[item] for item in [0] * (6 - len(seen)) + seen]).mean(dim=0)
+    order = (weights @ mean).argsort(descending=True).tolist()
+    return [item for item in order if item not in {0, *seen, *never}]
+
+
+def test_names_give_what_their_ids_give_with_titles(client: InferenceClient) -> None:
+    ids = client.infer("shop", {"seen": np.array([[0, 0, 0, 4, 6, 1]])})
+    found = client.infer("shop", {"history": [[NAMES[4], NAMES[6], NAMES[1]]]})
+    for name, array in ids.items():
+        np.testing.assert_array_equal(found[name], array)
+    best = found["best"][0].tolist()
+    assert best == ranked([4, 6, 1], [])[:5]
+    assert found["skus"].tolist() == [[NAMES[item].encode() for item in best]]
+    assert found["titles"].tolist() == [[VOCABULARY.titles[item] for item in best]]
+    assert found["unknown"].tolist() == [[0]]
+
+
+def test_an_item_without_a_title_has_its_name_as_one() -> None:
+    assert VOCABULARY.titles[[4, 5]].tolist() == ["列車".encode(), b"SKU-5"]
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_excluded_items_are_replaced_by_the_next_best(client: InferenceClient, k: int) -> None:
+    """The items are masked before the best are chosen, so there are always k."""
+    never = ranked([4, 6], [])[:4]
+    inputs: Any = {"history": [[NAMES[4], NAMES[6]]], "exclude": [[NAMES[item] for item in never]], "k": k_of(k)}
+    found = client.infer("shop", inputs)
+    assert found["best"].tolist() == [ranked([4, 6], never)[:k]]
+    assert found["skus"].shape == found["titles"].shape == found["scores"].shape == (1, k)
+    assert found["mood"].shape == (1, 1)  # an output that has no items is not cut
+
+
+def test_where_too_few_items_remain_the_rest_is_empty(client: InferenceClient) -> None:
+    found = client.infer("shop", {"history": [NAMES[1:7]], "exclude": [NAMES[7:11]]})
+    assert sorted(found["skus"][0].tolist()) == [b"", b"", b"", b"SKU-11", b"SKU-12"]
+    assert found["titles"][0, -3:].tolist() == [b"", b"", b""]
+
+
+def test_unknown_names_are_ignored_and_counted_by_row(shop: EmbeddedServer, client: InferenceClient) -> None:
+    before = [counter(shop, name) for name in METRICS]
+    rows: Any = [["SKU-1", "x", "SKU-2"], ["y", b"\xff\xfe", ""], ["SKU-1", "", "SKU-2"]]
+    found = client.infer("shop", {"history": rows, "exclude": [["z"], ["SKU-3"], [""]]})
+    assert found["unknown"].tolist() == [[2], [2], [0]]
+    np.testing.assert_array_equal(found["skus"][0], found["skus"][2])
+    assert [counter(shop, name) - old for name, old in zip(METRICS, before, strict=True)] == [9, 4]
+
+
+@pytest.mark.parametrize("history", [["nothing", "known"], [""], []], ids=["unknown", "empty", "none"])
+def test_a_history_without_known_items_is_one_of_padding(client: InferenceClient, history: list[str]) -> None:
+    found = client.infer("shop", {"history": np.array([history], object)})
+    nothing = client.infer("shop", {"seen": np.zeros((1, 6), np.int64)})
+    np.testing.assert_array_equal(found["best"], nothing["best"])
+
+
+def test_of_a_long_history_the_latest_known_items_count(client: InferenceClient) -> None:
+    long = [NAMES[11], NAMES[12], *NAMES[1:4], "x", *NAMES[4:7]] + ["x"] * 20
+    found, last = (client.infer("shop", {"history": [names]}) for names in (long, NAMES[1:7]))
+    np.testing.assert_array_equal(found["best"], last["best"])
+
+
+def test_names_and_ids_may_be_mixed(client: InferenceClient) -> None:
+    never = ranked([4], [])[:2]
+    excluded = np.array([[*never, 0, 0]], np.int32)
+    found = client.infer("shop", {"history": [[NAMES[4]]], "not_these": excluded})
+    assert found["best"].tolist() == [ranked([4], never)[:5]]
+
+
+def test_lists_of_any_length_run_as_one_batch(shop: EmbeddedServer) -> None:
+    before = statistics(shop, "shop")
+
+    def ask(caller: InferenceClient, number: int) -> Any:
+        size = number % 6 + 1
+        names = [NAMES[1:][(number + step) % 12] for step in range(size)]
+        found = caller.infer("shop", {"history": [names], "k": k_of(number % 5 + 1)})
+        return [NAMES.index(name) for name in names], found["best"][0].tolist()
+
+    with InferenceClient(shop.grpc_url, timeout_s=60) as caller, ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda number: ask(caller, number), range(160)))
+    after = statistics(shop, "shop")
+    assert after["inference_count"] - before["inference_count"] == 160
+    assert after["execution_count"] - before["execution_count"] < 160
+    for number, (seen, best) in enumerate(answers):
+        assert best == ranked(seen, [])[: number % 5 + 1]
+
+
+SEEN = np.zeros((1, 6), np.int64)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"history": [["a"]], "k": k_of(0)}, "k is 0; allowed: 1 to 5"),
+        ({"history": [["a"]], "k": k_of(6)}, "k is 6; allowed: 1 to 5"),
+        ({"history": [["a"], ["b"]], "k": k_of(1, 3)}, "k is 1 in one row and 3 in another; send one number for all"),
+        ({"history": [["a"]], "seen": SEEN}, "seen history with seen; send one of them"),
+        ({"k": k_of(1)}, "input history is missing; send it, or ids as seen"),
+        ({"history": [["a"] * 257]}, "history has 257 names in a row; allowed: up to 256"),
+        ({"history": [["a"]], "exclude": [NAMES[1:6]]}, "exclude has 5 known items in a row; allowed: up to 4"),
+        ({"history": [["a"]] * 9}, "a batch of 9; from 1 to 8 are allowed"),
+        ({"history": ["a"]}, "history' has shape [1], of 1 dimensions; the model takes 2"),
+    ],
+)
+def test_a_bad_request_is_one_line(client: InferenceClient, inputs: Any, message: str) -> None:
+    with pytest.raises(InvalidInput) as error:
+        client.infer("shop", inputs)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_any_client_can_send_names(shop: EmbeddedServer) -> None:
+    def ask(k: int) -> Any:
+        inputs = [
+            {"name": "history", "datatype": "BYTES", "shape": [2, 2], "data": ["SKU-1", "SKU-4", "größe-6", ""]},
+            {"name": "k", "datatype": "INT32", "shape": [2, 1], "data": [k, k]},
+        ]
+        body = json.dumps({"inputs": inputs, "outputs": [{"name": "titles"}, {"name": "skus"}]}).encode()
+        status, _, answer = call(shop.http_url, "POST", "/v2/models/shop/infer", body)
+        return status, answer
+
+    status, answer = ask(1)
+    assert status == 200
+    found = {output["name"]: output["data"] for output in answer["outputs"]}
+    titles, skus = found["titles"], found["skus"]
+    assert skus == [NAMES[ranked([1, 4], [])[0]], NAMES[ranked([6], [])[0]]]
+    assert titles == [VOCABULARY.titles[NAMES.index(name)].decode() for name in skus]
+    status, answer = ask(99)
+    assert (status, answer["error"].endswith("k is 99; allowed: 1 to 5")) == (400, True)
+
+
+def test_a_bad_request_fails_alone(shop: EmbeddedServer) -> None:
+    def ask(caller: InferenceClient, k: int) -> str:
+        try:
+            return str(caller.infer("shop", {"history": [["SKU-1"]], "k": k_of(k)})["skus"].shape)
+        except InferenceError as error:
+            return type(error).__name__
+
+    with InferenceClient(shop.grpc_url, timeout_s=60) as caller, ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda k: ask(caller, k), [3, 99] * 40))
+    assert answers == ["(1, 3)", "InvalidInput"] * 40
+    labels = '{model="shop",reason="INTERNAL",version="1"}'
+    assert counter(shop, f"onnxruntime_inference_request_failure{labels}") == 0
+
+
+def test_parity_compares_names_with_their_ids(
+    shop: EmbeddedServer, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(folder / "build"))
+    source = ModelFolder("shop", MODELS)
+    result = compare_served(source, shop.grpc_url, shop.http_url, most_rows=4)
+    assert result["failures"] == []
+    assert len([check for check in result["checks"] if check["at"] == AT_NAMES]) == 6  # three outputs, two protocols
+
+    shutil.copytree(MODELS / "shop", tmp_path / "shop")
+    file = tmp_path / "shop" / "catalogue.csv"
+    file.write_text(file.read_text().replace("SKU-1,", "SKU-x,").replace("SKU-2,", "SKU-1,").replace("SKU-x", "SKU-2"))
+    with InferenceClient(shop.grpc_url) as client:
+        other = DeploymentSpec.of_model("shop", tmp_path)
+        judge = EndpointComparison(other, "grpc", lambda inputs: client.infer("shop", inputs))
+        compare_names(other, [judge], load_rows(folder / "build" / "shop" / "evaluation.npz"))
+    assert not all(check.holds for check in judge.checks)
+
+
+def test_the_doctor_and_the_gateway_know_names(folder: Path, tmp_path: Path) -> None:
+    here = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",))
+    assert [str(each) for each in examine(folder / "repository", here)[1] if each.level == "mismatch"] == []
+    (model,) = served_models(folder / "repository", MODELS)
+    assert model.input_bytes == 8 * 2 * 256 * (len("größe-6".encode()) + 4)
+    assert f"# shop: {model.input_bytes} bytes of tensors + 65536 bytes" in limits([model])
+    copied = Path(shutil.copytree(folder / "repository", tmp_path / "repository"))
+    (copied / "shop" / "1" / "catalogue.csv").write_text("id,item\n1,a\n")
+    (finding, *_) = examine(copied, here)[1]
+    assert "catalogue.csv" in str(finding)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "line 1: column id is missing; columns id,item,title are needed"),
+        ("id,title\n", "line 1: column item is missing"),
+        ("id,item\n0,a\n", "line 2: id is '0'; ids are 1, 2, 3 and so on: 1 is needed"),
+        ("id,item\n1,a\n3,b\n", "line 3: id is '3'; ids are 1, 2, 3 and so on: 2 is needed"),
+        ("id,item\n1,a\n2,a\n", "line 3: item is 'a', which is there twice"),
+        ("id,item\n1,\n", "line 2: item is '', which is no name"),
+        ('id,item\n1,"a\n', "unexpected end of data"),
+        ("id,item\n1,a\n", "1 items, but no weight of the graph has a dimension of 2"),
+        (None, "vocabulary.file: no file"),
+    ],
+)
+def test_a_catalogue_that_does_not_fit_is_one_line_before_anything_is_published(
+    folder: Path, tmp_path: Path, text: str | None, message: str
+) -> None:
+    shutil.copytree(MODELS / "shop", tmp_path / "models" / "shop")
+    file = tmp_path / "models" / "shop" / "catalogue.csv"
+    file.unlink() if text is None else file.write_text(text)
+    place = ("--model", "shop", "--models", str(tmp_path / "models"), "--repository", str(tmp_path / "repository"))
+    run = run_module("cli", "publish", *place, "--precision", "fp32", DEEPSEEK_BUILD=str(folder / "build"))
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert message in run.stderr
+    assert str(file) in run.stderr
+    assert not (tmp_path / "repository" / "shop").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('history = "seen"', 'history = "none"', "vocabulary.history: seen 'none'; inputs are not_these, seen"),
+        ('items = "best"', 'items = "other"', "vocabulary.items: seen 'other'; outputs are best, mood, scores"),
+        ('items = "best"', 'items = "scores"', "scores is float32 ['batch', 5]; allowed: int32 or int64, [\"batch\", "),
+        ('exclude = "not_these"\n', "", "it fills seen; remove [vocabulary], or the input not_these"),
+        ("outputs.mood", "outputs.titles", "[vocabulary] adds a tensor titles; rename the model's own"),
+        ("[axes.batch]\nmin = 1", "[axes.batch]\nmin = 2", "axes.batch.min is 2; with [vocabulary], it must be 1"),
+        ("[precision]", '[text]\ninput_ids = "seen"\n[precision]', "text"),
+        ("[vocabulary]", '[vocabulary]\nfile = "../x.csv"', "vocabulary.file: seen '../x.csv'; allowed: a path inside"),
+    ],
+)
+def test_a_model_that_cannot_take_names_is_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    good = (MODELS / "shop" / "deploy.toml").read_text()
+    assert old in good
+    (tmp_path / "deploy.toml").write_text(good.replace(old, new))
+    with pytest.raises(InputError) as error:
+        DeploymentSpec.load(tmp_path)
+    assert message in str(error.value)
