@@ -264,7 +264,7 @@ class OneModel:
         self._size = size
 
     async def chosen(self, _: str) -> Any:
-        return SimpleNamespace(size=self._size)
+        return SimpleNamespace(name="m", size=self._size, max_batch=32)
 
 
 @pytest.mark.parametrize("chunked", [False, True])

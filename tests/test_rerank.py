@@ -18,7 +18,10 @@ from aiohttp import web
 from serving.openai.metrics import Metrics
 from serving.openai.routes import HELD_BYTES, Routes
 from serving.openai.text_models import TextModel
+from serving.repository.served_models import served_models
+from tests.gateway import skip_without_nginx, wait_for
 from tests.test_embedded import start
+from tests.test_gateway_openai import in_front
 from tests.test_openai import Serving, call
 from tests.test_pairs import LONGEST, place, scores_of_transformers
 from tests.test_text import folder
@@ -35,14 +38,20 @@ def expected(place: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def url(place: Path) -> Iterator[str]:
-    """The routes of a server with one cross-encoder."""
+def serving(place: Path) -> Iterator[Serving]:
+    """A server with one cross-encoder."""
     process = start(place / "repository", "--openai-port", "0")
     try:
-        yield Serving.of(process).places["OpenAI"]
+        yield Serving.of(process)
     finally:
         process.terminate()
         process.communicate()
+
+
+@pytest.fixture(scope="module")
+def url(serving: Serving) -> str:
+    """Its routes."""
+    return serving.places["OpenAI"]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +84,28 @@ def test_a_long_list_is_scored_and_sorted(url: str, expected: np.ndarray) -> Non
     assert scores == sorted(scores, reverse=True)
     np.testing.assert_allclose(scores, expected[[row["index"] for row in answer]], atol=1e-4)
     assert {frozenset(row) for row in answer} == {frozenset({"index", "score"})}
+
+
+def test_the_gateway_has_the_route_with_a_key(
+    serving: Serving, place: Path, tmp_path: Path, expected: np.ndarray
+) -> None:
+    skip_without_nginx()
+    models = served_models(place / "repository", place / "models")
+    gateway = in_front(serving, tmp_path, models)
+    try:
+        body = json.dumps({"query": QUERY, "texts": TEXTS, "raw_scores": True}).encode()
+        status, answer = gateway.http("POST", "/rerank", body=body)
+        rows = json.loads(answer.partition(b"\r\n\r\n")[2])
+        assert status == 200
+        np.testing.assert_allclose([row["score"] for row in rows], np.sort(expected)[::-1], atol=1e-4)
+        assert gateway.http("POST", "/rerank", body=body, key="")[0] == 401
+        largest = {"query": "q" * 131_072, "texts": ["t" * 131_072] * 32}  # one batch of max_bytes each
+        assert gateway.http("POST", "/rerank", body=json.dumps(largest).encode())[0] == 200
+        assert gateway.http("POST", "/rerank", body=b'"' + b"q" * models[0].body_bytes + b'"')[0] == 413
+        counted = 'gateway_requests_total{protocol="http",api="openai",model="",status="200"}'
+        wait_for(lambda: gateway.metrics().get(counted) == 2)
+    finally:
+        gateway.stop()
 
 
 def test_scores_are_between_0_and_1_by_default_and_texts_come_back(url: str, expected: np.ndarray) -> None:

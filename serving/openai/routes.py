@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from typing import Any
 
 from aiohttp import web
 
@@ -29,7 +30,7 @@ NUMBER_BYTES = 24  # of a vector while it is computed and sent as base64
 DIGITS_BYTES = 64  # of one that is sent as JSON: some 20 characters, which are copied twice
 READ_S = 30.0  # longest upload of a body
 CALLER_LEFT = 499  # as nginx counts it
-NOTED = "noted"  # of a request: its model, and whether its list is split
+NOTED = web.RequestKey("noted", dict[str, Any])  # its model, and whether its list is split
 
 
 class Routes:
