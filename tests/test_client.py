@@ -131,6 +131,11 @@ def test_many_callers_share_a_client_and_its_prepared_requests(connect: Connect,
         pytest.param({"outputs": "y"}, InvalidInput, r"pass a list of names: \['y'\]", id="one name"),
         pytest.param({"outputs": 5}, InvalidInput, "outputs=5; pass a list of names", id="outputs as a number"),
         pytest.param({"outputs": ["z"]}, InvalidInput, r"no output 'z'; its outputs are y \(FP32", id="output"),
+        pytest.param({"parameters": 5}, InvalidInput, "parameters is of type int; pass a dict", id="parameters"),
+        pytest.param(
+            {"parameters": {"timeout": 5}}, InvalidInput, "'timeout' cannot be a name; it", id="own parameter"
+        ),
+        pytest.param({"parameters": {"x": 0.5}}, InvalidInput, "x=0.5; it must be a text, a wh", id="parameter's type"),
         pytest.param({"headers": 5}, InvalidInput, "headers is of type int; pass a dict", id="headers"),
         pytest.param({"timeout_s": 0}, InvalidInput, "timeout_s=0; it must be a positive number", id="no time"),
         pytest.param(

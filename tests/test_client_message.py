@@ -29,6 +29,12 @@ def by_protobuf(request: PreparedRequest, left_us: int) -> Any:
     kind = service_pb2.ModelInferRequest
     message = kind(model_name=request.model, model_version=request.version, id=request.request_id)
     message.parameters["timeout"].int64_param = left_us
+    for parameter, value in request.parameters.items():
+        setattr(
+            message.parameters[parameter],
+            {bool: "bool_param", int: "int64_param"}.get(type(value), "string_param"),
+            value,
+        )
     for tensor in request.tensors:
         message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
         message.raw_input_contents.append(tensor.data)
@@ -41,6 +47,7 @@ def test_the_pieces_parse_as_protobufs_own_message() -> None:
     encoder = RequestEncoder()
     shorter = Tensor(name="ids", datatype="INT64", shape=(2, 3), data=bytes(48))
     kinds = [request_of(request_id=request_id) for request_id in ("", "order-7", "é" * 100)]
+    kinds += [request_of(parameters=each) for each in ({"priority": 2}, {"priority": True, "prompt": "é"})]
     kinds += [request_of(tensors=(shorter,)), request_of(outputs=()), request_of(version="")]
     for request in (*kinds, *kinds):  # the second time, heads come from the cache
         for left_us in (1, 127, 128, 500_000, 2**40):

@@ -10,7 +10,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,6 @@ from serving.openai.embeddings import Embeddings, _shortened
 from serving.openai.errors import ApiError, from_client
 from serving.openai.inference import infer_texts
 from serving.openai.metrics import Metrics
-from serving.openai.requests import EmbeddingRequest
 from serving.openai.routes import BODY_BYTES, HELD_BYTES, Routes
 from serving.openai.text_models import TextModel
 from tests.conftest import write_add_one
@@ -263,14 +262,14 @@ class OneModel:
     def __init__(self, size: int = 384) -> None:
         self._size = size
 
-    async def chosen(self, _: str) -> Any:
+    async def chosen(self, _: str, **__: Any) -> Any:
         return SimpleNamespace(name="m", size=self._size, max_batch=32)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_an_answer_larger_than_all_the_room_is_computed_if_it_is_alone(chunked: bool) -> None:
     class Ready:
-        async def answer(self, _: EmbeddingRequest) -> str:
+        async def answer(self, *_: object) -> str:
             return "{}"
 
     async def run() -> int:
@@ -295,7 +294,7 @@ def test_large_answers_are_refused_beyond_the_memory_they_may_take() -> None:
         running = 0
 
         class Held:
-            async def answer(self, _: EmbeddingRequest) -> str:
+            async def answer(self, *_: object) -> str:
                 nonlocal running
                 running += 1
                 await released.wait()
@@ -398,13 +397,46 @@ def test_a_full_queue_is_429_with_retry_after(blocked: tuple[Serving, Path]) -> 
     assert set(statuses) == {200, 429}
 
 
+def test_a_header_makes_a_request_bulk() -> None:
+    """It then waits behind others, in parts of the batch that Triton prefers."""
+
+    class Told:
+        async def answer(self, model: TextModel, _: object) -> str:
+            return json.dumps([model.max_batch, model.parameters])
+
+    class Models:
+        async def chosen(self, _: str, **__: Any) -> TextModel:
+            return replace(SMALL, preferred_batch=1)
+
+    async def run() -> list[Any]:
+        runner = Routes(Models(), Told(), Metrics()).runner(1)  # type: ignore[arg-type]
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1/embeddings"
+        found = []
+        async with ClientSession() as session:
+            for headers in ({}, {"X-Priority": "online"}, {"X-Priority": "bulk"}, {"X-Priority": "1"}):
+                async with session.post(url, json={"model": "m", "input": "a"}, headers=headers) as answer:
+                    found.append(await answer.json())
+        await runner.cleanup()
+        return found
+
+    *found, refused = asyncio.run(run())
+    assert found == [[2, {}], [2, {}], [1, {"priority": 2}]]
+    assert refused["error"]["message"] == 'X-Priority: seen "1"; allowed: online or bulk'
+
+
+SMALL = TextModel(name="m", output="embedding", size=1, max_batch=2, parts_at_once=1, max_tokens=8, max_bytes=8)
+
+
 class Refusing:
     """A client whose server refuses every list of texts once."""
 
     def __init__(self) -> None:
         self.sent: list[list[str]] = []
 
-    async def infer(self, model: str, inputs: dict[str, list[str]], **_: Any) -> dict[str, np.ndarray]:
+    async def infer(self, model: str, inputs: dict[str, list[str]], **given: Any) -> dict[str, np.ndarray]:
+        assert given["parameters"] == {"priority": 2}
         self.sent.append(inputs["text"])
         if self.sent.count(inputs["text"]) == 1:
             raise deepseek_client.ServerBusy("full")
@@ -413,7 +445,7 @@ class Refusing:
 
 def test_a_refused_part_of_a_long_list_is_sent_again() -> None:
     client: Any = Refusing()
-    model = TextModel(name="m", output="embedding", size=1, max_batch=2, parts_at_once=1, max_tokens=8, max_bytes=8)
+    model = SMALL.for_bulk()
     found = asyncio.run(infer_texts(client, model, list("abc"), ["embedding"]))
     assert list(found["embedding"]) == ["a", "b", "c"]
     with pytest.raises(deepseek_client.ServerBusy):  # one batch: the caller decides
@@ -433,7 +465,7 @@ class Waiting(Embeddings):
     def __init__(self) -> None:
         self.started, self.cancelled = asyncio.Event(), asyncio.Event()
 
-    async def answer(self, request: EmbeddingRequest) -> str:
+    async def answer(self, *_: object) -> str:
         self.started.set()
         try:
             await asyncio.Event().wait()

@@ -63,10 +63,7 @@ def test_the_answer_is_the_cosine_of_each_sentence_in_order(serving: Serving) ->
 
 
 class Fixed:
-    """A client, and models, with vectors that are not of length 1."""
-
-    async def chosen(self, name: str | None) -> TextModel:
-        return TextModel(name="m", output="v", size=2, max_batch=8, parts_at_once=1, max_tokens=8, max_bytes=8)
+    """A client with vectors that are not of length 1."""
 
     async def infer(self, *_: Any, **__: Any) -> dict[str, np.ndarray]:
         vectors = np.array([[3, 4], [6, 8], [-8, 6], [-3, -4], [0, 0]], np.float32)
@@ -76,7 +73,8 @@ class Fixed:
 def test_a_cosine_does_not_depend_on_the_lengths_of_the_vectors() -> None:
     fixed: Any = Fixed()
     request = SimilarityRequest.read(b'{"inputs": {"source_sentence": "a", "sentences": ["b", "c", "d", "e"]}}')
-    found = asyncio.run(Embeddings(fixed, fixed, Metrics()).similarities(request))
+    model = TextModel(name="m", output="v", size=2, max_batch=8, parts_at_once=1, max_tokens=8, max_bytes=8)
+    found = asyncio.run(Embeddings(fixed, Metrics()).similarities(model, request))
     np.testing.assert_allclose(found, [1, 0, -1, 0], atol=1e-6)
 
 

@@ -37,7 +37,7 @@ from deepseek_client.http.transport import HttpTransport
 from deepseek_client.metadata import Inputs, ModelMetadata
 from deepseek_client.options import ClientOptions, read_pem
 from deepseek_client.statistics import Statistics
-from deepseek_client.transport import PreparedRequest, Transport
+from deepseek_client.transport import Parameters, PreparedRequest, Transport
 
 
 class _Client:
@@ -193,17 +193,19 @@ class InferenceClient(_Client):
         timeout_s: float | None = None,
         version: str = "",
         request_id: str = "",
+        parameters: Parameters | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> dict[str, np.ndarray]:
         """Runs the model and returns its outputs by name: all, or those in `outputs`. Raises InferenceError.
 
         An input of strings may be a list of texts, `{"text": ["one", "another"]}`, or of pairs of texts.
         The arrays are read-only views of the response; copy one to change it. With `version` "" the server chooses.
-        `request_id` appears in Triton's log and traces, and is sent as the header x-request-id. `headers`, such as a
-        W3C `traceparent`, are sent with every attempt; over gRPC as metadata.
+        `request_id` appears in Triton's log and traces, and is sent as the header x-request-id. `parameters` are those
+        of the request in KServe v2, such as `{"priority": 2}`: a bulk request, which waits behind the others.
+        `headers`, such as a W3C `traceparent`, are sent with every attempt; over gRPC as metadata.
         """
         deadline = self._core.deadline(timeout_s)
-        return run(self._core.infer(model, inputs, outputs, version, request_id, headers, deadline))
+        return run(self._core.infer(model, inputs, outputs, version, request_id, parameters, headers, deadline))
 
     def prepare(
         self,
@@ -214,10 +216,11 @@ class InferenceClient(_Client):
         timeout_s: float | None = None,
         version: str = "",
         request_id: str = "",
+        parameters: Parameters | None = None,
     ) -> PreparedRequest:
         """Checks and encodes a request once, for `send` to send many times, from any thread."""
         deadline = self._core.deadline(timeout_s)
-        return run(self._core.prepare(model, inputs, outputs, version, request_id, deadline))
+        return run(self._core.prepare(model, inputs, outputs, version, request_id, parameters, deadline))
 
     def send(
         self, request: PreparedRequest, *, timeout_s: float | None = None, headers: Mapping[str, str] | None = None
@@ -261,10 +264,11 @@ class AsyncInferenceClient(_Client):
         timeout_s: float | None = None,
         version: str = "",
         request_id: str = "",
+        parameters: Parameters | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> dict[str, np.ndarray]:
         deadline = self._core.deadline(timeout_s)
-        return await self._core.infer(model, inputs, outputs, version, request_id, headers, deadline)
+        return await self._core.infer(model, inputs, outputs, version, request_id, parameters, headers, deadline)
 
     async def prepare(
         self,
@@ -275,9 +279,10 @@ class AsyncInferenceClient(_Client):
         timeout_s: float | None = None,
         version: str = "",
         request_id: str = "",
+        parameters: Parameters | None = None,
     ) -> PreparedRequest:
         deadline = self._core.deadline(timeout_s)
-        return await self._core.prepare(model, inputs, outputs, version, request_id, deadline)
+        return await self._core.prepare(model, inputs, outputs, version, request_id, parameters, deadline)
 
     async def send(
         self, request: PreparedRequest, *, timeout_s: float | None = None, headers: Mapping[str, str] | None = None

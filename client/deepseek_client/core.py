@@ -15,13 +15,21 @@ import numpy as np
 from deepseek_client.concurrency import Cancel, Concurrency
 from deepseek_client.errors import InferenceError, InvalidInput, ModelNotFound, ServerError
 from deepseek_client.metadata import Inputs, ModelMetadata
-from deepseek_client.options import ClientOptions, as_header, check_headers, check_texts, check_version, checked_timeout
+from deepseek_client.options import (
+    ClientOptions,
+    as_header,
+    check_headers,
+    check_texts,
+    check_version,
+    checked_parameters,
+    checked_timeout,
+)
 from deepseek_client.resilience.replicas import Replica, Replicas
 from deepseek_client.resilience.retry import Retrier
 from deepseek_client.shared_memory import Regions
 from deepseek_client.statistics import Counters, Statistics
 from deepseek_client.tensors import result_sizes, tensors_of
-from deepseek_client.transport import NO_HEADERS, Deadline, Headers, PreparedRequest, Transport
+from deepseek_client.transport import NO_HEADERS, Deadline, Headers, Parameters, PreparedRequest, Transport
 
 Result = TypeVar("Result")
 MOST_METADATA = 1000  # models and versions; a server may answer every name that a user sends
@@ -126,16 +134,18 @@ class ClientCore:
         outputs: Sequence[str] | None,
         version: str,
         request_id: str,
+        parameters: Parameters | None,
         deadline: Deadline,
     ) -> PreparedRequest:
         """Checks and encodes a request."""
         check_texts(model=model, version=version, request_id=request_id)
+        parameters = checked_parameters(parameters or {})
         metadata = self._metadata.get((model, version))
         if metadata is not None:
             with contextlib.suppress(InvalidInput):  # the cached metadata may be outdated: ask the server
-                return self._encode(metadata.with_inputs(inputs), version, inputs, outputs, request_id)
+                return self._encode(metadata.with_inputs(inputs), version, inputs, outputs, request_id, parameters)
         metadata = (await self.metadata(model, version, deadline)).with_inputs(inputs)
-        return self._encode(metadata, version, inputs, outputs, request_id)
+        return self._encode(metadata, version, inputs, outputs, request_id, parameters)
 
     def _encode(
         self,
@@ -144,6 +154,7 @@ class ClientCore:
         inputs: Inputs,
         outputs: Sequence[str] | None,
         request_id: str,
+        parameters: Parameters,
     ) -> PreparedRequest:
         tensors = tensors_of(metadata, metadata.check(inputs, outputs))
         shared = bool(self._options.shared_memory) and self._want_memory(sum(len(tensor.data) for tensor in tensors))
@@ -154,6 +165,7 @@ class ClientCore:
             outputs=tuple(outputs or ()),
             parts=(),
             tensors=tensors,
+            parameters=parameters,
             binary=metadata.binary,
             result_sizes=result_sizes(metadata, tensors, outputs) if shared else {},
         )
@@ -172,13 +184,14 @@ class ClientCore:
         outputs: Sequence[str] | None,
         version: str,
         request_id: str,
+        parameters: Parameters | None,
         headers: Headers | None,
         deadline: Deadline,
     ) -> dict[str, np.ndarray]:
         """Prepares and sends; one call in the statistics."""
 
         async def both() -> dict[str, np.ndarray]:
-            request = await self.prepare(model, inputs, outputs, version, request_id, deadline)
+            request = await self.prepare(model, inputs, outputs, version, request_id, parameters, deadline)
             return await self._send(request, headers, deadline)
 
         return await self._counted(model, both())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from deepseek_client.errors import InvalidInput
+from deepseek_client.transport import Parameters
 
 # Headers that the protocols or this client write.
 OWN_HEADERS = {
@@ -21,6 +22,7 @@ OWN_HEADERS = {
     *("content-type", "content-encoding", "content-length", "transfer-encoding", "inference-header-content-length"),
 }
 LABEL = r"[\w-]{1,63}"  # one label of a host name
+OWN_PARAMETERS = ("timeout", "binary_data_output")  # of a request: the client writes them
 URL = rf"(\[(?P<ipv6>.+)\]|{LABEL}(\.{LABEL})*\.?):(?P<port>\d{{1,5}})"
 LARGEST_RESPONSE_BYTES = 2**31 - 1  # of a gRPC message
 LONGEST_S = 1e9  # the longest that sockets and locks can wait
@@ -144,6 +146,21 @@ def check_version(version: str) -> None:
     """Raises InvalidInput unless it is a number or empty."""
     if not re.fullmatch(r"\d*", version, re.ASCII):
         raise InvalidInput(f"version={version!r}; it must be a number such as '1', or '' for the server's choice")
+
+
+def checked_parameters(parameters: Parameters) -> Parameters:
+    """A copy of a request's parameters. Raises InvalidInput unless KServe v2 can carry them."""
+    if not isinstance(parameters, Mapping):
+        raise InvalidInput(f"parameters is of type {type(parameters).__name__}; pass a dict by name")
+    for name, value in parameters.items():
+        if not isinstance(name, str) or name in OWN_PARAMETERS:
+            own = " and ".join(OWN_PARAMETERS)
+            raise InvalidInput(f"parameters: {name!r} cannot be a name; it must be a text other than {own}")
+        if isinstance(value, str):
+            check_texts(**{f"parameters: {name}": value})
+        elif not isinstance(value, int) or not -(2**63) <= value < 2**63:
+            raise InvalidInput(f"parameters: {name}={value!r}; it must be a text, a whole number of 64 bits or a bool")
+    return dict(parameters)
 
 
 def check_headers(headers: Mapping[str, str]) -> None:

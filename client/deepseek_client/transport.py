@@ -21,6 +21,8 @@ from deepseek_client.metadata import ModelMetadata
 
 Headers = Mapping[str, str]
 NO_HEADERS: Headers = {}
+Parameters = Mapping[str, str | int]
+"""Parameters of a request in KServe v2: texts, whole numbers, and True or False."""
 
 
 class Deadline:
@@ -75,6 +77,8 @@ class PreparedRequest:
     """Empty if `parts` contain them."""
     binary: bool = True
     """Whether `parts` have the tensors as bytes; else they are JSON."""
+    parameters: Parameters = field(default_factory=dict, hash=False)
+    """Sent with the request, beside its time-out."""
     result_sizes: Mapping[str, int] = field(default_factory=dict, hash=False)
     """Bytes of each output if the metadata fixes all sizes; else empty."""
 

@@ -30,6 +30,8 @@ from deepseek.spec.files.manifest import FileDigest, Manifest, PublishedManifest
 from deepseek.spec.objectives import Objective, Relation, SloSpec, histogram_bounds_ms
 from deepseek.spec.tables import (
     BATCH,
+    BULK,
+    ONLINE,
     TRITON_DTYPES,
     Axis,
     ParitySpec,
@@ -43,6 +45,8 @@ from deepseek.targets import Provider, Target
 
 __all__ = [
     "BATCH",
+    "BULK",
+    "ONLINE",
     "TEXT",
     "TOKENIZER",
     "TOKENS",

@@ -23,6 +23,7 @@ TRITON_DTYPES: Mapping[str, str] = {
     "float16": "FP16",
     "float32": "FP32",
 }
+ONLINE, BULK = 1, 2  # priorities of requests: bulk ones wait in a queue behind the others
 BATCH = "batch"  # the axis that Triton batches over: first in every tensor
 # Labels, warm-up files and rows of an .npz are named after tensors; torch.export turns an axis into a Python name.
 _TENSOR_NAME = re.compile(r"\w[\w.:-]*")

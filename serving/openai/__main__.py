@@ -27,7 +27,7 @@ async def _serve(given: argparse.Namespace) -> None:
     async with AsyncInferenceClient(given.grpc_url, retries=0) as client:
         models = TextModels(client, given.repository)
         metrics = Metrics()
-        runner = Routes(models, Embeddings(client, models, metrics), metrics).runner(given.drain_s)
+        runner = Routes(models, Embeddings(client, metrics), metrics).runner(given.drain_s)
         await runner.setup()
         await web.SockSite(runner, socket.socket(fileno=given.socket), backlog=1024).start()
         await stop.wait()

@@ -15,7 +15,7 @@ from serving.openai.errors import ApiError, from_client
 from serving.openai.inference import infer_texts
 from serving.openai.metrics import Metrics
 from serving.openai.requests import EmbeddingRequest, SimilarityParameters, SimilarityRequest
-from serving.openai.text_models import TextModel, TextModels, prepared
+from serving.openai.text_models import TextModel, prepared
 
 ROWS_IN_A_TURN = 16  # vectors written as JSON before other requests get their turn
 
@@ -23,12 +23,11 @@ ROWS_IN_A_TURN = 16  # vectors written as JSON before other requests get their t
 class Embeddings:
     """The vectors of the models of one Triton."""
 
-    def __init__(self, client: AsyncInferenceClient, models: TextModels, metrics: Metrics) -> None:
-        self._client, self._models, self._metrics = client, models, metrics
+    def __init__(self, client: AsyncInferenceClient, metrics: Metrics) -> None:
+        self._client, self._metrics = client, metrics
 
-    async def answer(self, request: EmbeddingRequest) -> str:
+    async def answer(self, model: TextModel, request: EmbeddingRequest) -> str:
         """The vectors of the texts, as the JSON of OpenAI's object."""
-        model = await self._models.chosen(request.model)
         size = _size(request.dimensions, model)
         prompt = model.prompt(request.prompt_name, param="prompt_name")
         vectors, tokens = await self._vectors(model, prepared(request.texts, prompt, model, param="input"))
@@ -47,9 +46,8 @@ class Embeddings:
         data, name = ",".join(rows), json.dumps(model.name)
         return f'{{"object":"list","data":[{data}],"model":{name},"usage":{json.dumps(usage)}}}'
 
-    async def similarities(self, request: SimilarityRequest) -> list[float]:
+    async def similarities(self, model: TextModel, request: SimilarityRequest) -> list[float]:
         """The cosine of the source sentence and each of the sentences; 0 if a vector is all zeros."""
-        model = await self._models.chosen(request.model)
         given, parameters = request.inputs, request.parameters or SimilarityParameters()
         prompt = model.prompt(parameters.prompt_name, param="parameters.prompt_name")
         source = prepared([given.source_sentence], prompt, model, param="inputs.source_sentence")

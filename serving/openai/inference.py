@@ -38,7 +38,9 @@ async def infer_texts(
             while True:
                 left_s = max(until_s - time.monotonic(), 0.001)
                 try:
-                    return await client.infer(model.name, {TEXT: part}, outputs=outputs, timeout_s=left_s)
+                    return await client.infer(
+                        model.name, {TEXT: part}, outputs=outputs, timeout_s=left_s, parameters=model.parameters
+                    )
                 except ServerBusy:  # a long list waits: it would lose the parts that are done
                     if len(parts) == 1 or left_s < 2 * RETRY_S:
                         raise

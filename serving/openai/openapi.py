@@ -15,6 +15,7 @@ from pydantic.json_schema import models_json_schema
 from serving.openai.answers import ErrorAnswer
 from serving.openai.request_body import RequestBody
 
+PRIORITY, PRIORITIES = "X-Priority", ("online", "bulk")  # header of requests with a body, the default first
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -70,6 +71,8 @@ def _operation(route: Route) -> dict[str, Any]:
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
         ]
     if route.body:
+        schema = {"type": "string", "enum": list(PRIORITIES), "default": PRIORITIES[0]}
+        operation["parameters"] = [{"name": PRIORITY, "in": "header", "schema": schema}]
         operation["requestBody"] = {"required": True, "content": _json(route.body)}
     return operation
 

@@ -19,7 +19,8 @@ from serving.openai.answers import EmbeddingList, Model, ModelList, Ranking, Sim
 from serving.openai.embeddings import Embeddings
 from serving.openai.errors import ApiError, busy
 from serving.openai.metrics import CONTENT_TYPE, Metrics
-from serving.openai.openapi import Handler, Route, document
+from serving.openai.openapi import PRIORITIES, PRIORITY, Handler, Route, document
+from serving.openai.request_body import shown
 from serving.openai.requests import EmbeddingRequest, RerankRequest, SimilarityRequest
 from serving.openai.rerank import scores_of
 from serving.openai.text_models import TextModel, TextModels
@@ -93,30 +94,37 @@ class Routes:
     async def _embed(self, request: web.Request) -> web.Response:
         async with self._body(request) as body:
             asked = EmbeddingRequest.read(body)
-            model = await self._models.chosen(asked.model)
-            _note(request, model, len(asked.texts))
+            model = await self._model(request, asked.model, len(asked.texts))
             per_number = NUMBER_BYTES if asked.encoding_format == "base64" else DIGITS_BYTES
             with self._hold_answer(len(asked.texts) * model.size * per_number):
-                answer = await self._embeddings.answer(asked)
+                answer = await self._embeddings.answer(model, asked)
                 return await _sent(request, web.Response(text=answer, content_type="application/json"))
 
     async def _compare(self, request: web.Request) -> web.Response:
         async with self._body(request) as body:
             asked = SimilarityRequest.read(body)
-            model = await self._models.chosen(asked.model)
-            _note(request, model, 1 + len(asked.inputs.sentences))
+            model = await self._model(request, asked.model, 1 + len(asked.inputs.sentences))
             with self._hold_answer(len(asked.inputs.sentences) * model.size * NUMBER_BYTES):
-                return web.json_response(await self._embeddings.similarities(asked))
+                return web.json_response(await self._embeddings.similarities(model, asked))
 
     async def _rerank(self, request: web.Request) -> web.Response:
         async with self._body(request) as body:
             asked = RerankRequest.read(body)
-            model = await self._models.chosen(asked.model, pairs=True)
-            _note(request, model, len(asked.texts))
+            model = await self._model(request, asked.model, len(asked.texts), pairs=True)
             copies = min(len(asked.texts), model.max_batch * model.parts_at_once)  # each text goes with the query
             with self._hold(copies * len(asked.query.encode())):
                 answer = await scores_of(self._models.client, model, asked, self._metrics)
         return web.Response(text=answer, content_type="application/json")
+
+    async def _model(self, request: web.Request, name: str | None, texts: int, *, pairs: bool = False) -> TextModel:
+        """The model for a request with so many texts, noted for the metrics; a header says if it is bulk."""
+        if (priority := request.headers.get(PRIORITY, PRIORITIES[0])) not in PRIORITIES:
+            raise ApiError(400, f"{PRIORITY}: seen {shown(priority)}; allowed: {' or '.join(PRIORITIES)}")
+        model = await self._models.chosen(name, pairs=pairs)
+        model = model.for_bulk() if priority == "bulk" else model
+        # No objective judges the latency of a bulk request, as of a list that is split.
+        request[NOTED] = {"model": model.name, "is_split": priority == "bulk" or texts > model.max_batch}
+        return model
 
     async def _list(self, _: web.Request) -> web.Response:
         found = [self._models.described(model) for model in await self._models.all()]
@@ -200,11 +208,6 @@ class Routes:
         if error.retry_after_s:
             headers["Retry-After"] = str(error.retry_after_s)
         return web.json_response(error.body(), status=error.status, headers=headers)
-
-
-def _note(request: web.Request, model: TextModel, texts: int) -> None:
-    """Notes for the metrics what the request needs."""
-    request[NOTED] = {"model": model.name, "is_split": texts > model.max_batch}
 
 
 async def _sent(request: web.Request, answer: web.Response) -> web.Response:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from deepseek_client import AsyncInferenceClient, InferenceError, ModelMetadata, ModelUnavailable
+from deepseek_client.transport import Parameters
 
-from deepseek.spec import TEXT
+from deepseek.spec import BULK, TEXT
 from deepseek.spec.files.repository import CONFIG, model_folders
 from deepseek.spec.text import EMBEDDING, vector_output
 from serving.openai.errors import ApiError, from_client, no_such_model
@@ -33,6 +34,7 @@ class TextModel:
     size: int
     """Numbers in a vector."""
     max_batch: int
+    """Most texts in a part of a list."""
     parts_at_once: int
     max_tokens: int
     max_bytes: int
@@ -41,6 +43,10 @@ class TextModel:
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
     pairs: bool = False
+    preferred_batch: int | None = None
+    """Most rows that Triton joins into a batch; None: `max_batch`."""
+    parameters: Parameters = field(default_factory=dict)
+    """Of the requests to Triton."""
 
     @classmethod
     def of(cls, metadata: ModelMetadata) -> TextModel:
@@ -63,6 +69,7 @@ class TextModel:
             size=sizes[output],
             max_batch=metadata.max_batch_size or 1,
             parts_at_once=metadata.instances or 1,
+            preferred_batch=max(metadata.preferred_batch_sizes, default=None),
             max_tokens=settings["max_tokens"],
             max_bytes=settings["max_bytes"],
             pairs=pairs,
@@ -70,6 +77,10 @@ class TextModel:
             prompts=settings.get("prompts", {}),
             default_prompt=settings.get("default_prompt"),
         )
+
+    def for_bulk(self) -> TextModel:
+        """The same for a bulk request: behind the others, in parts so short that these never wait long for one."""
+        return replace(self, max_batch=self.preferred_batch or self.max_batch, parameters={"priority": BULK})
 
     def prompt(self, name: str | None, *, param: str) -> str:
         """The beginning of texts; None: the default. Raises ApiError if there is no such prompt."""

@@ -2,8 +2,8 @@
 
 Contract: serialized messages that are concatenated parse as one merged message, so a request is made of pieces. The
 head has the model, the inputs' names, types and shapes, and the requested outputs. It is cached: all requests of one
-shape share it. The id, the tensors' bytes and, for each attempt, the time left follow. This module writes these fields
-in protobuf's wire format.
+shape share it. The id, the parameters, the tensors' bytes and, for each attempt, the time left follow. This module
+writes most of these fields in protobuf's wire format.
 
 Example:
     body = RequestEncoder().encode(request)
@@ -38,6 +38,7 @@ class RequestEncoder:
         if head is None:
             message = message_of(request)
             message.ClearField("id")
+            message.ClearField("parameters")
             head = message.SerializeToString()
             if len(self._heads) >= MOST_HEADS:
                 self._heads.clear()
@@ -46,6 +47,8 @@ class RequestEncoder:
         if request.request_id:
             name = request.request_id.encode()
             pieces += (ID, varint(len(name)), name)
+        if request.parameters:
+            pieces.append(service_pb2.ModelInferRequest(parameters=_parameters(request)).SerializeToString())
         for tensor in tensors:
             pieces += (RAW_INPUT_CONTENTS, varint(len(tensor.data)), tensor.data)
         return b"".join(pieces)
@@ -77,6 +80,7 @@ def message_of(request: PreparedRequest, placement: Placement | None = None) -> 
         model_name=request.model,
         model_version=request.version,
         id=request.request_id,
+        parameters=_parameters(request),
         inputs=[
             kind.InferInputTensor(
                 name=tensor.name,
@@ -94,6 +98,13 @@ def message_of(request: PreparedRequest, placement: Placement | None = None) -> 
         for name in request.outputs:
             message.outputs.add(name=name)
     return message
+
+
+def _parameters(request: PreparedRequest) -> Mapping[str, Any]:
+    def field(value: str | int) -> str:
+        return "string_param" if isinstance(value, str) else "bool_param" if isinstance(value, bool) else "int64_param"
+
+    return {name: service_pb2.InferParameter(**{field(value): value}) for name, value in request.parameters.items()}
 
 
 def _placed(region: str, place: tuple[int, int]) -> Mapping[str, Any]:

@@ -32,7 +32,7 @@ from deepseek_client.http.response import Response, ResponseTooLarge, read_respo
 from deepseek_client.metadata import DTYPES, UNREADABLE, ModelMetadata, metadata_from_json
 from deepseek_client.server_errors import error_of_status, one_line, retry_after_s, untrusted
 from deepseek_client.tensors import listed_to_numpy, placed_array, to_numpy
-from deepseek_client.transport import NO_HEADERS, Deadline, Headers, Placement, PreparedRequest, Tensor
+from deepseek_client.transport import NO_HEADERS, Deadline, Headers, Parameters, Placement, PreparedRequest, Tensor
 
 BINARY_HEADER_SIZE = "Inference-Header-Content-Length"  # bytes of JSON in a body; the tensors follow
 SMALL_BYTES = 65536  # up to this size, joining head and body into one write is faster than two writes
@@ -251,8 +251,13 @@ def _parts(request: PreparedRequest, tensors: bytes, placement: Placement | None
         ]
     elif request.outputs:
         header["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in request.outputs]
-    opened = json.dumps(header)[:-1] + ', "parameters": {"binary_data_output": true, "timeout": '
-    return f"{_path(request.model, request.version)}/infer".encode(), opened.encode(), tensors
+    opened = _opened(header, {"binary_data_output": True, **request.parameters})
+    return f"{_path(request.model, request.version)}/infer".encode(), opened, tensors
+
+
+def _opened(header: Mapping[str, Any], parameters: Parameters) -> bytes:
+    """The JSON up to the value of its time-out, which is followed by two brackets."""
+    return json.dumps({**header, "parameters": {**parameters, "timeout": 0}})[: -len("0}}")].encode()
 
 
 def _json_parts(request: PreparedRequest) -> tuple[bytes, bytes, bytes]:
@@ -264,8 +269,7 @@ def _json_parts(request: PreparedRequest) -> tuple[bytes, bytes, bytes]:
     ]
     if request.outputs:
         header["outputs"] = [{"name": name} for name in request.outputs]
-    opened = json.dumps(header)[:-1] + ', "parameters": {"timeout": '
-    return f"{_path(request.model, request.version)}/infer".encode(), opened.encode(), b""
+    return f"{_path(request.model, request.version)}/infer".encode(), _opened(header, request.parameters), b""
 
 
 def _listed(tensor: Tensor) -> list:
