@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import tritonclient.http as triton_http
-from deepseek_client import ServerBusy
+from deepseek_client import AccessDenied, ServerBusy
 from tritonclient.utils import InferenceServerException
 
 from loadtests.load.traffic_file import read_traffic
@@ -125,6 +125,34 @@ def test_the_rate_of_a_key_is_its_own(gateway: Gateway) -> None:
 
         wait_for(refused)
     assert gateway.lines(caller="slow", grpc_status="8")
+
+
+def test_a_key_for_bulk_requests_sends_only_those(gateway: Gateway) -> None:
+    """Over HTTP, where the gateway reads the priority; over gRPC it does not, so the key cannot infer there."""
+    key = gateway.add_key("nightly", bulk=True)
+    labels = '{protocol="http",api="infer",model="add_one"'
+    total, timed = f'gateway_requests_total{labels},status="200"}}', f"gateway_request_duration_seconds_count{labels}}}"
+    before = gateway.metrics()
+    for parameters, expected in (
+        ("", 400),
+        ('"parameters": {"priority": 1}, ', 400),
+        ('"parameters": {"priority": 2}, ', 200),
+    ):
+        body = json_body().replace(b"{", b"{" + parameters.encode(), 1)
+        status, answer = gateway.http("POST", INFER, body=body, key=key)
+        assert status == expected
+        assert (b"this key is for bulk requests" in answer) is (status == 400)
+    raw = np.zeros((1, 2, 3), np.float32).tobytes()
+    assert gateway.http("POST", INFER, "Inference-Header-Content-Length: 0", body=raw, key=key)[0] == 400
+    x = np.zeros((1, 2, 3), np.float32)
+    with gateway.client("http", api_key=key) as client:
+        assert client.infer("add_one", {"x": x}, parameters={"priority": 2})["y"].all()
+    after = wait_for(gateway.metrics, lambda found: found[total] >= before.get(total, 0) + 2)
+    assert after.get(timed, 0) == before.get(timed, 0)
+    with gateway.client("grpc", api_key=key) as client:
+        assert client.ready("add_one")
+        with pytest.raises(AccessDenied, match="a key for bulk requests cannot infer over gRPC"):
+            client.infer("add_one", {"x": x}, parameters={"priority": 2})
 
 
 def test_each_key_of_a_name_has_a_rate_of_its_own(gateway: Gateway) -> None:

@@ -237,6 +237,33 @@ def test_a_retry_after_of_the_routes_stands_alone(
     assert re.findall(rb"(?mi)^retry-after: (\S+)\r?$", answer) == [b"7"]
 
 
+def test_a_key_for_bulk_requests_cannot_raise_its_priority(
+    serving: Serving, models: list[ServedModel], tmp_path: Path
+) -> None:
+    class Echo(BaseHTTPRequestHandler):
+        """Answers the priority that arrives."""
+
+        def do_GET(self) -> None:
+            """The answer."""
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(f"<{self.headers['X-Priority']}>".encode())
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Echo) as server:
+        running = in_front(serving, tmp_path, models, f"127.0.0.1:{server.server_port}")
+        keys = {"bulk": running.add_key("nightly", bulk=True), "online": running.key}
+        found = []
+        for kind, *headers in (("bulk", "X-Priority: online"), ("online", "X-Priority: bulk"), ("online",)):
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(server.handle_request)
+                found.append(running.http("GET", "/v1/models", *headers, key=keys[kind])[1])
+        running.stop()
+    assert [re.findall("<(.*)>", answer.decode()) for answer in found] == [["bulk"], ["bulk"], ["None"]]
+
+
 def test_without_a_process_of_the_routes_it_starts_and_answers_503(
     serving: Serving, models: list[ServedModel], tmp_path: Path
 ) -> None:

@@ -147,6 +147,7 @@ ROWS = (
                 kind=float,
                 variable="KEY_RPS",
             ),
+            Option("--bulk", "the new key's requests wait behind those of other keys", kind=switch),
             Option("--revoke", "revoke all keys of a name, or the one with an id", metavar="NAME|ID"),
             HOSTS,
             GATEWAY_FOLDER,

@@ -6,6 +6,9 @@ import crypto from 'crypto';
 
 const BEARER = /^Bearer (dsk_[A-Za-z0-9_-]{43})$/;
 const MODEL = /^\/v2\/models\/([A-Za-z0-9._-]+)/;
+const GRPC_INFER = '/inference.GRPCInferenceService/ModelInfer';
+const BULK = 2;  // Triton's priority of bulk requests (export/triton_config.py)
+const NOT_BULK = `this key is for bulk requests: send "parameters": {"priority": ${BULK}} with the request`;
 const NAME = /^[A-Za-z0-9._-]{1,127}$/;
 // An X.509 certificate's validity, in hex: two times, each a UTCTime (YYMMDD…Z) or a GeneralizedTime (YYYYMMDD…Z).
 const VALIDITY = /30(?:1e|20|22)(?:170d(?:3\d){12}5a|180f(?:3\d){14}5a)(?:170d((?:3\d){12})5a|180f((?:3\d){14})5a)/;
@@ -15,7 +18,7 @@ const IN_VAIN = /^(?:499|504|4|200)$/;  // callers without an answer: gave up, o
 const NOT_LOADED = 'has no available versions';
 const MOST_SERIES = 65536;  // more than the 2 MiB of `counts` hold; without a number njs gives 1024
 
-// The entry of the request's key: {name, expires, rate_rps, hash}; null without a valid key.
+// The entry of the request's key: {name, expires, rate_rps, bulk, hash}; null without a valid key.
 function entryOf(r) {
     const match = BEARER.exec(r.headersIn['Authorization'] || '');
     if (!match) {
@@ -48,8 +51,12 @@ function refusal(r) {
         return '401';
     }
     r.variables.caller = entry.name;
+    r.variables.bulk = entry.bulk ? '1' : '';
     r.variables.key = entry.hash || '';  // several keys may share a name; each has its own limits
     if (!r.variables.api && !(isLocal && r.variables.statistics)) {
+        return '403';
+    }
+    if (entry.bulk && r.variables.request_uri === GRPC_INFER) {  // its priority is not checked
         return '403';
     }
     if (r.variables.api === 'openai' && !r.variables.openai) {  // unset in a limits.conf without such models
@@ -105,7 +112,7 @@ function flawOfRequest(r) {
     }
     const length = said === undefined ? size : Number(said);
     if (said !== undefined && length === 0) {
-        return '';  // only tensors: Triton knows their shapes from the model
+        return r.variables.bulk ? NOT_BULK : '';  // only tensors: Triton knows their shapes from the model
     }
     let document, flaw;
     try {
@@ -116,7 +123,8 @@ function flawOfRequest(r) {
     } catch (error) {
         return `invalid JSON: ${error.message}`;
     }
-    return flaw || flawOf(document, size - length);
+    flaw = flaw || flawOf(document, size - length);
+    return flaw || (r.variables.bulk && (document.parameters || {}).priority !== BULK ? NOT_BULK : '');
 }
 
 // What JSON.parse accepts and Triton reads differently: of a duplicate name Triton takes the first value, so the check here
@@ -284,7 +292,7 @@ function model(r) {
 }
 
 // Counts a request for `metrics`, once, when it is logged. Only models that answered become labels, so that callers cannot
-// invent any. Without an answer, only requests that timed out or were given up are timed: failures are counted by status,
+// invent any. Requests of bulk keys are not timed. Without an answer, only requests that timed out or were given up are timed: failures are counted by status,
 // and a caller may send slowly.
 function observed(r) {
     const variables = r.variables;
@@ -297,7 +305,7 @@ function observed(r) {
     const counts = ngx.shared.counts;
     try {
         counts.incr(`gateway_requests_total{${labels},status="${status}"}`, 1, 0);
-        if (variables.api === 'infer' && !variables.refusal && (model || IN_VAIN.test(status))) {
+        if (variables.api === 'infer' && !variables.refusal && !variables.bulk && (model || IN_VAIN.test(status))) {
             const seconds = Number(variables.request_time);
             const bound = variables.buckets_s.split(' ').find(each => seconds <= Number(each)) || '+Inf';
             counts.incr(`${DURATION}_bucket{${labels},le="${bound}"}`, 1, 0);

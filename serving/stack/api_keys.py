@@ -1,9 +1,10 @@
 """The command `keys`: API keys of the gateway as files, made, listed and revoked while it runs.
 
 Contract: a key is `dsk_` and 256 random bits and is not stored. `<folder>/keys/<sha256 of the key>.json` keeps its
-name, an optional expiry and an optional rate. The gateway looks there at each request, so changes take effect at once.
-SHA-256 without salt or stretching is enough: those protect passwords that people choose, not 256 random bits. The first
-use also creates a certificate authority for trying and a certificate (`serving.stack.certificate`).
+name, an optional expiry and rate, and whether it is for bulk requests. The gateway looks there at each request, so
+changes take effect at once. SHA-256 without salt or stretching is enough: those protect passwords that people choose,
+not 256 random bits. The first use also creates a certificate authority for trying and a certificate
+(`serving.stack.certificate`).
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class ApiKey:
     expires: float | None
     rate_rps: float | None
     """Requests/s; None: the stack's default."""
+    bulk: bool = False
+    """Whether its requests wait behind those of other keys."""
 
     @property
     def state(self) -> str:
@@ -66,7 +69,9 @@ def check_wish(name: str, *, expires_s: float | None = None, rate_rps: float | N
         raise InputError(f"expiry {expires_s / DAY_S:g} days: must be more than 0 and at most {LONGEST_S // DAY_S}")
 
 
-def new_key(folder: Path, name: str, *, expires_s: float | None = None, rate_rps: float | None = None) -> str:
+def new_key(
+    folder: Path, name: str, *, expires_s: float | None = None, rate_rps: float | None = None, bulk: bool = False
+) -> str:
     """Makes a key that is valid at once; earlier keys of the same name stay valid."""
     check_wish(name, expires_s=expires_s, rate_rps=rate_rps)
     key = PREFIX + secrets.token_urlsafe(32)
@@ -76,6 +81,7 @@ def new_key(folder: Path, name: str, *, expires_s: float | None = None, rate_rps
         "created": now,
         "expires": None if expires_s is None else now + expires_s,
         "rate_rps": rate_rps,
+        "bulk": bulk,
     }
     write_private(folder / "keys" / f"{digest(key)}.json", json.dumps(entry).encode())
     return key
@@ -112,7 +118,9 @@ def _print_table(keys: list[ApiKey]) -> None:
     table = Table("name", "id", "created (UTC)", "expires (UTC)", "requests/s", "", box=box.SIMPLE_HEAD)
     for key in keys:
         rate = "default" if key.rate_rps is None else f"{key.rate_rps:g}"
-        table.add_row(key.name, key.id, _shown(key.created), _shown(key.expires), rate, key.state)
+        table.add_row(
+            key.name, key.id, _shown(key.created), _shown(key.expires), rate, key.state, "bulk" if key.bulk else ""
+        )
     Console(markup=False).print(table)
 
 
@@ -129,7 +137,7 @@ def main(options: argparse.Namespace) -> None:
         expires_s = None if options.expires_days is None else options.expires_days * DAY_S
         check_wish(options.name, expires_s=expires_s, rate_rps=options.rate_rps)  # before anything is made
         ensure_folder(folder, options.host)
-        key = new_key(folder, options.name, expires_s=expires_s, rate_rps=options.rate_rps)
+        key = new_key(folder, options.name, expires_s=expires_s, rate_rps=options.rate_rps, bulk=options.bulk)
         result = {"name": options.name, "key": key, "id": digest(key)[:ID_DIGITS]}
         print(json.dumps(result) if options.json else key)
         print("this key cannot be shown again; callers send it as Authorization: Bearer <key>", file=sys.stderr)
