@@ -15,6 +15,8 @@ def infer(options: argparse.Namespace) -> int:
         raise InputError("--text and --inputs: seen both; give one of them")
     if options.pair and not options.text:
         raise InputError("--pair: seen without --text; give the first text of the pair with --text")
+    if options.prompt_name and not options.text:
+        raise InputError("--prompt-name: seen without --text; give the text that it begins with --text")
     folder = build_dir(options.model)
     least = DeploymentSpec.of_model(options.model, options.models).axes[BATCH].min
     words = ["infer", options.model, *_access(options)]
@@ -22,6 +24,7 @@ def infer(options: argparse.Namespace) -> int:
         words += [f"--text={text}" for text in (options.text, options.pair) if text]
     else:
         words += ["--inputs", str(options.inputs or folder / "evaluation.npz"), "--row", str(options.row)]
+    words += ["--prompt-name", options.prompt_name] if options.prompt_name else []
     words += ["--fill", str(least), "--top", str(options.top)]
     words += ["--labels", str(folder / "labels")] if (folder / "labels").exists() else []
     words += ["--output", str(options.output)] if options.output else []

@@ -130,6 +130,22 @@ def test_texts_of_any_length_run_as_one_batch(sentence: EmbeddedServer) -> None:
         assert cosine(answer["embedding"], answers[place % 16]["embedding"]) >= 0.9999
 
 
+def test_a_prompt_begins_the_texts_of_a_request(client: InferenceClient) -> None:
+    texts, named = {"text": ["cd", "a text"]}, {"prompt_name": "query"}
+    found = client.infer("sentence", texts, parameters=named)
+    expected = client.infer("sentence", {"text": ["ab ab: cd", "ab ab: a text"]})
+    np.testing.assert_allclose(found["embedding"], expected["embedding"], atol=1e-5)
+    assert found["tokens"].tolist() == expected["tokens"].tolist() != client.infer("sentence", texts)["tokens"].tolist()
+    for parameters, message in (
+        ({"prompt_name": "passage"}, "prompt_name: seen 'passage'; prompts are none, query"),
+        ({"prompt_name": 1}, "prompt_name: seen 1; prompts are none, query"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            client.infer("sentence", texts, parameters=parameters)
+    with pytest.raises(InvalidInput, match="text has 110007 bytes with the prompt; allowed: up to 110000"):
+        client.infer("sentence", {"text": ["b" * 110_000]}, parameters=named)
+
+
 IDS = np.ones((1, 3), np.int64)
 ALL_IDS = {"ids": IDS, "attention_mask": IDS, "token_type_ids": IDS}
 
@@ -216,6 +232,11 @@ def test_the_command_sends_a_text(sentence: EmbeddedServer) -> None:
     run = run_module("cli", "infer", *place, "--text", "-- a text", "--json")
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["outputs"]["tokens"] == [[9]]
+    run = run_module("cli", "infer", *place, "--text", "a text", "--prompt-name", "query", "--json")
+    assert json.loads(run.stdout)["outputs"]["tokens"] == [[12]]  # five from "ab ab: "
+    run = run_module("cli", "infer", *place, "--prompt-name", "query")
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: --prompt-name: seen without --text")
     run = run_module("cli", "infer", *place, "--text", "A text, as typed")
     assert run.returncode == 0, run.stderr
     assert "A text, as typed" in run.stdout

@@ -17,6 +17,7 @@ ROWS = (
             Option("--inputs", "file of inputs, .npz or .json (default: build/<model>/evaluation.npz)", kind=path),
             Option("--text", "text to send, for a model with [text]", from_make_line_only=True),
             Option("--pair", "second text, for a model that takes pairs of texts", from_make_line_only=True),
+            Option("--prompt-name", "one of `prompts` in the model's deploy.toml, to begin the text"),
             Option("--top", "values to show of each output", kind=int, default=10),
             Option("--output", "write the whole answer to this .npz file", kind=path),
             JSON,

@@ -178,7 +178,8 @@ class TritonPythonModel:
         responses: dict[int, object] = {}
         for place, request in enumerate(requests):
             try:
-                texts[place] = self.text.read(pb_utils.get_input_tensor_by_name(request, "text").as_numpy())
+                values = pb_utils.get_input_tensor_by_name(request, "text").as_numpy()
+                texts[place] = self.text.read(values, request.parameters())
             except ValueError as error:
                 responses[place] = _refused(str(error))
         if texts:

@@ -2,8 +2,8 @@
 
 Contract: the build copies this file beside the backend's model.py if deploy.toml has `[text]`, together with
 `deepseek/text_encoder.py`, `serving/backend/numpy1_stub.py` and the tokenizer. The parameter `text` of config.pbtxt
-holds the settings as JSON: `inputs` (by what they get), `max_tokens`, `min_tokens`, `max_bytes`, `batch_tokens`, and
-`pairs` if a row is two texts.
+holds the settings as JSON: `inputs` (by what they get), `max_tokens`, `min_tokens`, `max_bytes`, `batch_tokens`,
+`pairs` if a row is two texts, and `prompts`: a request may name one as its parameter `prompt_name`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class TextRequests:
         """`folder` is the version's; `dtypes` are the numpy types of the model's inputs."""
         given = json.loads(settings)
         self._max_bytes, self._batch_tokens = given["max_bytes"], given["batch_tokens"]
-        self._pairs = given["pairs"]
+        self._pairs, self._prompts = given["pairs"], given["prompts"]
         self._mask = given["inputs"].get("attention_mask")
         self._encoder = TextEncoder(
             os.path.join(folder, "tokenizer.json"),
@@ -45,22 +45,30 @@ class TextRequests:
             return f"input {missing[0]} is missing; {allowed}"
         return ""
 
-    def read(self, values: np.ndarray) -> list[Text]:
-        """The texts (batch, 1), or the pairs (batch, 2), of a request.
+    def read(self, values: np.ndarray, parameters: str) -> list[Text]:
+        """The texts (batch, 1) with their prompt, or the pairs (batch, 2), of a request with these parameters.
 
         Raises ValueError with the reason if one cannot be taken.
         """
-        texts: list[str] = []
+        prompt, texts = self._prompt(parameters), list[str]()
         for (place, number), value in np.ndenumerate(values):
+            value = prompt + value
             which = f"{INPUT} {place}" if len(values) > 1 else INPUT
             which += f", {('first', 'second')[number]} of the pair," if self._pairs else ""
             if len(value) > self._max_bytes:
-                raise ValueError(f"{which} has {len(value)} bytes; allowed: up to {self._max_bytes}")
+                seen = f"{len(value)} bytes{' with the prompt' if prompt else ''}"
+                raise ValueError(f"{which} has {seen}; allowed: up to {self._max_bytes}")
             try:
                 texts.append(value.decode())
             except UnicodeDecodeError as error:
                 raise ValueError(f"{which} is not UTF-8: {error.reason} at byte {error.start}") from None
         return list(zip(texts[::2], texts[1::2], strict=True)) if self._pairs else list(texts)
+
+    def _prompt(self, parameters: str) -> bytes:
+        name = json.loads(parameters).get("prompt_name")
+        if name is not None and name not in self._prompts:
+            raise ValueError(f"prompt_name: seen {name!r}; prompts are {', '.join(sorted(self._prompts)) or 'none'}")
+        return self._prompts.get(name, "").encode()
 
     def run(
         self, texts: Sequence[Text], outputs_of: Callable[[dict[str, np.ndarray]], list[np.ndarray]]

@@ -87,6 +87,7 @@ def infer(
     inputs: Path | None = None,
     *,
     text: Sequence[str] | None = None,
+    prompt_name: str | None = None,
     row: int | None = None,
     fill: int = 1,
     labels: Path | None = None,
@@ -101,7 +102,7 @@ def infer(
     signature = client.metadata(model)
     texts = {} if text is None else {"text": _texts(text, signature)}
     arrays = filled(texts if inputs is None else read_inputs(inputs, signature, row), fill)
-    request = client.prepare(model, arrays)
+    request = client.prepare(model, arrays, parameters={"prompt_name": prompt_name} if prompt_name else None)
     start = time.perf_counter()
     outputs = client.send(request)
     latency_ms = (time.perf_counter() - start) * 1e3

@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--text", action="append", metavar="TEXT", help="text for the model; repeat for more, or for a pair"
     )
+    infer.add_argument("--prompt-name", metavar="NAME", help="one of the model's prompts, to begin each text")
     infer.add_argument("--row", type=int, metavar="K", help="only row K of the file, from 0")
     infer.add_argument("--fill", type=int, default=1, metavar="N", help="repeat the last row until there are N")
     infer.add_argument("--labels", type=Path, metavar="FOLDER", help="FOLDER/TENSOR.txt: line k names the id k, from 0")
