@@ -91,33 +91,46 @@ def write_rules(folder: Path, *models: ServedModel) -> Path:
     return path
 
 
-def check(folder: Path, series: dict[str, str], minutes: int, step_min: int = 1, **tested: Any) -> None:
-    """Runs `promtool test rules` after `minutes` of series with one value per `step_min`."""
-    count = minutes // step_min
-    written = [
-        {"series": name, "values": value if " " in value or "x" in value else f"{value}x{count}"}
-        for name, value in series.items()
-    ]
+Case = tuple[str, dict[str, str], int, Fired]
+"""A name, series with one value per step, the minutes after which to look, and the alerts that fire then."""
+
+
+def check(folder: Path, *tests: dict[str, Any], step_min: int = 1) -> None:
+    """Runs `promtool test rules` over `rules.yml`."""
     groups = [group["name"] for group in yaml.safe_load((folder / "rules.yml").read_text())["groups"]]
     content = {
         "rule_files": ["rules.yml"],
         "group_eval_order": groups,  # else in any: an alert would see what was recorded a step before, or nothing
         "evaluation_interval": f"{step_min}m",
-        "tests": [{"interval": f"{step_min}m", "input_series": written, **tested}],
+        "tests": list(tests),
     }
     (folder / "test.yml").write_text(yaml.safe_dump(content))
     done = promtool("test", "rules", folder / "test.yml")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def check_fired(folder: Path, series: dict[str, str], minutes: int, expected: Fired, step_min: int = 1) -> None:
-    """Expects exactly these alerts, by name and severity, to fire at the end."""
-    samples = [
-        {"labels": f'{{alertname="{name}", severity="{severity}"}}', "value": 1} for name, severity in sorted(expected)
+def at_the_end(
+    name: str, series: dict[str, str], minutes: int, asked: dict[str, Any], step_min: int = 1
+) -> dict[str, Any]:
+    """A test for `check`: what `asked` says, after `minutes` of series with one value per step."""
+    count = minutes // step_min
+    written = [
+        {"series": metric, "values": value if " " in value or "x" in value else f"{value}x{count}"}
+        for metric, value in series.items()
     ]
+    expected = [{"eval_time": f"{minutes}m", **asked}]
+    return {"name": name, "interval": f"{step_min}m", "input_series": written, "promql_expr_test": expected}
+
+
+def check_fired(folder: Path, *cases: Case, step_min: int = 1) -> None:
+    """Exactly the expected alerts, by name and severity, must fire in each case."""
     firing = 'group by (alertname, severity) (ALERTS{alertstate="firing"})'
-    asked = {"expr": firing, "eval_time": f"{minutes}m", "exp_samples": samples}
-    check(folder, series, minutes, step_min, promql_expr_test=[asked])
+    tests = []
+    for name, series, minutes, fired in cases:
+        labels = [f'{{alertname="{alert}", severity="{severity}"}}' for alert, severity in sorted(fired)]
+        asked = {"expr": firing, "exp_samples": [{"labels": each, "value": 1} for each in labels]}
+        tests.append(at_the_end(name, series, minutes, asked, step_min))
+    check(folder, *tests, step_min=step_min)
 
 
 BOTH = {"page", "ticket"}
@@ -128,71 +141,71 @@ def each(name: str, *severities: str) -> Fired:
     return {(name, severity) for severity in severities}
 
 
-@pytest.mark.parametrize(
-    ("changed", "minutes", "expected"),
-    [
-        pytest.param({}, 70, set(), id="healthy"),
-        pytest.param({PENDING: "0+0x60 1+0x3"}, 63, set(), id="a change of the gateway's files is half there"),
-        pytest.param({PENDING: "1+0"}, 8, each("GatewayReloadFails", "ticket"), id="a change cannot be loaded"),
-        pytest.param({FAST: "0+4800"}, 70, each("LatencyBudgetBurn", *BOTH), id="a fifth is slow"),
-        pytest.param({FAST: "0+5760"}, 70, each("LatencyBudgetBurn", "ticket"), id="4 % are slow"),
-        pytest.param({FAST: "0+5970"}, 70, set(), id="half of what may be slow"),
-        pytest.param({FAST: "0+4800x60 288000+6000x45"}, 105, each("LatencyBudgetBurn", "ticket"), id="slow until 45 min ago"),
-        pytest.param({FAST: "_x60 360000+6000x10"}, 62, set(), id="a new SLO"),
-        pytest.param({FAST: "_x60 360000+4800x45"}, 105, each("LatencyBudgetBurn", *BOTH), id="a new SLO, a fifth is slow"),
-        pytest.param({GIVEN_UP: "0+300", SOON: "_x60 18000+300x10"}, 62, set(), id="a new SLO, callers give up at once"),
-        pytest.param({FAST: "0+0", ANSWERED: "0+1"}, 8, set(), id="too few to tell"),
-        pytest.param({FAST: "0+0", ANSWERED: "0+1"}, 30, each("LatencyBudgetBurn", *BOTH), id="few, all slow"),
-        pytest.param({FAILED: "0+600"}, 70, each("ErrorBudgetBurn", *BOTH), id="refused"),
-        pytest.param({MODEL_FAILED: "0+600"}, 70, each("ErrorBudgetBurn", *BOTH), id="the model fails, asked directly"),
-        pytest.param({MODEL_FAILED: "0+3"}, 70, set(), id="half of what may fail"),
-        pytest.param(ALL_FAIL, 70, each("ErrorBudgetBurn", *BOTH) | each("EndpointBudgetBurn", *BOTH), id="all fail"),
-        pytest.param({HTTP_500: "0+300"}, 70, each("EndpointBudgetBurn", *BOTH), id="500 from any program"),
-        pytest.param({GRPC_13: "0+300"}, 70, each("EndpointBudgetBurn", *BOTH), id="INTERNAL from any program"),
-        pytest.param({CANCELED: "0+600"}, 70, set(), id="callers gave up"),
-        pytest.param({UNSERVED: "0+300"}, 70, each("EndpointBudgetBurn", *BOTH), id="nobody answers"),
-        pytest.param({GIVEN_UP: "0+300", SOON: "0+0"}, 70, each("EndpointBudgetBurn", *BOTH), id="callers wait in vain"),
-        pytest.param({GIVEN_UP: "0+300", SOON: "0+300"}, 70, set(), id="callers give up at once"),
-        pytest.param({WRONG: "0+3000"}, 70, set(), id="callers do wrong"),
-        pytest.param({WAITING: "90+0"}, 5, each("QueueSaturated", "page"), id="queue nearly full"),
-        pytest.param({WAITING: "79+0"}, 5, set(), id="queue not yet full"),
-        pytest.param({QUEUE_US: "0+720000000"}, 5, each("QueueSaturated", "page"), id="120 ms in the queue"),
-        pytest.param({WAITING: ""}, 4, set(), id="still loading"),
-        pytest.param({WAITING: ""}, 7, each("ModelNotReady", "page"), id="not loaded"),
-        pytest.param({WAITING: "", OLDER: "0+0"}, 15, each("VersionMismatch", "ticket"), id="an older version"),
-        pytest.param({OLDER: "0+0"}, 15, each("VersionMismatch", "ticket"), id="one version too many"),
-        pytest.param({WAITING: "", OLDER: "0+0"}, 8, set(), id="a version changes"),
-        pytest.param({TRITON_UP: "0+0"}, 3, each("TritonDown", "page"), id="triton down"),
-        pytest.param({TRITON_UP: ""}, 3, each("TritonDown", "page"), id="triton gone"),
-        pytest.param({TRITON_UP: "0+0"}, 15, each("TritonDown", *BOTH), id="triton stays down"),
-        pytest.param({STARTING: "0+0"}, 9, set(), id="one more triton starts"),
-        pytest.param({STARTING: "0+0"}, 15, each("TritonDown", "ticket"), id="one of two does not come up"),
-        pytest.param({GATEWAY_UP: "0+0"}, 3, each("GatewayDown", "page"), id="gateway down"),
-        pytest.param({GATEWAY_STARTING: "0+0"}, 15, each("GatewayDown", "ticket"), id="one of two gateways down"),
-        pytest.param({OPENAI_UP: "0+0"}, 3, each("OpenAIDown", "page"), id="the OpenAI routes are down"),
-        pytest.param({OPENAI_REFUSED: "0+600"}, 70, each("OpenAIBudgetBurn", *BOTH), id="the routes refuse"),
-        pytest.param({OPENAI_REFUSED: "0+3"}, 70, set(), id="the routes refuse half of what they may"),
-        pytest.param({OPENAI_WRONG: "0+6000"}, 70, set(), id="callers of the routes do wrong"),
-        pytest.param({OPENAI_FAST: "0+4800"}, 70, each("OpenAILatencyBudgetBurn", *BOTH), id="a fifth is slow on the routes"),
-        pytest.param({OPENAI_FAST: "0+5970"}, 70, set(), id="half of what may be slow on the routes"),
-        pytest.param({OPENAI_LONG_LISTS: "0+6000"}, 70, set(), id="long lists take long"),
-        pytest.param({CERTIFICATE: "864000+0"}, 7, each("CertificateExpires", "ticket"), id="ten days left"),
-        pytest.param({CERTIFICATE: "60+0"}, 7, each("CertificateExpires", *BOTH), id="certificate ended"),
-        pytest.param({CERTIFICATE: "NaN+0"}, 7, each("CertificateExpires", *BOTH), id="certificate unreadable"),
-    ],
-)  # fmt: skip
-def test_an_alert_fires_when_it_should_and_no_other_does(
-    tmp_path: Path, changed: dict[str, str], minutes: int, expected: Fired
-) -> None:
+CASES: list[Case] = [
+    ("healthy", {}, 70, set()),
+    ("a change of the gateway's files is half there", {PENDING: "0+0x60 1+0x3"}, 63, set()),
+    ("a change cannot be loaded", {PENDING: "1+0"}, 8, each("GatewayReloadFails", "ticket")),
+    ("a fifth is slow", {FAST: "0+4800"}, 70, each("LatencyBudgetBurn", *BOTH)),
+    ("4 % are slow", {FAST: "0+5760"}, 70, each("LatencyBudgetBurn", "ticket")),
+    ("half of what may be slow", {FAST: "0+5970"}, 70, set()),
+    ("slow until 45 min ago", {FAST: "0+4800x60 288000+6000x45"}, 105, each("LatencyBudgetBurn", "ticket")),
+    ("a new SLO", {FAST: "_x60 360000+6000x10"}, 62, set()),
+    ("a new SLO, a fifth is slow", {FAST: "_x60 360000+4800x45"}, 105, each("LatencyBudgetBurn", *BOTH)),
+    ("a new SLO, callers give up at once", {GIVEN_UP: "0+300", SOON: "_x60 18000+300x10"}, 62, set()),
+    ("too few to tell", {FAST: "0+0", ANSWERED: "0+1"}, 8, set()),
+    ("few, all slow", {FAST: "0+0", ANSWERED: "0+1"}, 30, each("LatencyBudgetBurn", *BOTH)),
+    ("refused", {FAILED: "0+600"}, 70, each("ErrorBudgetBurn", *BOTH)),
+    ("the model fails, asked directly", {MODEL_FAILED: "0+600"}, 70, each("ErrorBudgetBurn", *BOTH)),
+    ("half of what may fail", {MODEL_FAILED: "0+3"}, 70, set()),
+    ("all fail", ALL_FAIL, 70, each("ErrorBudgetBurn", *BOTH) | each("EndpointBudgetBurn", *BOTH)),
+    ("500 from any program", {HTTP_500: "0+300"}, 70, each("EndpointBudgetBurn", *BOTH)),
+    ("INTERNAL from any program", {GRPC_13: "0+300"}, 70, each("EndpointBudgetBurn", *BOTH)),
+    ("callers gave up", {CANCELED: "0+600"}, 70, set()),
+    ("nobody answers", {UNSERVED: "0+300"}, 70, each("EndpointBudgetBurn", *BOTH)),
+    ("callers wait in vain", {GIVEN_UP: "0+300", SOON: "0+0"}, 70, each("EndpointBudgetBurn", *BOTH)),
+    ("callers give up at once", {GIVEN_UP: "0+300", SOON: "0+300"}, 70, set()),
+    ("callers do wrong", {WRONG: "0+3000"}, 70, set()),
+    ("queue nearly full", {WAITING: "90+0"}, 5, each("QueueSaturated", "page")),
+    ("queue not yet full", {WAITING: "79+0"}, 5, set()),
+    ("120 ms in the queue", {QUEUE_US: "0+720000000"}, 5, each("QueueSaturated", "page")),
+    ("still loading", {WAITING: ""}, 4, set()),
+    ("not loaded", {WAITING: ""}, 7, each("ModelNotReady", "page")),
+    ("an older version", {WAITING: "", OLDER: "0+0"}, 15, each("VersionMismatch", "ticket")),
+    ("one version too many", {OLDER: "0+0"}, 15, each("VersionMismatch", "ticket")),
+    ("a version changes", {WAITING: "", OLDER: "0+0"}, 8, set()),
+    ("triton down", {TRITON_UP: "0+0"}, 3, each("TritonDown", "page")),
+    ("triton gone", {TRITON_UP: ""}, 3, each("TritonDown", "page")),
+    ("triton stays down", {TRITON_UP: "0+0"}, 15, each("TritonDown", *BOTH)),
+    ("one more triton starts", {STARTING: "0+0"}, 9, set()),
+    ("one of two does not come up", {STARTING: "0+0"}, 15, each("TritonDown", "ticket")),
+    ("gateway down", {GATEWAY_UP: "0+0"}, 3, each("GatewayDown", "page")),
+    ("one of two gateways down", {GATEWAY_STARTING: "0+0"}, 15, each("GatewayDown", "ticket")),
+    ("the OpenAI routes are down", {OPENAI_UP: "0+0"}, 3, each("OpenAIDown", "page")),
+    ("the routes refuse", {OPENAI_REFUSED: "0+600"}, 70, each("OpenAIBudgetBurn", *BOTH)),
+    ("the routes refuse half of what they may", {OPENAI_REFUSED: "0+3"}, 70, set()),
+    ("callers of the routes do wrong", {OPENAI_WRONG: "0+6000"}, 70, set()),
+    ("a fifth is slow on the routes", {OPENAI_FAST: "0+4800"}, 70, each("OpenAILatencyBudgetBurn", *BOTH)),
+    ("half of what may be slow on the routes", {OPENAI_FAST: "0+5970"}, 70, set()),
+    ("long lists take long", {OPENAI_LONG_LISTS: "0+6000"}, 70, set()),
+    ("ten days left", {CERTIFICATE: "864000+0"}, 7, each("CertificateExpires", "ticket")),
+    ("certificate ended", {CERTIFICATE: "60+0"}, 7, each("CertificateExpires", *BOTH)),
+    ("certificate unreadable", {CERTIFICATE: "NaN+0"}, 7, each("CertificateExpires", *BOTH)),
+]  # fmt: skip
+
+
+def test_an_alert_fires_when_it_should_and_no_other_does(tmp_path: Path) -> None:
     write_rules(tmp_path, MODEL)
-    series = {name: values for name, values in {**HEALTHY, **changed}.items() if values}
-    check_fired(tmp_path, series, minutes, expected)
+
+    def series(changed: dict[str, str]) -> dict[str, str]:
+        return {name: values for name, values in {**HEALTHY, **changed}.items() if values}
+
+    check_fired(tmp_path, *((name, series(changed), minutes, fired) for name, changed, minutes, fired in CASES))
 
 
 def test_a_budget_that_is_used_up_just_too_fast_is_a_ticket_after_three_days(tmp_path: Path) -> None:
     write_rules(tmp_path, MODEL)
     slow = {**HEALTHY, FAST: "0+177300", ANSWERED: "0+180000"}  # 1.5 % of them, half an hour a value
-    check_fired(tmp_path, slow, 3 * 1440, each("LatencyBudgetBurn", "ticket"), step_min=30)
+    check_fired(tmp_path, ("", slow, 3 * 1440, each("LatencyBudgetBurn", "ticket")), step_min=30)
 
 
 def _alerts(*models: ServedModel) -> list[dict[str, Any]]:
@@ -239,7 +252,7 @@ def test_a_share_that_no_window_can_exceed_is_left_to_the_longer_ones() -> None:
 def test_where_no_error_is_allowed_any_ten_fire(tmp_path: Path) -> None:
     none = replace(ERRORS, limit=0)
     write_rules(tmp_path, replace(MODEL, objectives=(none,)))
-    check_fired(tmp_path, {**HEALTHY, FAILED: "0+1"}, 15, each("ErrorBudgetBurn", *BOTH))
+    check_fired(tmp_path, ("", {**HEALTHY, FAILED: "0+1"}, 15, each("ErrorBudgetBurn", *BOTH)))
 
 
 def test_objectives_come_from_deploy_toml_for_the_target_that_was_built(built: Path) -> None:

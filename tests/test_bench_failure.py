@@ -50,6 +50,7 @@ def broken(rows: list[Row]) -> list[str]:
     return [f"{row.what}: {row.seen}" for row in rows if row.holds is False]
 
 
+@pytest.mark.slow
 def test_malformed_requests_are_refused_and_crash_no_process(setting: Setting) -> None:
     rows = malformed_requests(setting)
     assert broken(rows) == []
@@ -163,6 +164,7 @@ def test_a_request_that_does_not_fit_the_model_is_a_client_error(
 # -- experiments ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_client_that_retries_loses_no_call_when_the_server_is_killed(setting: Setting) -> None:
     rows = server_killed(setting)
     assert broken([row for row in rows if "until it is ready" not in row.what]) == []

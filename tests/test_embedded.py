@@ -20,6 +20,7 @@ import psutil
 import pytest
 from tritonclient import grpc as triton
 
+from cli.main import main as command_line
 from deepseek.spec import DeploymentSpec, FileDigest, InputError
 from deepseek.spec.files.repository import versions_of
 from export.stages import publish
@@ -167,23 +168,16 @@ def test_ports_and_addresses_that_cannot_be_had_are_one_line(tmp_path: Path) -> 
             EmbeddedServer(tmp_path / "repository", address=address, **FREE)
 
 
-@pytest.mark.parametrize(
-    ("breakage", "reason"),
-    [("raise RuntimeError('weights are missing')", "weights are missing"), ("def (", "invalid syntax")],
-    ids=["raises", "syntax"],
-)
-def test_a_model_that_does_not_load_gives_tritons_reason_in_one_line(
-    tmp_path: Path, breakage: str, reason: str
-) -> None:
+def test_a_model_that_does_not_load_gives_tritons_reason_in_one_line(tmp_path: Path) -> None:
     write_add_one(tmp_path / "repository")
     write_add_one(tmp_path / "repository", "broken")
-    (tmp_path / "repository" / "broken" / "1" / "model.py").write_text(breakage + "\n")
+    (tmp_path / "repository" / "broken" / "1" / "model.py").write_text("raise RuntimeError('weights are missing')\n")
     process = start(tmp_path / "repository")
     _, errors = process.communicate()
     assert process.returncode == 2
     assert errors.count("\n") == 1
     assert "'broken'" in errors
-    assert reason in errors
+    assert "weights are missing" in errors
 
 
 @pytest.mark.parametrize(
@@ -195,10 +189,12 @@ def test_a_model_that_does_not_load_gives_tritons_reason_in_one_line(
         (("--", "nosuchcommand", "x"), "nosuchcommand: no such command to run while serving"),
     ],
 )
-def test_a_wrong_flag_is_one_line_before_anything_starts(flags: tuple[str, ...], says: str) -> None:
-    run = subprocess.run([sys.executable, "-m", "cli", "serve", *flags], capture_output=True, text=True)
-    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-    assert f"error: {says}" in run.stderr
+def test_a_wrong_flag_is_one_line_before_anything_starts(
+    flags: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(["serve", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {says}")
 
 
 @pytest.mark.parametrize(

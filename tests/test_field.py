@@ -214,8 +214,7 @@ def samples(split):
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+@pytest.mark.parametrize(("cast", "dtype"), [("half", "float32"), ("bfloat16", "float16")])
 def test_sixteen_bit_weights_start_from_fp32_and_keep_the_signature(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cast: str, dtype: str
 ) -> None:

@@ -30,7 +30,7 @@ from serving.stack.gateway_limits import gateway_sizes, limits
 from serving.stack.server_sizes import REST_S, server_sizes
 from tests.conftest import run_module, write_add_one
 from tests.manifests import KUBERNETES, build, committed, container_of, find, pod_of
-from tests.test_alerts import ALL_FAIL, HEALTHY, MODEL, Fired, check, check_fired, need_promtool
+from tests.test_alerts import ALL_FAIL, HEALTHY, MODEL, Fired, at_the_end, check, check_fired, need_promtool
 
 
 @pytest.fixture
@@ -211,8 +211,7 @@ def test_several_models_in_a_pod_are_scaled_by_what_each_may_have_of_it(tmp_path
     counter = 'nv_inference_request_success{namespace="n",pod="p",model="%s"}'
     series = {counter % "one": f"0+{437.5 * 60}", counter % "two": f"0+{125 * 60}", counter % "other": "0+6000"}
     expected = [{"labels": f'{METRICS["load"]}{{namespace="n",pod="p"}}', "value": 1}]
-    asked = {"expr": METRICS["load"], "eval_time": "5m", "exp_samples": expected}
-    check(tmp_path, series, 5, promql_expr_test=[asked])
+    check(tmp_path, at_the_end("", series, 5, {"expr": METRICS["load"], "exp_samples": expected}))
 
 
 def test_a_day_that_no_setting_held_is_said_and_not_recommended_again(again: tuple[Path, tuple[str, ...]]) -> None:
@@ -256,7 +255,7 @@ def test_another_namespaces_servers_are_none_of_ours(tmp_path: Path, series: dic
     content = rules([MODEL], scope=Scope("ours"))
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(content))
     assert all(rule["labels"]["namespace"] == "ours" for group in content["groups"] for rule in group["rules"])
-    check_fired(tmp_path, series, 70, expected)
+    check_fired(tmp_path, ("", series, 70, expected))
 
 
 @pytest.fixture

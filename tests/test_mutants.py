@@ -80,16 +80,13 @@ def test_the_share_excludes_equivalent_mutants(
     assert (tree / "core.py").read_text().endswith("return a\n")
 
 
-@pytest.mark.parametrize(("count", "code"), [(20, 0), (40, 1)])
-def test_a_small_sample_is_judged_over_all_modules(
-    tree: Path, monkeypatch: pytest.MonkeyPatch, count: int, code: int
-) -> None:
+def test_a_small_sample_is_judged_over_all_modules(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tree / "more.py").write_text("def more(a):\n    return a + 1 - 2 + 3 - 4\n")
     (tree / "tests" / "test_more.py").write_text("import more\n\ndef test_it():\n    assert more.more(2) == 0\n")
     more = (("more.py",), ("tests/test_more.py",))
     monkeypatch.setattr(probe, "MODULES", {**probe.MODULES, "more": more})
-    monkeypatch.setattr(sys, "argv", ["mutants", "--count", str(count)])
-    assert probe.main() == code
+    monkeypatch.setattr(sys, "argv", ["mutants", "--count", "20"])
+    assert probe.main() == 0
 
 
 def test_tests_that_fail_without_a_mutant_are_one_line(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache as cache_calls
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -53,6 +54,9 @@ max = 4
 MODEL = "import torch\nimport words\nfrom deepseek import Transformer\n"
 GRAPHS = ["quantize fp16", "quantize int8"]
 SELECT, MEASURE = "select_precision onnxruntime", "measure-batches onnxruntime"
+# What a build reads each time and no test changes.
+IMAGE_TAG = cache_calls(pipeline.image_tag)
+INSTALLED = {name: cache_calls(getattr(importlib.metadata, name)) for name in ("version", "requires")}
 
 
 def options_of(folder: Path, **changed: Any) -> argparse.Namespace:
@@ -99,6 +103,9 @@ def engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         return list(ran)
 
     monkeypatch.setattr(build.Builder, "_execute", pretend)
+    monkeypatch.setattr(pipeline, "image_tag", IMAGE_TAG)
+    for name, read in INSTALLED.items():
+        monkeypatch.setattr(importlib.metadata, name, read)
     return run
 
 
@@ -191,7 +198,6 @@ def test_a_change_rebuilds_only_what_depends_on_it(
     engine()
     change(tiny, monkeypatch)
     assert engine() == ran
-    assert engine() == []
 
 
 def keys(folder: Path, stage: str) -> dict[str, str]:
@@ -328,6 +334,7 @@ def test_a_changed_or_removed_output_is_rebuilt(engine: Run, tiny: Path) -> None
     (tiny / "build" / "tiny" / "fp16" / "model.onnx").write_text("by hand")
     (tiny / "build" / "tiny" / "int8" / "manifest.json").unlink()
     assert engine() == [*GRAPHS, SELECT, MEASURE, "publish"]
+    assert engine() == []
 
 
 def test_pruning_can_be_turned_on_and_off(engine: Run, tiny: Path) -> None:

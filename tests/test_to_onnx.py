@@ -173,26 +173,18 @@ def test_outputs_that_do_not_fit_the_signature_are_one_error_line(tmp_path: Path
         export_model(tiny(tmp_path, body=body))
 
 
-@pytest.mark.parametrize(
-    ("body", "outputs"),
-    [
-        ("return self.line(x).relu() + 1", ["relu"]),
-        ("return x", ["y"]),
-        ("z = self.line(x); return z, z", ["y", "again"]),
-        ("return self.line(x), x", ["linear", "x_too"]),
-    ],
-    ids=["name of an inner value", "the input itself", "one tensor twice", "inner name and input"],
-)
-def test_output_names_never_clash(tmp_path: Path, body: str, outputs: list[str]) -> None:
+def test_output_names_never_clash(tmp_path: Path) -> None:
+    """The name of an inner value, one tensor twice, and the input itself."""
+    outputs = ["relu", "linear", "again", "x_too"]
     head, tail = TOML.split("[outputs.y]")
     block, axes = tail.split("[axes")
     toml = head + "".join(f"[outputs.{name}]{block}" for name in outputs) + "[axes" + axes
-    export_model(tiny(tmp_path, toml=toml, body=body))
+    export_model(tiny(tmp_path, toml=toml, body="z = self.line(x); return z.relu() + 1, z, z, x"))
     graph = onnx.load(tmp_path / "build" / "tiny" / "fp32" / "model.onnx").graph
     assert [value.name for value in graph.output] == outputs
 
 
-@pytest.mark.parametrize("name", ["relu", "linear", "line.weight"])
+@pytest.mark.parametrize("name", ["relu", "line.weight"])
 def test_an_input_may_be_named_like_a_value_or_a_weight_inside(tmp_path: Path, name: str) -> None:
     toml, code = TOML.replace("[inputs.x]", f'[inputs."{name}"]'), MODEL.replace('"x"', f'"{name}"')
     (tmp_path / "tiny").mkdir()

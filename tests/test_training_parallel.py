@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from tests.training_worker import config, cross_entropy, network, train
 
 pytestmark = pytest.mark.server
 
-WAYS = ("data", "sharded", "pipeline")
+WAYS = ("data", pytest.param("sharded", marks=pytest.mark.slow), "pipeline")
 TOLERANCE = 1e-4  # relative, for losses and weights after 24 steps: sums are in another order
 
 
@@ -60,24 +62,30 @@ def kill_rank_1(process: subprocess.Popen[str], folder: Path) -> str:
     return pid
 
 
+Ranks = Callable[[str], list[dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def unkilled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Results of an uninterrupted run, for each way."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for ways in (("data", "pipeline"), ("sharded",)):  # DTensor's caches keep the group of a sharded model
+def unkilled(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """The results of an uninterrupted run, by way."""
+
+    @cache
+    def run(*ways: str) -> Path:
         folder = tmp_path_factory.mktemp(ways[0])
         process = start(folder, *ways)
         _, said = process.communicate()
         assert process.returncode == 0, said
-        found |= {way: finished(folder, way) for way in ways}
-    return found
+        return folder
+
+    # DTensor's caches keep the group of a sharded model
+    return lambda way: finished(run(way) if way == "sharded" else run("data", "pipeline"), way)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_have_the_losses_and_weights_of_one(way: str, unkilled: Any) -> None:
+def test_two_processes_have_the_losses_and_weights_of_one(way: str, unkilled: Ranks) -> None:
     model = network()
     alone = train(model, config(way, 1), None)
-    for rank in unkilled[way]:
+    for rank in unkilled(way):
         epochs = rank["result"]["epochs"]
         assert [each["train_loss"] for each in epochs] == pytest.approx(
             [each.train_loss for each in alone.epochs], rel=TOLERANCE
@@ -90,13 +98,13 @@ def test_two_processes_have_the_losses_and_weights_of_one(way: str, unkilled: An
 
 
 @pytest.mark.parametrize("way", ["data", "pipeline"])
-def test_no_thread_of_the_process_group_remains_at_the_end_of_the_interpreter(way: str, unkilled: Any) -> None:
-    assert [rank["threads"].count("gloo") for rank in unkilled[way]] == [0, 0]
+def test_no_thread_of_the_process_group_remains_at_the_end_of_the_interpreter(way: str, unkilled: Ranks) -> None:
+    assert [rank["threads"].count("gloo") for rank in unkilled(way)] == [0, 0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_a_killed_rank_ends_the_job_in_one_line_and_the_job_resumes(way: str, unkilled: Any, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_job_in_one_line_and_the_job_resumes(way: str, unkilled: Ranks, tmp_path: Path) -> None:
     process = start(tmp_path, way)
     pid = kill_rank_1(process, tmp_path)
     _, said = process.communicate()
@@ -106,12 +114,13 @@ def test_a_killed_rank_ends_the_job_in_one_line_and_the_job_resumes(way: str, un
     process = start(tmp_path, way)
     _, said = process.communicate()
     assert process.returncode == 0, said
-    for rank, whole in zip(finished(tmp_path, way), unkilled[way], strict=True):
+    for rank, whole in zip(finished(tmp_path, way), unkilled(way), strict=True):
         assert rank["result"]["resumed_at_step"] >= 5
         assert rank["result"]["epochs"] == whole["result"]["epochs"]
         assert all(torch.equal(weight, whole["weights"][name]) for name, weight in rank["weights"].items())
 
 
+@pytest.mark.slow
 def test_an_unsupported_setting_ends_the_job_with_one_line(tmp_path: Path) -> None:
     process = start(tmp_path, "pipeline", accumulation_steps=1)
     _, said = process.communicate()

@@ -20,11 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PRELOADED = ["torch", "onnx", "onnxruntime", "numpy", "pydantic", "rich", "google.protobuf"]
-LIBRARIES_OF = {"serving", "deepseek"}  # rooms whose commands import some of them
-HEAVY_COMMANDS = {
-    *("train", "prune", "to-onnx", "quantize", "to-torchscript", "to-tensorrt", "select-precision", "publish"),
-    *("parity", "check-engine"),
-}
+LIBRARIES_OF = {"export", "serving", "deepseek"}  # rooms whose commands import some of them
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
