@@ -13,7 +13,7 @@ from deepseek.spec import InputError, build_dir
 
 LINT = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
 # A file's tests stay in one process, so that shared fixtures are set up once.
-TWO_PROCESSES = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+BY_FILE = ("--dist", "loadfile", "--no-loadscope-reorder")
 # torch and its dependencies (CUDA, compiler) are not pinned: the build of torch depends on the machine.
 UNLOCKED = re.compile(r"torch=|triton=|cuda-|nvidia-(cu|nccl|nvj|nvs|nvt)")
 
@@ -25,18 +25,18 @@ def lint(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Lint, types and the quick tests that start no server."""
-    return _all(*LINT, ("pytest", "-m", "not server and not slow", *TWO_PROCESSES, *options.words))
+    return _all(*LINT, ("pytest", "-m", "not server and not slow", "-n", "2", *BY_FILE, *options.words))
 
 
 def test(options: argparse.Namespace) -> int:
-    """Lint, types and all tests except the slow ones."""
-    return _all(*LINT, ("pytest", "-m", "not slow", *TWO_PROCESSES, *options.words))
+    """Lint, types and all tests except the slow ones. Tests wait much, so three processes keep two cores busy."""
+    return _all(*LINT, ("pytest", "-m", "not slow", "-n", "3", *BY_FILE, *options.words))
 
 
 def test_all(options: argparse.Namespace) -> int:
     """The slow tests, which `test` leaves out; without arguments for pytest also a sample of mutants."""
     mutants = () if options.words else (("tests.mutants", "--count", "10"),)
-    return _all(("pytest", "-m", "slow", *TWO_PROCESSES, *options.words), *mutants)
+    return _all(("pytest", "-m", "slow", "-n", "2", *BY_FILE, *options.words), *mutants)
 
 
 def bench(options: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Shared fixtures: a real Triton with tiny models, and two models taken through the export stages.
 
-`make test` runs the tests in two processes (pytest-xdist). A file's tests stay in one process, so its fixtures are set
+`make test` runs the tests in three processes (pytest-xdist). A file's tests stay in one process, so its fixtures are set
 up once. One process makes the folders of session fixtures for all (`once`). A test marked `alone` measures this
 machine: no other test runs at the same time.
 """

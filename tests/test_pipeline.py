@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import itertools
 import json
 import os
-import random
-import shutil
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache as cache_calls
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import onnx
 import pytest
 
-from cli.main import values_of
-from deepseek.spec import DeploymentSpec, InputError
-from deepseek.spec.checks import Table
 from deepseek.spec.cpu import Cpu
-from deepseek.spec.files.folders import SCRATCH
 from export import build, cache, clean, digests, pipeline, plan
 from export.artifact import refuse
 from export.pipeline import Stage
-from export.rows import load_rows
-from export.runtimes import isolation
 from export.sources import files_in
-from export.stages import select_precision
 
 DEPLOY = """
 name = "tiny"
@@ -384,54 +371,6 @@ def test_files_of_a_model_folder_are_found_through_links_and_hidden_ones_ignored
     assert sorted(files_in(folder)) == ["model.py", "words/a b.txt"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"model": "nosuch"}, "no model 'nosuch'"),
-        ({"target": "torchscript", "precision": "int8"}, "target torchscript has fp32 only"),
-        ({"target": "tensorrt"}, "TARGET=tensorrt: this machine lacks an NVIDIA GPU"),
-    ],
-)
-def test_an_impossible_build_fails_in_one_line_before_it_starts(
-    tiny: Path, options: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plan, "missing_for_container", lambda: ["an NVIDIA GPU"])
-    with pytest.raises(InputError, match=message):
-        build.build(options_of(tiny, **options))
-    assert not (tiny / "build").exists()
-
-
-@pytest.mark.parametrize(
-    ("gpu", "missing", "native", "inside", "target", "why"),
-    [
-        ("", ["a GPU", "Docker"], False, False, "onnxruntime", "a GPU"),
-        ("L4", ["Docker"], False, False, "onnxruntime", "Docker"),
-        ("L4", [], False, False, "tensorrt", ""),
-        ("L4", ["Docker"], True, False, "tensorrt", ""),
-        ("L4", ["Docker"], False, True, "tensorrt", ""),
-        ("", ["a GPU"], True, False, "onnxruntime", "a GPU"),
-    ],
-)
-def test_the_auto_target_is_tensorrt_if_this_machine_can_compile_and_else_says_why_not(
-    monkeypatch: pytest.MonkeyPatch, gpu: str, missing: list[str], native: bool, inside: bool, target: str, why: str
-) -> None:
-    monkeypatch.setattr(plan, "gpu", lambda: gpu)
-    monkeypatch.setattr(plan, "missing_for_container", lambda: missing)
-    monkeypatch.setattr(plan, "inside_container", lambda tag: inside)
-    compiler = plan.compiler_of(native, "26.10")
-    assert plan.resolved_target("auto", compiler) == (target, f"this machine lacks {why}" if why else "")
-    assert plan.resolved_target("torchscript", compiler) == ("torchscript", "")
-
-
-def test_a_build_with_the_auto_target_prints_why_it_is_not_for_tensorrt(
-    engine: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(plan, "missing_for_container", lambda: ["Docker (no docker on PATH)"])
-    engine(target="auto")
-    told = "engine    target onnxruntime, not tensorrt: this machine lacks Docker (no docker on PATH)"
-    assert capsys.readouterr().out.splitlines().count(told) == 1
-
-
 def test_a_build_that_does_nothing_loads_neither_torch_nor_numpy(engine: Run, tiny: Path) -> None:
     engine()
     places = {"--models": tiny / "models", "--repository": tiny / "repository", "--env-file": tiny / "env"}
@@ -442,38 +381,6 @@ def test_a_build_that_does_nothing_loads_neither_torch_nor_numpy(engine: Run, ti
     run = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True, env=environment)
     assert run.stdout.splitlines()[-1] == "set()", run.stderr
     assert run.stdout.count("up to date") == 8, run.stdout
-
-
-@pytest.mark.parametrize(
-    ("compiler", "command"),
-    [
-        ("container", ["tensorrt-container", "--tag", "26.08", "--models", "MODELS", "--"]),
-        ("inside", ["to-tensorrt"]),
-        ("native", ["to-tensorrt"]),
-    ],
-)
-def test_tensorrt_runs_in_the_container_inside_it_or_natively(
-    tiny: Path, compiler: plan.Compiler, command: list[str]
-) -> None:
-    asked = plan.plan_of(options_of(tiny, triton_tag="26.08"))
-    builder = build.Builder(replace(asked, target="tensorrt", compiler=compiler))
-    stages = {stage.name: stage for stage in build.stages_of(builder.plan)}
-    python = "/opt/export/bin/python" if compiler == "inside" else sys.executable
-    expected = [python, "-m", "cli", *(word.replace("MODELS", str(tiny / "models")) for word in command)]
-    assert builder.command(stages["to_tensorrt fp16"])[: len(expected)] == expected
-    assert builder.command(stages["quantize fp16"])[:4] == [sys.executable, "-m", "cli", "quantize"]
-
-
-def test_an_engine_is_rebuilt_if_another_tensorrt_would_build_it(tiny: Path) -> None:
-    asked = plan.plan_of(options_of(tiny))
-    found = set()
-    cases: list[tuple[plan.Compiler, str]] = [("container", "26.10"), ("container", "26.11"), ("native", "26.10")]
-    cases.append(("inside", "26.10"))
-    for compiler, tag in cases:
-        builder = build.Builder(replace(asked, target="tensorrt", compiler=compiler, triton_tag=tag))
-        stage = next(stage for stage in build.stages_of(builder.plan) if stage.name == "to_tensorrt fp16")
-        found.add(builder.keys(stage)[""])
-    assert len(found) == 4
 
 
 @pytest.mark.parametrize(
@@ -529,109 +436,3 @@ def test_graphs_are_made_on_the_cpu_unless_onnx_runtime_serves_them_on_an_accele
         assert ("--target", target) in itertools.pairwise(stage.command)
         found[target] = builder.inputs.of(stage)["accelerator"]
     assert found == {"onnxruntime": "H100", "tensorrt_rtx": ""}
-
-
-def declared_tables() -> dict[type, str]:
-    """The tables of deploy.toml that a stage may declare keys of, by their type."""
-    types = {name: field.annotation for name, field in DeploymentSpec.model_fields.items()}
-    return {of: name for name, of in types.items() if isinstance(of, type) and issubclass(of, Table)}
-
-
-@pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Keys of deploy.toml that code reads from now on, dotted, without reads of the spec's own checks."""
-    keys: set[str] = set()
-    tables, plain = declared_tables() | {DeploymentSpec: ""}, Table.__getattribute__
-    own = ("load", "of_model", "for_target")
-
-    def recorded(table: Table, name: str) -> Any:
-        value = plain(table, name)
-        if name in type(table).model_fields and type(table) in tables and type(value) not in tables:
-            frame = sys._getframe(1)
-            while frame.f_back is not None and not (
-                "deepseek/spec/" in frame.f_code.co_filename and frame.f_code.co_name in own
-            ):
-                frame = frame.f_back
-            if frame.f_back is None:
-                keys.add(f"{tables[type(table)]}.{name}".lstrip("."))
-        return value
-
-    monkeypatch.setattr(Table, "__getattribute__", recorded, raising=False)
-    return keys
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    ["train", "prune", "to_onnx", "quantize fp16", "quantize int8", "to_torchscript", "select_precision", "publish"],
-)
-def test_a_stage_reads_only_the_keys_of_deploy_toml_that_the_pipeline_declares(
-    name: str, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: set[str]
-) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
-    model = "image" if name == "prune" else "text"
-    shutil.copytree(built / "build" / model, tmp_path / "build" / model)
-    for user in (isolation, select_precision):  # reads in a child process are not recorded
-        monkeypatch.setattr(user, "in_child", lambda what, function: function())
-    known = {"model": model, "models": Path("tests/models"), "prune": 0.25 if name == "prune" else None}
-    known["target"] = "torchscript" if name == "to_torchscript" else "onnxruntime"
-    builder = build.Builder(build.plan_of(options_of(tmp_path, **known)))
-    stages = (*build.stages_of(builder.plan), build.publish_stage(builder.plan))
-    stage = next(each for each in stages if each.name.startswith(name))
-    command, *flags = builder.command(stage)[3:]
-    options = values_of(command, *flags)
-    read.clear()
-    importlib.import_module(stage.module).main(options)
-    assert "name" in read
-    declared = {*stage.keys, "batching.threads", "batching.instances"}  # threads change only the speed of a graph
-    assert [key for key in read if not any(f"{key}.".startswith(f"{each}.") for each in declared)] == []
-
-
-def check_whole(folder: Path) -> None:
-    """Checks that every published file, version and cache entry is complete."""
-    for path in folder.rglob("*"):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            if path.suffix == ".json":
-                json.loads(path.read_text())
-            elif path.suffix == ".onnx":
-                onnx.load(path)
-            elif path.suffix == ".npz":
-                assert load_rows(path)
-    for manifest in folder.glob("*/repository/text/*/manifest.json"):
-        files = json.loads(manifest.read_text())["files"]
-        assert {name: cache.sha256(manifest.parent / name) for name in files} == {
-            name: digest["sha256"] for name, digest in files.items()
-        }
-    for index in folder.glob(f"cache/*/{cache.INDEX}"):
-        files = json.loads(index.read_text())
-        assert {name: cache.sha256(index.parent / name) for name in files} == files
-
-
-@pytest.mark.slow
-def test_builds_of_two_clones_killed_at_any_moment_leave_no_partial_files(tmp_path: Path) -> None:
-    shutil.copytree("tests/models/text", tmp_path / "models" / "text")
-    toml = tmp_path / "models" / "text" / "deploy.toml"
-    toml.write_text(toml.read_text().replace('"fp32", "fp16", "int8"', '"fp16"'))
-    clones, moments = [tmp_path / "a", tmp_path / "b"], random.Random(7)
-
-    def start(clone: Path) -> subprocess.Popen[bytes]:
-        places = {"--models": tmp_path / "models", "--repository": clone / "repository", "--env-file": clone / "env"}
-        flags = ["--model", "text", "--target", "onnxruntime", *(str(each) for pair in places.items() for each in pair)]
-        own = {"DEEPSEEK_BUILD": str(clone / "build"), "DEEPSEEK_CACHE": str(tmp_path / "cache")}
-        command = [sys.executable, "-m", "cli", "engine", *flags]
-        return subprocess.Popen(command, env={**os.environ, **own}, start_new_session=True)
-
-    for _ in range(6):
-        for process in [start(clone) for clone in clones]:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(moments.uniform(1, 12))
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        check_whole(tmp_path)
-    assert [process.wait() for process in [start(clone) for clone in clones]] == [0, 0]
-    check_whole(tmp_path)
-    graphs = [clone / "build" / "text" / "fp16" / "model.onnx" for clone in clones]
-    assert cache.sha256(graphs[0]) == cache.sha256(graphs[1])
-    for clone in clones:
-        assert not list(clone.rglob(f"{SCRATCH}*"))

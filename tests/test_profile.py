@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from deepseek_client import InferenceClient, ServerBusy
 
+from cli.main import main as command_line
 from deepseek.spec import InputError
 from loadtests.profile.profile import wrapped_in_nsys
 from loadtests.profile.record import _send, trace
@@ -355,13 +357,15 @@ def test_nsys_wraps_the_server_on_a_gpu_machine(
     ],
     ids=["no request", "more users than requests", "no time", "no url", "no repository", "no model", "no server"],
 )
-def test_wrong_input_gives_a_one_line_error_and_leaves_no_folder(tmp_path: Path, flags: list[str], reason: str) -> None:
+def test_wrong_input_gives_a_one_line_error_and_leaves_no_folder(
+    tmp_path: Path, flags: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
     (tmp_path / "recommender").mkdir()
     inputs(tmp_path / "recommender").rename(tmp_path / "recommender" / "evaluation.npz")
     write_add_one(tmp_path / "repository")
-    repository = ("--repository", str(tmp_path / "repository"))
-    run = run_module("cli", "profile", *repository, *flags, DEEPSEEK_BUILD=str(tmp_path))
-    assert run.returncode == 2
-    assert reason in run.stderr
-    assert "Traceback" not in run.stderr
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(command_line(["profile", "--repository", str(tmp_path / "repository"), *flags]))
+    assert ended.value.code == 2
+    assert reason in capfd.readouterr().err
     assert not list(tmp_path.glob("*/profiles/*"))

@@ -1,4 +1,4 @@
-"""Publishing: configuration, versions, and servers that never see a partial version."""
+"""Publishing: versions, and servers that never see a partial one."""
 
 from __future__ import annotations
 
@@ -18,20 +18,18 @@ import numpy as np
 import pytest
 from google.protobuf import text_format
 from tritonclient import grpc as triton
-from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, ModelQueuePolicy
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from cli.main import values_of
 from deepseek.onnxruntime_session import choose_provider
-from deepseek.spec import DeploymentSpec, GateFailed, InputError, PublishedManifest, SloSpec, TensorrtSpec
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, PublishedManifest, TensorrtSpec
 from deepseek.spec.files.folders import alone_in
 from deepseek.spec.files.repository import KEPT_VERSIONS, versions_of
 from deepseek.spec.gpus import parse_gpus
 from deepseek.spec.tables import TargetSpec
 from export.artifact import choice_of, choice_path, digests, read_manifest, sha256, write_manifest
-from export.rows import Row
 from export.stages import publish
 from export.stages.publish import publish_version
-from export.triton_config import config_text, model_config
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer
@@ -39,187 +37,9 @@ from serving.release.journal import ReleaseJournal
 from serving.repository.checks import read_config
 from serving.repository.served_models import served_models
 from tests.conftest import run_module
+from tests.test_triton_config import with_batch
 
 IMAGE, TEXT = DeploymentSpec.load("tests/models/image"), DeploymentSpec.load("tests/models/text")
-
-
-def test_config_pbtxt_has_the_values_of_deploy_toml() -> None:
-    config = model_config(TEXT, "int8", "onnxruntime", {})
-    assert text_format.Parse(config_text(config), ModelConfig()) == config
-    assert (config.name, config.backend, config.max_batch_size) == ("text", "python", 8)
-    assert {entry.name: list(entry.dims) for entry in config.input} == {"input_ids": [-1], "attention_mask": [-1]}
-    policy = config.dynamic_batching.default_queue_policy
-    assert policy.max_queue_size == 512
-    assert policy.default_timeout_microseconds == 1_000_000
-    assert policy.timeout_action == ModelQueuePolicy.REJECT
-    assert config.dynamic_batching.max_queue_delay_microseconds == 1000
-
-
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "torchscript"])
-def test_one_number_per_row_is_one_dimension_for_callers_and_none_for_the_engine(target: Any) -> None:
-    ranker = DeploymentSpec.load("tests/models/ranker")
-    row: Row = {"user_id": np.zeros(1, np.int64), "user_features": np.zeros((1, 16), np.float16)}
-    config = model_config(ranker, "fp32", target, {"1": row})
-    for entry in (config.input[0], config.output[1]):
-        assert (list(entry.dims), entry.HasField("reshape"), list(entry.reshape.shape)) == ([1], True, [])
-    assert not config.input[1].HasField("reshape")
-    assert list(config.model_warmup[0].inputs["user_id"].dims) == [1]
-
-
-def test_tensorrt_uses_its_own_backend_on_the_gpu() -> None:
-    config = model_config(IMAGE, "fp16", "tensorrt", {})
-    assert config.backend == "tensorrt"
-    assert config.default_model_filename == "model.plan"
-    assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
-
-
-@pytest.mark.parametrize("target", ["tensorrt", "torchscript"])
-def test_configurations_only_for_nvidias_server_take_histogram_bounds_from_the_slo(target: Any) -> None:
-    slo = {"p50_ms": 3, "p99_ms": 80, "rate_rps": 40, "objectives": ["p99.9_ms < 200", "p99_ms < 7 @ 5 rps"]}
-    spec = DeploymentSpec.model_validate_json(json.dumps(IMAGE.model_dump(mode="json") | {"slo": slo}))
-    control = model_config(spec, "fp32", target, {}).model_metrics.metric_control[0]
-    assert control.metric_identifier.family == "nv_inference_first_response_histogram_ms"
-    assert list(control.histogram_options.buckets) == [3, 8, 20, 40, 60, 80, 120, 160, 200, 320, 800]
-
-
-def test_configurations_for_the_embedded_server_have_no_field_unknown_to_it() -> None:
-    assert not model_config(IMAGE, "fp32", "onnxruntime", {}).HasField("model_metrics")
-    rateless = IMAGE.model_copy(update={"slo": SloSpec(rate_rps=5)})
-    assert not model_config(rateless, "fp16", "tensorrt", {}).HasField("model_metrics")
-
-
-def test_torchscript_uses_the_pytorch_backend_on_the_device_it_was_made_for() -> None:
-    config = model_config(IMAGE, "fp32", "torchscript", {})
-    assert (config.backend, config.platform) == ("pytorch", "pytorch_libtorch")
-    assert config.default_model_filename == "model.pt"
-    assert [entry.name for entry in config.output] == ["scores", "features"]  # the backend uses the order
-    assert config.instance_group[0].kind == ModelInstanceGroup.KIND_CPU
-    group = model_config(IMAGE, "fp32", "torchscript", {}, "cuda:1").instance_group[0]
-    assert (group.kind, list(group.gpus)) == (ModelInstanceGroup.KIND_GPU, [1])
-
-
-def on_provider(spec: DeploymentSpec, **keys: object) -> DeploymentSpec:
-    """The spec with keys in [onnxruntime]."""
-    return DeploymentSpec.model_validate_json(json.dumps({**spec.model_dump(mode="json"), "onnxruntime": keys}))
-
-
-@pytest.mark.parametrize(
-    ("provider", "kind"),
-    [("auto", "KIND_CPU"), ("cpu", "KIND_CPU"), ("cuda", "KIND_GPU"), ("tensorrt", "KIND_GPU"), ("migraphx", "KIND_CPU")],
-)  # fmt: skip
-def test_a_named_nvidia_provider_uses_all_gpus(provider: str, kind: str) -> None:
-    config = model_config(on_provider(TEXT, provider=provider), "fp32", "onnxruntime", {})
-    assert config.backend == "python"
-    assert ModelInstanceGroup.Kind.Name(config.instance_group[0].kind) == kind
-    assert config.parameters["provider"].string_value == provider
-
-
-def test_provider_options_reach_the_server_and_those_of_tensorrt_include_the_profile() -> None:
-    spec = on_provider(TEXT, provider="tensorrt", options={"trt_engine_cache_enable": True, "device_id": 1})
-    config = model_config(spec, "fp32", "onnxruntime", {})
-    assert json.loads(config.parameters["provider_options"].string_value) == {
-        "trt_profile_min_shapes": "input_ids:1x1,attention_mask:1x1",
-        "trt_profile_opt_shapes": "input_ids:4x16,attention_mask:4x16",
-        "trt_profile_max_shapes": "input_ids:8x64,attention_mask:8x64",
-        "trt_engine_cache_enable": "1",
-        "device_id": "1",
-    }
-    plain = model_config(on_provider(TEXT, provider="cuda"), "fp32", "onnxruntime", {})
-    assert plain.parameters["provider_options"].string_value == "{}"
-
-
-@pytest.mark.parametrize(
-    ("provider", "kind", "accelerators"),
-    [("auto", "KIND_AUTO", []), ("cpu", "KIND_CPU", []), ("cuda", "KIND_GPU", ["cuda"]), ("tensorrt", "KIND_GPU", ["tensorrt"])],
-)  # fmt: skip
-def test_tritons_own_onnx_runtime_backend_takes_the_same_options(
-    build: Path, tmp_path: Path, provider: str, kind: str, accelerators: list[str]
-) -> None:
-    spec = on_provider(TEXT, backend="onnxruntime", provider=provider)
-    config = model_config(spec, "fp32", "onnxruntime", {})
-    assert (config.backend, config.default_model_filename) == ("onnxruntime", "model.onnx")
-    assert ModelInstanceGroup.Kind.Name(config.instance_group[0].kind) == kind
-    found = config.optimization.execution_accelerators.gpu_execution_accelerator
-    assert [accelerator.name for accelerator in found] == accelerators
-    assert all(accelerator.parameters == spec.provider_options for accelerator in found)
-    publish_version(spec, "fp32", "onnxruntime", tmp_path)
-    assert not list((tmp_path / "text" / "1").glob("*.py"))
-
-
-@pytest.mark.parametrize(("batches", "captured"), [((), [1, 2, 4, 8]), ((3, 8), [3, 8])], ids=["default", "named"])
-def test_cuda_graphs_are_captured_at_opt_for_each_batch_size(batches: tuple[int, ...], captured: list[int]) -> None:
-    table = {"cuda_graphs": True, "cuda_graph_batches": batches}
-    spec = DeploymentSpec.model_validate_json(json.dumps(TEXT.model_dump(mode="json") | {"tensorrt": table}))
-    cuda = model_config(spec, "fp16", "tensorrt", {}).optimization.cuda
-    assert cuda.graphs
-    assert [graph.batch_size for graph in cuda.graph_spec] == captured
-    opt = {"input_ids": [16], "attention_mask": [16]}  # of the axis `length`
-    assert all({name: list(shape.dim) for name, shape in graph.input.items()} == opt for graph in cuda.graph_spec)
-
-
-@pytest.mark.parametrize(("batches", "captured"), [((), [1, 2, 4]), ((3, 8), [3])], ids=["default", "named"])
-def test_no_cuda_graph_is_captured_above_the_largest_served_batch(
-    batches: tuple[int, ...], captured: list[int]
-) -> None:
-    tables = {"tensorrt": {"cuda_graphs": True, "cuda_graph_batches": batches}, "batching": {"max_batch": 4}}
-    spec = DeploymentSpec.model_validate_json(json.dumps(TEXT.model_dump(mode="json") | tables))
-    config = model_config(spec, "fp16", "tensorrt", {})
-    assert config.max_batch_size == 4
-    assert [graph.batch_size for graph in config.optimization.cuda.graph_spec] == captured
-
-
-def test_cuda_graphs_are_opt_in_and_only_for_tensorrt() -> None:
-    assert not model_config(TEXT, "fp16", "tensorrt", {}).HasField("optimization")
-    spec = TEXT.model_copy(update={"tensorrt": TensorrtSpec(cuda_graphs=True)})
-    assert not model_config(spec, "fp16", "onnxruntime", {}).HasField("optimization")
-
-
-def test_the_warm_up_uses_no_batch_below_the_profile() -> None:
-    data = IMAGE.model_dump(mode="json")
-    data["axes"]["batch"]["min"] = 2
-    row = {"pixels": np.zeros((1, 3, 32, 32), np.float32)}
-    config = model_config(DeploymentSpec.model_validate_json(json.dumps(data)), "fp16", "tensorrt", {"1": row})
-    assert [(sample.name, sample.batch_size) for sample in config.model_warmup] == [("1-batch-2", 2), ("1-batch-8", 8)]
-    pixels = config.model_warmup[0].inputs["pixels"]
-    assert (list(pixels.dims), pixels.input_data_file) == ([3, 32, 32], "1-pixels")
-
-
-@pytest.mark.parametrize(
-    ("target", "backend", "key", "unset"),
-    [
-        ("onnxruntime", "python", "threads", "0"),
-        ("onnxruntime", "onnxruntime", "intra_op_thread_count", ""),
-        ("torchscript", "python", "INTRA_OP_THREAD_COUNT", ""),
-    ],
-)
-def test_threads_are_set_under_the_name_that_the_backend_uses(target: Any, backend: str, key: str, unset: str) -> None:
-    spec = on_provider(TEXT, backend=backend)
-    three = spec.model_copy(update={"batching": spec.batching.model_copy(update={"threads": 3})})
-    found = [model_config(each, "fp32", target, {}).parameters for each in (spec, three)]
-    assert [each[key].string_value for each in found] == [unset, "3"]
-
-
-@pytest.mark.parametrize(
-    ("target", "keys", "text", "level"),
-    [
-        ("onnxruntime", {}, "A B", 0),
-        ("onnxruntime", {"backend": "onnxruntime", "provider": "cpu"}, "", -1),
-        ("onnxruntime", {"backend": "onnxruntime"}, "", -1),
-        ("onnxruntime", {"backend": "onnxruntime", "provider": "cuda"}, "", 0),
-        ("tensorrt", {}, "", 0),
-    ],
-    ids=["python", "own on a CPU", "own on any", "own on a GPU", "tensorrt"],
-)
-def test_optimizers_that_break_a_graph_are_disabled_for_it(target: Any, keys: Any, text: str, level: int) -> None:
-    config = model_config(on_provider(TEXT, **keys), "fp32", target, {}, left_out=["A", "B"])
-    assert (config.parameters["left_out"].string_value, config.optimization.graph.level) == (text, level)
-
-
-def test_a_target_overrides_batching() -> None:
-    data = IMAGE.model_dump(mode="json") | {"targets": {"tensorrt": {"batching": {"instances": 5}}}}
-    spec = DeploymentSpec.model_validate_json(json.dumps(data))
-    assert model_config(spec, "fp16", "tensorrt", {}).instance_group[0].count == 5
-    assert model_config(spec, "fp16", "onnxruntime", {}).instance_group[0].count == 2
 
 
 def test_each_build_adds_a_version_and_the_oldest_are_removed(build: Path, tmp_path: Path) -> None:
@@ -241,12 +61,8 @@ def test_each_build_adds_a_version_and_the_oldest_are_removed(build: Path, tmp_p
 def test_an_engine_of_another_profile_is_refused(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
     shutil.copytree(built / "build" / "image", tmp_path / "image")
-    data = IMAGE.model_dump(mode="json")
-    data["axes"]["batch"]["max"] = 64
     with pytest.raises(InputError, match=r'was built for the axes .*"max": 8.* deploy.toml now has .*"max": 64'):
-        publish_version(
-            DeploymentSpec.model_validate_json(json.dumps(data)), "fp32", "onnxruntime", tmp_path / "repository"
-        )
+        publish_version(with_batch(IMAGE, max=64), "fp32", "onnxruntime", tmp_path / "repository")
 
 
 @pytest.fixture

@@ -2,14 +2,14 @@
 
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -19,6 +19,7 @@ from deepseek.config import TrainingConfig
 from deepseek.spec import InputError
 from deepseek.training import TrainingDiverged, train_model
 from deepseek.training.ways import rows_of
+from tests.warm import WARM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,47 +137,43 @@ def test_a_dataset_gets_the_epoch() -> None:
     assert data.seen == {0, 1, 2}
 
 
-KILLED = """
-import os, signal, sys, torch
-from accelerate import Accelerator
-torch.set_num_threads(1)
-sys.path.insert(0, "tests")
-from test_training import *
-folder, out, losses, saves = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-save_state = Accelerator.save_state
+def train_shifting(folder: Path | None, loss: Callable[[nn.Module, Any], Tensor] = cross_entropy) -> nn.Module:
+    """The model after three epochs, with a checkpoint after each step in `folder`."""
+    model = network()
+    config = settings(max_epochs=3, checkpoint_every_s=0.0, batch_size=4, accumulation_steps=2, ema_decay=0.9)
+    train_model(model, Shifting(), points(1), loss, config, checkpoints=folder)
+    return model
 
-def count(name, seen={"losses": losses, "saves": saves}):
-    seen[name] -= 1
-    if seen[name] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
 
-def loss(model, batch):
-    count("losses")
-    return cross_entropy(model, batch)
+def train_until_killed(folder: Path, losses: int, saves: int) -> None:
+    """Kills its own process at that loss, or in that checkpoint, before it has its final name."""
+    torch.set_num_threads(1)
+    left, save_state = {"losses": losses, "saves": saves}, Accelerator.save_state
 
-def save(*arguments):
-    save_state(*arguments)
-    count("saves")  # before the checkpoint has its final name
+    def count(name: str) -> None:
+        left[name] -= 1
+        if left[name] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-Accelerator.save_state = save
-model = network()
-config = settings(max_epochs=3, checkpoint_every_s=0.0, batch_size=4, accumulation_steps=2, ema_decay=0.9)
-train_model(model, Shifting(), points(1), loss, config, checkpoints=folder)
-torch.save(model.state_dict(), out)
-"""
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        count("losses")
+        return cross_entropy(model, batch)
+
+    def save(*arguments: Any) -> None:
+        save_state(*arguments)
+        count("saves")
+
+    Accelerator.save_state = save
+    train_shifting(folder, loss)
 
 
 def test_a_run_killed_repeatedly_ends_with_the_exact_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    out = tmp_path / "weights.pt"
-    for losses, saves, code in ((17, -1, -signal.SIGKILL), (-1, 9, -signal.SIGKILL), (-1, -1, 0)):
-        command = [sys.executable, "-c", KILLED, str(tmp_path / "checkpoints"), str(out), str(losses), str(saves)]
-        run = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(Path.cwd())}, capture_output=True, text=True)
-        assert run.returncode == code, run.stderr
-
-    unkilled = network()
-    config = settings(max_epochs=3, batch_size=4, accumulation_steps=2, ema_decay=0.9)
-    train_model(unkilled, Shifting(), points(1), cross_entropy, config)
-    assert all(torch.equal(weight, torch.load(out)[name]) for name, weight in unkilled.state_dict().items())
+    for losses, saves in ((17, -1), (-1, 9)):
+        process = WARM.Process(target=train_until_killed, args=(tmp_path, losses, saves))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert same(train_shifting(tmp_path), train_shifting(None))
 
 
 def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:

@@ -107,14 +107,6 @@ def test_a_shape_is_repeated_as_a_whole(load: ModelLoad) -> None:
     assert until_decided.longer(steps, 2).duration_s == 180
 
 
-@pytest.mark.parametrize(("flags", "named"), [(("--mix", "a:1,b:1"), "--mix"), (("--web",), "--web")])
-def test_what_needs_one_load_alone_is_refused(
-    flags: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command_line(["loadtest", "--until-decided", *flags]) == 2
-    assert f"--until-decided: not with {named}" in capsys.readouterr().err
-
-
 @pytest.mark.server
 def test_the_command_measures_an_endpoint_in_parts_and_saves_one_run(load: ModelLoad, tmp_path: Path) -> None:
     np.savez(tmp_path / "inputs.npz", **{f"{row:05d}/x": np.zeros((1, 2), np.float32) for row in range(4)})  # type: ignore[arg-type]

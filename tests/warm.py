@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PRELOADED = ["torch", "onnx", "onnxruntime", "numpy", "pydantic", "rich", "google.protobuf"]
-LIBRARIES_OF = {"export", "serving", "deepseek"}  # rooms whose commands import some of them
+LIBRARIES_OF = {"cli", "deepseek", "export", "serving"}  # rooms whose commands import some of them
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOADED)
+WARM = multiprocessing.get_context("forkserver")
+WARM.set_forkserver_preload(PRELOADED)
 
 
 def run_warm(
@@ -32,9 +32,7 @@ def run_warm(
     """Runs a module with arguments, as `python -m` does, in the folder `cwd` (default: the current one)."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = _context.Process(
-            target=_become, args=(list(arguments), environment, str(cwd or Path.cwd()), out, err)
-        )
+        process = WARM.Process(target=_become, args=(list(arguments), environment, str(cwd or Path.cwd()), out, err))
         process.start()
         process.join()
         assert process.exitcode is not None

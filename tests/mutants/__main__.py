@@ -54,7 +54,7 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             f"loadtests/slo/{name}.py"
             for name in ("judge", "verdict", "objectives", "generator_health", "slo_demands", "bounds")
         ),
-        ("tests/test_verdict.py", "tests/test_run.py", "tests/test_bounds.py"),
+        ("tests/test_verdict.py", "tests/test_slo_demands.py", "tests/test_run.py", "tests/test_bounds.py"),
     ),
     "schedule": (("loadtests/results/schedule.py",), ("tests/test_schedule.py",)),
     "retry": (
@@ -70,15 +70,15 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "publishing": (
         ("export/stages/publish.py", "export/triton_config.py", "serving/release/versions.py"),
-        ("tests/test_publish.py", "tests/test_versions.py"),
+        ("tests/test_publish.py", "tests/test_triton_config.py", "tests/test_versions.py"),
     ),
     "precision selection": (
         ("export/stages/select_precision.py", "export/precision/accuracy_budget.py"),
-        ("tests/test_select_precision.py",),
+        ("tests/test_select_precision.py", "tests/test_accuracy.py"),
     ),
     "build pipeline": (
         ("export/pipeline.py", "export/build.py", "export/cache.py"),
-        ("tests/test_pipeline.py", "tests/test_cache.py"),
+        ("tests/test_pipeline.py", "tests/test_plan.py", "tests/test_cache.py"),
     ),
 }
 
