@@ -128,7 +128,8 @@ def check_fired(folder: Path, *cases: Case, step_min: int = 1) -> None:
     tests = []
     for name, series, minutes, fired in cases:
         labels = [f'{{alertname="{alert}", severity="{severity}"}}' for alert, severity in sorted(fired)]
-        asked = {"expr": firing, "exp_samples": [{"labels": each, "value": 1} for each in labels]}
+        # promtool prints the expression of a failure, and so the comment with the case's name
+        asked = {"expr": f"{firing} # {name}", "exp_samples": [{"labels": each, "value": 1} for each in labels]}
         tests.append(at_the_end(name, series, minutes, asked, step_min))
     check(folder, *tests, step_min=step_min)
 
