@@ -8,7 +8,6 @@ machine: no other test runs at the same time.
 from __future__ import annotations
 
 import fcntl
-import gc
 import os
 import shutil
 import signal
@@ -74,12 +73,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
         measuring = {item.path for item in items if is_alone(item)}
         items.sort(key=lambda item: (item.path in measuring, -slow[item.path], is_alone(item)))
-
-
-def pytest_collection_finish() -> None:
-    """Leaves modules and tests out of garbage collection: a test that collects garbage would walk all of them."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

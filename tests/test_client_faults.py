@@ -78,9 +78,9 @@ def nothing_left() -> Iterator[None]:
     yield
     give_up_s = time.monotonic() + 60
     while time.monotonic() < give_up_s:
-        gc.collect()  # a call in a cycle of an exception and its frames keeps its connection open
         if all(now <= then for now, then in zip(found(), before, strict=True)):
             return
+        gc.collect()  # a call in a cycle of an exception and its frames keeps its connection open
         time.sleep(0.05)
     pytest.fail(f"left: {found()}, before: {before}")
 
