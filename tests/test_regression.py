@@ -14,8 +14,8 @@ import pytest
 from cli.main import values_of
 from deepseek.spec import InputError, InvalidMeasurement, SloSpec
 from loadtests.regression.compared_version import ComparedVersion
-from loadtests.regression.comparison import Comparison, RowJudge, Thresholds, compare
-from loadtests.regression.ladder_capacity import step
+from loadtests.regression.comparison import CAPACITY, Comparison, RowJudge, Thresholds, compare
+from loadtests.regression.held_rates import HeldRates, step
 from loadtests.regression.regression import as_json, main, markdown
 from loadtests.results.run import Run
 from tests.conftest import run_module
@@ -66,121 +66,137 @@ def test_a_candidate_is_worse_if_its_whole_interval_is_beyond_the_threshold(
 
 
 @pytest.mark.parametrize(
-    ("unit", "low", "high", "verdict"),
+    ("low", "high", "verdict"),
     [
-        ("ms", 1.02, 1.05, "no worse"),
-        ("ms", 1.05, 1.2, "inconclusive"),
-        ("ms", 1.0501, 1.2, "worse"),
-        ("rps", 1 / 1.05, 1.2, "no worse"),
-        ("rps", 0.9, 1 / 1.05, "inconclusive"),
-        ("rps", 0.9, 0.9523, "worse"),
+        (1.02, 1.05, "no worse"),
+        (1.05, 1.2, "inconclusive"),
+        (1.0501, 1.2, "worse"),
     ],
 )
-def test_an_interval_that_touches_the_threshold(unit: Any, low: float, high: float, verdict: str) -> None:
+def test_an_interval_that_touches_the_threshold(low: float, high: float, verdict: str) -> None:
     values = np.concatenate([[math.sqrt(low * high)], np.linspace(low, high, 1001)])
     judge = RowJudge(pairs=50, confidence=1 - 1e-12)  # so high that no draw is excluded
-    found = judge.row("x", unit, np.ones(1002), values, 0.05)
+    found = judge.row("x", "ms", np.ones(1002), values, 0.05)
     assert (found.change.low, found.change.high) == (low, high)
     assert found.verdict == verdict
 
 
-def climbing(folder: Path, limit_rps: float, first: int, count: int = 7, lag_s: float = 0.0) -> list[Run]:
-    """Runs at 20/s and up a ladder; the latency is 50 ms at `limit_rps`. At 60/s and above requests are sent late."""
+def at_rates(folder: Path, over: dict[int, float], *, lag_s: float = 0.0) -> list[Run]:
+    """Eight runs at 20/s and then 15 s at each of the rates, where this share of requests takes 80 ms, not 10."""
     found = []
-    for place in range(count):
-        generator = np.random.default_rng(first + place)
-        requests: list[Request] = []
-        for start, rate in ((0, 20), (10, 40), (14, 50), (18, 60), (22, 70)):
-            length = 10 if rate == 20 else 4
-            latency_s = 0.05 * (rate / limit_rps) ** 4
-            times = start + np.arange(rate * length) / rate
-            lag = lag_s if rate >= 60 else 0.0
-            takes_s = latency_s * generator.uniform(0.9, 1.0, len(times))
-            requests += [(time, time + lag, time + each, None) for time, each in zip(times, takes_s, strict=True)]
-        shape = "20x10, 40x4, 50x4, 60x4, 70x4"
-        found.append(saved_run(folder / f"{place}", requests, rate_rps=None, shape=shape, duration_s=26.0))
+    for place in range(8):
+        requests, start = noisy(10, place), 10
+        for rate, share in over.items():
+            times = start + np.arange(15 * rate) / rate
+            per_mille = round(1000 * share)
+            slow = np.arange(len(times)) * per_mille % 1000 < per_mille
+            requests += [
+                (time, time + lag_s, time + (0.08 if late else 0.01), None)
+                for time, late in zip(times, np.roll(slow, 10 * place), strict=True)
+            ]
+            start += 15
+        shape = ", ".join(["20x10", *(f"{rate}x15" for rate in over)])
+        found.append(saved_run(folder / f"{place}", requests, rate_rps=None, shape=shape, duration_s=float(start)))
     return found
 
 
 @pytest.mark.parametrize(
-    ("baseline_rps", "candidate_rps", "verdict", "note"),
+    ("baseline", "candidate", "verdict", "figures", "note"),
     [
-        (56, 56, "no worse", ""),
-        (56, 47, "worse", ""),
-        (56, 66, "no worse", ""),
-        (56, 30, "worse", "the candidate's is below the ladder"),
-        (56, 90, "no worse", "the candidate's is above the ladder"),
-        (90, 90, "inconclusive", "the baseline's is above the ladder, 40 to 70/s"),
-        (90, 50, "worse", ""),
-        (30, 30, "inconclusive", "the baseline's is below the ladder, 40 to 70/s"),
+        ({50: 0}, {50: 0}, "no worse", (50, 50), ""),
+        ({50: 0}, {50: 0.04}, "worse", (50, None), "at 50/s p99_ms violated: at least "),
+        ({50: 0}, {50: 0.01}, "inconclusive", (50, None), "at 50/s p99_ms inconclusive: "),
+        ({50: 0.04}, {50: 0}, "inconclusive", (None, 50), "the baseline is not proved: at 50/s p99_ms violated: "),
+        ({50: 0.04}, {50: 0.04}, "inconclusive", (None, None), "the baseline is not proved: at 50/s p99_ms violated: "),
+        ({40: 0, 50: 0}, {40: 0, 50: 0.04}, "worse", (50, 40), "at 50/s p99_ms violated: at least "),
+        ({40: 0, 50: 0}, {40: 0.01, 50: 0.04}, "worse", (50, None), "at 40/s p99_ms inconclusive: "),
+        ({40: 0, 50: 0}, {40: 0.01, 50: 0}, "inconclusive", (50, None), "at 40/s p99_ms inconclusive: "),
+        ({40: 0, 50: 0.04}, {40: 0, 50: 0.04}, "no worse", (40, 40), ""),
+        ({40: 0, 50: 0.01}, {40: 0.04, 50: 0.04}, "worse", (40, None), "at 40/s p99_ms violated: at least "),
+        ({40: 0.04, 50: 0}, {40: 0, 50: 0}, "inconclusive", (None, 50), "the baseline is not proved: at 40/s p99_ms "),
     ],
 )
-def test_capacity_is_read_between_the_rungs_of_the_ladder(
-    tmp_path: Path, baseline_rps: float, candidate_rps: float, verdict: str, note: str
+def test_the_candidate_must_hold_every_rate_that_the_baseline_holds_with_confidence(
+    tmp_path: Path,
+    baseline: dict[int, float],
+    candidate: dict[int, float],
+    verdict: str,
+    figures: tuple[float | None, float | None],
+    note: str,
 ) -> None:
-    both = climbing(tmp_path / "a", baseline_rps, 0), climbing(tmp_path / "b", candidate_rps, 50)
-    row = compare(*both, SLO, Thresholds()).rows[2]
-    assert (row.name, row.verdict, row.note) == ("capacity", verdict, note)
-    assert row.baseline == pytest.approx(min(max(baseline_rps, 40), 70), rel=0.02)
-    assert row.candidate == pytest.approx(min(max(candidate_rps, 40), 70), rel=0.02)
+    found = compare(at_rates(tmp_path / "a", baseline), at_rates(tmp_path / "b", candidate), SLO, Thresholds())
+    row = found.rows[2]
+    assert (row.name, row.verdict, row.note[: len(note)]) == (CAPACITY, verdict, note)
+    assert bool(row.note) == bool(note)
+    data = as_json(found, VERSIONS, {})["rows"][2]
+    assert (data["baseline"], data["candidate"]) == figures
+
+
+def test_the_rates_share_the_error_that_is_allowed(tmp_path: Path) -> None:
+    fast = at_rates(tmp_path, {50: 0})
+    one, three = (HeldRates.of(fast, (50,), SLO, looks).at[50].objectives[0] for looks in (1, 3))
+    assert one.high < three.high
+    both = at_rates(tmp_path / "two", {40: 0, 50: 0})
+    assert compare(fast, fast, SLO, Thresholds()).rows[2].baseline == 50
+    assert compare(both, both, SLO, Thresholds()).rows[2].baseline == 50
 
 
 @pytest.mark.parametrize(
     ("by_side", "side"), [((0, 6), "candidate"), ((6, 0), "baseline"), ((0, 5), None), ((1, 9), None)]
 )
 def test_a_side_that_alone_makes_the_generator_late_is_a_finding(by_side: tuple[int, int], side: str | None) -> None:
-    found = Comparison(rate_rps=20, ladder_rps=(), pairs=8, dropped=("a: late",), dropped_by_side=by_side, rows=())
+    found = Comparison(rate_rps=20, rates_rps=(), pairs=8, dropped=("a: late",), dropped_by_side=by_side, rows=())
     assert (found.starves, found.verdict) == (side, "inconclusive" if side else "no worse")
 
 
-def test_a_maximum_does_not_decide_the_capacity_of_a_ladder(tmp_path: Path) -> None:
-    both = climbing(tmp_path / "a", 56, 0), climbing(tmp_path / "b", 56, 50)
-    with_maximum = SLO.model_copy(update={"objectives": ("max_ms < 1",)})
+def test_one_slow_answer_over_a_maximum_does_not_make_a_candidate_worse(tmp_path: Path) -> None:
+    both = at_rates(tmp_path / "a", {50: 0}), at_rates(tmp_path / "b", {50: 0.001})
+    with_maximum = SLO.model_copy(update={"objectives": ("max_ms < 50",)})
     assert compare(*both, with_maximum, Thresholds()).rows[2] == compare(*both, SLO, Thresholds()).rows[2]
 
 
-def test_a_rung_is_the_seconds_at_its_rate_counted_from_0(tmp_path: Path) -> None:
-    (run,) = climbing(tmp_path, 56, 0, count=1)
-    rung = step(run, 50)
-    assert [second.second for second in rung.seconds] == [0, 1, 2, 3]
-    assert [second.planned for second in rung.seconds] == [50] * 4
-    assert (rung.window.planned, rung.window.duration_s, rung.settings.rates_rps) == (200, 4, [50])
-    # An answer counts in the second in which it arrives: some of the last second arrive later.
-    assert 0.9 * 200 < rung.window.throughput_rps * 4 <= 200
+def test_a_step_is_the_seconds_at_its_rate_counted_from_0(tmp_path: Path) -> None:
+    part = step(at_rates(tmp_path, {40: 0, 50: 0})[0], 50)
+    assert [second.second for second in part.seconds] == [*range(15)]
+    assert [second.planned for second in part.seconds] == [50] * 15
+    assert (part.window.planned, part.window.duration_s, part.settings.rates_rps) == (750, 15, [50])
 
 
-def test_the_generators_limit_is_not_a_capacity(tmp_path: Path) -> None:
-    late = climbing(tmp_path, 56, 0, lag_s=0.004)
+def test_the_generators_limit_is_no_verdict_on_a_version(tmp_path: Path) -> None:
+    late = at_rates(tmp_path, {50: 0}, lag_s=0.004)
     row = compare(late, late, SLO, Thresholds()).rows[2]
-    assert (row.verdict, row.note) == ("inconclusive", "the generator is the limit at 60/s")
-
-
-@pytest.mark.parametrize(("bound_rps", "breaks_rps"), [(50, 45), (20, 18)], ids=["a rung", "the rate of the latencies"])
-def test_capacity_also_respects_an_objective_that_is_bound_to_a_rate(
-    tmp_path: Path, bound_rps: int, breaks_rps: float
-) -> None:
-    limit_ms = 0.95 * 50 * (breaks_rps / 56) ** 4
-    slo = SloSpec(p99_ms=50, objectives=(f"p50_ms < {limit_ms} @ {bound_rps} rps",))
-    found = compare(climbing(tmp_path / "a", 90, 0), climbing(tmp_path / "b", 56, 50), slo, Thresholds())
-    assert found.rows[2].candidate == pytest.approx(max(breaks_rps, 20), rel=0.02)
-
-
-def test_a_capacity_that_could_not_be_measured_is_inconclusive(tmp_path: Path) -> None:
-    base = runs(tmp_path / "a", 10, 0)
-    assert compare(base, base, SLO, Thresholds()).verdict == "no worse"
-    found = compare(base, base, SLO, Thresholds(), capacity=True)
-    assert [(row.name, row.verdict) for row in found.rows][2] == ("capacity", "inconclusive")
-    assert "| capacity | - | - | - | - |" in markdown(found, VERSIONS, "tiny", {})
+    assert row.verdict == "inconclusive"
+    assert row.note.startswith("the baseline is not proved: at 50/s the generator sent late")
 
 
 @pytest.mark.parametrize(
-    ("ladder", "capacity", "fails", "rows"),
+    ("bound_rps", "verdict"), [(50, "worse"), (40, "worse"), (20, "no worse")], ids=["at", "below", "not measured"]
+)
+def test_an_objective_that_is_bound_to_a_rate_is_judged_there(tmp_path: Path, bound_rps: int, verdict: str) -> None:
+    slo = SloSpec(p99_ms=100, objectives=(f"p95_ms < 50 @ {bound_rps} rps",))
+    candidate = at_rates(tmp_path / "b", {40: 0.1, 50: 0.1})
+    row = compare(at_rates(tmp_path / "a", {40: 0, 50: 0}), candidate, slo, Thresholds()).rows[2]
+    assert (row.verdict, row.baseline) == (verdict, 50)
+
+
+def test_runs_of_one_rate_are_judged_there_if_capacity_is_asked_for(tmp_path: Path) -> None:
+    base = runs(tmp_path / "a", 10, 0)
+    assert len(compare(base, base, SLO, Thresholds()).rows) == 2
+    found = compare(base, base, SLO, Thresholds(), capacity=True)
+    assert (found.rows[2].name, found.rows[2].verdict, found.verdict) == (CAPACITY, "inconclusive", "inconclusive")
+    assert f"| {CAPACITY} | - | - | - | - | ≥ 1.00 | inconclusive (the baseline " in markdown(
+        found, VERSIONS, "tiny", {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("rates", "capacity", "fails", "rows"),
     [(False, False, False, 2), (False, True, False, 3), (True, False, False, 3), (False, True, True, 4)],
 )
 def test_the_rows_share_the_error_that_is_allowed(
-    tmp_path: Path, ladder: bool, capacity: bool, fails: bool, rows: int
+    tmp_path: Path, rates: bool, capacity: bool, fails: bool, rows: int
 ) -> None:
-    made = climbing(tmp_path, 56, 0) if ladder else runs(tmp_path, 10, 0, 7)
+    made = at_rates(tmp_path, {50: 0}) if rates else runs(tmp_path, 10, 0, 7)
     if fails:
         made = saved(tmp_path, [losing(noisy(10, seed), 7) for seed in range(7)])
     found = compare(made, made, SLO, Thresholds(), capacity=capacity)

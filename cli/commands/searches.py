@@ -113,7 +113,7 @@ REGRESSION = Command(
         TIMEOUT_S,
         PRIORITY,
         MAX_S,
-        Option("--threshold", "per cent by which p50 and capacity may get worse", kind=POSITIVE, default=5.0),
+        Option("--threshold", "per cent by which p50 may get worse", kind=POSITIVE, default=5.0),
         Option("--threshold-p99", "per cent by which p99 may get worse", kind=POSITIVE, default=10.0),
         Option("--no-capacity", "compare only latencies, in half the time", kind=switch),
         INPUTS,

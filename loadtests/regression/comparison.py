@@ -2,9 +2,10 @@
 
 Contract: reads only runs, so a comparison can be judged again. All runs start at the same rate, at which latencies and
 failed requests are compared. The candidate may fail as many requests as the SLO allows, or a tenth more than the
-baseline. If the runs climb a ladder of rates, capacity is compared too (`loadtests.regression.ladder_capacity`). A
-measure is worse if the whole interval of its ratio lies beyond the threshold, no worse if it lies within, and
-inconclusive otherwise. All intervals together have a confidence of CONFIDENCE (Bonferroni).
+baseline. A latency is worse if the whole interval of its ratio lies beyond the threshold, no worse if it lies within,
+and inconclusive otherwise. If the runs have more rates, the candidate must hold the SLO up to the highest of them that
+the baseline holds, both by the verdict of a load test (`loadtests.regression.held_rates`). All intervals and verdicts
+together have a confidence of CONFIDENCE (Bonferroni).
 
 Example:
     comparison = compare(baseline_runs, candidate_runs, spec.slo, Thresholds())
@@ -22,9 +23,9 @@ import numpy as np
 
 from deepseek.spec import ExitCode, InputError, InvalidMeasurement, SloSpec
 from deepseek.spec.objectives import samples_needed
-from loadtests.regression.ladder_capacity import capacities, generator_limit, problems_at, step
+from loadtests.regression.held_rates import HeldRates, problems_at, step
 from loadtests.results.run import Run
-from loadtests.search.slo_at_rate import bound_rates, error_limit_at
+from loadtests.search.slo_at_rate import error_limit_at
 from loadtests.slo.confidence import (
     RESAMPLES,
     Interval,
@@ -43,8 +44,9 @@ EXIT_CODES: dict[Conclusion, ExitCode] = {
     "inconclusive": ExitCode.INVALID,
 }
 Unit = Literal["ms", "rps", "share"]
+CAPACITY = "highest rate that holds"
 CONFIDENCE = 0.95  # of all rows together
-MOST_ROWS = 4  # p50, p99, capacity, and failures if there are any
+MOST_ROWS = 4  # p50, p99, the rate that holds, and failures if there are any
 LEAST_PAIRS = least_pairs(1 - (1 - CONFIDENCE) / MOST_ROWS)
 MORE_FAILURES = 0.10  # allowed over the baseline, if the baseline itself exceeds the SLO's limit
 TINY = 1e-9  # replaces a limit of 0, which a ratio cannot use
@@ -57,28 +59,27 @@ class Thresholds:
     p50: float = 0.05
     p99: float = 0.10
     """Larger than p50's: few requests make up the tail, so it varies more."""
-    capacity: float = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRow:
-    """One measure of both versions; latencies in ms, capacity in requests/s, failures as a share."""
+    """One measure of both versions; latencies in ms, rates in requests/s, failures as a share."""
 
     name: str
     unit: Unit
     baseline: float
     candidate: float
     change: Interval
-    """candidate / baseline; for failed requests ("share"): candidate / allowed share."""
+    """candidate / baseline, without an interval for rates; for failed requests ("share"): candidate / allowed share."""
     allowed: float
-    """The worst ratio at which the candidate is no worse: a maximum, for capacity a minimum."""
+    """The worst ratio at which the candidate is no worse: a maximum, for rates a minimum."""
     verdict: Conclusion
     note: str = ""
 
     @property
     def better(self) -> bool:
         """Whether the whole interval is on the good side of 1."""
-        return self.unit != "share" and (self.change.high < 1 if self.unit == "ms" else self.change.low > 1)
+        return self.unit == "ms" and self.change.high < 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,8 @@ class Comparison:
     """The judged comparison: its rows and what they were made from."""
 
     rate_rps: float
-    ladder_rps: tuple[float, ...]
+    rates_rps: tuple[float, ...]
+    """At which both versions were judged by the SLO, ascending."""
     pairs: int
     """Valid pairs."""
     dropped: tuple[str, ...]
@@ -129,29 +131,25 @@ def compare(
 ) -> Comparison:
     """Judges the runs; InputError if they do not form comparable pairs, InvalidMeasurement if none is valid.
 
-    `capacity`: require a row for it, which is inconclusive if the runs have no ladder of rates.
+    `capacity`: judge runs of one rate by the SLO too.
     """
-    rate, rates = _rates([*baseline, *candidate], slo)
+    rate, rates = _rates([*baseline, *candidate])
+    rates = rates or (rate,) * capacity
     baseline, candidate, dropped, by_side = _valid(baseline, candidate, rate, slo)
     pairs, draws, limit = len(baseline), draws_of(len(baseline)), error_limit_at(slo, rate)
     both = [PooledStretches.of([step(run, rate).window for run in runs]) for runs in (baseline, candidate)]
     failing = limit is not None and any(each.failed.any() for each in both)
-    rows = 2 + bool(rates or capacity) + failing
+    rows = 2 + bool(rates) + failing
     judge = RowJudge(pairs=pairs, confidence=1 - (1 - CONFIDENCE) / rows)
     found = [judge.latency(50, rate, both, draws, thresholds.p50), judge.latency(99, rate, both, draws, thresholds.p99)]
     if failing and limit is not None:
         found.append(judge.failures(rate, limit, both, draws))
     if rates:
-        base_rps, new_rps = (capacities(runs, rates, slo, draws) for runs in (baseline, candidate))
-        seen = float(base_rps[0])
-        doubt = generator_limit(baseline, rates, slo, seen) or generator_limit(candidate, rates, slo, seen)
-        found.append(judge.capacity(rates, base_rps, new_rps, doubt, thresholds.capacity))
-    elif capacity:
-        none = np.array([math.nan])
-        found.append(judge.row("capacity", "rps", none, none, thresholds.capacity, "the baseline holds no rate"))
+        looks = rows * len(rates)
+        found.append(held(*(HeldRates.of(runs, rates, slo, looks) for runs in (baseline, candidate))))
     return Comparison(
         rate_rps=rate,
-        ladder_rps=rates,
+        rates_rps=rates,
         pairs=pairs,
         dropped=tuple(dropped),
         dropped_by_side=by_side,
@@ -159,11 +157,8 @@ def compare(
     )
 
 
-def _rates(runs: Sequence[Run], slo: SloSpec) -> tuple[float, tuple[float, ...]]:
-    """The rate of the latencies and the rates of the ladder, which all runs share.
-
-    The rate of the latencies is a rung only if an objective is bound to it: the objective applies at no higher rate.
-    """
+def _rates(runs: Sequence[Run]) -> tuple[float, tuple[float, ...]]:
+    """The rate of the latencies, and the other rates that all runs share, ascending."""
     for run in runs:
         if not run.settings.open_loop or run.settings.segments[0].end_rps is not None:
             raise InputError(f"{run.folder}: not an open loop that starts at a steady rate; use make loadtest RATE=")
@@ -172,8 +167,7 @@ def _rates(runs: Sequence[Run], slo: SloSpec) -> tuple[float, tuple[float, ...]]
         if run.settings.segments[0].rate_rps != rate:
             other = run.settings.segments[0].rate_rps
             raise InputError(f"{run.folder}: measured at {other:g}/s, {runs[0].folder} at {rate:g}/s; use one rate")
-    shared = set.intersection(*(set(run.rates_rps) for run in runs)) - ({rate} - set(bound_rates(slo)))
-    return rate, tuple(sorted(shared)) if len(shared) > 1 else ()
+    return rate, tuple(sorted(set.intersection(*(set(run.rates_rps) for run in runs)) - {rate}))
 
 
 def _valid(
@@ -218,34 +212,39 @@ class RowJudge:
         row = self.row(f"failed at {rate_rps:g}/s (candidate / allowed)", "share", allowed, candidate, 0.0)
         return replace(row, baseline=float(baseline[0]))
 
-    def capacity(
-        self, rates_rps: Sequence[float], baseline: np.ndarray, candidate: np.ndarray, doubt: str, threshold: float
-    ) -> ComparisonRow:
-        """The row of the rate at which the SLO first breaks; inconclusive if the baseline's is beyond the ladder."""
-        lowest, highest = rates_rps[0], rates_rps[-1]
-        seen, ends = float(baseline[0]), f"the ladder, {lowest:g} to {highest:g}/s"
-        if seen == lowest:
-            doubt = doubt or f"the baseline's is below {ends}"
-        row = self.row("capacity", "rps", baseline, candidate, threshold, doubt)
-        if seen == highest and row.verdict != "worse":  # a lower bound: it can still prove that the candidate is worse
-            return replace(row, verdict="inconclusive", note=doubt or f"the baseline's is above {ends}")
-        beyond = {lowest: "the candidate's is below the ladder", highest: "the candidate's is above the ladder"}
-        return replace(row, note=row.note or beyond.get(row.candidate, ""))
-
     def row(
         self, name: str, unit: Unit, baseline: np.ndarray, candidate: np.ndarray, threshold: float, doubt: str = ""
     ) -> ComparisonRow:
         """A row from the draws of both versions; a `doubt` makes it inconclusive."""
         change = ratio_interval(candidate, baseline, pairs=self.pairs, confidence=self.confidence)
-        allowed = 1 / (1 + threshold) if unit == "rps" else 1 + threshold
-        good, bad = change.high <= allowed, change.low > allowed
-        if unit == "rps":
-            good, bad = change.low >= allowed, change.high < allowed
+        allowed = 1 + threshold
         if not doubt and math.isnan(change.low):
             least = least_pairs(self.confidence)
             doubt = f"{self.pairs} pairs, {least} needed" if self.pairs < least else "not answered in every draw"
-        verdict: Conclusion = "inconclusive" if doubt else "worse" if bad else "no worse" if good else "inconclusive"
+        verdict: Conclusion = (
+            "worse" if change.low > allowed else "no worse" if change.high <= allowed else "inconclusive"
+        )
+        verdict = "inconclusive" if doubt else verdict
         if verdict == "inconclusive":
             doubt = doubt or "try more pairs, longer runs or a quieter machine"
         seen = {"baseline": float(baseline[0]), "candidate": float(candidate[0])}
         return ComparisonRow(name=name, unit=unit, **seen, change=change, allowed=allowed, verdict=verdict, note=doubt)
+
+
+def held(baseline: HeldRates, candidate: HeldRates) -> ComparisonRow:
+    """The row of the highest rate that the baseline holds: the candidate must hold it, and those below it."""
+    asked, reached = baseline.highest_rps, candidate.highest_rps
+    verdict: Conclusion = "inconclusive"
+    note = ""
+    if math.isnan(asked):
+        note = f"the baseline is not proved: {next(baseline.reasons())}"
+    elif reached >= asked:
+        verdict = "no worse"
+    else:
+        reached = min(reached, asked)
+        note = next(candidate.reasons(asked))
+        if any(each.verdict == "violated" for rate, each in candidate.at.items() if rate <= asked):
+            verdict = "worse"
+    change = Interval(ratio=reached / asked, low=math.nan, high=math.nan)
+    figures = {"baseline": asked, "candidate": reached, "allowed": 1.0}
+    return ComparisonRow(name=CAPACITY, unit="rps", **figures, change=change, verdict=verdict, note=note)

@@ -2,7 +2,7 @@
 
 Contract: both servers run at once, on different ports, and only one gets requests at a time. Runs alternate in the
 order ABBA, with the same arrivals within a pair, so that other load on the machine affects both alike. A run holds one
-rate for the latencies, then climbs a ladder of rates around the baseline's capacity, which a search finds first.
+rate for the latencies, then a rate a little below the baseline's capacity, which a search finds first.
 
 Example:
     for baseline_run, candidate_run in interleaved((baseline, candidate), plan, folder, Console()): ...
@@ -26,7 +26,7 @@ from loadtests.figures import formatted
 from loadtests.load.preflight import check
 from loadtests.regression.compared_version import VARIABLES, ComparedVersion
 from loadtests.regression.comparison import LEAST_PAIRS
-from loadtests.regression.ladder_capacity import problems_at
+from loadtests.regression.held_rates import problems_at
 from loadtests.results.run import Run
 from loadtests.results.schedule import segments_of
 from loadtests.results.settings import LoadSettings
@@ -35,8 +35,7 @@ from loadtests.search.local_server import LocalServer, NotServed, local_server
 from loadtests.search.slo_at_rate import bound_rates
 from loadtests.search.trial_runner import DEFAULT_START_RPS, TrialRunner, ready
 
-LADDER = (0.75, 0.84, 0.94, 1.05, 1.17, 1.3)  # of the baseline's capacity
-LATENCY_SHARE = 0.3  # of a run; the ladder gets the rest
+LATENCY_SHARE = 0.3  # of a run; the rate near the capacity gets the rest: its verdict needs minutes in all
 BUSY = 0.7  # of the baseline's capacity: the rate for latencies if the SLO's own rate is above BUSIEST of it
 BUSIEST = 0.85
 SEARCH_SHARE = 1 / 3  # of the time, at most, for the baseline's capacity
@@ -56,14 +55,16 @@ class InterleavedPlan:
     rate_rps: float | None
     """For the latencies; None: the SLO's rate if it is well below the baseline's capacity, else a share of that."""
     duration_s: float
-    """Length of a run, including the ladder."""
+    """Length of a run, all its rates together."""
     pairs: int
     max_s: float
     """Time limit of the whole measurement; it reduces the number of pairs if needed."""
     capacity: bool = True
+    slack: float = 0.10
+    """How much lower the candidate's capacity may be, as a share."""
 
     def shape(self, capacity_rps: float | None) -> str:
-        """The shape of each run: one rate for the latencies, then the ladder around the baseline's capacity."""
+        """The shape of each run: one rate for the latencies, then the one that the candidate must hold."""
         asked = self.rate_rps or self.spec.slo.rate_rps
         if capacity_rps is None:
             if asked is None:
@@ -71,13 +72,14 @@ class InterleavedPlan:
             return f"{asked:g}x{max(1, round(self.duration_s))}"
         if self.rate_rps is None and (asked is None or asked > BUSIEST * capacity_rps):
             asked = rounded(BUSY * capacity_rps)
-        # The rate of a bound objective is a rung: the objective does not apply above it, so a ladder without that rung
-        # would miss a violation.
-        rungs = {rounded(share * capacity_rps) for share in LADDER}
-        rungs |= {stop for stop in bound_rates(self.spec.slo) if stop < max(rungs)}
-        rung_s = max(1, round((1 - LATENCY_SHARE) * self.duration_s / len(rungs)))
+        highest = rounded(capacity_rps / (1 + self.slack))
+        # A rate that an objective is bound to is one more: the objective does not apply above it.
+        rates = {highest, *(rate for rate in bound_rates(self.spec.slo) if rate < highest)} - {asked}
+        if not rates:
+            return f"{asked:g}x{max(1, round(self.duration_s))}"
         latency_s = max(1, round(LATENCY_SHARE * self.duration_s))
-        return ", ".join([f"{asked:g}x{latency_s}", *(f"{rate:g}x{rung_s}" for rate in sorted(rungs - {asked}))])
+        each_s = max(1, round((1 - LATENCY_SHARE) * self.duration_s / len(rates)))
+        return ", ".join([f"{asked:g}x{latency_s}", *(f"{rate:g}x{each_s}" for rate in sorted(rates))])
 
     def pairs_in(self, left_s: float) -> int:
         """The number of pairs that fit into the time, at most `pairs`; InputError if too few fit for an interval."""
@@ -149,7 +151,7 @@ def serve(
 
 
 def capacity_of(baseline: ServedVersion, plan: InterleavedPlan, console: Console) -> float | None:
-    """The baseline's capacity, the center of the ladder; None, with a printed note, if no rate holds."""
+    """About the baseline's capacity, by short runs; None, with a printed note, if no rate holds."""
     slo = plan.spec.slo
     runner = replace(baseline.runner, folder=baseline.runner.folder.with_name("search"))
     bounds = runner.plan(
@@ -160,7 +162,7 @@ def capacity_of(baseline: ServedVersion, plan: InterleavedPlan, console: Console
         max_trials=20,
         max_s=plan.max_s * SEARCH_SHARE,
     )
-    console.print("searching for the baseline's capacity, the center of the ladder of rates")
+    console.print("searching for the baseline's capacity")
     found = RateSearch(bounds, runner).run()
     if found.capacity_rps is None:
         console.print(f"note: capacity is not compared: the baseline holds no rate ({found.limited_by})")

@@ -61,8 +61,7 @@ def main(options: argparse.Namespace) -> int:
     versions = (baseline, candidate)
     spec = DeploymentSpec.of_model(options.model, options.models).for_target(options.target)
     place = options.output or build_dir(options.model) / "regression.md"
-    share = options.threshold / 100
-    thresholds = Thresholds(p50=share, p99=options.threshold_p99 / 100, capacity=share)
+    thresholds = Thresholds(p50=options.threshold / 100, p99=options.threshold_p99 / 100)
     try:
         if baseline.recorded:
             runs = baseline.load_runs(options.model), candidate.load_runs(options.model)
@@ -90,6 +89,7 @@ def measured(versions: Versions, options: argparse.Namespace, spec: DeploymentSp
         pairs=options.pairs,
         max_s=options.max_s,
         capacity=not options.no_capacity,
+        slack=options.threshold_p99 / 100,
     )
     folder = build_dir(options.model) / "regression" / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
     pairs = interleaved(versions, plan, folder, Console(stderr=True, markup=False))

@@ -41,7 +41,6 @@ class PooledStretches:
     values_ms: np.ndarray  # (values,)
     failed: np.ndarray  # (runs,)
     planned: np.ndarray
-    completed_rps: np.ndarray
 
     @classmethod
     def of(cls, stretches: Sequence[Stretch]) -> PooledStretches:
@@ -53,7 +52,6 @@ class PooledStretches:
             values_ms=VALUES_US[used] / 1000,
             failed=np.array([each.failed for each in stretches]),
             planned=np.array([each.planned for each in stretches]),
-            completed_rps=np.array([each.throughput_rps for each in stretches]),
         )
 
     @property
@@ -76,20 +74,8 @@ def percentiles(pooled: PooledStretches, draws: np.ndarray, percent: float) -> n
     return np.concatenate(found)
 
 
-def means_ms(pooled: PooledStretches, draws: np.ndarray) -> np.ndarray:
-    """The mean latency of the answered requests of each draw in ms; inf if none was answered, nan without requests."""
-    answered = draws @ pooled.counts.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = draws @ (pooled.counts @ pooled.values_ms) / answered
-    return np.where((answered == 0) & (draws @ pooled.failed > 0), math.inf, means)
-
-
 def error_rates(pooled: PooledStretches, draws: np.ndarray) -> np.ndarray:
     return draws @ pooled.failed / np.maximum(1, draws @ pooled.planned)
-
-
-def throughputs_rps(pooled: PooledStretches, draws: np.ndarray) -> np.ndarray:
-    return draws @ pooled.completed_rps / draws.sum(axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
