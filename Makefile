@@ -14,10 +14,10 @@ DEEPSEEK = @"$(VENV)/bin/python" -m cli --make
 
 # ---- what users do --------------------------------------------------------------------------------
 COMMANDS := demo new import engine serve doctor keys stack kubernetes infer metadata parity \
-    loadtest verdict report capacity regression tune profile simulate-scale release rollback releases plan \
+    loadtest verdict report capacity regression tune profile simulate-scale release retrain rollback releases plan \
     clean clean-cache
 .PHONY: $(COMMANDS)
-demo engine release: NEEDS = $(if $(filter tensorrt_rtx,$(TARGET)),rtx) $(if $(NATIVE),tensorrt)
+demo engine release retrain: NEEDS = $(if $(filter tensorrt_rtx,$(TARGET)),rtx) $(if $(NATIVE),tensorrt)
 $(COMMANDS):
 	$(SET_UP) $(NEEDS)
 	$(DEEPSEEK) $@

@@ -18,3 +18,9 @@ def main(options: argparse.Namespace) -> None:
     elif options.target == "auto":
         options.target = published_target(options, Path(options.new))
     release(options)
+
+
+def retrain(options: argparse.Namespace) -> None:
+    """Releases what the build makes of the click log --data."""
+    options.new = options.new_build = None
+    main(options)

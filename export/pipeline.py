@@ -357,7 +357,7 @@ class StageInputs:
             files |= imported.files | self._model_folder()
             packages |= imported.packages
             needed |= {requirement.name for _, requirement in requirements_in(self._plan.folder)}
-            found["DATA"] = self._digest(Path(self._plan.data)) if self._plan.data else ABSENT
+            found |= self._data()
         found |= {name: self._digest(path) for name, path in files.items()}
         if not (stage.on_compiler and self._plan.compiler in ("container", "inside")):
             found |= {f"package {name}": version for name, version in self._versions.of(packages, needed).items()}
@@ -367,6 +367,13 @@ class StageInputs:
         """Digests of a file and of files that extend its name by a dot, such as external weights."""
         near = {path, *path.parent.glob(f"{path.name}.*"), *(p for p in self.foreseen if str(p).startswith(f"{path}."))}
         return {named(each): self._digest(each) for each in sorted(near)}
+
+    def _data(self) -> dict[str, str]:
+        """The file that DATA names, or each file of the folder."""
+        data = Path(self._plan.data or "")
+        if self._plan.data and data.is_dir():
+            return {f"DATA/{name}": self._digest(path) for name, path in files_in(data).items()}
+        return {"DATA": self._digest(data) if self._plan.data else ABSENT}
 
     def _model_folder(self) -> dict[str, Path]:
         skipped = {"deploy.toml", self._plan.spec.tuned}

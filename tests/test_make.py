@@ -17,7 +17,7 @@ from cli.table import HIDDEN
 
 TARGETS = re.findall(
     r"\S+",
-    """demo engine doctor serve infer compare parity metadata release rollback releases keys stack loadtest
+    """demo engine doctor serve infer compare parity metadata release retrain rollback releases keys stack loadtest
     verdict capacity compare-runs regression tune report profile simulate-scale kubernetes plan setup check-engine
     test lint measure-training measure-failure bench lock clean clean-cache distclean help help-all check test-all
     new""",

@@ -101,6 +101,16 @@ def test_a_second_build_runs_nothing(engine: Run) -> None:
     assert engine() == []
 
 
+def test_each_file_of_a_folder_of_data_counts(engine: Run, tiny: Path) -> None:
+    logs = tiny / "logs"
+    logs.mkdir()
+    (logs / "1.csv").write_text("a")
+    engine(data=str(logs))
+    assert engine(data=str(logs)) == []
+    (logs / "2.csv").write_text("b")
+    assert engine(data=str(logs))[0] == "train"
+
+
 def edit(name: str, text: str) -> Callable[[Path, pytest.MonkeyPatch], None]:
     """Adds text to a file below the test's folder."""
 

@@ -68,6 +68,28 @@ def test_equal_timestamps_keep_the_files_order_and_a_repeated_item_counts_once(s
     assert [log.item_ids[item] for item in log.histories[-1]] == ["sku-5", "sku-2", "sku-3", "sku-1"]
 
 
+def test_a_log_may_be_a_folder_of_files_with_titles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = log_lines()
+    half = len(lines) // 2
+    for name, part in (("2.csv", [lines[0], *lines[half:]]), ("1.csv", lines[:half])):
+        (tmp_path / name).write_text("\n".join(part) + "\n")
+    (tmp_path / "3.csv").write_text("item,title,user,time\nsku-1,Tea,x,1\nsku-2,,x,2\n")
+    monkeypatch.setenv("DEEPSEEK_DATA", str(tmp_path))
+    log, key = data.load(), data.fingerprint()
+    assert log.num_items == ITEMS
+    assert dict(zip(log.item_ids, log.titles, strict=True)) == {
+        **{name: name for name in log.item_ids},
+        "sku-1": "Tea",
+    }
+    assert [log.item_ids[item] for item in log.histories[-1]] == ["sku-1", "sku-2"]
+    (tmp_path / "3.csv").unlink()
+    assert data.fingerprint() != key
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(InputError, match=r"no csv file; DATA names a csv file, or a folder of them"):
+        data.load()
+
+
 def test_the_last_item_is_the_test_and_the_one_before_the_validation(shop: Shop) -> None:
     log = data.load()
     inputs, targets = log.held_out("test")
@@ -157,6 +179,21 @@ def test_recommendations_contain_neither_items_of_the_input_nor_padding(recommen
         assert len({*found}) == TOP
         assert not {*found} & {0, *given}
     assert bool((scores.diff(dim=1) <= 0).all())
+
+
+def test_excluded_items_are_replaced_by_the_next_best(recommender: Recommender, row: Tensor) -> None:
+    items, scores = recommender(row)
+    first = torch.tensor([[0, *items[0, :3].tolist(), -1, 2**40]])  # padding and unknown ids exclude nothing
+    others, rest = recommender(row, first)
+    assert others[0, :-3].tolist() == items[0, 3:].tolist()
+    assert not {*others[0].tolist()} & {0, *row[0].tolist(), *items[0, :3].tolist()}
+    torch.testing.assert_close(rest[0, :-3], scores[0, 3:])
+
+
+def test_where_no_item_remains_the_answer_is_0(recommender: Recommender) -> None:
+    ids = torch.zeros(1, HISTORY, dtype=torch.int64)
+    items, _ = recommender(ids, torch.arange(4, ITEMS + 1)[None])
+    assert items[0].tolist() == [3, 2, 1, *[0] * (TOP - 3)]
 
 
 @pytest.mark.parametrize("shift", [1, 17, HISTORY - 10], ids=str)

@@ -202,6 +202,18 @@ def test_the_accuracy_gate_judges_the_drop_against_the_served_version_as_the_bui
         assert said in Candidate.accuracy(gate)
 
 
+def test_what_the_served_version_answers_to_the_same_rows_counts_more_than_its_record() -> None:
+    base = {"value": 0.5, "values": right(500, 250)}
+    new = {"grpc": {"value": 0.6, "values": right(500, 200)}}
+    gate: Any = SimpleNamespace(
+        _parity={"metric": {"name": "acc", "max_drop": 0.02, "served": new, "base": base}},
+        before=1,
+        _recorded=lambda: {"metrics": {"acc": 0.9}},
+        spec=DeploymentSpec.load("tests/models/text"),
+    )
+    assert "acc 0.6000, version 1 has 0.5000: drop -20.00%" in Candidate.accuracy(gate)
+
+
 @pytest.mark.slow
 def test_a_version_true_to_a_worse_model_is_refused(world: World, candidate: Path) -> None:
     manifest = world.live / "1" / "manifest.json"

@@ -18,7 +18,7 @@ from deepseek.spec import DeploymentSpec, InputError
 from deepseek.vocabulary import Vocabulary
 from export.checks.parity import compare_served
 from export.checks.parity_cases import EndpointComparison
-from export.checks.parity_strings import AT_NAMES, compare_names
+from export.checks.parity_strings import AT_NAMES, compare_names, named_predictor
 from export.model_folder import ModelFolder
 from export.rows import load_rows
 from serving.doctor.examine import examine
@@ -232,6 +232,22 @@ def test_parity_compares_names_with_their_ids(
         judge = EndpointComparison(other, "grpc", lambda inputs: client.infer("shop", inputs))
         compare_names(other, [judge], load_rows(folder / "build" / "shop" / "evaluation.npz"))
     assert not all(check.holds for check in judge.checks)
+
+
+def test_another_version_that_numbers_its_items_otherwise_is_compared_by_name(
+    shop: EmbeddedServer, tmp_path: Path
+) -> None:
+    shutil.copytree(MODELS / "shop", tmp_path / "shop")
+    names = [*reversed(NAMES[1:]), "new"]  # 12 is 1, 11 is 2 ..., and the served version does not know 13
+    lines = "".join(f"{number},{name}\n" for number, name in enumerate(names, start=1))
+    (tmp_path / "shop" / "catalogue.csv").write_text("id,item\n" + lines)
+    seen, excluded = np.array([[0, 0, 0, 13, 4, 6]]), np.array([[0, 0, 7, 2]], np.int32)
+    with InferenceClient(shop.grpc_url) as client:
+        predict = named_predictor(
+            DeploymentSpec.of_model("shop", tmp_path), lambda inputs: client.infer("shop", inputs)
+        )
+        found = predict({"seen": seen, "not_these": excluded})["best"]
+    assert found.tolist() == [[13 - item for item in ranked([13 - 4, 13 - 6], [13 - 7, 13 - 2])[:5]]]
 
 
 def test_the_doctor_and_the_gateway_know_names(folder: Path, tmp_path: Path) -> None:

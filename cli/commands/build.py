@@ -36,7 +36,7 @@ BUILD_OPTIONS = (
     Option("--prune", "share of heads and channels to prune, such as 0.25 (default: none)", kind=float),
     Option(
         "--data",
-        "click log in place of MovieLens-100K (csv: user,item,timestamp)",
+        "click log in place of MovieLens-100K (csv: user,item,timestamp), or a folder of them",
         kind=path_text,
         exported=True,
     ),

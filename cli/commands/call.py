@@ -54,6 +54,9 @@ ROWS = (
             Option("--http-url", "host:port of HTTP (default: --url through a gateway, else its host and --http-port)"),
             Option("--timeout-s", "deadline of a request", kind=float, default=120.0),
             Option("--rows", "most evaluation rows (default: all)", kind=int, variable=""),
+            Option(
+                "--base-url", "gRPC of another version with [vocabulary]: its task metric on these rows", variable=""
+            ),
             JSON,
         ),
         examples=(

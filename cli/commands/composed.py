@@ -23,6 +23,9 @@ def _once(options: Iterable[Option]) -> tuple[Option, ...]:
     return tuple(found.values())
 
 
+_RELEASE = _once((*build.BUILD_OPTIONS, *serve.RELEASE.options))
+
+
 def _of_a_demo(options: Iterable[Option]) -> tuple[Option, ...]:
     """Those with a variable, for the server that the demo itself starts."""
     return _once(option for option in options if option.variable_name and option.name not in _NOT_OF_A_DEMO)
@@ -74,5 +77,17 @@ ROWS = (
         options=(*MODEL, Option("--runs", "runs of each", kind=at_least(1), default=100, variable=""), JSON),
         examples=("deepseek gpu-baselines --model minilm",),
     ),
-    replace(serve.RELEASE, module="cli.release", options=_once((*build.BUILD_OPTIONS, *serve.RELEASE.options))),
+    replace(serve.RELEASE, module="cli.release", options=_RELEASE),
+    replace(
+        serve.RELEASE,
+        name="retrain",
+        module="cli.release:retrain",
+        help="train on a click log, then release through every gate",
+        options=tuple(
+            replace(option, required=True) if option.name == "data" else option
+            for option in _RELEASE
+            if option.name not in ("new", "new_build")
+        ),
+        examples=("deepseek retrain --data clicks.csv", "deepseek retrain --data clicks --url 127.0.0.1:8001"),
+    ),
 )

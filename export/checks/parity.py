@@ -66,7 +66,15 @@ from export.checks.parity_cases import (
     rows_in,
     trials,
 )
-from export.checks.parity_strings import AT, AT_NAMES, compare_names, compare_texts, takes_names, takes_text
+from export.checks.parity_strings import (
+    AT,
+    AT_NAMES,
+    base_metric,
+    compare_names,
+    compare_texts,
+    takes_names,
+    takes_text,
+)
 from export.model_folder import ModelFolder, Predict
 from export.rows import Row, load_rows
 from export.runtimes.pytorch_reference import run_torch
@@ -190,8 +198,12 @@ def compare_served(
     timeout_s: float = 120,
     most_rows: int | None = None,
     ca_cert: str | None = None,
+    base_url: str | None = None,
 ) -> dict[str, Any]:
-    """Runs the stage; returns the results; "failures" is empty if all checks pass."""
+    """Runs the stage; returns the results; "failures" is empty if all checks pass.
+
+    With `base_url`, the result has the task metric of the version there, if it takes names of items.
+    """
     spec = source.spec
     rows = load_rows(build_dir(spec.name) / "evaluation.npz")[:most_rows]
     with endpoints_of(spec, http_url, grpc_url, timeout_s, ca_cert) as endpoints:
@@ -217,6 +229,9 @@ def compare_served(
         if takes_names(spec, endpoints[0].metadata.platform):
             with log.status(AT_NAMES):
                 compare_names(spec, judges, rows)
+            if base_url and found["metric"]:
+                with InferenceClient(base_url, timeout_s=timeout_s) as base, contextlib.suppress(InvalidInput):
+                    found["metric"]["base"] = base_metric(source, lambda inputs: base.infer(spec.name, inputs))
     checks = [check for judge in judges for check in judge.checks]
     places = list(dict.fromkeys(check.at for check in checks))
     checks.sort(key=lambda check: places.index(check.at))  # the two protocols next to each other
@@ -331,7 +346,9 @@ def main(options: argparse.Namespace) -> None:
     with kept_for_json(options.json), client_errors():
         source = ModelFolder(options.model, options.models)
         limits = {"timeout_s": options.timeout_s, "most_rows": options.rows}
-        result = compare_served(source, grpc_url, http_url, ca_cert=options.ca_cert, **limits)
+        result = compare_served(
+            source, grpc_url, http_url, ca_cert=options.ca_cert, base_url=options.base_url, **limits
+        )
     text = json_text(result)
     path = build_dir(options.model) / "parity.json"
     with staged(path) as file:

@@ -6,12 +6,19 @@ batches. Names are those of the items in evaluation rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from deepseek.spec import TEXT, DeploymentSpec
 from deepseek.spec.catalogue import catalogue_of
+from deepseek.spec.paired_drop import values_text
 from deepseek.spec.tokenizer import text_encoder
+from deepseek.spec.vocabulary import SKUS
 from export.checks.parity_cases import EndpointComparison, outputs_of_batches, same_engine
+from export.model_folder import ModelFolder, Predict
+from export.precision.accuracy import evaluated
 from export.rows import Row
 
 AT, AT_NAMES = "texts beside their ids", "names beside their ids"
@@ -65,3 +72,25 @@ def compare_names(spec: DeploymentSpec, judges: list[EndpointComparison], rows: 
         if expected is not None:
             found = judge.ask(AT_NAMES, lambda predict: outputs_of_batches(predict, sent))
             judge.compare(AT_NAMES, found, expected, same_engine(spec))
+
+
+def named_predictor(spec: DeploymentSpec, infer: Callable[[Row], Row]) -> Predict:
+    """Runs another version of the model, which numbers its items otherwise: `infer` takes names, and answers them."""
+    vocabulary, settings = catalogue_of(spec)[1], spec.vocabulary
+    assert settings is not None
+
+    def predict(inputs: Row) -> Row:
+        outputs = infer({source: vocabulary.names[inputs[name]] for source, name in settings.fills().items()})
+        names = outputs[SKUS]
+        ids = np.array(vocabulary.ids(names.ravel().tolist()), np.int64).reshape(names.shape)
+        return {**outputs, settings.items: ids}
+
+    return predict
+
+
+def base_metric(source: ModelFolder, infer: Callable[[Row], Row]) -> dict[str, Any]:
+    """The task metric of another version on this build's rows."""
+    metric = source.spec.precision.metric
+    assert metric is not None
+    found = evaluated(source, named_predictor(source.spec, infer))
+    return {"value": found.metrics[metric], "values": None if found.values is None else values_text(found.values)}

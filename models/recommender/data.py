@@ -2,8 +2,8 @@
 
 Contract: `load()` returns the `Interactions` of the log that the environment names. By default, that is
 MovieLens-100K, from the wheel of recbole 1.2.1 (fetched by pip, checked by its SHA-256, never committed).
-`DATA=path.csv` selects another log: a header with `user`, `item` and `timestamp` (other columns are ignored), ids of
-any kind, timestamps as numbers.
+`DATA=path.csv` selects another log: a header with `user`, `item`, `timestamp` (or `time`) and perhaps `title` (other
+columns are ignored), ids of any kind, timestamps as numbers. `DATA=folder` joins the csv files of a folder.
 
 Leave-one-out split: a user's last item is for the test, the one before it for validation. Equal timestamps keep the
 order of the file. An item counts once per user, at its first timestamp, because the task is to predict the next *new*
@@ -13,6 +13,7 @@ item.
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import os
 import zipfile
@@ -29,6 +30,7 @@ from models.fetch import fetch_wheel, sha256_of
 
 SPEC = DeploymentSpec.load(Path(__file__).parent)
 HISTORY = int(SPEC.inputs["item_ids"].shape[1])  # items in the input
+EXCLUDED = int(SPEC.inputs["exclude_ids"].shape[1])  # items that a row may exclude
 TOP = int(SPEC.outputs["items"].shape[1])  # items in the output
 PADDING = 0
 
@@ -103,7 +105,18 @@ def source() -> Path | None:
 def fingerprint() -> str:
     """Identifies the log, without parsing it: a hash of the file's bytes."""
     path = source()
-    return (WHEEL_SHA256 if path is None else sha256_of(path, "; DATA names a csv file"))[:16]
+    if path is None:
+        return WHEEL_SHA256[:16]
+    digests = [sha256_of(file, "; DATA names a csv file, or a folder of them") for file in _files(path)]
+    return (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
+
+
+def _files(path: Path) -> list[Path]:
+    """The csv files of a folder, by name, or the file itself."""
+    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{path}: no csv file; DATA names a csv file, or a folder of them")
+    return files
 
 
 def load() -> Interactions:
@@ -147,25 +160,33 @@ def _from_csv(path: Path, key: str) -> Interactions:
     users: list[str] = []
     items: list[str] = []
     times: list[float] = []
-    for line, user, item, timestamp in _csv_rows(path):
-        try:
-            time = float(timestamp)
-        except ValueError:
-            time = math.nan
-        if not math.isfinite(time):
-            raise InputError(f"{path}: line {line}: timestamp: seen {timestamp!r}; a number is needed, e.g. 1730000000")
-        users.append(user)
-        items.append(item)
-        times.append(time)
-    return _interactions(str(path), users, items, times, {}, key)
+    titles: dict[str, str] = {}
+    for file in _files(path):
+        for line, user, item, timestamp, title in _csv_rows(file):
+            try:
+                time = float(timestamp)
+            except ValueError:
+                time = math.nan
+            if not math.isfinite(time):
+                raise InputError(
+                    f"{file}: line {line}: timestamp: seen {timestamp!r}; a number is needed, e.g. 1730000000"
+                )
+            users.append(user)
+            items.append(item)
+            times.append(time)
+            titles |= {item: title} if title else {}
+    return _interactions(str(path), users, items, times, titles, key)
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
-    """Line number, user, item and timestamp of each row."""
+def _csv_rows(path: Path) -> Iterator[tuple[int, str, str, str, str]]:
+    """Line number, user, item, timestamp and title (empty if there is none) of each row."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = [name.strip().lower() for name in next(reader, [])]
+            if "timestamp" not in header and "time" in header:
+                header[header.index("time")] = "timestamp"
+            titled = header.index("title") if "title" in header else None
             try:
                 places = [header.index(name) for name in ("user", "item", "timestamp")]
             except ValueError:
@@ -177,7 +198,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
                 user, item, timestamp = (row[place].strip() for place in places)
                 if not user or not item:
                     raise InputError(f"{path}: line {reader.line_num}: {'item' if user else 'user'} is empty")
-                yield reader.line_num, user, item, timestamp
+                title = row[titled].strip() if titled is not None and titled < len(row) else ""
+                yield reader.line_num, user, item, timestamp, title
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except csv.Error as error:

@@ -1,9 +1,9 @@
 """Next-item recommendation: a small causal Transformer over the items that a user saw.
 
 Contract: that of every model folder: `load`, `samples`, `evaluate`, `train`, `finetune`, `fingerprint`. The served
-graph takes the last items, oldest first, and returns the best items that are not among them, with their scores
-(logits). It tolerates irregular input: padding may be on either side, an unknown id (negative, or newer than the
-catalogue) counts as padding, and a row of padding only gets the most popular items.
+graph takes the last items, oldest first, and returns the best items that are neither among them nor excluded, with
+their scores (logits). It tolerates irregular input: padding may be on either side, an unknown id (negative, or newer
+than the catalogue) counts as padding, and a row of padding only gets the most popular items.
 
 `train` writes these files into `build/recommender/`: weights.safetensors, training.json, training-report.html (curves),
 catalogue.csv (the model's id, the log's id, the title), labels/item_ids.txt and labels/items.txt (line k, from 0, names
@@ -39,10 +39,11 @@ from deepseek.spec.files.folders import beside, write_whole
 from deepseek.training import train_model
 from deepseek.transformer import MASKED, Transformer
 from models.recommender import data
-from models.recommender.data import HISTORY, PADDING, SPEC, TOP, Interactions, Rows
+from models.recommender.data import EXCLUDED, HISTORY, PADDING, SPEC, TOP, Interactions, Rows
 from models.recommender.recipe import HIDDEN_SIZE, Windows, finetuning_config, training_config
 
 CALIBRATION_ROWS = 1024
+SAMPLE_EXCLUDED = 8  # of a row of samples()
 MIN_WINDOWS = 1024  # per epoch
 CUTOFF = 10  # rank limit of the metrics
 UNPRUNED_SHARE = 0.7  # weight of the unpruned model's predictions in a pruned model's loss; the rest: the items
@@ -68,7 +69,10 @@ def transformer_config(num_items: int) -> TransformerConfig:
 
 
 class Recommender(nn.Module):
-    """item_ids (B, HISTORY) -> items (B, TOP) int64, scores (B, TOP) float32."""
+    """item_ids (B, HISTORY), exclude_ids (B, any number) -> items (B, TOP) int64, scores (B, TOP) float32.
+
+    Where fewer than TOP items remain, the last ones are 0.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -79,19 +83,24 @@ class Recommender(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., items + 1)
         return F.linear(hidden, self.transformer.tokens.weight, self.log_popularity)
 
-    def forward(self, item_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, item_ids: Tensor, exclude_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         ids = self._packed(item_ids)
         hidden = self.transformer(ids)[:, -1]  # (B, D)
         hidden = hidden * (ids[:, -1:] != PADDING)  # an empty history: only popularity decides
         logits = self.logits(hidden)  # (B, items + 1)
         never = F.pad(ids, (1, 0), value=PADDING)  # padding, and the items of the input
+        if exclude_ids is not None:
+            never = torch.cat([never, torch.where(self._known(exclude_ids), exclude_ids, PADDING)], dim=1)
         logits = logits.scatter(1, never, MASKED)
         scores, items = logits.topk(TOP, dim=1)
-        return items, scores
+        return torch.where(scores > MASKED, items, PADDING), scores
+
+    def _known(self, ids: Tensor) -> Tensor:
+        return (ids > PADDING) & (ids < self.transformer.config.vocab_size)
 
     def _packed(self, item_ids: Tensor) -> Tensor:
         """The known ids in order, moved to the right, with padding before them."""
-        known = (item_ids > PADDING) & (item_ids < self.transformer.config.vocab_size)
+        known = self._known(item_ids)
         places = torch.arange(HISTORY, device=item_ids.device)
         # Sorting by (known, place), which are all different, moves unknown ids to the front and keeps the order. The
         # keys are floats, which every TopK supports; they are below 2 * HISTORY, so they are exact even in fp16.
@@ -143,13 +152,16 @@ def load() -> Recommender:
 def samples(split: str) -> Iterator[dict[str, np.ndarray]]:
     """Real inputs, one row each. "evaluation": row k is the test input of user k.
 
-    "calibration": histories cut off at an earlier time, without test inputs.
+    "calibration": histories cut off at an earlier time, without test inputs. The latest items of the row before are
+    excluded.
     """
     log = data.load()
     tests, _ = log.held_out("test")
     rows = tests if split == "evaluation" else _calibration_rows(log, tests)
-    for row in rows:
-        yield {"item_ids": row[None]}
+    for row, before in zip(rows, np.roll(rows, 1, axis=0), strict=True):
+        excluded = np.zeros((1, EXCLUDED), np.int64)
+        excluded[0, -SAMPLE_EXCLUDED:] = before[-SAMPLE_EXCLUDED:]
+        yield {"item_ids": row[None], "exclude_ids": excluded}
 
 
 def _calibration_rows(log: Interactions, tests: Rows) -> Rows:
@@ -172,7 +184,8 @@ def ranking_metrics(
     gains = np.zeros(len(targets))
     for start in range(0, len(inputs), SPEC.max_batch):
         rows = slice(start, start + SPEC.max_batch)
-        items = np.asarray(predict({"item_ids": inputs[rows]})["items"])[:, :CUTOFF]
+        nothing = np.zeros((len(inputs[rows]), EXCLUDED), np.int64)
+        items = np.asarray(predict({"item_ids": inputs[rows], "exclude_ids": nothing})["items"])[:, :CUTOFF]
         hits = items == targets[rows, None]  # (B, 10), at most one in a row
         gains[rows] = (hits / np.log2(np.arange(CUTOFF) + 2)).sum(axis=1)
     return {"ndcg@10": gains, "hr@10": gains > 0}

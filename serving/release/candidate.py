@@ -133,12 +133,25 @@ class Candidate:
             EmbeddedServer(self.scratch / side, **free, log_path=log_path, timeout_s=timeout_s)  # type: ignore[arg-type]
         )
 
-    def parity(self) -> str:
-        """Compares its answers with fp32 PyTorch."""
+    def _base(self, stack: ExitStack) -> EmbeddedServer | StackServer:
+        """A server with the served version."""
+        assert self.before is not None
+        if "base" not in self._servers:
+            copy_version(self.model, self.before, number=self.before, folder=self.scratch / "base")
+            self._servers["base"] = self._serve(stack, "base")
+        return self._servers["base"]
+
+    def parity(self, stack: ExitStack) -> str:
+        """Compares its answers with fp32 PyTorch.
+
+        If items have names, the served version answers the same rows: a retrained model may number its items otherwise.
+        """
         server = self._servers["new"]
         flags = ("--url", server.grpc_url, "--http-url", server.http_url, "--json")
         rows = ("--rows", str(self.options.parity_rows)) if self.options.parity_rows else ()
-        answer = self._ask("parity", *flags, *rows)
+        named = self.spec.vocabulary and self.before is not None
+        base = ("--base-url", self._base(stack).grpc_url) if named else ()
+        answer = self._ask("parity", *flags, *rows, *base)
         if answer.data is not None:
             self.journal.keep("parity.json", answer.data)
         self._parity = answer.checked()
@@ -153,7 +166,8 @@ class Candidate:
         value = new["value"]
         if self.before is None:
             return Skipped(f"{metric['name']} {value:.4f}; no served version to compare with")
-        recorded = self._recorded()
+        base = metric.get("base")  # on the same rows
+        recorded = {"metrics": {metric["name"]: base["value"]}, **base} if base else self._recorded()
         served = recorded.get("metrics", {}).get(metric["name"])
         if served is None:
             return Skipped(f"{metric['name']} {value:.4f}; version {self.before} has none in its manifest")
@@ -173,9 +187,7 @@ class Candidate:
         """Sends the same requests to it and to a server with the served version."""
         if self.before is None:
             return Skipped("no served version to compare with")
-        copy_version(self.model, self.before, number=self.before, folder=self.scratch / "base")
-        self._servers["base"] = self._serve(stack, "base")
-        urls = ("--base-url", self._servers["base"].grpc_url, "--new-url", self._servers["new"].grpc_url)
+        urls = ("--base-url", self._base(stack).grpc_url, "--new-url", self._servers["new"].grpc_url)
         how = ("--requests", str(self.options.requests), "--threshold", str(self.options.threshold))
         found = self._ask("shadow-load", *urls, *how)
         if found.data is None:

@@ -54,7 +54,7 @@ class Release:
                 steps.do("stage", new.stage)
                 steps.do("doctor", new.doctor)
                 steps.do("warm-up", lambda: new.start(servers))
-                steps.do("parity", new.parity)
+                steps.do("parity", lambda: new.parity(servers))
                 steps.do("accuracy", new.accuracy)
                 steps.do("shadow", lambda: new.shadow(servers))
                 steps.do("objectives", new.objectives)
