@@ -62,6 +62,7 @@ def _serve(server: EmbeddedServer, command: list[str], routes: _Routes | None = 
     print(f"gRPC      {server.grpc_url}")
     if routes and routes.process:
         print(f"OpenAI    {routes.process.url}")
+        print(f"page      {routes.process.url.removesuffix('v1')}")
     print(f"metrics   {server.metrics_url}")
     print(f"log       {server.log_path}")
     if not command:

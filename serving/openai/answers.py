@@ -51,6 +51,8 @@ class Model(Answer):
     created: int
     """Seconds since 1970."""
     owned_by: str
+    capabilities: list[Literal["embed", "rerank"]]
+    """`embed`: `/v1/embeddings` and `/similarity`; `rerank`: `/rerank`."""
 
 
 class ModelList(Answer):

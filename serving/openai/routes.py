@@ -20,6 +20,7 @@ from serving.openai.embeddings import Embeddings
 from serving.openai.errors import ApiError, busy
 from serving.openai.metrics import CONTENT_TYPE, Metrics
 from serving.openai.openapi import PRIORITIES, PRIORITY, Handler, Route, document
+from serving.openai.page import FILES, send_file
 from serving.openai.request_body import shown
 from serving.openai.requests import EmbeddingRequest, RerankRequest, SimilarityRequest
 from serving.openai.rerank import scores_of
@@ -69,6 +70,12 @@ class Routes:
             Route(method="GET", path="/v1/models/{model}", summary="One model", handler=self._describe, answer=Model),
             Route(
                 method="GET",
+                path="/v2/models/{model}/stats",
+                summary="Triton's statistics of a model",
+                handler=self._statistics,
+            ),
+            Route(
+                method="GET",
                 path="/metrics",
                 summary="Metrics of these routes for Prometheus",
                 handler=self._measure,
@@ -83,6 +90,8 @@ class Routes:
         for route in self._routes:
             path = route.path.replace("}", ":.+}")  # a parameter may contain slashes
             app.router.add_route(route.method, path, route.handler)
+        for path in FILES:
+            app.router.add_get(path, send_file)
         return web.AppRunner(
             app,
             handler_cancellation=True,
@@ -132,6 +141,9 @@ class Routes:
 
     async def _describe(self, request: web.Request) -> web.Response:
         return web.json_response(self._models.described(await self._models.named(request.match_info["model"])))
+
+    async def _statistics(self, request: web.Request) -> web.Response:
+        return web.json_response(await self._models.statistics(request.match_info["model"]))
 
     async def _measure(self, _: web.Request) -> web.Response:
         return web.Response(text=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})

@@ -120,6 +120,14 @@ class TextModels:
             self._read[name] = (time.monotonic(), model)
         return model
 
+    async def statistics(self, name: str) -> dict:
+        """Triton's statistics of a model. Raises ApiError."""
+        await self.named(name)
+        try:
+            return await self.client.model_statistics(name)
+        except InferenceError as error:
+            raise from_client(error, name) from error
+
     async def chosen(self, name: str | None, *, pairs: bool = False) -> TextModel:
         """The named model, or the only one. Raises ApiError unless it takes texts, or pairs of them."""
         if name is not None:
@@ -139,7 +147,13 @@ class TextModels:
         """A model as OpenAI lists it."""
         config = self._repository / model.name / CONFIG
         created_s = int(config.stat().st_mtime) if config.is_file() else 0
-        return {"id": model.name, "object": "model", "created": created_s, "owned_by": "deepseek-deploy"}
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": created_s,
+            "owned_by": "deepseek-deploy",
+            "capabilities": ["rerank" if model.pairs else "embed"],
+        }
 
 
 def prepared(texts: Sequence[str], prompt: str, model: TextModel, *, param: str) -> list[str]:

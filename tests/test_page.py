@@ -1,0 +1,206 @@
+"""The page at `/`, in a real Chromium: it finds the nearest sentence, ranks texts and says why it cannot."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serving.embedded.openai_process import OpenAIProcess
+from serving.openai.page import FILES, FOLDER
+from tests.browser import Browser, needs_chromium
+from tests.gateway import free_port
+from tests.test_embedded import start
+from tests.test_openai import Serving, call
+from tests.test_pairs import place
+from tests.test_text import folder
+
+__all__ = ["folder", "place"]  # fixtures
+SEARCH, RANK = "document.querySelector('#search')", "document.querySelector('#rank')"
+TYPED = "We missed the last bus home."
+
+
+@pytest.fixture(scope="module")
+def url(place: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with a tiny encoder and a tiny cross-encoder."""
+    repository = tmp_path_factory.mktemp("page") / "repository"
+    shutil.copytree(folder / "repository", repository)
+    shutil.copytree(place / "repository" / "reranker", repository / "reranker")
+    process = start(repository, "--openai-port", "0")
+    try:
+        yield Serving.of(process).places["OpenAI"].removesuffix("/v1")
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("chromium")) as running:
+        yield running
+
+
+@pytest.fixture
+def page(url: str, chromium: Browser) -> Browser:
+    """The page, with its forms."""
+    chromium.console.clear()
+    chromium.size(1280, 900)
+    chromium.open(url)
+    chromium.wait("document.querySelector('#search')?.hidden === false")
+    return chromium
+
+
+def text(page: Browser, selector: str) -> str:
+    return page.js(f"document.querySelector({selector!r}).innerText")
+
+
+@needs_chromium
+def test_a_sentence_finds_itself_by_keyboard_alone(page: Browser, url: str) -> None:
+    visited = []
+    for _ in range(3):
+        page.press("Tab")
+        visited.append(page.js("document.activeElement.id || document.activeElement.innerText"))
+        assert page.js("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    assert visited == ["search-model", "sentence", "Search"]
+    page.js("document.activeElement.previousElementSibling.focus()")
+    page.type(TYPED)
+    page.press("Enter")
+    heard = page.wait(f"{SEARCH}.querySelector('.heard').innerText")
+    assert re.fullmatch(rf"Best: {TYPED} 1\.00\. In all [\d.]+ ms\.", heard)
+    rows = page.js(f"[...{SEARCH}.querySelectorAll('li .text')].slice(0, 5).map(each => each.innerText)")
+    assert rows[0] == TYPED
+    assert len(set(rows)) == 5
+    status, _, answer = call(url, "POST", "/v1/embeddings", json.dumps({"model": "sentence", "input": rows}).encode())
+    assert status == 200
+    vectors = [row["embedding"] for row in answer["data"]]
+    cosines = [f"{sum(a * b for a, b in zip(vectors[0], vector, strict=True)):.2f}" for vector in vectors]
+    assert page.js(f"[...{SEARCH}.querySelectorAll('li b')].slice(0, 5).map(each => each.innerText)") == cosines
+    assert page.console == []
+
+
+@needs_chromium
+def test_the_time_is_split_by_tritons_statistics(page: Browser) -> None:
+    page.js("document.querySelector('#sentence').focus()")
+    page.type(TYPED)
+    page.press("Enter")
+    page.wait(f"{SEARCH}.querySelectorAll('dd').length")
+    names = page.js(f"[...{SEARCH}.querySelectorAll('dt')].map(each => each.innerText)")
+    assert names == ["In all", "In the queue", "Tokenize and model", "All else"]
+    values = page.js(f"[...{SEARCH}.querySelectorAll('dd')].map(each => parseFloat(each.innerText))")
+    assert min(values) >= 0
+    assert values[0] == pytest.approx(sum(values[1:]), abs=0.2)  # rounded
+
+
+@needs_chromium
+def test_other_traffic_leaves_tritons_share_unknown(page: Browser) -> None:
+    page.js(
+        """
+        const asked = window.fetch;
+        window.fetch = async (path, options) => {
+          if (path === "/v1/embeddings" && !JSON.parse(options.body).input.push) await asked(path, options);
+          return asked(path, options);
+        };
+        document.querySelector("#sentence").value = "a";
+        document.querySelector("#search-form").requestSubmit();
+        """
+    )
+    page.wait(f"{SEARCH}.querySelector('.heard').innerText")
+    assert "Triton counted 2 requests meanwhile" in text(page, "#search .note")
+    assert page.js(f"{SEARCH}.querySelectorAll('dd').length") == 1
+
+
+@needs_chromium
+def test_texts_are_ranked_by_the_cross_encoder(page: Browser, url: str) -> None:
+    models = "[...document.querySelectorAll('select')].map(each => [...each.options].map(option => option.text))"
+    assert page.js(models) == [["sentence"], ["reranker"]]
+    query = page.js("document.querySelector('#query').value")
+    texts = page.js("document.querySelector('#texts').value").splitlines()
+    page.js("document.querySelector('#query').focus()")
+    page.press("Enter")
+    page.wait(f"{RANK}.querySelector('.heard').innerText")
+    _, _, answer = call(url, "POST", "/rerank", json.dumps({"query": query, "texts": texts}).encode())
+    expected = [f"{texts[row['index']]} {row['score']:.2f}" for row in answer]
+    rows = "map(each => each.querySelector('.text').innerText + ' ' + each.querySelector('b').innerText)"
+    assert page.js(f"[...{RANK}.querySelectorAll('li')].{rows}") == expected
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True])
+def test_nothing_overflows_on_a_phone(page: Browser, dark: bool) -> None:
+    page.size(390, 844, dark=dark)
+    page.js("document.querySelectorAll('form:not(#key)').forEach(form => { form.querySelector('input').value ||= 'x'.repeat(300);"
+            "form.requestSubmit() })")  # fmt: skip
+    page.js("document.querySelector('details').open = true")
+    for section in (SEARCH, RANK):
+        page.wait(f"{section}.querySelector('.heard').innerText")
+    assert page.js("document.documentElement.scrollWidth") == 390
+    wide = "[...document.querySelectorAll('main, .card, ol, li, .times, #bundled')].filter(e => e.scrollWidth > e.clientWidth)"
+    assert page.js(f"{wide}.map(e => e.className || e.tagName)") == []
+    assert page.js("getComputedStyle(document.body).backgroundColor") == (
+        "rgb(15, 18, 21)" if dark else "rgb(244, 245, 247)"
+    )
+
+
+@needs_chromium
+def test_a_refusal_is_shown_in_words(page: Browser) -> None:
+    page.js("document.querySelector('#sentence').value = 'x'.repeat(110_001)")
+    page.js("document.querySelector('#search-form').requestSubmit()")
+    problem = page.wait(f"{SEARCH}.querySelector('.problem').innerText")
+    assert problem == "The server refused (400): input: 110001 bytes; allowed: up to 110000 (max_bytes)."
+    assert page.js(f"{SEARCH}.querySelector('.found').hidden")
+
+
+@needs_chromium
+def test_without_a_server_the_page_says_so_until_it_is_ready(tmp_path: Path, chromium: Browser) -> None:
+    (tmp_path / "sentence").mkdir()
+    (tmp_path / "sentence" / "config.pbtxt").touch()
+    with OpenAIProcess(tmp_path, address="127.0.0.1", port=0, grpc_port=free_port(), say=print) as routes:
+        chromium.open(routes.url.removesuffix("/v1"))
+        said = chromium.wait("document.querySelector('#status')?.innerText")
+        assert said.startswith("The server refused (503): not ready:")
+        assert chromium.js("[...document.querySelectorAll('section')].every(each => each.hidden)")
+        assert chromium.js("document.querySelector('#key').hidden")
+        chromium.js(
+            """
+            window.fetch = async () => new Response(JSON.stringify(
+              {data: [{id: "m", capabilities: ["rerank"]}]}), {status: 200});
+            """
+        )
+        chromium.wait("!document.querySelector('#rank').hidden")  # it asks again
+        assert chromium.js("document.querySelector('#status').hidden && document.querySelector('#search').hidden")
+
+
+@needs_chromium
+def test_a_server_that_asks_for_a_key_gets_one(page: Browser) -> None:
+    page.js(
+        """
+        const asked = window.fetch;
+        window.fetch = (path, options) => options.headers.Authorization === "Bearer secret" ? asked(path, options)
+          : Promise.resolve(new Response('{"error": {"message": "send a key"}}', {status: 401}));
+        document.querySelector("#sentence").value = "a";
+        document.querySelector("#search-form").requestSubmit();
+        """
+    )
+    assert page.wait(f"{SEARCH}.querySelector('.problem').innerText") == "The server refused (401): send a key."
+    page.js("document.querySelector('#api-key').focus()")
+    page.type("secret")
+    page.press("Enter")
+    page.js("document.querySelector('#search-form').requestSubmit()")
+    page.wait(f"{SEARCH}.querySelector('.heard').innerText")
+
+
+def test_the_files_are_sent_with_a_strict_policy(url: str) -> None:
+    for path, name in FILES.items():
+        with urllib.request.urlopen(url + path) as answer:
+            assert answer.read() == (FOLDER / name).read_bytes()
+            assert (
+                "default-src 'none'; script-src 'self'; style-src 'self'" in answer.headers["Content-Security-Policy"]
+            )
+            assert answer.headers["X-Content-Type-Options"] == "nosniff"
+            kind = {"html": "text/html", "css": "text/css", "js": "javascript"}[name.rpartition(".")[2]]
+            assert kind in answer.headers["Content-Type"]
