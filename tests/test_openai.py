@@ -330,12 +330,12 @@ BLOCKED = """
 import json, os, time
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from numpy1_stub import fix_strides
+from numpy1_stub import fix_strings
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        fix_strides()
+        fix_strings(pb_utils)
         self.go = json.loads(args["model_config"])["parameters"]["go"]["string_value"]
 
     def execute(self, requests):
