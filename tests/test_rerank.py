@@ -19,6 +19,7 @@ from serving.openai.metrics import Metrics
 from serving.openai.routes import HELD_BYTES, Routes
 from serving.openai.text_models import TextModel
 from serving.repository.served_models import served_models
+from tests.conftest import run_module
 from tests.gateway import skip_without_nginx, wait_for
 from tests.test_embedded import start
 from tests.test_gateway_openai import in_front
@@ -106,6 +107,38 @@ def test_the_gateway_has_the_route_with_a_key(
         wait_for(lambda: gateway.metrics().get(counted) == 2)
     finally:
         gateway.stop()
+
+
+@pytest.mark.parametrize("route", ["", "/rerank"])
+def test_a_load_test_sends_pairs_over_kserve_and_to_the_route(
+    serving: Serving, url: str, place: Path, tmp_path: Path, route: str
+) -> None:
+    (tmp_path / "pairs.tsv").write_text("eggs\tmilk\nhow long?\tabout a week\n\n")
+    where = ("--model", "reranker", "--models", str(place / "models"), "--url", serving.places["gRPC"])
+    to = ("--route", url.removeprefix("http://").removesuffix("/v1") + route) if route else ()
+    load = ("--rate", "20", "--duration-s", "1", "--warmup-s", "0", "--inputs", str(tmp_path / "pairs.tsv"), "--json")
+    done = run_module("cli", "loadtest", *where, *to, *load, DEEPSEEK_BUILD=str(place / "build"))
+    assert done.returncode in (0, 3), done.stderr  # 3: the machine was too busy to send in time
+    found = json.loads(done.stdout)
+    assert (found["answered"], found["errors"]) == (found["planned"], {})
+    assert list(found["lengths"]) == ["tokens 11", "tokens 21"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pairs.tsv", "a\tb\nc", "pairs.tsv, line 2: 0 tabs; write two texts with a tab between them"),
+        ("texts.txt", "a", "has texts, but deploy.toml of reranker has pairs = true: give a .tsv file"),
+    ],
+)
+def test_a_load_of_pairs_that_cannot_be_sent_is_one_line(
+    place: Path, tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    which = ("--model", "reranker", "--models", str(place / "models"), "--inputs", str(tmp_path / name))
+    done = run_module("cli", "loadtest", *which, "--rate", "20", DEEPSEEK_BUILD=str(place / "build"))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert message in done.stderr
 
 
 def test_scores_are_between_0_and_1_by_default_and_texts_come_back(url: str, expected: np.ndarray) -> None:

@@ -1,7 +1,18 @@
 """Commands that measure a running server, judge, search, compare and draw."""
 
 from cli.commands.searches import INPUTS, MAX_S, TARGET, TIMEOUT_S
-from cli.commands.shared_options import ARRIVALS, JSON, MODEL, PRIORITY, PROTOCOL, REPOSITORY, SERVER, TLS, WORKERS
+from cli.commands.shared_options import (
+    ARRIVALS,
+    JSON,
+    MODEL,
+    OPENAI_PORT,
+    PRIORITY,
+    PROTOCOL,
+    REPOSITORY,
+    SERVER,
+    TLS,
+    WORKERS,
+)
 from cli.options import NOT_NEGATIVE, POSITIVE, Number, Option, at_least, path, switch
 from cli.table import Command
 from deepseek.targets import TARGETS
@@ -43,6 +54,8 @@ ROWS = (
                 kind=path,
             ),
             Option("--speed", "speed of --replay; 2 sends twice as fast", kind=POSITIVE, default=1.0),
+            Option("--route", "OpenAI route to call: /v1/embeddings, or /rerank with pairs; [HOST:PORT]/PATH"),
+            OPENAI_PORT,
             Option("--mix", "several models at once, each with its share of the rate: recommender:3,minilm:1"),
             Option("--duration-s", "measured seconds", kind=at_least(1), default=90),
             Option("--until-decided", "continue until every objective is decided, or --max-s is over", kind=switch),
@@ -67,6 +80,7 @@ ROWS = (
             'deepseek loadtest --shape "50x30, 500x5, 50x30"       # a spike; 10-200x60 is a ramp',
             "deepseek loadtest --until-decided --max-s 600         # looks after 90, 180 and 360 s",
             "deepseek loadtest --users 4 --duration-s 10           # closed loop, to compare with perf_analyzer",
+            "deepseek loadtest --model minilm --inputs texts.txt --route /v1/embeddings",
             "deepseek loadtest --mix recommender:3,minilm:1 --rate 120   # 90/s and 30/s",
             "deepseek loadtest --replay traffic.csv --speed 2      # recorded requests, twice as fast",
             "deepseek loadtest --url triton:8001 --rate 5000 --remote-workers 4    # here, and on four machines:",

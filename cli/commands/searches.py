@@ -37,7 +37,8 @@ TIMEOUT_S = Option(
 )
 INPUTS = Option(
     "--inputs",
-    "file of real inputs, .npz, or .txt with one text a line (default: build/<model>/evaluation.npz)",
+    "file of real inputs: .npz; .txt with one text a line; .tsv with one pair of texts a line (default: "
+    "build/<model>/evaluation.npz)",
     kind=path_text,
 )
 

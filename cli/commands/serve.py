@@ -11,6 +11,7 @@ from cli.commands.shared_options import (
     METRICS_PORT,
     MODEL,
     MODELS,
+    OPENAI_PORT,
     PROJECT,
     REPOSITORY,
     SERVER,
@@ -89,12 +90,7 @@ ROWS = (
         options=(
             REPOSITORY,
             *LISTEN,
-            Option(
-                "--openai-port",
-                "port of /v1/embeddings, /similarity and /rerank; opened if a model takes texts",
-                kind=int,
-                default=8003,
-            ),
+            OPENAI_PORT,
             Option("--poll-s", "interval at which the server looks for new versions (default: never)", kind=int),
             Option("--timeout-s", "longest wait for readiness", kind=float, default=120.0, variable=""),
             Option("--profile", "folder for request traces and operator times", kind=path, variable=""),

@@ -30,6 +30,12 @@ MODEL = (
 PROTOCOL = Option("--protocol", "protocol of the requests", choices=("grpc", "http"), default="grpc")
 HTTP_PORT = Option("--http-port", "HTTP port of the server", kind=int, default=8000, exported=True)
 GRPC_PORT = Option("--grpc-port", "gRPC port of the server", kind=int, default=8001, exported=True)
+OPENAI_PORT = Option(
+    "--openai-port",
+    "port of /v1/embeddings, /similarity and /rerank; opened if a model takes texts",
+    kind=int,
+    default=8003,
+)
 METRICS_PORT = Option("--metrics-port", "port of the server's metrics", kind=int, default=8002, exported=True)
 ENV_FILE = Option("--env-file", "file that docker compose reads", kind=path, default=".env")
 GATEWAY_PORT = Option("--gateway-port", "port of the gateway (default: the current one, at first 8443)", kind=int)

@@ -1,8 +1,9 @@
 """Reads the real inputs of a model that the build wrote, or texts.
 
 Contract: an .npz file with keys `<row, five digits>/<input name>`, each array with batch size 1; lengths of axes
-may differ between rows. Or a .txt file in UTF-8 with one text on each line, for a model with `[text]`; empty lines are
-left out. A request is one row, repeated if the profile's smallest batch is larger than 1. Rows are sent shuffled, so
+may differ between rows. Or a .txt file in UTF-8 with one text on each line, for a model with `[text]`; or a .tsv file
+with one pair of texts on each line and a tab between the two, for a model that takes pairs. Empty lines are left out. A
+request is one row, repeated if the profile's smallest batch is larger than 1. Rows are sent shuffled, so
 that lengths mix in their true proportions.
 """
 
@@ -22,6 +23,7 @@ from deepseek.spec.tokenizer import text_encoder
 
 MOST_ROWS = 1000  # enough variety; more would only fill memory with encoded requests
 MOST_BYTES = 256 * 2**20  # of a worker's rows; large rows reduce their number
+SEPARATORS = {".txt": "\n", ".tsv": "\t"}  # between the texts of a row; no line has a line feed
 MOST_CLASSES = 8  # up to this many different lengths get a class each; more are grouped by powers of two
 
 Row = dict[str, np.ndarray]
@@ -70,7 +72,8 @@ def read_rows(path: Path, least: int = 1, only: Sequence[int] | None = None) -> 
         return _read(path, read)
     texts = _texts(path)
     drawn = _drawn(path, len(texts), least * sum(map(len, texts)), only)
-    return {place: {TEXT: np.full((least, 1), texts[place], dtype=object)} for place in drawn}
+    rows = {place: texts[place].split(SEPARATORS[path.suffix]) for place in drawn}
+    return {place: {TEXT: np.array([row] * least, dtype=object)} for place, row in rows.items()}
 
 
 def _drawn(path: Path, count: int, total_bytes: int, only: Sequence[int] | None) -> Sequence[int]:
@@ -83,11 +86,11 @@ def _drawn(path: Path, count: int, total_bytes: int, only: Sequence[int] | None)
 
 
 def _has_texts(path: Path) -> bool:
-    return path.suffix == ".txt"
+    return path.suffix in SEPARATORS
 
 
 def _texts(path: Path) -> list[str]:
-    """The lines of a file of texts that are not empty."""
+    """The lines of a file of texts, or of pairs of texts, that are not empty."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines, which also splits at U+2028 and others
     except (OSError, UnicodeDecodeError) as error:
@@ -95,6 +98,10 @@ def _texts(path: Path) -> list[str]:
     texts = [line for line in lines if line.strip()]
     if not texts:
         raise InputError(f"{path}: contains no text; write one on each line")
+    if path.suffix == ".tsv":
+        for number, line in enumerate(lines, 1):
+            if line.strip() and (tabs := line.count("\t")) != 1:
+                raise InputError(f"{path}, line {number}: {tabs} tabs; write two texts with a tab between them")
     return texts
 
 
@@ -156,7 +163,8 @@ def lengths_of(rows: Sequence[Row], spec: DeploymentSpec) -> list[int]:
 def _lengths(rows: Sequence[Row], spec: DeploymentSpec) -> tuple[list[str], list[tuple[int, ...]]]:
     """The axes whose sizes differ between rows, and their sizes for each row; of texts, the tokens."""
     if TEXT in rows[0]:
-        return [TOKENS], [(len(row),) for row in text_encoder(spec).encode([str(row[TEXT][0, 0]) for row in rows])]
+        texts = [tuple(row[TEXT][0]) if spec.text and spec.text.pairs else str(row[TEXT][0, 0]) for row in rows]
+        return [TOKENS], [(len(row),) for row in text_encoder(spec).encode(texts)]
     sizes = [_sizes(row, spec.inputs) for row in rows]
     axes = [axis for axis in sizes[0] if len({size.get(axis) for size in sizes}) > 1]
     return axes, [tuple(size[axis] for axis in axes) for size in sizes]

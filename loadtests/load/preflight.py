@@ -20,8 +20,9 @@ from deepseek_client import (
 )
 
 from deepseek.spec import BATCH, TEXT, DeploymentSpec, InputError
-from loadtests.load.inputs import read_rows
-from loadtests.results.settings import IN_FLIGHT, LoadSettings
+from loadtests.load.inputs import Row, read_rows
+from loadtests.load.wire.route import RouteClient
+from loadtests.results.settings import IN_FLIGHT, ROUTES, LoadSettings
 
 TRIES = 5  # enough for a server that breaks half of its connections
 MOST_REQUESTS = 1_000_000_000  # more is a typing error; a week at 1000/s is 605 million
@@ -35,9 +36,12 @@ def check(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[int] | No
     _check_numbers(settings)
     rows = list(read_rows(Path(settings.inputs), spec.axes[BATCH].min, only).values())
     for row in rows:
-        if row.keys() == {TEXT} and (spec.text is None or spec.text.pairs):
-            takes = "has no [text]" if spec.text is None else "takes pairs of texts; send token ids"
-            raise InputError(f"{settings.inputs}: has texts, but deploy.toml of {settings.model} {takes}")
+        if row.keys() == {TEXT} and (spec.text is None or row[TEXT].shape[1] != 1 + spec.text.pairs):
+            seen = "texts" if row[TEXT].shape[1] == 1 else "pairs of texts"
+            takes = "has no [text]"
+            if spec.text is not None:
+                takes = "has pairs = true: give a .tsv file" if spec.text.pairs else "has no pairs: give a .txt file"
+            raise InputError(f"{settings.inputs}: has {seen}, but deploy.toml of {settings.model} {takes}")
         if row.keys() not in (spec.inputs.keys(), {TEXT}):
             raise InputError(f"{settings.inputs}: contains {_listed(row)}, deploy.toml has {_listed(spec.inputs)}")
     try:
@@ -52,10 +56,23 @@ def check(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[int] | No
             for row in rows:
                 client.prepare(settings.model, row)
             with suppress(ServerBusy, ServerError, DeadlineExceeded):  # the load test measures these
-                client.infer(settings.model, rows[0])
+                if settings.route is None:
+                    client.infer(settings.model, rows[0])
+                else:
+                    _check_route(settings, settings.route, rows[0])
     except InferenceError as error:
         raise InputError(str(error)) from None
     return served
+
+
+def _check_route(settings: LoadSettings, route: str, row: Row) -> None:
+    """Sends a row to the OpenAI route; raises InferenceError, or InputError if the route does not take such rows."""
+    texts = ROUTES[settings.over]
+    if row.keys() != {TEXT} or row[TEXT].shape[1] != texts:
+        kind = "texts, such as texts.txt" if texts == 1 else "pairs of texts, such as pairs.tsv"
+        raise InputError(f"--route {settings.over}: {settings.inputs} has {_listed(row)}; give --inputs with {kind}")
+    with RouteClient(route, timeout_s=settings.timeout_s, **settings.access) as client:
+        client.send(client.prepare(settings.model, row))
 
 
 def _check_numbers(settings: LoadSettings) -> None:

@@ -51,7 +51,7 @@ def load_of(settings: LoadSettings) -> str:
 def headline(run: Run, judgement: SloVerdict, extra: Sequence[str] = ()) -> str:
     """The verdict on one run; `extra` are sentences below the objectives."""
     settings = run.settings
-    subject = f"{settings.model} over {settings.protocol}, {load_of(settings)}, for {settings.duration_s:g} s"
+    subject = f"{settings.model} over {settings.over}, {load_of(settings)}, for {settings.duration_s:g} s"
     notes = "".join(f"<p class='hint'>{sentence(line)}</p>" for line in (*judgement.notes, *extra))
     return (
         f"<header class='{judgement.verdict}'><h1>{badge(judgement.verdict)}{HEADLINES[judgement.verdict]}</h1>"
@@ -106,7 +106,7 @@ def compared(runs: Sequence[Run], slo: SloSpec) -> str:
         judgement = judge(run, slo)
         broken = ", ".join(each.name for each in judgement.objectives if each.status == "violated")
         settings, version = run.settings, f"version {run.server.get('version') or '-'}"
-        what = f"{load_of(settings)}, {settings.protocol}, {settings.target}, {version}, {settings.duration_s:g} s"
+        what = f"{load_of(settings)}, {settings.over}, {settings.target}, {version}, {settings.duration_s:g} s"
         rows.append(
             f"<li class='{judgement.verdict}'><div class='objective'><b><i class='swatch run{letter}'></i>{letter} "
             f"&nbsp;{escape(run.folder.name)}</b><span>{escape(what)}</span></div>"

@@ -49,7 +49,7 @@ def mix_page(parts: Sequence[Part]) -> str:
 def _header(verdict: SloStatus, runs: Sequence[Run], judgements: Sequence[SloVerdict]) -> str:
     settings = runs[0].settings
     mix = ", ".join((settings.mix or "").split(","))
-    subject = f"{mix} over {settings.protocol}, {_load(runs)}, for {settings.duration_s:g} s"
+    subject = f"{mix} over {settings.over}, {_load(runs)}, for {settings.duration_s:g} s"
     told = "".join(
         _judged(letter, name, run, judgement)
         for letter, name, run, judgement in zip(LETTERS, names_of(runs), runs, judgements, strict=False)

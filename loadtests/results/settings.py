@@ -13,6 +13,8 @@ from loadtests.results.schedule import Segment, segments_of
 
 # For workers to read and encode their inputs after they have joined, on a busy machine.
 LONGEST_PREPARATION_S = 60.0
+ROUTES = {"/v1/embeddings": 1, "/rerank": 2}
+"""The OpenAI routes that a load test can call, and the texts of a row."""
 IN_FLIGHT = 512  # unanswered requests of a worker, unless the SLO and the rate need more
 
 
@@ -45,7 +47,9 @@ class LoadSettings:
     protocol: Literal["grpc", "http"]
     url: str
     inputs: str
-    """The .npz file of real inputs."""
+    """The .npz file of real inputs, or the file of texts."""
+    route: str | None = None
+    """host:port/path of the OpenAI route that gets the requests; None: KServe v2 at `url`."""
     rate_rps: float | None = None
     shape: str | None = None
     """Changing rates, in the syntax of `schedule.segments_of`."""
@@ -81,6 +85,11 @@ class LoadSettings:
             key = os.environ.get("DEEPSEEK_API_KEY") or None
             options |= {"tls": True, "ca_cert": self.ca_cert, "api_key": key}
         return options
+
+    @property
+    def over(self) -> str:
+        """The protocol, or the OpenAI route."""
+        return self.protocol if self.route is None else f"/{self.route.partition('/')[2]}"
 
     @property
     def open_loop(self) -> bool:

@@ -123,18 +123,18 @@ class HttpTransport:
 
     async def register(self, region: str, size_bytes: int, deadline: Deadline, cancel: Cancel | None = None) -> None:
         place = {"key": f"/{region}", "offset": 0, "byte_size": size_bytes}
-        await self._post(
+        await self.post(
             f"/v2/systemsharedmemory/region/{region}/register", json.dumps(place).encode(), deadline, cancel
         )
 
     async def unregister(self, region: str, deadline: Deadline) -> None:
-        await self._post(f"/v2/systemsharedmemory/region/{region}/unregister", b"", deadline)
+        await self.post(f"/v2/systemsharedmemory/region/{region}/unregister", b"", deadline)
 
     async def close(self) -> None:
         """Closes idle connections now, those of calls in flight when the calls end."""
         self._pool.close()
 
-    async def _post(self, path: str, body: bytes, deadline: Deadline, cancel: Cancel | None = None) -> None:
+    async def post(self, path: str, body: bytes, deadline: Deadline, cancel: Cancel | None = None) -> None:
         answer = await self._exchange("POST", path, deadline, lambda: ((body,), ""), cancel)
         if answer.status != 200:
             raise self._error(answer)

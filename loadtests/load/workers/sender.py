@@ -30,6 +30,7 @@ from loadtests.load.preflight import TRIES
 from loadtests.load.replay import blocks, rows_in
 from loadtests.load.request_log import RequestRecorder
 from loadtests.load.wire.client import WireClient
+from loadtests.load.wire.route import RouteClient
 from loadtests.load.workers.clock import Clock
 from loadtests.load.workers.recorder import Recorder
 from loadtests.results.schedule import Schedule, Segment
@@ -92,7 +93,7 @@ class ModelSender:
         self._most_in_flight = settings.max_in_flight or IN_FLIGHT
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         files = math.inf if limit == resource.RLIM_INFINITY else (limit - SPARE_FILES) // models
-        self._most_carried = files * (MOST_STREAMS if settings.protocol == "grpc" else 1)
+        self._most_carried = files * (MOST_STREAMS if self._shares_connections else 1)
         self.window_at = 0.0
         """Start of the measured window, in the time of `time.perf_counter()`."""
         self.stopped = False
@@ -100,13 +101,19 @@ class ModelSender:
         self._free: list[gevent.Greenlet] = []
 
     def _client(self, **changes: Any) -> InferenceClient:
+        if self.settings.route is not None:
+            return RouteClient(self.settings.route, timeout_s=self.settings.timeout_s, **self.settings.access)
         kind = InferenceClient if self._client_options["retries"] else WireClient  # which makes one attempt
         options = {"timeout_s": self.settings.timeout_s, **self._client_options, **changes, **self.settings.access}
         return kind(self.settings.url, self.settings.protocol, **options)
 
+    @property
+    def _shares_connections(self) -> bool:
+        return self.settings.protocol == "grpc" and self.settings.route is None
+
     def _client_of_next_sender(self) -> InferenceClient:
         """A client for a greenlet with one request in flight at a time; clients can send each other's requests."""
-        if self.settings.protocol == "grpc" and self._senders == MOST_STREAMS * len(self._clients):
+        if self._shares_connections and self._senders == MOST_STREAMS * len(self._clients):
             self._clients.append(self._client())
         self._senders += 1
         return self._clients[-1]
@@ -184,7 +191,7 @@ class ModelSender:
 
     def _tell_locust(self, seconds: float, error: str | None) -> None:
         self._fire(
-            request_type=self.settings.protocol,
+            request_type=self.settings.over,
             name=self.settings.model,
             response_time=seconds * 1000,
             response_length=0,
