@@ -61,5 +61,5 @@ def test_a_chart_draws_bar_whisker_and_goal_on_one_scale() -> None:
 def test_an_unknown_part_is_refused() -> None:
     run = run_module("tests.bench", "--parts", "server,nothing")
     assert (run.returncode, run.stderr) == (
-        2, "error: --parts nothing: no such part; allowed: server, engine, client, generator, capacity, tuned\n"
+        2, "error: --parts nothing: no such part; allowed: server, engine, client, generator, capacity, tuned, text\n"
     )  # fmt: skip

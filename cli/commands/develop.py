@@ -51,7 +51,9 @@ ROWS = (
         "cli.develop:bench",
         "compare with the raw runtime, tritonclient and perf_analyzer; needs engine of both models",
         options=(
-            Option("--bench", "parts, with commas (default: all): server, engine, client, generator, capacity, tuned"),
+            Option(
+                "--bench", "parts, with commas (default: all): server, engine, client, generator, capacity, tuned, text"
+            ),
             *FLAGS,
         ),
         flags_variable="ARGS",

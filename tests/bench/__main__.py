@@ -1,7 +1,7 @@
 """Measures the ratios of docs/benchmarks.md, each in one run on this machine.
 
 Both sides of a ratio are measured in turn, many times. The table has the median of the pairs and its quartiles, and no
-absolute times. Needs both models built (`make engine`, `make engine MODEL=minilm`). Writes a JSON file and a chart (SVG)
+absolute times. Needs both models built (`make engine`, `make engine MODEL=minilm`); the part `text` needs only minilm. Writes a JSON file and a chart (SVG)
 for each part to `build/bench/`.
 
 Examples:
@@ -20,10 +20,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.spec import InputError, Parser, build_dir, run_command
-from tests.bench import client, engines, instrument, served, tuned
-from tests.bench.results import write
-from tests.bench.setting import Bench, prepare
+from deepseek.spec import InputError, Parser, run_command
+from tests.bench import client, engines, instrument, served, text, tuned
+from tests.bench.results import Ratio, write
+from tests.bench.setting import MODELS, Bench, prepare
 
 PARTS: dict[str, dict[str, Callable[[Bench], None]]] = {
     "server": {"served": served.served, "batching": served.batching},
@@ -41,6 +41,7 @@ PARTS: dict[str, dict[str, Callable[[Bench], None]]] = {
     },
     "capacity": {"capacity": instrument.capacity},
     "tuned": {"tuned": tuned.tuned},
+    "text": {"text-apart": text.apart, "text-shared": text.shared, "text-vectors": text.vectors},
 }
 log = Console(stderr=True)
 
@@ -56,17 +57,18 @@ def main() -> None:
     parts = args.parts.split(",")
     if wrong := [part for part in parts if part not in PARTS]:
         raise InputError(f"--parts {','.join(wrong)}: no such part; allowed: {', '.join(PARTS)}")
-    files, results = build_dir("bench"), []
+    models = ("minilm",) if parts == ["text"] else MODELS
+    results: list[Ratio] = []
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder))
-        bench = Bench(Path(folder), args.pairs)
+        prepare(Path(folder), models)
+        bench = Bench(Path(folder), args.pairs, models)
         for part in parts:
             bench.results = []
             for name, benchmark in PARTS[part].items():
                 if not args.only or name in args.only:
                     benchmark(bench)
             if bench.results:
-                write(bench.results, files / f"{part}.json")
+                write(bench.results, bench.files / f"{part}.json")
                 results += bench.results
     table = Table("ratio of", box=box.SIMPLE_HEAD)
     for column in ("median", "quartiles", "pairs", ""):

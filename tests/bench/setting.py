@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ def samples(split):
         yield {"input_ids": random.integers(1, 30522, (1, 128))}
 """
 BUILT = ("recommender", "minilm")  # must be built before, by `make engine`
+MODELS = ("encoder", *BUILT)
 SIDE_S = 4.0  # duration of one side of a pair
 
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -89,11 +90,12 @@ log = Console(stderr=True)
 class Bench:
     """The models, how to run them raw, served and under load, and the results."""
 
-    def __init__(self, folder: Path, pairs: int) -> None:
-        self.folder, self.pairs = folder, pairs
+    def __init__(self, folder: Path, pairs: int, models: Sequence[str]) -> None:
+        """`models`: those that `prepare` has put into the folder."""
+        self.folder, self.pairs, self.files = folder, pairs, build_dir("bench")
         self.results: list[Ratio] = []
         os.environ["DEEPSEEK_BUILD"] = str(folder / "build")
-        self.specs = {name: DeploymentSpec.of_model(name, folder / "models") for name in ("encoder", *BUILT)}
+        self.specs = {name: DeploymentSpec.of_model(name, folder / "models") for name in models}
         self.rows = {name: load_rows(build_dir(name) / "evaluation.npz") for name in self.specs}
 
     def record(self, name: str, ratios: list[float], goal: Goal | None = None, note: str = "") -> None:
@@ -262,22 +264,24 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def prepare(folder: Path) -> None:
-    """Builds the encoder and publishes all three models in fp32, each in its own repository."""
-    for name in BUILT:
+def prepare(folder: Path, models: Sequence[str]) -> None:
+    """Builds the encoder, takes the models that are built, and publishes each in fp32, in its own repository."""
+    for name in set(models).intersection(BUILT):
         if not choice_path(name, "onnxruntime").is_file():
             raise InputError(
                 f"{choice_path(name, 'onnxruntime')}: no such file; the benchmarks need it: make engine MODEL={name}"
             )
-    (folder / "models" / "encoder").mkdir(parents=True)
-    (folder / "models" / "encoder" / "deploy.toml").write_text(ENCODER_TOML)
-    (folder / "models" / "encoder" / "model.py").write_text(ENCODER_MODEL)
+    (folder / "models").mkdir()
     (folder / "build").mkdir()
-    for name in BUILT:
-        (folder / "models" / name).symlink_to(Path("models", name).resolve())
-        subprocess.run(["cp", "-r", build_dir(name), folder / "build"], check=True)
-    run_ours(folder, "cli to-onnx", "encoder")
-    run_ours(folder, "cli quantize", "encoder", "--precision", "int8", "--high-precision", "fp32")
-    for name in ("encoder", *BUILT):
+    for name in models:
+        if name in BUILT:
+            (folder / "models" / name).symlink_to(Path("models", name).resolve())
+            subprocess.run(["cp", "-r", build_dir(name), folder / "build"], check=True)
+        else:
+            (folder / "models" / name).mkdir()
+            (folder / "models" / name / "deploy.toml").write_text(ENCODER_TOML)
+            (folder / "models" / name / "model.py").write_text(ENCODER_MODEL)
+            run_ours(folder, "cli to-onnx", name)
+            run_ours(folder, "cli quantize", name, "--precision", "int8", "--high-precision", "fp32")
         repository = ("--repository", str(folder / f"repository-{name}"))
         run_ours(folder, "cli publish", name, "--precision", "fp32", *repository)
