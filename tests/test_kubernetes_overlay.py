@@ -255,7 +255,7 @@ def test_another_namespaces_servers_are_none_of_ours(tmp_path: Path, series: dic
     content = rules([MODEL], scope=Scope("ours"))
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(content))
     assert all(rule["labels"]["namespace"] == "ours" for group in content["groups"] for rule in group["rules"])
-    check_fired(tmp_path, ("", series, 70, expected))
+    check_fired(tmp_path, ("", series, 70, expected), every_min=5)
 
 
 @pytest.fixture
