@@ -111,10 +111,9 @@ def test_a_server_that_refuses_half_the_requests_fails_half_of_them() -> None:
     assert judgement.verdict in ("violated", "invalid")  # invalid if this machine is too busy
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_server_that_resets_connections_leaves_errors_of_that_kind(protocol: Protocol) -> None:
+def test_a_server_that_resets_connections_leaves_errors_of_that_kind() -> None:
     with FakeEndpoint(delay_ms=20, reset_every=30) as endpoint:
-        run = measured(settings(endpoint, protocol, rate_rps=60.0))
+        run = measured(settings(endpoint, rate_rps=60.0))
     assert run.window.errors["ConnectionLost"] + run.window.errors["Unreachable"] == run.window.failed >= 5
     assert run.window.ok > 30  # the connections are reopened
     assert run.window.planned == run.window.ok + run.window.failed == 180
@@ -177,10 +176,9 @@ def test_a_closed_loop_has_one_request_per_user_in_flight() -> None:
     assert run.window.failed == 0
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_the_generator_retries_a_server_that_is_busy_during_the_preparation(protocol: Protocol) -> None:
+def test_the_generator_retries_a_server_that_is_busy_during_the_preparation() -> None:
     with FakeEndpoint(refuse_metadata=3) as endpoint:
-        run = measured(settings(endpoint, protocol, rate_rps=40.0, duration_s=1.0))
+        run = measured(settings(endpoint, "http", rate_rps=40.0, duration_s=1.0))
     assert run.window.ok == 40
 
 
