@@ -35,6 +35,7 @@ tokenizer = "checkpoint/tokenizer.json"
 """
 TEXTS = {
     "encoder": TEXT,
+    "token-classifier": TEXT,
     "classifier": TEXT + "# pairs = true              # if trained on pairs: also set PAIRS = True in texts.py\n",
     "cross-encoder": TEXT + "pairs = true                # a row of texts is a pair, such as a query and a document\n",
 }

@@ -35,6 +35,8 @@ class Row:
     """By what the model's inputs get: a key of ROLES."""
     tokens: int
     """Number of tokens before truncation, special tokens included."""
+    offsets: Sequence[tuple[int, int]] = ()
+    """Characters of the text that each token is from: start and end; (0, 0) for a special token."""
 
     def __len__(self) -> int:
         return len(self.values["input_ids"])
@@ -52,6 +54,7 @@ class TextEncoder:
         max_tokens: int,
         min_tokens: int = 1,
         pairs: bool = False,
+        offsets: bool = False,
     ) -> None:
         """Reads the file. Raises Exception, the library's only error, if it is not a tokenizer, or does not fit.
 
@@ -62,8 +65,10 @@ class TextEncoder:
             max_tokens: longer texts are truncated to this length, special tokens included.
             min_tokens: shorter rows are padded to this length.
             pairs: whether `encode` gets pairs of texts.
+            offsets: whether `encode` gives the offsets of single texts, which takes longer.
         """
         self.tokenizer = Tokenizer.from_file(path)
+        self._encode = self.tokenizer.encode_batch if offsets else self.tokenizer.encode_batch_fast
         self._inputs, self._dtypes, self._min_tokens = inputs, dtypes, min_tokens
         padding, truncation = self.tokenizer.padding or {}, self.tokenizer.truncation or {}
         known = (self.tokenizer.token_to_id(token) for token in PADDING_TOKENS)
@@ -85,11 +90,12 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[Text]) -> list[Row]:
         """Tokens of each text, or of each pair."""
-        return list(map(self._pair if self._pairs else self._single, self.tokenizer.encode_batch_fast(list(texts))))
+        return list(map(self._pair if self._pairs else self._single, self._encode(list(texts))))
 
     def _single(self, found: Encoding) -> Row:
         tokens = len(found) + sum(len(part) - self._special for part in found.overflowing)
-        return Row(values={role: getattr(found, ROLES[role]) for role in self._inputs}, tokens=tokens)
+        values = {role: getattr(found, ROLES[role]) for role in self._inputs}
+        return Row(values=values, tokens=tokens, offsets=found.offsets)
 
     def _pair(self, found: Encoding) -> Row:
         values = {role: getattr(found, ROLES[role]) for role in self._inputs}
@@ -115,6 +121,10 @@ class TextEncoder:
                 array[place, start : start + len(row)] = row.values[role]
             found[name] = array
         return found
+
+    def unpadded(self, values: np.ndarray, row: Row) -> np.ndarray:
+        """What a model gave for each token of a row (length, ...), without padding."""
+        return values[len(values) - len(row) :] if self._pads_left else values[: len(row)]
 
     def parts(self, rows: Sequence[Row], most_tokens: int) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
         """Batches of rows of similar length, the longest first: `most_tokens` with padding, or one row.

@@ -22,7 +22,7 @@ from deepseek.spec import (
     histogram_bounds_ms,
 )
 from deepseek.spec.files.measured_batches import BatchingPlan, plan_of
-from deepseek.spec.text import text_axis
+from deepseek.spec.text import OFFSETS, text_axis, token_outputs
 from deepseek.spec.vocabulary import HISTORY, MOST_NAMES, UNKNOWN, VOCABULARY, K
 from deepseek.targets import PROVIDERS, TARGETS, is_accelerator
 from deepseek.vocabulary import Vocabulary
@@ -121,10 +121,13 @@ def _take_text(config: ModelConfig, spec: DeploymentSpec, text: TextSpec, warmup
         "max_bytes": text.max_bytes,
         "batch_tokens": text.batch_tokens,
         "pairs": text.pairs,
+        "token_outputs": token_outputs(spec.outputs, text_axis(text, spec.inputs)),
         "dimensions": text.dimensions,  # this and the next for serving/openai
         "prompts": text.prompts,
         "default_prompt": text.default_prompt,
     }
+    if settings["token_outputs"]:
+        config.output.add(name=OFFSETS, data_type=DataType.TYPE_INT32, dims=[-1, 2])
     config.parameters[TEXT].string_value = json.dumps(settings)
     _warm_up_strings(config, spec, TEXT, size, warmup)
 

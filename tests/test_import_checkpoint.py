@@ -6,6 +6,7 @@ import json
 import shutil
 import typing
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,44 @@ def test_an_imported_encoder_is_served(checkpoints: tuple[Path, dict[str, Any]],
     np.testing.assert_allclose(from_text, expected, atol=2e-5)
 
 
-def test_a_model_takes_texts_unless_it_answers_for_each_token(checkpoints: tuple[Path, dict[str, Any]]) -> None:
-    specs = {task: DeploymentSpec.of_model(task, checkpoints[0] / "models") for task in HEADS}
-    assert {task for task, spec in specs.items() if spec.text} == {"encoder", "classifier", "cross-encoder"}
+def test_a_token_classifier_answers_for_each_token_of_a_text(
+    checkpoints: tuple[Path, dict[str, Any]], build: Path, tmp_path: Path
+) -> None:
+    root, modules = checkpoints
+    export_model(ModelFolder("token-classifier", root / "models"))
+    which = ("--model", "token-classifier", "--models", str(root / "models"))
+    publish(values_of("publish", *which, "--precision", "fp32", "--repository", str(tmp_path / "repository")))
+    texts = ["a b", "a text of letters", "a " * 100, ""]
+    with (
+        EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "triton.log") as server,
+        InferenceClient(server.grpc_url, timeout_s=60) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        parity(values_of("parity", *which, "--url", server.grpc_url, "--http-url", server.http_url))
+        calls = [client.infer] * 8  # batched: the rows of a request are padded to the longest of this request
+        found = list(pool.map(lambda infer: infer("token-classifier", {"text": texts[:2]}), calls))
+        whole = client.infer("token-classifier", {"text": texts})
+    tokenizer = Tokenizer.from_file(str(root / "models/token-classifier/checkpoint/tokenizer.json"))
+    counts = [len(tokenizer.encode(text).ids) for text in texts]
+    assert whole["tokens"].tolist() == [[count] for count in counts]
+    assert whole["logits"].shape == (4, 64, 4)  # the third text is truncated
+    assert {each["logits"].shape for each in found} == {(2, max(counts[:2]), 4)}
+    assert whole["offsets"][1, : counts[1]].tolist() == list(map(list, tokenizer.encode(texts[1]).offsets))
+    assert not whole["offsets"][1, counts[1] :].any()
+    for place, text in enumerate(texts):
+        ids = np.array([tokenizer.encode(text).ids])
+        if place == 2:
+            continue
+        expected = of_transformers(
+            "token-classifier", modules["token-classifier"], {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        )[0].astype(np.float32)
+        for logits in (whole["logits"], *(each["logits"] for each in found if place < 2)):
+            np.testing.assert_allclose(logits[place, : len(expected)], expected, atol=2e-5)
+            assert not logits[place, len(expected) :].any()
+
+
+def test_a_model_of_every_task_takes_texts(checkpoints: tuple[Path, dict[str, Any]]) -> None:
+    assert all(DeploymentSpec.of_model(task, checkpoints[0] / "models").text for task in HEADS)
 
 
 def test_the_prompts_of_an_encoder_are_kept(tmp_path: Path) -> None:

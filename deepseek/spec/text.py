@@ -16,6 +16,8 @@ from deepseek.spec.tables import BATCH, Axis, TensorName, TensorSpec
 
 TEXT, TOKENS = "text", "tokens"
 """The input that takes texts, and the output with the number of tokens of each."""
+OFFSETS = "offsets"
+"""The output with the place of each token in its text, if another output is for each token."""
 TOKENIZER = "tokenizer.json"
 """The tokenizer's file name in a version of the model repository."""
 EMBEDDING = "embedding"
@@ -96,10 +98,17 @@ def check_text(
         if tensor.dtype not in ("int32", "int64") or tensor.shape != (BATCH, axis) or axis not in axes:
             seen = f"{tensor.dtype} {list(tensor.shape)}"
             raise at("text", f'input {name} is {seen}; allowed: int32 or int64, ["{BATCH}", <axis>], one axis for all')
-    for name, output in outputs.items():
-        if axis in output.shape:
-            allowed = "with [text], an output has one size for each text; remove [text]: callers then send token ids"
-            raise at("text", f"output {name} has the axis {axis}; {allowed}")
+    for name in token_outputs(outputs, axis):
+        shape = outputs[name].shape
+        if shape[1] != axis or shape.count(axis) > 1:
+            allowed = f'["{BATCH}", "{axis}", ...]; remove [text]: callers then send token ids'
+            raise at("text", f"output {name} is {list(shape)}; allowed with the axis of tokens: {allowed}")
+        if text.pairs:
+            raise at("text.pairs", f"seen true, and output {name} is for each token; such a model takes single texts")
+        if OFFSETS in outputs:
+            raise at("text", f"[text] adds the output {OFFSETS}; rename the model's own {OFFSETS}")
+        if (least := axes[axis].min) > 1:
+            raise at("text", f"axes.{axis}.min is {least}; it must be 1, since output {name} is for each token")
     for name in (TEXT, TOKENS):
         if name in inputs or name in outputs:
             raise at("text", f"[text] adds the input {TEXT} and the output {TOKENS}; rename the model's own {name}")
@@ -130,6 +139,11 @@ def vector_output(sizes: Mapping[str, int]) -> str | None:
     `sizes` are those of the float outputs ["batch", size]: the only one, or the one named EMBEDDING.
     """
     return EMBEDDING if EMBEDDING in sizes else next(iter(sizes)) if len(sizes) == 1 else None
+
+
+def token_outputs(outputs: Mapping[str, TensorSpec], axis: str) -> list[str]:
+    """The outputs with a row for each token, which is the axis `axis`."""
+    return [name for name, output in outputs.items() if axis in output.shape]
 
 
 def text_axis(text: TextSpec, inputs: Mapping[str, TensorSpec]) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from deepseek.spec.checks import Table, at, fitting, listed
 from deepseek.spec.tables import BATCH, Axis, TensorName, TensorSpec
-from deepseek.spec.text import TEXT, TOKENS, inside
+from deepseek.spec.text import OFFSETS, TEXT, TOKENS, inside
 
 HISTORY, EXCLUDE, K = "history", "exclude", "k"
 """The inputs with the items of a user, with items that must not be answered, and with the number of answers."""
@@ -23,13 +23,13 @@ CATALOGUE = "catalogue.csv"
 """The vocabulary's file name in a version of the model repository."""
 
 ADDED: dict[str, dict[str, dict[str, str]]] = {
-    TEXT: {"input": {TEXT: "BYTES"}, "output": {TOKENS: "INT32"}},
+    TEXT: {"input": {TEXT: "BYTES"}, "output": {TOKENS: "INT32", OFFSETS: "INT32"}},
     VOCABULARY: {
         "input": {HISTORY: "BYTES", EXCLUDE: "BYTES", K: "INT32"},
         "output": {SKUS: "BYTES", TITLES: "BYTES", UNKNOWN: "INT32"},
     },
 }
-"""Triton's type of each tensor that the backend adds for `[text]` and for `[vocabulary]`."""
+"""Triton's type of each tensor that the backend may add for `[text]` and for `[vocabulary]`."""
 
 
 class VocabularySpec(Table):

@@ -52,6 +52,7 @@ from deepseek.spec import (
     variables_for,
 )
 from deepseek.spec.paired_drop import DropJudgement
+from deepseek.spec.text import OFFSETS
 from deepseek.spec.vocabulary import ADDED
 from export.artifact import json_text, staged
 from export.checks.parity_cases import (
@@ -69,6 +70,7 @@ from export.checks.parity_cases import (
 from export.checks.parity_strings import (
     AT,
     AT_NAMES,
+    answers_each_token,
     base_metric,
     compare_names,
     compare_texts,
@@ -142,7 +144,8 @@ def what_is_served(spec: DeploymentSpec, endpoints: list[ServedEndpoint]) -> dic
         ):
             wanted = {name: TRITON_DTYPES[tensor.dtype] for name, tensor in ours.items()}
             if takes_text(spec, metadata.platform):
-                wanted |= ADDED[TEXT][kind.removesuffix("s")]
+                added = ADDED[TEXT][kind.removesuffix("s")]
+                wanted |= {name: kept for name, kept in added.items() if name != OFFSETS or answers_each_token(spec)}
             if takes_names(spec, metadata.platform) and spec.vocabulary:
                 wanted |= spec.vocabulary.added(kind.removesuffix("s"))
             seen = {tensor.name: tensor.datatype for tensor in theirs}

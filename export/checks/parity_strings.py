@@ -14,6 +14,7 @@ import numpy as np
 from deepseek.spec import TEXT, DeploymentSpec
 from deepseek.spec.catalogue import catalogue_of
 from deepseek.spec.paired_drop import values_text
+from deepseek.spec.text import text_axis, token_outputs
 from deepseek.spec.tokenizer import text_encoder
 from deepseek.spec.vocabulary import SKUS
 from export.checks.parity_cases import EndpointComparison, outputs_of_batches, same_engine
@@ -40,14 +41,19 @@ def takes_text(spec: DeploymentSpec, platform: str) -> bool:
     return spec.text is not None and platform == "python"
 
 
+def answers_each_token(spec: DeploymentSpec) -> bool:
+    """Whether a model that takes texts has an output with a row for each token."""
+    return spec.text is not None and bool(token_outputs(spec.outputs, text_axis(spec.text, spec.inputs)))
+
+
 def compare_texts(spec: DeploymentSpec, judges: list[EndpointComparison]) -> None:
     """Adds the checks to the judges."""
     encoder = text_encoder(spec)
     sent = PAIRS if spec.text and spec.text.pairs else TEXTS
     ids = [encoder.batch([row]) for row in encoder.encode(sent)]
     rows = np.array(sent, dtype=object).reshape(len(sent), -1)  # (texts, 1), or (pairs, 2)
-    starts = range(0, len(sent), spec.max_batch)
-    texts = [{TEXT: rows[start : start + spec.max_batch]} for start in starts]
+    size = 1 if answers_each_token(spec) else spec.max_batch  # such outputs are padded to the longest of a request
+    texts = [{TEXT: rows[start : start + size]} for start in range(0, len(sent), size)]
     for judge in judges:
         expected = judge.ask(AT, lambda predict: outputs_of_batches(predict, ids))
         if expected is not None:

@@ -35,8 +35,7 @@ from compute_slots import ComputeSlots
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from onnxruntime_session import cores, open_session
 
-_TEXT = ("text", "tokens")  # tensors that the model itself does not have
-_VOCABULARY = ("history", "exclude", "k", "skus", "titles", "unknown")
+_VOCABULARY = ("history", "exclude", "k", "skus", "titles", "unknown")  # tensors that the model itself does not have
 _USED = b"used_dltensor"  # module level, so that it stays alive: a capsule only points to its name
 _set_capsule_name = ctypes.pythonapi.PyCapsule_SetName
 _set_capsule_name.argtypes = [ctypes.py_object, ctypes.c_char_p]
@@ -59,7 +58,7 @@ class TritonPythonModel:
         if "vocabulary" in parameters:
             self.vocabulary = _vocabulary_requests(version, parameters["vocabulary"], config)
         self.sent = [tensor["name"] for tensor in config["input"]]
-        added = _TEXT if self.text else _VOCABULARY if self.vocabulary else ()
+        added = self.text.added if self.text else _VOCABULARY if self.vocabulary else ()
         self.inputs = [name for name in self.sent if name not in added]
         self.outputs = [tensor["name"] for tensor in config["output"] if tensor["name"] not in added]
         threads = int(parameters["threads"])
@@ -169,7 +168,7 @@ class TritonPythonModel:
             joined = {name: np.concatenate([feed[name] for feed in feeds]) for name in self.inputs}
         results = dict(zip(self.outputs, self._results(joined), strict=True))
         if self.text:
-            results["tokens"] = self.text.tokens_of(joined)
+            results.update(self.text.added_to(joined))
         return _split(results, [len(feed[self.inputs[0]]) for feed in feeds])
 
     def _text_responses(self, requests: list) -> list:
@@ -189,10 +188,9 @@ class TritonPythonModel:
     def _run_texts(self, groups: list[list]) -> list:
         """One response per group of texts or pairs, in order."""
         try:
-            values, tokens, ran = self.text.run([text for group in groups for text in group], self._results)
+            results, ran = self.text.run([text for group in groups for text in group], self.outputs, self._results)
             for (_, counter), count in zip((self.tokens, self.padded_tokens), ran, strict=True):
                 counter.increment(count)
-            results = {**dict(zip(self.outputs, values, strict=True)), "tokens": tokens}
             return _split(results, [len(group) for group in groups])
         except Exception as error:
             if len(groups) == 1:
@@ -302,14 +300,24 @@ def _counter(name: str, description: str, args: dict[str, str]) -> tuple:
     return family, family.Metric(labels={"model": args["model_name"], "version": args["model_version"]})
 
 
-def _split(results: dict[str, np.ndarray], sizes: list[int]) -> list:
-    """One response per request, from the results of their joined rows."""
+def _split(results: dict[str, Any], sizes: list[int]) -> list:
+    """One response per request, from the results of their joined rows: arrays, or lists of an array for each row."""
     responses, start = [], 0
     for size in sizes:
-        tensors = [_tensor(name, result[start : start + size]) for name, result in results.items()]
+        tensors = [_tensor(name, _stacked(result[start : start + size])) for name, result in results.items()]
         responses.append(pb_utils.InferenceResponse(tensors))
         start += size
     return responses
+
+
+def _stacked(rows: Any) -> np.ndarray:
+    """Rows as one array, with zeros after those that are shorter than the longest."""
+    if isinstance(rows, np.ndarray):
+        return rows
+    whole = np.zeros((len(rows), max(1, *map(len, rows)), *rows[0].shape[1:]), rows[0].dtype)
+    for place, row in enumerate(rows):
+        whole[place, : len(row)] = row
+    return whole
 
 
 def _refused(reason: str) -> object:

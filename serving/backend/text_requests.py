@@ -3,7 +3,8 @@
 Contract: the build copies this file beside the backend's model.py if deploy.toml has `[text]`, together with
 `deepseek/text_encoder.py`, `serving/backend/numpy1_stub.py` and the tokenizer. The parameter `text` of config.pbtxt
 holds the settings as JSON: `inputs` (by what they get), `max_tokens`, `min_tokens`, `max_bytes`, `batch_tokens`,
-`pairs` if a row is two texts, and `prompts`: a request may name one as its parameter `prompt_name`.
+`pairs` if a row is two texts, `token_outputs` with a row for each token, and `prompts`: a request may name one as its
+parameter `prompt_name`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from text_encoder import Text, TextEncoder
 
-INPUT, OUTPUT = "text", "tokens"
+INPUT = "text"
 
 
 class TextRequests:
@@ -26,6 +28,7 @@ class TextRequests:
         given = json.loads(settings)
         self._max_bytes, self._batch_tokens = given["max_bytes"], given["batch_tokens"]
         self._pairs, self._prompts = given["pairs"], given["prompts"]
+        self._token_outputs = given["token_outputs"]
         self._mask = given["inputs"].get("attention_mask")
         self._encoder = TextEncoder(
             os.path.join(folder, "tokenizer.json"),
@@ -34,6 +37,7 @@ class TextRequests:
             max_tokens=given["max_tokens"],
             min_tokens=given["min_tokens"],
             pairs=self._pairs,
+            offsets=bool(self._token_outputs),
         )
 
     def wrong_inputs(self, sent: Sequence[str], inputs: Sequence[str]) -> str:
@@ -71,27 +75,45 @@ class TextRequests:
         return self._prompts.get(name, "").encode()
 
     def run(
-        self, texts: Sequence[Text], outputs_of: Callable[[dict[str, np.ndarray]], list[np.ndarray]]
-    ) -> tuple[list[np.ndarray], np.ndarray, tuple[int, int]]:
-        """Outputs of all texts, their tokens before truncation (texts, 1), and how many ran, without and with padding.
+        self,
+        texts: Sequence[Text],
+        names: Sequence[str],
+        outputs_of: Callable[[dict[str, np.ndarray]], list[np.ndarray]],
+    ) -> tuple[dict[str, Any], tuple[int, int]]:
+        """Outputs of all texts by name, and how many tokens ran, without and with padding.
 
-        `outputs_of` runs one batch of the model's inputs.
+        `outputs_of` runs one batch of the model's inputs; its outputs have `names`. `tokens` (texts, 1) is added: those
+        of each text before truncation. An output with a row for each token is a list of one array a text. If there is
+        such an output, `offsets` (tokens, 2) are added too.
         """
         rows = self._encoder.encode(texts)
-        found: list[np.ndarray] = []
+        found: dict[str, Any] = {"tokens": np.array([[row.tokens] for row in rows], np.int32)}
+        if self._token_outputs:
+            found["offsets"] = [np.array(row.offsets, np.int32).reshape(-1, 2) for row in rows]
         padded = 0
         for places, inputs in self._encoder.parts(rows, self._batch_tokens):
-            outputs = outputs_of(inputs)
-            found = found or [np.empty((len(rows), *output.shape[1:]), output.dtype) for output in outputs]
-            for whole, output in zip(found, outputs, strict=True):
-                whole[places] = output
+            for name, output in zip(names, outputs_of(inputs), strict=True):
+                if name in self._token_outputs:
+                    whole = found.setdefault(name, [output[0]] * len(rows))
+                    for place, values in zip(places, output, strict=True):
+                        whole[place] = self._encoder.unpadded(values, rows[place])
+                    continue
+                if name not in found:
+                    found[name] = np.empty((len(rows), *output.shape[1:]), output.dtype)
+                found[name][places] = output
             padded += next(iter(inputs.values())).size
-        tokens = np.array([[row.tokens] for row in rows], np.int32)
-        return found, tokens, (sum(map(len, rows)), padded)
+        return found, (sum(map(len, rows)), padded)
 
-    def tokens_of(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """The tokens (batch, 1) of a batch that came as ids."""
-        if self._mask is not None:
-            return inputs[self._mask].sum(axis=1, keepdims=True, dtype=np.int32)
+    def added_to(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The added outputs of a batch that came as ids: `tokens` (batch, 1), and `offsets` of zeros."""
         rows, length = next(iter(inputs.values())).shape
-        return np.full((rows, 1), length, np.int32)
+        tokens = np.full((rows, 1), length, np.int32)
+        if self._mask is not None:
+            tokens = inputs[self._mask].sum(axis=1, keepdims=True, dtype=np.int32)
+        offsets = {"offsets": np.zeros((rows, length, 2), np.int32)} if self._token_outputs else {}
+        return {"tokens": tokens, **offsets}
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Tensors of the configuration that the model itself does not have."""
+        return (INPUT, "tokens", "offsets") if self._token_outputs else (INPUT, "tokens")
