@@ -105,6 +105,16 @@ def test_the_gateway_has_the_route_with_a_key(
         assert gateway.http("POST", "/rerank", body=b'"' + b"q" * models[0].body_bytes + b'"')[0] == 413
         counted = 'gateway_requests_total{protocol="http",api="openai",model="",status="200"}'
         wait_for(lambda: gateway.metrics().get(counted) == 2)
+        (tmp_path / "pairs.tsv").write_text("eggs\tmilk\n")
+        where = ("--model", "reranker", "--models", str(place / "models"), "--inputs", str(tmp_path / "pairs.tsv"))
+        access = ("--url", f"localhost:{gateway.port}", "--ca-cert", str(gateway.folder / "ca.crt"))
+        load = ("--route", "/rerank", "--rate", "20", "--duration-s", "1", "--warmup-s", "0", "--json")
+        key = {"DEEPSEEK_API_KEY": gateway.key, "DEEPSEEK_BUILD": str(place / "build")}
+        done = run_module("cli", "loadtest", *where, *access, *load, **key)
+        assert done.returncode in (0, 3), done.stderr  # 3: the machine was too busy to send in time
+        answered = json.loads(done.stdout)["answered"]
+        assert answered > 0
+        wait_for(lambda: gateway.metrics().get(counted) == 3 + answered)  # and the check before the load
     finally:
         gateway.stop()
 
