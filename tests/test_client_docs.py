@@ -18,31 +18,45 @@ from serving.embedded.launcher import EmbeddedServer
 from tests.failing_servers import Relay, make_certificate
 
 PAGE, README = Path("docs/client.md"), Path("client/README.md")
-MODEL = """
+MODEL = f"""
+import sys
+
 import numpy as np
 import triton_python_backend_utils as pb_utils
+
+sys.path.append({str(Path("serving/backend").resolve())!r})
+from numpy1_stub import fix_strings
+
+fix_strings(pb_utils)
+
 
 class TritonPythonModel:
     def execute(self, requests):
         answers = []
         for request in requests:
-            ids = np.from_dlpack(pb_utils.get_input_tensor_by_name(request, "item_ids"))
-            tensors = {"items": ids[:, :20].copy(), "scores": ids[:, :20].astype(np.float32)}
-            answers.append(pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack(n, a) for n, a in tensors.items()]))
+            sent = pb_utils.get_input_tensor_by_name(request, "item_ids")
+            ids = np.from_dlpack(sent) if sent else np.zeros((1, 50), np.int64)
+            tensors = {{"items": ids[:, :20].copy(), "scores": ids[:, :20].astype(np.float32)}}
+            made = [pb_utils.Tensor.from_dlpack(n, a) for n, a in tensors.items()]
+            named = pb_utils.get_input_tensor_by_name(request, "history")
+            made.append(pb_utils.Tensor("titles", named.as_numpy() if named else np.full((len(ids), 1), b"", object)))
+            answers.append(pb_utils.InferenceResponse(made))
         return answers
 """
 CONFIG = """
 backend: "python" max_batch_size: 8
-input { name: "item_ids" data_type: TYPE_INT64 dims: [50] }
+input { name: "item_ids" data_type: TYPE_INT64 dims: [50] optional: true }
+input { name: "history" data_type: TYPE_STRING dims: [-1] optional: true }
 output { name: "items" data_type: TYPE_INT64 dims: [20] }
 output { name: "scores" data_type: TYPE_FP32 dims: [20] }
+output { name: "titles" data_type: TYPE_STRING dims: [-1] }
 instance_group { kind: KIND_CPU count: 1 }
 """
 
 
 @pytest.fixture(scope="module")
 def recommender(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    """A model with the recommender's signature."""
+    """A model with the recommender's signature; the titles are the names that were sent."""
     folder = tmp_path_factory.mktemp("docs")
     version = folder / "repository" / "recommender" / "1"
     version.mkdir(parents=True)
@@ -90,7 +104,8 @@ def test_the_readmes_curl_is_answered(recommender: EmbeddedServer) -> None:
     (line,) = re.findall(r"^(curl -s localhost:8000/.*?\}')$", Path("README.md").read_text(), re.MULTILINE | re.DOTALL)
     line = line.replace("localhost:8000", recommender.http_url)
     run = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
-    assert [output["name"] for output in json.loads(run.stdout)["outputs"]] == ["items", "scores"]
+    (titles,) = json.loads(run.stdout)["outputs"]
+    assert (titles["name"], titles["data"]) == ("titles", ["50", "181", "172"])
 
 
 @pytest.mark.parametrize("kind", [InferenceClient, AsyncInferenceClient])
