@@ -341,10 +341,10 @@ def observed(stack: Stack) -> Observed:
     return Observed(port=int(ports["PROMETHEUS_PORT"]))
 
 
-def test_prometheus_finds_both_programs_and_alertmanager_and_every_rule_is_well(
+def test_prometheus_finds_all_programs_and_alertmanager_and_every_rule_is_well(
     stack: Stack, observed: Observed
 ) -> None:
-    wait_for(observed.targets, {"triton": "up", "gateway": "up"}.__eq__)
+    wait_for(observed.targets, {"triton": "up", "gateway": "up", "openai": "up"}.__eq__)
     wait_for(lambda: {rule["health"] for rule in observed.rules()}, {"ok"}.__eq__)
     wait_for(lambda: (observed.ask("alertmanagers") or {}).get("activeAlertmanagers"))
     wait_for(lambda: [rule["alerts"] for rule in observed.rules() if rule.get("alerts")], [].__eq__)

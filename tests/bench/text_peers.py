@@ -120,19 +120,9 @@ def infinity(bench: Bench, engine: str) -> Iterator[str]:
         with log.status("exporting the checkpoint for infinity-emb"):
             subprocess.run([python, "-c", EXPORT, model], check=True, capture_output=True)
     command = [python, "-m", "infinity_emb.cli", "v2", "--model-id", str(model), "--served-model-name", "minilm"]
+    command += ["--device", "cpu", "--engine", engine, "--no-model-warmup"]
     # Its default for "optimum" takes the first token's vector; this checkpoint needs the mean.
-    command += [
-        "--pooling-method",
-        "mean",
-        "--device",
-        "cpu",
-        "--engine",
-        engine,
-        "--no-model-warmup",
-        "--host",
-        "127.0.0.1",
-        "--port",
-    ]
+    command += ["--pooling-method", "mean", "--host", "127.0.0.1", "--port"]
     with _listening(bench, command, "infinity-emb", "health") as url:
         yield f"{url}/embeddings"
 
