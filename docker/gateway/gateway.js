@@ -292,8 +292,8 @@ function model(r) {
 }
 
 // Counts a request for `metrics`, once, when it is logged. Only models that answered become labels, so that callers cannot
-// invent any. Requests of bulk keys are not timed. Without an answer, only requests that timed out or were given up are timed: failures are counted by status,
-// and a caller may send slowly.
+// invent any. Requests of bulk keys are not timed. Without an answer, only requests that timed out or were given up are
+// timed: failures are counted by status, and a caller may send slowly.
 function observed(r) {
     const variables = r.variables;
     const grpc = variables.sent_http_grpc_status || variables.upstream_trailer_grpc_status || '';
