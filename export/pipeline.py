@@ -267,15 +267,8 @@ def _measure_batches(plan: Plan) -> Stage:
 
 def publish_stage(plan: Plan) -> Stage:
     """The stage that adds the next version to the repository."""
-    served = (
-        "batching",
-        "slo",
-        "onnxruntime",
-        "text",
-        "vocabulary",
-        "tensorrt.cuda_graphs",
-        "tensorrt.cuda_graph_batches",
-    )
+    graphs = ("tensorrt.cuda_graphs", "tensorrt.cuda_graph_batches")
+    served = ("batching", "slo", "onnxruntime", "text", "vocabulary", *graphs)
     text, vocabulary = plan.spec.text_for(plan.target), plan.spec.vocabulary_for(plan.target)
     strings = (("text_requests", "numpy1_stub") if text else ()) + (
         ("vocabulary_requests", "numpy1_stub") if vocabulary else ()

@@ -38,14 +38,10 @@ def test_a_config_is_frozen_and_takes_no_positional_arguments() -> None:
     [
         ({"num_attention_heads": 12}, "hidden_size 1024 is not divisible by num_attention_heads 12; .* 1, 2, 4, 8"),
         ({"num_layers": -1}, "num_layers: seen -1; allowed: greater than or equal to 1"),
-        ({"num_layers": "12"}, "num_layers: seen '12'; allowed: a whole number"),
         ({"num_layers": True}, "num_layers: seen True; allowed: a whole number"),
-        ({"hidden_size": 1024.0}, "hidden_size: seen 1024.0; allowed: a whole number"),
         ({"ffn_dropout": 1.0}, "ffn_dropout: seen 1.0; allowed: less than 1"),
-        ({"attention_dropout": float("nan")}, "attention_dropout: seen nan"),
         ({"activation": "tanh"}, "activation: seen 'tanh'; allowed: 'gelu', 'relu' or 'silu'"),
         ({"padding_id": 32_000}, "padding_id: seen 32000; allowed: 0 to 31999"),
-        ({"causal": 1}, "causal: seen 1; allowed: True or False"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -75,18 +71,11 @@ def test_a_size_within_the_advice_does_not_warn() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"max_epochs": 0}, "max_epochs: seen 0"),
-        ({"learning_rate": 0}, "learning_rate: seen 0; allowed: greater than 0"),
         ({"learning_rate": float("inf")}, "learning_rate: seen inf"),
         ({"betas": (0.9, 1.0)}, "betas: seen 1.0"),
         ({"betas": 0.9}, "betas: seen 0.9; allowed: a tuple"),
-        ({"warmup_fraction": 1.5}, "warmup_fraction: seen 1.5"),
-        ({"seed": -1}, "seed: seen -1"),
-        ({"ema_decay": 1}, "ema_decay: seen 1; allowed: less than 1"),
         ({"batch_size": "most"}, "batch_size: seen 'most'; allowed: a whole number or 'auto'"),
-        ({"clip_norm": 0}, "clip_norm: seen 0"),
         ({"explosion_factor": 1}, "explosion_factor: seen 1; allowed: greater than 1"),
-        ({"parallel": "tensor"}, "parallel: seen 'tensor'; allowed: 'data', 'sharded' or 'pipeline'"),
         ({"epochs": 3}, "TrainingConfig: epochs: unknown"),
         ({"mixed_precision": "fp8"}, "mixed_precision: seen 'fp8'; allowed: 'auto', 'no', 'fp16' or 'bf16'"),
     ],

@@ -109,11 +109,6 @@ def test_a_step_over_its_limit_is_ended_with_its_children(tmp_path: Path) -> Non
     wait_for(lambda: ended(int(found.last_lines[0])))
 
 
-def test_a_command_that_is_not_there_is_a_failed_step(tmp_path: Path) -> None:
-    found = run(Step(name="no", command=("/nosuch",), limit_s=1), tmp_path / "log", {})
-    assert (found.outcome, found.reason) == ("failed", "/nosuch cannot be started: No such file or directory")
-
-
 def test_every_need_is_a_fact_of_the_machine_or_an_earlier_step() -> None:
     known = set(missing(Machine(ram_bytes=1)))
     for step in steps(WHERE, ["recommender", "minilm"]):

@@ -156,10 +156,6 @@ def test_a_token_classifier_answers_for_each_token_of_a_text(
             assert not logits[place, len(expected) :].any()
 
 
-def test_a_model_of_every_task_takes_texts(checkpoints: tuple[Path, dict[str, Any]]) -> None:
-    assert all(DeploymentSpec.of_model(task, checkpoints[0] / "models").text for task in HEADS)
-
-
 def test_the_prompts_of_an_encoder_are_kept(tmp_path: Path) -> None:
     prompts = {"query": 'Find $name\n"it": \x7f\U0001f600 ', "a b": ""}
     for task, default in (("encoder", "query"), ("encoder", None), ("classifier", None)):
@@ -249,14 +245,6 @@ def test_an_embedding_is_pooled_as_the_checkpoint_says(
         (found,) = ModelFolder("some", tmp_path / "models").load()(ids, mask)
         vectors = module(ids[:, :4], mask[:, :4]).last_hidden_state[0]
     torch.testing.assert_close(found[0], expected(vectors), atol=1e-5, rtol=0)
-
-
-def test_the_longest_text_fits_the_positions_of_roberta(checkpoints: tuple[Path, dict[str, Any]]) -> None:
-    model = ModelFolder("token-classifier", checkpoints[0] / "models").load()
-    with torch.inference_mode():
-        model(torch.full((1, 64), 5), torch.ones(1, 64, dtype=torch.int64))
-        with pytest.raises((IndexError, RuntimeError)):
-            model(torch.full((1, 65), 5), torch.ones(1, 65, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(

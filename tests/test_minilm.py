@@ -137,12 +137,6 @@ def test_each_query_has_one_target_and_does_not_quote_it(build: Path) -> None:
     assert sum(target.startswith(query) for query, target in zip(queries, targets, strict=True)) < model.SEARCHES / 20
 
 
-def test_graded_pairs_cover_the_whole_scale_without_duplicates() -> None:
-    pairs = data.graded_pairs()
-    assert [sum(pair.grade == grade for pair in pairs) for grade in range(6)] == [18] * 6
-    assert len({text for pair in pairs for text in (pair.first, pair.second)}) == 2 * len(pairs)
-
-
 def test_spearman_with_ties_equals_a_known_case() -> None:
     assert model.spearman(np.array([1, 2, 3, 4, 5]), np.array([5, 6, 7, 8, 7])) == pytest.approx(0.820783, abs=1e-6)
     assert model.spearman(np.arange(9), -np.arange(9.0)) == pytest.approx(-1)

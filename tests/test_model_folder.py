@@ -70,11 +70,14 @@ def test_a_torchscript_module_is_refused(tmp_path: Path) -> None:
         ("\ndef samples(split):\n    yield {'x': [[0.5] * 8]}\n", "seen list; deploy.toml says a numpy array of float32"),
         ("\ndef samples(split):\n    yield {'x': torch.zeros(1, 8)}\n", "seen Tensor; deploy.toml says a numpy array"),
         ("\ndef samples(split):\n    return {'x': np.zeros((1, 8))}\n", r"seen str; a dict of \['x'\] is needed"),
+        ("\ndef samples(split):\n    return []\n", "is empty; evaluation needs real inputs"),
+        ("\ndef samples(split):\n    yield {'x': np.zeros(8, np.float32)}\n", r"shape \(8,\); deploy.toml says"),
+        ("\ndef samples(split):\n    yield {'x': np.zeros((1, 7), np.float32)}\n", r"shape \(1, 7\); deploy.toml says \['batch', 8\]"),
         ("\ndef samples(split):\n    pass\n", "TypeError: 'NoneType' object is not iterable"),
         ("\ndef samples():\n    return []\n", "TypeError: samples.. takes 0 positional arguments"),
         ("\ndef samples(split):\n    raise OSError('disk full')\n    yield\n", r"model.py:23: samples\('evaluation'\): OSError: disk full"),
     ],
-    ids=["list", "tensor", "dict", "None", "no split", "raises"],
+    ids=["list", "tensor", "dict", "no rows", "no batch dimension", "size", "None", "no split", "raises"],
 )  # fmt: skip
 def test_samples_of_the_wrong_type_are_one_error_line(tmp_path: Path, code: str, message: str) -> None:
     with pytest.raises(InputError, match=message):

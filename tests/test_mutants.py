@@ -80,15 +80,6 @@ def test_the_share_excludes_equivalent_mutants(
     assert (tree / "core.py").read_text().endswith("return a\n")
 
 
-def test_a_small_sample_is_judged_over_all_modules(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tree / "more.py").write_text("def more(a):\n    return a + 1 - 2 + 3 - 4\n")
-    (tree / "tests" / "test_more.py").write_text("import more\n\ndef test_it():\n    assert more.more(2) == 0\n")
-    more = (("more.py",), ("tests/test_more.py",))
-    monkeypatch.setattr(probe, "MODULES", {**probe.MODULES, "more": more})
-    monkeypatch.setattr(sys, "argv", ["mutants", "--count", "20"])
-    assert probe.main() == 0
-
-
 def test_tests_that_fail_without_a_mutant_are_one_line(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tree / "tests" / "test_core.py").write_text("def test_it():\n    assert False\n")
     monkeypatch.setattr(sys, "argv", ["mutants"])

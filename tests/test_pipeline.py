@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 
+from deepseek.spec import Target
 from deepseek.spec.cpu import Cpu
+from deepseek.spec.files.measured_batches import batches_path
 from export import build, cache, clean, digests, pipeline, plan
 from export.artifact import refuse
 from export.pipeline import Stage
@@ -111,7 +113,10 @@ def test_each_file_of_a_folder_of_data_counts(engine: Run, tiny: Path) -> None:
     assert engine(data=str(logs))[0] == "train"
 
 
-def edit(name: str, text: str) -> Callable[[Path, pytest.MonkeyPatch], None]:
+Change = Callable[[Path, pytest.MonkeyPatch], object]
+
+
+def edit(name: str, text: str) -> Change:
     """Adds text to a file below the test's folder."""
 
     def change(folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -121,34 +126,27 @@ def edit(name: str, text: str) -> Callable[[Path, pytest.MonkeyPatch], None]:
     return change
 
 
-def source(name: str) -> Callable[[Path, pytest.MonkeyPatch], None]:
+def source(name: str) -> Change:
     """Changes the digest of a file of this repository."""
+    of, path = digests.RememberedDigests.of, Path(name).resolve()
 
-    def change(folder: Path, patch: pytest.MonkeyPatch) -> None:
-        of, path = digests.RememberedDigests.of, Path(name).resolve()
-        patch.setattr(
-            digests.RememberedDigests, "of", lambda self, file: "edited" if file.resolve() == path else of(self, file)
-        )
+    def edited(remembered: digests.RememberedDigests, file: Path) -> str | None:
+        return "edited" if file.resolve() == path else of(remembered, file)
 
-    return change
+    return lambda folder, patch: patch.setattr(digests.RememberedDigests, "of", edited)
 
 
-def version(name: str) -> Callable[[Path, pytest.MonkeyPatch], None]:
+def version(name: str) -> Change:
     """Changes the version of an installed package."""
-
-    def change(folder: Path, patch: pytest.MonkeyPatch) -> None:
-        of = importlib.metadata.version
-        patch.setattr(importlib.metadata, "version", lambda each: "0.0.1" if each == name else of(each))
-
-    return change
+    of = INSTALLED["version"]
+    return lambda folder, patch: patch.setattr(
+        importlib.metadata, "version", lambda each: "0.0.1" if each == name else of(each)
+    )
 
 
-def another_cpu(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(pipeline, "cpu", lambda: "arm64 sve")
-
-
-def fewer_cores(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(pipeline, "this_cpu", lambda: Cpu(model="EPYC", cores=1))
+def machine(name: str, value: object) -> Change:
+    """Changes what the pipeline sees of this machine."""
+    return lambda folder, patch: patch.setattr(pipeline, name, lambda: value)
 
 
 SERVED = ["publish", "stack"]
@@ -169,8 +167,8 @@ ALL = ["train", "to_onnx", *GRAPHS, *CHOSEN]
         (edit("models/tiny/tuned.toml", "[targets.onnxruntime.batching]\nmax_batch = 2\n"), MEASURED),
         (edit("models/tiny/deploy.toml", "[batching]\nthreads = 3\n"), CHOSEN),
         (edit("models/tiny/deploy.toml", "[batching]\npreferred_batch = 2\n"), SERVED),
-        (another_cpu, CHOSEN),
-        (fewer_cores, MEASURED),
+        (machine("cpu", "arm64 sve"), CHOSEN),
+        (machine("this_cpu", Cpu(model="EPYC", cores=1)), MEASURED),
         (edit("models/tiny/notes.txt", "new"), ALL),
         (edit("models/tiny/requirements.txt", "pytest\n"), ALL),
         (edit("models/tiny/.git", "hidden"), []),
@@ -184,13 +182,11 @@ ALL = ["train", "to_onnx", *GRAPHS, *CHOSEN]
         (source("serving/stack/stack.py"), ["stack"]),
         (source("deepseek/spec/files/manifest.py"), ["to_onnx", *GRAPHS, *CHOSEN]),
         (version("onnxslim"), [*GRAPHS, *CHOSEN]),
-        (version("onnx-graphsurgeon"), [*GRAPHS, *CHOSEN]),
-        (version("onnxconverter-common"), [*GRAPHS, *CHOSEN]),
         (version("torch"), ALL),
     ],
 )
 def test_a_change_rebuilds_only_what_depends_on_it(
-    engine: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., None], ran: list[str]
+    engine: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch, change: Change, ran: list[str]
 ) -> None:
     engine()
     change(tiny, monkeypatch)
@@ -214,12 +210,11 @@ def test_the_version_of_a_required_package_is_an_input_even_if_it_is_not_importe
 
 @pytest.mark.parametrize(("stage", "parts"), [("quantize int8", ["calibrate int8"]), (SELECT, ["accuracy fp16"])])
 def test_changing_the_accuracy_budget_neither_recalibrates_nor_remeasures(
-    engine: Run, tiny: Path, stage: str, parts: list[str]
+    engine: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch, stage: str, parts: list[str]
 ) -> None:
     engine()
     before = keys(tiny, stage)
-    with (tiny / "models" / "tiny" / "deploy.toml").open("a") as file:
-        file.write("[precision]\nmax_drop = 0.02\n")
+    edit("models/tiny/deploy.toml", "[precision]\nmax_drop = 0.02\n")(tiny, monkeypatch)
     after = keys(tiny, stage)
     assert [after[part] for part in parts] == [before[part] for part in parts]
     assert after[""] != before[""]
@@ -264,8 +259,7 @@ def test_an_engine_is_recompiled_if_the_workspace_or_tensorrt_changes(
     rtx = {"target": "tensorrt_rtx", "precision": "fp16"}
     compiled = ["to_tensorrt fp16", "to_tensorrt fp32", "select_precision tensorrt_rtx"]
     assert engine(**rtx) == ["train", "to_onnx", "quantize fp16", *compiled]
-    with (tiny / "models" / "tiny" / "deploy.toml").open("a") as file:
-        file.write("[tensorrt]\nworkspace_mib = 64\n")
+    edit("models/tiny/deploy.toml", "[tensorrt]\nworkspace_mib = 64\n")(tiny, monkeypatch)
     assert engine(**rtx) == compiled
     version("tensorrt-rtx")(tiny, monkeypatch)
     assert engine(**rtx) == compiled
@@ -280,16 +274,10 @@ def test_explain_names_the_input_and_builds_nothing(
     options = options_of(tiny)
     options.explain = True
     build.main(options)
-    assert capsys.readouterr().out.splitlines()[:5] == [
-        f"{name:<28} {told}"
-        for name, told in {
-            "train": "up to date",
-            "to_onnx": "up to date",
-            "quantize fp16": "up to date",
-            "quantize int8": "rebuild: deploy.toml precision.max_drop changed from 0.01 to 0.02",
-            SELECT: "rebuild: quantize int8 is rebuilt",
-        }.items()
-    ]
+    said = capsys.readouterr().out.splitlines()[:5]
+    assert said[:3] == [f"{name:<28} up to date" for name in ("train", "to_onnx", "quantize fp16")]
+    assert said[3] == f"{'quantize int8':<28} rebuild: deploy.toml precision.max_drop changed from 0.01 to 0.02"
+    assert said[4] == f"{SELECT:<28} rebuild: quantize int8 is rebuilt"
     assert engine() == ["quantize int8", *CHOSEN]
 
 
@@ -301,9 +289,13 @@ def test_explain_reports_what_comes_from_the_cache(tiny: Path, capsys: pytest.Ca
     (files / train.writes[0].name).write_text("weights")
     cache.store(builder.keys(train)[""], files)
     builder.inputs.foreseen[train.writes[0]] = cache.sha256(files / train.writes[0].name)
-    (files / "model.onnx").write_text("graph")
+    for name in ("model.onnx", "model.onnx.data", "other.json"):
+        (files / name).write_text(name)
     cache.store(builder.keys(to_onnx)[""], files)
-    build.Builder(builder.plan).explain([train, to_onnx])
+    explained = build.Builder(builder.plan)
+    explained.explain([train, to_onnx])
+    graphs = {path.name for path in explained.inputs.foreseen if path.parent == to_onnx.writes[-1].parent}
+    assert graphs == {"model.onnx", "model.onnx.data"}  # and no other file of the entry
     told = [line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines()]
     missing = "from the cache: tiny/weights-digest.json is missing"
     assert told == [missing, "from the cache: train is rebuilt"]
@@ -407,26 +399,18 @@ def test_a_failed_stage_ends_the_build_with_its_exit_code(
     assert caught.value.code == expected
 
 
-def test_the_command_names_what_is_ready(engine: Run, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for target, ready in (
-        ("onnxruntime", "repository/tiny/config.pbtxt"),
-        ("tensorrt_rtx", "choice-tensorrt_rtx.json"),
-    ):
-        build.main(options_of(tiny, target=target))
-        line = capsys.readouterr().out.splitlines()[-1]
-        assert line.endswith("is up to date")
-        assert ready in line
-
-
 def test_stages_that_run_the_model_depend_on_its_code_and_only_gpu_stages_on_the_gpu(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "gpu", lambda: "H100")
     seen = {}
-    for target in ("onnxruntime", "torchscript"):
+    targets: tuple[Target, ...] = ("onnxruntime", "torchscript")
+    for target in targets:
         builder = build.Builder(plan.plan_of(options_of(tiny, target=target)))
         for stage in build.stages_of(builder.plan):
             seen[stage.name] = builder.inputs.of(stage)
+        measured = batches_path("tiny", target) in build.publish_stage(builder.plan).reads
+        assert measured is (target == "onnxruntime")
     with_model = {name for name, inputs in seen.items() if "models/tiny/model.py" in inputs}
     assert {"train", "to_onnx", "to_torchscript", SELECT, "select_precision torchscript"} <= with_model
     assert "quantize fp16" not in with_model

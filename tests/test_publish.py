@@ -144,17 +144,18 @@ def test_across_mounts_of_one_disk_a_version_is_copied_beside_its_destination_fi
 def test_a_failed_rename_reports_the_reason(
     code: int, error: type[Exception], message: str, build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rename = os.rename
+    rename, tried = os.rename, list[int]()
 
     def fails(source: Path, destination: Path) -> None:
         if Path(destination) == tmp_path / "image":
+            tried.append(code)
             raise OSError(code, "no such luck")
         rename(source, destination)
 
     monkeypatch.setattr(os, "rename", fails)
     with pytest.raises(error, match=message):
         publish_version(IMAGE, "fp32", "onnxruntime", tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert (list(tmp_path.iterdir()), tried) == ([], [code])
 
 
 def test_a_version_is_staged_on_the_disk_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

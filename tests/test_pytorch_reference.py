@@ -131,19 +131,3 @@ def test_a_metric_near_chance_is_accepted_with_a_note(
     assert (
         "or more if rows get the outputs of other rows: the model is no better than chance"
     ) in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ("\ndef samples(split):\n    return []\n", "is empty; evaluation needs real inputs"),
-        ("\ndef samples(split):\n    yield {'x': np.zeros(8, np.float32)}\n", r"shape \(8,\); deploy.toml says"),
-        ("\ndef samples(split):\n    yield {'x': np.zeros((1, 8))}\n", "seen float64; deploy.toml says a numpy array of float32"),
-        ("\ndef samples(split):\n    yield {'z': np.zeros((1, 8))}\n", r"seen \['z'\]; a dict of \['x'\]"),
-        ("\ndef samples(split):\n    yield {'x': np.zeros((1, 7), np.float32)}\n", r"shape \(1, 7\); deploy.toml says \['batch', 8\]"),
-    ],
-    ids=["none", "no batch dimension", "dtype", "name", "size"],
-)  # fmt: skip
-def test_samples_that_do_not_fit_the_signature_are_one_line(tmp_path: Path, code: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        export_model(tiny(tmp_path, code=code))

@@ -137,15 +137,6 @@ def test_only_items_seen_at_the_same_moment_are_shuffled() -> None:
     assert seen == {(5, 6, 7, 8), (5, 7, 6, 8)}
 
 
-def test_an_epoch_repeats_a_small_log() -> None:
-    assert len(recipe.Windows(interactions([7, 8], [7, 8], [7, 8]), seed=0, at_least=64)) == 66
-
-
-def test_movielens_is_trained_in_batches_of_64() -> None:
-    for config in (recipe.training_config(0, 1682), recipe.finetuning_config(1682)):
-        assert (config.batch_size, config.accumulation_steps) == (64, 1)
-
-
 @pytest.mark.parametrize("limit", [200_000_000, 60_000_000, 36_000_000], ids=["64", "fewer", "few"])
 def test_a_step_of_a_large_catalogue_stays_within_half_of_the_memory(
     limit: int, monkeypatch: pytest.MonkeyPatch
@@ -216,13 +207,6 @@ def test_a_row_without_known_items_gets_the_popular_ones(nothing: int, recommend
     items, scores = recommender(torch.full((1, HISTORY), nothing))
     assert bool(scores.isfinite().all())
     assert items[0].tolist() == list(range(ITEMS, ITEMS - TOP, -1))
-
-
-def test_a_row_does_not_depend_on_other_rows_of_its_batch(recommender: Recommender, row: Tensor) -> None:
-    batch = torch.cat([torch.zeros_like(row), row, row.flip(1)])
-    alone, together = recommender(row), recommender(batch)
-    assert alone[0][0].tolist() == together[0][1].tolist()
-    torch.testing.assert_close(alone[1][0], together[1][1])
 
 
 def test_recommendations_in_fp16_contain_no_items_of_the_input(recommender: Recommender, row: Tensor) -> None:

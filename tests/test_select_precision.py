@@ -25,7 +25,6 @@ from export.precision import accuracy_budget
 from export.precision.accuracy_budget import measured
 from export.rows import load_rows, save_rows
 from export.runtimes import variants
-from export.runtimes.pytorch_reference import weights_digest
 from export.stages import select_precision
 from export.stages.select_precision import add_speed, choose, show
 from tests.conftest import run_module
@@ -206,16 +205,6 @@ def test_only_8_bits_have_a_sensitivity_report_and_only_if_needed(text: Path, mo
     assert found == [None, {"layers": [], "high": "fp32"}]
 
 
-def test_the_reference_is_identified_by_its_weights() -> None:
-    import torch
-
-    module = torch.nn.Linear(2, 2)
-    before = weights_digest(module)
-    assert before == weights_digest(module)
-    torch.nn.init.zeros_(module.weight)
-    assert weights_digest(module) not in (before, None)
-
-
 def test_accuracy_is_measured_once_per_key_and_always_without_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,70 +216,51 @@ def test_accuracy_is_measured_once_per_key_and_always_without_one(
     assert found == [0, 0, 1, 0, 2, 3]
 
 
-def test_the_table_has_a_row_per_precision_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def table(capsys: pytest.CaptureFixture[str], own: dict[str, Any], **changed: Any) -> list[str]:
+    """The printed lines of a choice between fp32 and int8, which have the same numbers."""
     numbers = {"worst_error": 0.25, "cosine": 0.5, "top_agreement": 0.75}
-    own: dict[str, Any] = {
+    own = {
         "metrics": {"ndcg": 0.4},
-        "parity": {"y": numbers, "ids": {"common": 1.0, "top_agreement": 1.0}},
-        "judgement": dataclasses.asdict(judged_by_number({"x": 0.01})["x"]),
-        "rows": {"drop": None, "metric": None, "parity": 64},
+        "parity": {"y": numbers},
+        "speedup": 2,
+        "rows_per_s": 50,
+        "size_bytes": 2048,
+        **own,
     }
-    rows = {
-        name: {**own, "drop": 0.01, "speedup": 2, "rows_per_s": 50, "size_bytes": 2048, "reason": f"{name} it is"}
-        for name in ("fp32", "int8")
-    }
+    fixed = {"model": "m", "target": "onnxruntime", "rows": 64, "max_drop": 0.02, "chosen": "int8", "metric": "ndcg"}
+    rest = {"warning": "", "refused": {}, "sensitivity": {}, "int8_dot_products": True}
+    pytorch = {"metrics": {"ndcg": 0.5}, "rows_per_s": 100}
+    variants = {name: {**own, "reason": f"{name} it is"} for name in ("fp32", "int8")}
+    show({**fixed, **rest, "pytorch": pytorch, "variants": variants, **changed})
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_table_has_a_row_per_precision_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    judgement = dataclasses.asdict(judged_by_number({"x": 0.01})["x"])
+    own = {"judgement": judgement, "rows": {"drop": None, "metric": None, "parity": 64}, "drop": 0.01}
     layer = {"name": "fc1", "operator": "Gemm", "share": 0.9, "high": True}
     report = {"max_drop": 0.02, "drop": 0.01, "held": True, "high": "fp16", "layers": [layer]}
-    fixed = {"model": "m", "target": "onnxruntime", "rows": 64, "max_drop": 0.02, "chosen": "int8", "variants": rows}
     slow = "int8 gains less on this CPU (2.00 times fp32): it has no 8-bit dot products (VNNI, AMX)"
-    pytorch = {"metrics": {"ndcg": 0.5}, "rows_per_s": 100}
     found = {"warning": "too few", "refused": {"fp8": "no"}, "sensitivity": {"int8": report}}
-    show(fixed | found | {"metric": "ndcg", "pytorch": pytorch, "int8_dot_products": False})
-    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    said = table(capsys, own, **found, int8_dot_products=False)
     assert said[0] == "m on onnxruntime: 64 evaluation rows, budget 2.00%"
-    assert "PyTorch fp32 0.5000 2.00x" in said
-    assert "int8 0.4000 +1.00% 0.25 0.50000 75.0% 2.00x 2.0 KiB" in said
     for line in (slow, "warning: too few", "int8 int8 it is", "fp8 could not be made: no", "fc1 Gemm 90.0% fp16"):
         assert line in said
-    other = {"warning": "", "refused": {}, "sensitivity": {}, "int8_dot_products": True}
-    show(fixed | {"metric": "similarity", "pytorch": pytorch, **other})
-    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "PyTorch fp32 1 2.00x" in said
-    assert "int8 0.9900 +1.00% 0.25 0.50000 75.0% 2.00x 2.0 KiB" in said
+    assert {"PyTorch fp32 0.5000 2.00x", "int8 0.4000 +1.00% 0.25 0.50000 75.0% 2.00x 2.0 KiB"} <= {*said}
+    said = table(capsys, own, metric="similarity")
+    assert {"PyTorch fp32 1 2.00x", "int8 0.9900 +1.00% 0.25 0.50000 75.0% 2.00x 2.0 KiB"} <= {*said}
     assert not [line for line in said if "warning" in line or line == slow]
 
 
 def test_each_number_of_the_table_says_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
     """Layers of int8 were chosen on some rows, so its drop is of the others."""
-    numbers = {"worst_error": 0.25, "cosine": 0.5, "top_agreement": 0.75}
-    paired = PairedRows.of([1.0] * 40, [1.0] * 40)
-    judged = judge_drop(0.0, paired, max_drop=0.01, candidates=2)
-    own: dict[str, Any] = {
-        "metrics": {"ndcg": 0.4},
-        "drop": 0.0,
-        "parity": {"y": numbers},
-        "judgement": dataclasses.asdict(judged),
-        "rows": {"drop": 40, "chosen_on": 50, "metric": 90, "parity": 90},
-        "reason": "it is",
-        **{"speedup": 2, "rows_per_s": 50, "size_bytes": 2048},
-    }
-    fixed = {"model": "m", "target": "onnxruntime", "rows": 90, "max_drop": 0.01, "chosen": "int8", "warning": ""}
-    fixed["int8_dot_products"] = None  # of a GPU, for example
-    rest = {"metric": "ndcg", "refused": {}, "sensitivity": {}, "pytorch": {"metrics": {"ndcg": 0.5}, "rows_per_s": 1}}
-    show({**fixed, **rest, "variants": {"fp32": own, "int8": own}})
-    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    judged = by_rows(40, 0)
+    rows = {"drop": 40, "chosen_on": 50, "metric": 90, "parity": 90}
+    own = {"judgement": dataclasses.asdict(judged), "rows": rows, "drop": 0.0}
+    said = table(capsys, own, int8_dot_products=None)  # None: of a GPU, for example
     assert f"int8 0.4000 +0.00% {judged.low:+.2%} to {judged.high:+.2%} 40 0.25 0.50000 75.0% 2.00x 2.0 KiB" in said
-    assert "interval: bounds of the drop, each at 97.50%; rows: those of drop and interval" in said
+    assert "interval: bounds of the drop, each at 95.00%; rows: those of drop and interval" in said
     assert "int8: layers were chosen on other rows; drop from 40 rows, ndcg from all 90" in said
-
-
-def test_the_choice_and_each_manifest_have_the_accuracy(built: Path) -> None:
-    choice = json.loads((built / "build" / "text" / "choice-onnxruntime.json").read_text())
-    assert choice["chosen"] in choice["variants"]
-    assert choice["metric"] == "self_retrieval"
-    for precision in ("fp32", "fp16", "int8"):
-        manifest = json.loads((built / "build" / "text" / precision / "manifest.json").read_text())
-        assert manifest["accuracy"]["metrics"] == choice["variants"][precision]["metrics"]
 
 
 @pytest.fixture
@@ -344,15 +314,6 @@ def test_a_metric_row_by_row_has_an_interval_in_the_table_the_choice_and_the_man
     assert np.mean(values_of(told["values"])) == pytest.approx(found["metrics"]["self_retrieval"])
 
 
-def test_rows_that_depend_on_predict_end_the_command_with_one_line(text: Path) -> None:
-    model = text / "models" / "text" / "model.py"
-    code = model.read_text().replace(BY_ROW[0], '{"self_retrieval": CALLS.append(1) or np.ones(len(CALLS))}')
-    model.write_text(code + "\n\nCALLS = []\n")
-    run = stage(text, "select_precision", "--precision", "fp32")
-    assert (run.returncode, len(run.stderr.splitlines())) == (2, 1), run.stderr
-    assert "which rows have a value must not depend on predict" in run.stderr
-
-
 def test_with_a_fake_of_a_gpu_the_speed_is_that_of_the_runs_and_copies_and_clocks_are_apart(
     text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -376,14 +337,6 @@ def test_with_a_fake_of_a_gpu_the_speed_is_that_of_the_runs_and_copies_and_clock
     copies = ", ".join(f"{name} 3.000 ms" for name in result["variants"])
     assert f"copies to and from the GPU, not part of the speed: {copies}" in printed
     assert "GPU clocks: SM 1410 MHz of 1980 MHz; after timing: SM 1410 MHz of 1980 MHz" in printed
-
-
-def test_an_unbuilt_precision_is_an_input_error_that_says_how_to_build_it(text: Path) -> None:
-    shutil.rmtree(text / "build" / "text" / "int8")
-    for flags in (("--precision", "int8"), ()):
-        run = stage(text, "select_precision", *flags)
-        assert run.returncode == 2
-        assert "int8/model.onnx: no such file; make it with: make engine " in run.stderr
 
 
 def test_a_missing_execution_provider_is_an_error_only_if_it_would_serve(text: Path) -> None:

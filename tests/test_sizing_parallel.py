@@ -70,13 +70,6 @@ def test_no_layout_takes_less_than_its_share_of_the_state(precision: Any, mixed:
                     assert layout.memory_bytes >= memory.state_bytes / layout.devices, layout
 
 
-def test_a_model_that_fits_on_one_device_stays_there() -> None:
-    chosen = choose(training_layouts(presets()["bert-base"], TrainingSetup(batch=8, length=128), A100))
-    assert chosen is not None
-    assert (chosen.devices, chosen.sent_bytes) == (1, 0)
-    assert "fits on one device" in chosen.reason
-
-
 def test_data_parallel_saves_no_memory_and_sharding_does() -> None:
     size = TransformerSize(
         config=config(num_layers=48, hidden_size=4096, num_attention_heads=32, intermediate_size=16_384)

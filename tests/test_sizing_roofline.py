@@ -11,7 +11,6 @@ from deepseek.sizing import InferenceSetup, inference_memory, predict, presets
 from deepseek.sizing.devices import Device, read_devices
 from deepseek.sizing.model.counting import flops
 from deepseek.sizing.roofline import CONSTANTS, predict_decode
-from deepseek.spec import InputError
 from tests.bench.published import figures, fit, summary
 
 DEVICES = read_devices(Path("deepseek/devices.toml"))
@@ -77,11 +76,6 @@ def test_8_bit_predictions_read_cached_keys_and_values_in_the_width_of_the_plan(
         )
         read_s = inference_memory(model, setup).cache_bytes / (device.bandwidth_gb_s * 1e9)
         assert many - few > 0.9 * read_s
-
-
-def test_a_type_without_units_on_a_device_is_a_one_line_error() -> None:
-    with pytest.raises(InputError, match="V100 SXM2 16 GB has no rate for int8; it has fp16, fp32"):
-        predict(presets()["bert-base"], DEVICES["v100-16"], precision="int8", batch=1)
 
 
 def test_a_cpu_takes_time_for_operations_that_an_engine_fuses() -> None:

@@ -341,15 +341,6 @@ def test_the_error_for_a_model_that_loses_digits_names_the_key_that_allows_it(tm
     assert len(export_model(ModelFolder("tiny", tmp_path))["checks"]) == 3
 
 
-def test_files_beside_model_py_can_be_imported(tmp_path: Path) -> None:
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "words.py").write_text("WORDS = 3\n")
-    (tmp_path / "tiny" / "deploy.toml").write_text(TOML)
-    code = "from . import words\nfrom models.tiny.words import WORDS\n"
-    (tmp_path / "tiny" / "model.py").write_text(code + MODEL.format(body="return x", rows=1))
-    assert ModelFolder("tiny", tmp_path).spec.name == "tiny"
-
-
 def test_nan_counts_as_an_infinite_error_unless_pytorch_gives_it_too() -> None:
     clean, broken = np.ones(3, np.float32), np.array([1, np.nan, 1], np.float32)
     assert error_of(broken, clean) == float("inf")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,9 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from cli.main import values_of
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, Precision, TensorrtSpec
-from export.artifact import refusal
 from export.runtimes.tensorrt_engine import _builder_config, applied, engine_from_onnx, prove, tensorrt_module
 from export.runtimes.tensorrt_predictor import tensorrt_predictor
 from export.stages import to_tensorrt
@@ -149,15 +145,6 @@ def test_a_candidate_that_cannot_be_built_is_recorded_and_the_build_continues(ty
     assert "UNSUPPORTED_NODE" in (tmp_path / "image" / "fp16" / "tensorrt_rtx" / "refused.txt").read_text()
 
 
-def test_a_candidate_whose_build_crashes_is_recorded(build: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    path = tmp_path / "image" / "fp16" / "tensorrt_rtx" / "model.plan"
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
-    monkeypatch.setattr(to_tensorrt, "build_engine", lambda *_: os.kill(os.getpid(), signal.SIGSEGV))
-    flags = ("--models", "tests/models", "--model", "image", "--precision", "fp16", "--target", "tensorrt_rtx")
-    to_tensorrt.main(values_of("to-tensorrt", *flags, "--candidate"))
-    assert refusal(path) == "building the fp16 engine crashed (SIGSEGV)"
-
-
 def test_axes_that_tensorrt_refuses_as_a_profile_are_one_line(built: Path) -> None:
     spec = DeploymentSpec.load("tests/models/image")
     upside_down = spec.axes["batch"].model_copy(update={"min": 8, "max": 1})  # deploy.toml refuses it
@@ -220,13 +207,6 @@ def test_an_int8_graph_for_the_cpu_is_refused_in_one_line(build: Path) -> None:
     assert run.returncode == 2
     assert "made for ONNX Runtime on a CPU" in run.stderr
     assert "--high-precision fp16" in run.stderr
-
-
-def test_an_engine_of_rtx_is_never_published(build: Path) -> None:
-    flags = ("--models", "tests/models", "--model", "image", "--target", "tensorrt_rtx")
-    run = run_module("cli", "publish", *flags)
-    assert run.returncode == 2
-    assert "--target: seen 'tensorrt_rtx'" in run.stderr
 
 
 def test_the_options_of_deploy_toml_go_into_the_manifest(built: Path, tmp_path: Path) -> None:

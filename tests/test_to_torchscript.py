@@ -19,7 +19,7 @@ from export.runtimes.torchscript_predictor import torchscript_predictor
 from export.stages.to_torchscript import export_model
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import run_module
-from tests.test_to_onnx import FIXED, TOML, scaled, tiny
+from tests.test_to_onnx import TOML, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # TorchScript itself is deprecated
 
@@ -120,25 +120,6 @@ def test_it_is_compared_and_published_and_the_embedded_server_reports_that_it_ca
         EmbeddedServer(tmp_path / "repository", http_port=0, grpc_port=0, metrics_port=0),
     ):
         pass
-
-
-def test_a_model_of_one_shape_is_checked_at_it(tmp_path: Path) -> None:
-    source = tiny(tmp_path, toml=FIXED)
-    save_rows(tmp_path / "build" / "tiny" / "evaluation.npz", source.rows("evaluation", 12))
-    run = run_module("cli", "to-torchscript", "--models", str(tmp_path), "--model", "tiny")
-    assert "matches PyTorch at its only shape (worst error " in run.stdout, run.stderr
-
-
-@pytest.mark.parametrize("place", ["tiny/scale", "scale"], ids=["beside model.py", "elsewhere"])
-def test_the_cache_returns_no_module_with_earlier_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    source, file = scaled(tmp_path, monkeypatch, place)
-    save_rows(tmp_path / "build" / "tiny" / "evaluation.npz", source.rows("evaluation", 12))
-    for scale in (1.0, 3.0):
-        file.write_text(str(scale))
-        served = torch.jit.load(export_model(source)["path"])(torch.zeros(1, 8))
-        torch.testing.assert_close(served[0], scale * source.load().line.bias.detach())
 
 
 def test_a_damaged_module_is_one_line(tmp_path: Path) -> None:

@@ -96,14 +96,6 @@ def test_the_search_does_not_change_weights_buffers_mode_or_random_states() -> N
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_run_with_a_found_batch_size_equals_a_run_with_that_batch_size_given() -> None:
-    found, given = network(), network()
-    result = train_model(found, points(), points(1), cross_entropy, settings(batch_size="auto"))
-    assert result.batch_size == 64  # all rows
-    train_model(given, points(), points(1), cross_entropy, settings(batch_size=64))
-    assert all(torch.equal(*pair) for pair in zip(found.parameters(), given.parameters(), strict=True))
-
-
 def test_a_resumed_run_keeps_the_batch_size_that_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(batch_size="auto")
     first = train_model(network(), points(), points(1), cross_entropy, config, checkpoints=tmp_path)

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
-from deepseek.svg_chart import BOTTOM, HEIGHT, TOP
 from deepseek.training import TrainingDiverged, train_model
 from deepseek.training.meter import MOST, WINDOW, LossWatch, Meter
 from deepseek.training.report import chart, draw
@@ -63,23 +62,6 @@ def test_time_counts_as_waiting_or_training_and_a_checkpoint_as_neither(
     assert meter.data_share == pytest.approx(share)
     said = "the model waited for data 75% of the time: raise num_workers (seen 0)"
     assert meter.starved(0) == (said if share > 0.5 else None)
-
-
-def test_a_run_reports_how_long_it_waited_for_rows(clock: HandClock) -> None:
-    class Slow(Dataset[tuple[Tensor, Tensor]]):
-        def __len__(self) -> int:
-            return 32
-
-        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-            clock.now_s += 0.001
-            return points()[index]
-
-    def loss(model: nn.Module, batch: Any) -> Tensor:
-        clock.now_s += 0.004 * model.training
-        return cross_entropy(model, batch)
-
-    result = train_model(network(), Slow(), points(1), loss, settings(max_epochs=1, batch_size=16))
-    assert result.data_share == pytest.approx(0.8)
 
 
 def test_merging_points_keeps_sums_spikes_and_the_end_of_a_curve() -> None:
@@ -202,12 +184,3 @@ def test_a_chart_accepts_nan_a_single_point_and_no_points(log: bool) -> None:
     assert chart("x", {"": [(1, math.nan), (2, math.inf), (3, 5.0)]}, log=log).count('<path class="line') == 1
     assert "no data" in chart("x", {"": [(1, math.nan)]}, log=log)
     assert "nan" not in chart("x", {"": [(1, 0.0), (2, 0.0)]})
-
-
-@pytest.mark.parametrize("values", [(-2.0, -30.0), (-2.0, 1.0), (0.0, 3.0)], ids=["below 0", "around 0", "above 0"])
-def test_every_point_and_0_are_within_the_frame(values: tuple[float, float]) -> None:
-    drawn = chart("x", {"": [(step, value) for step, value in enumerate(values, 1)]})
-    (points,) = re.findall(r'class="line a" d="M([\d. L]+)"', drawn)
-    heights = [float(point.split()[1]) for point in points.split("L")]
-    assert all(TOP < height <= HEIGHT - BOTTOM for height in heights)
-    assert ">0</text>" in drawn

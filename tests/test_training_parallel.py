@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import nn
 
-from cli.main import main
 from deepseek.config import TransformerConfig
 from deepseek.spec import InputError
 from deepseek.training.pipeline import arguments, as_layers, cut, part
@@ -129,24 +128,6 @@ def test_an_unsupported_setting_ends_the_job_with_one_line(tmp_path: Path) -> No
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--processes", "0", "x.py"], "--processes: seen 0; 1 or more is needed"),
-        (["--processes", "2", "nowhere.py"], "nowhere.py: no such file; name a training script"),
-        (["x.py"], "--processes"),
-    ],
-    ids=["none", "script", "missing"],
-)
-def test_a_wrong_launch_is_a_one_line_error(
-    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["launch-training", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert says in said
-    assert said.count("\n") == 1
-
-
 @pytest.mark.filterwarnings("ignore::deepseek.config.AdviceWarning")
 def test_a_decoder_equals_the_chain_of_its_layers() -> None:
     sizes: dict[str, Any] = {"num_layers": 3, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
@@ -176,11 +157,6 @@ def test_a_decoder_equals_the_chain_of_its_layers() -> None:
 )
 def test_layers_are_divided_into_parts_of_similar_size(sizes: list[int], parts: int, cuts: list[int]) -> None:
     assert cut(sizes, parts) == cuts
-
-
-def test_more_processes_than_layers_are_refused() -> None:
-    with pytest.raises(InputError, match="2 layers with parameters, too few for 3 processes"):
-        cut([1, 0, 1, 0], 3)
 
 
 def test_the_input_of_a_pipeline_is_the_argument_that_the_loss_passes_to_the_model() -> None:

@@ -139,6 +139,14 @@ def test_into_the_repository_and_out_of_it_again_leaves_what_was(live: Path, rel
     assert check_version(tmp_path / "withdrawn", 2)[0] is not None
 
 
+def test_a_move_that_fails_on_one_disk_copies_nothing(tmp_path: Path) -> None:
+    for name in ("from/inner", "to/inner"):
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(OSError, match="not empty"):
+        versions._move(tmp_path / "from", tmp_path / "to")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["from", "to"]
+
+
 def test_at_no_moment_does_the_configuration_name_a_version_that_is_not_there(
     live: Path, release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
