@@ -1,19 +1,26 @@
-"""The benchmarks' ratios: goals, files and charts."""
+"""The benchmarks: parts, goals, files, charts, and the tables of the pages."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from tests.bench.results import Goal, Ratio, chart, write
+from cli.commands import BY_NAME
+from deepseek.spec import InputError
+from tests.bench.__main__ import LONGEST_S, PARTS, chosen
+from tests.bench.publish import PAGES, benchmark_table, filled, main
+from tests.bench.results import PUBLISHED, Ratio, Run, chart, merged, read, write
+from tests.bench.tables import TABLES, Goal
 from tests.conftest import run_module
 
-MET = Ratio.of("client p50 over bare tritonclient, grpc", [1.0, 1.05, 1.2, 1.02, 1.04], Goal(most=1.1), "")
-MISSED = Ratio.of("served < raw", [0.4, 0.5, 0.6], Goal(least=0.6), "load apart")
-PLAIN = Ratio.of("size of int8 over fp32", [0.65], None, "")
+MET = Ratio.of("client p50 over tritonclient: grpc", [1.0, 1.05, 1.2, 1.02, 1.04])
+MISSED = Ratio.of("served apart: recommender fp32 over raw", [0.4, 0.5, 0.6], "1.0% refused")
+PLAIN = Ratio.of("int8 size over fp32: minilm", [0.65])
+RUN = Run(part="client", date="2026-11-29", cpu="a CPU", int8=("avx512_vnni",), cores=2, ratios=(MET, MISSED, PLAIN))
 
 
 @pytest.mark.parametrize(
@@ -31,20 +38,26 @@ def test_a_goal_has_one_bound_or_two(goal: Goal, said: str, met: float, missed: 
 
 def test_a_ratio_is_the_median_of_its_pairs_with_their_quartiles() -> None:
     assert (MET.ratio, MET.quartiles, MET.pairs, MET.met) == (1.04, (1.02, 1.05), 5, True)
-    assert (MISSED.ratio, MISSED.met, MISSED.said) == (0.5, False, "goal: at least 0.6, missed; load apart")
+    assert (MISSED.ratio, MISSED.met, MISSED.said) == (0.5, False, "goal: at least 0.6, missed; 1.0% refused")
     assert (PLAIN.quartiles, PLAIN.pairs, PLAIN.met, PLAIN.said) == ((0.65, 0.65), 1, None, "")
 
 
+def test_a_value_has_the_decimals_of_its_goal() -> None:
+    assert (MET.value, Ratio.of("text vectors: smallest cosine", [0.99994]).value) == ("1.04", "0.9999")
+
+
 def test_a_part_has_a_file_of_its_ratios_and_a_chart(tmp_path: Path) -> None:
-    write([MET, MISSED, PLAIN], tmp_path / "bench" / "client.json")
-    found = json.loads((tmp_path / "bench" / "client.json").read_text())
-    assert [each["met"] for each in found["ratios"]] == [True, False, None]
-    assert found["ratios"][0]["goal"] == {"least": None, "most": 1.1}
-    assert (tmp_path / "bench" / "client.svg").read_text() == chart([MET, MISSED, PLAIN], "client")
+    run = Run.here("client", RUN.ratios, took_s=12.3, shortened=True)
+    write(run, tmp_path / "bench" / "client.json")
+    assert read(tmp_path / "bench" / "client.json") == [run]
+    (found,) = json.loads((tmp_path / "bench" / "client.json").read_text())["runs"]
+    assert {"date", "cpu", "cores", "commit"} <= found.keys()
+    assert "onnxruntime" in found["packages"]
+    assert (tmp_path / "bench" / "client.svg").read_text() == chart(RUN.ratios, "client")
 
 
 def test_a_chart_draws_bar_whisker_and_goal_on_one_scale() -> None:
-    root = ElementTree.fromstring(chart([MET, MISSED, PLAIN], "client"))
+    root = ElementTree.fromstring(chart(RUN.ratios, "client"))
     space = "{http://www.w3.org/2000/svg}"
     bars = [(bar.get("class"), float(bar.get("width", ""))) for bar in root.iter(f"{space}rect")]
     assert [css for css, _ in bars] == ["bar", "missed", "bar"]
@@ -55,11 +68,81 @@ def test_a_chart_draws_bar_whisker_and_goal_on_one_scale() -> None:
     assert [float(goal[1:].split()[0]) for goal in goals] == pytest.approx(
         [left + scale * 1.1, left + scale * 0.6], abs=0.1
     )
-    assert any("served < raw" in (text.text or "") for text in root.iter(f"{space}text"))
+    assert any("recommender, fp32, apart" in (text.text or "") for text in root.iter(f"{space}text"))
+
+
+def test_a_name_stands_for_all_parts_that_begin_with_it() -> None:
+    assert chosen("client,server") == ["client", "server-apart", "server-shared"]
+    assert max(part.seconds for part in PARTS.values()) <= LONGEST_S
+    with pytest.raises(InputError, match="--parts serv,nothing: no such part; allowed: server-apart, "):
+        chosen("serv,nothing,client")
+
+
+def test_the_help_of_the_command_names_every_part() -> None:
+    (option,) = (option for option in BY_NAME["bench"].options if option.flag == "--bench")
+    named = option.full_help.partition("all): ")[2].partition(";")[0]
+    assert sorted(chosen(named.replace(" ", ""))) == sorted(PARTS)
 
 
 def test_an_unknown_part_is_refused() -> None:
-    run = run_module("tests.bench", "--parts", "server,nothing")
-    assert (run.returncode, run.stderr) == (
-        2, "error: --parts nothing: no such part; allowed: server, engine, client, generator, capacity, tuned, text\n"
-    )  # fmt: skip
+    run = run_module("tests.bench", "--parts", "nothing")
+    assert (run.returncode, run.stderr.split(";")[0]) == (2, "error: --parts nothing: no such part")
+
+
+# -- the pages ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_tables_of_a_page_are_those_of_the_published_results(page: Path) -> None:
+    assert page.read_text() == filled(page.read_text(), read(PUBLISHED)), "python -m tests.bench.publish"
+
+
+def test_every_table_is_on_the_page_of_benchmarks() -> None:
+    page = Path("docs/benchmarks.md").read_text()
+    assert [name for name in TABLES if page.count(f"<!-- bench: {name} -->") != 1] == []
+
+
+def test_a_new_result_replaces_the_published_one_of_its_key() -> None:
+    new = replace(RUN, date="2026-12-01", ratios=(replace(MET, ratio=1.5), replace(PLAIN, key="of no table")))
+    kept, added = merged([RUN], [new])
+    assert (kept, added) == (replace(RUN, ratios=(MISSED, PLAIN)), replace(new, ratios=new.ratios[:1]))
+    assert merged([new], [new]) == [replace(new, ratios=new.ratios[:1])]
+
+
+def test_a_row_of_a_page_has_goal_result_and_where_it_was_measured() -> None:
+    runs = [RUN, Run(part="other", ratios=(Ratio.of("served shared: recommender fp32 over raw", [0.4]),))]
+    found = {ratio.key: (ratio, place) for place, run in enumerate(runs) for ratio in run.ratios}
+    lines = benchmark_table(TABLES["server"], found, runs)
+    assert (
+        "| recommender, fp32 | apart | fastest | 0.50 | 0.45 to 0.55 | at least 0.6 | **missed**; 1.0% refused | 1 |"
+        in lines
+    )
+    assert "| recommender, fp32 | shared | fastest | 0.40 |  |  |  | 2 |" in lines
+    assert "| MiniLM, fp32 | apart | fastest |  |  | at least 0.95 | not measured yet |  |" in lines
+    where = (
+        "Run 1: client, 2026-11-29, a CPU (avx512_vnni), 2 cores. Run 2: other, date not recorded, CPU not recorded."
+    )
+    assert lines[-1] == where
+
+
+def test_publishing_leaves_out_runs_with_fewer_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = PUBLISHED.read_text()
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    monkeypatch.setattr("sys.argv", ["publish"])
+    monkeypatch.chdir(tmp_path)
+    for page in (*PAGES, PUBLISHED):
+        page.parent.mkdir(exist_ok=True)
+    for page in PAGES:
+        page.write_text("Results: <!-- bench: readme -->\nold\n\n## Next\n")
+    PUBLISHED.write_text(published)
+    write(replace(RUN, shortened=True), tmp_path / "build" / "bench" / "short.json")
+    main()
+    assert PUBLISHED.read_text() == published
+    write(RUN, tmp_path / "build" / "bench" / "client.json")
+    main()
+    assert read(PUBLISHED)[-1] == RUN
+    assert "| 1.04 over gRPC, " in PAGES[1].read_text()
+    assert PAGES[1].read_text().endswith("|\n\n## Next\n")
+    assert "skipped" in capsys.readouterr().out

@@ -49,10 +49,12 @@ ROWS = (
         "Develop",
         "bench",
         "cli.develop:bench",
-        "compare with the raw runtime, tritonclient and perf_analyzer; needs engine of both models",
+        "compare with the raw runtime, tritonclient and perf_analyzer, in parts; needs engine of both models",
         options=(
             Option(
-                "--bench", "parts, with commas (default: all): server, engine, client, generator, capacity, tuned, text"
+                "--bench",
+                "parts, with commas (default: all): server, recommender, batching, bulk, int8, pruning, client, "
+                "accuracy, generator, peer, text",
             ),
             *FLAGS,
         ),

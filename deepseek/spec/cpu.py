@@ -38,14 +38,20 @@ def cpu_model(file: Path = Path("/proc/cpuinfo")) -> str:
 
 
 # Flags of /proc/cpuinfo for products of 8-bit integers: VNNI and AMX on x86, dot products and i8mm on ARM.
-INT8_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
+INT8_DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
 
-def has_int8_dot_products(file: Path = Path("/proc/cpuinfo")) -> bool | None:
-    """Whether the CPU multiplies 8-bit integers faster than floats; None if the kernel does not say."""
+def int8_instructions(file: Path = Path("/proc/cpuinfo")) -> tuple[str, ...] | None:
+    """The flags of INT8_DOT_PRODUCTS that the CPU has; None if the kernel does not say."""
     try:
         lines = file.read_text().splitlines()
     except OSError:
         return None
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), None)
-    return None if flags is None else not INT8_DOT_PRODUCTS.isdisjoint(flags)
+    return None if flags is None else tuple(flag for flag in INT8_DOT_PRODUCTS if flag in flags)
+
+
+def has_int8_dot_products(file: Path = Path("/proc/cpuinfo")) -> bool | None:
+    """Whether the CPU multiplies 8-bit integers faster than floats; None if the kernel does not say."""
+    found = int8_instructions(file)
+    return None if found is None else bool(found)

@@ -18,7 +18,6 @@ from tritonclient.grpc import aio as triton_grpc_aio
 from tritonclient.http import aio as triton_http_aio
 
 from export.rows import Row
-from tests.bench.results import Goal
 from tests.bench.setting import Bench, on, seconds, url_of
 from tests.conftest import write_add_one
 
@@ -37,11 +36,11 @@ def client(bench: Bench) -> None:
             bare = _bare(kind, url_of(server, protocol), row)
             with InferenceClient(url_of(server, protocol), protocol) as ours:  # type: ignore[arg-type]
                 own = functools.partial(ours.infer, MODEL, row)
-                ratios = [_p50_s(own) / _p50_s(bare) for _ in range(max(10, bench.pairs))]
-                bench.record(f"client p50 over bare tritonclient, {protocol}", ratios, Goal(most=1.1))
+                ratios = [_p50_s(own) / _p50_s(bare) for _ in range(bench.pairs(12))]
+                bench.record(f"client p50 over tritonclient: {protocol}", ratios)
                 peer = functools.partial(bench.peer_figures, server, MODEL, protocol, 1)
-                ratios = [_p50_s(own) * 1e6 / peer()["p50_us"] for _ in range(max(3, bench.pairs // 4))]
-                bench.record(f"client p50 over perf_analyzer's, one user, {protocol}", ratios)
+                ratios = [_p50_s(own) * 1e6 / peer()["p50_us"] for _ in range(bench.pairs(3))]
+                bench.record(f"client p50 over perf_analyzer: {protocol}", ratios)
 
 
 def client_async(bench: Bench) -> None:
@@ -57,8 +56,8 @@ def client_async(bench: Bench) -> None:
     inputs = {"x": np.zeros((1, 2, 50), np.float32)}
     with on(every[:-1] or every), bench.server(repository) as server, on(every[-1:]):
         for protocol in ("grpc", "http"):
-            ratios = asyncio.run(_async_ratios(url_of(server, protocol), protocol, inputs, max(5, bench.pairs // 2)))
-            bench.record(f"async client's requests on one core over bare tritonclient's, {protocol}", ratios)
+            ratios = asyncio.run(_async_ratios(url_of(server, protocol), protocol, inputs, bench.pairs(6)))
+            bench.record(f"client asyncio requests/s over tritonclient: {protocol}", ratios)
 
 
 def client_memory(bench: Bench) -> None:
@@ -75,10 +74,10 @@ def client_memory(bench: Bench) -> None:
             shared: Any = InferenceClient(url, protocol, shared_memory=True)
             with shared, InferenceClient(url, protocol) as plain:
                 ratios = []
-                for _ in range(bench.pairs):
+                for _ in range(bench.pairs(12)):
                     through_memory = _p50_s(functools.partial(shared.infer, "large", inputs), calls=20)
                     ratios.append(through_memory / _p50_s(functools.partial(plain.infer, "large", inputs), calls=20))
-            bench.record(f"8 MB each way through shared memory over the socket, p50, {protocol}", ratios)
+            bench.record(f"client shared memory over socket: {protocol}", ratios)
 
 
 def _p50_s(call: Callable[[], object], calls: int = 200) -> float:
@@ -94,7 +93,7 @@ async def _async_ratios(url: str, protocol: str, inputs: Row, pairs: int) -> lis
     kind = triton_grpc if protocol == "grpc" else triton_http
 
     async def call_bare() -> object:
-        return (await bare.infer("small", [_tensor(kind, inputs)])).as_numpy("y")
+        return (await bare.infer("small", _tensors(kind, inputs))).as_numpy("y")
 
     async with AsyncInferenceClient(url, protocol) as ours:  # type: ignore[arg-type]
         for pair in range(pairs):
@@ -117,18 +116,19 @@ async def _requests_per_cpu_s(call: Call) -> float:
     return CALLS / (time.process_time() - start_s)
 
 
-def _tensor(kind: Any, inputs: Row) -> Any:
-    ((name, array),) = inputs.items()
-    tensor = kind.InferInput(name, array.shape, "INT64" if array.dtype == np.int64 else "FP32")
-    tensor.set_data_from_numpy(array)
-    return tensor
+def _tensors(kind: Any, inputs: Row) -> list[Any]:
+    found = []
+    for name, array in inputs.items():
+        found.append(kind.InferInput(name, array.shape, "INT64" if array.dtype == np.int64 else "FP32"))
+        found[-1].set_data_from_numpy(array)
+    return found
 
 
 def _bare(kind: Any, url: str, row: Row) -> Callable[[], object]:
     client = kind.InferenceServerClient(url)
 
     def call() -> object:
-        result = client.infer(MODEL, [_tensor(kind, row)])
+        result = client.infer(MODEL, _tensors(kind, row))
         return result.as_numpy("items"), result.as_numpy("scores")
 
     return call

@@ -1,13 +1,9 @@
-"""Benchmarks of the build: speed and size of int8, pruning, the cache."""
+"""Benchmarks of the build: speed and size of int8, and pruning."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import onnxruntime
@@ -15,27 +11,27 @@ import onnxruntime
 from deepseek.spec import InputError, build_dir
 from export.artifact import choice_path, onnx_path, read_manifest
 from export.rows import Row, batches
-from tests.bench.setting import Bench, log, seconds
+from tests.bench.setting import MODELS, Bench, log, seconds
 from tests.conftest import run_module
 
 
 def int8(bench: Bench) -> None:
     """int8 over fp32 in raw ONNX Runtime by batch size, with the loss of the task metric, and the graphs' sizes."""
-    for name in ("recommender", "minilm", "encoder"):
+    for name in MODELS:
         lost = _lost(name, "int8")
         sessions = {precision: bench.raw_sessions(onnx_path(name, precision), 1)[0] for precision in ("fp32", "int8")}
         batch_axis = bench.specs[name].axes["batch"]
         for batch in sorted({1, batch_axis.opt, batch_axis.max}):
             _, inputs = max(batches(bench.rows[name], batch), key=lambda found: len(found[0]))
-            bench.record(f"int8 over fp32, {name}, batch {batch}", speedups(bench, sessions, inputs), note=lost)
+            bench.record(f"int8 over fp32: {name} batch {batch}", speedups(bench, sessions, inputs), lost)
         sizes = {key: read_manifest(onnx_path(name, key)).size_bytes for key in sessions}
-        bench.record(f"size of int8 over fp32, {name}", [sizes["int8"] / sizes["fp32"]] * 2)
+        bench.record(f"int8 size over fp32: {name}", [sizes["int8"] / sizes["fp32"]])
 
 
 def speedups(bench: Bench, sessions: dict[str, onnxruntime.InferenceSession], inputs: Row) -> list[float]:
     """How many times faster the second session is, for each pair."""
     ratios = []
-    for _ in range(4 * bench.pairs):
+    for _ in range(bench.pairs(24)):
         first, second = (_seconds_of_runs(session, inputs) for session in sessions.values())
         ratios.append(first / second)
     return ratios
@@ -55,36 +51,9 @@ def pruned(bench: Bench) -> None:
     pruned = bench.raw_sessions(Path(build) / "recommender" / "fp32" / "model.onnx", 1)[0]
     _, inputs = next(batches(bench.rows["recommender"], bench.specs["recommender"].axes["batch"].opt))
     ratios = speedups(bench, {"whole": whole, "pruned": pruned}, inputs)
-    bench.record("pruned over unpruned, recommender, batch 16", ratios, note=f"drop {report['drop']:+.2%}")
-
-
-def cached(bench: Bench) -> None:
-    """Time of `make engine` with a full cache over a cold build."""
-    for models, name, note in (("tests/models", "text", ""), ("models", "recommender", "training included")):
-        ratios = []
-        for pair in range(3):
-            folder = bench.folder / f"engine-{name}-{pair}"
-            cold, warm = (_make_seconds(bench, folder, turn, models, name) for turn in ("cold", "cached"))
-            ratios.append(warm / cold)
-        bench.record(f"cached make engine over a cold one, {models}/{name}", ratios, note=note)
-
-
-def _make_seconds(bench: Bench, folder: Path, turn: str, models: str, name: str) -> float:
-    """Seconds of `make engine` in a new build folder and repository, with the cache in `folder`."""
-    made = folder / turn
-    data = bench.folder / "build" / name / "data"
-    if data.is_dir():  # downloads do not count
-        shutil.copytree(data, made / "build" / name / "data")
-    settings = {"MODELS": models, "MODEL": name, "CACHE": folder / "cache", "VENV": sys.prefix}
-    settings |= {"ENV_FILE": made / "env", "BUILD": made / "build", "REPOSITORY": made / "repository"}
-    command = ["make", "engine", *(f"{key}={value}" for key, value in settings.items())]
-    kept = {key: value for key, value in os.environ.items() if key not in ("DEEPSEEK_BUILD", "MAKEFLAGS", "MAKELEVEL")}
-    with log.status(f"make engine MODEL={name}, {turn}"):
-        start = time.perf_counter()
-        run = subprocess.run(command, capture_output=True, text=True, env=kept)
-    if run.returncode:
-        raise InputError(run.stdout + run.stderr)
-    return time.perf_counter() - start
+    bench.record(
+        "pruned over unpruned: recommender", ratios, f"{100 * report['drop']:.2f} % of {report['metric'].upper()} lost"
+    )
 
 
 def _lost(name: str, precision: str) -> str:
@@ -93,7 +62,7 @@ def _lost(name: str, precision: str) -> str:
     if not path.is_file():
         return ""
     choice = json.loads(path.read_text())
-    return f"{choice['metric']} {choice['variants'][precision]['drop']:+.2%} lost"
+    return f"{100 * choice['variants'][precision]['drop']:.2f} % of {choice['metric'].upper()} lost"
 
 
 def _seconds_of_runs(session: onnxruntime.InferenceSession, inputs: Row) -> float:

@@ -1,35 +1,117 @@
-"""Served throughput over raw ONNX Runtime's, and dynamic batching on over off."""
+"""What `make engine && make serve` gives over raw ONNX Runtime, dynamic batching on over off, and online beside bulk.
+
+Requests have one row each. Callers send them over HTTP as binary tensors, the texts as JSON. A row that is refused does
+not count as served. Raw ONNX Runtime has the server's cores, and its fastest setting on them.
+"""
 
 from __future__ import annotations
 
-import functools
+import asyncio
 import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
-from deepseek.spec import TunedBatching
-from serving.embedded.launcher import EmbeddedServer
-from tests.bench.results import Goal
-from tests.bench.setting import Bench, on
+from tritonclient.http import InferenceServerClient, InferInput
+from tritonclient.utils import np_to_triton_dtype
+
+from export.rows import Row
+from models.minilm import data
+from tests.bench.setting import SIDE_S, Bench, Side, on
+from tests.bench.text_load import Load, Sender, closed_loop, http, poisson
 
 USERS = 32
-LABEL = f"served over raw ONNX Runtime, {USERS} requests in flight"
-APART = "load generator on its own core"
-TOGETHER = "load generator on the same cores"
+APART = "apart"
+TOGETHER = "shared"
+BATCHING = "[targets.onnxruntime.batching]\n"
+BATCHES_OF_ONE = (BATCHING, f"{BATCHING}max_batch = 1\n")
+SLO_1_S = ("p99_ms = 200", "p99_ms = 1000")
+BULK = 2  # the priority
+BULK_USERS = 16
+ONLINE_SHARE = 0.2  # of the served throughput
+TAIL_S = 10.0
 
 
-def served(bench: Bench) -> None:
-    """Served throughput over raw ONNX Runtime's best.
+def apart(bench: Bench) -> None:
+    """MiniLM with a core for the load generator alone, so that the difference is the server's."""
+    _minilm(bench, APART, *generator_apart())
 
-    Both sides use the same cores. First the load generator has the last core to itself, so that the difference is the
-    server's; then it shares all cores, as in a demo on a small machine.
-    """
-    every, apart = every_core(), generator_apart()
-    encoder, recommender = bench.repository("encoder"), bench.repository("recommender")
-    goal = Goal(least=0.97)
-    bench.record(f"{LABEL}, encoder, {APART}", served_over_raw(bench, "encoder", encoder, *apart), goal)
-    bench.record(f"{LABEL}, encoder, {TOGETHER}", served_over_raw(bench, "encoder", encoder, every, every))
-    bench.record(f"{LABEL}, recommender, {TOGETHER}", served_over_raw(bench, "recommender", recommender, every, every))
+
+def shared(bench: Bench) -> None:
+    """MiniLM with the load generator on the server's cores, as on a small machine."""
+    _minilm(bench, TOGETHER, every_core(), every_core())
+
+
+def _minilm(bench: Bench, where: str, cores: list[int], load_cores: list[int]) -> None:
+    with ExitStack() as running, on(cores):
+        sides = {"raw": bench.raw("minilm"), "raw defaults": bench.raw("minilm", without=((),))}
+        for name, how in (("fp32", ()), ("fp32 of 1 s", ("fp32", SLO_1_S)), ("auto", ("auto",))):
+            server = running.enter_context(bench.server(bench.repository("minilm", *how)))
+            sides[name] = closed(binary(server.http_url, "minilm", bench.rows["minilm"]), load_cores)
+        found = bench.rounds(sides, 12)
+    for name, other in (("fp32", "raw"), ("fp32 of 1 s", "raw"), ("fp32", "raw defaults"), ("auto", "raw defaults")):
+        bench.record_loads(f"served {where}: minilm {name} over {other}", found[name], found[other])
+
+
+def recommender(bench: Bench) -> None:
+    """The recommender, a small model, in both ways."""
+    name, every = "recommender", every_core()
+    for where, (cores, load_cores) in ((APART, generator_apart()), (TOGETHER, (every, every))):
+        with on(cores):
+            raw = bench.raw(name)
+            with bench.server(bench.repository(name)) as server:
+                served = closed(binary(server.http_url, name, bench.rows[name]), load_cores)
+                found = bench.rounds({"raw": raw, "served": served}, 10)
+        bench.record_loads(f"served {where}: {name} fp32 over raw", found["served"], found["raw"])
+
+
+def batching(bench: Bench) -> None:
+    """Dynamic batching on over off, on all cores."""
+    for name in ("minilm", "recommender"):
+        with ExitStack() as running:
+            sides = {}
+            for how, change in (("on", ()), ("off", BATCHES_OF_ONE)):
+                server = running.enter_context(
+                    bench.server(bench.repository(name, "fp32", *([change] if change else [])))
+                )
+                sides[how] = closed(binary(server.http_url, name, bench.rows[name]), every_core())
+            found = bench.rounds(sides, 10)
+        bench.record_loads(f"batching: {name} on over off", found["on"], found["off"])
+
+
+def bulk(bench: Bench) -> None:
+    """p99 of online requests while bulk requests saturate the server, over alone; load generator apart."""
+    cores, load_cores = generator_apart()
+    texts = data.texts("evaluation", 256)
+    cases: dict[str, Callable[[str, int], Sender]] = {
+        "recommender": lambda url, priority: binary(url, "recommender", bench.rows["recommender"], priority),
+        "minilm text": lambda url, priority: as_json(url, "minilm", texts, priority),
+    }
+    for name, sender in cases.items():
+        with on(cores), bench.server(bench.repository(name.split()[0], "auto")) as server:
+            online, offline = sender(server.http_url, 1), sender(server.http_url, BULK)
+            rate_rps = ONLINE_SHARE * closed(online, load_cores)(0).answered_per_s
+            sides = {
+                how: partial(_online, online, offline if how == "beside" else None, rate_rps, load_cores)
+                for how in ("alone", "beside")
+            }
+            found = bench.rounds(sides, 3)
+        bench.record_loads(f"bulk: {name}", found["beside"], found["alone"], "p99_ms")
+
+
+def _online(online: Sender, bulk: Sender | None, rate_rps: float, cores: list[int], turn: int) -> Load:
+    """Poisson arrivals, beside callers of bulk requests that wait for nothing but their answers."""
+
+    async def both() -> Load:
+        sending = bulk and asyncio.create_task(closed_loop(bulk, BULK_USERS, TAIL_S + 1))
+        found = await poisson(online, rate_rps, TAIL_S, seed=turn)
+        if sending:
+            await sending
+        return found
+
+    with on(cores):
+        return asyncio.run(both())
 
 
 def every_core() -> list[int]:
@@ -43,44 +125,38 @@ def generator_apart() -> tuple[list[int], list[int]]:
     return every[:-1] or every, every[-1:]
 
 
-def served_over_raw(
-    bench: Bench,
-    name: str,
-    repository: Path,
-    server_cores: list[int],
-    load_cores: list[int],
-    *,
-    pairs: int = 0,
-    without: tuple[str, ...] = (),
-) -> list[float]:
-    """Ratios of alternating pairs. Raw ONNX Runtime has the server's cores, and its best setting on them.
+def closed(sender: Sender, cores: list[int]) -> Side[Load]:
+    """A side: USERS requests in flight, sent from these cores."""
 
-    `without` names ONNX Runtime's optimizers to disable on the raw side.
-    """
+    def side(turn: int) -> Load:
+        with on(cores):
+            return asyncio.run(closed_loop(sender, USERS, SIDE_S))
 
-    def served(server: EmbeddedServer) -> float:
-        with on(load_cores):
-            return bench.served_throughput(server, name, USERS)
-
-    with on(server_cores):
-        raw = bench.raw_throughput(name, without)
-        with bench.server(repository) as server:
-            ratios = []
-            for pair in range(pairs or bench.pairs):
-                sides: list[Callable[[], float]] = [raw, functools.partial(served, server)]
-                first = pair % 2  # the side that runs first alternates
-                values = {first: sides[first](), 1 - first: sides[1 - first]()}
-                ratios.append(values[1] / values[0])
-    return ratios
+    return side
 
 
-def batching(bench: Bench) -> None:
-    """Dynamic batching on over off, 32 requests in flight."""
-    for name in ("encoder", "recommender"):
-        alone = bench.publish(f"unbatched-{name}", name, "fp32", TunedBatching(max_batch=1))
-        ratios = []
-        with bench.server(bench.repository(name)) as on_server, bench.server(alone) as off_server:
-            for _ in range(bench.pairs):
-                batched = bench.served_throughput(on_server, name, users=USERS)
-                ratios.append(batched / bench.served_throughput(off_server, name, users=USERS))
-        bench.record(f"dynamic batching on over off, {name}", ratios)
+def binary(url: str, model: str, rows: Sequence[Row], priority: int = 0) -> Sender:
+    """Rows of one shape as binary tensors; so are the answers."""
+    bodies, lengths = [], set()
+    for row in rows:
+        inputs = []
+        for name, array in row.items():
+            inputs.append(InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
+            inputs[-1].set_data_from_numpy(array)
+        body, length = InferenceServerClient.generate_request_body(inputs, priority=priority)
+        bodies.append(body)
+        lengths.add(length)
+    (length,) = lengths
+    return http(f"http://{url}/v2/models/{model}/infer", bodies, f"Inference-Header-Content-Length: {length}")
+
+
+def as_json(url: str, model: str, texts: Sequence[str], priority: int = 0) -> Sender:
+    """Texts in JSON."""
+    bodies: list[dict[str, Any]] = [
+        {
+            "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": [text]}],
+            "parameters": {"priority": priority} if priority else {},
+        }
+        for text in texts
+    ]
+    return http(f"http://{url}/v2/models/{model}/infer", bodies)

@@ -8,100 +8,102 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import onnxruntime
-from deepseek_client import InferenceClient
 from rich.console import Console
 
-from deepseek.spec import DeploymentSpec, InputError, TunedBatching, TunedFile, TunedTarget, build_dir
-from export.artifact import choice_path, onnx_path
-from export.rows import Row, batches, load_rows
+from deepseek.onnxruntime_session import SLOW_ON_CPU
+from deepseek.spec import DeploymentSpec, InputError, Target, build_dir
+from deepseek.spec.files.measured_batches import batches_path
+from export.artifact import choice_of, choice_path, onnx_path
+from export.rows import Row, batches, load_rows, save_rows
+from export.stages.measure_batches import measured_batches
 from serving.embedded.launcher import EmbeddedServer
-from tests.bench.results import Goal, Ratio
+from tests.bench.results import Ratio
+from tests.bench.text_load import Load
 from tests.conftest import run_module
 from tests.fake_endpoint import FakeEndpoint
 
-ENCODER_TOML = """
-name = "encoder"
-[inputs.input_ids]
-dtype = "int64"
-shape = ["batch", 128]
-[outputs.embedding]
-dtype = "float32"
-shape = ["batch", 384]
-[axes.batch]
-min = 1
-opt = 4
-max = 4
-[precision]
-candidates = ["int8"]
-max_drop = 0.1
-calibration_samples = 64
-[batching]
-max_queue_size = 512
-queue_timeout_ms = 10000
-instances = 2
-threads = 1
-[slo]
-p99_ms = 1000
-rate_rps = 10
-"""
-ENCODER_MODEL = """
-import numpy as np
-import torch
-from deepseek import Transformer, TransformerConfig
-
-class Encoder(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = Transformer(TransformerConfig(num_layers=6, hidden_size=384, num_attention_heads=12,
-            intermediate_size=1536, vocab_size=30522, max_length=128, causal=False))
-
-    def forward(self, input_ids):
-        return torch.nn.functional.normalize(self.body(input_ids).mean(1), dim=-1)
-
-def load():
-    torch.manual_seed(0)
-    return Encoder()
-
-def samples(split):
-    random = np.random.default_rng(len(split))
-    for _ in range(64):
-        yield {"input_ids": random.integers(1, 30522, (1, 128))}
-"""
-BUILT = ("recommender", "minilm")  # must be built before, by `make engine`
-MODELS = ("encoder", *BUILT)
-SIDE_S = 4.0  # duration of one side of a pair
-
+MODELS = ("recommender", "minilm")  # built before, by `make engine`
+TARGET: Target = "onnxruntime"
+TOKENS = 64  # of a row of MiniLM
+SIDE_S = 3.0  # of one side of a pair
+SEARCH_S = 0.5  # of one setting in the search for the fastest raw session
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 log = Console(stderr=True)
+Found = TypeVar("Found")
+Side = Callable[[int], Found]
+"""Measures one side of a ratio, given the number of the round."""
 
 
 class Bench:
     """The models, how to run them raw, served and under load, and the results."""
 
-    def __init__(self, folder: Path, pairs: int, models: Sequence[str]) -> None:
-        """`models`: those that `prepare` has put into the folder."""
-        self.folder, self.pairs, self.files = folder, pairs, build_dir("bench")
-        self.results: list[Ratio] = []
+    def __init__(self, folder: Path, pairs: int | None) -> None:
+        """Copies what `make engine` has built into a folder, which gets all that follows. `pairs`: instead of the defaults."""
+        self.folder, self.files, self.results = folder, build_dir("bench").absolute(), list[Ratio]()
+        self.shortened = False
+        """Whether `pairs` is less than a default."""
+        self._pairs = pairs
+        for name in MODELS:
+            if not choice_path(name, TARGET).is_file():
+                file = choice_path(name, TARGET)
+                raise InputError(f"{file}: no such file; the benchmarks need it: make engine MODEL={name}")
+            shutil.copytree(build_dir(name), folder / "build" / name, ignore=shutil.ignore_patterns("loadtests"))
+            shutil.copytree(Path("models", name), folder / "models" / name)
         os.environ["DEEPSEEK_BUILD"] = str(folder / "build")
-        self.specs = {name: DeploymentSpec.of_model(name, folder / "models") for name in models}
-        self.rows = {name: load_rows(build_dir(name) / "evaluation.npz") for name in self.specs}
+        self.specs = {name: DeploymentSpec.of_model(name, folder / "models") for name in MODELS}
+        self.rows = {name: load_rows(build_dir(name) / "evaluation.npz") for name in MODELS}
+        self.rows["minilm"] = rows_of_one_length(self.rows["minilm"])
 
-    def record(self, name: str, ratios: list[float], goal: Goal | None = None, note: str = "") -> None:
-        """Records the median and the quartiles of the pairs."""
-        self.results.append(result := Ratio.of(name, ratios, goal, note))
-        log.print(f"{name}: {result.ratio:.2f} ({result.quartiles[0]:.2f} to {result.quartiles[1]:.2f}) {result.said}")
+    def pairs(self, default: int) -> int:
+        """How many pairs a ratio has."""
+        self.shortened |= self._pairs is not None and self._pairs < default
+        return default if self._pairs is None else self._pairs
+
+    def rounds(self, sides: Mapping[str, Side[Found]], default: int) -> dict[str, list[Found]]:
+        """What each side found in each round; every second round runs in reverse."""
+        found: dict[str, list[Found]] = {name: [] for name in sides}
+        count = self.pairs(default)
+        for turn in range(count):
+            for name in [*sides][:: -1 if turn % 2 else 1]:
+                found[name].append(one := sides[name](turn))
+                log.print(f"  round {turn + 1} of {count}, {name}: {one}")
+        return found
+
+    def record(self, key: str, ratios: Sequence[float], note: str = "") -> None:
+        """Records the median and the quartiles of the pairs under a key of `tests.bench.tables`."""
+        self.results.append(result := Ratio.of(key, ratios, note))
+        log.print(f"{key}: {result.ratio:.2f} ({result.quartiles[0]:.2f} to {result.quartiles[1]:.2f}) {result.said}")
+
+    def record_loads(
+        self,
+        key: str,
+        mine: Sequence[Load],
+        others: Sequence[Load],
+        field: Literal["answered_per_s", "p99_ms"] = "answered_per_s",
+    ) -> None:
+        """Records the ratios of the rounds, and the share that each side refused."""
+        ratios = [getattr(one, field) / getattr(other, field) for one, other in zip(mine, others, strict=True)]
+        shares = (
+            (whose, statistics.mean(load.failed for load in loads))
+            for whose, loads in (("", mine), (" by the other", others))
+        )
+        self.record(key, ratios, "; ".join(f"{share:.1%} refused{whose}" for whose, share in shares if share))
 
     # -- the raw runtime -------------------------------------------------------------------------
 
@@ -114,19 +116,24 @@ class Bench:
         settings: dict[str, Any] = {"providers": ["CPUExecutionProvider"], "disabled_optimizers": list(without)}
         return [onnxruntime.InferenceSession(path, options, **settings) for _ in range(count)]
 
-    def raw_throughput(self, name: str, without: tuple[str, ...] = ()) -> Callable[[], float]:
-        """Finds raw ONNX Runtime's best setting, sessions x batch; returns a function that measures its rows/s."""
-        path = onnx_path(name, "fp32")
+    def raw(self, name: str, *, without: Sequence[tuple[str, ...]] = ((), SLOW_ON_CPU)) -> Side[Load]:
+        """Finds raw ONNX Runtime's fastest setting in fp32 on this thread's cores; returns a side that measures its rows/s.
+
+        The settings are sessions x batch x optimizers to disable.
+        """
+        cores = len(os.sched_getaffinity(0))
         settings = {}
-        for count in (1, len(os.sched_getaffinity(0))):
-            sessions = self.raw_sessions(path, count, without)
+        for left_out, count in itertools.product(without, sorted({1, cores})):
+            sessions = self.raw_sessions(onnx_path(name, "fp32"), count, left_out)
             for batch in sorted({1, 2, 4, self.specs[name].max_batch}):
                 _, inputs = next(batches(self.rows[name], batch))
-                settings[count, batch] = _rows_per_s_of(sessions, inputs)
-        speeds = {key: statistics.median(measure() for _ in range(3)) for key, measure in settings.items()}
+                settings[left_out, count, batch] = _rows_per_s_of(sessions, inputs)
+        speeds = {key: max(measure(SEARCH_S) for _ in range(2)) for key, measure in settings.items()}
         best = max(speeds, key=lambda key: speeds[key])
-        log.print(f"raw {name}: best of {len(speeds)} settings: {best[0]} session(s), batch {best[1]}")
-        return settings[best]
+        fusions = f", without {' and '.join(best[0])}" if best[0] else ""
+        log.print(f"raw {name}: best of {len(speeds)} settings: {best[1]} session(s), batch {best[2]}{fusions}")
+        measure = settings[best]
+        return lambda turn: Load(answered_per_s=measure(SIDE_S), failed=0, p99_ms=0)
 
     # -- loads -----------------------------------------------------------------------------------
 
@@ -149,43 +156,46 @@ class Bench:
         latency = {f"p{percent}_us": float(row[f"p{percent} latency"]) for percent in (50, 99)}
         return {"throughput": float(row["Inferences/Second"]), **latency}
 
-    def served_throughput(self, server: EmbeddedServer, name: str, users: int) -> float:
-        """Rows/s by Triton's own count, during a closed loop of perf_analyzer."""
-        command, _ = self.perf_analyzer(server, name, "grpc", users)
-        load = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            time.sleep(2)  # until all users send
-            started, before = time.perf_counter(), _inferences(server, name)
-            time.sleep(SIDE_S)
-            done = _inferences(server, name) - before
-            return done / (time.perf_counter() - started)
-        finally:
-            load.kill()
-            load.wait()
-            time.sleep(0.5)  # for requests in flight
-
     def loadtest(self, server: EmbeddedServer, name: str, protocol: str, *flags: str) -> dict[str, float]:
         """The same figures from this project's load test."""
         where = ("--url", url_of(server, protocol), "--protocol", protocol, "--warmup-s", "2", "--duration-s", "12")
-        result = json.loads(self.run("cli loadtest", name, *where, "--json", *flags, allowed=(0, 3)))
+        inputs = self.folder / f"{name}.npz"
+        save_rows(inputs, self.rows[name][:64])
+        flags = (*flags, "--inputs", str(inputs), "--json")
+        result = json.loads(self.run("cli loadtest", name, *where, *flags, allowed=(0, 3)))
         latency = {f"p{percent}_us": result["latency"]["service"][f"p{percent}_ms"] * 1000 for percent in (50, 99)}
         return {"throughput": result["throughput_rps"], **latency}
 
     def run(self, command: str, model: str, *flags: str, allowed: tuple[int, ...] = (0,)) -> str:
         """Runs a command of this project on one of the bench's models; returns its output."""
-        return run_ours(self.folder, command, model, *flags, allowed=allowed)
+        which = () if "--models" in flags else ("--models", str(self.folder / "models"))
+        with log.status(f"{command} of {model}"):
+            found = run_module(*command.split(), "--model", model, *which, *flags, PYTHONWARNINGS="ignore")
+        if found.returncode not in allowed:
+            raise InputError(f"{command} of {model}: {found.stderr}")
+        return found.stdout
 
-    def repository(self, name: str) -> Path:
-        """The model repository of one model."""
-        return self.folder / f"repository-{name}"
+    def repository(self, name: str, precision: str = "fp32", change: tuple[str, str] = ("", "")) -> Path:
+        """What `make engine` publishes in a precision (or "auto") on this thread's cores, with the batches measured there.
 
-    def publish(self, folder: str, name: str, precision: str, batching: TunedBatching) -> Path:
-        """Publishes one model with the given settings; returns its repository."""
-        values, repository = self.folder / f"{folder}.toml", self.repository(folder)
-        TunedFile(targets={"onnxruntime": TunedTarget(batching=batching)}).write(values)
-        flags = ("--precision", precision, "--tuned", str(values), "--repository", str(repository))
-        self.run("cli publish", name, *flags)
-        return repository
+        `change`: a text of deploy.toml, and what it becomes.
+        """
+        cores = len(os.sched_getaffinity(0))
+        folder = self.folder / f"{name}-{precision}-{cores}-{zlib.crc32(repr(change).encode()):x}"
+        if not folder.exists():
+            models = self.folder / f"{folder.name}-models"
+            shutil.copytree(self.folder / "models" / name, models / name)
+            settings = models / name / "deploy.toml"
+            before = settings.read_text()
+            assert change[0] in before, change
+            settings.write_text(before.replace(*change, 1))
+            chosen = choice_of(name, TARGET)[0] if precision == "auto" else precision
+            spec = DeploymentSpec.of_model(name, models).for_target(TARGET)
+            measured = measured_batches(spec, chosen, "cpu", TARGET)  # type: ignore[arg-type]
+            batches_path(name, TARGET).write_text(measured.model_dump_json())
+            flags = ("--models", str(models), "--precision", chosen, "--repository", str(folder))
+            self.run("cli publish", name, *flags)
+        return folder
 
     def server(self, repository: Path) -> EmbeddedServer:
         """A server on free ports."""
@@ -195,12 +205,6 @@ class Bench:
 
 def url_of(server: EmbeddedServer | FakeEndpoint, protocol: str) -> str:
     return server.grpc_url if protocol == "grpc" else server.http_url
-
-
-def _inferences(server: EmbeddedServer, name: str) -> int:
-    """The rows that Triton has inferred, by its own count."""
-    with InferenceClient(server.http_url, "http") as client:
-        return client.model_statistics(name)["model_stats"][0]["inference_count"]
 
 
 def perf_analyzer_command(url: str, model: str, protocol: str, users: int, table: Path, *flags: str) -> list[str]:
@@ -217,17 +221,6 @@ def perf_analyzer_row(command: list[str], table: Path) -> dict[str, str]:
         return next(csv.DictReader(file))
 
 
-def run_ours(folder: Path, command: str, model: str, *flags: str, allowed: tuple[int, ...] = (0,)) -> str:
-    """Runs a command of this project on the models and the build of a folder; returns its output."""
-    which = ("--model", model, "--models", str(folder / "models"))
-    settings = {"DEEPSEEK_BUILD": str(folder / "build"), "PYTHONWARNINGS": "ignore"}
-    with log.status(f"{command} of {model}"):
-        found = run_module(*command.split(), *which, *flags, **settings)
-    if found.returncode not in allowed:
-        raise InputError(f"{command} of {model}: {found.stderr}")
-    return found.stdout
-
-
 @contextlib.contextmanager
 def on(cores: list[int]) -> Iterator[None]:
     """Restricts this thread, and what it starts, to some cores."""
@@ -239,49 +232,33 @@ def on(cores: list[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def _rows_per_s_of(sessions: list[onnxruntime.InferenceSession], inputs: Row) -> Callable[[], float]:
-    """A function that measures the rows/s of sessions running in parallel."""
+def _rows_per_s_of(sessions: list[onnxruntime.InferenceSession], inputs: Row) -> Callable[[float], float]:
+    """A function that measures for some seconds the rows/s of sessions running in parallel."""
     size = len(next(iter(inputs.values())))
 
-    def run(session: onnxruntime.InferenceSession) -> float:
+    def run(session: onnxruntime.InferenceSession, lasts_s: float) -> float:
         session.run(None, inputs)
         done, start = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < SIDE_S:
+        while (elapsed := time.perf_counter() - start) < lasts_s:
             session.run(None, inputs)
             done += size
-        return done / elapsed  # up to the end of the last batch, which SIDE_S would cut off
+        return done / elapsed  # up to the end of the last batch, which the limit would cut off
 
-    def measure() -> float:
+    def measure(lasts_s: float) -> float:
         with ThreadPoolExecutor(len(sessions)) as pool:
-            return sum(pool.map(run, sessions))
+            return sum(pool.map(run, sessions, itertools.repeat(lasts_s)))
 
     return measure
+
+
+def rows_of_one_length(rows: Sequence[Row]) -> list[Row]:
+    """MiniLM's rows cut into rows of TOKENS tokens without padding: (1, TOKENS) each."""
+    ids = np.concatenate([row["input_ids"][row["attention_mask"] > 0] for row in rows])
+    mask = np.ones((1, TOKENS), np.int64)
+    return [{"input_ids": part[None], "attention_mask": mask} for part in ids[: 64 * TOKENS].reshape(-1, TOKENS)]
 
 
 def seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def prepare(folder: Path, models: Sequence[str]) -> None:
-    """Builds the encoder, takes the models that are built, and publishes each in fp32, in its own repository."""
-    for name in set(models).intersection(BUILT):
-        if not choice_path(name, "onnxruntime").is_file():
-            raise InputError(
-                f"{choice_path(name, 'onnxruntime')}: no such file; the benchmarks need it: make engine MODEL={name}"
-            )
-    (folder / "models").mkdir()
-    (folder / "build").mkdir()
-    for name in models:
-        if name in BUILT:
-            (folder / "models" / name).symlink_to(Path("models", name).resolve())
-            subprocess.run(["cp", "-r", build_dir(name), folder / "build"], check=True)
-        else:
-            (folder / "models" / name).mkdir()
-            (folder / "models" / name / "deploy.toml").write_text(ENCODER_TOML)
-            (folder / "models" / name / "model.py").write_text(ENCODER_MODEL)
-            run_ours(folder, "cli to-onnx", name)
-            run_ours(folder, "cli quantize", name, "--precision", "int8", "--high-precision", "fp32")
-        repository = ("--repository", str(folder / f"repository-{name}"))
-        run_ours(folder, "cli publish", name, "--precision", "fp32", *repository)

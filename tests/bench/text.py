@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import json
 import os
 import random
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,20 +22,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from deepseek_client import InferenceClient, InferenceError
 
 from deepseek.onnxruntime_session import SLOW_ON_CPU
-from deepseek.spec import InputError, Target
-from deepseek.spec.files.measured_batches import batches_path
-from export.stages.measure_batches import measured_batches
+from deepseek.spec import InputError
 from models.minilm import data
-from tests.bench.results import Goal
-from tests.bench.served import APART, TOGETHER, USERS, every_core, generator_apart
-from tests.bench.setting import Bench, log, on
+from tests.bench.served import APART, BATCHING, TOGETHER, closed, every_core, generator_apart
+from tests.bench.setting import SIDE_S, Bench, Side, log, on
 from tests.bench.text_load import Load, Sender, closed_loop, grpc, http, poisson
 from tests.bench.text_peers import fastapi, infinity, ours
 
@@ -44,17 +41,14 @@ COUNT, CHECKED, LEAST_COSINE = 256, 16, 0.999  # texts of a load; how many answe
 SHORTEST, SHORT = 5, 16  # tokens
 STRIDE = 99  # through the texts by length: coprime with COUNT, so any few in a row are as long as all
 BATCHES = (4, 8, 16, 32)  # of raw
-SIDE_S, TAIL_S = 4.0, 10.0
+ROUNDS, TAIL_S = 3, 10.0
 SHARE_OF_RAW, SHORT_SHARE = 0.7, 0.3  # rate over raw texts/s: of all texts, and of short ones beside long ones
 FP32, AUTO, TUNED, INFINITY, FASTAPI = "fp32", "PRECISION=auto", "tuned", "infinity-emb", "FastAPI"
-GOALS_OVER = {INFINITY: 1.5, FASTAPI: 2.0}  # texts/s
-TARGET: Target = "onnxruntime"
-BATCHING, BY_HAND = "[targets.onnxruntime.batching]\n", "instances = 1\nthreads = 1\nqueue_timeout_ms = 10000\n"
+PEERS = (INFINITY, FASTAPI)
+BY_HAND = "instances = 1\nthreads = 1\nqueue_timeout_ms = 10000\n"
 VECTORS = 2000
 ODD = ("", " ", "\x00\x07\x1b", "e\u0301 é", "👩‍🚀 🇩🇪 ok", "列车驶过大桥", "\u200b\ufeff", "ﬁ ½ \u202eabc", "ß" * 300)
 LARGE = ("x" * 100_000, "long text " * 10_000, "火" * 33_000)  # 100 kB each
-Side = Callable[[int], Load]
-"""Measures one side of a ratio, given the number of the round."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +61,9 @@ class Served:
 
 def apart(bench: Bench) -> None:
     """Texts/s with the load generator on a core of its own."""
-    texts, paths, (server, load) = corpus(), repositories(bench), generator_apart()
+    texts, (server, load) = corpus(), generator_apart()
     with ExitStack() as running, on(server):
+        paths = repositories(bench)
         raw = {f"raw {precision}": Raw(bench, precision, texts) for precision in (FP32, AUTO)}
         addresses = {name: running.enter_context(ours(bench, path)) for name, path in paths.items()}
         targets = {
@@ -82,15 +77,12 @@ def apart(bench: Bench) -> None:
             sender = grpc(addresses[precision]["gRPC"], MODEL, texts, VECTOR)
             targets[f"{precision}, gRPC"] = Served(sender, lambda answer: answer[0])
         _check(targets, raw, texts)
-        sides = {name: _closed(target, load) for name, target in targets.items()}
-        found = _rounds(bench, {**{name: one.side for name, one in raw.items()}, **sides})
-    _over_raw(bench, found, APART, (FP32, AUTO, f"{FP32}, gRPC", f"{AUTO}, gRPC"), Goal(least=0.9))
-    title = f"    set by hand: batches up to 32, one instance a core; {APART}"
-    _record(bench, title, found[TUNED], found[f"raw {FP32}"])
+        sides = {name: closed(target.sender, load) for name, target in targets.items()}
+        found = bench.rounds({**{name: one.side for name, one in raw.items()}, **sides}, ROUNDS)
+    _over_raw(bench, found, APART, (FP32, AUTO, f"{FP32}, gRPC", f"{AUTO}, gRPC", TUNED))
     _over_peers(bench, found, APART)
-    title = "texts over ids padded to a multiple of 16, texts/s, fp32"
-    _record(bench, title, found[FP32], found["ids"], Goal(least=1.3))
-    _record(bench, "/v1/embeddings over v2 BYTES, texts/s, fp32", found["v1"], found[FP32], Goal(least=0.95))
+    bench.record_loads("text apart: fp32 over ids", found[FP32], found["ids"])
+    bench.record_loads("text apart: v1 over fp32", found["v1"], found[FP32])
 
 
 def shared(bench: Bench) -> None:
@@ -101,23 +93,21 @@ def shared(bench: Bench) -> None:
         addresses = {name: running.enter_context(ours(bench, paths[name])) for name in (FP32, AUTO)}
         targets = {name: _v2(addresses[name], texts) for name in addresses} | _peers(bench, running, texts)
         _check(targets, raw, texts)
-        sides = {name: _closed(target, cores) for name, target in targets.items()}
-        found = _rounds(bench, {**{name: one.side for name, one in raw.items()}, **sides})
+        sides = {name: closed(target.sender, cores) for name, target in targets.items()}
+        found = bench.rounds({**{name: one.side for name, one in raw.items()}, **sides}, ROUNDS)
         _over_raw(bench, found, TOGETHER, (FP32, AUTO))
         _over_peers(bench, found, TOGETHER)
         raw_per_s = statistics.median(load.answered_per_s for load in found[f"raw {FP32}"])
-        found = _rounds(bench, {name: _open(target, SHARE_OF_RAW * raw_per_s) for name, target in targets.items()})
-        for precision, goal in ((FP32, Goal(most=0.5)), (AUTO, None)):
-            for peer in GOALS_OVER:
-                title = f"p99 at {SHARE_OF_RAW:.0%} of raw fp32, Poisson, {precision} over {peer}"
-                _record(bench, title, found[precision], found[peer], goal, "p99_ms")
+        at_70 = {name: _open(target, SHARE_OF_RAW * raw_per_s) for name, target in targets.items()}
+        found = bench.rounds(at_70, 1)
+        for precision, peer in itertools.product((FP32, AUTO), PEERS):
+            bench.record_loads(f"text p99: {precision} over {peer}", found[precision], found[peer], "p99_ms")
         lengths = [len(ids) for ids in data.encode(texts)]
         short = [text for text, length in zip(texts, lengths, strict=True) if length <= SHORT]
         long = _v2(addresses[FP32], [texts[lengths.index(max(lengths))]])
         alone = _open(_v2(addresses[FP32], short), SHORT_SHARE * raw_per_s)
-        found = _rounds(bench, {"alone": alone, "beside": functools.partial(_beside, long, alone)})
-    title = "p99 of short texts beside a caller of 128-token texts over alone, fp32"
-    _record(bench, title, found["beside"], found["alone"], Goal(most=2), "p99_ms")
+        found = bench.rounds({"alone": alone, "beside": functools.partial(_beside, long, alone)}, 2)
+    bench.record_loads("text p99: beside long over alone", found["beside"], found["alone"], "p99_ms")
 
 
 def vectors(bench: Bench) -> None:
@@ -145,10 +135,8 @@ def vectors(bench: Bench) -> None:
                 log.print(f"refused: {error}")
                 refused += len(texts[place : place + 8])
     cosines = _cosines(found, want)
-    title = f"smallest cosine of {VECTORS} texts with sentence-transformers, fp32"
-    bench.record(
-        title, [float(cosines.min())], Goal(least=0.9999), f"{1 - cosines.min():.1e} below 1; {refused} refused"
-    )
+    note = f"{1 - cosines.min():.1e} below 1; {refused} refused"
+    bench.record("text vectors: smallest cosine", [float(cosines.min())], note)
 
 
 def corpus() -> list[str]:
@@ -166,20 +154,9 @@ def corpus() -> list[str]:
 
 
 def repositories(bench: Bench) -> dict[str, Path]:
-    """What `make engine` publishes in each precision, and fp32 with values set by hand."""
-    found = {name: bench.folder / f"text-{name.lower().replace('=', '-')}" for name in (AUTO, FP32, TUNED)}
-    if not found[TUNED].exists():
-        bench.run("cli publish", MODEL, "--repository", str(found[AUTO]))
-        measured = measured_batches(bench.specs[MODEL].for_target(TARGET), "fp32", "cpu", TARGET)
-        batches_path(MODEL, TARGET).write_text(measured.model_dump_json())
-        bench.run("cli publish", MODEL, "--precision", FP32, "--repository", str(found[FP32]))
-        models = bench.folder / "models-tuned"
-        shutil.copytree(Path("models", MODEL), models / MODEL)
-        settings = models / MODEL / "deploy.toml"
-        settings.write_text(settings.read_text().replace(BATCHING, BATCHING + BY_HAND))
-        flags = ("--models", str(models), "--precision", FP32, "--repository", str(found[TUNED]))
-        bench.run("cli publish", MODEL, *flags)
-    return found
+    """What `make engine` publishes in each precision on this thread's cores, and fp32 with values set by hand."""
+    auto, fp32 = bench.repository(MODEL, "auto"), bench.repository(MODEL)
+    return {AUTO: auto, FP32: fp32, TUNED: bench.repository(MODEL, "fp32", (BATCHING, BATCHING + BY_HAND))}
 
 
 class Raw:
@@ -266,7 +243,7 @@ def _peers(bench: Bench, running: ExitStack, texts: Sequence[str]) -> dict[str, 
     speeds = {}
     for engine in ("torch", "optimum"):
         with infinity(bench, engine) as url:
-            speeds[engine] = _closed(_v1(url, texts), every_core())(0).answered_per_s
+            speeds[engine] = closed(_v1(url, texts).sender, every_core())(0).answered_per_s
     best = max(speeds, key=lambda engine: speeds[engine])
     log.print(f"{INFINITY}: engine {best}; texts/s: {speeds}")
     return {
@@ -294,19 +271,11 @@ def _cosines(found: np.ndarray, want: np.ndarray) -> np.ndarray:
     return (found * want).sum(axis=1) / np.maximum(lengths, 1e-9)
 
 
-def _closed(target: Served, cores: list[int]) -> Side:
-    def side(turn: int) -> Load:
-        with on(cores):
-            return asyncio.run(closed_loop(target.sender, USERS, SIDE_S))
-
-    return side
-
-
-def _open(target: Served, rate_rps: float) -> Side:
+def _open(target: Served, rate_rps: float) -> Side[Load]:
     return lambda turn: asyncio.run(poisson(target.sender, rate_rps, TAIL_S, seed=turn))
 
 
-def _beside(long: Served, side: Side, turn: int) -> Load:
+def _beside(long: Served, side: Side[Load], turn: int) -> Load:
     """The side while one caller sends long texts without a pause."""
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(asyncio.run, closed_loop(long.sender, 1, TAIL_S + 2))
@@ -316,43 +285,12 @@ def _beside(long: Served, side: Side, turn: int) -> Load:
     return found
 
 
-def _rounds(bench: Bench, sides: Mapping[str, Side]) -> dict[str, list[Load]]:
-    """What each side found in each round; every second round runs in reverse."""
-    found: dict[str, list[Load]] = {name: [] for name in sides}
-    for turn in range(max(1, bench.pairs // 4)):
-        for name in [*sides][:: -1 if turn % 2 else 1]:
-            found[name].append(load := sides[name](turn))
-            log.print(f"  round {turn + 1}, {name}: {load}")
-    return found
-
-
-def _over_raw(
-    bench: Bench, found: Mapping[str, list[Load]], where: str, names: Sequence[str], goal: Goal | None = None
-) -> None:
+def _over_raw(bench: Bench, found: Mapping[str, list[Load]], where: str, names: Sequence[str]) -> None:
     for name in names:
-        title = f"text served over raw, {USERS} in flight, {name}, {where}"
-        _record(bench, title, found[name], found[f"raw {name.split(',')[0]}"], goal)
+        raw = found[f"raw {AUTO if name.startswith(AUTO) else FP32}"]
+        bench.record_loads(f"text {where}: {name} over raw", found[name], raw)
 
 
 def _over_peers(bench: Bench, found: Mapping[str, list[Load]], where: str) -> None:
-    for precision in (FP32, AUTO):
-        for peer, least in GOALS_OVER.items():
-            goal = Goal(least=least) if precision == FP32 else None
-            _record(bench, f"texts/s over {peer}, {precision}, {where}", found[precision], found[peer], goal)
-
-
-def _record(
-    bench: Bench,
-    title: str,
-    mine: Sequence[Load],
-    others: Sequence[Load],
-    goal: Goal | None = None,
-    field: Literal["answered_per_s", "p99_ms"] = "answered_per_s",
-) -> None:
-    """Records the ratios of the rounds, their range, and the share that each side refused."""
-    ratios = [getattr(one, field) / getattr(other, field) for one, other in zip(mine, others, strict=True)]
-    note = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    for whose, loads in (("refused", mine), ("refused by the other", others)):
-        if share := statistics.mean(load.failed for load in loads):
-            note += f"; {share:.1%} {whose}"
-    bench.record(title, ratios, goal, note)
+    for precision, peer in itertools.product((FP32, AUTO), PEERS):
+        bench.record_loads(f"text {where}: {precision} over {peer}", found[precision], found[peer])

@@ -36,11 +36,11 @@ class Load(NamedTuple):
         return f"{self.answered_per_s:.1f}/s, p99 {self.p99_ms:.0f} ms, {self.failed:.1%} failed"
 
 
-def http(url: str, bodies: Sequence[object]) -> Sender:
-    """Sends the bodies as JSON, in turn, each on a kept-alive connection that no other request uses meanwhile."""
+def http(url: str, bodies: Sequence[object], headers: str = "Content-Type: application/json") -> Sender:
+    """Sends the bodies, bytes or JSON, in turn, each on a kept-alive connection that no other request uses meanwhile."""
     address, _, path = url.removeprefix("http://").partition("/")
-    head = f"POST /{path} HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\nContent-Length: "
-    contents = [json.dumps(body).encode() for body in bodies]
+    head = f"POST /{path} HTTP/1.1\r\nHost: {address}\r\n{headers}\r\nContent-Length: "
+    contents = [body if isinstance(body, bytes) else json.dumps(body).encode() for body in bodies]
     requests = [f"{head}{len(content)}\r\n\r\n".encode() + content for content in contents]
 
     @asynccontextmanager
