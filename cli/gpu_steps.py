@@ -181,15 +181,14 @@ def improve(where: Where, model: str) -> list[Step]:
     """Settings on and off, a release and a rollback, a profile; the stack is down, so the GPU is free."""
     which = ("--model", model, "--models", where.models)
     tune = ("tune", *which, "--target", "tensorrt", "--server", "stack", "--env-file", f"{where.folder}/env")
-    short = ("--instances", "1", "--delay-us", "0", "--pairs", "2", "--max-s", "240", "--dry-run")
-    coarse = ("--least-s", "2", "--resolution", "1.25")  # else the default settings alone take half of the time
+    short = ("--instances", "1", "--delay-us", "0", "--least-s", "2", "--max-s", "240", "--dry-run")
     grpc = ("--grpc-port", str(where.grpc_port))
     other = (*which, "--repository", f"{where.folder}/repository-fp32", *grpc)
     report = f"{where.folder}/nsys"
     return [
         Step(
             name="dynamic batching and CUDA graphs, on and off",
-            command=ours(*tune, "--max-batch", "1,8", *short, *coarse),
+            command=ours(*tune, "--max-batch", "1,8", *short),
             limit_s=600,
             needs=(*ON_GPU, "stack up"),
             claim="dynamic batching gives 30 % more throughput",

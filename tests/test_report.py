@@ -23,7 +23,7 @@ from loadtests.results.run import Run
 from loadtests.search.capacity_result import Capacity, ServerSettings
 from loadtests.search.rate_trial import Phase, RateTrial, TrialOutcome
 from loadtests.tune.search_space import ServingSettings
-from loadtests.tune.tune_result import Gain, MeasuredSettings, TuneResult
+from loadtests.tune.tune_result import Compared, ExpectedSettings, TuneResult
 from tests.conftest import run_module
 from tests.saved_runs import Request, saved_run, steady
 
@@ -83,22 +83,23 @@ CAPACITY = Capacity(
 )
 DEFAULT = ServingSettings(max_batch=64, max_queue_delay_us=0, instances=2, threads=1)
 BEST = ServingSettings(max_batch=16, max_queue_delay_us=0, instances=1, threads=2)
+GAIN: dict[str, Any] = {"ratio": 1.31, "low": 1.22, "high": 1.40, "confidence": 0.95}
 TUNING = TuneResult(
     **ABOUT,
     objectives=("p99_ms ≤ 50.0 ms",),
     default=DEFAULT,
     best=BEST,
-    trials=(
-        MeasuredSettings(settings=DEFAULT, throughput_rps=100, p99_ms=40),
-        MeasuredSettings(settings=BEST, throughput_rps=140, p99_ms=30, capacity_rps=131),
-        MeasuredSettings(settings=DEFAULT.model_copy(update={"max_batch": 4}), throughput_rps=90, p99_ms=50),
-        MeasuredSettings(settings=DEFAULT.model_copy(update={"max_batch": 1}), reason="slow"),
+    usual_rps=70,
+    predicted=True,
+    expected=(
+        ExpectedSettings(settings=DEFAULT, p99_ms=40, high_p99_ms=90),
+        ExpectedSettings(settings=BEST, p99_ms=30, high_p99_ms=50),
+        ExpectedSettings(settings=DEFAULT.model_copy(update={"max_batch": 4}), p99_ms=50, high_p99_ms=80),
+        ExpectedSettings(settings=DEFAULT.model_copy(update={"max_batch": 1}), p99_ms=None, high_p99_ms=None),
     ),
-    users=32,
-    reference_rps=70,
-    gain=Gain(of="capacity_rps", ratio=1.31, low=1.22, high=1.40, confidence=0.95, pairs=6),
+    comparisons=(Compared(settings=BEST, rate_rps=70, pairs=((40.0, 30.0), (41.0, 31.0)), outcome="better", **GAIN),),
     applied=True,
-    conclusion="the best setting holds 1.31 times the rate",
+    conclusion="the p99 of the best setting is 1.31 times lower",
 )
 
 
@@ -285,11 +286,12 @@ def test_the_chart_of_a_search_for_settings_shows_default_and_best() -> None:
     for look in ("star holds", "diamond service", "circle median"):
         assert html.count(f'class="point {look}"') == 1
     assert "1 instance x 2 threads, batches of 16, delay 0 us" in text_of(html)
-    assert "x 1.31 (95%: 1.22 to 1.40, 6 pairs)" in text_of(html)
+    assert "1.31 times as high (95%: 1.22 to 1.40, 2 pairs): better" in text_of(html)
+    assert "batches of 16, delay 0 us 70/s 41.0 ms 31.0 ms 2" in text_of(html)
 
 
 def test_a_search_without_a_better_setting_says_so() -> None:
-    found = TUNING.model_copy(update={"best": None, "gain": None, "applied": False})
+    found = TUNING.model_copy(update={"best": None, "comparisons": (), "applied": False})
     assert "No setting is proved better than the default" in text_of(tuning_page(found))
     assert "star holds" not in tuning_page(found).partition("</style>")[2]
 

@@ -22,6 +22,7 @@ from deepseek.precisions import CHOICES, PRECISIONS, REDUCED, HighPrecision
 from deepseek.targets import PUBLISHABLE, TARGETS
 
 ANYWAY = Option("--anyway", "publish even what a release gate refused or a rollback removed", kind=switch)
+TUNED = Option("--tuned", "file of tuned values (default: the one that deploy.toml names; /dev/null: none)", kind=path)
 CANDIDATE = Option("--candidate", "one of several: if it fails to build, record why and exit 0", kind=switch)
 BUILD_OPTIONS = (
     *MODEL,
@@ -209,6 +210,9 @@ ROWS = (
         options=(
             *MODEL,
             Option("--target", "what runs the model", choices=("onnxruntime",), default="onnxruntime"),
+            Option("--precision", "precision to measure (default: the chosen one)", choices=tuple(PRECISIONS)),
+            TUNED,
+            Option("--output", "file to write (default: build/<model>/batches-<target>.json)", kind=path),
             JSON,
         ),
         examples=("deepseek measure-batches", "deepseek measure-batches --model minilm --json"),
@@ -223,9 +227,7 @@ ROWS = (
             Option("--target", "what runs the model", choices=PUBLISHABLE, default="onnxruntime"),
             Option("--precision", "precision to publish (default: the chosen one)", choices=tuple(PRECISIONS)),
             REPOSITORY,
-            Option(
-                "--tuned", "file of tuned values (default: the one that deploy.toml names; /dev/null: none)", kind=path
-            ),
+            TUNED,
             Option("--if-changed", "publish only if something differs from the latest version", kind=switch),
             ANYWAY,
             JSON,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cli.commands.shared_options import (
     ARRIVALS,
     ENV_FILE,
@@ -141,16 +143,9 @@ TUNE = Command(
         Option("--precision", "precision to tune for", choices=("auto", *PRECISIONS), default="auto", variable=""),
         PROTOCOL,
         PRIORITY,
-        MAX_S,
-        Option("--pairs", "pairs of runs, default and best setting", kind=at_least(2), default=6),
-        Option("--users", "requests in flight in the closed loop", kind=at_least(1), default=32, variable=""),
-        Option("--least-s", "least seconds of a trial", kind=Number("1 or more", least=1), default=5.0),
-        Option(
-            "--resolution",
-            "factor to which rates are determined",
-            kind=Number("1.01 to 2", least=1.01, most=2),
-            default=1.05,
-        ),
+        replace(MAX_S, default=600.0),
+        Option("--pairs", "most pairs of runs of a comparison", kind=at_least(4), default=24),
+        Option("--least-s", "least seconds of a run", kind=Number("1 or more", least=1), default=5.0),
         _warmup(1.0),
         TIMEOUT_S,
         Option("--max-batch", "batch sizes to try: rows that Triton joins", kind=numbers, metavar="N,...", variable=""),
@@ -170,9 +165,9 @@ TUNE = Command(
         JSON,
     ),
     examples=(
-        "deepseek tune  # the recommender, within 20 minutes",
+        "deepseek tune  # the recommender, within ten minutes",
         "deepseek tune --server stack  # the Triton of docker compose; stop the stack before",
-        "deepseek tune --model minilm --max-s 3600 --pairs 10",
+        "deepseek tune --model minilm --max-s 1800",
         "deepseek tune --max-batch 1,8,32 --instances 2 --threads 1 --delay-us 0 --dry-run",
     ),
     notes="Exit codes: 0 the search ended, with or without a gain, 3 inconclusive. docs/tuning.md",

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from deepseek.onnxruntime_session import choose_provider
 from deepseek.spec import BATCH, DeploymentSpec, Precision, Target, build_dir
 from deepseek.spec.cpu import this_cpu
 from deepseek.spec.files.measured_batches import (
@@ -158,9 +159,12 @@ def show(spec: DeploymentSpec, measured: MeasuredBatches, precision: Precision) 
 
 def main(options: argparse.Namespace) -> None:
     """The command `measure-batches`."""
-    spec = DeploymentSpec.of_model(options.model, options.models).for_target(options.target)
-    precision, provider = choice_of(spec.name, options.target)
-    path = batches_path(spec.name, options.target)
+    spec = DeploymentSpec.of_model(options.model, options.models, tuned=options.tuned).for_target(options.target)
+    if asked := options.precision:
+        precision, provider = asked, choose_provider(spec.onnxruntime.provider)
+    else:
+        precision, provider = choice_of(spec.name, options.target)  # type: ignore[assignment]
+    path = options.output or batches_path(spec.name, options.target)
 
     def make(folder: Path) -> None:
         measured = measured_batches(spec, precision, provider, options.target)

@@ -25,7 +25,8 @@ def _searches(model: str, target: Target) -> tuple[Capacity | None, TuneResult |
             search = kind.load(path)
         except InputError:
             search = None
-        found.append(search if search and search.target == target and search.trials else None)
+        empty = isinstance(search, Capacity) and not search.trials
+        found.append(search if search and search.target == target and not empty else None)
     return found[0], found[1]  # type: ignore[return-value]
 
 

@@ -1,4 +1,4 @@
-"""Capacity and tuning: latency over rate, and latency over throughput for every setting.
+"""Capacity and tuning: latency over rate, and the expected latency of every setting.
 
 Contract: drawn only from `capacity.json` and `tuning.json` (`loadtests.search.capacity_result`,
 `loadtests.tune.tune_result`), as cards in the report of a run with the same model and target, or as separate pages.
@@ -16,7 +16,7 @@ from loadtests.figures import ms
 from loadtests.report.page import card, document, facts, grid, numbers, sentence
 from loadtests.search.capacity_result import Capacity
 from loadtests.search.rate_trial import RateTrial
-from loadtests.tune.tune_result import MeasuredSettings, TuneResult
+from loadtests.tune.tune_result import ExpectedSettings, TuneResult
 
 DOUBTFUL = ("doubtful diamond", "inconclusive", "?")
 OUTCOMES = {
@@ -26,7 +26,6 @@ OUTCOMES = {
     "inconclusive": DOUBTFUL,
 }  # CSS class and shape, word, mark
 TRIALS_READ = "Rates in requests/s, latencies in ms. ✓ holds, ✕ fails, ? inconclusive."
-MOST_SETTINGS = 12  # of the table; tuning.json has all
 
 
 def _scale(values: Sequence[float], room: float = 1.3) -> Scale:
@@ -108,62 +107,55 @@ def _trials(capacity: Capacity) -> str:
 
 
 def settings_chart(tuning: TuneResult) -> str:
-    """p99 over throughput of every setting."""
-    tried = [each for each in tuning.trials if each.p99_ms is not None]
-    x = _scale([each.throughput_rps for each in tried], 1.1)
-    y = _scale([each.p99_ms or 0.0 for each in tried])
-    chart = Chart(x, y, "p99 and throughput of every setting", x_title="throughput, answers/s")
-    chart.axes(x_unit="", y_unit=f"p99 at {tuning.reference_rps:g}/s, ms")
-    drawn: list[tuple[str, str]] = [("median circle", "tried"), ("service diamond", "default"), ("holds star", "best")]
+    """The expected p99 of every setting at the two rates."""
+    served = [(each, each.p99_ms, each.high_p99_ms) for each in tuning.expected if each.p99_ms and each.high_p99_ms]
+    x, y = (_scale([found[place] for found in served], 1.1) for place in (1, 2))  # type: ignore[misc]
+    chart = Chart(x, y, "expected p99 of every setting", x_title=f"p99 at {tuning.usual_rps:g}/s, ms")
+    chart.axes(x_unit="", y_unit="p99 when busy, ms")
+    drawn: list[tuple[str, str]] = [("median circle", "other"), ("service diamond", "default"), ("holds star", "best")]
     for look, _ in drawn:  # the last is on top
-        for each in tried:
+        for each, usual_ms, high_ms in served:
             if _look(each, tuning) == look:
                 css, shape = look.split()
-                chart.point(each.throughput_rps, each.p99_ms or 0.0, css, shape, _setting_tip(each))
+                tip = [f"p99 {ms(usual_ms)}, {ms(high_ms)} when busy", *str(each.settings).split(", ", 1)]
+                chart.point(usual_ms, high_ms, css, shape, tip)
     for look, word in drawn[: 2 if tuning.best is None else 3]:
         chart.legend(look, word)
     return chart.figure()
 
 
-def _look(each: MeasuredSettings, tuning: TuneResult) -> str:
+def _look(each: ExpectedSettings, tuning: TuneResult) -> str:
     if tuning.best is not None and each.settings == tuning.best:
         return "holds star"
     return "service diamond" if each.settings == tuning.default else "median circle"
-
-
-def _setting_tip(each: MeasuredSettings) -> list[str]:
-    rate = "" if each.capacity_rps is None else f", {each.capacity_rps:g}/s within the SLO"
-    figures = f"p99 {ms(each.p99_ms)}, {each.throughput_rps:.4g}/s{rate}"
-    return [figures, *str(each.settings).split(", ", 1)]
 
 
 def tuning_card(tuning: TuneResult) -> str:
     told = f"<p class='told'>{sentence(tuning.conclusion)}</p>"
     rows: list[tuple[str, object]] = [("default", tuning.default)]
     if tuning.best is not None:
-        rows += [("best", tuning.best), ("gain", tuning.gain or "not confirmed")]
+        rows += [("best", tuning.best), ("gain", tuning.gain)]
         rows.append(
             ("holds with confidence", "not proved" if tuning.proved_rps is None else f"{tuning.proved_rps:g}/s")
         )
         rows.append(("written to the file of tuned values", "yes" if tuning.applied else "no"))
-    made = f"make tune, {escape(_time(tuning.started))}; throughput with {tuning.users} in flight."
-    return card("Tuning", told + settings_chart(tuning) + facts(rows), f"Further right and lower is better. {made}")
+    by = "predicted from measured batches" if tuning.predicted else "from one short run each"
+    made = f"make tune, {escape(_time(tuning.started))}; p99 {by}."
+    return card("Tuning", told + settings_chart(tuning) + facts(rows), f"Further left and lower is better. {made}")
 
 
-def _settings_tried(tuning: TuneResult) -> str:
-    ordered = sorted(tuning.trials, key=lambda each: (-(each.capacity_rps or 0), -each.throughput_rps))
+def _compared(tuning: TuneResult) -> str:
     rows = [
-        (
-            str(each.settings),
-            each.capacity,
-            f"{each.throughput_rps:.1f}/s",
-            "-" if each.p99_ms is None else ms(each.p99_ms),
-        )
-        for each in ordered[:MOST_SETTINGS]
+        (str(each.settings), f"{each.rate_rps:g}/s", ms(default_ms), ms(other_ms), str(pair + 1))
+        for each in tuning.comparisons
+        for pair, (default_ms, other_ms) in enumerate(each.pairs)
     ]
-    left = len(ordered) - len(rows)
-    note = f"<p>{left} more are in tuning.json.</p>" if left > 0 else ""
-    return f"<div class='scroll'>{numbers(['', 'within the SLO', 'throughput', 'p99'], rows)}</div>{note}"
+    said = "".join(
+        f"<p>{escape(f'{each.settings}: {each}: {each.outcome} {each.note}'.strip())}</p>"
+        for each in tuning.comparisons
+    )
+    table = numbers(["", "rate", "p99, default", "p99, this setting", "pair"], rows) if rows else ""
+    return f"{said or '<p>No setting was worth comparing.</p>'}<div class='scroll'>{table}</div>"
 
 
 def _page(found: Capacity | TuneResult, title: str, subject: str, css: str, cards: Sequence[str]) -> str:
@@ -195,5 +187,5 @@ def capacity_page(capacity: Capacity) -> str:
 def tuning_page(tuning: TuneResult) -> str:
     title = "No setting is proved better than the default" if tuning.best is None else "A better setting was found"
     subject = f"{tuning.model} on {tuning.target}, {tuning.precision}: {', '.join(tuning.objectives)}"
-    cards = [tuning_card(tuning), card("Settings tried", _settings_tried(tuning))]
+    cards = [tuning_card(tuning), card("Compared with the default", _compared(tuning))]
     return _page(tuning, title, subject, "plain" if tuning.best is None else "holds", cards)

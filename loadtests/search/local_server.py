@@ -37,7 +37,7 @@ from loadtests.slo.slo_demands import timeout_for
 # The server of the target onnxruntime; {names} are filled in. It exits fast: no request is in flight at its stop.
 EMBEDDED = (
     f"{shlex.quote(sys.executable)} -m cli serve --repository {{repository}} --http-port {{http_port}} "
-    "--grpc-port {grpc_port} --metrics-port {metrics_port} --exit-timeout-s 1"
+    "--grpc-port {grpc_port} --metrics-port {metrics_port} --openai-port {openai_port} --exit-timeout-s 1"
 )
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
@@ -84,7 +84,7 @@ def local_server(
     command: str, repository: Path, folder: Path, *, protocol: Literal["grpc", "http"], model: str
 ) -> Iterator[LocalServer]:
     """Serves `repository`; NotServed if the server does not start, InputError if `command` is not a valid template."""
-    ports = dict(zip(("http_port", "grpc_port", "metrics_port"), free_ports(3), strict=True))
+    ports = dict(zip(("http_port", "grpc_port", "metrics_port", "openai_port"), free_ports(4), strict=True))
     url = f"127.0.0.1:{ports['grpc_port' if protocol == 'grpc' else 'http_port']}"
     process = _started(command, repository, folder, ports)
     try:

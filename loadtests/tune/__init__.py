@@ -1,4 +1,4 @@
-"""Searches for better serving settings on this machine: measures candidates and confirms the best one.
+"""Searches for better serving settings on this machine: measured batches rank them, pairs of runs decide.
 
 Enter: `deepseek tune` (`tune.py`). Imports: `loadtests.load`, `loadtests.slo`, `loadtests.search`; the command also
 `loadtests.report`.

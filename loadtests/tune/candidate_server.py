@@ -5,8 +5,7 @@ also if this process is killed.
 
 Example:
     with candidate_server(settings, conditions, "a") as server:
-        server.throughput_rps(users=32, duration_s=6)
-        server.try_rate(120, seed=1).outcome        # "holds"
+        server.p99_ms(120, seed=1)
 """
 
 from __future__ import annotations
@@ -25,23 +24,26 @@ from typing import Any
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, Precision, PublishedManifest, TunedFile
+from deepseek.spec.objectives import samples_needed
 from loadtests.load.child_process import our_environment
 from loadtests.load.preflight import check
 from loadtests.results.settings import LoadSettings
 from loadtests.search.highest_rate import SearchPlan
 from loadtests.search.local_server import NotServed, last_line, local_server
-from loadtests.search.rate_trial import RateTrial
-from loadtests.search.slo_at_rate import seconds_needed
+from loadtests.search.slo_at_rate import slo_at
 from loadtests.search.trial_runner import TrialRunner
 from loadtests.slo.generator_health import generator_problems
 from loadtests.tune.search_space import ServingSettings
 
-START_S = 3.0  # about what the load generator takes to start, for each trial
+START_S = 3.0  # about what the load generator takes to start, for each run
+USERS = 32
+LONGEST_BLOCK_S = 30  # at a low rate a block's p99 is its slowest request
+SAMPLES = 2  # times the requests that a p99 needs at all
 MOST_TRIALS = 100  # of one search for a rate: in practice the time ends it
 
 
-class TimeUp(Exception):
-    """The time left does not allow another trial; the message says why, and is empty if no time is left."""
+class NotValid(Exception):
+    """A block, or a pair of them, says nothing about the server; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +60,26 @@ class TuneConditions:
     """Command with {repository}, {http_port}, {grpc_port} and {metrics_port}."""
     folder: Path
     least_s: float
-    """Minimum length of a trial; longer if the SLO's percentiles need more samples."""
+    """Minimum length of a run; longer if its p99 needs more samples."""
+    max_s: float
+    """Length of the whole search."""
     ends_at: float
-    """End of the whole search, in the time of `time.monotonic()`."""
+    """Its end, in the time of `time.monotonic()`."""
     console: Console
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left for the whole search."""
+        return self.ends_at - time.monotonic()
+
+    @property
+    def overhead_s(self) -> float:
+        """Seconds that a run takes beyond its length."""
+        return self.settings.warmup_s + START_S
+
+    def block_s(self, rate_rps: float) -> int:
+        """Length of a block at a rate."""
+        return math.ceil(max(self.least_s, min(LONGEST_BLOCK_S, SAMPLES * samples_needed(99) / rate_rps)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +91,19 @@ class CandidateServer:
     published: PublishedManifest
     runner: TrialRunner
 
-    def throughput_rps(self, users: int, duration_s: float) -> float:
-        """Answers/s in a closed loop of `users`."""
-        run = self.runner.run(users=users, rate_rps=None, duration_s=float(math.ceil(duration_s)))
-        if problems := generator_problems(run, self.runner.spec.slo):
-            self.runner.console.print(f"note: closed loop of {users}: {problems[0]}")
+    def throughput_rps(self) -> float:
+        """Answers/s in a closed loop of USERS."""
+        run = self.runner.run(users=USERS, rate_rps=None, duration_s=float(math.ceil(self.conditions.least_s)))
         return run.window.throughput_rps
 
-    def try_rate(self, rate_rps: float, seed: int) -> RateTrial:
-        """One open-loop run, judged; TimeUp if too little time is left."""
-        needed_s = seconds_needed(self.runner.spec.slo, rate_rps)
-        duration_s = float(math.ceil(max(self.conditions.least_s, needed_s)))
-        takes_s, left_s = duration_s + self._overhead_s, self._left_s
-        if takes_s > left_s:
-            raise TimeUp(f"a trial at {rate_rps:.3g}/s takes {takes_s:.0f} s, {max(left_s, 0):.0f} s are left")
-        return self.runner(rate_rps, "bisect", duration_s, seed)
+    def p99_ms(self, rate_rps: float, seed: int) -> float:
+        """p99 of the intended latency in one short block at a rate; an unanswered request counts with its time-out."""
+        duration_s = self.conditions.block_s(rate_rps)
+        run = self.runner.run(rate_rps=rate_rps, duration_s=float(duration_s), seed=seed)
+        if problems := generator_problems(run, slo_at(self.runner.spec.slo, rate_rps, duration_s)):
+            raise NotValid(f"the load generator was the limit: {problems[0]}")
+        p99_ms = run.window.latency("intended").percentile_ms(99)
+        return p99_ms if math.isfinite(p99_ms) else 1000 * self.runner.settings.timeout_s
 
     def plan(self, start_rps: float, **bounds: Any) -> SearchPlan:
         """The plan of a search for the highest rate, without the confirming walk, within the time left."""
@@ -95,19 +111,11 @@ class CandidateServer:
             start_rps=start_rps,
             duration_s=self.conditions.least_s,
             confirm=False,
+            repeat_failures=False,
             max_trials=MOST_TRIALS,
-            max_s=self._left_s,
-            overhead_s=self._overhead_s,
+            overhead_s=self.conditions.overhead_s,
             **bounds,
         )
-
-    @property
-    def _left_s(self) -> float:
-        return self.conditions.ends_at - time.monotonic()
-
-    @property
-    def _overhead_s(self) -> float:
-        return self.runner.settings.warmup_s + START_S
 
 
 @contextmanager

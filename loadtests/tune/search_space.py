@@ -1,4 +1,4 @@
-"""The serving settings that a search may try; it varies one of them at a time.
+"""The serving settings that a search may try.
 
 Contract: pure functions. Values from the command line replace the defaults, which follow from the spec, the target and
 the number of cores:
@@ -7,29 +7,26 @@ the number of cores:
   many instances as the cores can run, which take turns: while one half computes, the other holds the next batches. A
   single instance is never tried: with two that take turns, the next batch is always ready.
 - layouts of the other targets: 1, 2, 3 and 4 instances per GPU.
-- batch sizes: powers of 4, opt and max of the batch axis, and twice and half the best so far. The search starts from
-  the size that the build measured.
-- queue delays: none, and up to a quarter of the tightest latency limit of the SLO (`tune` tries only
-  none on the embedded Triton).
+- batch sizes: those of the measured curve; without one, powers of 4, opt and max of the batch axis.
+- queue delays: none, and up to a quarter of the tightest latency limit of the SLO (`tune` tries only none on the
+  embedded Triton).
 - CUDA graphs on and off for the target tensorrt, unless deploy.toml names the batches to capture.
 
 Example:
-    SearchSpace.of(spec, "onnxruntime", cores=2).varied(default, "max_batch")
+    SearchSpace.of(spec, "onnxruntime", cores=2).combined(default, sizes=[1, 2, 4, 8])
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError, Target, TunedBatching, TunedTarget
 from deepseek.spec.checks import Table
 from deepseek.spec.files.measured_batches import plan_of, read_measured
 from loadtests.slo.slo_demands import latency_limits
 
-Part = Literal["layout", "max_batch", "max_queue_delay_us", "cuda_graphs"]
-PARTS: tuple[Part, ...] = ("layout", "max_batch", "max_queue_delay_us", "cuda_graphs")  # the most important first
 DELAYS_US = (0, 200, 1000, 5000)
 SHARE_OF_LIMIT = 4  # a request may wait for its batch at most a quarter of its latency limit
 MOST_GPU_INSTANCES = 4
@@ -88,15 +85,13 @@ class ServingSettings(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpace:
-    """The values to try for each part."""
+    """The values to try."""
 
     layouts: tuple[tuple[int, int | None], ...]
     """Instances, threads per instance."""
     max_batch: tuple[int, ...]
     delays_us: tuple[int, ...]
     cuda_graphs: tuple[bool | None, ...]
-    refine: tuple[int, int] | None
-    """Bounds within which twice and half the best batch size are also tried; None: neither is."""
 
     @classmethod
     def of(
@@ -129,22 +124,32 @@ class SearchSpace:
             max_batch=max_batch or tuple(sorted(sizes)),
             delays_us=delays_us or tuple(delays),
             cuda_graphs=(False, True) if choose_graphs else (graphs,),
-            refine=None if max_batch else (axis.min, most),
         )
 
-    def varied(self, settings: ServingSettings, part: Part) -> list[ServingSettings]:
-        """`settings` with each value of one part."""
-        sizes = set(self.max_batch)
-        if self.refine:
-            near = (settings.max_batch // 2, settings.max_batch * 2)
-            sizes |= {size for size in near if self.refine[0] <= size <= self.refine[1]}
-        values: dict[Part, list[dict[str, Any]]] = {
-            "layout": [{"instances": instances, "threads": threads} for instances, threads in self.layouts],
-            "max_batch": [{part: size} for size in sorted(sizes)],
-            "max_queue_delay_us": [{part: delay} for delay in self.delays_us],
-            "cuda_graphs": [{part: graphs} for graphs in self.cuda_graphs],
-        }
-        return [settings.model_copy(update=changes) for changes in values[part]]
+    def laid_out(self, default: ServingSettings) -> list[ServingSettings]:
+        """The default in each layout, its own first."""
+        own = (default.instances, default.threads)
+        return [_changed(default, instances=each[0], threads=each[1]) for each in dict.fromkeys((own, *self.layouts))]
+
+    def combined(self, default: ServingSettings, sizes: Sequence[int]) -> list[ServingSettings]:
+        """Every combination of layouts, these batch sizes, and delays, without the default."""
+        found = [
+            _changed(default, instances=layout[0], threads=layout[1], max_batch=size, max_queue_delay_us=delay)
+            for layout, size, delay in product(self.layouts, sizes, self.delays_us)
+        ]
+        return [each for each in found if each != default]
+
+    def varied(self, default: ServingSettings) -> list[ServingSettings]:
+        """The default with one value changed: the layout, the batch size, CUDA graphs or the delay."""
+        found = self.laid_out(default)
+        found += [_changed(default, max_batch=size) for size in self.max_batch]
+        found += [_changed(default, cuda_graphs=graphs) for graphs in self.cuda_graphs]
+        found += [_changed(default, max_queue_delay_us=delay) for delay in self.delays_us]
+        return [each for each in dict.fromkeys(found) if each != default]
+
+
+def _changed(settings: ServingSettings, **changes: int | bool | None) -> ServingSettings:
+    return settings.model_copy(update=changes)
 
 
 def _check(flag: str, values: Values, least: int, most: int) -> None:

@@ -1,34 +1,50 @@
-"""The search: varies one serving setting at a time, starting from the best so far.
+"""The search: expects a p99 of every setting, and compares the few that could win with the default.
 
-Contract: a candidate is measured in three steps, and each may stop it early: throughput in a closed loop, latency at
-the reference rate (the same for all candidates), and the highest rate that holds, upwards from the best so far.
+Contract: a setting may win in two ways: with a lower p99 at the usual rate (the SLO's, or a share of what the default
+can do), and then at the high rate, the highest at which the default meets the SLO. A lower p99 there leaves room for a
+higher rate. The expected p99 comes from measured batches, or from one short run of each setting where there is no
+curve. A setting is compared if it is expected to be better by PRACTICAL_GAIN at one rate and not as much worse at the
+other. A comparison sends the same arrivals to the default and the setting in turn, with both servers up, until
+`loadtests.tune.sequential_test` settles it. The confidence holds for all comparisons of a search together.
 
 Example:
-    best = search.run()
+    facts = SettingsSearch(conditions=conditions, default=default, space=space, cores=2).run()
+    facts["conclusion"]
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from deepseek.spec import InputError, InvalidMeasurement, PublishedManifest
-from loadtests.search.highest_rate import GENERATOR, TIME, RateSearch, rounded
+from deepseek.spec.files.measured_batches import tail_limit_ms
+from loadtests.search.highest_rate import GENERATOR, SAMPLES, TIME, HighestRate, RateSearch, rounded
 from loadtests.search.local_server import NotServed
-from loadtests.tune.candidate_server import CandidateServer, TimeUp, TuneConditions, candidate_server
-from loadtests.tune.search_space import PARTS, SearchSpace, ServingSettings
-from loadtests.tune.tune_result import MeasuredSettings
+from loadtests.search.slo_at_rate import required_rps, seconds_to_prove
+from loadtests.tune.candidate_server import USERS, CandidateServer, NotValid, TuneConditions, candidate_server
+from loadtests.tune.predicted_latency import Curves
+from loadtests.tune.search_space import SearchSpace, ServingSettings
+from loadtests.tune.sequential_test import LEAST_PAIRS, PRACTICAL_GAIN, nominal_level
+from loadtests.tune.tune_result import Compared, ExpectedSettings
 
-STEP_UP = 1.25  # factor of the rate, on the way up
-START_SHARE = 0.6  # of the throughput: the first rate tried with the default
-LEAST_SHARE = 1 / 64  # of the throughput: if the SLO needs a lower rate, tuning cannot help
-SLACK = 1.1  # a short closed loop may measure this factor less than the server can do
-REFERENCE_SHARE = 0.8  # of the default's capacity: the rate at which latencies are compared
-LEAST_P99_GAIN = 1.05  # a smaller gain does not justify a change
+CONFIDENCE = 0.95  # of all comparisons together
+MOST_CONTENDERS = 2  # for each rate
+MOST_DROPPED = 3  # pairs of a comparison that say nothing
+USUAL_SHARE = 0.7  # of what the default answers in a closed loop: the usual rate if the SLO names none
+START_SHARE = 0.8  # of it: the first rate of the search for the highest
+SCREENING_SHARE = 0.4  # of the time, to run each setting once if there is no curve
+PROOF_SHARE = 0.4  # of the time, at most, kept for the proof of a rate
+HIGHEST_SHARE = 0.2  # of the time, at most, to find the highest rate of one setting
+RESOLUTION, STEP_UP = 1.1, 1.25  # of a search for a highest rate
+UNPROVED = {
+    TIME: "out of time: raise --max-s",
+    SAMPLES: "too close to the limit",
+    GENERATOR: "the load generator was the limit",
+}
+Rate = Literal["p99_ms", "high_p99_ms"]
 
 
 @dataclass(kw_only=True)
@@ -38,127 +54,198 @@ class SettingsSearch:
     conditions: TuneConditions
     default: ServingSettings
     space: SearchSpace
-    users: int
-    confirm_s: float
-    """Time reserved for the confirmation."""
-    resolution: float = 1.05
-    """Precision of the rates, as a factor; candidates within it of each other count as equal."""
-    measured: dict[ServingSettings, MeasuredSettings] = field(default_factory=dict)
-    reference_rps: float = 0.0
-    """The rate at which latencies are compared; set when the default is measured."""
+    cores: int
+    sizes: tuple[int, ...] | None = None
+    """Batch sizes to try; None: those of the curve."""
+    most_pairs: int = 24
+    """Of a comparison."""
+    usual_rps: float = 0.0
+    high_rps: float | None = None
+    _start_rps: float = 0.0
+    """The first rate of a search for a highest rate."""
+    predicted: bool = True
+    expected: list[ExpectedSettings] = field(default_factory=list)
+    comparisons: list[Compared] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
     published: PublishedManifest | None = None
     """The manifest of the default."""
-    cut_short: bool = False
-    """The time ran out before every candidate was tried."""
 
-    def run(self) -> MeasuredSettings:
-        """Varies one part at a time from the best so far until a round tries nothing new; returns the best."""
-        with self._default_served() as server:
-            self._keep(self._measured(server))
-            self.published, self.machine = server.published, dict(server.runner.machine)
-        try:
-            count = 0
-            while count < len(self.measured):
-                count = len(self.measured)
-                for part in PARTS:
-                    for settings in self.space.varied(self.best().settings, part):
-                        if settings not in self.measured:
-                            self._keep(self._candidate(settings))
-        except TimeUp as error:
-            self.cut_short = True
-            why = f" ({error})" if str(error) else ""
-            self.conditions.console.print(f"the search stops here{why}: the remaining time is for the confirmation")
-        return self.best()
+    def run(self) -> dict[str, Any]:
+        """Searches; returns `best`, `proved_rps` and `conclusion` of the result."""
+        with ExitStack() as stack:
+            server = self._default_served(stack)
+            curves = None
+            if self.conditions.settings.target == "onnxruntime":
+                curves = Curves.measured(self.conditions, self.space.laid_out(self.default), self.cores)
+            self._predict(curves) if curves is not None else self._screen(server)
+            found = self._compare_contenders(server)
+            self.machine = dict(server.runner.machine)
+            return found
 
-    @contextmanager
-    def _default_served(self) -> Iterator[CandidateServer]:
+    def _default_served(self, stack: ExitStack) -> CandidateServer:
         try:
-            with candidate_server(self.default, self.conditions, "candidate") as server:
-                yield server
-        except TimeUp as error:
-            raise InvalidMeasurement(f"too little time for the default: {error}; raise --max-s") from None
+            server = stack.enter_context(candidate_server(self.default, self.conditions, "default"))
         except NotServed as error:
             raise InputError(f"the default settings: not served: {error}") from None
         except (InputError, InvalidMeasurement) as error:
             raise type(error)(f"the default settings: {error}") from None
-
-    def best(self) -> MeasuredSettings:
-        """The candidate with the lowest p99 among those within noise of the highest rate; the default on a tie."""
-        default, top = self.measured[self.default], self._best_rps()
-        level = [each for each in self.measured.values() if top and (each.capacity_rps or 0) * self.resolution >= top]
-        best = min(level, key=lambda each: each.p99_ms or math.inf, default=default)
-        same = (default.p99_ms or math.inf) <= (best.p99_ms or math.inf) * LEAST_P99_GAIN
-        return default if default in level and same else best
-
-    def _best_rps(self) -> float:
-        return max((each.capacity_rps or 0 for each in self.measured.values()), default=0)
-
-    def _keep(self, measured: MeasuredSettings) -> None:
-        self.measured[measured.settings] = measured
-        self.conditions.console.print(str(measured), soft_wrap=True)
-
-    def _candidate(self, settings: ServingSettings) -> MeasuredSettings:
-        if time.monotonic() > self.conditions.ends_at - self.confirm_s:
-            raise TimeUp
-        try:
-            with (
-                self.conditions.console.status(str(settings)),
-                candidate_server(settings, self.conditions, "candidate") as server,
-            ):
-                return self._measured(server)
-        except NotServed as error:
-            return MeasuredSettings(settings=settings, reason=f"not served: {error}")
-        except (InputError, InvalidMeasurement) as error:
-            return MeasuredSettings(settings=settings, reason=str(error))
-
-    def _measured(self, server: CandidateServer) -> MeasuredSettings:
-        least_s, is_default = self.conditions.least_s, server.settings == self.default
-        throughput = server.throughput_rps(self.users, least_s)
-        measured = MeasuredSettings(settings=server.settings, throughput_rps=throughput)
-        if not throughput and is_default:
+        self.published, throughput_rps = server.published, server.throughput_rps()
+        if not throughput_rps:
             raise InvalidMeasurement(
-                f"no answer to {self.users} users within {least_s:g} s: try fewer --users, a longer --least-s or a "
-                f"longer --timeout-s (now {self.conditions.settings.timeout_s:g} s)"
+                f"the default settings: no answer to {USERS} users within {self.conditions.least_s:g} s: try a longer "
+                f"--least-s or --timeout-s (now {self.conditions.settings.timeout_s:g} s)"
             )
-        if not throughput:
-            return _stopped(measured, "answers nothing")
-        if not is_default:
-            return self._with_capacity(server, self._with_latency(server, measured))
-        measured = self._with_capacity(server, measured)
-        self.reference_rps = rounded(REFERENCE_SHARE * (measured.capacity_rps or throughput / 2))
-        return self._with_latency(server, measured)
+        self._start_rps = START_SHARE * throughput_rps
+        self.usual_rps = rounded(required_rps(self.conditions.spec.slo) or USUAL_SHARE * throughput_rps)
+        self._say(f"the default answers {throughput_rps:.3g}/s to {USERS} users; p99 counts at {self.usual_rps:g}/s")
+        return server
 
-    def _with_latency(self, server: CandidateServer, measured: MeasuredSettings) -> MeasuredSettings:
-        """Adds the latency at the reference rate, if the throughput reaches it."""
-        if measured.throughput_rps * SLACK < self.reference_rps:
-            return measured
-        trial = server.try_rate(self.reference_rps, seed=1000)
-        return measured.model_copy(update={"p50_ms": trial.p50_ms, "p99_ms": trial.p99_ms})
+    def _predict(self, curves: Curves) -> None:
+        """What the curves promise of each setting that keeps the throughput."""
+        high_rps = curves.highest_rps(self.default, tail_limit_ms(self.conditions.spec.slo))
+        all_ = [self.default, *self.space.combined(self.default, self.sizes or curves.sizes)]
+        for each in dict.fromkeys((self.default, *curves.keeping_throughput(all_))):
+            usual, high = (curves.p99_ms(each, rate_rps) for rate_rps in (self.usual_rps, high_rps))
+            self.expected.append(ExpectedSettings(settings=each, p99_ms=usual, high_p99_ms=high))
 
-    def _with_capacity(self, server: CandidateServer, measured: MeasuredSettings) -> MeasuredSettings:
-        """Adds the highest rate that holds; stops a candidate below the best so far."""
-        floor_rps, throughput_rps = self._best_rps() / self.resolution, measured.throughput_rps
-        if throughput_rps * SLACK < floor_rps:
-            holds = f"the best so far holds {self._best_rps():.1f}/s"
-            return _stopped(measured, f"answers {throughput_rps:.1f}/s at most, {holds}")
-        plan = server.plan(
-            floor_rps or START_SHARE * throughput_rps,
-            lowest_rps=floor_rps or LEAST_SHARE * throughput_rps,
-            step_up=max(STEP_UP, self.resolution),
-            resolution=self.resolution,
-        )
-        search = RateSearch(plan, server.runner)
-        found = search.run()
-        if found.limited_by == TIME:
-            raise TimeUp("out of time while measuring a capacity")
-        last, at_least = search.trials[-1], found.limited_by == GENERATOR
-        if found.capacity_rps is None and at_least and measured.settings == self.default:
-            raise InvalidMeasurement(f"the load generator is the limit at every rate: {last.reason}")
-        if found.capacity_rps is None:
-            measured = _stopped(measured, f"at {last.rate_rps:g}/s {last.outcome}: {last.reason}")
-        return measured.model_copy(update={"capacity_rps": found.capacity_rps, "at_least": at_least})
+    def _screen(self, server: CandidateServer) -> None:
+        """Runs each setting once at each rate."""
+        self.predicted, self.high_rps = False, self._high(server)
+        ends_at = time.monotonic() + SCREENING_SHARE * self.conditions.max_s
+        self.expected.append(self._screened(server))
+        for each in self.space.varied(self.default):
+            if time.monotonic() > ends_at:
+                self._say("not every setting was tried: raise --max-s")
+                break
+            try:
+                with candidate_server(each, self.conditions, "candidate") as other:
+                    self.expected.append(self._screened(other))
+            except (NotServed, InputError, InvalidMeasurement) as error:
+                reason = f"not served: {error}"
+                self.expected.append(ExpectedSettings(settings=each, p99_ms=None, high_p99_ms=None, reason=reason))
+
+    def _screened(self, server: CandidateServer) -> ExpectedSettings:
+        """One block at each rate, after a closed loop, which also warms up."""
+        throughput_rps = server.throughput_rps()
+        try:
+            usual, high = (server.p99_ms(rate, seed=1000) for rate in (self.usual_rps, self.high_rps or self.usual_rps))
+        except NotValid as error:
+            raise InvalidMeasurement(str(error)) from None
+        self._say(f"{server.settings}: {throughput_rps:.4g}/s to {USERS} users, p99 {usual:.3g} and {high:.3g} ms")
+        return ExpectedSettings(settings=server.settings, p99_ms=usual, high_p99_ms=high)
+
+    def _highest(self, server: CandidateServer) -> HighestRate:
+        """The highest rate that meets the SLO, by short runs."""
+        most_s = min(self.conditions.left_s, HIGHEST_SHARE * self.conditions.max_s)
+        bounds = {"resolution": RESOLUTION, "step_up": STEP_UP, "max_s": most_s}
+        found = RateSearch(server.plan(self.high_rps or self._start_rps, **bounds), server.runner).run()
+        holds = "no rate meets" if found.capacity_rps is None else f"up to {found.capacity_rps:g}/s meet"
+        self._say(f"{server.settings}: {holds} the SLO in short runs ({found.limited_by})")
+        return found
+
+    def _high(self, default: CandidateServer) -> float:
+        found = self._highest(default).capacity_rps
+        return self.usual_rps if found is None else rounded(found / RESOLUTION)  # short runs find too much
+
+    def _contenders(self, rate: Rate) -> list[ExpectedSettings]:
+        """The settings that could win at a rate, the best first."""
+        default, *others = self.expected
+        other: Rate = "high_p99_ms" if rate == "p99_ms" else "p99_ms"
+
+        def gain(each: ExpectedSettings, at: Rate) -> float:
+            return (getattr(default, at) or 0.0) / (getattr(each, at) or float("inf"))
+
+        good = [e for e in others if gain(e, rate) >= PRACTICAL_GAIN and gain(e, other) * PRACTICAL_GAIN >= 1]
+        return sorted(good, key=lambda each: -round(gain(each, rate), 1))[:MOST_CONTENDERS]
+
+    def _compare_contenders(self, server: CandidateServer) -> dict[str, Any]:
+        """Compares them one by one until one is better; then proves a rate of it."""
+        usual, high = self._contenders("p99_ms"), self._contenders("high_p99_ms")
+        if not usual + high:
+            by = "measured batches" if self.predicted else "one run each"
+            said = f"none of {len(self.expected) - 1} other settings could be better by {PRACTICAL_GAIN - 1:.0%}"
+            return {"conclusion": f"the default stays: by {by}, {said}"}
+        self._say(f"worth comparing: {'; '.join(str(each.settings) for each in usual + high)}")
+        level = nominal_level((1 - CONFIDENCE) / len(usual + high), self.most_pairs)
+        for place, each in enumerate(usual + high):
+            rate_rps = self.usual_rps
+            if place >= len(usual):
+                rate_rps = self.high_rps = self.high_rps or self._high(server)
+            share_s = (self.conditions.left_s - self._proof_s) / (len(usual + high) - place)
+            found = Compared(settings=each.settings, rate_rps=rate_rps, confidence=CONFIDENCE)
+            try:
+                with candidate_server(each.settings, self.conditions, "candidate") as other:
+                    found = self._compared(server, other, found, level, time.monotonic() + share_s)
+                    self._say(f"{each.settings}: {found.result}")
+                    proved = self._proof(other) if found.outcome == "better" else None
+            except NotServed as error:
+                found, proved = found.model_copy(update={"note": f"not served: {error}"}), None
+            self.comparisons.append(found)
+            if proved is not None:
+                said = _proof_said(proved, self.conditions.spec.slo.confidence)
+                conclusion = f"{each.settings}: {found}; {said}"
+                return {"best": each.settings, "proved_rps": proved.capacity_rps, "conclusion": conclusion}
+        return {"conclusion": self._nothing_proved()}
+
+    def _compared(
+        self, default: CandidateServer, other: CandidateServer, found: Compared, level: float, ends_at: float
+    ) -> Compared:
+        """Measures pairs until they are settled, or the time or the number of pairs is up."""
+        pairs, dropped, rate_rps = list[tuple[float, float]](), 0, found.rate_rps
+        pair_s = 2 * (self.conditions.block_s(rate_rps) + self.conditions.overhead_s)
+        while len(pairs) < self.most_pairs and found.outcome == "undecided":
+            if time.monotonic() + pair_s > ends_at:
+                return found.model_copy(update={"note": "out of time: raise --max-s"})
+            seed = len(pairs) + dropped
+            order = (default, other) if seed % 2 == 0 else (other, default)
+            try:
+                p99_ms = {each.settings: each.p99_ms(rate_rps, seed) for each in order}
+                if min(p99_ms.values()) >= 1000 * self.conditions.settings.timeout_s:
+                    raise NotValid(f"neither answers 99 % of {rate_rps:g}/s")
+            except NotValid as error:
+                dropped += 1
+                self._say(f"pair dropped: {error}")
+                if dropped == MOST_DROPPED:
+                    return found.model_copy(update={"note": str(error)})
+                continue
+            pairs.append((p99_ms[default.settings], p99_ms[other.settings]))
+            self._say(f"pair {len(pairs)} at {rate_rps:g}/s: p99 {pairs[-1][0]:.3g} and {pairs[-1][1]:.3g} ms")
+            found = found.judged(tuple(pairs), level)
+        return found
+
+    @property
+    def _proof_s(self) -> float:
+        """Seconds kept for the proof of a rate; 0 if that would take too much of the time."""
+        needed_s = seconds_to_prove(self.conditions.spec.slo, self.usual_rps) + self.conditions.overhead_s
+        return needed_s if needed_s < PROOF_SHARE * self.conditions.max_s else 0.0
+
+    def _proof(self, server: CandidateServer) -> HighestRate:
+        """Proves a rate of the best setting: about the highest by short runs, or a step lower."""
+        slo = self.conditions.spec.slo
+        try:
+            found = self._highest(server)
+            start_rps = (found.capacity_rps or self.usual_rps) / RESOLUTION  # short runs find too much
+            bounds = {"resolution": RESOLUTION, "max_s": self.conditions.left_s}
+            plan = server.plan(start_rps, proof_s=lambda rate_rps: seconds_to_prove(slo, rate_rps), **bounds)
+            self._say(f"proving {rounded(start_rps):g}/s")
+            return RateSearch(plan, server.runner).prove(plan.start_rps)
+        except InvalidMeasurement as error:
+            return HighestRate(capacity_rps=None, first_failing_rps=None, confirmed=False, limited_by=str(error))
+
+    def _nothing_proved(self) -> str:
+        """The conclusion; InvalidMeasurement if no comparison had enough pairs."""
+        if all(len(each.pairs) < LEAST_PAIRS for each in self.comparisons):
+            each = self.comparisons[-1]
+            raise InvalidMeasurement(f"{each.settings}: not compared ({len(each.pairs)} pairs): {each.note}")
+        nearest = max(self.comparisons, key=lambda each: each.ratio or 0.0)
+        return f"nothing is proved better than the default; nearest: {nearest.settings}: {nearest.result}"
+
+    def _say(self, text: str) -> None:
+        self.conditions.console.print(text, soft_wrap=True)
 
 
-def _stopped(measured: MeasuredSettings, reason: str) -> MeasuredSettings:
-    return measured.model_copy(update={"reason": reason})
+def _proof_said(proved: HighestRate, confidence: float) -> str:
+    if proved.capacity_rps is not None:
+        return f"{proved.capacity_rps:g}/s hold with {confidence:.0%} confidence"
+    why = UNPROVED.get(proved.limited_by, proved.limited_by)
+    return f"no rate was proved to hold with {confidence:.0%} confidence ({why})"

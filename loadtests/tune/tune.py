@@ -1,20 +1,21 @@
 """Finds the batch size, queue delay, instances and threads that serve the SLO best on this machine.
 
-Each candidate is published as `make engine` does it, served by its own real server and loaded like any load test. The
-best candidate has the highest rate that meets the SLO and, among candidates within noise of it, the lowest p99. It is
-then compared with the default of `deploy.toml` in interleaved pairs. If the confidence interval of the gain lies above
-1, the settings are written to the file that the key `tuned` of `deploy.toml` names, and `make engine` publishes them.
+Measured batches predict the p99 of every setting; the few that could win are published as `make engine` does it, each
+served by its own real server, and compared with the default of `deploy.toml` in pairs of short runs
+(`loadtests.tune.settings_search`). If a setting is proved better, it is written to the file that the key `tuned` of
+`deploy.toml` names, and `make engine` publishes it.
 
 Contract: the result is `build/<model>/tuning.json` (`loadtests.tune.tune_result.TuneResult`), drawn as `tuning.html`.
 docs/tuning.md is the user's page.
 
 Exit codes: 0 the search finished, with or without a gain; 2 bad input; 3 inconclusive: the load generator was the
-limit, the default does not answer, or the time ran out before anything was tried or confirmed.
+limit, the default does not answer, or the time ran out before anything was compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import shutil
@@ -27,16 +28,18 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, InputError, TunedFile, build_dir
+from deepseek.spec.cpu import this_cpu
 from deepseek.spec.files.folders import alone_in, write_whole
 from loadtests.report.searches import tuning_page
 from loadtests.search.local_server import EMBEDDED, settings_of_local
 from loadtests.search.slo_at_rate import objective_lines
 from loadtests.search.stack_server import server_command
 from loadtests.tune.candidate_server import TuneConditions
-from loadtests.tune.confirmation import concluded
 from loadtests.tune.search_space import SearchSpace, ServingSettings
 from loadtests.tune.settings_search import SettingsSearch
 from loadtests.tune.tune_result import TuneResult, shown_ms, tuning_path
+
+MOST_SHOWN = 8  # settings of the table; tuning.json has all
 
 
 def main(options: argparse.Namespace) -> int:
@@ -48,7 +51,6 @@ def main(options: argparse.Namespace) -> int:
     else:
         console = Console(width=max(Console().width, 110), markup=False)
         console.print(table(result))
-        console.print(f"p50 and p99 at {result.reference_rps:g}/s")
         console.print(result.conclusion, style="bold", soft_wrap=True)
         path = tuning_path(result.model)
         print(path, path.with_suffix(".html"), sep="\n")
@@ -56,17 +58,22 @@ def main(options: argparse.Namespace) -> int:
 
 
 def table(result: TuneResult) -> Table:
-    """The measured candidates, the highest rate first."""
-    flight = f"{result.users} in flight"
-    columns = Table("", "instances", "threads", "batch", "delay", "holds", flight, "p50", "p99", "")
-    for measured in sorted(result.trials, key=lambda each: (-(each.capacity_rps or 0), -each.throughput_rps)):
-        settings = measured.settings
-        name = {result.default: "default", result.best: "best"}.get(settings, "")
+    """The settings with the lowest expected p99, and the default."""
+    by = "predicted" if result.predicted else "one run"
+    columns = Table(
+        "", "instances", "threads", "batch", "delay", f"p99 at {result.usual_rps:g}/s, {by}", "p99, busy", ""
+    )
+    shown = sorted(result.expected, key=lambda each: (each.p99_ms or math.inf, each.high_p99_ms or math.inf))
+    compared = {each.settings: each.outcome for each in result.comparisons}
+    for place, each in enumerate(shown):
+        settings = each.settings
+        name = {result.default: "default", result.best: "best"}.get(settings, compared.get(settings, ""))
+        if not name and place >= MOST_SHOWN:
+            continue
         shape = (settings.instances, settings.threads or "-", settings.max_batch, f"{settings.max_queue_delay_us} us")
-        latencies = (shown_ms(measured.p50_ms), shown_ms(measured.p99_ms))
-        figures = (measured.capacity, f"{measured.throughput_rps:.1f}/s", *latencies)
-        note = f"{'CUDA graphs ' if settings.cuda_graphs else ''}{measured.reason}"
-        columns.add_row(name, *map(str, shape), *figures, note, style="bold" if name else None)
+        note = f"{'CUDA graphs ' if settings.cuda_graphs else ''}{each.reason}"
+        latencies = (shown_ms(each.p99_ms), shown_ms(each.high_p99_ms))
+        columns.add_row(name, *map(str, shape), *latencies, note, style="bold" if name in ("default", "best") else None)
     return columns
 
 
@@ -99,6 +106,7 @@ def conditions_of(options: argparse.Namespace, folder: Path, console: Console) -
         server=server_command(options.server, options.target, options.env_file),
         folder=folder,
         least_s=options.least_s,
+        max_s=options.max_s,
         ends_at=time.monotonic() + options.max_s,
         console=console,
     )
@@ -108,7 +116,7 @@ def tune(options: argparse.Namespace, console: Console) -> TuneResult:
     """Searches, confirms the best candidate, writes the result and its page, and tuned.toml if a gain is proved."""
     folder, started = build_dir(options.model) / "tuning", datetime.now(UTC).isoformat(timespec="seconds")
     with alone_in(folder):
-        conditions, cores = conditions_of(options, folder, console), len(os.sched_getaffinity(0))
+        conditions, cores = conditions_of(options, folder, console), this_cpu().cores
         spec = conditions.spec
         tuned = None if spec.tuned is None else options.models / options.model / spec.tuned
         if tuned is not None:
@@ -119,11 +127,11 @@ def tune(options: argparse.Namespace, console: Console) -> TuneResult:
             conditions=conditions,
             default=default,
             space=space,
-            users=options.users,
-            confirm_s=options.max_s / 2,
-            resolution=options.resolution,
+            cores=cores,
+            sizes=options.max_batch,
+            most_pairs=options.pairs,
         )
-        facts = concluded(search, search.run(), options.pairs)
+        facts = search.run()
         machine, published = dict(search.machine), search.published
         assert published is not None
         result = TuneResult(
@@ -133,9 +141,11 @@ def tune(options: argparse.Namespace, console: Console) -> TuneResult:
             versions=machine.pop("versions", {}) | dict(published.versions),
             objectives=objective_lines(spec.slo),
             default=default,
-            users=options.users,
-            trials=tuple(search.measured.values()),
-            reference_rps=search.reference_rps,
+            usual_rps=search.usual_rps,
+            high_rps=search.high_rps,
+            predicted=search.predicted,
+            expected=tuple(search.expected),
+            comparisons=tuple(search.comparisons),
             machine=machine,
             started=started,
             **facts,

@@ -1,7 +1,6 @@
 """The result of a search for better serving settings, as stored in `build/<model>/tuning.json`.
 
-Contract: rates are in requests/s. Latencies are intended latencies in milliseconds under Poisson arrivals at
-`reference_rps`, which is the same for all settings of one search.
+Contract: rates are in requests/s, latencies in milliseconds under Poisson arrivals.
 
 Example:
     TuneResult.load(tuning_path("recommender")).best
@@ -9,6 +8,7 @@ Example:
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,73 +17,62 @@ from deepseek.spec.checks import Table
 from loadtests.figures import formatted
 from loadtests.search.saved_result import SavedResult
 from loadtests.tune.search_space import ServingSettings
+from loadtests.tune.sequential_test import Outcome, judge
 
 
-class MeasuredSettings(Table):
-    """The measurements of one candidate."""
+class ExpectedSettings(Table):
+    """What to expect of a setting, before it is compared with the default."""
 
     settings: ServingSettings
-    capacity_rps: float | None = None
-    """The highest rate that met the SLO; null if none did or the candidate was stopped early."""
-    at_least: bool = False
-    """`capacity_rps` is a lower bound: the load generator was the limit."""
-    throughput_rps: float = 0.0
-    """In a closed loop, with the same number of users for every candidate."""
-    p50_ms: float | None = None
-    """At the reference rate, like `p99_ms`; null if it was not measured or not answered."""
-    p99_ms: float | None = None
+    p99_ms: float | None
+    """At the usual rate; null if the setting was not served."""
+    high_p99_ms: float | None
+    """At the high rate."""
     reason: str = ""
-    """Why the measurement of the candidate was stopped early."""
+    """Why the setting was not served."""
+
+
+class Compared(Table):
+    """A setting compared with the default in pairs of runs with the same arrivals."""
+
+    settings: ServingSettings
+    rate_rps: float
+    pairs: tuple[tuple[float, float], ...] = ()
+    """p99 in ms of the default and of the setting."""
+    ratio: float | None = None
+    """How many times lower the p99 is than the default's: above 1 is a gain. Null with fewer than two pairs."""
+    low: float | None = None
+    high: float | None = None
+    confidence: float
+    """Probability that the true ratios of all comparisons lie between their `low` and `high`."""
+    outcome: Outcome = "undecided"
+    note: str = ""
+    """Why the comparison ended undecided."""
+
+    def judged(self, pairs: tuple[tuple[float, float], ...], level: float) -> Compared:
+        """The same comparison after these pairs, judged at a nominal level."""
+        found: dict[str, Any] = {"pairs": pairs}
+        if len(pairs) > 1:
+            found |= asdict(judge([default / other for default, other in pairs], level))
+        return self.model_copy(update=found)
 
     @property
-    def capacity(self) -> str:
-        """`capacity_rps` as text."""
-        if self.capacity_rps is None:
-            return "-"
-        return f"{'≥ ' if self.at_least else ''}{self.capacity_rps:g}/s"
+    def result(self) -> str:
+        """The figures, the outcome and why."""
+        return f"{self}: {self.outcome}{f', {self.note}' if self.note else ''}"
 
     def __str__(self) -> str:
-        figures = f"{self.throughput_rps:.1f}/s in flight, p99 {shown_ms(self.p99_ms)}, holds {self.capacity}"
-        return f"{self.settings}: {figures}{f'  ({self.reason})' if self.reason else ''}"
-
-
-class DefaultAndBest(Table):
-    """One pair: the default and the best candidate, measured one right after the other."""
-
-    default_rps: float
-    """The highest rate that met the SLO."""
-    best_rps: float
-    default_p99_ms: float | None
-    """At the reference rate."""
-    best_p99_ms: float | None
-
-    def __str__(self) -> str:
-        latency = f"p99 {shown_ms(self.default_p99_ms)} and {shown_ms(self.best_p99_ms)}"
-        return f"{self.default_rps:.1f}/s and {self.best_rps:.1f}/s hold, {latency}"
-
-
-class Gain(Table):
-    """How many times better the best candidate is than the default: a ratio above 1 is a gain."""
-
-    of: Literal["capacity_rps", "p99_ms"]
-    ratio: float
-    low: float
-    high: float
-    confidence: float
-    """Probability that the true ratio lies between `low` and `high`."""
-    pairs: int
-
-    def __str__(self) -> str:
-        what = "rate inside the SLO" if self.of == "capacity_rps" else "p99 (default over best)"
-        interval = f"{self.confidence:.0%}: {self.low:.2f} to {self.high:.2f}, {self.pairs} pairs"
-        return f"{what} x {self.ratio:.2f} ({interval})"
+        if self.ratio is None:
+            return f"p99 at {self.rate_rps:g}/s: {len(self.pairs)} pairs"
+        interval = f"{self.confidence:.0%}: {self.low:.2f} to {self.high:.2f}, {len(self.pairs)} pairs"
+        return f"p99 at {self.rate_rps:g}/s: the default's is {self.ratio:.2f} times as high ({interval})"
 
 
 class TuneResult(SavedResult):
     """One search."""
 
     made_by: ClassVar[str] = "make tune"
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: str
     target: Target
     precision: str
@@ -92,17 +81,18 @@ class TuneResult(SavedResult):
     """The settings of `deploy.toml`, without tuned values."""
     best: ServingSettings | None = None
     """Null if nothing is proved better than the default."""
-    trials: tuple[MeasuredSettings, ...]
-    users: int
-    """In flight in the closed loop of `throughput_rps`."""
-    reference_rps: float
-    candidate: ServingSettings | None = None
-    """The best of the search, proved better or not; `pairs` compare it with the default."""
-    pairs: tuple[DefaultAndBest, ...] = ()
-    gain: Gain | None = None
-    """Of `candidate` over `default`; null if there is no candidate."""
+    usual_rps: float
+    """The SLO's rate, or a share of what the default answers in a closed loop: where p99 matters most."""
+    high_rps: float | None = None
+    """The highest rate that met the SLO with the default, by short runs; the usual one if none did, null if not
+    needed."""
+    predicted: bool
+    """The expected latencies come from measured batches; else from one short run each."""
+    expected: tuple[ExpectedSettings, ...]
+    """The default first."""
+    comparisons: tuple[Compared, ...] = ()
     proved_rps: float | None = None
-    """The rate at which the verdict on `candidate` holds with confidence; null if it is no gain or was not proved."""
+    """The rate at which the verdict on `best` holds with confidence; null if none was proved."""
     applied: bool = False
     """`best` was written to the file of tuned values."""
     conclusion: str
@@ -110,6 +100,11 @@ class TuneResult(SavedResult):
     versions: dict[str, str] = {}
     started: str
     """UTC."""
+
+    @property
+    def gain(self) -> Compared | None:
+        """The comparison that proves the best setting better."""
+        return next((each for each in self.comparisons if each.outcome == "better"), None)
 
 
 def tuning_path(model: str) -> Path:
