@@ -23,7 +23,7 @@ $(COMMANDS):
 	$(DEEPSEEK) $@
 
 # ---- work on this repository ----------------------------------------------------------------------
-DEVELOP := check test test-all lint docs bench measure-failure measure-training lock check-engine gpu-check
+DEVELOP := check test test-all lint docs bench bench-peers measure-failure measure-training lock check-engine gpu-check
 .PHONY: $(DEVELOP)
 $(DEVELOP): NEEDS = test
 check-engine: NEEDS = rtx

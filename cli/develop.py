@@ -45,6 +45,14 @@ def bench(options: argparse.Namespace) -> int:
     return _all(("tests.bench", *parts, *options.words))
 
 
+def bench_peers(options: argparse.Namespace) -> int:
+    """This project's server beside others, on the same graphs and arrivals."""
+    names = ("peers", "workloads", "rounds", "duration_s")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return _all(("tests.bench.peers", *flags, *(("--apart",) if options.apart else ()), *options.words))
+
+
 def measure_failure(options: argparse.Namespace) -> int:
     """Overload, kills, cuts, a full disk, malformed requests, a soak."""
     soak = () if options.duration_s is None else ("--soak-s", str(options.duration_s))

@@ -8,14 +8,14 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from tests.bench import text_load
-from tests.bench.text_load import Send, Sender, closed_loop, http, poisson
+from tests.bench.peers import load
+from tests.bench.peers.load import Send, Sender, closed_loop, http, poisson
 from tests.fake_endpoint import FakeEndpoint
 
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_load, "WARM_UP_S", 0.0)
+    monkeypatch.setattr(load, "WARM_UP_S", 0.0)
 
 
 def sender_of(send: Send) -> Sender:
@@ -51,7 +51,7 @@ def test_a_refused_request_counts_as_the_timeout() -> None:
     found = asyncio.run(poisson(sender_of(send), rate_rps=200, seconds=0.2, seed=0))
     assert found.failed == 0.5
     assert found.answered_per_s == 100
-    assert found.p99_ms == 1000 * text_load.TIMEOUT_S
+    assert found.p99_ms == 1000 * load.TIMEOUT_S
 
 
 def test_a_closed_loop_has_one_request_of_each_user_in_flight() -> None:

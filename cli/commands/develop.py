@@ -1,7 +1,7 @@
 """Commands for work on this repository itself."""
 
 from cli.commands.shared_options import BUILD
-from cli.options import Option
+from cli.options import Option, at_least, switch
 from cli.table import Command
 
 WORDS = (Option("words", "arguments for pytest", rest=True),)
@@ -60,6 +60,29 @@ ROWS = (
         ),
         flags_variable="ARGS",
         examples=("deepseek bench --bench server,client", "deepseek bench -- --pairs 4"),
+    ),
+    Command(
+        "Develop",
+        "bench-peers",
+        "cli.develop:bench_peers",
+        "compare with other servers, which it installs under build/bench/peers/; needs engine of both models",
+        options=(
+            Option(
+                "--peers",
+                "peers, with commas (default: all): triton, torchserve, litserve, bentoml, fastapi, ray-serve, "
+                "mlserver, infinity-torch, infinity-optimum",
+            ),
+            Option("--workloads", "workloads, with commas (default: all): recommender, minilm-ids, minilm-text"),
+            Option("--rounds", "rounds; every second one runs in reverse order (default: 2)", kind=at_least(1)),
+            Option("--duration-s", "seconds of each load (default: 4)", kind=at_least(1)),
+            Option("--apart", "give the load generator a core of its own", kind=switch),
+            *FLAGS,
+        ),
+        flags_variable="ARGS",
+        examples=(
+            "deepseek bench-peers",
+            "deepseek bench-peers --peers fastapi,triton --workloads recommender --rounds 1",
+        ),
     ),
     Command(
         "Develop",

@@ -18,8 +18,8 @@ from tritonclient.utils import np_to_triton_dtype
 
 from export.rows import Row
 from models.minilm import data
+from tests.bench.peers.load import Load, Sender, closed_loop, http, poisson
 from tests.bench.setting import SIDE_S, Bench, Side, on
-from tests.bench.text_load import Load, Sender, closed_loop, http, poisson
 
 USERS = 32
 APART = "apart"

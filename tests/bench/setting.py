@@ -33,8 +33,8 @@ from export.artifact import choice_of, choice_path, onnx_path
 from export.rows import Row, batches, load_rows, save_rows
 from export.stages.measure_batches import measured_batches
 from serving.embedded.launcher import EmbeddedServer
+from tests.bench.peers.load import Load
 from tests.bench.results import Ratio
-from tests.bench.text_load import Load
 from tests.conftest import run_module
 from tests.fake_endpoint import FakeEndpoint
 

@@ -52,9 +52,7 @@ def http(url: str, bodies: Sequence[object], headers: str = "Content-Type: appli
             try:
                 writer.write(requests[number % len(requests)])
                 answer = await reader.readuntil(b"\r\n\r\n")
-                length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", answer)
-                assert length, answer
-                body = await reader.readexactly(int(length[1]))
+                body = await _body(reader, answer)
             except BaseException:
                 writer.close()
                 raise
@@ -68,6 +66,20 @@ def http(url: str, bodies: Sequence[object], headers: str = "Content-Type: appli
                 writer.close()
 
     return connected
+
+
+async def _body(reader: asyncio.StreamReader, head: bytes) -> bytes:
+    """The body of an answer, by its length or in chunks."""
+    if length := re.search(rb"(?i)\r\ncontent-length: *(\d+)", head):
+        return await reader.readexactly(int(length[1]))
+    if not re.search(rb"(?i)\r\ntransfer-encoding: *chunked", head):
+        raise EOFError(f"neither a length nor chunks: {head!r}")
+    chunks = []
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        chunks.append(await reader.readexactly(size))
+        await reader.readexactly(2)
+    await reader.readuntil(b"\r\n")
+    return b"".join(chunks)
 
 
 def grpc(url: str, model: str, texts: Sequence[str], output: str) -> Sender:

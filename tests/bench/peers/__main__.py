@@ -1,0 +1,148 @@
+"""Compares this project's server with others on the same graphs, machine and arrivals.
+
+Needs the models built (`make engine MODEL=recommender`, `make engine MODEL=minilm`). The first run installs each peer in an
+environment of its own under build/bench/peers/. Writes build/bench/peers.json, and two charts for each workload.
+
+Examples:
+    python -m tests.bench.peers
+    python -m tests.bench.peers --peers fastapi,triton --workloads recommender --rounds 1 --duration-s 3
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from deepseek.spec import InputError, Parser, run_command
+from deepseek.spec.files.folders import write_whole
+from tests.bench import results
+from tests.bench.peers.calls import Served, kserve, listed, openai, plain
+from tests.bench.peers.load import closed_loop, poisson
+from tests.bench.peers.raw import Raw
+from tests.bench.peers.report import Result, Run, goals, p99_chart, table, throughput_chart
+from tests.bench.peers.servers import ours, running
+from tests.bench.peers.table import AUTO, FP32, OURS, PEERS, WORKLOADS
+from tests.bench.peers.workloads import Workload, graph_of, workload
+from tests.bench.served import USERS, every_core, generator_apart
+from tests.bench.setting import Bench, log, on
+
+SHARES = (0.5, 0.7)  # rates of the open loops over raw
+CHECKED = 16  # answers
+PROBE_S = 1.0  # of raw, between two servers
+
+
+def main() -> None:
+    """Runs the comparison; prints and writes the results."""
+    parser = Parser(__doc__, prog="python -m tests.bench.peers")
+    parser.add_argument("--peers", default=",".join(PEERS), help="peers, with commas (default: all)")
+    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="workloads, with commas (default: all)")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds; every second one runs in reverse order")
+    parser.add_argument("--duration-s", type=int, default=4, help="seconds of each load, after 1 s of warm-up")
+    parser.add_argument("--apart", action="store_true", help="give the load generator a core of its own")
+    args = parser.parse_args()
+    if min(args.rounds, args.duration_s) < 1:
+        raise InputError(f"--rounds {args.rounds} --duration-s {args.duration_s}: both must be 1 or more")
+    names, workloads = _chosen("--peers", args.peers, PEERS), _chosen("--workloads", args.workloads, WORKLOADS)
+    server, load = generator_apart() if args.apart else (every_core(), every_core())
+    where = str(results.Run.here("peers", (), took_s=0, shortened=False))
+    run = Run(apart=args.apart, where=where, rounds=args.rounds, duration_s=args.duration_s, results=[])
+    with tempfile.TemporaryDirectory(prefix="peers-") as folder:
+        bench = Bench(Path(folder), None)
+        for name in workloads:
+            with on(server), ExitStack() as stack:
+                run.results += _measured(bench, stack, name, names, run, load)
+            _write(run, bench.files)
+    print(table(run))
+    for goal in goals(run):
+        print(goal)
+
+
+def _chosen(flag: str, text: str, allowed: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    names = text.split(",")
+    if wrong := [name for name in names if name not in allowed]:
+        raise InputError(f"{flag} {','.join(wrong)}: unknown; allowed: {', '.join(allowed)}")
+    return names
+
+
+def _write(run: Run, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "peers.json", run.to_json())
+    for name in dict.fromkeys(result.workload for result in run.results):
+        write_whole(folder / f"peers-{name}-throughput.svg", throughput_chart(run, name))
+        write_whole(folder / f"peers-{name}-p99.svg", p99_chart(run, name))
+
+
+def _measured(
+    bench: Bench, stack: ExitStack, name: str, names: Sequence[str], run: Run, load: list[int]
+) -> list[Result]:
+    """Starts all servers, then measures them in turn. One that cannot be measured is a result that says why."""
+    asked = workload(bench, name)
+    repositories = {FP32: bench.repository(asked.model), AUTO: bench.repository(asked.model, "auto")}
+    raw = {
+        precision: Raw(bench, graph_of(repository, asked.model), asked.items, asked.encode, asked.output)
+        for precision, repository in repositories.items()
+    }
+    want = {precision: one.outputs(asked.items[:CHECKED]) for precision, one in raw.items()}
+    raw_per_s = statistics.median(raw[FP32].per_s(PROBE_S) for _ in range(3))
+    log.print(f"{name}: raw fp32 {raw_per_s:.0f}/s")
+    found = [Result(workload=name, server=server, rates=[share * raw_per_s for share in SHARES]) for server in OURS]
+    found += [
+        Result(workload=name, server=peer, rates=found[0].rates) for peer in names if name in PEERS[peer].workloads
+    ]
+    served: dict[str, Served] = {}
+    for result in found:
+        try:
+            if result.server in OURS:
+                addresses = stack.enter_context(ours(bench, repositories[OURS[result.server]]))
+                target = kserve(f"{addresses['HTTP']}/models/{asked.model}/infer", asked.requests, asked.output)
+            else:
+                graph = graph_of(repositories[FP32], asked.model)
+                url = stack.enter_context(running(bench, PEERS[result.server], name, graph))
+                target = _target(result.server, url, asked)
+            answers = asyncio.run(target.answers(CHECKED))
+            result.why = asked.problem(answers, want[OURS.get(result.server, FP32)])
+        except (InputError, OSError, EOFError, ValueError, LookupError, TypeError) as error:
+            result.why = " ".join(str(error).split())[:200]
+        if result.why:
+            log.print(f"{name}, {result.server}: not measured: {result.why}")
+        else:
+            served[result.server] = target
+    measured = [result for result in found if not result.why]
+    for turn in range(run.rounds):
+        for result in measured[:: -1 if turn % 2 else 1]:
+            _measure(result, served[result.server], raw[FP32], run, load, turn)
+    return found
+
+
+def _target(server: str, url: str, asked: Workload) -> Served:
+    match PEERS[server].body:
+        case "v2":
+            return kserve(url, asked.requests, asked.output)
+        case "v1":
+            return openai(url, asked.requests)
+        case "list":
+            return listed(url, asked.requests, asked.output)
+        case "plain":
+            return plain(url, asked.requests, asked.output)
+
+
+def _measure(result: Result, target: Served, raw: Raw, run: Run, load: list[int], turn: int) -> None:
+    """Raw, then the closed loop, then the open loops; not those whose rate the server did not reach in the closed one."""
+    result.raw_per_s.append(raw.per_s(PROBE_S))
+    with on(load):
+        closed = asyncio.run(closed_loop(target.sender, USERS, run.duration_s))
+        result.closed.append(closed)
+        for rate, loads in zip(result.rates, result.open, strict=True):
+            fits = closed.answered_per_s >= rate
+            loads.append(asyncio.run(poisson(target.sender, rate, run.duration_s, seed=turn)) if fits else None)
+    said = "; ".join(str(one or "cannot keep up") for one in (closed, *(loads[-1] for loads in result.open)))
+    log.print(f"  round {turn + 1}, {result.workload}, {result.server}: {said}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,244 @@
+"""The results of `make bench-peers`: their file, their table, their charts and the goals about peers.
+
+`python -m tests.bench.peers.report build/bench/peers.json` prints the Markdown table of docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
+from pathlib import Path
+
+from tests.bench.peers.load import Load
+from tests.bench.peers.table import IDS, OURS, PEERS, RECOMMENDER, TEXT, TRITON
+from tests.bench.results import MARGIN, STYLE, WIDTH, Goal
+
+TITLES = {name: f"this project, {precision}" for name, precision in OURS.items()}
+TITLES |= {name: peer.title for name, peer in PEERS.items()}
+WORKLOAD_TITLES = {RECOMMENDER: "the recommender", IDS: "MiniLM by ids, 64 tokens", TEXT: "MiniLM by text"}
+FP32, AUTO = OURS
+TICK_STYLE = ".end { text-anchor: middle } .tick { stroke: #8888; fill: none }"
+LINE, LEFT = 26, 260  # px
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What was measured of one server on one workload, a value for each round."""
+
+    workload: str
+    server: str
+    rates: list[float]
+    """Requests per second of the open loops."""
+    why: str = ""
+    """Why it was not measured."""
+    raw_per_s: list[float] = field(default_factory=list)
+    closed: list[Load] = field(default_factory=list)
+    open: list[list[Load | None]] = field(default_factory=lambda: [[], []])
+    """For each rate; None if the server does not reach it in the closed loop."""
+
+    @property
+    def over_raw(self) -> list[float]:
+        """Answered requests per second of the closed loop over the raw probe beside it."""
+        return [load.answered_per_s / raw for load, raw in zip(self.closed, self.raw_per_s, strict=True)]
+
+    @property
+    def failed(self) -> float:
+        """The largest share of requests refused or failed in one of its loads."""
+        loads = [*self.closed, *(load for loads in self.open for load in loads if load)]
+        return max(load.failed for load in loads)
+
+    def p99s(self, place: int) -> list[float] | None:
+        """p99 in ms at one of the rates; None if the server cannot keep up."""
+        found = [load.p99_ms for load in self.open[place] if load]
+        return found if len(found) == len(self.open[place]) else None
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One run on one machine."""
+
+    apart: bool
+    """The load generator had a core of its own."""
+    rounds: int
+    duration_s: float
+    results: list[Result]
+    where: str
+    """Date, CPU, cores and commit."""
+
+    def of(self, workload: str) -> dict[str, Result]:
+        """Measured servers of a workload."""
+        return {one.server: one for one in self.results if one.workload == workload and not one.why}
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def of_json(cls, text: str) -> Run:
+        found = json.loads(text)
+        for result in found["results"]:
+            result["closed"] = [Load(*load) for load in result["closed"]]
+            result["open"] = [[load and Load(*load) for load in loads] for loads in result["open"]]
+        return cls(**{**found, "results": [Result(**result) for result in found["results"]]})
+
+
+def table(run: Run) -> str:
+    """A Markdown table for each workload: medians of the rounds, and their range."""
+    parts = []
+    for name in dict.fromkeys(result.workload for result in run.results):
+        rows = [result for result in run.results if result.workload == name]
+        head = f"{WORKLOAD_TITLES[name][0].upper()}{WORKLOAD_TITLES[name][1:]}"
+        rates = " and ".join(f"{rate:.0f}" for rate in rows[0].rates)
+        where = "load generator on a core of its own" if run.apart else "load generator on the servers' cores"
+        parts.append(f"{head}; {where}; {run.where}; 50 % and 70 % of raw are {rates} requests/s.\n")
+        parts.append(
+            "| server | requests/s over raw | p99, 32 in flight (ms) | p99 at 50 % (ms) | p99 at 70 % (ms) | refused or failed |"
+        )
+        parts.append("|---|---|---|---|---|---|")
+        parts += [_row(result) for result in rows]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _row(result: Result) -> str:
+    title = TITLES[result.server]
+    if result.why:
+        return f"| {title} | not measured: {result.why} | | | | |"
+    cells = [_range(result.over_raw, ".2f"), _range([load.p99_ms for load in result.closed], ".0f")]
+    for place in range(len(result.rates)):
+        found = result.p99s(place)
+        cells.append("cannot keep up" if found is None else _range(found, ".0f"))
+    return f"| {title} | {' | '.join(cells)} | {result.failed:.1%} |"
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:{form}}" if len(values) == 1 else f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A goal about peers, and what a run says about it."""
+
+    name: str
+    values: Sequence[float]
+    """One for each round; their median is judged."""
+    goal: Goal
+    peer: str = ""
+    """With whom the server was compared."""
+
+    def __str__(self) -> str:
+        verdict = "met" if self.goal.met(statistics.median(self.values)) else "missed"
+        over = f" (the best peer is {TITLES[self.peer]})" if self.peer not in ("", TRITON) else ""
+        form = ".2%" if self.goal.most == 0 else ".2f"
+        return f"{self.name}: {_range(self.values, form)}; goal: {self.goal}, {verdict}{over}"
+
+
+def goals(run: Run) -> list[Judged]:
+    """The goals about peers that this run can judge. A refused request counts in a p99 with the timeout."""
+    return [goal for name in WORKLOAD_TITLES for goal in _goals(run, name)]
+
+
+def _goals(run: Run, name: str) -> Iterator[Judged]:
+    title, servers = WORKLOAD_TITLES[name], run.of(name)
+    peers = {peer: result for peer, result in servers.items() if peer not in OURS}
+    mine = {server: servers[server] for server in OURS if server in servers}
+    for server, result in mine.items():
+        label = f"{title}: share refused or failed, 32 in flight, {TITLES[server]}"
+        yield Judged(name=label, values=[load.failed for load in result.closed], goal=Goal(most=0))
+    if default := mine.get(FP32):
+        yield from _throughput_goals(run, name, default, peers)
+        if triton := peers.get(TRITON):
+            ours, theirs = ([load.p99_ms for load in one.closed] for one in (default, triton))
+            label = f"{title}: p99, 32 in flight, over stock Triton's, fp32"
+            yield Judged(name=label, values=_over(ours, theirs), goal=Goal(most=0.8), peer=TRITON)
+    for place, share, limits in ((1, "70 %", (0.6, 0.4)), (0, "50 %", (0.8, 0.6))):
+        keeping_up = {peer: p99s for peer, result in peers.items() if (p99s := result.p99s(place))}
+        if best := min(keeping_up, key=lambda peer: statistics.median(keeping_up[peer]), default=None):
+            for server, most in zip(OURS, limits, strict=True):
+                if server in mine and (p99s := mine[server].p99s(place)):
+                    label = f"{title}: p99 at {share} of raw over the best peer's, {TITLES[server]}"
+                    yield Judged(name=label, values=_over(p99s, keeping_up[best]), goal=Goal(most=most), peer=best)
+
+
+def _throughput_goals(run: Run, name: str, default: Result, peers: Mapping[str, Result]) -> Iterator[Judged]:
+    title, is_small = WORKLOAD_TITLES[name], name == RECOMMENDER
+    if run.apart or not is_small:
+        goal = Goal(least=0.6 if is_small else 0.95 if run.apart else 0.92)
+        yield Judged(name=f"{title}: requests/s over raw, fp32", values=default.over_raw, goal=goal)
+    if best := max(peers, key=lambda peer: statistics.median(peers[peer].over_raw), default=None):
+        ratios, which = _over(default.over_raw, peers[best].over_raw), ""
+        if not is_small:  # a peer is ahead beyond the noise if it is ahead in every round
+            ratios, which = [max(ratios)], ", best round"
+        label = f"{title}: requests/s over the best peer's, fp32{which}"
+        yield Judged(name=label, values=ratios, goal=Goal(least=1.5 if is_small else 1), peer=best)
+
+
+def _over(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    return [one / max(other, 1e-9) for one, other in zip(ours, theirs, strict=True)]
+
+
+def throughput_chart(run: Run, workload: str) -> str:
+    """Requests per second over raw: a dot for each server, and a line from its lowest round to its highest."""
+    rows = [(TITLES[server], _spread(result.over_raw)) for server, result in run.of(workload).items()]
+    rows.sort(key=lambda row: -(row[1][1] or 0))
+    title = f"Requests/s over raw, 32 in flight, {WORKLOAD_TITLES[workload]} (higher is better)"
+    return _chart(title, rows, "", (0.1, 0.2, 0.5, 1, 2))
+
+
+def p99_chart(run: Run, workload: str) -> str:
+    """p99 against rate: a dot for each server at 50 % (small) and at 70 % of raw, the best first."""
+    rows = [
+        (TITLES[server], [(statistics.median(found) if (found := result.p99s(place)) else None) for place in (0, 1)])
+        for server, result in run.of(workload).items()
+    ]
+    rows.sort(key=lambda row: [value or math.inf for value in row[1][::-1]])
+    title = f"p99 at 50 % (small dot) and 70 % of raw, {WORKLOAD_TITLES[workload]} (lower is better)"
+    return _chart(title, [(name, [low, None, high]) for name, (low, high) in rows], " ms", (1, 10, 100, 1000, 10_000))
+
+
+def _spread(values: Sequence[float]) -> list[float | None]:
+    return [min(values), statistics.median(values), max(values)]
+
+
+def _chart(title: str, rows: Sequence[tuple[str, Sequence[float | None]]], unit: str, ticks: Sequence[float]) -> str:
+    """A row for each server on one logarithmic scale: a small dot, a big one, and a line to the third value.
+
+    Without a big dot the third value gets it. None: the server cannot keep up.
+    """
+    values = [value for _, row in rows for value in row if value] or [1.0]
+    low, high = math.log10(min(values)) - 0.1, math.log10(max(values)) + 0.1
+    height = 2 * MARGIN + LINE * (len(rows) + 2)
+
+    def at(value: float) -> float:
+        return LEFT + (WIDTH - LEFT - MARGIN) * (math.log10(value) - low) / (high - low)
+
+    drawn = [f'<text x="{MARGIN}" y="{MARGIN + 4}">{escape(title)}</text>']
+    for tick in ticks:
+        if low <= math.log10(tick) <= high:
+            drawn.append(f'<path class="tick" d="M{at(tick):.1f} {MARGIN + LINE / 2}V{height - LINE}"/>')
+            drawn.append(f'<text class="end" x="{at(tick):.1f}" y="{height - 10}">{tick:g}{unit}</text>')
+    for place, (name, row) in enumerate(rows):
+        y, known = MARGIN + LINE * (place + 1), [value for value in row if value]
+        drawn.append(f'<text x="{MARGIN}" y="{y + 4}">{escape(name)}</text>')
+        if not known:
+            drawn.append(f'<text x="{LEFT}" y="{y + 4}">cannot keep up</text>')
+            continue
+        big = row[1] or row[2]
+        drawn.append(f'<path class="whisker" d="M{at(known[0]):.1f} {y}H{at(known[-1]):.1f}"/>')
+        if row[0]:
+            drawn.append(f'<circle class="bar" cx="{at(row[0]):.1f}" cy="{y}" r="3"/>')
+        if big:
+            drawn.append(f'<circle class="bar" cx="{at(big):.1f}" cy="{y}" r="6"/>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"><title>{escape(title)}</title>'
+        f"<style>{STYLE}{TICK_STYLE}</style>{''.join(drawn)}</svg>\n"
+    )
+
+
+if __name__ == "__main__":
+    print(table(Run.of_json(Path(sys.argv[1]).read_text())))
