@@ -19,12 +19,10 @@ UNLOCKED = re.compile(r"torch=|triton=|cuda-|nvidia-(cu|nccl|nvj|nvs|nvt)")
 
 
 def lint(options: argparse.Namespace) -> int:
-    """ruff and mypy; stops at the first failure."""
     return _all(*LINT)
 
 
 def check(options: argparse.Namespace) -> int:
-    """Lint, types and the quick tests that start no server."""
     return _all(*LINT, ("pytest", "-m", "not server and not slow", "-n", "2", *BY_FILE, *options.words))
 
 
@@ -40,7 +38,6 @@ def test_all(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Ratios against the raw runtime, bare tritonclient and perf_analyzer."""
     parts = ("--parts", options.bench) if options.bench else ()
     return _all(("tests.bench", *parts, *options.words))
 
@@ -54,13 +51,11 @@ def bench_peers(options: argparse.Namespace) -> int:
 
 
 def measure_failure(options: argparse.Namespace) -> int:
-    """Overload, kills, cuts, a full disk, malformed requests, a soak."""
     soak = () if options.duration_s is None else ("--soak-s", str(options.duration_s))
     return _all(("tests.bench.failure", *soak, *options.words))
 
 
 def measure_training(options: argparse.Namespace) -> int:
-    """The guide's claims about training, each beside its measurement."""
     return _all(("tests.bench.training", *options.words))
 
 
@@ -78,7 +73,6 @@ def docs(options: argparse.Namespace) -> int:
 
 
 def lock(options: argparse.Namespace) -> None:
-    """Writes both lock files from `pyproject.toml`, for all platforms."""
     _all(("pip", "install", "-q", "uv"))
     everything = _pins("--all-extras", "pyproject.toml", "client/pyproject.toml")
     kept = [line for line in everything.splitlines(keepends=True) if not UNLOCKED.match(line)]
@@ -90,7 +84,6 @@ def lock(options: argparse.Namespace) -> None:
 
 
 def _pins(*sources: str) -> str:
-    """The pinned packages, one per line."""
     flags = ("-q", "--upgrade", "--universal", "--python-version", "3.11")
     quiet = ("--no-emit-index-url", "--no-annotate", "--no-header")
     command = [sys.executable, "-m", "uv", "pip", "compile", *flags, *quiet, *sources]

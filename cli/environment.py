@@ -53,7 +53,6 @@ class SetUpError(Exception):
 
 
 def main(words: list[str] | None = None) -> int:
-    """Sets up the needs given as arguments; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -77,12 +76,10 @@ def main(words: list[str] | None = None) -> int:
 
 
 def command(options: argparse.Namespace) -> int:
-    """`deepseek setup`."""
     return main(["--venv", str(options.venv), *options.need])
 
 
 def set_up(venv: Path, needs: list[str]) -> None:
-    """Sets up the needs that are missing or outdated."""
     wanted = [need for need in NEEDS if need == "base" or need in needs]
     if not missing(venv, wanted):
         return
@@ -240,7 +237,6 @@ def shown_of(line: str) -> tuple[str, str] | None:
 
 
 def has_gpu() -> bool:
-    """Whether nvidia-smi lists a GPU."""
     if not shutil.which("nvidia-smi"):
         return False
     return "GPU" in subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, text=True).stdout

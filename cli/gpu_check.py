@@ -46,8 +46,6 @@ Outcome = Literal["passed", "failed", "inconclusive", "skipped"]
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """The outcome of a step."""
-
     name: str
     outcome: Outcome
     reason: str
@@ -150,7 +148,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def skipped(step: Step, reason: str) -> StepResult:
-    """The result of a step that was not run."""
     return StepResult(
         name=step.name,
         outcome="skipped",
@@ -164,7 +161,6 @@ def skipped(step: Step, reason: str) -> StepResult:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Runs all steps and writes both files."""
     check_tag(options.triton_tag or TRITON_TAG)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the step's processes end, as on Ctrl-C
     folder: Path = (options.output or build_dir("gpu-check")).resolve()
@@ -205,7 +201,6 @@ def main(options: argparse.Namespace) -> int:
 
 
 def line(result: StepResult) -> str:
-    """One line of a step, for the terminal."""
     why = f": {result.reason}" if result.reason else ""
     return f"{result.outcome:12} {result.seconds:6.0f} s  {result.name}{why}"
 

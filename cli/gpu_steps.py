@@ -57,7 +57,6 @@ def ours(*words: str) -> tuple[str, ...]:
 
 
 def steps(where: Where, models: list[str]) -> list[Step]:
-    """All steps, in order."""
     first = models[0]
     return [
         *look(),

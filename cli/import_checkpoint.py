@@ -71,7 +71,6 @@ def main(options: argparse.Namespace) -> None:
 
 
 def _write_code(folder: Path, name: str, checkpoint: Checkpoint) -> None:
-    """Writes everything but the checkpoint."""
     source = TEMPLATES / "checkpoint"
     settings = {
         "encoder.py": {
@@ -135,7 +134,6 @@ def _toml(text: str) -> str:
 
 
 def _output(checkpoint: Checkpoint) -> str:
-    """The table of the output, with the names of the labels."""
     if checkpoint.task == "encoder":
         comment = f"{checkpoint.pooling} of the vectors of the tokens{', of length 1' if checkpoint.normalized else ''}"
         return f'[outputs.embedding]         # {comment}\ndtype = "float32"\nshape = ["batch", {checkpoint.width}]'

@@ -95,7 +95,6 @@ def words_of(name: str, options: argparse.Namespace) -> list[str]:
 
 
 def call(command: Command, options: argparse.Namespace) -> int:
-    """Runs a command with the values of its options; returns its exit code."""
     from deepseek.spec.command import exit_code
 
     _settle_environment(command, options)

@@ -14,7 +14,6 @@ FILES = ("deploy.toml", "model.py")
 
 
 def main(options: argparse.Namespace) -> None:
-    """Writes `<models>/<name>/` with deploy.toml and model.py."""
     folder = options.models / options.name
     if folder.exists():
         raise InputError(f"{folder}: already exists; choose another name, or another folder with --models")

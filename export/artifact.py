@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_json
 
 from deepseek.spec import (
     DeploymentSpec,
@@ -45,7 +46,6 @@ _TOOLS = (
 
 
 def onnx_path(name: str, precision: str) -> Path:
-    """Path of the ONNX graph of a precision."""
     return build_dir(name) / precision / "model.onnx"
 
 
@@ -183,7 +183,6 @@ def read_manifest(artifact: Path) -> Manifest:
 
 
 def sha256(path: Path) -> str:
-    """sha256 of a file's content, in hex."""
     return FileDigest.of(path).sha256
 
 
@@ -204,8 +203,6 @@ def axes_of(spec: DeploymentSpec) -> dict[str, dict[str, int]]:
 
 
 class Stopwatch:
-    """Measures the time since it was created."""
-
     def __init__(self) -> None:
         self._start = time.monotonic()
 
@@ -217,15 +214,7 @@ class Stopwatch:
 
 def json_text(result: dict[str, Any]) -> str:
     """Strict JSON: NaN and infinities become null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(each) for key, each in value.items()}
-        if isinstance(value, list):
-            return [plain(each) for each in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(result), indent=2, allow_nan=False)
+    return to_json(result, indent=2, inf_nan_mode="null").decode()
 
 
 def human_bytes(value_bytes: float) -> str:

@@ -16,7 +16,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek.precisions import Precision
@@ -34,21 +33,6 @@ from export.requirements import install
 INSIDE = "/opt/export/bin/python"  # of the export image
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageStatus:
-    """A stage, its current inputs, and why it has to run."""
-
-    stage: Stage
-    inputs: dict[str, str]
-    reason: str
-    """"" if it is up to date."""
-
-    @property
-    def key(self) -> str:
-        """Cache key of the stage's output."""
-        return key_of(self.stage.name, self.inputs)
-
-
 class BuildRecord:
     """`build/<name>/pipeline.json`: inputs and outputs of each completed stage."""
 
@@ -63,7 +47,6 @@ class BuildRecord:
         return self._stages.get(stage.name)
 
     def keep(self, stage: Stage, inputs: dict[str, str], outputs: dict[str, str]) -> None:
-        """Records a completed stage."""
         self._stages[stage.name] = {"inputs": inputs, "outputs": outputs}
         self._write()
 
@@ -88,10 +71,10 @@ class Builder:
         self._remade: dict[Path, str] = {}
         """Files rebuilt in this build, with the stage that makes them."""
 
-    def step(self, stage: Stage) -> StageStatus:
-        """A stage's current inputs, and why it has to run."""
+    def step(self, stage: Stage) -> tuple[dict[str, str], str]:
+        """A stage's current inputs, and why it has to run; "" if it is up to date."""
         inputs = self.inputs.of(stage)
-        return StageStatus(stage=stage, inputs=inputs, reason=self._reason(stage, inputs))
+        return inputs, self._reason(stage, inputs)
 
     def _reason(self, stage: Stage, inputs: dict[str, str]) -> str:
         remade = next((self._remade[path] for path in stage.reads if path in self._remade), "")
@@ -116,16 +99,16 @@ class Builder:
     def run(self, stages: Sequence[Stage], lock: int) -> None:
         """Runs the stages that have to run; their processes inherit `lock`."""
         for place, stage in enumerate(stages):
-            step = self.step(stage)
-            if not step.reason:
+            inputs, reason = self.step(stage)
+            if not reason:
                 continue
             if self.record.of(stage) is not None:
-                print(f"engine    {stage.name}: {step.reason}", flush=True)
+                print(f"engine    {stage.name}: {reason}", flush=True)
             self._remade |= dict.fromkeys(stage.writes, stage.name)
             self.record.forget([stage, *_followers(stage, stages[place + 1 :])])
             self.digests.save()
             self._execute(stage, lock)
-            self.record.keep(stage, step.inputs, self.outputs(stage))
+            self.record.keep(stage, inputs, self.outputs(stage))
         self.digests.save()
 
     def keys(self, stage: Stage) -> dict[str, str]:
@@ -163,12 +146,13 @@ class Builder:
         """Prints one line per stage; builds nothing."""
         unknown: set[Path] = set()  # files whose content cannot be predicted
         for stage in stages:
-            step = self.step(stage)
-            found = None if unknown.intersection(stage.reads) or not stage.writes else predicted(step.key)
-            if not step.reason:
+            inputs, reason = self.step(stage)
+            hopeless = unknown.intersection(stage.reads) or not stage.writes
+            found = None if hopeless else predicted(key_of(stage.name, inputs))
+            if not reason:
                 told = "up to date"
             else:
-                told = f"{'rebuild' if found is None else 'from the cache'}: {step.reason}"
+                told = f"{'rebuild' if found is None else 'from the cache'}: {reason}"
                 self._remade |= dict.fromkeys((*stage.writes, *stage.beside), stage.name)
                 self._foresee(stage, found or {})
                 unknown.update(() if found else (*stage.writes, *stage.beside))
@@ -261,7 +245,6 @@ def _drop_pruned(plan: Plan) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """The command `engine`."""
     if options.explain:
         plan = plan_of(options)
         Builder(plan).explain([*stages_of(plan), *published_stages(plan, options)])

@@ -175,7 +175,19 @@ def store(key: str, files: Path) -> None:
     if place is None:
         return
     with contextlib.suppress(OSError):
-        _store(place, key, files)
+        names = sorted(str(path.relative_to(files)) for path in files.rglob("*") if path.is_file())
+        if (place / key / INDEX).is_file() or sum((files / name).stat().st_size for name in names) > limit_bytes():
+            return
+        if (place / key).exists():  # a partial entry
+            _remove(place / key)
+        with scratch_in(place) as scratch:
+            entry = scratch / key
+            for name in names:
+                (entry / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(files / name, entry / name)
+            (entry / INDEX).write_text(json.dumps({name: sha256(entry / name) for name in names}))
+            os.rename(entry, place / key)  # fails if another build has just added the entry
+        trim(place, limit_bytes())
 
 
 def drop(key: str) -> None:
@@ -189,22 +201,6 @@ def _remove(entry: Path) -> None:
     """Renames an entry away, then deletes it: a kill leaves no partial entry."""
     with contextlib.suppress(OSError), scratch_in(entry.parent) as scratch:
         os.rename(entry, scratch / entry.name)
-
-
-def _store(place: Path, key: str, files: Path) -> None:
-    names = sorted(str(path.relative_to(files)) for path in files.rglob("*") if path.is_file())
-    if (place / key / INDEX).is_file() or sum((files / name).stat().st_size for name in names) > limit_bytes():
-        return
-    if (place / key).exists():  # a partial entry
-        _remove(place / key)
-    with scratch_in(place) as scratch:
-        entry = scratch / key
-        for name in names:
-            (entry / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(files / name, entry / name)
-        (entry / INDEX).write_text(json.dumps({name: sha256(entry / name) for name in names}))
-        os.rename(entry, place / key)  # fails if another build has just added the entry
-    trim(place, limit_bytes())
 
 
 def entries(place: Path) -> dict[Path, int]:
@@ -229,7 +225,6 @@ def trim(place: Path, limit: int) -> None:
 
 
 def clear(options: argparse.Namespace) -> None:
-    """The command `clean-cache`."""
     place = root()
     if place is None:
         print("cache     off (CACHE=off)")

@@ -28,7 +28,6 @@ def remove_env_file(path: Path) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """The command `clean`."""
     with alone_in_build(options.model):
         shutil.rmtree(Path(options.repository) / options.model, ignore_errors=True)
         shutil.rmtree(build_dir(options.model), ignore_errors=True)

@@ -46,7 +46,6 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """The model folder."""
         return self.models / self.model
 
     @property
@@ -103,14 +102,10 @@ def plan_of(options: argparse.Namespace) -> Plan:
         target=target,
         not_tensorrt=why,
         precision=precision,
-        prune=_ratio(options.prune),
+        prune="" if options.prune is None else f"{options.prune:g}",
         data=str(options.data or ""),
         triton_tag=tag,
         compiler=compiler if target == "tensorrt" else "",
         repository=Path(options.repository),
         anyway=bool(options.anyway),
     )
-
-
-def _ratio(prune: object) -> str:
-    return "" if prune in (None, "") else str(prune).strip()

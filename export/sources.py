@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
+
 import deepseek
 from export.digests import RememberedDigests
 
@@ -183,7 +185,7 @@ class InstalledVersions:
             name, _, extra = waiting.pop().partition("[")
             version = self._version(name)
             if version is not None:
-                found[_normal(name)] = version
+                found[canonicalize_name(name)] = version
                 new = [each for each in self._requirements(name, extra.rstrip("]")) if each not in seen]
                 seen.update(new)
                 waiting += new
@@ -192,8 +194,8 @@ class InstalledVersions:
     def _find_distributions(self, top: str) -> tuple[str, ...]:
         """The distributions that install a top-level module: usually the one of the same name."""
         if self._version(top) is not None:
-            return (_normal(top),)
-        return tuple(sorted({_normal(name) for name in _owners().get(top, ())}))
+            return (canonicalize_name(top),)
+        return tuple(sorted({canonicalize_name(name) for name in _owners().get(top, ())}))
 
 
 def _version(name: str) -> str | None:
@@ -211,12 +213,8 @@ def _requirements(name: str, extra: str) -> tuple[str, ...]:
         needed = re.search(r"extra == ['\"]([^'\"]+)['\"]", marker)
         if needed is None or needed[1] == extra:
             match = re.match(r"\s*([A-Za-z0-9._-]+)", requirement)
-            found += [_normal(match[1])] if match else []
+            found += [canonicalize_name(match[1])] if match else []
     return tuple(found)
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @cache

@@ -154,17 +154,6 @@ def test_one_of_several_concurrent_builds_makes_what_all_need(place: Path, tmp_p
     assert [(tmp_path / str(number) / "model").read_text() for number in range(3)] == ["x"] * 3
 
 
-def test_an_entry_of_another_user_can_be_read(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache.store("k", folder(tmp_path / "made", model="weights"))
-
-    def refused(*_: object) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(os, "utime", refused)
-    assert cache.fetch("k", folder(tmp_path / "out"))
-    assert (place / "k").is_dir()
-
-
 def test_the_command_clears_the_cache(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache.store("k", folder(tmp_path / "made", model="weights"))
     cache.clear(values_of("clean-cache"))

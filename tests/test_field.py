@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -151,17 +150,6 @@ def test_both_sides_of_a_branch_survive_fp16(folder: Path) -> None:
     for shift in (-1.0, 1.0):
         inputs = {"x": np.random.default_rng(0).standard_normal((1, 32)).astype(np.float32) + np.float32(shift)}
         np.testing.assert_allclose(session.run(["linear"], inputs)[0], reference(inputs)["linear"], atol=5e-3)
-
-
-@pytest.mark.skipif(not os.environ.get("LARGE"), reason="takes 8 GB of memory and a minute: LARGE=1 runs it")
-@pytest.mark.slow
-def test_a_model_over_two_gigabytes_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
-    code = "\ndef load():\n    model = Tiny()\n    model.line.weight = torch.nn.Parameter(torch.zeros(8, 8))\n"
-    code += "    model.table = torch.nn.Parameter(torch.zeros(70_000_000, 8))\n    return model\n"
-    body = "return self.line(x) + self.table[(x[:, 0] > 0).long()]"
-    export_model(tiny(tmp_path, body=body, code=code))
-    assert (tmp_path / "build" / "tiny" / "fp32" / "model.onnx.data").stat().st_size > 2 << 30
 
 
 PADDED = """

@@ -127,12 +127,6 @@ def test_fp8_needs_a_chip_that_has_it(capability: str, reason: str) -> None:
     assert unmet(step, lacks, {}) == reason
 
 
-def test_without_nvidias_runtime_no_engine_is_built() -> None:
-    lacks = missing(Machine(ram_bytes=1, gpus=(ADA,), docker=("runc",)))
-    (step,) = (each for each in steps(WHERE, ["recommender"]) if each.name == "engine recommender")
-    assert unmet(step, lacks, {}) == "Docker has no NVIDIA runtime"
-
-
 def test_steps_of_pytorch_are_skipped_where_only_nvidia_smi_sees_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "without_gpu", lambda: "PyTorch sees none")
     lacks = missing(Machine(ram_bytes=1, gpus=(ADA,), docker=("runc", "nvidia"))) | {"nsys": ""}

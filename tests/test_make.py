@@ -141,10 +141,8 @@ def test_a_former_name_calls_the_command_and_prints_its_new_name(called: Callabl
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("infer", "MODEL=a/b"), "MODEL: seen 'a/b'; a folder's name without blanks and slashes is needed"),
         (("infer", "MODEL=a b"), "MODEL: seen 'a b'; a folder's name without blanks and slashes is needed"),
         (("engine", "TARGET=onnx"), "TARGET: seen 'onnx'; allowed: auto, "),
-        (("engine", "PRECISION=fp16,int8"), "PRECISION: seen 'fp16,int8'; allowed: auto, "),
         (("engine", "MODLE=text"), "MODLE: no such variable; did you mean MODEL?"),
         (("engine", "MODEL=nosuch"), "no model 'nosuch'"),
         (
@@ -152,7 +150,6 @@ def test_a_former_name_calls_the_command_and_prints_its_new_name(called: Callabl
             """key name "o'brien & co; $HOME \\\\x #1": use 1 to 64 letters""",
         ),
         (("infer", "GRPC_PORT=18459"), "`make serve` starts one here"),
-        (("metadata", "GRPC_PORT=18459"), "`make serve` starts one here"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

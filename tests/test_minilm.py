@@ -65,13 +65,6 @@ def test_padding_does_not_change_the_embedding(length: int, build: Path, encoder
     np.testing.assert_allclose(predict(data.padded(ids, length))["embedding"], alone, atol=1e-6)
 
 
-def test_ids_under_padding_do_not_matter(build: Path, encoder: SentenceEncoder) -> None:
-    batch = data.padded(data.encode(["Snow covered the pass."]), 24)
-    other = {**batch, "input_ids": np.where(batch["attention_mask"] == 1, batch["input_ids"], 2023)}
-    predict = model.predictor(encoder)
-    np.testing.assert_allclose(predict(other)["embedding"], predict(batch)["embedding"], atol=1e-6)
-
-
 def test_a_text_does_not_depend_on_its_batch_and_keeps_its_place(build: Path, encoder: SentenceEncoder) -> None:
     predict = model.predictor(encoder)
     texts = ["Whales breathe air.", "", " ".join(["a long story about the harbour"] * 9), "He forgot his lines."] * 12
@@ -87,16 +80,6 @@ def test_a_row_of_padding_and_unknown_ids_give_valid_embeddings(encoder: Sentenc
     assert not nothing.any()
     torch.testing.assert_close(newer, unknown)
     torch.testing.assert_close(negative, unknown)
-
-
-def test_in_fp16_the_embedding_points_the_same_way(build: Path, encoder: SentenceEncoder) -> None:
-    batch = data.padded(data.encode(["Iron rusts in damp air.", ""]), 12)
-    ids, mask = torch.from_numpy(batch["input_ids"]), torch.from_numpy(batch["attention_mask"])
-    mask[1] = 0
-    with torch.inference_mode():
-        full, half = encoder(ids, mask), model.load().half()(ids, mask)
-    assert bool(half.isfinite().all())
-    assert float(full[0] @ half[0].float()) > 0.999
 
 
 def test_every_weight_of_the_file_is_used_except_berts_pooling(build: Path) -> None:

@@ -259,13 +259,6 @@ def test_published_files_are_flushed_to_disk_before_the_rename(
     assert {path.stat().st_ino for path in (model / "1", *(model / "1").iterdir(), model / "config.pbtxt")} <= synced
 
 
-def test_the_error_for_an_unbuilt_precision_says_how_to_build_it(build: Path, tmp_path: Path) -> None:
-    flags = ("--models", "tests/models", "--model", "image", "--precision", "fp8", "--repository", str(tmp_path))
-    run = run_module("cli", "publish", *flags)
-    assert run.returncode == 2
-    assert "make engine MODEL=image MODELS=tests/models PRECISION=fp8" in run.stderr
-
-
 def test_the_execution_provider_that_was_measured_is_the_one_that_serves(built: Path, tmp_path: Path) -> None:
     shutil.copytree(built / "build" / "image", tmp_path / "build" / "image")
     choice = tmp_path / "build" / "image" / "choice-onnxruntime.json"

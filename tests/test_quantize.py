@@ -225,16 +225,13 @@ def test_a_candidate_whose_process_is_killed_is_recorded_and_the_build_continues
     assert str(refusal(path)).endswith(f"whether memory ran out; to try again: rm {path}")
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_samples_without_a_range_refuse_a_candidate_but_not_the_build(
-    precision: str, built: Path, tmp_path: Path
-) -> None:
+def test_samples_without_a_range_refuse_a_candidate_but_not_the_build(built: Path, tmp_path: Path) -> None:
     shutil.copytree(built / "build" / "image", tmp_path / "image")
     path = tmp_path / "image" / "calibration.npz"
     rows = load_rows(path)
     rows[0]["pixels"][0, 0, 0, 0] = -np.inf
     save_rows(path, rows)
-    flags = ("--models", "tests/models", "--model", "image", "--precision", precision, "--candidate")
+    flags = ("--models", "tests/models", "--model", "image", "--precision", "int8", "--candidate")
     run = run_module("cli", "quantize", *flags, DEEPSEEK_BUILD=str(tmp_path))
     assert run.returncode == 0, run.stderr
     assert (

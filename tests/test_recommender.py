@@ -209,12 +209,6 @@ def test_a_row_without_known_items_gets_the_popular_ones(nothing: int, recommend
     assert items[0].tolist() == list(range(ITEMS, ITEMS - TOP, -1))
 
 
-def test_recommendations_in_fp16_contain_no_items_of_the_input(recommender: Recommender, row: Tensor) -> None:
-    items, scores = recommender.half()(row)
-    assert bool(scores.isfinite().all())
-    assert not {*items[0].tolist()} & {0, *row[0].tolist()}
-
-
 def test_every_position_with_a_target_is_predicted_in_one_pass(recommender: Recommender, row: Tensor) -> None:
     targets = row.roll(-1, dims=1)
     targets[0, -1] = 41

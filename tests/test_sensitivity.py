@@ -151,15 +151,6 @@ def test_a_nan_drop_is_null_in_json_and_infinite_in_text(tmp_path: Path, capsys:
     assert "int8 cannot meet the budget: drop infinite, 0.10% allowed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["[/x]", "[batch]"])
-def test_a_layer_name_in_brackets_is_shown_unchanged(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    layers = [{"name": name, "operator": "MatMul", "share": 1.0, "high": True}]
-    report = {"held": True, "drop": 0.0, "max_drop": 0.001, "layers": layers, "tried": []}
-    found = {"compute_operators": {"fp32": 1}}
-    show({"path": "a", "size_bytes": 1, "precision": "int8", "found": found, "sensitivity": report}, "fp32")
-    assert name in capsys.readouterr().out
-
-
 def test_inside_the_budget_nothing_is_tried(tmp_path: Path) -> None:
     report = in_int8(small(tmp_path, "return self.second(self.first(x).relu())"))["sensitivity"]
     assert (report["held"], report["layers"], report["tried"]) == (True, [], [])

@@ -39,9 +39,9 @@ def test_replicas_handle_growth_during_scale_out_and_the_loss_of_one() -> None:
 
 
 def test_cost_per_million_is_the_monthly_cost_over_the_monthly_inferences() -> None:
-    found = bill(Demand(rate_rps=100, p99_ms=30, mean_share=0.5, growth_per_minute=0), 50, 2.0)
+    found = bill(Demand(rate_rps=100, p99_ms=30, growth_per_minute=0), 50, 2.0)
     assert found.month_usd == 3 * 2.0 * 730
-    assert found.million_usd == pytest.approx(3 * 2.0 / (50 * 3600) * 1e6)
+    assert found.million_usd == pytest.approx(3 * 2.0 / (100 * 3600) * 1e6)
     unpriced = bill(Demand(rate_rps=100, p99_ms=30), 50, None)
     assert (unpriced.month_usd, unpriced.million_usd) == (None, None)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from deepseek.training import TrainingDiverged, train_model
 from deepseek.training.meter import MOST, WINDOW, LossWatch, Meter
-from deepseek.training.report import chart, draw
+from deepseek.training.report import draw
 from tests.test_training import cross_entropy, network, points, settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -177,10 +176,3 @@ def test_a_resumed_run_draws_one_curve(tmp_path: Path) -> None:
     assert result.resumed_at_step
     record = json.loads(page.with_suffix(".json").read_text())
     assert [point["step"] for point in record["steps"]] == list(range(1, result.steps + 1))
-
-
-@pytest.mark.parametrize("log", [False, True], ids=["linear", "logarithmic"])
-def test_a_chart_accepts_nan_a_single_point_and_no_points(log: bool) -> None:
-    assert chart("x", {"": [(1, math.nan), (2, math.inf), (3, 5.0)]}, log=log).count('<path class="line') == 1
-    assert "no data" in chart("x", {"": [(1, math.nan)]}, log=log)
-    assert "nan" not in chart("x", {"": [(1, 0.0), (2, 0.0)]})

@@ -30,7 +30,6 @@ _MODEL = (
     Option("--ffn", "width of the feed-forward layer (default: 4 x hidden)", kind=int),
     Option("--vocab", "size of the vocabulary", kind=int, default=32_000),
     Option("--max-length", "longest sequence (default: --length, or 512)", kind=int),
-    Option("--causal", "causal attention", kind=switch),
     Option("--head", "logits over the vocabulary", choices=("none", "tied", "untied"), default="none"),
 )
 _TRAINING = (
@@ -56,7 +55,6 @@ _SERVING = (
     Option("--p99-ms", "latency limit for 99 % of the requests", kind=float, default=50.0),
     Option("--growth", "share by which the rate rises a minute", kind=float, default=0.1),
     Option("--scale-out-s", "seconds until a new replica answers", kind=float, default=120.0),
-    Option("--mean-share", "mean rate over peak rate, for the cost of a million requests", kind=float, default=1.0),
     Option("--capacity", "file that deepseek capacity wrote (default: the model's, if it is there)", kind=path),
     Option("--price", "USD an hour of the machine that deepseek capacity measured", kind=float),
 )

@@ -147,7 +147,8 @@ class Prunable:
         root, cutter, width = group[0].dep.target.module, group[0].dep.handler, len(group[0].idxs)
         one = readers[0] if len(readers) == 1 and isinstance(readers[0], nn.Linear) else None
         touched = list({id(part): part for part in (*givers, *readers)}.values())
-        if one is not None and sum(_width(giver) for giver in givers) == 3 * one.in_features:  # query, key and value
+        given = sum(giver.out_features for giver in givers if isinstance(giver, nn.Linear))
+        if one is not None and given == 3 * one.in_features:  # query, key and value
             yield from self._heads(name, givers, one, touched)
         if one is not None and one.in_features < width:
             # One layer produces several parts, like the two of a gated layer: count units where they are read.
@@ -175,7 +176,8 @@ class Prunable:
     # ---- proving and cutting -----------------------------------------------------------------------
 
     def _proved(self, layer: Layer) -> bool:
-        state = state_of([*self.module.modules(), *(part for part in self.graph.module2node if _is_module(part))])
+        traced = (part for part in self.graph.module2node if isinstance(part, nn.Module))
+        state = state_of([*self.module.modules(), *traced])
         try:
             return self.cut({layer: [len(layer.units) // 2]})
         except Exception:  # forward fails with fewer units, or torch-pruning does not support it
@@ -273,14 +275,6 @@ def restore(state: State) -> None:
     for part, attributes in state:
         vars(part).clear()
         vars(part).update(attributes)
-
-
-def _width(giver: nn.Module) -> int:
-    return giver.out_features if isinstance(giver, nn.Linear) else 0
-
-
-def _is_module(part: object) -> bool:
-    return isinstance(part, nn.Module)
 
 
 def _silence(reader: nn.Module, inputs: list[int]) -> None:

@@ -16,9 +16,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from deepseek.settings import NotNegative, Positive, settings
 from deepseek.sizing.devices import Device
@@ -43,8 +42,6 @@ class Demand:
     """Peak request rate, which determines the number of machines."""
     p99_ms: Positive
     """Limit for the 99th percentile of latency."""
-    mean_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Mean rate as a share of the peak; determines the cost per inference."""
     growth_per_minute: NotNegative = 0.1
     """Largest growth of the rate per minute, as a share."""
     scale_out_s: NotNegative = 120.0
@@ -84,7 +81,7 @@ def bill(demand: Demand, capacity_rps: float, price_usd_hour: float | None) -> B
     if price_usd_hour is None:
         return Bill(replicas=replicas, month_usd=None, million_usd=None)
     month = replicas * price_usd_hour * HOURS_A_MONTH
-    millions = demand.rate_rps * demand.mean_share * HOURS_A_MONTH * 3600 / 1e6
+    millions = demand.rate_rps * HOURS_A_MONTH * 3600 / 1e6
     return Bill(replicas=replicas, month_usd=month, million_usd=month / millions)
 
 

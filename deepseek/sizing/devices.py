@@ -93,7 +93,6 @@ def load_devices(path: str | Path | None = None, *, names: Iterable[str] = ()) -
 
 
 def measured_path() -> Path:
-    """The file of the measured machine."""
     return Path(os.environ.get("DEEPSEEK_BUILD", "build")) / f"{THIS_MACHINE}.toml"
 
 

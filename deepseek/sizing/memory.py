@@ -78,7 +78,6 @@ class TrainingMemory:
 
 
 def training_memory(model: AnyModel, setup: TrainingSetup) -> TrainingMemory:
-    """Memory of a training step."""
     count, full = model.parameters, setup.full_bytes
     master = 4 if full == 2 else 0
     weights, gradients = float(full * count), float(full * count)

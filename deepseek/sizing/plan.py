@@ -89,8 +89,6 @@ class MeasuredPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class HardwarePlan:
-    """The complete plan."""
-
     name: str
     parameters: int
     flops_sample: float
@@ -176,7 +174,6 @@ def described(setup: TrainingSetup) -> str:
 
 
 def plan_device(model: AnyModel, request: Request, device: Device) -> DevicePlan:
-    """The plan of one device."""
     setup = replace(request.training, platform=device.platform)
     ways = tuple(training_layouts(model, setup, device))
     precision = precision_of(request, device)

@@ -25,7 +25,6 @@ from deepseek.spec import BATCH, DeploymentSpec, InputError, build_dir
 
 
 def main(options: argparse.Namespace) -> None:
-    """Prints a plan."""
     model, asked = read_model(options)
     if options.measure:
         from deepseek.sizing.measure import measure_machine
@@ -95,7 +94,6 @@ def _config(options: argparse.Namespace) -> TransformerConfig:
         intermediate_size=4 * options.hidden if options.ffn is None else options.ffn,
         vocab_size=options.vocab,
         max_length=options.max_length or options.length or 512,
-        causal=options.causal,
     )
 
 
@@ -120,7 +118,6 @@ def _request(options: argparse.Namespace, length: int, batch: int, most_batch: i
         demand = Demand(
             rate_rps=options.rate,
             p99_ms=options.p99_ms,
-            mean_share=options.mean_share,
             growth_per_minute=options.growth,
             scale_out_s=options.scale_out_s,
         )

@@ -46,7 +46,6 @@ def rate(value: float) -> str:
 
 
 def print_plan(plan: HardwarePlan, with_cost: bool) -> None:
-    """Prints the whole plan."""
     console = _console()
     shown = f": {count(plan.parameters)} parameters, length {plan.length}"
     console.print(Text.assemble((plan.name, "bold"), shown))

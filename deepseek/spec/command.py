@@ -13,8 +13,6 @@ from typing import Any, NoReturn
 
 
 class ExitCode(IntEnum):
-    """Exit codes of every command."""
-
     PASS = 0
     GATE_FAILED = 1
     """Accuracy, parity or the SLO failed."""
@@ -71,7 +69,6 @@ def kept_for_json(as_json: bool) -> Iterator[None]:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a command and exits with its exit code."""
     sys.exit(exit_code(main))
 
 

@@ -23,18 +23,18 @@ class Cpu:
 
 
 def this_cpu() -> Cpu:
-    """The CPU that this process runs on."""
     return Cpu(model=cpu_model(), cores=cores())
 
 
 def cpu_model(file: Path = Path("/proc/cpuinfo")) -> str:
     """The model's name; the architecture if the kernel gives none, as on ARM."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    return _fact(file, "model name") or platform.processor() or platform.machine()
+
+
+def _fact(file: Path, *keys: str) -> str:
+    """The value of the first line of /proc/cpuinfo with one of these keys; "" if there is none."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(keys)), "")
 
 
 # Flags of /proc/cpuinfo for products of 8-bit integers: VNNI and AMX on x86, dot products and i8mm on ARM.
@@ -43,12 +43,8 @@ INT8_DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
 def int8_instructions(file: Path = Path("/proc/cpuinfo")) -> tuple[str, ...] | None:
     """The flags of INT8_DOT_PRODUCTS that the CPU has; None if the kernel does not say."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return None
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), None)
-    return None if flags is None else tuple(flag for flag in INT8_DOT_PRODUCTS if flag in flags)
+    flags = _fact(file, "flags", "Features").split()
+    return tuple(flag for flag in INT8_DOT_PRODUCTS if flag in flags) if flags else None
 
 
 def has_int8_dot_products(file: Path = Path("/proc/cpuinfo")) -> bool | None:

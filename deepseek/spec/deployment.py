@@ -6,7 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -30,6 +30,9 @@ from deepseek.spec.text import TextSpec, check_text
 from deepseek.spec.tuned import TunedFile
 from deepseek.spec.vocabulary import VocabularySpec, check_vocabulary
 from deepseek.targets import Target
+
+if TYPE_CHECKING:
+    from deepseek.vocabulary import Vocabulary
 
 # Folders in build/ that do not belong to a model; every other folder there has the name of its model.
 NO_MODELS = frozenset({"gateway", "gateway-authority", "key", "kubernetes", "observe", "serving", "stack"})
@@ -271,10 +274,16 @@ def tokenizer_path(spec: DeploymentSpec) -> Path:
     return _beside_the_model(spec, "text.tokenizer", spec.text.tokenizer, "the tokenizer.json")
 
 
-def catalogue_path(spec: DeploymentSpec) -> Path:
-    """The file that `vocabulary.file` names, found in the same way. Raises InputError."""
+def catalogue_of(spec: DeploymentSpec) -> tuple[Path, Vocabulary]:
+    """The file that `vocabulary.file` names, found in the same way, and the names in it. Raises InputError."""
+    from deepseek.vocabulary import Vocabulary
+
     assert spec.vocabulary is not None
-    return _beside_the_model(spec, "vocabulary.file", spec.vocabulary.file, "a csv with id,item,title")
+    path = _beside_the_model(spec, "vocabulary.file", spec.vocabulary.file, "a csv with id,item,title")
+    try:
+        return path, Vocabulary(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _beside_the_model(spec: DeploymentSpec, key: str, name: str, what: str) -> Path:

@@ -34,8 +34,6 @@ from deepseek.transformer import Block, Transformer
 
 
 class Pipeline:
-    """Layers divided over the processes."""
-
     accumulation_steps = 1  # one batch contains all micro-batches of a step, which have equal sizes
     drop_last = True
     rows_factor = 1

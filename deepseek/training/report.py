@@ -14,6 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_json
+
 from deepseek.spec.files.folders import write_whole
 from deepseek.svg_chart import Chart, Scale
 
@@ -36,9 +38,9 @@ Points = Sequence[tuple[float, float]]
 
 def write_report(path: str | Path, record: Mapping[str, Any]) -> None:
     """Writes the report, and its figures as JSON beside it."""
-    page, record = Path(path), _finite(record)
-    write_whole(page.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
-    write_whole(page, draw(record))
+    page, text = Path(path), to_json(record, indent=1, inf_nan_mode="null").decode()
+    write_whole(page.with_suffix(".json"), text + "\n")
+    write_whole(page, draw(json.loads(text)))
 
 
 def draw(record: Mapping[str, Any]) -> str:
@@ -115,12 +117,3 @@ def _drawn(value: float | None, log: bool) -> bool:
 def _table(rows: Mapping[str, Any]) -> str:
     cells = (f"<tr><td>{escape(str(name))}</td><td>{escape(str(value))}</td></tr>" for name, value in rows.items())
     return f"<table>{''.join(cells)}</table>"
-
-
-def _finite(value: Any) -> Any:
-    """The value for JSON, with NaN and infinity as null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value

@@ -127,7 +127,6 @@ def specs_of(models: Path, names: list[str]) -> list[DeploymentSpec]:
 
 
 def main(options: argparse.Namespace) -> None:
-    """The command `check-engine`."""
     specs = specs_of(Path(options.models), options.model)
     asked = [precision for precision in options.precision if precision != "auto"]
     if not options.no_build:

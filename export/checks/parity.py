@@ -289,7 +289,6 @@ def merged(checks: list[dict[str, Any]]) -> dict[tuple[str, ...], list[str]]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints the tables."""
     served, tolerance = result["served"], result["tolerance"]
     print(
         f"{result['model']} version {served['version']}, {served['precision']} on {served['platform']}: "
@@ -342,7 +341,6 @@ def urls_of(options: argparse.Namespace) -> tuple[str, str]:
 
 
 def main(options: argparse.Namespace) -> None:
-    """The command `parity`."""
     if options.rows is not None and options.rows < 1:
         raise InputError(f"--rows {options.rows}; it must be 1 or more")
     grpc_url, http_url = urls_of(options)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from deepseek.spec import TEXT, DeploymentSpec
-from deepseek.spec.catalogue import catalogue_of
+from deepseek.spec.deployment import catalogue_of
 from deepseek.spec.paired_drop import values_text
 from deepseek.spec.text import text_axis, token_outputs
 from deepseek.spec.tokenizer import text_encoder

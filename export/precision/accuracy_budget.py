@@ -90,7 +90,7 @@ class Baseline:
         outputs = outputs_of(self.source.spec, predict, self.rows)
         report = parity(self.source.spec, outputs, self.outputs)
         found = evaluated(self.source, predict)
-        if self._by_similarity:
+        if self.by_similarity:
             same = parity(self.source.spec, outputs, self.unpruned_outputs)
             drop, paired = metric_drop("similarity", similarity(same), 1.0), None
         else:
@@ -98,7 +98,7 @@ class Baseline:
         if not _finite(report) or not math.isfinite(drop):
             drop, paired = math.inf, None
         rows = {
-            "drop": len(self.rows) if self._by_similarity else None if paired is None else paired.rows,
+            "drop": len(self.rows) if self.by_similarity else None if paired is None else paired.rows,
             "metric": None if found.values is None else int(np.isfinite(found.values).sum()),
             "parity": len(self.rows),
         }
@@ -112,7 +112,8 @@ class Baseline:
         }
 
     @property
-    def _by_similarity(self) -> bool:
+    def by_similarity(self) -> bool:
+        """Whether the outputs are judged, not the task metric."""
         spec = self.source.spec
         return spec.precision.metric is None or bool(too_small(spec, self.metrics))
 
@@ -128,7 +129,7 @@ class Baseline:
         outputs = outputs_of(self.source.spec, predict, [self.rows[place] for place in places])
         if not _finite(parity(self.source.spec, outputs, [self.outputs[place] for place in places])):
             return math.inf, None
-        if self._by_similarity:
+        if self.by_similarity:
             unpruned = [self.unpruned_outputs[place] for place in places]
             return metric_drop("similarity", similarity(parity(self.source.spec, outputs, unpruned)), 1.0), None
         mixed = _Mixed(predict, self.predict, choosing)

@@ -40,7 +40,6 @@ class Calibration(CalibrationDataReader):
 
     @property
     def largest_batch(self) -> int:
-        """Largest batch of the profile."""
         return self._batch.max
 
     def get_first(self) -> Row:
@@ -52,7 +51,6 @@ class Calibration(CalibrationDataReader):
         return filled(longest, max(self._batch.min, min(2, self._batch.max)))
 
     def get_next(self) -> Row | None:
-        """The next batch; None after the last."""
         return next(self._rest, None)
 
 

@@ -123,7 +123,6 @@ def _at_sizes(arrays: Iterator[np.ndarray], shape: tuple[int | str, ...], sizes:
 
 
 def memory_bytes() -> int:
-    """Physical memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

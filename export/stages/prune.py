@@ -27,21 +27,12 @@ from deepseek.pruning.distillation import distil
 from deepseek.pruning.prunable import Inputs
 from deepseek.spec import GateFailed, build_dir, kept_for_json
 from deepseek.spec.files.folders import scratch_in
-from deepseek.spec.paired_drop import DropJudgement, PairedRows
+from deepseek.spec.paired_drop import DropJudgement
 from export.artifact import Stopwatch, human_bytes, pruned_path, pruning_path, publish
 from export.cache import fill, refined, stage_key
-from export.model_folder import ModelFolder, Predict
-from export.precision.accuracy import (
-    Evaluated,
-    check_metric,
-    evaluated,
-    metric_drop,
-    paired_drop,
-    parity,
-    similarity,
-    too_small,
-)
-from export.precision.accuracy_budget import judged_variant
+from export.model_folder import ModelFolder
+from export.precision.accuracy import check_metric, too_small
+from export.precision.accuracy_budget import Baseline, judged_variant
 from export.rows import Row, batches, row_digests
 from export.runtimes.batching import outputs_of
 from export.runtimes.pytorch_predictor import module_predictor
@@ -85,21 +76,22 @@ def _prune(
     with log.status("ranking heads and channels"):
         few = data[: max(1, IMPORTANCE_ROWS // len(data[0][0]))]
         report = prune_model(module, few[0], config, few[1:])
-    judge = _PruningMetric(source, original, evaluation)
-    before_tuning = judge.value(module)
+    baseline = _baseline(source, original, evaluation)
+    before_tuning = baseline.measure(module_predictor(spec, module))
     how = _finetune(source, module, original, data)
-    pruned = judge.value(module)
-    drop, paired = judge.drop(pruned)
+    pruned = baseline.measure(module_predictor(spec, module))
     shutil.rmtree(_checkpoints(source), ignore_errors=True)  # the run has ended; the next may have other settings
     result = {
         "model": spec.name,
         "ratio": config.ratio,
-        "metric": judge.metric,
-        "unpruned": judge.unpruned.metrics,
-        "before_finetuning": before_tuning.metrics,
-        "pruned": pruned.metrics,
-        "drop": drop,
-        "paired": None if paired is None else asdict(paired),
+        "metric": "similarity" if baseline.by_similarity else spec.precision.metric,
+        "unpruned": {"similarity": 1.0} if baseline.by_similarity else baseline.metrics,
+        **{
+            name: {"similarity": 1 - found["drop"]} if baseline.by_similarity else found["metrics"]
+            for name, found in (("before_finetuning", before_tuning), ("pruned", pruned))
+        },
+        "drop": pruned["drop"],
+        "paired": pruned["paired"],
         "max_drop": spec.precision.max_drop,
         "finetuned": how,
         **_facts(report),
@@ -139,36 +131,16 @@ def _finetune(source: ModelFolder, module: torch.nn.Module, original: torch.nn.M
     return "distillation"
 
 
-class _PruningMetric:
-    """The metric of deploy.toml; without one that can show a drop, similarity to the unpruned outputs."""
-
-    def __init__(self, source: ModelFolder, original: torch.nn.Module, rows: list[Row]) -> None:
-        self.source, self.rows = source, rows
-        predict = module_predictor(source.spec, original)
-        self.unpruned = check_metric(source, predict, log)
-        if why := too_small(source.spec, self.unpruned.metrics):
-            log.print(f"warning: {why}")
-        metric = None if why else source.spec.precision.metric
-        self.by_task, self.metric = metric is not None, metric or "similarity"
-        if not self.by_task:
-            self.reference = self._outputs(predict)
-            self.unpruned = Evaluated(metrics={"similarity": 1.0})
-
-    def value(self, module: torch.nn.Module) -> Evaluated:
-        predict = module_predictor(self.source.spec, module)
-        if self.by_task:
-            return evaluated(self.source, predict)
-        same = similarity(parity(self.source.spec, self._outputs(predict), self.reference))
-        return Evaluated(metrics={"similarity": same})
-
-    def drop(self, pruned: Evaluated) -> tuple[float, PairedRows | None]:
-        """The drop of the pruned module, and what its rows say about it."""
-        if self.by_task:
-            return paired_drop(self.source, pruned, self.unpruned)
-        return metric_drop(self.metric, pruned.metrics[self.metric], 1.0), None
-
-    def _outputs(self, predict: Predict) -> list[Row]:
-        return outputs_of(self.source.spec, predict, self.rows)
+def _baseline(source: ModelFolder, original: torch.nn.Module, rows: list[Row]) -> Baseline:
+    """The unpruned module on the evaluation rows; raises InputError if its metric cannot be used."""
+    predict = module_predictor(source.spec, original)
+    found = check_metric(source, predict, log)
+    if why := too_small(source.spec, found.metrics):
+        log.print(f"warning: {why}")
+    outputs = outputs_of(source.spec, predict, rows)
+    return Baseline(
+        source=source, predict=predict, rows=rows, outputs=outputs, unpruned_outputs=outputs, evaluated=found
+    )
 
 
 def _facts(report: PruneReport) -> dict[str, Any]:
@@ -180,7 +152,6 @@ def _facts(report: PruneReport) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints the tables."""
     metric, how = result["metric"], result["finetuned"]
     judged = DropJudgement(**result["judgement"])
     print(f"{result['model']} pruned by {result['ratio']:g}: {judged.reason}")
@@ -212,7 +183,6 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """The command `prune`."""
     with kept_for_json(options.json):
         result = prune_source(ModelFolder(options.model, options.models), options.ratio)
     if options.json:

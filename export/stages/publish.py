@@ -36,7 +36,7 @@ from deepseek.spec import (
     tokenizer_path,
     variables_for,
 )
-from deepseek.spec.catalogue import catalogue_of
+from deepseek.spec.deployment import catalogue_of
 from deepseek.spec.files.folders import alone_in, let_all_read, onto_disk, scratch_in
 from deepseek.spec.files.measured_batches import plan_of, read_measured
 from deepseek.spec.files.released import last_fate
@@ -265,7 +265,6 @@ def published_manifest(spec: DeploymentSpec, target: Target, engine: Path, folde
 
 
 def _rename(source: Path, destination: Path) -> None:
-    """Renames; across file systems, copies beside the destination first."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.rename(source, destination)
@@ -289,7 +288,6 @@ def _retire(model: Path, scratch: Path) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """The command `publish`."""
     spec = DeploymentSpec.of_model(options.model, options.models, tuned=options.tuned)
     precision, provider = (options.precision, None) if options.precision else choice_of(spec.name, options.target)
     if provider:  # the server must not run on other hardware than the one that was measured

@@ -226,7 +226,6 @@ def _show_calibration(report: dict[str, Any]) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """The command `quantize`."""
     spec = on_host(DeploymentSpec.of_model(options.model, options.models), options.target)
     precision = spec.precision
     data = options.calibration_data or need(_samples_of(spec), f"deepseek to-onnx {flags_for(spec.name)}")

@@ -358,7 +358,6 @@ def _about_rows(result: dict[str, Any]) -> list[str]:
 
 
 def main(options: argparse.Namespace) -> None:
-    """The command `select-precision`."""
     with kept_for_json(options.json):
         source = ModelFolder(options.model, options.models)
         result = compare(source, options.target, None if options.precision == "auto" else options.precision)

@@ -191,7 +191,6 @@ def _name_axes(value: onnx.ValueInfoProto, shape: tuple[int | str, ...], fixed: 
 
 
 def export_model(source: ModelFolder) -> dict[str, Any]:
-    """Runs the stage; returns what it made and measured."""
     spec = source.spec
     path = onnx_path(spec.name, "fp32")
     rows, shared, note = _rows(source)
@@ -277,7 +276,6 @@ def _check(spec: DeploymentSpec, model: torch.nn.Module, evaluation: list[Row], 
 
 
 def main(options: argparse.Namespace) -> None:
-    """The command `to-onnx`."""
     with kept_for_json(options.json):
         source = ModelFolder(options.model, options.models)
         result = export_model(source)

@@ -59,7 +59,6 @@ log = Console(file=sys.stderr, markup=False)
 
 
 def build_engine(spec: DeploymentSpec, precision: Precision, target: CompiledTarget) -> dict[str, Any]:
-    """Runs the stage; returns what it made."""
     source = need(onnx_path(spec.name, precision), f"make engine {variables_for(spec.name)} PRECISION={precision}")
     path = engine_path(spec.name, precision, target)
     if reason := refusal(source):  # one of several candidates: the build continues with the others
@@ -114,7 +113,6 @@ def _compute_capability() -> str | None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """The command `to-tensorrt`."""
     spec = DeploymentSpec.of_model(options.model, options.models)
     result = made_alone(
         f"building the {options.precision} engine",

@@ -133,7 +133,6 @@ def _served(spec: DeploymentSpec, inner: Any, example: tuple[torch.Tensor, ...])
 
 
 def export_model(source: ModelFolder) -> dict[str, Any]:
-    """Runs the stage; returns what it made and measured."""
     spec = source.spec
     data = build_dir(spec.name) / "evaluation.npz"
     rows = load_rows(data)
@@ -206,7 +205,6 @@ def _dtypes(module: Any) -> dict[str, int]:
 
 
 def main(options: argparse.Namespace) -> None:
-    """The command `to-torchscript`."""
     with kept_for_json(options.json):
         source = ModelFolder(options.model, options.models)
         result = export_model(source)

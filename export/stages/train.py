@@ -103,7 +103,6 @@ def _fetched(source: ModelFolder, key: str, fingerprint: str | None) -> bool:
 
 
 def main(options: argparse.Namespace) -> None:
-    """The command `train`."""
     with kept_for_json(options.json):
         folder = ModelFolder(options.model, options.models)
         how = make_weights(folder)

@@ -311,13 +311,13 @@ def _write(model: Recommender, log: Interactions, facts: dict[str, Any]) -> None
     (folder / "labels").mkdir(parents=True, exist_ok=True)
     titles = [" ".join(title.split()) for title in log.titles]  # a line break would shift the lines after it
     for name in ("item_ids", "items"):
-        _write_text(folder / "labels" / f"{name}.txt", "".join(f"{title}\n" for title in titles))
+        write_whole(folder / "labels" / f"{name}.txt", "".join(f"{title}\n" for title in titles))
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(("id", "item", "title"))
     rows.writerows(zip(range(1, log.num_items + 1), log.item_ids[1:], titles[1:], strict=True))
-    _write_text(folder / "catalogue.csv", table.getvalue())
-    _write_text(folder / "training.json", json.dumps(facts, indent=2))
+    write_whole(folder / "catalogue.csv", table.getvalue())
+    write_whole(folder / "training.json", json.dumps(facts, indent=2))
     about = {
         "fingerprint": log.fingerprint,
         "num_items": str(log.num_items),
@@ -325,10 +325,6 @@ def _write(model: Recommender, log: Interactions, facts: dict[str, Any]) -> None
     }
     with beside(weights_path()) as draft:
         save_file(model.state_dict(), draft, metadata=about)
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_whole(path, text)
 
 
 def _table(facts: Mapping[str, Any]) -> Table:

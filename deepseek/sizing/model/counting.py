@@ -79,7 +79,6 @@ def stepped(sizes: Iterable[int]) -> int:
 
 
 def flops(ops: Iterable[Op]) -> float:
-    """Total FLOPs of operations."""
     return sum(op.flops * op.count for op in ops)
 
 
