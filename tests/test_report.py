@@ -90,6 +90,7 @@ TUNING = TuneResult(
     default=DEFAULT,
     best=BEST,
     usual_rps=70,
+    high_rps=120,
     predicted=True,
     expected=(
         ExpectedSettings(settings=DEFAULT, p99_ms=40, high_p99_ms=90),

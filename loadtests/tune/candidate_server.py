@@ -38,7 +38,7 @@ from loadtests.tune.search_space import ServingSettings
 START_S = 3.0  # about what the load generator takes to start, for each run
 USERS = 32
 LONGEST_BLOCK_S = 30  # at a low rate a block's p99 is its slowest request
-SAMPLES = 2  # times the requests that a p99 needs at all
+SAMPLES = 4  # times the requests that a p99 needs at all
 MOST_TRIALS = 100  # of one search for a rate: in practice the time ends it
 
 

@@ -2,8 +2,9 @@
 
 Contract: a prediction is the p99 of a simulated queue under Poisson arrivals of one row each: an instance that is free
 takes up to `max_batch` waiting requests, waits for a core if all are busy, and computes as long as the curve says, and
-BATCH_MS more. Other time of the server and of the network is left out, so predictions rank settings and promise
-nothing. A curve belongs to the batches that run at once and their threads: layouts that share these share a curve.
+BATCH_MS more. What the default answers in a closed loop says how much slower the served model is than the measured one.
+Predictions rank settings and promise nothing. A curve belongs to the batches that run at once and their threads:
+layouts that share these share a curve.
 
 Example:
     curves = Curves.measured(conditions, default, layouts)
@@ -16,7 +17,7 @@ import heapq
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,7 +33,8 @@ ARRIVALS = 5000  # of a simulated queue
 BATCH_MS = 0.3  # Triton's time for a batch: with it, the recommender's curve gives the 2.08 times the throughput of
 # single rows that docs/benchmarks.md has for dynamic batching
 FIRST = 200  # arrivals that find an empty server, left out
-BUSY = 0.9  # of the throughput
+KEPT = KEPT_THROUGHPUT - 0.02  # of the best throughput; curves are measured to about 2 %
+BUSY = 0.9  # of the throughput: beyond, a short run measures how its queue grows
 STEPS = 10  # of the bisection for a rate: to a thousandth of the throughput
 
 
@@ -42,6 +44,8 @@ class Curves:
 
     of: dict[tuple[int, int], MeasuredBatches]
     cores: int
+    slower: float = 1.0
+    """Times that a batch takes longer than measured."""
 
     @classmethod
     def measured(cls, conditions: TuneConditions, settings: Iterable[ServingSettings], cores: int) -> Curves | None:
@@ -62,6 +66,10 @@ class Curves:
         threads = settings.threads or max(1, self.cores // settings.instances)
         return min(settings.instances, max(1, self.cores // threads)), threads
 
+    def as_fast_as(self, settings: ServingSettings, throughput_rps: float) -> Curves:
+        """The same curves on a machine that answers so many requests/s with these settings."""
+        return replace(self, slower=self.slower * self.throughput_rps(settings) / throughput_rps)
+
     @property
     def sizes(self) -> list[int]:
         """The measured batch sizes, ascending."""
@@ -75,13 +83,13 @@ class Curves:
     def _batches_s(self, settings: ServingSettings) -> list[float]:
         """Seconds of a batch of 1, 2, ... rows."""
         curve = self.of[self._key(settings)]
-        return [(curve.ms_of(rows) + BATCH_MS) / 1000 for rows in range(1, settings.max_batch + 1)]
+        return [self.slower * (curve.ms_of(rows) + BATCH_MS) / 1000 for rows in range(1, settings.max_batch + 1)]
 
     def keeping_throughput(self, settings: Iterable[ServingSettings]) -> list[ServingSettings]:
-        """Those that keep `KEPT_THROUGHPUT` of the best of them."""
+        """Those that keep KEPT of the best throughput of them."""
         found = {each: self.throughput_rps(each) for each in settings}
         best = max(found.values(), default=0.0)
-        return [each for each, throughput in found.items() if throughput >= KEPT_THROUGHPUT * best]
+        return [each for each, throughput in found.items() if throughput >= KEPT * best]
 
     def p99_ms(self, settings: ServingSettings, rate_rps: float) -> float:
         """The predicted p99 in ms at a rate."""
@@ -105,10 +113,10 @@ class Curves:
         return 1000 * float(np.percentile(waited[FIRST:], 99))
 
     def highest_rps(self, settings: ServingSettings, limit_ms: float | None) -> float:
-        """The highest rate with a predicted p99 within the limit; a share of the throughput without one."""
-        low, high = 0.0, self.throughput_rps(settings)
-        if limit_ms is None:
-            return BUSY * high
+        """The highest rate up to BUSY with a predicted p99 within the limit, if there is one."""
+        low, high = 0.0, BUSY * self.throughput_rps(settings)
+        if limit_ms is None or self.p99_ms(settings, high) <= limit_ms:
+            return high
         for _ in range(STEPS):
             middle = (low + high) / 2
             low, high = (middle, high) if self.p99_ms(settings, middle) <= limit_ms else (low, middle)

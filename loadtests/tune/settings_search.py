@@ -1,11 +1,11 @@
 """The search: expects a p99 of every setting, and compares the few that could win with the default.
 
 Contract: a setting may win in two ways: with a lower p99 at the usual rate (the SLO's, or a share of what the default
-can do), and then at the high rate, the highest at which the default meets the SLO. A lower p99 there leaves room for a
-higher rate. The expected p99 comes from measured batches, or from one short run of each setting where there is no
-curve. A setting is compared if it is expected to be better by PRACTICAL_GAIN at one rate and not as much worse at the
-other. A comparison sends the same arrivals to the default and the setting in turn, with both servers up, until
-`loadtests.tune.sequential_test` settles it. The confidence holds for all comparisons of a search together.
+answers in a closed loop), and then at the high rate, about the highest at which the default meets the SLO. A lower p99
+there leaves room for a higher rate. The expected p99 comes from measured batches, or from one short run of each setting
+where there is no curve. A setting is compared if it is expected to be better by PRACTICAL_GAIN at one rate and not as
+much worse at the other. A comparison sends the same arrivals to the default and the setting in turn, with both servers
+up, until `loadtests.tune.sequential_test` settles it. The confidence holds for all comparisons of a search together.
 
 Example:
     facts = SettingsSearch(conditions=conditions, default=default, space=space, cores=2).run()
@@ -25,7 +25,7 @@ from loadtests.search.highest_rate import GENERATOR, SAMPLES, TIME, HighestRate,
 from loadtests.search.local_server import NotServed
 from loadtests.search.slo_at_rate import required_rps, seconds_to_prove
 from loadtests.tune.candidate_server import USERS, CandidateServer, NotValid, TuneConditions, candidate_server
-from loadtests.tune.predicted_latency import Curves
+from loadtests.tune.predicted_latency import BUSY, Curves
 from loadtests.tune.search_space import SearchSpace, ServingSettings
 from loadtests.tune.sequential_test import LEAST_PAIRS, PRACTICAL_GAIN, nominal_level
 from loadtests.tune.tune_result import Compared, ExpectedSettings
@@ -34,9 +34,9 @@ CONFIDENCE = 0.95  # of all comparisons together
 MOST_CONTENDERS = 2  # for each rate
 MOST_DROPPED = 3  # pairs of a comparison that say nothing
 USUAL_SHARE = 0.7  # of what the default answers in a closed loop: the usual rate if the SLO names none
-START_SHARE = 0.8  # of it: the first rate of the search for the highest
 SCREENING_SHARE = 0.4  # of the time, to run each setting once if there is no curve
 PROOF_SHARE = 0.4  # of the time, at most, kept for the proof of a rate
+FIRST_SHARE = 0.6  # of the time left for comparisons: at most so much for one that is not the last
 HIGHEST_SHARE = 0.2  # of the time, at most, to find the highest rate of one setting
 RESOLUTION, STEP_UP = 1.1, 1.25  # of a search for a highest rate
 UNPROVED = {
@@ -60,9 +60,9 @@ class SettingsSearch:
     most_pairs: int = 24
     """Of a comparison."""
     usual_rps: float = 0.0
-    high_rps: float | None = None
-    _start_rps: float = 0.0
-    """The first rate of a search for a highest rate."""
+    high_rps: float = 0.0
+    _throughput_rps: float = 0.0
+    """Of the default, in a closed loop."""
     predicted: bool = True
     expected: list[ExpectedSettings] = field(default_factory=list)
     comparisons: list[Compared] = field(default_factory=list)
@@ -95,22 +95,24 @@ class SettingsSearch:
                 f"the default settings: no answer to {USERS} users within {self.conditions.least_s:g} s: try a longer "
                 f"--least-s or --timeout-s (now {self.conditions.settings.timeout_s:g} s)"
             )
-        self._start_rps = START_SHARE * throughput_rps
+        self._throughput_rps = throughput_rps
         self.usual_rps = rounded(required_rps(self.conditions.spec.slo) or USUAL_SHARE * throughput_rps)
         self._say(f"the default answers {throughput_rps:.3g}/s to {USERS} users; p99 counts at {self.usual_rps:g}/s")
         return server
 
-    def _predict(self, curves: Curves) -> None:
+    def _predict(self, measured: Curves) -> None:
         """What the curves promise of each setting that keeps the throughput."""
-        high_rps = curves.highest_rps(self.default, tail_limit_ms(self.conditions.spec.slo))
+        curves = measured.as_fast_as(self.default, self._throughput_rps)
+        self._say(f"served, rows take {curves.slower:.2g} times as long as in measured batches")
+        self.high_rps = rounded(curves.highest_rps(self.default, tail_limit_ms(self.conditions.spec.slo)))
         all_ = [self.default, *self.space.combined(self.default, self.sizes or curves.sizes)]
         for each in dict.fromkeys((self.default, *curves.keeping_throughput(all_))):
-            usual, high = (curves.p99_ms(each, rate_rps) for rate_rps in (self.usual_rps, high_rps))
+            usual, high = (curves.p99_ms(each, rate_rps) for rate_rps in (self.usual_rps, self.high_rps))
             self.expected.append(ExpectedSettings(settings=each, p99_ms=usual, high_p99_ms=high))
 
     def _screen(self, server: CandidateServer) -> None:
         """Runs each setting once at each rate."""
-        self.predicted, self.high_rps = False, self._high(server)
+        self.predicted, self.high_rps = False, rounded(BUSY * self._throughput_rps)
         ends_at = time.monotonic() + SCREENING_SHARE * self.conditions.max_s
         self.expected.append(self._screened(server))
         for each in self.space.varied(self.default):
@@ -128,7 +130,7 @@ class SettingsSearch:
         """One block at each rate, after a closed loop, which also warms up."""
         throughput_rps = server.throughput_rps()
         try:
-            usual, high = (server.p99_ms(rate, seed=1000) for rate in (self.usual_rps, self.high_rps or self.usual_rps))
+            usual, high = (server.p99_ms(rate, seed=1000) for rate in (self.usual_rps, self.high_rps))
         except NotValid as error:
             raise InvalidMeasurement(str(error)) from None
         self._say(f"{server.settings}: {throughput_rps:.4g}/s to {USERS} users, p99 {usual:.3g} and {high:.3g} ms")
@@ -138,17 +140,13 @@ class SettingsSearch:
         """The highest rate that meets the SLO, by short runs."""
         most_s = min(self.conditions.left_s, HIGHEST_SHARE * self.conditions.max_s)
         bounds = {"resolution": RESOLUTION, "step_up": STEP_UP, "max_s": most_s}
-        found = RateSearch(server.plan(self.high_rps or self._start_rps, **bounds), server.runner).run()
+        found = RateSearch(server.plan(self.high_rps, **bounds), server.runner).run()
         holds = "no rate meets" if found.capacity_rps is None else f"up to {found.capacity_rps:g}/s meet"
         self._say(f"{server.settings}: {holds} the SLO in short runs ({found.limited_by})")
         return found
 
-    def _high(self, default: CandidateServer) -> float:
-        found = self._highest(default).capacity_rps
-        return self.usual_rps if found is None else rounded(found / RESOLUTION)  # short runs find too much
-
     def _contenders(self, rate: Rate) -> list[ExpectedSettings]:
-        """The settings that could win at a rate, the best first."""
+        """The settings that could win at a rate, the best first; one of those that promise the same."""
         default, *others = self.expected
         other: Rate = "high_p99_ms" if rate == "p99_ms" else "p99_ms"
 
@@ -156,7 +154,10 @@ class SettingsSearch:
             return (getattr(default, at) or 0.0) / (getattr(each, at) or float("inf"))
 
         good = [e for e in others if gain(e, rate) >= PRACTICAL_GAIN and gain(e, other) * PRACTICAL_GAIN >= 1]
-        return sorted(good, key=lambda each: -round(gain(each, rate), 1))[:MOST_CONTENDERS]
+        level = dict[float, ExpectedSettings]()
+        for each in good:
+            level.setdefault(round(gain(each, rate), 1), each)
+        return [level[found] for found in sorted(level, reverse=True)[:MOST_CONTENDERS]]
 
     def _compare_contenders(self, server: CandidateServer) -> dict[str, Any]:
         """Compares them one by one until one is better; then proves a rate of it."""
@@ -168,10 +169,9 @@ class SettingsSearch:
         self._say(f"worth comparing: {'; '.join(str(each.settings) for each in usual + high)}")
         level = nominal_level((1 - CONFIDENCE) / len(usual + high), self.most_pairs)
         for place, each in enumerate(usual + high):
-            rate_rps = self.usual_rps
-            if place >= len(usual):
-                rate_rps = self.high_rps = self.high_rps or self._high(server)
-            share_s = (self.conditions.left_s - self._proof_s) / (len(usual + high) - place)
+            rate_rps = self.usual_rps if place < len(usual) else self.high_rps
+            last = place == len(usual + high) - 1
+            share_s = (self.conditions.left_s - self._proof_s) * (1 if last else FIRST_SHARE)
             found = Compared(settings=each.settings, rate_rps=rate_rps, confidence=CONFIDENCE)
             try:
                 with candidate_server(each.settings, self.conditions, "candidate") as other:

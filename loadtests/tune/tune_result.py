@@ -83,9 +83,8 @@ class TuneResult(SavedResult):
     """Null if nothing is proved better than the default."""
     usual_rps: float
     """The SLO's rate, or a share of what the default answers in a closed loop: where p99 matters most."""
-    high_rps: float | None = None
-    """The highest rate that met the SLO with the default, by short runs; the usual one if none did, null if not
-    needed."""
+    high_rps: float
+    """About the highest rate at which the default meets the SLO."""
     predicted: bool
     """The expected latencies come from measured batches; else from one short run each."""
     expected: tuple[ExpectedSettings, ...]
