@@ -54,7 +54,6 @@ class Checkout:
         return subprocess.run(["sh", "-ec", script], cwd=self.folder, env=settings, capture_output=True, text=True)
 
     def python(self, code: str) -> str:
-        """Runs Python code of a page; returns its output."""
         code = code.replace("127.0.0.1:8001", f"127.0.0.1:{self.ports[1]}")
         run = subprocess.run([sys.executable, "-c", code], cwd=self.folder, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
@@ -91,5 +90,4 @@ def _is_ready(client: InferenceClient, model: str) -> bool:
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """The code blocks of a page in a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", Path(page).read_text(), re.MULTILINE | re.DOTALL)

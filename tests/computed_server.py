@@ -18,7 +18,6 @@ from loadtests.search.trial_runner import TrialRunner
 
 
 def trial(rate_rps: float, outcome: TrialOutcome, phase: Phase = "bisect", **changes: Any) -> RateTrial:
-    """A trial in which the server answered all requests."""
     facts: dict[str, Any] = {
         "achieved_rps": rate_rps,
         "p50_ms": 5.0,
@@ -31,7 +30,6 @@ def trial(rate_rps: float, outcome: TrialOutcome, phase: Phase = "bisect", **cha
 
 
 def server_of(outcome: Callable[[float, Phase], TrialOutcome]) -> TryRate:
-    """Trials whose outcome is a function of the rate and the phase."""
     return lambda rate_rps, phase, duration_s, seed: trial(
         rate_rps, outcome(rate_rps, phase), phase, duration_s=duration_s
     )
@@ -39,8 +37,6 @@ def server_of(outcome: Callable[[float, Phase], TrialOutcome]) -> TryRate:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputedRunner(TrialRunner):
-    """Runs trials on a simulated server."""
-
     try_rate: TryRate
 
     def __call__(self, rate_rps: float, phase: Phase, duration_s: float, seed: int) -> RateTrial:

@@ -19,14 +19,12 @@ HERE = Path("../shared/docker_here.sh")  # gives a machine without a registry an
 def run(
     *command: str, check: bool = True, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """A command to its end."""
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
     assert not check or done.returncode == 0, f"{command}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done
 
 
 def answers(**environment: str) -> bool:
-    """Whether a Docker engine with Compose is there."""
     asked = (("docker", "compose", "version"), ("docker", "info"))
     found = shutil.which("docker") is not None
     return found and all(run(*each, check=False, environment=environment).returncode == 0 for each in asked)

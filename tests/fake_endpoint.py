@@ -67,8 +67,6 @@ class Faults:
 
 
 class Endpoint:
-    """The server, in its own process."""
-
     def __init__(self, faults: Faults) -> None:
         self.faults = faults
         self.received_s: list[float] = []
@@ -100,12 +98,10 @@ class Endpoint:
         return number, max(delay_s, self._stall_ends_s - now_s)
 
     def refuses_metadata(self) -> bool:
-        """Whether to refuse this metadata request."""
         self._asked += 1
         return 1 < self._asked <= 1 + self.faults.refuse_metadata
 
     def signature(self, model: str) -> dict[str, Any]:
-        """A model's metadata."""
         self.model = model
         return {
             "name": model,

@@ -37,7 +37,6 @@ def skip_without_nginx() -> None:
 
 
 def free_port() -> int:
-    """A free port on loopback."""
     return free_ports(1)[0]
 
 
@@ -119,11 +118,9 @@ class Gateway:
         return status
 
     def add_key(self, name: str, **settings: Any) -> str:
-        """Adds a key, valid at once, and returns it."""
         return new_key(self.folder, name, **settings)
 
     def end_key(self, name: str) -> None:
-        """Revokes the keys with a name."""
         revoke(self.folder, name)
 
     def lines(self, **fields: Any) -> list[dict[str, Any]]:
@@ -137,7 +134,6 @@ class Gateway:
         raise AssertionError(f"no line with {fields}")
 
     def metrics(self) -> dict[str, float]:
-        """The gateway's own metrics, by series."""
         lines = urllib.request.urlopen(f"http://127.0.0.1:{self.internal_port}/metrics").read().decode().splitlines()
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
@@ -173,7 +169,6 @@ class Gateway:
         return self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
 
     def client(self, protocol: str, **settings: Any) -> InferenceClient:
-        """This project's client."""
         access = {"ca_cert": str(self.folder / "ca.crt"), "api_key": self.key, **settings}
         return InferenceClient(f"localhost:{self.port}", protocol, **access)  # type: ignore[arg-type]
 
@@ -205,19 +200,16 @@ def wait_for(ask: Callable[[], Any], holds: Callable[[Any], bool] = bool, wait_s
 
 
 def authorized(key: str) -> dict[str, str]:
-    """The header for tritonclient."""
     return {"authorization": f"Bearer {key}"}
 
 
 def grpc_input(rows: int = 1, columns: int = 3) -> list[triton.InferInput]:
-    """The input of `add_one`."""
     tensor = triton.InferInput("x", [rows, 2, columns], "FP32")
     tensor.set_data_from_numpy(np.zeros((rows, 2, columns), np.float32))
     return [tensor]
 
 
 def json_body(rows: int = 1, columns: int = 3) -> bytes:
-    """The same input as JSON."""
     data = [0.5] * (rows * 2 * columns)
     return json.dumps(
         {"inputs": [{"name": "x", "shape": [rows, 2, columns], "datatype": "FP32", "data": data}]}

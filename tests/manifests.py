@@ -25,7 +25,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 @functools.cache
 def build(folder: Path) -> tuple[Object, ...]:
-    """The objects that `kubectl kustomize` makes from a folder."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed: apt-get install kubectl")
     done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True)
@@ -35,18 +34,15 @@ def build(folder: Path) -> tuple[Object, ...]:
 
 
 def committed(name: str) -> tuple[Object, ...]:
-    """The objects of a folder in `kubernetes/`."""
     return build(Path("kubernetes") / name)
 
 
 def find(objects: tuple[Object, ...], kind: str, name: str = "triton") -> Object:
-    """The object with a kind and name."""
     (found,) = (each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name)
     return found
 
 
 def pods(objects: tuple[Object, ...]) -> Iterator[Object]:
-    """The spec of each pod."""
     for each in objects:
         if each["kind"] in ("Deployment", "Job"):
             yield each["spec"]["template"]["spec"]
@@ -57,11 +53,9 @@ def pods(objects: tuple[Object, ...]) -> Iterator[Object]:
 
 
 def pod_of(objects: tuple[Object, ...], name: str = "triton") -> Object:
-    """The pod spec of a Deployment."""
     return find(objects, "Deployment", name)["spec"]["template"]["spec"]
 
 
 def container_of(objects: tuple[Object, ...], name: str = "triton") -> Object:
-    """The Deployment's only container."""
     (found,) = pod_of(objects, name)["containers"]
     return found

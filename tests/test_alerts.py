@@ -79,13 +79,11 @@ def need_promtool() -> None:
 
 
 def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """`promtool …`."""
     need_promtool()
     return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True)
 
 
 def write_rules(folder: Path, *models: ServedModel) -> Path:
-    """The rule file of these models."""
     path = folder / "rules.yml"
     path.write_text(yaml.safe_dump(rules(list(models))))
     return path
@@ -138,7 +136,6 @@ BOTH = {"page", "ticket"}
 
 
 def each(name: str, *severities: str) -> Fired:
-    """An alert in several severities."""
     return {(name, severity) for severity in severities}
 
 

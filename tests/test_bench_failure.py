@@ -46,7 +46,6 @@ def setting(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 
 def broken(rows: list[Row]) -> list[str]:
-    """The rows that do not hold."""
     return [f"{row.what}: {row.seen}" for row in rows if row.holds is False]
 
 

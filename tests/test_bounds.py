@@ -48,7 +48,6 @@ def judged(slow: np.ndarray, confidence: float, rate: int = RATE) -> np.ndarray:
 
 
 def fixed(share: float, burst: int) -> np.ndarray:
-    """The verdicts on runs of SECONDS."""
     return judged(slow_each_second(share, burst)[:, :SECONDS], 1 - WRONG)
 
 

@@ -53,7 +53,6 @@ Connect = Callable[..., Client]
 
 @pytest.fixture
 def kind() -> Callable[..., Client]:
-    """The blocking client, for tests without `kinds`."""
     return InferenceClient
 
 

@@ -99,7 +99,6 @@ http {
 
 @pytest.fixture
 def nginx(tmp_path: Path) -> Iterator[str]:
-    """A gateway that refuses everything."""
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if not program:
         pytest.skip("nginx is not installed")

@@ -75,7 +75,6 @@ def left_behind(pid: int = os.getpid()) -> list[str]:
 
 
 def registered(server: EmbeddedServer) -> list[str]:
-    """The regions that the server has mapped."""
     with urllib.request.urlopen(f"http://{server.http_url}/v2/systemsharedmemory/status") as answer:
         return [region["name"] for region in json.load(answer)]
 

@@ -25,7 +25,6 @@ def request_of(**changes: Any) -> PreparedRequest:
 
 
 def by_protobuf(request: PreparedRequest, left_us: int) -> Any:
-    """The same request, encoded by protobuf."""
     kind = service_pb2.ModelInferRequest
     message = kind(model_name=request.model, model_version=request.version, id=request.request_id)
     message.parameters["timeout"].int64_param = left_us

@@ -191,8 +191,6 @@ def test_missing_ipv6_does_not_hide_the_real_failure(
 
 
 class Idle:
-    """A usable connection in the pool."""
-
     def is_alive(self) -> bool:
         return True
 

@@ -199,7 +199,6 @@ def test_hedges_stay_within_the_budget_and_end_with_the_client() -> None:
 
 
 def refusal(url: str, protocol: Any, request: PreparedRequest, timeout_s: float) -> ServerBusy:
-    """The error of a call with one retry."""
     with InferenceClient(url, protocol, retries=1) as client, pytest.raises(ServerBusy) as caught:
         client.send(request, timeout_s=timeout_s)
     return caught.value

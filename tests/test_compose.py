@@ -55,8 +55,6 @@ def docker() -> Iterator[dict[str, str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """What was started, and how to speak to it."""
-
     folder: Path
     port: int
     local_ports: tuple[int, ...]
@@ -70,13 +68,11 @@ class Stack:
 
     @property
     def repository(self) -> Path:
-        """What it serves."""
         return self.folder / "repository"
 
     def compose(
         self, *arguments: str, check: bool = True, environment: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """`docker compose …` of this stack."""
         command = ("docker", "compose", "--env-file", str(self.folder / "env"), "--project-name", PROJECT)
         return run(*command, *arguments, check=check, environment={**self.docker, **(environment or {})})
 
@@ -93,7 +89,6 @@ class Stack:
         return json.loads(run("docker", "inspect", *found, environment=self.docker).stdout)[0] if found else {}
 
     def client(self, protocol: str = "grpc", **settings: object) -> InferenceClient:
-        """The client that an application uses."""
         access = {"ca_cert": str(self.gateway / "ca.crt"), "api_key": new_key(self.gateway, "test", rate_rps=10_000)}
         return InferenceClient(f"localhost:{self.port}", protocol, **{**access, **settings})  # type: ignore[arg-type]
 
@@ -322,7 +317,6 @@ class Observed:
         return {target["labels"]["job"]: target["health"] for target in found["activeTargets"]}
 
     def rules(self) -> list[dict[str, Any]]:
-        """Its rules, with what came of them."""
         found = self.ask("rules") or {"groups": []}
         return [rule for group in found["groups"] for rule in group["rules"]]
 

@@ -75,12 +75,10 @@ def write_tensorrt_version(model: Path, plan: bytes) -> None:
 
 
 def lines(repository: Path, machine: Machine = CPU, level: str = "mismatch") -> list[str]:
-    """The doctor's lines of one level."""
     return [str(finding) for finding in examine(repository, machine)[1] if finding.level == level]
 
 
 def only(findings: list[str]) -> str:
-    """The only line; fails if there are more."""
     assert len(findings) == 1, findings
     assert "\n" not in findings[0]
     return findings[0]
@@ -253,7 +251,6 @@ def test_an_old_driver_is_a_warning(on_gpu: Path) -> None:
 
 
 def edit_manifest(repository: Path, **changes: object) -> None:
-    """Changes the manifest of `image/1`."""
     says(**changes)(repository / "image" / "1" / "model")
 
 

@@ -34,7 +34,6 @@ class Store(ThreadingHTTPServer):
         return f"{self.scheme}://127.0.0.1:{self.server_port}{path}"
 
     def speak_tls(self, certificate: Path, key: Path) -> None:
-        """Sets the answers."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, key)
         # The handshake is the request's thread's: one that fails does not end the server.
@@ -46,8 +45,6 @@ class Store(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one request."""
-
     server: Store
 
     def do_GET(self) -> None:
@@ -188,7 +185,6 @@ def test_links_and_devices_are_refused(store: Store, into: Path, kind: bytes) ->
 
 
 def packed(member: tarfile.TarInfo) -> bytes:
-    """An archive with one empty member."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         tar.addfile(member)

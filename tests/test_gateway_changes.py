@@ -35,7 +35,6 @@ def running(closed: EmbeddedServer, tmp_path: Path) -> Iterator[Gateway]:
 
 
 def before_by_name(server: EmbeddedServer, folder: Path) -> Gateway:
-    """A gateway that finds the server by name."""
     urls = (url.replace("127.0.0.1", "localhost") for url in (server.http_url, server.grpc_url))
     return Gateway(folder, limits(served_models(server.repository, folder)), *urls)
 
@@ -125,7 +124,6 @@ def load(gateway: Gateway) -> Iterator[list[int]]:
 
 
 def served_certificate(gateway: Gateway) -> bytes | None:
-    """The certificate that a new connection gets."""
     with gateway.connect() as connection:
         return connection.getpeercert(binary_form=True)
 

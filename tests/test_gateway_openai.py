@@ -219,10 +219,7 @@ def test_a_retry_after_of_the_routes_stands_alone(
     serving: Serving, models: list[ServedModel], tmp_path: Path, status: int
 ) -> None:
     class Refusing(BaseHTTPRequestHandler):
-        """Refuses everything for 7 s."""
-
         def do_GET(self) -> None:
-            """The refusal."""
             self.send_response(status)
             self.send_header("Retry-After", "7")
             self.end_headers()
@@ -244,10 +241,7 @@ def test_a_key_for_bulk_requests_cannot_raise_its_priority(
     serving: Serving, models: list[ServedModel], tmp_path: Path
 ) -> None:
     class Echo(BaseHTTPRequestHandler):
-        """Answers the priority that arrives."""
-
         def do_GET(self) -> None:
-            """The answer."""
             self.send_response(200)
             self.end_headers()
             self.wfile.write(f"<{self.headers['X-Priority']}>".encode())

@@ -248,7 +248,6 @@ def grpc_at_once(gateway: Gateway) -> tuple[str, str]:
 
 
 def binary_input(rows: int, columns: int) -> triton_http.InferInput:
-    """The input of `add_one` for HTTP."""
     tensor = triton_http.InferInput("x", [rows, 2, columns], "FP32")
     tensor.set_data_from_numpy(np.zeros((rows, 2, columns), np.float32))
     return tensor

@@ -38,7 +38,6 @@ class Breakable:
         return self.gateway.client(protocol, timeout_s=120, **settings)
 
     def request(self, protocol: Protocol, model: str) -> PreparedRequest:
-        """A request that needs no metadata from the gateway."""
         return prepared(self.server, protocol, model)
 
     def statuses(self, count: int) -> list[tuple[int, str]]:

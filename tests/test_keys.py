@@ -24,7 +24,6 @@ from tests.conftest import run_module
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A gateway's folder."""
     ensure_folder(tmp_path / "gateway", [])
     return tmp_path / "gateway"
 
@@ -197,7 +196,6 @@ def test_an_authority_whose_key_is_missing_is_never_replaced(folder: Path) -> No
 
 
 def leaf(folder: Path) -> x509.Certificate:
-    """The gateway's certificate."""
     return x509.load_pem_x509_certificate((folder / "tls.crt").read_bytes())
 
 

@@ -86,7 +86,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EmbeddedSer
 
 @pytest.fixture(autouse=True)
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Makes runs go below tmp_path."""
     monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
     return tmp_path
 
@@ -132,7 +131,6 @@ def test_requests_that_the_server_does_not_answer_in_time_are_errors(tiny: tuple
 
 
 def answered(server: EmbeddedServer) -> int:
-    """The number of requests for `tiny` that the server has answered."""
     found = server_statistics.fetch(server.http_url, "http", "tiny") or {}
     return sum(counts["success.count"] for counts in found.values())
 
@@ -158,7 +156,6 @@ def test_a_killed_run_leaves_no_load_behind(tiny: tuple[EmbeddedServer, Path]) -
 
 
 def command(wanted: LoadSettings, *more: str) -> subprocess.Popen[str]:
-    """`deepseek loadtest` for these settings."""
     arguments = ["--model", wanted.model, "--models", wanted.models, "--protocol", wanted.protocol, "--url", wanted.url]
     arguments += ["--inputs", wanted.inputs, "--warmup-s", str(wanted.warmup_s)]
     arguments += ["--duration-s", f"{wanted.duration_s:g}", "--rate", str(wanted.rate_rps), *more]

@@ -54,11 +54,9 @@ class Collector(http.server.ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """The URL that spans are sent to."""
         return f"http://127.0.0.1:{self.server_address[1]}/v1/traces"
 
     def of_trace(self, trace_id: str) -> dict[str, dict[str, Any]]:
-        """The spans of a trace by name."""
         return {span["name"]: span for span in self.spans if span["traceId"] == trace_id}
 
 
@@ -119,7 +117,6 @@ def observed(folder: Path, trace_url: str = "") -> Iterator[Observed]:
 
 @pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
-    """A collector for the module."""
     with Collector() as running:
         yield running
         running.shutdown()

@@ -38,13 +38,11 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
 
 
 def processes(server: EmbeddedServer) -> list[psutil.Process]:
-    """Triton and its stubs."""
     triton = psutil.Process(server.pid)
     return [triton, *triton.children(recursive=True)]
 
 
 def resident_mib(server: EmbeddedServer) -> float:
-    """Memory of all of them."""
     return sum(process.memory_info().rss for process in processes(server)) / 2**20
 
 
@@ -55,7 +53,6 @@ def test_of_many_requests_at_once_a_queue_full_is_accepted_and_the_rest_refused_
     with InferenceClient(busy.grpc_url, retries=0, timeout_s=60) as client:
 
         def call(_: int) -> tuple[str, float]:
-            """How it ended, and when."""
             try:
                 client.infer("add_one", X)
             except ServerBusy:

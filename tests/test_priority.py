@@ -52,11 +52,9 @@ class Held:
     order: Path
 
     def waiting(self) -> float:
-        """Requests in the queue."""
         return counter(self.server, 'nv_inference_pending_request_count{model="held",version="1"}')
 
     def ran(self) -> list[int]:
-        """What ran, or runs, in this order."""
         return list(map(int, self.order.read_text().split())) if self.order.exists() else []
 
 

@@ -69,15 +69,12 @@ class Prometheus:
             return {"result": [], "groups": [], "alerts": []}
 
     def has(self, query: str) -> bool:
-        """Whether a query gives a number."""
         return any(not math.isnan(float(sample["value"][1])) for sample in self.ask("query", query=query)["result"])
 
     def rules(self) -> list[dict[str, Any]]:
-        """Its rules, with their health."""
         return [rule for group in self.ask("rules")["groups"] for rule in group["rules"]]
 
     def stop(self) -> None:
-        """Ends it."""
         self.process.terminate()
         self.process.wait(20)
 

@@ -40,13 +40,11 @@ def losing(requests: list[Request], *lost: int) -> list[Request]:
 
 
 def saved(folder: Path, made: Sequence[list[Request]], **changes: Any) -> list[Run]:
-    """Runs at 20/s."""
     fixed = {"rate_rps": 20.0, **changes}
     return [saved_run(folder / f"{place:02d}", each, **fixed) for place, each in enumerate(made)]
 
 
 def runs(folder: Path, median_ms: float, first: int, count: int = 8, **changes: Any) -> list[Run]:
-    """Noisy runs at 20/s."""
     return saved(folder, [noisy(median_ms, seed) for seed in range(first, first + count)], **changes)
 
 

@@ -63,7 +63,6 @@ class World:
         return run_module(*command, DEEPSEEK_BUILD=str(self.folder / "build"))
 
     def version(self) -> str:
-        """The version that answers a request."""
         with InferenceClient(self.server.grpc_url) as client:
             client.infer("text", {"input_ids": np.ones((1, 5), np.int64), "attention_mask": np.ones((1, 5), np.int64)})
             return client.metadata("text").versions[-1]
@@ -79,7 +78,6 @@ class World:
         return (fate.version, fate.outcome) if fate else None
 
     def last(self) -> dict[str, Any]:
-        """The latest record."""
         run = run_module("cli", "releases", "--model", "text", "--json", DEEPSEEK_BUILD=str(self.folder / "build"))
         found: dict[str, Any] = json.loads(run.stdout)["releases"][0]
         return found

@@ -146,7 +146,6 @@ def hung() -> Iterator[str]:
 
 
 def live_options(url: str, **more: Any) -> Namespace:
-    """Options of a rollback with the live server at `url`."""
     options = values_of("rollback", "--model", "text", "--models", "tests/models", "--protocol", "http", "--json")
     return Namespace(**{**vars(options), "url": url, "switch_s": 1, **more})
 
@@ -210,8 +209,6 @@ def test_the_failures_of_a_version_that_is_rolled_back_are_its_own(
     flags: list[str] = []
 
     class Steady:
-        """Stands in for a load."""
-
         def __init__(self, *given: str) -> None:
             flags.extend(given)
 

@@ -42,7 +42,6 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def server(host: Path) -> StackServer:
-    """The server of a candidate."""
     return StackServer(host / "new", env_file=host / "env", log_path=host / "triton.log", timeout_s=60)
 
 

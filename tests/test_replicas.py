@@ -72,14 +72,12 @@ class Names:
         monkeypatch.setenv("PATH", f"{folder / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin")
 
     def be(self, *addresses: str) -> None:
-        """From now on."""
         part = self._file.with_suffix(".part")
         part.write_text("".join(f"{address}\n" for address in addresses))
         part.replace(self._file)
 
 
 def server(folder: Path, address: str, ports: dict[str, Any]) -> EmbeddedServer:
-    """A replica: of the same repository, on the same ports, at an address of its own."""
     log = folder / f"{address}.log"
     return EmbeddedServer(
         folder / "repository", address=address, **ports, log_path=log, behind_gateway=True, exit_timeout_s=1

@@ -129,7 +129,6 @@ def mixed(folder: Path, second_ms: float = 60) -> list[Part]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """One page of each kind."""
     folder = tmp_path_factory.mktemp("pages")
     run, other = saved_run(folder / "one", FAILING), saved_run(folder / "two", steady(0.02), seed=1)
     return {

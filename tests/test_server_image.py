@@ -47,7 +47,6 @@ class Healthy(BaseHTTPRequestHandler):
     """Answers /v2/health/ready with 200 and everything else with 404."""
 
     def do_GET(self) -> None:
-        """The answer."""
         self.send_response(200 if self.path == "/v2/health/ready" else 404)
         self.end_headers()
 
@@ -57,7 +56,6 @@ class Healthy(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """Port of a server that is ready."""
     with HTTPServer(("127.0.0.1", 0), Healthy) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

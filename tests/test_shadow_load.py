@@ -19,11 +19,9 @@ class Answers:
         self.outputs = outputs
 
     def prepare(self, model: str, row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns the row unchanged."""
         return row
 
     def send(self, request: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns the same answer to every request."""
         return self.outputs
 
 

@@ -99,7 +99,6 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]
 
 
 def left(folder: Path) -> tuple[dict[str, Any], str]:
-    """The written `scale.json`."""
     path = folder / "build" / "recommender" / "scale.json"
     return json.loads(path.read_text()), path.with_suffix(".html").read_text()
 

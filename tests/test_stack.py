@@ -47,7 +47,6 @@ def settings_of(path: Path) -> dict[str, str]:
 
 
 def write(repository: Path, *arguments: str) -> dict[str, str]:
-    """What `deepseek stack` writes for a repository."""
     folder = repository.parent
     run = run_module(
         "cli", "stack", "--repository", str(repository), "--env-file", str(folder / "env"), *arguments,

@@ -143,8 +143,6 @@ def test_what_an_image_copies_is_all_that_its_commands_import(
 
 
 def services(*files: str) -> dict[str, Any]:
-    """The content of the compose files."""
-
     class Loader(yaml.SafeLoader):
         """Reads Compose's own YAML tags."""
 

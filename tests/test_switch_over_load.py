@@ -18,7 +18,6 @@ from tests.test_locustfile import SPEC
 
 
 def sent_at(planned_s: float, latency_ms: float, error: str | None = None) -> SentRequest:
-    """A request of the steady load."""
     return SentRequest(planned_s, planned_s, planned_s + latency_ms / 1000, error)
 
 

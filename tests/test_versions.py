@@ -82,8 +82,6 @@ def live(candidate: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def release(candidate: Path, live: Path, tmp_path: Path) -> Release:
-    """Moves another version in."""
-
     def move(*numbers: int) -> None:
         for number in numbers:
             move_in(

@@ -41,8 +41,6 @@ from deepseek_client.transport import Parameters, PreparedRequest, Transport
 
 
 class _Client:
-    """The base of both clients."""
-
     _concurrency: ClassVar[type[Concurrency]]
 
     def __init__(
@@ -112,7 +110,6 @@ class _Client:
 
 
 def blocking_transport(url: str, options: ClientOptions) -> Transport:
-    """The transport to one address, for threads."""
     if options.protocol == "grpc":
         return GrpcTransport(url, BlockingChannel(url, _credentials(options), options.response_limit), options.api_key)
     return _http(url, options, BlockingPool(partial(BlockingConnection.open, *address_of(url), _context(options))))
@@ -137,7 +134,6 @@ def _http(url: str, options: ClientOptions, pool: BlockingPool | AsyncPool) -> H
 
 
 def address_of(url: str) -> tuple[str, int]:
-    """Host and port."""
     parsed = urlsplit(f"//{url}")
     return parsed.hostname or "", parsed.port or 0
 

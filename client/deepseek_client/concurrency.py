@@ -83,7 +83,6 @@ class Workers:
         self._closed = False
 
     def submit(self, task: Callable[[], None]) -> None:
-        """Runs the task in a thread of its own."""
         try:
             inbox = self._idle.pop()
         except IndexError:
@@ -120,8 +119,6 @@ class Workers:
 
 
 class ThreadConcurrency:
-    """Blocks the calling thread."""
-
     def __init__(self) -> None:
         self._closed = threading.Event()
         self._workers = Workers()

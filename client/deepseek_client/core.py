@@ -77,7 +77,6 @@ class ClientCore:
             await replica.transport.close()
 
     def statistics(self) -> Statistics:
-        """A copy of the counts."""
         return Statistics(
             models=self._counters.statistics(),
             replicas={replica.url: not replica.ejected for replica in self._replicas.all},
@@ -123,7 +122,6 @@ class ClientCore:
         return metadata
 
     async def model_statistics(self, model: str, deadline: Deadline) -> dict:
-        """The statistics of one replica."""
         check_texts(model=model)
         return await self._retrier.call(lambda r, _: r.transport.model_statistics(model, deadline), deadline, model)
 
@@ -137,7 +135,6 @@ class ClientCore:
         parameters: Parameters | None,
         deadline: Deadline,
     ) -> PreparedRequest:
-        """Checks and encodes a request."""
         check_texts(model=model, version=version, request_id=request_id)
         parameters = checked_parameters(parameters or {})
         metadata = self._metadata.get((model, version))

@@ -91,14 +91,11 @@ class Region:
         return self._memory[offset : offset + size]
 
     def free(self) -> None:
-        """Unmaps the memory."""
         self.remove_name()
         self._memory.close()
 
 
 class Regions:
-    """The regions shared with one server."""
-
     def __init__(self, transport: Transport, concurrency: Concurrency, *, required: bool) -> None:
         self._transport = transport
         self._concurrency = concurrency

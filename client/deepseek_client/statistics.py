@@ -33,7 +33,6 @@ class Histogram:
         self._buckets = array("Q", bytes(8 * BUCKETS))
 
     def record(self, latency_s: float) -> None:
-        """Counts one latency."""
         index = int(math.log(max(latency_s * 1e6, 1.0)) / GROWTH)
         self._buckets[min(index, BUCKETS - 1)] += 1
         self.count += 1
@@ -83,8 +82,6 @@ class Statistics:
 
 
 class ModelCounters:
-    """The running counts of one model."""
-
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
@@ -98,7 +95,6 @@ class ModelCounters:
             self._counts[what] += 1
 
     def answered(self, latency_s: float) -> None:
-        """Counts a call that succeeded."""
         with self._lock:
             self._all.record(latency_s)
             if self._recent.count >= RECENT_CALLS:
@@ -112,7 +108,6 @@ class ModelCounters:
 
     @property
     def has_answered(self) -> bool:
-        """Whether any call succeeded."""
         return self._all.count > 0
 
     def absorb(self, other: "ModelCounters") -> None:
@@ -129,7 +124,6 @@ class ModelCounters:
             return self._recent.percentile_ms(percent, self._before)
 
     def statistics(self) -> ModelStatistics:
-        """A copy of the counts."""
         with self._lock:
             names = ("retries", "hedges", "hedges_won", "denied", "through_shared_memory")
             return ModelStatistics(
@@ -142,14 +136,11 @@ class ModelCounters:
 
 
 class Counters:
-    """The counts of all models."""
-
     def __init__(self) -> None:
         self._models: dict[str, ModelCounters] = {}
         self._lock = threading.Lock()
 
     def of(self, model: str) -> ModelCounters:
-        """The counters for one model."""
         return self._models.get(model) or self._added(model)
 
     def get(self, model: str) -> ModelCounters | None:
@@ -171,5 +162,4 @@ class Counters:
         return model in self._models
 
     def statistics(self) -> dict[str, ModelStatistics]:
-        """The counts by model."""
         return {model: counters.statistics() for model, counters in list(self._models.items())}

@@ -118,7 +118,6 @@ def placed_array(placement: Placement, output: str, datatype: str, shape: Sequen
 
 
 def _count(shape: Sequence[int]) -> int:
-    """The number of elements."""
     count = 1
     for size in shape:
         if type(size) is not int or size < 0:

@@ -54,8 +54,6 @@ class Deadline:
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """An encoded input."""
-
     name: str
     datatype: str
     shape: tuple[int, ...]
@@ -84,7 +82,6 @@ class PreparedRequest:
 
     @property
     def size_bytes(self) -> int:
-        """Total size of the tensors."""
         return sum(len(tensor.data) for tensor in self.tensors)
 
 

@@ -89,7 +89,6 @@ class BackgroundLoad:
         self._folder.cleanup()
 
     def so_far(self) -> dict[str, RequestLog]:
-        """All requests that have finished, by stream."""
         assert self._process.stdin is not None
         self._process.stdin.write(SO_FAR)
         self._process.stdin.flush()

@@ -31,8 +31,6 @@ T = TypeVar("T")
 
 
 class Length(NamedTuple):
-    """The length of an input."""
-
     title: str
     """The class of lengths, such as "sequence 17 to 32"; "" if all inputs have one length."""
     tokens: int = 0
@@ -43,7 +41,6 @@ NO_LENGTH = Length("")
 
 
 def read_inputs(path: Path, least: int = 1) -> list[Row]:
-    """The rows of `read_rows`."""
     return list(read_rows(path, least).values())
 
 
@@ -106,7 +103,6 @@ def _texts(path: Path) -> list[str]:
 
 
 def _names(path: Path, arrays: Any) -> dict[str, list[str]]:
-    """The inputs of each row."""
     names: dict[str, list[str]] = {}
     for key in sorted(arrays.files):
         row, separator, name = key.partition("/")

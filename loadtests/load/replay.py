@@ -41,7 +41,6 @@ def blocks(plan: np.ndarray, worker: int = 0, workers: int = 1) -> Iterator[np.n
 
 
 def rows_in(plan: np.ndarray) -> list[int]:
-    """The rows that a plan sends, ascending."""
     found: set[int] = set()
     for block in blocks(plan):
         found.update(np.unique(block["row"]).tolist())

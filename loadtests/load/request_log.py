@@ -53,7 +53,6 @@ class RequestLog:
 
     @property
     def messages(self) -> list[str]:
-        """One message for each kind of failure."""
         return list({each.kind: each.error or "" for each in self.failed.requests}.values())
 
     def between(self, begins_s: float, ends_s: float = float("inf")) -> RequestLog:

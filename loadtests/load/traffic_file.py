@@ -38,8 +38,6 @@ TIMES = "seconds, such as 12.5 or 1767225600.250, or ISO times, such as 2026-11-
 
 @dataclass(frozen=True, kw_only=True)
 class Requests:
-    """Recorded requests, by time."""
-
     times_s: np.ndarray
     """From the first request of the file."""
     choice: Choice | None

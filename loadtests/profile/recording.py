@@ -86,8 +86,6 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphRun:
-    """One run of the graph in ONNX Runtime."""
-
     instance: str
     process: int
     thread: int
@@ -98,7 +96,6 @@ class GraphRun:
 
     @property
     def operators(self) -> list[Span]:
-        """The spans that are nodes of the graph."""
         return [span for span in self.inner if "op" in span.args]
 
 
@@ -193,8 +190,6 @@ def run_of(trace: Trace, call: Call, runs: Iterable[GraphRun]) -> GraphRun | Non
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """The recorded data of one profile."""
-
     calls: list[Call]
     """In sending order."""
     traces: dict[str, Trace]
@@ -217,7 +212,6 @@ class Recorded:
 
     @property
     def traced(self) -> list[Call]:
-        """The requests that Triton traced."""
         return [call for call in self.calls if call.request_id in self.traces]
 
     def run_of(self, call: Call) -> GraphRun | None:

@@ -83,7 +83,6 @@ def phases(recorded: Recorded) -> list[Row]:
 
 
 def _rows(parts: dict[str, list[float]], calls: Sequence[Call]) -> list[Row]:
-    """Rows of the parts, over all these calls."""
     whole_ms = sum(call.finish_ns - call.encode_ns for call in calls) / 1e6
     return [
         Row(name=name, mean_ms=sum(each) / len(calls), largest_ms=max(each), share=sum(each) / whole_ms)
@@ -109,7 +108,6 @@ def within_infer(recorded: Recorded) -> list[Row]:
 
 
 def operators(runs: Iterable[GraphRun]) -> list[Operator]:
-    """The operators, slowest first."""
     runs = list(runs)
     by_node: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))  # operator -> node -> ms
     for run in runs:

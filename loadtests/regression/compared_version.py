@@ -26,8 +26,6 @@ VARIABLES: dict[Role, str] = {"baseline": "BASE=", "candidate": "NEW="}
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedVersion:
-    """The baseline or the candidate."""
-
     role: Role
     given: str
     """The user's name for it."""

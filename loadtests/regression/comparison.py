@@ -84,8 +84,6 @@ class ComparisonRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The judged comparison: its rows and what they were made from."""
-
     rate_rps: float
     rates_rps: tuple[float, ...]
     """At which both versions were judged by the SLO, ascending."""
@@ -99,7 +97,6 @@ class Comparison:
 
     @property
     def verdict(self) -> Conclusion:
-        """The worst verdict of the rows."""
         found = {row.verdict for row in self.rows}
         undecided = "inconclusive" in found or self.starves is not None
         return "worse" if "worse" in found else "inconclusive" if undecided else "no worse"
@@ -117,7 +114,6 @@ class Comparison:
 
     @property
     def method(self) -> str:
-        """One sentence on how the runs were judged."""
         each = 1 - (1 - CONFIDENCE) / len(self.rows)
         return (
             f"{self.pairs} pairs of runs. Percentiles: merged HDR histograms of intended latency, failed requests "
@@ -199,7 +195,6 @@ class RowJudge:
     def latency(
         self, percent: int, rate_rps: float, both: list[PooledStretches], draws: np.ndarray, threshold: float
     ) -> ComparisonRow:
-        """The row of a percentile at the first rate."""
         baseline, candidate = (percentiles(each, draws, percent) for each in both)
         least, needed = min(each.total for each in both), samples_needed(percent)
         few = f"{least} requests, {needed} needed" if least < needed else ""

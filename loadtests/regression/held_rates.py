@@ -64,7 +64,6 @@ class HeldRates:
         return highest
 
     def reasons(self, up_to_rps: float = math.inf) -> Iterator[str]:
-        """Why rates up to this one do not hold."""
         for rate, verdict in self.at.items():
             open_ = [each for each in verdict.objectives if each.status == verdict.verdict]
             why = [*verdict.problems[:1], *(f"{each.name} {each.status}: {each.note}".rstrip(": ") for each in open_)]

@@ -95,8 +95,6 @@ class InterleavedPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedVersion:
-    """A version and its running server."""
-
     version: ComparedVersion
     server: LocalServer
     runner: TrialRunner

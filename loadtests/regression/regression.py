@@ -79,7 +79,6 @@ def main(options: argparse.Namespace) -> int:
 
 
 def measured(versions: Versions, options: argparse.Namespace, spec: DeploymentSpec) -> tuple[list[Run], list[Run]]:
-    """Measures the runs of both versions."""
     plan = InterleavedPlan(
         spec=spec,
         settings=settings_of_local(options, spec.slo),

@@ -50,7 +50,6 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
 
 
 def _limits(drawn: Sequence[Curve], slo: Slos) -> tuple[dict[float, float], list[dict[float, float]]]:
-    """Percentile -> limit: the limits that all curves share, and those of each curve."""
     if isinstance(slo, SloSpec):
         return latency_limits(slo), [{} for _ in drawn]
     return {}, [latency_limits(each) for each in slo]
@@ -156,7 +155,6 @@ def _over_time(runs: Sequence[Run], y: Scale, label: str, y_unit: str) -> Chart:
 
 
 def _add_tips(chart: Chart, texts: Iterable[tuple[Step, str]]) -> None:
-    """Adds one tip for each step, with a line for each run."""
     lines: dict[str, tuple[float, list[str]]] = {}
     for step, text in texts:
         lines.setdefault(step.name, (step.middle_s, []))[1].append(text)

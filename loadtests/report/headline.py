@@ -38,7 +38,6 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 
 def load_of(settings: LoadSettings) -> str:
-    """The load as text."""
     if not settings.open_loop:
         return f"{settings.users} users (closed loop)"
     if settings.replay is not None:

@@ -57,7 +57,6 @@ def page(
 
 
 def charts(runs: Sequence[Run], slo: Slos) -> list[str]:
-    """The cards that every page of runs has."""
     waited = WAITED if len(runs) == 1 and runs[0].settings.open_loop else ""
     return [
         card("Latency by percentile", curves.percentiles(runs, slo), READ_TAIL + waited + FAILED_SLOW),
@@ -85,13 +84,11 @@ def _comparison(runs: Sequence[Run], slo: SloSpec, searches: Sequence[str]) -> s
 
 
 def report_path(runs: Sequence[Run]) -> Path:
-    """The path of the report: in the folder of the last run."""
     return runs[-1].folder / ("report.html" if len(runs) == 1 else f"report-{len(runs)}-runs.html")
 
 
 def write_report(
     runs: Run | Sequence[Run], slo: SloSpec, capacity: Capacity | None = None, tuning: TuneResult | None = None
 ) -> Path:
-    """Writes the page into the folder of the last run; returns its path."""
     runs = [runs] if isinstance(runs, Run) else list(runs)
     return write_whole(report_path(runs), page(runs, slo, capacity, tuning))

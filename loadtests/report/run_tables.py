@@ -88,7 +88,6 @@ def servers(runs: Sequence[Run]) -> str:
 
 
 def percentiles(runs: Sequence[Run]) -> str:
-    """The figures of the curves, as a table."""
     found = {curve.name: curve.run.window.latency(curve.kind) for curve in curves(runs)}
     rows = [(f"p{percent:g}", *(shown_percentile(each, percent) for each in found.values())) for percent in ALL]
     rows.append(("slowest", *(ms(each.max_ms) for each in found.values())))
@@ -139,7 +138,6 @@ def _lateness(run: Run, named: bool) -> list[tuple[str, object]]:
 
 
 def settings(run: Run) -> str:
-    """The settings of the run."""
     own = run.settings
     rows: list[tuple[str, object]] = [
         ("started", run.started_at.replace("T", " ").replace("+00:00", " UTC")),

@@ -25,7 +25,6 @@ NAMES = {"queue": "queue-to-compute ratio", "rate": "requests/s per pod"}
 
 
 def binned(values: np.ndarray, worst: Callable[[np.ndarray], Any]) -> list[Point]:
-    """The hour and the worst value of each bin."""
     hours = TICK_S / 3600
     parts = np.array_split(np.arange(len(values)), min(BINS, len(values)))
     return [(float(part[0]) * hours, float(worst(values[part]))) for part in parts]

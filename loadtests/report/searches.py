@@ -69,7 +69,6 @@ def latency_by_rate(capacity: Capacity) -> str:
 
 
 def _typical(trials: Sequence[RateTrial]) -> list[Point]:
-    """One point per rate, from its longest trial."""
     longest: dict[float, RateTrial] = {}
     for trial in trials:
         if trial.p99_ms is not None and trial.duration_s >= getattr(longest.get(trial.rate_rps), "duration_s", 0):

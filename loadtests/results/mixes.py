@@ -90,7 +90,6 @@ class Mix:
         ]
 
     def _users(self, users: int | None) -> dict[str, int]:
-        """The number of users of each model, at least one."""
         if users is None:
             return {}
         if users < len(self.shares):

@@ -57,8 +57,6 @@ def shown_percentile(latency: Distribution, percent: float) -> str:
 
 @dataclass
 class Second:
-    """One second of a run, all workers together."""
-
     second: int
     planned: int = 0
     attempted: int = 0
@@ -134,7 +132,6 @@ class Stretch:
 
     @property
     def planned_rps(self) -> float:
-        """Planned requests/s."""
         return self.planned / self.duration_s
 
     @property

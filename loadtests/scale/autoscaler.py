@@ -52,8 +52,6 @@ DOWN = ScalingRules(
 
 @dataclass(frozen=True, kw_only=True)
 class PodMetrics:
-    """The metrics that the autoscaler reads at a sync."""
-
     values: Sequence[float]
     """The metric of every pod that has one."""
     missing: int = 0
@@ -104,7 +102,6 @@ class Autoscaler:
     _changes: list[tuple[float, int]] = field(default_factory=list)
 
     def sync(self, now_s: float, replicas: int, metrics: PodMetrics) -> int:
-        """The number of pods to have from `now_s` on."""
         if not self._recommended:
             self._recommended.append((now_s, replicas))  # so that the first sync does not scale down at once
         wanted = desired_replicas(replicas, metrics, self.target)
@@ -127,7 +124,6 @@ class Autoscaler:
         return min(max(replicas, wanted), max(count for _, count in self._recommended))
 
     def _limited(self, now_s: float, replicas: int, wanted: int) -> int:
-        """`wanted`, limited by the policies and bounds."""
         if wanted > replicas:
             most = max(self._allowed(now_s, replicas, policy, +1) for policy in UP.policies)
             return min(wanted, max(most, replicas), self.max_replicas)

@@ -68,8 +68,6 @@ class Node:
 
 @dataclass(kw_only=True)
 class Pod:
-    """One server."""
-
     node: Node
     runs_s: float
     ready_s: float
@@ -89,7 +87,6 @@ class ReplayedDay:
 
     @property
     def late_share(self) -> float:
-        """Share of all requests that were late."""
         total = float(self.rates_rps.sum()) * TICK_S
         return float(self.late.sum()) / total if total else 0.0
 
@@ -111,8 +108,6 @@ class ReplayedDay:
 
 @dataclass(kw_only=True)
 class Cluster:
-    """The pods and nodes of the cluster."""
-
     settings: ClusterSettings
     pods: list[Pod] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
@@ -149,11 +144,9 @@ class Cluster:
         self.nodes = [node for node in self.nodes if node.pods or now_s - node.empty_since_s < idle_s]
 
     def ready(self, now_s: float) -> int:
-        """The number of ready pods."""
         return sum(pod.ready_s <= now_s for pod in self.pods)
 
     def metrics(self, now_s: float, load: PodLoad, metric: Metric) -> PodMetrics:
-        """The metrics of the pods that the autoscaler sees."""
         until_s = now_s - METRIC_LAG_S
         ticks = [int(min(METRIC_WINDOW_S, until_s - pod.ready_s) // TICK_S) for pod in self.pods]
         by_ticks = load.metrics()

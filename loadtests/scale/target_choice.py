@@ -70,12 +70,10 @@ class TargetChoice:
 
     @property
     def holds(self) -> bool:
-        """Whether the best setting holds."""
         return self.best.holds(self.late)
 
     @property
     def sentence(self) -> str:
-        """The result in a line."""
         best = self.best
         told = f"{best.late_share:.3%} of the requests late in {best.late_s} s, {best.node_hours:.1f} node-hours"
         if not self.holds:

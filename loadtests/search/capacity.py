@@ -118,7 +118,6 @@ def _show(capacity: Capacity, *, as_json: bool) -> None:
 
 
 def trial_line(trial: RateTrial) -> Text:
-    """One trial as a line of progress."""
     found = f"p99 {_shown(trial.p99_ms)}, {trial.error_rate:.2%} errors" if trial.sent else "not sent"
     head = f"{trial.phase:<8} {trial.rate_rps:>7g}/s  {found:<32} "
     why = f" ({trial.reason})" if trial.failed or trial.problems else ""

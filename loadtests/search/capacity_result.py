@@ -44,8 +44,6 @@ class ServerSettings(Table):
 
 
 class Capacity(SavedResult):
-    """One search."""
-
     made_by: ClassVar[str] = "make capacity"
     schema_version: Literal[1] = 1
     model: str
@@ -86,7 +84,6 @@ class Capacity(SavedResult):
 
     @property
     def sentence(self) -> str:
-        """The result in a line."""
         rate = "" if self.capacity_rps is None else f"{self.capacity_rps:g}/s"
         if self.limited_by in UNDECIDED:
             return self._undecided(rate)
@@ -107,5 +104,4 @@ class Capacity(SavedResult):
 
 
 def capacity_path(model: str) -> Path:
-    """The file of the latest result."""
     return build_dir(model) / "capacity.json"

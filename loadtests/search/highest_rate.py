@@ -83,8 +83,6 @@ class SearchPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class HighestRate:
-    """The result of a search."""
-
     capacity_rps: float | None
     first_failing_rps: float | None
     confirmed: bool

@@ -49,8 +49,6 @@ class NotServed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalServer:
-    """A server that was ready when it was returned."""
-
     url: str
     process: subprocess.Popen[bytes]
     log: Path

@@ -70,7 +70,6 @@ class RateTrial(Table):
 
     @property
     def sent(self) -> bool:
-        """Whether requests were sent."""
         return bool(self.run)
 
     @property

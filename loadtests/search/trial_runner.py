@@ -56,7 +56,6 @@ class TrialRunner:
         )
 
     def __call__(self, rate_rps: float, phase: Phase, duration_s: float, seed: int) -> RateTrial:
-        """Runs and judges one trial."""
         if reason := self._unsendable(rate_rps, duration_s):
             return RateTrial.not_sent(rate_rps, phase, duration_s, reason)
         looks = MOST_PROOFS if phase == "prove" else 1

@@ -44,7 +44,6 @@ class PooledStretches:
 
     @classmethod
     def of(cls, stretches: Sequence[Stretch]) -> PooledStretches:
-        """Pools stretches, with their intended latencies."""
         counts = np.stack([each.latency("intended").counts for each in stretches])
         used = np.flatnonzero(counts.any(axis=0))
         return cls(

@@ -23,7 +23,6 @@ def means_ms(statistics: dict[str, Any]) -> dict[str, float]:
 
 
 def mean_batch(statistics: dict[str, Any]) -> float:
-    """Mean number of rows in a batch of the model."""
     return statistics["inference_count"] / max(1, statistics["execution_count"])
 
 
@@ -63,7 +62,6 @@ class TimeSplit:
 
     @property
     def named(self) -> dict[str, float]:
-        """The parts by their names in reports."""
         parts = {"in the model": self.parts["compute_infer"], "in Triton's queue": self.parts["queue"]}
         parts["handing tensors over"] = self.parts["compute_input"] + self.parts["compute_output"]
         if "cache" in self.parts:

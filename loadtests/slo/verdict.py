@@ -67,7 +67,6 @@ def load_runs(args: argparse.Namespace, folders: Sequence[str | Path]) -> tuple[
 
 
 def load_mix(args: argparse.Namespace) -> list[tuple[Run, SloSpec]]:
-    """Loads the runs of a mix, each with the SLO of its model."""
     runs = runs_of(args.mix, args.run)
     specs = [DeploymentSpec.of_model(run.settings.model, args.models) for run in runs]
     return [(run, of.for_target(args.target or run.settings.target).slo) for run, of in zip(runs, specs, strict=True)]

@@ -29,8 +29,6 @@ TENSORRT_FOLDERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The machine that engines will run on."""
-
     triton_tag: str = TRITON_TAG
     """Release of NVIDIA's containers, YY.MM."""
     tensorrt: str | None = None

@@ -36,8 +36,6 @@ VERSION_COMPATIBLE = "--backend-config=tensorrt,version-compatible=true"
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoints:
-    """Where the server listens."""
-
     address: str = "127.0.0.1"
     http_port: int = 8000
     grpc_port: int = 8001
@@ -88,7 +86,6 @@ def server_flags(
 def behind_gateway(
     repository: object, endpoints: Endpoints, key: str, exit_timeout_s: int = GATEWAY_EXIT_TIMEOUT_S
 ) -> list[str]:
-    """The flags of a server in the stack."""
     return server_flags(repository, endpoints, restricted=CLOSED, key=key, exit_timeout_s=exit_timeout_s)
 
 

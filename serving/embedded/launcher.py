@@ -110,7 +110,6 @@ class EmbeddedServer:
 
     @property
     def metrics_url(self) -> str:
-        """URL for Prometheus."""
         return f"http://{self.address}:{self.metrics_port}/metrics"
 
     @property

@@ -56,7 +56,6 @@ class ModelControl:
         return [(each["name"], int(each["version"])) for each in found if each.get("state") == "READY"]
 
     def instances(self, model: str, version: int) -> int:
-        """Number of instances of a version."""
         config = self._ask(f"models/{quote(model)}/versions/{version}/config", None, _ANSWER_S)
         return sum(group.get("count", 1) for group in config.get("instance_group", ()))
 

@@ -73,7 +73,6 @@ class OpenAIProcess:
 
     @property
     def pid(self) -> int:
-        """Process id of the current process."""
         assert self._process is not None
         return self._process.pid
 
@@ -103,7 +102,6 @@ class OpenAIProcess:
 
 
 def takes_texts(repository: Path) -> bool:
-    """Whether any model of the repository has `[text]`."""
     return any(TEXT in config_of(model).parameters for model in models_in(repository))
 
 

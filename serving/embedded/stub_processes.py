@@ -37,8 +37,6 @@ Left = dict[int, str]  # process id -> start time, which tells a reused id apart
 
 @dataclass(frozen=True, kw_only=True)
 class StubProcess:
-    """One instance's process."""
-
     model: str
     version: int
     instance: str

@@ -28,8 +28,6 @@ def load_failures(log_path: Path) -> str:
 
 
 class CrashDetector:
-    """Detects a crash of the server in its log."""
-
     def __init__(self, log_path: Path) -> None:
         self._log_path, self._seen, self._read = log_path, False, 0
 

@@ -37,8 +37,6 @@ Stamp = tuple[tuple[str, int, int, int], ...]  # path, inode, size and modificat
 
 @dataclass(frozen=True, kw_only=True)
 class ModelChange:
-    """What Triton has to do with a model that changed."""
-
     model: str
     action: Literal["load", "unload"]
     versions: tuple[int, ...] = ()

@@ -37,7 +37,6 @@ class LoadTestJobs:
 
     @property
     def workers(self) -> int:
-        """Number of workers, at least 2."""
         return max(2, math.ceil(self.rate_rps / WORKER_RPS))
 
 

@@ -23,8 +23,6 @@ DISK_MIB = 512  # for Triton without models, as in kubernetes/base
 
 @dataclass(frozen=True, kw_only=True)
 class Overlay:
-    """The settings that the manifests depend on."""
-
     base: str
     """Path of `kubernetes/`, relative to the overlay."""
     on_gpu: bool
@@ -52,14 +50,12 @@ class Overlay:
 
 
 def image(overlay: Overlay, name: str) -> str:
-    """A line under `images`."""
     tag = overlay.triton_tag if name == "deepseek-server" else overlay.image_tag
     place = f"{overlay.registry.rstrip('/')}/{name}" if overlay.registry else name
     return f'  - {{name: {name}, newName: {place}, newTag: "{tag}"}}'
 
 
 def kustomization(overlay: Overlay) -> str:
-    """The overlay's kustomization.yaml."""
     names = [
         "models-object-store" if overlay.models_url else "models-pvc",
         *([overlay.autoscaler, "gateway-hpa"] if overlay.autoscaler != "none" else []),

@@ -114,7 +114,6 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Writes the overlay."""
     _check(options)
     folder = options.output or options.build / "kubernetes"
     before = source_of(options.repository, options.gateway)

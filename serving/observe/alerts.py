@@ -296,6 +296,5 @@ def _version_alert(model: ServedModel, scope: Scope, rollout_min: int) -> Rule:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Prints the rules of a repository."""
     content = rules(served_models(options.repository, options.models), options.runbook, Scope(options.namespace))
     print(json.dumps(content, indent=2) if options.json else as_yaml(content).rstrip())

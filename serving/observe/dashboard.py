@@ -230,7 +230,6 @@ def _gpu() -> list[Panel]:
 
 
 def dashboard(models: list[ServedModel]) -> dict[str, Any]:
-    """A dashboard file."""
     rows = {"Objectives": _slo(), "Requests": _gateway(), "Triton": _triton()}
     if has_openai_routes(models):
         rows["OpenAI routes"] = _openai()
@@ -251,7 +250,6 @@ def dashboard(models: list[ServedModel]) -> dict[str, Any]:
 
 
 def _model_variable() -> dict[str, Any]:
-    """The variable `model`: the models that Triton has loaded."""
     found = "label_values(nv_inference_request_success, model)"
     return {
         "name": "model",

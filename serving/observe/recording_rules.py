@@ -41,7 +41,6 @@ class Scope:
 
     @property
     def labels(self) -> dict[str, str]:
-        """Labels of recorded series and of alerts."""
         return {"namespace": self.namespace} if self.namespace else {}
 
     def __call__(self, *matchers: str, **labels: str) -> str:
@@ -55,7 +54,6 @@ EVERYWHERE = Scope()
 
 
 def recording_groups(models: list[ServedModel], scope: Scope = EVERYWHERE) -> list[dict[str, Any]]:
-    """The groups of a rule file."""
     slo = [*_slow_counts(models, scope), *_shares(models, scope), *_budgets(models, scope)]
     return [
         {"name": "deepseek-slo", "rules": slo},

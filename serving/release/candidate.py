@@ -54,11 +54,9 @@ class Candidate:
 
     @property
     def folder(self) -> Path:
-        """The model folder that contains the candidate."""
         return self.scratch / "new" / str(self.options.model)
 
     def stage(self) -> str:
-        """Stages the candidate alone, under its number."""
         if self.before is not None and not (self.model / str(self.before) / MANIFEST).is_file():
             raise InputError(
                 f"{self.model / str(self.before)}: no {MANIFEST}, so make engine did not publish it and no candidate "

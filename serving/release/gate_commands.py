@@ -24,8 +24,6 @@ _ERRORS: dict[int, type[Exception]] = {1: GateFailed, 2: InputError, 3: InvalidM
 
 @dataclass(frozen=True, kw_only=True)
 class CommandResult:
-    """The result of a command."""
-
     name: str
     code: int
     data: Any
@@ -97,7 +95,6 @@ class SteadyLoad:
         return self._read()["version"]
 
     def change(self) -> None:
-        """Marks the start of the change."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()

@@ -84,7 +84,6 @@ def _record(folder: Path, lines: list[dict[str, Any]]) -> ReleaseRecord:
 
 
 def history(model: str) -> list[ReleaseRecord]:
-    """All releases and rollbacks of a model, newest first."""
     found = (read(each) for each in record_folders(model))
     return [record for record in found if record is not None]
 
@@ -119,7 +118,6 @@ def report(record: ReleaseRecord, model: str) -> str:
 
 
 def finish(journal: ReleaseJournal, model: str, *, as_json: bool) -> None:
-    """Writes the report and prints where it is."""
     record = _record(journal.folder, journal.lines)
     journal.keep(REPORT, report(record, model))
     if as_json:

@@ -38,8 +38,6 @@ LEAST_REQUESTS = 200  # fewer give the shadow load no confidence interval
 
 
 class Release:
-    """The release of one candidate."""
-
     def __init__(self, candidate: Candidate, live: LiveServer) -> None:
         self.candidate, self.live = candidate, live
         self.options, self.journal, self.number = candidate.options, candidate.journal, candidate.number
@@ -129,7 +127,6 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Releases one model."""
     _check(options)
     spec = DeploymentSpec.of_model(options.model, options.models).for_target(options.target)
     lines = spec.slo.all_objectives()

@@ -103,7 +103,6 @@ class StackServer:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Ends the container."""
         if self._process is not None:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):

@@ -141,7 +141,6 @@ def check_version(model: Path, version: int) -> tuple[PublishedManifest | None, 
 
 
 def _file_errors(folder: Path, manifest: PublishedManifest) -> Iterator[str]:
-    """Differences between the files and the manifest."""
     for name, recorded in manifest.files.items():
         path = folder / name
         if not path.is_file():

@@ -31,8 +31,6 @@ DEFAULT_P99_MS = 3000  # if the SLO has no p99
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """What one model needs from the stack."""
-
     name: str
     needs_gpu: bool
     """Whether it needs NVIDIA's Triton and a GPU."""

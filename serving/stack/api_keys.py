@@ -125,7 +125,6 @@ def _print_table(keys: list[ApiKey]) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Makes, revokes or lists keys."""
     folder = options.folder or gateway_folder()
     if options.name is not None and options.revoke is not None:
         raise InputError("--name makes a key and --revoke revokes one; use one of them")

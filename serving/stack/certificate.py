@@ -126,7 +126,6 @@ def _still_good(folder: Path, hosts: list[str]) -> bool:
 
 
 def _names(leaf: x509.Certificate) -> x509.SubjectAlternativeName:
-    """The names in our own certificate."""
     return leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
 
 

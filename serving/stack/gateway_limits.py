@@ -61,7 +61,6 @@ js_var $buckets_s "{" ".join(bounds)}";
 
 
 def _largest(model: ServedModel) -> str:
-    """What the largest body of a model holds."""
     if model.text_bytes > max(model.input_numbers * JSON_BYTES, model.input_bytes):
         return f"{model.text_bytes} bytes of texts"
     if model.input_bytes > model.input_numbers * JSON_BYTES:

@@ -50,7 +50,6 @@ def source_of(repository: Path, folder: Path) -> dict[str, Any]:
 
 
 def write_limits(models: list[ServedModel], folder: Path) -> None:
-    """The gateway's limits."""
     write_whole(folder / "limits.conf", limits(models))
     (folder / "limits.conf").chmod(0o644)  # if root writes it, the gateway is another user
 

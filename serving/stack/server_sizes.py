@@ -37,7 +37,6 @@ class ServerSizes:
 
     @property
     def stop_s(self) -> int:
-        """The longest stop of the server."""
         return self.openai_drain_s + self.exit_timeout_s + REST_S
 
     @property
@@ -47,7 +46,6 @@ class ServerSizes:
 
 
 def server_sizes(models: list[ServedModel]) -> ServerSizes:
-    """The sizes for all models together."""
     shm = SHM_MIB * MIB + sum(model.shm_bytes for model in models)
     weights = sum(model.weights_bytes * model.instances for model in models)
     work = sum(32 * model.instances * (model.input_bytes + model.output_bytes) for model in models)

@@ -80,7 +80,6 @@ def _write(options: argparse.Namespace, models: list[ServedModel], runbook: str)
 
 
 def main(options: argparse.Namespace) -> None:
-    """Writes what the stack reads."""
     _check(options)
     before = source_of(options.repository, options.folder)
     models = served_models(options.repository, options.models, folders_of(before))

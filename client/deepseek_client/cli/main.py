@@ -24,14 +24,11 @@ from deepseek_client.errors import InferenceError, Unreachable
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """Prints errors as one line."""
-
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code."""
     args = vars(_parser().parse_args(arguments))
     command = getattr(commands, args.pop("command"))
     connection = {name: args.pop(name) for name in ("url", "protocol", "timeout_s", "tls", "ca_cert", "api_key_file")}

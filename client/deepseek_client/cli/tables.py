@@ -31,7 +31,6 @@ def read_labels(folder: Path) -> dict[str, list[str]]:
 
 
 def signature_line(metadata: ModelMetadata) -> str:
-    """The model in one line."""
     size = metadata.max_batch_size
     batching = "batch size unknown" if size is None else f"batches up to {size}" if size else "no batching"
     return f"{metadata.name}, version {', '.join(metadata.versions) or '?'} ({metadata.platform}, {batching})"
@@ -56,7 +55,6 @@ def answer_table(
     labels: Labels,
     top: int,
 ) -> Table:
-    """The inputs beside the outputs."""
     batched = metadata.max_batch_size != 0
     table = Table()
     columns = []

@@ -26,8 +26,6 @@ OPTIONS = [
 
 
 class Channel(Protocol):
-    """A connection to one server."""
-
     async def call(
         self, method: str, request: bytes, timeout_s: float, metadata: Metadata, cancel: Cancel | None
     ) -> Any:

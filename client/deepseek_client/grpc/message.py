@@ -24,8 +24,6 @@ KEY_TIMEOUT, VALUE, INT64 = b"\x0a\x07timeout", b"\x12", b"\x10"  # of a map's e
 
 
 class RequestEncoder:
-    """Encodes requests and caches their heads."""
-
     def __init__(self) -> None:
         self._heads: dict[tuple, bytes] = {}
 

@@ -27,8 +27,6 @@ LEAST_BYTES, MOST_BYTES = 65536, 1 << 20  # per read: small buffers for small an
 
 
 class Connection(Protocol):
-    """A connection to one server."""
-
     reused: bool
     """Whether it has carried a call before: the server may close it while the next one is sent."""
 
@@ -49,8 +47,6 @@ class Connection(Protocol):
 
 
 class BlockingConnection:
-    """A socket."""
-
     reused = False
 
     def __init__(self, connection: socket.socket) -> None:

@@ -22,8 +22,6 @@ OpenConnection = Callable[[Deadline, Cancel | None], Coroutine[Any, Any, Connect
 
 
 class _Idle:
-    """The idle connections."""
-
     def __init__(self, open_connection: OpenConnection) -> None:
         self._open_connection = open_connection
         self._idle: deque[Connection] = deque()  # append and pop are atomic, so threads need no lock
@@ -89,7 +87,6 @@ class BlockingPool(_Idle):
             return connection
 
     def give_back(self, connection: Connection) -> None:
-        """Takes back a connection that can be reused."""
         self._put(connection)
         if self._waiting:
             with self._changed:

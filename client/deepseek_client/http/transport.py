@@ -41,8 +41,6 @@ Body = tuple[tuple[bytes, ...], str]
 
 
 class HttpTransport:
-    """The HTTP transport to one server."""
-
     def __init__(
         self,
         url: str,

@@ -52,8 +52,6 @@ class Replica:
 
 
 class Replicas:
-    """All addresses of a client."""
-
     def __init__(self, replicas: Sequence[Replica], concurrency: Concurrency) -> None:
         self.all = tuple(replicas)
         self.ejections = self.readmissions = 0
@@ -72,11 +70,9 @@ class Replicas:
         return random.choice(best) if tried else best[next(self._turn) % len(best)]
 
     def another(self, tried: Collection[Replica]) -> bool:
-        """Whether a replica in use is untried."""
         return any(not replica.ejected and replica not in tried for replica in self.all)
 
     def answered(self, replica: Replica) -> None:
-        """Records an answer."""
         if len(self.all) == 1:
             return
         with self._lock:
@@ -115,7 +111,6 @@ class Replicas:
             self._concurrency.spawn(lambda: self._probe(replica, missing_model))
 
     def close(self) -> None:
-        """Ends the probes."""
         self._closed = True
 
     def _let_rest(self, replica: Replica, asked_s: float | None) -> None:

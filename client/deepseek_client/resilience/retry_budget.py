@@ -31,7 +31,6 @@ class RetryBudget:
         self._extras = [0] * WINDOW_S
 
     def count_call(self) -> None:
-        """Counts a call."""
         if self._share is not None:
             with self._lock:
                 self._calls[self._now()] += 1

@@ -41,6 +41,5 @@ class WireClient(InferenceClient):
     def send(
         self, request: PreparedRequest, *, timeout_s: float | None = None, headers: Mapping[str, str] | None = None
     ) -> dict[str, np.ndarray]:
-        """Makes one attempt."""
         deadline = Deadline(self.timeout_s if timeout_s is None else timeout_s)
         return run(self._core.transport.send(request, deadline, headers or NO_HEADERS))

@@ -331,7 +331,6 @@ class Frames:
 
 @lru_cache(MOST_CACHED)
 def _decoded(block: bytes) -> Mapping[bytes, bytes]:
-    """Headers by name."""
     decoder = hpack.Decoder(max_header_list_size=LARGEST_HEADERS)
     decoder.header_table_size = decoder.max_allowed_table_size = 0
     try:

@@ -144,7 +144,6 @@ class _Connection:
 
     @property
     def usable(self) -> bool:
-        """Whether a call can begin on this connection."""
         return not self._lost and not self._frames.closing
 
     def call(self, block: bytes, message: bytes, ends_at: float) -> UnaryCall:

@@ -23,13 +23,10 @@ FOLD_AT = 4096  # pending values, which bounds the memory of a long run
 
 
 def rows_file(folder: Path, model: str) -> Path:
-    """The file of the rows of a running load."""
     return folder / f"{model}.seconds.jsonl"
 
 
 class Latencies:
-    """A histogram and the values to be added to it."""
-
     __slots__ = ("_folded", "_pending")
 
     def __init__(self) -> None:

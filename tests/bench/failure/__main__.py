@@ -67,7 +67,6 @@ def published(name: str, repository: Path) -> Model:
 
 
 def shown(rows: list[Row]) -> Table:
-    """The rows as a table."""
     table = Table("", "asked", "seen", "holds", box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(row.what, row.asked, row.seen, {None: "", True: "yes", False: "NO"}[row.holds])
@@ -90,7 +89,6 @@ def run_all(names: list[str], setting: Setting) -> tuple[list[Row], bool]:
 
 
 def main() -> int:
-    """Runs the experiments, and prints the table."""
     parser = Parser(__doc__, prog="python -m tests.bench.failure")
     parser.add_argument("--only", choices=EXPERIMENTS, action="append", help="only this one (may be repeated)")
     parser.add_argument("--overload-s", type=int, default=60, help="seconds of overload (default: %(default)s)")

@@ -93,7 +93,6 @@ class Tally:
     crashes: list[str] = field(default_factory=list)
 
     def add(self, number: int, status: str, reason: str, *, mutation: str, may_pass: bool) -> None:
-        """Judges an answer."""
         self.sent += 1
         if status in REFUSALS or (status.isdigit() and 400 <= int(status) < 500):
             self.refused += 1

@@ -47,8 +47,6 @@ MOST_MEMORY = 8 * 2**30  # address space of each process of the server
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of the table."""
-
     what: str
     asked: str = ""
     seen: str
@@ -272,7 +270,6 @@ class Service:
         raise InvalidMeasurement(f"the server has ended: {self.last_words}")
 
     def stubs(self, model: str = "") -> list[psutil.Process]:
-        """The backend processes of all models, or of one."""
         found = [each for each in self._descendants() if "stub" in name_of(each)]
         return [each for each in found if f"/{model}" in " ".join(_ask(each.cmdline, []))]
 
@@ -290,7 +287,6 @@ class Service:
         return [*self._descendants(), *(each for each in nginx if name_of(each) == "nginx")]
 
     def memory_mib(self) -> float:
-        """The memory of all processes."""
         return sum(self.memory_of_each_mib().values())
 
     def memory_of_each_mib(self) -> dict[str, float]:
@@ -373,7 +369,6 @@ def first_row(model: Model) -> dict[str, np.ndarray]:
 
 
 def counted(kinds: dict[str, int]) -> str:
-    """Failures by kind, as text."""
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
 
 

@@ -48,7 +48,6 @@ def soak(setting: Setting) -> list[Row]:
 
 
 def _thirds(values_mib: list[float]) -> list[float]:
-    """The median of each third."""
     return [float(np.median(part)) for part in np.array_split(values_mib, PARTS)]
 
 
