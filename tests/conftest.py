@@ -160,6 +160,12 @@ def relays(server: EmbeddedServer) -> Iterator[MakeRelays]:
         relay.close()
 
 
+@pytest.fixture
+def relay(relays: MakeRelays, protocol: str) -> Relay:
+    """One of them, for the test's `protocol`."""
+    return relays(protocol, 1)[0]
+
+
 @pytest.fixture(scope="session")
 def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
     """A Triton with the flags of the stack and the admin key `sesame`; its model `stuck` takes 3 s per batch."""

@@ -190,13 +190,19 @@ def refuse(code: grpc.StatusCode, details: str, **trailing: str) -> Callable[[by
     return answer
 
 
-def make_certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
-    """A self-signed certificate for localhost, and a server's TLS context with it."""
+def sign_itself(key: Path, certificate: Path, names: Sequence[str]) -> None:
+    """Makes a self-signed certificate for these names, and its key."""
     if not shutil.which("openssl"):
         pytest.skip("openssl is not installed; it makes the certificate")
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout key -out ca.crt -days 1"
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    subprocess.run([*command.split(), *names], cwd=folder, check=True, capture_output=True)
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 9 -subj /CN=shop"
+    named = ["-addext", "subjectAltName=" + ",".join(f"DNS:{name}" for name in names)] if names else []
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command.split(), *named, *files], check=True, capture_output=True)
+
+
+def make_certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
+    """A self-signed certificate for localhost, and a server's TLS context with it."""
+    sign_itself(folder / "key", folder / "ca.crt", ["localhost"])
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "ca.crt", folder / "key")
     context.set_alpn_protocols(["h2", "http/1.1"])

@@ -24,7 +24,6 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -56,8 +55,6 @@ class Faults:
     stall_s: float = 0.0
     refuse_every: int = 0
     """Refuse every n-th inference, as Triton does with a full queue."""
-    reset_every: int = 0
-    """Reset all connections at every n-th inference."""
     die_at: int = 0
     """End the process at this inference."""
     refuse_metadata: int = 0
@@ -71,7 +68,6 @@ class Endpoint:
         self.faults = faults
         self.received_s: list[float] = []
         self.answered_s: list[float] = []
-        self.connections: set[asyncio.Transport] = set()
         self.model = ""
         """The model of the last metadata request."""
         self._stall_ends_s = 0.0
@@ -88,9 +84,6 @@ class Endpoint:
             os._exit(1)
         if number == faults.stall_at:
             self._stall_ends_s = now_s + faults.stall_s
-        if _is(number, faults.reset_every):
-            for connection in self.connections:
-                connection.abort()
         if _is(number, faults.refuse_every):
             return number, -1
         delay_s = faults.delay_ms / 1000
@@ -146,10 +139,6 @@ class Http(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._endpoint.connections.add(transport)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._endpoint.connections.discard(self._transport)
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -275,41 +264,6 @@ async def _refuse(context: Any) -> None:
     await context.abort(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
 
 
-class Pipe(asyncio.Protocol):
-    """One direction of a forwarded connection: gRPC's own server cannot reset connections."""
-
-    def __init__(self, endpoint: Endpoint, port: int, peer: Pipe | None = None) -> None:
-        self._endpoint, self._port, self._peer = endpoint, port, peer
-        self._early: list[bytes] = []
-        self.transport: asyncio.Transport | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        self._endpoint.connections.add(transport)
-        if self._peer is None:
-            asyncio.get_running_loop().create_task(self._connect())
-
-    async def _connect(self) -> None:
-        loop = asyncio.get_running_loop()
-        make = lambda: Pipe(self._endpoint, self._port, self)  # noqa: E731
-        _, self._peer = await loop.create_connection(make, "127.0.0.1", self._port)
-        for data in self._early:
-            self.data_received(data)
-
-    def data_received(self, data: bytes) -> None:
-        if self._peer is None or self._peer.transport is None:
-            self._early.append(data)
-        else:
-            self._peer.transport.write(data)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        assert self.transport is not None
-        self._endpoint.connections.discard(self.transport)
-        if self._peer is not None and self._peer.transport is not None:
-            self._peer.transport.abort()
-
-
 # -- the process ---------------------------------------------------------------------------------
 
 
@@ -324,9 +278,6 @@ async def serve(faults: Faults, log: Path | None) -> None:
     server.add_generic_rpc_handlers((Grpc(endpoint),))
     grpc_port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    if faults.reset_every:
-        pipe = await loop.create_server(partial(Pipe, endpoint, grpc_port), "127.0.0.1", 0)
-        grpc_port = pipe.sockets[0].getsockname()[1]
     print(json.dumps({"http": http.sockets[0].getsockname()[1], "grpc": grpc_port}), flush=True)
     await ended.wait()
     if log is not None:

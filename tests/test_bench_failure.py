@@ -19,8 +19,6 @@ from deepseek_client import InvalidInput
 
 from deepseek.spec import DeploymentSpec
 from loadtests.load.request_log import RequestLog, SentRequest
-from tests.bench.failure import disk
-from tests.bench.failure.disk import disk_full
 from tests.bench.failure.killed import server_killed
 from tests.bench.failure.malformed import Tally, _pids, malformed_requests
 from tests.bench.failure.mutations import MUTATIONS, Mutation, valid
@@ -40,7 +38,7 @@ def setting(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         for name in ("text", "image")
     ]
     where = {"folder": folder, "repository": built / "repository", "models": Path("tests/models")}
-    sizes = {"overload_s": 5, "requests": 400, "connections": 50, "watch_s": 1.0}
+    sizes = {"overload_s": 5, "requests": 400, "watch_s": 1.0}
     with Service(folder / "shared", built / "repository", Path("tests/models")) as shared:
         yield Setting(model=models[0], other=models[1], shared=shared, **where, **sizes)  # type: ignore[arg-type]
 
@@ -169,18 +167,6 @@ def test_a_client_that_retries_loses_no_call_when_the_server_is_killed(setting: 
     assert broken([row for row in rows if "until it is ready" not in row.what]) == []
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("build")
-def test_a_full_disk_leaves_the_repository_and_the_server_intact(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(disk, "SERVED_S", 60.0)
-    rows = disk_full(setting)
-    if "not run" in rows[0].seen:
-        pytest.skip(rows[0].seen)
-    assert broken(rows) == []
-
-
 # -- parts of the experiments --------------------------------------------------------------------
 
 
@@ -225,7 +211,7 @@ def test_latencies_count_from_the_planned_time() -> None:
 
 def test_a_model_that_is_not_built_is_one_line(tmp_path: Path) -> None:
     skip_without_nginx()
-    run = run_module("tests.bench.failure", "--only", "cut", DEEPSEEK_BUILD=str(tmp_path))
+    run = run_module("tests.bench.failure", "--only", "soak", DEEPSEEK_BUILD=str(tmp_path))
     assert run.returncode == 2
     assert "make engine MODEL=" in run.stderr
     assert "Traceback" not in run.stderr

@@ -20,6 +20,7 @@ from loadtests.search.capacity_result import Capacity
 from loadtests.search.rate_trial import Phase, RateTrial
 from serving.embedded.serve import EmbeddedServer
 from tests.computed_server import runner, server_of, trial
+from tests.conftest import FREE
 from tests.sleeper import write_sleeper
 
 HEAD: dict[str, Any] = {"model": "tiny", "target": "onnxruntime", "precision": "fp32", "url": "127.0.0.1:8001"}
@@ -109,7 +110,7 @@ def sleeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Embedded
     """A Triton that answers just under 50 requests/s."""
     folder = tmp_path_factory.mktemp("sleeper")
     repository = write_sleeper(folder, 0.02)
-    with EmbeddedServer(repository, http_port=0, grpc_port=0, metrics_port=0, log_path=folder / "triton.log") as server:
+    with EmbeddedServer(repository, **FREE, log_path=folder / "triton.log") as server:
         yield server, folder
 
 

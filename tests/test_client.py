@@ -33,20 +33,18 @@ from deepseek_client import (
 )
 
 from serving.embedded.serve import EmbeddedServer
-from tests.conftest import write_add_one
+from tests.conftest import FREE, write_add_one
 from tests.failing_servers import (
     Client,
     Relay,
     X,
     answering,
-    half_an_answer,
     kinds,
-    mute,
     protocols,
     status,
-    trickle,
     url_of,
 )
+from tests.gateway import wait_for
 
 Connect = Callable[..., Client]
 
@@ -67,13 +65,6 @@ def connect(server: EmbeddedServer, kind: Callable[..., Client]) -> Iterator[Con
             return client
 
         yield make
-
-
-@pytest.fixture
-def relay(server: EmbeddedServer, protocol: str) -> Iterator[Relay]:
-    running = Relay((server.address, server.http_port if protocol == "http" else server.grpc_port))
-    yield running
-    running.close()
 
 
 @kinds
@@ -159,19 +150,6 @@ def test_a_refused_connection_is_retried_until_the_deadline(connect: Connect, pr
     with pytest.raises((Unreachable, DeadlineExceeded)):  # the second if the deadline passes during an attempt
         client.infer("add_one", {"x": X})
     assert 1 <= client.statistics().models["add_one"].retries < 1000
-
-
-@kinds
-@pytest.mark.parametrize(
-    ("protocol", "answer"), [("http", mute), ("grpc", mute), ("http", trickle)], ids=["http", "grpc", "trickle"]
-)
-def test_a_server_that_never_answers_ends_at_the_deadline(connect: Connect, protocol: str, answer: Callable) -> None:
-    """These servers never answer: without the deadline the call would not end."""
-    with answering(answer) as (url, _):
-        client = connect(protocol, url, retries=5)
-        with pytest.raises(DeadlineExceeded, match=r"did not answer within timeout_s=0\.3"):
-            client.metadata("m", timeout_s=0.3) if protocol == "http" else client.ready(timeout_s=0.3)
-        client.close()
 
 
 @kinds
@@ -279,12 +257,6 @@ def test_each_status_maps_to_one_error_and_only_refusals_are_retried(
     assert len(seen) == attempts
 
 
-@kinds
-def test_half_an_answer_is_a_lost_connection(connect: Connect) -> None:
-    with answering(half_an_answer) as (url, _), pytest.raises(ConnectionLost, match="IncompleteRead"):
-        connect("http", url).metadata("m")
-
-
 def test_an_early_refusal_of_a_large_body_is_read(connect: Connect) -> None:
     request = connect("http").prepare("add_one", {"x": np.zeros((8, 2, 200_000), np.float32)})  # 12.8 MB
     with answering(status("413 Content Too Large")) as (url, _):
@@ -304,27 +276,15 @@ def test_the_grpc_port_used_for_http_is_named_in_the_error(connect: Connect, ser
 def test_a_model_with_a_new_signature_needs_no_new_client(tmp_path: Path, protocol: str) -> None:
     write_add_one(tmp_path / "repository")
     config = tmp_path / "repository" / "add_one" / "config.pbtxt"
-    with EmbeddedServer(
-        tmp_path / "repository", http_port=0, grpc_port=0, metrics_port=0, poll_s=1, log_path=tmp_path / "log"
-    ) as running:
+    with EmbeddedServer(tmp_path / "repository", **FREE, poll_s=1, log_path=tmp_path / "log") as running:
         url = url_of(running, protocol)
         with InferenceClient(url, protocol) as client, InferenceClient(url, protocol) as watcher:  # type: ignore[arg-type]
             client.infer("add_one", {"x": X})
             config.write_text(config.read_text().replace("[2, -1]", "[3, -1]"))
-            wait_until(lambda: watcher.metadata("add_one").inputs[0].shape == (-1, 3, -1))
+            wait_for(lambda: watcher.metadata("add_one").inputs[0].shape == (-1, 3, -1))
             with pytest.raises(InvalidInput):
                 client.infer("add_one", {"x": X})
             assert client.infer("add_one", {"x": np.ones((1, 3, 1), np.float32)})["y"].tolist() == [[[2], [2], [2]]]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with contextlib.suppress(InferenceError):
-            if condition():
-                return
-        time.sleep(0.1)
-    pytest.fail("not true after 60 s")
 
 
 def test_a_closed_client_refuses_calls(connect: Connect, server: EmbeddedServer) -> None:

@@ -15,6 +15,7 @@ import pytest
 from deepseek_client import AsyncInferenceClient, InferenceClient, ModelStatistics, Statistics, errors
 
 from serving.embedded.launcher import EmbeddedServer
+from tests.conftest import FREE
 from tests.failing_servers import Relay, make_certificate
 
 PAGE, README = Path("docs/client.md"), Path("client/README.md")
@@ -62,9 +63,7 @@ def recommender(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedSe
     version.mkdir(parents=True)
     (version / "model.py").write_text(MODEL)
     (version.parent / "config.pbtxt").write_text(f'name: "recommender"\n{CONFIG}')
-    with EmbeddedServer(
-        folder / "repository", http_port=0, grpc_port=0, metrics_port=0, log_path=folder / "log"
-    ) as server:
+    with EmbeddedServer(folder / "repository", **FREE, log_path=folder / "log") as server:
         yield server
 
 

@@ -205,52 +205,6 @@ def test_an_http_answer_cut_at_any_byte_is_one_error() -> None:
         assert client.send(request)["y"].tolist() == [[0, 1, 2]]
 
 
-@contextlib.contextmanager
-def cutting(target: str, limit: Callable[[], int]) -> Iterator[str]:
-    """A relay that closes each connection after so many bytes of the server's."""
-
-    def serve(near: socket.socket) -> None:
-        host, _, port = target.rpartition(":")
-        with near, socket.create_connection((host, int(port))) as far, contextlib.suppress(OSError):
-            threading.Thread(target=forward, args=(near, far), daemon=True).start()
-            left = limit()
-            while left > 0 and (data := far.recv(65536)):
-                near.sendall(data[:left])
-                left -= len(data)
-            for each in (near, far):
-                each.shutdown(socket.SHUT_RDWR)
-
-    def forward(near: socket.socket, far: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := near.recv(65536):
-                far.sendall(data)
-
-    def accept() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
-        threading.Thread(target=accept, daemon=True).start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-
-
-@pytest.mark.slow
-def test_a_grpc_answer_cut_at_any_byte_is_one_error() -> None:
-    request, size, errors, answers = prepared("grpc"), [0], 0, 0
-    with grpc_serving(lambda _: GRPC_RAW) as target, cutting(target, lambda: size[0]) as url:
-        for size[0] in range(400):
-            with InferenceClient(url, timeout_s=60, retries=0) as client:
-                try:
-                    assert client.send(request)["y"].tolist() == [[0, 1, 2]]
-                    answers += 1
-                except InferenceError:
-                    errors += 1
-    assert errors > 100  # headers, message and trailers
-    assert answers > 50  # beyond the last byte
-
-
 NASTY: list[Any] = [
     None,
     -1,

@@ -166,15 +166,6 @@ def test_a_spent_deadline_of_a_hedged_call_is_deadline_exceeded(server: Embedded
             client.infer("add_one", {"x": X}, timeout_s=1e-6)
 
 
-@protocols
-def test_hedged_calls_of_unknown_models_use_no_counters(server: EmbeddedServer, protocol: Any) -> None:
-    with InferenceClient(url_of(server, protocol), protocol, hedge_after_ms="p95", idempotent=True) as client:
-        for number in range(3):
-            with pytest.raises(ModelNotFound):
-                client.infer(f"absent{number}", {"x": X}, timeout_s=60)
-        assert set(client.statistics().models) == set()
-
-
 @pytest.mark.parametrize("options", [{}, {"hedge_after_ms": 10_000, "idempotent": True}], ids=["plain", "hedged"])
 def test_closing_a_client_during_a_call_over_grpc_is_a_lost_connection(options: dict[str, Any]) -> None:
     came, go = threading.Event(), threading.Event()

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +28,9 @@ from deepseek_client import (
 from deepseek_client.transport import Tensor
 
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import write_add_one
+from tests.conftest import FREE, write_add_one
 from tests.failing_servers import answering, grpc_answering, protocols, refuse, status, url_of
+from tests.gateway import wait_for
 
 X = np.arange(240_000, dtype=np.float32).reshape(1, 2, 120_000)  # 960 kB
 REQUEST = PreparedRequest(
@@ -61,8 +61,7 @@ def server(repository: Path) -> Iterator[EmbeddedServer]:
 
 
 def serve(repository: Path, *flags: str, **ports: int) -> EmbeddedServer:
-    free: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, **ports}
-    return EmbeddedServer(repository, log_path=repository.parent / "triton.log", flags=flags, **free)
+    return EmbeddedServer(repository, log_path=repository.parent / "triton.log", flags=flags, **FREE | ports)
 
 
 def client_of(server: EmbeddedServer, protocol: str, shared_memory: Any, **settings: Any) -> InferenceClient:
@@ -80,10 +79,7 @@ def registered(server: EmbeddedServer) -> list[str]:
 
 
 def wait_for_one(server: EmbeddedServer) -> None:
-    give_up_at = time.monotonic() + 60
-    while len(registered(server)) > 1 and time.monotonic() < give_up_at:
-        time.sleep(0.1)
-    assert len(registered(server)) == 1
+    wait_for(lambda: registered(server), lambda found: len(found) == 1)
 
 
 def shared(client: InferenceClient, model: str) -> int:

@@ -5,23 +5,16 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
-from deepseek_client import DeadlineExceeded, Statistics, Unreachable
+from deepseek_client import DeadlineExceeded, Unreachable
 
 from serving.embedded.serve import EmbeddedServer
 from tests.failing_servers import Client, MakeRelays, X, answering, client_of, kinds, mute, prepared, protocols, status
+from tests.gateway import wait_for
 
 Kind = Callable[..., Client]
-
-
-def wait_until(client: Any, holds: Callable[[Statistics], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds(client.statistics()):
-        assert time.monotonic() < deadline, client.statistics()
-        time.sleep(0.05)
 
 
 @kinds
@@ -51,7 +44,7 @@ def test_a_dead_replica_loses_no_call_and_is_readmitted(relays: MakeRelays, prot
         assert client.statistics().models["add_one"].errors == {}
         assert client.ready("add_one")  # one ready replica is enough
         dies.reopen()
-        wait_until(client, lambda now: now.replicas[dies.url])
+        wait_for(client.statistics, lambda now: now.replicas[dies.url])
         pieces = dies.pieces
         for _ in range(10):
             client.send(request)

@@ -27,7 +27,7 @@ from loadtests.results.run import Run, latest_run
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import run_module
+from tests.conftest import FREE, run_module
 from tests.test_to_onnx import MODEL, TOML, tiny
 
 CPU = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",))
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path) -> Iterator[EmbeddedServer]:
     """Both models, served."""
     log = folder / "triton.log"
-    with EmbeddedServer(folder / "repository", http_port=0, grpc_port=0, metrics_port=0, log_path=log) as running:
+    with EmbeddedServer(folder / "repository", **FREE, log_path=log) as running:
         yield running
 
 

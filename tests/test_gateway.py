@@ -49,15 +49,6 @@ def test_http_and_grpc_infer_through_one_port(gateway: Gateway) -> None:
         assert connection.selected_alpn_protocol() == "h2"
 
 
-def test_bare_tritonclient_sends_binary_tensors_through_it(gateway: Gateway) -> None:
-    tensor = triton_http.InferInput("x", [1, 2, 3], "FP32")
-    tensor.set_data_from_numpy(np.zeros((1, 2, 3), np.float32))
-    with http_client(gateway) as client:
-        answer = client.infer("add_one", [tensor], headers=authorized(gateway.key))
-        assert answer.as_numpy("y").sum() == 6
-        assert client.get_model_metadata("add_one", headers=authorized(gateway.key))["name"] == "add_one"
-
-
 # ---- keys --------------------------------------------------------------------------------------
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import socket
-import subprocess
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -22,7 +20,7 @@ from loadtests.load.server_statistics import fetch
 from serving.embedded.launcher import EmbeddedServer
 from serving.repository.served_models import served_models
 from serving.stack.gateway_limits import limits
-from tests.gateway import INFER, Gateway, grpc_input, json_body
+from tests.gateway import INFER, Gateway, json_body
 
 ROW = {"x": np.zeros((1, 2, 3), np.float32)}
 
@@ -42,17 +40,6 @@ def test_the_machine_itself_calls_without_tls_and_key(gateway: Gateway, protocol
     with InferenceClient(url, protocol) as client:
         assert client.infer("add_one", ROW)["y"].sum() == 6
     assert gateway.lines(caller="local")
-
-
-def test_bare_tritonclient_and_curl_work_on_these_ports(gateway: Gateway) -> None:
-    with tritonclient.grpc.InferenceServerClient(gateway.local_grpc) as client:
-        assert client.infer("add_one", grpc_input()).as_numpy("y").sum() == 6
-        assert client.get_inference_statistics("add_one").model_stats
-    with tritonclient.http.InferenceServerClient(gateway.local_http) as client:
-        assert client.get_inference_statistics()["model_stats"]
-    command = ["curl", "-sf", f"http://{gateway.local_http}{INFER}", "-d", json_body().decode()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert json.loads(done.stdout)["outputs"][0]["data"] == [1.5] * 6, done
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])

@@ -110,9 +110,9 @@ LOADTEST_ROOMS: dict[str, set[str]] = {
     "tune": {"results", "slo", "load", "search"},
     "regression": {"results", "slo", "load", "search"},
     "scale": {"results", "slo", "search"},
-    "report": {"results", "slo", "search", "tune", "scale"},
+    "report": {"results", "slo", "search", "tune"},
 }
-DRAWING_COMMANDS = {"capacity.py", "tune.py", "simulate_scale.py"}  # these end with a page of `report`
+DRAWING_COMMANDS = {"capacity.py", "tune.py"}  # these end with a page of `report`
 
 
 @pytest.mark.parametrize("room", LOADTEST_ROOMS)

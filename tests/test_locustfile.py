@@ -29,6 +29,7 @@ from loadtests.load.preflight import check
 from loadtests.results.run import Run
 from loadtests.results.settings import LoadSettings
 from serving.embedded.launcher import EmbeddedServer
+from tests.conftest import FREE
 
 ROOT = Path(__file__).parent.parent
 MODEL = '''
@@ -78,9 +79,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EmbeddedSer
         ("00050/x", "00090/x"), np.full((1, 4), -1, np.float32)
     )  # the server may refuse one of them
     np.savez(folder / "stall.npz", **{**rows, **stalling})  # type: ignore[arg-type]
-    with EmbeddedServer(
-        folder / "repository", http_port=0, grpc_port=0, metrics_port=0, log_path=folder / "triton.log"
-    ) as server:
+    with EmbeddedServer(folder / "repository", **FREE, log_path=folder / "triton.log") as server:
         yield server, folder
 
 

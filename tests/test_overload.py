@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import grpc
 import numpy as np
 import psutil
 import pytest
-from deepseek_client import ConnectionLost, InferenceClient, ModelUnavailable, PreparedRequest, ServerBusy, ServerError
+from deepseek_client import ConnectionLost, InferenceClient, PreparedRequest, ServerBusy
 
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import write_add_one
+from tests.conftest import FREE, write_add_one
 from tests.failing_servers import grpc_answering, refuse
 
 BATCH, DELAY_S, INSTANCES, QUEUE = 8, 0.4, 2, 16
@@ -31,9 +29,7 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
     folder = tmp_path_factory.mktemp("overload")
     write_add_one(folder / "repository", delay_s=DELAY_S, queue=QUEUE, instances=INSTANCES)
     write_add_one(folder / "repository", "quick")
-    write_add_one(folder / "repository", "doomed")
-    free: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
-    with EmbeddedServer(folder / "repository", log_path=folder / "log", **free) as server:
+    with EmbeddedServer(folder / "repository", log_path=folder / "log", **FREE) as server:
         yield server
 
 
@@ -70,24 +66,6 @@ def test_of_many_requests_at_once_a_queue_full_is_accepted_and_the_rest_refused_
         assert refused[len(refused) // 2] < accepted[-1]  # no refusal waits for the queue
         assert resident_mib(busy) < before_mib + 100
         assert [call(0)[0] for _ in range(3)] == ["accepted"] * 3  # at once, as if nothing had been
-
-
-def test_a_killed_backend_process_delays_its_own_model_and_no_other(busy: EmbeddedServer) -> None:
-    """Triton 2.51 does not start it again; the launcher reloads its model (tests/test_supervisor.py)."""
-    stubs = [each for each in processes(busy)[1:] if "doomed" in " ".join(each.cmdline())]
-    assert stubs
-    for stub in stubs:
-        stub.kill()
-    again, killed_s = False, time.monotonic()
-    with InferenceClient(busy.grpc_url, retries=0) as client:
-        while not again:
-            began_s = time.monotonic()
-            assert began_s - killed_s < 60
-            with contextlib.suppress(ServerError, ModelUnavailable):
-                client.infer("doomed", X)
-                again = True
-            assert time.monotonic() - began_s < 5  # answered at once, whatever the answer is
-            np.testing.assert_array_equal(client.infer("quick", X)["y"], X["x"] + 1)
 
 
 def test_connections_cut_in_the_middle_of_a_request_harm_nobody_else(busy: EmbeddedServer) -> None:

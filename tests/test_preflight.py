@@ -14,6 +14,7 @@ from deepseek.spec import DeploymentSpec
 from loadtests.load.preflight import check
 from loadtests.results.settings import LoadSettings
 from serving.embedded.launcher import EmbeddedServer
+from tests.conftest import FREE
 
 MODEL = """
 import os
@@ -53,9 +54,8 @@ def test_a_model_that_serves_is_measured_while_triton_unloads_another(tmp_path: 
         (version.parent / "config.pbtxt").write_text(CONFIG.format(name=name))
     (tmp_path / "deploy.toml").write_text(SPEC)
     np.savez(tmp_path / "inputs.npz", **{"00000/x": np.ones((1, 1), np.float32)})  # type: ignore[arg-type]
-    free: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
     with (
-        EmbeddedServer(tmp_path / "repository", **free, poll_s=1) as server,
+        EmbeddedServer(tmp_path / "repository", **FREE, poll_s=1) as server,
         InferenceClient(server.grpc_url, "grpc") as client,
     ):
         shutil.rmtree(tmp_path / "repository" / "goes")

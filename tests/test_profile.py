@@ -32,7 +32,7 @@ from loadtests.profile.recording import (
 from loadtests.profile.tables import functions, operators, phases
 from loadtests.profile.timeline import microseconds, timeline
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import run_module, write_add_one
+from tests.conftest import FREE, run_module, write_add_one
 from tests.fake_endpoint import FakeEndpoint
 
 ROWS = [{"x": np.ones((1, 2, 3), np.float32)}]
@@ -202,9 +202,8 @@ def tracing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer
     """y = x + 1 on a server with a trace file."""
     folder = tmp_path_factory.mktemp("tracing")
     write_add_one(folder / "repository")
-    ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
     log = folder / "triton.log"
-    with EmbeddedServer(folder / "repository", **ports, log_path=log, profile=folder / "profile") as running:
+    with EmbeddedServer(folder / "repository", **FREE, log_path=log, profile=folder / "profile") as running:
         yield running
 
 
@@ -232,12 +231,11 @@ def test_a_trace_file_in_another_place_than_the_server_reports_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_add_one(tmp_path / "repository")
-    ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
     settings = ("mode=triton", "level=OFF", "rate=1", "triton,file=of-the-server.json", "triton,log-frequency=1")
     flags = tuple(f"--trace-config={each}" for each in settings)
     with monkeypatch.context() as elsewhere:
         elsewhere.chdir(tmp_path)
-        server = EmbeddedServer(tmp_path / "repository", **ports, log_path=tmp_path / "log", flags=flags)
+        server = EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "log", flags=flags)
         server.__enter__()
     try:
         seen = tmp_path / "of-the-server.json"

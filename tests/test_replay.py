@@ -25,6 +25,7 @@ from loadtests.results.run import Run
 from loadtests.results.settings import LoadSettings, Replay
 from loadtests.slo.slo_demands import in_flight_for
 from serving.embedded.launcher import EmbeddedServer
+from tests.conftest import FREE
 
 ROOT = Path(__file__).parent.parent
 MODEL = '''
@@ -69,9 +70,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EmbeddedS
         (folder / "repository" / name / "config.pbtxt").write_text(CONFIG.format(name=name))
         (folder / "models" / name / "deploy.toml").write_text(SPEC.format(name=name))
         np.savez(folder / "build" / name / "evaluation.npz", **rows)  # type: ignore[arg-type]
-    with EmbeddedServer(
-        folder / "repository", http_port=0, grpc_port=0, metrics_port=0, log_path=folder / "triton.log"
-    ) as server:
+    with EmbeddedServer(folder / "repository", **FREE, log_path=folder / "triton.log") as server:
         yield server, folder
 
 

@@ -24,6 +24,7 @@ from serving.stack.gateway_limits import LEAST_RATE_RPS, gateway_sizes, limits
 from serving.stack.refresh import refresh
 from serving.stack.server_sizes import server_sizes
 from tests.conftest import run_module, write_add_one
+from tests.failing_servers import sign_itself
 
 TEXT = ServedModel(
     name="text",
@@ -154,32 +155,10 @@ def test_the_load_tests_container_finds_its_models_target_and_the_gateway(tmp_pa
 )
 def test_the_gateway_is_called_by_a_name_of_its_certificate(tmp_path: Path, names: list[str], host: str) -> None:
     write_add_one(tmp_path / "repository")
-    put_certificate(tmp_path / "build" / "gateway", names)
-    assert write(tmp_path / "repository")["STACK_HOST"] == host
-
-
-def put_certificate(folder: Path, names: list[str]) -> None:
-    """Somebody's own, signed by itself."""
-    if not shutil.which("openssl"):
-        pytest.skip("openssl, which makes the certificate, is not installed")
+    folder = tmp_path / "build" / "gateway"
     folder.mkdir(parents=True)
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-        "-days",
-        "9",
-        "-subj",
-        "/CN=shop",
-    ]
-    command += ["-keyout", f"{folder}/tls.key", "-out", f"{folder}/tls.crt"]
-    names_of = ["-addext", "subjectAltName=" + ",".join(f"DNS:{name}" for name in names)] if names else []
-    subprocess.run([*command, *names_of], check=True, capture_output=True)
+    sign_itself(folder / "tls.key", folder / "tls.crt", names)
+    assert write(tmp_path / "repository")["STACK_HOST"] == host
 
 
 def test_limits_are_the_sums_of_the_models(built: Path) -> None:

@@ -36,14 +36,6 @@ def connect(server: EmbeddedServer) -> Iterator[Connect]:
         yield make
 
 
-@pytest.fixture
-def relay(server: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[Relay]:
-    port = server.http_port if request.getfixturevalue("protocol") == "http" else server.grpc_port
-    running = Relay((server.address, port))
-    yield running
-    running.close()
-
-
 @both
 def test_triton_answers_over_these_connections(connect: Connect, protocol: str) -> None:
     client = connect(protocol)

@@ -88,7 +88,7 @@ ROWS = (
         "Develop",
         "measure-failure",
         "cli.develop:measure_failure",
-        "measure overload, kills, cuts, a full disk, malformed requests and a soak; needs engine of both models",
+        "measure overload, a killed server, malformed requests and a soak; needs engine of both models",
         options=(Option("--duration-s", "seconds of the soak (default: 1800)", kind=int), *FLAGS),
         examples=("deepseek measure-failure --duration-s 600",),
     ),

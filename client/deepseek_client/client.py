@@ -101,28 +101,22 @@ class _Client:
 
     def _transport(self, url: str, options: ClientOptions) -> Transport:
         """To one address. The load generator's client brings connections of its own."""
-        make = async_transport if self._concurrency is AsyncConcurrency else blocking_transport
-        return make(url, options)
+        if options.protocol == "grpc":
+            channel = (AsyncChannel if self._concurrency is AsyncConcurrency else BlockingChannel)(
+                url, _credentials(options), options.response_limit
+            )
+            return GrpcTransport(url, channel, options.api_key)
+        place = (*address_of(url), _context(options))
+        if self._concurrency is AsyncConcurrency:
+            return http_transport(url, options, AsyncPool(partial(AsyncConnection.open, *place)))
+        return http_transport(url, options, BlockingPool(partial(BlockingConnection.open, *place)))
 
     def statistics(self) -> Statistics:
         """Calls, errors, retries, hedges and latency percentiles by model, and the state of the replicas."""
         return self._core.statistics()
 
 
-def blocking_transport(url: str, options: ClientOptions) -> Transport:
-    if options.protocol == "grpc":
-        return GrpcTransport(url, BlockingChannel(url, _credentials(options), options.response_limit), options.api_key)
-    return _http(url, options, BlockingPool(partial(BlockingConnection.open, *address_of(url), _context(options))))
-
-
-def async_transport(url: str, options: ClientOptions) -> Transport:
-    """The transport to one address, for the tasks of a loop."""
-    if options.protocol == "grpc":
-        return GrpcTransport(url, AsyncChannel(url, _credentials(options), options.response_limit), options.api_key)
-    return _http(url, options, AsyncPool(partial(AsyncConnection.open, *address_of(url), _context(options))))
-
-
-def _http(url: str, options: ClientOptions, pool: BlockingPool | AsyncPool) -> HttpTransport:
+def http_transport(url: str, options: ClientOptions, pool: BlockingPool | AsyncPool) -> HttpTransport:
     return HttpTransport(
         url,
         pool,

@@ -3,7 +3,7 @@
 Contract: reads `build/<model>/capacity.json` (measurements of one server at each rate) and the SLO of `deploy.toml`.
 `loadtests.scale.autoscaler` is Kubernetes' algorithm, `loadtests.scale.cluster` simulates pods, nodes and requests, and
 `loadtests.scale.target_choice` chooses the settings. Writes `build/<model>/scale.json`, which `deepseek kubernetes`
-reads, and `scale.html`. Node-hours count the servers' nodes, without the gateway's pods.
+reads. Node-hours count the servers' nodes, without the gateway's pods.
 
 Exit codes: 0 chosen; 1 no setting holds; 2 bad input or no capacity.
 """
@@ -27,7 +27,6 @@ from rich.table import Table
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, Target, build_dir
 from deepseek.spec.files.folders import write_whole
 from deepseek.spec.files.measured_batches import plan_of, read_measured
-from loadtests.report.scaling import page
 from loadtests.scale.cluster import ClusterSettings, Metric
 from loadtests.scale.service_curve import ServiceCurve
 from loadtests.scale.target_choice import (
@@ -70,12 +69,11 @@ def main(options: argparse.Namespace) -> None:
     found = result(choice, capacity, max_replicas, facts)
     path = build_dir(options.model) / "scale.json"
     write_whole(path, json.dumps(found, indent=2) + "\n")
-    html = write_whole(path.with_suffix(".html"), page(found, choice.day, curve))
     if options.json:
         print(json.dumps(found, indent=2))
     else:
         Console(width=max(Console().width, 100), markup=False).print(table(choice))
-        print(choice.sentence, path, html, sep="\n")
+        print(choice.sentence, path, sep="\n")
     if not choice.holds:
         raise GateFailed(choice.sentence)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loadtests.scale.autoscaler import Autoscaler
-from loadtests.scale.cluster import ClusterSettings, Metric, ReplayedDay, replay
+from loadtests.scale.cluster import ClusterSettings, Metric, replay
 from loadtests.scale.service_curve import ServiceCurve
 from loadtests.scale.traffic import TICK_S
 
@@ -57,11 +57,10 @@ class ReplayedTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetChoice:
-    """All settings tried, and the replayed day of the best: the chosen one, or the nearest to holding."""
+    """All settings tried, and the best: the chosen one, or the nearest to holding."""
 
     tried: tuple[ReplayedTarget, ...]
     best: ReplayedTarget
-    day: ReplayedDay
     late: float
     """Allowed share of late requests."""
     fixed_pods: int
@@ -107,27 +106,26 @@ def choose(
     late: float,
 ) -> TargetChoice:
     """Replays the day with each; the best is the cheapest that holds, or the one with the fewest late requests."""
-    found: list[tuple[ReplayedTarget, ReplayedDay]] = []
+    found: list[ReplayedTarget] = []
     for metric, target, least in wanted:
         scaler = Autoscaler(target=target, min_replicas=least, max_replicas=max_replicas)
         day = replay(rates_rps, curve, metric, scaler, settings)
-        tried = ReplayedTarget(
-            metric=metric,
-            target=target,
-            min_replicas=least,
-            late_share=day.late_share,
-            late_s=day.late_s,
-            node_hours=round(day.node_hours, 3),
-            pod_hours=round(day.pod_hours, 3),
-            most_pods=int(day.pods.max()),
+        found.append(
+            ReplayedTarget(
+                metric=metric,
+                target=target,
+                min_replicas=least,
+                late_share=day.late_share,
+                late_s=day.late_s,
+                node_hours=round(day.node_hours, 3),
+                pod_hours=round(day.pod_hours, 3),
+                most_pods=int(day.pods.max()),
+            )
         )
-        found.append((tried, day))
-    best, day = min(found, key=lambda each: each[0].rank(late))
     fixed_pods = math.ceil(float(rates_rps.max()) / curve.capacity_rps)
     return TargetChoice(
-        tried=tuple(tried for tried, _ in found),
-        best=best,
-        day=day,
+        tried=tuple(found),
+        best=min(found, key=lambda each: each.rank(late)),
         late=late,
         fixed_pods=fixed_pods,
         fixed_node_hours=math.ceil(fixed_pods / settings.pods_per_node) * len(rates_rps) * TICK_S / 3600,

@@ -99,8 +99,7 @@ def scale_of(models: Sequence[ServedModel], build: Path) -> tuple[ScaleChoice, l
         path, scale = paths[model.name], ScaleChoice.load(paths[model.name])
         if scale is None:
             notes.append(
-                f"{path}: no setting met the SLO, so the autoscaler has no target for it; scale.html beside it shows "
-                "the nearest"
+                f"{path}: no setting met the SLO, so the autoscaler has no target for it; `best` in it is the nearest"
             )
         elif scale.measured and scale.measured != (model.target, model.precision):
             notes.append(

@@ -11,11 +11,10 @@ from functools import partial
 
 import numpy as np
 from deepseek_client import InferenceClient, PreparedRequest
-from deepseek_client.client import address_of, blocking_transport
+from deepseek_client.client import address_of, http_transport
 from deepseek_client.concurrency import run
 from deepseek_client.grpc.transport import GrpcTransport
 from deepseek_client.http.pool import BlockingPool
-from deepseek_client.http.transport import HttpTransport
 from deepseek_client.options import ClientOptions
 from deepseek_client.transport import NO_HEADERS, Deadline, Transport
 
@@ -23,20 +22,13 @@ from loadtests.load.wire.grpc_channel import GreenChannel
 from loadtests.load.wire.http_connection import GreenConnection
 
 
-def green_transport(url: str, options: ClientOptions) -> Transport:
-    if options.speaks_tls:
-        return blocking_transport(url, options)
-    if options.protocol == "grpc":
-        return GrpcTransport(url, GreenChannel(url))
-    pool = BlockingPool(partial(GreenConnection.open, *address_of(url)))
-    return HttpTransport(
-        url, pool, idempotent=options.idempotent, tls=False, api_key=None, max_response_bytes=options.response_limit
-    )
-
-
 class WireClient(InferenceClient):
     def _transport(self, url: str, options: ClientOptions) -> Transport:
-        return green_transport(url, options)
+        if options.speaks_tls:
+            return super()._transport(url, options)
+        if options.protocol == "grpc":
+            return GrpcTransport(url, GreenChannel(url))
+        return http_transport(url, options, BlockingPool(partial(GreenConnection.open, *address_of(url))))
 
     def send(
         self, request: PreparedRequest, *, timeout_s: float | None = None, headers: Mapping[str, str] | None = None

@@ -1,8 +1,7 @@
 """Runs overload and failure experiments on the real server and gateway: requirement and result of each, on this machine.
 
 Serves the built models (`make engine`, `make engine MODEL=minilm`) from a separate repository, on free ports, and stops
-all that it started. On a busy machine, latency limits may not hold. Needs nginx with njs. The experiment with a full
-disk needs root and is skipped without it. Writes `build/bench-failure.json`.
+all that it started. On a busy machine, latency limits may not hold. Needs nginx with njs. Writes `build/bench-failure.json`.
 
 Exit codes: 0 all requirements hold; 1 one does not; 2 a model is not built; 3 one could not be measured.
 
@@ -30,9 +29,7 @@ from rich.table import Table
 from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, Parser, build_dir, run_command
 from deepseek.spec.files.folders import write_whole
 from export.artifact import choice_path
-from tests.bench.failure.connections import cut_connections, half_open_connections
-from tests.bench.failure.disk import disk_full
-from tests.bench.failure.killed import backend_killed, server_killed, server_restarted
+from tests.bench.failure.killed import server_killed, server_restarted
 from tests.bench.failure.malformed import malformed_requests
 from tests.bench.failure.overload import overload
 from tests.bench.failure.setting import Model, Row, Setting
@@ -42,12 +39,8 @@ from tests.gateway import NJS
 
 EXPERIMENTS: dict[str, Callable[[Setting], list[Row]]] = {
     "overload": overload,
-    "backend-killed": backend_killed,
     "server-killed": server_killed,
     "server-restarted": server_restarted,
-    "cut": cut_connections,
-    "half-open": half_open_connections,
-    "disk-full": disk_full,
     "malformed": malformed_requests,
     "soak": soak,
 }
@@ -94,15 +87,14 @@ def main() -> int:
     parser.add_argument("--overload-s", type=int, default=60, help="seconds of overload (default: %(default)s)")
     parser.add_argument("--soak-s", type=int, default=1800, help="seconds of the soak (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=10_000, help="malformed requests (default: %(default)s)")
-    parser.add_argument("--connections", type=int, default=1000, help="half-open connections (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     args = parser.parse_args()
     if not (shutil.which("nginx") and NJS.is_file()):
         raise InputError(
             "the gateway needs nginx with njs, which is not installed: apt-get install nginx-light libnginx-mod-http-js"
         )
-    sizes = {name: getattr(args, name) for name in ("overload_s", "soak_s", "requests", "connections")}
-    for name, least in zip(sizes, (5, 60, 4, 1), strict=True):
+    sizes = {name: getattr(args, name) for name in ("overload_s", "soak_s", "requests")}
+    for name, least in zip(sizes, (5, 60, 4), strict=True):
         if sizes[name] < least:
             raise InputError(f"--{name.replace('_', '-')} {sizes[name]}: it must be {least} or more")
     os.environ["DEEPSEEK_BUILD"] = os.path.abspath(os.environ.get("DEEPSEEK_BUILD", "build"))

@@ -97,21 +97,18 @@ class Setting:
     soak_s: int = 1800
     requests: int = 10_000
     """Malformed requests, over all ways."""
-    connections: int = 1000
-    """Half-open connections per way."""
     watch_s: float = 5.0
     """How long to observe before and after a fault."""
     shared: Service | None = None
-    """A service that experiments without special settings share; None: each starts its own."""
+    """A service that the experiments share; None: each starts its own."""
 
     @contextlib.contextmanager
-    def service(self, name: str, **settings: Any) -> Iterator[Service]:
-        """A server and a gateway over `repository` (default: the setting's), for one experiment."""
-        if self.shared is not None and not settings:
+    def service(self, name: str) -> Iterator[Service]:
+        """A server and a gateway for one experiment."""
+        if self.shared is not None:
             yield self.shared
             return
-        repository = settings.pop("repository", self.repository)
-        with Service(self.folder / name, repository, self.models, **settings) as running:
+        with Service(self.folder / name, self.repository, self.models) as running:
             yield running
 
     def stream(
@@ -157,16 +154,14 @@ WAYS: tuple[Way, ...] = ("grpc", "http", "grpc by gateway", "http by gateway")
 class Service:
     """The server and the gateway; they run inside the `with` block."""
 
-    def __init__(self, folder: Path, repository: Path, models: Path, *, poll_s: int | None = None) -> None:
+    def __init__(self, folder: Path, repository: Path, models: Path) -> None:
         self.folder, self.repository, self._models = folder, repository, models
         self.ports = {name: free_port() for name in ("http", "grpc", "metrics")}
         self.http_url, self.grpc_url = (f"127.0.0.1:{self.ports[name]}" for name in ("http", "grpc"))
-        self._poll = [] if poll_s is None else ["--poll-s", str(poll_s)]
         # A malformed request can make Triton allocate until the kernel kills some process. With a limit Triton ends first.
         self._bound = ["prlimit", f"--as={MOST_MEMORY}", "setpriv", "--pdeathsig", "TERM"]
         self._process: subprocess.Popen[bytes] | None = None
         self.gateway: Gateway
-        self.crowd_key: str
 
     def __enter__(self) -> Self:
         skip_without_nginx()
@@ -176,8 +171,6 @@ class Service:
             text = limits(served_models(self.repository, self._models))
             self.gateway = Gateway(self.folder, text, self.http_url, self.grpc_url)
             self._put_the_gateway_first()
-            # Callers that misbehave use a separate key: each key has a limit on concurrent requests.
-            self.crowd_key = self.gateway.add_key("crowd", rate_rps=100_000)
         except BaseException:
             self.end()
             raise
@@ -202,7 +195,7 @@ class Service:
     def start(self) -> float:
         """Starts the server; returns the seconds until every model was ready."""
         flags = [each for name, port in self.ports.items() for each in (f"--{name}-port", str(port))]
-        command = [sys.executable, "-m", "cli", "serve", "--repository", str(self.repository), *flags, *self._poll]
+        command = [sys.executable, "-m", "cli", "serve", "--repository", str(self.repository), *flags]
         # setpriv instead of a preexec_fn: no Python runs between fork and exec. The server ends with this process.
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -269,10 +262,6 @@ class Service:
                 return each
         raise InvalidMeasurement(f"the server has ended: {self.last_words}")
 
-    def stubs(self, model: str = "") -> list[psutil.Process]:
-        found = [each for each in self._descendants() if "stub" in name_of(each)]
-        return [each for each in found if f"/{model}" in " ".join(_ask(each.cmdline, []))]
-
     def _descendants(self) -> list[psutil.Process]:
         """The launcher's living descendants."""
         if self._process is None:
@@ -297,10 +286,6 @@ class Service:
             place = "gateway" if name == "nginx" else "Triton" if name == "tritonserver" else "models"
             found[place] += _ask(partial(_own_bytes, each), 0) / MIB
         return found
-
-    def descriptors(self) -> int:
-        """Open files and connections of all processes."""
-        return sum(_ask(each.num_fds, 0) for each in self.processes())
 
     @contextlib.contextmanager
     def client(self) -> Iterator[InferenceClient]:
