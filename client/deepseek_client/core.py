@@ -55,7 +55,6 @@ class ClientCore:
 
     @property
     def transport(self) -> Transport:
-        """The transport to the first address."""
         return self._replicas.all[0].transport
 
     def deadline(self, timeout_s: float | None) -> Deadline:
@@ -107,7 +106,6 @@ class ClientCore:
         return False
 
     async def metadata(self, model: str, version: str, deadline: Deadline) -> ModelMetadata:
-        """Fetches the model's current metadata."""
         check_texts(model=model, version=version)
         check_version(version)
         metadata = await self._retrier.call(

@@ -83,7 +83,6 @@ class ClientOptions:
 
     @property
     def response_limit(self) -> int:
-        """The bytes of the largest answer."""
         return LARGEST_RESPONSE_BYTES if self.max_response_bytes is None else self.max_response_bytes
 
     def hedge_percent(self) -> float | None:

@@ -102,7 +102,6 @@ class ModelCounters:
             self._recent.record(latency_s)
 
     def failed(self, error: BaseException) -> None:
-        """Counts a call that failed after its retries."""
         with self._lock:
             self._errors[type(error).__name__] += 1
 

@@ -211,7 +211,6 @@ def _of_replay(args: argparse.Namespace, specs: dict[str, DeploymentSpec]) -> li
 
 
 def _loads(args: argparse.Namespace) -> list[ModelLoad]:
-    """The checked loads that the options ask for."""
     models = models_of(args.mix) if args.mix else [args.model]
     specs = {model: DeploymentSpec.of_model(model, args.models).for_target(args.target) for model in models}
     if args.replay is not None:

@@ -176,7 +176,6 @@ def _add_row(table: Table, name: str, meaning: str, row: dict[str, Any]) -> None
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises InputError for options that do not fit together."""
     if args.users > args.requests:
         raise InputError(
             f"--requests {args.requests} --users {args.users}: at least as many requests as users are needed"

@@ -187,8 +187,6 @@ def _valid(
 
 @dataclass(frozen=True, kw_only=True)
 class RowJudge:
-    """Makes the rows, with intervals of the same confidence."""
-
     pairs: int
     confidence: float
 

@@ -44,8 +44,6 @@ START_S = 3.5  # about what the load generator takes to start, for each run
 
 @dataclass(frozen=True, kw_only=True)
 class InterleavedPlan:
-    """The measurement, the same for both versions."""
-
     spec: DeploymentSpec
     """With the SLO of the target."""
     settings: LoadSettings

@@ -82,8 +82,6 @@ class Speed:
 
 
 class Shadow:
-    """Sends the requests, compares the answers and counts errors."""
-
     def __init__(self, model: str, clients: dict[str, InferenceClient], rows: list[Row]) -> None:
         self._model, self._clients, self._rows = model, clients, rows
         self.latencies_ms: dict[str, list[float]] = {side: [] for side in SIDES}

@@ -167,7 +167,6 @@ def machine(run: Run) -> str:
 
 
 def differing(runs: Sequence[Run]) -> str:
-    """Settings, machines and versions that differ between the runs."""
     names = dict.fromkeys(name for run in runs for name in _flat(run))
     rows = [
         (name, *(str(_flat(run).get(name, "-")) for run in runs))

@@ -45,8 +45,6 @@ START_SHARE = 0.7  # of the capacity: the load of the pods at the first tick
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSettings:
-    """The limits and delays of the simulated cluster."""
-
     p99_limit_ms: float
     queue_timeout_ms: float = 200.0
     """Triton refuses a request after this time in the queue."""

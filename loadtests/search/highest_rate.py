@@ -53,8 +53,6 @@ TryRate = Callable[[float, Phase, float, int], RateTrial]
 
 @dataclass(frozen=True, kw_only=True)
 class SearchPlan:
-    """The range, precision and limits of a search."""
-
     start_rps: float
     duration_s: float
     """Minimum length of a trial."""

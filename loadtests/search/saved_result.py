@@ -35,5 +35,4 @@ class SavedResult(Table):
             raise InputError(f"{path}: cannot be read ({error}); make it again with: {cls.made_by}") from None
 
     def save(self, path: Path) -> None:
-        """Writes the file atomically."""
         write_whole(path, self.model_dump_json(indent=2) + "\n")

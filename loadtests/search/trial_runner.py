@@ -86,7 +86,6 @@ class TrialRunner:
 
 
 def ready(settings: LoadSettings) -> bool:
-    """Whether the server reports the model as ready."""
     try:
         with InferenceClient(
             settings.url, settings.protocol, timeout_s=settings.timeout_s, retries=2, **settings.access

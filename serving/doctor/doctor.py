@@ -42,7 +42,6 @@ def _print_table(engines: list[ServedEngine], machine: Machine) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Examines a repository; returns the exit code."""
     repository = options.repository
     machine = Machine.detect(triton_tag=options.triton_tag, in_container=options.preflight)
     engines, findings = examine(repository, machine, model=options.model, kept=not options.preflight)

@@ -72,5 +72,4 @@ def _check_docker(machine: Machine) -> Iterator[Finding]:
 
 
 def mib(value_bytes: float) -> str:
-    """A size in MiB for display."""
     return f"{value_bytes / 2**20:,.{0 if value_bytes >= 2**24 else 2}f} MiB"

@@ -114,7 +114,6 @@ class EmbeddedServer:
 
     @property
     def pid(self) -> int:
-        """Process id of the running server."""
         assert self._process is not None
         assert self._process.popen is not None
         return self._process.popen.pid

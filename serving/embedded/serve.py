@@ -119,7 +119,6 @@ def _started(command: list[str], environment: dict[str, str]) -> subprocess.Pope
 
 
 def main(options: argparse.Namespace) -> int:
-    """Serves a repository until it is stopped."""
     if options.profile and options.trace_url:
         raise InputError("--profile writes traces to files, --trace-url sends them: give only one (TRACE_URL=)")
     for name in ("timeout_s", "poll_s", "exit_timeout_s"):

@@ -152,7 +152,6 @@ def _children(parent: int) -> Iterator[int]:
 
 
 def end(left: Left) -> None:
-    """Kills the processes that still live."""
     for pid in left:
         if _is(pid, left) and _lives(pid):
             with contextlib.suppress(ProcessLookupError):

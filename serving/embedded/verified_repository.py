@@ -44,15 +44,12 @@ class ModelChange:
 
 @dataclass(frozen=True, kw_only=True)
 class _Shown:
-    """The part of a model that Triton sees."""
-
     versions: tuple[int, ...]
     config: bytes
     files: Stamp
 
     @classmethod
     def of(cls, choice: VersionChoice, stamp: Stamp) -> _Shown:
-        """What Triton sees of a model with these files."""
         assert choice.config is not None
         shown = {*map(str, choice.versions)}
 

@@ -26,8 +26,6 @@ CONFIG_MAP_BYTES = 900_000  # a ConfigMap holds 1 MiB, its other entries include
 
 @dataclass(frozen=True, kw_only=True)
 class LoadTestJobs:
-    """The settings of a model's load test."""
-
     model: str
     target: str
     rate_rps: float

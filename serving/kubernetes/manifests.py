@@ -45,7 +45,6 @@ class Overlay:
 
     @property
     def grace_s(self) -> int:
-        """Triton's termination grace period."""
         return PRE_STOP_S + self.sizes.stop_s
 
 
@@ -139,7 +138,6 @@ spec:
 
 
 def gateway_patch(overlay: Overlay) -> str:
-    """The gateway's grace period and memory."""
     size = overlay.gateway
     answer_s = overlay.sizes.answer_s
     stop_s = OUTSIDE_PRE_STOP_S if overlay.load_balancer else GATEWAY_PRE_STOP_S

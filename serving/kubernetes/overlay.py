@@ -89,7 +89,6 @@ def _port_of(url: str) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Fills in defaults; raises InputError for bad options."""
     options.gateway = options.gateway or gateway_folder()
     options.models_port = _port_of(options.models_url)
     options.image_tag = options.image_tag or IMAGE_TAG

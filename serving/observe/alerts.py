@@ -114,7 +114,6 @@ def _alert(
 
 
 def _budgets(model: ServedModel) -> Iterator[Budget]:
-    """The error budgets of a model's SLO."""
     for percent, limit_ms in model.latency_limits_ms.items():
         objective = f"p{percent:g}"
         yield Budget(

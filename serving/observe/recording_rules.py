@@ -89,7 +89,6 @@ def _slow_counts(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
 
 
 def _longest_ms(models: list[ServedModel]) -> float:
-    """The longest latency limit of any SLO."""
     return max((max(model.latency_limits_ms.values(), default=model.p99_ms) for model in models), default=0)
 
 

@@ -144,7 +144,6 @@ def _show(records: list[ReleaseRecord], model: str, repository: Path) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Lists a model's releases and rollbacks."""
     records = history(options.model)
     if not records:
         DeploymentSpec.of_model(options.model, options.models)  # raises for an unknown model

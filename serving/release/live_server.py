@@ -78,7 +78,6 @@ class LiveServer:
 
     @property
     def url(self) -> str:
-        """The server's host:port."""
         return str(self.options.url)
 
     def _access(self) -> tuple[str, ...]:

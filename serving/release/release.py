@@ -114,7 +114,6 @@ class Release:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises InputError for bad options."""
     for name in ("rate", "duration_s", "threshold", "parity_rows", "start_timeout_s"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:

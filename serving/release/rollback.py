@@ -26,15 +26,12 @@ from serving.release.versions import newest, previous_intact
 
 
 class Rollback:
-    """The rollback from version `number` to `back_to`."""
-
     def __init__(self, options: argparse.Namespace, journal: ReleaseJournal, number: int, back_to: int) -> None:
         self.options, self.journal, self.number, self.back_to = options, journal, number, back_to
         self.model = options.repository / options.model
         self.live = LiveServer(options=options, version=None)
 
     def run(self) -> None:
-        """Changes the repository and watches the server."""
         restart = needs_restart(self.options.repository)
         version, reason = (None, restart) if restart else self.live.look()
         steps = StepRunner(self.journal, as_json=self.options.json)
@@ -88,7 +85,6 @@ class Rollback:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Rolls one model back."""
     check_live_options(options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with exclusive(options.model) as releases:

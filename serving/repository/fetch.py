@@ -67,7 +67,6 @@ def fetch(url: str, sha256: str, into: Path, authorization: str = "", retry_s: f
 
 
 def _download(url: str, authorization: str, archive: IO[bytes], deadline: float) -> str:
-    """Downloads the URL into `archive`; returns its sha256."""
     request = urllib.request.Request(url, headers={"Authorization": authorization} if authorization else {})
     opener = urllib.request.build_opener(_Redirects)
     while True:
@@ -115,7 +114,6 @@ def _unpack(archive: IO[bytes], into: Path) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Downloads, checks and unpacks the archive."""
     found = fetch(options.url, options.sha256, options.into, os.environ.get("DEEPSEEK_MODELS_AUTHORIZATION", ""))
     if options.json:
         print(json.dumps(found, indent=2))

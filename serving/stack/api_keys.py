@@ -50,7 +50,6 @@ class ApiKey:
 
     @property
     def state(self) -> str:
-        """valid or expired."""
         return "expired" if self.expires is not None and self.expires <= time.time() else "valid"
 
 

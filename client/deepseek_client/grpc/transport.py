@@ -19,8 +19,6 @@ from deepseek_client.transport import NO_HEADERS, Deadline, Headers, Placement, 
 
 
 class GrpcTransport:
-    """The gRPC transport to one server."""
-
     def __init__(self, url: str, channel: Channel, api_key: str | None = None) -> None:
         self._url = url
         self._channel = channel

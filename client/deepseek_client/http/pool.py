@@ -134,7 +134,6 @@ class AsyncPool(_Idle):
             self._openers.discard(asyncio.current_task())  # at once: the next call needs an opener
 
     def _first(self) -> "asyncio.Future[Connection] | None":
-        """The call that has waited longest."""
         while self._waiting:
             waiter = next(iter(self._waiting))
             del self._waiting[waiter]

@@ -38,8 +38,6 @@ FIRST_REST_S, LONGEST_REST_S = 0.05, 1.0
 
 
 class Replica:
-    """One address, its transport and its recent failures."""
-
     def __init__(self, url: str, transport: Transport, regions: Regions | None) -> None:
         self.url = url
         self.transport = transport

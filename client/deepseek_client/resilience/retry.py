@@ -27,8 +27,6 @@ Operation = Callable[[Replica, Cancel | None], Coroutine[Any, Any, Result]]
 
 
 class Retrier:
-    """Makes the attempts of a client's calls."""
-
     def __init__(
         self, options: ClientOptions, concurrency: Concurrency, replicas: Replicas, counters: Counters
     ) -> None:

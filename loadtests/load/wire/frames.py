@@ -114,7 +114,6 @@ class Frames:
         return call
 
     def cancel(self, call: UnaryCall) -> None:
-        """Cancels a call whose caller has given up."""
         if call.done:
             return
         if call.stream in self._streams:

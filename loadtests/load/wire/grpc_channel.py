@@ -124,7 +124,6 @@ def _too_late() -> Exception:
 
 
 def _not_connected(error: OSError) -> Exception:
-    """The error with gRPC's wording."""
     if isinstance(error, socket.gaierror):
         return call_failed(grpc.StatusCode.UNAVAILABLE, f"DNS resolution failed: {error.strerror}")
     why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)

@@ -19,7 +19,6 @@ def server_killed(setting: Setting) -> list[Row]:
 
 
 def server_restarted(setting: Setting) -> list[Row]:
-    """Stops the server and starts it again."""
     return _gone(setting, "restarted", Service.end)
 
 

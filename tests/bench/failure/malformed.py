@@ -48,7 +48,6 @@ class Known(NamedTuple):
     """The answer's reason contains one of these."""
 
     def fits(self, way: Way, mutation: str, status: str, reason: str) -> bool:
-        """Whether this entry describes the answer."""
         named = not self.mutations or mutation in self.mutations
         return way in self.ways and status in self.statuses and named and any(each in reason for each in self.says)
 

@@ -113,8 +113,6 @@ def valid(model: str, row: dict[str, np.ndarray], *, binary: bool) -> Draft:
 
 @dataclass(frozen=True, kw_only=True)
 class Mutation:
-    """One way to make a request wrong."""
-
     name: str
     apply: Callable[[Random, Draft], None]
     protocols: tuple[Protocol, ...] = BOTH

@@ -30,7 +30,6 @@ REFUSED_AS = {"ServerBusy"}  # 503, UNAVAILABLE
 
 
 def overload(setting: Setting) -> list[Row]:
-    """Overloads the service with default settings, on two ways."""
     cores = sorted(os.sched_getaffinity(0))
     with on(cores[:-1] or cores), setting.service("overload") as service:
         return [row for way in WAYS_OVERLOADED for row in _overload(setting, service, way, cores[-1:])]

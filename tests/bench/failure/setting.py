@@ -55,7 +55,6 @@ class Row:
 
 
 def grown_row(grown_mib: float, before_mib: float, *, most_mib: float) -> Row:
-    """The row for the service's memory."""
     return Row(
         what="    memory",
         asked=f"{most_mib:g} MiB more at most",
@@ -83,8 +82,6 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """The models and sizes of the experiments."""
-
     folder: Path
     repository: Path
     models: Path
@@ -104,7 +101,6 @@ class Setting:
 
     @contextlib.contextmanager
     def service(self, name: str) -> Iterator[Service]:
-        """A server and a gateway for one experiment."""
         if self.shared is not None:
             yield self.shared
             return
@@ -220,7 +216,6 @@ class Service:
 
     @property
     def last_words(self) -> str:
-        """The last line that the launcher printed."""
         lines = (self.folder / "server.log").read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
 
@@ -263,7 +258,6 @@ class Service:
         raise InvalidMeasurement(f"the server has ended: {self.last_words}")
 
     def _descendants(self) -> list[psutil.Process]:
-        """The launcher's living descendants."""
         if self._process is None:
             return []
         nobody: list[psutil.Process] = []
@@ -349,7 +343,6 @@ class MemoryWatch:
 
 
 def first_row(model: Model) -> dict[str, np.ndarray]:
-    """The model's first real input."""
     return read_inputs(model.inputs)[0]
 
 
