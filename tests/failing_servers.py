@@ -161,18 +161,24 @@ def only_once(connection: socket.socket) -> None:
 
 @contextlib.contextmanager
 def grpc_answering(
-    answer: Callable[[bytes, grpc.ServicerContext], bytes],
+    answer: Callable[[bytes, grpc.ServicerContext], bytes], *methods: str, metadata: bytes = b""
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A gRPC server that answers every method with `answer`. Yields its URL and the metadata of each call."""
+    """A gRPC server that answers these methods, or all, with `answer`. Yields its URL and the metadata of each call.
+
+    With `metadata`, that is the answer of ModelMetadata.
+    """
     seen: list[dict[str, Any]] = []
 
-    class Everything(grpc.GenericRpcHandler):
-        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+    class Answering(grpc.GenericRpcHandler):
+        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
             seen.append(dict(details.invocation_metadata))
-            return grpc.unary_unary_rpc_method_handler(answer)
+            method = details.method.rpartition("/")[2]
+            if metadata and method == "ModelMetadata":
+                return grpc.unary_unary_rpc_method_handler(lambda request, context: metadata)
+            return grpc.unary_unary_rpc_method_handler(answer) if method in (methods or [method]) else None
 
     with ThreadPoolExecutor(8) as pool:
-        server = grpc.server(pool, [Everything()])
+        server = grpc.server(pool, [Answering()], options=[("grpc.max_send_message_length", -1)])
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         yield f"127.0.0.1:{port}", seen

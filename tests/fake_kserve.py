@@ -9,13 +9,11 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import grpc
 from tritonclient.grpc import service_pb2
 
-from tests.failing_servers import end
+from tests.failing_servers import end, grpc_answering
 
 Y = {"name": "y", "datatype": "FP32", "shape": [1, 3]}
 SIGNATURE = {
@@ -73,22 +71,11 @@ def http_serving(answer: Callable[[str, bytes], bytes | None]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def grpc_serving(infer: Callable[[bytes], bytes], signature: Any = SIGNATURE) -> Iterator[str]:
-    """A gRPC server with this signature and no configuration; `infer` makes the bytes of its answers."""
-
-    class Everything(grpc.GenericRpcHandler):
-        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-            metadata = service_pb2.ModelMetadataResponse(**signature).SerializeToString()
-            answers = {"ModelInfer": infer, "ModelMetadata": lambda _: metadata}
-            found = answers.get(details.method.rpartition("/")[2])
-            return found and grpc.unary_unary_rpc_method_handler(lambda request, _: found(request))
-
-    with ThreadPoolExecutor(4) as pool:
-        server = grpc.server(pool, [Everything()], options=[("grpc.max_send_message_length", -1)])
-        port = server.add_insecure_port("127.0.0.1:0")
-        server.start()
-        yield f"127.0.0.1:{port}"
-        server.stop(None).wait()
+def grpc_serving(infer: Callable[[bytes], bytes]) -> Iterator[str]:
+    """A gRPC server with that signature and no configuration; `infer` makes the bytes of its answers."""
+    metadata = service_pb2.ModelMetadataResponse(**SIGNATURE).SerializeToString()
+    with grpc_answering(lambda request, _: infer(request), "ModelInfer", metadata=metadata) as (url, _):
+        yield url
 
 
 def triton(infer: Callable[[], bytes | None], signature: Any = SIGNATURE) -> Callable[[str, bytes], bytes | None]:

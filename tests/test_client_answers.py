@@ -38,11 +38,6 @@ def message(*outputs: dict, raw: tuple[bytes, ...] = (DATA,)) -> Any:
     return Kind(model_name="m", outputs=[Kind.InferOutputTensor(**each) for each in outputs], raw_output_contents=raw)
 
 
-def test_a_fitting_answer_is_read() -> None:
-    for answer in (http_answered(http_json({"outputs": [binary()]}, DATA)), grpc_answered(message(Y))):
-        np.testing.assert_array_equal(answer["y"], [[0, 1, 2]])
-
-
 @pytest.mark.parametrize(
     "raw",
     [

@@ -61,12 +61,6 @@ def test_a_stub_that_needs_libpython_gets_this_interpreters(tmp_path: Path, monk
     assert (Path(first) / bundled.name).readlink() == tmp_path / "libpython.so"
 
 
-def test_health_metrics_and_endpoints_are_real(server: EmbeddedServer) -> None:
-    assert urllib.request.urlopen(f"http://{server.http_url}/v2/health/ready").status == 200
-    metrics = urllib.request.urlopen(server.metrics_url).read().decode()
-    assert 'nv_inference_request_success{model="add_one",version="1"}' in metrics
-
-
 @pytest.mark.parametrize(
     ("how", "times", "statuses"),
     [

@@ -56,12 +56,6 @@ def test_a_web_page_in_a_browser_on_the_machine_needs_a_key(gateway: Gateway, he
         urllib.request.urlopen(request, timeout=10)
 
 
-def test_statistics_stay_closed_through_the_public_port(gateway: Gateway) -> None:
-    for path in ("/v2/models/stats", "/v2/models/add_one/stats", "/v2/models/add_one/versions/1/stats"):
-        assert gateway.http("GET", path)[0] == 403
-    assert gateway.grpc_status("/inference.GRPCInferenceService/ModelStatistics") == "PERMISSION_DENIED"
-
-
 @pytest.mark.parametrize(
     "path", ["/v2/repository/index", "/v2/logging", "/v2/models/add_one/load", "/metrics", "/v2/x/../logging"]
 )
