@@ -118,6 +118,7 @@ def test_a_lower_p99_at_the_usual_rate_is_proved_with_the_same_arrivals(
     assert (facts["best"], compared.outcome, compared.rate_rps) == (FAST, "better", 105)
     assert asked["slow"] == asked["fast"] == [(105, seed) for seed in range(len(compared.pairs))]
     assert (compared.low or 0) >= 1.05
+    assert len(compared.pairs) >= 4
     assert 90 < facts["proved_rps"] < 130
     assert f"{facts['proved_rps']:g}/s hold with 95% confidence" in facts["conclusion"]
 
@@ -144,10 +145,11 @@ def test_a_setting_may_win_only_at_the_highest_rate_of_the_default(
     [
         ({"ms": 100.0}, {"no difference", "undecided"}, "nothing is proved better than the default; nearest: "),
         ({"ms": 200.0}, {"worse"}, "nothing is proved better than the default; nearest: "),
-        ({"refuses": NotServed("no backend")}, set(), "not compared (0 pairs): not served: no backend"),
+        ({"refuses": NotServed("no backend")}, set(), "not compared (0 pairs): no backend"),
+        ({"refuses": InvalidMeasurement("died")}, set(), "not compared (0 pairs): died"),
         ({"valid": False}, set(), "not compared (0 pairs): the load generator was the limit: it was late"),
     ],
-    ids=["the same", "worse", "not served", "generator"],
+    ids=["the same", "worse", "not served", "dies", "generator"],
 )
 def test_what_is_not_better_is_not_the_best(
     fast: dict[str, Any], outcomes: set[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -54,14 +54,13 @@ def nominal_level(error: float, most_pairs: int) -> float:
 
 
 def judge(gains: Sequence[float], level: float) -> Judged:
-    """Judges two pairs or more at a nominal level; before LEAST_PAIRS the outcome is undecided."""
+    """Judges LEAST_PAIRS or more at a nominal level."""
     found = paired_ratio(gains, 1 - level)
     outcome: Outcome = "undecided"
-    if len(gains) >= LEAST_PAIRS:
-        if found.low >= LEAST_GAIN:
-            outcome = "better"
-        elif found.high < 1:
-            outcome = "worse"
-        elif found.high < PRACTICAL_GAIN:
-            outcome = "no difference"
+    if found.low >= LEAST_GAIN:
+        outcome = "better"
+    elif found.high < 1:
+        outcome = "worse"
+    elif found.high < PRACTICAL_GAIN:
+        outcome = "no difference"
     return Judged(ratio=found.ratio, low=found.low, high=found.high, outcome=outcome)

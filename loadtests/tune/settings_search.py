@@ -3,9 +3,10 @@
 Contract: a setting may win in two ways: with a lower p99 at the usual rate (the SLO's, or a share of what the default
 answers in a closed loop), and then at the high rate, about the highest at which the default meets the SLO. A lower p99
 there leaves room for a higher rate. The expected p99 comes from measured batches, or from one short run of each setting
-where there is no curve. A setting is compared if it is expected to be better by PRACTICAL_GAIN at one rate and not as
-much worse at the other. A comparison sends the same arrivals to the default and the setting in turn, with both servers
-up, until `loadtests.tune.sequential_test` settles it. The confidence holds for all comparisons of a search together.
+where there is no curve. The best at a rate is compared if it is expected to be better by PRACTICAL_GAIN there and not
+as much worse at the other rate. A comparison sends the same arrivals to the default and the setting in turn, with both
+servers up, until `loadtests.tune.sequential_test` settles it. The confidence holds for all comparisons of a search
+together.
 
 Example:
     facts = SettingsSearch(conditions=conditions, default=default, space=space, cores=2).run()
@@ -31,12 +32,9 @@ from loadtests.tune.sequential_test import LEAST_PAIRS, PRACTICAL_GAIN, nominal_
 from loadtests.tune.tune_result import Compared, ExpectedSettings
 
 CONFIDENCE = 0.95  # of all comparisons together
-MOST_CONTENDERS = 2  # for each rate
 MOST_DROPPED = 3  # pairs of a comparison that say nothing
 USUAL_SHARE = 0.7  # of what the default answers in a closed loop: the usual rate if the SLO names none
 SCREENING_SHARE = 0.4  # of the time, to run each setting once if there is no curve
-PROOF_SHARE = 0.4  # of the time, at most, kept for the proof of a rate
-FIRST_SHARE = 0.6  # of the time left for comparisons: at most so much for one that is not the last
 HIGHEST_SHARE = 0.2  # of the time, at most, to find the highest rate of one setting
 RESOLUTION, STEP_UP = 1.1, 1.25  # of a search for a highest rate
 UNPROVED = {
@@ -89,15 +87,15 @@ class SettingsSearch:
             raise InputError(f"the default settings: not served: {error}") from None
         except (InputError, InvalidMeasurement) as error:
             raise type(error)(f"the default settings: {error}") from None
-        self.published, throughput_rps = server.published, server.throughput_rps()
-        if not throughput_rps:
+        self.published, self._throughput_rps = server.published, server.throughput_rps()
+        if not self._throughput_rps:
             raise InvalidMeasurement(
                 f"the default settings: no answer to {USERS} users within {self.conditions.least_s:g} s: try a longer "
                 f"--least-s or --timeout-s (now {self.conditions.settings.timeout_s:g} s)"
             )
-        self._throughput_rps = throughput_rps
-        self.usual_rps = rounded(required_rps(self.conditions.spec.slo) or USUAL_SHARE * throughput_rps)
-        self._say(f"the default answers {throughput_rps:.3g}/s to {USERS} users; p99 counts at {self.usual_rps:g}/s")
+        self.usual_rps = rounded(required_rps(self.conditions.spec.slo) or USUAL_SHARE * self._throughput_rps)
+        answers = f"the default answers {self._throughput_rps:.3g}/s to {USERS} users"
+        self._say(f"{answers}; p99 counts at {self.usual_rps:g}/s")
         return server
 
     def _predict(self, measured: Curves) -> None:
@@ -123,8 +121,8 @@ class SettingsSearch:
                 with candidate_server(each, self.conditions, "candidate") as other:
                     self.expected.append(self._screened(other))
             except (NotServed, InputError, InvalidMeasurement) as error:
-                reason = f"not served: {error}"
-                self.expected.append(ExpectedSettings(settings=each, p99_ms=None, high_p99_ms=None, reason=reason))
+                failed = ExpectedSettings(settings=each, p99_ms=None, high_p99_ms=None, reason=str(error))
+                self.expected.append(failed)
 
     def _screened(self, server: CandidateServer) -> ExpectedSettings:
         """One block at each rate, after a closed loop, which also warms up."""
@@ -145,8 +143,8 @@ class SettingsSearch:
         self._say(f"{server.settings}: {holds} the SLO in short runs ({found.limited_by})")
         return found
 
-    def _contenders(self, rate: Rate) -> list[ExpectedSettings]:
-        """The settings that could win at a rate, the best first; one of those that promise the same."""
+    def _contender(self, rate: Rate) -> ServingSettings | None:
+        """The setting that promises the lowest p99 at a rate, if that is worth a comparison."""
         default, *others = self.expected
         other: Rate = "high_p99_ms" if rate == "p99_ms" else "p99_ms"
 
@@ -154,37 +152,37 @@ class SettingsSearch:
             return (getattr(default, at) or 0.0) / (getattr(each, at) or float("inf"))
 
         good = [e for e in others if gain(e, rate) >= PRACTICAL_GAIN and gain(e, other) * PRACTICAL_GAIN >= 1]
-        level = dict[float, ExpectedSettings]()
-        for each in good:
-            level.setdefault(round(gain(each, rate), 1), each)
-        return [level[found] for found in sorted(level, reverse=True)[:MOST_CONTENDERS]]
+        # Settings that promise about the same are in the order of the space: the simplest comes first.
+        return max(good, key=lambda each: round(gain(each, rate), 1)).settings if good else None
 
     def _compare_contenders(self, server: CandidateServer) -> dict[str, Any]:
         """Compares them one by one until one is better; then proves a rate of it."""
-        usual, high = self._contenders("p99_ms"), self._contenders("high_p99_ms")
-        if not usual + high:
+        rates: dict[Rate, float] = {"p99_ms": self.usual_rps}
+        if self.high_rps > self.usual_rps:  # else the default meets the SLO not even at the usual rate
+            rates["high_p99_ms"] = self.high_rps
+        found = [(self._contender(rate), rate_rps) for rate, rate_rps in rates.items()]
+        planned = [(settings, rate_rps) for settings, rate_rps in found if settings is not None]
+        if not planned:
             by = "measured batches" if self.predicted else "one run each"
             said = f"none of {len(self.expected) - 1} other settings could be better by {PRACTICAL_GAIN - 1:.0%}"
             return {"conclusion": f"the default stays: by {by}, {said}"}
-        self._say(f"worth comparing: {'; '.join(str(each.settings) for each in usual + high)}")
-        level = nominal_level((1 - CONFIDENCE) / len(usual + high), self.most_pairs)
-        for place, each in enumerate(usual + high):
-            rate_rps = self.usual_rps if place < len(usual) else self.high_rps
-            last = place == len(usual + high) - 1
-            share_s = (self.conditions.left_s - self._proof_s) * (1 if last else FIRST_SHARE)
-            found = Compared(settings=each.settings, rate_rps=rate_rps, confidence=CONFIDENCE)
+        level = nominal_level((1 - CONFIDENCE) / len(planned), self.most_pairs)
+        for settings, rate_rps in planned:
+            self._say(f"worth comparing at {rate_rps:g}/s: {settings}")
+            share_s = self.conditions.left_s / (len(planned) - len(self.comparisons))
+            compared, proved = Compared(settings=settings, rate_rps=rate_rps, confidence=CONFIDENCE), None
             try:
-                with candidate_server(each.settings, self.conditions, "candidate") as other:
-                    found = self._compared(server, other, found, level, time.monotonic() + share_s)
-                    self._say(f"{each.settings}: {found.result}")
-                    proved = self._proof(other) if found.outcome == "better" else None
-            except NotServed as error:
-                found, proved = found.model_copy(update={"note": f"not served: {error}"}), None
-            self.comparisons.append(found)
+                with candidate_server(settings, self.conditions, "candidate") as other:
+                    compared = self._compared(server, other, compared, level, time.monotonic() + share_s)
+                    self._say(f"{settings}: {compared.result}")
+                    proved = self._proof(other) if compared.outcome == "better" else None
+            except (NotServed, InputError, InvalidMeasurement) as error:
+                compared = compared.model_copy(update={"note": str(error)})
+            self.comparisons.append(compared)
             if proved is not None:
                 said = _proof_said(proved, self.conditions.spec.slo.confidence)
-                conclusion = f"{each.settings}: {found}; {said}"
-                return {"best": each.settings, "proved_rps": proved.capacity_rps, "conclusion": conclusion}
+                conclusion = f"{settings}: {compared}; {said}"
+                return {"best": settings, "proved_rps": proved.capacity_rps, "conclusion": conclusion}
         return {"conclusion": self._nothing_proved()}
 
     def _compared(
@@ -213,16 +211,12 @@ class SettingsSearch:
             found = found.judged(tuple(pairs), level)
         return found
 
-    @property
-    def _proof_s(self) -> float:
-        """Seconds kept for the proof of a rate; 0 if that would take too much of the time."""
-        needed_s = seconds_to_prove(self.conditions.spec.slo, self.usual_rps) + self.conditions.overhead_s
-        return needed_s if needed_s < PROOF_SHARE * self.conditions.max_s else 0.0
-
     def _proof(self, server: CandidateServer) -> HighestRate:
-        """Proves a rate of the best setting: about the highest by short runs, or a step lower."""
+        """Proves a rate of the best setting in the time left: about the highest by short runs, or a step lower."""
         slo = self.conditions.spec.slo
         try:
+            if self.conditions.left_s < seconds_to_prove(slo, self.usual_rps):
+                raise InvalidMeasurement(UNPROVED[TIME])
             found = self._highest(server)
             start_rps = (found.capacity_rps or self.usual_rps) / RESOLUTION  # short runs find too much
             bounds = {"resolution": RESOLUTION, "max_s": self.conditions.left_s}

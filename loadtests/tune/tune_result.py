@@ -17,7 +17,7 @@ from deepseek.spec.checks import Table
 from loadtests.figures import formatted
 from loadtests.search.saved_result import SavedResult
 from loadtests.tune.search_space import ServingSettings
-from loadtests.tune.sequential_test import Outcome, judge
+from loadtests.tune.sequential_test import LEAST_PAIRS, Outcome, judge
 
 
 class ExpectedSettings(Table):
@@ -40,7 +40,7 @@ class Compared(Table):
     pairs: tuple[tuple[float, float], ...] = ()
     """p99 in ms of the default and of the setting."""
     ratio: float | None = None
-    """How many times lower the p99 is than the default's: above 1 is a gain. Null with fewer than two pairs."""
+    """How many times lower the p99 is than the default's: above 1 is a gain. Null with fewer than LEAST_PAIRS."""
     low: float | None = None
     high: float | None = None
     confidence: float
@@ -52,7 +52,7 @@ class Compared(Table):
     def judged(self, pairs: tuple[tuple[float, float], ...], level: float) -> Compared:
         """The same comparison after these pairs, judged at a nominal level."""
         found: dict[str, Any] = {"pairs": pairs}
-        if len(pairs) > 1:
+        if len(pairs) >= LEAST_PAIRS:
             found |= asdict(judge([default / other for default, other in pairs], level))
         return self.model_copy(update=found)
 
