@@ -66,7 +66,7 @@ def listens(url: str) -> bool:
 
 def test_routes_that_crash_again_and_again_are_a_failure(tmp_path: Path) -> None:
     said: list[str] = []
-    place = {"address": "127.0.0.1", "port": 0, "grpc_port": 1}
+    place = {"address": "127.0.0.1", "port": 0, "http_port": 1}
     with OpenAIProcess(tmp_path, **place, say=said.append) as routes:  # type: ignore[arg-type]
         reasons: list[str] = []
 
@@ -81,7 +81,7 @@ def test_routes_that_crash_again_and_again_are_a_failure(tmp_path: Path) -> None
 
 
 def test_without_a_server_it_is_503_with_retry_after(tmp_path: Path) -> None:
-    place = {"address": "127.0.0.1", "port": 0, "grpc_port": free_port()}
+    place = {"address": "127.0.0.1", "port": 0, "http_port": free_port()}
     (tmp_path / "sentence").mkdir()
     (tmp_path / "sentence" / "config.pbtxt").touch()
     with OpenAIProcess(tmp_path, **place, say=print) as routes:  # type: ignore[arg-type]

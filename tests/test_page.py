@@ -159,7 +159,7 @@ def test_a_refusal_is_shown_in_words(page: Browser) -> None:
 def test_without_a_server_the_page_says_so_until_it_is_ready(tmp_path: Path, chromium: Browser) -> None:
     (tmp_path / "sentence").mkdir()
     (tmp_path / "sentence" / "config.pbtxt").touch()
-    with OpenAIProcess(tmp_path, address="127.0.0.1", port=0, grpc_port=free_port(), say=print) as routes:
+    with OpenAIProcess(tmp_path, address="127.0.0.1", port=0, http_port=free_port(), say=print) as routes:
         chromium.open(routes.url.removesuffix("/v1"))
         said = chromium.wait("document.querySelector('#status')?.innerText")
         assert said.startswith("The server refused (503): not ready:")

@@ -5,25 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import socket
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from aiohttp import web
 
-from serving.openai.metrics import Metrics
-from serving.openai.routes import HELD_BYTES, Routes
-from serving.openai.text_models import TextModel
+from serving.openai.routes import HELD_BYTES
 from serving.repository.served_models import served_models
 from tests.conftest import run_module
 from tests.gateway import skip_without_nginx, wait_for
 from tests.test_embedded import start
 from tests.test_gateway_openai import in_front
 from tests.test_openai import Serving, call
+from tests.test_openai_routes import SMALL, in_front_of
 from tests.test_pairs import LONGEST, place, scores_of_transformers
 from tests.test_text import folder
 
@@ -204,25 +202,13 @@ def test_pairs_and_their_tokens_are_counted(url: str) -> None:
     assert (counted("texts") - before[0], counted("tokens") - before[1]) == (2, 2 + 3 + 3 + LONGEST)
 
 
-class LargeModel:
-    """Stands in for the models of a Triton: one that takes large pairs."""
-
-    async def chosen(self, name: str | None, *, pairs: bool) -> TextModel:
-        sizes: dict[str, Any] = {"size": 1, "max_batch": 32, "parts_at_once": 2, "max_tokens": 8, "max_bytes": 2**24}
-        return TextModel(name="large", output="logits", pairs=pairs, **sizes)
-
-
 def test_the_copies_of_the_query_count_as_memory() -> None:
     body = json.dumps({"query": "q" * (HELD_BYTES // 64), "texts": ["a"] * 100}).encode()
 
     async def ask() -> tuple[int, Any]:
-        runner = Routes(LargeModel(), None, Metrics()).runner(1)  # type: ignore[arg-type]
-        await runner.setup()
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            await web.SockSite(runner, listener).start()
-            url = f"127.0.0.1:{listener.getsockname()[1]}"
-            status, _, answer = await asyncio.to_thread(call, url, "POST", "/rerank", body)
-            await runner.cleanup()
+        model = replace(SMALL, pairs=True, max_batch=32, parts_at_once=2, max_bytes=2**24)
+        async with in_front_of(None, model) as address:
+            status, _, answer = await asyncio.to_thread(call, address, "POST", "/rerank", body)
         return status, answer
 
     status, answer = asyncio.run(ask())

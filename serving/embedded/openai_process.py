@@ -24,7 +24,7 @@ from serving.repository.checks import Finding, config_of, models_in
 
 NAME = "OpenAI"
 KILL_AFTER_S = 2.0  # beyond OPENAI_DRAIN_S
-PACKAGES = ("aiohttp", "deepseek_client")
+PACKAGES = ("aiohttp", "deepseek_client", "orjson", "uvloop")
 
 
 class OpenAIProcess:
@@ -36,7 +36,7 @@ class OpenAIProcess:
         *,
         address: str,
         port: int,
-        grpc_port: int,
+        http_port: int,
         say: Callable[[str], None],
     ) -> None:
         self._ports = ReservedPorts(address, {NAME: port})
@@ -45,7 +45,7 @@ class OpenAIProcess:
         self._say = say
         host = "127.0.0.1" if self._ports.address == "0.0.0.0" else self._ports.address
         self._flags = [
-            f"--grpc-url={host}:{grpc_port}",
+            f"--http-url={host}:{http_port}",
             f"--repository={repository}",
             f"--drain-s={OPENAI_DRAIN_S}",
         ]

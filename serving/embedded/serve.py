@@ -97,7 +97,7 @@ def _routes(options: argparse.Namespace, server: EmbeddedServer, running: ExitSt
             server.repository,
             address=server.address,
             port=options.openai_port,
-            grpc_port=server.grpc_port,
+            http_port=server.http_port,
             say=_say,
         )
         return running.enter_context(process)

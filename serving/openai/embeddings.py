@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 from collections.abc import Sequence
 
 import numpy as np
-from deepseek_client import AsyncInferenceClient, InferenceError
+import orjson
+from deepseek_client import InferenceError
 
 from deepseek.spec import TOKENS
 from serving.openai.errors import ApiError, from_client
@@ -16,35 +16,34 @@ from serving.openai.inference import infer_texts
 from serving.openai.metrics import Metrics
 from serving.openai.requests import EmbeddingRequest, SimilarityParameters, SimilarityRequest
 from serving.openai.text_models import TextModel, prepared
+from serving.openai.triton_http import TritonHttp
 
-ROWS_IN_A_TURN = 16  # vectors written as JSON before other requests get their turn
+ROWS_IN_A_TURN = 64  # vectors written as JSON before other requests get their turn
 
 
 class Embeddings:
     """The vectors of the models of one Triton."""
 
-    def __init__(self, client: AsyncInferenceClient, metrics: Metrics) -> None:
-        self._client, self._metrics = client, metrics
+    def __init__(self, triton: TritonHttp, metrics: Metrics) -> None:
+        self._triton, self._metrics = triton, metrics
 
-    async def answer(self, model: TextModel, request: EmbeddingRequest) -> str:
+    async def answer(self, model: TextModel, request: EmbeddingRequest) -> bytes:
         """The vectors of the texts, as the JSON of OpenAI's object."""
         size = _size(request.dimensions, model)
         prompt = model.prompt(request.prompt_name, param="prompt_name")
         vectors, tokens = await self._vectors(model, prepared(request.texts, prompt, model, param="input"))
-        used = int(np.minimum(tokens, model.max_tokens).sum())
-        usage = {
-            "prompt_tokens": used,
-            "total_tokens": used,
-            "truncated_texts": int((tokens > model.max_tokens).sum()),
-        }
+        used = self._counted(model, tokens)
+        truncated = sum(count > model.max_tokens for count in tokens)
+        usage = {"prompt_tokens": used, "total_tokens": used, "truncated_texts": truncated}
         rows = []
         for place, vector in enumerate(_shortened(vectors, size)):
-            row = json.dumps(_base64(vector) if request.encoding_format == "base64" else vector.tolist())
-            rows.append(f'{{"object":"embedding","index":{place},"embedding":{row}}}')
+            numbers = _base64(vector) if request.encoding_format == "base64" else vector
+            row = {"object": "embedding", "index": place, "embedding": numbers}
+            rows.append(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY))
             if place % ROWS_IN_A_TURN == ROWS_IN_A_TURN - 1:
                 await asyncio.sleep(0)
-        data, name = ",".join(rows), json.dumps(model.name)
-        return f'{{"object":"list","data":[{data}],"model":{name},"usage":{json.dumps(usage)}}}'
+        end = orjson.dumps({"model": model.name, "usage": usage})
+        return b'{"object":"list","data":[' + b",".join(rows) + b"]," + end[1:]
 
     async def similarities(self, model: TextModel, request: SimilarityRequest) -> list[float]:
         """The cosine of the source sentence and each of the sentences; 0 if a vector is all zeros."""
@@ -52,22 +51,27 @@ class Embeddings:
         prompt = model.prompt(parameters.prompt_name, param="parameters.prompt_name")
         source = prepared([given.source_sentence], prompt, model, param="inputs.source_sentence")
         sentences = prepared(given.sentences, prompt, model, param="inputs.sentences")
-        vectors, _ = await self._vectors(model, source + sentences)
+        vectors, tokens = await self._vectors(model, source + sentences)
+        self._counted(model, tokens)
         units = _units(vectors)
         return (units[1:] @ units[0]).tolist()
 
-    async def _vectors(self, model: TextModel, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors (texts, size) as little-endian float32, and tokens (texts, 1) before truncation."""
+    async def _vectors(self, model: TextModel, texts: Sequence[str]) -> tuple[np.ndarray, list[int]]:
+        """Vectors (texts, size) as little-endian float32, and tokens of each text before truncation."""
         try:
-            answer = await infer_texts(self._client, model, texts, (model.output, TOKENS))
+            answer = await infer_texts(self._triton, model, texts, (model.output, TOKENS))
         except InferenceError as error:
             raise from_client(error, model.name) from error
-        vectors = answer[model.output].astype("<f4")
+        vectors = answer[model.output].astype("<f4", copy=False)
         if not np.isfinite(vectors).all():
             raise ApiError(500, f"model {model.name!r} answered numbers that are not finite")
-        tokens = answer[TOKENS]
-        self._metrics.count_texts(model.name, len(texts), int(np.minimum(tokens, model.max_tokens).sum()))
-        return vectors, tokens
+        return vectors, answer[TOKENS][:, 0].tolist()
+
+    def _counted(self, model: TextModel, tokens: Sequence[int]) -> int:
+        """The tokens that ran, after truncation; counted in the metrics."""
+        used = sum(min(count, model.max_tokens) for count in tokens)
+        self._metrics.count_texts(model.name, len(tokens), used)
+        return used
 
 
 def _size(asked: int | None, model: TextModel) -> int:

@@ -13,17 +13,17 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-from deepseek_client import AsyncInferenceClient, InferenceError, ServerBusy
+from deepseek_client import InferenceError, ServerBusy
 
-from deepseek.spec import TEXT
 from deepseek.spec.text import LIST_TIMEOUT_S
 from serving.openai.text_models import TextModel
+from serving.openai.triton_http import TritonHttp
 
 RETRY_S = 0.1  # before a refused part of a long list is sent again
 
 
 async def infer_texts(
-    client: AsyncInferenceClient,
+    triton: TritonHttp,
     model: TextModel,
     texts: Sequence[str] | Sequence[tuple[str, str]],
     outputs: Sequence[str],
@@ -38,9 +38,7 @@ async def infer_texts(
             while True:
                 left_s = max(until_s - time.monotonic(), 0.001)
                 try:
-                    return await client.infer(
-                        model.name, {TEXT: part}, outputs=outputs, timeout_s=left_s, parameters=model.parameters
-                    )
+                    return await triton.infer(model.name, part, outputs, timeout_s=left_s, parameters=model.parameters)
                 except ServerBusy:  # a long list waits: it would lose the parts that are done
                     if len(parts) == 1 or left_s < 2 * RETRY_S:
                         raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
-from deepseek_client import AsyncInferenceClient, InferenceError
+from deepseek_client import InferenceError
 
 from deepseek.spec import TOKENS
 from serving.openai.errors import ApiError, from_client
@@ -16,14 +16,15 @@ from serving.openai.inference import infer_texts
 from serving.openai.metrics import Metrics
 from serving.openai.requests import RerankRequest
 from serving.openai.text_models import TextModel, prepared
+from serving.openai.triton_http import TritonHttp
 
 
-async def scores_of(client: AsyncInferenceClient, model: TextModel, request: RerankRequest, metrics: Metrics) -> str:
+async def scores_of(triton: TritonHttp, model: TextModel, request: RerankRequest, metrics: Metrics) -> str:
     """The scores, as the JSON of text-embeddings-inference. Raises ApiError."""
     (query,) = prepared([request.query], "", model, param="query")
     pairs = [(query, text) for text in prepared(request.texts, "", model, param="texts")]
     try:
-        answer = await infer_texts(client, model, pairs, (model.output, TOKENS))
+        answer = await infer_texts(triton, model, pairs, (model.output, TOKENS))
     except InferenceError as error:
         raise from_client(error, model.name) from error
     scores, tokens = answer[model.output][:, 0].astype(np.float64), answer[TOKENS][:, 0]  # tokens before truncation

@@ -9,8 +9,8 @@ import asyncio
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from aiohttp import web
@@ -25,11 +25,12 @@ from serving.openai.request_body import shown
 from serving.openai.requests import EmbeddingRequest, RerankRequest, SimilarityRequest
 from serving.openai.rerank import scores_of
 from serving.openai.text_models import TextModel, TextModels
+from serving.openai.triton_http import TritonHttp
 
 BODY_BYTES = 8 * 2**20
 HELD_BYTES = 192 * 2**20  # of all requests at once: their bodies, and an estimate of their answers until these are sent
 NUMBER_BYTES = 24  # of a vector while it is computed and sent as base64
-DIGITS_BYTES = 64  # of one that is sent as JSON: some 20 characters, which are copied twice
+DIGITS_BYTES = 64  # of one that is sent as JSON: up to 16 characters, which are copied three times
 READ_S = 30.0  # longest upload of a body
 CALLER_LEFT = 499  # as nginx counts it
 NOTED = web.RequestKey("noted", dict[str, Any])  # its model, and whether its list is split
@@ -38,8 +39,9 @@ NOTED = web.RequestKey("noted", dict[str, Any])  # its model, and whether its li
 class Routes:
     """The handlers of one server."""
 
-    def __init__(self, models: TextModels, embeddings: Embeddings, metrics: Metrics) -> None:
-        self._models, self._embeddings, self._metrics = models, embeddings, metrics
+    def __init__(self, models: TextModels, triton: TritonHttp, metrics: Metrics) -> None:
+        self._models, self._triton, self._metrics = models, triton, metrics
+        self._embeddings = Embeddings(triton, metrics)
         self._held_bytes = 0
         self._routes = (
             Route(
@@ -86,7 +88,7 @@ class Routes:
 
     def runner(self, drain_s: float) -> web.AppRunner:
         """Runs the routes; its clean-up gives requests in flight `drain_s` seconds."""
-        app = web.Application(middlewares=[self._count, self._refuse], client_max_size=BODY_BYTES)
+        app = web.Application(middlewares=[self._count], client_max_size=BODY_BYTES)
         for route in self._routes:
             path = route.path.replace("}", ":.+}")  # a parameter may contain slashes
             app.router.add_route(route.method, path, route.handler)
@@ -101,28 +103,28 @@ class Routes:
         )
 
     async def _embed(self, request: web.Request) -> web.Response:
-        async with self._body(request) as body:
-            asked = EmbeddingRequest.read(body)
+        with self._hold_body(request):
+            asked = EmbeddingRequest.read(await _body(request))
             model = await self._model(request, asked.model, len(asked.texts))
             per_number = NUMBER_BYTES if asked.encoding_format == "base64" else DIGITS_BYTES
             with self._hold_answer(len(asked.texts) * model.size * per_number):
                 answer = await self._embeddings.answer(model, asked)
-                return await _sent(request, web.Response(text=answer, content_type="application/json"))
+                return await _sent(request, web.Response(body=answer, content_type="application/json"))
 
     async def _compare(self, request: web.Request) -> web.Response:
-        async with self._body(request) as body:
-            asked = SimilarityRequest.read(body)
+        with self._hold_body(request):
+            asked = SimilarityRequest.read(await _body(request))
             model = await self._model(request, asked.model, 1 + len(asked.inputs.sentences))
             with self._hold_answer(len(asked.inputs.sentences) * model.size * NUMBER_BYTES):
                 return web.json_response(await self._embeddings.similarities(model, asked))
 
     async def _rerank(self, request: web.Request) -> web.Response:
-        async with self._body(request) as body:
-            asked = RerankRequest.read(body)
+        with self._hold_body(request):
+            asked = RerankRequest.read(await _body(request))
             model = await self._model(request, asked.model, len(asked.texts), pairs=True)
             copies = min(len(asked.texts), model.max_batch * model.parts_at_once)  # each text goes with the query
             with self._hold(copies * len(asked.query.encode())):
-                answer = await scores_of(self._models.client, model, asked, self._metrics)
+                answer = await scores_of(self._triton, model, asked, self._metrics)
         return web.Response(text=answer, content_type="application/json")
 
     async def _model(self, request: web.Request, name: str | None, texts: int, *, pairs: bool = False) -> TextModel:
@@ -151,21 +153,14 @@ class Routes:
     async def _document(self, _: web.Request) -> web.Response:
         return web.json_response(document(self._routes))
 
-    @asynccontextmanager
-    async def _body(self, request: web.Request) -> AsyncIterator[bytes]:
-        """The body, which counts as held inside the block. Raises ApiError."""
+    def _hold_body(self, request: web.Request) -> AbstractContextManager[None]:
+        """Holds the body while it is read and used. Raises ApiError."""
         if (encoding := request.headers.get("Content-Encoding", "identity")) != "identity":
             raise ApiError(415, f"Content-Encoding: seen {encoding[:60]!r}; send the body uncompressed")
         size = BODY_BYTES if request.content_length is None else request.content_length
         if size > BODY_BYTES:
             raise web.HTTPRequestEntityTooLarge(BODY_BYTES, size)
-        with self._hold(size):
-            try:
-                async with asyncio.timeout(READ_S):
-                    body = await request.read()
-            except TimeoutError:
-                raise ApiError(408, f"the body did not arrive within {READ_S:g} s") from None
-            yield body
+        return self._hold(size)
 
     def _hold_answer(self, size: int) -> AbstractContextManager[None]:
         """Holds an answer besides its body. One that is larger than all the room is computed if it is alone."""
@@ -186,7 +181,7 @@ class Routes:
         resource = request.match_info.route.resource
         start_s, status = time.perf_counter(), CALLER_LEFT
         try:
-            answer = await handler(request)
+            answer = await self._answered(request, handler)
             status = answer.status
             return answer
         finally:
@@ -194,8 +189,7 @@ class Routes:
             route = resource.canonical if resource else "other"
             self._metrics.count_request(route, status, seconds, **request.get(NOTED, {}))
 
-    @web.middleware
-    async def _refuse(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         headers = {}
         try:
             return await handler(request)
@@ -220,6 +214,16 @@ class Routes:
         if error.retry_after_s:
             headers["Retry-After"] = str(error.retry_after_s)
         return web.json_response(error.body(), status=error.status, headers=headers)
+
+
+async def _body(request: web.Request) -> bytes:
+    if request.content.is_eof():  # it came with the head: no timer is needed
+        return await request.read()
+    try:
+        async with asyncio.timeout(READ_S):
+            return await request.read()
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {READ_S:g} s") from None
 
 
 async def _sent(request: web.Request, answer: web.Response) -> web.Response:

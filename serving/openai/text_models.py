@@ -95,7 +95,7 @@ class TextModels:
     """The models of one Triton. `repository`: its folder, for the list of models."""
 
     def __init__(self, client: AsyncInferenceClient, repository: Path) -> None:
-        self.client, self._repository = client, repository
+        self._client, self._repository = client, repository
         self._read: dict[str, tuple[float, TextModel]] = {}  # name -> when it was read, and the model
 
     async def all(self) -> list[TextModel]:
@@ -114,7 +114,7 @@ class TextModels:
         read_s, model = self._read.get(name, (0.0, None))
         if model is None or time.monotonic() - read_s > METADATA_S:
             try:
-                model = TextModel.of(await self.client.metadata(name))
+                model = TextModel.of(await self._client.metadata(name))
             except InferenceError as error:
                 raise from_client(error, name) from error
             self._read[name] = (time.monotonic(), model)
@@ -124,7 +124,7 @@ class TextModels:
         """Triton's statistics of a model. Raises ApiError."""
         await self.named(name)
         try:
-            return await self.client.model_statistics(name)
+            return await self._client.model_statistics(name)
         except InferenceError as error:
             raise from_client(error, name) from error
 

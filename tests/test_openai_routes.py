@@ -1,0 +1,189 @@
+"""OpenAI's routes in this process, with a stand-in for Triton: memory, bulk requests, callers that disconnect."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from io import BytesIO
+from typing import Any
+
+import deepseek_client
+import numpy as np
+import pytest
+from aiohttp import ClientSession, web
+from deepseek_client import InferenceError
+
+from serving.openai.embeddings import _shortened
+from serving.openai.errors import ApiError, from_client
+from serving.openai.inference import infer_texts
+from serving.openai.metrics import Metrics
+from serving.openai.routes import HELD_BYTES, Routes
+from serving.openai.text_models import TextModel
+
+
+def test_bodies_are_refused_beyond_the_memory_they_may_take() -> None:
+    routes = Routes(None, None, None)  # type: ignore[arg-type]
+    with routes._hold(HELD_BYTES):
+        with pytest.raises(ApiError) as error, routes._hold(1):
+            pass
+        assert error.value.status == 429
+    with routes._hold(HELD_BYTES):
+        pass
+
+
+class StandIn:
+    """Stands in for the connections to Triton: notes each call, and answers once it is released."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[str], Any]] = []  # texts and parameters
+        self.released, self.cancelled = asyncio.Event(), asyncio.Event()
+
+    async def infer(self, _: str, texts: list[str], *__: Any, parameters: Any, **___: Any) -> dict[str, np.ndarray]:
+        self.calls.append((texts, parameters))
+        try:
+            await self.released.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        return {"embedding": np.ones((len(texts), 1), np.float32), "tokens": np.ones((len(texts), 1), np.int32)}
+
+
+SMALL = TextModel(name="m", output="embedding", size=1, max_batch=2, parts_at_once=1, max_tokens=8, max_bytes=8)
+LARGE = replace(SMALL, size=384, max_batch=2048)
+
+
+@asynccontextmanager
+async def in_front_of(triton: Any, model: TextModel, metrics: Metrics | None = None) -> AsyncIterator[str]:
+    """The routes for one model, in this loop: host and port."""
+
+    class Models:
+        async def chosen(self, *_: Any, **__: Any) -> TextModel:
+            return model
+
+    runner = Routes(Models(), triton, metrics or Metrics()).runner(1)  # type: ignore[arg-type]
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield "127.0.0.1:{1}".format(*runner.addresses[0])
+    await runner.cleanup()
+
+
+async def embed(address: str, texts: list[str], **sent: Any) -> tuple[int, Any]:
+    """Status and answer."""
+    data = BytesIO(json.dumps({"model": "m", "input": texts}).encode())
+    url = f"http://{address}/v1/embeddings"
+    async with ClientSession() as session, session.post(url, data=data, **sent) as answer:
+        return answer.status, await answer.json()
+
+
+@pytest.mark.parametrize("chunked", [None, True])
+def test_an_answer_larger_than_all_the_room_is_computed_if_it_is_alone(chunked: bool | None) -> None:
+    async def run() -> int:
+        triton = StandIn()
+        triton.released.set()
+        async with in_front_of(triton, replace(LARGE, size=1_000_000)) as address:
+            return (await embed(address, ["a"] * 2048, chunked=chunked))[0]
+
+    assert asyncio.run(run()) == 200
+
+
+def test_large_answers_are_refused_beyond_the_memory_they_may_take() -> None:
+    """2048 vectors of 384 numbers count as 48 MiB, so four fill the 192, with nothing left for the bodies."""
+
+    async def run() -> list[int]:
+        triton = StandIn()
+
+        async def started(count: int) -> None:
+            while len(triton.calls) < count:
+                await asyncio.sleep(0.01)
+
+        async with in_front_of(triton, LARGE) as address:
+            asked = [asyncio.create_task(embed(address, ["a"] * 2048)) for _ in range(3)]
+            await started(3)
+            refused = await embed(address, ["a"] * 2048)
+            asked.append(asyncio.create_task(embed(address, ["a"])))
+            await started(4)
+            triton.released.set()
+            answers = [refused, *(await asyncio.gather(*asked)), await embed(address, ["a"] * 2048)]
+        return [status for status, _ in answers]
+
+    assert asyncio.run(run()) == [429, 200, 200, 200, 200, 200]
+
+
+def test_a_header_makes_a_request_bulk() -> None:
+    """It then waits behind others, in parts of the batch that Triton prefers."""
+
+    async def run() -> tuple[list[Any], Any]:
+        triton = StandIn()
+        triton.released.set()
+        async with in_front_of(triton, replace(SMALL, preferred_batch=1)) as address:
+            for headers in ({}, {"X-Priority": "online"}, {"X-Priority": "bulk"}, {"X-Priority": "1"}):
+                _, answer = await embed(address, ["a", "b"], headers=headers)
+        return triton.calls, answer
+
+    calls, refused = asyncio.run(run())
+    assert calls == [*[(["a", "b"], {})] * 2, (["a"], {"priority": 2}), (["b"], {"priority": 2})]
+    assert refused["error"]["message"] == 'X-Priority: seen "1"; allowed: online or bulk'
+
+
+class Refusing:
+    """Stands in for a Triton that refuses every list of texts once."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[str]] = []
+
+    async def infer(self, _: str, texts: list[str], *__: Any, **___: Any) -> dict[str, np.ndarray]:
+        self.sent.append(texts)
+        if self.sent.count(texts) == 1:
+            raise deepseek_client.ServerBusy("full")
+        return {"embedding": np.array(texts)}
+
+
+def test_a_refused_part_of_a_long_list_is_sent_again() -> None:
+    triton: Any = Refusing()
+    found = asyncio.run(infer_texts(triton, SMALL, list("abc"), ["embedding"]))
+    assert list(found["embedding"]) == ["a", "b", "c"]
+    with pytest.raises(deepseek_client.ServerBusy):  # one batch: the caller decides
+        asyncio.run(infer_texts(triton, SMALL, list("de"), ["embedding"]))
+
+
+def test_a_call_is_cancelled_when_its_caller_disconnects() -> None:
+    async def leave() -> None:
+        triton, metrics = StandIn(), Metrics()
+        async with in_front_of(triton, SMALL, metrics) as address:
+            asked = asyncio.create_task(embed(address, ["a"]))
+            while not triton.calls:
+                await asyncio.sleep(0.01)
+            asked.cancel()
+            await asyncio.wait_for(triton.cancelled.wait(), 60)
+        assert 'openai_requests_total{route="/v1/embeddings",status="499"} 1\n' in metrics.text()
+
+    asyncio.run(leave())
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (deepseek_client.InvalidInput("x"), 400),
+        (deepseek_client.ModelNotFound("x"), 404),
+        (deepseek_client.ServerBusy("x", 1.5), 429),
+        (deepseek_client.ServerError("x"), 500),
+        (deepseek_client.ModelNotReady("x"), 503),
+        (deepseek_client.Unreachable("x"), 503),
+        (deepseek_client.ConnectionLost("x"), 503),
+        (deepseek_client.DeadlineExceeded("x"), 504),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_each_error_of_a_call_has_its_status(error: InferenceError, status: int) -> None:
+    found = from_client(error, "sentence")
+    assert found.status == status
+    assert found.retry_after_s == {429: 2, 503: 1}.get(status, 0)
+
+
+def test_a_vector_of_zeros_stays_one_when_it_is_shortened() -> None:
+    found = _shortened(np.array([[0, 0, 5], [3, 4, 5]], np.float32), 2)
+    np.testing.assert_allclose(found, [[0.0, 0.0], [0.6, 0.8]], atol=1e-7)
+    assert found.dtype == np.float32
