@@ -53,7 +53,7 @@ ROWS = (
         options=(
             Option(
                 "--bench",
-                "parts, with commas (default: all): server, recommender, batching, bulk, int8, pruning, client, "
+                "parts, with commas (default: all): server, recommender, batching, bulk, int8, client, "
                 "accuracy, generator, peer, text",
             ),
             *FLAGS,

@@ -40,17 +40,16 @@ class Part:
 
 
 PARTS = {
-    "server-apart": Part(270, (served.apart,)),
+    "server-apart": Part(260, (served.apart,)),
     "server-shared": Part(270, (served.shared,)),
     "recommender": Part(200, (served.recommender,)),
-    "batching": Part(200, (served.batching,)),
-    "bulk": Part(200, (served.bulk,)),
-    "int8": Part(200, (engines.int8,)),
-    "pruning": Part(120, (engines.pruned,)),
+    "batching": Part(210, (served.batching,)),
+    "bulk": Part(180, (served.bulk,)),
+    "int8": Part(150, (engines.int8,)),
     "client": Part(200, (client.client, client.client_async, client.client_memory)),
     "accuracy": Part(220, (instrument.accuracy,)),
-    "generator": Part(180, (instrument.ceiling, instrument.encoding)),
-    "peer": Part(200, (instrument.peer,)),
+    "generator": Part(150, (instrument.ceiling, instrument.encoding)),
+    "peer": Part(190, (instrument.peer,)),
     "text-apart": Part(290, (text.apart,)),
     "text-shared": Part(240, (text.shared,)),
     "text-vectors": Part(90, (text.vectors,)),

@@ -1,18 +1,14 @@
-"""Benchmarks of the build: speed and size of int8, and pruning."""
+"""Speed and size of int8 in raw ONNX Runtime."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-from pathlib import Path
 
 import onnxruntime
 
-from deepseek.spec import InputError, build_dir
 from export.artifact import choice_path, onnx_path, read_manifest
 from export.rows import Row, batches
-from tests.bench.setting import MODELS, Bench, log, seconds
-from tests.conftest import run_module
+from tests.bench.setting import MODELS, Bench, seconds
 
 
 def int8(bench: Bench) -> None:
@@ -35,25 +31,6 @@ def speedups(bench: Bench, sessions: dict[str, onnxruntime.InferenceSession], in
         first, second = (_seconds_of_runs(session, inputs) for session in sessions.values())
         ratios.append(first / second)
     return ratios
-
-
-def pruned(bench: Bench) -> None:
-    """The recommender without a quarter of its heads and channels over the full model, in raw fp32."""
-    whole = bench.raw_sessions(onnx_path("recommender", "fp32"), 1)[0]
-    build = str(bench.folder / "pruned")
-    subprocess.run(["cp", "-r", build_dir("recommender").parent, build], check=True)
-    for stage, *flags in (("prune", "--ratio", "0.25"), ("to-onnx",)):
-        with log.status(f"{stage} of the recommender"):
-            run = run_module("cli", stage, *flags, DEEPSEEK_BUILD=build, PYTHONWARNINGS="ignore")
-        if run.returncode:
-            raise InputError(run.stderr)
-    report = json.loads((Path(build) / "recommender" / "pruning.json").read_text())
-    pruned = bench.raw_sessions(Path(build) / "recommender" / "fp32" / "model.onnx", 1)[0]
-    _, inputs = next(batches(bench.rows["recommender"], bench.specs["recommender"].axes["batch"].opt))
-    ratios = speedups(bench, {"whole": whole, "pruned": pruned}, inputs)
-    bench.record(
-        "pruned over unpruned: recommender", ratios, f"{100 * report['drop']:.2f} % of {report['metric'].upper()} lost"
-    )
 
 
 def _lost(name: str, precision: str) -> str:

@@ -205,15 +205,6 @@ TABLES = {
             for key, name in (("minilm", "MiniLM"), ("recommender", "recommender"))
         ),
     ),
-    "pruning": Table(
-        ("model",),
-        (
-            _line(
-                "recommender, a quarter of heads and channels removed, batch 16",
-                key="pruned over unpruned: recommender",
-            ),
-        ),
-    ),
     "client": _client(),
     "accuracy": Table(
         ("protocol",),
