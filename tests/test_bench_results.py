@@ -137,7 +137,9 @@ def test_publishing_leaves_out_runs_with_fewer_pairs(
     for page in PAGES:
         page.write_text("Results: <!-- bench: readme -->\nold\n\n## Next\n")
     PUBLISHED.write_text(published)
-    write(replace(RUN, shortened=True), tmp_path / "build" / "bench" / "short.json")
+    write(replace(RUN, shortened=True), tmp_path / "build" / "bench" / "int8.json")
+    (tmp_path / "build" / "bench" / "peers.json").write_text("{}")
+    (tmp_path / "build" / "bench" / "peer.json").write_text('{"ratios": []}')  # of an older version
     main()
     assert PUBLISHED.read_text() == published
     write(RUN, tmp_path / "build" / "bench" / "client.json")

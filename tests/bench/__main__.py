@@ -50,8 +50,8 @@ PARTS = {
     "accuracy": Part(220, (instrument.accuracy,)),
     "generator": Part(150, (instrument.ceiling, instrument.encoding)),
     "peer": Part(190, (instrument.peer,)),
-    "text-apart": Part(290, (text.apart,)),
-    "text-shared": Part(240, (text.shared,)),
+    "text-apart": Part(260, (text.apart,)),
+    "text-shared": Part(270, (text.shared,)),
     "text-vectors": Part(90, (text.vectors,)),
 }
 LONGEST_S = 300

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from deepseek.spec import Parser, build_dir, run_command
 from deepseek.spec.files.folders import write_whole
+from tests.bench.__main__ import PARTS
 from tests.bench.results import PUBLISHED, Ratio, Run, merged, read, text
 from tests.bench.tables import README, TABLES, Line, Table
 
@@ -27,7 +28,10 @@ def main() -> None:
     """Merges the results, and writes the pages."""
     Parser(__doc__, prog="python -m tests.bench.publish").parse_args()
     published = read(PUBLISHED)
-    for path in sorted(build_dir("bench").glob("*.json")):
+    for part in PARTS:
+        path = build_dir("bench") / f"{part}.json"
+        if not path.is_file():
+            continue
         new = read(path)
         if any(run.shortened for run in new):
             print(f"skipped   {path}: fewer pairs than the default")

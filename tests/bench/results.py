@@ -155,8 +155,8 @@ def text(runs: Iterable[Run]) -> str:
 
 
 def read(path: Path) -> list[Run]:
-    """The runs of a file."""
-    return [Run.of(each) for each in json.loads(path.read_text())["runs"]]
+    """The runs of a file; none if an older version wrote it."""
+    return [Run.of(each) for each in json.loads(path.read_text()).get("runs", ())]
 
 
 def merged(published: Iterable[Run], new: Iterable[Run]) -> list[Run]:

@@ -82,7 +82,7 @@ def shared(bench: Bench) -> None:
         targets = {name: _v2(addresses[name], texts) for name in addresses} | _peers(bench, stack, texts)
         _check(targets, raw, texts)
         sides = {name: closed(target.sender, cores) for name, target in targets.items()}
-        found = bench.rounds({**{name: _raw_side(one) for name, one in raw.items()}, **sides}, ROUNDS)
+        found = bench.rounds({**{name: _raw_side(one) for name, one in raw.items()}, **sides}, 2)
         _over_raw(bench, found, TOGETHER, (FP32, AUTO))
         _over_peers(bench, found, TOGETHER)
         raw_per_s = statistics.median(load.answered_per_s for load in found[f"raw {FP32}"])
