@@ -25,12 +25,14 @@ from loadtests.load.measure import measure
 from loadtests.load.preflight import check
 from loadtests.results.run import Run
 from loadtests.results.settings import LoadSettings
+from tests.bench.served import BATCHING
 from tests.bench.setting import Bench, on, perf_analyzer_command, perf_analyzer_row, url_of
 from tests.fake_endpoint import FakeEndpoint
 
 Protocol = Literal["grpc", "http"]
 PROTOCOLS: tuple[Protocol, ...] = ("grpc", "http")
 PERCENTS = (50, 90, 99, 99.9)
+PATIENT = (BATCHING, f"{BATCHING}queue_timeout_ms = 10000\n")
 USERS = 16  # of the closed loop that measures the ceiling
 LENGTH = 50  # floats per input
 SPEC = """
@@ -192,7 +194,7 @@ def _cpu_s(call: Callable[[], object]) -> float:
 
 def peer(bench: Bench) -> None:
     """The load test over perf_analyzer: throughput, p50 and p99 on the same server under the same load."""
-    with bench.server(bench.repository("minilm")) as server:
+    with bench.server(bench.repository("minilm", "fp32", PATIENT)) as server:  # perf_analyzer ends if it is refused
         for protocol in PROTOCOLS:
             ours, theirs = [], []
             for _ in range(bench.pairs(3)):

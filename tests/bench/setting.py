@@ -163,7 +163,10 @@ class Bench:
         save_rows(inputs, self.rows[name][:64])
         flags = (*flags, "--inputs", str(inputs), "--json")
         result = json.loads(self.run("cli loadtest", name, *where, *flags, allowed=(0, 3)))
-        latency = {f"p{percent}_us": result["latency"]["service"][f"p{percent}_ms"] * 1000 for percent in (50, 99)}
+        latency_ms = result["latency"]["service"]
+        if latency_ms["p99_ms"] is None:
+            raise InputError(f"{name}: {result['answered']} answers in 12 s are too few for a p99; use a quiet machine")
+        latency = {f"p{percent}_us": latency_ms[f"p{percent}_ms"] * 1000 for percent in (50, 99)}
         return {"throughput": result["throughput_rps"], **latency}
 
     def run(self, command: str, model: str, *flags: str, allowed: tuple[int, ...] = (0,)) -> str:
