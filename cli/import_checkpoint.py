@@ -14,9 +14,7 @@ from pathlib import Path
 from string import Template
 
 from cli.checkpoint import HEADS, Checkpoint
-from cli.new import TEMPLATES
-from deepseek.spec import DeploymentSpec, InputError
-from deepseek.spec.files.folders import onto_disk, scratch_in
+from cli.new import TEMPLATES, drafted
 
 TITLES = {
     "encoder": "A text encoder",
@@ -48,25 +46,9 @@ def main(options: argparse.Namespace) -> None:
     checkpoint = Checkpoint.read(options.folder, options.task)
     name = options.name or re.sub(r"[^A-Za-z0-9_-]+", "-", options.folder.resolve().name).strip("-_")
     folder = options.models / name
-    exists = f"{folder}: already exists; choose another name with --name, or another folder with --models"
-    if folder.exists():
-        raise InputError(exists)
-    with scratch_in(options.models) as scratch:
-        draft = scratch / name
-        draft.mkdir()
+    with drafted(folder) as draft:
         _write_code(draft, name, checkpoint)
-        try:
-            DeploymentSpec.load(draft)
-        except InputError as error:
-            raise InputError(str(error).replace(f"{draft / 'deploy.toml'}: ", "", 1)) from None
         size = _copy(checkpoint, draft / "checkpoint")
-        onto_disk(draft)
-        try:
-            draft.rename(folder)
-        except OSError:
-            if folder.exists():  # another import was faster
-                raise InputError(exists) from None
-            raise
     _report(options, folder, checkpoint, size)
 
 

@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from deepseek.spec import DeploymentSpec, InputError
+from deepseek.spec.files.folders import onto_disk, scratch_in
 
 TEMPLATES = Path(__file__).parent / "templates"
 FILES = ("deploy.toml", "model.py")
 
 
-def main(options: argparse.Namespace) -> None:
-    folder = options.models / options.name
+@contextmanager
+def drafted(folder: Path) -> Iterator[Path]:
+    """A draft of a model folder, which appears at once if its deploy.toml is right. Raises InputError."""
+    exists = f"{folder}: already exists; choose another name, or another folder with --models"
     if folder.exists():
-        raise InputError(f"{folder}: already exists; choose another name, or another folder with --models")
-    kind = vars(options)["from"]
-    options.models.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=options.models) as draft:
-        for name in FILES:
-            text = (TEMPLATES / kind / name).read_text().replace(f'name = "{kind}"', f'name = "{options.name}"', 1)
-            Path(draft, name).write_text(text)
+        raise InputError(exists)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_in(folder.parent) as scratch:
+        draft = scratch / folder.name
+        draft.mkdir()
+        yield draft
         try:
             DeploymentSpec.load(draft)
         except InputError as error:
-            raise InputError(str(error).replace(f"{Path(draft, 'deploy.toml')}: ", "")) from None
-        Path(draft).chmod(0o755)
-        shutil.copytree(draft, folder)
+            raise InputError(str(error).replace(f"{draft / 'deploy.toml'}: ", "", 1)) from None
+        onto_disk(draft)
+        try:
+            draft.rename(folder)
+        except OSError:
+            if folder.exists():  # another process was faster
+                raise InputError(exists) from None
+            raise
+
+
+def main(options: argparse.Namespace) -> None:
+    folder, kind = options.models / options.name, vars(options)["from"]
+    with drafted(folder) as draft:
+        for name in FILES:
+            text = (TEMPLATES / kind / name).read_text().replace(f'name = "{kind}"', f'name = "{options.name}"', 1)
+            (draft / name).write_text(text)
     where = "" if options.models == Path("models") else f" MODELS={options.models}"
     print(f"new       {folder}/deploy.toml: what is served, and how fast it must be")
     print(f"new       {folder}/model.py: the module, its weights and its samples")

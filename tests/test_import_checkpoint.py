@@ -342,7 +342,7 @@ REFUSALS: list[tuple[Callable[[Path], None], tuple[str, ...], str]] = [
     (with_file("config_sentence_transformers.json", '{"prompts": {"a": "b"}, "default_prompt_name": "c"}'), (), "default_prompt_name 'c' is not one of the prompts"),
     (with_file("modules.json", "[{}]"), (), "modules.json: cannot be read"),
     ((lambda folder: None), ("--name", "gateway"), "name: seen 'gateway', but build/gateway is reserved"),
-    ((lambda folder: None), ("--name", "taken"), "taken: already exists; choose another name with --name"),
+    ((lambda folder: None), ("--name", "taken"), "taken: already exists; choose another name, or another folder"),
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ So mixed precision does not reduce the training state; it reduces activations an
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -189,15 +190,7 @@ def activation_width(precision: str, platform: Platform = "accelerator") -> int:
 
 def largest_batch(bytes_of: Callable[[int], float], limit_bytes: float, *, most: int = 2**20) -> int:
     """The largest batch whose memory is within a limit; 0 if not even 1 fits. `bytes_of` must not decrease."""
-    if bytes_of(1) > limit_bytes:
-        return 0
-    low, high = 1, 2
-    while high <= most and bytes_of(high) <= limit_bytes:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if bytes_of(middle) <= limit_bytes else (low, middle)
-    return low
+    return bisect_right(range(1, most + 1), limit_bytes, key=bytes_of)
 
 
 @dataclass(frozen=True, kw_only=True)

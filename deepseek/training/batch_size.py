@@ -102,7 +102,6 @@ def _next(points: list[tuple[int, float]], room: float, rows: int) -> int:
     (small, least), (large, most) = points[0], points[-1]
     slope = max(0.0, (most - least) / (large - small)) if large > small else 0.0
     found = largest_batch(lambda size: least + slope * (size - small), room, most=rows)
-    found = min(found, rows)
     return found - found % 8 if found > 8 else found
 
 
