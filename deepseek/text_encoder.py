@@ -127,16 +127,15 @@ class TextEncoder:
         return values[len(values) - len(row) :] if self._pads_left else values[: len(row)]
 
     def parts(self, rows: Sequence[Row], most_tokens: int) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-        """Batches of rows of similar length, the longest first: `most_tokens` with padding, or one row.
+        """Batches of rows of similar length, the shortest first: `most_tokens` with padding, or one row.
 
         Yields the places of the rows in `rows`, and the model's inputs.
         """
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
-        start = 0
-        for end in split_points([max(self._min_tokens, len(rows[place])) for place in order], most_tokens):
+        ends = split_points([max(self._min_tokens, len(rows[place])) for place in order], most_tokens)
+        for start, end in reversed(list(zip([0, *ends], ends, strict=False))):
             places = order[start:end]
             yield places, self.batch([rows[place] for place in places])
-            start = end
 
 
 def pair_lengths(first: int, second: int, most: int) -> tuple[int, int]:

@@ -265,6 +265,9 @@ def _measure_batches(plan: Plan) -> Stage:
     )
 
 
+BACKEND = ("onnxruntime_backend", "compute_slots", "model_inputs")
+
+
 def publish_stage(plan: Plan) -> Stage:
     """The stage that adds the next version to the repository."""
     graphs = ("tensorrt.cuda_graphs", "tensorrt.cuda_graph_batches")
@@ -284,9 +287,8 @@ def publish_stage(plan: Plan) -> Stage:
         reads=(
             choice_path(plan.model, plan.target),
             *((batches_path(plan.model, plan.target),) if plan.target == "onnxruntime" else ()),
-            *(ROOT / "serving" / "backend" / f"{name}.py" for name in ("onnxruntime_backend", "compute_slots")),
+            *(ROOT / "serving" / "backend" / f"{name}.py" for name in (*BACKEND, *strings)),
             ROOT / "deepseek" / "onnxruntime_session.py",
-            *(ROOT / "serving" / "backend" / f"{name}.py" for name in strings),
             *((plan.folder / file, build_dir(plan.model) / file) if file else ()),
         ),
         keys=(*SIGNATURE, *served),

@@ -61,6 +61,8 @@ def model_config(
     if target == "onnxruntime" and left_out:
         _leave_out(config, left_out)
     config.parameters["precision"].string_value = precision
+    if plan.run_rows is not None:
+        config.parameters["run_rows"].string_value = str(plan.run_rows)
     batching = config.dynamic_batching
     batching.max_queue_delay_microseconds = spec.batching.max_queue_delay_us
     if plan.preferred_batch is not None:

@@ -17,7 +17,7 @@ import pytest
 from deepseek_client import InferenceClient
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from deepseek.spec import DeploymentSpec, InputError, PublishedManifest
+from deepseek.spec import DeploymentSpec, InputError, PublishedManifest, TextSpec
 from deepseek.spec.checks import checked
 from deepseek.spec.cpu import Cpu, cpu_model, has_int8_dot_products, this_cpu
 from deepseek.spec.files.measured_batches import (
@@ -86,14 +86,35 @@ def test_the_preferred_batch_is_the_smallest_that_keeps_the_throughput_and_fits_
 
 def test_queue_and_timeout_follow_from_the_same_numbers_which_the_plan_states() -> None:
     plan = plan_of(spec_of(), measured_as(ENCODER))
-    assert (plan.queue_timeout_ms, plan.max_queue_size) == (140, 75)  # 200 - 2 x 30; 2 x 266.7/s x 0.14 s
+    assert (plan.queue_timeout_ms, plan.max_queue_size) == (140, 74)  # 200 - 30 - 30; 2 x 264/s x 0.14 s
+    size = "batches of 4 take 30 ms and give 264 rows/s; the best of up to 50 ms (p99 / 4), of 4, give 264 rows/s"
     assert plan.reasons == {
-        "preferred_batch": "batches of 4 take 30 ms and give 266.7 rows/s; the best of up to 50 ms (p99 / 4), of 4, "
-        "give 266.7 rows/s",
-        "queue_timeout_ms": "p99 200 ms - 2 x 30 ms, a batch",
-        "max_queue_size": "2 x 266.7 rows/s x 140 ms, at least two batches an instance",
+        "run_rows": size,
+        "preferred_batch": size,
+        "queue_timeout_ms": "p99 200 ms - 30 ms for its batch - 30 ms",
+        "max_queue_size": "2 x 264 rows/s x 140 ms, at least two batches an instance",
     }
     assert plan.measured == measured_as(ENCODER)
+
+
+def test_a_short_batch_is_larger_as_each_costs_the_server_time_too() -> None:
+    recommender = {1: 0.36, 2: 0.63, 4: 1.19, 8: 2.32, 16: 4.69, 32: 9.55, 64: 19.6}  # alone, 4 rows would be enough
+    assert plan_of(spec_of(p99_ms=80), measured_as(recommender)).run_rows == 16
+
+
+def test_texts_are_joined_for_longer_than_they_run_at_once() -> None:
+    spec = spec_of().model_copy(update={"text": TextSpec(tokenizer="tokenizer.json")})
+    plan = plan_of(spec, measured_as(ENCODER))
+    assert (plan.run_rows, plan.preferred_batch, plan.queue_timeout_ms) == (4, 10, 80)  # 80 ms / 7.5; 200 - 90 - 30
+    assert plan.reasons["preferred_batch"] == "texts of 7.5 ms each within 80 ms (p99 x 0.4), at least 4"
+    assert plan_of(spec, measured_as({1: 60.0})).preferred_batch == 1
+    by_hand = spec.model_copy(update={"batching": spec.batching.model_copy(update={"preferred_batch": 32})})
+    assert plan_of(by_hand, measured_as(ENCODER)).run_rows == 4
+    config = model_config(spec_of(), "fp32", "onnxruntime", {}, plan=plan)
+    assert (config.parameters["run_rows"].string_value, list(config.dynamic_batching.preferred_batch_size)) == (
+        "4",
+        [10],
+    )
 
 
 def test_a_model_too_slow_for_its_slo_lets_a_request_wait_for_one_batch() -> None:

@@ -54,6 +54,7 @@ def test_each_build_adds_a_version_and_the_oldest_are_removed(build: Path, tmp_p
         "model.py",
         "onnxruntime_session.py",
         "compute_slots.py",
+        "model_inputs.py",
     }
     assert {path.name for path in tmp_path.iterdir()} == {"image"}
 

@@ -55,8 +55,8 @@ def test_a_batch_is_split_by_length_and_each_row_runs_once() -> None:
     made = encoder()
     rows = made.encode(["a", "a b c d e f", "", "a b c d e", "a b"])  # 3, 8, 2, 7 and 4 tokens
     parts = [(places, batch["ids"].shape) for places, batch in made.parts(rows, 12)]
-    assert parts == [([1], (1, 8)), ([3], (1, 7)), ([4, 0, 2], (3, 4))]
-    assert [places for places, _ in made.parts(rows, 1)] == [[1], [3], [4], [0], [2]]
+    assert parts == [([4, 0, 2], (3, 4)), ([3], (1, 7)), ([1], (1, 8))]  # the shortest first
+    assert [places for places, _ in made.parts(rows, 1)] == [[2], [0], [4], [3], [1]]
 
 
 LAYOUTS = {

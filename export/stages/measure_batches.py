@@ -153,7 +153,8 @@ def show(spec: DeploymentSpec, measured: MeasuredBatches, precision: Precision) 
     print(f"batches   {measured.at_once} at once, {measured.threads} thread(s) each; rows: time  {curve}")
     plan = plan_of(spec, measured, precision)
     values = {**plan.model_dump(include={"queue_timeout_ms", "max_queue_size"})}
-    for key, value in {"preferred_batch": plan.preferred_batch or spec.max_served_batch, **values}.items():
+    joined = {key: getattr(plan, key) or spec.max_served_batch for key in ("run_rows", "preferred_batch")}
+    for key, value in {**joined, **values}.items():
         print(f"{key:<16} {value:>5}  {plan.reasons[key]}")
 
 

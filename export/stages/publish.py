@@ -57,6 +57,7 @@ BACKEND_SOURCES = {
     "model.py": ROOT / "serving" / "backend" / "onnxruntime_backend.py",
     "onnxruntime_session.py": ROOT / "deepseek" / "onnxruntime_session.py",
     "compute_slots.py": ROOT / "serving" / "backend" / "compute_slots.py",
+    "model_inputs.py": ROOT / "serving" / "backend" / "model_inputs.py",
 }
 # The same for a model with [text].
 TEXT_SOURCES = {

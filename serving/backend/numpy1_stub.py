@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import struct
 import warnings
 from typing import Any
@@ -65,8 +66,13 @@ def fix_strings(stub: Any) -> None:
 
 def _serialized(strings: np.ndarray) -> np.ndarray:
     """The bytes of an array of bytes, each string after its length."""
-    parts = (part for each in strings.ravel().tolist() for part in (struct.pack("<I", len(each)), each))
     # A type of its own, since its flags change. The array does not own its bytes, so numpy acts on no flag.
-    array = np.frombuffer(b"".join(parts), np.dtype(np.uint8, copy=True))
+    array = np.frombuffer(b"".join(map(_with_length, strings.ravel().tolist())), np.dtype(np.uint8, copy=True))
     ctypes.c_int.from_address(id(array.dtype) + ITEM_SIZE).value = 1
     return array
+
+
+@functools.lru_cache(16384)
+def _with_length(string: bytes) -> bytes:
+    """A string as Triton sends it. Popular items are answered again and again."""
+    return struct.pack("<I", len(string)) + string

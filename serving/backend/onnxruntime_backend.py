@@ -1,20 +1,24 @@
 """Triton Python-backend model that runs `model.onnx` beside it in ONNX Runtime, a whole batch at once.
 
 Contract: `export.stages.publish` copies this file into a version directory as `model.py`, together with
-`deepseek/onnxruntime_session.py`, which opens the session, and `serving/backend/compute_slots.py`. Names and types come
-from `config.pbtxt`. Its parameters: `threads`, intra-op threads of one instance (0 divides the cores among the
+`deepseek/onnxruntime_session.py`, which opens the session, and the files beside it that it imports. Names and types
+come from `config.pbtxt`. Its parameters: `threads`, intra-op threads of one instance (0 divides the cores among the
 instances); `provider` and `provider_options`, from `[onnxruntime]` in deploy.toml; `left_out`, the ONNX Runtime
-optimizers to turn off; `text`, if callers may send texts (`serving/backend/text_requests.py`); `vocabulary`, if they
-may send names of items (`serving/backend/vocabulary_requests.py`). ONNXRUNTIME_PROFILE names a folder for operator
-times.
+optimizers to turn off; `run_rows`, the most rows that run at once (without it, all); `text`, if callers may send texts
+(`serving/backend/text_requests.py`); `vocabulary`, if they may send names of items
+(`serving/backend/vocabulary_requests.py`). ONNXRUNTIME_PROFILE names a folder for operator times.
 
-If a batch fails, its requests run one by one, so that only a bad request fails. Three mistakes are the caller's and get
+A batch may run in parts: rows beyond `run_rows`, and texts of different length. A request is answered when its last row
+is computed, so it does not wait for the parts behind it.
+
+If a part fails, its requests run one by one, so that only a bad request fails. Three mistakes are the caller's and get
 INVALID_ARG (HTTP 400): sizes outside the profile or inconsistent, texts that are too long or not UTF-8, and values that
 ONNX Runtime rejects, such as an id outside the vocabulary. All other errors are the server's: INTERNAL (HTTP 500).
 Triton counts every answer as a success, even an error, so this module counts failures itself.
 
-A separate thread sends the answers after `execute` has returned. Otherwise a client's next request can be queued before
-the instance is free, and a Triton without `serving/embedded/batcher_wakeup.c` can miss it (docs/triton.md).
+A separate thread sends the answers, the last ones after `execute` has returned. Otherwise a client's next request can
+be queued before the instance is free, and a Triton without `serving/embedded/batcher_wakeup.c` can miss it
+(docs/triton.md).
 
 Tensors are passed as DLPack: the embedded server's stub was compiled for numpy 1. Under numpy 2 its `as_numpy()` has
 zero strides and its `Tensor(name, array)` sends zero bytes, both silently.
@@ -22,20 +26,31 @@ zero strides and its `Tensor(name, array)` sends zero bytes, both silently.
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import queue
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
 from compute_slots import ComputeSlots
+from model_inputs import ModelInputs
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from onnxruntime_session import cores, open_session
 
 _VOCABULARY = ("history", "exclude", "k", "skus", "titles", "unknown")  # tensors that the model itself does not have
+_TEXT_COUNTERS = {
+    "onnxruntime_text_tokens": "Tokens that ran for texts, without padding",
+    "onnxruntime_text_padded_tokens": "Tokens that ran for texts, with padding",
+}
+_VOCABULARY_COUNTERS = {
+    "onnxruntime_vocabulary_names": "Names of items that callers sent",
+    "onnxruntime_vocabulary_unknown_names": "Names that the vocabulary does not have",
+}
 _USED = b"used_dltensor"  # module level, so that it stays alive: a capsule only points to its name
 _set_capsule_name = ctypes.pythonapi.PyCapsule_SetName
 _set_capsule_name.argtypes = [ctypes.py_object, ctypes.c_char_p]
@@ -49,17 +64,20 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         version = os.path.join(args["model_repository"], args["model_version"])
         path = os.path.join(version, "model.onnx")
-        self.profile_axes, self.shapes = _profile(os.path.join(version, "manifest.json"))
         options = onnxruntime.SessionOptions()
         options.inter_op_num_threads = 1
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
-        self.text: Any = _text_requests(version, parameters["text"], config) if "text" in parameters else None
+        run_rows = int(parameters["run_rows"]) if "run_rows" in parameters else 0
+        self.text: Any = None
+        if "text" in parameters:
+            self.text = _text_requests(version, parameters["text"], config, _counts(_TEXT_COUNTERS, args))
         self.vocabulary: Any = None
         if "vocabulary" in parameters:
-            self.vocabulary = _vocabulary_requests(version, parameters["vocabulary"], config)
-        self.sent = [tensor["name"] for tensor in config["input"]]
+            count = _counts(_VOCABULARY_COUNTERS, args)
+            self.vocabulary = _vocabulary_requests(version, parameters["vocabulary"], run_rows, config, count)
+        self.model_inputs = ModelInputs(version, run_rows, self.text and self.text.added_to)
         added = self.text.added if self.text else _VOCABULARY if self.vocabulary else ()
-        self.inputs = [name for name in self.sent if name not in added]
+        self.inputs = [tensor["name"] for tensor in config["input"] if tensor["name"] not in added]
         self.outputs = [tensor["name"] for tensor in config["output"] if tensor["name"] not in added]
         threads = int(parameters["threads"])
         instances = config["instance_group"][0]["count"]
@@ -81,16 +99,6 @@ class TritonPythonModel:
         )
         labels = {"model": args["model_name"], "version": args["model_version"], "reason": "INTERNAL"}
         self.failures = self.counter.Metric(labels=labels)  # one counter for all instances
-        if self.text:
-            self.tokens = _counter("onnxruntime_text_tokens", "Tokens that ran for texts, without padding", args)
-            self.padded_tokens = _counter(
-                "onnxruntime_text_padded_tokens", "Tokens that ran for texts, with padding", args
-            )
-        if self.vocabulary:
-            self.names = _counter("onnxruntime_vocabulary_names", "Names of items that callers sent", args)
-            self.unknown = _counter(
-                "onnxruntime_vocabulary_unknown_names", "Names that the vocabulary does not have", args
-            )
         device_id = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         opened = open_session(
             path,
@@ -107,8 +115,10 @@ class TritonPythonModel:
         self.slots = ComputeSlots(path, max(1, cores() // threads)) if shared else contextlib.nullcontext()
 
     def execute(self, requests: list) -> None:
-        """Runs a batch; the sender thread sends the answers through the requests' response senders."""
-        self.answers.put(([request.get_response_sender() for request in requests], self._responses(requests)))
+        """Runs a batch; the sender thread sends each answer through its request's response sender."""
+        senders = [request.get_response_sender() for request in requests]
+        for responses in self._responses(requests):
+            self.answers.put(([senders[place] for place in responses], list(responses.values())))
 
     def _send(self) -> None:
         while (batch := self.answers.get()) is not None:
@@ -123,112 +133,67 @@ class TritonPythonModel:
                     pb_utils.Logger.log_error(f"an answer could not be handed to Triton: {error}")
                 del kept
 
-    def _responses(self, requests: list) -> list:
-        """One response per request, in order."""
-        if self.text:
-            sent = [name for name in ("text", *self.inputs) if pb_utils.get_input_tensor_by_name(requests[0], name)]
-            if wrong := self.text.wrong_inputs(sent, self.inputs):  # Triton batches only requests with the same inputs
-                return [_refused(wrong) for _ in requests]
-            if "text" in sent:
-                return self._text_responses(requests)
-        if self.vocabulary:
-            return self._named_responses(requests)
-        feeds = [
-            {name: np.from_dlpack(pb_utils.get_input_tensor_by_name(request, name)) for name in self.inputs}
-            for request in requests
-        ]
-        if misfit := self._misfit(feeds[0]):  # as TensorRT does; all requests of a batch have the same sizes
-            return [_refused(misfit) for _ in requests]
-        try:
-            return self._run(feeds)
-        except Exception as error:
-            if len(feeds) == 1:
-                return [self._failure(error)]
-        return [response for request in requests for response in self._responses([request])]
-
-    def _misfit(self, feed: dict[str, np.ndarray]) -> str:
-        """What is wrong with a request's sizes; empty if they fit."""
-        seen: dict[str, tuple[int, str]] = {}
-        for name, array in feed.items():
-            for axis, size in zip(self.shapes.get(name, ()), array.shape, strict=False):
-                if axis not in self.profile_axes:
-                    continue
-                least, most = self.profile_axes[axis]
-                if not least <= size <= most:
-                    return f"{name}: axis {axis} is {size}; allowed: {least} to {most}"
-                other, other_name = seen.setdefault(axis, (size, name))
-                if size != other:
-                    return f"{name}: axis {axis} is {size}, but {other} in {other_name}: both must be equal"
-        return ""
-
-    def _run(self, feeds: list[dict[str, np.ndarray]]) -> list:
-        if len(feeds) == 1:
-            joined = feeds[0]
-        else:
-            joined = {name: np.concatenate([feed[name] for feed in feeds]) for name in self.inputs}
-        results = dict(zip(self.outputs, self._results(joined), strict=True))
-        if self.text:
-            results.update(self.text.added_to(joined))
-        return _split(results, [len(feed[self.inputs[0]]) for feed in feeds])
-
-    def _text_responses(self, requests: list) -> list:
-        """One response per request with texts, in order; a request with a bad text is refused alone."""
-        texts: dict[int, list] = {}
-        responses: dict[int, object] = {}
-        for place, request in enumerate(requests):
-            try:
-                values = pb_utils.get_input_tensor_by_name(request, "text").as_numpy()
-                texts[place] = self.text.read(values, request.parameters())
-            except ValueError as error:
-                responses[place] = _refused(str(error))
-        if texts:
-            responses.update(zip(texts, self._run_texts(list(texts.values())), strict=True))
-        return [responses[place] for place in range(len(requests))]
-
-    def _run_texts(self, groups: list[list]) -> list:
-        """One response per group of texts or pairs, in order."""
-        try:
-            results, ran = self.text.run([text for group in groups for text in group], self.outputs, self._results)
-            for (_, counter), count in zip((self.tokens, self.padded_tokens), ran, strict=True):
-                counter.increment(count)
-            return _split(results, [len(group) for group in groups])
-        except Exception as error:
-            if len(groups) == 1:
-                return [self._failure(error, callers=False)]
-        return [response for group in groups for response in self._run_texts([group])]
-
-    def _named_responses(self, requests: list) -> list:
-        """One response per request with names of items, or with ids, in order; a bad request is refused alone."""
+    def _responses(self, requests: list) -> Iterator[dict[int, Any]]:
+        """The responses by the place of their request, each as soon as all its rows are computed."""
+        sent = [tensor.name() for tensor in requests[0].inputs()]  # Triton batches only requests with the same inputs
+        if self.text and (wrong := self.text.wrong_inputs(sent, self.inputs)):
+            yield {place: _refused(wrong) for place in range(len(requests))}
+            return
+        reader = self._reader(sent)
         read: dict[int, Any] = {}
-        responses: dict[int, object] = {}
+        refused: dict[int, Any] = {}
         for place, request in enumerate(requests):
-            sent = {name: pb_utils.get_input_tensor_by_name(request, name) for name in self.sent}
             try:
-                read[place] = self.vocabulary.read({name: each.as_numpy() for name, each in sent.items() if each})
+                read[place] = reader.read({tensor.name(): tensor for tensor in request.inputs()}, request)
             except ValueError as error:
-                responses[place] = _refused(str(error))
-        if read:
-            responses.update(zip(read, self._run_named(list(read.values())), strict=True))
-        return [responses[place] for place in range(len(requests))]
-
-    def _run_named(self, read: list) -> list:
-        """One response per request that was read, in order."""
+                refused[place] = _refused(str(error))
+        if refused:
+            yield refused
         try:
-            joined = {name: np.concatenate([each.feed[name] for each in read]) for name in self.inputs}
-            results = dict(zip(self.outputs, self._results(joined), strict=True))
-            responses, start = [], 0
-            for each in read:
-                part = {name: result[start : start + len(each)] for name, result in results.items()}
-                tensors = [_tensor(name, array) for name, array in self.vocabulary.answer(each, part).items()]
-                responses.append(pb_utils.InferenceResponse(tensors))
-                self.names[1].increment(each.names)
-                self.unknown[1].increment(int(each.unknown.sum()))
-                start += len(each)
-            return responses
+            for responses in self._run(reader, read) if read else ():
+                yield responses
+                for place in responses:
+                    del read[place]
         except Exception as error:
-            if len(read) == 1:
-                return [self._failure(error)]
-        return [response for each in read for response in self._run_named([each])]
+            if len(requests) == 1:
+                yield {0: self._failure(error, callers=reader is not self.text)}
+                return
+        for place in read:  # those of a part that failed
+            for responses in self._responses([requests[place]]):
+                yield {place: responses[0]}
+
+    def _reader(self, sent: list[str]) -> Any:
+        """What reads requests with these inputs."""
+        return self.text if self.text and "text" in sent else self.vocabulary or self.model_inputs
+
+    def _run(self, reader: Any, read: dict[int, Any]) -> Iterator[dict[int, Any]]:
+        """Runs the rows of requests in parts; yields the responses of the requests that each part completes."""
+        sizes = {place: len(request) for place, request in read.items()}
+        ends = dict(zip(read, itertools.accumulate(sizes.values()), strict=True))
+        owners = [place for place, size in sizes.items() for _ in range(size)]
+        left, whole = dict(sizes), dict[str, Any]()
+        for rows, results in reader.parts(list(read.values()), self.outputs, self._results):
+            for name, values in results.items():
+                if len(rows) == len(owners) and isinstance(rows, range):
+                    whole[name] = values
+                elif isinstance(values, list):
+                    found = whole.setdefault(name, [None] * len(owners))
+                    for row, value in zip(rows, values, strict=True):
+                        found[row] = value
+                else:
+                    if name not in whole:
+                        whole[name] = np.empty((len(owners), *values.shape[1:]), values.dtype)
+                    whole[name][rows] = values
+            done = {}
+            for place in map(owners.__getitem__, rows):
+                left[place] -= 1
+                if not left[place]:
+                    part = slice(ends[place] - sizes[place], ends[place])
+                    answer = reader.answer(
+                        read[place], {name: _stacked(values[part]) for name, values in whole.items()}
+                    )
+                    done[place] = pb_utils.InferenceResponse([_tensor(name, array) for name, array in answer.items()])
+            yield done
 
     def _failure(self, error: Exception, *, callers: bool = True) -> object:
         """The answer that says why a request failed; counts the failure unless it is the caller's mistake.
@@ -259,31 +224,18 @@ class TritonPythonModel:
         del self.session
 
 
-def _profile(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, list]]:
-    """The smallest and largest size of each named axis, and the inputs' shapes; both empty without a manifest.
-
-    The batch axis is left out: Triton limits it by max_batch_size and merges small batches.
-    """
-    if not os.path.isfile(path):
-        return {}, {}
-    with open(path, encoding="utf-8") as file:
-        manifest = json.load(file)
-    axes = {name: (axis["min"], axis["max"]) for name, axis in manifest.get("axes", {}).items() if name != "batch"}
-    return axes, {name: tensor["shape"] for name, tensor in manifest.get("inputs", {}).items()}
-
-
-def _text_requests(version: str, settings: str, config: dict) -> Any:
+def _text_requests(version: str, settings: str, config: dict, count: Callable) -> Any:
     """Sets up the tokenizer; only a model with `[text]` imports it."""
     from text_requests import TextRequests
 
-    return TextRequests(version, settings, _types(config))
+    return TextRequests(version, settings, _types(config), count)
 
 
-def _vocabulary_requests(version: str, settings: str, config: dict) -> Any:
+def _vocabulary_requests(version: str, settings: str, run_rows: int, config: dict, count: Callable) -> Any:
     """Reads the catalogue; only a model with `[vocabulary]` imports it."""
     from vocabulary_requests import VocabularyRequests
 
-    return VocabularyRequests(version, settings, _types(config))
+    return VocabularyRequests(version, settings, run_rows, _types(config), count)
 
 
 def _types(config: dict) -> dict[str, str]:
@@ -294,20 +246,24 @@ def _types(config: dict) -> dict[str, str]:
     return {tensor["name"]: tensor["data_type"].removeprefix("TYPE_").lower() for tensor in config["input"]}
 
 
-def _counter(name: str, description: str, args: dict[str, str]) -> tuple:
-    """A counter of this model for all instances: its family, which must stay alive, and the counter."""
-    family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
-    return family, family.Metric(labels={"model": args["model_name"], "version": args["model_version"]})
+def _counts(described: dict[str, str], args: dict[str, str]) -> Callable:
+    """A function that adds a number to each of these counters of the model, which all instances share.
 
+    An increment waits for the server for as long as a row of a small model takes. So 0 is not added.
+    """
+    labels = {"model": args["model_name"], "version": args["model_version"]}
+    families = [  # they must stay alive
+        pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
+        for name, description in described.items()
+    ]
+    counters = [family.Metric(labels=labels) for family in families]
 
-def _split(results: dict[str, Any], sizes: list[int]) -> list:
-    """One response per request, from the results of their joined rows: arrays, or lists of an array for each row."""
-    responses, start = [], 0
-    for size in sizes:
-        tensors = [_tensor(name, _stacked(result[start : start + size])) for name, result in results.items()]
-        responses.append(pb_utils.InferenceResponse(tensors))
-        start += size
-    return responses
+    def count(*numbers: int, _families: object = families) -> None:
+        for counter, number in zip(counters, numbers, strict=True):
+            if number:
+                counter.increment(number)
+
+    return count
 
 
 def _stacked(rows: Any) -> np.ndarray:
@@ -327,7 +283,7 @@ def _refused(reason: str) -> object:
 
 def _tensor(name: str, array: np.ndarray) -> object:
     """A Triton tensor over an array's memory, or with its strings."""
-    if array.dtype == object:
+    if array.dtype.hasobject:
         return pb_utils.Tensor(name, array)
     capsule = array.__dlpack__()
     tensor = pb_utils.Tensor.from_dlpack(name, capsule)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from model_inputs import Run
 from text_encoder import Text, TextEncoder
 
 INPUT = "text"
@@ -23,9 +24,13 @@ INPUT = "text"
 class TextRequests:
     """Turns texts into batches of the model's inputs."""
 
-    def __init__(self, folder: str, settings: str, dtypes: dict[str, str]) -> None:
-        """`folder` is the version's; `dtypes` are the numpy types of the model's inputs."""
+    def __init__(self, folder: str, settings: str, dtypes: dict[str, str], count: Callable[[int, int], None]) -> None:
+        """`folder` is the version's; `dtypes` are the numpy types of the model's inputs.
+
+        `count` gets how many tokens ran, without and with padding.
+        """
         given = json.loads(settings)
+        self._count = count
         self._max_bytes, self._batch_tokens = given["max_bytes"], given["batch_tokens"]
         self._pairs, self._prompts = given["pairs"], given["prompts"]
         self._token_outputs = given["token_outputs"]
@@ -44,16 +49,17 @@ class TextRequests:
         """What is wrong with the inputs that a request sends; empty if it sends the text alone, or all others."""
         allowed = f"allowed: {INPUT} alone, or {' with '.join(inputs)}"
         if INPUT in sent and len(sent) > 1:
-            return f"seen {INPUT} with {' with '.join(sent[1:])}; {allowed}"
+            return f"seen {INPUT} with {' with '.join(name for name in inputs if name in sent)}; {allowed}"
         if INPUT not in sent and (missing := [name for name in inputs if name not in sent]):
             return f"input {missing[0]} is missing; {allowed}"
         return ""
 
-    def read(self, values: np.ndarray, parameters: str) -> list[Text]:
-        """The texts (batch, 1) with their prompt, or the pairs (batch, 2), of a request with these parameters.
+    def read(self, tensors: Mapping[str, Any], request: Any) -> list[Text]:
+        """The texts (batch, 1) with their prompt, or the pairs (batch, 2), of a request.
 
         Raises ValueError with the reason if one cannot be taken.
         """
+        values, parameters = tensors[INPUT].as_numpy(), request.parameters()
         prompt, texts = self._prompt(parameters), list[str]()
         for (place, number), value in np.ndenumerate(values):
             value = prompt + value
@@ -74,35 +80,33 @@ class TextRequests:
             raise ValueError(f"prompt_name: seen {name!r}; prompts are {', '.join(sorted(self._prompts)) or 'none'}")
         return self._prompts.get(name, "").encode()
 
-    def run(
-        self,
-        texts: Sequence[Text],
-        names: Sequence[str],
-        outputs_of: Callable[[dict[str, np.ndarray]], list[np.ndarray]],
-    ) -> tuple[dict[str, Any], tuple[int, int]]:
-        """Outputs of all texts by name, and how many tokens ran, without and with padding.
+    def parts(
+        self, requests: Sequence[Sequence[Text]], outputs: Sequence[str], run: Run
+    ) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Runs all texts, joined, in parts of similar length, the shortest first.
 
-        `outputs_of` runs one batch of the model's inputs; its outputs have `names`. `tokens` (texts, 1) is added: those
-        of each text before truncation. An output with a row for each token is a list of one array a text. If there is
-        such an output, `offsets` (tokens, 2) are added too.
+        Yields the places of the texts of each part, and their outputs by name. `tokens` (texts, 1) is added: those of
+        each text before truncation. An output with a row for each token is a list of one array a text. If there is such
+        an output, `offsets` (tokens, 2) are added too.
         """
-        rows = self._encoder.encode(texts)
-        found: dict[str, Any] = {"tokens": np.array([[row.tokens] for row in rows], np.int32)}
-        if self._token_outputs:
-            found["offsets"] = [np.array(row.offsets, np.int32).reshape(-1, 2) for row in rows]
+        rows = self._encoder.encode([text for request in requests for text in request])
         padded = 0
         for places, inputs in self._encoder.parts(rows, self._batch_tokens):
-            for name, output in zip(names, outputs_of(inputs), strict=True):
+            part = [rows[place] for place in places]
+            found: dict[str, Any] = {"tokens": np.array([[row.tokens] for row in part], np.int32)}
+            if self._token_outputs:
+                found["offsets"] = [np.array(row.offsets, np.int32).reshape(-1, 2) for row in part]
+            for name, output in zip(outputs, run(inputs), strict=True):
                 if name in self._token_outputs:
-                    whole = found.setdefault(name, [output[0]] * len(rows))
-                    for place, values in zip(places, output, strict=True):
-                        whole[place] = self._encoder.unpadded(values, rows[place])
-                    continue
-                if name not in found:
-                    found[name] = np.empty((len(rows), *output.shape[1:]), output.dtype)
-                found[name][places] = output
+                    output = [self._encoder.unpadded(values, row) for values, row in zip(output, part, strict=True)]
+                found[name] = output
             padded += next(iter(inputs.values())).size
-        return found, (sum(map(len, rows)), padded)
+            yield places, found
+        self._count(sum(map(len, rows)), padded)
+
+    def answer(self, _: object, results: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What to send for a request."""
+        return results
 
     def added_to(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The added outputs of a batch that came as ids: `tokens` (batch, 1), and `offsets` of zeros."""

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from model_inputs import Run, in_parts
 from vocabulary import Vocabulary
 
 HISTORY, K = "history", "k"
+SKUS, TITLES = "skus", "titles"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,8 @@ class NamedRequest:
     feed: dict[str, np.ndarray]
     """The model's inputs, (batch, width)."""
     k: int
+    asks_names: bool
+    """Whether the caller asked for an output with names, as callers do that ask for all."""
     names: int
     """How many names were sent."""
     unknown: np.ndarray
@@ -40,15 +45,26 @@ class NamedRequest:
 class VocabularyRequests:
     """Turns names into the model's inputs, and the ids of an answer into names."""
 
-    def __init__(self, folder: str, settings: str, dtypes: dict[str, str]) -> None:
-        """`folder` is the version's; `dtypes` are the numpy types of the model's inputs."""
+    def __init__(
+        self, folder: str, settings: str, run_rows: int, dtypes: dict[str, str], count: Callable[[int, int], None]
+    ) -> None:
+        """`folder` is the version's; `dtypes` are the numpy types of the model's inputs.
+
+        `run_rows` as in `in_parts`. `count` gets how many names were sent, and how many of them were unknown.
+        """
         given = json.loads(settings)
+        self._run_rows, self._count = run_rows, count
         self.fills, self._most, self._most_names = given["fills"], given["most"], given["names"]
         self._items, self._cut, self._dtypes = given["items"], given["cut"], dtypes
         self._vocabulary = Vocabulary(os.path.join(folder, "catalogue.csv"))
 
-    def read(self, sent: Mapping[str, np.ndarray]) -> NamedRequest:
+    def read(self, tensors: Mapping[str, Any], request: Any) -> NamedRequest:
         """The request with these inputs. Raises ValueError with the reason if it cannot be taken."""
+        sent = {
+            name: tensor.as_numpy() if self._dtypes[name] == "string" else np.from_dlpack(tensor)
+            for name, tensor in tensors.items()
+        }
+        asks_names = not {SKUS, TITLES}.isdisjoint(request.requested_output_names())
         batch = len(next(iter(sent.values())))
         feed, names, unknown = {}, 0, np.zeros((batch, 1), np.int32)
         for source, (name, width) in self.fills.items():
@@ -65,7 +81,7 @@ class VocabularyRequests:
                 known = [number for number in self._vocabulary.ids(kept) if number]
                 names, unknown[place] = names + len(kept), unknown[place] + len(kept) - len(known)
                 self._fill(feed[name][place], source, row, known)
-        return NamedRequest(feed=feed, k=self._k(sent.get(K)), names=names, unknown=unknown)
+        return NamedRequest(feed=feed, k=self._k(sent.get(K)), asks_names=asks_names, names=names, unknown=unknown)
 
     def _fill(self, target: np.ndarray, source: str, row: np.ndarray, known: list[int]) -> None:
         """Writes the known ids of a row to the end of `target`: the latest of a history, all that are excluded."""
@@ -88,10 +104,26 @@ class VocabularyRequests:
             raise ValueError(f"k is {seen[0]}; allowed: 1 to {self._most}")
         return int(seen[0])
 
+    def parts(
+        self, requests: Sequence[NamedRequest], outputs: Sequence[str], run: Run
+    ) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
+        """As `in_parts`."""
+        yield from in_parts([request.feed for request in requests], self._run_rows, outputs, run)
+        unknown = sum(int(request.unknown.sum()) for request in requests)
+        self._count(sum(request.names for request in requests), unknown)
+
     def answer(self, request: NamedRequest, results: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The model's outputs for a request with k items each, their names and titles, and the unknown names."""
-        found = {name: array[:, : request.k] if name in self._cut else array for name, array in results.items()}
+        """The model's outputs for a request with k items each, their names and titles, and the unknown names.
+
+        Names and titles only if the caller asked for an output with names.
+        """
+        found = {
+            name: np.ascontiguousarray(array[:, : request.k]) if name in self._cut else array
+            for name, array in results.items()
+        }
+        if not request.asks_names:
+            return {**found, "unknown": request.unknown}
         ids = found[self._items]
         ids = np.where((ids > 0) & (ids <= len(self._vocabulary)), ids, 0)
         names, titles = self._vocabulary.names[ids], self._vocabulary.titles[ids]
-        return {**found, "skus": names, "titles": titles, "unknown": request.unknown}
+        return {**found, SKUS: names, TITLES: titles, "unknown": request.unknown}

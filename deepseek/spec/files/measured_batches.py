@@ -6,10 +6,14 @@ the plan, with the measurement and the arithmetic, in the version's manifest.
 
 The arithmetic, with L the SLO's p99, t(b) the time of a batch of b rows, and n the batches that run at once:
 
-- `preferred_batch` is the smallest b that keeps 97 % of the best throughput, n b / t(b), of all with t(b) <= L / 4. A
-  request may wait for a running batch, and for one ahead of it in the queue, before its own: three of the four.
-- `queue_timeout_ms` is L - 2 t(b): a request that waits longer cannot be answered in time. One t(b) is its own batch,
-  the other is reserve for longer rows and for noise.
+- `run_rows` is the smallest b that keeps 97 % of the best throughput, n b / (t(b) + s), of all with t(b) <= L / 4. A
+  request may wait for a running batch, and for one ahead of it in the queue, before its own: three of the four. s is
+  what a batch costs the server beside the model (SERVER_MS). Larger requests run in parts of this size.
+- `preferred_batch` is b. For texts, it is the most rows that take up to 0.4 L. They run in parts of similar length, and
+  each is answered when its part is done. More texts need less padding, but raise the tail in an overload (simulated in
+  docs/research/2026-11-texts-in-parts.md).
+- `queue_timeout_ms` is L - 2 t(b), for texts L - 0.4 L - t(b): a request that waits longer cannot be answered in time.
+  One t(b) is reserve for longer rows and for noise, the rest is its own batch.
 - `max_queue_size` is twice the rows that n instances serve within that time: shorter rows take less time.
 
 Example:
@@ -33,8 +37,9 @@ from deepseek.targets import Target
 
 KEPT_THROUGHPUT = 0.97
 BATCHES_IN_LIMIT = 4  # a batch takes at most this part of the SLO's p99
-RESERVED_BATCHES = 2  # of a request's time limit: what the queue leaves
 QUEUE_RESERVE = 2
+SERVER_MS = 0.3  # of CPU time, Triton 2.51: the recommender in batches of 4 and of 16
+TEXTS_IN_LIMIT = 0.4  # all texts that Triton joins take at most this part of the SLO's p99
 # Without a measurement.
 SHARE_IN_QUEUE = 0.5  # of the SLO's p99
 DEFAULT_TIMEOUT_MS, DEFAULT_QUEUE_SIZE = 200, 512
@@ -79,8 +84,8 @@ class MeasuredBatches(Table):
         return larger.ms if larger else last.ms * rows / last.rows
 
     def rows_per_s(self, rows: int) -> float:
-        """Throughput in batches of so many rows."""
-        return 1000 * self.at_once * rows / self.ms_of(rows)
+        """Throughput of the server in batches of so many rows."""
+        return 1000 * self.at_once * rows / (self.ms_of(rows) + SERVER_MS)
 
 
 class BatchingPlan(Table):
@@ -88,6 +93,8 @@ class BatchingPlan(Table):
 
     preferred_batch: int | None = None
     """Most rows that Triton joins; None: up to `max_batch`."""
+    run_rows: int | None = None
+    """Most rows that run at once; None: all that Triton joins, and all rows of a larger request."""
     queue_timeout_ms: int
     max_queue_size: int
     reasons: dict[str, str]
@@ -110,17 +117,27 @@ def plan_of(spec: DeploymentSpec, measured: MeasuredBatches | None, precision: s
     """
     fitting = measured if measured is not None and measured.fits(spec, precision) else None
     batching, limit_ms, reasons = spec.batching, tail_limit_ms(spec.slo), dict[str, str]()
-    batch, reasons["preferred_batch"] = _preferred(spec, fitting, limit_ms)
-    timeout_ms, reasons["queue_timeout_ms"] = _timeout(fitting, batch or spec.max_served_batch, limit_ms)
+    run, reasons["run_rows"] = _run_rows(spec, fitting, limit_ms)
+    batch, reasons["preferred_batch"] = run, reasons["run_rows"]
+    if batching.preferred_batch is not None:
+        batch, reasons["preferred_batch"] = batching.preferred_batch, "set by hand"
+        if fitting and not spec.text:
+            run, reasons["run_rows"] = batch, "set by hand"
+    elif fitting and run and spec.text and limit_ms is not None:
+        batch, reasons["preferred_batch"] = _texts(fitting, run, spec.max_served_batch, limit_ms)
+    own_ms = fitting.ms_of(run) * max(1, math.ceil((batch or run) / run)) if fitting and run else 0.0
+    timeout_ms, reasons["queue_timeout_ms"] = _timeout(fitting, run or spec.max_served_batch, own_ms, limit_ms)
     timeout_ms = max(timeout_ms, math.ceil(2 * batching.max_queue_delay_us / 1000))
     if batching.queue_timeout_ms is not None:
         timeout_ms, reasons["queue_timeout_ms"] = batching.queue_timeout_ms, "set by hand"
-    size, reasons["max_queue_size"] = _queue_size(fitting, batch or spec.max_served_batch, timeout_ms)
+    largest = spec.max_served_batch
+    size, reasons["max_queue_size"] = _queue_size(fitting, run or largest, batch or largest, timeout_ms)
     if batching.max_queue_size is not None:
         size, reasons["max_queue_size"] = batching.max_queue_size, "set by hand"
     follows = fitting is not None and any(reason != "set by hand" for reason in reasons.values())
     return BatchingPlan(
-        preferred_batch=batch if batch != spec.max_served_batch else None,
+        preferred_batch=batch if batch != largest else None,
+        run_rows=run if run != largest else None,
         queue_timeout_ms=timeout_ms,
         max_queue_size=size,
         reasons=reasons,
@@ -128,13 +145,9 @@ def plan_of(spec: DeploymentSpec, measured: MeasuredBatches | None, precision: s
     )
 
 
-def _preferred(
-    spec: DeploymentSpec, measured: MeasuredBatches | None, limit_ms: float | None
-) -> tuple[int | None, str]:
-    """The most rows to join, and why; None without a cap of its own."""
+def _run_rows(spec: DeploymentSpec, measured: MeasuredBatches | None, limit_ms: float | None) -> tuple[int | None, str]:
+    """The most rows to run at once, and why; None if nothing was measured."""
     most = spec.max_served_batch
-    if spec.batching.preferred_batch is not None:
-        return spec.batching.preferred_batch, "set by hand"
     if measured is None:
         return None, "not measured: batches grow to max_batch"
     sizes = [point.rows for point in measured.times if point.rows <= most] or [most]
@@ -152,25 +165,32 @@ def _preferred(
     )
 
 
-def _timeout(measured: MeasuredBatches | None, rows: int, limit_ms: float | None) -> tuple[int, str]:
-    """How long a request may wait, in ms, and why."""
+def _texts(measured: MeasuredBatches, run: int, most: int, limit_ms: float) -> tuple[int, str]:
+    """The most texts to join, and why."""
+    row_ms, part_ms = measured.ms_of(run) / run, TEXTS_IN_LIMIT * limit_ms
+    rows = min(most, max(run, math.floor(part_ms / row_ms)))
+    return rows, f"texts of {row_ms:.3g} ms each within {part_ms:.3g} ms (p99 x {TEXTS_IN_LIMIT:g}), at least {run}"
+
+
+def _timeout(measured: MeasuredBatches | None, run: int, own_ms: float, limit_ms: float | None) -> tuple[int, str]:
+    """How long a request may wait, in ms, and why. `own_ms` is the time of all that Triton joins with it."""
     if limit_ms is None:
         return DEFAULT_TIMEOUT_MS, "the default, for an SLO without a latency"
     if measured is None:
         return max(1, math.floor(SHARE_IN_QUEUE * limit_ms)), f"half of p99, {limit_ms:g} ms; no batch was measured"
-    batch_ms = measured.ms_of(rows)
-    left_ms = limit_ms - RESERVED_BATCHES * batch_ms
+    batch_ms = measured.ms_of(run)
+    left_ms = limit_ms - own_ms - batch_ms
     if left_ms >= batch_ms:
-        return max(1, math.floor(left_ms)), f"p99 {limit_ms:g} ms - {RESERVED_BATCHES} x {batch_ms:.3g} ms, a batch"
+        return max(1, math.floor(left_ms)), f"p99 {limit_ms:g} ms - {own_ms:.3g} ms for its batch - {batch_ms:.3g} ms"
     return math.ceil(batch_ms), f"one batch, {batch_ms:.3g} ms: p99 {limit_ms:g} ms leaves less to wait"
 
 
-def _queue_size(measured: MeasuredBatches | None, rows: int, timeout_ms: int) -> tuple[int, str]:
+def _queue_size(measured: MeasuredBatches | None, run: int, joined: int, timeout_ms: int) -> tuple[int, str]:
     """Requests that may wait, and why."""
     if measured is None:
         return DEFAULT_QUEUE_SIZE, "the default; no batch was measured"
-    rate = measured.rows_per_s(rows)
-    size = max(math.ceil(QUEUE_RESERVE * rate * timeout_ms / 1000), 2 * rows * measured.at_once)
+    rate = measured.rows_per_s(run)
+    size = max(math.ceil(QUEUE_RESERVE * rate * timeout_ms / 1000), 2 * joined * measured.at_once)
     return size, f"{QUEUE_RESERVE} x {rate:.4g} rows/s x {timeout_ms} ms, at least two batches an instance"
 
 

@@ -1,0 +1,94 @@
+"""Requests with the model's own inputs, such as token ids: reads and checks them, and splits large batches.
+
+Contract: the build copies this file beside the backend's model.py. It imports nothing of the project.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
+"""Runs a batch of the model's inputs; returns its outputs in order."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """A request; its length is the number of rows."""
+
+    feed: dict[str, np.ndarray]
+    """The model's inputs, (rows, ...) each."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.feed.values())))
+
+
+class ModelInputs:
+    """Reads requests with the model's own inputs."""
+
+    def __init__(
+        self, folder: str, run_rows: int, added: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None
+    ) -> None:
+        """`folder` is the version's. `added` gives the outputs that the model itself does not have."""
+        self._run_rows, self._added = run_rows, added
+        self._axes, self._shapes = _profile(os.path.join(folder, "manifest.json"))
+
+    def read(self, tensors: Mapping[str, Any], _: object) -> Feed:
+        """The inputs of a request. Raises ValueError if their sizes do not fit, as TensorRT does."""
+        feed = {name: np.from_dlpack(tensor) for name, tensor in tensors.items()}
+        seen: dict[str, tuple[int, str]] = {}
+        for name, array in feed.items() if self._axes else ():
+            for axis, size in zip(self._shapes.get(name, ()), array.shape, strict=False):
+                if axis not in self._axes:
+                    continue
+                least, most = self._axes[axis]
+                if not least <= size <= most:
+                    raise ValueError(f"{name}: axis {axis} is {size}; allowed: {least} to {most}")
+                other, other_name = seen.setdefault(axis, (size, name))
+                if size != other:
+                    raise ValueError(f"{name}: axis {axis} is {size}, but {other} in {other_name}: both must be equal")
+        return Feed(feed)
+
+    def parts(self, requests: Sequence[Feed], outputs: Sequence[str], run: Run) -> Iterator[tuple[range, dict]]:
+        """As `in_parts`."""
+        return in_parts([request.feed for request in requests], self._run_rows, outputs, run)
+
+    def answer(self, request: Feed, results: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What to send for a request."""
+        return {**results, **self._added(request.feed)} if self._added else results
+
+
+def in_parts(
+    feeds: Sequence[Mapping[str, np.ndarray]], most: int, outputs: Sequence[str], run: Run
+) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
+    """Joins the rows of requests and runs them in order, in equal parts of up to `most` rows; 0 for no limit.
+
+    Yields the rows of each part, and their outputs by name.
+    """
+    joined = feeds[0]
+    if len(feeds) > 1:
+        joined = {name: np.concatenate([feed[name] for feed in feeds]) for name in joined}
+    count = len(next(iter(joined.values())))
+    parts = -(-count // most) if most else 1
+    for part in range(parts):
+        rows = range(part * count // parts, (part + 1) * count // parts)
+        taken = {name: array[rows.start : rows.stop] for name, array in joined.items()} if parts > 1 else joined
+        yield rows, dict(zip(outputs, run(dict(taken)), strict=True))
+
+
+def _profile(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, list]]:
+    """The smallest and largest size of each named axis, and the inputs' shapes; both empty without a manifest.
+
+    The batch axis is left out: Triton limits it by max_batch_size and merges small batches.
+    """
+    if not os.path.isfile(path):
+        return {}, {}
+    with open(path, encoding="utf-8") as file:
+        manifest = json.load(file)
+    axes = {name: (axis["min"], axis["max"]) for name, axis in manifest.get("axes", {}).items() if name != "batch"}
+    return axes, {name: tensor["shape"] for name, tensor in manifest.get("inputs", {}).items()}

@@ -1,0 +1,88 @@
+"""The Python backend runs a batch in parts, and answers each request when its last row is computed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import deepseek
+import serving.backend
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The backend's module, with a stand-in for Triton's that returns what it gets."""
+    names = ("onnxruntime_backend", "compute_slots", "model_inputs", "onnxruntime_session")
+    stub = SimpleNamespace(
+        InferenceResponse=lambda tensors=(), error=None: error or dict(tensors),
+        Tensor=SimpleNamespace(from_dlpack=lambda name, _: name),
+        TritonError=lambda reason, code: f"{code}: {reason}",
+    )
+    stub.TritonError.INVALID_ARG = "INVALID_ARG"
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stub)
+    for package in (serving.backend, deepseek):
+        monkeypatch.syspath_prepend(str(Path(str(package.__file__)).parent))
+    module = importlib.import_module("onnxruntime_backend")
+    monkeypatch.setattr(module, "_tensor", lambda name, array: (name, array.tolist()))
+    yield module
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+class Request:
+    """A request with the input x, one column."""
+
+    def __init__(self, *rows: float) -> None:
+        self.x = np.array(rows, np.float32).reshape(-1, 1)
+
+    def inputs(self) -> list[Any]:
+        return [
+            SimpleNamespace(name=lambda: "x", __dlpack__=self.x.__dlpack__, __dlpack_device__=self.x.__dlpack_device__)
+        ]
+
+
+def model_of(backend: Any, run_rows: int, folder: Path) -> Any:
+    """y = x + 1, which fails if a row is negative; `ran` lists the rows of each run."""
+    model = backend.TritonPythonModel()
+    model.text, model.vocabulary, model.inputs, model.outputs, model.ran = None, None, ["x"], ["y"], []
+
+    def run(feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        model.ran.append(len(feed["x"]))
+        if (feed["x"] < 0).any():
+            raise backend.InvalidArgument("negative")
+        return [feed["x"] + 1]
+
+    model._results, model.model_inputs = run, backend.ModelInputs(str(folder), run_rows, None)
+    return model
+
+
+def test_a_request_is_answered_when_its_last_row_is_computed(backend: Any, tmp_path: Path) -> None:
+    model = model_of(backend, 2, tmp_path)
+    found = list(model._responses([Request(1, 2, 3), Request(4), Request(5, 6)]))
+    assert found == [{}, {0: {"y": [[2], [3], [4]]}, 1: {"y": [[5]]}}, {2: {"y": [[6], [7]]}}]
+    assert model.ran == [2, 2, 2]
+
+
+def test_rows_run_in_equal_parts_and_all_at_once_without_a_limit(backend: Any, tmp_path: Path) -> None:
+    for run_rows, ran in ((4, [3, 3, 3]), (16, [9]), (0, [9])):
+        model = model_of(backend, run_rows, tmp_path)
+        (*_, last) = model._responses([Request(*range(9))])
+        assert (model.ran, last) == (ran, {0: {"y": [[each] for each in range(1, 10)]}})
+
+
+def test_only_the_bad_request_of_a_part_fails_and_no_other_runs_twice(backend: Any, tmp_path: Path) -> None:
+    model = model_of(backend, 2, tmp_path)
+    answers: dict[int, Any] = {}
+    for found in model._responses([Request(1), Request(2), Request(-3), Request(4)]):
+        assert not answers.keys() & found.keys()
+        answers |= found
+    assert answers.pop(2) == "INVALID_ARG: inference failed: negative"
+    assert answers == {0: {"y": [[2]]}, 1: {"y": [[3]]}, 3: {"y": [[5]]}}
+    assert model.ran == [2, 2, 1, 1]
