@@ -11,10 +11,10 @@ Examples:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         bench = Bench(Path(folder), None)
         for name in workloads:
-            with on(server), ExitStack() as stack:
-                run.results += _measured(bench, stack, name, names, run, load)
+            with on(server):
+                run.results += _measured(bench, name, names, run, load)
             _write(run, bench.files)
     print(table(run))
     for goal in goals(run):
@@ -77,10 +77,8 @@ def _write(run: Run, folder: Path) -> None:
         write_whole(folder / f"peers-{name}-p99.svg", p99_chart(run, name))
 
 
-def _measured(
-    bench: Bench, stack: ExitStack, name: str, names: Sequence[str], run: Run, load: list[int]
-) -> list[Result]:
-    """Starts all servers, then measures them in turn. One that cannot be measured is a result that says why."""
+def _measured(bench: Bench, name: str, names: Sequence[str], run: Run, load: list[int]) -> list[Result]:
+    """Starts, measures and ends one server after the other. One that cannot be measured is a result that says why."""
     asked = workload(bench, name)
     repositories = {FP32: bench.repository(asked.model), AUTO: bench.repository(asked.model, "auto")}
     raw = {
@@ -90,33 +88,36 @@ def _measured(
     want = {precision: one.outputs(asked.items[:CHECKED]) for precision, one in raw.items()}
     raw_per_s = statistics.median(raw[FP32].per_s(PROBE_S) for _ in range(3))
     log.print(f"{name}: raw fp32 {raw_per_s:.0f}/s")
-    found = [Result(workload=name, server=server, rates=[share * raw_per_s for share in SHARES]) for server in OURS]
-    found += [
-        Result(workload=name, server=peer, rates=found[0].rates) for peer in names if name in PEERS[peer].workloads
-    ]
-    served: dict[str, Served] = {}
-    for result in found:
-        try:
-            if result.server in OURS:
-                addresses = stack.enter_context(ours(bench, repositories[OURS[result.server]]))
-                target = kserve(f"{addresses['HTTP']}/models/{asked.model}/infer", asked.requests, asked.output)
-            else:
-                graph = graph_of(repositories[FP32], asked.model)
-                url = stack.enter_context(running(bench, PEERS[result.server], name, graph))
-                target = _target(result.server, url, asked)
-            answers = asyncio.run(target.answers(CHECKED))
-            result.why = asked.problem(answers, want[OURS.get(result.server, FP32)])
-        except (InputError, OSError, EOFError, ValueError, LookupError, TypeError) as error:
-            result.why = " ".join(str(error).split())[:200]
-        if result.why:
-            log.print(f"{name}, {result.server}: not measured: {result.why}")
-        else:
-            served[result.server] = target
-    measured = [result for result in found if not result.why]
+    rates = [share * raw_per_s for share in SHARES]
+    servers = (*OURS, *(peer for peer in names if name in PEERS[peer].workloads))
+    found = [Result(workload=name, server=server, rates=rates) for server in servers]
     for turn in range(run.rounds):
-        for result in measured[:: -1 if turn % 2 else 1]:
-            _measure(result, served[result.server], raw[FP32], run, load, turn)
+        for result in found[:: -1 if turn % 2 else 1]:
+            if result.why:
+                continue
+            try:
+                with _started(bench, result.server, name, asked, repositories) as target:
+                    answers = asyncio.run(target.answers(CHECKED))
+                    result.why = asked.problem(answers, want[OURS.get(result.server, FP32)])
+                    if not result.why:
+                        _measure(result, target, raw[FP32], run, load, turn)
+            except (InputError, OSError, EOFError, ValueError, LookupError, TypeError) as error:
+                result.why = " ".join(str(error).split())[:200]
+            if result.why:
+                log.print(f"  {name}, {result.server}: not measured: {result.why}")
     return found
+
+
+@contextlib.contextmanager
+def _started(
+    bench: Bench, server: str, name: str, asked: Workload, repositories: Mapping[str, Path]
+) -> Iterator[Served]:
+    if server in OURS:
+        with ours(bench, repositories[OURS[server]]) as addresses:
+            yield kserve(f"{addresses['HTTP']}/models/{asked.model}/infer", asked.requests, asked.output)
+    else:
+        with running(bench, PEERS[server], name, graph_of(repositories[FP32], asked.model)) as url:
+            yield _target(server, url, asked)
 
 
 def _target(server: str, url: str, asked: Workload) -> Served:
