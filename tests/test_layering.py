@@ -25,7 +25,16 @@ ALSO = {
     "export/checks/parity.py": {"deepseek_client"},
     **{
         f"serving/openai/{name}.py": {"deepseek_client"}
-        for name in ("__main__", "embeddings", "errors", "inference", "rerank", "text_models", "triton_http")
+        for name in (
+            "__main__",
+            "embeddings",
+            "errors",
+            "inference",
+            "recommenders",
+            "rerank",
+            "text_models",
+            "triton_http",
+        )
     },
 }
 OURS = {"cli", "deepseek", "deepseek_client", "models", "export", "serving", "loadtests", "tests"}

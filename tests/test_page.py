@@ -19,18 +19,20 @@ from tests.test_embedded import start
 from tests.test_openai import Serving, call
 from tests.test_pairs import place
 from tests.test_text import folder
+from tests.test_vocabulary import folder as shop
 
-__all__ = ["folder", "place"]  # fixtures
-SEARCH, RANK = "document.querySelector('#search')", "document.querySelector('#rank')"
+__all__ = ["folder", "place", "shop"]  # fixtures
+SEARCH, RANK, RECOMMEND = (f"document.querySelector('#{name}')" for name in ("search", "rank", "recommend"))
 TYPED = "We missed the last bus home."
 
 
 @pytest.fixture(scope="module")
-def url(place: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with a tiny encoder and a tiny cross-encoder."""
+def url(place: Path, folder: Path, shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with a tiny encoder, a tiny cross-encoder and a recommender of a small shop."""
     repository = tmp_path_factory.mktemp("page") / "repository"
     shutil.copytree(folder / "repository", repository)
     shutil.copytree(place / "repository" / "reranker", repository / "reranker")
+    shutil.copytree(shop / "repository" / "shop", repository / "shop")
     process = start(repository, "--openai-port", "0")
     try:
         yield Serving.of(process).places["OpenAI"].removesuffix("/v1")
@@ -117,7 +119,7 @@ def test_other_traffic_leaves_tritons_share_unknown(page: Browser) -> None:
 @needs_chromium
 def test_texts_are_ranked_by_the_cross_encoder(page: Browser, url: str) -> None:
     models = "[...document.querySelectorAll('select')].map(each => [...each.options].map(option => option.text))"
-    assert page.js(models) == [["sentence"], ["reranker"]]
+    assert page.js(models) == [["sentence"], ["reranker"], ["shop"]]
     query = page.js("document.querySelector('#query').value")
     texts = page.js("document.querySelector('#texts').value").splitlines()
     page.js("document.querySelector('#query').focus()")
@@ -130,13 +132,60 @@ def test_texts_are_ranked_by_the_cross_encoder(page: Browser, url: str) -> None:
 
 
 @needs_chromium
+def test_picked_titles_give_what_comes_next_by_keyboard(page: Browser, url: str) -> None:
+    def shown(place: str) -> list[str]:
+        return page.js(f"[...document.querySelectorAll('#recommend {place}')].map(each => each.innerText)")
+
+    def next_titles(*history: str) -> list[str]:
+        status, _, answer = call(url, "POST", "/recommenders/shop", json.dumps({"history": history}).encode())
+        assert status == 200
+        return [item["title"] for item in answer["data"]]
+
+    page.js("document.querySelector('#title').focus()")
+    page.type("tea")
+    page.wait("document.querySelector('#matches button')?.innerText === 'Tea'")
+    page.press("Enter")  # picks the first
+    page.wait(f"{RECOMMEND}.querySelector('.heard').innerText")
+    assert (shown("#picked button"), shown("#matches button")) == (["Tea"], [])
+    assert shown("li .text") == next_titles("SKU-1")
+    page.type("BRÖT")
+    page.wait("document.querySelector('#matches button')?.innerText === 'Brötchen'")
+    page.press("Tab")
+    page.press("Tab")
+    assert page.js("document.activeElement.ariaLabel") == "Pick Brötchen"
+    page.press("Enter")
+    page.wait("document.querySelectorAll('#picked button').length === 2")
+    page.wait(f"{RECOMMEND}.ariaBusy === 'false'")
+    assert shown("li .text") == next_titles("SKU-1", "SKU-3")
+    page.js("document.querySelectorAll('#picked button').forEach(button => button.isConnected && button.click())")
+    page.wait("document.querySelectorAll('#picked button').length === 1")
+    page.js("document.querySelector('#picked button').click()")
+    assert page.wait(f"{RECOMMEND}.querySelector('.problem').innerText") == "Pick a title first."
+    page.type("zebra")
+    page.press("Enter")
+    page.wait(f"{RECOMMEND}.querySelector('.problem').innerText === 'No title contains \"zebra\".'")
+
+
+def test_a_question_about_a_model_without_names_is_one_line(url: str) -> None:
+    for request in (
+        ("GET", "/recommenders/sentence/items?title=a"),
+        ("POST", "/recommenders/sentence", b'{"history": ["a"]}'),
+    ):
+        status, _, answer = call(url, *request)
+        assert status == 404
+        assert "takes no names (no [vocabulary] in its deploy.toml)" in answer["error"]["message"]
+    status, _, answer = call(url, "POST", "/recommenders/shop", b'{"history": []}')
+    assert (status, answer["error"]["message"]) == (400, "history: a list of 0; allowed: 1 to 2048 texts")
+
+
+@needs_chromium
 @pytest.mark.parametrize("dark", [False, True])
 def test_nothing_overflows_on_a_phone(page: Browser, dark: bool) -> None:
     page.size(390, 844, dark=dark)
-    page.js("document.querySelectorAll('form:not(#key)').forEach(form => { form.querySelector('input').value ||= 'x'.repeat(300);"
+    page.js("document.querySelectorAll('form:not(#key)').forEach(form => { form.querySelector('input').value ||= form.id === 'recommend-form' ? 'a' : 'x'.repeat(300);"
             "form.requestSubmit() })")  # fmt: skip
     page.js("document.querySelector('details').open = true")
-    for section in (SEARCH, RANK):
+    for section in (SEARCH, RANK, RECOMMEND):
         page.wait(f"{section}.querySelector('.heard').innerText")
     assert page.js("document.documentElement.scrollWidth") == 390
     wide = "[...document.querySelectorAll('main, .card, ol, li, .times, #bundled')].filter(e => e.scrollWidth > e.clientWidth)"

@@ -17,6 +17,7 @@ from aiohttp import web
 from deepseek_client import AsyncInferenceClient
 
 from serving.openai.metrics import Metrics
+from serving.openai.recommenders import Recommenders
 from serving.openai.routes import Routes
 from serving.openai.text_models import TextModels
 from serving.openai.triton_http import TritonHttp
@@ -28,7 +29,8 @@ async def _serve(given: argparse.Namespace) -> None:
     # No retries: a refusal goes back to the caller at once, with Retry-After.
     async with AsyncInferenceClient(given.http_url, "http", retries=0) as client:
         triton = TritonHttp(given.http_url)
-        runner = Routes(TextModels(client, given.repository), triton, Metrics()).runner(given.drain_s)
+        models, recommenders = TextModels(client, given.repository), Recommenders(client, given.repository)
+        runner = Routes(models, triton, Metrics(), recommenders).runner(given.drain_s)
         await runner.setup()
         gc.collect()
         gc.freeze()  # else each full collection visits all that was imported

@@ -21,6 +21,7 @@ from serving.openai.errors import ApiError, busy
 from serving.openai.metrics import CONTENT_TYPE, Metrics
 from serving.openai.openapi import PRIORITIES, PRIORITY, Handler, Route, document
 from serving.openai.page import FILES, send_file
+from serving.openai.recommenders import Recommenders
 from serving.openai.request_body import shown
 from serving.openai.requests import EmbeddingRequest, RerankRequest, SimilarityRequest
 from serving.openai.rerank import scores_of
@@ -39,8 +40,10 @@ NOTED = web.RequestKey("noted", dict[str, Any])  # its model, and whether its li
 class Routes:
     """The handlers of one server."""
 
-    def __init__(self, models: TextModels, triton: TritonHttp, metrics: Metrics) -> None:
-        self._models, self._triton, self._metrics = models, triton, metrics
+    def __init__(
+        self, models: TextModels, triton: TritonHttp, metrics: Metrics, recommenders: Recommenders | None = None
+    ) -> None:
+        self._models, self._triton, self._metrics, self._recommenders = models, triton, metrics, recommenders
         self._embeddings = Embeddings(triton, metrics)
         self._held_bytes = 0
         self._routes = (
@@ -94,6 +97,8 @@ class Routes:
             app.router.add_route(route.method, path, route.handler)
         for path in FILES:
             app.router.add_get(path, send_file)
+        if self._recommenders:
+            self._recommenders.add_to(app.router)
         return web.AppRunner(
             app,
             handler_cancellation=True,

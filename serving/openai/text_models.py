@@ -122,7 +122,6 @@ class TextModels:
 
     async def statistics(self, name: str) -> dict:
         """Triton's statistics of a model. Raises ApiError."""
-        await self.named(name)
         try:
             return await self._client.model_statistics(name)
         except InferenceError as error:

@@ -92,10 +92,65 @@ async function rank(model) {
   return { ...run, rows: run.answer.map(({ index, score }) => ({ text: texts[index], topic: "", score })) };
 }
 
+const picked = []; // items, the oldest first
+let matches = []; // items whose title has the typed words
+
+function itemButton({ title }, label, act) {
+  const button = element("button", title);
+  button.type = "button";
+  button.ariaLabel = `${label} ${title}`;
+  button.addEventListener("click", act);
+  return button;
+}
+
+function drawItems() {
+  one("#matches").replaceChildren(...matches.map((item) => itemButton(item, "Pick", () => pick(item))));
+  one("#picked").replaceChildren(...picked.map((item, place) => itemButton(item, "Remove", () => {
+    picked.splice(place, 1);
+    drawItems();
+    one("#title").focus();
+    goRecommend();
+  })));
+}
+
+function pick(item) {
+  picked.push(item);
+  matches = [];
+  one("#title").value = "";
+  drawItems();
+  one("#title").focus();
+  goRecommend();
+}
+
+const recommender = () => `/recommenders/${encodeURIComponent(one("#recommend-model").value)}`;
+const find = async (title) => (await ask(`${recommender()}/items?title=${encodeURIComponent(title)}`)).data;
+
+// What comes after the picked items; a typed title is picked first.
+async function recommend(model) {
+  const typed = one("#title").value.trim();
+  if (typed) {
+    const [first] = await find(typed);
+    if (!first) throw new Error(`No title contains "${typed}".`);
+    picked.push(first);
+    matches = [];
+    one("#title").value = "";
+    drawItems();
+  }
+  if (!picked.length) throw new Error("Pick a title first.");
+  const history = picked.map(({ item }) => item);
+  const run = await timed(model, await counted(model), () => ask(recommender(), { history }));
+  if (!run.answer.data.length) throw new Error("The model has nothing left to recommend.");
+  return { ...run, rows: run.answer.data.map(({ title }) => ({ text: title })) };
+}
+
 function draw(section, { rows, total, queue, inModel, rest, requests }) {
   const milliseconds = (value) => `${value.toFixed(value < 1 ? 2 : 1)} ms`;
   const list = rows.map(({ text, topic, score }) => {
     const [row, bar] = [element("li", ""), element("i", "", "bar")];
+    if (score === undefined) {
+      row.append(element("span", text, "text"));
+      return row;
+    }
     bar.style.setProperty("--share", `${Math.max(0, Math.min(1, score)) * 100}%`);
     row.append(element("span", text, "text"), element("small", topic), element("b", score.toFixed(2)), bar);
     return row;
@@ -119,15 +174,18 @@ function draw(section, { rows, total, queue, inModel, rest, requests }) {
     ? "Queue and model: by Triton's statistics. All else: the browser, the connection and these routes."
     : `Triton counted ${requests} requests meanwhile, so its share of this one is not known.`;
   one(".found", section).hidden = false;
-  one(".heard", section).textContent = `Best: ${rows[0].text} ${rows[0].score.toFixed(2)}. In all ${milliseconds(total)}.`;
+  one(".heard", section).textContent = `Best: ${rows[0].text}${rows[0].score === undefined ? "" : ` ${rows[0].score.toFixed(2)}`}. In all ${milliseconds(total)}.`;
 }
 
-// Submitting the section's form runs `run` and draws its result; an earlier, slower run is dropped.
+// Submitting the section's form, or calling the result, runs `run` and draws its result. An earlier, slower run is dropped.
 function connect(id, run) {
   const section = one(id);
   let turns = 0;
-  one("form", section).addEventListener("submit", async (event) => {
+  one("form", section).addEventListener("submit", (event) => {
     event.preventDefault();
+    go();
+  });
+  async function go() {
     const turn = ++turns;
     section.ariaBusy = "true";
     one(".problem", section).textContent = "";
@@ -142,7 +200,8 @@ function connect(id, run) {
     } finally {
       if (turn === turns) section.ariaBusy = "false";
     }
-  });
+  }
+  return go;
 }
 
 // Offers the models that can do what a section needs; hides it if none can.
@@ -156,10 +215,11 @@ function offer(id, models, capability) {
 // Shows the forms once a model is ready.
 async function begin() {
   const status = one("#status");
-  let problem = new Error("No model that takes texts is ready.");
+  let problem = new Error("No model that takes texts or names is ready.");
   try {
     const { data } = await ask("/v1/models");
-    if (offer("#search", data, "embed") + offer("#rank", data, "rerank")) {
+    const { data: recommenders } = await ask("/recommenders");
+    if (offer("#search", data, "embed") + offer("#rank", data, "rerank") + offer("#recommend", recommenders, "recommend")) {
       status.hidden = true;
       return;
     }
@@ -192,4 +252,17 @@ one("#key").addEventListener("submit", (event) => {
 });
 connect("#search", search);
 connect("#rank", rank);
+const goRecommend = connect("#recommend", recommend);
+one("#title").addEventListener("input", async (event) => {
+  const typed = event.target.value;
+  const found = await find(typed).catch(() => []); // submitting shows why
+  if (typed !== one("#title").value) return;
+  matches = found;
+  drawItems();
+});
+one("#recommend-model").addEventListener("change", () => {
+  picked.length = matches.length = 0;
+  one("#recommend .found").hidden = true;
+  drawItems();
+});
 begin();

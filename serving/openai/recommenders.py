@@ -1,0 +1,88 @@
+"""What the page asks about models with `[vocabulary]`: which there are, items by their titles, and what comes next.
+
+Contract: on the port of the page only; the gateway does not pass these paths on. Raises ApiError.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Annotated
+
+from aiohttp import web
+from deepseek_client import AsyncInferenceClient, InferenceError, ModelUnavailable
+
+from deepseek.spec.files.repository import model_folders
+from deepseek.spec.vocabulary import CATALOGUE, VOCABULARY
+from serving.openai.errors import from_client, no_such_model
+from serving.openai.request_body import Allowed, RequestBody, Texts
+
+SHOWN = 8  # items that a search finds, and items that come next
+Item = dict[str, str]  # its name and title
+
+
+class NextRequest(RequestBody):
+    """Body of `POST /recommenders/{model}`."""
+
+    history: Annotated[Texts, Allowed("a list of names")]
+
+
+class Recommenders:
+    """The models with `[vocabulary]` of one Triton, whose repository is a folder."""
+
+    def __init__(self, client: AsyncInferenceClient, repository: Path) -> None:
+        self._client, self._repository = client, repository
+        self._read: dict[Path, list[Item]] = {}
+
+    def add_to(self, router: web.UrlDispatcher) -> None:
+        """Adds the paths."""
+        router.add_get("/recommenders", self._list)
+        router.add_get("/recommenders/{model}/items", self._find)
+        router.add_post("/recommenders/{model}", self._next)
+
+    async def _list(self, _: web.Request) -> web.Response:
+        found = []
+        for name in sorted(folder.name for folder in model_folders(self._repository)):
+            try:
+                if VOCABULARY in (await self._client.metadata(name)).parameters:
+                    found.append({"id": name, "capabilities": ["recommend"]})
+            except ModelUnavailable:
+                continue
+            except InferenceError as error:
+                raise from_client(error, name) from error
+        return web.json_response({"data": found})
+
+    async def _find(self, request: web.Request) -> web.Response:
+        """The items whose title contains the words of `title`, those that begin with them first."""
+        words = request.query.get("title", "").casefold().split()
+        titles = [(item, item["title"].casefold()) for item in await self._items(request.match_info["model"])]
+        found = [(item, title) for item, title in titles if words and all(word in title for word in words)]
+        found.sort(key=lambda each: not each[1].startswith(words[0]))
+        return web.json_response({"data": [item for item, _ in found[:SHOWN]]})
+
+    async def _next(self, request: web.Request) -> web.Response:
+        """The items that come next, best first. Fewer than SHOWN if the model has no more."""
+        name = request.match_info["model"]
+        asked = NextRequest.read(await request.read())
+        await self._items(name)
+        try:
+            answer = await self._client.infer(name, {"history": [asked.history]}, outputs=["skus", "titles"])
+        except InferenceError as error:
+            raise from_client(error, name) from error
+        pairs = zip(answer["skus"][0][:SHOWN], answer["titles"][0][:SHOWN], strict=True)
+        return web.json_response({"data": [{"item": a.decode(), "title": b.decode()} for a, b in pairs if a]})
+
+    async def _items(self, name: str) -> list[Item]:
+        """The items of the latest version that is served."""
+        try:
+            metadata = await self._client.metadata(name)
+        except InferenceError as error:
+            raise from_client(error, name) from error
+        if VOCABULARY not in metadata.parameters:
+            raise no_such_model(name, "takes no names (no [vocabulary] in its deploy.toml)")
+        path = self._repository / name / max(metadata.versions, key=int) / CATALOGUE
+        if path not in self._read:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.DictReader(file))
+            self._read = {path: [{"item": row["item"], "title": row.get("title") or row["item"]} for row in rows]}
+        return self._read[path]
