@@ -35,9 +35,9 @@ def numbers(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table class='numbers'><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def card(title: str, body: str, explanation: str = "", css: str = "") -> str:
+def card(title: str, body: str, explanation: str = "") -> str:
     text = f"<p class='explained'>{explanation}</p>" if explanation else ""
-    return f"<section class='card {css}'><h2>{escape(title)}</h2>{body}{text}</section>"
+    return f"<section class='card'><h2>{escape(title)}</h2>{body}{text}</section>"
 
 
 def grid(cards: Iterable[str]) -> str:

@@ -82,6 +82,8 @@ class EmbeddedServer:
         self.http_port, self.grpc_port, self.metrics_port = (
             self._ports.numbers[name] for name in ("HTTP", "gRPC", "metrics")
         )
+        self.http_url, self.grpc_url = (f"{self.address}:{port}" for port in (self.http_port, self.grpc_port))
+        self.metrics_url = f"http://{self.address}:{self.metrics_port}/metrics"
         # One log per server: a crash found in the log must be this server's.
         default_log = build_dir("serving") / f"triton-{self.http_port}.log"
         self.log_path = Path(log_path or default_log)
@@ -97,20 +99,6 @@ class EmbeddedServer:
         self._verified: VerifiedRepository | None = None
         self._supervisor: Supervisor | None = None
         self._missing: list[Finding] = []
-
-    @property
-    def http_url(self) -> str:
-        """`host:port` of the HTTP endpoint."""
-        return f"{self.address}:{self.http_port}"
-
-    @property
-    def grpc_url(self) -> str:
-        """`host:port` of the gRPC endpoint."""
-        return f"{self.address}:{self.grpc_port}"
-
-    @property
-    def metrics_url(self) -> str:
-        return f"http://{self.address}:{self.metrics_port}/metrics"
 
     @property
     def pid(self) -> int:

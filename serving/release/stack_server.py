@@ -51,18 +51,9 @@ class StackServer:
         self.repository, self.env_file, self.log_path, self.timeout_s = repository, env_file, log_path, timeout_s
         ports = ReservedPorts("127.0.0.1", {"HTTP": 0, "gRPC": 0})
         self._ports = ports.numbers
+        self.http_url, self.grpc_url = (f"127.0.0.1:{self._ports[name]}" for name in ("HTTP", "gRPC"))
         ports.release()  # Docker could not publish them otherwise
         self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def http_url(self) -> str:
-        """`host:port` of the HTTP endpoint."""
-        return f"127.0.0.1:{self._ports['HTTP']}"
-
-    @property
-    def grpc_url(self) -> str:
-        """`host:port` of the gRPC endpoint."""
-        return f"127.0.0.1:{self._ports['gRPC']}"
 
     def __enter__(self) -> StackServer:
         files = f"{setting_before(self.env_file, 'COMPOSE_FILE')}:{ALONE_FILE}"
