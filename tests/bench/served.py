@@ -49,7 +49,7 @@ def _minilm(bench: Bench, where: str, cores: list[int], load_cores: list[int]) -
         for name, how in (("fp32", ()), ("fp32 of 1 s", ("fp32", SLO_1_S)), ("auto", ("auto",))):
             server = running.enter_context(bench.server(bench.repository("minilm", *how)))
             sides[name] = closed(binary(server.http_url, "minilm", bench.rows["minilm"]), load_cores)
-        found = bench.rounds(sides, 10)
+        found = bench.rounds(sides, 8)
     for name, other in (("fp32", "raw"), ("fp32 of 1 s", "raw"), ("fp32", "raw defaults"), ("auto", "raw defaults")):
         bench.record_loads(f"served {where}: minilm {name} over {other}", found[name], found[other])
 
