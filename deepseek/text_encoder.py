@@ -55,6 +55,7 @@ class TextEncoder:
         min_tokens: int = 1,
         pairs: bool = False,
         offsets: bool = False,
+        lengths: Sequence[int] = (),
     ) -> None:
         """Reads the file. Raises Exception, the library's only error, if it is not a tokenizer, or does not fit.
 
@@ -66,10 +67,11 @@ class TextEncoder:
             min_tokens: shorter rows are padded to this length.
             pairs: whether `encode` gets pairs of texts.
             offsets: whether `encode` gives the offsets of single texts, which takes longer.
+            lengths: rows are padded to one of these, ascending; none: to the longest of their batch.
         """
         self.tokenizer = Tokenizer.from_file(path)
         self._encode = self.tokenizer.encode_batch if offsets else self.tokenizer.encode_batch_fast
-        self._inputs, self._dtypes, self._min_tokens = inputs, dtypes, min_tokens
+        self._inputs, self._dtypes, self._lengths = inputs, dtypes, (min_tokens, *lengths)
         padding, truncation = self.tokenizer.padding or {}, self.tokenizer.truncation or {}
         known = (self.tokenizer.token_to_id(token) for token in PADDING_TOKENS)
         pad = padding.get("pad_id", next((number for number in known if number is not None), 0))
@@ -112,7 +114,7 @@ class TextEncoder:
 
     def batch(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
         """The model's inputs for rows, each (rows, length of the longest)."""
-        length = max(self._min_tokens, *map(len, rows))
+        length = self._padded(max(map(len, rows)))
         found = {}
         for role, name in self._inputs.items():
             array = np.full((len(rows), length), self._padding[role], dtype=self._dtypes[name])
@@ -121,6 +123,10 @@ class TextEncoder:
                 array[place, start : start + len(row)] = row.values[role]
             found[name] = array
         return found
+
+    def _padded(self, tokens: int) -> int:
+        """The length that rows of up to `tokens` are padded to."""
+        return next((length for length in self._lengths if length >= tokens), tokens)
 
     def unpadded(self, values: np.ndarray, row: Row) -> np.ndarray:
         """What a model gave for each token of a row (length, ...), without padding."""
@@ -132,7 +138,7 @@ class TextEncoder:
         Yields the places of the rows in `rows`, and the model's inputs.
         """
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
-        ends = split_points([max(self._min_tokens, len(rows[place])) for place in order], most_tokens)
+        ends = split_points([self._padded(len(rows[place])) for place in order], most_tokens)
         for start, end in reversed(list(zip([0, *ends], ends, strict=False))):
             places = order[start:end]
             yield places, self.batch([rows[place] for place in places])

@@ -273,8 +273,10 @@ def publish_stage(plan: Plan) -> Stage:
     graphs = ("tensorrt.cuda_graphs", "tensorrt.cuda_graph_batches")
     served = ("batching", "slo", "onnxruntime", "text", "vocabulary", *graphs)
     text, vocabulary = plan.spec.text_for(plan.target), plan.spec.vocabulary_for(plan.target)
-    strings = (("text_requests", "numpy1_stub") if text else ()) + (
-        ("vocabulary_requests", "numpy1_stub") if vocabulary else ()
+    strings = (
+        *(("text_requests", "numpy1_stub") if text else ()),
+        *(("engine_model",) if plan.spec.has_front(plan.target) else ()),
+        *(("vocabulary_requests", "numpy1_stub") if vocabulary else ()),
     )
     file = text.tokenizer if text else vocabulary.file if vocabulary else ""
     return Stage(

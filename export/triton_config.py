@@ -83,8 +83,8 @@ def model_config(
                 entry.data_type = _data_type(spec.inputs[name].dtype)
                 entry.dims.extend(array.shape[1:] or (1,))
                 entry.input_data_file = f"{prefix}-{name}"
-    if text := spec.text_for(target):
-        _take_text(config, spec, text, warmup)
+    if (text := spec.text_for(target)) and not spec.has_front(target):
+        take_text(config, spec, text, warmup)
     if vocabulary is not None:
         _take_names(config, spec, vocabulary, warmup)
     return config
@@ -105,10 +105,12 @@ def _let_bulk_wait(config: ModelConfig) -> None:
     bulk.default_timeout_microseconds *= 10
 
 
-def _take_text(config: ModelConfig, spec: DeploymentSpec, text: TextSpec, warmup: Iterable[str]) -> None:
+def take_text(
+    config: ModelConfig, spec: DeploymentSpec, text: TextSpec, warmup: Iterable[str], lengths: Sequence[int] = ()
+) -> None:
     """Adds the input for texts beside the others, which become optional, and the output with the tokens.
 
-    Warm-up then covers texts too: the file `<prefix>-text` holds one, or a pair.
+    Warm-up then covers texts too: the file `<prefix>-text` holds one, or a pair. `lengths` are the only ones to pad to.
     """
     for entry in config.input:
         entry.optional = True
@@ -120,6 +122,7 @@ def _take_text(config: ModelConfig, spec: DeploymentSpec, text: TextSpec, warmup
         "inputs": text.fills(spec.inputs),
         "max_tokens": text.max_tokens or axis.max,
         "min_tokens": axis.min,
+        **({"lengths": lengths} if lengths else {}),
         "max_bytes": text.max_bytes,
         "batch_tokens": text.batch_tokens,
         "pairs": text.pairs,

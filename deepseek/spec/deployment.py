@@ -29,7 +29,7 @@ from deepseek.spec.tables import (
 from deepseek.spec.text import TextSpec, check_text
 from deepseek.spec.tuned import TunedFile
 from deepseek.spec.vocabulary import VocabularySpec, check_vocabulary
-from deepseek.targets import Target
+from deepseek.targets import PUBLISHABLE, Target
 
 if TYPE_CHECKING:
     from deepseek.vocabulary import Vocabulary
@@ -197,13 +197,17 @@ class DeploymentSpec(Table):
 
     def text_for(self, target: Target) -> TextSpec | None:
         """`[text]` if the server can take texts for this target; None without `[text]`, and if only ids can be sent."""
-        return self.text if self._takes_strings(target) else None
+        return self.text if target in PUBLISHABLE else None
 
     def vocabulary_for(self, target: Target) -> VocabularySpec | None:
         """The same for `[vocabulary]`."""
-        return self.vocabulary if self._takes_strings(target) else None
+        return self.vocabulary if self._runs_in_python(target) else None
 
-    def _takes_strings(self, target: Target) -> bool:
+    def has_front(self, target: Target) -> bool:
+        """Whether a model that tokenizes stands in front of the engine's: a backend of Triton's own runs the engine."""
+        return self.text_for(target) is not None and not self._runs_in_python(target)
+
+    def _runs_in_python(self, target: Target) -> bool:
         return target == "onnxruntime" and self.onnxruntime.backend == "python"
 
     def with_batches_up_to(self, size: int) -> DeploymentSpec:

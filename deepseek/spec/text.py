@@ -35,7 +35,7 @@ def inside(path: str) -> bool:
 
 class TextSpec(Table):
     """Lets callers send texts: the server tokenizes them and fills the model's inputs. All inputs must be filled.
-    For the target `onnxruntime` with this project's backend; other targets serve token ids only. See docs/text.md."""
+    See docs/text.md."""
 
     tokenizer: Annotated[str, fitting(inside, "a path inside the model folder")] = TOKENIZER
     """Hugging Face `tokenizer.json`: a path in the model folder, else in `build/<name>`."""
@@ -55,7 +55,7 @@ class TextSpec(Table):
     """Largest text in UTF-8; a longer one is refused."""
     batch_tokens: int = Field(512, ge=1)
     """Most tokens, padding included, that run at once. The server splits a batch of texts into parts of similar
-    length."""
+    length. The default suits CPUs; a GPU may need more."""
     dimensions: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Sizes that callers of `/v1/embeddings` may ask for besides the model's own: the first numbers of each vector,
     scaled to length 1. For models trained with such sizes (Matryoshka)."""

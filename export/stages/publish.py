@@ -27,6 +27,7 @@ from deepseek.spec import (
     TEXT,
     TOKENIZER,
     DeploymentSpec,
+    FileDigest,
     GateFailed,
     InputError,
     Precision,
@@ -40,7 +41,7 @@ from deepseek.spec.deployment import catalogue_of
 from deepseek.spec.files.folders import alone_in, let_all_read, onto_disk, scratch_in
 from deepseek.spec.files.measured_batches import plan_of, read_measured
 from deepseek.spec.files.released import last_fate
-from deepseek.spec.files.repository import retired, versions_of
+from deepseek.spec.files.repository import engine_model, retired, versions_of
 from deepseek.spec.gpus import gpus, matching
 from deepseek.spec.tokenizer import text_encoder
 from deepseek.spec.vocabulary import CATALOGUE, HISTORY
@@ -49,6 +50,7 @@ from deepseek.vocabulary import Vocabulary
 from export.artifact import choice_of, digests, engine_path, need, read_manifest, write_manifest
 from export.rows import Row, load_rows
 from export.runtimes.onnxruntime_predictor import optimizers_left_out
+from export.text_front import VERSION, put_front
 from export.triton_config import config_text, cuda_graph_batches, model_config
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +67,8 @@ TEXT_SOURCES = {
     "numpy1_stub.py": ROOT / "serving" / "backend" / "numpy1_stub.py",
     "text_encoder.py": ROOT / "deepseek" / "text_encoder.py",
 }
+# The same if a backend of Triton's own runs its engine.
+FRONT_SOURCES = {"engine_model.py": ROOT / "serving" / "backend" / "engine_model.py"}
 # The same for a model with [vocabulary].
 VOCABULARY_SOURCES = {
     "vocabulary_requests.py": ROOT / "serving" / "backend" / "vocabulary_requests.py",
@@ -191,26 +195,36 @@ def _stage(
     version = max(versions_of(model), default=0) + 1
     folder = scratch / str(version)
     folder.mkdir()
+    front = spec.has_front(target)
+    place = engine_model(folder, spec.name) / str(VERSION) if front else folder
+    place.mkdir(parents=True, exist_ok=True)
     for file in engine.parent.glob(f"{engine.name}*"):
-        shutil.copyfile(file, folder / file.name)
-    if target == "onnxruntime" and spec.onnxruntime.backend == "python":
-        for name, source in BACKEND_SOURCES.items():
+        shutil.copyfile(file, place / file.name)
+    if front or (target == "onnxruntime" and spec.onnxruntime.backend == "python"):
+        for name, source in {**BACKEND_SOURCES, **(FRONT_SOURCES if front else {})}.items():
             shutil.copyfile(source, folder / name)
     (scratch / "warmup").mkdir()
     if spec.text_for(target):
         _stage_text(scratch, spec, version)
+        if not front:
+            pairs = spec.text is not None and spec.text.pairs
+            _write_string(scratch / "warmup" / f"{version}-{TEXT}", WARMUP_TEXT, 2 if pairs else 1)
     vocabulary = _stage_vocabulary(scratch, spec, version, engine) if spec.vocabulary_for(target) else None
     plan = plan_of(spec.for_target(target), read_measured(spec.name, target), precision)
-    manifest = published_manifest(spec, target, engine, folder).model_copy(update={"batching": plan})
-    write_manifest(folder / "manifest.json", manifest)
-    for name, array in row.items():
-        (scratch / "warmup" / f"{version}-{name}").write_bytes(array.tobytes())
     built = read_manifest(engine)
     device, on_gpus = built.settings.get("device", "cpu"), []
     if target == "tensorrt":
         on_gpus = matching(gpus(), built.compute_capability, built.settings)
     left_out = optimizers_left_out(engine) if target == "onnxruntime" else []
-    config = model_config(spec, precision, target, {str(version): row}, device, left_out, on_gpus, plan, vocabulary)
+    warmup = {str(VERSION if front else version): row}
+    config = model_config(spec, precision, target, warmup, device, left_out, on_gpus, plan, vocabulary)
+    if front:
+        config = put_front(config, spec, target, folder, row)
+    else:
+        for name, array in row.items():
+            (scratch / "warmup" / f"{version}-{name}").write_bytes(array.tobytes())
+    manifest = published_manifest(spec, target, engine, folder).model_copy(update={"batching": plan})
+    write_manifest(folder / "manifest.json", manifest)
     config.version_policy.specific.versions.append(version)
     for place in (scratch, folder):  # a server that rolls back to the version uses its own copy
         (place / "config.pbtxt").write_text(config_text(config))
@@ -218,12 +232,11 @@ def _stage(
 
 
 def _stage_text(scratch: Path, spec: DeploymentSpec, version: int) -> None:
-    """Adds what a model needs to take texts: sources, tokenizer and a text to warm up with. Raises InputError."""
+    """Adds what a model needs to take texts: sources and tokenizer. Raises InputError."""
     tokenizer = tokenizer_path(spec)
     text_encoder(spec, tokenizer)  # raises if it cannot be read
     for name, source in {**TEXT_SOURCES, TOKENIZER: tokenizer}.items():
         shutil.copyfile(source, scratch / str(version) / name)
-    _write_string(scratch / "warmup" / f"{version}-{TEXT}", WARMUP_TEXT, 2 if spec.text and spec.text.pairs else 1)
 
 
 def _stage_vocabulary(scratch: Path, spec: DeploymentSpec, version: int, engine: Path) -> Vocabulary:
@@ -253,8 +266,11 @@ def published_manifest(spec: DeploymentSpec, target: Target, engine: Path, folde
     """The manifest for a copy of an engine in `folder`; raises GateFailed if the copy differs from the build."""
     built = read_manifest(engine)
     files = digests(folder)
+    behind = engine_model(folder, spec.name)
+    files |= {str(path.relative_to(folder)): FileDigest.of(path) for path in behind.rglob("*") if path.is_file()}
+    inside = (behind / str(VERSION)).relative_to(folder)
     for name, digest in built.files.items():
-        if name.startswith(engine.name) and files.get(name) != digest:
+        if name.startswith(engine.name) and digest not in (files.get(name), files.get(f"{inside}/{name}")):
             raise GateFailed(
                 f"{engine.parent / name} was changed after the build; build it again: make clean engine "
                 f"{variables_for(spec.name)}"
@@ -298,12 +314,9 @@ def main(options: argparse.Namespace) -> None:
             "warning: batching.instances = 1: a Triton that this project does not start can stall, see docs/triton.md",
             file=sys.stderr,
         )
-    if (spec.text and not spec.text_for(options.target)) or (
-        spec.vocabulary and not spec.vocabulary_for(options.target)
-    ):
-        table, sent = ("text", "text") if spec.text else ("vocabulary", "names of items")
+    if spec.vocabulary and not spec.vocabulary_for(options.target):
         what = "the backend onnxruntime" if options.target == "onnxruntime" else f"the target {options.target}"
-        print(f"warning: [{table}]: {what} takes ids only; its callers cannot send {sent}", file=sys.stderr)
+        print(f"warning: [vocabulary]: {what} takes ids only; its callers cannot send names of items", file=sys.stderr)
     result = publish_version(
         spec, precision, options.target, Path(options.repository), anyway=options.anyway, if_changed=options.if_changed
     )

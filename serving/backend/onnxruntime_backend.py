@@ -64,8 +64,6 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         version = os.path.join(args["model_repository"], args["model_version"])
         path = os.path.join(version, "model.onnx")
-        options = onnxruntime.SessionOptions()
-        options.inter_op_num_threads = 1
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         run_rows = int(parameters["run_rows"]) if "run_rows" in parameters else 0
         self.text: Any = None
@@ -79,16 +77,6 @@ class TritonPythonModel:
         added = self.text.added if self.text else _VOCABULARY if self.vocabulary else ()
         self.inputs = [tensor["name"] for tensor in config["input"] if tensor["name"] not in added]
         self.outputs = [tensor["name"] for tensor in config["output"] if tensor["name"] not in added]
-        threads = int(parameters["threads"])
-        instances = config["instance_group"][0]["count"]
-        options.intra_op_num_threads = threads or max(1, cores() // instances)
-        # Spin while a batch runs, not after it: the server and the clients need the cores too.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.log_severity_level = 3  # errors only
-        self.profile = None
-        if folder := os.environ.get("ONNXRUNTIME_PROFILE"):
-            self.profile = os.path.join(folder, f"onnxruntime-{args['model_instance_name']}")
-            options.enable_profiling, options.profile_file_prefix = True, self.profile
         self.answers: queue.SimpleQueue = queue.SimpleQueue()
         self.sender = threading.Thread(target=self._send, daemon=True)
         self.sender.start()
@@ -99,6 +87,30 @@ class TritonPythonModel:
         )
         labels = {"model": args["model_name"], "version": args["model_version"], "reason": "INTERNAL"}
         self.failures = self.counter.Metric(labels=labels)  # one counter for all instances
+        self.profile: str | None = None
+        self.slots: Any = contextlib.nullcontext()
+        if "engine" in parameters:
+            self._use_engine(parameters["engine"])
+        else:
+            self._open_session(args, path, parameters, config["instance_group"][0]["count"])
+
+    def _use_engine(self, name: str) -> None:
+        """Takes another model of this server in place of a session, and runs the parts of a batch at once."""
+        from engine_model import EngineModel  # type: ignore[import-not-found]  # it lies beside model.py
+
+        self.session: Any = EngineModel(name, _tensor)
+        self.text.each = self.session.map
+
+    def _open_session(self, args: dict[str, str], path: str, parameters: dict[str, str], instances: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.inter_op_num_threads = 1
+        options.intra_op_num_threads = int(parameters["threads"]) or max(1, cores() // instances)
+        # Spin while a batch runs, not after it: the server and the clients need the cores too.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.log_severity_level = 3  # errors only
+        if folder := os.environ.get("ONNXRUNTIME_PROFILE"):
+            self.profile = os.path.join(folder, f"onnxruntime-{args['model_instance_name']}")
+            options.enable_profiling, options.profile_file_prefix = True, self.profile
         device_id = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         opened = open_session(
             path,
@@ -111,8 +123,8 @@ class TritonPythonModel:
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {opened}")
         self.session = opened.session
         threads = options.intra_op_num_threads
-        shared = opened.provider == "cpu" and instances * threads > cores()
-        self.slots = ComputeSlots(path, max(1, cores() // threads)) if shared else contextlib.nullcontext()
+        if opened.provider == "cpu" and instances * threads > cores():
+            self.slots = ComputeSlots(path, max(1, cores() // threads))
 
     def execute(self, requests: list) -> None:
         """Runs a batch; the sender thread sends each answer through its request's response sender."""
@@ -202,8 +214,9 @@ class TritonPythonModel:
         """
         code = pb_utils.TritonError.INVALID_ARG
         if not (callers and isinstance(error, InvalidArgument)):
-            code = pb_utils.TritonError.INTERNAL
-            self.failures.increment(1)
+            code = getattr(error, "code", pb_utils.TritonError.INTERNAL)  # that of the engine's model
+            if code == pb_utils.TritonError.INTERNAL:
+                self.failures.increment(1)
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(_reason(error), code))
 
     def _results(self, joined: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -2,9 +2,9 @@
 
 Contract: the build copies this file beside the backend's model.py if deploy.toml has `[text]`, together with
 `deepseek/text_encoder.py`, `serving/backend/numpy1_stub.py` and the tokenizer. The parameter `text` of config.pbtxt
-holds the settings as JSON: `inputs` (by what they get), `max_tokens`, `min_tokens`, `max_bytes`, `batch_tokens`,
-`pairs` if a row is two texts, `token_outputs` with a row for each token, and `prompts`: a request may name one as its
-parameter `prompt_name`.
+holds the settings as JSON: `inputs` (by what they get), `max_tokens`, `min_tokens`, `lengths` to pad to if only some
+are allowed, `max_bytes`, `batch_tokens`, `pairs` if a row is two texts, `token_outputs` with a row for each token, and
+`prompts`: a request may name one as its parameter `prompt_name`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class TextRequests:
             min_tokens=given["min_tokens"],
             pairs=self._pairs,
             offsets=bool(self._token_outputs),
+            lengths=given.get("lengths", ()),
         )
+        self.each: Callable = map  # calls a function for all parts, in order
 
     def wrong_inputs(self, sent: Sequence[str], inputs: Sequence[str]) -> str:
         """What is wrong with the inputs that a request sends; empty if it sends the text alone, or all others."""
@@ -91,12 +93,14 @@ class TextRequests:
         """
         rows = self._encoder.encode([text for request in requests for text in request])
         padded = 0
-        for places, inputs in self._encoder.parts(rows, self._batch_tokens):
+        parts = list(self._encoder.parts(rows, self._batch_tokens))
+        answers = self.each(run, [inputs for _, inputs in parts])
+        for (places, inputs), answer in zip(parts, answers, strict=True):
             part = [rows[place] for place in places]
             found: dict[str, Any] = {"tokens": np.array([[row.tokens] for row in part], np.int32)}
             if self._token_outputs:
                 found["offsets"] = [np.array(row.offsets, np.int32).reshape(-1, 2) for row in part]
-            for name, output in zip(outputs, run(inputs), strict=True):
+            for name, output in zip(outputs, answer, strict=True):
                 if name in self._token_outputs:
                     output = [self._encoder.unpadded(values, row) for values, row in zip(output, part, strict=True)]
                 found[name] = output

@@ -27,6 +27,9 @@ class ServedEngine:
     version: int
     manifest: PublishedManifest
     config: ModelConfig
+    """Of the engine's own model."""
+    public: ModelConfig
+    """Of the model that callers name: the same, or the one in front that takes texts."""
 
     @property
     def memory_bytes(self) -> int:
@@ -44,7 +47,7 @@ class ServedEngine:
 def check_engine(engine: ServedEngine, machine: Machine) -> list[Finding]:
     """Findings that keep an engine from running on the machine; empty if it runs."""
     check = _TARGET_CHECKS.get(engine.manifest.target)
-    return list(check(engine, machine)) if check else []
+    return [*(check(engine, machine) if check else ()), *_check_strings(engine, machine)]
 
 
 def _rebuild(engine: ServedEngine) -> str:
@@ -114,10 +117,7 @@ def _loads(manifest: PublishedManifest, built: str, here: str) -> bool:
 
 
 def _check_onnxruntime(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
-    """The Python backend needs ONNX Runtime with the execution provider that the configuration names.
-
-    For texts it also needs the tokenizer and its package, for names of items the catalogue.
-    """
+    """The Python backend needs ONNX Runtime with the execution provider that the configuration names."""
     where = f"{engine.model}/{engine.version}"
     if engine.config.backend != "python":
         return
@@ -130,13 +130,18 @@ def _check_onnxruntime(engine: ServedEngine, machine: Machine) -> Iterator[Findi
     if asked not in ("", "auto") and asked not in names:
         what = f"needs the execution provider {asked!r}, ONNX Runtime here has {', '.join(sorted(names))}"
         yield mismatch(where, what, f"install a build that has it, or {_rebuild(engine)}")
-    if TEXT in engine.config.parameters:
+
+
+def _check_strings(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
+    """A model that takes texts needs the tokenizer and its package, one that takes names of items the catalogue."""
+    where = f"{engine.model}/{engine.version}"
+    if TEXT in engine.public.parameters:
         if TOKENIZER not in engine.manifest.files:
             yield mismatch(where, f"takes texts, but has no {TOKENIZER}", _rebuild(engine))
         if machine.tokenizers is False:
             fix = f"{sys.executable} -m pip install tokenizers"
             yield mismatch(where, "takes texts, but the package tokenizers is not installed here", fix)
-    if VOCABULARY in engine.config.parameters and CATALOGUE not in engine.manifest.files:
+    if VOCABULARY in engine.public.parameters and CATALOGUE not in engine.manifest.files:
         yield mismatch(where, f"takes names of items, but has no {CATALOGUE}", _rebuild(engine))
 
 

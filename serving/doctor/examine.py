@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from deepseek.spec import InputError
-from deepseek.spec.files.repository import CONFIG, config_path, versions_of
+from deepseek.spec.files.repository import CONFIG, ENGINE, config_path, versions_of
 from serving.doctor.engine_checks import ServedEngine, check_engine
 from serving.doctor.machine import Machine
 from serving.doctor.machine_checks import machine_findings
@@ -17,6 +17,7 @@ from serving.repository.checks import (
     Finding,
     check_layout,
     check_version,
+    engine_config,
     made_here,
     mismatch,
     models_in,
@@ -61,7 +62,7 @@ def _examine_model(model: Path, machine: Machine, kept: bool) -> tuple[list[Serv
         return [], [mismatch(model.name, "has no version directory, so Triton fails to start", publish_again(model))]
     try:
         config = read_config(config_path(model, versions[0]))
-        if config.backend != "python":  # NVIDIA's Triton reads the repository itself
+        if config.backend != "python" or ENGINE in config.parameters:  # NVIDIA's Triton reads the repository itself
             config = read_config(model / CONFIG)
     except InputError as error:
         return [], [mismatch(f"{model.name}/{CONFIG}", str(error), publish_again(model))]
@@ -76,9 +77,14 @@ def _examine_model(model: Path, machine: Machine, kept: bool) -> tuple[list[Serv
         findings += wrong
         if manifest is None:
             continue
-        engine = ServedEngine(model=model.name, version=version, manifest=manifest, config=config)
-        engines.append(engine)
         findings += [each for each in check_config(model, config, manifest) if each not in findings]
+        try:
+            own = engine_config(model, version, config)
+        except InputError as error:
+            findings.append(mismatch(f"{model.name}/{version}", str(error), publish_again(model)))
+            continue
+        engine = ServedEngine(model=model.name, version=version, manifest=manifest, config=own, public=config)
+        engines.append(engine)
         findings += check_engine(engine, machine)
     for version in versions if kept else ():
         if version not in served:  # not served, but a rollback may need it

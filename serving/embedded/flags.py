@@ -17,7 +17,7 @@ from pathlib import Path
 from deepseek.spec import InputError
 from deepseek.spec.files.repository import model_folders
 from deepseek.spec.text import LIST_TIMEOUT_S
-from serving.repository.checks import served_manifests
+from serving.repository.checks import engines_behind, served_manifests
 
 ADMIN_HEADER = "triton-admin-key"  # over gRPC Triton adds the prefix triton-grpc-protocol-
 CONTROL = ("model-repository",)
@@ -90,12 +90,16 @@ def behind_gateway(
 
 
 def engine_flags(repository: Path) -> list[str]:
-    """Backend flags that the served engines need; often none.
+    """Flags that the served engines need; often none.
 
-    Raises InputError for an unreadable configuration or manifest.
+    An engine behind a model that takes texts lies in a repository of its own, in the version's folder. Triton reads
+    each as one more repository, so the model and its engine always have the same version. Raises InputError for an
+    unreadable configuration or manifest.
     """
-    served = (manifest for model in model_folders(repository) for manifest in served_manifests(model))
-    return [VERSION_COMPATIBLE] if any(each.settings.get("version_compatible") for each in served) else []
+    models = model_folders(repository)
+    served = (manifest for model in models for manifest in served_manifests(model))
+    flags = [VERSION_COMPATIBLE] if any(each.settings.get("version_compatible") for each in served) else []
+    return flags + [f"--model-repository={engine.parent}" for model in models for engine in engines_behind(model)]
 
 
 def trace_flags(url: str, every: int = 0) -> list[str]:

@@ -15,6 +15,7 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
@@ -39,7 +40,7 @@ from serving.embedded.supervisor import Supervisor
 from serving.embedded.triton_log import KILLED, failure, load_failures
 from serving.embedded.verified_repository import VerifiedRepository
 from serving.embedded.wheel import assemble_backend, environment, parts
-from serving.repository.checks import Finding, models_in
+from serving.repository.checks import Finding, engines_behind, models_in
 
 
 class EmbeddedServer:
@@ -237,9 +238,12 @@ class EmbeddedServer:
 
 def check_repository(repository: Path) -> list[str]:
     """Names of the models in `repository`; raises InputError if the embedded server cannot serve them."""
-    configs = [model / "config.pbtxt" for model in models_in(repository)]
-    for config in configs:
-        text = config.read_text(errors="replace")  # the model's check reports unreadable files
+    models = models_in(repository)
+    configs = [model / "config.pbtxt" for model in models]
+    with contextlib.suppress(InputError):  # the model's check reports unreadable files
+        configs += [engine / "config.pbtxt" for model in models for engine in engines_behind(model)]
+    for config in filter(Path.is_file, configs):
+        text = config.read_text(errors="replace")
         named = dict(re.findall(r'^\s*(backend|platform)\s*:\s*"([^"]*)"', text, re.MULTILINE))
         backend = named.get("backend") or named.get("platform", "python")
         if backend != "python":
@@ -247,7 +251,7 @@ def check_repository(repository: Path) -> list[str]:
                 f"{config}: this server has no {backend} backend: the embedded Triton has only python; "
                 "docker compose up serves it on a machine with a GPU; or rebuild with: make engine TARGET=onnxruntime"
             )
-    return [config.parent.name for config in configs]
+    return [model.name for model in models]
 
 
 def _say(line: str) -> None:

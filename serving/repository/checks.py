@@ -17,7 +17,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import FileDigest, InputError, PublishedManifest
 from deepseek.spec.files.folders import SCRATCH
-from deepseek.spec.files.repository import CONFIG, config_path, model_folders, versions_of
+from deepseek.spec.files.repository import CONFIG, ENGINE, config_path, engine_model, model_folders, versions_of
 
 MANIFEST = "manifest.json"
 _TENSORRT, _TENSORRT_RTX = b"ptrt", b"vtrt"  # the first bytes of a plan
@@ -91,11 +91,35 @@ def check_layout(repository: Path) -> list[Finding]:
 def config_of(model: Path, version: int | None = None) -> ModelConfig:
     """The configuration of a version (default: the newest). Raises InputError with file and reason if unreadable."""
     version = next(iter(versions_of(model)), None) if version is None else version
-    path = model / CONFIG if version is None else config_path(model, version)
+    return config_at(model / CONFIG if version is None else config_path(model, version))
+
+
+def config_at(path: Path) -> ModelConfig:
+    """Reads a `config.pbtxt`; raises InputError with file and reason if it cannot."""
     try:
         return read_config(path)
     except InputError as error:
         raise InputError(f"{path} {error}") from None
+
+
+def engine_config(model: Path, version: int, config: ModelConfig) -> ModelConfig:
+    """The configuration of a version's engine: `config` itself, or that of the engine behind it (`engine_model`).
+
+    Raises InputError if it cannot be read.
+    """
+    if ENGINE not in config.parameters:
+        return config
+    return config_at(engine_model(model / str(version), model.name) / CONFIG)
+
+
+def engines_behind(model: Path) -> list[Path]:
+    """The folder of the engine's model behind the version that NVIDIA's Triton serves; empty if the model has none."""
+    config = config_at(model / CONFIG)
+    if ENGINE not in config.parameters:
+        return []
+    return [engine_model(model / str(version), model.name) for version in wanted_versions(config, versions_of(model))][
+        :1
+    ]
 
 
 def wanted_versions(config: ModelConfig, versions: list[int]) -> list[int]:
@@ -154,7 +178,7 @@ def _file_errors(folder: Path, manifest: PublishedManifest) -> Iterator[str]:
 
 def _plan_error(folder: Path, manifest: PublishedManifest) -> str | None:
     """Why `model.plan` contradicts the manifest, from its first 28 bytes: kind and TensorRT version."""
-    path = folder / "model.plan"
+    path = next(engine_model(folder, manifest.model).glob("*/model.plan"), folder / "model.plan")
     if manifest.target == "tensorrt_rtx":
         return "is an engine of TensorRT for RTX, which Triton cannot load"
     if manifest.target != "tensorrt":

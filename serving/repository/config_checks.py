@@ -14,7 +14,7 @@ import numpy as np
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelQueuePolicy
 
 from deepseek.spec import BATCH, TRITON_DTYPES, PublishedManifest, TensorSpec
-from deepseek.spec.files.repository import CONFIG
+from deepseek.spec.files.repository import CONFIG, ENGINE
 from deepseek.spec.vocabulary import ADDED, VOCABULARY
 from deepseek.targets import TARGETS
 from serving.repository.checks import Finding, mismatch, publish_again
@@ -42,7 +42,7 @@ def _naming(model: Path, config: ModelConfig, manifest: PublishedManifest) -> It
         yield f"name is {config.name!r}, but the folder is {model.name!r}", f'set name: "{model.name}"'
     backends = TARGETS[manifest.target].backends
     seen = config.backend or config.platform.partition("_")[0] or "none"  # platform: tensorrt_plan, pytorch_libtorch
-    if backends and seen not in backends:
+    if backends and seen not in (("python",) if ENGINE in config.parameters else backends):
         yield f"backend is {seen!r}, but the engine's target is {manifest.target}", f'set backend: "{backends[0]}"'
     file = config.default_model_filename
     if file and file not in manifest.files:

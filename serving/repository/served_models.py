@@ -16,7 +16,7 @@ import numpy as np
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from deepseek.spec import BATCH, TEXT, DeploymentSpec, Objective, Precision, PublishedManifest, Target
-from deepseek.spec.files.repository import versions_of
+from deepseek.spec.files.repository import ENGINE, versions_of
 from deepseek.spec.vocabulary import VOCABULARY
 from deepseek.targets import PROVIDERS, is_accelerator
 from serving.repository.checks import config_of, models_in, served_manifests, wanted_versions
@@ -128,7 +128,7 @@ def _served(folder: Path, models: Path | None) -> ServedModel:
     sent, answered = _name_bytes(config)
     return ServedModel(
         name=folder.name,
-        needs_gpu=config.backend not in ("", "python") or _is_nvidia(provider),
+        needs_gpu=config.backend not in ("", "python") or ENGINE in config.parameters or _is_nvidia(provider),
         provider=provider,
         instances=max(1, group.count),
         weights_bytes=manifest.size_bytes if manifest else 0,

@@ -11,7 +11,15 @@ from pathlib import Path
 from deepseek.spec.files.folders import SCRATCH
 
 CONFIG = "config.pbtxt"
+ENGINE = "engine"
+"""If a model that takes texts stands in front of the engine's: the folder in a version that is a repository with the
+engine's model, and the parameter of the front's `config.pbtxt` that names it."""
 KEPT_VERSIONS = 3  # the served version and two to roll back to
+
+
+def engine_model(version: Path, name: str) -> Path:
+    """The folder of the engine's model in a version's folder, if the model `name` stands in front of it."""
+    return version / ENGINE / f"{name}_{ENGINE}"
 
 
 def model_folders(repository: Path) -> list[Path]:
