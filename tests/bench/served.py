@@ -13,9 +13,10 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from tritonclient.http import InferenceServerClient, InferInput
+from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import np_to_triton_dtype
 
+from deepseek.spec import DeploymentSpec
 from export.rows import Row
 from models.minilm import data
 from tests.bench.peers.load import Load, Sender, closed_loop, http, poisson
@@ -48,7 +49,7 @@ def _minilm(bench: Bench, where: str, cores: list[int], load_cores: list[int]) -
         sides = {"raw": bench.raw("minilm"), "raw defaults": bench.raw("minilm", without=((),))}
         for name, how in (("fp32", ()), ("fp32 of 1 s", ("fp32", SLO_1_S)), ("auto", ("auto",))):
             server = running.enter_context(bench.server(bench.repository("minilm", *how)))
-            sides[name] = closed(binary(server.http_url, "minilm", bench.rows["minilm"]), load_cores)
+            sides[name] = closed(binary(server.http_url, bench.specs["minilm"], bench.rows["minilm"]), load_cores)
         found = bench.rounds(sides, 8)
     for name, other in (("fp32", "raw"), ("fp32 of 1 s", "raw"), ("fp32", "raw defaults"), ("auto", "raw defaults")):
         bench.record_loads(f"served {where}: minilm {name} over {other}", found[name], found[other])
@@ -61,7 +62,7 @@ def recommender(bench: Bench) -> None:
         with on(cores):
             raw = bench.raw(name)
             with bench.server(bench.repository(name)) as server:
-                served = closed(binary(server.http_url, name, bench.rows[name]), load_cores)
+                served = closed(binary(server.http_url, bench.specs[name], bench.rows[name]), load_cores)
                 found = bench.rounds({"raw": raw, "served": served}, 10)
         bench.record_loads(f"served {where}: {name} fp32 over raw", found["served"], found["raw"])
 
@@ -75,7 +76,7 @@ def batching(bench: Bench) -> None:
                 server = running.enter_context(
                     bench.server(bench.repository(name, "fp32", *([change] if change else [])))
                 )
-                sides[how] = closed(binary(server.http_url, name, bench.rows[name]), every_core())
+                sides[how] = closed(binary(server.http_url, bench.specs[name], bench.rows[name]), every_core())
             found = bench.rounds(sides, 10)
         bench.record_loads(f"batching: {name} on over off", found["on"], found["off"])
 
@@ -85,7 +86,9 @@ def bulk(bench: Bench) -> None:
     cores, load_cores = generator_apart()
     texts = data.texts("evaluation", 256)
     cases: dict[str, Callable[[str, int], Sender]] = {
-        "recommender": lambda url, priority: binary(url, "recommender", bench.rows["recommender"], priority),
+        "recommender": lambda url, priority: binary(
+            url, bench.specs["recommender"], bench.rows["recommender"], priority
+        ),
         "minilm text": lambda url, priority: as_json(url, "minilm", texts, priority),
     }
     for name, sender in cases.items():
@@ -135,19 +138,20 @@ def closed(sender: Sender, cores: list[int]) -> Side[Load]:
     return side
 
 
-def binary(url: str, model: str, rows: Sequence[Row], priority: int = 0) -> Sender:
-    """Rows of one shape as binary tensors; so are the answers."""
+def binary(url: str, spec: DeploymentSpec, rows: Sequence[Row], priority: int = 0) -> Sender:
+    """Rows of one shape as binary tensors. The answers have the model's own outputs, as raw gives them, in binary."""
     bodies, lengths = [], set()
+    outputs = [InferRequestedOutput(name) for name in spec.outputs]
     for row in rows:
         inputs = []
         for name, array in row.items():
             inputs.append(InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
             inputs[-1].set_data_from_numpy(array)
-        body, length = InferenceServerClient.generate_request_body(inputs, priority=priority)
+        body, length = InferenceServerClient.generate_request_body(inputs, outputs=outputs, priority=priority)
         bodies.append(body)
         lengths.add(length)
     (length,) = lengths
-    return http(f"http://{url}/v2/models/{model}/infer", bodies, f"Inference-Header-Content-Length: {length}")
+    return http(f"http://{url}/v2/models/{spec.name}/infer", bodies, f"Inference-Header-Content-Length: {length}")
 
 
 def as_json(url: str, model: str, texts: Sequence[str], priority: int = 0) -> Sender:

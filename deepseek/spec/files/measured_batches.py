@@ -14,7 +14,8 @@ The arithmetic, with L the SLO's p99, t(b) the time of a batch of b rows, and n 
   docs/research/2026-11-texts-in-parts.md).
 - `queue_timeout_ms` is L - 2 t(b), for texts L - 0.4 L - t(b): a request that waits longer cannot be answered in time.
   One t(b) is reserve for longer rows and for noise, the rest is its own batch.
-- `max_queue_size` is twice the rows that n instances serve within that time: shorter rows take less time.
+- `max_queue_size` is four times the rows that n instances serve within that time: shorter rows take less time, and who
+  is refused by a full queue at once often asks again at once.
 
 Example:
     plan_of(spec.for_target("onnxruntime"), read_measured(spec.name, "onnxruntime")).preferred_batch      # 4
@@ -37,7 +38,7 @@ from deepseek.targets import Target
 
 KEPT_THROUGHPUT = 0.97
 BATCHES_IN_LIMIT = 4  # a batch takes at most this part of the SLO's p99
-QUEUE_RESERVE = 2
+QUEUE_RESERVE = 4
 SERVER_MS = 0.3  # of CPU time, Triton 2.51: the recommender in batches of 4 and of 16
 TEXTS_IN_LIMIT = 0.4  # all texts that Triton joins take at most this part of the SLO's p99
 # Without a measurement.
@@ -83,6 +84,11 @@ class MeasuredBatches(Table):
         last = self.times[-1]
         return larger.ms if larger else last.ms * rows / last.rows
 
+    @property
+    def turns(self) -> float:
+        """How much longer a batch takes while all instances are busy, since they take turns on the cores."""
+        return self.instances / self.at_once
+
     def rows_per_s(self, rows: int) -> float:
         """Throughput of the server in batches of so many rows."""
         return 1000 * self.at_once * rows / (self.ms_of(rows) + SERVER_MS)
@@ -125,7 +131,7 @@ def plan_of(spec: DeploymentSpec, measured: MeasuredBatches | None, precision: s
             run, reasons["run_rows"] = batch, "set by hand"
     elif fitting and run and spec.text and limit_ms is not None:
         batch, reasons["preferred_batch"] = _texts(fitting, run, spec.max_served_batch, limit_ms)
-    own_ms = fitting.ms_of(run) * max(1, math.ceil((batch or run) / run)) if fitting and run else 0.0
+    own_ms = fitting.ms_of(run) * max(1.0, fitting.turns * (batch or run) / run) if fitting and run else 0.0
     timeout_ms, reasons["queue_timeout_ms"] = _timeout(fitting, run or spec.max_served_batch, own_ms, limit_ms)
     timeout_ms = max(timeout_ms, math.ceil(2 * batching.max_queue_delay_us / 1000))
     if batching.queue_timeout_ms is not None:
@@ -167,7 +173,7 @@ def _run_rows(spec: DeploymentSpec, measured: MeasuredBatches | None, limit_ms: 
 
 def _texts(measured: MeasuredBatches, run: int, most: int, limit_ms: float) -> tuple[int, str]:
     """The most texts to join, and why."""
-    row_ms, part_ms = measured.ms_of(run) / run, TEXTS_IN_LIMIT * limit_ms
+    row_ms, part_ms = measured.turns * measured.ms_of(run) / run, TEXTS_IN_LIMIT * limit_ms
     rows = min(most, max(run, math.floor(part_ms / row_ms)))
     return rows, f"texts of {row_ms:.3g} ms each within {part_ms:.3g} ms (p99 x {TEXTS_IN_LIMIT:g}), at least {run}"
 
@@ -190,7 +196,7 @@ def _queue_size(measured: MeasuredBatches | None, run: int, joined: int, timeout
     if measured is None:
         return DEFAULT_QUEUE_SIZE, "the default; no batch was measured"
     rate = measured.rows_per_s(run)
-    size = max(math.ceil(QUEUE_RESERVE * rate * timeout_ms / 1000), 2 * joined * measured.at_once)
+    size = max(math.ceil(QUEUE_RESERVE * rate * timeout_ms / 1000), 2 * joined * measured.instances)
     return size, f"{QUEUE_RESERVE} x {rate:.4g} rows/s x {timeout_ms} ms, at least two batches an instance"
 
 
