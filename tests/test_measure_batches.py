@@ -105,17 +105,17 @@ def test_a_short_batch_is_larger_as_each_costs_the_server_time_too() -> None:
 def test_texts_are_joined_for_longer_than_they_run_at_once() -> None:
     spec = spec_of().model_copy(update={"text": TextSpec(tokenizer="tokenizer.json")})
     plan = plan_of(spec, measured_as(ENCODER))
-    assert (plan.run_rows, plan.preferred_batch, plan.queue_timeout_ms) == (4, 10, 95)  # 80 ms / 7.5; 200 - 75 - 30
-    assert plan.reasons["preferred_batch"] == "texts of 7.5 ms each within 80 ms (p99 x 0.4), at least 4"
+    assert (plan.run_rows, plan.preferred_batch, plan.queue_timeout_ms) == (4, 6, 125)  # 50 ms / 7.5; 200 - 45 - 30
+    assert plan.reasons["preferred_batch"] == "texts of 7.5 ms each within 50 ms (p99 / 4), at least 4"
     assert plan_of(spec, measured_as({1: 60.0})).preferred_batch == 1
     in_turn = plan_of(spec, measured_as(ENCODER, at_once=1))
-    assert (in_turn.preferred_batch, in_turn.queue_timeout_ms) == (5, 95)  # two take turns: 15 ms a text
+    assert (in_turn.preferred_batch, in_turn.queue_timeout_ms) == (4, 110)  # two take turns: 15 ms a text
     by_hand = spec.model_copy(update={"batching": spec.batching.model_copy(update={"preferred_batch": 32})})
     assert plan_of(by_hand, measured_as(ENCODER)).run_rows == 4
     config = model_config(spec_of(), "fp32", "onnxruntime", {}, plan=plan)
     assert (config.parameters["run_rows"].string_value, list(config.dynamic_batching.preferred_batch_size)) == (
         "4",
-        [10],
+        [6],
     )
 
 

@@ -9,11 +9,11 @@ The arithmetic, with L the SLO's p99, t(b) the time of a batch of b rows, and n 
 - `run_rows` is the smallest b that keeps 97 % of the best throughput, n b / (t(b) + s), of all with t(b) <= L / 4. A
   request may wait for a running batch, and for one ahead of it in the queue, before its own: three of the four. s is
   what a batch costs the server beside the model (SERVER_MS). Larger requests run in parts of this size.
-- `preferred_batch` is b. For texts, it is the most rows that take up to 0.4 L. They run in parts of similar length, and
+- `preferred_batch` is b. For texts, it is the most rows that take up to L / 4. They run in parts of similar length, and
   each is answered when its part is done. More texts need less padding, but raise the tail in an overload (simulated in
   docs/research/2026-11-texts-in-parts.md).
-- `queue_timeout_ms` is L - 2 t(b), for texts L - 0.4 L - t(b): a request that waits longer cannot be answered in time.
-  One t(b) is reserve for longer rows and for noise, the rest is its own batch.
+- `queue_timeout_ms` is L less the time of `preferred_batch` rows, its own batch, less t(b), a reserve for longer rows
+  and for noise: a request that waits longer cannot be answered in time.
 - `max_queue_size` is four times the rows that n instances serve within that time: shorter rows take less time, and who
   is refused by a full queue at once often asks again at once.
 
@@ -40,7 +40,6 @@ KEPT_THROUGHPUT = 0.97
 BATCHES_IN_LIMIT = 4  # a batch takes at most this part of the SLO's p99
 QUEUE_RESERVE = 4
 SERVER_MS = 0.3  # of CPU time, Triton 2.51: the recommender in batches of 4 and of 16
-TEXTS_IN_LIMIT = 0.4  # all texts that Triton joins take at most this part of the SLO's p99
 # Without a measurement.
 SHARE_IN_QUEUE = 0.5  # of the SLO's p99
 DEFAULT_TIMEOUT_MS, DEFAULT_QUEUE_SIZE = 200, 512
@@ -173,9 +172,9 @@ def _run_rows(spec: DeploymentSpec, measured: MeasuredBatches | None, limit_ms: 
 
 def _texts(measured: MeasuredBatches, run: int, most: int, limit_ms: float) -> tuple[int, str]:
     """The most texts to join, and why."""
-    row_ms, part_ms = measured.turns * measured.ms_of(run) / run, TEXTS_IN_LIMIT * limit_ms
+    row_ms, part_ms = measured.turns * measured.ms_of(run) / run, limit_ms / BATCHES_IN_LIMIT
     rows = min(most, max(run, math.floor(part_ms / row_ms)))
-    return rows, f"texts of {row_ms:.3g} ms each within {part_ms:.3g} ms (p99 x {TEXTS_IN_LIMIT:g}), at least {run}"
+    return rows, f"texts of {row_ms:.3g} ms each within {part_ms:.3g} ms (p99 / {BATCHES_IN_LIMIT}), at least {run}"
 
 
 def _timeout(measured: MeasuredBatches | None, run: int, own_ms: float, limit_ms: float | None) -> tuple[int, str]:
