@@ -86,12 +86,12 @@ def test_the_preferred_batch_is_the_smallest_that_keeps_the_throughput_and_fits_
 
 def test_queue_and_timeout_follow_from_the_same_numbers_which_the_plan_states() -> None:
     plan = plan_of(spec_of(), measured_as(ENCODER))
-    assert (plan.queue_timeout_ms, plan.max_queue_size) == (140, 148)  # 200 - 30 - 30; 4 x 264/s x 0.14 s
+    assert (plan.queue_timeout_ms, plan.max_queue_size) == (140, 148)  # 200 - 2 x 30; 4 x 264/s x 0.14 s
     size = "batches of 4 take 30 ms and give 264 rows/s; the best of up to 50 ms (p99 / 4), of 4, give 264 rows/s"
     assert plan.reasons == {
         "run_rows": size,
         "preferred_batch": size,
-        "queue_timeout_ms": "p99 200 ms - 30 ms for its batch - 30 ms",
+        "queue_timeout_ms": "p99 200 ms - 2 x 30 ms, a batch",
         "max_queue_size": "4 x 264 rows/s x 140 ms, at least two batches an instance",
     }
     assert plan.measured == measured_as(ENCODER)
@@ -105,11 +105,11 @@ def test_a_short_batch_is_larger_as_each_costs_the_server_time_too() -> None:
 def test_texts_are_joined_for_longer_than_they_run_at_once() -> None:
     spec = spec_of().model_copy(update={"text": TextSpec(tokenizer="tokenizer.json")})
     plan = plan_of(spec, measured_as(ENCODER))
-    assert (plan.run_rows, plan.preferred_batch, plan.queue_timeout_ms) == (4, 6, 125)  # 50 ms / 7.5; 200 - 45 - 30
+    assert (plan.run_rows, plan.preferred_batch, plan.queue_timeout_ms) == (4, 6, 140)  # 50 ms / 7.5; 200 - 2 x 30
     assert plan.reasons["preferred_batch"] == "texts of 7.5 ms each within 50 ms (p99 / 4), at least 4"
     assert plan_of(spec, measured_as({1: 60.0})).preferred_batch == 1
     in_turn = plan_of(spec, measured_as(ENCODER, at_once=1))
-    assert (in_turn.preferred_batch, in_turn.queue_timeout_ms) == (4, 110)  # two take turns: 15 ms a text
+    assert (in_turn.preferred_batch, in_turn.queue_timeout_ms) == (4, 140)  # two take turns: 15 ms a text
     by_hand = spec.model_copy(update={"batching": spec.batching.model_copy(update={"preferred_batch": 32})})
     assert plan_of(by_hand, measured_as(ENCODER)).run_rows == 4
     config = model_config(spec_of(), "fp32", "onnxruntime", {}, plan=plan)

@@ -137,8 +137,8 @@ class BatchingSpec(Table):
     UNAVAILABLE). Absent: four times what the measured batches serve within the queue time-out; 512 if nothing was
     measured."""
     queue_timeout_ms: int | None = Field(None, ge=1, le=INT32)
-    """Requests that wait longer in the queue are refused. Absent: `slo.p99_ms` less the time of the request's own batch
-    and a reserve, both measured; half of `slo.p99_ms` if nothing was measured; 200 without a latency in the SLO."""
+    """Requests that wait longer in the queue are refused. Absent: `slo.p99_ms` less the time of two measured batches;
+    half of `slo.p99_ms` if nothing was measured; 200 without a latency in the SLO."""
     instances: int = Field(2, ge=1, le=MOST_COPIES)
     """Copies of the model that run in parallel. With 1, a Triton that this project did not start can stall: see
     docs/triton.md."""

@@ -12,8 +12,8 @@ The arithmetic, with L the SLO's p99, t(b) the time of a batch of b rows, and n 
 - `preferred_batch` is b. For texts, it is the most rows that take up to L / 4. They run in parts of similar length, and
   each is answered when its part is done. More texts need less padding, but raise the tail in an overload (simulated in
   docs/research/2026-11-texts-in-parts.md).
-- `queue_timeout_ms` is L less the time of `preferred_batch` rows, its own batch, less t(b), a reserve for longer rows
-  and for noise: a request that waits longer cannot be answered in time.
+- `queue_timeout_ms` is L - 2 t(b): a request that waits longer cannot be answered in time. One t(b) is its own batch,
+  the other is reserve for longer rows and for noise.
 - `max_queue_size` is four times the rows that n instances serve within that time: shorter rows take less time, and who
   is refused by a full queue at once often asks again at once.
 
@@ -38,6 +38,7 @@ from deepseek.targets import Target
 
 KEPT_THROUGHPUT = 0.97
 BATCHES_IN_LIMIT = 4  # a batch takes at most this part of the SLO's p99
+RESERVED_BATCHES = 2  # of a request's time limit: what the queue leaves
 QUEUE_RESERVE = 4
 SERVER_MS = 0.3  # of CPU time, Triton 2.51: the recommender in batches of 4 and of 16
 # Without a measurement.
@@ -130,8 +131,7 @@ def plan_of(spec: DeploymentSpec, measured: MeasuredBatches | None, precision: s
             run, reasons["run_rows"] = batch, "set by hand"
     elif fitting and run and spec.text and limit_ms is not None:
         batch, reasons["preferred_batch"] = _texts(fitting, run, spec.max_served_batch, limit_ms)
-    own_ms = fitting.ms_of(run) * max(1.0, fitting.turns * (batch or run) / run) if fitting and run else 0.0
-    timeout_ms, reasons["queue_timeout_ms"] = _timeout(fitting, run or spec.max_served_batch, own_ms, limit_ms)
+    timeout_ms, reasons["queue_timeout_ms"] = _timeout(fitting, run or spec.max_served_batch, limit_ms)
     timeout_ms = max(timeout_ms, math.ceil(2 * batching.max_queue_delay_us / 1000))
     if batching.queue_timeout_ms is not None:
         timeout_ms, reasons["queue_timeout_ms"] = batching.queue_timeout_ms, "set by hand"
@@ -177,16 +177,16 @@ def _texts(measured: MeasuredBatches, run: int, most: int, limit_ms: float) -> t
     return rows, f"texts of {row_ms:.3g} ms each within {part_ms:.3g} ms (p99 / {BATCHES_IN_LIMIT}), at least {run}"
 
 
-def _timeout(measured: MeasuredBatches | None, run: int, own_ms: float, limit_ms: float | None) -> tuple[int, str]:
-    """How long a request may wait, in ms, and why. `own_ms` is the time of all that Triton joins with it."""
+def _timeout(measured: MeasuredBatches | None, run: int, limit_ms: float | None) -> tuple[int, str]:
+    """How long a request may wait, in ms, and why."""
     if limit_ms is None:
         return DEFAULT_TIMEOUT_MS, "the default, for an SLO without a latency"
     if measured is None:
         return max(1, math.floor(SHARE_IN_QUEUE * limit_ms)), f"half of p99, {limit_ms:g} ms; no batch was measured"
     batch_ms = measured.ms_of(run)
-    left_ms = limit_ms - own_ms - batch_ms
+    left_ms = limit_ms - RESERVED_BATCHES * batch_ms
     if left_ms >= batch_ms:
-        return max(1, math.floor(left_ms)), f"p99 {limit_ms:g} ms - {own_ms:.3g} ms for its batch - {batch_ms:.3g} ms"
+        return max(1, math.floor(left_ms)), f"p99 {limit_ms:g} ms - {RESERVED_BATCHES} x {batch_ms:.3g} ms, a batch"
     return math.ceil(batch_ms), f"one batch, {batch_ms:.3g} ms: p99 {limit_ms:g} ms leaves less to wait"
 
 
