@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
+import subprocess
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,16 @@ SEARCH, RANK, RECOMMEND = (f"document.querySelector('#{name}')" for name in ("se
 TYPED = "We missed the last bus home."
 
 
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """The process, which is stopped after the block."""
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate()
+
+
 @pytest.fixture(scope="module")
 def url(place: Path, folder: Path, shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server with a tiny encoder, a tiny cross-encoder and a recommender of a small shop."""
@@ -33,12 +46,8 @@ def url(place: Path, folder: Path, shop: Path, tmp_path_factory: pytest.TempPath
     shutil.copytree(folder / "repository", repository)
     shutil.copytree(place / "repository" / "reranker", repository / "reranker")
     shutil.copytree(shop / "repository" / "shop", repository / "shop")
-    process = start(repository, "--openai-port", "0")
-    try:
-        yield Serving.of(process).places["OpenAI"].removesuffix("/v1")
-    finally:
-        process.terminate()
-        process.communicate()
+    with ended(start(repository, "--openai-port", "0")) as process:
+        yield Serving.of(process).places["page"].removesuffix("/")
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +138,26 @@ def test_texts_are_ranked_by_the_cross_encoder(page: Browser, url: str) -> None:
     expected = [f"{texts[row['index']]} {row['score']:.2f}" for row in answer]
     rows = "map(each => each.querySelector('.text').innerText + ' ' + each.querySelector('b').innerText)"
     assert page.js(f"[...{RANK}.querySelectorAll('li')].{rows}") == expected
+
+
+@needs_chromium
+def test_a_recommender_alone_has_the_page(shop: Path, chromium: Browser) -> None:
+    with ended(start(shop / "repository", "--openai-port", "0")) as process:
+        places = Serving.of(process).places
+        assert "OpenAI" not in places
+        chromium.open(places["page"])
+        chromium.wait(f"{RECOMMEND}?.hidden === false")
+        assert chromium.js(f"[{SEARCH}.hidden, {RANK}.hidden]") == [True, True]
+
+
+def test_a_recommender_is_served_without_the_page_if_its_port_is_taken(shop: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = start(shop / "repository", "--openai-port", str(port))
+        places = Serving.of(process).places
+    process.terminate()
+    assert f"warning   no page to try the models: OpenAI port 127.0.0.1:{port}" in process.communicate()[1]
+    assert "page" not in places
 
 
 @needs_chromium

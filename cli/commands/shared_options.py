@@ -32,7 +32,7 @@ HTTP_PORT = Option("--http-port", "HTTP port of the server", kind=int, default=8
 GRPC_PORT = Option("--grpc-port", "gRPC port of the server", kind=int, default=8001, exported=True)
 OPENAI_PORT = Option(
     "--openai-port",
-    "port of /v1/embeddings, /similarity and /rerank; opened if a model takes texts",
+    "port of /v1/embeddings, /similarity and /rerank, and of the page to try models that take texts or names",
     kind=int,
     default=8003,
 )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from deepseek.spec import TEXT
 from deepseek.spec.children import ends_with_us
+from deepseek.spec.vocabulary import VOCABULARY
 from serving.embedded.flags import OPENAI_DRAIN_S
 from serving.embedded.ports import ReservedPorts
 from serving.embedded.supervisor import MOST_TIMES, WITHIN_S
@@ -103,6 +104,11 @@ class OpenAIProcess:
 
 def takes_texts(repository: Path) -> bool:
     return any(TEXT in config_of(model).parameters for model in models_in(repository))
+
+
+def takes_names(repository: Path) -> bool:
+    """Whether a model takes the names of items."""
+    return any(VOCABULARY in config_of(model).parameters for model in models_in(repository))
 
 
 def missing_packages() -> Finding | None:

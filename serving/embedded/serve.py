@@ -22,22 +22,29 @@ from deepseek.spec import GateFailed, InputError
 from deepseek.spec.children import ends_with_us
 from serving.embedded.flags import trace_flags
 from serving.embedded.launcher import EmbeddedServer, check_repository
-from serving.embedded.openai_process import OpenAIProcess, missing_packages, takes_texts
+from serving.embedded.openai_process import OpenAIProcess, missing_packages, takes_names, takes_texts
 from serving.embedded.triton_log import failure
 
 __all__ = ["EmbeddedServer", "check_repository", "main"]
 
 
 class _Routes:
-    """The OpenAI routes: started when a model takes texts, at the start or, with --poll-s, later."""
+    """The OpenAI routes and the page: started when a model needs them, at the start or, with --poll-s, later."""
 
-    def __init__(self, start: Callable[[], OpenAIProcess | None], poll_s: float | None) -> None:
+    def __init__(self, start: Callable[[], OpenAIProcess | None], poll_s: float | None, *, required: bool) -> None:
+        """`required`: whether the server may not start without them."""
         self._start, self._poll_s = start, poll_s
         self._looked_s, self._said = time.monotonic(), ""
-        self.process = start()
+        self.process: OpenAIProcess | None = None
+        try:
+            self.process = start()
+        except InputError as error:
+            if required:
+                raise
+            _say(f"warning   no page to try the models: {error}")
 
     def look(self) -> str | None:
-        """The reason if the process failed. Starts it if a model takes texts by now."""
+        """The reason if the process failed. Starts it if a model needs it by now."""
         if self.process:
             return self.process.look()
         if self._poll_s is not None and time.monotonic() - self._looked_s >= self._poll_s:
@@ -61,7 +68,8 @@ def _serve(server: EmbeddedServer, command: list[str], routes: _Routes | None = 
     print(f"HTTP      http://{server.http_url}/v2")
     print(f"gRPC      {server.grpc_url}")
     if routes and routes.process:
-        print(f"OpenAI    {routes.process.url}")
+        if takes_texts(server.repository):
+            print(f"OpenAI    {routes.process.url}")
         print(f"page      {routes.process.url.removesuffix('v1')}")
     print(f"metrics   {server.metrics_url}")
     print(f"log       {server.log_path}")
@@ -88,10 +96,11 @@ def _serve(server: EmbeddedServer, command: list[str], routes: _Routes | None = 
 
 
 def _routes(options: argparse.Namespace, server: EmbeddedServer, running: ExitStack) -> _Routes:
-    """The OpenAI routes, which end with `running`."""
+    """The OpenAI routes and the page, which end with `running`."""
+    may_have_page = not (options.behind_gateway or options.command)
 
     def start() -> OpenAIProcess | None:
-        if not takes_texts(server.repository):
+        if not (takes_texts(server.repository) or (may_have_page and takes_names(server.repository))):
             return None
         process = OpenAIProcess(
             server.repository,
@@ -102,9 +111,10 @@ def _routes(options: argparse.Namespace, server: EmbeddedServer, running: ExitSt
         )
         return running.enter_context(process)
 
-    if (finding := missing_packages()) and takes_texts(server.repository):
+    takes_text = takes_texts(server.repository)
+    if (finding := missing_packages()) and takes_text:
         print(f"warning   {finding}")
-    return _Routes((lambda: None) if finding else start, options.poll_s)
+    return _Routes((lambda: None) if finding else start, options.poll_s, required=takes_text)
 
 
 def _say(line: str) -> None:
