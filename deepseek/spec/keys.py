@@ -86,5 +86,5 @@ def _in_words(annotation: Any) -> str:
 def _default(field: FieldInfo) -> str | None:
     if field.is_required():
         return None
-    value = field.get_default()
+    value = None if field.default_factory else field.get_default()  # what a factory gives depends on the machine
     return "" if value is None or value == {} else json.dumps(value)

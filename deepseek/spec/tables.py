@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
 
+from deepseek.onnxruntime_session import cores
 from deepseek.precisions import PRECISIONS, Precision, PrecisionFacts
 from deepseek.spec.checks import RegularExpression, Table, at, fitting
 from deepseek.targets import PROVIDERS, Provider, is_accelerator
@@ -139,9 +140,9 @@ class BatchingSpec(Table):
     queue_timeout_ms: int | None = Field(None, ge=1, le=INT32)
     """Requests that wait longer in the queue are refused. Absent: `slo.p99_ms` less the time of two measured batches;
     half of `slo.p99_ms` if nothing was measured; 200 without a latency in the SLO."""
-    instances: int = Field(2, ge=1, le=MOST_COPIES)
-    """Copies of the model that run in parallel. With 1, a Triton that this project did not start can stall: see
-    docs/triton.md."""
+    instances: int = Field(default_factory=lambda: min(2, cores()), ge=1, le=MOST_COPIES)
+    """Copies of the model that run in parallel. Absent: 2, or 1 if the machine that publishes has one core. With 1, a
+    Triton that this project did not start can stall: see docs/triton.md."""
     threads: int | None = Field(None, ge=1, le=MOST_COPIES)
     """ONNX Runtime threads per instance; absent: the number of cores divided by `instances`."""
     max_batch: int | None = Field(None, ge=1)
