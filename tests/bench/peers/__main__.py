@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 from deepseek.spec import InputError, Parser, run_command
 from deepseek.spec.files.folders import write_whole
+from deepseek.spec.files.measured_batches import tail_limit_ms
 from tests.bench import results
 from tests.bench.peers.calls import Served, kserve, listed, openai, plain
 from tests.bench.peers.load import closed_loop, poisson
@@ -80,6 +82,7 @@ def _write(run: Run, folder: Path) -> None:
 def _measured(bench: Bench, name: str, names: Sequence[str], run: Run, load: list[int]) -> list[Result]:
     """Starts, measures and ends one server after the other. One that cannot be measured is a result that says why."""
     asked = workload(bench, name)
+    run.limits_ms[name] = tail_limit_ms(bench.specs[asked.model].for_target("onnxruntime").slo) or math.inf
     repositories = {FP32: bench.repository(asked.model), AUTO: bench.repository(asked.model, "auto")}
     raw = {
         precision: Raw(bench, graph_of(repository, asked.model), asked.items, asked.encode, asked.output)

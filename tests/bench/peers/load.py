@@ -31,9 +31,11 @@ class Load(NamedTuple):
     failed: float
     """Share of the requests."""
     p99_ms: float
+    answered_p99_ms: float = 0.0
+    """Without those that failed."""
 
     def __str__(self) -> str:
-        return f"{self.answered_per_s:.1f}/s, p99 {self.p99_ms:.0f} ms, {self.failed:.1%} failed"
+        return f"{self.answered_per_s:.1f}/s, p99 of those answered {self.answered_p99_ms:.0f} ms, {self.failed:.1%} failed"
 
 
 def http(url: str, bodies: Sequence[object], headers: str = "Content-Type: application/json") -> Sender:
@@ -144,9 +146,14 @@ async def _latency_s(send: Send, number: int, intended_s: float) -> float:
 
 
 def _load(latencies: list[float], seconds: float) -> Load:
-    failed = latencies.count(TIMEOUT_S)
+    answered = [latency_s for latency_s in latencies if latency_s != TIMEOUT_S]
     return Load(
-        answered_per_s=(len(latencies) - failed) / seconds,
-        failed=failed / max(1, len(latencies)),
-        p99_ms=1000 * float(np.percentile(latencies or [TIMEOUT_S], 99, method="higher")),
+        answered_per_s=len(answered) / seconds,
+        failed=1 - len(answered) / max(1, len(latencies)),
+        p99_ms=_p99_ms(latencies),
+        answered_p99_ms=_p99_ms(answered),
     )
+
+
+def _p99_ms(latencies: list[float]) -> float:
+    return 1000 * float(np.percentile(latencies or [TIMEOUT_S], 99, method="higher"))
