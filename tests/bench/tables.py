@@ -52,160 +52,124 @@ class Table:
         return ", ".join(filter(None, (*line.label, *(self.results[line.keys.index(key) :][:1]))))
 
 
-def _line(*cells: str, key: str, goal: Goal | None = None) -> Line:
-    return Line(cells, (key,), goal)
-
-
-def _server() -> Table:
-    lines, defaults = [], "ONNX Runtime's defaults"
-    for where, least in (("apart", 0.95), ("shared", 0.92)):
-        at = f"served {where}: minilm"
-        lines += [
-            _line("MiniLM, fp32", where, "fastest", key=f"{at} fp32 over raw", goal=Goal(least=least)),
-            _line("the same with `p99_ms = 1000`", where, "fastest", key=f"{at} fp32 of 1 s over raw"),
-            _line("MiniLM, fp32", where, defaults, key=f"{at} fp32 over raw defaults", goal=Goal(least=0.98)),
-            _line(
-                "MiniLM, `PRECISION=auto`",
-                where,
-                f"{defaults}, fp32",
-                key=f"{at} auto over raw defaults",
-                goal=Goal(least=1.6),
-            ),
-        ]
-    for where, goal in (("apart", Goal(least=0.6)), ("shared", None)):
-        lines.append(
-            _line("recommender, fp32", where, "fastest", key=f"served {where}: recommender fp32 over raw", goal=goal)
-        )
-    return Table(("model", "load generator", "over the raw session"), tuple(lines))
-
-
-def _text() -> Table:
+def _table(heads: str, rows: str) -> Table:
+    """A table from text, a row on each line: the cells of its label | its key | its goal, if it has one."""
     lines = []
-    for where, least in (("apart", 0.9), ("shared", None)):
-        at, goal = f"text {where}:", least and Goal(least=least)
-        lines += [
-            _line("fp32 over raw", where, key=f"{at} fp32 over raw", goal=goal or None),
-            _line("`PRECISION=auto` over raw int8", where, key=f"{at} PRECISION=auto over raw", goal=goal or None),
-            _line("fp32 over infinity-emb", where, key=f"{at} fp32 over infinity-emb", goal=Goal(least=1.5)),
-            _line("fp32 over FastAPI", where, key=f"{at} fp32 over FastAPI", goal=Goal(least=2)),
-            _line("`PRECISION=auto` over infinity-emb", where, key=f"{at} PRECISION=auto over infinity-emb"),
-            _line("`PRECISION=auto` over FastAPI", where, key=f"{at} PRECISION=auto over FastAPI"),
-        ]
-    at = "text apart:"
-    lines[2:2] = [
-        _line("fp32 over raw, gRPC", "apart", key=f"{at} fp32, gRPC over raw", goal=Goal(least=0.9)),
-        _line(
-            "`PRECISION=auto` over raw int8, gRPC",
-            "apart",
-            key=f"{at} PRECISION=auto, gRPC over raw",
-            goal=Goal(least=0.9),
-        ),
-        _line("fp32 over raw; one instance, `queue_timeout_ms = 10000`", "apart", key=f"{at} tuned over raw"),
-        _line(
-            "texts over ids padded to multiples of 16, fp32", "apart", key=f"{at} fp32 over ids", goal=Goal(least=1.3)
-        ),
-        _line("`/v1/embeddings` over KServe v2, fp32", "apart", key=f"{at} v1 over fp32", goal=Goal(least=0.95)),
-    ]
-    return Table(("texts/s", "load generator"), tuple(lines))
+    for row in rows.strip().splitlines():
+        *label, key, goal = (cell.strip() for cell in row.split("|"))
+        lines.append(Line(tuple(label), (key,), _goal(goal)))
+    return Table(tuple(head.strip() for head in heads.split("|")), tuple(lines))
 
 
-def _text_tails() -> Table:
-    at_70 = "p99 at 70 % of raw fp32, Poisson arrivals:"
-    lines = [
-        _line(f"{at_70} {shown} over {peer}", key=f"text p99: {precision} over {peer}", goal=goal)
-        for precision, shown, goal in (("fp32", "fp32", Goal(most=0.5)), ("PRECISION=auto", "`PRECISION=auto`", None))
-        for peer in ("infinity-emb", "FastAPI")
-    ]
-    lines.append(
-        _line(
-            "p99 of short texts beside a caller of 128-token texts without pause, over alone, fp32",
-            key="text p99: beside long over alone",
-            goal=Goal(most=2),
-        )
-    )
-    return Table(("measured",), tuple(lines))
-
-
-def _client() -> Table:
-    goal = Goal(most=1.1)
-    lines = [
-        *(
-            _line("p50", "tritonclient", name, key=f"client p50 over tritonclient: {key}", goal=goal)
-            for key, name in PROTOCOLS
-        ),
-        *(
-            _line("p50", "perf_analyzer (C++)", name, key=f"client p50 over perf_analyzer: {key}")
-            for key, name in PROTOCOLS
-        ),
-        *(
-            _line(
-                "requests/s of one core, asyncio",
-                "tritonclient's asyncio",
-                name,
-                key=f"client asyncio requests/s over tritonclient: {key}",
-            )
-            for key, name in PROTOCOLS
-        ),
-        *(
-            _line(
-                "p50 of 8 MB each way through shared memory",
-                "through the socket",
-                name,
-                key=f"client shared memory over socket: {key}",
-            )
-            for key, name in PROTOCOLS
-        ),
-    ]
-    return Table(("measured", "over", "protocol"), tuple(lines))
+def _goal(text: str) -> Goal | None:
+    if not text:
+        return None
+    bound = float(text[2:])
+    return Goal(least=bound) if text.startswith(">=") else Goal(most=bound)
 
 
 PROTOCOLS = (("grpc", "gRPC"), ("http", "HTTP"))
 PERCENTS = ("50", "90", "99", "99.9")
 NEAR, ONE_PERCENT = Goal(0.95, 1.05), Goal(0.98, 1.02)
 TABLES = {
-    "server": _server(),
-    "batching": Table(
-        ("model",),
-        tuple(
-            _line(name, key=f"batching: {key} on over off")
-            for key, name in (("minilm", "MiniLM, fp32"), ("recommender", "recommender, fp32"))
-        ),
+    "server": _table(
+        "model | load generator | over the raw session",
+        """
+        MiniLM, fp32 | apart | fastest | served apart: minilm fp32 over raw | >= 0.95
+        the same with `p99_ms = 1000` | apart | fastest | served apart: minilm fp32 of 1 s over raw |
+        MiniLM, fp32 | apart | ONNX Runtime's defaults | served apart: minilm fp32 over raw defaults | >= 0.98
+        MiniLM, `PRECISION=auto` | apart | ONNX Runtime's defaults, fp32 | served apart: minilm auto over raw defaults | >= 1.6
+        MiniLM, fp32 | shared | fastest | served shared: minilm fp32 over raw | >= 0.92
+        the same with `p99_ms = 1000` | shared | fastest | served shared: minilm fp32 of 1 s over raw |
+        MiniLM, fp32 | shared | ONNX Runtime's defaults | served shared: minilm fp32 over raw defaults | >= 0.98
+        MiniLM, `PRECISION=auto` | shared | ONNX Runtime's defaults, fp32 | served shared: minilm auto over raw defaults | >= 1.6
+        recommender, fp32 | apart | fastest | served apart: recommender fp32 over raw | >= 0.6
+        recommender, fp32 | shared | fastest | served shared: recommender fp32 over raw |
+        """,
     ),
-    "bulk": Table(
-        ("model",),
-        (
-            _line("recommender", key="bulk: recommender", goal=Goal(most=2)),
-            _line("MiniLM by text", key="bulk: minilm text", goal=Goal(most=2)),
-        ),
+    "batching": _table(
+        "model",
+        """
+        MiniLM, fp32 | batching: minilm on over off |
+        recommender, fp32 | batching: recommender on over off |
+        """,
     ),
-    "text": _text(),
-    "text-tails": _text_tails(),
-    "text-vectors": Table(
-        ("measured",),
-        (
-            _line(
-                "smallest cosine with sentence-transformers, of 2,000 texts with emoji, control characters, empty ones and 100 kB",
-                key="text vectors: smallest cosine",
-                goal=Goal(least=0.9999),
-            ),
-        ),
+    "bulk": _table(
+        "model",
+        """
+        recommender | bulk: recommender | <= 2
+        MiniLM by text | bulk: minilm text | <= 2
+        """,
     ),
-    "int8": Table(
-        ("model", "batch"),
-        tuple(
-            _line(name, str(batch), key=f"int8 over fp32: {key} batch {batch}")
-            for key, name, sizes in (("minilm", "MiniLM", (1, 8, 32)), ("recommender", "recommender", (1, 16, 64)))
-            for batch in sizes
-        ),
+    "text": _table(
+        "texts/s | load generator",
+        """
+        fp32 over raw | apart | text apart: fp32 over raw | >= 0.9
+        `PRECISION=auto` over raw int8 | apart | text apart: PRECISION=auto over raw | >= 0.9
+        fp32 over raw, gRPC | apart | text apart: fp32, gRPC over raw | >= 0.9
+        `PRECISION=auto` over raw int8, gRPC | apart | text apart: PRECISION=auto, gRPC over raw | >= 0.9
+        fp32 over raw; one instance, `queue_timeout_ms = 10000` | apart | text apart: tuned over raw |
+        texts over ids padded to multiples of 16, fp32 | apart | text apart: fp32 over ids | >= 1.3
+        `/v1/embeddings` over KServe v2, fp32 | apart | text apart: v1 over fp32 | >= 0.95
+        fp32 over infinity-emb | apart | text apart: fp32 over infinity-emb | >= 1.5
+        fp32 over FastAPI | apart | text apart: fp32 over FastAPI | >= 2
+        `PRECISION=auto` over infinity-emb | apart | text apart: PRECISION=auto over infinity-emb |
+        `PRECISION=auto` over FastAPI | apart | text apart: PRECISION=auto over FastAPI |
+        fp32 over raw | shared | text shared: fp32 over raw |
+        `PRECISION=auto` over raw int8 | shared | text shared: PRECISION=auto over raw |
+        fp32 over infinity-emb | shared | text shared: fp32 over infinity-emb | >= 1.5
+        fp32 over FastAPI | shared | text shared: fp32 over FastAPI | >= 2
+        `PRECISION=auto` over infinity-emb | shared | text shared: PRECISION=auto over infinity-emb |
+        `PRECISION=auto` over FastAPI | shared | text shared: PRECISION=auto over FastAPI |
+        """,
     ),
-    "int8-size": Table(
-        ("model",),
-        tuple(
-            _line(name, key=f"int8 size over fp32: {key}")
-            for key, name in (("minilm", "MiniLM"), ("recommender", "recommender"))
-        ),
+    "text-tails": _table(
+        "measured",
+        """
+        p99 at 70 % of raw fp32, Poisson arrivals: fp32 over infinity-emb | text p99: fp32 over infinity-emb | <= 0.5
+        p99 at 70 % of raw fp32, Poisson arrivals: fp32 over FastAPI | text p99: fp32 over FastAPI | <= 0.5
+        p99 at 70 % of raw fp32, Poisson arrivals: `PRECISION=auto` over infinity-emb | text p99: PRECISION=auto over infinity-emb |
+        p99 at 70 % of raw fp32, Poisson arrivals: `PRECISION=auto` over FastAPI | text p99: PRECISION=auto over FastAPI |
+        p99 of short texts beside a caller of 128-token texts without pause, over alone, fp32 | text p99: beside long over alone | <= 2
+        """,
     ),
-    "client": _client(),
+    "text-vectors": _table(
+        "measured",
+        """
+        smallest cosine with sentence-transformers, of 2,000 texts with emoji, control characters, empty ones and 100 kB | text vectors: smallest cosine | >= 0.9999
+        """,
+    ),
+    "int8": _table(
+        "model | batch",
+        """
+        MiniLM | 1 | int8 over fp32: minilm batch 1 |
+        MiniLM | 8 | int8 over fp32: minilm batch 8 |
+        MiniLM | 32 | int8 over fp32: minilm batch 32 |
+        recommender | 1 | int8 over fp32: recommender batch 1 |
+        recommender | 16 | int8 over fp32: recommender batch 16 |
+        recommender | 64 | int8 over fp32: recommender batch 64 |
+        """,
+    ),
+    "int8-size": _table(
+        "model",
+        """
+        MiniLM | int8 size over fp32: minilm |
+        recommender | int8 size over fp32: recommender |
+        """,
+    ),
+    "client": _table(
+        "measured | over | protocol",
+        """
+        p50 | tritonclient | gRPC | client p50 over tritonclient: grpc | <= 1.1
+        p50 | tritonclient | HTTP | client p50 over tritonclient: http | <= 1.1
+        p50 | perf_analyzer (C++) | gRPC | client p50 over perf_analyzer: grpc |
+        p50 | perf_analyzer (C++) | HTTP | client p50 over perf_analyzer: http |
+        requests/s of one core, asyncio | tritonclient's asyncio | gRPC | client asyncio requests/s over tritonclient: grpc |
+        requests/s of one core, asyncio | tritonclient's asyncio | HTTP | client asyncio requests/s over tritonclient: http |
+        p50 of 8 MB each way through shared memory | through the socket | gRPC | client shared memory over socket: grpc |
+        p50 of 8 MB each way through shared memory | through the socket | HTTP | client shared memory over socket: http |
+        """,
+    ),
     "accuracy": Table(
         ("protocol",),
         tuple(
@@ -235,39 +199,16 @@ TABLES = {
         ),
         ("throughput", "p50", "p99"),
     ),
-    "generator": Table(
-        ("measured", "protocol"),
-        (
-            _line(
-                "requests/s of one core over perf_analyzer's",
-                "gRPC",
-                key="generator requests/s: grpc",
-                goal=Goal(least=0.68),
-            ),
-            _line(
-                "requests/s of one core over perf_analyzer's",
-                "HTTP",
-                key="generator requests/s: http",
-                goal=Goal(least=0.8),
-            ),
-            *(
-                _line(
-                    "send lag p99 at half of that rate, ms",
-                    name,
-                    key=f"generator send lag, ms: {key}",
-                    goal=Goal(most=1),
-                )
-                for key, name in PROTOCOLS
-            ),
-            *(
-                _line(
-                    "CPU of a request encoded once over one encoded each time, 600 kB",
-                    name,
-                    key=f"generator encoding: {key}",
-                )
-                for key, name in PROTOCOLS
-            ),
-        ),
+    "generator": _table(
+        "measured | protocol",
+        """
+        requests/s of one core over perf_analyzer's | gRPC | generator requests/s: grpc | >= 0.68
+        requests/s of one core over perf_analyzer's | HTTP | generator requests/s: http | >= 0.8
+        send lag p99 at half of that rate, ms | gRPC | generator send lag, ms: grpc | <= 1
+        send lag p99 at half of that rate, ms | HTTP | generator send lag, ms: http | <= 1
+        CPU of a request encoded once over one encoded each time, 600 kB | gRPC | generator encoding: grpc |
+        CPU of a request encoded once over one encoded each time, 600 kB | HTTP | generator encoding: http |
+        """,
     ),
 }
 KEYS = {key: (table, line) for table in TABLES.values() for line in table.lines for key in line.keys if key}
