@@ -1,20 +1,18 @@
 """Shared fixtures: a real Triton with tiny models, and two models taken through the export stages.
 
 `make test` runs the tests in three processes (pytest-xdist). A file's tests stay in one process, so its fixtures are set
-up once. One process makes the folders of session fixtures for all (`once`). A test marked `alone` measures this
-machine: no other test runs at the same time.
+up once. One process makes the folders of session fixtures for all (`once`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,12 +39,7 @@ FREE: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}  # po
 # A test that takes one of these fixtures, or whose file has one of these names, starts a server or builds a model.
 # Other files say so with the mark `server`.
 STARTING_FIXTURES = {"server", "relays", "closed", "gateway", "built", "typed", "generated"}
-STARTING_NAMES = ("EmbeddedServer", "FakeEndpoint", "Gateway", "Serving", "answering", "run_module", "train_model")
-
-
-def is_alone(item: pytest.Item) -> bool:
-    """Whether the test measures this machine."""
-    return item.get_closest_marker("alone") is not None
+STARTING_NAMES = {"EmbeddedServer", "FakeEndpoint", "Gateway", "Serving", "answering", "run_module", "train_model"}
 
 
 def pytest_configure() -> None:
@@ -58,34 +51,19 @@ def pytest_configure() -> None:
 def starts_something(item: pytest.Item) -> bool:
     """Whether `make check` leaves the test out."""
     names = vars(getattr(item, "module", item))
-    return bool(STARTING_FIXTURES & set(getattr(item, "fixturenames", ()))) or any(
-        map(names.__contains__, STARTING_NAMES)
-    )
+    fixtures = set(getattr(item, "fixturenames", ()))
+    return bool(STARTING_FIXTURES & fixtures or STARTING_NAMES & names.keys())
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks tests as `server`; sorts long files first and tests that run alone last."""
+    """Marks tests as `server`; sorts long files first."""
     for item in items:
         if starts_something(item):
             item.add_marker("server")
     if hasattr(config, "workerinput"):
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-        measuring = {item.path for item in items if is_alone(item)}
-        items.sort(key=lambda item: (item.path in measuring, -slow[item.path], is_alone(item)))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Keeps tests of the other processes from running while a test marked `alone` runs, fixtures included."""
-    if not hasattr(item.config, "workerinput"):
-        return (yield)
-    of_the_run = Path(item.config.getoption("basetemp")).parent  # the parent of this process's own folder
-    with (of_the_run / "alone.lock").open("w") as lock:
-        with (of_the_run / "turn.lock").open("w") as turn:  # otherwise shared holders might never let it in
-            fcntl.flock(turn, fcntl.LOCK_EX)
-            fcntl.flock(lock, fcntl.LOCK_EX if is_alone(item) else fcntl.LOCK_SH)
-        return (yield)
+        items.sort(key=lambda item: -slow[item.path])
 
 
 # Tensors are passed by DLPack, for the reason in serving/backend/onnxruntime_backend.py.

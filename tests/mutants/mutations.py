@@ -18,30 +18,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-SWAPS = dict(
-    pair.split(":")
-    for pair in [
-        "<:<=",
-        "<=:<",
-        ">:>=",
-        ">=:>",
-        "==:!=",
-        "!=:==",
-        "+:-",
-        "-:+",
-        "*:/",
-        "/:*",
-        "//:/",
-        "%://",
-        "**:*",
-        "|:&",
-        "&:|",
-        "<<:>>",
-        ">>:<<",
-        "and:or",
-        "or:and",
-    ]
-)
+PAIRS = "<:<= <=:< >:>= >=:> ==:!= !=:== +:- -:+ *:/ /:* //:/ %:// **:* |:& &:| <<:>> >>:<< and:or or:and"
+SWAPS = dict(pair.split(":") for pair in PAIRS.split())
 SWAPS |= {"in": "not in", "not in": "in", "is": "is not", "is not": "is"}
 _OPERATOR = re.compile("|".join(re.escape(each) for each in sorted(SWAPS, key=len, reverse=True)).encode())
 TALK = {"print", "Console", "Table", "status", "add_column", "add_row", "add_argument"}  # calls that show text
