@@ -52,9 +52,14 @@ class StepResult:
     """Why it did not pass."""
     claim: str
     command: str
-    seconds: float
-    last_lines: tuple[str, ...]
-    log: str
+    seconds: float = 0
+    last_lines: tuple[str, ...] = ()
+    log: str = ""
+
+    @classmethod
+    def of(cls, step: Step, outcome: Outcome, reason: str, **more: Any) -> StepResult:
+        command = shlex.join(step.command)
+        return cls(name=step.name, outcome=outcome, reason=reason, claim=step.claim, command=command, **more)
 
 
 def missing(machine: Machine) -> dict[str, str]:
@@ -113,20 +118,11 @@ def run(step: Step, log: Path, environment: dict[str, str]) -> StepResult:
             finally:
                 _end(process)
     lines = log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]
-    return StepResult(
-        name=step.name,
-        outcome="inconclusive"
-        if code == INCONCLUSIVE and step.command[:3] == ours()
-        else "failed"
-        if reason
-        else "passed",
-        reason=reason,
-        claim=step.claim,
-        command=shlex.join(step.command),
-        seconds=round(time.monotonic() - began, 1),
-        last_lines=tuple(lines),
-        log=str(log),
-    )
+    outcome: Outcome = "failed" if reason else "passed"
+    if code == INCONCLUSIVE and step.command[:3] == ours():
+        outcome = "inconclusive"
+    seconds = round(time.monotonic() - began, 1)
+    return StepResult.of(step, outcome, reason, seconds=seconds, last_lines=tuple(lines), log=str(log))
 
 
 def _of_a_stack(name: str) -> bool:
@@ -148,16 +144,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def skipped(step: Step, reason: str) -> StepResult:
-    return StepResult(
-        name=step.name,
-        outcome="skipped",
-        reason=reason,
-        claim=step.claim,
-        command=shlex.join(step.command),
-        seconds=0,
-        last_lines=(),
-        log="",
-    )
+    return StepResult.of(step, "skipped", reason)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ must have passed. Everything is built and published in the check's own folder, w
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 PRECISIONS = ("int8", "fp8", "fp16", "fp32")
@@ -27,12 +27,13 @@ RESTARTED = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Step:
     """One line of the report."""
 
     name: str
     command: tuple[str, ...]
+    _: KW_ONLY
     limit_s: int
     needs: tuple[str, ...] = ()
     claim: str = ""
@@ -57,16 +58,11 @@ def ours(*words: str) -> tuple[str, ...]:
 
 
 def steps(where: Where, models: list[str]) -> list[Step]:
-    first = models[0]
+    first, built = models[0], f"engine {models[-1]}"
     return [
         *look(),
         *(step for model in models for step in build(where, model)),
-        Step(
-            name="doctor",
-            command=ours("doctor", "--repository", f"{where.folder}/repository"),
-            limit_s=60,
-            needs=(f"engine {models[-1]}",),
-        ),
+        Step("doctor", ours("doctor", "--repository", f"{where.folder}/repository"), limit_s=60, needs=(built,)),
         *serve(where, models),
         *improve(where, first),
         *train_and_plan(where, models),
@@ -78,10 +74,10 @@ def look() -> list[Step]:
     query = "--query-gpu=name,driver_version,compute_cap,memory.total,clocks.sm,clocks.max.sm"
     listed = ("docker", "images", "--filter", "reference=nvcr.io/nvidia/*", "--filter", "reference=deepseek*")
     return [
-        Step(name="GPU and driver", command=("nvidia-smi", query, "--format=csv"), limit_s=60, needs=("gpu",)),
-        Step(name="Docker and Compose", command=("docker", "compose", "version"), limit_s=60, needs=("docker",)),
-        Step(name="NVIDIA's runtime", command=("docker", "info"), limit_s=60, needs=("runtime",)),
-        Step(name="images", command=listed, limit_s=60, needs=("docker",)),
+        Step("GPU and driver", ("nvidia-smi", query, "--format=csv"), limit_s=60, needs=("gpu",)),
+        Step("Docker and Compose", ("docker", "compose", "version"), limit_s=60, needs=("docker",)),
+        Step("NVIDIA's runtime", ("docker", "info"), limit_s=60, needs=("runtime",)),
+        Step("images", listed, limit_s=60, needs=("docker",)),
     ]
 
 
@@ -96,26 +92,22 @@ def build(where: Where, model: str) -> list[Step]:
         "int8": "INT8: a quarter of the size, 2 to 3 times as fast",
         "fp8": "FP8: a quarter of the size, 2 to 3 times as fast",
     }
-    each = [
-        Step(
-            name=f"engine {model} {precision}",
-            command=ours(
-                *("engine", *which, *tag, *stack, "--precision", precision),
-                *("--repository", f"{where.folder}/repository-{precision}"),
-            ),
-            limit_s=FIRST_BUILD_S,
-            needs=(*ON_GPU, "fp8") if precision == "fp8" else ON_GPU,
-            claim=claims.get(precision, ""),
-        )
-        for precision in PRECISIONS
-    ]
-    chosen = ours("engine", *which, *tag, *stack, "--repository", f"{where.folder}/repository")
+    engine, folder = ("engine", *which, *tag, *stack, "--repository"), f"{where.folder}/repository"
     return [
-        *each,
-        Step(name=f"engine {model}", command=chosen, limit_s=FIRST_BUILD_S, needs=ON_GPU),
+        *(
+            Step(
+                f"engine {model} {precision}",
+                ours(*engine, f"{folder}-{precision}", "--precision", precision),
+                limit_s=FIRST_BUILD_S,
+                needs=(*ON_GPU, "fp8") if precision == "fp8" else ON_GPU,
+                claim=claims.get(precision, ""),
+            )
+            for precision in PRECISIONS
+        ),
+        Step(f"engine {model}", ours(*engine, folder), limit_s=FIRST_BUILD_S, needs=ON_GPU),
         Step(
-            name=f"PyTorch, torch.compile, ONNX Runtime CUDA: {model}",
-            command=ours("gpu-baselines", *which),
+            f"PyTorch, torch.compile, ONNX Runtime CUDA: {model}",
+            ours("gpu-baselines", *which),
             limit_s=300,
             needs=(*IN_PYTORCH, f"engine {model}"),
         ),
@@ -127,52 +119,26 @@ def serve(where: Where, models: list[str]) -> list[Step]:
     project = ("--project-name", PROJECT, "--env-file", f"{where.folder}/env")
     compose = ("docker", "compose", *project)
     grpc, http = f"127.0.0.1:{where.grpc_port}", f"127.0.0.1:{where.http_port}"
-    found = [
-        Step(
-            name=STACK_UP,
-            command=(*compose, "up", "--detach", "--wait", "triton", "gateway"),
-            limit_s=FIRST_BUILD_S,
-            needs=(f"engine {models[-1]}",),
-        )
-    ]
+    built, up = (f"engine {models[-1]}",), (STACK_UP,)
+    start = (*compose, "up", "--detach", "--wait", "triton", "gateway")
+    found = [Step(STACK_UP, start, limit_s=FIRST_BUILD_S, needs=built)]
     for model in models:
         which = ("--model", model, "--models", where.models)
         slo = (*which, "--target", "tensorrt", "--url", grpc)
-        words: list[tuple[str, tuple[str, ...], int]] = [
-            ("parity", ("parity", *which, "--url", grpc, "--http-url", http), 300),
-            ("load test", ("loadtest", *slo), 240),
-            ("verdict", ("verdict", *which), 60),
-            ("capacity", ("capacity", *slo, "--duration-s", "5", "--max-s", "60"), 180),
-        ]
+        capacity, loaded = ours("capacity", *slo, "--duration-s", "5", "--max-s", "60"), f"load test {model}"
         found += [
-            Step(
-                name=f"{name} {model}",
-                command=ours(*command),
-                limit_s=limit_s,
-                needs=(f"load test {model}",) if name == "verdict" else ("stack up",),
-            )
-            for name, command, limit_s in words
+            Step(f"parity {model}", ours("parity", *which, "--url", grpc, "--http-url", http), limit_s=300, needs=up),
+            Step(loaded, ours("loadtest", *slo), limit_s=240, needs=up),
+            Step(f"verdict {model}", ours("verdict", *which), limit_s=60, needs=(loaded,)),
+            Step(f"capacity {model}", capacity, limit_s=180, needs=up),
         ]
+    kill = (*compose, "exec", "-T", "triton", "bash", "-c", KILL)
+    restarted = ("sh", "-c", RESTARTED, "sh", *project)
     return [
         *found,
-        Step(
-            name="a kill",
-            command=(*compose, "exec", "-T", "triton", "bash", "-c", KILL),
-            limit_s=60,
-            needs=("stack up",),
-        ),
-        Step(
-            name="serving again after the kill",
-            command=("sh", "-c", RESTARTED, "sh", *project),
-            limit_s=300,
-            needs=("a kill",),
-        ),
-        Step(
-            name=STACK_DOWN,
-            command=(*compose, "down", "--volumes"),
-            limit_s=120,
-            needs=("docker", f"engine {models[-1]}"),
-        ),
+        Step("a kill", kill, limit_s=60, needs=up),
+        Step("serving again after the kill", restarted, limit_s=300, needs=("a kill",)),
+        Step(STACK_DOWN, (*compose, "down", "--volumes"), limit_s=120, needs=("docker", *built)),
     ]
 
 
@@ -183,18 +149,18 @@ def improve(where: Where, model: str) -> list[Step]:
     short = ("--instances", "1", "--delay-us", "0", "--least-s", "2", "--max-s", "240", "--dry-run")
     grpc = ("--grpc-port", str(where.grpc_port))
     other = (*which, "--repository", f"{where.folder}/repository-fp32", *grpc)
-    report = f"{where.folder}/nsys"
+    profiled = ("nsys", "profile", "--force-overwrite=true", f"--output={where.folder}/nsys")
     return [
         Step(
-            name="dynamic batching and CUDA graphs, on and off",
-            command=ours(*tune, "--max-batch", "1,8", *short),
+            "dynamic batching and CUDA graphs, on and off",
+            ours(*tune, "--max-batch", "1,8", *short),
             limit_s=600,
-            needs=(*ON_GPU, "stack up"),
+            needs=(*ON_GPU, STACK_UP),
             claim="dynamic batching gives 30 % more throughput",
         ),
         Step(
-            name="release",
-            command=ours(
+            "release",
+            ours(
                 *("release", *other, "--target", "tensorrt", "--triton-tag", where.triton_tag),
                 # Not the choice, which may be the fp32 that the repository has: then there is nothing to release.
                 # Which of them is faster is for the engines' steps to say.
@@ -203,10 +169,10 @@ def improve(where: Where, model: str) -> list[Step]:
             limit_s=900,
             needs=(*ON_GPU, f"engine {model} fp16", f"engine {model} fp32"),
         ),
-        Step(name="rollback", command=ours("rollback", *other), limit_s=120, needs=("release",)),
+        Step("rollback", ours("rollback", *other), limit_s=120, needs=("release",)),
         Step(
-            name="nsys profile",
-            command=("nsys", "profile", "--force-overwrite=true", f"--output={report}", *ours("gpu-baselines", *which)),
+            "nsys profile",
+            (*profiled, *ours("gpu-baselines", *which)),
             limit_s=300,
             needs=(*IN_PYTORCH, "nsys", f"engine {model}"),
             claim="Nsight finds the cause of slow inference",
@@ -218,16 +184,16 @@ def train_and_plan(where: Where, models: list[str]) -> list[Step]:
     """The guide's claims about training, and the plan's predictions."""
     return [
         Step(
-            name="mixed precision and checkpointing against fp32",
-            command=ours("measure-training"),
+            "mixed precision and checkpointing against fp32",
+            ours("measure-training"),
             limit_s=300,
             needs=IN_PYTORCH,
             claim="mixed precision is 1.8 times as fast; checkpointing saves 60 % of memory",
         ),
         *(
             Step(
-                name=f"plan against measured, on the CPU: {model}",
-                command=ours("plan", "--model", model, "--models", where.models, "--measure"),
+                f"plan against measured, on the CPU: {model}",
+                ours("plan", "--model", model, "--models", where.models, "--measure"),
                 limit_s=180,
                 needs=("gpu", f"engine {model}"),
             )
