@@ -21,22 +21,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loadtests": GROUND | {"deepseek_client", "loadtests"},
 }
 # Exceptions: parity and the OpenAI routes call the server through the client that applications use.
-ALSO = {
-    "export/checks/parity.py": {"deepseek_client"},
-    **{
-        f"serving/openai/{name}.py": {"deepseek_client"}
-        for name in (
-            "__main__",
-            "embeddings",
-            "errors",
-            "inference",
-            "recommenders",
-            "rerank",
-            "text_models",
-            "triton_http",
-        )
-    },
-}
+ROUTES = "__main__ embeddings errors inference recommenders rerank text_models triton_http".split()
+CALLERS = {"export/checks/parity.py", *(f"serving/openai/{name}.py" for name in ROUTES)}
 OURS = {"cli", "deepseek", "deepseek_client", "models", "export", "serving", "loadtests", "tests"}
 LIGHT = {f"deepseek/{name}.py" for name in ("__init__", "config", "quantization")} | {
     str(path) for path in (*Path("deepseek/spec").rglob("*.py"), *Path("deepseek/sizing").rglob("*.py"))
@@ -68,7 +54,7 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_a_room_imports_only_allowed_rooms(room: str) -> None:
     for path in Path(room).rglob("*.py"):
-        may = MAY_IMPORT[room] | ALSO.get(str(path), set())
+        may = MAY_IMPORT[room] | ({"deepseek_client"} if str(path) in CALLERS else set())
         ours = {name for name in imports(path) if name.split(".")[0] in OURS}
         assert not {name for name in ours if not f"{name}.".startswith(tuple(f"{each}." for each in may))}, path
 
@@ -89,46 +75,41 @@ def test_the_client_imports_one_way() -> None:
         assert rooms <= may, name
 
 
-SERVING_ROOMS: dict[str, set[str]] = {
-    "backend": set(),
-    "repository": set(),
-    "openai": set(),
-    "embedded": {"repository"},
-    "observe": {"repository"},
-    "doctor": {"repository", "embedded"},
-    "stack": {"repository", "embedded", "observe"},
-    "release": {"repository", "embedded", "doctor", "stack"},
-    "kubernetes": {"repository", "embedded", "observe", "stack"},
+ROOMS: dict[str, dict[str, set[str]]] = {
+    "serving": {
+        "backend": set(),
+        "repository": set(),
+        "openai": set(),
+        "embedded": {"repository"},
+        "observe": {"repository"},
+        "doctor": {"repository", "embedded"},
+        "stack": {"repository", "embedded", "observe"},
+        "release": {"repository", "embedded", "doctor", "stack"},
+        "kubernetes": {"repository", "embedded", "observe", "stack"},
+    },
+    "loadtests": {
+        "results": set(),
+        "slo": {"results"},
+        "load": {"results", "slo"},
+        "profile": {"results", "load"},
+        "release": {"results", "slo", "load"},
+        "search": {"results", "slo", "load"},
+        "tune": {"results", "slo", "load", "search"},
+        "regression": {"results", "slo", "load", "search"},
+        "scale": {"results", "slo", "search"},
+        "report": {"results", "slo", "search", "tune"},
+    },
 }
-
-
-@pytest.mark.parametrize("room", SERVING_ROOMS)
-def test_a_room_of_serving_imports_only_lower_rooms(room: str) -> None:
-    names = {name for path in Path("serving", room).glob("*.py") for name in imports(path)}
-    rooms = {name.split(".")[1] for name in names if name.startswith("serving.")}
-    assert rooms <= {room, *SERVING_ROOMS[room]}
-
-
-LOADTEST_ROOMS: dict[str, set[str]] = {
-    "results": set(),
-    "slo": {"results"},
-    "load": {"results", "slo"},
-    "profile": {"results", "load"},
-    "release": {"results", "slo", "load"},
-    "search": {"results", "slo", "load"},
-    "tune": {"results", "slo", "load", "search"},
-    "regression": {"results", "slo", "load", "search"},
-    "scale": {"results", "slo", "search"},
-    "report": {"results", "slo", "search", "tune"},
-}
+"""For each sub-room the lower ones that it may import."""
 DRAWING_COMMANDS = {"capacity.py", "tune.py"}  # these end with a page of `report`
 
 
-@pytest.mark.parametrize("room", LOADTEST_ROOMS)
-def test_a_room_of_load_tests_imports_only_lower_rooms(room: str) -> None:
-    for path in Path("loadtests", room).rglob("*.py"):
-        rooms = {name.split(".")[1] for name in imports(path) if name.startswith("loadtests.")} - {"figures"}
-        assert rooms <= {room, *LOADTEST_ROOMS[room], *(["report"] if path.name in DRAWING_COMMANDS else [])}, path
+@pytest.mark.parametrize(("room", "sub_room"), [(room, each) for room, rooms in ROOMS.items() for each in rooms])
+def test_a_sub_room_imports_only_lower_ones(room: str, sub_room: str) -> None:
+    may = {sub_room, "figures"} | ROOMS[room][sub_room]
+    for path in Path(room, sub_room).rglob("*.py"):
+        used = {name.split(".")[1] for name in imports(path) if name.startswith(f"{room}.")}
+        assert used <= may | ({"report"} if path.name in DRAWING_COMMANDS else set()), path
 
 
 def test_heavy_imports_are_local() -> None:
