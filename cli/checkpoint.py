@@ -274,16 +274,11 @@ def _weights(folder: Path) -> tuple[str, ...]:
         if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
             raise InputError(f"{folder / first}: no weight_map; copy the checkpoint again")
         names += sorted(set(parts.values()))
-    for name in names[-1:] if len(names) == 1 else names[1:]:
-        _check_weights(folder / name, folder)
+    for path in (folder / name for name in names[1:] or names):
+        if path.parent != folder or not path.is_file():
+            raise InputError(f"{path}: no such file, but the index of the weights names it; copy the checkpoint again")
+        _check_fetched(path)
     return tuple(names)
-
-
-def _check_weights(path: Path, folder: Path) -> None:
-    """Raises InputError for a file that is missing, elsewhere, or only a pointer to the weights."""
-    if path.parent != folder or not path.is_file():
-        raise InputError(f"{path}: no such file, but the index of the weights names it; copy the checkpoint again")
-    _check_fetched(path)
 
 
 def _check_fetched(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Commands for work on this repository: lint, types, tests, benchmarks and the lock files."""
+"""Commands for work on this repository: lint, types, tests, docs and the lock files."""
 
 from __future__ import annotations
 
@@ -35,28 +35,6 @@ def test_all(options: argparse.Namespace) -> int:
     """The slow tests, which `test` leaves out; without arguments for pytest also a sample of mutants."""
     mutants = () if options.words else (("tests.mutants", "--count", "10"),)
     return _all(("pytest", "-m", "slow", "-n", "2", *BY_FILE, *options.words), *mutants)
-
-
-def bench(options: argparse.Namespace) -> int:
-    parts = ("--parts", options.bench) if options.bench else ()
-    return _all(("tests.bench", *parts, *options.words))
-
-
-def bench_peers(options: argparse.Namespace) -> int:
-    """This project's server beside others, on the same graphs and arrivals."""
-    names = ("peers", "workloads", "rounds", "duration_s")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return _all(("tests.bench.peers", *flags, *(("--apart",) if options.apart else ()), *options.words))
-
-
-def measure_failure(options: argparse.Namespace) -> int:
-    soak = () if options.duration_s is None else ("--soak-s", str(options.duration_s))
-    return _all(("tests.bench.failure", *soak, *options.words))
-
-
-def measure_training(options: argparse.Namespace) -> int:
-    return _all(("tests.bench.training", *options.words))
 
 
 def docs(options: argparse.Namespace) -> int:

@@ -99,6 +99,8 @@ def call(command: Command, options: argparse.Namespace) -> int:
 
     _settle_environment(command, options)
     module, _, function = command.module.partition(":")
+    if module.startswith("tests."):
+        sys.path.insert(0, os.getcwd())  # they are not installed
     return exit_code(lambda: getattr(importlib.import_module(module), function or "main")(options))
 
 

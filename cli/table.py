@@ -26,12 +26,13 @@ HIDDEN = ("Stages", "Inside")
 class Command:
     """One command: `deepseek <name>` calls `main(options)` of `module`."""
 
-    group: str
     name: str
     module: str
     """`package.module`, or `package.module:function` if the function is not `main`."""
     help: str
     _: KW_ONLY
+    group: str = ""
+    """One of GROUPS, which `cli.commands` sets."""
     options: tuple[Option, ...] = ()
     examples: tuple[str, ...] = ()
     """Whole lines, such as `deepseek loadtest --rate 200  # comment`."""

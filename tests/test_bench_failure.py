@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
-import psutil
 import pytest
-from deepseek_client import InvalidInput
+from deepseek_client import InferenceClient, InvalidInput
 
 from deepseek.spec import DeploymentSpec
 from loadtests.load.request_log import RequestLog, SentRequest
+from tests.bench.claims import Row
 from tests.bench.failure.killed import server_killed
-from tests.bench.failure.malformed import Tally, _pids, malformed_requests
+from tests.bench.failure.malformed import Tally, malformed_requests
 from tests.bench.failure.mutations import MUTATIONS, Mutation, valid
-from tests.bench.failure.setting import Model, Row, Service, Setting
+from tests.bench.failure.setting import Model, Service, Setting
 from tests.conftest import run_module
 from tests.gateway import Gateway, free_port, skip_without_nginx
 
@@ -38,7 +34,7 @@ def setting(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         for name in ("text", "image")
     ]
     where = {"folder": folder, "repository": built / "repository", "models": Path("tests/models")}
-    sizes = {"overload_s": 5, "requests": 400, "watch_s": 1.0}
+    sizes = {"overload_s": 5, "requests": 200, "watch_s": 1.0}
     with Service(folder / "shared", built / "repository", Path("tests/models")) as shared:
         yield Setting(model=models[0], other=models[1], shared=shared, **where, **sizes)  # type: ignore[arg-type]
 
@@ -51,7 +47,7 @@ def broken(rows: list[Row]) -> list[str]:
 def test_malformed_requests_are_refused_and_crash_no_process(setting: Setting) -> None:
     rows = malformed_requests(setting)
     assert broken(rows) == []
-    assert sum(row.what.startswith("100 malformed requests") for row in rows) == 4
+    assert sum(row.what.startswith("100 malformed requests") for row in rows) == 2
 
 
 # -- requests that the gateway accepts or refuses ------------------------------------------------
@@ -141,20 +137,13 @@ def test_large_bodies_are_checked_and_have_their_own_errors(tmp_path: Path) -> N
         gateway.stop()
 
 
-@pytest.mark.parametrize(
-    ("ids", "mask", "says"),
-    [
-        (9, 5, "axis length is 5, but 9 in input_ids"),
-        (9, 9, "99999"),
-    ],
-    ids=["inputs that do not fit each other", "an id outside the vocabulary"],
-)
+@pytest.mark.parametrize(("ids", "mask", "says"), [(9, 5, "axis length is 5, but 9 in input_ids"), (9, 9, "99999")])
 def test_a_request_that_does_not_fit_the_model_is_a_client_error(
     setting: Setting, ids: int, mask: int, says: str
 ) -> None:
     assert setting.shared is not None
     row = {"input_ids": np.full((1, ids), 99999 if ids == mask else 3), "attention_mask": np.ones((1, mask), np.int64)}
-    with setting.shared.client() as client, pytest.raises(InvalidInput, match=says):
+    with InferenceClient(setting.shared.server.http_url, "http") as client, pytest.raises(InvalidInput, match=says):
         client.infer("text", row)
 
 
@@ -189,7 +178,7 @@ def test_each_mutation_changes_the_request_and_is_reproducible(mutation: Mutatio
 def test_an_answer_is_right_if_it_is_a_client_error(status: str, may_pass: bool, right: bool) -> None:
     tally = Tally("http by gateway")
     tally.add(1, status, "reason", mutation="x", may_pass=may_pass)
-    assert (not tally.wrong and not tally.known) == right
+    assert (not tally.wrong) == right
 
 
 def test_a_load_sends_its_whole_shape(setting: Setting) -> None:
@@ -211,17 +200,6 @@ def test_latencies_count_from_the_planned_time() -> None:
 
 def test_a_model_that_is_not_built_is_one_line(tmp_path: Path) -> None:
     skip_without_nginx()
-    run = run_module("tests.bench.failure", "--only", "soak", DEEPSEEK_BUILD=str(tmp_path))
-    assert run.returncode == 2
+    run = run_module("cli", "measure-failure", "--only", "soak", DEEPSEEK_BUILD=str(tmp_path))
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "make engine MODEL=" in run.stderr
-    assert "Traceback" not in run.stderr
-
-
-def test_a_process_that_ends_during_inspection_is_ignored() -> None:
-    child = subprocess.Popen(["sleep", "60"])
-    found = psutil.Process(child.pid)
-    service: Any = SimpleNamespace(processes=lambda: [found, psutil.Process()])
-    assert _pids(service) == {child.pid, os.getpid()}
-    child.kill()
-    child.wait()
-    assert _pids(service) == {os.getpid()}

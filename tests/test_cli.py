@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cli.commands import BY_NAME, COMMANDS
-from cli.help import as_make, listing, page
+from cli.help import as_make, page
 from cli.main import main, values_of, words_of
 from cli.options import Misuse, Option, Variables, folder_name, on_make_line, path, switch
 from cli.parsing import parse
@@ -30,7 +30,7 @@ OPTIONS = (
     Option("--url", "host:port", default=lambda values: f"127.0.0.1:{values.max_s}"),
     Option("command", "what runs", rest=True),
 )
-COMMAND = Command("Inside", "try", "nowhere", "try it", options=OPTIONS, flags_variable="ARGS")
+COMMAND = Command("try", "nowhere", "try it", options=OPTIONS, flags_variable="ARGS")
 
 
 def values(*words: str, environment: dict[str, str] | None = None, make: str | None = None) -> dict[str, object]:
@@ -94,16 +94,14 @@ def test_a_mistake_is_one_line_with_the_value_and_what_is_allowed(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("word", "told"),
     [
-        (("loadtst",), "error: deepseek has no command loadtst; did you mean loadtest? (deepseek --all lists them)\n"),
-        (("--hepl",), "error: deepseek has no option --hepl (deepseek --all lists them)\n"),
+        ("loadtst", "error: deepseek has no command loadtst; did you mean loadtest? (deepseek --all lists them)\n"),
+        ("--hepl", "error: deepseek has no option --hepl (deepseek --all lists them)\n"),
     ],
 )
-def test_a_mistyped_command_is_one_line_and_exit_2(
-    words: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(words) == 2
+def test_a_mistyped_command_is_one_line_and_exit_2(word: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word]) == 2
     assert capsys.readouterr().err == told
 
 
@@ -125,12 +123,11 @@ def test_given_options_are_passed_to_the_commands_that_a_command_runs() -> None:
 
 
 def test_a_commands_variables_do_not_reach_the_commands_that_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"DEEPSEEK_PRESET": "bert-base", "DEEPSEEK_RATE": "5", "DEEPSEEK_BUILD": "here"}.items():
+    given = {"DEEPSEEK_PRESET": "bert-base", "DEEPSEEK_RATE": "5", "DEEPSEEK_BUILD": "here"}
+    for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert main(["plan", "--json"]) == 0
-    assert {name for name in os.environ if name in ("DEEPSEEK_PRESET", "DEEPSEEK_RATE", "DEEPSEEK_BUILD")} == {
-        "DEEPSEEK_BUILD"
-    }
+    assert given.keys() & os.environ == {"DEEPSEEK_BUILD"}
 
 
 @pytest.mark.parametrize(
@@ -148,7 +145,7 @@ def test_examples_are_translated_to_make(name: str, number: int, line: str) -> N
 
 
 def test_every_command_is_listed_once_in_a_known_group() -> None:
-    assert {command.group for command in COMMANDS} <= set(GROUPS)
+    assert [*dict.fromkeys(command.group for command in COMMANDS)] == [*GROUPS]
     assert len(BY_NAME) == sum(1 + len(command.aliases) for command in COMMANDS)
     for command in COMMANDS:
         assert len({option.name for option in command.options}) == len(command.options)
@@ -164,31 +161,16 @@ def test_every_command_has_a_function_to_call() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
-def test_every_command_accepts_its_examples(command: Command) -> None:
+def test_a_help_page_has_every_option_and_examples_that_the_command_accepts(command: Command) -> None:
+    text = page(command)
+    assert all(option.flag in text for option in command.options)
+    assert max(map(len, text.splitlines())) <= 120
     assert command.examples
     for example in command.examples:
+        assert example in text
         words = [*takewhile(lambda word: word not in ("|", "&&", ">"), shlex.split(example, comments=True))]
         assert words[:2] == ["deepseek", command.name]
         values_of(command.name, *words[2:])
-    if command.newcomer:
-        assert as_make(command, 0).startswith(f"make {command.name}")
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
-def test_a_help_page_has_every_option_and_every_example(command: Command) -> None:
-    text = page(command)
-    for option in command.options:
-        assert option.flag in text
-    for example in command.examples:
-        assert example in text
-    assert max(map(len, text.splitlines())) <= 120
-
-
-def test_make_and_the_command_list_the_same_texts() -> None:
-    for command in COMMANDS:
-        assert command.help in listing(everything=True)
-        assert (command.help in listing(make=True)) is command.newcomer
-    assert "EXPIRES_DAYS" in listing(make=True, everything=True)
 
 
 def test_help_imports_only_the_standard_library() -> None:

@@ -57,7 +57,7 @@ def test_make_without_a_target_lists_first_commands_with_examples() -> None:
 def test_help_lists_every_target_with_its_variables_and_each_has_a_page() -> None:
     text = make("help-all").stdout
     for command in COMMANDS:
-        assert (f"\n  {command.name} " in text) is (command.group not in HIDDEN)
+        assert (f"\n  {command.name} " in text and command.help in text) is (command.group not in HIDDEN)
     assert " NAME EXPIRES_DAYS KEY_RPS BULK REVOKE " in text
     assert "\n  EXPIRES_DAYS=N " in make("help-keys").stdout
 

@@ -4,9 +4,8 @@
    own. `options.duration_s` is the value of `--duration-s`; `options.given` holds the names of the options that were
    set by a flag or a variable. The module raises `InputError` (exit 2), `GateFailed` (1) or `InvalidMeasurement` (3),
    or returns another exit code; the cli prints the line.
-2. Its row stands in the file of this folder for its group:
+2. Its row stands in the file of this folder for its group; `_BY_GROUP` below lists the groups:
        Command(
-           "Measure",
            "loadtest",
            "loadtests.load.loadtest",
            "measure a running server; leaves a folder in build/<model>/loadtests/",
@@ -20,20 +19,22 @@
    module with `cli.main.values_of`. Each example is parsed by `tests/test_cli.py`.
 """
 
-from cli.commands import build, call, composed, develop, first_steps, inside, measure, plan, searches, serve
-from cli.table import GROUPS, Command
+from dataclasses import replace
 
-_ROWS = (
-    *composed.ROWS,
-    *first_steps.ROWS,
-    *build.ROWS,
-    *serve.ROWS,
-    *call.ROWS,
-    *measure.ROWS,
-    *searches.ROWS,
-    *plan.ROWS,
-    *develop.ROWS,
-    *inside.ROWS,
-)
-COMMANDS: tuple[Command, ...] = tuple(sorted(_ROWS, key=lambda row: list(GROUPS).index(row.group)))
+from cli.commands import build, call, composed, develop, first_steps, inside, measure, plan, searches, serve
+from cli.table import Command
+
+_BY_GROUP: dict[str, tuple[Command, ...]] = {
+    "First steps": (*composed.FIRST, *first_steps.ROWS),
+    "Build": build.ROWS,
+    "Serve": serve.ROWS,
+    "Call": call.ROWS,
+    "Measure": (*composed.MEASURE, *measure.ROWS, *searches.ROWS),
+    "Release": (*composed.RELEASES, *serve.RELEASE_ROWS),
+    "Plan": plan.ROWS,
+    "Develop": develop.ROWS,
+    "Stages": build.STAGES,
+    "Inside": (*composed.INSIDE, *build.INSIDE, *serve.INSIDE, *measure.INSIDE, *inside.ROWS),
+}
+COMMANDS = tuple(replace(row, group=group) for group, rows in _BY_GROUP.items() for row in rows)
 BY_NAME = {name: command for command in COMMANDS for name in (command.name, *command.aliases)}

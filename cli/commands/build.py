@@ -2,19 +2,17 @@
 
 from typing import get_args
 
-from cli.commands.serve import HOSTS, TRITON_TAG
 from cli.commands.shared_options import (
     BUILD,
     CACHE,
     CACHE_GIB,
     ENV_FILE,
-    GATEWAY_PORT,
     JSON,
-    LOCAL_PORTS,
     MODEL,
     MODELS,
-    PROJECT,
     REPOSITORY,
+    STACK,
+    TRITON_TAG,
 )
 from cli.options import Option, folder_name, path, path_text, switch
 from cli.table import Command
@@ -28,12 +26,7 @@ BUILD_OPTIONS = (
     *MODEL,
     REPOSITORY,
     Option("--precision", "precision to serve; auto: the fastest inside the budget", choices=CHOICES, default="auto"),
-    Option(
-        "--target",
-        "what runs the model; auto: TensorRT where it can be built",
-        choices=("auto", *TARGETS),
-        default="auto",
-    ),
+    Option("--target", "what runs the model; auto: TensorRT if possible", choices=("auto", *TARGETS), default="auto"),
     Option("--prune", "share of heads and channels to prune, such as 0.25 (default: none)", kind=float),
     Option(
         "--data",
@@ -50,7 +43,6 @@ BUILD_OPTIONS = (
 
 ROWS = (
     Command(
-        "Build",
         "engine",
         "export.build",
         "build a model up to the repository; rebuild only what changed",
@@ -63,11 +55,7 @@ ROWS = (
                 kind=switch,
                 variable="",
             ),
-            ENV_FILE,
-            GATEWAY_PORT,
-            LOCAL_PORTS,
-            PROJECT,
-            HOSTS,
+            *STACK,
         ),
         examples=(
             "deepseek engine",
@@ -77,7 +65,6 @@ ROWS = (
         newcomer=True,
     ),
     Command(
-        "Build",
         "clean",
         "export.clean",
         "remove what was built for a model; keep your own lines in the env file",
@@ -85,7 +72,6 @@ ROWS = (
         examples=("deepseek clean --model minilm",),
     ),
     Command(
-        "Build",
         "check-engine",
         "export.checks.check_engine",
         "build every precision of every model with TensorRT for RTX, no GPU needed",
@@ -100,15 +86,15 @@ ROWS = (
         examples=("deepseek check-engine", "deepseek check-engine --model recommender --precision int8 --json"),
     ),
     Command(
-        "Build",
         "clean-cache",
         "export.cache:clear",
         "remove all artifacts from the shared cache",
         options=(CACHE,),
         examples=("deepseek clean-cache",),
     ),
+)
+STAGES = (
     Command(
-        "Stages",
         "train",
         "export.stages.train",
         "train the model, or take its weights from the cache",
@@ -116,7 +102,6 @@ ROWS = (
         examples=("deepseek train", "deepseek train --models /some/dir --model other"),
     ),
     Command(
-        "Stages",
         "prune",
         "export.stages.prune",
         "remove attention heads and channels, then fine-tune",
@@ -128,7 +113,6 @@ ROWS = (
         examples=("deepseek prune --ratio 0.2", "deepseek prune --models tests/models --model image --json"),
     ),
     Command(
-        "Stages",
         "to-onnx",
         "export.stages.to_onnx",
         "export PyTorch to the fp32 ONNX graph",
@@ -136,7 +120,6 @@ ROWS = (
         examples=("deepseek to-onnx", "deepseek to-onnx --models /some/dir --model other --json"),
     ),
     Command(
-        "Stages",
         "quantize",
         "export.stages.quantize",
         "write fp16, int8 or fp8 into the graph",
@@ -144,12 +127,7 @@ ROWS = (
             *MODEL,
             Option("--precision", "precision of the new graph", choices=REDUCED, required=True),
             Option("--calibration-data", "real inputs (default: build/<name>/calibration.npz)", kind=path_text),
-            Option(
-                "--high-precision",
-                "precision of everything that is not quantized",
-                choices=get_args(HighPrecision),
-                default="fp16",
-            ),
+            Option("--high-precision", "precision of the rest", choices=get_args(HighPrecision), default="fp16"),
             Option(
                 "--target",
                 "what will run the graph; trials use its execution provider, or the CPU",
@@ -165,7 +143,6 @@ ROWS = (
         ),
     ),
     Command(
-        "Stages",
         "to-tensorrt",
         "export.stages.to_tensorrt",
         "compile an ONNX graph to a TensorRT engine",
@@ -182,7 +159,6 @@ ROWS = (
         ),
     ),
     Command(
-        "Stages",
         "to-torchscript",
         "export.stages.to_torchscript",
         "export PyTorch to TorchScript",
@@ -190,7 +166,6 @@ ROWS = (
         examples=("deepseek to-torchscript", "deepseek to-torchscript --models /some/dir --model other --json"),
     ),
     Command(
-        "Stages",
         "select-precision",
         "export.stages.select_precision",
         "compare every precision with fp32 and choose one",
@@ -203,7 +178,6 @@ ROWS = (
         examples=("deepseek select-precision", "deepseek select-precision --precision int8 --json"),
     ),
     Command(
-        "Stages",
         "measure-batches",
         "export.stages.measure_batches",
         "measure how long batches take here, from which batching and queue follow",
@@ -218,7 +192,6 @@ ROWS = (
         examples=("deepseek measure-batches", "deepseek measure-batches --model minilm --json"),
     ),
     Command(
-        "Stages",
         "publish",
         "export.stages.publish",
         "publish the chosen precision to the model repository",
@@ -237,8 +210,9 @@ ROWS = (
             "deepseek publish --target tensorrt --precision fp16 --repository /models",
         ),
     ),
+)
+INSIDE = (
     Command(
-        "Inside",
         "tensorrt-container",
         "export.runtimes.tensorrt_container",
         "run a stage in NVIDIA's TensorRT container",

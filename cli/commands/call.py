@@ -6,7 +6,6 @@ from cli.table import Command
 
 ROWS = (
     Command(
-        "Call",
         "infer",
         "cli.call:infer",
         "send a real sample, or a text, to the server and show the answer",
@@ -31,7 +30,6 @@ ROWS = (
         newcomer=True,
     ),
     Command(
-        "Call",
         "metadata",
         "cli.call:metadata",
         "show the inputs, outputs and versions that the server reports",
@@ -44,7 +42,6 @@ ROWS = (
         examples=("deepseek metadata", "deepseek metadata --model minilm --json"),
     ),
     Command(
-        "Call",
         "parity",
         "export.checks.parity",
         "compare the answers over HTTP and gRPC with fp32 PyTorch",
@@ -54,9 +51,7 @@ ROWS = (
             Option("--http-url", "host:port of HTTP (default: --url through a gateway, else its host and --http-port)"),
             Option("--timeout-s", "deadline of a request", kind=float, default=120.0),
             Option("--rows", "most evaluation rows (default: all)", kind=int, variable=""),
-            Option(
-                "--base-url", "gRPC of another version with [vocabulary]: its task metric on these rows", variable=""
-            ),
+            Option("--base-url", "gRPC of another version with [vocabulary]: its metric on these rows", variable=""),
             JSON,
         ),
         examples=(

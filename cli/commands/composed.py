@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from cli.commands import build, call, measure, serve
-from cli.commands.shared_options import BUILD, JSON, MODEL, MODELS
+from cli.commands.shared_options import BUILD, JSON, MODEL, MODELS, TRITON_TAG
 from cli.options import Option, at_least, folder_name, path
 from cli.table import Command
 
@@ -31,9 +31,8 @@ def _of_a_demo(options: Iterable[Option]) -> tuple[Option, ...]:
     return _once(option for option in options if option.variable_name and option.name not in _NOT_OF_A_DEMO)
 
 
-ROWS = (
+FIRST = (
     Command(
-        "First steps",
         "demo",
         "cli.demo",
         "go from nothing to a verdict: build, serve, infer, parity, load test, report",
@@ -41,8 +40,9 @@ ROWS = (
         examples=("deepseek demo", "deepseek demo --model minilm --duration-s 10"),
         newcomer=True,
     ),
+)
+INSIDE = (
     Command(
-        "Inside",
         "demo-steps",
         "cli.demo:steps",
         "run the steps of the demo while the model is served",
@@ -50,33 +50,31 @@ ROWS = (
         examples=("deepseek demo-steps --duration-s 10",),
     ),
     Command(
-        "Measure",
-        "gpu-check",
-        "cli.gpu_check",
-        "on a GPU host: build, prove, serve and measure everything that needs a GPU, and write a report",
-        options=(
-            Option(
-                "--model", "only this model; repeat (default: recommender and minilm)", kind=folder_name, repeat=True
-            ),
-            MODELS,
-            BUILD,
-            serve.TRITON_TAG,
-            Option(
-                "--output", "folder of the report (default: gpu-check/ in the build folder)", kind=path, variable=""
-            ),
-            JSON,
-        ),
-        examples=("deepseek gpu-check", "deepseek gpu-check --model recommender --json"),
-        notes="Exit codes: 0 all steps passed, 1 a step failed, 3 some skipped or inconclusive. docs/gpu-check.md",
-    ),
-    Command(
-        "Inside",
         "gpu-baselines",
         "export.checks.gpu_baselines",
         "time a model on the GPU with PyTorch, torch.compile and ONNX Runtime",
         options=(*MODEL, Option("--runs", "runs of each", kind=at_least(1), default=100, variable=""), JSON),
         examples=("deepseek gpu-baselines --model minilm",),
     ),
+)
+MEASURE = (
+    Command(
+        "gpu-check",
+        "cli.gpu_check",
+        "on a GPU host: build, prove, serve and measure everything that needs a GPU, and write a report",
+        options=(
+            Option("--model", "only this model; repeat (default: recommender, minilm)", kind=folder_name, repeat=True),
+            MODELS,
+            BUILD,
+            TRITON_TAG,
+            Option("--output", "folder of the report (default: gpu-check/ in --build)", kind=path, variable=""),
+            JSON,
+        ),
+        examples=("deepseek gpu-check", "deepseek gpu-check --model recommender --json"),
+        notes="Exit codes: 0 all steps passed, 1 a step failed, 3 some skipped or inconclusive. docs/gpu-check.md",
+    ),
+)
+RELEASES = (
     replace(serve.RELEASE, module="cli.release", options=_RELEASE),
     replace(
         serve.RELEASE,

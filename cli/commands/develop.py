@@ -1,15 +1,13 @@
 """Commands for work on this repository itself."""
 
-from cli.commands.shared_options import BUILD
+from cli.commands.shared_options import BUILD, JSON
 from cli.options import Option, at_least, switch
 from cli.table import Command
 
 WORDS = (Option("words", "arguments for pytest", rest=True),)
-FLAGS = (Option("words", "more flags of the benchmark", rest=True),)
 
 ROWS = (
     Command(
-        "Develop",
         "check",
         "cli.develop:check",
         "run the fast checks: lint, types and the tests that start no server",
@@ -18,7 +16,6 @@ ROWS = (
         examples=("deepseek check", "deepseek check -- tests/test_cli.py"),
     ),
     Command(
-        "Develop",
         "test",
         "cli.develop:test",
         "run lint, types and the tests",
@@ -28,7 +25,6 @@ ROWS = (
         newcomer=True,
     ),
     Command(
-        "Develop",
         "test-all",
         "cli.develop:test_all",
         "run the slow tests (images, faults, releases) and a sample of mutants",
@@ -36,9 +32,8 @@ ROWS = (
         flags_variable="ARGS",
         examples=("deepseek test-all",),
     ),
-    Command("Develop", "lint", "cli.develop:lint", "run ruff and mypy", options=(), examples=("deepseek lint",)),
+    Command("lint", "cli.develop:lint", "run ruff and mypy", options=(), examples=("deepseek lint",)),
     Command(
-        "Develop",
         "docs",
         "cli.develop:docs",
         "build the documentation site",
@@ -46,9 +41,8 @@ ROWS = (
         examples=("deepseek docs",),
     ),
     Command(
-        "Develop",
         "bench",
-        "cli.develop:bench",
+        "tests.bench.__main__",
         "compare with the raw runtime, tritonclient and perf_analyzer, in parts; needs engine of both models",
         options=(
             Option(
@@ -56,15 +50,14 @@ ROWS = (
                 "parts, with commas (default: all): server, recommender, batching, bulk, int8, client, "
                 "accuracy, generator, peer, text",
             ),
-            *FLAGS,
+            Option("--pairs", "pairs of every ratio (default: as many as five minutes allow)", kind=at_least(1)),
         ),
         flags_variable="ARGS",
-        examples=("deepseek bench --bench server,client", "deepseek bench -- --pairs 4"),
+        examples=("deepseek bench --bench server,client", "deepseek bench --pairs 4"),
     ),
     Command(
-        "Develop",
         "bench-peers",
-        "cli.develop:bench_peers",
+        "tests.bench.peers.__main__",
         "compare with other servers, which it installs under build/bench/peers/; needs engine of both models",
         options=(
             Option(
@@ -73,10 +66,9 @@ ROWS = (
                 "mlserver, infinity-torch, infinity-optimum",
             ),
             Option("--workloads", "workloads, with commas (default: all): recommender, minilm-ids, minilm-text"),
-            Option("--rounds", "rounds; every second one runs in reverse order (default: 2)", kind=at_least(1)),
-            Option("--duration-s", "seconds of each load (default: 4)", kind=at_least(1)),
+            Option("--rounds", "rounds; every second one runs in reverse order", kind=at_least(1), default=2),
+            Option("--duration-s", "seconds of each load, after 1 s of warm-up", kind=at_least(1), default=4),
             Option("--apart", "give the load generator a core of its own", kind=switch),
-            *FLAGS,
         ),
         flags_variable="ARGS",
         examples=(
@@ -85,24 +77,41 @@ ROWS = (
         ),
     ),
     Command(
-        "Develop",
         "measure-failure",
-        "cli.develop:measure_failure",
+        "tests.bench.failure.__main__",
         "measure overload, a killed server, malformed requests and a soak; needs engine of both models",
-        options=(Option("--duration-s", "seconds of the soak (default: 1800)", kind=int), *FLAGS),
-        examples=("deepseek measure-failure --duration-s 600",),
+        options=(
+            Option(
+                "--only",
+                "only this experiment; repeat",
+                choices=("overload", "server-killed", "server-restarted", "malformed", "soak"),
+                repeat=True,
+            ),
+            Option("--duration-s", "seconds of the soak", kind=at_least(60), default=1800),
+            Option("--overload-s", "seconds of the overload", kind=at_least(5), default=60),
+            Option("--requests", "malformed requests", kind=at_least(2), default=10_000),
+            JSON,
+        ),
+        examples=("deepseek measure-failure --duration-s 600", "deepseek measure-failure --only overload --json"),
+        notes="Exit codes: 0 all requirements hold, 1 one does not, 2 a model is not built, 3 one was not measured.",
     ),
     Command(
-        "Develop",
         "measure-training",
-        "cli.develop:measure_training",
+        "tests.bench.training",
         "measure the guide's claims about training",
-        options=FLAGS,
+        options=(
+            Option(
+                "--only",
+                "only this part; repeat",
+                choices=("checkpointing", "accumulation", "prediction", "mixed-precision", "clipping", "batch-size"),
+                repeat=True,
+            ),
+        ),
         flags_variable="ARGS",
-        examples=("deepseek measure-training",),
+        examples=("deepseek measure-training", "deepseek measure-training --only checkpointing"),
+        notes="Exit codes: 0 all claims hold, 1 one does not.",
     ),
     Command(
-        "Develop",
         "lock",
         "cli.develop:lock",
         "update requirements.lock and tests/checkov.lock to what pyproject.toml allows",

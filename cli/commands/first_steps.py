@@ -9,7 +9,6 @@ _TASKS = ("auto", "encoder", "classifier", "token-classifier", "cross-encoder")
 
 ROWS = (
     Command(
-        "First steps",
         "setup",
         "cli.environment:command",
         "set up the virtual environment; make does it before every target",
@@ -20,7 +19,6 @@ ROWS = (
         examples=("deepseek setup", "deepseek setup rtx test"),
     ),
     Command(
-        "First steps",
         "new",
         "cli.new",
         "write a model folder to start from: two files that build unchanged",
@@ -37,18 +35,12 @@ ROWS = (
         newcomer=True,
     ),
     Command(
-        "First steps",
         "import",
         "cli.import_checkpoint",
         "write a model folder from a checkpoint of Hugging Face transformers on this machine",
         options=(
             Option("folder", "folder of the checkpoint, with config.json", kind=path, required=True),
-            Option(
-                "--name",
-                "name of the model (default: that of the checkpoint's folder)",
-                kind=folder_name,
-                from_make_line_only=True,
-            ),
+            Option("--name", "name of the model (default: the folder's)", kind=folder_name, from_make_line_only=True),
             Option("--task", "what the model does; auto: what its architecture says", choices=_TASKS, default="auto"),
             MODELS,
         ),

@@ -6,7 +6,6 @@ from cli.table import Command
 
 ROWS = (
     Command(
-        "Inside",
         "spec",
         "deepseek.spec.show_spec",
         "check a deploy.toml and show what it says, or list all its keys",
@@ -23,7 +22,6 @@ ROWS = (
         ),
     ),
     Command(
-        "Inside",
         "launch-training",
         "deepseek.training.launch",
         "start a training script on several processes",

@@ -32,7 +32,6 @@ JUDGED_BY = Option(
 
 ROWS = (
     Command(
-        "Measure",
         "loadtest",
         "loadtests.load.loadtest",
         "measure a running server; leaves a folder in build/<model>/loadtests/",
@@ -43,16 +42,8 @@ ROWS = (
             TARGET,
             Option("--rate", "requests/s, open loop (default: each rate that the SLO names)", kind=POSITIVE),
             Option("--shape", 'rates that change: RATExSECONDS or RATE-RATExSECONDS, as "50x30, 50-200x60"'),
-            Option(
-                "--users",
-                "closed loop: number of users; each sends its next request after the answer",
-                kind=at_least(1),
-            ),
-            Option(
-                "--replay",
-                "CSV file of recorded traffic, sent at its own times: time, model, row or length, key",
-                kind=path,
-            ),
+            Option("--users", "closed loop: users, who each send again after the answer", kind=at_least(1)),
+            Option("--replay", "CSV file of recorded traffic: time, model, row or length, key", kind=path),
             Option("--speed", "speed of --replay; 2 sends twice as fast", kind=POSITIVE, default=1.0),
             Option("--route", "OpenAI route to call: /v1/embeddings, or /rerank with pairs; [HOST:PORT]/PATH"),
             OPENAI_PORT,
@@ -90,7 +81,6 @@ ROWS = (
         newcomer=True,
     ),
     Command(
-        "Measure",
         "verdict",
         "loadtests.slo.verdict",
         "judge a load test against the SLO in deploy.toml",
@@ -110,7 +100,6 @@ ROWS = (
         newcomer=True,
     ),
     Command(
-        "Measure",
         "report",
         "loadtests.report.report",
         "draw load tests as one HTML file",
@@ -128,7 +117,6 @@ ROWS = (
         ),
     ),
     Command(
-        "Measure",
         "profile",
         "loadtests.profile.profile",
         "trace requests from the client to the operators: a timeline and a CPU profile",
@@ -152,8 +140,9 @@ ROWS = (
         ),
         notes="Exit codes: 0 traced, 2 bad input, 3 no request was traced.",
     ),
+)
+INSIDE = (
     Command(
-        "Inside",
         "shadow-load",
         "loadtests.release.shadow_load",
         "send the same requests to two servers and compare them",
@@ -174,7 +163,6 @@ ROWS = (
         notes="Exit codes: 0 no worse, 1 worse, 2 bad input, 3 inconclusive.",
     ),
     Command(
-        "Inside",
         "switch-over-load",
         "loadtests.release.switch_over_load",
         "load a server while its version changes and count lost requests",
@@ -198,7 +186,6 @@ ROWS = (
         notes="Exit codes: 0 measured, 2 bad input, 3 requests were sent late, or failed before the change.",
     ),
     Command(
-        "Inside",
         "profile-record",
         "loadtests.profile.record",
         "send the requests of a profile and record traces",

@@ -16,9 +16,7 @@ def _model(values: Namespace) -> str | None:
 
 
 _MODEL = (
-    Option(
-        "--model", "model folder whose ONNX graph is built (default: recommender)", kind=folder_name, default=_model
-    ),
+    Option("--model", "model folder whose graph is built (default: recommender)", kind=folder_name, default=_model),
     MODELS,
     BUILD,
     Option("--onnx", "plan this ONNX file", kind=path),
@@ -42,12 +40,7 @@ _TRAINING = (
     Option("--checkpointing", "recompute activations in the backward pass", kind=switch),
 )
 _SERVING = (
-    Option(
-        "--precision",
-        "precision of serving",
-        choices=("auto", *BITS),
-        default="auto",
-    ),
+    Option("--precision", "precision of serving", choices=("auto", *BITS), default="auto"),
     Option("--serving-batch", "batch size (default: 8, or opt in deploy.toml)", kind=int),
     Option("--instances", "copies of the model side by side", kind=int, default=1),
     Option("--generate", "generate token by token, with keys and values cached", kind=switch),
@@ -68,7 +61,6 @@ _DEVICES = (
 
 ROWS = (
     Command(
-        "Plan",
         "plan",
         "deepseek.sizing.plan_hardware",
         "plan memory, devices, parallelism, speed and cost of a model",

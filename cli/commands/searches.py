@@ -49,6 +49,10 @@ def _warmup(seconds: float) -> Option:
     return Option("--warmup-s", "warm-up of each run, seconds", kind=NOT_NEGATIVE, default=seconds)
 
 
+def _tried(flag: str, help: str) -> Option:
+    return Option(flag, help, kind=numbers, metavar="N,...", variable="")
+
+
 SERVER_COMMAND = Option(
     "--server",
     "command of the server, with {repository}, {http_port}, {grpc_port} and {metrics_port}; stack: the compose stack's "
@@ -57,7 +61,6 @@ SERVER_COMMAND = Option(
 
 
 CAPACITY = Command(
-    "Measure",
     "capacity",
     "loadtests.search.capacity",
     "find the highest rate that meets every objective of the SLO",
@@ -80,9 +83,7 @@ CAPACITY = Command(
         ARRIVALS,
         WORKERS,
         PRIORITY,
-        Option(
-            "--max-in-flight", "most unanswered requests of a worker (default: as SLO and rate need)", kind=at_least(1)
-        ),
+        Option("--max-in-flight", "most unanswered requests of a worker (default: as needed)", kind=at_least(1)),
         INPUTS,
         JSON,
     ),
@@ -94,7 +95,6 @@ CAPACITY = Command(
     notes="Exit codes: 0 found and confirmed, 1 less than the SLO asks for, 3 inconclusive. docs/capacity.md",
 )
 REGRESSION = Command(
-    "Measure",
     "regression",
     "loadtests.regression.regression",
     "test whether a version or model is slower than a baseline",
@@ -105,11 +105,7 @@ REGRESSION = Command(
         Option("--new", "candidate: repository, <model>/<version> or folder of runs", kind=path_text, required=True),
         REPOSITORY,
         PROTOCOL,
-        Option(
-            "--rate",
-            "requests/s at which latencies are compared (default: the SLO's, or 70 % of the capacity)",
-            kind=POSITIVE,
-        ),
+        Option("--rate", "requests/s to compare at (default: the SLO's, or 70 % of the capacity)", kind=POSITIVE),
         Option("--pairs", "pairs of runs", kind=at_least(8), default=10),
         DURATION_S,
         _warmup(2.0),
@@ -133,7 +129,6 @@ REGRESSION = Command(
     aliases=("compare-runs",),
 )
 TUNE = Command(
-    "Measure",
     "tune",
     "loadtests.tune.tune",
     "find the best batch size, queue delay, instances and threads for the SLO",
@@ -148,16 +143,10 @@ TUNE = Command(
         Option("--least-s", "least seconds of a run", kind=Number("1 or more", least=1), default=5.0),
         _warmup(1.0),
         TIMEOUT_S,
-        Option("--max-batch", "batch sizes to try: rows that Triton joins", kind=numbers, metavar="N,...", variable=""),
-        Option(
-            "--delay-us",
-            "queue delays to try, microseconds; the embedded Triton serves only 0",
-            kind=numbers,
-            metavar="N,...",
-            variable="",
-        ),
-        Option("--instances", "instance counts to try", kind=numbers, metavar="N,...", variable=""),
-        Option("--threads", "threads of an instance to try", kind=numbers, metavar="N,...", variable=""),
+        _tried("--max-batch", "batch sizes to try: rows that Triton joins"),
+        _tried("--delay-us", "queue delays to try, microseconds; the embedded Triton serves only 0"),
+        _tried("--instances", "instance counts to try"),
+        _tried("--threads", "threads of an instance to try"),
         SERVER_COMMAND,
         ENV_FILE,
         INPUTS,
@@ -173,7 +162,6 @@ TUNE = Command(
     notes="Exit codes: 0 the search ended, with or without a gain, 3 inconclusive. docs/tuning.md",
 )
 SIMULATE_SCALE = Command(
-    "Measure",
     "simulate-scale",
     "loadtests.scale.simulate_scale",
     "simulate a day under the autoscaler and choose its target and minReplicas",

@@ -3,39 +3,29 @@
 from cli.commands.shared_options import (
     BUILD,
     ENV_FILE,
-    GATEWAY_PORT,
     GRPC_PORT,
+    HOSTS,
     HTTP_PORT,
     JSON,
-    LOCAL_PORTS,
-    METRICS_PORT,
     MODEL,
     MODELS,
     OPENAI_PORT,
-    PROJECT,
     REPOSITORY,
     SERVER,
+    STACK,
     TARGET,
+    TRITON_TAG,
 )
 from cli.options import Option, folder_name, path, path_text, switch
 from cli.table import Command
 
-HOSTS = Option(
-    "--host", "host name in the gateway's certificate, besides localhost", repeat=True, variable="GATEWAY_HOSTS"
-)
-GATEWAY_FOLDER = Option(
-    "--folder", "the gateway's folder (default: gateway/ in the build folder)", kind=path, variable=""
-)
-
-TRITON_TAG = Option(
-    "--triton-tag", "release of NVIDIA's containers, YY.MM (default: the one this project is tested with)"
-)
+GATEWAY_FOLDER = Option("--folder", "the gateway's folder (default: gateway/ in --build)", kind=path, variable="")
 RUNBOOK = Option("--runbook", "where alerts link to", default="docs/runbook.md")
 LISTEN = (
     Option("--address", "address to listen on", default="127.0.0.1", variable=""),
     HTTP_PORT,
     GRPC_PORT,
-    METRICS_PORT,
+    Option("--metrics-port", "port of the server's metrics", kind=int, default=8002, exported=True),
     Option("--behind-gateway", "allow only inference, metadata and readiness", kind=switch, variable=""),
     Option("--exit-timeout-s", "longest wait for requests in flight when stopping", kind=int, variable=""),
     Option("--trace-url", "OpenTelemetry collector that gets spans (default: none)", default=""),
@@ -50,7 +40,6 @@ LIVE = (
 """Options for the server that callers use while its version changes."""
 
 RELEASE = Command(
-    "Release",
     "release",
     "serving.release.release",
     "take a new version through every gate and switch to it under load",
@@ -64,9 +53,7 @@ RELEASE = Command(
         Option("--rate", "requests/s of the objectives (default: each that the SLO names)", kind=float),
         Option("--duration-s", "seconds of the objectives' load test, at least", kind=int, default=30),
         Option("--requests", "requests of the shadow load", kind=int, default=1000, variable=""),
-        Option(
-            "--threshold", "per cent by which p50 may rise in the shadow load", kind=float, default=10.0, variable=""
-        ),
+        Option("--threshold", "per cent by which p50 may rise", kind=float, default=10.0, variable=""),
         Option("--parity-rows", "most evaluation rows of parity (default: all)", kind=int, variable=""),
         Option("--start-timeout-s", "longest wait for the candidate to start", kind=float, default=300.0, variable=""),
         ENV_FILE,
@@ -83,7 +70,6 @@ RELEASE = Command(
 
 ROWS = (
     Command(
-        "Serve",
         "serve",
         "serving.embedded.serve",
         "serve the model repository with the embedded Triton, until Ctrl-C or while a command runs",
@@ -110,7 +96,6 @@ ROWS = (
         newcomer=True,
     ),
     Command(
-        "Serve",
         "doctor",
         "serving.doctor.doctor",
         "check whether this machine can run what is in the repository",
@@ -130,7 +115,6 @@ ROWS = (
         notes="Exit codes: 0 no mismatch, 1 a mismatch (with --strict also a warning), 2 no repository.",
     ),
     Command(
-        "Serve",
         "keys",
         "serving.stack.api_keys",
         "list the gateway's API keys; --name creates one, --revoke revokes one",
@@ -158,7 +142,6 @@ ROWS = (
         ),
     ),
     Command(
-        "Serve",
         "stack",
         "serving.stack.stack",
         "write .env, limits, certificate, alerts and dashboard for docker compose; publish nothing",
@@ -167,20 +150,15 @@ ROWS = (
             MODELS,
             BUILD,
             Option("--model", "model for load tests (default: the first one)", kind=folder_name),
-            ENV_FILE,
-            GATEWAY_PORT,
-            LOCAL_PORTS,
-            PROJECT,
+            *STACK,
             TRITON_TAG,
             Option("--runbook", "where alerts link to (default: the current place, at first docs/runbook.md)"),
-            HOSTS,
             GATEWAY_FOLDER,
             JSON,
         ),
         examples=("deepseek stack", "deepseek stack --gateway-port 9443 --host shop.example"),
     ),
     Command(
-        "Serve",
         "kubernetes",
         "serving.kubernetes.overlay",
         "write a Kubernetes overlay with limits computed for what is in the repository",
@@ -190,33 +168,16 @@ ROWS = (
             BUILD,
             Option("--output", "folder to write (default: kubernetes/ in the build folder)", kind=path, variable=""),
             Option("--base", "the manifests of this project", kind=path, default="kubernetes", variable=""),
-            Option(
-                "--registry", "registry that the cluster pulls images from (default: none, names as built)", default=""
-            ),
+            Option("--registry", "registry that the cluster pulls from (default: none, names as built)", default=""),
             Option("--image-tag", "tag of the images (default: this project's version)"),
             TRITON_TAG,
             Option("--models-url", "URL of the packed repository (default: a volume `models`)", default=""),
             Option("--autoscaler", "what scales the pods", choices=("hpa", "keda", "none"), default="hpa"),
             Option("--load-balancer", "give the gateway an external address", kind=switch, variable=""),
             Option("--no-monitoring", "for a cluster without the Prometheus operator", kind=switch, variable=""),
-            Option(
-                "--gateway",
-                "folder of ca.crt and tls.crt (default: gateway/ in the build folder)",
-                kind=path,
-                variable="",
-            ),
-            Option(
-                "--loadtest-url",
-                "host:port of the gateway for load tests, a name in its certificate",
-                default="gateway:8443",
-                variable="",
-            ),
-            Option(
-                "--loadtest-tls",
-                "load tests trust the system's authorities (default: ca.crt, if it exists)",
-                kind=switch,
-                variable="",
-            ),
+            Option("--gateway", "folder of ca.crt and tls.crt (default: gateway/ in --build)", kind=path, variable=""),
+            Option("--loadtest-url", "host:port of the gateway for load tests", default="gateway:8443", variable=""),
+            Option("--loadtest-tls", "load tests trust the system's authorities, not ca.crt", kind=switch, variable=""),
             RUNBOOK,
             JSON,
         ),
@@ -226,8 +187,9 @@ ROWS = (
             "deepseek kubernetes --models-url https://models.example.com/shop/models.tar.gz --json",
         ),
     ),
+)
+RELEASE_ROWS = (
     Command(
-        "Release",
         "rollback",
         "serving.release.rollback",
         "go back to the previous version, in seconds",
@@ -236,15 +198,15 @@ ROWS = (
         notes="Exit codes: 0 rolled back, 1 no intact version, the server did not switch, or requests failed.",
     ),
     Command(
-        "Release",
         "releases",
         "serving.release.history",
         "list what was released, refused and rolled back",
         options=(*MODEL, REPOSITORY, JSON),
         examples=("deepseek releases", "deepseek releases --model minilm --json"),
     ),
+)
+INSIDE = (
     Command(
-        "Inside",
         "fetch",
         "serving.repository.fetch",
         "fetch, check and unpack an archive of a model repository",
@@ -259,7 +221,6 @@ ROWS = (
         "expected archive, or unreachable, 2 bad input.",
     ),
     Command(
-        "Inside",
         "flags",
         "serving.embedded.flags",
         "print the flags of tritonserver, one on each line",
@@ -267,7 +228,6 @@ ROWS = (
         examples=("deepseek flags --repository /models --address 0.0.0.0 --behind-gateway",),
     ),
     Command(
-        "Inside",
         "alerts",
         "serving.observe.alerts",
         "print alerts and recording rules for Prometheus",

@@ -36,16 +36,22 @@ OPENAI_PORT = Option(
     kind=int,
     default=8003,
 )
-METRICS_PORT = Option("--metrics-port", "port of the server's metrics", kind=int, default=8002, exported=True)
 ENV_FILE = Option("--env-file", "file that docker compose reads", kind=path, default=".env")
-GATEWAY_PORT = Option("--gateway-port", "port of the gateway (default: the current one, at first 8443)", kind=int)
-LOCAL_PORTS = Option(
-    "--local-ports",
-    "HTTP and gRPC port of the stack on 127.0.0.1, without TLS and key; 0: none (default: the current ones, at first "
-    "8000,8001)",
-    metavar="HTTP,GRPC",
+HOSTS = Option("--host", "host name in the certificate, besides localhost", repeat=True, variable="GATEWAY_HOSTS")
+STACK = (
+    ENV_FILE,
+    Option("--gateway-port", "port of the gateway (default: the current one, at first 8443)", kind=int),
+    Option(
+        "--local-ports",
+        "HTTP and gRPC port of the stack on 127.0.0.1, without TLS and key; 0: none (default: the current ones, at "
+        "first 8000,8001)",
+        metavar="HTTP,GRPC",
+    ),
+    Option("--project", "name of the compose stack (default: the current one, at first deepseek)"),
+    HOSTS,
 )
-PROJECT = Option("--project", "name of the compose stack (default: the current one, at first deepseek)")
+"""Settings of the compose stack."""
+TRITON_TAG = Option("--triton-tag", "release of NVIDIA's containers, YY.MM (default: the tested one)")
 TLS = Option("--tls", "use TLS and trust the system's authorities", kind=switch)
 PRIORITY = Option("--priority", "give the load generator real-time priority (root, or ulimit -r 1)", kind=switch)
 WORKERS = Option("--workers", "processes that send requests; -1: one for each core", kind=at_least(-1), default=1)

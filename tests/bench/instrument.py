@@ -11,7 +11,8 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from loadtests.load.preflight import check
 from loadtests.results.run import Run
 from loadtests.results.settings import LoadSettings
 from tests.bench.served import BATCHING
-from tests.bench.setting import Bench, on, perf_analyzer_command, perf_analyzer_row, url_of
+from tests.bench.setting import Bench, on, perf_analyzer, url_of
 from tests.fake_endpoint import FakeEndpoint
 
 Protocol = Literal["grpc", "http"]
@@ -90,48 +91,44 @@ def ceiling(bench: Bench) -> None:
             ours.append(_own_ceiling(bench, protocol))
             theirs.append(_peer_ceiling(bench, protocol))
             ratios.append(ours[-1] / theirs[-1])
-            with _Apart() as apart:
-                run = _measured(bench, apart.endpoint, protocol, cores=apart.cores, rate_rps=round(ours[-1] / 2))
+            with _apart() as (endpoint, cores):
+                run = _measured(bench, endpoint, protocol, cores=cores, rate_rps=round(ours[-1] / 2))
             lags_ms.append(run.window.latency("lag").percentile_ms(99))
         said = f"{np.median(ours):.0f}/s over {np.median(theirs):.0f}/s"
         bench.record(f"generator requests/s: {protocol}", ratios, said)
         bench.record(f"generator send lag, ms: {protocol}", lags_ms)
 
 
-class _Apart:
-    """A fake endpoint without delay on the first core, the generator on the last."""
-
-    def __enter__(self) -> _Apart:
-        every = sorted(os.sched_getaffinity(0))
-        self.cores = every[-1:]
+@contextmanager
+def _apart() -> Iterator[tuple[FakeEndpoint, list[int]]]:
+    """A fake endpoint without delay on the first core, and the last core for the generator."""
+    every = sorted(os.sched_getaffinity(0))
+    with ExitStack() as stack:
         with on(every[:1]):
-            self.endpoint = FakeEndpoint().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.endpoint.__exit__(*error)
+            endpoint = stack.enter_context(FakeEndpoint())
+        yield endpoint, every[-1:]
 
 
 def _own_ceiling(bench: Bench, protocol: Protocol) -> float:
-    with _Apart() as apart:
-        run = _measured(bench, apart.endpoint, protocol, cores=apart.cores, users=USERS)
+    with _apart() as (endpoint, cores):
+        run = _measured(bench, endpoint, protocol, cores=cores, users=USERS)
     return run.window.throughput_rps / run.generator["process_cpu"]
 
 
 def _peer_ceiling(bench: Bench, protocol: Protocol) -> float:
-    with _Apart() as apart, on(apart.cores):
+    with _apart() as (endpoint, cores), on(cores):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        _perf_analyzer(bench, apart.endpoint, protocol, USERS, "--measurement-interval", "2000")
+        _perf_analyzer(bench, endpoint, protocol, USERS, "--measurement-interval", "2000")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        apart.endpoint.stop()
-        sent = apart.endpoint.log().shape[1]
+        endpoint.stop()
+        sent = endpoint.log().shape[1]
     return sent / (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
 def _perf_analyzer(bench: Bench, endpoint: FakeEndpoint, protocol: Protocol, users: int, *flags: str) -> dict[str, str]:
     """The row of perf_analyzer's table."""
     url, table, shape = url_of(endpoint, protocol), bench.folder / "fake.csv", ("--shape", f"x:{LENGTH}")
-    return perf_analyzer_row(perf_analyzer_command(url, "fake", protocol, users, table, *shape, *flags), table)
+    return perf_analyzer(url, "fake", protocol, users, table, *shape, *flags)
 
 
 def _measured(
@@ -140,14 +137,8 @@ def _measured(
     """A load test of the endpoint, with the generator on `cores` only."""
     inputs, spec = _given(bench)
     fixed: dict[str, Any] = {"model": "fake", "models": str(bench.folder / "models"), "target": "onnxruntime"}
-    fixed |= {
-        "protocol": protocol,
-        "url": url_of(endpoint, protocol),
-        "inputs": str(inputs),
-        "warmup_s": 0.0,
-        "duration_s": 5.0,
-    }
-    wanted = LoadSettings(**fixed | load)
+    fixed |= {"protocol": protocol, "url": url_of(endpoint, protocol), "inputs": str(inputs)}
+    wanted = LoadSettings(**{**fixed, "warmup_s": 0.0, "duration_s": 5.0, **load})
     with on(cores or sorted(os.sched_getaffinity(0))):
         return measure(wanted, spec, check(wanted, spec), Console(quiet=True))
 

@@ -7,7 +7,6 @@ the newest is fitted and judged, and the others are only shown.
 Examples:
     python -m tests.bench.published
     python -m tests.bench.published --fit
-    python -m tests.bench.published --chart docs/plan/published.svg
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ from deepseek.sizing import presets
 from deepseek.sizing.devices import Device, load_devices
 from deepseek.sizing.roofline import CONSTANTS, Constants, efficiency, of_ops
 from deepseek.spec import Parser, run_command
-from deepseek.spec.files.folders import write_whole
-from tests.bench.scatter import scatter_chart
 
 FITTED_MODEL, FITTED_BATCHES = "bert-base", (1, 8, 32, 128)
 OLDER = {
@@ -152,21 +149,10 @@ def fit(devices: dict[str, Device]) -> tuple[Constants, dict[tuple[str, str], fl
     return read(found.x)
 
 
-def chart(devices: dict[str, Device]) -> str:
-    """A chart of predicted against published latencies, as SVG."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for each in figures():
-        name = "older engines" if each.older else each.device.removesuffix("-16").removesuffix("-32")
-        points.setdefault(name, []).append((each.latency_ms, predicted_ms(each, devices[each.device])))
-    title = "Latency of BERT in TensorRT: predicted against published"
-    return scatter_chart(points, title=title, x_label="published, ms", y_label="predicted, ms", band=GOAL)
-
-
 def main() -> int:
     """Prints the errors; exit code 1 if a held-out figure at batch 8 or above is off by more than a quarter."""
     parser = Parser(__doc__, prog="python -m tests.bench.published")
     parser.add_argument("--fit", action="store_true", help="fit the constants again and print them")
-    parser.add_argument("--chart", type=Path, help="draw predicted against published into this SVG file")
     args = parser.parse_args()
     devices, rows = load_devices(), summary(load_devices())
     if args.fit:
@@ -174,8 +160,6 @@ def main() -> int:
         for name, value in {**vars(constants), **{" ".join(key): share for key, share in shares.items()}}.items():
             print(f"{name:<22} {value:.4g}")
         return 0
-    if args.chart:
-        write_whole(args.chart, chart(devices))
     table = Table("figures", "count", "median error", "worst", f"within {GOAL:.0%}", box=None, pad_edge=False)
     for name, row in rows.items():
         sizes = [abs(error) for error in row]

@@ -1,8 +1,7 @@
 """The results of a benchmark: their file and their chart, and the file of those that the pages show.
 
 Contract: a part's results are one JSON file, with the machine and the versions that they were measured with, and one SVG
-file of the same name. The chart has a bar for each ratio, a whisker from the lower to the upper quartile, and a line for
-each bound of its goal. `docs/benchmarks.json` holds runs in the same format, each key in one run only.
+file of the same name. `docs/benchmarks.json` holds runs in the same format, each key in one run only.
 """
 
 from __future__ import annotations
@@ -13,28 +12,18 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from deepseek.spec.cpu import int8_instructions, this_cpu
 from deepseek.spec.files.folders import write_whole
+from tests.bench.chart import Bar, bar_chart
 from tests.bench.tables import KEYS, Goal
 
 PUBLISHED = Path("docs/benchmarks.json")
 PACKAGES = ("onnxruntime", "nvidia-pytriton", "tritonclient", "numpy", "torch")
 """Whose versions a run names."""
-WIDTH, ROW, MARGIN, BAR = 720, 62, 16, 12
-STYLE = """
-text { font: 13px system-ui, sans-serif; fill: #1f2328 }
-.bar { fill: #4a7dbd } .missed { fill: #c0504d } .whisker { stroke: #1f2328; stroke-width: 2; fill: none }
-.goal { stroke: #2e8b57; stroke-width: 2; stroke-dasharray: 4 3 }
-@media (prefers-color-scheme: dark) {
-  text { fill: #e6edf3 } .bar { fill: #6ea0e0 } .missed { fill: #e07a76 } .whisker { stroke: #e6edf3 }
-  .goal { stroke: #5fc08a }
-}
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,36 +160,18 @@ def merged(published: Iterable[Run], new: Iterable[Run]) -> list[Run]:
 
 
 def chart(results: Sequence[Ratio], title: str) -> str:
-    """An SVG of horizontal bars from 0, one below the other, on one linear scale."""
-    most = 1.05 * max((max(each.ratio, each.quartiles[1], *_bounds(each)) for each in results), default=1.0)
-    scale = (WIDTH - 2 * MARGIN) / most
-    rows = "".join(_row(each, MARGIN + ROW * place, scale) for place, each in enumerate(results))
-    height = 2 * MARGIN + ROW * len(results)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style>{rows}</svg>\n"
-    )
-
-
-def _bounds(result: Ratio) -> list[float]:
-    return result.goal.bounds if result.goal else []
-
-
-def _row(result: Ratio, y: float, scale: float) -> str:
-    low, high = (MARGIN + scale * value for value in result.quartiles)
-    top = y + 20
-    middle, bottom = top + BAR / 2, top + BAR
-    css = "missed" if result.met is False else "bar"
-    lines = "".join(
-        f'<path class="goal" d="M{MARGIN + scale * bound:.1f} {top - 4:.1f}V{bottom + 4:.1f}"/>'
-        for bound in _bounds(result)
-    )
-    spread = "{:.2f} ({:.2f} to {:.2f})".format(result.ratio, *result.quartiles)
-    below = "; ".join(filter(None, (spread, result.said)))
-    return (
-        f'<text x="{MARGIN}" y="{y + 12}">{escape(result.name)}</text>'
-        f'<rect class="{css}" x="{MARGIN}" y="{top}" width="{scale * result.ratio:.1f}" height="{BAR}"/>'
-        f'<path class="whisker" d="M{low:.1f} {middle:.1f}H{high:.1f}M{low:.1f} {top + 2}V{bottom - 2}'
-        f'M{high:.1f} {top + 2}V{bottom - 2}"/>{lines}'
-        f'<text x="{MARGIN}" y="{bottom + 15}">{escape(below)}</text>'
-    )
+    """A bar for each ratio, with its quartiles and its goal."""
+    bars = []
+    for each in results:
+        low, high = each.quartiles
+        text = f"{each.ratio:.2f} ({low:.2f} to {high:.2f})"
+        bars.append(
+            Bar(
+                name=each.name,
+                values=(low, each.ratio, high),
+                text="; ".join(filter(None, (text, each.said))),
+                bounds=each.goal.bounds if each.goal else (),
+                missed=each.met is False,
+            )
+        )
+    return bar_chart(title, bars)

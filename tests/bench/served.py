@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import np_to_triton_dtype
@@ -19,6 +18,7 @@ from tritonclient.utils import np_to_triton_dtype
 from deepseek.spec import DeploymentSpec
 from export.rows import Row
 from models.minilm import data
+from tests.bench.peers.calls import kserve
 from tests.bench.peers.load import Load, Sender, closed_loop, http, poisson
 from tests.bench.setting import SIDE_S, Bench, Side, on
 
@@ -89,7 +89,9 @@ def bulk(bench: Bench) -> None:
         "recommender": lambda url, priority: binary(
             url, bench.specs["recommender"], bench.rows["recommender"], priority
         ),
-        "minilm text": lambda url, priority: as_json(url, "minilm", texts, priority),
+        "minilm text": lambda url, priority: kserve(
+            f"http://{url}/v2/models/minilm/infer", [{"text": text} for text in texts], "embedding", priority=priority
+        ).sender,
     }
     for name, sender in cases.items():
         with on(cores), bench.server(bench.repository(name.split()[0], "auto")) as server:
@@ -152,15 +154,3 @@ def binary(url: str, spec: DeploymentSpec, rows: Sequence[Row], priority: int = 
         lengths.add(length)
     (length,) = lengths
     return http(f"http://{url}/v2/models/{spec.name}/infer", bodies, f"Inference-Header-Content-Length: {length}")
-
-
-def as_json(url: str, model: str, texts: Sequence[str], priority: int = 0) -> Sender:
-    """Texts in JSON."""
-    bodies: list[dict[str, Any]] = [
-        {
-            "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": [text]}],
-            "parameters": {"priority": priority} if priority else {},
-        }
-        for text in texts
-    ]
-    return http(f"http://{url}/v2/models/{model}/infer", bodies)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -137,8 +137,8 @@ class Bench:
 
     # -- loads -----------------------------------------------------------------------------------
 
-    def perf_analyzer(self, server: EmbeddedServer, name: str, protocol: str, users: int) -> tuple[list[str], Path]:
-        """The command, with requests of one real row each, and the path of its table."""
+    def peer_figures(self, server: EmbeddedServer, name: str, protocol: str, users: int) -> dict[str, float]:
+        """Throughput (1/s), p50 and p99 (us) that perf_analyzer reports for requests of one real row each."""
         data = self.folder / f"{name}.json"
         if not data.exists():
             content = [
@@ -148,11 +148,7 @@ class Bench:
             data.write_text(json.dumps({"data": content}))
         table = self.folder / "perf_analyzer.csv"
         flags = ("--measurement-interval", str(int(SIDE_S * 1000)), "--input-data", str(data))
-        return perf_analyzer_command(url_of(server, protocol), name, protocol, users, table, *flags), table
-
-    def peer_figures(self, server: EmbeddedServer, name: str, protocol: str, users: int) -> dict[str, float]:
-        """Throughput (1/s), p50 and p99 (us) that perf_analyzer reports."""
-        row = perf_analyzer_row(*self.perf_analyzer(server, name, protocol, users))
+        row = perf_analyzer(url_of(server, protocol), name, protocol, users, table, *flags)
         latency = {f"p{percent}_us": float(row[f"p{percent} latency"]) for percent in (50, 99)}
         return {"throughput": float(row["Inferences/Second"]), **latency}
 
@@ -206,19 +202,28 @@ class Bench:
         return EmbeddedServer(repository, log_path=self.folder / f"{repository.name}.log", **ports)
 
 
+def chosen(flag: str, names: str | None, allowed: Iterable[str]) -> list[str]:
+    """What a list with commas names: `server` is also all that begin with `server-`. None: all."""
+    if names is None:
+        return list(allowed)
+    found = {name: [each for each in allowed if f"{each}-".startswith(f"{name}-")] for name in names.split(",")}
+    if wrong := [name for name, each in found.items() if not each]:
+        raise InputError(f"{flag} {','.join(wrong)}: unknown; allowed: {', '.join(allowed)}")
+    return list(dict.fromkeys(itertools.chain(*found.values())))
+
+
 def url_of(server: EmbeddedServer | FakeEndpoint, protocol: str) -> str:
     return server.grpc_url if protocol == "grpc" else server.http_url
 
 
-def perf_analyzer_command(url: str, model: str, protocol: str, users: int, table: Path, *flags: str) -> list[str]:
-    """A closed loop of perf_analyzer, over three windows regardless of their spread: the pairs show the noise."""
+def perf_analyzer(url: str, model: str, protocol: str, users: int, table: Path, *flags: str) -> dict[str, str]:
+    """The row that perf_analyzer writes to `table`: a closed loop over three windows, however far they spread.
+
+    The pairs show the noise.
+    """
     program = Path(sys.prefix, "lib", PYTHON, "site-packages/perf_analyzer/bin/perf_analyzer")
     command = [str(program), "-m", model, "-u", url, "-i", protocol, "-b", "1", "--concurrency-range", str(users)]
-    return [*command, "--stability-percentage", "99999", "--max-trials", "3", "-f", str(table), *flags]
-
-
-def perf_analyzer_row(command: list[str], table: Path) -> dict[str, str]:
-    """Runs perf_analyzer; returns the row of its table."""
+    command += ["--stability-percentage", "99999", "--max-trials", "3", "-f", str(table), *flags]
     subprocess.run(command, check=True, capture_output=True)
     with table.open() as file:
         return next(csv.DictReader(file))

@@ -1,66 +1,42 @@
-"""Measures the guide's claims about training in one run on this machine, and prints each result beside its claim.
+"""`deepseek measure-training`: measures the guide's claims about training and prints each result beside its claim.
 
 Memory is counted tensor by tensor (`deepseek.sizing.model.live_memory`), so it is exact and independent of other
 programs. Times are medians of alternating runs; they are shown, not judged. Needs no built model. Writes
 `build/bench-training.json`. Exit codes: 0 all claims hold, 1 one does not.
-
-Examples:
-    python -m tests.bench.training
-    python -m tests.bench.training --only checkpointing
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import TensorDataset
 
 from deepseek.sizing import TrainingSetup, TransformerSize, largest_batch, training_memory
 from deepseek.sizing.model.live_memory import LiveBytes
-from deepseek.spec import Parser, build_dir, run_command
-from deepseek.spec.files.folders import write_whole
 from deepseek.training import TrainingDiverged, train_model
 from deepseek.training.batch_size import fitting_batch
 from deepseek.training.memory import besides_bytes
 from deepseek.transformer import Transformer
-from tests.bench.training_memory import DRAWS, drawn, grid, peak_of_a_step, said, shape
-from tests.conftest import run_module
-from tests.test_training import cross_entropy, network, points, settings
+from tests.bench.claims import Row, conclude
+from tests.bench.training_memory import DRAWS, drawn, peak_of_a_step, said, shape
+from tests.test_training import settings
 from tests.test_training_meter import explode
-from tests.training_worker import config as shared_config
-from tests.training_worker import network as shared_network
-from tests.training_worker import train as train_alone
 
 PAIRS = 7
 
 
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """A line of the table."""
-
-    what: str
-    guide: str
-    measured: str
-    holds: bool | None = None
-    """None: shown, not judged."""
-
-
-def checkpointing() -> list[Claim]:
+def checkpointing() -> list[Row]:
     """Memory and time of twelve layers with and without checkpointing."""
     kept, peaks, models = dict[bool, int](), dict[bool, int](), dict[bool, Transformer]()
     ids = torch.ones(8, 128, dtype=torch.int64)
@@ -82,20 +58,20 @@ def checkpointing() -> list[Claim]:
     saved, whole = 1 - kept[True] / kept[False], 1 - peaks[True] / peaks[False]
     figures = f"{saved:.0%} ({kept[False] / 2**20:.0f} to {kept[True] / 2**20:.0f} MiB)"
     return [
-        Claim(what="checkpointing, 12 layers: activations saved", guide="60 %", measured=figures, holds=saved >= 0.6),
-        Claim(what="    of the step's peak, weights and gradients included", guide="", measured=f"{whole:.0%}"),
-        Claim(what="    time", guide="+ 33 % (one more forward)", measured=f"{checkpointed_s / plain_s - 1:+.0%}"),
+        Row(what="checkpointing, 12 layers: activations saved", asked="60 %", seen=figures, holds=saved >= 0.6),
+        Row(what="    of the step's peak, weights and gradients included", asked="", seen=f"{whole:.0%}"),
+        Row(what="    time", asked="+ 33 % (one more forward)", seen=f"{checkpointed_s / plain_s - 1:+.0%}"),
     ]
 
 
-def accumulation() -> list[Claim]:
+def accumulation() -> list[Row]:
     """Gradients of each step of 4 batches of 8 against one batch of 32; the epoch's last step has 8 rows."""
     found = [_gradients(size, steps) for size, steps in ((32, 1), (8, 4))]
     pairs = [*zip(*found, strict=True)]
     worst = max(float((one - two).norm() / one.norm().clamp(min=1e-12)) for one, two in pairs)
     what = "accumulated gradients, 4 x 8 against 32 rows, 72 in all"
     text = f"relative difference {worst:.1e}, the worst of 3 x {len(pairs) // 3} tensors"
-    return [Claim(what=what, guide="the same", measured=text, holds=worst < 1e-4)]
+    return [Row(what=what, asked="the same", seen=text, holds=worst < 1e-4)]
 
 
 def _gradients(batch_size: int, accumulation_steps: int) -> list[Tensor]:
@@ -122,16 +98,14 @@ def _gradients(batch_size: int, accumulation_steps: int) -> list[Tensor]:
     return found
 
 
-def prediction() -> list[Claim]:
-    """The planned peak memory against real steps, over a grid of sizes and over random sizes."""
-    claims = []
-    for what, peaks in (("of a grid of sizes", grid()), (f"of {DRAWS} configurations drawn at random", drawn())):
-        text, holds = said(peaks)
-        claims.append(Claim(what=f"peak memory {what}, predicted", guide="within 10 %", measured=text, holds=holds))
-    return claims
+def prediction() -> list[Row]:
+    """The planned peak memory against real steps of random sizes."""
+    text, holds = said(drawn(DRAWS))
+    what = f"peak memory of {DRAWS} configurations drawn at random, predicted"
+    return [Row(what=what, asked="within 10 %", seen=text, holds=holds)]
 
 
-def mixed_precision() -> list[Claim]:
+def mixed_precision() -> list[Row]:
     """bf16 on this CPU: memory, time and validation loss."""
     config = shape(num_layers=3)
     setups = [TrainingSetup(batch=8, length=64, precision=name, platform="cpu") for name in ("fp32", "bf16")]
@@ -147,17 +121,17 @@ def mixed_precision() -> list[Claim]:
     losses = _losses_by_precision()
     apart = abs(losses[1] / losses[0] - 1)
     return [
-        Claim(
+        Row(
             what="bf16 on this CPU: peak of a step",
-            guide="less",
-            measured=f"{peaks[1] / peaks[0] - 1:+.0%}",
+            asked="less",
+            seen=f"{peaks[1] / peaks[0] - 1:+.0%}",
             holds=peaks[1] < peaks[0],
         ),
-        Claim(what="    time of forward and backward", guide="less", measured=f"{bf16_s / fp32_s - 1:+.0%}"),
-        Claim(
+        Row(what="    time of forward and backward", asked="less", seen=f"{bf16_s / fp32_s - 1:+.0%}"),
+        Row(
             what="    best validation loss",
-            guide="as fp32",
-            measured=f"{losses[1]:.4f} against {losses[0]:.4f}",
+            asked="as fp32",
+            seen=f"{losses[1]:.4f} against {losses[0]:.4f}",
             holds=apart < 0.05,
         ),
     ]
@@ -176,7 +150,7 @@ def _losses_by_precision() -> list[float]:
     ]
 
 
-def clipping() -> list[Claim]:
+def clipping() -> list[Row]:
     """A run in which 2 of 512 labels are broken, with and without clipping."""
     try:
         explode(None)
@@ -185,17 +159,17 @@ def clipping() -> list[Claim]:
         caught = f"stopped at step {error.step}"
     _, cured = explode(1.0)
     return [
-        Claim(what="exploding loss, clip_norm=None", guide="diverges", measured=caught, holds=caught != "not caught"),
-        Claim(
+        Row(what="exploding loss, clip_norm=None", asked="diverges", seen=caught, holds=caught != "not caught"),
+        Row(
             what="    the same with clip_norm=1",
-            guide="cured",
-            measured=f"validation loss {cured.best_loss:.3f}",
+            asked="cured",
+            seen=f"validation loss {cured.best_loss:.3f}",
             holds=cured.best_loss < 0.3,
         ),
     ]
 
 
-def batch_size() -> list[Claim]:
+def batch_size() -> list[Row]:
     """`batch_size="auto"` in 512 MB against the plan's largest batch."""
     config, device = shape(num_layers=4), torch.device("cpu")
     model, room = Transformer(config), 512e6
@@ -215,38 +189,7 @@ def batch_size() -> list[Claim]:
     plan = largest_batch(planned, room)
     text = f"{found.batch_size} rows, the plan says {plan}"
     apart = abs(found.batch_size / plan - 1)
-    return [Claim(what='batch_size="auto" in 512 MB', guide="from 256 to 80 %", measured=text, holds=apart <= 0.1)]
-
-
-def parallel() -> list[Claim]:
-    """Two processes against one: the largest difference of an epoch's loss."""
-    found = []
-    for way in ("data", "sharded", "pipeline"):
-        with tempfile.TemporaryDirectory() as folder:
-            run_module(
-                "cli", "launch-training", "--processes", "2", "tests/training_worker.py", "--", folder, way, "{}"
-            )
-            two = torch.load(Path(folder) / way / "done-0.pt", weights_only=False)["result"]["epochs"]
-        one = train_alone(shared_network(), shared_config(way, 1), None).epochs
-        pairs = zip(two, one, strict=True)
-        worst = max(abs(each["validation_loss"] / alone.validation_loss - 1) for each, alone in pairs)
-        text = f"validation loss apart by {worst:.1e} at most"
-        found.append(Claim(what=f"{way}, 2 processes against one", guide="the same", measured=text, holds=worst < 1e-4))
-    return found
-
-
-def data_pipeline() -> list[Claim]:
-    """The share of time spent on data, as the trainer reports it, with a loader slower than the model."""
-
-    class Slow(TensorDataset):
-        def __getitem__(self, index: Any) -> Any:
-            time.sleep(0.002)
-            return super().__getitem__(index)
-
-    result = train_model(network(), Slow(*points().tensors), points(1), cross_entropy, settings(max_epochs=2))
-    fed = train_model(network(), points(), points(1), cross_entropy, settings(max_epochs=2))
-    text = f"{result.data_share:.0%} of the steps' time with 2 ms a row, {fed.data_share:.0%} without"
-    return [Claim(what="waiting for data", guide="seen", measured=text, holds=result.data_share > 0.5)]
+    return [Row(what='batch_size="auto" in 512 MB', asked="from 256 to 80 %", seen=text, holds=apart <= 0.1)]
 
 
 def _median_s(sides: list[Callable[[], object]]) -> list[float]:
@@ -260,36 +203,21 @@ def _median_s(sides: list[Callable[[], object]]) -> list[float]:
     return [statistics.median(each[1:]) for each in times]  # the first allocates
 
 
-PARTS: dict[str, Callable[[], list[Claim]]] = {
+PARTS: dict[str, Callable[[], list[Row]]] = {
     "checkpointing": checkpointing,
     "accumulation": accumulation,
     "prediction": prediction,
     "mixed-precision": mixed_precision,
     "clipping": clipping,
     "batch-size": batch_size,
-    "data-pipeline": data_pipeline,
-    "parallel": parallel,
 }
 
 
-def main() -> int:
+def main(options: argparse.Namespace) -> int:
     """Runs the measurements and prints the table."""
-    parser = Parser(__doc__, prog="python -m tests.bench.training")
-    parser.add_argument("--only", choices=PARTS, action="append", help="only this part (may be repeated)")
-    args = parser.parse_args()
     torch.set_num_threads(1)  # other programs disturb one thread less
-    log, claims = Console(stderr=True), list[Claim]()
-    for name in args.only or PARTS:
+    log, claims = Console(stderr=True), list[Row]()
+    for name in options.only or PARTS:
         with log.status(name):
             claims += PARTS[name]()
-    write_whole(build_dir("bench-training.json"), json.dumps([asdict(claim) for claim in claims], indent=2) + "\n")
-    table = Table("", "guide", "measured here", "holds", box=box.SIMPLE_HEAD)
-    for claim in claims:
-        held = "" if claim.holds is None else "yes" if claim.holds else "NO"
-        table.add_row(claim.what, claim.guide, claim.measured, held)
-    Console(width=max(Console().width, 140)).print(table)
-    return int(any(claim.holds is False for claim in claims))
-
-
-if __name__ == "__main__":
-    run_command(main)
+    return conclude(claims, "bench-training", asked="guide")

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 
 from loadtests.load.request_log import RequestLog
-from tests.bench.failure.setting import Row, Service, Setting, Way, counted, lost, told
+from tests.bench.claims import Row
+from tests.bench.failure.setting import Service, Setting, Way, counted, lost, told
 
 RATE = 20  # requests/s of each stream
 STARTED_S = 20.0

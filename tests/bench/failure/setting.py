@@ -1,8 +1,7 @@
-"""Shared parts of the experiments: the models, the service, and the rows of the table.
+"""Shared parts of the experiments: the models, the service and the loads.
 
-Contract: the server is `deepseek serve` with the flags of the stack, as a child process, behind the gateway of
-`docker/gateway`. It keeps its ports over restarts. Both end with this process. No process is started with a
-`preexec_fn`: a process that is forked while gRPC's threads run may crash.
+Contract: the embedded server has the flags of the stack, behind the gateway of `docker/gateway`. Both end with this
+process.
 """
 
 from __future__ import annotations
@@ -10,57 +9,31 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import numpy as np
 import psutil
-from deepseek_client import InferenceClient, InferenceError
 
-from deepseek.spec import DeploymentSpec, InvalidMeasurement
+from deepseek.spec import DeploymentSpec
 from loadtests.load.background_load import BackgroundLoad, Stream
-from loadtests.load.child_process import our_environment
 from loadtests.load.inputs import read_inputs
 from loadtests.load.request_log import RequestLog
 from loadtests.results.schedule import segments_of
 from loadtests.results.settings import LoadSettings
+from serving.embedded.launcher import EmbeddedServer
 from serving.repository.served_models import served_models
 from serving.stack.gateway_limits import limits
 from tests.gateway import Gateway, free_port, skip_without_nginx
 
-T = TypeVar("T")
 READY_S = 600.0  # how long a start may take on a busy machine
-ENDS_S = 40.0
 MIB = 2**20
 LONGEST_S = 3600.0  # duration of a load by users, which is stopped earlier
-LATEST_MS = 50.0  # limit on the p99 of the send lag
-MOST_MEMORY = 8 * 2**30  # address space of each process of the server
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    what: str
-    asked: str = ""
-    seen: str
-    holds: bool | None = None
-    """None: shown, not judged."""
-
-
-def grown_row(grown_mib: float, before_mib: float, *, most_mib: float) -> Row:
-    return Row(
-        what="    memory",
-        asked=f"{most_mib:g} MiB more at most",
-        seen=f"{grown_mib:+.0f} MiB on {before_mib:.0f}",
-        holds=grown_mib <= most_mib,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +96,7 @@ class Setting:
         chosen = model or self.model
         protocol: Literal["grpc", "http"] = "grpc" if way.startswith("grpc") else "http"
         ca_cert = None
-        url = service.grpc_url if protocol == "grpc" else service.http_url
+        url = service.server.grpc_url if protocol == "grpc" else service.server.http_url
         if way.endswith("gateway"):
             url = f"localhost:{service.gateway.port}"
             ca_cert = str(service.gateway.folder / "ca.crt")
@@ -148,28 +121,26 @@ WAYS: tuple[Way, ...] = ("grpc", "http", "grpc by gateway", "http by gateway")
 
 
 class Service:
-    """The server and the gateway; they run inside the `with` block."""
+    """The embedded server and the gateway, inside the `with` block. A server that is started again keeps its ports."""
+
+    server: EmbeddedServer
+    gateway: Gateway
 
     def __init__(self, folder: Path, repository: Path, models: Path) -> None:
         self.folder, self.repository, self._models = folder, repository, models
-        self.ports = {name: free_port() for name in ("http", "grpc", "metrics")}
-        self.http_url, self.grpc_url = (f"127.0.0.1:{self.ports[name]}" for name in ("http", "grpc"))
-        # A malformed request can make Triton allocate until the kernel kills some process. With a limit Triton ends first.
-        self._bound = ["prlimit", f"--as={MOST_MEMORY}", "setpriv", "--pdeathsig", "TERM"]
-        self._process: subprocess.Popen[bytes] | None = None
-        self.gateway: Gateway
+        self._ports: dict[str, Any] = {f"{name}_port": free_port() for name in ("http", "grpc", "metrics")}
 
     def __enter__(self) -> Self:
         skip_without_nginx()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.start()
         try:
-            self.start()
             text = limits(served_models(self.repository, self._models))
-            self.gateway = Gateway(self.folder, text, self.http_url, self.grpc_url)
-            self._put_the_gateway_first()
+            self.gateway = Gateway(self.folder, text, self.server.http_url, self.server.grpc_url)
         except BaseException:
             self.end()
             raise
+        self._put_the_gateway_first()
         return self
 
     def __exit__(
@@ -190,118 +161,41 @@ class Service:
 
     def start(self) -> float:
         """Starts the server; returns the seconds until every model was ready."""
-        flags = [each for name, port in self.ports.items() for each in (f"--{name}-port", str(port))]
-        command = [sys.executable, "-m", "cli", "serve", "--repository", str(self.repository), *flags]
-        # setpriv instead of a preexec_fn: no Python runs between fork and exec. The server ends with this process.
-        with (self.folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [*self._bound, *command, "--behind-gateway", "--exit-timeout-s", "3"],
-                env=our_environment(DEEPSEEK_BUILD=str(self.folder)),
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
         began_s = time.monotonic()
-        names = [path.parent.name for path in self.repository.glob("*/config.pbtxt")]
-        with InferenceClient(self.http_url, "http", timeout_s=2, retries=0) as client:
-            while not self._is_ready(client, names):
-                if self._process.poll() is not None or time.monotonic() > began_s + READY_S:
-                    raise InvalidMeasurement(f"the server did not start: {self.last_words}")
-                time.sleep(0.02)
+        self.server = EmbeddedServer(
+            self.repository,
+            **self._ports,
+            timeout_s=READY_S,
+            log_path=self.folder / "server.log",
+            behind_gateway=True,
+            exit_timeout_s=3,
+        ).__enter__()
         return time.monotonic() - began_s
 
-    def _is_ready(self, client: InferenceClient, names: list[str]) -> bool:
-        try:
-            return all(client.ready(name) for name in names)
-        except InferenceError:
-            return False
-
-    @property
-    def last_words(self) -> str:
-        lines = (self.folder / "server.log").read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else ""
-
-    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """Stops the launcher and waits until all its processes have ended."""
-        if self._process is None:
-            return
-        self._process.send_signal(how)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(ENDS_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._process = None
+    def end(self) -> None:
+        self.server.stop()
 
     def kill(self) -> None:
-        """Kills Triton, as the kernel does when memory is short; waits until its launcher has ended too."""
-        self.triton.kill()
-        assert self._process is not None
-        self._process.wait(ENDS_S)
-        self._process = None
+        """Kills Triton, as the kernel does when memory is short."""
+        os.kill(self.server.pid, signal.SIGKILL)
+        self.server.stop()
 
-    def wait_for_the_end(self) -> None:
-        """Waits until the launcher of an ended server has ended too."""
-        if self._process is not None and not any(name_of(each) == "tritonserver" for each in self._descendants()):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(ENDS_S)
-
-    def bring_back(self) -> None:
-        """Starts the server again if it has ended, as a container's restart policy does."""
-        if self._process is None or self._process.poll() is not None:
-            self.start()
-
-    @property
-    def triton(self) -> psutil.Process:
-        """The server's process. Raises InvalidMeasurement if it has ended."""
-        for each in self._descendants():
-            if name_of(each) == "tritonserver":
-                return each
-        raise InvalidMeasurement(f"the server has ended: {self.last_words}")
-
-    def _descendants(self) -> list[psutil.Process]:
-        if self._process is None:
-            return []
-        nobody: list[psutil.Process] = []
-        found = _ask(partial(_children, self._process.pid), nobody)
-        return [each for each in found if _ask(each.status, psutil.STATUS_ZOMBIE) != psutil.STATUS_ZOMBIE]
-
-    def processes(self) -> list[psutil.Process]:
-        """The processes of the server and the gateway, without the launchers."""
-        nginx = psutil.Process(self.gateway.process.pid).children(recursive=True)
-        return [*self._descendants(), *(each for each in nginx if name_of(each) == "nginx")]
-
-    def memory_mib(self) -> float:
-        return sum(self.memory_of_each_mib().values())
-
-    def memory_of_each_mib(self) -> dict[str, float]:
-        """The memory of Triton, the models' processes and the gateway."""
-        found = dict.fromkeys(("Triton", "models", "gateway"), 0.0)
-        for each in self.processes():
-            name = name_of(each)
-            place = "gateway" if name == "nginx" else "Triton" if name == "tritonserver" else "models"
-            found[place] += _ask(partial(_own_bytes, each), 0) / MIB
+    def processes(self) -> dict[int, tuple[str, float]]:
+        """By pid the place of each process, "Triton", "models" or "gateway", and its memory in MiB."""
+        found = {}
+        for root, name in ((self.server.pid, "Triton"), (self.gateway.process.pid, "gateway")):
+            for each in (psutil.Process(root), *psutil.Process(root).children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                    place = "models" if name == "Triton" and each.pid != root else name
+                    found[each.pid] = place, _own_bytes(each) / MIB
         return found
 
-    @contextlib.contextmanager
-    def client(self) -> Iterator[InferenceClient]:
-        """An HTTP client of the server itself, without retries."""
-        with InferenceClient(self.http_url, "http", timeout_s=10, retries=0) as client:
-            yield client
-
-
-def _ask(question: Callable[[], T], ended: T) -> T:
-    """The answer of a process; `ended` if it has just ended."""
-    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-        return question()
-    return ended
-
-
-def _children(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
-
-
-def name_of(process: psutil.Process) -> str:
-    """The process's name; "" if it has just ended."""
-    return _ask(process.name, "")
+    def memory_mib(self) -> dict[str, float]:
+        """The memory of Triton, the models' processes and the gateway."""
+        found = dict.fromkeys(("Triton", "models", "gateway"), 0.0)
+        for place, mib in self.processes().values():
+            found[place] += mib
+        return found
 
 
 def _own_bytes(process: psutil.Process) -> int:
@@ -312,34 +206,23 @@ def _own_bytes(process: psutil.Process) -> int:
         return process.memory_info().rss
 
 
-class MemoryWatch:
-    """Samples a service's memory every `every_s` seconds inside the `with` block: MiB by place, in `samples`."""
+@contextlib.contextmanager
+def watched_memory(service: Service, every_s: float = 1.0) -> Iterator[list[dict[str, float]]]:
+    """Samples of the service's memory, MiB by place, taken inside the `with` block."""
+    samples, stopping = list[dict[str, float]](), threading.Event()
 
-    def __init__(self, service: Service, every_s: float = 1.0) -> None:
-        self._service, self._every_s = service, every_s
-        self.samples: list[dict[str, float]] = []
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+    def sample() -> None:
+        samples.append(service.memory_mib())
+        while not stopping.wait(every_s):
+            samples.append(service.memory_mib())
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def _run(self) -> None:
-        while True:
-            self.samples.append(self._service.memory_of_each_mib())
-            if self._stopping.wait(self._every_s):
-                return
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stopping.set()
-        self._thread.join()
-
-    @property
-    def most_mib(self) -> float:
-        return max(sum(each.values()) for each in self.samples)
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        stopping.set()
+        thread.join()
 
 
 def first_row(model: Model) -> dict[str, np.ndarray]:
@@ -361,11 +244,3 @@ def told(streams: dict[str, RequestLog]) -> str:
     return "".join(
         f"; {name}: {counted(each.errors)} ({'; '.join(each.messages)[:200]})" for name, each in failed.items()
     )
-
-
-def check_lag(log: RequestLog) -> None:
-    """Raises InvalidMeasurement if the load was sent late."""
-    if not (lag_ms := log.lag_ms(99)) <= LATEST_MS or log.errors["dropped"]:
-        raise InvalidMeasurement(
-            f"requests left late: p99 {lag_ms:.0f} ms, allowed {LATEST_MS:g} ms; use a less busy machine"
-        )

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 
 from loadtests.load.request_log import RequestLog
-from tests.bench.failure.setting import WAYS, MemoryWatch, Row, Setting, lost, told
+from tests.bench.claims import Row
+from tests.bench.failure.setting import WAYS, Setting, lost, told, watched_memory
 
 RATE = 10  # requests/s of each stream of each model
 PARTS = 3  # the first, which includes the warm-up, is compared with the last
@@ -25,10 +26,11 @@ def soak(setting: Setting) -> list[Row]:
         streams = [
             setting.stream(service, way, shape, model, retries=3) for way, model in itertools.product(WAYS, models)
         ]
-        with MemoryWatch(service, max(1.0, setting.soak_s / 300)) as memory, setting.load(service, streams) as load:
+        every_s = max(1.0, setting.soak_s / 300)
+        with watched_memory(service, every_s) as samples, setting.load(service, streams) as load:
             answers = load.wait()
     sent = sum(len(each) for each in answers.values())
-    thirds = {place: _thirds([each[place] for each in memory.samples]) for place in memory.samples[0]}
+    thirds = {place: _thirds([each[place] for each in samples]) for place in samples[0]}
     first_mib, last_mib = (sum(each[part] for each in thirds.values()) for part in (0, -1))
     places = "; ".join(f"{place} {', '.join(f'{mib:.0f}' for mib in parts)}" for place, parts in thirds.items())
     limit_mib = max(first_mib * (1 + GROWTH), first_mib + GROWTH_MIB)

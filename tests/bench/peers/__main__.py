@@ -1,15 +1,12 @@
-"""Compares this project's server with others on the same graphs, machine and arrivals.
+"""`deepseek bench-peers`: compares this project's server with others on the same graphs, machine and arrivals.
 
 Needs the models built (`make engine MODEL=recommender`, `make engine MODEL=minilm`). The first run installs each peer in an
 environment of its own under build/bench/peers/. Writes build/bench/peers.json, and two charts for each workload.
-
-Examples:
-    python -m tests.bench.peers
-    python -m tests.bench.peers --peers fastapi,triton --workloads recommender --rounds 1 --duration-s 3
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import math
@@ -17,9 +14,8 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from deepseek.spec import InputError, Parser, run_command
+from deepseek.spec import InputError
 from deepseek.spec.files.folders import write_whole
 from deepseek.spec.files.measured_batches import tail_limit_ms
 from tests.bench import results
@@ -31,28 +27,20 @@ from tests.bench.peers.servers import ours, running
 from tests.bench.peers.table import AUTO, FP32, OURS, PEERS, WORKLOADS
 from tests.bench.peers.workloads import Workload, graph_of, workload
 from tests.bench.served import USERS, every_core, generator_apart
-from tests.bench.setting import Bench, log, on
+from tests.bench.setting import Bench, chosen, log, on
 
 SHARES = (0.5, 0.7)  # rates of the open loops over raw
 CHECKED = 16  # answers
 PROBE_S = 1.0  # of raw, between two servers
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Runs the comparison; prints and writes the results."""
-    parser = Parser(__doc__, prog="python -m tests.bench.peers")
-    parser.add_argument("--peers", default=",".join(PEERS), help="peers, with commas (default: all)")
-    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="workloads, with commas (default: all)")
-    parser.add_argument("--rounds", type=int, default=2, help="rounds; every second one runs in reverse order")
-    parser.add_argument("--duration-s", type=int, default=4, help="seconds of each load, after 1 s of warm-up")
-    parser.add_argument("--apart", action="store_true", help="give the load generator a core of its own")
-    args = parser.parse_args()
-    if min(args.rounds, args.duration_s) < 1:
-        raise InputError(f"--rounds {args.rounds} --duration-s {args.duration_s}: both must be 1 or more")
-    names, workloads = _chosen("--peers", args.peers, PEERS), _chosen("--workloads", args.workloads, WORKLOADS)
-    server, load = generator_apart() if args.apart else (every_core(), every_core())
+    names = chosen("--peers", options.peers, PEERS)
+    workloads = chosen("--workloads", options.workloads, WORKLOADS)
+    server, load = generator_apart() if options.apart else (every_core(), every_core())
     where = str(results.Run.here("peers", (), took_s=0, shortened=False))
-    run = Run(apart=args.apart, where=where, rounds=args.rounds, duration_s=args.duration_s, results=[])
+    run = Run(apart=options.apart, where=where, rounds=options.rounds, duration_s=options.duration_s, results=[])
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         bench = Bench(Path(folder), None)
         for name in workloads:
@@ -62,13 +50,6 @@ def main() -> None:
     print(table(run))
     for goal in goals(run):
         print(goal)
-
-
-def _chosen(flag: str, text: str, allowed: Sequence[str] | Mapping[str, Any]) -> list[str]:
-    names = text.split(",")
-    if wrong := [name for name in names if name not in allowed]:
-        raise InputError(f"{flag} {','.join(wrong)}: unknown; allowed: {', '.join(allowed)}")
-    return names
 
 
 def _write(run: Run, folder: Path) -> None:
@@ -146,7 +127,3 @@ def _measure(result: Result, target: Served, raw: Raw, run: Run, load: list[int]
             loads.append(asyncio.run(poisson(target.sender, rate, run.duration_s, seed=turn)) if fits else None)
     said = "; ".join(str(one or "cannot keep up") for one in (closed, *(loads[-1] for loads in result.open)))
     log.print(f"  round {turn + 1}, {result.workload}, {result.server}: {said}")
-
-
-if __name__ == "__main__":
-    run_command(main)

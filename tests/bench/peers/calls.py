@@ -32,15 +32,16 @@ class Served:
         return np.array([self.output(answer) for answer in found])
 
 
-def kserve(url: str, requests: Sequence[Request], output: str) -> Served:
-    """KServe v2 with JSON."""
+def kserve(url: str, requests: Sequence[Request], output: str, **parameters: int) -> Served:
+    """KServe v2 with JSON, and the same parameters in each request."""
 
     def tensor(name: str, value: Any) -> dict[str, Any]:
         found = (name, "BYTES", [1, 1], [value]) if isinstance(value, str) else (name, "INT64", [1, len(value)], value)
         return dict(zip(KEYS, found, strict=True))
 
+    outputs, more = [{"name": output}], {"parameters": parameters} if parameters else {}
     bodies = [
-        {"inputs": [tensor(name, value) for name, value in request.items()], "outputs": [{"name": output}]}
+        {"inputs": [tensor(name, value) for name, value in request.items()], "outputs": outputs, **more}
         for request in requests
     ]
 

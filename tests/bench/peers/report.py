@@ -11,20 +11,18 @@ import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 
+from tests.bench.chart import Bar, bar_chart
 from tests.bench.peers.load import Load
 from tests.bench.peers.table import IDS, OURS, PEERS, RECOMMENDER, TEXT, TRITON
-from tests.bench.results import MARGIN, STYLE, WIDTH, Goal
 from tests.bench.served import USERS
+from tests.bench.tables import Goal
 
 TITLES = {name: f"this project, {precision}" for name, precision in OURS.items()}
 TITLES |= {name: peer.title for name, peer in PEERS.items()}
 WORKLOAD_TITLES = {RECOMMENDER: "the recommender", IDS: "MiniLM by ids, 64 tokens", TEXT: "MiniLM by text"}
 FP32, AUTO = OURS
-TICK_STYLE = ".end { text-anchor: middle } .tick { stroke: #8888; fill: none }"
-LINE, LEFT = 26, 260  # px
 
 
 @dataclass(kw_only=True)
@@ -196,61 +194,30 @@ def _over(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 
 def throughput_chart(run: Run, workload: str) -> str:
-    """Requests per second over raw: a dot for each server, and a line from its lowest round to its highest."""
-    rows = [(TITLES[server], _spread(run.over_raw(result))) for server, result in run.of(workload).items()]
-    rows.sort(key=lambda row: -(row[1][1] or 0))
-    title = f"Requests/s over raw, 32 in flight, {WORKLOAD_TITLES[workload]} (higher is better)"
-    return _chart(title, rows, "", (0.1, 0.2, 0.5, 1, 2))
+    """Requests per second over raw, the best server first."""
+    bars = [_bar(TITLES[server], run.over_raw(result), ".2f") for server, result in run.of(workload).items()]
+    bars.sort(key=lambda bar: -bar.values[1] if bar.values else 0)
+    return bar_chart(f"Requests/s over raw, 32 in flight, {WORKLOAD_TITLES[workload]} (higher is better)", bars)
 
 
 def p99_chart(run: Run, workload: str) -> str:
-    """p99 against rate: a dot for each server at 50 % (small) and at 70 % of raw, the best first."""
-    rows = [
-        (TITLES[server], [(statistics.median(found) if (found := result.p99s(place)) else None) for place in (0, 1)])
-        for server, result in run.of(workload).items()
-    ]
-    rows.sort(key=lambda row: [value or math.inf for value in row[1][::-1]])
-    title = f"p99 at 50 % (small dot) and 70 % of raw, {WORKLOAD_TITLES[workload]} (lower is better)"
-    return _chart(title, [(name, [low, None, high]) for name, (low, high) in rows], " ms", (1, 10, 100, 1000, 10_000))
+    """p99 at 70 % of raw and then at 50 %, the best server first."""
+    bars = []
+    for place, share in ((1, "70 %"), (0, "50 %")):
+        found = [
+            _bar(f"{TITLES[server]}, at {share}", result.p99s(place), ".0f")
+            for server, result in run.of(workload).items()
+        ]
+        bars += sorted(found, key=lambda bar: bar.values[1] if bar.values else math.inf)
+    title = f"p99 in ms at 50 % and 70 % of raw, {WORKLOAD_TITLES[workload]} (lower is better; logarithmic)"
+    return bar_chart(title, bars, log=True)
 
 
-def _spread(values: Sequence[float]) -> list[float | None]:
-    return [min(values), statistics.median(values), max(values)]
-
-
-def _chart(title: str, rows: Sequence[tuple[str, Sequence[float | None]]], unit: str, ticks: Sequence[float]) -> str:
-    """A row for each server on one logarithmic scale: a small dot, a big one, and a line to the third value.
-
-    Without a big dot the third value gets it. None: the server cannot keep up.
-    """
-    values = [value for _, row in rows for value in row if value] or [1.0]
-    low, high = math.log10(min(values)) - 0.1, math.log10(max(values)) + 0.1
-    height = 2 * MARGIN + LINE * (len(rows) + 2)
-
-    def at(value: float) -> float:
-        return LEFT + (WIDTH - LEFT - MARGIN) * (math.log10(value) - low) / (high - low)
-
-    drawn = [f'<text x="{MARGIN}" y="{MARGIN + 4}">{escape(title)}</text>']
-    for tick in ticks:
-        if low <= math.log10(tick) <= high:
-            drawn.append(f'<path class="tick" d="M{at(tick):.1f} {MARGIN + LINE / 2}V{height - LINE}"/>')
-            drawn.append(f'<text class="end" x="{at(tick):.1f}" y="{height - 10}">{tick:g}{unit}</text>')
-    for place, (name, row) in enumerate(rows):
-        y, known = MARGIN + LINE * (place + 1), [value for value in row if value]
-        drawn.append(f'<text x="{MARGIN}" y="{y + 4}">{escape(name)}</text>')
-        if not known:
-            drawn.append(f'<text x="{LEFT}" y="{y + 4}">cannot keep up</text>')
-            continue
-        big = row[1] or row[2]
-        drawn.append(f'<path class="whisker" d="M{at(known[0]):.1f} {y}H{at(known[-1]):.1f}"/>')
-        if row[0]:
-            drawn.append(f'<circle class="bar" cx="{at(row[0]):.1f}" cy="{y}" r="3"/>')
-        if big:
-            drawn.append(f'<circle class="bar" cx="{at(big):.1f}" cy="{y}" r="6"/>')
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"><title>{escape(title)}</title>'
-        f"<style>{STYLE}{TICK_STYLE}</style>{''.join(drawn)}</svg>\n"
-    )
+def _bar(name: str, values: Sequence[float] | None, form: str) -> Bar:
+    """Of the rounds: the median as a bar, the lowest and highest as its whisker. None: the server cannot keep up."""
+    if values is None:
+        return Bar(name=name, values=None, text="cannot keep up")
+    return Bar(name=name, values=(min(values), statistics.median(values), max(values)), text=_range(values, form))
 
 
 if __name__ == "__main__":

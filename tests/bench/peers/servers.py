@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -105,7 +106,8 @@ def running(bench: Bench, peer: Peer, workload: str = "", graph: Path | None = N
     if TEXT in peer.workloads and workload in ("", TEXT):
         words["model"] = settings["CHECKPOINT"] = str(checkpoint(bench))
         settings["TOKENIZER"] = str(build_dir("minilm") / "tokenizer.json")
-    command = [sys.executable if peer.starts_with_ours else python, *(word.format(**words) for word in peer.command)]
+    command = [word.format(**words) for word in shlex.split(peer.command)]
+    command.insert(0, sys.executable if peer.starts_with_ours else python)
     if "optimum" in command and not (Path(words["model"]) / "onnx").exists():
         with log.status("exporting the checkpoint for infinity-emb"):
             to_onnx = [python, str(HERE / peer.folder / "to_onnx.py"), words["model"]]

@@ -26,8 +26,8 @@ class Peer:
 
     title: str
     folder: str
-    command: tuple[str, ...]
-    """After the Python of its environment."""
+    command: str
+    """After the Python of its environment, as in a shell."""
     starts_with_ours: bool = False
     """The command runs in this project's environment, with its own first on PATH."""
     ready: str
@@ -43,47 +43,22 @@ class Peer:
     workloads: tuple[str, ...] = WORKLOADS
 
 
-UVICORN: tuple[str, ...] = (
-    "-m",
-    "uvicorn",
-    "app:app",
-    "--app-dir",
-    "{folder}",
-    "--workers",
-    "{cores}",
-    "--log-level",
-    "warning",
-)
-UVICORN += ("--no-access-log", "--port", "{port}")
-TORCHSERVE: tuple[str, ...] = (
-    "-m",
-    "ts.model_server",
-    "--start",
-    "--foreground",
-    "--ncs",
-    "--model-store",
-    "{folder}/..",
-)
-TORCHSERVE += ("--models", "graph=torchserve", "--ts-config", "{folder}/config.properties")
-INFINITY: tuple[str, ...] = (
-    "-m",
-    "infinity_emb.cli",
-    "v2",
-    "--model-id",
-    "{model}",
-    "--served-model-name",
-    "minilm",
-    "--device",
-    "cpu",
+UVICORN = "-m uvicorn app:app --app-dir {folder} --workers {cores} --log-level warning --no-access-log --port {port}"
+TORCHSERVE = (
+    "-m ts.model_server --start --foreground --ncs --model-store {folder}/.. --models graph=torchserve "
+    "--ts-config {folder}/config.properties"
 )
 # Its default for "optimum" takes the first token's vector; this checkpoint needs the mean.
-INFINITY += ("--no-model-warmup", "--pooling-method", "mean", "--host", "127.0.0.1", "--port", "{port}", "--engine")
+INFINITY = (
+    "-m infinity_emb.cli v2 --model-id {model} --served-model-name minilm --device cpu --no-model-warmup "
+    "--pooling-method mean --host 127.0.0.1 --port {port} --engine"
+)
 
 PEERS = {
     TRITON: Peer(
         folder="triton",
         title="Triton, customary configuration",
-        command=("-m", "tests.bench.peers.triton_from_wheel", "{workload}", "{port}", "{port2}", "{port3}"),
+        command="-m tests.bench.peers.triton_from_wheel {workload} {port} {port2} {port3}",
         starts_with_ours=True,
         ready="v2/health/ready",
         path="v2/models/graph/infer",
@@ -111,7 +86,7 @@ PEERS = {
     "litserve": Peer(
         folder="litserve",
         title="LitServe",
-        command=("{folder}/app.py", "{port}"),
+        command="{folder}/app.py {port}",
         ready="health",
         path="predict",
         body="plain",
@@ -119,7 +94,7 @@ PEERS = {
     "bentoml": Peer(
         folder="bentoml",
         title="BentoML",
-        command=("-m", "bentoml", "serve", "service:Peer", "--working-dir", "{folder}", "--port", "{port}"),
+        command="-m bentoml serve service:Peer --working-dir {folder} --port {port}",
         ready="readyz",
         path="predict",
         body="list",
@@ -131,7 +106,7 @@ PEERS = {
     "ray-serve": Peer(
         folder="ray_serve",
         title="Ray Serve",
-        command=("{folder}/app.py", "{port}"),
+        command="{folder}/app.py {port}",
         ready="",
         path="",
         body="plain",
@@ -140,7 +115,7 @@ PEERS = {
     "mlserver": Peer(
         folder="mlserver",
         title="MLServer",
-        command=("-c", "from mlserver.cli import main; main()", "start", "{folder}"),
+        command="-c 'from mlserver.cli import main; main()' start {folder}",
         ready="v2/models/graph/ready",
         path="v2/models/graph/infer",
         body="v2",
@@ -156,7 +131,7 @@ PEERS = {
         f"infinity-{engine}": Peer(
             title=f"infinity-emb, engine {engine}",
             folder="infinity_emb",
-            command=(*INFINITY, engine),
+            command=f"{INFINITY} {engine}",
             ready="health",
             path="embeddings",
             body="v1",
