@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from deepseek_client import InferenceClient
 
-from deepseek.spec import DeploymentSpec
 from serving.embedded.serve import EmbeddedServer
 from tests.conftest import run_module
 
@@ -52,14 +51,6 @@ def test_each_template_builds_and_is_served_unchanged(models: Path) -> None:
         for kind, request in REQUESTS.items():
             (output,) = client.infer(f"my-{kind}", request).values()
             assert output.shape == SHAPES[kind]
-
-
-def test_comments_explain_each_key_and_function(models: Path) -> None:
-    for kind in KINDS:
-        assert DeploymentSpec.of_model(f"my-{kind}", models).precision.metric is not None
-        toml, code = ((models / f"my-{kind}" / name).read_text() for name in ("deploy.toml", "model.py"))
-        assert toml.count("#") >= 10
-        assert code.count('"""') >= 12
 
 
 @pytest.mark.parametrize(
