@@ -23,7 +23,7 @@ from tests.bench.tables import KEYS, Goal
 
 PUBLISHED = Path("docs/benchmarks.json")
 PACKAGES = ("onnxruntime", "nvidia-pytriton", "tritonclient", "numpy", "torch")
-"""Whose versions a run names."""
+"""Each run records their versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The results of one part, and where they are from. None: not recorded."""
+    """The results of one part, with machine, versions and date. None: not recorded."""
 
     part: str
     date: str | None = None
@@ -119,7 +119,7 @@ class Run:
         return cls(**{**found, "ratios": tuple(ratios), "int8": None if int8 is None else tuple(int8)})
 
     def __str__(self) -> str:
-        """Where it is from, for the pages."""
+        """The source of its results, for the pages."""
         if self.cpu is None:
             machine = "CPU not recorded"
         else:

@@ -54,7 +54,7 @@ class Bench:
     """The models, how to run them raw, served and under load, and the results."""
 
     def __init__(self, folder: Path, pairs: int | None) -> None:
-        """Copies what `make engine` has built into a folder, which gets all that follows. `pairs`: instead of the defaults."""
+        """Copies what `make engine` has built into `folder`, where all other files go too. `pairs`: instead of the defaults."""
         self.folder, self.files, self.results = folder, build_dir("bench").absolute(), list[Ratio]()
         self.shortened = False
         """Whether `pairs` is less than a default."""
@@ -76,7 +76,7 @@ class Bench:
         return default if self._pairs is None else self._pairs
 
     def rounds(self, sides: Mapping[str, Side[Found]], default: int) -> dict[str, list[Found]]:
-        """What each side found in each round; every second round runs in reverse."""
+        """The result of each side in each round; every second round runs in reverse."""
         found: dict[str, list[Found]] = {name: [] for name in sides}
         count = self.pairs(default)
         for turn in range(count):
@@ -203,7 +203,7 @@ class Bench:
 
 
 def chosen(flag: str, names: str | None, allowed: Iterable[str]) -> list[str]:
-    """What a list with commas names: `server` is also all that begin with `server-`. None: all."""
+    """The names in a list with commas; `server` also selects all that begin with `server-`. None: all."""
     if names is None:
         return list(allowed)
     found = {name: [each for each in allowed if f"{each}-".startswith(f"{name}-")] for name in names.split(",")}

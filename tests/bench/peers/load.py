@@ -25,7 +25,7 @@ Sender = Callable[[], AbstractAsyncContextManager[Send]]
 
 
 class Load(NamedTuple):
-    """What a load found, after the warm-up."""
+    """The result of a load, after the warm-up."""
 
     answered_per_s: float
     failed: float
@@ -39,7 +39,7 @@ class Load(NamedTuple):
 
 
 def http(url: str, bodies: Sequence[object], headers: str = "Content-Type: application/json") -> Sender:
-    """Sends the bodies, bytes or JSON, in turn, each on a kept-alive connection that no other request uses meanwhile."""
+    """Sends the bodies, bytes or JSON, in turn, one at a time on each kept-alive connection."""
     address, _, path = url.removeprefix("http://").partition("/")
     head = f"POST /{path} HTTP/1.1\r\nHost: {address}\r\n{headers}\r\nContent-Length: "
     contents = [body if isinstance(body, bytes) else json.dumps(body).encode() for body in bodies]

@@ -27,7 +27,7 @@ FP32, AUTO = OURS
 
 @dataclass(kw_only=True)
 class Result:
-    """What was measured of one server on one workload, a value for each round."""
+    """The measurements of one server on one workload, a value for each round."""
 
     workload: str
     server: str
@@ -135,7 +135,7 @@ class Judged:
     """One for each round; their median is judged."""
     goal: Goal
     peer: str = ""
-    """With whom the server was compared."""
+    """The peer that the server was compared with."""
 
     def __str__(self) -> str:
         verdict = "met" if self.goal.met(statistics.median(self.values)) else "missed"
@@ -214,7 +214,7 @@ def p99_chart(run: Run, workload: str) -> str:
 
 
 def _bar(name: str, values: Sequence[float] | None, form: str) -> Bar:
-    """Of the rounds: the median as a bar, the lowest and highest as its whisker. None: the server cannot keep up."""
+    """A bar for the median of the rounds, with a whisker from the lowest to the highest. None: it cannot keep up."""
     if values is None:
         return Bar(name=name, values=None, text="cannot keep up")
     return Bar(name=name, values=(min(values), statistics.median(values), max(values)), text=_range(values, form))

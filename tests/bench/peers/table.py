@@ -39,7 +39,7 @@ class Peer:
     settings: Mapping[str, str] = field(default_factory=dict)
     """Variables of its environment."""
     threads: str = "1"
-    """Of each session of ONNX Runtime."""
+    """Threads of each session of ONNX Runtime."""
     workloads: tuple[str, ...] = WORKLOADS
 
 

@@ -1,4 +1,4 @@
-"""What the servers are asked: a model, its requests, and the graph that answers them without a server."""
+"""The workloads: a model, its requests, and the graph that answers them without a server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Workload:
     encode: Callable[[Sequence[Any]], list[Row]]
     """Rows of items, as the graph takes them."""
     problem: Callable[[np.ndarray, np.ndarray], str]
-    """What is wrong with answers, given raw's; "" if they are right."""
+    """The reason why answers are wrong, given raw's; "" if they are right."""
 
     @property
     def requests(self) -> list[Request]:
