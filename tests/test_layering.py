@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loadtests": GROUND | {"deepseek_client", "loadtests"},
 }
 # Exceptions: parity and the OpenAI routes call the server through the client that applications use.
-ROUTES = "__main__ embeddings errors inference recommenders rerank text_models triton_http".split()
+ROUTES = ["__main__", "embeddings", "errors", "inference", "recommenders", "rerank", "text_models", "triton_http"]
 CALLERS = {"export/checks/parity.py", *(f"serving/openai/{name}.py" for name in ROUTES)}
 OURS = {"cli", "deepseek", "deepseek_client", "models", "export", "serving", "loadtests", "tests"}
 LIGHT = {f"deepseek/{name}.py" for name in ("__init__", "config", "quantization")} | {

@@ -89,9 +89,14 @@ def bulk(bench: Bench) -> None:
         "recommender": lambda url, priority: binary(
             url, bench.specs["recommender"], bench.rows["recommender"], priority
         ),
-        "minilm text": lambda url, priority: kserve(
-            f"http://{url}/v2/models/minilm/infer", [{"text": text} for text in texts], "embedding", priority=priority
-        ).sender,
+        "minilm text": lambda url, priority: (
+            kserve(
+                f"http://{url}/v2/models/minilm/infer",
+                [{"text": text} for text in texts],
+                "embedding",
+                priority=priority,
+            ).sender
+        ),
     }
     for name, sender in cases.items():
         with on(cores), bench.server(bench.repository(name.split()[0], "auto")) as server:

@@ -74,7 +74,7 @@ class Run:
     def can_answer_in_time(self, result: Result) -> bool:
         """Whether a server of this throughput answers the closed loop inside the SLO."""
         answered_per_s = max(load.answered_per_s for load in result.closed)
-        return 1000 * USERS <= answered_per_s * self.limits_ms.get(result.workload, math.inf)
+        return answered_per_s * self.limits_ms.get(result.workload, math.inf) >= 1000 * USERS
 
     def of(self, workload: str) -> dict[str, Result]:
         """Measured servers of a workload."""
