@@ -1,4 +1,4 @@
-"""OpenAI's routes beside a real Triton, called by the package `openai` as it is."""
+"""OpenAI's routes beside a real Triton, called by the package `openai`, unchanged."""
 
 from __future__ import annotations
 
@@ -6,64 +6,45 @@ import asyncio
 import http.client
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
-import psutil
 import pytest
 from deepseek_client import InferenceClient
+from huggingface_hub import InferenceClient as HuggingFaceClient
 
+from serving.openai.metrics import Metrics
 from serving.openai.routes import BODY_BYTES
 from tests.conftest import write_add_one
 from tests.gateway import wait_for
-from tests.test_embedded import start
+from tests.test_embedded import Serving, start
 from tests.test_text import MOST_TOKENS, folder, ids_of
 
 __all__ = ["folder"]  # a fixture
 TEXTS = ["ab " * (1 + 7 * k % 30) + "cd" * (k % 3) for k in range(50)]  # of unequal length, more than six batches
 
 
-@dataclass
-class Serving:
-    """A running `deepseek serve`, and the places that it printed."""
-
-    process: subprocess.Popen[str]
-    places: dict[str, str]
-
-    @classmethod
-    def of(cls, process: subprocess.Popen[str]) -> Serving:
-        assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
-        places: dict[str, str] = {}
-        for line in lines:
-            if line.startswith("Ctrl-C"):
-                return cls(process, places)
-            name, _, rest = line.strip().partition(" ")
-            places[name] = rest.strip()
-        raise AssertionError(process.stderr.read() if process.stderr else "")
-
-    @property
-    def routes(self) -> psutil.Process:
-        """The process of the routes."""
-        below = psutil.Process(self.process.pid).children()
-        return next(each for each in below if "serving.openai" in each.cmdline())
-
-
-@pytest.fixture(scope="module")
-def serving(folder: Path) -> Iterator[Serving]:
-    """`deepseek serve` with the model `sentence`, on free ports."""
-    process = start(folder / "repository", "--openai-port", "0")
+@contextmanager
+def serve(repository: Path) -> Iterator[Serving]:
+    """`deepseek serve` on free ports."""
+    process = start(repository, "--openai-port", "0")
     try:
         yield Serving.of(process)
     finally:
         process.terminate()
         process.communicate()
+
+
+@pytest.fixture(scope="module")
+def serving(folder: Path) -> Iterator[Serving]:
+    """A server of the model `sentence`."""
+    with serve(folder / "repository") as running:
+        yield running
 
 
 @pytest.fixture
@@ -89,6 +70,17 @@ def call(url: str, method: str, path: str, body: bytes | None = None) -> tuple[i
         return answer.status, dict(answer.headers), json.loads(answer.read())
     finally:
         connection.close()
+
+
+def scrape(serving: Serving) -> dict[str, float]:
+    """The value of each series."""
+    connection = http.client.HTTPConnection(serving.places["OpenAI"].removeprefix("http://").removesuffix("/v1"))
+    connection.request("GET", "/metrics")
+    answer = connection.getresponse()
+    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
+    connection.close()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
 
 def test_a_long_list_is_answered_in_order(client: openai.OpenAI, expected: np.ndarray) -> None:
@@ -119,6 +111,13 @@ def test_base64_holds_the_same_numbers_as_float(serving: Serving, client: openai
     assert isinstance(answer["data"][0]["embedding"], str)
 
 
+def test_hugging_faces_client_works_unchanged(serving: Serving) -> None:
+    url = serving.places["OpenAI"].removesuffix("/v1")
+    found = HuggingFaceClient(model=f"{url}/similarity").sentence_similarity("ab cd", ["ab cd", "ef"])
+    assert found[0] == pytest.approx(1, abs=1e-5)  # it names no model: the only one answers
+    assert found[1] < 0.999
+
+
 def test_a_shorter_vector_is_the_first_numbers_scaled_to_length_1(client: openai.OpenAI, expected: np.ndarray) -> None:
     units = {size: expected[:, :size] / np.linalg.norm(expected[:, :size], axis=1, keepdims=True) for size in (8, 16)}
     for size, wanted in {**units, 32: expected}.items():
@@ -141,50 +140,21 @@ def test_the_models_are_listed(client: openai.OpenAI) -> None:
         client.models.retrieve("another")
 
 
-NESTED = b'{"model": "sentence", "input": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-
-
 @pytest.mark.parametrize(
-    ("body", "param", "message"),
+    ("fields", "param", "message"),
     [
-        (b"", None, "the body is not JSON"),
-        (b"{", None, "the body is not JSON"),
-        (b'"a"', None, 'the body is "a"; allowed: a JSON object'),
-        (b'{"model": "sentence", "input": "\xff"}', None, "the body is not UTF-8: invalid start byte at byte 32"),
-        (NESTED, None, "the body is not JSON"),
-        ({"input": "a"}, "model", "model: missing"),
-        ({"model": 1, "input": "a"}, "model", "model: seen 1"),
-        ({"model": "a" * 256, "input": "a"}, "model", "model: seen \"aaa"),
-        ({"model": "\ud800", "input": "a"}, "model", "model: seen"),
-        ({"model": "sentence"}, "input", "input: missing; allowed: a string or a list of strings"),
-        ({"model": "sentence", "input": None}, "input", "input: seen null"),
-        ({"model": "sentence", "input": []}, "input", "input: a list of 0; allowed: 1 to 2048 texts"),
-        ({"model": "sentence", "input": ["a"] * 2049}, "input", "input: a list of 2049; allowed: 1 to 2048 texts"),
-        ({"model": "sentence", "input": ""}, "input", "input: an empty string; leave it out"),
-        ({"model": "sentence", "input": ["a", ""]}, "input", "input[1]: an empty string"),
-        ({"model": "sentence", "input": ["a", None]}, "input", "input[1]: seen null; allowed: a string"),
-        ({"model": "sentence", "input": [["a"]]}, "input", "input[0]: seen an array; allowed: a string"),
-        ({"model": "sentence", "input": [1, 2]}, "input", "input[0]: token ids; send strings"),
-        ({"model": "sentence", "input": [[1, 2]]}, "input", "(LangChain: check_embedding_ctx_length=False)"),
-        ({"model": "sentence", "input": "\ud800"}, "input", "input: half of a surrogate pair"),
-        ({"model": "sentence", "input": ["a", "b" * 110_001]}, "input", "input[1]: 110001 bytes; allowed: up to 110000"),
-        ({"model": "sentence", "input": "a", "encoding_format": "int8"}, "encoding_format", 'seen "int8"; allowed: float or base64'),
-        ({"model": "sentence", "input": "a", "encoding_format": []}, "encoding_format", "seen an array"),
-        ({"model": "sentence", "input": "a", "dimensions": 31}, "dimensions", "seen 31; allowed for sentence: 8, 16, 32"),
-        ({"model": "sentence", "input": "a", "dimensions": True}, "dimensions", "seen true; allowed: a whole number"),
-        ({"model": "sentence", "input": "a", "prompt_name": "x"}, "prompt_name", 'seen "x"; prompts of sentence: none, query'),
-        ({"model": "sentence", "input": "a", "prompt_name": 1}, "prompt_name", "seen 1; allowed: the name of a prompt"),
-        ({"model": "sentence", "input": "a", "user": 1}, "user", "seen 1; allowed: a string"),
-        ({"model": "sentence", "inputs": "a", "input": "a"}, None, '"inputs": no such field; allowed: input, model'),
+        ({"input": ["a", "b" * 110_001]}, "input", "input[1]: 110001 bytes; allowed: up to 110000"),
+        ({"dimensions": 31}, "dimensions", "seen 31; allowed for sentence: 8, 16, 32"),
+        ({"prompt_name": "x"}, "prompt_name", 'seen "x"; prompts of sentence: none, query'),
+        ({"inputs": "a"}, None, '"inputs": no such field; allowed: input, model'),
     ],
-)  # fmt: skip
-def test_a_bad_request_is_one_400(serving: Serving, body: Any, param: str | None, message: str) -> None:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    status, _, answer = call(serving.places["OpenAI"], "POST", "/v1/embeddings", data)
+)
+def test_a_bad_request_is_a_400(serving: Serving, fields: dict[str, Any], param: str | None, message: str) -> None:
+    body = json.dumps({"model": "sentence", "input": "a", **fields}).encode()
+    status, _, answer = call(serving.places["OpenAI"], "POST", "/v1/embeddings", body)
     assert (status, answer["error"].keys()) == (400, {"message", "type", "param", "code"})
     assert [answer["error"][key] for key in ("type", "param", "code")] == ["invalid_request_error", param, None]
     assert message in answer["error"]["message"]
-    assert "\n" not in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -209,6 +179,56 @@ def test_a_compressed_body_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.APIStatusError, match="send the body uncompressed") as error:
         client.embeddings.create(model="sentence", input="a", extra_headers={"Content-Encoding": "gzip"})
     assert error.value.status_code == 415
+
+
+SHORT, LONG, REFUSED = (
+    f'route="/v1/embeddings",model="{model}",split="{split}"'
+    for model, split in (("sentence", "no"), ("sentence", "yes"), ("", "no"))
+)
+
+
+def test_requests_texts_and_tokens_are_counted(serving: Serving) -> None:
+    texts, url, before = ["ab", "ab " * 100], serving.places["OpenAI"], scrape(serving)
+    call(url, "POST", "/v1/embeddings", json.dumps({"model": "sentence", "input": texts}).encode())
+    call(url, "POST", "/v1/embeddings", json.dumps({"model": "sentence", "input": ["ab"] * 40}).encode())
+    call(url, "POST", "/v1/embeddings", b"{}")
+    call(url, "GET", "/v1/models/sentence")
+    call(url, "GET", "/v1/nosuch")
+    after = scrape(serving)
+    added = {name: value - before.get(name, 0) for name, value in after.items()}
+    tokens = sum(min(ids_of(text)[1], MOST_TOKENS) for text in texts + ["ab"] * 40)
+    expected = {
+        'openai_requests_total{route="/v1/embeddings",status="200"}': 2,
+        'openai_requests_total{route="/v1/embeddings",status="400"}': 1,
+        'openai_requests_total{route="/v1/models/{model}",status="200"}': 1,
+        'openai_requests_total{route="other",status="404"}': 1,
+        'openai_texts_total{model="sentence"}': 42,
+        'openai_tokens_total{model="sentence"}': tokens,
+        f"openai_request_duration_seconds_count{{{SHORT}}}": 1,
+        f"openai_request_duration_seconds_count{{{LONG}}}": 1,
+        f"openai_request_duration_seconds_count{{{REFUSED}}}": 1,
+        f'openai_request_duration_seconds_bucket{{{SHORT},le="+Inf"}}': 1,
+    }
+    assert {name: added[name] for name in expected} == expected
+    assert added[f"openai_request_duration_seconds_sum{{{SHORT}}}"] > 0
+
+
+def test_each_bucket_counts_the_requests_up_to_its_end() -> None:
+    metrics = Metrics()
+    for seconds in (0.003, 0.005, 0.2, 100):
+        metrics.count_request("/a", 200, seconds)
+    lines = [line for line in metrics.text().splitlines() if line.startswith("openai_request_duration_seconds")]
+    name = 'openai_request_duration_seconds_bucket{route="/a",model="",split="no",le='
+    counts = {line.removeprefix(name).split('"')[1]: int(line.split()[-1]) for line in lines if line.startswith(name)}
+    assert [counts[end] for end in ("0.005", "0.1", "0.2", "60.0", "+Inf")] == [2, 2, 3, 3, 4]
+    assert float(lines[-2].split()[-1]) == pytest.approx(100.208)
+    assert lines[-1] == 'openai_request_duration_seconds_count{route="/a",model="",split="no"} 4'
+
+
+def test_a_label_is_escaped() -> None:
+    metrics = Metrics()
+    metrics.count_texts('a"b\\c\nd', 1, 2)
+    assert 'openai_texts_total{model="a\\"b\\\\c\\nd"} 1\n' in metrics.text()
 
 
 BLOCKED = """
@@ -255,13 +275,11 @@ def blocked(tmp_path: Path) -> Iterator[tuple[Serving, Path]]:
     shutil.copy("serving/backend/numpy1_stub.py", repository / "blocked" / "1")
     (repository / "blocked" / "config.pbtxt").write_text(BLOCKED_CONFIG.replace("GO", str(go)))
     write_add_one(repository)
-    process = start(repository, "--openai-port", "0")
-    try:
-        yield Serving.of(process), go
-    finally:
-        go.touch()
-        process.terminate()
-        process.communicate()
+    with serve(repository) as running:
+        try:
+            yield running, go
+        finally:
+            go.touch()
 
 
 ASK = ("POST", "/v1/embeddings", b'{"model": "blocked", "input": "a"}')

@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +17,7 @@ from serving.embedded.openai_process import OpenAIProcess
 from serving.embedded.supervisor import MOST_TIMES
 from tests.conftest import write_add_one
 from tests.gateway import free_port, wait_for
-from tests.test_embedded import FREE_FLAGS, start
+from tests.test_embedded import start
 from tests.test_openai import Serving, blocked, call
 from tests.test_text import folder
 
@@ -64,7 +62,7 @@ def listens(url: str) -> bool:
     return False
 
 
-def test_routes_that_crash_again_and_again_are_a_failure(tmp_path: Path) -> None:
+def test_routes_that_keep_crashing_are_a_failure(tmp_path: Path) -> None:
     said: list[str] = []
     place = {"address": "127.0.0.1", "port": 0, "http_port": 1}
     with OpenAIProcess(tmp_path, **place, say=said.append) as routes:  # type: ignore[arg-type]
@@ -93,22 +91,11 @@ def test_without_a_server_it_is_503_with_retry_after(tmp_path: Path) -> None:
 def test_a_port_in_use_is_one_line(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        flags = ["--repository", str(folder / "repository"), *FREE_FLAGS, "--openai-port", str(port)]
-        environment = {**os.environ, "DEEPSEEK_BUILD": str(folder / "build")}
-        command = [sys.executable, "-m", "cli", "serve", *flags]
-        run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 2
-    assert f"OpenAI port 127.0.0.1:{port} cannot be used" in run.stderr
-    assert "OPENAI_PORT=" in run.stderr
-    assert run.stderr.count("\n") == 1
-
-
-def test_there_are_no_routes_without_texts(tmp_path: Path) -> None:
-    write_add_one(tmp_path)
-    process = start(tmp_path)
-    assert "OpenAI" not in Serving.of(process).places
-    process.terminate()
-    process.communicate()
+        process = start(folder / "repository", "--openai-port", str(port))
+        _, errors = process.communicate()
+    assert (process.returncode, errors.count("\n")) == (2, 1)
+    assert f"OpenAI port 127.0.0.1:{port} cannot be used" in errors
+    assert "OPENAI_PORT=" in errors
 
 
 def test_routes_start_when_a_polling_server_gets_its_first_model_that_takes_texts(folder: Path, tmp_path: Path) -> None:

@@ -16,22 +16,11 @@ import pytest
 from aiohttp import ClientSession, web
 from deepseek_client import InferenceError
 
-from serving.openai.embeddings import _shortened
 from serving.openai.errors import ApiError, from_client
-from serving.openai.inference import infer_texts
+from serving.openai.inference import vectors_of
 from serving.openai.metrics import Metrics
-from serving.openai.routes import HELD_BYTES, Routes
+from serving.openai.routes import Routes
 from serving.openai.text_models import TextModel
-
-
-def test_bodies_are_refused_beyond_the_memory_they_may_take() -> None:
-    routes = Routes(None, None, None)  # type: ignore[arg-type]
-    with routes._hold(HELD_BYTES):
-        with pytest.raises(ApiError) as error, routes._hold(1):
-            pass
-        assert error.value.status == 429
-    with routes._hold(HELD_BYTES):
-        pass
 
 
 class StandIn:
@@ -129,7 +118,7 @@ def test_a_header_makes_a_request_bulk() -> None:
 
 
 class Refusing:
-    """Stands in for a Triton that refuses every list of texts once."""
+    """Stands in for a Triton that refuses every list of texts once, and answers the number in each text."""
 
     def __init__(self) -> None:
         self.sent: list[list[str]] = []
@@ -138,15 +127,17 @@ class Refusing:
         self.sent.append(texts)
         if self.sent.count(texts) == 1:
             raise deepseek_client.ServerBusy("full")
-        return {"embedding": np.array(texts)}
+        numbers = np.array([[int(text)] for text in texts])
+        return {"embedding": numbers, "tokens": numbers}
 
 
 def test_a_refused_part_of_a_long_list_is_sent_again() -> None:
     triton: Any = Refusing()
-    found = asyncio.run(infer_texts(triton, SMALL, list("abc"), ["embedding"]))
-    assert list(found["embedding"]) == ["a", "b", "c"]
-    with pytest.raises(deepseek_client.ServerBusy):  # one batch: the caller decides
-        asyncio.run(infer_texts(triton, SMALL, list("de"), ["embedding"]))
+    vectors, tokens = asyncio.run(vectors_of(triton, Metrics(), SMALL, list("123")))
+    assert vectors.tolist() == [[1], [2], [3]]
+    assert tokens.tolist() == [1, 2, 3]
+    with pytest.raises(ApiError, match="overloaded: full"):  # one batch: the caller decides
+        asyncio.run(vectors_of(triton, Metrics(), SMALL, list("45")))
 
 
 def test_a_call_is_cancelled_when_its_caller_disconnects() -> None:
@@ -181,9 +172,3 @@ def test_each_error_of_a_call_has_its_status(error: InferenceError, status: int)
     found = from_client(error, "sentence")
     assert found.status == status
     assert found.retry_after_s == {429: 2, 503: 1}.get(status, 0)
-
-
-def test_a_vector_of_zeros_stays_one_when_it_is_shortened() -> None:
-    found = _shortened(np.array([[0, 0, 5], [3, 4, 5]], np.float32), 2)
-    np.testing.assert_allclose(found, [[0.0, 0.0], [0.6, 0.8]], atol=1e-7)
-    assert found.dtype == np.float32

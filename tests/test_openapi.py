@@ -33,47 +33,85 @@ def test_every_schema_is_valid_and_every_reference_resolves() -> None:
     assert {"EmbeddingRequest", "SimilarityRequest", "ErrorAnswer"} <= named
 
 
+NESTED = b'{"model": "m", "input": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+PAIR = {"source_sentence": "a", "sentences": ["b"]}
+E, S, R = EmbeddingRequest, SimilarityRequest, RerankRequest
+
+
 @pytest.mark.parametrize(
-    ("body", "allowed"),
+    ("kind", "body", "param", "message"),
     [
-        ({"model": "m", "input": "a"}, True),
-        ({"model": "m", "input": ["a", "b"], "encoding_format": "base64", "dimensions": 8, "user": "u", "prompt_name": "p"}, True),
-        ({"model": "m", "input": "a", "encoding_format": None, "dimensions": None, "user": None, "prompt_name": None}, True),
-        ({"model": "m"}, False),
-        ({"input": "a"}, False),
-        ({"model": "", "input": "a"}, False),
-        ({"model": "m" * 256, "input": "a"}, False),
-        ({"model": "m", "input": ""}, False),
-        ({"model": "m", "input": []}, False),
-        ({"model": "m", "input": ["a", ""]}, False),
-        ({"model": "m", "input": ["a"] * 2049}, False),
-        ({"model": "m", "input": [1]}, False),
-        ({"model": "m", "input": "a", "encoding_format": "int8"}, False),
-        ({"model": "m", "input": "a", "dimensions": 0}, False),
-        ({"model": "m", "input": "a", "user": 1}, False),
-        ({"model": "m", "input": "a", "inputs": "a"}, False),
-        ({"query": "a", "texts": ["b"]}, True),
-        ({"query": "a", "texts": ["b"], "model": None, "raw_scores": True, "return_text": False, "truncate": None}, True),
-        ({"query": "a", "texts": "b"}, False),
-        ({"query": "a", "texts": ["b"], "raw_scores": 1}, False),
-        ({"inputs": {"source_sentence": "a", "sentences": ["b"]}}, True),
-        ({"inputs": {"source_sentence": "a", "sentences": ["b"]}, "model": "m", "parameters": {"prompt_name": "p"}}, True),
-        ({"inputs": {"source_sentence": "a", "sentences": []}}, False),
-        ({"inputs": {"source_sentence": "a"}}, False),
-        ({"inputs": {"source_sentence": "a", "sentences": ["b"]}, "parameters": {"x": 1}}, False),
+        (E, b"{", None, "the body is not JSON"),
+        (E, NESTED, None, "the body is not JSON"),
+        (E, b'{"model": "m", "input": "\xff"}', None, "the body is not UTF-8: invalid start byte at byte 25"),
+        (E, b'"a"', None, 'the body is "a"; allowed: a JSON object'),
+        (E, b'{"model": "\\ud800", "input": "a"}', "model", "model: seen"),
+        (E, b'{"model": "m", "input": "\\ud800"}', "input", "input: half of a surrogate pair"),
+        (E, {"input": "a"}, "model", "model: missing"),
+        (E, {"model": 1, "input": "a"}, "model", "model: seen 1; allowed: the name of a model"),
+        (E, {"model": "", "input": "a"}, "model", 'model: seen ""'),
+        (E, {"model": "m" * 256, "input": "a"}, "model", 'model: seen "mmm'),
+        (E, {"model": "m"}, "input", "input: missing; allowed: a string or a list of strings"),
+        (E, {"model": "m", "input": None}, "input", "input: seen null"),
+        (E, {"model": "m", "input": []}, "input", "input: a list of 0; allowed: 1 to 2048 texts"),
+        (E, {"model": "m", "input": ["a"] * 2049}, "input", "input: a list of 2049; allowed: 1 to 2048 texts"),
+        (E, {"model": "m", "input": ""}, "input", "input: an empty string; leave it out"),
+        (E, {"model": "m", "input": ["a", ""]}, "input", "input[1]: an empty string"),
+        (E, {"model": "m", "input": ["a", None]}, "input", "input[1]: seen null; allowed: a string"),
+        (E, {"model": "m", "input": [1, 2]}, "input", "input[0]: token ids; send strings"),
+        (E, {"model": "m", "input": [[1, 2]]}, "input", "(LangChain: check_embedding_ctx_length=False)"),
+        (E, {"model": "m", "input": "a", "encoding_format": "int8"}, "encoding_format", 'seen "int8"; allowed: float or base64'),
+        (E, {"model": "m", "input": "a", "encoding_format": []}, "encoding_format", "seen an array"),
+        (E, {"model": "m", "input": "a", "dimensions": 0}, "dimensions", "seen 0; allowed: a whole number"),
+        (E, {"model": "m", "input": "a", "dimensions": True}, "dimensions", "seen true"),
+        (E, {"model": "m", "input": "a", "prompt_name": 1}, "prompt_name", "seen 1; allowed: the name of a prompt"),
+        (E, {"model": "m", "input": "a", "user": 1}, "user", "seen 1; allowed: a string"),
+        (E, {"model": "m", "input": "a", "inputs": "a"}, None, '"inputs": no such field; allowed: input, model'),
+        (S, {}, "inputs", "inputs: missing; allowed: an object with source_sentence and sentences"),
+        (S, {"inputs": {"sentences": ["a"]}}, "inputs.source_sentence", "inputs.source_sentence: missing; allowed: a string"),
+        (S, {"inputs": {**PAIR, "sentences": "b"}}, "inputs.sentences", 'inputs.sentences: seen "b"; allowed: a list'),
+        (S, {"inputs": {**PAIR, "sentences": ["b", ""]}}, "inputs.sentences", "inputs.sentences[1]: an empty string"),
+        (S, {"inputs": {**PAIR, "x": 1}}, None, '"x": no such field; allowed: source_sentence, sentences'),
+        (S, {"inputs": PAIR, "parameters": {"prompt_name": 1}}, "parameters.prompt_name", "parameters.prompt_name: seen 1"),
+        (S, {"inputs": PAIR, "parameters": {"truncate": True}}, None, '"truncate": no such field'),
+        (S, {"inputs": PAIR, "parameters": 1}, "parameters", "parameters: seen 1; allowed: an object"),
+        (R, {"texts": ["a"]}, "query", "query: missing; allowed: a string"),
+        (R, {"query": ["a"], "texts": ["a"]}, "query", "query: seen an array; allowed: a string"),
+        (R, {"query": "a", "texts": "a"}, "texts", 'texts: seen "a"; allowed: a list of strings'),
+        (R, {"query": "a", "texts": ["a", 1.5]}, "texts", "texts[1]: seen 1.5; allowed: a string"),
+        (R, {"query": "a", "texts": ["a"], "raw_scores": 1}, "raw_scores", "raw_scores: seen 1; allowed: true or false"),
+        (R, {"query": "a", "texts": ["a"], "model": 1}, "model", "model: seen 1"),
+        (R, {"query": "a", "documents": ["a"]}, None, '"documents": no such field; allowed: query, texts, model'),
     ],
 )  # fmt: skip
-def test_a_body_is_valid_if_and_only_if_it_is_taken(body: dict[str, Any], allowed: bool) -> None:
-    kinds: dict[str, type[RequestBody]] = {"query": RerankRequest, "source_sentence": SimilarityRequest}
-    kind = next((kind for name, kind in kinds.items() if f'"{name}"' in json.dumps(body)), EmbeddingRequest)
-    assert validator(kind.__name__).is_valid(body) == allowed
-    try:
-        kind.read(json.dumps(body).encode())
-    except ApiError as error:
-        assert not allowed
-        validator("ErrorAnswer").validate(error.body())
-    else:
-        assert allowed
+def test_a_body_that_is_refused_is_invalid_in_the_document_too(
+    kind: type[RequestBody], body: Any, param: str | None, message: str
+) -> None:
+    with pytest.raises(ApiError) as error:
+        kind.read(body if isinstance(body, bytes) else json.dumps(body).encode())
+    answer = error.value.body()
+    validator("ErrorAnswer").validate(answer)
+    assert (error.value.status, answer["error"]["param"]) == (400, param)
+    assert message in answer["error"]["message"]
+    assert "\n" not in answer["error"]["message"]
+    assert isinstance(body, bytes) or not validator(kind.__name__).is_valid(body)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (E, {"model": "m", "input": "a"}),
+        (E, {"model": "m", "input": ["a", "b"], "encoding_format": "base64", "dimensions": 8, "user": "u", "prompt_name": "p"}),
+        (E, {"model": "m", "input": "a", "encoding_format": None, "dimensions": None, "user": None, "prompt_name": None}),
+        (S, {"inputs": PAIR}),
+        (S, {"inputs": PAIR, "model": "m", "parameters": {"prompt_name": "p"}}),
+        (R, {"query": "a", "texts": ["b"]}),
+        (R, {"query": "a", "texts": ["b"], "model": None, "raw_scores": True, "return_text": False, "truncate": None}),
+    ],
+)  # fmt: skip
+def test_a_body_that_is_taken_is_valid_in_the_document_too(kind: type[RequestBody], body: dict[str, Any]) -> None:
+    kind.read(json.dumps(body).encode())
+    validator(kind.__name__).validate(body)
 
 
 def test_what_is_answered_is_valid(serving: Serving) -> None:

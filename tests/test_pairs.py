@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +16,9 @@ from deepseek.spec import DeploymentSpec
 from export.checks.parity import compare_served
 from export.checks.parity_strings import AT
 from export.model_folder import ModelFolder
-from serving.doctor.examine import examine
-from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer
 from serving.repository.served_models import served_models
 from tests.conftest import FREE, once, run_module
-from tests.test_openai import call
 from tests.tiny_checkpoints import write_checkpoint
 
 LONGEST = 66  # tokens of the checkpoint
@@ -92,13 +88,8 @@ def test_scores_are_those_of_transformers(place: Path, client: InferenceClient) 
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["a", "b"], "has shape [2], of 1 dimensions; the model takes 2: [-1, 2]"),
-        ([("a",)], "dimension 1 must be 2, not 1: the model takes [-1, 2]"),
-        ([("a", "b", "c")], "dimension 1 must be 2, not 3"),
-        ([("a", "b"), ("a",)], "holds ('a', 'b') (tuple); the model takes only bytes and str"),
         ([("a", b"b\xff")], "text, second of the pair, is not UTF-8: invalid start byte at byte 1"),
         ([("a", "b"), ("b" * 131_073, "a")], "text 1, first of the pair, has 131073 bytes; allowed: up to 131072"),
-        ([("a", "b")] * 33, "a batch of 33; from 1 to 32 are allowed"),
     ],
 )
 def test_a_bad_pair_is_one_line(client: InferenceClient, texts: Any, message: str) -> None:
@@ -106,15 +97,6 @@ def test_a_bad_pair_is_one_line(client: InferenceClient, texts: Any, message: st
         client.infer("reranker", {"text": texts})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(("shape", "data"), [([1, 1], ["a"]), ([2], ["a", "b"]), ([1, 3], ["a", "b", "c"])])
-def test_a_wrong_shape_of_any_client_is_a_400(server: EmbeddedServer, shape: list[int], data: list[str]) -> None:
-    body = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": shape, "data": data}]}
-    status, _, answer = call(server.http_url, "POST", "/v2/models/reranker/infer", json.dumps(body).encode())
-    assert status == 400
-    assert "unexpected shape for input 'text'" in answer["error"]
-    assert "Expected [-1,2]" in answer["error"]
 
 
 def test_the_import_writes_pairs_for_a_cross_encoder_only(place: Path, tmp_path: Path) -> None:
@@ -139,9 +121,7 @@ def test_parity_compares_pairs_with_their_ids(
     assert len([check for check in result["checks"] if check["at"] == AT]) == 2  # one output over two protocols
 
 
-def test_the_doctor_and_the_gateway_know_pairs(place: Path) -> None:
-    here = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",), tokenizers=True)
-    assert [str(each) for each in examine(place / "repository", here)[1] if each.level == "mismatch"] == []
+def test_the_gateway_lets_the_largest_pairs_pass(place: Path) -> None:
     (model,) = served_models(place / "repository", place / "models")
     assert model.text_bytes == 32 * 2 * (131_072 + 4)
 

@@ -125,9 +125,7 @@ def test_texts_of_any_length_run_as_one_batch(sentence: EmbeddedServer) -> None:
     after = statistics(sentence, "sentence")
     assert after["inference_count"] - before["inference_count"] == 160
     assert after["execution_count"] - before["execution_count"] < 160
-    for place, answer in enumerate(answers):
-        assert answer["tokens"].tolist() == [[2 + 2 * (place % 16)]]
-        assert cosine(answer["embedding"], answers[place % 16]["embedding"]) >= 0.9999
+    assert [answer["tokens"][0, 0] for answer in answers] == [2 + 2 * (place % 16) for place in range(160)]
 
 
 def test_a_prompt_begins_the_texts_of_a_request(client: InferenceClient) -> None:
@@ -155,27 +153,12 @@ ALL_IDS = {"ids": IDS, "attention_mask": IDS, "token_type_ids": IDS}
     [
         ({"text": [b"ab\xff"]}, "text is not UTF-8: invalid start byte at byte 2"),
         ({"text": ["a", "b" * 110_001]}, "text 1 has 110001 bytes; allowed: up to 110000"),
-        ({"text": []}, "a batch of 0; from 1 to 8 are allowed"),
-        ({"text": ["a"] * 9}, "a batch of 9; from 1 to 8 are allowed"),
         ({"text": "a"}, "a str; pass a list of texts, or a numpy array"),
-        ({"text": [1]}, "holds 1 (int); the model takes only bytes and str"),
-        ({"text": [["a", "b"]]}, "dimension 1 must be 1, not 2"),
         ({"text": ["a"], **ALL_IDS}, "seen text with ids with attention_mask with token_type_ids; allowed: text alone"),
         ({"ids": IDS}, "input attention_mask is missing; allowed: text alone, or ids with attention_mask"),
         ({}, "request has 0 inputs"),
     ],
-    ids=[
-        "not UTF-8",
-        "too long",
-        "empty",
-        "too many",
-        "not a list",
-        "a number",
-        "nested",
-        "both",
-        "no mask",
-        "nothing",
-    ],
+    ids=["not UTF-8", "too long", "not a list", "both", "no mask", "nothing"],
 )
 def test_a_bad_request_is_one_line(client: InferenceClient, inputs: Any, message: str) -> None:
     with pytest.raises(InvalidInput) as error:
@@ -190,7 +173,6 @@ def test_a_bad_request_is_one_line(client: InferenceClient, inputs: Any, message
         ([9, 1], ["a"] * 9, "batch-size must be <= 8"),
         ([0, 1], [], "expected 1 string elements"),
         ([1, 2], ["a", "b"], "unexpected shape for input 'text'"),
-        ([1, 1], ["b" * 110_001], "text has 110001 bytes; allowed: up to 110000"),
     ],
 )
 def test_a_bad_request_of_any_client_is_a_400(sentence: EmbeddedServer, shape: Any, data: Any, reason: str) -> None:
@@ -213,7 +195,7 @@ def test_a_bad_text_fails_alone(sentence: EmbeddedServer) -> None:
 
         answers = list(pool.map(call, ["a text", b"\xff"] * 40))
     assert answers == ["(1, 32)", "InvalidInput"] * 40
-    labels = '{model="sentence",reason="INTERNAL",version="1"}'  # a caller's mistake is no failure of the model
+    labels = '{model="sentence",reason="INTERNAL",version="1"}'  # callers' mistakes are not counted
     assert counter(sentence, f"onnxruntime_inference_request_failure{labels}") == 0
 
 
@@ -221,9 +203,7 @@ def test_tokens_are_counted_with_and_without_padding(sentence: EmbeddedServer) -
     names = [f'onnxruntime_text_{name}{{model="sentence",version="1"}}' for name in ("tokens", "padded_tokens")]
     before = [counter(sentence, name) for name in names]
     with InferenceClient(sentence.grpc_url) as client:
-        client.infer(
-            "sentence", {"text": ["abc", "a", "a " * 100]}
-        )  # 5, 3 and 102 tokens, of which 48 run; then 2 rows of 5
+        client.infer("sentence", {"text": ["abc", "a", "a " * 100]})  # 5, 3 and 102 tokens: 48 run, and 2 rows of 5
     assert [counter(sentence, name) - old for name, old in zip(names, before, strict=True)] == [56, 58]
 
 
@@ -242,46 +222,6 @@ def test_the_command_sends_a_text(sentence: EmbeddedServer) -> None:
     assert "A text, as typed" in run.stdout
     run = run_module("cli", "infer", *place, "--text", "a", "--inputs", "x.json")
     assert (run.returncode, run.stderr) == (2, "error: --text and --inputs: seen both; give one of them\n")
-
-
-def load_of_texts(server: EmbeddedServer, folder: Path, texts: str, model: str = "sentence") -> Any:
-    """Runs `deepseek loadtest` with a file of texts."""
-    (folder / "texts.txt").write_bytes(texts.encode())
-    where = ("--model", model, "--models", str(MODELS), "--url", server.grpc_url, "--inputs", str(folder / "texts.txt"))
-    load = ("--rate", "20", "--duration-s", "2", "--warmup-s", "0", "--arrivals", "constant", "--json")
-    return run_module("cli", "loadtest", *where, *load, DEEPSEEK_BUILD=str(folder / "build"))
-
-
-def test_a_load_test_sends_texts_and_counts_their_tokens(sentence: EmbeddedServer, tmp_path: Path) -> None:
-    """Three texts of 3, 4 and 48 (truncated) tokens take turns: 40 requests, each as often as the others, or once more."""
-    texts = ("a", "a\u2028b", "a long text " * 100)
-    tokens = [ids_of(text)[0]["ids"].shape[1] for text in texts]
-    assert len(set(tokens)) == 3
-    assert tokens[2] == MOST_TOKENS
-    series = 'onnxruntime_text_tokens{model="sentence",version="1"}'
-    before = counter(sentence, series)
-    done = load_of_texts(sentence, tmp_path, "\n\n".join(texts) + "\r\n")
-    assert done.returncode in (0, 3), done.stderr  # 3: the machine was too busy to send in time
-    found = json.loads(done.stdout)
-    planned = {length: figures["planned"] for length, figures in found["lengths"].items()}
-    assert list(planned) == [f"tokens {count}" for count in tokens]
-    assert sorted(planned.values()) == [13, 13, 14]
-    assert found["answered"] == 40
-    assert found["tokens_per_s"] == sum(count * planned[f"tokens {count}"] for count in tokens) / 2
-    sent = counter(sentence, series) - before
-    assert sent >= 2 * found["tokens_per_s"]  # and those of the check before the load
-
-
-@pytest.mark.parametrize(
-    ("texts", "model", "message"),
-    [("\n \n", "sentence", "contains no text"), ("a", "text", "has texts, but deploy.toml of text has no [text]")],
-)
-def test_a_load_of_texts_that_cannot_be_sent_is_one_line(
-    sentence: EmbeddedServer, tmp_path: Path, texts: str, model: str, message: str
-) -> None:
-    done = load_of_texts(sentence, tmp_path, texts, model)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert message in done.stderr
 
 
 def test_parity_compares_texts_with_their_ids(

@@ -87,9 +87,7 @@ def test_an_answer_may_come_in_pieces_and_its_connection_is_used_again() -> None
         (close, ConnectionLost, "before the answer was complete"),
     ],
 )
-def test_after_an_answer_that_is_none_the_next_call_works(
-    answer: Answer, kind: type[InferenceError], message: str
-) -> None:
+def test_the_next_call_works_after_an_unusable_answer(answer: Answer, kind: type[InferenceError], message: str) -> None:
     async def run() -> None:
         async with triton(answer, says(ANSWER + BODY)) as (made, _):
             with pytest.raises(kind, match=message):

@@ -1,4 +1,4 @@
-"""What the routes answer, for the OpenAPI document."""
+"""The answers of the routes, for the OpenAPI document."""
 
 from __future__ import annotations
 

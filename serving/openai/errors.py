@@ -1,11 +1,13 @@
 """Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
 
-Contract: each `ApiError` has the HTTP status; `from_client` turns an error of the client into one.
+Contract: each `ApiError` has the HTTP status; `api_errors` turns the errors of the client into ApiErrors.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from deepseek_client import (
     ConnectionLost,
@@ -33,7 +35,6 @@ class ApiError(Exception):
         self._param, self._code = param, code or CODES.get(status)
 
     def body(self) -> dict:
-        """What is sent as JSON."""
         kind = TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self._param, "code": self._code}}
 
@@ -50,8 +51,16 @@ def busy(message: str, retry_after_s: float | None = None) -> ApiError:
     return ApiError(429, f"overloaded: {message}", retry_after_s=max(1, math.ceil(retry_after_s or 1)))
 
 
+@contextmanager
+def api_errors(model: str) -> Iterator[None]:
+    """Raises each of the client's errors about a model as an ApiError."""
+    try:
+        yield
+    except InferenceError as error:
+        raise from_client(error, model) from error
+
+
 def from_client(error: InferenceError, model: str) -> ApiError:
-    """The answer for a call that failed."""
     reason = str(error)
     match error:
         case InvalidInput():

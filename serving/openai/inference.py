@@ -1,6 +1,6 @@
 """Runs a list of texts of any length on a model.
 
-Contract: a list longer than the model's largest batch is split; a few parts run at once, and the outputs are in the
+Contract: a list longer than the model's largest batch is split; a few parts run at once, and the vectors are in the
 order of the list. A part that Triton's queue refuses is sent again until the deadline; any other failure of a part
 fails the whole list.
 """
@@ -15,30 +15,48 @@ from collections.abc import Sequence
 import numpy as np
 from deepseek_client import InferenceError, ServerBusy
 
+from deepseek.spec import TOKENS
 from deepseek.spec.text import LIST_TIMEOUT_S
+from serving.openai.errors import ApiError, api_errors
+from serving.openai.metrics import Metrics
 from serving.openai.text_models import TextModel
 from serving.openai.triton_http import TritonHttp
 
 RETRY_S = 0.1  # before a refused part of a long list is sent again
+Texts = Sequence[str] | Sequence[tuple[str, str]]
 
 
-async def infer_texts(
-    triton: TritonHttp,
-    model: TextModel,
-    texts: Sequence[str] | Sequence[tuple[str, str]],
-    outputs: Sequence[str],
-) -> dict[str, np.ndarray]:
-    """The outputs of all texts or pairs, each (texts, ...). Raises InferenceError."""
+async def vectors_of(
+    triton: TritonHttp, metrics: Metrics, model: TextModel, texts: Texts
+) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors (texts, size) of texts or pairs as little-endian float32, and the tokens (texts,) before truncation.
+
+    The metrics count what ran. Raises ApiError.
+    """
+    with api_errors(model.name):
+        vectors, tokens = await _in_parts(triton, model, texts)
+    vectors = vectors.astype("<f4", copy=False)
+    if not np.isfinite(vectors).all():
+        raise ApiError(500, f"model {model.name!r} answered numbers that are not finite")
+    metrics.count_texts(model.name, len(tokens), model.tokens_that_ran(tokens))
+    return vectors, tokens
+
+
+async def _in_parts(triton: TritonHttp, model: TextModel, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
     parts = [texts[first : first + model.max_batch] for first in range(0, len(texts), model.max_batch)]
     gate = asyncio.Semaphore(model.parts_at_once)
     until_s = time.monotonic() + LIST_TIMEOUT_S
+    outputs = (model.output, TOKENS)
 
-    async def run(part: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
+    async def run(part: Texts) -> tuple[np.ndarray, np.ndarray]:
         async with gate:
             while True:
                 left_s = max(until_s - time.monotonic(), 0.001)
                 try:
-                    return await triton.infer(model.name, part, outputs, timeout_s=left_s, parameters=model.parameters)
+                    answer = await triton.infer(
+                        model.name, part, outputs, timeout_s=left_s, parameters=model.parameters
+                    )
+                    return answer[model.output], answer[TOKENS][:, 0]
                 except ServerBusy:  # a long list waits: it would lose the parts that are done
                     if len(parts) == 1 or left_s < 2 * RETRY_S:
                         raise
@@ -52,6 +70,6 @@ async def infer_texts(
     except* InferenceError as errors:
         failed = errors.exceptions[0]
     else:
-        answers = [task.result() for task in running]
-        return {name: np.concatenate([answer[name] for answer in answers]) for name in outputs}
+        vectors, tokens = zip(*(task.result() for task in running), strict=True)
+        return np.concatenate(vectors), np.concatenate(tokens)
     raise failed

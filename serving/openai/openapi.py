@@ -19,15 +19,13 @@ PRIORITY, PRIORITIES = "X-Priority", ("online", "bulk")  # header of requests wi
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Route:
-    """A route: what it takes and answers."""
-
     method: str
     path: str
     """A part in braces is a parameter."""
-    summary: str
     handler: Handler
+    summary: str
     body: type[RequestBody] | None = None
     answer: type[BaseModel] | None = None
     """The JSON of an answer; None: any document of `answer_type`."""
@@ -38,7 +36,6 @@ class Route:
 
 
 def document(routes: Sequence[Route]) -> dict[str, Any]:
-    """The document."""
     types: set[type[BaseModel]] = {ErrorAnswer}
     types.update(each for route in routes for each in (route.body, route.answer) if each)
     _, definitions = models_json_schema(

@@ -1,4 +1,4 @@
-"""What the page asks about models with `[vocabulary]`: which there are, items by their titles, and what comes next.
+"""The page's routes for models with `[vocabulary]`: list the models, find items by title, recommend the next items.
 
 Contract: on the port of the page only; the gateway does not pass these paths on. Raises ApiError.
 """
@@ -6,15 +6,16 @@ Contract: on the port of the page only; the gateway does not pass these paths on
 from __future__ import annotations
 
 import csv
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 from aiohttp import web
-from deepseek_client import AsyncInferenceClient, InferenceError, ModelUnavailable
+from deepseek_client import AsyncInferenceClient, ModelUnavailable
 
 from deepseek.spec.files.repository import model_folders
 from deepseek.spec.vocabulary import CATALOGUE, VOCABULARY
-from serving.openai.errors import from_client, no_such_model
+from serving.openai.errors import api_errors, no_such_model
 from serving.openai.request_body import Allowed, RequestBody, Texts
 
 SHOWN = 8  # items that a search finds, and items that come next
@@ -35,7 +36,6 @@ class Recommenders:
         self._read: dict[Path, list[Item]] = {}
 
     def add_to(self, router: web.UrlDispatcher) -> None:
-        """Adds the paths."""
         router.add_get("/recommenders", self._list)
         router.add_get("/recommenders/{model}/items", self._find)
         router.add_post("/recommenders/{model}", self._next)
@@ -43,13 +43,9 @@ class Recommenders:
     async def _list(self, _: web.Request) -> web.Response:
         found = []
         for name in sorted(folder.name for folder in model_folders(self._repository)):
-            try:
+            with api_errors(name), suppress(ModelUnavailable):
                 if VOCABULARY in (await self._client.metadata(name)).parameters:
                     found.append({"id": name, "capabilities": ["recommend"]})
-            except ModelUnavailable:
-                continue
-            except InferenceError as error:
-                raise from_client(error, name) from error
         return web.json_response({"data": found})
 
     async def _find(self, request: web.Request) -> web.Response:
@@ -65,19 +61,15 @@ class Recommenders:
         name = request.match_info["model"]
         asked = NextRequest.read(await request.read())
         await self._items(name)
-        try:
+        with api_errors(name):
             answer = await self._client.infer(name, {"history": [asked.history]}, outputs=["skus", "titles"])
-        except InferenceError as error:
-            raise from_client(error, name) from error
         pairs = zip(answer["skus"][0][:SHOWN], answer["titles"][0][:SHOWN], strict=True)
         return web.json_response({"data": [{"item": a.decode(), "title": b.decode()} for a, b in pairs if a]})
 
     async def _items(self, name: str) -> list[Item]:
         """The items of the latest version that is served."""
-        try:
+        with api_errors(name):
             metadata = await self._client.metadata(name)
-        except InferenceError as error:
-            raise from_client(error, name) from error
         if VOCABULARY not in metadata.parameters:
             raise no_such_model(name, "takes no names (no [vocabulary] in its deploy.toml)")
         path = self._repository / name / max(metadata.versions, key=int) / CATALOGUE

@@ -16,7 +16,7 @@ from typing import Any
 from aiohttp import web
 
 from serving.openai.answers import EmbeddingList, Model, ModelList, Ranking, Similarities
-from serving.openai.embeddings import Embeddings
+from serving.openai.embeddings import embeddings, similarities
 from serving.openai.errors import ApiError, busy
 from serving.openai.metrics import CONTENT_TYPE, Metrics
 from serving.openai.openapi import PRIORITIES, PRIORITY, Handler, Route, document
@@ -24,7 +24,7 @@ from serving.openai.page import FILES, send_file
 from serving.openai.recommenders import Recommenders
 from serving.openai.request_body import shown
 from serving.openai.requests import EmbeddingRequest, RerankRequest, SimilarityRequest
-from serving.openai.rerank import scores_of
+from serving.openai.rerank import scores
 from serving.openai.text_models import TextModel, TextModels
 from serving.openai.triton_http import TritonHttp
 
@@ -44,49 +44,16 @@ class Routes:
         self, models: TextModels, triton: TritonHttp, metrics: Metrics, recommenders: Recommenders | None = None
     ) -> None:
         self._models, self._triton, self._metrics, self._recommenders = models, triton, metrics, recommenders
-        self._embeddings = Embeddings(triton, metrics)
         self._held_bytes = 0
         self._routes = (
-            Route(
-                method="POST",
-                path="/v1/embeddings",
-                summary="Vectors of texts",
-                handler=self._embed,
-                body=EmbeddingRequest,
-                answer=EmbeddingList,
-            ),
-            Route(
-                method="POST",
-                path="/similarity",
-                summary="Similarity of a text to others",
-                handler=self._compare,
-                body=SimilarityRequest,
-                answer=Similarities,
-            ),
-            Route(
-                method="POST",
-                path="/rerank",
-                summary="Texts by their score with a query, the best first",
-                handler=self._rerank,
-                body=RerankRequest,
-                answer=Ranking,
-            ),
-            Route(method="GET", path="/v1/models", summary="All models", handler=self._list, answer=ModelList),
-            Route(method="GET", path="/v1/models/{model}", summary="One model", handler=self._describe, answer=Model),
-            Route(
-                method="GET",
-                path="/v2/models/{model}/stats",
-                summary="Triton's statistics of a model",
-                handler=self._statistics,
-            ),
-            Route(
-                method="GET",
-                path="/metrics",
-                summary="Metrics of these routes for Prometheus",
-                handler=self._measure,
-                answer_type="text/plain",
-            ),
-            Route(method="GET", path="/openapi.json", summary="This document", handler=self._document),
+            Route("POST", "/v1/embeddings", self._embed, "Vectors of texts", EmbeddingRequest, EmbeddingList),
+            Route("POST", "/similarity", self._compare, "Cosine of a text and others", SimilarityRequest, Similarities),
+            Route("POST", "/rerank", self._rerank, "Texts sorted by their score", RerankRequest, Ranking),
+            Route("GET", "/v1/models", self._list, "All models", answer=ModelList),
+            Route("GET", "/v1/models/{model}", self._describe, "One model", answer=Model),
+            Route("GET", "/v2/models/{model}/stats", self._statistics, "Triton's statistics of a model"),
+            Route("GET", "/metrics", self._measure, "Metrics of these routes for Prometheus", answer_type="text/plain"),
+            Route("GET", "/openapi.json", self._document, "This document"),
         )
 
     def runner(self, drain_s: float) -> web.AppRunner:
@@ -113,7 +80,7 @@ class Routes:
             model = await self._model(request, asked.model, len(asked.texts))
             per_number = NUMBER_BYTES if asked.encoding_format == "base64" else DIGITS_BYTES
             with self._hold_answer(len(asked.texts) * model.size * per_number):
-                answer = await self._embeddings.answer(model, asked)
+                answer = await embeddings(self._triton, self._metrics, model, asked)
                 return await _sent(request, web.Response(body=answer, content_type="application/json"))
 
     async def _compare(self, request: web.Request) -> web.Response:
@@ -121,7 +88,7 @@ class Routes:
             asked = SimilarityRequest.read(await _body(request))
             model = await self._model(request, asked.model, 1 + len(asked.inputs.sentences))
             with self._hold_answer(len(asked.inputs.sentences) * model.size * NUMBER_BYTES):
-                return web.json_response(await self._embeddings.similarities(model, asked))
+                return web.json_response(await similarities(self._triton, self._metrics, model, asked))
 
     async def _rerank(self, request: web.Request) -> web.Response:
         with self._hold_body(request):
@@ -129,11 +96,11 @@ class Routes:
             model = await self._model(request, asked.model, len(asked.texts), pairs=True)
             copies = min(len(asked.texts), model.max_batch * model.parts_at_once)  # each text goes with the query
             with self._hold(copies * len(asked.query.encode())):
-                answer = await scores_of(self._triton, model, asked, self._metrics)
+                answer = await scores(self._triton, self._metrics, model, asked)
         return web.Response(text=answer, content_type="application/json")
 
     async def _model(self, request: web.Request, name: str | None, texts: int, *, pairs: bool = False) -> TextModel:
-        """The model for a request with so many texts, noted for the metrics; a header says if it is bulk."""
+        """The model for a request with this number of texts, noted for the metrics; a header makes it bulk."""
         if (priority := request.headers.get(PRIORITY, PRIORITIES[0])) not in PRIORITIES:
             raise ApiError(400, f"{PRIORITY}: seen {shown(priority)}; allowed: {' or '.join(PRIORITIES)}")
         model = await self._models.chosen(name, pairs=pairs)

@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from deepseek_client import AsyncInferenceClient, InferenceError, ModelMetadata, ModelUnavailable
+import numpy as np
+from deepseek_client import AsyncInferenceClient, ModelMetadata, ModelUnavailable
 from deepseek_client.transport import Parameters
 
 from deepseek.spec import BULK, TEXT
 from deepseek.spec.files.repository import CONFIG, model_folders
 from deepseek.spec.text import EMBEDDING, vector_output
-from serving.openai.errors import ApiError, from_client, no_such_model
+from serving.openai.errors import ApiError, api_errors, no_such_model
 from serving.openai.request_body import shown
 
 FLOATS = ("FP16", "FP32", "FP64", "BF16")
@@ -46,11 +47,11 @@ class TextModel:
     preferred_batch: int | None = None
     """Most rows that Triton joins into a batch; None: `max_batch`."""
     parameters: Parameters = field(default_factory=dict)
-    """Of the requests to Triton."""
+    """Parameters of the requests to Triton."""
 
     @classmethod
     def of(cls, metadata: ModelMetadata) -> TextModel:
-        """Raises ApiError 404 if the model takes no texts, or has no vector for a text, or no score for a pair."""
+        """Raises ApiError 404 if the model does not take texts, or has no vector or score for each."""
         if TEXT not in metadata.parameters:
             raise no_such_model(metadata.name, "takes no texts (no [text] in its deploy.toml)")
         settings = json.loads(metadata.parameters[TEXT])  # an older version lacks some
@@ -82,8 +83,12 @@ class TextModel:
         """The same for a bulk request: behind the others, in parts so short that these never wait long for one."""
         return replace(self, max_batch=self.preferred_batch or self.max_batch, parameters={"priority": BULK})
 
+    def tokens_that_ran(self, tokens: np.ndarray) -> int:
+        """`tokens`: those of each text before truncation."""
+        return int(np.minimum(tokens, self.max_tokens).sum())
+
     def prompt(self, name: str | None, *, param: str) -> str:
-        """The beginning of texts; None: the default. Raises ApiError if there is no such prompt."""
+        """The prompt of this name; None: the default. Raises ApiError for an unknown name."""
         name = self.default_prompt if name is None else name
         if name is not None and name not in self.prompts:
             known = ", ".join(sorted(self.prompts)) or "none"
@@ -99,7 +104,6 @@ class TextModels:
         self._read: dict[str, tuple[float, TextModel]] = {}  # name -> when it was read, and the model
 
     async def all(self) -> list[TextModel]:
-        """All models, by name."""
         found = []
         for name in sorted(folder.name for folder in model_folders(self._repository)):
             try:
@@ -110,22 +114,18 @@ class TextModels:
         return found
 
     async def named(self, name: str) -> TextModel:
-        """Raises ApiError 404 if there is no such model."""
+        """Raises ApiError 404 for an unknown model."""
         read_s, model = self._read.get(name, (0.0, None))
         if model is None or time.monotonic() - read_s > METADATA_S:
-            try:
+            with api_errors(name):
                 model = TextModel.of(await self._client.metadata(name))
-            except InferenceError as error:
-                raise from_client(error, name) from error
             self._read[name] = (time.monotonic(), model)
         return model
 
     async def statistics(self, name: str) -> dict:
         """Triton's statistics of a model. Raises ApiError."""
-        try:
+        with api_errors(name):
             return await self._client.model_statistics(name)
-        except InferenceError as error:
-            raise from_client(error, name) from error
 
     async def chosen(self, name: str | None, *, pairs: bool = False) -> TextModel:
         """The named model, or the only one. Raises ApiError unless it takes texts, or pairs of them."""

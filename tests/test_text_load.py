@@ -1,0 +1,124 @@
+"""Load tests with texts and pairs of texts, over KServe v2 and to the OpenAI routes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import urllib.parse
+from pathlib import Path
+
+import pytest
+
+from serving.repository.served_models import served_models
+from tests.conftest import run_module
+from tests.gateway import skip_without_nginx, wait_for
+from tests.test_gateway_openai import in_front
+from tests.test_openai import Serving, scrape
+from tests.test_pairs import place
+from tests.test_rerank import serving
+from tests.test_text import MODELS, MOST_TOKENS, folder
+
+__all__ = ["folder", "place", "serving"]  # fixtures
+TEXTS = "a\n\na\u2028b\n\n" + "a long text " * 100 + "\r\n"  # 3, 4 and, truncated, 48 tokens
+PAIRS = "eggs\tmilk\nhow long?\tabout a week\n\n"
+
+
+@pytest.fixture
+def models(place: Path) -> dict[str, Path]:
+    """The folder of each model's folder."""
+    return {"sentence": MODELS, "text": MODELS, "reranker": place / "models"}
+
+
+def load_test(
+    folder: Path, models: Path, model: str, inputs: str, content: str, *flags: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`deepseek loadtest` with 20 requests/s for 2 s; `inputs` is the name of the file with `content`."""
+    (folder / inputs).write_bytes(content.encode())
+    what = ("--model", model, "--models", str(models), "--inputs", str(folder / inputs))
+    load = ("--rate", "20", "--duration-s", "2", "--warmup-s", "0", "--arrivals", "constant", "--json")
+    return run_module("cli", "loadtest", *what, *load, *flags, DEEPSEEK_BUILD=str(folder / "build"), **environment)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "content", "route", "tokens"),
+    [
+        ("sentence", "texts.txt", TEXTS, "", [3, 4, MOST_TOKENS]),
+        ("sentence", "texts.txt", TEXTS, "/v1/embeddings", [3, 4, MOST_TOKENS]),
+        ("reranker", "pairs.tsv", PAIRS, "", [11, 21]),
+        ("reranker", "pairs.tsv", PAIRS, "/rerank", [11, 21]),
+    ],
+)
+def test_the_texts_take_turns_and_their_tokens_are_counted(
+    serving: Serving,
+    models: dict[str, Path],
+    tmp_path: Path,
+    model: str,
+    inputs: str,
+    content: str,
+    route: str,
+    tokens: list[int],
+) -> None:
+    before = scrape(serving)
+    host = urllib.parse.urlsplit(serving.places["OpenAI"]).netloc
+    flags = ("--url", serving.places["gRPC"], *(("--route", host + route) if route else ()))
+    done = load_test(tmp_path, models[model], model, inputs, content, *flags)
+    assert done.returncode in (0, 3), done.stderr  # 3: the machine was too busy to send in time
+    found = json.loads(done.stdout)
+    assert (found["answered"], found["errors"]) == (40, {})
+    planned = {length: figures["planned"] for length, figures in found["lengths"].items()}
+    assert list(planned) == [f"tokens {count}" for count in tokens]
+    assert max(planned.values()) - min(planned.values()) <= 1
+    assert found["tokens_per_s"] == sum(count * planned[f"tokens {count}"] for count in tokens) / 2
+    answered = f'openai_requests_total{{route="{route}",status="200"}}'
+    sent = scrape(serving).get(answered, 0) - before.get(answered, 0)
+    assert sent == (41 if route else 0)  # and the check before the load
+    verdict = run_module("cli", "verdict", "--model", model, "--models", str(models[model]), "--run", found["run"])
+    assert verdict.returncode in (0, 1, 3), verdict.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "content", "route", "message"),
+    [
+        ("sentence", "texts.txt", "\n \n", "", "contains no text"),
+        ("text", "texts.txt", "a", "", "has texts, but deploy.toml of text has no [text]"),
+        ("reranker", "texts.txt", "a", "", "has texts, but deploy.toml of reranker has pairs = true: give a .tsv file"),
+        ("reranker", "pairs.tsv", "a\tb\nc", "", "pairs.tsv, line 2: 0 tabs; write two texts with a tab between them"),
+        ("sentence", "texts.txt", "a", "/similarity", "--route /similarity: allowed: /v1/embeddings, /rerank"),
+        ("sentence", "texts.txt", "a", "HOST/rerank", "give --inputs with pairs of texts, such as pairs.tsv"),
+        ("sentence", "texts.txt", "a", "127.0.0.1:9/v1/embeddings", "127.0.0.1:9"),
+    ],
+)
+def test_what_cannot_be_sent_is_one_line(
+    serving: Serving,
+    models: dict[str, Path],
+    tmp_path: Path,
+    model: str,
+    inputs: str,
+    content: str,
+    route: str,
+    message: str,
+) -> None:
+    host = urllib.parse.urlsplit(serving.places["OpenAI"]).netloc
+    flags = ("--url", serving.places["gRPC"], *(("--route", route.replace("HOST", host)) if route else ()))
+    done = load_test(tmp_path, models[model], model, inputs, content, *flags)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert message in done.stderr
+
+
+def test_the_gateway_takes_the_largest_pairs_and_a_load_test(serving: Serving, place: Path, tmp_path: Path) -> None:
+    skip_without_nginx()
+    gateway = in_front(serving, tmp_path, served_models(place / "repository", place / "models"))
+    try:
+        largest = {"query": "q" * 131_072, "texts": ["t" * 131_072] * 32}  # one batch of max_bytes each
+        assert gateway.http("POST", "/rerank", body=json.dumps(largest).encode())[0] == 200
+        counted = 'gateway_requests_total{protocol="http",api="openai",model="",status="200"}'
+        wait_for(lambda: gateway.metrics().get(counted) == 1)
+        access = ("--url", f"localhost:{gateway.port}", "--ca-cert", str(gateway.folder / "ca.crt"))
+        what = (place / "models", "reranker", "pairs.tsv", "eggs\tmilk\n")
+        done = load_test(tmp_path, *what, *access, "--route", "/rerank", DEEPSEEK_API_KEY=gateway.key)
+        assert done.returncode in (0, 3), done.stderr  # 3: the machine was too busy to send in time
+        found = json.loads(done.stdout)
+        assert found["answered"] > 0
+        wait_for(lambda: gateway.metrics().get(counted) == 2 + found["answered"])  # and the check before the load
+    finally:
+        gateway.stop()
