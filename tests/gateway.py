@@ -12,8 +12,9 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import grpc
 import numpy as np
@@ -22,8 +23,11 @@ import tritonclient.grpc as triton
 from deepseek_client import InferenceClient
 
 from loadtests.load.child_process import free_ports
-from serving.stack.api_keys import new_key, revoke
+from serving.embedded.launcher import EmbeddedServer
+from serving.repository.served_models import served_models
+from serving.stack.api_keys import new_key
 from serving.stack.gateway_folder import ensure_folder
+from serving.stack.gateway_limits import limits
 
 INFER = "/v2/models/add_one/infer"
 SERVICE = "/inference.GRPCInferenceService"
@@ -50,7 +54,7 @@ def mounting() -> list[str]:
 
 
 class Gateway:
-    """Runs gateway.sh in `folder`, in front of the Triton at the given `host:port`s, until `stop`.
+    """Runs gateway.sh in `folder`, in front of the Triton at the given `host:port`s, until `stop` or a `with` block ends.
 
     `local` is the address of its ports without TLS; "" closes them. With `room_mib` its files, such as large bodies, are
     in a memory file system of that size, as in a container. `openai` is the process of the OpenAI routes;
@@ -69,6 +73,7 @@ class Gateway:
         local: str = "127.0.0.1",
         program: Path = Path("docker/gateway"),
     ) -> None:
+        skip_without_nginx()
         self.folder = folder / "gateway"
         self.port, self.internal_port = free_port(), free_port()
         self.local_http, self.local_grpc = (f"{local}:{free_port()}" for _ in range(2))
@@ -102,6 +107,18 @@ class Gateway:
         )
         self._wait_until_up()
 
+    @classmethod
+    def in_front_of(cls, server: EmbeddedServer, folder: Path, **settings: Any) -> Self:
+        """A gateway in front of a running server, with the limits of its repository."""
+        return cls(folder, limits_of(server, folder), server.http_url, server.grpc_url, **settings)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        status = self.stop()
+        assert error or status == 0
+
     def _wait_until_up(self) -> None:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and self.process.poll() is None:
@@ -119,9 +136,6 @@ class Gateway:
 
     def add_key(self, name: str, **settings: Any) -> str:
         return new_key(self.folder, name, **settings)
-
-    def end_key(self, name: str) -> None:
-        revoke(self.folder, name)
 
     def lines(self, **fields: Any) -> list[dict[str, Any]]:
         """Lines of the access log with these fields; waits for the first, which is written after the answer."""
@@ -188,6 +202,11 @@ class Gateway:
             except grpc.RpcError as error:
                 return error.code().name
         return "OK"
+
+
+def limits_of(server: EmbeddedServer, folder: Path, **changed: Any) -> str:
+    """`limits.conf` for a server's repository, with changed properties of its models; `folder` has no deploy.toml."""
+    return limits([replace(model, **changed) for model in served_models(server.repository, folder)])
 
 
 def wait_for(ask: Callable[[], Any], holds: Callable[[Any], bool] = bool, wait_s: float = 60) -> Any:

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,12 +23,20 @@ from tritonclient.utils import InferenceServerException
 
 from loadtests.load.traffic_file import read_traffic
 from serving.embedded.launcher import EmbeddedServer
-from serving.repository.served_models import served_models
 from serving.stack.api_keys import digest
-from serving.stack.gateway_limits import limits
 from tests.conftest import FREE, write_add_one
 from tests.failing_servers import Relay
-from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body, skip_without_nginx, wait_for
+from tests.gateway import (
+    INFER,
+    SERVICE,
+    Gateway,
+    authorized,
+    grpc_input,
+    json_body,
+    limits_of,
+    skip_without_nginx,
+    wait_for,
+)
 
 
 def http_client(gateway: Gateway) -> triton_http.InferenceServerClient:
@@ -57,19 +64,15 @@ def test_http_and_grpc_infer_through_one_port(gateway: Gateway) -> None:
     [
         "X-Nothing: 1",
         "Authorization: Bearer dsk_" + "A" * 43,
-        "Authorization: Bearer ",
-        "Authorization: Basic c2hvcDpzaG9w",
         "Authorization: Bearer ../keys/x",
         "Authorization: Bearer dsk_" + "A" * 5000,
         "Authorization_: Bearer {key}",
-        "Proxy-Authorization: Bearer {key}",
         "Cookie: Authorization=Bearer {key}",
-        "authorization: bearer{key}",
         "Authorization: Bearer {key}x",
         "Authorization: Bearer {key}, Bearer {key}",
     ],
 )
-def test_without_a_key_that_counts_nothing_is_answered(gateway: Gateway, header: str) -> None:
+def test_without_a_valid_key_nothing_is_answered(gateway: Gateway, header: str) -> None:
     status, answer = gateway.http("GET", "/v2/health/ready", header.format(key=gateway.key), key="")
     assert status == 401
     assert gateway.http("POST", INFER, header.format(key=gateway.key), body=json_body(), key="")[0] == 401
@@ -77,45 +80,36 @@ def test_without_a_key_that_counts_nothing_is_answered(gateway: Gateway, header:
 
 
 @pytest.mark.parametrize("key", ["", "dsk_" + "A" * 43, "x"])
-def test_grpc_without_a_key_that_counts_is_unauthenticated(gateway: Gateway, key: str) -> None:
+def test_grpc_without_a_valid_key_is_unauthenticated(gateway: Gateway, key: str) -> None:
     assert gateway.grpc_status(f"{SERVICE}/ServerLive", key=key) == "UNAUTHENTICATED"
 
 
-def test_an_expired_key_does_not_count(gateway: Gateway) -> None:
-    key = gateway.add_key("short", expires_s=3600)
-    assert gateway.http("GET", "/v2/health/ready", key=key)[0] == 200
+def test_a_key_counts_at_once_and_an_expired_or_revoked_one_ends_at_once_on_open_connections(gateway: Gateway) -> None:
+    key = gateway.add_key("guest", expires_s=3600)
     entry = gateway.folder / "keys" / f"{digest(key)}.json"
-    entry.write_text(json.dumps(json.loads(entry.read_text()) | {"expires": time.time() - 1}))
-    assert gateway.http("GET", "/v2/health/ready", key=key)[0] == 401
-
-
-def test_a_key_counts_at_once_and_a_revoked_one_ends_at_once_on_open_connections(gateway: Gateway) -> None:
-    key = gateway.add_key("guest")
+    valid = json.loads(entry.read_text())
     with gateway.grpc_client() as over_grpc, http_client(gateway) as over_http:
-        assert over_grpc.is_server_ready(headers=authorized(key))
-        assert over_http.is_server_ready(headers=authorized(key))
-        gateway.end_key("guest")
-        with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
-            over_grpc.is_server_ready(headers=authorized(key))
-        assert not over_http.is_server_ready(headers=authorized(key))
+        for end in (lambda: entry.write_text(json.dumps(valid | {"expires": time.time() - 1})), entry.unlink):
+            entry.write_text(json.dumps(valid))
+            assert over_grpc.is_server_ready(headers=authorized(key))
+            assert over_http.is_server_ready(headers=authorized(key))
+            end()
+            with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
+                over_grpc.is_server_ready(headers=authorized(key))
+            assert not over_http.is_server_ready(headers=authorized(key))
 
 
-def test_the_rate_of_a_key_is_its_own(gateway: Gateway) -> None:
-    slow = gateway.add_key("slow", rate_rps=5)
+def test_each_key_has_a_rate_of_its_own_also_two_of_one_name(gateway: Gateway) -> None:
+    fast, slow = gateway.add_key("busy", rate_rps=100_000), gateway.add_key("busy", rate_rps=5)
+    seen: list[bool] = []
     with http_client(gateway) as client:
-        seen = [client.is_server_ready(headers=authorized(slow)) for _ in range(100)]
-        assert client.is_server_ready(headers=authorized(gateway.key))
-    seconds = 1 + len({line["time"] for line in gateway.lines(caller="slow")})
-    assert 5 <= seen.count(True) <= 5 * seconds
-    assert gateway.lines(caller="slow", status=429)
-    with ThreadPoolExecutor(8) as pool:
-
-        def refused() -> bool:
-            calls = pool.map(lambda _: gateway.grpc_status(f"{SERVICE}/ServerLive", key=slow), range(16))
-            return "RESOURCE_EXHAUSTED" in set(calls)
-
-        wait_for(refused)
-    assert gateway.lines(caller="slow", grpc_status="8")
+        for _ in range(100):
+            assert client.is_server_ready(headers=authorized(fast))
+            seen.append(client.is_server_ready(headers=authorized(slow)))
+    seconds = 1 + len({line["time"] for line in gateway.lines(caller="busy")})
+    assert seen[:5] == [True] * 5
+    assert seen.count(True) <= 5 * seconds
+    assert gateway.lines(caller="busy", status=429)
 
 
 def test_a_key_for_bulk_requests_sends_only_those(gateway: Gateway) -> None:
@@ -146,19 +140,8 @@ def test_a_key_for_bulk_requests_sends_only_those(gateway: Gateway) -> None:
             client.infer("add_one", {"x": x}, parameters={"priority": 2})
 
 
-def test_each_key_of_a_name_has_a_rate_of_its_own(gateway: Gateway) -> None:
-    """A caller's new key, with a lower rate, works while the old key is busy, until that is revoked."""
-    old, new = gateway.add_key("busy", rate_rps=100_000), gateway.add_key("busy", rate_rps=5)
-    with http_client(gateway) as client:
-        seen = []
-        for _ in range(3):
-            seen += [client.is_server_ready(headers=authorized(old)) for _ in range(20)]
-            seen.append(client.is_server_ready(headers=authorized(new)))
-    assert seen == [True] * 63
-
-
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_who_sends_too_much_is_told_when_to_come_again(gateway: Gateway, protocol: Literal["http", "grpc"]) -> None:
+def test_callers_above_their_rate_are_told_when_to_retry(gateway: Gateway, protocol: Literal["http", "grpc"]) -> None:
     with gateway.client(protocol, retries=0, api_key=gateway.add_key("hasty", rate_rps=1)) as client:
 
         def until_refused() -> None:
@@ -173,9 +156,8 @@ def test_who_sends_too_much_is_told_when_to_come_again(gateway: Gateway, protoco
 # ---- what callers and operators see --------------------------------------------------------------
 
 
-def test_of_two_servers_one_that_is_killed_costs_no_request(tmp_path: Path) -> None:
+def test_killing_one_of_two_servers_costs_no_request(tmp_path: Path) -> None:
     """Not even requests in flight fail, from bare clients that do not retry."""
-    skip_without_nginx()
     write_add_one(tmp_path / "repository")
     write_add_one(tmp_path / "repository", "slow", delay_s=1)
     with contextlib.ExitStack() as stack:
@@ -187,8 +169,7 @@ def test_of_two_servers_one_that_is_killed_costs_no_request(tmp_path: Path) -> N
         for relay in relays:
             stack.callback(relay.close)
         urls = (relays[0].url, two[1].http_url), (relays[1].url, two[1].grpc_url)
-        both = Gateway(tmp_path, limits(served_models(tmp_path / "repository", tmp_path)), *map(",".join, urls))
-        stack.callback(both.stop)
+        both = stack.enter_context(Gateway(tmp_path, limits_of(two[0], tmp_path), *map(",".join, urls)))
         client = stack.enter_context(both.grpc_client())
         pool = stack.enter_context(ThreadPoolExecutor(8))
 
@@ -219,10 +200,9 @@ def test_of_two_servers_one_that_is_killed_costs_no_request(tmp_path: Path) -> N
 def test_servers_that_were_all_too_late_once_are_asked_again_at_once(closed: EmbeddedServer, tmp_path: Path) -> None:
     """nginx ejects a late server for a second, but never all servers."""
     twice = [f"{url},{url}" for url in (closed.http_url, closed.grpc_url)]
-    models = [replace(model, queue_timeout_ms=500, p99_ms=150) for model in served_models(closed.repository, tmp_path)]
-    both = Gateway(tmp_path, limits(models), *twice)  # an answer may take 2 s
+    text = limits_of(closed, tmp_path, queue_timeout_ms=500, p99_ms=150)  # an answer may take 2 s
     with contextlib.ExitStack() as stack:
-        stack.callback(both.stop)
+        both = stack.enter_context(Gateway(tmp_path, text, *twice))
         client = stack.enter_context(both.grpc_client())  # one connection: one of nginx's processes
         pool = stack.enter_context(ThreadPoolExecutor(2))
         late = [pool.submit(client.infer, "stuck", grpc_input(), headers=authorized(both.key)) for _ in range(2)]
@@ -231,9 +211,8 @@ def test_servers_that_were_all_too_late_once_are_asked_again_at_once(closed: Emb
                 each.result()
         for _ in range(4):
             assert client.infer("add_one", grpc_input(), headers=authorized(both.key)).as_numpy("y").sum() == 6
-        assert {line["model"] for line in both.lines(grpc_status="4")} == {
-            "stuck"
-        }  # from the request: no model answered
+        # From the request: no model answered.
+        assert {line["model"] for line in both.lines(grpc_status="4")} == {"stuck"}
 
 
 def test_each_request_is_a_line_of_json_with_its_id_and_without_its_key(gateway: Gateway) -> None:
@@ -250,32 +229,24 @@ def test_the_log_makes_a_file_to_replay(gateway: Gateway, tmp_path: Path) -> Non
     """With the lines of docs/loadtests.md."""
     page = Path("docs/loadtests.md").read_text()
     (script,) = re.findall(r"gateway \| python3 -c '\n(.*?)' > traffic.csv", page, re.DOTALL)
-    begun_s, sizes = time.time(), []
-    for protocol, rows in (("http", 1), ("http", 8), ("grpc", 2), ("grpc", 8)):
-        name = f"replay-{protocol}{rows}"
+    sizes, logged = [], []
+    for protocol in ("http", "grpc"):
         with gateway.client(protocol) as client:
-            request = client.prepare("add_one", {"x": np.zeros((rows, 2, 3), np.float32)}, request_id=name)
+            request = client.prepare("add_one", {"x": np.zeros((8, 2, 3), np.float32)}, request_id=f"replay-{protocol}")
             sizes.append(sum(map(len, request.parts[1:] or request.parts)))
             client.send(request)
-        gateway.lines(id=name)
+        logged += gateway.lines(id=f"replay-{protocol}")
     gateway.http("POST", INFER, key="wrong", body=json_body())
-    log = gateway.log_path.read_text()
-    recent = log[log.index("replay-http1") :].splitlines()[1:]
-    first = next(line for line in log.splitlines() if "replay-http1" in line)
-    (tmp_path / "gateway.log").write_text("\n".join(["nginx: not JSON", first, *recent]))
-    with (tmp_path / "gateway.log").open() as lines:
-        made = subprocess.run([sys.executable, "-c", script], stdin=lines, check=True, capture_output=True, text=True)
+    logged += gateway.lines(refusal="401")[-1:]
+    log = "\n".join(["nginx: not JSON", *map(json.dumps, logged)])
+    made = subprocess.run([sys.executable, "-c", script], input=log, check=True, capture_output=True, text=True)
     (tmp_path / "traffic.csv").write_text(made.stdout)
-    found = read_traffic(tmp_path / "traffic.csv", {"add_one": 1}).of("add_one")
-    assert len(found.values) == 4
-    more = found.values - sizes
+    more = read_traffic(tmp_path / "traffic.csv", {"add_one": 1}).of("add_one").values - sizes
     assert (more > 0).all()
-    assert (more[:2] < 20).all()  # the time-out
-    assert (more[2:] < 100).all()  # the frames of gRPC and HTTP/2
-    assert begun_s - 0.1 < float(made.stdout.splitlines()[1].split(",")[0]) < time.time()
+    assert (more < np.array([20, 100])).all()  # the time-out; the frames of gRPC and HTTP/2
 
 
-def test_a_key_file_that_cannot_be_read_is_told(gateway: Gateway) -> None:
+def test_an_unreadable_key_file_is_logged(gateway: Gateway) -> None:
     key = gateway.add_key("unreadable")
     path = gateway.folder / "keys" / f"{digest(key)}.json"
     path.unlink()
@@ -289,9 +260,9 @@ def test_a_key_file_that_cannot_be_read_is_told(gateway: Gateway) -> None:
     path.rmdir()
 
 
-def test_requests_in_flight_are_answered_when_it_is_told_to_stop(closed: EmbeddedServer, tmp_path: Path) -> None:
+def test_requests_in_flight_are_answered_at_a_stop(closed: EmbeddedServer, tmp_path: Path) -> None:
     relay = Relay((closed.address, closed.http_port))
-    running = Gateway(tmp_path, limits(served_models(closed.repository, tmp_path)), relay.url, closed.grpc_url)
+    running = Gateway(tmp_path, limits_of(closed, tmp_path), relay.url, closed.grpc_url)
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(running.http, "POST", "/v2/models/stuck/infer", body=json_body())
         wait_for(lambda: relay.pieces > 0)  # of the request have reached the server

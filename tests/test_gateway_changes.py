@@ -8,19 +8,17 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from tritonclient.utils import InferenceServerException
 
+from deepseek.spec.files.folders import write_whole
 from serving.embedded.launcher import EmbeddedServer
-from serving.repository.served_models import served_models
 from serving.stack.certificate import ensure_certificate
-from serving.stack.gateway_limits import limits
-from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body, skip_without_nginx, wait_for
+from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body, limits_of, wait_for
 
 DURATION = "gateway_request_duration_seconds"
 
@@ -28,15 +26,8 @@ DURATION = "gateway_request_duration_seconds"
 @pytest.fixture
 def running(closed: EmbeddedServer, tmp_path: Path) -> Iterator[Gateway]:
     """A gateway for one test in front of the real Triton."""
-    skip_without_nginx()
-    gateway = before_by_name(closed, tmp_path)
-    yield gateway
-    assert gateway.stop() == 0
-
-
-def before_by_name(server: EmbeddedServer, folder: Path) -> Gateway:
-    urls = (url.replace("127.0.0.1", "localhost") for url in (server.http_url, server.grpc_url))
-    return Gateway(folder, limits(served_models(server.repository, folder)), *urls)
+    with Gateway.in_front_of(closed, tmp_path) as gateway:
+        yield gateway
 
 
 # ---- its metrics -----------------------------------------------------------------------------------
@@ -51,19 +42,16 @@ def up_to(gateway: Gateway) -> dict[str, float]:
     return by_bound | {"count": found.get(f"{DURATION}_count{labels}}}", 0)}
 
 
-def test_a_changed_slo_takes_nothing_from_what_was_counted(
-    running: Gateway, closed: EmbeddedServer, tmp_path: Path
-) -> None:
-    models = served_models(closed.repository, tmp_path)
+def test_counts_survive_a_changed_slo(running: Gateway, closed: EmbeddedServer, tmp_path: Path) -> None:
     assert running.http("POST", INFER, body=json_body())[0] == 200
     before = wait_for(lambda: up_to(running), lambda found: found["count"] == 1)
     fell = min(float(bound) for bound, count in before.items() if bound != "count" and count)
-    (running.folder / "limits.conf").write_text(limits([replace(model, p99_ms=5000) for model in models]))
+    (running.folder / "limits.conf").write_text(limits_of(closed, tmp_path, p99_ms=5000))
     after = wait_for(lambda: up_to(running), lambda found: "50.0" in found)
     assert before.keys() & after.keys() == {"+Inf", "count"}
     assert after.pop("count") == 1
     assert after == {bound: float(bound) >= fell for bound in after}
-    (running.folder / "limits.conf").write_text(limits(models))
+    (running.folder / "limits.conf").write_text(limits_of(closed, tmp_path))
     assert wait_for(lambda: up_to(running), lambda found: "50.0" not in found) == before
 
 
@@ -72,7 +60,7 @@ def timed_without_a_model(gateway: Gateway) -> float:
     return sum(value for name, value in gateway.metrics().items() if re.match(rf'{DURATION}_count{{.*,model=""', name))
 
 
-def test_of_those_without_an_answer_only_who_waited_in_vain_is_timed(gateway: Gateway) -> None:
+def test_only_timed_out_requests_are_timed_without_an_answer(gateway: Gateway) -> None:
     before = timed_without_a_model(gateway)
     assert gateway.http("POST", INFER, body=b"{")[0] == 400
     assert gateway.grpc_status(f"{SERVICE}/ModelInfer") != "OK"
@@ -83,17 +71,12 @@ def test_of_those_without_an_answer_only_who_waited_in_vain_is_timed(gateway: Ga
     assert timed_without_a_model(gateway) == before + 2
 
 
-def test_who_found_no_server_is_counted_by_the_status_alone(
-    gateway: Gateway, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    alone = Gateway(tmp_path, (gateway.folder / "limits.conf").read_text(), "127.0.0.1:9", "127.0.0.1:9")
-    request.addfinalizer(alone.stop)
-    assert alone.http("POST", INFER, body=json_body())[0] == 503
-    assert alone.grpc_status(f"{SERVICE}/ModelInfer") == "UNAVAILABLE"
-    wait_for(
-        lambda: sum(name.startswith("gateway_requests_total") for name in alone.metrics()), lambda found: found == 2
-    )
-    assert timed_without_a_model(alone) == 0
+def test_requests_without_a_server_are_counted_by_status_only(closed: EmbeddedServer, tmp_path: Path) -> None:
+    with Gateway(tmp_path, limits_of(closed, tmp_path), "127.0.0.1:9", "127.0.0.1:9") as alone:
+        assert alone.http("POST", INFER, body=json_body())[0] == 503
+        assert alone.grpc_status(f"{SERVICE}/ModelInfer") == "UNAVAILABLE"
+        wait_for(lambda: sum(name.startswith("gateway_requests_total") for name in alone.metrics()) == 2)
+        assert timed_without_a_model(alone) == 0
 
 
 # ---- its certificate and its servers -----------------------------------------------------------------
@@ -144,7 +127,7 @@ def end_of(gateway: Gateway) -> float:
     return x509.load_der_x509_certificate(shown).not_valid_after_utc.timestamp()
 
 
-def test_a_certificate_that_is_taken_away_serves_on_until_a_new_pair_is_there(
+def test_a_removed_certificate_stays_in_effect_until_a_new_pair_is_complete(
     running: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(running.folder, tmp_path / "new" / "gateway")
@@ -166,7 +149,7 @@ def test_a_certificate_that_is_taken_away_serves_on_until_a_new_pair_is_there(
     assert set(seen) == {200}
 
 
-def test_a_change_that_cannot_be_loaded_waits_and_is_told_until_it_is_taken_back(running: Gateway) -> None:
+def test_a_change_that_cannot_be_loaded_is_reported_until_it_is_undone(running: Gateway) -> None:
     for name in ("tls.key", "limits.conf"):
         good = (running.folder / name).read_bytes()
         (running.folder / name).write_text("nothing")
@@ -176,25 +159,74 @@ def test_a_change_that_cannot_be_loaded_waits_and_is_told_until_it_is_taken_back
         wait_for(lambda: running.metrics()[PENDING], lambda found: found == 0)
 
 
-GETENT = """#!/bin/bash
-echo asked >>"{folder}/asked"
-[ ! -e "{folder}/fails" ] || exit 2
-exec {getent} "$@"
-"""
+# ---- the addresses of its servers ------------------------------------------------------------------
+
+Resolve = Callable[..., None]
 
 
-def test_servers_whose_names_cannot_be_looked_up_stay(
-    closed: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+@pytest.fixture
+def resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resolve:
+    """Sets the addresses of the name `triton`, at first 127.0.0.1; without any, a look-up fails.
+
+    A `getent` on the gateway's PATH answers in place of the DNS; the file `asked` has a line for each look-up.
+    """
+    addresses, program = tmp_path / "addresses", tmp_path / "bin" / "getent"
+    program.parent.mkdir()
+    answer = f'while read -r each; do echo "$each STREAM triton"; done <{addresses}'
+    program.write_text(f"#!/bin/bash\necho >>{tmp_path}/asked\n[ -s {addresses} ] || exit 2\n{answer}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+    def to(*found: str) -> None:
+        write_whole(addresses, "".join(f"{address}\n" for address in found))
+
+    to("127.0.0.1")
+    return to
+
+
+def by_name(server: EmbeddedServer, folder: Path) -> Gateway:
+    return Gateway(folder, limits_of(server, folder), f"triton:{server.http_port}", f"triton:{server.grpc_port}")
+
+
+def test_a_failed_look_up_keeps_the_servers(closed: EmbeddedServer, tmp_path: Path, resolve: Resolve) -> None:
+    def asked() -> int:
+        return (tmp_path / "asked").read_text().count("\n")
+
+    with by_name(closed, tmp_path) as running:
+        endpoints = (tmp_path / "run" / "endpoints.conf").read_text()
+        resolve()
+        failed = 1 + asked()
+        with load(running) as seen:
+            wait_for(lambda: asked() > failed + 6)  # three for each look
+        assert set(seen) == {200}
+        assert (tmp_path / "run" / "endpoints.conf").read_text() == endpoints
+
+
+def test_a_new_server_takes_its_share_and_one_that_goes_costs_no_request(
+    closed: EmbeddedServer, tmp_path: Path, resolve: Resolve
 ) -> None:
-    skip_without_nginx()
-    (tmp_path / "getent").write_text(GETENT.format(folder=tmp_path, getent=shutil.which("getent")))
-    (tmp_path / "getent").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    request.addfinalizer((running := before_by_name(closed, tmp_path)).stop)
-    endpoints = (tmp_path / "run" / "endpoints.conf").read_text()
-    (tmp_path / "fails").touch()
-    failed = 1 + (tmp_path / "asked").read_text().count("\n")
-    with load(running) as seen:
-        wait_for(lambda: (tmp_path / "asked").read_text().count("\n") > failed + 6)  # three for each look
+    second = EmbeddedServer(
+        closed.repository,
+        address="127.0.0.2",
+        http_port=closed.http_port,
+        grpc_port=closed.grpc_port,
+        metrics_port=0,
+        log_path=tmp_path / "triton.log",
+    )
+    with second, by_name(closed, tmp_path) as running, running.grpc_client() as client, load(running) as seen:
+
+        def shares() -> list[float]:
+            """The second server's share of the last 20 requests over HTTP and over gRPC."""
+            client.infer("add_one", grpc_input(), headers=authorized(running.key))
+            lines = running.lines(api="infer")
+            tried = [
+                [re.split(", | : ", line["triton"])[-1] for line in lines if line["protocol"] == protocol][-20:]
+                for protocol in ("HTTP/1.1", "HTTP/2.0")
+            ]
+            return [sum(each.startswith("127.0.0.2:") for each in answered) / 20 for answered in tried]
+
+        resolve("127.0.0.1", "127.0.0.2")
+        wait_for(shares, lambda found: all(0.3 <= share <= 0.7 for share in found))
+        resolve("127.0.0.2")
+        wait_for(shares, lambda found: found == [1, 1])
     assert set(seen) == {200}
-    assert (tmp_path / "run" / "endpoints.conf").read_text() == endpoints

@@ -12,15 +12,12 @@ from typing import Literal
 import numpy as np
 import pytest
 import tritonclient.grpc
-import tritonclient.http
 from deepseek_client import InferenceClient
 from tritonclient.utils import InferenceServerException
 
 from loadtests.load.server_statistics import fetch
 from serving.embedded.launcher import EmbeddedServer
-from serving.repository.served_models import served_models
-from serving.stack.gateway_limits import limits
-from tests.gateway import INFER, Gateway, json_body
+from tests.gateway import INFER, Gateway, json_body, limits_of
 
 ROW = {"x": np.zeros((1, 2, 3), np.float32)}
 
@@ -35,25 +32,19 @@ def status(url: str, body: bytes | None = None, **headers: str) -> int:
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_the_machine_itself_calls_without_tls_and_key(gateway: Gateway, protocol: Literal["http", "grpc"]) -> None:
+def test_the_machine_itself_infers_and_reads_statistics_without_tls_and_key(
+    gateway: Gateway, protocol: Literal["http", "grpc"]
+) -> None:
     url = gateway.local_http if protocol == "http" else gateway.local_grpc
     with InferenceClient(url, protocol) as client:
         assert client.infer("add_one", ROW)["y"].sum() == 6
+    assert fetch(url, protocol, "add_one")
     assert gateway.lines(caller="local")
-
-
-@pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_a_load_test_on_these_ports_reads_the_servers_statistics(
-    gateway: Gateway, protocol: Literal["http", "grpc"]
-) -> None:
-    assert fetch(gateway.local_http if protocol == "http" else gateway.local_grpc, protocol, "add_one")
 
 
 @pytest.mark.parametrize("header", [{"Origin": "https://shop.example"}, {"Host": "shop.example:8000"}])
 def test_a_web_page_in_a_browser_on_the_machine_needs_a_key(gateway: Gateway, header: dict[str, str]) -> None:
-    request = urllib.request.Request(f"http://{gateway.local_http}{INFER}", json_body(), header)
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(request, timeout=10)
+    assert status(f"{gateway.local_http}{INFER}", json_body(), **header) == 401
 
 
 @pytest.mark.parametrize(
@@ -66,41 +57,24 @@ def test_everything_else_stays_closed(gateway: Gateway, path: str) -> None:
         client.get_model_repository_index()
 
 
-def test_no_rate_limits_the_machine_itself(closed: EmbeddedServer, tmp_path: Path) -> None:
-    text = limits(served_models(closed.repository, tmp_path))
-    slowest, count = re.subn(r"(\$default_rate_rps) \d+", r"\1 1", text)  # of a key without a rate of its own
+def test_no_rate_limits_the_machine_itself_and_another_address_needs_a_key(
+    closed: EmbeddedServer, tmp_path: Path
+) -> None:
+    slowest, count = re.subn(r"(\$default_rate_rps) \d+", r"\1 1", limits_of(closed, tmp_path))
     assert count == 1
-    gateway = Gateway(tmp_path, slowest, closed.http_url, closed.grpc_url)
-    try:
-        with InferenceClient(gateway.local_grpc) as client:
-            for _ in range(50):
-                client.infer("add_one", ROW)
-    finally:
-        gateway.stop()
-
-
-def test_a_caller_from_another_address_needs_a_key_there_too(closed: EmbeddedServer, tmp_path: Path) -> None:
-    text = limits(served_models(closed.repository, tmp_path))
-    gateway = Gateway(tmp_path, text, closed.http_url, closed.grpc_url, local="0.0.0.0")
-    try:
+    with Gateway(tmp_path, slowest, closed.http_url, closed.grpc_url, local="0.0.0.0") as gateway:
+        port = gateway.local_http.partition(":")[2]
+        for _ in range(50):
+            assert status(f"127.0.0.1:{port}/v2/health/ready") == 200
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
                 probe.connect(("192.0.2.1", 9))  # sends nothing; tells which address this machine calls from
             except OSError:
                 pytest.skip("this machine has no address but loopback")
             address = probe.getsockname()[0]
-        port = gateway.local_http.partition(":")[2]
-        assert status(f"127.0.0.1:{port}/v2/health/ready") == 200
         assert status(f"{address}:{port}/v2/health/ready", Host="localhost") == 401
-    finally:
-        gateway.stop()
 
 
 def test_without_local_ports_the_gateway_does_not_listen_there(closed: EmbeddedServer, tmp_path: Path) -> None:
-    text = limits(served_models(closed.repository, tmp_path))
-    gateway = Gateway(tmp_path, text, closed.http_url, closed.grpc_url, local="")
-    try:
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", int(gateway.local_http.partition(":")[2])), timeout=5)
-    finally:
-        gateway.stop()
+    with Gateway.in_front_of(closed, tmp_path, local="") as gateway, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(gateway.local_http.partition(":")[2])), timeout=5)

@@ -11,7 +11,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,60 +19,55 @@ from tritonclient.utils import InferenceServerException
 
 from serving.embedded.flags import ADMIN_HEADER
 from serving.embedded.launcher import EmbeddedServer
-from serving.repository.served_models import served_models
-from serving.stack.gateway_limits import limits
 from tests.conftest import FREE, write_add_one
-from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body, skip_without_nginx, wait_for
+from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body, limits_of, wait_for
 
 # ---- only inference, metadata and readiness ----------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "/v2",
-        "/v2/health/live",
-        "/v2/health/ready",
-        "/v2/models/add_one",
-        "/v2/models/add_one/versions/1",
-        "/v2/models/add_one/ready",
-        "/v2/models/add_one/config",
-    ],
-)
-def test_metadata_and_readiness_are_let_through(gateway: Gateway, target: str) -> None:
-    assert gateway.http("GET", target)[0] == 200
-
-
+OPEN = ["GET /v2", "GET /v2/health/live", "GET /v2/models/add_one/versions/1", "GET /v2/models/add_one/config"]
 CLOSED = [
-    ("POST", "/v2/repository/index"),
-    ("POST", "/v2/repository/models/add_one/load"),
-    ("POST", "/v2/repository/models/add_one/unload"),
-    ("GET", "/v2/systemsharedmemory/status"),
-    ("POST", "/v2/systemsharedmemory/region/x/register"),
-    ("POST", "/v2/cudasharedmemory/region/x/register"),
-    ("GET", "/v2/trace/setting"),
-    ("POST", "/v2/models/add_one/trace/setting"),
-    ("GET", "/v2/logging"),
-    ("POST", "/v2/logging"),
-    ("GET", "/v2/models/stats"),
-    ("GET", "/v2/models/add_one/stats"),
-    ("GET", "/metrics"),
-    ("POST", "/v2/models/add_one/generate"),
-    ("POST", "/v2/models/add_one/generate_stream"),
-    ("DELETE", "/v2/models/add_one/infer"),
-    ("GET", "/v2/models/add_one/infer"),
-    ("POST", "/v2/models/add_one"),
-    ("OPTIONS", "*"),
-    ("GET", "/"),
-    ("GET", "/healthz"),
-]  # fmt: skip
+    "POST /v2/repository/index",
+    "POST /v2/repository/models/add_one/load",
+    "POST /v2/systemsharedmemory/region/x/register",
+    "POST /v2/cudasharedmemory/region/x/register",
+    "POST /v2/models/add_one/trace/setting",
+    "POST /v2/logging",
+    "GET /v2/models/stats",
+    "GET /v2/models/add_one/stats",
+    "GET /v2/models/add_one/versions/1/stats",
+    "GET /metrics",
+    "POST /v2/models/add_one/generate",
+    "DELETE /v2/models/add_one/infer",
+    "POST /v2/models/add_one",
+    "OPTIONS *",
+    "GET /",
+    # tricks with the path
+    "POST /v2/../v2/repository/index",
+    "POST /v2/models/../repository/index",
+    "GET /v2/models/add_one/infer/../stats",
+    "POST /v2/models/%2e%2e/repository/index",
+    "GET /v2/models/add_one%2fstats",
+    "POST /v2/models/add_one/%69nfer",
+    "POST /%76%32/repository/index",
+    "POST /v2//repository/index",
+    "GET /v2/models/add_one/stats?",
+    "GET /v2/models/add_one/stats#/infer",
+    "GET /v2/models/add_one/infer?x=/../stats",
+    "GET /v2/models/add_one\\..\\stats",
+    "POST /v2/models/add_one/infer%00",
+    "GET /V2/models/add_one/stats",
+    "GET http://localhost/v2/models/add_one/stats",
+]
 
 
-@pytest.mark.parametrize(("method", "target"), CLOSED, ids=lambda value: value)
-def test_all_else_is_forbidden(gateway: Gateway, method: str, target: str) -> None:
+@pytest.mark.parametrize("request_line", [*OPEN, *CLOSED])
+def test_only_inference_metadata_and_readiness_are_let_through(gateway: Gateway, request_line: str) -> None:
+    method, _, target = request_line.partition(" ")
     status, answer = gateway.http(method, target, body=b"{}" if method == "POST" else b"")
-    assert status == (400 if target == "*" else 403)
-    assert b"triton" not in answer.lower()
+    assert status in ((200,) if request_line in OPEN else (400, 403)), answer
+    assert not re.search(rb'(?i)model_stats|"state"', answer)
+    assert request_line in OPEN or b"triton" not in answer.lower()
 
 
 @pytest.mark.parametrize(
@@ -87,45 +81,6 @@ def test_all_else_is_forbidden(gateway: Gateway, method: str, target: str) -> No
 )  # fmt: skip
 def test_other_grpc_methods_are_denied(gateway: Gateway, path: str) -> None:
     assert gateway.grpc_status(path) == "PERMISSION_DENIED"
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "/v2/../v2/repository/index",
-        "/v2/models/add_one/../../repository/index",
-        "/v2/models/../repository/index",
-        "/v2/models/add_one/infer/../stats",
-        "/v2/models/add_one/./stats",
-        "/v2/models/%2e%2e/repository/index",
-        "/v2/models/..%2frepository/index",
-        "/v2/models/add_one%2fstats",
-        "/v2/models/add_one/%69nfer",
-        "/%76%32/repository/index",
-        "//v2/repository/index",
-        "/v2//repository/index",
-        "/v2/models/add_one/stats/",
-        "/v2/models/add_one/stats?",
-        "/v2/models/add_one/stats#/infer",
-        "/v2/models/add_one/infer?x=/../stats",
-        "/v2/models/add_one;/../stats",
-        "/v2/models/add_one\\..\\stats",
-        "/v2/models/add_one/infer%00",
-        "/V2/models/add_one/stats",
-        "http://localhost/v2/models/add_one/stats",
-        "http://127.0.0.1:8000/v2/repository/index",
-        "https://localhost/v2/../v2/models/add_one/stats",
-        "/v2/models/versions/1/stats",
-        "/v2/models/stats",
-        "/v2/models/add_one/versions/1/stats",
-    ],
-)
-def test_no_trick_with_the_path_reaches_what_is_closed(gateway: Gateway, target: str) -> None:
-    for method in ("GET", "POST"):
-        status, answer = gateway.http(method, target, body=b"{}" if method == "POST" else b"")
-        assert status in (400, 403), answer
-        assert b"model_stats" not in answer
-        assert b'"state"' not in answer
 
 
 def test_the_admin_key_opens_triton_but_does_not_pass_the_gateway(gateway: Gateway, closed: EmbeddedServer) -> None:
@@ -148,14 +103,10 @@ INNER = b"GET /v2/repository/index HTTP/1.1\r\nHost: localhost\r\n\r\n"
     "headers",
     [
         b"Content-Length: 4\r\nTransfer-Encoding: chunked",
-        b"Transfer-Encoding: chunked\r\nContent-Length: 4",
         b"Content-Length: 4\r\nContent-Length: 60",
         b"Content-Length: 4, 60",
         b"Content-Length: +4",
-        b"Content-Length: 0x4",
-        b"Content-Length: -1",
         b"Transfer-Encoding: xchunked",
-        b"Transfer-Encoding: chunked, identity",
         b"Transfer-Encoding : chunked\r\nContent-Length: 4",
         b"Transfer-Encoding: gzip, chunked",
         b"Authorization: Bearer dsk_AAAA",
@@ -171,19 +122,16 @@ def test_requests_that_two_servers_could_read_differently_are_refused(gateway: G
     assert answer.count(b"HTTP/1.1 ") <= 1
 
 
-def test_an_upgrade_to_h2c_is_not_taken(gateway: Gateway) -> None:
-    upgrade = ("Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__", "Connection: Upgrade, HTTP2-Settings")
-    status, answer = gateway.http("GET", "/v2/health/ready", *upgrade)
-    assert status == 200
-    assert b"HTTP/1.1 101" not in answer
-
-
-def test_plain_http_and_old_tls_are_refused(gateway: Gateway) -> None:
+def test_plain_http_old_tls_and_upgrades_to_h2c_are_refused(gateway: Gateway) -> None:
     with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as plain:
         plain.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert plain.recv(64).startswith(b"HTTP/1.1 400")
     with pytest.warns(DeprecationWarning, match="TLSv1_1"), pytest.raises((ssl.SSLError, ConnectionError)):
         gateway.connect(version=ssl.TLSVersion.TLSv1_1)
+    upgrade = ("Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__", "Connection: Upgrade, HTTP2-Settings")
+    status, answer = gateway.http("GET", "/v2/health/ready", *upgrade)
+    assert status == 200
+    assert b"HTTP/1.1 101" not in answer
 
 
 # ---- sizes and speed ---------------------------------------------------------------------------
@@ -192,65 +140,54 @@ def test_plain_http_and_old_tls_are_refused(gateway: Gateway) -> None:
 def test_the_largest_request_of_a_model_passes_and_a_larger_one_does_not(gateway: Gateway) -> None:
     assert gateway.http("POST", INFER, body=json_body(8, 1024))[0] == 200
     assert gateway.http("POST", INFER, body=json_body(64, 1024))[0] == 413
+    head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {gateway.key}\r\n"
+    chunks = (b"10000\r\n" + b" " * 0x10000 + b"\r\n") * 20 + b"0\r\n\r\n"
+    assert gateway.send(f"{head}Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n".encode() + chunks)[0] == 413
     with gateway.grpc_client() as client:
         client.infer("add_one", grpc_input(8, 1024), headers=authorized(gateway.key))
         with pytest.raises(InferenceServerException, match="RESOURCE_EXHAUSTED"):
             client.infer("add_one", grpc_input(64, 4096), headers=authorized(gateway.key))
 
 
-def test_a_body_without_a_length_is_measured_as_it_comes(gateway: Gateway) -> None:
-    chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
-    request = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n"
-    request += f"Authorization: Bearer {gateway.key}\r\n\r\n"
-    assert gateway.send(request.encode() + chunk * 20 + b"0\r\n\r\n")[0] == 413
-
-
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway with room for six bodies of 4 MB, or two of them as JSON."""
-    skip_without_nginx()
     folder = tmp_path_factory.mktemp("narrow")
     write_add_one(folder / "repository", delay_s=0.5)
-    models = [replace(model, input_numbers=200_000) for model in served_models(folder / "repository", folder)]
-    text = re.sub(r"(limit_conn large_json) \d+", r"\1 2", limits(models))
     with EmbeddedServer(folder / "repository", log_path=folder / "triton.log", exit_timeout_s=1, **FREE) as server:
-        running = Gateway(folder, text, server.http_url, server.grpc_url, room_mib=26)
-        yield running
-        assert running.stop() == 0
+        text = re.sub(r"(limit_conn large_json) \d+", r"\1 2", limits_of(server, folder, input_numbers=200_000))
+        with Gateway(folder, text, server.http_url, server.grpc_url, room_mib=26) as running:
+            yield running
 
 
 LARGE = (8, 62_500)  # rows, and columns of the two lines that a row has: 4 MB
 LARGE_JSON = json_body(8, 16_000)
 
 
-def json_at_once(gateway: Gateway) -> tuple[str, str]:
-    """Status and message of a large JSON request over HTTP."""
-    status, answer = gateway.http("POST", INFER, body=LARGE_JSON)
-    return str(status), answer.decode().partition("\r\n\r\n")[2] if status != 200 else ""
-
-
-def binary_at_once(gateway: Gateway) -> tuple[str, str]:
-    """Status and message of a large request with binary tensors over HTTP."""
-    body, length = triton_http.InferenceServerClient.generate_request_body([binary_input(*LARGE)])
-    header = f"Inference-Header-Content-Length: {length}"
-    status, answer = gateway.http("POST", INFER, header, body=body)
+def over_http(gateway: Gateway, body: bytes, *headers: str) -> tuple[str, str]:
+    """Status and message of a large request."""
+    status, answer = gateway.http("POST", INFER, *headers, body=body)
     return str(status), answer.decode(errors="replace").partition("\r\n\r\n")[2] if status != 200 else ""
 
 
-def grpc_at_once(gateway: Gateway) -> tuple[str, str]:
-    """Status and message of a large request over gRPC."""
+def as_json(gateway: Gateway) -> tuple[str, str]:
+    return over_http(gateway, LARGE_JSON)
+
+
+def as_binary(gateway: Gateway) -> tuple[str, str]:
+    tensor = triton_http.InferInput("x", [LARGE[0], 2, LARGE[1]], "FP32")
+    tensor.set_data_from_numpy(np.zeros(tensor.shape(), np.float32))
+    body, length = triton_http.InferenceServerClient.generate_request_body([tensor])
+    return over_http(gateway, body, f"Inference-Header-Content-Length: {length}")
+
+
+def as_grpc(gateway: Gateway) -> tuple[str, str]:
     with gateway.grpc_client() as client:
         try:
             client.infer("add_one", grpc_input(*LARGE), headers=authorized(gateway.key))
         except InferenceServerException as error:
             return error.status(), error.message()
     return "200", ""
-
-
-def binary_input(rows: int, columns: int) -> triton_http.InferInput:
-    tensor = triton_http.InferInput("x", [rows, 2, columns], "FP32")
-    tensor.set_data_from_numpy(np.zeros((rows, 2, columns), np.float32))
-    return tensor
 
 
 NO_ROOM = "no memory for another large request; try again"
@@ -260,13 +197,12 @@ NO_ROOM_FOR_JSON = "no memory for another large JSON request; send binary tensor
 @pytest.mark.parametrize(
     ("send", "status", "said"),
     [
-        (json_at_once, "429", f'{{"error":"{NO_ROOM_FOR_JSON}"}}\n'),
-        (binary_at_once, "429", f'{{"error":"{NO_ROOM}"}}\n'),
-        (grpc_at_once, "StatusCode.RESOURCE_EXHAUSTED", NO_ROOM),
+        (as_json, "429", f'{{"error":"{NO_ROOM_FOR_JSON}"}}\n'),
+        (as_binary, "429", f'{{"error":"{NO_ROOM}"}}\n'),
+        (as_grpc, "StatusCode.RESOURCE_EXHAUSTED", NO_ROOM),
     ],
-    ids=["json", "binary", "grpc"],
 )
-def test_of_many_large_requests_at_once_those_that_find_no_room_are_refused_in_one_line(
+def test_large_requests_without_room_are_refused_in_one_line(
     narrow: Gateway, send: Callable[[Gateway], tuple[str, str]], status: str, said: str
 ) -> None:
     found: set[tuple[str, str]] = set()

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import grpc
 import numpy as np
 import pytest
-from deepseek_client import ConnectionLost, InferenceClient, ModelNotReady, PreparedRequest, ServerBusy
+from deepseek_client import ConnectionLost, InferenceClient, ModelNotReady, ServerBusy
 
 from serving.embedded.launcher import EmbeddedServer
-from serving.repository.served_models import served_models
-from serving.stack.gateway_limits import limits
-from tests.failing_servers import Relay, X, answering, grpc_answering, prepared, refuse, status
-from tests.gateway import INFER, SERVICE, Gateway, json_body, skip_without_nginx, wait_for
+from tests.failing_servers import Relay, X, answering, dropping, grpc_answering, prepared, refuse, status
+from tests.gateway import INFER, SERVICE, Gateway, json_body, limits_of, wait_for
 
 Protocol = Literal["http", "grpc"]
 both = pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -37,9 +33,6 @@ class Breakable:
         """A client with the patience that a busy machine needs."""
         return self.gateway.client(protocol, timeout_s=120, **settings)
 
-    def request(self, protocol: Protocol, model: str) -> PreparedRequest:
-        return prepared(self.server, protocol, model)
-
     def statuses(self, count: int) -> list[tuple[int, str]]:
         """Statuses of the inferences so far; waits for `count` lines, since each is logged after its answer."""
         wait_for(lambda: len(self.gateway.lines(api="infer")) >= count)
@@ -49,20 +42,17 @@ class Breakable:
 @pytest.fixture
 def breakable(closed: EmbeddedServer, tmp_path: Path) -> Iterator[Breakable]:
     """A gateway whose relays both work at first."""
-    skip_without_nginx()
     ports = {"http": closed.http_port, "grpc": closed.grpc_port}
     relays = {protocol: Relay((closed.address, port)) for protocol, port in ports.items()}
-    models = served_models(closed.repository, tmp_path)
-    gateway = Gateway(tmp_path, limits(models), relays["http"].url, relays["grpc"].url)
-    yield Breakable(gateway=gateway, relays=relays, server=closed)
-    gateway.stop()
+    with Gateway(tmp_path, limits_of(closed, tmp_path), *(relay.url for relay in relays.values())) as gateway:
+        yield Breakable(gateway=gateway, relays=relays, server=closed)
     for relay in relays.values():
         relay.close()
 
 
 @both
 def test_a_call_while_the_server_is_down_is_tried_again_by_any_client(breakable: Breakable, protocol: Protocol) -> None:
-    request, relay = breakable.request(protocol, "add_one"), breakable.relays[protocol]
+    request, relay = prepared(breakable.server, protocol), breakable.relays[protocol]
     relay.close()
     with breakable.client(protocol, retries=2) as client, pytest.raises(ServerBusy, match="is not available"):
         client.send(request)
@@ -77,7 +67,7 @@ def test_a_call_while_the_server_is_down_is_tried_again_by_any_client(breakable:
 def test_a_call_that_may_have_run_is_tried_again_by_an_idempotent_client_alone(
     breakable: Breakable, protocol: Protocol
 ) -> None:
-    request, relay = breakable.request(protocol, "add_one"), breakable.relays[protocol]
+    request, relay = prepared(breakable.server, protocol), breakable.relays[protocol]
     relay.delay_s = 30
     lost: list[ConnectionLost] = []
 
@@ -101,38 +91,32 @@ def test_a_call_that_may_have_run_is_tried_again_by_an_idempotent_client_alone(
 
 @both
 @pytest.mark.parametrize("where", ["a host that takes no connection", "a name of nobody"])
-def test_where_no_connection_is_made_nothing_was_sent(
-    breakable: Breakable, protocol: Protocol, where: str, tmp_path: Path
+def test_a_failed_connection_counts_as_not_sent(
+    closed: EmbeddedServer, protocol: Protocol, where: str, tmp_path: Path
 ) -> None:
-    with contextlib.ExitStack() as stack:
-        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        stack.enter_context(socket.create_connection(full.getsockname()))  # the one that it lets wait
-        address = "nobody.invalid:9" if "name" in where else f"127.0.0.1:{full.getsockname()[1]}"
-        gateway = Gateway(tmp_path / "alone", (breakable.gateway.folder / "limits.conf").read_text(), address, address)
-        stack.callback(gateway.stop)
-        alone = replace(breakable, gateway=gateway)
-        client = stack.enter_context(alone.client(protocol, retries=0))
-        with pytest.raises(ServerBusy, match="is not available"):
-            client.send(breakable.request(protocol, "add_one"))
+    with dropping() as full:
+        address = "nobody.invalid:9" if "name" in where else full
+        with (
+            Gateway(tmp_path, limits_of(closed, tmp_path), address, address) as gateway,
+            gateway.client(protocol, timeout_s=120, retries=0) as client,
+            pytest.raises(ServerBusy, match="is not available"),
+        ):
+            client.send(prepared(closed, protocol))
 
 
-def test_requests_for_a_model_that_is_being_loaded_anew_count_as_unserved(breakable: Breakable, tmp_path: Path) -> None:
+def test_requests_for_a_model_that_is_being_reloaded_count_as_unserved(closed: EmbeddedServer, tmp_path: Path) -> None:
     """Triton itself answers NOT_FOUND, as for an unknown model."""
     said = "Request for unknown model: 'add_one' has no available versions"
-    text = (breakable.gateway.folder / "limits.conf").read_text()
-    protocols: tuple[Protocol, ...] = ("http", "grpc")
-    requests = {protocol: breakable.request(protocol, "add_one") for protocol in protocols}
-    with contextlib.ExitStack() as stack:
-        http, _ = stack.enter_context(answering(status("404 Not Found", f'{{"error":"{said}"}}')))
-        over_grpc, seen = stack.enter_context(grpc_answering(refuse(grpc.StatusCode.NOT_FOUND, said)))
-        gateway = Gateway(tmp_path / "loading", text, http, over_grpc)
-        stack.callback(gateway.stop)
+    with (
+        answering(status("404 Not Found", f'{{"error":"{said}"}}')) as (http, _),
+        grpc_answering(refuse(grpc.StatusCode.NOT_FOUND, said)) as (over_grpc, seen),
+        Gateway(tmp_path, limits_of(closed, tmp_path), http, over_grpc) as gateway,
+    ):
         assert gateway.http("POST", INFER, body=json_body())[0] == 404
         assert gateway.grpc_status(f"{SERVICE}/ModelInfer") == "UNAVAILABLE"
-        for protocol, request in requests.items():
-            client = replace(breakable, gateway=gateway).client(protocol, retries=1)
-            with stack.enter_context(client), pytest.raises(ModelNotReady):
-                client.send(request)
+        for protocol in ("http", "grpc"):
+            with gateway.client(protocol, retries=1) as client, pytest.raises(ModelNotReady):
+                client.send(prepared(closed, protocol))
         assert len(seen) == 3  # the client tries again
         unserved = [
             f'gateway_requests_total{{protocol="{protocol}",api="infer",model="",status="{status}"}}'
