@@ -16,36 +16,36 @@ from cli.main import values_of
 from cli.table import Command
 
 
-@pytest.mark.parametrize(
-    ("words", "target"), [((), "onnxruntime"), (("--target", "auto"), "onnxruntime"), (("--target", "torchscript"), "torchscript")]
-)  # fmt: skip
-def test_the_demo_builds_and_serves_while_the_steps_run(
-    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], target: str
-) -> None:
-    called: list[tuple[str, argparse.Namespace]] = []
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
+    """Records the options of the commands that the demo calls; a build of `broken` ends with exit code 2."""
+    found: list[argparse.Namespace] = []
 
     def call(command: Command, options: argparse.Namespace) -> int:
-        called.append((command.name, options))
-        return 0
+        found.append(argparse.Namespace(**vars(options), name=command.name))
+        return 2 if options.__dict__.get("model") == "broken" else 0
 
     monkeypatch.setattr(demo, "call", call)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("words", "target"),
+    [((), "onnxruntime"), (("--target", "auto"), "onnxruntime"), (("--target", "torchscript"), "torchscript")],
+)
+def test_the_demo_builds_and_serves_while_the_steps_run(
+    called: list[argparse.Namespace], words: tuple[str, ...], target: str
+) -> None:
     demo.main(values_of("demo", "--model", "text", "--duration-s", "3", *words))
-    (engine, built), (serve, served) = called
-    assert (engine, built.model, built.target) == ("engine", "text", target)
-    assert (serve, served.command[1:4]) == ("serve", ["-m", "cli", "demo-steps"])
+    built, served = called
+    assert (built.name, built.model, built.target) == ("engine", "text", target)
+    assert (served.name, served.command[1:4]) == ("serve", ["-m", "cli", "demo-steps"])
     assert {"--model=text", "--duration-s=3"} <= set(served.command)
 
 
-def test_a_demo_serves_nothing_if_the_build_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[str] = []
-
-    def call(command: Command, options: argparse.Namespace) -> int:
-        called.append(command.name)
-        return 2
-
-    monkeypatch.setattr(demo, "call", call)
-    assert demo.main(values_of("demo")) == 2
-    assert called == ["engine"]
+def test_a_demo_serves_nothing_if_the_build_fails(called: list[argparse.Namespace]) -> None:
+    assert demo.main(values_of("demo", "--model", "broken")) == 2
+    assert [each.name for each in called] == ["engine"]
 
 
 def test_the_demo_runs_all_steps_even_if_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import ssl
 import tarfile
 import threading
@@ -84,7 +85,7 @@ def into(tmp_path: Path) -> Path:
     return tmp_path / "into"
 
 
-def test_what_was_packed_arrives_as_it_was(store: Store, archive: tuple[bytes, str], into: Path) -> None:
+def test_a_packed_repository_arrives_unchanged(store: Store, archive: tuple[bytes, str], into: Path) -> None:
     store.answers["/m.tar.gz"] = lambda request: request.give(archive[0])
     found = fetch(store.url("/m.tar.gz"), archive[1], into, "Bearer x")
     assert found == {"size_bytes": len(archive[0]), "models": ["add_one"]}
@@ -95,17 +96,16 @@ def test_what_was_packed_arrives_as_it_was(store: Store, archive: tuple[bytes, s
     assert store.seen == [("/m.tar.gz", "Bearer x")]
 
 
-def test_over_https_a_certificate_of_an_authority_that_is_trusted_is_asked_for(
+def test_over_https_the_stores_certificate_must_be_trusted(
     store: Store, archive: tuple[bytes, str], into: Path, tmp_path: Path
 ) -> None:
     ensure_certificate(tmp_path, [])
     store.answers["/m.tar.gz"] = lambda request: request.give(archive[0])
     store.speak_tls(tmp_path / "tls.crt", tmp_path / "tls.key")
     arguments = ("--url", store.url("/m.tar.gz"), "--sha256", archive[1], "--into", str(into))
-    stranger = run_module("cli", "fetch", *arguments)  # at once, not after a minute of tries
-    assert stranger.returncode == 1
+    stranger = run_module("cli", "fetch", *arguments)
+    assert (stranger.returncode, stranger.stderr.count("\n")) == (1, 1)
     assert "CERTIFICATE_VERIFY_FAILED" in stranger.stderr
-    assert stranger.stderr.count("\n") == 1
     assert store.seen == []
     run = run_module("cli", "fetch", *arguments, SSL_CERT_FILE=str(tmp_path / "ca.crt"))
     assert run.returncode == 0, run.stderr
@@ -122,9 +122,7 @@ def test_the_same_files_pack_into_the_same_bytes(archive: tuple[bytes, str], tmp
     assert pack(tmp_path / "repository", tmp_path / "again.tar.gz")[0] != archive[1]
 
 
-def test_another_archive_than_the_expected_one_is_not_unpacked(
-    store: Store, archive: tuple[bytes, str], into: Path
-) -> None:
+def test_an_archive_with_another_checksum_is_not_unpacked(store: Store, archive: tuple[bytes, str], into: Path) -> None:
     store.answers["/m.tar.gz"] = lambda request: request.give(archive[0] + b"x")
     with pytest.raises(GateFailed, match="nothing was unpacked"):
         fetch(store.url("/m.tar.gz"), archive[1], into)
@@ -140,7 +138,7 @@ def test_a_connection_that_ends_early_is_tried_again(store: Store, archive: tupl
     assert len(store.seen) == 2
 
 
-def test_a_missing_archive_is_said_at_once_and_a_broken_store_after_a_while(store: Store, into: Path) -> None:
+def test_a_missing_archive_fails_at_once_and_a_broken_store_is_retried(store: Store, into: Path) -> None:
     store.answers["/gone?signature=x"] = lambda request: request.give(b"", status=404)
     with pytest.raises(GateFailed, match="404") as error:
         fetch(store.url("/gone?signature=x"), "0" * 64, into)
@@ -161,50 +159,41 @@ def test_the_authorization_goes_to_the_url_and_not_to_where_it_redirects(
     assert store.seen == [("/m.tar.gz", "Bearer x"), ("/elsewhere", None)]
 
 
-@pytest.mark.parametrize("name", ["../outside", "/outside", "a/../../outside"], ids=["up", "root", "through"])
-def test_a_member_that_would_land_outside_is_refused_or_kept_inside(store: Store, into: Path, name: str) -> None:
-    content = packed(tarfile.TarInfo(name))
-    store.answers["/m"] = lambda request: request.give(content)
-    if name.startswith("/"):  # tar's own rule: without its slash
-        fetch(store.url("/m"), hashlib.sha256(content).hexdigest(), into)
-    else:
-        with pytest.raises(GateFailed, match="archive: "):
-            fetch(store.url("/m"), hashlib.sha256(content).hexdigest(), into)
-    assert not (into.parent / "outside").exists()
-    assert not Path("/outside").exists()
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE], ids=["symlink", "link", "fifo"])
-def test_links_and_devices_are_refused(store: Store, into: Path, kind: bytes) -> None:
-    member = tarfile.TarInfo("add_one")
+def packed(name: str, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """An archive with one member; links point to /etc."""
+    member = tarfile.TarInfo(name)
     member.type, member.linkname = kind, "/etc"
-    content = packed(member)
-    store.answers["/m"] = lambda request: request.give(content)
-    with pytest.raises(GateFailed, match="'add_one' is neither a file nor a folder"):
-        fetch(store.url("/m"), hashlib.sha256(content).hexdigest(), into)
-
-
-def packed(member: tarfile.TarInfo) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         tar.addfile(member)
     return buffer.getvalue()
 
 
-def test_what_is_no_archive_is_one_line(store: Store, into: Path) -> None:
-    store.answers["/m"] = lambda request: request.give(b"hello")
-    with pytest.raises(GateFailed, match=r"cannot be read as \.tar\.gz"):
-        fetch(store.url("/m"), hashlib.sha256(b"hello").hexdigest(), into)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (packed("../outside"), "archive: '../outside' would be extracted to "),
+        (packed("a/../../outside"), "archive: 'a/../../outside' would be extracted to "),
+        (packed("add_one", tarfile.SYMTYPE), "archive: 'add_one' is neither a file nor a folder"),
+        (packed("add_one", tarfile.LNKTYPE), "archive: 'add_one' is neither a file nor a folder"),
+        (packed("add_one", tarfile.FIFOTYPE), "archive: 'add_one' is neither a file nor a folder"),
+        (b"hello", "archive: cannot be read as .tar.gz"),
+    ],
+    ids=["up", "through", "symlink", "link", "fifo", "no archive"],
+)
+def test_members_outside_the_folder_links_devices_and_other_files_are_refused(
+    store: Store, into: Path, content: bytes, said: str
+) -> None:
+    store.answers["/m"] = lambda request: request.give(content)
+    with pytest.raises(GateFailed, match=re.escape(said)):
+        fetch(store.url("/m"), hashlib.sha256(content).hexdigest(), into)
+    assert not (into.parent / "outside").exists()
 
 
 @pytest.mark.parametrize(
     ("url", "sha256", "message"),
     [("s3://b/m", "0" * 64, "must begin with https://"), ("http://h/m", "12", "64 hexadecimal digits")],
-    ids=["scheme", "checksum"],
 )
-def test_wrong_input_is_said(into: Path, url: str, sha256: str, message: str) -> None:
+def test_wrong_input_is_one_line(into: Path, url: str, sha256: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         fetch(url, sha256, into)
-    run = run_module("cli", "fetch", "--url", url, "--sha256", sha256, "--into", str(into))
-    assert run.returncode == 2
-    assert run.stderr.count("\n") == 1

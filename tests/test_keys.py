@@ -28,21 +28,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "gateway"
 
 
-def test_a_key_is_printed_alone_and_kept_nowhere(tmp_path: Path) -> None:
+def test_a_key_is_printed_alone_and_stored_as_a_hash_for_the_stacks_user_alone(tmp_path: Path) -> None:
     run = run_module("cli", "keys", "--name", "shop", DEEPSEEK_BUILD=str(tmp_path))
     key = run.stdout.strip()
-    assert key.startswith("dsk_")
-    assert len(key) == 47
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert all(key.encode() not in path.read_bytes() for path in files)
-    (entry,) = (tmp_path / "gateway" / "keys").glob("*.json")
+    assert re.fullmatch(r"dsk_\S{43}", key)
+    assert all(key.encode() not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    folder = tmp_path / "gateway"
+    (entry,) = (folder / "keys").glob("*.json")
     assert entry.stem == digest(key)
     assert json.loads(entry.read_text())["name"] == "shop"
-
-
-def test_keys_and_private_files_are_readable_by_the_stacks_user_alone(folder: Path) -> None:
-    new_key(folder, "shop")
-    for path in (folder / "tls.key", *(folder / "keys").iterdir()):
+    for path in (folder / "tls.key", entry):
         found = path.stat()
         assert stat.S_IMODE(found.st_mode) == 0o600
         assert (found.st_uid, found.st_gid) == owner(folder)
@@ -58,26 +53,22 @@ def test_revoke_ends_all_keys_of_a_name_or_one_by_its_id(folder: Path) -> None:
     assert [key.name for key in keys_in(folder)] == ["till"]
 
 
-def test_an_expired_key_is_listed_as_such(folder: Path, tmp_path: Path) -> None:
+def test_keys_are_listed_as_valid_expired_or_bulk(folder: Path, tmp_path: Path) -> None:
     new_key(folder, "old", expires_s=1e-9)
     new_key(folder, "new", expires_s=60, rate_rps=5)
-    assert [(key.name, key.state) for key in keys_in(folder)] == [("new", "valid"), ("old", "expired")]
-    run = run_module("cli", "keys", DEEPSEEK_BUILD=str(tmp_path))
-    assert "expired" in run.stdout
-    assert run.stdout.count("valid") == 1
     new_key(folder, "nightly", bulk=True)
-    assert " bulk " in run_module("cli", "keys", DEEPSEEK_BUILD=str(tmp_path)).stdout
+    lines = run_module("cli", "keys", DEEPSEEK_BUILD=str(tmp_path)).stdout.splitlines()
+    rows = {line.split()[0]: line.split()[-1] for line in lines if line.strip()}
+    assert (rows["old"], rows["new"], rows["nightly"]) == ("expired", "valid", "bulk")
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--name", "a b"), "key name 'a b': use 1 to 64 letters, digits"),
-        (("--name", "../up"), "key name '../up'"),
         (("--name", "shop", "--expires-days", "0"), "expiry 0 days: must be more than 0"),
         (("--name", "shop", "--expires-days", "1e9"), "expiry 1e+09 days: must be more than 0 and at most 36500"),
         (("--name", "shop", "--rate-rps", "-1"), "rate -1: must be a whole number of requests/s, 1 or more"),
-        (("--name", "shop", "--rate-rps", "0.5"), "rate 0.5: must be a whole number"),
         (("--name", "shop", "--rate-rps", "inf"), "rate inf: must be a whole number"),
         (("--revoke", "nobody"), "no key 'nobody' in"),
         (("--name", "a", "--revoke", "b"), "use one of them"),
@@ -94,20 +85,20 @@ def test_the_certificate_is_signed_by_the_authority_for_the_hosts_asked_for(fold
     leaf(folder).verify_directly_issued_by(x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes()))
     names = leaf(folder).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert {"localhost", "gateway", "api.example.com"} <= set(names.get_values_for_type(x509.DNSName))
-    assert not ensure_certificate(folder, ["api.example.com"])  # has it
+    assert not ensure_certificate(folder, ["192.0.2.7"])  # the certificate has it
+    assert ensure_certificate(folder, ["b.example.com"])
+    assert not ensure_certificate(folder, ["api.example.com", "b.example.com"])  # names accumulate
 
 
 def test_a_certificate_about_to_end_is_renewed_by_the_same_authority(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(certificate, "VALID_DAYS", 29)
-    ensure_certificate(tmp_path, ["api.example.com", "192.0.2.7"])
+    ensure_certificate(tmp_path, ["api.example.com"])
     authority = (tmp_path / "ca.crt").read_bytes()
     monkeypatch.undo()
     assert ensure_certificate(tmp_path, [])
-    assert not ensure_certificate(tmp_path, ["api.example.com", "192.0.2.7"])  # it has kept its names
-    assert ensure_certificate(tmp_path, ["b.example.com"])
-    assert not ensure_certificate(tmp_path, ["api.example.com", "b.example.com"])
+    assert not ensure_certificate(tmp_path, ["api.example.com"])  # it keeps its names
     assert leaf(tmp_path).not_valid_after_utc - datetime.now(UTC) > timedelta(days=390)
     assert (tmp_path / "ca.crt").read_bytes() == authority
 
@@ -126,17 +117,17 @@ def break_key(folder: Path, how: str) -> None:
     ("how", "said"),
     [("none", "cannot be read"), ("no PEM", "is not an unencrypted PEM key"), ("another", "is not the key of tls.crt")],
 )
-def test_a_certificate_without_its_key_is_made_anew_unless_it_is_somebodys_own(
-    folder: Path, how: str, said: str
-) -> None:
+def test_a_certificate_without_its_key_is_renewed_unless_it_is_the_users_own(folder: Path, how: str, said: str) -> None:
     break_key(folder, how)
     assert ensure_certificate(folder, [])
     ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(folder / "tls.crt", folder / "tls.key")  # they are a pair
     (folder / "ca.crt").unlink()
-    assert not ensure_certificate(folder, [])
+    before = (folder / "tls.crt").read_bytes()
+    assert not ensure_certificate(folder, ["api.example.com"])
     break_key(folder, how)
     with pytest.raises(InputError, match=f"tls.key {said}.*; replace it, or remove tls.crt"):
         ensure_certificate(folder, [])
+    assert (folder / "tls.crt").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -144,10 +135,7 @@ def test_a_certificate_without_its_key_is_made_anew_unless_it_is_somebodys_own(
     [
         ("gateway/tls.crt", "is not a PEM certificate; replace it, or remove it to get a new one"),
         ("gateway/ca.crt", "is not a PEM certificate; replace it, or remove it to get a new one"),
-        (
-            "gateway-authority/ca.key",
-            "is not an unencrypted PEM key; put it back, or remove .*ca.crt and tls.crt: make keys",
-        ),
+        ("gateway-authority/ca.key", "is not an unencrypted PEM key; put it back, or remove .*ca.crt and tls.crt"),
     ],
 )
 def test_a_damaged_file_is_one_line(folder: Path, name: str, said: str) -> None:
@@ -157,28 +145,17 @@ def test_a_damaged_file_is_one_line(folder: Path, name: str, said: str) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
-def test_a_certificate_that_root_puts_there_is_given_to_the_stacks_user(folder: Path) -> None:
-    files = [folder / name for name in ("tls.crt", "tls.key")]
-    (folder / "ca.crt").unlink()
-    for path in files:
-        os.chown(path, 0, 0)
-        path.chmod(0o600)
-    assert not ensure_certificate(folder, [])
-    assert {path.stat().st_uid for path in files} == {owner(folder)[0]}
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
-def test_what_root_makes_in_an_ordinary_users_folder_is_that_users(folder: Path) -> None:
+def test_what_root_puts_into_the_folder_belongs_to_its_owner(folder: Path) -> None:
     new_key(folder, "shop")
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, 1234, 1235)
+    os.chown(folder, 1234, 1235)
+    for path in folder.rglob("*"):
+        os.chown(path, 0, 0)
     (folder.parent / "linked").touch()
     (folder / "keys" / "linked.json").symlink_to(folder.parent / "linked")
-    ensure_folder(folder, ["api.example.com"])
+    ensure_folder(folder, [])
     new_key(folder, "till")
-    assert owner(folder) == (1234, 1235)
-    found = [path.lstat() for path in (folder, *folder.rglob("*"))]
-    assert {(each.st_uid, each.st_gid) for each in found} == {(1234, 1235)}
+    files = [path for path in folder.rglob("*") if path.name != "ca.crt"]  # everybody may read that
+    assert {(each.lstat().st_uid, each.lstat().st_gid) for each in files} == {(1234, 1235)} == {owner(folder)}
     assert (folder.parent / "linked").stat().st_uid == 0
 
 
@@ -197,13 +174,3 @@ def test_an_authority_whose_key_is_missing_is_never_replaced(folder: Path) -> No
 
 def leaf(folder: Path) -> x509.Certificate:
     return x509.load_pem_x509_certificate((folder / "tls.crt").read_bytes())
-
-
-def test_a_certificate_of_somebody_else_stays(folder: Path, tmp_path: Path) -> None:
-    ensure_certificate(tmp_path / "other", [])
-    names = ("tls.crt", "tls.key")
-    for name in names:
-        (tmp_path / "other" / name).rename(folder / name)
-    before = [(folder / name).read_bytes() for name in names]
-    assert not ensure_certificate(folder, ["api.example.com"])
-    assert [(folder / name).read_bytes() for name in names] == before

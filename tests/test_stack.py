@@ -23,7 +23,7 @@ from serving.stack.env_file import OWN, WRITTEN
 from serving.stack.gateway_limits import LEAST_RATE_RPS, gateway_sizes, limits
 from serving.stack.refresh import refresh
 from serving.stack.server_sizes import server_sizes
-from tests.conftest import run_module, write_add_one
+from tests.conftest import write_add_one
 from tests.failing_servers import sign_itself
 
 TEXT = ServedModel(
@@ -47,53 +47,42 @@ def settings_of(path: Path) -> dict[str, str]:
     )
 
 
-def write(repository: Path, *arguments: str) -> dict[str, str]:
-    folder = repository.parent
-    run = run_module(
-        "cli", "stack", "--repository", str(repository), "--env-file", str(folder / "env"), *arguments,
-        DEEPSEEK_BUILD=str(folder / "build"),
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+def write(folder: Path, *arguments: str) -> dict[str, str]:
+    """Runs `deepseek stack` for `folder/repository`, by default one with a model; returns the env file's variables."""
+    if not (folder / "repository").exists():
+        write_add_one(folder / "repository")
+    places = ("--repository", str(folder / "repository"), "--env-file", str(folder / "env"))
+    stack.main(values_of("stack", *places, "--folder", str(folder / "build" / "gateway"), *arguments))
     return settings_of(folder / "env")
 
 
-def test_what_needs_no_gpu_is_served_by_the_embedded_triton(tmp_path: Path) -> None:
-    write_add_one(tmp_path / "repository")
-    found = write(tmp_path / "repository", "--gateway-port", "9443")
-    assert found["COMPOSE_FILE"] == "compose.yaml"
-    assert found["GATEWAY_PORT"] == "9443"
-    assert Path(found["STACK_REPOSITORY"]) == tmp_path / "repository"
-    assert not found["STACK_USER"].startswith("0:")
-
-
-@pytest.mark.parametrize("provider", ["migraphx", "cann"])
-def test_a_model_for_amd_or_ascend_takes_no_nvidia_image_and_the_stack_says_that_it_cannot_serve_it(
-    tmp_path: Path, provider: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_add_one(tmp_path / "repository")
-    config = tmp_path / "repository" / "add_one" / "config.pbtxt"
-    own = f'parameters {{ key: "provider" value {{ string_value: "{provider}" }} }}'
-    config.write_text(config.read_text() + own)
-    places = ("--env-file", str(tmp_path / "env"), "--folder", str(tmp_path / "gateway"))
-    stack.main(values_of("stack", "--repository", str(tmp_path / "repository"), *places))
-    assert settings_of(tmp_path / "env")["COMPOSE_FILE"] == "compose.yaml"
-    told = f"note: add_one: no image has the execution provider {provider!r}, so the stack cannot serve it; make serve"
-    assert told in capsys.readouterr().err
+PROVIDER = 'backend: "python"\nparameters {{ key: "provider" value {{ string_value: "{}" }} }}'
 
 
 @pytest.mark.parametrize(
-    "changed",
-    ['backend: "tensorrt"', 'backend: "pytorch"', 'backend: "python"\nparameters { key: "provider" value { string_value: "cuda" } }'],
-)  # fmt: skip
-def test_one_engine_that_needs_a_gpu_takes_nvidias_triton_for_all(tmp_path: Path, changed: str) -> None:
-    write_add_one(tmp_path / "repository")
-    write_add_one(tmp_path / "repository", "big")
+    ("changed", "files"),
+    [
+        ('backend: "python"', "compose.yaml"),
+        (PROVIDER.format("migraphx"), "compose.yaml"),
+        (PROVIDER.format("cuda"), "compose.yaml:docker/compose.gpu.yaml"),
+        ('backend: "tensorrt"', "compose.yaml:docker/compose.gpu.yaml"),
+        ('backend: "pytorch"', "compose.yaml:docker/compose.gpu.yaml"),
+    ],
+)
+def test_one_engine_that_needs_a_gpu_takes_nvidias_triton_for_all(
+    tmp_path: Path, changed: str, files: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("add_one", "big"):
+        write_add_one(tmp_path / "repository", name)
     config = tmp_path / "repository" / "big" / "config.pbtxt"
     config.write_text(config.read_text().replace('backend: "python"', changed))
-    found = write(tmp_path / "repository", "--triton-tag", "26.08")
-    assert found["COMPOSE_FILE"] == "compose.yaml:docker/compose.gpu.yaml"
-    assert found["SERVER_TAG"] == image_tag("server") != image_tag("server-cpu")
-    assert found["TRITON_TAG"] == "26.08"
+    found = write(tmp_path, "--triton-tag", "26.08")
+    assert (found["COMPOSE_FILE"], found["TRITON_TAG"]) == (files, "26.08")
+    assert found["SERVER_TAG"] == image_tag("server" if "gpu" in files else "server-cpu")
+    assert Path(found["STACK_REPOSITORY"]) == tmp_path / "repository"
+    assert not found["STACK_USER"].startswith("0:")
+    told = "note: big: no image has the execution provider 'migraphx', so the stack cannot serve it; make serve does"
+    assert (told in capsys.readouterr().err) is ("migraphx" in changed)
 
 
 def test_an_image_has_another_tag_after_each_change_of_what_it_copies(tmp_path: Path) -> None:
@@ -113,35 +102,35 @@ def test_an_image_has_another_tag_after_each_change_of_what_it_copies(tmp_path: 
     assert len(set(tags)) == 4
 
 
-def test_load_tests_ask_the_model_named_by_the_slo_of_what_it_was_built_for(built: Path, tmp_path: Path) -> None:
+def test_load_tests_know_the_model_and_its_target(built: Path, tmp_path: Path) -> None:
     shutil.copytree(built / "repository", tmp_path / "repository")
     (manifest,) = (tmp_path / "repository" / "text").glob("*/manifest.json")
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**content, "target": "tensorrt"}))
-    found = write(tmp_path / "repository", "--models", "tests/models", "--model", "text")
+    found = write(tmp_path, "--models", "tests/models", "--model", "text")
     assert found["MODEL"] == "text"
     assert {"image=onnxruntime", "text=tensorrt"} <= set(found["STACK_TARGETS"].split())
 
 
-def test_the_load_tests_container_finds_its_models_target_and_the_gateway(tmp_path: Path) -> None:
-    (tmp_path / "python").write_text('#!/bin/bash\necho "$*"\n')  # tells what it is asked
+@pytest.mark.parametrize(
+    ("variables", "flags", "said"),
+    [
+        ({"MODEL": "text"}, [], "--target tensorrt --inputs /inputs.npz --url shop:8443 --ca-cert /tls.crt\n"),
+        ({"MODEL": "text.2"}, [], "--target onnxruntime "),
+        ({"MODEL": "text", "TARGET": "torchscript"}, [], "--target torchscript "),  # of a Job on Kubernetes
+        ({"MODEL": "text"}, ["--url=triton:8001"], "--inputs /inputs.npz --url=triton:8001\n"),
+        ({"MODEL": "image"}, [], "error: MODEL=image: the stack serves text=tensorrt text.2=onnxruntime; set MODEL to"),
+    ],
+)
+def test_the_load_tests_container_finds_its_models_target_and_the_gateway(
+    tmp_path: Path, variables: dict[str, str], flags: list[str], said: str
+) -> None:
+    (tmp_path / "python").write_text('#!/bin/bash\necho "$*"\n')
     (tmp_path / "python").chmod(0o755)
-    settings = {"URL": "shop.example.com:8443", "CA_CERT": "/tls.crt", "TARGETS": "text=tensorrt text.2=onnxruntime"}
-
-    def told(*arguments: str, **changed: str) -> str:
-        environment = {**settings, **changed, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        run = subprocess.run(["docker/loadtests.sh", *arguments], env=environment, capture_output=True, text=True)
-        return run.stdout + run.stderr
-
-    assert "--target tensorrt" in told(MODEL="text")
-    assert "--url shop.example.com:8443 --ca-cert /tls.crt" in told(MODEL="text")
-    assert "--target onnxruntime" in told(MODEL="text.2")
-    assert "--target torchscript" in told(MODEL="text", TARGET="torchscript")  # of a Job on Kubernetes
-    assert "shop.example.com" not in told("--url=triton:8001", MODEL="text")
-    assert (
-        told(MODEL="image")
-        == "error: MODEL=image: the stack serves text=tensorrt text.2=onnxruntime; set MODEL to one of these\n"
-    )
+    settings = {"URL": "shop:8443", "CA_CERT": "/tls.crt", "TARGETS": "text=tensorrt text.2=onnxruntime"}
+    environment = {**settings, **variables, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    run = subprocess.run(["docker/loadtests.sh", *flags], env=environment, capture_output=True, text=True)
+    assert said in run.stdout + run.stderr
 
 
 @pytest.mark.parametrize(
@@ -154,11 +143,10 @@ def test_the_load_tests_container_finds_its_models_target_and_the_gateway(tmp_pa
     ],
 )
 def test_the_gateway_is_called_by_a_name_of_its_certificate(tmp_path: Path, names: list[str], host: str) -> None:
-    write_add_one(tmp_path / "repository")
     folder = tmp_path / "build" / "gateway"
     folder.mkdir(parents=True)
     sign_itself(folder / "tls.key", folder / "tls.crt", names)
-    assert write(tmp_path / "repository")["STACK_HOST"] == host
+    assert write(tmp_path)["STACK_HOST"] == host
 
 
 def test_limits_are_the_sums_of_the_models(built: Path) -> None:
@@ -172,7 +160,7 @@ def test_limits_are_the_sums_of_the_models(built: Path) -> None:
     assert f"client_max_body_size {max(model.body_bytes for model in models.values())};" in text
 
 
-def test_the_gateway_has_room_for_as_many_of_the_largest_bodies_as_it_takes_at_once(tmp_path: Path) -> None:
+def test_the_gateway_has_room_for_as_many_of_the_largest_bodies_as_it_takes_at_once() -> None:
     image = replace(TEXT, input_numbers=32 * 3 * 224 * 224)
     size = gateway_sizes([TEXT, image])
     assert size.at_once == 4
@@ -180,10 +168,6 @@ def test_the_gateway_has_room_for_as_many_of_the_largest_bodies_as_it_takes_at_o
     assert size.memory_mib * MIB > (size.tmp_mib + 512) * MIB + 4 * 4 * image.body_bytes
     assert "limit_conn large_json 4;" in limits([TEXT, image])
     assert gateway_sizes([TEXT]).at_once == 128 * MIB // TEXT.body_bytes
-    write_add_one(tmp_path / "repository")
-    found = write(tmp_path / "repository")
-    size = gateway_sizes(served_models(tmp_path / "repository", tmp_path))
-    assert (found["GATEWAY_TMP"], found["GATEWAY_MEMORY"]) == (f"{size.tmp_mib}m", f"{size.memory_mib}m")
 
 
 def test_the_time_out_is_the_queues_and_ten_times_the_p99_which_is_a_bound_of_the_histogram() -> None:
@@ -199,25 +183,15 @@ def test_the_time_out_is_the_queues_and_ten_times_the_p99_which_is_a_bound_of_th
     assert f"$default_rate_rps {LEAST_RATE_RPS};" in limits([replace(TEXT, rate_rps=1)])
 
 
-def test_a_slow_model_gets_longer_to_finish_when_the_server_stops(tmp_path: Path) -> None:
-    write_add_one(tmp_path / "repository")
-    shutil.copytree("tests/models/text", tmp_path / "models" / "add_one")
-    path = tmp_path / "models" / "add_one" / "deploy.toml"
-    path.write_text(re.sub(r"p99_ms = \d+", "p99_ms = 6000", path.read_text()).replace('"text"', '"add_one"'))
-    found = write(tmp_path / "repository", "--models", str(tmp_path / "models"))
-    assert (found["EXIT_TIMEOUT_S"], found["STOP_GRACE"]) == ("65", "75s")  # 5 s in the queue and 10 x 6 s
-
-
-def test_a_stop_waits_for_the_openai_routes_and_then_for_triton() -> None:
+def test_a_stop_waits_for_the_openai_routes_and_then_for_the_slowest_model_of_triton() -> None:
     size = server_sizes([replace(TEXT, text_bytes=1)])
     assert (size.stop_s, size.answer_s) == (65 + 30 + 10, 65)  # a list may take 60 s, and 5 s to be sent
-    without = server_sizes([TEXT])
-    assert (without.stop_s, without.answer_s) == (40, 30)
+    slow = server_sizes([TEXT, replace(TEXT, p99_ms=6000, queue_timeout_ms=5000)])
+    assert (slow.exit_timeout_s, slow.stop_s, slow.answer_s) == (65, 75, 65)
 
 
-def test_a_release_makes_anew_what_a_running_stack_reads_and_only_of_its_own_repository(tmp_path: Path) -> None:
-    write_add_one(tmp_path / "repository")
-    write(tmp_path / "repository", "--runbook", "https://wiki.example.com/runbook")
+def test_a_release_rewrites_the_files_of_a_running_stack_for_its_own_repository_only(tmp_path: Path) -> None:
+    write(tmp_path, "--runbook", "https://wiki.example.com/runbook")
     gateway, rules = tmp_path / "build" / "gateway", tmp_path / "build" / "observe" / "rules" / "deepseek.yml"
     before = (gateway / "limits.conf").stat()
     (tmp_path / "repository" / "add_one" / "1").rename(tmp_path / "repository" / "add_one" / "2")
@@ -235,7 +209,6 @@ def test_a_release_makes_anew_what_a_running_stack_reads_and_only_of_its_own_rep
     [
         (("--gateway-port", "0"), "GATEWAY_PORT: seen 0"),
         (("--local-ports", "8000"), "LOCAL_PORTS: seen '8000'; use two ports, HTTP,GRPC, such as 8000,8001, or 0"),
-        (("--local-ports", "8000,8000"), "LOCAL_PORTS: seen '8000,8000'"),
         (("--local-ports", "8443,8001"), "GATEWAY_PORT=8443 is one of LOCAL_PORTS"),
         (("--repository", "nosuch"), "nosuch: no model in it"),
         (("--model", "x"), "--model 'x': not in "),
@@ -253,38 +226,30 @@ def test_wrong_input_is_one_line(tmp_path: Path, arguments: tuple[str, ...], sai
     assert not (tmp_path / "env").exists()
 
 
-def test_the_port_and_the_name_stay_as_the_env_file_has_them(tmp_path: Path) -> None:
-    write_add_one(tmp_path / "repository")
-    write(tmp_path / "repository", "--gateway-port", "9443", "--project", "shop-2")
-    found = write(tmp_path / "repository")
-    assert (found["GATEWAY_PORT"], found["COMPOSE_PROJECT_NAME"]) == ("9443", "shop-2")
-    assert write(tmp_path / "repository", "--gateway-port", "443")["GATEWAY_PORT"] == "443"
-
-
-def test_the_local_ports_stay_as_the_env_file_has_them_and_0_closes_them(tmp_path: Path) -> None:
-    write_add_one(tmp_path / "repository")
-    found = write(tmp_path / "repository")
+def test_ports_and_name_stay_as_the_env_file_has_them(tmp_path: Path) -> None:
+    found = write(tmp_path, "--gateway-port", "9443", "--project", "shop-2")
     assert (found["LOCAL_PORTS"], found["LOCAL_HTTP_PORT"], found["LOCAL_GRPC_PORT"]) == ("8000,8001", "8000", "8001")
-    write(tmp_path / "repository", "--local-ports", "8100,8101")
-    assert write(tmp_path / "repository")["LOCAL_GRPC_PORT"] == "8101"
-    found = write(tmp_path / "repository", "--local-ports", "0")
-    assert (found["LOCAL_PORTS"], found["COMPOSE_FILE"]) == ("0", "compose.yaml:docker/compose.closed.yaml")
-    assert write(tmp_path / "repository")["LOCAL_PORTS"] == "0"
+    write(tmp_path, "--local-ports", "8100,8101")
+    found = write(tmp_path)
+    kept = (found["GATEWAY_PORT"], found["COMPOSE_PROJECT_NAME"], found["LOCAL_GRPC_PORT"])
+    assert kept == ("9443", "shop-2", "8101")
+    for more in (("--local-ports", "0", "--gateway-port", "443"), ()):
+        found = write(tmp_path, *more)
+        assert (found["LOCAL_PORTS"], found["COMPOSE_FILE"]) == ("0", "compose.yaml:docker/compose.closed.yaml")
+    assert found["GATEWAY_PORT"] == "443"
 
 
 def test_every_variable_of_the_compose_files_is_written_or_has_a_default(tmp_path: Path) -> None:
-    write_add_one(tmp_path / "repository")
-    written = write(tmp_path / "repository")
+    written = write(tmp_path)
     for file in ("compose.yaml", *map(str, Path("docker").glob("compose.*.yaml"))):
         for name, rest in re.findall(r"\$\{(\w+)([^}]*)\}", Path(file).read_text()):
             assert name in written or rest.startswith(":-"), f"{file}: {name}"
 
 
-def test_what_the_observing_containers_mount_is_readable_whatever_the_umask(tmp_path: Path) -> None:
-    write_add_one(tmp_path / "repository")
+def test_prometheus_and_grafana_can_read_their_files_under_any_umask(tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
-        observe = Path(write(tmp_path / "repository")["STACK_OBSERVE"])
+        observe = Path(write(tmp_path)["STACK_OBSERVE"])
     finally:
         os.umask(before)
     found = [path for path in observe.rglob("*") if not path.name.startswith(".")]
@@ -294,45 +259,44 @@ def test_what_the_observing_containers_mount_is_readable_whatever_the_umask(tmp_
     assert {path.stat().st_mode & 0o777 for path in found} == {0o755, 0o644}
 
 
-def test_what_is_somebodys_own_in_the_env_file_stays_below_what_is_ours(tmp_path: Path) -> None:
-    write_add_one(tmp_path / "repository")
-    env_file = tmp_path / ".env"
-    places = ("--repository", str(tmp_path / "repository"), "--models", str(tmp_path), "--folder", str(tmp_path / "g"))
+def test_the_users_own_lines_of_the_env_file_stay_below_ours(tmp_path: Path) -> None:
+    env_file = tmp_path / "env"
     env_file.write_text("HTTPS_PROXY=http://proxy.example\n")  # before the first make engine
-    for added in ("TRITON_MEMORY=4000m\n", ""):
-        assert run_module("cli", "stack", *places, "--env-file", str(env_file)).returncode == 0
-        env_file.write_text(env_file.read_text() + added)
-    assert env_file.read_text().endswith(f"{OWN}\nHTTPS_PROXY=http://proxy.example\nTRITON_MEMORY=4000m\n")
     env_file.chmod(0o600)
-    assert run_module("cli", "stack", *places, "--env-file", str(env_file)).returncode == 0
+    for added in ("TRITON_MEMORY=4000m\n", ""):
+        write(tmp_path)
+        env_file.write_text(env_file.read_text() + added)
+    own = f"{OWN}\nHTTPS_PROXY=http://proxy.example\nTRITON_MEMORY=4000m\n"
+    assert env_file.read_text().endswith(own)
     assert env_file.stat().st_mode & 0o777 == 0o600
-    command = ["make", "clean", "MODEL=add_one", f"ENV_FILE={env_file}", f"BUILD={tmp_path / 'b'}"]
-    for _ in range(2):
-        subprocess.run([*command, f"REPOSITORY={tmp_path / 'repository'}"], check=True, capture_output=True)
-        assert env_file.read_text() == f"{OWN}\nHTTPS_PROXY=http://proxy.example\nTRITON_MEMORY=4000m\n"
+
+    def clean() -> None:
+        places = (f"ENV_FILE={env_file}", f"BUILD={tmp_path / 'b'}", f"REPOSITORY={tmp_path / 'repository'}")
+        subprocess.run(["make", "clean", "MODEL=add_one", *places], check=True, capture_output=True)
+
+    clean()
+    assert env_file.read_text() == own
     for text, stays in ((f"{WRITTEN}\n{OWN}\n", False), ("A=1\n", True)):
         env_file.write_text(text)
-        subprocess.run([*command, f"REPOSITORY={tmp_path / 'repository'}"], check=True, capture_output=True)
+        clean()
         assert env_file.exists() is stays
 
 
-def test_models_of_several_folders_keep_their_objectives(built: Path, tmp_path: Path) -> None:
+def test_models_of_several_folders_keep_their_objectives(
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("tests/models/text", tmp_path / "elsewhere" / "text")
     shutil.copytree(built / "repository", tmp_path / "repository")
-    places = ("--repository", str(tmp_path / "repository"), "--folder", str(tmp_path / "g"))
-    files = ("--env-file", str(tmp_path / ".env"))
 
-    def watched(models: Path) -> set[str]:
-        run = run_module("cli", "stack", *places, *files, "--models", str(models))
-        assert run.returncode == 0, run.stderr
-        told.append(run.stderr)
-        rules = yaml.safe_load((tmp_path / "observe" / "rules" / "deepseek.yml").read_text())
+    def watched(models: str) -> set[str]:
+        write(tmp_path, "--models", models)
+        rules = yaml.safe_load((tmp_path / "build" / "observe" / "rules" / "deepseek.yml").read_text())
         alerts = [rule for group in rules["groups"] for rule in group["rules"]]
         return {rule["labels"]["model"] for rule in alerts if rule.get("alert") == "LatencyBudgetBurn"}
 
-    told: list[str] = []
-    shutil.copytree("tests/models/text", tmp_path / "elsewhere" / "text")
-    assert watched(tmp_path / "elsewhere") == {"text"}
-    assert "note: image: no deploy.toml in " in told[-1]
-    assert watched(Path("tests/models")) >= {"text", "image"}
-    assert watched(tmp_path / "elsewhere") >= {"text", "image"}
-    assert "no deploy.toml" not in told[-1]
+    elsewhere = str(tmp_path / "elsewhere")
+    assert watched(elsewhere) == {"text"}
+    assert "note: image: no deploy.toml in " in capsys.readouterr().err
+    assert watched("tests/models") >= {"text", "image"}
+    assert watched(elsewhere) >= {"text", "image"}
+    assert "no deploy.toml" not in capsys.readouterr().err

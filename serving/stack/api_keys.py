@@ -58,8 +58,8 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def check_wish(name: str, *, expires_s: float | None = None, rate_rps: float | None = None) -> None:
-    """Raises InputError if the name, expiry or rate is not allowed."""
+def check_new(name: str, expires_s: float | None, rate_rps: float | None) -> None:
+    """Raises InputError if the name, expiry or rate of a new key is not allowed."""
     if not NAME.fullmatch(name):
         raise InputError(f"key name {name!r}: use 1 to 64 letters, digits, dots, dashes and underscores")
     if rate_rps is not None and not (1 <= rate_rps < float("inf") and rate_rps % 1 == 0):  # counted by the second
@@ -71,8 +71,8 @@ def check_wish(name: str, *, expires_s: float | None = None, rate_rps: float | N
 def new_key(
     folder: Path, name: str, *, expires_s: float | None = None, rate_rps: float | None = None, bulk: bool = False
 ) -> str:
-    """Makes a key that is valid at once; earlier keys of the same name stay valid."""
-    check_wish(name, expires_s=expires_s, rate_rps=rate_rps)
+    """Makes a key that is valid at once; earlier keys of the same name stay valid. Raises InputError as `check_new`."""
+    check_new(name, expires_s, rate_rps)
     key = PREFIX + secrets.token_urlsafe(32)
     now = time.time()
     entry = {
@@ -99,9 +99,10 @@ def keys_in(folder: Path) -> list[ApiKey]:
 
 def revoke(folder: Path, which: str) -> list[ApiKey]:
     """Revokes all keys with a name, or the one with an id; returns them."""
-    ended = [key for key in keys_in(folder) if which in (key.name, key.id)]
+    keys = keys_in(folder)
+    ended = [key for key in keys if which in (key.name, key.id)]
     if not ended:
-        names = ", ".join(sorted({key.name for key in keys_in(folder)})) or "none"
+        names = ", ".join(dict.fromkeys(key.name for key in keys)) or "none"
         raise InputError(f"no key {which!r} in {folder / 'keys'}; the names are: {names}")
     for key in ended:
         for path in (folder / "keys").glob(f"{key.id}*.json"):
@@ -109,17 +110,16 @@ def revoke(folder: Path, which: str) -> list[ApiKey]:
     return ended
 
 
-def _shown(seconds: float | None) -> str:
-    return "never" if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(" ", "minutes")[:16]
-
-
 def _print_table(keys: list[ApiKey]) -> None:
     table = Table("name", "id", "created (UTC)", "expires (UTC)", "requests/s", "", box=box.SIMPLE_HEAD)
     for key in keys:
-        rate = "default" if key.rate_rps is None else f"{key.rate_rps:g}"
-        table.add_row(
-            key.name, key.id, _shown(key.created), _shown(key.expires), rate, key.state, "bulk" if key.bulk else ""
+        created, expires = (
+            "never" if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M}"
+            for seconds in (key.created, key.expires)
         )
+        rate = "default" if key.rate_rps is None else f"{key.rate_rps:g}"
+        state = "bulk" if key.bulk and key.state == "valid" else key.state
+        table.add_row(key.name, key.id, created, expires, rate, state)
     Console(markup=False).print(table)
 
 
@@ -133,7 +133,7 @@ def main(options: argparse.Namespace) -> None:
         print(json.dumps([asdict(key) for key in ended], indent=2) if options.json else lines)
     elif options.name is not None:
         expires_s = None if options.expires_days is None else options.expires_days * DAY_S
-        check_wish(options.name, expires_s=expires_s, rate_rps=options.rate_rps)  # before anything is made
+        check_new(options.name, expires_s, options.rate_rps)  # before the folder is made
         ensure_folder(folder, options.host)
         key = new_key(folder, options.name, expires_s=expires_s, rate_rps=options.rate_rps, bulk=options.bulk)
         result = {"name": options.name, "key": key, "id": digest(key)[:ID_DIGITS]}

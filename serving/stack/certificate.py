@@ -76,11 +76,11 @@ def ensure_certificate(folder: Path, hosts: list[str]) -> bool:
     if (folder / "tls.crt").is_file() and _still_good(folder, hosts):
         return False
     authority, key = _authority(folder)
-    kept = _names(_read(folder / "tls.crt")[0]) if (folder / "tls.crt").is_file() else ()
+    kept = _names(_read(folder / "tls.crt")) if (folder / "tls.crt").is_file() else ()
     asked = ["localhost", SERVICE, "127.0.0.1", "::1", socket.gethostname(), *hosts]
     names = dict.fromkeys([*map(_name, asked), *kept])
     leaf_key = ec.generate_private_key(ec.SECP256R1())
-    builder = _builder(f"{OURS}gateway", authority.subject, leaf_key, VALID_DAYS)
+    builder = _builder(_subject(f"{OURS}gateway"), authority.subject, leaf_key, VALID_DAYS)
     builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -93,18 +93,18 @@ def ensure_certificate(folder: Path, hosts: list[str]) -> bool:
     return True
 
 
-def _read(path: Path) -> list[x509.Certificate]:
+def _read(path: Path) -> x509.Certificate:
+    """The first certificate of a chain."""
     try:
-        return x509.load_pem_x509_certificates(path.read_bytes())
+        return x509.load_pem_x509_certificates(path.read_bytes())[0]
     except ValueError:
         raise InputError(f"{path} is not a PEM certificate; replace it, or remove it to get a new one") from None
 
 
 def name_of(folder: Path) -> str:
     """A name in the gateway's certificate: `gateway`, if it is one."""
-    leaf, *_ = _read(folder / "tls.crt")
     try:
-        found = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        found = _read(folder / "tls.crt").extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return SERVICE
     names = [name.replace("*", SERVICE, 1) for name in found.get_values_for_type(x509.DNSName)]
@@ -112,10 +112,10 @@ def name_of(folder: Path) -> str:
 
 
 def _still_good(folder: Path, hosts: list[str]) -> bool:
-    leaf, *_ = _read(folder / "tls.crt")
+    leaf = _read(folder / "tls.crt")
     flaw = _flaw_of_key(folder / "tls.key", leaf)
     authority = folder / "ca.crt"
-    if not authority.is_file() or leaf.issuer != _read(authority)[0].subject:
+    if not authority.is_file() or leaf.issuer != _read(authority).subject:
         if flaw:
             raise InputError(f"{folder / 'tls.key'} {flaw}; replace it, or remove tls.crt to get a new one")
         return True  # the user's own
@@ -145,7 +145,7 @@ def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateK
     key_path = folder.with_name(f"{folder.name}-authority") / "ca.key"
     path = folder / "ca.crt"
     if path.is_file():
-        authority, *_ = _read(path)
+        authority = _read(path)
         if flaw := _flaw_of_key(key_path, authority, "ca.crt"):
             raise InputError(
                 f"{key_path} {flaw}; put it back, or remove {path} and tls.crt: make keys then makes a new authority, "
@@ -155,8 +155,8 @@ def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateK
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         return authority, key
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{OURS}{os.urandom(4).hex()}")])
-    builder = _builder(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value, subject, key, AUTHORITY_DAYS)
+    subject = _subject(f"{OURS}{os.urandom(4).hex()}")
+    builder = _builder(subject, subject, key, AUTHORITY_DAYS)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     usage = dict.fromkeys(
         ["digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"], False
@@ -165,22 +165,20 @@ def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateK
     builder = builder.add_extension(x509.KeyUsage(**usage), critical=True)
     certificate = builder.sign(key, SHA256())
     key_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    key_path.unlink(missing_ok=True)
-    with os.fdopen(os.open(key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(_pem(key))
-    if os.getuid() == 0:  # its folder's owner will renew with it
-        found = key_path.parent.stat()
-        os.chown(key_path, found.st_uid, found.st_gid)
+    write_private(key_path, _pem(key))
     write_private(path, certificate.public_bytes(Encoding.PEM), 0o644)
     return certificate, key
 
 
+def _subject(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
 def _builder(
-    name: str | bytes, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
-    builder = x509.CertificateBuilder(serial_number=x509.random_serial_number(), public_key=key.public_key())
-    builder = builder.subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, str(name))])).issuer_name(issuer)
+    builder = x509.CertificateBuilder(issuer, subject, key.public_key(), x509.random_serial_number())
     builder = builder.not_valid_before(now - timedelta(minutes=5)).not_valid_after(now + timedelta(days=days))
     return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
 
