@@ -11,22 +11,16 @@ from deepseek_client import ModelMetadata
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, SloSpec
-from loadtests.results.settings import LoadSettings
 from loadtests.search.highest_rate import TryRate
 from loadtests.search.rate_trial import Phase, RateTrial, TrialOutcome
 from loadtests.search.trial_runner import TrialRunner
+from tests.saved_runs import load_settings
 
 
 def trial(rate_rps: float, outcome: TrialOutcome, phase: Phase = "bisect", **changes: Any) -> RateTrial:
-    facts: dict[str, Any] = {
-        "achieved_rps": rate_rps,
-        "p50_ms": 5.0,
-        "p99_ms": 20.0,
-        "error_rate": 0.0,
-        "duration_s": 10.0,
-    }
-    facts |= {"failed": ("p99_ms",) if outcome == "fails" else (), "run": "a run"}
-    return RateTrial.model_validate({"rate_rps": rate_rps, "phase": phase, "outcome": outcome, **facts, **changes})
+    facts: dict[str, Any] = {"achieved_rps": rate_rps, "p50_ms": 5.0, "p99_ms": 20.0, "duration_s": 10.0, "run": "a run"}
+    facts |= {"failed": ("p99_ms",) if outcome == "fails" else (), **changes}
+    return RateTrial(rate_rps=rate_rps, phase=phase, outcome=outcome, **facts)
 
 
 def server_of(outcome: Callable[[float, Phase], TrialOutcome]) -> TryRate:
@@ -48,8 +42,7 @@ def runner(folder: Path, try_rate: TryRate | None = None, slo: SloSpec | None = 
     spec = DeploymentSpec.load("tests/models/image")
     spec = spec.model_copy(update={"slo": slo or spec.slo})
     served = ModelMetadata(name="image", versions=("1",), platform="", inputs=(), outputs=(), max_batch_size=8)
-    about: dict[str, Any] = {"model": "image", "models": "", "target": "onnxruntime", "protocol": "grpc"}
-    settings = LoadSettings(**about, url="nowhere:1", inputs="", tls=True)  # a gateway: nothing else is queried
+    settings = load_settings(model="image", url="nowhere:1", tls=True)  # a gateway: nothing else is queried
     fixed: dict[str, Any] = {"spec": spec, "settings": settings, "served": served, "folder": folder}
     fixed["console"] = Console(stderr=True)
     return TrialRunner(**fixed) if try_rate is None else ComputedRunner(**fixed, try_rate=try_rate)

@@ -17,15 +17,18 @@ from loadtests.results.settings import LoadSettings
 Request = tuple[float, float, float, str | None]  # planned, sent, finished, error
 
 
+def load_settings(**changes: Any) -> LoadSettings:
+    fixed: dict[str, Any] = {"model": "tiny", "models": "models", "target": "onnxruntime", "protocol": "grpc"}
+    return LoadSettings(**{**fixed, "url": "127.0.0.1:8001", "inputs": "evaluation.npz", **changes})
+
+
 def saved_run(folder: Path, requests: Iterable[Request], **changes: Any) -> Run:
     """Writes a run made from a list of requests; `changes` apply to its settings and generator."""
     requests = list(requests)
     generator = {"thread_cpu": changes.pop("thread_cpu", 0.2), "process_cpu": 0.3, "machine_cpu": 0.5}
     server = changes.pop("server", {"version": "1", "statistics": {}})
     quality = changes.pop("quality", {})
-    fixed: dict[str, Any] = {"model": "tiny", "models": "models", "target": "onnxruntime", "protocol": "grpc"}
-    fixed |= {"url": "127.0.0.1:8001", "inputs": "evaluation.npz", "rate_rps": 100.0, "duration_s": 10.0}
-    settings = LoadSettings(**fixed | changes)
+    settings = load_settings(**{"rate_rps": 100.0, "duration_s": 10.0, **changes})
     planned_s = np.array([planned for planned, *_ in requests]) if settings.open_loop else None
     recorder = Recorder(planned_s, open_loop=settings.open_loop)
     for planned, sent, finished, error in requests:
@@ -37,17 +40,9 @@ def saved_run(folder: Path, requests: Iterable[Request], **changes: Any) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [f"{json.dumps(row)}\n" for row in recorder.take()]
     (folder / "seconds.jsonl").write_text("".join(rows))
-    data: dict[str, Any] = {
-        "settings": asdict(settings),
-        "started_at": "2026-11-25T12:00:00+00:00",
-        "generator": generator,
-    }
-    data |= {"rows": len(rows), "lengths": []}
-    data |= {
-        "server": server,
-        "quality": quality,
-        "machine": {"cpu": "test", "cores": 2, "versions": {"python": "3.11"}},
-    }
+    machine = {"cpu": "test", "cores": 2, "versions": {"python": "3.11"}}
+    data: dict[str, Any] = {"settings": asdict(settings), "started_at": "2026-11-25T12:00:00+00:00", "machine": machine}
+    data |= {"generator": generator, "server": server, "quality": quality, "rows": len(rows), "lengths": []}
     (folder / "run.json").write_text(json.dumps(data))
     return Run.load(folder)
 

@@ -17,7 +17,6 @@ from cli.main import values_of
 from deepseek.spec import InputError, SloSpec
 from loadtests.search.capacity import find, first_rate, main, table, trial_line
 from loadtests.search.capacity_result import Capacity
-from loadtests.search.rate_trial import Phase, RateTrial
 from serving.embedded.serve import EmbeddedServer
 from tests.computed_server import runner, server_of, trial
 from tests.conftest import FREE
@@ -61,19 +60,11 @@ def test_a_result_reads_back_and_a_broken_one_gives_a_one_line_error(tmp_path: P
         Capacity.load(tmp_path / "absent.json")
 
 
-@pytest.mark.parametrize(
-    ("asked_rps", "slo", "first_rps"),
-    [
-        (None, SloSpec(p99_ms=50), 50),
-        (None, SloSpec(p99_ms=50, rate_rps=300), 300),
-        (None, SloSpec(p99_ms=50, rate_rps=300, objectives=("p50_ms < 10 @ 200 rps",)), 200),
-        (400, SloSpec(p99_ms=50, rate_rps=300), 400),
-    ],
-)
-def test_the_search_starts_at_the_lowest_rate_of_the_slo(
-    asked_rps: float | None, slo: SloSpec, first_rps: float
-) -> None:
-    assert first_rate(asked_rps, slo) == first_rps
+def test_the_search_starts_at_the_lowest_rate_of_the_slo() -> None:
+    slo = SloSpec(p99_ms=50, rate_rps=300)
+    bound = SloSpec(p99_ms=50, rate_rps=300, objectives=("p50_ms < 10 @ 200 rps",))
+    assert [first_rate(None, each) for each in (SloSpec(p99_ms=50), slo, bound)] == [50, 300, 200]
+    assert first_rate(400, slo) == 400
 
 
 def test_a_search_may_start_below_the_usual_rates(tmp_path: Path) -> None:
@@ -81,20 +72,6 @@ def test_a_search_may_start_below_the_usual_rates(tmp_path: Path) -> None:
     capacity = find(on_server, on_server.plan(start_rps=0.05, duration_s=10, max_s=1e9), NOW)
     assert capacity.sentence.startswith("capacity 0.0917/s, limited by p99_ms")
     assert (capacity.model, capacity.settings.max_batch, capacity.served_versions) == ("image", 8, ("1",))
-
-
-def test_an_interrupted_search_prints_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def try_rate(rate_rps: float, phase: Phase, duration_s: float, seed: int) -> RateTrial:
-        if seed == 2:
-            raise KeyboardInterrupt
-        return trial(rate_rps, "holds", phase)
-
-    on_server = runner(tmp_path, try_rate)
-    with pytest.raises(KeyboardInterrupt):
-        find(on_server, on_server.plan(start_rps=20, duration_s=10), NOW)
-    trials, _, shown = capsys.readouterr().err.partition("┏")
-    assert [line.split()[1] for line in trials.splitlines()] == ["20/s", "40/s"]
-    assert "40/s" in shown
 
 
 def test_a_rate_with_too_many_requests_in_flight_is_the_generators_limit_and_not_sent(tmp_path: Path) -> None:
@@ -106,32 +83,23 @@ def test_a_rate_with_too_many_requests_in_flight_is_the_generators_limit_and_not
 
 
 @pytest.fixture(scope="module")
-def sleeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EmbeddedServer, Path]]:
-    """A Triton that answers just under 50 requests/s."""
+def sleeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """The options of a search with short trials on a Triton that answers just under 50 requests/s."""
     folder = tmp_path_factory.mktemp("sleeper")
     repository = write_sleeper(folder, 0.02)
-    with EmbeddedServer(repository, **FREE, log_path=folder / "triton.log") as server:
-        yield server, folder
-
-
-def flags(sleeper: tuple[EmbeddedServer, Path], *more: str) -> list[str]:
-    """The options of a search on that server, with short trials of evenly spaced requests."""
-    server, folder = sleeper
     model = ["--model", "tiny", "--models", str(folder / "models"), "--inputs", str(folder / "inputs.npz")]
-    short = ["--arrivals", "constant", "--duration-s", "3", "--warmup-s", "0.5", "--url", server.grpc_url]
-    return [*model, *short, *more]
+    short = ["--arrivals", "constant", "--duration-s", "3", "--warmup-s", "0.5"]
+    with EmbeddedServer(repository, **FREE, log_path=folder / "triton.log") as server:
+        yield [*model, *short, "--url", server.grpc_url]
 
 
 @pytest.mark.slow
 def test_the_command_measures_a_real_server(
-    sleeper: tuple[EmbeddedServer, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    sleeper: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
     monkeypatch.setattr("loadtests.slo.judge.generator_problems", lambda *_: [])  # a busy machine must not fail this
-    code = main(values_of("capacity", *flags(sleeper, "--start-rps", "200", "--max-trials", "3", "--json")))
+    code = main(values_of("capacity", *sleeper, "--start-rps", "200", "--max-trials", "3", "--json"))
     capacity = Capacity.model_validate_json(capsys.readouterr().out)
     assert code == capacity.exit_code == 3
     overloaded = capacity.trials[0]
@@ -144,8 +112,8 @@ def test_the_command_measures_a_real_server(
     assert not (tmp_path / "tiny" / "loadtests").exists()  # `deepseek verdict` judges the latest there
 
 
-def test_ctrl_c_ends_the_command_and_leaves_no_result(sleeper: tuple[EmbeddedServer, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cli", "capacity", *flags(sleeper, "--start-rps", "10")]
+def test_ctrl_c_ends_the_command_and_leaves_no_result(sleeper: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cli", "capacity", *sleeper, "--start-rps", "10"]
     environment = {**os.environ, "DEEPSEEK_BUILD": str(tmp_path)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -153,10 +121,10 @@ def test_ctrl_c_ends_the_command_and_leaves_no_result(sleeper: tuple[EmbeddedSer
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "10/s" in errors
+    assert "10/s" in errors.partition("┏")[2]  # the trials so far
     assert not (tmp_path / "tiny" / "capacity.json").exists()
 
 
-def test_a_server_that_is_not_there_is_bad_input(sleeper: tuple[EmbeddedServer, Path]) -> None:
+def test_a_server_that_is_not_there_is_bad_input(sleeper: list[str]) -> None:
     with pytest.raises(InputError, match=r"127\.0\.0\.1:9"):
-        main(values_of("capacity", *flags(sleeper, "--url", "127.0.0.1:9")))
+        main(values_of("capacity", *sleeper, "--url", "127.0.0.1:9"))

@@ -1,4 +1,4 @@
-"""The shape and number of the runs of a comparison, and the handling of a version that dies."""
+"""The versions of a comparison, how they are laid out, and the shape and number of their runs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 import time
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from rich.console import Console
 
 from cli.main import values_of
-from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement
+from deepseek.spec import DeploymentSpec, InputError
+from deepseek.spec.files.repository import config_path
 from loadtests.regression.compared_version import ComparedVersion, Role
 from loadtests.regression.comparison import LEAST_PAIRS
 from loadtests.regression.interleaved_runs import (
@@ -24,33 +24,30 @@ from loadtests.regression.interleaved_runs import (
     measure_pairs,
 )
 from loadtests.results.run import Run
-from loadtests.results.settings import LoadSettings
 from loadtests.slo.confidence import least_pairs
 from tests.computed_server import runner, server_of
-from tests.saved_runs import saved_run, steady
-from tests.sleeper import SPEC
+from tests.saved_runs import load_settings, saved_run, steady
+from tests.sleeper import SPEC, write_sleeper
 
 
 def plan(*objectives: str, **changes: Any) -> InterleavedPlan:
     """The plan for a service with an SLO at 100/s."""
     toml = tomllib.loads(SPEC) | {"slo": {"p99_ms": 50, "rate_rps": 100, "objectives": objectives}}
     spec = DeploymentSpec.model_validate_json(json.dumps(toml))
-    run = {"model": "tiny", "models": "", "target": "onnxruntime", "protocol": "grpc", "url": "", "inputs": ""}
-    fixed = {"server": "", "rate_rps": None, "duration_s": 30.0, "pairs": 8, "max_s": 1200.0}
-    return InterleavedPlan(spec=spec, settings=LoadSettings(**run, warmup_s=2.0), **fixed | changes)  # type: ignore[arg-type]
+    fixed: dict[str, Any] = {"server": "", "rate_rps": None, "duration_s": 30.0, "pairs": 8, "max_s": 1200.0}
+    return InterleavedPlan(spec=spec, settings=load_settings(warmup_s=2.0), **{**fixed, **changes})
 
 
 @pytest.mark.parametrize(
     ("changes", "capacity_rps", "shape"),
     [
         ({}, 200.0, "100x9, 182x21"),
-        ({}, 118.0, "100x9, 107x21"),
-        ({}, 117.0, "81.9x9, 106x21"),
+        ({}, 118.0, "100x9, 107x21"),  # just enough room above the SLO's rate
+        ({}, 117.0, "81.9x9, 106x21"),  # too little
         ({"rate_rps": 20.0, "slack": 0.25}, 110.0, "20x9, 88x21"),
         ({"rate_rps": 100.0}, 110.0, "100x30"),
         ({}, None, "100x30"),
     ],
-    ids=["the SLO's rate", "just enough room", "too little room", "as asked", "the same rate", "no capacity"],
 )
 def test_a_run_holds_one_rate_and_then_one_near_the_capacity(
     changes: dict[str, Any], capacity_rps: float | None, shape: str
@@ -61,19 +58,15 @@ def test_a_run_holds_one_rate_and_then_one_near_the_capacity(
 @pytest.mark.parametrize(
     ("bound_rps", "capacity_rps", "rates"),
     [
-        ((200,), 400.0, "200x10, 364x10"),
-        ((200,), 220.0, "200x21"),
-        ((200,), 195.0, "177x21"),
-        ((100,), 220.0, "200x21"),
-        ((50,), 220.0, "50x10, 200x10"),
+        (200, 400.0, "200x10, 364x10"),
+        (200, 220.0, "200x21"),
+        (200, 195.0, "177x21"),
+        (100, 220.0, "200x21"),
+        (50, 220.0, "50x10, 200x10"),
     ],
-    ids=["below", "at", "above", "the rate of the latencies", "below the rate of the latencies"],
 )
-def test_a_rate_that_an_objective_is_bound_to_is_measured_too(
-    bound_rps: tuple[int, ...], capacity_rps: float, rates: str
-) -> None:
-    asked = plan(*(f"p50_ms < 10 @ {rate} rps" for rate in bound_rps))
-    assert asked.shape(capacity_rps) == f"100x9, {rates}"
+def test_a_rate_that_an_objective_is_bound_to_is_measured_too(bound_rps: int, capacity_rps: float, rates: str) -> None:
+    assert plan(f"p50_ms < 10 @ {bound_rps} rps").shape(capacity_rps) == f"100x9, {rates}"
 
 
 def test_the_number_of_pairs_fits_into_the_time() -> None:
@@ -101,55 +94,99 @@ def served(folder: Path, role: Role, made: list[tuple[str, int]], *, busy: tuple
 
 @pytest.mark.parametrize(
     ("busy", "runs"),
-    [((), "bc cb bc"), ((2,), "bc bc cb bc"), ((2, 4), "bc bc cb bc")],
-    ids=["quiet", "repeated once", "and not twice"],
+    [((), "bc cb bc"), ((2,), "bc bc cb bc"), ((2, 4), "bc bc cb bc")],  # a spoiled pair is not repeated twice
 )
 def test_pairs_alternate_with_the_same_arrivals_and_a_spoiled_one_is_repeated_once(
     tmp_path: Path, busy: tuple[int, ...], runs: str
 ) -> None:
     made: list[tuple[str, int]] = []
     versions = (served(tmp_path, "baseline", made, busy=busy), served(tmp_path, "candidate", made, busy=busy))
-    pairs = list(measure_pairs(versions, "100x10", 3, time.monotonic() + 1000, Console(quiet=True)))
-    assert len(pairs) == 3
-    order = "".join(role[0] for role, _ in made)
-    assert [order[at : at + 2] for at in range(0, len(order), 2)] == runs.split()
-    assert all(made[at][1] == made[at + 1][1] for at in range(0, len(made), 2))
-
-
-def test_the_time_limit_never_leaves_fewer_than_the_minimum_of_pairs(tmp_path: Path) -> None:
-    made: list[tuple[str, int]] = []
-    versions = (served(tmp_path, "baseline", made), served(tmp_path, "candidate", made))
-    assert len(list(measure_pairs(versions, "100x10", 20, 0.0, Console(quiet=True)))) == LEAST_PAIRS
-
-
-@pytest.mark.parametrize(("role", "error"), [("candidate", GateFailed), ("baseline", InvalidMeasurement)])
-def test_a_dead_candidate_is_worse_and_a_dead_baseline_is_an_invalid_measurement(
-    tmp_path: Path, role: Role, error: type[Exception]
-) -> None:
-    process = SimpleNamespace(poll=lambda: 1, wait=lambda timeout_s: 1)
-    server: Any = SimpleNamespace(process=process, last_words="out of memory", log=tmp_path / "server.log")
-
-    class Lost(type(runner(tmp_path))):  # type: ignore[misc]
-        def run(self, **changes: Any) -> Run:
-            raise InvalidMeasurement("no longer answers")
-
-    about = vars(runner(tmp_path))
-    dead = ServedVersion(version=ComparedVersion(role=role, given="x"), server=server, runner=Lost(**about))
-    with pytest.raises(error, match=r"x died under load: out of memory \(log: .*server.log\)"):
-        dead.run("100x10", 0)
+    assert len(list(measure_pairs(versions, "100x10", 3, time.monotonic() + 1000, Console(quiet=True)))) == 3
+    pairs = [made[at : at + 2] for at in range(0, len(made), 2)]
+    assert " ".join(first[0][0] + second[0][0] for first, second in pairs) == runs
+    assert all(first[1] == second[1] for first, second in pairs)
+    if not busy:  # the time limit never leaves fewer than the minimum of pairs
+        assert len(list(measure_pairs(versions, "100x10", 20, 0.0, Console(quiet=True)))) == LEAST_PAIRS
 
 
 def test_the_capacity_of_the_baseline_is_found_without_a_confirmation(tmp_path: Path) -> None:
-    on_server = runner(
-        tmp_path, server_of(lambda rate, phase: "holds" if rate < 95 and phase != "confirm" else "fails")
-    )
-    baseline = ServedVersion(
-        version=ComparedVersion(role="baseline", given="x"), server=cast(Any, None), runner=on_server
-    )
-    found = capacity_of(baseline, plan(), Console(quiet=True))
-    assert found is not None
-    assert 95 / 1.1 <= found < 95
-    none = ServedVersion(
-        version=baseline.version, server=baseline.server, runner=runner(tmp_path, server_of(lambda *_: "fails"))
-    )
-    assert capacity_of(none, plan(), Console(quiet=True)) is None
+    def found(limit_rps: float) -> float | None:
+        on_server = runner(
+            tmp_path, server_of(lambda rate, phase: "holds" if rate < limit_rps and phase != "confirm" else "fails")
+        )
+        version = ComparedVersion(role="baseline", given="x")
+        baseline = ServedVersion(version=version, server=cast(Any, None), runner=on_server)
+        return capacity_of(baseline, plan(), Console(quiet=True))
+
+    assert 95 / 1.1 <= (found(95) or 0) < 95
+    assert found(0) is None
+
+
+def write_versions(folder: Path) -> Path:
+    """A repository of `tiny` with versions 1 and 2; version 1 has a configuration of its own."""
+    repository = write_sleeper(folder, 0.002)
+    (repository / "tiny" / "2").mkdir()
+    (repository / "tiny" / "2" / "model.py").write_text("")
+    (repository / "tiny" / "1" / "config.pbtxt").write_text("of version 1")
+    return repository
+
+
+def laid_out(given: str, repository: Path, folder: Path) -> Path:
+    return ComparedVersion.of("candidate", given, "tiny", repository).lay_out(folder) / "tiny"
+
+
+def test_a_version_is_laid_out_alone_with_its_own_configuration(tmp_path: Path) -> None:
+    repository = write_versions(tmp_path)
+    old = laid_out("tiny/1", repository, tmp_path / "old")
+    assert sorted(path.name for path in old.iterdir()) == ["1", "config.pbtxt"]
+    assert (old / "config.pbtxt").read_text() == "of version 1"
+    new = laid_out(str(repository / "tiny" / "2"), tmp_path, tmp_path / "new")
+    assert sorted(path.name for path in new.iterdir()) == ["2", "config.pbtxt"]
+    assert (new / "config.pbtxt").read_text() == (repository / "tiny" / "config.pbtxt").read_text()
+    whole = laid_out(str(repository), tmp_path, tmp_path / "whole")
+    assert sorted(path.name for path in whole.iterdir()) == ["1", "2", "config.pbtxt"]
+
+
+def test_a_model_and_a_version_may_be_links(tmp_path: Path) -> None:
+    repository = write_versions(tmp_path)
+    stored = (repository / "tiny").rename(tmp_path / "stored-v7")
+    (repository / "tiny").symlink_to(stored)
+    (stored / "3").symlink_to((stored / "2").rename(tmp_path / "weights"))
+    for version in ("1", "3"):
+        found = laid_out(f"tiny/{version}", repository, tmp_path / version)
+        assert sorted(path.name for path in found.iterdir()) == [version, "config.pbtxt"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("", "NEW= is missing; give a model repository"),
+        ("tiny/7", r"nor a version in .*repository \(tiny/1, tiny/2\)"),
+        ("nowhere", "neither a repository with tiny/config.pbtxt"),
+        ("other/1", "a version of other, not of tiny"),
+    ],
+)
+def test_a_name_of_no_known_kind_gives_a_one_line_error(tmp_path: Path, given: str, message: str) -> None:
+    repository = write_versions(tmp_path)
+    (repository / "other" / "1").mkdir(parents=True)
+    (repository / "other" / "config.pbtxt").touch()
+    with pytest.raises(InputError, match=message) as caught:
+        ComparedVersion.of("candidate", given, "tiny", repository)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("common", "version", "takes"),
+    [
+        ("of 2", 2, "of 2"),
+        ("of 2", 1, "of 1"),
+        ("of 1", 2, "of 2"),  # publishing was killed before it wrote the configuration of 2
+        ("mine", 2, "mine"),
+    ],
+)
+def test_a_version_is_served_with_its_own_configuration(tmp_path: Path, common: str, version: int, takes: str) -> None:
+    for number in ("1", "2"):
+        (tmp_path / number).mkdir()
+        (tmp_path / number / "config.pbtxt").write_text(f"of {number}")
+    (tmp_path / "config.pbtxt").write_text(common)
+    assert config_path(tmp_path, version).read_text() == takes

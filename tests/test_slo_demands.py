@@ -12,19 +12,11 @@ import pytest
 from cli.commands import BY_NAME
 from cli.main import values_of
 from deepseek.spec import InputError, SloSpec
-from loadtests.results.settings import LoadSettings
 from loadtests.slo.slo_demands import in_flight_for, latency_limits, rates, timeout_for, too_short
+from tests.saved_runs import load_settings
 from tests.sleeper import write_sleeper
 
 SLO = SloSpec(p99_ms=50, rate_rps=100, max_error_rate=0.01)
-FIXED: dict[str, Any] = {
-    "model": "m",
-    "models": "",
-    "target": "onnxruntime",
-    "protocol": "grpc",
-    "url": "",
-    "inputs": "",
-}
 
 
 @pytest.mark.parametrize(
@@ -35,7 +27,6 @@ FIXED: dict[str, Any] = {
         ({"p50_ms": 50, "objectives": ("max_ms < 15000 @ 10 rps",)}, 30, 8192),
         ({"rate_rps": 100}, 5, 512),
     ],
-    ids=["fast", "rate", "slow", "no latency"],
 )
 def test_defaults_neither_time_out_nor_drop_answers_in_time(
     slo: dict[str, Any], timeout_s: float, in_flight: int
@@ -43,16 +34,15 @@ def test_defaults_neither_time_out_nor_drop_answers_in_time(
     asked = SloSpec(**slo)
     assert timeout_for(None, asked) == timeout_for(None, SloSpec(), asked) == timeout_s
     assert timeout_for(timeout_s + 1, asked) == timeout_s + 1
-    settings = LoadSettings(**FIXED, shape="10x5, 10-800x5", workers=2)
+    settings = load_settings(shape="10x5, 10-800x5", workers=2)
     assert in_flight_for(settings, asked) == in_flight
 
 
 @pytest.mark.parametrize(("rate_rps", "workers"), [(4100.0, 1), (8200.0, 2)])
 def test_a_rate_at_which_answers_in_time_would_be_dropped_is_an_error(rate_rps: float, workers: int) -> None:
-    asked, settings = SloSpec(p99_ms=2000), LoadSettings(**FIXED, rate_rps=rate_rps, workers=workers)
-    with pytest.raises(
-        InputError, match=rf"at {rate_rps:g}/s: .* a worker can have 8192, .* use {workers + 1} workers"
-    ):
+    asked, settings = SloSpec(p99_ms=2000), load_settings(rate_rps=rate_rps, workers=workers)
+    message = rf"at {rate_rps:g}/s: .* a worker can have 8192, .* use {workers + 1} workers"
+    with pytest.raises(InputError, match=message):
         in_flight_for(settings, asked)
     assert in_flight_for(replace(settings, workers=workers + 1), asked) == 8192
     bound = SloSpec(p99_ms=50, objectives=("max_ms < 2000 @ 100 rps",))  # applies only at 100/s
@@ -69,14 +59,13 @@ def test_a_time_out_within_the_slos_latency_is_an_error(
     sides = ("--base", str(tmp_path / "repository"), "--new", str(tmp_path / "repository"))
     which = ("--model", "tiny", "--models", str(tmp_path / "models"), *(sides if "regression" in command else ()))
     module = importlib.import_module(BY_NAME[command].module)
-    with pytest.raises(
-        InputError, match=r"--timeout-s 0\.1: the SLO allows answers up to 0\.1 s.*leave it out \(default 5\)"
-    ):
+    message = r"--timeout-s 0\.1: the SLO allows answers up to 0\.1 s.*leave it out \(default 5\)"
+    with pytest.raises(InputError, match=message):
         module.main(values_of(command, *which, "--timeout-s", "0.1"))
 
 
 def test_a_short_run_is_announced_before_it_starts() -> None:
-    settings = LoadSettings(**FIXED, rate_rps=20, duration_s=10)
+    settings = load_settings(rate_rps=20, duration_s=10)
     assert list(too_short(settings, SLO)) == [
         "200 requests cannot prove p99_ms, 1196 can: run for 60 s or more",
         "200 requests cannot prove max_error_rate, 1196 can: run for 60 s or more",
@@ -90,10 +79,10 @@ def test_a_short_run_is_announced_before_it_starts() -> None:
 
 def test_only_requests_at_the_rate_of_an_objective_count_towards_its_samples() -> None:
     slo = SloSpec(rate_rps=10, p99_ms=50, max_error_rate=1, objectives=("p50_ms < 10 @ 200 rps",))
-    steps = LoadSettings(**FIXED, shape="10x30, 200x30", duration_s=60)
+    steps = load_settings(shape="10x30, 200x30", duration_s=60)
     assert list(too_short(steps, slo)) == ["300 requests cannot prove p99_ms, 598 can: run for 60 s or more"]
     bound = SloSpec(rate_rps=10, max_error_rate=1, objectives=("p99_ms < 50 @ 200 rps",))
-    ramp = LoadSettings(**FIXED, shape="200-300x60, 200x1, 10x60", duration_s=121)
+    ramp = load_settings(shape="200-300x60, 200x1, 10x60", duration_s=121)
     assert list(too_short(ramp, bound)) == ["200 requests cannot prove p99_ms, 11960 can: run for 60 s or more"]
 
 
@@ -105,7 +94,6 @@ def test_only_requests_at_the_rate_of_an_objective_count_towards_its_samples() -
         ({"objectives": ("throughput >= 150",)}, [150]),
         ({"objectives": ("throughput >= 0",)}, []),
     ],
-    ids=["above", "within", "alone", "none"],
 )
 def test_a_throughput_above_the_slos_rate_adds_a_rate_to_send(slo: dict[str, Any], found: list[float]) -> None:
     assert rates(SloSpec(**slo)) == found

@@ -23,7 +23,6 @@ from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement
 from loadtests.figures import formatted
-from loadtests.load.preflight import check
 from loadtests.regression.compared_version import VARIABLES, ComparedVersion
 from loadtests.regression.comparison import LEAST_PAIRS
 from loadtests.regression.held_rates import problems_at
@@ -135,14 +134,12 @@ def serve(
         server = stack.enter_context(starting)
     except NotServed as error:
         raise _down(version, f"is not served: {error}") from None
-    settings = replace(settings, url=server.url)
     try:
-        metadata = check(replace(settings, users=1), plan.spec)
+        runner = TrialRunner.at(server.url, plan.spec, settings, place / "runs", console)
     except InputError as error:
         if version.role == "baseline":  # the inputs or deploy.toml are wrong; a passing baseline rules that out
             raise
         raise _down(version, f"does not answer like the baseline: {error}") from None
-    runner = TrialRunner(spec=plan.spec, settings=settings, served=metadata, folder=place / "runs", console=console)
     return ServedVersion(version=version, server=server, runner=runner)
 
 

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from deepseek.spec import DeploymentSpec, GateFailed, SloSpec, build_dir
 from deepseek.spec.files.folders import write_whole
-from loadtests.figures import formatted
+from loadtests.figures import ms
 from loadtests.load.endpoint import endpoint_of, inputs_of
 from loadtests.load.preflight import check
 from loadtests.report.searches import capacity_page
@@ -30,7 +30,7 @@ from loadtests.results.settings import LoadSettings
 from loadtests.search.capacity_result import Capacity, ServerSettings, capacity_path
 from loadtests.search.highest_rate import CONFIRM_LONGER, RateSearch, SearchPlan
 from loadtests.search.rate_trial import RateTrial, TrialOutcome
-from loadtests.search.slo_at_rate import bound_rates, objective_lines, quality_of, required_rps, seconds_to_prove
+from loadtests.search.slo_at_rate import bound_rates, objective_lines, quality_of, required_rps
 from loadtests.search.trial_runner import DEFAULT_START_RPS, TrialRunner
 
 STYLES: dict[TrialOutcome, str] = {"holds": "green", "fails": "red", "invalid": "yellow", "inconclusive": "yellow"}
@@ -62,13 +62,18 @@ def main(options: argparse.Namespace) -> int:
         duration_s=trial_s,
         max_trials=options.max_trials,
         max_s=options.max_s,
-        proof_s=lambda rate_rps: seconds_to_prove(spec.slo, rate_rps),
+        prove=True,
     )
     capacity = find(runner, plan, started)
     path = capacity_path(options.model)
     capacity.save(path)
     write_whole(path.with_suffix(".html"), capacity_page(capacity))
-    _show(capacity, as_json=options.json)
+    if options.json:
+        print(capacity.model_dump_json(indent=2))
+    else:
+        Console(width=max(Console().width, 100), markup=False).print(table(capacity.trials, capacity.capacity_rps))
+        Console(markup=False).print(capacity.sentence, style="bold", soft_wrap=True)
+        print(path, path.with_suffix(".html"), sep="\n")
     return capacity.exit_code
 
 
@@ -107,18 +112,8 @@ def find(runner: TrialRunner, plan: SearchPlan, started: datetime) -> Capacity:
     )
 
 
-def _show(capacity: Capacity, *, as_json: bool) -> None:
-    if as_json:
-        print(capacity.model_dump_json(indent=2))
-        return
-    Console(width=max(Console().width, 100), markup=False).print(table(capacity.trials, capacity.capacity_rps))
-    Console(markup=False).print(capacity.sentence, style="bold", soft_wrap=True)
-    path = capacity_path(capacity.model)
-    print(path, path.with_suffix(".html"), sep="\n")
-
-
 def trial_line(trial: RateTrial) -> Text:
-    found = f"p99 {_shown(trial.p99_ms)}, {trial.error_rate:.2%} errors" if trial.sent else "not sent"
+    found = f"p99 {ms(trial.p99_ms)}, {trial.error_rate:.2%} errors" if trial.sent else "not sent"
     head = f"{trial.phase:<8} {trial.rate_rps:>7g}/s  {found:<32} "
     why = f" ({trial.reason})" if trial.failed or trial.problems else ""
     return Text.assemble(head, (trial.outcome, STYLES[trial.outcome]), why)
@@ -131,27 +126,18 @@ def table(trials: Sequence[RateTrial], capacity_rps: float | None) -> Table:
     columns.add_column("errors")
     columns.add_column("outcome", no_wrap=True)
     slowest = max((trial.p99_ms for trial in trials if trial.p99_ms), default=1.0)
-    below = [trial for trial in trials if capacity_rps and trial.rate_rps <= capacity_rps]  # may lie between two trials
-    best = max(below, key=lambda trial: (trial.rate_rps, *_certainty(trial)), default=None)
-    for trial in sorted(trials, key=lambda each: (each.rate_rps, _certainty(each))):
+    proofs = [trial for trial in trials if trial.rate_rps == capacity_rps and trial.outcome == "holds"]
+    for trial in sorted(trials, key=lambda each: (each.rate_rps, each.duration_s)):
         bar = "█" * max(1, round(BAR * trial.p99_ms / slowest)) if trial.p99_ms else "∞"
-        mark = ("◀ capacity" if trial is best else "", "bold")
+        mark = ("◀ capacity" if trial in proofs[-1:] else "", "bold")
         outcome = Text.assemble((trial.outcome, STYLES[trial.outcome]), f" {_first(trial.failed)}", mark)
         answered, errors = f"{trial.achieved_rps:.1f}/s", f"{trial.error_rate:.2%}"
-        figures = (answered, _shown(trial.p50_ms), _shown(trial.p99_ms), bar, errors)
+        figures = (answered, ms(trial.p50_ms), ms(trial.p99_ms), bar, errors)
         if not trial.sent:
             figures = ("-", "-", "-", "", "-")
         columns.add_row(f"{trial.rate_rps:g}/s", trial.phase, *figures, outcome)
     return columns
 
 
-def _shown(latency_ms: float | None) -> str:
-    return "never" if latency_ms is None else formatted("ms", latency_ms)
-
-
 def _first(names: Sequence[str]) -> str:
     return names[0] + (f" +{len(names) - 1}" if names[1:] else "") if names else ""
-
-
-def _certainty(trial: RateTrial) -> tuple[bool, float]:
-    return trial.outcome == "holds", trial.duration_s

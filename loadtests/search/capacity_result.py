@@ -32,7 +32,6 @@ class ServerSettings(Table):
 
     @classmethod
     def of(cls, served: ModelMetadata) -> ServerSettings:
-        """Reads the settings from the metadata that the server returns."""
         threads = served.parameters.get("threads") or served.parameters.get("intra_op_thread_count")
         return cls(
             max_batch=served.max_batch_size,

@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 from loadtests.search.rate_trial import Phase, RateTrial
 from loadtests.search.slo_at_rate import MOST_PROOFS
 
-LARGEST_STEP = 16.0
+STEP, LARGEST_STEP = 2.0, 16.0  # factors of the bracket
 TURNS, LONGEST_WALK = 4, 15  # turning points that end the confirming walk; the most steps it takes
 CONFIRM_LONGER = 3  # length of a confirming run, in trials
 LOWEST_RPS, HIGHEST_RPS = 0.1, 1e6
@@ -58,21 +58,11 @@ class SearchPlan:
     """Minimum length of a trial."""
     stops_rps: tuple[float, ...] = ()
     """Rates that must hold before a higher one is tried."""
-    lowest_rps: float = LOWEST_RPS
-    step_up: float = 2.0
-    step_down: float = 2.0
-    """Factors of the bracket."""
     resolution: float = 1.05
     confirm: bool = True
     """False: the search ends after the bisection, to one step of `resolution`."""
-    repeat_failures: bool = True
-    """False: only invalid and inconclusive trials are repeated."""
     max_trials: int = 30
     max_s: float = 1800
-    overhead_s: float = 0
-    """Time that a trial takes beyond its duration; counted against `max_s`."""
-    first_seed: int = 0
-    """Seed of the first trial's arrivals; each later trial adds 1, so a repeated search sends the same arrivals."""
     proof_s: Callable[[float], float] | None = None
     """Seconds of a run at a rate that can prove the rate; None: the rate is not proved."""
     needed_s: Callable[[float], float] = lambda rate_rps: 0
@@ -122,7 +112,7 @@ class RateSearch:
             if self._low is None:
                 return self._found(None, confirmed=False)
             self._bisect(self.plan.resolution ** (2 if self.plan.confirm else 1))
-            return self._proved(self._confirm()) if self.plan.confirm else self._found(self._low, confirmed=False)
+            return self._proved(self._confirm() if self.plan.confirm else self._found(self._low, confirmed=False))
         except _Ended as bound:
             return self._found(self._best(), confirmed=False, limited_by=str(bound))
 
@@ -137,11 +127,11 @@ class RateSearch:
             elif self._high:
                 return
             else:
-                rate = min(self._stop, max(start, rounded(rate * self.plan.step_up)))
+                rate = min(self._stop, max(start, rounded(rate * STEP)))
 
     @property
     def _lowest(self) -> float:
-        return min(self.plan.lowest_rps, rounded(self.plan.start_rps))
+        return min(LOWEST_RPS, rounded(self.plan.start_rps))
 
     @property
     def _stop(self) -> float:
@@ -153,7 +143,7 @@ class RateSearch:
         """The next rate below one that does not hold: one step down, or what an overloaded server answered."""
         tried = self.trials[-1]
         hint = tried.achieved_rps if tried.overloaded else rate_rps
-        return max(rate_rps / LARGEST_STEP, min(rate_rps / self.plan.step_down, hint))  # the answered rate may be tiny
+        return max(rate_rps / LARGEST_STEP, min(rate_rps / STEP, hint))  # the answered rate may be tiny
 
     def _bisect(self, within: float) -> None:
         while self._low and self._high and self._high.rate_rps > self._low * within:
@@ -185,26 +175,16 @@ class RateSearch:
         return self._found(best, confirmed=True)
 
     def _proved(self, found: HighestRate) -> HighestRate:
-        """The highest rate, from the confirmed one down, at which the verdict holds with confidence."""
-        if self.plan.proof_s is None or not found.confirmed or found.capacity_rps is None:
+        """The highest rate, from the one found down, at which the verdict holds with confidence."""
+        start_rps, proof_s = found.capacity_rps, self.plan.proof_s
+        if proof_s is None or start_rps is None or found.confirmed != self.plan.confirm:
             return found
-        proof = self._prove(found.capacity_rps, self.plan.proof_s)
+        if not found.confirmed:  # short runs alone find too much
+            start_rps /= self.plan.resolution
+        proof = self._prove(start_rps, proof_s)
         if proof.outcome == "holds":
             return self._found(proof.rate_rps, confirmed=True, limited_by=found.limited_by)
         return self._found(None, confirmed=False, limited_by=_limit_of(proof))
-
-    def prove(self, rate_rps: float) -> HighestRate:
-        """Only the proof, for a rate that another search found; the plan must have `proof_s`."""
-        assert self.plan.proof_s is not None
-        try:
-            proof = self._prove(rate_rps, self.plan.proof_s)
-        except _Ended as bound:
-            return self._found(None, confirmed=False, limited_by=str(bound))
-        held = proof.outcome == "holds"
-        limit = "" if held else _limit_of(proof)
-        return HighestRate(
-            capacity_rps=proof.rate_rps if held else None, first_failing_rps=None, confirmed=held, limited_by=limit
-        )
 
     def _prove(self, rate_rps: float, proof_s: Callable[[float], float]) -> RateTrial:
         """The first proof that holds, at this rate or a few steps lower; else the last one."""
@@ -226,8 +206,7 @@ class RateSearch:
         least_s = self.plan.duration_s * (CONFIRM_LONGER if phase == "confirm" else 1)
         duration_s = math.ceil(max(least_s, self.plan.needed_s(rate_rps)))
         trial = self._trial(rate_rps, phase, duration_s)
-        final = phase == "confirm" or not self.plan.repeat_failures
-        counts = trial.outcome == "holds" or trial.overloaded or (trial.outcome == "fails" and final)
+        counts = trial.outcome == "holds" or trial.overloaded or (trial.outcome == "fails" and phase == "confirm")
         if not counts:
             trial = self._trial(rate_rps, phase, duration_s * (2 if trial.outcome == "inconclusive" else 1))
         self._counted.append(trial)
@@ -244,9 +223,9 @@ class RateSearch:
     def _trial(self, rate_rps: float, phase: Phase, duration_s: float) -> RateTrial:
         if len(self.trials) >= self.plan.max_trials:
             raise _Ended(TRIALS)
-        if self.clock() + duration_s + self.plan.overhead_s > self._ends_at:
+        if self.clock() + duration_s > self._ends_at:
             raise _Ended(TIME)
-        trial = self.try_rate(rate_rps, phase, duration_s, self.plan.first_seed + len(self.trials))
+        trial = self.try_rate(rate_rps, phase, duration_s, len(self.trials))
         self.trials.append(trial)
         self.show(trial)
         return trial

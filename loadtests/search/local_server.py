@@ -43,8 +43,8 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
 
 
-class NotServed(Exception):
-    """The model cannot be published, or its server does not start; the reason is one line."""
+class NotServed(InputError):
+    """The server does not start; the reason is one line."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,11 +27,11 @@ class RateTrial(Table):
     rate_rps: float
     phase: Phase
     outcome: TrialOutcome
-    achieved_rps: float
-    p50_ms: float | None
+    achieved_rps: float = 0.0
+    p50_ms: float | None = None
     """Of the intended latency, like `p99_ms`."""
-    p99_ms: float | None
-    error_rate: float
+    p99_ms: float | None = None
+    error_rate: float = 0.0
     duration_s: float
     failed: tuple[str, ...] = ()
     """The violated objectives."""
@@ -60,13 +60,6 @@ class RateTrial(Table):
             problems=judgement.problems,
             run=str(run.folder),
         )
-
-    @classmethod
-    def not_sent(cls, rate_rps: float, phase: Phase, duration_s: float, reason: str) -> RateTrial:
-        """An invalid trial: the load generator cannot send at this rate."""
-        figures = {"achieved_rps": 0.0, "p50_ms": None, "p99_ms": None, "error_rate": 0.0}
-        about = {"rate_rps": rate_rps, "phase": phase, "duration_s": duration_s, "problems": (reason,)}
-        return cls.model_validate({"outcome": "invalid", **about, **figures})
 
     @property
     def sent(self) -> bool:

@@ -8,10 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Self
 
-from pydantic import ValidationError
-
 from deepseek.spec import InputError
-from deepseek.spec.checks import Table, first_error
+from deepseek.spec.checks import Table, checked
 from deepseek.spec.files.folders import write_whole
 
 
@@ -25,14 +23,11 @@ class SavedResult(Table):
     def load(cls, path: str | Path) -> Self:
         """Reads a file; InputError if it is missing, unreadable or invalid."""
         try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+            return checked(cls, Path(path).read_bytes(), path)
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; make it with: {cls.made_by}") from None
-        except ValidationError as error:
-            key, message = first_error(error, cls)
-            raise InputError(f"{path}: {key}: {message}; make it again with: {cls.made_by}") from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); make it again with: {cls.made_by}") from None
+        except (InputError, OSError) as error:
+            raise InputError(f"{error}; make it again with: {cls.made_by}") from None
 
     def save(self, path: Path) -> None:
         write_whole(path, self.model_dump_json(indent=2) + "\n")

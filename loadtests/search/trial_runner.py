@@ -19,11 +19,12 @@ from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement
 from loadtests.load.measure import measure
+from loadtests.load.preflight import check
 from loadtests.results.run import Run
 from loadtests.results.settings import LoadSettings
 from loadtests.search.highest_rate import SearchPlan
 from loadtests.search.rate_trial import Phase, RateTrial
-from loadtests.search.slo_at_rate import MOST_PROOFS, bound_rates, seconds_needed, slo_at
+from loadtests.search.slo_at_rate import MOST_PROOFS, bound_rates, seconds_needed, seconds_to_prove, slo_at
 from loadtests.slo.slo_demands import in_flight_for
 
 DEFAULT_START_RPS = 50.0  # of a search, if the SLO names no rate
@@ -44,20 +45,32 @@ class TrialRunner:
     machine: dict[str, Any] = field(default_factory=dict)
     """The load generator's machine; filled by the first run."""
 
-    def plan(self, *, start_rps: float, duration_s: float, **bounds: Any) -> SearchPlan:
-        """A search plan with the stops and trial lengths that the SLO needs."""
+    @classmethod
+    def at(cls, url: str, spec: DeploymentSpec, settings: LoadSettings, folder: Path, console: Console) -> TrialRunner:
+        """On a server that has just started; InputError if it does not serve the model of the spec."""
+        settings = replace(settings, url=url)
+        served = check(replace(settings, users=1), spec)
+        return cls(spec=spec, settings=settings, served=served, folder=folder, console=console)
+
+    def plan(self, *, start_rps: float, duration_s: float, prove: bool = False, **bounds: Any) -> SearchPlan:
+        """A search plan with the stops and trial lengths that the SLO needs; `prove` the result with confidence."""
         slo = self.spec.slo
         return SearchPlan(
             start_rps=start_rps,
             duration_s=duration_s,
             stops_rps=tuple(bound_rates(slo)),
             needed_s=lambda rate_rps: seconds_needed(slo, rate_rps),
+            proof_s=(lambda rate_rps: seconds_to_prove(slo, rate_rps)) if prove else None,
             **bounds,
         )
 
     def __call__(self, rate_rps: float, phase: Phase, duration_s: float, seed: int) -> RateTrial:
-        if reason := self._unsendable(rate_rps, duration_s):
-            return RateTrial.not_sent(rate_rps, phase, duration_s, reason)
+        if not self.settings.max_in_flight:  # else the user's own limit counts
+            try:
+                in_flight_for(replace(self.settings, rate_rps=rate_rps, duration_s=duration_s), self.spec.slo)
+            except InputError as error:  # the generator cannot send at this rate
+                about: dict[str, Any] = {"rate_rps": rate_rps, "phase": phase, "duration_s": duration_s}
+                return RateTrial(outcome="invalid", problems=(str(error),), **about)
         looks = MOST_PROOFS if phase == "prove" else 1
         run = self.run(rate_rps=rate_rps, duration_s=duration_s, seed=seed, looks=looks)
         return RateTrial.of_run(run, slo_at(self.spec.slo, rate_rps, duration_s), phase)
@@ -73,16 +86,6 @@ class TrialRunner:
                 "requests lost their connection or could not connect; read the server's log, restart it and re-run"
             )
         return run
-
-    def _unsendable(self, rate_rps: float, duration_s: float) -> str:
-        """Why the generator cannot send at this rate; empty if it can."""
-        if self.settings.max_in_flight:  # the user's own limit
-            return ""
-        try:
-            in_flight_for(replace(self.settings, rate_rps=rate_rps, duration_s=duration_s), self.spec.slo)
-        except InputError as error:
-            return str(error)
-        return ""
 
 
 def ready(settings: LoadSettings) -> bool:

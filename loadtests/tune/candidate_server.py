@@ -17,19 +17,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from deepseek.spec import DeploymentSpec, Precision, PublishedManifest, TunedFile
+from deepseek.spec import DeploymentSpec, InputError, Precision, PublishedManifest, TunedFile
 from deepseek.spec.objectives import samples_needed
 from loadtests.load.child_process import our_environment
-from loadtests.load.preflight import check
 from loadtests.results.settings import LoadSettings
-from loadtests.search.highest_rate import SearchPlan
-from loadtests.search.local_server import NotServed, last_line, local_server
+from loadtests.search.local_server import last_line, local_server
 from loadtests.search.slo_at_rate import slo_at
 from loadtests.search.trial_runner import TrialRunner
 from loadtests.slo.generator_health import generator_problems
@@ -39,7 +36,6 @@ START_S = 3.0  # about what the load generator takes to start, for each run
 USERS = 32
 LONGEST_BLOCK_S = 30  # at a low rate a block's p99 is its slowest request
 SAMPLES = 4  # times the requests that a p99 needs at all
-MOST_TRIALS = 100  # of one search for a rate: in practice the time ends it
 
 
 class NotValid(Exception):
@@ -61,31 +57,24 @@ class TuneConditions:
     folder: Path
     least_s: float
     """Minimum length of a run; longer if its p99 needs more samples."""
-    max_s: float
-    """Length of the whole search."""
     ends_at: float
-    """Its end, in the time of `time.monotonic()`."""
+    """The end of the whole search, in the time of `time.monotonic()`."""
     console: Console
 
     @property
     def left_s(self) -> float:
-        """Seconds left for the whole search."""
         return self.ends_at - time.monotonic()
 
-    @property
-    def overhead_s(self) -> float:
-        """Seconds that a run takes beyond its length."""
-        return self.settings.warmup_s + START_S
-
     def block_s(self, rate_rps: float) -> int:
-        """Length of a block at a rate."""
         return math.ceil(max(self.least_s, min(LONGEST_BLOCK_S, SAMPLES * samples_needed(99) / rate_rps)))
+
+    def pair_s(self, rate_rps: float) -> float:
+        """Seconds of a pair of blocks at a rate, with all that a run takes beyond its length."""
+        return 2 * (self.block_s(rate_rps) + self.settings.warmup_s + START_S)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateServer:
-    """A running server with a candidate."""
-
     settings: ServingSettings
     conditions: TuneConditions
     published: PublishedManifest
@@ -105,51 +94,33 @@ class CandidateServer:
         p99_ms = run.window.latency("intended").percentile_ms(99)
         return p99_ms if math.isfinite(p99_ms) else 1000 * self.runner.settings.timeout_s
 
-    def plan(self, start_rps: float, **bounds: Any) -> SearchPlan:
-        """The plan of a search for the highest rate, without the confirming walk, within the time left."""
-        return self.runner.plan(
-            start_rps=start_rps,
-            duration_s=self.conditions.least_s,
-            confirm=False,
-            repeat_failures=False,
-            max_trials=MOST_TRIALS,
-            overhead_s=self.conditions.overhead_s,
-            **bounds,
-        )
-
 
 @contextmanager
 def candidate_server(settings: ServingSettings, conditions: TuneConditions, name: str) -> Iterator[CandidateServer]:
-    """Publishes a candidate and serves it while the block runs; NotServed if either fails."""
-    folder = conditions.folder / name
+    """Publishes a candidate, as `make engine` does, and serves it while the block runs; InputError if either fails."""
+    folder, load = conditions.folder / name, conditions.settings
+    repository = folder / "repository"
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        published = publish(settings, conditions, folder)
-        protocol, model = conditions.settings.protocol, conditions.settings.model
-        repository = folder / "repository"
-        with local_server(conditions.server, repository, folder, protocol=protocol, model=model) as server:
-            load = replace(conditions.settings, url=server.url)
-            runner = TrialRunner(
-                spec=conditions.spec,
-                settings=load,
-                served=check(replace(load, users=1), conditions.spec),
-                folder=conditions.folder / "runs",
-                console=conditions.console,
-            )
+        run_with(settings, conditions, "publish", folder, "--repository", str(repository))
+        published = PublishedManifest.load(repository / load.model / "1" / "manifest.json")
+        with local_server(conditions.server, repository, folder, protocol=load.protocol, model=load.model) as server:
+            folder_of_runs, console = conditions.folder / "runs", conditions.console
+            runner = TrialRunner.at(server.url, conditions.spec, load, folder_of_runs, console)
             yield CandidateServer(settings=settings, conditions=conditions, published=published, runner=runner)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def publish(settings: ServingSettings, conditions: TuneConditions, folder: Path) -> PublishedManifest:
-    """Publishes to `folder/repository`, as `make engine` does with these tuned values; returns the manifest."""
+def run_with(settings: ServingSettings, conditions: TuneConditions, command: str, folder: Path, *more: str) -> None:
+    """Runs a command of the build with these settings as tuned values, in a process of its own."""
     load, tuned = conditions.settings, folder / "tuned.toml"
     folder.mkdir(parents=True, exist_ok=True)
     TunedFile(targets={load.target: settings.tuned()}).write(tuned)
-    command = [sys.executable, "-m", "cli", "publish", "--model", load.model, "--models", load.models]
-    command += ["--target", load.target, "--tuned", str(tuned), "--repository", str(folder / "repository")]
-    command += ["--precision", conditions.precision] if conditions.precision else []
-    run = subprocess.run(command, capture_output=True, text=True, env=our_environment())
+    words = [sys.executable, "-m", "cli", command, "--model", load.model, "--models", load.models]
+    words += ["--target", load.target, "--tuned", str(tuned), *more]
+    words += ["--precision", conditions.precision] if conditions.precision else []
+    run = subprocess.run(words, capture_output=True, text=True, env=our_environment())
+    tuned.unlink()
     if run.returncode:
-        raise NotServed(last_line(run.stderr) or f"export.stages.publish ended with status {run.returncode}")
-    return PublishedManifest.load(folder / "repository" / load.model / "1" / "manifest.json")
+        raise InputError(last_line(run.stderr) or f"deepseek {command} ended with status {run.returncode}")

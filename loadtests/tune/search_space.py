@@ -1,6 +1,6 @@
 """The serving settings that a search may try.
 
-Contract: pure functions. Values from the command line replace the defaults, which follow from the spec, the target and
+Contract: values from the command line replace the defaults, which follow from the spec, the target and
 the number of cores:
 
 - layouts of the target onnxruntime on a CPU: 2, 4, ... instances that share the cores, up to one per core; and twice as
@@ -61,19 +61,18 @@ class ServingSettings(Table):
         )
 
     def tuned(self, measured: str = "") -> TunedTarget:
-        """The settings as an entry of tuned.toml; `measured` is its note on how they were measured.
-
-        Without a queue delay Triton keeps to the preferred batch, so callers may send more rows. With one, only
-        `max_batch` limits what it joins.
-        """
-        kept = {"max_queue_delay_us", "instances", "threads"}
-        largest = {"max_batch": self.max_batch} if self.limits_requests else {}
-        batching = TunedBatching(preferred_batch=self.max_batch, **largest, **self.model_dump(include=kept))
+        """The settings as an entry of tuned.toml; `measured` is its note on how they were measured."""
+        kept = {"max_queue_delay_us", "instances", "threads", *(("max_batch",) if self.limits_requests else ())}
+        batching = TunedBatching(preferred_batch=self.max_batch, **self.model_dump(include=kept))
         return TunedTarget(measured=measured, batching=batching, cuda_graphs=self.cuda_graphs)
 
     @property
     def limits_requests(self) -> bool:
-        """Whether the server refuses requests of more rows than a batch."""
+        """Whether the server refuses requests of more rows than a batch.
+
+        Without a queue delay Triton keeps to the preferred batch, so callers may send more rows. With one, only
+        `max_batch` limits what it joins.
+        """
         return self.max_queue_delay_us > 0
 
     def __str__(self) -> str:
@@ -85,8 +84,6 @@ class ServingSettings(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpace:
-    """The values to try."""
-
     layouts: tuple[tuple[int, int | None], ...]
     """Instances, threads per instance."""
     max_batch: tuple[int, ...]
@@ -126,22 +123,16 @@ class SearchSpace:
             cuda_graphs=(False, True) if choose_graphs else (graphs,),
         )
 
-    def laid_out(self, default: ServingSettings) -> list[ServingSettings]:
-        """The default in each layout, its own first."""
-        own = (default.instances, default.threads)
-        return [_changed(default, instances=each[0], threads=each[1]) for each in dict.fromkeys((own, *self.layouts))]
-
     def combined(self, default: ServingSettings, sizes: Sequence[int]) -> list[ServingSettings]:
-        """Every combination of layouts, these batch sizes, and delays, without the default."""
-        found = [
+        """Every combination of layouts, these batch sizes, and delays."""
+        return [
             _changed(default, instances=layout[0], threads=layout[1], max_batch=size, max_queue_delay_us=delay)
             for layout, size, delay in product(self.layouts, sizes, self.delays_us)
         ]
-        return [each for each in found if each != default]
 
     def varied(self, default: ServingSettings) -> list[ServingSettings]:
         """The default with one value changed: the layout, the batch size, CUDA graphs or the delay."""
-        found = self.laid_out(default)
+        found = [_changed(default, instances=count, threads=threads) for count, threads in self.layouts]
         found += [_changed(default, max_batch=size) for size in self.max_batch]
         found += [_changed(default, cuda_graphs=graphs) for graphs in self.cuda_graphs]
         found += [_changed(default, max_queue_delay_us=delay) for delay in self.delays_us]

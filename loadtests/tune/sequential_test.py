@@ -8,36 +8,25 @@ Turnbull, Interim analyses: the repeated confidence interval approach, 1989) wit
 log-normal ratios. docs/research/2026-11-tune-sequential-test.md counts the errors.
 
 Example:
-    judge([1.9, 2.1, 2.0, 2.2], nominal_level(0.05, 24)).outcome      # "better"
+    judge([1.9, 2.1, 2.0, 2.2], nominal_level(0.05, 24))      # Interval(...), "better"
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 from scipy.special import stdtr
 
-from loadtests.slo.confidence import paired_ratio
+from loadtests.slo.confidence import Interval, paired_ratio
 
 Outcome = Literal["better", "worse", "no difference", "undecided"]
 LEAST_PAIRS = 4
 LEAST_GAIN = 1.05  # a smaller one does not justify a change: the whole interval of a gain is above it
 PRACTICAL_GAIN = 1.1  # one that is certainly below it is not worth more time
 _SIMULATED = 50_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """The gain after some pairs, and what it settles."""
-
-    ratio: float
-    low: float
-    high: float
-    outcome: Outcome
 
 
 @lru_cache
@@ -53,14 +42,11 @@ def nominal_level(error: float, most_pairs: int) -> float:
     return float(np.quantile(2 * stdtr(count[looks] - 1.0, -t).min(1), error))
 
 
-def judge(gains: Sequence[float], level: float) -> Judged:
-    """Judges LEAST_PAIRS or more at a nominal level."""
+def judge(gains: Sequence[float], level: float) -> tuple[Interval, Outcome]:
+    """The interval of LEAST_PAIRS or more gains at a nominal level, and what it settles."""
     found = paired_ratio(gains, 1 - level)
-    outcome: Outcome = "undecided"
     if found.low >= LEAST_GAIN:
-        outcome = "better"
-    elif found.high < 1:
-        outcome = "worse"
-    elif found.high < PRACTICAL_GAIN:
-        outcome = "no difference"
-    return Judged(ratio=found.ratio, low=found.low, high=found.high, outcome=outcome)
+        return found, "better"
+    if found.high < 1:
+        return found, "worse"
+    return found, "no difference" if found.high < PRACTICAL_GAIN else "undecided"

@@ -20,11 +20,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from deepseek.spec import InputError, InvalidMeasurement, PublishedManifest
+from deepseek.spec import InputError, InvalidMeasurement
 from deepseek.spec.files.measured_batches import tail_limit_ms
-from loadtests.search.highest_rate import GENERATOR, SAMPLES, TIME, HighestRate, RateSearch, rounded
-from loadtests.search.local_server import NotServed
-from loadtests.search.slo_at_rate import required_rps, seconds_to_prove
+from loadtests.search.highest_rate import GENERATOR, SAMPLES, TIME, RateSearch, rounded
+from loadtests.search.slo_at_rate import required_rps
 from loadtests.tune.candidate_server import USERS, CandidateServer, NotValid, TuneConditions, candidate_server
 from loadtests.tune.predicted_latency import BUSY, Curves
 from loadtests.tune.search_space import SearchSpace, ServingSettings
@@ -34,9 +33,8 @@ from loadtests.tune.tune_result import Compared, ExpectedSettings
 CONFIDENCE = 0.95  # of all comparisons together
 MOST_DROPPED = 3  # pairs of a comparison that say nothing
 USUAL_SHARE = 0.7  # of what the default answers in a closed loop: the usual rate if the SLO names none
-SCREENING_SHARE = 0.4  # of the time, to run each setting once if there is no curve
-HIGHEST_SHARE = 0.2  # of the time, at most, to find the highest rate of one setting
-RESOLUTION, STEP_UP = 1.1, 1.25  # of a search for a highest rate
+SCREENING_SHARE = 0.4  # of the time left, to run each setting once if there is no curve
+RESOLUTION = 1.1  # of the search for a rate that can be proved
 UNPROVED = {
     TIME: "out of time: raise --max-s",
     SAMPLES: "too close to the limit",
@@ -47,8 +45,6 @@ Rate = Literal["p99_ms", "high_p99_ms"]
 
 @dataclass(kw_only=True)
 class SettingsSearch:
-    """One search over one space."""
-
     conditions: TuneConditions
     default: ServingSettings
     space: SearchSpace
@@ -59,48 +55,41 @@ class SettingsSearch:
     """Of a comparison."""
     usual_rps: float = 0.0
     high_rps: float = 0.0
-    _throughput_rps: float = 0.0
-    """Of the default, in a closed loop."""
     predicted: bool = True
     expected: list[ExpectedSettings] = field(default_factory=list)
     comparisons: list[Compared] = field(default_factory=list)
-    machine: dict[str, Any] = field(default_factory=dict)
-    published: PublishedManifest | None = None
-    """The manifest of the default."""
 
     def run(self) -> dict[str, Any]:
-        """Searches; returns `best`, `proved_rps` and `conclusion` of the result."""
+        """Searches; returns the fields of the result (`TuneResult`) that the search decides."""
         with ExitStack() as stack:
-            server = self._default_served(stack)
+            try:
+                server = stack.enter_context(candidate_server(self.default, self.conditions, "default"))
+            except (InputError, InvalidMeasurement) as error:
+                raise type(error)(f"the default settings: {error}") from None
+            if not (throughput_rps := server.throughput_rps()):
+                raise InvalidMeasurement(
+                    f"the default settings: no answer to {USERS} users within {self.conditions.least_s:g} s: try a "
+                    f"longer --least-s or --timeout-s (now {self.conditions.settings.timeout_s:g} s)"
+                )
+            self.usual_rps = rounded(required_rps(self.conditions.spec.slo) or USUAL_SHARE * throughput_rps)
+            answers = f"the default answers {throughput_rps:.3g}/s to {USERS} users"
+            self._say(f"{answers}; p99 counts at {self.usual_rps:g}/s")
             curves = None
             if self.conditions.settings.target == "onnxruntime":
-                curves = Curves.measured(self.conditions, self.space.laid_out(self.default), self.cores)
-            self._predict(curves) if curves is not None else self._screen(server)
-            found = self._compare_contenders(server)
-            self.machine = dict(server.runner.machine)
-            return found
+                layouts = [self.default, *self.space.combined(self.default, [self.default.max_batch])]
+                curves = Curves.measured(self.conditions, layouts, self.cores)
+            if curves is None:
+                self._screen(server, throughput_rps)
+            else:
+                self._predict(curves.as_fast_as(self.default, throughput_rps))
+            found, machine, published = self._compare_contenders(server), dict(server.runner.machine), server.published
+            versions = machine.pop("versions", {}) | dict(published.versions)
+            found |= {"precision": published.precision, "versions": versions, "machine": machine}
+            found |= {"usual_rps": self.usual_rps, "high_rps": self.high_rps, "predicted": self.predicted}
+            return found | {"expected": tuple(self.expected), "comparisons": tuple(self.comparisons)}
 
-    def _default_served(self, stack: ExitStack) -> CandidateServer:
-        try:
-            server = stack.enter_context(candidate_server(self.default, self.conditions, "default"))
-        except NotServed as error:
-            raise InputError(f"the default settings: not served: {error}") from None
-        except (InputError, InvalidMeasurement) as error:
-            raise type(error)(f"the default settings: {error}") from None
-        self.published, self._throughput_rps = server.published, server.throughput_rps()
-        if not self._throughput_rps:
-            raise InvalidMeasurement(
-                f"the default settings: no answer to {USERS} users within {self.conditions.least_s:g} s: try a longer "
-                f"--least-s or --timeout-s (now {self.conditions.settings.timeout_s:g} s)"
-            )
-        self.usual_rps = rounded(required_rps(self.conditions.spec.slo) or USUAL_SHARE * self._throughput_rps)
-        answers = f"the default answers {self._throughput_rps:.3g}/s to {USERS} users"
-        self._say(f"{answers}; p99 counts at {self.usual_rps:g}/s")
-        return server
-
-    def _predict(self, measured: Curves) -> None:
+    def _predict(self, curves: Curves) -> None:
         """What the curves promise of each setting that keeps the throughput."""
-        curves = measured.as_fast_as(self.default, self._throughput_rps)
         self._say(f"served, rows take {curves.slower:.2g} times as long as in measured batches")
         self.high_rps = rounded(curves.highest_rps(self.default, tail_limit_ms(self.conditions.spec.slo)))
         all_ = [self.default, *self.space.combined(self.default, self.sizes or curves.sizes)]
@@ -108,10 +97,9 @@ class SettingsSearch:
             usual, high = (curves.p99_ms(each, rate_rps) for rate_rps in (self.usual_rps, self.high_rps))
             self.expected.append(ExpectedSettings(settings=each, p99_ms=usual, high_p99_ms=high))
 
-    def _screen(self, server: CandidateServer) -> None:
-        """Runs each setting once at each rate."""
-        self.predicted, self.high_rps = False, rounded(BUSY * self._throughput_rps)
-        ends_at = time.monotonic() + SCREENING_SHARE * self.conditions.max_s
+    def _screen(self, server: CandidateServer, throughput_rps: float) -> None:
+        self.predicted, self.high_rps = False, rounded(BUSY * throughput_rps)
+        ends_at = time.monotonic() + SCREENING_SHARE * self.conditions.left_s
         self.expected.append(self._screened(server))
         for each in self.space.varied(self.default):
             if time.monotonic() > ends_at:
@@ -120,7 +108,7 @@ class SettingsSearch:
             try:
                 with candidate_server(each, self.conditions, "candidate") as other:
                     self.expected.append(self._screened(other))
-            except (NotServed, InputError, InvalidMeasurement) as error:
+            except (InputError, InvalidMeasurement) as error:
                 failed = ExpectedSettings(settings=each, p99_ms=None, high_p99_ms=None, reason=str(error))
                 self.expected.append(failed)
 
@@ -133,15 +121,6 @@ class SettingsSearch:
             raise InvalidMeasurement(str(error)) from None
         self._say(f"{server.settings}: {throughput_rps:.4g}/s to {USERS} users, p99 {usual:.3g} and {high:.3g} ms")
         return ExpectedSettings(settings=server.settings, p99_ms=usual, high_p99_ms=high)
-
-    def _highest(self, server: CandidateServer) -> HighestRate:
-        """The highest rate that meets the SLO, by short runs."""
-        most_s = min(self.conditions.left_s, HIGHEST_SHARE * self.conditions.max_s)
-        bounds = {"resolution": RESOLUTION, "step_up": STEP_UP, "max_s": most_s}
-        found = RateSearch(server.plan(self.high_rps, **bounds), server.runner).run()
-        holds = "no rate meets" if found.capacity_rps is None else f"up to {found.capacity_rps:g}/s meet"
-        self._say(f"{server.settings}: {holds} the SLO in short runs ({found.limited_by})")
-        return found
 
     def _contender(self, rate: Rate) -> ServingSettings | None:
         """The setting that promises the lowest p99 at a rate, if that is worth a comparison."""
@@ -160,8 +139,7 @@ class SettingsSearch:
         rates: dict[Rate, float] = {"p99_ms": self.usual_rps}
         if self.high_rps > self.usual_rps:  # else the default meets the SLO not even at the usual rate
             rates["high_p99_ms"] = self.high_rps
-        found = [(self._contender(rate), rate_rps) for rate, rate_rps in rates.items()]
-        planned = [(settings, rate_rps) for settings, rate_rps in found if settings is not None]
+        planned = [(best, rate_rps) for rate, rate_rps in rates.items() if (best := self._contender(rate)) is not None]
         if not planned:
             by = "measured batches" if self.predicted else "one run each"
             said = f"none of {len(self.expected) - 1} other settings could be better by {PRACTICAL_GAIN - 1:.0%}"
@@ -176,13 +154,11 @@ class SettingsSearch:
                     compared = self._compared(server, other, compared, level, time.monotonic() + share_s)
                     self._say(f"{settings}: {compared.result}")
                     proved = self._proof(other) if compared.outcome == "better" else None
-            except (NotServed, InputError, InvalidMeasurement) as error:
+            except (InputError, InvalidMeasurement) as error:
                 compared = compared.model_copy(update={"note": str(error)})
             self.comparisons.append(compared)
             if proved is not None:
-                said = _proof_said(proved, self.conditions.spec.slo.confidence)
-                conclusion = f"{settings}: {compared}; {said}"
-                return {"best": settings, "proved_rps": proved.capacity_rps, "conclusion": conclusion}
+                return {"best": settings, "proved_rps": proved[0], "conclusion": f"{settings}: {compared}; {proved[1]}"}
         return {"conclusion": self._nothing_proved()}
 
     def _compared(
@@ -190,10 +166,9 @@ class SettingsSearch:
     ) -> Compared:
         """Measures pairs until they are settled, or the time or the number of pairs is up."""
         pairs, dropped, rate_rps = list[tuple[float, float]](), 0, found.rate_rps
-        pair_s = 2 * (self.conditions.block_s(rate_rps) + self.conditions.overhead_s)
         while len(pairs) < self.most_pairs and found.outcome == "undecided":
-            if time.monotonic() + pair_s > ends_at:
-                return found.model_copy(update={"note": "out of time: raise --max-s"})
+            if time.monotonic() + self.conditions.pair_s(rate_rps) > ends_at:
+                return found.model_copy(update={"note": UNPROVED[TIME]})
             seed = len(pairs) + dropped
             order = (default, other) if seed % 2 == 0 else (other, default)
             try:
@@ -211,20 +186,21 @@ class SettingsSearch:
             found = found.judged(tuple(pairs), level)
         return found
 
-    def _proof(self, server: CandidateServer) -> HighestRate:
-        """Proves a rate of the best setting in the time left: about the highest by short runs, or a step lower."""
-        slo = self.conditions.spec.slo
+    def _proof(self, server: CandidateServer) -> tuple[float | None, str]:
+        """A rate of the best setting at which the verdict holds, None if none is proved in the time left; the result
+        in words."""
+        slo, bounds = self.conditions.spec.slo, {"resolution": RESOLUTION, "max_s": self.conditions.left_s}
+        plan = server.runner.plan(
+            start_rps=self.high_rps, duration_s=self.conditions.least_s, confirm=False, prove=True, **bounds
+        )
         try:
-            if self.conditions.left_s < seconds_to_prove(slo, self.usual_rps):
-                raise InvalidMeasurement(UNPROVED[TIME])
-            found = self._highest(server)
-            start_rps = (found.capacity_rps or self.usual_rps) / RESOLUTION  # short runs find too much
-            bounds = {"resolution": RESOLUTION, "max_s": self.conditions.left_s}
-            plan = server.plan(start_rps, proof_s=lambda rate_rps: seconds_to_prove(slo, rate_rps), **bounds)
-            self._say(f"proving {rounded(start_rps):g}/s")
-            return RateSearch(plan, server.runner).prove(plan.start_rps)
+            found = RateSearch(plan, server.runner).run()
+            why = UNPROVED.get(found.limited_by, found.limited_by)
+            if found.confirmed:
+                return found.capacity_rps, f"{found.capacity_rps:g}/s hold with {slo.confidence:.0%} confidence"
         except InvalidMeasurement as error:
-            return HighestRate(capacity_rps=None, first_failing_rps=None, confirmed=False, limited_by=str(error))
+            why = str(error)
+        return None, f"no rate was proved to hold with {slo.confidence:.0%} confidence ({why})"
 
     def _nothing_proved(self) -> str:
         """The conclusion; InvalidMeasurement if no comparison had enough pairs."""
@@ -236,10 +212,3 @@ class SettingsSearch:
 
     def _say(self, text: str) -> None:
         self.conditions.console.print(text, soft_wrap=True)
-
-
-def _proof_said(proved: HighestRate, confidence: float) -> str:
-    if proved.capacity_rps is not None:
-        return f"{proved.capacity_rps:g}/s hold with {confidence:.0%} confidence"
-    why = UNPROVED.get(proved.limited_by, proved.limited_by)
-    return f"no rate was proved to hold with {confidence:.0%} confidence ({why})"

@@ -30,6 +30,7 @@ from rich.table import Table
 from deepseek.spec import DeploymentSpec, InputError, TunedFile, build_dir
 from deepseek.spec.cpu import this_cpu
 from deepseek.spec.files.folders import alone_in, write_whole
+from loadtests.figures import ms
 from loadtests.report.searches import tuning_page
 from loadtests.search.local_server import EMBEDDED, settings_of_local
 from loadtests.search.slo_at_rate import objective_lines
@@ -37,13 +38,12 @@ from loadtests.search.stack_server import server_command
 from loadtests.tune.candidate_server import TuneConditions
 from loadtests.tune.search_space import SearchSpace, ServingSettings
 from loadtests.tune.settings_search import SettingsSearch
-from loadtests.tune.tune_result import TuneResult, shown_ms, tuning_path
+from loadtests.tune.tune_result import TuneResult, tuning_path
 
 MOST_SHOWN = 8  # settings of the table; tuning.json has all
 
 
 def main(options: argparse.Namespace) -> int:
-    """Searches and prints the result."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean shutdown, as on Ctrl-C
     result = tune(options, Console(stderr=True, markup=False))
     if options.json:
@@ -72,7 +72,7 @@ def table(result: TuneResult) -> Table:
             continue
         shape = (settings.instances, settings.threads or "-", settings.max_batch, f"{settings.max_queue_delay_us} us")
         note = f"{'CUDA graphs ' if settings.cuda_graphs else ''}{each.reason}"
-        latencies = (shown_ms(each.p99_ms), shown_ms(each.high_p99_ms))
+        latencies = (ms(value) if value else "-" for value in (each.p99_ms, each.high_p99_ms))
         columns.add_row(name, *map(str, shape), *latencies, note, style="bold" if name in ("default", "best") else None)
     return columns
 
@@ -97,7 +97,6 @@ def default_and_space(
 
 
 def conditions_of(options: argparse.Namespace, folder: Path, console: Console) -> TuneConditions:
-    """The conditions that the options ask for."""
     spec = DeploymentSpec.of_model(options.model, options.models, tuned=os.devnull).for_target(options.target)
     return TuneConditions(
         spec=spec,
@@ -106,7 +105,6 @@ def conditions_of(options: argparse.Namespace, folder: Path, console: Console) -
         server=server_command(options.server, options.target, options.env_file),
         folder=folder,
         least_s=options.least_s,
-        max_s=options.max_s,
         ends_at=time.monotonic() + options.max_s,
         console=console,
     )
@@ -131,24 +129,13 @@ def tune(options: argparse.Namespace, console: Console) -> TuneResult:
             sizes=options.max_batch,
             most_pairs=options.pairs,
         )
-        facts = search.run()
-        machine, published = dict(search.machine), search.published
-        assert published is not None
         result = TuneResult(
             model=options.model,
             target=options.target,
-            precision=published.precision,
-            versions=machine.pop("versions", {}) | dict(published.versions),
             objectives=objective_lines(spec.slo),
             default=default,
-            usual_rps=search.usual_rps,
-            high_rps=search.high_rps,
-            predicted=search.predicted,
-            expected=tuple(search.expected),
-            comparisons=tuple(search.comparisons),
-            machine=machine,
             started=started,
-            **facts,
+            **search.run(),
         )
         path = tuning_path(options.model)
         result.save(path)  # first, in case tuned.toml cannot be written

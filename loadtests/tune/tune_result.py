@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal
 
 from deepseek.spec import Target, build_dir
 from deepseek.spec.checks import Table
-from loadtests.figures import formatted
 from loadtests.search.saved_result import SavedResult
 from loadtests.tune.search_space import ServingSettings
 from loadtests.tune.sequential_test import LEAST_PAIRS, Outcome, judge
@@ -51,10 +50,10 @@ class Compared(Table):
 
     def judged(self, pairs: tuple[tuple[float, float], ...], level: float) -> Compared:
         """The same comparison after these pairs, judged at a nominal level."""
-        found: dict[str, Any] = {"pairs": pairs}
-        if len(pairs) >= LEAST_PAIRS:
-            found |= asdict(judge([default / other for default, other in pairs], level))
-        return self.model_copy(update=found)
+        if len(pairs) < LEAST_PAIRS:
+            return self.model_copy(update={"pairs": pairs})
+        interval, outcome = judge([default / other for default, other in pairs], level)
+        return self.model_copy(update={"pairs": pairs, "outcome": outcome, **asdict(interval)})
 
     @property
     def result(self) -> str:
@@ -69,8 +68,6 @@ class Compared(Table):
 
 
 class TuneResult(SavedResult):
-    """One search."""
-
     made_by: ClassVar[str] = "make tune"
     schema_version: Literal[2] = 2
     model: str
@@ -107,10 +104,4 @@ class TuneResult(SavedResult):
 
 
 def tuning_path(model: str) -> Path:
-    """The file of the latest result."""
     return build_dir(model) / "tuning.json"
-
-
-def shown_ms(value: float | None) -> str:
-    """A latency as text; "-" if it is unknown."""
-    return "-" if value is None else formatted("ms", value)
