@@ -2,7 +2,3 @@
 
 Enter: `deepseek report` (`report.py`). Imports: the packages whose results it draws.
 """
-
-from loadtests.report.run_page import page, write_report
-
-__all__ = ["page", "write_report"]

@@ -29,8 +29,6 @@ STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600)
 MOST_STEPS = 120  # of a chart over time
 KINDS = 5  # most kinds of failures in a tip
 
-Slos = SloSpec | Sequence[SloSpec]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
@@ -49,15 +47,16 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
     return [Curve(run=runs[0], kind=kind, css=kind, name=kind) for kind in kinds]
 
 
-def _limits(drawn: Sequence[Curve], slo: Slos) -> tuple[dict[float, float], list[dict[float, float]]]:
-    if isinstance(slo, SloSpec):
-        return latency_limits(slo), [{} for _ in drawn]
-    return {}, [latency_limits(each) for each in slo]
+def _limits(drawn: Sequence[Curve], slos: Sequence[SloSpec]) -> tuple[dict[float, float], list[dict[float, float]]]:
+    """The limits of the only SLO, and those of each curve if each has an SLO of its own."""
+    if len(slos) == 1:
+        return latency_limits(slos[0]), [{} for _ in drawn]
+    return {}, [latency_limits(slo) for slo in slos]
 
 
-def _latency_scale(values: Sequence[float], limits: Sequence[float]) -> Scale:
-    """A scale for latencies, logarithmic if they differ more than thirtyfold."""
-    finite = [value for value in values if math.isfinite(value)] + list(limits)
+def scale_of(values: Iterable[float]) -> Scale:
+    """A scale for the finite values, logarithmic if they differ more than thirtyfold."""
+    finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=1), max(finite, default=1)
     return Scale(max(low, 0.01) / 1.3, high * 1.4, log=True) if high > 30 * low else up_to(finite, 1.15)
 
@@ -66,11 +65,11 @@ def _position(percent: float) -> float:
     return -math.log10(1 - percent / 100)
 
 
-def percentiles(runs: Sequence[Run], slo: Slos) -> str:
+def percentiles(runs: Sequence[Run], slos: Sequence[SloSpec]) -> str:
     """Latency at every percentile; on the x axis each additional nine takes the same width."""
     drawn = curves(runs)
     found = [curve.run.window.latency(curve.kind) for curve in drawn]
-    shared, own = _limits(drawn, slo)
+    shared, own = _limits(drawn, slos)
     ends = [max(50.0, 100 * (1 - 1 / max(1, each.total))) for each in found]  # beyond it: only the slowest request
     last = max(99.0, *ends)
     percents = [100 * (1 - 10**-step) for step in np.linspace(0, _position(last), 300)]
@@ -79,7 +78,7 @@ def percentiles(runs: Sequence[Run], slo: Slos) -> str:
         for each, end in zip(found, ends, strict=True)
     ]
     limits = [limit for each in (shared, *own) for limit in each.values()]
-    scale = _latency_scale([y for line in lines for _, y in line], limits)
+    scale = scale_of([*(y for line in lines for _, y in line), *limits])
     title = "share of requests answered at least as fast"
     chart = Chart(Scale(0, _position(last)), scale, "Latency by percentile", x_title=title)
     answered = 100 * (1 - runs[0].window.failed / max(1, runs[0].window.planned))
@@ -162,11 +161,11 @@ def _add_tips(chart: Chart, texts: Iterable[tuple[Step, str]]) -> None:
         chart.tip(middle_s, [name, *own])
 
 
-def latency_over_time(runs: Sequence[Run], slo: Slos) -> str:
+def latency_over_time(runs: Sequence[Run], slos: Sequence[SloSpec]) -> str:
     """p99 by planned time, with the SLO's limit; for a single run also the median."""
     width, single = step_s(runs), len(runs) == 1
     judged = curves(runs)[: len(runs)]
-    shared, own = _limits(judged, slo)
+    shared, own = _limits(judged, slos)
     found = [
         [(step, step.stretch.latency(curve.kind)) for step in steps(curve.run, width) if step.stretch.seconds]
         for curve in judged
@@ -174,7 +173,7 @@ def latency_over_time(runs: Sequence[Run], slo: Slos) -> str:
     tails = [[(step.middle_s, each.percentile_ms(99)) for step, each in line] for line in found]
     medians = [(step.middle_s, each.percentile_ms(50)) for step, each in found[0]]
     marked = [*shared.values(), *(bounds[max(bounds)] for bounds in own if bounds)]
-    scale = _latency_scale([y for line in (*tails, medians) for _, y in line], marked)
+    scale = scale_of([*(y for line in (*tails, medians) for _, y in line), *marked])
     chart = _over_time(runs, scale, "Latency over time", "latency, ms")
     if shared:
         chart.limit(shared[max(shared)], f"SLO: p{max(shared):g} {ms(shared[max(shared)])}")

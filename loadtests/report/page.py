@@ -6,7 +6,7 @@ the reader's system. These functions escape the text they are given, except `bod
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 
@@ -23,6 +23,16 @@ def facts(rows: Iterable[tuple[str, object]]) -> str:
         f"<tr><th scope='row'>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in rows
     )
     return f"<table class='facts'>{cells}</table>"
+
+
+def machine_facts(machine: Mapping[str, object], versions: Mapping[str, str]) -> str:
+    rows = [(name.replace("_gib", " (GiB)"), value) for name, value in machine.items() if name != "versions"]
+    return facts([*rows, *versions.items()])
+
+
+def utc(time: str) -> str:
+    """An ISO time in UTC, for people."""
+    return time.replace("T", " ").replace("+00:00", " UTC")
 
 
 def numbers(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

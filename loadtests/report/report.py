@@ -7,27 +7,26 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+from typing import TypeVar
 
 from deepseek.spec import InputError, Target
 from loadtests.report.headline import LETTERS
-from loadtests.report.mix_page import write_mix_report
-from loadtests.report.run_page import write_report
+from loadtests.report.run_page import write_mix_report, write_report
 from loadtests.search.capacity_result import Capacity, capacity_path
 from loadtests.slo.verdict import load_mix, load_runs
 from loadtests.tune.tune_result import TuneResult, tuning_path
 
+Search = TypeVar("Search", Capacity, TuneResult)
 
-def _searches(model: str, target: Target) -> tuple[Capacity | None, TuneResult | None]:
-    """The capacity and tuning of the model on this target; None for a missing or unreadable file."""
-    found: list[Capacity | TuneResult | None] = []
-    for kind, path in ((Capacity, capacity_path(model)), (TuneResult, tuning_path(model))):
-        try:
-            search = kind.load(path)
-        except InputError:
-            search = None
-        empty = isinstance(search, Capacity) and not search.trials
-        found.append(search if search and search.target == target and not empty else None)
-    return found[0], found[1]  # type: ignore[return-value]
+
+def _latest(kind: type[Search], path: Path, target: Target) -> Search | None:
+    """The latest result of a search on this target; None for a missing or unreadable file."""
+    try:
+        found = kind.load(path)
+    except InputError:
+        return None
+    return found if found.target == target else None
 
 
 def main(args: argparse.Namespace) -> None:
@@ -40,5 +39,7 @@ def main(args: argparse.Namespace) -> None:
         written = write_mix_report(load_mix(argparse.Namespace(**vars(args) | {"run": next(iter(folders), None)})))
     else:
         runs, slo = load_runs(args, folders)
-        written = write_report(runs, slo, *_searches(args.model, runs[-1].settings.target))
+        target = runs[-1].settings.target
+        capacity = _latest(Capacity, capacity_path(args.model), target)
+        written = write_report(runs, slo, capacity, _latest(TuneResult, tuning_path(args.model), target))
     print(json.dumps({"reports": [str(written)]}) if args.json else written)

@@ -10,7 +10,7 @@ from deepseek.svg_chart import stacked_bar
 from loadtests.figures import ALL, SUMMARY, ms
 from loadtests.report.curves import curves
 from loadtests.report.headline import names_of
-from loadtests.report.page import facts, numbers, sentence
+from loadtests.report.page import facts, machine_facts, numbers, sentence, utc
 from loadtests.results.run import Run
 from loadtests.results.settings import IN_FLIGHT
 from loadtests.results.stretch import shown_percentile
@@ -92,7 +92,7 @@ def percentiles(runs: Sequence[Run]) -> str:
     rows = [(f"p{percent:g}", *(shown_percentile(each, percent) for each in found.values())) for percent in ALL]
     rows.append(("slowest", *(ms(each.max_ms) for each in found.values())))
     rows.append(("mean", *(ms(each.mean_ms) for each in found.values())))
-    return numbers(["", *found], rows)
+    return f"<div class='scroll'>{numbers(['', *found], rows)}</div>"
 
 
 def lengths(run: Run) -> str:
@@ -140,7 +140,7 @@ def _lateness(run: Run, named: bool) -> list[tuple[str, object]]:
 def settings(run: Run) -> str:
     own = run.settings
     rows: list[tuple[str, object]] = [
-        ("started", run.started_at.replace("T", " ").replace("+00:00", " UTC")),
+        ("started", utc(run.started_at)),
         ("model, version", f"{own.model}, {run.server.get('version') or '-'}"),
         ("target, precision", f"{own.target}, {(run.server.get('parameters') or {}).get('precision', '-')}"),
         ("endpoint", f"{own.protocol} at {own.url}"),
@@ -162,8 +162,7 @@ def settings(run: Run) -> str:
 
 
 def machine(run: Run) -> str:
-    rows = [(name.replace("_gib", " (GiB)"), value) for name, value in run.machine.items() if name != "versions"]
-    return facts([*rows, *run.machine.get("versions", {}).items()])
+    return machine_facts(run.machine, run.machine.get("versions", {}))
 
 
 def differing(runs: Sequence[Run]) -> str:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from html import escape
 
 from deepseek.spec import ExitCode
-from deepseek.svg_chart import Chart, Point, Scale, up_to
+from deepseek.svg_chart import Chart, Point
 from loadtests.figures import ms
-from loadtests.report.page import card, document, facts, grid, numbers, sentence
+from loadtests.report.curves import scale_of
+from loadtests.report.page import card, document, facts, grid, machine_facts, numbers, sentence, utc
 from loadtests.search.capacity_result import Capacity
 from loadtests.search.rate_trial import RateTrial
 from loadtests.tune.tune_result import ExpectedSettings, TuneResult
@@ -26,14 +27,6 @@ OUTCOMES = {
     "inconclusive": DOUBTFUL,
 }  # CSS class and shape, word, mark
 TRIALS_READ = "Rates in requests/s, latencies in ms. ✓ holds, ✕ fails, ? inconclusive."
-
-
-def _scale(values: Sequence[float], room: float = 1.3) -> Scale:
-    """A scale for the values, logarithmic if they differ by more than tenfold."""
-    low, high = min(values, default=1.0), max(values, default=1.0)
-    if low > 0 and high > 10 * low:
-        return Scale(low / room, high * room, log=True)
-    return up_to(values, 1.2)
 
 
 def p99_limit(objectives: Sequence[str]) -> float | None:
@@ -51,8 +44,8 @@ def latency_by_rate(capacity: Capacity) -> str:
     trials = [trial for trial in capacity.trials if trial.sent]
     seen = [trial.p99_ms for trial in trials if trial.p99_ms is not None]
     rates = [trial.rate_rps for trial in trials]
-    y = _scale([*seen, *([limit] if limit else [])])
-    chart = Chart(_scale(rates, 1.15), y, "p99 by rate", x_title="planned rate, requests/s")
+    y = scale_of([*seen, *([limit] if limit else [])])
+    chart = Chart(scale_of(rates), y, "p99 by rate", x_title="planned rate, requests/s")
     chart.axes(x_unit="", y_unit="p99, ms")
     if limit:
         chart.limit(limit, f"SLO: p99 {ms(limit)}", left=True)  # the left end, where low rates leave room
@@ -88,12 +81,8 @@ def _trial_tip(trial: RateTrial) -> list[str]:
 
 def capacity_card(capacity: Capacity) -> str:
     told = f"<p class='told'>{sentence(capacity.sentence)}</p>"
-    when = f"{_time(capacity.started)}, {capacity.protocol}"
+    when = f"{utc(capacity.started)}, {capacity.protocol}"
     return card("Capacity", told + latency_by_rate(capacity), f"All trials of make capacity, {escape(when)}.")
-
-
-def _time(started: str) -> str:
-    return started.replace("T", " ").replace("+00:00", " UTC")
 
 
 def _trials(capacity: Capacity) -> str:
@@ -108,7 +97,7 @@ def _trials(capacity: Capacity) -> str:
 def settings_chart(tuning: TuneResult) -> str:
     """The expected p99 of every setting at the two rates."""
     served = [(each, each.p99_ms, each.high_p99_ms) for each in tuning.expected if each.p99_ms and each.high_p99_ms]
-    x, y = (_scale([found[place] for found in served], 1.1) for place in (1, 2))  # type: ignore[misc]
+    x, y = (scale_of([found[place] for found in served]) for place in (1, 2))  # type: ignore[misc]
     chart = Chart(x, y, "expected p99 of every setting", x_title=f"p99 at {tuning.usual_rps:g}/s, ms")
     chart.axes(x_unit="", y_unit="p99 when busy, ms")
     drawn: list[tuple[str, str]] = [("median circle", "other"), ("service diamond", "default"), ("holds star", "best")]
@@ -139,7 +128,7 @@ def tuning_card(tuning: TuneResult) -> str:
         )
         rows.append(("written to the file of tuned values", "yes" if tuning.applied else "no"))
     by = "predicted from measured batches" if tuning.predicted else "from one short run each"
-    made = f"make tune, {escape(_time(tuning.started))}; p99 {by}."
+    made = f"make tune, {escape(utc(tuning.started))}; p99 {by}."
     return card("Tuning", told + settings_chart(tuning) + facts(rows), f"Further left and lower is better. {made}")
 
 
@@ -158,11 +147,9 @@ def _compared(tuning: TuneResult) -> str:
 
 
 def _page(found: Capacity | TuneResult, title: str, subject: str, css: str, cards: Sequence[str]) -> str:
-    rows = [(name.replace("_gib", " (GiB)"), value) for name, value in found.machine.items() if name != "versions"]
-    rows += found.versions.items()
-    environment = [card("Machine and versions", facts(rows))] if rows else []
+    environment = card("Machine and versions", machine_facts(found.machine, found.versions))
     head = f"<header class='{css}'><h1>{escape(title)}</h1><p class='subject'>{escape(subject)}</p></header>"
-    return document(f"{found.model}: {title}", head + grid([*cards, *environment]), found.started)
+    return document(f"{found.model}: {title}", head + grid([*cards, environment]), found.started)
 
 
 def capacity_page(capacity: Capacity) -> str:
