@@ -29,14 +29,7 @@ from deepseek.spec.files.folders import write_whole
 from deepseek.spec.files.measured_batches import plan_of, read_measured
 from loadtests.scale.cluster import ClusterSettings, Metric
 from loadtests.scale.service_curve import ServiceCurve
-from loadtests.scale.target_choice import (
-    CUSTOMARY_RATIO,
-    LEAST_REPLICAS,
-    ReplayedTarget,
-    TargetChoice,
-    candidates,
-    choose,
-)
+from loadtests.scale.target_choice import LEAST_REPLICAS, TargetChoice, candidates, choose
 from loadtests.scale.traffic import Shape, read_traffic, shape_of_day
 from loadtests.search.capacity_result import Capacity, capacity_path
 from loadtests.slo.slo_demands import latency_limits
@@ -134,7 +127,7 @@ def table(choice: TargetChoice) -> Table:
     for name in ("target", "minReplicas", "most pods", "late requests", "for", "node-hours"):
         shown.add_column(name, justify="right")
     shown.add_column("")
-    for tried in _worth_showing(choice):
+    for tried in sorted(choice.tried, key=lambda each: each.rank(choice.late))[:ROWS]:
         word = "holds" if tried.holds(choice.late) else "fails"
         mark = "◀ chosen" if tried == choice.best and choice.holds else word
         figures = [f"{tried.target:g}", str(tried.min_replicas), str(tried.most_pods), f"{tried.late_share:.3%}"]
@@ -143,10 +136,3 @@ def table(choice: TargetChoice) -> Table:
     pods = str(choice.fixed_pods)
     shown.add_row("fixed", "", pods, pods, "", "", f"{choice.fixed_node_hours:.1f}", "")
     return shown
-
-
-def _worth_showing(choice: TargetChoice) -> list[ReplayedTarget]:
-    """The best settings, and the customary ratio."""
-    ordered = sorted(choice.tried, key=lambda each: each.rank(choice.late))
-    customary = [each for each in ordered[ROWS:] if each.metric == "queue" and each.target == CUSTOMARY_RATIO]
-    return [*ordered[:ROWS], *customary[:1]]
