@@ -69,18 +69,6 @@ class Differences:
         return {"worst_error": self.worst_error, "same": self.equal / self.numbers if self.numbers else None}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """A percentile of both sides; `low` to `high` is the confidence interval of `ratio`, new / base."""
-
-    percent: int
-    base_ms: float
-    new_ms: float
-    ratio: float
-    low: float
-    high: float
-
-
 class Shadow:
     def __init__(self, model: str, clients: dict[str, InferenceClient], rows: list[Row]) -> None:
         self._model, self._clients, self._rows = model, clients, rows
@@ -143,16 +131,16 @@ class Shadow:
             self.outputs.setdefault(name, Differences()).add(one, other)
 
 
-def speeds(base_ms: list[float], new_ms: list[float]) -> list[Speed]:
-    """Percentiles of both sides, with confidence intervals of their ratios: Student's t over stretches of the run."""
+def speeds(base_ms: list[float], new_ms: list[float]) -> list[dict[str, float]]:
+    """Percentiles of both sides, and their `ratio`, new / base, with its confidence interval from `low` to `high`:
+    Student's t over stretches of the run."""
     count, found = min(len(base_ms), len(new_ms)), []
     both = np.array([base_ms[:count], new_ms[:count]])
     for percent in (50, 90, 99):
         parts = np.array([np.percentile(part, percent, axis=1) for part in np.array_split(both, BLOCKS, axis=1)])
-        each = paired_ratio(list(parts[:, 1] / parts[:, 0]), CONFIDENCE)
+        ratio = paired_ratio(list(parts[:, 1] / parts[:, 0]), CONFIDENCE)
         base, new = np.percentile(both, percent, axis=1).tolist()
-        ends = {"ratio": each.ratio, "low": each.low, "high": each.high}
-        found.append(Speed(percent=percent, base_ms=base, new_ms=new, **ends))
+        found.append({"percent": percent, "base_ms": base, "new_ms": new, **asdict(ratio)})
     return found
 
 
@@ -160,36 +148,33 @@ def judged(shadow: Shadow, threshold: float) -> dict[str, Any]:
     """The figures and the verdict; `threshold` is the allowed increase of the median, as a share."""
     failures = [f"{what} ({times} times)" for what, times in shadow.broken.items()]
     failures += [f"{times} requests failed on new: {what}" for what, times in shadow.errors["new"].items()]
-    found: list[Speed] = []
-    verdict: Verdict = "fails" if failures else "holds"
+    found, doubts, allowed = list[dict[str, float]](), list[str](), 1 + threshold  # the last doubt counts most
+    if failed := shadow.errors["base"] + shadow.busy["base"]:
+        reason, times = next(iter(failed.items()))
+        doubts.append(f"{times} requests failed on base, so the two cannot be compared: {reason}")
     least = min(len(each) for each in shadow.latencies_ms.values())
-    note = ""
     if least >= LEAST_REQUESTS:
         found = speeds(shadow.latencies_ms["base"], shadow.latencies_ms["new"])
-        median, allowed = found[0], 1 + threshold
-        range_ = f"{median.low:.2f} to {median.high:.2f}, allowed {allowed:.2f}"
-        if median.low > allowed:
-            failures.append(f"slower: p50 {median.new_ms:.2f} ms, base {median.base_ms:.2f} ms: {range_} times")
-            verdict = "fails"
-        elif median.high > allowed and verdict == "holds":
-            verdict, note = "inconclusive", f"p50 {range_} times: try more requests or a quieter machine"
-    elif not failures:
-        verdict, note = "inconclusive", f"both answered only {least} requests, {LEAST_REQUESTS} needed"
-    if verdict != "fails" and (busy := shadow.busy["new"]):
+        median = found[0]
+        range_ = f"{median['low']:.2f} to {median['high']:.2f}, allowed {allowed:.2f}"
+        if median["low"] > allowed:
+            failures.append(f"slower: p50 {median['new_ms']:.2f} ms, base {median['base_ms']:.2f} ms: {range_} times")
+        elif median["high"] > allowed:
+            doubts.append(f"p50 {range_} times: try more requests or a quieter machine")
+    else:
+        doubts.append(f"both answered only {least} requests, {LEAST_REQUESTS} needed")
+    if busy := shadow.busy["new"]:
         reason, times = next(iter(busy.items()))
-        verdict = "inconclusive"
-        note = f"new refused {times} requests, although sent one at a time: {reason}; try a quieter machine"
-    if verdict == "holds" and (failed := shadow.errors["base"] + shadow.busy["base"]):
-        reason, times = next(iter(failed.items()))
-        verdict, note = "inconclusive", f"{times} requests failed on base, so the two cannot be compared: {reason}"
+        doubts.append(f"new refused {times} requests, although sent one at a time: {reason}; try a quieter machine")
+    verdict: Verdict = "fails" if failures else "inconclusive" if doubts else "holds"
     return {
         "verdict": verdict,
         "requests": least,
         "failures": failures,
-        "note": note,
+        "note": doubts[-1] if verdict == "inconclusive" else "",
         "outputs": {name: each.figures() for name, each in shadow.outputs.items()},
-        "latency": [asdict(each) for each in found],
-        "allowed": 1 + threshold,
+        "latency": found,
+        "allowed": allowed,
         "errors": {side: dict(shadow.errors[side] + shadow.busy[side]) for side in SIDES},
     }
 
