@@ -18,7 +18,13 @@ from tests.saved_runs import load_settings
 
 
 def trial(rate_rps: float, outcome: TrialOutcome, phase: Phase = "bisect", **changes: Any) -> RateTrial:
-    facts: dict[str, Any] = {"achieved_rps": rate_rps, "p50_ms": 5.0, "p99_ms": 20.0, "duration_s": 10.0, "run": "a run"}
+    facts: dict[str, Any] = {
+        "achieved_rps": rate_rps,
+        "p50_ms": 5.0,
+        "p99_ms": 20.0,
+        "duration_s": 10.0,
+        "run": "a run",
+    }
     facts |= {"failed": ("p99_ms",) if outcome == "fails" else (), **changes}
     return RateTrial(rate_rps=rate_rps, phase=phase, outcome=outcome, **facts)
 

@@ -57,12 +57,7 @@ def test_the_interval_of_paired_ratios_contains_the_true_ratio_as_often_as_it_cl
         interval = paired_ratio(list(1.1 * np.exp(0.05 * generator.standard_normal(count))), 0.95)
         held += interval.low <= 1.1 <= interval.high
     assert held / 400 == pytest.approx(0.95, abs=0.03)
-
-
-def test_the_mean_of_paired_ratios_is_geometric() -> None:
-    found = paired_ratio([0.5, 2.0], 0.95)
-    assert found.ratio == pytest.approx(1)
-    assert found.low * found.high == pytest.approx(1)
+    assert paired_ratio([0.5, 2.0], 0.95).ratio == pytest.approx(1)  # a geometric mean
 
 
 @pytest.mark.parametrize(("rows", "needed"), [(1, 6), (2, 7), (3, 7), (4, 8)])

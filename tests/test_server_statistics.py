@@ -18,18 +18,17 @@ from tests.saved_runs import saved_run, steady
 from tests.test_report import STATISTICS
 
 
-def test_the_parts_and_the_rest_add_up_to_the_clients_latency() -> None:
-    split = TimeSplit.of(STATISTICS, service_ms=60.0)
+def split_of(statistics: dict[str, Any], **latencies_ms: float) -> TimeSplit:
+    split = TimeSplit.of(statistics, **latencies_ms)
     assert split is not None
-    assert split.parts == pytest.approx(
-        {"queue": 2.0, "compute_input": 0.1, "compute_infer": 6.5, "compute_output": 0.4}
-    )
+    return split
+
+
+def test_the_parts_and_the_rest_add_up_to_the_clients_latency_and_a_sentence_explains_them() -> None:
+    split = split_of(STATISTICS, service_ms=60.0)
+    parts = {"queue": 2.0, "compute_input": 0.1, "compute_infer": 6.5, "compute_output": 0.4}
+    assert split.parts == pytest.approx(parts)
     assert (split.outside, split.total, split.late) == (pytest.approx(51.0), pytest.approx(60.0), 0.0)
-
-
-def test_a_sentence_explains_sixty_ms_end_to_end_with_eight_in_the_model() -> None:
-    split = TimeSplit.of(STATISTICS, service_ms=60.0)
-    assert split is not None
     assert split.sentence.startswith(
         "A mean request took 60.0 ms: 6.50 ms in the model, 2.00 ms in Triton's queue, 0.50 ms handing tensors over "
         "and 51.0 ms in client, network and Triton's front end. The largest part, 85%, is in client, network"
@@ -37,19 +36,15 @@ def test_a_sentence_explains_sixty_ms_end_to_end_with_eight_in_the_model() -> No
 
 
 def test_a_late_send_is_named_if_it_matters() -> None:
-    late = TimeSplit.of(STATISTICS, service_ms=10.0, intended_ms=15.0)
-    on_time = TimeSplit.of(STATISTICS, service_ms=10.0, intended_ms=10.2)
-    assert late is not None
-    assert on_time is not None
+    late = split_of(STATISTICS, service_ms=10.0, intended_ms=15.0)
     assert "it was sent 5.00 ms after its planned time" in late.account
-    assert "planned" not in on_time.account
+    assert "planned" not in split_of(STATISTICS, service_ms=10.0, intended_ms=10.2).account
 
 
 def test_answers_from_the_cache_are_part_of_the_mean() -> None:
     cached: dict[str, Any] = {**STATISTICS, "cache_hit": {"count": 500, "ns": 250_000_000}}
     cached["compute_infer"] = {"count": 500, "ns": 3_000_000_000}
-    split = TimeSplit.of(cached, service_ms=10.0)
-    assert split is not None
+    split = split_of(cached, service_ms=10.0)
     assert split.parts["compute_infer"] == pytest.approx(3.0)  # over all requests, not only the computed ones
     assert split.parts["cache"] == pytest.approx(0.25)
     assert "0.25 ms in the cache" in split.account
@@ -58,7 +53,6 @@ def test_answers_from_the_cache_are_part_of_the_mean() -> None:
 @pytest.mark.parametrize(
     ("statistics", "service_ms"),
     [({}, 10.0), ({**STATISTICS, "success": {"count": 0, "ns": 0}}, 10.0), (STATISTICS, float("nan"))],
-    ids=["no statistics", "no request", "no answer"],
 )
 def test_unknown_times_are_not_split(statistics: dict[str, Any], service_ms: float) -> None:
     assert TimeSplit.of(statistics, service_ms=service_ms) is None
@@ -71,8 +65,7 @@ def test_a_real_servers_delay_lies_in_the_model(server: EmbeddedServer, protocol
     with InferenceClient(server.grpc_url) as client:
         for _ in range(2):
             client.infer("slow", {"x": np.ones((1, 2, 1), np.float32)})
-    split = TimeSplit.of(difference(before, fetch(url, protocol, "slow")), service_ms=300.0)
-    assert split is not None
+    split = split_of(difference(before, fetch(url, protocol, "slow")), service_ms=300.0)
     assert split.parts["compute_infer"] >= 200
     assert split.total >= sum(split.parts.values())
 

@@ -220,7 +220,7 @@ def capacity_of(folder: Path, **changes: Any) -> Capacity:
         statistics = {name: {"count": 1000, "ns": int(ms * 1e9)} for name, ms in times.items()}
         statistics["success"] = {"count": 1000, "ns": 0}
         run = saved_run(folder / str(rate), steady(), server={"version": "1", "statistics": statistics})
-        seen = {"achieved_rps": min(rate, 1200), "p99_ms": p99_ms, "run": str(run.folder)}
+        seen: dict[str, Any] = {"achieved_rps": min(rate, 1200), "p99_ms": p99_ms, "run": str(run.folder)}
         trials.append(trial(rate, "holds" if p99_ms else "fails", **seen))
     fixed: dict[str, Any] = {"model": "recommender", "target": "onnxruntime", "precision": "int8", "protocol": "grpc"}
     fixed |= {"served_versions": ("3",), "url": "127.0.0.1:1", "machine": {"cores": 2}, "objectives": ()}

@@ -40,9 +40,7 @@ MIX_HEADLINES = HEADLINES | {"holds": "The mix holds every SLO", "violated": "Th
 Part = tuple[Run, SloSpec]
 
 
-def page(
-    runs: Sequence[Run], slo: SloSpec, capacity: Capacity | None = None, tuning: TuneResult | None = None
-) -> str:
+def page(runs: Sequence[Run], slo: SloSpec, capacity: Capacity | None = None, tuning: TuneResult | None = None) -> str:
     """The whole HTML document, with capacity and tuning if they are given."""
     searches = [capacity_card(capacity)] if capacity else []
     searches += [tuning_card(tuning)] if tuning else []

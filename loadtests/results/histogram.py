@@ -16,7 +16,6 @@ KINDS: tuple[Latency, ...] = ("intended", "service", "lag")
 
 
 def histogram() -> HdrHistogram:
-    """Makes an empty histogram, 1 us to 1 h with 3 significant digits."""
     return HdrHistogram(1, LONGEST_US, 3)
 
 

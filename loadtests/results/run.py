@@ -138,7 +138,6 @@ def runs_folder(name: str) -> Path:
 
 
 def latest_run(name: str) -> Path:
-    """The newest complete run of a model."""
     found = sorted(path.parent for path in runs_folder(name).glob("[!.]*/run.json"))
     if not found:
         raise InputError(f"no load test of {name} in {runs_folder(name)}; make one with: make loadtest")

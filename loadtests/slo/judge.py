@@ -143,7 +143,6 @@ def _judged_worst(
 
 
 def _within(line: Objective, seen: float, low: float, high: float) -> JudgedObjective:
-    """Judges a mean or rate by its bounds."""
     near, far = (low, high) if line.relation[0] == "<" else (high, low)
     figures: dict[str, Any] = {"low": low, "high": high}
     if math.isnan(low) and math.isnan(high):
