@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from deepseek.spec.files.image_tag import image_tag
 from deepseek.spec.files.measured_batches import batches_path
 from deepseek.spec.gpus import gpus
 from export.artifact import choice_path, engine_path, onnx_path, rows_path, weights_path
+from export.backend_files import backend_files
 from export.digests import RememberedDigests
 from export.machine import accelerator, cpu, gpu
 from export.plan import Plan
@@ -30,6 +31,7 @@ from export.runtimes.tensorrt_container import image_name
 from export.sources import ROOT, InstalledVersions, Sources, files_in
 
 SIGNATURE = ("name", "inputs", "outputs", "axes")
+MEASURED = (*SIGNATURE, "precision.metric", "onnxruntime")  # by which a variant's accuracy is measured
 BUDGET = ("precision.max_drop", "precision.candidates")  # the confidence depends on the number of candidates
 MODELOPT = "nvidia-modelopt[onnx]"  # imports the packages of its extra only at run time
 ABSENT = "-"
@@ -99,20 +101,22 @@ def _train(plan: Plan) -> Stage:
 
 
 def _prune(plan: Plan) -> Stage:
-    made: dict[str, Any] = {
-        "module": "export.stages.prune",
-        "reads": (weights_path(plan.model),),
-        "settings": {"PRUNE": plan.prune},
-        "runs_model": True,
-    }
-    keys = (*SIGNATURE, "precision.calibration_samples", "precision.metric")
-    return Stage(
+    fine_tune = Stage(
+        name="fine-tune",
+        command=(),
+        module="export.stages.prune",
+        reads=(weights_path(plan.model),),
+        keys=(*SIGNATURE, "precision.calibration_samples", "precision.metric"),
+        settings={"PRUNE": plan.prune},
+        runs_model=True,
+    )
+    return replace(
+        fine_tune,
         name="prune",
         command=("prune", "--ratio", plan.prune),
-        keys=(*keys, *BUDGET),
+        keys=(*fine_tune.keys, *BUDGET),
         writes=plan.pruned,
-        parts=(Stage(name="fine-tune", command=(), keys=keys, **made),),
-        **made,
+        parts=(fine_tune,),
     )
 
 
@@ -131,34 +135,35 @@ def _to_onnx(plan: Plan) -> Stage:
 
 
 def _quantize(plan: Plan, precision: Precision) -> Stage:
-    graph, eight_bits = onnx_path(plan.model, precision), precision in EIGHT_BITS
-    rows = tuple(rows_path(plan.model, split) for split in ("calibration", "evaluation"))
+    graph = onnx_path(plan.model, precision)
+    rows = [rows_path(plan.model, split) for split in ("calibration", "evaluation")]
     how = ("calibration_method", "calibration_samples", "per_channel", "weight_only", "op_types", "keep_high")
-    keys = (*SIGNATURE, "onnxruntime", *(f"precision.{key}" for key in how))
-    high = ("--high-precision", plan.high) if eight_bits else ()
-    shared: dict[str, Any] = {
-        "module": "export.stages.quantize",
-        "packages": (MODELOPT,),
-        "settings": {"--precision": precision, "--high-precision": " ".join(high), "accelerator": _accelerator(plan)},
-    }
-    made_from = (onnx_path(plan.model, "fp32"), *rows)
+    high = ("--high-precision", plan.high) if precision in EIGHT_BITS else ()
     calibrate = Stage(
         name=f"calibrate {precision}",
         command=(),
-        **{**shared, "module": "export.precision.calibrated_graph"},
-        reads=made_from,
-        keys=keys,
+        module="export.precision.calibrated_graph",
+        reads=(onnx_path(plan.model, "fp32"), *rows),
+        keys=(*SIGNATURE, "onnxruntime", *(f"precision.{key}" for key in how)),
+        settings={"--precision": precision, "--high-precision": " ".join(high), "accelerator": _accelerator(plan)},
+        packages=(MODELOPT,),
     )
-    return Stage(
+    quantize = replace(
+        calibrate,
         name=f"quantize {precision}",
         command=("quantize", "--precision", precision, *high, "--target", plan.target, *_candidate(plan, precision)),
-        **shared,
-        reads=(*made_from, *((weights_path(plan.model), *plan.pruned) if eight_bits else ())),
-        keys=(*keys, *((*BUDGET, "precision.metric") if eight_bits else ())),
-        runs_model=eight_bits,
+        module="export.stages.quantize",
         writes=(graph,),
         beside=(graph.with_name("manifest.json"),),
-        parts=(calibrate,) if eight_bits else (),
+    )
+    if precision not in EIGHT_BITS:
+        return quantize
+    return replace(  # the sensitivity pass runs PyTorch, and judges by the budget
+        quantize,
+        reads=(*quantize.reads, weights_path(plan.model), *plan.pruned),
+        keys=(*quantize.keys, *BUDGET, "precision.metric"),
+        runs_model=True,
+        parts=(calibrate,),
     )
 
 
@@ -215,40 +220,35 @@ def _to_torchscript(plan: Plan) -> Stage:
 
 def _select_precision(plan: Plan) -> Stage:
     engines = {name: engine_path(plan.model, name, plan.target) for name in plan.precisions}
-    graphs = tuple(onnx_path(plan.model, name) for name in plan.precisions)
-    asked = plan.precision or "auto"
-    measured: dict[str, Any] = {
-        "keys": (*SIGNATURE, "precision.metric", "onnxruntime"),
-        "settings": {**_device(plan), "CPU": cpu()},
-        "runs_model": True,
-        "on_compiler": True,
-        "packages": ("tensorrt",) if plan.target == "tensorrt" else (),
-    }
+    graphs = [onnx_path(plan.model, name) for name in plan.precisions]
+    asked, batching = plan.precision or "auto", ("batching.instances", "batching.threads")
     reference = (weights_path(plan.model), *plan.pruned, rows_path(plan.model, "evaluation"))
-    accuracies = [
-        Stage(
-            name=f"accuracy {name}",
-            command=(),
-            module="export.precision.accuracy_budget",
-            reads=(engine, *reference),
-            **measured,
-        )
-        for name, engine in engines.items()
-    ]
-    budget = (*BUDGET, "parity.fp32", "batching.instances", "batching.threads")
-    return Stage(
+    select = Stage(
         name=f"select_precision {plan.target}",
         command=("select-precision", "--target", plan.target, "--precision", asked),
         module="export.stages.select_precision",
         reads=(*dict.fromkeys([*engines.values(), *graphs]), *reference),
-        **{
-            **measured,
-            "keys": (*measured["keys"], *budget, f"targets.{plan.target}.batching"),
-            "settings": {**measured["settings"], "PRECISION": asked},
-        },
+        keys=(*MEASURED, *BUDGET, "parity.fp32", *batching, f"targets.{plan.target}.batching"),
+        settings={**_device(plan), "CPU": cpu(), "PRECISION": asked},
+        runs_model=True,
+        on_compiler=True,
+        packages=("tensorrt",) if plan.target == "tensorrt" else (),
         writes=(choice_path(plan.model, plan.target),),
-        parts=tuple(accuracies),
     )
+    accuracies = [
+        replace(
+            select,
+            name=f"accuracy {name}",
+            command=(),
+            module="export.precision.accuracy_budget",
+            reads=(engine, *reference),
+            keys=MEASURED,
+            settings={**_device(plan), "CPU": cpu()},
+            writes=(),
+        )
+        for name, engine in engines.items()
+    ]
+    return replace(select, parts=tuple(accuracies))
 
 
 def _measure_batches(plan: Plan) -> Stage:
@@ -265,19 +265,10 @@ def _measure_batches(plan: Plan) -> Stage:
     )
 
 
-BACKEND = ("onnxruntime_backend", "compute_slots", "model_inputs")
-
-
 def publish_stage(plan: Plan) -> Stage:
     """The stage that adds the next version to the repository."""
     graphs = ("tensorrt.cuda_graphs", "tensorrt.cuda_graph_batches")
-    served = ("batching", "slo", "onnxruntime", "text", "vocabulary", *graphs)
     text, vocabulary = plan.spec.text_for(plan.target), plan.spec.vocabulary_for(plan.target)
-    strings = (
-        *(("text_requests", "numpy1_stub") if text else ()),
-        *(("engine_model",) if plan.spec.has_front(plan.target) else ()),
-        *(("vocabulary_requests", "numpy1_stub") if vocabulary else ()),
-    )
     file = text.tokenizer if text else vocabulary.file if vocabulary else ""
     return Stage(
         name=f"publish {plan.repository}",
@@ -289,11 +280,10 @@ def publish_stage(plan: Plan) -> Stage:
         reads=(
             choice_path(plan.model, plan.target),
             *((batches_path(plan.model, plan.target),) if plan.target == "onnxruntime" else ()),
-            *(ROOT / "serving" / "backend" / f"{name}.py" for name in (*BACKEND, *strings)),
-            ROOT / "deepseek" / "onnxruntime_session.py",
+            *backend_files(plan.spec, plan.target).values(),
             *((plan.folder / file, build_dir(plan.model) / file) if file else ()),
         ),
-        keys=(*SIGNATURE, *served),
+        keys=(*SIGNATURE, "batching", "slo", "onnxruntime", "text", "vocabulary", *graphs),
         tuned=True,
         settings={"target": plan.target, "GPUs": ", ".join(map(str, gpus() if plan.target == "tensorrt" else ()))},
         beside=(plan.repository / plan.model / "config.pbtxt",),

@@ -47,41 +47,21 @@ from deepseek.spec.tokenizer import text_encoder
 from deepseek.spec.vocabulary import CATALOGUE, HISTORY
 from deepseek.targets import PUBLISHABLE
 from deepseek.vocabulary import Vocabulary
-from export.artifact import choice_of, digests, engine_path, need, read_manifest, write_manifest
+from export.artifact import axes_of, choice_of, digests, engine_path, need, read_manifest, write_manifest
+from export.backend_files import BACKEND_SOURCES as BACKEND_SOURCES
+from export.backend_files import backend_files
 from export.rows import Row, load_rows
 from export.runtimes.onnxruntime_predictor import optimizers_left_out
 from export.text_front import VERSION, put_front
 from export.triton_config import config_text, cuda_graph_batches, model_config
 
-ROOT = Path(__file__).parents[2]
-# Sources of the Python backend, by file name in a version folder.
-BACKEND_SOURCES = {
-    "model.py": ROOT / "serving" / "backend" / "onnxruntime_backend.py",
-    "onnxruntime_session.py": ROOT / "deepseek" / "onnxruntime_session.py",
-    "compute_slots.py": ROOT / "serving" / "backend" / "compute_slots.py",
-    "model_inputs.py": ROOT / "serving" / "backend" / "model_inputs.py",
-}
-# The same for a model with [text].
-TEXT_SOURCES = {
-    "text_requests.py": ROOT / "serving" / "backend" / "text_requests.py",
-    "numpy1_stub.py": ROOT / "serving" / "backend" / "numpy1_stub.py",
-    "text_encoder.py": ROOT / "deepseek" / "text_encoder.py",
-}
-# The same if a backend of Triton's own runs its engine.
-FRONT_SOURCES = {"engine_model.py": ROOT / "serving" / "backend" / "engine_model.py"}
-# The same for a model with [vocabulary].
-VOCABULARY_SOURCES = {
-    "vocabulary_requests.py": ROOT / "serving" / "backend" / "vocabulary_requests.py",
-    "numpy1_stub.py": ROOT / "serving" / "backend" / "numpy1_stub.py",
-    "vocabulary.py": ROOT / "deepseek" / "vocabulary.py",
-}
 WARMUP_TEXT = b"A short text, such as a caller may send."
 
 
 def check_profile(spec: DeploymentSpec, engine: Path) -> None:
     """Raises InputError if the engine was built for another profile than deploy.toml has now."""
     built = read_manifest(engine).axes
-    now = {name: axis.model_dump() for name, axis in spec.axes.items()}
+    now = axes_of(spec)
     if built != now:
         raise InputError(
             f"{engine} was built for the axes {json.dumps(built)}, deploy.toml now has {json.dumps(now)}; "
@@ -200,12 +180,13 @@ def _stage(
     place.mkdir(parents=True, exist_ok=True)
     for file in engine.parent.glob(f"{engine.name}*"):
         shutil.copyfile(file, place / file.name)
-    if front or (target == "onnxruntime" and spec.onnxruntime.backend == "python"):
-        for name, source in {**BACKEND_SOURCES, **(FRONT_SOURCES if front else {})}.items():
-            shutil.copyfile(source, folder / name)
+    for name, source in backend_files(spec, target).items():
+        shutil.copyfile(source, folder / name)
     (scratch / "warmup").mkdir()
     if spec.text_for(target):
-        _stage_text(scratch, spec, version)
+        tokenizer = tokenizer_path(spec)
+        text_encoder(spec, tokenizer)  # raises InputError if it cannot be read
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
         if not front:
             pairs = spec.text is not None and spec.text.pairs
             _write_string(scratch / "warmup" / f"{version}-{TEXT}", WARMUP_TEXT, 2 if pairs else 1)
@@ -231,16 +212,8 @@ def _stage(
     return version
 
 
-def _stage_text(scratch: Path, spec: DeploymentSpec, version: int) -> None:
-    """Adds what a model needs to take texts: sources and tokenizer. Raises InputError."""
-    tokenizer = tokenizer_path(spec)
-    text_encoder(spec, tokenizer)  # raises if it cannot be read
-    for name, source in {**TEXT_SOURCES, TOKENIZER: tokenizer}.items():
-        shutil.copyfile(source, scratch / str(version) / name)
-
-
 def _stage_vocabulary(scratch: Path, spec: DeploymentSpec, version: int, engine: Path) -> Vocabulary:
-    """Adds what a model needs to take names of items: sources, catalogue and a name to warm up with. Returns the names.
+    """Adds what a model needs to take names of items: the catalogue and a name to warm up with. Returns the names.
 
     Raises InputError if the catalogue cannot be read, or is not that of the graph.
     """
@@ -251,8 +224,7 @@ def _stage_vocabulary(scratch: Path, spec: DeploymentSpec, version: int, engine:
             f"{catalogue}: {len(found)} items, but no weight of the graph has a dimension of {len(found) + 1}; put the "
             f"catalogue of this model there: ids 1 to its number of items, and 0 for none"
         )
-    for name, source in {**VOCABULARY_SOURCES, CATALOGUE: catalogue}.items():
-        shutil.copyfile(source, scratch / str(version) / name)
+    shutil.copyfile(catalogue, scratch / str(version) / CATALOGUE)
     _write_string(scratch / "warmup" / f"{version}-{HISTORY}", found.names[1])
     return found
 
