@@ -33,33 +33,6 @@ from export.requirements import install
 INSIDE = "/opt/export/bin/python"  # of the export image
 
 
-class BuildRecord:
-    """`build/<name>/pipeline.json`: inputs and outputs of each completed stage."""
-
-    def __init__(self, model: str) -> None:
-        self._path = build_dir(model) / "pipeline.json"
-        self._stages: dict[str, dict[str, dict[str, str]]] = {}
-        with contextlib.suppress(OSError, ValueError):
-            self._stages = json.loads(self._path.read_text())
-
-    def of(self, stage: Stage) -> dict[str, dict[str, str]] | None:
-        """The recorded inputs and outputs of a stage; None if it has no record."""
-        return self._stages.get(stage.name)
-
-    def keep(self, stage: Stage, inputs: dict[str, str], outputs: dict[str, str]) -> None:
-        self._stages[stage.name] = {"inputs": inputs, "outputs": outputs}
-        self._write()
-
-    def forget(self, stages: Iterable[Stage]) -> None:
-        """Drops the records of stages that are about to run: their recorded outputs are no longer valid."""
-        for stage in stages:
-            self._stages.pop(stage.name, None)
-        self._write()
-
-    def _write(self) -> None:
-        write_whole(self._path, json.dumps(self._stages, indent=1))
-
-
 class Builder:
     """Runs or explains the stages of one plan."""
 
@@ -67,7 +40,11 @@ class Builder:
         self.plan = plan
         self.digests = RememberedDigests(build_dir("") / ".digests.json")
         self.inputs = StageInputs(plan, self.digests)
-        self.record = BuildRecord(plan.model)
+        self._recorded = build_dir(plan.model) / "pipeline.json"
+        self._record: dict[str, dict[str, dict[str, str]]] = {}
+        """Inputs and outputs of each completed stage."""
+        with contextlib.suppress(OSError, ValueError):
+            self._record = json.loads(self._recorded.read_text())
         self._remade: dict[Path, str] = {}
         """Files rebuilt in this build, with the stage that makes them."""
 
@@ -84,10 +61,9 @@ class Builder:
         for path in (*stage.writes, *(() if refused else stage.beside)):
             if path not in self.inputs.foreseen and not path.is_file():
                 return f"{named(path)} is missing"
-        before = self.record.of(stage)
-        if before is None:
+        if stage.name not in self._record:
             return "its inputs are not recorded"
-        made_from, made = before["inputs"], before["outputs"]
+        made_from, made = self._record[stage.name]["inputs"], self._record[stage.name]["outputs"]
         changes = [_change(name, made_from.get(name), inputs.get(name)) for name in {**made_from, **inputs}]
         changes += [f"{name} was changed" for name, digest in self.outputs(stage).items() if made.get(name) != digest]
         return next(filter(None, changes), "")
@@ -102,14 +78,20 @@ class Builder:
             inputs, reason = self.step(stage)
             if not reason:
                 continue
-            if self.record.of(stage) is not None:
+            if stage.name in self._record:
                 print(f"engine    {stage.name}: {reason}", flush=True)
             self._remade |= dict.fromkeys(stage.writes, stage.name)
-            self.record.forget([stage, *_followers(stage, stages[place + 1 :])])
+            for invalid in (stage, *_followers(stage, stages[place + 1 :])):
+                self._record.pop(invalid.name, None)
+            self._save_record()
             self.digests.save()
             self._execute(stage, lock)
-            self.record.keep(stage, inputs, self.outputs(stage))
+            self._record[stage.name] = {"inputs": inputs, "outputs": self.outputs(stage)}
+            self._save_record()
         self.digests.save()
+
+    def _save_record(self) -> None:
+        write_whole(self._recorded, json.dumps(self._record, indent=1))
 
     def keys(self, stage: Stage) -> dict[str, str]:
         """Cache keys of a stage (under "") and of its parts."""
@@ -129,8 +111,10 @@ class Builder:
         except KeyboardInterrupt:
             process.wait()
             sys.exit(130)
+        if code < 0:  # minus the number of the signal that ended it
+            sys.exit(128 - code)
         if code:
-            sys.exit(code if code > 0 else 128 - code)
+            sys.exit(code)
 
     def command(self, stage: Stage) -> list[str]:
         """The command line of a stage; if the stage needs TensorRT, with the plan's compiler."""

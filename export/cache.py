@@ -62,6 +62,13 @@ def stage_key(part: str = "") -> str | None:
     return keys.get(part) if root() is not None else None
 
 
+def _entry(key: str) -> Path:
+    """Folder of a key's entry; where the cache is off, there are no keys."""
+    place = root()
+    assert place is not None
+    return place / key
+
+
 def refined(key: str | None, **also: str) -> str | None:
     """A key that also depends on `also`: values that only the running stage knows, such as digests of samples.
 
@@ -79,14 +86,13 @@ def refined(key: str | None, **also: str) -> str | None:
 
 def predicted(key: str) -> dict[str, str] | None:
     """Digests, by name, of the files that a stage would take from the cache; None without an entry."""
-    place = root()
-    if place is None or not (place / key / INDEX).is_file():
+    if root() is None or not (_entry(key) / INDEX).is_file():
         return None
     try:
-        files: dict[str, str] = json.loads((place / key / INDEX).read_text())
+        files: dict[str, str] = json.loads((_entry(key) / INDEX).read_text())
         if NOTE not in files:
             return files
-        note = json.loads((place / key / NOTE).read_text())
+        note = json.loads((_entry(key) / NOTE).read_text())
         found = predicted(note["entry"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -118,30 +124,26 @@ def fill(
 
 def fetch(key: str, destination: Path, check: Callable[[Path], object] | None = None) -> bool:
     """Copies the entry's files into the folder `destination`; False if it is missing, damaged or fails `check`."""
-    place = root()
-    if place is None or not (place / key / INDEX).is_file():
+    entry = _entry(key)
+    if not (entry / INDEX).is_file():
         return False
     try:
-        files: Mapping[str, str] = json.loads((place / key / INDEX).read_text())
+        files: Mapping[str, str] = json.loads((entry / INDEX).read_text())
         for name, digest in files.items():
             (destination / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(place / key / name, destination / name)
+            shutil.copyfile(entry / name, destination / name)
             if sha256(destination / name) != digest:
                 raise ValueError(name)
         with contextlib.suppress(OSError):  # a read-only cache
-            os.utime(place / key / INDEX)
+            os.utime(entry / INDEX)
         if check is not None:
             check(destination)
     except (OSError, ValueError, AttributeError, GateFailed):
         drop(key)
-        _empty(destination)
+        for path in destination.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         return False
     return True
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager
@@ -152,8 +154,8 @@ def alone_with(key: str | None) -> Iterator[None]:
     writable cache there is no lock.
     """
     with contextlib.ExitStack() as held:
-        place = root()
-        if place is not None and key is not None:
+        if key is not None:
+            place = _entry(key).parent
             with contextlib.suppress(OSError):
                 place.mkdir(parents=True, exist_ok=True)
                 _lock(held.enter_context((place / LOCKS).open("a")), key, place)
@@ -171,30 +173,26 @@ def _lock(file: IO[str], key: str, place: Path) -> None:
 
 def store(key: str, files: Path) -> None:
     """Adds all files under the folder `files`. Write errors are ignored: the build has succeeded."""
-    place = root()
-    if place is None:
-        return
+    entry = _entry(key)
     with contextlib.suppress(OSError):
         names = sorted(str(path.relative_to(files)) for path in files.rglob("*") if path.is_file())
-        if (place / key / INDEX).is_file() or sum((files / name).stat().st_size for name in names) > limit_bytes():
+        if (entry / INDEX).is_file() or sum((files / name).stat().st_size for name in names) > limit_bytes():
             return
-        if (place / key).exists():  # a partial entry
-            _remove(place / key)
-        with scratch_in(place) as scratch:
-            entry = scratch / key
+        if entry.exists():  # a partial entry
+            _remove(entry)
+        with scratch_in(entry.parent) as scratch:
+            made = scratch / key
             for name in names:
-                (entry / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(files / name, entry / name)
-            (entry / INDEX).write_text(json.dumps({name: sha256(entry / name) for name in names}))
-            os.rename(entry, place / key)  # fails if another build has just added the entry
-        trim(place, limit_bytes())
+                (made / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(files / name, made / name)
+            (made / INDEX).write_text(json.dumps({name: sha256(made / name) for name in names}))
+            os.rename(made, entry)  # fails if another build has just added the entry
+        trim(entry.parent, limit_bytes())
 
 
 def drop(key: str) -> None:
     """Removes an unusable entry."""
-    place = root()
-    if place is not None:
-        _remove(place / key)
+    _remove(_entry(key))
 
 
 def _remove(entry: Path) -> None:

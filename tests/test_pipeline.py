@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache as cache_calls
 from pathlib import Path
 from queue import SimpleQueue
@@ -24,7 +25,6 @@ from deepseek.spec.files.measured_batches import batches_path
 from export import build, cache, clean, digests, pipeline, plan
 from export.artifact import refuse
 from export.pipeline import Stage
-from export.sources import files_in
 
 DEPLOY = """
 name = "tiny"
@@ -345,17 +345,6 @@ def test_clean_keeps_the_users_own_lines(tiny: Path) -> None:
         assert (env.read_text() if env.exists() else None) == after
 
 
-def test_files_of_a_model_folder_are_found_through_links_and_hidden_ones_ignored(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    hidden = ("model/.git/index", "model/.venv/lib/x.py", "model/__pycache__/x.pyc")
-    for name in ("model/model.py", "words/a b.txt", *hidden):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    (folder / "words").symlink_to(tmp_path / "words")
-    (folder / "back").symlink_to(tmp_path)
-    assert sorted(files_in(folder)) == ["model.py", "words/a b.txt"]
-
-
 def test_a_build_that_does_nothing_loads_neither_torch_nor_numpy(engine: Run, tiny: Path) -> None:
     engine()
     where = (f"--models={tiny}/models", f"--repository={tiny}/repository", f"--env-file={tiny}/env")
@@ -367,14 +356,17 @@ def test_a_build_that_does_nothing_loads_neither_torch_nor_numpy(engine: Run, ti
     assert run.stdout.count("up to date") == 8, run.stdout
 
 
-@pytest.mark.parametrize(("code", "expected"), [("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", 137)])
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [("sys.exit(0)", None), ("sys.exit(1)", 1), ("sys.exit(2)", 2), ("os.kill(os.getpid(), 1)", 129)],
+)
 def test_a_failed_stage_ends_the_build_with_its_exit_code(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, code: str, expected: int
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, code: str, expected: int | None
 ) -> None:
     monkeypatch.setattr(build.Builder, "command", lambda *_: [sys.executable, "-c", f"import os, sys; {code}"])
-    with pytest.raises(SystemExit) as caught:
-        build.build(options_of(tiny))
-    assert caught.value.code == expected
+    with nullcontext() if expected is None else pytest.raises(SystemExit) as caught:
+        build.build(options_of(tiny), publish=False)
+    assert (caught and caught.value.code) == expected
 
 
 def test_only_stages_that_run_the_model_depend_on_its_code_and_only_those_of_an_accelerator_on_it(
