@@ -16,10 +16,10 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from deepseek.spec import InputError, build_dir, kept_for_json
+from deepseek.spec import GateFailed, InputError, build_dir, kept_for_json
 from deepseek.spec.files.folders import SCRATCH, scratch_in
 from export.artifact import staged, weights_path
-from export.cache import alone_with, drop, fetch, refined, stage_key, store
+from export.cache import fill, refined, stage_key
 from export.model_folder import ModelFolder
 from export.runtimes.pytorch_reference import weights_digest
 
@@ -29,7 +29,7 @@ SAID = {
     "cached": "was trained before from the same code, data, settings and versions: using the cache "
     "(CACHE=off trains again)",
 }
-FILES = "files"  # folder of a cache entry with the files of train(); beside it is the digest of load()'s weights
+FILES, FACTS = "files", "facts.json"  # of a cache entry: the folder of what train() wrote, and what load() then gives
 
 
 def make_weights(source: ModelFolder) -> How:
@@ -47,16 +47,40 @@ def _facts(source: ModelFolder, fingerprint: str | None) -> str:
 
 
 def _trained(source: ModelFolder, fingerprint: str | None) -> How:
-    key = refined(stage_key(), fingerprint=fingerprint) if fingerprint is not None else None
-    with alone_with(key):
-        if key is not None and _fetched(source, key, fingerprint):
-            return "cached"
-        before = _files(build_dir(source.spec.name))
-        assert source.train is not None
-        source.train()
-        if key is not None:
-            _store(source, key, before, fingerprint)
-    return "trained"
+    assert source.train is not None
+    folder, train = build_dir(source.spec.name), source.train
+    key = None if fingerprint is None else refined(stage_key(), fingerprint=fingerprint)
+    if key is None:
+        train()
+        return "trained"
+    how: How = "cached"
+
+    def make(entry: Path) -> None:
+        """Trains; fills a cache entry with the files that train() has written or changed."""
+        nonlocal how
+        before, how = _files(folder), "trained"
+        train()
+        for name in [name for name, facts in _files(folder).items() if before.get(name) != facts]:
+            (entry / FILES / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, entry / FILES / name)
+        (entry / FACTS).write_text(_facts(source, fingerprint))
+
+    def restore(entry: Path) -> None:
+        """Moves the files of an entry into place; raises GateFailed if load() then gives other weights than before."""
+        names = list(_files(entry / FILES))
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(entry / FILES / name, folder / name)
+        with contextlib.suppress(InputError):
+            if _facts(source, fingerprint) == (entry / FACTS).read_text():
+                return
+        for name in names:  # load() also needs files from before train(): without these, train() writes all
+            (folder / name).unlink()
+        raise GateFailed("cached files give other weights")
+
+    with scratch_in(folder) as scratch:
+        fill(scratch, key, make, restore)
+    return how
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
@@ -65,41 +89,6 @@ def _files(folder: Path) -> dict[str, tuple[int, int]]:
     names = {str(path.relative_to(folder)): path for path in paths}
     facts = {name: path.stat() for name, path in names.items() if not name.startswith(SCRATCH)}
     return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in facts.items()}
-
-
-def _store(source: ModelFolder, key: str, before: dict[str, tuple[int, int]], fingerprint: str | None) -> None:
-    """Caches the files that train() has written or changed."""
-    folder = build_dir(source.spec.name)
-    written = [name for name, facts in _files(folder).items() if before.get(name) != facts]
-    if not written:  # train() found all files in place, or wrote elsewhere
-        return
-    facts = _facts(source, fingerprint)
-    with scratch_in(folder) as scratch:
-        for name in written:
-            (scratch / FILES / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, scratch / FILES / name)
-        (scratch / weights_path(source.spec.name).name).write_text(facts)
-        store(key, scratch)
-
-
-def _fetched(source: ModelFolder, key: str, fingerprint: str | None) -> bool:
-    """Restores the files of a cache entry; False if there is none, or if it does not give the same weights."""
-    folder = build_dir(source.spec.name)
-    with scratch_in(folder) as scratch:
-        if not fetch(key, scratch):
-            return False
-        facts = (scratch / weights_path(source.spec.name).name).read_text()
-        names = list(_files(scratch / FILES))
-        for name in names:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(scratch / FILES / name, folder / name)
-    with contextlib.suppress(InputError):
-        if _facts(source, fingerprint) == facts:
-            return True
-    drop(key)  # load() also needs files from before train(): remove these, so that train() writes all
-    for name in names:
-        (folder / name).unlink()
-    return False
 
 
 def main(options: argparse.Namespace) -> None:
