@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,30 @@ def tool_versions() -> dict[str, str]:
     if tag := os.environ.get("DEEPSEEK_INSIDE_TAG"):  # docker/export.Dockerfile sets it
         versions["triton_tag"] = tag
     return versions
+
+
+def record_build(
+    artifact: Path,
+    spec: DeploymentSpec,
+    precision: Precision,
+    clock: Stopwatch,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    versions: Mapping[str, str] | None = None,
+    **facts: Any,
+) -> None:
+    """Writes the manifest beside a new artifact; `facts` are further fields of `Manifest`."""
+    manifest = Manifest(
+        model=spec.name,
+        precision=precision,
+        settings={**(settings or {}), **pruned_settings(spec.name)},
+        axes=axes_of(spec),
+        versions={**tool_versions(), **(versions or {})},
+        size_bytes=sum(file.stat().st_size for file in artifact.parent.glob(f"{artifact.name}*")),
+        build_s=clock.elapsed_s,
+        **facts,
+    )
+    write_manifest(artifact.with_name("manifest.json"), manifest)
 
 
 def axes_of(spec: DeploymentSpec) -> dict[str, dict[str, int]]:

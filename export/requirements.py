@@ -10,13 +10,14 @@ from __future__ import annotations
 import fcntl
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -135,22 +136,15 @@ def _why_not(path: Path, output: str) -> str:
     """One line from pip's output."""
     if "The conflict is caused by:" in output:
         lines = output.partition("The conflict is caused by:")[2].splitlines()[1:]
-        sides = [line.strip() for line in _until_blank(lines)]
+        sides = [line.strip() for line in itertools.takewhile(str.strip, lines)]
         return (
             "contradicts requirements.lock or the installed torch, which the build needs: "
             f"{'; '.join(sides).replace('The user requested (constraint)', 'pinned:')}; choose a version that fits them"
         )
     if re.search(r"NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|Max retries exceeded", output):
         return (
-            "this machine reaches no package index; where one is reachable: pip download -c requirements.lock "
+            "this machine reaches no package index; on one that does: pip download -c requirements.lock "
             f"-r {path} -d wheels, then here: PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels make engine"
         )
     errors = [line.removeprefix("ERROR: ") for line in output.splitlines() if line.startswith("ERROR: ")]
     return f"pip cannot install it: {' '.join(errors)[:400] or ' '.join(output.split())[-400:]}"
-
-
-def _until_blank(lines: list[str]) -> Iterator[str]:
-    for line in lines:
-        if not line.strip():
-            return
-        yield line

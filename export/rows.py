@@ -17,6 +17,7 @@ from deepseek.spec import flags_for
 from export.artifact import need, staged
 
 Row = dict[str, np.ndarray]
+EVALUATION_ROWS = 2000  # at most
 
 
 def save_rows(path: Path, rows: Iterable[Row]) -> int:
@@ -67,13 +68,8 @@ def filled(inputs: Row, least: int) -> Row:
     return {name: np.concatenate([array, *[array[-1:]] * missing]) for name, array in inputs.items()}
 
 
-def row_digests(rows: Iterable[Mapping[str, np.ndarray]]) -> list[bytes]:
-    """One digest per row, to find rows that two sets share."""
-    return [row_digest(row) for row in rows]
-
-
 def row_digest(row: Mapping[str, np.ndarray]) -> bytes:
-    """sha256 of a row's names, types, shapes and values."""
+    """sha256 of a row's names, types, shapes and values, to find rows that two sets share."""
     digest = hashlib.sha256()
     for name, array in sorted(row.items()):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())

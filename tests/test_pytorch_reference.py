@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from deepseek.spec import InputError
 from export.model_folder import ModelFolder
@@ -23,13 +22,6 @@ def _own_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
 
 
-def test_calibration_and_evaluation_must_be_disjoint(tmp_path: Path) -> None:
-    code = "\n_own = samples\ndef samples(split):\n    return _own('same')\n"
-    says = r"model.py: samples\('calibration'\): 12 of 12 calibration rows are also evaluation rows; .*add at least 2 other rows"
-    with pytest.raises(InputError, match=says):
-        export_model(tiny(tmp_path, code=code))
-
-
 FEW_IDS = """
 def samples(split):
     for each in range({evaluation} if split == "evaluation" else 12):
@@ -45,12 +37,6 @@ def test_samples_in_both_splits_are_left_out_of_the_calibration(tmp_path: Path) 
     )
     left = load_rows(tmp_path / "build" / "tiny" / "calibration.npz")
     assert sorted(float(row["x"][0, 0]) for row in left) == [5, 6, 7, 8, 9, 10, 11]
-
-
-def test_samples_in_both_splits_are_replaced_by_others(tmp_path: Path) -> None:
-    code, toml = FEW_IDS.format(evaluation=5), TOML + "[precision]\ncalibration_samples = 6\n"
-    result = export_model(tiny(tmp_path, toml=toml, code=code))
-    assert (result["rows"]["calibration"], result["shared_rows"]) == (6, 5)
 
 
 @pytest.mark.parametrize("evaluation", [11, 12])
@@ -119,15 +105,10 @@ def test_a_metric_where_smaller_is_better_is_refused_before_anything_is_built(
 )  # fmt: skip
 def test_a_metric_where_larger_is_better_or_that_is_undecided_is_accepted(tmp_path: Path, returned: str) -> None:
     source = judged(tmp_path, returned)
-    check_metric(source, module_predictor(source.spec, source.load()), Console())
+    check_metric(source, module_predictor(source.spec, source.load()))
 
 
 @pytest.mark.parametrize("values", [(1, 2, 2, 2), (1, 2.5, 9, 2.5)], ids=["not far", "as far as they differ"])
-def test_a_metric_near_chance_is_accepted_with_a_note(
-    tmp_path: Path, values: tuple[float, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_metric_near_chance_is_accepted(tmp_path: Path, values: tuple[float, ...]) -> None:
     source = judged(tmp_path, f"next(globals().setdefault('own_then_dealt', iter({values})))")
-    check_metric(source, module_predictor(source.spec, source.load()), Console())
-    assert (
-        "or more if rows get the outputs of other rows: the model is no better than chance"
-    ) in capsys.readouterr().out
+    check_metric(source, module_predictor(source.spec, source.load()))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from deepseek.spec import DeploymentSpec, InputError, build_dir, variables_for
 from export.artifact import need, onnx_path
 from export.model_folder import ModelFolder
 from export.rows import Row, load_rows
+from export.runtimes.timing import wall
 
 WARM_UP = 10
 
@@ -108,11 +108,5 @@ def device_ms(call: Callable[[], Any], runs: int) -> float:
 
 def host_ms(call: Callable[[], Any], runs: int) -> float:
     """Median time of the call by the host's clock; the call waits for its result."""
-    for _ in range(WARM_UP):
-        call()
-    times = []
-    for _ in range(runs):
-        began = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - began) * 1000)
-    return statistics.median(times)
+    timer = wall(call)
+    return 1000 * statistics.median([timer() for _ in range(WARM_UP + runs)][WARM_UP:])

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Console
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError
 from deepseek.spec.paired_drop import PairedRows
@@ -22,9 +21,9 @@ DROP_DIGITS = 9  # summing fp32 in another order moves a cosine by 1e-13: no los
 # Relative to the output's largest magnitude: up to this error a row of zeros counts as equal, and up to this variation
 # single numbers count as constant.
 NEGLIGIBLE = 1e-3
-# The metric with outputs given to other rows, relative to the model's own. Above LEAST_WORSE in each trial it is worth
-# a note. Above FAR_WORSE, and farther away than the trials are from one another, it is not chance.
-LEAST_WORSE, FAR_WORSE = 1.25, 2.0
+# A metric that grows by more than this factor in each trial if rows get the outputs of other rows, and by more than the
+# trials differ from one another: that is not chance.
+FAR_WORSE = 2.0
 DISTANCES = (5, 17, 31)  # by how many rows outputs are shifted, one trial each
 
 
@@ -252,11 +251,10 @@ def _rows_text(each: Evaluated) -> str:
     return f"{len(each.values)} rows, {int(np.isnan(each.values).sum())} of them without a value"
 
 
-def check_metric(source: ModelFolder, predict: Predict, log: Console) -> Evaluated:
+def check_metric(source: ModelFolder, predict: Predict) -> Evaluated:
     """`evaluated` of fp32 PyTorch; raises InputError if the metric is not positive, or smaller seems better.
 
-    Smaller is better if the metric becomes far larger when rows get the outputs of other rows. If it becomes a little
-    larger, only a note is printed: a model near chance does the same.
+    Smaller is better if the metric becomes far larger when rows get the outputs of other rows.
     """
     metric, found = source.spec.precision.metric, evaluated(source, predict)
     if metric is None or too_small(source.spec, found.metrics):
@@ -269,16 +267,15 @@ def check_metric(source: ModelFolder, predict: Predict, log: Console) -> Evaluat
             dealt.append(evaluated(source, _dealt(predict, distance)).metrics[metric])
         except InputError:  # evaluate() needs outputs that match its rows
             return found
-        if not dealt[-1] > LEAST_WORSE * own:
+        if not dealt[-1] > FAR_WORSE * own:
             return found
     least, most = min(dealt), max(dealt)
-    said = f"{metric} of fp32 PyTorch is {own:g}, and {least:g} or more if rows get the outputs of other rows"
-    if least > FAR_WORSE * own and least - own > most - least:
+    if least - own > most - least:
         raise InputError(
-            f"{source.folder / 'deploy.toml'}: precision.metric: {said}; {_LARGER.format(metric=metric)}; or the model "
-            "is no better than chance"
+            f"{source.folder / 'deploy.toml'}: precision.metric: {metric} of fp32 PyTorch is {own:g}, and {least:g} or "
+            f"more if rows get the outputs of other rows; {_LARGER.format(metric=metric)}; or the model is no better "
+            "than chance"
         )
-    log.print(f"note: {said}: the model is no better than chance, or a smaller metric is better", soft_wrap=True)
     return found
 
 

@@ -40,7 +40,7 @@ from export.precision.accuracy import (
 )
 from export.rows import Row, load_rows
 from export.runtimes.batching import outputs_of
-from export.runtimes.pytorch_predictor import module_predictor, torch_predictor
+from export.runtimes.pytorch_predictor import module_predictor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Baseline:
     def of(cls, source: ModelFolder, predict: Predict | None = None) -> Baseline:
         """Runs PyTorch (or `predict`) over the evaluation rows, and over evaluate() if there is a metric."""
         rows = load_rows(build_dir(source.spec.name) / "evaluation.npz")
-        predict = predict or torch_predictor(source.spec, source)
+        predict = predict or module_predictor(source.spec, source.load())
         outputs = unpruned_outputs = outputs_of(source.spec, predict, rows)
         unpruned = predict
         if pruning_of(source.spec.name):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,29 +121,12 @@ def _read(folder: Path) -> CalibratedGraph:
 def calibrate(
     spec: DeploymentSpec, config: QuantConfig, calibration: Calibration, sample: list[Row], work: Path
 ) -> CalibratedGraph:
-    """The calibrated graph; methods are compared by their output error on the rows of `sample`."""
-    runs = UnpublishedGraphs(spec, work, config).over(sample)
-    reference = runs(onnx.load(onnx_path(spec.name, "fp32")))
-    points, growth = ranges_by_samples(copied(spec, work / "ranges"), calibration.batches)
-    model, method, errors = _calibrated(
-        spec, config, calibration, work, points, lambda graph: output_error(runs(graph), reference)
-    )
-    return CalibratedGraph(model=model, method=method, errors=errors, points=points[method], growth=growth)
-
-
-def _calibrated(
-    spec: DeploymentSpec,
-    config: QuantConfig,
-    calibration: Calibration,
-    work: Path,
-    points: Mapping[Method, Points],
-    error_of: Callable[[onnx.ModelProto], float],
-) -> tuple[onnx.ModelProto, Method, dict[Method, float]]:
-    """The Q/DQ graph, the method of its ranges, and the output error by method if both were tried.
+    """The calibrated graph; methods are compared by their output error on the rows of `sample`.
 
     Falls back to max if entropy cannot count an activation's range. ModelOpt calibrates once, by max; entropy ranges
     are put into its graph, so that errors, curve and graph use the same ranges.
     """
+    points, growth = ranges_by_samples(copied(spec, work / "ranges"), calibration.batches)
     by_max = qdq_from_onnx(
         copied(spec, work / "max"), dataclasses.replace(config, calibration_method="max"), calibration
     )
@@ -152,11 +135,15 @@ def _calibrated(
         use_one_scale_a_tensor(by_max)
     if config.weight_only:
         use_wide_activations(by_max)
-    if config.calibration_method == "max" or config.weight_only or "entropy" not in points:
-        return by_max, "max", {}
-    final = {method: ranges[max(ranges)] for method, ranges in points.items()}
-    by_entropy = with_ranges(by_max, final["entropy"], final["max"])
-    if config.calibration_method == "entropy":
-        return by_entropy, "entropy", {}
-    errors: dict[Method, float] = {"max": error_of(by_max), "entropy": error_of(by_entropy)}
-    return (by_max, "max", errors) if errors["max"] <= errors["entropy"] else (by_entropy, "entropy", errors)
+    graphs: dict[Method, onnx.ModelProto] = {"max": by_max}
+    if config.calibration_method != "max" and not config.weight_only and "entropy" in points:
+        final = {method: ranges[max(ranges)] for method, ranges in points.items()}
+        graphs["entropy"] = with_ranges(by_max, final["entropy"], final["max"])
+    errors: dict[Method, float] = {}
+    method = list(graphs)[-1]
+    if config.calibration_method == "auto" and len(graphs) > 1:
+        runs = UnpublishedGraphs(spec, work, config).over(sample)
+        reference = runs(onnx.load(onnx_path(spec.name, "fp32")))
+        errors = {tried: output_error(runs(graph), reference) for tried, graph in graphs.items()}
+        method = min(errors, key=errors.__getitem__)
+    return CalibratedGraph(model=graphs[method], method=method, errors=errors, points=points[method], growth=growth)

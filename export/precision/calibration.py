@@ -15,7 +15,8 @@ import numpy as np
 from onnxruntime.quantization import CalibrationDataReader
 
 from deepseek.spec import BATCH, Axis, DeploymentSpec, InputError
-from export.rows import Row, batches, filled, load_rows, row_digest, row_digests
+from export.model_folder import check_inputs
+from export.rows import Row, batches, filled, load_rows, row_digest
 
 CALIBRATION_BATCH = 8
 STRATA = 8  # bins of length
@@ -115,7 +116,11 @@ def read_rows(spec: DeploymentSpec, path: Path) -> list[Row]:
     if not rows:
         raise InputError(f"{path}: holds no samples; calibration needs real inputs")
     for index, row in enumerate(rows):
-        _check(spec, row, f"{path}: row {index}")
+        where = f"{path}: row {index}"
+        check_inputs(spec, row, where)
+        for name, array in row.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise NotFinite(f"{where}: input {name!r}: holds NaN or Inf; calibration needs finite values")
     return rows
 
 
@@ -137,25 +142,9 @@ def _rows_in(spec: DeploymentSpec, path: Path) -> list[Row]:
     return _raw_rows(spec, path)
 
 
-def _check(spec: DeploymentSpec, row: Row, where: str) -> None:
-    for name, tensor in spec.inputs.items():
-        seen = row.get(name)
-        if seen is None or seen.dtype != tensor.dtype or seen.ndim != len(tensor.shape):
-            found = "none" if seen is None else f"{seen.dtype} {list(seen.shape)}"
-            raise InputError(
-                f"{where}: input {name!r}: seen {found}; deploy.toml says {tensor.dtype} {list(tensor.shape)}"
-            )
-        for dim, size in zip(tensor.shape[1:], seen.shape[1:], strict=True):
-            least, most = (spec.axes[dim].min, spec.axes[dim].max) if isinstance(dim, str) else (dim, dim)
-            if not least <= size <= most:
-                raise InputError(f"{where}: input {name!r}: shape {list(seen.shape)}; {dim!r} takes {least} to {most}")
-        if seen.dtype.kind == "f" and not np.isfinite(seen).all():
-            raise NotFinite(f"{where}: input {name!r}: holds NaN or Inf; calibration needs finite values")
-
-
 def disjoint(rows: Iterable[Row], evaluation: Sequence[Row], limit: int | None = None) -> tuple[list[Row], int]:
     """At most `limit` rows that are not evaluation rows, and the number of rows skipped because they are."""
-    judged, left, shared = set(row_digests(evaluation)), [], 0
+    judged, left, shared = set(map(row_digest, evaluation)), [], 0
     for row in rows:
         if row_digest(row) in judged:
             shared += 1

@@ -7,8 +7,6 @@ point is the graph as built.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -22,6 +20,7 @@ from onnxruntime.quantization.calibrate import HistogramCollector
 from deepseek.quantization import Method
 from deepseek.spec import GateFailed
 from export.precision.qdq import COMPUTE_OPS, producers_of, quantized_names
+from export.quiet import quiet
 from export.rows import Row
 
 FIRST = 8
@@ -55,14 +54,14 @@ class ActivationRanges:
             if first > 0:
                 self.growth = max(self.growth, self.peaks[name] / first)
         if self.growth <= MOST_GROWTH:
-            with _silent():
+            with quiet():
                 self._histograms.collect_value({name: [value] for name, value in values.items()})
 
     def of(self, method: Method) -> dict[str, float]:
         """The magnitude that 127 (fp8: 448) represents, by activation."""
         if method == "max":
             return dict(self.peaks)
-        with _silent():
+        with quiet():
             found = self._histograms.compute_entropy()
         return {name: float(max(abs(low), abs(high))) for name, (low, high, *_) in found.items()}
 
@@ -112,12 +111,6 @@ def _activations(path: Path) -> Callable[[Row], Row]:
         return found | {name: batch[name] for name in inputs}
 
     return run
-
-
-@contextlib.contextmanager
-def _silent():  # type: ignore[no-untyped-def]
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
 
 
 def with_ranges(model: onnx.ModelProto, ranges: Mapping[str, float], final: Mapping[str, float]) -> onnx.ModelProto:

@@ -8,10 +8,7 @@ a folder of its own. Its exceptions become GateFailed: this precision fails for 
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +17,7 @@ import onnx
 from deepseek.quantization import QuantConfig
 from deepseek.spec import GateFailed, InputError
 from export.precision.calibration import Calibration
+from export.quiet import quiet
 from export.rows import save_arrays
 
 OLDEST_OPSET = 19  # the first whose Q/DQ operators take fp16 scales and fp8
@@ -30,21 +28,12 @@ CONTROL_FLOW = ("If", "Loop", "Scan")
 @contextlib.contextmanager
 def _modelopt(what: str) -> Iterator[None]:
     """Silences ModelOpt, which logs and prints each step, and raises its errors as one line."""
-    logging.disable(logging.WARNING)
     try:
-        with (
-            warnings.catch_warnings(),
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-            contextlib.redirect_stderr(nowhere),
-        ):
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or "it gave no reason"
         raise GateFailed(f"ModelOpt cannot convert this graph to {what}: {type(error).__name__}: {reason}") from error
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def check_source(path: Path, config: QuantConfig) -> None:

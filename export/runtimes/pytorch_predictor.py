@@ -7,13 +7,8 @@ from typing import Any
 import numpy as np
 
 from deepseek.spec import DeploymentSpec
-from export.model_folder import ModelFolder, Predict, folder_of, user_code
+from export.model_folder import Predict, folder_of, user_code
 from export.rows import Row
-
-
-def torch_predictor(spec: DeploymentSpec, source: ModelFolder) -> Predict:
-    """A predictor of the module that the model folder loads."""
-    return module_predictor(spec, source.load())
 
 
 def module_predictor(spec: DeploymentSpec, model: Any) -> Predict:

@@ -39,12 +39,6 @@ def image_name(tag: str) -> str:
     return f"deepseek-export:{tag}-{digest[:12]}"
 
 
-def build_image(tag: str, image: str) -> None:
-    """Builds the image if it is missing; building an image is the only step that needs the network."""
-    arguments = ["--file", str(DOCKERFILE), "--build-arg", f"TRITON_TAG={tag}", "."]
-    _build(image, arguments, "about 20 GB, from nvcr.io", "nvcr.io and a package index")
-
-
 def build_model_image(image: str, folder: Path) -> str:
     """The image for a model folder: with its `requirements.txt` installed on top, or `image` if it has none."""
     if not requirements_in(folder):
@@ -59,6 +53,7 @@ def build_model_image(image: str, folder: Path) -> str:
 
 
 def _build(image: str, arguments: list[str], what: str, needs: str) -> None:
+    """Builds an image if it is missing; building is the only step that needs the network."""
     if output_of("docker", "image", "inspect", "--format", "{{.Id}}", image):
         return
     print(f"image     {image}: building, once ({what})", file=sys.stderr)
@@ -92,12 +87,6 @@ def run_command_line(image: str, models: Path, command: list[str]) -> list[str]:
     ]
 
 
-def _model_folder(options: argparse.Namespace) -> Path:
-    """The folder of the model that the stage's own flags name."""
-    model = dict(itertools.pairwise(options.command)).get("--model", "")
-    return Path(options.models, model)
-
-
 def main(options: argparse.Namespace) -> int:
     """The command `tensorrt-container`; returns the stage's exit code."""
     tag = check_tag(options.tag or TRITON_TAG)
@@ -107,7 +96,9 @@ def main(options: argparse.Namespace) -> int:
     if not options.command:
         raise InputError("no command: give one of `deepseek` after --, such as -- to-tensorrt --precision fp16")
     image = image_name(tag)
-    build_image(tag, image)
-    image = build_model_image(image, _model_folder(options))
+    arguments = ["--file", str(DOCKERFILE), "--build-arg", f"TRITON_TAG={tag}", "."]
+    _build(image, arguments, "about 20 GB, from nvcr.io", "nvcr.io and a package index")
+    model = dict(itertools.pairwise(options.command)).get("--model", "")  # of the stage's own flags
+    image = build_model_image(image, Path(options.models, model))
     build_dir("").mkdir(parents=True, exist_ok=True)
     return subprocess.run(run_command_line(image, Path(os.path.abspath(options.models)), options.command)).returncode

@@ -33,12 +33,11 @@ from export.cache import fill, refined, stage_key
 from export.model_folder import ModelFolder
 from export.precision.accuracy import check_metric, too_small
 from export.precision.accuracy_budget import Baseline, judged_variant
-from export.rows import Row, batches, row_digests
+from export.rows import EVALUATION_ROWS, Row, batches, row_digest
 from export.runtimes.batching import outputs_of
 from export.runtimes.pytorch_predictor import module_predictor
 
 IMPORTANCE_ROWS = 256
-EVALUATION_ROWS = 2000  # as export.stages.to_onnx
 
 log = Console(file=sys.stderr, highlight=False, soft_wrap=True, markup=False)
 
@@ -51,7 +50,7 @@ def prune_source(source: ModelFolder, ratio: float) -> dict[str, Any]:
         evaluation = list(source.rows("evaluation", EVALUATION_ROWS))
     original = source.unpruned()
     known = source.fingerprint() is not None or (source.finetune is None and spec.precision.metric is None)
-    digests = ["".join(sorted(digest.hex() for digest in row_digests(split))) for split in (rows, evaluation)]
+    digests = ["".join(sorted(digest.hex() for digest in map(row_digest, split))) for split in (rows, evaluation)]
     key = refined(stage_key("fine-tune") if known else None, calibration=digests[0], evaluation=digests[1])
     path = pruned_path(spec.name)
     with scratch_in(path.parent) as scratch:
@@ -134,7 +133,7 @@ def _finetune(source: ModelFolder, module: torch.nn.Module, original: torch.nn.M
 def _baseline(source: ModelFolder, original: torch.nn.Module, rows: list[Row]) -> Baseline:
     """The unpruned module on the evaluation rows; raises InputError if its metric cannot be used."""
     predict = module_predictor(source.spec, original)
-    found = check_metric(source, predict, log)
+    found = check_metric(source, predict)
     if why := too_small(source.spec, found.metrics):
         log.print(f"warning: {why}")
     outputs = outputs_of(source.spec, predict, rows)

@@ -22,28 +22,18 @@ from rich.table import Table
 
 from deepseek.precisions import BITS, EIGHT_BITS, PRECISIONS
 from deepseek.quantization import QuantConfig
-from deepseek.spec import (
-    DeploymentSpec,
-    GateFailed,
-    InputError,
-    Manifest,
-    build_dir,
-    flags_for,
-    kept_for_json,
-)
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, flags_for, kept_for_json
 from deepseek.spec.files.folders import scratch_in
 from export.artifact import (
     Stopwatch,
-    axes_of,
     human_bytes,
     json_text,
     need,
     onnx_path,
-    pruned_settings,
     read_manifest,
+    record_build,
+    rows_path,
     sha256,
-    tool_versions,
-    write_manifest,
 )
 from export.cache import put_in_place, stage_key
 from export.graph_file import save_graph
@@ -74,11 +64,6 @@ def prove(config: QuantConfig, found: dict[str, Any]) -> None:
         )
 
 
-def _samples_of(spec: DeploymentSpec) -> Path:
-    """Path of the model's own calibration samples, written by `export.stages.to_onnx`."""
-    return build_dir(spec.name) / "calibration.npz"
-
-
 def quantize_model(
     spec: DeploymentSpec, config: QuantConfig, model_folder: ModelFolder | None = None
 ) -> dict[str, Any]:
@@ -87,7 +72,7 @@ def quantize_model(
     path = onnx_path(spec.name, config.precision)
     if config.precision != "fp16" and config.calibration_data is None:
         raise InputError(f"{config.precision}: no calibration data; random data would give wrong ranges")
-    evaluation = load_rows(build_dir(spec.name) / "evaluation.npz")
+    evaluation = load_rows(rows_path(spec.name, "evaluation"))
     calibration: Calibration | None = None
     sources = {"weights": read_manifest(source).sources["weights"], "onnx": sha256(source)}
     if config.calibration_data is not None:
@@ -97,7 +82,7 @@ def quantize_model(
             if calibration.note:
                 log.print(calibration.note, soft_wrap=True)
         except NotFinite as error:
-            if data != _samples_of(spec):
+            if data != rows_path(spec.name, "calibration"):
                 raise
             raise GateFailed(f"samples('calibration'): {str(error).removeprefix(f'{data}: ')}") from error
         sources["calibration"] = sha256(data)
@@ -143,18 +128,8 @@ def _quantize(
     _check_that_it_runs(spec, graph, evaluation)
     for name, report in reports.items():
         (scratch / f"{name}.json").write_text(json_text(report) + "\n")
-    manifest = Manifest(
-        model=spec.name,
-        precision=config.precision,
-        found=found,
-        sources=sources,
-        settings={**_settings(config, calibration, reports), **pruned_settings(spec.name)},
-        axes=axes_of(spec),
-        versions=tool_versions(),
-        size_bytes=sum(file.stat().st_size for file in scratch.glob("model.onnx*")),
-        build_s=clock.elapsed_s,
-    )
-    write_manifest(scratch / "manifest.json", manifest)
+    settings = _settings(config, calibration, reports)
+    record_build(graph, spec, config.precision, clock, found=found, sources=sources, settings=settings)
 
 
 def _check_that_it_runs(spec: DeploymentSpec, path: Path, rows: list[Row]) -> None:
@@ -228,7 +203,8 @@ def _show_calibration(report: dict[str, Any]) -> None:
 def main(options: argparse.Namespace) -> None:
     spec = on_host(DeploymentSpec.of_model(options.model, options.models), options.target)
     precision = spec.precision
-    data = options.calibration_data or need(_samples_of(spec), f"deepseek to-onnx {flags_for(spec.name)}")
+    own = rows_path(spec.name, "calibration")
+    data = options.calibration_data or need(own, f"deepseek to-onnx {flags_for(spec.name)}")
     weight_only = precision.weight_only and PRECISIONS[options.precision].may_quantize_weights_alone
     config = QuantConfig.of_precision(
         options.precision,

@@ -10,14 +10,9 @@ between, none of them the traced one if there is another: this finds dimensions 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import inspect
 import json
-import logging
-import os
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +23,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.spec import (
-    DeploymentSpec,
-    InputError,
-    Manifest,
-    kept_for_json,
-)
-from export.artifact import (
-    Stopwatch,
-    axes_of,
-    human_bytes,
-    onnx_path,
-    pruned_settings,
-    read_manifest,
-    rows_path,
-    sha256,
-    tool_versions,
-    write_manifest,
-)
+from deepseek.spec import DeploymentSpec, InputError, kept_for_json
+from export.artifact import Stopwatch, human_bytes, onnx_path, read_manifest, record_build, rows_path, sha256
 from export.cache import put_in_place, refined, stage_key
 from export.graph_file import save_graph
 from export.model_folder import ModelFolder, folder_of, place_of
 from export.precision.accuracy import check_metric
 from export.precision.calibration import check_disjoint, disjoint, left_out, pool_size, stratified
-from export.rows import Row, save_rows
+from export.quiet import quiet
+from export.rows import EVALUATION_ROWS, Row, save_rows
 from export.runtimes.batching import outputs_by_batch
 from export.runtimes.pytorch_predictor import module_predictor
 from export.runtimes.pytorch_reference import (
@@ -67,7 +47,6 @@ from export.runtimes.pytorch_reference import (
 )
 
 OPSET = 20  # ModelOpt needs 19 for fp8 scales; at 23 attention becomes one op that TensorRT may not take
-EVALUATION_ROWS = 2000
 MOST_READ = 16  # times the calibration rows: samples() may be endless and give only evaluation rows
 
 log = Console(file=sys.stderr, markup=False)  # created now: the exporter's output is discarded below
@@ -86,7 +65,7 @@ def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) 
         for tensor in spec.inputs.values()
     )
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 model,
                 tuple(torch.from_numpy(example[name]) for name in spec.inputs),
@@ -110,23 +89,6 @@ def _as_declared(model: torch.nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, 
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             return (*shapes[:place], shapes[place:])
     return shapes
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Discards what the exporter prints and logs; its exception reports a failure."""
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-            contextlib.redirect_stderr(nowhere),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _why_not_exported(error: BaseException, folder: Path) -> str:
@@ -239,29 +201,17 @@ def _export(source: ModelFolder, model: torch.nn.Module, rows: dict[str, list[Ro
     check_rows_independent(spec, model, example)
     predict = module_predictor(spec, model)
     with log.status("running PyTorch over all samples"):  # InputError here, not in a later stage
-        for found in rows.values():
-            for _ in outputs_by_batch(spec, predict, found):
+        for split in rows.values():
+            for _ in outputs_by_batch(spec, predict, split):
                 pass
     with log.status("running evaluate()"):
-        check_metric(source, predict, log)
+        check_metric(source, predict)
     with log.status("exporting with the dynamo exporter"):
         graph = onnx_from_torch(spec, model, example)
         save_graph(graph, path)
         onnx.checker.check_model(path, full_check=True)
-    checks = _check(spec, model, evaluation, path)
-    size = sum(file.stat().st_size for file in path.parent.iterdir())
-    manifest = Manifest(
-        model=spec.name,
-        precision="fp32",
-        found={"operators": len(graph.graph.node), "opset": OPSET, "checks": checks},
-        sources={"weights": weights_digest(model)},
-        settings=pruned_settings(spec.name),
-        axes=axes_of(spec),
-        versions=tool_versions(),
-        size_bytes=size,
-        build_s=clock.elapsed_s,
-    )
-    write_manifest(path.with_name("manifest.json"), manifest)
+    found = {"operators": len(graph.graph.node), "opset": OPSET, "checks": _check(spec, model, evaluation, path)}
+    record_build(path, spec, "fp32", clock, found=found, sources={"weights": weights_digest(model)})
 
 
 def _check(spec: DeploymentSpec, model: torch.nn.Module, evaluation: list[Row], path: Path) -> list[dict[str, Any]]:

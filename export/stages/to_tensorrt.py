@@ -18,29 +18,19 @@ from typing import Any
 
 from rich.console import Console
 
-from deepseek.spec import (
-    DeploymentSpec,
-    InputError,
-    Manifest,
-    Precision,
-    build_dir,
-    variables_for,
-)
+from deepseek.spec import DeploymentSpec, InputError, Precision, build_dir, variables_for
 from deepseek.spec.gpus import gpus
 from export.artifact import (
     Stopwatch,
-    axes_of,
     engine_path,
     human_bytes,
     need,
     onnx_path,
-    pruned_settings,
     read_manifest,
+    record_build,
     refusal,
     refuse,
     sha256,
-    tool_versions,
-    write_manifest,
 )
 from export.cache import put_in_place, stage_key
 from export.runtimes.engine_layers import described
@@ -86,20 +76,18 @@ def _build(trt: Any, spec: DeploymentSpec, precision: Precision, target: Compile
     weights = weight_bytes(graph)
     prove(precision, found, len(plan), graph, spec.tensorrt)
     plan_path.write_bytes(plan)
-    manifest = Manifest(
-        model=spec.name,
-        precision=precision,
+    record_build(
+        plan_path,
+        spec,
+        precision,
+        clock,
         target=target,
         found={**found, "weight_bytes": weights, "plan_over_weight_bytes": round(len(plan) / max(weights, 1), 3)},
         sources={**graph.sources, "onnx": sha256(source)},
-        settings={**applied(target, spec.tensorrt), **pruned_settings(spec.name)},
-        axes=axes_of(spec),
-        versions={**tool_versions(), target: trt.__version__},
+        settings=applied(target, spec.tensorrt),
+        versions={target: trt.__version__},
         compute_capability=_compute_capability() if target == "tensorrt" else None,
-        size_bytes=len(plan),
-        build_s=clock.elapsed_s,
     )
-    write_manifest(plan_path.parent / "manifest.json", manifest)
 
 
 def _compute_capability() -> str | None:

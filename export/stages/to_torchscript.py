@@ -21,25 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deepseek.spec import (
-    DeploymentSpec,
-    GateFailed,
-    InputError,
-    Manifest,
-    Precision,
-    build_dir,
-    kept_for_json,
-)
-from export.artifact import (
-    Stopwatch,
-    axes_of,
-    engine_path,
-    human_bytes,
-    pruned_settings,
-    read_manifest,
-    tool_versions,
-    write_manifest,
-)
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, Precision, build_dir, kept_for_json
+from export.artifact import Stopwatch, engine_path, human_bytes, read_manifest, record_build
 from export.cache import put_in_place, refined, stage_key
 from export.model_folder import ModelFolder
 from export.rows import Row, load_rows
@@ -178,19 +161,16 @@ def _export(
 
     made = torchscript_from_torch(spec, lambda: source.load().to(device), example, checked)
     made.module.save(path)
-    manifest = Manifest(
-        model=spec.name,
-        precision=PRECISION,
+    record_build(
+        path,
+        spec,
+        PRECISION,
+        clock,
         target="torchscript",
         found={"made_by": made.way, "dtypes": _dtypes(made.module), "checks": made.checks},
         sources={"weights": weights_digest(reference)},
-        settings={"device": device, "baked_in": made.baked, **pruned_settings(spec.name)},
-        axes=axes_of(spec),
-        versions=tool_versions(),
-        size_bytes=path.stat().st_size,
-        build_s=clock.elapsed_s,
+        settings={"device": device, "baked_in": made.baked},
     )
-    write_manifest(scratch / "manifest.json", manifest)
 
 
 def _dtypes(module: Any) -> dict[str, int]:
