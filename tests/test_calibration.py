@@ -16,13 +16,11 @@ from export.precision.calibration import (
     Calibration,
     calibration_of,
     length_of,
-    lengths_of,
     pool_size,
     read_rows,
     stratified,
 )
 from export.precision.calibration_curve import MOST_GROWTH, ActivationRanges, ranges_by_samples, would_more_help
-from export.stages.quantize import _lengths
 
 IMAGE, TEXT = (DeploymentSpec.load(f"tests/models/{name}") for name in ("image", "text"))
 BATCH = Axis(min=1, opt=4, max=8)
@@ -41,13 +39,6 @@ def test_a_few_long_rows_among_many_short_ones_are_all_taken(width: int) -> None
         lengths = [length_of(each) for each in stratified(rows, limit)]
         assert len(lengths) == limit
         assert {40, 64} < set(lengths)
-
-
-def test_lengths_are_shown_by_input_without_inputs_of_constant_size() -> None:
-    rows = [{**row(length), "mask": np.ones((1, length)), "image": np.ones((1, 9))} for length in (3, 7, 5)]
-    assert lengths_of(rows) == {"ids": (3, 7), "mask": (3, 7), "image": (9, 9)}
-    assert _lengths(lengths_of(rows)) == "elements of ids and mask: 3 to 7"
-    assert _lengths(lengths_of(rows[:1])) == "all of one size"
 
 
 def test_rows_of_one_length_are_taken_evenly_from_the_file() -> None:
@@ -100,8 +91,8 @@ def test_one_array_for_several_inputs_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        (np.zeros((4, 3, 32, 32)), "row 0: input 'pixels': seen float64"),
-        (np.zeros((4, 3, 32, 31), np.float32), r"shape \[1, 3, 32, 31\]; 32 takes 32 to 32"),
+        (np.zeros((4, 3, 32, 32)), r"row 0\['pixels'\]: seen float64; deploy.toml says a numpy array of float32"),
+        (np.zeros((4, 3, 32, 31), np.float32), r"shape \(1, 3, 32, 31\); deploy.toml says \['batch', 3, 32, 32\]"),
         (np.float32(1), "holds no samples"),
         (np.full((4, 3, 32, 32), np.nan, np.float32), "holds NaN or Inf; calibration needs finite values"),
     ],
@@ -136,11 +127,6 @@ def test_modelopt_sees_the_longest_row_first_and_every_row_once() -> None:
     while (batch := calibration.get_next()) is not None:
         seen += [batch["ids"].shape[1]] * len(batch["ids"])
     assert sorted(seen) == [3, 5, 5, 7]
-
-
-def test_a_fixed_batch_is_padded() -> None:
-    calibration = Calibration([row(3)] * 6, Axis(min=4, opt=4, max=4))
-    assert [len(batch["ids"]) for batch in [calibration.get_first(), *calibration.batches]] == [4, 4, 4]
 
 
 def test_max_replaces_entropy_for_ranges_that_entropy_cannot_count(tmp_path: Path) -> None:

@@ -37,16 +37,8 @@ def test_a_graph_in_the_wrong_precision_fails_the_check_without_affecting_others
     shutil.copytree(built / "build" / "image", tmp_path / "image")
     shutil.copy(tmp_path / "image" / "fp32" / "model.onnx", tmp_path / "image" / "fp16" / "model.onnx")
     (tmp_path / "image" / "int8" / "model.onnx").unlink()
-    run = run_module(
-        "cli",
-        "check-engine",
-        "--no-build",
-        "--models",
-        "tests/models",
-        "--model",
-        "image",
-        DEEPSEEK_BUILD=str(tmp_path),
-    )
+    image = ("--models", "tests/models", "--model", "image")
+    run = run_module("cli", "check-engine", "--no-build", *image, DEEPSEEK_BUILD=str(tmp_path))
     assert run.returncode == 1
     assert "image fp16: fp16 was asked for, but 0 compute layers of the network run in it" in run.stdout
     assert (

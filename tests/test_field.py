@@ -19,7 +19,7 @@ from deepseek.spec import DeploymentSpec, InputError
 from export import graph_file
 from export.model_folder import ModelFolder
 from export.rows import batches, load_rows
-from export.runtimes.pytorch_predictor import torch_predictor
+from export.runtimes.pytorch_predictor import module_predictor
 from export.stages.publish import publish_version
 from export.stages.quantize import quantize_model
 from export.stages.to_onnx import export_model
@@ -28,7 +28,7 @@ from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE, run_module
-from tests.test_to_onnx import MODEL, TOML, tiny
+from tests.test_to_onnx import TOML, tiny
 
 CPU = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",))
 FP16 = QuantConfig.of_precision("fp16")
@@ -63,7 +63,7 @@ def test_what_is_served_is_what_pytorch_gives(
     server: EmbeddedServer, folder: Path, name: str, tolerance: float, protocol: Literal["grpc", "http"]
 ) -> None:
     source = ModelFolder(name, "tests/models")
-    reference = torch_predictor(source.spec, source)
+    reference = module_predictor(source.spec, source.load())
     url = server.grpc_url if protocol == "grpc" else server.http_url
     with InferenceClient(url, protocol=protocol) as client:
         for row in load_rows(folder / "build" / name / "evaluation.npz"):
@@ -146,7 +146,7 @@ def test_both_sides_of_a_branch_survive_fp16(folder: Path) -> None:
     assert [node.op_type for node in onnx.load(path).graph.node].count("If") == 1
     session = onnxruntime.InferenceSession(path)
     source = ModelFolder("branch", "tests/models")
-    reference = torch_predictor(source.spec, source)
+    reference = module_predictor(source.spec, source.load())
     for shift in (-1.0, 1.0):
         inputs = {"x": np.random.default_rng(0).standard_normal((1, 32)).astype(np.float32) + np.float32(shift)}
         np.testing.assert_allclose(session.run(["linear"], inputs)[0], reference(inputs)["linear"], atol=5e-3)
@@ -182,23 +182,20 @@ def test_pytorchs_own_encoder_with_padding_is_what_its_graph_gives(
     source = tiny(tmp_path, toml=TOML.replace('["batch", 8]', '["batch", 5, 8]'), code=PADDED)
     session = onnxruntime.InferenceSession(export_model(source)["path"])
     _, inputs = next(batches(list(source.rows("evaluation", 6)), 4))
-    reference = torch_predictor(source.spec, source)(inputs)["y"]
+    reference = module_predictor(source.spec, source.load())(inputs)["y"]
     assert np.abs(reference[inputs["x"][..., 0] == 0]).min() > 0, "the fast path writes zeros where there is padding"
     np.testing.assert_allclose(session.run(["y"], inputs)[0], reference, atol=1e-5)
 
 
 HALF = """
-import numpy as np
-import torch
-
 def load():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8)).{cast}()
 
+_own = samples
 def samples(split):
-    random = np.random.default_rng(len(split))
-    for _ in range(12):
-        yield {{"x": random.standard_normal((1, 8)).astype(np.{dtype})}}
+    for row in _own(split):
+        yield {{"x": row["x"].astype(np.{dtype})}}
 """
 
 
@@ -207,21 +204,15 @@ def test_sixteen_bit_weights_start_from_fp32_and_keep_the_signature(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cast: str, dtype: str
 ) -> None:
     monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "deploy.toml").write_text(TOML.replace("float32", dtype))
-    (tmp_path / "tiny" / "model.py").write_text(HALF.format(cast=cast, dtype=dtype))
-    export_model(ModelFolder("tiny", tmp_path))
-    graph = onnx.load(tmp_path / "build" / "tiny" / "fp32" / "model.onnx").graph
+    source = tiny(tmp_path, toml=TOML.replace("float32", dtype), code=HALF.format(cast=cast, dtype=dtype))
+    graph = onnx.load(export_model(source)["path"]).graph
     assert {tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 2} == {onnx.TensorProto.FLOAT}
     kind = onnx.TensorProto.FLOAT16 if dtype == "float16" else onnx.TensorProto.FLOAT
     assert {value.type.tensor_type.elem_type for value in [*graph.input, *graph.output]} == {kind}
 
 
 def test_a_cast_to_16_bits_in_forward_is_one_line(tmp_path: Path) -> None:
-    code = MODEL.format(body="return self.line(x.half()).float()", rows=1)
-    code = code.replace("return Tiny()", "return Tiny().half()")
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "deploy.toml").write_text(TOML)
-    (tmp_path / "tiny" / "model.py").write_text(code)
+    code = "\n_own = load\ndef load():\n    return _own().half()\n"
+    source = tiny(tmp_path, body="return self.line(x.half()).float()", code=code)
     with pytest.raises(InputError, match=r"model.py:11: forward\(x: float32 \[4, 8\]\).*16-bit weights were widened"):
-        export_model(ModelFolder("tiny", tmp_path))
+        export_model(source)

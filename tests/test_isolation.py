@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from deepseek.spec import InputError, InvalidMeasurement
-from export.runtimes.isolation import Crashed, in_child
+from deepseek.spec import GateFailed, InputError, InvalidMeasurement
+from export.artifact import refusal
+from export.runtimes.isolation import Crashed, in_child, made_alone
 
 
 def raises(error: Exception) -> None:
@@ -44,13 +48,21 @@ def test_a_crash_is_one_line_and_has_its_own_type(how: signal.Signals) -> None:
         in_child("TensorRT", lambda: ends_by(how))
 
 
-def test_a_process_killed_from_outside_has_not_crashed() -> None:
-    with pytest.raises(
-        InvalidMeasurement, match=r"work was killed from outside \(SIGKILL\); .* whether memory ran out"
-    ):
-        in_child("work", lambda: ends_by(signal.SIGKILL))
-
-
-def test_a_crash_in_a_grandchild_reaches_the_parent() -> None:
-    with pytest.raises(Crashed, match="inner crashed"):
-        in_child("outer", lambda: in_child("inner", lambda: ends_by(signal.SIGSEGV)))
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: raises(GateFailed("no layer to quantize")), "no layer to quantize"),
+        (lambda: ends_by(signal.SIGSEGV), "int8 crashed (SIGSEGV)"),
+        (lambda: ends_by(signal.SIGKILL), "whether memory ran out; to try again: rm {path}"),
+    ],
+    ids=["gate", "crash", "killed"],
+)
+def test_only_the_failure_of_a_candidate_is_recorded_in_place_of_its_artifact(
+    make: Callable[[], Any], reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.onnx"
+    with pytest.raises((GateFailed, InvalidMeasurement)):
+        made_alone("int8", path, make, candidate=False)
+    assert not path.exists()
+    assert made_alone("int8", path, make, candidate=True)["refused"] == refusal(path)
+    assert str(refusal(path)).endswith(reason.format(path=path))

@@ -14,6 +14,7 @@ from deepseek.spec import DeploymentSpec, InputError
 from export.model_folder import ModelFolder, in_order
 from export.precision.accuracy import evaluated
 from export.runtimes.pytorch_reference import run_torch
+from export.sources import files_in
 from tests.conftest import run_module
 from tests.test_to_onnx import TOML, tiny
 
@@ -132,15 +133,6 @@ def test_a_mistake_in_evaluate_is_one_line(tmp_path: Path, body: str, message: s
         evaluated(source, lambda inputs: inputs)
 
 
-def test_a_command_ends_with_the_line_and_exit_2(tmp_path: Path) -> None:
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "deploy.toml").write_text(TOML.replace("tiny", "broken"))
-    (tmp_path / "broken" / "model.py").write_text("def load():\n    return 1 +\n")
-    run = run_module("cli", "to-onnx", "--models", str(tmp_path), "--model", "broken")
-    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-    assert "broken/model.py:2: importing it: SyntaxError" in run.stderr
-
-
 def test_what_a_model_prints_is_not_in_the_json(tmp_path: Path) -> None:
     code = (
         "\nprint('importing')\n_load, _samples = load, samples\ndef load():\n    print('loading')\n    return _load()\n"
@@ -164,34 +156,6 @@ def test_a_mapping_is_read_by_name_and_may_have_more_entries() -> None:
         InputError, match=r"forward returned dict of logits; no scores, features, which deploy.toml names"
     ):
         in_order(IMAGE, {"logits": SCORES})
-
-
-def test_a_tuple_is_read_by_position_and_must_fit() -> None:
-    assert in_order(IMAGE, [SCORES, FEATURES]) == (SCORES, FEATURES)
-    assert in_order(TEXT, SCORES) == (SCORES,)
-    with pytest.raises(InputError, match=r"forward returned 2 value\(s\) \(Tensor, NoneType\)"):
-        in_order(IMAGE, (SCORES, None))
-
-
-def test_a_module_is_moved_to_the_cpu_or_fails_in_one_line(tmp_path: Path) -> None:
-    code = """
-class Elsewhere(Tiny):
-    def cpu(self):
-        if not hasattr(self, "line"):
-            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
-        self.came = True
-        return self
-
-def load():
-    return Elsewhere()
-"""
-    source = tiny(tmp_path, code=code)
-    module = source.load()
-    assert (module.came, module.training) == (True, False)
-    code = "_own = load\ndef load():\n    module = _own()\n    del module.line\n    return module\n"
-    (tmp_path / "tiny" / "model.py").write_text((tmp_path / "tiny" / "model.py").read_text() + code)
-    with pytest.raises(InputError, match=r"model.py:25: load\(\): NotImplementedError: Cannot copy out of meta tensor"):
-        ModelFolder("tiny", tmp_path).load()
 
 
 def test_a_module_in_training_mode_is_put_into_eval_mode(tmp_path: Path) -> None:
@@ -221,3 +185,14 @@ def test_a_forward_that_takes_keywords_or_a_dict_is_refused_with_the_way_round(
         caught.value
     )
     assert "let load() return a module whose forward(self, x)" in str(caught.value)
+
+
+def test_files_of_a_model_folder_are_found_through_links_and_hidden_ones_ignored(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    hidden = ("model/.git/index", "model/.venv/lib/x.py", "model/__pycache__/x.pyc")
+    for name in ("model/model.py", "words/a b.txt", *hidden):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (folder / "words").symlink_to(tmp_path / "words")
+    (folder / "back").symlink_to(tmp_path)
+    assert sorted(files_in(folder)) == ["model.py", "words/a b.txt"]

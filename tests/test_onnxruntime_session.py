@@ -1,4 +1,4 @@
-"""Execution providers of ONNX Runtime: the one asked for, or a line that says why not."""
+"""ONNX Runtime: the execution provider asked for or a line that says why not, and graphs that its optimizers break."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deepseek.onnxruntime_session import PROVIDERS, ProviderError, ProviderFacts, choose_provider, cores, open_session
 from deepseek.spec import DeploymentSpec, InputError
-from export.runtimes.onnxruntime_predictor import onnx_predictor
+from export.runtimes.onnxruntime_predictor import onnx_predictor, optimizers_left_out
 
 IMAGE = DeploymentSpec.load("tests/models/image")
 
@@ -124,3 +124,69 @@ def test_a_provider_that_does_not_start_is_no_silent_cpu(graph: Path, monkeypatc
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CANNExecutionProvider", *available])
     with pytest.raises(ProviderError, match=r"'cann' did not start, ONNX Runtime uses CPU.*onnxruntime-cann"):
         open_session(graph, onnxruntime.SessionOptions(), "cann")
+
+
+FP16, FP32, FP8 = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.FLOAT8E4M3FN
+
+
+def saved(path: Path, nodes: list[onnx.NodeProto], *tensors: onnx.TensorProto) -> Path:
+    """A graph from `pixels` to `scores` and `features`, as in the signature of the model `image`."""
+    inputs = [helper.make_tensor_value_info("pixels", FP32, ["batch", 3, 32, 32])]
+    outputs = [helper.make_tensor_value_info(name, FP32, None) for name in IMAGE.outputs]
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+@pytest.fixture
+def transposed(tmp_path: Path) -> Path:
+    """Swaps batch and first axis in fp16 before a product, like torch's attention over (batch, length, width)."""
+    nodes = [
+        helper.make_node("ReduceMean", ["pixels", "last"], ["rows"], keepdims=0),  # (B, 3, 32)
+        helper.make_node("Cast", ["rows"], ["half"], to=FP16),
+        helper.make_node("Transpose", ["half"], ["swapped"], perm=[1, 0, 2]),
+        helper.make_node("MatMul", ["swapped", "weight"], ["made"]),
+        helper.make_node("Transpose", ["made"], ["back"], perm=[1, 0, 2]),
+        helper.make_node("Cast", ["back"], ["scores"], to=FP32),
+        helper.make_node("Identity", ["rows"], ["features"]),
+    ]
+    weight = numpy_helper.from_array(np.eye(32, dtype=np.float16), "weight")
+    return saved(tmp_path / "half.onnx", nodes, weight, numpy_helper.from_array(np.array([3]), "last"))
+
+
+@pytest.fixture
+def rectified(tmp_path: Path) -> Path:
+    """A Relu before a Q/DQ pair in fp8."""
+    nodes = [
+        helper.make_node("Relu", ["pixels"], ["positive"]),
+        helper.make_node("QuantizeLinear", ["positive", "scale", "zero"], ["narrow"]),
+        helper.make_node("DequantizeLinear", ["narrow", "scale", "zero"], ["scores"]),
+        helper.make_node("Identity", ["scores"], ["features"]),
+    ]
+    zero = helper.make_tensor("zero", FP8, [], b"\0", raw=True)
+    return saved(tmp_path / "rectified.onnx", nodes, helper.make_tensor("scale", FP32, [], [0.01]), zero)
+
+
+def pixels() -> dict[str, np.ndarray]:
+    return {"pixels": np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)}
+
+
+def test_fp16_between_transposes_runs(transposed: Path) -> None:
+    scores = onnx_predictor(IMAGE, transposed, "onnxruntime")(pixels())["scores"]
+    np.testing.assert_allclose(scores, pixels()["pixels"].mean(3), atol=1e-3)
+
+
+def test_fp8_keeps_its_relu(rectified: Path) -> None:
+    scores = onnx_predictor(IMAGE, rectified, "onnxruntime")(pixels())["scores"]
+    assert scores.min() == 0
+    assert onnxruntime.InferenceSession(rectified).run(["scores"], pixels())[0].min() < 0, (
+        "fixed upstream: see onnxruntime_predictor._FAULTY"
+    )
+
+
+def test_optimizers_are_disabled_only_for_graphs_with_such_types(
+    build: Path, transposed: Path, rectified: Path
+) -> None:
+    assert optimizers_left_out(build / "image" / "fp32" / "model.onnx") == []
+    assert optimizers_left_out(build / "image" / "fp16" / "model.onnx") == ["MatmulTransposeFusion"]
+    assert optimizers_left_out(rectified) == ["ReluQuantRewrite"]

@@ -16,9 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from google.protobuf import text_format
 from tritonclient import grpc as triton
-from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from cli.main import values_of
 from deepseek.onnxruntime_session import choose_provider
@@ -175,11 +173,17 @@ def test_the_command_reports_what_it_published_and_warns_about_a_single_instance
     (tmp_path / "one.toml").write_text("[targets.onnxruntime.batching]\ninstances = 1\nmax_batch = 4\n")
     flags = ["--models", "tests/models", "--model", "image", "--repository", str(tmp_path / "repository")]
     chosen = json.loads((build / "image" / "choice-onnxruntime.json").read_text())["chosen"]
-    said = []
+    said, configs = [], []
     for more in (["--tuned", str(tmp_path / "one.toml")], ["--precision", "fp32", "--json"]):
         publish.main(values_of("publish", *flags, *more))
         said.append(capsys.readouterr())
+        configs.append(read_config(tmp_path / "repository" / "image" / "config.pbtxt"))
     model = tmp_path / "repository" / "image"
+    assert [config.max_batch_size for config in configs] == [4, 8]
+    assert [sample.batch_size for sample in configs[0].model_warmup] == [1, 4]
+    assert PublishedManifest.load(model / "1" / "manifest.json").axes["batch"]["max"] == 8
+    machine = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",))
+    assert not [line for line in examine(model.parent, machine)[1] if line.level == "mismatch"]
     assert said[0].out == f"{model}/1: {chosen} for onnxruntime, batches of up to 4\n"
     assert [each.err.startswith("warning: batching.instances = 1") for each in said] == [True, False]
     added = {"path": f"{model}/2", "version": 2, "new": True}
@@ -328,19 +332,6 @@ def test_a_polling_server_keeps_serving_while_versions_change(build: Path, tmp_p
     assert failures == []
     assert served[0] == "1"
     assert served[-1] == "4"
-
-
-def test_max_batch_may_be_below_the_profile(build: Path, tmp_path: Path) -> None:
-    (tmp_path / "tuned.toml").write_text("[targets.onnxruntime.batching]\nmax_batch = 4\ninstances = 3\nthreads = 1\n")
-    flags = ("--models", "tests/models", "--model", "image", "--repository", str(tmp_path), "--precision", "fp32")
-    assert run_module("cli", "publish", *flags, "--tuned", str(tmp_path / "tuned.toml")).returncode == 0
-    config = text_format.Parse((tmp_path / "image" / "config.pbtxt").read_text(), ModelConfig())
-    assert config.max_batch_size == 4
-    assert [sample.batch_size for sample in config.model_warmup] == [1, 4]
-    assert (config.instance_group[0].count, config.parameters["threads"].string_value) == (3, "1")
-    assert json.loads((tmp_path / "image" / "1" / "manifest.json").read_text())["axes"]["batch"]["max"] == 8
-    machine = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",))
-    assert not [line for line in examine(tmp_path, machine)[1] if line.level == "mismatch"]
 
 
 def test_a_publisher_waits_for_another_one_and_reports_it(build: Path, tmp_path: Path) -> None:

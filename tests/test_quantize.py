@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +12,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import numpy_helper
 
-from cli.main import values_of
 from deepseek.quantization import QuantConfig
-from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement, build_dir
-from export.artifact import refusal
-from export.precision.calibrated_graph import UnpublishedGraphs
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, build_dir
 from export.precision.ptq import _forget_dims
 from export.precision.qdq import found_precision, share_equal_weights
 from export.precision.sensitivity import output_error
 from export.rows import load_rows, save_rows
 from export.runtimes.batching import outputs_of
 from export.runtimes.onnxruntime_predictor import onnx_predictor
-from export.stages import quantize
 from export.stages.quantize import prove, quantize_model
 from export.stages.to_onnx import export_model
 from tests.conftest import run_module
@@ -148,25 +141,6 @@ def test_a_report_of_an_earlier_graph_is_removed(copied: Path) -> None:
     assert not (copied / "text" / "fp16" / "calibration.json").exists()
 
 
-def test_a_trial_graph_that_does_not_run_is_one_line(copied: Path, tmp_path: Path) -> None:
-    graph = onnx.load(copied / "text" / "fp32" / "model.onnx")
-    gather = next(node for node in graph.graph.node if node.op_type == "Gather")
-    table = next(each for each in graph.graph.initializer if each.name == gather.input[0])
-    table.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(table)[:1], table.name))  # ids beyond one row
-    rows = load_rows(copied / "text" / "evaluation.npz")
-    with pytest.raises(GateFailed, match=r"^a trial graph does not run: .*Gather") as caught:
-        UnpublishedGraphs(TEXT, tmp_path, settings(copied)).over(rows[:2])(graph)
-    assert "\n" not in str(caught.value)
-
-
-def test_calibration_on_evaluation_rows_is_refused(copied: Path) -> None:
-    config = settings(copied, calibration_data=copied / "text" / "evaluation.npz")
-    with pytest.raises(
-        InputError, match="32 of 32 calibration rows are also evaluation rows; the two must be disjoint"
-    ):
-        quantize_model(TEXT, config)
-
-
 def test_an_opset_too_old_for_qdq_is_one_line(copied: Path) -> None:
     path = copied / "text" / "fp32" / "model.onnx"
     model = onnx.load(path)
@@ -174,15 +148,6 @@ def test_an_opset_too_old_for_qdq_is_one_line(copied: Path) -> None:
     onnx.save(model, path)
     with pytest.raises(InputError, match="opset 17; int8 needs 19 or newer, for Q/DQ and fp16 scales: export it again"):
         quantize_model(TEXT, settings(copied))
-
-
-def test_external_weights_are_found(copied: Path) -> None:
-    path = copied / "text" / "fp32" / "model.onnx"
-    onnx.save(onnx.load(path), path, save_as_external_data=True, location="model.onnx.data", size_threshold=1024)
-    before = (path.parent / "model.onnx.data").read_bytes()
-    for config in (settings(copied), settings(copied, weight_bits=16, activation_bits=16)):
-        assert config.precision in quantize_model(TEXT, config)["found"]["compute_operators"]
-    assert (path.parent / "model.onnx.data").read_bytes() == before
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -210,19 +175,6 @@ def test_a_candidate_that_cannot_be_made_is_recorded_and_the_build_continues(cop
     assert "int8      could not be made: " in run.stdout
     choice = json.loads((copied / "text" / "choice-onnxruntime.json").read_text())
     assert (choice["variants"].keys(), choice["refused"].keys()) == ({"fp32", "fp16"}, {"int8"})
-
-
-def test_a_candidate_whose_process_is_killed_is_recorded_and_the_build_continues(
-    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(quantize, "quantize_model", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    flags = ("quantize", "--models", "tests/models", "--model", "text", "--precision", "int8")
-    with pytest.raises(InvalidMeasurement, match="whether memory ran out"):
-        quantize.main(values_of(*flags))
-    quantize.main(values_of(*flags, "--candidate"))
-    path = copied / "text" / "int8" / "model.onnx"
-    assert "int8 cannot be made; the build continues without it: " in capsys.readouterr().out
-    assert str(refusal(path)).endswith(f"whether memory ran out; to try again: rm {path}")
 
 
 def test_samples_without_a_range_refuse_a_candidate_but_not_the_build(built: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a model that imports the package `halving`; pip finds packages in `wheels/` only."""
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     (tmp_path / "models" / "tiny" / "deploy.toml").write_text(TOML + '[precision]\ncandidates = ["fp32"]\n')
-    code = "import halving\n" + MODEL.format(body="return self.line(x) * halving.half", rows=1)
+    code = "import halving\n" + MODEL.format(body="return self.line(x) * halving.half")
     (tmp_path / "models" / "tiny" / "model.py").write_text(code)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))

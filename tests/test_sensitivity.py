@@ -178,8 +178,3 @@ def test_errors_are_relative_squares_and_shares_of_entries() -> None:
     assert squared_errors(outputs, reference) == [pytest.approx(1 / 25), pytest.approx(0.25)]
     outputs[0]["y"][0] = np.nan
     assert squared_errors(outputs, reference)[0] == 1e9
-
-
-def test_errors_of_labels_count_by_position() -> None:
-    reference, outputs = [{"labels": np.array([0, 1, 0, 1])}], [{"labels": np.array([0, 0, 0, 1])}]
-    assert squared_errors(outputs, reference) == [pytest.approx(0.25)]

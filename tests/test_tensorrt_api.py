@@ -132,22 +132,3 @@ def test_every_name_used_exists_in_tensorrt_for_rtx() -> None:
         return getattr(trt, name) if name else trt
 
     assert [(owner, name) for owner, name in names() if not hasattr(owner_of(owner), name)] == []
-
-
-def test_the_list_lacks_names_that_11_removed() -> None:
-    first, *later = VERSIONS.values()
-    assert "FP16" in first["names"]["BuilderFlag"].split()
-    assert all("FP16" not in version["names"]["BuilderFlag"].split() for version in later)
-    assert all(
-        "STRONGLY_TYPED" in version["names"]["NetworkDefinitionCreationFlag"].split() for version in VERSIONS.values()
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("f(1)", True), ("f(1, b=2)", True), ("f()", False), ("f(1, 2, 3)", False), ("f(1, c=2)", False)],
-)
-def test_a_call_with_missing_surplus_or_unknown_arguments_fits_no_signature(text: str, expected: bool) -> None:
-    call = ast.parse(text, mode="eval").body
-    assert isinstance(call, ast.Call)
-    assert fits(call, "(self: tensorrt.X, a: int, b: tensorrt.Y = <Y.Z: 0>)") == expected

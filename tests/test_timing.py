@@ -1,8 +1,7 @@
-"""Timing in turn: the same rule for ONNX Runtime on a CPU and for engines, whose CUDA calls need a fake here."""
+"""Timing in turn: the same rule for ONNX Runtime on a CPU and for engines, which need a stand-in here."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +12,12 @@ import pytest
 import torch
 
 from deepseek.spec import DeploymentSpec
-from export.runtimes import timing, variants
-from export.runtimes.onnxruntime_predictor import onnx_predictor
+from export.runtimes import tensorrt_predictor, timing, variants
+from export.runtimes.tensorrt_engine import engine_from_onnx
 from export.runtimes.tensorrt_predictor import RUNS, tensorrt_timers
 from export.runtimes.timing import clocks, compared, time_interleaved, wall
 from export.runtimes.variants import variant_timers
+from tests.stand_ins import install_tensorrt
 from tests.test_tensorrt_container import program
 
 IMAGE = DeploymentSpec.load("tests/models/image")
@@ -56,59 +56,17 @@ def test_a_variant_is_faster_or_slower_only_if_it_is_in_three_of_four_rounds(
     assert (found.result, found.ratio) == (result, ratio)
 
 
-def test_a_graph_in_onnx_runtime_is_slower_with_a_batch_many_times_larger(build: Path) -> None:
-    run = onnx_predictor(IMAGE, build / "image" / "fp32" / "model.onnx", "onnxruntime")
-    small, large = ({"pixels": np.zeros((batch, 3, 32, 32), np.float32)} for batch in (1, 256))
-    seconds = time_interleaved({"small": wall(lambda: run(small)), "large": wall(lambda: run(large))})
-    assert compared(seconds["large"], seconds["small"]).result == "slower"
-
-
-class FakeGpu:
-    """A fake of the CUDA calls of torch: a clock that a run advances by 2 ms and a copy by 1 ms."""
-
-    def __init__(self) -> None:
-        self.now_ms = 0.0
-
-    def advance(self, by_ms: float) -> bool:
-        """Some work on the GPU."""
-        self.now_ms += by_ms
-        return True
-
-    def event(self, enable_timing: bool) -> Any:
-        """An event that reads the clock when it is recorded."""
-        event = SimpleNamespace(at_ms=0.0, synchronize=lambda: None)
-        event.record = lambda stream: setattr(event, "at_ms", self.now_ms)
-        event.elapsed_time = lambda end: end.at_ms - event.at_ms
-        return event
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Replaces torch's CUDA calls."""
-        for name in ("Stream", "current_stream", "stream"):
-            monkeypatch.setattr(torch.cuda, name, MagicMock())
-        monkeypatch.setattr(torch.cuda, "Event", self.event)
-        empty = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: empty(shape, dtype=dtype))
-        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor.clone())
-        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
-        monkeypatch.setattr(torch.Tensor, "copy_", lambda tensor, other, non_blocking: self.advance(1))
-
-
-def test_with_a_fake_of_cuda_runs_and_copies_are_timed_apart_by_events_over_the_same_buffers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_engine_in_a_stand_in_for_tensorrt_is_timed_apart_from_its_copies(
+    build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu, bound = FakeGpu(), []
-    gpu.install(monkeypatch)
-    context = MagicMock(execute_async_v3=lambda stream: gpu.advance(2))
-    context.set_tensor_address = lambda name, address: bound.append(address)
-    context.get_tensor_shape = {"scores": (4, 10), "features": (4, 3)}.__getitem__
-    engine = MagicMock(create_execution_context=lambda: context)
-    runtime = MagicMock(deserialize_cuda_engine=lambda plan: engine)
-    monkeypatch.setitem(sys.modules, "tensorrt", MagicMock(Runtime=lambda logger: runtime))
-    (tmp_path / "model.plan").write_bytes(b"ptrt")
+    plan, _ = engine_from_onnx(install_tensorrt(monkeypatch), build / "image" / "fp32" / "model.onnx", IMAGE)
+    (tmp_path / "model.plan").write_bytes(plan)
+    ran, copied = MagicMock(), MagicMock()
+    monkeypatch.setattr(tensorrt_predictor, "_execute", ran)
+    monkeypatch.setattr(torch.Tensor, "copy_", copied)
     run, copy = tensorrt_timers(IMAGE, tmp_path / "model.plan", {"pixels": np.zeros((4, 3, 32, 32), np.float32)})
-    assert [run(), copy(), run()] == pytest.approx([0.002, 0.003, 0.002])
-    assert gpu.now_ms == RUNS * (2 + 3 + 2)
-    assert len(bound) == len(set(bound)) == 3  # buffers of one input and two outputs, bound once
+    assert (run() > 0, ran.call_count, copied.call_count) == (True, RUNS, 0)
+    assert (copy() > 0, ran.call_count, copied.call_count) == (True, RUNS, 3 * RUNS)  # one input and two outputs
 
 
 def test_with_fake_timers_engines_are_timed_on_their_gpu_and_graphs_by_the_whole_call(

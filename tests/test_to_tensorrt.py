@@ -1,27 +1,28 @@
-"""The graphs through a real TensorRT parser and builder (TensorRT for RTX: ahead of time, no GPU)."""
+"""The graphs through a real TensorRT parser and builder (TensorRT for RTX: ahead of time, no GPU), and their layers."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, Precision, TensorrtSpec
-from export.runtimes.tensorrt_engine import _builder_config, applied, engine_from_onnx, prove, tensorrt_module
+from export.runtimes import engine_layers
+from export.runtimes.engine_layers import compute_layers, described, found_layers
+from export.runtimes.onnxruntime_predictor import onnx_predictor
+from export.runtimes.tensorrt_engine import engine_from_onnx, prove, tensorrt_module
 from export.runtimes.tensorrt_predictor import tensorrt_predictor
-from export.stages import to_tensorrt
 from export.stages.to_tensorrt import build_engine
 from tests.conftest import run_module
-from tests.test_tensorrt_container import program
+from tests.stand_ins import install_tensorrt
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -43,19 +44,6 @@ def test_a_graph_builds_and_runs_in_the_precision_asked_for(
     assert manifest["settings"]["optimization_level"] == 3
     assert manifest["build_s"] > 0
     assert manifest["found"]["weight_bytes"] > 0
-
-
-def test_the_cache_returns_no_engine_of_another_model(
-    typed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
-    monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "cache"))
-    spec = DeploymentSpec.load("tests/models/text")
-    for name in ("text", "twin"):
-        shutil.copytree(typed / "text" / "fp32", tmp_path / name / "fp32")
-        build_engine(spec.model_copy(update={"name": name}), "fp32", "tensorrt_rtx")
-        engine = tmp_path / name / "fp32" / "tensorrt_rtx"
-        assert json.loads((engine / "manifest.json").read_text())["model"] == name
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
@@ -83,15 +71,9 @@ def layers(**counts: int) -> dict[str, Any]:
 def test_a_plan_with_the_size_of_fp32_weights_fails() -> None:
     found, weights = layers(fp16=36), 200 << 20
     prove("fp16", found, weights + (10 << 20), graph_of(weights), TensorrtSpec())
+    prove("fp16", found, weights + (140 << 20), graph_of(weights), TensorrtSpec(version_compatible=True))
     with pytest.raises(GateFailed, match="the size of a wider precision"):
         prove("fp16", found, 2 * weights, graph_of(weights), TensorrtSpec())
-
-
-def test_a_version_compatible_plan_may_also_hold_the_lean_runtime() -> None:
-    found, weights, plan = layers(fp16=36), 1 << 20, 60 << 20
-    prove("fp16", found, plan, graph_of(weights), TensorrtSpec(version_compatible=True))
-    with pytest.raises(GateFailed, match="the size of a wider precision"):
-        prove("fp16", found, plan, graph_of(weights), TensorrtSpec())
 
 
 @pytest.mark.parametrize(
@@ -112,14 +94,6 @@ def test_half_of_the_layers_that_the_graph_has_in_a_precision_have_to_run_in_it(
         prove("int8", layers(**found), 0, graph_of(1 << 20, graph), TensorrtSpec())
 
 
-def test_a_truncated_graph_is_one_line(built: Path, tmp_path: Path) -> None:
-    whole = (built / "build" / "image" / "fp32" / "model.onnx").read_bytes()
-    (tmp_path / "model.onnx").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(GateFailed, match="cannot parse it") as caught:
-        engine_from_onnx(trt, tmp_path / "model.onnx", DeploymentSpec.load("tests/models/image"))
-    assert "\n" not in str(caught.value)
-
-
 def write_unsupported(path: Path) -> None:
     """Writes a graph of the model `image` with an operator that TensorRT does not support."""
     pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, 32, 32])
@@ -128,18 +102,12 @@ def write_unsupported(path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
 
 
-def test_an_operator_that_tensorrt_does_not_support_is_named(tmp_path: Path) -> None:
-    write_unsupported(tmp_path / "model.onnx")
-    with pytest.raises(GateFailed, match=r"node 'last' \(Det\): UNSUPPORTED_NODE"):
-        engine_from_onnx(trt, tmp_path / "model.onnx", DeploymentSpec.load("tests/models/image"))
-
-
 def test_a_candidate_that_cannot_be_built_is_recorded_and_the_build_continues(typed: Path, tmp_path: Path) -> None:
     shutil.copytree(typed / "image", tmp_path / "image")
     write_unsupported(tmp_path / "image" / "fp16" / "model.onnx")
     flags = ("--models", "tests/models", "--model", "image", "--precision", "fp16", "--target", "tensorrt_rtx")
     run = run_module("cli", "to-tensorrt", *flags, DEEPSEEK_BUILD=str(tmp_path))
-    assert (run.returncode, "UNSUPPORTED_NODE" in run.stderr) == (1, True)
+    assert (run.returncode, "node 'last' (Det): UNSUPPORTED_NODE" in run.stderr) == (1, True)
     run = run_module("cli", "to-tensorrt", *flags, "--candidate", DEEPSEEK_BUILD=str(tmp_path))
     assert (run.returncode, "fp16 cannot be made; the build continues without it" in run.stdout) == (0, True)
     assert "UNSUPPORTED_NODE" in (tmp_path / "image" / "fp16" / "tensorrt_rtx" / "refused.txt").read_text()
@@ -154,43 +122,20 @@ def test_axes_that_tensorrt_refuses_as_a_profile_are_one_line(built: Path) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_the_builder_is_asked_for_what_the_inspector_has_to_tell() -> None:
-    config = _builder_config(trt, trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR)), TensorrtSpec())
-    assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
-
-
-def test_if_torch_sees_no_gpu_nvidia_smi_tells_the_compute_capability(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stand_in_for_tensorrt_loads_a_version_compatible_engine_only_where_that_is_allowed(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program(tmp_path, "nvidia-smi", "echo 'NVIDIA L4, 8.9, 580.95.05, 23034'")
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert to_tensorrt._compute_capability() == "8.9"
-
-
-class StandInRuntime:
-    """TensorRT's rule: a version-compatible plan contains code, and loads only if that is allowed."""
-
-    engine_host_code_allowed = False
-
-    def __init__(self, _: Any) -> None:
-        pass
-
-    def deserialize_cuda_engine(self, _: bytes) -> Any:
-        """An engine, or None as TensorRT returns it."""
-        return MagicMock() if self.engine_host_code_allowed else None
-
-
-def test_a_version_compatible_engine_loads_in_a_stand_in_of_tensorrt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", MagicMock(Runtime=StandInRuntime, __version__="11.4.0"))
-    monkeypatch.setattr("torch.cuda.Stream", MagicMock())
-    (tmp_path / "model.plan").write_bytes(b"ptrt")
-    spec = DeploymentSpec.load("tests/models/image")
+    """Such a plan contains code, which TensorRT runs only if it may."""
+    spec, graph = DeploymentSpec.load("tests/models/image"), built / "build" / "image" / "fp32" / "model.onnx"
     compatible = spec.model_copy(update={"tensorrt": TensorrtSpec(version_compatible=True)})
-    assert callable(tensorrt_predictor(compatible, tmp_path / "model.plan"))
-    with pytest.raises(GateFailed, match=r"11\.4\.0 cannot load it"):  # code only where deploy.toml allows it
+    plan, found = engine_from_onnx(install_tensorrt(monkeypatch), graph, compatible)
+    assert (found["read_from"], found["compute_layers"]) == ("engine", {"fp32": 3})
+    (tmp_path / "model.plan").write_bytes(plan)
+    row = {"pixels": np.ones((2, 3, 32, 32), np.float32)}
+    expected = onnx_predictor(spec, graph, "onnxruntime")(row)["scores"]
+    scores = tensorrt_predictor(compatible, tmp_path / "model.plan")(row)["scores"]
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    with pytest.raises(GateFailed, match=r"11\.4\.0\.106 cannot load it"):
         tensorrt_predictor(spec, tmp_path / "model.plan")
 
 
@@ -222,7 +167,47 @@ def test_the_options_of_deploy_toml_go_into_the_manifest(built: Path, tmp_path: 
     assert (settings["optimization_level"], settings["workspace_mib"]) == (1, 64)
 
 
-def test_options_only_for_ordinary_tensorrt_are_recorded_only_for_it() -> None:
-    options = TensorrtSpec(hardware_compatibility="ampere_plus")
-    assert applied("tensorrt", options)["hardware_compatibility"] == "ampere_plus"
-    assert "hardware_compatibility" not in applied("tensorrt_rtx", options)
+def layer(kind: str, first: str, **more: Any) -> dict[str, Any]:
+    """One layer of the inspector's JSON with ProfilingVerbosity.DETAILED."""
+    return {"Name": "a", "LayerType": kind, "Inputs": [{"Name": "x", "Format/Datatype": first}], **more}
+
+
+ATTENTION = [
+    layer("Reformat", "Row major linear FP16 format"),
+    layer("CaskConvolution", "Thirty-two wide channel vectorized row major Int8 format"),
+    layer("gemm", "Int8"),
+    layer("gemm", "Half", Weights={"Type": "Int8", "Count": 9}),
+    layer("kgen", "Float"),
+    layer("_gemm_mha_v2", "Half"),
+    layer("MatrixMultiply", "BFloat16"),
+]
+
+
+def test_the_inspectors_layers_are_counted_by_type() -> None:
+    assert compute_layers(ATTENTION) == {"int8": 2, "int8_weights": 1, "fp16": 1, "bf16": 1}
+
+
+@pytest.mark.parametrize(
+    ("layers", "note", "why"),
+    [
+        ([], "the engine cannot be loaded here", "the engine cannot be loaded here"),
+        ([], "", "the engine shows 0 of 5 compute layers"),
+        ([layer("Myelin", "Half"), "a layer by name only"], "", "the engine shows 0 of 5 compute layers"),
+        (ATTENTION[:3], "", "the engine shows 2 of 5 compute layers"),
+    ],
+)
+def test_if_the_engine_shows_too_little_the_network_is_read_and_the_report_says_why(
+    layers: list[Any], note: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = {"compute_layers": {"int8": 5}, "layers": 9}
+    monkeypatch.setattr(engine_layers, "network_layers", lambda *_: network)
+    monkeypatch.setattr(engine_layers, "_inspected", lambda *_: (layers, note))
+    found = found_layers(None, None, b"plan", {})
+    assert found == {**network, "read_from": "network", "note": why}
+    assert described(found, "int8") == f"5 in int8, read from the network ({why})"
+
+
+@pytest.mark.parametrize(("tf32", "said"), [(True, "TF32 on"), (False, "TF32 off")])
+def test_an_fp32_engine_says_whether_tf32_was_on(tf32: bool, said: str) -> None:
+    found = {"compute_layers": {"fp32": 3}, "read_from": "engine", "tf32": tf32}
+    assert described(found, "fp32") == f"3 in fp32, {said}, read from the engine"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, ModelQueuePolicy
 
 from deepseek.spec import DeploymentSpec, SloSpec, TensorrtSpec
+from deepseek.spec.files.measured_batches import BatchingPlan
 from export.rows import Row
 from export.stages.publish import publish_version
 from export.triton_config import config_text, model_config
 
-IMAGE, TEXT = DeploymentSpec.load("tests/models/image"), DeploymentSpec.load("tests/models/text")
+IMAGE, TEXT, RANKER = (DeploymentSpec.load(f"tests/models/{name}") for name in ("image", "text", "ranker"))
 
 
 def changed(spec: DeploymentSpec, **tables: object) -> DeploymentSpec:
@@ -48,9 +51,8 @@ def test_config_pbtxt_has_the_values_of_deploy_toml() -> None:
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "torchscript"])
 def test_one_number_per_row_is_one_dimension_for_callers_and_none_for_the_engine(target: Any) -> None:
-    ranker = DeploymentSpec.load("tests/models/ranker")
     row: Row = {"user_id": np.zeros(1, np.int64), "user_features": np.zeros((1, 16), np.float16)}
-    config = model_config(ranker, "fp32", target, {"1": row})
+    config = model_config(RANKER, "fp32", target, {"1": row})
     for entry in (config.input[0], config.output[1]):
         assert (list(entry.dims), entry.HasField("reshape"), list(entry.reshape.shape)) == ([1], True, [])
     assert not config.input[1].HasField("reshape")
@@ -195,7 +197,106 @@ def test_optimizers_that_break_a_graph_are_disabled_for_it(target: Any, keys: An
     assert (config.parameters["left_out"].string_value, config.optimization.graph.level) == (text, level)
 
 
+def test_batching_and_queue_are_those_of_the_plan() -> None:
+    plan = BatchingPlan(run_rows=4, preferred_batch=6, queue_timeout_ms=140, max_queue_size=9, reasons={})
+    config = config_of(TEXT, plan=plan)
+    policy, joined = config.dynamic_batching.default_queue_policy, config.dynamic_batching.preferred_batch_size
+    assert (config.parameters["run_rows"].string_value, list(joined)) == ("4", [6])
+    assert (policy.default_timeout_microseconds, policy.max_queue_size) == (140_000, 9)
+
+
 def test_a_target_overrides_batching() -> None:
     spec = changed(IMAGE, targets={"tensorrt": {"batching": {"instances": 5}}})
     assert config_of(spec, "fp16", "tensorrt").instance_group[0].count == 5
     assert config_of(spec, "fp16", "onnxruntime").instance_group[0].count == 2
+
+
+def broken_rules(config: ModelConfig, spec: DeploymentSpec) -> Iterator[str]:
+    """What Triton, or its TensorRT backend with an engine of this profile, would refuse.
+
+    Read from Triton's sources of July 2026. Core: ValidateModelConfig, ValidateIOShape and ValidateInstanceGroup
+    (model_config_utils.cc), GenerateWarmupData (backend_model_instance.cc). TensorRT backend: ValidateGraphSpec,
+    SetCudaGraphShape, and the profile's bounds (instance_state.cc).
+    """
+    axis, most = spec.axes["batch"], config.max_batch_size
+    if not 0 < most <= axis.max:
+        yield f"max_batch_size {most}, but the profile ends at {axis.max}"
+    for size in config.dynamic_batching.preferred_batch_size:
+        if not 0 < size <= most:
+            yield f"preferred batch size {size}"
+    for entry in (*config.input, *config.output):
+        if not entry.name or not entry.data_type or not entry.dims or any(dim < 1 and dim != -1 for dim in entry.dims):
+            yield f"tensor {entry.name!r}"
+        if entry.HasField("reshape") and not entry.reshape.shape and list(entry.dims) != [1]:
+            yield f"an empty reshape of {entry.name!r}"
+    for group in config.instance_group:
+        if group.profile or (group.gpus and group.kind != ModelInstanceGroup.KIND_GPU):
+            yield f"instance group {group}"
+    yield from _broken_graphs(config, spec)
+    yield from _broken_warmup(config, spec)
+
+
+def _broken_graphs(config: ModelConfig, spec: DeploymentSpec) -> Iterator[str]:
+    for graph in config.optimization.cuda.graph_spec:
+        if not 1 <= graph.batch_size <= config.max_batch_size:
+            yield f"CUDA graph of batch {graph.batch_size}, max_batch_size {config.max_batch_size}"
+        if graph.input.keys() != {entry.name for entry in config.input}:
+            yield f"CUDA graph of the inputs {[*graph.input]}"
+        for name, each in graph.input.items():
+            shape, least, most = (graph.batch_size, *each.dim), spec.shape(name, "min"), spec.shape(name, "max")
+            if len(shape) != len(least) or not all(
+                low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
+            ):
+                yield f"CUDA graph of {name} {shape}, the profile is {least} to {most}"
+
+
+def _broken_warmup(config: ModelConfig, spec: DeploymentSpec) -> Iterator[str]:
+    for sample in config.model_warmup:
+        if not spec.axes["batch"].min <= sample.batch_size <= config.max_batch_size:
+            yield f"warm-up of batch {sample.batch_size}, max_batch_size {config.max_batch_size}"
+        for entry in config.input:
+            if not entry.optional and entry.name not in sample.inputs:
+                yield f"warm-up without {entry.name!r}"
+        for name, value in sample.inputs.items():
+            (entry,) = (each for each in config.input if each.name == name)
+            sizes = [size for dim, size in zip(entry.dims, value.dims, strict=True) if size != dim and dim != -1]
+            if sizes or any(dim < 0 for dim in value.dims) or value.data_type != entry.data_type:
+                yield f"warm-up input {name!r} of {value.dims}"
+            if not value.WhichOneof("input_data_type"):
+                yield f"warm-up input {name!r} without data"
+
+
+def a_spec(choose: random.Random, facts: dict[str, Any]) -> DeploymentSpec:
+    """The spec with random axes, batching and CUDA graphs."""
+    axes = {
+        name: dict(zip(("min", "opt", "max"), sorted(choose.choices(range(1, 130), k=3)), strict=True))
+        for name in facts["axes"]
+    }
+    least, most = axes["batch"]["min"], axes["batch"]["max"]
+    batching: dict[str, Any] = {"instances": choose.randint(1, 8)}
+    if choose.random() < 0.7:
+        batching["max_batch"] = choose.randint(least, most)
+    if choose.random() < 0.5:
+        batching["preferred_batch"] = choose.randint(least, batching.get("max_batch", most))
+    tensorrt: dict[str, Any] = {"cuda_graphs": choose.random() < 0.8}
+    if tensorrt["cuda_graphs"] and choose.random() < 0.5:
+        tensorrt["cuda_graph_batches"] = [choose.randint(least, most) for _ in range(3)]
+    changed = {"axes": axes, "batching": batching, "tensorrt": tensorrt, "targets": {}}
+    return DeploymentSpec.model_validate_json(json.dumps(facts | changed))
+
+
+def a_row(spec: DeploymentSpec) -> Row:
+    """A row with every axis at opt."""
+    return {name: np.ones((1, *spec.shape(name, "opt")[1:]), tensor.dtype) for name, tensor in spec.inputs.items()}
+
+
+@pytest.mark.parametrize("model", [TEXT, RANKER], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime", "torchscript"])
+def test_no_generated_configuration_breaks_a_rule_of_triton(target: Any, model: DeploymentSpec) -> None:
+    for seed in range(100):
+        choose = random.Random(seed)
+        spec = a_spec(choose, model.model_dump(mode="json"))
+        gpus = choose.choice([[], [1], [0, 2]]) if target == "tensorrt" else []
+        device = choose.choice(["cpu", "cuda:1"])
+        config = model_config(spec, "fp16", target, {"1": a_row(spec)}, device, gpus=gpus)
+        assert list(broken_rules(config, spec)) == [], seed
