@@ -30,7 +30,6 @@ from deepseek_client.transport import Tensor
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE, write_add_one
 from tests.failing_servers import answering, grpc_answering, protocols, refuse, status, url_of
-from tests.gateway import wait_for
 
 X = np.arange(240_000, dtype=np.float32).reshape(1, 2, 120_000)  # 960 kB
 REQUEST = PreparedRequest(
@@ -78,10 +77,6 @@ def registered(server: EmbeddedServer) -> list[str]:
         return [region["name"] for region in json.load(answer)]
 
 
-def wait_for_one(server: EmbeddedServer) -> None:
-    wait_for(lambda: registered(server), lambda found: len(found) == 1)
-
-
 def shared(client: InferenceClient, model: str) -> int:
     told: ModelStatistics = client.statistics().models[model]
     return told.through_shared_memory
@@ -127,7 +122,8 @@ def test_a_growing_request_gets_a_larger_region(server: EmbeddedServer, protocol
     with client_of(server, protocol, True) as client:
         for size in (100, 60_000, 120_000, 100):
             np.testing.assert_array_equal(client.infer("add_one", {"x": X[:, :, :size]})["y"], X[:, :, :size] + 1)
-        wait_for_one(server)  # abandoned regions are unregistered in the background
+        assert len(registered(server)) < 3  # smaller regions are unregistered before a larger one is registered
+    assert registered(server) == []
 
 
 @protocols
@@ -138,7 +134,6 @@ def test_after_a_deadline_the_region_is_abandoned_and_unregistered(server: Embed
             with pytest.raises(DeadlineExceeded):
                 client.send(request, timeout_s=0.1)
         np.testing.assert_array_equal(client.send(request)["y"], X + 1)
-        wait_for_one(server)
     assert registered(server) == left_behind() == []
 
 
@@ -150,13 +145,7 @@ def test_tensors_use_the_socket_if_the_server_refuses_shared_memory(repository: 
             request = client.prepare("fixed", {"x": X})
             for _ in range(2):
                 np.testing.assert_array_equal(client.send(request)["y"], X + 1)
-            np.testing.assert_array_equal(client.infer("fixed", {"x": X})["y"], X + 1)
             assert shared(client, "fixed") == 0
-        with (
-            client_of(refusing, protocol, True) as client,
-            pytest.raises(InvalidInput, match="--allow-client-shm=true"),
-        ):
-            client.infer("fixed", {"x": X})
     assert left_behind() == []
 
 
