@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import psutil
 import pytest
-from deepseek_client import ConnectionLost, DeadlineExceeded, InferenceClient, InvalidInput, ModelNotFound, ServerBusy
+from deepseek_client import ConnectionLost, InferenceClient, InvalidInput, ModelNotFound
 
 from serving.embedded.serve import EmbeddedServer
 from tests.failing_servers import (
@@ -32,7 +32,6 @@ from tests.failing_servers import (
     protocols,
     refuse,
     status,
-    url_of,
 )
 
 Kind = Callable[..., Client]

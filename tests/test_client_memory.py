@@ -140,12 +140,11 @@ def test_after_a_deadline_the_region_is_abandoned_and_unregistered(server: Embed
 @protocols
 def test_tensors_use_the_socket_if_the_server_refuses_shared_memory(repository: Path, protocol: str) -> None:
     flag = f"--{protocol}-restricted-{'api' if protocol == 'http' else 'protocol'}=shared-memory:key=value"
-    with serve(repository, flag) as refusing:
-        with client_of(refusing, protocol, "auto") as client:
-            request = client.prepare("fixed", {"x": X})
-            for _ in range(2):
-                np.testing.assert_array_equal(client.send(request)["y"], X + 1)
-            assert shared(client, "fixed") == 0
+    with serve(repository, flag) as refusing, client_of(refusing, protocol, "auto") as client:
+        request = client.prepare("fixed", {"x": X})
+        for _ in range(2):
+            np.testing.assert_array_equal(client.send(request)["y"], X + 1)
+        assert shared(client, "fixed") == 0
     assert left_behind() == []
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import email.utils
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest

@@ -17,7 +17,7 @@ import pytest
 from deepseek_client import Unreachable
 from rich.console import Console
 
-from deepseek.spec import DeploymentSpec, InputError, SloSpec
+from deepseek.spec import DeploymentSpec, InputError
 from loadtests.load.child_process import free_ports
 from loadtests.load.measure import measure
 from loadtests.load.preflight import check
@@ -27,7 +27,6 @@ from loadtests.results.histogram import VALUES_US, Latency
 from loadtests.results.run import Run, latest_run
 from loadtests.results.settings import LoadSettings
 from loadtests.results.stretch import NO_FILE, NO_PORT
-from loadtests.slo.judge import judge
 from tests.conftest import run_module
 from tests.fake_endpoint import FakeEndpoint
 from tests.test_locustfile import SPEC, measured
