@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import psutil
 import pytest
-from deepseek_client import ConnectionLost, InferenceClient, InvalidInput, ModelNotFound
+from deepseek_client import ConnectionLost, DeadlineExceeded, InferenceClient, InvalidInput, ModelNotFound, ServerBusy
 
 from serving.embedded.serve import EmbeddedServer
 from tests.failing_servers import (
@@ -32,6 +32,7 @@ from tests.failing_servers import (
     protocols,
     refuse,
     status,
+    url_of,
 )
 
 Kind = Callable[..., Client]
@@ -60,19 +61,14 @@ def wait_for_the_end(url: str) -> None:
 
 @kinds
 @protocols
-@pytest.mark.parametrize("connects", [False, True])
-def test_a_hedge_overtakes_a_silent_server_and_ends_the_attempt_there(
-    relays: MakeRelays, protocol: str, kind: Kind, connects: bool
-) -> None:
+def test_a_hedge_overtakes_an_address_that_never_connects(relays: MakeRelays, protocol: str, kind: Kind) -> None:
     (fast,) = relays(protocol, 1)
-    silent: Any = answering(mute) if connects else dropping()
-    with silent as found:
-        url = found[0] if connects else found
-        with within(), client_of([url, fast.url], protocol, kind, **HEDGED) as client:
-            for _ in range(2):  # one of the two calls starts at the silent server
+    with dropping() as dropped:
+        with within(), client_of([dropped, fast.url], protocol, kind, **HEDGED) as client:
+            for _ in range(2):  # one of the two calls starts at the address that never connects
                 np.testing.assert_array_equal(client.infer("add_one", {"x": X})["y"], X + 1)
         if protocol == "http":
-            wait_for_the_end(url)
+            wait_for_the_end(dropped)
 
 
 GREENLETS = """
@@ -126,6 +122,16 @@ def test_a_refusal_by_the_hedge_ends_the_call(
 
 @kinds
 @protocols
+def test_the_first_call_is_hedged(relays: MakeRelays, protocol: str, kind: Kind) -> None:
+    (fast,) = relays(protocol, 1)
+    with answering(mute) as (muted, _):
+        for urls in ([muted, fast.url], [fast.url, muted]):
+            with within(), client_of(urls, protocol, kind, **HEDGED) as client:
+                np.testing.assert_array_equal(client.infer("add_one", {"x": X})["y"], X + 1)
+
+
+@kinds
+@protocols
 def test_a_mute_replica_is_ejected_though_every_hedge_wins(
     server: EmbeddedServer, relays: MakeRelays, protocol: str, kind: Kind
 ) -> None:
@@ -150,6 +156,14 @@ def test_any_number_of_calls_are_hedged_at_once(server: EmbeddedServer, relays: 
         with within():
             done = [threads.submit(client.send, request) for _ in range(calls)]
             assert all(each.result()["y"].shape == (1, 2, 3) for each in done)
+
+
+@protocols
+def test_a_spent_deadline_of_a_hedged_call_is_deadline_exceeded(server: EmbeddedServer, protocol: Any) -> None:
+    with InferenceClient(url_of(server, protocol), protocol, hedge_after_ms="p95", idempotent=True) as client:
+        client.infer("add_one", {"x": X}, timeout_s=60)
+        with pytest.raises((DeadlineExceeded, ServerBusy)):  # Triton may say first that the time is over
+            client.infer("add_one", {"x": X}, timeout_s=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"hedge_after_ms": 10_000, "idempotent": True}], ids=["plain", "hedged"])

@@ -228,7 +228,6 @@ def test_a_version_true_to_a_worse_model_is_refused(world: World, candidate: Pat
     assert (world.last()["steps"][-1]["name"], world.version()) == ("accuracy", "1")
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_a_good_version_goes_live_under_load_without_a_failed_request_and_back(world: World, candidate: Path) -> None:
     run = world.release(candidate, "--threshold", "10000")  # how fast the machine is must not decide

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import struct
+import tracemalloc
 from typing import Any
 
 import grpc
@@ -76,6 +76,18 @@ def test_an_answer_is_read_from_pieces_of_any_size() -> None:
     assert [answer_of(call) for call in calls] == [b"said 1", b"said 3", b"said 5"]
 
 
+def test_headers_may_be_padded_and_split() -> None:
+    peer = Peer()
+    (call,) = peer.begin()
+    block = hpack.Encoder().encode([(":status", "200")])
+    peer.frames.feed(frame(wire.HEADERS, 0, 1) + frame(wire.CONTINUATION, wire.END_HEADERS, 1, block))
+    said = framed(b"said")
+    peer.frames.feed(frame(wire.DATA, wire.PADDED, 1, b"\x03" + said[:2] + b"\0\0\0"))
+    peer.frames.feed(frame(wire.DATA, 0, 1, said[2:4]) + frame(wire.DATA, 0, 1, said[4:]))
+    peer.frames.feed(peer.headers(1, {"grpc-status": "0"}, wire.END_STREAM))
+    assert answer_of(call) == b"said"
+
+
 def test_header_blocks_decode_independently() -> None:
     """The client allows no table, so the same bytes always decode to the same fields."""
     peer = Peer()
@@ -83,6 +95,15 @@ def test_header_blocks_decode_independently() -> None:
         (call,) = peer.begin()
         peer.frames.feed(peer.answer(call.stream, b"said", trace=trace, seen=str(number // 2)))
         assert (call.trailers[b"trace"], call.trailers[b"seen"]) == (trace.encode(), str(number // 2).encode())
+
+
+def test_a_server_that_uses_a_table_loses_the_connection() -> None:
+    peer = Peer()
+    peer.begin()
+    with pytest.raises(NotHttp2, match="unreadable header block"):
+        peer.frames.feed(
+            frame(wire.HEADERS, wire.END_HEADERS, 1, b"\x3f\xe1\x1f\x88")
+        )  # a table of 4096 bytes, then 200
 
 
 def test_the_windows_limit_the_data_sent() -> None:
@@ -99,22 +120,28 @@ def test_the_windows_limit_the_data_sent() -> None:
     assert [flags for _, flags, *_ in rest][-1] == wire.END_STREAM
 
 
-def test_settings_change_the_windows_of_open_streams() -> None:
+def test_settings_change_windows_frame_size_and_number_of_streams() -> None:
     peer = Peer(setting(wire.INITIAL_WINDOW, 10))
     peer.frames.begin(BLOCK, framed(bytes(45)))
     assert peer.data_sent() == 10
     peer.frames.feed(setting(wire.INITIAL_WINDOW, 30))
     assert peer.data_sent() == 20
+    peer.frames.feed(setting(wire.INITIAL_WINDOW, 60_000) + setting(wire.FRAME_SIZE, 40_000))
+    peer.sent()
+    peer.frames.begin(BLOCK, framed(bytes(35_000)))
+    assert max(len(payload) for *_, payload in peer.sent()) == 35_005
 
 
 def test_the_servers_limit_on_streams_holds() -> None:
     peer = Peer(setting(wire.MOST_STREAMS, 2))
-    *_, refused = peer.begin(3)
-    assert (refused.done, refused.unprocessed) == (True, True)
-    with pytest.raises(CallFailed, match="allows 2 at a time"):
-        answer_of(refused)
+    calls = peer.begin(3)
+    assert [call.stream for call in calls] == [1, 3, 0]
     peer.frames.feed(peer.answer(1, b"said"))
-    assert peer.begin()[0].stream == 5
+    assert calls[2].stream == 5
+    (later,) = peer.begin()
+    assert later.stream == 0
+    peer.frames.feed(setting(wire.MOST_STREAMS, 3))
+    assert later.stream == 7
 
 
 def test_pings_and_settings_are_acknowledged_and_unknown_frames_ignored() -> None:
@@ -130,24 +157,23 @@ def test_pings_and_settings_are_acknowledged_and_unknown_frames_ignored() -> Non
 
 
 def test_unprocessed_calls_are_marked() -> None:
-    peer = Peer()
-    processed, unprocessed = peer.begin(2)
-    assert peer.frames.feed(frame(wire.GOAWAY, 0, 0, struct.pack(">II", 1, 0))) == [unprocessed]
-    assert (processed.unprocessed, unprocessed.unprocessed) == (False, True)
+    peer = Peer(setting(wire.MOST_STREAMS, 2))
+    processed, unprocessed, waits = peer.begin(3)
+    assert peer.frames.feed(frame(wire.GOAWAY, 0, 0, struct.pack(">II", 1, 0))) == [unprocessed, waits]
+    assert [call.unprocessed for call in (processed, unprocessed, waits)] == [False, True, True]
     (late,) = peer.begin()
     assert (peer.frames.closing, late.done, late.unprocessed) == (True, True, True)
     peer.frames.feed(peer.answer(1, b"said"))
     assert answer_of(processed) == b"said"
 
 
-def test_a_broken_connection_fails_the_calls_on_it() -> None:
-    peer = Peer()
-    calls = peer.begin(2)
-    assert peer.frames.abandon("it broke") == calls
-    for call in calls:
-        assert not call.unprocessed
-        with pytest.raises(CallFailed, match="it broke"):
-            answer_of(call)
+def test_after_a_broken_connection_only_calls_that_were_never_sent_are_unprocessed() -> None:
+    peer = Peer(setting(wire.MOST_STREAMS, 1))
+    sent, waits = peer.begin(2)
+    assert peer.frames.abandon("it broke") == [sent, waits]
+    assert (sent.unprocessed, waits.unprocessed) == (False, True)
+    with pytest.raises(CallFailed, match="it broke"):
+        answer_of(sent)
 
 
 def test_a_cancelled_call_is_reset_and_its_late_answer_is_ignored() -> None:
@@ -211,13 +237,24 @@ GREETED = frame(wire.SETTINGS)
         pytest.param(frame(wire.PING, 0, 0, b"12345678"), id="no settings first"),
         pytest.param(GREETED + b"\xff\xff\xff" + bytes(6), id="frame too large"),
         pytest.param(GREETED + frame(wire.WINDOW_UPDATE, 0, 0, b"?"), id="wrong size"),
+        pytest.param(frame(wire.SETTINGS, 0, 0, b"12345"), id="settings of the wrong size"),
+        pytest.param(setting(wire.FRAME_SIZE, 0), id="frames of no size"),
+        pytest.param(setting(wire.FRAME_SIZE, 2**31), id="frames of any size"),
         pytest.param(GREETED + frame(wire.PUSH_PROMISE, 0, 1, bytes(4)), id="push"),
-        pytest.param(GREETED + frame(wire.HEADERS, 0, 1, b""), id="headers in several frames"),
-        pytest.param(GREETED + frame(wire.DATA, wire.PADDED, 1, b"\0"), id="padding"),
-        pytest.param(GREETED + frame(wire.HEADERS, wire.END_HEADERS, 1, b"\x3f\xe1\x1f\x88"), id="a table"),
+        pytest.param(GREETED + frame(wire.CONTINUATION, wire.END_HEADERS, 1, b""), id="no beginning"),
+        pytest.param(GREETED + frame(wire.HEADERS, 0, 1, b"") + frame(wire.DATA, 0, 1, b""), id="interrupted headers"),
+        pytest.param(
+            GREETED + frame(wire.HEADERS, 0, 1, b"") + 100 * frame(wire.CONTINUATION, 0, 1, b""), id="endless pieces"
+        ),
+        pytest.param(
+            GREETED + frame(wire.HEADERS, 0, 1) + 5 * frame(wire.CONTINUATION, 0, 1, bytes(wire.LARGEST_HEADERS // 4)),
+            id="long headers",
+        ),
         pytest.param(GREETED + frame(wire.HEADERS, wire.END_HEADERS, 1, b"\xff" * 7), id="no headers"),
         pytest.param(GREETED + (wire.MOST_REPLIES + 1) * frame(wire.PING, 0, 0, b"12345678"), id="pings without end"),
         pytest.param((wire.MOST_REPLIES + 1) * GREETED, id="settings without end"),
+        pytest.param(GREETED + frame(wire.DATA, wire.PADDED, 1, b""), id="no padding"),
+        pytest.param(GREETED + frame(wire.DATA, wire.PADDED, 1, b"\x03ab"), id="padding too long"),
     ],
 )
 def test_a_server_that_violates_the_protocol_loses_the_connection(data: bytes) -> None:
@@ -227,17 +264,26 @@ def test_a_server_that_violates_the_protocol_loses_the_connection(data: bytes) -
         peer.feed(data)
 
 
-def test_changed_bytes_end_in_answers_or_one_error() -> None:
+def test_random_bytes_end_in_answers_or_one_error_and_memory_stays_bounded() -> None:
     chance = random.Random(0)
-    for _ in range(3000):
-        peer = Peer()
-        peer.begin(2)
-        data = bytearray(setting(wire.MOST_STREAMS, 2) + peer.answer(1, b"said") + peer.answer(3, b"said"))
-        for _ in range(chance.randint(1, 8)):
-            data[chance.randrange(len(data))] = chance.randrange(256)
-        with contextlib.suppress(NotHttp2, CallFailed):
-            for call in peer.frames.feed(bytes(data)):
-                answer_of(call)
+    tracemalloc.start()
+    try:
+        for _ in range(3000):
+            peer = Peer()
+            peer.begin(2)
+            data = bytearray(setting(wire.MOST_STREAMS, 2) + peer.answer(1, b"said") + peer.answer(3, b"said"))
+            for _ in range(chance.randint(1, 8)):
+                data[chance.randrange(len(data))] = chance.randrange(256)
+            try:
+                calls = peer.frames.feed(bytes(data))
+                for call in calls:
+                    answer_of(call)
+            except (NotHttp2, CallFailed):
+                pass
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most_bytes < 20_000_000
 
 
 @pytest.mark.parametrize(("timeout_s", "said"), [(0.5, "500000u"), (99.9, "99900000u"), (3600, "3600000m"), (-1, "1u")])

@@ -4,8 +4,8 @@ Contract
 - A region is a file in /dev/shm that the server maps when it is registered. Its name is removed right after, so that a
   killed client or server leaves nothing behind: the memory is freed when both have unmapped it.
 - A region serves one attempt at a time. After an attempt without an answer the server may still use it: the client
-  abandons the region. Before it registers another region, and when it is closed, it unregisters the abandoned ones that
-  the server has finished with (24.09 and later refuse to unregister a region in use; earlier versions crashed).
+  abandons the region and unregisters it once the server is done (24.09 and later refuse to unregister a region in use;
+  earlier versions crashed).
 - After a server refuses (the default since 26.04) or cannot open the file, requests use the socket for `REFUSED_S`.
   A restarted server knows no region: new ones are made.
 - A region is allocated when it is made, so a full /dev/shm is a refusal, not a crash in the middle of a copy.
@@ -24,7 +24,13 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_client.concurrency import Cancel, Concurrency
-from deepseek_client.errors import ConnectionLost, DeadlineExceeded, InferenceError, InvalidInput, Unreachable
+from deepseek_client.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    InferenceError,
+    InvalidInput,
+    Unreachable,
+)
 from deepseek_client.transport import Deadline, Headers, PreparedRequest, Transport
 
 FOLDER = Path("/dev/shm")
@@ -32,7 +38,7 @@ SMALLEST_BYTES = 65536  # per region
 AUTO_BYTES = 262144  # below this a socket is as fast
 REFUSED_S = 60.0
 CLOSE_TIMEOUT_S = 1.0
-STILL_IN_USE_S = 0.1  # then a closed client tries again to unregister a region
+FIRST_SWEEP_S, LONGEST_SWEEP_S = 0.1, 5.0
 ALIGNMENT = 64
 _UNCLEAR = (Unreachable, ConnectionLost, DeadlineExceeded)  # leave open whether the region was registered
 
@@ -96,7 +102,7 @@ class Regions:
         self._required = required
         self._idle: deque[Region] = deque()
         self._abandoned: deque[str] = deque()
-        self._closed = False
+        self._sweeping = self._closed = False
         self._refused_until = 0.0
 
     def want(self, request_bytes: int) -> bool:
@@ -115,6 +121,7 @@ class Regions:
         except InferenceError as error:
             if _is_unknown_region(error):
                 region.free()
+                self._forget()
                 return await self._transport.send(request, deadline, headers, cancel), False
             was_answered = not isinstance(error, ConnectionLost | DeadlineExceeded)
             (self._give_back if was_answered else self._abandon)(region)
@@ -134,11 +141,8 @@ class Regions:
             return None
         sizes = [*(len(tensor.data) for tensor in request.tensors), *request.result_sizes.values()]
         size = _rounded(sum(map(_aligned, sizes)))
-        region = self._take_idle(size)
         try:
-            if region is None:
-                await self._unregister_abandoned(deadline)
-                region = await self._register(Region(size), deadline, cancel)
+            region = self._take_idle(size) or await self._register(Region(size), deadline, cancel)
         except NoSharedMemory as error:
             if self._required:
                 raise InvalidInput(f"shared_memory=True: {error}; 'auto' uses the socket if it is refused") from None
@@ -155,31 +159,50 @@ class Regions:
             self._idle.append(region)
 
     def _abandon(self, region: Region) -> None:
-        """Sets aside a region that the server may still use."""
+        """Sets aside a region after no answer: the server may still write to it. `_sweep` unregisters it later."""
         region.free()
         self._abandoned.append(region.region)
+        self._start_sweeping()
+
+    def _forget(self) -> None:
+        """Drops all regions: the server was restarted and knows none."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().free()
 
     async def close(self) -> None:
         """Unregisters all regions; takes at most `CLOSE_TIMEOUT_S` if the server does not answer."""
         self._closed = True
         with contextlib.suppress(IndexError):
             while True:
-                self._abandon(self._idle.pop())
+                region = self._idle.pop()
+                region.free()
+                self._abandoned.append(region.region)
         deadline = Deadline(CLOSE_TIMEOUT_S)
         while self._abandoned and deadline.left_s() > 0:
-            await self._unregister_abandoned(deadline)
-            if self._abandoned:
-                await self._concurrency.sleep(STILL_IN_USE_S)
+            name = self._abandoned.popleft()
+            if not await self._unregister(name, deadline):
+                self._abandoned.append(name)
+                await self._concurrency.sleep(FIRST_SWEEP_S)
 
-    async def _unregister_abandoned(self, deadline: Deadline) -> None:
-        for _ in range(len(self._abandoned)):
-            with contextlib.suppress(IndexError):  # another call took it
-                name, done = self._abandoned.popleft(), False
-                try:
-                    done = await self._unregister(name, deadline)
-                finally:
-                    if not done:
+    def _start_sweeping(self) -> None:
+        if self._abandoned and not self._sweeping and not self._closed:
+            self._sweeping = True
+            self._concurrency.spawn(self._sweep)
+
+    async def _sweep(self) -> None:
+        """Unregisters abandoned regions as soon as no request uses them."""
+        pause_s = FIRST_SWEEP_S
+        while self._abandoned and not self._closed:
+            await self._concurrency.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_SWEEP_S)
+            for _ in range(len(self._abandoned)):
+                with contextlib.suppress(IndexError):  # `close` took it
+                    name = self._abandoned.popleft()
+                    if self._closed or not await self._unregister(name, Deadline(CLOSE_TIMEOUT_S)):
                         self._abandoned.append(name)
+        self._sweeping = False
+        self._start_sweeping()  # for regions abandoned since
 
     def _take_idle(self, size: int) -> Region | None:
         """The region used last; one that is too small is abandoned."""

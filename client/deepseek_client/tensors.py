@@ -83,15 +83,14 @@ def exact_array(value: Any, datatype: str) -> np.ndarray:
     except ValueError:
         raise ValueError("the lists in it differ in length") from None
     target = DTYPES[datatype]
+    if not array.size:
+        return array.astype(target)
     if array.dtype.kind in "fO" and target.kind in "iu":
-        array = np.array(value, dtype=object)  # numpy would join 1.0 and 2**53 + 1, or 1 and 2**63, to inexact float64
-    elif array.size and (array.dtype.kind not in "biuf" or (array.dtype.kind == "b") != (datatype == "BOOL")):
+        return _exact_integers(value, datatype)
+    if array.dtype.kind not in "biuf" or (array.dtype.kind == "b") != (datatype == "BOOL"):
         raise ValueError(f"holds something other than {datatype}: {str(value)[:60]}")
     with np.errstate(all="ignore"):
-        try:
-            cast = array.astype(target)
-        except (OverflowError, TypeError, ValueError):
-            raise ValueError(f"holds something other than {datatype}: {str(value)[:60]}") from None
+        cast = array.astype(target)
         if array.dtype.kind == "f" and datatype.startswith(("FP", "BF")):
             lost = np.isfinite(array) & ~np.isfinite(cast.astype(np.float64))
         else:
@@ -99,6 +98,18 @@ def exact_array(value: Any, datatype: str) -> np.ndarray:
     if lost.any():
         raise ValueError(f"{array[lost].flat[0]!s} does not fit {datatype}")
     return cast
+
+
+def _exact_integers(value: Any, datatype: str) -> np.ndarray:
+    """Numbers that numpy would join to float64, such as 1 beside 2**63, as integers. Raises ValueError."""
+    array, target = np.array(value, dtype=object), DTYPES[datatype]
+    limits = np.iinfo(target)
+    for number in array.flat:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"holds something other than {datatype}: {str(value)[:60]}")
+        if not limits.min <= number <= limits.max or number != int(number):
+            raise ValueError(f"{number} does not fit {datatype}")
+    return array.astype(target)
 
 
 def placed_array(placement: Placement, output: str, datatype: str, shape: Sequence[int]) -> np.ndarray:

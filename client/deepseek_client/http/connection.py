@@ -7,11 +7,13 @@ connection at a time.
 import asyncio
 import contextlib
 import errno
+import os
 import select
+import selectors
 import socket
 import ssl
+import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
 from aiohappyeyeballs import start_connection
@@ -20,6 +22,7 @@ from deepseek_client.concurrency import Cancel
 from deepseek_client.transport import Deadline
 
 NEXT_ADDRESS_S = 0.25  # then the host's next address is tried in parallel (RFC 8305)
+CANCELLED_WITHIN_S = 0.05  # a cancelled attempt that still connects ends within this time
 LEAST_BYTES, MOST_BYTES = 65536, 1 << 20  # per read: small buffers for small answers, few reads for large ones
 
 
@@ -89,16 +92,12 @@ class BlockingConnection:
         return False
 
     def stop(self) -> None:
-        _shut_down(self._socket)
+        with contextlib.suppress(OSError):
+            # SSLSocket.shutdown would drop TLS, and a reader would mistake ciphertext for the answer.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()
-
-
-def _shut_down(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        # SSLSocket.shutdown would drop TLS, and a reader would mistake ciphertext for the answer.
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 class AsyncConnection(asyncio.Protocol):
@@ -145,11 +144,12 @@ class AsyncConnection(asyncio.Protocol):
             return False
         return not _is_readable(self._transport.get_extra_info("socket").fileno())  # the loop may not have seen it yet
 
+    def stop(self) -> None:
+        self._transport.abort()
+
     def close(self) -> None:
         """Unsent bytes are dropped."""
         self._transport.abort()
-
-    stop = close
 
     async def _wait(self, condition: Callable[[], bool], deadline: Deadline) -> None:
         """Waits until an event of the loop makes `condition` true."""
@@ -209,6 +209,28 @@ async def connected_on_loop(host: str, port: int) -> socket.socket:
     return await start_connection(found, happy_eyeballs_delay=NEXT_ADDRESS_S)
 
 
+def _connect(connection: socket.socket, address: Any, timeout_s: float, cancel: Cancel | None) -> None:
+    """Connects; ends with an OSError soon after `cancel`."""
+    if cancel is None:
+        connection.settimeout(timeout_s)
+        connection.connect(address)
+        return
+    connection.setblocking(False)
+    started = connection.connect_ex(address)
+    if started not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+        raise OSError(started, os.strerror(started))
+    give_up_s = time.monotonic() + timeout_s
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection, selectors.EVENT_WRITE)
+        while not selector.select(min(CANCELLED_WITHIN_S, max(0.0, give_up_s - time.monotonic()))):
+            if cancel.cancelled:
+                raise ConnectionAbortedError(errno.ECONNABORTED, "another attempt was answered first")
+            if time.monotonic() >= give_up_s:
+                raise TimeoutError
+    if failure := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        raise OSError(failure, os.strerror(failure))
+
+
 def connected(host: str, port: int, deadline: Deadline, cancel: Cancel | None = None) -> socket.socket:
     """Like socket.create_connection, but each address gets an equal share of the time: one may hang."""
     failure = OSError("the host has no address")
@@ -220,12 +242,7 @@ def connected(host: str, port: int, deadline: Deadline, cancel: Cancel | None = 
             failure = error
             continue
         try:
-            if cancel is not None:
-                cancel.stopped_by(partial(_shut_down, connection))  # connect then fails
-                if cancel.cancelled:
-                    raise ConnectionAbortedError(errno.ECONNABORTED, "another attempt was answered first")
-            connection.settimeout(deadline.socket_timeout_s() / left)
-            connection.connect(address)
+            _connect(connection, address, deadline.socket_timeout_s() / left, cancel)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return connection
         except OSError as error:

@@ -6,7 +6,7 @@ both sides' flow control, the server's limit on streams, pings, GOAWAY and reset
 processed are marked `unprocessed`. The memory that a server can make it use is bounded.
 
 The settings tell the server to use no table of header fields, so each header block decodes independently and can be
-cached. Padding, priorities and header blocks of several frames, which no gRPC server sends, are NotHttp2.
+cached.
 
 Example:
     frames = Frames()
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import struct
 import urllib.parse
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,16 +31,17 @@ import grpc.aio
 import hpack
 
 DATA, HEADERS, _, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
-NOT_EXPECTED = PUSH_PROMISE, CONTINUATION
 END_STREAM, ACK, END_HEADERS, PADDED, WITH_PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
-TABLE_SIZE, ENABLE_PUSH, MOST_STREAMS, INITIAL_WINDOW = range(1, 5)  # settings
+TABLE_SIZE, ENABLE_PUSH, MOST_STREAMS, INITIAL_WINDOW, FRAME_SIZE = range(1, 6)  # settings
 REFUSED, CANCEL = 0x7, 0x8  # reasons of a reset
 NO_TABLE = b"\x20"  # our own header blocks use no table either (RFC 7541, 6.3)
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 LARGEST = 2**31 - 1  # window, and number of a stream
-DEFAULT_WINDOW, LARGEST_FRAME = 65535, 16384  # bytes; without another setting
+DEFAULT_WINDOW, DEFAULT_FRAME, LARGEST_FRAME = 65535, 16384, 2**24 - 1
 REPLENISH = 2**30  # received bytes after which the connection's window is enlarged again
 MOST_CACHED = 100  # decoded header blocks
+LARGEST_HEADERS = 65536  # bytes of a header block
+MOST_CONTINUATIONS = 16
 MOST_REPLIES = 1000  # unsent replies to pings and settings
 STATUS = {str(code.value[0]).encode(): code for code in grpc.StatusCode}
 HEAD = struct.Struct(">HBBBI")  # of a frame: size in 24 bits, kind, flags, stream
@@ -61,8 +63,10 @@ def call_failed(code: grpc.StatusCode, details: str, metadata: Mapping[str, str]
 class UnaryCall:
     """One call: the bytes still to be sent, and the response so far."""
 
+    block: bytes
     unsent: memoryview
     stream: int = 0
+    """0 while the call waits for a stream."""
     window: int = 0
     headers: Mapping[bytes, bytes] | None = None
     trailers: Mapping[bytes, bytes] = field(default_factory=dict)
@@ -87,38 +91,45 @@ class Frames:
         self._put(SETTINGS, 0, 0, settings)
         self._put(WINDOW_UPDATE, 0, 0, struct.pack(">I", LARGEST - DEFAULT_WINDOW))
         self._streams: dict[int, UnaryCall] = {}
+        self._waiting: deque[UnaryCall] = deque()
         self._blocked: dict[int, UnaryCall] = {}  # by stream: no window has room for the rest
         self._next = 1
-        self._window, self._initial, self._most = DEFAULT_WINDOW, DEFAULT_WINDOW, LARGEST
+        self._window, self._initial, self._size, self._most = DEFAULT_WINDOW, DEFAULT_WINDOW, DEFAULT_FRAME, LARGEST
         self._received = 0
         self._replies = 0
         self._rest = b""  # of an incomplete frame
         self._greeted = False
+        self._opened: tuple[int, int, bytes, int] | None = None  # flags, stream, block so far, CONTINUATION frames
 
     def begin(self, block: bytes, message: bytes) -> UnaryCall:
-        """Begins a call; fails it if the connection is closing or has as many streams as the server allows."""
-        if self.closing or len(self._streams) >= self._most:
-            why = f"the connection accepts no more calls; the server allows {self._most} at a time"
-            return UnaryCall(memoryview(message), done=True, unprocessed=True, failure=why)
-        stream = self._next
-        self._next += 2
-        self.closing = self._next > LARGEST
-        call = self._streams[stream] = UnaryCall(memoryview(message), stream, self._initial)
-        # A server with a smaller table than the default expects a notice that our table is empty (RFC 7541, 4.2).
-        self._put(HEADERS, END_HEADERS, stream, NO_TABLE * (stream == 1) + block)
-        self._send_body(call)
+        """Begins a call, now or when the server's limit on streams allows it; fails it if the connection is closing."""
+        call = UnaryCall(block, memoryview(message))
+        if self.closing:
+            call.done = call.unprocessed = True
+            call.failure = "the connection accepts no more calls"
+        elif len(self._streams) < self._most and not self._waiting:
+            self._start(call)
+        else:
+            self._waiting.append(call)
         return call
 
     def cancel(self, call: UnaryCall) -> None:
-        if not call.done:
+        if call.done:
+            return
+        if call.stream in self._streams:
             self._put(RST_STREAM, 0, call.stream, struct.pack(">I", CANCEL))
             self._end(call, [])
+        elif call in self._waiting:
+            self._waiting.remove(call)
 
     def abandon(self, why: str) -> list[UnaryCall]:
         """Fails all unanswered calls after the connection broke, and returns them."""
         self.closing = True
-        left = list(self._streams.values())
+        for call in self._waiting:
+            call.unprocessed = True
+        left = [*self._streams.values(), *self._waiting]
         self._streams.clear()
+        self._waiting.clear()
         for call in left:
             call.done, call.failure = True, why
         return left
@@ -132,17 +143,21 @@ class Frames:
         while available - at >= HEAD.size:
             high, low, kind, flags, stream = HEAD.unpack_from(data, at)
             size = high << 8 | low
-            if size > LARGEST_FRAME or not (self._greeted or kind == SETTINGS):
+            if size > DEFAULT_FRAME or not (self._greeted or kind == SETTINGS):
                 raise NotHttp2(f"the server does not speak HTTP/2: {data[at : at + 24]!r}")
             end = at + HEAD.size + size
             if end > available:
                 break
             payload = data[at + HEAD.size : end]
             at = end
+            if self._opened is not None and kind != CONTINUATION:
+                raise NotHttp2("a frame inside a header block")
             if kind == DATA:
                 self._take_data(flags, stream, payload, ended)
             elif kind == HEADERS:
                 self._take_headers(flags, stream, payload, ended)
+            elif kind == CONTINUATION:
+                self._continue_headers(flags, stream, payload, ended)
             else:
                 self._take_control(kind, flags, stream, payload, ended)
         self._rest = data[at:]
@@ -158,10 +173,20 @@ class Frames:
         self.out += HEAD.pack(size >> 8, size & 0xFF, kind, flags, stream)
         self.out += payload
 
+    def _start(self, call: UnaryCall) -> None:
+        call.stream = stream = self._next
+        self._next += 2
+        self.closing = self.closing or self._next > LARGEST
+        self._streams[stream] = call
+        call.window = self._initial
+        # A server with a smaller table than the default expects a notice that our table is empty (RFC 7541, 4.2).
+        self._put(HEADERS, END_HEADERS, stream, NO_TABLE * (stream == 1) + call.block)
+        self._send_body(call)
+
     def _send_body(self, call: UnaryCall) -> None:
         """Sends as much of the message as the windows allow."""
         while (left := len(call.unsent)) > 0:
-            room = min(self._window, call.window, LARGEST_FRAME, left)
+            room = min(self._window, call.window, self._size, left)
             if room <= 0:
                 self._blocked[call.stream] = call
                 return
@@ -176,10 +201,16 @@ class Frames:
             self._send_body(call)
 
     def _end(self, call: UnaryCall, ended: list[UnaryCall]) -> None:
+        """Ends a call and starts one that waits for a stream."""
         del self._streams[call.stream]
         self._blocked.pop(call.stream, None)
         call.done = True
         ended.append(call)
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        while self._waiting and len(self._streams) < self._most and not self.closing:
+            self._start(self._waiting.popleft())
 
     # -- receiving -------------------------------------------------------------------------------
 
@@ -188,8 +219,7 @@ class Frames:
         call = self._streams.get(stream)
         if call is None:  # it was cancelled
             return
-        if flags & PADDED:
-            raise NotHttp2("padding")
+        payload = _unpadded(payload) if flags & PADDED else payload
         if not call.body:
             call.body = payload  # usually all of it
         elif isinstance(call.body, bytes):
@@ -199,9 +229,28 @@ class Frames:
         if flags & END_STREAM:
             self._end(call, ended)
 
-    def _take_headers(self, flags: int, stream: int, block: bytes, ended: list[UnaryCall]) -> None:
-        if flags & (PADDED | WITH_PRIORITY) or not flags & END_HEADERS:
-            raise NotHttp2("a header block with padding, with a priority or in several frames")
+    def _take_headers(self, flags: int, stream: int, payload: bytes, ended: list[UnaryCall]) -> None:
+        payload = _unpadded(payload) if flags & PADDED else payload
+        payload = payload[5:] if flags & WITH_PRIORITY else payload
+        if flags & END_HEADERS:
+            self._use_headers(flags, stream, payload, ended)
+        else:
+            self._opened = flags, stream, payload, 0
+
+    def _continue_headers(self, flags: int, stream: int, payload: bytes, ended: list[UnaryCall]) -> None:
+        if self._opened is None or self._opened[1] != stream:
+            raise NotHttp2("CONTINUATION without HEADERS")
+        first, _, begun, count = self._opened
+        block = begun + payload
+        if count >= MOST_CONTINUATIONS or len(block) > LARGEST_HEADERS:
+            raise NotHttp2("a header block that is too long")
+        if flags & END_HEADERS:
+            self._opened = None
+            self._use_headers(first, stream, block, ended)
+        else:
+            self._opened = first, stream, block, count + 1
+
+    def _use_headers(self, flags: int, stream: int, block: bytes, ended: list[UnaryCall]) -> None:
         found = _decoded(block)
         call = self._streams.get(stream)
         if call is None or found.get(b":status", b"").startswith(b"1"):
@@ -216,8 +265,8 @@ class Frames:
             self._end(call, ended)
 
     def _take_control(self, kind: int, flags: int, stream: int, payload: bytes, ended: list[UnaryCall]) -> None:
-        if kind in NOT_EXPECTED:
-            raise NotHttp2(f"a frame of the kind {kind}")
+        if kind == PUSH_PROMISE:
+            raise NotHttp2("a server push, which the settings forbid")
         try:
             if kind == WINDOW_UPDATE:
                 self._widen(stream, struct.unpack(">I", payload)[0])
@@ -258,8 +307,13 @@ class Frames:
                 call.window += value - self._initial
             self._initial = value
             self._unblock()
+        elif name == FRAME_SIZE:
+            if not DEFAULT_FRAME <= value <= LARGEST_FRAME:
+                raise NotHttp2(f"a maximum frame size of {value} bytes")
+            self._size = value
         elif name == MOST_STREAMS:
             self._most = value
+            self._start_waiting()
 
     def _go_away(self, last: int, ended: list[UnaryCall]) -> None:
         """Handles GOAWAY: the server processes no stream after `last`."""
@@ -267,18 +321,27 @@ class Frames:
         left = [call for number, call in self._streams.items() if number > last]
         for call in left:
             self._end(call, ended)
-            call.unprocessed = True
+        ended += self._waiting
+        for call in (*left, *self._waiting):
+            call.unprocessed = call.done = True
             call.failure = "the server is closing the connection"
+        self._waiting.clear()
 
 
 @lru_cache(MOST_CACHED)
 def _decoded(block: bytes) -> Mapping[bytes, bytes]:
-    decoder = hpack.Decoder()
+    decoder = hpack.Decoder(max_header_list_size=LARGEST_HEADERS)
     decoder.header_table_size = decoder.max_allowed_table_size = 0
     try:
         return dict(decoder.decode(block, raw=True))
     except hpack.HPACKError as error:
         raise NotHttp2(f"an unreadable header block: {error}") from None
+
+
+def _unpadded(payload: bytes) -> bytes:
+    if not payload or payload[0] >= len(payload):
+        raise NotHttp2("padding longer than its frame")
+    return payload[1 : len(payload) - payload[0]]
 
 
 def header_block(headers: Iterable[tuple[str, str]]) -> bytes:
