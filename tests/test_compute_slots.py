@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import time
 from pathlib import Path
 
@@ -34,7 +32,7 @@ def hold(model: Path, slots: int, hold_s: float, times: int, spans: multiprocess
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
-def test_as_many_hold_at_a_time_as_there_are_slots_and_no_more(model: Path, slots: int) -> None:
+def test_there_are_never_more_holders_than_slots(model: Path, slots: int) -> None:
     spans = SPAWN.SimpleQueue()
     workers = [SPAWN.Process(target=hold, args=(model, slots, 0.01, 20, spans)) for _ in range(slots + 2)]
     for worker in workers:
@@ -50,36 +48,21 @@ def test_as_many_hold_at_a_time_as_there_are_slots_and_no_more(model: Path, slot
     assert most == slots
 
 
-def test_a_killed_holder_leaves_its_slot_to_the_next(model: Path) -> None:
+def test_killed_processes_leave_the_slot_to_the_next(model: Path) -> None:
     spans = SPAWN.SimpleQueue()
     holder = SPAWN.Process(target=hold, args=(model, 1, 600, 1, spans))
-    holder.start()
-    wait_until_held(model)
-    waiting = SPAWN.Process(target=hold, args=(model, 1, 0, 1, spans))
-    waiting.start()
-    time.sleep(0.2)
-    assert waiting.is_alive()
-    assert holder.pid is not None
-    os.kill(holder.pid, signal.SIGKILL)
-    holder.join(60)
-    waiting.join(60)
-    assert waiting.exitcode == 0
-
-
-def test_a_killed_waiter_is_passed_over(model: Path) -> None:
-    spans = SPAWN.SimpleQueue()
-    holder = SPAWN.Process(target=hold, args=(model, 1, 1, 1, spans))
     holder.start()
     wait_until_held(model)
     waiters = [SPAWN.Process(target=hold, args=(model, 1, 0, 1, spans)) for _ in range(2)]
     for waiter in waiters:
         waiter.start()
         time.sleep(0.1)
-    assert waiters[0].pid is not None
-    os.kill(waiters[0].pid, signal.SIGKILL)
-    waiters[1].join(60)
+    assert waiters[1].is_alive()
+    waiters[0].kill()
+    holder.kill()
+    for each in (holder, *waiters):
+        each.join(60)
     assert waiters[1].exitcode == 0
-    holder.join(60)
 
 
 def wait_until_held(model: Path) -> None:

@@ -136,7 +136,7 @@ class EmbeddedServer:
         server, libraries, backend, stub = parts()
         self._process = ServerProcess(self.log_path, exit_timeout_s=self.exit_timeout_s, echo_log=self._echo_log)
         scratch = self._process.scratch
-        self._verified = VerifiedRepository(self.repository, scratch / "models", _say)
+        self._verified = VerifiedRepository(self.repository, scratch / "models", say)
         self._verified.fill()
         assemble_backend(scratch / "backends" / "python", backend, stub)
         variables = environment(libraries, scratch)
@@ -213,7 +213,7 @@ class EmbeddedServer:
             verified=self._verified,
             crashed=self._process.crashed,
             reworded=self._in_repository_words,
-            say=_say,
+            say=say,
             drain_s=self.exit_timeout_s,
         )
         self._supervisor.start(self._poll_s)
@@ -254,5 +254,5 @@ def check_repository(repository: Path) -> list[str]:
     return [model.name for model in models]
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

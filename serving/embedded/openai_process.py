@@ -15,9 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deepseek.spec import TEXT
 from deepseek.spec.children import ends_with_us
-from deepseek.spec.vocabulary import VOCABULARY
 from serving.embedded.flags import OPENAI_DRAIN_S
 from serving.embedded.ports import ReservedPorts
 from serving.embedded.supervisor import MOST_TIMES, WITHIN_S
@@ -102,17 +100,13 @@ class OpenAIProcess:
         )
 
 
-def takes_texts(repository: Path) -> bool:
-    return any(TEXT in config_of(model).parameters for model in models_in(repository))
-
-
-def takes_names(repository: Path) -> bool:
-    """Whether a model takes the names of items."""
-    return any(VOCABULARY in config_of(model).parameters for model in models_in(repository))
+def takes(repository: Path, parameter: str) -> bool:
+    """Whether a model's configuration has this parameter: TEXT or VOCABULARY."""
+    return any(parameter in config_of(model).parameters for model in models_in(repository))
 
 
 def missing_packages() -> Finding | None:
-    """What keeps the routes from running here."""
+    """A warning if the routes cannot run here."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if not missing:
         return None

@@ -15,48 +15,69 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 
-from deepseek.spec import GateFailed, InputError
+from deepseek.spec import TEXT, GateFailed, InputError
 from deepseek.spec.children import ends_with_us
+from deepseek.spec.vocabulary import VOCABULARY
 from serving.embedded.flags import trace_flags
-from serving.embedded.launcher import EmbeddedServer, check_repository
-from serving.embedded.openai_process import OpenAIProcess, missing_packages, takes_names, takes_texts
+from serving.embedded.launcher import EmbeddedServer, say
+from serving.embedded.openai_process import OpenAIProcess, missing_packages, takes
 from serving.embedded.triton_log import failure
 
-__all__ = ["EmbeddedServer", "check_repository", "main"]
+__all__ = ["EmbeddedServer", "main"]
 
 
 class _Routes:
-    """The OpenAI routes and the page: started when a model needs them, at the start or, with --poll-s, later."""
+    """The OpenAI routes and the page, which end with `running`. With --poll-s they also start later.
 
-    def __init__(self, start: Callable[[], OpenAIProcess | None], poll_s: float | None, *, required: bool) -> None:
-        """`required`: whether the server may not start without them."""
-        self._start, self._poll_s = start, poll_s
+    They start if a model takes texts, and for the page alone if one takes names of items.
+    """
+
+    def __init__(self, options: argparse.Namespace, server: EmbeddedServer, running: ExitStack) -> None:
+        self._options, self._server, self._running = options, server, running
         self._looked_s, self._said = time.monotonic(), ""
         self.process: OpenAIProcess | None = None
+        self._missing = missing_packages()
+        takes_texts = takes(server.repository, TEXT)
+        if self._missing and takes_texts:
+            print(f"warning   {self._missing}")
         try:
-            self.process = start()
+            self._start()
         except InputError as error:
-            if required:
+            if takes_texts:
                 raise
-            _say(f"warning   no page to try the models: {error}")
+            say(f"warning   no page to try the models: {error}")
+
+    def _start(self) -> None:
+        repository, has_page = self._server.repository, not (self._options.behind_gateway or self._options.command)
+        needed = takes(repository, TEXT) or (has_page and takes(repository, VOCABULARY))
+        if self._missing or not needed:
+            return
+        process = OpenAIProcess(
+            repository,
+            address=self._server.address,
+            port=self._options.openai_port,
+            http_port=self._server.http_port,
+            say=say,
+        )
+        self.process = self._running.enter_context(process)
 
     def look(self) -> str | None:
         """The reason if the process failed. Starts it if a model needs it by now."""
         if self.process:
             return self.process.look()
-        if self._poll_s is not None and time.monotonic() - self._looked_s >= self._poll_s:
+        poll_s = self._options.poll_s
+        if poll_s is not None and time.monotonic() - self._looked_s >= poll_s:
             self._looked_s = time.monotonic()
             try:
-                self.process = self._start()
-                said = f"OpenAI    {self.process.url}" if self.process else ""
-            except InputError as error:  # the port is in use, or a configuration cannot be read: the server goes on
-                said = f"warning   no OpenAI routes: {error}"
-            if said and said != self._said:
-                _say(said)
-            self._said = said
+                self._start()
+                line = f"OpenAI    {self.process.url}" if self.process else ""
+            except InputError as error:  # the port is in use, or a configuration cannot be read: the server continues
+                line = f"warning   no OpenAI routes: {error}"
+            if line and line != self._said:
+                say(line)
+            self._said = line
         return None
 
 
@@ -68,7 +89,7 @@ def _serve(server: EmbeddedServer, command: list[str], routes: _Routes | None = 
     print(f"HTTP      http://{server.http_url}/v2")
     print(f"gRPC      {server.grpc_url}")
     if routes and routes.process:
-        if takes_texts(server.repository):
+        if takes(server.repository, TEXT):
             print(f"OpenAI    {routes.process.url}")
         print(f"page      {routes.process.url.removesuffix('v1')}")
     print(f"metrics   {server.metrics_url}")
@@ -93,32 +114,6 @@ def _serve(server: EmbeddedServer, command: list[str], routes: _Routes | None = 
         if child is not None and child.poll() is None:
             child.terminate()
             child.wait()
-
-
-def _routes(options: argparse.Namespace, server: EmbeddedServer, running: ExitStack) -> _Routes:
-    """The OpenAI routes and the page, which end with `running`."""
-    may_have_page = not (options.behind_gateway or options.command)
-
-    def start() -> OpenAIProcess | None:
-        if not (takes_texts(server.repository) or (may_have_page and takes_names(server.repository))):
-            return None
-        process = OpenAIProcess(
-            server.repository,
-            address=server.address,
-            port=options.openai_port,
-            http_port=server.http_port,
-            say=_say,
-        )
-        return running.enter_context(process)
-
-    takes_text = takes_texts(server.repository)
-    if (finding := missing_packages()) and takes_text:
-        print(f"warning   {finding}")
-    return _Routes((lambda: None) if finding else start, options.poll_s, required=takes_text)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _started(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -153,7 +148,7 @@ def main(options: argparse.Namespace) -> int:
     )
     with server, ExitStack() as running:  # the routes end before the server
         try:
-            return _serve(server, options.command, _routes(options, server, running))
+            return _serve(server, options.command, _Routes(options, server, running))
         except KeyboardInterrupt:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # make and timeout send it twice; Ctrl-C still forces
             print("stopping", file=sys.stderr)

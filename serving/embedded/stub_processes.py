@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import threading
 import time
@@ -39,16 +38,13 @@ Left = dict[int, str]  # process id -> start time, which tells a reused id apart
 class StubProcess:
     model: str
     version: int
-    instance: str
 
     @classmethod
     def of(cls, arguments: list[str], models: Path) -> StubProcess | None:
         """Parses a stub's command line; None if it is not a stub of a model below `models`."""
         try:
             model, version = Path(arguments[1]).relative_to(models).parts[:2]
-            number = re.compile(rf"{re.escape(model)}_\d+_\d+")  # group and number, if the group has no name
-            instance = next((each for each in arguments if number.fullmatch(each)), model)
-            return cls(model=model, version=int(version), instance=instance)
+            return cls(model=model, version=int(version))
         except (IndexError, ValueError):
             return None
 
@@ -64,7 +60,7 @@ class StubDeath:
     seen_s: float
 
     def __str__(self) -> str:
-        return f"process {self.pid}{f' of {self.stub.instance}' if self.stub else ''} {self.how}"
+        return f"process {self.pid} {self.how}"
 
 
 class StubMonitor:
@@ -137,7 +133,7 @@ class StubMonitor:
         return left
 
     def _of(self, model: str) -> str:
-        """What happened to a model's processes: those known to be its own, else those that could be."""
+        """Describes the deaths of a model's processes: those known to be its own, else those that could be."""
         deaths = list(self._deaths.values())
         own = [death for death in deaths if death.stub and death.stub.model == model]
         return ", ".join(map(str, own or [death for death in deaths if death.stub is None])) or "its processes ended"

@@ -121,7 +121,7 @@ class VerifiedRepository:
                 yield change
 
     def _follow(self, model: Path) -> ModelChange | None:
-        """Links new intact versions of a model; if there is none, reports why and changes nothing."""
+        """Links new intact versions of a model; without one, reports why and changes nothing."""
         if not made_here(model) and model.name not in self._shown:  # once checked, always checked
             self._link_unchecked(model)
             return ModelChange(model=model.name, action="load")
