@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import shutil
 import subprocess
-import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from serving.observe.dashboard import dashboard, queries
+from serving.observe.dashboard import dashboard
 from serving.repository.served_models import served_models
 from serving.stack.refresh import write_observed
 from tests.gateway import free_port, wait_for
-from tests.test_observe import Observed, X, observed
+from tests.test_alerts import queries
+from tests.test_observe import X, observed
 from tests.test_openai import Serving, call, serving
 from tests.test_text import folder
 
@@ -79,55 +77,33 @@ class Prometheus:
         self.process.wait(20)
 
 
-@contextlib.contextmanager
-def load(running: Observed) -> Iterator[list[Exception]]:
-    """About fifty requests a second over both protocols meanwhile; what went wrong."""
-    done = threading.Event()
-    wrong: list[Exception] = []
-
-    def call(protocol: str) -> None:
-        try:
-            with running.gateway.client(protocol) as client:
-                while not done.wait(0.04):
-                    client.infer("add_one", X)
-        except Exception as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=call, args=(protocol,)) for protocol in ("grpc", "http")]
-    for thread in threads:
-        thread.start()
-    try:
-        yield wrong
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()
-
-
 @pytest.mark.slow
-def test_under_load_every_rule_evaluates_and_every_panel_has_data(tmp_path: Path) -> None:
-    with observed(tmp_path) as running:
+def test_every_rule_evaluates_and_every_panel_has_data(tmp_path: Path) -> None:
+    with (
+        observed(tmp_path) as running,
+        running.gateway.client("grpc") as grpc_client,
+        running.gateway.client("http") as http_client,
+    ):
         write_observed(running.models, tmp_path / "observe")
         ports = {"triton": running.server.metrics_port, "gateway": running.gateway.internal_port}
         prometheus = Prometheus(tmp_path, {job: f"127.0.0.1:{port}" for job, port in ports.items()})
         try:
-            with load(running) as wrong:
-                check_data(prometheus, running)
-            assert wrong == []
+            rules = wait_for(prometheus.rules, lambda found: found and all(rule["health"] == "ok" for rule in found))
+            asked = {rule["name"]: rule["name"] for rule in rules if rule["type"] == "recording"}
+            asked |= {f"{title}: {query}": query for title, query in queries(dashboard(running.models))}
+
+            def without_data() -> list[str]:
+                for client in (grpc_client, http_client):
+                    client.infer("add_one", X)
+                return [name for name, query in asked.items() if not prometheus.has(query)]
+
+            wait_for(without_data, [].__eq__)
+            assert [rule["name"] for rule in prometheus.rules() if rule.get("alerts")] == []
             running.server.stop()
             pending = wait_for(lambda: prometheus.ask("alerts")["alerts"])
             assert {alert["labels"]["alertname"] for alert in pending} == {"TritonDown"}
         finally:
             prometheus.stop()
-
-
-def check_data(prometheus: Prometheus, running: Observed) -> None:
-    """Every rule is well, what it records is there, and every query of the dashboard gives a number."""
-    rules = wait_for(prometheus.rules, lambda found: found and all(rule["health"] == "ok" for rule in found))
-    asked = {rule["name"]: rule["name"] for rule in rules if rule["type"] == "recording"}
-    asked |= {f"{title}: {query}": query for title, query in queries(dashboard(running.models))}
-    wait_for(lambda: [name for name, query in asked.items() if not prometheus.has(query)], [].__eq__)
-    assert [rule["name"] for rule in prometheus.rules() if rule.get("alerts")] == []
 
 
 @pytest.mark.server

@@ -44,7 +44,7 @@ CERTIFICATE_DAYS: tuple[tuple[int, Severity], ...] = ((3, "page"), (21, "ticket"
 
 @dataclass(frozen=True, kw_only=True)
 class Burn:
-    """A burn rate, seen over a long window, and over a short one so that the alert ends soon after the problem."""
+    """A burn rate over two windows: the short one ends the alert soon after the problem."""
 
     factor: float
     """Multiple of the rate at which the budget lasts exactly the whole period."""
@@ -81,9 +81,9 @@ def rules(
     models: list[ServedModel], runbook: str = RUNBOOK, scope: Scope = EVERYWHERE, rollout_min: int = ROLLOUT_MIN
 ) -> dict[str, Any]:
     """A rule file: recording rules, then alerts. `rollout_min`: minutes that a rollout of all instances may take."""
-    alerts = [*_stack_alerts(models, scope), *_endpoint_burns(models, scope), *_openai_burns(models, scope)]
+    alerts = [*_stack_alerts(models, scope)]
+    alerts += [rule for budget in _budgets(models) for rule in _burns(budget, scope)]
     for model in models:
-        alerts += [rule for budget in _budgets(model) for rule in _burns(budget, scope)]
         alerts += [_queue_alert(model, scope), _ready_alert(model, scope)]
         alerts += [_version_alert(model, scope, rollout_min)] if model.versions else []
     for alert in alerts:
@@ -113,71 +113,61 @@ def _alert(
 # ---- budgets -----------------------------------------------------------------------------------------
 
 
-def _budgets(model: ServedModel) -> Iterator[Budget]:
-    for percent, limit_ms in model.latency_limits_ms.items():
-        objective = f"p{percent:g}"
+def _budgets(models: list[ServedModel]) -> Iterator[Budget]:
+    take_texts = [model for model in models if model.text_bytes] if has_openai_routes(models) else []
+    # Over all models the strictest counts: a gRPC call without an answer has no known model.
+    if (allowed := _strictest(models)) is not None:
         yield Budget(
-            alert="LatencyBudgetBurn",
-            share="model:requests_slow",
-            total="model:requests",
-            allowed=allowed_slow(percent),
-            summary=f"{model.name}: too many requests take longer than {limit_ms:g} ms ({objective})",
-            labels={"model": model.name, "objective": objective},
-        )
-    if model.max_error_rate is not None:
-        yield Budget(
-            alert="ErrorBudgetBurn",
-            share="model:triton_requests_failed",
-            total="model:triton_requests",
-            allowed=model.max_error_rate,
-            summary=f"{model.name}: Triton or the model fails too many requests",
-            labels={"model": model.name},
-        )
-
-
-def _endpoint_burns(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
-    """Burn alerts over all models with the strictest budget: a gRPC call without an answer has no known model."""
-    shares = [model.max_error_rate for model in models if model.max_error_rate is not None]
-    if shares:
-        budget = Budget(
             alert="EndpointBudgetBurn",
             share="endpoint:requests_unserved",
             total="endpoint:requests",
-            allowed=min(shares),
+            allowed=allowed,
             summary="The endpoint leaves too many requests unanswered: no server, full queue, failure or time-out",
         )
-        yield from _burns(budget, scope)
-
-
-def _openai_burns(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
-    """Burn alerts of the OpenAI routes. A list that needs several batches has no latency limit."""
-    if not has_openai_routes(models):
-        return
-    take_texts = [model for model in models if model.text_bytes]
-    shares = [model.max_error_rate for model in take_texts if model.max_error_rate is not None]
-    if shares:
-        unserved = Budget(
+    if (allowed := _strictest(take_texts)) is not None:
+        yield Budget(
             alert="OpenAIBudgetBurn",
             share="openai:requests_unserved",
             total="openai:requests",
-            allowed=min(shares),
+            allowed=allowed,
             summary="The OpenAI routes refuse or fail too many requests: status 429 or 5xx",
         )
-        yield from _burns(unserved, scope)
-    for model in take_texts:
+    for model in models:
         for percent, limit_ms in model.latency_limits_ms.items():
-            if (bound := openai_bound_s(limit_ms)) is None:
-                continue
-            slow = Budget(
-                alert="OpenAILatencyBudgetBurn",
-                share="model:openai_requests_slow",
-                total="model:openai_requests",
+            objective = f"p{percent:g}"
+            yield Budget(
+                alert="LatencyBudgetBurn",
+                share="model:requests_slow",
+                total="model:requests",
                 allowed=allowed_slow(percent),
-                summary=f"{model.name}: too many requests of the OpenAI routes take longer than {bound:g} s; "
-                f"the SLO's p{percent:g} is {limit_ms:g} ms",
-                labels={"model": model.name, "objective": f"p{percent:g}"},
+                summary=f"{model.name}: too many requests take longer than {limit_ms:g} ms ({objective})",
+                labels={"model": model.name, "objective": objective},
             )
-            yield from _burns(slow, scope)
+            bound = openai_bound_s(limit_ms) if model in take_texts else None
+            if bound is not None:  # a list that needs several batches has no latency limit
+                yield Budget(
+                    alert="OpenAILatencyBudgetBurn",
+                    share="model:openai_requests_slow",
+                    total="model:openai_requests",
+                    allowed=allowed_slow(percent),
+                    summary=f"{model.name}: too many requests of the OpenAI routes take longer than {bound:g} s; "
+                    f"the SLO's {objective} is {limit_ms:g} ms",
+                    labels={"model": model.name, "objective": objective},
+                )
+        if model.max_error_rate is not None:
+            yield Budget(
+                alert="ErrorBudgetBurn",
+                share="model:triton_requests_failed",
+                total="model:triton_requests",
+                allowed=model.max_error_rate,
+                summary=f"{model.name}: Triton or the model fails too many requests",
+                labels={"model": model.name},
+            )
+
+
+def _strictest(models: list[ServedModel]) -> float | None:
+    """The smallest `max_error_rate`; None if no model has one."""
+    return min((model.max_error_rate for model in models if model.max_error_rate is not None), default=None)
 
 
 def _burns(budget: Budget, scope: Scope) -> Iterator[Rule]:

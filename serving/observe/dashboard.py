@@ -2,12 +2,11 @@
 
 Contract: `dashboard` makes the content of a dashboard file. It reads what `serving.observe.recording_rules` records,
 and the metrics of the gateway, Triton and the OpenAI routes. The rows of the GPU and of these routes are there if the
-models need them. `queries` gives the panels' queries as Grafana sends them with every model selected.
+models need them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from deepseek.spec.metric_windows import QUEUES
@@ -55,8 +54,10 @@ def _rate(metric: str, by: str, *chosen: str) -> str:
     return f"sum by ({by}) (rate({metric}{{{','.join(chosen)}}}{RANGE}))"
 
 
-def _quantile(share: float) -> str:
-    return f"histogram_quantile({share}, {_rate(f'{DURATION}_bucket', 'le, model', MODEL)})"
+def _quantiles(histogram: str, *chosen: str) -> dict[str, str]:
+    """The median, p95 and p99 of each model."""
+    buckets = _rate(f"{histogram}_bucket", "le, model", MODEL, *chosen)
+    return {f"{{{{model}}}} p{100 * share:g}": f"histogram_quantile({share}, {buckets})" for share in (0.5, 0.95, 0.99)}
 
 
 def _slo() -> list[Panel]:
@@ -116,11 +117,7 @@ def _gateway() -> list[Panel]:
             {"unserved": "endpoint:requests_unserved:ratio_rate5m"},
             description="No server, a full queue, a failure or a time-out. Callers' mistakes do not count.",
         ),
-        _panel(
-            "Latency at the gateway",
-            "s",
-            {f"{{{{model}}}} p{100 * share:g}": _quantile(share) for share in (0.5, 0.95, 0.99)},
-        ),
+        _panel("Latency at the gateway", "s", _quantiles(DURATION)),
         _panel(
             "Mean latency: gateway and Triton",
             "s",
@@ -172,9 +169,8 @@ def _triton() -> list[Panel]:
 
 
 def _openai() -> list[Panel]:
-    one_batch, route = 'split="no"', 'route=~"/v1/embeddings|/similarity|/rerank"'
+    route = 'route=~"/v1/embeddings|/similarity|/rerank"'
     padded, tokens = (_rate(f"onnxruntime_text_{name}", "model", MODEL) for name in ("padded_tokens", "tokens"))
-    buckets = _rate(f"{OPENAI_DURATION}_bucket", "le, model", MODEL, one_batch)
     return [
         _panel(
             "Requests of the OpenAI routes",
@@ -191,10 +187,7 @@ def _openai() -> list[Panel]:
         _panel(
             "Latency of the OpenAI routes",
             "s",
-            {
-                f"{{{{model}}}} p{100 * share:g}": f"histogram_quantile({share}, {buckets})"
-                for share in (0.5, 0.95, 0.99)
-            },
+            _quantiles(OPENAI_DURATION, 'split="no"'),
             description="Lists that fit into one batch. Longer lists take as long as their batches.",
         ),
         _panel("Texts per second", "none", {"{{model}}": _rate("openai_texts_total", "model", MODEL)}),
@@ -278,10 +271,3 @@ def _laid_out(rows: dict[str, list[Panel]]) -> list[dict[str, Any]]:
             found.append({"id": len(found) + 1, "gridPos": place, **panel})
         y += -(-len(panels) // 3) * PANEL_HEIGHT
     return found
-
-
-def queries(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Title and query of each panel's lines, as Grafana sends them with all models selected."""
-    for panel in content["panels"]:
-        for target in panel.get("targets", ()):
-            yield panel["title"], target["expr"].replace("$__rate_interval", "1m").replace("$model", ".*")

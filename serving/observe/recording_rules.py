@@ -54,12 +54,14 @@ EVERYWHERE = Scope()
 
 
 def recording_groups(models: list[ServedModel], scope: Scope = EVERYWHERE) -> list[dict[str, Any]]:
-    slo = [*_slow_counts(models, scope), *_shares(models, scope), *_budgets(models, scope)]
-    return [
-        {"name": "deepseek-slo", "rules": slo},
-        {"name": "deepseek-models", "rules": list(_queues_and_batches(models, scope))},
-        *([{"name": "deepseek-openai", "rules": list(_openai(models, scope))}] if has_openai_routes(models) else []),
-    ]
+    groups = {
+        "slo": [*_slow_counts(models, scope), *_shares(models, scope), *_budgets(models)],
+        "models": [*_queues_and_batches(models, scope)],
+        "openai": [*_openai(models, scope)] if has_openai_routes(models) else [],
+    }
+    for rule in (rule for rules in groups.values() for rule in rules if scope.labels):
+        rule["labels"] = rule.get("labels", {}) | scope.labels
+    return [{"name": f"deepseek-{name}", "rules": rules} for name, rules in groups.items() if rules]
 
 
 def allowed_slow(percent: float) -> float:
@@ -85,7 +87,7 @@ def _slow_counts(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
     limits_ms = {limit_ms for model in models for limit_ms in model.latency_limits_ms.values()}
     for bound in sorted({bound_s(limit_ms) for limit_ms in {*limits_ms, _longest_ms(models)}}, key=float):
         late = f"{DURATION}_count{scope()} - ignoring (le) {DURATION}_bucket{scope(le=bound)}"
-        yield _record(SLOW, late, le=bound, **scope.labels)
+        yield _record(SLOW, late, le=bound)
 
 
 def _longest_ms(models: list[ServedModel]) -> float:
@@ -94,19 +96,19 @@ def _longest_ms(models: list[ServedModel]) -> float:
 
 def _shares(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
     """For each window, the shares that the budgets limit, and their total rates."""
-    of_a_model, here = scope('model!=""'), scope.labels
+    of_a_model = scope('model!=""')
     for window in BUDGETS:
         requests = f"sum by (model) (rate({DURATION}_count{of_a_model}[{window}]))"
-        yield _record(f"model:requests:rate{window}", requests, **here)
+        yield _record(f"model:requests:rate{window}", requests)
         failed, everything = (
             f"sum by (model) (rate({scope(counters, NOT_GIVEN_UP)}[{window}]))" for counters in (FAILURES, REQUESTS)
         )
-        yield _record(f"model:triton_requests:rate{window}", everything, **here)
-        yield _record(f"model:triton_requests_failed:ratio_rate{window}", f"{failed} / {everything}", **here)
+        yield _record(f"model:triton_requests:rate{window}", everything)
+        yield _record(f"model:triton_requests_failed:ratio_rate{window}", f"{failed} / {everything}")
         answered, unserved = _endpoint(models, window, scope)
-        yield _record(f"endpoint:requests:rate{window}", f"{answered} + {unserved}", **here)
+        yield _record(f"endpoint:requests:rate{window}", f"{answered} + {unserved}")
         share = f"({unserved}) / ({answered} + {unserved})"
-        yield _record(f"endpoint:requests_unserved:ratio_rate{window}", share, **here)
+        yield _record(f"endpoint:requests_unserved:ratio_rate{window}", share)
         for model in models:
             for percent, limit_ms in model.latency_limits_ms.items():
                 yield _slow(model.name, percent, limit_ms, window, scope)
@@ -132,38 +134,32 @@ def _slow(model: str, percent: float, limit_ms: float, window: str, scope: Scope
     """The share of a model's requests that took longer than a limit."""
     slow = f"sum(rate({SLOW}{scope(model=model, le=bound_s(limit_ms))}[{window}]))"
     share = f"{slow} / sum(rate({DURATION}_count{scope(model=model)}[{window}]))"
-    whose = {"model": model, "objective": f"p{percent:g}", **scope.labels}
-    return _record(f"model:requests_slow:ratio_rate{window}", share, **whose)
+    return _record(f"model:requests_slow:ratio_rate{window}", share, model=model, objective=f"p{percent:g}")
 
 
-def _budgets(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
+def _budgets(models: list[ServedModel]) -> Iterator[Rule]:
     """The allowed shares, for the dashboard."""
     for model in models:
         for percent in model.latency_limits_ms:
             allowed = f"vector({number(allowed_slow(percent))})"
-            whose = {"model": model.name, "objective": f"p{percent:g}", **scope.labels}
-            yield _record("model:requests_slow:budget", allowed, **whose)
+            yield _record("model:requests_slow:budget", allowed, model=model.name, objective=f"p{percent:g}")
         if model.max_error_rate is not None:
             allowed = f"vector({number(model.max_error_rate)})"
-            yield _record("model:triton_requests_failed:budget", allowed, model=model.name, **scope.labels)
+            yield _record("model:triton_requests_failed:budget", allowed, model=model.name)
 
 
 def _queues_and_batches(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
-    """Queues and batches from Triton's counters."""
-
     def rate(counter: str) -> str:
         return f"sum by (model) (rate(nv_inference_{counter}{scope()}[{QUEUES}]))"
 
     queue, compute = rate("queue_duration_us"), rate("compute_infer_duration_us")
-    yield _record(f"model:batch_size:mean_rate{QUEUES}", f"{rate('count')} / {rate('exec_count')}", **scope.labels)
-    yield _record(f"model:queue_to_compute:ratio_rate{QUEUES}", f"{queue} / {compute}", **scope.labels)
-    yield _record(
-        f"model:queue_seconds:mean_rate{QUEUES}", f"{queue} / {rate('request_success')} / 1e6", **scope.labels
-    )
+    yield _record(f"model:batch_size:mean_rate{QUEUES}", f"{rate('count')} / {rate('exec_count')}")
+    yield _record(f"model:queue_to_compute:ratio_rate{QUEUES}", f"{queue} / {compute}")
+    yield _record(f"model:queue_seconds:mean_rate{QUEUES}", f"{queue} / {rate('request_success')} / 1e6")
     for model in models:
         if model.queue_size:
             fill = f"sum by (instance) ({READY}{scope(model=model.name)}) / {model.queue_size}"
-            yield _record("instance_model:queue_fill:ratio", fill, model=model.name, **scope.labels)
+            yield _record("instance_model:queue_fill:ratio", fill, model=model.name)
 
 
 def openai_bound_s(limit_ms: float) -> float | None:
@@ -179,10 +175,10 @@ def _openai(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
             f"(sum(rate({OPENAI_REQUESTS}{scope(f'status=~{json.dumps(statuses)}')}[{window}])) or vector(0))"
             for statuses in (OPENAI_UNSERVED, f"200|{OPENAI_UNSERVED}")
         )
-        yield _record(f"openai:requests:rate{window}", total, **scope.labels)
-        yield _record(f"openai:requests_unserved:ratio_rate{window}", f"{unserved} / {total}", **scope.labels)
+        yield _record(f"openai:requests:rate{window}", total)
+        yield _record(f"openai:requests_unserved:ratio_rate{window}", f"{unserved} / {total}")
         requests = f"sum by (model) (rate({OPENAI_DURATION}_count{scope(one_batch)}[{window}]))"
-        yield _record(f"model:openai_requests:rate{window}", requests, **scope.labels)
+        yield _record(f"model:openai_requests:rate{window}", requests)
         for model in models:
             for percent, limit_ms in model.latency_limits_ms.items() if model.text_bytes else ():
                 if (bound := openai_bound_s(limit_ms)) is None:
@@ -190,5 +186,5 @@ def _openai(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
                 of = {"model": model.name, "split": "no"}
                 fast = f"sum(rate({OPENAI_DURATION}_bucket{scope(**of, le=str(bound))}[{window}]))"
                 share = f"1 - {fast} / sum(rate({OPENAI_DURATION}_count{scope(**of)}[{window}]))"
-                whose = {"model": model.name, "objective": f"p{percent:g}", **scope.labels}
-                yield _record(f"model:openai_requests_slow:ratio_rate{window}", share, **whose)
+                name = f"model:openai_requests_slow:ratio_rate{window}"
+                yield _record(name, share, model=model.name, objective=f"p{percent:g}")
