@@ -1,18 +1,20 @@
 """Shared fixtures: a real Triton with tiny models, and two models taken through the export stages.
 
 `make test` runs the tests in three processes (pytest-xdist). A file's tests stay in one process, so its fixtures are set
-up once. One process makes the folders of session fixtures for all (`once`).
+up once. One process makes the folders of session fixtures for all (`once`). A test marked `alone` measures this
+machine: no other test runs at the same time.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,11 @@ STARTING_FIXTURES = {"server", "relays", "closed", "gateway", "built", "typed", 
 STARTING_NAMES = {"EmbeddedServer", "FakeEndpoint", "Gateway", "Serving", "answering", "run_module", "train_model"}
 
 
+def is_alone(item: pytest.Item) -> bool:
+    """Whether the test measures this machine."""
+    return item.get_closest_marker("alone") is not None
+
+
 def pytest_configure() -> None:
     """Lets Ctrl-C reach the commands that tests start, even if the tests run in the background."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -57,13 +64,27 @@ def starts_something(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks tests as `server`; sorts long files first."""
+    """Marks tests as `server`; sorts long files first and tests that run alone last."""
     for item in items:
         if starts_something(item):
             item.add_marker("server")
     if hasattr(config, "workerinput"):
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-        items.sort(key=lambda item: -slow[item.path])
+        measuring = {item.path for item in items if is_alone(item)}
+        items.sort(key=lambda item: (item.path in measuring, -slow[item.path], is_alone(item)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Keeps tests of the other processes from running while a test marked `alone` runs, fixtures included."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    of_the_run = Path(item.config.getoption("basetemp")).parent  # the parent of this process's own folder
+    with (of_the_run / "alone.lock").open("w") as lock:
+        with (of_the_run / "turn.lock").open("w") as turn:  # otherwise shared holders might never let it in
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX if is_alone(item) else fcntl.LOCK_SH)
+        return (yield)
 
 
 # Tensors are passed by DLPack, for the reason in serving/backend/onnxruntime_backend.py.

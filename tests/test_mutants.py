@@ -53,7 +53,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree("tests/mutants", tmp_path / "tests" / "mutants")
     (tmp_path / "core.py").write_text("def double(a):\n    return a * 2\n\n\ndef same(a):\n    return a\n")
     (tmp_path / "tests" / "test_core.py").write_text("import core\n\ndef test_it():\n    assert core.double(2) == 4\n")
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow\n    alone\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(probe, "MODULES", {"core": (("core.py",), ("tests/test_core.py",))})
     monkeypatch.setattr(probe, "EQUIVALENT", tmp_path / "equivalent.toml")

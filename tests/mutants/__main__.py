@@ -1,7 +1,7 @@
 """Puts seeded mutants into the core modules, one at a time, and reports which of them the tests catch.
 
 Contract: works in copies of the tree, one per process, never in the checkout. A mutant is caught if a test of its module
-fails or exceeds its time limit. Tests marked `slow` do not run. Mutants in `tests/mutants/equivalent.toml` do
+fails or exceeds its time limit. Tests marked `alone` or `slow` do not run. Mutants in `tests/mutants/equivalent.toml` do
 not count.
 
 With fewer than 30 mutants per module, a module's share means little: then all modules are judged together, and fail only
@@ -122,7 +122,7 @@ class Tree:
     def _run(self, selected: Sequence[str], order: Path, timeout_s: float) -> str:
         # Shared session fixtures lie beside basetemp, made once by the unchanged code (`of_the_run`).
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "tests.mutants.recorder"]
-        command += ["-m", "not slow", f"--basetemp={self.folder}.tmp", *selected]
+        command += ["-m", "not alone and not slow", f"--basetemp={self.folder}.tmp", *selected]
         environment = {"PYTHONPATH": f"{self.folder}{os.pathsep}{self.folder / 'client'}"}
         environment |= {"MUTANTS_RECORD": str(self.record), "MUTANTS_ORDER": str(order)}
         environment |= {"PYTEST_XDIST_WORKER": "mutant"}
