@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,14 @@ def only(findings: list[str]) -> str:
     return findings[0]
 
 
+def check(repository: Path, machine: Machine, mismatch: str, warning: str = "") -> None:
+    """At most one finding of each level, with this beginning; none if that is empty."""
+    for level, expected in (("mismatch", mismatch), ("warning", warning)):
+        found = lines(repository, machine, level)
+        assert len(found) == bool(expected), found
+        assert "".join(found).startswith(expected)
+
+
 def edit_config(repository: Path, old: str, new: str) -> None:
     """Replaces `old`, a regular expression, in config.pbtxt."""
     path = repository / "image" / "config.pbtxt"
@@ -92,7 +101,7 @@ def edit_config(repository: Path, old: str, new: str) -> None:
     path.write_text(text)
 
 
-def test_what_export_published_fits_and_the_table_says_so(built: Path) -> None:
+def test_a_published_repository_passes_and_the_table_lists_it(built: Path) -> None:
     run = run_module("cli", "doctor", "--repository", str(built / "repository"), DEEPSEEK_BUILD=str(built / "build"))
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"image/1 .* onnxruntime +1 to 8 ", run.stdout)
@@ -135,9 +144,7 @@ def says(**changes: object) -> Callable[[Path], object]:
     ],
     ids=["flipped", "truncated", "longer", "missing", "backend", "manifest", "no manifest", "another target", "schema"],
 )  # fmt: skip
-def test_an_engine_that_is_not_what_was_published_is_one_line(
-    repository: Path, breakage: Callable[[Path], object], reason: str
-) -> None:
+def test_a_damaged_engine_is_one_line(repository: Path, breakage: Callable[[Path], object], reason: str) -> None:
     breakage(repository / "image" / "1" / "model.onnx")
     assert only(lines(repository)).startswith(f"image/1: {reason}")
 
@@ -170,7 +177,7 @@ def test_a_configuration_that_does_not_fit_the_engine(repository: Path, old: str
 
 
 @pytest.mark.parametrize("name", ["notes", ".git", "lost+found"])
-def test_a_folder_that_is_no_model_keeps_triton_from_starting(repository: Path, name: str) -> None:
+def test_a_folder_without_a_configuration_is_a_mismatch(repository: Path, name: str) -> None:
     (repository / name).mkdir()
     assert only(lines(repository)).startswith(f"{name}: a folder without config.pbtxt")
 
@@ -180,7 +187,7 @@ def test_a_model_without_versions(repository: Path) -> None:
     assert only(lines(repository)).startswith("image: has no version directory")
 
 
-def test_what_is_only_kept_is_a_warning(repository: Path) -> None:
+def test_a_damaged_older_version_is_a_warning(repository: Path) -> None:
     shutil.copytree(repository / "image" / "1", repository / "image" / "2")
     edit_config(repository, "versions: 1", "versions: 2")
     damage(repository / "image" / "1" / "model.onnx")
@@ -188,98 +195,73 @@ def test_what_is_only_kept_is_a_warning(repository: Path) -> None:
     assert only(lines(repository, level="warning")).startswith("image/1: model.onnx is damaged")
 
 
-def test_a_model_of_somebody_else_is_left_to_triton(repository: Path) -> None:
+def test_a_model_without_a_manifest_is_not_checked(repository: Path) -> None:
     write_add_one(repository)
     assert lines(repository) == []
     assert only(lines(repository, level="warning")).startswith("add_one: not checked: it has no manifest.json")
-
-
-def test_an_engine_of_tensorrt_fits_the_gpu_and_release_that_it_was_built_for(on_gpu: Path) -> None:
-    for machine in (GPU_HOST, TRITONS):
-        assert lines(on_gpu, machine) == lines(on_gpu, machine, "warning") == []
-
-
-T4 = replace(H100, name="Tesla T4", compute_capability="7.5")
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"gpus": (T4,)}, "image/1: was built for compute capability 9.0, this machine has Tesla T4 7.5; rebuild it for this machine"),
-        ({"gpus": ()}, "image/1: needs a GPU of compute capability 9.0, but nvidia-smi shows none; give it a GPU"),
-        ({"triton_tag": "26.11"}, "image/1: was built in the container of 26.10, but Triton will be 26.11; rebuild"),
-        ({"in_container": True, "triton_tag": "26.11"}, "image/1: was built in the container of 26.10, but Triton"),
-        ({"in_container": True, "triton_tag": "26.05", "tensorrt": "11.2.1"}, "TRITON_TAG: seen 26.05; 26.08 or newer"),
-        ({"gpus": (replace(H100, memory_bytes=1 << 20),)}, "GPU memory: GPU 0 (NVIDIA H100 80GB HBM3 9.0) has 1.00 MiB, the weights of image alone take"),
-        ({"docker": None}, "Docker: no Docker engine answers"),
-        ({"docker": ("runc",)}, "Docker: has only the runtimes runc, so containers see no GPU; install"),
-    ],
-    ids=["chip", "no-gpu", "tag", "tag-of-the-container", "old-tag", "gpu-memory", "no-docker", "no-runtime"],
-)  # fmt: skip
-def test_an_engine_of_tensorrt_on_a_machine_that_it_does_not_fit(
-    on_gpu: Path, change: dict[str, object], reason: str
-) -> None:
-    if reason.startswith("GPU memory"):
-        edit_manifest(on_gpu, size_bytes=2 << 20)
-    assert only(lines(on_gpu, replace(GPU_HOST, **change))).startswith(reason)  # type: ignore[arg-type]
-
-
-def test_each_gpu_that_loads_an_engine_needs_the_memory_and_no_other(on_gpu: Path) -> None:
-    edit_manifest(on_gpu, size_bytes=2 << 20)
-    small, large = replace(H100, memory_bytes=1 << 20), replace(H100, memory_bytes=1 << 30)
-    told = "GPU memory: GPU 0 (NVIDIA H100 80GB HBM3 9.0) has 1.00 MiB, the weights of image alone take"
-    assert only(lines(on_gpu, replace(GPU_HOST, gpus=(small, large)))).startswith(told)
-    edit_config(on_gpu, "kind: KIND_GPU", "kind: KIND_GPU gpus: 1")
-    assert lines(on_gpu, replace(GPU_HOST, gpus=(small, large))) == []
-
-
-def test_in_a_machine_with_several_kinds_of_gpu_the_engine_is_loaded_only_where_it_runs(on_gpu: Path) -> None:
-    mixed = replace(GPU_HOST, gpus=(T4, H100))
-    wrong = "image/1: was built for compute capability 9.0, which GPU 0 (Tesla T4 7.5) cannot run; set gpus: [1] in"
-    assert only(lines(on_gpu, mixed)).startswith(wrong)
-    edit_config(on_gpu, "kind: KIND_GPU", "kind: KIND_GPU gpus: 1")
-    assert lines(on_gpu, mixed) == []
-    told = "image/1: was built for compute capability 9.0: GPU 0 (Tesla T4 7.5) will not serve it; GPU 1 will"
-    assert only(lines(on_gpu, mixed, "warning")) == told
-    assert only(lines(on_gpu, GPU_HOST)).startswith("image/1: instance_group names GPU 1, but this machine has 1 GPU;")
-
-
-def test_an_old_driver_is_a_warning(on_gpu: Path) -> None:
-    machine = replace(GPU_HOST, gpus=(replace(H100, driver="535.183.01"),))
-    assert lines(on_gpu, machine) == []
-    assert only(lines(on_gpu, machine, "warning")).startswith("driver: NVIDIA H100 80GB HBM3: 535.183.01 is older")
 
 
 def edit_manifest(repository: Path, **changes: object) -> None:
     says(**changes)(repository / "image" / "1" / "model")
 
 
-def test_in_tritons_container_its_own_tensorrt_counts(on_gpu: Path) -> None:
-    wrong = "image/1: was built by TensorRT 11.2.1.6, this container has 11.3.0; rebuild it for this machine: make engine MODEL=image"
-    assert only(lines(on_gpu, replace(TRITONS, tensorrt="11.3.0"))).startswith(wrong)
-    assert lines(on_gpu, replace(TRITONS, triton_tag="26.11")) == []  # another release with the same TensorRT
+def host(**changes: Any) -> Machine:
+    return replace(GPU_HOST, **changes)
 
 
-@pytest.mark.parametrize("installed", [None, "11.2.1", "11.4.0"])
-def test_a_hosts_own_tensorrt_neither_clears_nor_condemns_an_engine(on_gpu: Path, installed: str | None) -> None:
-    host = replace(GPU_HOST, tensorrt=installed)
-    assert lines(on_gpu, host) == lines(on_gpu, host, "warning") == []
-    assert "Triton will be 26.11" in only(lines(on_gpu, replace(host, triton_tag="26.11")))
-    edit_manifest(on_gpu, versions={"tensorrt": "11.2.1.6"})  # as of NATIVE=1
-    native = "image/1: was built by TensorRT 11.2.1.6 outside the containers; only Triton 26.10 itself can tell at start-up if it loads; "
-    assert lines(on_gpu, host) == []
-    assert only(lines(on_gpu, host, "warning")).startswith(native)
-    assert only(lines(on_gpu, host, "warning")).endswith("make engine MODEL=image TARGET=tensorrt TRITON_TAG=26.10")
+def gpu(**changes: Any) -> tuple[Gpu]:
+    return (replace(H100, **changes),)
 
 
-def test_an_engine_that_is_compatible_with_newer_hardware_and_software_fits_them(on_gpu: Path) -> None:
-    edit_manifest(on_gpu, settings={"hardware_compatibility": "ampere_plus", "version_compatible": True})
-    blackwell = replace(TRITONS, gpus=(replace(H100, compute_capability="10.0"),), tensorrt="11.3.0")
-    assert lines(on_gpu, blackwell) == []
-    assert "compute capability" in only(lines(on_gpu, replace(blackwell, gpus=(T4,))))
+T4 = replace(H100, name="Tesla T4", compute_capability="7.5")
+SMALL, LARGE = gpu(memory_bytes=1 << 20), gpu(memory_bytes=1 << 30)
+TWO_MIB = {"size_bytes": 2 << 20}
+NATIVE = {"versions": {"tensorrt": "11.2.1.6"}}
+COMPATIBLE = {"settings": {"hardware_compatibility": "ampere_plus", "version_compatible": True}}
+TOO_SMALL = "GPU memory: GPU 0 (NVIDIA H100 80GB HBM3 9.0) has 1.00 MiB, the weights of image alone take"
+REBUILD = "rebuild it for this machine: make engine MODEL=image TARGET=tensorrt TRITON_TAG="
 
 
-def test_triton_is_told_of_a_version_compatible_engine_where_it_serves_one(repository: Path) -> None:
+@pytest.mark.parametrize(
+    ("manifest", "group", "machine", "mismatch", "warning"),
+    [
+        ({}, "", host(), "", ""),
+        ({}, "", TRITONS, "", ""),
+        ({}, "", host(gpus=(T4,)), "image/1: was built for compute capability 9.0, this machine has Tesla T4 7.5; rebuild it for this machine", ""),
+        ({}, "", host(gpus=()), "image/1: needs a GPU of compute capability 9.0, but nvidia-smi shows none; give it a GPU", ""),
+        ({}, "", host(gpus=(T4, H100)), "image/1: was built for compute capability 9.0, which GPU 0 (Tesla T4 7.5) cannot run; set gpus: [1] in", ""),
+        ({}, "gpus: 1", host(gpus=(T4, H100)), "", "image/1: was built for compute capability 9.0: GPU 0 (Tesla T4 7.5) will not serve it; GPU 1 will"),
+        ({}, "gpus: 1", host(), "image/1: instance_group names GPU 1, but this machine has 1 GPU;", ""),
+        (TWO_MIB, "", host(gpus=SMALL), TOO_SMALL, ""),
+        (TWO_MIB, "", host(gpus=SMALL + LARGE), TOO_SMALL, ""),
+        (TWO_MIB, "gpus: 1", host(gpus=SMALL + LARGE), "", ""),
+        ({}, "", host(gpus=gpu(driver="535.183.01")), "", "driver: NVIDIA H100 80GB HBM3: 535.183.01 is older"),
+        ({}, "", host(docker=None), "Docker: no Docker engine answers", ""),
+        ({}, "", host(docker=("runc",)), "Docker: has only the runtimes runc, so containers see no GPU; install", ""),
+        ({}, "", host(triton_tag="26.11"), "image/1: was built in the container of 26.10, but Triton will be 26.11; rebuild", ""),
+        # Only Triton's container has the TensorRT that Triton loads; one on the host changes nothing.
+        ({}, "", host(tensorrt="11.4.0"), "", ""),
+        ({}, "", host(tensorrt="11.2.1", triton_tag="26.11"), "image/1: was built in the container of 26.10, but Triton", ""),
+        (NATIVE, "", host(tensorrt="11.2.1"), "", f"image/1: was built by TensorRT 11.2.1.6 outside the containers; only Triton 26.10 itself can tell at start-up if it loads; {REBUILD}26.10"),
+        ({}, "", replace(TRITONS, tensorrt="11.3.0"), f"image/1: was built by TensorRT 11.2.1.6, this container has 11.3.0; {REBUILD}26.10", ""),
+        ({}, "", replace(TRITONS, triton_tag="26.11"), "", ""),
+        ({}, "", replace(TRITONS, triton_tag="26.11", tensorrt=None), "image/1: was built in the container of 26.10, but Triton", ""),
+        ({}, "", replace(TRITONS, triton_tag="26.05"), "TRITON_TAG: seen 26.05; 26.08 or newer", ""),
+        (COMPATIBLE, "", replace(TRITONS, gpus=gpu(compute_capability="10.0"), tensorrt="11.3.0"), "", ""),
+        (COMPATIBLE, "", replace(TRITONS, gpus=(T4,)), "image/1: was built for compute capability 9.0", ""),
+        (COMPATIBLE, "", host(triton_tag="26.11"), "", "image/1: was built by TensorRT 11.2.1.6 in the container of 26.10; only Triton 26.11 itself can tell"),
+        (COMPATIBLE, "", host(triton_tag="26.09"), "image/1: was built in the container of 26.10, but Triton will be 26.09", ""),
+    ],
+)  # fmt: skip
+def test_an_engine_of_tensorrt_needs_the_gpu_and_release_that_it_was_built_for(
+    on_gpu: Path, manifest: dict[str, Any], group: str, machine: Machine, mismatch: str, warning: str
+) -> None:
+    edit_manifest(on_gpu, **manifest)
+    edit_config(on_gpu, "kind: KIND_GPU", f"kind: KIND_GPU {group}")
+    check(on_gpu, machine, mismatch, warning)
+
+
+def test_a_flag_allows_version_compatible_engines_only_if_one_is_served(repository: Path) -> None:
     assert engine_flags(repository) == []
     edit_manifest(repository, settings={"version_compatible": True})
     assert engine_flags(repository) == ["--backend-config=tensorrt,version-compatible=true"]
@@ -292,54 +274,47 @@ def test_triton_is_told_of_a_version_compatible_engine_where_it_serves_one(repos
         engine_flags(repository)
 
 
-def test_nothing_of_a_plan_but_its_kind_and_its_version_is_read(on_gpu: Path, rtx_plan: bytes) -> None:
-    """The rest of the header is not documented, and a wrong guess would keep a good engine from being served."""
-    unknown = b"ptrt" + b"\xff" * 20 + bytes([11, 2, 1, 6]) + rtx_plan[28:]
-    write_tensorrt_version(on_gpu / "image", unknown)
-    assert lines(on_gpu, GPU_HOST) == []
-
-
-def test_outside_a_later_container_is_only_warned_of_where_the_engine_is_version_compatible(on_gpu: Path) -> None:
-    edit_manifest(on_gpu, settings={"version_compatible": True})
-    later, earlier = (replace(GPU_HOST, triton_tag=tag) for tag in ("26.11", "26.09"))
-    assert lines(on_gpu, later) == []
-    assert "in the container of 26.10; only Triton 26.11 itself can tell" in only(lines(on_gpu, later, "warning"))
-    assert "Triton will be 26.09" in only(lines(on_gpu, earlier))
-
-
 @pytest.mark.parametrize(
     ("plan", "reason"),
     [
         (lambda plan: plan, "model.plan is an engine of TensorRT for RTX 1."),
         (lambda plan: b"ptrt" + plan[4:24] + bytes([10, 16, 1, 0]) + plan[28:], "model.plan was built by TensorRT 10.16."),
         (lambda plan: b"ONNX" + plan[4:], "its target is tensorrt, but it has no TensorRT model.plan"),
+        # The rest of the header is not documented: a wrong guess would keep a good engine from being served.
+        (lambda plan: b"ptrt" + b"\xff" * 20 + bytes([11, 2, 1, 6]) + plan[28:], ""),
     ],
-    ids=["rtx", "version", "no-plan"],
+    ids=["rtx", "version", "no-plan", "unknown bytes"],
 )  # fmt: skip
 def test_a_plan_is_known_by_its_header(
     repository: Path, rtx_plan: bytes, plan: Callable[[bytes], bytes], reason: str
 ) -> None:
     write_tensorrt_version(repository / "image", plan(rtx_plan))
-    assert only(lines(repository, GPU_HOST)).startswith(f"image/1: {reason}")
+    check(repository, GPU_HOST, f"image/1: {reason}" if reason else "")
+
+
+EPYC = Cpu(model="EPYC", cores=2)
+MEASURED = MeasuredBatches(
+    precision="fp32", instances=2, threads=1, at_once=2, cpu=EPYC, times=(BatchTime(rows=1, ms=3.0),)
+)
+PLAN = BatchingPlan(queue_timeout_ms=194, max_queue_size=259, reasons={}, measured=MEASURED).model_dump(mode="json")
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("provider", "machine", "mismatch", "warning"),
     [
-        ({"onnxruntime": None}, "image/1: ONNX Runtime cannot be imported here; "),
-        ({"ram_bytes": 1 << 10}, "RAM: this machine has 0.00 MiB, the weights of image alone take"),
+        ("cpu", replace(CPU, onnxruntime=None), "image/1: ONNX Runtime cannot be imported here; ", ""),
+        ("migraphx", CPU, "image/1: needs the execution provider 'migraphx', ONNX Runtime here has cpu", ""),
+        ("cpu", replace(CPU, ram_bytes=1 << 10), "RAM: this machine has 0.00 MiB, the weights of image alone take", ""),
+        ("cpu", replace(CPU, cpu=EPYC), "", ""),
+        ("cpu", replace(CPU, cpu=replace(EPYC, cores=8)), "", "image/1: its batching and queue follow from batches measured on EPYC, 2 cores; this machine has EPYC, 8 cores; measure here: make engine MODEL=image TARGET=onnxruntime"),
     ],
-    ids=["onnxruntime", "ram"],
-)
-def test_an_engine_of_onnxruntime_on_a_machine_that_it_does_not_fit(
-    repository: Path, change: dict[str, object], reason: str
+)  # fmt: skip
+def test_an_engine_of_onnxruntime_needs_its_provider_memory_and_the_measured_cpu(
+    repository: Path, provider: str, machine: Machine, mismatch: str, warning: str
 ) -> None:
-    assert only(lines(repository, replace(CPU, **change))).startswith(reason)  # type: ignore[arg-type]
-
-
-def test_an_execution_provider_that_is_not_here(repository: Path) -> None:
-    edit_config(repository, r'string_value: "cpu"', 'string_value: "migraphx"')
-    assert "needs the execution provider 'migraphx', ONNX Runtime here has cpu" in only(lines(repository))
+    edit_manifest(repository, batching=PLAN)
+    edit_config(repository, r'string_value: "cpu"', f'string_value: "{provider}"')
+    check(repository, machine, mismatch, warning)
 
 
 def test_a_strict_doctor_fails_over_a_warning(repository: Path) -> None:
@@ -369,17 +344,3 @@ def test_a_model_or_repository_that_is_not_there_is_one_line(repository: Path, t
         examine(repository, CPU, model="nosuch")
     run = run_module("cli", "doctor", "--repository", str(tmp_path / "nosuch"))
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-
-
-def test_batches_measured_on_another_cpu_are_a_warning(repository: Path) -> None:
-    epyc = Cpu(model="EPYC", cores=2)
-    times = (BatchTime(rows=1, ms=3.0),)
-    measured = MeasuredBatches(precision="fp32", instances=2, threads=1, at_once=2, cpu=epyc, times=times)
-    plan = BatchingPlan(queue_timeout_ms=194, max_queue_size=259, reasons={}, measured=measured)
-    says(batching=plan.model_dump(mode="json"))(repository / "image" / "1" / "model.onnx")
-    assert lines(repository, replace(CPU, cpu=epyc), "warning") == []
-    assert lines(repository, replace(CPU, cpu=None), "warning") == []
-    assert only(lines(repository, replace(CPU, cpu=replace(epyc, cores=8)), "warning")) == (
-        "image/1: its batching and queue follow from batches measured on EPYC, 2 cores; this machine has EPYC, 8 cores; "
-        "measure here: make engine MODEL=image TARGET=onnxruntime"
-    )

@@ -15,7 +15,6 @@ from cli import gpu_check
 from cli.gpu_check import missing, run, unmet
 from cli.gpu_steps import Step, Where, steps
 from cli.main import values_of
-from export.checks.gpu_baselines import without_gpu
 from serving.doctor.machine import Gpu, Machine
 from tests.conftest import run_module
 from tests.gateway import wait_for
@@ -49,6 +48,10 @@ def test_a_failed_step_ends_only_the_steps_that_need_it(monkeypatch: pytest.Monk
     assert [step["outcome"] for step in found.values()] == ["failed", "skipped", "passed"]
     assert (found["bad"]["reason"], found["bad"]["last_lines"]) == ("exit code 2", ["seen <this>"])
     assert found["after"]["reason"] == "needs 'bad', which failed"
+    page = (tmp_path / "gpu-check.html").read_text()
+    assert "claim of next" in page
+    assert "failed: exit code 2" in page
+    assert "seen &lt;this&gt;" in page
 
 
 def test_an_inconclusive_measurement_is_not_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -84,29 +87,17 @@ def test_a_step_gets_no_setting_of_another_stack(monkeypatch: pytest.MonkeyPatch
     assert found.last_lines == ("[]",)
 
 
-def test_a_step_over_its_limit_may_stop_what_it_started(tmp_path: Path) -> None:
-    inner = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('stopped', flush=True))); print('up', flush=True); time.sleep(600)"
-    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
-    found = run(python("slow", outer, limit_s=5), tmp_path / "log", {})
-    assert found.last_lines[0] == "up"
-    assert "stopped" in found.last_lines
-
-
-def test_the_page_has_a_line_for_each_step_beside_the_guides_claim(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    check(monkeypatch, tmp_path, python("one", "print('a <b>')"), python("two", "raise SystemExit(1)"))
-    text = (tmp_path / "gpu-check.html").read_text()
-    assert "claim of one" in text
-    assert "failed: exit code 1" in text
-    assert "a &lt;b&gt;" in text
-
-
-def test_a_step_over_its_limit_is_ended_with_its_children(tmp_path: Path) -> None:
-    child = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
-    found = run(python("slow", child, limit_s=5), tmp_path / "log", {})
+def test_a_step_over_its_limit_may_stop_and_is_ended_with_its_children(tmp_path: Path) -> None:
+    code = (
+        "import signal, subprocess, sys, time; "
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('stopped', flush=True))); "
+        "print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+    )
+    found = run(python("slow", code, limit_s=5), tmp_path / "log", {})
     assert (found.outcome, found.reason) == ("failed", "not done within 5 s")
-    wait_for(lambda: ended(int(found.last_lines[0])))
+    pid, said = found.last_lines
+    assert said == "stopped"
+    wait_for(lambda: ended(int(pid)))
 
 
 def test_every_need_is_a_fact_of_the_machine_or_an_earlier_step() -> None:
@@ -161,8 +152,3 @@ def test_the_baselines_say_that_there_is_no_gpu() -> None:
     done = run_module("cli", "gpu-baselines")
     assert done.returncode == 2
     assert f"PyTorch {torch.__version__} sees no GPU" in done.stderr
-
-
-def test_a_pytorch_that_cannot_be_imported_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert without_gpu().startswith("PyTorch cannot be imported: ")

@@ -16,17 +16,6 @@ from serving.doctor.machine import Machine
 NVIDIA_SMI = "NVIDIA H100 80GB HBM3, 9.0, 580.95.05, 81559\nTesla T4, 7.5, 580.95.05, 15360\n"
 
 
-def test_the_python_package_of_tensorrt_is_nothing_that_triton_loads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = Machine.detect(in_container=True).tensorrt
-    metadata = tmp_path / "tensorrt-99.1.0.dist-info" / "METADATA"  # what NATIVE=1 puts into the environment
-    metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: tensorrt\nVersion: 99.1.0\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert Machine.detect(in_container=True).tensorrt == before
-
-
 def test_tensorrts_version_is_found_in_its_own_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "/usr/local/tensorrt/lib" in machine_module.TENSORRT_FOLDERS
     (tmp_path / "libnvinfer.so.11.2.1").touch()

@@ -29,7 +29,7 @@ def _print_table(engines: list[ServedEngine], machine: Machine) -> None:
         manifest = engine.manifest
         drop = (manifest.accuracy or {}).get("drop")
         table.add_row(
-            f"{engine.model}/{engine.version}",
+            engine.where,
             manifest.precision,
             manifest.target,
             f"{manifest.axes[BATCH]['min']} to {manifest.axes[BATCH]['max']}",

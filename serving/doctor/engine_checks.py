@@ -27,9 +27,13 @@ class ServedEngine:
     version: int
     manifest: PublishedManifest
     config: ModelConfig
-    """Of the engine's own model."""
+    """The configuration of the engine's own model."""
     public: ModelConfig
-    """Of the model that callers name: the same, or the one in front that takes texts."""
+    """The configuration of the model that callers name: the same, or the one in front that takes texts."""
+
+    @property
+    def where(self) -> str:
+        return f"{self.model}/{self.version}"
 
     @property
     def memory_bytes(self) -> int:
@@ -46,22 +50,16 @@ class ServedEngine:
 
 def check_engine(engine: ServedEngine, machine: Machine) -> list[Finding]:
     """Findings that keep an engine from running on the machine; empty if it runs."""
-    check = _TARGET_CHECKS.get(engine.manifest.target)
-    return [*(check(engine, machine) if check else ()), *_check_strings(engine, machine)]
+    checks = (*_TARGET_CHECKS.get(engine.manifest.target, ()), _check_strings)
+    return [finding for check in checks for finding in check(engine, machine)]
 
 
 def _rebuild(engine: ServedEngine) -> str:
     return f"rebuild it for this machine: make engine MODEL={engine.model} TARGET={engine.manifest.target}"
 
 
-def _check_tensorrt(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
-    """An engine runs on the GPUs and in the TensorRT that it was built for."""
-    yield from _check_chip(engine, machine)
-    yield from _check_release(engine, machine)
-
-
 def _check_chip(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
-    where, manifest = f"{engine.model}/{engine.version}", engine.manifest
+    where, manifest = engine.where, engine.manifest
     built = manifest.compute_capability
     if not machine.gpus:
         what = f"needs a GPU{f' of compute capability {built}' if built else ''}, but nvidia-smi shows none"
@@ -91,7 +89,7 @@ def _check_chip(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
 
 def _check_release(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
     """Compares TensorRT inside Triton's container, else the container tags: the host's own TensorRT is not used."""
-    where, manifest = f"{engine.model}/{engine.version}", engine.manifest
+    where, manifest = engine.where, engine.manifest
     built, tag = manifest.versions.get("tensorrt"), manifest.versions.get("triton_tag")
     here = machine.tensorrt if machine.in_container else None
     rebuild = f"{_rebuild(engine)} TRITON_TAG={machine.triton_tag}"
@@ -118,23 +116,22 @@ def _loads(manifest: PublishedManifest, built: str, here: str) -> bool:
 
 def _check_onnxruntime(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
     """The Python backend needs ONNX Runtime with the execution provider that the configuration names."""
-    where = f"{engine.model}/{engine.version}"
     if engine.config.backend != "python":
         return
     if machine.onnxruntime is None:
-        yield mismatch(where, "ONNX Runtime cannot be imported here", f"{sys.executable} -m pip install onnxruntime")
+        fix = f"{sys.executable} -m pip install onnxruntime"
+        yield mismatch(engine.where, "ONNX Runtime cannot be imported here", fix)
         return
-    yield from _check_batches(engine, machine)
     asked = engine.config.parameters["provider"].string_value
     names = {name.lower().removesuffix("executionprovider") for name in machine.onnxruntime}
     if asked not in ("", "auto") and asked not in names:
         what = f"needs the execution provider {asked!r}, ONNX Runtime here has {', '.join(sorted(names))}"
-        yield mismatch(where, what, f"install a build that has it, or {_rebuild(engine)}")
+        yield mismatch(engine.where, what, f"install a build that has it, or {_rebuild(engine)}")
 
 
 def _check_strings(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
-    """A model that takes texts needs the tokenizer and its package, one that takes names of items the catalogue."""
-    where = f"{engine.model}/{engine.version}"
+    """Texts need the tokenizer and its package, and names of items need the catalogue."""
+    where = engine.where
     if TEXT in engine.public.parameters:
         if TOKENIZER not in engine.manifest.files:
             yield mismatch(where, f"takes texts, but has no {TOKENIZER}", _rebuild(engine))
@@ -152,7 +149,7 @@ def _check_batches(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
     if measured is not None and machine.cpu is not None and measured.cpu != machine.cpu:
         what = f"its batching and queue follow from batches measured on {measured.cpu}; this machine has {machine.cpu}"
         fix = f"measure here: make engine MODEL={engine.model} TARGET={engine.manifest.target}"
-        yield Finding(level="warning", where=f"{engine.model}/{engine.version}", what=what, fix=fix)
+        yield Finding(level="warning", where=engine.where, what=what, fix=fix)
 
 
-_TARGET_CHECKS = {"tensorrt": _check_tensorrt, "onnxruntime": _check_onnxruntime}
+_TARGET_CHECKS = {"tensorrt": (_check_chip, _check_release), "onnxruntime": (_check_onnxruntime, _check_batches)}

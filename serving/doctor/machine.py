@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,17 +69,6 @@ class Machine:
         )
 
 
-def _output(*command: str) -> str | None:
-    """A command's standard output; None if it is missing, fails or takes over 20 s."""
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return run.stdout if run.returncode == 0 else None
-
-
 def _tensorrt_version() -> str | None:
     """Version of the library that Triton's backend loads in this container; Python packages may bring another one."""
     for folder in TENSORRT_FOLDERS:
@@ -98,18 +86,16 @@ def _onnxruntime_providers() -> tuple[str, ...] | None:
 
 
 def _docker_runtimes() -> tuple[str, ...] | None:
-    """Names of the runtimes; an NVIDIA CDI device counts as the runtime "nvidia"."""
-    text = _output("docker", "info", "--format", "{{json .}}")
-    if text is None:
-        return None
+    """Names of the runtimes, None if no engine answers; an NVIDIA CDI device counts as the runtime "nvidia"."""
+    command = ["docker", "info", "--format", "{{json .}}"]
     try:
-        information = json.loads(text)
-    except json.JSONDecodeError:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        information = json.loads(answer)
+    except (OSError, subprocess.SubprocessError, json.JSONDecodeError):
         return None
     names = set(information.get("Runtimes") or ())
-    if any(
-        str(device.get("ID", "")).startswith("nvidia.com/gpu") for device in information.get("DiscoveredDevices") or ()
-    ):
+    devices = information.get("DiscoveredDevices") or ()
+    if any(str(device.get("ID", "")).startswith("nvidia.com/gpu") for device in devices):
         names.add("nvidia")
     return tuple(sorted(names))
 
