@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,19 +153,6 @@ def rows_of(batches: list[dict[str, Any]]) -> int:
     return sum(batch["batch_size"] * batch["compute_infer"]["count"] for batch in batches)
 
 
-def test_a_bad_text_is_refused_alone(server: EmbeddedServer) -> None:
-    with InferenceClient(server.grpc_url, timeout_s=60) as client, ThreadPoolExecutor(16) as pool:
-
-        def call(text: str | bytes) -> str:
-            try:
-                return str(client.infer("sentence", {"text": [text]})["embedding"].shape)
-            except InferenceError as error:
-                return str(error).partition(": ")[2]
-
-        answers = list(pool.map(call, ["a text", b"\xff"] * 20))
-    assert answers == ["(1, 32)", "text is not UTF-8: invalid start byte at byte 0"] * 20
-
-
 def test_pairs_are_scored_as_transformers_does(folder: Path, client: InferenceClient) -> None:
     found = client.infer("reranker", {"text": PAIRS})
     np.testing.assert_allclose(found["logits"], scores_of_transformers(folder / "reranker", PAIRS), atol=1e-4)
@@ -181,13 +166,6 @@ def test_a_row_for_each_token_has_no_padding(client: InferenceClient) -> None:
     assert alone["logits"].shape[:2] == alone["offsets"].shape[:2] == (1, count)
     np.testing.assert_allclose(together["logits"][0, :count], alone["logits"][0], atol=2e-5)
     assert not together["logits"][0, count:].any()
-
-
-def test_a_prompt_and_a_wrong_one(client: InferenceClient) -> None:
-    found = client.infer("sentence", {"text": ["a text"]}, parameters={"prompt_name": "query"})
-    assert found["tokens"].tolist() == [[12]]  # five from "ab ab: "
-    with pytest.raises(InvalidInput, match="prompt_name: seen 'x'; prompts are none, query"):
-        client.infer("sentence", {"text": ["a text"]}, parameters={"prompt_name": "x"})
 
 
 def test_ids_outside_the_profile_are_refused(client: InferenceClient) -> None:
@@ -213,10 +191,8 @@ def test_the_stack_serves_it_with_nvidias_triton(folder: Path) -> None:
     assert model.text_bytes == 8 * (110_000 + 4)
 
 
-def test_the_doctor_checks_the_engine_and_what_texts_need(folder: Path, tmp_path: Path) -> None:
+def test_the_doctor_checks_the_engine(folder: Path, tmp_path: Path) -> None:
     assert [str(each) for each in examine(folder / "repository", HERE)[1]] == []
-    (finding,) = examine(folder / "repository", replace(HERE, tokenizers=False), model="sentence")[1]
-    assert "takes texts, but the package tokenizers is not installed here" in str(finding)
     copied = Path(shutil.copytree(folder / "repository", tmp_path / "repository"))
     (copied / "sentence/1/engine/sentence_engine/1/model.onnx").write_bytes(b"")
     (finding, *_) = examine(copied, HERE)[1]

@@ -68,11 +68,15 @@ class TritonPythonModel:
         run_rows = int(parameters["run_rows"]) if "run_rows" in parameters else 0
         self.text: Any = None
         if "text" in parameters:
-            self.text = _text_requests(version, parameters["text"], config, _counts(_TEXT_COUNTERS, args))
+            from text_requests import TextRequests  # needs the tokenizer's package
+
+            self.text = TextRequests(version, parameters["text"], _types(config), _counts(_TEXT_COUNTERS, args))
         self.vocabulary: Any = None
         if "vocabulary" in parameters:
+            from vocabulary_requests import VocabularyRequests  # lies beside a model with `[vocabulary]` only
+
             count = _counts(_VOCABULARY_COUNTERS, args)
-            self.vocabulary = _vocabulary_requests(version, parameters["vocabulary"], run_rows, config, count)
+            self.vocabulary = VocabularyRequests(version, parameters["vocabulary"], run_rows, _types(config), count)
         self.model_inputs = ModelInputs(version, run_rows, self.text and self.text.added_to)
         added = self.text.added if self.text else _VOCABULARY if self.vocabulary else ()
         self.inputs = [tensor["name"] for tensor in config["input"] if tensor["name"] not in added]
@@ -95,7 +99,7 @@ class TritonPythonModel:
             self._open_session(args, path, parameters, config["instance_group"][0]["count"])
 
     def _use_engine(self, name: str) -> None:
-        """Takes another model of this server in place of a session, and runs the parts of a batch at once."""
+        """Calls another model of this server in place of a session, for all parts of a batch at once."""
         from engine_model import EngineModel  # type: ignore[import-not-found]  # it lies beside model.py
 
         self.session: Any = EngineModel(name, _tensor)
@@ -175,7 +179,7 @@ class TritonPythonModel:
                 yield {place: responses[0]}
 
     def _reader(self, sent: list[str]) -> Any:
-        """What reads requests with these inputs."""
+        """The reader of requests with these inputs."""
         return self.text if self.text and "text" in sent else self.vocabulary or self.model_inputs
 
     def _run(self, reader: Any, read: dict[int, Any]) -> Iterator[dict[int, Any]]:
@@ -214,7 +218,7 @@ class TritonPythonModel:
         """
         code = pb_utils.TritonError.INVALID_ARG
         if not (callers and isinstance(error, InvalidArgument)):
-            code = getattr(error, "code", pb_utils.TritonError.INTERNAL)  # that of the engine's model
+            code = getattr(error, "code", pb_utils.TritonError.INTERNAL)  # from the engine's model
             if code == pb_utils.TritonError.INTERNAL:
                 self.failures.increment(1)
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(_reason(error), code))
@@ -235,20 +239,6 @@ class TritonPythonModel:
             start_ns = self.session.get_profiling_start_time_ns()  # event times are relative to it
             os.replace(self.session.end_profiling(), f"{self.profile}.{start_ns}.json")
         del self.session
-
-
-def _text_requests(version: str, settings: str, config: dict, count: Callable) -> Any:
-    """Sets up the tokenizer; only a model with `[text]` imports it."""
-    from text_requests import TextRequests
-
-    return TextRequests(version, settings, _types(config), count)
-
-
-def _vocabulary_requests(version: str, settings: str, run_rows: int, config: dict, count: Callable) -> Any:
-    """Reads the catalogue; only a model with `[vocabulary]` imports it."""
-    from vocabulary_requests import VocabularyRequests
-
-    return VocabularyRequests(version, settings, run_rows, _types(config), count)
 
 
 def _types(config: dict) -> dict[str, str]:
