@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import os
@@ -75,14 +74,6 @@ class Browser:
         first, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(first)
 
-    def size(self, width: int, height: int, *, dark: bool = False) -> None:
-        """Sets the size in CSS pixels and the colour scheme."""
-        self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
-        )
-        features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self.send("Emulation.setEmulatedMedia", features=features)
-
     def open(self, url: str) -> None:
         self.send("Page.navigate", url=url)
 
@@ -109,7 +100,3 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             typed = {"text": text} if text and kind == "keyDown" else {}
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **typed)
-
-    def screenshot(self, path: Path, **parameters: Any) -> None:
-        """Writes a PNG."""
-        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png", **parameters)["data"]))

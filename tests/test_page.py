@@ -6,10 +6,8 @@ import json
 import re
 import shutil
 import socket
-import subprocess
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,25 +16,16 @@ from serving.embedded.openai_process import OpenAIProcess
 from serving.openai.page import FILES, FOLDER
 from tests.browser import Browser, needs_chromium
 from tests.gateway import free_port
-from tests.test_embedded import start
-from tests.test_openai import Serving, call
+from tests.test_embedded import Serving, start
+from tests.test_openai import call, serve
 from tests.test_pairs import place
 from tests.test_text import folder
 from tests.test_vocabulary import folder as shop
 
 __all__ = ["folder", "place", "shop"]  # fixtures
+pytestmark = pytest.mark.server
 SEARCH, RANK, RECOMMEND = (f"document.querySelector('#{name}')" for name in ("search", "rank", "recommend"))
 TYPED = "We missed the last bus home."
-
-
-@contextmanager
-def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
-    """The process, which is stopped after the block."""
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +35,8 @@ def url(place: Path, folder: Path, shop: Path, tmp_path_factory: pytest.TempPath
     shutil.copytree(folder / "repository", repository)
     shutil.copytree(place / "repository" / "reranker", repository / "reranker")
     shutil.copytree(shop / "repository" / "shop", repository / "shop")
-    with ended(start(repository, "--openai-port", "0")) as process:
-        yield Serving.of(process).places["page"].removesuffix("/")
+    with serve(repository) as running:
+        yield running.places["page"].removesuffix("/")
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +49,9 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def page(url: str, chromium: Browser) -> Browser:
     """The page, with its forms."""
     chromium.console.clear()
-    chromium.size(1280, 900)
     chromium.open(url)
     chromium.wait("document.querySelector('#search')?.hidden === false")
     return chromium
-
-
-def text(page: Browser, selector: str) -> str:
-    return page.js(f"document.querySelector({selector!r}).innerText")
 
 
 @needs_chromium
@@ -91,20 +75,12 @@ def test_a_sentence_finds_itself_by_keyboard_alone(page: Browser, url: str) -> N
     vectors = [row["embedding"] for row in answer["data"]]
     cosines = [f"{sum(a * b for a, b in zip(vectors[0], vector, strict=True)):.2f}" for vector in vectors]
     assert page.js(f"[...{SEARCH}.querySelectorAll('li b')].slice(0, 5).map(each => each.innerText)") == cosines
-    assert page.console == []
-
-
-@needs_chromium
-def test_the_time_is_split_by_tritons_statistics(page: Browser) -> None:
-    page.js("document.querySelector('#sentence').focus()")
-    page.type(TYPED)
-    page.press("Enter")
-    page.wait(f"{SEARCH}.querySelectorAll('dd').length")
     names = page.js(f"[...{SEARCH}.querySelectorAll('dt')].map(each => each.innerText)")
     assert names == ["In all", "In the queue", "Tokenize and model", "All else"]
     values = page.js(f"[...{SEARCH}.querySelectorAll('dd')].map(each => parseFloat(each.innerText))")
     assert min(values) >= 0
     assert values[0] == pytest.approx(sum(values[1:]), abs=0.2)  # rounded
+    assert page.console == []
 
 
 @needs_chromium
@@ -129,7 +105,7 @@ def test_other_traffic_leaves_tritons_share_unknown(page: Browser) -> None:
         """
     )
     page.wait(f"{SEARCH}.querySelector('.heard').innerText")
-    assert "Triton counted 2 requests meanwhile" in text(page, "#search .note")
+    assert "Triton counted 2 requests" in page.js(f"{SEARCH}.querySelector('.note').innerText")
     assert page.js(f"{SEARCH}.querySelectorAll('dd').length") == 1
 
 
@@ -150,10 +126,9 @@ def test_texts_are_ranked_by_the_cross_encoder(page: Browser, url: str) -> None:
 
 @needs_chromium
 def test_a_recommender_alone_has_the_page(shop: Path, chromium: Browser) -> None:
-    with ended(start(shop / "repository", "--openai-port", "0")) as process:
-        places = Serving.of(process).places
-        assert "OpenAI" not in places
-        chromium.open(places["page"])
+    with serve(shop / "repository") as running:
+        assert "OpenAI" not in running.places
+        chromium.open(running.places["page"])
         chromium.wait(f"{RECOMMEND}?.hidden === false")
         assert chromium.js(f"[{SEARCH}.hidden, {RANK}.hidden]") == [True, True]
 
@@ -213,23 +188,6 @@ def test_a_question_about_a_model_without_names_is_one_line(url: str) -> None:
         assert "takes no names (no [vocabulary] in its deploy.toml)" in answer["error"]["message"]
     status, _, answer = call(url, "POST", "/recommenders/shop", b'{"history": []}')
     assert (status, answer["error"]["message"]) == (400, "history: a list of 0; allowed: 1 to 2048 texts")
-
-
-@needs_chromium
-@pytest.mark.parametrize("dark", [False, True])
-def test_nothing_overflows_on_a_phone(page: Browser, dark: bool) -> None:
-    page.size(390, 844, dark=dark)
-    page.js("document.querySelectorAll('form:not(#key)').forEach(form => { form.querySelector('input').value ||= form.id === 'recommend-form' ? 'a' : 'x'.repeat(300);"
-            "form.requestSubmit() })")  # fmt: skip
-    page.js("document.querySelector('details').open = true")
-    for section in (SEARCH, RANK, RECOMMEND):
-        page.wait(f"{section}.querySelector('.heard').innerText")
-    assert page.js("document.documentElement.scrollWidth") == 390
-    wide = "[...document.querySelectorAll('main, .card, ol, li, .times, #bundled')].filter(e => e.scrollWidth > e.clientWidth)"
-    assert page.js(f"{wide}.map(e => e.className || e.tagName)") == []
-    assert page.js("getComputedStyle(document.body).backgroundColor") == (
-        "rgb(15, 18, 21)" if dark else "rgb(244, 245, 247)"
-    )
 
 
 @needs_chromium

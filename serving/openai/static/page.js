@@ -14,7 +14,7 @@ function element(name, text, className = "") {
   return made;
 }
 
-// The JSON of an answer. Throws an Error that says in words why there is none.
+// The JSON of an answer. Throws an Error with the reason in words.
 async function ask(path, body) {
   const key = one("#api-key").value.trim();
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
@@ -28,7 +28,7 @@ async function ask(path, body) {
   let content = null;
   try {
     content = JSON.parse(said);
-  } catch {} // not from these routes, for example from a proxy
+  } catch {} // not from these routes, but for example from a proxy
   if (answer.ok && content) return content;
   if (answer.status === 401) one("#key").hidden = false;
   const wait = answer.headers.get("Retry-After");
@@ -54,7 +54,7 @@ async function counted(model) {
   };
 }
 
-// An answer, and where its time went: Triton's share is known only if it ran no other request meanwhile.
+// An answer, and where its time went: Triton's share is known only if it ran no other request at the same time.
 async function timed(model, before, send) {
   const start = performance.now();
   const answer = await send();
@@ -125,7 +125,7 @@ function pick(item) {
 const recommender = () => `/recommenders/${encodeURIComponent(one("#recommend-model").value)}`;
 const find = async (title) => (await ask(`${recommender()}/items?title=${encodeURIComponent(title)}`)).data;
 
-// What comes after the picked items; a typed title is picked first.
+// Recommends items after the picked ones; a typed title is picked first.
 async function recommend(model) {
   const typed = one("#title").value.trim();
   if (typed) {
@@ -146,13 +146,13 @@ async function recommend(model) {
 function draw(section, { rows, total, queue, inModel, rest, requests }) {
   const milliseconds = (value) => `${value.toFixed(value < 1 ? 2 : 1)} ms`;
   const list = rows.map(({ text, topic, score }) => {
-    const [row, bar] = [element("li", ""), element("i", "", "bar")];
-    if (score === undefined) {
-      row.append(element("span", text, "text"));
-      return row;
+    const row = element("li", "");
+    row.append(element("span", text, "text"));
+    if (score !== undefined) {
+      const bar = element("i", "", "bar");
+      bar.style.setProperty("--share", `${Math.max(0, Math.min(1, score)) * 100}%`);
+      row.append(element("small", topic), element("b", score.toFixed(2)), bar);
     }
-    bar.style.setProperty("--share", `${Math.max(0, Math.min(1, score)) * 100}%`);
-    row.append(element("span", text, "text"), element("small", topic), element("b", score.toFixed(2)), bar);
     return row;
   });
   one("ol", section).replaceChildren(...list);
@@ -172,14 +172,18 @@ function draw(section, { rows, total, queue, inModel, rest, requests }) {
   one(".times", section).replaceChildren(...figures);
   one(".note", section).textContent = known
     ? "Queue and model: by Triton's statistics. All else: the browser, the connection and these routes."
-    : `Triton counted ${requests} requests meanwhile, so its share of this one is not known.`;
+    : `Triton counted ${requests} requests at the same time, so its share of this one is not known.`;
   one(".found", section).hidden = false;
-  one(".heard", section).textContent = `Best: ${rows[0].text}${rows[0].score === undefined ? "" : ` ${rows[0].score.toFixed(2)}`}. In all ${milliseconds(total)}.`;
+  const [{ text, score }] = rows;
+  const best = score === undefined ? text : `${text} ${score.toFixed(2)}`;
+  one(".heard", section).textContent = `Best: ${best}. In all ${milliseconds(total)}.`;
 }
 
-// Submitting the section's form, or calling the result, runs `run` and draws its result. An earlier, slower run is dropped.
+// Submitting the section's form, or calling the returned function, runs `run` and draws its result. An earlier, slower
+// run is dropped.
 function connect(id, run) {
   const section = one(id);
+  section.insertBefore(one("#result").content.cloneNode(true), one("details", section));
   let turns = 0;
   one("form", section).addEventListener("submit", (event) => {
     event.preventDefault();
