@@ -9,38 +9,22 @@ import pytest
 import torch
 
 from deepseek.config import TransformerConfig
-from deepseek.sizing import (
-    InferenceSetup,
-    TrainingSetup,
-    TransformerSize,
-    host_needs,
-    inference_memory,
-    largest_batch,
-    presets,
-    saved_bytes,
-    training_memory,
-)
-from deepseek.sizing.memory import FILL
+from deepseek.sizing import TrainingSetup, TransformerSize, largest_batch, presets, training_memory
+from deepseek.sizing.memory import FILL, InferenceSetup, host_needs, inference_memory
+from deepseek.sizing.training_step import saved_bytes
 from deepseek.spec import InputError
 from deepseek.transformer import Transformer
 from tests.bench.training_memory import peak_of_a_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY: dict[str, Any] = {
-    "num_layers": 3,
-    "hidden_size": 48,
-    "num_attention_heads": 4,
-    "intermediate_size": 120,
-    "vocab_size": 100,
-    "max_length": 40,
-}
 GIB = 2**30
 
 
 def config(**changes: Any) -> TransformerConfig:
     """Sizes of a small Transformer, without AdviceWarning."""
-    return TransformerConfig.of_any_size(**(TINY | changes))
+    sizes = {"num_layers": 3, "hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 120}
+    return TransformerConfig.of_any_size(**(sizes | {"vocab_size": 100, "max_length": 40} | changes))
 
 
 def kept_by_autograd(model: Transformer, bf16: bool) -> int:
@@ -116,31 +100,30 @@ def test_the_peak_of_a_real_step_is_as_planned(shape: Any, head: Any, setup: Any
     assert planned.peak_bytes <= planned.total_bytes
 
 
-@pytest.mark.parametrize(
-    ("precision", "mixed", "bytes_each"),
-    [("fp32", "autocast", 16), ("fp16", "master", 16), ("bf16", "autocast", 18)],
-    ids=["fp32", "zero-paper", "autocast"],
-)
-def test_training_state_is_16_bytes_per_parameter_and_18_with_autocasts_copies(
-    precision: Any, mixed: Any, bytes_each: int
-) -> None:
-    size = presets()["gpt3-175b"]
-    memory = training_memory(size, TrainingSetup(batch=1, length=8, precision=precision, mixed=mixed))
-    assert memory.state_bytes / size.parameters == pytest.approx(bytes_each, rel=0.01)
+def test_training_state_is_16_bytes_per_parameter_and_18_with_autocasts_copies() -> None:
+    size, setup = presets()["gpt3-175b"], TrainingSetup(batch=1, length=8)
+    setups = (setup, replace(setup, precision="fp16", mixed="master"), replace(setup, precision="bf16"))
+    state = [training_memory(size, each).state_bytes / size.parameters for each in setups]
+    assert state == pytest.approx([16, 16, 18], rel=0.01)
 
 
 def test_bert_base_trains_in_12_gb_at_fp32_and_8_gb_at_fp16_at_batch_24_and_length_384() -> None:
     size, setup = presets()["bert-base"], TrainingSetup(batch=24, length=384)
-    fp32, fp16 = training_memory(size, setup), training_memory(size, replace(setup, precision="fp16"))
-    assert fp32.total_bytes < FILL * 12 * GIB
-    assert fp16.total_bytes < FILL * 8 * GIB < fp32.total_bytes
-    assert training_memory(size, replace(setup, batch=32)).total_bytes > FILL * 12 * GIB
+
+    def largest(gib: int, **changes: Any) -> int:
+        def needed(batch: int) -> float:
+            return training_memory(size, replace(setup, batch=batch, **changes)).total_bytes
+
+        return largest_batch(needed, FILL * gib * GIB)
+
+    assert 24 <= largest(12) < 32
+    assert largest(8) < 24 <= largest(8, precision="fp16")
+    assert largest(1) == 0
 
 
 def test_a_model_of_a_billion_parameters_needs_about_40_gb_of_ram() -> None:
-    size = TransformerSize(
-        config=config(num_layers=20, hidden_size=2048, num_attention_heads=16, intermediate_size=8192)
-    )
+    sizes = {"num_layers": 20, "hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 8192}
+    size = TransformerSize(config=config(**sizes))
     assert size.parameters == pytest.approx(1e9, rel=0.02)
     needs = host_needs(size, training_memory(size, TrainingSetup(batch=1, length=40)))
     assert needs.ram_bytes[0] < 40e9 < needs.ram_bytes[1]
@@ -148,62 +131,27 @@ def test_a_model_of_a_billion_parameters_needs_about_40_gb_of_ram() -> None:
 
 
 def test_four_v100s_run_out_of_memory_on_the_recommender_and_checkpointing_and_half_the_batch_cure_it() -> None:
-    large = config(
-        num_layers=24,
-        hidden_size=1024,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        vocab_size=100_000,
-        max_length=256,
-    )
-    size, setup = TransformerSize(config=large, head="tied"), TrainingSetup(batch=64, length=256)
+    sizes = {"num_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
+    size = TransformerSize(config=config(**sizes, vocab_size=100_000, max_length=256), head="tied")
+    setup = TrainingSetup(batch=64, length=256)
     cured = replace(setup, batch=32, accumulation_steps=2, precision="fp16", checkpointing=True)
     assert training_memory(size, setup).total_bytes > 32 * GIB
     assert training_memory(size, cured).total_bytes < FILL * 32 * GIB
 
 
-def test_checkpointing_keeps_one_input_per_block_and_needs_room_to_recompute_one() -> None:
-    size, setup = presets()["bert-large"], TrainingSetup(batch=8, length=512)
-    whole, saved = training_memory(size, setup), training_memory(size, replace(setup, checkpointing=True))
-    assert saved.activation_bytes < 0.1 * whole.activation_bytes
-    assert saved.workspace_bytes > whole.workspace_bytes
-    assert saved.total_bytes < whole.total_bytes
-
-
-def test_accumulation_costs_no_memory() -> None:
-    size, setup = presets()["bert-base"], TrainingSetup(batch=4, length=512)
-    once, often = training_memory(size, setup), training_memory(size, replace(setup, accumulation_steps=8))
-    assert often.total_bytes == once.total_bytes
-    assert often.peak_bytes == once.peak_bytes + once.gradient_bytes  # which stay from one micro-batch to the next
-
-
 def test_only_products_have_8_bit_weights_and_a_cpu_keeps_the_rest_in_fp32() -> None:
-    size = presets()["bert-base"]
-    gpu = inference_memory(size, InferenceSetup(batch=1, length=8, precision="int8"))
-    cpu = inference_memory(size, InferenceSetup(batch=1, length=8, precision="int8", platform="cpu"))
+    size, setup = presets()["bert-base"], InferenceSetup(batch=1, length=8, precision="int8")
     rest = size.parameters - size.product_parameters
-    assert gpu.weight_bytes == size.product_parameters + 2 * rest
-    assert cpu.weight_bytes == size.product_parameters + 4 * rest
+    assert inference_memory(size, setup).weight_bytes == size.product_parameters + 2 * rest
+    on_cpu = inference_memory(size, replace(setup, platform="cpu"))
+    assert on_cpu.weight_bytes == size.product_parameters + 4 * rest
 
 
 def test_instances_share_an_engines_weights_but_each_has_its_activations() -> None:
-    one, two = (
-        inference_memory(presets()["bert-base"], InferenceSetup(batch=8, length=128, instances=instances))
-        for instances in (1, 2)
-    )
-    assert (two.weight_bytes, two.activation_bytes) == (one.weight_bytes, 2 * one.activation_bytes)
-    cpu = [InferenceSetup(batch=8, length=128, instances=instances, platform="cpu") for instances in (1, 2)]
-    apart = [inference_memory(presets()["bert-base"], setup).weight_bytes for setup in cpu]
-    assert apart[1] == 2 * apart[0]
-
-
-def test_the_largest_batch_fits_and_one_more_does_not() -> None:
-    def total(batch: int) -> float:
-        return training_memory(presets()["bert-base"], TrainingSetup(batch=batch, length=384)).total_bytes
-
-    found = largest_batch(total, FILL * 12 * GIB)
-    assert total(found) <= FILL * 12 * GIB < total(found + 1)
-    assert largest_batch(total, GIB) == 0
+    for platform, copies in (("accelerator", 1), ("cpu", 2)):  # on a CPU, each instance is a process
+        setup = InferenceSetup(batch=8, length=128, platform=platform)  # type: ignore[arg-type]
+        one, two = (inference_memory(presets()["bert-base"], replace(setup, instances=count)) for count in (1, 2))
+        assert (two.weight_bytes, two.activation_bytes) == (copies * one.weight_bytes, 2 * one.activation_bytes)
 
 
 def test_a_longer_text_than_the_model_takes_is_a_one_line_error() -> None:

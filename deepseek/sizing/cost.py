@@ -36,8 +36,6 @@ LARGEST_BATCH = 256
 
 @settings
 class Demand:
-    """The load to serve."""
-
     rate_rps: Positive
     """Peak request rate, which determines the number of machines."""
     p99_ms: Positive

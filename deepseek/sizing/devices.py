@@ -17,6 +17,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from deepseek.precisions import NumberType
+from deepseek.settings import NotNegative, Positive
 from deepseek.sizing.memory import FILL
 from deepseek.sizing.training_step import Platform
 from deepseek.spec import InputError
@@ -24,8 +25,7 @@ from deepseek.spec.checks import Table, checked, listed, read_toml
 from deepseek.spec.files.folders import write_whole
 
 THIS_MACHINE = "this-machine"
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0, le=1)]
+Efficiency = Annotated[float, Field(gt=0, le=1)]
 
 
 class Device(Table):
@@ -37,13 +37,13 @@ class Device(Table):
     compute_units: int = Field(ge=1)
     rates: dict[NumberType, Positive] = Field(min_length=1)
     """Dense TFLOPS (TOPS) of matrix products by type."""
-    efficiency: dict[NumberType, Share] = {}
+    efficiency: dict[NumberType, Efficiency] = {}
     """Share of the rate that large products reach; absent: the default of `deepseek.sizing.roofline`."""
-    attention_share: dict[NumberType, Share] = {}
+    attention_share: dict[NumberType, Efficiency] = {}
     """Rate of the products in attention, as a share of that of large products; absent: the default of
     `deepseek.sizing.roofline`."""
-    bandwidth_efficiency: Share | None = None
-    launch_us: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    bandwidth_efficiency: Efficiency | None = None
+    launch_us: NotNegative | None = None
     """Launch overhead per operation; absent: that of a GPU with CUDA graphs."""
     elements_g_s: Positive | None = None
     """On a CPU: 1e9 results/s of the elementwise operations between products, which are not fused."""
@@ -52,7 +52,7 @@ class Device(Table):
     platform: Platform = "accelerator"
     interconnect: str = "none"
     interconnect_gb_s: Positive | None = None
-    price_usd_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    price_usd_hour: NotNegative | None = None
     source: str = Field(min_length=1)
 
     @field_validator("rates")

@@ -8,11 +8,9 @@ in processor time if an instance has one thread. Other load on caches and memory
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -71,27 +69,17 @@ def measure_machine() -> Device:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One point of a grid."""
+def measure_graph(path: Path, batches: Iterable[int], length: int, axes: Mapping[str, int]) -> dict[int, float]:
+    """Runs a graph at each batch size; returns the latency of the fastest call of each, in ms.
 
-    batch: int
-    length: int
-    latency_ms: float
-    """Latency of the fastest call."""
-
-
-def measure_graph(
-    path: str | Path, *, batches: Sequence[int], lengths: Sequence[int], axes: Mapping[str, int] | None = None
-) -> list[Measured]:
-    """Runs a graph at each size with synthetic inputs: ones for integers (no padding), noise for floats."""
-    found = []
+    Inputs are synthetic: ones for integers (no padding), noise for floats.
+    """
+    found = {}
     try:
         session = _session(str(path))
-        for length, batch in itertools.product(lengths, batches):
-            feeds = {each.name: _made_up(each, batch, length, axes or {}) for each in session.get_inputs()}
-            seconds = best_s(lambda feeds=feeds: session.run(None, feeds))  # type: ignore[misc]
-            found.append(Measured(batch=batch, length=length, latency_ms=seconds * 1e3))
+        for batch in batches:
+            feeds = {each.name: _made_up(each, batch, length, axes) for each in session.get_inputs()}
+            found[batch] = 1e3 * best_s(lambda feeds=feeds: session.run(None, feeds))  # type: ignore[misc]
     except Exception as error:  # ONNX Runtime's own errors: a broken graph, an unsupported size
         raise InputError(f"{path}: ONNX Runtime cannot run it: {' '.join(str(error).split())[:200]}") from None
     return found
@@ -102,15 +90,15 @@ def instance_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-def best_s(run: Callable[[], Any], *, budget_s: float = 0.6, least: int = 5) -> float:
-    """Seconds of the fastest call within `budget_s`.
+def best_s(run: Callable[[], Any]) -> float:
+    """Seconds of the fastest of the calls that fit in 0.6 s, and of at least five.
 
     With one thread per instance, it is processor time, which excludes other processes; otherwise wall-clock time.
     """
     clock = time.thread_time if instance_threads() == 1 else time.perf_counter
     run()  # the first call allocates memory
     best, calls, began = float("inf"), 0, time.perf_counter()
-    while calls < least or time.perf_counter() - began < budget_s:
+    while calls < 5 or time.perf_counter() - began < 0.6:
         start = clock()
         run()
         best, calls = min(best, clock() - start), calls + 1

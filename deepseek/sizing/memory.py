@@ -83,14 +83,14 @@ def training_memory(model: AnyModel, setup: TrainingSetup) -> TrainingMemory:
     master = 4 if full == 2 else 0
     weights, gradients = float(full * count), float(full * count)
     optimizer = float(count * (OPTIMIZER_BYTES[setup.optimizer] + master))
-    lying = {"optimizer's step": gradients + _step_bytes(model, setup)}
+    moments = {"optimizer's step": gradients + _step_bytes(model, setup)}
     if isinstance(model, TransformerSize):
         saved, copies = saved_bytes(model, setup), _copy_bytes(model, setup)
-        lying |= TransformerStep(model, setup).moments()
+        moments |= TransformerStep(model, setup).moments()
     else:
         saved = model.saved(setup)
         copies = 0.0 if saved.with_copies else _copy_bytes(model, setup)
-        lying |= _moments_of(saved, copies + (0.0 if setup.accumulation_steps == 1 else gradients), gradients)
+        moments |= _moments_of(saved, copies + (0.0 if setup.accumulation_steps == 1 else gradients), gradients)
     return TrainingMemory(
         weight_bytes=weights + copies,
         gradient_bytes=gradients,
@@ -98,7 +98,7 @@ def training_memory(model: AnyModel, setup: TrainingSetup) -> TrainingMemory:
         activation_bytes=saved.kept,
         workspace_bytes=saved.workspace,
         context_bytes=CONTEXT_BYTES[setup.platform],
-        moments={name: weights + optimizer + value for name, value in lying.items()},
+        moments={name: weights + optimizer + value for name, value in moments.items()},
     )
 
 
@@ -195,8 +195,6 @@ def largest_batch(bytes_of: Callable[[int], float], limit_bytes: float, *, most:
 
 @dataclass(frozen=True, kw_only=True)
 class HostNeeds:
-    """RAM and disk of the host machine."""
-
     ram_bytes: tuple[float, float]
     """The guide's 2 to 3 times the training state."""
     ram_computed_bytes: float

@@ -35,8 +35,6 @@ from deepseek.sizing.training_step import AnyModel, TrainingSetup
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The input of a plan."""
-
     training: TrainingSetup
     serving_batch: int = 8
     serving_precision: str = "auto"
@@ -56,7 +54,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class DevicePlan:
-    """What one kind of device can do."""
+    """The results for one kind of device."""
 
     name: str
     price_usd_hour: float | None
@@ -166,11 +164,8 @@ def training_variants(model: AnyModel, setup: TrainingSetup) -> dict[str, Traini
 
 
 def described(setup: TrainingSetup) -> str:
-    """A set-up in words."""
-    mixed = (
-        f"{setup.precision} {setup.mixed}" if setup.precision != "fp32" and setup.mixed == "master" else setup.precision
-    )
-    return f"{mixed}{', checkpointing' if setup.checkpointing else ''}"
+    master = " master" if setup.precision != "fp32" and setup.mixed == "master" else ""
+    return f"{setup.precision}{master}{', checkpointing' if setup.checkpointing else ''}"
 
 
 def plan_device(model: AnyModel, request: Request, device: Device) -> DevicePlan:
@@ -181,12 +176,15 @@ def plan_device(model: AnyModel, request: Request, device: Device) -> DevicePlan
     chosen = choose(serving_layouts(model, serving, device))
     seconds, calibrated = _latency_s(model, request, device, precision, chosen)
     capacity, why = _capacity(model, request, device, precision, chosen)
+    paid = bill(request.demand, capacity.capacity_rps, device.price_usd_hour) if request.demand and capacity else None
     return DevicePlan(
         name=device.name,
         price_usd_hour=device.price_usd_hour,
         training=choose(ways),
         training_ways=ways,
-        largest_training_batch=_largest_training_batch(model, setup, device),
+        largest_training_batch=largest_batch(
+            lambda batch: training_memory(model, replace(setup, batch=batch)).total_bytes, device.usable_bytes
+        ),
         serving=chosen,
         precision=precision,
         latency_ms=None if seconds is None else seconds * 1e3,
@@ -194,9 +192,7 @@ def plan_device(model: AnyModel, request: Request, device: Device) -> DevicePlan
         calibrated=calibrated,
         capacity=capacity,
         no_capacity=why,
-        bill=bill(request.demand, capacity.capacity_rps, device.price_usd_hour)
-        if request.demand and capacity
-        else None,
+        bill=paid,
     )
 
 
@@ -210,14 +206,13 @@ def precision_of(request: Request, device: Device) -> str:
 
 
 def _serving(request: Request, precision: str, device: Device | None = None) -> InferenceSetup:
-    cpu = device is not None and device.platform == "cpu"
     return InferenceSetup(
         batch=request.serving_batch,
         length=request.training.length,
         precision=precision,  # type: ignore[arg-type]
         instances=max(request.instances, device.instances) if device else request.instances,
         generate=request.generate,
-        platform="cpu" if cpu else "accelerator",
+        platform=device.platform if device else "accelerator",
     )
 
 
@@ -250,12 +245,6 @@ def _capacity(
         model, device, precision=precision, length=length, p99_ms=p99_ms, most_batch=request.most_batch
     )
     return (None, predicted) if isinstance(predicted, str) else (predicted, "")
-
-
-def _largest_training_batch(model: AnyModel, setup: TrainingSetup, device: Device) -> int:
-    return largest_batch(
-        lambda batch: training_memory(model, replace(setup, batch=batch)).total_bytes, device.usable_bytes
-    )
 
 
 def _notes(model: AnyModel, request: Request, devices: Mapping[str, Device]) -> tuple[str, ...]:

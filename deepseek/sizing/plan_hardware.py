@@ -18,7 +18,7 @@ from deepseek.sizing.cost import LARGEST_BATCH, Demand
 from deepseek.sizing.devices import THIS_MACHINE, load_devices, measured_path, write_device
 from deepseek.sizing.model.counting import TransformerSize, presets
 from deepseek.sizing.model.onnx_graph import OnnxModel
-from deepseek.sizing.plan import HardwarePlan, Request, make_plan
+from deepseek.sizing.plan import Request, make_plan
 from deepseek.sizing.print_plan import print_measured, print_plan
 from deepseek.sizing.training_step import AnyModel, TrainingSetup
 from deepseek.spec import BATCH, DeploymentSpec, InputError, build_dir
@@ -34,16 +34,11 @@ def main(options: argparse.Namespace) -> None:
     plan = make_plan(model, asked, load_devices(options.devices, names=options.device))
     if options.json:
         print(json.dumps(plan.as_dict(), indent=2, default=str, allow_nan=False))
-    else:
-        print_plan(plan, options.rate is not None)
+        return
+    print_plan(plan, options.rate is not None)
     if options.measure and isinstance(model, OnnxModel):
         sizes = asked.serving_batch, asked.training.length
-        print_measured(model, load_devices()[THIS_MACHINE], options.precision, *sizes, quiet=options.json)
-
-
-def planned(options: argparse.Namespace) -> HardwarePlan:
-    """The plan for these options; prints and measures nothing."""
-    return make_plan(*read_model(options), load_devices(options.devices, names=options.device))
+        print_measured(model, load_devices()[THIS_MACHINE], options.precision, *sizes)
 
 
 def read_model(options: argparse.Namespace) -> tuple[AnyModel, Request]:

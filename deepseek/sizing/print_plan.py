@@ -174,24 +174,18 @@ def _paid(serving: Serving, paid: Bill) -> tuple[str, ...]:
     return f"{rate(serving.capacity_rps)}/s", str(serving.batch or "-"), str(paid.replicas), *priced
 
 
-def print_measured(
-    model: OnnxModel, device: Device, precision: str, batch: int, length: int, *, quiet: bool = False
-) -> list[float]:
-    """Runs the graph at a few sizes, prints predictions beside measurements, and returns the relative errors."""
+def print_measured(model: OnnxModel, device: Device, precision: str, batch: int, length: int) -> None:
+    """Runs the graph at a few sizes, and prints predictions beside measurements."""
     from deepseek.sizing.measure import measure_graph  # needs onnx
 
-    found = measure_graph(model.path, axes=model.axes, batches=sorted({1, 4, batch}), lengths=[length])
+    found = measure_graph(model.path, sorted({1, 4, batch}), length, model.axes)
     kind = precision if precision in device.rates else "fp32"
     table, errors = _table("on this machine, one instance", "measured", "predicted", "error"), []
-    for each in found:
-        ms = 1e3 * predict(model, device, precision=kind, batch=each.batch, length=each.length).latency_s
-        errors.append(ms / each.latency_ms - 1)
-        table.add_row(f"batch {each.batch}", f"{each.latency_ms:.3g} ms", f"{ms:.3g} ms", f"{errors[-1]:+.0%}")
-    if not quiet:
-        console = _console()
-        console.print(table)
-        worst = max(abs(error) for error in errors)
-        console.print(
-            f"error     median {statistics.median(map(abs, errors)):.0%}, worst {worst:.0%}; fastest of many runs"
-        )
-    return errors
+    for size_of_batch, measured_ms in found.items():
+        ms = 1e3 * predict(model, device, precision=kind, batch=size_of_batch, length=length).latency_s
+        errors.append(abs(ms / measured_ms - 1))
+        error = f"{ms / measured_ms - 1:+.0%}"
+        table.add_row(f"batch {size_of_batch}", f"{measured_ms:.3g} ms", f"{ms:.3g} ms", error)
+    console = _console()
+    console.print(table)
+    console.print(f"error     median {statistics.median(errors):.0%}, worst {max(errors):.0%}; fastest of many runs")

@@ -47,8 +47,6 @@ CONSTANTS = Constants()
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One forward pass."""
-
     latency_s: float
     calibrated: bool
     """Whether the device's efficiency in this type was fitted or measured, not assumed."""

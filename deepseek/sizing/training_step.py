@@ -272,16 +272,16 @@ class TransformerStep:
         """Bytes at the last and the first block, each at the larger of its halves."""
         model, config, setup = self.model, self.model.config, self.setup
         ffn_weights = 2 * config.hidden_size * config.intermediate_size
-        goes, copies, again = self.block, self.copies(model.block_product_parameters), 0.0
-        lying = self.body + config.num_layers * copies + waiting
+        freed, copies, recomputed = self.block, self.copies(model.block_product_parameters), 0.0
+        held = self.body + config.num_layers * copies + waiting
         if setup.checkpointing:  # recomputes one block at a time: its output, and its input before autocast's cast
-            again = float(self.width * (setup.value_bytes + (4 if setup.autocast else 0)))
-            goes = self.block_input
-            lying = self.body + copies + waiting + self.block - goes
+            recomputed = float(self.width * (setup.value_bytes + (4 if setup.autocast else 0)))
+            freed = self.block_input
+            held = self.body + copies + waiting + self.block - freed
             copies = 0.0
         half = gradient * ffn_weights - self.copies(ffn_weights) - self.ffn + self.attention_on_top
-        last = lying + max(self.ffn_on_top, half, again)
-        first = last + (config.num_layers - 1) * (gradient * model.block_parameters - goes - copies)
+        last = held + max(self.ffn_on_top, half, recomputed)
+        first = last + (config.num_layers - 1) * (gradient * model.block_parameters - freed - copies)
         return {"last block": last, "first block": first}
 
     def _embedding_moment(self, gradient: float) -> float:

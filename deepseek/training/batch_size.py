@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
 from deepseek.config import TrainingConfig
 from deepseek.sizing.memory import FILL, OPTIMIZER_BYTES, largest_batch
-from deepseek.sizing.model.live_memory import LiveBytes
+from deepseek.sizing.model.live_memory import LiveBytes, tensors_in
 from deepseek.spec import InputError
 from deepseek.training.memory import besides_bytes, limit_bytes
 from deepseek.training.ways import LossFunction
@@ -74,7 +74,8 @@ def fitting_batch(
     rows = max(1, len(data) // processes)  # type: ignore[arg-type]
 
     def needed(size: int) -> float:
-        peak = _peak_bytes(model, next(_batches(data, size)), loss, device, autocast, passes)
+        batch = next(iter(DataLoader(data, batch_size=size, generator=torch.Generator().manual_seed(0))))
+        peak = _peak_bytes(model, batch, loss, device, autocast, passes)
         return outside + max(peak, step)
 
     with _untouched(model):
@@ -118,10 +119,6 @@ def _step_bytes(model: nn.Module, device: torch.device) -> float:
     return 2.0 * sum(sizes) + (2 * max(sizes, default=0) if device.type == "cpu" else sum(sizes))
 
 
-def _batches(data: Dataset[Any], size: int) -> Iterator[Any]:
-    return iter(DataLoader(data, batch_size=size, generator=torch.Generator().manual_seed(0)))
-
-
 def _peak_bytes(
     model: nn.Module,
     batch: Any,
@@ -136,7 +133,7 @@ def _peak_bytes(
     try:
         with LiveBytes() as live:
             live.watch([*model.parameters(), *model.buffers()])
-            live.watch(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+            live.watch(tensors_in(batch))
             for _ in range(passes):
                 with autocast():
                     value = loss(model, batch)
@@ -151,7 +148,6 @@ def _peak_bytes(
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Restores buffers, training mode and random states."""
     buffers, training = {name: buffer.clone() for name, buffer in model.named_buffers()}, model.training
     try:
         with torch.random.fork_rng():

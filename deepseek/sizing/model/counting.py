@@ -8,7 +8,7 @@ multiply-add counts as two FLOPs.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from deepseek.config import TransformerConfig
@@ -149,12 +149,10 @@ class TransformerSize:
         block.append(
             Op(kind="attention", flops=4.0 * scores * config.head_size, outputs=scores, moved=4.0 * tokens * width)
         )
-        block.append(
-            Op(kind="memory", count=2)
-        )  # what it reads and writes stays in the caches of the products around it
+        block.append(Op(kind="memory", count=2))  # the caches of the products around it hold what it moves
         # Two normalisations, two residual sums, four changes of layout, the activation; softmax and mask of the scores.
         block.append(Op(kind="elementwise", outputs=tokens * (8.0 * width + inner) + 2.0 * scores))
-        found = [_repeated(op, config.num_layers) for op in block]
+        found = [replace(op, count=op.count * config.num_layers) for op in block]
         found.append(Op(kind="memory", moved=2.0 * tokens * width))  # the embedding
         if self.head != "none":
             found.append(_product(tokens, width, config.vocab_size))
@@ -169,7 +167,7 @@ class TransformerSize:
         block.append(Op(kind="attention", flops=2 * cached, outputs=batch * width, cached=cached))
         block.append(Op(kind="memory", count=2))
         head = [] if self.head == "none" else [_product(batch, width, config.vocab_size)]
-        return [_repeated(op, config.num_layers) for op in block] + head
+        return [replace(op, count=op.count * config.num_layers) for op in block] + head
 
     def live_elements(self, batch: int, length: int) -> float:
         """The residual, a product's input and its output; or the logits, if they are wider."""
@@ -180,7 +178,6 @@ class TransformerSize:
         return float(tokens * (config.hidden_size + max(config.hidden_size + widest, logits)))
 
     def cache_elements(self, tokens: int) -> float:
-        """Elements of the cached keys and values of `tokens` tokens."""
         return 2.0 * self.config.num_layers * self.config.hidden_size * tokens
 
 
@@ -194,29 +191,28 @@ def _product(rows: float, width_in: int, width_out: int) -> Op:
     )
 
 
-def _repeated(op: Op, times: int) -> Op:
-    return Op(**{**vars(op), "count": op.count * times})
-
-
-def _preset(layers: int, width: int, heads: int, vocab: int, length: int, *, causal: bool = False) -> TransformerConfig:
-    return TransformerConfig.of_any_size(
-        num_layers=layers,
-        hidden_size=width,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        vocab_size=vocab,
-        max_length=length,
-        causal=causal,
-    )
+# Layers, width, heads, vocabulary, length. Devlin et al. 2019, section 3; Radford et al. 2019, table 2; Brown et al.
+# 2020, table 2.1.
+_SHAPES = {
+    "bert-base": (12, 768, 12, 30_522, 512),
+    "bert-large": (24, 1024, 16, 30_522, 512),
+    "gpt2-xl": (48, 1600, 25, 50_257, 1024),
+    "gpt3-175b": (96, 12_288, 96, 50_257, 2048),
+}
 
 
 def presets() -> dict[str, TransformerSize]:
-    """Well-known shapes. Sources: Devlin et al. 2019, section 3; Radford et al. 2019, table 2; Brown et al. 2020,
-    table 2.1 (GPT's logits are tied to its embeddings)."""
-    shapes: dict[str, tuple[TransformerConfig, Head]] = {
-        "bert-base": (_preset(12, 768, 12, 30_522, 512), "none"),
-        "bert-large": (_preset(24, 1024, 16, 30_522, 512), "none"),
-        "gpt2-xl": (_preset(48, 1600, 25, 50_257, 1024, causal=True), "tied"),
-        "gpt3-175b": (_preset(96, 12_288, 96, 50_257, 2048, causal=True), "tied"),
-    }
-    return {name: TransformerSize(config=config, head=head, name=name) for name, (config, head) in shapes.items()}
+    """Well-known shapes; GPT's logits are tied to its embeddings."""
+    found = {}
+    for name, (layers, width, heads, vocabulary, length) in _SHAPES.items():
+        config = TransformerConfig.of_any_size(
+            num_layers=layers,
+            hidden_size=width,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            vocab_size=vocabulary,
+            max_length=length,
+            causal=name.startswith("gpt"),
+        )
+        found[name] = TransformerSize(config=config, head="tied" if config.causal else "none", name=name)
+    return found

@@ -17,6 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 class LiveBytes(TorchDispatchMode):
     """Peak bytes of live storages, among those created inside the block or passed to `watch`."""
 
@@ -42,5 +47,5 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.watch(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        self.watch(tensors_in(out))
         return out

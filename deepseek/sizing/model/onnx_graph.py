@@ -28,14 +28,8 @@ FREE = {
     "Reshape", "Shape", "Constant", "Unsqueeze", "Squeeze", "Flatten", "Identity", "ConstantOfShape",
     "DequantizeLinear",
 }  # fmt: skip
-CARRIERS = {
-    "DequantizeLinear",
-    "QuantizeLinear",
-    "Cast",
-    "Transpose",
-    "Reshape",
-    "Identity",
-}  # weights pass through them
+# Weights pass through them.
+CARRIERS = {"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Reshape", "Identity"}
 # Known elementwise operators of foreign domains; other foreign operators may compute anything.
 ELEMENTWISE_ELSEWHERE = {
     "Gelu", "FastGelu", "BiasGelu", "QuickGelu", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
@@ -50,6 +44,8 @@ WEIGHT_TYPES = {1, 2, 3, 10, 11, 16, 17, 18, 19, 20, 21, 22}  # TensorProto: flo
 
 class OnnxModel:
     """A `Countable` from an ONNX file."""
+
+    default_length = 1  # the sizes of other axes must be given
 
     def __init__(self, path: str | Path, *, axes: Mapping[str, int] | None = None) -> None:
         try:
@@ -72,7 +68,6 @@ class OnnxModel:
         self.counted = lru_cache(maxsize=64)(self._counted)  # one cache per file
 
     def _check_axes(self) -> None:
-        """Raises InputError if `axes` names an axis that no input has."""
         known = sorted({dim.dim_param for dim in self._dims() if dim.dim_param})
         for name in self.axes:
             if name not in known:
@@ -104,21 +99,18 @@ class OnnxModel:
 
     @cached_property
     def product_parameters(self) -> int:
-        used = {
-            weight for node in self.proto.graph.node if node.op_type in PRODUCTS
-            for weight in (self._weight_of(name) for name in node.input)
-            if weight is not None and len(self._weights[weight]) > 1
-        }  # fmt: skip
+        products = (node for node in self.proto.graph.node if node.op_type in PRODUCTS)
+        used = {weight for node in products for weight in self._matrices(node)}
         return sum(math.prod(self._weights[name]) for name in used)
+
+    def _matrices(self, node: Any) -> list[str]:
+        """The weights of two or more dimensions that a node reads."""
+        weights = filter(None, map(self._weight_of, node.input))
+        return [weight for weight in weights if len(self._weights[weight]) > 1]
 
     @cached_property
     def stepped_elements(self) -> int:
         return stepped(math.prod(shape) for shape in self._weights.values())
-
-    @property
-    def default_length(self) -> int:
-        """1: the sizes of other axes must be given."""
-        return 1
 
     @property
     def open_axes(self) -> list[str]:
@@ -151,9 +143,9 @@ class OnnxModel:
         ops = list(self._ops(shapes))
         live, kept = 0.0, 0.0
         for node in self.proto.graph.node:
-            sizes = [_size(shapes[name]) for name in (*node.input, *node.output) if name in shapes]
+            sizes = [math.prod(shapes[name]) for name in (*node.input, *node.output) if name in shapes]
             live = max(live, sum(sizes))
-            kept += sum(_size(shapes[name]) for name in node.output if name in shapes)
+            kept += sum(math.prod(shapes[name]) for name in node.output if name in shapes)
         return ops, live, kept
 
     def _inputs(self) -> list[Any]:
@@ -197,16 +189,16 @@ class OnnxModel:
             elif node.op_type not in FREE and not self._of_a_weight(node):
                 if node.op_type in MEMORY:
                     yield Op(kind="memory")
-                yield Op(kind="elementwise", outputs=float(sum(_size(shapes.get(name, (0,))) for name in node.output)))
+                outputs = sum(math.prod(shapes.get(name, (0,))) for name in node.output)
+                yield Op(kind="elementwise", outputs=float(outputs))
 
     def _of_a_weight(self, node: Any) -> bool:
         """Whether the node only converts a weight, which happens once, when the graph is loaded."""
         return node.op_type in CARRIERS and self._weight_of(node.input[0]) is not None
 
     def _product(self, node: Any, shapes: dict[str, tuple[int, ...]]) -> Op | None:
-        behind = {name: self._weight_of(name) for name in node.input if name}
-        values = [name for name, weight in behind.items() if weight is None and name in shapes]
-        weights = [weight for weight in behind.values() if weight is not None and len(self._weights[weight]) > 1]
+        values = [name for name in dict.fromkeys(node.input) if name in shapes and self._weight_of(name) is None]
+        weights = self._matrices(node)
         if not values:
             return None  # a product of weights: computed once, when the engine is built
         out = shapes.get(node.output[0])
@@ -215,13 +207,14 @@ class OnnxModel:
                 f"{self.path}: the output of {node.op_type} {node.name or node.output[0]!r} has no known shape; give "
                 f"the sizes of the axes {', '.join(self.open_axes) or 'that it depends on'}"
             )
-        outputs = _size(out)
-        depth = self._depth(node, shapes, weights)
-        moved = sum(_size(shapes[name]) for name in values) + outputs
-        size = float(sum(math.prod(self._weights[name]) for name in weights))
-        if not weights and len(out) > 2:  # queries by keys, scores by values
-            return Op(kind="attention", flops=2.0 * outputs * depth, outputs=outputs, moved=float(moved))
-        return Op(kind="product", flops=2.0 * outputs * depth, outputs=outputs, moved=float(moved), weights=size)
+        outputs = math.prod(out)
+        return Op(
+            kind="product" if weights or len(out) <= 2 else "attention",  # queries by keys, scores by values
+            flops=2.0 * outputs * self._depth(node, shapes, weights),
+            outputs=outputs,
+            moved=float(sum(math.prod(shapes[name]) for name in values) + outputs),
+            weights=float(sum(math.prod(self._weights[name]) for name in weights)),
+        )
 
     def _depth(self, node: Any, shapes: dict[str, tuple[int, ...]], weights: list[str]) -> float:
         """Multiplications per output element."""
@@ -247,7 +240,3 @@ class OnnxModel:
     @cached_property
     def _producers(self) -> dict[str, Any]:
         return {name: node for node in self.proto.graph.node for name in node.output}
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)

@@ -14,12 +14,12 @@ Examples:
         module = torchvision.models.resnet50()
     model = TracedModel(module, lambda batch, length: (torch.empty(batch, 3, 224, 224),))
     model.parameters, flops(model.ops(batch=8, length=1))
-    training_memory(model, setup, saved=model.saved(setup))
+    training_memory(model, setup)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -30,10 +30,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from deepseek.sizing.model.counting import Op, stepped
-from deepseek.sizing.model.live_memory import LiveBytes
+from deepseek.sizing.model.live_memory import LiveBytes, tensors_in
 from deepseek.sizing.training_step import SavedActivations, TrainingSetup
 from deepseek.spec import InputError
 
@@ -51,7 +52,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        tensors, results = list(_tensors((args, kwargs))), list(_tensors(out))
+        tensors, results = tensors_in((args, kwargs)), tensors_in(out)
         own = [tensor for tensor in tensors if tensor.untyped_storage()._cdata in self.weights]
         moved = sum(t.numel() for t in tensors) - sum(t.numel() for t in own) + sum(t.numel() for t in results)
         self.live = max(self.live, moved)
@@ -72,13 +73,15 @@ class _Recorder(TorchDispatchMode):
                     weights=float(sum(t.numel() for t in own)),
                 )
             )
-        elif results and not {t.untyped_storage()._cdata for t in results} & {
-            t.untyped_storage()._cdata for t in tensors
-        }:
+        elif results and _storages(tensors).isdisjoint(_storages(results)):
             if any(name in packet.__name__ for name in NORMALISATIONS):
                 self.ops.append(Op(kind="memory"))
             self.ops.append(Op(kind="elementwise", outputs=float(results[0].numel())))
         return out
+
+
+def _storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor) -> float:
@@ -130,7 +133,7 @@ class TracedModel:
 
     def _trace(self, batch: int, length: int) -> tuple[list[Op], float]:
         with self._fake(training=False) as (state, fake):
-            recorder = _Recorder({tensor.untyped_storage()._cdata for tensor in state.values()})
+            recorder = _Recorder(_storages(state.values()))
             with torch.no_grad(), recorder:
                 self._run(state, fake, batch, length)
         return recorder.ops, recorder.live
@@ -153,7 +156,7 @@ class TracedModel:
     def _kept_bytes(self, setup: TrainingSetup) -> float:
         kept: dict[int, tuple[int, Tensor]] = {}
         with self._fake(training=True) as (state, fake):
-            weights = {tensor.untyped_storage()._cdata for tensor in state.values()}
+            weights = _storages(state.values())
 
             def keep(tensor: Tensor) -> Tensor:
                 storage = tensor.untyped_storage()
@@ -208,9 +211,9 @@ class TracedModel:
             torch._C._set_mkldnn_enabled(onednn)
 
     def _run(self, state: dict[str, Tensor], fake: FakeTensorMode, batch: int, length: int) -> Any:
-        arguments = self.inputs(batch, length)
+        arguments = tree_map_only(Tensor, _on_cpu, self.inputs(batch, length))
         with self._one_line(batch, length):
-            return functional_call(self.module, state, tuple(_cpu(each) for each in arguments))
+            return functional_call(self.module, state, arguments)
 
     @contextmanager
     def _one_line(self, batch: int, length: int) -> Iterator[None]:
@@ -228,7 +231,7 @@ class TracedModel:
 
 def mean_square(out: Any) -> Tensor:
     """A loss for any module: the mean square of all outputs with a gradient."""
-    return torch.stack([each.float().square().mean() for each in _tensors(out) if each.requires_grad]).sum()
+    return torch.stack([each.float().square().mean() for each in tensors_in(out) if each.requires_grad]).sum()
 
 
 def _precision(setup: TrainingSetup) -> AbstractContextManager[Any]:
@@ -237,15 +240,5 @@ def _precision(setup: TrainingSetup) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.float16 if setup.precision == "fp16" else torch.bfloat16)
 
 
-def _cpu(value: Any) -> Any:
-    return torch.empty(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+def _on_cpu(value: Tensor) -> Tensor:
+    return torch.empty(value.shape, dtype=value.dtype, device="cpu")
