@@ -79,7 +79,6 @@ class Chart:
     x: Scale
     y: Scale
     label: str
-    height: int = HEIGHT
     x_title: str = ""
     _parts: list[str] = field(default_factory=list)
     _above: list[str] = field(default_factory=list)
@@ -90,7 +89,7 @@ class Chart:
         return LEFT + self.x.share(value) * (WIDTH - LEFT - RIGHT)
 
     def _at_y(self, value: float) -> float:
-        return self.height - BOTTOM - self.y.share(value) * (self.height - TOP - BOTTOM)
+        return HEIGHT - BOTTOM - self.y.share(value) * (HEIGHT - TOP - BOTTOM)
 
     def _text(self, x: float, y: float, text: str, anchor: str = "middle", css: str = "tick") -> None:
         self._parts.append(_text(x, y, text, anchor, css))
@@ -104,11 +103,11 @@ class Chart:
         for value, text in x_ticks or [(value, number(value) + x_unit) for value in self.x.ticks(4)]:
             at_x = self._at_x(value)
             anchor = "end" if at_x > WIDTH - RIGHT - 16 else "middle"
-            self._text(WIDTH - 1 if anchor == "end" else at_x, self.height - BOTTOM + 16, text, anchor)
+            self._text(WIDTH - 1 if anchor == "end" else at_x, HEIGHT - BOTTOM + 16, text, anchor)
         self._text(0, 12, y_unit, "start")
         if self.x_title:
-            self._text(WIDTH - RIGHT, self.height - BOTTOM + 16 + TITLE, self.x_title, "end")
-        self._parts.append(f'<path class="axis" d="M{LEFT} {self.height - BOTTOM}H{WIDTH - RIGHT}"/>')
+            self._text(WIDTH - RIGHT, HEIGHT - BOTTOM + 16 + TITLE, self.x_title, "end")
+        self._parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
 
     def line(self, points: Sequence[Point], css: str) -> None:
         """A line through the points, with a gap at each point that is not finite."""
@@ -123,7 +122,7 @@ class Chart:
 
     def bars(self, edges: Sequence[float], heights: Sequence[float], css: str) -> None:
         """A bar from the x axis up between each pair of successive edges."""
-        base = self.height - BOTTOM
+        base = HEIGHT - BOTTOM
         path = []
         for left, right, height in zip(edges[:-1], edges[1:], heights, strict=True):
             if height > 0:
@@ -148,7 +147,7 @@ class Chart:
     def at(self, value: float, text: str, css: str) -> None:
         """A vertical line at `value` on the x axis, with a label beside it."""
         x = self._at_x(value)
-        self._parts.append(f'<path class="line {css}" d="M{x:.1f} {TOP}V{self.height - BOTTOM}"/>')
+        self._parts.append(f'<path class="line {css}" d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
         left = x > (WIDTH + LEFT) / 2
         self._text(x - 5 if left else x + 5, TOP + 12, text, "end" if left else "start", f"tick {css}-text")
 
@@ -166,7 +165,7 @@ class Chart:
         self._tips.append((self._at_x(x), None, list(lines)))
 
     def mark(self, x: float, y: float, css: str, text: str = "") -> None:
-        """A diamond, labelled above on its left, or to its right if the axis is too close."""
+        """A diamond. Its label is above on the left, or on the right if the axis is too close."""
         at_x, at_y = self._at_x(x), self._at_y(y)
         self._parts.append(f'<path class="mark {css}" d="M{at_x:.1f} {at_y - 5.5:.1f}l5.5 5.5l-5.5 5.5l-5.5 -5.5Z"/>')
         if text:
@@ -177,21 +176,20 @@ class Chart:
     def shade(self, left: float, right: float, text: str, *, low: bool = False) -> None:
         """Shades a range of x that does not count; its label is at the top, or at the bottom with `low`."""
         x, end = self._at_x(left), self._at_x(right)
-        height = self.height - TOP - BOTTOM
+        height = HEIGHT - TOP - BOTTOM
         self._parts.append(f'<rect class="shade" x="{x:.1f}" y="{TOP}" width="{end - x:.1f}" height="{height}"/>')
         if end - x > 40:  # labels of narrow ranges start at their left edge, clear of the figures of the y axis
             narrow = end - x < CHARACTER * len(text) + 8
             place = x + 4 if narrow else (x + end) / 2
-            y = self.height - BOTTOM - 10 if low else TOP + 14
+            y = HEIGHT - BOTTOM - 10 if low else TOP + 14
             self._above.append(_text(place, y, text, "start" if narrow else "middle", "tick shade-text"))
 
     def legend(self, css: str, text: str) -> None:
-        """Adds the name of a mark to the legend."""
         self._legend.append(f'<span><i class="key {css}"></i>{escape(text)}</span>')
 
     def figure(self, title: str = "") -> str:
         """The complete HTML element; `title` precedes the legend."""
-        height = self.height + (TITLE if self.x_title else 0)
+        height = HEIGHT + (TITLE if self.x_title else 0)
         return (
             f"<figure><figcaption>{escape(title)}{''.join(self._legend)}</figcaption>"
             f'<svg viewBox="0 0 {WIDTH} {height}" role="group" aria-label="{escape(self.label)}">'
@@ -215,7 +213,7 @@ class Chart:
             return f'<circle class="hit" cx="{x:.1f}" cy="{y:.1f}" r="10"/>'
         left = max([place for place in places if place < x], default=2 * LEFT - x)
         right = min([place for place in places if place > x], default=2 * (WIDTH - RIGHT) - x)
-        start, height = max((left + x) / 2, LEFT), self.height - TOP - BOTTOM
+        start, height = max((left + x) / 2, LEFT), HEIGHT - TOP - BOTTOM
         width = min((x + right) / 2, WIDTH - RIGHT) - start
         return f'<rect class="hit" x="{start:.1f}" y="{TOP}" width="{max(width, 1):.1f}" height="{height}"/>'
 
@@ -228,7 +226,7 @@ class Chart:
             for row, line in enumerate(lines, start=1)
         )
         return (
-            f'<g class="bubble"><path class="hair" d="M{x:.1f} {TOP}V{self.height - BOTTOM}"/>'
+            f'<g class="bubble"><path class="hair" d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"/>'
             f'<rect x="{left:.1f}" y="{TOP}" width="{width:.1f}" height="{LINE * len(lines) + 12}" rx="5"/>{rows}</g>'
         )
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from deepseek.config import TransformerConfig
+from deepseek.config import Initialization, TransformerConfig
 from deepseek.spec import InputError
 
 # Added to masked attention scores. Finite, within the range of fp16 (65504) and within 512, above which ModelOpt's
@@ -33,22 +33,12 @@ from deepseek.spec import InputError
 # exp(x) is 0 in fp32 below -104, and attention scores do not differ by 196.
 MASKED = -300.0
 
-Scheme = Literal["auto", "xavier_uniform", "kaiming_uniform"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 Fill = Callable[[Tensor], object]
 _XAVIER: Fill = nn.init.xavier_uniform_
 _KAIMING: Fill = partial(nn.init.kaiming_uniform_, nonlinearity="relu")
 _RELUS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU)
-_DENSE = (
-    nn.Linear,
-    nn.Bilinear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+_DENSE = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
 
 
 class Attention(nn.Module):
@@ -149,7 +139,7 @@ class Transformer(nn.Module):
         return torch.where(visible, 0.0, MASKED)
 
 
-def init_weights(module: nn.Module, scheme: Scheme = "auto") -> nn.Module:
+def init_weights(module: nn.Module, scheme: Initialization = "auto") -> nn.Module:
     """Initialises the layers of any module in place and returns the module. Normalisation layers are unchanged.
 
     - Linear, convolution, embedding and attention layers: Xavier uniform, ±√(6 / (fan in + fan out)) (Glorot and
@@ -165,8 +155,8 @@ def init_weights(module: nn.Module, scheme: Scheme = "auto") -> nn.Module:
     Raises InputError for an unknown scheme, for a lazy layer that has no shape yet, and for a weight that is computed
     from other tensors, as by weight_norm.
     """
-    if scheme not in get_args(Scheme):
-        raise InputError(f"init_weights: scheme: seen {scheme!r}; allowed: {', '.join(get_args(Scheme))}")
+    if scheme not in get_args(Initialization):
+        raise InputError(f"init_weights: scheme: seen {scheme!r}; allowed: {', '.join(get_args(Initialization))}")
     kaiming = _layers_before_relu(module) if scheme == "auto" else set()
     with torch.no_grad():
         for layer in module.modules():
@@ -184,12 +174,8 @@ def init_weights(module: nn.Module, scheme: Scheme = "auto") -> nn.Module:
                 _init_recurrent(layer)
         for layer in module.modules():  # last, as a layer that shares an embedding's weights fills all of its rows
             if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.padding_idx is not None:
-                _set(layer, "weight", partial(_zero_row, row=layer.padding_idx))
+                _set(layer, "weight", lambda weight, row=layer.padding_idx: weight[row].zero_())  # type: ignore[misc]
     return module
-
-
-def _zero_row(weight: Tensor, row: int) -> None:
-    weight[row].zero_()
 
 
 def _layers_before_relu(module: nn.Module) -> set[nn.Module]:

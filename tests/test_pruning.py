@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -33,8 +32,12 @@ def ours() -> nn.Module:
     return Transformer(TransformerConfig(**sizes, causal=True))  # type: ignore[arg-type]
 
 
-def theirs(**settings: Any) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, **settings)
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def theirs() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     return nn.Sequential(nn.Embedding(50, 32), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
 
 
@@ -102,48 +105,37 @@ class Residual(nn.Module):
         return self.head(F.relu(self.wide(self.depthwise(x))).flatten(1))
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, int, int]] = {  # removable heads and channels
-    "ours": (ours, IDS, 8, 128),
-    "torch": (theirs, IDS, 8, 128),
-    "bert": (Bert, IDS, 4, 64),
-    "packed": (Packed, IDS, 4, 64),
-    "convolutional": (Residual, IMAGES, 0, 16 + 24 + 32),
-}
-each_model = pytest.mark.parametrize("name", MODELS)
-
-
-@each_model
-def test_a_quarter_of_heads_and_channels_is_removed_and_outputs_keep_their_shape(name: str) -> None:
-    make, inputs, heads, channels = MODELS[name]
-    model = make().eval()
-    shape, parameters = model(inputs).shape, sum(each.numel() for each in model.parameters())
+@pytest.mark.parametrize(
+    ("make", "inputs", "heads", "channels"),
+    [
+        (ours, IDS, (8, 6), (128, 96)),
+        (theirs, IDS, (8, 6), (128, 96)),
+        (Bert, IDS, (4, 3), (64, 48)),
+        (Packed, IDS, (4, 3), (64, 48)),
+        (Residual, IMAGES, (0, 0), (16 + 24 + 32, 56)),  # in blocks of 8
+    ],
+    ids=["ours", "torch", "bert", "packed", "convolutional"],
+)
+def test_a_quarter_of_heads_and_channels_is_removed_and_the_result_can_be_saved(
+    make: Callable[[], nn.Module], inputs: Tensor, heads: tuple[int, int], channels: tuple[int, int], tmp_path: Path
+) -> None:
+    model, path = make().eval(), tmp_path / "pruned.safetensors"
+    shape, fresh, of = model(inputs).shape, copy.deepcopy(model), weights_digest(model)
     report = prune_model(model, (inputs,))
     assert model(inputs).shape == shape
-    assert report.count("heads") == (heads, heads * 3 // 4)
-    before, after = report.count("channels")
-    assert (before, after) == (channels, channels * 3 // 4 if channels != 72 else 56)  # blocks of 8
-    assert report.parameters == (parameters, sum(each.numel() for each in model.parameters()))
+    assert (report.count("heads"), report.count("channels")) == (heads, channels)
+    assert report.parameters == tuple(sum(each.numel() for each in part.parameters()) for part in (fresh, model))
     assert report.flops[1] < report.flops[0]
-    assert sum(layer.before - layer.after for layer in report.layers) == heads // 4 + before - after
-
-
-@each_model
-def test_a_saved_model_is_equal_when_loaded(name: str, tmp_path: Path) -> None:
-    make, inputs, _, _ = MODELS[name]
-    model = make().eval()
-    fresh, of = copy.deepcopy(model), weights_digest(model)
-    save_pruned(model, prune_model(model, (inputs,)), tmp_path / "pruned.safetensors", of=of)
-    assert torch.equal(load_pruned(fresh, tmp_path / "pruned.safetensors")(inputs), model(inputs))
+    save_pruned(model, report, path, of=of)
+    assert torch.equal(load_pruned(fresh, path)(inputs), model(inputs))
     with pytest.raises(InputError, match="pruned from other weights"):
-        load_pruned(make(), tmp_path / "pruned.safetensors")
+        load_pruned(make(), path)
 
 
 def test_useless_channels_are_removed_first() -> None:
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-    useless = [1, 4, 11, 14]
+    model, x = mlp(), torch.randn(32, 8)
     with torch.no_grad():
-        model[2].weight[:, useless] *= 1e-3  # type: ignore[index, operator]
-    x = torch.randn(32, 8)
+        model[2].weight[:, [1, 4, 11, 14]] *= 1e-3  # type: ignore[index, operator]
     expected = model(x)
     prune_model(model, (x,), PruneConfig(multiple=4))
     assert model[0].out_features == 12
@@ -157,50 +149,53 @@ def test_a_useless_head_is_removed_and_the_others_are_unchanged() -> None:
         for head in (0, 2):
             attention.out.weight[:, head * 8 : head * 8 + 8] = 0
     expected, kept = model(IDS), attention.query.weight[8:16].clone()
-    pruned = prune_model(model, (IDS,), PruneConfig(multiple=64))  # no block of 64 channels can be removed: only heads
-    assert pruned.count("channels")[0] == pruned.count("channels")[1]
+    prune_model(model, (IDS,), PruneConfig(multiple=64))  # no block of 64 channels can be removed: only heads
     assert torch.equal(attention.query.weight[:8], kept)
     torch.testing.assert_close(model(IDS), expected)
 
 
-def test_attention_whose_forward_fails_with_fewer_heads_is_not_pruned_and_named() -> None:
-    class Stubborn(Packed):
-        def joined(self, heads: Tensor, x: Tensor) -> Tensor:
-            return heads.reshape(x.shape)
-
-    report = prune_model(Stubborn().eval(), (IDS,), PruneConfig(ratio=0.5))
-    assert report.count("heads") == (0, 0)
-    assert report.count("channels") == (64, 32)
-    assert report.left_alone["qkv"] == "forward does not work with fewer heads"
+class Stubborn(Packed):
+    def joined(self, heads: Tensor, x: Tensor) -> Tensor:
+        return heads.reshape(x.shape)
 
 
-def test_channels_that_depend_on_each_other_are_not_pruned() -> None:
-    class Softmax(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two, self.three = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 2)
+class Softmax(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 2)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.three(F.relu(self.two(self.one(x).softmax(-1))))
-
-    report = prune_model(Softmax(), (torch.randn(4, 8),))
-    assert [layer.name for layer in report.layers] == ["two"]
-    assert report.left_alone["one"] == "its channels depend on each other"
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(F.relu(self.two(self.one(x).softmax(-1))))
 
 
-def test_channels_whose_positions_the_tracer_gets_wrong_are_not_pruned() -> None:
-    class Joined(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
-            self.hidden, self.head = nn.Linear(16 * 4, 16), nn.Linear(16, 2)
+class Joined(nn.Module):
+    """torch-pruning 1.6 loses the offset of a joined and flattened map."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            joined = F.max_pool2d(torch.cat([self.left(x), self.right(x)], 1), 8)
-            return self.head(F.relu(self.hidden(joined.flatten(1))))
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        self.hidden, self.head = nn.Linear(16 * 4, 16), nn.Linear(16, 2)
 
-    report = prune_model(Joined(), (IMAGES,))  # torch-pruning 1.6 loses the offset of a joined and flattened map
-    assert [layer.name for layer in report.layers] == ["hidden"]
+    def forward(self, x: Tensor) -> Tensor:
+        joined = F.max_pool2d(torch.cat([self.left(x), self.right(x)], 1), 8)
+        return self.head(F.relu(self.hidden(joined.flatten(1))))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "pruned", "left", "reason"),
+    [
+        (Stubborn(), IDS, "gates", "qkv", "forward does not work with fewer heads"),
+        (Softmax(), torch.randn(4, 8), "two", "one", "its channels depend on each other"),
+        (Joined(), IMAGES, "hidden", "left", "its channels depend on each other"),
+    ],
+    ids=["attention", "softmax", "joined"],
+)
+def test_a_layer_whose_units_cannot_be_removed_is_left_alone_and_named(
+    model: nn.Module, inputs: Tensor, pruned: str, left: str, reason: str
+) -> None:
+    report = prune_model(model.eval(), (inputs,))
+    assert [layer.name for layer in report.layers] == [pruned]
+    assert report.left_alone[left] == reason
 
 
 class Counting(nn.Module):
@@ -217,7 +212,7 @@ class Counting(nn.Module):
     [
         (nn.Linear(8, 8), "nothing in Linear can be pruned"),
         (nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)), "the width between blocks is fixed"),
-        (nn.Sequential(nn.Linear(8, 2), nn.ReLU(), nn.Linear(2, 4)), "less than one head or channel"),
+        (nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 4)), "less than one head or channel"),
         (Counting(), "no output of forward has a gradient"),
         (nn.Sequential(nn.Linear(9, 16), nn.Linear(16, 4)), "does not run on the example inputs: RuntimeError"),
     ],
@@ -232,27 +227,20 @@ def test_a_model_that_cannot_be_pruned_is_a_one_line_error_and_unchanged(model: 
     assert model.training
 
 
-def test_frozen_weights_stay_frozen() -> None:
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).requires_grad_(False)
-    prune_model(model, (torch.randn(4, 8),))
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_head_attention_equals_multihead_attention(batch_first: bool, need_weights: bool) -> None:
-    theirs = nn.MultiheadAttention(32, 4, batch_first=batch_first).eval()
+    packed = nn.MultiheadAttention(32, 4, batch_first=batch_first).eval()
     query, memory = torch.randn(3, 3, 32), torch.randn(3, 5, 32)
     memory = memory if batch_first else memory.transpose(0, 1)
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
     mask = torch.ones(3, 5, dtype=torch.bool).triu(3)
     settings = {"key_padding_mask": padding, "attn_mask": mask, "need_weights": need_weights}
-    expected, weights = theirs(query, memory, memory, **settings)
-    seen, seen_weights = HeadAttention(theirs)(query, memory, memory, **settings)
-    torch.testing.assert_close(seen, expected)
-    assert (weights is None) == (seen_weights is None) == (not need_weights)
-    if weights is not None:
-        torch.testing.assert_close(seen_weights, weights)
+    expected, seen = (attention(query, memory, memory, **settings) for attention in (packed, HeadAttention(packed)))
+    torch.testing.assert_close(seen[0], expected[0])
+    assert (seen[1] is None) == (expected[1] is None) == (not need_weights)
+    if need_weights:
+        torch.testing.assert_close(seen[1], expected[1])
 
 
 def test_a_pruned_model_learns_the_outputs_of_the_original() -> None:
@@ -262,8 +250,6 @@ def test_a_pruned_model_learns_the_outputs_of_the_original() -> None:
     batches = [(torch.randint(1, 50, (8, 9)),) for _ in range(10)]
     before, after = distil(model, original, batches)
     assert after < 0.7 * before
-    unseen = torch.randint(1, 50, (8, 9))
-    assert (model(unseen) - original(unseen)).square().mean() < before
 
 
 class Tied(nn.Module):
@@ -286,10 +272,10 @@ def test_weights_that_pruning_unties_are_loaded_separately(tmp_path: Path) -> No
     torch.testing.assert_close(again(IDS), model(IDS))
 
 
-def test_a_frozen_model_is_tuned_and_stays_frozen(tmp_path: Path) -> None:
-    teacher = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).requires_grad_(False)
+def test_a_frozen_model_is_pruned_and_tuned_and_stays_frozen(tmp_path: Path) -> None:
+    teacher = mlp().requires_grad_(False)
     student = copy.deepcopy(teacher)
-    student[2].get_parameter("weight").mul_(0.5)
+    prune_model(student, (torch.randn(4, 8),))
     batches = [(torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)),) for seed in range(10)]
     before, after = distil(student, teacher, batches, checkpoints=tmp_path)
     assert after < before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from deepseek.training import train_model
 from deepseek.training.batch_size import fitting_batch
 from deepseek.training.memory import besides_bytes, limit_bytes
 from deepseek.transformer import Transformer
-from tests.test_training import cross_entropy, network, points, settings
+from tests.test_training import cross_entropy, network, points, same, settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -51,17 +52,15 @@ def test_live_bytes_are_the_peak_and_not_the_sum() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
 @pytest.mark.parametrize("steps", [1, 2], ids=["one-batch", "accumulated"])
 def test_the_batch_that_fits_equals_the_plans_and_fills_the_memory(checkpointing: bool, steps: int) -> None:
-    config = shape()
-    size, model = TransformerSize(config=config), Transformer(config)
+    size = TransformerSize(config=shape())
+    model = Transformer(size.config)
     model.gradient_checkpointing = checkpointing
     outside = besides_bytes(CPU, model.parameters())
     limit = (outside + 60e6) / 0.8
     train = settings(accumulation_steps=steps)
     found = fitting_batch(model, ids(), mean_square, train, CPU, limit=limit)
     assert 0.9 * 60e6 < found.needed_bytes - outside <= 60e6 * 1.05  # the process itself may have grown a little
-    setup = TrainingSetup(
-        batch=1, length=24, checkpointing=checkpointing, accumulation_steps=steps, platform="cpu"
-    )  # fmt: skip
+    setup = TrainingSetup(batch=1, length=24, checkpointing=checkpointing, accumulation_steps=steps, platform="cpu")
 
     def planned(batch: int) -> float:
         memory = training_memory(size, replace(setup, batch=batch))
@@ -71,29 +70,25 @@ def test_the_batch_that_fits_equals_the_plans_and_fills_the_memory(checkpointing
     assert found.batch_size > 8
 
 
-def test_little_memory_gives_a_smaller_batch_than_the_guides_and_much_memory_takes_all_rows() -> None:
+def test_little_memory_gives_a_smaller_batch_than_the_guides_and_much_memory_all_rows_and_1_mb_an_error() -> None:
     model = Transformer(shape())
     outside = besides_bytes(CPU, model.parameters())
     small = fitting_batch(model, ids(), mean_square, settings(), CPU, limit=(outside + 10e6) / 0.8)
     large = fitting_batch(model, ids(600), mean_square, settings(), CPU, limit=outside + 1e12)
     assert small.batch_size < 256 < large.batch_size == 600
     assert "instead of the guide's 256" in small.line
-
-
-def test_a_model_for_which_not_even_one_row_fits_is_a_one_line_error() -> None:
     with pytest.raises(InputError, match=r"batch_size: auto: \d rows need .* GB, .*; set gradient_checkpointing=True"):
-        fitting_batch(Transformer(shape()), ids(), mean_square, settings(), CPU, limit=1e6)
+        fitting_batch(model, ids(), mean_square, settings(), CPU, limit=1e6)
 
 
 def test_the_search_does_not_change_weights_buffers_mode_or_random_states() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2)).eval()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    state = torch.get_rng_state()
+    before, state = copy.deepcopy(model), torch.get_rng_state()
     fitting_batch(model, points(), cross_entropy, settings(), CPU)
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert same(model, before)
 
 
 def test_a_resumed_run_keeps_the_batch_size_that_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,37 +27,24 @@ def one_step(meter: Meter, step: int, **changes: float) -> None:
     meter.step(step=step, **(values | changes))
 
 
-class HandClock:
-    """Replaces the module `time` in the meter: a clock that tests advance by hand."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now_s
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> HandClock:
-    clock = HandClock()
-    monkeypatch.setattr("deepseek.training.meter.time", clock)
-    return clock
-
-
 @pytest.mark.parametrize(("waited_s", "share"), [(0.03, 0.75), (0.001, 1 / 11)], ids=["starved", "fed"])
 def test_time_counts_as_waiting_or_training_and_a_checkpoint_as_neither(
-    clock: HandClock, waited_s: float, share: float
+    monkeypatch: pytest.MonkeyPatch, waited_s: float, share: float
 ) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("deepseek.training.meter.time", SimpleNamespace(perf_counter=lambda: now_s))
+
     def slowly() -> Iterator[int]:
+        nonlocal now_s
         for number in range(3):
-            clock.now_s += waited_s
+            now_s += waited_s
             yield number
 
     meter = Meter()
     for number in meter.timed(slowly()):
-        clock.now_s += 0.01
+        now_s += 0.01
         one_step(meter, number)
-        clock.now_s += 5  # a checkpoint
+        now_s += 5  # a checkpoint
     assert meter.seconds == pytest.approx(3 * (waited_s + 0.01))
     assert meter.data_share == pytest.approx(share)
     said = "the model waited for data 75% of the time: raise num_workers (seen 0)"
@@ -79,11 +67,10 @@ def test_merging_points_keeps_sums_spikes_and_the_end_of_a_curve() -> None:
         ([1.0] * 40 + [30.0] * 20, True),
         ([1.0] * 40 + [1e6] * (WINDOW // 2 - 1) + [1.0] * 20, False),
         ([5.0] * 20 + [0.01] * 20 + [4.0] * 20, False),
-        ([-3.0] * 20 + [-2.0] * 20, False),
         ([-3.0] * 20 + [40.0] * 20, True),
         ([0.0] * 20 + [5.0] * 20, False),
     ],
-    ids=["exploded", "a-few-bad-rows", "back-to-the-start", "negative", "negative-exploded", "starts-at-zero"],
+    ids=["exploded", "a-few-bad-rows", "back-to-the-start", "negative-exploded", "starts-at-zero"],
 )
 def test_a_loss_that_stays_ten_times_above_its_start_has_exploded(losses: list[float], explodes: bool) -> None:
     watch = LossWatch(10.0)
@@ -91,12 +78,9 @@ def test_a_loss_that_stays_ten_times_above_its_start_has_exploded(losses: list[f
     assert any(said) == explodes
 
 
-def broken_rows() -> TensorDataset:
-    """Two labels of 512 are 10,000 times too large, as after a change of units."""
-    x = torch.randn(512, 8, generator=torch.Generator().manual_seed(1))
-    y = x[:, :4].sum(dim=1, keepdim=True)
-    y[128::256] *= 1e4
-    return TensorDataset(x, y)
+def sums(rows: int, seed: int) -> TensorDataset:
+    x = torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(x, x[:, :4].sum(dim=1, keepdim=True))
 
 
 def explode(clip_norm: float | None, report: Path | None = None) -> tuple[nn.Module, Any]:
@@ -104,14 +88,15 @@ def explode(clip_norm: float | None, report: Path | None = None) -> tuple[nn.Mod
     torch.manual_seed(0)
     wide = [nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU()]
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), *wide, nn.Linear(32, 1))
-    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(2))
-    clean = TensorDataset(x, x[:, :4].sum(dim=1, keepdim=True))
+    clean = sums(64, seed=2)
 
     def loss(network: nn.Module, batch: Any) -> Tensor:
         return nn.functional.mse_loss(network(batch[0]), batch[1])
 
     config = settings(max_epochs=6, batch_size=16, learning_rate=0.01, clip_norm=clip_norm)
-    return model, train_model(model, broken_rows(), clean, loss, config, report=report)
+    broken = sums(512, seed=1)
+    broken.tensors[1][128::256] *= 1e4  # as after a change of units
+    return model, train_model(model, broken, clean, loss, config, report=report)
 
 
 def test_an_exploding_run_is_caught_explained_and_cured_by_clipping(tmp_path: Path) -> None:
@@ -134,15 +119,6 @@ def test_an_explosion_despite_clipping_suggests_other_causes() -> None:
     rising.steps = 0  # type: ignore[attr-defined]
     with pytest.raises(TrainingDiverged, match=r"clipped at 1, so .*: lower the learning rate"):
         train_model(network(), points(), points(1), rising, settings(max_epochs=20, clip_norm=1.0))
-
-
-def test_clipping_warm_up_and_plateau_can_be_switched_off() -> None:
-    def stuck(model: nn.Module, batch: Any) -> Tensor:
-        return cross_entropy(model, batch) * 0 + 1
-
-    config = settings(max_epochs=6, warmup_fraction=0.0, plateau_patience=None, clip_norm=None)
-    rates = [epoch.learning_rate for epoch in train_model(network(), points(), points(1), stuck, config).epochs]
-    assert rates == [config.learning_rate] * 6
 
 
 def test_the_report_draws_every_curve_and_keeps_its_figures(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,11 +18,11 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek.config import TransformerConfig
 from deepseek.spec import InputError
 from deepseek.training.pipeline import arguments, as_layers, cut, part
-from deepseek.transformer import Transformer
-from tests.training_worker import config, cross_entropy, network, train
+from tests.test_training import cross_entropy
+from tests.test_transformer import tiny
+from tests.training_worker import config, network, train
 
 pytestmark = pytest.mark.server
 
@@ -85,20 +86,14 @@ def test_two_processes_have_the_losses_and_weights_of_one(way: str, unkilled: Ra
     model = network()
     alone = train(model, config(way, 1), None)
     for rank in unkilled(way):
-        epochs = rank["result"]["epochs"]
-        assert [each["train_loss"] for each in epochs] == pytest.approx(
-            [each.train_loss for each in alone.epochs], rel=TOLERANCE
-        )
-        assert [each["validation_loss"] for each in epochs] == pytest.approx(
-            [each.validation_loss for each in alone.epochs], rel=TOLERANCE
-        )
+        for one, two in zip(alone.epochs, rank["result"]["epochs"], strict=True):
+            assert two == pytest.approx(dataclasses.asdict(one), rel=TOLERANCE)
         for name, weight in model.state_dict().items():
             torch.testing.assert_close(rank["weights"][name], weight, rtol=TOLERANCE, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["data", "pipeline"])
-def test_no_thread_of_the_process_group_remains_at_the_end_of_the_interpreter(way: str, unkilled: Ranks) -> None:
-    assert [rank["threads"].count("gloo") for rank in unkilled(way)] == [0, 0]
+def test_no_thread_of_the_process_group_remains_at_the_end_of_the_interpreter(unkilled: Ranks) -> None:
+    assert [rank["threads"].count("gloo") for way in ("data", "pipeline") for rank in unkilled(way)] == [0] * 4
 
 
 @pytest.mark.slow
@@ -123,16 +118,12 @@ def test_a_killed_rank_ends_the_job_in_one_line_and_the_job_resumes(way: str, un
 def test_an_unsupported_setting_ends_the_job_with_one_line(tmp_path: Path) -> None:
     process = start(tmp_path, "pipeline", accumulation_steps=1)
     _, said = process.communicate()
-    assert process.returncode == 2
+    assert (process.returncode, said.count("Traceback")) == (2, 0)
     assert "accumulation_steps: seen 1; a pipeline of 2 processes needs 2 micro-batches" in said
-    assert "Traceback" not in said
 
 
-@pytest.mark.filterwarnings("ignore::deepseek.config.AdviceWarning")
 def test_a_decoder_equals_the_chain_of_its_layers() -> None:
-    sizes: dict[str, Any] = {"num_layers": 3, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
-    transformer = Transformer(TransformerConfig(**sizes, vocab_size=50, padding_id=None, causal=True)).eval()
-    whole = nn.Sequential(transformer, nn.Linear(16, 3))
+    whole = nn.Sequential(tiny(padding_id=None, causal=True), nn.Linear(16, 3))
     layers = as_layers(whole)
     ids = torch.arange(12).reshape(2, 6)
     assert torch.equal(layers(ids), whole(ids))
@@ -140,20 +131,18 @@ def test_a_decoder_equals_the_chain_of_its_layers() -> None:
     assert torch.equal(parts[1](parts[0](ids)), whole(ids))
     assert {name for each in parts for name in each.state_dict()} == set(layers.state_dict())
     with pytest.raises(InputError, match=r"needs an nn.Sequential, or .* padding_id=None .* seen Transformer"):
-        as_layers(Transformer(TransformerConfig(**sizes, vocab_size=50)))
+        as_layers(tiny())
 
 
 @pytest.mark.parametrize(
     ("sizes", "parts", "cuts"),
     [
         ([1, 1, 1, 1], 2, [0, 2, 4]),
-        ([9, 1, 1, 1], 2, [0, 1, 4]),
         ([1, 1, 1, 9], 2, [0, 3, 4]),
         ([5, 1, 1], 3, [0, 1, 2, 3]),
-        ([9, 0, 1, 0, 1], 3, [0, 2, 4, 5]),
         ([0, 9, 0, 0, 1], 2, [0, 4, 5]),
     ],
-    ids=["even", "heavy-first", "heavy-last", "one-each", "without-parameters", "first-without"],
+    ids=["even", "heavy-last", "one-each", "without-parameters"],
 )
 def test_layers_are_divided_into_parts_of_similar_size(sizes: list[int], parts: int, cuts: list[int]) -> None:
     assert cut(sizes, parts) == cuts
@@ -164,5 +153,5 @@ def test_the_input_of_a_pipeline_is_the_argument_that_the_loss_passes_to_the_mod
     assert arguments(cross_entropy, batch) == (batch[0],)
     with pytest.raises(InputError, match="one tensor, by position"):
         arguments(lambda model, batch: model(x=batch[0]), batch)
-    with pytest.raises(InputError, match="must call the model"):
+    with pytest.raises(InputError, match="must call the model that it is given"):
         arguments(lambda model, batch: batch[0].mean(), batch)

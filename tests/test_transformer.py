@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from deepseek.config import TransformerConfig
+from deepseek.config import Initialization, TransformerConfig
 from deepseek.spec import InputError
-from deepseek.transformer import Scheme, Transformer, init_weights
+from deepseek.transformer import Transformer, init_weights
 
 
 def tiny(**changes: Any) -> Transformer:
@@ -36,20 +36,11 @@ def test_a_causal_token_does_not_attend_to_later_tokens(ids: Tensor) -> None:
 
 
 def test_padding_does_not_change_the_tokens_before_it(ids: Tensor) -> None:
-    model = tiny()
-    padded = nn.functional.pad(ids, (0, 4))
+    model, padded = tiny(), nn.functional.pad(ids, (0, 4))
     torch.testing.assert_close(model(padded)[:, :8], model(ids))
-
-
-def test_an_explicit_mask_equals_the_padding_id(ids: Tensor) -> None:
-    model, padded = tiny(), ids.clone()
-    padded[:, 6:] = 0
     torch.testing.assert_close(model(padded, (padded != 0).long()), model(padded))
-
-
-def test_without_a_padding_id_the_path_without_a_mask_equals_a_mask_of_ones(ids: Tensor) -> None:
-    model = tiny(causal=True, padding_id=None)
-    torch.testing.assert_close(model(ids), model(ids, torch.ones_like(ids)))
+    fused = tiny(causal=True, padding_id=None)  # passes no mask to attention
+    torch.testing.assert_close(fused(ids), fused(ids, torch.ones_like(ids)))
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "encoder"])
@@ -81,15 +72,12 @@ def test_a_sequence_longer_than_max_length_is_a_one_line_error(ids: Tensor) -> N
 @pytest.mark.filterwarnings("ignore::FutureWarning:copyreg")  # torch.export pickles its own tree specs
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "encoder"])
 def test_the_exported_graph_equals_the_model_at_any_batch_and_length_also_in_fp16(causal: bool, tmp_path: Path) -> None:
-    model, path = tiny(causal=causal), tmp_path / "model.onnx"
+    model, path, example = tiny(causal=causal), tmp_path / "model.onnx", (torch.randint(0, 20, (2, 5)),)
     axes = {0: torch.export.Dim("batch", min=1, max=8), 1: torch.export.Dim("sequence", min=1, max=12)}
-    example = (torch.randint(0, 20, (2, 5)),)
-    torch.onnx.export(model, example, path, dynamo=True, opset_version=20, dynamic_shapes=(axes,), verbose=False)
-    half = tiny(causal=causal).half()
-    torch.onnx.export(half, example, tmp_path / "half.onnx", dynamo=True, opset_version=20, dynamic_shapes=(axes,))
-    onnx.checker.check_model(path)
-    for file, tolerance in ((path, 1e-5), (tmp_path / "half.onnx", 2e-2)):
-        session = onnxruntime.InferenceSession(file)
+    for exported, tolerance in ((model, 1e-5), (tiny(causal=causal).half(), 2e-2)):
+        torch.onnx.export(exported, example, path, dynamo=True, opset_version=20, dynamic_shapes=(axes,), verbose=False)
+        onnx.checker.check_model(path)
+        session = onnxruntime.InferenceSession(path)
         for shape in ((1, 1), (8, 12), (3, 7)):
             x = torch.randint(0, 20, shape)
             x[0] = 0
@@ -102,20 +90,15 @@ def bound(weight: Tensor) -> float:
     return float(weight.detach().abs().max())
 
 
-def test_linear_layers_are_xavier_uniform_with_zero_biases() -> None:
-    layer = nn.Linear(300, 100)
-    init_weights(nn.Sequential(layer, nn.GELU(), nn.ReLU()))
-    assert bound(layer.weight) == pytest.approx((6 / 400) ** 0.5, rel=0.01)
-    assert not layer.bias.any()
-
-
-@pytest.mark.parametrize("scheme", ["auto", "kaiming_uniform"])
-def test_a_layer_that_feeds_a_relu_is_kaiming(scheme: Scheme) -> None:
+@pytest.mark.parametrize("scheme", ["auto", "kaiming_uniform", "xavier_uniform"])
+def test_a_layer_that_feeds_a_relu_is_kaiming_all_others_xavier(scheme: Initialization) -> None:
     first, last = nn.Conv2d(30, 10, 3), nn.Linear(300, 100)
-    init_weights(nn.Sequential(first, nn.BatchNorm2d(10), nn.ReLU(), nn.Flatten(), last), scheme)
-    assert bound(first.weight) == pytest.approx((6 / 270) ** 0.5, rel=0.01)
-    expected = (6 / 400) if scheme == "auto" else (6 / 300)
-    assert bound(last.weight) == pytest.approx(expected**0.5, rel=0.01)
+    layers = nn.Sequential(first, nn.BatchNorm2d(10), nn.ReLU(), nn.Flatten(), last, nn.GELU(), nn.ReLU())
+    init_weights(layers, scheme)
+    kaiming, xavier = scheme != "xavier_uniform", scheme != "kaiming_uniform"
+    assert bound(first.weight) == pytest.approx((6 / (270 if kaiming else 270 + 90)) ** 0.5, rel=0.01)
+    assert bound(last.weight) == pytest.approx((6 / (400 if xavier else 300)) ** 0.5, rel=0.01)
+    assert not last.bias.any()
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell], ids=lambda kind: kind.__name__)
@@ -131,29 +114,15 @@ def test_the_forget_biases_of_a_recurrent_layer_add_up_to_one_and_all_others_are
 
 
 def test_init_weights_supports_every_kind_of_layer() -> None:
-    embedding, norm = nn.Embedding(5, 4, padding_idx=2), nn.LayerNorm(4)
-    odd = nn.ModuleList(
-        [
-            nn.Linear(3, 4, bias=False),
-            embedding,
-            nn.MultiheadAttention(4, 2, kdim=3, vdim=3),
-            nn.MultiheadAttention(4, 2, bias=False),
-            nn.LSTM(3, 4, proj_size=2, bias=False),
-            nn.RNN(3, 4),
-            nn.Bilinear(2, 3, 4),
-            norm,
-        ]
-    )
-    assert init_weights(odd) is odd
-    assert not embedding.weight[2].any()
-    assert bool((norm.weight == 1).all())
-    assert init_weights(nn.Identity())
-
-
-def test_the_padding_row_of_an_embedding_that_shares_its_weights_is_zero() -> None:
-    embedding, head = nn.Embedding(5, 4, padding_idx=2), nn.Linear(4, 5)
+    embedding, head, norm = nn.Embedding(5, 4, padding_idx=2), nn.Linear(4, 5), nn.LayerNorm(4)
     head.weight = embedding.weight
-    init_weights(nn.ModuleList([embedding, head]))
+    attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=3), nn.MultiheadAttention(4, 2, bias=False)
+    recurrent = nn.LSTM(3, 4, proj_size=2, bias=False), nn.RNN(3, 4)
+    layers = nn.ModuleList(
+        [nn.Linear(3, 4, bias=False), embedding, head, *attention, *recurrent, nn.Bilinear(2, 3, 4), norm]
+    )
+    assert init_weights(layers) is layers
+    assert bool((norm.weight == 1).all())
     assert embedding.weight.detach().any(dim=1).tolist() == [True, True, False, True, True]
 
 

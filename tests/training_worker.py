@@ -11,30 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch import nn
 
 from deepseek.config import TrainingConfig
 from deepseek.spec import run_command
 from deepseek.training import TrainingResult, train_model
+from tests.test_training import cross_entropy, points
 
 ROWS_A_STEP = 16
-
-
-def data(rows: int, seed: int) -> TensorDataset:
-    x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed))
-    return TensorDataset(x, (x[:, :2].sum(dim=1) > 0).long())
 
 
 def network() -> nn.Module:
     """A network without dropout: each process would draw different masks."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
-
-
-def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    inputs, labels = batch
-    return nn.functional.cross_entropy(model(inputs), labels)
 
 
 def config(parallel: str, processes: int, **changes: Any) -> TrainingConfig:
@@ -48,7 +38,7 @@ def config(parallel: str, processes: int, **changes: Any) -> TrainingConfig:
 
 def train(model: nn.Module, settings: TrainingConfig, folder: Path | None) -> TrainingResult:
     """Trains on 64 rows and validates on 17, which two processes cannot halve."""
-    return train_model(model, data(64, 0), data(17, 1), cross_entropy, settings, checkpoints=folder)
+    return train_model(model, points(), points(1, rows=17), cross_entropy, settings, checkpoints=folder)
 
 
 def threads() -> str:

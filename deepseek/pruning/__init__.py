@@ -4,14 +4,6 @@
 `deepseek.checkpoints` and `deepseek.training`.
 """
 
-from deepseek.pruning.prune import (
-    LayerReport,
-    PruneConfig,
-    PruneReport,
-    load_pruned,
-    prune_model,
-    save_pruned,
-    weights_digest,
-)
+from deepseek.pruning.prune import PruneConfig, PruneReport, load_pruned, prune_model, save_pruned, weights_digest
 
-__all__ = ["LayerReport", "PruneConfig", "PruneReport", "load_pruned", "prune_model", "save_pruned", "weights_digest"]
+__all__ = ["PruneConfig", "PruneReport", "load_pruned", "prune_model", "save_pruned", "weights_digest"]

@@ -41,7 +41,6 @@ def distil(
     module: nn.Module,
     teacher: nn.Module,
     batches: Sequence[Sequence[Tensor]],
-    config: TrainingConfig | None = None,
     *,
     checkpoints: str | Path | None = None,
 ) -> tuple[float, float]:
@@ -68,7 +67,7 @@ def distil(
             rest,
             cast(Any, held_out),  # a list is a dataset
             lambda student, item: _error(student, tree_map(lambda each: each[0], item)),  # a loader's batch of one
-            config or SETTINGS,
+            SETTINGS,
             checkpoints=checkpoints,
             identity=identity,
         )

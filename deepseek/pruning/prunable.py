@@ -60,7 +60,6 @@ class Layer:
     importance: Tensor = field(default_factory=lambda: torch.zeros(0))  # (units,)
 
     def indices(self, units: Iterable[int]) -> list[int]:
-        """The indices of `root` in these units."""
         return sorted(index for unit in units for index in self.units[unit])
 
     def shrink(self, count: int) -> None:
@@ -271,7 +270,6 @@ def state_of(modules: Iterable[nn.Module]) -> State:
 
 
 def restore(state: State) -> None:
-    """Restores the attributes of modules."""
     for part, attributes in state:
         vars(part).clear()
         vars(part).update(attributes)

@@ -61,7 +61,7 @@ class PruneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """What one layer lost: heads of the attention `name`, or output channels of the layer `name`."""
+    """Size of a layer before and after: heads of the attention `name`, or output channels of the layer `name`."""
 
     name: str
     kind: Kind
@@ -71,7 +71,7 @@ class LayerReport:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneReport:
-    """What was removed. Pairs are (before, after)."""
+    """The result of pruning. Pairs are (before, after)."""
 
     ratio: float
     layers: tuple[LayerReport, ...]
@@ -264,7 +264,6 @@ def _sizes(module: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _changed(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The entries of `after` that differ from `before`."""
     pairs = ((name, {k: v for k, v in sizes.items() if before[name].get(k) != v}) for name, sizes in after.items())
     return {name: changed for name, changed in pairs if changed}
 

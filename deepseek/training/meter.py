@@ -20,8 +20,6 @@ Item = TypeVar("Item")
 
 
 class Meter:
-    """Records steps with their losses and times."""
-
     def __init__(self) -> None:
         self.points: list[dict[str, float]] = []
         self.stride = 1  # steps per point
@@ -111,7 +109,7 @@ def _merged(points: list[dict[str, float]]) -> dict[str, float]:
 
 
 class LossWatch:
-    """Detects an exploding loss: its median over 16 steps exceeds `factor` times that of the first 16."""
+    """Detects an exploding loss: the median over 16 steps exceeds `factor` times the median of the first 16."""
 
     def __init__(self, factor: float | None) -> None:
         self.factor = factor
@@ -154,7 +152,6 @@ class LossWatch:
 
 
 def cure(clip_norm: float | None, usual_norm: float) -> str:
-    """What to change after an explosion."""
     if clip_norm is None or clip_norm > 10 * max(usual_norm, 1e-12):
         seen = "not clipped" if clip_norm is None else f"clipped only at {clip_norm:g}"
         return f"Gradients were {seen}: set clip_norm=1.0, and check the rows of that step"

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from deepseek.config import TrainingConfig
 from deepseek.spec import InputError
-from deepseek.training.ways import LossFunction, Weights, keep_in_shards, rows_of
+from deepseek.training.ways import LossFunction, Weights, copied, keep_in_shards, rows_of
 from deepseek.transformer import Block, Transformer
 
 
@@ -84,7 +84,7 @@ class Pipeline:
         of_batch = rows_of(self.batch)
         batch = tree_map_only(Tensor, lambda each: each[rows] if each.shape[:1] == (of_batch,) else each, self.batch)
         with self.accelerator.autocast():
-            return self.loss(_Answer(output), batch)
+            return self.loss(_FixedOutput(output), batch)
 
     def _from_last(self, value: Tensor) -> Tensor:
         value = value.detach().float().to(self.accelerator.device)
@@ -122,15 +122,14 @@ class Pipeline:
                     dist.send_object_list([output.cpu()], self.rank + 1)
                 else:
                     with self.accelerator.autocast():
-                        value = self.loss(_Answer(output).eval(), batch)
+                        value = self.loss(_FixedOutput(output).eval(), batch)
                 size = rows_of(batch)
                 loss_sum, rows = loss_sum + float(self._from_last(value)) * size, rows + size
         return loss_sum / rows
 
     def weights(self) -> Weights:
-        mine = {name: weight.detach().cpu().clone() for name, weight in self.mine.state_dict().items()}
         parts: list[Any] = [None] * self.ranks
-        dist.all_gather_object(parts, mine)
+        dist.all_gather_object(parts, copied(self.mine))
         return {name: weight for each in parts for name, weight in each.items()}
 
     def load(self, weights: Weights) -> None:
@@ -150,8 +149,8 @@ class _Stage(nn.Module):
         return found.float()
 
 
-class _Answer(nn.Module):
-    """Stand-in for the model that returns a known output."""
+class _FixedOutput(nn.Module):
+    """Stands in for the model, and returns a known output."""
 
     def __init__(self, output: Tensor) -> None:
         super().__init__()
@@ -161,26 +160,26 @@ class _Answer(nn.Module):
         return self.output
 
 
-class _Asked(Exception):
+class _Called(Exception):
     def __init__(self, inputs: tuple[Any, ...]) -> None:
         self.inputs = inputs
 
 
-class _Asking(nn.Module):
-    """Stand-in for the model that captures its input."""
+class _InputCapture(nn.Module):
+    """Stands in for the model, and captures its input."""
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         if named or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
             raise InputError("parallel='pipeline': the loss must call the model with one tensor, by position")
-        raise _Asked(inputs)
+        raise _Called(inputs)
 
 
 def arguments(loss: LossFunction, batch: Any) -> tuple[Any, ...]:
     """The arguments with which a loss calls the model. Raises InputError unless it does so with one tensor."""
     try:
-        loss(_Asking(), batch)
-    except _Asked as asked:
-        return asked.inputs
+        loss(_InputCapture(), batch)
+    except _Called as call:
+        return call.inputs
     raise InputError("parallel='pipeline': the loss must call the model that it is given")
 
 
@@ -226,7 +225,7 @@ def part(layers: nn.Sequential, rank: int, ranks: int) -> nn.Sequential:
 
 
 def cut(sizes: Sequence[int], parts: int) -> list[int]:
-    """Cut points, including both ends, that give each part about equally many parameters, and at least one layer."""
+    """Cut points, including both ends. Each part has at least one layer and a similar number of parameters."""
     heavy = [place for place, size in enumerate(sizes) if size]
     if len(heavy) < parts:
         layers = f"{len(heavy)} layers with parameters"

@@ -34,10 +34,13 @@ from deepseek.training.switches import (
     make_accelerator,
     running_average,
 )
-from deepseek.training.ways import Data, LossFunction, Sharded, Weights, check_parallel, rows_of
+from deepseek.training.ways import Data, LossFunction, Sharded, Weights, check_parallel, copied, rows_of
 
 if TYPE_CHECKING:
     from deepseek.training.pipeline import Pipeline
+
+
+NAN_ADVICE = "Try a lower learning rate, and look for NaN or huge values in the data"
 
 
 class _EpochSampler(Sampler[int]):
@@ -85,7 +88,7 @@ def train_model(
     run = _Run(model, train_data, validation_data, loss, config, checkpoints, report)
     if checkpoints is not None:
         run.keep_checkpoints(Path(checkpoints), identity or {})
-    return run.to_the_end()
+    return run.train()
 
 
 class _Run:
@@ -182,7 +185,7 @@ class _Run:
         if self.checkpoints.resume(self.accelerator):
             self.resumed_at_step = self.position.step
 
-    def to_the_end(self) -> TrainingResult:
+    def train(self) -> TrainingResult:
         position, main = self.position, self.accelerator.is_main_process
         self.checkpointed_at = time.monotonic()
         with ProgressLine(self.config.max_epochs * self.steps_per_epoch, main) as progress:
@@ -246,12 +249,10 @@ class _Run:
         loss_value, norm_value = torch.stack([loss.float(), norm.float().to(loss.device)]).tolist()
         # With fp16's loss scaling, an infinite gradient is normal: the step is skipped and the scale is halved.
         if not math.isfinite(loss_value) or (not math.isfinite(norm_value) and self.accelerator.scaler is None):
-            advice = "Try a lower learning rate, and look for NaN or huge values in the data"
-            raise self._diverged(f"loss is {loss_value:g}", norm_value, advice)
+            raise self._diverged(f"loss is {loss_value:g}", norm_value)
         exploded = position.watch.see(position.step + 1, loss_value, norm_value)
         if exploded:
-            watch = position.watch
-            raise self._diverged(exploded, norm_value, cure(config.clip_norm, watch.usual_norm))
+            raise self._diverged(exploded, norm_value, cure(config.clip_norm, position.watch.usual_norm))
         way.optimizer.step()
         way.optimizer.zero_grad()
         if self.average is not None:
@@ -259,36 +260,31 @@ class _Run:
         position.step += 1
         position.loss_sum += loss_value
         position.gradient_norm = norm_value
-        memory = used_bytes(self.accelerator.device)
         position.meter.step(
             step=position.step,
             loss=loss_value,
             learning_rate=self._learning_rate(),
             gradient_norm=norm_value,
             rows=rows,
-            memory_bytes=memory,
+            memory_bytes=used_bytes(self.accelerator.device),
         )
 
     def _validate(self) -> float:
         """Mean validation loss over all rows. Raises TrainingDiverged if it is NaN or infinite."""
         found = self.way.validate(self.way.model if self.average is None else self.average.module)
         if not math.isfinite(found):
-            advice = "Try a lower learning rate, and look for NaN or huge values in the data"
-            raise self._diverged(f"validation loss is {found:g}", self.position.gradient_norm, advice)
+            raise self._diverged(f"validation loss is {found:g}", self.position.gradient_norm)
         return found
 
     def _finish_epoch(self, validation_loss: float) -> None:
         position, config = self.position, self.config
-        position.epochs.append(
-            asdict(
-                Epoch(
-                    epoch=position.epoch,
-                    train_loss=position.loss_sum / self.steps_per_epoch,
-                    validation_loss=validation_loss,
-                    learning_rate=self._learning_rate(),
-                )
-            )
+        epoch = Epoch(
+            epoch=position.epoch,
+            train_loss=position.loss_sum / self.steps_per_epoch,
+            validation_loss=validation_loss,
+            learning_rate=self._learning_rate(),
         )
+        position.epochs.append(asdict(epoch))
         if position.step >= self.warmup_steps and config.plateau_patience is not None:
             self.plateau.step(validation_loss)
         if validation_loss < position.best_loss:
@@ -303,16 +299,13 @@ class _Run:
         return float(self.raw_optimizer.param_groups[0]["lr"])
 
     def _weights(self) -> Weights:
-        if self.average is None:
-            return self.way.weights()
-        state = self.average.module.state_dict()
-        return {name: weight.detach().cpu().clone() for name, weight in state.items()}
+        return self.way.weights() if self.average is None else copied(self.average.module)
 
     def _load_best(self) -> None:
         self.way.load(self.position.best_weights or self.way.weights())
         self.given.eval()
 
-    def _diverged(self, what: str, norm: float, advice: str) -> TrainingDiverged:
+    def _diverged(self, what: str, norm: float, advice: str = NAN_ADVICE) -> TrainingDiverged:
         position = self.position
         self._load_best()
         kept = f"those of epoch {position.best_epoch + 1}" if position.best_weights else "those before this step"

@@ -42,6 +42,16 @@ def rows_of(batch: Any) -> int:
         return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor with the shards of all processes, if it is divided."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def copied(model: nn.Module) -> Weights:
+    """The weights of a model, copied to the CPU; those of all processes, if they are divided."""
+    return {name: _whole(weight).detach().cpu().clone() for name, weight in model.state_dict().items()}
+
+
 class Data:
     """One process, or several that each train on their own rows."""
 
@@ -94,8 +104,7 @@ class Data:
         return bool(self.accelerator.sync_gradients)
 
     def clip(self, max_norm: float) -> Tensor:
-        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm))
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return _whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)))
 
     def mean(self, loss: Tensor) -> Tensor:
         """Mean of a loss over the processes."""
@@ -135,8 +144,7 @@ class Data:
             yield batch, 0
 
     def weights(self) -> Weights:
-        state = self.accelerator.unwrap_model(self.model).state_dict()
-        return {name: weight.detach().cpu().clone() for name, weight in state.items()}
+        return copied(self.accelerator.unwrap_model(self.model))
 
     def load(self, weights: Weights) -> None:
         """Loads weights into the model that the user passed in."""
@@ -169,9 +177,7 @@ class Sharded(Data):
             return float(self.loss(model, batch))
 
     def weights(self) -> Weights:
-        state = self.model.state_dict()
-        whole = {name: each.full_tensor() if hasattr(each, "full_tensor") else each for name, each in state.items()}
-        return {name: weight.detach().cpu().clone() for name, weight in whole.items()}
+        return copied(self.model)
 
 
 def shards(model: nn.Module, accelerator: Accelerator) -> nn.Module:
