@@ -30,8 +30,12 @@ def log_lines(users: int = 40, length: int = 14) -> list[str]:
     return ["user,item,timestamp,page", *rows, *(f"last,sku-{item},{item},web" for item in range(ITEMS))]
 
 
+Patch = pytest.MonkeyPatch
+Shop = Callable[[list[str]], Path]
+
+
 @pytest.fixture
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], Path]:
+def shop(tmp_path: Path, monkeypatch: Patch) -> Shop:
     """A function that writes lines into a log, sets DATA to it, and uses a new build folder."""
     monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
 
@@ -43,9 +47,6 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]
 
     write(log_lines())
     return write
-
-
-Shop = Callable[[list[str]], Path]
 
 
 @pytest.fixture
@@ -68,44 +69,30 @@ def test_equal_timestamps_keep_the_files_order_and_a_repeated_item_counts_once(s
     assert [log.item_ids[item] for item in log.histories[-1]] == ["sku-5", "sku-2", "sku-3", "sku-1"]
 
 
-def test_a_log_may_be_a_folder_of_files_with_titles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = log_lines()
-    half = len(lines) // 2
-    for name, part in (("2.csv", [lines[0], *lines[half:]]), ("1.csv", lines[:half])):
-        (tmp_path / name).write_text("\n".join(part) + "\n")
-    (tmp_path / "3.csv").write_text("item,title,user,time\nsku-1,Tea,x,1\nsku-2,,x,2\n")
+def test_a_log_may_be_a_folder_of_files_with_titles(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("DEEPSEEK_DATA", str(tmp_path))
-    log, key = data.load(), data.fingerprint()
-    assert log.num_items == ITEMS
-    assert dict(zip(log.item_ids, log.titles, strict=True)) == {
-        **{name: name for name in log.item_ids},
-        "sku-1": "Tea",
-    }
-    assert [log.item_ids[item] for item in log.histories[-1]] == ["sku-1", "sku-2"]
-    (tmp_path / "3.csv").unlink()
-    assert data.fingerprint() != key
-    for file in tmp_path.iterdir():
-        file.unlink()
     with pytest.raises(InputError, match=r"no csv file; DATA names a csv file, or a folder of them"):
         data.load()
+    (tmp_path / "1.csv").write_text("\n".join(log_lines()) + "\n")
+    before = data.fingerprint()
+    (tmp_path / "2.csv").write_text("item,title,user,time\nsku-1,Tea,x,1\nsku-2,,x,2\n")
+    log = data.load()
+    assert data.fingerprint() != before
+    assert {name: title for name, title in zip(log.item_ids, log.titles, strict=True) if name != title} == {
+        "sku-1": "Tea"
+    }
+    assert [log.item_ids[item] for item in log.histories[-1]] == ["sku-1", "sku-2"]
 
 
 def test_the_last_item_is_the_test_and_the_one_before_the_validation(shop: Shop) -> None:
-    log = data.load()
-    inputs, targets = log.held_out("test")
-    earlier, before = log.held_out("validation")
-    np.testing.assert_array_equal(inputs[:, -1], before)
-    np.testing.assert_array_equal(targets, [history[-1] for history in log.histories])
-    np.testing.assert_array_equal(earlier[0, -12:], log.training[0])
-    assert inputs.shape == (41, HISTORY)
-    assert (inputs[-1] == log.histories[-1][-HISTORY - 1 : -1]).all()
-
-
-def test_users_with_too_few_items_to_hold_out_two_are_trained_on_and_not_tested(shop: Shop) -> None:
     shop([*log_lines(), "short,sku-1,1,", "short,sku-2,2,"])
     log = data.load()
-    assert len(log.tested) == len(log.histories) - 1
-    assert len(log.training[-1]) == 2
+    (inputs, targets), (earlier, before) = log.held_out("test"), log.held_out("validation")
+    np.testing.assert_array_equal(inputs[:, -1], before)
+    np.testing.assert_array_equal(targets, [history[-1] for history in log.histories[:-1]])
+    np.testing.assert_array_equal(earlier[0, -12:], log.training[0])
+    assert inputs.shape == (41, HISTORY)
+    assert len(log.training[-1]) == 2  # too few items to hold out two: only trained on
 
 
 def interactions(*histories: Sequence[int], times: Sequence[float] | None = None) -> Interactions:
@@ -137,10 +124,8 @@ def test_only_items_seen_at_the_same_moment_are_shuffled() -> None:
     assert seen == {(5, 6, 7, 8), (5, 7, 6, 8)}
 
 
-@pytest.mark.parametrize("limit", [200_000_000, 60_000_000, 36_000_000], ids=["64", "fewer", "few"])
-def test_a_step_of_a_large_catalogue_stays_within_half_of_the_memory(
-    limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("limit", [200_000_000, 36_000_000], ids=["whole", "divided"])
+def test_a_step_of_a_large_catalogue_stays_within_half_of_the_memory(limit: int, monkeypatch: Patch) -> None:
     monkeypatch.setattr(recipe, "limit_bytes", lambda _: float(limit))
     items = 3000
     config = recipe.training_config(0, items)
@@ -154,21 +139,19 @@ def test_a_step_of_a_large_catalogue_stays_within_half_of_the_memory(
     assert live.most < limit / 2
 
 
-def test_a_catalogue_too_large_for_the_memory_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_catalogue_too_large_for_the_memory_is_a_one_line_error(monkeypatch: Patch) -> None:
     monkeypatch.setattr(recipe, "limit_bytes", lambda _: 8e9)
     says = r"20,000,000 items: training takes 73.44 GB at one history per batch, but half of the memory is 4.00 GB"
     with pytest.raises(InputError, match=says):
         recipe.training_config(0, 20_000_000)
 
 
-def test_recommendations_contain_neither_items_of_the_input_nor_padding(recommender: Recommender) -> None:
+def test_recommendations_are_new_items_best_first(recommender: Recommender) -> None:
     ids = torch.randint(0, ITEMS + 1, (64, HISTORY), generator=torch.Generator().manual_seed(0))
     items, scores = recommender(ids)
-    assert items.shape == scores.shape == (64, TOP)
     assert (items.dtype, scores.dtype) == (torch.int64, torch.float32)
     for given, found in zip(ids.tolist(), items.tolist(), strict=True):
-        assert len({*found}) == TOP
-        assert not {*found} & {0, *given}
+        assert len({*found} - {0, *given}) == TOP
     assert bool((scores.diff(dim=1) <= 0).all())
 
 
@@ -177,36 +160,19 @@ def test_excluded_items_are_replaced_by_the_next_best(recommender: Recommender, 
     first = torch.tensor([[0, *items[0, :3].tolist(), -1, 2**40]])  # padding and unknown ids exclude nothing
     others, rest = recommender(row, first)
     assert others[0, :-3].tolist() == items[0, 3:].tolist()
-    assert not {*others[0].tolist()} & {0, *row[0].tolist(), *items[0, :3].tolist()}
     torch.testing.assert_close(rest[0, :-3], scores[0, 3:])
 
 
-def test_where_no_item_remains_the_answer_is_0(recommender: Recommender) -> None:
-    ids = torch.zeros(1, HISTORY, dtype=torch.int64)
-    items, _ = recommender(ids, torch.arange(4, ITEMS + 1)[None])
-    assert items[0].tolist() == [3, 2, 1, *[0] * (TOP - 3)]
-
-
-@pytest.mark.parametrize("shift", [1, 17, HISTORY - 10], ids=str)
-def test_padding_on_the_right_gives_the_same_result(shift: int, recommender: Recommender, row: Tensor) -> None:
-    torch.testing.assert_close(recommender(row.roll(-shift, dims=1)), recommender(row))
-
-
-@pytest.mark.parametrize("unknown", [-1, ITEMS + 1, 2**40, -(2**63)], ids=str)
-def test_an_unknown_id_is_ignored(unknown: int, recommender: Recommender, row: Tensor) -> None:
-    holes = torch.cat([row[:, 5:], torch.full((1, 5), unknown)], dim=1)
-    holes[0, -4:] = torch.tensor([39, unknown, 40, unknown])
-    holes[0, -7:-4] = torch.tensor([37, 38, unknown])
-    holes[0, -13:-7] = torch.arange(31, 37)
-    holes[0, :-13] = unknown
+@pytest.mark.parametrize("unknown", [0, -1, ITEMS + 1, 2**40, -(2**63)], ids=str)
+def test_padding_and_unknown_ids_are_ignored_anywhere(unknown: int, recommender: Recommender, row: Tensor) -> None:
+    holes = torch.full((1, HISTORY), unknown)
+    holes[0, [3, 4, 5, 6, 7, 8, 12, 13, 20, HISTORY - 2]] = torch.arange(31, 41)
     torch.testing.assert_close(recommender(holes), recommender(row))
-
-
-@pytest.mark.parametrize("nothing", [0, -7, ITEMS + 5], ids=["padding", "negative", "unknown"])
-def test_a_row_without_known_items_gets_the_popular_ones(nothing: int, recommender: Recommender) -> None:
-    items, scores = recommender(torch.full((1, HISTORY), nothing))
+    items, scores = recommender(torch.full((1, HISTORY), unknown))
     assert bool(scores.isfinite().all())
-    assert items[0].tolist() == list(range(ITEMS, ITEMS - TOP, -1))
+    assert items[0].tolist() == list(range(ITEMS, ITEMS - TOP, -1))  # the popular ones
+    items, _ = recommender(torch.full((1, HISTORY), unknown), torch.arange(4, ITEMS + 1)[None])
+    assert items[0].tolist() == [3, 2, 1, *[0] * (TOP - 3)]  # no other item remains
 
 
 def test_every_position_with_a_target_is_predicted_in_one_pass(recommender: Recommender, row: Tensor) -> None:
@@ -230,7 +196,7 @@ def test_metrics_of_known_ranks() -> None:
 
 
 def test_a_shops_log_is_trained_evaluated_and_labelled_and_beats_popularity(
-    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shop: Shop, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(model, "MIN_WINDOWS", 128)
     facts = model.train()
@@ -239,27 +205,21 @@ def test_a_shops_log_is_trained_evaluated_and_labelled_and_beats_popularity(
     names = (folder / "labels" / "items.txt").read_text().split("\n")
     assert (names[0], names[1], len(names)) == ("", data.load().item_ids[1], ITEMS + 2)
     assert json.loads((folder / "training.json").read_text())["seed"] == 0
-    assert not (folder / "checkpoints").exists()
-
     loaded = model.load()
     assert model.means(model.evaluate(model.predictor(loaded))) == facts["test"]
-    evaluation = [sample["item_ids"] for sample in model.samples("evaluation")]
-    calibration = [sample["item_ids"] for sample in model.samples("calibration")]
-    assert len(evaluation) == 41
-    assert len(calibration) >= 512
-    assert evaluation[0].shape == calibration[0].shape == (1, HISTORY)
-    assert not {each.tobytes() for each in evaluation} & {each.tobytes() for each in calibration}
-
+    evaluation, calibration = (
+        {sample["item_ids"].tobytes() for sample in model.samples(split)} for split in ("evaluation", "calibration")
+    )
+    assert evaluation.isdisjoint(calibration)
     shop([*log_lines(), "x,sku-1,1,"])
     with pytest.raises(InputError, match=r"trained on another log than .*log.csv \(DATA\); train it"):
         model.load()
 
 
 @pytest.mark.slow
-def test_finetune_restores_a_pruned_model(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finetune_restores_a_pruned_model(shop: Shop, monkeypatch: Patch) -> None:
     monkeypatch.setattr(model, "MIN_WINDOWS", 256)
-    settings = recipe.finetuning_config(ITEMS)
-    monkeypatch.setattr(model, "finetuning_config", lambda num_items: replace(settings, max_epochs=4))
+    monkeypatch.setattr(model, "finetuning_config", lambda _: replace(recipe.SETTINGS, max_epochs=4))
     trained = model.train()["validation"]["ndcg@10"]
     pruned, rows = model.load(), torch.from_numpy(data.load().held_out("validation")[0])
     report = prune_model(pruned, (rows,), PruneConfig(ratio=0.4))
@@ -290,7 +250,6 @@ def test_loading_an_untrained_model_is_an_error_that_says_what_to_run(shop: Shop
     [
         ([], "columns user,item,timestamp are needed; seen: an empty file"),
         (["user;item;timestamp"], "line 1: .* seen: user;item;timestamp"),
-        (["user,item"], "line 1: .* seen: user, item"),
         (["user,item,timestamp", "a,b,1", "a,c,noon"], "line 3: timestamp: seen 'noon'; a number is needed"),
         (["user,item,timestamp", "a,b,nan"], "line 2: timestamp: seen 'nan'"),
         (["user,item,timestamp", "a,b"], "line 2: 2 fields; the header has 3"),
@@ -299,7 +258,7 @@ def test_loading_an_untrained_model_is_an_error_that_says_what_to_run(shop: Shop
         (["user,item,timestamp", "a,b,1"], "1 different items; at least 70 are needed: 20 .* besides an input of 50"),
         (log_lines(users=3), "4 users with 4 or more different items; at least 10"),
     ],
-    ids=["empty", "semicolons", "column", "timestamp", "nan", "short", "blank", "quote", "items", "users"],
+    ids=["empty", "semicolons", "timestamp", "nan", "short", "blank", "quote", "items", "users"],
 )
 def test_a_broken_log_is_a_one_line_error_that_says_where(lines: list[str], says: str, shop: Shop) -> None:
     path = shop(lines)
@@ -309,7 +268,7 @@ def test_a_broken_log_is_a_one_line_error_that_says_where(lines: list[str], says
     assert "\n" not in str(error.value)
 
 
-def test_a_log_that_is_not_text_or_missing_is_a_one_line_error(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_is_no_text_missing_or_not_fetched_is_a_one_line_error(shop: Shop, monkeypatch: Patch) -> None:
     path = shop([])
     path.write_bytes(b"user,item,timestamp\n\xff\xfe,b,1\n")
     with pytest.raises(InputError, match="not UTF-8 text"):
@@ -317,11 +276,6 @@ def test_a_log_that_is_not_text_or_missing_is_a_one_line_error(shop: Shop, monke
     monkeypatch.setenv("DEEPSEEK_DATA", str(path.parent / "none.csv"))
     with pytest.raises(InputError, match="No such file"):
         data.load()
-
-
-def test_without_a_network_the_error_says_so_and_offers_alternatives(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.delenv("DEEPSEEK_DATA")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(InputError, match=r"could not be fetched .* put the file at .* or use your own log: DATA="):

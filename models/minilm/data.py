@@ -119,7 +119,6 @@ def client_length(tokens: int) -> int:
 
 
 def graded_pairs() -> list[GradedPair]:
-    """The pairs of similarity.tsv."""
     lines = (Path(__file__).parent / "similarity.tsv").read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t") for line in lines if not line.startswith("#")]
     return [GradedPair(grade=float(grade), first=first, second=second) for grade, first, second in rows]

@@ -123,8 +123,6 @@ def retrieval_metrics(scores: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def predictor(model: SentenceEncoder) -> Predict:
-    """Wraps the model for `evaluate`."""
-
     def predict(inputs: dict[str, np.ndarray]) -> Arrays:
         with torch.inference_mode():
             embedding = model(torch.from_numpy(inputs["input_ids"]), torch.from_numpy(inputs["attention_mask"]))

@@ -192,13 +192,10 @@ def ranking_metrics(
 
 
 def means(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The mean of each metric over its rows."""
     return {name: float(rows.mean()) for name, rows in metrics.items()}
 
 
 def predictor(model: Recommender) -> Callable[[dict[str, np.ndarray]], Arrays]:
-    """Wraps the model for `evaluate`."""
-
     def predict(inputs: dict[str, np.ndarray]) -> Arrays:
         with torch.no_grad():
             items, scores = model(torch.from_numpy(inputs["item_ids"]))
@@ -229,13 +226,11 @@ def train(seed: int = 0) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = Recommender(transformer_config(log.num_items))
     model.log_popularity.copy_(_log_popularity(log))
-    inputs, targets = (torch.from_numpy(rows) for rows in log.held_out("validation"))
-    last_only = F.pad(targets[:, None], (HISTORY - 1, 0), value=PADDING)  # one target a row, as when serving
     checkpoints = build_dir(SPEC.name) / "checkpoints"  # deleted when the run completes
     result = train_model(
         NextItem(model),
         Windows(log, seed, MIN_WINDOWS),
-        TensorDataset(inputs, last_only),
+        _validation(log),
         lambda network, batch: F.cross_entropy(*network(*batch)),
         settings,
         checkpoints=checkpoints / f"{log.fingerprint}-{seed}",
@@ -286,18 +281,23 @@ def finetune(model: Recommender) -> None:
         apart = F.kl_div(seen.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean")
         return torch.lerp(F.cross_entropy(seen, items), apart, UNPRUNED_SHARE)
 
-    inputs, targets = (torch.from_numpy(rows) for rows in log.held_out("validation"))
     weights = digest(dict(model.state_dict()))
     train_model(
         AsServed(NextItem(model)),
         Windows(log, 0, MIN_WINDOWS),
-        TensorDataset(inputs, F.pad(targets[:, None], (HISTORY - 1, 0), value=PADDING)),
+        _validation(log),
         loss,
         finetuning_config(log.num_items),
         checkpoints=build_dir(SPEC.name) / "checkpoints-pruning" / weights,
         identity={"log": log.fingerprint, "weights": weights},
     )
     model.cpu()
+
+
+def _validation(log: Interactions) -> TensorDataset:
+    """The validation split as inputs and targets for `NextItem`, with one target a row, as when serving."""
+    inputs, targets = (torch.from_numpy(rows) for rows in log.held_out("validation"))
+    return TensorDataset(inputs, F.pad(targets[:, None], (HISTORY - 1, 0), value=PADDING))
 
 
 def _log_popularity(log: Interactions) -> Tensor:

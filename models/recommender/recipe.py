@@ -25,33 +25,24 @@ HIDDEN_SIZE = 96  # width of the model, and so of an item's vector
 TRAINING_COPIES, FINETUNING_COPIES = 3, 7
 STATE_COPIES = 8  # of the items' vectors: weights, gradients, moments, running average, temporaries of a step
 ACTIVATION_BYTES = 1_000_000  # per history, independent of the catalogue
+SETTINGS = TrainingConfig(
+    max_epochs=28,
+    batch_size=64,
+    learning_rate=3e-3,
+    plateau_patience=1,  # the loss of averaged weights is smooth: two worse epochs are a real plateau
+    ema_decay=0.99,
+    early_stopping_patience=5,
+)
 
 
 def training_config(seed: int, num_items: int) -> TrainingConfig:
     """Settings chosen on MovieLens' validation split; training takes about 90 s on two free cores."""
-    config = TrainingConfig(
-        max_epochs=28,
-        batch_size=64,
-        learning_rate=3e-3,
-        plateau_patience=1,  # the loss of averaged weights is smooth: two worse epochs are a real plateau
-        ema_decay=0.99,
-        early_stopping_patience=5,
-        seed=seed,
-    )
-    return within_memory(config, num_items, TRAINING_COPIES)
+    return within_memory(replace(SETTINGS, seed=seed), num_items, TRAINING_COPIES)
 
 
 def finetuning_config(num_items: int) -> TrainingConfig:
     """Settings for a pruned model, also chosen on the validation split."""
-    config = TrainingConfig(
-        max_epochs=16,
-        batch_size=64,
-        learning_rate=3e-3,
-        plateau_patience=1,
-        ema_decay=0.99,
-        early_stopping_patience=5,
-    )
-    return within_memory(config, num_items, FINETUNING_COPIES)
+    return within_memory(replace(SETTINGS, max_epochs=16), num_items, FINETUNING_COPIES)
 
 
 def within_memory(config: TrainingConfig, num_items: int, copies: int) -> TrainingConfig:
