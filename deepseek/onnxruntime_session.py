@@ -178,7 +178,6 @@ def choose_provider(asked: str) -> str:
 
 
 def _placement(session: onnxruntime.InferenceSession) -> dict[str, int]:
-    """Number of nodes by provider."""
     placed = getattr(session, "get_provider_graph_assignment_info", None)  # missing in older versions
     return dict(Counter(part.ep_name for part in (placed() if placed else ()) for _ in part.get_nodes()))
 

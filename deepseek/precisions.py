@@ -23,8 +23,6 @@ HighPrecision = Literal["fp16", "fp32"]
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionFacts:
-    """Facts about a precision that other rooms need."""
-
     bits: int
     """Bits of a weight."""
     format: Literal["int", "float"]

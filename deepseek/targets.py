@@ -23,8 +23,6 @@ DEFAULT: Target = "onnxruntime"
 
 @dataclass(frozen=True, kw_only=True)
 class TargetFacts:
-    """Facts about a target that other rooms need."""
-
     engine: str
     """Name of the file that it runs, in a version directory and in the build folder."""
     is_graph: bool = False

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-# What an input may get, and the attribute of an `Encoding` that holds it.
+# Values that an input may get, and the attribute of an `Encoding` that holds them.
 ROLES = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 RUN_TOKENS = 16  # what a run costs besides its tokens: all-MiniLM-L6-v2 on one core takes 4.2 ms and 0.27 ms a token
 PADDING_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>")  # where the file does not name one
@@ -129,7 +129,7 @@ class TextEncoder:
         return next((length for length in self._lengths if length >= tokens), tokens)
 
     def unpadded(self, values: np.ndarray, row: Row) -> np.ndarray:
-        """What a model gave for each token of a row (length, ...), without padding."""
+        """A model's values for the tokens of a row (length, ...), without padding."""
         return values[len(values) - len(row) :] if self._pads_left else values[: len(row)]
 
     def parts(self, rows: Sequence[Row], most_tokens: int) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:

@@ -19,7 +19,7 @@ import numpy as np
 
 
 class Vocabulary:
-    """Items 1, 2, 3 ...; id 0 is no item, with an empty name."""
+    """Items 1, 2, 3 ...; id 0 stands for padding and has an empty name."""
 
     def __init__(self, path: str | Path) -> None:
         """Reads the csv with the columns id, item and perhaps title. Raises ValueError with the line."""

@@ -44,14 +44,9 @@ def judged(rows: Rows, max_drop: float = 0.01, candidates: int = 1) -> DropJudge
         (accuracy(5000, lost=100), "outside", False),
         (accuracy(100, lost=0), "not distinguishable from no loss", True),
         (accuracy(943, lost=8, gained=6, wrong=400), "not distinguishable from no loss", True),
-        (
-            accuracy(943, lost=20, gained=6, wrong=400),
-            "undecided",
-            False,
-        ),  # 2.6 %, though the interval has no loss in it
+        (accuracy(943, lost=20, gained=6, wrong=400), "undecided", False),  # 2.6 %, but no loss is possible
         (accuracy(1500, lost=13), "undecided", False),  # 0.87 %: a loss for certain, and perhaps more than 1 %
         (accuracy(LEAST_ROWS - 1, lost=0), "not distinguishable from no loss", True),
-        (accuracy(LEAST_ROWS - 1, lost=1), "undecided", False),
         (accuracy(1, lost=1), "undecided", False),
     ],
 )
@@ -64,13 +59,10 @@ def test_a_drop_is_judged_by_its_interval(rows: Rows, verdict: str, accepted: bo
 @pytest.mark.parametrize("drop", [0.01, 0.0100001, math.inf, math.nan])
 def test_one_number_is_judged_by_itself(drop: float) -> None:
     found = judge_drop(drop, None, max_drop=0.01, candidates=2)
-    assert (found.accepted, found.rows, found.low) == (drop == 0.01, None, None)
-    assert found.more == ""
-
-
-def test_an_infinite_drop_is_outside_whatever_the_rows_say() -> None:
-    paired = PairedRows.of([1.0] * 5000, [1.0] * 5000)
-    assert judge_drop(math.inf, paired, max_drop=1.0, candidates=1).verdict == "outside"
+    assert (found.accepted, found.rows, found.low, found.more) == (drop == 0.01, None, None, "")
+    if not math.isfinite(drop):  # whatever the rows say
+        paired = PairedRows.of([1.0] * 5000, [1.0] * 5000)
+        assert not judge_drop(drop, paired, max_drop=1.0, candidates=1).accepted
 
 
 @pytest.mark.parametrize(
@@ -98,10 +90,8 @@ def test_more_candidates_widen_the_interval() -> None:
     rows = accuracy(943, lost=8, gained=6, wrong=400)
     one, two = (judged(rows, candidates=count) for count in (1, 2))
     assert (one.confidence, two.confidence) == (0.95, 0.975)
-    paired = PairedRows.of(*(each.tolist() for each in rows))
-    (low, high), (lower, higher) = drop_interval(paired, 0.95), drop_interval(paired, 0.975)
-    assert (one.low, one.high, two.low, two.high) == (low, high, lower, higher)
-    assert lower < low < paired.drop < high < higher
+    bounds = [two.low, one.low, one.drop, one.high, two.high]
+    assert bounds == sorted(set(bounds))  # type: ignore[type-var]
 
 
 def test_rows_without_a_pattern_agree_with_a_bootstrap() -> None:
@@ -116,8 +106,8 @@ def test_rows_without_a_pattern_agree_with_a_bootstrap() -> None:
 
 
 def test_if_the_baseline_is_hardly_above_0_the_interval_is_unbounded() -> None:
-    baseline = np.array([1.0, *[0.0] * 29])
-    paired = PairedRows.of([-5.0, 5.1, *baseline], [-5.0, 5.1, *baseline])
+    rows = [-5.0, 5.1, 1.0, *[0.0] * 29]
+    paired = PairedRows.of(rows, rows)
     assert drop_interval(paired, 0.95) == (-math.inf, math.inf)
     assert "(unbounded)" in judge_drop(0.0, paired, max_drop=0.01, candidates=1).reason
 
@@ -136,11 +126,9 @@ def test_half_of_the_rows_say_half_as_much() -> None:
 
 
 def test_values_survive_as_a_line_and_pair_only_with_the_same_rows() -> None:
-    values = [1.0, 0.0, math.nan, 1 / 3]
-    assert np.array_equal(values_of(values_text(values)), np.array([1, 0, math.nan, 0.3333333]), equal_nan=True)
-    line = values_text(values)
-    paired = pair_values(line, line)
-    assert paired is not None
+    line = values_text([1.0, 0.0, math.nan, 1 / 3])
+    assert values_of(line) == pytest.approx([1, 0, math.nan, 1 / 3], abs=1e-6, nan_ok=True)
+    assert (paired := pair_values(line, line)) is not None
     assert (paired.rows, paired.drop) == (3, 0.0)
     for other in (None, "", "1 0 nan", "1 0 0.5 1", "nan nan nan nan"):
         assert pair_values(line, other) is None
@@ -160,9 +148,10 @@ def test_the_reason_has_drop_interval_budget_and_rows() -> None:
 GAINS = 1 / np.log2(np.arange(10) + 2)
 
 
-def right_or_wrong(
-    share: float, lost: float, gained: float
-) -> tuple[Callable[[np.random.Generator, int], Rows], float]:
+Draw = Callable[[np.random.Generator, int], Rows]
+
+
+def right_or_wrong(share: float, lost: float, gained: float) -> tuple[Draw, float]:
     """Answers right with `share`; of all rows, the candidate loses and gains these shares. And the true drop."""
 
     def draw(random: np.random.Generator, rows: int) -> Rows:
@@ -173,7 +162,7 @@ def right_or_wrong(
     return draw, (lost - gained) / share
 
 
-def ranking(hits: float, lost: float, moved: float) -> tuple[Callable[[np.random.Generator, int], Rows], float]:
+def ranking(hits: float, lost: float, moved: float) -> tuple[Draw, float]:
     """NDCG@10 with one target a row; of the hits, the candidate loses some and moves others."""
 
     def draw(random: np.random.Generator, rows: int) -> Rows:
@@ -190,17 +179,15 @@ def ranking(hits: float, lost: float, moved: float) -> tuple[Callable[[np.random
     ("draw", "drop"),
     [
         right_or_wrong(1.0, 0.01, 0.0),
-        right_or_wrong(1.0, 0.05, 0.0),
-        right_or_wrong(0.9, 0.009, 0.0),
         right_or_wrong(0.9, 0.02, 0.011),
         right_or_wrong(0.5, 0.03, 0.005),
         ranking(0.2, 0.01, 0.0),
         ranking(0.2, 0.05, 0.2),
     ],
-    ids=["all right 1%", "all right 5%", "lost only", "lost and gained", "half right", "rare ranks", "moved ranks"],
+    ids=["all right", "lost and gained", "half right", "rare ranks", "moved ranks"],
 )
 def test_a_candidate_beyond_the_budget_is_called_inside_in_at_most_one_case_of_twenty(
-    draw: Callable[[np.random.Generator, int], Rows], drop: float, rows: int
+    draw: Draw, drop: float, rows: int
 ) -> None:
     """The budget is the true drop, the worst case; the same holds for a candidate that is called outside."""
     random, trials = np.random.default_rng(rows), 400

@@ -28,7 +28,6 @@ MISTAKES = {
     "batch not first": ('["batch", 50]', '[50, "batch"]', "inputs.item_ids.shape", 'the first dimension must be the axis "batch"'),
     "dtype": ("int64", "int65", "inputs.item_ids.dtype: seen 'int65'", "'int64'"),
     "text for a number": ("opt = 16", 'opt = "16"', "axes.batch.opt: seen '16'", "integer"),
-    "negative override": ("p99_ms = 80", "p99_ms = -1", "targets.onnxruntime.slo.p99_ms: seen -1", "greater than 0"),
     "unknown override": ("p99_ms = 80", "p98_ms = 80", "targets.onnxruntime.slo.p98_ms: unknown key", "p99_ms"),
     "wrong objective of a target": ("p99_ms = 80", 'objectives = ["p99_ms > 80"]', "targets.onnxruntime.slo.objectives: seen 'p99_ms > 80'", "needs an upper limit"),
     "a number for a target's objectives": ("p99_ms = 80", "objectives = 3", "targets.onnxruntime.slo.objectives: seen 3", "a list is needed"),
@@ -42,7 +41,6 @@ MISTAKES = {
     "an infinite rate": ("rate_rps = 100", "rate_rps = inf", "slo.rate_rps: seen inf", "finite"),
     "a delay past the timeout": ("max_queue_delay_us = 1000", "max_queue_delay_us = 200000\nqueue_timeout_ms = 25", "batching.max_queue_delay_us: seen 200000", "less than queue_timeout_ms (25 ms)"),
     "an axis that is not a Python identifier": ("axes.batch", 'axes."x²"', "axes.x²: seen 'x²'", "a Python identifier"),
-    "a space in an axis": ('["batch", 50]', '["batch", "a b"]', "axes are batch: add [axes.a b]", ""),
     "a slash in a tensor": ("inputs.item_ids", 'inputs."item/ids"', "inputs.item/ids: seen 'item/ids'", "no space or slash"),
     "true for a size": ('["batch", 50]', '["batch", true]', "inputs.item_ids.shape: seen ['batch', True]", "sizes from 1"),
     "text for a list": ('["fp16", "int8"]', '"int8"', "precision.candidates: seen 'int8'", "a list is needed"),
@@ -52,6 +50,7 @@ MISTAKES = {
     "strings": ('dtype = "int64"', 'dtype = "string"', "inputs.item_ids.dtype: seen 'string'", "let callers send token ids"),
     "an optional input": ('dtype = "int64"', 'dtype = "int64"\noptional = true', "inputs.item_ids: seen optional", "every input is sent with each request"),
     "a batch too large for Triton": ("max = 64", "max = 3000000000", "axes.batch.max: seen 3000000000", "less than or equal to 2147483647"),
+    "tuned values in deploy.toml": ('tuned = "tuned.toml"', 'tuned = "deploy.toml"', "tuned: seen 'deploy.toml'", "name a separate file for tuned values"),
     "not TOML": ('name = "recommender"', "name = /", "not valid TOML", "line 2"),
 }  # fmt: skip
 
@@ -88,21 +87,17 @@ def test_every_key_is_listed_with_its_type_default_and_meaning() -> None:
     assert [name for name, key in keys.items() if not key["meaning"]] == []
 
 
-def test_a_target_overrides_only_what_it_names() -> None:
-    spec = DeploymentSpec.load("models/recommender", tuned=os.devnull)
+def test_a_target_overrides_only_what_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "deploy.toml"
+    path.write_text(GOOD.replace("p99_ms = 80", 'p99_ms = 80\nobjectives = ["p99.9_ms < 80"]'))
+    spec = DeploymentSpec.load(path)
     onnxruntime = spec.for_target("onnxruntime")
     assert (spec.slo.p99_ms, onnxruntime.slo.p99_ms) == (50, 80)
     assert onnxruntime.slo.rate_rps == spec.slo.rate_rps == 100
     assert (spec.batching.max_queue_delay_us, onnxruntime.batching.max_queue_delay_us) == (1000, 0)
     assert onnxruntime.batching.instances == spec.batching.instances
+    assert (spec.slo.objectives, onnxruntime.slo.objectives) == ((), ("p99.9_ms < 80",))
     assert spec.for_target("tensorrt") == spec
-
-
-def test_a_target_may_have_its_own_objectives(tmp_path: Path) -> None:
-    (tmp_path / "deploy.toml").write_text(GOOD.replace("p99_ms = 80", 'objectives = ["p99.9_ms < 80"]'))
-    spec = DeploymentSpec.load(tmp_path)
-    assert spec.for_target("onnxruntime").slo.objectives == ("p99.9_ms < 80",)
-    assert spec.slo.objectives == spec.for_target("tensorrt").slo.objectives == ()
 
 
 def test_every_other_folder_in_build_is_a_reserved_name() -> None:
@@ -119,24 +114,19 @@ def test_shapes_come_from_the_corners_of_the_profile() -> None:
     assert spec.shape("input_ids", "opt", length=5) == (4, 5)
 
 
-def test_an_unknown_model_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(
-        InputError, match=r"no model 'nosuch' .* tests/models has branch, image, ranker, sentence, shop, text"
-    ):
-        DeploymentSpec.of_model("nosuch", "tests/models")
-
-
-def test_the_name_must_equal_the_folders_name(tmp_path: Path) -> None:
+def test_a_model_is_found_by_the_name_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "deploy.toml").write_text(GOOD)
+    with pytest.raises(InputError, match=r"no model 'nosuch' .* has shop"):
+        DeploymentSpec.of_model("nosuch", tmp_path)
     with pytest.raises(InputError, match="name: seen 'recommender'; it must equal the folder's name, 'shop'"):
         DeploymentSpec.of_model("shop", tmp_path)
 
 
 def test_importing_the_library_loads_neither_torch_nor_onnx() -> None:
-    code = "import sys, deepseek, deepseek.spec; from deepseek import TransformerConfig, QuantConfig; " + (
-        "sys.exit(bool({'torch', 'onnx', 'onnxruntime', 'numpy'} & sys.modules.keys()))"
-    )
+    code = """if True:
+        import sys; from deepseek import DeploymentSpec, QuantConfig, TransformerConfig
+        sys.exit(bool({'torch', 'onnx', 'onnxruntime', 'numpy'} & sys.modules.keys()))"""
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -170,10 +160,7 @@ def test_an_objective_is_parsed_from_one_line(line: str, expected: dict[str, obj
         ("p99_ms < 1 * baseline", "only a quality metric"),
         ("p99_ms < 5 @ 0 rps", "a rate must be above 0"),
         ("throughput >= 150 @ 100 rps", "cannot exceed the request rate: set the rate to 150 rps or more"),
-        (
-            "accuracy > 0.9",
-            "unknown measure 'accuracy'; known: p<percent>_ms, mean_ms, max_ms, error_rate, throughput",
-        ),
+        ("accuracy > 0.9", "unknown measure 'accuracy'; known: p<percent>_ms, mean_ms, max_ms, error_rate,"),
     ],
 )
 def test_a_wrong_objective_is_one_line_before_any_load(tmp_path: Path, line: str, message: str) -> None:
@@ -192,50 +179,35 @@ def test_an_error_rate_line_replaces_the_default_limit() -> None:
     assert [line.name for line in both] == ["max_error_rate", "error_rate"]
 
 
-def test_a_full_disk_is_one_line_and_exit_2() -> None:
+def test_a_full_disk_and_a_file_where_a_folder_should_be_are_one_line_and_exit_2(tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "cli", "spec", "models/recommender", "--json"]
         run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert run.returncode == 2
-    assert run.stderr.startswith("error: ")
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "No space left on device; free some space" in run.stderr
-    assert run.stderr.count("\n") == 1
-
-
-def test_a_file_where_a_folder_should_be_is_one_line_and_exit_2(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    environment, where = os.environ | {"DEEPSEEK_BUILD": str(tmp_path / "file")}, tmp_path / "file" / "gateway"
     command = [sys.executable, "-m", "cli", "keys", "--name", "shop"]
-    environment = {**os.environ, "DEEPSEEK_BUILD": str(tmp_path / "file")}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 2
-    assert (
-        run.stderr
-        == f"error: {tmp_path / 'file' / 'gateway'}: Not a directory; use another path (BUILD=, REPOSITORY=, CACHE=)\n"
-    )
+    assert run.stderr == f"error: {where}: Not a directory; use another path (BUILD=, REPOSITORY=, CACHE=)\n"
 
 
 TUNED = '[targets.onnxruntime]\nmeasured = "here"\n[targets.onnxruntime.batching]\nmax_batch = 8\nthreads = 1\n'
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A model folder whose deploy.toml names tuned.toml, which is not there yet."""
+def test_tuned_values_override_those_of_their_target(tmp_path: Path) -> None:
     (tmp_path / "deploy.toml").write_text(GOOD)
-    return tmp_path
-
-
-def test_tuned_values_override_those_of_their_target(model: Path) -> None:
-    before = DeploymentSpec.load(model).for_target("onnxruntime")
+    before = DeploymentSpec.load(tmp_path).for_target("onnxruntime")
     assert (before.max_served_batch, before.batching.threads) == (64, None)
-    (model / "tuned.toml").write_text(TUNED)
-    after = DeploymentSpec.load(model)
+    (tmp_path / "tuned.toml").write_text(TUNED)
+    after = DeploymentSpec.load(tmp_path)
     batching = after.for_target("onnxruntime").batching
     assert (batching.max_batch, batching.threads) == (8, 1)
     assert batching.max_queue_delay_us == before.batching.max_queue_delay_us
     assert after.for_target("tensorrt").max_served_batch == 64
     assert after.max_batch == 64  # the profile is unchanged
-    assert DeploymentSpec.load(model, tuned=os.devnull).for_target("onnxruntime") == before
-    assert after.model_facts() == before.model_facts()  # nothing is rebuilt
+    assert DeploymentSpec.load(tmp_path, tuned=os.devnull).for_target("onnxruntime") == before
 
 
 @pytest.mark.parametrize(
@@ -250,12 +222,13 @@ def test_tuned_values_override_those_of_their_target(model: Path) -> None:
     ids=["past the axis", "unknown key", "not a batching key", "unknown target", "not TOML"],
 )  # fmt: skip
 def test_a_mistake_in_the_tuned_values_is_one_line_that_names_their_file(
-    model: Path, old: str, new: str, message: str
+    tmp_path: Path, old: str, new: str, message: str
 ) -> None:
-    (model / "tuned.toml").write_text(TUNED.replace(old, new))
+    (tmp_path / "deploy.toml").write_text(GOOD)
+    (tmp_path / "tuned.toml").write_text(TUNED.replace(old, new))
     with pytest.raises(InputError, match=re.escape(message)) as caught:
-        DeploymentSpec.load(model)
-    assert str(caught.value).startswith(f"{model / 'tuned.toml'}: ")
+        DeploymentSpec.load(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'tuned.toml'}: ")
     assert "\n" not in str(caught.value)
 
 
@@ -269,13 +242,6 @@ def test_writing_tuned_values_keeps_those_of_other_targets(tmp_path: Path) -> No
     assert found["onnxruntime"].batching == TunedBatching(max_batch=8, threads=1)
     assert path.read_text().startswith("# Written by `make tune`")
     assert [left.name for left in tmp_path.iterdir()] == ["tuned.toml"]
-
-
-def test_deploy_toml_itself_cannot_hold_the_tuned_values(tmp_path: Path) -> None:
-    path = tmp_path / "deploy.toml"
-    path.write_text(GOOD.replace("tuned.toml", "deploy.toml"))
-    with pytest.raises(InputError, match="name a separate file for tuned values"):
-        DeploymentSpec.load(path)
 
 
 def test_a_server_that_takes_smaller_batches_has_a_smaller_profile() -> None:

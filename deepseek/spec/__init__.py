@@ -41,7 +41,7 @@ from deepseek.spec.tables import (
 )
 from deepseek.spec.text import TEXT, TOKENIZER, TOKENS, TextSpec
 from deepseek.spec.tuned import TunedBatching, TunedFile, TunedTarget
-from deepseek.targets import Provider, Target
+from deepseek.targets import Target
 
 __all__ = [
     "BATCH",
@@ -63,7 +63,6 @@ __all__ = [
     "ParitySpec",
     "Parser",
     "Precision",
-    "Provider",
     "PublishedManifest",
     "Relation",
     "SloSpec",

@@ -11,12 +11,12 @@ from deepseek.onnxruntime_session import cores
 
 @dataclass(frozen=True, kw_only=True)
 class Cpu:
-    """What decides how long a batch takes on a CPU."""
+    """The facts on which the time of a batch depends."""
 
     model: str
     """As the kernel names it."""
     cores: int
-    """Of the process: its CPU affinity, capped by the quota of its control group."""
+    """Cores that the process can use: its CPU affinity, capped by the quota of its control group."""
 
     def __str__(self) -> str:
         return f"{self.model}, {self.cores} core{'s' * (self.cores > 1)}"
@@ -32,7 +32,7 @@ def cpu_model(file: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def _fact(file: Path, *keys: str) -> str:
-    """The value of the first line of /proc/cpuinfo with one of these keys; "" if there is none."""
+    """The value on the first line of /proc/cpuinfo with one of these keys; "" without such a line."""
     lines = file.read_text().splitlines() if file.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(keys)), "")
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -98,38 +98,37 @@ class DeploymentSpec(Table):
                 raise at(f"axes.{name}", f"no input has this axis; inputs have {listed(on_inputs)}")
         for name in self.inputs.keys() & self.outputs.keys():
             raise at(f"outputs.{name}", "an input has the same name; give each tensor its own name")
+        axis = self.axes[BATCH]  # every shape begins with it
         for size in self.tensorrt.cuda_graph_batches:
-            if BATCH in self.axes and not self.axes[BATCH].min <= size <= self.axes[BATCH].max:
-                axis = self.axes[BATCH]
+            if not axis.min <= size <= axis.max:
                 raise at("tensorrt.cuda_graph_batches", f"seen {size}; axis batch allows {axis.min} to {axis.max}")
-        for target in self.targets:
-            for part, table_type in (("batching", BatchingSpec), ("slo", SloSpec)):
-                try:
-                    self._overridden(target, part, table_type)
-                except ValidationError as error:
-                    raise at(*first_error(error, table_type, f"targets.{target}.{part}.")) from None
         if self.tuned == "deploy.toml":
             raise at("tuned", "seen 'deploy.toml'; name a separate file for tuned values, such as tuned.toml")
-        if self.text is not None and BATCH in self.axes:
+        if self.text is not None:
             check_text(self.text, self.inputs, self.outputs, self.axes)
-        if self.vocabulary is not None and BATCH in self.axes:
+        if self.vocabulary is not None:
             if self.text is not None:
                 raise at("vocabulary", "seen with [text]; remove one of them")
             check_vocabulary(self.vocabulary, self.inputs, self.outputs, self.axes)
         self._check_max_batch(self.batching, "batching")
         self._check_measures(self.slo, "slo")
         for target in self.targets:
-            self._check_max_batch(self.for_target(target).batching, f"targets.{target}.batching")
-            self._check_measures(self.for_target(target).slo, f"targets.{target}.slo")
+            for part, table_type in (("batching", BatchingSpec), ("slo", SloSpec)):
+                try:
+                    self._overridden(target, part, table_type)
+                except ValidationError as error:
+                    raise at(*first_error(error, table_type, f"targets.{target}.{part}.")) from None
+            own = self.for_target(target)
+            self._check_max_batch(own.batching, f"targets.{target}.batching")
+            self._check_measures(own.slo, f"targets.{target}.slo")
         return self
 
     def _check_max_batch(self, batching: BatchingSpec, key: str) -> None:
         """Checks that the engine accepts the batches that Triton forms."""
-        axis, size = self.axes.get(BATCH), batching.max_batch
-        if axis is not None and size is not None and not axis.min <= size <= axis.max:
+        axis, size, preferred = self.axes[BATCH], batching.max_batch, batching.preferred_batch
+        if size is not None and not axis.min <= size <= axis.max:
             raise at(f"{key}.max_batch", f"seen {size}; axis batch allows {axis.min} to {axis.max}")
-        preferred = batching.preferred_batch
-        if axis is not None and preferred is not None and not axis.min <= preferred <= (size or axis.max):
+        if preferred is not None and not axis.min <= preferred <= (size or axis.max):
             allowed = f"{axis.min} to {size or axis.max}, the largest batch"
             raise at(f"{key}.preferred_batch", f"seen {preferred}; allowed: {allowed}")
 
@@ -215,12 +214,6 @@ class DeploymentSpec(Table):
         axis = self.axes[BATCH]
         cut = axis.model_copy(update={"opt": min(axis.opt, size), "max": min(axis.max, size)})
         return self.model_copy(update={"axes": {**self.axes, BATCH: cut}})
-
-    def model_facts(self) -> dict[str, Any]:
-        """The keys that a graph is built from: all but those of serving."""
-        return self.model_dump(
-            mode="json", exclude={"parity", "batching", "slo", "targets", "text", "tuned", "vocabulary"}
-        )
 
     @classmethod
     def load(cls, path: str | Path, *, tuned: str | Path | None = None) -> DeploymentSpec:

@@ -32,7 +32,7 @@ _DIGITS = 9  # of drops: less is rounding, also at the budget
 
 @dataclass(frozen=True, kw_only=True)
 class PairedRows:
-    """What the rows of a metric say about a drop: means, variances and the largest loss of a row."""
+    """Moments of two metrics over the same rows, and the largest loss of a row."""
 
     rows: int
     baseline: float
@@ -44,7 +44,7 @@ class PairedRows:
     highest: float
     """The largest value of the baseline."""
     most_loss: float
-    """What a row of the highest value can lose: all of it, or down to the lowest value if that is negative."""
+    """Most that a row of the highest value can lose: all of it, or more if the lowest value is negative."""
 
     @property
     def drop(self) -> float:
@@ -104,7 +104,7 @@ class DropJudgement:
     """Lower bound of the drop; None without rows."""
     high: float | None = None
     confidence: float | None = None
-    """Of each bound."""
+    """Confidence of each bound."""
     rows: int | None = None
     """Rows with a value; None if the metric is one number."""
     rows_to_decide: int | None = None
@@ -117,7 +117,6 @@ class DropJudgement:
 
     @property
     def reason(self) -> str:
-        """The judgement in one line."""
         drop = f"drop {self.drop:.2%}"
         if self.rows is None or self.low is None or self.high is None:
             sign = "inside" if self.accepted else "outside"
@@ -126,7 +125,7 @@ class DropJudgement:
 
     @property
     def doubt(self) -> str:
-        """What a refusal adds to drop and budget, if the interval leaves it open; "" if it is outside."""
+        """The end of a refusal if the interval leaves the verdict open; "" if the drop is outside."""
         return "" if self.verdict == "outside" else f" ({self.verdict}{self.more})"
 
     @property
@@ -140,7 +139,6 @@ class DropJudgement:
 
 
 def interval_text(low: float, high: float) -> str:
-    """An interval of drops, in percent."""
     if not math.isfinite(high - low):
         return "unbounded"
     return f"{low:+.2%} to {high:+.2%}"

@@ -17,13 +17,13 @@ from deepseek.spec.tables import BATCH, Axis, TensorName, TensorSpec
 TEXT, TOKENS = "text", "tokens"
 """The input that takes texts, and the output with the number of tokens of each."""
 OFFSETS = "offsets"
-"""The output with the place of each token in its text, if another output is for each token."""
+"""The output with the place of each token in its text. Models with an output for each token have it."""
 TOKENIZER = "tokenizer.json"
 """The tokenizer's file name in a version of the model repository."""
 EMBEDDING = "embedding"
 """The output with a text's vector, if several may be meant."""
 LIST_TIMEOUT_S = 60
-"""The longest answer of the OpenAI routes to a list of texts, however many batches it needs."""
+"""Time limit of the OpenAI routes for a list of texts, which may need several batches."""
 Role = Literal["input_ids", "attention_mask", "token_type_ids"]
 
 
@@ -147,5 +147,4 @@ def token_outputs(outputs: Mapping[str, TensorSpec], axis: str) -> list[str]:
 
 
 def text_axis(text: TextSpec, inputs: Mapping[str, TensorSpec]) -> str:
-    """The axis of the tokens."""
     return str(inputs[text.input_ids].shape[-1])

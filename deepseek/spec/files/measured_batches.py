@@ -13,9 +13,9 @@ The arithmetic, with L the SLO's p99, t(b) the time of a batch of b rows, and n 
   each is answered when its part is done. More texts need less padding, but raise the tail in an overload (simulated in
   docs/research/2026-11-texts-in-parts.md).
 - `queue_timeout_ms` is L - 2 t(b): a request that waits longer cannot be answered in time. One t(b) is its own batch,
-  the other is reserve for longer rows and for noise.
-- `max_queue_size` is four times the rows that n instances serve within that time: shorter rows take less time, and who
-  is refused by a full queue at once often asks again at once.
+  the other is a reserve for longer rows and for noise.
+- `max_queue_size` is four times the rows that n instances serve within that time: shorter rows take less time, and a
+  caller that a full queue refuses often retries at once.
 
 Example:
     plan_of(spec.for_target("onnxruntime"), read_measured(spec.name, "onnxruntime")).preferred_batch      # 4
@@ -38,7 +38,7 @@ from deepseek.targets import Target
 
 KEPT_THROUGHPUT = 0.97
 BATCHES_IN_LIMIT = 4  # a batch takes at most this part of the SLO's p99
-RESERVED_BATCHES = 2  # of a request's time limit: what the queue leaves
+RESERVED_BATCHES = 2  # batch times of a request's time limit that the queue leaves
 QUEUE_RESERVE = 4
 SERVER_MS = 0.3  # of CPU time, Triton 2.51: the recommender in batches of 4 and of 16
 # Without a measurement.
@@ -79,18 +79,18 @@ class MeasuredBatches(Table):
         return bool(self.times) and layout == (self.instances, self.threads, self.precision)
 
     def ms_of(self, rows: int) -> float:
-        """Time of a batch: that of the next larger one measured, or of the largest in proportion."""
+        """Time of a batch, by the next larger measured size; beyond the largest, in proportion to it."""
         larger = next((point for point in self.times if point.rows >= rows), None)
         last = self.times[-1]
         return larger.ms if larger else last.ms * rows / last.rows
 
     @property
     def turns(self) -> float:
-        """How much longer a batch takes while all instances are busy, since they take turns on the cores."""
+        """Factor by which a batch slows down while all instances are busy: they share the cores."""
         return self.instances / self.at_once
 
     def rows_per_s(self, rows: int) -> float:
-        """Throughput of the server in batches of so many rows."""
+        """Rows per second of the server, in batches of `rows`."""
         return 1000 * self.at_once * rows / (self.ms_of(rows) + SERVER_MS)
 
 
@@ -106,7 +106,7 @@ class BatchingPlan(Table):
     reasons: dict[str, str]
     """By key: the arithmetic, or who set the value."""
     measured: MeasuredBatches | None = None
-    """What the values follow from; None if none of them follows from a measurement."""
+    """The measurement behind the values; None if every value is set by hand or a default."""
 
 
 def tail_limit_ms(slo: SloSpec) -> float | None:
@@ -117,7 +117,7 @@ def tail_limit_ms(slo: SloSpec) -> float | None:
 
 
 def plan_of(spec: DeploymentSpec, measured: MeasuredBatches | None, precision: str | None = None) -> BatchingPlan:
-    """The batching and queue to serve; without a precision, that of the measurement.
+    """The batching and queue to serve. `precision` is by default the one that was measured.
 
     `spec` is the result of `for_target`.
     """
