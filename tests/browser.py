@@ -74,6 +74,14 @@ class Browser:
         first, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(first)
 
+    def size(self, width: int, height: int, *, dark: bool = False) -> None:
+        """Sets the size in CSS pixels and the colour scheme."""
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
+        )
+        features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self.send("Emulation.setEmulatedMedia", features=features)
+
     def open(self, url: str) -> None:
         self.send("Page.navigate", url=url)
 

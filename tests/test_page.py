@@ -248,3 +248,20 @@ def test_the_files_are_sent_with_a_strict_policy(url: str) -> None:
             assert answer.headers["X-Content-Type-Options"] == "nosniff"
             kind = {"html": "text/html", "css": "text/css", "js": "javascript"}[name.rpartition(".")[2]]
             assert kind in answer.headers["Content-Type"]
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True])
+def test_nothing_overflows_on_a_phone(page: Browser, dark: bool) -> None:
+    page.size(390, 844, dark=dark)
+    page.js(f"document.querySelector('#sentence').value = '{'x' * 300}'")
+    page.js("document.querySelector('#title').value = 'a'")
+    page.js("document.querySelectorAll('form:not(#key)').forEach(form => form.requestSubmit())")
+    page.js("document.querySelector('details').open = true")
+    for section in (SEARCH, RANK, RECOMMEND):
+        page.wait(f"{section}.querySelector('.heard').innerText")
+    assert page.js("document.documentElement.scrollWidth") == 390
+    boxes = "[...document.querySelectorAll('main, .card, ol, li, .times, #bundled')]"
+    assert page.js(f"{boxes}.filter(each => each.scrollWidth > each.clientWidth).length") == 0
+    background = "rgb(15, 18, 21)" if dark else "rgb(244, 245, 247)"
+    assert page.js("getComputedStyle(document.body).backgroundColor") == background
