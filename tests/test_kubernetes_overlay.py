@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import kubernetes_validate
 import numpy as np
@@ -18,8 +22,8 @@ import yaml
 from cli.main import values_of
 from deepseek.spec import InputError
 from serving.kubernetes import overlay
-from serving.kubernetes.autoscaling import METRICS, ScaleChoice
-from serving.kubernetes.loadtest_jobs import CONFIG_MAP_BYTES, GATEWAY_URL, _copy_inputs
+from serving.kubernetes.autoscaling import METRICS, ScaleChoice, scale_of
+from serving.kubernetes.loadtest_jobs import CONFIG_MAP_BYTES, _copy_inputs
 from serving.kubernetes.manifests import GATEWAY_PRE_STOP_S, NAMESPACE, OUTSIDE_PRE_STOP_S, PRE_STOP_S
 from serving.observe.alerts import rules
 from serving.observe.recording_rules import Scope
@@ -30,7 +34,8 @@ from serving.stack.gateway_limits import gateway_sizes, limits
 from serving.stack.server_sizes import REST_S, server_sizes
 from tests.conftest import run_module, write_add_one
 from tests.manifests import KUBERNETES, build, committed, container_of, find, pod_of
-from tests.test_alerts import ALL_FAIL, HEALTHY, MODEL, Fired, at_the_end, check, check_fired, need_promtool
+from tests.test_alerts import ALL_FAIL, HEALTHY, MODEL, Case, at_the_end, check, check_fired, need_promtool
+from tests.test_stack import TEXT
 
 
 @pytest.fixture
@@ -59,7 +64,7 @@ def test_the_overlay_has_the_sums_of_the_compose_stack(generated: dict[str, Path
     assert tmp["emptyDir"] == {"medium": "Memory", "sizeLimit": f"{room.tmp_mib}Mi"}
 
 
-def test_on_cpus_no_container_of_tritons_pod_keeps_it_from_cores_of_its_own(generated: dict[str, Path]) -> None:
+def test_on_cpus_tritons_pod_is_guaranteed_its_cores(generated: dict[str, Path]) -> None:
     for objects in (committed("overlays/cpu"), build(generated["fetched"])):  # "Guaranteed" takes all of them
         for container in (*pod_of(objects).get("initContainers", ()), *pod_of(objects)["containers"]):
             resources = container["resources"]
@@ -70,31 +75,24 @@ def test_fetched_models_come_by_their_checksum_into_a_folder_of_their_size(gener
     objects = build(generated["fetched"])
     (fetch,) = pod_of(objects)["initContainers"]
     given = {each["name"]: each.get("value") for each in fetch["env"]}
-    archive = generated["fetched"] / "models.tar.gz"
-    checksum = subprocess.run(["sha256sum", archive], capture_output=True, text=True, check=True).stdout.split()[0]
-    assert given["DEEPSEEK_MODELS_SHA256"] == checksum
+    archive = (generated["fetched"] / "models.tar.gz").read_bytes()
+    assert given["DEEPSEEK_MODELS_SHA256"] == hashlib.sha256(archive).hexdigest()
     assert given["DEEPSEEK_MODELS_URL"] == "https://models.example.com/shop/models.tar.gz"
     (models,) = (volume for volume in pod_of(objects)["volumes"] if volume["name"] == "models")
     assert models.keys() == {"name", "emptyDir"}
     assert not any(each["kind"] == "PersistentVolumeClaim" for each in objects)
 
 
-def test_a_load_balancers_gateway_listens_on_443_and_still_where_the_load_test_calls_it(
-    generated: dict[str, Path],
-) -> None:
-    ports = find(build(generated["fetched"]), "Service", "gateway")["spec"]["ports"]
-    assert {port["port"] for port in ports} == {443, int(GATEWAY_URL.rpartition(":")[2])}
-    assert {port["targetPort"] for port in ports} == {"https"}
-    assert len({port["name"] for port in ports}) == 2
-
-
-def test_a_gateway_that_a_load_balancer_still_sends_to_goes_on_for_so_long(generated: dict[str, Path]) -> None:
+def test_a_gateway_stops_after_those_who_send_to_it_have_noticed(generated: dict[str, Path]) -> None:
     for name, stop_s in (("fetched", OUTSIDE_PRE_STOP_S), ("plain", GATEWAY_PRE_STOP_S)):
         objects = build(generated[name])
         container = container_of(objects, "gateway")
         assert container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", str(stop_s)]
         rest_s = int(container_of(objects)["args"][1]) + REST_S
         assert pod_of(objects, "gateway")["terminationGracePeriodSeconds"] == stop_s + rest_s
+    # The load balancer's port, and the one that the load test calls.
+    ports = find(build(generated["fetched"]), "Service", "gateway")["spec"]["ports"]
+    assert {(port["port"], port["targetPort"]) for port in ports} == {(443, "https"), (8443, "https")}
 
 
 def test_tritons_pods_may_call_the_port_that_the_models_are_at(again: tuple[Path, tuple[str, ...]]) -> None:
@@ -104,38 +102,30 @@ def test_tritons_pods_may_call_the_port_that_the_models_are_at(again: tuple[Path
     first, dns = find(build(folder / "kubernetes"), "NetworkPolicy", "triton-fetches-models")["spec"]["egress"]
     assert first == {"ports": [{"port": 9000}]}
     assert {each["port"] for each in dns["ports"]} == {53}
-    schemes = {"https://models.example.com/m.tar.gz": 443, "http://models.storage.svc/m.tar.gz": 80}
-    assert {url: overlay._port_of(url) for url in schemes} == schemes
 
 
 def test_images_come_from_the_registry_and_the_autoscaler_is_the_one_asked_for(generated: dict[str, Path]) -> None:
-    objects = build(generated["keda"])
-    assert container_of(objects)["image"] == "registry.example.com/shop/deepseek-server-cpu:1.4.0"
-    assert container_of(objects, "gateway")["image"] == "registry.example.com/shop/deepseek-gateway:1.4.0"
-    found = {name: {(each["kind"], each["metadata"]["name"]) for each in build(generated[name])} for name in generated}
+    objects = {name: build(folder) for name, folder in generated.items()}
+    assert container_of(objects["keda"])["image"] == "registry.example.com/shop/deepseek-server-cpu:1.4.0"
+    assert container_of(objects["keda"], "gateway")["image"] == "registry.example.com/shop/deepseek-gateway:1.4.0"
     scalers = {"plain": {"triton", "gateway"}, "keda": {"gateway"}, "bare": set()}
     for name, expected in scalers.items():
-        assert {scaled for kind, scaled in found[name] if kind == "HorizontalPodAutoscaler"} == expected
-    assert not any(kind == "ServiceMonitor" for kind, _ in found["bare"])
-    spec = find(build(generated["keda"]), "ScaledObject")["spec"]  # without the metric it keeps the pods that there are
-    assert spec["fallback"]["behavior"] == "currentReplicasIfHigher"
+        found = [each["metadata"]["name"] for each in objects[name] if each["kind"] == "HorizontalPodAutoscaler"]
+        assert set(found) == expected
+        gateway = find(objects[name], "Deployment", "gateway")["spec"]
+        assert gateway.get("replicas") == (None if "gateway" in expected else 2)  # the autoscaler sets it
+    assert not any(each["kind"] == "ServiceMonitor" for each in objects["bare"])
+    spec = find(objects["keda"], "ScaledObject")["spec"]
+    assert spec["fallback"]["behavior"] == "currentReplicasIfHigher"  # without the metric the pods stay
     assert spec["fallback"]["replicas"] == spec["minReplicaCount"]
-
-
-def test_the_gateways_pods_are_the_autoscalers_or_two(generated: dict[str, Path]) -> None:
-    specs = {name: find(build(generated[name]), "Deployment", "gateway")["spec"] for name in ("plain", "keda", "bare")}
-    assert {name: spec.get("replicas") for name, spec in specs.items()} == {"plain": None, "keda": None, "bare": 2}
-    scaler = find(build(generated["plain"]), "HorizontalPodAutoscaler", "gateway")["spec"]
-    assert (scaler["scaleTargetRef"]["name"], scaler["minReplicas"]) == ("gateway", 2)
 
 
 def test_other_models_are_other_pods(again: tuple[Path, tuple[str, ...]]) -> None:
     folder, arguments = again
-    repository = folder / "repository"
-    write_add_one(repository)
+    write_add_one(folder / "repository")
+    places = ("--repository", str(folder / "repository"), *arguments[2:], "--output", str(folder / "overlay"))
 
     def digest() -> str:
-        places = ("--repository", str(repository), *arguments[2:], "--output", str(folder / "overlay"))
         assert run_module("cli", "kubernetes", *places).returncode == 0
         build.cache_clear()
         template = find(build(folder / "overlay"), "Deployment")["spec"]["template"]
@@ -143,61 +133,74 @@ def test_other_models_are_other_pods(again: tuple[Path, tuple[str, ...]]) -> Non
 
     first = digest()
     assert digest() == first
-    config = repository / "add_one" / "config.pbtxt"
-    config.write_text(f"{config.read_text()}# tuned\n")
+    with (folder / "repository" / "add_one" / "config.pbtxt").open("a") as config:
+        config.write("# tuned\n")
     assert digest() != first
 
 
-def test_what_was_measured_on_another_precision_is_no_target(tmp_path: Path, built: Path) -> None:
-    (tmp_path / "text").mkdir()
-    chosen = '{"targets": [{"metric": "rate", "value": 875}], "min_replicas": 4, "max_replicas": 12}'
-    places = ("--repository", str(built / "repository"), "--models", "tests/models", "--build", str(tmp_path))
-    served = next(each for each in served_models(built / "repository", Path("tests/models")) if each.name == "text")
+def write_scale(folder: Path, chosen: dict[str, Any] | None, **more: str) -> None:
+    """Writes the scale.json of `make simulate-scale`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "scale.json").write_text(json.dumps({**more, "chosen": chosen}))
 
-    def notes(precision: str) -> str:
-        found = f'{{"target": "onnxruntime", "precision": "{precision}", "chosen": {chosen}}}'
-        (tmp_path / "text" / "scale.json").write_text(found)
-        run = run_module("cli", "kubernetes", *places)
-        assert run.returncode == 0, run.stderr
-        return run.stderr
 
-    assert "measured on" not in notes(str(served.precision))
-    assert f"measured on onnxruntime fp8, but served is onnxruntime {served.precision}" in notes("fp8")
-    spec = find(build(tmp_path / "kubernetes"), "HorizontalPodAutoscaler")["spec"]
-    assert (spec["minReplicas"], spec["maxReplicas"]) == (4, 12)
-    assert [each["pods"]["metric"]["name"] for each in spec["metrics"]] == [METRICS["queue"]]
+CHOSEN = {"targets": [{"metric": "rate", "value": 875}], "min_replicas": 4, "max_replicas": 12}
+
+
+@pytest.mark.parametrize(
+    ("found", "metric", "bounds", "notes"),
+    [
+        ({"chosen": CHOSEN, "target": "onnxruntime", "precision": "fp32"}, "rate", (4, 12), []),
+        (
+            {"chosen": CHOSEN, "target": "onnxruntime", "precision": "fp8"},
+            "queue",
+            (4, 12),
+            ["measured on onnxruntime fp8"],
+        ),
+        ({"chosen": None}, "queue", (2, 10), ["no setting met the SLO, so the autoscaler has no target for it"]),
+        (
+            None,
+            "queue",
+            (2, 10),
+            ["the autoscaler has its default target; to choose one: make capacity simulate-scale"],
+        ),
+    ],
+    ids=["measured", "another precision", "none met", "none"],
+)
+def test_the_autoscaler_has_a_target_of_the_precision_that_serves_or_the_default(
+    tmp_path: Path, found: dict[str, Any] | None, metric: str, bounds: tuple[int, int], notes: list[str]
+) -> None:
+    if found:
+        write_scale(tmp_path / "text", **found)
+    scale, said = scale_of([replace(TEXT, precision="fp32")], tmp_path)
+    assert [target.metric for target in scale.targets] == [metric]
+    assert (scale.min_replicas, scale.max_replicas, scale.cores) == (*bounds, 2)
+    assert len(said) == len(notes)
+    assert all(note in line for note, line in zip(notes, said, strict=True))
 
 
 def test_what_the_simulation_chose_becomes_the_autoscalers(again: tuple[Path, tuple[str, ...]]) -> None:
     folder, arguments = again
-    (folder / "add_one").mkdir()
-    chosen = '{"targets": [{"metric": "queue", "value": 0.283}], "min_replicas": 3, "max_replicas": 7, "cores": 4}'
-    (folder / "add_one" / "scale.json").write_text(f'{{"chosen": {chosen}}}')
+    target = {"metric": "queue", "value": 0.283}
+    write_scale(folder / "add_one", {"targets": [target], "min_replicas": 3, "max_replicas": 7, "cores": 4})
     assert run_module("cli", "kubernetes", *arguments).returncode == 0
     objects = build(folder / "kubernetes")
     spec = find(objects, "HorizontalPodAutoscaler")["spec"]
     assert (spec["minReplicas"], spec["maxReplicas"]) == (3, 7)
-    assert spec["metrics"] == [
-        {
-            "type": "Pods",
-            "pods": {
-                "metric": {"name": "triton_queue_compute_ratio"},
-                "target": {"type": "AverageValue", "averageValue": "283m"},
-            },
-        }
-    ]
+    (metric,) = (each["pods"] for each in spec["metrics"])
+    assert metric["metric"] == {"name": "triton_queue_compute_ratio"}
+    assert metric["target"] == {"type": "AverageValue", "averageValue": "283m"}
     resources = container_of(objects)["resources"]
     assert resources["limits"]["cpu"] == resources["requests"]["cpu"] == "4"
 
 
-def test_several_models_in_a_pod_are_scaled_by_what_each_may_have_of_it(tmp_path: Path) -> None:
+def test_several_models_in_a_pod_are_scaled_by_their_shares_of_it(tmp_path: Path) -> None:
     need_promtool()
     for name, rate, least, most in (("one", 875, 4, 12), ("two", 250, 3, 10), ("other", 0, 0, 0)):
         write_add_one(tmp_path / "repository", name=name)
         if rate:
-            chosen = f'{{"targets": [{{"metric": "rate", "value": {rate}}}], "min_replicas": {least}, "max_replicas": {most}}}'
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "scale.json").write_text(f'{{"chosen": {chosen}}}')
+            target = {"metric": "rate", "value": rate}
+            write_scale(tmp_path / name, {"targets": [target], "min_replicas": least, "max_replicas": most})
     places = ("--repository", str(tmp_path / "repository"), "--models", str(tmp_path), "--build", str(tmp_path))
     run = run_module("cli", "kubernetes", *places)
     assert (run.returncode, run.stderr.count("\n")) == (0, 1)
@@ -214,18 +217,6 @@ def test_several_models_in_a_pod_are_scaled_by_what_each_may_have_of_it(tmp_path
     check(tmp_path, at_the_end("", series, 5, {"expr": METRICS["load"], "exp_samples": expected}))
 
 
-def test_a_day_that_no_setting_held_is_said_and_not_recommended_again(again: tuple[Path, tuple[str, ...]]) -> None:
-    folder, arguments = again
-    run = run_module("cli", "kubernetes", *arguments)
-    assert run.stderr == "note: the autoscaler has its default target; to choose one: make capacity simulate-scale\n"
-    (folder / "add_one").mkdir()
-    (folder / "add_one" / "scale.json").write_text('{"chosen": null}')
-    run = run_module("cli", "kubernetes", *arguments)
-    assert run.returncode == 0
-    assert f"note: {folder}/add_one/scale.json: no setting met the SLO" in run.stderr
-    assert run.stderr.count("\n") == 1
-
-
 def test_the_alerts_are_those_of_the_stack(generated: dict[str, Path]) -> None:
     folder = generated["plain"].parent
     rule = find(build(generated["plain"]), "PrometheusRule", "deepseek")
@@ -238,24 +229,18 @@ def test_the_alerts_are_those_of_the_stack(generated: dict[str, Path]) -> None:
         assert monitors[name]["endpoints"][endpoint]["relabelings"][0]["replacement"] == job
 
 
-def within(namespace: str, series: dict[str, str]) -> dict[str, str]:
-    """The series in a cluster's Prometheus."""
-    return {name.replace("{", f'{{namespace="{namespace}",', 1): values for name, values in series.items()}
-
-
-@pytest.mark.parametrize(
-    ("series", "expected"),
-    [
-        (within("ours", HEALTHY) | within("theirs", HEALTHY | ALL_FAIL), set()),
-        (within("theirs", HEALTHY), {(f"{name}Down", "page") for name in ("Triton", "Gateway", "OpenAI")}),
-    ],
-    ids=["theirs fails", "ours is away"],
-)
-def test_another_namespaces_servers_are_none_of_ours(tmp_path: Path, series: dict[str, str], expected: Fired) -> None:
+def test_another_namespaces_servers_raise_no_alert_and_are_no_substitute(tmp_path: Path) -> None:
     content = rules([MODEL], scope=Scope("ours"))
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(content))
     assert all(rule["labels"]["namespace"] == "ours" for group in content["groups"] for rule in group["rules"])
-    check_fired(tmp_path, ("", series, 70, expected), every_min=5)
+
+    def of(namespace: str, series: dict[str, str]) -> dict[str, str]:
+        return {name.replace("{", f'{{namespace="{namespace}",', 1): values for name, values in series.items()}
+
+    theirs_fail = of("ours", HEALTHY) | of("theirs", HEALTHY | ALL_FAIL)
+    down = {(f"{name}Down", "page") for name in ("Triton", "Gateway", "OpenAI")}
+    cases: list[Case] = [("theirs fail", theirs_fail, 70, set()), ("ours are gone", of("theirs", HEALTHY), 70, down)]
+    check_fired(tmp_path, *cases, every_min=5)
 
 
 @pytest.fixture
@@ -266,37 +251,37 @@ def of_text(built: Path, tmp_path: Path) -> tuple[str, ...]:
     return (*places, "--gateway", str(tmp_path))
 
 
-def test_a_load_test_has_the_models_spec_its_rate_and_inputs_that_fit(tmp_path: Path, of_text: tuple[str, ...]) -> None:
-    assert run_module("cli", "kubernetes", *of_text).returncode == 0
-    objects = build(tmp_path / "kubernetes" / "loadtest" / "text")
+@pytest.mark.parametrize(
+    ("has_authority", "flags", "wanted"),
+    [
+        (True, (), ["--url=gateway:8443", "--ca-cert=/inputs/ca.crt"]),
+        (False, (), ["--url=gateway:8443", "--tls"]),  # the certificate is one that every system trusts
+        (True, ("--loadtest-url", "api.example.com:443", "--loadtest-tls"), ["--url=api.example.com:443", "--tls"]),
+    ],
+)
+def test_a_load_test_has_the_models_spec_its_rate_inputs_that_fit_and_the_gateways_address(
+    tmp_path: Path, of_text: tuple[str, ...], has_authority: bool, flags: tuple[str, ...], wanted: list[str]
+) -> None:
+    if has_authority:
+        ensure_certificate(tmp_path, [])
+    assert run_module("cli", "kubernetes", *of_text, *flags).returncode == 0
+    folder = tmp_path / "kubernetes" / "loadtest" / "text"
+    objects = build(folder)
     for each in objects:
         kubernetes_validate.validate(each, KUBERNETES, strict=True)
     data = find(objects, "ConfigMap", "loadtest")["data"]
     assert data["MODEL"] == "text"
-    worker = find(objects, "Job", "loadtest-worker")["spec"]
-    assert worker["parallelism"] == worker["completions"] == int(data["WORKERS"])
-    (container,) = worker["template"]["spec"]["containers"]
-    assert "/models/text" in [mount["mountPath"] for mount in container["volumeMounts"]]
-    assert container["args"][1] == "--tls"  # no ca.crt: the certificate is one that every system trusts
-    assert (tmp_path / "kubernetes" / "loadtest" / "text" / "inputs.npz").stat().st_size <= CONFIG_MAP_BYTES
-
-
-@pytest.mark.parametrize(
-    "flags", [(), ("--loadtest-url", "api.example.com:443", "--loadtest-tls")], ids=["own", "public"]
-)
-def test_both_jobs_call_the_gateway_by_its_name_and_trust_whom_they_are_told_to(
-    tmp_path: Path, of_text: tuple[str, ...], flags: tuple[str, ...]
-) -> None:
-    ensure_certificate(tmp_path, [])
-    assert run_module("cli", "kubernetes", *of_text, *flags).returncode == 0
-    objects = build(tmp_path / "kubernetes" / "loadtest" / "text")
-    wanted = ["--url=api.example.com:443", "--tls"] if flags else ["--url=gateway:8443", "--ca-cert=/inputs/ca.crt"]
     for name in ("loadtest-master", "loadtest-worker"):
-        (container,) = find(objects, "Job", name)["spec"]["template"]["spec"]["containers"]
+        job = find(objects, "Job", name)["spec"]
+        (container,) = job["template"]["spec"]["containers"]
         assert container["args"][:2] == wanted
+        assert "/models/text" in [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert job["parallelism"] == job["completions"] == int(data["WORKERS"])
     egress = find(objects, "NetworkPolicy", "loadtest")["spec"]["egress"]
-    assert ({"ports": [{"port": 443}]} in egress) == bool(flags)
-    assert ("ca.crt" in find(objects, "ConfigMap", "loadtest-inputs").get("data", {})) != bool(flags)
+    assert ({"ports": [{"port": 443}]} in egress) is bool(flags)
+    inputs = find(objects, "ConfigMap", "loadtest-inputs")
+    assert ("ca.crt" in inputs.get("data", {})) is ("--ca-cert" in wanted[1])
+    assert (folder / "inputs.npz").stat().st_size <= CONFIG_MAP_BYTES
 
 
 # `make` and `kubectl` of the page, here: what would be applied is kept.
@@ -357,14 +342,13 @@ def test_the_workers_flags_are_the_masters_and_what_its_script_adds() -> None:
         (("--registry", "a b"), "--registry 'a b': not valid in an image name"),
         (("--triton-tag", "26.07"), "TRITON_TAG: seen 26.07; 26.08 or newer is needed"),
     ],
-    ids=["repository", "base", "url", "port", "scheme", "port 0", "unmonitored", "registry", "tag"],
 )
-def test_what_is_wrong_is_one_line(again: tuple[Path, tuple[str, ...]], flags_: tuple[str, ...], message: str) -> None:
+def test_wrong_input_is_one_line(again: tuple[Path, tuple[str, ...]], flags_: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         overlay.main(values_of("kubernetes", *again[1], *flags_))
 
 
-def test_a_scale_file_that_is_none_is_one_line(tmp_path: Path) -> None:
+def test_a_scale_file_of_another_kind_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "scale.json"
     path.write_text('{"chosen": {"targets": []}}')
     with pytest.raises(ValueError, match="not written by make simulate-scale"):

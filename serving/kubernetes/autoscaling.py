@@ -93,11 +93,14 @@ def load_group(scale: ScaleChoice) -> dict[str, Any]:
 
 def scale_of(models: Sequence[ServedModel], build: Path) -> tuple[ScaleChoice, list[str]]:
     """The autoscaler's settings for all models together, and notes for the user."""
-    paths = {model.name: path for model in models if (path := build / model.name / "scale.json").is_file()}
-    notes, chosen = [], {}
-    for model in (each for each in models if each.name in paths):
-        path, scale = paths[model.name], ScaleChoice.load(paths[model.name])
-        if scale is None:
+    notes: list[str] = []
+    chosen: dict[str, ScaleChoice] = {}
+    missing: list[str] = []
+    for model in models:
+        path = build / model.name / "scale.json"
+        if not path.is_file():
+            missing.append(model.name)
+        elif (scale := ScaleChoice.load(path)) is None:
             notes.append(
                 f"{path}: no setting met the SLO, so the autoscaler has no target for it; `best` in it is the nearest"
             )
@@ -110,13 +113,11 @@ def scale_of(models: Sequence[ServedModel], build: Path) -> tuple[ScaleChoice, l
             chosen[model.name] = scale.model_copy(update={"targets": DEFAULT_SCALE.targets, "rates": {}})
         else:
             chosen[model.name] = scale
-    missing = [model.name for model in models if model.name not in paths]
-    if not paths:
+    if len(missing) == len(models):
         notes.append("the autoscaler has its default target; to choose one: make capacity simulate-scale")
     elif missing:
-        notes.append(
-            f"the autoscaler ignores {', '.join(missing)}; run make capacity simulate-scale for each of them too"
-        )
+        names = ", ".join(missing)
+        notes.append(f"the autoscaler ignores {names}; run make capacity simulate-scale for each of them too")
     if not chosen:
         return DEFAULT_SCALE, notes
     if len(models) == 1:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,34 +23,21 @@ GATEWAY_URL = "gateway:8443"  # inside the namespace
 CONFIG_MAP_BYTES = 900_000  # a ConfigMap holds 1 MiB, its other entries included; kubectl apply --server-side
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadTestJobs:
-    model: str
-    target: str
-    rate_rps: float
-    url: str
-    own_authority: bool
-    """Whether `ca.crt` signed the gateway's certificate, instead of an authority that every system trusts."""
+def loadtest_kustomization(overlay: Overlay, model: ServedModel, base: str, url: str, *, own_authority: bool) -> str:
+    """The kustomization of the Jobs, with the model's name, rate and files.
 
-    @property
-    def workers(self) -> int:
-        return max(2, math.ceil(self.rate_rps / WORKER_RPS))
-
-
-def loadtest_kustomization(overlay: Overlay, test: LoadTestJobs, base: str) -> str:
-    """The kustomization of the Jobs, with the model's name, rate and files."""
-    trust = "--ca-cert=/inputs/ca.crt" if test.own_authority else "--tls"
-    egress = (
-        f"""\
+    `own_authority`: `ca.crt` signed the gateway's certificate, not an authority that every system trusts.
+    """
+    rate_rps = model.rate_rps or 1
+    workers = max(2, math.ceil(rate_rps / WORKER_RPS))
+    trust = "--ca-cert=/inputs/ca.crt" if own_authority else "--tls"
+    files = "inputs.npz, ca.crt" if own_authority else "inputs.npz"
+    egress = f"""\
   - target: {{kind: NetworkPolicy, name: loadtest}}
-    patch: "- {{op: add, path: /spec/egress/-, value: {{ports: [{{port: {test.url.rpartition(":")[2]}}}]}}}}"
+    patch: "- {{op: add, path: /spec/egress/-, value: {{ports: [{{port: {url.rpartition(":")[2]}}}]}}}}"
 """
-        if test.url != GATEWAY_URL
-        else ""
-    )
-    files = "inputs.npz, ca.crt" if test.own_authority else "inputs.npz"
     return f"""\
-# Written by deepseek kubernetes: the load test of {test.model}, through the gateway.
+# Written by deepseek kubernetes: the load test of {model.name}, through the gateway.
 # Use kubectl apply --server-side -k: otherwise kubectl copies the inputs to an annotation, which holds only 256 KiB.
 apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
@@ -61,7 +47,7 @@ configMapGenerator:
   - name: loadtest
     namespace: {NAMESPACE}
     behavior: merge
-    literals: [MODEL={test.model}, TARGET={test.target}, RATE={test.rate_rps:g}, WORKERS={test.workers}]
+    literals: [MODEL={model.name}, TARGET={model.target}, RATE={rate_rps:g}, WORKERS={workers}]
   - {{name: loadtest-model, namespace: {NAMESPACE}, behavior: replace, files: [deploy.toml]}}
   - {{name: loadtest-inputs, namespace: {NAMESPACE}, behavior: replace, files: [{files}]}}
 generatorOptions: {{disableNameSuffixHash: true}}
@@ -70,41 +56,33 @@ images:
 patches:
   - target: {{kind: Job}}
     patch: |
-      - {{op: replace, path: /spec/template/spec/containers/0/volumeMounts/2/mountPath, value: /models/{test.model}}}
-      - {{op: replace, path: /spec/template/spec/containers/0/args/0, value: "--url={test.url}"}}
+      - {{op: replace, path: /spec/template/spec/containers/0/volumeMounts/2/mountPath, value: /models/{model.name}}}
+      - {{op: replace, path: /spec/template/spec/containers/0/args/0, value: "--url={url}"}}
       - {{op: replace, path: /spec/template/spec/containers/0/args/1, value: {trust}}}
-  # {test.rate_rps:g} requests/s, {WORKER_RPS} per worker
+  # {rate_rps:g} requests/s, {WORKER_RPS} per worker
   - target: {{kind: Job, name: loadtest-worker}}
     patch: |
-      - {{op: replace, path: /spec/parallelism, value: {test.workers}}}
-      - {{op: replace, path: /spec/completions, value: {test.workers}}}
-{egress}"""
+      - {{op: replace, path: /spec/parallelism, value: {workers}}}
+      - {{op: replace, path: /spec/completions, value: {workers}}}
+{"" if url == GATEWAY_URL else egress}"""
 
 
-def write_loadtest(folder: Path, overlay: Overlay, model: ServedModel, options: argparse.Namespace) -> bool:
-    """Writes a model's load test; returns False if its `deploy.toml` or inputs are missing."""
-    spec, inputs = (
-        (model.models or options.models) / model.name / "deploy.toml",
-        options.build / model.name / "evaluation.npz",
-    )
+def write_loadtest(folder: Path, overlay: Overlay, model: ServedModel, options: argparse.Namespace) -> None:
+    """Writes a model's load test, if its `deploy.toml` and inputs are found."""
+    spec = (model.models or options.models) / model.name / "deploy.toml"
+    inputs = options.build / model.name / "evaluation.npz"
     if not (spec.is_file() and inputs.is_file()):
-        return False
-    test = LoadTestJobs(
-        model=model.name,
-        target=model.target,
-        rate_rps=model.rate_rps or 1,
-        url=options.loadtest_url,
-        own_authority=not options.loadtest_tls and (options.gateway / "ca.crt").is_file(),
-    )
+        return
+    authority, copy = options.gateway / "ca.crt", folder / "ca.crt"
+    own_authority = not options.loadtest_tls and authority.is_file()
     base = os.path.relpath(options.base.resolve(), folder.resolve())
-    write_whole(folder / "kustomization.yaml", loadtest_kustomization(overlay, test, base))
+    text = loadtest_kustomization(overlay, model, base, options.loadtest_url, own_authority=own_authority)
+    write_whole(folder / "kustomization.yaml", text)
     write_whole(folder / "deploy.toml", spec.read_text(encoding="utf-8"))
-    if test.own_authority:
-        write_whole(folder / "ca.crt", (options.gateway / "ca.crt").read_text(encoding="utf-8"))
-    else:
-        (folder / "ca.crt").unlink(missing_ok=True)
+    copy.unlink(missing_ok=True)
+    if own_authority:
+        write_whole(copy, authority.read_text(encoding="utf-8"))
     _copy_inputs(inputs, folder / "inputs.npz")
-    return True
 
 
 def _copy_inputs(source: Path, copy: Path) -> None:
