@@ -42,11 +42,14 @@ def choose_versions(model: Path) -> VersionChoice:
     for number in versions:
         path = config_path(model, number)
         config, wrong = check_under(model, number, path)
-        if config is None:
-            findings += wrong
-            continue
-        others, more = _others(model, config, [version for version in versions if version <= number])
-        return VersionChoice(config=path, versions=(number, *others), findings=(*findings, *more))
+        findings += wrong
+        if config is not None:
+            served = [number]
+            for other in wanted_versions(config, versions[versions.index(number) :])[1:]:
+                _, wrong = check_under(model, other, path)
+                findings += wrong
+                served += [] if wrong else [other]
+            return VersionChoice(config=path, versions=tuple(served), findings=tuple(findings))
     return VersionChoice(findings=tuple(findings))
 
 
@@ -65,19 +68,3 @@ def check_under(model: Path, number: int, path: Path) -> tuple[ModelConfig | Non
         where = f"{model.name}/{number}"
         wrong.append(mismatch(where, "version_policy in its config.pbtxt leaves it out", publish_again(model)))
     return (None, wrong) if wrong else (config, [])
-
-
-def _others(model: Path, config: ModelConfig, versions: list[int]) -> tuple[list[int], list[Finding]]:
-    """The versions that the policy serves besides the first of `versions`, if they are intact and fit."""
-    good: list[int] = []
-    findings: list[Finding] = []
-    for version in wanted_versions(config, versions):
-        if version == versions[0]:
-            continue
-        manifest, wrong = check_version(model, version)
-        if manifest is not None and not wrong:
-            wrong = check_config(model, config, manifest)
-        findings += wrong
-        if not wrong:
-            good.append(version)
-    return good, findings
