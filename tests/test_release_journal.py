@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import socket
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from cli.main import values_of
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement, SloSpec
-from loadtests.load.request_log import RequestLog
+from loadtests.load.request_log import RequestLog, SentRequest
 from loadtests.release import shadow_load as shadow
 from loadtests.release import switch_over_load as steady
 from loadtests.release.switch_over_load import result_of
@@ -31,7 +32,7 @@ from serving.release.versions import newest
 from tests.test_switch_over_load import sent_at
 
 
-def test_over_what_was_not_made_here_nothing_is_released(tmp_path: Path) -> None:
+def test_a_served_version_without_a_manifest_stops_the_release(tmp_path: Path) -> None:
     (tmp_path / "live" / "text" / "3").mkdir(parents=True)
     args = Namespace(model="text", models="tests/models", repository=tmp_path / "live", new=tmp_path, new_build=None)
     journal = ReleaseJournal(tmp_path, "release", 4, before=3)
@@ -40,43 +41,37 @@ def test_over_what_was_not_made_here_nothing_is_released(tmp_path: Path) -> None
         candidate.stage()
 
 
-def test_a_journal_cut_off_in_a_line_tells_what_is_whole(tmp_path: Path) -> None:
-    journal = ReleaseJournal(tmp_path, "release", 4, before=3)
-    steps = StepRunner(journal, as_json=True)
-    steps.do("stage", lambda: "a copy")
-    steps.do("shadow", lambda: Skipped("nothing served"))
-    journal.write(step="switch", state="started")
-    with (journal.folder / "journal.jsonl").open("a") as file:
-        file.write('{"step": "switch", "sta')
-    record = read(journal.folder)
-    assert record is not None
-    assert [step.state for step in record.steps] == ["holds", "left out", "started"]
-    assert (record.outcome, record.stopped_in) == ("not finished", record.steps[-1])
-    assert "Stopped in switch: started" in report(record, "text")
-
-
 @pytest.mark.parametrize(
     ("error", "state"),
     [
+        (None, "holds"),
         (GateFailed, "failed"),
         (InvalidMeasurement, "inconclusive"),
         (InputError, "wrong input"),
         (KeyboardInterrupt, "interrupted"),
     ],
 )
-def test_how_a_step_ended_is_in_the_journal_before_the_error_goes_on(
-    tmp_path: Path, error: type[BaseException], state: str
+def test_the_journal_says_how_each_step_ended_even_after_a_kill(
+    tmp_path: Path, error: type[BaseException] | None, state: str
 ) -> None:
-    journal = ReleaseJournal(tmp_path, "release", 4)
+    journal = ReleaseJournal(tmp_path, "release", 4, before=3)
+    steps = StepRunner(journal, as_json=True)
 
     def step() -> str:
-        raise error("why | not")
+        if error:
+            raise error("why | not")
+        return "why | not"
 
-    with pytest.raises(error):
-        StepRunner(journal, as_json=True).do("parity", step)
+    with pytest.raises(error) if error else nullcontext():
+        steps.do("parity", step)
+    steps.do("shadow", lambda: Skipped("nothing served"))
+    journal.write(step="switch", state="started")
+    with (journal.folder / "journal.jsonl").open("a") as file:
+        file.write('{"step": "switch", "sta')
     record = read(journal.folder)
     assert record is not None
-    assert (record.steps[0].state, record.steps[0].said) == (state, "why | not")
+    assert [step.state for step in record.steps] == [state, "left out", "started"]
+    assert (record.outcome, record.stopped_in) == ("not finished", record.steps[0 if error else 2])
     assert r"why \| not" in report(record, "text")
 
 
@@ -128,7 +123,7 @@ def test_a_command_runs_in_the_build_folder_that_it_is_given(tmp_path: Path) -> 
     ],
     ids=lambda text: str(text).split(":")[0],
 )
-def test_what_no_gate_could_do_is_refused_before_the_first(command: str, flags: str, said: str) -> None:
+def test_bad_options_are_refused_before_the_first_gate(command: str, flags: str, said: str) -> None:
     main = {"release": release.main, "rollback": rollback.main}[command]
     with pytest.raises(InputError, match=re.escape(said)):
         main(values_of(command, "--model", "text", "--models", "tests/models", *flags.split()))
@@ -150,10 +145,19 @@ def live_options(url: str, **more: Any) -> Namespace:
     return Namespace(**{**vars(options), "url": url, "switch_s": 1, **more})
 
 
-def test_only_where_nothing_listens_is_there_no_server(hung: str, tmp_path: Path) -> None:
+def test_only_a_refused_connection_means_that_no_server_runs(
+    hung: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match=r"did not answer .*; a server may run at 127"):
         LiveServer.find(live_options(hung, repository=tmp_path), 1)
-    absent = LiveServer.find(live_options("127.0.0.1:9", repository=tmp_path), 1)
+    monkeypatch.chdir(tmp_path)
+    options = live_options("127.0.0.1:9", repository=tmp_path)
+    port = hung.partition(":")[2]
+    Path(".env").write_text(f"STACK_REPOSITORY='{tmp_path}'\nGATEWAY_PORT={port}\n")
+    with pytest.raises(InputError, match=f"runs behind localhost:{port} and would load the version without"):
+        LiveServer.find(options, 1)
+    Path(".env").unlink()
+    absent = LiveServer.find(options, 1)
     assert (absent.version, absent.absent) == (None, "nothing listens at 127.0.0.1:9")
 
 
@@ -163,27 +167,17 @@ def test_a_server_that_came_up_during_the_gates_is_not_switched_unwatched(
     monkeypatch.setattr(LiveServer, "look", lambda live: (None, "it did not answer"))
     args = live_options(hung, repository=tmp_path)
     (tmp_path / "text" / "1").mkdir(parents=True)
-    candidate: Any = SimpleNamespace(
-        options=args, journal=None, number=2, model=tmp_path / "text", before=1, folder=None
-    )
+    found = {"options": args, "journal": None, "number": 2, "model": tmp_path / "text", "before": 1}
+    candidate: Any = SimpleNamespace(**found)
     with pytest.raises(InputError, match="it did not answer; a server may run"):
         Release(candidate, LiveServer(options=args, version=None, absent="nothing listens")).switch()
 
 
-def test_a_server_that_hangs_is_rolled_back_and_waited_for(
-    hung: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rollback_waits_for_a_server_that_hangs(hung: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LiveServer, "look", lambda live: (None, "it did not answer"))
-    monkeypatch.setattr("serving.release.rollback.refresh_stack", lambda repository: Skipped("no stack"))
-
-    def out(model: Path, number: int, *, decided: Callable[[], object], **_: object) -> list[str]:
-        (model / str(number)).rmdir()
-        decided()
-        return []
-
-    monkeypatch.setattr("serving.release.journal.move_out", out)
     for version in ("1", "2"):
         (tmp_path / "text" / version).mkdir(parents=True)
+    (tmp_path / "text" / "1" / "config.pbtxt").touch()
     journal = ReleaseJournal(tmp_path / "releases", "rollback", 1, before=2)
     with pytest.raises(GateFailed, match="the repository has version 1, the server has none: restart it"):
         Rollback(live_options(hung, repository=tmp_path), journal, 2, 1).run()
@@ -192,43 +186,39 @@ def test_a_server_that_hangs_is_rolled_back_and_waited_for(
     assert (newest(tmp_path / "text"), record.outcome) == (1, "rolled back")
 
 
-def test_requests_that_failed_before_the_change_are_not_held_against_the_switch() -> None:
-    live = LiveServer(options=live_options("127.0.0.1:9"), version=1)
-    early = [sent_at(0, 1), sent_at(0.5, 1, "ServerError: x"), sent_at(2.5, 3), sent_at(4, 4)]
-    assert "3 requests failed" not in live.judged({"version": 2, **result_of(RequestLog(early), 1, 2)}, 2)
-    in_flight = [*early, sent_at(0.9, 200, "ConnectionLost: y")]
-    with pytest.raises(GateFailed, match=r"1 of 5 requests failed since the change \(1 times: ConnectionLost: y\)"):
-        live.judged({"version": 2, **result_of(RequestLog(in_flight), 1, 2)}, 2)
+BUSY = [sent_at(0.5, 1, "ServerError: x"), sent_at(2.5, 3), sent_at(4, 4)]
+LOST = sent_at(0.9, 200, "ConnectionLost: y")
 
 
-@pytest.mark.parametrize("late", [None, "ConnectionLost: y"], ids=["none after it", "after it, too"])
-def test_the_failures_of_a_version_that_is_rolled_back_are_its_own(
-    late: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("sent", "failing", "said"),
+    [
+        (BUSY, False, "3 requests, none failed"),
+        ([*BUSY, LOST], False, "1 of 4 requests failed since the change (1 times: ConnectionLost: y)"),
+        ([*BUSY, LOST], True, "4 requests, 1 failed before the switch, none after it"),
+        ([*BUSY, sent_at(2.1, 1, "ServerBusy: z")], True, "1 of 4 requests failed after the switch (1 times: ServerBu"),
+    ],
+)
+def test_failures_of_the_old_version_do_not_count_against_the_new_one(
+    sent: list[SentRequest], failing: bool, said: str
 ) -> None:
-    sent = [sent_at(0.5, 1, "ServerError: x"), sent_at(1.5, 1, "ServerError: x"), sent_at(4, 1), sent_at(2.1, 1, late)]
-    flags: list[str] = []
-
-    class Steady:
-        def __init__(self, *given: str) -> None:
-            flags.extend(given)
-
-        def __enter__(self) -> SimpleNamespace:
-            result = {"version": 1, **result_of(RequestLog(sent), 1, 2)}
-            return SimpleNamespace(begin=lambda: 2, change=lambda: None, result=lambda: result)
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    monkeypatch.setattr("serving.release.rollback.SteadyLoad", Steady)
-    monkeypatch.setattr(Rollback, "_take_out", lambda _: None)
-    args = live_options("127.0.0.1:9", repository=tmp_path)
-    rollback = Rollback(args, ReleaseJournal(tmp_path, "rollback", 1, before=2), 2, 1)
-    if late:
-        with pytest.raises(GateFailed, match=r"1 of 4 requests failed after the switch \(1 times: ConnectionLost: y\)"):
-            rollback.switch()
+    live = LiveServer(options=live_options("127.0.0.1:9"), version=1)
+    found = {"version": 2, **result_of(RequestLog(sent), 1, 2)}
+    if "requests failed" in said:
+        with pytest.raises(GateFailed, match=re.escape(said)):
+            live.judged(found, 2, failing=failing)
     else:
-        assert "1 failed before the switch, none after it" in rollback.switch()
-    assert "--may-fail" in flags
+        assert said in live.judged(found, 2, failing=failing)
+
+
+def test_a_rollback_starts_even_while_requests_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*flags: str) -> None:
+        raise GateFailed(" ".join(flags))
+
+    monkeypatch.setattr("serving.release.rollback.SteadyLoad", stopped)
+    journal = ReleaseJournal(tmp_path, "rollback", 1, before=2)
+    with pytest.raises(GateFailed, match="--may-fail"):
+        Rollback(live_options("127.0.0.1:9", repository=tmp_path), journal, 2, 1).switch()
 
 
 @pytest.mark.parametrize(
@@ -246,7 +236,7 @@ def test_a_load_test_lasts_as_long_as_its_percentiles_need_at_the_lowest_rate(
     )  # 1.5 x 299 bursts of 0.2 s
 
 
-def test_nvidias_triton_of_the_stack_is_left_to_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidias_triton_of_the_stack_needs_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("serving.release.rollback.refresh_stack", lambda repository: Skipped("no stack"))
     monkeypatch.setattr(LiveServer, "look", lambda live: (2, ""))  # what it serves until then
@@ -267,16 +257,3 @@ def test_nvidias_triton_of_the_stack_is_left_to_a_restart(tmp_path: Path, monkey
         assert (taken, record.steps[0].name, told in record.steps[0].said) == (["out"], "repository", True)
         Path(".env").write_text(f"COMPOSE_FILE=compose.yaml\n{stack}")
         assert LiveServer.find(options, 2).version == 2
-
-
-def test_a_stack_of_the_repository_at_another_address_is_not_passed_by(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    options = live_options("127.0.0.1:9", repository=tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as gateway:
-        port = gateway.getsockname()[1]
-        Path(".env").write_text(f"STACK_REPOSITORY='{tmp_path}'\nGATEWAY_PORT={port}\n")
-        with pytest.raises(InputError, match=f"runs behind localhost:{port} and would load the version without"):
-            LiveServer.find(options, 1)
-    assert "nothing listens" in LiveServer.find(options, 1).absent  # the stack is down

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from deepseek_client import InferenceClient
 
 from deepseek.spec import InputError
 from serving.embedded.model_control import is_ready
-from serving.release.stack_server import StackServer, check_stack, needs_stack
+from serving.release.stack_server import StackServer, check_stack, needs_stack, stack_server
 from tests.conftest import write_add_one
 from tests.test_tensorrt_container import program
 
@@ -41,8 +42,8 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def server(host: Path) -> StackServer:
-    return StackServer(host / "new", env_file=host / "env", log_path=host / "triton.log", timeout_s=60)
+def server(host: Path) -> AbstractContextManager[StackServer]:
+    return stack_server(host / "new", env_file=host / "env", log_path=host / "triton.log", timeout_s=60)
 
 
 def test_a_candidate_is_served_on_loopback_by_the_stacks_triton_and_its_container_is_removed(host: Path) -> None:
@@ -58,7 +59,7 @@ def test_a_candidate_is_served_on_loopback_by_the_stacks_triton_and_its_containe
     assert not is_ready(running.http_url)
 
 
-def test_a_candidate_that_does_not_start_is_one_line_with_the_servers_last_words(host: Path) -> None:
+def test_a_candidate_that_does_not_start_is_one_line_with_the_last_line_of_its_log(host: Path) -> None:
     (host / "new").mkdir()
     with pytest.raises(InputError, match=r"no model in it .*triton\.log\)"), server(host):
         pass

@@ -30,7 +30,7 @@ from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer, check_repository
 from serving.release.gate_commands import CommandResult, run_json
 from serving.release.journal import ReleaseJournal
-from serving.release.stack_server import StackServer, needs_stack
+from serving.release.stack_server import StackServer, needs_stack, stack_server
 from serving.release.steps import Skipped
 from serving.release.versions import copy_version, newest, same_as, stage
 from serving.repository.checks import MANIFEST
@@ -77,7 +77,7 @@ class Candidate:
                 "deploy.toml, or name another repository (NEW=)"
             )
         self.journal.keep(MANIFEST, (staged / str(self.number) / MANIFEST).read_text())
-        manifest = self._manifest(staged, self.number)
+        manifest = PublishedManifest.load(staged / str(self.number) / MANIFEST)
         if self.options.new:
             self._check_weights(manifest)
         source_name = self.options.new or "the build"
@@ -96,7 +96,6 @@ class Candidate:
             )
 
     def _ask(self, name: str, *flags: str) -> CommandResult:
-        """Runs another room's command for this model, with the candidate's build folder."""
         return run_json(name, *self.which, *flags, build=self.options.new_build)
 
     def doctor(self) -> str:
@@ -122,17 +121,19 @@ class Candidate:
         return f"ready after {time.monotonic() - began_s:.1f} s"
 
     def _serve(self, stack: ExitStack, side: str) -> EmbeddedServer | StackServer:
-        log_path, timeout_s = self.journal.folder / f"triton-{side}.log", self.options.start_timeout_s
+        repository, log_path = self.scratch / side, self.journal.folder / f"triton-{side}.log"
+        timeout_s: float = self.options.start_timeout_s
         if needs_stack(self.options.target):
-            settings = {"env_file": self.options.env_file, "log_path": log_path, "timeout_s": timeout_s}
-            return stack.enter_context(StackServer(self.scratch / side, **settings))
-        free = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
-        return stack.enter_context(
-            EmbeddedServer(self.scratch / side, **free, log_path=log_path, timeout_s=timeout_s)  # type: ignore[arg-type]
+            env_file = self.options.env_file
+            return stack.enter_context(
+                stack_server(repository, env_file=env_file, log_path=log_path, timeout_s=timeout_s)
+            )
+        server = EmbeddedServer(
+            repository, http_port=0, grpc_port=0, metrics_port=0, log_path=log_path, timeout_s=timeout_s
         )
+        return stack.enter_context(server)
 
     def _base(self, stack: ExitStack) -> EmbeddedServer | StackServer:
-        """A server with the served version."""
         assert self.before is not None
         if "base" not in self._servers:
             copy_version(self.model, self.before, number=self.before, folder=self.scratch / "base")
@@ -165,11 +166,13 @@ class Candidate:
         if self.before is None:
             return Skipped(f"{metric['name']} {value:.4f}; no served version to compare with")
         base = metric.get("base")  # on the same rows
-        recorded = {"metrics": {metric["name"]: base["value"]}, **base} if base else self._recorded()
-        served = recorded.get("metrics", {}).get(metric["name"])
+        if base is None:
+            recorded = PublishedManifest.load(self.model / str(self.before) / MANIFEST).accuracy or {}
+            base = {"value": recorded.get("metrics", {}).get(metric["name"]), "values": recorded.get("values")}
+        served = base["value"]
         if served is None:
             return Skipped(f"{metric['name']} {value:.4f}; version {self.before} has none in its manifest")
-        paired = pair_values(recorded.get("values"), new["values"])
+        paired = pair_values(base["values"], new["values"])
         judged = judge_drop(
             paired.drop if paired else (served - value) / served if served > 0 else 0.0,
             paired,
@@ -248,18 +251,8 @@ class Candidate:
                 needed = max(needed, SPARE * requests / rate)
         return max(self.options.duration_s, math.ceil(needed))
 
-    def _recorded(self) -> dict[str, Any]:
-        """The accuracy in the served version's manifest; empty if it has none."""
-        if self.before is None or not (self.model / str(self.before) / MANIFEST).is_file():
-            return {}
-        return self._manifest(self.model, self.before).accuracy or {}
-
-    def _manifest(self, model: Path, version: int) -> PublishedManifest:
-        return PublishedManifest.load(model / str(version) / MANIFEST)
-
 
 def _compared(line: dict[str, Any], base: dict[str, Any] | None) -> str:
-    """An objective of the candidate next to the served version's, in a line."""
     beside = "" if base is None else f", served {_number(base['seen'])}"
     limit = f"{line['relation']} {_number(line['limit'])}"
     note = f", {line['note']}" if line["note"] and line["status"] != "holds" else ""

@@ -100,7 +100,6 @@ class SteadyLoad:
         self._process.stdin.flush()
 
     def result(self) -> dict[str, Any]:
-        """Waits for the end of the load; returns its figures."""
         return self._read()
 
     def _read(self) -> dict[str, Any]:
@@ -114,7 +113,7 @@ class SteadyLoad:
 
 
 def _environment(build: str | None) -> dict[str, str]:
-    """The environment in which a child process finds the project's modules from any folder."""
+    # PYTHONPATH: a child process finds the project's modules from any folder.
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))}
     return found if build is None else {**found, "DEEPSEEK_BUILD": build}
 

@@ -41,7 +41,7 @@ def needs_restart(repository: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LiveServer:
-    """The server, as it was when the release or rollback began."""
+    """The server when the release or rollback began."""
 
     options: argparse.Namespace
     version: int | None

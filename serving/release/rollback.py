@@ -67,7 +67,6 @@ class Rollback:
         return self.live.judged(found, self.back_to, failing=found["failed_before"] > 0)
 
     def _offline(self, reason: str) -> str:
-        """Changes the repository only: no server runs."""
         self._take_out()
         return f"version {self.back_to} is the newest in {self.model}, served at the server's next start; {reason}"
 

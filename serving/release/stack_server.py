@@ -1,7 +1,7 @@
 """The compose stack's Triton alone over a candidate: for targets that the embedded server cannot load.
 
-Contract: `StackServer` has the addresses that the gates use, on loopback. It runs the image of the env file's stack
-(docker/stack-server.sh), builds it first, and removes the container at the end. The stack itself keeps serving.
+Contract: `stack_server` builds the image of the env file's stack, runs it (docker/stack-server.sh) and removes the
+container at the end. The stack itself keeps serving.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import os
 import shutil
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek.spec import InputError, Target
@@ -44,60 +46,54 @@ def check_stack(target: Target, env_file: Path) -> None:
         raise InputError(f"no docker on PATH, but the candidate for {target} starts in NVIDIA's Triton; install Docker")
 
 
+@dataclass(frozen=True, kw_only=True)
 class StackServer:
+    """Where the candidate's server listens, as host:port on loopback."""
+
+    http_url: str
+    grpc_url: str
+
+
+@contextmanager
+def stack_server(repository: Path, *, env_file: Path, log_path: Path, timeout_s: float) -> Iterator[StackServer]:
     """The stack's Triton over `repository`, inside the `with` block; raises InputError if it does not start."""
+    ports = ReservedPorts("127.0.0.1", {"HTTP": 0, "gRPC": 0})
+    numbers = [str(ports.numbers[name]) for name in ("HTTP", "gRPC")]
+    ports.release()  # Docker could not publish them otherwise
+    let_all_read(repository)
+    environment = {**os.environ, "COMPOSE_FILE": f"{setting_before(env_file, 'COMPOSE_FILE')}:{ALONE_FILE}"}
+    build = ("docker", "compose", "--env-file", str(env_file), "build", "triton")
+    serve = (SCRIPT, str(repository.resolve()), *numbers, str(env_file))
+    with log_path.open("wb") as log:
+        if subprocess.run(build, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode:
+            raise InputError(f"the image of the stack's Triton cannot be built, see {log_path}")
+        process = subprocess.Popen(
+            serve,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C reaches only this process, which then stops the server
+            preexec_fn=ends_with_us(),
+        )
+    try:
+        server = StackServer(http_url=f"127.0.0.1:{numbers[0]}", grpc_url=f"127.0.0.1:{numbers[1]}")
+        _wait_until_ready(server, process, log_path, timeout_s)
+        yield server
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+        process.kill()
+        process.wait()
 
-    def __init__(self, repository: Path, *, env_file: Path, log_path: Path, timeout_s: float) -> None:
-        self.repository, self.env_file, self.log_path, self.timeout_s = repository, env_file, log_path, timeout_s
-        ports = ReservedPorts("127.0.0.1", {"HTTP": 0, "gRPC": 0})
-        self._ports = ports.numbers
-        self.http_url, self.grpc_url = (f"127.0.0.1:{self._ports[name]}" for name in ("HTTP", "gRPC"))
-        ports.release()  # Docker could not publish them otherwise
-        self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> StackServer:
-        files = f"{setting_before(self.env_file, 'COMPOSE_FILE')}:{ALONE_FILE}"
-        environment = {**os.environ, "COMPOSE_FILE": files}
-        let_all_read(self.repository)
-        build = ("docker", "compose", "--env-file", str(self.env_file), "build", "triton")
-        serve = (SCRIPT, str(self.repository.resolve()), *map(str, self._ports.values()), str(self.env_file))
-        try:
-            with self.log_path.open("wb") as log:
-                if subprocess.run(build, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode:
-                    raise InputError(f"the image of the stack's Triton cannot be built, see {self.log_path}")
-                self._process = subprocess.Popen(
-                    serve,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,  # Ctrl-C reaches only this process, which then stops the server
-                    preexec_fn=ends_with_us(),
-                )
-            self._wait_until_ready(self._process)
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
-        ends_at = time.monotonic() + self.timeout_s
-        while not is_ready(self.http_url):
-            if process.poll() is not None:
-                lines = self.log_path.read_text(errors="replace").strip().splitlines()
-                raise InputError(f"{lines[-1] if lines else 'it ended'} (all of it: {self.log_path})")
-            if time.monotonic() > ends_at:
-                raise InputError(f"not ready within {self.timeout_s:g} s; see {self.log_path}, or --start-timeout-s")
-            time.sleep(0.1)
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_S)
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+def _wait_until_ready(server: StackServer, process: subprocess.Popen[bytes], log_path: Path, timeout_s: float) -> None:
+    ends_at = time.monotonic() + timeout_s
+    while not is_ready(server.http_url):
+        if process.poll() is not None:
+            lines = log_path.read_text(errors="replace").strip().splitlines()
+            raise InputError(f"{lines[-1] if lines else 'it ended'} (all of it: {log_path})")
+        if time.monotonic() > ends_at:
+            raise InputError(f"not ready within {timeout_s:g} s; see {log_path}, or --start-timeout-s")
+        time.sleep(0.1)
