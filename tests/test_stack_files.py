@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,27 +21,20 @@ from cli.main import values_of
 from deepseek.spec.triton_release import TRITON_TAG
 from serving.embedded.flags import CLOSED, Endpoints, behind_gateway, server_flags
 from tests.conftest import run_module
+from tests.failing_servers import answering, mute, status
 
 DOCKERFILES = sorted(Path("docker").glob("*.Dockerfile"))
 
 
-def test_the_stacks_flags_are_the_embedded_servers_and_close_what_is_not_inference() -> None:
+def test_the_stacks_flags_are_the_embedded_servers_and_close_all_but_inference() -> None:
     here = Endpoints(address="0.0.0.0")
     stack, plain = behind_gateway("/models", here, "secret"), server_flags("/models", here)
     assert set(plain) - set(stack) == {"--exit-timeout-secs=3"}
     names = ",".join(CLOSED)
     assert f"--http-restricted-api={names}:triton-admin-key=secret" in stack
     assert f"--grpc-restricted-protocol={names}:triton-admin-key=secret" in stack
-    run = run_module(
-        "cli",
-        "flags",
-        "--repository",
-        "/models",
-        "--address",
-        "0.0.0.0",
-        "--behind-gateway",
-        TRITON_ADMIN_KEY="secret",
-    )
+    command = ("cli", "flags", "--repository", "/models", "--address", "0.0.0.0", "--behind-gateway")
+    run = run_module(*command, TRITON_ADMIN_KEY="secret")
     assert run.stdout.splitlines() == stack
 
 
@@ -55,23 +50,20 @@ def test_nvidias_triton_starts_after_the_doctor_and_both_servers_behind_the_gate
 @pytest.mark.parametrize(("hard", "soft"), [(2048, 2048), (70_000, 65_536)])
 def test_entry_points_take_the_descriptors_that_they_may_have_within_bounds(name: str, hard: int, soft: int) -> None:
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:
-        pytest.skip(f"no more than {resource.getrlimit(resource.RLIMIT_NOFILE)[1]} descriptors may be had here")
-    raising = re.search(r"^ulimit -Sn .*$", Path("docker", name).read_text(), re.MULTILINE)
-    assert raising is not None
-    script = f"set -e; ulimit -Sn 1024; ulimit -Hn {hard}; {raising[0]}; ulimit -Sn"
+        pytest.skip(f"this machine allows fewer than {hard} descriptors")
+    (line,) = re.findall(r"^ulimit -Sn .*$", Path("docker", name).read_text(), re.MULTILINE)
+    script = f"set -e; ulimit -Sn 1024; ulimit -Hn {hard}; {line}; ulimit -Sn"
     run = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert (run.stdout, run.stderr) == (f"{soft}\n", "")
 
 
 def test_the_embedded_server_waits_for_its_models_as_long_as_the_health_checks_do() -> None:
-    waits = re.search(r' --timeout-s (\d+) "\$@"$', Path("docker/server-cpu.sh").read_text(), re.MULTILINE)
-    start = re.search(r"--start-period=(\d+)s", Path("docker/server-cpu.Dockerfile").read_text())
+    (waits,) = re.findall(r' --timeout-s (\d+) "\$@"$', Path("docker/server-cpu.sh").read_text(), re.MULTILINE)
+    (start,) = re.findall(r"--start-period=(\d+)s", Path("docker/server-cpu.Dockerfile").read_text())
     deployment, *_ = yaml.safe_load_all(Path("kubernetes/base/triton.yaml").read_text())
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     probe = container["startupProbe"]
-    assert waits is not None
-    assert start is not None
-    assert waits[1] == start[1] == str(probe["periodSeconds"] * probe["failureThreshold"])
+    assert waits == start == str(probe["periodSeconds"] * probe["failureThreshold"])
 
 
 def test_the_gateway_looks_for_the_openai_routes_at_the_servers_port() -> None:
@@ -81,7 +73,7 @@ def test_the_gateway_looks_for_the_openai_routes_at_the_servers_port() -> None:
     assert f" {place[7:]}\n" in Path("docker/server-cpu.Dockerfile").read_text()
 
 
-def test_versions_stand_once() -> None:
+def test_dockerfiles_have_the_versions_of_the_code() -> None:
     assert f"ARG TRITON_WHEEL={TRITON_WHEEL}\n" in Path("docker/server-cpu.Dockerfile").read_text()
     assert f"ARG TRITON_TAG={TRITON_TAG}\n" in Path("docker/server.Dockerfile").read_text()
 
@@ -102,19 +94,17 @@ def test_no_image_runs_as_root_or_takes_more_than_it_names(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in DOCKERFILES if path.stem not in ("export", "observe")], ids=str)
-def test_what_an_image_copies_is_readable_by_its_user_whatever_the_clones_umask(path: Path) -> None:
+def test_an_images_user_can_read_what_it_copies_under_any_umask(path: Path) -> None:
     """The images build without BuildKit: the classic builder has no COPY --chmod."""
     last = path.read_text().rpartition("\nFROM ")[2]
-    copied, _, after = last.rpartition("\nCOPY ")
-    readable = re.search(r"^RUN chmod -R a\+rX (.*)$", after, re.MULTILINE)
-    assert readable is not None
-    assert after.index("RUN chmod") < after.index("\nUSER ")
-    for line in re.findall(r"^COPY (?!--from)(.*)$", f"{copied}\nCOPY {after}", re.MULTILINE):
+    (readable,) = re.findall(r"^RUN chmod -R a\+rX (.*)$", last, re.MULTILINE)
+    assert last.rindex("\nCOPY ") < last.index("RUN chmod -R") < last.index("\nUSER ")
+    for line in re.findall(r"^COPY (?!--from)(.*)$", last, re.MULTILINE):
         *sources, target = line.split()
         if target == "./":  # read by root, while the image is built
             continue
         to = {f"{target}{Path(source).name}" for source in sources} if target.startswith("/usr/") else {target}
-        assert {each.split("/")[0] if each[0] != "/" else each for each in to} <= set(readable[1].split()), line
+        assert {each.split("/")[0] if each[0] != "/" else each for each in to} <= set(readable.split()), line
 
 
 @pytest.mark.parametrize(
@@ -125,9 +115,7 @@ def test_what_an_image_copies_is_readable_by_its_user_whatever_the_clones_umask(
         ("loadtests", ("cli.main", "loadtests.load.loadtest", "loadtests.slo.verdict")),
     ],
 )
-def test_what_an_image_copies_is_all_that_its_commands_import(
-    image: str, modules: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_an_image_copies_all_that_its_commands_import(image: str, modules: tuple[str, ...], tmp_path: Path) -> None:
     for line in re.findall(r"^COPY (?!--from)(.*)$", Path("docker", f"{image}.Dockerfile").read_text(), re.MULTILINE):
         *sources, target = line.split()
         for source in (each for each in sources if not target.startswith("/")):
@@ -167,13 +155,11 @@ def test_every_service_is_hardened_and_bounded(name: str) -> None:
 
 
 def test_only_the_gateway_is_published_beyond_loopback() -> None:
-    published = {name: service["ports"] for name, service in services("compose.yaml").items() if "ports" in service}
-    beyond = {name for name, ports in published.items() for port in ports if not port.startswith("127.0.0.1:")}
-    assert beyond == {"gateway"}
-    on_loopback = [port.rpartition(":")[2] for port in published["gateway"] if port.startswith("127.0.0.1:")]
-    assert on_loopback == ["8000", "8001"]  # without TLS and key
-    assert "ports" not in services("compose.yaml")["triton"]
-    assert services("compose.yaml")["triton"]["networks"] == ["inside"]
+    found = services("compose.yaml")
+    published = [(name, port) for name, service in found.items() for port in service.get("ports", ())]
+    assert {name for name, port in published if not port.startswith("127.0.0.1:")} == {"gateway"}
+    assert "ports" not in found["triton"]
+    assert found["triton"]["networks"] == ["inside"]
 
 
 def test_each_image_that_a_clone_builds_carries_the_digest_of_its_content() -> None:
@@ -183,17 +169,58 @@ def test_each_image_that_a_clone_builds_carries_the_digest_of_its_content() -> N
         assert all(re.search(r"\$\{(SERVER|GATEWAY|LOADTESTS)_TAG", image) for image in images), images
 
 
-def test_the_gateway_goes_before_all_others_where_cores_are_short() -> None:
-    set_ = {
-        name: service["cpu_shares"] for name, service in services("compose.yaml").items() if "cpu_shares" in service
-    }
-    assert set_ == {"gateway": 10240}  # all others have the default: 1024
-
-
-def test_no_setting_of_the_stack_is_called_as_a_variable_of_make() -> None:
+def test_no_setting_of_the_stack_has_the_name_of_a_make_variable() -> None:
     """Compose prefers the environment to the env file, and make exports its variables, such as TARGET=auto."""
     of_make = {option.variable_name for command in COMMANDS for option in command.options}
     files = ("compose.yaml", *map(str, Path("docker").glob("compose.*.yaml")))
     used = {name for file in files for name in re.findall(r"\$\{(\w+)", Path(file).read_text())}
     of_callers = {"GATEWAY_PORT", "LOCAL_PORTS", "MODEL", "TRITON_TAG", "TRACE_URL", "TRACE_EVERY"}
     assert used & of_make == of_callers
+
+
+# ---- the image of NVIDIA's Triton, beside a start-up file like that of NVIDIA's shells ------------------
+
+# Like /etc/shinit_v2 of NVIDIA's 25.08: it reads variables that are not set and takes the output of a failing command.
+STARTUP = """\
+if [ -n "$_CUDA_COMPAT_REALLIB" ]; then export LD_LIBRARY_PATH="$_CUDA_COMPAT_REALLIB"; fi
+driver=$(false)
+export STARTED=$((${STARTED:-0} + 1))
+echo started >>"$MARK"
+"""
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> dict[str, str]:
+    """An environment as in NVIDIA's images, with stand-ins for the programs that the entry point calls."""
+    (tmp_path / "startup").write_text(STARTUP)
+    programs = {
+        "python": 'case "$*" in *flags*) echo --model-repository=/models;; esac',
+        "tritonserver": 'env; echo "$@"',
+    }
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    return {"PATH": f"{tmp_path}:{os.defpath}", "MARK": str(tmp_path / "mark"), "BASH_ENV": str(tmp_path / "startup")}
+
+
+def test_tritonserver_starts_after_nvidias_start_up_file_and_with_what_it_exported(shell: dict[str, str]) -> None:
+    run = subprocess.run(["docker/server.sh"], env=shell, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    *exported, flags = run.stdout.splitlines()
+    assert flags == "--model-repository=/models --metrics-config=histogram_latencies=true"
+    assert "STARTED=1" in exported
+    assert not any(line.startswith("LD_PRELOAD=") for line in exported)  # the wake-up library was not tested here
+
+
+@pytest.mark.parametrize(("line", "code"), [("200 OK", 0), ("404 Not Found", 1)])
+def test_a_health_check_does_not_run_nvidias_start_up_file(shell: dict[str, str], line: str, code: int) -> None:
+    def answer(connection: socket.socket) -> None:
+        status(line)(connection)
+        mute(connection)  # stays open until the check has written all of its request
+
+    with answering(answer) as (url, seen):
+        command = ["docker/healthy.sh", url.partition(":")[2], "/v2/health/ready"]
+        run = subprocess.run(command, env=shell, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (code, "")
+    assert seen[0].startswith(b"GET /v2/health/ready ")
+    assert not Path(shell["MARK"]).exists()
