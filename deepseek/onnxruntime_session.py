@@ -61,6 +61,7 @@ class ProviderFacts(NamedTuple):
     """Detects the hardware: a package lists its providers on any machine. None: "auto" never chooses it."""
 
 
+# To add one: a row here, and its key in `Provider` of `deepseek/targets.py`.
 PROVIDERS = {
     "cpu": ProviderFacts(CPU, "onnxruntime", is_accelerator=False),
     "cuda": ProviderFacts("CUDAExecutionProvider", "onnxruntime-gpu", is_nvidia=True, is_there=_has_nvidia_gpu),

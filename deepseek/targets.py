@@ -1,4 +1,5 @@
-"""The targets, which are the runtimes of a graph, and ONNX Runtime's execution providers: one row each.
+"""The targets, which are the runtimes of a graph: one row each. ONNX Runtime's execution providers are named here, and
+have their rows in `deepseek/onnxruntime_session.py`.
 
 Imports only the standard library.
 

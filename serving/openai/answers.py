@@ -1,4 +1,4 @@
-"""The answers of the routes, for the OpenAPI document."""
+"""The answers of the routes, as the OpenAPI document describes them; `embeddings.py` and `rerank.py` write them."""
 
 from __future__ import annotations
 
