@@ -42,9 +42,12 @@ def test_the_machine_itself_infers_and_reads_statistics_without_tls_and_key(
     assert gateway.lines(caller="local")
 
 
+@pytest.mark.parametrize("path", [INFER, "/v1/embeddings"])
 @pytest.mark.parametrize("header", [{"Origin": "https://shop.example"}, {"Host": "shop.example:8000"}])
-def test_a_web_page_in_a_browser_on_the_machine_needs_a_key(gateway: Gateway, header: dict[str, str]) -> None:
-    assert status(f"{gateway.local_http}{INFER}", json_body(), **header) == 401
+def test_a_web_page_in_a_browser_on_the_machine_needs_a_key(
+    gateway: Gateway, header: dict[str, str], path: str
+) -> None:
+    assert status(f"{gateway.local_http}{path}", json_body(), **header) == 401
 
 
 @pytest.mark.parametrize(

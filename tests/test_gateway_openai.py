@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -252,6 +253,26 @@ def test_a_late_answer_is_504_and_a_key_has_its_concurrency(
         429: ("retry rate_limit_error", "rate_limit_exceeded", "this key has too many concurrent requests"),
         504: ("server_error", None, "the server did not answer in time"),
     }
+
+
+def test_large_bodies_that_find_no_room_are_429(serving: Serving, models: list[ServedModel], tmp_path: Path) -> None:
+    """Room for two."""
+    wide = [replace(model, text_bytes=4 * 2**20) for model in models]
+    body = json.dumps({"model": "sentence", "input": "a" * 3 * 2**20}).encode()
+    found: dict[int, tuple[str, str | None, str]] = {}
+    with in_front(serving, tmp_path, wide, room_mib=8) as running:
+
+        def send(_: int) -> None:
+            with contextlib.suppress(ValueError):  # closed before the caller had read why
+                status, head, answer = embed(running, body=body)
+                found[status] = refused(head, answer)
+
+        with ThreadPoolExecutor(8) as pool:
+            wait_for(lambda: list(pool.map(send, range(8))) and len(found) > 1)
+    assert found.keys() == {400, 429}
+    assert found[400][2].endswith("(max_bytes)")
+    no_room = "no memory for another large request; try again"
+    assert found[429] == ("retry rate_limit_error", "rate_limit_exceeded", no_room)
 
 
 def test_without_a_model_that_takes_texts_it_is_404_until_there_is_one(

@@ -29,6 +29,12 @@ OPEN = ["GET /v2", "GET /v2/health/live", "GET /v2/models/add_one/versions/1", "
 CLOSED = [
     "POST /v2/repository/index",
     "POST /v2/repository/models/add_one/load",
+    "POST /v2/repository/models/add_one/unload",
+    "GET /v2/systemsharedmemory/status",
+    "GET /v2/trace/setting",
+    "GET /v2/logging",
+    "POST /v2/models/add_one/generate_stream",
+    "GET /v2/models/add_one/infer",
     "POST /v2/systemsharedmemory/region/x/register",
     "POST /v2/cudasharedmemory/region/x/register",
     "POST /v2/models/add_one/trace/setting",

@@ -154,6 +154,7 @@ def test_what_root_puts_into_the_folder_belongs_to_its_owner(folder: Path) -> No
     (folder / "keys" / "linked.json").symlink_to(folder.parent / "linked")
     ensure_folder(folder, [])
     new_key(folder, "till")
+    assert (folder.parent / "gateway-authority" / "ca.key").stat().st_uid == 0  # the stack cannot sign
     files = [path for path in folder.rglob("*") if path.name != "ca.crt"]  # everybody may read that
     assert {(each.lstat().st_uid, each.lstat().st_gid) for each in files} == {(1234, 1235)} == {owner(folder)}
     assert (folder.parent / "linked").stat().st_uid == 0

@@ -95,6 +95,16 @@ def test_a_gateway_stops_after_those_who_send_to_it_have_noticed(generated: dict
     assert {(port["port"], port["targetPort"]) for port in ports} == {(443, "https"), (8443, "https")}
 
 
+def test_names_are_looked_up_at_the_clusters_dns_and_at_a_nodes_cache_of_it(generated: dict[str, Path]) -> None:
+    policies = [each for each in build(generated["fetched"]) if each["kind"] == "NetworkPolicy"]
+    rules = [rule for each in policies for rule in each["spec"].get("egress", ())]
+    asked = [rule["to"] for rule in rules if {"port": 53, "protocol": "UDP"} in rule.get("ports", ())]
+    assert asked
+    for cluster, node in asked:
+        assert cluster["podSelector"] == {"matchLabels": {"k8s-app": "kube-dns"}}
+        assert node == {"ipBlock": {"cidr": "169.254.20.10/32"}}
+
+
 def test_tritons_pods_may_call_the_port_that_the_models_are_at(again: tuple[Path, tuple[str, ...]]) -> None:
     folder, arguments = again
     url = "http://minio.storage.svc:9000/shop/m.tar.gz?X-Signature=a:1/b"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
 import socket
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from serving.embedded.openai_process import OpenAIProcess
+from serving.embedded.serve import _Routes
 from serving.openai.page import FILES, FOLDER
 from tests.browser import Browser, needs_chromium
 from tests.gateway import free_port
@@ -141,6 +145,24 @@ def test_a_recommender_is_served_without_the_page_if_its_port_is_taken(shop: Pat
     process.terminate()
     assert f"warning   no page to try the models: OpenAI port 127.0.0.1:{port}" in process.communicate()[1]
     assert "page" not in places
+
+
+@pytest.mark.parametrize("folder_of", ["shop", "folder"])
+def test_only_texts_need_the_routes_to_keep_running(
+    folder_of: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = request.getfixturevalue(folder_of) / "repository"
+    options = argparse.Namespace(behind_gateway=False, command=[], openai_port=0, poll_s=None)
+    server = Mock(repository=repository, address="127.0.0.1", http_port=1)
+    with ExitStack() as running:
+        routes = _Routes(options, server, running)
+        assert routes.process is not None
+        routes.process.look = lambda: "they ended too often"  # type: ignore[method-assign]
+        if folder_of == "folder":
+            assert routes.look() == "they ended too often"
+        else:
+            assert (routes.look(), routes.look(), routes.process) == (None, None, None)
+            assert capsys.readouterr().err == "warning   no page to try the models: they ended too often\n"
 
 
 @needs_chromium

@@ -157,9 +157,18 @@ def test_every_service_is_hardened_and_bounded(name: str) -> None:
 def test_only_the_gateway_is_published_beyond_loopback() -> None:
     found = services("compose.yaml")
     published = [(name, port) for name, service in found.items() for port in service.get("ports", ())]
-    assert {name for name, port in published if not port.startswith("127.0.0.1:")} == {"gateway"}
+    assert [each for each in published if not each[1].startswith("127.0.0.1:")] == [
+        ("gateway", "${GATEWAY_PORT:-8443}:8443")
+    ]
+    on_loopback = [port.rpartition(":")[2] for name, port in published if name == "gateway"]
+    assert on_loopback == ["8443", "8000", "8001"]
     assert "ports" not in found["triton"]
     assert found["triton"]["networks"] == ["inside"]
+
+
+def test_the_gateway_goes_first_where_cores_are_short() -> None:
+    shares = {name: service.get("cpu_shares") for name, service in services("compose.yaml").items()}
+    assert {name: given for name, given in shares.items() if given} == {"gateway": 10240}  # the default is 1024
 
 
 def test_each_image_that_a_clone_builds_carries_the_digest_of_its_content() -> None:

@@ -195,6 +195,18 @@ def test_the_newest_three_versions_are_kept(live: Path, release: Release) -> Non
     assert not list((live / "warmup").glob("1-*"))
 
 
+def test_an_old_version_that_goes_does_not_reload_the_one_that_is_served(
+    live: Path, release: Release, tmp_path: Path
+) -> None:
+    release(2, 3, 4)
+    view = VerifiedRepository(tmp_path / "live", tmp_path / "view", print)
+    view.fill()
+    assert retire(live) == [1]
+    assert list(view.changes()) == []
+    release(5)
+    assert [change.versions for change in view.changes()] == [(5,)]
+
+
 def test_the_newest_version_is_served_under_the_configuration_that_fits_it_or_not_at_all(
     live: Path, candidate: Path, tmp_path: Path
 ) -> None:
@@ -224,6 +236,19 @@ def test_a_full_repository_stays_unchanged(candidate: Path, disk: Disk, tmp_path
     with pytest.raises(InputError, match=FULL):
         move_in(staged, 2, live, before=newest(live))
     assert files_of(live) == before
+
+
+def test_a_candidate_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(
+    candidate: Path, disk: Disk, tmp_path: Path
+) -> None:
+    full = disk(64 * 1024)
+    which = ("--model", "text", "--models", "tests/models", "--repository", str(tmp_path / "live"))
+    flags = ("--new", str(candidate), "--grpc-port", "9")
+    run = run_module("cli", "release", *which, *flags, DEEPSEEK_BUILD=str(full))
+    assert (run.returncode, len(run.stderr.splitlines())) == (2, 1), run.stderr
+    assert FULL in run.stderr
+    assert "refused" in run.stdout
+    assert not list(full.rglob("model.onnx"))
 
 
 def fill(place: Path) -> None:

@@ -37,25 +37,29 @@ class _Routes:
     def __init__(self, options: argparse.Namespace, server: EmbeddedServer, running: ExitStack) -> None:
         self._options, self._server, self._running = options, server, running
         self._looked_s, self._said = time.monotonic(), ""
+        self._has_page = not (options.behind_gateway or options.command)
         self.process: OpenAIProcess | None = None
         self._missing = missing_packages()
-        takes_texts = takes(server.repository, TEXT)
-        if self._missing and takes_texts:
+        if self._missing and self._needed():
             print(f"warning   {self._missing}")
         try:
             self._start()
         except InputError as error:
-            if takes_texts:
+            if self._takes_texts():
                 raise
-            say(f"warning   no page to try the models: {error}")
+            self._say_once(f"warning   no page to try the models: {error}")
+
+    def _takes_texts(self) -> bool:
+        return takes(self._server.repository, TEXT)
+
+    def _needed(self) -> bool:
+        return self._takes_texts() or (self._has_page and takes(self._server.repository, VOCABULARY))
 
     def _start(self) -> None:
-        repository, has_page = self._server.repository, not (self._options.behind_gateway or self._options.command)
-        needed = takes(repository, TEXT) or (has_page and takes(repository, VOCABULARY))
-        if self._missing or not needed:
+        if self._missing or not self._needed():
             return
         process = OpenAIProcess(
-            repository,
+            self._server.repository,
             address=self._server.address,
             port=self._options.openai_port,
             http_port=self._server.http_port,
@@ -64,21 +68,30 @@ class _Routes:
         self.process = self._running.enter_context(process)
 
     def look(self) -> str | None:
-        """The reason if the process failed. Starts it if a model needs it by now."""
+        """The reason if the process failed that texts need. Starts it if a model needs it by now."""
         if self.process:
-            return self.process.look()
+            reason = self.process.look()
+            if reason is None or self._takes_texts():
+                return reason
+            self._say_once(f"warning   no page to try the models: {reason}")
+            self.process, self._has_page = None, False
         poll_s = self._options.poll_s
         if poll_s is not None and time.monotonic() - self._looked_s >= poll_s:
             self._looked_s = time.monotonic()
             try:
                 self._start()
-                line = f"OpenAI    {self.process.url}" if self.process else ""
             except InputError as error:  # the port is in use, or a configuration cannot be read: the server continues
-                line = f"warning   no OpenAI routes: {error}"
-            if line and line != self._said:
-                say(line)
-            self._said = line
+                what = "OpenAI routes" if self._takes_texts() else "page to try the models"
+                self._say_once(f"warning   no {what}: {error}")
+            if self.process:
+                url = self.process.url
+                self._say_once(f"OpenAI    {url}" if self._takes_texts() else f"page      {url.removesuffix('v1')}")
         return None
+
+    def _say_once(self, line: str) -> None:
+        if line != self._said:
+            say(line)
+        self._said = line
 
 
 def _serve(server: EmbeddedServer, command: list[str], routes: _Routes | None = None) -> int:

@@ -46,14 +46,15 @@ def owner(folder: Path) -> tuple[int, int]:
     return (found.st_uid, found.st_gid) if found and found.st_uid else (STAND_IN, STAND_IN)
 
 
-def write_private(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Writes a file under another name and renames it; only the folder's owner can ever read it."""
+def write_private(path: Path, content: bytes, mode: int = 0o600, *, to_stack: bool = True) -> None:
+    """Writes a file under another name and renames it; only the stack's user, or this one, can ever read it."""
     part = path.with_name(f".{path.name}.part")
     part.unlink(missing_ok=True)
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
-    give(part, path.parent)
+    if to_stack:
+        give(part, path.parent)
     part.replace(path)
 
 
@@ -165,7 +166,7 @@ def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateK
     builder = builder.add_extension(x509.KeyUsage(**usage), critical=True)
     certificate = builder.sign(key, SHA256())
     key_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_private(key_path, _pem(key))
+    write_private(key_path, _pem(key), to_stack=False)  # the gateway must not be able to sign
     write_private(path, certificate.public_bytes(Encoding.PEM), 0o644)
     return certificate, key
 
