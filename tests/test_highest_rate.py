@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from loadtests.results.schedule import Schedule, Segment
-from loadtests.search.highest_rate import SAMPLES, TIME, HighestRate, RateSearch, SearchPlan, TryRate
+from loadtests.search.highest_rate import SAMPLES, TIME, HighestRate, RateSearch, SearchPlan, TryRate, rounded
 from loadtests.search.rate_trial import Phase, RateTrial, TrialOutcome
 from tests.computed_server import server_of, trial
 
@@ -61,6 +61,22 @@ def test_the_result_is_a_rate_that_holds_with_confidence(confirm: bool) -> None:
     assert (found.confirmed, found.limited_by, trials[-1].phase) == (True, "p99_ms", "prove")
     assert trials[-1].duration_s == math.ceil(9000 / (found.capacity_rps or 0))
     assert {each.phase for each in trials} == {"bracket", "bisect", "prove", *(["confirm"] if confirm else [])}
+
+
+def test_a_search_of_short_runs_leaves_the_time_for_the_proof() -> None:
+    now_s = 0.0
+    server = server_of(up_to(95))
+
+    def attempt(rate_rps: float, phase: Phase, duration_s: float, seed: int) -> RateTrial:
+        nonlocal now_s
+        now_s += duration_s
+        return server(rate_rps, phase, duration_s, seed)
+
+    plan = SearchPlan(start_rps=20, duration_s=10, confirm=False, proof_s=lambda rate_rps: 100, max_s=135)
+    search = RateSearch(plan, attempt, clock=lambda: now_s)
+    found = search.run()
+    assert [each.phase for each in search.trials] == ["bracket", "bracket", "bracket", "prove"]
+    assert (found.confirmed, found.capacity_rps, now_s) == (True, rounded(80 / 1.05), 130)
 
 
 @pytest.mark.parametrize(

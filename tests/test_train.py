@@ -124,7 +124,7 @@ def test_an_entry_that_lacks_files_from_before_training_is_made_again(clone: Clo
 
 def test_an_entry_that_loads_to_other_weights_is_not_used(clone: Clone, tmp_path: Path) -> None:
     make_weights(clone("one"))
-    (digest,) = (tmp_path / "cache").glob("*/facts.json")
+    (digest,) = (tmp_path / "cache").glob("*/weights-digest.json")
     place, index = digest.parent, json.loads((digest.parent / cache.INDEX).read_text())
     digest.write_text("{}")
     index[digest.name] = cache.sha256(digest)

@@ -29,7 +29,7 @@ SAID = {
     "cached": "was trained before from the same code, data, settings and versions: using the cache "
     "(CACHE=off trains again)",
 }
-FILES, FACTS = "files", "facts.json"  # of a cache entry: the folder of what train() wrote, and what load() then gives
+FILES = "files"  # folder of a cache entry: what train() wrote
 
 
 def make_weights(source: ModelFolder) -> How:
@@ -49,6 +49,7 @@ def _facts(source: ModelFolder, fingerprint: str | None) -> str:
 def _trained(source: ModelFolder, fingerprint: str | None) -> How:
     assert source.train is not None
     folder, train = build_dir(source.spec.name), source.train
+    facts = weights_path(source.spec.name).name  # in the entry too, where `--explain` looks for it
     key = None if fingerprint is None else refined(stage_key(), fingerprint=fingerprint)
     if key is None:
         train()
@@ -63,7 +64,7 @@ def _trained(source: ModelFolder, fingerprint: str | None) -> How:
         for name in [name for name, facts in _files(folder).items() if before.get(name) != facts]:
             (entry / FILES / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, entry / FILES / name)
-        (entry / FACTS).write_text(_facts(source, fingerprint))
+        (entry / facts).write_text(_facts(source, fingerprint))
 
     def restore(entry: Path) -> None:
         """Moves the files of an entry into place; raises GateFailed if load() then gives other weights than before."""
@@ -72,7 +73,7 @@ def _trained(source: ModelFolder, fingerprint: str | None) -> How:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(entry / FILES / name, folder / name)
         with contextlib.suppress(InputError):
-            if _facts(source, fingerprint) == (entry / FACTS).read_text():
+            if _facts(source, fingerprint) == (entry / facts).read_text():
                 return
         for name in names:  # load() also needs files from before train(): without these, train() writes all
             (folder / name).unlink()

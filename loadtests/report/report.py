@@ -21,12 +21,13 @@ Search = TypeVar("Search", Capacity, TuneResult)
 
 
 def _latest(kind: type[Search], path: Path, target: Target) -> Search | None:
-    """The latest result of a search on this target; None for a missing or unreadable file."""
+    """The latest result of a search on this target; None for a missing, unreadable or empty one."""
     try:
         found = kind.load(path)
     except InputError:
         return None
-    return found if found.target == target else None
+    has_points = not isinstance(found, Capacity) or found.trials
+    return found if has_points and found.target == target else None
 
 
 def main(args: argparse.Namespace) -> None:

@@ -114,7 +114,11 @@ class RateSearch:
             self._bisect(self.plan.resolution ** (2 if self.plan.confirm else 1))
             return self._proved(self._confirm() if self.plan.confirm else self._found(self._low, confirmed=False))
         except _Ended as bound:
-            return self._found(self._best(), confirmed=False, limited_by=str(bound))
+            found = self._found(self._best(), confirmed=False, limited_by=str(bound))
+            try:
+                return found if self.trials and self.trials[-1].phase == "prove" else self._proved(found)
+            except _Ended:
+                return found
 
     def _bracket(self) -> None:
         start = rounded(min(self.plan.start_rps, HIGHEST_RPS))
@@ -223,8 +227,9 @@ class RateSearch:
     def _trial(self, rate_rps: float, phase: Phase, duration_s: float) -> RateTrial:
         if len(self.trials) >= self.plan.max_trials:
             raise _Ended(TRIALS)
-        if self.clock() + duration_s > self._ends_at:
-            raise _Ended(TIME)
+        proof_s = self.plan.proof_s if phase != "prove" and not self.plan.confirm else None
+        if self.clock() + duration_s + (proof_s(rate_rps) if proof_s else 0) > self._ends_at:
+            raise _Ended(TIME)  # a search of short runs leaves the time that the proof takes
         trial = self.try_rate(rate_rps, phase, duration_s, len(self.trials))
         self.trials.append(trial)
         self.show(trial)

@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 from deepseek.spec import InputError, InvalidMeasurement
 from deepseek.spec.files.measured_batches import tail_limit_ms
-from loadtests.search.highest_rate import GENERATOR, SAMPLES, TIME, RateSearch, rounded
+from loadtests.search.highest_rate import GENERATOR, SAMPLES, TIME, TRIALS, RateSearch, rounded
 from loadtests.search.slo_at_rate import required_rps
-from loadtests.tune.candidate_server import USERS, CandidateServer, NotValid, TuneConditions, candidate_server
+from loadtests.tune.candidate_server import START_S, USERS, CandidateServer, NotValid, TuneConditions, candidate_server
 from loadtests.tune.predicted_latency import BUSY, Curves
 from loadtests.tune.search_space import SearchSpace, ServingSettings
 from loadtests.tune.sequential_test import LEAST_PAIRS, PRACTICAL_GAIN, nominal_level
@@ -37,6 +37,7 @@ SCREENING_SHARE = 0.4  # of the time left, to run each setting once if there is 
 RESOLUTION = 1.1  # of the search for a rate that can be proved
 UNPROVED = {
     TIME: "out of time: raise --max-s",
+    TRIALS: "too many trials",
     SAMPLES: "too close to the limit",
     GENERATOR: "the load generator was the limit",
 }
@@ -189,7 +190,8 @@ class SettingsSearch:
     def _proof(self, server: CandidateServer) -> tuple[float | None, str]:
         """A rate of the best setting at which the verdict holds, None if none is proved in the time left; the result
         in words."""
-        slo, bounds = self.conditions.spec.slo, {"resolution": RESOLUTION, "max_s": self.conditions.left_s}
+        slo, late_s = self.conditions.spec.slo, self.conditions.settings.warmup_s + START_S  # of the last run
+        bounds = {"resolution": RESOLUTION, "max_s": self.conditions.left_s - late_s}
         plan = server.runner.plan(
             start_rps=self.high_rps, duration_s=self.conditions.least_s, confirm=False, prove=True, **bounds
         )
