@@ -17,6 +17,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from cli.commands import BY_NAME, COMMANDS
 from cli.help import listing, page
@@ -95,13 +96,20 @@ def words_of(name: str, options: argparse.Namespace) -> list[str]:
 
 
 def call(command: Command, options: argparse.Namespace) -> int:
+    from deepseek.spec import InputError
     from deepseek.spec.command import exit_code
 
     _settle_environment(command, options)
     module, _, function = command.module.partition(":")
-    if module.startswith("tests."):
-        sys.path.insert(0, os.getcwd())  # they are not installed
-    return exit_code(lambda: getattr(importlib.import_module(module), function or "main")(options))
+
+    def run() -> int | None:
+        if module.startswith("tests."):  # they are not installed
+            if not Path(*module.split(".")).with_suffix(".py").is_file():
+                raise InputError(f"deepseek {command.name}: run it in a clone of the repository")
+            sys.path.insert(0, os.getcwd())
+        return getattr(importlib.import_module(module), function or "main")(options)
+
+    return exit_code(run)
 
 
 def _settle_environment(command: Command, options: argparse.Namespace) -> None:

@@ -11,10 +11,10 @@ import pytest
 
 from cli.commands import BY_NAME
 from deepseek.spec import InputError
-from tests.bench.__main__ import LONGEST_S, PARTS
-from tests.bench.failure.__main__ import EXPERIMENTS
+from tests.bench.failure.run import EXPERIMENTS
 from tests.bench.publish import PAGES, benchmark_table, filled, main
 from tests.bench.results import PUBLISHED, Ratio, Run, merged, read, write
+from tests.bench.run import LONGEST_S, PARTS
 from tests.bench.setting import chosen
 from tests.bench.tables import TABLES, Goal
 from tests.bench.training import PARTS as TRAINING

@@ -74,7 +74,7 @@ def nearest_rank(ordered: np.ndarray, percent: float) -> float:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_no_reported_percentile_is_below_the_servers_own(protocol: Protocol) -> None:
-    """`python -m tests.bench --only accuracy` measures how far above they are."""
+    """`make bench BENCH=accuracy` measures how far above they are."""
     with FakeEndpoint(delay_ms=200, spread=SPREAD) as endpoint:
         run = measured(settings(endpoint, protocol, rate_rps=75.0, duration_s=4.0))
         ordered = true_ms(endpoint)

@@ -42,7 +42,7 @@ ROWS = (
     ),
     Command(
         "bench",
-        "tests.bench.__main__",
+        "tests.bench.run",
         "compare with the raw runtime, tritonclient and perf_analyzer, in parts; needs engine of both models",
         options=(
             Option(
@@ -57,7 +57,7 @@ ROWS = (
     ),
     Command(
         "bench-peers",
-        "tests.bench.peers.__main__",
+        "tests.bench.peers.run",
         "compare with other servers, which it installs under build/bench/peers/; needs engine of both models",
         options=(
             Option(
@@ -78,7 +78,7 @@ ROWS = (
     ),
     Command(
         "measure-failure",
-        "tests.bench.failure.__main__",
+        "tests.bench.failure.run",
         "measure overload, a killed server, malformed requests and a soak; needs engine of both models",
         options=(
             Option(

@@ -160,8 +160,8 @@ class KindFacts:
     """Formats a value with its unit."""
 
 
-# To add a kind of objective, add a row here, and a function in `JUDGES` of `loadtests/slo/judge.py`. A line has the kind of
-# the first row whose `measures` matches.
+# To add a kind of objective, add a row here, and a function in `JUDGES` of `loadtests/slo/judge.py`.
+# A line has the kind of the first row whose `measures` matches.
 KINDS: dict[Kind, KindFacts] = {
     "ms": KindFacts(
         measures=re.compile(f"{_PERCENTILE.pattern}|mean_ms|max_ms"),

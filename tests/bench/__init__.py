@@ -1,1 +1,1 @@
-"""Benchmarks: ratios of two sides, measured in one run. `python -m tests.bench --help` lists them."""
+"""Benchmarks: ratios of two sides, measured in one run. `make help-bench` lists them."""

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from deepseek.spec import Parser, build_dir, run_command
 from deepseek.spec.files.folders import write_whole
-from tests.bench.__main__ import PARTS
 from tests.bench.results import PUBLISHED, Ratio, Run, merged, read, text
+from tests.bench.run import PARTS
 from tests.bench.tables import README, TABLES, Line, Table
 
 PAGES = (Path("docs/benchmarks.md"), Path("README.md"))

@@ -1,7 +1,7 @@
 """Shared parts of the benchmarks: models, raw sessions, servers, loads and results.
 
 A benchmark is a function `name(bench: Bench) -> None` in a module of this package that calls `bench.record` once per
-ratio; `tests/bench/__main__.py` lists them. Both sides of a ratio are measured in turn, many times.
+ratio; `tests/bench/run.py` lists them. Both sides of a ratio are measured in turn, many times.
 """
 
 from __future__ import annotations

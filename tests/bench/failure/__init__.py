@@ -1,5 +1,5 @@
 """Overload, failures and malformed requests: experiments on the real server and gateway.
 
 Contract: an experiment is a function that takes a `Setting` and returns `Row`s, each with the requirement and the
-result. `python -m tests.bench.failure` runs them and prints the table. A row passes, fails, or is only shown.
+result. `make measure-failure` runs them and prints the table. A row passes, fails, or is only shown.
 """

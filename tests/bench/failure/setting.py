@@ -20,7 +20,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import psutil
 
-from deepseek.spec import DeploymentSpec
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement
 from loadtests.load.background_load import BackgroundLoad, Stream
 from loadtests.load.inputs import read_inputs
 from loadtests.load.request_log import RequestLog
@@ -140,7 +140,11 @@ class Service:
         except BaseException:
             self.end()
             raise
-        self._put_the_gateway_first()
+        try:
+            self._put_the_gateway_first()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -162,14 +166,17 @@ class Service:
     def start(self) -> float:
         """Starts the server; returns the seconds until every model was ready."""
         began_s = time.monotonic()
-        self.server = EmbeddedServer(
-            self.repository,
-            **self._ports,
-            timeout_s=READY_S,
-            log_path=self.folder / "server.log",
-            behind_gateway=True,
-            exit_timeout_s=3,
-        ).__enter__()
+        try:
+            self.server = EmbeddedServer(
+                self.repository,
+                **self._ports,
+                timeout_s=READY_S,
+                log_path=self.folder / "server.log",
+                behind_gateway=True,
+                exit_timeout_s=3,
+            ).__enter__()
+        except (InputError, GateFailed) as error:
+            raise InvalidMeasurement(f"the server did not start: {error}") from None
         return time.monotonic() - began_s
 
     def end(self) -> None:
@@ -184,8 +191,8 @@ class Service:
         """By pid the place of each process, "Triton", "models" or "gateway", and its memory in MiB."""
         found = {}
         for root, name in ((self.server.pid, "Triton"), (self.gateway.process.pid, "gateway")):
-            for each in (psutil.Process(root), *psutil.Process(root).children(recursive=True)):
-                with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                for each in (psutil.Process(root), *psutil.Process(root).children(recursive=True)):
                     place = "models" if name == "Triton" and each.pid != root else name
                     found[each.pid] = place, _own_bytes(each) / MIB
         return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -31,7 +32,7 @@ class Load(NamedTuple):
     failed: float
     """Share of the requests."""
     p99_ms: float
-    answered_p99_ms: float = 0.0
+    answered_p99_ms: float = math.nan
     """Without those that failed."""
 
     def __str__(self) -> str:
