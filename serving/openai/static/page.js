@@ -60,7 +60,10 @@ async function timed(model, before, send) {
   const answer = await send();
   const total = performance.now() - start;
   let after = await counted(model);
-  for (let tries = 0; tries < 5 && after.requests === before.requests; tries++) after = await counted(model);
+  for (let tries = 0; tries < 20 && after.requests === before.requests; tries++) {
+    await new Promise((resolve) => setTimeout(resolve, 10)); // Triton counts a request after it was answered
+    after = await counted(model);
+  }
   const requests = after.requests - before.requests;
   const [queue, inModel] = [after.queue - before.queue, after.model - before.model];
   return { answer, total, queue, inModel, rest: total - queue - inModel, requests };
@@ -157,7 +160,7 @@ function draw(section, { rows, total, queue, inModel, rest, requests }) {
   });
   one("ol", section).replaceChildren(...list);
   const known = requests === 1;
-  const parts = [["queue", "In the queue", queue], ["in-model", "Tokenize and model", inModel], ["rest", "All else", rest]];
+  const parts = [["queue", "In the queue", queue], ["in-model", section.id === "recommend" ? "Model" : "Tokenize and model", inModel], ["rest", "All else", rest]];
   const shares = parts.map(([name, , value]) => {
     const share = element("i", "", name);
     share.style.setProperty("--share", Math.max(0, value));
