@@ -160,7 +160,11 @@ function draw(section, { rows, total, queue, inModel, rest, requests }) {
   });
   one("ol", section).replaceChildren(...list);
   const known = requests === 1;
-  const parts = [["queue", "In the queue", queue], ["in-model", section.id === "recommend" ? "Model" : "Tokenize and model", inModel], ["rest", "All else", rest]];
+  const parts = [
+    ["queue", "In the queue", queue],
+    ["in-model", section.id === "recommend" ? "Model" : "Tokenize and model", inModel],
+    ["rest", "All else", rest],
+  ];
   const shares = parts.map(([name, , value]) => {
     const share = element("i", "", name);
     share.style.setProperty("--share", Math.max(0, value));
