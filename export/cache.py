@@ -63,7 +63,7 @@ def stage_key(part: str = "") -> str | None:
 
 
 def _entry(key: str) -> Path:
-    """Folder of a key's entry; where the cache is off, there are no keys."""
+    """Folder of a key's entry. A stage has a key only if the cache is on."""
     place = root()
     assert place is not None
     return place / key

@@ -188,8 +188,7 @@ class SettingsSearch:
         return found
 
     def _proof(self, server: CandidateServer) -> tuple[float | None, str]:
-        """A rate of the best setting at which the verdict holds, None if none is proved in the time left; the result
-        in words."""
+        """A rate of the best setting at which the verdict holds, or None; and the result in words."""
         slo, late_s = self.conditions.spec.slo, self.conditions.settings.warmup_s + START_S  # of the last run
         bounds = {"resolution": RESOLUTION, "max_s": self.conditions.left_s - late_s}
         plan = server.runner.plan(
