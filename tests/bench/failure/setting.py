@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -134,17 +135,13 @@ class Service:
         skip_without_nginx()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.start()
-        try:
+        with ExitStack() as undo:  # of what started, if the rest fails
+            undo.callback(self.end)
             text = limits(served_models(self.repository, self._models))
             self.gateway = Gateway(self.folder, text, self.server.http_url, self.server.grpc_url)
-        except BaseException:
-            self.end()
-            raise
-        try:
+            undo.callback(self.gateway.stop)
             self._put_the_gateway_first()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+            undo.pop_all()
         return self
 
     def __exit__(
