@@ -1,4 +1,4 @@
-"""Formats figures for people."""
+"""Formats figures for people, and which percentiles tables show."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from loadtests.regression.interleaved_runs import (
     measure_pairs,
 )
 from loadtests.results.run import Run
-from loadtests.slo.confidence import least_pairs
+from loadtests.slo.paired_intervals import least_pairs
 from tests.computed_server import runner, server_of
 from tests.saved_runs import load_settings, saved_run, steady
 from tests.sleeper import SPEC, write_sleeper

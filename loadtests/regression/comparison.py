@@ -26,7 +26,7 @@ from deepseek.spec.objectives import samples_needed
 from loadtests.regression.held_rates import HeldRates, problems_at, step
 from loadtests.results.run import Run
 from loadtests.search.slo_at_rate import error_limit_at
-from loadtests.slo.confidence import (
+from loadtests.slo.paired_intervals import (
     RESAMPLES,
     Interval,
     PooledStretches,

@@ -28,7 +28,7 @@ from deepseek_client import InferenceClient, InferenceError, InvalidInput, Serve
 from deepseek.spec import BATCH, DeploymentSpec, ExitCode, GateFailed, InputError
 from loadtests.load.endpoint import inputs_of
 from loadtests.load.inputs import Row, read_inputs, shuffled
-from loadtests.slo.confidence import paired_ratio
+from loadtests.slo.paired_intervals import paired_ratio
 
 BLOCKS = 20  # stretches of the run, so that a disturbance of the machine stays within one
 LEAST_REQUESTS = 10 * BLOCKS

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from scipy.special import stdtr
 
-from loadtests.slo.confidence import Interval, paired_ratio
+from loadtests.slo.paired_intervals import Interval, paired_ratio
 
 Outcome = Literal["better", "worse", "no difference", "undecided"]
 LEAST_PAIRS = 4

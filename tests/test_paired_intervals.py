@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadtests.slo.confidence import (
+from loadtests.slo.paired_intervals import (
     PooledStretches,
     draws_of,
     error_rates,
