@@ -35,7 +35,6 @@ from loadtests.tune.search_space import ServingSettings
 START_S = 3.0  # about what the load generator takes to start, for each run
 USERS = 32
 LONGEST_BLOCK_S = 30  # at a low rate a block's p99 is its slowest request
-SAMPLES = 4  # times the requests that a p99 needs at all
 
 
 class NotValid(Exception):
@@ -66,7 +65,7 @@ class TuneConditions:
         return self.ends_at - time.monotonic()
 
     def block_s(self, rate_rps: float) -> int:
-        return math.ceil(max(self.least_s, min(LONGEST_BLOCK_S, SAMPLES * samples_needed(99) / rate_rps)))
+        return math.ceil(max(self.least_s, min(LONGEST_BLOCK_S, samples_needed(99) / rate_rps)))
 
     def pair_s(self, rate_rps: float) -> float:
         """Seconds of a pair of blocks at a rate, with all that a run takes beyond its length."""
