@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from deepseek_client.cli.main import main as client
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError, build_dir
+from deepseek.spec.vocabulary import EXCLUDE, HISTORY, K
 
 
 def infer(options: argparse.Namespace) -> int:
-    """Sends a text, a pair, or one evaluation sample. It is repeated if the model takes no batch of one."""
-    if options.text and options.inputs:
-        raise InputError("--text and --inputs: seen both; give one of them")
+    """Sends a text, a pair, names of items, or one evaluation sample, repeated if the model takes no batch of one."""
+    _check(options)
+    spec = DeploymentSpec.of_model(options.model, options.models)
+    folder = build_dir(options.model)
+    words = ["infer", options.model, *_access(options), "--fill", str(spec.axes[BATCH].min), "--top", str(options.top)]
+    words += ["--prompt-name", options.prompt_name] if options.prompt_name else []
+    words += ["--output", str(options.output)] if options.output else []
+    if options.text:
+        return client([*words, *(f"--text={text}" for text in (options.text, options.pair) if text)])
+    if options.history:
+        if spec.vocabulary is None:
+            raise InputError(f"--history: deploy.toml of {options.model} has no [vocabulary]; leave --history out")
+        with TemporaryDirectory() as place:
+            request = Path(place) / "request.json"
+            request.write_text(json.dumps(_names(options)), encoding="utf-8")
+            return client([*words, "--inputs", str(request)])
+    words += ["--inputs", str(options.inputs or folder / "evaluation.npz"), "--row", str(options.row)]
+    words += ["--labels", str(folder / "labels")] if (folder / "labels").exists() else []
+    return client(words)
+
+
+def _check(options: argparse.Namespace) -> None:
+    given = [name for name in ("text", "history", "inputs") if getattr(options, name)]
+    if len(given) > 1:
+        raise InputError(f"--{given[0]} and --{given[1]}: seen both; give one of them")
     if options.pair and not options.text:
         raise InputError("--pair: seen without --text; give the first text of the pair with --text")
     if options.prompt_name and not options.text:
         raise InputError("--prompt-name: seen without --text; give the text that it begins with --text")
-    folder = build_dir(options.model)
-    least = DeploymentSpec.of_model(options.model, options.models).axes[BATCH].min
-    words = ["infer", options.model, *_access(options)]
-    if options.text:
-        words += [f"--text={text}" for text in (options.text, options.pair) if text]
-    else:
-        words += ["--inputs", str(options.inputs or folder / "evaluation.npz"), "--row", str(options.row)]
-    words += ["--prompt-name", options.prompt_name] if options.prompt_name else []
-    words += ["--fill", str(least), "--top", str(options.top)]
-    words += ["--labels", str(folder / "labels")] if (folder / "labels").exists() else []
-    words += ["--output", str(options.output)] if options.output else []
-    return client(words)
+    for name in ("exclude", "k"):
+        if getattr(options, name) and not options.history:
+            raise InputError(f"--{name}: seen without --history; give the names of the user's items with --history")
+
+
+def _names(options: argparse.Namespace) -> dict[str, list[list[str]] | list[list[int]]]:
+    """The inputs that a model with `[vocabulary]` takes."""
+    lists = {HISTORY: options.history, EXCLUDE: options.exclude}
+    inputs = {name: [[each.strip() for each in text.split(",")]] for name, text in lists.items() if text}
+    return inputs | ({K: [[options.k]]} if options.k else {})
 
 
 def metadata(options: argparse.Namespace) -> int:

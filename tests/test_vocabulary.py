@@ -185,6 +185,39 @@ def test_any_client_can_send_names(shop: EmbeddedServer) -> None:
     assert (status, answer["error"].endswith("k is 0; allowed: 1 to 5")) == (400, True)
 
 
+def test_infer_sends_names_from_the_command_line(shop: EmbeddedServer) -> None:
+    place = ("infer", "--models", str(MODELS), "--url", shop.grpc_url)
+    names = ("--history", f"{NAMES[4]}, {NAMES[6]},unheard", "--exclude", NAMES[ranked([4, 6], [])[0]], "--k", "2")
+    run = run_module("cli", *place, "--model", "shop", *names, "--json")
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)["outputs"]
+    assert (found["skus"], found["unknown"]) == ([[NAMES[item] for item in ranked([4, 6], [])[1:3]]], [[1]])
+    for flags, message in (
+        (("--k", "2"), "--k: seen without --history; "),
+        (("--history", "a", "--text", "b"), "--text and --history: seen both; "),
+        (("--history", "a", "--k", "6"), "k is 6; allowed: 1 to 5"),
+        (("--history", "a", "--model", "text"), "--history: deploy.toml of text has no [vocabulary]"),
+    ):
+        run = run_module("cli", *place, "--model", "shop", *flags)
+        assert (run.returncode, run.stderr.count("\n"), message in run.stderr) == (2, 1, True), run.stderr
+
+
+def test_a_load_test_can_send_the_names_of_its_items(shop: EmbeddedServer, folder: Path) -> None:
+    before = [counter(shop, name) for name in METRICS]
+    what = ("--models", str(MODELS), "--url", shop.grpc_url, "--names", "--json", "--warmup-s", "0")
+    load = ("--rate", "20", "--duration-s", "2", "--arrivals", "constant")
+    here = {"DEEPSEEK_BUILD": str(folder / "build")}
+    run = run_module("cli", "loadtest", "--model", "shop", *what, *load, **here)
+    assert run.returncode in (0, 3), run.stderr  # 3: the machine was too busy to send in time
+    found = json.loads(run.stdout)
+    assert (found["answered"], found["errors"]) == (40, {})
+    assert list(found["lengths"]) == ["items 3"]  # without padding
+    names, unknown = (counter(shop, name) - old for name, old in zip(METRICS, before, strict=True))
+    assert (names, unknown) == (41 * 5, 0)  # with two excluded each, and the check before the load
+    run = run_module("cli", "loadtest", "--model", "text", *what, *load, **here)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+
+
 def test_parity_compares_names_with_their_ids(
     shop: EmbeddedServer, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

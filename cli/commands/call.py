@@ -1,14 +1,14 @@
 """Commands that send single requests."""
 
 from cli.commands.shared_options import JSON, MODEL, SERVER
-from cli.options import Option, path
+from cli.options import Option, at_least, path
 from cli.table import Command
 
 ROWS = (
     Command(
         "infer",
         "cli.call:infer",
-        "send a real sample, or a text, to the server and show the answer",
+        "send a real sample, a text or names of items to the server and show the answer",
         options=(
             *MODEL,
             *SERVER,
@@ -17,6 +17,14 @@ ROWS = (
             Option("--text", "text to send, for a model with [text]", from_make_line_only=True),
             Option("--pair", "second text, for a model that takes pairs of texts", from_make_line_only=True),
             Option("--prompt-name", "one of `prompts` in the model's deploy.toml, to begin the text"),
+            Option(
+                "--history",
+                "names of the items that a user saw, oldest first, for a model with [vocabulary]",
+                metavar="SKU,...",
+                from_make_line_only=True,
+            ),
+            Option("--exclude", "names that must not be answered", metavar="SKU,...", from_make_line_only=True),
+            Option("--k", "how many items to answer", kind=at_least(1), from_make_line_only=True),
             Option("--top", "values to show of each output", kind=int, default=10),
             Option("--output", "write the whole answer to this .npz file", kind=path),
             JSON,
@@ -25,6 +33,7 @@ ROWS = (
             "deepseek infer",
             "deepseek infer --model minilm --row 3",
             'deepseek infer --model minilm --text "A plane is taking off."',
+            "deepseek infer --history 50,181,174 --exclude 172 --k 5",
             "deepseek infer --protocol http --json",
         ),
         newcomer=True,

@@ -1,6 +1,6 @@
 """Commands that measure a running server, judge, search, compare and draw."""
 
-from cli.commands.searches import INPUTS, MAX_S, TARGET, TIMEOUT_S
+from cli.commands.searches import INPUTS, MAX_S, NAMES, TARGET, TIMEOUT_S
 from cli.commands.shared_options import (
     ARRIVALS,
     JSON,
@@ -63,6 +63,7 @@ ROWS = (
             Option("--web", "show Locust's web page during and after the run", kind=switch),
             Option("--web-port", "port of that page", kind=int, default=8089),
             INPUTS,
+            NAMES,
             JSON,
         ),
         examples=(
@@ -72,6 +73,7 @@ ROWS = (
             "deepseek loadtest --until-decided --max-s 600         # looks after 90, 180 and 360 s",
             "deepseek loadtest --users 4 --duration-s 10           # closed loop, to compare with perf_analyzer",
             "deepseek loadtest --model minilm --inputs texts.txt --route /v1/embeddings",
+            "deepseek loadtest --names                             # SKUs instead of ids, to a model with [vocabulary]",
             "deepseek loadtest --mix recommender:3,minilm:1 --rate 120   # 90/s and 30/s",
             "deepseek loadtest --replay traffic.csv --speed 2      # recorded requests, twice as fast",
             "deepseek loadtest --url triton:8001 --rate 5000 --remote-workers 4    # here, and on four machines:",

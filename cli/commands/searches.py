@@ -44,6 +44,13 @@ INPUTS = Option(
     kind=path_text,
 )
 
+NAMES = Option(
+    "--names",
+    "send the names of the inputs' items, to a model with [vocabulary]",
+    kind=switch,
+    from_make_line_only=True,
+)
+
 
 def _warmup(seconds: float) -> Option:
     return Option("--warmup-s", "warm-up of each run, seconds", kind=NOT_NEGATIVE, default=seconds)
@@ -85,6 +92,7 @@ CAPACITY = Command(
         PRIORITY,
         Option("--max-in-flight", "most unanswered requests of a worker (default: as needed)", kind=at_least(1)),
         INPUTS,
+        NAMES,
         JSON,
     ),
     examples=(

@@ -19,6 +19,7 @@ def endpoint_of(args: argparse.Namespace, *slos: SloSpec) -> dict[str, Any]:
         "url": args.url,
         "tls": args.tls,
         "ca_cert": args.ca_cert,
+        "names": args.names,
         "arrivals": args.arrivals,
         "warmup_s": args.warmup_s,
         "timeout_s": timeout_for(args.timeout_s, *slos),

@@ -19,7 +19,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from deepseek.spec import BATCH, TEXT, TOKENS, DeploymentSpec, InputError, TensorSpec
+from deepseek.spec.deployment import catalogue_of
 from deepseek.spec.tokenizer import text_encoder
+from deepseek.spec.vocabulary import HISTORY
 
 MOST_ROWS = 1000  # enough variety; more would only fill memory with encoded requests
 MOST_BYTES = 256 * 2**20  # of a worker's rows; large rows reduce their number
@@ -71,6 +73,18 @@ def read_rows(path: Path, least: int = 1, only: Sequence[int] | None = None) -> 
     drawn = _drawn(path, len(texts), least * sum(map(len, texts)), only)
     rows = {place: texts[place].split(SEPARATORS[path.suffix]) for place in drawn}
     return {place: {TEXT: np.array([row] * least, dtype=object)} for place, row in rows.items()}
+
+
+def named(rows: Mapping[int, Row], spec: DeploymentSpec) -> dict[int, Row]:
+    """The rows with the names of their items instead of ids, without padding; InputError without `[vocabulary]`."""
+    if spec.vocabulary is None:
+        raise InputError(f"--names: deploy.toml of {spec.name} has no [vocabulary]; leave --names out")
+    names, fills = catalogue_of(spec)[1].names, spec.vocabulary.fills()
+    found: dict[int, Row] = {}
+    for number, row in rows.items():
+        ids = {source: row[name][(row[name] > 0) & (row[name] < len(names))] for source, name in fills.items()}
+        found[number] = {source: names[kept][None] for source, kept in ids.items() if len(kept) or source == HISTORY}
+    return found
 
 
 def _drawn(path: Path, count: int, total_bytes: int, only: Sequence[int] | None) -> Sequence[int]:
@@ -157,7 +171,10 @@ def lengths_of(rows: Sequence[Row], spec: DeploymentSpec) -> list[int]:
 
 
 def _lengths(rows: Sequence[Row], spec: DeploymentSpec) -> tuple[list[str], list[tuple[int, ...]]]:
-    """The axes whose sizes differ between rows, and their sizes for each row; of texts, the tokens."""
+    """The axes whose sizes differ between rows, and their sizes for each row; of texts, the tokens; of names, the
+    items of the history."""
+    if HISTORY in rows[0]:
+        return ["items"], [(row[HISTORY].shape[1],) for row in rows]
     if TEXT in rows[0]:
         texts = [tuple(row[TEXT][0]) if spec.text and spec.text.pairs else str(row[TEXT][0, 0]) for row in rows]
         return [TOKENS], [(len(row),) for row in text_encoder(spec).encode(texts)]

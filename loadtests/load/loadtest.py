@@ -81,7 +81,8 @@ def described(settings: LoadSettings) -> str:
         loop = f"closed loop, {settings.users} users"
     seconds = f"{settings.warmup_s:g} s of warm-up and {settings.duration_s:g} s"
     place = settings.url if settings.route is None else settings.route.partition("/")[0]
-    return f"{settings.model} over {settings.over} at {place}, {loop}, {seconds}"
+    names = ", names of items" if settings.names else ""
+    return f"{settings.model} over {settings.over} at {place}{names}, {loop}, {seconds}"
 
 
 def _print(run: Run, console: Console) -> None:
@@ -230,7 +231,7 @@ def main(args: argparse.Namespace) -> int:
     for load in loads:
         for warning in () if args.until_decided else limits.too_short(load.settings, load.spec.slo):
             console.print(f"note: {load.settings.model}: {warning}" if args.mix else f"note: {warning}")
-        console.print(described(load.settings))
+        console.print(described(load.settings), soft_wrap=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean shutdown, as on Ctrl-C
     if args.worker_of:
         return work_for(args.worker_of, loads)

@@ -20,7 +20,7 @@ from deepseek_client import (
 )
 
 from deepseek.spec import BATCH, TEXT, DeploymentSpec, InputError
-from loadtests.load.inputs import Row, read_rows
+from loadtests.load.inputs import Row, named, read_rows
 from loadtests.load.wire.route import RouteClient
 from loadtests.results.settings import IN_FLIGHT, ROUTES, LoadSettings
 
@@ -34,8 +34,8 @@ def check(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[int] | No
     `only` are the rows of the inputs that will be sent, if not those that `read_rows` draws.
     """
     _check_numbers(settings)
-    rows = list(read_rows(Path(settings.inputs), spec.axes[BATCH].min, only).values())
-    for row in rows:
+    found = read_rows(Path(settings.inputs), spec.axes[BATCH].min, only)
+    for row in found.values():
         if row.keys() == {TEXT} and (spec.text is None or row[TEXT].shape[1] != 1 + spec.text.pairs):
             seen = "texts" if row[TEXT].shape[1] == 1 else "pairs of texts"
             takes = "has no [text]"
@@ -44,6 +44,7 @@ def check(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[int] | No
             raise InputError(f"{settings.inputs}: has {seen}, but deploy.toml of {settings.model} {takes}")
         if row.keys() not in (spec.inputs.keys(), {TEXT}):
             raise InputError(f"{settings.inputs}: contains {_listed(row)}, deploy.toml has {_listed(spec.inputs)}")
+    rows = list((named(found, spec) if settings.names else found).values())
     try:
         options = {"timeout_s": settings.timeout_s, "retries": TRIES, "idempotent": True, **settings.access}
         with InferenceClient(settings.url, settings.protocol, **options) as client:

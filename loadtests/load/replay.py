@@ -17,7 +17,7 @@ import numpy as np
 from deepseek_client import InferenceClient, InferenceError
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError
-from loadtests.load.inputs import Row, lengths_of, read_rows, shuffled
+from loadtests.load.inputs import Row, lengths_of, named, read_rows, shuffled
 from loadtests.load.traffic_file import LONGEST_S, Requests, Traffic
 from loadtests.results.schedule import BLOCK
 from loadtests.results.settings import LoadSettings, Replay
@@ -75,6 +75,7 @@ def plan_of(traffic: Traffic, settings: LoadSettings, spec: DeploymentSpec) -> n
         read_rows(Path(settings.inputs), least, rows_in(plan))  # whether they fit
     else:
         rows = read_rows(Path(settings.inputs), least)
+        rows = named(rows, spec) if settings.names else rows
         plan["row"] = _chosen(requests, rows, settings, spec)
     return plan
 

@@ -144,7 +144,7 @@ def settings(run: Run) -> str:
         ("model, version", f"{own.model}, {run.server.get('version') or '-'}"),
         ("target, precision", f"{own.target}, {(run.server.get('parameters') or {}).get('precision', '-')}"),
         ("endpoint", f"{own.protocol} at {own.url}"),
-        ("inputs", Path(own.inputs).name),
+        ("inputs", Path(own.inputs).name + (", names of items" if own.names else "")),
         ("warm-up, measured", f"{own.warmup_s:g} s, {own.duration_s:g} s"),
         ("time-out", f"{own.timeout_s:g} s"),
         ("limit in flight", own.max_in_flight or IN_FLIGHT if own.open_loop else own.users),

@@ -48,6 +48,8 @@ class LoadSettings:
     url: str
     inputs: str
     """The .npz file of real inputs, or the file of texts."""
+    names: bool = False
+    """Sends the names of the inputs' items instead of their ids, to a model with `[vocabulary]`."""
     route: str | None = None
     """host:port/path of the OpenAI route that gets the requests; None: KServe v2 at `url`."""
     rate_rps: float | None = None

@@ -25,7 +25,7 @@ import numpy as np
 from deepseek_client import InferenceClient, InferenceError
 
 from deepseek.spec import BATCH, DeploymentSpec
-from loadtests.load.inputs import length_classes, read_rows, shuffled
+from loadtests.load.inputs import length_classes, named, read_rows, shuffled
 from loadtests.load.preflight import TRIES
 from loadtests.load.replay import blocks, rows_in
 from loadtests.load.request_log import RequestRecorder
@@ -81,6 +81,7 @@ class ModelSender:
         spec = DeploymentSpec.of_model(settings.model, settings.models, tuned=os.devnull)  # only signature and axes
         only = None if plan is None else rows_in(plan)
         found = read_rows(Path(settings.inputs), spec.axes[BATCH].min, only)
+        found = named(found, spec) if settings.names else found
         numbers = shuffled(list(found), settings.seed)
         rows = [found[number] for number in numbers]
         self._plan, self._place_of = plan, {number: place for place, number in enumerate(numbers)}
