@@ -25,6 +25,7 @@ from export.precision import accuracy_budget
 from export.precision.accuracy_budget import measured
 from export.rows import load_rows, save_rows
 from export.runtimes import variants
+from export.runtimes.timing import Timer
 from export.stages import select_precision
 from export.stages.select_precision import add_speed, choose, show
 from tests.conftest import run_module
@@ -338,6 +339,21 @@ def test_with_a_fake_of_a_gpu_the_speed_is_that_of_the_runs_and_copies_and_clock
     copies = ", ".join(f"{name} 3.000 ms" for name in result["variants"])
     assert f"copies to and from the GPU, not part of the speed: {copies}" in printed
     assert "GPU clocks: SM 1410 MHz of 1980 MHz; after timing: SM 1410 MHz of 1980 MHz" in printed
+
+
+def test_pytorch_runs_in_no_round_of_the_graphs_whose_caches_it_would_evict(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(text / "build"))
+    rounds: list[set[str]] = []
+
+    def timed(timers: dict[str, Timer]) -> dict[str, list[float]]:
+        rounds.append(set(timers))
+        return {name: [1.0] * 4 for name in timers}
+
+    monkeypatch.setattr(select_precision, "time_interleaved", timed)
+    select_precision.compare(ModelFolder("text", text / "models"), "onnxruntime", "int8")
+    assert [each for each in rounds if each] == [{"fp32", "int8"}, {"pytorch"}]
 
 
 def test_a_missing_execution_provider_is_an_error_only_if_it_would_serve(text: Path) -> None:

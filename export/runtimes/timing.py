@@ -2,12 +2,14 @@
 
 Contract: a timer runs a variant and returns the seconds that count. On a CPU that is the whole call; a TensorRT engine
 times itself with CUDA events (`export.runtimes.tensorrt_predictor`). Each round calls every timer once, so that noise
-affects all alike, and ratios compare seconds of one round. A variant is faster (or slower) if it is so in three of four
-rounds; otherwise the difference is within the noise.
+affects all alike, and ratios compare seconds of one round. The order changes from round to round, because a call finds
+the caches as the one before it left them. A variant is faster (or slower) if it is so in three of four rounds;
+otherwise the difference is within the noise.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import subprocess
 import time
@@ -36,14 +38,15 @@ def wall(run: Callable[[], object]) -> Timer:
 def time_interleaved(timers: Mapping[str, Timer]) -> dict[str, list[float]]:
     """Seconds of each round, by name; the first round warms up and is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}
+    order = random.Random(0)
     for timer in timers.values():
         timer()
     started = time.monotonic()
     for done in range(MOST_ROUNDS):
         if done >= LEAST_ROUNDS and time.monotonic() - started > TIMING_S:
             break
-        for name, timer in timers.items():
-            seconds[name].append(timer())
+        for name in order.sample(list(timers), len(timers)):
+            seconds[name].append(timers[name]())
     return seconds
 
 

@@ -58,9 +58,9 @@ def prove(config: QuantConfig, found: dict[str, Any]) -> None:
     counts = found["compute_operators"]
     if not counts.get(f"{config.precision}_weights" if config.weight_only else config.precision):
         raise GateFailed(
-            f"{config.precision} was asked for, but no {'/'.join(COMPUTE_OPS)} of the graph runs in it "
-            f"(found: {counts or 'none of them'}); the layers may be too small to gain (ModelOpt skips sizes under "
-            "16), not be of these operators, or all in keep_high"
+            f"no {', '.join(COMPUTE_OPS[:-1])} or {COMPUTE_OPS[-1]} of the graph runs in {config.precision} (found: "
+            f"{', '.join(f'{count} in {name}' for name, count in counts.items()) or 'none of them'}); the layers may "
+            "be too small to gain (ModelOpt skips sizes under 16), or all in keep_high"
         )
 
 
