@@ -139,18 +139,6 @@ def mute(connection: socket.socket) -> None:
             pass
 
 
-def trickle(connection: socket.socket) -> None:
-    """Sends a byte now and then until the other end closes."""
-    connection.sendall(b"HTTP/1.1 200 OK\r\nX-Patience: ")
-    while True:
-        connection.sendall(b"z")
-        time.sleep(0.05)
-
-
-def half_an_answer(connection: socket.socket) -> None:
-    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nonly this")
-
-
 def only_once(connection: socket.socket) -> None:
     """Answers once and closes at the next request, as nginx may while it reloads."""
     y = {"name": "y", "datatype": "FP32", "shape": X.shape, "data": X.tolist()}

@@ -25,7 +25,6 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import grpc
@@ -84,10 +83,9 @@ class Endpoint:
             os._exit(1)
         if number == faults.stall_at:
             self._stall_ends_s = now_s + faults.stall_s
-        if _is(number, faults.refuse_every):
+        if faults.refuse_every and number % faults.refuse_every == 0:
             return number, -1
-        delay_s = faults.delay_ms / 1000
-        delay_s *= self._random.lognormvariate(0, faults.spread)
+        delay_s = faults.delay_ms / 1000 * self._random.lognormvariate(0, faults.spread)
         return number, max(delay_s, self._stall_ends_s - now_s)
 
     def refuses_metadata(self) -> bool:
@@ -119,10 +117,6 @@ class Endpoint:
             await asyncio.sleep(wait_s)
             wait_s = self._stall_ends_s - time.perf_counter()
         self.answered_s[number - 1] = time.perf_counter()
-
-
-def _is(number: int, every: int) -> bool:
-    return every > 0 and number % every == 0
 
 
 # -- HTTP ----------------------------------------------------------------------------------------
@@ -215,15 +209,14 @@ class Grpc(grpc.GenericRpcHandler):
         output = service_pb2.ModelInferResponse.InferOutputTensor(name="y", datatype="FP32", shape=[1, 1])
         answer = service_pb2.ModelInferResponse(model_name="fake", outputs=[output], raw_output_contents=[bytes(4)])
         self._answer = answer.SerializeToString()
-        methods = {
-            "ModelInfer": self._infer,
-            "ServerReady": self._server_ready,
-            "ModelReady": self._model_ready,
-            "ModelMetadata": self._metadata,
-            "ModelConfig": self._config,
-            "ServerMetadata": self._server,
-            "ModelStatistics": self._statistics,
+        fixed = {
+            "ServerReady": service_pb2.ServerReadyResponse(ready=True),
+            "ModelReady": service_pb2.ModelReadyResponse(ready=True),
+            "ModelConfig": service_pb2.ModelConfigResponse(config=CONFIG),
+            "ServerMetadata": service_pb2.ServerMetadataResponse(**SERVER),
         }
+        methods: dict[str, Any] = {name: _always(message.SerializeToString()) for name, message in fixed.items()}
+        methods |= {"ModelInfer": self._infer, "ModelMetadata": self._metadata, "ModelStatistics": self._statistics}
         self._handlers = {
             f"{SERVICE}{name}": grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()
         }
@@ -238,26 +231,21 @@ class Grpc(grpc.GenericRpcHandler):
         await self._endpoint.held(number, wait_s)
         return self._answer
 
-    async def _server_ready(self, *_: Any) -> bytes:
-        return service_pb2.ServerReadyResponse(ready=True).SerializeToString()
-
-    async def _model_ready(self, *_: Any) -> bytes:
-        return service_pb2.ModelReadyResponse(ready=True).SerializeToString()
-
     async def _metadata(self, request: bytes, context: Any) -> bytes:
         if self._endpoint.refuses_metadata():
             await _refuse(context)
         name = service_pb2.ModelMetadataRequest.FromString(request).name
         return service_pb2.ModelMetadataResponse(**self._endpoint.signature(name)).SerializeToString()
 
-    async def _server(self, *_: Any) -> bytes:
-        return service_pb2.ServerMetadataResponse(**SERVER).SerializeToString()
-
     async def _statistics(self, *_: Any) -> bytes:
         return service_pb2.ModelStatisticsResponse(**self._endpoint.statistics()).SerializeToString()
 
-    async def _config(self, *_: Any) -> bytes:
-        return service_pb2.ModelConfigResponse(config=CONFIG).SerializeToString()
+
+def _always(answer: bytes) -> Any:
+    async def method(*_: Any) -> bytes:
+        return answer
+
+    return method
 
 
 async def _refuse(context: Any) -> None:
@@ -308,9 +296,7 @@ class FakeEndpoint:
         """When each inference was received and answered, in seconds of `time.perf_counter()`; shape (2, N)."""
         return np.load(self._log)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
         assert self.process.stdout is not None
         self.process.stdout.close()

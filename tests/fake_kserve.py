@@ -44,8 +44,8 @@ def binary(**changes: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def http_serving(answer: Callable[[str, bytes], bytes | None]) -> Iterator[str]:
-    """A server that keeps connections alive and sends `answer(path, body)`; None closes the connection."""
+def http_serving(answer: Callable[[str, bytes], bytes | None], *, keep: bool = True) -> Iterator[str]:
+    """A server that sends `answer(path, body)`, and closes the connection after None; `keep` False: after any answer."""
     open_connections: list[socket.socket] = []
 
     def serve(connection: socket.socket) -> None:
@@ -57,6 +57,8 @@ def http_serving(answer: Callable[[str, bytes], bytes | None]) -> Iterator[str]:
                 if (raw := answer(line.split()[1].decode(), body)) is None:
                     return
                 connection.sendall(raw)
+                if not keep:
+                    return
 
     def accept() -> None:
         with contextlib.suppress(OSError):

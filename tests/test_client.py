@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -113,13 +111,9 @@ def test_many_callers_share_a_client_and_its_prepared_requests(connect: Connect,
         pytest.param({"model": "absent"}, ModelNotFound, "'absent' is not found", id="unknown model"),
         pytest.param({"version": "9"}, ModelNotFound, "version 9 is not found", id="unknown version"),
         pytest.param({"version": "../x"}, InvalidInput, "version='../x'; it must be a number", id="invalid version"),
-        pytest.param(
-            {"version": 1}, InvalidInput, "version=1 is of type int; pass a text: '1'", id="version as a number"
-        ),
         pytest.param({"request_id": 7}, InvalidInput, "request_id=7 is of type int", id="request_id"),
         pytest.param({"inputs": [X]}, InvalidInput, "inputs is a list; pass a dict", id="no names"),
         pytest.param({"outputs": "y"}, InvalidInput, r"pass a list of names: \['y'\]", id="one name"),
-        pytest.param({"outputs": 5}, InvalidInput, "outputs=5; pass a list of names", id="outputs as a number"),
         pytest.param({"outputs": ["z"]}, InvalidInput, r"no output 'z'; its outputs are y \(FP32", id="output"),
         pytest.param({"parameters": 5}, InvalidInput, "parameters is of type int; pass a dict", id="parameters"),
         pytest.param(
@@ -128,9 +122,6 @@ def test_many_callers_share_a_client_and_its_prepared_requests(connect: Connect,
         pytest.param({"parameters": {"x": 0.5}}, InvalidInput, "x=0.5; it must be a text, a wh", id="parameter's type"),
         pytest.param({"headers": 5}, InvalidInput, "headers is of type int; pass a dict", id="headers"),
         pytest.param({"timeout_s": 0}, InvalidInput, "timeout_s=0; it must be a positive number", id="no time"),
-        pytest.param(
-            {"timeout_s": "1"}, InvalidInput, "timeout_s='1'; it must be a positive number", id="time as text"
-        ),
         pytest.param({"timeout_s": 1e10}, InvalidInput, "at most 1e.09", id="too long a time"),
     ],
 )
@@ -257,14 +248,6 @@ def test_each_status_maps_to_one_error_and_only_refusals_are_retried(
     assert len(seen) == attempts
 
 
-def test_an_early_refusal_of_a_large_body_is_read(connect: Connect) -> None:
-    request = connect("http").prepare("add_one", {"x": np.zeros((8, 2, 200_000), np.float32)})  # 12.8 MB
-    with answering(status("413 Content Too Large")) as (url, _):
-        other = connect("http", url)
-        with pytest.raises((InvalidInput, ConnectionLost)):  # the second if the reset overtakes the answer
-            other.send(request)
-
-
 def test_the_grpc_port_used_for_http_is_named_in_the_error(connect: Connect, server: EmbeddedServer) -> None:
     with pytest.raises(ServerError, match="does not speak HTTP; is it Triton's gRPC port"):
         connect("http", server.grpc_url, timeout_s=10).ready()
@@ -298,29 +281,21 @@ def test_a_closed_client_refuses_calls(connect: Connect, server: EmbeddedServer)
     ("settings", "says"),
     [
         pytest.param({"url": "http://h:8000"}, "must be host:port without a scheme", id="scheme"),
-        pytest.param({"url": "h"}, "must be host:port", id="no port"),
         pytest.param({"url": "h:99999"}, "must be host:port", id="no such port"),
-        pytest.param({"url": f"h:{'9' * 5000}"}, "must be host:port", id="port of many digits"),
         pytest.param({"url": "foo..bar:8000"}, "must be host:port", id="empty label"),
-        pytest.param({"url": ".foo:8000"}, "must be host:port", id="empty first label"),
-        pytest.param({"url": f"{'a' * 64}.bar:8000"}, "must be host:port", id="long label"),
         pytest.param({"url": "[1]:8000"}, "must be host:port", id="no IPv6 address"),
-        pytest.param({"url": "[127.0.0.1]:8000"}, "must be host:port", id="IPv4 address in brackets"),
         pytest.param({"url": None}, "must be host:port", id="no url"),
         pytest.param({"url": []}, "one address, or a list of different ones", id="no address"),
         pytest.param({"url": ["a:1", "a:1"]}, "list of different ones", id="duplicate address"),
-        pytest.param({"url": ["a:1", "http://b:1"]}, "without a scheme", id="a scheme in a list"),
         pytest.param({"protocol": "rest"}, "'grpc' or 'http'", id="protocol"),
         pytest.param({"retries": -1}, "0 or more", id="retries"),
-        pytest.param({"retries": "3"}, "a whole number", id="retries as text"),
-        pytest.param({"retry_budget": "0.1"}, "a share of the calls", id="budget as text"),
         pytest.param({"retry_budget": -1}, "a share of the calls", id="budget"),
         pytest.param({"hedge_after_ms": 5}, "set idempotent=True", id="hedge of a request that may not run twice"),
         pytest.param({"hedge_after_ms": "95", "idempotent": True}, "such as 'p95'", id="percentile"),
         pytest.param({"hedge_after_ms": 0, "idempotent": True}, "it must be milliseconds", id="hedge after 0 ms"),
         pytest.param({"shared_memory": "yes"}, "False, True or 'auto'", id="shared memory"),
         pytest.param({"timeout_s": float("inf")}, "positive number of seconds", id="time-out"),
-        pytest.param({"tls": "no"}, "tls is of type str; it must be True or False", id="tls as text"),
+        pytest.param({"tls": "no"}, "tls='no'; it must be True or False", id="tls as text"),
         pytest.param({"ca_cert": 5}, "a file's path", id="certificate as a number"),
         pytest.param({"ca_cert": "/absent.pem"}, "No such file", id="no certificate"),
         pytest.param({"ca_cert": __file__}, "must be a PEM file", id="bad certificate"),
@@ -337,9 +312,3 @@ def test_wrong_options_are_refused_at_once(of: type, settings: dict, says: str) 
 @pytest.mark.parametrize("host", ["localhost", "a.b-c.", "triton_1", "127.0.0.1", "[::1]", "[::ffff:127.0.0.1]"])
 def test_names_and_addresses_are_hosts(host: str) -> None:
     InferenceClient(f"{host}:8001").close()
-
-
-def test_the_package_imports_no_torch_gevent_or_other_room() -> None:
-    code = "import sys, deepseek_client; print(*{'torch', 'gevent', 'deepseek', 'pydantic'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""

@@ -43,31 +43,17 @@ def message(*outputs: dict, raw: tuple[bytes, ...] = (DATA,)) -> Any:
     [
         pytest.param(http_json({"outputs": [binary(datatype=None)]}, DATA), id="null datatype"),
         pytest.param(http_json({"outputs": [binary(datatype="FP33")]}, DATA), id="unknown datatype"),
-        pytest.param(http_json({"outputs": [binary(datatype="INT32")]}, DATA), id="another datatype"),
         pytest.param(http_json({"outputs": [binary(shape=[1, -1])]}, DATA), id="negative shape"),
-        pytest.param(http_json({"outputs": [binary(shape=[-1, -3])]}, DATA), id="two negative sizes"),
         pytest.param(http_json({"outputs": [binary(shape=[1, 3.0])]}, DATA), id="fraction"),
-        pytest.param(http_json({"outputs": [binary(shape=[3])]}, DATA), id="another rank"),
         pytest.param(http_json({"outputs": [binary(shape=[3, 1])]}, DATA), id="another dimension"),
-        pytest.param(http_json({"outputs": [binary(shape=[2**70, 3])]}, DATA), id="huge shape"),
-        pytest.param(http_json({"outputs": [binary(name="z")]}, DATA), id="another name"),
-        pytest.param(http_json({"outputs": [binary(name=["y"])]}, DATA), id="no name"),
         pytest.param(http_json({"outputs": [binary(), binary()]}, DATA + DATA), id="twice"),
-        pytest.param(http_json({"outputs": []}), id="no outputs"),
-        pytest.param(http_json({"outputs": [binary(), binary(name="z")]}, DATA + DATA), id="one more"),
         pytest.param(http_json({"outputs": [binary(parameters={"binary_data_size": 9999})]}, DATA), id="beyond the body"),
-        pytest.param(http_json({"outputs": [binary(parameters={"binary_data_size": -12})]}, DATA), id="negative size"),
-        pytest.param(http_json({"outputs": [binary(parameters=None)]}, DATA), id="no parameters"),
         pytest.param(http_json({"outputs": [binary()]}, DATA + b"x"), id="trailing bytes"),
         pytest.param(http_json({"outputs": [{**Y, "data": [1, 2]}]}), id="too few values"),
-        pytest.param(http_json({"outputs": [{**Y, "data": [1, 2, None]}]}), id="null value"),
         pytest.param(http_json({"outputs": [{**Y, "data": [[1], [2, 3]]}]}), id="ragged"),
         pytest.param(http_json({"outputs": [{**Y, "data": [True, False, True]}]}), id="truths"),
-        pytest.param(http_json({"outputs": 3}), id="a number"),
-        pytest.param(http_answer(b"{}", "Inference-Header-Content-Length: -1"), id="negative head"),
         pytest.param(http_answer(b"{}", "Inference-Header-Content-Length: 9"), id="head beyond the body"),
         pytest.param(http_answer(NESTED), id="nested"),
-        pytest.param(http_answer(b'{"outputs": ' + NESTED), id="nested outputs"),
     ],
 )  # fmt: skip
 def test_an_http_answer_that_does_not_fit_is_one_error(raw: bytes) -> None:
@@ -82,14 +68,11 @@ def test_an_http_answer_that_does_not_fit_is_one_error(raw: bytes) -> None:
         pytest.param(message({**Y, "datatype": ""}), id="no datatype"),
         pytest.param(message({**Y, "datatype": "INT32"}), id="another datatype"),
         pytest.param(message({**Y, "shape": [1, -1]}), id="negative shape"),
-        pytest.param(message({**Y, "shape": [3]}), id="another rank"),
         pytest.param(message({**Y, "name": "z"}), id="another name"),
         pytest.param(message(Y, Y, raw=(DATA, DATA)), id="twice"),
         pytest.param(message(Y, raw=(DATA, DATA)), id="trailing bytes"),
-        pytest.param(message(Y, raw=(DATA + b"x",)), id="a long output"),
         pytest.param(message(Y, raw=()), id="no bytes"),
         pytest.param(message({**Y, "contents": {"fp32_contents": [1, 2]}}, raw=()), id="too few values"),
-        pytest.param(message(raw=()), id="no outputs"),
     ],
 )
 def test_a_grpc_answer_that_does_not_fit_is_one_error(answer: Any) -> None:
@@ -101,13 +84,10 @@ def test_a_grpc_answer_that_does_not_fit_is_one_error(answer: Any) -> None:
     "signature",
     [
         pytest.param({"name": "m", "inputs": [{}]}, id="no names"),
-        pytest.param({"name": None}, id="null"),
         pytest.param({"name": "m", "inputs": [{"name": "x", "datatype": "FP33", "shape": [1]}]}, id="unknown datatype"),
         pytest.param({"name": "m", "inputs": [{"name": "x", "datatype": "FP32", "shape": [-2]}]}, id="negative"),
-        pytest.param({"name": "m", "inputs": [{"name": "x", "datatype": "FP32", "shape": [float("inf")]}]}, id="inf"),
         pytest.param({"name": "m", "inputs": [SIGNATURE["inputs"][0]] * 2}, id="twice"),
         pytest.param({"name": "m", "inputs": 3}, id="a number"),
-        pytest.param([], id="a list"),
         pytest.param(NESTED, id="nested"),
     ],
 )
@@ -246,18 +226,12 @@ def test_an_answer_that_does_not_fit_stays_the_error_if_the_metadata_cannot_be_f
     assert not error.value.did_not_run
 
 
-@pytest.mark.parametrize(
-    ("datatype", "values"),
-    [("UINT64", [1, 2**63 + 1]), ("UINT64", [2**64 - 1, 5]), ("INT64", [3.0, 2**53 + 1]), ("INT8", [1.0, -128])],
-)
+@pytest.mark.parametrize(("datatype", "values"), [("UINT64", [1, 2**63 + 1]), ("INT64", [3.0, 2**53 + 1])])
 def test_large_integers_of_json_are_exact(datatype: str, values: list[float]) -> None:
     assert listed_to_numpy(datatype, [2], values).tolist() == [int(value) for value in values]
-
-
-@pytest.mark.parametrize("value", [2**64, -1, 0.5, float("inf"), float("nan"), None, "1"])
-def test_what_is_no_such_integer_is_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"does not fit UINT64|other than UINT64"):
-        listed_to_numpy("UINT64", [2], [2**63 + 1, value])
+    for wrong in (2**64, -(2**63) - 1, 0.5, float("nan"), None, "1"):
+        with pytest.raises(ValueError, match=f"does not fit {datatype}|other than {datatype}"):
+            listed_to_numpy(datatype, [2], [values[1], wrong])
 
 
 def test_a_method_that_the_server_does_not_implement_is_a_server_error() -> None:

@@ -13,16 +13,15 @@ from deepseek_client.cli.tables import answer_table
 from rich.console import Console
 
 from serving.embedded.launcher import EmbeddedServer
+from tests.failing_servers import protocols, url_of
 from tests.test_client_signature import MODEL
 
-both = pytest.mark.parametrize("protocol", ["http", "grpc"])
 
-
-@both
+@protocols
 def test_the_exit_code_of_ready_is_the_readiness(
     server: EmbeddedServer, protocol: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    at = ["--protocol", protocol, "--url", server.http_url if protocol == "http" else server.grpc_url]
+    at = ["--protocol", protocol, "--url", url_of(server, protocol)]
     assert main(["ready", "add_one", *at]) == 0
     assert main(["ready", "absent", *at, "--json"]) == 1
     assert capsys.readouterr().out == 'add_one is ready\n{"ready": false}\n'
@@ -81,44 +80,33 @@ def test_command_line_errors_are_one_line(
     assert says in error
 
 
-def test_titles_and_scores_stay_aligned_if_a_title_is_missing() -> None:
-    outputs = {"items": np.array([[1, 0, 2, 0]]), "scores": np.array([[0.5, 0.25, 0.125, 0]], np.float32)}
+def shown(inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray], labels: tables.Labels, top: int) -> list:
+    """The cells of each line of the table."""
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(answer_table(MODEL, {}, outputs, {"items": ["", "first", "third"]}, 10))
-    assert [line.split("│")[1:3] for line in capture.get().splitlines() if "third" in line] == [[" third ", " 0.1250 "]]
+        console.print(answer_table(MODEL, inputs, outputs, labels, top))
+    lines = (line for line in capture.get().splitlines() if line.startswith(("┃", "│")))
+    return [[cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")] for line in lines]
+
+
+def test_titles_and_scores_stay_aligned_if_a_title_is_missing() -> None:
+    outputs = {"items": np.array([[1, 0, 2, 0]]), "scores": np.array([[0.5, 0.25, 0.125, 0]], np.float32)}
+    assert ["third", "0.1250"] in shown({}, outputs, {"items": ["", "first", "third"]}, 10)
 
 
 def test_padding_at_both_ends_of_an_input_is_not_shown() -> None:
     inputs = {"ids": np.array([[1, 2, 0, 1, 0, 0]]), "mask": np.array([[1, 1, 1, 1, 0, 0]])}
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(answer_table(MODEL, inputs, {}, {"ids": ["", "one", "two"], "mask": ["", "1"]}, 3))
-    rows = [line.split("│")[1:3] for line in capture.get().splitlines() if line.startswith("│")]
-    assert [[cell.strip() for cell in row] for row in rows] == [["two", "1"], ["", "1"], ["one", "1"]]
+    lines = shown(inputs, {}, {"ids": ["", "one", "two"], "mask": ["", "1"]}, 3)
+    assert lines[-3:] == [["two", "1"], ["", "1"], ["one", "1"]]
 
 
 def test_the_table_puts_the_latest_titles_beside_the_best_ones() -> None:
-    titles = ["", *(f"Film [{k}]" for k in range(1, 9))]
+    titles = ["", *(f"Film [{k}]" for k in range(1, 8)), "[rec] (2007)"]  # shown unchanged, though [ ] is rich's markup
     inputs = {"ids": np.array([[0, 0, 3, 1, 2]])}
     outputs = {"items": np.array([[7, 8, 5]]), "scores": np.array([[0.5, 0.25, 1e-9]], np.float32)}
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(answer_table(MODEL, inputs, outputs, {"ids": titles, "items": titles}, 2))
-    lines = [
-        [cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")] for line in capture.get().splitlines()
-    ]
+    lines = shown(inputs, outputs, {"ids": titles, "items": titles}, 2)
     assert ["last 2 of 3", "first 2 of 3", "first 2 of 3"] in lines
-    assert ["Film [1]", "Film [7]", "0.5000"] in lines
-    assert ["Film [2]", "Film [8]", "0.2500"] in lines
-
-
-@pytest.mark.parametrize("title", ["[rec] (2007)", "[/b]"])
-def test_a_title_in_brackets_is_shown_unchanged(title: str) -> None:
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(answer_table(MODEL, {}, {"items": np.array([[1]])}, {"items": ["", title]}, 3))
-    assert title in capture.get()
+    assert lines[-2:] == [["Film [1]", "Film [7]", "0.5000"], ["Film [2]", "[rec] (2007)", "0.2500"]]
 
 
 def test_only_the_numbers_that_are_shown_become_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,8 +118,5 @@ def test_only_the_numbers_that_are_shown_become_text(monkeypatch: pytest.MonkeyP
         return str(value)
 
     monkeypatch.setattr(tables, "_value", text_of)
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(answer_table(MODEL, {}, {"scores": np.arange(5000.0)[None]}, {}, 3))
-    assert "first 3 of 5000" in capture.get()
+    assert ["first 3 of 5000"] in shown({}, {"scores": np.arange(5000.0)[None]}, {}, 3)
     assert made == [0, 1, 2]

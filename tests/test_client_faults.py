@@ -7,9 +7,7 @@ it wakes up.
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
-import json
 import random
 import socket
 import struct
@@ -23,12 +21,10 @@ import numpy as np
 import psutil
 import pytest
 from deepseek_client import InferenceClient, InferenceError, PreparedRequest
-from deepseek_client.http.transport import HttpTransport
-from deepseek_client.options import ClientOptions
 from tritonclient.grpc import service_pb2
 
 from tests.failing_servers import Client, answering, dropping, kinds, mute, protocols
-from tests.fake_kserve import SIGNATURE, Y, binary, grpc_serving, http_answer, http_json, http_serving, triton
+from tests.fake_kserve import Y, binary, grpc_serving, http_answer, http_json, http_serving, triton
 
 Kind = Callable[..., Client]
 Fault = Callable[[socket.socket], Any]
@@ -44,7 +40,7 @@ SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # HTTP/2's empty SETTINGS frame
 
 @contextlib.contextmanager
 def in_time(timeout_s: float = TIMEOUT_S) -> Iterator[None]:
-    """Allows `timeout_s` and the margin, plus five times the worst lateness of a thread that sleeps meanwhile."""
+    """Allows `timeout_s`, the margin, and five times the worst lateness of a thread that sleeps."""
     over, late_s = threading.Event(), [0.0]
 
     def watch() -> None:
@@ -113,24 +109,19 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 FAULTS: dict[str, list[tuple[str, Fault]]] = {
     "http": [
-        *((f"silence after {size}", sends(HTTP_RAW[:size], mute)) for size in (1, 20, 90, len(HTTP_RAW) - 1)),
-        *((f"reset after {size}", sends(HTTP_RAW[:size], reset)) for size in (0, 1, 20, 90, len(HTTP_RAW) - 1)),
+        *((f"silence after {size}", sends(HTTP_RAW[:size], mute)) for size in (20, len(HTTP_RAW) - 1)),
+        *((f"reset after {size}", sends(HTTP_RAW[:size], reset)) for size in (0, 20, len(HTTP_RAW) - 1)),
         ("trickle in the head", trickles(HEAD + b"X-Patience: ")),
         ("trickle in the body", trickles(HEAD + b"Content-Length: 9000\r\n\r\n")),
         ("trickle of chunks", trickles(CHUNKED + 100 * b"1\r\nz\r\n")),
         ("endless interim answers", sends(9000 * b"HTTP/1.1 100 Continue\r\n\r\n", mute)),
         ("wrong chunk size", sends(CHUNKED + b"zz\r\n", mute)),
-        ("huge chunk size", sends(CHUNKED + b"f" * 40 + b"\r\n", mute)),
-        ("two lengths", sends(HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab", mute)),
-        ("length and chunks", sends(HEAD + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", mute)),
         ("no HTTP", sends(b"SSH-2.0-OpenSSH\r\n", mute)),
         ("HTTP/2", sends(SETTINGS, mute)),
-        ("TLS", sends(b"\x15\x03\x01\x00\x02\x02\x46", mute)),
     ],
     "grpc": [
         ("reset at once", reset),
         ("silence after the settings", sends(SETTINGS, mute)),
-        ("reset after the settings", sends(SETTINGS, reset)),
         ("trickle of settings", trickles(9000 * SETTINGS)),
         ("half a frame", sends(SETTINGS[:5], mute)),
         ("a frame too large", sends(b"\xff\xff\xff\0\0\0\0\0\1", mute)),
@@ -205,25 +196,6 @@ def test_an_http_answer_cut_at_any_byte_is_one_error() -> None:
         assert client.send(request)["y"].tolist() == [[0, 1, 2]]
 
 
-NASTY: list[Any] = [
-    None,
-    -1,
-    2**63,
-    10**30,
-    1.5,
-    True,
-    "",
-    "FP33",
-    "9" * 5000,
-    [],
-    [[]],
-    {},
-    float("nan"),
-    [1, -3],
-    [2**40, 2**40],
-]
-
-
 def mutated(raw: bytes, dice: random.Random) -> bytes:
     """The bytes with one to three changes: a bit, a slice removed, doubled or replaced, an end cut off."""
     data = bytearray(raw)
@@ -244,78 +216,23 @@ def mutated(raw: bytes, dice: random.Random) -> bytes:
     return bytes(data)
 
 
-def mutated_json(dice: random.Random) -> bytes:
-    """The HTTP answer with one value of its JSON replaced."""
-    answer: dict[str, Any] = {
-        "model_name": "m",
-        "outputs": [binary() if dice.random() < 0.5 else copy.deepcopy({**Y, "data": [1, 2, 3]})],
-    }
-    at: Any = answer
-    while True:
-        key = dice.choice(list(at) if isinstance(at, dict) else range(len(at)))
-        if not isinstance(at[key], dict | list) or not at[key] or dice.random() < 0.3:
-            at[key] = copy.deepcopy(dice.choice(NASTY))
-            break
-        at = at[key]
-    return http_json(answer, DATA if "parameters" in json.dumps(answer) else b"")
-
-
-class Canned:
-    """A pool with one connection, which answers with `raw` and then ends."""
-
-    reused = False
-    raw = b""
-
-    async def take(self, *_: Any, **__: Any) -> Any:
-        self._left = [self.raw, b""]
-        return self
-
-    async def send(self, *parts: bytes, **_: Any) -> None:
-        """Sends nothing."""
-
-    async def receive(self, *_: Any) -> bytes:
-        return self._left.pop(0)
-
-    def give_back(self, *_: Any) -> None:
-        """Keeps nothing."""
-
-    close = stop = give_back
-
-
-class CannedClient(InferenceClient):
-    def _transport(self, url: str, options: ClientOptions) -> HttpTransport:
-        self.canned = Canned()
-        pool: Any = self.canned
-        return HttpTransport(url, pool, idempotent=False, tls=False, api_key=None, max_response_bytes=1 << 20)
-
-
 def fits(answer: dict[str, np.ndarray]) -> bool:
     """Whether it has the shape and type of the metadata."""
     (y,) = answer.values()
     return list(answer) == ["y"] and y.dtype == np.float32 and y.ndim == 2 and y.shape[1] == 3
 
 
-def test_ten_thousand_mutated_http_answers_are_one_error_or_an_answer_that_fits() -> None:
-    dice, errors = random.Random(20), 0
-    before = psutil.Process().memory_info().rss
-    with CannedClient("h:1", "http", retries=0) as client:
-        client.canned.raw = http_json(SIGNATURE)
-        request = client.prepare("m", X)
-        for number in range(10_000):
-            client.canned.raw = mutated_json(dice) if number % 2 else mutated(HTTP_RAW, dice)
-            try:
-                assert fits(client.send(request, timeout_s=5)), client.canned.raw
-            except InferenceError:
-                errors += 1
-    assert errors > 2000
-    assert psutil.Process().memory_info().rss - before < 200e6
-
-
 @pytest.mark.slow
-def test_ten_thousand_mutated_grpc_answers_are_one_error_or_an_answer_that_fits() -> None:
+@protocols
+def test_ten_thousand_mutated_answers_are_one_error_or_an_answer_that_fits(protocol: Any) -> None:
     dice, errors = random.Random(20), 0
     before = psutil.Process().memory_info().rss
-    with grpc_serving(lambda _: mutated(GRPC_RAW, dice)) as url, InferenceClient(url, timeout_s=60) as client:
+    serving: Any = (
+        http_serving(triton(lambda: mutated(HTTP_RAW, dice)), keep=False)
+        if protocol == "http"
+        else grpc_serving(lambda _: mutated(GRPC_RAW, dice))
+    )
+    with serving as url, InferenceClient(url, protocol, timeout_s=60, retries=0) as client:
         request = client.prepare("m", X)
         for _ in range(10_000):
             try:

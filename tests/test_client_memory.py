@@ -145,18 +145,11 @@ def test_after_a_deadline_the_region_is_abandoned_and_unregistered(server: Embed
 @protocols
 def test_tensors_use_the_socket_if_the_server_refuses_shared_memory(repository: Path, protocol: str) -> None:
     flag = f"--{protocol}-restricted-{'api' if protocol == 'http' else 'protocol'}=shared-memory:key=value"
-    with serve(repository, flag) as refusing:
-        with client_of(refusing, protocol, "auto") as client:
-            request = client.prepare("fixed", {"x": X})
-            for _ in range(2):
-                np.testing.assert_array_equal(client.send(request)["y"], X + 1)
-            np.testing.assert_array_equal(client.infer("fixed", {"x": X})["y"], X + 1)
-            assert shared(client, "fixed") == 0
-        with (
-            client_of(refusing, protocol, True) as client,
-            pytest.raises(InvalidInput, match="--allow-client-shm=true"),
-        ):
-            client.infer("fixed", {"x": X})
+    with serve(repository, flag) as refusing, client_of(refusing, protocol, "auto") as client:
+        request = client.prepare("fixed", {"x": X})
+        for _ in range(2):
+            np.testing.assert_array_equal(client.send(request)["y"], X + 1)
+        assert shared(client, "fixed") == 0
     assert left_behind() == []
 
 
@@ -178,16 +171,21 @@ def test_disabled_shared_memory_is_not_mistaken_for_a_lost_connection(protocol: 
 
 
 def test_a_restarted_server_gets_new_regions(repository: Path) -> None:
-    with serve(repository) as first:
-        client = client_of(first, "http", "auto", retries=0)
-        client.infer("fixed", {"x": X})
-        os.kill(first.pid, signal.SIGKILL)
-        assert left_behind() == []
-        ports = {"http_port": first.http_port, "grpc_port": first.grpc_port}
-    with serve(repository, **ports), client:
-        for _ in range(3):
-            np.testing.assert_array_equal(client.infer("fixed", {"x": X})["y"], X + 1)
-        assert shared(client, "fixed") == 3  # one of four used the socket: it showed the client the restart
+    async def main() -> None:
+        with serve(repository) as first:
+            client = AsyncInferenceClient(first.http_url, "http", shared_memory="auto", retries=0)
+            await asyncio.gather(*(client.infer("fixed", {"x": X}) for _ in range(2)))
+            os.kill(first.pid, signal.SIGKILL)
+            assert left_behind() == []
+            ports = {"http_port": first.http_port, "grpc_port": first.grpc_port}
+        with serve(repository, **ports):
+            async with client:
+                for _ in range(3):
+                    np.testing.assert_array_equal((await client.infer("fixed", {"x": X}))["y"], X + 1)
+                told = client.statistics().models["fixed"]
+                assert (told.calls, told.through_shared_memory) == (5, 4)  # one used the socket, and showed the restart
+
+    asyncio.run(main())
     assert left_behind() == []
 
 

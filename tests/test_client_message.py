@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from deepseek_client import ConnectionLost, InferenceClient, InvalidInput
 from deepseek_client.concurrency import run
-from deepseek_client.grpc.message import MOST_HEADS, RequestEncoder, timeout_field
+from deepseek_client.grpc.message import encoded, timeout_field
 from deepseek_client.http.transport import HttpTransport
+from deepseek_client.options import ClientOptions
 from deepseek_client.transport import Deadline, PreparedRequest, Tensor
 from tritonclient.grpc import service_pb2
 
@@ -43,22 +44,14 @@ def by_protobuf(request: PreparedRequest, left_us: int) -> Any:
 
 
 def test_the_pieces_parse_as_protobufs_own_message() -> None:
-    encoder = RequestEncoder()
     shorter = Tensor(name="ids", datatype="INT64", shape=(2, 3), data=bytes(48))
     kinds = [request_of(request_id=request_id) for request_id in ("", "order-7", "é" * 100)]
     kinds += [request_of(parameters=each) for each in ({"priority": 2}, {"priority": True, "prompt": "é"})]
     kinds += [request_of(tensors=(shorter,)), request_of(outputs=()), request_of(version="")]
     for request in (*kinds, *kinds):  # the second time, heads come from the cache
         for left_us in (1, 127, 128, 500_000, 2**40):
-            data = encoder.encode(request) + timeout_field(left_us)
+            data = encoded(request) + timeout_field(left_us)
             assert service_pb2.ModelInferRequest.FromString(data) == by_protobuf(request, left_us)
-
-
-def test_the_cache_of_heads_is_bounded() -> None:
-    encoder = RequestEncoder()
-    for size in range(MOST_HEADS + 10):
-        encoder.encode(request_of(tensors=(Tensor(name="x", datatype="BOOL", shape=(1, size), data=b""),)))
-    assert len(encoder._heads) == 10
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -101,7 +94,7 @@ class Sends:
 
 def test_the_time_sent_over_http_excludes_the_wait_for_a_connection() -> None:
     pool: Any = Sends()
-    transport = HttpTransport("h:1", pool, idempotent=False, tls=False, api_key=None, max_response_bytes=1)
+    transport = HttpTransport("h:1", pool, ClientOptions(urls=("h:1",), protocol="http"))
     with pytest.raises(ConnectionLost):
         run(transport.send(request_of(), Deadline(60)))
     told = re.search(rb'"timeout": (\d+)', pool.sent)

@@ -1,7 +1,4 @@
-"""The HTTP connection pool: how many connections it opens at once, who gets them, and closed connections.
-
-A connection to the relay that sends nothing delays the handshakes of later ones.
-"""
+"""The HTTP connection pool: how many connections it opens at once, and closed connections."""
 
 from __future__ import annotations
 
@@ -10,36 +7,26 @@ import contextlib
 import errno
 import gc
 import socket
-import ssl
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from deepseek_client import ConnectionLost, DeadlineExceeded, InferenceClient
-from deepseek_client.concurrency import run
-from deepseek_client.http.connection import AsyncConnection, BlockingConnection, connected
-from deepseek_client.http.pool import MOST_OPENING, BlockingPool
+from deepseek_client import ConnectionLost, DeadlineExceeded
+from deepseek_client.http.connection import AsyncConnection, connected, connected_on_loop
+from deepseek_client.http.pool import MOST_OPENING
 from deepseek_client.transport import Deadline
 
 from serving.embedded.serve import EmbeddedServer
-from tests.failing_servers import Awaited, Client, Relay, answering, kinds, make_certificate, only_once, prepared
+from tests.failing_servers import Client, Relay, answering, dropping, kinds, make_certificate, only_once, prepared
+from tests.fake_kserve import http_answer
 
 CALLS = 3 * MOST_OPENING
 Kind = Callable[..., Client]
-
-
-@pytest.fixture
-def held(server: EmbeddedServer, tmp_path: Path) -> Iterator[tuple[Relay, Path, socket.socket]]:
-    """A relay with TLS, its certificate, and the connection that delays it."""
-    ca_cert, context = make_certificate(tmp_path)
-    relay = Relay((server.address, server.http_port), context)
-    with socket.create_connection(("127.0.0.1", relay.port)) as stalling:
-        yield relay, ca_cert, stalling
-    relay.close()
 
 
 def connections(relay: Relay) -> int:
@@ -58,36 +45,21 @@ def wait_for(relay: Relay, count: int) -> None:
 
 
 @kinds
-def test_the_number_of_connections_being_opened_is_limited(held: tuple[Relay, Path, socket.socket], kind: Kind) -> None:
-    relay, ca_cert, stalling = held
+def test_the_number_of_connections_being_opened_is_limited(server: EmbeddedServer, tmp_path: Path, kind: Kind) -> None:
+    ca_cert, context = make_certificate(tmp_path)
+    relay = Relay((server.address, server.http_port), context)
     with (
+        socket.create_connection(("127.0.0.1", relay.port)) as stalling,  # sends nothing: delays the other handshakes
         kind(relay.url, "http", ca_cert=ca_cert, timeout_s=60, retries=0) as client,
         ThreadPoolExecutor(CALLS) as threads,
     ):
         answers = [threads.submit(client.metadata, "add_one") for _ in range(CALLS)]
         wait_for(relay, MOST_OPENING)
+        with pytest.raises(DeadlineExceeded):  # though it only waits for its turn
+            client.metadata("add_one", timeout_s=0.1)
         stalling.close()
         assert {answer.result().name for answer in answers} == {"add_one"}
-
-
-def test_a_handshake_continues_after_its_task_ends(held: tuple[Relay, Path, socket.socket]) -> None:
-    relay, ca_cert, stalling = held
-    with Awaited(relay.url, "http", ca_cert=ca_cert, timeout_s=60, retries=0) as client:
-        with pytest.raises(DeadlineExceeded):
-            client.metadata("add_one", timeout_s=0.5)
-        wait_for(relay, 1)
-        stalling.close()
-        assert client.metadata("add_one").name == "add_one"
-
-
-def test_threads_that_wait_for_a_connection_keep_their_deadline(held: tuple[Relay, Path, socket.socket]) -> None:
-    relay, ca_cert, _ = held
-    with (
-        InferenceClient(relay.url, "http", ca_cert=ca_cert, timeout_s=0.5, retries=0) as client,
-        ThreadPoolExecutor(CALLS) as threads,
-    ):
-        answers = [threads.submit(client.metadata, "add_one") for _ in range(CALLS)]
-        assert all(isinstance(answer.exception(20), DeadlineExceeded) for answer in answers)
+    relay.close()
 
 
 @kinds
@@ -103,38 +75,31 @@ def test_an_idempotent_call_on_a_closed_idle_connection_uses_a_new_one(
     assert len(seen) == 3 + idempotent  # one on each connection
 
 
-def test_a_reader_of_a_stopped_tls_connection_gets_no_ciphertext(tmp_path: Path) -> None:
-    ca_cert, context = make_certificate(tmp_path)
-    ours, theirs = socket.socketpair()
-    sent = bytes(100_000)
+@kinds
+def test_a_call_on_a_closed_idle_connection_is_sent_again_once(kind: Kind) -> None:
+    together, lost = threading.Barrier(4), list[bytes]()
 
-    def serve() -> None:
-        with context.wrap_socket(theirs, server_side=True) as served:
-            served.sendall(sent)
+    def answer(connection: socket.socket) -> None:
+        """Answers, and closes at the next request; the first four at once, so that each has its connection."""
+        if len(seen) <= 4:
+            together.wait(60)
+        connection.sendall(http_answer(b""))
+        lost.extend([connection.recv(65536)] if len(seen) <= 4 else [])
 
-    with ThreadPoolExecutor(1) as pool:
-        serving = pool.submit(serve)
-        trusting = ssl.create_default_context(cafile=ca_cert)
-        connection = BlockingConnection(trusting.wrap_socket(ours, server_hostname="localhost"))
-        received = bytearray(run(connection.receive(len(sent), Deadline(20))))
-        serving.result(20)
-    connection.stop()
-    with contextlib.suppress(OSError):
-        while piece := run(connection.receive(len(sent), Deadline(20))):
-            received += piece
-    connection.close()
-    assert not any(received)
+    with (
+        answering(answer) as (url, seen),
+        kind(url, "http", retries=0) as client,
+        ThreadPoolExecutor(4) as threads,
+    ):
+        assert list(threads.map(lambda _: client.ready(), range(4))) == [True] * 4
+        assert client.ready()
+        assert (len(seen), len([each for each in lost if each])) == (5, 1)
 
 
 def test_an_address_that_never_answers_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as mute, socket.create_server(("127.0.0.1", 0)) as good, contextlib.ExitStack() as full:
-        mute.bind(("127.0.0.1", 0))
-        mute.listen(0)
-        for _ in range(2):  # fills the backlog: further connections get no answer
-            waiting = full.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(mute.getsockname())
-        places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", each.getsockname()) for each in (mute, good)]
+    with dropping() as dropped, socket.create_server(("127.0.0.1", 0)) as good:
+        ports = (int(dropped.rpartition(":")[2]), good.getsockname()[1])
+        places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: places)
         with connected("host", 1, Deadline(2)) as connection:
             assert connection.getpeername() == good.getsockname()
@@ -165,6 +130,29 @@ def test_a_task_cancelled_while_connecting_leaves_no_socket(monkeypatch: pytest.
     gc.collect()  # an open socket raises a warning, and warnings are errors
 
 
+def test_a_cancel_is_kept_that_comes_while_the_slower_address_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(*ports: int) -> None:
+        loop = asyncio.get_running_loop()
+        connect = loop.sock_connect
+
+        async def sock_connect(connection: socket.socket, address: Any) -> None:
+            try:
+                await connect(connection, address)
+            except asyncio.CancelledError:
+                call.cancel()
+                raise
+
+        places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
+        monkeypatch.setattr(loop, "getaddrinfo", lambda *_, **__: asyncio.sleep(0, places))
+        monkeypatch.setattr(loop, "sock_connect", sock_connect)
+        call = asyncio.ensure_future(connected_on_loop("host", 1))
+        with pytest.raises(asyncio.CancelledError):
+            (await call).close()
+
+    with dropping() as dropped, socket.create_server(("127.0.0.1", 0)) as good:
+        asyncio.run(main(int(dropped.rpartition(":")[2]), good.getsockname()[1]))
+
+
 @pytest.mark.parametrize(
     ("first", "then", "told"),
     [
@@ -188,35 +176,3 @@ def test_missing_ipv6_does_not_hide_the_real_failure(
     with pytest.raises(OSError, match="no") as caught:
         connected("host", 1, Deadline(2))
     assert caught.value.errno == told
-
-
-class Idle:
-    def is_alive(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        """Does nothing."""
-
-
-def test_a_call_that_needs_a_new_connection_leaves_returned_ones_to_others() -> None:
-    async def never(*_: Any) -> Any:
-        raise AssertionError("a new one")
-
-    pool = BlockingPool(never)
-    pool._opening = MOST_OPENING
-    with ThreadPoolExecutor(2) as threads:
-        picky = threads.submit(lambda: run(pool.take(Deadline(60), idle=False)))
-        while pool._waiting < 1:
-            time.sleep(0.01)
-        other = threads.submit(lambda: run(pool.take(Deadline(60))))
-        while pool._waiting < 2:
-            time.sleep(0.01)
-        given: Any = Idle()
-        pool.give_back(given)
-        assert other.result(60) is given
-        assert not picky.done()
-        with pool._changed:
-            pool._opening = 0
-            pool._changed.notify_all()
-        with pytest.raises(AssertionError, match="a new one"):
-            picky.result(60)

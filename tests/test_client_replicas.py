@@ -101,14 +101,6 @@ def test_a_busy_replica_is_avoided_but_not_ejected(server: EmbeddedServer, relay
         assert len(seen) == 1
 
 
-@protocols
-def test_the_deadline_covers_all_replicas(server: EmbeddedServer, protocol: str) -> None:
-    with answering(mute) as (one, _), answering(mute) as (two, _), client_of([one, two], protocol, retries=9) as client:
-        request = prepared(server, protocol)
-        with pytest.raises(DeadlineExceeded, match=r"timeout_s=0\.3"):
-            client.send(request, timeout_s=0.3)
-
-
 @kinds
 @protocols
 def test_if_all_replicas_are_dead_each_is_tried(

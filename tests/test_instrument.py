@@ -17,7 +17,7 @@ import pytest
 from deepseek_client import Unreachable
 from rich.console import Console
 
-from deepseek.spec import DeploymentSpec, InputError, SloSpec
+from deepseek.spec import DeploymentSpec, InputError
 from loadtests.load.child_process import free_ports
 from loadtests.load.measure import measure
 from loadtests.load.preflight import check
@@ -27,7 +27,6 @@ from loadtests.results.histogram import VALUES_US, Latency
 from loadtests.results.run import Run, latest_run
 from loadtests.results.settings import LoadSettings
 from loadtests.results.stretch import NO_FILE, NO_PORT
-from loadtests.slo.judge import judge
 from tests.conftest import run_module
 from tests.fake_endpoint import FakeEndpoint
 from tests.test_locustfile import SPEC, measured
@@ -102,20 +101,21 @@ def test_an_open_loop_shows_a_whole_stall_and_a_closed_loop_hides_it() -> None:
     assert 5 * above(closed, "service", 950) < above(opened, "intended", 950)
 
 
-def test_a_server_that_refuses_half_the_requests_fails_half_of_them() -> None:
-    with FakeEndpoint(refuse_every=2) as endpoint:
-        run = measured(settings(endpoint, "http", rate_rps=60.0, duration_s=2.0))
-    assert run.window.errors == {"ServerBusy": 60}
-    assert run.window.ok == 60
-    judgement = judge(run, SloSpec(p50_ms=1000, max_error_rate=0.4, objectives=("p99_ms < 1000",)))
-    assert judgement.verdict in ("violated", "invalid")  # invalid if this machine is too busy
-
-
-def test_a_server_that_dies_during_a_run_ends_neither_the_run_nor_its_counts() -> None:
-    with FakeEndpoint(delay_ms=5, die_at=60) as endpoint:
-        run = measured(settings(endpoint, rate_rps=60.0, timeout_s=1.0))
-    assert 0 < run.window.ok <= 59
-    assert run.window.errors["Unreachable"] > 0
+@pytest.mark.parametrize(
+    ("faults", "changes", "kind"),
+    [
+        ({"refuse_every": 2}, {}, "ServerBusy"),
+        ({"die_at": 60}, {}, "Unreachable"),
+        ({"stall_at": 60, "stall_s": 2}, {}, "DeadlineExceeded"),
+        ({"stall_at": 60, "stall_s": 2}, {"max_in_flight": 5, "timeout_s": 20.0}, "dropped"),
+    ],
+    ids=["refuses", "dies", "answers late", "more in flight than allowed"],
+)
+def test_each_request_to_a_faulty_server_is_answered_or_an_error(faults: dict, changes: dict, kind: str) -> None:
+    with FakeEndpoint(**faults) as endpoint:
+        run = measured(settings(endpoint, **{"rate_rps": 60.0, "timeout_s": 0.5, **changes}))
+    assert run.window.ok > 0
+    assert run.window.errors[kind] > 0
     assert run.window.planned == run.window.ok + run.window.failed == 180
 
 
@@ -226,16 +226,12 @@ locustfile.Worker = Slow
 """
 
 
-@pytest.mark.parametrize("slow_workers", [False, True], ids=["one process", "two slow processes"])
-def test_locusts_command_sends_the_whole_schedule_with_any_number_of_users(tmp_path: Path, slow_workers: bool) -> None:
+def test_locusts_command_sends_the_whole_schedule_with_slow_workers_and_any_number_of_users(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     port = str(free_ports(1)[0])
-    locustfile = str(tmp_path / "slow.py") if slow_workers else "loadtests/locustfile.py"
-    locust = [sys.executable, "-m", "locust", "-f", locustfile, "--headless"]
-    locust += ["--settings", str(tmp_path / "settings.json")]
-    if slow_workers:
-        locust += ["--processes", "2", "--master-bind-host", "127.0.0.1"]
-        locust += ["--master-bind-port", port, "--master-port", port]
+    locust = [sys.executable, "-m", "locust", "-f", str(tmp_path / "slow.py"), "--headless"]
+    locust += ["--settings", str(tmp_path / "settings.json"), "--processes", "2"]
+    locust += ["--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--master-port", port]
     with FakeEndpoint() as endpoint:
         wanted = settings(endpoint, "http", rate_rps=80.0, duration_s=2.0)
         (tmp_path / "settings.json").write_text(json.dumps(wanted.__dict__))
@@ -260,8 +256,7 @@ ended = {}
 worker = Worker([LoadSettings(**json.loads(sys.argv[1]))], Path(), tell=ended.__setitem__, fire=lambda **_: None)
 worker.begin(worker=0, workers=1, starts_in_s=0.2)
 worker.finished.wait()
-print(ended["finished"]["now"]["in_flight"], sum(row["ok"] for row in ended["finished"]["rows"][0]), end=" ")
-print(len(worker.senders[0]._free))
+print(ended["finished"]["now"]["in_flight"], sum(row["ok"] for row in ended["finished"]["rows"][0]))
 """
 
 FEW_FILES = """
@@ -281,8 +276,7 @@ def test_a_lack_of_open_files_is_not_a_failure_of_the_server(loop: dict[str, Any
         wanted = settings(endpoint, "http", **loop, duration_s=1.0, arrivals="constant")
         command = [sys.executable, "-c", script, json.dumps(wanted.__dict__)]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    in_flight, answered, *_ = run.stdout.split()
-    assert (in_flight, answered) == ("0", "30"), run.stderr
+    assert run.stdout.startswith("0 30\n"), run.stderr
     assert json.loads(run.stdout.splitlines()[-1]) == {NO_FILE: 70}
 
 
@@ -318,13 +312,3 @@ def test_a_lack_of_files_or_ports_differs_from_an_unreachable_server(
     with WireClient("127.0.0.1:9", protocol, retries=0) as client, pytest.raises(Unreachable) as caught:
         client.ready()
     assert kind_of(caught.value) == KINDS[number]
-
-
-def test_an_open_loop_makes_only_as_many_greenlets_as_were_in_flight_at_once() -> None:
-    with FakeEndpoint(delay_ms=20, stall_at=150, stall_s=0.5) as endpoint:
-        wanted = settings(endpoint, "http", rate_rps=200.0, duration_s=2.0, arrivals="constant")
-        command = [sys.executable, "-c", GREENLETS, json.dumps(wanted.__dict__)]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    in_flight, answered, greenlets = map(int, run.stdout.split())
-    assert (in_flight, answered) == (0, 400), run.stderr
-    assert 50 < greenlets < 400  # 100 wait during a stall of half a second; some more on a slow machine

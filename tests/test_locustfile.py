@@ -40,12 +40,10 @@ import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
-    """y = x; a negative x stalls the whole server for a second."""
+    """y = x."""
 
     def execute(self, requests):
         inputs = [np.from_dlpack(pb_utils.get_input_tensor_by_name(request, "x")) for request in requests]
-        if any((x < 0).any() for x in inputs):
-            time.sleep(1)
         time.sleep(0.002)
         return [pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack("y", x + 0)]) for x in inputs]
 '''
@@ -75,10 +73,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EmbeddedSer
     (folder / "models" / "tiny" / "deploy.toml").write_text(SPEC.format(name="tiny"))
     rows = {f"{row:05d}/x": np.full((1, 1 + row % 8), row, np.float32) for row in range(100)}
     np.savez(folder / "inputs.npz", **rows)  # type: ignore[arg-type]
-    stalling = dict.fromkeys(
-        ("00050/x", "00090/x"), np.full((1, 4), -1, np.float32)
-    )  # the server may refuse one of them
-    np.savez(folder / "stall.npz", **{**rows, **stalling})  # type: ignore[arg-type]
     with EmbeddedServer(folder / "repository", **FREE, log_path=folder / "triton.log") as server:
         yield server, folder
 
@@ -113,20 +107,6 @@ def test_an_open_loop_sends_every_planned_request_once(tiny: tuple[EmbeddedServe
     assert 0 < statistics["success"]["count"] <= 120  # some of the warm-up may be in flight as the window starts
     assert statistics["compute_infer"]["ns"] > statistics["success"]["count"] * 1_000_000 / 8
     assert run.server["version"] == "1"
-
-
-def test_a_full_pool_drops_requests_and_counts_them(tiny: tuple[EmbeddedServer, Path]) -> None:
-    run = measured(settings(tiny, rate_rps=50.0, inputs=str(tiny[1] / "stall.npz"), max_in_flight=5, warmup_s=0.5))
-    assert run.window.errors["dropped"] > 20
-    assert run.window.planned == run.window.ok + run.window.failed == 100
-
-
-def test_requests_that_the_server_does_not_answer_in_time_are_errors(tiny: tuple[EmbeddedServer, Path]) -> None:
-    late = measured(
-        settings(tiny, "http", rate_rps=50.0, inputs=str(tiny[1] / "stall.npz"), timeout_s=0.3, warmup_s=0.5)
-    )
-    assert late.window.errors["DeadlineExceeded"] > 5
-    assert late.window.planned == late.window.ok + late.window.failed
 
 
 def answered(server: EmbeddedServer) -> int:
@@ -252,14 +232,11 @@ def test_locusts_page_shows_the_run_and_stays_open_until_ctrl_c(tiny: tuple[Embe
     assert process.returncode in (0, 3)
 
 
-@pytest.mark.parametrize("port", ["taken", 65536], ids=["taken", "none"])
-def test_an_unusable_port_for_the_page_is_reported_before_any_load(
-    tiny: tuple[EmbeddedServer, Path], port: str | int
-) -> None:
+def test_an_unusable_port_for_the_page_is_reported_before_any_load(tiny: tuple[EmbeddedServer, Path]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        asked = taken.getsockname()[1] if port == "taken" else port
+        asked = taken.getsockname()[1]
         with command(settings(tiny, rate_rps=40.0), "--web", "--web-port", str(asked)) as process:
             _, errors = process.communicate(timeout=60)
     assert (process.returncode, len(errors.splitlines())) == (2, 1)
@@ -286,9 +263,7 @@ def test_an_interrupted_run_ends_and_leaves_nothing(
         ({"url": "127.0.0.1:9"}, "127.0.0.1:9"),
         ({"model": "absent"}, "absent"),
         ({"inputs": "none.npz"}, "none.npz: no such file"),
-        ({"inputs": __file__}, "not an .npz file"),
         ({"rate_rps": 1e9}, "plans 2000000000 requests"),
-        ({"rate_rps": None}, "give one of --rate"),
         ({"users": 3}, "give one of --rate"),
         ({"rate_rps": None, "users": 600}, "at most 512"),
     ],
@@ -304,14 +279,12 @@ def test_bad_input_gives_a_one_line_error_before_any_load(
 
 
 def test_inputs_of_another_model_are_refused(tiny: tuple[EmbeddedServer, Path], tmp_path: Path) -> None:
-    np.save(tmp_path / "x.npy", np.ones((1, 4), np.float32))
+    wanted = settings(tiny, rate_rps=40.0, inputs=str(tmp_path / "other.npz"))
+    spec, row = DeploymentSpec.of_model("tiny", wanted.models), np.ones((1, 4))
+    for wrong, says in ({"00000/z": row}, r"contains z, deploy\.toml has x"), ({"00000/x": row}, "float64"):
+        np.savez(tmp_path / "other.npz", **wrong)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=says):
+            check(wanted, spec)
+    np.save(tmp_path / "x.npy", row)
     with pytest.raises(InputError, match=r"x.npy: not an .npz file of inputs"):
         read_inputs(tmp_path / "x.npy")
-    wanted = settings(tiny, rate_rps=40.0, inputs=str(tmp_path / "other.npz"))
-    spec = DeploymentSpec.of_model("tiny", wanted.models)
-    np.savez(tmp_path / "other.npz", **{"00000/z": np.ones((1, 4), np.float32)})  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"contains z, deploy\.toml has x"):
-        check(wanted, spec)
-    np.savez(tmp_path / "other.npz", **{"00000/x": np.ones((1, 4), np.float64)})  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="float64"):
-        check(wanted, spec)

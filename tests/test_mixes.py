@@ -64,7 +64,6 @@ def test_users_are_divided_into_whole_numbers(users: int, expected: tuple[int, i
         ("a", SLO_RATES, "two or more"),
         ("a,a", SLO_RATES, "each once"),
         ("a:0,b:1", SLO_RATES, "weights above 0"),
-        ("a:-1,b:1", SLO_RATES, "weights above 0"),
         ("a:x,b:1", SLO_RATES, "weights above 0"),
         ("a:1,b", SLO_RATES, "every model a weight, or none"),
         ("a,b", {"a": 1.0, "b": None}, "b has no slo.rate_rps"),

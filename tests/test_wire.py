@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import threading
@@ -13,14 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deepseek_client import ConnectionLost, DeadlineExceeded, InferenceError, ModelNotFound, Unreachable
+from deepseek_client import ConnectionLost, DeadlineExceeded, Unreachable
 
 from loadtests.load.wire.client import WireClient
 from serving.embedded.serve import EmbeddedServer
-from tests.failing_servers import Relay, answering, half_an_answer, mute, status, trickle
+from tests.failing_servers import Relay, X, answering, mute, protocols, status, url_of
 
-X = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
-both = pytest.mark.parametrize("protocol", ["http", "grpc"])
 Connect = Callable[..., WireClient]
 
 
@@ -30,24 +27,12 @@ def connect(server: EmbeddedServer) -> Iterator[Connect]:
     with ExitStack() as stack:
 
         def make(protocol: str, url: str = "", **settings: Any) -> WireClient:
-            default = server.http_url if protocol == "http" else server.grpc_url
-            return stack.enter_context(WireClient(url or default, protocol, **{"retries": 0, **settings}))  # type: ignore[arg-type]
+            return stack.enter_context(WireClient(url or url_of(server, protocol), protocol, retries=0, **settings))  # type: ignore[arg-type]
 
         yield make
 
 
-@both
-def test_triton_answers_over_these_connections(connect: Connect, protocol: str) -> None:
-    client = connect(protocol)
-    assert client.ready("add_one")
-    assert client.metadata("add_one").max_batch_size == 8
-    request = client.prepare("add_one", {"x": X}, outputs=["y"], request_id="7")
-    np.testing.assert_array_equal(client.send(request, headers={"x-load": "1"})["y"], X + 1)
-    with pytest.raises(ModelNotFound, match="absent"):
-        client.metadata("absent")
-
-
-@both
+@protocols
 def test_a_connection_is_reused_and_replaced_after_a_close(connect: Connect, protocol: str, relay: Relay) -> None:
     client = connect(protocol, relay.url)
     request = client.prepare("add_one", {"x": X})
@@ -77,7 +62,7 @@ def test_a_deadline_keeps_the_connection_for_other_calls(connect: Connect, serve
     relay.close()
 
 
-@both
+@protocols
 def test_a_connection_that_breaks_during_a_call_raises_connection_lost(
     connect: Connect, protocol: str, relay: Relay
 ) -> None:
@@ -88,11 +73,9 @@ def test_a_connection_that_breaks_during_a_call_raises_connection_lost(
         client.send(request)
 
 
-@pytest.mark.parametrize(
-    ("protocol", "answer"), [("grpc", mute), ("http", mute), ("http", trickle)], ids=["mute", "mute", "trickle"]
-)
-def test_a_mute_or_slow_server_ends_at_the_deadline(connect: Connect, protocol: str, answer: Callable) -> None:
-    with answering(answer) as (url, _), pytest.raises(DeadlineExceeded):
+@protocols
+def test_a_mute_server_ends_at_the_deadline(connect: Connect, protocol: str) -> None:
+    with answering(mute) as (url, _), pytest.raises(DeadlineExceeded):
         connect(protocol, url, timeout_s=0.4).metadata("m")
 
 
@@ -102,45 +85,15 @@ def test_a_body_that_the_server_does_not_read_ends_at_the_deadline(connect: Conn
         connect("http", url, timeout_s=0.3).send(request)
 
 
-def speak_http(connection: socket.socket) -> None:
-    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+def test_an_http_1_server_asked_over_grpc_is_a_lost_connection(connect: Connect) -> None:
+    with answering(status("400 Bad Request")) as (url, _), pytest.raises(ConnectionLost, match="does not speak HTTP/2"):
+        connect("grpc", url).metadata("m")
 
 
-@pytest.mark.parametrize(
-    ("protocol", "answer", "error", "says"),
-    [
-        ("http", half_an_answer, ConnectionLost, "IncompleteRead"),
-        ("http", status("500 Internal Server Error"), InferenceError, "500"),
-        ("grpc", speak_http, ConnectionLost, "does not speak HTTP/2"),
-    ],
-    ids=["half an answer", "a status", "another protocol"],
-)
-def test_failures_raise_the_clients_errors(
-    connect: Connect, protocol: str, answer: Callable, error: type[InferenceError], says: str
-) -> None:
-    with answering(answer) as (url, _), pytest.raises(error, match=says):
-        connect(protocol, url).metadata("m")
-
-
-@both
+@protocols
 def test_a_port_without_a_server_is_unreachable(connect: Connect, protocol: str) -> None:
     with pytest.raises(Unreachable, match="Connection refused"):
         connect(protocol, "127.0.0.1:9").ready()
-
-
-def test_all_addresses_of_a_host_share_the_deadline(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
-    shares: list[float] = []
-
-    def connect_never(opened: socket.socket, *_: Any) -> None:
-        shares.append(opened.gettimeout() or 0.0)
-        raise TimeoutError
-
-    addresses = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in range(1, 5)]
-    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: addresses)
-    monkeypatch.setattr("socket.socket.connect", connect_never)
-    with pytest.raises(DeadlineExceeded):
-        connect("grpc", "four.test:1", timeout_s=8).ready()
-    assert shares == pytest.approx([2, 8 / 3, 4, 8], rel=0.1)  # each gets its share of the remaining time
 
 
 GREENLETS = """
@@ -164,10 +117,9 @@ with WireClient(sys.argv[1], sys.argv[2]) as client:
 """
 
 
-@both
+@protocols
 def test_greenlets_share_a_client(server: EmbeddedServer, protocol: str) -> None:
-    url = server.http_url if protocol == "http" else server.grpc_url
-    command = [sys.executable, "-W", "error", "-c", GREENLETS, url, protocol]
+    command = [sys.executable, "-W", "error", "-c", GREENLETS, url_of(server, protocol), protocol]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["400.0", "2.0"], done.stderr
     assert not done.stderr

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import struct
-import tracemalloc
 from typing import Any
 
 import grpc
@@ -76,16 +76,18 @@ def test_an_answer_is_read_from_pieces_of_any_size() -> None:
     assert [answer_of(call) for call in calls] == [b"said 1", b"said 3", b"said 5"]
 
 
-def test_headers_may_be_padded_and_split() -> None:
+def test_an_error_longer_than_a_frame_comes_in_pieces() -> None:
     peer = Peer()
     (call,) = peer.begin()
-    block = hpack.Encoder().encode([(":status", "200")])
-    peer.frames.feed(frame(wire.HEADERS, 0, 1) + frame(wire.CONTINUATION, wire.END_HEADERS, 1, block))
-    said = framed(b"said")
-    peer.frames.feed(frame(wire.DATA, wire.PADDED, 1, b"\x03" + said[:2] + b"\0\0\0"))
-    peer.frames.feed(frame(wire.DATA, 0, 1, said[2:4]) + frame(wire.DATA, 0, 1, said[4:]))
-    peer.frames.feed(peer.headers(1, {"grpc-status": "0"}, wire.END_STREAM))
-    assert answer_of(call) == b"said"
+    block = hpack.Encoder().encode([(":status", "200"), ("grpc-status", "13"), ("grpc-message", 40_000 * "x")])
+    first, *middle, last = (block[start : start + 8_000] for start in range(0, len(block), 8_000))
+    peer.frames.feed(frame(wire.HEADERS, wire.END_STREAM, 1, first))
+    for piece in middle:
+        peer.frames.feed(frame(wire.CONTINUATION, 0, 1, piece))
+    assert not call.done
+    peer.frames.feed(frame(wire.CONTINUATION, wire.END_HEADERS, 1, last))
+    with pytest.raises(CallFailed, match=40_000 * "x"):
+        answer_of(call)
 
 
 def test_header_blocks_decode_independently() -> None:
@@ -95,15 +97,6 @@ def test_header_blocks_decode_independently() -> None:
         (call,) = peer.begin()
         peer.frames.feed(peer.answer(call.stream, b"said", trace=trace, seen=str(number // 2)))
         assert (call.trailers[b"trace"], call.trailers[b"seen"]) == (trace.encode(), str(number // 2).encode())
-
-
-def test_a_server_that_uses_a_table_loses_the_connection() -> None:
-    peer = Peer()
-    peer.begin()
-    with pytest.raises(NotHttp2, match="unreadable header block"):
-        peer.frames.feed(
-            frame(wire.HEADERS, wire.END_HEADERS, 1, b"\x3f\xe1\x1f\x88")
-        )  # a table of 4096 bytes, then 200
 
 
 def test_the_windows_limit_the_data_sent() -> None:
@@ -120,16 +113,12 @@ def test_the_windows_limit_the_data_sent() -> None:
     assert [flags for _, flags, *_ in rest][-1] == wire.END_STREAM
 
 
-def test_settings_change_windows_frame_size_and_number_of_streams() -> None:
+def test_settings_change_the_windows_of_open_streams() -> None:
     peer = Peer(setting(wire.INITIAL_WINDOW, 10))
     peer.frames.begin(BLOCK, framed(bytes(45)))
     assert peer.data_sent() == 10
     peer.frames.feed(setting(wire.INITIAL_WINDOW, 30))
     assert peer.data_sent() == 20
-    peer.frames.feed(setting(wire.INITIAL_WINDOW, 60_000) + setting(wire.FRAME_SIZE, 40_000))
-    peer.sent()
-    peer.frames.begin(BLOCK, framed(bytes(35_000)))
-    assert max(len(payload) for *_, payload in peer.sent()) == 35_005
 
 
 def test_the_servers_limit_on_streams_holds() -> None:
@@ -177,10 +166,11 @@ def test_after_a_broken_connection_only_calls_that_were_never_sent_are_unprocess
 
 
 def test_a_cancelled_call_is_reset_and_its_late_answer_is_ignored() -> None:
-    peer = Peer()
-    first, second = peer.begin(2)
+    peer = Peer(setting(wire.MOST_STREAMS, 2))
+    first, second, waits = peer.begin(3)
     peer.sent()
-    peer.frames.cancel(first)
+    for call in (waits, first):
+        peer.frames.cancel(call)
     assert [(kind, stream) for kind, _, stream, _ in peer.sent()] == [(wire.RST_STREAM, 1)]
     assert peer.frames.feed(peer.answer(1, b"late") + peer.answer(3, b"said")) == [second]
     assert answer_of(second) == b"said"
@@ -237,24 +227,16 @@ GREETED = frame(wire.SETTINGS)
         pytest.param(frame(wire.PING, 0, 0, b"12345678"), id="no settings first"),
         pytest.param(GREETED + b"\xff\xff\xff" + bytes(6), id="frame too large"),
         pytest.param(GREETED + frame(wire.WINDOW_UPDATE, 0, 0, b"?"), id="wrong size"),
-        pytest.param(frame(wire.SETTINGS, 0, 0, b"12345"), id="settings of the wrong size"),
-        pytest.param(setting(wire.FRAME_SIZE, 0), id="frames of no size"),
-        pytest.param(setting(wire.FRAME_SIZE, 2**31), id="frames of any size"),
         pytest.param(GREETED + frame(wire.PUSH_PROMISE, 0, 1, bytes(4)), id="push"),
-        pytest.param(GREETED + frame(wire.CONTINUATION, wire.END_HEADERS, 1, b""), id="no beginning"),
-        pytest.param(GREETED + frame(wire.HEADERS, 0, 1, b"") + frame(wire.DATA, 0, 1, b""), id="interrupted headers"),
-        pytest.param(
-            GREETED + frame(wire.HEADERS, 0, 1, b"") + 100 * frame(wire.CONTINUATION, 0, 1, b""), id="endless pieces"
-        ),
         pytest.param(
             GREETED + frame(wire.HEADERS, 0, 1) + 5 * frame(wire.CONTINUATION, 0, 1, bytes(wire.LARGEST_HEADERS // 4)),
             id="long headers",
         ),
+        pytest.param(GREETED + frame(wire.DATA, wire.PADDED, 1, b"\0"), id="padding"),
+        pytest.param(GREETED + frame(wire.HEADERS, wire.END_HEADERS, 1, b"\x3f\xe1\x1f\x88"), id="a table"),
         pytest.param(GREETED + frame(wire.HEADERS, wire.END_HEADERS, 1, b"\xff" * 7), id="no headers"),
         pytest.param(GREETED + (wire.MOST_REPLIES + 1) * frame(wire.PING, 0, 0, b"12345678"), id="pings without end"),
         pytest.param((wire.MOST_REPLIES + 1) * GREETED, id="settings without end"),
-        pytest.param(GREETED + frame(wire.DATA, wire.PADDED, 1, b""), id="no padding"),
-        pytest.param(GREETED + frame(wire.DATA, wire.PADDED, 1, b"\x03ab"), id="padding too long"),
     ],
 )
 def test_a_server_that_violates_the_protocol_loses_the_connection(data: bytes) -> None:
@@ -264,26 +246,17 @@ def test_a_server_that_violates_the_protocol_loses_the_connection(data: bytes) -
         peer.feed(data)
 
 
-def test_random_bytes_end_in_answers_or_one_error_and_memory_stays_bounded() -> None:
+def test_changed_bytes_end_in_answers_or_one_error() -> None:
     chance = random.Random(0)
-    tracemalloc.start()
-    try:
-        for _ in range(3000):
-            peer = Peer()
-            peer.begin(2)
-            data = bytearray(setting(wire.MOST_STREAMS, 2) + peer.answer(1, b"said") + peer.answer(3, b"said"))
-            for _ in range(chance.randint(1, 8)):
-                data[chance.randrange(len(data))] = chance.randrange(256)
-            try:
-                calls = peer.frames.feed(bytes(data))
-                for call in calls:
-                    answer_of(call)
-            except (NotHttp2, CallFailed):
-                pass
-        _, most_bytes = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert most_bytes < 20_000_000
+    for _ in range(3000):
+        peer = Peer()
+        peer.begin(2)
+        data = bytearray(setting(wire.MOST_STREAMS, 2) + peer.answer(1, b"said") + peer.answer(3, b"said"))
+        for _ in range(chance.randint(1, 8)):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        with contextlib.suppress(NotHttp2, CallFailed):
+            for call in peer.frames.feed(bytes(data)):
+                answer_of(call)
 
 
 @pytest.mark.parametrize(("timeout_s", "said"), [(0.5, "500000u"), (99.9, "99900000u"), (3600, "3600000m"), (-1, "1u")])

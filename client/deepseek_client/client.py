@@ -20,14 +20,13 @@ import ssl
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 import grpc
 import numpy as np
 
-from deepseek_client.concurrency import AsyncConcurrency, Concurrency, ThreadConcurrency, run
+from deepseek_client.concurrency import AsyncConcurrency, ThreadConcurrency, run
 from deepseek_client.core import ClientCore
 from deepseek_client.grpc.channel import AsyncChannel, BlockingChannel
 from deepseek_client.grpc.transport import GrpcTransport
@@ -41,7 +40,7 @@ from deepseek_client.transport import Parameters, PreparedRequest, Transport
 
 
 class _Client:
-    _concurrency: ClassVar[type[Concurrency]]
+    _on_loop: ClassVar[bool]
 
     def __init__(
         self,
@@ -96,35 +95,24 @@ class _Client:
             api_key=api_key,
         )
         self.protocol, self.timeout_s = protocol, timeout_s
-        transports = {url: self._transport(url, options) for url in options.urls}
-        self._core = ClientCore(options, self._concurrency(), transports)
+        self._begin(options, {url: self._transport(url, options) for url in options.urls})
+
+    def _begin(self, options: ClientOptions, transports: Mapping[str, Transport]) -> None:
+        raise NotImplementedError
 
     def _transport(self, url: str, options: ClientOptions) -> Transport:
         """To one address. The load generator's client brings connections of its own."""
+        authority = None if options.ca_cert is None else read_pem(options.ca_cert)
         if options.protocol == "grpc":
-            channel = (AsyncChannel if self._concurrency is AsyncConcurrency else BlockingChannel)(
-                url, _credentials(options), options.response_limit
-            )
+            credentials = grpc.ssl_channel_credentials(authority) if options.speaks_tls else None
+            channel = (AsyncChannel if self._on_loop else BlockingChannel)(url, credentials, options.response_limit)
             return GrpcTransport(url, channel, options.api_key)
-        place = (*address_of(url), _context(options))
-        if self._concurrency is AsyncConcurrency:
-            return http_transport(url, options, AsyncPool(partial(AsyncConnection.open, *place)))
-        return http_transport(url, options, BlockingPool(partial(BlockingConnection.open, *place)))
-
-    def statistics(self) -> Statistics:
-        """Calls, errors, retries, hedges and latency percentiles by model, and the state of the replicas."""
-        return self._core.statistics()
-
-
-def http_transport(url: str, options: ClientOptions, pool: BlockingPool | AsyncPool) -> HttpTransport:
-    return HttpTransport(
-        url,
-        pool,
-        idempotent=options.idempotent,
-        tls=options.speaks_tls,
-        api_key=options.api_key,
-        max_response_bytes=options.response_limit,
-    )
+        cadata = authority and authority.decode()
+        tls = ssl.create_default_context(cadata=cadata) if options.speaks_tls else None
+        place = (*address_of(url), tls)
+        if self._on_loop:
+            return HttpTransport(url, AsyncPool(partial(AsyncConnection.open, *place)), options)
+        return HttpTransport(url, BlockingPool(partial(BlockingConnection.open, *place)), options)
 
 
 def address_of(url: str) -> tuple[str, int]:
@@ -132,47 +120,39 @@ def address_of(url: str) -> tuple[str, int]:
     return parsed.hostname or "", parsed.port or 0
 
 
-def _authority(options: ClientOptions) -> bytes | None:
-    return None if options.ca_cert is None else read_pem(options.ca_cert)
-
-
-def _credentials(options: ClientOptions) -> grpc.ChannelCredentials | None:
-    return grpc.ssl_channel_credentials(_authority(options)) if options.speaks_tls else None
-
-
-def _context(options: ClientOptions) -> ssl.SSLContext | None:
-    authority = _authority(options)
-    return ssl.create_default_context(cadata=authority and authority.decode()) if options.speaks_tls else None
-
-
 class InferenceClient(_Client):
     """A client of one server, or of several replicas. Close it, or use it in a `with` block."""
 
-    _concurrency = ThreadConcurrency
+    _on_loop = False
+
+    def _begin(self, options: ClientOptions, transports: Mapping[str, Transport]) -> None:
+        self._core = ClientCore(options, ThreadConcurrency(), transports)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Closes the connections; no call after it."""
         run(self._core.close())
 
+    def statistics(self) -> Statistics:
+        """Calls, errors, retries, hedges and latency percentiles by model, and the state of the replicas."""
+        return self._core.statistics()
+
     def ready(self, model: str | None = None, *, version: str = "", timeout_s: float | None = None) -> bool:
         """Whether the server, or the model, can take requests on any replica. Raises Unreachable if none answers."""
-        return run(self._core.ready(model, version, timeout_s))
+        return run(self._core.ready(model, version=version, timeout_s=timeout_s))
 
     def metadata(self, model: str, *, version: str = "", timeout_s: float | None = None) -> ModelMetadata:
         """The model's inputs and outputs, fetched now."""
-        return run(self._core.metadata(model, version, self._core.deadline(timeout_s)))
+        return run(self._core.metadata(model, version=version, timeout_s=timeout_s))
 
     def model_statistics(self, model: str, *, timeout_s: float | None = None) -> dict:
         """Triton's statistics since it started: `{"model_stats": [...]}`, one entry per version."""
-        return run(self._core.model_statistics(model, self._core.deadline(timeout_s)))
+        return run(self._core.model_statistics(model, timeout_s=timeout_s))
 
     def infer(
         self,
@@ -194,8 +174,17 @@ class InferenceClient(_Client):
         of the request in KServe v2, such as `{"priority": 2}`: a bulk request, which waits behind the others.
         `headers`, such as a W3C `traceparent`, are sent with every attempt; over gRPC as metadata.
         """
-        deadline = self._core.deadline(timeout_s)
-        return run(self._core.infer(model, inputs, outputs, version, request_id, parameters, headers, deadline))
+        call = self._core.infer(
+            model,
+            inputs,
+            outputs=outputs,
+            timeout_s=timeout_s,
+            version=version,
+            request_id=request_id,
+            parameters=parameters,
+            headers=headers,
+        )
+        return run(call)
 
     def prepare(
         self,
@@ -209,72 +198,34 @@ class InferenceClient(_Client):
         parameters: Parameters | None = None,
     ) -> PreparedRequest:
         """Checks and encodes a request once, for `send` to send many times, from any thread."""
-        deadline = self._core.deadline(timeout_s)
-        return run(self._core.prepare(model, inputs, outputs, version, request_id, parameters, deadline))
+        call = self._core.prepare(
+            model,
+            inputs,
+            outputs=outputs,
+            timeout_s=timeout_s,
+            version=version,
+            request_id=request_id,
+            parameters=parameters,
+        )
+        return run(call)
 
     def send(
         self, request: PreparedRequest, *, timeout_s: float | None = None, headers: Mapping[str, str] | None = None
     ) -> dict[str, np.ndarray]:
         """Like `infer`, for a request made by this client's `prepare`."""
-        return run(self._core.send(request, headers, self._core.deadline(timeout_s)))
+        return run(self._core.send(request, timeout_s=timeout_s, headers=headers))
 
 
-class AsyncInferenceClient(_Client):
+class AsyncInferenceClient(_Client, ClientCore):
     """`InferenceClient` with awaitable calls, on one asyncio loop. Close it, or use it in an `async with` block."""
 
-    _concurrency = AsyncConcurrency
+    _on_loop = True
+
+    def _begin(self, options: ClientOptions, transports: Mapping[str, Transport]) -> None:
+        ClientCore.__init__(self, options, AsyncConcurrency(), transports)
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-    async def close(self) -> None:
-        """Closes the connections; no call after it."""
-        await self._core.close()
-
-    async def ready(self, model: str | None = None, *, version: str = "", timeout_s: float | None = None) -> bool:
-        return await self._core.ready(model, version, timeout_s)
-
-    async def metadata(self, model: str, *, version: str = "", timeout_s: float | None = None) -> ModelMetadata:
-        return await self._core.metadata(model, version, self._core.deadline(timeout_s))
-
-    async def model_statistics(self, model: str, *, timeout_s: float | None = None) -> dict:
-        return await self._core.model_statistics(model, self._core.deadline(timeout_s))
-
-    async def infer(
-        self,
-        model: str,
-        inputs: Inputs,
-        *,
-        outputs: Sequence[str] | None = None,
-        timeout_s: float | None = None,
-        version: str = "",
-        request_id: str = "",
-        parameters: Parameters | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> dict[str, np.ndarray]:
-        deadline = self._core.deadline(timeout_s)
-        return await self._core.infer(model, inputs, outputs, version, request_id, parameters, headers, deadline)
-
-    async def prepare(
-        self,
-        model: str,
-        inputs: Inputs,
-        *,
-        outputs: Sequence[str] | None = None,
-        timeout_s: float | None = None,
-        version: str = "",
-        request_id: str = "",
-        parameters: Parameters | None = None,
-    ) -> PreparedRequest:
-        deadline = self._core.deadline(timeout_s)
-        return await self._core.prepare(model, inputs, outputs, version, request_id, parameters, deadline)
-
-    async def send(
-        self, request: PreparedRequest, *, timeout_s: float | None = None, headers: Mapping[str, str] | None = None
-    ) -> dict[str, np.ndarray]:
-        return await self._core.send(request, headers, self._core.deadline(timeout_s))

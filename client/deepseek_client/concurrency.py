@@ -13,16 +13,12 @@ import asyncio
 import queue
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from deepseek_client.errors import DeadlineExceeded, InferenceError
 
 Result = TypeVar("Result")
-
-IDLE_S = 10.0
-"""After this time without an attempt, a thread for hedged calls ends."""
 
 
 class Cancel:
@@ -75,60 +71,16 @@ def is_definite(error: BaseException | None) -> bool:
     return not (error.did_not_run or error.may_have_run or isinstance(error, DeadlineExceeded))
 
 
-class Workers:
-    """Daemon threads, which are reused: a process can exit while an attempt still connects."""
-
-    def __init__(self) -> None:
-        self._idle: deque[queue.SimpleQueue[Callable[[], None] | None]] = deque()
-        self._closed = False
-
-    def submit(self, task: Callable[[], None]) -> None:
-        try:
-            inbox = self._idle.pop()
-        except IndexError:
-            inbox = queue.SimpleQueue()
-            threading.Thread(target=self._work, args=(inbox,), name="deepseek-hedge", daemon=True).start()
-        inbox.put(task)
-
-    def _work(self, inbox: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
-        while True:
-            try:
-                task = inbox.get(timeout=IDLE_S)
-            except queue.Empty:
-                try:
-                    self._idle.remove(inbox)
-                except ValueError:  # taken: a task is coming
-                    continue
-                return
-            if task is None:
-                return
-            task()
-            del task  # keep nothing alive while waiting
-            self._idle.append(inbox)
-            if self._closed:  # checked after the append, so that `close` in another thread misses none
-                self.close()
-
-    def close(self) -> None:
-        """Ends idle threads now, the others after their task."""
-        self._closed = True
-        while True:
-            try:
-                self._idle.pop().put(None)
-            except IndexError:
-                return
-
-
 class ThreadConcurrency:
     def __init__(self) -> None:
         self._closed = threading.Event()
-        self._workers = Workers()
 
     async def sleep(self, seconds: float) -> None:
         """Waits; ends early if the client is closed."""
         self._closed.wait(seconds)
 
     async def race(self, first: Attempt[Result], second: Follower[Result], after_s: float) -> Result:
-        """The attempts run in threads of their own, so that no attempt can hold up the caller."""
+        """The attempts run in daemon threads, so that no attempt can hold up the caller or the end of the process."""
         ended: queue.SimpleQueue[tuple[int, Result | None, BaseException | None]] = queue.SimpleQueue()
         cancels: list[Cancel] = []
 
@@ -142,7 +94,7 @@ class ThreadConcurrency:
                 except BaseException as error:
                     ended.put((number, None, error))
 
-            self._workers.submit(work)
+            threading.Thread(target=work, name="deepseek-hedge", daemon=True).start()
 
         try:
             start(first)
@@ -170,7 +122,6 @@ class ThreadConcurrency:
 
     def close(self) -> None:
         self._closed.set()
-        self._workers.close()
 
 
 class AsyncConcurrency:

@@ -1,4 +1,4 @@
-"""The logic of both clients: checks, metadata, statistics. `retry` makes the attempts.
+"""The calls of both clients: checks, metadata, statistics. `retry` makes the attempts.
 
 Contract: written as coroutines that `concurrency` runs. Many threads may use it at once. `client` documents the
 behaviour that callers see.
@@ -36,8 +36,6 @@ MOST_METADATA = 1000  # models and versions; a server may answer every name that
 
 
 class ClientCore:
-    """Checks requests, caches metadata and counts calls for one client."""
-
     def __init__(self, options: ClientOptions, concurrency: Concurrency, transports: Mapping[str, Transport]) -> None:
         self._options = options
         self._concurrency = concurrency
@@ -57,14 +55,14 @@ class ClientCore:
     def transport(self) -> Transport:
         return self._replicas.all[0].transport
 
-    def deadline(self, timeout_s: float | None) -> Deadline:
+    def _deadline(self, timeout_s: float | None) -> Deadline:
         """The deadline of a call that starts now."""
         if self._closed:
             raise RuntimeError("this client is closed")
         return Deadline(self._options.timeout_s if timeout_s is None else checked_timeout(timeout_s))
 
     async def close(self) -> None:
-        """Closes the connections, ends the probes and frees the shared memory."""
+        """Closes the connections, ends the probes and frees the shared memory; no call after it."""
         self._closed = True
         self._retrier.close()
         self._replicas.close()
@@ -76,6 +74,7 @@ class ClientCore:
             await replica.transport.close()
 
     def statistics(self) -> Statistics:
+        """Calls, errors, retries, hedges and latency percentiles by model, and the state of the replicas."""
         return Statistics(
             models=self._counters.statistics(),
             replicas={replica.url: not replica.ejected for replica in self._replicas.all},
@@ -83,13 +82,13 @@ class ClientCore:
             readmissions=self._replicas.readmissions,
         )
 
-    async def ready(self, model: str | None, version: str, timeout_s: float | None) -> bool:
+    async def ready(self, model: str | None = None, *, version: str = "", timeout_s: float | None = None) -> bool:
         """Whether any replica can take requests. Raises the last replica's error if none answers."""
         check_texts(model="" if model is None else model, version=version)
         check_version(version)
         if model == "":
             raise InvalidInput("model=''; pass a model's name, or None for the server itself")
-        deadline = self.deadline(timeout_s)
+        deadline = self._deadline(timeout_s)
         replicas = sorted(self._replicas.all, key=lambda replica: replica.ejected)
         if len(replicas) == 1:
             return await self._retrier.call(lambda r, _: r.transport.ready(model, version, deadline), deadline, model)
@@ -105,9 +104,13 @@ class ClientCore:
             raise failure
         return False
 
-    async def metadata(self, model: str, version: str, deadline: Deadline) -> ModelMetadata:
+    async def metadata(self, model: str, *, version: str = "", timeout_s: float | None = None) -> ModelMetadata:
+        """The model's inputs and outputs, fetched now."""
         check_texts(model=model, version=version)
         check_version(version)
+        return await self._fetch_metadata(model, version, self._deadline(timeout_s))
+
+    async def _fetch_metadata(self, model: str, version: str, deadline: Deadline) -> ModelMetadata:
         metadata = await self._retrier.call(
             lambda r, cancel: r.transport.metadata(model, version, deadline, cancel),
             deadline,
@@ -119,11 +122,27 @@ class ClientCore:
         self._metadata[model, version] = metadata
         return metadata
 
-    async def model_statistics(self, model: str, deadline: Deadline) -> dict:
+    async def model_statistics(self, model: str, *, timeout_s: float | None = None) -> dict:
+        """Triton's statistics since it started."""
         check_texts(model=model)
+        deadline = self._deadline(timeout_s)
         return await self._retrier.call(lambda r, _: r.transport.model_statistics(model, deadline), deadline, model)
 
     async def prepare(
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        outputs: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+        version: str = "",
+        request_id: str = "",
+        parameters: Parameters | None = None,
+    ) -> PreparedRequest:
+        """Checks and encodes a request once, for `send` to send many times."""
+        return await self._prepare(model, inputs, outputs, version, request_id, parameters, self._deadline(timeout_s))
+
+    async def _prepare(
         self,
         model: str,
         inputs: Inputs,
@@ -134,40 +153,31 @@ class ClientCore:
         deadline: Deadline,
     ) -> PreparedRequest:
         check_texts(model=model, version=version, request_id=request_id)
-        parameters = checked_parameters(parameters or {})
+        check_version(version)
+        own = {"version": version, "request_id": request_id, "parameters": checked_parameters(parameters or {})}
         metadata = self._metadata.get((model, version))
         if metadata is not None:
             with contextlib.suppress(InvalidInput):  # the cached metadata may be outdated: ask the server
-                return self._encode(metadata.with_inputs(inputs), version, inputs, outputs, request_id, parameters)
-        metadata = (await self.metadata(model, version, deadline)).with_inputs(inputs)
-        return self._encode(metadata, version, inputs, outputs, request_id, parameters)
+                return self._encode(metadata, inputs, outputs, own)
+        return self._encode(await self._fetch_metadata(model, version, deadline), inputs, outputs, own)
 
     def _encode(
-        self,
-        metadata: ModelMetadata,
-        version: str,
-        inputs: Inputs,
-        outputs: Sequence[str] | None,
-        request_id: str,
-        parameters: Parameters,
+        self, described: ModelMetadata, inputs: Inputs, outputs: Sequence[str] | None, own: dict[str, Any]
     ) -> PreparedRequest:
+        """Raises InvalidInput if the inputs do not fit. `own` are further fields of the request."""
+        metadata = described.with_inputs(inputs)
         tensors = tensors_of(metadata, metadata.check(inputs, outputs))
         shared = bool(self._options.shared_memory) and self._want_memory(sum(len(tensor.data) for tensor in tensors))
         draft = PreparedRequest(
             model=metadata.name,
-            version=version,
-            request_id=request_id,
             outputs=tuple(outputs or ()),
             parts=(),
             tensors=tensors,
-            parameters=parameters,
             binary=metadata.binary,
             result_sizes=result_sizes(metadata, tensors, outputs) if shared else {},
+            **own,
         )
-        if shared:
-            return draft
-        parts = self.transport.encode(draft)
-        return dataclasses.replace(draft, parts=parts, tensors=())
+        return draft if shared else dataclasses.replace(draft, parts=self.transport.encode(draft), tensors=())
 
     def _want_memory(self, size_bytes: int) -> bool:
         return any(each.regions is not None and each.regions.want(size_bytes) for each in self._replicas.all)
@@ -176,25 +186,28 @@ class ClientCore:
         self,
         model: str,
         inputs: Inputs,
-        outputs: Sequence[str] | None,
-        version: str,
-        request_id: str,
-        parameters: Parameters | None,
-        headers: Headers | None,
-        deadline: Deadline,
+        *,
+        outputs: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+        version: str = "",
+        request_id: str = "",
+        parameters: Parameters | None = None,
+        headers: Headers | None = None,
     ) -> dict[str, np.ndarray]:
-        """Prepares and sends; one call in the statistics."""
+        """Runs the model and returns its outputs by name, as `InferenceClient.infer`; one call in the statistics."""
+        deadline = self._deadline(timeout_s)
 
         async def both() -> dict[str, np.ndarray]:
-            request = await self.prepare(model, inputs, outputs, version, request_id, parameters, deadline)
+            request = await self._prepare(model, inputs, outputs, version, request_id, parameters, deadline)
             return await self._send(request, headers, deadline)
 
         return await self._counted(model, both())
 
     async def send(
-        self, request: PreparedRequest, headers: Headers | None, deadline: Deadline
+        self, request: PreparedRequest, *, timeout_s: float | None = None, headers: Headers | None = None
     ) -> dict[str, np.ndarray]:
-        """Sends a prepared request; one call in the statistics."""
+        """Like `infer`, for a request made by this client's `prepare`."""
+        deadline = self._deadline(timeout_s)
         return await self._counted(request.model, self._send(request, headers, deadline))
 
     async def _counted(self, model: str, call: Coroutine[Any, Any, Result]) -> Result:
@@ -202,7 +215,7 @@ class ClientCore:
         try:
             answer = await call
         except BaseException as error:
-            if not isinstance(error, ModelNotFound) or model in self._counters:  # unknown names use no memory
+            if not isinstance(error, ModelNotFound) or self._counters.get(model):  # unknown names use no memory
                 self._counters.of(model).failed(error)
             raise
         self._counters.of(model).answered(time.perf_counter() - start_s)
@@ -227,23 +240,22 @@ class ClientCore:
         except (InvalidInput, ModelNotFound):  # passed the check here, refused by the server: drop the cached metadata
             self._metadata.pop((request.model, request.version), None)
             raise
-        return await self._checked(request, answer, deadline)
-
-    async def _checked(
-        self, request: PreparedRequest, answer: dict[str, np.ndarray], deadline: Deadline
-    ) -> dict[str, np.ndarray]:
-        """The answer if it fits the model's metadata, which is fetched again first: there may be a new version."""
-        known = self._metadata.get((request.model, request.version))
-        if known is not None:
-            try:
-                known.check_answer(answer, request.outputs)
-            except ServerError as misfit:
-                try:
-                    known = await self.metadata(request.model, request.version, deadline)
-                except InferenceError:  # it says nothing about this request, which has run
-                    raise misfit from None
-                known.check_answer(answer, request.outputs)
+        await self._check(request, answer, deadline)
         return answer
+
+    async def _check(self, request: PreparedRequest, answer: dict[str, np.ndarray], deadline: Deadline) -> None:
+        """Raises ServerError unless the answer fits the metadata, which is fetched again: the model may be new."""
+        known = self._metadata.get((request.model, request.version))
+        if known is None:
+            return
+        try:
+            known.check_answer(answer, request.outputs)
+        except ServerError as misfit:
+            try:
+                known = await self._fetch_metadata(request.model, request.version, deadline)
+            except InferenceError:  # it says nothing about this request, which has run
+                raise misfit from None
+            known.check_answer(answer, request.outputs)
 
     async def _attempt(
         self, replica: Replica, request: PreparedRequest, headers: Headers, deadline: Deadline, cancel: Cancel | None

@@ -3,7 +3,7 @@
 Contract: each check raises InvalidInput in one line, with the value seen and what is allowed.
 """
 
-import ipaddress
+import contextlib
 import math
 import re
 import ssl
@@ -23,7 +23,7 @@ OWN_HEADERS = {
 }
 LABEL = r"[\w-]{1,63}"  # one label of a host name
 OWN_PARAMETERS = ("timeout", "binary_data_output")  # of a request: the client writes them
-URL = rf"(\[(?P<ipv6>.+)\]|{LABEL}(\.{LABEL})*\.?):(?P<port>\d{{1,5}})"
+URL = rf"(\[[0-9a-fA-F:.]+\]|{LABEL}(\.{LABEL})*\.?):\d{{1,5}}"
 LARGEST_RESPONSE_BYTES = 2**31 - 1  # of a gRPC message
 LONGEST_S = 1e9  # the longest that sockets and locks can wait
 TRACEPARENT = r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
@@ -60,13 +60,10 @@ class ClientOptions:
             raise InvalidInput(
                 f"retry_budget={self.retry_budget!r}; it must be a share of the calls, such as 0.1; None: no limit"
             )
-        for name, types, needed in (
-            ("tls", bool, "True or False"),
-            ("ca_cert", str | Path | None, "a file's path"),
-            ("api_key", str | None, "a text"),
-        ):
-            if not isinstance(value := getattr(self, name), types):
-                raise InvalidInput(f"{name} is of type {type(value).__name__}; it must be {needed}")
+        if not isinstance(self.tls, bool):
+            raise InvalidInput(f"tls={self.tls!r}; it must be True or False")
+        if not isinstance(self.ca_cert, str | Path | None):
+            raise InvalidInput(f"ca_cert={self.ca_cert!r}; it must be a file's path")
         if self.shared_memory not in (False, True, "auto"):
             raise InvalidInput(f"shared_memory={self.shared_memory!r}; it must be False, True or 'auto'")
         if type(self.response_limit) is not int or not 0 < self.response_limit <= LARGEST_RESPONSE_BYTES:
@@ -111,16 +108,10 @@ def _is_number(value: object) -> bool:
 
 def check_url(url: str) -> None:
     """Raises InvalidInput unless `url` is host:port."""
-    match = re.fullmatch(URL, url, re.ASCII) if isinstance(url, str) else None
-    if not match or not 0 < int(match["port"]) < 65536 or not (match["ipv6"] is None or _is_ipv6(match["ipv6"])):
-        raise InvalidInput(f"url={url!r}; it must be host:port without a scheme, such as 127.0.0.1:8001 or [::1]:8001")
-
-
-def _is_ipv6(text: str) -> bool:
-    try:
-        return ipaddress.IPv6Address(text).scope_id is None
-    except ValueError:
-        return False
+    with contextlib.suppress(ValueError):  # of a wrong port or IPv6 address
+        if isinstance(url, str) and re.fullmatch(URL, url, re.ASCII) and urllib.parse.urlsplit(f"//{url}").port:
+            return
+    raise InvalidInput(f"url={url!r}; it must be host:port without a scheme, such as 127.0.0.1:8001 or [::1]:8001")
 
 
 def checked_timeout(timeout_s: float) -> float:
@@ -203,9 +194,9 @@ def read_pem(path: str | Path) -> bytes:
 
 
 def _check_key(api_key: str | None, tls: bool) -> None:
-    if api_key is not None and not tls:
+    if api_key is None:
+        return
+    if not tls:
         raise InvalidInput("api_key is only sent over TLS; give ca_cert=FILE, or tls=True for the system's authorities")
-    if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
-        raise InvalidInput(
-            "api_key holds a blank, control or non-ASCII character; pass the bare key, without a newline"
-        )
+    if not isinstance(api_key, str) or not re.fullmatch(r"[!-~]+", api_key):
+        raise InvalidInput("api_key must be a text without blank, control and non-ASCII characters; pass the bare key")

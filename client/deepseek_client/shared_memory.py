@@ -4,8 +4,8 @@ Contract
 - A region is a file in /dev/shm that the server maps when it is registered. Its name is removed right after, so that a
   killed client or server leaves nothing behind: the memory is freed when both have unmapped it.
 - A region serves one attempt at a time. After an attempt without an answer the server may still use it: the client
-  abandons the region and unregisters it once the server is done (24.09 and later refuse to unregister a region in use;
-  earlier versions crashed).
+  abandons the region, and unregisters it in the background once the server is done with it (24.09 and later refuse to
+  unregister a region in use; earlier versions crashed).
 - After a server refuses (the default since 26.04) or cannot open the file, requests use the socket for `REFUSED_S`.
   A restarted server knows no region: new ones are made.
 - A region is allocated when it is made, so a full /dev/shm is a refusal, not a crash in the middle of a copy.
@@ -24,13 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_client.concurrency import Cancel, Concurrency
-from deepseek_client.errors import (
-    ConnectionLost,
-    DeadlineExceeded,
-    InferenceError,
-    InvalidInput,
-    Unreachable,
-)
+from deepseek_client.errors import ConnectionLost, DeadlineExceeded, InferenceError, InvalidInput, Unreachable
 from deepseek_client.transport import Deadline, Headers, PreparedRequest, Transport
 
 FOLDER = Path("/dev/shm")
@@ -38,7 +32,7 @@ SMALLEST_BYTES = 65536  # per region
 AUTO_BYTES = 262144  # below this a socket is as fast
 REFUSED_S = 60.0
 CLOSE_TIMEOUT_S = 1.0
-FIRST_SWEEP_S, LONGEST_SWEEP_S = 0.1, 5.0
+FIRST_SWEEP_S, LONGEST_SWEEP_S = 0.1, 5.0  # until the next attempt to unregister abandoned regions
 ALIGNMENT = 64
 _UNCLEAR = (Unreachable, ConnectionLost, DeadlineExceeded)  # leave open whether the region was registered
 
@@ -101,7 +95,7 @@ class Regions:
         self._concurrency = concurrency
         self._required = required
         self._idle: deque[Region] = deque()
-        self._abandoned: deque[str] = deque()
+        self._abandoned: set[str] = set()
         self._sweeping = self._closed = False
         self._refused_until = 0.0
 
@@ -121,7 +115,9 @@ class Regions:
         except InferenceError as error:
             if _is_unknown_region(error):
                 region.free()
-                self._forget()
+                with contextlib.suppress(IndexError):
+                    while True:  # the server was restarted and knows none
+                        self._idle.pop().free()
                 return await self._transport.send(request, deadline, headers, cancel), False
             was_answered = not isinstance(error, ConnectionLost | DeadlineExceeded)
             (self._give_back if was_answered else self._abandon)(region)
@@ -159,31 +155,10 @@ class Regions:
             self._idle.append(region)
 
     def _abandon(self, region: Region) -> None:
-        """Sets aside a region after no answer: the server may still write to it. `_sweep` unregisters it later."""
+        """Sets aside a region that the server may still use; `_sweep` unregisters it."""
         region.free()
-        self._abandoned.append(region.region)
+        self._abandoned.add(region.region)
         self._start_sweeping()
-
-    def _forget(self) -> None:
-        """Drops all regions: the server was restarted and knows none."""
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle.pop().free()
-
-    async def close(self) -> None:
-        """Unregisters all regions; takes at most `CLOSE_TIMEOUT_S` if the server does not answer."""
-        self._closed = True
-        with contextlib.suppress(IndexError):
-            while True:
-                region = self._idle.pop()
-                region.free()
-                self._abandoned.append(region.region)
-        deadline = Deadline(CLOSE_TIMEOUT_S)
-        while self._abandoned and deadline.left_s() > 0:
-            name = self._abandoned.popleft()
-            if not await self._unregister(name, deadline):
-                self._abandoned.append(name)
-                await self._concurrency.sleep(FIRST_SWEEP_S)
 
     def _start_sweeping(self) -> None:
         if self._abandoned and not self._sweeping and not self._closed:
@@ -191,18 +166,30 @@ class Regions:
             self._concurrency.spawn(self._sweep)
 
     async def _sweep(self) -> None:
-        """Unregisters abandoned regions as soon as no request uses them."""
         pause_s = FIRST_SWEEP_S
         while self._abandoned and not self._closed:
             await self._concurrency.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_SWEEP_S)
-            for _ in range(len(self._abandoned)):
-                with contextlib.suppress(IndexError):  # `close` took it
-                    name = self._abandoned.popleft()
-                    if self._closed or not await self._unregister(name, Deadline(CLOSE_TIMEOUT_S)):
-                        self._abandoned.append(name)
+            await self._unregister_abandoned(Deadline(CLOSE_TIMEOUT_S))
         self._sweeping = False
         self._start_sweeping()  # for regions abandoned since
+
+    async def close(self) -> None:
+        """Unregisters all regions; takes at most `CLOSE_TIMEOUT_S` if the server does not answer."""
+        self._closed = True
+        with contextlib.suppress(IndexError):
+            while True:
+                self._abandon(self._idle.pop())
+        deadline = Deadline(CLOSE_TIMEOUT_S)
+        while self._abandoned and deadline.left_s() > 0:
+            await self._unregister_abandoned(deadline)
+            if self._abandoned:
+                await self._concurrency.sleep(FIRST_SWEEP_S)
+
+    async def _unregister_abandoned(self, deadline: Deadline) -> None:
+        for name in list(self._abandoned):
+            if await self._unregister(name, deadline):
+                self._abandoned.discard(name)  # only now: `close` ends the sweep, and takes what it has left
 
     def _take_idle(self, size: int) -> Region | None:
         """The region used last; one that is too small is abandoned."""

@@ -143,7 +143,7 @@ class Counters:
         return self._models.get(model) or self._added(model)
 
     def get(self, model: str) -> ModelCounters | None:
-        """The counters for one model; None if it has none yet."""
+        """The counters for one model; None if it has none of its own yet."""
         return self._models.get(model)
 
     def _added(self, model: str) -> ModelCounters:
@@ -156,9 +156,6 @@ class Counters:
                     return others
                 others.absorb(self._models.pop(name))
             return self._models.setdefault(model, ModelCounters())
-
-    def __contains__(self, model: str) -> bool:
-        return model in self._models
 
     def statistics(self) -> dict[str, ModelStatistics]:
         return {model: counters.statistics() for model, counters in list(self._models.items())}

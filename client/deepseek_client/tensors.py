@@ -77,20 +77,21 @@ def listed_to_numpy(datatype: str, shape: Sequence[int], data: Any) -> np.ndarra
 
 
 def exact_array(value: Any, datatype: str) -> np.ndarray:
-    """JSON numbers as an array; only the last digits of a decimal may be lost. Raises ValueError."""
+    """JSON numbers, or truths, as an array; only the last digits of a decimal may be lost. Raises ValueError."""
     try:
         array = np.array(value)
     except ValueError:
         raise ValueError("the lists in it differ in length") from None
-    target = DTYPES[datatype]
-    if not array.size:
-        return array.astype(target)
+    target, objects = DTYPES[datatype], np.array(value, dtype=object)
     if array.dtype.kind in "fO" and target.kind in "iu":
-        return _exact_integers(value, datatype)
-    if array.dtype.kind not in "biuf" or (array.dtype.kind == "b") != (datatype == "BOOL"):
-        raise ValueError(f"holds something other than {datatype}: {str(value)[:60]}")
+        array = objects  # numpy would join 1.0 and 2**53 + 1, or 1 and 2**63, to inexact float64
     with np.errstate(all="ignore"):
-        cast = array.astype(target)
+        try:
+            if not set(map(type, objects.flat)) <= ({bool} if datatype == "BOOL" else {int, float}):
+                raise TypeError  # numpy would take [1, True] for integers
+            cast = array.astype(target)
+        except (OverflowError, TypeError, ValueError):
+            raise ValueError(f"holds something other than {datatype}: {str(value)[:60]}") from None
         if array.dtype.kind == "f" and datatype.startswith(("FP", "BF")):
             lost = np.isfinite(array) & ~np.isfinite(cast.astype(np.float64))
         else:
@@ -98,18 +99,6 @@ def exact_array(value: Any, datatype: str) -> np.ndarray:
     if lost.any():
         raise ValueError(f"{array[lost].flat[0]!s} does not fit {datatype}")
     return cast
-
-
-def _exact_integers(value: Any, datatype: str) -> np.ndarray:
-    """Numbers that numpy would join to float64, such as 1 beside 2**63, as integers. Raises ValueError."""
-    array, target = np.array(value, dtype=object), DTYPES[datatype]
-    limits = np.iinfo(target)
-    for number in array.flat:
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise ValueError(f"holds something other than {datatype}: {str(value)[:60]}")
-        if not limits.min <= number <= limits.max or number != int(number):
-            raise ValueError(f"{number} does not fit {datatype}")
-    return array.astype(target)
 
 
 def placed_array(placement: Placement, output: str, datatype: str, shape: Sequence[int]) -> np.ndarray:

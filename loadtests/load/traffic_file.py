@@ -16,10 +16,9 @@ import hashlib
 import math
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -53,22 +52,15 @@ class Traffic:
     sha256: str
     models: tuple[str, ...]
     codes: np.ndarray
-    """For each request the place of its model in `models`; empty if they all are of the first."""
+    """For each request the place of its model in `models`."""
     requests: Requests
 
     def of(self, model: str) -> Requests:
-        """The requests of one model; InputError if there are none."""
-        every = self.requests
-        if not len(self.codes):
-            return every
-        own = np.flatnonzero(self.codes == self.models.index(model))
-        if not len(own):
+        """The requests of one model. Raises InputError if the file has none."""
+        every, own = self.requests, self.codes == self.models.index(model)
+        if not own.any():
             raise InputError(f"{self.path}: no request of {model}; leave it out of --mix, or choose another file")
-
-        def part(column: np.ndarray) -> np.ndarray:
-            return column[own] if len(column) else column
-
-        values, keys = part(every.values), part(every.keys)
+        values, keys = (column[own] if len(column) else column for column in (every.values, every.keys))
         return Requests(times_s=every.times_s[own], choice=every.choice, values=values, keys=keys)
 
 
@@ -86,8 +78,7 @@ class _Reader:
         self._path, self._file, self._rows, self._models = path, file, list(rows.values()), tuple(rows)
         self._digest = hashlib.sha256()
         self._lines = csv.reader(self._text(), strict=True)
-        self._times, self._codes = array("d"), array("B")
-        self._values, self._keys = array("d"), array("I")
+        self._times, self._codes, self._values, self._keys = array("d"), array("B"), array("d"), array("I")
 
     def _text(self) -> Iterator[str]:
         """The lines as text, without a byte order mark."""
@@ -99,8 +90,8 @@ class _Reader:
             yield line.decode(encoding)
             encoding = "utf-8"
 
-    def _wrong(self, what: str) -> InputError:
-        return InputError(f"{self._path}, line {max(1, self._lines.line_num)}: {what}")
+    def _wrong(self, what: str, line: int = 0) -> InputError:
+        return InputError(f"{self._path}, line {line or max(1, self._lines.line_num)}: {what}")
 
     def read(self) -> Traffic:
         try:
@@ -108,36 +99,35 @@ class _Reader:
         except csv.Error as error:
             raise self._wrong(f"{error}; allowed: CSV with the columns {', '.join(COLUMNS)}") from None
         except UnicodeDecodeError:
-            raise InputError(
-                f"{self._path}, line {self._lines.line_num + 1}: not UTF-8; save the file as UTF-8"
-            ) from None
+            raise self._wrong("not UTF-8; save the file as UTF-8", self._lines.line_num + 1) from None
         if not self._times:
             raise InputError(f"{self._path}: no request; allowed: a line of column names, then 1 to {MOST_REQUESTS:,}")
-        times_s = np.frombuffer(self._times)
-        columns = [np.frombuffer(each, each.typecode) for each in (self._codes, self._values, self._keys) if each]
-        if (np.diff(times_s) < 0).any():
-            order = np.argsort(times_s, kind="stable")
-            times_s, columns = times_s[order], [each[order] for each in columns]
-        found = iter(columns)
-        codes, values, keys = (
-            next(found) if each else np.empty(0, each.typecode) for each in (self._codes, self._values, self._keys)
-        )
-        requests = Requests(times_s=times_s - times_s[0], choice=choice, values=values, keys=keys)
-        return Traffic(
-            path=self._path, sha256=self._digest.hexdigest(), models=self._models, codes=codes, requests=requests
-        )
+        times_s = np.array(self._times)
+        order = np.argsort(times_s, kind="stable")
+        values, keys = (np.array(cells)[order] if cells else np.array(cells) for cells in (self._values, self._keys))
+        ordered_s = times_s[order]
+        requests = Requests(times_s=ordered_s - ordered_s[0], choice=choice, values=values, keys=keys)
+        codes, digest = np.array(self._codes)[order], self._digest.hexdigest()
+        return Traffic(path=self._path, sha256=digest, models=self._models, codes=codes, requests=requests)
 
     def _read_lines(self) -> Choice | None:
         names = next(self._lines, [])
         choice = self._checked(names)
-        cells = [(names.index(name), take) for name, take in self._cells().items() if name in names]
+        place = {name: number for number, name in enumerate(names)}
         for line in self._lines:
             if not line:
                 continue
             if len(line) != len(names):
                 raise self._wrong(f"{len(line)} values; the first line names {len(names)}: {', '.join(names)}")
-            for place, take in cells:
-                take(line[place])
+            self._times.append(self._time_s(line[place["time"]]))
+            model = self._model(line[place["model"]]) if "model" in place else 0
+            self._codes.append(model)
+            if choice == "row":
+                self._values.append(self._row(line[place["row"]], self._rows[model]))
+            elif choice is not None:
+                self._values.append(self._size(choice, line[place[choice]]))
+            if "key" in place:
+                self._keys.append(zlib.crc32(line[place["key"]].encode()))
             if len(self._times) > MOST_REQUESTS:
                 raise self._wrong(f"more than {MOST_REQUESTS:,} requests; replay a part of the file")
         return choice
@@ -157,18 +147,7 @@ class _Reader:
             raise self._wrong("no column model, which --mix needs; add it, or replay one model (MODEL=)")
         return chosen[0] if chosen else None
 
-    def _cells(self) -> dict[str, Callable[[str], None]]:
-        """Takes a value of each column; the model first, since it bounds the row."""
-        return {
-            "time": self._take_time,
-            "model": self._take_model,
-            "row": self._take_row,
-            "length": partial(self._take_size, "length"),
-            "bytes": partial(self._take_size, "bytes"),
-            "key": self._take_key,
-        }
-
-    def _take_time(self, text: str) -> None:
+    def _time_s(self, text: str) -> float:
         try:
             seconds = float(text)
         except ValueError:
@@ -178,38 +157,34 @@ class _Reader:
         if self._times and abs(seconds - self._times[0]) > LONGEST_S:
             apart = f"time {text[:80]!r} is {abs(seconds - self._times[0]):.0f} s from the first line's"
             raise self._wrong(f"{apart}; allowed: {LONGEST_S} s, all times in one format")
-        self._times.append(seconds)
+        return seconds
 
-    def _take_model(self, text: str) -> None:
+    def _model(self, text: str) -> int:
         if text not in self._models:
             more = ",".join([*self._models, text]) if text else "recommender,minilm"
             raise self._wrong(
                 f"model {text[:80]!r}; allowed: {', '.join(self._models)}; to replay several models, name all of them: "
                 f"--mix {more[:120]} (MIX=)"
             )
-        self._codes.append(self._models.index(text))
+        return self._models.index(text)
 
-    def _take_row(self, text: str) -> None:
-        rows = self._rows[self._codes[len(self._values)]] if self._codes else self._rows[0]
+    def _row(self, text: str, rows: int) -> int:
         if not (text.isdecimal() and len(text) < 10 and int(text) < rows):
             raise self._wrong(f"row {text[:80]!r}; allowed: 0 to {rows - 1}, the rows of the inputs")
-        self._values.append(int(text))
+        return int(text)
 
-    def _take_size(self, name: str, text: str) -> None:
+    def _size(self, name: str, text: str) -> float:
         try:
             size = float(text)
         except ValueError:
             size = math.nan
         if not 0 <= size < math.inf:
             raise self._wrong(f"{name} {text[:80]!r}; allowed: a number, 0 or more")
-        self._values.append(size)
-
-    def _take_key(self, text: str) -> None:
-        self._keys.append(zlib.crc32(text.encode()))
+        return size
 
 
 def _iso_seconds(text: str) -> float:
-    """Seconds since 1970, nan if it is no ISO time; one without a zone counts as UTC."""
+    """Seconds since 1970 of an ISO time, by default in UTC; nan if the text is something else."""
     try:
         found = datetime.fromisoformat(text)
     except ValueError:

@@ -6,16 +6,17 @@ shape share it. The id, the parameters, the tensors' bytes and, for each attempt
 writes most of these fields in protobuf's wire format.
 
 Example:
-    body = RequestEncoder().encode(request)
+    body = encoded(request)
     stub(body + timeout_field(500_000))
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from tritonclient.grpc import service_pb2
 
-from deepseek_client.transport import Placement, PreparedRequest
+from deepseek_client.transport import Placement, PreparedRequest, Tensor
 
 MOST_HEADS = 1000
 # Field numbers of ModelInferRequest and InferParameter, with wire type 2 (length, then bytes) or 0 (varint).
@@ -23,33 +24,28 @@ ID, PARAMETERS, RAW_INPUT_CONTENTS = b"\x1a", b"\x22", b"\x3a"  # 3, 4, 7
 KEY_TIMEOUT, VALUE, INT64 = b"\x0a\x07timeout", b"\x12", b"\x10"  # of a map's entry 1, 2; of a parameter 2
 
 
-class RequestEncoder:
-    def __init__(self) -> None:
-        self._heads: dict[tuple, bytes] = {}
+def encoded(request: PreparedRequest) -> bytes:
+    """The request without its time-out."""
+    tensors = request.tensors
+    shapes = tuple([(tensor.name, tensor.datatype, tensor.shape) for tensor in tensors])
+    pieces = [_head(request.model, request.version, request.outputs, shapes)]
+    if request.request_id:
+        name = request.request_id.encode()
+        pieces += (ID, varint(len(name)), name)
+    if request.parameters:
+        pieces.append(service_pb2.ModelInferRequest(parameters=_parameters(request)).SerializeToString())
+    for tensor in tensors:
+        pieces += (RAW_INPUT_CONTENTS, varint(len(tensor.data)), tensor.data)
+    return b"".join(pieces)
 
-    def encode(self, request: PreparedRequest) -> bytes:
-        """The request without its time-out."""
-        tensors = request.tensors
-        shapes = tuple([(tensor.name, tensor.datatype, tensor.shape) for tensor in tensors])
-        key = (request.model, request.version, request.outputs, shapes)
-        head = self._heads.get(key)
-        if head is None:
-            message = message_of(request)
-            message.ClearField("id")
-            message.ClearField("parameters")
-            head = message.SerializeToString()
-            if len(self._heads) >= MOST_HEADS:
-                self._heads.clear()
-            self._heads[key] = head
-        pieces = [head]
-        if request.request_id:
-            name = request.request_id.encode()
-            pieces += (ID, varint(len(name)), name)
-        if request.parameters:
-            pieces.append(service_pb2.ModelInferRequest(parameters=_parameters(request)).SerializeToString())
-        for tensor in tensors:
-            pieces += (RAW_INPUT_CONTENTS, varint(len(tensor.data)), tensor.data)
-        return b"".join(pieces)
+
+@lru_cache(MOST_HEADS)
+def _head(
+    model: str, version: str, outputs: tuple[str, ...], shapes: tuple[tuple[str, str, tuple[int, ...]], ...]
+) -> bytes:
+    tensors = tuple(Tensor(name=name, datatype=datatype, shape=shape, data=b"") for name, datatype, shape in shapes)
+    bare = PreparedRequest(model=model, version=version, request_id="", outputs=outputs, parts=(), tensors=tensors)
+    return message_of(bare).SerializeToString()
 
 
 def varint(value: int) -> bytes:

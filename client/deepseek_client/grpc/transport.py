@@ -11,7 +11,7 @@ from tritonclient.grpc import service_pb2
 from deepseek_client.concurrency import Cancel
 from deepseek_client.errors import AccessDenied, ModelNotFound, ModelNotReady, ServerError
 from deepseek_client.grpc.channel import Channel, Metadata
-from deepseek_client.grpc.message import RequestEncoder, message_of, timeout_field
+from deepseek_client.grpc.message import encoded, message_of, timeout_field
 from deepseek_client.grpc.status import error_of_rpc
 from deepseek_client.metadata import DTYPES, UNREADABLE, ModelMetadata, metadata_from_json
 from deepseek_client.tensors import listed_to_numpy, placed_array, to_numpy
@@ -23,7 +23,6 @@ class GrpcTransport:
         self._url = url
         self._channel = channel
         self._metadata: Metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
-        self._encoder = RequestEncoder()
 
     async def ready(self, model: str | None, version: str, deadline: Deadline) -> bool:
         try:
@@ -47,7 +46,7 @@ class GrpcTransport:
 
     def encode(self, request: PreparedRequest) -> tuple[bytes, ...]:
         """One part: the message."""
-        return (self._encoder.encode(request),)
+        return (encoded(request),)
 
     async def send(
         self,

@@ -12,7 +12,6 @@ import select
 import selectors
 import socket
 import ssl
-import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -22,7 +21,7 @@ from deepseek_client.concurrency import Cancel
 from deepseek_client.transport import Deadline
 
 NEXT_ADDRESS_S = 0.25  # then the host's next address is tried in parallel (RFC 8305)
-CANCELLED_WITHIN_S = 0.05  # a cancelled attempt that still connects ends within this time
+CANCELLED_WITHIN_S = 0.05  # how soon a cancelled attempt ends that still connects, or waits for a connection
 LEAST_BYTES, MOST_BYTES = 65536, 1 << 20  # per read: small buffers for small answers, few reads for large ones
 
 
@@ -144,12 +143,11 @@ class AsyncConnection(asyncio.Protocol):
             return False
         return not _is_readable(self._transport.get_extra_info("socket").fileno())  # the loop may not have seen it yet
 
-    def stop(self) -> None:
-        self._transport.abort()
-
     def close(self) -> None:
         """Unsent bytes are dropped."""
         self._transport.abort()
+
+    stop = close
 
     async def _wait(self, condition: Callable[[], bool], deadline: Deadline) -> None:
         """Waits until an event of the loop makes `condition` true."""
@@ -203,31 +201,36 @@ def _is_readable(descriptor: int) -> bool:
 async def connected_on_loop(host: str, port: int) -> socket.socket:
     """A connected socket for a loop. Raises OSError.
 
-    asyncio's own connection race leaks the socket if it is cancelled at the moment of connecting.
+    asyncio's own connection race leaks the socket if it is cancelled at the moment of connecting. That of
+    aiohappyeyeballs drops a cancel that comes while it ends the slower address.
     """
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return await start_connection(found, happy_eyeballs_delay=NEXT_ADDRESS_S)
+    task = asyncio.current_task()
+    assert task is not None
+    cancels = task.cancelling()
+    opened = await start_connection(found, happy_eyeballs_delay=NEXT_ADDRESS_S)
+    if task.cancelling() > cancels:
+        opened.close()
+        raise asyncio.CancelledError
+    return opened
 
 
-def _connect(connection: socket.socket, address: Any, timeout_s: float, cancel: Cancel | None) -> None:
+def _connect(connection: socket.socket, address: Any, deadline: Deadline, cancel: Cancel | None) -> None:
     """Connects; ends with an OSError soon after `cancel`."""
     if cancel is None:
-        connection.settimeout(timeout_s)
+        connection.settimeout(deadline.socket_timeout_s())
         connection.connect(address)
         return
     connection.setblocking(False)
-    started = connection.connect_ex(address)
-    if started not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-        raise OSError(started, os.strerror(started))
-    give_up_s = time.monotonic() + timeout_s
+    failure = connection.connect_ex(address)
     with selectors.DefaultSelector() as selector:
         selector.register(connection, selectors.EVENT_WRITE)
-        while not selector.select(min(CANCELLED_WITHIN_S, max(0.0, give_up_s - time.monotonic()))):
+        while failure in (errno.EINPROGRESS, errno.EWOULDBLOCK):
             if cancel.cancelled:
                 raise ConnectionAbortedError(errno.ECONNABORTED, "another attempt was answered first")
-            if time.monotonic() >= give_up_s:
-                raise TimeoutError
-    if failure := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            if selector.select(min(CANCELLED_WITHIN_S, deadline.socket_timeout_s())):
+                failure = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if failure:
         raise OSError(failure, os.strerror(failure))
 
 
@@ -242,7 +245,7 @@ def connected(host: str, port: int, deadline: Deadline, cancel: Cancel | None = 
             failure = error
             continue
         try:
-            _connect(connection, address, deadline.socket_timeout_s() / left, cancel)
+            _connect(connection, address, Deadline(deadline.socket_timeout_s() / left), cancel)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return connection
         except OSError as error:

@@ -1,8 +1,8 @@
 """KServe v2 over HTTP/1.1, with binary tensors.
 
 Contract: `deepseek_client.transport.Transport`. Connections are kept alive and reused, one per call in flight; any
-error closes the connection. A server may close an idle connection just as a call is sent on it: a call that may run
-twice is then sent once more over a new connection, outside of `retries`. $http_proxy is ignored.
+error closes the connection. A server may close idle connections just as a call is sent on one: a call that may run
+twice is then sent once more, outside of `retries`. $http_proxy is ignored.
 """
 
 import contextlib
@@ -30,9 +30,10 @@ from deepseek_client.http.connection import Connection
 from deepseek_client.http.pool import AsyncPool, BlockingPool
 from deepseek_client.http.response import Response, ResponseTooLarge, read_response
 from deepseek_client.metadata import DTYPES, UNREADABLE, ModelMetadata, metadata_from_json
+from deepseek_client.options import ClientOptions
 from deepseek_client.server_errors import error_of_status, one_line, retry_after_s, untrusted
 from deepseek_client.tensors import listed_to_numpy, placed_array, to_numpy
-from deepseek_client.transport import NO_HEADERS, Deadline, Headers, Parameters, Placement, PreparedRequest, Tensor
+from deepseek_client.transport import NO_HEADERS, Deadline, Headers, Placement, PreparedRequest, Tensor
 
 BINARY_HEADER_SIZE = "Inference-Header-Content-Length"  # bytes of JSON in a body; the tensors follow
 SMALL_BYTES = 65536  # up to this size, joining head and body into one write is faster than two writes
@@ -41,22 +42,14 @@ Body = tuple[tuple[bytes, ...], str]
 
 
 class HttpTransport:
-    def __init__(
-        self,
-        url: str,
-        pool: BlockingPool | AsyncPool,
-        *,
-        idempotent: bool,
-        tls: bool,
-        api_key: str | None,
-        max_response_bytes: int,
-    ) -> None:
+    def __init__(self, url: str, pool: BlockingPool | AsyncPool, options: ClientOptions) -> None:
         self._url = url
         self._pool = pool
-        self._idempotent = idempotent
-        self._max_response_bytes = max_response_bytes
-        self._scheme = "HTTPS" if tls else "HTTP"
-        self._headers = f"Host: {url}\r\n" + (f"Authorization: Bearer {api_key}\r\n" if api_key else "")
+        self._idempotent = options.idempotent
+        self._max_response_bytes = options.response_limit
+        self._scheme = "HTTPS" if options.speaks_tls else "HTTP"
+        key = options.api_key
+        self._headers = f"Host: {url}\r\n" + (f"Authorization: Bearer {key}\r\n" if key else "")
 
     async def ready(self, model: str | None, version: str, deadline: Deadline) -> bool:
         path = f"{_path(model, version)}/ready" if model else "/v2/health/ready"
@@ -88,9 +81,7 @@ class HttpTransport:
 
     def encode(self, request: PreparedRequest) -> tuple[bytes, ...]:
         """Three parts: the path, the JSON header up to the value of its time-out, and the tensors."""
-        if not request.binary:
-            return _json_parts(request)
-        return _parts(request, b"".join(tensor.data for tensor in request.tensors))
+        return _parts(request)
 
     async def send(
         self,
@@ -100,7 +91,7 @@ class HttpTransport:
         cancel: Cancel | None = None,
         placement: Placement | None = None,
     ) -> dict[str, np.ndarray]:
-        parts = (request.parts or self.encode(request)) if placement is None else _parts(request, b"", placement)
+        parts = request.parts if request.parts and placement is None else _parts(request, placement)
         path, opened, tensors = parts
         extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
 
@@ -173,17 +164,16 @@ class HttpTransport:
             head = f"{method} {path} HTTP/1.1\r\n{self._headers}{headers}\r\n".encode("latin-1")
             return (b"".join((head, *content)),) if size < SMALL_BYTES else (head, *content)
 
-        connection = await self._connection(deadline, cancel=cancel)
         may_run_twice = method == "GET" or self._idempotent  # RFC 9110, 9.2.2
         try:
+            connection = await self._connection(deadline, cancel)
             try:
                 return await self._exchange_over(connection, parts, deadline, cancel)
             except http.client.RemoteDisconnected:
                 if not (connection.reused and may_run_twice) or (cancel and cancel.cancelled):
                     raise
-            return await self._exchange_over(
-                await self._connection(deadline, idle=False, cancel=cancel), parts, deadline, cancel
-            )
+            self._pool.drop_idle()  # the server may be closing these too
+            return await self._exchange_over(await self._connection(deadline, cancel), parts, deadline, cancel)
         except TimeoutError:
             raise deadline.exceeded(self._url) from None
         except (OSError, http.client.HTTPException) as error:
@@ -213,10 +203,9 @@ class HttpTransport:
                 connection.close()
         return answer
 
-    async def _connection(self, deadline: Deadline, *, idle: bool = True, cancel: Cancel | None = None) -> Connection:
-        """A connection from the pool; with `idle` False a new one."""
+    async def _connection(self, deadline: Deadline, cancel: Cancel | None) -> Connection:
         try:
-            return await self._pool.take(deadline, idle=idle, cancel=cancel)
+            return await self._pool.take(deadline, cancel)
         except TimeoutError:
             raise deadline.exceeded(self._url) from None
         except ssl.SSLCertVerificationError as error:
@@ -228,46 +217,35 @@ class HttpTransport:
             ) from None
 
 
-def _parts(request: PreparedRequest, tensors: bytes, placement: Placement | None = None) -> tuple[bytes, bytes, bytes]:
-    """The path, the JSON header up to the value of its time-out, and the tensors."""
-    inputs = [
-        {
-            "name": tensor.name,
-            "shape": tensor.shape,
-            "datatype": tensor.datatype,
-            "parameters": _placed(placement.region, placement.inputs[tensor.name])
-            if placement
-            else {"binary_data_size": len(tensor.data)},
-        }
+def _parts(request: PreparedRequest, placement: Placement | None = None) -> tuple[bytes, bytes, bytes]:
+    """The path, the JSON up to the value of its time-out, which two brackets follow, and the tensors.
+
+    Raises InvalidInput if the server takes only JSON and a string is not UTF-8.
+    """
+
+    def content(tensor: Tensor) -> Mapping[str, Any]:
+        if placement is not None:
+            return {"parameters": _placed(placement.region, placement.inputs[tensor.name])}
+        return {"parameters": {"binary_data_size": len(tensor.data)}} if request.binary else {"data": _listed(tensor)}
+
+    header: dict[str, Any] = {"id": request.request_id} if request.request_id else {}
+    header["inputs"] = [
+        {"name": tensor.name, "shape": tensor.shape, "datatype": tensor.datatype, **content(tensor)}
         for tensor in request.tensors
     ]
-    header: dict[str, Any] = {"id": request.request_id} if request.request_id else {}
-    header["inputs"] = inputs
     if placement is not None and placement.outputs:
         header["outputs"] = [
             {"name": name, "parameters": _placed(placement.region, place)} for name, place in placement.outputs.items()
         ]
     elif request.outputs:
-        header["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in request.outputs]
-    opened = _opened(header, {"binary_data_output": True, **request.parameters})
-    return f"{_path(request.model, request.version)}/infer".encode(), opened, tensors
-
-
-def _opened(header: Mapping[str, Any], parameters: Parameters) -> bytes:
-    """The JSON up to the value of its time-out, which is followed by two brackets."""
-    return json.dumps({**header, "parameters": {**parameters, "timeout": 0}})[: -len("0}}")].encode()
-
-
-def _json_parts(request: PreparedRequest) -> tuple[bytes, bytes, bytes]:
-    """The same with the tensors as numbers and texts in the JSON. Raises InvalidInput."""
-    header: dict[str, Any] = {"id": request.request_id} if request.request_id else {}
-    header["inputs"] = [
-        {"name": tensor.name, "shape": tensor.shape, "datatype": tensor.datatype, "data": _listed(tensor)}
-        for tensor in request.tensors
-    ]
-    if request.outputs:
-        header["outputs"] = [{"name": name} for name in request.outputs]
-    return f"{_path(request.model, request.version)}/infer".encode(), _opened(header, request.parameters), b""
+        binary = {"parameters": {"binary_data": True}} if request.binary else {}
+        header["outputs"] = [{"name": name, **binary} for name in request.outputs]
+    all_binary = {"binary_data_output": True} if request.binary else {}
+    header["parameters"] = {**all_binary, **request.parameters, "timeout": 0}
+    in_body = request.binary and placement is None
+    tensors = b"".join(tensor.data for tensor in request.tensors) if in_body else b""
+    path = f"{_path(request.model, request.version)}/infer"
+    return path.encode(), json.dumps(header)[: -len("0}}")].encode(), tensors
 
 
 def _listed(tensor: Tensor) -> list:

@@ -11,10 +11,11 @@ from functools import partial
 
 import numpy as np
 from deepseek_client import InferenceClient, PreparedRequest
-from deepseek_client.client import address_of, http_transport
+from deepseek_client.client import address_of
 from deepseek_client.concurrency import run
 from deepseek_client.grpc.transport import GrpcTransport
 from deepseek_client.http.pool import BlockingPool
+from deepseek_client.http.transport import HttpTransport
 from deepseek_client.options import ClientOptions
 from deepseek_client.transport import NO_HEADERS, Deadline, Transport
 
@@ -28,7 +29,7 @@ class WireClient(InferenceClient):
             return super()._transport(url, options)
         if options.protocol == "grpc":
             return GrpcTransport(url, GreenChannel(url))
-        return http_transport(url, options, BlockingPool(partial(GreenConnection.open, *address_of(url))))
+        return HttpTransport(url, BlockingPool(partial(GreenConnection.open, *address_of(url))), options)
 
     def send(
         self, request: PreparedRequest, *, timeout_s: float | None = None, headers: Mapping[str, str] | None = None

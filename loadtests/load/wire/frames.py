@@ -1,12 +1,12 @@
 """gRPC's unary calls as HTTP/2 frames, without a socket.
 
 Contract: the client's side of RFC 9113 and "gRPC over HTTP/2": one message each way, uncompressed, without TLS. `out`
-collects the bytes to send. `feed` returns the calls that ended; on any invalid input it raises NotHttp2. It respects
-both sides' flow control, the server's limit on streams, pings, GOAWAY and resets. Calls that the server reports as not
-processed are marked `unprocessed`. The memory that a server can make it use is bounded.
+collects the bytes to send. `feed` returns the calls that ended; it raises NotHttp2 on bytes that it cannot read. It
+respects both sides' flow control, the server's limit on streams, pings, GOAWAY and resets. Calls that the server
+reports as not processed are marked `unprocessed`. The memory that a server can make it use is bounded.
 
 The settings tell the server to use no table of header fields, so each header block decodes independently and can be
-cached.
+cached. Padding and priorities, which no gRPC server sends, are NotHttp2.
 
 Example:
     frames = Frames()
@@ -32,16 +32,15 @@ import hpack
 
 DATA, HEADERS, _, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 END_STREAM, ACK, END_HEADERS, PADDED, WITH_PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
-TABLE_SIZE, ENABLE_PUSH, MOST_STREAMS, INITIAL_WINDOW, FRAME_SIZE = range(1, 6)  # settings
+TABLE_SIZE, ENABLE_PUSH, MOST_STREAMS, INITIAL_WINDOW = range(1, 5)  # settings
 REFUSED, CANCEL = 0x7, 0x8  # reasons of a reset
 NO_TABLE = b"\x20"  # our own header blocks use no table either (RFC 7541, 6.3)
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 LARGEST = 2**31 - 1  # window, and number of a stream
-DEFAULT_WINDOW, DEFAULT_FRAME, LARGEST_FRAME = 65535, 16384, 2**24 - 1
+DEFAULT_WINDOW, LARGEST_FRAME = 65535, 16384  # bytes; without another setting
 REPLENISH = 2**30  # received bytes after which the connection's window is enlarged again
 MOST_CACHED = 100  # decoded header blocks
 LARGEST_HEADERS = 65536  # bytes of a header block
-MOST_CONTINUATIONS = 16
 MOST_REPLIES = 1000  # unsent replies to pings and settings
 STATUS = {str(code.value[0]).encode(): code for code in grpc.StatusCode}
 HEAD = struct.Struct(">HBBBI")  # of a frame: size in 24 bits, kind, flags, stream
@@ -94,12 +93,12 @@ class Frames:
         self._waiting: deque[UnaryCall] = deque()
         self._blocked: dict[int, UnaryCall] = {}  # by stream: no window has room for the rest
         self._next = 1
-        self._window, self._initial, self._size, self._most = DEFAULT_WINDOW, DEFAULT_WINDOW, DEFAULT_FRAME, LARGEST
+        self._window, self._initial, self._most = DEFAULT_WINDOW, DEFAULT_WINDOW, LARGEST
         self._received = 0
         self._replies = 0
         self._rest = b""  # of an incomplete frame
         self._greeted = False
-        self._opened: tuple[int, int, bytes, int] | None = None  # flags, stream, block so far, CONTINUATION frames
+        self._headers, self._ends = b"", 0  # a header block so far, and its END_STREAM
 
     def begin(self, block: bytes, message: bytes) -> UnaryCall:
         """Begins a call, now or when the server's limit on streams allows it; fails it if the connection is closing."""
@@ -107,31 +106,26 @@ class Frames:
         if self.closing:
             call.done = call.unprocessed = True
             call.failure = "the connection accepts no more calls"
-        elif len(self._streams) < self._most and not self._waiting:
-            self._start(call)
         else:
             self._waiting.append(call)
+            self._start_waiting()
         return call
 
     def cancel(self, call: UnaryCall) -> None:
-        if call.done:
-            return
-        if call.stream in self._streams:
+        if call in self._waiting:
+            self._waiting.remove(call)
+        elif not call.done:
             self._put(RST_STREAM, 0, call.stream, struct.pack(">I", CANCEL))
             self._end(call, [])
-        elif call in self._waiting:
-            self._waiting.remove(call)
 
     def abandon(self, why: str) -> list[UnaryCall]:
         """Fails all unanswered calls after the connection broke, and returns them."""
         self.closing = True
-        for call in self._waiting:
-            call.unprocessed = True
         left = [*self._streams.values(), *self._waiting]
+        for call in left:
+            call.done, call.unprocessed, call.failure = True, call.stream == 0, why
         self._streams.clear()
         self._waiting.clear()
-        for call in left:
-            call.done, call.failure = True, why
         return left
 
     def feed(self, data: bytes) -> list[UnaryCall]:
@@ -143,21 +137,17 @@ class Frames:
         while available - at >= HEAD.size:
             high, low, kind, flags, stream = HEAD.unpack_from(data, at)
             size = high << 8 | low
-            if size > DEFAULT_FRAME or not (self._greeted or kind == SETTINGS):
+            if size > LARGEST_FRAME or not (self._greeted or kind == SETTINGS):
                 raise NotHttp2(f"the server does not speak HTTP/2: {data[at : at + 24]!r}")
             end = at + HEAD.size + size
             if end > available:
                 break
             payload = data[at + HEAD.size : end]
             at = end
-            if self._opened is not None and kind != CONTINUATION:
-                raise NotHttp2("a frame inside a header block")
             if kind == DATA:
                 self._take_data(flags, stream, payload, ended)
-            elif kind == HEADERS:
-                self._take_headers(flags, stream, payload, ended)
-            elif kind == CONTINUATION:
-                self._continue_headers(flags, stream, payload, ended)
+            elif kind in (HEADERS, CONTINUATION):
+                self._take_headers(kind, flags, stream, payload, ended)
             else:
                 self._take_control(kind, flags, stream, payload, ended)
         self._rest = data[at:]
@@ -173,20 +163,21 @@ class Frames:
         self.out += HEAD.pack(size >> 8, size & 0xFF, kind, flags, stream)
         self.out += payload
 
-    def _start(self, call: UnaryCall) -> None:
-        call.stream = stream = self._next
-        self._next += 2
-        self.closing = self.closing or self._next > LARGEST
-        self._streams[stream] = call
-        call.window = self._initial
-        # A server with a smaller table than the default expects a notice that our table is empty (RFC 7541, 4.2).
-        self._put(HEADERS, END_HEADERS, stream, NO_TABLE * (stream == 1) + call.block)
-        self._send_body(call)
+    def _start_waiting(self) -> None:
+        while self._waiting and len(self._streams) < self._most and not self.closing:
+            call = self._waiting.popleft()
+            call.stream, call.window = self._next, self._initial
+            self._next += 2
+            self.closing = self._next > LARGEST
+            self._streams[call.stream] = call
+            # A server with a smaller table than the default expects a notice that our table is empty (RFC 7541, 4.2).
+            self._put(HEADERS, END_HEADERS, call.stream, NO_TABLE * (call.stream == 1) + call.block)
+            self._send_body(call)
 
     def _send_body(self, call: UnaryCall) -> None:
         """Sends as much of the message as the windows allow."""
         while (left := len(call.unsent)) > 0:
-            room = min(self._window, call.window, self._size, left)
+            room = min(self._window, call.window, LARGEST_FRAME, left)
             if room <= 0:
                 self._blocked[call.stream] = call
                 return
@@ -208,10 +199,6 @@ class Frames:
         ended.append(call)
         self._start_waiting()
 
-    def _start_waiting(self) -> None:
-        while self._waiting and len(self._streams) < self._most and not self.closing:
-            self._start(self._waiting.popleft())
-
     # -- receiving -------------------------------------------------------------------------------
 
     def _take_data(self, flags: int, stream: int, payload: bytes, ended: list[UnaryCall]) -> None:
@@ -219,7 +206,8 @@ class Frames:
         call = self._streams.get(stream)
         if call is None:  # it was cancelled
             return
-        payload = _unpadded(payload) if flags & PADDED else payload
+        if flags & PADDED:
+            raise NotHttp2("padding")
         if not call.body:
             call.body = payload  # usually all of it
         elif isinstance(call.body, bytes):
@@ -229,29 +217,18 @@ class Frames:
         if flags & END_STREAM:
             self._end(call, ended)
 
-    def _take_headers(self, flags: int, stream: int, payload: bytes, ended: list[UnaryCall]) -> None:
-        payload = _unpadded(payload) if flags & PADDED else payload
-        payload = payload[5:] if flags & WITH_PRIORITY else payload
-        if flags & END_HEADERS:
-            self._use_headers(flags, stream, payload, ended)
-        else:
-            self._opened = flags, stream, payload, 0
-
-    def _continue_headers(self, flags: int, stream: int, payload: bytes, ended: list[UnaryCall]) -> None:
-        if self._opened is None or self._opened[1] != stream:
-            raise NotHttp2("CONTINUATION without HEADERS")
-        first, _, begun, count = self._opened
-        block = begun + payload
-        if count >= MOST_CONTINUATIONS or len(block) > LARGEST_HEADERS:
-            raise NotHttp2("a header block that is too long")
-        if flags & END_HEADERS:
-            self._opened = None
-            self._use_headers(first, stream, block, ended)
-        else:
-            self._opened = first, stream, block, count + 1
-
-    def _use_headers(self, flags: int, stream: int, block: bytes, ended: list[UnaryCall]) -> None:
-        found = _decoded(block)
+    def _take_headers(self, kind: int, flags: int, stream: int, part: bytes, ended: list[UnaryCall]) -> None:
+        """Reads a header block: a HEADERS frame, and CONTINUATION frames for what does not fit, as in a long error."""
+        if kind == HEADERS:
+            if flags & (PADDED | WITH_PRIORITY):
+                raise NotHttp2("headers with padding or a priority")
+            self._headers, self._ends = b"", flags & END_STREAM
+        self._headers += part
+        if len(self._headers) > LARGEST_HEADERS:
+            raise NotHttp2(f"a header block of more than {LARGEST_HEADERS} bytes")
+        if not flags & END_HEADERS:
+            return
+        found = _decoded(self._headers)
         call = self._streams.get(stream)
         if call is None or found.get(b":status", b"").startswith(b"1"):
             return
@@ -259,7 +236,7 @@ class Frames:
             call.headers = found
         else:
             call.trailers = found
-        if flags & END_STREAM:
+        if self._ends:
             if call.unsent:  # answered before it was completely sent
                 self._put(RST_STREAM, 0, stream, struct.pack(">I", CANCEL))
             self._end(call, ended)
@@ -307,10 +284,6 @@ class Frames:
                 call.window += value - self._initial
             self._initial = value
             self._unblock()
-        elif name == FRAME_SIZE:
-            if not DEFAULT_FRAME <= value <= LARGEST_FRAME:
-                raise NotHttp2(f"a maximum frame size of {value} bytes")
-            self._size = value
         elif name == MOST_STREAMS:
             self._most = value
             self._start_waiting()
@@ -330,18 +303,12 @@ class Frames:
 
 @lru_cache(MOST_CACHED)
 def _decoded(block: bytes) -> Mapping[bytes, bytes]:
-    decoder = hpack.Decoder(max_header_list_size=LARGEST_HEADERS)
+    decoder = hpack.Decoder()
     decoder.header_table_size = decoder.max_allowed_table_size = 0
     try:
         return dict(decoder.decode(block, raw=True))
     except hpack.HPACKError as error:
         raise NotHttp2(f"an unreadable header block: {error}") from None
-
-
-def _unpadded(payload: bytes) -> bytes:
-    if not payload or payload[0] >= len(payload):
-        raise NotHttp2("padding longer than its frame")
-    return payload[1 : len(payload) - payload[0]]
 
 
 def header_block(headers: Iterable[tuple[str, str]]) -> bytes:
