@@ -133,6 +133,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--speed {args.speed:g}: only for --replay; give a file of recorded traffic, or leave it out")
     if args.replay is not None and (other := next((name for name in TIMES if name in args.given), None)):
         raise InputError(f"--{other.replace('_', '-')}: not with --replay, which has its own times; leave one out")
+    if args.mix and args.inputs is not None:
+        raise InputError("--inputs: not with --mix, whose models each use build/<model>/evaluation.npz; leave it out")
     if args.web:
         _check_port(args.web_port)
 
@@ -182,8 +184,6 @@ def _of_one(args: argparse.Namespace, spec: DeploymentSpec) -> LoadSettings:
 
 def _of_mix(args: argparse.Namespace, specs: dict[str, DeploymentSpec]) -> list[LoadSettings]:
     """The settings of a mix's models; by default at the lowest rate that gives each model the rate of its SLO."""
-    if args.inputs is not None:
-        raise InputError("--inputs: not with --mix, whose models each use build/<model>/evaluation.npz; leave it out")
     mix = Mix.parse(args.mix, {model: spec.slo.rate_rps for model, spec in specs.items()})
     rate = args.rate
     if (rate, args.shape, args.users) == (None, None, None):
@@ -196,8 +196,6 @@ def _of_replay(args: argparse.Namespace, specs: dict[str, DeploymentSpec]) -> li
     """The checked loads of recorded traffic, one for each model of it."""
     if args.mix and ":" in args.mix:
         raise InputError(f"--mix {args.mix}: a replay has its own shares; name only the models: {','.join(specs)}")
-    if args.mix and args.inputs is not None:
-        raise InputError("--inputs: not with --mix, whose models each use build/<model>/evaluation.npz; leave it out")
     inputs = {model: args.inputs or inputs_of(model) for model in specs}
     traffic = read_traffic(args.replay, {model: count_rows(Path(file)) for model, file in inputs.items()})
     whole = _settings(args, next(iter(specs)), None, None, *(spec.slo for spec in specs.values()))

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
-from urllib.parse import urlsplit
 
 import gevent
 import grpc
+from deepseek_client.client import address_of
 from deepseek_client.concurrency import Cancel
 from deepseek_client.grpc.channel import SERVICE, Metadata
 from deepseek_client.http.connection import connected
@@ -107,9 +107,8 @@ class GreenChannel:
             self._opening.release()
 
     def _open(self, ends_at: float) -> socket.socket:
-        parsed = urlsplit(f"//{self._url}")
         try:
-            found = connected(parsed.hostname or "", parsed.port or 0, Deadline(ends_at - time.monotonic()))
+            found = connected(*address_of(self._url), Deadline(ends_at - time.monotonic()))
         except TimeoutError:
             raise _too_late() from None
         except OSError as error:

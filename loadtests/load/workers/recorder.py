@@ -8,7 +8,7 @@ are summed. So memory does not grow with the length of a run.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class _Second:
     def __init__(self) -> None:
         self.planned = self.attempted = self.ok = self.completed = self.dropped = self.tokens = 0
         self.errors: Counter[str] = Counter()
-        self.latencies: dict[Latency, Latencies] = {}
+        self.latencies: defaultdict[Latency, Latencies] = defaultdict(Latencies)
 
     def row(self, second: int) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("planned", "attempted", "ok", "completed", "dropped")}
@@ -75,8 +75,8 @@ class Recorder:
         self.in_flight = 0
         self._open_loop = open_loop
         self._duration_s = duration_s
-        self._seconds: dict[int, _Second] = {}
-        self._lengths: dict[str, _Second] = {}
+        self._seconds: defaultdict[int, _Second] = defaultdict(_Second)
+        self._lengths: defaultdict[str, _Second] = defaultdict(_Second)
         if planned_s is not None:
             self.plan(planned_s)
 
@@ -85,11 +85,7 @@ class Recorder:
             self._at(second).planned += int(count)
 
     def _at(self, time_s: float) -> _Second:
-        second = math.floor(time_s)
-        found = self._seconds.get(second)
-        if found is None:
-            found = self._seconds[second] = _Second()
-        return found
+        return self._seconds[math.floor(time_s)]
 
     def attempt(self, now_s: float) -> None:
         """Records that the generator takes up a due request."""
@@ -100,7 +96,7 @@ class Recorder:
         self.in_flight -= 1
         self._at(planned_s).dropped += 1
         if length.title and 0 <= planned_s < self._duration_s:
-            self._of(length).dropped += 1
+            self._lengths[length.title].dropped += 1
 
     def finish(
         self, planned_s: float, sent_s: float, finished_s: float, error: str | None, length: Length = NO_LENGTH
@@ -112,9 +108,9 @@ class Recorder:
             self._at(finished_s).completed += 1
         self._count(second, planned_s, sent_s, finished_s, error)
         if self._open_loop:
-            _record(second, "lag", sent_s - planned_s)
+            second.latencies["lag"].add(sent_s - planned_s)
         if length.title and 0 <= planned_s < self._duration_s:
-            counted = self._of(length)
+            counted = self._lengths[length.title]
             self._count(counted, planned_s, sent_s, finished_s, error)
             counted.tokens += length.tokens if error is None else 0
 
@@ -123,12 +119,9 @@ class Recorder:
             counted.errors[error] += 1
             return
         counted.ok += 1
-        _record(counted, "service", finished_s - sent_s)
+        counted.latencies["service"].add(finished_s - sent_s)
         if self._open_loop:
-            _record(counted, "intended", finished_s - planned_s)
-
-    def _of(self, length: Length) -> _Second:
-        return self._lengths.setdefault(length.title, _Second())
+            counted.latencies["intended"].add(finished_s - planned_s)
 
     def take_lengths(self) -> Iterator[dict[str, Any]]:
         """Removes and returns the rows of the window's requests by length class."""
@@ -147,10 +140,3 @@ class Recorder:
         """Answered and failed requests of a second so far, for the progress line."""
         found = self._seconds.get(second)
         return (found.completed, found.errors.total() + found.dropped) if found else (0, 0)
-
-
-def _record(second: _Second, kind: Latency, seconds: float) -> None:
-    found = second.latencies.get(kind)
-    if found is None:
-        found = second.latencies[kind] = Latencies()
-    found.add(seconds)
