@@ -232,6 +232,7 @@ class Awaited:
 
 
 Client = InferenceClient | Awaited
+Kind = Callable[..., Client]  # one of the two
 protocols = pytest.mark.parametrize("protocol", ["http", "grpc"])
 kinds = pytest.mark.parametrize("kind", [InferenceClient, Awaited], ids=["threads", "asyncio"])
 X = np.arange(6, dtype=np.float32).reshape(1, 2, 3)

@@ -32,16 +32,7 @@ from deepseek_client import (
 
 from serving.embedded.serve import EmbeddedServer
 from tests.conftest import FREE, write_add_one
-from tests.failing_servers import (
-    Client,
-    Relay,
-    X,
-    answering,
-    kinds,
-    protocols,
-    status,
-    url_of,
-)
+from tests.failing_servers import Client, Relay, X, answering, kinds, protocols, status, url_of
 from tests.gateway import wait_for
 
 Connect = Callable[..., Client]

@@ -23,10 +23,9 @@ import pytest
 from deepseek_client import InferenceClient, InferenceError, PreparedRequest
 from tritonclient.grpc import service_pb2
 
-from tests.failing_servers import Client, answering, dropping, kinds, mute, protocols
+from tests.failing_servers import Kind, answering, dropping, kinds, mute, protocols
 from tests.fake_kserve import Y, binary, grpc_serving, http_answer, http_json, http_serving, triton
 
-Kind = Callable[..., Client]
 Fault = Callable[[socket.socket], Any]
 X = {"x": np.ones((1, 3), np.float32)}
 DATA = np.arange(3, dtype=np.float32).tobytes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from deepseek_client.transport import Deadline
 
 from serving.embedded.serve import EmbeddedServer
 from tests.failing_servers import (
-    Client,
+    Kind,
     Relay,
     X,
     answering,
@@ -31,7 +30,6 @@ from tests.failing_servers import (
     url_of,
 )
 
-Kind = Callable[..., Client]
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 

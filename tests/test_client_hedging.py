@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +19,7 @@ from deepseek_client import ConnectionLost, DeadlineExceeded, InferenceClient, I
 
 from serving.embedded.serve import EmbeddedServer
 from tests.failing_servers import (
-    Client,
+    Kind,
     MakeRelays,
     X,
     answering,
@@ -35,7 +35,6 @@ from tests.failing_servers import (
     url_of,
 )
 
-Kind = Callable[..., Client]
 HEDGED: dict[str, Any] = {"idempotent": True, "hedge_after_ms": 50, "retry_budget": None, "timeout_s": 120}
 SOON_S = 60  # long before the deadline, on any machine
 

@@ -9,7 +9,6 @@ import gc
 import socket
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,10 @@ from deepseek_client.http.pool import MOST_OPENING
 from deepseek_client.transport import Deadline
 
 from serving.embedded.serve import EmbeddedServer
-from tests.failing_servers import Client, Relay, answering, dropping, kinds, make_certificate, only_once, prepared
+from tests.failing_servers import Kind, Relay, answering, dropping, kinds, make_certificate, only_once, prepared
 from tests.fake_kserve import http_answer
 
 CALLS = 3 * MOST_OPENING
-Kind = Callable[..., Client]
 
 
 def connections(relay: Relay) -> int:

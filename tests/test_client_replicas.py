@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 from deepseek_client import DeadlineExceeded, Unreachable
 
 from serving.embedded.serve import EmbeddedServer
-from tests.failing_servers import Client, MakeRelays, X, answering, client_of, kinds, mute, prepared, protocols, status
+from tests.failing_servers import Kind, MakeRelays, X, answering, client_of, kinds, mute, prepared, protocols, status
 from tests.gateway import wait_for
-
-Kind = Callable[..., Client]
 
 
 @kinds

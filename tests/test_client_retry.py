@@ -5,7 +5,7 @@ from __future__ import annotations
 import email.utils
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -33,7 +33,7 @@ from deepseek_client.transport import Deadline
 
 from serving.embedded.serve import EmbeddedServer
 from tests.failing_servers import (
-    Client,
+    Kind,
     MakeRelays,
     X,
     answering,
@@ -44,8 +44,6 @@ from tests.failing_servers import (
     refuse,
     status,
 )
-
-Kind = Callable[..., Client]
 
 
 def test_the_budget_is_a_share_of_the_calls_of_the_last_seconds() -> None:

@@ -8,14 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deepseek_client import (
-    InvalidInput,
-    ModelMetadata,
-    ModelNotReady,
-    ServerBusy,
-    ServerError,
-    TensorMetadata,
-)
+from deepseek_client import InvalidInput, ModelMetadata, ModelNotReady, ServerBusy, ServerError, TensorMetadata
 from deepseek_client.cli.input_file import filled, read_inputs
 from deepseek_client.server_errors import error_of_status
 from deepseek_client.tensors import to_bytes, to_numpy

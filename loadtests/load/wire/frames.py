@@ -70,7 +70,6 @@ class UnaryCall:
     headers: Mapping[bytes, bytes] | None = None
     trailers: Mapping[bytes, bytes] = field(default_factory=dict)
     body: bytes | bytearray = b""
-    reset: int | None = None
     failure: str = ""
     """Why no answer will come, if the server did not report it itself."""
     unprocessed: bool = False
@@ -258,8 +257,8 @@ class Frames:
                 self._go_away(struct.unpack_from(">I", payload)[0], ended)
             elif kind == RST_STREAM and stream in self._streams:
                 call = self._streams[stream]
-                call.reset = struct.unpack(">I", payload)[0]
-                call.unprocessed = call.reset == REFUSED
+                (reason,) = struct.unpack(">I", payload)
+                call.failure, call.unprocessed = f"the stream was reset (HTTP/2 error {reason})", reason == REFUSED
                 self._end(call, ended)
         except struct.error as error:
             raise NotHttp2(f"a frame with a wrong size: {error}") from None
@@ -351,8 +350,6 @@ def answer_of(call: UnaryCall) -> bytes:
     if status is not None:
         code = STATUS.get(status, grpc.StatusCode.UNKNOWN)
         raise call_failed(code, urllib.parse.unquote(metadata.get("grpc-message", "")), metadata)
-    if call.reset is not None:
-        raise call_failed(grpc.StatusCode.UNAVAILABLE, f"the stream was reset (HTTP/2 error {call.reset})", metadata)
     raise call_failed(
         grpc.StatusCode.UNKNOWN, f"Received http2 header with status: {metadata.get(':status', 'none')}", metadata
     )
