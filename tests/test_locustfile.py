@@ -262,7 +262,8 @@ def test_an_interrupted_run_ends_and_leaves_nothing(
     [
         ({"url": "127.0.0.1:9"}, "127.0.0.1:9"),
         ({"model": "absent"}, "absent"),
-        ({"inputs": "none.npz"}, "none.npz: no such file"),
+        ({"inputs": "none.npz"}, "none.npz: no such file; correct --inputs"),
+        ({"inputs": "shop/evaluation.npz"}, "no such file; build the model first: make engine MODEL=shop"),
         ({"rate_rps": 1e9}, "plans 2000000000 requests"),
         ({"users": 3}, "give one of --rate"),
         ({"rate_rps": None, "users": 600}, "at most 512"),

@@ -200,6 +200,11 @@ def test_picked_titles_give_what_comes_next_by_keyboard(page: Browser, url: str)
     page.wait(f"{RECOMMEND}.querySelector('.problem').innerText === 'No title contains \"zebra\".'")
 
 
+def test_short_titles_are_found_before_long_ones(url: str) -> None:
+    status, _, answer = call(url, "GET", "/recommenders/shop/items?title=e")
+    assert (status, [item["title"] for item in answer["data"]]) == (200, ["Tea", "Desk", "Brötchen", 'Coffee, "black"'])
+
+
 def test_a_question_about_a_model_without_names_is_one_line(url: str) -> None:
     for request in (
         ("GET", "/recommenders/sentence/items?title=a"),

@@ -182,8 +182,9 @@ def right(rows: int, lost: int) -> str:
         ((1.0, right(500, 0)), None, (0.974, right(500, 13)), "budget 2.00%: undecided on 500 rows; about ", True),
         # What the served version answers to the same rows counts more than its record.
         ((0.9, None), (0.5, right(500, 250)), (0.6, right(500, 200)), "version 1 has 0.5000: drop -20.00%", False),
+        ((0.9, None), (0.0, right(500, 500)), (0.6, right(500, 200)), "version 1 has 0: no drop is possible", False),
     ],
-    ids=["one number", "other rows", "the same rows", "undecided", "answered now"],
+    ids=["one number", "other rows", "the same rows", "undecided", "answered now", "none of these items is known"],
 )
 def test_the_accuracy_gate_judges_the_drop_against_the_served_version_as_the_build_does(
     recorded: Measured, base: Measured | None, new: Measured, said: str, refused: bool, built: Path, tmp_path: Path

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from deepseek.spec import BATCH, TEXT, TOKENS, DeploymentSpec, InputError, TensorSpec
-from deepseek.spec.deployment import catalogue_of
+from deepseek.spec.deployment import catalogue_of, variables_for
 from deepseek.spec.tokenizer import text_encoder
 from deepseek.spec.vocabulary import HISTORY
 
@@ -133,7 +133,9 @@ def _read(path: Path, read: Callable[[Any], T]) -> T:
         with np.load(path) as arrays:  # an .npy file gives an array here: a TypeError
             return read(arrays)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; it has the real inputs to send, make it with: make engine") from None
+        built = path.name == "evaluation.npz"  # in build/<model>/
+        do = f"build the model first: make engine {variables_for(path.parent.name)}" if built else "correct --inputs"
+        raise InputError(f"{path}: no such file; {do}") from None
     except InputError:
         raise
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:

@@ -156,11 +156,11 @@ def judged(shadow: Shadow, threshold: float) -> dict[str, Any]:
     if least >= LEAST_REQUESTS:
         found = speeds(shadow.latencies_ms["base"], shadow.latencies_ms["new"])
         median = found[0]
-        range_ = f"{median['low']:.2f} to {median['high']:.2f}, allowed {allowed:.2f}"
+        range_ = f"{median['low']:.2f} to {median['high']:.2f} times as long; {allowed:.2f} allowed"
         if median["low"] > allowed:
-            failures.append(f"slower: p50 {median['new_ms']:.2f} ms, base {median['base_ms']:.2f} ms: {range_} times")
+            failures.append(f"slower: p50 {median['new_ms']:.2f} ms, base {median['base_ms']:.2f} ms, {range_}")
         elif median["high"] > allowed:
-            doubts.append(f"p50 {range_} times: try more requests or a quieter machine")
+            doubts.append(f"p50 is {range_}; send more requests (--requests) or use a quieter machine")
     else:
         doubts.append(f"both answered only {least} requests, {LEAST_REQUESTS} needed")
     if busy := shadow.busy["new"]:

@@ -49,11 +49,11 @@ class Recommenders:
         return web.json_response({"data": found})
 
     async def _find(self, request: web.Request) -> web.Response:
-        """The items whose title contains the words of `title`, those that begin with them first."""
+        """The items whose title contains the words of `title`, those that begin with them first, then short ones."""
         words = request.query.get("title", "").casefold().split()
         titles = [(item, item["title"].casefold()) for item in await self._items(request.match_info["model"])]
         found = [(item, title) for item, title in titles if words and all(word in title for word in words)]
-        found.sort(key=lambda each: not each[1].startswith(words[0]))
+        found.sort(key=lambda each: (not each[1].startswith(words[0]), len(each[1])))
         return web.json_response({"data": [item for item, _ in found[:SHOWN]]})
 
     async def _next(self, request: web.Request) -> web.Response:

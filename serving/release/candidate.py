@@ -172,6 +172,8 @@ class Candidate:
         served = base["value"]
         if served is None:
             return Skipped(f"{metric['name']} {value:.4f}; version {self.before} has none in its manifest")
+        if served == 0 <= value:  # such as a version that knows none of the new log's items
+            return f"{metric['name']} {value:.4f}, version {self.before} has 0: no drop is possible"
         paired = pair_values(base["values"], new["values"])
         judged = judge_drop(
             paired.drop if paired else (served - value) / served if served > 0 else 0.0,
