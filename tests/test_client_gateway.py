@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from pathlib import Path
 from typing import Any
 
 import grpc
+import hpack
 import numpy as np
 import pytest
 from deepseek_client import AccessDenied, InferenceClient, InvalidInput, ModelNotFound, ServerBusy, Unreachable
 from deepseek_client.cli.main import main
-from deepseek_client.grpc.status import error_of_rpc
 from deepseek_client.options import check_headers
-from deepseek_client.transport import Deadline
 
+from loadtests.load.wire.frames import END_HEADERS, END_STREAM, HEAD, HEADERS, SETTINGS
 from serving.embedded.serve import EmbeddedServer
 from tests.failing_servers import (
     Kind,
@@ -24,6 +25,7 @@ from tests.failing_servers import (
     grpc_answering,
     kinds,
     make_certificate,
+    mute,
     protocols,
     refuse,
     status,
@@ -75,13 +77,25 @@ def test_headers_that_cannot_be_sent_are_refused(headers: dict, says: str) -> No
         check_headers(headers)
 
 
+@kinds
 @pytest.mark.parametrize(
     ("status_code", "expected"), [(401, AccessDenied), (403, AccessDenied), (404, ModelNotFound), (429, ServerBusy)]
 )
-def test_a_gateways_page_over_grpc_is_the_same_error_as_over_http(status_code: int, expected: type) -> None:
-    page = f"Received http2 header with status: {status_code}"
-    error = grpc.aio.AioRpcError(grpc.StatusCode.UNKNOWN, grpc.aio.Metadata(), grpc.aio.Metadata(), page)
-    assert type(error_of_rpc("h:1", error, Deadline(1), connected=True)) is expected
+def test_a_gateways_page_over_grpc_is_the_same_error_as_over_http(status_code: int, expected: type, kind: Kind) -> None:
+    block = hpack.Encoder().encode([(":status", str(status_code)), ("retry-after", "7")])
+    page = HEAD.pack(0, len(block), HEADERS, END_HEADERS | END_STREAM, 1) + block
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(HEAD.pack(0, 0, SETTINGS, 0, 0))
+        asked = b""
+        while bytes((HEADERS, END_HEADERS, 0, 0, 0, 1)) not in asked:  # the first stream
+            asked += connection.recv(65536)
+        connection.sendall(page)
+        mute(connection)
+
+    with answering(answer) as (url, _), kind(url, retries=0) as client, pytest.raises(expected) as refused:
+        client.metadata("m")
+    assert getattr(refused.value, "retry_after_s", None) is None  # gRPC drops the headers of such a page
 
 
 # TLS
