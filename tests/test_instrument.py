@@ -244,57 +244,45 @@ def test_locusts_command_sends_the_whole_schedule_with_slow_workers_and_any_numb
     assert "tiny" in ended.stderr  # Locust's summary
 
 
-GREENLETS = """
+WORKER = """
 from gevent import monkey
 monkey.patch_all()
-import json, sys
+import json, resource, sys
 from pathlib import Path
+from loadtests.load.workers import worker
 from loadtests.results.settings import LoadSettings
-from loadtests.load.workers.worker import Worker
-
-ended = {}
-worker = Worker([LoadSettings(**json.loads(sys.argv[1]))], Path(), tell=ended.__setitem__, fire=lambda **_: None)
-worker.begin(worker=0, workers=1, starts_in_s=0.2)
-worker.finished.wait()
-print(ended["finished"]["now"]["in_flight"], sum(row["ok"] for row in ended["finished"]["rows"][0]))
+{before}
+told = {{}}
+made = worker.Worker([LoadSettings(**json.loads(sys.argv[1]))], Path(), tell=told.__setitem__, fire=lambda **_: None)
+made.begin(worker=0, workers=1, starts_in_s=0.2)
+made.finished.wait()
+print(json.dumps(told["finished"]))
 """
 
-FEW_FILES = """
-import resource
-limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-resource.setrlimit(resource.RLIMIT_NOFILE, (130, limits[1]))
-"""
-ERRORS = """
-print(json.dumps(ended["finished"]["rows"][0][0]["errors"]))
-"""
+
+def last_told(wanted: LoadSettings, before: str) -> dict[str, Any]:
+    """What a worker tells its master at the end, in a process that runs `before` first."""
+    command = [sys.executable, "-c", WORKER.format(before=before), json.dumps(wanted.__dict__)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
 
 
 @pytest.mark.parametrize("loop", [{"rate_rps": 100.0}, {"users": 100}], ids=["open", "closed"])
 def test_a_lack_of_open_files_is_not_a_failure_of_the_server(loop: dict[str, Any]) -> None:
-    script = GREENLETS.replace("worker =", f"{FEW_FILES}worker =") + ERRORS
+    few = "resource.setrlimit(resource.RLIMIT_NOFILE, (130, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))"
     with FakeEndpoint(delay_ms=5000) as endpoint:
-        wanted = settings(endpoint, "http", **loop, duration_s=1.0, arrivals="constant")
-        command = [sys.executable, "-c", script, json.dumps(wanted.__dict__)]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert run.stdout.startswith("0 30\n"), run.stderr
-    assert json.loads(run.stdout.splitlines()[-1]) == {NO_FILE: 70}
-
-
-ALLOWED = """
-import loadtests.load.workers.worker
-loadtests.load.workers.worker.take_precedence = lambda: True
-"""
+        told = last_told(settings(endpoint, "http", **loop, duration_s=1.0, arrivals="constant"), few)
+    (rows,) = told["rows"]
+    assert (told["now"]["in_flight"], sum(row["ok"] for row in rows)) == (0, 30)
+    assert rows[0]["errors"] == {NO_FILE: 70}
 
 
 @pytest.mark.parametrize("priority", [False, True])
 def test_real_time_priority_is_taken_only_if_asked_for(priority: bool) -> None:
-    script = GREENLETS.replace("worker =", f"{ALLOWED}worker =")
-    script += 'print(json.dumps(ended["finished"]["generator"]["precedence"]))'
     with FakeEndpoint() as endpoint:
         wanted = settings(endpoint, "http", rate_rps=10.0, duration_s=1.0, priority=priority)
-        command = [sys.executable, "-c", script, json.dumps(wanted.__dict__)]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert run.stdout.splitlines()[-1:] == [json.dumps(priority)], run.stderr
+        assert last_told(wanted, "worker.take_precedence = lambda: True")["generator"]["precedence"] is priority
 
 
 KINDS = {errno.EMFILE: NO_FILE, errno.ENFILE: NO_FILE, errno.EADDRNOTAVAIL: NO_PORT, errno.ECONNREFUSED: "Unreachable"}
