@@ -358,7 +358,7 @@ def test_a_build_that_does_nothing_loads_neither_torch_nor_numpy(engine: Run, ti
 
 @pytest.mark.parametrize(
     ("code", "expected"),
-    [("sys.exit(0)", None), ("sys.exit(1)", 1), ("sys.exit(2)", 2), ("os.kill(os.getpid(), 1)", 129)],
+    [("sys.exit(0)", None), ("sys.exit(1)", 1), ("sys.exit(2)", 2), ("os.kill(os.getpid(), 15)", 143)],
 )
 def test_a_failed_stage_ends_the_build_with_its_exit_code(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, code: str, expected: int | None

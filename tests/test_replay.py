@@ -124,7 +124,7 @@ def test_the_warm_up_is_at_the_mean_rate(served: tuple[EmbeddedServer, Path]) ->
     code, figures, errors = replay(served, csv, "--warmup-s", "1")
     assert code in (0, 3), errors
     run = Run.load(figures["run"])
-    assert [(second.second, second.planned) for second in run.seconds] == [(-1, 10), (0, 10), (1, 10)]
+    assert [(second.second, second.planned) for second in run.seconds if second.planned] == [(-1, 10), (0, 10), (1, 10)]
     assert len(received(served)) == 30
 
 
