@@ -140,7 +140,8 @@ class Chart:
         y = self._at_y(value)
         name = f"line limit {css}".strip()
         self._parts.append(f'<path class="{name}" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        place = (LEFT + 6, y - 5, text, "start") if left else (WIDTH - RIGHT, y - 5, text, "end")
+        label_y = y - 5 if y > TOP + 20 else y + 13  # not over the marks at the top
+        place = (LEFT + 6, label_y, text, "start") if left else (WIDTH - RIGHT, label_y, text, "end")
         if text:
             self._text(*place, "tick limit-text")
 

@@ -24,7 +24,7 @@ from locust.env import Environment
 from locust.exception import StopUser
 from locust.rpc import Message
 from locust.runners import MasterRunner, WorkerRunner
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from deepseek.spec import ExitCode, InputError
 from deepseek.spec.children import end_with
@@ -53,7 +53,15 @@ def _add_arguments(parser: LocustArgumentParser) -> None:
 
 
 def read_settings(path: Path) -> list[LoadSettings]:
-    found = TypeAdapter(LoadSettings | list[LoadSettings]).validate_json(path.read_bytes())
+    """The settings of each model; InputError if the file is none or has wrong settings."""
+    try:
+        found = TypeAdapter(LoadSettings | list[LoadSettings]).validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"--settings {path}: {error.strerror}; give a JSON file of LoadSettings") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = "".join(f"{part}: " for part in first["loc"][1:])
+        raise InputError(f"--settings {path}: {where}{first['msg']}; see loadtests/results/settings.py") from None
     return found if isinstance(found, list) else [found]
 
 
@@ -62,7 +70,11 @@ def _prepare(environment: Environment, **_: Any) -> None:
     if os.getpid() != MAIN:
         end_with(MAIN)
     path = Path(environment.parsed_options.settings)  # type: ignore[union-attr]
-    parts = read_settings(path)
+    try:
+        parts = read_settings(path)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(ExitCode.BAD_INPUT)
     if not isinstance(environment.runner, WorkerRunner):
         _be_master(environment, Master(environment, parts, path.parent, remote=_awaits_remote_workers(environment)))
     if not isinstance(environment.runner, MasterRunner):

@@ -29,7 +29,7 @@ from loadtests.load.preflight import check
 from loadtests.results.run import Run
 from loadtests.results.settings import LoadSettings
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import FREE
+from tests.conftest import FREE, run_module
 
 ROOT = Path(__file__).parent.parent
 MODEL = '''
@@ -277,6 +277,24 @@ def test_bad_input_gives_a_one_line_error_before_any_load(
     with pytest.raises(InputError, match=message) as caught:
         check(wanted, DeploymentSpec.of_model("tiny", wanted.models))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file or directory; give a JSON file"),
+        ("{", "Invalid JSON"),
+        ('{"model": "a", "rat": 1}', "see loadtests/results/settings.py"),
+    ],
+)
+def test_wrong_settings_of_locust_alone_are_one_line(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "settings.json"
+    if content is not None:
+        path.write_text(content)
+    run = run_module("locust", "--locustfile", "loadtests/locustfile.py", "--headless", "--settings", str(path))
+    (line,) = (line for line in run.stderr.splitlines() if "INFO" not in line)
+    assert (run.returncode, line.startswith(f"error: --settings {path}: ")) == (2, True)
+    assert message in line
 
 
 def test_inputs_of_another_model_are_refused(tiny: tuple[EmbeddedServer, Path], tmp_path: Path) -> None:

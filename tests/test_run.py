@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from deepseek.spec import InputError
 from loadtests.load.inputs import Length
+from loadtests.load.loadtest import show
 from loadtests.load.workers.recorder import FOLD_AT, Latencies, Recorder
 from loadtests.results.histogram import LONGEST_US, histogram
 from loadtests.results.run import Run, latest_run, new_run, publish, runs_folder
@@ -63,6 +65,14 @@ def test_requests_planned_in_the_warm_up_are_excluded(tmp_path: Path) -> None:
     run = saved_run(tmp_path, [late_warm_up, *steady()], warmup_s=1.0)
     assert run.window.planned == 1000
     assert run.window.latency("intended").max_ms < 20
+
+
+def test_the_printed_figures_name_the_kinds_of_failures(tmp_path: Path) -> None:
+    console = Console(width=200)
+    lost = [(0.1 * place, 0.1 * place, 0.1 * place, "Unreachable") for place in range(3)]
+    with console.capture() as printed:
+        show(saved_run(tmp_path / "run", [*steady(count=10), *lost]), console)
+    assert "13 requests, 10 answered, 3 failed (3 Unreachable); " in printed.get()
 
 
 def test_a_failed_request_is_slower_than_any_limit(tmp_path: Path) -> None:

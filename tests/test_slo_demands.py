@@ -12,6 +12,7 @@ import pytest
 from cli.commands import BY_NAME
 from cli.main import values_of
 from deepseek.spec import InputError, SloSpec
+from loadtests.results.settings import Replay
 from loadtests.slo.slo_demands import in_flight_for, latency_limits, rates, timeout_for, too_short
 from tests.saved_runs import load_settings
 from tests.sleeper import write_sleeper
@@ -75,6 +76,9 @@ def test_a_short_run_is_announced_before_it_starts() -> None:
         "1 requests cannot prove p99_ms, 299 can: run for 299 s or more",
         "1 requests cannot prove max_error_rate, 299 can: run for 299 s or more",
     ]
+    replay = Replay(file="traffic.csv", sha256="", speed=1, requests=4, peak_rps=2)
+    notes = too_short(load_settings(replay=replay, duration_s=2), SLO)
+    assert next(notes) == "4 requests cannot prove p99_ms, 299 can: replay a longer file"
 
 
 def test_only_requests_at_the_rate_of_an_objective_count_towards_its_samples() -> None:

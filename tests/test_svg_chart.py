@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from deepseek.svg_chart import Scale
+from deepseek.svg_chart import Chart, Scale
 
 
 @pytest.mark.parametrize(
@@ -19,3 +21,13 @@ from deepseek.svg_chart import Scale
 )
 def test_axes_have_round_figures(scale: Scale, ticks: list[float]) -> None:
     assert scale.ticks(5) == ticks
+
+
+@pytest.mark.parametrize(("limit", "below"), [(95, True), (50, False)])
+def test_the_label_of_a_limit_stays_clear_of_marks_at_the_top(limit: float, below: bool) -> None:
+    chart = Chart(x=Scale(0, 20), y=Scale(0, 100), label="Latency")
+    chart.limit(limit, "SLO")
+    drawn = chart.figure()
+    (line,) = re.findall(r'class="line limit" d="M[\d.]+ ([\d.]+)H', drawn)
+    (label,) = re.findall(r'limit-text"[^>]* y="([\d.]+)"', drawn)
+    assert (float(label) > float(line)) == below

@@ -85,11 +85,13 @@ def described(settings: LoadSettings) -> str:
     return f"{settings.model} over {settings.over} at {place}{names}, {loop}, {seconds}"
 
 
-def _print(run: Run, console: Console) -> None:
+def show(run: Run, console: Console) -> None:
+    """Prints the figures of a run."""
     window = run.window
     if run.settings.mix:
         console.print(run.settings.model, style="bold")
-    counts = f"{window.planned} requests, {window.ok} answered, {window.failed} failed"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in window.errors.most_common())
+    counts = f"{window.planned} requests, {window.ok} answered, {window.failed} failed{kinds and f' ({kinds})'}"
     tokens = f", {run.tokens_per_s:.0f} tokens/s" if run.tokens_per_s else ""
     console.print(f"{counts}; {window.throughput_rps:.1f} answers/s{tokens}")
     for kind, figures in summary(run)["latency"].items():
@@ -237,24 +239,24 @@ def main(args: argparse.Namespace) -> int:
     if web_port is not None:
         console.print(f"Locust's page: http://127.0.0.1:{web_port}")
 
-    def show(runs: list[Run]) -> None:
+    def show_all(runs: list[Run]) -> None:
         if args.json:
             found = [summary(run) for run in runs]
             print(json.dumps({"mix": args.mix, "runs": found} if args.mix else found[0], indent=2), flush=True)
         else:
             for run in runs:
-                _print(run, Console(markup=False))
+                show(run, Console(markup=False))
 
     def show_beside_page(runs: list[Run]) -> None:
         with suppress(KeyboardInterrupt):  # the runs are saved: Ctrl-C only closes the page
-            show(runs)
+            show_all(runs)
             console.print("Locust's page stays open until Ctrl-C")
             signal.pause()
 
-    and_then = show if web_port is None else show_beside_page
+    and_then = show_all if web_port is None else show_beside_page
     if args.until_decided:
         runs = [measure_until_decided(loads[0], console, budget_s=args.max_s)]
-        show(runs)
+        show_all(runs)
         return _checked(runs, loads)
     runs = measure_together(
         loads, console, web_port=web_port, remote=args.remote_workers is not None, and_then=and_then

@@ -93,7 +93,8 @@ def too_short(settings: LoadSettings, slo: SloSpec) -> Iterator[str]:
         needed = requests_needed(share, planned / duration_s, confidence_of(settings, slo))
         if planned < needed:
             seconds = math.ceil(needed / planned * duration_s)
-            yield f"{planned} requests cannot prove {line.name}, {needed} can: run for {seconds} s or more"
+            do = f"run for {seconds} s or more" if settings.replay is None else "replay a longer file"
+            yield f"{planned} requests cannot prove {line.name}, {needed} can: {do}"
 
 
 def rate_of(line: Objective, settings: LoadSettings, slo: SloSpec) -> float | None:
