@@ -90,9 +90,10 @@ class Checkpoint:
     def read(cls, folder: Path, task: str) -> Checkpoint:
         """Reads the checkpoint in `folder`; task "auto" takes the task of its architecture."""
         if not folder.is_dir():
+            seen = "a file" if folder.is_file() else "no such folder"
             raise InputError(
-                f"{folder}: no such folder; allowed: the folder of a checkpoint on this machine, with config.json "
-                "and its weights; the import downloads nothing"
+                f"{folder}: {seen}; allowed: the folder of a checkpoint on this machine, with config.json and its "
+                "weights; the import downloads nothing"
             )
         modules = _modules(folder)
         inside = folder / modules.get("Transformer", "")

@@ -4,6 +4,7 @@ Light to import: each name is loaded on first use, and torch only with a name th
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from deepseek.spec import DeploymentSpec as DeploymentSpec
     from deepseek.transformer import Transformer as Transformer
     from deepseek.transformer import init_weights as init_weights
+
+# ONNX Runtime 1.29 and later send usage data to Microsoft unless this is set before they are imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 MODULE_OF = {

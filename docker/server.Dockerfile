@@ -29,7 +29,8 @@ COPY docker/server.sh docker/healthy.sh /usr/local/bin/
 # COPY keeps file modes, also those of a clone made with umask 077. COPY --chmod would need BuildKit.
 RUN chmod -R a+rX cli deepseek serving /usr/local/bin/server.sh /usr/local/bin/healthy.sh
 ENV PATH=/opt/serving/python/bin:${PATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    HOME=/tmp DEEPSEEK_BUILD=/tmp/build DEEPSEEK_TRITON_TAG=${TRITON_TAG} CUDA_DEVICE_ORDER=PCI_BUS_ID
+    HOME=/tmp DEEPSEEK_BUILD=/tmp/build DEEPSEEK_TRITON_TAG=${TRITON_TAG} CUDA_DEVICE_ORDER=PCI_BUS_ID \
+    ORT_DISABLE_TELEMETRY=1
 USER 10001:10001
 EXPOSE 8000 8001 8002
 # Loading and warm-up may take minutes.

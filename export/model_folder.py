@@ -100,10 +100,9 @@ class ModelFolder:
         torch.backends.mha.set_fastpath_enabled(False)
         with user_code(self.folder, "load()"):
             model = self._module.load()
-        if not callable(getattr(model, "named_parameters", None)):
-            raise InputError(
-                f"{self.folder / 'model.py'}: load() returned {type(model).__name__}; a torch.nn.Module is needed"
-            )
+        if isinstance(model, type) or not callable(getattr(model, "named_parameters", None)):
+            seen = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+            raise InputError(f"{self.folder / 'model.py'}: load() returned {seen}; a torch.nn.Module is needed")
         if type(model).__module__.startswith("torch.jit"):
             raise InputError(
                 f"{self.folder / 'model.py'}: load() returned TorchScript ({type(model).__name__}); the exporter "

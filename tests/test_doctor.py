@@ -304,7 +304,7 @@ PLAN = BatchingPlan(queue_timeout_ms=194, max_queue_size=259, reasons={}, measur
     [
         ("cpu", replace(CPU, onnxruntime=None), "image/1: ONNX Runtime cannot be imported here; ", ""),
         ("migraphx", CPU, "image/1: needs the execution provider 'migraphx', ONNX Runtime here has cpu", ""),
-        ("cpu", replace(CPU, ram_bytes=1 << 10), "RAM: this machine has 0.00 MiB, the weights of image alone take", ""),
+        ("cpu", replace(CPU, ram_bytes=1 << 10), "RAM: this machine has 1.0 KiB, the weights of image alone take", ""),
         ("cpu", replace(CPU, cpu=EPYC), "", ""),
         ("cpu", replace(CPU, cpu=replace(EPYC, cores=8)), "", "image/1: its batching and queue follow from batches measured on EPYC, 2 cores; this machine has EPYC, 8 cores; measure here: make engine MODEL=image TARGET=onnxruntime"),
     ],

@@ -290,9 +290,15 @@ def modules(settings: dict[str, Any], *more: str) -> Callable[[Path], object]:
     return lambda folder: write_modules(folder, settings, *more)
 
 
+def as_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.touch()
+
+
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     (shutil.rmtree, (), "some: no such folder; allowed: the folder of a checkpoint on this machine"),
+    (as_file, (), "some: a file; allowed: the folder of a checkpoint"),
     (without("config.json"), (), "config.json: no such file; a checkpoint of transformers has one"),
     (with_file("config.json", "{"), (), "config.json: cannot be read as JSON"),
     (config(hidden_size=None), (), "config.json: hidden_size: seen None; a whole number, 0 or more, is needed"),

@@ -46,9 +46,10 @@ def test_a_model_that_cannot_be_imported_is_one_line(tmp_path: Path, code: str, 
         ("\ndef load():\n    return open('/no/weights')\n", r"model.py:23: load\(\): FileNotFoundError: .*/no/weights"),
         ("\ndef load():\n    return {}\n", r"load\(\) returned dict; a torch.nn.Module is needed"),
         ("\ndef load():\n    Tiny()\n", r"load\(\) returned NoneType"),
+        ("\ndef load():\n    return Tiny\n", r"load\(\) returned the class Tiny; a torch.nn.Module is needed"),
         ("\ndef load():\n    raise SystemExit('no weights')\n", r"model.py:23: load\(\): SystemExit: no weights"),
     ],
-    ids=["raises", "no module", "return forgotten", "exits"],
+    ids=["raises", "no module", "return forgotten", "a class", "exits"],
 )
 def test_a_load_that_returns_no_module_is_one_error_line(tmp_path: Path, code: str, message: str) -> None:
     with pytest.raises(InputError, match=message):

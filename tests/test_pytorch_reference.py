@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from deepseek.spec import InputError
 from export.model_folder import ModelFolder
-from export.precision.accuracy import check_metric
+from export.precision.accuracy import check_metric, metric_drop
 from export.rows import load_rows
 from export.runtimes import pytorch_reference as reference
 from export.runtimes.pytorch_predictor import module_predictor
@@ -84,7 +85,7 @@ def evaluate(predict):
     ("returned", "message"),
     [
         ("np.sqrt(((true - seen) ** 2).mean())", r"deploy.toml: precision.metric: score of fp32 PyTorch is 0.1, and \S+ or more if rows get the outputs of other rows"),
-        ("-np.abs(true - seen).mean()", r"score of fp32 PyTorch is -0.1; a relative drop needs a positive one"),
+        ("-np.abs(true - seen).mean()", r"score of fp32 PyTorch is -0.1; a relative drop needs a positive number"),
     ],
     ids=["an error", "a negated error"],
 )  # fmt: skip
@@ -96,6 +97,11 @@ def test_a_metric_where_smaller_is_better_is_refused_before_anything_is_built(
     ):
         export_model(judged(tmp_path, returned))
     assert not (tmp_path / "build" / "tiny" / "fp32" / "model.onnx").exists()
+
+
+def test_a_metric_that_is_no_number_is_refused_without_advice_about_errors() -> None:
+    with pytest.raises(InputError, match=r"score of fp32 PyTorch is nan; a relative drop needs a positive number$"):
+        metric_drop("score", math.nan, math.nan)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 from deepseek.precisions import PRECISIONS, Precision
 from deepseek.spec import DeploymentSpec, InputError, Objective, SloSpec, TunedBatching, TunedFile, TunedTarget
 from deepseek.spec.deployment import NO_MODELS
+from deepseek.spec.files.folders import write_whole
 from deepseek.targets import PROVIDERS, TARGETS, Provider, Target
 
 GOOD = Path("models/recommender/deploy.toml").read_text()
@@ -27,7 +28,9 @@ MISTAKES = {
     "an unused axis": ("[precision]", "[axes.time]\nmin = 1\nopt = 1\nmax = 1\n[precision]", "axes.time: no input has this axis", ""),
     "batch not first": ('["batch", 50]', '[50, "batch"]', "inputs.item_ids.shape", 'the first dimension must be the axis "batch"'),
     "dtype": ("int64", "int65", "inputs.item_ids.dtype: seen 'int65'", "'int64'"),
-    "text for a number": ("opt = 16", 'opt = "16"', "axes.batch.opt: seen '16'", "integer"),
+    "text for a number": ("opt = 16", 'opt = "16"', "axes.batch.opt: seen '16'", "a whole number is needed"),
+    "true for a number": ("p99_ms = 50", "p99_ms = true", "slo.p99_ms: seen true; a number is needed", ""),
+    "a candidate twice": ('["fp16", "int8"]', '["int8", "int8"]', "precision.candidates: seen ['int8', 'int8']", "name each precision once"),
     "unknown override": ("p99_ms = 80", "p98_ms = 80", "targets.onnxruntime.slo.p98_ms: unknown key", "p99_ms"),
     "wrong objective of a target": ("p99_ms = 80", 'objectives = ["p99_ms > 80"]', "targets.onnxruntime.slo.objectives: seen 'p99_ms > 80'", "needs an upper limit"),
     "a number for a target's objectives": ("p99_ms = 80", "objectives = 3", "targets.onnxruntime.slo.objectives: seen 3", "a list is needed"),
@@ -190,7 +193,14 @@ def test_a_full_disk_and_a_file_where_a_folder_should_be_are_one_line_and_exit_2
     command = [sys.executable, "-m", "cli", "keys", "--name", "shop"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 2
-    assert run.stderr == f"error: {where}: Not a directory; use another path (BUILD=, REPOSITORY=, CACHE=)\n"
+    assert run.stderr == f"error: {where}: Not a directory; use another path (BUILD=, REPOSITORY=, CACHE=, ENV_FILE=)\n"
+
+
+def test_a_file_that_cannot_be_written_is_named_by_its_own_name(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 255)  # its draft has a longer name, which no file system takes
+    with pytest.raises(OSError, match="File name too long") as error:
+        write_whole(path, "")
+    assert error.value.filename == str(path)
 
 
 TUNED = '[targets.onnxruntime]\nmeasured = "here"\n[targets.onnxruntime.batching]\nmax_batch = 8\nthreads = 1\n'

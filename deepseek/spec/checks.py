@@ -23,6 +23,11 @@ _WORDS = {
     "dict_type": "a table is needed",
     "model_type": "a table is needed",
     "too_short": "at least one is needed",
+    "int_type": "a whole number is needed",
+    "int_from_float": "a whole number is needed",
+    "float_type": "a number is needed",
+    "string_type": "a string is needed, in quotes",
+    "bool_type": "true or false is needed",
 }
 
 
@@ -97,7 +102,8 @@ def first_error(error: ValidationError, model: type[BaseModel], prefix: str = ""
     if first["type"] == "value_error":
         return key, first["msg"].removeprefix("Value error, ")
     message = _WORDS.get(first["type"]) or first["msg"].replace("Input should be", "it must be").replace("\n", " ")
-    return key, f"seen {first['input']!r}; {message[0].lower()}{message[1:]}"
+    seen = str(first["input"]).lower() if isinstance(first["input"], bool) else repr(first["input"])  # as in TOML
+    return key, f"seen {seen}; {message[0].lower()}{message[1:]}"
 
 
 def checked(model: type[Made], data: dict[str, Any] | str | bytes, place: object, prefix: str = "") -> Made:

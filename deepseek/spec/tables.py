@@ -126,6 +126,13 @@ class PrecisionSpec(Table):
     keep_high: tuple[RegularExpression, ...] = ()
     """Regular expressions of ONNX node names that are never quantized."""
 
+    @field_validator("candidates")
+    @classmethod
+    def _once_each(cls, names: tuple[Precision, ...]) -> tuple[Precision, ...]:
+        if len(set(names)) < len(names):  # the confidence of each interval depends on their number
+            raise ValueError(f"seen {list(names)}; name each precision once")
+        return names
+
 
 class BatchingSpec(Table):
     """Dynamic batching, and the limits of the queue."""

@@ -214,8 +214,8 @@ def metric_drop(metric: str, value: float, reference: float) -> float:
     """Loss of the metric relative to fp32 PyTorch's, rounded; raises InputError if that is not positive."""
     if not reference > 0:
         raise InputError(
-            f"precision.metric: {metric} of fp32 PyTorch is {reference:g}; a relative drop needs a positive one, and "
-            f"{_LARGER.format(metric=metric)}"
+            f"precision.metric: {metric} of fp32 PyTorch is {reference:g}; a relative drop needs a positive number"
+            + ("" if math.isnan(reference) else f", and {_LARGER.format(metric=metric)}")
         )
     return round((reference - value) / reference, DROP_DIGITS)
 

@@ -34,6 +34,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in deepseek/__init__.py, for a Triton that others start
+
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils

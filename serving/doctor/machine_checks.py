@@ -72,4 +72,6 @@ def _check_docker(machine: Machine) -> Iterator[Finding]:
 
 
 def mib(value_bytes: float) -> str:
+    if value_bytes < 2**20:
+        return f"{value_bytes / 2**10:.1f} KiB"
     return f"{value_bytes / 2**20:,.{0 if value_bytes >= 2**24 else 2}f} MiB"
