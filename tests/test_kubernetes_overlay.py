@@ -350,6 +350,7 @@ def test_the_workers_flags_are_the_masters_and_what_its_script_adds() -> None:
         (("--loadtest-url", "api.example.com:0"), "it must be host:port, such as api.example.com:443"),
         (("--no-monitoring",), "--no-monitoring with --autoscaler hpa: the autoscaler needs monitoring's metrics"),
         (("--registry", "a b"), "--registry 'a b': not valid in an image name"),
+        (("--registry", "https://a"), "--registry 'https://a': not valid in an image name"),
         (("--triton-tag", "26.07"), "TRITON_TAG: seen 26.07; 26.08 or newer is needed"),
     ],
 )

@@ -11,6 +11,7 @@ server; 3 inconclusive: the load generator was the limit, time or trials ran out
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepseek.spec import DeploymentSpec, GateFailed, SloSpec, build_dir
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, SloSpec, build_dir
 from deepseek.spec.files.folders import write_whole
 from loadtests.figures import ms
 from loadtests.load.endpoint import endpoint_of, inputs_of
@@ -50,10 +51,6 @@ def main(options: argparse.Namespace) -> int:
     if violated:
         raise GateFailed(f"{'; '.join(violated)}: quality does not depend on the load, so no rate meets the SLO")
     console = Console(stderr=True, markup=False)
-    lines = ", ".join(objective_lines(spec.slo))
-    console.print(f"{settings.model} over {settings.protocol} at {settings.url}: {lines}", soft_wrap=True)
-    for line in unknown:
-        console.print(f"note: {line} is skipped: not measured for the served model; run: make parity", soft_wrap=True)
     started = datetime.now(UTC)
     folder = build_dir(options.model) / "capacity" / started.strftime("%Y-%m-%dT%H-%M-%SZ")
     runner = TrialRunner(spec=spec, settings=settings, served=served, folder=folder, console=console)
@@ -64,6 +61,14 @@ def main(options: argparse.Namespace) -> int:
         max_s=options.max_s,
         prove=True,
     )
+    least_s = math.ceil(max(plan.duration_s, plan.needed_s(start_rps)))
+    if least_s > options.max_s:
+        first = f"the first trial, at {start_rps:g}/s, takes {least_s} s"
+        raise InputError(f"--max-s {options.max_s:g}: {first}; give ten times that or more (BUDGET_S=)")
+    lines = ", ".join(objective_lines(spec.slo))
+    console.print(f"{settings.model} over {settings.protocol} at {settings.url}: {lines}", soft_wrap=True)
+    for line in unknown:
+        console.print(f"note: {line} is skipped: not measured for the served model; run: make parity", soft_wrap=True)
     capacity = find(runner, plan, started)
     path = capacity_path(options.model)
     capacity.save(path)

@@ -13,7 +13,7 @@ from deepseek_client import ModelMetadata
 
 from deepseek.spec import ExitCode, Target, build_dir
 from deepseek.spec.checks import Table
-from loadtests.search.highest_rate import GENERATOR, SAMPLES, UNDECIDED
+from loadtests.search.highest_rate import GENERATOR, SAMPLES, TIME, UNDECIDED
 from loadtests.search.rate_trial import RateTrial
 from loadtests.search.saved_result import SavedResult
 
@@ -98,7 +98,9 @@ class Capacity(SavedResult):
         least = f"at least {rate}{'' if self.confirmed else ', not confirmed'}" if rate else "inconclusive"
         if self.limited_by == GENERATOR:
             return f"capacity {least}; the generator, not the server, is the limit: see the invalid trials"
-        why = "too few samples" if self.limited_by == SAMPLES else f"the limit on {self.limited_by} was reached"
+        raised = "BUDGET_S" if self.limited_by == TIME else "MAX_TRIALS"
+        why = f"the limit on {self.limited_by} was reached; raise {raised}="
+        why = "too few samples" if self.limited_by == SAMPLES else why
         return f"capacity {least}: {why}"
 
 

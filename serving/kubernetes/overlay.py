@@ -108,8 +108,8 @@ def _check(options: argparse.Namespace) -> None:
             "give --autoscaler none, or leave out --no-monitoring"
         )
     for name in ("registry", "image_tag", "triton_tag"):
-        if not re.fullmatch(r"[A-Za-z0-9._:/-]*", getattr(options, name)):
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)!r}: not valid in an image name")
+        if not re.fullmatch(r"[A-Za-z0-9._:/-]*", given := getattr(options, name)) or "://" in given:
+            raise InputError(f"--{name.replace('_', '-')} {given!r}: not valid in an image name")
 
 
 def main(options: argparse.Namespace) -> None:
