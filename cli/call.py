@@ -21,8 +21,11 @@ def infer(options: argparse.Namespace) -> int:
     words = ["infer", options.model, *_access(options), "--fill", str(spec.axes[BATCH].min), "--top", str(options.top)]
     words += ["--prompt-name", options.prompt_name] if options.prompt_name else []
     words += ["--output", str(options.output)] if options.output else []
-    if options.text:
-        return client([*words, *(f"--text={text}" for text in (options.text, options.pair) if text)])
+    if options.text is not None:
+        if spec.text is not None and spec.text.pairs != (options.pair is not None):
+            advice = "pairs: give the second text with --pair" if spec.text.pairs else "single texts: leave --pair out"
+            raise InputError(f"--text: {options.model} takes {advice}")
+        return client([*words, *(f"--text={text}" for text in (options.text, options.pair) if text is not None)])
     if options.history:
         if spec.vocabulary is None:
             raise InputError(f"--history: deploy.toml of {options.model} has no [vocabulary]; leave --history out")
@@ -36,12 +39,12 @@ def infer(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    given = [name for name in ("text", "history", "inputs") if getattr(options, name)]
+    given = [name for name in ("text", "history", "inputs") if getattr(options, name) is not None]
     if len(given) > 1:
         raise InputError(f"--{given[0]} and --{given[1]}: seen both; give one of them")
-    if options.pair and not options.text:
+    if options.pair is not None and options.text is None:
         raise InputError("--pair: seen without --text; give the first text of the pair with --text")
-    if options.prompt_name and not options.text:
+    if options.prompt_name and options.text is None:
         raise InputError("--prompt-name: seen without --text; give the text that it begins with --text")
     for name in ("exclude", "k"):
         if getattr(options, name) and not options.history:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from deepseek.spec import InputError
 
 HEADS = {
@@ -78,6 +80,8 @@ class Checkpoint:
     """Limits of the length by the file that sets them."""
     files: tuple[str, ...]
     """Names of the files to copy, in `folder`."""
+    lower_case: bool
+    """Whether sentence-transformers lower-cases texts before the tokenizer."""
     prompts: dict[str, str]
     """Beginnings of texts by name; none unless one of them says something."""
     default_prompt: str | None
@@ -116,7 +120,8 @@ class Checkpoint:
             token_types=types and pairs,
             longest=min(LONGEST, *limits.values()),
             limits=limits,
-            files=("config.json", *_weights(inside), *_tokenizer(inside)),
+            files=("config.json", *_weights(inside), *_tokenizer(inside, config)),
+            lower_case=_optional(inside / "sentence_bert_config.json").get("do_lower_case") is True,
             prompts=prompts,
             default_prompt=default_prompt,
         )
@@ -133,6 +138,11 @@ def _object(path: Path, why: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{path}: seen {type(found).__name__}; a JSON object is needed; copy the checkpoint again")
     return found
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that a checkpoint may lack."""
+    return _object(path, "") if path.is_file() else {}
 
 
 def _number(path: Path, config: dict[str, Any], key: str, default: int | None = None) -> int:
@@ -201,10 +211,9 @@ def _limits(folder: Path, config: dict[str, Any], kind: Kind) -> dict[str, int]:
     reserved = _number(path, config, "pad_token_id", kind.padding) + 1 if kind.after_padding else 0
     found = {"config.json": positions - reserved}
     for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        if (folder / name).is_file():
-            value = _object(folder / name, "").get(key)
-            if isinstance(value, int | float) and 1 <= value < 2**31:  # huge if the tokenizer has no limit
-                found[name] = int(value)
+        value = _optional(folder / name).get(key)
+        if isinstance(value, int | float) and 1 <= value < 2**31:  # huge if the tokenizer has no limit
+            found[name] = int(value)
     if found["config.json"] < 1:
         raise InputError(f"{path}: max_position_embeddings: seen {positions}; more than {max(reserved, 0)} is needed")
     return found
@@ -231,7 +240,7 @@ def _modules(folder: Path) -> dict[str, str]:
 def _prompts(folder: Path) -> tuple[dict[str, str], str | None]:
     """The prompts that sentence-transformers uses, and the name of the default."""
     path = folder / "config_sentence_transformers.json"
-    settings = _object(path, "") if path.is_file() else {}
+    settings = _optional(path)
     prompts, default = settings.get("prompts") or {}, settings.get("default_prompt_name")
     try:
         "".join([*prompts.keys(), *prompts.values()]).encode()
@@ -290,10 +299,19 @@ def _check_fetched(path: Path) -> None:
         raise InputError(f"{path}: only a Git LFS pointer; fetch the file: git -C {path.parent} lfs pull")
 
 
-def _tokenizer(folder: Path) -> tuple[str, ...]:
-    """Names of the tokenizer's files; raises InputError for a tokenizer.json that is not JSON."""
+def _tokenizer(folder: Path, config: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the tokenizer's files; raises InputError for a tokenizer.json that cannot be read or has other ids."""
     path = folder / "tokenizer.json"
     if path.is_file():
         _check_fetched(path)
-        _object(path, "")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library has no narrower one
+            raise InputError(f"{path}: not a tokenizer ({error}); copy the checkpoint again") from None
+        largest = max([*tokenizer.get_vocab().values(), (tokenizer.padding or {}).get("pad_id", 0)])
+        if largest >= (size := _number(folder / "config.json", config, "vocab_size", largest + 1)):
+            raise InputError(
+                f"{path}: the largest id is {largest}, but vocab_size in config.json is {size}, so the model has no "
+                "embedding for it; call resize_token_embeddings(len(tokenizer)) in transformers, and save both again"
+            )
     return tuple(name for name in TOKENIZER if (folder / name).is_file())

@@ -132,14 +132,31 @@ def _copy(checkpoint: Checkpoint, folder: Path) -> int:
     folder.mkdir()
     for name in checkpoint.files:
         shutil.copyfile(checkpoint.folder / name, folder / name)
+    if checkpoint.has_tokenizer:
+        _adjust(folder / "tokenizer.json", checkpoint)
     return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _adjust(path: Path, checkpoint: Checkpoint) -> None:
+    """Lower-cases as sentence-transformers does, and pads on the right: positions then do not depend on the batch."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    before = json.dumps(settings)
+    if checkpoint.lower_case:
+        steps = filter(None, ({"type": "Lowercase"}, settings.get("normalizer")))
+        settings["normalizer"] = {"type": "Sequence", "normalizers": list(steps)}
+    if settings.get("padding"):
+        settings["padding"]["direction"] = "Right"
+    if json.dumps(settings) != before:
+        path.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
 
 
 def _report(options: argparse.Namespace, folder: Path, checkpoint: Checkpoint, size: int) -> None:
     where = "" if options.models == Path("models") else f" MODELS={options.models}"
     print(f"task      {checkpoint.task}; texts of up to {checkpoint.longest} tokens")
     if checkpoint.task == "encoder" and not checkpoint.pooling_from:
-        print(f"note      the checkpoint names no pooling: {checkpoint.pooling}; POOLING in model.py changes it")
+        print(
+            f"note      no file names the pooling: {checkpoint.pooling} is used; set POOLING in model.py to change it"
+        )
     if not checkpoint.has_tokenizer:
         print(
             "note      no tokenizer.json: the samples are random ids, and int8 is left out; if "

@@ -237,6 +237,19 @@ def test_the_lowest_limit_of_the_length_counts(name: str, values: dict[str, int]
     assert Checkpoint.read(tmp_path, "auto").longest == longest
 
 
+def test_the_tokenizer_lower_cases_as_sentence_transformers_does_and_pads_on_the_right(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "some", "bert")
+    path = tmp_path / "some" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.enable_padding(direction="left", length=20)
+    tokenizer.save(str(path))
+    (tmp_path / "some" / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    main(values_of("import", str(tmp_path / "some"), "--models", str(tmp_path / "models")))
+    found = Tokenizer.from_file(str(tmp_path / "models" / "some" / "checkpoint" / "tokenizer.json"))
+    assert found.padding == {**(tokenizer.padding or {}), "direction": "right"}
+    assert found.encode("A Text").ids == [*tokenizer.encode("a text").ids[13:], *[0] * 13]
+
+
 def test_weights_in_parts_pickles_and_links_are_copied_and_loaded(tmp_path: Path) -> None:
     module = write_checkpoint(tmp_path / "parts", "bert", max_shard_size="40KB")
     assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 1
@@ -314,6 +327,8 @@ REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     (without("model.safetensors"), (), "some: no weights; allowed: model.safetensors, "),
     (with_file("model.safetensors", LFS), (), "model.safetensors: only a Git LFS pointer; fetch the file: git -C "),
     (with_file("tokenizer.json", LFS), (), "tokenizer.json: only a Git LFS pointer; fetch the file: git -C "),
+    (with_file("tokenizer.json", "{}"), (), "tokenizer.json: not a tokenizer ("),
+    (config(vocab_size=50), (), "tokenizer.json: the largest id is 95, but vocab_size in config.json is 50"),
     (modules(MEAN, "Dense"), (), "modules.json: seen the module Dense; allowed: Transformer, Pooling, Normalize"),
     (modules({"pooling_mode_lasttoken": True}), (), "1_Pooling/config.json: seen the pooling lasttoken; allowed: one of mean, cls, max"),
     (with_file("config_sentence_transformers.json", '{"prompts": ["a"]}'), (), "config_sentence_transformers.json: prompts cannot be read ("),

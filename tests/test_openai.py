@@ -162,6 +162,8 @@ def test_a_bad_request_is_a_400(serving: Serving, fields: dict[str, Any], param:
     [
         ("POST", "/v1/embeddings", b'{"model": "another", "input": "a"}', 404, "model_not_found"),
         ("POST", "/v1/embeddings", b'{"model": "../sentence", "input": "a"}', 404, "model_not_found"),
+        ("GET", "/v2/models/another/stats", None, 404, "model_not_found"),
+        ("POST", "/rerank", b'{"query": "a", "texts": ["b"]}', 404, "model_not_found"),  # no model takes pairs
         ("GET", "/v1/completions", None, 404, "unknown_url"),
         ("GET", "/v1/embeddings", None, 405, "method_not_allowed"),
         ("POST", "/v1/embeddings", b'"' + b"a" * BODY_BYTES, 413, None),

@@ -155,6 +155,30 @@ def test_a_call_is_cancelled_when_its_caller_disconnects() -> None:
 
 
 @pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ("Authorization: Bearer " + "x" * 9000, "Got more than 8190 bytes"),
+        ("Content-Length: secret", "Invalid character in Content-Length"),
+    ],
+)
+def test_a_malformed_request_is_a_400_that_repeats_no_header(
+    header: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def send() -> bytes:
+        async with in_front_of(StandIn(), SMALL) as address:
+            reader, writer = await asyncio.open_connection(*address.split(":"))
+            writer.write(f"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\n{header}\r\n\r\n".encode())
+            answer = await reader.read()
+            writer.close()
+        return answer
+
+    head, _, body = asyncio.run(send()).partition(b"\r\n\r\n")
+    assert head.split()[1] == b"400"
+    assert json.loads(body)["error"]["message"] == f"the request is not valid HTTP: {reason}"
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
     ("error", "status"),
     [
         (deepseek_client.InvalidInput("x"), 400),

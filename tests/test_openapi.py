@@ -42,7 +42,8 @@ E, S, R = EmbeddingRequest, SimilarityRequest, RerankRequest
     ("kind", "body", "param", "message"),
     [
         (E, b"{", None, "the body is not JSON"),
-        (E, NESTED, None, "the body is not JSON"),
+        (E, NESTED, None, "the body has too many nested arrays or objects"),
+        (E, b'{"dimensions": ' + b"9" * 5000 + b"}", None, "the body has a number with too many digits"),
         (E, b'{"model": "m", "input": "\xff"}', None, "the body is not UTF-8: invalid start byte at byte 25"),
         (E, b'"a"', None, 'the body is "a"; allowed: a JSON object'),
         (E, b'{"model": "\\ud800", "input": "a"}', "model", "model: seen"),
@@ -55,7 +56,7 @@ E, S, R = EmbeddingRequest, SimilarityRequest, RerankRequest
         (E, {"model": "m", "input": None}, "input", "input: seen null"),
         (E, {"model": "m", "input": []}, "input", "input: a list of 0; allowed: 1 to 2048 texts"),
         (E, {"model": "m", "input": ["a"] * 2049}, "input", "input: a list of 2049; allowed: 1 to 2048 texts"),
-        (E, {"model": "m", "input": ""}, "input", "input: an empty string; leave it out"),
+        (E, {"model": "m", "input": ""}, "input", "input: an empty string; allowed: at least one character"),
         (E, {"model": "m", "input": ["a", ""]}, "input", "input[1]: an empty string"),
         (E, {"model": "m", "input": ["a", None]}, "input", "input[1]: seen null; allowed: a string"),
         (E, {"model": "m", "input": [1, 2]}, "input", "input[0]: token ids; send strings"),
@@ -112,6 +113,10 @@ def test_a_body_that_is_refused_is_invalid_in_the_document_too(
 def test_a_body_that_is_taken_is_valid_in_the_document_too(kind: type[RequestBody], body: dict[str, Any]) -> None:
     kind.read(json.dumps(body).encode())
     validator(kind.__name__).validate(body)
+
+
+def test_a_byte_order_mark_is_ignored() -> None:
+    assert E.read(b'\xef\xbb\xbf{"model": "m", "input": "a"}').input == "a"
 
 
 def test_what_is_answered_is_valid(serving: Serving) -> None:

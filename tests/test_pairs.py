@@ -134,7 +134,7 @@ def test_the_command_sends_a_pair(server: EmbeddedServer, place: Path) -> None:
     assert "a document" in run.stdout
     run = run_module("cli", "infer", *which, "--text", "a query")
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-    assert "--text: seen 1; reranker takes pairs of texts: give two for each pair" in run.stderr
+    assert "--text: reranker takes pairs: give the second text with --pair" in run.stderr
     run = run_module("cli", "infer", *which, "--pair", "a document")
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "--pair: seen without --text" in run.stderr

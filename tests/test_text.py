@@ -214,12 +214,16 @@ def test_the_command_sends_a_text(sentence: EmbeddedServer) -> None:
     assert json.loads(run.stdout)["outputs"]["tokens"] == [[9]]
     run = run_module("cli", "infer", *place, "--text", "a text", "--prompt-name", "query", "--json")
     assert json.loads(run.stdout)["outputs"]["tokens"] == [[12]]  # five from "ab ab: "
+    run = run_module("cli", "infer", *place, "--text", "", "--json")
+    assert json.loads(run.stdout)["outputs"]["tokens"] == [[2]]  # the empty text
     run = run_module("cli", "infer", *place, "--prompt-name", "query")
     assert run.returncode == 2
     assert run.stderr.startswith("error: --prompt-name: seen without --text")
     run = run_module("cli", "infer", *place, "--text", "A text, as typed")
     assert run.returncode == 0, run.stderr
     assert "A text, as typed" in run.stdout
+    run = run_module("cli", "infer", *place, "--text", "a", "--pair", "b")
+    assert (run.returncode, run.stderr) == (2, "error: --text: sentence takes single texts: leave --pair out\n")
     run = run_module("cli", "infer", *place, "--text", "a", "--inputs", "x.json")
     assert (run.returncode, run.stderr) == (2, "error: --text and --inputs: seen both; give one of them\n")
 
@@ -275,6 +279,11 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line_before_anything_is_publishe
     run = run_module(*command, DEEPSEEK_BUILD=str(folder / "build"))
     assert run.returncode == 2
     assert run.stderr.startswith(f"error: {file}: not a tokenizer that fits [text]: ")
+    known = json.loads((MODELS / "sentence" / "tokenizer.json").read_text())
+    known["model"]["unk_token"] = "[NONE]"
+    file.write_text(json.dumps(known))
+    run = run_module(*command, DEEPSEEK_BUILD=str(folder / "build"))
+    assert (run.returncode, "Missing [UNK] token" in run.stderr) == (2, True), run.stderr
     file.unlink()
     run = run_module(*command, DEEPSEEK_BUILD=str(folder / "build"))
     assert run.returncode == 2

@@ -19,7 +19,7 @@ from tests.test_rerank import serving
 from tests.test_text import MODELS, MOST_TOKENS, folder
 
 __all__ = ["folder", "place", "serving"]  # fixtures
-TEXTS = "a\n\na\u2028b\n\n" + "a long text " * 100 + "\r\n"  # 3, 4 and, truncated, 48 tokens
+TEXTS = "\ufeffa\n\na\u2028b\n\n" + "a long text " * 100 + "\r\n"  # a mark of Windows; 3, 4 and, truncated, 48 tokens
 PAIRS = "eggs\tmilk\nhow long?\tabout a week\n\n"
 
 

@@ -15,6 +15,8 @@ from deepseek.spec.text import text_axis
 if TYPE_CHECKING:
     from deepseek.text_encoder import TextEncoder
 
+UNKNOWN = ("\u16a0\u2603", "\u0e01")  # words that hardly any vocabulary has
+
 
 def text_encoder(spec: DeploymentSpec, path: Path | None = None) -> TextEncoder:
     """The encoder of a model, which fills its inputs; `path` is the tokenizer if it was looked up already."""
@@ -25,7 +27,7 @@ def text_encoder(spec: DeploymentSpec, path: Path | None = None) -> TextEncoder:
     inputs = {str(role): name for role, name in spec.text.fills(spec.inputs).items()}
     dtypes = {name: tensor.dtype for name, tensor in spec.inputs.items()}
     try:
-        return TextEncoder(
+        encoder = TextEncoder(
             str(path),
             inputs,
             dtypes,
@@ -33,5 +35,7 @@ def text_encoder(spec: DeploymentSpec, path: Path | None = None) -> TextEncoder:
             min_tokens=axis.min,
             pairs=spec.text.pairs,
         )
+        encoder.encode([UNKNOWN if spec.text.pairs else UNKNOWN[0]])  # fails if unknown words have no token
+        return encoder
     except Exception as error:  # the library has no narrower one
         raise InputError(f"{path}: not a tokenizer that fits [text]: {error}") from None

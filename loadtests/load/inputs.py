@@ -103,9 +103,10 @@ def _has_texts(path: Path) -> bool:
 def _texts(path: Path) -> list[str]:
     """The lines of a file of texts, or of pairs of texts, that are not empty."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines, which also splits at U+2028 and others
+        text = path.read_text(encoding="utf-8-sig")  # Windows may write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    lines = text.split("\n")  # not splitlines, which also splits at U+2028 and others
     texts = [line for line in lines if line.strip()]
     if not texts:
         raise InputError(f"{path}: contains no text; write one on each line")

@@ -69,7 +69,9 @@ def from_client(error: InferenceError, model: str) -> ApiError:
             return no_such_model(model, "not served here")
         case ServerBusy():
             return busy(reason, error.retry_after_s)
-        case ModelNotReady() | Unreachable() | ConnectionLost():
+        case Unreachable():
+            return ApiError(503, "not ready: Triton does not answer", retry_after_s=1)
+        case ModelNotReady() | ConnectionLost():
             return ApiError(503, f"not ready: {reason}", retry_after_s=1)
         case DeadlineExceeded():
             return ApiError(504, reason)

@@ -45,11 +45,15 @@ class RequestBody(Fields):
     def read(cls, body: bytes) -> Self:
         """The fields in a body."""
         try:
-            fields = json.loads(body.decode())
+            fields = json.loads(body.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ApiError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
-        except (ValueError, RecursionError) as error:
+        except json.JSONDecodeError as error:
             raise ApiError(400, f"the body is not JSON: {error}") from None
+        except RecursionError:
+            raise ApiError(400, "the body has too many nested arrays or objects") from None
+        except ValueError:
+            raise ApiError(400, "the body has a number with too many digits") from None
         if not isinstance(fields, dict):
             allowed = f"a JSON object with {', '.join(cls.model_fields)}"
             raise ApiError(400, f"the body is {shown(fields)}; allowed: {allowed}")
@@ -87,7 +91,7 @@ def _check_text(text: Any, at: str = "") -> Any:
     if not isinstance(text, str):
         raise _refused(f"seen {shown(text)}; allowed: a string", at)
     if not text:
-        raise _refused("an empty string; leave it out", at)
+        raise _refused("an empty string; allowed: at least one character", at)
     if not _is_unicode(text):
         raise _refused("half of a surrogate pair (\\ud800 to \\udfff); send valid Unicode", at)
     return text

@@ -34,6 +34,7 @@ NUMBER_BYTES = 24  # of a vector while it is computed and sent as base64
 DIGITS_BYTES = 64  # of one that is sent as JSON: up to 16 characters, which are copied three times
 READ_S = 30.0  # longest upload of a body
 CALLER_LEFT = 499  # as nginx counts it
+AIOHTTPS_ERROR = web.RequestHandler.handle_error
 NOTED = web.RequestKey("noted", dict[str, Any])  # its model, and whether its list is split
 
 
@@ -66,6 +67,7 @@ class Routes:
             app.router.add_get(path, send_file)
         if self._recommenders:
             self._recommenders.add_to(app.router)
+        web.RequestHandler.handle_error = _malformed  # type: ignore[method-assign]
         return web.AppRunner(
             app,
             handler_cancellation=True,
@@ -186,6 +188,22 @@ class Routes:
         if error.retry_after_s:
             headers["Retry-After"] = str(error.retry_after_s)
         return web.json_response(error.body(), status=error.status, headers=headers)
+
+
+def _malformed(
+    handler: web.RequestHandler[web.Request],
+    request: web.BaseRequest,
+    status: int = 500,
+    exc: BaseException | None = None,
+    message: str | None = None,
+) -> web.StreamResponse:
+    """The answer to a request that aiohttp cannot read. Its own is plain text with headers, and a traceback."""
+    if status >= 500:  # a bug
+        return AIOHTTPS_ERROR(handler, request, status, exc, message)
+    reason = (message or "no reason given").splitlines()[0].partition(" when reading")[0].rstrip(":")
+    answer = web.json_response(ApiError(status, f"the request is not valid HTTP: {reason}").body(), status=status)
+    answer.force_close()
+    return answer
 
 
 async def _body(request: web.Request) -> bytes:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from deepseek_client import AsyncInferenceClient, ModelMetadata, ModelUnavailable
+from deepseek_client import AsyncInferenceClient, InvalidInput, ModelMetadata, ModelUnavailable
 from deepseek_client.transport import Parameters
 
 from deepseek.spec import BULK, TEXT
@@ -125,7 +125,10 @@ class TextModels:
     async def statistics(self, name: str) -> dict:
         """Triton's statistics of a model. Raises ApiError."""
         with api_errors(name):
-            return await self._client.model_statistics(name)
+            try:
+                return await self._client.model_statistics(name)
+            except InvalidInput as error:  # Triton's 400 for a model that it does not have
+                raise no_such_model(name, "not served here") from error
 
     async def chosen(self, name: str | None, *, pairs: bool = False) -> TextModel:
         """The named model, or the only one. Raises ApiError unless it takes texts, or pairs of them."""
@@ -136,9 +139,12 @@ class TextModels:
                 raise no_such_model(name, f"takes {takes}")
             return model
         found = [model for model in await self.all() if model.pairs == pairs]
-        if len(found) != 1:
+        if not found:
             what = "scores pairs of texts" if pairs else "turns texts into vectors"
-            names = ", ".join(model.name for model in found) or f"none: no model here {what}"
+            message = f"no model here {what}; GET /v1/models lists the models"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        if len(found) > 1:
+            names = ", ".join(model.name for model in found)
             raise ApiError(400, f"model: missing; allowed: {names}", param="model")
         return found[0]
 
