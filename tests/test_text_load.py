@@ -85,6 +85,13 @@ def test_the_texts_take_turns_and_their_tokens_are_counted(
         ("reranker", "pairs.tsv", "a\tb\nc", "", "pairs.tsv, line 2: 0 tabs; write two texts with a tab between them"),
         ("sentence", "texts.txt", "a", "/similarity", "--route /similarity: allowed: /v1/embeddings, /rerank"),
         ("sentence", "texts.txt", "a", "HOST/rerank", "give --inputs with pairs of texts, such as pairs.tsv"),
+        (
+            "reranker",
+            "pairs.tsv",
+            "a\tb\n\tc",
+            "HOST/rerank",
+            "has an empty text, which /rerank refuses; remove the pair",
+        ),
         ("sentence", "texts.txt", "a", "127.0.0.1:9/v1/embeddings", "127.0.0.1:9"),
     ],
 )

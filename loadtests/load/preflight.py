@@ -60,18 +60,20 @@ def check(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[int] | No
                 if settings.route is None:
                     client.infer(settings.model, rows[0])
                 else:
-                    _check_route(settings, settings.route, rows[0])
+                    _check_route(settings, settings.route, rows)
     except InferenceError as error:
         raise InputError(str(error)) from None
     return served
 
 
-def _check_route(settings: LoadSettings, route: str, row: Row) -> None:
+def _check_route(settings: LoadSettings, route: str, rows: Sequence[Row]) -> None:
     """Sends a row to the OpenAI route; raises InferenceError, or InputError if the route does not take such rows."""
-    texts = ROUTES[settings.over]
+    row, texts = rows[0], ROUTES[settings.over]
     if row.keys() != {TEXT} or row[TEXT].shape[1] != texts:
         kind = "texts, such as texts.txt" if texts == 1 else "pairs of texts, such as pairs.tsv"
         raise InputError(f"--route {settings.over}: {settings.inputs} has {_listed(row)}; give --inputs with {kind}")
+    if not all(each[TEXT].all() for each in rows):
+        raise InputError(f"{settings.inputs}: has an empty text, which {settings.over} refuses; remove the pair")
     with RouteClient(route, timeout_s=settings.timeout_s, **settings.access) as client:
         client.send(client.prepare(settings.model, row))
 

@@ -67,7 +67,7 @@ class Routes:
             app.router.add_get(path, send_file)
         if self._recommenders:
             self._recommenders.add_to(app.router)
-        web.RequestHandler.handle_error = _malformed  # type: ignore[method-assign]
+        web.RequestHandler.handle_error = _malformed  # type: ignore[assignment, method-assign]
         return web.AppRunner(
             app,
             handler_cancellation=True,
@@ -191,7 +191,7 @@ class Routes:
 
 
 def _malformed(
-    handler: web.RequestHandler[web.Request],
+    handler: web.RequestHandler,
     request: web.BaseRequest,
     status: int = 500,
     exc: BaseException | None = None,
