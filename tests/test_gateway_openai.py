@@ -17,7 +17,7 @@ from typing import Any
 import openai
 import pytest
 
-from serving.repository.served_models import ServedModel, has_openai_routes, served_models
+from serving.repository.served_models import ServedModel, served_models
 from serving.stack.gateway_limits import limits
 from serving.stack.server_sizes import OPENAI_MIB, server_sizes
 from tests.failing_servers import answering, mute
@@ -289,11 +289,9 @@ def test_without_a_model_that_takes_texts_it_is_404_until_there_is_one(
         wait_for(lambda: embed(running)[0], lambda found: found == 200)
 
 
-def test_the_cpu_image_has_the_routes_and_memory_for_them_and_nvidias_has_none(models: list[ServedModel]) -> None:
-    assert has_openai_routes(models)
-    on_gpu = replace(models[0], name="other", text_bytes=0, needs_gpu=True)
-    assert not has_openai_routes([*models, on_gpu])
-    assert "openai" not in limits([*models, on_gpu])
-    without = [replace(models[0], text_bytes=0)]
-    assert server_sizes(without).openai_mib == server_sizes([*models, on_gpu]).openai_mib == 0
-    assert server_sizes([replace(models[0], text_bytes=1)]).memory_mib == server_sizes(without).memory_mib + OPENAI_MIB
+def test_the_routes_share_the_servers_memory_on_a_cpu_and_have_their_own_on_a_gpu(models: list[ServedModel]) -> None:
+    texts, without = replace(models[0], text_bytes=1), replace(models[0], text_bytes=0)
+    assert server_sizes([texts]).memory_mib == server_sizes([without]).memory_mib + OPENAI_MIB
+    on_gpu, gpu_without = (server_sizes([replace(model, needs_gpu=True)]) for model in (texts, without))
+    assert on_gpu.memory_mib == gpu_without.memory_mib
+    assert (on_gpu.openai_mib, gpu_without.openai_mib) == (OPENAI_MIB, 0)

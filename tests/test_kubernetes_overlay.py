@@ -21,6 +21,7 @@ import yaml
 
 from cli.main import values_of
 from deepseek.spec import InputError
+from deepseek.spec.triton_release import TRITON_TAG
 from serving.kubernetes import overlay
 from serving.kubernetes.autoscaling import METRICS, ScaleChoice, scale_of
 from serving.kubernetes.loadtest_jobs import CONFIG_MAP_BYTES, _copy_inputs
@@ -31,15 +32,17 @@ from serving.repository.served_models import served_models
 from serving.stack.api_keys import digest
 from serving.stack.certificate import ensure_certificate
 from serving.stack.gateway_limits import gateway_sizes, limits
-from serving.stack.server_sizes import REST_S, server_sizes
+from serving.stack.server_sizes import OPENAI_MIB, REST_S, server_sizes
 from tests.conftest import run_module, write_add_one
 from tests.manifests import KUBERNETES, build, committed, container_of, find, pod_of
 from tests.test_alerts import ALL_FAIL, HEALTHY, MODEL, Case, at_the_end, check, check_fired, need_promtool
-from tests.test_stack import TEXT
+from tests.test_stack import TAKES_TEXTS, TEXT
+
+Again = tuple[Path, tuple[str, ...]]
 
 
 @pytest.fixture
-def again(generated: dict[str, Path], tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
+def again(generated: dict[str, Path], tmp_path: Path) -> Again:
     """A separate build folder, and the arguments for an overlay from it."""
     repository = generated["plain"].parent / "repository"
     return tmp_path, ("--repository", str(repository), "--models", str(tmp_path), "--build", str(tmp_path))
@@ -62,6 +65,28 @@ def test_the_overlay_has_the_sums_of_the_compose_stack(generated: dict[str, Path
     assert container_of(objects, "gateway")["resources"]["limits"]["memory"] == f"{room.memory_mib}Mi"
     (tmp,) = (volume for volume in pod_of(objects, "gateway")["volumes"] if volume["name"] == "tmp")
     assert tmp["emptyDir"] == {"medium": "Memory", "sizeLimit": f"{room.tmp_mib}Mi"}
+
+
+def test_on_a_gpu_the_openai_routes_run_beside_triton_if_a_model_takes_texts(again: Again, tmp_path: Path) -> None:
+    write_add_one(tmp_path / "gpu")
+    config = tmp_path / "gpu" / "add_one" / "config.pbtxt"
+    config.write_text(config.read_text().replace('backend: "python"', 'backend: "tensorrt"') + TAKES_TEXTS)
+    folder, arguments = again
+    registry = ("--registry", "registry.example.com/shop", "--output", str(folder / "texts"))
+    overlay.main(values_of("kubernetes", *arguments, *registry, "--repository", str(tmp_path / "gpu")))
+    pod = pod_of(build(folder / "texts"))
+    found = {each["name"]: each for each in pod["containers"]}
+    assert (
+        found["openai"]["image"]
+        == found["triton"]["image"]
+        == f"registry.example.com/shop/deepseek-server:{TRITON_TAG}"
+    )
+    assert found["openai"]["resources"]["limits"]["memory"] == f"{OPENAI_MIB}Mi"
+    stops = [int(found[name]["lifecycle"]["preStop"]["exec"]["command"][1]) for name in ("openai", "triton")]
+    assert stops == [PRE_STOP_S, PRE_STOP_S + 10]
+    given = dict(zip(found["openai"]["args"][::2], found["openai"]["args"][1::2], strict=True))
+    assert PRE_STOP_S + float(given["--drain-s"]) < pod["terminationGracePeriodSeconds"]
+    assert {each["name"] for each in found["openai"]["volumeMounts"]} <= {each["name"] for each in pod["volumes"]}
 
 
 def test_on_cpus_tritons_pod_is_guaranteed_its_cores(generated: dict[str, Path]) -> None:
@@ -105,7 +130,7 @@ def test_names_are_looked_up_at_the_clusters_dns_and_at_a_nodes_cache_of_it(gene
         assert node == {"ipBlock": {"cidr": "169.254.20.10/32"}}
 
 
-def test_tritons_pods_may_call_the_port_that_the_models_are_at(again: tuple[Path, tuple[str, ...]]) -> None:
+def test_tritons_pods_may_call_the_port_that_the_models_are_at(again: Again) -> None:
     folder, arguments = again
     url = "http://minio.storage.svc:9000/shop/m.tar.gz?X-Signature=a:1/b"
     assert run_module("cli", "kubernetes", *arguments, "--models-url", url).returncode == 0
@@ -130,7 +155,7 @@ def test_images_come_from_the_registry_and_the_autoscaler_is_the_one_asked_for(g
     assert spec["fallback"]["replicas"] == spec["minReplicaCount"]
 
 
-def test_other_models_are_other_pods(again: tuple[Path, tuple[str, ...]]) -> None:
+def test_other_models_are_other_pods(again: Again) -> None:
     folder, arguments = again
     write_add_one(folder / "repository")
     places = ("--repository", str(folder / "repository"), *arguments[2:], "--output", str(folder / "overlay"))
@@ -189,7 +214,7 @@ def test_the_autoscaler_has_a_target_of_the_precision_that_serves_or_the_default
     assert all(note in line for note, line in zip(notes, said, strict=True))
 
 
-def test_what_the_simulation_chose_becomes_the_autoscalers(again: tuple[Path, tuple[str, ...]]) -> None:
+def test_what_the_simulation_chose_becomes_the_autoscalers(again: Again) -> None:
     folder, arguments = again
     target = {"metric": "queue", "value": 0.283}
     write_scale(folder / "add_one", {"targets": [target], "min_replicas": 3, "max_replicas": 7, "cores": 4})
@@ -354,7 +379,7 @@ def test_the_workers_flags_are_the_masters_and_what_its_script_adds() -> None:
         (("--triton-tag", "26.07"), "TRITON_TAG: seen 26.07; 26.08 or newer is needed"),
     ],
 )
-def test_wrong_input_is_one_line(again: tuple[Path, tuple[str, ...]], flags_: tuple[str, ...], message: str) -> None:
+def test_wrong_input_is_one_line(again: Again, flags_: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         overlay.main(values_of("kubernetes", *again[1], *flags_))
 

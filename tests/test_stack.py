@@ -38,6 +38,9 @@ TEXT = ServedModel(
     p99_ms=80,
     rate_rps=100,
 )
+TAKES_TEXTS = r"""
+parameters { key: "text" value { string_value: "{\"max_texts\": 8, \"max_bytes\": 100}" } }
+"""
 
 
 def settings_of(path: Path) -> dict[str, str]:
@@ -83,6 +86,18 @@ def test_one_engine_that_needs_a_gpu_takes_nvidias_triton_for_all(
     assert not found["STACK_USER"].startswith("0:")
     told = "note: big: no image has the execution provider 'migraphx', so the stack cannot serve it; make serve does"
     assert (told in capsys.readouterr().err) is ("migraphx" in changed)
+
+
+def test_on_a_gpu_the_openai_routes_get_a_container_if_a_model_takes_texts(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    config = tmp_path / "repository" / "add_one" / "config.pbtxt"
+    on_gpu = config.read_text().replace('backend: "python"', 'backend: "tensorrt"')
+    config.write_text(on_gpu)
+    assert "openai" not in write(tmp_path)["COMPOSE_FILE"]
+    config.write_text(on_gpu + TAKES_TEXTS)
+    found = write(tmp_path, "--local-ports", "0")
+    files = ("gpu", "openai", "closed")
+    assert found["COMPOSE_FILE"] == ":".join(("compose.yaml", *(f"docker/compose.{name}.yaml" for name in files)))
 
 
 def test_an_image_has_another_tag_after_each_change_of_what_it_copies(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from cli.commands import COMMANDS
 from cli.environment import TRITON_WHEEL
 from cli.main import values_of
 from deepseek.spec.triton_release import TRITON_TAG
-from serving.embedded.flags import CLOSED, Endpoints, behind_gateway, server_flags
+from serving.embedded.flags import CLOSED, OPENAI_DRAIN_S, Endpoints, behind_gateway, server_flags
+from serving.stack.server_sizes import OPENAI_MIB
 from tests.conftest import run_module
 from tests.failing_servers import answering, mute, status
 
@@ -67,10 +68,19 @@ def test_the_embedded_server_waits_for_its_models_as_long_as_the_health_checks_d
 
 
 def test_the_gateway_looks_for_the_openai_routes_at_the_servers_port() -> None:
-    place = f"triton:{values_of('serve').openai_port}"
-    assert f"${{TRITON_OPENAI:-{place}}}" in Path("docker/gateway/gateway.sh").read_text()
-    assert f'{{name: TRITON_OPENAI, value: "{place}"}}' in Path("kubernetes/base/gateway.yaml").read_text()
-    assert f" {place[7:]}\n" in Path("docker/server-cpu.Dockerfile").read_text()
+    port = values_of("serve").openai_port
+    assert f"${{TRITON_OPENAI:-triton:{port}}}" in Path("docker/gateway/gateway.sh").read_text()
+    assert f'{{name: TRITON_OPENAI, value: "triton:{port}"}}' in Path("kubernetes/base/gateway.yaml").read_text()
+    assert f" {port}\n" in Path("docker/server-cpu.Dockerfile").read_text()
+    on_cpu, on_gpu = services("compose.yaml"), services("docker/compose.openai.yaml")
+    assert on_cpu["gateway"]["environment"]["TRITON_OPENAI"] == f"openai:{port}"
+    assert on_cpu["triton"]["networks"]["inside"]["aliases"] == ["openai"]
+    command = on_gpu["openai"]["command"]
+    assert on_gpu["openai"]["deploy"]["resources"]["limits"]["memory"] == f"{OPENAI_MIB}m"
+    assert dict(zip(command[::2], command[1::2], strict=True)) == {
+        **{"--port": str(port), "--http-url": "triton:8000", "--repository": "/models"},
+        **{"--drain-s": f"{OPENAI_DRAIN_S:g}"},
+    }
 
 
 def test_dockerfiles_have_the_versions_of_the_code() -> None:
@@ -101,7 +111,7 @@ def test_an_images_user_can_read_what_it_copies_under_any_umask(path: Path) -> N
     assert last.rindex("\nCOPY ") < last.index("RUN chmod -R") < last.index("\nUSER ")
     for line in re.findall(r"^COPY (?!--from)(.*)$", last, re.MULTILINE):
         *sources, target = line.split()
-        if target == "./":  # read by root, while the image is built
+        if target in ("./", "client/"):  # read by root, while the image is built
             continue
         to = {f"{target}{Path(source).name}" for source in sources} if target.startswith("/usr/") else {target}
         assert {each.split("/")[0] if each[0] != "/" else each for each in to} <= set(readable.split()), line
@@ -110,7 +120,7 @@ def test_an_images_user_can_read_what_it_copies_under_any_umask(path: Path) -> N
 @pytest.mark.parametrize(
     ("image", "modules"),
     [
-        ("server", ("cli.main", "serving.doctor.doctor", "serving.embedded.flags")),
+        ("server", ("cli.main", "serving.doctor.doctor", "serving.embedded.flags", "serving.openai.__main__")),
         ("server-cpu", ("cli.main", "serving.embedded.serve", "serving.openai.__main__", "serving.repository.fetch")),
         ("loadtests", ("cli.main", "loadtests.load.loadtest", "loadtests.slo.verdict")),
     ],
@@ -163,7 +173,7 @@ def test_only_the_gateway_is_published_beyond_loopback() -> None:
     on_loopback = [port.rpartition(":")[2] for name, port in published if name == "gateway"]
     assert on_loopback == ["8443", "8000", "8001"]
     assert "ports" not in found["triton"]
-    assert found["triton"]["networks"] == ["inside"]
+    assert [*found["triton"]["networks"]] == ["inside"]
 
 
 def test_the_gateway_goes_first_where_cores_are_short() -> None:

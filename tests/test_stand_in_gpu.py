@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
+import numpy as np
+import openai
 import pytest
+from deepseek_client import InferenceClient
 
 from cli.gpu_steps import Where, steps
 from deepseek.spec.triton_release import TRITON_TAG
@@ -41,9 +44,10 @@ def gpu_host() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A fresh copy of the checkout with a tiny model."""
+    """A fresh copy of the checkout with two tiny models."""
     folder = tmp_path_factory.mktemp("clone")
-    shutil.copytree("tests/models/text", folder / "models" / "text")
+    for name in ("text", "sentence"):
+        shutil.copytree(f"tests/models/{name}", folder / "models" / name)
     return Checkout.copied_to(folder)
 
 
@@ -56,22 +60,32 @@ def test_an_engine_is_built_served_and_judged_through_stand_ins_for_nvidias_imag
     }
     environment = {**gpu_host, **settings, "PATH": f"{HOST.resolve()}:{checkout.environment['PATH']}"}
     lines = (
-        *("make engine TARGET=tensorrt MODEL=text", "make doctor", "docker compose up --detach --wait"),
-        *("make infer MODEL=text", "make parity MODEL=text", "make loadtest verdict MODEL=text DURATION_S=30"),
+        *("make engine TARGET=tensorrt MODEL=sentence", "make doctor", "docker compose up --detach --wait"),
+        *("make infer MODEL=sentence TEXT='A plane.'", "make parity MODEL=sentence"),
+        *("make loadtest verdict MODEL=sentence DURATION_S=30",),
     )
     try:
         for line in lines:
             done = checkout.sh(line, **environment)
             told = f"{line}: exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
             assert done.returncode == 0 or ("verdict" in line and done.returncode in BUSY), told
-        engine = json.loads(checkout.folder.joinpath("model_repository/text/1/manifest.json").read_text())
+        engine = json.loads(checkout.folder.joinpath("model_repository/sentence/1/manifest.json").read_text())
         assert (engine["target"], engine["compute_capability"], engine["found"]["read_from"]) == (
             "tensorrt",
             "8.9",
             "engine",
         )
-        (judged,) = checkout.folder.glob("build/text/loadtests/*/run.json")
+        (judged,) = checkout.folder.glob("build/sentence/loadtests/*/run.json")
         assert judged.is_file()
+        with InferenceClient(f"127.0.0.1:{checkout.ports[0]}", "http") as client:
+            vector = client.infer("sentence", {"text": ["A plane."]})["embedding"][0]
+        routes = openai.OpenAI(base_url=f"http://127.0.0.1:{checkout.ports[0]}/v1", api_key="none", max_retries=0)
+        (answer,) = routes.embeddings.create(model="sentence", input="A plane.").data
+        np.testing.assert_allclose(answer.embedding, vector, rtol=1e-5)
+        stopped = checkout.sh("docker compose stop openai", **environment)
+        assert stopped.returncode == 0, stopped.stderr
+        state = checkout.sh("docker compose ps --all --format '{{.ExitCode}}' openai", **environment).stdout.strip()
+        assert state == "0"  # it took SIGTERM and ended by itself
     finally:
         checkout.sh("docker compose down --volumes", **environment)
 

@@ -60,7 +60,8 @@ def kustomization(overlay: Overlay) -> str:
         *([overlay.autoscaler, "gateway-hpa"] if overlay.autoscaler != "none" else []),
         *(["monitoring"] if overlay.monitoring else []),
         *(["load-balancer"] if overlay.load_balancer else []),
-        "gpu" if overlay.on_gpu else "cpu",  # last: it renames the image of init containers too
+        "gpu" if overlay.on_gpu else "cpu",  # after the others: it renames the image of init containers too
+        *(["openai"] if overlay.on_gpu and overlay.sizes.openai_mib else []),
     ]
     components = "\n".join(f"  - {overlay.base}/components/{name}" for name in names)
     images = "\n".join(image(overlay, name) for name in ("deepseek-server-cpu", "deepseek-server", "deepseek-gateway"))
@@ -101,6 +102,7 @@ def triton_patch(overlay: Overlay) -> str:
     size, url = overlay.sizes, overlay.models_url
     cores = "" if overlay.on_gpu else f'cpu: "{overlay.scale.cores}", '
     disk = f", ephemeral-storage: {overlay.models_mib + DISK_MIB}Mi" if url else ""
+    beside = "" if overlay.on_gpu else f"{size.openai_mib} MiB for the /v1 routes, "
     fetch = f"""
       initContainers:
         - name: fetch
@@ -129,7 +131,7 @@ spec:
           resources:
             # {size.base_mib} MiB for the server, four times the weights of all instances ({size.weights_mib} MiB),
             # 32 times their largest batches for intermediate tensors ({size.work_mib} MiB),
-            # {size.openai_mib} MiB for the /v1 routes, and the shared memory ({size.shm_mib} MiB)
+            # {beside}and the shared memory ({size.shm_mib} MiB)
             requests: {{{cores}memory: {size.memory_mib}Mi{disk}}}
             limits: {{{cores}memory: {size.memory_mib}Mi{disk}}}
       volumes:

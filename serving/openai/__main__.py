@@ -1,4 +1,4 @@
-"""The process of the OpenAI routes: listens on a socket that it inherits, until SIGTERM.
+"""The process of the OpenAI routes: listens on a socket that it inherits, or on a port of all addresses, until SIGTERM.
 
 Contract: after SIGTERM it takes no new connections and gives requests in flight `--drain-s` seconds.
 """
@@ -34,7 +34,9 @@ async def _serve(given: argparse.Namespace) -> None:
         await runner.setup()
         gc.collect()
         gc.freeze()  # else each full collection visits all that was imported
-        await web.SockSite(runner, socket.socket(fileno=given.socket), backlog=1024).start()
+        inherited = given.socket is not None
+        listener = socket.socket(fileno=given.socket) if inherited else socket.create_server(("", given.port))
+        await web.SockSite(runner, listener, backlog=1024).start()
         await stop.wait()
         await runner.cleanup()
         triton.close()
@@ -42,7 +44,9 @@ async def _serve(given: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--socket", type=int, required=True, help="file descriptor of the listening socket")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--socket", type=int, help="file descriptor of the listening socket")
+    where.add_argument("--port", type=int, help="TCP port, for a container of its own")
     parser.add_argument("--http-url", required=True, help="host:port of Triton")
     parser.add_argument("--repository", type=Path, required=True, help="folder that Triton serves")
     parser.add_argument("--drain-s", type=float, required=True, help="longest wait for requests in flight")

@@ -100,8 +100,8 @@ def _is_nvidia(provider: str) -> bool:
 
 
 def has_openai_routes(models: list[ServedModel]) -> bool:
-    """Whether the stack's server has `/v1/embeddings`: a model takes texts, and the image is not NVIDIA's."""
-    return any(model.text_bytes for model in models) and not any(model.needs_gpu for model in models)
+    """Whether the stack has `/v1/embeddings`: a model takes texts."""
+    return any(model.text_bytes for model in models)
 
 
 def served_models(repository: Path, models: Path, others: Mapping[str, Path] | None = None) -> list[ServedModel]:

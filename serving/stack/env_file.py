@@ -22,7 +22,7 @@ WRITTEN = "# Written by make engine (deepseek stack)"
 MARK = "# Yours: "
 OWN = f"{MARK}settings below this line are kept, and override those above."
 CPU_FILES, GPU_FILES = "compose.yaml", "compose.yaml:docker/compose.gpu.yaml"
-CLOSED_FILE = ":docker/compose.closed.yaml"
+OPENAI_FILE, CLOSED_FILE = ":docker/compose.openai.yaml", ":docker/compose.closed.yaml"
 
 
 def environment(models: list[ServedModel], options: argparse.Namespace) -> str:
@@ -33,13 +33,17 @@ def environment(models: list[ServedModel], options: argparse.Namespace) -> str:
     user, group = owner(folder)
     regions = ", ".join(f"{model.name} {model.shm_bytes / MIB:.0f} MiB" for model in models)
     why = f"{', '.join(on_gpu)} need a GPU" if on_gpu else "no model needs a GPU"
+    files = GPU_FILES if on_gpu else CPU_FILES
+    files += OPENAI_FILE if on_gpu and size.openai_mib else ""
+    files += "" if options.local_ports else CLOSED_FILE
+    beside = "" if on_gpu else f" + {size.openai_mib} MiB for the /v1 routes"
     names = ("LOCAL_HTTP_PORT", "LOCAL_GRPC_PORT")
     local = "".join(f"{name}={port}\n" for name, port in zip(names, options.local_ports, strict=False))
     return f"""\
 {WRITTEN}; docker compose reads it. Not in git.
 # Paths are named STACK_…, since a BUILD or MODELS in the shell's environment would override them here.
 # The server: {why}.
-COMPOSE_FILE={GPU_FILES if on_gpu else CPU_FILES}{"" if options.local_ports else CLOSED_FILE}
+COMPOSE_FILE={files}
 # Names containers, volumes and images. Two clones with the same name share one stack: make stack PROJECT=another.
 COMPOSE_PROJECT_NAME={options.project}
 STACK_IMAGES={options.project}
@@ -67,7 +71,7 @@ STACK_USER={user}:{group}
 # {SHM_MIB} MiB + per instance 1 MiB and twice the largest batch with its answer ({regions})
 SHM_SIZE={size.shm_mib}m
 # {size.base_mib} MiB for the server + 4 x the weights of all instances ({size.weights_mib} MiB)
-# + 32 x their largest batches ({size.work_mib} MiB) + {size.openai_mib} MiB for the /v1 routes + shared memory
+# + 32 x their largest batches ({size.work_mib} MiB){beside} + shared memory
 TRITON_MEMORY={size.memory_mib}m
 # {GATEWAY_FILES_MIB} MiB + {gateway.at_once} x the largest body ({gateway.body_mib:.2f} MiB); more bodies are refused
 GATEWAY_TMP={gateway.tmp_mib}m

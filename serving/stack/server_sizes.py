@@ -26,10 +26,10 @@ class ServerSizes:
     """All instances together."""
     work_mib: int
     openai_mib: int
-    """For the process of the OpenAI routes; 0 without one."""
+    """For the process of the OpenAI routes; 0 without one. On a GPU it has a container of its own."""
     shm_mib: int
     memory_mib: int
-    """All memory, shared memory included."""
+    """All memory of Triton's container, shared memory included."""
     exit_timeout_s: int
     """For requests in flight on Triton."""
     openai_drain_s: int
@@ -50,14 +50,15 @@ def server_sizes(models: list[ServedModel]) -> ServerSizes:
     weights = sum(model.weights_bytes * model.instances for model in models)
     work = sum(32 * model.instances * (model.input_bytes + model.output_bytes) for model in models)
     openai_mib = OPENAI_MIB if has_openai_routes(models) else 0
-    base = GPU_MEMORY if any(model.needs_gpu for model in models) else CPU_MEMORY
+    on_gpu = any(model.needs_gpu for model in models)
+    base = GPU_MEMORY if on_gpu else CPU_MEMORY
     return ServerSizes(
         base_mib=base // MIB,
         weights_mib=round(weights / MIB),
         work_mib=round(work / MIB),
         openai_mib=openai_mib,
         shm_mib=math.ceil(shm / MIB),
-        memory_mib=math.ceil((base + 4 * weights + work + shm) / MIB) + openai_mib,
+        memory_mib=math.ceil((base + 4 * weights + work + shm) / MIB) + (0 if on_gpu else openai_mib),
         exit_timeout_s=max(GATEWAY_EXIT_TIMEOUT_S, max(model.timeout_s for model in models)),
         openai_drain_s=OPENAI_DRAIN_S if has_openai_routes(models) else 0,
     )
