@@ -74,7 +74,9 @@ def test_on_a_gpu_the_openai_routes_run_beside_triton_if_a_model_takes_texts(aga
     folder, arguments = again
     registry = ("--registry", "registry.example.com/shop", "--output", str(folder / "texts"))
     overlay.main(values_of("kubernetes", *arguments, *registry, "--repository", str(tmp_path / "gpu")))
-    pod = pod_of(build(folder / "texts"))
+    objects = build(folder / "texts")
+    pod = pod_of(objects)
+    kubernetes_validate.validate(find(objects, "Deployment"), KUBERNETES, strict=True)
     found = {each["name"]: each for each in pod["containers"]}
     assert (
         found["openai"]["image"]
