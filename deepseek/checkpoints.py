@@ -11,8 +11,10 @@ Examples:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from deepseek.spec import InputError
 
 COMPLETE, UNFINISHED = "checkpoint-", "writing-"
 PROBED_ROWS = 8
+FULL_BYTES = 2**20  # a disk with less is full: a failed write leaves a little
 
 
 class Checkpoints:
@@ -40,7 +44,14 @@ class Checkpoints:
         older = self._complete()
         number = int(older[-1].name.removeprefix(COMPLETE)) + 1 if older else 0
         unfinished = self.folder / f"{UNFINISHED}{number:06d}"
-        accelerator.save_state(str(unfinished))
+        try:
+            accelerator.save_state(str(unfinished))
+        except (RuntimeError, SafetensorError):  # their writers do not say that the disk is full
+            full = shutil.disk_usage(self.folder).free < FULL_BYTES
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder)) from None
+            raise
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (unfinished / "identity.json").write_text(json.dumps(self.identity, indent=2), encoding="utf-8")

@@ -69,6 +69,14 @@ def test_equal_timestamps_keep_the_files_order_and_a_repeated_item_counts_once(s
     assert [log.item_ids[item] for item in log.histories[-1]] == ["sku-5", "sku-2", "sku-3", "sku-1"]
 
 
+def test_iso_times_are_seconds_in_utc_unless_they_have_a_zone(shop: Shop) -> None:
+    times = ("1970-01-01T00:00:02Z", "1970-01-01T01:00:01+01:00", "1970-01-01 00:00:00.5", "3")
+    shop([*log_lines(), *(f"x,sku-{place},{time}," for place, time in enumerate(times))])
+    log = data.load()
+    assert [log.item_ids[item] for item in log.histories[-1]] == ["sku-2", "sku-1", "sku-0", "sku-3"]
+    assert log.times[-1].tolist() == [0.5, 1, 2, 3]
+
+
 def test_a_log_may_be_a_folder_of_files_with_titles(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("DEEPSEEK_DATA", str(tmp_path))
     with pytest.raises(InputError, match=r"no csv file; DATA names a csv file, or a folder of them"):
@@ -248,9 +256,9 @@ def test_loading_an_untrained_model_is_an_error_that_says_what_to_run(shop: Shop
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ([], "columns user,item,timestamp are needed; seen: an empty file"),
+        ([], "columns user,item,timestamp are needed, with commas between them; seen: an empty file"),
         (["user;item;timestamp"], "line 1: .* seen: user;item;timestamp"),
-        (["user,item,timestamp", "a,b,1", "a,c,noon"], "line 3: timestamp: seen 'noon'; a number is needed"),
+        (["user,item,timestamp", "a,b,1", "a,c,noon"], "line 3: timestamp: seen 'noon'; allowed: a number, "),
         (["user,item,timestamp", "a,b,nan"], "line 2: timestamp: seen 'nan'"),
         (["user,item,timestamp", "a,b"], "line 2: 2 fields; the header has 3"),
         (["user,item,timestamp", "a,,1"], "line 2: item is empty"),
@@ -271,7 +279,7 @@ def test_a_broken_log_is_a_one_line_error_that_says_where(lines: list[str], says
 def test_a_log_that_is_no_text_missing_or_not_fetched_is_a_one_line_error(shop: Shop, monkeypatch: Patch) -> None:
     path = shop([])
     path.write_bytes(b"user,item,timestamp\n\xff\xfe,b,1\n")
-    with pytest.raises(InputError, match="not UTF-8 text"):
+    with pytest.raises(InputError, match=r"not UTF-8 text .*; save it as UTF-8"):
         data.load()
     monkeypatch.setenv("DEEPSEEK_DATA", str(path.parent / "none.csv"))
     with pytest.raises(InputError, match="No such file"):

@@ -26,7 +26,7 @@ def test_a_missing_or_broken_log_is_one_line_and_changes_nothing(tmp_path: Path)
     (tmp_path / "clicks" / "1.csv").write_text("user,item,time\na,b,noon\n")
     run = run_module("cli", "retrain", *places(tmp_path))
     assert (run.returncode, run.stderr.count("error: ")) == (2, 1), run.stderr
-    assert "clicks/1.csv: line 2: timestamp: seen 'noon'; a number is needed" in run.stderr.splitlines()[-1]
+    assert "clicks/1.csv: line 2: timestamp: seen 'noon'; allowed: a number, " in run.stderr.splitlines()[-1]
     assert not list((tmp_path / "repository").glob("*"))
     assert not list((tmp_path / "build").glob("recommender/weights*"))
 

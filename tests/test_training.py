@@ -1,10 +1,12 @@
 """The training recipe: learning, its schedule, and recovery after a kill or a NaN."""
 
+import errno
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from deepseek.checkpoints import digest
+from deepseek.checkpoints import Checkpoints, digest
 from deepseek.config import TrainingConfig
 from deepseek.spec import InputError
 from deepseek.training import TrainingDiverged, train_model
@@ -203,6 +205,21 @@ def test_a_checkpoint_of_another_run_is_refused(change: dict[str, Any], says: st
     run(**own)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=says):
         run(**(own | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("free", "error"), [(0, OSError), (2**30, RuntimeError)])
+def test_a_checkpoint_that_a_full_disk_cuts_off_is_removed_and_the_disk_named(
+    free: int, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_state(folder: str) -> None:
+        Path(folder).mkdir()
+        raise RuntimeError("unexpected pos 226304 vs 226192")  # as torch says it
+
+    monkeypatch.setattr("deepseek.checkpoints.shutil.disk_usage", lambda _: Mock(free=free))
+    with pytest.raises(error) as caught:
+        Checkpoints(tmp_path, {}).save(Mock(save_state=save_state))
+    assert list(tmp_path.iterdir()) == []
+    assert getattr(caught.value, "errno", errno.ENOSPC) == errno.ENOSPC
 
 
 def test_a_nan_stops_the_run_with_step_rate_and_norm_and_keeps_the_last_good_weights(tmp_path: Path) -> None:

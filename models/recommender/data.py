@@ -3,7 +3,8 @@
 Contract: `load()` returns the `Interactions` of the log that the environment names. By default, that is
 MovieLens-100K, from the wheel of recbole 1.2.1 (fetched by pip, checked by its SHA-256, never committed).
 `DATA=path.csv` selects another log: a header with `user`, `item`, `timestamp` (or `time`) and perhaps `title` (other
-columns are ignored), ids of any kind, timestamps as numbers. `DATA=folder` joins the csv files of a folder.
+columns are ignored), ids of any kind, timestamps as numbers or ISO times. `DATA=folder` joins the csv files of a
+folder.
 
 Leave-one-out split: a user's last item is for the test, the one before it for validation. Equal timestamps keep the
 order of the file. An item counts once per user, at its first timestamp, because the task is to predict the next *new*
@@ -19,6 +20,7 @@ import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -163,19 +165,28 @@ def _from_csv(path: Path, key: str) -> Interactions:
     titles: dict[str, str] = {}
     for file in _files(path):
         for line, user, item, timestamp, title in _csv_rows(file):
-            try:
-                time = float(timestamp)
-            except ValueError:
-                time = math.nan
+            time = _seconds(timestamp)
             if not math.isfinite(time):
-                raise InputError(
-                    f"{file}: line {line}: timestamp: seen {timestamp!r}; a number is needed, e.g. 1730000000"
-                )
+                allowed = "a number, e.g. 1730000000, or an ISO time, e.g. 2026-11-28T19:00:00Z"
+                raise InputError(f"{file}: line {line}: timestamp: seen {timestamp!r}; allowed: {allowed}")
             users.append(user)
             items.append(item)
             times.append(time)
             titles |= {item: title} if title else {}
     return _interactions(str(path), users, items, times, titles, key)
+
+
+def _seconds(text: str) -> float:
+    """A number as it is, or an ISO time in seconds since 1970, in UTC without a zone; nan if it is neither."""
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        return math.nan
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, str, str, str, str]]:
@@ -191,7 +202,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, str, str, str, str]]:
                 places = [header.index(name) for name in ("user", "item", "timestamp")]
             except ValueError:
                 seen = ", ".join(header)[:200] or "an empty file"
-                raise InputError(f"{path}: line 1: columns user,item,timestamp are needed; seen: {seen}") from None
+                raise InputError(
+                    f"{path}: line 1: columns user,item,timestamp are needed, with commas between them; seen: {seen}"
+                ) from None
             for row in filter(None, reader):  # skip empty lines
                 if len(row) <= max(places):
                     raise InputError(f"{path}: line {reader.line_num}: {len(row)} fields; the header has {len(header)}")
@@ -201,7 +214,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, str, str, str, str]]:
                 title = row[titled].strip() if titled is not None and titled < len(row) else ""
                 yield reader.line_num, user, item, timestamp, title
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except csv.Error as error:
         raise InputError(f"{path}: line {reader.line_num}: not valid csv: {error}") from None
 
