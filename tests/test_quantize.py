@@ -84,6 +84,8 @@ def test_a_graph_that_stayed_fp32_fails_the_proof(built: Path) -> None:
     for config in (QuantConfig(), QuantConfig(weight_bits=16, activation_bits=16)):
         with pytest.raises(GateFailed, match=r"no MatMul, Gemm or Conv of the graph runs in \w+ \(found: 3 in fp32\)"):
             prove(config, found)
+    with pytest.raises(GateFailed, match="the graph has no MatMul, Gemm or Conv to run in int8"):  # only an LSTM
+        prove(QuantConfig(), {"compute_operators": {}})
 
 
 def test_a_pattern_is_not_a_prefix(copied: Path) -> None:

@@ -116,7 +116,9 @@ def test_it_is_compared_and_published_and_the_embedded_server_reports_that_it_ca
     assert found["made_by"] == "traced"
     assert set(found["dtypes"]) == {"float32"}
     with (
-        pytest.raises(InputError, match="this server has no pytorch backend"),
+        pytest.raises(
+            InputError, match=r"this server has no pytorch backend: .* make engine MODEL=text TARGET=onnxruntime"
+        ),
         EmbeddedServer(tmp_path / "repository", http_port=0, grpc_port=0, metrics_port=0),
     ):
         pass

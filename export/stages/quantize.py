@@ -57,10 +57,13 @@ def prove(config: QuantConfig, found: dict[str, Any]) -> None:
     """Raises GateFailed if the graph has no operator in the precision that was asked for."""
     counts = found["compute_operators"]
     if not counts.get(f"{config.precision}_weights" if config.weight_only else config.precision):
+        operators = f"{', '.join(COMPUTE_OPS[:-1])} or {COMPUTE_OPS[-1]}"
+        if not counts:
+            raise GateFailed(f"the graph has no {operators} to run in {config.precision}")
         raise GateFailed(
-            f"no {', '.join(COMPUTE_OPS[:-1])} or {COMPUTE_OPS[-1]} of the graph runs in {config.precision} (found: "
-            f"{', '.join(f'{count} in {name}' for name, count in counts.items()) or 'none of them'}); the layers may "
-            "be too small to gain (ModelOpt skips sizes under 16), or all in keep_high"
+            f"no {operators} of the graph runs in {config.precision} (found: "
+            f"{', '.join(f'{count} in {name}' for name, count in counts.items())}); the layers may be too small to "
+            "gain (ModelOpt skips sizes under 16), or all in keep_high"
         )
 
 

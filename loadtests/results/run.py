@@ -26,7 +26,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from deepseek.spec import InputError, build_dir
+from deepseek.spec import InputError, build_dir, variables_for
 from deepseek.spec.checks import Table, first_error
 from deepseek.spec.files.folders import scratch_in
 from loadtests.results.histogram import Latency
@@ -140,7 +140,8 @@ def runs_folder(name: str) -> Path:
 def latest_run(name: str) -> Path:
     found = sorted(path.parent for path in runs_folder(name).glob("[!.]*/run.json"))
     if not found:
-        raise InputError(f"no load test of {name} in {runs_folder(name)}; make one with: make loadtest")
+        hint = f"make one with: make loadtest {variables_for(name)}"
+        raise InputError(f"no load test of {name} in {runs_folder(name)}; {hint}")
     return found[-1]
 
 

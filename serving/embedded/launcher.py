@@ -249,7 +249,8 @@ def check_repository(repository: Path) -> list[str]:
         if backend != "python":
             raise InputError(
                 f"{config}: this server has no {backend} backend: the embedded Triton has only python; "
-                "docker compose up serves it on a machine with a GPU; or rebuild with: make engine TARGET=onnxruntime"
+                "docker compose up serves it on a machine with a GPU; or rebuild with: make engine "
+                f"MODEL={config.relative_to(repository).parts[0]} TARGET=onnxruntime"
             )
     return [model.name for model in models]
 
