@@ -81,14 +81,15 @@ class TextEncoder:
         self._cuts_left = truncation.get("direction") == "left"
         self._special = self.tokenizer.num_special_tokens_to_add(pairs)
         self._pairs, self._max_tokens = pairs, max_tokens
+        if max_tokens <= self._special:  # below, the library would not truncate at all
+            what = "pair" if pairs else "text"
+            raise ValueError(f"a {what} has {self._special} special tokens, and max_tokens is {max_tokens}; allow more")
         if not pairs:
             self.tokenizer.enable_truncation(max_tokens, direction="left" if self._cuts_left else "right")
             return
         # `_pair` truncates: for two long texts, the library keeps each part of one with each part of the other, which
         # takes gigabytes for two of 100 kB.
         self.tokenizer.no_truncation()
-        if max_tokens <= self._special:
-            raise ValueError(f"a pair has {self._special} special tokens, and max_tokens is {max_tokens}; allow more")
 
     def encode(self, texts: Sequence[Text]) -> list[Row]:
         """Tokens of each text, or of each pair."""

@@ -103,9 +103,10 @@ def test_two_long_texts_take_as_many_tokens_as_they_have() -> None:
     assert (len(row), row.tokens) == (8, 40_003)
 
 
-def test_a_pair_needs_room_for_a_token() -> None:
-    with pytest.raises(ValueError, match="a pair has 3 special tokens, and max_tokens is 3; allow more"):
-        encoder(max_tokens=3, pairs=True)
+@pytest.mark.parametrize(("pairs", "what"), [(False, "a text has 2"), (True, "a pair has 3")])
+def test_a_text_or_a_pair_needs_room_for_a_token(pairs: bool, what: str) -> None:
+    with pytest.raises(ValueError, match=f"{what} special tokens, and max_tokens is {what[-1]}; allow more"):
+        encoder(max_tokens=int(what[-1]), pairs=pairs)
 
 
 def test_a_short_row_is_not_padded_to_a_much_longer_one() -> None:
