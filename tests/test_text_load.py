@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from deepseek.spec import InputError
+from loadtests.load.inputs import count_rows
 from serving.repository.served_models import served_models
 from tests.conftest import run_module
 from tests.gateway import skip_without_nginx, wait_for
@@ -110,6 +112,15 @@ def test_what_cannot_be_sent_is_one_line(
     done = load_test(tmp_path, models[model], model, inputs, content, *flags)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert message in done.stderr
+
+
+def test_a_file_of_texts_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    with pytest.raises(InputError, match="No such file or directory; a file with one text on each line is needed"):
+        count_rows(path)
+    path.write_bytes(b"a\xff")
+    with pytest.raises(InputError, match=r"not UTF-8 \(invalid start byte at byte 1\); save it as UTF-8"):
+        count_rows(path)
 
 
 def test_the_gateway_takes_the_largest_pairs_and_a_load_test(serving: Serving, place: Path, tmp_path: Path) -> None:

@@ -104,8 +104,10 @@ def _texts(path: Path) -> list[str]:
     """The lines of a file of texts, or of pairs of texts, that are not empty."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows may write a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; a file with one text on each line is needed") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     lines = text.split("\n")  # not splitlines, which also splits at U+2028 and others
     texts = [line for line in lines if line.strip()]
     if not texts:
