@@ -15,6 +15,7 @@ from string import Template
 
 from cli.checkpoint import HEADS, Checkpoint
 from cli.new import TEMPLATES, drafted
+from deepseek.spec import variables_for
 
 TITLES = {
     "encoder": "A text encoder",
@@ -151,7 +152,6 @@ def _adjust(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _report(options: argparse.Namespace, folder: Path, checkpoint: Checkpoint, size: int) -> None:
-    where = "" if options.models == Path("models") else f" MODELS={options.models}"
     print(f"task      {checkpoint.task}; texts of up to {checkpoint.longest} tokens")
     if checkpoint.task == "encoder" and not checkpoint.pooling_from:
         print(
@@ -166,4 +166,4 @@ def _report(options: argparse.Namespace, folder: Path, checkpoint: Checkpoint, s
     print(f"import    {folder}/deploy.toml: what is served, and how fast it must be")
     print(f"import    {folder}/model.py and requirements.txt: the module and the packages that it imports")
     print(f"import    {folder}/texts.py and texts.tsv: the samples; replace the texts with those of your users")
-    print(f"next      make engine serve MODEL={folder.name}{where}")
+    print(f"next      make engine serve {variables_for(folder.name, options.models)}")

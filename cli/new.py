@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deepseek.spec import DeploymentSpec, InputError
+from deepseek.spec import DeploymentSpec, InputError, variables_for
 from deepseek.spec.files.folders import onto_disk, scratch_in
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -44,8 +44,7 @@ def main(options: argparse.Namespace) -> None:
         for name in FILES:
             text = (TEMPLATES / kind / name).read_text().replace(f'name = "{kind}"', f'name = "{options.name}"', 1)
             (draft / name).write_text(text)
-    where = "" if options.models == Path("models") else f" MODELS={options.models}"
     print(f"new       {folder}/deploy.toml: what is served, and how fast it must be")
     print(f"new       {folder}/model.py: the module, its weights and its samples")
     print(f"optional  {folder}/requirements.txt: packages that model.py imports; the build installs them")
-    print(f"next      make engine serve MODEL={options.name}{where}")
+    print(f"next      make engine serve {variables_for(options.name, options.models)}")

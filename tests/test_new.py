@@ -17,11 +17,11 @@ KINDS = ("vision", "text", "ranking")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one model from each template."""
-    folder = tmp_path_factory.mktemp("new") / "models"
+    folder = tmp_path_factory.mktemp("new") / "my models"
     for kind in KINDS:
         run = run_module("cli", "new", f"my-{kind}", "--from", kind, "--models", str(folder))
         assert run.returncode == 0, run.stderr
-        assert f"make engine serve MODEL=my-{kind} MODELS={folder}" in run.stdout
+        assert f"make engine serve MODEL=my-{kind} MODELS='{folder}'" in run.stdout
     return folder
 
 

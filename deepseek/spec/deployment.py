@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -251,13 +252,13 @@ class DeploymentSpec(Table):
 def flags_for(name: str) -> str:
     """Flags that select a model, for hints; with `--models` if the model was last read from another folder."""
     models = _models_of.get(name, _MODELS)
-    return f"--model {name}" + ("" if models == _MODELS else f" --models {models}")
+    return f"--model {name}" + ("" if models == _MODELS else f" --models {shlex.quote(str(models))}")
 
 
-def variables_for(name: str) -> str:
-    """The same selection as `flags_for`, as variables for make."""
-    models = _models_of.get(name, _MODELS)
-    return f"MODEL={name}" + ("" if models == _MODELS else f" MODELS={models}")
+def variables_for(name: str, models: Path | None = None) -> str:
+    """The same selection as `flags_for`, as variables for make; or the model in the folder `models`."""
+    models = models or _models_of.get(name, _MODELS)
+    return f"MODEL={name}" + ("" if models == _MODELS else f" MODELS={shlex.quote(str(models))}")
 
 
 def build_dir(name: str) -> Path:
