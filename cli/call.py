@@ -14,7 +14,7 @@ from deepseek.spec.vocabulary import EXCLUDE, HISTORY, K
 
 
 def infer(options: argparse.Namespace) -> int:
-    """Sends a text, a pair, names of items, or one evaluation sample, repeated if the model takes no batch of one."""
+    """Sends a text, a pair, names of items, or one sample. It is repeated if the model takes no batch of one."""
     _check(options)
     spec = DeploymentSpec.of_model(options.model, options.models)
     folder = build_dir(options.model)
@@ -26,7 +26,7 @@ def infer(options: argparse.Namespace) -> int:
             advice = "pairs: give the second text with --pair" if spec.text.pairs else "single texts: leave --pair out"
             raise InputError(f"--text: {options.model} takes {advice}")
         return client([*words, *(f"--text={text}" for text in (options.text, options.pair) if text is not None)])
-    if options.history:
+    if options.history is not None:
         if spec.vocabulary is None:
             raise InputError(f"--history: deploy.toml of {options.model} has no [vocabulary]; leave --history out")
         with TemporaryDirectory() as place:
@@ -47,14 +47,14 @@ def _check(options: argparse.Namespace) -> None:
     if options.prompt_name and options.text is None:
         raise InputError("--prompt-name: seen without --text; give the text that it begins with --text")
     for name in ("exclude", "k"):
-        if getattr(options, name) and not options.history:
+        if getattr(options, name) is not None and options.history is None:
             raise InputError(f"--{name}: seen without --history; give the names of the user's items with --history")
 
 
 def _names(options: argparse.Namespace) -> dict[str, list[list[str]] | list[list[int]]]:
     """The inputs that a model with `[vocabulary]` takes."""
     lists = {HISTORY: options.history, EXCLUDE: options.exclude}
-    inputs = {name: [[each.strip() for each in text.split(",")]] for name, text in lists.items() if text}
+    inputs = {name: [[each.strip() for each in text.split(",")]] for name, text in lists.items() if text is not None}
     return inputs | ({K: [[options.k]]} if options.k else {})
 
 

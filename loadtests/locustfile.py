@@ -53,7 +53,7 @@ def _add_arguments(parser: LocustArgumentParser) -> None:
 
 
 def read_settings(path: Path) -> list[LoadSettings]:
-    """The settings of each model; InputError if the file is none or has wrong settings."""
+    """The settings of each model; InputError if the file cannot be read or has wrong settings."""
     try:
         found = TypeAdapter(LoadSettings | list[LoadSettings]).validate_json(path.read_bytes())
     except OSError as error:

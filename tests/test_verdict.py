@@ -156,7 +156,9 @@ def test_the_generators_lag_invalidates_a_maximum_or_mean_that_it_breaks(
 def test_a_limit_that_the_service_alone_breaks_is_violated_in_spite_of_the_lag(tmp_path: Path) -> None:
     for latency_s, verdict in ((0.01, "violated"), (0.001, "invalid")):  # 0.1 ms of lag, and a limit of 0.5 ms
         run = saved_run(tmp_path / verdict, decided(latency_s), duration_s=70.0)
-        assert judge(run, SloSpec(p99_ms=0.5)).verdict == verdict
+        judgement = judge(run, SloSpec(p99_ms=0.5))
+        assert judgement.verdict == verdict
+    assert "at most 5% of the service's 1 ms" in judgement.problems[0]
     failing = saved_run(tmp_path / "failing", refused(decided(lag_s=0.003), 10), duration_s=70.0)  # p99 is infinite
     assert judge(failing, SLO).verdict == "invalid"
 

@@ -192,6 +192,8 @@ def test_infer_sends_names_from_the_command_line(shop: EmbeddedServer) -> None:
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)["outputs"]
     assert (found["skus"], found["unknown"]) == ([[NAMES[item] for item in ranked([4, 6], [])[1:3]]], [[1]])
+    empty = run_module("cli", *place, "--model", "shop", "--history", "", "--k", "2", "--json")  # a new user
+    assert json.loads(empty.stdout)["outputs"]["skus"] == [[NAMES[item] for item in ranked([], [])[:2]]]
     for flags, message in (
         (("--k", "2"), "--k: seen without --history; "),
         (("--history", "a", "--text", "b"), "--text and --history: seen both; "),

@@ -76,10 +76,13 @@ def _late_at(run: Run, rate: float | None, lines: list[Objective], largest_ms: f
         if line.kind == "ms" and not _holds_anyway(run, stretch, line)
     ]
     for figure, lag_ms, limit_ms, service_ms in bounds:
-        if lag_ms > LARGEST_LAG * max(limit_ms, service_ms if math.isfinite(service_ms) else 0.0):
+        whose, most_ms = "the SLO's", limit_ms
+        if limit_ms < service_ms < math.inf:
+            whose, most_ms = "the service's", service_ms
+        if lag_ms > LARGEST_LAG * most_ms:
             yield (
                 f"the generator sent late{at}: {figure} of the lag is {lag_ms:.2f} ms, "
-                f"at most {LARGEST_LAG:.0%} of the SLO's {limit_ms:g} ms is allowed "
+                f"at most {LARGEST_LAG:.0%} of {whose} {most_ms:.4g} ms is allowed "
                 f"(its machine was busy for {run.generator.get('machine_cpu', 0):.0%} of the time)"
             )
             return

@@ -177,7 +177,7 @@ def _from_csv(path: Path, key: str) -> Interactions:
 
 
 def _seconds(text: str) -> float:
-    """A number as it is, or an ISO time in seconds since 1970, in UTC without a zone; nan if it is neither."""
+    """The number, or an ISO time (UTC without a zone) in seconds since 1970; nan for any other text."""
     try:
         return float(text)
     except ValueError:
