@@ -6,14 +6,16 @@ Contract: `make` and `deepseek` print the same words. With `make=True` options a
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Iterator
-from textwrap import wrap
+from functools import partial
 
 from cli.commands import COMMANDS
 from cli.options import Option, switch
 from cli.table import GROUPS, HIDDEN, Command
 
 WIDTH = 110
+wrap = partial(textwrap.wrap, break_on_hyphens=False)  # names such as gpu-check stay whole
 
 
 def listing(*, make: bool = False, everything: bool = False) -> str:

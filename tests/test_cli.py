@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from cli.commands import BY_NAME, COMMANDS
-from cli.help import as_make, page
+from cli.help import as_make, listing, page
 from cli.main import main, values_of, words_of
 from cli.options import Misuse, Option, Variables, folder_name, on_make_line, path, switch
 from cli.parsing import parse
-from cli.table import GROUPS, Command
+from cli.table import GROUPS, HIDDEN, Command
 
 OPTIONS = (
     Option("--rate", "requests/s", kind=float),
@@ -149,6 +149,8 @@ def test_every_command_is_listed_once_in_a_known_group() -> None:
     assert len(BY_NAME) == sum(1 + len(command.aliases) for command in COMMANDS)
     for command in COMMANDS:
         assert len({option.name for option in command.options}) == len(command.options)
+        assert command.name in listing(everything=True)
+        assert command.name in listing() or command.group in HIDDEN  # in one line, also those with a hyphen
 
 
 def test_every_command_has_a_function_to_call() -> None:
