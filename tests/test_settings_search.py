@@ -22,6 +22,7 @@ from loadtests.search.rate_trial import Phase, RateTrial
 from loadtests.tune.candidate_server import NotValid, TuneConditions
 from loadtests.tune.predicted_latency import Curves
 from loadtests.tune.search_space import SearchSpace, ServingSettings
+from loadtests.tune.sequential_test import LEAST_PAIRS
 from loadtests.tune.settings_search import SettingsSearch
 from tests.computed_server import runner, trial
 
@@ -102,7 +103,7 @@ def test_a_lower_p99_at_the_usual_rate_is_proved_with_the_same_arrivals(
     assert (facts["best"], compared.outcome, compared.rate_rps) == (FAST, "better", 105)
     assert asked["slow"] == asked["fast"] == [(105, seed) for seed in range(len(compared.pairs))]
     assert (compared.low or 0) >= 1.05
-    assert len(compared.pairs) >= 4
+    assert len(compared.pairs) >= LEAST_PAIRS
     assert 90 < facts["proved_rps"] < 130
     assert f"{facts['proved_rps']:g}/s hold with 95% confidence" in facts["conclusion"]
 

@@ -127,7 +127,7 @@ def test_settings_that_are_proved_better_are_written_and_drawn(tmp_path: Path, c
 @pytest.mark.parametrize(
     ("more", "tuned", "told"),
     [
-        (("--dry-run",), 'tuned = "tuned.toml"\n', "the default's is 1.85 times as high"),
+        (("--dry-run",), 'tuned = "tuned.toml"\n', "the default's is 2.01 times as high"),
         ((), "", 'names no file of tuned values; add tuned = "tuned.toml" at its top'),
     ],
     ids=["dry run", "no file named"],

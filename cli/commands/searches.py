@@ -21,6 +21,8 @@ from cli.options import NOT_NEGATIVE, POSITIVE, Number, Option, at_least, path, 
 from cli.table import Command
 from deepseek.precisions import PRECISIONS
 
+TUNE_PAIRS = Number("a whole number from 9 to 200", least=9, most=200, whole=True)
+
 
 def numbers(text: str) -> tuple[int, ...]:
     """Whole numbers with commas between them."""
@@ -147,7 +149,7 @@ TUNE = Command(
         PROTOCOL,
         PRIORITY,
         replace(MAX_S, default=600.0),
-        Option("--pairs", "most pairs of runs of a comparison", kind=at_least(4), default=24),
+        Option("--pairs", "most pairs of runs of a comparison", kind=TUNE_PAIRS, default=24),
         Option("--least-s", "least seconds of a run", kind=Number("1 or more", least=1), default=5.0),
         _warmup(1.0),
         TIMEOUT_S,
