@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from deepseek_client.cli.main import main as client
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError, build_dir
-from deepseek.spec.vocabulary import EXCLUDE, HISTORY, K
+from deepseek.spec.deployment import catalogue_of
+from deepseek.spec.files.repository import versions_of
+from deepseek.spec.vocabulary import CATALOGUE, EXCLUDE, HISTORY, K
+from loadtests.load.inputs import count_rows, named, read_rows
 
 
 def infer(options: argparse.Namespace) -> int:
@@ -29,13 +35,31 @@ def infer(options: argparse.Namespace) -> int:
     if options.history is not None:
         if spec.vocabulary is None:
             raise InputError(f"--history: deploy.toml of {options.model} has no [vocabulary]; leave --history out")
-        with TemporaryDirectory() as place:
-            request = Path(place) / "request.json"
-            request.write_text(json.dumps(_names(options)), encoding="utf-8")
-            return client([*words, "--inputs", str(request)])
-    words += ["--inputs", str(options.inputs or folder / "evaluation.npz"), "--row", str(options.row)]
-    words += ["--labels", str(folder / "labels")] if (folder / "labels").exists() else []
+        return _send(words, _names(options))
+    rows, renumbered = folder / "evaluation.npz", _is_renumbered(spec, options.repository)
+    if renumbered and options.inputs is None and 0 <= options.row < count_rows(rows):
+        print("note: the served version has other ids than this build, so the row is sent by name", file=sys.stderr)
+        (row,) = named(read_rows(rows, only=[options.row]), spec).values()
+        return _send(words, {source: [[name.decode() for name in names[0]]] for source, names in row.items()})
+    words += ["--inputs", str(options.inputs or rows), "--row", str(options.row)]
+    words += ["--labels", str(folder / "labels")] if (folder / "labels").exists() and not renumbered else []
     return client(words)
+
+
+def _send(words: list[str], inputs: Mapping[str, Any]) -> int:
+    with TemporaryDirectory() as place:
+        request = Path(place) / "request.json"
+        request.write_text(json.dumps(inputs), encoding="utf-8")
+        return client([*words, "--inputs", str(request)])
+
+
+def _is_renumbered(spec: DeploymentSpec, repository: Path) -> bool:
+    """Whether the served version numbers its items otherwise than the build, as after a retrain that was refused."""
+    version = next(iter(versions_of(repository / spec.name)), "none")
+    served = repository / spec.name / str(version) / CATALOGUE
+    if spec.vocabulary is None or not served.is_file():
+        return False
+    return served.read_bytes() != catalogue_of(spec)[0].read_bytes()
 
 
 def _check(options: argparse.Namespace) -> None:

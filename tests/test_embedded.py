@@ -162,10 +162,15 @@ def test_a_reserved_port_is_not_given_out_until_it_is_released() -> None:
 def test_a_port_or_address_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=rf"HTTP port 127.0.0.1:{port} cannot be used .* HTTP_PORT="):
+        with pytest.raises(
+            InputError,
+            match=rf"HTTP port 127.0.0.1:{port} cannot be used .* --http-port {port + 1000 if port < 60000 else 9000} \(HTTP_PORT=\)",
+        ):
             EmbeddedServer(tmp_path / "repository", http_port=port, grpc_port=0, metrics_port=0)
     port = free_port()
-    with pytest.raises(InputError, match=rf"^gRPC port 127.0.0.1:{port} cannot be used .*given twice.* GRPC_PORT="):
+    with pytest.raises(
+        InputError, match=rf"^gRPC port 127.0.0.1:{port} cannot be used .*given twice.* --grpc-port .*GRPC_PORT="
+    ):
         EmbeddedServer(tmp_path / "repository", http_port=port, grpc_port=port, metrics_port=0)
     for address in ("192.0.2.1", "::1"):  # RFC 5737, and IPv6
         with pytest.raises(InputError, match=rf"^--address {address}: this machine has no such IPv4 address"):

@@ -143,7 +143,7 @@ def test_every_path_without_a_key_is_401(gateway: Gateway, key: str) -> None:
 def test_no_other_route_of_the_process_is_reached(gateway: Gateway, method: str, path: str) -> None:
     status, answer = gateway.http(method, path, body=b"{}" if method == "POST" else b"")
     if status == 403:  # outside /v1/ once nginx has normalized the path
-        assert b"not a path for inference" in answer
+        assert b"not a method and path for inference" in answer
     else:
         head, _, rest = answer.partition(b"\r\n\r\n")
         assert (status, refused(head, json.loads(rest))[1]) == (404, "unknown_url")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import json
 import re
 import socket
 import ssl
@@ -131,7 +132,9 @@ def test_requests_that_two_servers_could_read_differently_are_refused(gateway: G
 def test_plain_http_old_tls_and_upgrades_to_h2c_are_refused(gateway: Gateway) -> None:
     with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as plain:
         plain.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert plain.recv(64).startswith(b"HTTP/1.1 400")
+        answer = plain.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert answer.endswith(b'{"error":"this port needs https://"}\n')
     with pytest.warns(DeprecationWarning, match="TLSv1_1"), pytest.raises((ssl.SSLError, ConnectionError)):
         gateway.connect(version=ssl.TLSVersion.TLSv1_1)
     upgrade = ("Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__", "Connection: Upgrade, HTTP2-Settings")
@@ -235,9 +238,32 @@ def test_compressed_requests_are_refused_before_anything_unpacks_them(gateway: G
             client.infer("add_one", grpc_input(), headers=sent, compression_algorithm="gzip")
 
 
-def test_headers_larger_than_any_caller_needs_are_refused(gateway: Gateway) -> None:
-    assert gateway.http("GET", "/v2/health/ready", "X-Large: " + "a" * 9000)[0] == 400
-    assert gateway.http("GET", "/v2/models/" + "a" * 9000)[0] == 414
+PATH = "/v2/health/ready"
+
+
+@pytest.mark.parametrize(
+    ("request_line", "header", "status", "reason"),
+    [
+        (f"GET {PATH} HTTP/1.1", "X-Large: " + "a" * 9000, 400, "the request headers are too large: 32 KiB"),
+        (f"GET /v2/models/{'a' * 9000} HTTP/1.1", "X: y", 414, "the request line is longer than 8 KiB"),
+        (f"GET {PATH} HTTP/1.1", "Host: another", 400, "malformed request"),
+        (f"GET {PATH} HTTP/1.1", "Transfer-Encoding: gzip", 501, "malformed request"),
+        (f"TRACE {PATH} HTTP/1.1", "X: y", 405, "not a method for inference"),
+        (f"GET {PATH} HTTP/3.0", "X: y", 505, "malformed request"),
+        ("GET\x00 / HTTP/1.1", "X: y", 400, "malformed request"),
+        ("POST /v1/embeddings HTTP/1.1", "X-Large: " + "a" * 9000, 400, "the request headers are too large"),
+        ("POST /v1/embeddings HTTP/1.1", "Transfer-Encoding: chunked", 400, "malformed request"),
+    ],
+)
+def test_requests_that_nginx_itself_refuses_get_the_gateways_json(
+    gateway: Gateway, request_line: str, header: str, status: int, reason: str
+) -> None:
+    head = f"{request_line}\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer {gateway.key}\r\n{header}"
+    found, answer = gateway.send(head.encode() + b"\r\n\r\nno chunk\r\n")
+    assert found == status, answer
+    assert b"Content-Type: application/json" in answer
+    error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert (error["message"] if "/v1/" in request_line else error).startswith(reason)
 
 
 @pytest.mark.slow

@@ -204,6 +204,22 @@ def test_infer_sends_names_from_the_command_line(shop: EmbeddedServer) -> None:
         assert (run.returncode, run.stderr.count("\n"), message in run.stderr) == (2, 1, True), run.stderr
 
 
+def test_infer_sends_its_row_by_name_if_the_served_version_has_other_ids(
+    shop: EmbeddedServer, folder: Path, tmp_path: Path
+) -> None:
+    """As after a retrain that was refused: the build has the new ids, and the server the old ones."""
+    shutil.copytree(MODELS / "shop", tmp_path / "shop")
+    lines = [f"{number},{name}\n" for number, name in enumerate(reversed(NAMES[1:]), start=1)]  # 12 is 1, 11 is 2 ...
+    (tmp_path / "shop" / "catalogue.csv").write_text("id,item\n" + "".join(lines))
+    place = ("--models", str(tmp_path), "--repository", str(folder / "repository"), "--url", shop.grpc_url)
+    run = run_module("cli", "infer", *place, "--model", "shop", "--json", DEEPSEEK_BUILD=str(folder / "build"))
+    assert run.returncode == 0, run.stderr
+    row = load_rows(folder / "build" / "shop" / "evaluation.npz")[0]
+    seen, never = ([13 - item for item in row[name][0].tolist() if item] for name in ("seen", "not_these"))
+    assert json.loads(run.stdout)["outputs"]["best"] == [ranked(seen, never)[:5]]
+    assert run.stderr.startswith("note: the served version has other ids than this build")
+
+
 def test_a_load_test_can_send_the_names_of_its_items(shop: EmbeddedServer, folder: Path) -> None:
     before = [counter(shop, name) for name in METRICS]
     what = ("--models", str(MODELS), "--url", shop.grpc_url, "--names", "--json", "--warmup-s", "0")

@@ -1,6 +1,6 @@
 """Commands that send single requests."""
 
-from cli.commands.shared_options import JSON, MODEL, SERVER
+from cli.commands.shared_options import JSON, MODEL, REPOSITORY, SERVER
 from cli.options import Option, at_least, path
 from cli.table import Command
 
@@ -11,6 +11,7 @@ ROWS = (
         "send a real sample, a text or names of items to the server and show the answer",
         options=(
             *MODEL,
+            REPOSITORY,
             *SERVER,
             Option("--row", "which sample of the inputs is sent, from 0", kind=int, default=0),
             Option("--inputs", "file of inputs, .npz or .json (default: build/<model>/evaluation.npz)", kind=path),

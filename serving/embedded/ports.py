@@ -58,8 +58,9 @@ class ReservedPorts:
                     f"--address {address}: this machine has no such IPv4 address ({error}); "
                     "127.0.0.1 serves this machine only, 0.0.0.0 every machine that can reach it"
                 ) from None
+            free = port + 1000 if 0 < port < 60000 else 9000
             raise InputError(
                 f"{name} port {address}:{port} cannot be used ({error}); "
-                f"choose another, e.g. {name.upper()}_PORT={port + 1000 if 0 < port < 60000 else 9000}"
+                f"choose another, e.g. --{name.lower()}-port {free} ({name.upper()}_PORT=)"
             ) from None
         return int(number)
