@@ -46,7 +46,7 @@ PARTS = {
     "accuracy": Part(220, (instrument.accuracy,)),
     "generator": Part(150, (instrument.ceiling, instrument.encoding)),
     "peer": Part(190, (instrument.peer,)),
-    "text-apart": Part(260, (text.apart,)),
+    "text-apart": Part(290, (text.apart,)),
     "text-shared": Part(270, (text.shared,)),
     "text-vectors": Part(90, (text.vectors,)),
 }

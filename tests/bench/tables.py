@@ -110,7 +110,9 @@ TABLES = {
         `PRECISION=auto` over raw int8, gRPC | apart | text apart: PRECISION=auto, gRPC over raw | >= 0.9
         fp32 over raw; one instance, `queue_timeout_ms = 10000` | apart | text apart: tuned over raw |
         texts over ids padded to multiples of 16, fp32 | apart | text apart: fp32 over ids | >= 1.3
+        the same; one instance, `queue_timeout_ms = 10000` | apart | text apart: tuned over ids |
         `/v1/embeddings` over KServe v2, fp32 | apart | text apart: v1 over fp32 | >= 0.95
+        the same; one instance, `queue_timeout_ms = 10000` | apart | text apart: v1 over tuned |
         fp32 over infinity-emb | apart | text apart: fp32 over infinity-emb | >= 1.5
         fp32 over FastAPI | apart | text apart: fp32 over FastAPI | >= 2
         `PRECISION=auto` over infinity-emb | apart | text apart: PRECISION=auto over infinity-emb |

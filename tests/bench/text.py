@@ -57,9 +57,10 @@ def apart(bench: Bench) -> None:
         targets = {
             **_peers(bench, stack, texts),
             TUNED: _v2(addresses[TUNED], texts),
-            "ids": _ids(addresses[FP32], texts),
-            "v1": _v1(f"{addresses[FP32]['OpenAI']}/embeddings", texts),
         }
+        for name in (FP32, TUNED):
+            targets[f"{name}, ids"] = _ids(addresses[name], texts)
+            targets[f"{name}, v1"] = _v1(f"{addresses[name]['OpenAI']}/embeddings", texts)
         for precision in (FP32, AUTO):
             targets[precision] = _v2(addresses[precision], texts)
             sender = grpc(addresses[precision]["gRPC"], MODEL, texts, VECTOR)
@@ -69,8 +70,9 @@ def apart(bench: Bench) -> None:
         found = bench.rounds({**{name: _raw_side(one) for name, one in raw.items()}, **sides}, ROUNDS)
     _over_raw(bench, found, APART, (FP32, AUTO, f"{FP32}, gRPC", f"{AUTO}, gRPC", TUNED))
     _over_peers(bench, found, APART)
-    bench.record_loads("text apart: fp32 over ids", found[FP32], found["ids"])
-    bench.record_loads("text apart: v1 over fp32", found["v1"], found[FP32])
+    for name in (FP32, TUNED):
+        bench.record_loads(f"text apart: {name} over ids", found[name], found[f"{name}, ids"])
+        bench.record_loads(f"text apart: v1 over {name}", found[f"{name}, v1"], found[name])
 
 
 def shared(bench: Bench) -> None:
