@@ -54,6 +54,11 @@ TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "spm.model",
 )  # fmt: skip
+SENTENCE_CONFIGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""The settings of sentence-transformers for the tokenizer; old versions name the file after the type of the model."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -105,8 +110,8 @@ class Checkpoint:
         kind = _kind(inside / "config.json", config)
         task, pairs = _task(inside / "config.json", config, task)
         limits = _limits(inside, config, kind)
-        pooling, pooling_from = _pooling(folder, modules)
         prompts, default_prompt = _prompts(folder)
+        pooling, pooling_from = _pooling(folder, modules, bool(prompts))
         types = _number(inside / "config.json", config, "type_vocab_size", kind.types) > 1
         return cls(
             folder=inside,
@@ -121,7 +126,7 @@ class Checkpoint:
             longest=min(LONGEST, *limits.values()),
             limits=limits,
             files=("config.json", *_weights(inside), *_tokenizer(inside, config)),
-            lower_case=_optional(inside / "sentence_bert_config.json").get("do_lower_case") is True,
+            lower_case=_optional(inside / _sentence_config(inside)).get("do_lower_case") is True,
             prompts=prompts,
             default_prompt=default_prompt,
         )
@@ -168,6 +173,11 @@ def _kind(path: Path, config: dict[str, Any]) -> Kind:
             f"{path}: model_type: seen {seen}; allowed: encoders of the types {', '.join(KINDS)}; a model that "
             "generates text belongs to vLLM; for another encoder, write the folder with `deepseek new --from text`"
         )
+    if (positions := config.get("position_embedding_type", "absolute")) != "absolute":
+        raise InputError(
+            f"{path}: position_embedding_type: seen {positions!r}; allowed: absolute; transformers 5 ignores the key, "
+            "so the outputs would be wrong"
+        )
     return KINDS[name]
 
 
@@ -210,13 +220,17 @@ def _limits(folder: Path, config: dict[str, Any], kind: Kind) -> dict[str, int]:
     positions = _number(path, config, "max_position_embeddings", 512)
     reserved = _number(path, config, "pad_token_id", kind.padding) + 1 if kind.after_padding else 0
     found = {"config.json": positions - reserved}
-    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+    for name, key in ((_sentence_config(folder), "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
         value = _optional(folder / name).get(key)
         if isinstance(value, int | float) and 1 <= value < 2**31:  # huge if the tokenizer has no limit
             found[name] = int(value)
     if found["config.json"] < 1:
         raise InputError(f"{path}: max_position_embeddings: seen {positions}; more than {max(reserved, 0)} is needed")
     return found
+
+
+def _sentence_config(folder: Path) -> str:
+    return next((name for name in SENTENCE_CONFIGS if (folder / name).is_file()), SENTENCE_CONFIGS[0])
 
 
 def _modules(folder: Path) -> dict[str, str]:
@@ -251,7 +265,7 @@ def _prompts(folder: Path) -> tuple[dict[str, str], str | None]:
     return (prompts, default) if any(prompts.values()) else ({}, None)
 
 
-def _pooling(folder: Path, modules: dict[str, str]) -> tuple[str, str]:
+def _pooling(folder: Path, modules: dict[str, str], with_prompts: bool) -> tuple[str, str]:
     """How an embedding is made of the tokens' vectors, and the file that says so ("" if none does)."""
     if "Pooling" not in modules:
         return "mean", ""
@@ -269,6 +283,11 @@ def _pooling(folder: Path, modules: dict[str, str]) -> tuple[str, str]:
         raise InputError(
             f"{path}: seen the pooling {seen}; allowed: one of mean, cls, max; write it in forward() of a folder that "
             "`deepseek new --from text` writes"
+        )
+    if with_prompts and settings.get("include_prompt") is False and names[0] != "cls":
+        raise InputError(
+            f"{path}: include_prompt: seen false; the import pools over all tokens, those of prompts too; remove the "
+            "prompts from config_sentence_transformers.json to import it without them"
         )
     return names[0], path.name if path.parent == folder else f"{path.parent.name}/{path.name}"
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from deepseek.settings import Count, Natural, NotNegative, Positive, PositiveShare, Share, settings
+from deepseek.settings import Count, Natural, NotNegative, Positive, PositiveShare, Seed, Share, settings
 
 Activation = Literal["gelu", "relu", "silu"]
 Initialization = Literal["auto", "xavier_uniform", "kaiming_uniform"]
@@ -149,7 +149,7 @@ class TrainingConfig:
     """auto: bf16 (or fp16) on a CUDA device, fp32 elsewhere."""
     parallel: Parallel = "data"
     """What torchrun's processes divide: data: rows; sharded: rows and training state; pipeline: layers."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     """Seed of the data order and of dropout."""
     num_workers: Natural = 0
     """Processes that load data; 0: the training process loads it."""

@@ -165,6 +165,10 @@ def folder_of(spec: DeploymentSpec) -> Path:
     return Path(sys.modules[f"models.{spec.name}"].__path__[0])
 
 
+def model_py(spec: DeploymentSpec) -> Path:
+    return folder_of(spec) / "model.py"
+
+
 @contextlib.contextmanager
 def user_code(folder: Path, what: str) -> Iterator[None]:
     """Turns exceptions of a model folder's code into an InputError with file and line.
@@ -202,19 +206,21 @@ def place_of(error: BaseException, folder: Path) -> tuple[str, bool]:
 def in_order(spec: DeploymentSpec, returned: Any) -> tuple[Any, ...]:
     """The result of forward as a tuple in the order of deploy.toml's outputs.
 
-    Mappings and dataclasses (such as the outputs of `transformers`) are read by name and may hold more; tuples and
-    lists keep their order. Raises InputError if an output is missing or is not a tensor.
+    Mappings, dataclasses (such as the outputs of `transformers`) and named tuples with these names are read by name
+    and may hold more; other tuples and lists keep their order. Raises InputError if an output is missing or no tensor.
     """
     fields: Any = None
     if isinstance(returned, Mapping):
         fields = dict(returned)
     elif dataclasses.is_dataclass(returned):
         fields = {field.name: getattr(returned, field.name) for field in dataclasses.fields(returned)}
+    elif isinstance(returned, tuple) and {*spec.outputs} <= {*getattr(returned, "_fields", ())}:
+        fields = returned._asdict()  # type: ignore[attr-defined]
     if fields is None:
         values = tuple(returned) if isinstance(returned, tuple | list) else (returned,)
     elif missing := [name for name in spec.outputs if name not in fields]:
         raise InputError(
-            f"model.py: forward returned {type(returned).__name__} of {', '.join(map(str, fields))}; "
+            f"{model_py(spec)}: forward returned {type(returned).__name__} of {', '.join(map(str, fields))}; "
             f"no {', '.join(missing)}, which deploy.toml names as output"
         )
     else:
@@ -222,7 +228,7 @@ def in_order(spec: DeploymentSpec, returned: Any) -> tuple[Any, ...]:
     if len(values) != len(spec.outputs) or not all(hasattr(value, "element_size") for value in values):
         seen = ", ".join(type(value).__name__ for value in values)
         raise InputError(
-            f"model.py: forward returned {len(values)} value(s) ({seen}); deploy.toml names the outputs "
+            f"{model_py(spec)}: forward returned {len(values)} value(s) ({seen}); deploy.toml names the outputs "
             f"{', '.join(spec.outputs)}: one tensor each, in that order"
         )
     return values

@@ -21,7 +21,7 @@ from export.checks.parity_cases import beyond, failures
 from export.model_folder import Predict
 from export.precision import accuracy_budget
 from export.precision.accuracy import Evaluated, evaluated, metric_drop, paired_drop, parity, similarity
-from export.precision.accuracy_budget import Baseline
+from export.precision.accuracy_budget import Baseline, measured
 from export.runtimes.batching import within_batch
 from export.stages import select_precision
 from tests.test_to_onnx import TOML
@@ -360,3 +360,14 @@ def test_rankings_count_in_any_order_and_labels_by_position() -> None:
 def test_another_shape_is_the_largest_error() -> None:
     assert of_one_output("float32", [[1, 2, 3]], [[1, 2]])["worst_error"] == np.inf
     assert of_one_output("int64", [[1, 2, 3]], [[1, 2]])["common"] == 0
+
+
+def test_accuracy_is_measured_once_per_key_and_always_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+    monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "m").mkdir()
+    numbers = iter(range(9))
+    found = [measured(key, "m", lambda: {"drop": next(numbers)})["drop"] for key in ("a", "a", "b", "a", None, None)]
+    assert found == [0, 0, 1, 0, 2, 3]

@@ -8,6 +8,7 @@ import warnings
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 
 from deepseek import QuantConfig, TransformerConfig
@@ -30,6 +31,15 @@ def test_the_guides_model_needs_only_four_sizes_and_gets_the_guides_dropouts() -
     assert pickle.loads(pickle.dumps(config)) == config
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    numbers: dict[str, Any] = {"vocab_size": np.int64(50), "ffn_dropout": np.float32(0.5)}
+    config = transformer(**numbers)
+    assert (config.vocab_size, type(config.vocab_size), config.ffn_dropout) == (50, int, 0.5)
+    numbers["num_layers"] = np.bool_(True)
+    with pytest.raises(InputError, match=r"num_layers: seen np.True_; allowed: a whole number"):
+        transformer(**numbers)
+
+
 def test_a_config_is_frozen_and_takes_no_positional_arguments() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         transformer().num_layers = 3  # type: ignore[misc]
@@ -48,6 +58,8 @@ def test_a_config_is_frozen_and_takes_no_positional_arguments() -> None:
         (transformer, {"padding_id": 32_000}, "padding_id: seen 32000; allowed: 0 to 31999"),
         (training, {"learning_rate": float("inf")}, "learning_rate: seen inf"),
         (training, {"betas": 0.9}, "betas: seen 0.9; allowed: a tuple"),
+        (training, {"betas": (0.9,)}, r"betas: seen \(0.9,\); allowed: one number more"),
+        (training, {"warmup_fraction": float("nan")}, "warmup_fraction: seen nan; allowed: a finite number"),
         (training, {"batch_size": "most"}, "batch_size: seen 'most'; allowed: a whole number or 'auto'"),
         (training, {"explosion_factor": 1}, "explosion_factor: seen 1; allowed: greater than 1"),
         (training, {"epochs": 3}, "TrainingConfig: epochs: unknown"),

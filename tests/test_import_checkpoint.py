@@ -227,6 +227,7 @@ def test_an_embedding_is_pooled_as_the_checkpoint_says(
     ("name", "values", "longest"),
     [
         ("sentence_bert_config.json", {"max_seq_length": 24}, 24),
+        ("sentence_roberta_config.json", {"max_seq_length": 24}, 24),
         ("tokenizer_config.json", {"model_max_length": 32}, 32),
         ("tokenizer_config.json", {"model_max_length": 10**30}, POSITIONS),
     ],
@@ -308,6 +309,11 @@ def as_file(folder: Path) -> None:
     folder.touch()
 
 
+def prompt_apart(folder: Path) -> None:
+    write_modules(folder, MEAN | {"include_prompt": False})
+    (folder / "config_sentence_transformers.json").write_text('{"prompts": {"query": "find "}}')
+
+
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     (shutil.rmtree, (), "some: no such folder; allowed: the folder of a checkpoint on this machine"),
@@ -320,6 +326,7 @@ REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     (config(auto_map={"AutoModel": "code.Bert"}), (), "auto_map: the checkpoint brings code of its own (trust_remote_code)"),
     (config(model_type="gpt2"), (), "model_type: seen 'gpt2'; allowed: encoders of the types albert, bert, "),
     (config(model_type="t5", is_encoder_decoder=True), (), "a model that generates text belongs to vLLM"),
+    (config(position_embedding_type="relative_key"), (), "position_embedding_type: seen 'relative_key'; allowed: absolute"),
     (config(is_decoder=True), (), "model_type: seen 'bert' as a decoder"),
     (config(architectures=["BertForQuestionAnswering"]), (), "architectures: seen BertForQuestionAnswering, which has no weights for a known task"),
     ((lambda folder: None), ("--task", "classifier"), "architectures: seen BertModel, which has no weights for --task classifier"),
@@ -331,6 +338,7 @@ REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     (config(vocab_size=50), (), "tokenizer.json: the largest id is 95, but vocab_size in config.json is 50"),
     (modules(MEAN, "Dense"), (), "modules.json: seen the module Dense; allowed: Transformer, Pooling, Normalize"),
     (modules({"pooling_mode_lasttoken": True}), (), "1_Pooling/config.json: seen the pooling lasttoken; allowed: one of mean, cls, max"),
+    (prompt_apart, (), "1_Pooling/config.json: include_prompt: seen false"),
     (with_file("config_sentence_transformers.json", '{"prompts": ["a"]}'), (), "config_sentence_transformers.json: prompts cannot be read ("),
     (with_file("config_sentence_transformers.json", '{"prompts": {"a": "b"}, "default_prompt_name": "c"}'), (), "default_prompt_name 'c' is not one of the prompts"),
     (with_file("modules.json", "[{}]"), (), "modules.json: cannot be read"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +140,7 @@ def test_what_a_model_prints_is_not_in_the_json(tmp_path: Path) -> None:
         "\nprint('importing')\n_load, _samples = load, samples\ndef load():\n    print('loading')\n    return _load()\n"
     )
     code += "def samples(split):\n    print('reading')\n    return _samples(split)\n"
-    code += "def evaluate(predict):\n    print('evaluating')\n    return {'score': 1.0}\n"
+    code += "def evaluate(predict):\n    predict(next(iter(_samples('evaluation'))))\n    print('evaluating')\n    return {'score': 1.0}\n"
     toml = TOML + '[precision]\nmetric = "score"\n'
     tiny(tmp_path, toml=toml, body="print('running'); return self.line(x)", code=code)
     for stage in ("train", "to_onnx", "to_torchscript", "select_precision --precision fp32"):
@@ -151,10 +152,14 @@ def test_what_a_model_prints_is_not_in_the_json(tmp_path: Path) -> None:
 
 
 def test_a_mapping_is_read_by_name_and_may_have_more_entries() -> None:
+    ModelFolder("image", "tests/models")
+    named = namedtuple("named", ["features", "scores", "loss"])
+    assert in_order(IMAGE, named(FEATURES, SCORES, None)) == (SCORES, FEATURES)
     values = in_order(IMAGE, {"attentions": None, "features": FEATURES, "scores": SCORES})
     assert [tuple(value.shape) for value in values] == [(2, 10), (2, 32)]
     with pytest.raises(
-        InputError, match=r"forward returned dict of logits; no scores, features, which deploy.toml names"
+        InputError,
+        match=r"tests/models/image/model.py: forward returned dict of logits; no scores, features, which deploy.toml names",
     ):
         in_order(IMAGE, {"logits": SCORES})
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cli.main import main as command
 from cli.main import values_of
 from deepseek.checkpoints import Checkpoints
 from deepseek.pruning.distillation import SETTINGS
@@ -94,6 +95,7 @@ EVALUATE = """
 
 def evaluate(predict):
     from pathlib import Path
+    predict(next(iter(samples("evaluation"))))
     return {"accuracy": float(Path(__file__).parents[1].joinpath("score").read_text())}
 """
 
@@ -178,3 +180,10 @@ def test_build_and_parity_judge_the_same_rows_alike(lost: int, accepted: bool, m
     assert told["judgement"] == dataclasses.asdict(judged(spec, drop, paired))
     assert told["judgement"]["rows"] == 100
     assert (parity_cases.failures([], found) == []) == accepted
+
+
+@pytest.mark.parametrize("ratio", ["nan", "0", "1", "x"])
+def test_a_ratio_that_is_no_share_names_the_option(ratio: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["prune", "--ratio", ratio]) == 2
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said == f"error: --ratio: seen '{ratio}'; a number above 0, up to 0.99, is needed"

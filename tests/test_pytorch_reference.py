@@ -65,7 +65,7 @@ def test_outputs_that_do_not_fit_in_memory_are_one_error_line_before_anything_ru
         export_model(source)
 
 
-def judged(folder: Path, returned: str) -> ModelFolder:
+def judged(folder: Path, returned: str, noise: float = 0.2) -> ModelFolder:
     """A model whose targets are its own outputs plus an error, and whose metric is `returned`."""
     code = """
 def evaluate(predict):
@@ -78,7 +78,7 @@ def evaluate(predict):
     true, seen = np.array(true), np.array(seen)
     return {{"score": {returned}}}
 """
-    return tiny(folder, toml=TOML + '[precision]\nmetric = "score"\n', code=code.format(returned=returned, noise=0.2))
+    return tiny(folder, toml=TOML + '[precision]\nmetric = "score"\n', code=code.format(returned=returned, noise=noise))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,20 @@ def test_a_metric_where_larger_is_better_or_that_is_undecided_is_accepted(tmp_pa
     check_metric(source, module_predictor(source.spec, source.load()))
 
 
-@pytest.mark.parametrize("values", [(1, 2, 2, 2), (1, 2.5, 9, 2.5)], ids=["not far", "as far as they differ"])
+def test_a_metric_that_no_output_enters_is_refused(tmp_path: Path) -> None:
+    code = "\ndef evaluate(predict):\n    return {'score': 1.0}\n"
+    source = tiny(tmp_path, toml=TOML + '[precision]\nmetric = "score"\n', code=code)
+    with pytest.raises(InputError, match=r"evaluate\(\) never calls predict, so 'score' is not of the served model"):
+        check_metric(source, module_predictor(source.spec, source.load()))
+
+
+def test_an_error_of_a_model_that_explains_half_of_the_variance_is_refused_too(tmp_path: Path) -> None:
+    source = judged(tmp_path, "np.sqrt(((true - seen) ** 2).mean())", noise=1.0)
+    with pytest.raises(InputError, match=r"score of fp32 PyTorch is 0.5, and \S+ or more if rows get the outputs"):
+        check_metric(source, module_predictor(source.spec, source.load()))
+
+
+@pytest.mark.parametrize("values", [(1, 1.2), (1, 2.5, 9, 2.5, 2.5, 2.5)], ids=["not far", "as far as they differ"])
 def test_a_metric_near_chance_is_accepted(tmp_path: Path, values: tuple[float, ...]) -> None:
     source = judged(tmp_path, f"next(globals().setdefault('own_then_dealt', iter({values})))")
     check_metric(source, module_predictor(source.spec, source.load()))

@@ -22,7 +22,6 @@ from deepseek.spec.paired_drop import DropJudgement, PairedRows, judge_drop, val
 from export.artifact import engine_path, onnx_path
 from export.model_folder import ModelFolder, Predict
 from export.precision import accuracy_budget
-from export.precision.accuracy_budget import measured
 from export.rows import load_rows, save_rows
 from export.runtimes import variants
 from export.runtimes.timing import Timer
@@ -205,17 +204,6 @@ def test_only_8_bits_have_a_sensitivity_report_and_only_if_needed(text: Path, mo
         assert accuracy_budget.sensitivity_of(spec, name) is None
         report.write_text('{"layers": []}')
         assert accuracy_budget.sensitivity_of(spec, name) == found
-
-
-def test_accuracy_is_measured_once_per_key_and_always_without_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
-    monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "m").mkdir()
-    numbers = iter(range(9))
-    found = [measured(key, "m", lambda: {"drop": next(numbers)})["drop"] for key in ("a", "a", "b", "a", None, None)]
-    assert found == [0, 0, 1, 0, 2, 3]
 
 
 def table(capsys: pytest.CaptureFixture[str], own: dict[str, Any], **changed: Any) -> list[str]:

@@ -257,6 +257,21 @@ def test_a_wrong_argument_is_a_one_line_error() -> None:
         train_model(network(), points(), points(1), cross_entropy, settings(), report="run.json")
     with pytest.raises(InputError, match="validation_data: a dataset with a length of at least 1"):
         train_model(network(), points(), points(rows=0), cross_entropy, settings())
+    with pytest.raises(InputError, match="model: no parameter of Sequential requires a gradient"):
+        train_model(network().requires_grad_(False), points(), points(), cross_entropy, settings())
+    with pytest.raises(InputError, match="checkpoints: /dev/null/run: Not a directory"):
+        train_model(network(), points(), points(), cross_entropy, settings(), checkpoints="/dev/null/run")
+    with pytest.raises(InputError, match="mixed_precision: seen 'bf16'; this process has trained in another precision"):
+        train_model(network(), points(), points(), cross_entropy, settings(mixed_precision="bf16"))
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [(lambda loss: loss.item(), "float"), (Tensor.detach, "a tensor without a gradient"), (lambda loss: loss.expand(3), r"a tensor of shape \[3\]")],
+)  # fmt: skip
+def test_a_loss_that_cannot_be_trained_on_is_a_one_line_error(change: Callable[[Tensor], Any], seen: str) -> None:
+    with pytest.raises(InputError, match=rf"loss\(model, batch\): seen {seen}; allowed: a tensor of one number"):
+        train_model(network(), points(), points(), lambda *given: change(cross_entropy(*given)), settings())
 
 
 def test_numpy_scalars_distinguish_datasets() -> None:

@@ -14,20 +14,21 @@ from cli.commands.shared_options import (
     STACK,
     TRITON_TAG,
 )
-from cli.options import Option, folder_name, path, path_text, switch
+from cli.options import Number, Option, folder_name, path, path_text, switch
 from cli.table import Command
 from deepseek.precisions import CHOICES, PRECISIONS, REDUCED, HighPrecision
 from deepseek.targets import PUBLISHABLE, TARGETS
 
 ANYWAY = Option("--anyway", "publish even what a release gate refused or a rollback removed", kind=switch)
 TUNED = Option("--tuned", "file of tuned values (default: the one that deploy.toml names; /dev/null: none)", kind=path)
+PRUNED = Number("a number above 0, up to 0.99,", least=0, most=0.99, inclusive=False)
 CANDIDATE = Option("--candidate", "one of several: if it fails to build, record why and exit 0", kind=switch)
 BUILD_OPTIONS = (
     *MODEL,
     REPOSITORY,
     Option("--precision", "precision to serve; auto: the fastest inside the budget", choices=CHOICES, default="auto"),
     Option("--target", "what runs the model; auto: TensorRT if possible", choices=("auto", *TARGETS), default="auto"),
-    Option("--prune", "share of heads and channels to prune, such as 0.25 (default: none)", kind=float),
+    Option("--prune", "share of heads and channels to prune, such as 0.25 (default: none)", kind=PRUNED),
     Option(
         "--data",
         "click log in place of MovieLens-100K (csv: user,item,timestamp), or a folder of them",
@@ -107,7 +108,7 @@ STAGES = (
         "remove attention heads and channels, then fine-tune",
         options=(
             *MODEL,
-            Option("--ratio", "share of the heads, and of the removable channels", kind=float, default=0.25),
+            Option("--ratio", "share of the heads, and of the removable channels", kind=PRUNED, default=0.25),
             JSON,
         ),
         examples=("deepseek prune --ratio 0.2", "deepseek prune --models tests/models --model image --json"),

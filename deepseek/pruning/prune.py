@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deepseek.checkpoints import digest
 from deepseek.pruning.attention import HeadAttention, split_attention
 from deepseek.pruning.prunable import Inputs, Kind, Layer, Prunable, restore, state_of
-from deepseek.settings import Count, Natural, PositiveShare, settings
+from deepseek.settings import Count, PositiveShare, Seed, settings
 from deepseek.spec import InputError
 from deepseek.spec.files.folders import beside
 
@@ -55,7 +55,7 @@ class PruneConfig:
     """Largest share that a single layer may lose; `ratio` if that is larger."""
     multiple: Count = 8
     """Channels are removed in blocks of this size if the width allows it: kernels are fast at such multiples."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of the random directions that measure importance."""
 
 

@@ -83,12 +83,32 @@ def train_model(
             raise InputError(f"{name}: a dataset with a length of at least 1 is needed; seen {type(data).__name__}")
     if report is not None and Path(report).suffix != ".html":
         raise InputError(f"report: seen {str(report)!r}; use a name that ends in .html (a .json is written beside it)")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"model: no parameter of {type(model).__name__} requires a gradient: nothing can be trained")
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    run = _Run(model, train_data, validation_data, loss, config, checkpoints, report)
+    run = _Run(model, train_data, validation_data, _checked(loss), config, checkpoints, report)
     if checkpoints is not None:
         run.keep_checkpoints(Path(checkpoints), identity or {})
     return run.train()
+
+
+def _checked(loss: LossFunction) -> LossFunction:
+    """The same function; raises InputError unless it returns one number, with a gradient while training."""
+
+    def checked(model: nn.Module, batch: Any) -> Tensor:
+        value: Any = loss(model, batch)
+        if not isinstance(value, Tensor):
+            seen = type(value).__name__
+        elif value.numel() != 1:
+            seen = f"a tensor of shape {[*value.shape]}"
+        elif torch.is_grad_enabled() and not value.requires_grad:
+            seen = "a tensor without a gradient"
+        else:
+            return value
+        raise InputError(f"loss(model, batch): seen {seen}; allowed: a tensor of one number, computed from the model")
+
+    return checked
 
 
 class _Run:
@@ -168,6 +188,10 @@ class _Run:
     def keep_checkpoints(self, folder: Path, identity: Mapping[str, object]) -> None:
         """Keeps checkpoints from now on, and resumes from the last one if there is any."""
         shapes = {name: [*weight.shape] for name, weight in self.given.state_dict().items()}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"checkpoints: {folder}: {error.strerror}; name a folder that can be written") from None
         if hasattr(self.train_data, "set_epoch"):
             self.train_data.set_epoch(0)  # an earlier run in this process may have left it elsewhere
         self.checkpoints = Checkpoints(

@@ -36,8 +36,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             # Without this, accelerate treats each process on a CPU as a separate run.
             cpu=launched and not torch.accelerator.is_available(),
         )
-    except ValueError as error:  # fp16 without a GPU; another precision earlier in this process
-        raise InputError(f"TrainingConfig: mixed_precision: seen {config.mixed_precision!r}; {error}") from None
+    except ValueError as error:  # fp16 without a GPU
+        earlier = "already been initialized" in str(error)
+        why = "this process has trained in another precision: start a new process" if earlier else error
+        raise InputError(f"TrainingConfig: mixed_precision: seen {config.mixed_precision!r}; {why}") from None
 
 
 def leave_processes_at_exit() -> None:

@@ -291,7 +291,7 @@ def merged(checks: list[dict[str, Any]]) -> dict[tuple[str, ...], list[str]]:
 def show(result: dict[str, Any]) -> None:
     served, tolerance = result["served"], result["tolerance"]
     print(
-        f"{result['model']} version {served['version']}, {served['precision']} on {served['platform']}: "
+        f"{result['model']} version {served['version']}, {served['precision']}, platform {served['platform']}: "
         f"{result['rows']} evaluation rows; allowed: worst error {tolerance['worst_error']:g}, cosine "
         f"{tolerance['cosine']:g}, common {tolerance['common']:g}"
     )

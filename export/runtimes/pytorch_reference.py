@@ -20,7 +20,7 @@ import torch
 
 from deepseek.spec import BATCH, Axis, DeploymentSpec, GateFailed, InputError
 from export.artifact import human_bytes
-from export.model_folder import Predict, folder_of, in_order, user_code
+from export.model_folder import Predict, folder_of, in_order, model_py, user_code
 from export.rows import Row, join
 
 # Relative to the largest magnitude of an output.
@@ -135,9 +135,9 @@ def check_memory(spec: DeploymentSpec, rows: list[Row]) -> None:
     batches = 4 * _bytes_at_most(spec, [*spec.inputs, *spec.outputs])
     if kept + batches > memory:
         raise InputError(
-            f"model.py: samples('evaluation'): the outputs of {len(rows)} rows, of PyTorch and of a variant, take "
-            f"{human_bytes(kept)}, running the largest sizes of deploy.toml {human_bytes(batches)}, this machine has "
-            f"{human_bytes(memory)}; let samples give fewer rows, or forward less, or lower the largest sizes"
+            f"{model_py(spec)}: samples('evaluation'): the outputs of {len(rows)} rows, of PyTorch and of a variant, "
+            f"take {human_bytes(kept)}, running the largest sizes of deploy.toml {human_bytes(batches)}, this machine "
+            f"has {human_bytes(memory)}; let samples give fewer rows, or forward less, or lower the largest sizes"
         )
 
 
@@ -182,8 +182,9 @@ def run_torch(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> Row:
         expected = _sized(tensor.shape, sizes)
         if outputs[name].shape != expected or outputs[name].dtype != tensor.dtype:
             raise InputError(
-                f"model.py: output {name!r}: forward returned {outputs[name].dtype} {list(outputs[name].shape)}; "
-                f"deploy.toml says {tensor.dtype} {list(tensor.shape)}, here {list(expected)}"
+                f"{model_py(spec)}: output {name!r}: forward returned {outputs[name].dtype} "
+                f"{list(outputs[name].shape)}; deploy.toml says {tensor.dtype} {list(tensor.shape)}, here "
+                f"{list(expected)}"
             )
     return outputs
 
@@ -209,7 +210,7 @@ def check_repeatable(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) 
         error = error_of(value, first[name])
         if not error <= tolerance_of(spec, value):
             raise InputError(
-                f"model.py: forward called twice with the same inputs gives another output {name!r} (off by "
+                f"{model_py(spec)}: forward called twice with the same inputs gives another output {name!r} (off by "
                 f"{error:.3g}): it draws at random or keeps state from call to call; a served graph must do neither"
             )
 
@@ -230,9 +231,9 @@ def check_rows_independent(spec: DeploymentSpec, model: torch.nn.Module, inputs:
         error = error_of(value, together[name])
         if value.dtype.kind == "f" and not error <= max(ROW_TOLERANCE, tolerance_of(spec, value)):
             raise InputError(
-                f"model.py: output {name!r} of a row alone is off by {error:.3g} from the same in a batch of {rows}: "
-                "rows influence one another, but Triton batches requests of different callers; compute each row by "
-                "itself, or set [axes.batch] to min = opt = max = 1"
+                f"{model_py(spec)}: output {name!r} of a row alone is off by {error:.3g} from the same in a batch of "
+                f"{rows}: rows influence one another, but Triton batches requests of different callers; compute each "
+                "row by itself, or set [axes.batch] to min = opt = max = 1"
             )
 
 

@@ -27,7 +27,7 @@ from deepseek.spec import DeploymentSpec, InputError, kept_for_json
 from export.artifact import Stopwatch, human_bytes, onnx_path, read_manifest, record_build, rows_path, sha256
 from export.cache import put_in_place, refined, stage_key
 from export.graph_file import save_graph
-from export.model_folder import ModelFolder, folder_of, place_of
+from export.model_folder import ModelFolder, folder_of, model_py, place_of
 from export.precision.accuracy import check_metric
 from export.precision.calibration import check_disjoint, disjoint, left_out, pool_size, stratified
 from export.quiet import quiet
@@ -115,7 +115,7 @@ def _name_signature(spec: DeploymentSpec, model: onnx.ModelProto, fixed: set[str
     graph = model.graph
     if len(graph.output) != len(spec.outputs):
         raise InputError(
-            f"model.py: the graph has {len(graph.output)} outputs; deploy.toml names {', '.join(spec.outputs)}"
+            f"{model_py(spec)}: the graph has {len(graph.output)} outputs; deploy.toml names {', '.join(spec.outputs)}"
         )
     for node in [node for node in graph.node if node.input == node.output]:
         graph.node.remove(node)  # the exporter writes a returned input like this, which is not valid ONNX

@@ -24,7 +24,7 @@ import torch
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, Precision, build_dir, kept_for_json
 from export.artifact import Stopwatch, engine_path, human_bytes, read_manifest, record_build
 from export.cache import put_in_place, refined, stage_key
-from export.model_folder import ModelFolder
+from export.model_folder import ModelFolder, model_py
 from export.rows import Row, load_rows
 from export.runtimes.pytorch_reference import (
     check_corners,
@@ -69,7 +69,7 @@ def torchscript_from_torch(
                 return made[-1]
     if made:
         return made[0]
-    raise GateFailed(f"model.py: neither tracing nor scripting reproduces PyTorch; {'; '.join(problems)}")
+    raise GateFailed(f"{model_py(spec)}: neither tracing nor scripting reproduces PyTorch; {'; '.join(problems)}")
 
 
 def traced(spec: DeploymentSpec, model: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> tuple[Any, list[str]]:
