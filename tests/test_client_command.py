@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from deepseek_client.cli import tables
 from deepseek_client.cli.main import main
-from deepseek_client.cli.tables import answer_table
+from deepseek_client.cli.tables import tensor_table
 from rich.console import Console
 
 from serving.embedded.launcher import EmbeddedServer
 from tests.failing_servers import protocols, url_of
-from tests.test_client_signature import MODEL
 
 
 @protocols
@@ -80,33 +79,41 @@ def test_command_line_errors_are_one_line(
     assert says in error
 
 
-def shown(inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray], labels: tables.Labels, top: int) -> list:
+def shown(arrays: dict[str, np.ndarray], labels: tables.Labels, top: int, *, last: bool = False) -> list:
     """The cells of each line of the table."""
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(answer_table(MODEL, inputs, outputs, labels, top))
+        console.print(tensor_table(arrays, labels, top, batched=True, last=last))
     lines = (line for line in capture.get().splitlines() if line.startswith(("┃", "│")))
     return [[cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")] for line in lines]
 
 
 def test_titles_and_scores_stay_aligned_if_a_title_is_missing() -> None:
     outputs = {"items": np.array([[1, 0, 2, 0]]), "scores": np.array([[0.5, 0.25, 0.125, 0]], np.float32)}
-    assert ["third", "0.1250"] in shown({}, outputs, {"items": ["", "first", "third"]}, 10)
+    assert ["third", "0.1250"] in shown(outputs, {"items": ["", "first", "third"]}, 10)
 
 
 def test_padding_at_both_ends_of_an_input_is_not_shown() -> None:
     inputs = {"ids": np.array([[1, 2, 0, 1, 0, 0]]), "mask": np.array([[1, 1, 1, 1, 0, 0]])}
-    lines = shown(inputs, {}, {"ids": ["", "one", "two"], "mask": ["", "1"]}, 3)
+    lines = shown(inputs, {"ids": ["", "one", "two"], "mask": ["", "1"]}, 3, last=True)
     assert lines[-3:] == [["two", "1"], ["", "1"], ["one", "1"]]
 
 
-def test_the_table_puts_the_latest_titles_beside_the_best_ones() -> None:
-    titles = ["", *(f"Film [{k}]" for k in range(1, 8)), "[rec] (2007)"]  # shown unchanged, though [ ] is rich's markup
-    inputs = {"ids": np.array([[0, 0, 3, 1, 2]])}
+TITLES = ["", *(f"Film [{k}]" for k in range(1, 8)), "[rec] (2007)"]  # shown unchanged, though [ ] is rich's markup
+
+
+def test_a_request_shows_its_latest_titles_and_an_answer_its_best_ones() -> None:
+    lines = shown({"ids": np.array([[0, 0, 3, 1, 2]])}, {"ids": TITLES}, 2, last=True)
+    assert lines == [["ids"], ["last 2"], ["of 3"], ["Film [1]"], ["Film [2]"]]
     outputs = {"items": np.array([[7, 8, 5]]), "scores": np.array([[0.5, 0.25, 1e-9]], np.float32)}
-    lines = shown(inputs, outputs, {"ids": titles, "items": titles}, 2)
-    assert ["last 2 of 3", "first 2 of 3", "first 2 of 3"] in lines
-    assert lines[-2:] == [["Film [1]", "Film [7]", "0.5000"], ["Film [2]", "[rec] (2007)", "0.2500"]]
+    lines = shown(outputs, {"items": TITLES}, 2)
+    assert lines[1:3] == [["first 2", "first 2"], ["of 3", "of 3"]]
+    assert lines[-2:] == [["Film [7]", "0.5000"], ["[rec] (2007)", "0.2500"]]
+
+
+def test_titles_that_the_server_answers_are_not_repeated() -> None:
+    outputs = {"items": np.array([[7, 5]]), "titles": np.array([[b"Film [7]", b"Film [5]"]], object)}
+    assert shown(outputs, {"items": TITLES}, 2)[-2:] == [["7", "Film [7]"], ["5", "Film [5]"]]
 
 
 def test_only_the_numbers_that_are_shown_become_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,5 +125,5 @@ def test_only_the_numbers_that_are_shown_become_text(monkeypatch: pytest.MonkeyP
         return str(value)
 
     monkeypatch.setattr(tables, "_value", text_of)
-    assert ["first 3 of 5000"] in shown({}, {"scores": np.arange(5000.0)[None]}, {}, 3)
+    assert ["of 5000"] in shown({"scores": np.arange(5000.0)[None]}, {}, 3)
     assert made == [0, 1, 2]

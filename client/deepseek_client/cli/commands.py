@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from deepseek_client.cli.input_file import filled, read_inputs
-from deepseek_client.cli.tables import answer_table, read_labels, signature_line, signature_table
+from deepseek_client.cli.tables import read_labels, signature_line, signature_table, tensor_table
 from deepseek_client.client import InferenceClient
 from deepseek_client.errors import AccessDenied, InferenceError, InvalidInput, ModelNotFound, Unreachable
 from deepseek_client.metadata import ModelMetadata, TensorMetadata
@@ -95,7 +95,7 @@ def infer(
     output: Path | None = None,
     as_json: bool = False,
 ) -> int:
-    """Sends the request in a file, or texts, and shows it beside the answer."""
+    """Sends the request in a file, or texts, and shows it and the answer."""
     if top < 1:
         raise InvalidInput(f"--top {top}; it must be 1 or more")
     names = read_labels(labels) if labels else {}
@@ -113,7 +113,10 @@ def infer(
         answer = {name: array.tolist() for name, array in plain.items()}
         print(json.dumps({"model": model, "latency_ms": round(latency_ms, 3), "outputs": answer}))
     else:
-        Console(markup=False).print(answer_table(signature, arrays, outputs, names, top))
+        batched = signature.max_batch_size != 0
+        console = Console(markup=False)
+        console.print(tensor_table(arrays, names, top, batched=batched, last=True))
+        console.print(tensor_table(outputs, names, top, batched=batched))
         print(f"{model} answered over {client.protocol} in {latency_ms:.1f} ms")
     return 0
 

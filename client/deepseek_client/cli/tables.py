@@ -1,4 +1,4 @@
-"""Tables on the terminal: a model's signature, and a request beside its answer.
+"""Tables on the terminal: a model's signature, a request, an answer.
 
 Contract: one column per tensor, for the first row of the batch. An input shows its last values (the latest of a
 history), an output its first (the best of a ranking). Integers with labels show their label. A blank label marks
@@ -48,33 +48,32 @@ def signature_table(metadata: ModelMetadata) -> Table:
     return table
 
 
-def answer_table(
-    metadata: ModelMetadata,
-    inputs: Mapping[str, np.ndarray],
-    outputs: Mapping[str, np.ndarray],
-    labels: Labels,
-    top: int,
+def tensor_table(
+    arrays: Mapping[str, np.ndarray], labels: Labels, top: int, *, batched: bool, last: bool = False
 ) -> Table:
-    batched = metadata.max_batch_size != 0
+    """The tensors of a request (`last`) or of an answer. Ids whose labels another column has are shown as numbers."""
+    rows = {
+        name: np.asarray(array[0] if batched and array.ndim and len(array) else array) for name, array in arrays.items()
+    }
+    columns = {name: _cells(row, labels.get(name), top, last=last) for name, row in rows.items()}
+    own = [column for name, column in columns.items() if name not in labels]
+    repeated = [name for name, column in columns.items() if name in labels and column in own]
+    columns |= {name: _cells(rows[name], None, top, last=last) for name in repeated}
     table = Table()
-    columns = []
-    for arrays, last in ((inputs, True), (outputs, False)):
-        for name, array in arrays.items():
-            row = np.asarray(array[0] if batched and array.ndim and len(array) else array)
-            counts, cells = _cells(row, labels.get(name), top, last=last)
-            numeric = name not in labels and row.dtype.kind in "fiu"
-            justify: Literal["left", "right"] = "right" if numeric else "left"
-            table.add_column(Text(f"{name}\n{counts}"), justify=justify, no_wrap=numeric)
-            columns.append(cells)
-    for line in range(max(map(len, columns), default=0)):
+    for name, (counts, _) in columns.items():
+        numeric = (name not in labels or name in repeated) and rows[name].dtype.kind in "fiu"
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        table.add_column(Text(f"{name}\n{counts}" if counts else name), justify=justify, no_wrap=numeric)
+    cells = [cells for _, cells in columns.values()]
+    for line in range(max(map(len, cells), default=0)):
         # One line per row: a narrow screen truncates names, not numbers.
-        line_of = (cells[line] if line < len(cells) else "" for cells in columns)
+        line_of = (column[line] if line < len(column) else "" for column in cells)
         table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in line_of))
     return table
 
 
 def _cells(row: np.ndarray, names: Sequence[str] | None, top: int, *, last: bool) -> tuple[str, list[str]]:
-    """A caption such as "first 3 of 8", and the values to show."""
+    """A caption such as "first 3 / of 8" in two lines, and the values to show."""
     if row.ndim > 1:
         shape = " x ".join(map(str, row.shape))
         if not row.size or row.dtype.kind not in "fiub":
@@ -90,7 +89,7 @@ def _cells(row: np.ndarray, names: Sequence[str] | None, top: int, *, last: bool
 
 
 def _captioned(few: list[str], count: int, *, last: bool) -> tuple[str, list[str]]:
-    return f"{'last' if last else 'first'} {len(few)} of {count}" if len(few) < count else "", few
+    return f"{'last' if last else 'first'} {len(few)}\nof {count}" if len(few) < count else "", few
 
 
 def _value(value: Any) -> str:
