@@ -45,7 +45,7 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 LIBPYTHON = ROOT / "serving" / "embedded" / "libpython.py"
 NGINX_MODULE = "/usr/lib/nginx/modules/ngx_http_js_module.so"
 PROGRAMS = ("cc", "prometheus", "promtool", "amtool", "kubectl")
-PACKAGES = "gcc libc6-dev nginx-light libnginx-mod-http-js prometheus prometheus-alertmanager kubectl"
+PACKAGES = "gcc libc6-dev nginx-light libnginx-mod-http-js openssl prometheus prometheus-alertmanager kubectl"
 
 
 class SetUpError(Exception):

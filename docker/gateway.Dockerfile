@@ -5,7 +5,7 @@ FROM ${BASE}
 # Debian's packages are not pinned: mirrors drop old versions after a security update, and the build would fail.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends libnginx-mod-http-js nginx-light \
+    && apt-get install --yes --no-install-recommends libnginx-mod-http-js nginx-light openssl \
     && rm -rf /var/lib/apt/lists/*
 COPY docker/gateway /opt/gateway
 COPY docker/healthy.sh /usr/local/bin/

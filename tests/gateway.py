@@ -35,9 +35,11 @@ NJS = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
 
 
 def skip_without_nginx() -> None:
-    """Skips the test if nginx with njs is missing."""
-    if not (shutil.which("nginx") and NJS.is_file()):
-        pytest.skip("nginx with njs is not installed: apt-get install nginx-light libnginx-mod-http-js")
+    """Skips the test if nginx with njs, or openssl, is missing."""
+    if not (shutil.which("nginx") and shutil.which("openssl") and NJS.is_file()):
+        pytest.skip(
+            "the gateway's programs are not installed: apt-get install nginx-light libnginx-mod-http-js openssl"
+        )
 
 
 def free_port() -> int:

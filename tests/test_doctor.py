@@ -182,6 +182,12 @@ def test_a_folder_without_a_configuration_is_a_mismatch(repository: Path, name: 
     assert only(lines(repository)).startswith(f"{name}: a folder without config.pbtxt")
 
 
+def test_a_published_model_that_lost_its_configuration_is_not_moved_away(repository: Path) -> None:
+    write_add_one(repository)
+    (repository / "image" / "config.pbtxt").unlink()
+    assert "publish it again: deepseek publish --model image " in only(lines(repository))
+
+
 def test_a_model_without_versions(repository: Path) -> None:
     (repository / "image" / "1").rename(repository / "image" / "01")  # Triton leaves it out: a leading zero
     assert only(lines(repository)).startswith("image: has no version directory")
@@ -192,7 +198,9 @@ def test_a_damaged_older_version_is_a_warning(repository: Path) -> None:
     edit_config(repository, "versions: 1", "versions: 2")
     damage(repository / "image" / "1" / "model.onnx")
     assert lines(repository) == []
-    assert only(lines(repository, level="warning")).startswith("image/1: model.onnx is damaged")
+    warning = only(lines(repository, level="warning"))
+    assert warning.startswith("image/1: model.onnx is damaged")
+    assert warning.endswith(f"no rollback goes to it; it may be removed: rm -r '{repository / 'image' / '1'}'")
 
 
 def test_a_model_without_a_manifest_is_not_checked(repository: Path) -> None:

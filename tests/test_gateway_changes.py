@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -125,6 +126,18 @@ def end_of(gateway: Gateway) -> float:
     shown = served_certificate(gateway)
     assert shown is not None
     return x509.load_der_x509_certificate(shown).not_valid_after_utc.timestamp()
+
+
+def test_a_key_of_another_kind_than_the_certificates_is_not_loaded(running: Gateway) -> None:
+    """nginx loads an RSA key beside an EC certificate, and then no caller can connect."""
+    key, before = running.folder / "tls.key", served_certificate(running)
+    own = key.read_bytes()
+    key.write_bytes(subprocess.run(["openssl", "genrsa", "2048"], capture_output=True, check=True).stdout)
+    wait_for(lambda: told(running)[1] == 1)
+    assert served_certificate(running) == before
+    assert "key values mismatch" in running.log_path.read_text()
+    key.write_bytes(own)
+    wait_for(lambda: told(running)[1] == 0)
 
 
 def test_a_removed_certificate_stays_in_effect_until_a_new_pair_is_complete(

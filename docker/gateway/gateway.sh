@@ -79,7 +79,12 @@ watched() {
     cat "$folder/tls.crt" >"$run/next.crt" &&
         cat "$run"/{endpoints.conf,next.crt} "$folder"/{tls.key,limits.conf} | sha256sum
 }
-loads() { nginx -p "$run" -c "$run/nginx.conf" -t -q; }
+# nginx also loads a key of another kind than the certificate's (RSA, EC), and then no caller can connect.
+is_pair() {
+    [ "$(openssl x509 -in "$run/next.crt" -noout -pubkey)" = "$(openssl pkey -in "$folder/tls.key" -passin pass: -pubout)" ] ||
+        { echo "error: tls.crt and tls.key: key values mismatch; put a certificate and its own key into $folder" >&2; return 1; }
+}
+loads() { is_pair && nginx -p "$run" -c "$run/nginx.conf" -t -q; }
 
 endpoints >"$run/endpoints.conf"
 before="$(watched)"

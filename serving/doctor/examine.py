@@ -88,5 +88,6 @@ def _examine_model(model: Path, machine: Machine, kept: bool) -> tuple[list[Serv
         findings += check_engine(engine, machine)
     for version in versions if kept else ():
         if version not in served:  # not served, but a rollback may need it
-            findings += [replace(each, level="warning") for each in check_version(model, version)[1]]
+            fix = f"no rollback goes to it; it may be removed: rm -r '{model / str(version)}'"
+            findings += [replace(each, level="warning", fix=fix) for each in check_version(model, version)[1]]
     return engines, findings

@@ -82,7 +82,11 @@ def check_layout(repository: Path) -> list[Finding]:
     """Folders without a configuration: Triton, which is started without auto-completion, fails to start with them."""
     what = f"a folder without {CONFIG} in {repository}; Triton does not start with it"
     return [
-        mismatch(path.name, what, f"move it elsewhere: mv '{path}' '{repository.parent}'")
+        mismatch(
+            path.name,
+            what,
+            publish_again(path) if made_here(path) else f"move it elsewhere: mv '{path}' '{repository.parent}'",
+        )
         for path in sorted(repository.iterdir())
         if path.is_dir() and not path.name.startswith(SCRATCH) and not (path / CONFIG).is_file()
     ]
