@@ -19,9 +19,11 @@ import numpy as np
 import psutil
 import pytest
 from rich.console import Console
+from tritonclient.grpc import service_pb2
 
 from deepseek.spec import DeploymentSpec, InputError
 from loadtests.load import server_statistics
+from loadtests.load.background_load import BackgroundLoad, Stream
 from loadtests.load.child_process import free_ports
 from loadtests.load.inputs import read_inputs
 from loadtests.load.measure import measure
@@ -30,6 +32,7 @@ from loadtests.results.run import Run
 from loadtests.results.settings import LoadSettings
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE, run_module
+from tests.fake_kserve import binary, grpc_serving, http_json, http_serving, triton
 
 ROOT = Path(__file__).parent.parent
 MODEL = '''
@@ -156,6 +159,27 @@ def test_the_command_prints_the_figures_and_saves_the_run(tiny: tuple[EmbeddedSe
     assert figures["answered"] == Run.load(figures["run"]).window.ok == 80
     assert figures["latency"]["intended"]["p50_ms"] > 2
     assert "80 requests cannot prove p99_ms, 2392 can" in errors
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_an_answer_unlike_the_models_signature_counts_as_failed(
+    tiny: tuple[EmbeddedServer, Path], tmp_path: Path, protocol: Literal["grpc", "http"]
+) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "deploy.toml").write_text(SPEC.format(name="m"))
+    np.savez(tmp_path / "rows.npz", **{"00000/x": np.ones((1, 3), np.float32)})  # type: ignore[arg-type]
+    load: dict[str, Any] = {"model": "m", "models": str(tmp_path), "inputs": str(tmp_path / "rows.npz")}
+    load |= {"rate_rps": 20.0, "duration_s": 0.5, "warmup_s": 0.0}
+    wrong = service_pb2.ModelInferResponse.InferOutputTensor(name="y", datatype="FP32", shape=[3])
+    over_grpc = service_pb2.ModelInferResponse(outputs=[wrong], raw_output_contents=[bytes(12)]).SerializeToString()
+    over_http = http_json({"outputs": [binary(shape=[3])]}, bytes(12))
+    fakes = {"http": http_serving(triton(lambda: over_http)), "grpc": grpc_serving(lambda _: over_grpc)}
+    with fakes[protocol] as url:
+        stream = Stream(name="fake", settings=settings(tiny, protocol, url=url, **load))
+        with BackgroundLoad([stream]) as sending:
+            log = sending.wait()["fake"]
+    assert (len(log), log.errors) == (10, {"ServerError": 10})
+    assert "answered 'y' as float32 [3]; expected y (FP32 [-1, 3])" in log.messages[0]
 
 
 def test_a_run_of_several_rates_is_judged_at_each(tiny: tuple[EmbeddedServer, Path]) -> None:

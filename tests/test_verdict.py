@@ -159,8 +159,11 @@ def test_a_limit_that_the_service_alone_breaks_is_violated_in_spite_of_the_lag(t
         judgement = judge(run, SloSpec(p99_ms=0.5))
         assert judgement.verdict == verdict
     assert "at most 5% of the service's 1 ms" in judgement.problems[0]
-    failing = saved_run(tmp_path / "failing", refused(decided(lag_s=0.003), 10), duration_s=70.0)  # p99 is infinite
-    assert judge(failing, SLO).verdict == "invalid"
+    for kind, verdict in (("DeadlineExceeded", "violated"), ("Unreachable", "violated"), ("ServerBusy", "invalid")):
+        failing = saved_run(tmp_path / kind, refused(decided(lag_s=0.003), 10, kind), duration_s=70.0)
+        assert judge(failing, SLO).verdict == verdict
+    very_late = saved_run(tmp_path / "late", refused(decided(lag_s=0.3), 10, "Unreachable"), duration_s=70.0)
+    assert "5% of the service's 5000 ms" in judge(very_late, SLO).problems[0]
 
 
 @pytest.mark.parametrize(("kind", "advice"), [("NoFile", "ulimit -n"), ("NoPort", "ip_local_port_range")])

@@ -37,7 +37,7 @@ MAX_S = Option("--max-s", "time limit in all, seconds", kind=POSITIVE, default=1
 TIMEOUT_S = Option(
     "--timeout-s",
     "deadline of a request, seconds (default: 5, or twice the SLO's largest latency if that is more)",
-    kind=POSITIVE,
+    kind=Number("a number above 0, at most 3600,", least=0, most=3600, inclusive=False),
 )
 INPUTS = Option(
     "--inputs",

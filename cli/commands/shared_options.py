@@ -6,7 +6,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from cli.options import Option, at_least, folder_name, path, path_text, switch
+from cli.options import Number, Option, folder_name, path, path_text, switch
 from deepseek.targets import DEFAULT, TARGETS
 
 JSON = Option("--json", "print the result as JSON", kind=switch)
@@ -54,7 +54,12 @@ STACK = (
 TRITON_TAG = Option("--triton-tag", "release of NVIDIA's containers, YY.MM (default: the tested one)")
 TLS = Option("--tls", "use TLS and trust the system's authorities", kind=switch)
 PRIORITY = Option("--priority", "give the load generator real-time priority (root, or ulimit -r 1)", kind=switch)
-WORKERS = Option("--workers", "processes that send requests; -1: one for each core", kind=at_least(-1), default=1)
+WORKERS = Option(
+    "--workers",
+    "processes that send requests; -1: one for each core",
+    kind=Number("a whole number, -1 to 256,", least=-1, most=256, whole=True),
+    default=1,
+)
 ARRIVALS = Option("--arrivals", "gaps between requests", choices=("poisson", "constant"), default="poisson")
 CA_CERT = Option(
     "--ca-cert",

@@ -86,6 +86,7 @@ class ModelSender:
         rows = [found[number] for number in numbers]
         self._plan, self._place_of = plan, {number: place for place, number in enumerate(numbers)}
         with self._client(retries=TRIES, idempotent=True, timeout_s=max(TIMEOUT_S, settings.timeout_s)) as client:
+            self._served = None if settings.route else client.metadata(settings.model)
             self._requests = [client.prepare(settings.model, row) for row in rows]
         self._clients, self._senders = [self._client()], 0
         with suppress(InferenceError):
@@ -176,7 +177,9 @@ class ModelSender:
         error: str | None = None
         sent_at = time.perf_counter()
         try:
-            client.send(self._requests[place])
+            answer = client.send(self._requests[place])
+            if self._served is not None:
+                self._served.check_answer(answer)
         except Exception as failure:  # every kind of error means that the request was not answered
             error = self._describe(failure)
         finished_at = time.perf_counter()
