@@ -15,6 +15,7 @@ import pytest
 import torch
 from deepseek_client import InferenceClient
 from tokenizers import Tokenizer
+from transformers.utils import logging
 
 from cli.checkpoint import HEADS, KINDS, Checkpoint
 from cli.commands import BY_NAME
@@ -280,12 +281,22 @@ def test_without_a_tokenizer_the_samples_are_random_ids(tmp_path: Path, capsys: 
     assert folder.load()(*(torch.from_numpy(rows[0][name]) for name in folder.spec.inputs))[0].shape == (1, 3)
 
 
-def test_weights_without_the_head_are_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"architectures": ["BertForSequenceClassification"]}, "classifier.bias, classifier.weight"),
+        ({"intermediate_size": 96}, "encoder.layer.0.intermediate.dense.bias, .*"),
+    ],
+    ids=["head", "sizes"],
+)
+def test_weights_that_do_not_fit_the_config_are_one_line(values: dict[str, Any], names: str, tmp_path: Path) -> None:
+    logging.set_verbosity_warning()  # would print a table of the weights
     write_checkpoint(tmp_path / "some", "bert")
-    change(tmp_path / "some", architectures=["BertForSequenceClassification"])
+    change(tmp_path / "some", **values)
     main(values_of("import", str(tmp_path / "some"), "--models", str(tmp_path / "models")))
-    with pytest.raises(InputError, match=r"no weights for classifier.bias, classifier.weight"):
+    with pytest.raises(InputError, match=rf"no weights for {names} in the sizes of config.json"):
         ModelFolder("some", tmp_path / "models").load()
+    assert logging.get_verbosity() == logging.ERROR
 
 
 def without(name: str) -> Callable[[Path], object]:

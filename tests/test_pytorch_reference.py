@@ -121,13 +121,22 @@ def test_a_metric_that_no_output_enters_is_refused(tmp_path: Path) -> None:
         check_metric(source, module_predictor(source.spec, source.load()))
 
 
+@pytest.mark.parametrize("returned", ["0.5 + np.random.random()", "0.5 + np.random.random(3)"], ids=["number", "rows"])
+def test_a_metric_that_differs_from_call_to_call_is_refused(tmp_path: Path, returned: str) -> None:
+    source = judged(tmp_path, returned)
+    with pytest.raises(InputError, match=r"evaluate\(\) called twice with the same predict gives another 'score' \("):
+        check_metric(source, module_predictor(source.spec, source.load()))
+
+
 def test_an_error_of_a_model_that_explains_half_of_the_variance_is_refused_too(tmp_path: Path) -> None:
     source = judged(tmp_path, "np.sqrt(((true - seen) ** 2).mean())", noise=1.0)
     with pytest.raises(InputError, match=r"score of fp32 PyTorch is 0.5, and \S+ or more if rows get the outputs"):
         check_metric(source, module_predictor(source.spec, source.load()))
 
 
-@pytest.mark.parametrize("values", [(1, 1.2), (1, 2.5, 9, 2.5, 2.5, 2.5)], ids=["not far", "as far as they differ"])
+@pytest.mark.parametrize(
+    "values", [(1, 1, 1.2), (1, 1, 2.5, 9, 2.5, 2.5, 2.5)], ids=["not far", "as far as they differ"]
+)
 def test_a_metric_near_chance_is_accepted(tmp_path: Path, values: tuple[float, ...]) -> None:
     source = judged(tmp_path, f"next(globals().setdefault('own_then_dealt', iter({values})))")
     check_metric(source, module_predictor(source.spec, source.load()))

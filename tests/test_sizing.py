@@ -83,6 +83,10 @@ def test_json_has_the_whole_plan_with_null_for_what_is_impossible(plan: Run) -> 
     ("arguments", "says"),
     [
         (["--preset", "bert-base", "--layers", "3"], "seen --preset and --layers"),
+        (
+            ["--preset", "bert-base", "--max-length", "64"],
+            "--max-length: only with --layers; --preset has its own sizes",
+        ),
         (["--preset", "bert"], "--preset: seen 'bert'; allowed: bert-base"),
         (["--layers", "3"], "--layers: --hidden is missing"),
         ([*SIZES, "--rate", "0"], "rate_rps: seen 0.0"),

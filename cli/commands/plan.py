@@ -26,7 +26,7 @@ _MODEL = (
     Option("--hidden", "width of the hidden states", kind=int),
     Option("--heads", "number of attention heads", kind=int),
     Option("--ffn", "width of the feed-forward layer (default: 4 x hidden)", kind=int),
-    Option("--vocab", "size of the vocabulary", kind=int, default=32_000),
+    Option("--vocab", "size of the vocabulary (default: 32000)", kind=int),
     Option("--max-length", "longest sequence (default: --length, or 512)", kind=int),
     Option("--head", "logits over the vocabulary", choices=("none", "tied", "untied"), default="none"),
 )

@@ -58,6 +58,9 @@ def _model(options: argparse.Namespace) -> tuple[AnyModel, DeploymentSpec | None
     if len(given) != 1:
         seen = " and ".join(f"--{name}" for name in given) or "none of them"
         raise InputError(f"seen {seen}; give exactly one of --model, --onnx, --preset or --layers")
+    sizes = ("hidden", "heads", "ffn", "vocab", "max_length")
+    if options.layers is None and (unused := [name for name in sizes if getattr(options, name) is not None]):
+        raise InputError(f"--{unused[0].replace('_', '-')}: only with --layers; --{given[0]} has its own sizes")
     if options.preset is not None:
         return presets()[options.preset], None
     if options.layers is not None:
@@ -87,7 +90,7 @@ def _config(options: argparse.Namespace) -> TransformerConfig:
         hidden_size=options.hidden,
         num_attention_heads=options.heads,
         intermediate_size=4 * options.hidden if options.ffn is None else options.ffn,
-        vocab_size=options.vocab,
+        vocab_size=32_000 if options.vocab is None else options.vocab,
         max_length=options.max_length or options.length or 512,
     )
 

@@ -116,8 +116,13 @@ class DropJudgement:
         return self.verdict in ("inside", "not distinguishable from no loss")
 
     @property
+    def shown(self) -> str:
+        finite = math.isfinite(self.drop)
+        return f"drop {self.drop:.2%}" if finite else "infinite drop (NaN or Inf at other places than in fp32 PyTorch)"
+
+    @property
     def reason(self) -> str:
-        drop = f"drop {self.drop:.2%}"
+        drop = self.shown
         if self.rows is None or self.low is None or self.high is None:
             sign = "inside" if self.accepted else "outside"
             return f"{drop}, {sign} the budget of {self.max_drop:.2%}"

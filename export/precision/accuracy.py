@@ -24,6 +24,7 @@ NEGLIGIBLE = 1e-3
 # A metric that grows by more than this factor in each trial if rows get the outputs of other rows, and by more than the
 # trials differ from one another: that is not chance. The RMSE of a regression with an R² of 0.5 grows 1.7 times.
 WORSE = 1.2
+REPEATS = 1e-4  # by how much a metric may differ from call to call, relative to its value
 DISTANCES = (5, 17, 31, 43, 59)  # by how many rows outputs are shifted, one trial each
 
 
@@ -252,25 +253,33 @@ def _rows_text(each: Evaluated) -> str:
 
 
 def check_metric(source: ModelFolder, predict: Predict) -> Evaluated:
-    """`evaluated` of fp32 PyTorch; raises InputError if the metric is not positive, if evaluate() never calls
-    `predict`, or if smaller seems better.
+    """`evaluated` of fp32 PyTorch; raises InputError if the metric is not positive, differs from call to call or does
+    not depend on `predict`, or if smaller seems better.
 
     Smaller is better if the metric becomes clearly larger when rows get the outputs of other rows.
     """
     metric, calls = source.spec.precision.metric, 0
+    if metric is None:
+        return Evaluated(metrics={})
 
     def counted(inputs: Row) -> Row:
         nonlocal calls
         calls += 1
         return predict(inputs)
 
-    found = evaluated(source, counted)
-    if metric is not None and not calls:
+    found, again = evaluated(source, counted), evaluated(source, predict)
+    place = f"{source.folder / 'model.py'}: evaluate()"
+    if not calls:
         raise InputError(
-            f"{source.folder / 'model.py'}: evaluate() never calls predict, so {metric!r} is not of the served model; "
-            "compute it from predict(inputs)"
+            f"{place} never calls predict, so {metric!r} is not of the served model; compute it from predict(inputs)"
         )
-    if metric is None or too_small(source.spec, found.metrics):
+    one, other = (np.array(each.values or each.metrics[metric]) for each in (found, again))
+    if one.shape != other.shape or not np.allclose(one, other, rtol=REPEATS, equal_nan=True):
+        raise InputError(
+            f"{place} called twice with the same predict gives another {metric!r} ({found.metrics[metric]:g} and "
+            f"{again.metrics[metric]:g}): it draws at random; seed it, or candidates win or lose by chance"
+        )
+    if too_small(source.spec, found.metrics):
         return found
     own = found.metrics[metric]
     metric_drop(metric, own, own)

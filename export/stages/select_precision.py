@@ -119,7 +119,7 @@ def choose(
 def _standing(judged: DropJudgement) -> str:
     """How a variant stands to the budget."""
     if judged.verdict == "outside":
-        return f"outside the budget: drop {judged.drop:.2%} > {judged.max_drop:.2%}"
+        return f"outside the budget: {judged.shown} > {judged.max_drop:.2%}"
     return f"{judged.verdict}{judged.more}"
 
 
@@ -303,7 +303,7 @@ def show(result: dict[str, Any]) -> None:
         cosines = [output["cosine"] for output in outputs if "cosine" in output]
         table.add_row(
             name,
-            f"{variant['metrics'].get(metric, 1 - variant['drop']):.4f}",
+            f"{variant['metrics'].get(metric, 1 - variant['drop']):.4f}".replace("-inf", ""),
             f"{variant['drop']:+.2%}",
             interval_text(judged["low"], judged["high"]) if judged["low"] is not None else "",
             "" if variant["rows"]["drop"] is None else str(variant["rows"]["drop"]),

@@ -34,9 +34,12 @@ class Classifier(nn.Module):
 def load() -> nn.Module:
     """The classifier with its weights. Raises ValueError if the checkpoint lacks some."""
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # no table of weights that are not used
+    settings = {"local_files_only": True, "weights_only": True, "dtype": torch.float32, "output_loading_info": True}
     transformer, report = AutoModelForSequenceClassification.from_pretrained(
-        CHECKPOINT, local_files_only=True, weights_only=True, dtype=torch.float32, output_loading_info=True
+        CHECKPOINT, ignore_mismatched_sizes=True, **settings
     )
-    if report["missing_keys"]:
-        raise ValueError(f"{CHECKPOINT}: no weights for {', '.join(sorted(report['missing_keys'])[:3])}")
+    missing = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
+    if missing:
+        raise ValueError(f"{CHECKPOINT}: no weights for {', '.join(missing[:3])} in the sizes of config.json")
     return Classifier(transformer)

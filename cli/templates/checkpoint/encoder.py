@@ -46,10 +46,11 @@ def pooled(vectors: Tensor, mask: Tensor) -> Tensor:
 def load() -> nn.Module:
     """The encoder with its weights. Raises ValueError if the checkpoint lacks some."""
     logging.disable_progress_bar()
-    transformer, report = AutoModel.from_pretrained(
-        CHECKPOINT, local_files_only=True, weights_only=True, dtype=torch.float32, output_loading_info=True
-    )
-    missing = [name for name in report["missing_keys"] if "pooler" not in name]  # the pooler is not used
+    logging.set_verbosity_error()  # no table of weights that are not used
+    settings = {"local_files_only": True, "weights_only": True, "dtype": torch.float32, "output_loading_info": True}
+    transformer, report = AutoModel.from_pretrained(CHECKPOINT, ignore_mismatched_sizes=True, **settings)
+    missing = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    missing = sorted(name for name in missing if "pooler" not in name)  # the pooler is not used
     if missing:
-        raise ValueError(f"{CHECKPOINT}: no weights for {', '.join(sorted(missing)[:3])}")
+        raise ValueError(f"{CHECKPOINT}: no weights for {', '.join(missing[:3])} in the sizes of config.json")
     return Encoder(transformer)
