@@ -145,7 +145,7 @@ def test_one_slow_answer_over_a_maximum_does_not_make_a_candidate_worse(tmp_path
 
 
 def test_the_generators_limit_is_no_verdict_on_a_version(tmp_path: Path) -> None:
-    late = at_rates(tmp_path, {50: 0}, lag_s=0.004)
+    late = at_rates(tmp_path, {50: 0}, lag_s=0.03)
     row = compare(late, late, SLO, Thresholds()).rows[2]
     assert row.verdict == "inconclusive"
     assert row.note.startswith("the baseline is not proved: at 50/s the generator sent late")

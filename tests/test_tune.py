@@ -45,7 +45,7 @@ def test_a_candidate_is_published_and_served_with_its_settings(
     image: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A busy machine must not fail this.
-    monkeypatch.setattr("loadtests.tune.candidate_server.generator_problems", lambda *_: [])
+    monkeypatch.setattr("loadtests.tune.candidate_server.generator_problems", lambda *_, **__: [])
     conditions = conditions_of(values_of("tune", *image), tmp_path / "served", Console(file=io.StringIO()))
     with candidate_server(FAST, conditions, "candidate") as server:
         served = server.runner.served

@@ -14,6 +14,7 @@ import pytest
 from cli.main import main as command_line
 from deepseek.spec import SloSpec
 from loadtests.figures import formatted
+from loadtests.slo.generator_health import generator_problems
 from loadtests.slo.judge import judge, overall
 from loadtests.slo.objectives import SloStatus
 from tests.saved_runs import Request, saved_run, steady
@@ -104,7 +105,7 @@ def test_slow_answers_in_bursts_prove_less_than_scattered_ones(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "lag_s", "problem"),
     [
-        ({}, 0.003, "sent late"),
+        ({}, 0.013, "sent late"),
         ({"thread_cpu": 0.95}, 0.0, "95% busy"),
         ({"duration_s": 9.0}, 1.5, "in time"),
     ],
@@ -151,6 +152,27 @@ def test_the_generators_lag_invalidates_a_maximum_or_mean_that_it_breaks(
     assert problem in judgement.problems[0]
     wider = SloSpec(p50_ms=100, max_error_rate=1, objectives=(line.replace("< 9", "< 50"),))
     assert judge(saved_run(tmp_path, requests), wider).verdict == "holds"
+
+
+@pytest.mark.parametrize(
+    ("lag_s", "every", "limits", "problem"),
+    [
+        (0.0124, None, {"p99_ms": 50}, ""),
+        (0.0126, None, {"p99_ms": 50}, "at most 25% of the SLO's 50 ms"),
+        (0.0124, 1000, {"p99_ms": 50}, "at most 5% of the SLO's 50 ms"),  # 0.1 % refused: it may be the lag
+        (0.0124, None, {"p50_ms": 20, "p99_ms": 50}, "at most 5% of the SLO's 50 ms"),
+    ],
+)
+def test_limits_that_hold_with_the_lag_hold(
+    tmp_path: Path, lag_s: float, every: int | None, limits: dict[str, Any], problem: str
+) -> None:
+    """Answers after 10 ms; intended latency includes the lag."""
+    requests = decided(lag_s=lag_s)
+    run = saved_run(tmp_path, refused(requests, every) if every else requests, duration_s=70.0)
+    judgement = judge(run, SloSpec(max_error_rate=0.01, **limits))
+    assert judgement.verdict == ("invalid" if problem else "holds")
+    assert problem in "".join(judgement.problems)
+    assert bool(generator_problems(run, SLO, compared=True))  # its p99 is not that of the service
 
 
 def test_a_limit_that_the_service_alone_breaks_is_violated_in_spite_of_the_lag(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def step(run: Run, rate_rps: float) -> Run:
 def problems_at(run: Run, rate_rps: float, slo: SloSpec) -> list[str]:
     """Why a run is invalid at this rate (the generator was the limit); empty if it is valid."""
     part = step(run, rate_rps)
-    return generator_problems(part, slo_at(slo, rate_rps, part.settings.duration_s))
+    return generator_problems(part, slo_at(slo, rate_rps, part.settings.duration_s), compared=True)
 
 
 def _as_one(runs: Sequence[Run], rate_rps: float) -> Run:

@@ -88,7 +88,8 @@ class CandidateServer:
         """p99 of the intended latency in one short block at a rate; an unanswered request counts with its time-out."""
         duration_s = self.conditions.block_s(rate_rps)
         run = self.runner.run(rate_rps=rate_rps, duration_s=float(duration_s), seed=seed)
-        if problems := generator_problems(run, slo_at(self.runner.spec.slo, rate_rps, duration_s)):
+        slo = slo_at(self.runner.spec.slo, rate_rps, duration_s)
+        if problems := generator_problems(run, slo, compared=True):
             raise NotValid(f"the load generator was the limit: {problems[0]}")
         p99_ms = run.window.latency("intended").percentile_ms(99)
         return p99_ms if math.isfinite(p99_ms) else 1000 * self.runner.settings.timeout_s
