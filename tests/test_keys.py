@@ -72,6 +72,9 @@ def test_keys_are_listed_as_valid_expired_or_bulk(folder: Path, tmp_path: Path) 
         (("--name", "shop", "--rate-rps", "inf"), "rate inf: must be a whole number"),
         (("--revoke", "nobody"), "no key 'nobody' in"),
         (("--name", "a", "--revoke", "b"), "use one of them"),
+        (("--bulk",), "--bulk: seen without --name; name the caller of the new key"),
+        (("--rate-rps", "50"), "--rate-rps: seen without --name"),
+        (("--revoke", "a", "--expires-days", "9"), "--expires-days: seen without --name"),
         (("--name", "shop", "--host", "bü.example"), "is not a host name or address"),
     ],
 )

@@ -127,6 +127,9 @@ def main(options: argparse.Namespace) -> None:
     folder = options.folder or gateway_folder()
     if options.name is not None and options.revoke is not None:
         raise InputError("--name makes a key and --revoke revokes one; use one of them")
+    for name in ("expires_days", "rate_rps", "bulk"):
+        if options.name is None and getattr(options, name):
+            raise InputError(f"--{name.replace('_', '-')}: seen without --name; name the caller of the new key (NAME=)")
     if options.revoke is not None:
         ended = revoke(folder, options.revoke)
         lines = "\n".join(f"revoked   {key.name} {key.id}" for key in ended)
