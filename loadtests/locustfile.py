@@ -28,6 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deepseek.spec import ExitCode, InputError
 from deepseek.spec.children import end_with
+from loadtests.load.preflight import check_numbers
 from loadtests.load.workers.master import Master
 from loadtests.load.workers.worker import Worker
 from loadtests.results.settings import LoadSettings
@@ -62,7 +63,10 @@ def read_settings(path: Path) -> list[LoadSettings]:
         first = error.errors(include_url=False)[0]
         where = "".join(f"{part}: " for part in first["loc"][1:])
         raise InputError(f"--settings {path}: {where}{first['msg']}; see loadtests/results/settings.py") from None
-    return found if isinstance(found, list) else [found]
+    parts = found if isinstance(found, list) else [found]
+    for part in parts:
+        check_numbers(part)
+    return parts
 
 
 @events.init.add_listener

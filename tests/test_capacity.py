@@ -39,6 +39,11 @@ NOW = datetime(2026, 11, 25, tzinfo=UTC)
         ({"limited_by": "generator"}, 3, "capacity inconclusive; the generator, not the server"),
         (FOUND | {"limited_by": "generator"}, 3, "at least 95/s; the generator, not the server"),
         (FOUND | {"limited_by": "time", "confirmed": False}, 3, "at least 95/s, not confirmed: the limit on time"),
+        (
+            {"limited_by": "time", "trials": (trial(2, "fails"),)},
+            3,
+            "2/s fails (p99_ms), and no rate holds so far: the",
+        ),
         (FOUND | {"limited_by": "samples", "confirmed": False}, 3, "not confirmed: too few samples"),
         ({"limited_by": "p99_ms", "trials": REFUTED}, 3, "every longer run to confirm a rate failed"),
     ],

@@ -30,10 +30,13 @@ from tests.saved_runs import damage, saved_run, steady
         ("run.json", '"rate_rps"', '"novel": 1, "rate_rps"', "settings.novel: seen 1"),
         ("run.json", '"generator": {', '"generator": null, "other": {', "other: unknown key"),
         ("run.json", '"rows": 11', '"rows": 12', "seconds.jsonl: 11 rows of 12"),
+        ("run.json", '"looks": 1', '"looks": 0', r"settings\.looks: seen 0"),
+        ("run.json", '"thread_cpu": ', '"thread_cpu": "much", "x": ', r"generator\.thread_cpu\S*: seen 'much'"),
+        ("seconds.jsonl", '"errors": {', '"errors": {"ServerError": "x"', r"counts cannot be read \(ValueError"),
         ("seconds.jsonl", '"intended": "', '"intended: "', r"counts cannot be read \(JSONDecodeError"),
         ("seconds.jsonl", '"intended": "H', '"intended": "X', r"counts cannot be read \(HdrCookieException"),
     ],
-    ids=["cut", "another version", "key", "rows", "cut row", "histogram"],
+    ids=["cut", "another version", "key", "rows", "looks", "cpu", "errors", "cut row", "histogram"],
 )
 def test_a_damaged_run_gives_a_one_line_error(tmp_path: Path, file: str, old: str, new: str, message: str) -> None:
     saved_run(tmp_path, steady())

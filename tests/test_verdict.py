@@ -210,6 +210,12 @@ def test_a_rate_that_was_never_offered_is_not_judged(tmp_path: Path) -> None:
     assert "only 50/s was offered" in [each.note for each in judgement.objectives]
 
 
+@pytest.mark.parametrize(("shape", "noted"), [("200x10", True), ("0-200x5, 200x5", False)])
+def test_a_run_at_more_than_the_slos_rate_says_so(tmp_path: Path, shape: str, noted: bool) -> None:
+    run = saved_run(tmp_path, steady(count=1500), rate_rps=None, shape=shape)
+    assert ("measured at 200/s, more than the 100/s that the SLO asks for" in judge(run, SLO).notes) == noted
+
+
 def test_a_throughput_is_judged_at_the_rate_of_its_limit(tmp_path: Path) -> None:
     times = [*(i / 100 for i in range(500)), *(5 + i / 150 for i in range(750))]
     run = saved_run(tmp_path, [(at, at, at + 0.001, None) for at in times], rate_rps=None, shape="100x5, 150x5")

@@ -33,7 +33,7 @@ def check(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[int] | No
 
     `only` are the rows of the inputs that will be sent, if not those that `read_rows` draws.
     """
-    _check_numbers(settings)
+    check_numbers(settings)
     found = read_rows(Path(settings.inputs), spec.axes[BATCH].min, only)
     for row in found.values():
         if row.keys() == {TEXT} and (spec.text is None or row[TEXT].shape[1] != 1 + spec.text.pairs):
@@ -78,7 +78,7 @@ def _check_route(settings: LoadSettings, route: str, rows: Sequence[Row]) -> Non
         client.send(client.prepare(settings.model, row))
 
 
-def _check_numbers(settings: LoadSettings) -> None:
+def check_numbers(settings: LoadSettings) -> None:
     """Checks options that depend on each other; the command line checks the others."""
     if [settings.rate_rps, settings.shape, settings.replay, settings.users].count(None) != 3:
         raise InputError(

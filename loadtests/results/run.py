@@ -120,7 +120,7 @@ class Run:
 class RunFile(Table):
     settings: LoadSettings
     started_at: str
-    generator: dict[str, Any]
+    generator: dict[str, bool | int | float]
     server: dict[str, Any]
     machine: dict[str, Any]
     quality: dict[str, dict[str, Any]]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from deepseek.spec import Target
 from loadtests.results.schedule import Segment, segments_of
 
 # For workers to read and encode their inputs after they have joined, on a busy machine.
 LONGEST_PREPARATION_S = 60.0
+AtLeastOne = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 ROUTES = {"/v1/embeddings": 1, "/rerank": 2}
 """The OpenAI routes that a load test can call, and the texts of a row."""
 IN_FLIGHT = 512  # unanswered requests of a worker, unless the SLO and the rate need more
@@ -52,26 +54,26 @@ class LoadSettings:
     """Sends the names of the inputs' items instead of their ids, to a model with `[vocabulary]`."""
     route: str | None = None
     """host:port/path of the OpenAI route that gets the requests; None: KServe v2 at `url`."""
-    rate_rps: float | None = None
+    rate_rps: Positive | None = None
     shape: str | None = None
     """Changing rates, in the syntax of `schedule.segments_of`."""
-    users: int | None = None
+    users: AtLeastOne | None = None
     replay: Replay | None = None
     arrivals: Literal["constant", "poisson"] = "poisson"
     """Of a replay: only those of the warm-up, at the mean rate."""
     seed: int = 0
     warmup_s: float = 5.0
-    duration_s: float = 20.0
-    timeout_s: float = 5.0
+    duration_s: Positive = 20.0
+    timeout_s: Positive = 5.0
     """Deadline of a request; a later answer counts as an error."""
-    max_in_flight: int | None = None
+    max_in_flight: AtLeastOne | None = None
     """Open loop: unanswered requests of a worker; a request due beyond them is dropped and counts as an error. None:
     `measure` computes the number from the SLO and the rate."""
-    workers: int = 1
+    workers: AtLeastOne = 1
     """Sending processes."""
     priority: bool = False
     """Real-time priority for the workers, if the system allows it."""
-    looks: int = 1
+    looks: AtLeastOne = 1
     """How often the run could have been judged and ended; the verdict corrects its confidence for it."""
     tls: bool = False
     ca_cert: str | None = None

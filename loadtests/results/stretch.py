@@ -72,7 +72,7 @@ class Second:
         for name in ("planned", "attempted", "ok", "completed", "dropped"):
             setattr(self, name, getattr(self, name) + row[name])
         self.tokens += row.get("tokens", 0)
-        self.errors.update(row["errors"])
+        self.errors.update({kind: int(count) for kind, count in row["errors"].items()})
         for kind in KINDS:
             if kind in row:
                 counts = np.ctypeslib.as_array(HdrHistogram.decode(row[kind]).counts)

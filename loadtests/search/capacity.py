@@ -96,7 +96,7 @@ def find(runner: TrialRunner, plan: SearchPlan, started: datetime) -> Capacity:
         found = search.run()
     except BaseException:
         if search.trials:
-            console.print(table(search.trials, None))
+            console.print(table(search.trials, None), width=max(console.width, 100))
         raise
     machine = dict(runner.machine)
     return Capacity(

@@ -98,6 +98,9 @@ class Capacity(SavedResult):
         least = f"at least {rate}{'' if self.confirmed else ', not confirmed'}" if rate else "inconclusive"
         if self.limited_by == GENERATOR:
             return f"capacity {least}; the generator, not the server, is the limit: see the invalid trials"
+        if not rate and (failed := [trial for trial in self.trials if trial.outcome == "fails"]):
+            lowest = min(failed, key=lambda trial: trial.rate_rps)
+            least = f"inconclusive: {lowest.rate_rps:g}/s fails ({lowest.reason}), and no rate holds so far"
         raised = "BUDGET_S" if self.limited_by == TIME else "MAX_TRIALS"
         why = f"the limit on {self.limited_by} was reached; raise {raised}="
         why = "too few samples" if self.limited_by == SAMPLES else why

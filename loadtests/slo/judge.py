@@ -176,7 +176,9 @@ def _judged_throughput(run: Run, stretch: Stretch, line: Objective, confidence: 
             note=f"{users} users in a closed loop; more users may reach it",
         )
     if stretch.planned_rps < enough.limit:
-        return replace(judged, status="inconclusive", offered=False, note=f"only {stretch.planned_rps:g}/s was offered")
+        return replace(
+            judged, status="inconclusive", offered=False, note=f"only {stretch.planned_rps:.4g}/s was offered"
+        )
     return judged
 
 
@@ -212,8 +214,9 @@ def _notes(run: Run, slo: SloSpec, alone: bool) -> Iterator[str]:
         )
     if run.settings.mix and alone:
         yield f"part of the mix {run.settings.mix}; to judge the whole mix: make verdict MIX={run.settings.mix}"
-    if run.settings.open_loop and slo.rate_rps is not None and run.rates_rps and min(run.rates_rps) > slo.rate_rps:
-        yield f"measured at {min(run.rates_rps):g}/s, more than the {slo.rate_rps:g}/s that the SLO asks for"
+    rates = [rate for each in run.settings.segments for rate in (each.rate_rps, each.end_rps) if rate is not None]
+    if slo.rate_rps is not None and rates and min(rates) > slo.rate_rps:
+        yield f"measured at {min(rates):g}/s, more than the {slo.rate_rps:g}/s that the SLO asks for"
 
 
 def overall(verdicts: Iterable[SloStatus]) -> SloStatus:
