@@ -211,6 +211,8 @@ def test_a_shops_log_is_trained_evaluated_and_labelled_and_beats_popularity(
     assert facts["test"]["ndcg@10"] > 3 * facts["popularity"]["ndcg@10"]
     folder = tmp_path / "build" / "recommender"
     names = (folder / "labels" / "items.txt").read_text().split("\n")
+    for name in ("item_ids", "exclude_ids"):
+        assert (folder / "labels" / f"{name}.txt").read_text().split("\n") == names
     assert (names[0], names[1], len(names)) == ("", data.load().item_ids[1], ITEMS + 2)
     assert json.loads((folder / "training.json").read_text())["seed"] == 0
     loaded = model.load()

@@ -6,8 +6,8 @@ their scores (logits). It tolerates irregular input: padding may be on either si
 than the catalogue) counts as padding, and a row of padding only gets the most popular items.
 
 `train` writes these files into `build/recommender/`: weights.safetensors, training.json, training-report.html (curves),
-catalogue.csv (the model's id, the log's id, the title), labels/item_ids.txt and labels/items.txt (line k, from 0, names
-item k).
+catalogue.csv (the model's id, the log's id, the title), and labels/ of item_ids, exclude_ids and items (line k, from 0,
+names item k).
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ def _write(model: Recommender, log: Interactions, facts: dict[str, Any]) -> None
     folder = build_dir(SPEC.name)
     (folder / "labels").mkdir(parents=True, exist_ok=True)
     titles = [" ".join(title.split()) for title in log.titles]  # a line break would shift the lines after it
-    for name in ("item_ids", "items"):
+    for name in ("item_ids", "exclude_ids", "items"):
         write_whole(folder / "labels" / f"{name}.txt", "".join(f"{title}\n" for title in titles))
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
