@@ -76,6 +76,8 @@ def test_keys_are_listed_as_valid_expired_or_bulk(folder: Path, tmp_path: Path) 
         (("--rate-rps", "50"), "--rate-rps: seen without --name"),
         (("--revoke", "a", "--expires-days", "9"), "--expires-days: seen without --name"),
         (("--name", "shop", "--host", "bü.example"), "is not a host name or address"),
+        (("--name", "shop", "--host", "https://api.example.com"), "is not a host name or address"),
+        (("--name", "shop", "--host", "api.example.com:8443"), "is not a host name or address"),
     ],
 )
 def test_wrong_input_is_one_line(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:

@@ -24,7 +24,7 @@ from serving.release.candidate import Candidate
 from serving.release.gate_commands import CommandResult, error_of, run_json
 from serving.release.history import history, last_number, read, report
 from serving.release.journal import ReleaseJournal, exclusive
-from serving.release.live_server import MOST_RPS, LiveServer
+from serving.release.live_server import MOST_RPS, LiveServer, check_live_options
 from serving.release.release import Release
 from serving.release.rollback import Rollback
 from serving.release.steps import Skipped, StepRunner
@@ -234,6 +234,39 @@ def test_a_load_test_lasts_as_long_as_its_percentiles_need_at_the_lowest_rate(
     assert (
         Candidate(args, spec, ReleaseJournal(tmp_path, "release", 2), 2)._duration_s() == 90
     )  # 1.5 x 299 bursts of 0.2 s
+
+
+def test_the_local_port_of_a_running_stack_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--model", "text", "--repository", str(tmp_path))
+
+    def url(*more: str) -> str:
+        options = values_of("rollback", *arguments, *more)
+        check_live_options(options)
+        return str(options.url)
+
+    with socket.create_server(("127.0.0.1", 0)) as gateway:
+        stack = f"STACK_REPOSITORY='{tmp_path}'\nGATEWAY_PORT={gateway.getsockname()[1]}\n"
+        Path(".env").write_text(f"{stack}LOCAL_HTTP_PORT=8100\nLOCAL_GRPC_PORT=8101\n")
+        assert [url(), url("--protocol", "http")] == ["127.0.0.1:8101", "127.0.0.1:8100"]
+        assert [url("--url", "a:1"), url("--grpc-port", "2")] == ["a:1", "127.0.0.1:2"]
+        Path(".env").write_text(stack)  # LOCAL_PORTS=0
+        assert url() == "127.0.0.1:8001"
+    Path(".env").write_text(f"{stack}LOCAL_GRPC_PORT=8101\n")
+    assert url() == "127.0.0.1:8001"  # the stack does not run
+
+
+def test_a_rollback_says_that_a_stack_without_local_ports_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.release.rollback.refresh_stack", lambda repository: Skipped("no stack"))
+    monkeypatch.setattr("serving.release.rollback.running_gateway", lambda repository: "localhost:8443")
+    monkeypatch.setattr(Rollback, "_take_out", lambda _: None)
+    journal = ReleaseJournal(tmp_path / "releases", "rollback", 1, before=2)
+    Rollback(live_options("127.0.0.1:9", repository=tmp_path), journal, 2, 1).run()
+    record = read(journal.folder)
+    assert record is not None
+    assert "which the stack behind localhost:8443 follows within seconds" in record.steps[0].said
 
 
 def test_nvidias_triton_of_the_stack_needs_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

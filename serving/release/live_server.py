@@ -25,11 +25,14 @@ LONGEST_S = 3  # for the version: a server that hangs must not delay a rollback
 
 
 def check_live_options(options: argparse.Namespace) -> None:
-    """Raises InputError for bad options of the switch, before any gate runs."""
+    """Raises InputError for bad options of the switch, before any gate runs; finds the running stack's local port."""
     if options.load_rate is not None and not 0 < options.load_rate <= MOST_RPS:
         raise InputError(f"--load-rate {options.load_rate:g}: it must be more than 0 and at most {MOST_RPS} requests/s")
     if not 0 < options.switch_s < math.inf:
         raise InputError(f"--switch-s {options.switch_s:g}: it must be more than 0")
+    local = setting_before(Path(".env"), f"LOCAL_{options.protocol.upper()}_PORT")  # make stack LOCAL_PORTS=8100,8101
+    if local and not options.given & {"url", "http_port", "grpc_port"} and running_gateway(options.repository):
+        options.url = f"127.0.0.1:{local}"
 
 
 def needs_restart(repository: Path) -> str:
@@ -66,7 +69,7 @@ class LiveServer:
                 raise InputError(
                     f"{reason}, but the stack of this repository runs behind {gateway} and would load the version "
                     f"without the switch gate; name it: URL={gateway} CA_CERT=build/gateway/ca.crt with a key in "
-                    "DEEPSEEK_API_KEY, or the gRPC port of LOCAL_PORTS: URL=127.0.0.1:8101"
+                    "DEEPSEEK_API_KEY"
                 )
             return cls(options=options, version=None, absent=f"nothing listens at {live.url}")
         if version != newest:

@@ -23,6 +23,7 @@ from serving.release.journal import ReleaseJournal, exclusive
 from serving.release.live_server import LiveServer, check_live_options, needs_restart
 from serving.release.steps import StepRunner, refresh_stack
 from serving.release.versions import newest, previous_intact
+from serving.stack.env_file import running_gateway
 
 
 class Rollback:
@@ -39,7 +40,10 @@ class Rollback:
             if version is not None:
                 steps.do("switch", self.switch)
             elif restart or self.live.refuses():
-                steps.do("repository", lambda: self._offline(reason))
+                gateway = "" if restart else running_gateway(self.options.repository)
+                follows = f"which the stack behind {gateway} follows within seconds; not watched: it has no local port"
+                when = follows if gateway else f"served at the server's next start; {reason}"
+                steps.do("repository", lambda: self._offline(when))
             else:
                 steps.do("switch", lambda: self._unwatched(reason))
         finally:
@@ -66,9 +70,9 @@ class Rollback:
             )
         return self.live.judged(found, self.back_to, failing=found["failed_before"] > 0)
 
-    def _offline(self, reason: str) -> str:
+    def _offline(self, when: str) -> str:
         self._take_out()
-        return f"version {self.back_to} is the newest in {self.model}, served at the server's next start; {reason}"
+        return f"version {self.back_to} is the newest in {self.model}, {when}"
 
     def _unwatched(self, reason: str) -> str:
         """Changes the repository and watches only the server's version: it does not answer requests."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -189,10 +190,9 @@ def _name(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         pass
-    try:
+    if re.fullmatch(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", host):
         return x509.DNSName(host)
-    except ValueError:
-        raise InputError(f"host {host!r} is not a host name or address, which a certificate needs") from None
+    raise InputError(f"host {host!r} is not a host name or address, which a certificate needs, such as api.example.com")
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
