@@ -283,6 +283,20 @@ def test_an_interrupted_run_ends_and_leaves_nothing(
     assert list((build / "tiny" / "loadtests").iterdir()) == []
 
 
+def test_a_disk_that_fills_during_a_run_ends_it_in_one_line(tiny: tuple[EmbeddedServer, Path], build: Path) -> None:
+    before = answered(tiny[0])
+    with command(settings(tiny, rate_rps=40.0, duration_s=600.0), "--timeout-s", "1") as process:
+        wait_for_answers(tiny[0], before + 20)
+        (rows,) = (build / "tiny" / "loadtests").glob(".scratch-*/run/tiny.seconds.jsonl")
+        full = rows.with_name("full")
+        full.symlink_to("/dev/full")
+        full.replace(rows)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.splitlines()[-1].startswith("error: the folder written to: No space left on device; free some space")
+    assert list((build / "tiny" / "loadtests").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

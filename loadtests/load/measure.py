@@ -217,6 +217,8 @@ def _show_progress(process: subprocess.Popen[str], settings: LoadSettings, conso
                 return
             if "unprepared" in said:
                 raise InvalidMeasurement(f"the load generator could not be prepared: {said['unprepared']}")
+            if "unwritten" in said:
+                raise OSError(*said["unwritten"])
             progress.update(
                 bar,
                 description="warming up" if said["second"] <= 0 else "measuring",

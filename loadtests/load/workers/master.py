@@ -14,6 +14,8 @@ import json
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -98,7 +100,7 @@ class Master:
     def _write(self, rows: Rows) -> None:
         for part, found in zip(self._parts, rows, strict=True):
             if found:
-                with rows_file(self._folder, part.model).open("a", encoding="utf-8") as file:
+                with _on_disk(), rows_file(self._folder, part.model).open("a", encoding="utf-8") as file:
                     file.writelines(f"{json.dumps(row)}\n" for row in found)
 
     def take_second(self, second: int, rows: Rows, now: dict[str, int]) -> None:
@@ -134,7 +136,8 @@ class Master:
             "generator": together(self._generators, self._workers),
             "parts": [{"lengths": lengths, "server": server} for lengths, server in found],
         }
-        write_whole(self._folder / "measured.json", json.dumps(measured))
+        with _on_disk():
+            write_whole(self._folder / "measured.json", json.dumps(measured))
         print(json.dumps({"finished": True}), flush=True)
         self._end()
 
@@ -146,6 +149,16 @@ class Master:
             runner.quit()
         else:
             runner.stop()  # keeps the page open
+
+
+@contextmanager
+def _on_disk() -> Iterator[None]:
+    """Ends the test with the reason if the block cannot write."""
+    try:
+        yield
+    except OSError as error:
+        print(json.dumps({"unwritten": [error.errno, error.strerror]}), flush=True)
+        sys.exit(ExitCode.BAD_INPUT)
 
 
 def planned_rows(settings: LoadSettings, plan: np.ndarray | None = None) -> list[dict[str, Any]]:
