@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -244,6 +245,9 @@ def test_large_batches_raise_the_predicted_p99_near_the_throughput() -> None:
     assert CURVES.throughput_rps(FAST) == pytest.approx(2 * 4 / 0.0543)
     assert CURVES.p99_ms(FAST, CURVES.highest_rps(FAST, 120)) == pytest.approx(120, rel=0.05)
     assert CURVES.keeping_throughput(sizes[size] for size in (1, 2, 4, 8)) == [sizes[4], sizes[8]]
+    in_parts = replace(CURVES, run_rows=4)  # as a model that takes texts
+    assert found[0] < in_parts.p99_ms(sizes[32], rate_rps=110) < 0.8 * found[2]
+    assert in_parts.throughput_rps(sizes[32]) == CURVES.throughput_rps(FAST)
     slowed = CURVES.as_fast_as(FAST, CURVES.throughput_rps(FAST) / 3)
     assert slowed.throughput_rps(FAST) == pytest.approx(CURVES.throughput_rps(FAST) / 3)
     assert slowed.p99_ms(FAST, rate_rps=30) == pytest.approx(3 * CURVES.p99_ms(FAST, rate_rps=90))

@@ -2,9 +2,9 @@
 
 Contract: a prediction is the p99 of a simulated queue under Poisson arrivals of one row each: an instance that is free
 takes up to `max_batch` waiting requests, waits for a core if all are busy, and computes as long as the curve says, and
-SERVER_MS more. What the default answers in a closed loop says how much slower the served model is than the measured
-one. Predictions rank settings and promise nothing. Layouts with as many batches at once, and as many threads for each,
-share a curve.
+SERVER_MS more. A model that takes texts computes in parts, and answers each at once. What the default answers in a
+closed loop says how much slower the served model is than the measured one. Predictions rank settings and promise
+nothing. Layouts with as many batches at once, and as many threads for each, share a curve.
 
 Example:
     curves = Curves.measured(conditions, settings, cores=2)
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from deepseek.spec.checks import checked
-from deepseek.spec.files.measured_batches import KEPT_THROUGHPUT, SERVER_MS, MeasuredBatches
+from deepseek.spec.files.measured_batches import KEPT_THROUGHPUT, SERVER_MS, MeasuredBatches, plan_of, read_measured
 from loadtests.tune.candidate_server import TuneConditions, run_with
 from loadtests.tune.search_space import ServingSettings
 
@@ -39,11 +39,15 @@ class Curves:
     cores: int
     slower: float = 1.0
     """Times that a batch takes longer than measured."""
+    run_rows: int | None = None
+    """Most rows that run at once, however many are joined; None: all of them."""
 
     @classmethod
     def measured(cls, conditions: TuneConditions, settings: Iterable[ServingSettings], cores: int) -> Curves | None:
         """Measures a curve for each kind of layout, in about ten seconds each; None if the target has none."""
-        found, path = cls({}, cores), conditions.folder / "curve.json"
+        spec, path = conditions.spec, conditions.folder / "curve.json"
+        plan = plan_of(spec, read_measured(spec.name, "onnxruntime"), conditions.precision)
+        found = cls({}, cores, run_rows=plan.run_rows if spec.text else None)  # without texts: all that is joined
         for each in settings:
             key = found._key(each)
             if key in found.of:
@@ -72,7 +76,10 @@ class Curves:
 
     def throughput_rps(self, settings: ServingSettings) -> float:
         curve = self.of[self._key(settings)]
-        return max(map(curve.rows_per_s, range(1, settings.max_batch + 1))) / self.slower
+        return max(map(curve.rows_per_s, range(1, self._at_once(settings) + 1))) / self.slower
+
+    def _at_once(self, settings: ServingSettings) -> int:
+        return min(settings.max_batch, self.run_rows or settings.max_batch)
 
     def keeping_throughput(self, settings: Iterable[ServingSettings]) -> list[ServingSettings]:
         """Those that keep KEPT of the best throughput of them."""
@@ -93,10 +100,14 @@ class Curves:
             rows = 1
             while rows < most and taken + rows < ARRIVALS and arrived[taken + rows] <= formed:
                 rows += 1
-            done = max(formed, heapq.heappop(cores)) + batch_s[rows - 1]
+            done = max(formed, heapq.heappop(cores))
+            parts = -(-rows // self._at_once(settings))
+            for part in range(parts):
+                first, end = taken + part * rows // parts, taken + (part + 1) * rows // parts
+                done += batch_s[end - first - 1]
+                waited += [done - each for each in arrived[first:end]]
             heapq.heappush(free, done)
             heapq.heappush(cores, done)
-            waited += [done - each for each in arrived[taken : taken + rows]]
             taken += rows
         return 1000 * float(np.percentile(waited[FIRST:], 99))
 

@@ -61,7 +61,7 @@ def fix_strings(stub: Any) -> None:
 
         table[NEW_FROM_DESCR] = ctypes.cast(new_from_descr, _Pointer).value
         _kept.extend((table, new_from_descr, original))
-        multiarray._ARRAY_API = _capsule(ctypes.addressof(table), None, None)
+        vars(multiarray)["_ARRAY_API"] = _capsule(ctypes.addressof(table), None, None)
 
 
 def _serialized(strings: np.ndarray) -> np.ndarray:
