@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -191,6 +192,21 @@ def test_a_published_model_that_lost_its_configuration_is_not_moved_away(reposit
 def test_a_model_without_versions(repository: Path) -> None:
     (repository / "image" / "1").rename(repository / "image" / "01")  # Triton leaves it out: a leading zero
     assert only(lines(repository)).startswith("image: has no version directory")
+
+
+@pytest.mark.parametrize("name", ["config.pbtxt", "manifest.json"])
+def test_a_file_of_another_user_is_to_be_made_readable(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    opens = Path.open
+
+    def refuse(path: Path, *how: Any, **more: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opens(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)  # read_text and read_bytes call it
+    assert only(lines(repository)).endswith("make it readable")
 
 
 def test_a_damaged_older_version_is_a_warning(repository: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import ssl
 import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from cryptography import x509
@@ -146,6 +148,19 @@ def test_a_certificate_without_its_key_is_renewed_unless_it_is_the_users_own(fol
 def test_a_damaged_file_is_one_line(folder: Path, name: str, said: str) -> None:
     (folder.parent / name).write_text("nothing")
     with pytest.raises(InputError, match=f"{name} {said}"):
+        ensure_certificate(folder, ["api.example.com"])
+
+
+def test_what_another_user_owns_is_not_reported_as_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(PermissionError, match="keys"):  # main.py makes it a line
+        keys_in(folder)
+    reads = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: refuse(path) if path.suffix == ".key" else reads(path))
+    with pytest.raises(PermissionError, match="key"):
         ensure_certificate(folder, ["api.example.com"])
 
 

@@ -65,7 +65,7 @@ def _examine_model(model: Path, machine: Machine, kept: bool) -> tuple[list[Serv
         if config.backend != "python" or ENGINE in config.parameters:  # NVIDIA's Triton reads the repository itself
             config = read_config(model / CONFIG)
     except InputError as error:
-        return [], [mismatch(f"{model.name}/{CONFIG}", str(error), publish_again(model))]
+        return [], [mismatch(f"{model.name}/{CONFIG}", str(error), publish_again(model, error))]
     engines: list[ServedEngine] = []
     findings: list[Finding] = []
     served = wanted_versions(config, versions)

@@ -55,6 +55,8 @@ def models_in(repository: Path) -> list[Path]:
     """The model folders; raises InputError if the repository has none."""
     found = model_folders(repository)
     if not found:
+        for path in repository.iterdir() if repository.is_dir() else ():
+            (path / CONFIG).is_file()  # raises PermissionError, which glob hides
         raise InputError(f"{repository}: no model in it (no */{CONFIG}); build one with: make engine")
     return found
 
@@ -65,8 +67,10 @@ def made_here(model: Path) -> bool:
     return any(file.is_file() for file in files)
 
 
-def publish_again(model: Path) -> str:
-    """The fix for a damaged or missing version."""
+def publish_again(model: Path, error: BaseException | None = None) -> str:
+    """The fix for a damaged or missing version; `error` says why a file of it could not be read."""
+    if isinstance(error and error.__context__, PermissionError):
+        return "make it readable"
     return f"publish it again: deepseek publish --model {model.name} --repository {model.parent}"
 
 
@@ -155,12 +159,11 @@ def check_version(model: Path, version: int) -> tuple[PublishedManifest | None, 
         return None, [wrong(f"{MANIFEST} is missing")]
     try:
         manifest = PublishedManifest.load(folder / MANIFEST)
-    except (InputError, OSError) as error:
-        return None, [wrong(str(error).removeprefix(f"{folder}/"))]
-    try:
         findings = [wrong(what) for what in _file_errors(folder, manifest)]
     except PermissionError as error:
-        return manifest, [wrong(f"{error.filename} cannot be read: {error.strerror}", "make it readable")]
+        return None, [wrong(f"{error.filename} cannot be read: {error.strerror}", "make it readable")]
+    except (InputError, OSError) as error:
+        return None, [wrong(str(error).removeprefix(f"{folder}/"))]
     if manifest.model != model.name:
         findings.append(wrong(f"is an engine of {manifest.model!r}", f"move it to {model.parent / manifest.model}"))
     if not findings and (reason := _plan_error(folder, manifest)):

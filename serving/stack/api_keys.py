@@ -88,8 +88,10 @@ def new_key(
 
 def keys_in(folder: Path) -> list[ApiKey]:
     """All stored keys, by name, newest first."""
-    found = []
-    for path in (folder / "keys").glob("*.json"):
+    found, place = [], folder / "keys"
+    for path in place.iterdir() if place.is_dir() else ():  # unlike glob, iterdir says that it may not read the folder
+        if path.suffix != ".json":
+            continue
         try:
             found.append(ApiKey(id=path.stem[:ID_DIGITS], **json.loads(path.read_bytes())))
         except (ValueError, TypeError):

@@ -135,6 +135,8 @@ def _flaw_of_key(path: Path, certificate: x509.Certificate, name: str = "tls.crt
     """Why the key at `path` does not fit the certificate in the file `name`; "" if it fits."""
     try:
         key = load_pem_private_key(path.read_bytes(), None)
+    except PermissionError:
+        raise  # nothing is wrong with the key: another user owns it
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     except (TypeError, ValueError, UnsupportedAlgorithm):  # TypeError: it asks for a password
