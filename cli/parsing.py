@@ -121,6 +121,6 @@ def _names(option: Option, variables: Variables) -> str:
 def _refuse(command: Command, word: str) -> NoReturn:
     flags = [option.flag for option in command.options if not option.positional]
     kind = "option" if word.startswith("-") else "argument"
-    raise Misuse(
-        f"{command.shown} has no {kind} {word}{suggestion(word, flags)} ({command.shown} --help lists its options)"
-    )
+    rest = next((f"; write -- before the {option.flag}" for option in command.options if option.rest), "")
+    told = suggestion(word, flags) or rest
+    raise Misuse(f"{command.shown} has no {kind} {word}{told} ({command.shown} --help lists its options)")

@@ -73,7 +73,7 @@ def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default(
     ("words", "environment", "make", "told"),
     [
         (("--rat", "5"), {}, None, "deepseek try has no option --rat; did you mean --rate? (deepseek try --help lists them)"),
-        (("more",), {}, None, "deepseek try has no argument more (deepseek try --help lists its options)"),
+        (("more",), {}, None, "deepseek try has no argument more; write -- before the command (deepseek try --help lists its options)"),
         (("--rate",), {}, None, "--rate: a value is missing"),
         (("--json=1",), {}, None, "--json: takes no value"),
         (("--rate", "fast"), {}, None, "--rate: seen 'fast'; a number is needed"),

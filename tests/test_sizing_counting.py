@@ -116,6 +116,25 @@ def test_a_cnns_onnx_file_is_counted(tmp_path: Path) -> None:
     assert model.open_axes == []
 
 
+@pytest.mark.parametrize(("layer", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+def test_a_recurrent_layer_is_counted_and_a_product_of_unknown_shape_named(
+    layer: str, gates: int, tmp_path: Path
+) -> None:
+    nodes = [
+        make_node("Shape", ["x"], ["s"]),
+        make_node("ReduceMax", ["s", "zero"], ["m"], keepdims=1),  # shape inference does not follow values this far
+        make_node("Concat", ["m", "m", "m"], ["t"], axis=0),
+        make_node("Reshape", ["x", "t"], ["a"]),
+        make_node(layer, ["x", "w", "r"], ["", "h"], hidden_size=4),
+        make_node("MatMul", ["a", "k"], ["b"]),
+        make_node("Add", ["b", "h"], ["y"]),
+    ]
+    weights = {"w": (1, gates * 4, 3), "r": (1, gates * 4, 4), "k": (3, 4)}
+    model = OnnxModel(graph(tmp_path / "r.onnx", nodes, weights, [5, 2, 3]))
+    assert flops(model.ops(5, 1)) == 5 * 2 * 2 * gates * 4 * (3 + 4)
+    assert model.uncounted == ["MatMul"]
+
+
 def test_operators_that_are_not_counted_are_named(tmp_path: Path) -> None:
     nodes = [
         make_node("Einsum", ["x", "x"], ["a"], equation="bi,bj->bij"),

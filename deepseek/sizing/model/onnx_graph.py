@@ -2,7 +2,8 @@
 
 Contract: needs onnx, not torch. It reads only shapes, so weights in external files cost nothing. The first dimension of
 every input is the batch; `length` is the size of all other open axes, unless `axes` gives one by name. Quantized graphs
-(Q/DQ) count as the operations that they compute. Raises InputError if a product has no known shape.
+(Q/DQ) count as the operations that they compute. Raises InputError if the result of a product has no known shape;
+`uncounted` names products of which no shape is known.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ CARRIERS = {"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Reshape"
 ELEMENTWISE_ELSEWHERE = {
     "Gelu", "FastGelu", "BiasGelu", "QuickGelu", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
 }  # fmt: skip
+RECURRENT = {"LSTM", "GRU", "RNN"}
 # Operators with an unknown amount of computation.
 UNCOUNTED = {
-    "Einsum", "Attention", "MultiHeadAttention", "GroupQueryAttention", "ConvTranspose", "DeformConv", "LSTM", "GRU",
-    "RNN", "If", "Loop", "Scan",
+    "Einsum", "Attention", "MultiHeadAttention", "GroupQueryAttention", "ConvTranspose", "DeformConv", "If", "Loop",
+    "Scan",
 }  # fmt: skip
 WEIGHT_TYPES = {1, 2, 3, 10, 11, 16, 17, 18, 19, 20, 21, 22}  # TensorProto: floats, and 4 and 8 bits
 
@@ -65,6 +67,7 @@ class OnnxModel:
         if self.proto.functions:
             self.proto = onnx.inliner.inline_local_functions(self.proto)
         self._check_axes()
+        self._unknown: set[str] = set()
         self.counted = lru_cache(maxsize=64)(self._counted)  # one cache per file
 
     def _check_axes(self) -> None:
@@ -124,7 +127,7 @@ class OnnxModel:
         """Operators of the graph that may compute something, but are not counted."""
         known = PRODUCTS | MEMORY | FREE | CARRIERS | ELEMENTWISE_ELSEWHERE
         foreign = {node.op_type for node in self.proto.graph.node if node.domain not in ("", "ai.onnx")} - known
-        return sorted({node.op_type for node in self.proto.graph.node} & UNCOUNTED | foreign)
+        return sorted({node.op_type for node in self.proto.graph.node} & UNCOUNTED | foreign | self._unknown)
 
     def ops(self, batch: int, length: int) -> list[Op]:
         return self.counted(batch, length)[0]
@@ -183,8 +186,9 @@ class OnnxModel:
         return {name: shape for name, shape in found.items() if name not in self._weights}
 
     def _ops(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[Op]:
+        count = {**dict.fromkeys(PRODUCTS, self._product), **dict.fromkeys(RECURRENT, self._steps)}
         for node in self.proto.graph.node:
-            if node.op_type in PRODUCTS and (op := self._product(node, shapes)):
+            if node.op_type in count and (op := count[node.op_type](node, shapes)):
                 yield op
             elif node.op_type not in FREE and not self._of_a_weight(node):
                 if node.op_type in MEMORY:
@@ -197,11 +201,15 @@ class OnnxModel:
         return node.op_type in CARRIERS and self._weight_of(node.input[0]) is not None
 
     def _product(self, node: Any, shapes: dict[str, tuple[int, ...]]) -> Op | None:
-        values = [name for name in dict.fromkeys(node.input) if name in shapes and self._weight_of(name) is None]
+        inputs = [name for name in dict.fromkeys(node.input) if name and self._weight_of(name) is None]
+        values = [name for name in inputs if name in shapes]
         weights = self._matrices(node)
-        if not values:
+        if not inputs:
             return None  # a product of weights: computed once, when the engine is built
         out = shapes.get(node.output[0])
+        if out is None and not values:
+            self._unknown.add(node.op_type)
+            return None
         if out is None:
             raise InputError(
                 f"{self.path}: the output of {node.op_type} {node.name or node.output[0]!r} has no known shape; give "
@@ -216,15 +224,29 @@ class OnnxModel:
             weights=float(sum(math.prod(self._weights[name]) for name in weights)),
         )
 
+    def _steps(self, node: Any, shapes: dict[str, tuple[int, ...]]) -> Op | None:
+        """A recurrent layer: each of its steps reads all weights, and waits for the step before."""
+        given, out = shapes.get(node.input[0]), shapes.get(node.output[0])
+        if given is None and out is None:
+            self._unknown.add(node.op_type)
+            return None
+        steps, batch = given[:2] if given else (out or ())[:3:2]  # (steps, batch, D) or (steps, directions, batch, D)
+        of_inputs, of_states = (self._weights[name] for name in self._matrices(node)[:2])
+        weights, outputs = float(math.prod(of_inputs) + math.prod(of_states)), float(batch * math.prod(of_states[::2]))
+        return Op(
+            kind="product", flops=2.0 * batch * weights, outputs=outputs, moved=outputs, weights=weights, count=steps
+        )
+
     def _depth(self, node: Any, shapes: dict[str, tuple[int, ...]], weights: list[str]) -> float:
         """Multiplications per output element."""
-        first = shapes.get(node.input[0]) or self._weights.get(self._weight_of(node.input[0]) or "", (1,))
+        first = shapes.get(node.input[0]) or self._weights.get(self._weight_of(node.input[0]) or "", ())
         if "Conv" in node.op_type:
             kernel = self._weights[weights[0]] if weights else (1, first[1])
             return math.prod(kernel[1:])  # channels of a group, times the kernel
-        if node.op_type == "Gemm" and any(each.name == "transA" and each.i for each in node.attribute):
-            return first[-2]
-        return first[-1]
+        transposed = {each.name for each in node.attribute if each.i} if node.op_type == "Gemm" else set()
+        if not first:  # of a reshape whose sizes are computed: the other side has the same depth
+            return self._weights[weights[0]][-1 if "transB" in transposed else -2] if weights else 1
+        return first[-2 if "transA" in transposed else -1]
 
     def _weight_of(self, name: str) -> str | None:
         """The weight that an input is, directly or through conversions; None if it is an activation."""
