@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from deepseek.spec import SloSpec
-from loadtests.report.curves import latency_over_time, step_s, steps
+from loadtests.report.curves import latency_over_time, percentiles, step_s, steps
 from loadtests.report.headline import TIMES
 from loadtests.report.run_page import Part, mix_page, page, write_report
 from loadtests.report.searches import capacity_page, tuning_page
@@ -101,6 +101,11 @@ def mixed(folder: Path, second_ms: float = 60) -> list[Part]:
     )
     text = replace(text, lengths={"sequence 16": shop.window, "sequence 128": text.window})
     return [(shop, SloSpec(p99_ms=50, rate_rps=75)), (text, SloSpec(p99_ms=second_ms, rate_rps=50))]
+
+
+def test_requests_without_an_answer_are_shaded_also_if_all_failed(tmp_path: Path) -> None:
+    for name, requests in (("some", FAILING), ("all", [(*each[:3], "Unreachable") for each in FAILING])):
+        assert ">not answered<" in percentiles([saved_run(tmp_path / name, requests)], [SLO])
 
 
 @pytest.fixture(scope="module")

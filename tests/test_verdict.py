@@ -295,6 +295,7 @@ def test_an_objective_is_judged_by_the_figure_that_it_names(
     found = judge(run, SloSpec(objectives=(line,))).objectives[-1]
     assert found.status == status
     assert margin is None or found.margin == pytest.approx(margin, abs=2e-3)
+    assert repr(found.margin) != "-0.0"
 
 
 def test_a_figure_is_written_with_its_unit() -> None:

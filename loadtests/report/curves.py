@@ -82,7 +82,7 @@ def percentiles(runs: Sequence[Run], slos: Sequence[SloSpec]) -> str:
     title = "share of requests answered at least as fast"
     chart = Chart(Scale(0, _position(last)), scale, "Latency by percentile", x_title=title)
     answered = 100 * (1 - runs[0].window.failed / max(1, runs[0].window.planned))
-    if len(runs) == 1 and 0 < answered < last:
+    if len(runs) == 1 and answered < last:
         chart.shade(_position(answered), _position(last), "not answered", low=True)
     ticks = [(_position(percent), f"{percent:g}%") for percent in NINES if percent <= last]
     chart.axes(x_unit="", y_unit="latency, ms", x_ticks=ticks)

@@ -100,7 +100,7 @@ def _judged_errors(run: Run, stretch: Stretch, line: Objective, confidence: floa
         return _with_status(line, math.nan, "inconclusive")
     seen, over = failed / planned, np.array([each.failed for each in stretch.seconds])
     if line.limit == 0:
-        judged = replace(_judged_worst(line, stretch, seen, over, confidence), margin=-seen)
+        judged = replace(_judged_worst(line, stretch, seen, over, confidence), margin=0.0 - seen)
     else:
         judged = _judged_share(line, stretch, seen, over, line.limit, confidence, "failed")
     kinds = [f"{count} {kind}" for kind, count in stretch.errors.most_common()]
