@@ -193,7 +193,10 @@ def test_a_full_disk_and_a_file_where_a_folder_should_be_are_one_line_and_exit_2
     command = [sys.executable, "-m", "cli", "keys", "--name", "shop"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 2
-    assert run.stderr == f"error: {where}: Not a directory; use another path (BUILD=, REPOSITORY=, CACHE=, ENV_FILE=)\n"
+    assert (
+        run.stderr
+        == f"error: {where}: Not a directory; use another path (BUILD=, REPOSITORY=, CACHE=, ENV_FILE=, TMPDIR=)\n"
+    )
 
 
 def test_a_file_that_cannot_be_written_is_named_by_its_own_name(tmp_path: Path) -> None:

@@ -67,12 +67,16 @@ patches:
 {"" if url == GATEWAY_URL else egress}"""
 
 
-def write_loadtest(folder: Path, overlay: Overlay, model: ServedModel, options: argparse.Namespace) -> None:
-    """Writes a model's load test, if its `deploy.toml` and inputs are found."""
+def write_loadtest(folder: Path, overlay: Overlay, model: ServedModel, options: argparse.Namespace) -> str:
+    """Writes a model's load test; if its `deploy.toml` or inputs are missing, returns a note for the user instead."""
     spec = (model.models or options.models) / model.name / "deploy.toml"
     inputs = options.build / model.name / "evaluation.npz"
-    if not (spec.is_file() and inputs.is_file()):
-        return
+    if not spec.is_file():
+        return (
+            f"{model.name}: no {spec}, so no alert watches its SLO, and it has no load test; name its folder (MODELS=)"
+        )
+    if not inputs.is_file():
+        return f"{model.name}: no {inputs}, so it has no load test; build the model here, or name its folder (BUILD=)"
     authority, copy = options.gateway / "ca.crt", folder / "ca.crt"
     own_authority = not options.loadtest_tls and authority.is_file()
     base = os.path.relpath(options.base.resolve(), folder.resolve())
@@ -83,6 +87,7 @@ def write_loadtest(folder: Path, overlay: Overlay, model: ServedModel, options: 
     if own_authority:
         write_whole(copy, authority.read_text(encoding="utf-8"))
     _copy_inputs(inputs, folder / "inputs.npz")
+    return ""
 
 
 def _copy_inputs(source: Path, copy: Path) -> None:

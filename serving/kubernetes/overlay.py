@@ -142,8 +142,10 @@ def main(options: argparse.Namespace) -> None:
         monitoring=not options.no_monitoring,
     )
     write(folder, overlay, models, options.runbook)
-    for model in models:
-        write_loadtest(folder / "loadtest" / model.name, overlay, model, options)
+    notes = notes if overlay.autoscaler != "none" else []
+    notes += filter(
+        None, (write_loadtest(folder / "loadtest" / model.name, overlay, model, options) for model in models)
+    )
     if options.json:
         print(json.dumps(asdict(overlay) | {"scale": overlay.scale.model_dump()}, indent=2))
     else:
@@ -158,6 +160,5 @@ def _tell(folder: Path, overlay: Overlay, models: Sequence[ServedModel], notes: 
     print(f"overlay   {folder}: {names}; {kind} and {overlay.sizes.memory_mib} MiB a pod; autoscaler: {bounds}")
     if overlay.models_url:
         print(f"models    put {folder / 'models.tar.gz'} at {overlay.models_url}")
-    if overlay.autoscaler != "none":
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
