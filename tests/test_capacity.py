@@ -61,6 +61,9 @@ def test_a_result_reads_back_and_a_broken_one_gives_a_one_line_error(tmp_path: P
     path.write_text(capacity.model_dump_json().replace('"fails"', '"wins"'))
     with pytest.raises(InputError, match=r"trials\.0\.outcome: seen 'wins'.*make capacity"):
         Capacity.load(path)
+    path.write_text(capacity.model_dump_json().replace('"capacity_rps":95.0', '"capacity_rps":0'))
+    with pytest.raises(InputError, match=r"capacity_rps: seen 0.*make capacity"):
+        Capacity.load(path)
     with pytest.raises(InputError, match="no such file; make it with: make capacity"):
         Capacity.load(tmp_path / "absent.json")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from deepseek_client import ModelMetadata
+from pydantic import Field
 
 from deepseek.spec import ExitCode, Target, build_dir
 from deepseek.spec.checks import Table
@@ -55,7 +56,7 @@ class Capacity(SavedResult):
     objectives: tuple[str, ...]
     trials: tuple[RateTrial, ...] = ()
     """In chronological order."""
-    capacity_rps: float | None = None
+    capacity_rps: float | None = Field(None, gt=0, allow_inf_nan=False)
     """The highest rate that meets every objective; a lower bound if `limited_by` is "generator"."""
     first_failing_rps: float | None = None
     """The lowest rate above `capacity_rps` that failed."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from pydantic import Field
+
 from deepseek.spec import SloSpec
 from deepseek.spec.checks import Table
 from deepseek.spec.objectives import samples_needed
@@ -24,10 +26,10 @@ OVERLOADED = 0.8  # of the rate answered: a stall of the machine costs less than
 class RateTrial(Table):
     """One trial; a percentile is null if nothing was sent or if it falls on a failed request."""
 
-    rate_rps: float
+    rate_rps: float = Field(gt=0)
     phase: Phase
     outcome: TrialOutcome
-    achieved_rps: float = 0.0
+    achieved_rps: float = Field(0.0, ge=0)
     p50_ms: float | None = None
     """Of the intended latency, like `p99_ms`."""
     p99_ms: float | None = None
