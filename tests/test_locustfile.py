@@ -329,6 +329,7 @@ SAVED = asdict(load_settings(rate_rps=5.0))
         ("{", "Invalid JSON"),
         ('{"model": "a", "rat": 1}', "see loadtests/results/settings.py"),
         (json.dumps({**SAVED, "duration_s": -1.0}), "duration_s: Input should be greater than 0"),
+        (json.dumps({**SAVED, "warmup_s": -1.0}), "warmup_s: Input should be greater than or equal to 0"),
         (json.dumps({**SAVED, "rate_rps": None, "shape": "fast"}), "--shape 'fast': seen 'fast'"),
     ],
 )

@@ -62,7 +62,7 @@ class LoadSettings:
     arrivals: Literal["constant", "poisson"] = "poisson"
     """Of a replay: only those of the warm-up, at the mean rate."""
     seed: int = 0
-    warmup_s: float = 5.0
+    warmup_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
     duration_s: Positive = 20.0
     timeout_s: Positive = 5.0
     """Deadline of a request; a later answer counts as an error."""
