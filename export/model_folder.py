@@ -53,6 +53,7 @@ class ModelFolder:
         self.evaluate: Callable[[Predict], Mapping[str, Any]] | None = self._function("evaluate")
         self.train: Callable[[], Any] | None = self._function("train")
         self.finetune: Callable[[Any], Any] | None = self._function("finetune")
+        self._first_numbers = ""  # of each weight of the last load()
 
     def _function(self, name: str) -> Callable[..., Any] | None:
         """An optional function of model.py; its exceptions become one line."""
@@ -111,6 +112,13 @@ class ModelFolder:
         _check_forward(model, self.spec, self.folder / "model.py")
         with user_code(self.folder, "load()"):
             model.cpu().eval()
+            first = str([weights.flatten()[:1].tolist() for weights in model.parameters()])
+        if self._first_numbers not in ("", first):
+            raise InputError(
+                f"{self.folder / 'model.py'}: load() gives other weights than the last time; load them from a file, or "
+                "call torch.manual_seed in load()"
+            )
+        self._first_numbers = first
         if any(_is_half(parameter) for _, parameter in model.named_parameters()):
             model.float()
             model.widened = True

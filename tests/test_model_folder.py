@@ -164,6 +164,13 @@ def test_a_mapping_is_read_by_name_and_may_have_more_entries() -> None:
         in_order(IMAGE, {"logits": SCORES})
 
 
+def test_weights_that_differ_from_load_to_load_are_refused(tmp_path: Path) -> None:
+    source = tiny(tmp_path, code="\ndef load():\n    return torch.nn.Linear(8, 8)\n")
+    source.load()
+    with pytest.raises(InputError, match=r"tiny/model.py: load\(\) gives other weights than the last time"):
+        source.load()
+
+
 def test_a_module_in_training_mode_is_put_into_eval_mode(tmp_path: Path) -> None:
     source = tiny(tmp_path, code="\ndef load():\n    return torch.nn.Sequential(torch.nn.Dropout(0.5)).train()\n")
     inputs = {"x": np.ones((4, 8), np.float32)}

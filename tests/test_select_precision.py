@@ -45,7 +45,7 @@ def at(drop: float, *seconds: float) -> tuple[float, list[float]]:
 THREE = {"fp32": at(0, 1), "fp16": at(0.001, 0.7), "int8": at(0.009, 0.5)}
 NOISY = (*[0.98] * 11, *[1.15] * 9)  # faster in 11 of 20 rounds
 FASTEST = "chosen: the fastest inside the budget"
-NOT_FINITE = "outside the budget: infinite drop (NaN or Inf at other places than in fp32 PyTorch) > 1.00%"
+NOT_FINITE = "outside the budget: drop infinite (NaN or Inf at other places than in fp32 PyTorch) > 1.00%"
 
 
 @pytest.mark.parametrize(

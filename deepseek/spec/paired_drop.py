@@ -118,7 +118,7 @@ class DropJudgement:
     @property
     def shown(self) -> str:
         finite = math.isfinite(self.drop)
-        return f"drop {self.drop:.2%}" if finite else "infinite drop (NaN or Inf at other places than in fp32 PyTorch)"
+        return f"drop {self.drop:.2%}" if finite else "drop infinite (NaN or Inf at other places than in fp32 PyTorch)"
 
     @property
     def reason(self) -> str:
