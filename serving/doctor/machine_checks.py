@@ -25,6 +25,7 @@ def machine_findings(machine: Machine, engines: list[ServedEngine]) -> list[Find
         *(_check_driver(machine) if on_gpu else ()),
         *_check_gpu_memory(machine, on_gpu),
         *_check_memory("RAM", "this machine", machine.ram_bytes, on_cpu),
+        *(_check_embedded(machine) if on_cpu and machine.no_embedded else ()),
         *(_check_docker(machine) if on_gpu and not machine.in_container else ()),
     ]
 
@@ -61,6 +62,12 @@ def _check_memory(kind: str, place: str, have_bytes: int, engines: list[ServedEn
         level: Level = "mismatch" if need_bytes > have_bytes else "warning"
         fix = "serve fewer models or instances here, or use a lower precision"
         yield Finding(level=level, where=kind, what=what, fix=fix)
+
+
+def _check_embedded(machine: Machine) -> Iterator[Finding]:
+    what, _, fix = machine.no_embedded.partition("; ")
+    fix = f"{fix}; docker compose up does not need it"
+    yield Finding(level="warning", where="make serve", what=what, fix=fix)
 
 
 def _check_docker(machine: Machine) -> Iterator[Finding]:

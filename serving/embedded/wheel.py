@@ -35,6 +35,9 @@ def parts() -> tuple[Path, Path, Path, Path]:
     stub = triton / "python_backend_stubs" / version / STUB
     if not stub.is_file():
         have = sorted((path.parent.name for path in stub.parent.parent.glob("*/*")), key=lambda v: int(v[2:]))
+        if not have:
+            again = f"pip install --no-deps --force-reinstall {WHEEL}"
+            raise InputError(f"{WHEEL} {wheel.version} is damaged: no files in {triton}; install it again: {again}")
         raise InputError(f"{WHEEL} {wheel.version} has no stub for Python {version}; it has {', '.join(have)}")
     return triton / "bin" / "tritonserver", root / "nvidia_pytriton.libs", triton / "backends" / "python", stub
 
