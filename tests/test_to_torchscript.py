@@ -21,7 +21,7 @@ from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import run_module
 from tests.test_to_onnx import TOML, tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # TorchScript itself is deprecated
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")  # TorchScript itself is deprecated
 
 TWO_OUTPUTS = TOML.replace("[axes", '[outputs.z]\ndtype = "float32"\nshape = ["batch", 8]\n[axes')
 BRANCH = "\n        if x.sum() > 0:\n            return self.line(x)\n        return -x"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,20 @@ from export.model_folder import Predict
 from export.rows import Row
 
 
+@contextmanager
+def without_deprecations() -> Iterator[None]:
+    """TorchScript itself is deprecated, which new versions of PyTorch say with another kind of warning."""
+    with warnings.catch_warnings():
+        for kind in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", kind)
+        yield
+
+
 def torchscript_predictor(spec: DeploymentSpec, path: Path, device: str) -> Predict:
     """A predictor of a module on the device that it was made for; raises InputError if it cannot be loaded."""
     import torch
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript itself is deprecated
+    with without_deprecations():
         try:
             module = torch.jit.load(path, map_location=device)
         except RuntimeError as error:

@@ -34,7 +34,7 @@ from export.runtimes.pytorch_reference import (
     traced_sizes,
     weights_digest,
 )
-from export.runtimes.torchscript_predictor import torchscript_predictor
+from export.runtimes.torchscript_predictor import torchscript_predictor, without_deprecations
 
 PRECISION: Precision = "fp32"
 Check = Callable[[Any], list[dict[str, Any]]]
@@ -156,11 +156,13 @@ def _export(
     run_torch(spec, reference, inputs)
 
     def checked(module: Any) -> list[dict[str, Any]]:
-        module.save(path)
+        with without_deprecations():
+            module.save(path)
         return check(scratch)
 
     made = torchscript_from_torch(spec, lambda: source.load().to(device), example, checked)
-    made.module.save(path)
+    with without_deprecations():
+        made.module.save(path)
     record_build(
         path,
         spec,
