@@ -78,6 +78,12 @@ def test_a_stub_that_needs_libpython_gets_this_interpreters(tmp_path: Path, monk
     assert (Path(first) / bundled.name).readlink() == tmp_path / "libpython.so"
 
 
+# A process that only SIGKILL ends, as a stub that waits forever for a message from a dead server.
+STUBBORN = """import subprocess
+subprocess.Popen(["sh", "-c", "trap '' HUP INT TERM; sleep 3600; sleep 3600"])
+"""
+
+
 @pytest.mark.parametrize(
     ("how", "times", "statuses"),
     [
@@ -90,15 +96,15 @@ def test_a_stub_that_needs_libpython_gets_this_interpreters(tmp_path: Path, monk
 )
 def test_nothing_is_left_however_it_ends(tmp_path: Path, how: signal.Signals, times: int, statuses: set[int]) -> None:
     write_add_one(tmp_path / "repository")
+    code = tmp_path / "repository" / "add_one" / "1" / "model.py"
+    code.write_text(f"{STUBBORN}{code.read_text()}")
     process = start(tmp_path / "repository")
     Serving.of(process)
     below = psutil.Process(process.pid).children(recursive=True)
-    assert "tritonserver" in {each.name() for each in below}
+    assert {"tritonserver", "sleep"} <= {each.name() for each in below}
     stub = next(each for each in below if "stub" in " ".join(each.cmdline()))
     scratch = Path(stub.exe()).parents[2]
     assert list(Path("/dev/shm").glob(f"{scratch.name}*"))
-    if how == signal.SIGKILL:
-        stub.suspend()  # like one that waits forever for a message from a dead server
     for _ in range(times):
         process.send_signal(how)
         time.sleep(0.2)

@@ -29,7 +29,7 @@ _CLEAN_UP = """
 read -r server && read -r _
 if [ -n "$server" ]; then
     while kill -0 "$server" && [ "$1" -gt 0 ]; do sleep 1; set -- $(($1 - 1)) "$2"; done
-    kill -KILL -- "-$server"
+    kill -s KILL -- "-$server"  # dash knows no -- after -KILL
 fi
 rm -rf -- "$2" "/dev/shm/${2##*/}"*
 """
