@@ -54,7 +54,7 @@ def _send(words: list[str], inputs: Mapping[str, Any]) -> int:
 
 
 def _is_renumbered(spec: DeploymentSpec, repository: Path) -> bool:
-    """Whether the served version numbers its items otherwise than the build, as after a retrain that was refused."""
+    """Whether the served version has other ids than the build. After a refused retrain it has."""
     version = next(iter(versions_of(repository / spec.name)), "none")
     served = repository / spec.name / str(version) / CATALOGUE
     if spec.vocabulary is None or not served.is_file():

@@ -65,7 +65,8 @@ def _lateness(run: Run, slo: SloSpec, compared: bool) -> list[str]:
         for rate, lines in judged.items()
     }
     latencies = [line for lines in judged.values() for line in lines if line.kind == "ms"]
-    share = LARGEST_LAG if not latencies or any(broken.values()) or _refused(run.window) else INCLUDED_LAG
+    holds = bool(latencies) and not any(broken.values()) and not _refused(run.window)
+    share = INCLUDED_LAG if holds and not compared else LARGEST_LAG
     largest_ms = largest_limit_s(slo) * 1000
     whole, *parts = (list(_late_at(run, rate, lines, largest_ms, share)) for rate, lines in broken.items())
     return whole or [problem for part in parts for problem in part]

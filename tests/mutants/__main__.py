@@ -54,7 +54,13 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             f"loadtests/slo/{name}.py"
             for name in ("judge", "verdict", "objectives", "generator_health", "slo_demands", "bounds")
         ),
-        ("tests/test_verdict.py", "tests/test_slo_demands.py", "tests/test_run.py", "tests/test_bounds.py"),
+        (
+            "tests/test_verdict.py",
+            "tests/test_generator_health.py",
+            "tests/test_slo_demands.py",
+            "tests/test_run.py",
+            "tests/test_bounds.py",
+        ),
     ),
     "schedule": (("loadtests/results/schedule.py",), ("tests/test_schedule.py",)),
     "retry": (
