@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from deepseek.spec import GateFailed
 from deepseek.training.meter import LossWatch, Meter
-from deepseek.training.ways import Weights
+
+Weights = dict[str, Tensor]
 
 
 class TrainingDiverged(GateFailed):
