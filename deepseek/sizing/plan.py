@@ -164,8 +164,7 @@ def training_variants(model: AnyModel, setup: TrainingSetup) -> dict[str, Traini
 
 
 def described(setup: TrainingSetup) -> str:
-    master = " master" if setup.precision != "fp32" and setup.mixed == "master" else ""
-    return f"{setup.precision}{master}{', checkpointing' if setup.checkpointing else ''}"
+    return f"{setup.precision}{', checkpointing' if setup.checkpointing else ''}"
 
 
 def plan_device(model: AnyModel, request: Request, device: Device) -> DevicePlan:
