@@ -91,7 +91,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "results": set(),
         "slo": {"results"},
         "load": {"results", "slo"},
-        "profile": {"results", "load"},
+        "profile": {"results", "slo", "load", "search"},
         "release": {"results", "slo", "load"},
         "search": {"results", "slo", "load"},
         "tune": {"results", "slo", "load", "search"},
