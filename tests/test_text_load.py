@@ -78,6 +78,25 @@ def test_the_texts_take_turns_and_their_tokens_are_counted(
     assert verdict.returncode in (0, 1, 3), verdict.stderr
 
 
+def test_a_capacity_search_calls_the_route_and_the_report_names_it(serving: Serving, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("ab cd")
+    host = urllib.parse.urlsplit(serving.places["OpenAI"]).netloc
+    what = ("--model", "sentence", "--models", str(MODELS), "--inputs", str(tmp_path / "texts.txt"))
+    where = ("--url", serving.places["gRPC"], "--route", f"{host}/v1/embeddings")
+    short = ("--start-rps", "300", "--duration-s", "3", "--warmup-s", "0", "--max-trials", "1")
+    environment = {"DEEPSEEK_BUILD": str(tmp_path)}
+    before = scrape(serving)
+    done = run_module("cli", "capacity", *what, *where, *short, "--json", **environment)
+    assert done.returncode in (1, 3), done.stderr  # one trial proves no rate
+    found = json.loads(done.stdout)
+    assert (found["url"], found["protocol"]) == (host, "/v1/embeddings")
+    answered = 'openai_requests_total{route="/v1/embeddings",status="200"}'
+    assert scrape(serving)[answered] - before.get(answered, 0) > 100
+    drawn = run_module("cli", "report", *what[:4], "--run", found["trials"][0]["run"], **environment)
+    assert drawn.returncode == 0, drawn.stderr
+    assert f"/v1/embeddings at {host}" in Path(drawn.stdout.split()[-1]).read_text()
+
+
 @pytest.mark.parametrize(
     ("model", "inputs", "content", "route", "message"),
     [

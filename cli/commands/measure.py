@@ -1,11 +1,10 @@
 """Commands that measure a running server, judge, search, compare and draw."""
 
-from cli.commands.searches import INPUTS, MAX_S, NAMES, TARGET, TIMEOUT_S
+from cli.commands.searches import INPUTS, MAX_S, NAMES, ROUTE, TARGET, TIMEOUT_S
 from cli.commands.shared_options import (
     ARRIVALS,
     JSON,
     MODEL,
-    OPENAI_PORT,
     PRIORITY,
     PROTOCOL,
     REPOSITORY,
@@ -45,8 +44,7 @@ ROWS = (
             Option("--users", "closed loop: users, who each send again after the answer", kind=at_least(1)),
             Option("--replay", "CSV file of recorded traffic: time, model, row or length, key", kind=path),
             Option("--speed", "speed of --replay; 2 sends twice as fast", kind=POSITIVE, default=1.0),
-            Option("--route", "OpenAI route to call: /v1/embeddings, or /rerank with pairs; [HOST:PORT]/PATH"),
-            OPENAI_PORT,
+            *ROUTE,
             Option("--mix", "several models at once, each with its share of the rate: recommender:3,minilm:1"),
             Option("--duration-s", "measured seconds", kind=at_least(1), default=90),
             Option("--until-decided", "continue until every objective is decided, or --max-s is over", kind=switch),

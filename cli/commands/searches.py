@@ -9,6 +9,7 @@ from cli.commands.shared_options import (
     ENV_FILE,
     JSON,
     MODEL,
+    OPENAI_PORT,
     PRIORITY,
     PROTOCOL,
     REPOSITORY,
@@ -52,6 +53,10 @@ NAMES = Option(
     kind=switch,
     from_make_line_only=True,
 )
+ROUTE = (
+    Option("--route", "OpenAI route to call: /v1/embeddings, or /rerank with pairs; [HOST:PORT]/PATH"),
+    OPENAI_PORT,
+)
 
 
 def _warmup(seconds: float) -> Option:
@@ -86,6 +91,7 @@ CAPACITY = Command(
         ),
         _warmup(2.0),
         TIMEOUT_S,
+        *ROUTE,
         Option("--start-rps", "first rate to try (default: the SLO's lowest)", kind=POSITIVE, variable="RATE"),
         Option("--max-trials", "most trials", kind=at_least(1), default=30),
         MAX_S,
@@ -101,6 +107,7 @@ CAPACITY = Command(
         "deepseek capacity  # gRPC at 127.0.0.1:8001",
         "deepseek capacity --protocol http --url 127.0.0.1:8000 --duration-s 60",
         "deepseek capacity --start-rps 400 --max-s 300 --json",
+        "deepseek capacity --model minilm --inputs texts.txt --route /v1/embeddings",
     ),
     notes="Exit codes: 0 found and confirmed, 1 less than the SLO asks for, 3 inconclusive. docs/capacity.md",
 )

@@ -6,7 +6,8 @@ import argparse
 import os
 from typing import Any
 
-from deepseek.spec import SloSpec, build_dir
+from deepseek.spec import InputError, SloSpec, build_dir
+from loadtests.results.settings import ROUTES
 from loadtests.slo.slo_demands import timeout_for
 
 
@@ -17,6 +18,7 @@ def endpoint_of(args: argparse.Namespace, *slos: SloSpec) -> dict[str, Any]:
         "target": args.target,
         "protocol": args.protocol,
         "url": args.url,
+        "route": _route(args),
         "tls": args.tls,
         "ca_cert": args.ca_cert,
         "names": args.names,
@@ -27,6 +29,16 @@ def endpoint_of(args: argparse.Namespace, *slos: SloSpec) -> dict[str, Any]:
         "priority": args.priority,
         "workers": args.workers if args.workers > 0 else len(os.sched_getaffinity(0)),
     }
+
+
+def _route(args: argparse.Namespace) -> str | None:
+    """host:port/path of --route. A path alone: at --url if that is given, else at the port of `make serve`."""
+    if args.route is None:
+        return None
+    place, _, path = args.route.partition("/")
+    if f"/{path}" not in ROUTES:
+        raise InputError(f"--route {args.route}: allowed: {', '.join(ROUTES)}, or one of them after host:port")
+    return f"{place or (args.url if 'url' in args.given else f'127.0.0.1:{args.openai_port}')}/{path}"
 
 
 def inputs_of(model: str) -> str:

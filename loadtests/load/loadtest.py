@@ -32,7 +32,7 @@ from loadtests.results.histogram import Latency
 from loadtests.results.mixes import Mix, models_of
 from loadtests.results.run import Run
 from loadtests.results.schedule import segments_of
-from loadtests.results.settings import ROUTES, LoadSettings
+from loadtests.results.settings import LoadSettings
 from loadtests.results.stretch import Distribution, shown_percentile
 from loadtests.slo import slo_demands as limits
 from loadtests.slo.generator_health import generator_problems
@@ -80,9 +80,8 @@ def described(settings: LoadSettings) -> str:
     else:
         loop = f"closed loop, {settings.users} users"
     seconds = f"{settings.warmup_s:g} s of warm-up and {settings.duration_s:g} s"
-    place = settings.url if settings.route is None else settings.route.partition("/")[0]
     names = ", names of items" if settings.names else ""
-    return f"{settings.model} over {settings.over} at {place}{names}, {loop}, {seconds}"
+    return f"{settings.model} over {settings.over} at {settings.place}{names}, {loop}, {seconds}"
 
 
 def show(run: Run, console: Console) -> None:
@@ -161,18 +160,8 @@ def _settings(
     if shape is not None:
         duration_s = sum(segment.duration_s for segment in segments_of(shape))
     own: dict[str, Any] = {"rate_rps": rate, "shape": shape, "users": args.users, "seed": args.seed}
-    own |= {"duration_s": duration_s, "route": _route(args)}
+    own["duration_s"] = duration_s
     return LoadSettings(model=model, inputs=args.inputs or inputs_of(model), **own, **endpoint_of(args, *slos))
-
-
-def _route(args: argparse.Namespace) -> str | None:
-    """host:port/path of --route. A path alone: at --url if that is given, else at the port of `make serve`."""
-    if args.route is None:
-        return None
-    place, _, path = args.route.partition("/")
-    if f"/{path}" not in ROUTES:
-        raise InputError(f"--route {args.route}: allowed: {', '.join(ROUTES)}, or one of them after host:port")
-    return f"{place or (args.url if 'url' in args.given else f'127.0.0.1:{args.openai_port}')}/{path}"
 
 
 def _of_one(args: argparse.Namespace, spec: DeploymentSpec) -> LoadSettings:

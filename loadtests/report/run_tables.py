@@ -143,7 +143,7 @@ def settings(run: Run) -> str:
         ("started", utc(run.started_at)),
         ("model, version", f"{own.model}, {run.server.get('version') or '-'}"),
         ("target, precision", f"{own.target}, {(run.server.get('parameters') or {}).get('precision', '-')}"),
-        ("endpoint", f"{own.protocol} at {own.url}"),
+        ("endpoint", f"{own.over} at {own.place}"),
         ("inputs", Path(own.inputs).name + (", names of items" if own.names else "")),
         ("warm-up, measured", f"{own.warmup_s:g} s, {own.duration_s:g} s"),
         ("time-out", f"{own.timeout_s:g} s"),

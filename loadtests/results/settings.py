@@ -96,6 +96,11 @@ class LoadSettings:
         return self.protocol if self.route is None else f"/{self.route.partition('/')[2]}"
 
     @property
+    def place(self) -> str:
+        """host:port that gets the requests."""
+        return self.url if self.route is None else self.route.partition("/")[0]
+
+    @property
     def open_loop(self) -> bool:
         """Whether requests are sent on a fixed schedule rather than after an answer."""
         return self.rate_rps is not None or self.shape is not None or self.replay is not None

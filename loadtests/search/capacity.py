@@ -66,7 +66,7 @@ def main(options: argparse.Namespace) -> int:
         first = f"the first trial, at {start_rps:g}/s, takes {least_s} s"
         raise InputError(f"--max-s {options.max_s:g}: {first}; give ten times that or more (BUDGET_S=)")
     lines = ", ".join(objective_lines(spec.slo))
-    console.print(f"{settings.model} over {settings.protocol} at {settings.url}: {lines}", soft_wrap=True)
+    console.print(f"{settings.model} over {settings.over} at {settings.place}: {lines}", soft_wrap=True)
     for line in unknown:
         console.print(f"note: {line} is skipped: not measured for the served model; run: make parity", soft_wrap=True)
     capacity = find(runner, plan, started)
@@ -104,8 +104,8 @@ def find(runner: TrialRunner, plan: SearchPlan, started: datetime) -> Capacity:
         target=settings.target,
         precision=served.parameters.get("precision"),
         served_versions=served.versions,
-        url=settings.url,
-        protocol=settings.protocol,
+        url=settings.place,
+        protocol=settings.over,
         objectives=objective_lines(runner.spec.slo),
         trials=tuple(search.trials),
         **asdict(found),

@@ -52,7 +52,8 @@ class Capacity(SavedResult):
     """Of the served model; null if the server does not report it."""
     served_versions: tuple[str, ...] = ()
     url: str
-    protocol: Literal["grpc", "http"]
+    protocol: str
+    """grpc, http, or the OpenAI route."""
     objectives: tuple[str, ...]
     trials: tuple[RateTrial, ...] = ()
     """In chronological order."""
