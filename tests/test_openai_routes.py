@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from aiohttp import ClientSession, web
 from deepseek_client import InferenceError
+from deepseek_client.metadata import TensorMetadata
 
 from serving.openai.errors import ApiError, from_client
 from serving.openai.inference import vectors_of
@@ -65,6 +67,34 @@ async def embed(address: str, texts: list[str], **sent: Any) -> tuple[int, Any]:
     url = f"http://{address}/v1/embeddings"
     async with ClientSession() as session, session.post(url, data=data, **sent) as answer:
         return answer.status, await answer.json()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "outputs", "taken", "needed"),
+    [
+        (False, {"logits": (-1, 3), "tokens": (-1, 1)}, None, "a float output embedding [batch, size]"),
+        (False, {"score": (-1, 1), "embedding": (-1, 8)}, "embedding", ""),
+        (False, {"embedding": (-1, -1, 8)}, None, "a float output embedding [batch, size]"),
+        (True, {"logits": (-1, 1), "tokens": (-1, 1)}, "logits", ""),
+        (True, {"logits": (-1, 3)}, None, "one float output [batch, 1]"),
+    ],
+)
+def test_the_scores_of_a_classifier_are_no_vectors(
+    pairs: bool, outputs: dict[str, tuple[int, ...]], taken: str | None, needed: str
+) -> None:
+    settings = json.dumps({"pairs": pairs, "max_tokens": 8, "max_bytes": 8})
+    tensors = tuple(
+        TensorMetadata(name=name, datatype="INT32" if name == "tokens" else "FP32", shape=shape)
+        for name, shape in outputs.items()
+    )
+    metadata = deepseek_client.ModelMetadata(
+        name="m", versions=(), platform="", inputs=(), outputs=tensors, max_batch_size=4, parameters={"text": settings}
+    )
+    if taken:
+        assert TextModel.of(metadata).output == taken
+        return
+    with pytest.raises(ApiError, match=re.escape(f"needs {needed}; outputs are ")):
+        TextModel.of(metadata)
 
 
 @pytest.mark.parametrize("chunked", [None, True])

@@ -47,6 +47,8 @@ E, S, R = EmbeddingRequest, SimilarityRequest, RerankRequest
         (E, b'{"model": "m", "input": "\xff"}', None, "the body is not UTF-8: invalid start byte at byte 25"),
         (E, b'"a"', None, 'the body is "a"; allowed: a JSON object'),
         (E, b'{"model": "\\ud800", "input": "a"}', "model", "model: seen"),
+        (E, b'{"model": "m", "input": "a", "\\ud800": 1}', None, '"\\ud800": no such field; allowed: input'),
+        (S, b'{"inputs": {"\\ud800": 1}}', "inputs", 'inputs: seen "\\ud800"; allowed: an object with'),
         (E, b'{"model": "m", "input": "\\ud800"}', "input", "input: half of a surrogate pair"),
         (E, {"input": "a"}, "model", "model: missing"),
         (E, {"model": 1, "input": "a"}, "model", "model: seen 1; allowed: the name of a model"),

@@ -66,11 +66,12 @@ class RequestBody(Fields):
 def _refusal(fields: type[BaseModel], error: ValidationError) -> ApiError:
     found = error.errors(include_url=False)  # a misspelt field is also reported as missing: report the misspelling
     first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
-    *outer, name = map(str, first["loc"])
+    # A name that is half of a surrogate pair has no place: pydantic reports it as the input.
+    *outer, name = map(str, first["loc"]) if first["loc"] else (first["input"],)
     for each in outer:
         annotation: Any = fields.model_fields[each].annotation
         fields = next(iter(get_args(annotation)), annotation)  # of an optional one
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden" or not first["loc"]:
         return ApiError(400, f"{shown(name)}: no such field; allowed: {', '.join(fields.model_fields)}")
     place = ".".join([*outer, name])
     if first["type"] == "refused":
