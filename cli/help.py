@@ -60,23 +60,28 @@ def _everything(make: bool) -> Iterator[str]:
 
 
 def as_make(command: Command, number: int) -> str:
-    """An example, written as a call of make."""
-    line, _, comment = command.examples[number].partition("#")
+    """An example, written as a call of make; unchanged if a word of it has no variable."""
+    example = command.examples[number]
+    line, _, comment = example.partition("#")
     words = shlex.split(line)[2:]
-    if "--" in words:
-        at = words.index("--")
-        return f"make {command.name} {command.flags_variable}={shlex.quote(shlex.join(words[at + 1 :]))}"
     options = {option.flag: option for option in command.options}
-    positional = [option for option in command.options if option.positional]
+    positional = next((option for option in command.options if option.positional and not option.rest), None)
     found: dict[str, list[str]] = {}
     while words:
         flag, equals, value = words.pop(0).partition("=")
-        option = options.get(flag) or positional[0]
+        if flag == "--":
+            found[command.flags_variable], words = [shlex.join(words)], []
+            continue
+        option = options.get(flag) or positional
+        if option is None:
+            return example
         if option.positional:
             value = flag
         elif not equals:
             value = "1" if option.kind is switch else words.pop(0)
         found.setdefault(option.variable_name, []).append(value)
+    if "" in found:
+        return example
     given = [f"{name}={shlex.quote(' '.join(values))}" for name, values in found.items()]
     return " ".join(["make", command.name, *given]) + (f"  # {comment.strip()}" if comment else "")
 

@@ -137,6 +137,8 @@ def test_a_commands_variables_do_not_reach_the_commands_that_it_starts(monkeypat
         ("setup", 1, "make setup NEED='rtx test'"),
         ("plan", 4, "make plan MODEL=minilm MEASURE=1  # and measure this machine and the graph on it"),
         ("test", 1, "make test ARGS='-k verdict'"),
+        ("engine", 1, "deepseek engine --explain"),  # no variable of Make
+        ("doctor", 2, BY_NAME["doctor"].examples[2]),  # words of the shell
     ],
 )
 def test_examples_are_translated_to_make(name: str, number: int, line: str) -> None:
@@ -168,6 +170,7 @@ def test_a_help_page_has_every_option_and_examples_that_the_command_accepts(comm
     assert all(option.flag in text for option in command.options)
     assert max(map(len, text.splitlines())) <= 120
     assert command.examples
+    assert " =" not in page(command, make=True)
     for example in command.examples:
         assert example in text
         words = [*takewhile(lambda word: word not in ("|", "&&", ">"), shlex.split(example, comments=True))]
