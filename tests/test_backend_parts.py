@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,3 +87,17 @@ def test_only_the_bad_request_of_a_part_fails_and_no_other_runs_twice(backend: A
     assert answers.pop(2) == "INVALID_ARG: inference failed: negative"
     assert answers == {0: {"y": [[2]]}, 1: {"y": [[3]]}, 3: {"y": [[5]]}}
     assert model.ran == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_batch_outside_the_profile_is_refused_and_not_joined_with_others(
+    backend: Any, tmp_path: Path, rows: int
+) -> None:
+    manifest = {"axes": {"batch": {"min": 4, "max": 4}}, "inputs": {"x": {"shape": ["batch", 1]}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    model = model_of(backend, 0, tmp_path)
+    answers: dict[int, Any] = {}
+    for found in model._responses([Request(*range(rows)), Request(*range(4))]):
+        answers |= found
+    assert answers[0] == f"INVALID_ARG: x: axis batch is {rows}; allowed: 4"
+    assert (model.ran, answers[1]) == ([4], {"y": [[1], [2], [3], [4]]})

@@ -41,8 +41,10 @@ class Color(str, enum.Enum):  # noqa: UP042 - its str() is its name
         pytest.param({"ids": IDS.astype(">i8")}, "inputs['ids'].astype(np.int64)", id="byte order"),
         pytest.param({"ids": IDS[0]}, "for a batch of one: inputs['ids'][None]", id="no batch"),
         pytest.param({"ids": IDS[:, :2]}, "dimension 1 must be 3, not 2", id="fixed dimension"),
-        pytest.param({"ids": IDS[:0]}, "a batch of 0; from 1 to 4 are allowed", id="empty batch"),
-        pytest.param({"ids": np.ones((40, 3), np.int64)}, "split it into batches of 4", id="large batch"),
+        pytest.param({"ids": IDS[:0]}, "a batch of 0; there is nothing to infer", id="empty batch"),
+        pytest.param(
+            {"ids": np.ones((40, 3), np.int64)}, "a batch of 40; at most 4 are allowed: split it", id="large batch"
+        ),
         pytest.param({"ids": IDS, "text": np.array([["a"]])}, "batch sizes disagree (ids 2, text 1)", id="batches"),
         pytest.param({"ids": IDS, "text": np.array([[b"a"], [3]], object)}, "holds 3 (int)", id="a number"),
     ],

@@ -159,7 +159,7 @@ def test_lists_of_any_length_run_as_one_batch_in_which_a_bad_one_fails_alone(sho
         ({"k": k_of(1)}, "input history is missing; send it, or ids as seen"),
         ({"history": [["a"] * 257]}, "history has 257 names in a row; allowed: up to 256"),
         ({"history": [["a"]], "exclude": [NAMES[1:6]]}, "exclude has 5 known items in a row; allowed: up to 4"),
-        ({"history": [["a"]] * 9}, "a batch of 9; from 1 to 8 are allowed"),
+        ({"history": [["a"]] * 9}, "a batch of 9; at most 8 are allowed"),
     ],
 )
 def test_a_bad_request_is_one_line(client: InferenceClient, inputs: Any, message: str) -> None:

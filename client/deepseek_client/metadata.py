@@ -164,10 +164,11 @@ class ModelMetadata:
         if len(set(sizes.values())) > 1:
             seen = ", ".join(f"{name} {size}" for name, size in sizes.items())
             raise InvalidInput(f"{self.name}: batch sizes disagree ({seen}); make the first dimensions equal")
-        size = next(iter(sizes.values()), 1)
-        if not 1 <= size <= (self.max_batch_size or size):
-            advice = f"split it into batches of {self.max_batch_size}" if size else "there is nothing to infer"
-            raise InvalidInput(f"{self.name}: a batch of {size}; from 1 to {self.max_batch_size} are allowed: {advice}")
+        size, most = next(iter(sizes.values()), 1), self.max_batch_size
+        if most and size > most:
+            raise InvalidInput(f"{self.name}: a batch of {size}; at most {most} are allowed: split it")
+        if size == 0:
+            raise InvalidInput(f"{self.name}: a batch of 0; there is nothing to infer")
 
 
 def metadata_from_json(where: str, signature: Any, config: Any, *, binary: bool = True) -> ModelMetadata:

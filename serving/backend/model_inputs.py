@@ -48,7 +48,8 @@ class ModelInputs:
                     continue
                 least, most = self._axes[axis]
                 if not least <= size <= most:
-                    raise ValueError(f"{name}: axis {axis} is {size}; allowed: {least} to {most}")
+                    allowed = least if least == most else f"{least} to {most}"
+                    raise ValueError(f"{name}: axis {axis} is {size}; allowed: {allowed}")
                 other, other_name = seen.setdefault(axis, (size, name))
                 if size != other:
                     raise ValueError(f"{name}: axis {axis} is {size}, but {other} in {other_name}: both must be equal")
@@ -82,13 +83,10 @@ def in_parts(
 
 
 def _profile(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, list]]:
-    """The smallest and largest size of each named axis, and the inputs' shapes; both empty without a manifest.
-
-    The batch axis is left out: Triton limits it by max_batch_size and merges small batches.
-    """
+    """The smallest and largest size of each named axis, and the inputs' shapes; both empty without a manifest."""
     if not os.path.isfile(path):
         return {}, {}
     with open(path, encoding="utf-8") as file:
         manifest = json.load(file)
-    axes = {name: (axis["min"], axis["max"]) for name, axis in manifest.get("axes", {}).items() if name != "batch"}
+    axes = {name: (axis["min"], axis["max"]) for name, axis in manifest.get("axes", {}).items()}
     return axes, {name: tensor["shape"] for name, tensor in manifest.get("inputs", {}).items()}
