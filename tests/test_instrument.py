@@ -22,7 +22,7 @@ from loadtests.load.child_process import free_ports
 from loadtests.load.measure import measure
 from loadtests.load.preflight import check
 from loadtests.load.wire.client import WireClient
-from loadtests.load.workers.sender import kind_of
+from loadtests.load.workers.sender import described
 from loadtests.results.histogram import VALUES_US, Latency
 from loadtests.results.run import Run, latest_run
 from loadtests.results.settings import LoadSettings
@@ -299,4 +299,4 @@ def test_a_lack_of_files_or_ports_differs_from_an_unreachable_server(
     monkeypatch.setattr("socket.socket.connect", connect)
     with WireClient("127.0.0.1:9", protocol, retries=0) as client, pytest.raises(Unreachable) as caught:
         client.ready()
-    assert kind_of(caught.value) == KINDS[number]
+    assert described(caught.value).partition(": ")[0] == KINDS[number]

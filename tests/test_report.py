@@ -225,10 +225,11 @@ def test_seconds_without_planned_requests_are_drawn(tmp_path: Path) -> None:
 
 
 def test_failures_are_shown_by_kind_and_over_time(tmp_path: Path) -> None:
-    requests = [(p, s, f, ("ServerBusy", "dropped", None)[i % 3]) for i, (p, s, f, _) in enumerate(steady())]
+    kinds = "ServerBusy: the queue\nis full", "dropped", None
+    requests = [(p, s, f, kinds[i % 3]) for i, (p, s, f, _) in enumerate(steady())]
     html = page([saved_run(tmp_path, requests)], SLO)
     assert "second 3, 100 planned, 34 answered, 67 failed, ServerBusy 34, dropped 33" in html
-    assert "ServerBusy 334 (33.40%) dropped 333 (33.30%)" in text_of(html)
+    assert "ServerBusy 334 (33.40%): the queue is full dropped 333 (33.30%)" in text_of(html)
 
 
 def test_the_highest_rate_that_holds_is_drawn() -> None:

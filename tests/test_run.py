@@ -70,12 +70,13 @@ def test_requests_planned_in_the_warm_up_are_excluded(tmp_path: Path) -> None:
     assert run.window.latency("intended").max_ms < 20
 
 
-def test_the_printed_figures_name_the_kinds_of_failures(tmp_path: Path) -> None:
+def test_the_printed_figures_name_the_kinds_of_failures_with_a_message_of_each(tmp_path: Path) -> None:
     console = Console(width=200)
-    lost = [(0.1 * place, 0.1 * place, 0.1 * place, "Unreachable") for place in range(3)]
+    lost = [(0.1 * place, 0.1 * place, 0.1 * place, f"Unreachable: try {place}") for place in range(3)]
     with console.capture() as printed:
         show(saved_run(tmp_path / "run", [*steady(count=10), *lost]), console)
     assert "13 requests, 10 answered, 3 failed (3 Unreachable); " in printed.get()
+    assert "Unreachable, for example: try 0\n" in printed.get()
 
 
 def test_a_failed_request_is_slower_than_any_limit(tmp_path: Path) -> None:

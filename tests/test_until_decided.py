@@ -160,9 +160,22 @@ def test_a_throughput_near_its_limit_is_undecided_only_if_the_load_can_reach_it(
     assert until_decided.undecided(found) == open_
 
 
-@pytest.mark.parametrize("words", [("--mix", "a,b"), ("--web",), ("--remote-workers", "2"), ("--replay", "t.csv")])
-def test_options_that_exclude_until_decided_are_refused_in_one_line(
-    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        *(
+            (("--until-decided", *words), f"--until-decided: not with {words[0]}; leave one of them out")
+            for words in (("--mix", "a,b"), ("--web",), ("--remote-workers", "2"), ("--replay", "t.csv"))
+        ),
+        (("--max-s", "60"), "--max-s 60: only for --until-decided; add it, or leave --max-s out (BUDGET_S=)"),
+        (
+            ("--users", "2", "--arrivals", "constant"),
+            "--arrivals: not with --users, who send again after each answer; leave one of them out",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_in_one_line(
+    words: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command_line(["loadtest", "--until-decided", *words]) == 2
-    assert capsys.readouterr().err == f"error: --until-decided: not with {words[0]}; leave one of them out\n"
+    assert command_line(["loadtest", *words]) == 2
+    assert capsys.readouterr().err == f"error: {line}\n"

@@ -132,7 +132,7 @@ def run() -> None:
         name, settings = each.pop("name"), LoadSettings(**each.pop("settings"))
         recorders[name] = RequestRecorder()
         settings = replace(settings, max_in_flight=settings.max_in_flight or MOST_IN_FLIGHT)
-        senders.append(ModelSender(settings, recorders[name], models=len(plan), describe=described, **each))
+        senders.append(ModelSender(settings, recorders[name], models=len(plan), **each))
 
     def save() -> None:
         log.write_text(json.dumps({name: each.requests for name, each in recorders.items()}))
@@ -157,7 +157,3 @@ def run() -> None:
         gevent.sleep(0.01)
     save()
     os._exit(0)  # the thread that reads standard input may still wait
-
-
-def described(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {failure}"

@@ -50,6 +50,7 @@ def summary(run: Run) -> dict[str, Any]:
         "planned": run.window.planned,
         "answered": run.window.ok,
         "errors": dict(run.window.errors),
+        "messages": run.window.messages,
         "throughput_rps": run.window.throughput_rps,
         "tokens_per_s": run.tokens_per_s,
         "latency": {kind: _figures(run.window.latency(kind)) for kind in kinds},
@@ -93,6 +94,8 @@ def show(run: Run, console: Console) -> None:
     counts = f"{window.planned} requests, {window.ok} answered, {window.failed} failed{kinds and f' ({kinds})'}"
     tokens = f", {run.tokens_per_s:.0f} tokens/s" if run.tokens_per_s else ""
     console.print(f"{counts}; {window.throughput_rps:.1f} answers/s{tokens}")
+    for kind, message in window.messages.items():
+        console.print(f"{kind}, for example: {message}")
     for kind, figures in summary(run)["latency"].items():
         shown = ", ".join(f"{name[:-3]} {'never' if ms is None else f'{ms:.2f} ms'}" for name, ms in figures.items())
         console.print(f"{kind} latency: {shown}")
@@ -134,6 +137,10 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--speed {args.speed:g}: only for --replay; give a file of recorded traffic, or leave it out")
     if args.replay is not None and (other := next((name for name in TIMES if name in args.given), None)):
         raise InputError(f"--{other.replace('_', '-')}: not with --replay, which has its own times; leave one out")
+    if args.users is not None and "arrivals" in args.given:
+        raise InputError("--arrivals: not with --users, who send again after each answer; leave one of them out")
+    if not args.until_decided and "max_s" in args.given:
+        raise InputError(f"--max-s {args.max_s:g}: only for --until-decided; add it, or leave --max-s out (BUDGET_S=)")
     if args.mix and args.inputs is not None:
         raise InputError("--inputs: not with --mix, whose models each use build/<model>/evaluation.npz; leave it out")
     if args.web:

@@ -108,9 +108,10 @@ def lengths(run: Run) -> str:
 
 
 def failures(run: Run) -> str:
-    """Errors and drops by kind; "" if nothing failed."""
+    """Errors and drops by kind, each with a message; "" if nothing failed."""
+    planned, messages = max(1, run.window.planned), run.window.messages
     rows = [
-        (kind, f"{count:,} ({count / max(1, run.window.planned):.2%})")
+        (kind, ": ".join(filter(None, (f"{count:,} ({count / planned:.2%})", messages.get(kind)))))
         for kind, count in run.window.errors.most_common()
     ]
     return facts(rows) if rows else ""

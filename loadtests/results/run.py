@@ -5,7 +5,7 @@ for which it was *planned*, even if it was answered later. A run's folder, `buil
 atomically:
     run.json        settings, machine, versions, the generator's health, the server's statistics; also counts and
                     histograms of the window by length, if the inputs have several lengths
-    seconds.jsonl   one line per second (and worker): counts, errors by kind, encoded histograms
+    seconds.jsonl   one line per second (and worker): counts, errors by kind with one message, encoded histograms
 The models of a mix have one folder each, all with the same name.
 
 Example:

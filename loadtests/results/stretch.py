@@ -65,6 +65,8 @@ class Second:
     dropped: int = 0
     tokens: int = 0
     errors: Counter[str] = field(default_factory=Counter)
+    messages: dict[str, str] = field(default_factory=dict)
+    """Kind of error -> the message of its first failure."""
     latencies: dict[Latency, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
     """Non-zero places of each worker's histogram and their counts; whole histograms would need too much memory."""
 
@@ -73,6 +75,7 @@ class Second:
             setattr(self, name, getattr(self, name) + row[name])
         self.tokens += row.get("tokens", 0)
         self.errors.update({kind: int(count) for kind, count in row["errors"].items()})
+        self.messages = {**row.get("messages", {}), **self.messages}
         for kind in KINDS:
             if kind in row:
                 counts = np.ctypeslib.as_array(HdrHistogram.decode(row[kind]).counts)
@@ -154,6 +157,11 @@ class Stretch:
         kinds = sum((each.errors for each in self.seconds), Counter())
         dropped = sum(each.dropped for each in self.seconds)
         return kinds + Counter({"dropped": dropped})
+
+    @property
+    def messages(self) -> dict[str, str]:
+        """Kind of error -> the message of its first failure."""
+        return {kind: text for each in reversed(self.seconds) for kind, text in each.messages.items()}
 
     @property
     def throughput_rps(self) -> float:

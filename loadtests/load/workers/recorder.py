@@ -20,6 +20,7 @@ from loadtests.load.inputs import NO_LENGTH, Length
 from loadtests.results.histogram import LONGEST_US, VALUES_US, Latency, histogram
 
 FOLD_AT = 4096  # pending values, which bounds the memory of a long run
+MESSAGE = 300  # characters of an error's message
 
 
 def rows_file(folder: Path, model: str) -> Path:
@@ -55,17 +56,19 @@ class Latencies:
 class _Second:
     """The requests planned in one second; `attempted` and `completed` count the events within it."""
 
-    __slots__ = ("attempted", "completed", "dropped", "errors", "latencies", "ok", "planned", "tokens")
+    __slots__ = ("attempted", "completed", "dropped", "errors", "latencies", "messages", "ok", "planned", "tokens")
 
     def __init__(self) -> None:
         self.planned = self.attempted = self.ok = self.completed = self.dropped = self.tokens = 0
         self.errors: Counter[str] = Counter()
+        self.messages: dict[str, str] = {}
         self.latencies: defaultdict[Latency, Latencies] = defaultdict(Latencies)
 
     def row(self, second: int) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("planned", "attempted", "ok", "completed", "dropped")}
         encoded: dict[str, str] = {kind: found.folded().encode().decode() for kind, found in self.latencies.items()}
-        return {"second": second, **counts, "errors": dict(self.errors), **encoded}
+        messages = {"messages": self.messages} if self.messages else {}
+        return {"second": second, **counts, "errors": dict(self.errors), **messages, **encoded}
 
 
 class Recorder:
@@ -101,7 +104,7 @@ class Recorder:
     def finish(
         self, planned_s: float, sent_s: float, finished_s: float, error: str | None, length: Length = NO_LENGTH
     ) -> None:
-        """Records an answer, or a failure of the kind `error`."""
+        """Records an answer, or a failure: `error` is its kind, or its kind and its message."""
         self.in_flight -= 1
         second = self._at(planned_s)
         if error is None:
@@ -116,7 +119,10 @@ class Recorder:
 
     def _count(self, counted: _Second, planned_s: float, sent_s: float, finished_s: float, error: str | None) -> None:
         if error is not None:
-            counted.errors[error] += 1
+            kind, _, message = error.partition(": ")
+            counted.errors[kind] += 1
+            if message and kind not in counted.messages:
+                counted.messages[kind] = " ".join(message.split())[:MESSAGE]
             return
         counted.ok += 1
         counted.latencies["service"].add(finished_s - sent_s)

@@ -65,18 +65,16 @@ class ModelSender:
         *,
         models: int = 1,
         plan: np.ndarray | None = None,
-        describe: Callable[[Exception], str] | None = None,
         fire: Callable[..., None] = lambda **_: None,
         **client_options: Any,
     ) -> None:
         """Prepares the requests of one of `models` models; of a replay, those of its `plan` (of `replay.PLAN`).
 
-        `describe` names a failure for the record (default: `kind_of`); `fire` is called for each request, like
-        Locust's event. The client makes one attempt per request unless its options say otherwise. Raises InputError, or
-        InferenceError if the server does not return the model's metadata.
+        `fire` is called for each request, like Locust's event. The client makes one attempt per request unless its
+        options say otherwise. Raises InputError, or InferenceError if the server does not return the model's metadata.
         """
         self.settings, self.recorder = settings, recorder
-        self._describe, self._fire = describe or kind_of, fire
+        self._fire = fire
         self._client_options: dict[str, Any] = {"retries": 0, "retry_budget": None, **client_options}
         spec = DeploymentSpec.of_model(settings.model, settings.models, tuned=os.devnull)  # only signature and axes
         only = None if plan is None else rows_in(plan)
@@ -185,7 +183,7 @@ class ModelSender:
                     self._served.check_answer(answer)
                     self._right.add(seen)
         except Exception as failure:  # every kind of error means that the request was not answered
-            error = self._describe(failure)
+            error = described(failure)
         finished_at = time.perf_counter()
         sent_s = sent_at - self.window_at
         self.recorder.finish(
@@ -198,12 +196,13 @@ class ModelSender:
         self._tell_locust(finished_at - sent_at, error)
 
     def _tell_locust(self, seconds: float, error: str | None) -> None:
+        """Locust groups failures by `exception`: it gets their kind alone."""
         self._fire(
             request_type=self.settings.over,
             name=self.settings.model,
             response_time=seconds * 1000,
             response_length=0,
-            exception=error,
+            exception=error and error.partition(": ")[0],
         )
 
 
@@ -244,11 +243,12 @@ def _run_schedules(senders: Sequence[ModelSender], worker: int, workers: int) ->
     clock.close()
 
 
-def kind_of(failure: Exception) -> str:
-    """The kind of a failed request: the name of its error, or the resource that this machine lacked to connect."""
+def described(failure: Exception) -> str:
+    """Kind and message of a failure; the kind is the error's name, or the resource that this machine lacked."""
+    kind = type(failure).__name__
     cause: BaseException | None = failure
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in KIND_OF_ERRNO:
-            return KIND_OF_ERRNO[cause.errno]
+            kind = KIND_OF_ERRNO[cause.errno]
         cause = cause.__context__
-    return type(failure).__name__
+    return f"{kind}: {failure}"
