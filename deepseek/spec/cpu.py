@@ -1,12 +1,16 @@
-"""The CPU of this machine: its model, the cores that this process can use, and whether it is fast at int8."""
+"""The CPU of this machine (its model, the cores to use, whether it is fast at int8), and the memory."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek.onnxruntime_session import cores
+
+_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,3 +55,12 @@ def has_int8_dot_products(file: Path = Path("/proc/cpuinfo")) -> bool | None:
     """Whether the CPU multiplies 8-bit integers faster than floats; None if the kernel does not say."""
     found = int8_instructions(file)
     return None if found is None else bool(found)
+
+
+def memory_bytes() -> int:
+    """Memory that processes may use in total: the machine's, or the limit of their control group."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _MEMORY_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # control groups of another version, or "max": no limit
+            limits.append(int(Path(path).read_text()))
+    return min(limits)

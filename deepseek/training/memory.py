@@ -14,23 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1
+from deepseek.spec.cpu import memory_bytes
 
 
 def limit_bytes(device: torch.device) -> float:
     """Memory that this process may use: its GPU's, or an equal share of this machine's."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[1])
-    limits = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        limits.append(float(soft))
-    for path in CGROUP_LIMITS:
-        try:
-            limits.append(float(Path(path).read_text()))
-        except (OSError, ValueError):  # another cgroup version, or "max": no limit
-            continue
-    return min(limits) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    limit = memory_bytes() if soft == resource.RLIM_INFINITY else min(memory_bytes(), soft)
+    return limit / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def used_bytes(device: torch.device) -> int:

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import itertools
 import math
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from deepseek.spec import BATCH, Axis, DeploymentSpec, GateFailed, InputError
+from deepseek.spec.cpu import memory_bytes
 from export.artifact import human_bytes
 from export.model_folder import Predict, folder_of, in_order, model_py, user_code
 from export.rows import Row, join
@@ -120,10 +120,6 @@ def _at_sizes(arrays: Iterator[np.ndarray], shape: tuple[int | str, ...], sizes:
     while array.shape[last] < size:
         array = np.concatenate([array, fitted(next(arrays))], axis=last)
     return np.take(array, np.arange(size), axis=last)
-
-
-def memory_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_memory(spec: DeploymentSpec, rows: list[Row]) -> None:

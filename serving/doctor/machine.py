@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek.spec import InputError
-from deepseek.spec.cpu import Cpu, this_cpu
+from deepseek.spec.cpu import Cpu, memory_bytes, this_cpu
 from deepseek.spec.gpus import Gpu, gpus
 from deepseek.spec.triton_release import TRITON_TAG, parse_tag
 from serving.embedded.wheel import parts
@@ -64,7 +64,7 @@ class Machine:
             triton_tag=tag,
             tensorrt=_tensorrt_version(),
             gpus=gpus(),
-            ram_bytes=_ram_bytes(),
+            ram_bytes=memory_bytes(),
             onnxruntime=_onnxruntime_providers(),
             cpu=this_cpu(),
             tokenizers=importlib.util.find_spec("tokenizers") is not None,
@@ -111,16 +111,3 @@ def _docker_runtimes() -> tuple[str, ...] | None:
     if any(str(device.get("ID", "")).startswith("nvidia.com/gpu") for device in devices):
         names.add("nvidia")
     return tuple(sorted(names))
-
-
-def _ram_bytes() -> int:
-    """The machine's memory, or the cgroup's limit if that is lower."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(limit).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
