@@ -163,6 +163,7 @@ ALL = ["train", "to_onnx", *GRAPHS, *CHOSEN]
         (edit("models/tiny/deploy.toml", "# a comment\n"), []),
         (edit("models/tiny/deploy.toml", "[tensorrt]\nworkspace_mib = 64\n"), []),
         (edit("models/tiny/deploy.toml", "[precision]\nmax_drop = 0.02\n"), ["quantize int8", *CHOSEN]),
+        (edit("models/tiny/deploy.toml", "[precision]\ncandidates = ['int8', 'fp16']\n"), ["quantize int8", *CHOSEN]),
         (edit("models/tiny/deploy.toml", "[precision]\nkeep_high = ['x']\n"), [*GRAPHS, *CHOSEN]),
         (edit("models/tiny/deploy.toml", "[slo]\np99_ms = 7\n"), MEASURED),
         (edit("models/tiny/deploy.toml", "[batching]\nmax_queue_size = 7\n"), SERVED),
