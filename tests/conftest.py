@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepseek_client import InferenceClient
 
 from cli.commands import BY_NAME
 from deepseek.spec.files.folders import alone_in
@@ -41,6 +42,7 @@ FREE: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}  # po
 # A test that takes one of these fixtures, or whose file has one of these names, starts a server or builds a model.
 # Other files say so with the mark `server`.
 STARTING_FIXTURES = {"server", "relays", "closed", "gateway", "built", "typed", "generated"}
+STARTING_FIXTURES |= {"built_sentence", "built_shop", "built_reranker"}
 STARTING_NAMES = {"EmbeddedServer", "FakeEndpoint", "Gateway", "Serving", "answering", "run_module", "train_model"}
 
 
@@ -259,6 +261,56 @@ def typed(built: Path, of_the_run: Path) -> Path:
     return once(folder, make) / "build"
 
 
+def built_alone(of_the_run: Path, model: str) -> Path:
+    """The folder of one more test model in fp32."""
+    folder = of_the_run / model
+
+    def make() -> None:
+        run_stage(model, "to-onnx", build=folder / "build")
+        flags = ("--precision", "fp32", "--repository", str(folder / "repository"))
+        run_stage(model, "publish", *flags, build=folder / "build")
+
+    return once(folder, make)
+
+
+@pytest.fixture(scope="session")
+def built_sentence(of_the_run: Path) -> Path:
+    """A folder with `build/` and `repository/` of the model `sentence`, which takes texts; read-only."""
+    return built_alone(of_the_run, "sentence")
+
+
+@pytest.fixture(scope="session")
+def built_shop(of_the_run: Path) -> Path:
+    """The same of the model `shop`, which takes names of items."""
+    return built_alone(of_the_run, "shop")
+
+
+@pytest.fixture(scope="session")
+def built_reranker(of_the_run: Path) -> Path:
+    """The same of `reranker`, a tiny cross-encoder that takes pairs; also the checkpoint and `models/`."""
+    from tests.tiny_checkpoints import write_checkpoint
+
+    folder = of_the_run / "pairs"
+
+    def make() -> None:
+        write_checkpoint(folder / "reranker", "bert", "cross-encoder")
+        which = ("--model", "reranker", "--models", str(folder / "models"))
+        publish = ("publish", *which, "--precision", "fp32", "--repository", str(folder / "repository"))
+        for command in (("import", str(folder / "reranker"), *which[2:]), ("to-onnx", *which), publish):
+            run = run_module("cli", *command, DEEPSEEK_BUILD=str(folder / "build"))
+            assert run.returncode == 0, run.stderr
+
+    return once(folder, make)
+
+
+@pytest.fixture(params=["http", "grpc"])
+def client(server: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[InferenceClient]:
+    """A client of the module's server over each protocol."""
+    url = server.http_url if request.param == "http" else server.grpc_url
+    with InferenceClient(url, request.param, timeout_s=60) as made:
+        yield made
+
+
 @pytest.fixture(scope="session")
 def generated(of_the_run: Path) -> dict[str, Path]:
     """Kubernetes overlays for a repository with one model, by the options given; read-only."""
@@ -280,6 +332,13 @@ def build(built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The shared `build/` folder as $DEEPSEEK_BUILD."""
     monkeypatch.setenv("DEEPSEEK_BUILD", str(built / "build"))
     return built / "build"
+
+
+@pytest.fixture
+def own_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `build/` folder of the test's own, which need not exist yet, as $DEEPSEEK_BUILD."""
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    return tmp_path / "build"
 
 
 @pytest.fixture

@@ -30,9 +30,7 @@ from tests.checkout import BUSY, Checkout, blocks
 from tests.conftest import run_module
 from tests.docker_engine import HERE, answers, own_engine, run
 from tests.gateway import free_port, wait_for
-from tests.test_text import folder
 
-__all__ = ["folder"]  # a fixture
 PROJECT = f"deepseek-test-{os.getpid()}"
 IMAGES = "deepseek-test"  # not those of a stack in use here; kept, so that the next run need not build them
 OBSERVED = ("--file", "compose.yaml", "--file", "docker/compose.offline.yaml", "--profile", "observe")
@@ -105,7 +103,7 @@ class Stack:
 
 @pytest.fixture(scope="module")
 def stack(
-    docker: dict[str, str], built: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory
+    docker: dict[str, str], built: Path, built_sentence: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Stack]:
     """Triton and the gateway, built and up; down again at the end, with nothing left."""
     running = Stack(
@@ -113,7 +111,7 @@ def stack(
     )
     running.folder.chmod(0o755)
     shutil.copytree(built / "repository", running.repository)
-    shutil.copytree(folder / "repository" / "sentence", running.repository / "sentence")  # takes texts
+    shutil.copytree(built_sentence / "repository" / "sentence", running.repository / "sentence")  # takes texts
     places = ("--repository", str(running.repository), "--models", "tests/models", "--folder", str(running.gateway))
     ports = ("--gateway-port", str(running.port), "--local-ports", ",".join(map(str, running.local_ports)))
     settings = (*places, *ports, "--env-file", str(running.folder / "env"), "--project", IMAGES)

@@ -175,10 +175,7 @@ def samples(split):
 """
 
 
-def test_pytorchs_own_encoder_with_padding_is_what_its_graph_gives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+def test_pytorchs_own_encoder_with_padding_is_what_its_graph_gives(tmp_path: Path, own_build: Path) -> None:
     source = tiny(tmp_path, toml=TOML.replace('["batch", 8]', '["batch", 5, 8]'), code=PADDED)
     session = onnxruntime.InferenceSession(export_model(source)["path"])
     _, inputs = next(batches(list(source.rows("evaluation", 6)), 4))
@@ -201,9 +198,8 @@ def samples(split):
 
 @pytest.mark.parametrize(("cast", "dtype"), [("half", "float32"), ("bfloat16", "float16")])
 def test_sixteen_bit_weights_start_from_fp32_and_keep_the_signature(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cast: str, dtype: str
+    tmp_path: Path, own_build: Path, cast: str, dtype: str
 ) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     source = tiny(tmp_path, toml=TOML.replace("float32", dtype), code=HALF.format(cast=cast, dtype=dtype))
     graph = onnx.load(export_model(source)["path"]).graph
     assert {tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 2} == {onnx.TensorProto.FLOAT}

@@ -23,22 +23,20 @@ from serving.stack.server_sizes import OPENAI_MIB, server_sizes
 from tests.failing_servers import answering, mute
 from tests.gateway import Gateway, skip_without_nginx, wait_for
 from tests.test_embedded import Serving, start
-from tests.test_text import folder
 
-__all__ = ["folder"]  # a fixture
 BODY = b'{"model": "sentence", "input": ["ab", "cd ab"]}'
 
 
 @pytest.fixture(scope="module")
-def models(folder: Path) -> list[ServedModel]:
-    return served_models(folder / "repository", Path("tests/models"))
+def models(built_sentence: Path) -> list[ServedModel]:
+    return served_models(built_sentence / "repository", Path("tests/models"))
 
 
 @pytest.fixture(scope="module")
-def serving(folder: Path) -> Iterator[Serving]:
+def serving(built_sentence: Path) -> Iterator[Serving]:
     """The server as the CPU image starts it."""
     skip_without_nginx()
-    process = start(folder / "repository", "--openai-port", "0", "--behind-gateway", "--exit-timeout-s", "1")
+    process = start(built_sentence / "repository", "--openai-port", "0", "--behind-gateway", "--exit-timeout-s", "1")
     try:
         yield Serving.of(process)
     finally:

@@ -155,15 +155,14 @@ def test_the_prompts_of_an_encoder_are_kept(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "task"), [(kind, task) for kind in KINDS for task in HEADS])
 def test_each_allowed_kind_of_model_gives_what_transformers_gives(
-    kind: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, task: str, tmp_path: Path, own_build: Path
 ) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     module = write_checkpoint(tmp_path / "checkpoints" / task, kind, task)
     if task == "encoder":
         write_modules(tmp_path / "checkpoints" / task, MEAN, "Normalize")
     main(values_of("import", str(tmp_path / "checkpoints" / task), "--models", str(tmp_path / "models")))
     export_model(ModelFolder(task, tmp_path / "models"))
-    graph = tmp_path / "build" / task / "fp32" / "model.onnx"
+    graph = own_build / task / "fp32" / "model.onnx"
     inputs = batch(tmp_path, task)
     (found,) = onnxruntime.InferenceSession(graph).run(["embedding" if task == "encoder" else "logits"], inputs)
     for row, expected in zip(found, of_transformers(task, module, inputs), strict=True):
@@ -181,6 +180,8 @@ def test_the_folder_says_what_the_checkpoint_says(checkpoints: tuple[Path, dict[
     for task, longest in (("encoder", 66), ("classifier", 66), ("token-classifier", 64), ("cross-encoder", 66)):
         spec = DeploymentSpec.of_model(task, root / "models")
         assert spec.axes["sequence"].max == longest, task  # RoBERTa counts from the id of padding, 1, plus 1
+        assert spec.text is not None
+        assert spec.text.pairs == (task == "cross-encoder")
         text = (root / "models" / task / "deploy.toml").read_text()
         names = LABELS.get(task, [])
         assert all(f"{place} {label}" in text for place, label in enumerate(names) if len(names) > 1)

@@ -208,16 +208,15 @@ def test_all_sessions_run_a_batch_at_the_same_time() -> None:
 
 
 def test_the_stage_measures_the_chosen_graph_and_publishing_uses_it(
-    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    built: Path, tmp_path: Path, own_build: Path
 ) -> None:
-    shutil.copytree(built / "build" / "image", tmp_path / "build" / "image")
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
-    run_stage("image", "measure-batches", build=tmp_path / "build")
+    shutil.copytree(built / "build" / "image", own_build / "image")
+    run_stage("image", "measure-batches", build=own_build)
     measured = read_measured("image", "onnxruntime")
     assert measured is not None
     assert measured.times[0].rows == 1
     assert (measured.instances, measured.cpu, measured.skipped) == (2, this_cpu(), "")
-    chosen = json.loads((tmp_path / "build" / "image" / "choice-onnxruntime.json").read_text())["chosen"]
+    chosen = json.loads((own_build / "image" / "choice-onnxruntime.json").read_text())["chosen"]
     slow = measured_as({1: 7.0, 2: 9.0, 4: 14.0, 8: 28.0}, precision=chosen, threads=measured.threads, cpu=measured.cpu)
     batches_path("image", "onnxruntime").write_text(slow.model_dump_json())
     spec = IMAGE.model_copy(update={"slo": IMAGE.slo.model_copy(update={"p99_ms": 60.0})})

@@ -23,9 +23,8 @@ from serving.openai.routes import BODY_BYTES
 from tests.conftest import write_add_one
 from tests.gateway import wait_for
 from tests.test_embedded import Serving, start
-from tests.test_text import MOST_TOKENS, folder, ids_of
+from tests.test_text import MOST_TOKENS, ids_of
 
-__all__ = ["folder"]  # a fixture
 TEXTS = ["ab " * (1 + 7 * k % 30) + "cd" * (k % 3) for k in range(50)]  # of unequal length, more than six batches
 
 
@@ -41,9 +40,9 @@ def serve(repository: Path) -> Iterator[Serving]:
 
 
 @pytest.fixture(scope="module")
-def serving(folder: Path) -> Iterator[Serving]:
+def serving(built_sentence: Path) -> Iterator[Serving]:
     """A server of the model `sentence`."""
-    with serve(folder / "repository") as running:
+    with serve(built_sentence / "repository") as running:
         yield running
 
 

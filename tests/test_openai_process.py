@@ -19,13 +19,12 @@ from tests.conftest import write_add_one
 from tests.gateway import free_port, wait_for
 from tests.test_embedded import start
 from tests.test_openai import Serving, blocked, call
-from tests.test_text import folder
 
-__all__ = ["blocked", "folder"]  # fixtures
+__all__ = ["blocked"]  # a fixture
 
 
-def test_crashed_routes_are_restarted_and_all_ends_with_the_server(folder: Path) -> None:
-    serving = Serving.of(start(folder / "repository", "--openai-port", "0"))
+def test_crashed_routes_are_restarted_and_all_ends_with_the_server(built_sentence: Path) -> None:
+    serving = Serving.of(start(built_sentence / "repository", "--openai-port", "0"))
     first = serving.routes
     first.kill()
     with openai.OpenAI(base_url=serving.places["OpenAI"], api_key="unused", max_retries=5) as client:
@@ -88,24 +87,26 @@ def test_without_a_server_it_is_503_with_retry_after(tmp_path: Path) -> None:
             assert (status, headers["Retry-After"], answer["error"]["type"]) == (503, "1", "server_error")
 
 
-def test_a_port_in_use_is_one_line(folder: Path) -> None:
+def test_a_port_in_use_is_one_line(built_sentence: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        process = start(folder / "repository", "--openai-port", str(port))
+        process = start(built_sentence / "repository", "--openai-port", str(port))
         _, errors = process.communicate()
     assert (process.returncode, errors.count("\n")) == (2, 1)
     assert f"OpenAI port 127.0.0.1:{port} cannot be used" in errors
     assert "OPENAI_PORT=" in errors
 
 
-def test_routes_start_when_a_polling_server_gets_its_first_model_that_takes_texts(folder: Path, tmp_path: Path) -> None:
+def test_routes_start_when_a_polling_server_gets_its_first_model_that_takes_texts(
+    built_sentence: Path, tmp_path: Path
+) -> None:
     repository = tmp_path / "repository"
     write_add_one(repository)
     with socket.create_server(("127.0.0.1", 0)) as taken:  # the server goes on without the routes until it is free
         port = taken.getsockname()[1]
         process = start(repository, "--poll-s", "1", "--openai-port", str(port))
         assert "OpenAI" not in Serving.of(process).places
-        shutil.copytree(folder / "repository" / "sentence", tmp_path / "sentence")
+        shutil.copytree(built_sentence / "repository" / "sentence", tmp_path / "sentence")
         (tmp_path / "sentence").rename(repository / "sentence")
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")

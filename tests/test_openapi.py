@@ -14,9 +14,8 @@ from serving.openai.request_body import RequestBody
 from serving.openai.requests import EmbeddingRequest, RerankRequest, SimilarityRequest
 from serving.openai.routes import Routes
 from tests.test_openai import Serving, call, serving
-from tests.test_text import folder
 
-__all__ = ["folder", "serving"]  # fixtures
+__all__ = ["serving"]  # a fixture
 DOCUMENT = document(Routes(None, None, None)._routes)  # type: ignore[arg-type]
 
 

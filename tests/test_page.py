@@ -22,23 +22,21 @@ from tests.browser import Browser, needs_chromium
 from tests.gateway import free_port
 from tests.test_embedded import Serving, start
 from tests.test_openai import call, serve
-from tests.test_pairs import place
-from tests.test_text import folder
-from tests.test_vocabulary import folder as shop
 
-__all__ = ["folder", "place", "shop"]  # fixtures
 pytestmark = pytest.mark.server
 SEARCH, RANK, RECOMMEND = (f"document.querySelector('#{name}')" for name in ("search", "rank", "recommend"))
 TYPED = "We missed the last bus home."
 
 
 @pytest.fixture(scope="module")
-def url(place: Path, folder: Path, shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(
+    built_reranker: Path, built_sentence: Path, built_shop: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """A server with a tiny encoder, a tiny cross-encoder and a recommender of a small shop."""
     repository = tmp_path_factory.mktemp("page") / "repository"
-    shutil.copytree(folder / "repository", repository)
-    shutil.copytree(place / "repository" / "reranker", repository / "reranker")
-    shutil.copytree(shop / "repository" / "shop", repository / "shop")
+    shutil.copytree(built_sentence / "repository", repository)
+    shutil.copytree(built_reranker / "repository" / "reranker", repository / "reranker")
+    shutil.copytree(built_shop / "repository" / "shop", repository / "shop")
     with serve(repository) as running:
         yield running.places["page"].removesuffix("/")
 
@@ -129,25 +127,25 @@ def test_texts_are_ranked_by_the_cross_encoder(page: Browser, url: str) -> None:
 
 
 @needs_chromium
-def test_a_recommender_alone_has_the_page(shop: Path, chromium: Browser) -> None:
-    with serve(shop / "repository") as running:
+def test_a_recommender_alone_has_the_page(built_shop: Path, chromium: Browser) -> None:
+    with serve(built_shop / "repository") as running:
         assert "OpenAI" not in running.places
         chromium.open(running.places["page"])
         chromium.wait(f"{RECOMMEND}?.hidden === false")
         assert chromium.js(f"[{SEARCH}.hidden, {RANK}.hidden]") == [True, True]
 
 
-def test_a_recommender_is_served_without_the_page_if_its_port_is_taken(shop: Path) -> None:
+def test_a_recommender_is_served_without_the_page_if_its_port_is_taken(built_shop: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        process = start(shop / "repository", "--openai-port", str(port))
+        process = start(built_shop / "repository", "--openai-port", str(port))
         places = Serving.of(process).places
     process.terminate()
     assert f"warning   no page to try the models: OpenAI port 127.0.0.1:{port}" in process.communicate()[1]
     assert "page" not in places
 
 
-@pytest.mark.parametrize("folder_of", ["shop", "folder"])
+@pytest.mark.parametrize("folder_of", ["built_shop", "built_sentence"])
 def test_only_texts_need_the_routes_to_keep_running(
     folder_of: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,7 +156,7 @@ def test_only_texts_need_the_routes_to_keep_running(
         routes = _Routes(options, server, running)
         assert routes.process is not None
         routes.process.look = lambda: "they ended too often"  # type: ignore[method-assign]
-        if folder_of == "folder":
+        if folder_of == "built_sentence":
             assert routes.look() == "they ended too often"
         else:
             assert (routes.look(), routes.look(), routes.process) == (None, None, None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +13,11 @@ import torch
 import transformers
 from deepseek_client import InferenceClient, InvalidInput
 
-from deepseek.spec import DeploymentSpec
 from export.checks.parity import compare_served
 from export.checks.parity_strings import AT
 from export.model_folder import ModelFolder
 from serving.embedded.launcher import EmbeddedServer
-from serving.repository.served_models import served_models
-from tests.conftest import FREE, once, run_module
-from tests.tiny_checkpoints import write_checkpoint
+from tests.conftest import FREE, run_module
 
 LONGEST = 66  # tokens of the checkpoint
 QUERY = "how long do eggs keep?"
@@ -28,36 +26,11 @@ PAIRS = [*((QUERY, document) for document in DOCUMENTS), ("q " * 40, "d " * 50),
 
 
 @pytest.fixture(scope="module")
-def place(of_the_run: Path) -> Path:
-    """The folders of a tiny cross-encoder, imported and published: `models/`, `build/` and `repository/`."""
-    folder = of_the_run / "pairs"
-
-    def make() -> None:
-        write_checkpoint(folder / "reranker", "bert", "cross-encoder")
-        models = ("--models", str(folder / "models"))
-        publish = ("publish", "--precision", "fp32", "--repository", str(folder / "repository"))
-        for command in (("import", str(folder / "reranker")), ("to-onnx",), publish):
-            which = ("--model", "reranker") if command[0] != "import" else ()
-            run = run_module("cli", *command, *which, *models, DEEPSEEK_BUILD=str(folder / "build"))
-            assert run.returncode == 0, run.stderr
-
-    return once(folder, make)
-
-
-@pytest.fixture(scope="module")
-def server(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+def server(built_reranker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
     """The model, served."""
     log = tmp_path_factory.mktemp("log") / "triton.log"
-    with EmbeddedServer(place / "repository", **FREE, log_path=log) as running:
+    with EmbeddedServer(built_reranker / "repository", **FREE, log_path=log) as running:
         yield running
-
-
-@pytest.fixture(params=["http", "grpc"])
-def client(server: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[InferenceClient]:
-    """A client over each protocol."""
-    protocol: Literal["http", "grpc"] = request.param
-    with InferenceClient(getattr(server, f"{protocol}_url"), protocol, timeout_s=60) as made:
-        yield made
 
 
 def scores_of_transformers(folder: Path, pairs: list[tuple[str, str]]) -> np.ndarray:
@@ -73,8 +46,8 @@ def scores_of_transformers(folder: Path, pairs: list[tuple[str, str]]) -> np.nda
     return np.array(scores)
 
 
-def test_scores_are_those_of_transformers(place: Path, client: InferenceClient) -> None:
-    expected = scores_of_transformers(place / "reranker", PAIRS)
+def test_scores_are_those_of_transformers(built_reranker: Path, client: InferenceClient) -> None:
+    expected = scores_of_transformers(built_reranker / "reranker", PAIRS)
     found = client.infer("reranker", {"text": PAIRS})
     np.testing.assert_allclose(found["logits"], expected, atol=1e-4)
     assert np.ptp(expected) > 0.05
@@ -93,41 +66,22 @@ def test_scores_are_those_of_transformers(place: Path, client: InferenceClient) 
     ],
 )
 def test_a_bad_pair_is_one_line(client: InferenceClient, texts: Any, message: str) -> None:
-    with pytest.raises(InvalidInput) as error:
+    with pytest.raises(InvalidInput, match=re.escape(message)):
         client.infer("reranker", {"text": texts})
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_the_import_writes_pairs_for_a_cross_encoder_only(place: Path, tmp_path: Path) -> None:
-    text = DeploymentSpec.of_model("reranker", place / "models").text
-    assert text is not None
-    assert text.pairs
-    write_checkpoint(tmp_path / "classifier", "bert", "classifier")
-    run = run_module("cli", "import", str(tmp_path / "classifier"), "--models", str(tmp_path / "models"))
-    assert run.returncode == 0, run.stderr
-    written = (tmp_path / "models" / "classifier" / "deploy.toml").read_text()
-    assert "\n# pairs = true              # if trained on pairs: also set PAIRS = True in texts.py\n" in written
-    assert not DeploymentSpec.of_model("classifier", tmp_path / "models").text.pairs  # type: ignore[union-attr]
 
 
 def test_parity_compares_pairs_with_their_ids(
-    server: EmbeddedServer, place: Path, monkeypatch: pytest.MonkeyPatch
+    server: EmbeddedServer, built_reranker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(place / "build"))
-    source = ModelFolder("reranker", place / "models")
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(built_reranker / "build"))
+    source = ModelFolder("reranker", built_reranker / "models")
     result = compare_served(source, server.grpc_url, server.http_url, most_rows=2)
     assert result["failures"] == []
     assert len([check for check in result["checks"] if check["at"] == AT]) == 2  # one output over two protocols
 
 
-def test_the_gateway_lets_the_largest_pairs_pass(place: Path) -> None:
-    (model,) = served_models(place / "repository", place / "models")
-    assert model.text_bytes == 32 * 2 * (131_072 + 4)
-
-
-def test_the_command_sends_a_pair(server: EmbeddedServer, place: Path) -> None:
-    which = ("--model", "reranker", "--models", str(place / "models"), "--url", server.grpc_url)
+def test_the_command_sends_a_pair(server: EmbeddedServer, built_reranker: Path) -> None:
+    which = ("--model", "reranker", "--models", str(built_reranker / "models"), "--url", server.grpc_url)
     run = run_module("cli", "infer", *which, "--text", "a query", "--pair", "a document")
     assert run.returncode == 0, run.stderr
     assert "a query" in run.stdout

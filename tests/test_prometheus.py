@@ -22,9 +22,8 @@ from tests.gateway import free_port, wait_for
 from tests.test_alerts import queries
 from tests.test_observe import X, observed
 from tests.test_openai import Serving, call, serving
-from tests.test_text import folder
 
-__all__ = ["folder", "serving"]  # fixtures
+__all__ = ["serving"]  # a fixture
 
 
 class Prometheus:
@@ -107,8 +106,10 @@ def test_every_rule_evaluates_and_every_panel_has_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.server
-def test_the_rules_and_panels_of_the_openai_routes_have_data(folder: Path, serving: Serving, tmp_path: Path) -> None:
-    models = served_models(folder / "repository", Path("tests/models"))
+def test_the_rules_and_panels_of_the_openai_routes_have_data(
+    built_sentence: Path, serving: Serving, tmp_path: Path
+) -> None:
+    models = served_models(built_sentence / "repository", Path("tests/models"))
     write_observed(models, tmp_path / "observe")
     places = {"triton": serving.places["metrics"], "openai": serving.places["OpenAI"]}
     prometheus = Prometheus(tmp_path, {job: urllib.parse.urlsplit(url).netloc for job, url in places.items()})

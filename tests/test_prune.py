@@ -78,13 +78,10 @@ def finetune(module: nn.Module) -> None:
 """
 
 
-def test_the_models_own_finetune_runs_and_too_much_loss_publishes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_models_own_finetune_runs_and_too_much_loss_publishes_nothing(tmp_path: Path, own_build: Path) -> None:
     shutil.copytree("tests/models/image", tmp_path / "models" / "image")
     with (tmp_path / "models" / "image" / "model.py").open("a") as file:
         file.write(FINETUNE)
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     options = values_of("prune", "--models", str(tmp_path / "models"), "--model", "image")
     with pytest.raises(GateFailed, match=r"pruned by 0\.25, image loses .* of similarity; .* max_drop is 5\.00%"):
         main(options)

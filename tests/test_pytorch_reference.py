@@ -17,10 +17,7 @@ from export.stages.to_onnx import export_model
 from tests.conftest import run_module
 from tests.test_to_onnx import TOML, tiny
 
-
-@pytest.fixture(autouse=True)
-def _own_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+pytestmark = pytest.mark.usefixtures("own_build")
 
 
 FEW_IDS = """

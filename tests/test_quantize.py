@@ -31,11 +31,10 @@ TEXT = DeploymentSpec.load("tests/models/text")
 
 
 @pytest.fixture
-def copied(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def copied(built: Path, own_build: Path) -> Path:
     """A `build/` folder of the model `text` that the test may change."""
-    shutil.copytree(built / "build" / "text", tmp_path / "build" / "text")
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
-    return tmp_path / "build"
+    shutil.copytree(built / "build" / "text", own_build / "text")
+    return own_build
 
 
 def settings(folder: Path, **changed: Any) -> QuantConfig:
@@ -136,11 +135,8 @@ def test_an_opset_too_old_for_qdq_is_one_line(copied: Path) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_a_graph_of_one_batch_size_is_calibrated_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
-) -> None:
+def test_a_graph_of_one_batch_size_is_calibrated_with_it(tmp_path: Path, own_build: Path, batch: int) -> None:
     """ModelOpt skips products with a side of 1, which are all products with a batch of 1."""
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     source = small(tmp_path, "return self.second(self.first(x).relu())", batch=(batch, batch))
     export_model(source)
     config = QuantConfig(calibration_data=build_dir("small") / "calibration.npz", high_precision="fp32")

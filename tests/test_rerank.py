@@ -16,26 +16,24 @@ import pytest
 from serving.openai.routes import HELD_BYTES
 from tests.test_openai import Serving, call, scrape, serve
 from tests.test_openai_routes import SMALL, in_front_of
-from tests.test_pairs import LONGEST, place, scores_of_transformers
-from tests.test_text import folder
+from tests.test_pairs import LONGEST, scores_of_transformers
 
-__all__ = ["folder", "place"]  # fixtures
 QUERY = "how long do eggs keep?"
 TEXTS = [f"{'eggs ' * (k % 7)}number {k}{', then' * (k % 20)}" for k in range(70)]  # more than two batches
 
 
 @pytest.fixture(scope="module")
-def expected(place: Path) -> np.ndarray:
+def expected(built_reranker: Path) -> np.ndarray:
     """The scores of TEXTS by transformers."""
-    return scores_of_transformers(place / "reranker", [(QUERY, text) for text in TEXTS])[:, 0]
+    return scores_of_transformers(built_reranker / "reranker", [(QUERY, text) for text in TEXTS])[:, 0]
 
 
 @pytest.fixture(scope="module")
-def serving(folder: Path, place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def serving(built_sentence: Path, built_reranker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """A server with the encoder `sentence` and the cross-encoder `reranker`."""
     repository = tmp_path_factory.mktemp("texts") / "repository"
-    shutil.copytree(folder / "repository", repository)
-    shutil.copytree(place / "repository" / "reranker", repository / "reranker")
+    shutil.copytree(built_sentence / "repository", repository)
+    shutil.copytree(built_reranker / "repository" / "reranker", repository / "reranker")
     with serve(repository) as running:
         yield running
 

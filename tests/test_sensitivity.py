@@ -21,7 +21,7 @@ from export.stages.select_precision import compare
 from export.stages.select_precision import show as show_choice
 from export.stages.to_onnx import export_model
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("own_build")]
 
 TOML = """
 name = "small"
@@ -81,11 +81,6 @@ def in_int8(source: ModelFolder, high: HighPrecision = "fp32") -> dict[str, Any]
     export_model(source)
     data = build_dir("small") / "calibration.npz"
     return quantize_model(source.spec, QuantConfig(calibration_data=data, high_precision=high), source)
-
-
-@pytest.fixture(autouse=True)
-def _own_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
 
 
 @pytest.mark.parametrize("high", ["fp32", "fp16"])

@@ -14,27 +14,21 @@ import openai
 import pytest
 from deepseek_client import InferenceClient
 
-from serving.openai.embeddings import _units, similarities
+from serving.openai.embeddings import similarities
 from serving.openai.metrics import Metrics
 from serving.openai.requests import SimilarityRequest
 from serving.openai.text_models import TextModel
 from tests.test_openai import Serving, call, serve
-from tests.test_text import folder
 
-__all__ = ["folder"]  # a fixture
 NO_DEFAULT, DEFAULT = r"\"default_prompt\": null", r"\"default_prompt\": \"query\""  # in config.pbtxt
 TEXTS = ["ab " * (1 + 7 * k % 30) for k in range(20)]  # more than two batches
 
 
-def test_a_vector_of_zeros_stays_one() -> None:
-    np.testing.assert_allclose(_units(np.array([[0, 0], [3, 4]])), np.array([[0, 0], [0.6, 0.8]]))
-
-
 @pytest.fixture(scope="module")
-def serving(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def serving(built_sentence: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """`deepseek serve` with the model `sentence`, and `another`, a copy of it with a default prompt."""
     repository = tmp_path_factory.mktemp("several") / "repository"
-    shutil.copytree(folder / "repository", repository)
+    shutil.copytree(built_sentence / "repository", repository)
     shutil.copytree(repository / "sentence", repository / "another")
     for file in ("config.pbtxt", "1/manifest.json"):
         path = repository / "another" / file

@@ -19,7 +19,7 @@ from deepseek.spec import DeploymentSpec, InputError
 from deepseek.spec.files.image_tag import image_tag
 from serving.repository.served_models import MIB, ServedModel, served_models
 from serving.stack import stack
-from serving.stack.env_file import OWN, WRITTEN
+from serving.stack.env_file import OWN
 from serving.stack.gateway_limits import LEAST_RATE_RPS, gateway_sizes, limits
 from serving.stack.refresh import refresh
 from serving.stack.server_sizes import server_sizes
@@ -284,17 +284,6 @@ def test_the_users_own_lines_of_the_env_file_stay_below_ours(tmp_path: Path) -> 
     own = f"{OWN}\nHTTPS_PROXY=http://proxy.example\nTRITON_MEMORY=4000m\n"
     assert env_file.read_text().endswith(own)
     assert env_file.stat().st_mode & 0o777 == 0o600
-
-    def clean() -> None:
-        places = (f"ENV_FILE={env_file}", f"BUILD={tmp_path / 'b'}", f"REPOSITORY={tmp_path / 'repository'}")
-        subprocess.run(["make", "clean", "MODEL=add_one", *places], check=True, capture_output=True)
-
-    clean()
-    assert env_file.read_text() == own
-    for text, stays in ((f"{WRITTEN}\n{OWN}\n", False), ("A=1\n", True)):
-        env_file.write_text(text)
-        clean()
-        assert env_file.exists() is stays
 
 
 def test_models_of_several_folders_keep_their_objectives(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import urllib.error
 import urllib.request
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,11 +28,10 @@ from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer
 from serving.repository.served_models import served_models
 from serving.stack.gateway_limits import limits
-from tests.conftest import FREE, once, run_module, run_stage
+from tests.conftest import FREE, run_module
 from tests.test_onnxruntime_backend import counter, statistics
 
 MODELS = Path("tests/models")
-PROTOCOLS = ("http", "grpc")
 MOST_TOKENS = 48
 TEXTS = {
     "short": "Hello, World",
@@ -47,32 +47,11 @@ TEXTS = {
 
 
 @pytest.fixture(scope="module")
-def folder(of_the_run: Path) -> Path:
-    """`build/` and `repository/` of the model `sentence`."""
-    place = of_the_run / "sentence"
-
-    def make() -> None:
-        run_stage("sentence", "to-onnx", build=place / "build")
-        flags = ("--precision", "fp32", "--repository", str(place / "repository"))
-        run_stage("sentence", "publish", *flags, build=place / "build")
-
-    return once(place, make)
-
-
-@pytest.fixture(scope="module")
-def sentence(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+def server(built_sentence: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
     """The model, served."""
     log = tmp_path_factory.mktemp("log") / "triton.log"
-    with EmbeddedServer(folder / "repository", **FREE, log_path=log) as running:
+    with EmbeddedServer(built_sentence / "repository", **FREE, log_path=log) as running:
         yield running
-
-
-@pytest.fixture(params=PROTOCOLS)
-def client(sentence: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[InferenceClient]:
-    """A client over each protocol."""
-    protocol: Literal["http", "grpc"] = request.param
-    with InferenceClient(getattr(sentence, f"{protocol}_url"), protocol, timeout_s=60) as made:
-        yield made
 
 
 def ids_of(text: str) -> tuple[dict[str, np.ndarray], int]:
@@ -118,11 +97,11 @@ def test_texts_may_be_a_list_an_array_or_a_column(client: InferenceClient, texts
     np.testing.assert_array_equal(found["embedding"], client.infer("sentence", {"text": ["a", "b"]})["embedding"])
 
 
-def test_texts_of_any_length_run_as_one_batch(sentence: EmbeddedServer) -> None:
-    before = statistics(sentence, "sentence")
-    with InferenceClient(sentence.grpc_url, timeout_s=60) as client, ThreadPoolExecutor(16) as pool:
+def test_texts_of_any_length_run_as_one_batch(server: EmbeddedServer) -> None:
+    before = statistics(server, "sentence")
+    with InferenceClient(server.grpc_url, timeout_s=60) as client, ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda k: client.infer("sentence", {"text": ["ab " * (k % 16)]}), range(160)))
-    after = statistics(sentence, "sentence")
+    after = statistics(server, "sentence")
     assert after["inference_count"] - before["inference_count"] == 160
     assert after["execution_count"] - before["execution_count"] < 160
     assert [answer["tokens"][0, 0] for answer in answers] == [2 + 2 * (place % 16) for place in range(160)]
@@ -161,10 +140,8 @@ ALL_IDS = {"ids": IDS, "attention_mask": IDS, "token_type_ids": IDS}
     ids=["not UTF-8", "too long", "not a list", "both", "no mask", "nothing"],
 )
 def test_a_bad_request_is_one_line(client: InferenceClient, inputs: Any, message: str) -> None:
-    with pytest.raises(InvalidInput) as error:
+    with pytest.raises(InvalidInput, match=re.escape(message)):
         client.infer("sentence", inputs)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -175,17 +152,17 @@ def test_a_bad_request_is_one_line(client: InferenceClient, inputs: Any, message
         ([1, 2], ["a", "b"], "unexpected shape for input 'text'"),
     ],
 )
-def test_a_bad_request_of_any_client_is_a_400(sentence: EmbeddedServer, shape: Any, data: Any, reason: str) -> None:
+def test_a_bad_request_of_any_client_is_a_400(server: EmbeddedServer, shape: Any, data: Any, reason: str) -> None:
     body = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": shape, "data": data}]}
-    url = f"http://{sentence.http_url}/v2/models/sentence/infer"
+    url = f"http://{server.http_url}/v2/models/sentence/infer"
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(urllib.request.Request(url, data=json.dumps(body).encode()))
     assert error.value.code == 400
     assert reason in json.loads(error.value.read())["error"]
 
 
-def test_a_bad_text_fails_alone(sentence: EmbeddedServer) -> None:
-    with InferenceClient(sentence.grpc_url, timeout_s=60) as client, ThreadPoolExecutor(16) as pool:
+def test_a_bad_text_fails_alone(server: EmbeddedServer) -> None:
+    with InferenceClient(server.grpc_url, timeout_s=60) as client, ThreadPoolExecutor(16) as pool:
 
         def call(text: str | bytes) -> str:
             try:
@@ -196,19 +173,19 @@ def test_a_bad_text_fails_alone(sentence: EmbeddedServer) -> None:
         answers = list(pool.map(call, ["a text", b"\xff"] * 40))
     assert answers == ["(1, 32)", "InvalidInput"] * 40
     labels = '{model="sentence",reason="INTERNAL",version="1"}'  # callers' mistakes are not counted
-    assert counter(sentence, f"onnxruntime_inference_request_failure{labels}") == 0
+    assert counter(server, f"onnxruntime_inference_request_failure{labels}") == 0
 
 
-def test_tokens_are_counted_with_and_without_padding(sentence: EmbeddedServer) -> None:
+def test_tokens_are_counted_with_and_without_padding(server: EmbeddedServer) -> None:
     names = [f'onnxruntime_text_{name}{{model="sentence",version="1"}}' for name in ("tokens", "padded_tokens")]
-    before = [counter(sentence, name) for name in names]
-    with InferenceClient(sentence.grpc_url) as client:
+    before = [counter(server, name) for name in names]
+    with InferenceClient(server.grpc_url) as client:
         client.infer("sentence", {"text": ["abc", "a", "a " * 100]})  # 5, 3 and 102 tokens: 48 run, and 2 rows of 5
-    assert [counter(sentence, name) - old for name, old in zip(names, before, strict=True)] == [56, 58]
+    assert [counter(server, name) - old for name, old in zip(names, before, strict=True)] == [56, 58]
 
 
-def test_the_command_sends_a_text(sentence: EmbeddedServer) -> None:
-    place = ("--model", "sentence", "--models", str(MODELS), "--url", sentence.grpc_url)
+def test_the_command_sends_a_text(server: EmbeddedServer) -> None:
+    place = ("--model", "sentence", "--models", str(MODELS), "--url", server.grpc_url)
     run = run_module("cli", "infer", *place, "--text", "-- a text", "--json")
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["outputs"]["tokens"] == [[9]]
@@ -229,21 +206,21 @@ def test_the_command_sends_a_text(sentence: EmbeddedServer) -> None:
 
 
 def test_parity_compares_texts_with_their_ids(
-    sentence: EmbeddedServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+    server: EmbeddedServer, built_sentence: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(folder / "build"))
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(built_sentence / "build"))
     source = ModelFolder("sentence", MODELS)
-    result = compare_served(source, sentence.grpc_url, sentence.http_url, most_rows=2)
+    result = compare_served(source, server.grpc_url, server.http_url, most_rows=2)
     assert result["failures"] == []
     assert len([check for check in result["checks"] if check["at"] == AT]) == 4  # two outputs over two protocols
 
 
-def test_parity_finds_a_server_with_another_tokenizer(sentence: EmbeddedServer, tmp_path: Path) -> None:
+def test_parity_finds_a_server_with_another_tokenizer(server: EmbeddedServer, tmp_path: Path) -> None:
     shutil.copytree(MODELS / "sentence", tmp_path / "sentence")
     file = tmp_path / "sentence" / "tokenizer.json"
     file.write_text(file.read_text().replace('"a": 5', '"a": 6').replace('"b": 6', '"b": 5'))
     spec = DeploymentSpec.of_model("sentence", tmp_path)
-    with endpoints_of(spec, sentence.http_url, sentence.grpc_url, 60) as endpoints:
+    with endpoints_of(spec, server.http_url, server.grpc_url, 60) as endpoints:
         judge = EndpointComparison(spec, "http", endpoints[0])
         compare_texts(spec, [judge])
     assert not judge.checks[0].holds
@@ -252,40 +229,42 @@ def test_parity_finds_a_server_with_another_tokenizer(sentence: EmbeddedServer, 
 HERE = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",), tokenizers=True)
 
 
-def test_the_doctor_finds_what_texts_need(folder: Path, tmp_path: Path) -> None:
-    assert [str(each) for each in examine(folder / "repository", HERE)[1] if each.level == "mismatch"] == []
-    (finding,) = examine(folder / "repository", replace(HERE, tokenizers=False))[1]
+def test_the_doctor_finds_what_texts_need(built_sentence: Path, tmp_path: Path) -> None:
+    assert [str(each) for each in examine(built_sentence / "repository", HERE)[1] if each.level == "mismatch"] == []
+    (finding,) = examine(built_sentence / "repository", replace(HERE, tokenizers=False))[1]
     assert "takes texts, but the package tokenizers is not installed here" in str(finding)
-    copied = Path(shutil.copytree(folder / "repository", tmp_path / "repository"))
+    copied = Path(shutil.copytree(built_sentence / "repository", tmp_path / "repository"))
     (copied / "sentence" / "1" / "tokenizer.json").write_text("{}")
     (finding, *_) = examine(copied, HERE)[1]
     assert "tokenizer.json" in str(finding)
 
 
-def test_the_gateway_lets_the_largest_texts_pass(folder: Path) -> None:
-    (model,) = served_models(folder / "repository", MODELS)
+def test_the_gateway_lets_the_largest_texts_pass(built_sentence: Path) -> None:
+    (model,) = served_models(built_sentence / "repository", MODELS)
     assert model.text_bytes == 8 * (110_000 + 4)
     assert f"# sentence: {model.text_bytes} bytes of texts + 65536 bytes\nclient_max_body_size 945568;" in limits(
         [model]
     )
 
 
-def test_a_tokenizer_that_cannot_be_read_is_one_line_before_anything_is_published(folder: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_read_is_one_line_before_anything_is_published(
+    built_sentence: Path, tmp_path: Path
+) -> None:
     shutil.copytree(MODELS / "sentence", tmp_path / "models" / "sentence")
     file = tmp_path / "models" / "sentence" / "tokenizer.json"
     place = ("--model", "sentence", "--models", str(tmp_path / "models"), "--repository", str(tmp_path / "repository"))
     command = ("cli", "publish", *place, "--precision", "fp32")
     file.write_text("{}")
-    run = run_module(*command, DEEPSEEK_BUILD=str(folder / "build"))
+    run = run_module(*command, DEEPSEEK_BUILD=str(built_sentence / "build"))
     assert run.returncode == 2
     assert run.stderr.startswith(f"error: {file}: not a tokenizer that fits [text]: ")
     known = json.loads((MODELS / "sentence" / "tokenizer.json").read_text())
     known["model"]["unk_token"] = "[NONE]"
     file.write_text(json.dumps(known))
-    run = run_module(*command, DEEPSEEK_BUILD=str(folder / "build"))
+    run = run_module(*command, DEEPSEEK_BUILD=str(built_sentence / "build"))
     assert (run.returncode, "Missing [UNK] token" in run.stderr) == (2, True), run.stderr
     file.unlink()
-    run = run_module(*command, DEEPSEEK_BUILD=str(folder / "build"))
+    run = run_module(*command, DEEPSEEK_BUILD=str(built_sentence / "build"))
     assert run.returncode == 2
     assert run.stderr.startswith(f"error: text.tokenizer: no file {file}")
     assert not (tmp_path / "repository" / "sentence").exists()

@@ -16,19 +16,18 @@ from tests.conftest import run_module
 from tests.gateway import skip_without_nginx, wait_for
 from tests.test_gateway_openai import in_front
 from tests.test_openai import Serving, scrape
-from tests.test_pairs import place
 from tests.test_rerank import serving
-from tests.test_text import MODELS, MOST_TOKENS, folder
+from tests.test_text import MODELS, MOST_TOKENS
 
-__all__ = ["folder", "place", "serving"]  # fixtures
+__all__ = ["serving"]  # a fixture
 TEXTS = "\ufeffa\n\na\u2028b\n\n" + "a long text " * 100 + "\r\n"  # a mark of Windows; 3, 4 and, truncated, 48 tokens
 PAIRS = "eggs\tmilk\nhow long?\tabout a week\n\n"
 
 
 @pytest.fixture
-def models(place: Path) -> dict[str, Path]:
+def models(built_reranker: Path) -> dict[str, Path]:
     """The folder of each model's folder."""
-    return {"sentence": MODELS, "text": MODELS, "reranker": place / "models"}
+    return {"sentence": MODELS, "text": MODELS, "reranker": built_reranker / "models"}
 
 
 def load_test(
@@ -142,16 +141,18 @@ def test_a_file_of_texts_that_cannot_be_read_is_one_line(tmp_path: Path) -> None
         count_rows(path)
 
 
-def test_the_gateway_takes_the_largest_pairs_and_a_load_test(serving: Serving, place: Path, tmp_path: Path) -> None:
+def test_the_gateway_takes_the_largest_pairs_and_a_load_test(
+    serving: Serving, built_reranker: Path, tmp_path: Path
+) -> None:
     skip_without_nginx()
-    gateway = in_front(serving, tmp_path, served_models(place / "repository", place / "models"))
+    gateway = in_front(serving, tmp_path, served_models(built_reranker / "repository", built_reranker / "models"))
     try:
         largest = {"query": "q" * 131_072, "texts": ["t" * 131_072] * 32}  # one batch of max_bytes each
         assert gateway.http("POST", "/rerank", body=json.dumps(largest).encode())[0] == 200
         counted = 'gateway_requests_total{protocol="http",api="openai",model="",status="200"}'
         wait_for(lambda: gateway.metrics().get(counted) == 1)
         access = ("--url", f"localhost:{gateway.port}", "--ca-cert", str(gateway.folder / "ca.crt"))
-        what = (place / "models", "reranker", "pairs.tsv", "eggs\tmilk\n")
+        what = (built_reranker / "models", "reranker", "pairs.tsv", "eggs\tmilk\n")
         done = load_test(tmp_path, *what, *access, "--route", "/rerank", DEEPSEEK_API_KEY=gateway.key)
         assert done.returncode in (0, 3), done.stderr  # 3: the machine was too busy to send in time
         found = json.loads(done.stdout)

@@ -25,6 +25,8 @@ from export.runtimes.pytorch_reference import (
 from export.stages.to_onnx import export_model
 from tests.conftest import run_module
 
+pytestmark = pytest.mark.usefixtures("own_build")
+
 TOML = """
 name = "tiny"
 [inputs.x]
@@ -69,11 +71,6 @@ def tiny(
     (folder / name / "deploy.toml").write_text(toml.replace('"tiny"', f'"{name}"'))
     (folder / name / "model.py").write_text(MODEL.format(body=body) + code)
     return ModelFolder(name, folder)
-
-
-@pytest.fixture(autouse=True)
-def _own_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
 
 
 def test_the_graph_has_the_signatures_names_types_and_axes(built: Path) -> None:

@@ -21,17 +21,15 @@ from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import run_module
 from tests.test_to_onnx import TOML, tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")  # TorchScript itself is deprecated
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit"),  # TorchScript itself is deprecated
+    pytest.mark.usefixtures("own_build"),
+]
 
 TWO_OUTPUTS = TOML.replace("[axes", '[outputs.z]\ndtype = "float32"\nshape = ["batch", 8]\n[axes')
 BRANCH = "\n        if x.sum() > 0:\n            return self.line(x)\n        return -x"
 LOOP = "return torch.stack([self.line(row) for row in x])"
 NOT_COMPILED = "\n        import math\n        x = x * math.ceil(0.5)\n        "  # no import inside TorchScript
-
-
-@pytest.fixture(autouse=True)
-def _own_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
 
 
 def export(folder: Path, **model: Any) -> tuple[dict[str, Any], ModelFolder]:
