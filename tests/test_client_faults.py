@@ -25,6 +25,7 @@ from tritonclient.grpc import service_pb2
 
 from tests.failing_servers import Kind, answering, dropping, kinds, mute, protocols
 from tests.fake_kserve import Y, binary, grpc_serving, http_answer, http_json, http_serving, triton
+from tests.gateway import wait_for
 
 Fault = Callable[[socket.socket], Any]
 X = {"x": np.ones((1, 3), np.float32)}
@@ -69,15 +70,13 @@ def nothing_left() -> Iterator[None]:
         threads = {each for each in threading.enumerate() if each.name.startswith("deepseek")}
         return threads, {each.fd for each in connections}
 
+    def left() -> list[set]:
+        gc.collect()  # a call in a cycle of an exception and its frames keeps its connection open
+        return [now - then for now, then in zip(found(), before, strict=True)]
+
     before = found()
     yield
-    give_up_s = time.monotonic() + 60
-    while time.monotonic() < give_up_s:
-        if all(now <= then for now, then in zip(found(), before, strict=True)):
-            return
-        gc.collect()  # a call in a cycle of an exception and its frames keeps its connection open
-        time.sleep(0.05)
-    pytest.fail(f"left: {found()}, before: {before}")
+    wait_for(left, [set(), set()].__eq__)
 
 
 def reset(connection: socket.socket) -> None:

@@ -34,6 +34,7 @@ from tests.failing_servers import (
     status,
     url_of,
 )
+from tests.gateway import wait_for
 
 HEDGED: dict[str, Any] = {"idempotent": True, "hedge_after_ms": 50, "retry_budget": None, "timeout_s": 120}
 SOON_S = 60  # long before the deadline, on any machine
@@ -48,14 +49,14 @@ def within(seconds: float = SOON_S) -> Iterator[None]:
 
 def wait_for_the_end(url: str) -> None:
     """Waits until no thread of a hedged call and no connection to the address is left."""
-    port, give_up_s = int(url.rpartition(":")[2]), time.monotonic() + SOON_S
-    while time.monotonic() < give_up_s:
-        threads = [thread for thread in threading.enumerate() if thread.name.startswith("deepseek-hedge")]
+    port = int(url.rpartition(":")[2])
+
+    def left() -> list[object]:
         found = [each for each in psutil.Process().net_connections("tcp") if each.raddr[1:] == (port,)]
-        if not threads and len(found) <= 2:  # `dropping` has two
-            return
-        time.sleep(0.05)
-    pytest.fail(f"{threads} {found}")
+        threads = [thread for thread in threading.enumerate() if thread.name.startswith("deepseek-hedge")]
+        return [*threads, *found[2:]]  # `dropping` has two
+
+    wait_for(left, [].__eq__)
 
 
 @kinds

@@ -21,6 +21,7 @@ from deepseek_client.http.pool import MOST_OPENING
 from deepseek_client.transport import Deadline
 
 from serving.embedded.serve import EmbeddedServer
+from tests import gateway
 from tests.failing_servers import Kind, Relay, answering, dropping, kinds, make_certificate, only_once, prepared
 from tests.fake_kserve import http_answer
 
@@ -35,9 +36,7 @@ def connections(relay: Relay) -> int:
 
 def wait_for(relay: Relay, count: int) -> None:
     """Waits until there are exactly `count` connections."""
-    give_up_at = time.monotonic() + 60
-    while connections(relay) < count and time.monotonic() < give_up_at:
-        time.sleep(0.05)
+    gateway.wait_for(lambda: connections(relay) >= count)
     time.sleep(0.5)
     assert connections(relay) == count
 

@@ -34,7 +34,8 @@ from serving.embedded.launcher import EmbeddedServer
 from serving.release.journal import ReleaseJournal
 from serving.repository.checks import read_config
 from serving.repository.served_models import served_models
-from tests.conftest import run_module
+from tests.conftest import FREE, run_module
+from tests.gateway import wait_for
 from tests.test_triton_config import with_batch
 
 IMAGE, TEXT = DeploymentSpec.load("tests/models/image"), DeploymentSpec.load("tests/models/text")
@@ -65,11 +66,10 @@ def test_an_engine_of_another_profile_is_refused(built: Path, tmp_path: Path, mo
 
 
 @pytest.fixture
-def planned(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def planned(built: Path, own_build: Path) -> Path:
     """A separate build folder for `image`, with a stand-in for a TensorRT engine in fp16."""
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
-    shutil.copytree(built / "build" / "image", tmp_path / "build" / "image")
-    plan = tmp_path / "build" / "image" / "fp16" / "tensorrt" / "model.plan"
+    shutil.copytree(built / "build" / "image", own_build / "image")
+    plan = own_build / "image" / "fp16" / "tensorrt" / "model.plan"
     plan.parent.mkdir()
     plan.write_bytes(b"compiled")
     manifest = read_manifest(plan.parents[1] / "model.onnx").model_copy(update={"files": {}})
@@ -157,10 +157,9 @@ def test_a_failed_rename_reports_the_reason(
     assert (list(tmp_path.iterdir()), tried) == ([], [code])
 
 
-def test_a_version_is_staged_on_the_disk_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
-    (tmp_path / "build" / "image").mkdir(parents=True)
-    assert publish._staging("image", tmp_path) == tmp_path / "build" / "image"
+def test_a_version_is_staged_on_the_disk_of_the_repository(tmp_path: Path, own_build: Path) -> None:
+    (own_build / "image").mkdir(parents=True)
+    assert publish._staging("image", tmp_path) == own_build / "image"
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
         assert publish._staging("image", Path(other)) == Path(other)
         (Path(other) / "image").mkdir()
@@ -191,10 +190,9 @@ def test_the_command_reports_what_it_published_and_warns_about_a_single_instance
 
 
 @pytest.fixture
-def recorded(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def recorded(built: Path, tmp_path: Path, own_build: Path) -> Path:
     """A repository with version 1 of `image` in fp16, and a separate build folder for records; fp32 beside it."""
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
-    shutil.copytree(built / "build" / "image", tmp_path / "build" / "image")
+    shutil.copytree(built / "build" / "image", own_build / "image")
     publish_version(IMAGE, "fp16", "onnxruntime", tmp_path / "repository")
     publish_version(IMAGE, "fp32", "onnxruntime", tmp_path / "fp32")
     return tmp_path / "repository"
@@ -305,8 +303,7 @@ def test_a_polling_server_keeps_serving_while_versions_change(build: Path, tmp_p
     served: list[str] = []
     failures: list[Exception] = []
     done = threading.Event()
-    ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
-    with EmbeddedServer(tmp_path / "repository", poll_s=1, log_path=tmp_path / "triton.log", **ports) as server:
+    with EmbeddedServer(tmp_path / "repository", poll_s=1, log_path=tmp_path / "triton.log", **FREE) as server:
 
         def call() -> None:
             client = triton.InferenceServerClient(server.grpc_url)
@@ -324,9 +321,7 @@ def test_a_polling_server_keeps_serving_while_versions_change(build: Path, tmp_p
         caller.start()
         for version, precision in (("2", "fp16"), ("3", "int8"), ("4", "fp32")):
             publish_version(TEXT, precision, "onnxruntime", tmp_path / "repository")  # type: ignore[arg-type]
-            end = time.monotonic() + 120
-            while version not in served[-1:] and time.monotonic() < end:
-                time.sleep(0.05)
+            wait_for(lambda: served[-1:], [version].__eq__, 120)
         done.set()
         caller.join()
     assert failures == []

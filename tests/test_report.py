@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 import xml.dom.minidom
 from dataclasses import replace
 from html import unescape
@@ -21,6 +19,7 @@ from loadtests.report.searches import capacity_page, tuning_page
 from loadtests.search.capacity_result import Capacity, ServerSettings
 from loadtests.tune.search_space import ServingSettings
 from loadtests.tune.tune_result import Compared, ExpectedSettings, TuneResult
+from tests.browser import Browser, needs_chromium
 from tests.computed_server import trial
 from tests.conftest import run_module
 from tests.saved_runs import Request, saved_run, steady
@@ -39,9 +38,6 @@ STATISTICS: dict[str, Any] = {
     "compute_output": {"count": 1000, "ns": 400_000_000},
 }
 FAILING: list[Request] = [(p, s, f, "ServerBusy" if i % 3 else None) for i, (p, s, f, _) in enumerate(steady())]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
 ABOUT: dict[str, Any] = {"model": "tiny", "target": "onnxruntime", "precision": "int8"}
 ABOUT |= {"started": "2026-11-25T12:00:00+00:00", "objectives": ("p99_ms ≤ 50.0 ms", "rate_rps ≥ 100.0/s")}
 FOUND: dict[str, Any] = {"capacity_rps": 200, "first_failing_rps": 400, "confirmed": True, "limited_by": "p99_ms"}
@@ -132,21 +128,16 @@ def test_a_page_has_no_external_resources_and_forbids_them(pages: dict[str, str]
     assert "prefers-color-scheme: dark" in html
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+@needs_chromium
 def test_the_page_fits_a_phone(tmp_path: Path, pages: dict[str, str]) -> None:
-    frames = ""
-    for kind, html in pages.items():
-        (tmp_path / f"{kind}.html").write_text(html)
-        frames += f"<iframe id={kind} src={kind}.html style='width:390px;height:800px;border:0'></iframe>"
-    wide = "[...f.contentDocument.querySelectorAll('html, header, .card')].filter(e => e.scrollWidth > e.clientWidth)"
-    told = f"[...document.querySelectorAll('iframe')].map(f => f.id + ': ' + {wide}.map(e => e.innerText.slice(0, 20)))"
-    (tmp_path / "all.html").write_text(f"{frames}<script>onload = () => document.title = {told}.join(', ')</script>")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
-    flags += ["--virtual-time-budget=5000", f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [str(CHROMIUM), *flags, f"file://{tmp_path}/all.html"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    found = "<title>run: , runs: , mix: , capacity: , tuning: </title>"
-    assert found in run.stdout, run.stdout[-500:] + run.stderr[-500:]
+    wide = "[...document.querySelectorAll('html, header, .card')].filter(each => each.scrollWidth > each.clientWidth)"
+    with Browser(tmp_path / "profile") as phone:
+        phone.size(390, 800)
+        for kind, html in pages.items():
+            (tmp_path / f"{kind}.html").write_text(html)
+            phone.open(f"file://{tmp_path}/{kind}.html")
+            phone.wait(f"document.readyState === 'complete' && location.href.endsWith('/{kind}.html')")
+            assert phone.js(f"{wide}.map(each => each.innerText.slice(0, 20))") == [], kind
 
 
 @KINDS
