@@ -18,6 +18,8 @@ from cli.main import main, values_of, words_of
 from cli.options import Misuse, Option, Variables, folder_name, on_make_line, path, switch
 from cli.parsing import parse
 from cli.table import GROUPS, HIDDEN, Command
+from deepseek.spec import GateFailed
+from deepseek.spec.command import exit_code
 
 OPTIONS = (
     Option("--rate", "requests/s", kind=float),
@@ -103,6 +105,14 @@ def test_a_mistake_is_one_line_with_the_value_and_what_is_allowed(
 def test_a_mistyped_command_is_one_line_and_exit_2(word: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([word]) == 2
     assert capsys.readouterr().err == told
+
+
+def test_an_error_of_several_lines_is_printed_in_one(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise GateFailed("lost\n  in translation")
+
+    assert exit_code(fail) == 1
+    assert capsys.readouterr().err == "error: lost in translation\n"
 
 
 def test_a_mistyped_variable_of_make_is_one_line_and_exit_2(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +51,8 @@ class Color(str, enum.Enum):  # noqa: UP042 - its str() is its name
     ],
 )
 def test_inputs_that_do_not_fit_the_signature_are_refused(inputs: dict, says: str) -> None:
-    with pytest.raises(InvalidInput) as caught:
+    with pytest.raises(InvalidInput, match=re.escape(says)):
         MODEL.check(inputs)
-    assert says in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_without_the_configuration_the_server_checks_batches_and_missing_inputs() -> None:

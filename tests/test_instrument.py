@@ -38,16 +38,15 @@ Protocol = Literal["grpc", "http"]
 
 
 @pytest.fixture(autouse=True)
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def models(tmp_path: Path, own_build: Path) -> Path:
     """A folder with the specs of `tiny` and `other`; their runs and inputs are below tmp_path."""
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     for place, name in enumerate(("tiny", "other")):
         (tmp_path / "models" / name).mkdir(parents=True)
         (tmp_path / "models" / name / "deploy.toml").write_text(SPEC.format(name=name))
-        (tmp_path / "build" / name).mkdir(parents=True)
+        (own_build / name).mkdir(parents=True)
         # Three short rows, then a long one: an order that a run must shuffle.
         rows = {f"{row:05d}/x": np.full((1, 2 if row < 30 else 7), place, np.float32) for row in range(40)}
-        np.savez(tmp_path / "build" / name / "evaluation.npz", **rows)  # type: ignore[arg-type]
+        np.savez(own_build / name / "evaluation.npz", **rows)  # type: ignore[arg-type]
     return tmp_path / "models"
 
 

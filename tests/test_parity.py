@@ -259,12 +259,11 @@ def test_endpoints_of_two_servers_are_an_input_error(folder: Path, triton: Embed
 
 
 def test_a_server_that_does_not_report_the_precision_is_an_input_error(
-    folder: Path, server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, server: EmbeddedServer, own_build: Path
 ) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     source = ModelFolder("masked", folder / "models")
     source.spec = add_one_spec("add_one")
-    save_rows(tmp_path / "build" / "add_one" / "evaluation.npz", [{"x": np.zeros((1, 2, 2), np.float32)}])
+    save_rows(own_build / "add_one" / "evaluation.npz", [{"x": np.zeros((1, 2, 2), np.float32)}])
     with pytest.raises(InputError, match=r"add_one at .* does not report its precision"):
         compare_served(source, server.grpc_url, server.http_url)
 

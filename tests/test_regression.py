@@ -252,9 +252,8 @@ Recorded = Callable[..., int]
 
 
 @pytest.fixture
-def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorded:
+def recorded(tmp_path: Path, own_build: Path) -> Recorded:
     """Runs the command over two folders of runs with a matching spec; returns its exit code."""
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     write_sleeper(tmp_path / "spec", 0.002)
 
     def run(base: Sequence[Run], new: Sequence[Run], *more: str) -> int:

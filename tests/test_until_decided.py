@@ -30,9 +30,8 @@ STATISTICS = {"inference_count": 5, "versions": ["1"], "batches": {"1": 5}, "suc
 
 
 @pytest.fixture
-def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelLoad:
+def load(tmp_path: Path, own_build: Path) -> ModelLoad:
     """A load of 20 requests/s; its p99 must be below 200 ms."""
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     (tmp_path / "models" / "tiny" / "deploy.toml").write_text(SPEC.format(name="tiny"))
     spec = DeploymentSpec.of_model("tiny", tmp_path / "models")

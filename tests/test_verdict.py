@@ -248,9 +248,8 @@ def test_a_quality_that_was_not_measured_is_no_pass(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def model(tmp_path: Path, own_build: Path) -> Path:
     """A models folder with `tiny`; its runs are under tmp_path."""
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     tiny = tmp_path / "models" / "tiny"
     tiny.mkdir(parents=True)
     (tiny / "deploy.toml").write_text(
