@@ -91,27 +91,40 @@ class Relay:
 
 
 @contextlib.contextmanager
+def accepting(serve: Callable[[socket.socket], Any]) -> Iterator[str]:
+    """A socket server that calls `serve` with each connection, on a thread of its own. Yields its URL."""
+    connections: list[socket.socket] = []
+
+    def handle(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            serve(connection)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connections.append(listener.accept()[0])
+                threading.Thread(target=handle, args=connections[-1:], daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        end(listener, *connections)
+    thread.join(5)
+
+
+@contextlib.contextmanager
 def answering(answer: Callable[[socket.socket], Any]) -> Iterator[tuple[str, list[bytes]]]:
     """A socket server that reads a request's head and body, then calls `answer`. Yields its URL and what it read."""
     seen: list[bytes] = []
 
     def serve(connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):
-            if request := connection.recv(65536):  # otherwise opened and never used
-                seen.append(request)
-                answer(connection)
+        if request := connection.recv(65536):  # otherwise opened and never used
+            seen.append(request)
+            answer(connection)
 
-    def accept() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
-        thread = threading.Thread(target=accept, daemon=True)
-        thread.start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}", seen
-        listener.shutdown(socket.SHUT_RDWR)
-    thread.join(5)
+    with accepting(serve) as url:
+        yield url, seen
 
 
 @contextlib.contextmanager

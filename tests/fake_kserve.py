@@ -7,13 +7,12 @@ import copy
 import json
 import re
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from tritonclient.grpc import service_pb2
 
-from tests.failing_servers import end, grpc_answering
+from tests.failing_servers import accepting, grpc_answering
 
 Y = {"name": "y", "datatype": "FP32", "shape": [1, 3]}
 SIGNATURE = {
@@ -46,10 +45,9 @@ def binary(**changes: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def http_serving(answer: Callable[[str, bytes], bytes | None], *, keep: bool = True) -> Iterator[str]:
     """A server that sends `answer(path, body)`, and closes the connection after None; `keep` False: after any answer."""
-    open_connections: list[socket.socket] = []
 
     def serve(connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError), connection.makefile("rb") as stream:
+        with connection.makefile("rb") as stream:
             while (line := stream.readline()).strip():
                 head = line + b"".join(iter(stream.readline, b"\r\n"))
                 size = re.search(rb"(?i)content-length: (\d+)", head.replace(b"Inference-Header-Content-Length", b""))
@@ -60,16 +58,8 @@ def http_serving(answer: Callable[[str, bytes], bytes | None], *, keep: bool = T
                 if not keep:
                     return
 
-    def accept() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                open_connections.append(listener.accept()[0])
-                threading.Thread(target=serve, args=(open_connections[-1],), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
-        threading.Thread(target=accept, daemon=True).start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-        end(listener, *open_connections)
+    with accepting(serve) as url:
+        yield url
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ from tests.bench.peers.raw import padded
 from tests.bench.peers.report import Result, Run, goals, p99_chart, table, throughput_chart
 from tests.bench.peers.table import AUTO, HERE, IDS, PEERS, RECOMMENDER, WORKLOADS
 from tests.bench.peers.workloads import _other_items, _turned
-from tests.conftest import run_module
 
 WORDS = dict.fromkeys(
     ("folder", "port", "port2", "port3", "port4", "port5", "cores", "workload", "model", "scratch"), "x"
@@ -157,15 +156,3 @@ def test_an_answer_has_a_length_or_chunks(head: bytes, rest: bytes, body: bytes)
         return await _body(reader, head)
 
     assert asyncio.run(read()) == body
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (("--workloads", "all"), "--workloads all: unknown; allowed: recommender, minilm-ids, minilm-text"),
-        (("--rounds", "0"), "--rounds: seen '0'; a whole number, 1 or more, is needed"),
-    ],
-)
-def test_wrong_options_are_refused_before_anything_starts(flags: tuple[str, ...], said: str) -> None:
-    found = run_module("cli", "bench-peers", *flags)
-    assert (found.returncode, found.stderr) == (2, f"error: {said}\n")

@@ -37,27 +37,24 @@ def test_auto_takes_what_package_and_machine_both_have_and_says_where_the_nodes_
     assert scores.shape == (2, 10)
 
 
+SECOND, FIRST = "pod/triton/cpu.max", "cpu/cpu.cfs_quota_us"  # files of both versions of control groups
+
+
 @pytest.mark.parametrize(
-    ("quota", "wanted"), [("max 100000", 64), ("200000 100000", 2), ("150000 100000", 2), ("20000 100000", 1)]
+    ("file", "quota", "wanted"),
+    [
+        *[(SECOND, "max 100000", 64), (SECOND, "200000 100000", 2), (SECOND, "150000 100000", 2)],
+        *[(SECOND, "20000 100000", 1), (FIRST, "-1", 64), (FIRST, "400000", 4)],
+    ],
 )
 def test_threads_are_as_many_as_the_quota_of_cores_is_worth(
-    quota: str, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, quota: str, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(64))
     (tmp_path / "own").write_text("0::/pod/triton\n")
-    (tmp_path / "pod" / "triton").mkdir(parents=True)
-    (tmp_path / "pod" / "triton" / "cpu.max").write_text(f"{quota}\n")
-    assert cores(tmp_path, tmp_path / "own") == wanted
-
-
-@pytest.mark.parametrize(("quota_us", "wanted"), [(-1, 64), (400_000, 4)])
-def test_the_quota_of_the_first_control_groups_counts_too(
-    quota_us: int, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(64))
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota_us}\n")
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(f"{quota}\n")
+    (tmp_path / file).with_name("cpu.cfs_period_us").write_text("100000\n")
     assert cores(tmp_path, tmp_path / "own") == wanted
 
 
