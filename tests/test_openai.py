@@ -17,12 +17,14 @@ import openai
 import pytest
 from deepseek_client import InferenceClient
 from huggingface_hub import InferenceClient as HuggingFaceClient
+from jsonschema import Draft202012Validator
 
 from serving.openai.metrics import Metrics
 from serving.openai.routes import BODY_BYTES
 from tests.conftest import write_add_one
 from tests.gateway import wait_for
 from tests.test_embedded import Serving, start
+from tests.test_openapi import DOCUMENT
 from tests.test_text import MOST_TOKENS, ids_of
 
 TEXTS = ["ab " * (1 + 7 * k % 30) + "cd" * (k % 3) for k in range(50)]  # of unequal length, more than six batches
@@ -180,6 +182,25 @@ def test_a_compressed_body_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.APIStatusError, match="send the body uncompressed") as error:
         client.embeddings.create(model="sentence", input="a", extra_headers={"Content-Encoding": "gzip"})
     assert error.value.status_code == 415
+
+
+def test_answers_are_those_of_the_document(serving: Serving) -> None:
+    url = serving.places["OpenAI"]
+    assert call(url, "GET", "/openapi.json")[2] == DOCUMENT
+    for path, body in (
+        ("/v1/embeddings", {"model": "sentence", "input": ["ab", "cd"]}),
+        ("/v1/embeddings", {"model": "sentence", "input": "ab", "encoding_format": "base64"}),
+        ("/v1/embeddings", {"model": "nosuch", "input": "ab"}),
+        ("/similarity", {"inputs": {"source_sentence": "ab", "sentences": ["cd"]}}),
+        ("/v1/models", None),
+        ("/v1/models/sentence", None),
+    ):
+        method = "POST" if body else "GET"
+        status, _, answer = call(url, method, path, json.dumps(body).encode() if body else None)
+        operation = DOCUMENT["paths"][path.replace("/sentence", "/{model}")][method.lower()]
+        told = operation["responses"].get(str(status), operation["responses"]["default"])
+        schema = told["content"]["application/json"]["schema"]
+        Draft202012Validator({**DOCUMENT, **schema}).validate(answer)
 
 
 SHORT, LONG, REFUSED = (
