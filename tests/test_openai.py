@@ -270,7 +270,7 @@ class TritonPythonModel:
         while not os.path.exists(self.go):
             time.sleep(0.01)
         time.sleep(0.5 * os.path.exists(self.go + ".slow"))
-        arrays = {"vector": np.ones((1, 3), np.float32), "tokens": np.ones((1, 1), np.int32)}
+        arrays = {"embedding": np.ones((1, 3), np.float32), "tokens": np.ones((1, 1), np.int32)}
         answer = [pb_utils.Tensor.from_dlpack(name, array) for name, array in arrays.items()]
         return [pb_utils.InferenceResponse(answer) for _ in requests]
 """
@@ -279,7 +279,7 @@ name: "blocked"
 backend: "python"
 max_batch_size: 1
 input { name: "text" data_type: TYPE_STRING dims: [1] }
-output { name: "vector" data_type: TYPE_FP32 dims: [3] }
+output { name: "embedding" data_type: TYPE_FP32 dims: [3] }
 output { name: "tokens" data_type: TYPE_INT32 dims: [1] }
 instance_group { kind: KIND_CPU count: 1 }
 dynamic_batching { default_queue_policy { max_queue_size: 1 } }
