@@ -239,6 +239,16 @@ def test_each_status_maps_to_one_error_and_only_refusals_are_retried(
     assert len(seen) == attempts
 
 
+@kinds
+def test_the_reason_of_an_error_in_openais_shape_is_its_message(connect: Connect) -> None:
+    body = '{"error": {"message": "model m: not here", "type": "invalid_request_error"}}'
+    with (
+        answering(status("404 Not Found", body)) as (url, _),
+        pytest.raises(ModelNotFound, match=r": model m: not here$"),
+    ):
+        connect("http", url, retries=0).metadata("m")
+
+
 def test_the_grpc_port_used_for_http_is_named_in_the_error(connect: Connect, server: EmbeddedServer) -> None:
     with pytest.raises(ServerError, match="does not speak HTTP; is it Triton's gRPC port"):
         connect("http", server.grpc_url, timeout_s=10).ready()

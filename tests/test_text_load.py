@@ -7,10 +7,11 @@ import subprocess
 import urllib.parse
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from deepseek.spec import InputError
-from loadtests.load.inputs import count_rows
+from deepseek.spec import DeploymentSpec, InputError
+from loadtests.load.inputs import count_rows, length_classes
 from serving.repository.served_models import served_models
 from tests.conftest import run_module
 from tests.gateway import skip_without_nginx, wait_for
@@ -77,6 +78,15 @@ def test_the_texts_take_turns_and_their_tokens_are_counted(
     assert verdict.returncode in (0, 1, 3), verdict.stderr
 
 
+def test_the_default_prompt_of_a_route_counts_as_tokens() -> None:
+    spec = DeploymentSpec.of_model("sentence", MODELS)
+    assert spec.text is not None
+    spec = spec.model_copy(update={"text": spec.text.model_copy(update={"default_prompt": "query"})})
+    rows = [{"text": np.array([[text]], object)} for text in ("a", "ab ab: a")]
+    assert [length.tokens for length in length_classes(rows, spec)] == [3, 8]
+    assert length_classes(rows, spec, on_route=True)[0].tokens == 8
+
+
 def test_a_capacity_search_calls_the_route_and_the_report_names_it(serving: Serving, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("ab cd")
     host = urllib.parse.urlsplit(serving.places["OpenAI"]).netloc
@@ -113,6 +123,7 @@ def test_a_capacity_search_calls_the_route_and_the_report_names_it(serving: Serv
             "has an empty text, which /rerank refuses; remove the pair",
         ),
         ("sentence", "texts.txt", "a", "127.0.0.1:9/v1/embeddings", "127.0.0.1:9"),
+        ("sentence", "texts.txt", "a", "/v1/embeddings", "does not speak HTTP"),  # at --url: the gRPC port
     ],
 )
 def test_what_cannot_be_sent_is_one_line(

@@ -154,9 +154,13 @@ def shuffled(rows: Sequence[T], seed: int) -> list[T]:
     return [rows[place] for place in np.random.default_rng(seed).permutation(len(rows))]
 
 
-def length_classes(rows: Sequence[Row], spec: DeploymentSpec) -> list[Length]:
-    """The length of each row: the sizes of the axes that differ between rows, or the tokens of a text."""
-    axes, sizes = _lengths(rows, spec)
+def length_classes(rows: Sequence[Row], spec: DeploymentSpec, *, on_route: bool = False) -> list[Length]:
+    """The length of each row: the sizes of the axes that differ between rows, or the tokens of a text.
+
+    `on_route`: the rows go to an OpenAI route, which adds the default prompt.
+    """
+    name = spec.text.default_prompt if on_route and spec.text else None
+    axes, sizes = _lengths(rows, spec, "" if name is None or spec.text is None else spec.text.prompts[name])
     if not axes:
         return [NO_LENGTH] * len(rows)
     name, texts = " x ".join(axes), axes == [TOKENS]
@@ -175,13 +179,13 @@ def lengths_of(rows: Sequence[Row], spec: DeploymentSpec) -> list[int]:
     return [math.prod(size) for size in _lengths(rows, spec)[1]]
 
 
-def _lengths(rows: Sequence[Row], spec: DeploymentSpec) -> tuple[list[str], list[tuple[int, ...]]]:
+def _lengths(rows: Sequence[Row], spec: DeploymentSpec, prompt: str = "") -> tuple[list[str], list[tuple[int, ...]]]:
     """The axes whose sizes differ between rows, and their sizes for each row; of texts, the tokens; of names, the
     items of the history."""
     if HISTORY in rows[0]:
         return ["items"], [(row[HISTORY].shape[1],) for row in rows]
     if TEXT in rows[0]:
-        texts = [tuple(row[TEXT][0]) if spec.text and spec.text.pairs else str(row[TEXT][0, 0]) for row in rows]
+        texts = [tuple(row[TEXT][0]) if spec.text and spec.text.pairs else f"{prompt}{row[TEXT][0, 0]}" for row in rows]
         return [TOKENS], [(len(row),) for row in text_encoder(spec).encode(texts)]
     sizes = [_sizes(row, spec.inputs) for row in rows]
     axes = [axis for axis in sizes[0] if len({size.get(axis) for size in sizes}) > 1]

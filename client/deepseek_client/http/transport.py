@@ -141,6 +141,7 @@ class HttpTransport:
         try:
             told = json.loads(answer.body)
             reason, unsent = told["error"], told.get("unsent") is True
+            reason = reason["message"] if isinstance(reason, dict) else reason  # OpenAI's shape
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # a gateway's page
             reason, unsent = f"{answer.status} {http.client.responses.get(answer.status, '')}", False
         wait_s = retry_after_s(answer.headers.get("retry-after", ""))

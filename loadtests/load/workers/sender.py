@@ -90,7 +90,7 @@ class ModelSender:
         self._clients, self._senders = [self._client()], 0
         with suppress(InferenceError):
             self._clients[0].ready()  # so that the first request finds a connection
-        self._lengths = length_classes(rows, spec)
+        self._lengths = length_classes(rows, spec, on_route=settings.route is not None)
         self._most_in_flight = settings.max_in_flight or IN_FLIGHT
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         files = math.inf if limit == resource.RLIM_INFINITY else (limit - SPARE_FILES) // models
