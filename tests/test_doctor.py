@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from export.triton_config import config_text, model_config
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.embedded.flags import engine_flags
+from serving.embedded.wheel import parts
 from tests.conftest import run_module, write_add_one
 from tests.test_embedded import damage
 
@@ -215,6 +217,34 @@ def test_a_wheel_that_make_serve_needs_is_a_warning(repository: Path, monkeypatc
     warning = only(lines(repository, missing, level="warning"))
     assert warning.startswith("make serve: no-such-wheel is not installed; install it with: pip install --no-deps")
     assert lines(repository, missing) == []
+
+
+@pytest.mark.parametrize(
+    "lost",
+    ["pytriton/tritonserver/bin/tritonserver", "nvidia_pytriton.libs", "pytriton/tritonserver/python_backend_stubs"],
+)
+def test_a_wheel_without_a_part_of_it_is_to_be_installed_again(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = f"pytriton/tritonserver/python_backend_stubs/{python}/triton_python_backend_stub"
+    for file in (
+        "pytriton/tritonserver/bin/tritonserver",
+        "pytriton/tritonserver/backends/python/x",
+        "nvidia_pytriton.libs/x",
+        stub,
+    ):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    wheel = SimpleNamespace(version="0.7.0", locate_file=tmp_path.joinpath)
+    monkeypatch.setattr("serving.embedded.wheel.importlib.metadata.distribution", lambda name: wheel)
+    assert parts()[-1] == tmp_path / stub
+    (tmp_path / lost).rename(tmp_path / "moved")
+    damaged = replace(CPU, no_embedded=Machine.detect().no_embedded)
+    assert only(lines(repository, damaged, level="warning")) == (
+        f"make serve: nvidia-pytriton 0.7.0 is damaged: {tmp_path / lost} is missing; install it again: "
+        "pip install --no-deps --force-reinstall nvidia-pytriton; docker compose up does not need it"
+    )
 
 
 def test_a_damaged_older_version_is_a_warning(repository: Path) -> None:

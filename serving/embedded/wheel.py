@@ -23,7 +23,7 @@ STUB = "triton_python_backend_stub"
 def parts() -> tuple[Path, Path, Path, Path]:
     """Server binary, libraries, Python backend and this interpreter's stub in the wheel.
 
-    Raises InputError if the wheel is not installed or has no stub for this Python.
+    Raises InputError if the wheel is not installed, is damaged, or has no stub for this Python.
     """
     try:
         wheel = importlib.metadata.distribution(WHEEL)
@@ -32,14 +32,15 @@ def parts() -> tuple[Path, Path, Path, Path]:
     root = Path(str(wheel.locate_file("")))
     triton = root / "pytriton" / "tritonserver"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = triton / "python_backend_stubs" / version / STUB
-    if not stub.is_file():
-        have = sorted((path.parent.name for path in stub.parent.parent.glob("*/*")), key=lambda v: int(v[2:]))
-        if not have:
-            again = f"pip install --no-deps --force-reinstall {WHEEL}"
-            raise InputError(f"{WHEEL} {wheel.version} is damaged: no files in {triton}; install it again: {again}")
+    stubs = triton / "python_backend_stubs"
+    found = triton / "bin" / "tritonserver", root / "nvidia_pytriton.libs", triton / "backends" / "python"
+    have = sorted((path.parent.name for path in stubs.glob(f"*/{STUB}")), key=lambda v: int(v[2:]))
+    if lost := [path for path in (*found, stubs) if not path.exists() or (path == stubs and not have)]:
+        again = f"pip install --no-deps --force-reinstall {WHEEL}"
+        raise InputError(f"{WHEEL} {wheel.version} is damaged: {lost[0]} is missing; install it again: {again}")
+    if version not in have:
         raise InputError(f"{WHEEL} {wheel.version} has no stub for Python {version}; it has {', '.join(have)}")
-    return triton / "bin" / "tritonserver", root / "nvidia_pytriton.libs", triton / "backends" / "python", stub
+    return *found, stubs / version / STUB
 
 
 def assemble_backend(folder: Path, backend: Path, stub: Path) -> None:
