@@ -19,9 +19,10 @@ from deepseek_client import InferenceClient, InferenceError, InvalidInput
 from tokenizers import Tokenizer
 
 from deepseek.spec import DeploymentSpec
+from deepseek.spec.text import TextSpec
 from export.checks.parity import compare_served, endpoints_of
 from export.checks.parity_cases import EndpointComparison
-from export.checks.parity_strings import AT, compare_texts
+from export.checks.parity_strings import AT, compare_texts, texts_for
 from export.model_folder import ModelFolder
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
@@ -213,6 +214,13 @@ def test_parity_compares_texts_with_their_ids(
     result = compare_served(source, server.grpc_url, server.http_url, most_rows=2)
     assert result["failures"] == []
     assert len([check for check in result["checks"] if check["at"] == AT]) == 4  # two outputs over two protocols
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_parity_sends_no_text_above_max_bytes(pairs: bool) -> None:
+    sent = texts_for(TextSpec(max_bytes=17, pairs=pairs))
+    sizes = [len(text.encode()) for each in sent for text in ((each,) if isinstance(each, str) else each)]
+    assert (len(sent), max(sizes)) == (8, 17)
 
 
 def test_parity_finds_a_server_with_another_tokenizer(server: EmbeddedServer, tmp_path: Path) -> None:

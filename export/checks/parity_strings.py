@@ -14,7 +14,7 @@ import numpy as np
 from deepseek.spec import TEXT, DeploymentSpec
 from deepseek.spec.deployment import catalogue_of
 from deepseek.spec.paired_drop import values_text
-from deepseek.spec.text import text_axis, token_outputs
+from deepseek.spec.text import TextSpec, text_axis, token_outputs
 from deepseek.spec.tokenizer import text_encoder
 from deepseek.spec.vocabulary import SKUS
 from export.checks.parity_cases import EndpointComparison, outputs_of_batches, same_engine
@@ -33,7 +33,6 @@ TEXTS = (
     "1234567890 !?&%$# https://example.com/a?b=c",
     "a word and another " * 200,  # truncated
 )
-PAIRS = tuple(zip(TEXTS, TEXTS[1:] + TEXTS[-1:], strict=True))  # the last: both texts are truncated
 
 
 def takes_text(spec: DeploymentSpec, platform: str) -> bool:
@@ -46,10 +45,17 @@ def answers_each_token(spec: DeploymentSpec) -> bool:
     return spec.text is not None and bool(token_outputs(spec.outputs, text_axis(spec.text, spec.inputs)))
 
 
+def texts_for(text: TextSpec) -> list[str] | list[tuple[str, str]]:
+    """The texts to send, or pairs of them, each of up to `max_bytes`."""
+    texts = [each.encode()[: text.max_bytes].decode(errors="ignore") for each in TEXTS]
+    # Of the last pair, both texts are truncated.
+    return list(zip(texts, texts[1:] + texts[-1:], strict=True)) if text.pairs else texts
+
+
 def compare_texts(spec: DeploymentSpec, judges: list[EndpointComparison]) -> None:
     """Adds the checks to the judges."""
-    encoder = text_encoder(spec)
-    sent = PAIRS if spec.text and spec.text.pairs else TEXTS
+    assert spec.text is not None
+    encoder, sent = text_encoder(spec), texts_for(spec.text)
     ids = [encoder.batch([row]) for row in encoder.encode(sent)]
     rows = np.array(sent, dtype=object).reshape(len(sent), -1)  # (texts, 1), or (pairs, 2)
     size = 1 if answers_each_token(spec) else spec.max_batch  # such outputs are padded to the longest of a request
