@@ -185,7 +185,7 @@ class Variables:
 
 
 def on_make_line(makeflags: str) -> dict[str, str]:
-    """Parses the variables of `make NAME=value` from MAKEFLAGS, where Make escapes with \\ and doubles $."""
-    words = re.findall(r"(?:\\.|[^\s\\])+", makeflags, re.DOTALL)
+    """Parses the variables of `make NAME=value` from MAKEFLAGS, where Make escapes blanks with \\ and doubles $."""
+    words = re.findall(r"(?:\\.|[^ \t\\])+", makeflags, re.DOTALL)  # a line break is part of a value
     plain = [re.sub(r"\\(.)", r"\1", word, flags=re.DOTALL).replace("$$", "$") for word in words]
     return dict(re.split(r":{0,3}=", word, maxsplit=1) for word in plain if re.match(r"[A-Za-z_]\w*:{0,3}=", word))

@@ -52,6 +52,7 @@ def values(*words: str, environment: dict[str, str] | None = None, make: str | N
         ((), {"DEEPSEEK_RATE": " "}, None, "rate", None),
         ((), {"NAME": "shell"}, "", "name", None),
         ((), {}, r"w -- NAME=it's\ mine\ $$x", "name", "it's mine $x"),
+        ((), {}, "w -- NAME=two\nlines RATE=5", "name", "two\nlines"),
         ((), {"BUDGET_S": "60"}, "", "max_s", 60),
         (("--json",), {}, None, "json", True),
         ((), {"DEEPSEEK_JSON": "0"}, None, "json", False),
