@@ -226,7 +226,7 @@ function offer(id, models, capability) {
 // Shows the forms once a model is ready.
 async function begin() {
   const status = one("#status");
-  let problem = new Error("No model that takes texts or names is ready.");
+  let problem = new Error("No model is ready that makes embeddings, scores pairs of texts or takes names.");
   try {
     const { data } = await ask("/v1/models");
     const { data: recommenders } = await ask("/recommenders");
