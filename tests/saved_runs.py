@@ -29,8 +29,9 @@ def saved_run(folder: Path, requests: Iterable[Request], **changes: Any) -> Run:
     server = changes.pop("server", {"version": "1", "statistics": {}})
     quality = changes.pop("quality", {})
     settings = load_settings(**{"rate_rps": 100.0, "duration_s": 10.0, **changes})
-    planned_s = np.array([planned for planned, *_ in requests]) if settings.open_loop else None
-    recorder = Recorder(planned_s, open_loop=settings.open_loop)
+    recorder = Recorder(open_loop=settings.open_loop)
+    if settings.open_loop:
+        recorder.plan(np.array([planned for planned, *_ in requests]))
     for planned, sent, finished, error in requests:
         recorder.attempt(sent)
         if error == "dropped":

@@ -17,6 +17,7 @@ from loadtests.results.settings import LoadSettings
 from loadtests.results.stretch import shown_percentile
 from loadtests.slo.judge import judge
 from loadtests.slo.objectives import JudgedObjective, SloStatus, SloVerdict
+from loadtests.slo.time_split import TimeSplit
 
 HEADLINES = {
     "holds": "The SLO holds",
@@ -47,11 +48,11 @@ def load_of(settings: LoadSettings) -> str:
     return f"{rate} requests/s, {settings.arrivals.capitalize()} arrivals (open loop)"
 
 
-def headline(run: Run, judgement: SloVerdict, extra: Sequence[str] = ()) -> str:
-    """The verdict on one run; `extra` are sentences below the objectives."""
-    settings = run.settings
+def headline(run: Run, judgement: SloVerdict, split: TimeSplit | None) -> str:
+    """The verdict on one run, and where the mean request spent its time."""
+    settings, told = run.settings, [*judgement.notes, *([split.sentence] if split else [])]
     subject = f"{settings.model} over {settings.over}, {load_of(settings)}, for {settings.duration_s:g} s"
-    notes = "".join(f"<p class='hint'>{sentence(line)}</p>" for line in (*judgement.notes, *extra))
+    notes = "".join(f"<p class='hint'>{sentence(line)}</p>" for line in told)
     return (
         f"<header class='{judgement.verdict}'><h1>{badge(judgement.verdict)}{HEADLINES[judgement.verdict]}</h1>"
         f"<p class='subject'>{escape(subject)}</p>{objectives(judgement)}{notes}</header>"

@@ -36,7 +36,6 @@ ATTEMPTS = 3  # of a call that the server has not processed
 MOST_BLOCKS = 100  # cached header blocks
 TIMEOUT_HEADER = b"\x00\x0cgrpc-timeout"  # a header field up to its value
 SILENT_MS = 20_000  # without an acknowledgement for this time the connection is closed, as in gRPC
-SILENT_OPTION = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
 
 
 @lru_cache(MOST_BLOCKS)
@@ -113,8 +112,7 @@ class GreenChannel:
             raise _too_late() from None
         except OSError as error:
             raise _not_connected(error) from None
-        if SILENT_OPTION is not None:
-            found.setsockopt(socket.IPPROTO_TCP, SILENT_OPTION, SILENT_MS)
+        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_MS)
         return found
 
 

@@ -74,14 +74,12 @@ class _Second:
 class Recorder:
     """Records requests, in a few microseconds each. Times are seconds of the measured window."""
 
-    def __init__(self, planned_s: np.ndarray | None = None, *, open_loop: bool, duration_s: float = math.inf) -> None:
+    def __init__(self, *, open_loop: bool, duration_s: float = math.inf) -> None:
         self.in_flight = 0
         self._open_loop = open_loop
         self._duration_s = duration_s
         self._seconds: defaultdict[int, _Second] = defaultdict(_Second)
         self._lengths: defaultdict[str, _Second] = defaultdict(_Second)
-        if planned_s is not None:
-            self.plan(planned_s)
 
     def plan(self, planned_s: np.ndarray) -> None:
         for second, count in zip(*np.unique(np.floor(planned_s), return_counts=True), strict=True):
