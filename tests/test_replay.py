@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 
 from deepseek.spec import InputError, SloSpec
 from loadtests.load import traffic_file
-from loadtests.load.replay import PLAN, blocks, rows_in
+from loadtests.load.replay import PLAN, rows_in
 from loadtests.load.traffic_file import read_traffic
+from loadtests.load.workers.sender import share_of
 from loadtests.report.headline import load_of
 from loadtests.report.run_tables import settings as settings_table
 from loadtests.results.run import Run
@@ -253,7 +255,7 @@ def test_a_model_without_a_request_is_refused(tmp_path: Path) -> None:
 def test_workers_share_a_plan(workers: int) -> None:
     plan = np.zeros(10_000, PLAN)
     plan["time_s"], plan["row"] = np.arange(len(plan)), np.arange(len(plan)) % 7
-    shares = [np.concatenate(list(blocks(plan, worker, workers))) for worker in range(workers)]
-    assert sorted(np.concatenate(shares)["time_s"].tolist()) == plan["time_s"].tolist()
+    shares = [list(share_of(plan, worker, workers)) for worker in range(workers)]
+    assert sorted(chain(*shares)) == plan.tolist()
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert rows_in(plan) == list(range(7))

@@ -10,7 +10,7 @@ import pytest
 
 from deepseek.spec import InputError
 from loadtests.load.workers.clock import Clock
-from loadtests.results.schedule import BLOCK, Arrivals, Schedule, Segment, segments_of
+from loadtests.results.schedule import Arrivals, Schedule, Segment, segments_of
 
 
 def steady(rate_rps: float, duration_s: float) -> tuple[Segment, ...]:
@@ -79,38 +79,13 @@ def test_a_wrong_shape_gives_a_one_line_error(shape: str) -> None:
         segments_of(shape)
 
 
-@pytest.mark.parametrize("arrivals", ["constant", "poisson"])
-def test_a_long_soak_is_computed_in_blocks_and_needs_little_memory(arrivals: Arrivals) -> None:
-    soak, total, last_s = Schedule(steady(1000, 3600), arrivals, seed=2), 0, 0.0
-    for times in soak.blocks():
-        assert len(times) < 1.2 * BLOCK
-        assert times[0] >= last_s
-        total, last_s = total + len(times), times[-1]
-    assert total == 3_600_000
-    assert last_s < 3600
-
-
-def test_poisson_counts_vary_across_block_borders_as_within_blocks() -> None:
-    counts = np.histogram(Schedule(steady(1000, 400), seed=4).times_s(), np.arange(0, 401, 4))[0]
-    assert counts.mean() == 4000
-    assert counts.std() == pytest.approx(np.sqrt(4000), rel=0.25)  # about BLOCK each: fixed blocks would not vary
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_workers_together_send_the_whole_schedule(workers: int) -> None:
-    schedule = Schedule(steady(5000, 3), seed=5)
-    shares = [schedule.times_s(worker, workers) for worker in range(workers)]
-    np.testing.assert_array_equal(np.sort(np.concatenate(shares)), schedule.times_s())
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
 def test_the_clock_wakes_after_the_due_time_and_lets_other_greenlets_run() -> None:
     clock, lags = Clock(), []
     other = gevent.spawn(lambda: [gevent.sleep(0) for _ in range(20)])
     due = time.perf_counter()
     for _ in range(20):
         due += 0.003
-        clock.wait_until(due, time.perf_counter())
+        clock.wait_until(due)
         lags.append(time.perf_counter() - due)
     clock.close()
     assert other.ready()

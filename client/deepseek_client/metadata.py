@@ -64,6 +64,8 @@ class ModelMetadata:
     """0: the model does not batch. None: unknown (a gateway may hide the configuration)."""
     instances: int | None = None
     """Copies that run in parallel; None: unknown."""
+    max_queue_delay_us: int | None = None
+    """How long the dynamic batcher waits for more requests; None: no dynamic batching, or unknown."""
     preferred_batch_sizes: tuple[int, ...] = ()
     """Batches that the dynamic batcher aims at, in rows; requests may have up to `max_batch_size`."""
     parameters: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -206,6 +208,7 @@ def _parsed(signature: dict, config: dict | None, binary: bool) -> ModelMetadata
         outputs=specs("outputs"),
         max_batch_size=None if config is None else _whole(config.get("max_batch_size", 0)),
         instances=sum(_whole(group.get("count", 1)) for group in (config or {}).get("instance_group", ())) or None,
+        max_queue_delay_us=None if batching is None else _whole(batching.get("max_queue_delay_microseconds", 0)),
         preferred_batch_sizes=tuple(map(_whole, (batching or {}).get("preferred_batch_size") or ())),
         parameters={key: value.get("string_value", "") for key, value in (config or {}).get("parameters", {}).items()},
         binary=binary,

@@ -9,7 +9,6 @@ chooses by its hash; without one they take turns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from deepseek_client import InferenceClient, InferenceError
 from deepseek.spec import BATCH, DeploymentSpec, InputError
 from loadtests.load.inputs import Row, lengths_of, named, read_rows, shuffled
 from loadtests.load.traffic_file import LONGEST_S, Requests, Traffic
-from loadtests.results.schedule import BLOCK
 from loadtests.results.settings import LoadSettings, Replay
 
 PLAN = np.dtype([("time_s", "f8"), ("row", "i4")])
@@ -34,17 +32,8 @@ def open_plan(folder: Path, settings: LoadSettings) -> np.ndarray | None:
     return np.load(plan_file(folder, settings.model), mmap_mode="r") if settings.replay else None
 
 
-def blocks(plan: np.ndarray, worker: int = 0, workers: int = 1) -> Iterator[np.ndarray]:
-    """Every `workers`-th request from the `worker`-th, thousands per block."""
-    for first in range(worker, len(plan), BLOCK * workers):
-        yield plan[first : first + BLOCK * workers : workers]
-
-
 def rows_in(plan: np.ndarray) -> list[int]:
-    found: set[int] = set()
-    for block in blocks(plan):
-        found.update(np.unique(block["row"]).tolist())
-    return sorted(found)
+    return np.unique(plan["row"]).tolist()
 
 
 def with_replay(settings: LoadSettings, traffic: Traffic, speed: float) -> LoadSettings:

@@ -1,9 +1,8 @@
 """The planned send times of an open-loop run.
 
 Contract: the arguments and the seed alone determine the schedule. Times are seconds from the start of the run,
-ascending, and computed in blocks of thousands, so that a long soak test needs little memory. Every segment has exactly
-the number of arrivals of its rate. Poisson arrivals are those of a Poisson process given that number: independent,
-uniform over the segment's cumulative rate, sorted.
+ascending. Every segment has exactly the number of arrivals of its rate. Poisson arrivals are those of a Poisson process
+given that number: independent, uniform over the segment's cumulative rate, sorted.
 
 Examples:
     segments_of("50x30, 500x5, 50x30")  # a spike: requests/s x seconds, segment by segment
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +21,6 @@ import numpy as np
 from deepseek.spec import InputError
 
 Arrivals = Literal["constant", "poisson"]
-BLOCK = 4096  # about the number of arrivals that are computed at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,32 +72,12 @@ class Schedule:
     arrivals: Arrivals = "poisson"
     seed: int = 0
 
-    def times_s(self, worker: int = 0, workers: int = 1) -> np.ndarray:
-        """Every `workers`-th time from the `worker`-th; together the workers send the whole schedule."""
-        return np.concatenate([np.empty(0), *self.blocks(worker, workers)])
-
-    def blocks(self, worker: int = 0, workers: int = 1) -> Iterator[np.ndarray]:
-        """The same times in blocks."""
-        passed = 0
-        for times in self._all_blocks():
-            yield times[(worker - passed) % workers :: workers]
-            passed += len(times)
-
-    def _all_blocks(self) -> Iterator[np.ndarray]:
-        generator = np.random.default_rng(self.seed)
-        start_s = 0.0
+    def times_s(self) -> np.ndarray:
+        generator, start_s, found = np.random.default_rng(self.seed), 0.0, [np.empty(0)]
         for segment in self.segments:
-            for share in self._shares(segment.arrivals, generator):
-                yield start_s + segment.time_at(share)
+            count = segment.arrivals
+            even = np.arange(count) / max(1, count)
+            share = even if self.arrivals == "constant" else np.sort(generator.random(count))
+            found.append(start_s + segment.time_at(share))
             start_s += segment.duration_s
-
-    def _shares(self, count: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
-        """The places of the `count` arrivals of a segment in its cumulative rate, from 0 to 1."""
-        blocks = max(1, math.ceil(count / BLOCK))
-        if self.arrivals == "constant":
-            for first in range(0, count, BLOCK):
-                yield np.arange(first, min(first + BLOCK, count)) / count
-            return
-        # First the number of independent, uniform places in each of `blocks` equal parts, then the places of each part.
-        for block, inside in enumerate(generator.multinomial(count, np.full(blocks, 1 / blocks))):
-            yield (block + np.sort(generator.random(inside))) / blocks
+        return np.concatenate(found)

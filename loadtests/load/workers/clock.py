@@ -23,7 +23,7 @@ def take_precedence() -> bool:
         for thread in Path("/proc/self/task").iterdir():
             with suppress(ProcessLookupError):  # the thread has just ended
                 os.sched_setscheduler(int(thread.name), os.SCHED_RR, os.sched_param(1))
-    except (AttributeError, OSError):
+    except OSError:
         return False
     return True
 
@@ -40,7 +40,7 @@ class Clock:
     """Waits for points of `time.perf_counter()` to some tens of microseconds, without spinning.
 
     gevent's own sleep rounds up to whole milliseconds (epoll's timeout), which would be the largest
-    error of the measurement. Linux's timerfd does not round; other systems fall back to gevent's sleep.
+    error of the measurement. Linux's timerfd does not round.
     """
 
     _CLOCK_MONOTONIC = 1  # linux/time.h: the clock of time.perf_counter()
@@ -49,18 +49,15 @@ class Clock:
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
-        create = getattr(self._libc, "timerfd_create", None)
-        self._fd = -1 if create is None else create(self._CLOCK_MONOTONIC, self._FLAGS)
-        if self._fd >= 0:
-            loop = gevent.get_hub().loop
-            self._watcher = loop.io(self._fd, 1, priority=loop.MAXPRI)  # ahead of answers that arrive at the same time
+        self._fd = self._libc.timerfd_create(self._CLOCK_MONOTONIC, self._FLAGS)
+        if self._fd < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        loop = gevent.get_hub().loop
+        self._watcher = loop.io(self._fd, 1, priority=loop.MAXPRI)  # ahead of answers that arrive at the same time
         self._spec = _Itimerspec()
 
-    def wait_until(self, due_s: float, now_s: float) -> None:
+    def wait_until(self, due_s: float) -> None:
         """Lets other greenlets run until `due_s`."""
-        if self._fd < 0:
-            gevent.sleep(due_s - now_s)
-            return
         value = self._spec.value
         value.seconds = int(due_s)
         value.nanoseconds = int((due_s - value.seconds) * 1e9)
@@ -68,8 +65,6 @@ class Clock:
         gevent.get_hub().wait(self._watcher)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            self._watcher.stop()
-            self._watcher.close()
-            os.close(self._fd)
-            self._fd = -1
+        self._watcher.stop()
+        self._watcher.close()
+        os.close(self._fd)

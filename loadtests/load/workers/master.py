@@ -16,7 +16,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,9 @@ from locust.runners import MasterRunner
 from deepseek.spec import ExitCode
 from deepseek.spec.files.folders import write_whole
 from loadtests.load import server_statistics
-from loadtests.load.replay import blocks, open_plan
+from loadtests.load.replay import open_plan
 from loadtests.load.workers.recorder import Recorder, rows_file
-from loadtests.load.workers.sender import planned_blocks_s
+from loadtests.load.workers.sender import planned_times_s
 from loadtests.results.settings import LONGEST_PREPARATION_S, LoadSettings
 
 # From Locust's start signal to the first request, so that every worker gets the message in time.
@@ -164,10 +163,9 @@ def _on_disk() -> Iterator[None]:
 def planned_rows(settings: LoadSettings, plan: np.ndarray | None = None) -> list[dict[str, Any]]:
     """The planned requests of all workers together, as one row per second; a replay has its own `plan`."""
     recorder = Recorder(open_loop=settings.open_loop)
-    recorded = () if plan is None else (part["time_s"] for part in blocks(plan))
-    for block in chain(planned_blocks_s(settings, warmup_only=plan is not None), recorded):
-        recorder.plan(block)
-        gevent.sleep(0)  # a long schedule must not keep Locust's heartbeats waiting
+    recorder.plan(planned_times_s(settings, warmup_only=plan is not None))
+    if plan is not None:
+        recorder.plan(plan["time_s"])
     return list(recorder.take())
 
 

@@ -16,6 +16,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import count
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from deepseek_client import InferenceClient, InferenceError
 from deepseek.spec import BATCH, DeploymentSpec
 from loadtests.load.inputs import length_classes, named, read_rows, shuffled
 from loadtests.load.preflight import TRIES
-from loadtests.load.replay import blocks, rows_in
+from loadtests.load.replay import rows_in
 from loadtests.load.request_log import RequestRecorder
 from loadtests.load.wire.client import WireClient
 from loadtests.load.wire.route import RouteClient
@@ -39,20 +40,24 @@ from loadtests.results.stretch import NO_FILE, NO_PORT
 from loadtests.slo.slo_demands import TIMEOUT_S
 
 MOST_STREAMS = 100  # of a connection: no server should allow fewer (RFC 9113, 6.5.2); the gateway allows 256
+PART = 4096  # planned times
 SPARE_FILES = 100  # open files of this process kept for other uses than connections, such as writing the results
 KIND_OF_ERRNO = {errno.EMFILE: NO_FILE, errno.ENFILE: NO_FILE, errno.EADDRNOTAVAIL: NO_PORT}
 
 
-def planned_blocks_s(
-    settings: LoadSettings, worker: int = 0, workers: int = 1, *, warmup_only: bool = False
-) -> Iterator[np.ndarray]:
-    """Planned times of a worker, in seconds of the measured window, thousands per block; none in a closed loop."""
-    if settings.open_loop:
-        warmup = Segment(duration_s=settings.warmup_s, rate_rps=settings.segments[0].rate_rps)
-        segments = () if warmup_only else settings.segments
-        schedule = Schedule((warmup, *segments), settings.arrivals, settings.seed)
-        for times in schedule.blocks(worker, workers):
-            yield times - settings.warmup_s
+def planned_times_s(settings: LoadSettings, *, warmup_only: bool = False) -> np.ndarray:
+    """Planned times of all workers, in seconds of the measured window; none in a closed loop."""
+    if not settings.open_loop:
+        return np.empty(0)
+    warmup = Segment(duration_s=settings.warmup_s, rate_rps=settings.segments[0].rate_rps)
+    segments = () if warmup_only else settings.segments
+    return Schedule((warmup, *segments), settings.arrivals, settings.seed).times_s() - settings.warmup_s
+
+
+def share_of(plan: np.ndarray, worker: int, workers: int) -> Iterator[Any]:
+    """Every `workers`-th element from the `worker`-th; as Python objects all of a long run would fill the memory."""
+    for first in range(worker, len(plan), PART * workers):
+        yield from plan[first : first + PART * workers : workers].tolist()
 
 
 class ModelSender:
@@ -83,6 +88,7 @@ class ModelSender:
         numbers = shuffled(list(found), settings.seed)
         rows = [found[number] for number in numbers]
         self._plan, self._place_of = plan, {number: place for place, number in enumerate(numbers)}
+        self._times_s = planned_times_s(settings, warmup_only=plan is not None)
         with self._client(retries=TRIES, idempotent=True, timeout_s=max(TIMEOUT_S, settings.timeout_s)) as client:
             self._served = None if settings.route else client.metadata(settings.model)
             self._right: set[tuple] = set()  # names, types and shapes that were checked: a look takes a microsecond
@@ -121,13 +127,10 @@ class ModelSender:
 
     def planned(self, worker: int, workers: int) -> Iterator[tuple[float, int, ModelSender]]:
         """A worker's share of the schedule: planned time, number of the input, this sender."""
-        number = worker
-        for block in planned_blocks_s(self.settings, worker, workers, warmup_only=self._plan is not None):
-            for planned_s in block.tolist():
-                yield planned_s, number, self
-                number += workers
-        for part in () if self._plan is None else blocks(self._plan, worker, workers):
-            for planned_s, row in part.tolist():
+        for number, planned_s in zip(count(worker, workers), share_of(self._times_s, worker, workers), strict=False):
+            yield planned_s, number, self
+        if self._plan is not None:
+            for planned_s, row in share_of(self._plan, worker, workers):
                 yield planned_s, self._place_of[row], self
 
     def take_up(self, planned_s: float, number: int, now_at: float) -> None:
@@ -231,7 +234,7 @@ def _run_schedules(senders: Sequence[ModelSender], worker: int, workers: int) ->
         due_at = window_at + planned_s
         now_at = time.perf_counter()
         if now_at < due_at:
-            clock.wait_until(due_at, now_at)
+            clock.wait_until(due_at)
             now_at = time.perf_counter()
         elif now_at < give_up_at:
             gevent.sleep(0)  # late: still process answers between two requests

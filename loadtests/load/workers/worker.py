@@ -70,7 +70,7 @@ class Worker:
         settings, clock = self._settings, Clock()
         cpu = None
         for second in range(-int(settings.warmup_s), int(settings.duration_s) + 1):
-            clock.wait_until(self._window_at + second, time.perf_counter())
+            clock.wait_until(self._window_at + second)
             if second == 0:
                 cpu = _CpuClock()
             self._tell("second", self._rows(second - settings.timeout_s - 2), second=second)
