@@ -135,7 +135,6 @@ REGRESSION = Command(
         INPUTS,
         SERVER_COMMAND,
         ENV_FILE,
-        Option("--output", "Markdown file (default: build/<model>/regression.md)", kind=path),
         JSON,
     ),
     examples=(
