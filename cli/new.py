@@ -17,9 +17,8 @@ FILES = ("deploy.toml", "model.py")
 @contextmanager
 def drafted(folder: Path) -> Iterator[Path]:
     """A draft of a model folder, which appears at once if its deploy.toml is right. Raises InputError."""
-    exists = f"{folder}: already exists; choose another name, or another folder with --models"
     if folder.exists():
-        raise InputError(exists)
+        raise InputError(f"{folder}: already exists; choose another name, or another folder with --models")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_in(folder.parent) as scratch:
         draft = scratch / folder.name
@@ -30,12 +29,7 @@ def drafted(folder: Path) -> Iterator[Path]:
         except InputError as error:
             raise InputError(str(error).replace(f"{draft / 'deploy.toml'}: ", "", 1)) from None
         onto_disk(draft)
-        try:
-            draft.rename(folder)
-        except OSError:
-            if folder.exists():  # another process was faster
-                raise InputError(exists) from None
-            raise
+        draft.rename(folder)
 
 
 def main(options: argparse.Namespace) -> None:

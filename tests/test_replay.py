@@ -18,7 +18,6 @@ from loadtests.load import traffic_file
 from loadtests.load.replay import PLAN, rows_in
 from loadtests.load.traffic_file import read_traffic
 from loadtests.load.workers.sender import share_of
-from loadtests.report.headline import load_of
 from loadtests.report.run_tables import settings as settings_table
 from loadtests.results.run import Run
 from loadtests.results.settings import LoadSettings, Replay
@@ -121,7 +120,7 @@ def test_the_recorded_rows_are_sent_at_their_times_and_the_run_says_which(
     assert run.settings.replay is not None
     assert run.settings.replay.sha256 == hashlib.sha256(csv.encode()).hexdigest()
     assert (run.settings.replay.speed, run.settings.replay.requests, run.settings.replay.peak_rps) == (2, 8, 4)
-    assert load_of(run.settings) == "replay of traffic.csv at speed 2, 2 requests/s on average (open loop)"
+    assert run.settings.load == "replay of traffic.csv at speed 2, 2 requests/s on average (open loop)"
     assert run.settings.replay.sha256 in settings_table(run)
     assert sorted(path.name for path in run.folder.iterdir()) == ["run.json", "seconds.jsonl"]
 

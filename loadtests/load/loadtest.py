@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, SloSpec
 from loadtests.figures import SUMMARY
@@ -33,7 +32,7 @@ from loadtests.results.mixes import Mix, models_of
 from loadtests.results.run import Run
 from loadtests.results.schedule import segments_of
 from loadtests.results.settings import LoadSettings
-from loadtests.results.stretch import Distribution, shown_percentile
+from loadtests.results.stretch import Distribution
 from loadtests.slo import slo_demands as limits
 from loadtests.slo.generator_health import generator_problems
 from loadtests.slo.time_split import mean_batch, means_ms
@@ -73,16 +72,9 @@ def _figures(found: Distribution) -> dict[str, float | None]:
 
 
 def described(settings: LoadSettings) -> str:
-    if settings.replay is not None:
-        replay = settings.replay
-        loop = f"{replay.requests} requests of {replay.file} at speed {replay.speed:g}"
-    elif settings.open_loop:
-        loop = f"open loop at {settings.shape if settings.rate_rps is None else f'{settings.rate_rps:g}'}/s"
-    else:
-        loop = f"closed loop, {settings.users} users"
     seconds = f"{settings.warmup_s:g} s of warm-up and {settings.duration_s:g} s"
     names = ", names of items" if settings.names else ""
-    return f"{settings.model} over {settings.over} at {settings.place}{names}, {loop}, {seconds}"
+    return f"{settings.model} over {settings.over} at {settings.place}{names}, {settings.load}, {seconds}"
 
 
 def show(run: Run, console: Console) -> None:
@@ -99,29 +91,12 @@ def show(run: Run, console: Console) -> None:
     for kind, figures in summary(run)["latency"].items():
         shown = ", ".join(f"{name[:-3]} {'never' if ms is None else f'{ms:.2f} ms'}" for name, ms in figures.items())
         console.print(f"{kind} latency: {shown}")
-    if run.lengths:
-        console.print(_lengths_table(run))
     statistics = run.server["statistics"]
     if means := means_ms(statistics):
         shown = ", ".join(f"{name.replace('_', ' ')} {mean:.2f} ms" for name, mean in means.items())
         batch, failed = mean_batch(statistics), statistics["fail"]["count"]
         console.print(f"in the server: {shown}; mean batch {batch:.2f}; {failed} failed, as Triton counts")
     console.print(f"run: {run.folder}", soft_wrap=True)
-
-
-def _lengths_table(run: Run) -> Table:
-    table = Table(
-        "inputs of",
-        "requests",
-        "failed",
-        *(f"p{percent:g}" for percent in SUMMARY),
-        title=f"{run.judged} latency by length",
-    )
-    for length, found in run.lengths.items():
-        latency = found.latency(run.judged)
-        shown = [shown_percentile(latency, percent) for percent in SUMMARY]
-        table.add_row(length, str(found.planned), str(found.failed), *shown)
-    return table
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -6,14 +6,12 @@ import math
 import re
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 from deepseek.spec import SloSpec
 from deepseek.spec.objectives import KINDS
 from loadtests.figures import SUMMARY, formatted, ms
 from loadtests.report.page import sentence
 from loadtests.results.run import Run
-from loadtests.results.settings import LoadSettings
 from loadtests.results.stretch import shown_percentile
 from loadtests.slo.judge import judge
 from loadtests.slo.objectives import JudgedObjective, SloStatus, SloVerdict
@@ -38,20 +36,10 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     return models if len(set(models)) == len(runs) > 1 else list(LETTERS[: len(runs)])
 
 
-def load_of(settings: LoadSettings) -> str:
-    if not settings.open_loop:
-        return f"{settings.users} users (closed loop)"
-    if settings.replay is not None:
-        name, rate_rps = Path(settings.replay.file).name, settings.segments[0].rate_rps
-        return f"replay of {name} at speed {settings.replay.speed:g}, {rate_rps:.4g} requests/s on average (open loop)"
-    rate = f"{settings.rate_rps:g}" if settings.shape is None else settings.shape
-    return f"{rate} requests/s, {settings.arrivals.capitalize()} arrivals (open loop)"
-
-
 def headline(run: Run, judgement: SloVerdict, split: TimeSplit | None) -> str:
     """The verdict on one run, and where the mean request spent its time."""
     settings, told = run.settings, [*judgement.notes, *([split.sentence] if split else [])]
-    subject = f"{settings.model} over {settings.over}, {load_of(settings)}, for {settings.duration_s:g} s"
+    subject = f"{settings.model} over {settings.over}, {settings.load}, for {settings.duration_s:g} s"
     notes = "".join(f"<p class='hint'>{sentence(line)}</p>" for line in told)
     return (
         f"<header class='{judgement.verdict}'><h1>{badge(judgement.verdict)}{HEADLINES[judgement.verdict]}</h1>"
@@ -106,7 +94,7 @@ def compared(runs: Sequence[Run], slo: SloSpec) -> str:
         judgement = judge(run, slo)
         broken = ", ".join(each.name for each in judgement.objectives if each.status == "violated")
         settings, version = run.settings, f"version {run.server.get('version') or '-'}"
-        what = f"{load_of(settings)}, {settings.over}, {settings.target}, {version}, {settings.duration_s:g} s"
+        what = f"{settings.load}, {settings.over}, {settings.target}, {version}, {settings.duration_s:g} s"
         rows.append(
             f"<li class='{judgement.verdict}'><div class='objective'><b><i class='swatch run{letter}'></i>{letter} "
             f"&nbsp;{escape(run.folder.name)}</b><span>{escape(what)}</span></div>"

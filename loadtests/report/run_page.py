@@ -18,7 +18,6 @@ from loadtests.report.headline import (
     compared,
     figures,
     headline,
-    load_of,
     names_of,
     objectives,
     tiles,
@@ -135,7 +134,7 @@ def _judged(letter: str, name: str, run: Run, judgement: SloVerdict) -> str:
     return (
         f"<section class='part'><h2><i class='swatch run{letter}'></i>{escape(name)}"
         f"<span class='status {verdict}'>{SYMBOLS[verdict]} {SHORT[verdict]}</span></h2>"
-        f"<p class='hint'>{escape(load_of(run.settings))}</p>{objectives(judgement)}</section>"
+        f"<p class='hint'>{escape(run.settings.load)}</p>{objectives(judgement)}</section>"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -99,6 +100,17 @@ class LoadSettings:
     def place(self) -> str:
         """host:port that gets the requests."""
         return self.url if self.route is None else self.route.partition("/")[0]
+
+    @property
+    def load(self) -> str:
+        """The load in words."""
+        if not self.open_loop:
+            return f"{self.users} users (closed loop)"
+        if self.replay is not None:
+            name, rate_rps = Path(self.replay.file).name, self.segments[0].rate_rps
+            return f"replay of {name} at speed {self.replay.speed:g}, {rate_rps:.4g} requests/s on average (open loop)"
+        rate = f"{self.rate_rps:g}" if self.shape is None else self.shape
+        return f"{rate} requests/s, {self.arrivals.capitalize()} arrivals (open loop)"
 
     @property
     def open_loop(self) -> bool:

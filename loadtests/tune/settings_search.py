@@ -110,6 +110,7 @@ class SettingsSearch:
                 with candidate_server(each, self.conditions, "candidate") as other:
                     self.expected.append(self._screened(other))
             except (InputError, InvalidMeasurement) as error:
+                self._say(f"{each}: {error}")
                 failed = ExpectedSettings(settings=each, p99_ms=None, high_p99_ms=None, reason=str(error))
                 self.expected.append(failed)
 

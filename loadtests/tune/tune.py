@@ -15,7 +15,6 @@ limit, the default does not answer, or the time ran out before anything was comp
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
 import shutil
@@ -25,12 +24,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, InputError, TunedFile, build_dir
 from deepseek.spec.cpu import this_cpu
 from deepseek.spec.files.folders import alone_in, write_whole
-from loadtests.figures import ms
 from loadtests.report.searches import tuning_page
 from loadtests.search.local_server import EMBEDDED, settings_of_local
 from loadtests.search.slo_at_rate import objective_lines
@@ -40,8 +37,6 @@ from loadtests.tune.search_space import SearchSpace, ServingSettings
 from loadtests.tune.settings_search import SettingsSearch
 from loadtests.tune.tune_result import TuneResult, tuning_path
 
-MOST_SHOWN = 8  # settings of the table; tuning.json has all
-
 
 def main(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean shutdown, as on Ctrl-C
@@ -49,32 +44,10 @@ def main(options: argparse.Namespace) -> int:
     if options.json:
         print(result.model_dump_json(indent=2))
     else:
-        console = Console(width=max(Console().width, 110), markup=False)
-        console.print(table(result))
-        console.print(result.conclusion, style="bold", soft_wrap=True)
+        Console(markup=False).print(result.conclusion, style="bold", soft_wrap=True)
         path = tuning_path(result.model)
         print(path, path.with_suffix(".html"), sep="\n")
     return 0
-
-
-def table(result: TuneResult) -> Table:
-    """The settings with the lowest expected p99, and the default."""
-    by = "predicted" if result.predicted else "one run"
-    columns = Table(
-        "", "instances", "threads", "batch", "delay", f"p99 at {result.usual_rps:g}/s, {by}", "p99, busy", ""
-    )
-    shown = sorted(result.expected, key=lambda each: (each.p99_ms or math.inf, each.high_p99_ms or math.inf))
-    compared = {each.settings: each.outcome for each in result.comparisons}
-    for place, each in enumerate(shown):
-        settings = each.settings
-        name = {result.default: "default", result.best: "best"}.get(settings, compared.get(settings, ""))
-        if not name and place >= MOST_SHOWN:
-            continue
-        shape = (settings.instances, settings.threads or "-", settings.max_batch, f"{settings.max_queue_delay_us} us")
-        note = f"{'CUDA graphs ' if settings.cuda_graphs else ''}{each.reason}"
-        latencies = (ms(value) if value else "-" for value in (each.p99_ms, each.high_p99_ms))
-        columns.add_row(name, *map(str, shape), *latencies, note, style="bold" if name in ("default", "best") else None)
-    return columns
 
 
 def default_and_space(
