@@ -12,6 +12,7 @@ LIBRARY = ROOT / "deepseek"
 BACKEND_SOURCES = {
     "model.py": BACKEND / "onnxruntime_backend.py",
     "onnxruntime_session.py": LIBRARY / "onnxruntime_session.py",
+    "bulk_requests.py": BACKEND / "bulk_requests.py",
     "compute_slots.py": BACKEND / "compute_slots.py",
     "model_inputs.py": BACKEND / "model_inputs.py",
 }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +22,7 @@ import serving.backend
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The backend's module, with a stand-in for Triton's that returns what it gets."""
-    names = ("onnxruntime_backend", "compute_slots", "model_inputs", "onnxruntime_session")
+    names = ("onnxruntime_backend", "bulk_requests", "compute_slots", "model_inputs", "onnxruntime_session")
     stub = SimpleNamespace(
         InferenceResponse=lambda tensors=(), error=None: error or dict(tensors),
         Tensor=SimpleNamespace(from_dlpack=lambda name, _: name),
@@ -66,7 +68,7 @@ def model_of(backend: Any, run_rows: int, folder: Path) -> Any:
 
 def test_a_request_is_answered_when_its_last_row_is_computed(backend: Any, tmp_path: Path) -> None:
     model = model_of(backend, 2, tmp_path)
-    found = list(model._responses([Request(1, 2, 3), Request(4), Request(5, 6)]))
+    found = list(model._responses([Request(1, 2, 3), Request(4), Request(5, 6)], model._results))
     assert found == [{}, {0: {"y": [[2], [3], [4]]}, 1: {"y": [[5]]}}, {2: {"y": [[6], [7]]}}]
     assert model.ran == [2, 2, 2]
 
@@ -74,14 +76,14 @@ def test_a_request_is_answered_when_its_last_row_is_computed(backend: Any, tmp_p
 def test_rows_run_in_equal_parts_and_all_at_once_without_a_limit(backend: Any, tmp_path: Path) -> None:
     for run_rows, ran in ((4, [3, 3, 3]), (16, [9]), (0, [9])):
         model = model_of(backend, run_rows, tmp_path)
-        (*_, last) = model._responses([Request(*range(9))])
+        (*_, last) = model._responses([Request(*range(9))], model._results)
         assert (model.ran, last) == (ran, {0: {"y": [[each] for each in range(1, 10)]}})
 
 
 def test_only_the_bad_request_of_a_part_fails_and_no_other_runs_twice(backend: Any, tmp_path: Path) -> None:
     model = model_of(backend, 2, tmp_path)
     answers: dict[int, Any] = {}
-    for found in model._responses([Request(1), Request(2), Request(-3), Request(4)]):
+    for found in model._responses([Request(1), Request(2), Request(-3), Request(4)], model._results):
         assert not answers.keys() & found.keys()
         answers |= found
     assert answers.pop(2) == "INVALID_ARG: inference failed: negative"
@@ -97,7 +99,26 @@ def test_a_batch_outside_the_profile_is_refused_and_not_joined_with_others(
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     model = model_of(backend, 0, tmp_path)
     answers: dict[int, Any] = {}
-    for found in model._responses([Request(*range(rows)), Request(*range(4))]):
+    for found in model._responses([Request(*range(rows)), Request(*range(4))], model._results):
         answers |= found
     assert answers[0] == f"INVALID_ARG: x: axis batch is {rows}; allowed: 4"
     assert (model.ran, answers[1]) == ([4], {"y": [[1], [2], [3], [4]]})
+
+
+def test_two_threads_never_increment_a_counter_at_once(backend: Any) -> None:
+    """Triton's Python backend would free the memory of the message twice."""
+    inside, most = [], []
+
+    def increment(number: int) -> None:
+        inside.append(number)
+        most.append(len(inside))
+        time.sleep(0.002)
+        inside.pop()
+
+    metric = SimpleNamespace(increment=increment)
+    family = SimpleNamespace(Metric=lambda labels: metric)
+    backend.pb_utils.MetricFamily = type("MetricFamily", (), {"COUNTER": 0, "__new__": lambda *_, **__: family})
+    count = backend._counts({"failures": "", "tokens": ""}, {"model_name": "a", "model_version": "1"})
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: count(1, 2), range(8)))
+    assert most == [1] * 16

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import tritonclient.http as triton_http
-from deepseek_client import AccessDenied, ServerBusy
+from deepseek_client import BULK, AccessDenied, ServerBusy
 from tritonclient.utils import InferenceServerException
 
 from loadtests.load.traffic_file import read_traffic
@@ -120,8 +120,9 @@ def test_a_key_for_bulk_requests_sends_only_those(gateway: Gateway) -> None:
     before = gateway.metrics()
     for parameters, expected in (
         ("", 400),
-        ('"parameters": {"priority": 1}, ', 400),
-        ('"parameters": {"priority": 2}, ', 200),
+        ('"parameters": {"priority": 1, "bulk": true}, ', 400),
+        ('"parameters": {"priority": 2}, ', 400),
+        ('"parameters": {"priority": 2, "bulk": true}, ', 200),
     ):
         body = json_body().replace(b"{", b"{" + parameters.encode(), 1)
         status, answer = gateway.http("POST", INFER, body=body, key=key)
@@ -131,13 +132,13 @@ def test_a_key_for_bulk_requests_sends_only_those(gateway: Gateway) -> None:
     assert gateway.http("POST", INFER, "Inference-Header-Content-Length: 0", body=raw, key=key)[0] == 400
     x = np.zeros((1, 2, 3), np.float32)
     with gateway.client("http", api_key=key) as client:
-        assert client.infer("add_one", {"x": x}, parameters={"priority": 2})["y"].all()
+        assert client.infer("add_one", {"x": x}, parameters=BULK)["y"].all()
     after = wait_for(gateway.metrics, lambda found: found[total] >= before.get(total, 0) + 2)
     assert after.get(timed, 0) == before.get(timed, 0)
     with gateway.client("grpc", api_key=key) as client:
         assert client.ready("add_one")
         with pytest.raises(AccessDenied, match="a key for bulk requests cannot infer over gRPC"):
-            client.infer("add_one", {"x": x}, parameters={"priority": 2})
+            client.infer("add_one", {"x": x}, parameters=BULK)
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])

@@ -33,6 +33,12 @@ def models(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Em
         yield running
 
 
+BULK_QUEUE = (
+    "dynamic_batching { priority_levels: 2 default_priority_level: 1 priority_queue_policy { key: 2 value {"
+    " max_queue_size: 64 default_timeout_microseconds: 60000000 } }"
+)
+
+
 def write_fragile(repository: Path, name: str = "fragile") -> None:
     """y = x + 1 in ONNX Runtime, which fails if x reaches 1; two instances."""
     nodes = [
@@ -51,7 +57,9 @@ def write_fragile(repository: Path, name: str = "fragile") -> None:
     onnx.save(model, repository / name / "1" / "model.onnx")
     for source, path in BACKEND_SOURCES.items():
         shutil.copy(path, repository / name / "1" / source)
-    with (repository / name / "config.pbtxt").open("a") as config:
+    path = repository / name / "config.pbtxt"
+    path.write_text(path.read_text().replace("dynamic_batching {", BULK_QUEUE))
+    with path.open("a") as config:
         for key, value in {"threads": "1", "provider": "cpu", "provider_options": "{}"}.items():
             config.write(f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n')
 
@@ -64,7 +72,7 @@ def counter(server: EmbeddedServer, series: str) -> float:
 
 
 def infer(
-    server: EmbeddedServer, model: str, inputs: dict[str, np.ndarray], outputs: list[str]
+    server: EmbeddedServer, model: str, inputs: dict[str, np.ndarray], outputs: list[str], **parameters: bool
 ) -> dict[str, np.ndarray]:
     """One bare tritonclient call."""
     kinds = {"int64": "INT64", "float32": "FP32"}
@@ -73,7 +81,7 @@ def infer(
         tensors.append(triton.InferInput(name, list(array.shape), kinds[str(array.dtype)]))
         tensors[-1].set_data_from_numpy(array)
     with triton.InferenceServerClient(server.grpc_url) as client:
-        result = client.infer(model, tensors)
+        result = client.infer(model, tensors, parameters=parameters or None)
     return {name: result.as_numpy(name) for name in outputs}
 
 
@@ -100,23 +108,24 @@ def test_a_bad_request_fails_alone(models: EmbeddedServer) -> None:
 
 
 def test_failures_of_onnx_runtime_are_counted_by_model(tmp_path: Path) -> None:
-    """Triton counts the failure as a success, since it was answered."""
+    """Triton counts the failure as a success, since it was answered. Bulk requests fail in a thread of their own."""
     write_fragile(tmp_path)
     with EmbeddedServer(tmp_path, **FREE, log_path=tmp_path / "triton.log") as server:
 
-        def call(value: int) -> str:
+        def call(value: int, bulk: bool) -> str:
+            x = np.full((1, 2, 3), value, np.float32)
             try:
-                return str(infer(server, "fragile", {"x": np.full((1, 2, 3), value, np.float32)}, ["y"])["y"].sum())
+                return str(infer(server, "fragile", {"x": x}, ["y"], bulk=bulk)["y"].sum())
             except InferenceServerException as error:
                 return error.status()
 
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(call, [0, 1] * 20))
-        assert answers == ["6.0", "StatusCode.INTERNAL"] * 20
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(call, [0, 1] * 40, [False, False, True, True] * 20))
+        assert answers == ["6.0", "StatusCode.INTERNAL"] * 40
         labels = '{model="fragile",reason="INTERNAL",version="1"}'
-        assert counter(server, f"onnxruntime_inference_request_failure{labels}") == 20
+        assert counter(server, f"onnxruntime_inference_request_failure{labels}") == 40
         succeeded = 'nv_inference_request_success{model="fragile",version="1"}'  # counted after the answers
-        wait_for(lambda: counter(server, succeeded) >= 40)
+        wait_for(lambda: counter(server, succeeded) >= 80)
 
 
 @pytest.mark.parametrize(

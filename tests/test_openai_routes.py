@@ -15,7 +15,7 @@ import deepseek_client
 import numpy as np
 import pytest
 from aiohttp import ClientSession, web
-from deepseek_client import InferenceError
+from deepseek_client import BULK, InferenceError
 from deepseek_client.metadata import TensorMetadata
 
 from serving.openai.errors import ApiError, from_client
@@ -143,7 +143,7 @@ def test_a_header_makes_a_request_bulk() -> None:
         return triton.calls, answer
 
     calls, refused = asyncio.run(run())
-    assert calls == [*[(["a", "b"], {})] * 2, (["a"], {"priority": 2}), (["b"], {"priority": 2})]
+    assert calls == [*[(["a", "b"], {})] * 2, (["a"], dict(BULK)), (["b"], {"priority": 2})]
     assert refused["error"]["message"] == 'X-Priority: seen "1"; allowed: online or bulk'
 
 

@@ -52,6 +52,7 @@ def test_each_build_adds_a_version_and_the_oldest_are_removed(build: Path, tmp_p
         "model.onnx",
         "model.py",
         "onnxruntime_session.py",
+        "bulk_requests.py",
         "compute_slots.py",
         "model_inputs.py",
     }

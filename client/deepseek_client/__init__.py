@@ -25,9 +25,10 @@ from deepseek_client.errors import (
 )
 from deepseek_client.metadata import ModelMetadata, TensorMetadata
 from deepseek_client.statistics import ModelStatistics, Statistics
-from deepseek_client.transport import PreparedRequest
+from deepseek_client.transport import BULK, PreparedRequest
 
 __all__ = [
+    "BULK",
     "AccessDenied",
     "AsyncInferenceClient",
     "ConnectionLost",

@@ -171,7 +171,7 @@ class InferenceClient(_Client):
         An input of strings may be a list of texts, `{"text": ["one", "another"]}`, or of pairs of texts.
         The arrays are read-only views of the response; copy one to change it. With `version` "" the server chooses.
         `request_id` appears in Triton's log and traces, and is sent as the header x-request-id. `parameters` are those
-        of the request in KServe v2, such as `{"priority": 2}`: a bulk request, which waits behind the others.
+        of the request in KServe v2, such as `BULK`: a bulk request, which waits behind the others.
         `headers`, such as a W3C `traceparent`, are sent with every attempt; over gRPC as metadata.
         """
         call = self._core.infer(

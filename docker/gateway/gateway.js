@@ -8,7 +8,7 @@ const BEARER = /^Bearer (dsk_[A-Za-z0-9_-]{43})$/;
 const MODEL = /^\/v2\/models\/([A-Za-z0-9._-]+)/;
 const GRPC_INFER = '/inference.GRPCInferenceService/ModelInfer';
 const BULK = 2;  // Triton's priority of bulk requests (export/triton_config.py)
-const NOT_BULK = `this key is for bulk requests: send "parameters": {"priority": ${BULK}} with the request`;
+const NOT_BULK = `this key is for bulk requests: send "parameters": {"priority": ${BULK}, "bulk": true} with the request`;
 const NAME = /^[A-Za-z0-9._-]{1,127}$/;
 // An X.509 certificate's validity, in hex: two times, each a UTCTime (YYMMDD…Z) or a GeneralizedTime (YYYYMMDD…Z).
 const VALIDITY = /30(?:1e|20|22)(?:170d(?:3\d){12}5a|180f(?:3\d){14}5a)(?:170d((?:3\d){12})5a|180f((?:3\d){14})5a)/;
@@ -124,7 +124,8 @@ function flawOfRequest(r) {
         return `invalid JSON: ${error.message}`;
     }
     flaw = flaw || flawOf(document, size - length);
-    return flaw || (r.variables.bulk && (document.parameters || {}).priority !== BULK ? NOT_BULK : '');
+    const sent = document.parameters || {};
+    return flaw || (r.variables.bulk && (sent.priority !== BULK || sent.bulk !== true) ? NOT_BULK : '');
 }
 
 // What JSON.parse accepts and Triton reads differently: of a duplicate name Triton takes the first value, so the check here

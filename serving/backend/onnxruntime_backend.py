@@ -31,7 +31,7 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in deepseek/__init__.py, for a Triton that others start
@@ -39,12 +39,18 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in deepseek/__init__.p
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
+from bulk_requests import BulkRequests
 from compute_slots import ComputeSlots
-from model_inputs import ModelInputs
+from model_inputs import ModelInputs, Run
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from onnxruntime_session import cores, open_session
 
 _VOCABULARY = ("history", "exclude", "k", "skus", "titles", "unknown")  # tensors that the model itself does not have
+_FAILURES = {
+    "onnxruntime_inference_request_failure": (
+        "Inference requests that failed in ONNX Runtime; nv_inference_request_success includes them"
+    )
+}
 _TEXT_COUNTERS = {
     "onnxruntime_text_tokens": "Tokens that ran for texts, without padding",
     "onnxruntime_text_padded_tokens": "Tokens that ran for texts, with padding",
@@ -53,6 +59,8 @@ _VOCABULARY_COUNTERS = {
     "onnxruntime_vocabulary_names": "Names of items that callers sent",
     "onnxruntime_vocabulary_unknown_names": "Names that the vocabulary does not have",
 }
+_BULK = "2"  # Triton's priority of bulk requests
+_COUNTING = threading.Lock()
 _USED = b"used_dltensor"  # module level, so that it stays alive: a capsule only points to its name
 _set_capsule_name = ctypes.pythonapi.PyCapsule_SetName
 _set_capsule_name.argtypes = [ctypes.py_object, ctypes.c_char_p]
@@ -86,19 +94,20 @@ class TritonPythonModel:
         self.answers: queue.SimpleQueue = queue.SimpleQueue()
         self.sender = threading.Thread(target=self._send, daemon=True)
         self.sender.start()
-        self.counter = pb_utils.MetricFamily(
-            name="onnxruntime_inference_request_failure",
-            description="Inference requests that failed in ONNX Runtime; nv_inference_request_success includes them",
-            kind=pb_utils.MetricFamily.COUNTER,
-        )
-        labels = {"model": args["model_name"], "version": args["model_version"], "reason": "INTERNAL"}
-        self.failures = self.counter.Metric(labels=labels)  # one counter for all instances
+        self.count_failures = _counts(_FAILURES, args, reason="INTERNAL")
         self.profile: str | None = None
         self.slots: Any = contextlib.nullcontext()
+        self.bulk: Any = None
+        self.no_online = threading.Event()  # set while no online batch runs
+        self.no_online.set()
         if "engine" in parameters:
             self._use_engine(parameters["engine"])
-        else:
-            self._open_session(args, path, parameters, config["instance_group"][0]["count"])
+            return
+        self._open_session(args, path, parameters, config["instance_group"][0]["count"])
+        batching = config.get("dynamic_batching", {})
+        if policy := batching.get("priority_queue_policy", {}).get(_BULK):
+            most_rows = max(batching.get("preferred_batch_size") or [config["max_batch_size"]])
+            self.bulk = BulkRequests(policy, most_rows, self._answer_bulk, self._refuse_bulk)
 
     def _use_engine(self, name: str) -> None:
         """Calls another model of this server in place of a session, for all parts of a batch at once."""
@@ -133,10 +142,33 @@ class TritonPythonModel:
             self.slots = ComputeSlots(path, max(1, cores() // threads))
 
     def execute(self, requests: list) -> None:
+        """Runs a batch without its bulk requests, which are answered later."""
+        sent = [(request, request.get_response_sender()) for request in requests]
+        if self.bulk is not None:
+            sent = [each for each in sent if not self.bulk.take(*each)]
+        if sent:
+            self.no_online.clear()
+            try:
+                self._answer(sent, self._results)
+            finally:
+                self.no_online.set()
+
+    def _answer(self, sent: Sequence[tuple[Any, Any]], run: Run) -> None:
         """Runs a batch; the sender thread sends each answer through its request's response sender."""
-        senders = [request.get_response_sender() for request in requests]
-        for responses in self._responses(requests):
+        requests, senders = zip(*sent, strict=True)
+        for responses in self._responses(requests, run):
             self.answers.put(([senders[place] for place in responses], list(responses.values())))
+
+    def _answer_bulk(self, sent: Sequence[tuple[Any, Any]]) -> None:
+        try:
+            self._answer(sent, self._bulk_results)
+        except Exception as error:  # Triton does the same for those of `execute`
+            for _, sender in sent:
+                self.answers.put(([sender], [self._failure(error)]))
+
+    def _refuse_bulk(self, sender: object, reason: str) -> None:
+        error = pb_utils.TritonError(reason, pb_utils.TritonError.UNAVAILABLE)
+        self.answers.put(([sender], [pb_utils.InferenceResponse(error=error)]))
 
     def _send(self) -> None:
         while (batch := self.answers.get()) is not None:
@@ -147,11 +179,11 @@ class TritonPythonModel:
                 try:
                     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
                 except Exception as error:  # for example a full /dev/shm: only this answer is lost
-                    self.failures.increment(1)
+                    self.count_failures(1)
                     pb_utils.Logger.log_error(f"an answer could not be handed to Triton: {error}")
                 del kept
 
-    def _responses(self, requests: list) -> Iterator[dict[int, Any]]:
+    def _responses(self, requests: Sequence, run: Run) -> Iterator[dict[int, Any]]:
         """The responses by the place of their request, each as soon as all its rows are computed."""
         sent = [tensor.name() for tensor in requests[0].inputs()]  # Triton batches only requests with the same inputs
         if self.text and (wrong := self.text.wrong_inputs(sent, self.inputs)):
@@ -168,7 +200,7 @@ class TritonPythonModel:
         if refused:
             yield refused
         try:
-            for responses in self._run(reader, read) if read else ():
+            for responses in self._run(reader, read, run) if read else ():
                 yield responses
                 for place in responses:
                     del read[place]
@@ -177,20 +209,20 @@ class TritonPythonModel:
                 yield {0: self._failure(error, callers=reader is not self.text)}
                 return
         for place in read:  # those of a part that failed
-            for responses in self._responses([requests[place]]):
+            for responses in self._responses([requests[place]], run):
                 yield {place: responses[0]}
 
     def _reader(self, sent: list[str]) -> Any:
         """The reader of requests with these inputs."""
         return self.text if self.text and "text" in sent else self.vocabulary or self.model_inputs
 
-    def _run(self, reader: Any, read: dict[int, Any]) -> Iterator[dict[int, Any]]:
+    def _run(self, reader: Any, read: dict[int, Any], run: Run) -> Iterator[dict[int, Any]]:
         """Runs the rows of requests in parts; yields the responses of the requests that each part completes."""
         sizes = {place: len(request) for place, request in read.items()}
         ends = dict(zip(read, itertools.accumulate(sizes.values()), strict=True))
         owners = [place for place, size in sizes.items() for _ in range(size)]
         left, whole = dict(sizes), dict[str, Any]()
-        for rows, results in reader.parts(list(read.values()), self.outputs, self._results):
+        for rows, results in reader.parts(list(read.values()), self.outputs, run):
             for name, values in results.items():
                 if len(rows) == len(owners) and isinstance(rows, range):
                     whole[name] = values
@@ -222,7 +254,7 @@ class TritonPythonModel:
         if not (callers and isinstance(error, InvalidArgument)):
             code = getattr(error, "code", pb_utils.TritonError.INTERNAL)  # from the engine's model
             if code == pb_utils.TritonError.INTERNAL:
-                self.failures.increment(1)
+                self.count_failures(1)
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(_reason(error), code))
 
     def _results(self, joined: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -233,8 +265,15 @@ class TritonPythonModel:
         with self.slots:
             return self.session.run(self.outputs, joined)
 
+    def _bulk_results(self, joined: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """As `_results`, but it begins only while this instance has no online batch: they would share its threads."""
+        self.no_online.wait()
+        return self.session.run(self.outputs, joined)
+
     def finalize(self) -> None:
         """Sends the remaining answers and frees the session."""
+        if self.bulk is not None:
+            self.bulk.close()
         self.answers.put(None)
         self.sender.join()
         if self.profile is not None:
@@ -251,12 +290,13 @@ def _types(config: dict) -> dict[str, str]:
     return {tensor["name"]: tensor["data_type"].removeprefix("TYPE_").lower() for tensor in config["input"]}
 
 
-def _counts(described: dict[str, str], args: dict[str, str]) -> Callable:
+def _counts(described: dict[str, str], args: dict[str, str], **labels: str) -> Callable:
     """A function that adds a number to each of these counters of the model, which all instances share.
 
     An increment waits for the server for as long as a row of a small model takes. So 0 is not added.
+    Two threads that increment a counter at once would corrupt the memory that this process shares with Triton.
     """
-    labels = {"model": args["model_name"], "version": args["model_version"]}
+    labels = {"model": args["model_name"], "version": args["model_version"], **labels}
     families = [  # they must stay alive
         pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
         for name, description in described.items()
@@ -266,7 +306,8 @@ def _counts(described: dict[str, str], args: dict[str, str]) -> Callable:
     def count(*numbers: int, _families: object = families) -> None:
         for counter, number in zip(counters, numbers, strict=True):
             if number:
-                counter.increment(number)
+                with _COUNTING:
+                    counter.increment(number)
 
     return count
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from deepseek_client import AsyncInferenceClient, InvalidInput, ModelMetadata, ModelUnavailable
+from deepseek_client import BULK, AsyncInferenceClient, InvalidInput, ModelMetadata, ModelUnavailable
 from deepseek_client.transport import Parameters
 
-from deepseek.spec import BULK, TEXT
+from deepseek.spec import TEXT
 from deepseek.spec.files.repository import CONFIG, model_folders
 from deepseek.spec.text import EMBEDDING
 from serving.openai.errors import ApiError, api_errors, no_such_model
@@ -86,7 +86,7 @@ class TextModel:
 
     def for_bulk(self) -> TextModel:
         """The same for a bulk request: behind the others, in parts so short that these never wait long for one."""
-        return replace(self, max_batch=self.preferred_batch or self.max_batch, parameters={"priority": BULK})
+        return replace(self, max_batch=self.preferred_batch or self.max_batch, parameters=BULK)
 
     def tokens_that_ran(self, tokens: np.ndarray) -> int:
         """`tokens`: those of each text before truncation."""

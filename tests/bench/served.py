@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 
+from deepseek_client import BULK
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import np_to_triton_dtype
 
@@ -28,7 +29,6 @@ TOGETHER = "shared"
 BATCHING = "[targets.onnxruntime.batching]\n"
 BATCHES_OF_ONE = (BATCHING, f"{BATCHING}max_batch = 1\n")
 SLO_1_S = ("p99_ms = 200", "p99_ms = 1000")
-BULK = 2  # the priority
 BULK_USERS = 16
 ONLINE_SHARE = 0.2  # of the served throughput
 TAIL_S = 10.0
@@ -85,22 +85,20 @@ def bulk(bench: Bench) -> None:
     """p99 of online requests while bulk requests saturate the server, over alone; load generator apart."""
     cores, load_cores = generator_apart()
     texts = data.texts("evaluation", 256)
-    cases: dict[str, Callable[[str, int], Sender]] = {
-        "recommender": lambda url, priority: binary(
-            url, bench.specs["recommender"], bench.rows["recommender"], priority
-        ),
-        "minilm text": lambda url, priority: (
+    cases: dict[str, Callable[[str, bool], Sender]] = {
+        "recommender": lambda url, is_bulk: binary(url, bench.specs["recommender"], bench.rows["recommender"], is_bulk),
+        "minilm text": lambda url, is_bulk: (
             kserve(
                 f"http://{url}/v2/models/minilm/infer",
                 [{"text": text} for text in texts],
                 "embedding",
-                priority=priority,
+                **(BULK if is_bulk else {}),
             ).sender
         ),
     }
     for name, sender in cases.items():
         with on(cores), bench.server(bench.repository(name.split()[0], "auto")) as server:
-            online, offline = sender(server.http_url, 1), sender(server.http_url, BULK)
+            online, offline = sender(server.http_url, False), sender(server.http_url, True)
             rate_rps = ONLINE_SHARE * closed(online, load_cores)(0).answered_per_s
             sides = {
                 how: partial(_online, online, offline if how == "beside" else None, rate_rps, load_cores)
@@ -145,16 +143,19 @@ def closed(sender: Sender, cores: list[int]) -> Side[Load]:
     return side
 
 
-def binary(url: str, spec: DeploymentSpec, rows: Sequence[Row], priority: int = 0) -> Sender:
+def binary(url: str, spec: DeploymentSpec, rows: Sequence[Row], is_bulk: bool = False) -> Sender:
     """Rows of one shape as binary tensors. The answers have the model's own outputs, as raw gives them, in binary."""
-    bodies, lengths = [], set()
+    bodies, lengths, custom = [], set(), dict(BULK) if is_bulk else {}
+    priority = custom.pop("priority", 0)
     outputs = [InferRequestedOutput(name) for name in spec.outputs]
     for row in rows:
         inputs = []
         for name, array in row.items():
             inputs.append(InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
             inputs[-1].set_data_from_numpy(array)
-        body, length = InferenceServerClient.generate_request_body(inputs, outputs=outputs, priority=priority)
+        body, length = InferenceServerClient.generate_request_body(
+            inputs, outputs=outputs, priority=priority, parameters=custom
+        )
         bodies.append(body)
         lengths.add(length)
     (length,) = lengths

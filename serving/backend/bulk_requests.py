@@ -1,0 +1,117 @@
+"""Bulk requests of one instance: they wait in its process, and run in a thread that gets the CPU time others leave.
+
+Contract: the build copies this file beside the backend's model.py. It imports nothing of the project.
+
+A batch cannot be interrupted. Bulk requests that saturate the server would keep all instances busy, and an online
+request would wait for one of them, then run in a batch with bulk requests. So `execute` only takes bulk requests: the
+instance is free again at once. The thread has a lower priority than the server's others (`NICE`), so an online request
+that arrives while it computes gets the core.
+
+A request is bulk if it has the parameter `bulk`: Triton keeps the parameter `priority` for itself. The places and the
+longest wait are those of Triton's own queue for bulk requests, from `config.pbtxt`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+NICE = 10  # beside a thread of the server's own priority, a tenth of a core
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A request that waits."""
+
+    request: Any
+    sender: Any
+    rows: int
+    kind: tuple
+    """Only requests of one kind can run in one batch: names and shapes of the inputs, without the rows."""
+    until_s: float
+    """It is refused if it still waits then: monotonic time."""
+
+
+class BulkRequests:
+    """The queue, and the thread that runs it."""
+
+    def __init__(
+        self,
+        policy: Mapping[str, Any],
+        most_rows: int,
+        answer: Callable[[Sequence[tuple[Any, Any]]], None],
+        refuse: Callable[[Any, str], None],
+    ) -> None:
+        """`policy` is that of Triton's queue for bulk requests; `most_rows` are those of a batch.
+
+        `answer` runs a batch of requests with their response senders; `refuse` answers one with the reason.
+        """
+        self._places = policy["max_queue_size"] or math.inf
+        self._wait_s = int(policy["default_timeout_microseconds"]) / 1e6 or math.inf
+        self._most_rows, self._answer, self._refuse = most_rows, answer, refuse
+        self._waiting: deque[Waiting] = deque()
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._ended = False
+        self._thread.start()
+
+    def take(self, request: Any, sender: Any) -> bool:
+        """Whether the request is a bulk one; then it is answered later, or refused because too many wait."""
+        parameters = request.parameters()
+        if '"bulk"' not in parameters or json.loads(parameters).get("bulk") not in (True, "true"):
+            return False
+        shapes = {tensor.name(): tuple(tensor.shape()) for tensor in request.inputs()}
+        wait_s = min(self._wait_s, request.timeout() / 1e6 or self._wait_s)
+        kind = tuple(sorted((name, shape[1:]) for name, shape in shapes.items()))
+        waiting = Waiting(request, sender, next(iter(shapes.values()))[0], kind, monotonic() + wait_s)
+        with self._changed:
+            if taken := len(self._waiting) < self._places:
+                self._waiting.append(waiting)
+                self._changed.notify()
+        if not taken:
+            self._refuse(sender, f"{self._places} bulk requests wait already")
+        return True
+
+    def close(self) -> None:
+        """Ends the thread; refuses what still waits."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        self._thread.join()
+        for waiting in self._waiting:
+            self._refuse(waiting.sender, "the server stops")
+
+    def _run(self) -> None:
+        os.nice(NICE)  # of this thread alone
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._ended)
+                if self._ended:
+                    return
+                late, batch = self._next()
+            for waiting in late:
+                self._refuse(waiting.sender, "a bulk request waited too long")
+            if batch:
+                self._answer([(waiting.request, waiting.sender) for waiting in batch])
+
+    def _next(self) -> tuple[list[Waiting], list[Waiting]]:
+        """Those that waited too long, and the next batch: the first that waits, and those behind it that fit."""
+        late, batch, others, rows = list[Waiting](), list[Waiting](), list[Waiting](), 0
+        now_s = monotonic()
+        for waiting in self._waiting:
+            if waiting.until_s < now_s:
+                late.append(waiting)
+            elif not batch or (waiting.kind == batch[0].kind and rows + waiting.rows <= self._most_rows):
+                batch.append(waiting)
+                rows += waiting.rows
+            else:
+                others.append(waiting)
+        self._waiting = deque(others)
+        return late, batch

@@ -1,0 +1,185 @@
+"""Bulk requests wait in the backend's process, so that they never keep an instance from an online request."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import psutil
+import pytest
+from deepseek_client import BULK, InferenceClient
+from onnx import TensorProto, helper
+
+from serving.backend import bulk_requests
+from serving.backend.bulk_requests import BulkRequests
+from serving.embedded.launcher import EmbeddedServer
+from tests.conftest import FREE
+from tests.gateway import wait_for
+from tests.test_onnxruntime_backend import write_fragile
+
+PLACES = 4
+
+
+class Request:
+    """A request with one input; `name` tells it from others."""
+
+    def __init__(self, name: str, shape: tuple[int, ...] = (1, 8), parameters: str = '{"bulk": true}') -> None:
+        self.name, self._shape, self._parameters, self.timeout_us = name, shape, parameters, 0
+
+    def parameters(self) -> str:
+        return self._parameters
+
+    def timeout(self) -> int:
+        return self.timeout_us
+
+    def inputs(self) -> list[Any]:
+        return [SimpleNamespace(name=lambda: "x", shape=lambda: self._shape)]
+
+
+class Held:
+    """Bulk requests whose batches run once `go` is set, of up to 4 rows. Each request is its own response sender."""
+
+    def __init__(self, wait_us: int) -> None:
+        self.go, self.begun = threading.Event(), threading.Event()
+        self.batches: list[list[str]] = []
+        self.refused: dict[str, str] = {}
+        policy = {"max_queue_size": PLACES, "default_timeout_microseconds": str(wait_us)}
+        self.requests = BulkRequests(policy, 4, self._answer, lambda request, why: self.refused.update({request: why}))
+
+    def _answer(self, sent: Sequence[tuple[Any, Any]]) -> None:
+        self.begun.set()
+        self.go.wait()
+        self.batches.append([sender for _, sender in sent])
+
+    def take(self, *requests: Request) -> list[bool]:
+        return [self.requests.take(request, request.name) for request in requests]
+
+
+@contextmanager
+def held(wait_us: int = 0) -> Iterator[Held]:
+    """The first request runs already."""
+    running = Held(wait_us)
+    running.take(Request("first"))
+    running.begun.wait()
+    yield running
+    running.go.set()
+    running.requests.close()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "bulk"),
+    [
+        ('{"bulk": true}', True),
+        ('{"bulk": "true", "prompt_name": "query"}', True),
+        ('{"bulk": false}', False),
+        ('{"prompt_name": "bulk"}', False),
+        ("", False),
+    ],
+)
+def test_a_request_is_bulk_if_its_parameter_says_so(parameters: str, bulk: bool) -> None:
+    with held() as running:
+        assert running.take(Request("a", parameters=parameters)) == [bulk]
+
+
+def test_requests_of_one_shape_are_joined_up_to_the_rows_of_a_batch_in_order() -> None:
+    with held() as running:
+        running.take(Request("a", (2, 8)), Request("b", (1, 9)), Request("c", (3, 8)), Request("d", (2, 8)))
+        running.go.set()
+        wait_for(lambda: len(running.batches) == 4)
+    assert running.batches == [["first"], ["a", "d"], ["b"], ["c"]]
+
+
+def test_requests_beyond_the_places_are_refused_and_those_that_wait_are_at_the_end() -> None:
+    with held() as running:
+        assert running.take(*map(Request, "abcde")) == [True] * 5
+        assert running.refused == {"e": "4 bulk requests wait already"}
+        closing = threading.Thread(target=running.requests.close)
+        closing.start()
+        running.go.set()
+        closing.join()
+    assert running.batches == [["first"]]
+    assert running.refused == {"e": "4 bulk requests wait already", **dict.fromkeys("abcd", "the server stops")}
+
+
+@pytest.mark.parametrize(
+    ("queue_s", "caller_s", "refused"), [(3, 0, False), (1, 0, True), (0, 1, True), (3, 1, True), (1, 3, True)]
+)
+def test_a_request_that_waits_longer_than_the_queue_or_its_caller_allows_is_refused(
+    queue_s: int, caller_s: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr(bulk_requests, "monotonic", lambda: now_s[0])
+    with held(queue_s * 1_000_000) as running:
+        request = Request("second")
+        request.timeout_us = caller_s * 1_000_000
+        running.take(request)
+        now_s[0] += 2
+        running.go.set()
+        wait_for(lambda: running.refused or len(running.batches) == 2)
+    assert running.refused == ({"second": "a bulk request waited too long"} if refused else {})
+
+
+def write_slow(repository: Path) -> None:
+    """y = x, after as many rounds of work as the largest x says; one instance."""
+    write_fragile(repository, "slow")
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["go_on"]),
+            helper.make_node("MatMul", ["state", "state"], ["next"]),
+        ],
+        "round",
+        [
+            helper.make_tensor_value_info("round", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, [128, 128]),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, [128, 128]),
+        ],
+    )
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
+        helper.make_node("Cast", ["largest"], ["rounds"], to=TensorProto.INT64),
+        helper.make_node("Loop", ["rounds", "", "zeros"], ["worked"], body=body),
+        helper.make_node("ReduceSum", ["worked"], ["nothing"], keepdims=0),
+        helper.make_node("Add", ["x", "nothing"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2, "columns"]) for name in "xy")
+    zeros = helper.make_tensor("zeros", TensorProto.FLOAT, [128, 128], [0.0] * 128**2)
+    graph = helper.make_graph(nodes, "slow", [x], [y], [zeros])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, repository / "slow" / "1" / "model.onnx")
+    path = repository / "slow" / "config.pbtxt"
+    path.write_text(path.read_text().replace("count: 2", "count: 1"))
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_an_online_request_does_not_wait_for_a_bulk_one_that_runs(tmp_path: Path, protocol: Any) -> None:
+    write_slow(tmp_path)
+    with (
+        EmbeddedServer(tmp_path, **FREE, log_path=tmp_path / "log") as server,
+        InferenceClient(getattr(server, f"{protocol}_url"), protocol, timeout_s=300, retries=0) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+
+        def send(rounds: int, **options: Any) -> float:
+            return float(client.infer("slow", {"x": np.full((1, 2, 3), rounds, np.float32)}, **options)["y"][0, 0, 0])
+
+        def busy_s() -> float:
+            return sum(sum(each.cpu_times()[:2]) for each in psutil.Process(server.pid).children(recursive=True))
+
+        send(1)
+        before_s = busy_s()
+        bulk = [pool.submit(send, 20_000 + number, parameters=BULK) for number in range(2)]
+        wait_for(lambda: busy_s() > before_s + 0.2)
+        assert [send(number) for number in range(3)] == [0, 1, 2]
+        assert not any(call.done() for call in bulk)
+        assert [call.result() for call in bulk] == [20_000, 20_001]
