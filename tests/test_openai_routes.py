@@ -143,7 +143,7 @@ def test_a_header_makes_a_request_bulk() -> None:
         return triton.calls, answer
 
     calls, refused = asyncio.run(run())
-    assert calls == [*[(["a", "b"], {})] * 2, (["a"], dict(BULK)), (["b"], {"priority": 2})]
+    assert calls == [*[(["a", "b"], {})] * 2, (["a"], BULK), (["b"], BULK)]
     assert refused["error"]["message"] == 'X-Priority: seen "1"; allowed: online or bulk'
 
 
