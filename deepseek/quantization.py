@@ -42,7 +42,7 @@ class QuantConfig:
     activation_bits: int = 8
     """Bits of an activation: those of a weight."""
     calibration_data: str | Path | None = None
-    """File of real inputs: `.npz`, `.npy`, or raw records of the signature. Required at 8 bits."""
+    """File of real inputs: `.npz`, `.npy`, or raw records of the signature; absent: the model's own samples."""
     number_format: Format | None = None
     """"int" or "float"; by default int at 8 bits, float at 16."""
     calibration_method: MethodChoice = "auto"

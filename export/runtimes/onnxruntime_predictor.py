@@ -38,8 +38,8 @@ def on_host(spec: DeploymentSpec, target: Target) -> DeploymentSpec:
     return spec.model_copy(update={"onnxruntime": OnnxRuntimeSpec(provider="cpu")})
 
 
-def onnx_predictor(spec: DeploymentSpec, path: Path, target: Target, *, optimized: bool = True) -> Predict:
-    """A predictor of the graph with the threads of one served instance; without `optimized`, the graph as written.
+def onnx_predictor(spec: DeploymentSpec, path: Path, target: Target) -> Predict:
+    """A predictor of the graph with the threads of one served instance.
 
     Raises InputError if the execution provider is missing, GateFailed if the graph cannot be loaded.
     """
@@ -50,8 +50,6 @@ def onnx_predictor(spec: DeploymentSpec, path: Path, target: Target, *, optimize
     options.intra_op_num_threads = batching.threads or max(1, cores() // batching.instances)
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # otherwise idle threads slow the next variant
-    if not optimized:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         left_out = optimizers_left_out(path)
         opened = open_session(path, options, spec.onnxruntime.provider, spec.provider_options, left_out=left_out)
