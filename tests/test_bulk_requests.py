@@ -40,7 +40,10 @@ class Request:
         return self.timeout_us
 
     def inputs(self) -> list[Any]:
-        return [SimpleNamespace(name=lambda: "x", shape=lambda: self._shape)]
+        return [SimpleNamespace(name=lambda: "x", as_numpy=lambda: np.zeros(self._shape))]
+
+    def requested_output_names(self) -> list[str]:
+        return []
 
 
 class Held:
@@ -51,7 +54,9 @@ class Held:
         self.batches: list[list[str]] = []
         self.refused: dict[str, str] = {}
         policy = {"max_queue_size": PLACES, "default_timeout_microseconds": str(wait_us)}
-        self.requests = BulkRequests(policy, 4, self._answer, lambda request, why: self.refused.update({request: why}))
+        self.requests = BulkRequests(
+            policy, 4, {"x"}, self._answer, lambda request, why: self.refused.update({request: why})
+        )
 
     def _answer(self, sent: Sequence[tuple[Any, Any]]) -> None:
         self.begun.set()

@@ -9,6 +9,8 @@ that arrives while it computes gets the core.
 
 A request is bulk if it has the parameter `bulk`: Triton keeps the parameter `priority` for itself. The places and the
 longest wait are those of Triton's own queue for bulk requests, from `config.pbtxt`.
+
+The memory that Triton shares with this process is small. So a request that waits is a copy (`Copy`).
 """
 
 from __future__ import annotations
@@ -18,19 +20,53 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+import numpy as np
+
 NICE = 10  # beside a thread of the server's own priority, a tenth of a core
+
+
+class CopiedTensor:
+    """A tensor in this process's own memory, with what the backend reads of Triton's."""
+
+    def __init__(self, tensor: Any, is_text: bool) -> None:
+        self._name = tensor.name()
+        self._array = tensor.as_numpy() if is_text else np.array(np.from_dlpack(tensor))
+        self.__dlpack__, self.__dlpack_device__ = self._array.__dlpack__, self._array.__dlpack_device__
+
+    def name(self) -> str:
+        return self._name
+
+    def as_numpy(self) -> np.ndarray:
+        return self._array
+
+
+class Copy:
+    """A request in this process's own memory, with what the backend reads of Triton's."""
+
+    def __init__(self, request: Any, texts: Collection[str]) -> None:
+        self._tensors = [CopiedTensor(tensor, tensor.name() in texts) for tensor in request.inputs()]
+        self._parameters, self._outputs = request.parameters(), request.requested_output_names()
+
+    def inputs(self) -> list[CopiedTensor]:
+        return self._tensors
+
+    def parameters(self) -> str:
+        return self._parameters
+
+    def requested_output_names(self) -> Any:
+        return self._outputs
 
 
 @dataclass(frozen=True)
 class Waiting:
     """A request that waits."""
 
-    request: Any
+    request: Copy
     sender: Any
     rows: int
     kind: tuple
@@ -46,16 +82,17 @@ class BulkRequests:
         self,
         policy: Mapping[str, Any],
         most_rows: int,
+        texts: Collection[str],
         answer: Callable[[Sequence[tuple[Any, Any]]], None],
         refuse: Callable[[Any, str], None],
     ) -> None:
-        """`policy` is that of Triton's queue for bulk requests; `most_rows` are those of a batch.
+        """`policy` is that of Triton's queue for bulk requests; `most_rows` are those of a batch. `texts` are inputs.
 
         `answer` runs a batch of requests with their response senders; `refuse` answers one with the reason.
         """
         self._places = policy["max_queue_size"] or math.inf
         self._wait_s = int(policy["default_timeout_microseconds"]) / 1e6 or math.inf
-        self._most_rows, self._answer, self._refuse = most_rows, answer, refuse
+        self._most_rows, self._texts, self._answer, self._refuse = most_rows, texts, answer, refuse
         self._waiting: deque[Waiting] = deque()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -67,10 +104,11 @@ class BulkRequests:
         parameters = request.parameters()
         if '"bulk"' not in parameters or json.loads(parameters).get("bulk") not in (True, "true"):
             return False
-        shapes = {tensor.name(): tuple(tensor.shape()) for tensor in request.inputs()}
+        copy = Copy(request, self._texts)
+        shapes = {tensor.name(): tensor.as_numpy().shape for tensor in copy.inputs()}
         wait_s = min(self._wait_s, request.timeout() / 1e6 or self._wait_s)
         kind = tuple(sorted((name, shape[1:]) for name, shape in shapes.items()))
-        waiting = Waiting(request, sender, next(iter(shapes.values()))[0], kind, monotonic() + wait_s)
+        waiting = Waiting(copy, sender, next(iter(shapes.values()))[0], kind, monotonic() + wait_s)
         with self._changed:
             if taken := len(self._waiting) < self._places:
                 self._waiting.append(waiting)

@@ -107,7 +107,8 @@ class TritonPythonModel:
         batching = config.get("dynamic_batching", {})
         if policy := batching.get("priority_queue_policy", {}).get(_BULK):
             most_rows = max(batching.get("preferred_batch_size") or [config["max_batch_size"]])
-            self.bulk = BulkRequests(policy, most_rows, self._answer_bulk, self._refuse_bulk)
+            texts = {each["name"] for each in config["input"] if each["data_type"] == "TYPE_STRING"}
+            self.bulk = BulkRequests(policy, most_rows, texts, self._answer_bulk, self._refuse_bulk)
 
     def _use_engine(self, name: str) -> None:
         """Calls another model of this server in place of a session, for all parts of a batch at once."""
