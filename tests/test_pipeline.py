@@ -25,6 +25,7 @@ from deepseek.spec.files.measured_batches import batches_path
 from export import build, cache, clean, digests, pipeline, plan
 from export.artifact import refuse
 from export.pipeline import Stage
+from serving.stack.env_file import OWN, WRITTEN
 
 DEPLOY = """
 name = "tiny"
@@ -338,9 +339,9 @@ def test_a_second_build_of_a_folder_waits_and_so_does_clean(
 
 
 def test_clean_keeps_the_users_own_lines(tiny: Path) -> None:
-    env, ours, yours = tiny / "env", "# Written by make engine\nA=1\n", "# Yours: below\n"
+    env, ours, yours = tiny / "env", f"{WRITTEN}\nA=1\n", f"{OWN}\n"
     own = f"{yours}MINE=1\n"
-    for before, after in ((ours + own, own), (ours + yours, None), ("MINE=1\n", "MINE=1\n")):
+    for before, after in ((ours + own, own), (ours + yours, None), (ours, None), ("MINE=1\n", "MINE=1\n")):
         env.write_text(before)
         clean.main(options_of(tiny))
         assert (env.read_text() if env.exists() else None) == after
