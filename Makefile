@@ -10,7 +10,7 @@ VENV ?= .venv
 # Any Python can start the set-up, which finds the right one. It takes milliseconds if there is nothing to do.
 ANY_PYTHON = $(firstword $(wildcard $(VENV)/bin/python) $(shell command -v $(or $(PYTHON),python3) python3.11 python3.12 python3.13))
 SET_UP = @$(or $(ANY_PYTHON),python3) -S cli/environment.py --venv "$(VENV)"
-DEEPSEEK = @"$(VENV)/bin/python" -m cli --make
+DEEPSEEK = @exec "$(VENV)/bin/python" -m cli --make
 
 # ---- what users do --------------------------------------------------------------------------------
 COMMANDS := demo new import engine serve doctor keys stack kubernetes infer metadata parity \

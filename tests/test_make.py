@@ -122,6 +122,22 @@ def test_goals_run_in_order_even_with_j_and_stop_at_a_failure(called: Callable[.
     assert [line.split()[-1] for line in lines if "--make" in line] == ["loadtest", "verdict"]
 
 
+def test_a_signal_to_make_alone_reaches_the_command(tmp_path: Path) -> None:
+    python = tmp_path / "environment" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        "#!/bin/sh\ncase \"$*\" in *--make*) trap 'echo stopped; exit' TERM; echo started;; *) exit;; esac\n"
+        "for wait in $(seq 100); do sleep 0.1; done; echo missed\n"
+    )
+    python.chmod(0o755)
+    line = ["make", "serve", f"VENV={tmp_path / 'environment'}"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "started\n"
+        run.terminate()
+        assert run.stdout.readline() == "stopped\n"
+
+
 def test_distclean_keeps_sources_and_the_users_files(tmp_path: Path) -> None:
     for name in ("build/text", "repository/text/1", "environment/lib"):
         (tmp_path / name).mkdir(parents=True)
