@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from deepseek.config import TransformerConfig
 from deepseek.pruning import PruneConfig, load_pruned, prune_model, save_pruned, weights_digest
+from deepseek.pruning.attention import HeadAttention
 from deepseek.pruning.distillation import distil
 from deepseek.spec import InputError
 from deepseek.transformer import Transformer
@@ -108,7 +109,7 @@ class Residual(nn.Module):
     ("make", "inputs", "heads", "channels"),
     [
         (ours, IDS, (8, 6), (128, 96)),
-        (theirs, IDS, (0, 0), (128, 96)),
+        (theirs, IDS, (8, 6), (128, 96)),
         (Bert, IDS, (4, 3), (64, 48)),
         (Packed, IDS, (4, 3), (64, 48)),
         (Residual, IMAGES, (0, 0), (16 + 24 + 32, 56)),  # in blocks of 8
@@ -224,6 +225,22 @@ def test_a_model_that_cannot_be_pruned_is_a_one_line_error_and_unchanged(model: 
     assert weights_digest(model) == weights_digest(before)
     assert repr(model) == repr(before)
     assert model.training
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_head_attention_equals_multihead_attention(batch_first: bool, need_weights: bool) -> None:
+    packed = nn.MultiheadAttention(32, 4, batch_first=batch_first).eval()
+    query, memory = torch.randn(3, 3, 32), torch.randn(3, 5, 32)
+    memory = memory if batch_first else memory.transpose(0, 1)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+    mask = torch.ones(3, 5, dtype=torch.bool).triu(3)
+    settings = {"key_padding_mask": padding, "attn_mask": mask, "need_weights": need_weights}
+    expected, seen = (attention(query, memory, memory, **settings) for attention in (packed, HeadAttention(packed)))
+    torch.testing.assert_close(seen[0], expected[0])
+    assert (seen[1] is None) == (expected[1] is None) == (not need_weights)
+    if need_weights:
+        torch.testing.assert_close(seen[1], expected[1])
 
 
 def test_a_pruned_model_learns_the_outputs_of_the_original() -> None:

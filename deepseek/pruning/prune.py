@@ -6,7 +6,8 @@ width between the blocks of a Transformer, embeddings and outputs keep their siz
 
 Contract: works in place on any `nn.Module` whose forward autograd can trace. Each layer is verified first
 (`deepseek.pruning.prunable`), and so is the whole result: the pruned model must give the outputs of the original in
-which no layer reads the removed units. Heads of an `nn.MultiheadAttention` stay.
+which no layer reads the removed units. An `nn.MultiheadAttention` that loses heads becomes
+`deepseek.pruning.attention.HeadAttention`.
 
 Examples:
     report = prune_model(model, (ids,), PruneConfig(ratio=0.25))     # then fine-tune: deepseek.training
@@ -32,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepseek.checkpoints import digest
+from deepseek.pruning.attention import HeadAttention, split_attention
 from deepseek.pruning.prunable import Inputs, Kind, Layer, Prunable, restore, state_of
 from deepseek.settings import Count, PositiveShare, Seed, settings
 from deepseek.spec import InputError
@@ -82,6 +84,8 @@ class PruneReport:
     """FLOPs for one row of the example: matrix products and convolutions; a multiply-add counts as two."""
     size_bytes: tuple[int, int]
     """Size of parameters and buffers."""
+    replaced: tuple[str, ...]
+    """`nn.MultiheadAttention` modules that are now `HeadAttention`."""
     sizes: dict[str, dict[str, Any]]
     """Changed attributes by module. With the weights, they turn the original module into the pruned one."""
 
@@ -125,6 +129,7 @@ def _pruned(module: nn.Module, example: Inputs, config: PruneConfig, data: Seque
     except Exception as error:
         message = " ".join(str(error).split())[:200]
         raise InputError(f"{kind} does not run on the example inputs: {type(error).__name__}: {message}") from error
+    originals = split_attention(module)
     sizes = _sizes(module)
     prunable = Prunable(module, example)
     layers = prunable.layers()
@@ -139,6 +144,8 @@ def _pruned(module: nn.Module, example: Inputs, config: PruneConfig, data: Seque
     prunable_parameters = sum(map(_count, touched))
     if not prunable.cut(cuts):
         raise InputError(f"{kind} cannot be pruned: each layer can be on its own, but together they change the outputs")
+    for name in originals.keys() - {layer.name for layer in cuts}:
+        module.set_submodule(name, originals[name])  # it keeps its heads
     return PruneReport(
         ratio=config.ratio,
         layers=tuple(_report(layer, cuts.get(layer, [])) for layer in layers),
@@ -147,6 +154,7 @@ def _pruned(module: nn.Module, example: Inputs, config: PruneConfig, data: Seque
         prunable_parameters=(prunable_parameters, sum(map(_count, touched))),
         flops=(flops, _flops(module, example)),
         size_bytes=(size, _bytes(module)),
+        replaced=tuple(name for name in originals if isinstance(module.get_submodule(name), HeadAttention)),
         sizes=_changed(sizes, _sizes(module)),
     )
 
@@ -193,7 +201,7 @@ def save_pruned(module: nn.Module, report: PruneReport, path: str | Path, *, of:
     """
     tensors = _tensors(module)
     same = {name: names[0] for names, _ in tensors for name in names[1:]}  # pruning may untie tied weights
-    about = {"of": of, "ratio": report.ratio, "sizes": report.sizes, "same": same}
+    about = {"of": of, "ratio": report.ratio, "replaced": report.replaced, "sizes": report.sizes, "same": same}
     weights = {names[0]: tensor.detach().contiguous() for names, tensor in tensors}
     with beside(Path(path)) as draft:
         save_file(weights, draft, metadata={"pruned": json.dumps(about)})
@@ -215,6 +223,10 @@ def load_pruned(module: nn.Module, path: str | Path) -> nn.Module:
         raise InputError(f"{path}: not a valid pruned module ({error}); {advice}") from None
     if about["of"] != weights_digest(module):
         raise InputError(f"{path}: pruned from other weights than those of {type(module).__name__}; {advice}")
+    for name in about["replaced"]:
+        attention = module.get_submodule(name)
+        assert isinstance(attention, nn.MultiheadAttention)
+        module.set_submodule(name, HeadAttention(attention))
     for name, sizes in about["sizes"].items():
         for key, value in sizes.items():
             setattr(module.get_submodule(name), key, tuple(value) if isinstance(value, list) else value)
