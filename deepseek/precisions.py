@@ -27,6 +27,8 @@ class PrecisionFacts:
     """Bits of a weight."""
     format: Literal["int", "float"]
     """Format of a quantized number."""
+    may_quantize_weights_alone: bool = False
+    """Whether activations may keep the high precision."""
     worst_error: float
     """This field, `cosine` and `common` are the defaults of `[parity.<name>]` (`deepseek.spec.tables.Tolerance`)."""
     cosine: float
@@ -56,6 +58,7 @@ PRECISIONS: dict[Precision, PrecisionFacts] = {
     "int8": PrecisionFacts(
         bits=8,
         format="int",
+        may_quantize_weights_alone=True,
         worst_error=0.25,
         cosine=0.98,
         common=0.8,

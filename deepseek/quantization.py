@@ -22,7 +22,13 @@ from deepseek.spec.checks import RegularExpression
 Format = Literal["int", "float"]
 # (weight bits, activation bits, number format) that both ModelOpt's ONNX path and TensorRT support.
 SUPPORTED: dict[tuple[int, int, str], Precision] = {
-    (row.bits, row.bits, row.format): name for name, row in PRECISIONS.items() if name in REDUCED
+    **{(row.bits, row.bits, row.format): name for name, row in PRECISIONS.items() if name in REDUCED},
+    **{
+        (row.bits, activation_bits, row.format): name  # only the weights; activations keep high_precision
+        for name, row in PRECISIONS.items()
+        if row.may_quantize_weights_alone
+        for activation_bits in (16, 32)
+    },
 }
 Method = Literal["max", "entropy"]
 MethodChoice = Literal["auto", "max", "entropy"]
@@ -40,7 +46,7 @@ class QuantConfig:
     weight_bits: int = 8
     """Bits of a weight: 8 or 16."""
     activation_bits: int = 8
-    """Bits of an activation: those of a weight."""
+    """Bits of an activation: those of the weights, or 16 or 32 with int8 weights to quantize only the weights."""
     calibration_data: str | Path | None = None
     """File of real inputs: `.npz`, `.npy`, or raw records of the signature; absent: the model's own samples."""
     number_format: Format | None = None
@@ -73,10 +79,20 @@ class QuantConfig:
             seen += f" as {self.number_format}" if self.number_format else ""
             known = ", ".join(f"{w}/{a} {kind} ({name})" for (w, a, kind), name in SUPPORTED.items())
             raise ValueError(f"seen {seen}; supported weights/activations: {known}")
+        if self.weight_only and self.high_precision != f"fp{self.activation_bits}":
+            raise ValueError(
+                f"seen {self.activation_bits}-bit activations with high_precision {self.high_precision}; "
+                f"activations keep the high precision: set it to fp{self.activation_bits}"
+            )
 
     @property
     def _format(self) -> str:
         return self.number_format or ("float" if self.weight_bits == 16 else "int")
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether only the weights have 8 bits: a quarter of the size, and no loss from the ranges of activations."""
+        return self.weight_bits == 8 and self.activation_bits > 8
 
     @property
     def precision(self) -> Precision:

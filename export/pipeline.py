@@ -138,7 +138,7 @@ def _to_onnx(plan: Plan) -> Stage:
 def _quantize(plan: Plan, precision: Precision) -> Stage:
     graph = onnx_path(plan.model, precision)
     rows = [rows_path(plan.model, split) for split in ("calibration", "evaluation")]
-    how = ("calibration_method", "calibration_samples", "per_channel", "op_types", "keep_high")
+    how = ("calibration_method", "calibration_samples", "per_channel", "weight_only", "op_types", "keep_high")
     high = ("--high-precision", plan.high) if precision in EIGHT_BITS else ()
     calibrate = Stage(
         name=f"calibrate {precision}",

@@ -65,6 +65,7 @@ def test_a_config_is_frozen_and_takes_no_positional_arguments() -> None:
         (TrainingConfig, {}, "TrainingConfig: max_epochs: missing"),
         (QuantConfig, {"weight_bits": 3}, "3-bit weights with 8-bit activations; supported .*8/8 int"),
         (QuantConfig, {"weight_bits": 8, "activation_bits": 4}, "8-bit weights with 4-bit activations; supported"),
+        (QuantConfig, {"activation_bits": 32}, "32-bit activations with high_precision fp16; .* set it to fp32"),
         (QuantConfig, {"number_format": "float", "weight_bits": 4, "activation_bits": 4}, "4-bit weights .* as float"),
         (QuantConfig, {"calibration_method": "mean"}, "seen 'mean'; allowed: 'auto', 'max' or 'entropy'"),
         (QuantConfig, {"calibration_data": "nosuch.bin"}, "nosuch.bin: no such file"),
@@ -94,10 +95,11 @@ def test_a_size_outside_the_advice_only_warns_at_the_callers_line(change: dict[s
     ("settings", "precision"),
     [
         ({"weight_bits": 8, "activation_bits": 8, "calibration_data": __file__}, "int8"),
+        ({"activation_bits": 16}, "int8"),
         ({"number_format": "float"}, "fp8"),
         ({"weight_bits": 16, "activation_bits": 16}, "fp16"),
     ],
-    ids=["the guide's", "8-bit float", "16 bits"],
+    ids=["the guide's", "only the weights", "8-bit float", "16 bits"],
 )
 def test_bits_and_format_determine_the_precision(settings: dict[str, Any], precision: Any) -> None:
     assert QuantConfig(**settings).precision == precision

@@ -105,6 +105,20 @@ def test_one_scale_per_tensor_shows_in_the_graph_and_in_the_outputs(copied: Path
     assert max(errors) < 0.1
 
 
+@pytest.mark.parametrize("bits", [16, 32])
+def test_weight_only_stores_weights_at_8_bits_and_leaves_activations(copied: Path, bits: int) -> None:
+    result = quantize_model(TEXT, settings(copied, activation_bits=bits, high_precision=f"fp{bits}"))
+    assert result["found"]["compute_operators"] == {"int8_weights": 2, f"fp{bits}": 2}
+    path = copied / "text" / "int8" / "model.onnx"
+    assert not any(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node)
+    rows = load_rows(copied / "text" / "evaluation.npz")
+    both = (
+        outputs_of(TEXT, onnx_predictor(TEXT, copied / "text" / name / "model.onnx", "onnxruntime"), rows)
+        for name in ("int8", "fp32")
+    )
+    assert 0 < output_error(*both) < 0.02
+
+
 @pytest.mark.parametrize("high", ["fp16", "fp32"])
 def test_both_methods_are_tried_and_the_better_one_is_kept(copied: Path, high: str) -> None:
     report = quantize_model(TEXT, settings(copied, calibration_method="auto", high_precision=high))["calibration"]

@@ -83,6 +83,7 @@ def test_a_plan_with_the_size_of_fp32_weights_fails() -> None:
         ({"int8": 1, "fp16": 47}, {}, False),  # a graph that does not say
         ({"int8": 24, "fp16": 12}, {"int8": 48}, True),  # at the share; three projections fused into one
         ({"int8": 10, "fp16": 30}, {"int8": 12, "fp16": 36}, True),  # the other layers stay high on purpose
+        ({"int8_weights": 40}, {"int8_weights": 48}, True),
     ],
 )
 def test_half_of_the_layers_that_the_graph_has_in_a_precision_have_to_run_in_it(
@@ -174,7 +175,7 @@ ATTENTION = [
     layer("Reformat", "Row major linear FP16 format"),
     layer("CaskConvolution", "Thirty-two wide channel vectorized row major Int8 format"),
     layer("gemm", "Int8"),
-    layer("gemm", "Half"),
+    layer("gemm", "Half", Weights={"Type": "Int8", "Count": 9}),
     layer("kgen", "Float"),
     layer("_gemm_mha_v2", "Half"),
     layer("MatrixMultiply", "BFloat16"),
@@ -182,7 +183,7 @@ ATTENTION = [
 
 
 def test_the_inspectors_layers_are_counted_by_type() -> None:
-    assert compute_layers(ATTENTION) == {"int8": 2, "fp16": 2, "bf16": 1}
+    assert compute_layers(ATTENTION) == {"int8": 2, "int8_weights": 1, "fp16": 1, "bf16": 1}
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,9 @@ class PrecisionSpec(Table):
     """Largest number of rows of `samples("calibration")` to use."""
     per_channel: bool = True
     """One scale per output channel of the weights; false: one per tensor."""
+    weight_only: bool = False
+    """Quantize only the weights to int8. Activations keep the high precision, without clipping: the file is small,
+    but hardly faster."""
     op_types: tuple[Literal["MatMul", "Gemm", "Conv"], ...] = Field(("MatMul", "Gemm", "Conv"), min_length=1)
     """Operators to quantize to 8 bits; all others keep the high precision."""
     keep_high: tuple[RegularExpression, ...] = ()

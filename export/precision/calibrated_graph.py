@@ -28,6 +28,7 @@ from export.precision.ptq import qdq_from_onnx
 from export.precision.qdq import (
     keep_residuals_wide,
     use_one_scale_a_tensor,
+    use_wide_activations,
     with_8_bit_weights,
     with_unsigned_activations,
 )
@@ -129,8 +130,10 @@ def calibrate(
     keep_residuals_wide(by_max)
     if not config.per_channel:
         use_one_scale_a_tensor(by_max)
+    if config.weight_only:
+        use_wide_activations(by_max)
     graphs: dict[Method, onnx.ModelProto] = {"max": by_max}
-    if config.calibration_method != "max" and "entropy" in ranges:
+    if config.calibration_method != "max" and not config.weight_only and "entropy" in ranges:
         graphs["entropy"] = with_ranges(by_max, ranges["entropy"], ranges["max"])
     errors: dict[Method, float] = {}
     method = list(graphs)[-1]

@@ -133,6 +133,19 @@ def quantized_names(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
     return pairs
 
 
+def use_wide_activations(model: onnx.ModelProto) -> None:
+    """Removes the pairs of all activations; those of the weights stay."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    wide = {
+        pair[-1].output[0]: pair[0].input[0]
+        for pair in quantized_names(model).values()
+        if pair[0].op_type == "QuantizeLinear" and pair[0].input[0] not in weights
+    }
+    for node in model.graph.node:
+        node.input[:] = [wide.get(name, name) for name in node.input]
+    drop_unread(model.graph)
+
+
 def keep_residuals_wide(model: onnx.ModelProto) -> None:
     """Lets additions read values from before a pair that was inserted for a product beside them.
 
@@ -272,8 +285,12 @@ def found_precision(path: Path) -> dict[str, Any]:
 
 
 def _compute_type(node: onnx.NodeProto, producers: Producers, types: Mapping[str, int]) -> str:
-    """The type a MatMul, Gemm or Conv runs in: that of its Q/DQ pairs if both operands have one."""
+    """The type a MatMul, Gemm or Conv runs in: that of its Q/DQ pairs if both operands have one.
+
+    `int8_weights` if only a weight, stored at 8 bits, has one.
+    """
     first, second = (_pair(name, producers)[1] for name in node.input[:2])
-    if first is not None and second is not None:
-        return "fp8" if types.get(second.input[2]) == onnx.TensorProto.FLOAT8E4M3FN else "int8"
+    if second is not None and (first is not None or second.input[0] not in producers):
+        narrow = "fp8" if types.get(second.input[2]) == onnx.TensorProto.FLOAT8E4M3FN else "int8"
+        return narrow if first is not None else f"{narrow}_weights"
     return _FLOAT_TYPES.get(types.get(node.input[0], 0), "other")

@@ -53,6 +53,8 @@ def to_8_bits(
         )
         if reports["sensitivity"]["layers"]:
             reports["sensitivity"]["rows"] = baseline.half_sizes()
+    if config.weight_only:  # has no activation ranges
+        return finished(model, config), reports
     reports["calibration"] = {
         "method": calibrated.method,
         "errors": calibrated.errors,

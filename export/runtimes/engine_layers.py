@@ -67,9 +67,12 @@ def compute_layers(layers: list[Any]) -> Counter[str]:
 
 
 def _engine_type(layer: dict[str, Any]) -> str:
-    """The type of the first input."""
+    """The type of the first input; `int8_weights` if only the weights have another, smaller type."""
     inputs = [each for each in layer.get("Inputs", ()) if isinstance(each, dict)]
-    return _type_of(inputs[0].get("Format/Datatype") if inputs else "")
+    first = _type_of(inputs[0].get("Format/Datatype") if inputs else "")
+    weights = layer.get("Weights")
+    stored = _type_of(weights.get("Type")) if isinstance(weights, dict) else first
+    return f"{stored}_weights" if stored in ("int8", "fp8") and first not in ("int8", "fp8") else first
 
 
 def _type_of(text: object) -> str:
@@ -88,7 +91,10 @@ def network_layers(trt: Any, network: Any) -> dict[str, Any]:
 
 
 def _layer_type(trt: Any, layer: Any, producers: dict[str, Any], names: dict[Any, str]) -> str:
-    """The quantized type if both operands are dequantized, else the type of the first operand."""
+    """The quantized type if every operand is dequantized, else the type of the first operand.
+
+    `int8_weights` if only the second operand, a constant, is dequantized.
+    """
     carriers = (trt.LayerType.SHUFFLE, trt.LayerType.CAST, trt.LayerType.IDENTITY)
     quantized = []
     inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
@@ -98,7 +104,13 @@ def _layer_type(trt: Any, layer: Any, producers: dict[str, Any], names: dict[Any
             producer = producers.get(producer.get_input(0).name)
         if producer is not None and producer.type == trt.LayerType.DEQUANTIZE:
             quantized.append(names.get(producer.get_input(0).dtype, "other"))
-    return quantized[0] if len(quantized) == 2 else names.get(inputs[0].dtype, "other")
+    if len(quantized) == 2:
+        return quantized[0]
+    if quantized and producer is not None and producer.type == trt.LayerType.DEQUANTIZE:
+        stored = producers.get(producer.get_input(0).name)
+        if stored is not None and stored.type == trt.LayerType.CONSTANT:
+            return f"{quantized[0]}_weights"
+    return names.get(inputs[0].dtype, "other")
 
 
 def described(found: Mapping[str, Any], precision: str) -> str:

@@ -13,7 +13,7 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,10 +188,10 @@ def prove(precision: Precision, found: dict[str, Any], plan_bytes: int, graph: M
     the plan, without kernels, is nearer to the size of fp32 weights; this detects only large models.
     """
     counts, weights = found["compute_layers"], weight_bytes(graph)
-    expected = graph.found.get("compute_operators", {}).get(precision) or sum(counts.values())
-    if counts.get(precision, 0) < LEAST_SHARE * expected:
+    expected = _in_precision(graph.found.get("compute_operators", {}), precision) or sum(counts.values())
+    if _in_precision(counts, precision) < LEAST_SHARE * expected:
         raise GateFailed(
-            f"{precision} was asked for, but {counts.get(precision, 0)} compute layers of the "
+            f"{precision} was asked for, but {_in_precision(counts, precision)} compute layers of the "
             f"{found['read_from']} run in it (found: {counts}); the graph has {expected}, and at least "
             f"{LEAST_SHARE:.0%} of them have to"
         )
@@ -202,3 +202,7 @@ def prove(precision: Precision, found: dict[str, Any], plan_bytes: int, graph: M
             f"{precision} was asked for, but the plan has {human_bytes(plan_bytes)} where its typed weights "
             f"take {human_bytes(weights)}: the size of a wider precision"
         )
+
+
+def _in_precision(counts: Mapping[str, int], precision: Precision) -> int:
+    return counts.get(precision, 0) + counts.get(f"{precision}_weights", 0)

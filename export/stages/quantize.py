@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from deepseek.precisions import EIGHT_BITS
+from deepseek.precisions import BITS, EIGHT_BITS, PRECISIONS
 from deepseek.quantization import QuantConfig
 from deepseek.spec import DeploymentSpec, GateFailed, flags_for, kept_for_json
 from deepseek.spec.files.folders import scratch_in
@@ -53,7 +53,7 @@ REPORTS = ("calibration", "sensitivity")
 def prove(config: QuantConfig, found: dict[str, Any]) -> None:
     """Raises GateFailed if the graph has no operator in the precision that was asked for."""
     counts = found["compute_operators"]
-    if not counts.get(config.precision):
+    if not counts.get(f"{config.precision}_weights" if config.weight_only else config.precision):
         operators = f"{', '.join(COMPUTE_OPS[:-1])} or {COMPUTE_OPS[-1]}"
         if not counts:
             raise GateFailed(f"the graph has no {operators} to run in {config.precision}")
@@ -134,6 +134,7 @@ def _settings(config: QuantConfig, calibration: Calibration, reports: dict[str, 
         "calibration_method": reports.get("calibration", {}).get("method", config.calibration_method),
         "samples": len(calibration.rows),
         "per_channel": config.per_channel,
+        "weight_only": config.weight_only,
         "op_types": config.op_types,
         "keep_high": [*config.keep_high, *(f"^{re.escape(each['name'])}$" for each in layers if each["high"])],
         "high_precision": config.high_precision,
@@ -180,8 +181,10 @@ def _show_calibration(report: dict[str, Any]) -> None:
 def main(options: argparse.Namespace) -> None:
     spec = on_host(DeploymentSpec.of_model(options.model, options.models), options.target)
     precision = spec.precision
+    weight_only = precision.weight_only and PRECISIONS[options.precision].may_quantize_weights_alone
     config = QuantConfig.of_precision(
         options.precision,
+        **({"activation_bits": BITS[options.high_precision]} if weight_only else {}),
         calibration_data=options.calibration_data,
         calibration_method=precision.calibration_method,
         num_samples=precision.calibration_samples,
