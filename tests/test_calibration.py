@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
 from deepseek.spec import Axis, DeploymentSpec, GateFailed, InputError
-from export.precision.activation_ranges import MOST_GROWTH, ActivationRanges, ranges_of
 from export.precision.calibration import (
     Calibration,
     calibration_of,
@@ -19,6 +20,7 @@ from export.precision.calibration import (
     read_rows,
     stratified,
 )
+from export.precision.calibration_curve import MOST_GROWTH, ActivationRanges, ranges_by_samples, would_more_help
 
 IMAGE, TEXT = (DeploymentSpec.load(f"tests/models/{name}") for name in ("image", "text"))
 BATCH = Axis(min=1, opt=4, max=8)
@@ -135,13 +137,13 @@ def test_max_replaces_entropy_for_ranges_that_entropy_cannot_count(tmp_path: Pat
     )
     onnx.save(graph, tmp_path / "model.onnx")
     steady = [{"x": np.full((8, 4), scale, np.float32)} for scale in (1.0, 2.0, 3.0)]
-    ranges, growth = ranges_of(tmp_path / "model.onnx", steady)
+    points, growth = ranges_by_samples(tmp_path / "model.onnx", steady)
     assert growth == pytest.approx(3)
-    assert ranges["max"] == {"x": 3.0}
-    assert ranges.keys() == {"max", "entropy"}
-    ranges, growth = ranges_of(tmp_path / "model.onnx", [*steady, {"x": np.full((8, 4), 1e6, np.float32)}])
+    assert points["max"] == {8: {"x": 1.0}, 16: {"x": 2.0}, 24: {"x": 3.0}}
+    assert points.keys() == {"max", "entropy"}
+    points, growth = ranges_by_samples(tmp_path / "model.onnx", [*steady, {"x": np.full((8, 4), 1e6, np.float32)}])
     assert growth > MOST_GROWTH
-    assert ranges.keys() == {"max"}
+    assert points.keys() == {"max"}
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
@@ -157,3 +159,19 @@ def test_entropy_clips_a_rare_value_and_max_does_not() -> None:
     ranges.add({"x": np.concatenate([values, [[40.0]]]).astype(np.float32)})
     assert ranges.of("max")["x"] == 40
     assert ranges.of("entropy")["x"] < 20
+
+
+@pytest.mark.parametrize(
+    ("errors", "message"),
+    [
+        ([0.5, 0.21, 0.2, 0.2], "flat from 16 samples on: more will not help"),
+        ([0.8, 0.4, 0.2, 0.1], r"still falling \(-50% from 32 to 64\): add samples"),
+        ([0.1, 0.1, 0.1, 0.2], r"not settled \(\+100% from 32 to 64\)"),
+        ([0.2, 0.2], "16 samples are too few to see a trend"),
+        ([0.0, 0.0, 0.0], "flat from 8 samples on"),
+    ],
+    ids=["flat", "falling", "rising", "short", "no error"],
+)
+def test_the_conclusion_says_whether_more_samples_would_help(errors: list[float], message: str) -> None:
+    curve: list[dict[str, Any]] = [{"samples": 8 << index, "error": error} for index, error in enumerate(errors)]
+    assert re.match(message, would_more_help(curve))

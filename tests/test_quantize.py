@@ -120,10 +120,13 @@ def test_weight_only_stores_weights_at_8_bits_and_leaves_activations(copied: Pat
 
 
 @pytest.mark.parametrize("high", ["fp16", "fp32"])
-def test_both_methods_are_tried_and_the_better_one_is_kept(copied: Path, high: str) -> None:
+def test_both_methods_are_tried_and_the_curve_ends_at_the_final_graph(copied: Path, high: str) -> None:
     report = quantize_model(TEXT, settings(copied, calibration_method="auto", high_precision=high))["calibration"]
     assert report["errors"].keys() == {"max", "entropy"}
     assert report["method"] == min(report["errors"], key=report["errors"].__getitem__)
+    assert [point["samples"] for point in report["curve"]] == [8, 16, 32]
+    assert report["curve"][-1]["error"] == pytest.approx(report["errors"][report["method"]], rel=1e-3)
+    assert len({point["error"] for point in report["curve"]}) > 1
 
 
 def test_a_report_of_an_earlier_graph_is_removed(copied: Path) -> None:

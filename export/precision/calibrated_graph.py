@@ -22,8 +22,8 @@ from export.artifact import onnx_path
 from export.cache import fill, stage_key
 from export.graph_file import save_graph
 from export.model_folder import Predict
-from export.precision.activation_ranges import ranges_of, with_ranges
 from export.precision.calibration import Calibration
+from export.precision.calibration_curve import Points, ranges_by_samples, with_ranges
 from export.precision.ptq import qdq_from_onnx
 from export.precision.qdq import (
     keep_residuals_wide,
@@ -46,6 +46,8 @@ class CalibratedGraph:
     method: Method
     errors: dict[Method, float]
     """Output error by method, if both were tried."""
+    points: Points
+    """Ranges by number of samples, for the method that was kept."""
     growth: float
     """Largest ratio of an activation's range to its range in the first batch."""
 
@@ -112,6 +114,7 @@ def _write(calibrated: CalibratedGraph, folder: Path) -> None:
 
 def _read(folder: Path) -> CalibratedGraph:
     facts: dict[str, Any] = json.loads((folder / "calibrated.json").read_text())
+    facts["points"] = {int(samples): ranges for samples, ranges in facts["points"].items()}
     return CalibratedGraph(model=onnx.load(folder / "model.onnx"), **facts)
 
 
@@ -121,9 +124,9 @@ def calibrate(
     """The calibrated graph; methods are compared by their output error on the rows of `sample`.
 
     Falls back to max if entropy cannot count an activation's range. ModelOpt calibrates once, by max; entropy ranges
-    are put into its graph, so that errors and graph use the same ranges.
+    are put into its graph, so that errors, curve and graph use the same ranges.
     """
-    ranges, growth = ranges_of(copied(spec, work / "ranges"), calibration.batches)
+    points, growth = ranges_by_samples(copied(spec, work / "ranges"), calibration.batches)
     by_max = qdq_from_onnx(
         copied(spec, work / "max"), dataclasses.replace(config, calibration_method="max"), calibration
     )
@@ -133,8 +136,9 @@ def calibrate(
     if config.weight_only:
         use_wide_activations(by_max)
     graphs: dict[Method, onnx.ModelProto] = {"max": by_max}
-    if config.calibration_method != "max" and not config.weight_only and "entropy" in ranges:
-        graphs["entropy"] = with_ranges(by_max, ranges["entropy"], ranges["max"])
+    if config.calibration_method != "max" and not config.weight_only and "entropy" in points:
+        final = {method: ranges[max(ranges)] for method, ranges in points.items()}
+        graphs["entropy"] = with_ranges(by_max, final["entropy"], final["max"])
     errors: dict[Method, float] = {}
     method = list(graphs)[-1]
     if config.calibration_method == "auto" and len(graphs) > 1:
@@ -142,4 +146,4 @@ def calibrate(
         reference = runs(onnx.load(onnx_path(spec.name, "fp32")))
         errors = {tried: output_error(runs(graph), reference) for tried, graph in graphs.items()}
         method = min(errors, key=errors.__getitem__)
-    return CalibratedGraph(model=graphs[method], method=method, errors=errors, growth=growth)
+    return CalibratedGraph(model=graphs[method], method=method, errors=errors, points=points[method], growth=growth)

@@ -1,7 +1,7 @@
 """Makes the 8-bit graph of a model: calibrates it and keeps the most sensitive layers in high precision.
 
 Contract: reads `build/<name>/fp32/model.onnx` and publishes nothing; returns the graph with the reports "calibration"
-(rows, method, output errors) and "sensitivity" (each layer's share of the error).
+(method, output errors, a curve over the number of samples) and "sensitivity" (each layer's share of the error).
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from rich.console import Console
 
 from deepseek.quantization import QuantConfig
 from deepseek.spec import DeploymentSpec
+from export.artifact import onnx_path
 from export.model_folder import ModelFolder
 from export.precision.accuracy import too_small
 from export.precision.accuracy_budget import Baseline, judged, judged_variant
 from export.precision.calibrated_graph import UnpublishedGraphs, finished, kept_calibration
 from export.precision.calibration import Calibration, lengths_of, stratified
-from export.precision.sensitivity import RANKING_ROWS, sensitivity_pass
+from export.precision.calibration_curve import calibration_curve, would_more_help
+from export.precision.sensitivity import RANKING_ROWS, output_error, sensitivity_pass
 from export.rows import Row
 
-ERROR_ROWS = 64  # evaluation rows on which the output errors are measured
+CURVE_ROWS = 64  # evaluation rows on which the curve's errors are measured
 
 log = Console(file=sys.stderr, markup=False)
 
@@ -37,7 +39,7 @@ def to_8_bits(
     model_folder: ModelFolder | None,
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """The 8-bit graph and the reports "calibration" and "sensitivity"."""
-    graphs, sample = UnpublishedGraphs(spec, work, config), stratified(evaluation, ERROR_ROWS)
+    graphs, sample = UnpublishedGraphs(spec, work, config), stratified(evaluation, CURVE_ROWS)
     calibrated = kept_calibration(spec, config, calibration, sample, work)
     model = calibrated.model
     reports: dict[str, Any] = {"sensitivity": {"layers": [], "tried": []}}  # replaces an earlier report
@@ -55,11 +57,17 @@ def to_8_bits(
             reports["sensitivity"]["rows"] = baseline.half_sizes()
     if config.weight_only:  # has no activation ranges
         return finished(model, config), reports
+    reference = graphs.over(sample)(onnx.load(onnx_path(spec.name, "fp32")))
+    curve = calibration_curve(
+        model, calibrated.points, lambda graph: output_error(graphs.over(sample)(graph), reference)
+    )
     reports["calibration"] = {
         "method": calibrated.method,
         "errors": calibrated.errors,
         "growth": calibrated.growth,
         "rows": len(calibration.rows),
         "elements": lengths_of(calibration.rows),
+        "curve": curve,
+        "conclusion": would_more_help(curve),
     }
     return finished(model, config), reports

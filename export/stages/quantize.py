@@ -4,7 +4,7 @@ Contract: reads `build/<name>/fp32/model.onnx` and real calibration inputs; writ
 with unchanged input and output types. fp16 is ModelOpt AutoCast; int8 and fp8 are ModelOpt PTQ, whose Q/DQ nodes both
 ONNX Runtime and TensorRT accept. The stage then checks the precision of the operators in the graph. An 8-bit graph
 that breaks the budget goes through the sensitivity pass, which keeps the worst layers high. Beside the graph lie
-sensitivity.json (each layer's share of the error) and calibration.json (rows, method and output errors).
+sensitivity.json (each layer's share of the error) and calibration.json (would more samples help?).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from deepseek.precisions import BITS, EIGHT_BITS, PRECISIONS
 from deepseek.quantization import QuantConfig
@@ -36,9 +38,9 @@ from export.artifact import (
 from export.cache import put_in_place, stage_key
 from export.graph_file import save_graph
 from export.model_folder import ModelFolder
-from export.precision.activation_ranges import MOST_GROWTH
 from export.precision.calibrated_graph import copied
 from export.precision.calibration import Calibration, NotFinite, calibration_of
+from export.precision.calibration_curve import MOST_GROWTH
 from export.precision.ptq import check_source, fp16_from_onnx
 from export.precision.qdq import COMPUTE_OPS, found_precision, share_equal_weights
 from export.precision.quantize_8bit import log, to_8_bits
@@ -142,7 +144,7 @@ def _settings(config: QuantConfig, calibration: Calibration, reports: dict[str, 
 
 
 def show(result: dict[str, Any], high: str) -> None:
-    """Prints what the graph holds, how it was calibrated, and the layers' shares."""
+    """Prints what the graph holds, the calibration curve and the layers' shares."""
     counts = ", ".join(f"{count} in {name}" for name, count in result["found"]["compute_operators"].items())
     print(f"{result['path']}: {human_bytes(result['size_bytes'])}; {'/'.join(COMPUTE_OPS)}: {counts}")
     if calibration := result.get("calibration"):
@@ -176,6 +178,10 @@ def _show_calibration(report: dict[str, Any]) -> None:
         print(
             f"calibration: an activation grows {report['growth']:.3g}-fold past its first batch: no ranges by entropy"
         )
+    table = Table("samples", *(str(point["samples"]) for point in report["curve"]), box=box.SIMPLE_HEAD)
+    table.add_row("output error", *(f"{point['error']:.3%}" for point in report["curve"]))
+    Console(width=max(Console().width, 100), markup=False).print(table)
+    print(f"calibration: {report['conclusion']}")
 
 
 def main(options: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
-"""The ranges of activations over calibration rows: by the largest magnitude, or by entropy.
+"""Tells whether more calibration samples would help: the output error by number of samples, from one pass.
 
-Contract: one run over all rows records the ranges; `with_ranges` puts them into a finished Q/DQ graph, which costs no
-second calibration.
+Contract: the ranges after 8, 16, 32, ... samples are recorded in one run over all samples, and then put into the
+finished Q/DQ graph. So the curve costs that run and one short run per point, not one calibration per point. The last
+point is the graph as built.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,12 +23,14 @@ from export.precision.qdq import COMPUTE_OPS, producers_of, quantized_names
 from export.quiet import quiet
 from export.rows import Row
 
+FIRST = 8
+FLAT = 0.05  # share of the final error; smaller differences are ignored
 # Entropy keeps the first batch's bin width and tries each range, so its cost is (128 bins x growth) squared.
 MOST_GROWTH = 64.0
 _BINS = 128  # the default of ONNX Runtime's calibrator
 
-Ranges = dict[str, float]
-"""The magnitude that 127 (fp8: 448) represents, by activation."""
+
+Points = dict[int, dict[str, float]]  # samples -> activation -> range
 
 
 class ActivationRanges:
@@ -53,7 +57,8 @@ class ActivationRanges:
             with quiet():
                 self._histograms.collect_value({name: [value] for name, value in values.items()})
 
-    def of(self, method: Method) -> Ranges:
+    def of(self, method: Method) -> dict[str, float]:
+        """The magnitude that 127 (fp8: 448) represents, by activation."""
         if method == "max":
             return dict(self.peaks)
         with quiet():
@@ -61,17 +66,25 @@ class ActivationRanges:
         return {name: float(max(abs(low), abs(high))) for name, (low, high, *_) in found.items()}
 
 
-def ranges_of(path: Path, batches: Iterable[Row]) -> tuple[dict[Method, Ranges], float]:
-    """The ranges over all batches, by method; and the growth.
+def ranges_by_samples(path: Path, batches: Iterable[Row]) -> tuple[dict[Method, Points], float]:
+    """Ranges after 8, 16, 32, ... and all samples, by method; and the growth.
 
-    Past `MOST_GROWTH`, entropy is left out: it would take too long. `path` is the fp32 graph; a copy of it is written
-    beside it, so that external weights are found.
+    Past `MOST_GROWTH`, entropy is left out: it would take too long. `path` is the fp32 graph; a copy of it
+    is written beside it, so that external weights are found.
     """
-    activations, ranges = _activations(path), ActivationRanges()
+    activations, ranges, seen, due = _activations(path), ActivationRanges(), 0, FIRST
+    points: dict[Method, Points] = {"max": {}, "entropy": {}}
+    batches = list(batches)
     for batch in batches:
         ranges.add(activations(batch))
-    methods: tuple[Method, ...] = ("max", "entropy") if ranges.growth <= MOST_GROWTH else ("max",)
-    return {method: ranges.of(method) for method in methods}, ranges.growth
+        seen += len(next(iter(batch.values())))
+        if seen >= due or batch is batches[-1]:
+            for method in points:
+                points[method][seen] = ranges.of(method)
+            due = max(2 * due, seen + 1)
+        if ranges.growth > MOST_GROWTH:
+            points.pop("entropy", None)
+    return points, ranges.growth
 
 
 def _activations(path: Path) -> Callable[[Row], Row]:
@@ -100,17 +113,47 @@ def _activations(path: Path) -> Callable[[Row], Row]:
     return run
 
 
-def with_ranges(model: onnx.ModelProto, ranges: Mapping[str, float], before: Mapping[str, float]) -> onnx.ModelProto:
-    """A copy of the Q/DQ graph with activation scales from `ranges` instead of `before`.
+def with_ranges(model: onnx.ModelProto, ranges: Mapping[str, float], final: Mapping[str, float]) -> onnx.ModelProto:
+    """A copy of the Q/DQ graph with activation scales from `ranges` instead of `final`.
 
     Scales are linear in the range. Values that are not calibrated (Softmax has a fixed range) are in neither.
     """
     copy = deepcopy(model)
     tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
     for name, pair in quantized_names(copy).items():
-        if ranges.get(name) and before.get(name):
+        if ranges.get(name) and final.get(name):
             for tensor in {node.input[1]: tensors[node.input[1]] for node in pair}.values():
                 scale = onnx.numpy_helper.to_array(tensor)
-                scale = (scale * (ranges[name] / before[name])).astype(scale.dtype)
+                scale = (scale * (ranges[name] / final[name])).astype(scale.dtype)
                 tensor.CopyFrom(onnx.numpy_helper.from_array(scale, tensor.name))
     return copy
+
+
+def calibration_curve(
+    model: onnx.ModelProto, points: Points, error_of: Callable[[onnx.ModelProto], float]
+) -> list[dict[str, Any]]:
+    """The output error for each number of samples; `model` has the ranges of all samples."""
+    final = points[max(points)]
+    return [
+        {"samples": samples, "error": error_of(with_ranges(model, points[samples], final))}
+        for samples in sorted(points)
+    ]
+
+
+def would_more_help(curve: list[dict[str, Any]]) -> str:
+    """The conclusion from the curve, in one sentence."""
+    last = curve[-1]
+    if len(curve) < 3:
+        return f"{last['samples']} samples are too few to see a trend: add samples"
+    near = [abs(point["error"] - last["error"]) <= FLAT * last["error"] for point in curve]
+    flat = next(index for index in range(len(curve)) if all(near[index:]))
+    if flat < len(curve) - 1:
+        return f"flat from {curve[flat]['samples']} samples on: more will not help"
+    before = curve[-2]
+    change = (last["error"] - before["error"]) / before["error"] if before["error"] else 1.0
+    if change < 0:
+        return f"still falling ({change:+.0%} from {before['samples']} to {last['samples']}): add samples"
+    return (
+        f"not settled ({change:+.0%} from {before['samples']} to {last['samples']}): ranges still grow with rare "
+        "values; add samples, or try the other calibration method"
+    )
