@@ -29,7 +29,7 @@ from loadtests.profile.recording import (
     read_runs,
     run_of,
 )
-from loadtests.profile.tables import operators, phases
+from loadtests.profile.tables import CpuSamples, functions, operators, phases
 from loadtests.profile.timeline import microseconds, timeline
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE, run_module, write_add_one
@@ -157,6 +157,20 @@ def test_operators_are_summed_by_type_in_one_run_of_the_graph() -> None:
     assert first.share + second.share == pytest.approx(1)
 
 
+def test_a_functions_cpu_time_is_its_share_of_its_threads(tmp_path: Path) -> None:
+    frames = [{"name": "execute", "file": "/a/model.py"}, {"name": "run", "file": "/b/ort.py"}, {"name": "wait"}]
+    threads = [('Thread 7 "main"', [[0, 1], [0, 1], [0]]), ('Thread 8 "sender"', [[2], [2], [2]])]
+    profiles = [{"name": name, "samples": stacks, "weights": [1] * len(stacks)} for name, stacks in threads]
+    data = {"shared": {"frames": frames}, "profiles": profiles}
+    (tmp_path / "cpu-m_0_0.speedscope.json").write_text(json.dumps(data))
+    samples = CpuSamples(folder=tmp_path, note="", requests=10, thread_cpu_s={7: 0.9, 8: 0.0, 9: 0.1})
+    found = {function.name: function for function in functions(samples)}
+    assert found["run"].cpu_ms == pytest.approx(60)
+    assert (found["execute"].share, found["execute"].whole) == (pytest.approx(0.3), pytest.approx(0.9))
+    assert found["wait"].cpu_ms == 0  # in every sample, but only waiting
+    assert found["threads without Python"].cpu_ms == pytest.approx(10)
+
+
 def test_a_truncated_profile_gives_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "onnxruntime-m_0_0.123.json").write_text('[{"cat":')
     with pytest.raises(InputError, match="truncated"):
@@ -231,7 +245,7 @@ def profiled(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     (build / "image").mkdir()
     shutil.copy(built / "build" / "image" / "evaluation.npz", build / "image")
     flags = ["--model", "image", "--models", "tests/models", "--repository", str(built / "repository")]
-    flags += ["--requests", "8", "--users", "4", "--json"]
+    flags += ["--requests", "8", "--users", "4", "--cpu-s", "1", "--json"]
     run = run_module("cli", "profile", *flags, DEEPSEEK_BUILD=str(build))
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
@@ -252,11 +266,20 @@ def test_a_profile_and_its_timeline_reach_from_the_client_to_the_operators(profi
     assert [e["ph"] for e in data["traceEvents"]].count("f") == 8
 
 
+def test_the_backends_cpu_is_sampled_or_the_reason_is_noted(profiled: dict[str, Any]) -> None:
+    if profiled["functions"]:
+        assert sum(row["share"] for row in profiled["functions"]) == pytest.approx(1)
+        assert list(Path(profiled["folder"]).glob("cpu-image_0_*.speedscope.json"))
+    else:
+        assert any("py-spy" in note for note in profiled["notes"])
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
         (["--requests", "0"], "1 to 1000, is needed"),
         (["--users", "3"], "at least as many requests as users are needed"),
+        (["--cpu-s", "-1"], "--cpu-s: seen '-1'"),
         (["--trace-file", "/tmp/trace.json"], "--trace-file needs --url"),
         (["--repository", "/nowhere"], "/nowhere"),
         (["--model", "nosuch"], "nosuch"),

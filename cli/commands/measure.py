@@ -119,13 +119,14 @@ ROWS = (
     Command(
         "profile",
         "loadtests.profile.profile",
-        "trace requests from the client to the operators, and draw a timeline",
+        "trace requests from the client to the operators: a timeline and a CPU profile",
         options=(
             *MODEL,
             REPOSITORY,
             PROTOCOL,
             Option("--requests", "requests to trace, 1000 at most", kind=REQUESTS, default=1),
             Option("--users", "users who send at once", kind=at_least(1), default=1),
+            Option("--cpu-s", "seconds of CPU samples; 0: none", kind=NOT_NEGATIVE, default=2.0),
             INPUTS,
             Option("--url", "host:port of a running server to trace (default: an embedded server of its own)"),
             Option("--trace-file", "path of the trace file of --url here (default: the server's path)", kind=path),
@@ -134,7 +135,7 @@ ROWS = (
         examples=(
             "deepseek profile                                # one request to the recommender, over gRPC",
             "deepseek profile --requests 16 --users 8        # eight at once: queue and batches show",
-            "deepseek profile --protocol http --json",
+            "deepseek profile --protocol http --cpu-s 0 --json",
             "deepseek profile --url 127.0.0.1:8001 --trace-file /tmp/trace.json",
         ),
         notes="Exit codes: 0 traced, 2 bad input, 3 no request was traced.",

@@ -1,31 +1,43 @@
 """Sends the requests of a profile to a server and records them.
 
 Contract: `trace` turns Triton's tracing on for its requests and then restores the settings; the server must have a
-trace file (`--trace-config triton,file=...`), which cannot be set while it runs.
+trace file (`--trace-config triton,file=...`), which cannot be set while it runs. `sample` lets py-spy sample the
+model's busy backend processes, one file per instance for speedscope.app; without permission it notes the reason. It
+also records the CPU times of the threads, since py-spy also samples threads that only wait.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import tritonclient.grpc
 import tritonclient.http
 from deepseek_client import InferenceClient, InferenceError, ServerBusy
 from tritonclient.utils import InferenceServerException
 
 from deepseek.spec import InputError, InvalidMeasurement
+from loadtests.load.background_load import BackgroundLoad, Stream
 from loadtests.profile.recording import Call, Recorded, read_traces
+from loadtests.profile.tables import CpuSamples
+from loadtests.results.settings import LoadSettings
 
 Protocol = Literal["grpc", "http"]
 WARM_UP = 20  # requests, for the connections and the graph
 TRACE_WAIT_S = 10
+SAMPLES_PER_S = 200
+MOST_INSTANCES = 4  # sampled
 
 
 def trace(
@@ -130,3 +142,44 @@ def _plain(settings: dict[str, Any]) -> dict[str, list[str]]:
         else settings
     )
     return {name: each if isinstance(each, list) else [each] for name, each in values.items()}
+
+
+def sample(folder: Path, settings: LoadSettings, seconds: float, server: int) -> CpuSamples:
+    """Keeps the model's backend processes busy, with one user each, and samples their stacks."""
+    backends, note = backend_processes(server, settings.model), ""
+    if not backends:
+        note = f"no CPU samples: {settings.model} has no Python backend process below process {server}"
+    users = Stream(name=settings.model, settings=replace(settings, users=max(1, len(backends))))
+    with BackgroundLoad([users]) as load:
+        before, until_s = _thread_cpu_s(backends.values()), load.now_s + seconds
+        for sampler in [_sampler(folder, name, each, seconds) for name, each in backends.items()]:
+            _, said = sampler.communicate(timeout=seconds + 60)
+            if sampler.returncode:
+                reason = (said.strip().splitlines() or ["no reason given"])[-1].removeprefix("Error: ")
+                note = f"py-spy could not look at the backend: {reason} (it needs root or CAP_SYS_PTRACE)"
+        time.sleep(max(0.0, until_s - load.now_s))
+        answered = len(load.stop()[settings.model].answered)
+    used = {thread: cpu_s - before.get(thread, 0.0) for thread, cpu_s in _thread_cpu_s(backends.values()).items()}
+    return CpuSamples(folder=folder, note=note, requests=answered, thread_cpu_s=used)
+
+
+def backend_processes(server: int, model: str) -> dict[str, psutil.Process]:
+    """Instance of a Python model -> its stub process, below the process `server` that started Triton."""
+    instance = re.compile(rf"{re.escape(model)}_\d+_\d+")  # group and number
+    found: dict[str, psutil.Process] = {}
+    for process in psutil.Process(server).children(recursive=True):
+        if process.name().startswith("triton_python"):
+            found |= {part: process for part in process.cmdline() if instance.fullmatch(part)}
+    return dict(sorted(found.items())[:MOST_INSTANCES])
+
+
+def _thread_cpu_s(processes: Iterable[psutil.Process]) -> dict[int, float]:
+    """Thread id -> CPU seconds since the thread began."""
+    return {each.id: each.user_time + each.system_time for process in processes for each in process.threads()}
+
+
+def _sampler(folder: Path, instance: str, process: psutil.Process, seconds: float) -> subprocess.Popen[str]:
+    command = [str(Path(sys.executable).with_name("py-spy")), "record", "--pid", str(process.pid)]
+    command += ["--format", "speedscope", "--output", str(folder / f"cpu-{instance}.speedscope.json")]
+    command += ["--duration", f"{max(1, round(seconds))}", "--rate", str(SAMPLES_PER_S)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -1,18 +1,22 @@
-"""The figures of a profile: phases of the requests, operators of the graph.
+"""The figures of a profile: phases of the requests, operators of the graph, functions of the backend.
 
 Contract: phases have no gaps, so their means add up to the mean request. An operator's time is that of its runs within
-the traced requests.
+the traced requests. A function's CPU time is its share of the samples of a thread, times the CPU time of the thread.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 from loadtests.profile.recording import PHASES, Call, GraphRun, Recorded
 
+NATIVE = ("threads without Python", "ONNX Runtime's pool, Triton's stub")
 MEANINGS = {
     "encode": "client: tensors into a message",
     "to the server": "client sends, network, Triton receives",
@@ -50,6 +54,34 @@ class Operator:
     share: float
     """Share of the time in operators."""
     slowest_node: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuSamples:
+    """py-spy's samples of the busy backend."""
+
+    folder: Path
+    """Has a file for each instance, `cpu-<instance>.speedscope.json`."""
+    note: str
+    """Why samples are missing; empty if they are not."""
+    requests: int
+    """Answered meanwhile."""
+    thread_cpu_s: dict[int, float]
+    """Thread id -> CPU seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Function:
+    """A function of the backend, measured by CPU samples."""
+
+    name: str
+    place: str
+    cpu_ms: float
+    """In the function itself, per request."""
+    share: float
+    """In the function itself, as a share of the backend's CPU time."""
+    whole: float
+    """With its callees, as a share of the backend's CPU time."""
 
 
 def phases(recorded: Recorded) -> list[Row]:
@@ -107,3 +139,44 @@ def operators(runs: Iterable[GraphRun]) -> list[Operator]:
         )
         for op, nodes in sorted(by_node.items(), key=lambda each: -total_ms[each[0]])
     ]
+
+
+def functions(samples: CpuSamples) -> list[Function]:
+    """The functions in py-spy's samples of all instances, weighted by CPU time per thread, slowest first."""
+    cpu_s = dict(samples.thread_cpu_s)
+    own: dict[tuple[str, str], float] = defaultdict(float)
+    whole: dict[tuple[str, str], float] = defaultdict(float)
+    for stacks, thread in _sampled_threads(samples.folder):
+        used = cpu_s.pop(thread, 0.0) / (sum(stacks.values()) or 1.0)
+        for stack, weight in stacks.items():
+            own[stack[-1]] += weight * used
+            for frame in set(stack):
+                whole[frame] += weight * used
+    if own and sum(cpu_s.values()) > 0:  # threads without Python
+        own[NATIVE] = whole[NATIVE] = sum(cpu_s.values())
+    total = sum(own.values())
+    requests = max(1, samples.requests)
+    return [
+        Function(
+            name=frame[0],
+            place=frame[1],
+            cpu_ms=own[frame] * 1000 / requests,
+            share=own[frame] / total if total else 0.0,
+            whole=whole[frame] / total if total else 0.0,
+        )
+        for frame in sorted(own, key=own.__getitem__, reverse=True)
+    ]
+
+
+def _sampled_threads(folder: Path) -> Iterator[tuple[dict[tuple[tuple[str, str], ...], float], int]]:
+    """The weight of each stack (functions, the innermost last) of each thread, and the thread's id."""
+    for path in sorted(folder.glob("cpu-*.speedscope.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        frames = [(frame["name"], Path(frame.get("file") or "?").name) for frame in data["shared"]["frames"]]
+        for profile in data["profiles"]:
+            named = re.match(r"Thread (\d+)", profile["name"])
+            stacks: dict[tuple[tuple[str, str], ...], float] = defaultdict(float)
+            for stack, weight in zip(profile["samples"], profile["weights"], strict=True):
+                if stack:
+                    stacks[tuple(frames[index] for index in stack)] += weight
+            yield stacks, int(named[1]) if named else 0
