@@ -1,4 +1,4 @@
-"""Parameters and FLOPs are equal from a Transformer's sizes, its module and a graph's shapes."""
+"""Parameters and FLOPs are equal from a Transformer's sizes, a traced module and a graph's shapes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import onnx
 import pytest
 import torch
 from onnx.helper import make_node
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from deepseek.sizing import TransformerSize, presets
+from deepseek.sizing import TrainingSetup, TransformerSize, presets, training_memory
 from deepseek.sizing.model.counting import flops
 from deepseek.sizing.model.onnx_graph import OnnxModel
+from deepseek.sizing.model.traced import TracedModel, mean_square
+from deepseek.sizing.training_step import saved_bytes
 from deepseek.spec import InputError
 from deepseek.transformer import Transformer
+from tests.bench.training_memory import peak_of
 from tests.test_sizing_memory import config
 
 
@@ -45,14 +47,57 @@ def test_a_tied_head_adds_flops_but_no_parameters_and_an_untied_one_both() -> No
     assert flops(tied.ops(2, 16)) == flops(untied.ops(2, 16)) == flops(none.ops(2, 16)) + logits
 
 
-def test_parameters_and_flops_equal_those_of_the_module() -> None:
+def test_a_trace_counts_like_the_sizes_and_needs_no_weights() -> None:
     size = TransformerSize(config=config(attention_dropout=0.0))
-    module = Transformer(size.config).eval()
-    assert size.parameters == sum(weight.numel() for weight in module.parameters())
+    with torch.device("meta"):
+        module = Transformer(size.config)
+    traced = TracedModel(module, lambda batch, length: (torch.ones(batch, length, dtype=torch.int64),))
+    assert (traced.parameters, traced.product_parameters) == (size.parameters, size.product_parameters)
     for batch, length in ((1, 8), (3, 20)):
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            module(torch.ones(batch, length, dtype=torch.int64))
-        assert flops(size.ops(batch, length)) == counter.get_total_flops()
+        assert flops(traced.ops(batch, length)) == flops(size.ops(batch, length))
+    setup = TrainingSetup(batch=3, length=20, platform="cpu")
+    assert traced.saved(setup).kept == saved_bytes(size, setup).kept
+
+
+SHARED = nn.Linear(64, 64, bias=False)
+CNN = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 36, 64), SHARED, SHARED)
+ENCODER = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)  # without its fast path
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "expected"),
+    [
+        (CNN, (2, 3, 6, 6), 2 * 2 * (8 * 36 * 27 + 8 * 36 * 64 + 2 * 64 * 64)),
+        (ENCODER, (1, 5, 32), 2 * (2 * 5 * (4 * 32 * 32 + 2 * 32 * 64) + 4 * 5 * 5 * 32)),
+        (nn.LSTM(3, 4, batch_first=True), (2, 5, 3), 2 * 2 * 5 * 16 * (3 + 4)),
+    ],
+    ids=["shared", "encoder", "lstm"],
+)
+def test_a_trace_counts_other_layers(module: nn.Module, shape: tuple[int, ...], expected: int) -> None:
+    traced = TracedModel(module, lambda batch, length: (torch.empty(shape),))
+    assert flops(traced.ops(shape[0], 5)) == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("steps", [1, 2], ids=["one-batch", "accumulated"])
+def test_the_peak_of_a_traced_step_equals_that_of_a_real_one(precision: Any, steps: int) -> None:
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    module = nn.Sequential(*layers, nn.Linear(512, 50))
+    traced = TracedModel(module, lambda batch, length: (torch.zeros(batch, 3, 16, 16),))
+    setup = TrainingSetup(batch=16, length=1, precision=precision, accumulation_steps=steps, platform="cpu")
+    planned = training_memory(traced, setup)
+    real = peak_of(lambda: mean_square(module.train()(torch.zeros(16, 3, 16, 16))), module.parameters(), setup)
+    assert planned.peak_bytes - planned.context_bytes == pytest.approx(real, rel=0.03)
+
+
+def test_a_forward_that_depends_on_values_is_a_one_line_error() -> None:
+    class Asks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if bool(x.sum() > 0) else -x
+
+    traced = TracedModel(Asks(), lambda batch, length: (torch.empty(batch, 4),))
+    with pytest.raises(InputError, match="Asks: forward cannot be traced at batch 2, length 1"):
+        traced.ops(2, 1)
 
 
 def test_a_cnns_onnx_file_is_counted(tmp_path: Path) -> None:

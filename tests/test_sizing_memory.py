@@ -102,10 +102,9 @@ def test_the_peak_of_a_real_step_is_as_planned(shape: Any, head: Any, setup: Any
 
 def test_training_state_is_16_bytes_per_parameter_and_18_with_autocasts_copies() -> None:
     size, setup = presets()["gpt3-175b"], TrainingSetup(batch=1, length=8)
-    state = [
-        training_memory(size, each).state_bytes / size.parameters for each in (setup, replace(setup, precision="bf16"))
-    ]
-    assert state == pytest.approx([16, 18], rel=0.01)
+    setups = (setup, replace(setup, precision="fp16", mixed="master"), replace(setup, precision="bf16"))
+    state = [training_memory(size, each).state_bytes / size.parameters for each in setups]
+    assert state == pytest.approx([16, 16, 18], rel=0.01)
 
 
 def test_bert_base_trains_in_12_gb_at_fp32_and_8_gb_at_fp16_at_batch_24_and_length_384() -> None:

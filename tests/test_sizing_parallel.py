@@ -34,7 +34,9 @@ def test_serving_gpt3_takes_8_to_16_devices_of_80_gb_in_a_pipeline(batch: int, d
 
 
 def test_training_gpt3_does_not_fit_on_16_of_them_by_its_state_alone() -> None:
-    setup = TrainingSetup(batch=1, length=2048, precision="bf16", checkpointing=True, accumulation_steps=64)
+    setup = TrainingSetup(
+        batch=1, length=2048, precision="bf16", mixed="master", checkpointing=True, accumulation_steps=64
+    )
     state = training_memory(presets()["gpt3-175b"], setup).state_bytes
     assert state / 16 > A100.memory_gib * 2**30
     assert (chosen := choose(training_layouts(presets()["gpt3-175b"], setup, A100))) is not None
@@ -42,9 +44,11 @@ def test_training_gpt3_does_not_fit_on_16_of_them_by_its_state_alone() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_no_layout_takes_less_than_its_share_of_the_state(precision: Any, checkpointing: bool) -> None:
-    asked = TrainingSetup(batch=16, length=1, precision=precision, checkpointing=checkpointing, accumulation_steps=8)
+@pytest.mark.parametrize(("precision", "mixed"), [("fp32", "autocast"), ("bf16", "autocast"), ("bf16", "master")])
+def test_no_layout_takes_less_than_its_share_of_the_state(precision: Any, mixed: Any, checkpointing: bool) -> None:
+    asked = TrainingSetup(
+        batch=16, length=1, precision=precision, mixed=mixed, checkpointing=checkpointing, accumulation_steps=8
+    )
     for name, gib in itertools.product(("bert-large", "gpt2-xl", "gpt3-175b"), (1, 4, 16, 80, 160)):
         size = presets()[name]
         setup = replace(asked, length=size.config.max_length)
@@ -53,11 +57,12 @@ def test_no_layout_takes_less_than_its_share_of_the_state(precision: Any, checkp
             assert layout.devices is None or (layout.memory_bytes or 0) >= state / layout.devices, layout
 
 
-def test_sharding_saves_memory() -> None:
+def test_data_parallel_saves_no_memory_and_sharding_does() -> None:
     sizes = {"num_layers": 48, "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 16_384}
     size, setup = TransformerSize(config=config(**sizes)), TrainingSetup(batch=1, length=40, precision="bf16")
     ways = by_way(training_layouts(size, setup, A100))
-    assert (ways["single"].devices, ways["sharded"].devices) == (None, 4)
+    assert (ways["data"].devices, ways["sharded"].devices) == (None, 4)
+    assert "do not save memory" in ways["data"].reason
     assert (ways["sharded"].memory_bytes or 0) < A100.usable_bytes < training_memory(size, setup).total_bytes
 
 
@@ -68,12 +73,10 @@ def test_the_bytes_of_a_step_equal_those_of_the_papers() -> None:
     ways = by_way(training_layouts(size, setup, small))
     assert (count := ways["sharded"].devices) is not None
     assert ways["sharded"].sent_bytes == pytest.approx(3 * (count - 1) / count * 4 * size.parameters * 4)
-    serving = InferenceSetup(batch=1, length=512, precision="fp32")
-    tight = DEVICES["t4"].model_copy(update={"memory_gib": 2.0})
-    ways = by_way(serving_layouts(size, serving, tight))
+    assert ways["data"].sent_bytes == pytest.approx(2 * 1023 / 1024 * 4 * size.parameters)
+    assert ways["pipeline"].sent_bytes == 2 * 4 * 512 * 1024 * 4
     assert (shared := ways["tensor"].devices) is not None
-    assert ways["tensor"].sent_bytes == pytest.approx(2 * 24 * 2 * (shared - 1) / shared * 512 * 1024 * 4)
-    assert ways["pipeline"].sent_bytes == 512 * 1024 * 4
+    assert ways["tensor"].sent_bytes == pytest.approx(4 * 24 * 4 * 2 * (shared - 1) / shared * 512 * 1024 * 4)
 
 
 def test_a_model_of_70_billion_is_served_by_the_fewest_devices_and_the_reason_names_the_other_way() -> None:
@@ -84,3 +87,16 @@ def test_a_model_of_70_billion_is_served_by_the_fewest_devices_and_the_reason_na
     assert (chosen := choose(serving_layouts(size, setup, A100))) is not None
     assert chosen.devices == 4
     assert re.fullmatch(r"(pipeline|tensor) on 4: fewest devices; (pipeline|tensor) needs 4", chosen.reason)
+
+
+def test_the_choice_weighs_idling_and_sending_against_each_other() -> None:
+    def layout(way: str, devices: int, device_s: float | None) -> Layout:
+        return Layout(way=way, devices=devices, memory_bytes=1, sent_bytes=1, sent_s=1, device_s=device_s)  # type: ignore[arg-type]
+
+    slow, fast, whole = layout("sharded", 4, 9.0), layout("pipeline", 8, 5.0), layout("single", 1, 99.0)
+    assert (chosen := choose([slow, fast])) is not None
+    assert chosen.way == "pipeline"
+    why = "pipeline on 8 (5 s of device time): least device time; sharded needs 4 (9 s of device time)"
+    assert chosen.reason == why
+    assert (alone := choose([slow, fast, whole])) is not None
+    assert alone.way == "single"

@@ -35,6 +35,7 @@ _TRAINING = (
     Option("--batch", "samples at once, the micro-batch", kind=int, default=32),
     Option("--accumulation", "micro-batches a step", kind=int, default=1),
     Option("--train-precision", "precision of training", choices=("fp32", "fp16", "bf16"), default="fp32"),
+    Option("--mixed", "how 16 bits are used in training", choices=("autocast", "master"), default="autocast"),
     Option("--optimizer", "optimizer of training", choices=("adamw", "momentum", "sgd"), default="adamw"),
     Option("--checkpointing", "recompute activations in the backward pass", kind=switch),
 )

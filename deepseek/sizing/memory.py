@@ -1,13 +1,14 @@
 """How much memory training and serving a model take, part by part.
 
 Contract: no torch; bytes on one device that holds the whole model (`deepseek.sizing.parallel` divides it).
-`deepseek.sizing.training_step` computes the activations of a Transformer and the memory at each moment of a step; a
-graph provides its own (`saved`).
+`deepseek.sizing.training_step` computes the activations of a Transformer and the memory at each moment of a step; other
+modules and graphs provide theirs (`saved`).
 
 Training state per parameter: weights + gradients + Adam (ZeRO, Rajbhandari et al. 2020, section 3.1, counts the last):
     fp32                  4 + 4 + 8      = 16 bytes
-    fp16, bf16            4 + 4 + 8 + 2  = 18 bytes: weights stay fp32, their 16-bit copies live until backward ends
-                                              (autocast, as in `deepseek.training`)
+    fp16, bf16: autocast  4 + 4 + 8 + 2  = 18 bytes: weights stay fp32, their 16-bit copies live until backward ends.
+                                              `deepseek.training` works this way
+    fp16, bf16: master    2 + 2 + (4+8)  = 16 bytes: 16-bit weights and gradients, an fp32 master copy in the optimizer
 So mixed precision does not reduce the training state; it reduces activations and time.
 """
 
@@ -22,9 +23,9 @@ from deepseek.precisions import BITS, NumberType
 from deepseek.settings import Count, settings
 from deepseek.sizing.model.counting import Countable, TransformerSize
 from deepseek.sizing.training_step import (
-    FULL_BYTES,
     AnyModel,
     Platform,
+    SavedActivations,
     TrainingSetup,
     TransformerStep,
     saved_bytes,
@@ -78,17 +79,18 @@ class TrainingMemory:
 
 
 def training_memory(model: AnyModel, setup: TrainingSetup) -> TrainingMemory:
-    weights = gradients = float(FULL_BYTES * model.parameters)
-    optimizer, copies = float(OPTIMIZER_BYTES[setup.optimizer] * model.parameters), _copy_bytes(model, setup)
+    count, full = model.parameters, setup.full_bytes
+    master = 4 if full == 2 else 0
+    weights, gradients = float(full * count), float(full * count)
+    optimizer = float(count * (OPTIMIZER_BYTES[setup.optimizer] + master))
     moments = {"optimizer's step": gradients + _step_bytes(model, setup)}
     if isinstance(model, TransformerSize):
-        saved = saved_bytes(model, setup)
+        saved, copies = saved_bytes(model, setup), _copy_bytes(model, setup)
         moments |= TransformerStep(model, setup).moments()
-    else:  # of a graph only the ends of backward: the order of frees is unknown
+    else:
         saved = model.saved(setup)
-        before = copies + (0.0 if setup.accumulation_steps == 1 else gradients)
-        moments["backward begins"] = before + saved.kept + saved.workspace
-        moments["backward ends"] = gradients + saved.workspace
+        copies = 0.0 if saved.with_copies else _copy_bytes(model, setup)
+        moments |= _moments_of(saved, copies + (0.0 if setup.accumulation_steps == 1 else gradients), gradients)
     return TrainingMemory(
         weight_bytes=weights + copies,
         gradient_bytes=gradients,
@@ -98,6 +100,14 @@ def training_memory(model: AnyModel, setup: TrainingSetup) -> TrainingMemory:
         context_bytes=CONTEXT_BYTES[setup.platform],
         moments={name: weights + optimizer + value for name, value in moments.items()},
     )
+
+
+def _moments_of(saved: SavedActivations, before: float, gradients: float) -> dict[str, float]:
+    """Moments of a traced module; for a graph, only the ends of backward, as the order of frees is unknown."""
+    if saved.backward_bytes is not None:
+        return {"backward": saved.backward_bytes}
+    begins = before + saved.kept + saved.workspace
+    return {"backward begins": begins, "backward ends": gradients + saved.workspace}
 
 
 def _step_bytes(model: Countable, setup: TrainingSetup) -> float:

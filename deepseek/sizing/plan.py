@@ -164,7 +164,8 @@ def training_variants(model: AnyModel, setup: TrainingSetup) -> dict[str, Traini
 
 
 def described(setup: TrainingSetup) -> str:
-    return f"{setup.precision}{', checkpointing' if setup.checkpointing else ''}"
+    master = " master" if setup.precision != "fp32" and setup.mixed == "master" else ""
+    return f"{setup.precision}{master}{', checkpointing' if setup.checkpointing else ''}"
 
 
 def plan_device(model: AnyModel, request: Request, device: Device) -> DevicePlan:

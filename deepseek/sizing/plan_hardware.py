@@ -123,6 +123,7 @@ def _request(options: argparse.Namespace, length: int, batch: int, most_batch: i
         batch=options.batch,
         length=length,
         precision=options.train_precision,
+        mixed=options.mixed,
         optimizer=options.optimizer,
         checkpointing=options.checkpointing,
         accumulation_steps=options.accumulation,

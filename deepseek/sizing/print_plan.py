@@ -135,9 +135,10 @@ def _print_devices(console: Console, plan: HardwarePlan) -> None:
 
 
 def _each(layout: Layout) -> str:
-    """Memory and sending of one device of several."""
+    """Memory, sending and idling of one device of several."""
     assert layout.memory_bytes is not None  # it fits
-    return f"{size(layout.memory_bytes)} each, {size(layout.sent_bytes)} sent a step"
+    idle = f", {layout.idle_share:.0%} of the time idle" if layout.idle_share else ""
+    return f"{size(layout.memory_bytes)} each, {size(layout.sent_bytes)} sent a step{idle}"
 
 
 def _print_cost(console: Console, plan: HardwarePlan) -> None:

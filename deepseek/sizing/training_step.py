@@ -31,10 +31,9 @@ from deepseek.settings import Count, settings
 from deepseek.sizing.model.counting import Countable, TransformerSize
 
 TrainingPrecision = Literal["fp32", "fp16", "bf16"]
+Mixed = Literal["autocast", "master"]
 Optimizer = Literal["adamw", "momentum", "sgd"]
 Platform = Literal["accelerator", "cpu"]
-FULL_BYTES = 4
-"""Bytes of an element of the residual, of a weight and of its gradient, also under autocast."""
 
 
 @settings
@@ -45,6 +44,8 @@ class TrainingSetup:
     """Samples per forward pass on one device (the micro-batch)."""
     length: Count
     precision: TrainingPrecision = "fp32"
+    mixed: Mixed = "autocast"
+    """How a 16-bit precision is implemented; `deepseek.sizing.memory` explains both ways."""
     optimizer: Optimizer = "adamw"
     checkpointing: bool = False
     """Keep only the input of each block, and recompute the block in backward."""
@@ -53,13 +54,17 @@ class TrainingSetup:
 
     @property
     def autocast(self) -> bool:
-        """Whether products run in 16 bits, from copies of the fp32 weights, as `deepseek.training` does it."""
-        return self.precision != "fp32"
+        return self.precision != "fp32" and self.mixed == "autocast"
 
     @property
     def value_bytes(self) -> int:
         """Bytes of an element that products read or write."""
         return 4 if self.precision == "fp32" else 2
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of an element of the residual, of a weight and of its gradient."""
+        return 4 if self.precision == "fp32" or self.autocast else 2
 
     @property
     def mask_bytes(self) -> int:
@@ -73,10 +78,14 @@ class SavedActivations:
 
     kept: float
     workspace: float
+    with_copies: bool = False
+    """Whether `kept` includes 16-bit copies of weights."""
+    backward_bytes: float | None = None
+    """Peak of a traced forward and backward pass, with gradients, without weights and optimizer state."""
 
 
 class Measured(Countable, Protocol):
-    """A graph, which provides its own saved activations."""
+    """A module or a graph that provides its own saved activations."""
 
     def saved(self, setup: TrainingSetup) -> SavedActivations: ...
 
@@ -129,7 +138,7 @@ class TransformerStep:
 
     @property
     def block_input(self) -> float:
-        return float(FULL_BYTES * self.width)
+        return float(self.setup.full_bytes * self.width)
 
     # ---- kept for backward ------------------------------------------------------------------------
 
@@ -200,7 +209,7 @@ class TransformerStep:
         weight = float(config.hidden_size * config.intermediate_size)
         product = value * (self.inner + weight)
         if config.activation == "relu" and not config.ffn_dropout:
-            product = max(product, 2 * value * self.inner + FULL_BYTES * weight)
+            product = max(product, 2 * value * self.inner + self.setup.full_bytes * weight)
         if self.setup.autocast:  # the weight's gradient becomes fp32 after the input and the weight's copy are freed
             product = max(product, 4 * weight)
         apart = self.width * value if self.setup.autocast or config.ffn_dropout else 0.0  # from the residual's gradient
@@ -242,8 +251,8 @@ class TransformerStep:
         With accumulation, the gradients of earlier micro-batches exist from the start.
         """
         model, setup, grown = self.model, self.setup, self.setup.accumulation_steps > 1
-        gradient = 0.0 if grown else float(FULL_BYTES)  # bytes that each parameter adds
-        before = float(FULL_BYTES * model.parameters) if grown else 0.0
+        gradient = 0.0 if grown else float(setup.full_bytes)  # bytes that each parameter adds
+        before = float(setup.full_bytes * model.parameters) if grown else 0.0
         blocks = model.config.num_layers * model.block_product_parameters
         copies = 0.0 if setup.checkpointing else self.copies(blocks)
         masked = self.kept + self.mask - self.kept_mask + 4.0 * self.width
@@ -254,7 +263,7 @@ class TransformerStep:
         if self.head_weights:
             found["head"] = self.body + copies + self.head_on_top
         # A tied head's gradient is new even if the others already exist.
-        waiting = (FULL_BYTES if model.head == "tied" else gradient) * self.head_weights
+        waiting = (setup.full_bytes if model.head == "tied" else gradient) * self.head_weights
         found |= self._block_moments(gradient, waiting)
         found["embeddings"] = self._embedding_moment(gradient) + waiting
         return {name: before + value for name, value in found.items()}
@@ -277,7 +286,7 @@ class TransformerStep:
 
     def _embedding_moment(self, gradient: float) -> float:
         """Bytes when all gradients exist, and the token embeddings' gradient is added to another one."""
-        config, full = self.model.config, FULL_BYTES
+        config, full = self.model.config, self.setup.full_bytes
         table, positions = config.vocab_size * config.hidden_size, config.max_length * config.hidden_size
         made = gradient * (table + positions) or float(full * max(table, positions))
         if self.model.head == "tied":

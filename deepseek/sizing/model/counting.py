@@ -1,7 +1,8 @@
 """Parameters of a model, and the operations of one forward pass.
 
-Contract: no torch. Every model that can be planned is a `Countable`: a Transformer by its `TransformerConfig` (here) or
-an ONNX file (`onnx_graph`). Counts are in elements; bytes depend on the precision. A multiply-add counts as two FLOPs.
+Contract: no torch. Every model that can be planned is a `Countable`: a Transformer by its `TransformerConfig` (here), a
+traced `nn.Module` (`traced`), or an ONNX file (`onnx_graph`). Counts are in elements; bytes depend on the precision. A
+multiply-add counts as two FLOPs.
 """
 
 from __future__ import annotations
