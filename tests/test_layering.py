@@ -91,7 +91,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "results": set(),
         "slo": {"results"},
         "load": {"results", "slo"},
-        "profile": {"results", "slo", "load", "search"},
+        "profile": {"results", "load"},
         "release": {"results", "slo", "load"},
         "search": {"results", "slo", "load"},
         "tune": {"results", "slo", "load", "search"},

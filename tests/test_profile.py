@@ -18,6 +18,7 @@ from deepseek_client import InferenceClient, ServerBusy
 
 from cli.main import main as command_line
 from deepseek.spec import InputError
+from loadtests.profile.profile import wrapped_in_nsys
 from loadtests.profile.record import _send, trace
 from loadtests.profile.recording import (
     CLOCKS_APART_NS,
@@ -29,7 +30,7 @@ from loadtests.profile.recording import (
     read_runs,
     run_of,
 )
-from loadtests.profile.tables import CpuSamples, functions, operators, phases
+from loadtests.profile.tables import functions, operators, phases
 from loadtests.profile.timeline import microseconds, timeline
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE, run_module, write_add_one
@@ -163,8 +164,9 @@ def test_a_functions_cpu_time_is_its_share_of_its_threads(tmp_path: Path) -> Non
     profiles = [{"name": name, "samples": stacks, "weights": [1] * len(stacks)} for name, stacks in threads]
     data = {"shared": {"frames": frames}, "profiles": profiles}
     (tmp_path / "cpu-m_0_0.speedscope.json").write_text(json.dumps(data))
-    samples = CpuSamples(folder=tmp_path, note="", requests=10, thread_cpu_s={7: 0.9, 8: 0.0, 9: 0.1})
-    found = {function.name: function for function in functions(samples)}
+    sampled = {"note": "", "requests": 10, "thread_cpu_s": {"7": 0.9, "8": 0.0, "9": 0.1}}
+    (tmp_path / "sampled.json").write_text(json.dumps(sampled))
+    found = {function.name: function for function in functions(tmp_path)}
     assert found["run"].cpu_ms == pytest.approx(60)
     assert (found["execute"].share, found["execute"].whole) == (pytest.approx(0.3), pytest.approx(0.9))
     assert found["wait"].cpu_ms == 0  # in every sample, but only waiting
@@ -192,21 +194,24 @@ def test_a_running_server_is_traced_and_its_settings_are_restored(
     tracing: EmbeddedServer, tmp_path: Path, protocol: Any
 ) -> None:
     url = tracing.grpc_url if protocol == "grpc" else tracing.http_url
-    recorded = trace(url, protocol, "add_one", ROWS, requests=3, users=1)
+    trace(tmp_path, url, protocol, "add_one", ROWS, requests=3, users=1)
+    recorded = Recorded.load(tmp_path)
     assert len(recorded.traced) == 3
     for each in recorded.calls:  # one clock: Triton's stamps are between the client's
         stamps = recorded.traces[each.request_id].stamps
         assert each.send_ns <= stamps["QUEUE_START"] <= stamps["COMPUTE_START"] <= each.finish_ns
     assert sum(row.share for row in phases(recorded)) == pytest.approx(1)
     written = tracing.repository.parent / "profile"
-    files = sorted(written.iterdir())
+    before = len(list(written.iterdir()))
     with InferenceClient(url, protocol) as client:
         client.infer("add_one", ROWS[0])
-    assert sorted(written.iterdir()) == files  # no other request is traced
+    assert len(list(written.iterdir())) == before  # no other request is traced
     (tmp_path / "mounted").symlink_to(written)
-    elsewhere = tmp_path / "mounted" / "trace.json"  # where this machine sees the server's file
-    again = trace(url, protocol, "add_one", ROWS, requests=2, users=1, trace_file=elsewhere)
-    assert len(again.traced) == 2
+    reported = json.loads((tmp_path / "calls.json").read_text())["trace_file"]
+    elsewhere = tmp_path / "mounted" / Path(reported).name  # where this machine sees the server's file
+    trace(tmp_path, url, protocol, "add_one", ROWS, requests=2, users=1, trace_file=elsewhere)
+    assert json.loads((tmp_path / "calls.json").read_text())["trace_file"] == str(elsewhere)
+    assert len(Recorded.load(tmp_path).traced) == 2
 
 
 def test_refused_requests_do_not_lose_the_profile() -> None:
@@ -232,10 +237,10 @@ def inputs(folder: Path) -> Path:
 
 
 def test_the_error_for_a_server_without_a_trace_file_says_how_to_start_one(
-    server: EmbeddedServer,
+    server: EmbeddedServer, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="--trace-config triton,file="):
-        trace(server.grpc_url, "grpc", "add_one", ROWS, requests=1, users=1)
+        trace(tmp_path, server.grpc_url, "grpc", "add_one", ROWS, requests=1, users=1)
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +277,27 @@ def test_the_backends_cpu_is_sampled_or_the_reason_is_noted(profiled: dict[str, 
         assert list(Path(profiled["folder"]).glob("cpu-image_0_*.speedscope.json"))
     else:
         assert any("py-spy" in note for note in profiled["notes"])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "has_nsys", "starts", "note"),
+    [
+        ("GPU 0: H100", True, "profile --trace=cuda,nvtx,osrt", ""),
+        ("GPU 0: H100", False, "", "but no nsys"),
+        ("", True, "", ""),
+    ],
+)
+def test_nsys_wraps_the_server_on_a_gpu_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str, has_nsys: bool, starts: str, note: str
+) -> None:
+    for name in ("nvidia-smi", *(["nsys"] if has_nsys else [])):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{gpus}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if has_nsys else f"{tmp_path}")
+    command, notes = wrapped_in_nsys(tmp_path / "out")
+    assert " ".join(command[1:]).startswith(starts)
+    assert bool(command) == bool(starts)
+    assert note in " ".join(notes)
 
 
 @pytest.mark.parametrize(

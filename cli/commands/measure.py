@@ -129,7 +129,7 @@ ROWS = (
             Option("--cpu-s", "seconds of CPU samples; 0: none", kind=NOT_NEGATIVE, default=2.0),
             INPUTS,
             Option("--url", "host:port of a running server to trace (default: an embedded server of its own)"),
-            Option("--trace-file", "path of the trace file of --url here (default: the server's path)", kind=path),
+            Option("--trace-file", "path of the trace file of --url on this machine (default: the server's path)"),
             JSON,
         ),
         examples=(
@@ -184,5 +184,26 @@ INSIDE = (
             "deepseek switch-over-load --until 5 --url localhost:8443 --ca-cert build/gateway/ca.crt",
         ),
         notes="Exit codes: 0 measured, 2 bad input, 3 requests were sent late, or failed before the change.",
+    ),
+    Command(
+        "profile-record",
+        "loadtests.profile.record",
+        "send the requests of a profile and record traces",
+        options=(
+            *MODEL,
+            *SERVER,
+            Option("--what", "what is recorded", choices=("trace", "cpu"), default="trace"),
+            Option("--folder", "folder for the results", kind=path, required=True),
+            Option("--trace-file", "path of the trace file on this machine (default: the server's path)", kind=path),
+            Option("--requests", "requests to trace", kind=int, default=1),
+            Option("--users", "users who send at once", kind=int, default=1),
+            Option("--seconds", "seconds of CPU samples", kind=float, default=2.0),
+            Option("--server", "process that started Triton (default: the parent)", kind=int),
+            INPUTS,
+        ),
+        examples=(
+            "deepseek profile-record --what trace --folder /tmp/profile --url 127.0.0.1:8001 --requests 3",
+            "deepseek profile-record --what cpu --folder /tmp/profile --url 127.0.0.1:8001 --seconds 2",
+        ),
     ),
 )

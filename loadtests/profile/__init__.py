@@ -1,4 +1,4 @@
 """Traces single requests from the client to the operators of the graph and back.
 
-Enter: `deepseek profile` (`profile.py`). Imports: `loadtests.load`, `loadtests.search` (the server).
+Enter: `deepseek profile` (`profile.py`); `record.py` sends the requests beside the server. Imports: `loadtests.load`.
 """

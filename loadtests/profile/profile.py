@@ -6,80 +6,88 @@ traces a running server instead, which must have been started with a trace file.
 
 Contract: writes a folder `build/<model>/profiles/<time>/` with `timeline.json` (Chrome trace JSON for Perfetto,
 ui.perfetto.dev, or chrome://tracing), `profile.json` (the printed figures) and `cpu-<instance>.speedscope.json` (for
-speedscope.app).
+speedscope.app). On a machine with an NVIDIA GPU the second server runs under `nsys profile`, which adds
+`nsys.nsys-rep` (never run on a GPU).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
+import shutil
+import subprocess
+import sys
 import tempfile
-import time
-from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deepseek_client import InferenceError
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.spec import BATCH, DeploymentSpec, InputError, build_dir
-from deepseek.spec.files.repository import versions_of
-from loadtests.load.endpoint import inputs_of
-from loadtests.load.inputs import read_inputs
+from deepseek.spec import DeploymentSpec, InputError, build_dir
 from loadtests.profile import tables
-from loadtests.profile.record import sample, trace
-from loadtests.profile.recording import Recorded, read_runs
+from loadtests.profile.recording import Recorded
 from loadtests.profile.timeline import timeline
 from loadtests.results.run import new_run, publish
-from loadtests.results.settings import LoadSettings
-from loadtests.search.local_server import EMBEDDED, LocalServer, local_server
 
-LONGEST_S = 3600.0  # of the load while the backend is sampled, which ends earlier
 MOST_ROWS = 12  # of a printed table
 
 
 def profile(args: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
     """Records requests, writes timeline.json and profile.json into the folder, returns the content of profile.json."""
-    inputs = args.inputs or inputs_of(args.model)
-    rows = read_inputs(Path(inputs), DeploymentSpec.of_model(args.model, args.models).axes[BATCH].min)
-    console.print(f"tracing {args.requests} request{'s' * (args.requests > 1)} of {args.model} over {args.protocol}")
-    sent = (args.protocol, args.model, rows, args.requests, args.users)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        if args.url:
-            recorded = trace(args.url, *sent, trace_file=args.trace_file)
-        else:
-            # While they are unloaded, instances write their operator times one after the other.
-            with _server(args, Path(place), f"--profile {shlex.quote(place)} --exit-timeout-s 60") as server:
-                recorded = trace(server.url, *sent)
-            recorded = replace(recorded, runs=read_runs(Path(place), time.time_ns() - time.monotonic_ns()))
-        samples = None if args.url or not args.cpu_s else _sampled(args, inputs, folder, Path(place), console)
-    found = _figures(args, recorded, samples) | {"notes": [*_gaps(args, recorded), *_without_samples(args, samples)]}
-    data = {"traceEvents": timeline(recorded), "displayTimeUnit": "ms", "otherData": _about(args)}
+    with tempfile.TemporaryDirectory(dir=folder) as recording:
+        notes = _record(args, folder, Path(recording), console)
+        recorded = Recorded.load(Path(recording))
+    found = {**_figures(args, folder, recorded), "notes": [*notes, *_gaps(args, recorded), *_sampled(folder)]}
+    events = timeline(recorded)
+    data = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": _about(args)}
     (folder / "timeline.json").write_text(json.dumps(data), encoding="utf-8")
     (folder / "profile.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
     return found
 
 
-def _server(args: argparse.Namespace, folder: Path, flags: str = "") -> AbstractContextManager[LocalServer]:
-    command = f"{EMBEDDED} {flags}"
-    return local_server(command, args.repository, folder, protocol=args.protocol, model=args.model)
-
-
-def _sampled(args: argparse.Namespace, inputs: str, folder: Path, scratch: Path, console: Console) -> tables.CpuSamples:
-    """Samples the CPU of the busy backend into `folder`."""
+def _record(args: argparse.Namespace, folder: Path, recording: Path, console: Console) -> list[str]:
+    """Traces into `recording` and samples the CPU into `folder`; returns notes for the user."""
+    console.print(f"tracing {args.requests} request{'s' * (args.requests > 1)} of {args.model} over {args.protocol}")
+    flags = ["--requests", str(args.requests), "--users", str(args.users)]
+    if args.url:
+        flags += ["--url", args.url, *(["--trace-file", args.trace_file] if args.trace_file else [])]
+        _run(_recording(args, recording, "trace", flags))
+        return ["no CPU samples: a running server is not sampled"] if args.cpu_s else []
+    # While they are unloaded, instances write their operator times one after the other.
+    server = [*_server(args), "--profile", str(recording), "--exit-timeout-s", "60"]
+    _run([*server, "--", *_recording(args, recording, "trace", flags)])
+    if not args.cpu_s:
+        return []
     console.print(f"sampling the busy backend for {args.cpu_s:g} s")
-    with _server(args, scratch) as server:
-        settings = LoadSettings(
-            model=args.model, models=str(args.models), target="onnxruntime", protocol=args.protocol, url=server.url,
-            inputs=inputs, warmup_s=0.0, duration_s=LONGEST_S,
-        )  # fmt: skip
-        return sample(folder, settings, args.cpu_s, server.process.pid)
+    nsys, notes = wrapped_in_nsys(folder)
+    _run([*nsys, *_server(args), "--", *_recording(args, folder, "cpu", ["--seconds", f"{args.cpu_s:g}"])])
+    if (report := folder / "nsys.nsys-rep").is_file():
+        notes.append(f"the GPU's timeline is {report.name}; open it in Nsight Systems, or: nsys stats {report.name}")
+    return notes
 
 
-def _figures(args: argparse.Namespace, recorded: Recorded, samples: tables.CpuSamples | None) -> dict[str, Any]:
+def _server(args: argparse.Namespace) -> list[str]:
+    """The command of the embedded server on free ports; it serves while the command after -- runs."""
+    command = [sys.executable, "-m", "cli", "serve", "--repository", str(args.repository)]
+    return [*command, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+
+
+def _recording(args: argparse.Namespace, folder: Path, what: str, flags: list[str]) -> list[str]:
+    command = [sys.executable, "-m", "cli", "profile-record", "--what", what, "--folder", str(folder)]
+    command += ["--model", args.model, "--models", str(args.models), "--protocol", args.protocol, *flags]
+    return command + (["--inputs", args.inputs] if args.inputs else [])
+
+
+def _run(command: list[str]) -> None:
+    """Runs a command; if it fails, exits with its status, since it has printed the reason."""
+    done = subprocess.run(command, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def _figures(args: argparse.Namespace, folder: Path, recorded: Recorded) -> dict[str, Any]:
     traced = recorded.traced
     return {
         **_about(args),
@@ -89,7 +97,7 @@ def _figures(args: argparse.Namespace, recorded: Recorded, samples: tables.CpuSa
         "infer": [asdict(row) for row in tables.within_infer(recorded)],
         "graph_runs": len(recorded.used),
         "operators": [asdict(row) for row in tables.operators(recorded.used)],
-        "functions": [asdict(row) for row in tables.functions(samples)] if samples else [],
+        "functions": [asdict(row) for row in tables.functions(folder)],
     }
 
 
@@ -113,11 +121,23 @@ def _about(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": args.model, "protocol": args.protocol, "url": args.url or "embedded", "users": args.users}
 
 
-def _without_samples(args: argparse.Namespace, samples: tables.CpuSamples | None) -> list[str]:
+def wrapped_in_nsys(folder: Path) -> tuple[list[str], list[str]]:
+    """The `nsys` command that wraps the server on a GPU machine, else an empty one; and notes."""
+    listed = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    if not listed or "GPU" not in listed.stdout:
+        return [], []
+    program = shutil.which("nsys")
+    if program is None:
+        return [], ["this machine has a GPU but no nsys: install Nsight Systems to see the GPU's timeline"]
+    command = [program, "profile", "--trace=cuda,nvtx,osrt", "--sample=none", "--trace-fork-before-exec=true"]
+    return [*command, "--force-overwrite=true", f"--output={folder / 'nsys'}"], []
+
+
+def _sampled(folder: Path) -> list[str]:
     """The note on missing CPU samples, if there is one."""
-    if args.url and args.cpu_s:
-        return ["no CPU samples: a running server is not sampled"]
-    return [samples.note] if samples and samples.note else []
+    path = folder / "sampled.json"
+    note = json.loads(path.read_text(encoding="utf-8"))["note"] if path.is_file() else ""
+    return [note] if note else []
 
 
 def _print(found: dict[str, Any], folder: Path, console: Console) -> None:
@@ -167,13 +187,8 @@ def _check(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     _check(args)
     DeploymentSpec.of_model(args.model, args.models)  # InputError if there is no such model
-    if not args.url and not versions_of(args.repository / args.model):
-        raise InputError(f"{args.repository}: no version of {args.model} to serve; make engine publishes one")
     with new_run(build_dir(args.model) / "profiles") as draft:
-        try:
-            found = profile(args, draft, Console(stderr=True, markup=False))
-        except InferenceError as error:
-            raise InputError(str(error)) from None
+        found = profile(args, draft, Console(stderr=True, markup=False))
         folder = publish(draft)
     if args.json:
         print(json.dumps({"folder": str(folder), **found}, indent=2))

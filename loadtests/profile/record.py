@@ -1,4 +1,4 @@
-"""Sends the requests of a profile to a server and records them.
+"""Sends the requests of a profile to a server and records them; `loadtests.profile` runs it beside the server.
 
 Contract: `trace` turns Triton's tracing on for its requests and then restores the settings; the server must have a
 trace file (`--trace-config triton,file=...`), which cannot be set while it runs. `sample` lets py-spy sample the
@@ -8,6 +8,9 @@ also records the CPU times of the threads, since py-spy also samples threads tha
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import re
 import secrets
 import subprocess
@@ -16,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,20 +30,23 @@ import tritonclient.http
 from deepseek_client import InferenceClient, InferenceError, ServerBusy
 from tritonclient.utils import InferenceServerException
 
-from deepseek.spec import InputError, InvalidMeasurement
+from deepseek.spec import BATCH, DeploymentSpec, InputError
 from loadtests.load.background_load import BackgroundLoad, Stream
-from loadtests.profile.recording import Call, Recorded, read_traces
-from loadtests.profile.tables import CpuSamples
+from loadtests.load.endpoint import inputs_of
+from loadtests.load.inputs import read_inputs
+from loadtests.profile.recording import Call, read_traces
 from loadtests.results.settings import LoadSettings
 
 Protocol = Literal["grpc", "http"]
 WARM_UP = 20  # requests, for the connections and the graph
 TRACE_WAIT_S = 10
 SAMPLES_PER_S = 200
+LONGEST_S = 3600.0  # of a load that is stopped earlier
 MOST_INSTANCES = 4  # sampled
 
 
 def trace(
+    folder: Path,
     url: str,
     protocol: Protocol,
     model: str,
@@ -48,11 +54,11 @@ def trace(
     requests: int,
     users: int,
     trace_file: Path | None = None,
-) -> Recorded:
+) -> None:
     """Sends `requests` requests from `users` concurrent users and waits until Triton has written their traces.
 
     Unanswered requests give a note instead. `trace_file` replaces the path that Triton reports, for a server with
-    another view of the file system. Raises InvalidMeasurement without any trace, and InferenceError.
+    another view of the file system.
     """
     with InferenceClient(url, protocol, retries=0, max_response_bytes=None) as client:
         for index in range(max(WARM_UP, users)):
@@ -63,11 +69,11 @@ def trace(
             calls, note = _send(client, model, rows, requests, users)
             # Triton completes a trace after it has sent the answer.
             deadline = time.monotonic() + TRACE_WAIT_S
-            while len(traces := read_traces(seen, calls)) < len(calls) and time.monotonic() < deadline:
+            while len(read_traces(seen, calls)) < len(calls) and time.monotonic() < deadline:
                 time.sleep(0.05)
-    if not traces:
-        raise InvalidMeasurement(f"no trace of the requests in {seen}*; give its place with --trace-file")
-    return Recorded(calls=sorted(calls, key=lambda call: call.send_ns), traces=traces, note=note)
+    found = {"trace_file": str(seen), "note": note, "realtime_offset_ns": time.time_ns() - time.monotonic_ns()}
+    data = {**found, "calls": [asdict(call) for call in calls]}
+    (folder / "calls.json").write_text(json.dumps(data), encoding="utf-8")
 
 
 def _send(
@@ -144,7 +150,7 @@ def _plain(settings: dict[str, Any]) -> dict[str, list[str]]:
     return {name: each if isinstance(each, list) else [each] for name, each in values.items()}
 
 
-def sample(folder: Path, settings: LoadSettings, seconds: float, server: int) -> CpuSamples:
+def sample(folder: Path, settings: LoadSettings, seconds: float, server: int) -> None:
     """Keeps the model's backend processes busy, with one user each, and samples their stacks."""
     backends, note = backend_processes(server, settings.model), ""
     if not backends:
@@ -160,7 +166,8 @@ def sample(folder: Path, settings: LoadSettings, seconds: float, server: int) ->
         time.sleep(max(0.0, until_s - load.now_s))
         answered = len(load.stop()[settings.model].answered)
     used = {thread: cpu_s - before.get(thread, 0.0) for thread, cpu_s in _thread_cpu_s(backends.values()).items()}
-    return CpuSamples(folder=folder, note=note, requests=answered, thread_cpu_s=used)
+    found = {"note": note, "requests": answered, "thread_cpu_s": used}
+    (folder / "sampled.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 def backend_processes(server: int, model: str) -> dict[str, psutil.Process]:
@@ -183,3 +190,20 @@ def _sampler(folder: Path, instance: str, process: psutil.Process, seconds: floa
     command += ["--format", "speedscope", "--output", str(folder / f"cpu-{instance}.speedscope.json")]
     command += ["--duration", f"{max(1, round(seconds))}", "--rate", str(SAMPLES_PER_S)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    spec = DeploymentSpec.of_model(args.model, args.models)
+    inputs = args.inputs or inputs_of(args.model)
+    try:
+        if args.what == "trace":
+            rows = read_inputs(Path(inputs), spec.axes[BATCH].min)
+            trace(args.folder, args.url, args.protocol, args.model, rows, args.requests, args.users, args.trace_file)
+        else:
+            settings = LoadSettings(
+                model=args.model, models=str(args.models), target="onnxruntime", protocol=args.protocol, url=args.url,
+                inputs=inputs, warmup_s=0.0, duration_s=LONGEST_S,
+            )  # fmt: skip
+            sample(args.folder, settings, args.seconds, args.server or os.getppid())
+    except InferenceError as error:
+        raise InputError(str(error)) from None

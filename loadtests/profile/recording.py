@@ -5,7 +5,7 @@ container of a machine share. ONNX Runtime counts microseconds from a start in C
 the offset of the two clocks at the time of the recording.
 
 Example:
-    recorded = replace(trace(url, "grpc", "recommender", rows, requests=1, users=1), runs=read_runs(folder, offset_ns))
+    recorded = Recorded.load(folder)
     recorded.run_of(recorded.traced[0]).operators
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deepseek.spec import InputError
+from deepseek.spec import InputError, InvalidMeasurement
 
 # The phase that begins at each of Triton's time stamps; it ends at the next stamp or the client's receipt.
 BEGINS = {
@@ -196,6 +196,19 @@ class Recorded:
     runs: list[GraphRun] = field(default_factory=list)
     note: str = ""
     """What went wrong; empty if nothing did."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Recorded:
+        """Reads a recording and its trace file; InvalidMeasurement if that has no trace of the requests."""
+        about = json.loads((folder / "calls.json").read_text(encoding="utf-8"))
+        calls = sorted((Call(**call) for call in about["calls"]), key=lambda call: call.send_ns)
+        traces = read_traces(Path(about["trace_file"]), calls)
+        if not traces:
+            raise InvalidMeasurement(
+                f"no trace of the requests in {about['trace_file']}*; give its place with --trace-file"
+            )
+        runs = read_runs(folder, about["realtime_offset_ns"])
+        return cls(calls=calls, traces=traces, runs=runs, note=about["note"])
 
     @property
     def traced(self) -> list[Call]:

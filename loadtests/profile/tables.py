@@ -57,20 +57,6 @@ class Operator:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CpuSamples:
-    """py-spy's samples of the busy backend."""
-
-    folder: Path
-    """Has a file for each instance, `cpu-<instance>.speedscope.json`."""
-    note: str
-    """Why samples are missing; empty if they are not."""
-    requests: int
-    """Answered meanwhile."""
-    thread_cpu_s: dict[int, float]
-    """Thread id -> CPU seconds."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Function:
     """A function of the backend, measured by CPU samples."""
 
@@ -141,12 +127,16 @@ def operators(runs: Iterable[GraphRun]) -> list[Operator]:
     ]
 
 
-def functions(samples: CpuSamples) -> list[Function]:
+def functions(folder: Path) -> list[Function]:
     """The functions in py-spy's samples of all instances, weighted by CPU time per thread, slowest first."""
-    cpu_s = dict(samples.thread_cpu_s)
+    path = folder / "sampled.json"
+    if not path.is_file():
+        return []
+    sampled = json.loads(path.read_text(encoding="utf-8"))
+    cpu_s = {int(thread): used for thread, used in sampled["thread_cpu_s"].items()}
     own: dict[tuple[str, str], float] = defaultdict(float)
     whole: dict[tuple[str, str], float] = defaultdict(float)
-    for stacks, thread in _sampled_threads(samples.folder):
+    for stacks, thread in _sampled_threads(folder):
         used = cpu_s.pop(thread, 0.0) / (sum(stacks.values()) or 1.0)
         for stack, weight in stacks.items():
             own[stack[-1]] += weight * used
@@ -155,7 +145,7 @@ def functions(samples: CpuSamples) -> list[Function]:
     if own and sum(cpu_s.values()) > 0:  # threads without Python
         own[NATIVE] = whole[NATIVE] = sum(cpu_s.values())
     total = sum(own.values())
-    requests = max(1, samples.requests)
+    requests = max(1, sampled["requests"])
     return [
         Function(
             name=frame[0],
