@@ -24,6 +24,7 @@ from deepseek.settings import Count, Natural, NotNegative, Positive, PositiveSha
 Activation = Literal["gelu", "relu", "silu"]
 Initialization = Literal["auto", "xavier_uniform", "kaiming_uniform"]
 MixedPrecision = Literal["auto", "no", "fp16", "bf16"]
+Parallel = Literal["data", "sharded", "pipeline"]
 
 
 class AdviceWarning(UserWarning):
@@ -121,7 +122,7 @@ class TrainingConfig:
     batch_size: Count | Literal["auto"] = 32
     """Rows per forward pass in each process; auto: as many as fit in 80 % of the memory."""
     accumulation_steps: Count = 1
-    """Batches per optimizer step, whose gradients are averaged."""
+    """Batches per optimizer step, whose gradients are averaged; in a pipeline, its micro-batches."""
     learning_rate: Positive = 5e-5
     """Peak learning rate of AdamW, reached after the warm-up."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -146,6 +147,8 @@ class TrainingConfig:
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     mixed_precision: MixedPrecision = "auto"
     """auto: bf16 (or fp16) on a CUDA device, fp32 elsewhere."""
+    parallel: Parallel = "data"
+    """What torchrun's processes divide: data: rows; sharded: rows and training state; pipeline: layers."""
     seed: Seed = 0
     """Seed of the data order and of dropout."""
     num_workers: Natural = 0

@@ -20,7 +20,7 @@ from deepseek.checkpoints import Checkpoints, digest
 from deepseek.config import TrainingConfig
 from deepseek.spec import InputError
 from deepseek.training import TrainingDiverged, train_model
-from deepseek.training.loss import rows_of
+from deepseek.training.ways import rows_of
 from tests.warm import WARM
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,70 +1,91 @@
-"""Several processes: the same losses as one process, and recovery after a killed rank."""
+"""Several processes: the same losses as one process, recovery after a killed rank, one-line errors."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from deepseek.spec import InputError
+from deepseek.training.pipeline import arguments, as_layers, cut, part
+from tests.test_training import cross_entropy
+from tests.test_transformer import tiny
 from tests.training_worker import config, network, train
 
 pytestmark = pytest.mark.server
 
+WAYS = ("data", pytest.param("sharded", marks=pytest.mark.slow), "pipeline")
 TOLERANCE = 1e-4  # relative, for losses and weights after 24 steps: sums are in another order
-Ranks = list[dict[str, Any]]
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+def start(folder: Path, *ways: str, **changes: Any) -> subprocess.Popen[str]:
     """Starts the worker on two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "cli", "launch-training", "--processes", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     return subprocess.Popen(
-        [*command, "tests/training_worker.py", str(folder)],
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        [*command, "tests/training_worker.py", "--", str(folder), ",".join(ways), json.dumps(changes)],
+        env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def finished(folder: Path) -> Ranks:
+def finished(folder: Path, way: str) -> list[dict[str, Any]]:
     """The results of each rank, and its threads at the end of the interpreter."""
     return [
-        torch.load(folder / f"done-{rank}.pt", weights_only=False)
+        torch.load(folder / way / f"done-{rank}.pt", weights_only=False)
         | {"threads": (folder / f"threads-{rank}").read_text()}
         for rank in (0, 1)
     ]
 
 
-def kill_rank_1(process: subprocess.Popen[str], folder: Path) -> None:
-    """Kills rank 1 after some checkpoints have been written."""
-    while not any(int(path.name[-6:]) >= 5 for path in folder.glob("checkpoints/checkpoint-*")):
+def kill_rank_1(process: subprocess.Popen[str], folder: Path) -> str:
+    """Kills rank 1 after some checkpoints have been written; returns its process id."""
+    while not any(int(path.name[-6:]) >= 5 for path in folder.glob("*/checkpoints/checkpoint-*")):
         assert process.poll() is None, "it was done before it could be killed"
         time.sleep(0.003)
-    os.kill(int((folder / "pid-1").read_text()), signal.SIGKILL)
+    pid = (folder / "pid-1").read_text()
+    os.kill(int(pid), signal.SIGKILL)
+    return pid
+
+
+Ranks = Callable[[str], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def unkilled(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """The results of an uninterrupted run."""
-    folder = tmp_path_factory.mktemp("unkilled")
-    process = start(folder)
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-    return finished(folder)
+    """The results of an uninterrupted run, by way."""
+
+    @cache
+    def run(*ways: str) -> Path:
+        folder = tmp_path_factory.mktemp(ways[0])
+        process = start(folder, *ways)
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+        return folder
+
+    # DTensor's caches keep the group of a sharded model
+    return lambda way: finished(run(way) if way == "sharded" else run("data", "pipeline"), way)
 
 
-def test_two_processes_have_the_losses_and_weights_of_one(unkilled: Ranks) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_have_the_losses_and_weights_of_one(way: str, unkilled: Ranks) -> None:
     model = network()
-    alone = train(model, config(1), None)
-    for rank in unkilled:
+    alone = train(model, config(way, 1), None)
+    for rank in unkilled(way):
         for one, two in zip(alone.epochs, rank["result"]["epochs"], strict=True):
             assert two == pytest.approx(dataclasses.asdict(one), rel=TOLERANCE)
         for name, weight in model.state_dict().items():
@@ -72,20 +93,65 @@ def test_two_processes_have_the_losses_and_weights_of_one(unkilled: Ranks) -> No
 
 
 def test_no_thread_of_the_process_group_remains_at_the_end_of_the_interpreter(unkilled: Ranks) -> None:
-    assert [rank["threads"].count("gloo") for rank in unkilled] == [0, 0]
+    assert [rank["threads"].count("gloo") for way in ("data", "pipeline") for rank in unkilled(way)] == [0] * 4
 
 
 @pytest.mark.slow
-def test_a_job_with_a_killed_rank_ends_and_resumes(unkilled: Ranks, tmp_path: Path) -> None:
-    process = start(tmp_path)
-    kill_rank_1(process, tmp_path)
-    process.communicate()
+@pytest.mark.parametrize("way", WAYS)
+def test_a_killed_rank_ends_the_job_in_one_line_and_the_job_resumes(way: str, unkilled: Ranks, tmp_path: Path) -> None:
+    process = start(tmp_path, way)
+    pid = kill_rank_1(process, tmp_path)
+    _, said = process.communicate()
     assert process.returncode == 1
+    assert said.strip().splitlines()[-1].startswith(f"error: rank 1 (process {pid}) was killed by SIGKILL; the other")
 
-    process = start(tmp_path)
-    said, _ = process.communicate()
+    process = start(tmp_path, way)
+    _, said = process.communicate()
     assert process.returncode == 0, said
-    for rank, whole in zip(finished(tmp_path), unkilled, strict=True):
+    for rank, whole in zip(finished(tmp_path, way), unkilled(way), strict=True):
         assert rank["result"]["resumed_at_step"] >= 5
         assert rank["result"]["epochs"] == whole["result"]["epochs"]
         assert all(torch.equal(weight, whole["weights"][name]) for name, weight in rank["weights"].items())
+
+
+@pytest.mark.slow
+def test_an_unsupported_setting_ends_the_job_with_one_line(tmp_path: Path) -> None:
+    process = start(tmp_path, "pipeline", accumulation_steps=1)
+    _, said = process.communicate()
+    assert (process.returncode, said.count("Traceback")) == (2, 0)
+    assert "accumulation_steps: seen 1; a pipeline of 2 processes needs 2 micro-batches" in said
+
+
+def test_a_decoder_equals_the_chain_of_its_layers() -> None:
+    whole = nn.Sequential(tiny(padding_id=None, causal=True), nn.Linear(16, 3))
+    layers = as_layers(whole)
+    ids = torch.arange(12).reshape(2, 6)
+    assert torch.equal(layers(ids), whole(ids))
+    parts = [part(layers, rank, 2) for rank in (0, 1)]
+    assert torch.equal(parts[1](parts[0](ids)), whole(ids))
+    assert {name for each in parts for name in each.state_dict()} == set(layers.state_dict())
+    with pytest.raises(InputError, match=r"needs an nn.Sequential, or .* padding_id=None .* seen Transformer"):
+        as_layers(tiny())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts", "cuts"),
+    [
+        ([1, 1, 1, 1], 2, [0, 2, 4]),
+        ([1, 1, 1, 9], 2, [0, 3, 4]),
+        ([5, 1, 1], 3, [0, 1, 2, 3]),
+        ([0, 9, 0, 0, 1], 2, [0, 4, 5]),
+    ],
+    ids=["even", "heavy-last", "one-each", "without-parameters"],
+)
+def test_layers_are_divided_into_parts_of_similar_size(sizes: list[int], parts: int, cuts: list[int]) -> None:
+    assert cut(sizes, parts) == cuts
+
+
+def test_the_input_of_a_pipeline_is_the_argument_that_the_loss_passes_to_the_model() -> None:
+    batch = (torch.ones(2, 4), torch.zeros(2))
+    assert arguments(cross_entropy, batch) == (batch[0],)
+    with pytest.raises(InputError, match="one tensor, by position"):
+        arguments(lambda model, batch: model(x=batch[0]), batch)
+    with pytest.raises(InputError, match="must call the model that it is given"):
+        arguments(lambda model, batch: batch[0].mean(), batch)

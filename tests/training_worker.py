@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,9 +27,13 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
 
 
-def config(processes: int) -> TrainingConfig:
+def config(parallel: str, processes: int, **changes: Any) -> TrainingConfig:
     """Settings with 16 rows per step, over any number of processes."""
-    return TrainingConfig(max_epochs=6, batch_size=ROWS_A_STEP // processes, learning_rate=0.01, checkpoint_every_s=0.0)
+    batch = {"batch_size": ROWS_A_STEP // processes, "accumulation_steps": 1}
+    if parallel == "pipeline" and processes > 1:
+        batch = {"batch_size": ROWS_A_STEP // 4, "accumulation_steps": 4}
+    settings = {"max_epochs": 6, "learning_rate": 0.01, "parallel": parallel, "checkpoint_every_s": 0.0}
+    return TrainingConfig(**(settings | batch | changes))  # type: ignore[arg-type]
 
 
 def train(model: nn.Module, settings: TrainingConfig, folder: Path | None) -> TrainingResult:
@@ -41,16 +47,17 @@ def threads() -> str:
 
 
 def main() -> None:
-    """Trains. The argument is a folder for checkpoints, process ids and results."""
-    folder = Path(sys.argv[1])
+    """Trains in each way in turn. Arguments: a folder for checkpoints and process ids, the ways, settings as JSON."""
+    folder, ways, changes = Path(sys.argv[1]), sys.argv[2].split(","), json.loads(sys.argv[3])
     torch.set_num_threads(1)
-    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     atexit.register(lambda: (folder / f"threads-{rank}").write_text(threads()))  # runs after later handlers
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
-    model = network()
-    result = train(model, config(processes), folder / "checkpoints")
-    done = {"weights": model.state_dict(), "result": dataclasses.asdict(result)}
-    torch.save(done, folder / f"done-{rank}.pt")
+    for way in ways:
+        model = network()
+        result = train(model, config(way, processes, **changes), folder / way / "checkpoints")
+        done = {"weights": model.state_dict(), "result": dataclasses.asdict(result)}
+        torch.save(done, folder / way / f"done-{rank}.pt")
 
 
 if __name__ == "__main__":

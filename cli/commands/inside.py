@@ -21,4 +21,20 @@ ROWS = (
             "deepseek spec --keys  # every key: what it takes, its default, what it means",
         ),
     ),
+    Command(
+        "launch-training",
+        "deepseek.training.launch",
+        "start a training script on several processes",
+        options=(
+            Option("--processes", "number of processes, one for each GPU", kind=int, required=True),
+            Option("script", "a Python file", variable="", required=True),
+            Option("arguments", "arguments of the script", rest=True),
+        ),
+        examples=(
+            "deepseek launch-training --processes 2 train.py",
+            "deepseek launch-training --processes 8 train.py -- --epochs 20",
+        ),
+        notes="Each process has torchrun's environment (RANK, WORLD_SIZE, ...). If one dies, the others are stopped "
+        "and one line says why. The same command resumes from the last checkpoint.",
+    ),
 )

@@ -11,14 +11,15 @@ For this, an item of a dataset may depend only on its index and on the epoch; if
 is called. A checkpoint with other settings, other data or another number of processes raises InputError. A loss that
 becomes NaN or explodes raises TrainingDiverged, which says at which step and what to change.
 
-Under torchrun, the same call trains on several processes, each on its own rows (DistributedDataParallel). May import
+Under torchrun, or `deepseek launch-training`, the same call trains on several processes (`parallel`). May import
 `deepseek.config`, `deepseek.checkpoints`, `deepseek.sizing`, `deepseek.spec` and `deepseek.svg_chart`.
 
 | module | holds |
 | `recipe`, `outcome`, `switches` | the training loop, its schedule, its results |
-| `loss` | what the loss function returns, and its mean over the validation rows |
+| `ways`, `pipeline` | rows, training state or layers divided over processes |
 | `batch_size`, `memory` | `batch_size="auto"` |
 | `meter`, `report` | curves, time spent waiting for data, exploding losses; the HTML report |
+| `launch` | starts several processes; reports in one line if one of them dies |
 
 Examples:
     def loss(model, batch):
@@ -30,8 +31,7 @@ Examples:
     print(result.best_loss, result.best_epoch, result.rows_per_s, result.data_share)
 """
 
-from deepseek.training.loss import LossFunction
 from deepseek.training.outcome import Epoch, TrainingDiverged, TrainingResult
-from deepseek.training.recipe import train_model
+from deepseek.training.recipe import LossFunction, train_model
 
 __all__ = ["Epoch", "LossFunction", "TrainingDiverged", "TrainingResult", "train_model"]

@@ -25,8 +25,8 @@ from deepseek.config import TrainingConfig
 from deepseek.sizing.memory import FILL, OPTIMIZER_BYTES, largest_batch
 from deepseek.sizing.model.live_memory import LiveBytes, tensors_in
 from deepseek.spec import InputError
-from deepseek.training.loss import LossFunction
 from deepseek.training.memory import besides_bytes, limit_bytes
+from deepseek.training.ways import LossFunction
 
 GUIDE = 256
 PROBES = (4, 16)

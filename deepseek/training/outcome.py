@@ -7,12 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from deepseek.spec import GateFailed
 from deepseek.training.meter import LossWatch, Meter
-
-Weights = dict[str, Tensor]
+from deepseek.training.ways import Weights
 
 
 class TrainingDiverged(GateFailed):

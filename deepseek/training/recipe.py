@@ -7,25 +7,25 @@ import time
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import accelerate
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object, set_seed
 from safetensors.torch import save_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from deepseek.checkpoints import Checkpoints, digest, probe
 from deepseek.config import TrainingConfig
 from deepseek.spec import InputError
 from deepseek.spec.files.folders import beside
 from deepseek.training.batch_size import fitting_batch
-from deepseek.training.loss import LossFunction, checked, mean_loss, rows_of
 from deepseek.training.memory import used_bytes
 from deepseek.training.meter import LossWatch, cure
-from deepseek.training.outcome import Epoch, Position, TrainingDiverged, TrainingResult, Weights
+from deepseek.training.outcome import Epoch, Position, TrainingDiverged, TrainingResult
 from deepseek.training.progress import LINE_EVERY_S, ProgressLine
 from deepseek.training.report import write_report
 from deepseek.training.switches import (
@@ -34,6 +34,11 @@ from deepseek.training.switches import (
     make_accelerator,
     running_average,
 )
+from deepseek.training.ways import Data, LossFunction, Sharded, Weights, check_parallel, copied, rows_of
+
+if TYPE_CHECKING:
+    from deepseek.training.pipeline import Pipeline
+
 
 NAN_ADVICE = "Try a lower learning rate, and look for NaN or huge values in the data"
 
@@ -82,10 +87,28 @@ def train_model(
         raise InputError(f"model: no parameter of {type(model).__name__} requires a gradient: nothing can be trained")
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    run = _Run(model, train_data, validation_data, checked(loss), config, checkpoints, report)
+    run = _Run(model, train_data, validation_data, _checked(loss), config, checkpoints, report)
     if checkpoints is not None:
         run.keep_checkpoints(Path(checkpoints), identity or {})
     return run.train()
+
+
+def _checked(loss: LossFunction) -> LossFunction:
+    """The same function; raises InputError unless it returns one number, with a gradient while training."""
+
+    def checked(model: nn.Module, batch: Any) -> Tensor:
+        value: Any = loss(model, batch)
+        if not isinstance(value, Tensor):
+            seen = type(value).__name__
+        elif value.numel() != 1:
+            seen = f"a tensor of shape {[*value.shape]}"
+        elif torch.is_grad_enabled() and not value.requires_grad:
+            seen = "a tensor without a gradient"
+        else:
+            return value
+        raise InputError(f"loss(model, batch): seen {seen}; allowed: a tensor of one number, computed from the model")
+
+    return checked
 
 
 class _Run:
@@ -99,28 +122,25 @@ class _Run:
         checkpoints: str | Path | None,
         report: str | Path | None,
     ) -> None:
-        self.given, self.train_data, self.validation_data, self.loss = model, train_data, validation_data, loss
+        self.given, self.train_data, self.validation_data = model, train_data, validation_data
         self.accelerator = make_accelerator(config)
         self.found = ""  # the result of batch_size="auto", in words
         self.config = config = self._with_batch_size(config, loss, checkpoints)
         self.report_path = None if report is None else Path(report)
+        self.way = _way(self.accelerator, model, loss, config)
         device = self.accelerator.device
         self.average = running_average(model, config.ema_decay, device) if config.ema_decay else None
         self.raw_optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+            self.way.model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.raw_optimizer, patience=config.plateau_patience or 0, factor=config.plateau_factor
         )
         self.order = _EpochSampler(len(cast(Sized, train_data)), config.seed)
-        prepared = self.accelerator.prepare(model, self.raw_optimizer, self._loader(train_data, sampler=self.order))
-        self.model, self.optimizer, self.batches = prepared
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        rows = range(rank, len(cast(Sized, validation_data)), ranks)
-        self.validation = self._loader(validation_data if ranks == 1 else Subset(validation_data, rows))
+        self.way.prepare(self.raw_optimizer, self._loader(), validation_data)
         self.position = Position(watch=LossWatch(config.explosion_factor))
         self.accelerator.register_for_checkpointing(self.position, self.plateau, *filter(None, [self.average]))
-        self.steps_per_epoch = math.ceil(len(self.batches) / config.accumulation_steps)
+        self.steps_per_epoch = math.ceil(len(self.way.train) / self.way.accumulation_steps)
         self.warmup_steps = round(config.warmup_fraction * config.max_epochs * self.steps_per_epoch)
         self.checkpoints: Checkpoints | None = None
         self.resumed_at_step: int | None = None
@@ -132,6 +152,8 @@ class _Run:
         """Resolves `auto`: the batch size in the run's checkpoint, or the one that fits in every process."""
         if config.batch_size != "auto":
             return config
+        if config.parallel == "pipeline" and self.accelerator.num_processes > 1:
+            raise InputError("TrainingConfig: batch_size: 'auto' measures whole models; set a number for a pipeline")
         kept = Checkpoints(checkpoints, {}).recorded("batch_size") if checkpoints is not None else None
         if kept is not None:
             return replace(config, batch_size=kept)
@@ -150,16 +172,17 @@ class _Run:
         self.found = mine.line
         return replace(config, batch_size=min(gather_object([mine.batch_size])))
 
-    def _loader(self, data: Dataset[Any], sampler: Sampler[int] | None = None) -> DataLoader[Any]:
+    def _loader(self) -> DataLoader[Any]:
         # With its own generator: otherwise a loader draws from the global random state at the start of each epoch,
         # once more in a resumed run than in an uninterrupted one, and dropout would differ.
         generator = torch.Generator().manual_seed(self.config.seed)
         return DataLoader(
-            data,
-            batch_size=int(self.config.batch_size),
-            sampler=sampler,
+            self.train_data,
+            batch_size=self.way.batch_rows,
+            sampler=self.order,
             num_workers=self.config.num_workers,
             generator=generator,
+            drop_last=self.way.drop_last,
         )
 
     def keep_checkpoints(self, folder: Path, identity: Mapping[str, object]) -> None:
@@ -217,50 +240,45 @@ class _Run:
         )
 
     def _train_epoch(self, progress: ProgressLine) -> None:
-        position, in_step = self.position, self.config.accumulation_steps
+        position, way = self.position, self.way
         self.order.set_epoch(position.epoch)
-        if hasattr(self.batches, "set_epoch"):
-            self.batches.set_epoch(position.epoch)
+        if hasattr(way.train, "set_epoch"):
+            way.train.set_epoch(position.epoch)
         if hasattr(self.train_data, "set_epoch"):
             self.train_data.set_epoch(position.epoch)
-        batches = accelerate.skip_first_batches(self.batches, position.batch) if position.batch else self.batches
-        self.model.train()
+        batches = accelerate.skip_first_batches(way.train, position.batch) if position.batch else way.train
+        way.model.train()
         losses: list[Tensor] = []  # of the batches of one step
-        rows, in_epoch = 0, len(self.batches)
+        rows, in_epoch, in_step = 0, len(way.train), way.accumulation_steps
         for batch in position.meter.timed(batches):
-            with self.accelerator.accumulate(self.model):
-                loss = self.loss(self.model, batch)
-                # accelerate divides by in_step, even in an epoch's last step, which may have fewer batches.
-                in_this_step = min(in_step, in_epoch - position.batch // in_step * in_step)
-                self.accelerator.backward(loss * (in_step / in_this_step))
-                losses.append(loss.detach())
+            with way.accumulating():
+                losses.append(way.backward(batch, min(in_step, in_epoch - position.batch // in_step * in_step)))
                 position.batch += 1
                 rows += rows_of(batch)
-                if not self.accelerator.sync_gradients:
+                if not way.step_is_due:
                     continue
-                self._step(torch.stack(losses).mean(), rows * self.accelerator.num_processes)
+                self._step(torch.stack(losses).mean(), rows * way.rows_factor)
                 losses.clear()
                 rows = 0
             progress.step(position.epoch, position.step, self._learning_rate())
             self._checkpoint()
 
     def _step(self, loss: Tensor, rows: int) -> None:
-        position, config, accelerator = self.position, self.config, self.accelerator
+        position, config, way = self.position, self.config, self.way
         if position.step < self.warmup_steps:
-            for group in self.optimizer.param_groups:
+            for group in way.optimizer.param_groups:
                 group["lr"] = config.learning_rate * (position.step + 1) / self.warmup_steps
-        clip_norm = math.inf if config.clip_norm is None else config.clip_norm
-        norm = torch.as_tensor(accelerator.clip_grad_norm_(self.model.parameters(), clip_norm))
-        loss = accelerator.reduce(loss.float(), "mean") if accelerator.num_processes > 1 else loss
+        norm = way.clip(math.inf if config.clip_norm is None else config.clip_norm)
+        loss = way.mean(loss)
         loss_value, norm_value = torch.stack([loss.float(), norm.float().to(loss.device)]).tolist()
         # With fp16's loss scaling, an infinite gradient is normal: the step is skipped and the scale is halved.
-        if not math.isfinite(loss_value) or (not math.isfinite(norm_value) and accelerator.scaler is None):
+        if not math.isfinite(loss_value) or (not math.isfinite(norm_value) and self.accelerator.scaler is None):
             raise self._diverged(f"loss is {loss_value:g}", norm_value)
         exploded = position.watch.see(position.step + 1, loss_value, norm_value)
         if exploded:
             raise self._diverged(exploded, norm_value, cure(config.clip_norm, position.watch.usual_norm))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        way.optimizer.step()
+        way.optimizer.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.given)
         position.step += 1
@@ -272,12 +290,12 @@ class _Run:
             learning_rate=self._learning_rate(),
             gradient_norm=norm_value,
             rows=rows,
-            memory_bytes=used_bytes(accelerator.device),
+            memory_bytes=used_bytes(self.accelerator.device),
         )
 
     def _validate(self) -> float:
         """Mean validation loss over all rows. Raises TrainingDiverged if it is NaN or infinite."""
-        found = mean_loss(self.loss, self._validated(), self.validation, self.accelerator)
+        found = self.way.validate(self.way.model if self.average is None else self.average.module)
         if not math.isfinite(found):
             raise self._diverged(f"validation loss is {found:g}", self.position.gradient_norm)
         return found
@@ -304,17 +322,11 @@ class _Run:
     def _learning_rate(self) -> float:
         return float(self.raw_optimizer.param_groups[0]["lr"])
 
-    def _validated(self) -> nn.Module:
-        """The module whose weights are validated and kept. Not the one that DistributedDataParallel wraps: its forward
-        waits for the other processes, which may have fewer batches."""
-        return self.given if self.average is None else self.average.module
-
     def _weights(self) -> Weights:
-        return {name: weight.detach().cpu().clone() for name, weight in self._validated().state_dict().items()}
+        return self.way.weights() if self.average is None else copied(self.average.module)
 
     def _load_best(self) -> None:
-        if self.position.best_weights:
-            self.given.load_state_dict(self.position.best_weights)
+        self.way.load(self.position.best_weights or self.way.weights())
         self.given.eval()
 
     def _diverged(self, what: str, norm: float, advice: str = NAN_ADVICE) -> TrainingDiverged:
@@ -369,3 +381,14 @@ class _Run:
         if due:
             self.checkpoints.save(self.accelerator)
             self.checkpointed_at = time.monotonic()
+
+
+def _way(accelerator: Accelerator, model: nn.Module, loss: LossFunction, config: TrainingConfig) -> Data | Pipeline:
+    if accelerator.num_processes == 1 or config.parallel == "data":
+        return Data(accelerator, model, loss, config)
+    check_parallel(accelerator, config)
+    if config.parallel == "sharded":
+        return Sharded(accelerator, model, loss, config)
+    from deepseek.training.pipeline import Pipeline
+
+    return Pipeline(accelerator, model, loss, config)

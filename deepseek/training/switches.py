@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
+import time
 
 import torch
 from accelerate import Accelerator
@@ -54,6 +55,7 @@ def leave_processes_at_exit() -> None:
 def _leave_processes() -> None:
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+        time.sleep(0.1)  # DTensor's caches keep the group of a sharded model; its threads need a moment to release it
 
 
 def running_average(model: nn.Module, decay: float, device: torch.device) -> AveragedModel:
