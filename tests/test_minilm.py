@@ -15,6 +15,7 @@ import torch
 
 from deepseek.spec import InputError
 from export.model_folder import ModelFolder, check_inputs
+from export.runtimes.pytorch_predictor import module_predictor
 from models import fetch
 from models.minilm import data, model
 from models.minilm.data import SPEC
@@ -51,13 +52,13 @@ def encoder(fetched: Path) -> Iterator[SentenceEncoder]:
 
 def test_similarities_equal_those_that_sentence_transformers_publishes(build: Path, encoder: SentenceEncoder) -> None:
     sentences = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
-    embeddings = model.embed(model.predictor(encoder), sentences)  # sbert.net, Quickstart
+    embeddings = model.embed(module_predictor(SPEC, encoder), sentences)  # sbert.net, Quickstart
     published = [[1, 0.6660, 0.1046], [0.6660, 1, 0.1411], [0.1046, 0.1411, 1]]
     np.testing.assert_allclose(embeddings @ embeddings.T, published, atol=1e-4)
 
 
 def test_an_embedding_depends_neither_on_padding_nor_on_its_batch(build: Path, encoder: SentenceEncoder) -> None:
-    predict = model.predictor(encoder)
+    predict = module_predictor(SPEC, encoder)
     texts = ["Whales breathe air.", "", " ".join(["a long story about the harbour"] * 9), "He forgot his lines."] * 12
     together = model.embed(predict, texts)
     alone = np.concatenate([predict(data.padded([ids], 128))["embedding"] for ids in data.encode(texts[:4])])
@@ -166,6 +167,6 @@ def test_a_wheel_copied_by_hand_is_used_if_its_checksum_is_right(tmp_path: Path)
 def test_quality_is_what_the_readme_says(build: Path, encoder: SentenceEncoder) -> None:
     source = ModelFolder("minilm")
     assert source.evaluate is not None
-    found = source.evaluate(model.predictor(encoder))  # type: ignore[arg-type]
+    found = source.evaluate(module_predictor(SPEC, encoder))
     assert found["spearman"] == pytest.approx(0.865, abs=0.002)
     assert np.mean(found["mrr@10"]) == pytest.approx(0.760, abs=0.005)

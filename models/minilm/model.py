@@ -122,15 +122,6 @@ def retrieval_metrics(scores: np.ndarray) -> dict[str, np.ndarray]:
     return {"mrr@10": np.where(ranks <= CUTOFF, 1 / ranks, 0), "recall@1": ranks == 1}
 
 
-def predictor(model: SentenceEncoder) -> Predict:
-    def predict(inputs: dict[str, np.ndarray]) -> Arrays:
-        with torch.inference_mode():
-            embedding = model(torch.from_numpy(inputs["input_ids"]), torch.from_numpy(inputs["attention_mask"]))
-        return {"embedding": embedding.numpy()}
-
-    return predict
-
-
 def train() -> None:
     """Fetches the weights, the tokenizer and the sentences, unless they exist."""
     path = data.prepare()
