@@ -166,6 +166,13 @@ def test_a_throughput_near_its_limit_is_undecided_only_if_the_load_can_reach_it(
             (("--until-decided", *words), f"--until-decided: not with {words[0]}; leave one of them out")
             for words in (("--mix", "a,b"), ("--web",), ("--remote-workers", "2"), ("--replay", "t.csv"))
         ),
+        *(
+            (
+                ("--mix", "a,b", *words),
+                f"{words[0]}: not with --mix, whose models each use build/<model>/evaluation.npz; leave it out",
+            )
+            for words in (("--inputs", "a.txt"), ("--route", "/rerank"))
+        ),
         (("--max-s", "60"), "--max-s 60: only for --until-decided; add it, or leave --max-s out (BUDGET_S=)"),
         (
             ("--users", "2", "--arrivals", "constant"),

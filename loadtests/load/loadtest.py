@@ -116,8 +116,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--arrivals: not with --users, who send again after each answer; leave one of them out")
     if not args.until_decided and "max_s" in args.given:
         raise InputError(f"--max-s {args.max_s:g}: only for --until-decided; add it, or leave --max-s out (BUDGET_S=)")
-    if args.mix and args.inputs is not None:
-        raise InputError("--inputs: not with --mix, whose models each use build/<model>/evaluation.npz; leave it out")
+    if args.mix and (other := next((name for name in ("inputs", "route") if getattr(args, name) is not None), None)):
+        raise InputError(f"--{other}: not with --mix, whose models each use build/<model>/evaluation.npz; leave it out")
     if args.web:
         _check_port(args.web_port)
 
