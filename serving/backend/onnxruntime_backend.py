@@ -272,7 +272,10 @@ class TritonPythonModel:
         return self.session.run(self.outputs, joined)
 
     def finalize(self) -> None:
-        """Sends the remaining answers and frees the session."""
+        """Sends the remaining answers and frees everything.
+
+        Triton's counters must be freed here: after this call their memory is gone, and the process would crash.
+        """
         if self.bulk is not None:
             self.bulk.close()
         self.answers.put(None)
@@ -280,7 +283,7 @@ class TritonPythonModel:
         if self.profile is not None:
             start_ns = self.session.get_profiling_start_time_ns()  # event times are relative to it
             os.replace(self.session.end_profiling(), f"{self.profile}.{start_ns}.json")
-        del self.session
+        self.__dict__.clear()
 
 
 def _types(config: dict) -> dict[str, str]:
