@@ -74,6 +74,9 @@ async def embed(address: str, texts: list[str], **sent: Any) -> tuple[int, Any]:
     [
         (False, {"logits": (-1, 3), "tokens": (-1, 1)}, None, "a float output embedding [batch, size]"),
         (False, {"score": (-1, 1), "embedding": (-1, 8)}, "embedding", ""),
+        (False, {"pooled": (-1, 8), "tokens": (-1, 1)}, "pooled", ""),
+        (False, {"pooled": (-1, 8), "logits": (-1, 2)}, "pooled", ""),
+        (False, {"pooled": (-1, 8), "mean": (-1, 8)}, None, "a float output embedding [batch, size]"),
         (False, {"embedding": (-1, -1, 8)}, None, "a float output embedding [batch, size]"),
         (True, {"logits": (-1, 1), "tokens": (-1, 1)}, "logits", ""),
         (True, {"logits": (-1, 3)}, None, "one float output [batch, 1]"),

@@ -21,7 +21,9 @@ OFFSETS = "offsets"
 TOKENIZER = "tokenizer.json"
 """The tokenizer's file name in a version of the model repository."""
 EMBEDDING = "embedding"
-"""The output with a text's vector. The others may be scores."""
+"""The output with a text's vector, if several may be meant."""
+SCORES = ("logits", "scores", "probabilities")
+"""Names of a classifier's output, which is no vector of the text."""
 LIST_TIMEOUT_S = 60
 """Time limit of the OpenAI routes for a list of texts, which may need several batches."""
 Role = Literal["input_ids", "attention_mask", "token_type_ids"]
@@ -119,12 +121,16 @@ def check_text(
     if text.default_prompt is not None and text.default_prompt not in text.prompts:
         raise at("text.default_prompt", f"seen {text.default_prompt!r}; prompts are {listed(text.prompts)}")
     if text.dimensions:
-        shape = outputs[EMBEDDING].shape if EMBEDDING in outputs else ()
-        if len(shape) != 2 or not isinstance(shape[1], int) or not outputs[EMBEDDING].dtype.startswith("float"):
+        sizes = {
+            name: output.shape[1]
+            for name, output in outputs.items()
+            if output.dtype.startswith("float") and len(output.shape) == 2 and isinstance(output.shape[1], int)
+        }
+        if (vector := vector_output(sizes)) is None:
             needed = f'a float output {EMBEDDING} ["{BATCH}", <size>] is needed'
             raise at("text.dimensions", f"outputs are {listed(outputs)}; {needed}")
-        if max(text.dimensions) > shape[1]:
-            raise at("text.dimensions", f"seen {max(text.dimensions)}; output {EMBEDDING} has {shape[1]} numbers")
+        if max(text.dimensions) > sizes[vector]:
+            raise at("text.dimensions", f"seen {max(text.dimensions)}; output {vector} has {sizes[vector]} numbers")
     if text.max_tokens is not None and not axes[axis].min <= text.max_tokens <= axes[axis].max:
         raise at("text.max_tokens", f"seen {text.max_tokens}; axis {axis} allows {axes[axis].min} to {axes[axis].max}")
 
@@ -136,3 +142,12 @@ def token_outputs(outputs: Mapping[str, TensorSpec], axis: str) -> list[str]:
 
 def text_axis(text: TextSpec, inputs: Mapping[str, TensorSpec]) -> str:
     return str(inputs[text.input_ids].shape[-1])
+
+
+def vector_output(sizes: Mapping[str, int]) -> str | None:
+    """The output that holds a text's vector; None if there is none.
+
+    `sizes` are those of the float outputs ["batch", size]: the one named EMBEDDING, or the only one not in SCORES.
+    """
+    vectors = [name for name in sizes if name not in SCORES]
+    return EMBEDDING if EMBEDDING in sizes else vectors[0] if len(vectors) == 1 else None

@@ -1,6 +1,6 @@
 """The models of one Triton that turn texts into vectors, or pairs of texts into scores.
 
-Contract: a model is listed if it takes texts (`[text]`) and has a vector for each, the float output `embedding`, or
+Contract: a model is listed if it takes texts (`[text]`) and has a vector for each (`deepseek.spec.text.vector_output`), or
 takes pairs and has a score for each. A score is a vector with one number.
 """
 
@@ -18,7 +18,7 @@ from deepseek_client.transport import Parameters
 
 from deepseek.spec import TEXT
 from deepseek.spec.files.repository import CONFIG, model_folders
-from deepseek.spec.text import EMBEDDING
+from deepseek.spec.text import vector_output
 from serving.openai.errors import ApiError, api_errors, no_such_model
 from serving.openai.request_body import shown
 
@@ -56,23 +56,21 @@ class TextModel:
             raise no_such_model(metadata.name, "takes no texts (no [text] in its deploy.toml)")
         settings = json.loads(metadata.parameters[TEXT])  # an older version lacks some
         pairs = settings.get("pairs", False)
-        outputs = [
-            out
+        sizes = {
+            out.name: out.shape[1]
             for out in metadata.outputs
-            if out.datatype in FLOATS
-            and len(out.shape) == 2
-            and (out.shape[1] == 1 if pairs else out.name == EMBEDDING and out.shape[1] > 0)
-        ]
-        if len(outputs) != 1:
+            if out.datatype in FLOATS and len(out.shape) == 2 and (out.shape[1] == 1 if pairs else out.shape[1] > 0)
+        }
+        output = next(iter(sizes)) if pairs and len(sizes) == 1 else None if pairs else vector_output(sizes)
+        if output is None:
             takes = "single texts, and needs a float output embedding [batch, size]"
             takes = "pairs of texts, and needs one float output [batch, 1]" if pairs else takes
             seen = ", ".join(f"{out.name} {list(out.shape)}" for out in metadata.outputs)
             raise no_such_model(metadata.name, f"takes {takes}; outputs are {seen}")
-        (output,) = outputs
         return cls(
             name=metadata.name,
-            output=output.name,
-            size=output.shape[1],
+            output=output,
+            size=sizes[output],
             max_batch=metadata.max_batch_size or 1,
             parts_at_once=metadata.instances or 1,
             preferred_batch=max(metadata.preferred_batch_sizes, default=None),
