@@ -1,7 +1,7 @@
 """The models of one Triton that turn texts into vectors, or pairs of texts into scores.
 
-Contract: a model is listed if it takes texts (`[text]`) and has a vector for each (`deepseek.spec.text.vector_output`), or
-takes pairs and has a score for each. A score is a vector with one number.
+Contract: a model is listed if it takes texts (`[text]`) and has a vector for each (`deepseek.spec.text.vector_output`),
+or takes pairs and has a score for each. A score is a vector with one number.
 """
 
 from __future__ import annotations
