@@ -1,4 +1,4 @@
-"""PyTorch to TorchScript: traced, with the names that Triton's backend needs."""
+"""PyTorch to TorchScript: traced, or scripted if a trace is not enough, with the names that Triton's backend needs."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ pytestmark = [
 TWO_OUTPUTS = TOML.replace("[axes", '[outputs.z]\ndtype = "float32"\nshape = ["batch", 8]\n[axes')
 BRANCH = "\n        if x.sum() > 0:\n            return self.line(x)\n        return -x"
 LOOP = "return torch.stack([self.line(row) for row in x])"
+NOT_COMPILED = "\n        import math\n        x = x * math.ceil(0.5)\n        "  # no import inside TorchScript
 
 
 def export(folder: Path, **model: Any) -> tuple[dict[str, Any], ModelFolder]:
@@ -38,30 +39,37 @@ def export(folder: Path, **model: Any) -> tuple[dict[str, Any], ModelFolder]:
     return export_model(source), source
 
 
-def test_a_trace_gives_the_outputs_of_pytorch_at_other_sizes(tmp_path: Path) -> None:
-    result, source = export(tmp_path, body="return self.line(x)")
-    assert (result["made_by"], result["baked_in"]) == ("traced", [])
+@pytest.mark.parametrize(
+    ("body", "way"),
+    [("return self.line(x)", "traced"), (BRANCH, "scripted"), (LOOP, "scripted"), (LOOP.replace("torch", "{'y': torch") + "}", "scripted")],
+    ids=["plain", "branch on values", "loop over the batch", "loop, outputs by name"],
+)  # fmt: skip
+def test_a_model_whose_trace_would_bake_in_values_is_scripted(tmp_path: Path, body: str, way: str) -> None:
+    result, source = export(tmp_path, body=body)
+    assert (result["made_by"], result["baked_in"]) == (way, [])
     assert [check["sizes"]["batch"] for check in result["checks"]] == [1, 9, 5]
-    predict, x = torchscript_predictor(source.spec, Path(result["path"]), "cpu"), np.ones((3, 8), np.float32)
-    with torch.no_grad():
-        (expected,) = source.load()(torch.from_numpy(x))
-    np.testing.assert_allclose(predict({"x": x})["y"], expected.numpy(), rtol=1e-5)
+    predict = torchscript_predictor(source.spec, Path(result["path"]), "cpu")
+    for sign in (1, -1):  # both sides of the branch
+        x = sign * np.ones((3, 8), np.float32)
+        with torch.no_grad():
+            (expected,) = source.load()(torch.from_numpy(x))
+        np.testing.assert_allclose(predict({"x": x})["y"], expected.numpy(), rtol=1e-5)
 
 
-def test_a_branch_on_values_is_reported_with_its_line(tmp_path: Path) -> None:
-    source = tiny(tmp_path, body=BRANCH)
+def test_a_branch_that_cannot_be_compiled_is_reported_with_its_line(tmp_path: Path) -> None:
+    source = tiny(tmp_path, body=NOT_COMPILED + BRANCH)
     save_rows(tmp_path / "build" / "tiny" / "evaluation.npz", source.rows("evaluation", 12))
     run = run_module("cli", "to-torchscript", "--models", str(tmp_path), "--model", "tiny")
     assert run.returncode == 0, run.stderr
-    assert "warning: tracing fixed a branch or a number that depends on inputs (model.py:12)" in run.stderr
+    assert "warning: tracing fixed a branch or a number that depends on inputs (model.py:15)" in run.stderr
     assert "traced on" in run.stdout
     path = tmp_path / "build" / "tiny" / "fp32" / "torchscript" / "model.pt"
-    assert read_manifest(path).settings["baked_in"] == ["model.py:12"]
+    assert read_manifest(path).settings["baked_in"] == ["model.py:15"]
 
 
-def test_a_size_that_tracing_fixes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(GateFailed, match=r"model.pt: does not run at batch 1"):
-        export(tmp_path, body=LOOP)
+def test_a_size_that_tracing_and_scripting_both_fix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GateFailed, match=r"traced: model.pt: does not run at batch 1.*; scripted: import statements"):
+        export(tmp_path, body=NOT_COMPILED + LOOP)
     assert not (tmp_path / "build" / "tiny" / "fp32" / "torchscript" / "model.pt").exists()
 
 

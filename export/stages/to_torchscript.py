@@ -1,9 +1,10 @@
 """PyTorch to TorchScript: what Triton's PyTorch backend runs.
 
 Contract: writes `build/<name>/fp32/torchscript/model.pt` and its manifest. The module is traced, frozen, reloaded
-and compared with PyTorch at the corners of the profile. `forward` takes the inputs by the names of deploy.toml and
-returns a tensor, or a tuple in the order of [outputs]. The file runs only on the device it was made on: the GPU if
-there is one. fp32 only.
+and compared with PyTorch at the corners of the profile. If tracing meets a branch on values, or the comparison fails,
+the module is scripted instead, provided TorchScript can compile it. `forward` takes the inputs by the names of
+deploy.toml and returns a tensor, or a tuple in the order of [outputs]. The file runs only on the device it was made on:
+the GPU if there is one. fp32 only.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from deepseek.spec import DeploymentSpec, GateFailed, Precision, build_dir, kept_for_json
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, Precision, build_dir, kept_for_json
 from export.artifact import Stopwatch, engine_path, human_bytes, read_manifest, record_build
 from export.cache import put_in_place, refined, stage_key
 from export.model_folder import ModelFolder, model_py
@@ -36,36 +37,82 @@ from export.runtimes.pytorch_reference import (
 from export.runtimes.torchscript_predictor import torchscript_predictor, without_deprecations
 
 PRECISION: Precision = "fp32"
-_TAKEN = ("self", "returned")  # names used by the forward that `_served` writes
+Check = Callable[[Any], list[dict[str, Any]]]
+_TAKEN = ("self", "returned")  # names used by the forward that _served writes
+
+
+class TorchScript(NamedTuple):
+    """A frozen module and how it was made."""
+
+    way: str
+    module: Any
+    baked: list[str]
+    """Code lines where the trace fixed a branch or a number that depends on inputs."""
+    checks: list[dict[str, Any]]
+
+
+def torchscript_from_torch(
+    spec: DeploymentSpec, load: Callable[[], torch.nn.Module], example: tuple[torch.Tensor, ...], check: Check
+) -> TorchScript:
+    """The module traced, or scripted if the trace is not exact; raises GateFailed if neither works."""
+    made, problems = [], []
+    for way in (traced, scripted):
+        try:
+            module, baked = way(spec, load(), example)
+            made.append(TorchScript(way.__name__, module, baked, check(module)))
+        except InputError:
+            raise
+        except Exception as error:  # the tracer and the compiler raise errors of many types
+            problems.append(f"{way.__name__}: {' '.join(str(error).split())[:300]}")
+        else:
+            if not baked:
+                return made[-1]
+    if made:
+        return made[0]
+    raise GateFailed(f"{model_py(spec)}: neither tracing nor scripting reproduces PyTorch; {'; '.join(problems)}")
 
 
 def traced(spec: DeploymentSpec, model: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> tuple[Any, list[str]]:
-    """The module as it ran on `example`, and the code lines where the trace fixed a branch or a number.
-
-    Raises GateFailed if the module cannot be traced.
-    """
-    try:
-        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
-            warnings.simplefilter("always")
-            module = _served(spec, torch.jit.trace(model, example, check_trace=False, strict=False))
-    except Exception as error:  # the tracer raises errors of many types
-        raise GateFailed(f"{model_py(spec)}: cannot be traced: {' '.join(str(error).split())[:300]}") from error
+    """The module as it ran on `example`, and the code lines where a value was baked in."""
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        module = _served(spec, torch.jit.trace(model, example, check_trace=False, strict=False), example)
     baked = [each for each in caught if issubclass(each.category, torch.jit.TracerWarning)]
     return module, [f"{Path(each.filename).name}:{each.lineno}" for each in baked]
 
 
-def _served(spec: DeploymentSpec, inner: Any) -> Any:
-    """`inner`, which returns a tuple, frozen and with the signature's argument names; one output is a tensor."""
+def scripted(spec: DeploymentSpec, model: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> tuple[Any, list[str]]:
+    """The module compiled from its source, with branches and loops; raises if TorchScript cannot compile it."""
+    if model._forward_pre_hooks:
+        raise RuntimeError("its 16-bit weights are widened by a hook, which is not part of the source")
+    model._forward_hooks.clear()  # those of ModelFolder.load order the outputs, which _served does
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _served(spec, torch.jit.script(model), example), []
+
+
+def _served(spec: DeploymentSpec, inner: Any, example: tuple[torch.Tensor, ...]) -> Any:
+    """`inner` frozen, with the signature's argument names and its outputs as a tensor or a tuple."""
     names = list(spec.inputs)
     if not all(name.isidentifier() and not keyword.iskeyword(name) and name not in _TAKEN for name in names):
         names = [f"argument_{place}" for place in range(len(names))]
     arguments = ", ".join(names)
-    values = ", ".join(f"returned[{place}]" for place in range(len(spec.outputs)))
+    returned = inner(*example)
+    if isinstance(returned, torch.Tensor):
+        values = ["returned"]
+    elif isinstance(returned, dict):
+        values = [f"returned[{json.dumps(name)}]" for name in spec.outputs]
+    else:
+        values = [f"returned[{place}]" for place in range(len(spec.outputs))]
     holder = torch.nn.Module()
     holder.model = inner
     module = torch.jit.script(holder.eval())
-    module.define(f"def forward(self, {arguments}):\n    returned = self.model({arguments})\n    return {values}\n")
-    return torch.jit.freeze(module)
+    module.define(
+        f"def forward(self, {arguments}):\n    returned = self.model({arguments})\n    return {', '.join(values)}\n"
+    )
+    module = torch.jit.freeze(module)
+    module(*example)
+    return module
 
 
 def export_model(source: ModelFolder) -> dict[str, Any]:
@@ -108,18 +155,23 @@ def _export(
     example = tuple(torch.from_numpy(inputs[name]).to(device) for name in spec.inputs)
     run_torch(spec, reference, inputs)
 
-    module, baked = traced(spec, source.load().to(device), example)
+    def checked(module: Any) -> list[dict[str, Any]]:
+        with without_deprecations():
+            module.save(path)
+        return check(scratch)
+
+    made = torchscript_from_torch(spec, lambda: source.load().to(device), example, checked)
     with without_deprecations():
-        module.save(path)
+        made.module.save(path)
     record_build(
         path,
         spec,
         PRECISION,
         clock,
         target="torchscript",
-        found={"made_by": "traced", "dtypes": _dtypes(module), "checks": check(scratch)},
+        found={"made_by": made.way, "dtypes": _dtypes(made.module), "checks": made.checks},
         sources={"weights": weights_digest(reference)},
-        settings={"device": device, "baked_in": baked},
+        settings={"device": device, "baked_in": made.baked},
     )
 
 
