@@ -20,6 +20,7 @@ from deepseek.spec import DeploymentSpec, FileDigest, InputError, PublishedManif
 from deepseek.spec.cpu import Cpu
 from deepseek.spec.files.measured_batches import BatchingPlan, BatchTime, MeasuredBatches
 from deepseek.spec.gpus import Gpu
+from export.runtimes.tensorrt_engine import engine_from_onnx, library_prints_to_stderr, tensorrt_module
 from export.triton_config import config_text, model_config
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
@@ -42,15 +43,31 @@ def repository(built: Path, tmp_path: Path) -> Path:
     return tmp_path / "repository"
 
 
+@pytest.fixture(scope="module")
+def rtx_plan(built: Path) -> bytes:
+    """A real plan: the fp16 graph of `image`, compiled ahead of time by TensorRT for RTX."""
+    pytest.importorskip("tensorrt_rtx")
+    with library_prints_to_stderr():
+        source = built / "build" / "image" / "fp16" / "model.onnx"
+        plan, _ = engine_from_onnx(tensorrt_module("tensorrt_rtx"), source, IMAGE)
+    return plan
+
+
 @pytest.fixture
-def on_gpu(repository: Path) -> Path:
+def on_gpu(repository: Path, rtx_plan: bytes) -> Path:
     """The same repository as if built with TARGET=tensorrt: TensorRT 11.2.1.6 of 26.10, compute capability 9.0."""
-    model = repository / "image"
+    # No GPU, no TensorRT plan: it is the RTX one under TensorRT's tag and version, as its first 28 bytes hold them.
+    write_tensorrt_version(repository / "image", b"ptrt" + rtx_plan[4:24] + bytes([11, 2, 1, 6]) + rtx_plan[28:])
+    return repository
+
+
+def write_tensorrt_version(model: Path, plan: bytes) -> None:
+    """Makes version 1 of a model an engine of TensorRT."""
     folder = model / "1"
     manifest = PublishedManifest.load(folder / "manifest.json")
     shutil.rmtree(folder)
     folder.mkdir()
-    (folder / "model.plan").write_bytes(b"a plan")
+    (folder / "model.plan").write_bytes(plan)
     changed = {
         "target": "tensorrt",
         "compute_capability": "9.0",
@@ -59,7 +76,6 @@ def on_gpu(repository: Path) -> Path:
     }
     (folder / "manifest.json").write_text(manifest.model_copy(update=changed).model_dump_json())
     (model / "config.pbtxt").write_text(config_text(model_config(IMAGE, "fp16", "tensorrt", {})))
-    return repository
 
 
 def lines(repository: Path, machine: Machine = CPU, level: str = "mismatch") -> list[str]:
@@ -126,9 +142,10 @@ def says(**changes: object) -> Callable[[Path], object]:
         (lambda path: damage(path.with_name("model.py")), "model.py is damaged: sha256 "),
         (lambda path: path.with_name("manifest.json").write_text("{}"), "manifest.json: model: missing"),
         (lambda path: path.with_name("manifest.json").unlink(), "manifest.json is missing; publish it again"),
+        (says(target="tensorrt_rtx"), "is an engine of TensorRT for RTX, which Triton cannot load"),
         (says(schema_version=2), "manifest.json: schema_version: seen 2; it must be 1"),
     ],
-    ids=["flipped", "truncated", "longer", "missing", "backend", "manifest", "no manifest", "schema"],
+    ids=["flipped", "truncated", "longer", "missing", "backend", "manifest", "no manifest", "another target", "schema"],
 )  # fmt: skip
 def test_a_damaged_engine_is_one_line(repository: Path, breakage: Callable[[Path], object], reason: str) -> None:
     breakage(repository / "image" / "1" / "model.onnx")
@@ -317,6 +334,24 @@ def test_a_flag_allows_version_compatible_engines_only_if_one_is_served(reposito
     edit_config(repository, "max_batch_size", "batch_size")
     with pytest.raises(InputError, match=r"image/\S*config.pbtxt cannot be read: "):
         engine_flags(repository)
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        (lambda plan: plan, "model.plan is an engine of TensorRT for RTX 1."),
+        (lambda plan: b"ptrt" + plan[4:24] + bytes([10, 16, 1, 0]) + plan[28:], "model.plan was built by TensorRT 10.16."),
+        (lambda plan: b"ONNX" + plan[4:], "its target is tensorrt, but it has no TensorRT model.plan"),
+        # The rest of the header is not documented: a wrong guess would keep a good engine from being served.
+        (lambda plan: b"ptrt" + b"\xff" * 20 + bytes([11, 2, 1, 6]) + plan[28:], ""),
+    ],
+    ids=["rtx", "version", "no-plan", "unknown bytes"],
+)  # fmt: skip
+def test_a_plan_is_known_by_its_header(
+    repository: Path, rtx_plan: bytes, plan: Callable[[bytes], bytes], reason: str
+) -> None:
+    write_tensorrt_version(repository / "image", plan(rtx_plan))
+    check(repository, GPU_HOST, f"image/1: {reason}" if reason else "")
 
 
 EPYC = Cpu(model="EPYC", cores=2)

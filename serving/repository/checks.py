@@ -20,6 +20,7 @@ from deepseek.spec.files.folders import SCRATCH
 from deepseek.spec.files.repository import CONFIG, ENGINE, config_path, engine_model, model_folders, versions_of
 
 MANIFEST = "manifest.json"
+_TENSORRT, _TENSORRT_RTX = b"ptrt", b"vtrt"  # the first bytes of a plan
 
 Level = Literal["mismatch", "warning"]
 
@@ -165,6 +166,8 @@ def check_version(model: Path, version: int) -> tuple[PublishedManifest | None, 
         return None, [wrong(str(error).removeprefix(f"{folder}/"))]
     if manifest.model != model.name:
         findings.append(wrong(f"is an engine of {manifest.model!r}", f"move it to {model.parent / manifest.model}"))
+    if not findings and (reason := _plan_error(folder, manifest)):
+        findings.append(wrong(reason))
     return manifest, findings
 
 
@@ -178,6 +181,36 @@ def _file_errors(folder: Path, manifest: PublishedManifest) -> Iterator[str]:
             yield f"{name} is {kind}: {size} bytes, published were {recorded.size_bytes}"
         elif (found := FileDigest.of(path)) != recorded:
             yield f"{name} is damaged: sha256 {found.sha256[:12]}…, published was {recorded.sha256[:12]}…"
+
+
+def _plan_error(folder: Path, manifest: PublishedManifest) -> str | None:
+    """Why `model.plan` contradicts the manifest, from its first 28 bytes: kind and TensorRT version."""
+    path = next(engine_model(folder, manifest.model).glob("*/model.plan"), folder / "model.plan")
+    if manifest.target == "tensorrt_rtx":
+        return "is an engine of TensorRT for RTX, which Triton cannot load"
+    if manifest.target != "tensorrt":
+        return None
+    if not path.is_file() or not (header := plan_header(path)):
+        return "its target is tensorrt, but it has no TensorRT model.plan"
+    kind, version = header
+    built_with = manifest.versions.get("tensorrt", "")
+    if kind == "tensorrt_rtx":
+        return f"model.plan is an engine of TensorRT for RTX {version}, which Triton cannot load"
+    if built_with and version.split(".")[:3] != built_with.split(".")[:3]:
+        return f"model.plan was built by TensorRT {version}, but its manifest says {built_with}"
+    return None
+
+
+def plan_header(path: Path) -> tuple[str, str] | None:
+    """Kind and TensorRT version of a plan; None if the file is not a plan.
+
+    The version is in the four bytes at byte 24, where trtexec's --getPlanVersionOnly reads it.
+    """
+    with path.open("rb") as file:
+        head = file.read(28)
+    if len(head) < 28 or head[:4] not in (_TENSORRT, _TENSORRT_RTX):
+        return None
+    return ("tensorrt" if head[:4] == _TENSORRT else "tensorrt_rtx"), ".".join(map(str, head[24:28]))
 
 
 def not_ours(model: Path) -> Finding:
