@@ -136,6 +136,15 @@ def test_a_report_of_an_earlier_graph_is_removed(copied: Path) -> None:
     assert not (copied / "text" / "fp16" / "calibration.json").exists()
 
 
+def test_an_opset_too_old_for_qdq_is_one_line(copied: Path) -> None:
+    path = copied / "text" / "fp32" / "model.onnx"
+    model = onnx.load(path)
+    model.opset_import[0].version = 17
+    onnx.save(model, path)
+    with pytest.raises(InputError, match="opset 17; int8 needs 19 or newer, for Q/DQ and fp16 scales: export it again"):
+        quantize_model(TEXT, settings(copied))
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_graph_of_one_batch_size_is_calibrated_with_it(tmp_path: Path, own_build: Path, batch: int) -> None:
     """ModelOpt skips products with a side of 1, which are all products with a batch of 1."""

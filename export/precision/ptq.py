@@ -20,6 +20,7 @@ from export.precision.calibration import Calibration
 from export.quiet import quiet
 from export.rows import save_arrays
 
+OLDEST_OPSET = 19  # the first whose Q/DQ operators take fp16 scales and fp8
 AUTOCAST_BATCHES = 4  # batches of real inputs in which AutoCast looks for values too large for fp16
 CONTROL_FLOW = ("If", "Loop", "Scan")
 
@@ -35,13 +36,22 @@ def _modelopt(what: str) -> Iterator[None]:
         raise GateFailed(f"ModelOpt cannot convert this graph to {what}: {type(error).__name__}: {reason}") from error
 
 
-def check_source(path: Path) -> None:
-    """Raises InputError if the fp32 graph is broken."""
+def check_source(path: Path, config: QuantConfig) -> None:
+    """Raises InputError if the fp32 graph is broken, or its opset too old for Q/DQ."""
     try:
-        onnx.checker.check_model(path)
+        imports = onnx.load(path, load_external_data=False).opset_import
+        opset = next(each.version for each in imports if each.domain in ("", "ai.onnx"))
+        if opset >= OLDEST_OPSET:
+            onnx.checker.check_model(path)
     except Exception as error:
-        why = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: not a valid ONNX file ({why}); build it again") from None
+        raise InputError(
+            f"{path}: not a valid ONNX file ({' '.join(str(error).split())[:200]}); build it again"
+        ) from None
+    if opset < OLDEST_OPSET:
+        raise InputError(
+            f"{path}: opset {opset}; {config.precision} needs {OLDEST_OPSET} or newer, for Q/DQ and fp16 scales: "
+            "export it again with deepseek to-onnx"
+        )
 
 
 def high_nodes(path: Path, config: QuantConfig) -> list[str]:

@@ -82,7 +82,7 @@ def quantize_model(
         raise GateFailed(f"samples('calibration'): {str(error).removeprefix(f'{data}: ')}") from error
     if calibration.note:
         log.print(calibration.note, soft_wrap=True)
-    check_source(source)
+    check_source(source, config)
     weights = read_manifest(source).sources["weights"]
     sources = {"weights": weights, "onnx": sha256(source), "calibration": sha256(data)}
     for name in REPORTS:  # reports of an earlier graph
