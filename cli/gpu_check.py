@@ -143,10 +143,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def skipped(step: Step, reason: str) -> StepResult:
-    return StepResult.of(step, "skipped", reason)
-
-
 def main(options: argparse.Namespace) -> int:
     check_tag(options.triton_tag or TRITON_TAG)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the step's processes end, as on Ctrl-C
@@ -169,7 +165,9 @@ def main(options: argparse.Namespace) -> int:
                 reason = unmet(step, lacks, results)
                 log = folder / "logs" / f"{number:02}.log"
                 is_up = is_up or (step.name == STACK_UP and not reason)
-                results[step.name] = found = skipped(step, reason) if reason else run(step, log, environment)
+                results[step.name] = found = (
+                    StepResult.of(step, "skipped", reason) if reason else run(step, log, environment)
+                )
                 print(line(found), file=sys.stderr, flush=True)
                 report: dict[str, Any] = {"started": started, "triton_tag": where.triton_tag}
                 report |= {"machine": described(machine), "steps": [asdict(each) for each in results.values()]}

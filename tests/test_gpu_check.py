@@ -121,7 +121,7 @@ def test_fp8_needs_a_chip_that_has_it(capability: str, reason: str) -> None:
 def test_steps_of_pytorch_are_skipped_where_only_nvidia_smi_sees_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "without_gpu", lambda: "PyTorch sees none")
     lacks = missing(Machine(ram_bytes=1, gpus=(ADA,), docker=("runc", "nvidia"))) | {"nsys": ""}
-    built = replace(gpu_check.skipped(python("", ""), ""), outcome="passed")
+    built = replace(gpu_check.StepResult.of(python("", ""), "skipped", ""), outcome="passed")
     before = {step.name: built for step in steps(WHERE, ["minilm"])}
     found = [step.name for step in steps(WHERE, ["minilm"]) if unmet(step, lacks, before) == "PyTorch sees none"]
     assert found == [

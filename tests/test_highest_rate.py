@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loadtests.results.schedule import Schedule, Segment
+from loadtests.results.schedule import Segment, send_times_s
 from loadtests.search.highest_rate import SAMPLES, TIME, HighestRate, RateSearch, SearchPlan, TryRate, rounded
 from loadtests.search.rate_trial import Phase, RateTrial, TrialOutcome
 from tests.computed_server import server_of, trial
@@ -32,8 +32,7 @@ def queue(service_s: float, p99_ms: float, luck: int) -> TryRate:
     """One server with a queue: the schedule gives the arrivals, `luck` the service time of each request."""
 
     def attempt(rate_rps: float, phase: Phase, duration_s: float, seed: int) -> RateTrial:
-        schedule = Schedule((Segment(duration_s=duration_s + 2, rate_rps=rate_rps),), seed=seed)
-        arrives = schedule.times_s()
+        arrives = send_times_s([Segment(duration_s=duration_s + 2, rate_rps=rate_rps)], seed=seed)
         takes = service_s * np.random.default_rng([seed, luck]).lognormal(0, 0.2, len(arrives))
         before = np.cumsum(takes) - takes
         answered = np.maximum.accumulate(arrives - before) + before + takes

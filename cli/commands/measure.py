@@ -21,6 +21,7 @@ MAX_IN_FLIGHT = Option(
     "most unanswered requests of a worker; others are dropped (default: 512, or as the SLO needs)",
     kind=at_least(1),
 )
+PORT = Number("a port, 1 to 65535,", least=1, most=65535, whole=True)
 REQUESTS = Number("a whole number, 1 to 1000,", least=1, most=1000, whole=True)
 JUDGED_BY = Option(
     "--target",
@@ -59,7 +60,7 @@ ROWS = (
             Option("--remote-workers", "number of workers on other machines (port 5557)", kind=at_least(1)),
             Option("--worker-of", "run as a worker of the master on this host", metavar="HOST"),
             Option("--web", "show Locust's web page during and after the run", kind=switch),
-            Option("--web-port", "port of that page", kind=int, default=8089),
+            Option("--web-port", "port of that page", kind=PORT, default=8089),
             INPUTS,
             NAMES,
             JSON,

@@ -128,8 +128,6 @@ def _check_port(port: int) -> None:
         with socket.socket() as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind(("127.0.0.1", port))
-    except OverflowError:
-        raise InputError(f"--web-port {port}: not a port; allowed: 1 to 65535") from None
     except OSError as error:
         raise InputError(f"--web-port {port}: {error.strerror}; choose another port for the page") from None
 

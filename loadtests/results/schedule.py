@@ -6,13 +6,14 @@ given that number: independent, uniform over the segment's cumulative rate, sort
 
 Examples:
     segments_of("50x30, 500x5, 50x30")  # a spike: requests/s x seconds, segment by segment
-    Schedule(segments_of("10-200x60, 200x300")).times_s()   # a ramp, then a soak
+    send_times_s(segments_of("10-200x60, 200x300"))   # a ramp, then a soak
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,20 +65,13 @@ def segments_of(shape: str) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Planned send times of a whole run, warm-up included."""
-
-    segments: tuple[Segment, ...]
-    arrivals: Arrivals = "poisson"
-    seed: int = 0
-
-    def times_s(self) -> np.ndarray:
-        generator, start_s, found = np.random.default_rng(self.seed), 0.0, [np.empty(0)]
-        for segment in self.segments:
-            count = segment.arrivals
-            even = np.arange(count) / max(1, count)
-            share = even if self.arrivals == "constant" else np.sort(generator.random(count))
-            found.append(start_s + segment.time_at(share))
-            start_s += segment.duration_s
-        return np.concatenate(found)
+def send_times_s(segments: Sequence[Segment], arrivals: Arrivals = "poisson", seed: int = 0) -> np.ndarray:
+    """The planned send times of a whole run, warm-up included."""
+    generator, start_s, found = np.random.default_rng(seed), 0.0, [np.empty(0)]
+    for segment in segments:
+        count = segment.arrivals
+        even = np.arange(count) / max(1, count)
+        share = even if arrivals == "constant" else np.sort(generator.random(count))
+        found.append(start_s + segment.time_at(share))
+        start_s += segment.duration_s
+    return np.concatenate(found)

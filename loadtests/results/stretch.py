@@ -86,17 +86,6 @@ class Second:
     def failed(self) -> int:
         return self.errors.total() + self.dropped
 
-    def latency(self, kind: Latency) -> Distribution:
-        return _distribution([self], kind, self.failed)
-
-
-def _distribution(seconds: list[Second], kind: Latency, failed: int) -> Distribution:
-    counts = np.zeros(len(VALUES_US), np.int64)
-    for second in seconds:
-        for places, found in second.latencies.get(kind, ()):
-            counts[places] += found
-    return Distribution(counts, failed)
-
 
 @dataclass(frozen=True)
 class Stretch:
@@ -176,4 +165,8 @@ class Stretch:
         return min(1.0, sum(each.attempted for each in self.seconds) / self.planned)
 
     def latency(self, kind: Latency) -> Distribution:
-        return _distribution(self.seconds, kind, 0 if kind == "lag" else self.failed)
+        total = np.zeros(len(VALUES_US), np.int64)
+        for second in self.seconds:
+            for places, counts in second.latencies.get(kind, ()):
+                total[places] += counts
+        return Distribution(total, 0 if kind == "lag" else self.failed)

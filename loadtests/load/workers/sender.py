@@ -34,7 +34,7 @@ from loadtests.load.wire.client import WireClient
 from loadtests.load.wire.route import RouteClient
 from loadtests.load.workers.clock import Clock
 from loadtests.load.workers.recorder import Recorder
-from loadtests.results.schedule import Schedule, Segment
+from loadtests.results.schedule import Segment, send_times_s
 from loadtests.results.settings import IN_FLIGHT, LoadSettings
 from loadtests.results.stretch import NO_FILE, NO_PORT
 from loadtests.slo.slo_demands import TIMEOUT_S
@@ -51,7 +51,7 @@ def planned_times_s(settings: LoadSettings, *, warmup_only: bool = False) -> np.
         return np.empty(0)
     warmup = Segment(duration_s=settings.warmup_s, rate_rps=settings.segments[0].rate_rps)
     segments = () if warmup_only else settings.segments
-    return Schedule((warmup, *segments), settings.arrivals, settings.seed).times_s() - settings.warmup_s
+    return send_times_s((warmup, *segments), settings.arrivals, settings.seed) - settings.warmup_s
 
 
 def share_of(plan: np.ndarray, worker: int, workers: int) -> Iterator[Any]:
