@@ -79,7 +79,7 @@ def test_a_search_may_start_below_the_usual_rates(tmp_path: Path) -> None:
     on_server = runner(tmp_path, server_of(lambda rate_rps, _: "holds" if rate_rps < 0.095 else "fails"))
     capacity = find(on_server, on_server.plan(start_rps=0.05, duration_s=10, max_s=1e9), NOW)
     assert capacity.sentence.startswith("capacity 0.0917/s, limited by p99_ms")
-    assert (capacity.model, capacity.served_versions) == ("image", ("1",))
+    assert (capacity.model, capacity.settings.max_batch, capacity.served_versions) == ("image", 8, ("1",))
 
 
 def test_a_rate_with_too_many_requests_in_flight_is_the_generators_limit_and_not_sent(tmp_path: Path) -> None:
@@ -113,6 +113,7 @@ def test_the_command_measures_a_real_server(
     overloaded = capacity.trials[0]
     assert (overloaded.rate_rps, overloaded.overloaded, overloaded.achieved_rps <= 50) == (200, True, True)
     assert capacity.trials[1].rate_rps <= 50
+    assert (capacity.settings.max_batch, capacity.settings.instances) == (1, 1)
     assert capacity.machine["cores"]
     assert Capacity.load(tmp_path / "tiny" / "capacity.json") == capacity
     assert "requests/s" in (tmp_path / "tiny" / "capacity.html").read_text()

@@ -32,6 +32,7 @@ from export.stages import measure_batches
 from export.stages.measure_batches import BusySessions, measure, measured_batches, sizes_to_measure
 from export.stages.publish import publish_version
 from export.triton_config import model_config
+from loadtests.search.capacity_result import ServerSettings
 from serving.embedded.launcher import EmbeddedServer
 from serving.repository.checks import read_config
 from tests.conftest import ADD_ONE, FREE, run_stage
@@ -307,8 +308,8 @@ def test_triton_joins_up_to_the_preferred_batch_and_runs_larger_requests_alone(
         ThreadPoolExecutor(10) as pool,
     ):
         for each in (client, other):
-            found = each.metadata("add_one")
-            assert (found.max_batch_size, found.preferred_batch_sizes) == (8, (4,))
+            found = ServerSettings.of(each.metadata("add_one"))
+            assert (found.max_batch, found.preferred_batch) == (8, 4)
 
         def send(rows: int) -> Any:
             return pool.submit(client.infer, "add_one", {"x": np.zeros((rows, 2), np.float32)})

@@ -16,7 +16,7 @@ from loadtests.report.curves import latency_over_time, percentiles, step_s, step
 from loadtests.report.headline import TIMES
 from loadtests.report.run_page import Part, mix_page, page, write_report
 from loadtests.report.searches import capacity_page, tuning_page
-from loadtests.search.capacity_result import Capacity
+from loadtests.search.capacity_result import Capacity, ServerSettings
 from loadtests.tune.search_space import ServingSettings
 from loadtests.tune.tune_result import Compared, ExpectedSettings, TuneResult
 from tests.browser import Browser, needs_chromium
@@ -109,7 +109,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("pages")
     run, other = saved_run(folder / "one", FAILING), saved_run(folder / "two", steady(0.02), seed=1)
     return {
-        "run": page([run], SLO),
+        "run": page([run], SLO, CAPACITY, TUNING),
         "runs": page([run, other], SLO),
         "mix": mix_page(mixed(folder)),
         "capacity": capacity_page(CAPACITY),
@@ -233,12 +233,15 @@ def test_the_highest_rate_that_holds_is_drawn() -> None:
 
 def test_a_search_that_the_generator_limited_shows_a_lower_bound() -> None:
     unsent = trial(5000, "invalid", run="")
-    changes = {"limited_by": "generator", "confirmed": False}
+    settings = ServerSettings(max_batch=8, instances=2, threads=0)
+    changes = {"limited_by": "generator", "confirmed": False, "settings": settings}
     html = capacity_page(CAPACITY.model_copy(update={"trials": (*CAPACITY.trials, unsent), **changes}))
     text = text_of(html)
     assert "At least 200 requests/s" in text
     assert "at least 200/s" in text
     assert "5000/s invalid" not in html  # not a point of the chart
+    assert "5000 - - - - ?" in text
+    assert "instances 2 threads automatic" in text
 
 
 def test_the_chart_of_a_search_for_settings_shows_default_and_best() -> None:
@@ -247,19 +250,21 @@ def test_the_chart_of_a_search_for_settings_shows_default_and_best() -> None:
         assert html.count(f'class="point {look}"') == 1
     assert "1 instance x 2 threads, batches of 16, delay 0 us" in text_of(html)
     assert "1.31 times as high (95%: 1.22 to 1.40, 2 pairs): better" in text_of(html)
+    assert "batches of 16, delay 0 us 70/s 41.0 ms 31.0 ms 2" in text_of(html)
     none = tuning_page(TUNING.model_copy(update={"best": None, "comparisons": (), "applied": False}))
     assert "No setting is proved better than the default" in text_of(none)
     assert "star holds" not in none.partition("</style>")[2]
 
 
-def test_the_command_draws_the_latest_run_several_or_a_mix(tmp_path: Path) -> None:
+def test_the_command_draws_several_runs_with_capacity_or_a_mix(tmp_path: Path) -> None:
     build = tmp_path / "recommender"
     runs = [saved_run(build / "loadtests" / name, steady(), model="recommender").folder for name in ("1", "2")]
+    CAPACITY.save(build / "capacity.json")
     flags = [flag for run in runs for flag in ("--run", str(run))]
     drawn = run_module("cli", "report", *flags, DEEPSEEK_BUILD=str(tmp_path))
     assert drawn.stdout.strip() == str(runs[1] / "report-2-runs.html"), drawn.stderr
-    drawn = run_module("cli", "report", DEEPSEEK_BUILD=str(tmp_path))
-    assert drawn.stdout.strip() == str(runs[1] / "report.html"), drawn.stderr
+    latest = run_module("cli", "report", DEEPSEEK_BUILD=str(tmp_path)).stdout.strip()
+    assert "Capacity 200/s" in text_of(Path(latest).read_text())
     for model in ("recommender", "minilm"):
         saved_run(tmp_path / model / "loadtests" / "3", steady(), model=model, mix="recommender:3,minilm:1")
     drawn = run_module("cli", "report", "--mix", "recommender:3, minilm:1", DEEPSEEK_BUILD=str(tmp_path))

@@ -1,9 +1,9 @@
 """A client's statistics: calls, errors, retries, hedges, ejections, latency percentiles by model.
 
-Contract: thread-safe, about 25 KB per model, for `MOST_MODELS` names; further names count together as `OTHERS`.
-Latencies are counted in buckets that grow by 2 %, from 1 us to 20 minutes, so percentiles are within 1 % of the true
-ones. Percentiles cover answered calls; failed calls are in `errors`. A call counts once; its retries and hedges are
-counted separately.
+Contract: thread-safe, about 25 KB per model, for `MOST_MODELS` names: beyond that, names that never answered count
+together as `OTHERS`. Latencies are counted in buckets that grow by 2 %, from 1 us to 20 minutes, so percentiles are
+within 1 % of the true ones. Percentiles cover answered calls; failed calls are in `errors`. A call counts once; its
+retries and hedges are counted separately.
 
 Example:
     >>> client.statistics().models["recommender"].p99_ms
@@ -105,6 +105,16 @@ class ModelCounters:
         with self._lock:
             self._errors[type(error).__name__] += 1
 
+    @property
+    def has_answered(self) -> bool:
+        return self._all.count > 0
+
+    def absorb(self, other: "ModelCounters") -> None:
+        """Adds the counts of a model that never answered."""
+        with self._lock:
+            self._counts += other._counts
+            self._errors += other._errors
+
     def recent_ms(self, percent: float) -> float | None:
         """A latency percentile of the latest calls, in ms; None if they are too few."""
         with self._lock:
@@ -137,10 +147,15 @@ class Counters:
         return self._models.get(model)
 
     def _added(self, model: str) -> ModelCounters:
-        """New counters, or those of OTHERS if there are too many."""
+        """New counters; if there are too many, those of another name that never answered are folded into OTHERS."""
         with self._lock:
-            known = model in self._models or len(self._models) < MOST_MODELS
-            return self._models.setdefault(model if known else OTHERS, ModelCounters())
+            if model not in self._models and len(self._models) >= MOST_MODELS:
+                others = self._models.setdefault(OTHERS, ModelCounters())
+                unknown = (n for n, found in self._models.items() if n != OTHERS and not found.has_answered)
+                if (name := next(unknown, None)) is None:
+                    return others
+                others.absorb(self._models.pop(name))
+            return self._models.setdefault(model, ModelCounters())
 
     def statistics(self) -> dict[str, ModelStatistics]:
         return {model: counters.statistics() for model, counters in list(self._models.items())}

@@ -15,7 +15,6 @@ from loadtests.results.run import Run
 from loadtests.results.stretch import shown_percentile
 from loadtests.slo.judge import judge
 from loadtests.slo.objectives import JudgedObjective, SloStatus, SloVerdict
-from loadtests.slo.time_split import TimeSplit
 
 HEADLINES = {
     "holds": "The SLO holds",
@@ -36,11 +35,11 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     return models if len(set(models)) == len(runs) > 1 else list(LETTERS[: len(runs)])
 
 
-def headline(run: Run, judgement: SloVerdict, split: TimeSplit | None) -> str:
-    """The verdict on one run, and where the mean request spent its time."""
-    settings, told = run.settings, [*judgement.notes, *([split.sentence] if split else [])]
+def headline(run: Run, judgement: SloVerdict, extra: Sequence[str] = ()) -> str:
+    """The verdict on one run; `extra` are sentences below the objectives."""
+    settings = run.settings
     subject = f"{settings.model} over {settings.over}, {settings.load}, for {settings.duration_s:g} s"
-    notes = "".join(f"<p class='hint'>{sentence(line)}</p>" for line in told)
+    notes = "".join(f"<p class='hint'>{sentence(line)}</p>" for line in (*judgement.notes, *extra))
     return (
         f"<header class='{judgement.verdict}'><h1>{badge(judgement.verdict)}{HEADLINES[judgement.verdict]}</h1>"
         f"<p class='subject'>{escape(subject)}</p>{objectives(judgement)}{notes}</header>"

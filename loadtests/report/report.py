@@ -7,11 +7,27 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+from typing import TypeVar
 
-from deepseek.spec import InputError
+from deepseek.spec import InputError, Target
 from loadtests.report.headline import LETTERS
 from loadtests.report.run_page import write_mix_report, write_report
+from loadtests.search.capacity_result import Capacity, capacity_path
 from loadtests.slo.verdict import load_mix, load_runs
+from loadtests.tune.tune_result import TuneResult, tuning_path
+
+Search = TypeVar("Search", Capacity, TuneResult)
+
+
+def _latest(kind: type[Search], path: Path, target: Target) -> Search | None:
+    """The latest result of a search on this target; None for a missing, unreadable or empty one."""
+    try:
+        found = kind.load(path)
+    except InputError:
+        return None
+    has_points = not isinstance(found, Capacity) or found.trials
+    return found if has_points and found.target == target else None
 
 
 def main(args: argparse.Namespace) -> None:
@@ -23,5 +39,8 @@ def main(args: argparse.Namespace) -> None:
     if args.mix:
         written = write_mix_report(load_mix(argparse.Namespace(**vars(args) | {"run": next(iter(folders), None)})))
     else:
-        written = write_report(*load_runs(args, folders))
+        runs, slo = load_runs(args, folders)
+        target = runs[-1].settings.target
+        capacity = _latest(Capacity, capacity_path(args.model), target)
+        written = write_report(runs, slo, capacity, _latest(TuneResult, tuning_path(args.model), target))
     print(json.dumps({"reports": [str(written)]}) if args.json else written)

@@ -23,10 +23,13 @@ from loadtests.report.headline import (
     tiles,
 )
 from loadtests.report.page import card, document, grid
+from loadtests.report.searches import capacity_card, tuning_card
 from loadtests.results.run import Run
+from loadtests.search.capacity_result import Capacity
 from loadtests.slo.judge import judge, overall
 from loadtests.slo.objectives import SloStatus, SloVerdict
 from loadtests.slo.time_split import TimeSplit
+from loadtests.tune.tune_result import TuneResult
 
 READ_TAIL = "Each point: this share of the requests was at least this fast. "
 WAITED = "The gap between the lines is the time before a request was sent. "
@@ -36,19 +39,22 @@ MIX_HEADLINES = HEADLINES | {"holds": "The mix holds every SLO", "violated": "Th
 Part = tuple[Run, SloSpec]
 
 
-def page(runs: Sequence[Run], slo: SloSpec) -> str:
-    """The whole HTML document."""
+def page(runs: Sequence[Run], slo: SloSpec, capacity: Capacity | None = None, tuning: TuneResult | None = None) -> str:
+    """The whole HTML document, with capacity and tuning if they are given."""
+    searches = [capacity_card(capacity)] if capacity else []
+    searches += [tuning_card(tuning)] if tuning else []
     if len(runs) > 1:
-        return _comparison(runs, slo)
+        return _comparison(runs, slo, searches)
     run = runs[0]
     judgement = judge(run, slo)
     split = TimeSplit.of_run(run)
+    extra = [*([split.sentence] if split else []), *([capacity.sentence] if capacity else [])]
     title = f"{run.settings.model}: {SHORT[judgement.verdict]}"
-    body = headline(run, judgement, split) + tiles(run) + grid(cards_of(runs, [slo]))
+    body = headline(run, judgement, extra) + tiles(run) + grid(cards_of(runs, [slo], searches))
     return document(title, body, run.folder.name)
 
 
-def cards_of(runs: Sequence[Run], slos: Sequence[SloSpec]) -> list[str]:
+def cards_of(runs: Sequence[Run], slos: Sequence[SloSpec], searches: Sequence[str] = ()) -> list[str]:
     """The cards of one run, or of all runs of a mix, below the headline."""
 
     def each(title: str, draw: Callable[[Run], str]) -> list[str]:
@@ -59,6 +65,7 @@ def cards_of(runs: Sequence[Run], slos: Sequence[SloSpec]) -> list[str]:
         *charts(runs, slos),
         *each("Failures", run_tables.failures),
         where_time_goes(runs),
+        *searches,
         card("Percentiles", run_tables.percentiles(runs)),
         *each("By input length", run_tables.lengths),
         card("Load generator health", run_tables.generator(runs[0], runs[1:])),
@@ -81,20 +88,23 @@ def charts(runs: Sequence[Run], slos: Sequence[SloSpec]) -> list[str]:
     ]
 
 
-def _comparison(runs: Sequence[Run], slo: SloSpec) -> str:
+def _comparison(runs: Sequence[Run], slo: SloSpec, searches: Sequence[str]) -> str:
     cards = [
         *charts(runs, [slo]),
         where_time_goes(runs),
         card("Percentiles", run_tables.percentiles(runs)),
         card("Differences", run_tables.differing(runs)),
+        *searches,
     ]
     names = " and ".join(run.folder.name for run in runs)
     return document(f"{runs[0].settings.model}: {len(runs)} runs", compared(runs, slo) + grid(cards), names)
 
 
-def write_report(runs: Sequence[Run], slo: SloSpec) -> Path:
+def write_report(
+    runs: Sequence[Run], slo: SloSpec, capacity: Capacity | None = None, tuning: TuneResult | None = None
+) -> Path:
     name = "report.html" if len(runs) == 1 else f"report-{len(runs)}-runs.html"
-    return write_whole(runs[-1].folder / name, page(runs, slo))
+    return write_whole(runs[-1].folder / name, page(runs, slo, capacity, tuning))
 
 
 def mix_page(parts: Sequence[Part]) -> str:

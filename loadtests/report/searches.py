@@ -1,7 +1,7 @@
-"""The pages of a capacity and of a tuning: latency over rate, and the expected latency of every setting.
+"""Capacity and tuning: latency over rate, and the expected latency of every setting.
 
 Contract: drawn only from `capacity.json` and `tuning.json` (`loadtests.search.capacity_result`,
-`loadtests.tune.tune_result`).
+`loadtests.tune.tune_result`), as cards in the report of a run with the same model and target, or as separate pages.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from deepseek.spec import ExitCode
 from deepseek.svg_chart import Chart, Point
 from loadtests.figures import ms
 from loadtests.report.curves import scale_of
-from loadtests.report.page import card, document, facts, grid, machine_facts, sentence, utc
+from loadtests.report.page import card, document, facts, grid, machine_facts, numbers, sentence, utc
 from loadtests.search.capacity_result import Capacity
 from loadtests.search.rate_trial import RateTrial
 from loadtests.tune.tune_result import ExpectedSettings, TuneResult
 
-DOUBTFUL = ("doubtful diamond", "inconclusive")
+DOUBTFUL = ("doubtful diamond", "inconclusive", "?")
 OUTCOMES = {
-    "holds": ("holds circle", "holds"),
-    "fails": ("failed cross", "fails"),
+    "holds": ("holds circle", "holds", "✓"),
+    "fails": ("failed cross", "fails", "✕"),
     "invalid": DOUBTFUL,
     "inconclusive": DOUBTFUL,
-}  # CSS class and shape, word
+}  # CSS class and shape, word, mark
+TRIALS_READ = "Rates in requests/s, latencies in ms. ✓ holds, ✕ fails, ? inconclusive."
 
 
 def p99_limit(objectives: Sequence[str]) -> float | None:
@@ -55,7 +56,7 @@ def latency_by_rate(capacity: Capacity) -> str:
     for trial in trials:
         css, shape = OUTCOMES[trial.outcome][0].split()
         chart.point(trial.rate_rps, y.high if trial.p99_ms is None else trial.p99_ms, css, shape, _trial_tip(trial))
-    for look, word in dict.fromkeys(OUTCOMES[trial.outcome] for trial in trials):
+    for look, word, _ in dict.fromkeys(OUTCOMES[trial.outcome] for trial in trials):
         chart.legend(look, word)
     return chart.figure()
 
@@ -76,6 +77,21 @@ def _trial_tip(trial: RateTrial) -> list[str]:
         f"{trial.achieved_rps:.4g}/s answered, {trial.error_rate:.2%} failed",
         f"{trial.phase}, {trial.duration_s:g} s",
     ]
+
+
+def capacity_card(capacity: Capacity) -> str:
+    told = f"<p class='told'>{sentence(capacity.sentence)}</p>"
+    when = f"{utc(capacity.started)}, {capacity.protocol}"
+    return card("Capacity", told + latency_by_rate(capacity), f"All trials of make capacity, {escape(when)}.")
+
+
+def _trials(capacity: Capacity) -> str:
+    rows = []
+    for trial in sorted(capacity.trials, key=lambda each: (each.rate_rps, each.duration_s)):
+        latencies = (ms(each).removesuffix(" ms") for each in (trial.p50_ms, trial.p99_ms))
+        figures = (f"{trial.achieved_rps:.4g}", *latencies, f"{trial.error_rate:.1%}") if trial.sent else ("-",) * 4
+        rows.append((f"{trial.rate_rps:g}", *figures, OUTCOMES[trial.outcome][2]))
+    return numbers(["planned", "answered", "p50", "p99", "failed", ""], rows)
 
 
 def settings_chart(tuning: TuneResult) -> str:
@@ -102,6 +118,34 @@ def _look(each: ExpectedSettings, tuning: TuneResult) -> str:
     return "service diamond" if each.settings == tuning.default else "median circle"
 
 
+def tuning_card(tuning: TuneResult) -> str:
+    told = f"<p class='told'>{sentence(tuning.conclusion)}</p>"
+    rows: list[tuple[str, object]] = [("default", tuning.default)]
+    if tuning.best is not None:
+        rows += [("best", tuning.best), ("gain", tuning.gain)]
+        rows.append(
+            ("holds with confidence", "not proved" if tuning.proved_rps is None else f"{tuning.proved_rps:g}/s")
+        )
+        rows.append(("written to the file of tuned values", "yes" if tuning.applied else "no"))
+    by = "predicted from measured batches" if tuning.predicted else "from one short run each"
+    made = f"make tune, {escape(utc(tuning.started))}; p99 {by}."
+    return card("Tuning", told + settings_chart(tuning) + facts(rows), f"Further left and lower is better. {made}")
+
+
+def _compared(tuning: TuneResult) -> str:
+    rows = [
+        (str(each.settings), f"{each.rate_rps:g}/s", ms(default_ms), ms(other_ms), str(pair + 1))
+        for each in tuning.comparisons
+        for pair, (default_ms, other_ms) in enumerate(each.pairs)
+    ]
+    said = "".join(
+        f"<p>{escape(f'{each.settings}: {each}: {each.outcome} {each.note}'.strip())}</p>"
+        for each in tuning.comparisons
+    )
+    table = numbers(["", "rate", "p99, default", "p99, this setting", "pair"], rows) if rows else ""
+    return f"{said or '<p>No setting was worth comparing.</p>'}<div class='scroll'>{table}</div>"
+
+
 def _page(found: Capacity | TuneResult, title: str, subject: str, css: str, cards: Sequence[str]) -> str:
     environment = card("Machine and versions", machine_facts(found.machine, found.versions))
     head = f"<header class='{css}'><h1>{escape(title)}</h1><p class='subject'>{escape(subject)}</p></header>"
@@ -116,21 +160,18 @@ def capacity_page(capacity: Capacity) -> str:
     status = {ExitCode.PASS: "holds", ExitCode.GATE_FAILED: "violated"}.get(capacity.exit_code, "inconclusive")
     about = f"{capacity.model} on {capacity.target}, {capacity.precision or 'unknown precision'}, {capacity.protocol}"
     subject = f"{about} at {capacity.url}: {', '.join(capacity.objectives)}"
-    told = f"<p class='told'>{sentence(capacity.sentence)}</p>"
-    drawn = card("Capacity", told + latency_by_rate(capacity), f"All trials of make capacity, {utc(capacity.started)}.")
-    return _page(capacity, title, subject, status, [drawn])
+    settings = [
+        (name.replace("_", " "), "automatic" if (name, value) == ("threads", 0) else value)
+        for name, value in capacity.settings.model_dump().items()
+        if value is not None
+    ]
+    cards = [capacity_card(capacity), card("Trials", _trials(capacity), TRIALS_READ)]
+    cards += [card("Serving settings", facts(settings))] if settings else []
+    return _page(capacity, title, subject, status, cards)
 
 
 def tuning_page(tuning: TuneResult) -> str:
     title = "No setting is proved better than the default" if tuning.best is None else "A better setting was found"
     subject = f"{tuning.model} on {tuning.target}, {tuning.precision}: {', '.join(tuning.objectives)}"
-    told = f"<p class='told'>{sentence(tuning.conclusion)}</p>"
-    rows = [("default", tuning.default), *([] if tuning.best is None else [("best", tuning.best)])]
-    by = "predicted from measured batches" if tuning.predicted else "from one short run each"
-    made = f"Further left and lower is better. make tune, {utc(tuning.started)}; p99 {by}."
-    results = "".join(f"<p>{escape(f'{each.settings}: {each.result}')}</p>" for each in tuning.comparisons)
-    cards = [
-        card("Tuning", told + settings_chart(tuning) + facts(rows), made),
-        card("Compared with the default", results or "<p>No setting was worth comparing.</p>"),
-    ]
+    cards = [tuning_card(tuning), card("Compared with the default", _compared(tuning))]
     return _page(tuning, title, subject, "plain" if tuning.best is None else "holds", cards)

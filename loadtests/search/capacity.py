@@ -28,7 +28,7 @@ from loadtests.load.endpoint import endpoint_of, inputs_of
 from loadtests.load.preflight import check
 from loadtests.report.searches import capacity_page
 from loadtests.results.settings import LoadSettings
-from loadtests.search.capacity_result import Capacity, capacity_path
+from loadtests.search.capacity_result import Capacity, ServerSettings, capacity_path
 from loadtests.search.highest_rate import CONFIRM_LONGER, RateSearch, SearchPlan
 from loadtests.search.rate_trial import RateTrial, TrialOutcome
 from loadtests.search.slo_at_rate import bound_rates, objective_lines, quality_of, required_rps
@@ -110,6 +110,7 @@ def find(runner: TrialRunner, plan: SearchPlan, started: datetime) -> Capacity:
         trials=tuple(search.trials),
         **asdict(found),
         required_rps=required_rps(runner.spec.slo),
+        settings=ServerSettings.of(served),
         versions=machine.pop("versions", {}),
         machine=machine,
         started=started.isoformat(timespec="seconds"),

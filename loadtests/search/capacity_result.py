@@ -7,19 +7,45 @@ Example:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from deepseek_client import ModelMetadata
 from pydantic import Field
 
-from deepseek.spec import ExitCode, InputError, Target, build_dir
-from deepseek.spec.checks import Table, checked
-from deepseek.spec.files.folders import write_whole
+from deepseek.spec import ExitCode, Target, build_dir
+from deepseek.spec.checks import Table
 from loadtests.search.highest_rate import GENERATOR, SAMPLES, TIME, UNDECIDED
 from loadtests.search.rate_trial import RateTrial
+from loadtests.search.saved_result import SavedResult
 
 
-class Capacity(Table):
-    schema_version: Literal[2] = 2
+class ServerSettings(Table):
+    """How the server runs the model; null if the server does not report it."""
+
+    max_batch: int | None = None
+    """Rows of the largest request."""
+    preferred_batch: int | None = None
+    """Rows that Triton joins; null: up to `max_batch`."""
+    instances: int | None = None
+    threads: int | None = None
+    """Per instance; 0: the cores divided by the instances."""
+    max_queue_delay_us: int | None = None
+
+    @classmethod
+    def of(cls, served: ModelMetadata) -> ServerSettings:
+        threads = served.parameters.get("threads") or served.parameters.get("intra_op_thread_count")
+        return cls(
+            max_batch=served.max_batch_size,
+            preferred_batch=max(served.preferred_batch_sizes, default=None),
+            instances=served.instances,
+            threads=int(threads) if threads else None,
+            max_queue_delay_us=served.max_queue_delay_us,
+        )
+
+
+class Capacity(SavedResult):
+    made_by: ClassVar[str] = "make capacity"
+    schema_version: Literal[1] = 1
     model: str
     target: Target
     precision: str | None
@@ -41,24 +67,12 @@ class Capacity(Table):
     """The objectives that fail above `capacity_rps`; or generator, samples, time, trials."""
     required_rps: float | None = None
     """The rate that the SLO asks for."""
+    settings: ServerSettings = ServerSettings()
     machine: dict[str, Any] = {}
     """The load generator's; also the server's if the URL is local."""
     versions: dict[str, str] = {}
     started: str
     """UTC."""
-
-    @classmethod
-    def load(cls, path: str | Path) -> Capacity:
-        """Reads a file; InputError if it is missing, unreadable or invalid."""
-        try:
-            return checked(cls, Path(path).read_bytes(), path)
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file; make it with: make capacity") from None
-        except (InputError, OSError) as error:
-            raise InputError(f"{error}; make it again with: make capacity") from None
-
-    def save(self, path: Path) -> None:
-        write_whole(path, self.model_dump_json(indent=2) + "\n")
 
     @property
     def exit_code(self) -> ExitCode:

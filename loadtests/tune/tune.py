@@ -111,10 +111,10 @@ def tune(options: argparse.Namespace, console: Console) -> TuneResult:
             **search.run(),
         )
         path = tuning_path(options.model)
-        write_whole(path, result.model_dump_json(indent=2) + "\n")  # first, in case tuned.toml cannot be written
+        result.save(path)  # first, in case tuned.toml cannot be written
         if result.best is not None and not options.dry_run:
             result = write_best(result, result.best, tuned)
-            write_whole(path, result.model_dump_json(indent=2) + "\n")
+            result.save(path)
         write_whole(path.with_suffix(".html"), tuning_page(result))
     return result
 

@@ -1,16 +1,20 @@
 """The result of a search for better serving settings, as stored in `build/<model>/tuning.json`.
 
 Contract: rates are in requests/s, latencies in milliseconds under Poisson arrivals.
+
+Example:
+    TuneResult.load(tuning_path("recommender")).best
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from deepseek.spec import Target, build_dir
 from deepseek.spec.checks import Table
+from loadtests.search.saved_result import SavedResult
 from loadtests.tune.search_space import ServingSettings
 from loadtests.tune.sequential_test import LEAST_PAIRS, Outcome, judge
 
@@ -63,7 +67,8 @@ class Compared(Table):
         return f"p99 at {self.rate_rps:g}/s: the default's is {self.ratio:.2f} times as high ({interval})"
 
 
-class TuneResult(Table):
+class TuneResult(SavedResult):
+    made_by: ClassVar[str] = "make tune"
     schema_version: Literal[2] = 2
     model: str
     target: Target
