@@ -54,8 +54,11 @@ TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "spm.model",
 )  # fmt: skip
-SENTENCES = "sentence_bert_config.json"
-"""The settings of sentence-transformers for the tokenizer, whatever the type of the model."""
+SENTENCE_CONFIGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""The settings of sentence-transformers for the tokenizer; old versions name the file after the type of the model."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -123,7 +126,7 @@ class Checkpoint:
             longest=min(LONGEST, *limits.values()),
             limits=limits,
             files=("config.json", *_weights(inside), *_tokenizer(inside, config)),
-            lower_case=_optional(inside / SENTENCES).get("do_lower_case") is True,
+            lower_case=_optional(inside / _sentence_config(inside)).get("do_lower_case") is True,
             prompts=prompts,
             default_prompt=default_prompt,
         )
@@ -217,13 +220,17 @@ def _limits(folder: Path, config: dict[str, Any], kind: Kind) -> dict[str, int]:
     positions = _number(path, config, "max_position_embeddings", 512)
     reserved = _number(path, config, "pad_token_id", kind.padding) + 1 if kind.after_padding else 0
     found = {"config.json": positions - reserved}
-    for name, key in ((SENTENCES, "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+    for name, key in ((_sentence_config(folder), "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
         value = _optional(folder / name).get(key)
         if isinstance(value, int | float) and 1 <= value < 2**31:  # huge if the tokenizer has no limit
             found[name] = int(value)
     if found["config.json"] < 1:
         raise InputError(f"{path}: max_position_embeddings: seen {positions}; more than {max(reserved, 0)} is needed")
     return found
+
+
+def _sentence_config(folder: Path) -> str:
+    return next((name for name in SENTENCE_CONFIGS if (folder / name).is_file()), SENTENCE_CONFIGS[0])
 
 
 def _modules(folder: Path) -> dict[str, str]:

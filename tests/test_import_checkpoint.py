@@ -229,6 +229,7 @@ def test_an_embedding_is_pooled_as_the_checkpoint_says(
     ("name", "values", "longest"),
     [
         ("sentence_bert_config.json", {"max_seq_length": 24}, 24),
+        ("sentence_roberta_config.json", {"max_seq_length": 24}, 24),
         ("tokenizer_config.json", {"model_max_length": 32}, 32),
         ("tokenizer_config.json", {"model_max_length": 10**30}, POSITIONS),
     ],

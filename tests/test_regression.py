@@ -294,6 +294,12 @@ def test_a_measurement_without_a_result_replaces_an_earlier_table(tmp_path: Path
     assert "no run is valid" in data["reason"] in text
 
 
+def test_an_output_that_is_not_markdown_is_bad_input(tmp_path: Path, recorded: Recorded) -> None:
+    base = runs(tmp_path / "a", 10, 0, 1)
+    with pytest.raises(InputError, match=r"--output x\.json: name the Markdown file"):
+        recorded(base, base, "--output", "x.json")
+
+
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the repositories `fast` (5 ms a request), `broken` and `deadly`."""

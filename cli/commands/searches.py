@@ -135,6 +135,7 @@ REGRESSION = Command(
         INPUTS,
         SERVER_COMMAND,
         ENV_FILE,
+        Option("--output", "Markdown file (default: build/<model>/regression.md)", kind=path),
         JSON,
     ),
     examples=(

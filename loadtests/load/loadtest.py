@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, SloSpec
 from loadtests.figures import SUMMARY
@@ -32,7 +33,7 @@ from loadtests.results.mixes import Mix, models_of
 from loadtests.results.run import Run
 from loadtests.results.schedule import segments_of
 from loadtests.results.settings import LoadSettings
-from loadtests.results.stretch import Distribution
+from loadtests.results.stretch import Distribution, shown_percentile
 from loadtests.slo import slo_demands as limits
 from loadtests.slo.generator_health import generator_problems
 from loadtests.slo.time_split import mean_batch, means_ms
@@ -91,12 +92,29 @@ def show(run: Run, console: Console) -> None:
     for kind, figures in summary(run)["latency"].items():
         shown = ", ".join(f"{name[:-3]} {'never' if ms is None else f'{ms:.2f} ms'}" for name, ms in figures.items())
         console.print(f"{kind} latency: {shown}")
+    if run.lengths:
+        console.print(_lengths_table(run))
     statistics = run.server["statistics"]
     if means := means_ms(statistics):
         shown = ", ".join(f"{name.replace('_', ' ')} {mean:.2f} ms" for name, mean in means.items())
         batch, failed = mean_batch(statistics), statistics["fail"]["count"]
         console.print(f"in the server: {shown}; mean batch {batch:.2f}; {failed} failed, as Triton counts")
     console.print(f"run: {run.folder}", soft_wrap=True)
+
+
+def _lengths_table(run: Run) -> Table:
+    table = Table(
+        "inputs of",
+        "requests",
+        "failed",
+        *(f"p{percent:g}" for percent in SUMMARY),
+        title=f"{run.judged} latency by length",
+    )
+    for length, found in run.lengths.items():
+        latency = found.latency(run.judged)
+        shown = [shown_percentile(latency, percent) for percent in SUMMARY]
+        table.add_row(length, str(found.planned), str(found.failed), *shown)
+    return table
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -51,6 +51,8 @@ KINDS: dict[Unit, Kind] = {"ms": "ms", "rps": "throughput", "share": "error_rate
 
 def main(options: argparse.Namespace) -> int:
     """Measures or reads the runs, judges them, writes and prints the table; returns the exit code."""
+    if options.output and options.output.suffix == ".json":
+        raise InputError(f"--output {options.output}: name the Markdown file; the figures go to a .json beside it")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as on Ctrl-C, the servers are stopped too
     baseline = ComparedVersion.of("baseline", options.base, options.model, options.repository)
     candidate = ComparedVersion.of("candidate", options.new, options.model, options.repository)
@@ -58,7 +60,7 @@ def main(options: argparse.Namespace) -> int:
         raise InputError("only one of BASE= and NEW= is a folder of runs; give two folders of runs, or none")
     versions = (baseline, candidate)
     spec = DeploymentSpec.of_model(options.model, options.models).for_target(options.target)
-    place = build_dir(options.model) / "regression.md"
+    place = options.output or build_dir(options.model) / "regression.md"
     thresholds = Thresholds(p50=options.threshold / 100, p99=options.threshold_p99 / 100)
     try:
         if baseline.recorded:

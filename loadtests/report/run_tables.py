@@ -10,7 +10,7 @@ from deepseek.svg_chart import stacked_bar
 from loadtests.figures import ALL, SUMMARY, ms
 from loadtests.report.curves import curves
 from loadtests.report.headline import names_of
-from loadtests.report.page import facts, machine_facts, numbers, utc
+from loadtests.report.page import facts, machine_facts, numbers, sentence, utc
 from loadtests.results.run import Run
 from loadtests.results.settings import IN_FLIGHT
 from loadtests.results.stretch import shown_percentile
@@ -83,7 +83,8 @@ def servers(runs: Sequence[Run]) -> str:
     legend = "".join(f"<span><i class='swatch {css}'></i>{PARTS[css]}</span>" for css in keys)
     head = ["", *(name for name, split in splits if split)]
     table = [(PARTS[css], *(ms(dict(_rows(split)).get(css, 0.0)) for _, split in splits if split)) for css in keys]
-    return f"<div class='legend'>{legend}</div>{bars}{numbers(head, table)}"
+    told = "".join(f"<p><b>{escape(name)}.</b> {sentence(split.account)}</p>" for name, split in splits if split)
+    return f"<div class='legend'>{legend}</div>{bars}{numbers(head, table)}{told}"
 
 
 def percentiles(runs: Sequence[Run]) -> str:
