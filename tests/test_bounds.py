@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadtests.slo.bounds import more_requests, ratio_bounds, share_bounds
+from loadtests.slo.bounds import completed_bounds, more_requests, ratio_bounds, share_bounds
 
 RUNS, RATE, SECONDS, LOOKS = 1000, 100, 90, 3  # looks after 90, 180 and 360 s
 ALLOWED = 0.01  # of a p99
@@ -142,3 +142,41 @@ def test_a_means_bounds_hold_the_true_mean_in_nineteen_of_twenty_runs() -> None:
         found.append((low <= 3.0, high >= 3.0))
     assert np.mean(found, axis=0) == pytest.approx([0.95, 0.95], abs=0.03)
     assert np.isnan(ratio_bounds(np.array([1.0]), np.array([1.0]))).all()
+
+
+@pytest.mark.parametrize(
+    ("rate", "answer_s", "lost", "least", "most"),
+    [
+        (5, 0.06, 0.0, 0.95, 1.0),  # a service that answers all holds its rate, also with few requests
+        (20, 0.5, 0.0, 0.95, 1.0),
+        (100, 1.0, 0.0, 0.99, 1.0),
+        (20, 0.06, 0.01, 0.0, 0.1),  # exactly at the limit
+        (100, 0.06, 0.01, 0.0, 0.1),
+        (20, 0.06, 0.03, 0.0, 0.0),
+    ],
+)
+def test_a_service_that_answers_99_percent_of_the_rate_holds_it(
+    rate: int, answer_s: float, lost: float, least: float, most: float
+) -> None:
+    generator, seconds, found = np.random.default_rng(1), 90, []
+
+    def counts(times_s: np.ndarray) -> np.ndarray:
+        return np.histogram(times_s, np.arange(seconds + 1))[0].astype(float)
+
+    for _ in range(200):
+        planned_s = generator.uniform(0, seconds, rate * seconds)
+        answered_s = planned_s[generator.random(len(planned_s)) >= lost]
+        before_s = generator.uniform(-5, 0, 5 * rate)  # the warm-up
+        sent_s = np.concatenate([before_s, answered_s])
+        completed_s = sent_s + answer_s * generator.lognormal(0, 0.3, len(sent_s))
+        low, high = completed_bounds(counts(completed_s), counts(answered_s), counts(planned_s))
+        assert low <= high
+        found.append(low >= 0.99)
+    assert least <= np.mean(found) <= most
+
+
+def test_a_service_slower_than_its_load_is_below_its_rate() -> None:
+    planned, completed = np.full(60, 100.0), np.full(60, 95.0)  # the queue grows
+    _, high = completed_bounds(completed, planned, planned)
+    assert high < 0.99
+    assert np.isnan(completed_bounds(np.ones(1), np.ones(1), np.ones(1))).all()

@@ -87,6 +87,30 @@ def ratio_bounds(totals: np.ndarray, weights: np.ndarray, *, confidence: float =
     return float(ratio - half), float(ratio + half)
 
 
+def completed_bounds(
+    completed: np.ndarray, answered: np.ndarray, planned: np.ndarray, *, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """Bounds of sum(completed) / sum(planned), by Student's t; nan with fewer than two seconds.
+
+    Args:
+        completed: answers that arrived in each second.
+        answered: requests planned in each second that were answered, whenever that was.
+        planned: requests planned in each second.
+
+    Two things make it random. Requests are lost: the variance of their number over the seconds, at least one more than
+    were lost. And some are in flight at the start and at the end: twice the variance of their number. The seconds of
+    `completed` alone would count all that are in flight at the end of a second as noise.
+    """
+    total = planned.sum()
+    if len(planned) < 2 or not total:
+        return math.nan, math.nan
+    lost = max(float(total - answered.sum() + 1), float(_variance(answered - answered.sum() / total * planned)))
+    in_flight = float(np.cumsum(answered - completed).var())
+    half = float(stdtrit(len(planned) - 1, confidence)) * math.sqrt(lost + 2 * in_flight) / total
+    ratio = completed.sum() / total
+    return float(ratio - half), float(ratio + half)
+
+
 def more_requests(over: int, total: int, bounds: Bounds, limit: float, confidence: float) -> int | None:
     """About how many more requests decide, if they go on as so far; None if the share is too close to the limit."""
     found, independent = over / bounds.bursts, total / bounds.bursts

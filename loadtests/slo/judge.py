@@ -20,7 +20,7 @@ from deepseek.spec.objectives import Kind
 from loadtests.figures import formatted
 from loadtests.results.run import Run
 from loadtests.results.stretch import Stretch
-from loadtests.slo.bounds import more_requests, ratio_bounds, share_bounds
+from loadtests.slo.bounds import completed_bounds, more_requests, ratio_bounds, share_bounds
 from loadtests.slo.generator_health import generator_problems
 from loadtests.slo.objectives import JudgedObjective, ObjectiveStatus, SloStatus, SloVerdict, value_of
 from loadtests.slo.slo_demands import confidence_of, rate_of
@@ -157,11 +157,14 @@ def _within(line: Objective, seen: float, low: float, high: float) -> JudgedObje
 
 def _judged_throughput(run: Run, stretch: Stretch, line: Objective, confidence: float) -> JudgedObjective:
     completed = np.array([float(each.completed) for each in stretch.seconds])
-    # The share of the offered load that was answered: the randomness of the arrivals is not the service's.
-    offered = stretch.planned_each if run.settings.open_loop else np.ones_like(completed)
-    low, high = (
-        bound * offered.sum() / stretch.duration_s for bound in ratio_bounds(completed, offered, confidence=confidence)
-    )
+    if run.settings.open_loop:
+        # The share of the offered load that was answered: the randomness of the arrivals is not the service's.
+        offered, answered = stretch.planned_each, np.array([float(each.ok) for each in stretch.seconds])
+        bounds = completed_bounds(completed, answered, offered, confidence=confidence)
+    else:
+        offered = np.ones_like(completed)
+        bounds = ratio_bounds(completed, offered, confidence=confidence)
+    low, high = (bound * offered.sum() / stretch.duration_s for bound in bounds)
     seen, users = stretch.throughput_rps, run.settings.users
     enough = replace(line, limit=line.limit * (1 - RATE_TOLERANCE))
     found = _within(enough, seen, low, high)
