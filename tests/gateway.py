@@ -60,7 +60,7 @@ class Gateway:
 
     `local` is the address of its ports without TLS; "" closes them. With `room_mib` its files, such as large bodies, are
     in a memory file system of that size, as in a container. `openai` is the process of the OpenAI routes;
-    `program` is the folder of gateway.sh.
+    `program` is the folder of gateway.sh, which looks for changes every `watch_s`.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Gateway:
         room_mib: int | None = None,
         local: str = "127.0.0.1",
         program: Path = Path("docker/gateway"),
+        watch_s: float = 0.2,
     ) -> None:
         skip_without_nginx()
         self.folder = folder / "gateway"
@@ -93,7 +94,7 @@ class Gateway:
             "TRITON_HTTP": http,
             "TRITON_GRPC": grpc_,
             "TRITON_OPENAI": openai,
-            "WATCH_S": "0.2",
+            "WATCH_S": watch_s,
         }
         command = [str(program / "gateway.sh")]
         if room_mib is not None:

@@ -93,23 +93,32 @@ mv "$run/next.crt" "$run/served.crt"
 rm -f "$run/pending"
 nginx -p "$run" -c "$run/nginx.conf" &
 nginx=$!
+
+watch() {
+    set +e  # what fails is tried again
+    while sleep "$every_s" && kill -0 "$nginx" 2>/dev/null; do
+        endpoints >"$run/endpoints.conf.part" && mv "$run/endpoints.conf.part" "$run/endpoints.conf"
+        # A full /tmp, without room for the mark, must not end the gateway.
+        if ! after="$(watched)"; then  # a file is being replaced, or is not readable
+            : >"$run/pending" || true
+        elif [ "$after" = "$before" ]; then
+            rm -f "$run/pending"
+        elif loads; then
+            kill -HUP "$nginx" || true  # it may just have stopped
+            mv "$run/next.crt" "$run/served.crt"
+            rm -f "$run/pending"
+            before="$after"
+        else
+            : >"$run/pending" || true
+        fi
+    done
+}
+# In a process of its own: bash 5.2 fails if a signal with a trap arrives while it reads a "$(...)".
+watch &
+watcher=$!
+trap 'kill "$watcher" 2>/dev/null || true' EXIT
 trap 'kill -QUIT "$nginx"' TERM INT
 while kill -0 "$nginx" 2>/dev/null; do
-    sleep "$every_s" &
-    wait -n "$nginx" $! || break
-    endpoints >"$run/endpoints.conf.part" && mv "$run/endpoints.conf.part" "$run/endpoints.conf"
-    # A full /tmp, without room for the mark, must not end the gateway.
-    if ! after="$(watched)"; then  # a file is being replaced, or is not readable
-        : >"$run/pending" || true
-    elif [ "$after" = "$before" ]; then
-        rm -f "$run/pending"
-    elif loads; then
-        kill -HUP "$nginx" || true  # it may just have stopped
-        mv "$run/next.crt" "$run/served.crt"
-        rm -f "$run/pending"
-        before="$after"
-    else
-        : >"$run/pending" || true
-    fi
+    wait "$nginx" || true  # a signal ends it too
 done
 wait "$nginx"
