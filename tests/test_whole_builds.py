@@ -81,6 +81,7 @@ def test_a_stage_reads_only_the_keys_of_deploy_toml_that_the_pipeline_declares(
     importlib.import_module(stage.module).main(options)
     assert "name" in read
     declared = {*stage.keys, "batching.threads", "batching.instances"}  # threads change only the speed of a graph
+    declared |= {f"precision.{setting}" for setting in stage.settings}  # what a stage needs of a key
     assert [key for key in read if not any(f"{key}.".startswith(f"{each}.") for each in declared)] == []
 
 
