@@ -1,4 +1,4 @@
-"""The CPU of this machine (its model, the cores to use, whether it is fast at int8), and the memory."""
+"""This machine's memory, and its CPU: the model, the cores to use, and whether it is fast at int8."""
 
 from __future__ import annotations
 

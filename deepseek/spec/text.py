@@ -23,7 +23,7 @@ TOKENIZER = "tokenizer.json"
 EMBEDDING = "embedding"
 """The output with a text's vector, if several may be meant."""
 SCORES = ("logits", "scores", "probabilities")
-"""Names of a classifier's output, which is no vector of the text."""
+"""Names of a classifier's output. It holds scores, and a text's vector has another name."""
 LIST_TIMEOUT_S = 60
 """Time limit of the OpenAI routes for a list of texts, which may need several batches."""
 Role = Literal["input_ids", "attention_mask", "token_type_ids"]

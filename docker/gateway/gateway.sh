@@ -95,21 +95,20 @@ nginx -p "$run" -c "$run/nginx.conf" &
 nginx=$!
 
 watch() {
-    set +e  # what fails is tried again
+    set +e  # what fails, such as a write into a full /tmp, is tried again
     while sleep "$every_s" && kill -0 "$nginx" 2>/dev/null; do
         endpoints >"$run/endpoints.conf.part" && mv "$run/endpoints.conf.part" "$run/endpoints.conf"
-        # A full /tmp, without room for the mark, must not end the gateway.
         if ! after="$(watched)"; then  # a file is being replaced, or is not readable
-            : >"$run/pending" || true
+            : >"$run/pending"
         elif [ "$after" = "$before" ]; then
             rm -f "$run/pending"
         elif loads; then
-            kill -HUP "$nginx" || true  # it may just have stopped
+            kill -HUP "$nginx"  # it may just have stopped
             mv "$run/next.crt" "$run/served.crt"
             rm -f "$run/pending"
             before="$after"
         else
-            : >"$run/pending" || true
+            : >"$run/pending"
         fi
     done
 }

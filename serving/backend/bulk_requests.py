@@ -86,8 +86,9 @@ class BulkRequests:
         answer: Callable[[Sequence[tuple[Any, Any]]], None],
         refuse: Callable[[Any, str], None],
     ) -> None:
-        """`policy` is that of Triton's queue for bulk requests; `most_rows` are those of a batch. `texts` are inputs.
+        """`policy` is that of Triton's queue for bulk requests; `most_rows` are those of a batch.
 
+        `texts` names the inputs that hold strings.
         `answer` runs a batch of requests with their response senders; `refuse` answers one with the reason.
         """
         self._places = policy["max_queue_size"] or math.inf
