@@ -85,8 +85,8 @@ def model_config(
                 entry.input_data_file = f"{prefix}-{name}"
     if (text := spec.text_for(target)) and not spec.has_front(target):
         take_text(config, spec, text, warmup)
-    if vocabulary is not None:
-        _take_names(config, spec, vocabulary, warmup)
+    if vocabulary is not None and not spec.has_front(target):
+        take_names(config, spec, vocabulary, warmup)
     return config
 
 
@@ -106,7 +106,7 @@ def _let_bulk_wait(config: ModelConfig) -> None:
 
 
 def take_text(
-    config: ModelConfig, spec: DeploymentSpec, text: TextSpec, warmup: Iterable[str], lengths: Sequence[int] = ()
+    config: ModelConfig, spec: DeploymentSpec, text: TextSpec, warmup: Iterable[str] = (), lengths: Sequence[int] = ()
 ) -> None:
     """Adds the input for texts beside the others, which become optional, and the output with the tokens.
 
@@ -137,7 +137,7 @@ def take_text(
     _warm_up_strings(config, spec, TEXT, size, warmup)
 
 
-def _take_names(config: ModelConfig, spec: DeploymentSpec, names: Vocabulary, warmup: Iterable[str]) -> None:
+def take_names(config: ModelConfig, spec: DeploymentSpec, names: Vocabulary, warmup: Iterable[str] = ()) -> None:
     """Adds the inputs and outputs with names of items. All inputs become optional, and outputs may have k items.
 
     Names come in lists of any length, which Triton may batch. Warm-up sends one: the file `<prefix>-history`.

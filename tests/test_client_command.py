@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +47,16 @@ def test_infer_reads_a_file_and_writes_the_answer(
     np.testing.assert_array_equal(np.array(answer["outputs"]["y"], np.float32), expected)
     with np.load(tmp_path / "answer.npz") as written:
         np.testing.assert_array_equal(written["y"], expected)
+
+
+def test_a_reader_that_leaves_early_is_no_error(server: EmbeddedServer) -> None:
+    """As in `... | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "deepseek_client", "metadata", "add_one", "--url", server.grpc_url]
+    run = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -61,12 +61,14 @@ def expected(serving: Serving) -> np.ndarray:
         return np.concatenate([direct.infer("sentence", {"text": [text]})["embedding"] for text in TEXTS])
 
 
-def call(url: str, method: str, path: str, body: bytes | None = None) -> tuple[int, dict[str, str], Any]:
+def call(
+    url: str, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, str], Any]:
     """A bare request: status, headers, JSON."""
     place = url.removeprefix("http://").removesuffix("/v1")
     connection = http.client.HTTPConnection(place, timeout=60)
     try:
-        connection.request(method, path, body)
+        connection.request(method, path, body, headers or {})
         answer = connection.getresponse()
         return answer.status, dict(answer.headers), json.loads(answer.read())
     finally:

@@ -213,6 +213,8 @@ def test_a_question_about_a_model_without_names_is_one_line(url: str) -> None:
         assert "takes no names (no [vocabulary] in its deploy.toml)" in answer["error"]["message"]
     status, _, answer = call(url, "POST", "/recommenders/shop", b'{"history": []}')
     assert (status, answer["error"]["message"]) == (400, "history: a list of 0; allowed: 1 to 2048 texts")
+    compressed = {"Content-Encoding": "gzip"}  # read under the limits of the other routes
+    assert call(url, "POST", "/recommenders/shop", b"", compressed)[0] == 415
 
 
 @needs_chromium

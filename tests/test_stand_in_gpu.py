@@ -44,9 +44,9 @@ def gpu_host() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A fresh copy of the checkout with two tiny models."""
+    """A fresh copy of the checkout with three tiny models."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("text", "sentence"):
+    for name in ("text", "sentence", "shop"):
         shutil.copytree(f"tests/models/{name}", folder / "models" / name)
     return Checkout.copied_to(folder)
 
@@ -60,8 +60,10 @@ def test_an_engine_is_built_served_and_judged_through_stand_ins_for_nvidias_imag
     }
     environment = {**gpu_host, **settings, "PATH": f"{HOST.resolve()}:{checkout.environment['PATH']}"}
     lines = (
-        *("make engine TARGET=tensorrt MODEL=sentence", "make doctor", "docker compose up --detach --wait"),
+        *("make engine TARGET=tensorrt MODEL=sentence", "make engine TARGET=tensorrt MODEL=shop"),
+        *("make doctor", "docker compose up --detach --wait"),
         *("make infer MODEL=sentence TEXT='A plane.'", "make parity MODEL=sentence"),
+        *("make infer MODEL=shop HISTORY=SKU-1,SKU-4", "make parity MODEL=shop"),
         *("make loadtest verdict MODEL=sentence DURATION_S=30",),
     )
     try:

@@ -201,11 +201,12 @@ class DeploymentSpec(Table):
 
     def vocabulary_for(self, target: Target) -> VocabularySpec | None:
         """The same for `[vocabulary]`."""
-        return self.vocabulary if self._runs_in_python(target) else None
+        return self.vocabulary if target in PUBLISHABLE else None
 
     def has_front(self, target: Target) -> bool:
-        """Whether a model that tokenizes stands in front of the engine's: a backend of Triton's own runs the engine."""
-        return self.text_for(target) is not None and not self._runs_in_python(target)
+        """Whether a model that takes strings stands in front of the engine's, which a backend of Triton's own runs."""
+        strings = self.text_for(target) or self.vocabulary_for(target)
+        return strings is not None and not self._runs_in_python(target)
 
     def _runs_in_python(self, target: Target) -> bool:
         return target == "onnxruntime" and self.onnxruntime.backend == "python"

@@ -34,7 +34,7 @@ ADDED: dict[str, dict[str, dict[str, str]]] = {
 
 class VocabularySpec(Table):
     """Lets callers send the names of items, such as SKUs, in place of ids, and get names and titles.
-    For the target `onnxruntime` with this project's backend; other targets serve ids only. See docs/shop.md."""
+    See docs/shop.md."""
 
     file: Annotated[str, fitting(inside, "a path inside the model folder")] = CATALOGUE
     """A csv with the columns `id` (1, 2, 3 ...), `item` (the name) and, if there are any, `title`: a path in the model

@@ -47,12 +47,12 @@ from deepseek.spec.tokenizer import text_encoder
 from deepseek.spec.vocabulary import CATALOGUE, HISTORY
 from deepseek.targets import PUBLISHABLE
 from deepseek.vocabulary import Vocabulary
-from export.artifact import axes_of, choice_of, digests, engine_path, need, read_manifest, write_manifest
+from export.artifact import axes_of, choice_of, digests, engine_path, need, onnx_path, read_manifest, write_manifest
 from export.backend_files import BACKEND_SOURCES as BACKEND_SOURCES
 from export.backend_files import backend_files
+from export.engine_front import VERSION, put_front
 from export.rows import Row, load_rows
 from export.runtimes.onnxruntime_predictor import optimizers_left_out
-from export.text_front import VERSION, put_front
 from export.triton_config import config_text, cuda_graph_batches, model_config
 
 WARMUP_TEXT = b"A short text, such as a caller may send."
@@ -190,7 +190,9 @@ def _stage(
         if not front:
             pairs = spec.text is not None and spec.text.pairs
             _write_string(scratch / "warmup" / f"{version}-{TEXT}", WARMUP_TEXT, 2 if pairs else 1)
-    vocabulary = _stage_vocabulary(scratch, spec, version, engine) if spec.vocabulary_for(target) else None
+    vocabulary = _stage_vocabulary(folder, spec) if spec.vocabulary_for(target) else None
+    if vocabulary is not None and not front:
+        _write_string(scratch / "warmup" / f"{version}-{HISTORY}", vocabulary.names[1])
     plan = plan_of(spec.for_target(target), read_measured(spec.name, target), precision)
     built = read_manifest(engine)
     device, on_gpus = built.settings.get("device", "cpu"), []
@@ -200,7 +202,7 @@ def _stage(
     warmup = {str(VERSION if front else version): row}
     config = model_config(spec, precision, target, warmup, device, left_out, on_gpus, plan, vocabulary)
     if front:
-        config = put_front(config, spec, target, folder, row)
+        config = put_front(config, spec, target, folder, row, vocabulary)
     else:
         for name, array in row.items():
             (scratch / "warmup" / f"{version}-{name}").write_bytes(array.tobytes())
@@ -212,20 +214,20 @@ def _stage(
     return version
 
 
-def _stage_vocabulary(scratch: Path, spec: DeploymentSpec, version: int, engine: Path) -> Vocabulary:
-    """Adds what a model needs to take names of items: the catalogue and a name to warm up with. Returns the names.
+def _stage_vocabulary(folder: Path, spec: DeploymentSpec) -> Vocabulary:
+    """Adds the catalogue to a version's folder. Returns the names of the items.
 
     Raises InputError if the catalogue cannot be read, or is not that of the graph.
     """
     catalogue, found = catalogue_of(spec)
-    sizes = {size for weight in onnx.load(engine, load_external_data=False).graph.initializer for size in weight.dims}
+    graph = need(onnx_path(spec.name, "fp32"), f"make engine {variables_for(spec.name)}")  # all engines come from it
+    sizes = {size for weight in onnx.load(graph, load_external_data=False).graph.initializer for size in weight.dims}
     if len(found) + 1 not in sizes:  # an embedding of the items and of 0
         raise InputError(
             f"{catalogue}: {len(found)} items, but no weight of the graph has a dimension of {len(found) + 1}; put the "
             f"catalogue of this model there: ids 1 to its number of items, and 0 for none"
         )
-    shutil.copyfile(catalogue, scratch / str(version) / CATALOGUE)
-    _write_string(scratch / "warmup" / f"{version}-{HISTORY}", found.names[1])
+    shutil.copyfile(catalogue, folder / CATALOGUE)
     return found
 
 
@@ -286,9 +288,6 @@ def main(options: argparse.Namespace) -> None:
             "warning: batching.instances = 1: a Triton that this project does not start can stall, see docs/triton.md",
             file=sys.stderr,
         )
-    if spec.vocabulary and not spec.vocabulary_for(options.target):
-        what = "the backend onnxruntime" if options.target == "onnxruntime" else f"the target {options.target}"
-        print(f"warning: [vocabulary]: {what} takes ids only; its callers cannot send names of items", file=sys.stderr)
     result = publish_version(
         spec, precision, options.target, Path(options.repository), anyway=options.anyway, if_changed=options.if_changed
     )

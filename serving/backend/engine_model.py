@@ -1,8 +1,9 @@
 """An engine that another Triton model of this server runs, called as if it were an ONNX Runtime session.
 
-Contract: the build copies this file beside the backend's model.py if callers may send texts and a backend of Triton's
-own runs the engine. The parameter `engine` of config.pbtxt names that model. A call is a BLS request: business logic
-scripting, Triton's name for a model that calls another. It waits for its answer, so parallel calls use a thread each.
+Contract: the build copies this file beside the backend's model.py if callers may send texts or names of items and a
+backend of Triton's own runs the engine. The parameter `engine` of config.pbtxt names that model. A call is a BLS
+request: business logic scripting, Triton's name for a model that calls another. It waits for its answer, so parallel
+calls use a thread each.
 """
 
 from __future__ import annotations

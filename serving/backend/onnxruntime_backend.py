@@ -115,7 +115,8 @@ class TritonPythonModel:
         from engine_model import EngineModel  # type: ignore[import-not-found]  # it lies beside model.py
 
         self.session: Any = EngineModel(name, _tensor)
-        self.text.each = self.session.map
+        if self.text:
+            self.text.each = self.session.map
 
     def _open_session(self, args: dict[str, str], path: str, parameters: dict[str, str], instances: int) -> None:
         options = onnxruntime.SessionOptions()

@@ -36,9 +36,9 @@ class Recommenders:
         self._read: dict[Path, list[Item]] = {}
 
     def add_to(self, router: web.UrlDispatcher) -> None:
+        """Adds the routes whose requests have no body."""
         router.add_get("/recommenders", self._list)
         router.add_get("/recommenders/{model}/items", self._find)
-        router.add_post("/recommenders/{model}", self._next)
 
     async def _list(self, _: web.Request) -> web.Response:
         found = []
@@ -56,10 +56,9 @@ class Recommenders:
         found.sort(key=lambda each: (not each[1].startswith(words[0]), len(each[1])))
         return web.json_response({"data": [item for item, _ in found[:SHOWN]]})
 
-    async def _next(self, request: web.Request) -> web.Response:
+    async def recommend(self, name: str, body: bytes) -> web.Response:
         """The items that come next, best first. Fewer than SHOWN if the model has no more."""
-        name = request.match_info["model"]
-        asked = NextRequest.read(await request.read())
+        asked = NextRequest.read(body)
         await self._items(name)
         with api_errors(name):
             answer = await self._client.infer(name, {"history": [asked.history]}, outputs=["skus", "titles"])

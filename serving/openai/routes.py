@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -67,6 +68,7 @@ class Routes:
             app.router.add_get(path, send_file)
         if self._recommenders:
             self._recommenders.add_to(app.router)
+            app.router.add_post("/recommenders/{model}", partial(self._recommend, self._recommenders))
         web.RequestHandler.handle_error = _malformed  # type: ignore[assignment, method-assign]
         return web.AppRunner(
             app,
@@ -100,6 +102,10 @@ class Routes:
             with self._hold(copies * len(asked.query.encode())):
                 answer = await scores(self._triton, self._metrics, model, asked)
         return web.Response(text=answer, content_type="application/json")
+
+    async def _recommend(self, recommenders: Recommenders, request: web.Request) -> web.Response:
+        with self._hold_body(request):
+            return await recommenders.recommend(request.match_info["model"], await _body(request))
 
     async def _model(self, request: web.Request, name: str | None, texts: int, *, pairs: bool = False) -> TextModel:
         """The model for a request with this number of texts, noted for the metrics; a header makes it bulk."""

@@ -14,6 +14,7 @@ Examples:
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,13 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     connection = {name: args.pop(name) for name in ("url", "protocol", "timeout_s", "tls", "ca_cert", "api_key_file")}
     try:
         with commands.connect(**connection) as client:
-            return command(client, **args)
+            code = command(client, **args)
+        sys.stdout.flush()
+        return code
     except InferenceError as error:
         hint = "; `make serve` starts one here" if isinstance(error, Unreachable) else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         return commands.exit_code(error)
     except BrokenPipeError:  # the reader closed the pipe, as in `... | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return 130

@@ -1,8 +1,8 @@
-"""The model that takes texts in front of an engine that a backend of Triton's own runs.
+"""The model that takes texts or names of items in front of an engine that a backend of Triton's own runs.
 
 Contract: `put_front` turns the configuration of a model of ids into two. The engine's model gets another name and lies
 in the version's folder, in a repository of its own, which `serving.embedded.flags.engine_flags` names to Triton. The
-front has the public name, tokenizes, and calls the engine's model. So a version is still one folder.
+front has the public name, tokenizes or looks names up, and calls the engine's model. So a version is still one folder.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from deepseek.spec import DeploymentSpec, Target
 from deepseek.spec.files.repository import CONFIG, ENGINE, engine_model
 from deepseek.spec.text import text_axis
+from deepseek.vocabulary import Vocabulary
 from export.rows import Row
-from export.triton_config import config_text, take_text
+from export.triton_config import config_text, take_names, take_text
 
-INSTANCES = 2  # one tokenizes while the engine runs the other's texts; a single one may stall (docs/triton.md)
+INSTANCES = 2  # one prepares a batch while the engine runs the other's; a single one may stall (docs/triton.md)
 VERSION = 1  # of the engine's model: the front's version says which build it is
 
 
-def put_front(config: ModelConfig, spec: DeploymentSpec, target: Target, folder: Path, row: Row) -> ModelConfig:
+def put_front(
+    config: ModelConfig, spec: DeploymentSpec, target: Target, folder: Path, row: Row, names: Vocabulary | None
+) -> ModelConfig:
     """Writes the engine's model into a version's `folder`, but not the engine; returns the front's configuration.
 
-    `config` is that of the engine under the public name, with its warm-up of `row`.
+    `config` is that of the engine under the public name, with its warm-up of `row`. `names` are those of the items that
+    callers may send; None: the front takes texts.
     """
-    text = spec.text_for(target)
-    assert text is not None
     model = engine_model(folder, spec.name)
     front = ModelConfig(name=spec.name, backend="python", max_batch_size=config.max_batch_size)
     front.input.extend(config.input)
@@ -39,7 +41,10 @@ def put_front(config: ModelConfig, spec: DeploymentSpec, target: Target, folder:
         front.model_metrics.CopyFrom(config.model_metrics)
     front.parameters["precision"].CopyFrom(config.parameters["precision"])
     front.parameters[ENGINE].string_value = model.name
-    take_text(front, spec, text, (), padded_lengths(spec, target))
+    if names is not None:
+        take_names(front, spec, names)
+    elif text := spec.text_for(target):
+        take_text(front, spec, text, lengths=padded_lengths(spec, target))
 
     engine = ModelConfig()
     engine.CopyFrom(config)

@@ -1,4 +1,4 @@
-"""A model that tokenizes in front of an engine that another model runs, on a real Triton.
+"""A model that takes texts or names of items in front of an engine that another model runs, on a real Triton.
 
 The embedded Triton has no TensorRT, PyTorch or ONNX Runtime backend. So the engine's model is published for Triton's own
 ONNX Runtime backend, and this project's Python backend takes that one's place.
@@ -20,6 +20,10 @@ from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
 
 from deepseek.spec import DeploymentSpec, FileDigest, InputError, PublishedManifest
 from deepseek.spec.files.repository import versions_of
+from deepseek.vocabulary import Vocabulary
+from export.checks.parity import compare_served
+from export.checks.parity_strings import AT_NAMES
+from export.model_folder import ModelFolder
 from export.stages.publish import BACKEND_SOURCES
 from serving.doctor.examine import examine
 from serving.embedded.flags import engine_flags
@@ -33,9 +37,7 @@ from tests.test_pairs import LONGEST, PAIRS, scores_of_transformers
 from tests.test_text import HERE, MOST_TOKENS, TEXTS, cosine, ids_of
 from tests.tiny_checkpoints import write_checkpoint
 
-SENTENCE = Path("tests/models/sentence")
-
-
+SENTENCE, SHOP = Path("tests/models/sentence"), Path("tests/models/shop")
 IMPORTED = {"reranker": "cross-encoder", "tagger": "token-classifier"}
 
 
@@ -45,11 +47,12 @@ def folder(of_the_run: Path) -> Path:
     place = of_the_run / "text-front"
 
     def make() -> None:
-        shutil.copytree(SENTENCE, place / "models" / "sentence")
+        for model in (SENTENCE, SHOP):
+            shutil.copytree(model, place / "models" / model.name)
         for name, task in IMPORTED.items():
             write_checkpoint(place / name, "bert", task)
             run(place, "import", str(place / name))
-        for name in ("sentence", *IMPORTED):
+        for name in ("sentence", "shop", *IMPORTED):
             with (place / "models" / name / "deploy.toml").open("a") as file:
                 file.write('\n[onnxruntime]\nbackend = "onnxruntime"\n')
             run(place, "to-onnx", "--model", name)
@@ -168,6 +171,26 @@ def test_a_row_for_each_token_has_no_padding(client: InferenceClient) -> None:
     assert not together["logits"][0, count:].any()
 
 
+def test_names_of_items_give_what_the_engine_gives_for_their_ids(
+    folder: Path, server: EmbeddedServer, client: InferenceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(folder / "build"))
+    names = [name.decode() for name in Vocabulary(SHOP / "catalogue.csv").names]
+    ids: Any = {"seen": np.array([[0, 0, 0, 4, 6, 1]]), "not_these": np.array([[0, 0, 9, 2]], np.int32)}
+    of_engine = client.infer("shop_engine", ids)
+    sent: Any = {"history": [[names[4], "unheard", names[6], names[1]]], "exclude": [[names[9], names[2]]]}
+    found = client.infer("shop", {**sent, "k": np.array([[3]], np.int32)})
+    best = of_engine["best"][0, :3].tolist()
+    assert (found["best"].tolist(), found["unknown"].tolist()) == ([best], [[1]])
+    assert [name.decode() for name in found["skus"][0]] == [names[item] for item in best]
+    np.testing.assert_allclose(found["mood"], of_engine["mood"], rtol=1e-4)
+    with pytest.raises(InvalidInput, match="k is 6; allowed: 1 to 5"):
+        client.infer("shop", {**sent, "k": np.array([[6]], np.int32)})
+    result = compare_served(ModelFolder("shop", folder / "models"), server.grpc_url, server.http_url, most_rows=4)
+    assert result["failures"] == []
+    assert sum(check["at"] == AT_NAMES for check in result["checks"]) == 6  # three outputs, two protocols
+
+
 def test_ids_outside_the_profile_are_refused(client: InferenceClient) -> None:
     long = np.ones((1, 65), np.int64)
     with pytest.raises(InvalidInput, match="ids: axis length is 65; allowed: 2 to 64"):
@@ -186,9 +209,10 @@ def test_the_embedded_server_says_which_backend_the_engine_needs(folder: Path) -
 
 
 def test_the_stack_serves_it_with_nvidias_triton(folder: Path) -> None:
-    *_, model, _ = served_models(folder / "repository", folder / "models")
-    assert (model.name, model.needs_gpu) == ("sentence", True)
-    assert model.text_bytes == 8 * (110_000 + 4)
+    served = {model.name: model for model in served_models(folder / "repository", folder / "models")}
+    assert served.keys() == {"sentence", "shop", *IMPORTED}
+    assert all(model.needs_gpu for model in served.values())
+    assert served["sentence"].text_bytes == 8 * (110_000 + 4)
 
 
 def test_the_doctor_checks_the_engine(folder: Path, tmp_path: Path) -> None:
@@ -223,8 +247,9 @@ def test_publishing_the_same_again_adds_no_version(folder: Path, tmp_path: Path)
     assert versions_of(tmp_path / "repository" / "sentence") == [1]
 
 
-def test_a_tensorrt_engine_gets_its_model_in_front_too() -> None:
-    spec = DeploymentSpec.load(SENTENCE)
+@pytest.mark.parametrize("model", [SENTENCE, SHOP], ids=lambda model: model.name)
+def test_a_tensorrt_engine_gets_its_model_in_front_too(model: Path) -> None:
+    spec = DeploymentSpec.load(model)
     assert [spec.has_front(target) for target in ("tensorrt", "torchscript", "tensorrt_rtx", "onnxruntime")] == [
         *(True, True, False, False)
     ]
