@@ -196,7 +196,7 @@ class DeploymentSpec(Table):
         return self.batching.max_batch or self.max_batch
 
     def text_for(self, target: Target) -> TextSpec | None:
-        """`[text]` if the server can take texts for this target; None without `[text]`, and if only ids can be sent."""
+        """`[text]` if Triton can serve the target; else None."""
         return self.text if target in PUBLISHABLE else None
 
     def vocabulary_for(self, target: Target) -> VocabularySpec | None:
