@@ -17,15 +17,15 @@ from typing import Any
 
 from deepseek.precisions import EIGHT_BITS, Precision
 from deepseek.spec import DeploymentSpec, build_dir
-from deepseek.spec.cpu import this_cpu
 from deepseek.spec.files.image_tag import image_tag
 from deepseek.spec.files.measured_batches import batches_path
-from deepseek.spec.gpus import gpus
+from deepseek.spec.machine.cpu import this_cpu
+from deepseek.spec.machine.gpus import gpus
 from export.artifact import choice_path, engine_path, onnx_path, rows_path, weights_path
-from export.backend_files import backend_files
 from export.digests import RememberedDigests
 from export.machine import accelerator, cpu, gpu
 from export.plan import Plan
+from export.publishing.backend_files import backend_files
 from export.requirements import requirements_in
 from export.runtimes.tensorrt_container import image_name
 from export.sources import ROOT, InstalledVersions, Sources, files_in

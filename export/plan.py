@@ -13,7 +13,7 @@ from typing import Literal
 
 from deepseek.precisions import PRECISIONS, HighPrecision, Precision
 from deepseek.spec import DeploymentSpec, InputError
-from deepseek.spec.triton_release import TRITON_TAG
+from deepseek.spec.machine.triton_release import TRITON_TAG
 from deepseek.targets import TARGETS, Target
 from export.artifact import pruned_path, pruning_path
 from export.machine import gpu, inside_container, missing_for_container

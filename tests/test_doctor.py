@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from deepseek.spec import DeploymentSpec, FileDigest, InputError, PublishedManifest
-from deepseek.spec.cpu import Cpu
 from deepseek.spec.files.measured_batches import BatchingPlan, BatchTime, MeasuredBatches
-from deepseek.spec.gpus import Gpu
+from deepseek.spec.machine.cpu import Cpu
+from deepseek.spec.machine.gpus import Gpu
+from export.publishing.triton_config import config_text, model_config
 from export.runtimes.tensorrt_engine import engine_from_onnx, library_prints_to_stderr, tensorrt_module
-from export.triton_config import config_text, model_config
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.embedded.flags import engine_flags

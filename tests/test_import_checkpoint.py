@@ -17,11 +17,11 @@ from deepseek_client import InferenceClient
 from tokenizers import Tokenizer
 from transformers.utils import logging
 
-from cli.checkpoint import HEADS, KINDS, Checkpoint
 from cli.commands import BY_NAME
-from cli.import_checkpoint import main
 from cli.main import main as command
 from cli.main import values_of
+from cli.model_folder.checkpoint import HEADS, KINDS, Checkpoint
+from cli.model_folder.import_checkpoint import main
 from deepseek.spec import DeploymentSpec, InputError
 from export.checks.parity import main as parity
 from export.model_folder import ModelFolder

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from cli.main import values_of
-from deepseek.spec.triton_release import TRITON_TAG
+from deepseek.spec.machine.triton_release import TRITON_TAG
 from loadtests.scale import autoscaler
 from serving.embedded import flags
 from serving.kubernetes.autoscaling import DEFAULT_SCALE, METRICS

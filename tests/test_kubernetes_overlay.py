@@ -21,7 +21,7 @@ import yaml
 
 from cli.main import values_of
 from deepseek.spec import InputError
-from deepseek.spec.triton_release import TRITON_TAG
+from deepseek.spec.machine.triton_release import TRITON_TAG
 from serving.kubernetes import overlay
 from serving.kubernetes.autoscaling import METRICS, ScaleChoice, scale_of
 from serving.kubernetes.loadtest_jobs import CONFIG_MAP_BYTES, _copy_inputs

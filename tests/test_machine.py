@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.spec import InputError
-from deepseek.spec.gpus import matching, parse_gpus
+from deepseek.spec.machine.gpus import matching, parse_gpus
 from serving.doctor import machine as machine_module
 from serving.doctor.machine import Machine
 

@@ -19,7 +19,6 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import DeploymentSpec, InputError, PublishedManifest, TextSpec
 from deepseek.spec.checks import checked
-from deepseek.spec.cpu import Cpu, has_int8_dot_products, this_cpu
 from deepseek.spec.files.measured_batches import (
     BatchTime,
     MeasuredBatches,
@@ -28,10 +27,11 @@ from deepseek.spec.files.measured_batches import (
     read_measured,
     tail_limit_ms,
 )
+from deepseek.spec.machine.cpu import Cpu, has_int8_dot_products, this_cpu
+from export.publishing.triton_config import model_config
 from export.stages import measure_batches
 from export.stages.measure_batches import BusySessions, measure, measured_batches, sizes_to_measure
 from export.stages.publish import publish_version
-from export.triton_config import model_config
 from loadtests.search.capacity_result import ServerSettings
 from serving.embedded.launcher import EmbeddedServer
 from serving.repository.checks import read_config

@@ -21,7 +21,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import DeploymentSpec
 from deepseek.spec.files.measured_batches import BatchingPlan
-from export.triton_config import config_text, model_config
+from export.publishing.triton_config import config_text, model_config
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE, write_add_one
 from tests.failing_servers import grpc_answering, refuse

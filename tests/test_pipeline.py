@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from deepseek.spec import Target
-from deepseek.spec.cpu import Cpu
 from deepseek.spec.files.measured_batches import batches_path
+from deepseek.spec.machine.cpu import Cpu
 from export import build, cache, clean, digests, pipeline, plan
 from export.artifact import refuse
 from export.pipeline import Stage

@@ -23,7 +23,7 @@ from deepseek.onnxruntime_session import choose_provider
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, PublishedManifest, TensorrtSpec
 from deepseek.spec.files.folders import alone_in
 from deepseek.spec.files.repository import KEPT_VERSIONS, versions_of
-from deepseek.spec.gpus import parse_gpus
+from deepseek.spec.machine.gpus import parse_gpus
 from deepseek.spec.tables import TargetSpec
 from export.artifact import choice_of, choice_path, digests, read_manifest, sha256, write_manifest
 from export.stages import publish

@@ -16,9 +16,9 @@ import pytest
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, TunedBatching
-from deepseek.spec.cpu import Cpu
 from deepseek.spec.files.folders import write_whole
 from deepseek.spec.files.measured_batches import BatchTime, MeasuredBatches, batches_path
+from deepseek.spec.machine.cpu import Cpu
 from loadtests.search.rate_trial import Phase, RateTrial
 from loadtests.tune.candidate_server import NotValid, TuneConditions
 from loadtests.tune.predicted_latency import Curves

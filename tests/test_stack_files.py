@@ -18,7 +18,7 @@ import yaml
 from cli.commands import COMMANDS
 from cli.environment import TRITON_WHEEL
 from cli.main import values_of
-from deepseek.spec.triton_release import TRITON_TAG
+from deepseek.spec.machine.triton_release import TRITON_TAG
 from serving.embedded.flags import CLOSED, OPENAI_DRAIN_S, Endpoints, behind_gateway, server_flags
 from serving.stack.server_sizes import OPENAI_MIB
 from tests.conftest import run_module

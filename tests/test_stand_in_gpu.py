@@ -17,7 +17,7 @@ import pytest
 from deepseek_client import InferenceClient
 
 from cli.gpu_steps import Where, steps
-from deepseek.spec.triton_release import TRITON_TAG
+from deepseek.spec.machine.triton_release import TRITON_TAG
 from tests.checkout import BUSY, Checkout
 from tests.docker_engine import own_engine
 from tests.gateway import free_port

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.spec import InputError
-from deepseek.spec.triton_release import TRITON_TAG, check_tag
+from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
 from export.runtimes import tensorrt_container
 from export.runtimes.tensorrt_container import DOCKERFILE, image_name
 from tests.conftest import run_module

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, processors
 
 from deepseek.spec import DeploymentSpec, InputError
 from deepseek.text_encoder import TextEncoder, split_points
-from export.triton_config import model_config
+from export.publishing.triton_config import model_config
 
 FOLDER = Path("tests/models/sentence")
 GOOD = (FOLDER / "deploy.toml").read_text()

@@ -15,9 +15,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, 
 
 from deepseek.spec import DeploymentSpec, SloSpec, TensorrtSpec
 from deepseek.spec.files.measured_batches import BatchingPlan
+from export.publishing.triton_config import config_text, model_config
 from export.rows import Row
 from export.stages.publish import publish_version
-from export.triton_config import config_text, model_config
 
 IMAGE, TEXT, RANKER = (DeploymentSpec.load(f"tests/models/{name}") for name in ("image", "text", "ranker"))
 

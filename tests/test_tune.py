@@ -18,8 +18,8 @@ from rich.console import Console
 from cli.commands import BY_NAME
 from cli.main import values_of
 from deepseek.spec import DeploymentSpec, InputError, TunedBatching, TunedFile
-from deepseek.spec.cpu import this_cpu
 from deepseek.spec.files.measured_batches import read_measured
+from deepseek.spec.machine.cpu import this_cpu
 from loadtests.search.local_server import EMBEDDED
 from loadtests.tune.candidate_server import candidate_server
 from loadtests.tune.predicted_latency import Curves

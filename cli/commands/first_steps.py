@@ -20,7 +20,7 @@ ROWS = (
     ),
     Command(
         "new",
-        "cli.new",
+        "cli.model_folder.new",
         "write a model folder to start from: two files that build unchanged",
         options=(
             Option("name", "name of the model", kind=folder_name, required=True, from_make_line_only=True),
@@ -36,7 +36,7 @@ ROWS = (
     ),
     Command(
         "import",
-        "cli.import_checkpoint",
+        "cli.model_folder.import_checkpoint",
         "write a model folder from a checkpoint of Hugging Face transformers on this machine",
         options=(
             Option("folder", "folder of the checkpoint, with config.json", kind=path, required=True),

@@ -19,7 +19,7 @@ import numpy as np
 
 from deepseek.sizing.devices import Device
 from deepseek.spec import InputError
-from deepseek.spec.cpu import cpu_model
+from deepseek.spec.machine.cpu import cpu_model
 
 try:
     import onnx

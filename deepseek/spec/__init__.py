@@ -4,15 +4,14 @@
 import `deepseek.precisions` and `deepseek.targets`.
 
 | module | holds |
-| `deployment`, `tables`, `text`, `objectives`, `tuned` | the tables of `deploy.toml`, and tuned values |
+| `deployment`, `tables`, `text`, `vocabulary`, `objectives`, `tuned` | the tables of `deploy.toml`, and tuned values |
 | `tokenizer` | the tokenizer of a model with `[text]` |
 | `paired_drop` | when the accuracy budget accepts a drop: for build, parity and release |
 | `checks`, `keys`, `show_spec` | one-line errors; all keys; the command |
-| `manifest`, `repository`, `released` | an artifact's manifest; versions in a repository; outcomes of releases |
-| `command` | errors and exit codes of every command |
-| `folders`, `children` | atomic writes, locked folders, child processes that end with their parent |
-| `measured_batches`, `cpu` | how long batches take, and the batching and queue that follow; this machine's CPU |
-| `triton_release`, `metric_windows` | tags of NVIDIA's containers; Prometheus rate windows |
+| `command`, `children` | errors and exit codes of every command; child processes that end with their parent |
+| `metric_windows` | Prometheus rate windows |
+| `files/` | atomic writes and locked folders, manifests, measured batches, versions in a repository, releases |
+| `machine/` | this machine's CPU and GPUs, tags of NVIDIA's containers |
 """
 
 from deepseek.precisions import Precision

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deepseek.spec.cpu import memory_bytes
+from deepseek.spec.machine.cpu import memory_bytes
 
 
 def limit_bytes(device: torch.device) -> float:

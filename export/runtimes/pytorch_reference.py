@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from deepseek.spec import BATCH, Axis, DeploymentSpec, GateFailed, InputError
-from deepseek.spec.cpu import memory_bytes
+from deepseek.spec.machine.cpu import memory_bytes
 from export.artifact import human_bytes
 from export.model_folder import Predict, folder_of, in_order, model_py, user_code
 from export.rows import Row, join

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from deepseek.spec import InputError, build_dir
-from deepseek.spec.triton_release import TRITON_TAG, check_tag
+from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
 from export.cache import STAGE_KEYS, root
 from export.machine import missing_for_container, output_of
 from export.plan import WITHOUT

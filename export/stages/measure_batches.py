@@ -25,7 +25,6 @@ from rich.console import Console
 
 from deepseek.onnxruntime_session import choose_provider
 from deepseek.spec import BATCH, DeploymentSpec, Precision, Target, build_dir
-from deepseek.spec.cpu import this_cpu
 from deepseek.spec.files.measured_batches import (
     BATCHES_IN_LIMIT,
     BatchTime,
@@ -34,6 +33,7 @@ from deepseek.spec.files.measured_batches import (
     plan_of,
     tail_limit_ms,
 )
+from deepseek.spec.machine.cpu import this_cpu
 from export.artifact import choice_of, engine_path, need
 from export.cache import put_in_place, stage_key
 from export.model_folder import Predict

@@ -42,18 +42,18 @@ from deepseek.spec.files.folders import alone_in, let_all_read, onto_disk, scrat
 from deepseek.spec.files.measured_batches import plan_of, read_measured
 from deepseek.spec.files.released import last_fate
 from deepseek.spec.files.repository import engine_model, retired, versions_of
-from deepseek.spec.gpus import gpus, matching
+from deepseek.spec.machine.gpus import gpus, matching
 from deepseek.spec.tokenizer import text_encoder
 from deepseek.spec.vocabulary import CATALOGUE, HISTORY
 from deepseek.targets import PUBLISHABLE
 from deepseek.vocabulary import Vocabulary
 from export.artifact import axes_of, choice_of, digests, engine_path, need, onnx_path, read_manifest, write_manifest
-from export.backend_files import BACKEND_SOURCES as BACKEND_SOURCES
-from export.backend_files import backend_files
-from export.engine_front import VERSION, put_front
+from export.publishing.backend_files import BACKEND_SOURCES as BACKEND_SOURCES
+from export.publishing.backend_files import backend_files
+from export.publishing.engine_front import VERSION, put_front
+from export.publishing.triton_config import config_text, cuda_graph_batches, model_config
 from export.rows import Row, load_rows
 from export.runtimes.onnxruntime_predictor import optimizers_left_out
-from export.triton_config import config_text, cuda_graph_batches, model_config
 
 WARMUP_TEXT = b"A short text, such as a caller may send."
 

@@ -35,7 +35,7 @@ from deepseek.spec import (
     flags_for,
     kept_for_json,
 )
-from deepseek.spec.cpu import has_int8_dot_products
+from deepseek.spec.machine.cpu import has_int8_dot_products
 from deepseek.spec.paired_drop import DropJudgement, interval_text
 from export.artifact import (
     choice_path,

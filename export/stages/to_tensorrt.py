@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, InputError, Precision, build_dir, variables_for
-from deepseek.spec.gpus import gpus
+from deepseek.spec.machine.gpus import gpus
 from export.artifact import (
     Stopwatch,
     engine_path,

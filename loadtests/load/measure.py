@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deepseek.spec import DeploymentSpec, InvalidMeasurement
-from deepseek.spec.cpu import cpu_model
+from deepseek.spec.machine.cpu import cpu_model
 from loadtests.load.child_process import free_ports, our_environment
 from loadtests.load.replay import plan_file
 from loadtests.load.task_metric import of_served

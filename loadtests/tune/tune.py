@@ -26,8 +26,8 @@ from pathlib import Path
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, InputError, TunedFile, build_dir
-from deepseek.spec.cpu import this_cpu
 from deepseek.spec.files.folders import alone_in, write_whole
+from deepseek.spec.machine.cpu import this_cpu
 from loadtests.report.searches import tuning_page
 from loadtests.search.local_server import EMBEDDED, settings_of_local
 from loadtests.search.slo_at_rate import objective_lines

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import TEXT, TOKENIZER, PublishedManifest
-from deepseek.spec.gpus import Gpu, runs_engine
+from deepseek.spec.machine.gpus import Gpu, runs_engine
 from deepseek.spec.vocabulary import CATALOGUE, VOCABULARY
 from serving.doctor.machine import Machine
 from serving.repository.checks import Finding, mismatch

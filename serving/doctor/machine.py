@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek.spec import InputError
-from deepseek.spec.cpu import Cpu, memory_bytes, this_cpu
-from deepseek.spec.gpus import Gpu, gpus
-from deepseek.spec.triton_release import TRITON_TAG, parse_tag
+from deepseek.spec.machine.cpu import Cpu, memory_bytes, this_cpu
+from deepseek.spec.machine.gpus import Gpu, gpus
+from deepseek.spec.machine.triton_release import TRITON_TAG, parse_tag
 from serving.embedded.wheel import parts
 
 # Where NVIDIA's images have libnvinfer.so.

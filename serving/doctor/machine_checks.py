@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from deepseek.spec.triton_release import OLDEST, OLDEST_TAG, TRITON_TAG, WHY_OLDEST, parse_tag
+from deepseek.spec.machine.triton_release import OLDEST, OLDEST_TAG, TRITON_TAG, WHY_OLDEST, parse_tag
 from deepseek.targets import TARGETS
 from serving.doctor.engine_checks import ServedEngine
 from serving.doctor.machine import Machine

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from deepseek.spec import InputError
 from deepseek.spec.files.folders import write_whole
 from deepseek.spec.files.repository import CONFIG
-from deepseek.spec.triton_release import TRITON_TAG, check_tag
+from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
 from serving.kubernetes.autoscaling import autoscaler_patch, load_group, scale_of
 from serving.kubernetes.loadtest_jobs import write_loadtest
 from serving.kubernetes.manifests import (

@@ -16,7 +16,7 @@ from dataclasses import asdict
 
 from deepseek.spec import InputError
 from deepseek.spec.files.folders import let_all_read, write_whole
-from deepseek.spec.triton_release import TRITON_TAG, check_tag
+from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
 from serving.observe.alerts import RUNBOOK
 from serving.repository.served_models import ServedModel, served_models
 from serving.stack.certificate import give

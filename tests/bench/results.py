@@ -16,8 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deepseek.spec.cpu import int8_instructions, this_cpu
 from deepseek.spec.files.folders import write_whole
+from deepseek.spec.machine.cpu import int8_instructions, this_cpu
 from tests.bench.chart import Bar, bar_chart
 from tests.bench.tables import KEYS, Goal
 

@@ -31,8 +31,8 @@ from pydantic import Field
 
 from deepseek.precisions import Precision
 from deepseek.spec.checks import Table, checked
-from deepseek.spec.cpu import Cpu
 from deepseek.spec.deployment import DeploymentSpec, build_dir
+from deepseek.spec.machine.cpu import Cpu
 from deepseek.spec.objectives import SloSpec
 from deepseek.targets import Target
 

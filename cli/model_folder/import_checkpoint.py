@@ -13,8 +13,8 @@ import shutil
 from pathlib import Path
 from string import Template
 
-from cli.checkpoint import HEADS, Checkpoint
-from cli.new import TEMPLATES, drafted
+from cli.model_folder.checkpoint import HEADS, Checkpoint
+from cli.model_folder.new import TEMPLATES, drafted
 from deepseek.spec import variables_for
 
 TITLES = {

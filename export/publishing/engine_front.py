@@ -16,8 +16,8 @@ from deepseek.spec import DeploymentSpec, Target
 from deepseek.spec.files.repository import CONFIG, ENGINE, engine_model
 from deepseek.spec.text import text_axis
 from deepseek.vocabulary import Vocabulary
+from export.publishing.triton_config import config_text, take_names, take_text
 from export.rows import Row
-from export.triton_config import config_text, take_names, take_text
 
 INSTANCES = 2  # one prepares a batch while the engine runs the other's; a single one may stall (docs/triton.md)
 VERSION = 1  # of the engine's model: the front's version says which build it is

@@ -1,0 +1,4 @@
+"""This machine: its CPU and GPUs, and which of NVIDIA's containers fits.
+
+Enter: each module, from every room. Imports: `deepseek.spec`.
+"""
