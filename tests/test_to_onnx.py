@@ -125,6 +125,12 @@ def test_a_value_baked_in_at_the_only_shape_is_found_on_other_inputs(tmp_path: P
         check_corners(source.spec, model, lambda inputs: baked, "model.onnx", rows)
 
 
+def test_a_constant_output_is_made_by_a_node_since_autocast_would_lose_it(tmp_path: Path) -> None:
+    export_model(tiny(tmp_path, toml=FIXED, body="return torch.ones(4, 8)"))
+    graph = onnx.load(tmp_path / "build" / "tiny" / "fp32" / "model.onnx").graph
+    assert [node.op_type for node in graph.node] == ["Identity"]
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -138,6 +144,24 @@ def test_a_size_baked_into_forward_is_refused(tmp_path: Path, body: str) -> None
     with pytest.raises((InputError, GateFailed)):
         export_model(source)
     assert not (tmp_path / "build" / "tiny" / "fp32" / "model.onnx").exists()
+
+
+def test_the_length_of_a_sequence_stays_dynamic_after_a_recurrent_layer(tmp_path: Path) -> None:
+    shape = 'shape = ["batch", "length", 8]'
+    toml = TOML.replace('shape = ["batch", 8]', shape, 1) + "[axes.length]\nmin = 1\nopt = 5\nmax = 12\n"
+    code = """
+def load():
+    torch.manual_seed(0)
+    model = Tiny()
+    model.recurrent = torch.nn.LSTM(8, 8, batch_first=True)
+    model.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    return model
+
+def samples(split):
+    yield {"x": np.random.default_rng(len(split)).random((1, 7, 8), np.float32)}
+"""
+    body = "y = self.recurrent(x)[0]; return self.attention(y, y, y, need_weights=False)[0].mean(1)"
+    assert len(export_model(tiny(tmp_path, toml=toml, body=body, code=code))["checks"]) == 3
 
 
 def test_output_names_never_clash(tmp_path: Path) -> None:
@@ -181,13 +205,14 @@ def test_a_data_dependent_branch_is_refused_with_its_line_and_a_fix(
         ("return self.line(x).squeeze()", r"forward returned float32 \[8\]; .* here \[1, 8\]"),
         ("return self.line(x).sum()", r"forward returned float32 \[\]; deploy.toml says"),
         ("return self.line(x) + torch.linalg.svd(x.unsqueeze(1))[1]", "cannot be exported: No ONNX function found for .*linalg_svd"),
+        ("return torch.nn.functional.linear(x.bfloat16(), self.line.weight.bfloat16()).float()", r"model.py: ONNX Runtime cannot load it: .* let it use float32"),
         ("return self.line(x) - self.line(x).mean(0)", r"'y' of a row alone is off by .* set \[axes.batch\] to min = opt"),
         ("return self.lime(x)", "model.py:11: .*AttributeError: 'Tiny' object has no attribute 'lime'"),
         ("return x, x", r"forward returned 2 value\(s\) .* names the outputs y"),
         ("return x.double()", r"output 'y': forward returned float64"),
         ("return 3", r"forward returned 1 value\(s\) \(int\)"),
     ],
-    ids=["random", "state", "batch of 1", "batch of 1 squeezed", "no batch", "operator", "rows that mix", "bug", "too many", "dtype", "no tensor"],
+    ids=["random", "state", "batch of 1", "batch of 1 squeezed", "no batch", "operator", "no kernel", "rows that mix", "bug", "too many", "dtype", "no tensor"],
 )  # fmt: skip
 def test_a_forward_that_cannot_be_traced_is_one_error_line(tmp_path: Path, body: str, message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -50,12 +50,21 @@ def onnx_predictor(spec: DeploymentSpec, path: Path, target: Target) -> Predict:
     options.intra_op_num_threads = batching.threads or max(1, cores() // batching.instances)
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # otherwise idle threads slow the next variant
+    session = opened(path, options, spec.onnxruntime.provider, spec.provider_options)
+    return lambda inputs: dict(zip(spec.outputs, session.run(list(spec.outputs), inputs), strict=True))
+
+
+def opened(
+    path: Path,
+    options: onnxruntime.SessionOptions,
+    provider: str = "cpu",
+    provider_options: dict[str, str] | None = None,
+) -> onnxruntime.InferenceSession:
+    """A session on a provider, without the optimizers that break the graph; raises as `onnx_predictor`."""
     try:
         left_out = optimizers_left_out(path)
-        opened = open_session(path, options, spec.onnxruntime.provider, spec.provider_options, left_out=left_out)
+        return open_session(path, options, provider, provider_options, left_out=left_out).session
     except ProviderError as error:
         raise InputError(str(error)) from None
     except Exception as error:
         raise GateFailed(f"{path}: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from None
-    session = opened.session
-    return lambda inputs: dict(zip(spec.outputs, session.run(list(spec.outputs), inputs), strict=True))

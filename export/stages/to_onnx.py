@@ -10,9 +10,11 @@ between, none of them the traced one if there is another: this finds dimensions 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.spec import DeploymentSpec, InputError, kept_for_json
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, kept_for_json
 from export.artifact import Stopwatch, human_bytes, onnx_path, read_manifest, record_build, rows_path, sha256
 from export.cache import put_in_place, refined, stage_key
 from export.graph_file import save_graph
@@ -33,6 +35,7 @@ from export.precision.calibration import check_disjoint, disjoint, left_out, poo
 from export.quiet import quiet
 from export.rows import EVALUATION_ROWS, Row, save_rows
 from export.runtimes.batching import outputs_by_batch
+from export.runtimes.onnxruntime_predictor import opened
 from export.runtimes.pytorch_predictor import module_predictor
 from export.runtimes.pytorch_reference import (
     check_corners,
@@ -65,7 +68,7 @@ def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) 
         for tensor in spec.inputs.values()
     )
     try:
-        with quiet():
+        with quiet(), _dynamic_lengths():
             program = torch.onnx.export(
                 model,
                 tuple(torch.from_numpy(example[name]) for name in spec.inputs),
@@ -81,6 +84,25 @@ def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) 
     graph = program.model_proto
     _name_signature(spec, graph, fixed)
     return graph
+
+
+@contextlib.contextmanager
+def _dynamic_lengths() -> Iterator[None]:
+    """Keeps the length of a sequence dynamic behind an LSTM or a GRU.
+
+    The exporter computes shapes twice. PyTorch 2.13 registers these only for the first time. In the second one it loops
+    over the sequence, so its length becomes a constant, for example in an attention layer behind the LSTM.
+    """
+    with contextlib.ExitStack() as registered:
+        with contextlib.suppress(ImportError):  # older versions lack them
+            from torch.export._patches import (
+                register_gru_while_loop_decomposition,
+                register_lstm_while_loop_decomposition,
+            )
+
+            registered.enter_context(register_lstm_while_loop_decomposition())
+            registered.enter_context(register_gru_while_loop_decomposition())
+        yield
 
 
 def _as_declared(model: torch.nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -120,11 +142,13 @@ def _name_signature(spec: DeploymentSpec, model: onnx.ModelProto, fixed: set[str
     for node in [node for node in graph.node if node.input == node.output]:
         graph.node.remove(node)  # the exporter writes a returned input like this, which is not valid ONNX
     inputs = {_placeholder(name): name for name in spec.inputs}
-    wanted = dict(zip([value.name for value in graph.output], spec.outputs, strict=False))
+    constants = {tensor.name for tensor in graph.initializer}
+    named = zip([value.name for value in graph.output], spec.outputs, strict=True)
+    wanted = {inside: name for inside, name in named if inside not in constants}
     renamed = {name: f"{name}__inner" for name in (*spec.inputs, *spec.outputs)} | wanted | inputs
     _rename(graph, renamed)
     for value, (name, tensor) in zip(graph.output, spec.outputs.items(), strict=True):
-        if renamed.get(value.name) != name:  # a returned input, or one tensor returned twice
+        if renamed.get(value.name) != name:  # a returned input or constant, or one tensor returned twice
             graph.node.append(onnx.helper.make_node("Identity", [renamed.get(value.name, value.name)], [name]))
         value.name = name
         _name_axes(value, tensor.shape, fixed)
@@ -215,9 +239,15 @@ def _export(source: ModelFolder, model: torch.nn.Module, rows: dict[str, list[Ro
 
 
 def _check(spec: DeploymentSpec, model: torch.nn.Module, evaluation: list[Row], path: Path) -> list[dict[str, Any]]:
-    """Compares the graph with PyTorch; raises GateFailed if they differ."""
+    """Compares the graph with PyTorch; raises GateFailed if they differ, InputError if ONNX Runtime cannot load it."""
     with log.status("comparing with PyTorch"):
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        try:
+            session = opened(path, onnxruntime.SessionOptions())
+        except GateFailed as error:
+            raise InputError(
+                f"{model_py(spec)}: {str(error).removeprefix(f'{path}: ')}; if forward computes in 16 bits, let it use "
+                "float32: the build chooses the precision"
+            ) from None
 
         def predict(inputs: Row) -> Row:
             return dict(zip(spec.outputs, session.run(list(spec.outputs), inputs), strict=True))
