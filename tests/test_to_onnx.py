@@ -125,6 +125,14 @@ def test_a_value_baked_in_at_the_only_shape_is_found_on_other_inputs(tmp_path: P
         check_corners(source.spec, model, lambda inputs: baked, "model.onnx", rows)
 
 
+def test_attention_with_a_learned_bias_for_each_row_is_exported(tmp_path: Path) -> None:
+    body = """heads = self.line(x).view(x.shape[0], 4, 2, 1).transpose(1, 2)
+        bias = self.line.weight.reshape(1, 4, 4, 4)[:, :2].expand(x.shape[0], -1, -1, -1)
+        found = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=bias)
+        return found.transpose(1, 2).contiguous().view(x.shape[0], 8)"""
+    assert len(export_model(tiny(tmp_path, body=body))["checks"]) == 3
+
+
 def test_a_constant_output_is_made_by_a_node_since_autocast_would_lose_it(tmp_path: Path) -> None:
     export_model(tiny(tmp_path, toml=FIXED, body="return torch.ones(4, 8)"))
     graph = onnx.load(tmp_path / "build" / "tiny" / "fp32" / "model.onnx").graph

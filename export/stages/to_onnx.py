@@ -14,7 +14,7 @@ import contextlib
 import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, kept_for_json
 from export.artifact import Stopwatch, human_bytes, onnx_path, read_manifest, record_build, rows_path, sha256
@@ -67,9 +68,10 @@ def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) 
         {place: dims[dim] for place, dim in enumerate(tensor.shape) if isinstance(dim, str) and dim in dims}
         for tensor in spec.inputs.values()
     )
-    try:
+
+    def export() -> torch.onnx.ONNXProgram | None:
         with quiet(), _dynamic_lengths():
-            program = torch.onnx.export(
+            return torch.onnx.export(
                 model,
                 tuple(torch.from_numpy(example[name]) for name in spec.inputs),
                 input_names=[_placeholder(name) for name in spec.inputs],
@@ -78,12 +80,30 @@ def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) 
                 dynamo=True,
                 verbose=False,
             )
+
+    try:
+        program = _with_any_attention(export)
     except torch.onnx.errors.OnnxExporterError as error:
         raise InputError(_why_not_exported(error, folder_of(spec))) from error
     assert program is not None
     graph = program.model_proto
     _name_signature(spec, graph, fixed)
     return graph
+
+
+def _with_any_attention(export: Callable[[], torch.onnx.ONNXProgram | None]) -> torch.onnx.ONNXProgram | None:
+    """Exports, if need be with PyTorch's plain attention.
+
+    Behind PyTorch's fused attention, `contiguous()` changes nothing, so the trace leaves it out. If each row has a
+    learned bias, as in T5 and Swin, the exporter computes plain attention instead, and fails at the `view` behind it.
+    """
+    try:
+        return export()
+    except torch.onnx.errors.OnnxExporterError as error:
+        if "Cannot view a tensor" not in str(_innermost(error)):
+            raise
+        with sdpa_kernel(SDPBackend.MATH):
+            return export()
 
 
 @contextlib.contextmanager
@@ -113,10 +133,14 @@ def _as_declared(model: torch.nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, 
     return shapes
 
 
+def _innermost(error: BaseException) -> BaseException:
+    """The first cause of an exception; the outer ones describe the exporter's own steps."""
+    return error if error.__cause__ is None else _innermost(error.__cause__)
+
+
 def _why_not_exported(error: BaseException, folder: Path) -> str:
-    """One line from the innermost exception; the outer ones describe the exporter's own steps."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """One line from the innermost exception."""
+    error = _innermost(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     place, _ = place_of(error, folder)
     if "data-dependent" in str(error) or "FakeTensor" in str(error):
