@@ -146,6 +146,13 @@ def test_max_replaces_entropy_for_ranges_that_entropy_cannot_count(tmp_path: Pat
     assert points.keys() == {"max"}
 
 
+def test_growth_is_counted_from_the_first_batch_with_a_range() -> None:
+    ranges = ActivationRanges()
+    for scale in (0.0, 1e-43, 1.0, 100.0):
+        ranges.add({"x": np.full((8, 4), scale, np.float32)})
+    assert ranges.growth == pytest.approx(100)
+
+
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_an_activation_without_a_range_fails_the_gate_of_its_precision(value: float) -> None:
     with pytest.raises(GateFailed, match="activation 'x' is NaN or Inf on a calibration sample"):

@@ -28,6 +28,7 @@ FLAT = 0.05  # share of the final error; smaller differences are ignored
 # Entropy keeps the first batch's bin width and tries each range, so its cost is (128 bins x growth) squared.
 MOST_GROWTH = 64.0
 _BINS = 128  # the default of ONNX Runtime's calibrator
+_LEAST_PEAK = 1e-30  # of a range that can be divided into bins: smaller numbers have too few digits
 
 
 Points = dict[int, dict[str, float]]  # samples -> activation -> range
@@ -39,7 +40,7 @@ class ActivationRanges:
     def __init__(self) -> None:
         self.peaks: dict[str, float] = {}
         self.growth = 1.0
-        """Largest ratio of an activation's range to its range in the first batch."""
+        """Largest ratio of an activation's range to that in its first batch with a range."""
         self._first: dict[str, float] = {}
         self._histograms = HistogramCollector("entropy", False, _BINS, _BINS, None, None)
 
@@ -49,13 +50,12 @@ class ActivationRanges:
             if not np.isfinite(value).all():
                 raise GateFailed(f"activation {name!r} is NaN or Inf on a calibration sample: it has no range")
             peak = float(np.abs(value).max(initial=0))
-            first = self._first.setdefault(name, peak)
             self.peaks[name] = max(self.peaks.get(name, 0.0), peak)
-            if first > 0:
-                self.growth = max(self.growth, self.peaks[name] / first)
+            if peak >= _LEAST_PEAK:
+                self.growth = max(self.growth, self.peaks[name] / self._first.setdefault(name, peak))
         if self.growth <= MOST_GROWTH:
             with quiet():
-                self._histograms.collect_value({name: [value] for name, value in values.items()})
+                self._histograms.collect_value({name: [values[name]] for name in values.keys() & self._first.keys()})
 
     def of(self, method: Method) -> dict[str, float]:
         """The magnitude that 127 (fp8: 448) represents, by activation."""
