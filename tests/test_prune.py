@@ -88,6 +88,15 @@ def test_the_models_own_finetune_runs_and_too_much_loss_publishes_nothing(tmp_pa
     assert list(tmp_path.rglob("prun*")) == []
 
 
+def test_the_loss_counts_also_if_load_returns_one_module_each_time(tmp_path: Path, own_build: Path) -> None:
+    shutil.copytree("tests/models/image", tmp_path / "models" / "image")
+    with (tmp_path / "models" / "image" / "model.py").open("a") as file:
+        file.write("\n_module = load()\n\ndef load() -> nn.Module:\n    return _module\n")
+    source = ModelFolder("image", tmp_path / "models")
+    assert prune_source(source, 0.25)["drop"] > 0
+    assert [module.body[0].out_channels for module in (source.load(), source.unpruned())] == [24, 32]
+
+
 EVALUATE = """
 
 def evaluate(predict):

@@ -10,6 +10,7 @@ resumes. Results are cached, unless model.py has `finetune` or `evaluate` but no
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import sys
@@ -71,7 +72,8 @@ def _prune(
     scratch: Path,
 ) -> None:
     """Prunes, fine-tunes and measures; writes module and report into `scratch`."""
-    spec, clock, module = source.spec, Stopwatch(), source.unpruned()
+    spec, clock = source.spec, Stopwatch()
+    module = copy.deepcopy(original)  # load() may return one module each time
     with log.status("ranking heads and channels"):
         few = data[: max(1, IMPORTANCE_ROWS // len(data[0][0]))]
         report = prune_model(module, few[0], config, few[1:])
