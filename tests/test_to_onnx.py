@@ -125,6 +125,29 @@ def test_a_value_baked_in_at_the_only_shape_is_found_on_other_inputs(tmp_path: P
         check_corners(source.spec, model, lambda inputs: baked, "model.onnx", rows)
 
 
+ENCODER = """
+def load():
+    torch.manual_seed(0)
+    model = Tiny()
+    layer = torch.nn.TransformerEncoderLayer(2, 1, 8, batch_first=True)
+    model.encoder = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    model.mask = torch.nn.Transformer.generate_square_subsequent_mask(4)
+    return model
+"""
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return self.encoder(x.view(-1, 4, 2), mask=self.mask).flatten(1)",
+        "return torch.distributions.Normal(x, 1.0).log_prob(self.line(x))",
+    ],
+    ids=["causal mask", "distribution"],
+)
+def test_modules_of_pytorch_that_look_at_values_are_exported(tmp_path: Path, body: str) -> None:
+    assert len(export_model(tiny(tmp_path, body=body, code=ENCODER))["checks"]) == 3
+
+
 def test_attention_with_a_learned_bias_for_each_row_is_exported(tmp_path: Path) -> None:
     body = """heads = self.line(x).view(x.shape[0], 4, 2, 1).transpose(1, 2)
         bias = self.line.weight.reshape(1, 4, 4, 4)[:, :2].expand(x.shape[0], -1, -1, -1)

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import onnx
 import onnxruntime
@@ -25,6 +26,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules import transformer
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, kept_for_json
 from export.artifact import Stopwatch, human_bytes, onnx_path, read_manifest, record_build, rows_path, sha256
@@ -70,7 +72,7 @@ def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) 
     )
 
     def export() -> torch.onnx.ONNXProgram | None:
-        with quiet(), _dynamic_lengths():
+        with quiet(), _traceable():
             return torch.onnx.export(
                 model,
                 tuple(torch.from_numpy(example[name]) for name in spec.inputs),
@@ -107,22 +109,33 @@ def _with_any_attention(export: Callable[[], torch.onnx.ONNXProgram | None]) -> 
 
 
 @contextlib.contextmanager
-def _dynamic_lengths() -> Iterator[None]:
-    """Keeps the length of a sequence dynamic behind an LSTM or a GRU.
+def _traceable() -> Iterator[None]:
+    """Replaces what PyTorch 2.13 cannot trace in its own modules.
 
-    The exporter computes shapes twice. PyTorch 2.13 registers these only for the first time. In the second one it loops
-    over the sequence, so its length becomes a constant, for example in an attention layer behind the LSTM.
+    LSTM and GRU: the exporter computes shapes twice, and registers these only for the first time. In the second one it
+    loops over the sequence, so its length becomes a constant, for example in an attention layer behind the LSTM.
+
+    nn.Transformer: it compares a mask with the causal one. Without that it applies the mask, with the same result.
+
+    torch.distributions: they check the values of their arguments.
     """
-    with contextlib.ExitStack() as registered:
+    with contextlib.ExitStack() as replaced:
         with contextlib.suppress(ImportError):  # older versions lack them
             from torch.export._patches import (
                 register_gru_while_loop_decomposition,
                 register_lstm_while_loop_decomposition,
             )
 
-            registered.enter_context(register_lstm_while_loop_decomposition())
-            registered.enter_context(register_gru_while_loop_decomposition())
+            replaced.enter_context(register_lstm_while_loop_decomposition())
+            replaced.enter_context(register_gru_while_loop_decomposition())
+        replaced.enter_context(mock.patch.object(transformer, "_detect_is_causal_mask", _is_causal))
+        replaced.enter_context(mock.patch.object(torch.distributions.Distribution, "_validate_args", False))
         yield
+
+
+def _is_causal(mask: object, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """Whether the caller says that the mask is the causal one."""
+    return is_causal is True
 
 
 def _as_declared(model: torch.nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
