@@ -50,7 +50,10 @@ def folder_name(text: str) -> str:
 
 def path(text: str) -> Path:
     """A file or folder. Replaces ~ by the home folder if no shell has."""
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("there is no such home folder; write the whole path") from None
 
 
 def path_text(text: str) -> str:

@@ -313,6 +313,8 @@ def stack_stage(plan: Plan, options: argparse.Namespace) -> Stage:
             *sorted({plan.repository / plan.model / "config.pbtxt", *plan.repository.glob("*/config.pbtxt")}),
             *sorted(path for path in (ROOT / "docker" / "observe").rglob("*.*") if path.is_file()),
         ),
+        keys=("slo",),  # for alerts and limits: not all of it is in config.pbtxt
+        tuned=True,
         settings={"settings": settings, "images": " ".join(map(image_tag, STACK_IMAGES))},
         writes=(env_file, build_dir("gateway") / "tls.crt"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import os
 import shlex
 import subprocess
@@ -86,6 +87,7 @@ def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default(
         ((), {}, "-- MODEL=a/b", "MODEL: seen 'a/b'; a folder's name without blanks and slashes is needed"),
         ((), {}, r"-- MODEL=a\ b", "MODEL: seen 'a b'; a folder's name without blanks and slashes is needed"),
         ((), {"JSON": "maybe"}, "", "JSON: seen 'maybe'; 1 turns it on, 0 off"),
+        (("--run", "~nobody-here/x"), {}, None, "--run: seen '~nobody-here/x'; there is no such home folder; write the whole path"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_with_the_value_and_what_is_allowed(
@@ -187,6 +189,11 @@ def test_a_help_page_has_every_option_and_examples_that_the_command_accepts(comm
         words = [*takewhile(lambda word: word not in ("|", "&&", ">"), shlex.split(example, comments=True))]
         assert words[:2] == ["deepseek", command.name]
         values_of(command.name, *words[2:])
+
+
+def test_a_locale_that_lacks_a_character_of_the_output_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1"))
+    assert main(["fetch", "--help"]) == 0
 
 
 def test_help_imports_only_the_standard_library() -> None:

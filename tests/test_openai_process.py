@@ -106,6 +106,7 @@ def test_routes_start_when_a_polling_server_gets_its_first_model_that_takes_text
         port = taken.getsockname()[1]
         process = start(repository, "--poll-s", "1", "--openai-port", str(port))
         assert "OpenAI" not in Serving.of(process).places
+        (repository / "add_one" / "config.pbtxt").write_text("no configuration")  # one bad model stops no other
         shutil.copytree(built_sentence / "repository" / "sentence", tmp_path / "sentence")
         (tmp_path / "sentence").rename(repository / "sentence")
         assert process.stderr is not None

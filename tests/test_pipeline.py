@@ -194,6 +194,23 @@ def test_a_change_rebuilds_only_what_depends_on_it(
     assert engine() == ran
 
 
+def test_an_slo_that_changes_no_configuration_still_rewrites_the_stack(
+    engine: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine()
+    written = build.Builder._execute
+
+    def publishing_nothing(builder: build.Builder, stage: Stage, lock: int) -> None:
+        kept = {path: path.read_bytes() for path in stage.beside}
+        written(builder, stage, lock)
+        for path, content in kept.items():
+            path.write_bytes(content)
+
+    monkeypatch.setattr(build.Builder, "_execute", publishing_nothing)
+    edit("models/tiny/deploy.toml", "[slo]\nmax_error_rate = 0.02\n")(tiny, monkeypatch)
+    assert engine() == MEASURED
+
+
 def keys(folder: Path, stage: str) -> dict[str, str]:
     """The cache keys of a stage and of its parts."""
     builder = build.Builder(build.plan_of(options_of(folder)))

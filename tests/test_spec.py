@@ -34,7 +34,7 @@ MISTAKES = {
     "unknown override": ("p99_ms = 80", "p98_ms = 80", "targets.onnxruntime.slo.p98_ms: unknown key", "p99_ms"),
     "wrong objective of a target": ("p99_ms = 80", 'objectives = ["p99_ms > 80"]', "targets.onnxruntime.slo.objectives: seen 'p99_ms > 80'", "needs an upper limit"),
     "a number for a target's objectives": ("p99_ms = 80", "objectives = 3", "targets.onnxruntime.slo.objectives: seen 3", "a list is needed"),
-    "a reserved name": ('name = "recommender"', 'name = "gateway"', "name: seen 'gateway', but build/gateway is reserved", "serving, stack"),
+    "a reserved name": ('name = "recommender"', 'name = "gateway"', "name: seen 'gateway', but build/gateway is reserved", "serving, site, stack"),
     "unknown target": ("targets.onnxruntime", "targets.onnx", "targets.onnx", "'onnxruntime'"),
     "unbounded queue": ("max_queue_delay_us = 1000", "max_queue_size = 0", "batching.max_queue_size: seen 0", "greater than"),
     "input named as an output": ("outputs.items", "outputs.item_ids", "outputs.item_ids", "same name"),
@@ -103,9 +103,10 @@ def test_a_target_overrides_only_what_it_names(tmp_path: Path) -> None:
 
 
 def test_every_other_folder_in_build_is_a_reserved_name() -> None:
-    code = "".join(file.read_text() for file in Path("serving").rglob("*.py"))
-    found = set(re.findall(r'(?:build_dir\(|(?:args|options)\.build / |folder\.with_name\()"([\w-]+)"', code))
-    assert {"gateway", "serving"} <= found <= NO_MODELS
+    code = "".join(file.read_text() for room in ("cli", "serving") for file in Path(room).rglob("*.py"))
+    of_build = r'build_dir\(|build_dir\(""\) / |(?:args|options)\.build / |folder\.with_name\('
+    found = set(re.findall(rf'(?:{of_build})"([\w-]+)"', code))
+    assert {"gateway", "gpu-check", "serving", "site"} <= found <= NO_MODELS
 
 
 def test_shapes_come_from_the_corners_of_the_profile() -> None:

@@ -19,7 +19,7 @@ from deepseek.spec import DeploymentSpec, InputError
 from deepseek.spec.files.image_tag import image_tag
 from serving.repository.served_models import MIB, ServedModel, served_models
 from serving.stack import stack
-from serving.stack.env_file import OWN
+from serving.stack.env_file import OWN, setting_before
 from serving.stack.gateway_limits import LEAST_RATE_RPS, gateway_sizes, limits
 from serving.stack.refresh import refresh
 from serving.stack.server_sizes import server_sizes
@@ -252,6 +252,22 @@ def test_ports_and_name_stay_as_the_env_file_has_them(tmp_path: Path) -> None:
         found = write(tmp_path, *more)
         assert (found["LOCAL_PORTS"], found["COMPOSE_FILE"]) == ("0", "compose.yaml:docker/compose.closed.yaml")
     assert found["GATEWAY_PORT"] == "443"
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("GATEWAY_PORT=9443", "9443"),
+        ("GATEWAY_PORT='9443'", "9443"),
+        ('export GATEWAY_PORT = "9443"  # public', "9443"),
+        ("GATEWAY_PORT=94#43 # public", "94#43"),
+        ("GATEWAY_PORT=9443\nGATEWAY_PORT=", ""),
+        ("# GATEWAY_PORT=9443\nMY_GATEWAY_PORT=9443\nGATEWAY_PORTS=9443", ""),
+    ],
+)
+def test_a_setting_of_the_env_file_is_read_as_compose_reads_it(tmp_path: Path, line: str, value: str) -> None:
+    (tmp_path / "env").write_text(f"GATEWAY_HOST=x\n{line}\nLOCAL_PORTS=0\n")
+    assert setting_before(tmp_path / "env", "GATEWAY_PORT") == value
 
 
 def test_every_variable_of_the_compose_files_is_written_or_has_a_default(tmp_path: Path) -> None:

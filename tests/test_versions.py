@@ -364,11 +364,14 @@ def test_the_leftovers_of_a_killed_publisher_are_ignored(live: Path, tmp_path: P
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="what others may read is only changed for root")
-def test_others_can_read_the_versions_that_root_publishes(live: Path, release: Release) -> None:
+def test_others_can_read_what_root_publishes_and_rolls_back_to(live: Path, release: Release, tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
         release(2)
+        release(3)
+        move_out(live, 3, back_to=2, archive=tmp_path / "withdrawn")
     finally:
         os.umask(before)
+    assert (live / "config.pbtxt").stat().st_mode & 0o777 == 0o644
     assert (live / "2").stat().st_mode & 0o777 == 0o755
     assert {path.stat().st_mode & 0o777 for path in (live / "2").iterdir() if path.is_file()} == {0o644}

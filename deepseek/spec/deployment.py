@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from deepseek.vocabulary import Vocabulary
 
 # Folders in build/ that do not belong to a model; every other folder there has the name of its model.
-NO_MODELS = frozenset({"gateway", "gateway-authority", "key", "kubernetes", "observe", "serving", "stack"})
+NO_MODELS = frozenset(
+    ("bench", "gateway", "gateway-authority", "gpu-check", "key", "kubernetes", "observe", "serving", "site", "stack")
+)
 
 
 def _not_ours(name: str) -> str:

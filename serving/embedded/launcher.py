@@ -108,6 +108,12 @@ class EmbeddedServer:
         return self._process.popen.pid
 
     @property
+    def served(self) -> Path:
+        """The folder that Triton reads: each model with the versions that it serves, and their configuration."""
+        assert self._verified is not None
+        return self._verified.folder
+
+    @property
     def failure(self) -> str | None:
         """Why the supervisor stopped the server; None if it did not."""
         return self._supervisor.failure if self._supervisor else None

@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from deepseek.spec import InputError
 from deepseek.spec.children import ends_with_us
+from deepseek.spec.files.repository import CONFIG, model_folders
 from serving.embedded.flags import OPENAI_DRAIN_S
 from serving.embedded.ports import ReservedPorts
 from serving.embedded.supervisor import MOST_TIMES, WITHIN_S
-from serving.repository.checks import Finding, config_of, models_in
+from serving.repository.checks import Finding, config_at
 
 NAME = "OpenAI"
 KILL_AFTER_S = 2.0  # beyond OPENAI_DRAIN_S
@@ -100,9 +102,13 @@ class OpenAIProcess:
         )
 
 
-def takes(repository: Path, parameter: str) -> bool:
-    """Whether a model's configuration has this parameter: TEXT or VOCABULARY."""
-    return any(parameter in config_of(model).parameters for model in models_in(repository))
+def takes(folder: Path, parameter: str) -> bool:
+    """Whether a readable configuration of the models in a folder has this parameter: TEXT or VOCABULARY."""
+    for model in model_folders(folder):
+        with contextlib.suppress(InputError):
+            if parameter in config_at(model / CONFIG).parameters:
+                return True
+    return False
 
 
 def missing_packages() -> Finding | None:

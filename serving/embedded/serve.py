@@ -50,10 +50,10 @@ class _Routes:
             self._say_once(f"warning   no page to try the models: {error}")
 
     def _takes_texts(self) -> bool:
-        return takes(self._server.repository, TEXT)
+        return takes(self._server.served, TEXT)
 
     def _needed(self) -> bool:
-        return self._takes_texts() or (self._has_page and takes(self._server.repository, VOCABULARY))
+        return self._takes_texts() or (self._has_page and takes(self._server.served, VOCABULARY))
 
     def _start(self) -> None:
         if self._missing or not self._needed():
@@ -80,7 +80,7 @@ class _Routes:
             self._looked_s = time.monotonic()
             try:
                 self._start()
-            except InputError as error:  # the port is in use, or a configuration cannot be read: the server continues
+            except InputError as error:  # the port is in use: the server continues
                 what = "OpenAI routes" if self._takes_texts() else "page to try the models"
                 self._say_once(f"warning   no {what}: {error}")
             if self.process:
@@ -102,7 +102,7 @@ def _serve(server: EmbeddedServer, command: list[str], routes: _Routes | None = 
     print(f"HTTP      http://{server.http_url}/v2")
     print(f"gRPC      {server.grpc_url}")
     if routes and routes.process:
-        if takes(server.repository, TEXT):
+        if takes(server.served, TEXT):
             print(f"OpenAI    {routes.process.url}")
         print(f"page      {routes.process.url.removesuffix('v1')}")
     print(f"metrics   {server.metrics_url}")

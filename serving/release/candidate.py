@@ -76,7 +76,7 @@ class Candidate:
                 f"nothing to release: {self.model / str(self.before)} equals {what}; change the model or its "
                 "deploy.toml, or name another repository (NEW=)"
             )
-        self.journal.keep(MANIFEST, (staged / str(self.number) / MANIFEST).read_text())
+        self.journal.keep(MANIFEST, (staged / str(self.number) / MANIFEST).read_text(encoding="utf-8"))
         manifest = PublishedManifest.load(staged / str(self.number) / MANIFEST)
         if self.options.new:
             self._check_weights(manifest)

@@ -180,6 +180,7 @@ def move_out(
     with alone_in(model.parent):
         draft = model / f"{SCRATCH}{CONFIG}"
         _draft_config(model / str(back_to) / CONFIG, draft)
+        let_all_read(draft)
         os.replace(draft, model / CONFIG)
         draft.unlink(missing_ok=True)  # os.replace keeps it if both names are the same file
         out = sorted(version for version in versions_of(model) if back_to < version <= number)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import socket
 from pathlib import Path
 
@@ -103,15 +104,17 @@ def _own_lines(env_file: Path) -> str:
 
 
 def setting_before(path: Path, name: str) -> str:
-    """The value of a variable in the env file; "" if it is not set there."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return next((line.partition("=")[2] for line in reversed(lines) if line.startswith(f"{name}=")), "")
+    """The value of a variable in the env file, as Compose reads it; "" if it is not set there."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    value = r"""(?:'([^'\n]*)'|"([^"\n]*)"|(.*?))"""
+    found = re.findall(rf"^[ \t]*(?:export[ \t]+)?{name}[ \t]*=[ \t]*{value}[ \t]*(?:[ \t]#.*)?$", text, re.MULTILINE)
+    return "".join(found[-1]) if found else ""
 
 
 def running_gateway(repository: Path, env_file: Path = Path(".env")) -> str:
     """host:port of the stack's gateway if the env file's stack serves this repository and something listens there."""
     served, port = (setting_before(env_file, name) for name in ("STACK_REPOSITORY", "GATEWAY_PORT"))
-    if not port.isdecimal() or Path(served.strip("'")) != repository.resolve():
+    if not port.isdecimal() or Path(served) != repository.resolve():
         return ""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(port)), timeout=5):
         return f"localhost:{port}"

@@ -103,11 +103,14 @@ def onto_disk(place: Path) -> None:
             os.close(descriptor)
 
 
-def let_all_read(folder: Path) -> None:
-    """Makes what root wrote readable to all: containers run as another user, and root's umask may shut them out."""
+def let_all_read(place: Path) -> None:
+    """Makes a file, or a folder with its contents, that root wrote readable to all.
+
+    Containers run as another user, and root's umask may shut them out.
+    """
     if os.geteuid() == 0:
-        found = [Path(place, name) for place, folders, files in os.walk(folder) for name in (*folders, *files)]
-        for path in (folder, *found):
+        found = [Path(above, name) for above, folders, files in os.walk(place) for name in (*folders, *files)]
+        for path in (place, *found):
             with suppress(FileNotFoundError):  # another publisher has just moved its file
                 mode = path.lstat().st_mode
                 wanted = mode | (0o755 if stat.S_ISDIR(mode) else 0o644)
