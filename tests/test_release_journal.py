@@ -250,6 +250,8 @@ def test_the_local_port_of_a_running_stack_is_found(tmp_path: Path, monkeypatch:
         Path(".env").write_text(f"{stack}LOCAL_HTTP_PORT=8100\nLOCAL_GRPC_PORT=8101\n")
         assert [url(), url("--protocol", "http")] == ["127.0.0.1:8101", "127.0.0.1:8100"]
         assert [url("--url", "a:1"), url("--grpc-port", "2")] == ["a:1", "127.0.0.1:2"]
+        Path("other.env").write_text(f"{stack}LOCAL_GRPC_PORT=8201\n")
+        assert url("--env-file", "other.env") == "127.0.0.1:8201"
         Path(".env").write_text(stack)  # LOCAL_PORTS=0
         assert url() == "127.0.0.1:8001"
     Path(".env").write_text(f"{stack}LOCAL_GRPC_PORT=8101\n")
@@ -260,7 +262,7 @@ def test_a_rollback_says_that_a_stack_without_local_ports_follows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.release.rollback.refresh_stack", lambda repository: Skipped("no stack"))
-    monkeypatch.setattr("serving.release.rollback.running_gateway", lambda repository: "localhost:8443")
+    monkeypatch.setattr("serving.release.rollback.running_gateway", lambda *_: "localhost:8443")
     monkeypatch.setattr(Rollback, "_take_out", lambda _: None)
     journal = ReleaseJournal(tmp_path / "releases", "rollback", 1, before=2)
     Rollback(live_options("127.0.0.1:9", repository=tmp_path), journal, 2, 1).run()

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import yaml
 
 from cli.main import values_of
 from deepseek.spec import DeploymentSpec, InputError
+from deepseek.spec.files.folders import alone_in
 from deepseek.spec.files.image_tag import image_tag
 from serving.repository.served_models import MIB, ServedModel, served_models
 from serving.stack import stack
@@ -300,6 +302,20 @@ def test_the_users_own_lines_of_the_env_file_stay_below_ours(tmp_path: Path) -> 
     own = f"{OWN}\nHTTPS_PROXY=http://proxy.example\nTRITON_MEMORY=4000m\n"
     assert env_file.read_text().endswith(own)
     assert env_file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_stack_that_another_process_writes_is_read_and_written_after_it(tmp_path: Path) -> None:
+    write_add_one(tmp_path / "repository")
+    folder, env_file = tmp_path / "build" / "gateway", tmp_path / "env"
+    words = ("--repository", str(tmp_path / "repository"), "--folder", str(folder), "--env-file", str(env_file))
+    with alone_in(folder):
+        command = [sys.executable, "-m", "cli", "stack", *words]
+        waiting = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert waiting.stderr is not None
+        assert waiting.stderr.readline() == f"waiting for another process in {folder}\n"
+        write_add_one(tmp_path / "repository", "added_meanwhile")
+    waiting.communicate()
+    assert "added_meanwhile=onnxruntime" in settings_of(env_file)["STACK_TARGETS"]
 
 
 def test_models_of_several_folders_keep_their_objectives(

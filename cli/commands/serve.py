@@ -36,6 +36,7 @@ LIVE = (
     *SERVER,
     Option("--load-rate", "requests/s during the switch (default: the SLO's, 200 at most)", kind=float, variable=""),
     Option("--switch-s", "longest wait for the server to switch", kind=float, default=60.0, variable=""),
+    ENV_FILE,
 )
 """Options for the server that callers use while its version changes."""
 
@@ -56,7 +57,6 @@ RELEASE = Command(
         Option("--threshold", "per cent by which p50 may rise", kind=float, default=10.0, variable=""),
         Option("--parity-rows", "most evaluation rows of parity (default: all)", kind=int, variable=""),
         Option("--start-timeout-s", "longest wait for the candidate to start", kind=float, default=300.0, variable=""),
-        ENV_FILE,
         JSON,
     ),
     examples=(

@@ -12,7 +12,6 @@ import math
 import socket
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from deepseek.spec import GateFailed, InputError
@@ -30,15 +29,16 @@ def check_live_options(options: argparse.Namespace) -> None:
         raise InputError(f"--load-rate {options.load_rate:g}: it must be more than 0 and at most {MOST_RPS} requests/s")
     if not 0 < options.switch_s < math.inf:
         raise InputError(f"--switch-s {options.switch_s:g}: it must be more than 0")
-    local = setting_before(Path(".env"), f"LOCAL_{options.protocol.upper()}_PORT")  # make stack LOCAL_PORTS=8100,8101
-    if local and not options.given & {"url", "http_port", "grpc_port"} and running_gateway(options.repository):
+    local = setting_before(options.env_file, f"LOCAL_{options.protocol.upper()}_PORT")  # LOCAL_PORTS=8100,8101
+    named = options.given & {"url", "http_port", "grpc_port"}
+    if local and not named and running_gateway(options.repository, options.env_file):
         options.url = f"127.0.0.1:{local}"
 
 
-def needs_restart(repository: Path) -> str:
+def needs_restart(options: argparse.Namespace) -> str:
     """Why the running stack loads a new version of the repository only at a restart; "" if none runs, or it follows."""
-    on_gpu = setting_before(Path(".env"), "COMPOSE_FILE").startswith(GPU_FILES)
-    gateway = running_gateway(repository) if on_gpu else ""
+    on_gpu = setting_before(options.env_file, "COMPOSE_FILE").startswith(GPU_FILES)
+    gateway = running_gateway(options.repository, options.env_file) if on_gpu else ""
     return f"NVIDIA's Triton behind {gateway} does not follow it (docker compose restart triton)" if gateway else ""
 
 
@@ -56,7 +56,7 @@ class LiveServer:
         """Asks the server for its version; raises InputError if that is not the repository's `newest`."""
         if newest is None:
             return cls(options=options, version=None, absent="nothing was served before")
-        if restart := needs_restart(options.repository):
+        if restart := needs_restart(options):
             return cls(options=options, version=None, absent=restart)
         live = cls(options=options, version=None)
         version, reason = live.look()
@@ -65,7 +65,7 @@ class LiveServer:
                 raise InputError(f"{reason}; a server may run at {live.url}: try again when it answers, or stop it")
             if "url" in options.given:
                 raise InputError(f"{reason}; leave the address out to release with no server running")
-            if gateway := running_gateway(options.repository):
+            if gateway := running_gateway(options.repository, options.env_file):
                 raise InputError(
                     f"{reason}, but the stack of this repository runs behind {gateway} and would load the version "
                     f"without the switch gate; name it: URL={gateway} CA_CERT=build/gateway/ca.crt with a key in "

@@ -33,14 +33,14 @@ class Rollback:
         self.live = LiveServer(options=options, version=None)
 
     def run(self) -> None:
-        restart = needs_restart(self.options.repository)
+        restart = needs_restart(self.options)
         version, reason = (None, restart) if restart else self.live.look()
         steps = StepRunner(self.journal, as_json=self.options.json)
         try:
             if version is not None:
                 steps.do("switch", self.switch)
             elif restart or self.live.refuses():
-                gateway = "" if restart else running_gateway(self.options.repository)
+                gateway = "" if restart else running_gateway(self.options.repository, self.options.env_file)
                 follows = f"which the stack behind {gateway} follows within seconds; not watched: it has no local port"
                 when = follows if gateway else f"served at the server's next start; {reason}"
                 steps.do("repository", lambda: self._offline(when))

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.spec import InputError
+from deepseek.spec.files.folders import alone_in
 from serving.stack.certificate import write_private
 from serving.stack.gateway_folder import ensure_folder, gateway_folder
 
@@ -139,7 +140,8 @@ def main(options: argparse.Namespace) -> None:
     elif options.name is not None:
         expires_s = None if options.expires_days is None else options.expires_days * DAY_S
         check_new(options.name, expires_s, options.rate_rps)  # before the folder is made
-        ensure_folder(folder, options.host)
+        with alone_in(folder):
+            ensure_folder(folder, options.host)
         key = new_key(folder, options.name, expires_s=expires_s, rate_rps=options.rate_rps, bulk=options.bulk)
         result = {"name": options.name, "key": key, "id": digest(key)[:ID_DIGITS]}
         print(json.dumps(result) if options.json else key)

@@ -111,7 +111,7 @@ def setting_before(path: Path, name: str) -> str:
     return "".join(found[-1]) if found else ""
 
 
-def running_gateway(repository: Path, env_file: Path = Path(".env")) -> str:
+def running_gateway(repository: Path, env_file: Path) -> str:
     """host:port of the stack's gateway if the env file's stack serves this repository and something listens there."""
     served, port = (setting_before(env_file, name) for name in ("STACK_REPOSITORY", "GATEWAY_PORT"))
     if not port.isdecimal() or Path(served) != repository.resolve():

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepseek.spec.files.folders import beside, write_whole
+from deepseek.spec.files.folders import alone_in, beside, write_whole
 from serving.observe.alerts import RUNBOOK, as_yaml, rules
 from serving.observe.dashboard import dashboard
 from serving.repository.served_models import ServedModel, served_models
@@ -30,10 +30,11 @@ def refresh(repository: Path, folder: Path) -> bool:
     source = source_of(repository, folder)
     if not source:
         return False
-    models = served_models(repository, Path(source["models"]), folders_of(source))
-    if (folder / "limits.conf").read_text() != limits(models):
-        write_limits(models, folder)
-    write_observed(models, observe_folder(folder), source["runbook"])
+    with alone_in(folder):
+        models = served_models(repository, Path(source["models"]), folders_of(source))
+        if (folder / "limits.conf").read_text() != limits(models):
+            write_limits(models, folder)
+        write_observed(models, observe_folder(folder), source["runbook"])
     return True
 
 

@@ -15,7 +15,7 @@ import sys
 from dataclasses import asdict
 
 from deepseek.spec import InputError
-from deepseek.spec.files.folders import let_all_read, write_whole
+from deepseek.spec.files.folders import alone_in, let_all_read, write_whole
 from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
 from serving.observe.alerts import RUNBOOK
 from serving.repository.served_models import ServedModel, served_models
@@ -81,13 +81,14 @@ def _write(options: argparse.Namespace, models: list[ServedModel], runbook: str)
 
 def main(options: argparse.Namespace) -> None:
     _check(options)
-    before = source_of(options.repository, options.folder)
-    models = served_models(options.repository, options.models, folders_of(before))
-    names = [model.name for model in models]
-    if options.model and options.model not in names:
-        raise InputError(f"--model {options.model!r}: not in {options.repository}, which has {', '.join(names)}")
-    _write(options, models, options.runbook or before.get("runbook") or RUNBOOK)
-    write_env_file(options.env_file, environment(models, options))
+    with alone_in(options.folder):  # else the files of an older look at the repository may replace those of a newer one
+        before = source_of(options.repository, options.folder)
+        models = served_models(options.repository, options.models, folders_of(before))
+        names = [model.name for model in models]
+        if options.model and options.model not in names:
+            raise InputError(f"--model {options.model!r}: not in {options.repository}, which has {', '.join(names)}")
+        _write(options, models, options.runbook or before.get("runbook") or RUNBOOK)
+        write_env_file(options.env_file, environment(models, options))
     _report(options, models)
 
 
