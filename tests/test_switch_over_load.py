@@ -55,6 +55,17 @@ def test_the_figures_cover_the_load_before_around_and_after_the_change() -> None
             rate_of(wrong, spec)
 
 
+def test_the_load_has_the_rate_of_the_targets_slo(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float | None] = []
+    monkeypatch.setattr("loadtests.release.switch_over_load.check", lambda *_: None)
+    monkeypatch.setattr(
+        "loadtests.release.switch_over_load.drive", lambda client, settings, *_: rates.append(settings.rate_rps)
+    )
+    for target in ("tensorrt", "onnxruntime"):  # minilm: 200 on a GPU, 40 on two cores
+        main(values_of("switch-over-load", "--model", "minilm", "--target", target, "--until", "2"))
+    assert rates == [200, 40]
+
+
 def test_the_command_loads_the_server_until_it_reports_the_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -170,6 +170,7 @@ INSIDE = (
         options=(
             *MODEL,
             *SERVER,
+            TARGET,
             TLS,
             Option("--until", "version to wait for", kind=int, required=True),
             Option("--rate", "requests/s (default: the SLO's, 200 at most)", kind=float),

@@ -193,7 +193,7 @@ RELEASE_ROWS = (
         "rollback",
         "serving.release.rollback",
         "go back to the previous version, in seconds",
-        options=(*MODEL, REPOSITORY, *LIVE, JSON),
+        options=(*MODEL, REPOSITORY, TARGET, *LIVE, JSON),
         examples=("deepseek rollback", "deepseek rollback --model minilm --url 127.0.0.1:8001"),
         notes="Exit codes: 0 rolled back, 1 no intact version, the server did not switch, or requests failed.",
     ),

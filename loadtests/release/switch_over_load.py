@@ -25,7 +25,6 @@ from typing import Any
 from deepseek_client import InferenceClient, InferenceError
 
 from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement
-from deepseek.targets import DEFAULT
 from loadtests.load.background_load import BackgroundLoad, Stream
 from loadtests.load.endpoint import inputs_of
 from loadtests.load.preflight import check
@@ -139,11 +138,11 @@ def rate_of(asked: float | None, spec: DeploymentSpec) -> float:
 
 def main(args: argparse.Namespace) -> None:
     """Runs the load that the options describe and prints the protocol's JSON lines."""
-    spec = DeploymentSpec.of_model(args.model, args.models)
+    spec = DeploymentSpec.of_model(args.model, args.models).for_target(args.target)
     settings = LoadSettings(
         model=args.model,
         models=str(args.models),
-        target=DEFAULT,
+        target=args.target,
         protocol=args.protocol,
         url=args.url,
         tls=args.tls,

@@ -114,7 +114,7 @@ class LiveServer:
         rate = ("--rate", str(self.options.load_rate)) if self.options.load_rate else ()
         longest = ("--max-s", str(self.options.switch_s), "--timeout-s", str(timeout_s))
         times = ("--before-s", str(before_s), "--after-s", str(after_s), *longest)
-        return (*self._access(), *times, *rate, "--until", str(until))
+        return (*self._access(), "--target", self.options.target, *times, *rate, "--until", str(until))
 
     def judged(self, found: dict[str, Any], number: int, *, failing: bool = False) -> str:
         """Sums up the load in a line; raises GateFailed if the server did not switch or a request was lost.
