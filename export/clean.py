@@ -1,4 +1,8 @@
-"""Removes everything built for a model; waits for a running build of it first."""
+"""Removes everything built for a model; waits for a running build of it first.
+
+With its last model, a repository also loses the generated part of the env file. The stack's name and ports stay: under
+the default ones, `docker compose up` could replace another clone's stack.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +12,24 @@ from pathlib import Path
 
 from deepseek.spec import build_dir
 from deepseek.spec.files.folders import write_whole
+from deepseek.spec.files.repository import model_folders
 from export.build import alone_in_build
 
 OURS = ("# Yours: ", "# Written by make engine")
+CHOICES = ("COMPOSE_PROJECT_NAME=", "GATEWAY_PORT=", "LOCAL_PORTS=")
 
 
 def remove_env_file(path: Path) -> None:
-    """Removes the generated part of the env file; lines below "# Yours:" belong to the user and stay."""
+    """Removes what `make stack` computes; the user's choices, and the lines below "# Yours:", stay."""
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if not any(line.startswith(OURS) for line in lines):
         return
     mark = next((number for number, line in enumerate(lines) if line.startswith("# Yours: ")), len(lines))
-    if lines[mark + 1 :]:
-        write_whole(path, "".join(lines[mark:]))
+    chosen = [line for line in lines[:mark] if line.startswith(CHOICES)]
+    if lines[mark + 1 :] or (chosen and lines[mark:]):
+        write_whole(path, "".join([*chosen, *lines[mark:]]))
     else:
         path.unlink()
 
@@ -31,4 +38,7 @@ def main(options: argparse.Namespace) -> None:
     with alone_in_build(options.model):
         shutil.rmtree(Path(options.repository) / options.model, ignore_errors=True)
         shutil.rmtree(build_dir(options.model), ignore_errors=True)
-        remove_env_file(Path(options.env_file))
+        if model_folders(Path(options.repository)):
+            print("clean     other models are left; make stack rewrites the stack's limits and alerts for them")
+        else:
+            remove_env_file(Path(options.env_file))

@@ -355,13 +355,19 @@ def test_a_second_build_of_a_folder_waits_and_so_does_clean(
         assert graph.exists() is left
 
 
-def test_clean_keeps_the_users_own_lines(tiny: Path) -> None:
-    env, ours, yours = tiny / "env", f"{WRITTEN}\nA=1\n", f"{OWN}\n"
+def test_clean_keeps_the_users_own_lines_and_choices(tiny: Path) -> None:
+    env, ours, yours, port = tiny / "env", f"{WRITTEN}\nA=1\n", f"{OWN}\n", "GATEWAY_PORT=9443\n"
     own = f"{yours}MINE=1\n"
-    for before, after in ((ours + own, own), (ours + yours, None), (ours, None), ("MINE=1\n", "MINE=1\n")):
+    cases = [(ours + own, own), (ours + yours, None), (ours, None), ("MINE=1\n", "MINE=1\n")]
+    for before, after in (*cases, (ours + port + yours, port + yours)):
         env.write_text(before)
         clean.main(options_of(tiny))
         assert (env.read_text() if env.exists() else None) == after
+    (tiny / "repository" / "another").mkdir(parents=True)
+    (tiny / "repository" / "another" / "config.pbtxt").touch()
+    env.write_text(ours + yours)
+    clean.main(options_of(tiny))
+    assert env.read_text() == ours + yours  # the stack still serves another model
 
 
 def test_a_build_that_does_nothing_loads_neither_torch_nor_numpy(engine: Run, tiny: Path) -> None:

@@ -68,7 +68,7 @@ ROWS = (
     Command(
         "clean",
         "export.clean",
-        "remove what was built for a model; keep your own lines in the env file",
+        "remove what was built for a model; keep your own lines in the env file, and the stack's name and ports",
         options=(*MODEL, REPOSITORY, ENV_FILE),
         examples=("deepseek clean --model minilm",),
     ),
