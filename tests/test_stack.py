@@ -72,6 +72,7 @@ PROVIDER = 'backend: "python"\nparameters {{ key: "provider" value {{ string_val
         (PROVIDER.format("cuda"), "compose.yaml:docker/compose.gpu.yaml"),
         ('backend: "tensorrt"', "compose.yaml:docker/compose.gpu.yaml"),
         ('backend: "pytorch"', "compose.yaml:docker/compose.gpu.yaml"),
+        ('platform: "tensorrt_plan"', "compose.yaml:docker/compose.gpu.yaml"),
     ],
 )
 def test_one_engine_that_needs_a_gpu_takes_nvidias_triton_for_all(

@@ -128,7 +128,9 @@ def _served(folder: Path, models: Path | None) -> ServedModel:
     sent, answered = _name_bytes(config)
     return ServedModel(
         name=folder.name,
-        needs_gpu=config.backend not in ("", "python") or ENGINE in config.parameters or _is_nvidia(provider),
+        needs_gpu=(config.backend or config.platform) not in ("", "python")
+        or ENGINE in config.parameters
+        or _is_nvidia(provider),
         provider=provider,
         instances=max(1, group.count),
         weights_bytes=manifest.size_bytes if manifest else 0,
