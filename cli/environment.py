@@ -11,7 +11,7 @@ Contract: `environment.py NEED ...` installs what the needs name, pinned by `req
 
 The environment uses the first Python 3.11 to 3.13 that can make one; PYTHON= names another. If a set-up is killed, the
 next one completes it. If two run at once, one waits for the other. An up-to-date set-up takes milliseconds: each need
-has a stamp with the digest of its sources. Exit codes: 0 done, 2 the set-up failed.
+has a stamp with the digest of its sources and the clone's folder. Exit codes: 0 done, 2 the set-up failed.
 
 Examples:
     python3 cli/environment.py
@@ -97,18 +97,19 @@ def set_up(venv: Path, needs: list[str]) -> None:
             set_up_system()
         for need in left:
             if need != "system" or has_system():
-                stamp(venv, need).write_text(digest(need))
+                stamp(venv, need).write_text(f"{digest(need)}\n{ROOT}\n")  # editable packages lie there
     finally:
         os.close(lock)
 
 
 def missing(venv: Path, needs: list[str]) -> list[str]:
-    """The needs whose stamp is missing or has another digest."""
+    """The needs whose stamp is missing or has another digest, and all needs of a clone that was moved."""
     found = []
     for need in needs:
         try:
-            done = stamp(venv, need).read_text() == digest(need)
-        except OSError:
+            made, *clone = stamp(venv, need).read_text().splitlines()
+            done = made == digest(need) and all(map(os.path.isdir, clone))
+        except (OSError, ValueError):
             done = False
         if not done:
             found.append(need)

@@ -55,6 +55,19 @@ def test_a_need_is_set_up_again_only_if_its_sources_change(
     assert missing(tmp_path, ["base", "test"]) == ["test"]
 
 
+def test_a_moved_clone_is_set_up_again(
+    tmp_path: Path, installed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for source in environment.SOURCES:
+        (tmp_path / "clone" / source).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, tmp_path / "clone" / source)
+    monkeypatch.setattr(environment, "ROOT", tmp_path / "clone")
+    set_up(tmp_path / "venv", [])
+    assert missing(tmp_path / "venv", ["base"]) == []
+    monkeypatch.setattr(environment, "ROOT", (tmp_path / "clone").rename(tmp_path / "moved"))
+    assert missing(tmp_path / "venv", ["base"]) == ["base"]
+
+
 def test_with_a_gpu_torch_is_the_cuda_build(
     tmp_path: Path, installed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
