@@ -364,6 +364,22 @@ def test_a_graph_that_cannot_be_loaded_is_refused_and_the_others_are_compared(te
     assert stage(text, "select_precision", "--precision", "fp16").returncode == 1
 
 
+def test_a_candidate_at_whose_outputs_evaluate_fails_is_refused_and_the_others_are_compared(text: Path) -> None:
+    with (text / "models" / "text" / "model.py").open("a") as file:
+        file.write(
+            "\n_evaluate = evaluate\ndef evaluate(predict):\n    row = next(iter(samples('evaluation')))\n"
+            "    right = load()(*map(torch.from_numpy, row.values())).numpy(force=True)\n"
+            "    assert np.allclose(predict(row)['embedding'], right, atol=1e-5), 'other outputs'\n"
+            "    return _evaluate(predict)\n"
+        )
+    run = stage(text, "select_precision", "--json")
+    assert run.returncode == 0, run.stderr
+    refused = json.loads(run.stdout)["refused"]
+    assert refused.keys() == {"fp16", "int8"}
+    assert all("evaluate(): AssertionError: other outputs" in reason for reason in refused.values())
+    assert stage(text, "select_precision", "--precision", "int8").returncode == 1
+
+
 def test_speed_is_measured_at_opt_even_if_no_two_rows_share_a_shape(text: Path) -> None:
     path = text / "build" / "text" / "evaluation.npz"
     rows = {row["input_ids"].shape: row for row in load_rows(path)}

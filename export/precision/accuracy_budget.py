@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from deepseek.precisions import EIGHT_BITS
-from deepseek.spec import DeploymentSpec, GateFailed, Precision, build_dir
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, Precision, build_dir
 from deepseek.spec.files.folders import scratch_in
 from deepseek.spec.paired_drop import DropJudgement, PairedRows, judge_drop, values_text
 from export.artifact import onnx_path, pruning_of, read_manifest
@@ -89,7 +89,7 @@ class Baseline:
         """
         outputs = outputs_of(self.source.spec, predict, self.rows)
         report = parity(self.source.spec, outputs, self.outputs)
-        found = evaluated(self.source, predict)
+        found = self._evaluated(predict)
         if self.by_similarity:
             same = parity(self.source.spec, outputs, self.unpruned_outputs)
             drop, paired = metric_drop("similarity", similarity(same), 1.0), None
@@ -110,6 +110,13 @@ class Baseline:
             "values": None if found.values is None else values_text(found.values),
             "parity": report,
         }
+
+    def _evaluated(self, predict: Predict) -> Evaluated:
+        """A variant's metrics; raises GateFailed if evaluate() fails, which it did not with PyTorch's outputs."""
+        try:
+            return evaluated(self.source, predict)
+        except InputError as error:
+            raise GateFailed(str(error)) from error
 
     @property
     def by_similarity(self) -> bool:
@@ -133,7 +140,7 @@ class Baseline:
             unpruned = [self.unpruned_outputs[place] for place in places]
             return metric_drop("similarity", similarity(parity(self.source.spec, outputs, unpruned)), 1.0), None
         mixed = _Mixed(predict, self.predict, choosing)
-        found = evaluated(self.source, mixed)
+        found = self._evaluated(mixed)
         if not 0 < mixed.share < 1:
             raise _too_few_rows()
         pruned = evaluated(self.source, self.predict) if pruning_of(self.source.spec.name) else self.evaluated

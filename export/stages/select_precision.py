@@ -142,7 +142,6 @@ def compare(source: ModelFolder, target: Target, only: Precision | None) -> dict
     refused = {name: why for name in tried if (why := _refusal(spec, name, target) or _failure(spec, name, target))}
     if only in refused or "fp32" in refused:
         raise GateFailed(refused[only if only in refused else "fp32"])
-    candidates = [name for name in wanted if name not in refused]
     names = [name for name in tried if name not in refused]
     module = source.load()
     weights = weights_digest(module)
@@ -154,18 +153,25 @@ def compare(source: ModelFolder, target: Target, only: Precision | None) -> dict
     for name in names:
         with log.status(f"{name} on {target}"):
             runners[name] = variant_predictor(spec, name, target)
-            variants[name] = measured(
-                keys[name],
-                spec.name,
-                lambda name=name: {  # type: ignore[misc]
-                    **_measured(baseline(), runners[name], sensitivity_of(spec, name)),
-                    "pytorch": baseline().metrics,
-                },
-            )
+            try:
+                variants[name] = measured(
+                    keys[name],
+                    spec.name,
+                    lambda name=name: {  # type: ignore[misc]
+                        **_measured(baseline(), runners[name], sensitivity_of(spec, name)),
+                        "pytorch": baseline().metrics,
+                    },
+                )
+            except GateFailed as error:
+                if name in ("fp32", only):
+                    raise
+                refused[name] = str(error)
+                continue
             if name == "fp32":
                 _check_fp32(spec, target, variants[name]["parity"])
             metrics = variants[name].pop("pytorch")
             variants[name]["size_bytes"] = read_manifest(engine_path(spec.name, name, target)).size_bytes
+    names, candidates = ([name for name in these if name not in refused] for these in (tried, wanted))
     rows = load_rows(build_dir(spec.name) / "evaluation.npz")
     inputs = inputs_at(spec, rows, {name: axis.opt for name, axis in spec.axes.items()})
     timed_rows = spec.axes[BATCH].opt
