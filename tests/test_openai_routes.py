@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -14,10 +15,11 @@ from typing import Any
 import deepseek_client
 import numpy as np
 import pytest
-from aiohttp import ClientSession, web
+from aiohttp import ClientSession
 from deepseek_client import BULK, InferenceError
 from deepseek_client.metadata import TensorMetadata
 
+from serving.openai import __main__ as openai_process
 from serving.openai.errors import ApiError, from_client
 from serving.openai.inference import vectors_of
 from serving.openai.metrics import Metrics
@@ -28,7 +30,8 @@ from serving.openai.text_models import TextModel
 class StandIn:
     """Stands in for the connections to Triton: notes each call, and answers once it is released."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: int = 1) -> None:
+        self.numbers = numbers  # of a vector
         self.calls: list[tuple[list[str], Any]] = []  # texts and parameters
         self.released, self.cancelled = asyncio.Event(), asyncio.Event()
 
@@ -39,7 +42,8 @@ class StandIn:
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
-        return {"embedding": np.ones((len(texts), 1), np.float32), "tokens": np.ones((len(texts), 1), np.int32)}
+        vectors = np.ones((len(texts), self.numbers), np.float32)
+        return {"embedding": vectors, "tokens": np.ones((len(texts), 1), np.int32)}
 
 
 SMALL = TextModel(name="m", output="embedding", size=1, max_batch=2, parts_at_once=1, max_tokens=8, max_bytes=8)
@@ -56,7 +60,7 @@ async def in_front_of(triton: Any, model: TextModel, metrics: Metrics | None = N
 
     runner = Routes(Models(), triton, metrics or Metrics()).runner(1)  # type: ignore[arg-type]
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    await openai_process.listen(runner, socket.create_server(("127.0.0.1", 0)))
     yield "127.0.0.1:{1}".format(*runner.addresses[0])
     await runner.cleanup()
 
@@ -185,6 +189,26 @@ def test_a_call_is_cancelled_when_its_caller_disconnects() -> None:
         assert 'openai_requests_total{route="/v1/embeddings",status="499"} 1\n' in metrics.text()
 
     asyncio.run(leave())
+
+
+def test_a_caller_that_takes_no_answer_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its answer counts towards the memory for good, and all callers are refused."""
+    monkeypatch.setattr(openai_process, "SEND_S", 0.5)
+
+    async def stall() -> None:
+        triton, metrics = StandIn(numbers=4096), Metrics()
+        triton.released.set()
+        async with in_front_of(triton, LARGE, metrics) as address:
+            _, writer = await asyncio.open_connection(*address.split(":"))
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            body = json.dumps({"model": "m", "input": ["a"] * 2048}).encode()
+            writer.write(b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            while 'status="499"' not in metrics.text():
+                await asyncio.sleep(0.05)
+            assert (await embed(address, ["a"]))[0] == 200
+            writer.close()
+
+    asyncio.run(asyncio.wait_for(stall(), 60))
 
 
 @pytest.mark.parametrize(

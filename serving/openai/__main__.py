@@ -1,6 +1,7 @@
 """The process of the OpenAI routes: listens on a socket that it inherits, or on a port of all addresses, until SIGTERM.
 
-Contract: after SIGTERM it takes no new connections and gives requests in flight `--drain-s` seconds.
+Contract: after SIGTERM it takes no new connections and gives requests in flight `--drain-s` seconds. A caller that
+takes nothing of its answer for SEND_S is disconnected, because answers count towards the memory of all requests.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from serving.openai.routes import Routes
 from serving.openai.text_models import TextModels
 from serving.openai.triton_http import TritonHttp
 
+SEND_S = 30.0
+
 
 async def _serve(given: argparse.Namespace) -> None:
     stop = asyncio.Event()
@@ -36,10 +39,16 @@ async def _serve(given: argparse.Namespace) -> None:
         gc.freeze()  # else each full collection visits all that was imported
         inherited = given.socket is not None
         listener = socket.socket(fileno=given.socket) if inherited else socket.create_server(("", given.port))
-        await web.SockSite(runner, listener, backlog=1024).start()
+        await listen(runner, listener)
         await stop.wait()
         await runner.cleanup()
         triton.close()
+
+
+async def listen(runner: web.AppRunner, listener: socket.socket) -> None:
+    """Takes connections on a socket."""
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_S * 1000))  # connections inherit it
+    await web.SockSite(runner, listener, backlog=1024).start()
 
 
 if __name__ == "__main__":
