@@ -70,7 +70,9 @@ class TextEncoder:
             lengths: rows are padded to one of these, ascending; none: to the longest of their batch.
         """
         self.tokenizer = Tokenizer.from_file(path)
-        self._encode = self.tokenizer.encode_batch if offsets else self.tokenizer.encode_batch_fast
+        # The fast way leaves out offsets, and the types of a pair's tokens unless the file's post-processor sets them.
+        slow = offsets or (pairs and "token_type_ids" in inputs)
+        self._encode = self.tokenizer.encode_batch if slow else self.tokenizer.encode_batch_fast
         self._inputs, self._dtypes, self._lengths = inputs, dtypes, (min_tokens, *lengths)
         padding, truncation = self.tokenizer.padding or {}, self.tokenizer.truncation or {}
         known = (self.tokenizer.token_to_id(token) for token in PADDING_TOKENS)
