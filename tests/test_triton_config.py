@@ -15,11 +15,14 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, 
 
 from deepseek.spec import DeploymentSpec, SloSpec, TensorrtSpec
 from deepseek.spec.files.measured_batches import BatchingPlan
+from deepseek.vocabulary import Vocabulary
 from export.publishing.triton_config import config_text, model_config
 from export.rows import Row
 from export.stages.publish import publish_version
 
-IMAGE, TEXT, RANKER = (DeploymentSpec.load(f"tests/models/{name}") for name in ("image", "text", "ranker"))
+IMAGE, TEXT, RANKER, SHOP = (
+    DeploymentSpec.load(f"tests/models/{name}") for name in ("image", "text", "ranker", "shop")
+)
 
 
 def changed(spec: DeploymentSpec, **tables: object) -> DeploymentSpec:
@@ -47,6 +50,15 @@ def test_config_pbtxt_has_the_values_of_deploy_toml() -> None:
     assert policy.default_timeout_microseconds == 1_000_000
     assert policy.timeout_action == ModelQueuePolicy.REJECT
     assert config.dynamic_batching.max_queue_delay_microseconds == 1000
+
+
+def test_names_may_fill_the_widest_input_of_a_model() -> None:
+    names = Vocabulary("tests/models/shop/catalogue.csv")
+    seen = {"seen": {"dtype": "int64", "shape": ["batch", 512]}}
+    wide = changed(SHOP, inputs=SHOP.model_dump(mode="json")["inputs"] | seen)
+    for spec, most in ((SHOP, 256), (wide, 512)):
+        config = config_of(spec, vocabulary=names)
+        assert json.loads(config.parameters["vocabulary"].string_value)["names"] == most
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "torchscript"])

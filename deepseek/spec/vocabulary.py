@@ -18,7 +18,7 @@ SKUS, TITLES, UNKNOWN = "skus", "titles", "unknown"
 """The outputs with names, titles, and the number of unknown names in a row."""
 VOCABULARY = "vocabulary"
 """The parameter of config.pbtxt with the settings of a model that takes names."""
-MOST_NAMES = 256  # in a row of a request
+MOST_NAMES = 256  # in a row of a request, or as many as the model's widest input takes
 CATALOGUE = "catalogue.csv"
 """The vocabulary's file name in a version of the model repository."""
 

@@ -157,12 +157,13 @@ def take_names(config: ModelConfig, spec: DeploymentSpec, names: Vocabulary, war
     for entry in config.output:
         if entry.name in cut:
             entry.dims[:] = [-1]
+    fills = {source: (name, int(spec.inputs[name].shape[1])) for source, name in vocabulary.fills().items()}
     settings = {
-        "fills": {source: (name, spec.inputs[name].shape[1]) for source, name in vocabulary.fills().items()},
+        "fills": fills,
         "items": vocabulary.items,
         "cut": cut,
         "most": shape[1],
-        "names": MOST_NAMES,
+        "names": max(MOST_NAMES, *(width for _, width in fills.values())),
         "name_bytes": max(map(len, names.names)),  # this and the next for the stack's limits
         "title_bytes": max(map(len, names.titles)),
     }
