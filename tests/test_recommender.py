@@ -13,6 +13,7 @@ from torch import Tensor
 from deepseek.pruning import PruneConfig, prune_model
 from deepseek.sizing.model.live_memory import LiveBytes
 from deepseek.spec import InputError
+from deepseek.vocabulary import Vocabulary
 from models.recommender import data, model, recipe
 from models.recommender.data import HISTORY, TOP, Interactions
 from models.recommender.model import NextItem, Recommender, transformer_config
@@ -224,6 +225,17 @@ def test_a_shops_log_is_trained_evaluated_and_labelled_and_beats_popularity(
     shop([*log_lines(), "x,sku-1,1,"])
     with pytest.raises(InputError, match=r"trained on another log than .*log.csv \(DATA\); train it"):
         model.load()
+
+
+def test_the_catalogue_has_any_name_of_the_log(shop: Shop) -> None:
+    odd = ["a,b", '"', "a\rb", "a\nb", "列車", "x" * 100_000]
+    shop([*log_lines(), *('x,"' + name.replace('"', '""') + '",1,' for name in odd)])
+    log = data.load()
+    model._write(Recommender(transformer_config(log.num_items)), log, {})
+    assert Vocabulary(model.weights_path().parent / "catalogue.csv").names.tolist() == [
+        n.encode() for n in log.item_ids
+    ]
+    assert set(odd) < set(log.item_ids)
 
 
 @pytest.mark.slow

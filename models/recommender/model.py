@@ -313,7 +313,7 @@ def _write(model: Recommender, log: Interactions, facts: dict[str, Any]) -> None
     for name in ("item_ids", "exclude_ids", "items"):
         write_whole(folder / "labels" / f"{name}.txt", "".join(f"{title}\n" for title in titles))
     table = io.StringIO()
-    rows = csv.writer(table, lineterminator="\n")
+    rows = csv.writer(table)  # its line ends, CR LF, have it quote a name with either
     rows.writerow(("id", "item", "title"))
     rows.writerows(zip(range(1, log.num_items + 1), log.item_ids[1:], titles[1:], strict=True))
     write_whole(folder / "catalogue.csv", table.getvalue())
