@@ -141,7 +141,7 @@ def load() -> Recommender:
         raise InputError(f"{path}: cannot be read ({error}); {advice}") from None
     if about.get("fingerprint") != data.fingerprint():
         log = data.source() or "MovieLens-100K"
-        raise InputError(f"{path}: trained on another log than {log} (DATA); {advice}")
+        raise InputError(f"{path}: trained on another log than {log} (DATA), or before it changed; {advice}")
     model = Recommender(transformer_config(int(about["num_items"])))
     if json.loads(about["transformer"]) != model.transformer.config.as_dict():
         raise InputError(f"{path}: trained with other settings than model.py has now; {advice}")
