@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -57,6 +58,13 @@ def test_a_reader_that_leaves_early_is_no_error(server: EmbeddedServer) -> None:
     run = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_a_terminal_without_utf_8_shows_the_answer(server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+    assert main(["ready", "éclair", "--url", server.grpc_url]) == 1
+    assert shown.getvalue() == b"?clair is not ready\n"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ Examples:
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? for a sign that it lacks
     args = vars(_parser().parse_args(arguments))
     command = getattr(commands, args.pop("command"))
     connection = {name: args.pop(name) for name in ("url", "protocol", "timeout_s", "tls", "ca_cert", "api_key_file")}
