@@ -171,20 +171,30 @@ MLSERVER = {
 }
 
 
-@pytest.mark.parametrize("described", [True, False])
-def test_a_server_without_binary_tensors_is_asked_and_answers_in_json(described: bool) -> None:
+BARE = {"name": "m", "versions": [], "platform": "", "inputs": [], "outputs": [], "parameters": {}}
+INVALID_URL = http_answer(b'{"error":"Invalid request URL"}', status="400 Bad Request")  # of OpenVINO Model Server
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param({}, id="described"),
+        pytest.param({"/v2/models/m": http_json(BARE)}, id="not described"),
+        pytest.param({"/v2/models/m/config": INVALID_URL}, id="configuration refused"),
+    ],
+)
+def test_a_server_without_binary_tensors_is_asked_and_answers_in_json(other: dict[str, bytes]) -> None:
     asked: list[Any] = []
 
     def answer(path: str, body: bytes) -> bytes:
         if path in MLSERVER:
-            bare = {"name": "m", "versions": [], "platform": "", "inputs": [], "outputs": [], "parameters": {}}
-            return MLSERVER[path] if described or not path.endswith("/m") else http_json(bare)
+            return (MLSERVER | other)[path]
         asked.append(json.loads(body))
         y = {**Y, "parameters": {"content_type": "np"}, "data": [2.0, 3.0, 7.5]}
         return http_json({"model_name": "m", "id": "c8df", "parameters": {}, "outputs": [y]})
 
     with http_serving(answer) as url, InferenceClient(url, "http") as client:
-        np.testing.assert_array_equal(client.infer("m", X)["y"], [[2, 3, 7.5]])
+        np.testing.assert_array_equal(client.infer("m", X, outputs=["y"])["y"], [[2, 3, 7.5]])
     (x,) = asked[0]["inputs"]
     assert x == {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [1.0, 1.0, 1.0]}
     assert asked[0]["parameters"].keys() == {"timeout"}

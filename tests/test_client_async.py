@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deepseek_client import AsyncInferenceClient, ConnectionLost, ModelNotFound, ServerBusy
+from deepseek_client import AsyncInferenceClient, ConnectionLost, ModelNotFound, ServerBusy, Unreachable
+from deepseek_client.grpc.channel import AsyncChannel, BlockingChannel, Channel
 
 from serving.embedded.serve import EmbeddedServer
 from tests.failing_servers import Relay, X, answering, mute, protocols, url_of
@@ -49,6 +50,25 @@ def test_calls_left_by_a_failed_gather_leave_no_connection(server: EmbeddedServe
     asyncio.run(main())
     gc.collect()  # an open transport raises a warning, and warnings are errors
     relay.close()
+
+
+@pytest.mark.parametrize("kind", [BlockingChannel, AsyncChannel])
+def test_a_call_that_meets_a_closed_channel_is_a_lost_connection(kind: type[Channel]) -> None:
+    async def main() -> None:
+        channel = kind("127.0.0.1:9", None, 1000)  # type: ignore[call-arg]
+        await channel.close()
+        with pytest.raises(ConnectionLost, match="the client was closed"):
+            await channel.call("ServerReady", b"", 60, (), None)
+
+    asyncio.run(main())
+
+
+def test_a_client_refuses_another_loop() -> None:
+    client = AsyncInferenceClient("127.0.0.1:9", "http", retries=0)
+    with pytest.raises(Unreachable):
+        asyncio.run(client.ready())
+    with pytest.raises(RuntimeError, match="another asyncio loop"):
+        asyncio.run(client.ready())
 
 
 def test_closing_the_client_ends_a_grpc_call_in_flight() -> None:

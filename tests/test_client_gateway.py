@@ -103,8 +103,10 @@ def test_a_gateways_page_over_grpc_is_the_same_error_as_over_http(status_code: i
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLContext]:
-    """A self-signed certificate for localhost, and a server's TLS context with it."""
-    return make_certificate(tmp_path_factory.mktemp("tls"))
+    """A self-signed certificate for localhost under a comment, and a server's TLS context with it."""
+    ca_cert, context = make_certificate(tmp_path_factory.mktemp("tls"))
+    ca_cert.write_text(f"# Főtanúsítvány\n{ca_cert.read_text()}", encoding="utf-8")
+    return ca_cert, context
 
 
 @kinds

@@ -7,6 +7,8 @@ import contextlib
 import errno
 import gc
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,7 @@ from deepseek_client.transport import Deadline
 from serving.embedded.serve import EmbeddedServer
 from tests import gateway
 from tests.failing_servers import Kind, Relay, answering, dropping, kinds, make_certificate, only_once, prepared
-from tests.fake_kserve import http_answer
+from tests.fake_kserve import http_answer, http_serving
 
 CALLS = 3 * MOST_OPENING
 
@@ -91,6 +93,29 @@ def test_a_call_on_a_closed_idle_connection_is_sent_again_once(kind: Kind) -> No
         assert list(threads.map(lambda _: client.ready(), range(4))) == [True] * 4
         assert client.ready()
         assert (len(seen), len([each for each in lost if each])) == (5, 1)
+
+
+FORKED = """
+import os, sys
+from deepseek_client import InferenceClient
+client = InferenceClient(sys.argv[1], "http", timeout_s=60)
+assert client.ready()
+if child := os.fork():
+    sys.exit(os.waitpid(child, 0)[1])
+assert client.ready()
+"""
+
+
+def test_a_forked_process_opens_its_own_connection() -> None:
+    connections = set[int]()  # by their threads
+
+    def answer(path: str, body: bytes) -> bytes:
+        connections.add(threading.get_ident())
+        return http_answer(b"")
+
+    with http_serving(answer) as url:
+        subprocess.run([sys.executable, "-c", FORKED, url], check=True, timeout=100)
+    assert len(connections) == 2
 
 
 def test_an_address_that_never_answers_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

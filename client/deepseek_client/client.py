@@ -16,6 +16,7 @@ Example:
     (1, 20)
 """
 
+import asyncio
 import ssl
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -36,7 +37,7 @@ from deepseek_client.http.transport import HttpTransport
 from deepseek_client.metadata import Inputs, ModelMetadata
 from deepseek_client.options import ClientOptions, read_pem
 from deepseek_client.statistics import Statistics
-from deepseek_client.transport import Parameters, PreparedRequest, Transport
+from deepseek_client.transport import Deadline, Parameters, PreparedRequest, Transport
 
 
 class _Client:
@@ -220,9 +221,17 @@ class AsyncInferenceClient(_Client, ClientCore):
     """`InferenceClient` with awaitable calls, on one asyncio loop. Close it, or use it in an `async with` block."""
 
     _on_loop = True
+    _loop: asyncio.AbstractEventLoop | None = None
 
     def _begin(self, options: ClientOptions, transports: Mapping[str, Transport]) -> None:
         ClientCore.__init__(self, options, AsyncConcurrency(), transports)
+
+    def _deadline(self, timeout_s: float | None) -> Deadline:
+        loop = asyncio.get_running_loop()
+        if self._loop not in (None, loop):  # the connections belong to the first one: a call would wait for nothing
+            raise RuntimeError("this client was used on another asyncio loop; make a client for each loop")
+        self._loop = loop
+        return super()._deadline(timeout_s)
 
     async def __aenter__(self) -> Self:
         return self

@@ -91,7 +91,7 @@ class ModelMetadata:
     def check_answer(self, arrays: Mapping[str, np.ndarray], outputs: Collection[str] = ()) -> None:
         """Raises ServerError unless the answer has these outputs (all by default), with their types and shapes."""
         expected = {spec.name: spec for spec in self.outputs if not outputs or spec.name in outputs}
-        if not self.outputs:  # the server does not describe them
+        if not self.outputs:
             return
         if arrays.keys() != expected.keys():
             raise ServerError(f"{self.name} answered {list(arrays)}; expected {list(expected)}")
@@ -111,7 +111,8 @@ class ModelMetadata:
         if not all(isinstance(name, str) for name in outputs or ()):
             raise InvalidInput(f"outputs={outputs!r}; pass a list of names, each a text")
         self._check_names("input", inputs, self.inputs)
-        self._check_names("output", outputs or (), self.outputs)
+        if self.outputs:  # else the server does not describe them
+            self._check_names("output", outputs or (), self.outputs)
         arrays = [_as_column(spec, inputs.get(spec.name)) for spec in self.inputs]
         for spec, array in zip(self.inputs, arrays, strict=True):
             if array is not None:
@@ -130,7 +131,7 @@ class ModelMetadata:
 
     def _check_array(self, spec: TensorMetadata, array: np.ndarray) -> None:
         where = f"{self.name}: input {spec.name!r}"
-        if not isinstance(array, np.ndarray):
+        if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):  # whose bytes have fill values
             wanted = "a list of texts, or a numpy array" if spec.datatype == "BYTES" else "a numpy array"
             raise InvalidInput(
                 f"{where} is a {type(array).__name__}; pass {wanted}: np.asarray(..., dtype={_named(spec.dtype)})"

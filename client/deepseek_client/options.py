@@ -184,13 +184,13 @@ def as_header(text: str) -> str:
 
 
 def read_pem(path: str | Path) -> bytes:
-    """The bytes of a PEM file of certificates. Raises InvalidInput."""
+    """The ASCII of a PEM file of certificates; its comments may have other characters. Raises InvalidInput."""
     try:
-        pem = Path(path).read_bytes()
-        ssl.create_default_context(cadata=pem.decode("ascii"))  # refuses anything else
+        pem = Path(path).read_bytes().decode("ascii", "ignore")
+        ssl.create_default_context(cadata=pem)  # refuses anything else
     except (OSError, ValueError) as error:
         raise InvalidInput(f"ca_cert={str(path)!r}: {error}; it must be a PEM file of certificates") from None
-    return pem
+    return pem.encode()
 
 
 def _check_key(api_key: str | None, tls: bool) -> None:

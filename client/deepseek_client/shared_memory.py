@@ -204,7 +204,7 @@ class Regions:
         """Whether the region is unregistered; a server that is gone has unmapped everything."""
         try:
             await self._transport.unregister(name, deadline)
-        except (Unreachable, RuntimeError, ValueError):  # the last two: the client was closed
+        except (Unreachable, RuntimeError):  # the last: the client was closed
             return True
         except InferenceError:  # "it is currently in use"
             return False

@@ -11,6 +11,7 @@ from deepseek_client.concurrency import Cancel, is_gevent_patched
 from deepseek_client.errors import ConnectionLost
 
 SERVICE = "/inference.GRPCInferenceService/"
+CLOSED = "the client was closed"
 Metadata = tuple[tuple[str, str], ...]
 """Headers of a call."""
 OPTIONS = [
@@ -43,6 +44,7 @@ class BlockingChannel:
 
     def __init__(self, url: str, credentials: grpc.ChannelCredentials | None, max_response_bytes: int) -> None:
         options = [*OPTIONS, ("grpc.max_receive_message_length", max_response_bytes)]
+        self._closed = False
         self._gevent = is_gevent_patched()
         if self._gevent:
             from grpc.experimental import gevent as grpc_gevent
@@ -58,10 +60,15 @@ class BlockingChannel:
         self, method: str, request: bytes, timeout_s: float, metadata: Metadata, cancel: Cancel | None
     ) -> Any:
         stub: Any = self._stubs.get(method) or self._stubs.setdefault(method, _stub(self._channel, method))
-        # Under gevent, each blocking call would occupy one of its ten threads.
-        if cancel is None and not self._gevent:
-            return stub(request, timeout=timeout_s, metadata=metadata)
-        future = stub.future(request, timeout=timeout_s, metadata=metadata)  # slower, but can be cancelled
+        try:
+            # Under gevent, each blocking call would occupy one of its ten threads.
+            if cancel is None and not self._gevent:
+                return stub(request, timeout=timeout_s, metadata=metadata)
+            future = stub.future(request, timeout=timeout_s, metadata=metadata)  # slower, but can be cancelled
+        except ValueError:
+            if self._closed:  # by another thread, just now
+                raise ConnectionLost(CLOSED) from None
+            raise
         if cancel is None:
             return future.result()
         cancel.stopped_by(future.cancel)
@@ -80,6 +87,7 @@ class BlockingChannel:
         return state != grpc.ChannelConnectivity.TRANSIENT_FAILURE.value[0]
 
     async def close(self) -> None:
+        self._closed = True
         self._channel.close()
 
 
@@ -97,6 +105,8 @@ class AsyncChannel:
         self, method: str, request: bytes, timeout_s: float, metadata: Metadata, cancel: Cancel | None
     ) -> Any:
         """Cancelled through the task's own `cancel()`."""
+        if self._closed:  # while the call waited for something else
+            raise ConnectionLost(CLOSED)
         stub = self._stubs.get(method)
         if stub is None:
             stub = self._stubs[method] = _stub(self._open(), method)
@@ -105,7 +115,7 @@ class AsyncChannel:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._closed and not (task and task.cancelling()):  # `close` cancels the calls, not their tasks
-                raise ConnectionLost("the client was closed") from None
+                raise ConnectionLost(CLOSED) from None
             raise
 
     def is_connected(self) -> bool:

@@ -2,11 +2,12 @@
 
 Contract: a call that finds no idle connection waits until one is opened or given back, within its deadline. At most
 `MOST_OPENING` are opened at a time. Without this limit, each waiting call would start a handshake, and an overloaded
-server would spend its time on handshakes. Each call opens its own connection.
+server would spend its time on handshakes. Each call opens its own connection. A forked process opens new ones.
 """
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -25,8 +26,12 @@ class _Idle:
         self._open_connection = open_connection
         self._idle: deque[Connection] = deque()  # append and pop are atomic, so threads need no lock
         self._closed = False
+        self._process = os.getpid()
 
     def _pop_alive(self) -> Connection | None:
+        if self._process != os.getpid():  # forked: the answers on these would be the parent's
+            self.drop_idle()
+            self._process = os.getpid()
         with contextlib.suppress(IndexError):
             while not (connection := self._idle.pop()).is_alive():
                 connection.close()

@@ -63,7 +63,8 @@ class HttpTransport:
     ) -> ModelMetadata:
         path = _path(model, version)
         signature, config = await self._get_json(path, deadline, cancel), None
-        with contextlib.suppress(AccessDenied, ModelNotFound):  # a gateway may hide it
+        # Hidden by a gateway, or not implemented: OpenVINO Model Server answers 400.
+        with contextlib.suppress(AccessDenied, ModelNotFound, InvalidInput, ServerError):
             config = await self._get_json(f"{path}/config", deadline, cancel)
         binary = config is not None or await self._takes_bytes(deadline, cancel)  # only Triton shows configurations
         return metadata_from_json(f"{self._url}{path}", signature, config, binary=binary)

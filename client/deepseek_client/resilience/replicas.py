@@ -137,5 +137,5 @@ async def _is_ready(transport: Transport, model: str | None) -> bool:
     try:
         deadline = Deadline(PROBE_TIMEOUT_S)
         return await transport.ready(None, "", deadline) and (not model or await transport.ready(model, "", deadline))
-    except (InferenceError, RuntimeError, ValueError):  # the last two: the client was closed
+    except (InferenceError, RuntimeError):  # the last: the client was closed
         return False
