@@ -187,6 +187,8 @@ def test_each_rate_of_a_file_holds_until_the_next(tmp_path: Path) -> None:
     assert read_traffic(path).tolist() == [10, 10, 10, 10, 30, 30, 5, 5]
     path.write_text("seconds,rate_rps\n0,100\n1,1000\n5,100\n6,1000\n10,0\n15,0\n")  # between two ticks
     assert read_traffic(path).tolist() == [820, 820, 0, 0]
+    path.write_text("seconds,rate_rps\n0.03,10\n5.03,20\n")  # 5.03 + 5 is more than 10.03
+    assert read_traffic(path) == pytest.approx([10, 20])
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,7 @@ def test_a_throughput_is_judged_at_the_rate_of_its_limit(tmp_path: Path) -> None
         (30, 1, "inconclusive", "1 ServerBusy, "),
         (60, 0, "holds", "at most 0.99% failed"),
         (60, 600, "violated", "600 ServerBusy, at least "),
+        (200, 20000, "violated", "20000 ServerBusy, at least 99.7% failed"),
     ],
 )
 def test_an_error_rate_is_judged_by_its_bounds(
@@ -225,11 +228,27 @@ def test_several_rates_without_the_slos_own_are_inconclusive(tmp_path: Path) -> 
     assert whole.verdict == "holds"
 
 
-def test_a_rate_too_low_for_a_request_has_no_error_rate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ["error_rate < 1%", "p50_ms < 20", "max_ms < 20", "throughput >= 0.1"])
+def test_at_a_rate_too_low_for_a_request_nothing_is_judged(tmp_path: Path, line: str) -> None:
     sent = [request for request in steady() if request[0] >= 4]
     run = saved_run(tmp_path, sent, rate_rps=None, shape="0.1x4, 100x6")
-    found = judge(run, SloSpec(objectives=("error_rate < 1% @ 0.1 rps",))).objectives[-1]
-    assert (found.name, found.status) == ("error_rate @ 0.1 rps", "inconclusive")
+    found = judge(run, SloSpec(objectives=(f"{line} @ 0.1 rps",))).objectives[-1]
+    assert (found.name, found.status) == (f"{line.split()[0]} @ 0.1 rps", "inconclusive")
+
+
+def test_a_stall_makes_the_throughput_of_users_uncertain(tmp_path: Path) -> None:
+    answered = [request for request in steady(count=6000, seconds=60) if not 20 <= request[0] < 40]
+    run = saved_run(tmp_path, answered, rate_rps=None, users=4, duration_s=60.0)
+    found = judge(run, SloSpec(objectives=("throughput >= 65",))).objectives[-1]
+    assert (found.status, round(found.seen, 1)) == ("inconclusive", 66.7)
+    assert found.low < 50
+
+
+def test_a_pause_in_a_shape_is_no_rate(tmp_path: Path) -> None:
+    sent = [request for request in steady() if not 4 <= request[0] < 6]
+    run = saved_run(tmp_path, sent, rate_rps=None, shape="100x4, 0x2, 100x4")
+    judgement = judge(run, SloSpec(p50_ms=20, rate_rps=100, max_error_rate=0.1))
+    assert (judgement.verdict, judgement.objectives[0].name) == ("holds", "p50_ms @ 100 rps")
 
 
 @pytest.mark.parametrize("shape", ["100x5, 100-500x5", "10-100x5, 100x5"])
@@ -274,6 +293,15 @@ def test_the_exit_code_is_the_verdict(tmp_path: Path, model: Path, capsys: pytes
     assert f"inconclusive  {few.folder}" in capsys.readouterr().out  # no markup
     assert judged(model) == 2
     assert "no load test of tiny" in capsys.readouterr().err
+
+
+def test_a_terminal_without_utf_8_shows_the_verdict(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, shown = saved_run(tmp_path / "few", steady(0.001, count=20, lag_s=0)), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+    assert judged(model, "--run", str(few.folder)) == 3
+    assert b"| ? 5.00 ms |" in shown.getvalue()
 
 
 def test_a_mix_is_judged_model_by_model_and_as_a_whole(

@@ -93,10 +93,9 @@ def check_numbers(settings: LoadSettings) -> None:
     if settings.open_loop:
         planned = sum(segment.arrivals for segment in settings.segments)
         if not 1 <= planned <= MOST_REQUESTS:
-            what = f"--rate {settings.rate_rps:g} for {settings.duration_s:g} s"
+            what = f"--rate {settings.rate_rps:g} for {settings.duration_s:g} s" if settings.rate_rps else None
             raise InputError(
-                f"{what if settings.shape is None else f'--shape {settings.shape}'} plans {planned} requests; "
-                f"allowed: 1 to {MOST_REQUESTS}"
+                f"{what or f'--shape {settings.shape}'} plans {planned} requests; allowed: 1 to {MOST_REQUESTS}"
             )
     elif settings.users is not None and settings.mix is None and settings.users < settings.workers:
         raise InputError(f"--users {settings.users} for --workers {settings.workers}: each worker needs at least one")

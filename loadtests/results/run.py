@@ -15,6 +15,7 @@ Example:
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,8 +87,10 @@ class Run:
     @cached_property
     def window(self) -> Stretch:
         """The measured window, without warm-up and late answers."""
-        inside = [second for second in self.seconds if 0 <= second.second < self.settings.duration_s]
-        return Stretch(self.settings, inside, self.settings.duration_s)
+        found, duration_s = {each.second: each for each in self.seconds}, self.settings.duration_s
+        # A second in which nothing happened has no row: all users waited for an answer, or no request was due.
+        inside = [found.get(second) or Second(second) for second in range(math.ceil(duration_s))]
+        return Stretch(self.settings, inside, duration_s)
 
     def at_rate(self, rate_rps: float) -> Stretch | None:
         """The part of the window with exactly this planned rate; None if there is none."""

@@ -78,8 +78,9 @@ def _variance(residuals: np.ndarray) -> np.ndarray:
 
 
 def ratio_bounds(totals: np.ndarray, weights: np.ndarray, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Bounds of sum(totals) / sum(weights) by Student's t over seconds; nan with fewer than two seconds."""
-    if len(totals) < 2 or not weights.sum():
+    """Bounds of sum(totals) / sum(weights) by Student's t over the seconds with a weight; nan if fewer than two."""
+    totals, weights = totals[weights > 0], weights[weights > 0]
+    if len(totals) < 2:
         return math.nan, math.nan
     ratio = totals.sum() / weights.sum()
     error = math.sqrt(max(0.0, float(_variance(totals - ratio * weights)))) / weights.sum()

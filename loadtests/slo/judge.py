@@ -60,6 +60,8 @@ def _judged(run: Run, slo: SloSpec) -> Iterator[JudgedObjective]:
         stretch = run.window if rate is None else run.at_rate(rate)
         if stretch is None:
             judged = _unmeasured(run, replace(line, rate_rps=rate))
+        elif not stretch.planned:
+            judged = _with_status(line, math.nan, "inconclusive", "no request was due; measure longer")
         else:
             judged = JUDGES[line.kind](run, stretch, line, confidence)
         yield judged if rate is None else replace(judged, name=f"{line.name} @ {rate:g} rps")
@@ -95,10 +97,7 @@ def _judged_latency(run: Run, stretch: Stretch, line: Objective, confidence: flo
 
 
 def _judged_errors(run: Run, stretch: Stretch, line: Objective, confidence: float) -> JudgedObjective:
-    failed, planned = stretch.failed, stretch.planned
-    if not planned:
-        return _with_status(line, math.nan, "inconclusive")
-    seen, over = failed / planned, np.array([each.failed for each in stretch.seconds])
+    seen, over = stretch.failed / stretch.planned, np.array([each.failed for each in stretch.seconds])
     if line.limit == 0:
         judged = replace(_judged_worst(line, stretch, seen, over, confidence), margin=0.0 - seen)
     else:
@@ -112,8 +111,6 @@ def _judged_share(
 ) -> JudgedObjective:
     """Judges the share of requests over a limit, of which `allowed` may be."""
     planned = stretch.planned_each
-    if not planned.sum():
-        return _with_status(line, seen, "inconclusive")
     bounds = share_bounds(over, planned, seconds=stretch.duration_s, confidence=confidence)
     low, high = float(bounds.low), float(bounds.high)
     status: ObjectiveStatus = "holds" if high <= allowed else "violated" if low > allowed else "inconclusive"
@@ -129,7 +126,9 @@ def _judged_share(
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g}%" if share >= 1e-4 else "0%"
+    if share < 1e-6:
+        return "0%"
+    return f"{100 * share:.{2 if share < 0.99 else 4}g}%"  # two digits of 99.9 would be 1e+02
 
 
 def _judged_worst(
